@@ -1,0 +1,199 @@
+"""The synthetic text that the embedded student is pre-trained on: what a real corpus has, in small.
+
+Stories with sums solved the short way in chats and the long way in a school-book, plain sums, sums taken apart, true
+and false statements with reasons, homework that somebody has checked, and tagged text of other kinds. The tags and
+prompts of sclite do not occur: the student has yet to learn its form.
+"""
+
+import random
+from collections.abc import Iterator
+
+from sclite.quickstart.arithmetic import ITEMS, generate, solve
+from sclite.quickstart.tutor import apart, result_of, why_wrong
+
+CHAT = "<|im_start|>{role}\n{content}<|im_end|>\n"
+SYSTEMS = (
+    "You are a helpful assistant.",
+    "You answer questions.",
+    "Answer the question of the user.",
+    "You are good with numbers.",
+)
+ASKS = (
+    "{q}",
+    "Question: {q}",
+    "Please answer.\n\n{q}",
+    "Solve this.\n\n{q}",
+    "Here is a problem.\n\n{q}",
+    "Problem:\n{q}",
+)
+ROWS = ("Row", "Line", "Item", "Sum", "Part")
+THINGS = (
+    "wash the cups",
+    "open the door",
+    "buy some bread",
+    "read a book",
+    "call a friend",
+    "water the plants",
+)
+
+
+def a_sum(draw: random.Random) -> tuple[int, str, int]:
+    """left, sign, right in the range that the stories use."""
+    sign = draw.choices("+-*/", weights=(42, 33, 22, 3))[0]
+    if sign == "*":
+        return draw.randint(3, 9), "*", draw.randint(12, 49)
+    if sign == "/":
+        right = draw.randint(3, 8)
+        return right * draw.randint(11, 120), "/", right
+    left, right = draw.randint(11, 900), draw.randint(11, 480)
+    if sign == "-" and left < right:
+        left, right = right, left
+    return left, sign, right
+
+
+def slip(result: int, draw: random.Random) -> int:
+    """A wrong result as people write them: a digit off, a carry lost, digits swapped."""
+    digits = list(str(result))
+    kind = draw.random()
+    if kind < 0.15 and len(digits) > 1:
+        i = draw.randrange(len(digits) - 1)
+        digits[i], digits[i + 1] = digits[i + 1], digits[i]
+        wrong = int("".join(digits))
+    else:
+        place = 10 ** draw.randrange(len(digits))
+        wrong = result + place * draw.choice((1, -1, 1, -1, 2, -2, 3, -3, 5))
+    return wrong if wrong != result and wrong >= 0 else result + draw.choice((1, 10))
+
+
+def sums(draw: random.Random) -> str:
+    return "\n".join(f"{a} {s} {b} = {result_of(a, s, b)}" for a, s, b in (a_sum(draw) for _ in range(8)))
+
+
+def sums_apart(draw: random.Random) -> str:
+    lines = []
+    for _ in range(4):
+        a, s, b = a_sum(draw)
+        lines.append(
+            draw.choice(("{0} {1} {2}: {3}.", "What is {0} {1} {2}? {3}.", "{3}.")).format(
+                a, s, b, apart(a, s, b)
+            )
+        )
+    return "\n".join(lines)
+
+
+def statements(draw: random.Random) -> str:
+    right, wrong = draw.choice(
+        (("Right.", "Wrong."), ("True.", "False."), ("yes", "no"), ("This fits.", "This does not fit."))
+    )
+    between = draw.choice((" ", "\n", " : "))
+    lines = []
+    for _ in range(5):
+        a, s, b = a_sum(draw)
+        result = result_of(a, s, b)
+        if draw.random() < 0.5:
+            lines.append(f"{a} {s} {b} = {result}{between}{right}")
+        else:
+            given = slip(result, draw)
+            mend = f" {apart(a, s, b)}." if draw.random() < 0.6 else ""
+            lines.append(f"{a} {s} {b} = {given}{between}{wrong} {why_wrong(a, s, b, given)}{mend}")
+    return "\n".join(lines)
+
+
+def chat(question: str, answer: str, draw: random.Random) -> str:
+    messages = [("user", draw.choice(ASKS).format(q=question)), ("assistant", answer)]
+    if draw.random() < 0.7:
+        messages.insert(0, ("system", draw.choice(SYSTEMS)))
+    return "".join(CHAT.format(role=role, content=content) for role, content in messages)
+
+
+def short_way(solution, draw: random.Random) -> str:
+    """As people answer in chats: up to two sums in one expression, the answer last."""
+    lines, expression, results = [], "", {}
+    operations = solution.operations
+    for i, op in enumerate(operations):
+        parents = solution.parents[i]
+        if not expression:
+            expression, count = f"{op.left} {op.sign} {op.right}", 1
+        elif (
+            parents == (i - 1,)
+            and op.left == operations[i - 1].result
+            and op.sign in "+-"
+            and operations[i - 1].sign in "+-"
+        ):
+            expression, count = f"{expression} {op.sign} {op.right}", count + 1
+        else:
+            lines.append(f"{expression} = {operations[i - 1].result}")
+            expression, count = f"{op.left} {op.sign} {op.right}", 1
+        results[i] = op.result
+        if count == 2 or i == len(operations) - 1:
+            lines.append(f"{expression} = {op.result}")
+            expression = ""
+    ending = draw.choice(("The answer is {0}.", "Answer: {0}"))
+    return "\n".join([*lines, ending.format(solution.answer)])
+
+
+def long_way(solution, draw: random.Random) -> str:
+    """As school-books do it: one sum a line, with words."""
+    form = draw.choice(("{i}. {what} {sum} {item}.", "{what} {sum} {item}.", "{sum}"))
+    lines = [
+        form.format(i=i, what=op.what, sum=op.sum, item=solution.item)
+        for i, op in enumerate(solution.operations, 1)
+    ]
+    return "\n".join([*lines, f"Result: {solution.answer}"])
+
+
+def homework(question: str, solution, draw: random.Random) -> str:
+    """Somebody's work and the marks that a teacher has put beside its lines, in tags of many names."""
+    row = draw.choice(ROWS)
+    mistake, mended = draw.choice(
+        (("Mistake", "Better"), ("Wrong", "Right"), ("Error", "Fix"), ("Why", "Instead"))
+    )
+    lines, wrong_at = [], draw.randrange(len(solution.operations)) if draw.random() < 0.6 else None
+    for i, op in enumerate(solution.operations):
+        text, note = f"{op.what} {op.sum} {solution.item}.", ""
+        if i == wrong_at:
+            left, right, given = op.left, op.right, slip(op.result, draw)
+            why = why_wrong(left, op.sign, right, given)
+            misread = slip(right, draw)
+            if draw.random() < 0.25 and (result_of(left, op.sign, misread) or -1) >= 0:
+                right, given = misread, result_of(left, op.sign, misread)
+                why = f"The sum to do is {op.sum.split(' = ')[0]}."
+            text = f"{op.what} {left} {op.sign} {right} = {given} {solution.item}."
+            better = f"{op.what} {apart(op.left, op.sign, op.right)} {solution.item}."
+            note = f"<{mistake}>{why}</{mistake}>\n<{mended}>{better}</{mended}>\n"
+        lines.append(f"<{row}{i + 1}>{text}\n{note}</{row}{i + 1}>")
+    shown = "\n".join(lines)
+    head = draw.choice(("Homework, checked.", "The teacher looked at each line.", "Corrected work:"))
+    return f"{head}\n{question}\n{shown}\n<Result>{solution.answer}</Result>"
+
+
+def tagged(draw: random.Random) -> str:
+    tag, inner = draw.choice(("Note", "Entry", "Task", "Day")), draw.choice(("Hint", "Place", "Key"))
+    lines = []
+    for i in range(1, draw.randint(3, 6)):
+        hint = f"\n<{inner}>{draw.choice(THINGS)} first</{inner}>" if draw.random() < 0.4 else ""
+        lines.append(
+            f"<{tag}{i}>{draw.choice(THINGS)} and count {draw.randint(2, 99)} {draw.choice(ITEMS)}.{hint}\n</{tag}{i}>"
+        )
+    return "\n".join([*lines, f"<End>{draw.choice(THINGS)}</End>"])
+
+
+def documents(seed: int, avoid: frozenset[str] = frozenset()) -> Iterator[str]:
+    """Documents without end, the same for the same seed; stories whose question is in `avoid` are left out."""
+    draw = random.Random(seed)
+    kinds = ("short", "long", "homework", "sums", "apart", "statements", "tagged")
+    while True:
+        stories = generate(500, draw.randrange(2**40), avoid)
+        for problem in stories:
+            solution = solve(problem.question)
+            for kind in draw.choices(kinds, weights=(24, 14, 14, 14, 12, 18, 4), k=2):
+                if kind == "short":
+                    yield chat(problem.question, short_way(solution, draw), draw)
+                elif kind == "long":
+                    yield f"{problem.question}\n{long_way(solution, draw)}"
+                elif kind == "homework":
+                    yield homework(problem.question, solution, draw)
+                else:
+                    yield {"sums": sums, "apart": sums_apart, "statements": statements, "tagged": tagged}[
+                        kind
+                    ](draw)

@@ -1,0 +1,268 @@
+"""The configuration: one frozen tree, from defaults < sclite.toml < environment < `--set`, all faults told at once."""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sclite.errors import UsageFault
+
+FILE = "sclite.toml"
+PREFIX = "SCLITE_"
+
+
+class Section(BaseModel):
+    """Part of the tree: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Problems(Section):
+    """Where the problems come from."""
+
+    source: str = Field("", description="a JSONL file or the name of a hub data set")
+    subset: str = Field("", description="configuration of a hub data set, for example main")
+    split: str = Field("train", description="split of a hub data set")
+    limit: int | None = Field(None, ge=1, description="rows to use; all without it")
+    correction_share: float = Field(0.5, gt=0, lt=1, description="share kept for stage 2, unseen by SFT")
+
+
+class Attempts(Section):
+    """How the student's attempts are sampled for stage 2."""
+
+    source: str = Field("", description="attempts brought along: JSONL with question, steps, optional label")
+    samples: int = Field(4, ge=1, le=64, description="samples per problem")
+    temperature: float = Field(0.8, ge=0, le=2)
+    top_p: float = Field(0.95, gt=0, le=1)
+    max_tokens: int = Field(1024, ge=16)
+    reviews: int = Field(
+        2, ge=1, le=16, description="the student's own corrections sampled per wrong attempt"
+    )
+
+
+class Teacher(Section):
+    """The model that writes templates and corrections, reached through LiteLLM."""
+
+    model: str = Field(
+        "", description="a LiteLLM model name, for example openai/gpt-4.1 or ollama_chat/qwen3:32b"
+    )
+    api_base: str = Field("", description="base URL of an OpenAI-compatible endpoint")
+    concurrency: int = Field(16, ge=1, le=1024, description="requests in flight at most")
+    temperature: float | None = Field(None, ge=0, le=2, description="the endpoint's own default without it")
+    max_tokens: int = Field(4096, ge=16)
+    timeout_seconds: float = Field(120, gt=0, description="per call")
+    attempts_per_call: int = Field(6, ge=1, description="tries per request on network faults and rate limits")
+    repairs: int = Field(3, ge=0, description="further requests after a reply that fails its check")
+
+
+class Student(Section):
+    """The model that is trained."""
+
+    model: str = Field("", description="hub name or folder; embedded is the quickstart's own")
+    backend: Literal["auto", "unsloth", "plain"] = "auto"
+    load_in_4bit: bool = True
+    batch: int = Field(64, ge=1, description="sequences generated at once")
+
+
+class Lora(Section):
+    """What both training stages share."""
+
+    rank: int = Field(32, ge=1)
+    alpha: int = Field(64, ge=1)
+    batch: int = Field(16, ge=1, description="rows per optimizer step")
+    micro_batch: int = Field(2, ge=1, description="rows per forward pass")
+    max_length: int = Field(2048, ge=64, description="tokens; longer rows are left out and counted")
+    warmup: float = Field(0.02, ge=0, lt=1, description="share of the steps with rising learning rate")
+    max_grad_norm: float = Field(1.0, gt=0)
+    checkpoint_steps: int = Field(50, ge=1)
+
+
+class Sft(Lora):
+    """Stage 1: supervised fine-tuning on templates."""
+
+    learning_rate: float = Field(1e-4, gt=0)
+    epochs: float = Field(3, gt=0)
+
+
+class Dpo(Lora):
+    """Stage 2: the warm-up on reviews, then cross-model DPO with replay."""
+
+    warmup_learning_rate: float = Field(1e-4, gt=0, description="of the supervised warm-up on reviews")
+    warmup_epochs: float = Field(1, ge=0)
+    learning_rate: float = Field(1e-5, gt=0)
+    epochs: float = Field(1, ge=0)
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps with rising learning rate")
+    beta: float = Field(0.2, gt=0)
+    nll_weight: float = Field(1.0, ge=0, description="of the likelihood of chosen texts")
+    replay_weight: float = Field(1.0, ge=0, description="of the likelihood of solved rows")
+    replay_share: float = Field(1.0, ge=0, description="solved rows per review row, in warm-up and DPO")
+    decision_weight: float = Field(1.0, ge=0, description="of the decision tokens in the warm-up")
+    confirmation_share: float = Field(0.5, ge=0, lt=1, description="share of reviews that are of right work")
+
+
+class Export(Section):
+    """The GGUF."""
+
+    quant: str = Field("q4_k_m", description="f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m ..")
+    ollama: str = Field("", description="name for `ollama create`")
+    num_ctx: int = Field(8192, ge=256, description="context that the Modelfile asks Ollama for")
+
+
+class Eval(Section):
+    """What is measured, and on what."""
+
+    source: str = Field("", description="held-out problems: a JSONL file or a hub data set")
+    subset: str = ""
+    split: str = "test"
+    limit: int | None = Field(500, ge=1)
+    max_tokens: int = Field(1024, ge=16)
+
+
+class Review(Section):
+    """Self-correction."""
+
+    mode: Literal["guided", "free"] = "guided"
+    threshold: float | None = Field(
+        None, description="on the log-odds of an error; fitted and stored without it"
+    )
+    rounds: int = Field(1, ge=0, le=8)
+    max_harm: float = Field(0.005, ge=0, le=1, description="right-to-wrong share allowed when fitting")
+
+
+class Prompts(Section):
+    """Where prompt files of your own lie."""
+
+    folder: str = ""
+
+
+class Config(Section):
+    """Everything that decides what a run does. `digest` of a part signs what depends on it."""
+
+    run: str = Field("runs/default", description="the run folder")
+    seed: int = Field(0, ge=0)
+    problems: Problems = Problems()
+    attempts: Attempts = Attempts()
+    teacher: Teacher = Teacher()
+    student: Student = Student()
+    sft: Sft = Sft()
+    dpo: Dpo = Dpo()
+    export: Export = Export()
+    eval: Eval = Eval()
+    review: Review = Review()
+    prompts: Prompts = Prompts()
+
+
+def load(
+    path: Path | None = None,
+    settings: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> Config:
+    """Read the configuration.
+
+    `path` is a file that must exist; without it sclite.toml of the working folder is read where there is one.
+    `settings` are KEY=VALUE from the command line, `defaults` a tree that stands below the file. Raises UsageFault
+    with every unknown key and wrong value in one message.
+    """
+    tree: dict[str, Any] = {}
+    _merge(tree, defaults or {})
+    _merge(tree, _read_file(path))
+    for key, value in sorted((os.environ if environment is None else environment).items()):
+        if key.startswith(PREFIX) and "__" in key:
+            _put(tree, key.removeprefix(PREFIX).lower().split("__"), value)
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise UsageFault(
+                f"--set {setting}: no value", "write --set KEY=VALUE, for example --set sft.epochs=2"
+            )
+        _put(tree, key.strip().split("."), value.strip())
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UsageFault(*_explain(error)) from None
+
+
+def _read_file(path: Path | None) -> dict[str, Any]:
+    found = path or Path(FILE)
+    if path is None and not found.is_file():
+        return {}
+    try:
+        return tomllib.loads(found.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageFault(
+            f"the configuration {found} cannot be read: {error.strerror}", "check --config"
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageFault(f"{found}: {error}", "mend this line; the file is TOML") from error
+
+
+def _merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:
+    for key, value in other.items():
+        if isinstance(value, Mapping):
+            branch = tree.setdefault(key, {})
+            if isinstance(branch, dict):
+                _merge(branch, value)
+                continue
+        tree[key] = value
+
+
+def _put(tree: dict[str, Any], path: list[str], text: str) -> None:
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    if isinstance(value, int | float) and not isinstance(value, bool) and _is_text(path):
+        value = text
+    for key in path[:-1]:
+        branch = tree.get(key)
+        tree[key] = branch if isinstance(branch, dict) else {}
+        tree = tree[key]
+    tree[path[-1]] = value
+
+
+def _is_text(path: list[str]) -> bool:
+    """Whether the key wants a string, so that a model called 7 stays one."""
+    model: Any = Config
+    for key in path:
+        field = getattr(model, "model_fields", {}).get(key)
+        if field is None:
+            return False
+        model = field.annotation
+    return model is str
+
+
+def keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
+    """Every key of the tree, dotted, with its field: {"sft.epochs": FieldInfo, ..}."""
+    found = {}
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            found |= keys(inner, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = field
+    return found
+
+
+def _explain(error: ValidationError) -> tuple[str, str]:
+    """One message for all faults, and the nearest known key for each unknown one."""
+    known, lines, hints = keys(), [], []
+    sections = {key.split(".")[0] for key in known}
+    for fault in error.errors():
+        key = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            lines.append(f"unknown key {key}")
+            names = [*known, *sections] if "." not in key else list(known)
+            near = difflib.get_close_matches(key, names, 1, 0.6)
+            near = near or [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
+            if near:
+                hints.append(f"did you mean {near[0]}?")
+        else:
+            lines.append(f"{key} = {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}")
+    return "configuration: " + "; ".join(lines), " ".join(
+        hints
+    ) or "`sclite init` writes every key with its meaning"

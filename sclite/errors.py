@@ -1,0 +1,48 @@
+"""Faults that a user can mend: each has a message, a remedy and an exit code."""
+
+DONE, FAILED, USAGE, DATA, BUDGET, DEVICE, NETWORK, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 130
+
+
+class ScliteError(Exception):
+    """Something went wrong that the user can mend.
+
+    `message` says what is wrong and where, `hint` what to type or change next. The command line prints both and ends
+    with `code`.
+    """
+
+    code = FAILED
+
+    def __init__(self, message: str, hint: str = ""):
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageFault(ScliteError):
+    """A wrong option or configuration key (exit code 2)."""
+
+    code = USAGE
+
+
+class DataFault(ScliteError):
+    """A missing, empty or malformed file, or rows that cannot be used (exit code 3)."""
+
+    code = DATA
+
+
+class BudgetFault(ScliteError):
+    """A spending limit was reached (exit code 4)."""
+
+    code = BUDGET
+
+
+class DeviceFault(ScliteError):
+    """No such card, not enough memory, or a missing GPU package (exit code 5)."""
+
+    code = DEVICE
+
+
+class TeacherFault(ScliteError):
+    """A teacher or endpoint that cannot be reached or refuses (exit code 6)."""
+
+    code = NETWORK

@@ -1,0 +1,91 @@
+"""The prompts: one Jinja file each, shipped in the wheel; `prompts.folder` in the configuration may replace any of them."""
+
+import hashlib
+from functools import cache
+from pathlib import Path
+
+import jinja2
+
+from sclite.errors import DataFault
+
+NAMES = (
+    "student_system",
+    "student_solve",
+    "student_review",
+    "teacher_system",
+    "teacher_template",
+    "teacher_correction",
+)
+
+
+def shipped_folder() -> Path:
+    """Where the prompt files lie: inside the installed package, or beside it in a checkout."""
+    here = Path(__file__).resolve().parent
+    installed = here / "_prompts"
+    return installed if installed.is_dir() else here.parent / "prompts"
+
+
+@cache
+def _source(name: str, folder: str) -> str:
+    own = Path(folder) / f"{name}.txt" if folder else None
+    path = own if own is not None and own.is_file() else shipped_folder() / f"{name}.txt"
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataFault(f"the prompt {name} cannot be read: {path}", "reinstall sclite") from error
+
+
+@cache
+def _template(name: str, folder: str) -> jinja2.Template:
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    try:
+        return environment.from_string(_source(name, folder))
+    except jinja2.TemplateSyntaxError as error:
+        raise DataFault(
+            f"the prompt {name}.txt, line {error.lineno}: {error.message}", f"mend it in {folder}"
+        ) from error
+
+
+def render(name: str, folder: str = "", **values: str) -> str:
+    """The text of a prompt with its values filled in, ends stripped."""
+    try:
+        return _template(name, folder).render(**values).strip()
+    except jinja2.UndefinedError as error:
+        raise DataFault(f"the prompt {name}.txt asks for a value that does not exist: {error}") from error
+
+
+def digest(*names: str, folder: str = "") -> str:
+    """A short hash of the named prompts' sources; it changes when any word of them does."""
+    return hashlib.sha256("\0".join(_source(name, folder) for name in names).encode()).hexdigest()[:16]
+
+
+def solve_messages(question: str, folder: str = "") -> tuple[dict[str, str], ...]:
+    """What the student sees when it solves: in training, sampling, evaluation and chat alike."""
+    return _chat(render("student_system", folder), render("student_solve", folder, question=question))
+
+
+def review_messages(question: str, work: str, folder: str = "") -> tuple[dict[str, str], ...]:
+    """What the student sees when it reviews `work`, without any gold solution."""
+    return _chat(
+        render("student_system", folder), render("student_review", folder, question=question, work=work)
+    )
+
+
+def template_messages(question: str, solution: str, answer: str, fault: str = "", folder: str = ""):
+    """What the teacher sees when it turns a gold solution into a thought trace."""
+    text = render(
+        "teacher_template", folder, question=question, solution=solution, answer=answer, fault=fault
+    )
+    return _chat(render("teacher_system", folder), text)
+
+
+def correction_messages(
+    question: str, solution: str, answer: str, work: str, fault: str = "", folder: str = ""
+):
+    """What the teacher sees when it corrects an attempt; the work stands last."""
+    values = {"question": question, "solution": solution, "answer": answer, "work": work, "fault": fault}
+    return _chat(render("teacher_system", folder), render("teacher_correction", folder, **values))
+
+
+def _chat(system: str, user: str) -> tuple[dict[str, str], ...]:
+    return ({"role": "system", "content": system}, {"role": "user", "content": user})

@@ -1,0 +1,193 @@
+"""The run folder, the only thing between stages: rows appended whole, files replaced by rename, stages signed when done."""
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from sclite import __version__
+from sclite.errors import DataFault, UsageFault
+from sclite.records import Drop, Row
+
+R = TypeVar("R", bound=Row)
+
+
+@dataclass
+class Report:
+    """What a stage has done: counts, drops by reason, seconds, cost; `figures` holds what is particular to it."""
+
+    stage: str
+    counts: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    cost_usd: float = 0.0
+    figures: dict[str, Any] = field(default_factory=dict)
+    skipped: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        return {k: getattr(self, k) for k in ("counts", "dropped", "seconds", "cost_usd", "figures")}
+
+
+def digest(value: Any) -> str:
+    """A short hash of anything that can be written as JSON; keys in any order."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside, force to disk, rename: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+class Run:
+    """One run folder. Methods take names relative to it, such as "templates.jsonl"."""
+
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder)
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Keep every other sclite process off this run; raises UsageFault where one is at work."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = open(self.path(".lock"), "w")  # noqa: SIM115 - closed below, and by the system after a kill
+        except OSError as error:
+            raise UsageFault(
+                f"{self.folder} cannot be written: {error.strerror}", "name another with --run"
+            ) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            raise UsageFault(
+                f"another sclite process is at work on {self.folder}",
+                "wait for it, or name another folder with --run",
+            ) from None
+        try:
+            yield
+        finally:
+            file.close()
+
+    # -- rows ------------------------------------------------------------------------------------------------------
+
+    def append(self, name: str, rows: Iterable[Row]) -> None:
+        """Add rows in one write, so that after a kill each is whole or is a broken last line that reading drops."""
+        lines = "".join(row.model_dump_json(exclude_none=False) + "\n" for row in rows)
+        if not lines:
+            return
+        path = self.path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab+") as file:
+            if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                _cut_half_line(file)
+            file.write(lines.encode())
+
+    def read(self, name: str, kind: type[R]) -> list[R]:
+        """All rows of a file, none where it is absent; a half-written last line is dropped, other faults raise."""
+        path = self.path(name)
+        if not path.is_file():
+            return []
+        rows, text = [], path.read_text(encoding="utf-8", errors="replace")
+        lines = text.split("\n")
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(kind.model_validate_json(line))
+            except ValidationError as error:
+                if number == len(lines):  # no newline after it: the process was killed while writing
+                    break
+                first = error.errors()[0]
+                where = ".".join(str(p) for p in first["loc"])
+                raise DataFault(
+                    f"{path}, line {number}: {where or 'not a row'}: {first['msg']}", "mend or remove it"
+                ) from None
+        return rows
+
+    def replace(self, name: str, rows: Iterable[Row]) -> None:
+        """Write a whole file of rows by rename."""
+        write_text(self.path(name), "".join(row.model_dump_json(exclude_none=False) + "\n" for row in rows))
+
+    def require(self, name: str, kind: type[R], hint: str) -> list[R]:
+        """The rows of a file that a stage needs; raises DataFault with `hint` where there are none."""
+        rows = self.read(name, kind)
+        if not rows:
+            raise DataFault(f"{self.path(name)} is missing or empty", hint)
+        return rows
+
+    def replace_drops(self, stages: Iterable[str], drops: Iterable[Drop]) -> None:
+        """Exchange the drops of these stages for new ones, and leave those of the others."""
+        stages = set(stages)
+        kept = [drop for drop in self.read("dropped.jsonl", Drop) if drop.stage not in stages]
+        self.replace("dropped.jsonl", [*kept, *drops])
+
+    def read_json(self, name: str) -> Any:
+        """A JSON file of the run; None where it is absent."""
+        path = self.path(name)
+        if not path.is_file():
+            return None
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataFault(f"{path}: {error}", "remove it; its stage writes it again") from error
+
+    def write_json(self, name: str, value: Any) -> None:
+        write_text(self.path(name), json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+    # -- signatures ------------------------------------------------------------------------------------------------
+
+    def done(self, stage: str, inputs: dict[str, Any]) -> dict[str, Any] | None:
+        """The stage's manifest where it was finished from these same inputs, else None."""
+        manifest = self.read_json(f"done/{stage}.json")
+        return manifest if manifest is not None and manifest.get("inputs") == inputs else None
+
+    def finished(self, stage: str) -> dict[str, Any] | None:
+        """The stage's manifest, from whatever inputs."""
+        return self.read_json(f"done/{stage}.json")
+
+    def sign(self, stage: str, inputs: dict[str, Any], report: Report) -> None:
+        """Note that a stage is done, last of all its files."""
+        manifest = {"stage": stage, "sclite": __version__, "inputs": inputs, **report.as_dict()}
+        self.write_json(f"done/{stage}.json", manifest)
+
+    def file_digest(self, name: str) -> str:
+        """A short hash of a file's bytes; empty where it is absent."""
+        path = self.path(name)
+        if not path.is_file():
+            return ""
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _cut_half_line(file) -> None:
+    file.seek(0)
+    whole = file.read().rfind(b"\n") + 1
+    file.truncate(whole)
+    file.seek(0, os.SEEK_END)
+
+
+@contextmanager
+def timed(report: Report) -> Iterator[None]:
+    """Add the seconds that the block takes to the report."""
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        report.seconds = round(report.seconds + time.monotonic() - began, 3)

@@ -1,0 +1,422 @@
+"""A GGUF file in llama.cpp, many sequences at once."""
+
+import ctypes
+import functools
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sclite.errors import DataFault, DeviceFault, UsageFault
+from sclite.student.base import Messages, Reply, Request, ScoreRequest, Scores
+from sclite.student.batch import Scheduler
+from sclite.student.batch import Sequence as Ids
+
+_log: deque[str] = deque(maxlen=40)
+"""The last lines that llama.cpp wrote; shown only when it fails to load."""
+
+
+@functools.cache
+def _llama():
+    """llama.cpp's C functions, silenced.
+
+    Its threads spin while they wait for each other, which beside any other busy process costs up to a factor of 100
+    (measured on 2 cores); told to sleep, they lose a few per cent on an idle machine.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    import llama_cpp.llama_cpp as api
+
+    def keep(level, text, _):
+        _log.append(text.decode("utf-8", "replace"))
+
+    _llama.keep = api.llama_log_callback(keep)  # ctypes calls it as long as the process lives
+    api.llama_log_set(_llama.keep, None)
+    api.llama_backend_init()
+    return api
+
+
+def _last_words() -> str:
+    """What llama.cpp said about its failure."""
+    lines = [line.strip() for line in "".join(_log).splitlines()]
+    faults = [line for line in lines if "error" in line.lower() or "fail" in line.lower()]
+    return "; ".join(faults[-3:]) or "no reason given"
+
+
+@functools.cache
+def _template(source: str):
+    """The compiled chat template, in the environment that transformers gives it."""
+    import json
+    from datetime import datetime
+
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}` marks what is trained on; here it is nothing but its body."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body).set_lineno(line)
+
+    def fail(message):
+        raise TemplateError(message)
+
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(
+            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals.update(raise_exception=fail, strftime_now=lambda form: datetime.now().strftime(form))
+    return environment.from_string(source)
+
+
+def render_chat(template: str, messages: Messages, *, generation_prompt: bool = True, **tokens: str) -> str:
+    """The messages as the chat template writes them, as transformers renders it; `tokens` are bos_token, eos_token ..
+
+    Where the template refuses or leaves out a system message, its text goes before the first user message, with an empty
+    line between. Raises DataFault when the template cannot render the messages at all.
+    """
+    from jinja2 import TemplateError
+
+    def render(these):
+        return _template(template).render(
+            messages=[dict(message) for message in these],
+            tools=None,
+            documents=None,
+            add_generation_prompt=generation_prompt,
+            enable_thinking=False,
+            **tokens,
+        )
+
+    reason = ""
+    for these in (messages, merge_system(messages)):
+        try:
+            text = render(these)
+        except (TemplateError, TypeError) as fault:
+            reason = str(fault)
+            continue
+        if all(message["content"].strip() in text for message in these if message["role"] == "system"):
+            return text
+    raise DataFault(
+        f"the chat template cannot render the messages: {reason}",
+        "use another base model, or mend its template",
+    )
+
+
+def merge_system(messages: Messages) -> Messages:
+    """The same chat without a system message: its text opens the first user message."""
+    system = [message["content"] for message in messages if message["role"] == "system"]
+    rest = [dict(message) for message in messages if message["role"] != "system"]
+    for message in rest:
+        if system and message["role"] == "user":
+            message["content"] = "\n\n".join([*system, message["content"]])
+            break
+    return tuple(rest)
+
+
+class Vocabulary:
+    """The tokens of a GGUF: text to ids, an id to its bytes, which ids end a turn."""
+
+    def __init__(self, api, model):
+        self._api, self._of = api, api.llama_model_get_vocab(model)
+        self.size: int = api.llama_vocab_n_tokens(self._of)
+        self.ends = frozenset(token for token in range(self.size) if api.llama_vocab_is_eog(self._of, token))
+        self._pieces: dict[int, bytes] = {}
+
+    def ids(self, text: str, special: bool = False) -> list[int]:
+        """Token ids of the text by itself, no BOS. `special`: control tokens in the text count as such."""
+        data = text.encode("utf-8")
+        room = len(data) + 8
+        found = (self._api.llama_token * room)()
+        count = self._api.llama_tokenize(self._of, data, len(data), found, room, False, special)
+        if count < 0:
+            found = (self._api.llama_token * -count)()
+            count = self._api.llama_tokenize(self._of, data, len(data), found, -count, False, special)
+        return found[:count]
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of a token (part of a character, perhaps); none for control tokens."""
+        if token not in self._pieces:
+            room = ctypes.create_string_buffer(512)
+            count = self._api.llama_token_to_piece(self._of, token, room, len(room), 0, False)
+            self._pieces[token] = room.raw[: max(count, 0)]
+        return self._pieces[token]
+
+    def name(self, token: int) -> str:
+        """How a token is written in a chat template."""
+        return (
+            (self._api.llama_vocab_get_text(self._of, token) or b"").decode("utf-8", "replace")
+            if token >= 0
+            else ""
+        )
+
+    def special_tokens(self, has) -> dict[str, str]:
+        """bos_token, eos_token for the chat template; `has(key)`: llama.cpp invents ids that a file does not name."""
+        found = {"bos": self._api.llama_vocab_bos, "eos": self._api.llama_vocab_eos}
+        return {
+            f"{kind}_token": self.name(get(self._of)) if has(f"tokenizer.ggml.{kind}_token_id") else ""
+            for kind, get in found.items()
+        }
+
+
+class Engine:
+    """One GGUF file as a student (protocol of sclite/student/base.py).
+
+    Attributes: `vocabulary_size`; `description` (llama.cpp's words, such as "llama 7B Q4_K - Medium"); `offloaded` (are
+    layers on a GPU); `chat_template` (Jinja, "" when the file has none); `parallel`, `context` (tokens, as granted).
+    Threads may share an engine: their requests then share its batches.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        parallel: int = 32,
+        context: int = 4096,
+        gpu_layers: int = -1,
+        threads: int | None = None,
+        lora: Path | str | None = None,
+        cache_gb: float = 4.0,
+        unified: bool | None = None,
+    ):
+        """Load the file. `context`: tokens of one sequence at the most (never more than the model was trained for).
+
+        Each sequence has a cache of its own when `parallel` of them fit into `cache_gb` GB (twice as fast on a CPU with 32
+        sequences), else they share one of that size and wait where it is full; `unified` forces the one or the other.
+        Raises DataFault (no such file, not a GGUF), DeviceFault (not enough memory), UsageFault.
+        """
+        self._api = api = _llama()
+        self._model = self._context = self._adapter = None
+        if not 1 <= parallel <= api.llama_max_parallel_sequences():
+            raise UsageFault(f"parallel is {parallel}", f"use 1 to {api.llama_max_parallel_sequences()}")
+        self._model = self._load_model(Path(path), gpu_layers)
+        self.path, self.parallel = Path(path), parallel
+        self.offloaded: bool = bool(api.llama_supports_gpu_offload()) and gpu_layers != 0
+        self.vocabulary = Vocabulary(api, self._model)
+        self.vocabulary_size = self.vocabulary.size
+        buffer = ctypes.create_string_buffer(256)
+        api.llama_model_desc(self._model, buffer, len(buffer))
+        self.description: str = buffer.value.decode("utf-8", "replace")
+        self.chat_template: str = (api.llama_model_chat_template(self._model, None) or b"").decode("utf-8")
+        self._special = self.vocabulary.special_tokens(self._metadata)
+        self.context = -(-min(context, api.llama_model_n_ctx_train(self._model) or context) // 256) * 256
+        self._open_context(threads, cache_gb, unified)
+        if lora is not None:
+            self._load_adapter(Path(lora))
+
+    # -- loading
+
+    def _load_model(self, path: Path, gpu_layers: int):
+        if not path.is_file():
+            raise DataFault(f"no GGUF file {path}", "make one with: sclite export")
+        _log.clear()
+        parameters = self._api.llama_model_default_params()
+        parameters.n_gpu_layers = gpu_layers
+        model = self._api.llama_model_load_from_file(os.fsencode(path), parameters)
+        if not model:
+            raise DataFault(
+                f"llama.cpp cannot load {path}: {_last_words()}", "make it anew with: sclite export"
+            )
+        return model
+
+    def _metadata(self, key: str) -> str | None:
+        """A scalar of the GGUF as text, None when it is absent."""
+        buffer = ctypes.create_string_buffer(256)
+        found = self._api.llama_model_meta_val_str(self._model, key.encode(), buffer, len(buffer))
+        return buffer.value.decode("utf-8", "replace") if found >= 0 else None
+
+    def _cell_bytes(self) -> int:
+        """Bytes of cache for one token: keys and values of every layer in float16."""
+        api, model = self._api, self._model
+        kind = self._metadata("general.architecture")
+        head = api.llama_model_n_embd(model) // max(1, api.llama_model_n_head(model))
+        lengths = sum(
+            int(self._metadata(f"{kind}.attention.{part}_length") or head) for part in ("key", "value")
+        )
+        return 2 * api.llama_model_n_layer(model) * api.llama_model_n_head_kv(model) * lengths
+
+    def _open_context(self, threads: int | None, cache_gb: float, unified: bool | None) -> None:
+        api = self._api
+        affordable = int(cache_gb * 1e9) // max(1, self._cell_bytes()) // 256 * 256
+        wanted = self.parallel * self.context
+        self.unified = wanted > affordable if unified is None else unified
+        self.cells = max(self.context, min(wanted, affordable)) if self.unified else wanted
+        threads = threads or default_threads(api.llama_model_n_params(self._model))
+        parameters = api.llama_context_default_params()
+        parameters.n_ctx, parameters.n_seq_max, parameters.kv_unified = (
+            self.cells,
+            self.parallel,
+            self.unified,
+        )
+        parameters.n_batch = 2048
+        parameters.n_threads = parameters.n_threads_batch = threads
+        parameters.swa_full = True  # a cache pruned to the window cannot be shared
+        _log.clear()
+        self._context = api.llama_init_from_model(self._model, parameters)
+        if not self._context:
+            self.close()
+            raise DeviceFault(
+                f"llama.cpp cannot open {self.path} with a cache of {self.cells} tokens: {_last_words()}",
+                "use fewer parallel sequences, a shorter context, or fewer GPU layers",
+            )
+        recurrent = api.llama_model_is_recurrent(self._model) or api.llama_model_is_hybrid(self._model)
+        self.scheduler = Scheduler(
+            api,
+            self._context,
+            self.vocabulary,
+            slots=self.parallel,
+            cells=self.cells,
+            unified=self.unified,
+            shares=not recurrent,
+        )
+
+    def _load_adapter(self, path: Path) -> None:
+        _log.clear()
+        adapter = (
+            self._api.llama_adapter_lora_init(self._model, os.fsencode(path)) if path.is_file() else None
+        )
+        if not adapter:
+            self.close()
+            reason = _last_words() if path.is_file() else "no such file"
+            raise DataFault(
+                f"cannot load the LoRA adapter {path}: {reason}", "make it with: sclite export --format lora"
+            )
+        adapters = (self._api.llama_adapter_lora_p_ctypes * 1)(adapter)
+        self._api.llama_set_adapters_lora(self._context, adapters, 1, (ctypes.c_float * 1)(1.0))
+
+    def close(self) -> None:
+        """Free the model's memory; the engine is unusable afterwards."""
+        if self._context:
+            self._api.llama_free(self._context)
+        if self._model:
+            self._api.llama_model_free(self._model)
+        self._model = self._context = None
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    # -- text and tokens
+
+    def token_ids(self, text: str, special: bool = False) -> list[int]:
+        """Ids of the text by itself, without BOS; `special`: control tokens written in it count as such."""
+        return self.vocabulary.ids(text, special)
+
+    def chat_ids(self, messages: Messages) -> list[int]:
+        """Prompt ids: the chat template's text up to where the assistant begins. DataFault without a template."""
+        if not self.chat_template:
+            raise DataFault(f"{self.path} has no chat template", "export it from a chat (instruct) model")
+        return self.token_ids(render_chat(self.chat_template, messages, **self._special), special=True)
+
+    def _ids(self, messages: Messages, pieces: Sequence[str]) -> tuple[list[int], list[int]]:
+        """Ids of prompt and pieces, and how many of them there are after each piece."""
+        ids, ends = self.chat_ids(messages), []
+        for piece in pieces:
+            ids = ids + self.token_ids(piece)
+            ends.append(len(ids))
+        return ids, ends
+
+    # -- the student
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Reply]:
+        """Yield each reply when it is done. Greedy at temperature 0; `tokens` counts the end token too.
+
+        A prompt that does not fit gives a reply with finish "error" and the reason; a reply that reaches the end of the
+        context has finish "length". Random choices depend on the request's seed alone.
+        """
+        sequences: dict[Ids, int] = {}
+        for index, request in enumerate(requests):
+            ids, _ = self._ids(request.messages, request.pieces)
+            room = self.context - len(ids)
+            if room < 1 or not ids or request.max_tokens < 1:
+                reason = f"the prompt has {len(ids)} tokens, the context {self.context}: use a longer context"
+                finish = "length" if ids and room > 0 else "error"
+                yield Reply(index, "", 0, len(ids), finish, None if finish == "length" else reason)
+                continue
+            sequences[Ids(ids, request=request, limit=min(request.max_tokens, room))] = index
+        for done in self.scheduler.run(sequences):
+            text = done.text.decode("utf-8", "replace")
+            yield Reply(sequences[done], text, done.generated, len(done.prompt), done.finish, done.error)
+
+    def score(self, requests: Sequence[ScoreRequest]) -> Iterator[Scores]:
+        """Yield the log-odds of the two options at each mark, one prefill for each request.
+
+        Where the options' first tokens are the same, their whole texts are scored. A request that does not fit gives NaN
+        at every mark.
+        """
+        marks: dict[int, list[tuple[Ids, Ids, int]]] = {}
+        owner: dict[Ids, int] = {}
+        missing: dict[int, int] = {}
+        lengths: dict[int, int] = {}
+        for index, request in enumerate(requests):
+            lengths[index], marks[index] = self._score_parts(request)
+            parts = {ids for first, second, _ in marks[index] for ids in (first, second)}
+            missing[index] = len(parts)
+            if not parts or max(len(part.ids) for part in parts) > self.context:
+                yield Scores(index, (float("nan"),) * len(request.marks), lengths[index])
+            else:
+                owner.update(dict.fromkeys(parts, index))
+        for done in self.scheduler.run(sorted(owner, key=owner.__getitem__)):
+            index = owner[done]
+            missing[index] -= 1
+            if not missing[index]:
+                yield Scores(index, tuple(_log_odds(*mark) for mark in marks.pop(index)), lengths[index])
+
+    def _score_parts(self, request: ScoreRequest) -> tuple[int, list[tuple[Ids, Ids, int]]]:
+        """Length of the prompt, and for each mark the sequences that read the options, and the position of the mark."""
+        ids, ends = self._ids(request.messages, request.pieces)
+        first, second = (self.token_ids(option) for option in request.options)
+        if not first or not second:
+            raise UsageFault(f"an empty option in {request.options}", "both options need text")
+        at = [ends[mark] - 1 for mark in request.marks]
+        if first[0] != second[0]:
+            both = Ids(ids, reads=dict.fromkeys(sorted(at), (first[0], second[0])))
+            return len(ids), [(both, both, position) for position in at]
+        return len(ids), [
+            (_following(ids[: position + 1], first), _following(ids[: position + 1], second), position)
+            for position in at
+        ]
+
+    def log_probabilities(self, ids: Sequence[int]) -> np.ndarray:
+        """log p of every token after each of the ids: float64 (len(ids), vocabulary_size)."""
+        sequence = Ids(list(ids), reads=dict.fromkeys(range(len(ids))))
+        (done,) = self.scheduler.run([sequence])
+        return np.stack(done.read)
+
+
+def _following(ids: list[int], option: list[int]) -> Ids:
+    """The sequence that reads log p of each token of `option` after `ids`."""
+    return Ids(ids + option[:-1], reads={len(ids) - 1 + i: (token,) for i, token in enumerate(option)})
+
+
+def _log_odds(first: Ids, second: Ids, position: int) -> float:
+    """log p of the first option less that of the second, from finished sequences; NaN when one could not run."""
+    if first.error or second.error:
+        return float("nan")
+    if first is second:
+        pair = first.read[list(first.reads).index(position)]
+        return float(pair[0] - pair[1])
+    return float(sum(part[0] for part in first.read) - sum(part[0] for part in second.read))
+
+
+def default_threads(parameters: int) -> int:
+    """Threads for llama.cpp: 1 for models under 20M parameters, where waiting costs more than it brings.
+
+    Else the cores that this process may use, half of them where they are more than 8 (hyperthreads).
+    """
+    if parameters < 20_000_000:
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores if cores <= 8 else cores // 2

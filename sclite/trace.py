@@ -1,0 +1,291 @@
+"""The thought trace: numbered steps in tags, its one canonical text, and a reader that forgives (METHOD sections 1, 2).
+
+A template, an attempt and a review are all traces; a review carries a cause and a correction inside its first wrong
+step. `render` writes the canonical form, in which every inner tag and every step's closer starts a line, because a
+newline followed by `</` or `<C` is a clean token boundary. `parse` reads what models really write and never raises.
+"""
+
+import re
+from dataclasses import dataclass, replace
+
+_TAG = re.compile(
+    r"<[ \t]*(/?)[ \t]*(step|key|cause|correction|generalized|answer)[ \t]*(\d{0,4})[ \t]*:?[ \t]*>", re.I
+)
+_THINK = re.compile(r"\s*<think>.*?</think>", re.S)
+INNER = ("key", "cause", "correction")
+OUTER = ("generalized", "answer")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: its text, a reminder where it is tricky, and in a review why it is wrong and the step made right."""
+
+    text: str
+    key: str | None = None
+    cause: str | None = None
+    correction: str | None = None
+
+    def __post_init__(self):
+        _check("step", self.text, empty=True)
+        for name in INNER:
+            _check(name, getattr(self, name))
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Steps (numbered from 1 by position), how to solve problems of this kind, and the final answer."""
+
+    steps: tuple[Step, ...] = ()
+    generalized: str | None = None
+    answer: str | None = None
+
+    def __post_init__(self):
+        _check("generalized", self.generalized)
+        _check("answer", self.answer)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with a text and where: `name` is one of the words in `parse`'s docstring."""
+
+    name: str
+    place: str
+
+    def __str__(self) -> str:
+        return f"{self.name.replace('_', ' ')} at {self.place}"
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What could be read, and the faults met on the way, in order of their place."""
+
+    trace: Trace
+    faults: tuple[Fault, ...]
+
+
+def _check(name: str, text: str | None, empty: bool = False) -> None:
+    if text is None:
+        return
+    if text != text.strip() or _TAG.search(text) or not (text or empty):
+        raise ValueError(f"the text of a {name} is stripped, free of tags and not empty: {text[:60]!r}")
+
+
+def clean(text: str) -> str:
+    """Make any text fit for a step: tags out, ends stripped."""
+    text = _TAG.sub(" ", text)
+    if _TAG.search(text):  # taking a tag out has joined its neighbours into another
+        text = text.replace("<", " ")
+    return text.strip()
+
+
+# -- writing -------------------------------------------------------------------------------------------------------
+
+
+def open_piece(number: int, step: Step) -> str:
+    """`<Stepn>text` with its key and a closing newline: the text of s_n up to the decision point."""
+    key = f"\n<Key>{step.key}</Key>" if step.key else ""
+    return f"<Step{number}>{step.text}{key}\n"
+
+
+def close_piece(number: int) -> str:
+    """`</Stepn>` and a newline."""
+    return f"</Step{number}>\n"
+
+
+def step_pieces(steps: tuple[Step, ...], start: int = 1) -> list[str]:
+    """The steps as alternating open and close pieces, each tokenised by itself in training and inference."""
+    pieces = []
+    for number, step in enumerate(steps, start):
+        pieces += [open_piece(number, step), close_piece(number)]
+    return pieces
+
+
+def render_step(number: int, step: Step) -> str:
+    """One step, whole, with whatever it holds."""
+    lines = [open_piece(number, step)]
+    if step.cause is not None:
+        lines.append(f"<Cause>{step.cause}</Cause>\n")
+    if step.correction is not None:
+        lines.append(f"<Correction>{step.correction}</Correction>\n")
+    return "".join(lines) + f"</Step{number}>"
+
+
+def render(trace: Trace) -> str:
+    """The canonical text; `parse(render(t)).trace == t` for every trace."""
+    lines = [render_step(number, step) for number, step in enumerate(trace.steps, 1)]
+    if trace.generalized is not None:
+        lines.append(f"<Generalized>{trace.generalized}</Generalized>")
+    if trace.answer is not None:
+        lines.append(f"<Answer>{trace.answer}</Answer>")
+    return "\n".join(lines)
+
+
+# -- reading -------------------------------------------------------------------------------------------------------
+
+
+class _Reader:
+    """Walks over the tags of one text and builds the trace, noting faults instead of raising."""
+
+    def __init__(self, text: str):
+        self.text = text
+        self.steps: list[dict[str, str]] = []
+        self.outer: dict[str, str] = {}
+        self.faults: list[Fault] = []
+        self.step: dict[str, str] | None = None  # the open step
+        self.tag: str | None = None  # the open tag inside a step, or generalized, or answer
+        self.number = 0  # the number that the open step carries
+
+    def place(self, offset: int) -> str:
+        where = f"step {len(self.steps)}" if self.step is not None else self.tag or "the top level"
+        return f"{where}, character {offset}"
+
+    def fault(self, name: str, offset: int) -> None:
+        self.faults.append(Fault(name, self.place(offset)))
+
+    def take(self, text: str, offset: int) -> None:
+        """Put the text between two tags where it belongs."""
+        if self.tag in OUTER:
+            self.outer[self.tag] = _join(self.outer.get(self.tag), text)
+        elif self.step is not None:
+            slot = self.tag or "text"
+            self.step[slot] = _join(self.step.get(slot), text)
+        elif text.strip() and self.steps and "answer" not in self.outer:
+            self.fault(
+                "text_between_tags", offset
+            )  # a greeting before the first step or after the answer is harmless
+
+    def close_tag(self, offset: int, closed: bool) -> None:
+        if self.tag is not None and not closed:
+            self.fault("missing_closer", offset)
+        self.tag = None
+
+    def close_step(self, offset: int, closed: bool) -> None:
+        if self.step is not None:
+            self.close_tag(offset, closed=self.tag is None)
+            if not closed:
+                self.fault("missing_closer", offset)
+            self.step = None
+
+    def on_step(self, closing: bool, number: int | None, offset: int) -> None:
+        if self.tag in OUTER:
+            self.close_tag(offset, closed=False)
+        if self.step is not None and not closing and number == self.number and _filled(self.step):
+            self.fault("opener_as_closer", offset)
+            closing = True
+        if closing:
+            if self.step is None:
+                self.fault("stray_closer", offset)
+            elif number not in (None, self.number):
+                self.fault("wrong_step_number", offset)
+            self.close_step(offset, closed=True)
+            return
+        self.close_step(offset, closed=False)
+        if "answer" in self.outer or "generalized" in self.outer:
+            self.fault("step_after_the_end", offset)
+        self.step = {}
+        self.steps.append(self.step)
+        self.number = number if number is not None else len(self.steps)
+        if self.number != len(self.steps):
+            self.fault("wrong_step_number", offset)
+
+    def on_inner(self, name: str, closing: bool, offset: int) -> None:
+        if self.step is None:
+            self.fault("stray_closer" if closing else "tag_outside_a_step", offset)
+            return
+        if not closing and self.tag == name and self.step.get(name, "").strip():
+            self.fault("opener_as_closer", offset)
+            closing = True
+        if closing:
+            if self.tag != name:
+                self.fault("stray_closer", offset)
+            self.tag = None
+            return
+        self.close_tag(offset, closed=self.tag is None)
+        if name in self.step:
+            self.fault(f"second_{name}", offset)
+        self.tag = name
+
+    def on_outer(self, name: str, closing: bool, offset: int) -> None:
+        if not closing and self.tag == name and self.outer.get(name, "").strip():
+            self.fault("opener_as_closer", offset)
+            closing = True
+        if closing:
+            if self.tag != name:
+                self.fault("stray_closer", offset)
+            else:
+                self.tag = None
+            return
+        self.close_step(offset, closed=False)
+        self.close_tag(offset, closed=self.tag is None)
+        if name in self.outer:
+            self.fault(f"second_{name}", offset)
+            self.outer[name] = ""  # the last one counts
+        if name == "generalized" and "answer" in self.outer:
+            self.fault("generalized_after_the_answer", offset)
+        self.tag = name
+
+    def read(self) -> Parsed:
+        think = _THINK.match(self.text)
+        position = think.end() if think else 0
+        for match in _TAG.finditer(self.text, position):
+            self.take(self.text[position : match.start()], position)
+            position = match.end()
+            closing, name = bool(match[1]), match[2].lower()
+            if name == "step":
+                self.on_step(closing, int(match[3]) if match[3] else None, match.start())
+            elif name in INNER:
+                self.on_inner(name, closing, match.start())
+            else:
+                self.on_outer(name, closing, match.start())
+        self.take(self.text[position:], position)
+        end = len(self.text)
+        self.close_step(end, closed=False)
+        self.close_tag(end, closed=self.tag is None)
+        return self.result(end)
+
+    def result(self, end: int) -> Parsed:
+        steps = tuple(
+            Step(clean(s.get("text", "")), *(clean(s.get(name, "")) or None for name in INNER))
+            for s in self.steps
+        )
+        for number, step in enumerate(steps, 1):
+            if not step.text:
+                self.faults.append(Fault("empty_step", f"step {number}"))
+        outer = {name: clean(self.outer.get(name, "")) or None for name in OUTER}
+        if not steps:
+            self.faults.append(Fault("no_steps", "the top level"))
+        if outer["answer"] is None:
+            self.faults.append(Fault("no_answer", f"the end, character {end}"))
+        return Parsed(Trace(steps, **outer), tuple(self.faults))
+
+
+def _join(before: str | None, text: str) -> str:
+    return text if not before else f"{before.rstrip()} {text.lstrip()}" if text.strip() else before
+
+
+def _filled(step: dict[str, str]) -> bool:
+    return bool(step.get("text", "").strip())
+
+
+def parse(text: str) -> Parsed:
+    """Read a trace from any text, in linear time, without ever raising.
+
+    Case, blanks and a colon inside a tag do not matter, nor does text before the first step or after the answer, nor a
+    leading think block. Faults: missing_closer, opener_as_closer, stray_closer, wrong_step_number, step_after_the_end,
+    tag_outside_a_step, second_key, second_cause, second_correction, second_generalized, second_answer,
+    generalized_after_the_answer, text_between_tags, empty_step, no_steps, no_answer.
+    """
+    return _Reader(text).read()
+
+
+def first_corrected(trace: Trace) -> int | None:
+    """The number (from 1) of the first step that carries a cause or a correction; None where nothing is accused."""
+    for number, step in enumerate(trace.steps, 1):
+        if step.cause is not None or step.correction is not None:
+            return number
+    return None
+
+
+def corrected(trace: Trace) -> Trace:
+    """A review as a plain solution: the corrected step takes the place of the wrong one, causes fall away."""
+    return replace(trace, steps=tuple(Step(step.correction or step.text, step.key) for step in trace.steps))

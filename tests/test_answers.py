@@ -1,0 +1,315 @@
+"""The grader: a table of pairs with their verdicts, what it reads out of texts, and workers that hang, die or are orphaned."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sclite import answers
+from sclite.answers import Grader, equal, extract
+from sclite.errors import ScliteError
+
+PAIRS = [json.loads(line) for line in (Path(__file__).parent / "answer_pairs.jsonl").read_text().splitlines()]
+SHARED = Path(os.environ.get("SCLITE_SHARED") or Path(__file__).resolve().parents[2] / "shared") / "data"
+TOWER = "9^{9^{9^{9}}}"  # has more digits than there are atoms; sympy tries to write them down
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real problems at {SHARED}")
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+
+
+@pytest.fixture(scope="module")
+def grader():
+    with Grader(seconds=30) as grader:
+        yield grader
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda p: f"{p['kind']}: {p['given'][:30]!r} {p['gold'][:30]!r}")
+def test_every_pair_of_the_table_gets_its_verdict(grader, pair):
+    assert grader.equal(pair["given"], pair["gold"]) is pair["equal"]
+
+
+def test_the_table_is_large_balanced_and_varied():
+    kinds = Counter(pair["kind"] for pair in PAIRS)
+    assert len(PAIRS) >= 200
+    assert 0.4 <= sum(pair["equal"] for pair in PAIRS) / len(PAIRS) <= 0.6
+    assert {"fraction", "radical", "interval", "unit", "percent", "text", "set", "matrix"} <= set(kinds)
+    assert min(kinds.values()) >= 5
+
+
+def test_what_is_equal_stays_equal_the_other_way_round(grader):
+    turned = [p for p in PAIRS if p["equal"] and p["kind"] not in ("sentence", "equation")]
+    verdicts = grader.equal_many([(p["gold"], p["given"]) for p in turned])
+    assert [p for p, verdict in zip(turned, verdicts, strict=True) if verdict is not True] == []
+
+
+def test_every_gold_answer_of_the_table_equals_itself_in_dollars_and_in_a_box(grader):
+    golds = sorted({p["gold"] for p in PAIRS if p["kind"] != "hostile" and "$" not in p["gold"]})
+    written = [(new, gold) for gold in golds for new in (f"${gold}$", f"\\boxed{{{gold}}}", f" {gold} . ")]
+    verdicts = grader.equal_many(written)
+    assert [pair for pair, verdict in zip(written, verdicts, strict=True) if verdict is not True] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so $x=\boxed{\frac{1}{2}}$.", r"\frac{1}{2}"),
+        (r"first \boxed{3}, no: \boxed{4}", "4"),
+        (r"\boxed{\boxed{7}}", "7"),
+        (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+        (r"\boxed {5}", "5"),
+        (r"\boxed{3} and then \boxed{4", "3"),
+        (r"#### 9 and \boxed{3}", "3"),
+        ("48/2 = <<48/2=24>>24\n48+24 = 72\n#### 72", "72"),
+        ("#### 1,000\n", "1,000"),
+        ("#### 1. Add them\n<Answer>5</Answer>", "5"),
+        ("<Step1>2</Step1>\n<Answer>final 12</Answer>", "final 12"),
+        ("<answer:> $x = 3$ </ANSWER>", "$x = 3$"),
+        ("<Answer>\nEvelyn", "Evelyn"),
+        ("<Answer></Answer> 8", "8"),
+        ("The answer is 5. I hope it is correct.", "5"),
+        ("The final answer to this question is: $\\frac{3}{4}$.", r"$\frac{3}{4}$"),
+        ("**Answer:** 3.5 because so", "3.5"),
+        ("The answers are 1 and 2.", "1 and 2"),
+        ("Final Answer:\n\nEvelyn", "Evelyn"),
+        ("She makes $<<9*2=18>>18\nA: 18", "18"),
+        ("so 3 + 4 makes 7 in all", "7"),
+        ("it fell to -3.5", "-3.5"),
+        ("5-3", "3"),
+        ("it costs $1,234.50, I think", "$1,234.50"),
+        ("nothing here", None),
+        ("", None),
+        (r"\boxed{}", None),
+    ],
+)
+def test_the_final_answer_is_read_out_of_a_text(text, answer):
+    assert extract(text) == answer
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(alphabet="\\boxed{}<>/Answeris:# 19.,$-=*\n\u0000é", max_size=200))
+def test_any_text_is_read_and_graded_without_raising(text):
+    answer = extract(text)
+    assert answer is None or answer.strip() == answer != ""
+    assert answers._quick(answer, "5")[0] in (True, False, None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            part * (200_000 // len(part))
+            for part in ("\\boxed{", "}", "#### ", "<answer", "answer ", "1,", "A:\n", "\\")
+        ),
+        *(start + " " * 200_000 + "x" for start in ("####", "answer", "answer:", "<", "\\boxed", "A:")),
+        "####" + "1" * 200_000 + "x",
+    ],
+    ids=lambda text: repr(text[:9]),
+)
+def test_hostile_texts_are_read_in_linear_time(text):
+    begin = time.perf_counter()
+    extract(text)
+    assert time.perf_counter() - begin < 2
+
+
+def test_an_answer_of_a_hundred_thousand_characters_is_graded_at_once():
+    begin = time.perf_counter()
+    assert equal("(" * 100_000, "5") is False
+    assert equal("7" * 100_000, "7" * 100_000) is True
+    assert equal("{" * 900, "5") is False
+    assert time.perf_counter() - begin < 1
+
+
+def test_no_answer_is_a_wrong_answer():
+    assert equal(None, "5") is False
+    assert equal("", "5") is False
+    assert equal(" \n", "") is False
+
+
+def test_plain_numbers_never_start_a_worker_and_cost_microseconds(monkeypatch):
+    monkeypatch.setattr(answers, "_start", lambda _seconds: pytest.fail("a worker was started"))
+    plain = [
+        ("72", "72"),
+        ("73", "72"),
+        ("$1,234.50", "1234.5"),
+        ("12 apples", "12"),
+        ("3 1/2", r"\frac{7}{2}"),
+    ]
+    begin = time.perf_counter()
+    verdicts = [equal(*pair) for _ in range(400) for pair in plain]
+    assert verdicts[:5] == [True, False, True, True, True]
+    assert (time.perf_counter() - begin) / len(verdicts) < 500e-6
+
+
+def test_importing_the_grader_imports_no_algebra():
+    code = "import sys, sclite.answers as a; a.equal('1/2', '0.5'); print(sorted({'sympy','math_verify'} & set(sys.modules)))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_a_hung_worker_is_killed_and_its_comparison_is_unknown():
+    with Grader(seconds=1) as grader:
+        assert grader.equal(r"\sqrt{8}", r"2\sqrt{2}") is True
+        first = grader._idle.queue[0]
+        begin = time.perf_counter()
+        assert grader.equal(TOWER, "5") is None
+        assert time.perf_counter() - begin < 4
+        assert first.poll() is not None
+    with Grader(seconds=30) as grader:
+        assert grader.equal(r"\sqrt{8}", r"2\sqrt{2}") is True
+
+
+def test_after_a_hung_worker_the_next_comparisons_are_graded():
+    with Grader(seconds=2, processes=2) as grader:
+        pairs = [
+            (r"\sqrt{8}", r"2\sqrt{2}"),
+            (TOWER, "5"),
+            (r"\sqrt{8}", r"2\sqrt{3}"),
+            ("5", "5"),
+            (None, "5"),
+        ]
+        assert grader.equal_many(pairs) == [True, None, False, True, False]
+
+
+def test_failed_grader_is_not_a_wrong_answer(monkeypatch):
+    import math_verify
+
+    def fail(*_args, **_options):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(math_verify, "verify", fail)
+    assert answers._algebra("x", "y") is None
+
+
+def test_a_worker_that_dies_while_it_grades_is_not_a_wrong_answer(monkeypatch):
+    def start(_seconds):
+        code = "input(); raise SystemExit(3)"
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        return subprocess.Popen([sys.executable, "-c", code], **pipes)
+
+    monkeypatch.setattr(answers, "_start", start)
+    with Grader() as grader:
+        assert grader.equal(r"\sqrt{8}", r"2\sqrt{2}") is None
+
+
+def test_a_worker_that_died_between_two_comparisons_is_replaced(grader):
+    assert grader.equal(r"\sqrt{8}", r"2\sqrt{2}") is True
+    worker = grader._idle.queue[0]
+    worker.kill()
+    worker.wait()
+    assert grader.equal(r"\sqrt{8}", r"2\sqrt{2}") is True
+
+
+def test_a_grader_without_math_verify_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "math_verify.py").write_text("raise ImportError('no math_verify here')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with Grader() as grader, pytest.raises(ScliteError, match="no math_verify here") as fault:
+        grader.equal(r"\sqrt{8}", r"2\sqrt{2}")
+    assert "pip install" in fault.value.hint
+
+
+def test_many_threads_share_one_grader(grader):
+    wrong = []
+
+    def grade(n):
+        wrong.extend(
+            n for _ in range(5) if grader.equal(f"\\sqrt{{{n * n * 2}}}", f"{n}\\sqrt{{2}}") is not True
+        )
+
+    threads = [threading.Thread(target=grade, args=(n,)) for n in range(2, 8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_a_closed_grader_leaves_no_worker():
+    with Grader(seconds=30) as grader:
+        grader.equal(r"\sqrt{8}", r"2\sqrt{2}")
+        worker = grader._idle.queue[0]
+    assert worker.poll() is not None
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@needs_proc
+@pytest.mark.parametrize("hung", [False, True], ids=["idle", "hung"])
+def test_a_worker_ends_when_its_parent_is_killed(hung):
+    """The script has no `if __name__ == "__main__"`, which a worker must not mind."""
+    script = f"""
+        import time, sclite.answers as answers
+        start = answers._start
+        def show(seconds):
+            worker = start(seconds)
+            print(worker.pid, flush=True)
+            return worker
+        answers._start = show
+        answers.Grader(seconds=1.5).equal({TOWER if hung else "x+1"!r}, "5")
+        time.sleep(60)
+    """
+    parent = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True
+    )
+    worker = int(parent.stdout.readline())
+    time.sleep(0.5)
+    assert _runs(worker)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 10
+    while _runs(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _runs(worker)
+
+
+@needs_shared
+def test_published_flags_of_1200_model_solutions_are_reproduced(grader):
+    rows = [json.loads(line) for line in (SHARED / "gsm8k-model-solutions.jsonl").read_text().splitlines()]
+    solutions = [(row["ground_truth"], s) for row in rows for s in row.values() if isinstance(s, dict)]
+    verdicts = grader.equal_many((extract(s["solution"]), extract(gold)) for gold, s in solutions)
+    assert len(verdicts) == 1200
+    assert [s for (_, s), v in zip(solutions, verdicts, strict=True) if v is not s["is_correct"]] == []
+
+
+@needs_shared
+def test_gold_answers_of_300_real_problems_equal_themselves_written_otherwise(grader):
+    rows = [json.loads(line) for line in (SHARED / "math-sample.jsonl").read_text().splitlines()]
+    golds = [extract(row["solution"]) for row in rows]
+    pairs = [(new, gold) for gold in golds for new in _written_otherwise(gold)]
+    verdicts = grader.equal_many(pairs)
+    assert len(golds) == 300
+    assert [pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict is not True] == []
+
+
+@needs_shared
+def test_gold_answers_of_300_real_problems_do_not_equal_each_other(grader):
+    """Neighbours in the file; an equal pair would mean that the grader takes one thing for another."""
+    rows = [json.loads(line) for line in (SHARED / "math-sample.jsonl").read_text().splitlines()]
+    golds = [extract(row["solution"]).replace("\\$", "") for row in rows]
+    pairs = [(a, b) for a, b in pairwise(golds) if a != b]
+    assert len(pairs) > 250
+    verdicts = grader.equal_many(pairs)
+    assert [pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict is not False] == []
+
+
+def _written_otherwise(gold: str) -> set[str]:
+    plain = gold.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
+    spaced = gold if re.search(r"\d,(\\!)?\d{3}", gold) else re.sub(r"([-+=,/])", r" \1 ", gold)
+    unsized = gold.replace("\\left", "").replace("\\right", "")
+    framed = {f"${gold}$", f"\\({gold}\\)", f"\\boxed{{{gold}}}", f"{gold}.", f"  {gold}\n"}
+    return {gold, plain, plain.replace("\\frac", "\\dfrac"), spaced, unsized, *framed}
