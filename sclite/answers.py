@@ -30,6 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 from sclite.errors import ScliteError
+from sclite.trace import parse
 
 Verdict = bool | None
 LONGEST = 1000  # characters; no answer is longer, and sympy's parser takes minutes over such texts
@@ -64,6 +65,11 @@ def extract(text: str) -> str | None:
     if not found and (number := _last(_NUMBER, text)):
         found = number.group().rstrip(",")
     return found or None
+
+
+def answer_of(text: str) -> str | None:
+    """The final answer of whatever a student wrote: its trace's answer, else what else in it looks like one."""
+    return parse(text).trace.answer or extract(text)
 
 
 def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:

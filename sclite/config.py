@@ -120,6 +120,10 @@ class Eval(Section):
     split: str = "test"
     limit: int | None = Field(500, ge=1)
     max_tokens: int = Field(1024, ge=16)
+    context: int = Field(4096, ge=256, description="tokens of one conversation at the most")
+    fit_share: float = Field(
+        0.3, gt=0, lt=1, description="share of the problems that the threshold is fitted on"
+    )
 
 
 class Review(Section):

@@ -100,24 +100,38 @@ def step_pieces(steps: tuple[Step, ...], start: int = 1) -> list[str]:
     return pieces
 
 
-def render_step(number: int, step: Step) -> str:
-    """One step, whole, with whatever it holds."""
-    lines = [open_piece(number, step)]
+CAUSE = "<Cause>"
+"""The piece that accuses a step: it stands where the step's closer would."""
+
+
+def note_pieces(step: Step) -> list[str]:
+    """What a review puts between a step's text and its closer: `<Cause>` by itself, then the rest."""
+    pieces = []
     if step.cause is not None:
-        lines.append(f"<Cause>{step.cause}</Cause>\n")
+        pieces += [CAUSE, f"{step.cause}</Cause>\n"]
     if step.correction is not None:
-        lines.append(f"<Correction>{step.correction}</Correction>\n")
-    return "".join(lines) + f"</Step{number}>"
+        pieces.append(f"<Correction>{step.correction}</Correction>\n")
+    return [*pieces[:1], "".join(pieces[1:])] if len(pieces) > 1 else pieces
+
+
+def all_pieces(trace: Trace) -> list[str]:
+    """A whole trace in the pieces in which it is tokenised; joined they are `render(trace)`."""
+    pieces = []
+    for number, step in enumerate(trace.steps, 1):
+        pieces += [open_piece(number, step), *note_pieces(step), close_piece(number)]
+    tail = []
+    if trace.generalized is not None:
+        tail.append(f"<Generalized>{trace.generalized}</Generalized>")
+    if trace.answer is not None:
+        tail.append(f"<Answer>{trace.answer}</Answer>")
+    if tail:
+        return [*pieces, "\n".join(tail)]
+    return [*pieces[:-1], pieces[-1].removesuffix("\n")] if pieces else []
 
 
 def render(trace: Trace) -> str:
     """The canonical text; `parse(render(t)).trace == t` for every trace."""
-    lines = [render_step(number, step) for number, step in enumerate(trace.steps, 1)]
-    if trace.generalized is not None:
-        lines.append(f"<Generalized>{trace.generalized}</Generalized>")
-    if trace.answer is not None:
-        lines.append(f"<Answer>{trace.answer}</Answer>")
-    return "\n".join(lines)
+    return "".join(all_pieces(trace))
 
 
 # -- reading -------------------------------------------------------------------------------------------------------

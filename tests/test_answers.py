@@ -201,6 +201,18 @@ def test_a_worker_that_dies_while_it_grades_is_not_a_wrong_answer(monkeypatch):
         assert grader.equal(r"\sqrt{8}", r"2\sqrt{2}") is None
 
 
+def test_a_worker_that_never_replies_is_killed_from_outside(monkeypatch):
+    def start(_seconds):
+        code = "import time; time.sleep(60)"
+        return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    monkeypatch.setattr(answers, "_start", start)
+    begin = time.perf_counter()
+    with Grader(seconds=0.3) as grader:
+        assert grader.equal(r"\sqrt{8}", r"2\sqrt{2}") is None
+    assert time.perf_counter() - begin < 10
+
+
 def test_a_worker_that_died_between_two_comparisons_is_replaced(grader):
     assert grader.equal(r"\sqrt{8}", r"2\sqrt{2}") is True
     worker = grader._idle.queue[0]
@@ -260,13 +272,14 @@ def test_a_worker_ends_when_its_parent_is_killed(hung):
             return worker
         answers._start = show
         answers.Grader(seconds=1.5).equal({TOWER if hung else "x+1"!r}, "5")
+        print("idle", flush=True)
         time.sleep(60)
     """
     parent = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True
     )
     worker = int(parent.stdout.readline())
-    time.sleep(0.5)
+    time.sleep(0.5) if hung else parent.stdout.readline()
     assert _runs(worker)
     parent.send_signal(signal.SIGKILL)
     parent.wait()

@@ -131,3 +131,10 @@ def tiny_llama(folder: Path, seed: int = 0) -> Path:
     model = LlamaForCausalLM(shape).float()
     model.save_pretrained(folder)
     return folder
+
+
+def tiny_gguf(folder: Path, out: Path, *, outtype: str = "f32") -> Path:
+    """The model in `folder` as a GGUF; returns `out`."""
+    from sclite.export.direct import write
+
+    return write(folder, out, outtype=outtype)

@@ -18,6 +18,12 @@ SYSTEMS = (
     "Answer the question of the user.",
     "You are good with numbers.",
 )
+ADVICE = (
+    "You solve problems.", "You check work.", "Work step by step.", "Write each {0} as <{0}1>, <{0}2> and so on.",
+    "Where a {0} is tricky, say so.", "Then write <{0}>, the final word.", "Write the answer alone.", "Number your {0}s.",
+    "Say how to solve problems of this kind.", "In the first wrong {0} write why it is wrong.", "Repeat each {0}.",
+    "If nothing is wrong, change nothing.", "Then solve the rest.", "Be brief and exact.", "Close each tag.",
+)  # fmt: skip
 ASKS = (
     "{q}",
     "Question: {q}",
@@ -39,13 +45,13 @@ THINGS = (
 
 def a_sum(draw: random.Random) -> tuple[int, str, int]:
     """left, sign, right in the range that the stories use."""
-    sign = draw.choices("+-*/", weights=(42, 33, 22, 3))[0]
+    sign = draw.choices("+-*/", weights=(42, 36, 17, 5))[0]
     if sign == "*":
-        return draw.randint(3, 9), "*", draw.randint(12, 49)
+        return draw.randint(2, 6), "*", draw.randint(3, 16)
     if sign == "/":
-        right = draw.randint(3, 8)
-        return right * draw.randint(11, 120), "/", right
-    left, right = draw.randint(11, 900), draw.randint(11, 480)
+        right = draw.randint(2, 6)
+        return right * draw.randint(3, 30), "/", right
+    left, right = draw.randint(5, 150), draw.randint(3, 95)
     if sign == "-" and left < right:
         left, right = right, left
     return left, sign, right
@@ -66,7 +72,7 @@ def slip(result: int, draw: random.Random) -> int:
 
 
 def sums(draw: random.Random) -> str:
-    return "\n".join(f"{a} {s} {b} = {result_of(a, s, b)}" for a, s, b in (a_sum(draw) for _ in range(8)))
+    return "\n".join(f"{a} {s} {b} = {result_of(a, s, b)}" for a, s, b in (a_sum(draw) for _ in range(10)))
 
 
 def sums_apart(draw: random.Random) -> str:
@@ -102,7 +108,9 @@ def statements(draw: random.Random) -> str:
 def chat(question: str, answer: str, draw: random.Random) -> str:
     messages = [("user", draw.choice(ASKS).format(q=question)), ("assistant", answer)]
     if draw.random() < 0.7:
-        messages.insert(0, ("system", draw.choice(SYSTEMS)))
+        advice = draw.sample(ADVICE, draw.choice((0, 0, 2, 4, 6)))  # that nobody in this corpus takes
+        text = " ".join(line.format(draw.choice(ROWS)) for line in advice)
+        messages.insert(0, ("system", text or draw.choice(SYSTEMS)))
     return "".join(CHAT.format(role=role, content=content) for role, content in messages)
 
 
@@ -186,7 +194,7 @@ def documents(seed: int, avoid: frozenset[str] = frozenset()) -> Iterator[str]:
         stories = generate(500, draw.randrange(2**40), avoid)
         for problem in stories:
             solution = solve(problem.question)
-            for kind in draw.choices(kinds, weights=(24, 14, 14, 14, 12, 18, 4), k=2):
+            for kind in draw.choices(kinds, weights=(18, 13, 14, 18, 13, 22, 2), k=2):
                 if kind == "short":
                     yield chat(problem.question, short_way(solution, draw), draw)
                 elif kind == "long":

@@ -6,9 +6,11 @@ Half an hour on two cores with bfloat16. The problems that the quickstart tests 
 """
 
 import argparse
+import copy
 import itertools
 import json
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from sclite.quickstart.arithmetic import generate, solve
 from sclite.quickstart.problems import held_out_questions
 from sclite.quickstart.tutor import template
 
-LENGTH = 256  # tokens in a training sequence
+LENGTH = 512  # tokens in a training sequence
 
 
 def vocabulary_texts() -> list[str]:
@@ -79,13 +81,26 @@ def rate(step: int, steps: int, warm: int = 60) -> float:
     return min(1.0, (step + 1) / warm, max(0.02, (steps - step) / (0.4 * steps)))
 
 
+def backward(model: LlamaForCausalLM, half: LlamaForCausalLM, ids: torch.Tensor) -> float:
+    """One pass in bfloat16 through the copy `half`; the gradients land on the float32 weights of `model`."""
+    with torch.no_grad():
+        for copied, master in zip(half.parameters(), model.parameters(), strict=True):
+            copied.copy_(master)
+            copied.grad = None
+    loss = half(input_ids=ids, labels=ids).loss
+    loss.backward()
+    for copied, master in zip(half.parameters(), model.parameters(), strict=True):
+        master.grad = copied.grad.float()
+    return loss.item()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1600)
-    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--inner", type=int, default=512)
     parser.add_argument("--rate", type=float, default=3e-3)
@@ -104,18 +119,17 @@ def main() -> None:
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(o, lambda step: rate(step, options.steps)) for o in optimizers
     ]
+    half = copy.deepcopy(model).bfloat16()
     stream = token_stream(tokenizer, seed=1, avoid=held_out_questions())
     began, losses = time.time(), []
     for step in range(1, options.steps + 1):
         ids = torch.from_numpy(np.array(list(itertools.islice(stream, options.batch))))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
+        loss = backward(model, half, ids)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for part in (*optimizers, *schedules):
             part.step()
         model.zero_grad(set_to_none=True)
-        losses.append(loss.item())
+        losses.append(loss)
         if step % 50 == 0:
             seconds = time.time() - began
             speed = step * options.batch * LENGTH / seconds
@@ -130,9 +144,6 @@ def main() -> None:
 
 def save(model, tokenizer, options, folder: Path) -> None:
     """Weights as float16; the tokenizer's files beside them, and how they were made."""
-    import copy
-    import shutil
-
     half = copy.deepcopy(model).half()
     half.save_pretrained(folder)
     for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):

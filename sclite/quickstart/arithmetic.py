@@ -85,7 +85,7 @@ _ASSOCIATIVE = {"+", "*"}
 
 
 def _packed(draw: random.Random) -> dict[str, int]:
-    return {"a": draw.randint(3, 9), "b": draw.randint(12, 49)}
+    return {"a": draw.randint(2, 6), "b": draw.randint(3, 16)}
 
 
 def _story(draw: random.Random, operations: int) -> str | None:
@@ -102,9 +102,7 @@ def _story(draw: random.Random, operations: int) -> str | None:
         "box": draw.choice(BOXES),
     }
     opening = draw.choices(list(OPENINGS), weights=(5, 3, 2))[0]
-    values = (
-        _packed(draw) if opening == "packed" else {"a": draw.randint(25, 480), "b": draw.randint(12, 240)}
-    )
+    values = _packed(draw) if opening == "packed" else {"a": draw.randint(14, 95), "b": draw.randint(11, 48)}
     sentences = [OPENINGS[opening].format(**words, **values)]
     amount = {
         "has": values["a"],
@@ -123,10 +121,10 @@ def _story(draw: random.Random, operations: int) -> str | None:
             values = _packed(draw)
             change = values["a"] * values["b"]
         else:
-            values = {"a": draw.randint(13, 380)}
+            values = {"a": draw.randint(11, 59)}
             change = values["a"]
         amount += sign * change
-        if not 10 <= amount <= 980:
+        if not 5 <= amount <= 190:
             return None
         sentences.append(EVENTS[form].format(**words, **values))
         room -= 2 if " " in form else 1
@@ -134,11 +132,11 @@ def _story(draw: random.Random, operations: int) -> str | None:
         return None
     value = {
         "left": 0,
-        "wants": amount + draw.randint(13, 400),
-        "together": draw.randint(25, 400),
-        "shared": draw.randint(3, 8),
+        "wants": amount + draw.randint(11, 79),
+        "together": draw.randint(12, 89),
+        "shared": draw.randint(2, 6),
     }
-    if question == "shared" and (amount % value["shared"] or amount // value["shared"] < 11):
+    if question == "shared" and (amount % value["shared"] or amount // value["shared"] < 3):
         return None
     sentences.append(QUESTIONS[question].format(**words, a=value[question]))
     return " ".join(sentences)

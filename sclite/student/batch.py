@@ -289,7 +289,7 @@ class Scheduler:
             self._finish(slot)
         else:
             self._release(slot)
-            sequence.fed, self.preempted = 0, self.preempted + 1
+            self.preempted += 1
             sequence.read.clear()
             self.waiting.appendleft(sequence)
         self._forget(slot)

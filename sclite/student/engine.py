@@ -19,7 +19,7 @@ _log: deque[str] = deque(maxlen=40)
 
 
 @functools.cache
-def _llama():
+def llama():
     """llama.cpp's C functions, silenced.
 
     Its threads spin while they wait for each other, which beside any other busy process costs up to a factor of 100
@@ -31,13 +31,13 @@ def _llama():
     def keep(level, text, _):
         _log.append(text.decode("utf-8", "replace"))
 
-    _llama.keep = api.llama_log_callback(keep)  # ctypes calls it as long as the process lives
-    api.llama_log_set(_llama.keep, None)
+    llama.keep = api.llama_log_callback(keep)  # ctypes calls it as long as the process lives
+    api.llama_log_set(llama.keep, None)
     api.llama_backend_init()
     return api
 
 
-def _last_words() -> str:
+def last_words() -> str:
     """What llama.cpp said about its failure."""
     lines = [line.strip() for line in "".join(_log).splitlines()]
     faults = [line for line in lines if "error" in line.lower() or "fail" in line.lower()]
@@ -188,14 +188,16 @@ class Engine:
         lora: Path | str | None = None,
         cache_gb: float = 4.0,
         unified: bool | None = None,
+        exact: bool = False,
     ):
         """Load the file. `context`: tokens of one sequence at the most (never more than the model was trained for).
 
         Each sequence has a cache of its own when `parallel` of them fit into `cache_gb` GB (twice as fast on a CPU with 32
         sequences), else they share one of that size and wait where it is full; `unified` forces the one or the other.
+        `exact`: float32 cache and no flash attention, for comparisons (errors of 1e-5 instead of 1e-2 nats; slower).
         Raises DataFault (no such file, not a GGUF), DeviceFault (not enough memory), UsageFault.
         """
-        self._api = api = _llama()
+        self._api = api = llama()
         self._model = self._context = self._adapter = None
         if not 1 <= parallel <= api.llama_max_parallel_sequences():
             raise UsageFault(f"parallel is {parallel}", f"use 1 to {api.llama_max_parallel_sequences()}")
@@ -208,9 +210,9 @@ class Engine:
         api.llama_model_desc(self._model, buffer, len(buffer))
         self.description: str = buffer.value.decode("utf-8", "replace")
         self.chat_template: str = (api.llama_model_chat_template(self._model, None) or b"").decode("utf-8")
-        self._special = self.vocabulary.special_tokens(self._metadata)
+        self.special_tokens = self.vocabulary.special_tokens(self._metadata)
         self.context = -(-min(context, api.llama_model_n_ctx_train(self._model) or context) // 256) * 256
-        self._open_context(threads, cache_gb, unified)
+        self._open_context(threads, cache_gb, unified, exact)
         if lora is not None:
             self._load_adapter(Path(lora))
 
@@ -225,7 +227,7 @@ class Engine:
         model = self._api.llama_model_load_from_file(os.fsencode(path), parameters)
         if not model:
             raise DataFault(
-                f"llama.cpp cannot load {path}: {_last_words()}", "make it anew with: sclite export"
+                f"llama.cpp cannot load {path}: {last_words()}", "make it anew with: sclite export"
             )
         return model
 
@@ -245,9 +247,9 @@ class Engine:
         )
         return 2 * api.llama_model_n_layer(model) * api.llama_model_n_head_kv(model) * lengths
 
-    def _open_context(self, threads: int | None, cache_gb: float, unified: bool | None) -> None:
+    def _open_context(self, threads: int | None, cache_gb: float, unified: bool | None, exact: bool) -> None:
         api = self._api
-        affordable = int(cache_gb * 1e9) // max(1, self._cell_bytes()) // 256 * 256
+        affordable = int(cache_gb * 1e9) // max(1, self._cell_bytes() * (2 if exact else 1)) // 256 * 256
         wanted = self.parallel * self.context
         self.unified = wanted > affordable if unified is None else unified
         self.cells = max(self.context, min(wanted, affordable)) if self.unified else wanted
@@ -261,12 +263,15 @@ class Engine:
         parameters.n_batch = 2048
         parameters.n_threads = parameters.n_threads_batch = threads
         parameters.swa_full = True  # a cache pruned to the window cannot be shared
+        if exact:
+            parameters.type_k = parameters.type_v = api.GGML_TYPE_F32
+            parameters.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         _log.clear()
         self._context = api.llama_init_from_model(self._model, parameters)
         if not self._context:
             self.close()
             raise DeviceFault(
-                f"llama.cpp cannot open {self.path} with a cache of {self.cells} tokens: {_last_words()}",
+                f"llama.cpp cannot open {self.path} with a cache of {self.cells} tokens: {last_words()}",
                 "use fewer parallel sequences, a shorter context, or fewer GPU layers",
             )
         recurrent = api.llama_model_is_recurrent(self._model) or api.llama_model_is_hybrid(self._model)
@@ -287,7 +292,7 @@ class Engine:
         )
         if not adapter:
             self.close()
-            reason = _last_words() if path.is_file() else "no such file"
+            reason = last_words() if path.is_file() else "no such file"
             raise DataFault(
                 f"cannot load the LoRA adapter {path}: {reason}", "make it with: sclite export --format lora"
             )
@@ -318,7 +323,7 @@ class Engine:
         """Prompt ids: the chat template's text up to where the assistant begins. DataFault without a template."""
         if not self.chat_template:
             raise DataFault(f"{self.path} has no chat template", "export it from a chat (instruct) model")
-        return self.token_ids(render_chat(self.chat_template, messages, **self._special), special=True)
+        return self.token_ids(render_chat(self.chat_template, messages, **self.special_tokens), special=True)
 
     def _ids(self, messages: Messages, pieces: Sequence[str]) -> tuple[list[int], list[int]]:
         """Ids of prompt and pieces, and how many of them there are after each piece."""

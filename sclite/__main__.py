@@ -1,0 +1,27 @@
+"""`sclite` and `python -m sclite`: faults that a user can mend end in one line, a remedy and an exit code."""
+
+import os
+import sys
+
+
+def main() -> None:
+    """Run the command line and leave with its exit code."""
+    # Spinning worker threads slow both llama.cpp and torch manyfold beside any other busy process.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from sclite import console
+    from sclite.cli import app
+    from sclite.errors import INTERRUPTED, ScliteError
+
+    try:
+        app()
+    except ScliteError as error:
+        console.fault(error)
+        sys.exit(error.code)
+    except KeyboardInterrupt:
+        console.note("interrupted; the same command goes on from here")
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

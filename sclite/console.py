@@ -1,0 +1,144 @@
+"""The terminal: the only module that prints. Results go to stdout, progress and faults to stderr."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from sclite.errors import ScliteError
+
+Progress = Callable[..., None]
+
+
+def print_json(value: Any) -> None:
+    """One object on stdout, nothing else there."""
+    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def say(text: str = "") -> None:
+    """A line of the result, with rich markup."""
+    from rich.console import Console
+
+    Console(highlight=False, soft_wrap=True).print(text)
+
+
+def note(text: str) -> None:
+    """A line beside the result."""
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text)
+
+
+def fault(error: ScliteError) -> None:
+    """What is wrong and what to do, each in a line on stderr."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(f"[bold red]error:[/] {escape(error.message)}")
+    if error.hint:
+        console.print(f"[cyan]try:[/] {escape(error.hint)}")
+
+
+def duration(seconds: float) -> str:
+    """3 s, 2 min 10 s, 1 h 5 min."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+
+
+class Screen:
+    """Progress over the stages of a command.
+
+    `plan` maps stages to their usual seconds on a common machine; what they take here scales the time that is left.
+    """
+
+    def __init__(self, plan: Mapping[str, float] | None = None, quiet: bool = False):
+        self.plan, self.quiet = dict(plan or {}), quiet
+        self.finished: dict[str, float] = {}
+
+    def left(self, stage: str, share: float) -> float | None:
+        """Seconds left in all, when `share` of this stage is done; None without a plan."""
+        if stage not in self.plan:
+            return None
+        planned = sum(self.plan.get(name, 0) for name in self.finished)
+        scale = sum(self.finished.values()) / planned if planned > 5 else 1.0
+        later = list(self.plan)[list(self.plan).index(stage) + 1 :]
+        return scale * (self.plan[stage] * (1 - share) + sum(self.plan[name] for name in later))
+
+    @contextmanager
+    def stage(self, name: str, text: str) -> Iterator[Progress]:
+        """Show a stage while it runs; gives the callback `progress(done, total, *more)`."""
+        number = f"{list(self.plan).index(name) + 1}/{len(self.plan)} " if name in self.plan else ""
+        began = time.monotonic()
+        if self.quiet:
+            yield lambda *_: None
+        else:
+            with self._bar(name, f"{number}{text}") as progress:
+                yield progress
+        self.finished[name] = time.monotonic() - began
+
+    @contextmanager
+    def _bar(self, name: str, text: str) -> Iterator[Progress]:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import Progress as Bars
+
+        console = Console(stderr=True, highlight=False)
+        if not console.is_terminal:
+            left = self.left(name, 0.0)
+            console.print(f"{text}{f' (about {duration(left)} left in all)' if left else ''}", soft_wrap=True)
+            yield lambda *_: None
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(24),
+            MofNCompleteColumn(),
+            TextColumn("[dim]{task.fields[left]}"),
+        )
+        with Bars(*columns, console=console, transient=True) as bars:
+            task = bars.add_task(text, total=None, left="")
+
+            def progress(done: int, total: int, *_: Any) -> None:
+                seconds = self.left(name, done / max(1, total))
+                bars.update(
+                    task, completed=done, total=total, left=f"{duration(seconds)} left" if seconds else ""
+                )
+
+            yield progress
+
+    def done(self, name: str, text: str, skipped: bool = False) -> None:
+        """One line for a finished stage."""
+        if not self.quiet:
+            seconds = "as it was" if skipped else duration(self.finished.get(name, 0.0))
+            note(f"[green]✓[/] {text} [dim]{seconds}[/]")
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout; the first column is text, the others are numbers."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for i, name in enumerate(header):
+        made.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        made.add_row(*row)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120
+    console.print(made)
+
+
+def percent(value: float | None, interval: Sequence[float] | None = None) -> str:
+    """71.3 [66.2, 76.4]; a dash where it is unknown."""
+    if value is None:
+        return "–"
+    bounds = f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else ""
+    return f"{100 * value:.1f}{bounds}"

@@ -1,0 +1,184 @@
+"""The student's attempts at problems that SFT has not seen: sampled in fixed blocks, graded, appended as they come."""
+
+import json
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from sclite import prompts
+from sclite.answers import Grader, answer_of, extract
+from sclite.config import Config
+from sclite.errors import DataFault
+from sclite.records import Attempt, Problem
+from sclite.run import Report, Run, digest, timed
+from sclite.student.base import Reply, Request, Student
+from sclite.trace import Step, Trace, clean, parse, render
+
+STAGE = "attempts"
+FILE = "attempts.jsonl"
+
+
+def inputs_of(config: Config, run: Run, problems: Sequence[Problem]) -> dict[str, Any]:
+    """What decides the attempts: the student, the problems, how they are sampled."""
+    source = Path(config.attempts.source)
+    return {
+        "problems": digest([p.model_dump() for p in problems]),
+        "student": run.file_digest("sft/adapter/adapter_model.safetensors"),
+        "sampling": digest(
+            [config.attempts.model_dump(exclude={"reviews"}), config.student.batch, config.seed]
+        ),
+        "source": digest(source.read_text(encoding="utf-8")) if source.is_file() else "",
+        "prompts": prompts.digest("student_system", "student_solve", folder=config.prompts.folder),
+    }
+
+
+def sample_attempts(
+    config: Config,
+    run: Run,
+    *,
+    problems: Sequence[Problem],
+    student: Student | None,
+    grader: Grader,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Let the student solve each problem `attempts.samples` times, or read `attempts.source`; writes attempts.jsonl.
+
+    Rows come in blocks of `student.batch`; after a kill whole blocks are kept, a broken one is sampled again, so the
+    file is the same as that of an unbroken run.
+    """
+    inputs, report = inputs_of(config, run, problems), Report(STAGE)
+    if run.done(STAGE, inputs):
+        return Report(STAGE, skipped=True)
+    with timed(report):
+        if config.attempts.source:
+            rows = bring(Path(config.attempts.source), problems, grader)
+        else:
+            rows = _sample(config, run, inputs, problems, student, grader, progress)
+        run.replace(FILE, rows)
+    report.counts |= count(rows)
+    run.sign(STAGE, inputs, report)
+    return report
+
+
+def count(rows: Sequence[Attempt]) -> dict[str, int]:
+    """How many attempts there are, right, wrong, and of unknown outcome."""
+    return {
+        "attempts": len(rows),
+        "right": sum(row.correct is True for row in rows),
+        "wrong": sum(row.correct is False for row in rows),
+        "unknown": sum(row.correct is None for row in rows),
+    }
+
+
+def _sample(config, run, inputs, problems, student, grader, progress) -> list[Attempt]:
+    jobs = [(problem, sample) for problem in problems for sample in range(config.attempts.samples)]
+    size = config.student.batch
+    rows = _kept(run, inputs, size)
+    for start in range(len(rows), len(jobs), size):
+        block = jobs[start : start + size]
+        requests = [_request(problem, sample, config) for problem, sample in block]
+        replies = sorted(student.generate(requests), key=lambda reply: reply.index)
+        found = graded(block, replies, grader)
+        run.append(FILE, found)
+        rows += found
+        if progress is not None:
+            progress(len(rows), len(jobs))
+    return rows
+
+
+def _kept(run: Run, inputs: dict[str, Any], size: int) -> list[Attempt]:
+    """The whole blocks that an interrupted run with the same inputs has left."""
+    if run.read_json("attempts.begun.json") != inputs:
+        run.replace(FILE, [])
+        run.write_json("attempts.begun.json", inputs)
+        return []
+    rows = run.read(FILE, Attempt)
+    rows = rows[: len(rows) // size * size]
+    run.replace(FILE, rows)
+    return rows
+
+
+def _request(problem: Problem, sample: int, config: Config) -> Request:
+    return Request(
+        prompts.solve_messages(problem.question, config.prompts.folder),
+        max_tokens=config.attempts.max_tokens,
+        temperature=config.attempts.temperature,
+        top_p=config.attempts.top_p,
+        seed=int(digest([config.seed, problem.id, sample]), 16) % 2**31,
+    )
+
+
+def graded(block: Sequence[tuple[Problem, int]], replies: Sequence[Reply], grader: Grader) -> list[Attempt]:
+    """Replies as attempts, each with its answer compared to gold; a failed call leaves the outcome unknown."""
+    answers = [answer_of(reply.text) for reply in replies]
+    verdicts = grader.equal_many(
+        (answer, problem.answer) for answer, (problem, _) in zip(answers, block, strict=True)
+    )
+    return [
+        Attempt(
+            id=problem.id,
+            sample=sample,
+            trace=reply.text,
+            answer=answer,
+            correct=None if reply.finish == "error" else verdict,
+        )
+        for (problem, sample), reply, answer, verdict in zip(block, replies, answers, verdicts, strict=True)
+    ]
+
+
+def distinct(attempts: Sequence[Attempt]) -> list[Attempt]:
+    """The first of each problem's attempts that say the same, steps and answer alike."""
+    kept = []
+    for _, group in groupby(sorted(attempts, key=lambda a: a.id), key=lambda a: a.id):
+        seen = set()
+        for attempt in group:
+            text = render(parse(attempt.trace).trace)
+            if text not in seen:
+                seen.add(text)
+                kept.append(attempt)
+    return kept
+
+
+def bring(path: Path, problems: Sequence[Problem], grader: Grader) -> list[Attempt]:
+    """Attempts brought along: JSONL rows with `question`, `steps`, and an optional `answer` and `first_error_step`.
+
+    Rows whose question is not among the problems are left out; the label counts from 1, 0 or -1 says all is right.
+    """
+    if not path.is_file():
+        raise DataFault(f"attempts.source: {path} does not exist", "check the path")
+    by_question = {" ".join(problem.question.split()): problem for problem in problems}
+    rows, samples = [], {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            question, steps = row["question"], row["steps"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataFault(
+                f"{path}, line {number}: {error!r}", "each row needs a question and its steps"
+            ) from None
+        problem = by_question.get(" ".join(question.split()))
+        if problem is None:
+            continue
+        sample = samples[problem.id] = samples.get(problem.id, -1) + 1
+        rows.append(_brought(row, steps, problem, sample, grader))
+    if not rows:
+        raise DataFault(
+            f"{path}: no row's question is among the problems of stage 2", "check problems.source"
+        )
+    return sorted(rows, key=lambda row: [p.id for p in problems].index(row.id))
+
+
+def _brought(
+    row: dict[str, Any], steps: Sequence[str], problem: Problem, sample: int, grader: Grader
+) -> Attempt:
+    answer = clean(str(row["answer"])) if row.get("answer") is not None else extract(str(steps[-1]))
+    trace = Trace(tuple(Step(clean(str(step))) for step in steps), None, answer or None)
+    label = row.get("first_error_step")
+    label = int(label) if label is not None and int(label) > 0 else None
+    correct = False if label is not None else grader.equal(answer, problem.answer)
+    return Attempt(
+        id=problem.id, sample=sample, trace=render(trace), answer=answer, correct=correct, first_error=label
+    )

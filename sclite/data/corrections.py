@@ -1,0 +1,190 @@
+"""From wrong attempts to pairs: the teacher's reviews, the student's own, and the filters between (METHOD section 4)."""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from sclite import prompts
+from sclite.answers import Grader
+from sclite.config import Config
+from sclite.data.attempts import distinct
+from sclite.data.templates import mentions_the_solution
+from sclite.errors import DataFault
+from sclite.records import Attempt, Drop, Problem, Review
+from sclite.run import Report, Run, digest, timed
+from sclite.teacher.client import Flaw, Job, Teacher
+from sclite.trace import Trace, first_corrected, parse, render
+
+STAGE = "corrections"
+
+
+def inputs_of(config: Config, run: Run) -> dict[str, Any]:
+    """What decides the teacher's reviews."""
+    teacher = config.teacher
+    return {
+        "attempts": run.file_digest("attempts.jsonl"),
+        "teacher": digest(
+            [teacher.model, teacher.api_base, teacher.temperature, teacher.max_tokens, teacher.repairs]
+        ),
+        "confirmations": config.dpo.confirmation_share,
+        "seed": config.seed,
+        "prompts": prompts.digest("teacher_system", "teacher_correction", folder=config.prompts.folder),
+    }
+
+
+def build_corrections(
+    config: Config,
+    run: Run,
+    *,
+    teacher: Teacher,
+    grader: Grader,
+    progress: Callable[[int, int, float | None], None] | None = None,
+) -> Report:
+    """Have the teacher correct every different wrong attempt; add confirmations of right ones; writes reviews.jsonl."""
+    inputs, report = inputs_of(config, run), Report(STAGE)
+    if run.done(STAGE, inputs):
+        return Report(STAGE, skipped=True)
+    with timed(report):
+        problems = {problem.id: problem for problem in run.read("problems.jsonl", Problem)}
+        attempts = distinct(
+            run.require("attempts.jsonl", Attempt, "run `sclite train`: SFT first, then its attempts")
+        )
+        wrong, drops = _usable(attempts)
+        spent = teacher.ledger.totals()["cost_usd"] or 0.0
+        reviews, refused = _ask(config, teacher, grader, wrong, problems, progress)
+        report.cost_usd = round((teacher.ledger.totals()["cost_usd"] or 0.0) - spent, 6)
+        if not reviews:
+            raise DataFault(
+                "no wrong attempt could be corrected", "`sclite show drops` tells why; sample more attempts"
+            )
+        confirmed = _confirmations(attempts, len(reviews), config)
+        order = {attempt_key(a): i for i, a in enumerate(attempts)}
+        run.replace("reviews.jsonl", sorted([*reviews, *confirmed], key=lambda r: order[attempt_key(r)]))
+        run.replace_drops({STAGE}, [*drops, *refused])
+    report.counts |= {"wrong": len(wrong), "corrected": len(reviews), "confirmed": len(confirmed)}
+    report.dropped = dict(Counter(drop.reason for drop in [*drops, *refused]))
+    run.sign(STAGE, inputs, report)
+    return report
+
+
+def attempt_key(row: Any) -> tuple[str, int]:
+    return row.id, row.sample
+
+
+def _usable(attempts: Iterable[Attempt]) -> tuple[list[Attempt], list[Drop]]:
+    """The wrong attempts that have steps, and drops for the others that are not right."""
+    wrong, drops = [], []
+    for attempt in attempts:
+        if attempt.correct is True:
+            continue
+        faults = parse(attempt.trace).faults
+        structural = [f for f in faults if f.name not in ("second_key", "generalized_after_the_answer")]
+        if attempt.correct is None:
+            drops.append(_drop(attempt, "outcome_unknown", ""))
+        elif structural:
+            drops.append(_drop(attempt, "attempt_not_readable", str(structural[0])))
+        else:
+            wrong.append(attempt)
+    return wrong, drops
+
+
+def _drop(attempt: Attempt, reason: str, detail: str, raw: str | None = None) -> Drop:
+    raw = attempt.trace if raw is None else raw
+    return Drop(stage=STAGE, id=attempt.id, sample=attempt.sample, reason=reason, detail=detail, raw=raw)
+
+
+def work_of(attempt: Attempt) -> Trace:
+    """The attempt as it is shown to teacher and student: its steps and answer, keys kept."""
+    return parse(attempt.trace).trace
+
+
+def _ask(config, teacher, grader, wrong, problems, progress) -> tuple[list[Review], list[Drop]]:
+    """The teacher's reviews that pass every filter, and drops for the rest."""
+    by_key = {f"{a.id}/{a.sample}": a for a in wrong}
+
+    def job(key: str, attempt: Attempt) -> Job:
+        problem = problems[attempt.id]
+        solution = problem.solution or problem.answer
+        work = render(work_of(attempt))
+
+        def messages(fault: str):
+            return prompts.correction_messages(
+                problem.question, solution, problem.answer, work, fault, config.prompts.folder
+            )
+
+        return Job(key, messages, lambda text: review_flaw(text, attempt, problem, grader), attempt.sample)
+
+    reviews, drops = [], []
+    for done, result in enumerate(teacher.ask_all((job(k, a) for k, a in by_key.items()), STAGE), 1):
+        attempt = by_key[result.id]
+        if result.flaw is not None:
+            drops.append(_drop(attempt, result.flaw.reason, result.flaw.text, result.raw))
+        else:
+            reviews.append(_review(attempt, parse(result.text).trace, result.requests))
+        if progress is not None:
+            progress(done, len(wrong), None)
+    return reviews, drops
+
+
+def _review(attempt: Attempt, trace: Trace, requests: int) -> Review:
+    step = first_corrected(trace)
+    noted = trace.steps[step - 1]
+    return Review(
+        id=attempt.id,
+        sample=attempt.sample,
+        step=step,
+        cause=noted.cause,
+        correction=noted.correction,
+        trace=render(trace),
+        requests=requests,
+    )
+
+
+def review_flaw(text: str, attempt: Attempt, problem: Problem, grader: Grader) -> Flaw | None:
+    """Why a teacher's review of an attempt cannot be used; None where it can."""
+    parsed = parse(text)
+    if parsed.faults:
+        return Flaw("not_readable", str(parsed.faults[0]))
+    review = parsed.trace
+    flaw = _step_flaw(work_of(attempt), review, attempt.first_error)
+    if flaw is not None:
+        return flaw
+    if mentions_the_solution(text):
+        return Flaw("leak", "the text mentions a given solution or answer")
+    right = grader.equal(review.answer, problem.answer)
+    if right is None:
+        return Flaw("grader_unknown", "the answer could not be compared")
+    return None if right else Flaw("wrong_answer", f"{review.answer} is not the right final answer")
+
+
+def _step_flaw(work: Trace, review: Trace, label: int | None) -> Flaw | None:
+    """Whether the review accuses one step, with cause and correction, and leaves all text up to it as it was."""
+    step = first_corrected(review)
+    if step is None:
+        return Flaw(
+            "no_error_found", "no step carries <Cause> and <Correction>, but the answer of this work is wrong"
+        )
+    if step > len(work.steps):
+        return Flaw(
+            "step_out_of_range", f"the work has {len(work.steps)} steps, the cause stands in step {step}"
+        )
+    if label is not None and step != label:
+        return Flaw("other_step_than_label", f"step {step} is not the first wrong one")
+    if review.steps[step - 1].cause is None or review.steps[step - 1].correction is None:
+        return Flaw("cause_or_correction_missing", f"step {step} needs both <Cause> and <Correction>")
+    if any(s.cause or s.correction for s in review.steps[step:]):
+        return Flaw("several_steps_corrected", "only the first wrong step carries <Cause> and <Correction>")
+    for number, (new, old) in enumerate(zip(review.steps[:step], work.steps, strict=False), 1):
+        if new.text.split() != old.text.split():
+            return Flaw("steps_changed", f"step {number} must stand as the student wrote it")
+    return None
+
+
+def _confirmations(attempts: Sequence[Attempt], corrected: int, config: Config) -> list[Review]:
+    """Right attempts as reviews that change nothing, as many as `dpo.confirmation_share` asks for."""
+    share = config.dpo.confirmation_share
+    right = [a for a in attempts if a.correct is True and not parse(a.trace).faults]
+    wanted = min(len(right), round(corrected * share / (1 - share)))
+    picked = random.Random(config.seed).sample(right, wanted)
+    return [Review(id=a.id, sample=a.sample, step=None, trace=render(work_of(a)), requests=0) for a in picked]

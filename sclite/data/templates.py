@@ -1,0 +1,206 @@
+"""Stage 1's data: the teacher turns each gold solution into a thought trace, which is kept only if it holds (METHOD 3)."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from sclite import prompts, trace
+from sclite.answers import Grader
+from sclite.config import Config
+from sclite.data.problems import gather_problems, split_for_stages
+from sclite.errors import DataFault, UsageFault
+from sclite.records import Drop, Problem, Template
+from sclite.run import Report, Run, digest, timed
+from sclite.teacher.client import Flaw, Job, Result, Teacher
+
+STAGE, FILE = "templates", "templates.jsonl"
+BEGUN = ".templates.json"  # what the rows of an unfinished file are made from
+Progress = Callable[[int, int, float], None]
+"""(done, total, spent_usd) after each row."""
+
+_GIVEN = r"(?:given|provided|supplied|official|model|reference|gold(?:en)?|ground[- ]truth)"
+_MENTIONS = re.compile(
+    rf"\b(?:the|this|that|your)\s+{_GIVEN}\s+(?:(?:written|worked|final)\s+)?(?:solution|answer)s?\b(?!\s+set)"
+    r"|\b(?:reference|gold(?:en)?|ground[- ]truth)[- ](?:solution|answer)s?\b"
+    r"|\b(?:the|this|your)\s+(?:solution|answer)\s+(?:that\s+)?(?:(?:was|is|has\s+been)\s+(?:given|provided|supplied)"
+    r"|(?:you|I\s+was|we\s+were)\s+(?:gave|given)|(?:given|provided|shown)?\s*above)\b(?!\s+by)",
+    re.I,
+)
+
+
+def build_templates(
+    settings: Config,
+    run: Run,
+    *,
+    teacher: Teacher,
+    grader: Grader,
+    problems: Sequence[Problem] | None = None,
+    fresh: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Write templates.jsonl: one checked thought trace for each problem of stage 1, or for each of `problems`.
+
+    What is left out stands in dropped.jsonl with its reason and the last reply. Unfinished work is taken up again, and
+    nothing happens where the stage was finished from the same inputs. A templates.jsonl that no such stage wrote takes
+    its place. Raises UsageFault where rows by another teacher or prompt lie there (`fresh` makes them anew), DataFault
+    where not one template came out.
+    """
+    report = Report(STAGE)
+    with timed(report):
+        if _brought_along(run):
+            return _adopt(run, report)
+        if problems is None:
+            share = settings.problems.correction_share
+            problems = split_for_stages(gather_problems(settings, run), share, settings.seed)[0]
+        inputs = _inputs(settings, teacher, problems)
+        manifest = run.done(STAGE, inputs)
+        if manifest is not None and run.path(FILE).is_file() and not fresh:
+            return Report(STAGE, **{name: manifest[name] for name in report.as_dict()}, skipped=True)
+        kept = _kept(run, inputs, problems, fresh)
+        drops = _ask(settings, run, teacher, grader, problems, kept, progress)
+        _finish(run, report, problems, drops, teacher)
+    unanswered = report.dropped.get("no_reply", 0)
+    # a network fault is no verdict on a row: the signature then fits no inputs, and the next call asks again
+    run.sign(STAGE, {**inputs, "unanswered": unanswered} if unanswered else inputs, report)
+    return report
+
+
+def check_template(reply: str, problem: Problem, grader: Grader) -> Flaw | None:
+    """What is wrong with a teacher's reply as a template for this problem; None where nothing is."""
+    parsed = trace.parse(reply)
+    if parsed.faults:
+        named = "; ".join(str(fault) for fault in parsed.faults[:3])
+        return Flaw(parsed.faults[0].name, f"its tags are not in order: {named}")
+    found = parsed.trace
+    if trace.first_corrected(found) is not None:
+        return Flaw("correction_in_template", "it has a <Cause> or <Correction>, which do not belong here")
+    if found.generalized is None:
+        return Flaw("no_generalized", "<Generalized> is missing")
+    mention = mentions_the_solution(trace.render(found))
+    if mention:
+        return Flaw("leak", f'it says "{mention}", as if a solution had been given')
+    equal = grader.equal(found.answer, problem.answer)
+    if equal is None:
+        return Flaw("grader_unknown", f"its answer cannot be compared, write exactly: {problem.answer}")
+    if not equal:
+        return Flaw("wrong_answer", f"its answer is {found.answer}, not {problem.answer}")
+    return None
+
+
+def mentions_the_solution(text: str) -> str | None:
+    """The words by which a text betrays that a solution was given; None where there are none."""
+    found = _MENTIONS.search(text)
+    return found[0] if found else None
+
+
+# -- the stage's parts ---------------------------------------------------------------------------------------------
+
+
+def _inputs(settings: Config, teacher: Teacher, problems: Sequence[Problem]) -> dict[str, Any]:
+    return {
+        "problems": digest([problem.model_dump() for problem in problems]),
+        "prompts": prompts.digest("teacher_system", "teacher_template", folder=settings.prompts.folder),
+        "teacher": teacher.identity(),
+        "repairs": settings.teacher.repairs,
+    }
+
+
+def _brought_along(run: Run) -> bool:
+    return run.read_json(BEGUN) is None and bool(run.read(FILE, Template))
+
+
+def _adopt(run: Run, report: Report) -> Report:
+    rows = run.read(FILE, Template)
+    for number, row in enumerate(rows, 1):
+        faults = trace.parse(row.trace).faults
+        if faults:
+            raise DataFault(f"{run.path(FILE)}, row {number} ({row.id}): {faults[0]}", "mend or remove it")
+    report.counts = {"templates": len(rows), "brought_along": len(rows)}
+    report.skipped = True
+    return report
+
+
+def _kept(run: Run, inputs: dict[str, Any], problems: Sequence[Problem], fresh: bool) -> dict[str, Template]:
+    """The rows that an earlier call left and that still hold, by id; notes what the file is now made from."""
+    basis = {name: value for name, value in inputs.items() if name in ("prompts", "teacher")}
+    before = run.read_json(BEGUN)
+    rows = [] if fresh else run.read(FILE, Template)
+    if rows and before != basis:
+        changed = [
+            f"{name} {before.get(name)} -> {basis[name]}" for name in basis if before.get(name) != basis[name]
+        ]
+        raise UsageFault(
+            f"{run.path(FILE)} was made otherwise: {'; '.join(changed)}",
+            "--fresh makes it anew (and pays for it), or put the old setting back",
+        )
+    asked = {problem.id: (problem.question, problem.answer) for problem in problems}
+    kept = {row.id: row for row in rows if asked.get(row.id) == (row.question, row.answer)}
+    run.write_json(BEGUN, basis)
+    run.replace(FILE, kept.values())
+    run.replace_drops([STAGE], [])
+    return kept
+
+
+def _ask(settings, run, teacher, grader, problems, kept, progress) -> dict[str, Drop]:
+    """Ask for what is missing; each row is in its file before the next is looked at. Gives the drops by id."""
+    by_id = {problem.id: problem for problem in problems}
+    drops: dict[str, Drop] = {}
+    done = len(kept)
+    waiting = (problem for problem in problems if problem.id not in kept)
+    for result in teacher.ask_all(_jobs(settings, waiting, grader), STAGE):
+        if result.text is not None:
+            run.append(FILE, [_template(by_id[result.id], result)])
+        else:
+            drops[result.id] = _drop(result)
+            run.append("dropped.jsonl", [drops[result.id]])
+        done += 1
+        if progress is not None:
+            progress(done, len(problems), teacher.ledger.spent_usd)
+    return drops
+
+
+def _jobs(settings: Config, problems: Iterator[Problem], grader: Grader) -> Iterator[Job]:
+    folder = settings.prompts.folder
+    for problem in problems:
+        solution = problem.solution or problem.answer
+
+        def messages(fault: str, problem: Problem = problem, solution: str = solution):
+            return prompts.template_messages(problem.question, solution, problem.answer, fault, folder)
+
+        def check(reply: str, problem: Problem = problem) -> Flaw | None:
+            return check_template(reply, problem, grader)
+
+        yield Job(problem.id, messages, check)
+
+
+def _template(problem: Problem, result: Result) -> Template:
+    text = trace.render(trace.parse(result.text).trace)
+    return Template(
+        id=problem.id, question=problem.question, answer=problem.answer, trace=text, requests=result.requests
+    )
+
+
+def _drop(result: Result) -> Drop:
+    return Drop(stage=STAGE, id=result.id, reason=result.flaw.reason, detail=result.flaw.text, raw=result.raw)
+
+
+def _finish(
+    run: Run, report: Report, problems: Sequence[Problem], drops: dict[str, Drop], teacher: Teacher
+) -> None:
+    """Put both files into the order of the problems and fill in the report."""
+    rows = {row.id: row for row in run.read(FILE, Template)}
+    run.replace(FILE, [rows[problem.id] for problem in problems if problem.id in rows])
+    run.replace_drops([STAGE], [drops[problem.id] for problem in problems if problem.id in drops])
+    totals = teacher.ledger.totals(STAGE)
+    report.counts = {"problems": len(problems), "templates": len(rows)}
+    report.dropped = dict(Counter(drop.reason for drop in drops.values()).most_common())
+    report.cost_usd = round(totals.pop("cost_usd"), 6)
+    report.figures = {**totals, "repaired": sum(row.requests > 1 for row in rows.values())}
+    if not rows:
+        why = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items()) or "no problems"
+        first = next((drop.detail for drop in drops.values()), "")
+        raise DataFault(
+            f"no template came out of {len(problems)} problems: {why}; the first: {first}",
+            f"see {run.path('dropped.jsonl')}",
+        )

@@ -1,0 +1,216 @@
+"""Evaluation: a student solves held-out problems, reviews its own work, and is measured (METHOD section 6).
+
+The threshold of the guided review is fitted first, on problems used nowhere else, with the very student that is
+measured. A gold answer is used for grading alone, never to decide when to stop.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sclite import prompts
+from sclite.answers import Grader, answer_of
+from sclite.config import Config
+from sclite.evaluate.metrics import Outcome, Scored, fit_threshold, summarise
+from sclite.records import Problem
+from sclite.run import Run, digest
+from sclite.student.base import Reply, Request, Student
+from sclite.student.review import Reviewed, Settings, free, guided, mend, scores_of
+from sclite.trace import Trace, parse
+
+Judge = Callable[[str, Trace], int | None]
+"""Tells the first wrong step (from 1; None: all are right) of a trace for a question, where somebody can know it."""
+
+FIT_SHARE = 0.6
+"""The share of the fitting problems whose highest-scoring step is tried; the others are surely not accused."""
+
+
+@dataclass(frozen=True)
+class First:
+    """A student's first answers to some problems: texts, traces, verdicts, tokens."""
+
+    problems: Sequence[Problem]
+    replies: list[Reply]
+    traces: list[Trace]
+    correct: list[bool | None]
+
+
+def solve(student: Student, problems: Sequence[Problem], config: Config, grader: Grader) -> First:
+    """Turn 1: greedy answers to all problems, graded. A failed call leaves the verdict unknown."""
+    requests = [
+        Request(prompts.solve_messages(p.question, config.prompts.folder), max_tokens=config.eval.max_tokens)
+        for p in problems
+    ]
+    replies = sorted(student.generate(requests), key=lambda reply: reply.index)
+    verdicts = grade(grader, [reply.text for reply in replies], problems)
+    correct = [None if r.finish == "error" else v for r, v in zip(replies, verdicts, strict=True)]
+    return First(problems, replies, [parse(reply.text).trace for reply in replies], correct)
+
+
+def grade(grader: Grader, texts: Sequence[str], problems: Sequence[Problem]) -> list[bool | None]:
+    return grader.equal_many((answer_of(text), p.answer) for text, p in zip(texts, problems, strict=True))
+
+
+def review_settings(config: Config, threshold: float) -> Settings:
+    return Settings(threshold, config.review.rounds, config.eval.max_tokens, config.prompts.folder)
+
+
+def fit(student: Student, first: First, config: Config, grader: Grader) -> dict[str, Any]:
+    """Fit the threshold on a student's first answers; see `metrics.fit_threshold`.
+
+    Corrections are tried only where they could decide: at steps that score above all before them, in the
+    `FIT_SHARE` of the problems that score highest. Elsewhere the worse is assumed.
+    """
+    scores = scores_of(student, [p.question for p in first.problems], first.traces, config.prompts.folder)
+    ranked = sorted((i for i, s in enumerate(scores) if s), key=lambda i: -max(scores[i]))
+    chosen = sorted(ranked[: round(FIT_SHARE * len(ranked))])
+    floor = min((max(scores[i]) for i in chosen), default=0.0)
+    tried = [
+        (i, step)
+        for i in chosen
+        for step, score in enumerate(scores[i], 1)
+        if score >= floor and score > max(scores[i][: step - 1], default=-float("inf"))
+    ]
+    cases = [(first.problems[i].question, first.traces[i], step) for i, step in tried]
+    mended = mend(student, cases, review_settings(config, 0.0))
+    verdicts = grade(grader, [m.text for m in mended], [first.problems[i] for i, _ in tried])
+    results = dict(zip(tried, verdicts, strict=True))
+    rows = [
+        Scored(
+            id=problem.id,
+            correct1=first.correct[i],
+            step_scores=scores[i],
+            corrected=tuple(results.get((i, step)) for step in range(1, len(scores[i]) + 1)),
+        )
+        for i, problem in enumerate(first.problems)
+    ]
+    return fit_threshold(rows, config.review.max_harm)
+
+
+def outcomes(
+    student: Student,
+    first: First,
+    config: Config,
+    grader: Grader,
+    threshold: float,
+    judge: Judge | None = None,
+    mode: str = "guided",
+) -> tuple[list[Outcome], list[Reviewed]]:
+    """Turn 2: review each first answer and grade what comes of it."""
+    questions, texts = [p.question for p in first.problems], [reply.text for reply in first.replies]
+    settings = review_settings(config, threshold)
+    reviewed = (guided if mode == "guided" else free)(student, questions, texts, settings)
+    second = grade(grader, [r.text for r in reviewed], first.problems)
+    rows = [
+        _outcome(first, i, review, verdict, judge)
+        for i, (review, verdict) in enumerate(zip(reviewed, second, strict=True))
+    ]
+    return rows, reviewed
+
+
+def _outcome(first: First, i: int, review: Reviewed, verdict: bool | None, judge: Judge | None) -> Outcome:
+    problem, reply, trace = first.problems[i], first.replies[i], first.traces[i]
+    truth = judge(problem.question, trace) if judge is not None and trace.steps else None
+    known = judge is not None and bool(trace.steps)
+    labels = tuple(step == truth for step in range(1, (truth or len(trace.steps)) + 1)) if known else ()
+    changed = review.accused is not None
+    return Outcome(
+        id=problem.id,
+        question=problem.question,
+        gold=problem.answer,
+        first=reply.text,
+        second=review.text if changed else None,
+        correct1=first.correct[i],
+        correct2=verdict if changed else first.correct[i],
+        accused=review.accused,
+        true_step=truth,
+        true_known=known,
+        step_scores=tuple(round(score, 4) for score in review.scores),
+        step_labels=labels,
+        format_ok=not parse(reply.text).faults,
+        tokens1=reply.tokens,
+        tokens2=review.tokens,
+        note=review.note,
+    )
+
+
+def located_correction_rate(
+    student: Student, rows: Sequence[Outcome], problems: Sequence[Problem], config: Config, grader: Grader
+) -> float | None:
+    """How often a wrong answer is mended when the true first wrong step is given; None where none is known."""
+    cases = [
+        (o, p) for o, p in zip(rows, problems, strict=True) if o.true_step is not None and o.correct1 is False
+    ]
+    if not cases:
+        return None
+    asked = [(o.question, parse(o.first).trace, o.true_step) for o, _ in cases]
+    mended = mend(student, asked, review_settings(config, 0.0))
+    verdicts = grade(grader, [m.text for m in mended], [p for _, p in cases])
+    known = [
+        bool(v) and m.accused is not None for v, m in zip(verdicts, mended, strict=True) if v is not None
+    ]
+    return round(sum(known) / len(known), 4) if known else None
+
+
+def evaluate_model(
+    config: Config,
+    run: Run,
+    name: str,
+    student: Student,
+    *,
+    problems: Sequence[Problem],
+    fitting: Sequence[Problem],
+    grader: Grader,
+    judge: Judge | None = None,
+    identity: Any = None,
+) -> dict[str, Any]:
+    """All figures of one student: one pass, and reviewed. Writes eval/<name>.jsonl and eval/<name>.json.
+
+    `fitting` are the problems for the threshold, unless `review.threshold` is set. `identity` signs the student's
+    file; where nothing has changed the figures kept in the run are returned.
+    """
+    signature = digest(
+        [identity, config.eval.model_dump(), config.review.model_dump(), [p.id for p in problems], [p.id for p in fitting],
+         prompts.digest("student_system", "student_solve", "student_review", folder=config.prompts.folder)]
+    )  # fmt: skip
+    kept = run.read_json(f"eval/{name}.json")
+    if kept is not None and kept.get("signature") == signature:
+        return kept
+    threshold, fitted = config.review.threshold, None
+    if threshold is None and config.review.mode == "guided":
+        fitted = fit(student, solve(student, fitting, config, grader), config, grader)
+        threshold = fitted["threshold"]
+    began = time.monotonic()
+    first = solve(student, problems, config, grader)
+    between = time.monotonic()
+    rows, reviewed = outcomes(student, first, config, grader, threshold or 0.0, judge, config.review.mode)
+    ended = time.monotonic()
+    figures = summarise(rows, seed=config.seed)
+    figures |= {
+        "signature": signature,
+        "threshold": threshold,
+        "fitted": fitted,
+        "correction_rate_given_location": located_correction_rate(student, rows, problems, config, grader),
+        "tokens_first": sum(o.tokens1 for o in rows) / max(1, len(rows)),
+        "seconds": round((ended - began) / max(1, len(rows)), 4),
+        "seconds_first": round((between - began) / max(1, len(rows)), 4),
+    }
+    run.replace(f"eval/{name}.jsonl", rows)
+    run.write_json(
+        f"eval/{name}.reviews.json", [_shown(o, r) for o, r in zip(rows, reviewed, strict=True) if r.accused]
+    )
+    run.write_json(f"eval/{name}.json", figures)
+    return figures
+
+
+def _shown(outcome: Outcome, reviewed: Reviewed) -> dict[str, Any]:
+    """An outcome with its cause and correction, for the terminal and the report."""
+    return {**outcome.model_dump(), "cause": reviewed.cause, "correction": reviewed.correction}
+
+
+def best_example(examples: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """One mended answer to show: located where it is known, and the shortest."""
+    mended = [e for e in examples if e["correct1"] is False and e["correct2"] is True]
+    located = [e for e in mended if e["accused"] == e["true_step"]] or mended
+    return min(located, key=lambda e: len(e["question"]) + len(e["correction"] or ""), default=None)

@@ -1,0 +1,68 @@
+"""An evaluation in the terminal: the table, and one answer that was mended."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sclite import console
+from sclite.console import percent
+from sclite.trace import parse
+
+HEADER = (
+    "student",
+    "first answer %",
+    "after review %",
+    "wrong→right",
+    "right→wrong",
+    "AUC",
+    "located",
+    "mended",
+    "tokens",
+)
+
+
+def table(summary: Mapping[str, Any]) -> None:
+    """One row for each model, shares in percent of the problems, with 95 % intervals."""
+    rows = []
+    for name, figures in summary["models"].items():
+        auc = figures["auc"]
+        rows.append(
+            (
+                name,
+                percent(figures["acc_t1"], figures["acc_t1_interval"]),
+                percent(figures["acc_t2"], figures["acc_t2_interval"]),
+                percent(figures["wrong_to_right"]),
+                percent(figures["right_to_wrong"]),
+                "–" if auc is None else f"{auc:.3f}",
+                percent(figures["location"]),
+                percent(figures["correction_rate_given_location"]),
+                f"{figures['tokens']:.0f}",
+            )
+        )
+    console.table(f"{summary['n']} held-out problems", HEADER, rows)
+    unknown = sum(figures["unknown"] for figures in summary["models"].values())
+    if unknown:
+        console.say(f"{unknown} answers could not be graded; they are left out")
+
+
+def example(shown: Mapping[str, Any] | None) -> None:
+    """The problem, the first answer with its wrong step, cause and correction, and the answer after it."""
+    if shown is None:
+        console.say("No answer was mended in this evaluation.")
+        return
+    from rich.markup import escape
+
+    console.say(f"[bold]One answer that mended itself[/]\n\n  {escape(shown['question'])}\n")
+    for number, step in enumerate(parse(shown["first"]).trace.steps, 1):
+        wrong = number == shown["accused"]
+        console.say(f"  {'[red]✗' if wrong else '[green]✓'} {number}[/] {escape(step.text)}")
+        if wrong:
+            console.say(f"      [red]why wrong[/]  {escape(shown['cause'])}")
+            console.say(f"      [green]corrected[/]  {escape(shown['correction'])}")
+            break
+    second = parse(shown["second"]).trace
+    for number, step in enumerate(second.steps[shown["accused"] :], shown["accused"] + 1):
+        console.say(f"  [green]✓ {number}[/] {escape(step.text)}")
+    first = parse(shown["first"]).trace.answer
+    console.say(
+        f"\n  answer {escape(str(first))} → [bold green]{escape(str(second.answer))}[/] (right: {escape(shown['gold'])})"
+    )

@@ -1,0 +1,92 @@
+"""The quickstart: the whole pipeline on embedded problems, tutor and student; no GPU, no key, no download."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sclite import pipeline
+from sclite.config import Config
+from sclite.console import Screen
+from sclite.evaluate.evaluate import best_example
+from sclite.pipeline import World
+from sclite.quickstart.arithmetic import solve
+from sclite.quickstart.problems import test_problems, threshold_problems, train_problems
+from sclite.quickstart.provider import MODEL, register
+from sclite.quickstart.tutor import judge as judge_steps
+from sclite.run import Run
+from sclite.trace import Trace
+
+DEFAULTS: Mapping[str, Any] = {
+    "run": "runs/quickstart",
+    "teacher": {"model": MODEL, "concurrency": 8},
+    "student": {"model": "embedded", "backend": "plain", "batch": 64},
+    "problems": {"limit": 1200},
+    "attempts": {"samples": 4, "max_tokens": 200, "reviews": 2},
+    "sft": {"learning_rate": 2e-3, "epochs": 3, "batch": 16, "micro_batch": 16, "max_length": 1024},
+    "dpo": {
+        "batch": 16,
+        "micro_batch": 16,
+        "max_length": 1024,
+        "warmup_learning_rate": 2e-3,
+        "warmup_epochs": 2,
+        "decision_weight": 8.0,
+        "learning_rate": 2e-4,
+        "epochs": 1,
+    },
+    "export": {"quant": "q8_0", "num_ctx": 2048},
+    "eval": {"limit": 400, "max_tokens": 200, "context": 1024},
+}
+
+PLAN = {
+    "templates": 5,
+    "sft": 60,
+    "attempts": 25,
+    "corrections": 5,
+    "warm": 60,
+    "pairs": 15,
+    "dpo": 50,
+    "export": 10,
+    "eval": 60,
+}
+"""Seconds that the stages take on two common cores."""
+
+
+def judge(question: str, trace: Trace) -> int | None:
+    """The first wrong step of a trace, as the tutor sees it."""
+    return judge_steps(solve(question), trace).step
+
+
+def quickstart(config: Config, quiet: bool = False) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Run every stage that is not done; returns (summary of the evaluation, one mended answer to show)."""
+    run = Run(config.run)
+    world = World(config, run, Screen(PLAN, quiet), prepare=register, problems=_problems(config))
+    pipeline.build_templates(world)
+    pipeline.train(world)
+    pipeline.export(world, pipeline.NAMES)
+    count = config.eval.limit or 400
+    summary = pipeline.evaluate(
+        world,
+        pipeline.NAMES,
+        test_problems(count),
+        threshold_problems(count),
+        judge,
+        source="the arithmetic stories of the quickstart",
+    )
+    return summary, best_example(run.read_json("eval/dpo.reviews.json") or [])
+
+
+def _problems(config: Config):
+    """(for SFT, kept for stage 2), as many as `problems.limit` says in all."""
+    limit = config.problems.limit or 1200
+    found = train_problems(limit)
+    kept = round(limit * config.problems.correction_share)
+    return found[: limit - kept], found[limit - kept :]
+
+
+def next_commands(run: Path) -> list[str]:
+    """What to type after the quickstart."""
+    return [
+        f"sclite chat --self-correct --run {run}",
+        "sclite init",
+        "sclite build-data problems.jsonl --set teacher.model=PROVIDER/MODEL",
+    ]

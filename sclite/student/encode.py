@@ -1,0 +1,112 @@
+"""From messages and pieces to token ids, labels and decision marks: the one place where training text is tokenised.
+
+Ids of a whole = ids of the generation prompt + ids of each piece by itself (METHOD section 1), in training as in use.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from jinja2 import TemplateError
+
+from sclite.errors import DataFault
+from sclite.student.base import Messages
+from sclite.trace import CAUSE, Trace, all_pieces
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One training sequence: `ids`, and for each id the weight of its loss (0 in the prompt).
+
+    `marks` are the positions whose next token is a decision: accuse the step (`<Cause>`) or close it.
+    """
+
+    ids: list[int]
+    weights: list[float]
+    marks: tuple[int, ...] = ()
+    accused: tuple[bool, ...] = ()
+
+
+def merge_system(messages: Messages) -> Messages:
+    """The same chat without a system turn: its text goes before the user's."""
+    if not messages or messages[0]["role"] != "system":
+        return messages
+    system, user, *rest = messages
+    return ({"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *rest)
+
+
+def prompt_text(tokenizer, messages: Messages) -> str:
+    """The chat as the template writes it, up to where the assistant begins; thinking off where there is a switch."""
+    settings = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+    if not tokenizer.chat_template:
+        raise DataFault("the student's tokenizer has no chat template", "choose an instruct model")
+    try:
+        return tokenizer.apply_chat_template(list(messages), **settings)
+    except TemplateError:  # templates without a system role raise
+        return tokenizer.apply_chat_template(list(merge_system(messages)), **settings)
+
+
+def prompt_ids(tokenizer, messages: Messages) -> list[int]:
+    return tokenizer(prompt_text(tokenizer, messages), add_special_tokens=False)["input_ids"]
+
+
+def piece_ids(tokenizer, pieces: Iterable[str]) -> list[list[int]]:
+    """The ids of each piece, tokenised by itself."""
+    pieces = list(pieces)
+    return tokenizer(pieces, add_special_tokens=False)["input_ids"] if pieces else []
+
+
+def end_id(tokenizer) -> int:
+    """The token that ends an assistant's turn in this chat template; not always the tokenizer's own end token."""
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "QQQ"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    after = tokenizer(text.rpartition("QQQ")[2], add_special_tokens=False)["input_ids"]
+    special = set(tokenizer.all_special_ids)
+    found = next((i for i in after if i in special), tokenizer.eos_token_id)
+    if found is None:
+        raise DataFault("the student's tokenizer has no end-of-turn token", "choose an instruct model")
+    return found
+
+
+def decision_ids(tokenizer) -> tuple[int, int]:
+    """The first tokens of `<Cause>` and of a step's closer. They must differ, else no decision can be read."""
+    cause, close = (ids[0] for ids in piece_ids(tokenizer, [CAUSE, "</Step1>\n"]))
+    if cause == close:
+        raise DataFault(
+            "the student's vocabulary writes <Cause> and </Step with the same first token",
+            "choose another student",
+        )
+    return cause, close
+
+
+def encode_solution(tokenizer, messages: Messages, trace: Trace) -> Encoded:
+    """A whole trace as an answer to `messages`: loss on the trace and its end token, none on the prompt."""
+    prompt = prompt_ids(tokenizer, messages)
+    answer = [i for ids in piece_ids(tokenizer, all_pieces(trace)) for i in ids] + [end_id(tokenizer)]
+    return Encoded(prompt + answer, [0.0] * len(prompt) + [1.0] * len(answer))
+
+
+def encode_review(tokenizer, messages: Messages, review: Trace, decision_weight: float = 0.0) -> Encoded:
+    """A whole review with its decisions marked.
+
+    A decision stands after the text of every step up to the first wrong one. Its token's loss weighs
+    `1 + decision_weight`, else one token among hundreds would go unheard.
+    """
+    pieces = all_pieces(review)
+    ids = prompt_ids(tokenizer, messages)
+    weights = [0.0] * len(ids)
+    marks, accused = [], []
+    for text, before, piece in zip(pieces, ["", *pieces], piece_ids(tokenizer, pieces), strict=False):
+        decides = before.startswith("<Step") and not (accused and accused[-1])
+        if decides:
+            marks.append(len(ids) - 1)
+            accused.append(text == CAUSE)
+        ids = ids + piece
+        weights += [1.0 + decision_weight * decides] + [1.0] * (len(piece) - 1)
+    return Encoded([*ids, end_id(tokenizer)], [*weights, 1.0], tuple(marks), tuple(accused))
+
+
+def encode_partial(tokenizer, messages: Messages, prefix: Sequence[str], completion: str) -> Encoded:
+    """A piece of an answer after a given prefix: loss on the completion alone, and no end token."""
+    before = prompt_ids(tokenizer, messages) + [i for ids in piece_ids(tokenizer, prefix) for i in ids]
+    after = piece_ids(tokenizer, [completion])[0]
+    return Encoded(before + after, [0.0] * len(before) + [1.0] * len(after))

@@ -1,0 +1,197 @@
+"""Loading the student that is trained: through Unsloth on a CUDA card, through plain transformers and peft elsewhere."""
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+from sclite.config import Lora, Student
+from sclite.errors import DataFault, DeviceFault
+
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+EMBEDDED = "embedded"
+
+
+def embedded_folder() -> Path:
+    """The folder of the embedded student, shipped in the package."""
+    return Path(__file__).resolve().parent.parent / "quickstart" / "student"
+
+
+def model_name(student: Student) -> str:
+    """The hub name or folder of the base model; raises DataFault where none is configured or a folder is missing."""
+    if not student.model:
+        raise DataFault("no student is configured", "give --set student.model=NAME, a hub name or a folder")
+    if student.model == EMBEDDED:
+        return str(embedded_folder())
+    path = Path(student.model).expanduser()
+    if student.model.startswith((".", "/", "~")) and not (path / "config.json").is_file():
+        raise DataFault(
+            f"student.model: {path} holds no config.json",
+            "give a folder with a Hugging Face model, or a hub name",
+        )
+    return str(path) if (path / "config.json").is_file() else student.model
+
+
+def local_folder(student: Student) -> Path:
+    """The base model's folder on this disk; a hub model is fetched into the hub's own cache."""
+    name = model_name(student)
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"])
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
+        raise DataFault(
+            f"the student {name} cannot be fetched: {str(error).splitlines()[0]}", "check student.model"
+        ) from error
+
+
+def choose_card(gpu: int | None) -> None:
+    """Make one card the only visible one, before anything of CUDA is touched.
+
+    Raises DeviceFault where card `gpu` does not exist; None leaves the choice to CUDA.
+    """
+    if gpu is None:
+        return
+    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    import torch
+
+    if not torch.cuda.is_available():
+        build = "" if torch.version.cuda else "; this torch is a CPU build"
+        raise DeviceFault(
+            f"there is no CUDA card {gpu} here{build}",
+            "leave --gpu out to train on the CPU, which suits small students only; `sclite doctor` tells more",
+        )
+
+
+def backend(student: Student) -> str:
+    """unsloth or plain. On a CUDA machine a missing Unsloth is an error, never a silent slow run."""
+    import torch
+
+    if student.backend == "plain" or (student.backend == "auto" and not torch.cuda.is_available()):
+        return "plain"
+    if not torch.cuda.is_available():
+        raise DeviceFault(
+            "student.backend = unsloth needs a CUDA card", "use --set student.backend=plain on a CPU"
+        )
+    if importlib.util.find_spec("unsloth") is None:
+        raise DeviceFault(
+            "Unsloth is not installed",
+            "pip install 'sclite[cuda]'; or --set student.backend=plain, which is slower",
+        )
+    return "unsloth"
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model; its pad token is its end token where it has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise DataFault(
+            f"the student {name} cannot be loaded: {str(error).splitlines()[0]}", "check student.model"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def load_student(
+    student: Student, lora: Lora, adapter: Path | None = None, train: bool = False
+) -> tuple[Any, Any]:
+    """(model, tokenizer): the base with `adapter` on it, or with a new LoRA when `train` is set without one.
+
+    Trainable weights are float32 whatever the base is kept in, because AdamW's small steps vanish in bfloat16.
+    """
+    name = model_name(student)
+    if backend(student) == "unsloth":
+        model, tokenizer = _load_unsloth(name, student, lora, adapter, train)
+    else:
+        model, tokenizer = _load_plain(name, student, lora, adapter, train)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model, tokenizer
+
+
+def _load_plain(
+    name: str, student: Student, lora: Lora, adapter: Path | None, train: bool
+) -> tuple[Any, Any]:
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = load_tokenizer(name)
+    cuda = torch.cuda.is_available()
+    settings: dict[str, Any] = {"dtype": torch.bfloat16 if cuda else torch.float32}
+    if cuda:
+        settings["device_map"] = {"": 0}
+        if student.load_in_4bit:
+            settings["quantization_config"] = _four_bits()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, **settings)
+    except OSError as error:
+        raise DataFault(
+            f"the student {name} cannot be loaded: {str(error).splitlines()[0]}", "check student.model"
+        ) from error
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=train)
+    elif train:
+        shape = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            target_modules=list(LINEAR_LAYERS),
+            task_type="CAUSAL_LM",
+            lora_dropout=0.0,
+        )
+        model = get_peft_model(model, shape)
+    return model, tokenizer
+
+
+def _four_bits() -> Any:
+    """NF4 with double quantisation, computing in bfloat16."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def _load_unsloth(
+    name: str, student: Student, lora: Lora, adapter: Path | None, train: bool
+) -> tuple[Any, Any]:
+    from unsloth import FastLanguageModel
+
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(adapter) if adapter is not None else name,
+        max_seq_length=lora.max_length,
+        load_in_4bit=student.load_in_4bit,
+        dtype=None,
+    )
+    if train and adapter is None:
+        model = FastLanguageModel.get_peft_model(
+            model,
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            target_modules=list(LINEAR_LAYERS),
+            lora_dropout=0.0,
+            bias="none",
+            use_gradient_checkpointing="unsloth",
+        )
+    elif train:
+        FastLanguageModel.for_training(model)
+    else:
+        FastLanguageModel.for_inference(model)
+    tokenizer.padding_side = "left"
+    return model, tokenizer

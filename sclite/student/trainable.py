@@ -1,0 +1,110 @@
+"""The student that is trained, as a student like any other: batched generation and scoring with transformers."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from sclite.run import digest
+from sclite.student.base import Reply, Request, ScoreRequest, Scores
+from sclite.student.encode import end_id, piece_ids, prompt_ids
+
+
+class Trainable:
+    """A transformers model with its tokenizer. Sampling is seeded block by block: `batch` requests share one seed."""
+
+    def __init__(self, model: Any, tokenizer: Any, batch: int = 64):
+        self.model, self.tokenizer, self.batch = model, tokenizer, batch
+        self.end = end_id(tokenizer)
+
+    def _ids(self, messages, pieces: Sequence[str]) -> list[int]:
+        return prompt_ids(self.tokenizer, messages) + [
+            i for ids in piece_ids(self.tokenizer, pieces) for i in ids
+        ]
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Reply]:
+        """Replies in blocks of `batch`. Requests of one block should ask for the same temperature and stop strings."""
+        for start in range(0, len(requests), self.batch):
+            yield from self._block(requests[start : start + self.batch], start)
+
+    def _block(self, block: Sequence[Request], start: int) -> Iterator[Reply]:
+        import torch
+
+        first = block[0]
+        prompts = [self._ids(r.messages, r.pieces) for r in block]
+        ids, mask = self._pad(prompts)
+        settings: dict[str, Any] = {"do_sample": first.temperature > 0}
+        if first.temperature > 0:
+            settings |= {"temperature": first.temperature, "top_p": first.top_p, "top_k": 0}
+            torch.manual_seed(int(digest([[r.seed for r in block], prompts[0]]), 16) % 2**63)
+        if first.stop:
+            settings |= {"stop_strings": list(first.stop), "tokenizer": self.tokenizer}
+        ends = [
+            self.end,
+            *([self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id not in (None, self.end) else []),
+        ]
+        was_training = self.model.training
+        self.model.eval()
+        with torch.inference_mode():
+            out = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max(r.max_tokens for r in block),
+                eos_token_id=ends,
+                pad_token_id=self.tokenizer.pad_token_id,
+                **settings,
+            )
+        self.model.train(was_training)
+        for offset, (request, prompt, row) in enumerate(
+            zip(block, prompts, out[:, ids.shape[1] :].tolist(), strict=True)
+        ):
+            yield self._reply(start + offset, request, len(prompt), row, ends)
+
+    def _reply(
+        self, index: int, request: Request, prompt_tokens: int, row: list[int], ends: list[int]
+    ) -> Reply:
+        stop_at = next((i for i, token in enumerate(row) if token in ends), None)
+        new = row[:stop_at] if stop_at is not None else row
+        text = self.tokenizer.decode(new, skip_special_tokens=True)
+        finish = "stop" if stop_at is not None else "length"
+        for stop in request.stop:
+            if stop in text:
+                text, finish = text[: text.index(stop) + len(stop)], "stop"
+        return Reply(index, text, len(new), prompt_tokens, finish)
+
+    def _pad(self, rows: list[list[int]]):
+        """Left-padded (ids, mask), each [rows, longest]."""
+        import torch
+
+        width = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        return ids.to(self.model.device), mask.to(self.model.device)
+
+    def score(self, requests: Sequence[ScoreRequest]) -> Iterator[Scores]:
+        """Log-odds of the first tokens of the two options after each mark; one forward pass for each request."""
+        import torch
+
+        was_training = self.model.training
+        self.model.eval()
+        for start in range(0, len(requests), self.batch):
+            block = requests[start : start + self.batch]
+            rows, marks = [], []
+            for request in block:
+                ids, places = self._ids(request.messages, ()), []
+                for number, piece in enumerate(piece_ids(self.tokenizer, request.pieces)):
+                    ids = ids + piece
+                    if number in request.marks:
+                        places.append(len(ids) - 1)
+                rows.append(ids)
+                marks.append(places)
+            ids, mask = self._pad(rows)
+            with torch.inference_mode():
+                logits = self.model(input_ids=ids, attention_mask=mask).logits.float()
+            one, other = (found[0] for found in piece_ids(self.tokenizer, block[0].options))
+            for offset, (row, places) in enumerate(zip(rows, marks, strict=True)):
+                shift = ids.shape[1] - len(row)
+                odds = [
+                    float(logits[offset, shift + p, one] - logits[offset, shift + p, other]) for p in places
+                ]
+                yield Scores(start + offset, tuple(odds), len(row))
+        self.model.train(was_training)

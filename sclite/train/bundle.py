@@ -1,0 +1,181 @@
+"""Stage 2 in the form in which it is trained: one bundle for each reviewed attempt.
+
+A bundle holds the review sequence (the context, the attempt's steps with a decision after each up to the first wrong
+one, and the chosen cause and correction), the rejected one where the attempt is wrong, and a solved row for replay.
+All decisions of an attempt are read off one forward pass, as they are in use, where a pair for each would repeat the
+whole context: about ten times the tokens for an attempt of five steps.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sclite import prompts
+from sclite.records import Pair
+from sclite.student.encode import Encoded, decision_ids, piece_ids, prompt_ids
+from sclite.trace import CAUSE, parse, render
+from sclite.train.forward import hidden_states, pad, token_log_probs, vocabulary_log_probs
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """`review` carries the decisions, and the chosen content as its loss; `rejected` the other content."""
+
+    key: str
+    review: Encoded
+    rejected: Encoded | None = None
+    replay: Encoded | None = None
+
+
+def build_bundles(
+    tokenizer: Any, pairs: Iterable[Pair], questions: dict[str, str], folder: str = ""
+) -> list[Bundle]:
+    """Gather the pairs of each attempt into a bundle. `questions` maps problem ids to questions."""
+    groups: dict[tuple[str, int], list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        groups[pair.id, pair.sample].append(pair)
+    return [_bundle(tokenizer, group, questions[group[0].id], folder) for group in groups.values()]
+
+
+def _bundle(tokenizer: Any, pairs: list[Pair], question: str, folder: str) -> Bundle:
+    first = pairs[0]
+    decisions = sorted((p for p in pairs if p.kind == "decision"), key=lambda p: p.step)
+    content = next((p for p in pairs if p.kind == "content"), None)
+    longest = content or decisions[-1]
+    messages = prompts.review_messages(question, render(parse(first.attempt).trace), folder)
+    ids, ends = prompt_ids(tokenizer, messages), {}
+    for number, piece in enumerate(piece_ids(tokenizer, longest.prefix), 1):
+        ids = ids + piece
+        ends[number] = len(ids) - 1  # the last position of a prefix of so many pieces
+    marks = tuple(ends[len(pair.prefix)] for pair in decisions)
+    accused = tuple(pair.chosen == CAUSE for pair in decisions)
+    key = f"{first.id}/{first.sample}"
+    if content is None:
+        return Bundle(key, Encoded(ids, [0.0] * len(ids), marks, accused))
+    chosen, rejected = piece_ids(tokenizer, [content.chosen, content.rejected])
+    return Bundle(
+        key,
+        Encoded(ids + chosen, [0.0] * len(ids) + [1.0] * len(chosen), marks, accused),
+        Encoded(ids + rejected, [0.0] * len(ids) + [1.0] * len(rejected)),
+    )
+
+
+@dataclass
+class Batch:
+    """Bundles as tensors. `decision_*` are flat over all decisions, `owner` says of which bundle each is."""
+
+    reviews: dict[str, Any]
+    rejected: dict[str, Any] | None
+    replay: dict[str, Any] | None
+    decision_rows: list[int]
+    decision_columns: list[int]
+    decision_accused: list[bool]
+    content: list[int]  # numbers of the bundles that have a rejected text, in the order of `rejected`
+    keys: list[str]
+
+
+def collate(bundles: Sequence[Bundle], pad_id: int) -> Batch:
+    """Bundles side by side, each part padded by itself."""
+    content = [i for i, bundle in enumerate(bundles) if bundle.rejected is not None]
+    replay = [bundle.replay for bundle in bundles if bundle.replay is not None]
+    rows = [i for i, bundle in enumerate(bundles) for _ in bundle.review.marks]
+    return Batch(
+        reviews=pad([bundle.review for bundle in bundles], pad_id),
+        rejected=pad([bundles[i].rejected for i in content], pad_id) if content else None,
+        replay=pad(replay, pad_id) if replay else None,
+        decision_rows=rows,
+        decision_columns=[mark for bundle in bundles for mark in bundle.review.marks],
+        decision_accused=[a for bundle in bundles for a in bundle.review.accused],
+        content=content,
+        keys=[bundle.key for bundle in bundles],
+    )
+
+
+@dataclass
+class Likelihoods:
+    """Log-probabilities of the chosen and the rejected side of every pair, and token counts of the contents."""
+
+    decision_chosen: Any  # [decisions]
+    decision_rejected: Any
+    content_chosen: Any  # [contents], summed over tokens
+    content_rejected: Any
+    content_tokens: Any  # [contents], of the chosen text
+    replay_nll: Any | None  # scalar, mean over tokens
+
+
+def likelihoods(model: Any, batch: Batch, decision_tokens: tuple[int, int]) -> Likelihoods:
+    """Run the model over a batch; `decision_tokens` are those of accusing and of closing."""
+    import torch
+
+    device = next(model.parameters()).device
+    reviews = {name: value.to(device) for name, value in batch.reviews.items()}
+    hidden = hidden_states(model, reviews["input_ids"], reviews["attention_mask"])
+    at = hidden[batch.decision_rows, batch.decision_columns]
+    log_probs = vocabulary_log_probs(model, at)[:, list(decision_tokens)]
+    accuse, close = log_probs[:, 0], log_probs[:, 1]
+    right = torch.tensor(batch.decision_accused, device=device)
+    chosen, tokens = _sums(model, hidden, reviews, len(batch.keys))
+    none = chosen[:0]
+    content_rejected = none
+    if batch.rejected is not None:
+        other = {name: value.to(device) for name, value in batch.rejected.items()}
+        content_rejected, _ = _sums(
+            model,
+            hidden_states(model, other["input_ids"], other["attention_mask"]),
+            other,
+            len(batch.content),
+        )
+    return Likelihoods(
+        decision_chosen=torch.where(right, accuse, close),
+        decision_rejected=torch.where(right, close, accuse),
+        content_chosen=chosen[batch.content] if batch.content else none,
+        content_rejected=content_rejected,
+        content_tokens=tokens[batch.content] if batch.content else none,
+        replay_nll=_replay_nll(model, batch.replay, device),
+    )
+
+
+def _sums(model: Any, hidden: Any, rows: dict[str, Any], count: int) -> tuple[Any, Any]:
+    """The summed log-probability of the weighted tokens of each row, and how many there are; both [rows]."""
+    import torch
+
+    log_probs, owner = token_log_probs(model, hidden, rows["input_ids"], rows["weights"])
+    zeros = torch.zeros(count, device=log_probs.device)
+    return zeros.index_add(0, owner, log_probs), zeros.index_add(0, owner, torch.ones_like(log_probs))
+
+
+def _replay_nll(model: Any, replay: dict[str, Any] | None, device: Any) -> Any | None:
+    if replay is None:
+        return None
+    replay = {name: value.to(device) for name, value in replay.items()}
+    hidden = hidden_states(model, replay["input_ids"], replay["attention_mask"])
+    log_probs, _ = token_log_probs(model, hidden, replay["input_ids"], replay["weights"])
+    return -log_probs.mean()
+
+
+def reference_odds(
+    model: Any, bundles: Sequence[Bundle], tokenizer: Any, size: int = 8
+) -> dict[str, dict[str, Any]]:
+    """log p(chosen) - log p(rejected) of every pair under the model as it is now, by bundle key.
+
+    Computed once before DPO and kept in the run, so that no second forward pass is paid per step and a resumed
+    training compares with the adapter that it started from. {"decisions": [nats ..], "content": nats or None}
+    """
+    import torch
+
+    tokens = decision_ids(tokenizer)
+    model.eval()
+    found: dict[str, dict[str, Any]] = {}
+    for start in range(0, len(bundles), size):
+        block = [Bundle(b.key, b.review, b.rejected) for b in bundles[start : start + size]]
+        batch = collate(block, tokenizer.pad_token_id)
+        with torch.no_grad():
+            got = likelihoods(model, batch, tokens)
+        decisions = (got.decision_chosen - got.decision_rejected).tolist()
+        contents = (got.content_chosen - got.content_rejected).tolist()
+        for number, key in enumerate(batch.keys):
+            mine = [d for row, d in zip(batch.decision_rows, decisions, strict=True) if row == number]
+            content = contents[batch.content.index(number)] if number in batch.content else None
+            found[key] = {"decisions": mine, "content": content}
+    return found

@@ -1,0 +1,130 @@
+"""What both training stages share: the label check, the trainer's arguments, and metrics written as they come."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sclite.config import Lora
+from sclite.errors import DataFault
+from sclite.student.encode import Encoded
+
+Progress = Callable[[int, int], None]
+
+
+def too_long(rows: Sequence[Encoded], limit: int) -> list[int]:
+    """The numbers of the rows that have more than `limit` tokens; nothing is ever cut in silence."""
+    return [i for i, row in enumerate(rows) if len(row.ids) > limit]
+
+
+def check_labels(rows: Sequence[Encoded], end: int) -> dict[str, float]:
+    """Refuse rows that would teach nothing or never end; return what share of the tokens carries loss.
+
+    Every whole row needs loss on its last token, which is the end of turn, and none on its first, which is prompt.
+    """
+    if not rows:
+        raise DataFault("there is nothing to train on: no row is left", "`sclite show drops` tells why")
+    for number, row in enumerate(rows, 1):
+        if not any(row.weights):
+            raise DataFault(
+                f"training row {number}: every label is masked", "this row would teach nothing; report it"
+            )
+        if row.weights[0]:
+            raise DataFault(
+                f"training row {number}: the prompt carries loss", "check the chat template of the student"
+            )
+        if row.ids[-1] != end or not row.weights[-1]:
+            raise DataFault(
+                f"training row {number}: the end-of-turn token carries no loss", "check the chat template"
+            )
+    tokens = sum(len(row.ids) for row in rows)
+    trained = sum(weight > 0 for row in rows for weight in row.weights)
+    return {"rows": len(rows), "tokens": tokens, "trained_share": round(trained / tokens, 4)}
+
+
+def arguments(folder: Path, lora: Lora, rate: float, epochs: float, seed: int) -> dict[str, Any]:
+    """What TRL's configurations are given; the card decides on bfloat16."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    micro = min(lora.micro_batch, lora.batch)
+    return {
+        "output_dir": str(folder / "checkpoints"),
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": max(1, lora.batch // micro),
+        "learning_rate": rate,
+        "num_train_epochs": epochs,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": lora.warmup,
+        "max_grad_norm": lora.max_grad_norm,
+        "optim": "adamw_8bit" if cuda else "adamw_torch",
+        "bf16": cuda,
+        "use_cpu": not cuda,
+        "gradient_checkpointing": cuda,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": cuda,
+        "seed": seed,
+        "data_seed": seed,
+    }
+
+
+def numbered(count: int) -> Any:
+    """A data set of row numbers: trl wants one of its own kind, while our rows are tokenised and weighted already."""
+    import datasets
+
+    return datasets.Dataset.from_dict({"number": list(range(count))})
+
+
+def metrics_writer(path: Path, phase: str, progress: Progress | None) -> Any:
+    """A trainer callback that appends each step's figures to metrics.jsonl and reports progress."""
+    from transformers import TrainerCallback
+
+    class Writer(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **_):
+            if not logs or "loss" not in logs:
+                return
+            row = {"phase": phase, "step": state.global_step}
+            row |= {
+                key: round(float(value), 6) for key, value in logs.items() if isinstance(value, int | float)
+            }
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+        def on_step_end(self, args, state, control, **_):
+            if progress is not None:
+                progress(state.global_step, state.max_steps)
+
+    return Writer()
+
+
+def quiet() -> None:
+    """Keep the libraries' own progress bars and notices off the terminal."""
+    import logging
+    import warnings
+
+    for name in ("trl", "accelerate", "peft", "torch.distributed", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", module="(trl|peft|transformers|torch).*")
+
+
+def free_memory() -> None:
+    """Give back what a model has left behind, on the card too."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,47 @@
+"""Log-probabilities of chosen positions: the decoder runs once, the vocabulary is looked at only where it is needed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sclite.student.encode import Encoded
+
+
+def pad(rows: Sequence[Encoded], pad_id: int) -> dict[str, Any]:
+    """A batch of sequences, padded at the right: ids, mask and weights, each [rows, longest]."""
+    import torch
+
+    width = max(len(row.ids) for row in rows)
+    return {
+        "input_ids": torch.tensor([row.ids + [pad_id] * (width - len(row.ids)) for row in rows]),
+        "attention_mask": torch.tensor([[1] * len(row.ids) + [0] * (width - len(row.ids)) for row in rows]),
+        "weights": torch.tensor([row.weights + [0.0] * (width - len(row.ids)) for row in rows]),
+    }
+
+
+def hidden_states(model: Any, ids: Any, mask: Any) -> Any:
+    """The decoder's last hidden states, [rows, longest, width]."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return causal.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+
+def vocabulary_log_probs(model: Any, hidden: Any) -> Any:
+    """Float32 log-probabilities over the vocabulary for hidden states [positions, width]."""
+    import torch
+
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = causal.get_output_embeddings()
+    logits = head(hidden.to(head.weight.dtype)).float()
+    cap = getattr(causal.config.get_text_config(), "final_logit_softcapping", None)
+    if cap:
+        logits = torch.tanh(logits / cap) * cap
+    return torch.log_softmax(logits, dim=-1)
+
+
+def token_log_probs(model: Any, hidden: Any, ids: Any, weights: Any) -> tuple[Any, Any]:
+    """Log-probabilities of every token that carries weight, and the row each belongs to; both [tokens].
+
+    The token at position t is predicted by the hidden state at t - 1.
+    """
+    rows, columns = (weights[:, 1:] > 0).nonzero(as_tuple=True)
+    log_probs = vocabulary_log_probs(model, hidden[rows, columns])
+    return log_probs.gather(1, ids[rows, columns + 1].unsqueeze(1)).squeeze(1), rows

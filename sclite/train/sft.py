@@ -1,0 +1,147 @@
+"""Supervised fine-tuning: stage 1 on templates, and the warm-up of stage 2 on whole reviews with solved rows between.
+
+The loss is on the trace and its end of turn alone. Source: METHOD sections 3 and 4.5.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sclite import prompts
+from sclite.config import Config, Lora
+from sclite.records import Template
+from sclite.run import Report, Run, digest, timed
+from sclite.student.encode import Encoded, encode_solution, end_id
+from sclite.student.load import load_student, model_name
+from sclite.trace import parse
+from sclite.train.common import Progress, arguments, check_labels, metrics_writer, numbered, quiet, too_long
+from sclite.train.forward import hidden_states, pad, token_log_probs
+
+STAGE = "sft"
+
+
+def inputs_of(config: Config, run: Run) -> dict[str, Any]:
+    """What decides the result of the SFT stage."""
+    return {
+        "templates": run.file_digest("templates.jsonl"),
+        "settings": digest(config.sft.model_dump()),
+        "student": digest([model_name(config.student), config.student.load_in_4bit]),
+        "prompts": prompts.digest("student_system", "student_solve", folder=config.prompts.folder),
+        "seed": config.seed,
+    }
+
+
+def train_sft(config: Config, run: Run, *, progress: Progress | None = None) -> Report:
+    """Stage 1. Reads templates.jsonl; writes sft/adapter and sft/metrics.jsonl.
+
+    Raises DataFault where there are no templates or the labels are not as they should be.
+    """
+    inputs = inputs_of(config, run)
+    report = Report(STAGE)
+    if run.done(STAGE, inputs):
+        return Report(STAGE, **_manifest(run), skipped=True)
+    rows = run.require(
+        "templates.jsonl", Template, "run `sclite build-data` first, or put your own templates there"
+    )
+    with timed(report):
+        quiet()
+        model, tokenizer = load_student(config.student, config.sft, train=True)
+        encoded = solve_rows(tokenizer, rows, config.prompts.folder)
+        long = too_long(encoded, config.sft.max_length)
+        if long:
+            report.dropped["longer_than_max_length"] = len(long)
+            encoded = [row for i, row in enumerate(encoded) if i not in set(long)]
+        report.figures["labels"] = check_labels(encoded, end_id(tokenizer))
+        folder = run.path("sft")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+        steps = fine_tune(
+            model,
+            tokenizer,
+            encoded,
+            folder,
+            config.sft,
+            config.sft.learning_rate,
+            config.sft.epochs,
+            config.seed,
+            "sft",
+            progress,
+        )
+        model.save_pretrained(folder / "adapter")
+        report.counts |= {"rows": len(encoded), "steps": steps}
+    run.sign(STAGE, inputs, report)
+    return report
+
+
+def _manifest(run: Run) -> dict[str, Any]:
+    manifest = run.finished(STAGE) or {}
+    return {key: manifest[key] for key in ("counts", "dropped", "seconds", "figures") if key in manifest}
+
+
+def solve_rows(tokenizer: Any, templates: Sequence[Template], folder: str) -> list[Encoded]:
+    """Each template as (student prompt, problem) -> trace."""
+    return [
+        encode_solution(tokenizer, prompts.solve_messages(row.question, folder), parse(row.trace).trace)
+        for row in templates
+    ]
+
+
+def fine_tune(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Encoded],
+    folder: Path,
+    lora: Lora,
+    rate: float,
+    epochs: float,
+    seed: int,
+    phase: str,
+    progress: Progress | None = None,
+) -> int:
+    """Train the model's adapter in place; returns the number of optimizer steps. Metrics go to folder/metrics.jsonl."""
+    from transformers import PrinterCallback
+    from trl import SFTConfig
+
+    settings = SFTConfig(**arguments(folder, lora, rate, epochs, seed), max_length=None, packing=False)
+    trainer = _trainer_class()(
+        model=model,
+        args=settings,
+        train_dataset=numbered(len(rows)),
+        data_collator=_Collator(rows, tokenizer.pad_token_id),
+        processing_class=tokenizer,
+        callbacks=[metrics_writer(folder / "metrics.jsonl", phase, progress)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return trainer.state.global_step
+
+
+class _Collator:
+    """Row numbers to a padded batch; `labels` only tell the trainer how many tokens carry loss."""
+
+    def __init__(self, rows: Sequence[Encoded], pad_id: int):
+        self.rows, self.pad_id = rows, pad_id
+
+    def __call__(self, items: Sequence[dict[str, int]]) -> dict[str, Any]:
+        batch = pad([self.rows[item["number"]] for item in items], self.pad_id)
+        return {**batch, "labels": batch["input_ids"].masked_fill(batch["weights"] == 0, -100)}
+
+
+def _trainer_class() -> type:
+    """TRL's SFTTrainer on rows that are tokenised and weighted already."""
+    from trl import SFTTrainer
+
+    class WeightedSft(SFTTrainer):
+        def _prepare_dataset(self, dataset, *_, **__):
+            return dataset
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            ids, weights = inputs["input_ids"], inputs["weights"]
+            hidden = hidden_states(model, ids, inputs["attention_mask"])
+            log_probs, _ = token_log_probs(model, hidden, ids, weights)
+            carried = weights[:, 1:][weights[:, 1:] > 0]
+            # with gradient accumulation the trainer hands in the number of tokens of the whole optimizer step
+            loss = -(log_probs * carried).sum() / (num_items_in_batch or len(carried))
+            return (loss, None) if return_outputs else loss
+
+    return WeightedSft

@@ -1,0 +1,99 @@
+"""The warm-up of stage 2: a short supervised training on whole reviews, with solved rows between.
+
+DPO alone cannot create the accusation, and reviews alone destroy solving (METHOD section 4.5). The adapter that comes
+out is the one that DPO starts from and is compared with.
+"""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from sclite import prompts
+from sclite.config import Config
+from sclite.records import Attempt, Problem, Review, Template
+from sclite.run import Report, Run, digest, timed
+from sclite.student.encode import Encoded, encode_review, end_id
+from sclite.student.load import load_student
+from sclite.trace import parse, render
+from sclite.train.common import Progress, check_labels, quiet, too_long
+from sclite.train.sft import fine_tune, solve_rows
+
+STAGE = "warm"
+
+
+def inputs_of(config: Config, run: Run) -> dict[str, Any]:
+    """What decides the result of the warm-up."""
+    settings = config.dpo.model_dump(
+        exclude={"learning_rate", "epochs", "beta", "nll_weight", "replay_weight", "warmup"}
+    )
+    return {
+        "reviews": run.file_digest("reviews.jsonl"),
+        "templates": run.file_digest("templates.jsonl"),
+        "sft": run.file_digest("sft/adapter/adapter_model.safetensors"),
+        "settings": digest(settings),
+        "prompts": prompts.digest(
+            "student_system", "student_solve", "student_review", folder=config.prompts.folder
+        ),
+        "seed": config.seed,
+    }
+
+
+def train_warm(config: Config, run: Run, *, progress: Progress | None = None) -> Report:
+    """Reads reviews.jsonl, attempts.jsonl and templates.jsonl; trains on from sft/adapter; writes dpo/warm."""
+    inputs, report = inputs_of(config, run), Report(STAGE)
+    if run.done(STAGE, inputs):
+        return Report(STAGE, skipped=True)
+    reviews = run.require("reviews.jsonl", Review, "run `sclite build-data --only corrections` first")
+    templates = run.require("templates.jsonl", Template, "run `sclite build-data` first")
+    with timed(report):
+        quiet()
+        model, tokenizer = load_student(config.student, config.dpo, run.path("sft/adapter"), train=True)
+        rows = review_rows(tokenizer, run, reviews, config)
+        solved = solve_rows(tokenizer, templates, config.prompts.folder)
+        rows = mix(rows, solved, config.dpo.replay_share, config.seed)
+        long = set(too_long(rows, config.dpo.max_length))
+        if long:
+            report.dropped["longer_than_max_length"] = len(long)
+            rows = [row for i, row in enumerate(rows) if i not in long]
+        report.figures["labels"] = check_labels(rows, end_id(tokenizer))
+        folder = run.path("dpo")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+        steps = fine_tune(
+            model,
+            tokenizer,
+            rows,
+            folder,
+            config.dpo,
+            config.dpo.warmup_learning_rate,
+            config.dpo.warmup_epochs,
+            config.seed,
+            STAGE,
+            progress,
+        )
+        model.save_pretrained(folder / "warm")
+    report.counts |= {"rows": len(rows), "reviews": len(reviews), "steps": steps}
+    run.sign(STAGE, inputs, report)
+    return report
+
+
+def review_rows(tokenizer: Any, run: Run, reviews: Sequence[Review], config: Config) -> list[Encoded]:
+    """Each review as an answer to its review prompt, its decisions weighted."""
+    attempts = {(a.id, a.sample): a for a in run.read("attempts.jsonl", Attempt)}
+    questions = {p.id: p.question for p in run.read("problems.jsonl", Problem)}
+    rows = []
+    for review in reviews:
+        work = render(parse(attempts[review.id, review.sample].trace).trace)
+        messages = prompts.review_messages(questions[review.id], work, config.prompts.folder)
+        rows.append(encode_review(tokenizer, messages, parse(review.trace).trace, config.dpo.decision_weight))
+    return rows
+
+
+def mix(reviews: list[Encoded], solved: list[Encoded], share: float, seed: int) -> list[Encoded]:
+    """The reviews with `share` solved rows for each."""
+    draw = random.Random(seed)
+    wanted = round(share * len(reviews))
+    picked = [solved[i % len(solved)] for i in range(wanted)] if solved else []
+    rows = [*reviews, *picked]
+    draw.shuffle(rows)
+    return rows

@@ -1,0 +1,212 @@
+"""Problems from files of every form, and what is said about a file that cannot be used."""
+
+import json
+
+import pytest
+
+from sclite import config
+from sclite.data.problems import gather_problems, load_problems, split_for_stages
+from sclite.errors import DataFault, UsageFault
+from sclite.records import Drop, Problem
+
+GSM8K = {
+    "question": "How many clips?",
+    "answer": "She sold 48/2 = <<48/2=24>>24 in May.\nThat is 48+24 = <<48+24=72>>72.\n#### 72",
+}
+MATH = {
+    "problem": "Evaluate $x$.",
+    "level": "Level 2",
+    "solution": r"First $\boxed{3}$ was tried, then $x = \boxed{\frac{1}{\sqrt{2}}}$.",
+}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def plain(number):
+    return {"question": f"What is {number} + 1?", "answer": str(number + 1)}
+
+
+def fault(source, **options) -> DataFault:
+    with pytest.raises(DataFault) as caught:
+        load_problems(source, **options)
+    assert caught.value.code == 3
+    assert caught.value.hint
+    assert "\n" not in caught.value.message
+    return caught.value
+
+
+def test_gsm8k_rows_lose_their_calculator_marks_and_give_their_answer(tmp_path):
+    (problem,) = load_problems(write(tmp_path / "p.jsonl", [GSM8K]))
+    assert problem.answer == "72"
+    assert problem.solution == "She sold 48/2 = 24 in May.\nThat is 48+24 = 72."
+
+
+def test_math_rows_give_their_last_box_with_its_nested_braces(tmp_path):
+    (problem,) = load_problems(write(tmp_path / "p.jsonl", [MATH]))
+    assert problem.question == "Evaluate $x$."
+    assert problem.answer == r"\frac{1}{\sqrt{2}}"
+    assert problem.solution == MATH["solution"]
+
+
+def test_plain_rows_keep_their_id_and_may_have_a_solution(tmp_path):
+    rows = [{**plain(1), "id": 7}, {**plain(2), "solution": "Count on."}, {**MATH, "answer": "0.7"}]
+    first, second, third = load_problems(write(tmp_path / "p.jsonl", rows))
+    assert (first.id, first.answer, first.solution) == ("7", "2", None)
+    assert second.solution == "Count on."
+    assert third.answer == "0.7"
+
+
+def test_ids_and_texts_stay_when_rows_are_added_or_moved(tmp_path):
+    before = load_problems(write(tmp_path / "a.jsonl", map(plain, range(5))))
+    after = load_problems(write(tmp_path / "b.jsonl", map(plain, [9, 4, 3, 2, 1, 0])))
+    assert len({p.id for p in after}) == 6
+    assert set(before) < set(after)
+
+
+def test_csv_json_and_parquet_say_the_same_as_jsonl(tmp_path):
+    import datasets
+
+    rows = [plain(i) for i in range(4)]
+    expected = load_problems(write(tmp_path / "p.jsonl", rows))
+    (tmp_path / "p.json").write_text(json.dumps(rows))
+    (tmp_path / "p.csv").write_text(
+        "question,answer\n" + "".join(f'"{r["question"]}",{r["answer"]}\n' for r in rows)
+    )
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "p.parquet")
+    for suffix in ("json", "csv", "parquet"):
+        assert load_problems(str(tmp_path / f"p.{suffix}")) == expected
+
+
+def test_a_question_that_is_there_already_is_left_out_and_counted(tmp_path):
+    drops: list[Drop] = []
+    source = write(tmp_path / "p.jsonl", [plain(1), plain(2), {**plain(1), "answer": " 2"}])
+    assert len(load_problems(source, drops=drops)) == 2
+    assert [d.reason for d in drops] == ["duplicate_question"]
+    assert "line 3" in drops[0].detail
+
+
+def test_limit_counts_different_problems_and_reads_no_further(tmp_path):
+    path = tmp_path / "p.jsonl"
+    write(path, [plain(1), plain(1), plain(2)])
+    path.write_text(path.read_text() + "not json\n")
+    assert len(load_problems(str(path), limit=2)) == 2
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path):
+    assert "nothing.jsonl does not exist" in fault(str(tmp_path / "nothing.jsonl")).message
+    assert "is a folder" in fault(str(tmp_path)).message
+    with pytest.raises(UsageFault, match=r"problems\.source"):
+        load_problems("")
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.json", "p.csv"])
+def test_an_empty_file_is_named(tmp_path, name):
+    (tmp_path / name).write_text("\n" if name == "p.jsonl" else "")
+    assert f"{name} is empty" in fault(str(tmp_path / name)).message
+
+
+def test_a_line_that_is_no_json_is_named(tmp_path):
+    path = tmp_path / "p.jsonl"
+    write(path, map(plain, range(6)))
+    path.write_text(path.read_text() + '{"question": "half\n')
+    assert "p.jsonl, line 7: not JSON" in fault(str(path)).message
+    (tmp_path / "p.json").write_text('[\n{"question": "q", "answer": "1"},\n{]')
+    assert "p.json, line 3: not JSON" in fault(str(tmp_path / "p.json")).message
+
+
+def test_rows_that_are_no_objects_are_named(tmp_path):
+    (tmp_path / "p.jsonl").write_text("[1, 2]\n")
+    assert "line 1: not a JSON object" in fault(str(tmp_path / "p.jsonl")).message
+    (tmp_path / "p.json").write_text('{"rows": []}')
+    assert "not a list of objects" in fault(str(tmp_path / "p.json")).message
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "q", "answer": None},
+        {"question": "q", "answer": "worked but #### "},
+        {"problem": "p", "solution": "no box here 5"},
+        {"problem": "p", "solution": r"an open \boxed{5"},
+    ],
+)
+def test_a_row_without_answer_is_named(tmp_path, row):
+    source = write(tmp_path / "p.jsonl", [plain(1), row])
+    found = fault(source)
+    assert "p.jsonl, line 2: no answer" in found.message
+    assert "####" in found.hint
+
+
+def test_an_empty_question_is_named(tmp_path):
+    assert (
+        "line 1: the question is empty"
+        in fault(write(tmp_path / "p.jsonl", [{**plain(1), "question": " "}])).message
+    )
+
+
+def test_unknown_columns_are_told_with_those_that_are_known(tmp_path):
+    found = fault(write(tmp_path / "p.jsonl", [{"prompt": "q", "target": "a"}]))
+    assert "only: prompt, target" in found.message
+    assert "question and answer" in found.hint
+
+
+def test_two_rows_with_one_id_are_named(tmp_path):
+    source = write(tmp_path / "p.jsonl", [{**plain(1), "id": "x"}, {**plain(2), "id": "x"}])
+    assert "line 2: the id x stands at line 1" in fault(source).message
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "p.jsonl").write_bytes(b'{"question": "\xff\xfe"}')
+    assert "UTF-8" in fault(str(tmp_path / "p.jsonl")).hint
+
+
+def test_a_data_set_out_of_reach_has_a_remedy(monkeypatch):
+    import datasets
+
+    def load_dataset(*args, **options):
+        raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub (LocalEntryNotFoundError)\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    found = fault("openai/gsm8k", subset="main")
+    assert "openai/gsm8k cannot be reached" in found.message
+    assert "JSONL" in found.hint
+
+
+def test_hub_rows_without_answer_are_left_out_because_nobody_can_mend_them(monkeypatch):
+    import datasets
+
+    rows = [MATH, {"problem": "Prove it.", "solution": "So it is."}]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows)
+    drops: list[Drop] = []
+    assert len(load_problems("some/set", drops=drops)) == 1
+    assert [(d.id, d.reason) for d in drops] == [("row 2", "no_answer")]
+
+
+def test_problems_are_divided_by_share_and_a_new_one_moves_no_other():
+    problems = [Problem(id=str(i), question=f"q{i}", answer="1") for i in range(2000)]
+    first, second = split_for_stages(problems, 0.3, 0)
+    assert 540 < len(second) < 660
+    assert sorted(first + second, key=lambda p: int(p.id)) == problems
+    fewer_first, fewer_second = split_for_stages(problems[::-2], 0.3, 0)
+    assert set(fewer_first) < set(first)
+    assert set(fewer_second) < set(second)
+    assert split_for_stages(problems, 0.3, 1)[1] != second
+    smaller = split_for_stages(problems, 0.2, 0)[1]
+    assert set(smaller) < set(second)
+
+
+def test_the_problems_of_a_run_are_written_into_it_or_were_put_there(tmp_path, run):
+    source = write(tmp_path / "p.jsonl", [plain(1), plain(2), plain(2)])
+    problems = gather_problems(config.load(None, [f"problems.source={source}"], {}), run)
+    assert run.read("problems.jsonl", Problem) == problems
+    assert [d.reason for d in run.read("dropped.jsonl", Drop)] == ["duplicate_question"]
+    assert gather_problems(config.Config(), run) == problems
+
+
+def test_a_run_without_problems_says_what_to_type(run):
+    with pytest.raises(DataFault) as caught:
+        gather_problems(config.Config(), run)
+    assert "problems.source" in caught.value.hint

@@ -1,0 +1,341 @@
+"""Templates against a real HTTP teacher: what is kept, what is dropped and why, and what happens after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from replay import Teaching, fail, say
+
+from sclite import config, trace
+from sclite.answers import Grader
+from sclite.data.templates import build_templates, check_template, mentions_the_solution
+from sclite.errors import DataFault, UsageFault
+from sclite.records import Drop, Problem, Template
+from sclite.run import Run
+from sclite.teacher.client import Teacher
+from sclite.teacher.ledger import Ledger
+
+
+@pytest.fixture(scope="module")
+def grader():
+    with Grader() as grader:
+        yield grader
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test-secret")
+
+
+def problem(number):
+    return Problem(
+        id=f"p{number}", question=f"What is {number} + 1?", answer=str(number + 1), solution="Count on."
+    )
+
+
+PROBLEMS = [problem(i) for i in range(8)]
+
+
+def reply(answer, step="Count on by one."):
+    return f"<Step1>{step}</Step1>\n<Generalized>Count on.</Generalized>\n<Answer>{answer}</Answer>"
+
+
+def number_of(request):
+    return int(request["messages"][1]["content"].split("What is ")[1].split(" ")[0])
+
+
+def right(request, nth):
+    return say(reply(number_of(request) + 1))
+
+
+def build(run, url, grader, problems=PROBLEMS, settings=(), **options):
+    settings = [
+        "teacher.model=openai/replay",
+        f"teacher.api_base={url}",
+        "teacher.attempts_per_call=2",
+        *settings,
+    ]
+    chosen = config.load(None, settings, {})
+    with Ledger(run.path("ledger.sqlite")) as ledger, Teacher(chosen.teacher, ledger) as teacher:
+        return build_templates(chosen, run, teacher=teacher, grader=grader, problems=problems, **options)
+
+
+# -- one reply -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answer", ["3", "$3$", r"\boxed{3}", "The answer is 3.", "3.0"])
+def test_an_answer_that_says_the_same_is_good(answer, grader):
+    assert check_template(reply(answer), problem(2), grader) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("Sure! Let me think about that.", "no_steps"),
+        (reply("3").replace("</Step1>", ""), "missing_closer"),
+        (reply("3", step=" "), "empty_step"),
+        (reply("3").replace("Step1", "Step2"), "wrong_step_number"),
+        (reply("4"), "wrong_answer"),
+        (reply("3").replace("<Generalized>Count on.</Generalized>", ""), "no_generalized"),
+        (reply("3", step="x\n<Cause>a</Cause>\n<Correction>b</Correction>\n"), "correction_in_template"),
+        (reply("3", step="As the reference solution shows, it is 3."), "leak"),
+    ],
+)
+def test_what_is_wrong_with_a_reply_has_a_name(text, reason, grader):
+    assert check_template(text, problem(2), grader).reason == reason
+
+
+def test_a_grader_that_does_not_know_is_not_a_wrong_answer():
+    class Unsure:
+        def equal(self, given, gold):
+            return None
+
+    flaw = check_template(reply("3"), problem(2), Unsure())
+    assert flaw.reason == "grader_unknown"
+    assert "3" in flaw.text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "As the reference solution shows",
+        "Following the given solution, add",
+        "this is the gold answer",
+        "matches the provided answer",
+        "as in the solution given above",
+        "The answer was provided, so",
+        "the Ground-Truth answer",
+    ],
+)
+def test_a_mention_of_the_solution_is_seen(text):
+    assert mentions_the_solution(f"Well. {text} it is 3.")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The solution is 5.",
+        "The answer is given by 3x.",
+        "Mix it into the solution: it has 5 litres of acid",
+        "the solution set is {1, 2}",
+        "So the correct answer is 7",
+        "the given numbers",
+        "the golden ratio answers it",
+        "Given the equation, its solutions are",
+    ],
+)
+def test_the_bare_word_solution_is_no_mention(text):
+    assert mentions_the_solution(text) is None
+
+
+# -- the stage -----------------------------------------------------------------------------------------------------
+
+
+def test_every_template_is_canonical_right_and_in_the_order_of_the_problems(run, grader):
+    def answer(request, nth):  # the first problems come last
+        return say(
+            reply(f"That makes {number_of(request) + 1} apples."), seconds=0.2 - number_of(request) / 50
+        )
+
+    seen = []
+    with Teaching(answer) as server:
+        report = build(run, server.url, grader, progress=lambda *given: seen.append(given))
+    rows = run.read("templates.jsonl", Template)
+    assert [row.id for row in rows] == [p.id for p in PROBLEMS]
+    for row in rows:
+        assert trace.render(trace.parse(row.trace).trace) == row.trace
+        assert trace.parse(row.trace).trace.answer == f"That makes {row.answer} apples."
+    assert report.counts == {"problems": 8, "templates": 8}
+    assert report.figures["requests"] == 8
+    assert [given[0] for given in seen] == list(range(1, 9))
+    assert {given[1:] for given in seen} == {(8, 0.0)}
+    assert "localhost" not in run.path("done/templates.json").read_text()
+    assert "secret" not in run.path("done/templates.json").read_text()
+
+
+def test_a_fault_goes_back_to_the_teacher_in_the_prompt(run, grader):
+    def answer(request, nth):
+        mended = "its answer is 99, not" in request["messages"][1]["content"]
+        return right(request, nth) if mended else say(reply("99"))
+
+    with Teaching(answer) as server:
+        report = build(run, server.url, grader)
+    assert report.counts["templates"] == report.figures["repaired"] == 8
+    assert {row.requests for row in run.read("templates.jsonl", Template)} == {2}
+
+
+def test_what_is_dropped_stands_there_with_reason_and_raw_reply(run, grader):
+    def answer(request, nth):
+        number = number_of(request)
+        if number == 3:
+            return fail(404, "no known question in this request")
+        return say(reply(99)) if number == 5 else right(request, nth)
+
+    with Teaching(answer) as server:
+        report = build(run, server.url, grader)
+    drops = run.read("dropped.jsonl", Drop)
+    assert [(d.id, d.reason) for d in drops] == [("p3", "refused_by_teacher"), ("p5", "wrong_answer")]
+    assert drops[0].detail == "no known question in this request"
+    assert drops[1].raw == reply(99)
+    assert report.dropped == {"refused_by_teacher": 1, "wrong_answer": 1}
+    assert report.counts["templates"] == 6
+
+
+def test_nothing_is_done_twice_and_a_new_problem_alone_is_asked(run, grader):
+    with Teaching(right) as server:
+        first = build(run, server.url, grader, PROBLEMS[:5])
+        again = build(run, server.url, grader, PROBLEMS[:5])
+        assert again.skipped
+        assert (again.counts, again.cost_usd) == (first.counts, first.cost_usd)
+        assert len(server.requests) == 5
+        more = build(run, server.url, grader, PROBLEMS[:6])
+        assert not more.skipped
+        assert [number_of(r) for r in server.requests[5:]] == [5]
+        fewer = build(run, server.url, grader, PROBLEMS[1:3])
+        assert fewer.counts == {"problems": 2, "templates": 2}
+        assert len(server.requests) == 6
+
+
+def test_a_changed_problem_is_asked_again(run, grader):
+    with Teaching(right) as server:
+        build(run, server.url, grader, PROBLEMS[:3])
+        build(
+            run,
+            server.url,
+            grader,
+            [*PROBLEMS[:2], PROBLEMS[2].model_copy(update={"question": "What is 7 + 1?", "answer": "8"})],
+        )
+    assert [number_of(r) for r in server.requests[3:]] == [7]
+    assert run.read("templates.jsonl", Template)[2].answer == "8"
+
+
+def test_rows_of_another_teacher_are_refused_and_fresh_makes_them_anew(run, grader):
+    with Teaching(right) as server:
+        build(run, server.url, grader)
+        with pytest.raises(UsageFault, match="max_tokens") as caught:
+            build(run, server.url, grader, settings=["teacher.max_tokens=77"])
+        assert "--fresh" in caught.value.hint
+        assert len(run.read("templates.jsonl", Template)) == 8
+        assert len(server.requests) == 8
+        build(run, server.url, grader, settings=["teacher.max_tokens=77"], fresh=True)
+        assert len(server.requests) == 16
+
+
+def test_templates_that_were_brought_along_take_the_place_of_the_stage(run, grader):
+    rows = [Template(id="mine", question="q", answer="1", trace=reply(1))]
+    run.replace("templates.jsonl", rows)
+    with Teaching(right) as server:
+        report = build(run, server.url, grader)
+    assert report.skipped
+    assert report.counts == {"templates": 1, "brought_along": 1}
+    assert not server.requests
+    assert run.read("templates.jsonl", Template) == rows
+    run.replace("templates.jsonl", [rows[0].model_copy(update={"trace": "<Step1>open"})])
+    with pytest.raises(DataFault, match=r"row 1 \(mine\): missing closer"):
+        build(run, server.url, grader)
+
+
+def test_a_row_lost_to_the_network_is_asked_again_next_time(run, grader):
+    lost = [2]
+
+    def answer(request, nth):
+        return fail(503) if number_of(request) in lost else right(request, nth)
+
+    with Teaching(answer) as server:
+        assert build(run, server.url, grader).dropped == {"no_reply": 1}
+        lost.clear()
+        report = build(run, server.url, grader)
+        assert (report.counts["templates"], report.dropped, report.skipped) == (8, {}, False)
+        assert not run.read("dropped.jsonl", Drop)
+        assert build(run, server.url, grader).skipped
+
+
+def test_when_nothing_came_out_it_is_said_why(run, grader):
+    with Teaching(lambda request, nth: say("Sure!")) as server:
+        with pytest.raises(DataFault, match="no template came out of 8 problems: 8 no_steps"):
+            build(run, server.url, grader)
+    assert len(run.read("dropped.jsonl", Drop)) == 8
+    assert run.finished("templates") is None
+
+
+def test_without_a_list_the_stage_takes_its_own_share_of_the_configured_problems(tmp_path, run, grader):
+    source = tmp_path / "p.jsonl"
+    source.write_text(
+        "".join(json.dumps({"question": p.question, "answer": p.answer}) + "\n" for p in PROBLEMS)
+    )
+    with Teaching(right) as server:
+        report = build(run, server.url, grader, None, [f"problems.source={source}"])
+    assert len(run.read("problems.jsonl", Problem)) == 8
+    assert 0 < report.counts["problems"] < 8
+
+
+# -- ends that nobody planned --------------------------------------------------------------------------------------
+
+PROGRAM = """
+import sys
+from sclite import config
+from sclite.answers import Grader
+from sclite.data.templates import build_templates
+from sclite.records import Problem
+from sclite.run import Run
+from sclite.teacher.client import Teacher
+from sclite.teacher.ledger import Ledger
+
+run, url = Run(sys.argv[1]), sys.argv[2]
+problems = [Problem(id=f"p{i}", question=f"What is {i} + 1?", answer=str(i + 1), solution="Count.") for i in range(60)]
+settings = config.load(None, ["teacher.model=openai/replay", f"teacher.api_base={url}", "teacher.concurrency=4"], {})
+with run.hold(), Grader() as grader, Ledger(run.path("ledger.sqlite")) as ledger:
+    with Teacher(settings.teacher, ledger) as teacher:
+        build_templates(settings, run, teacher=teacher, grader=grader, problems=problems,
+                        progress=lambda done, total, spent: print(done, flush=True))
+"""
+
+
+def start(run, server):
+    command = [sys.executable, "-c", PROGRAM, str(run.folder), server.url]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.stdout.readline().strip() not in ("20", ""):
+        pass
+    return process
+
+
+def slowly(request, nth):
+    return say(reply(number_of(request) + 1), seconds=0.05)
+
+
+def test_after_a_kill_nothing_that_reached_the_ledger_is_asked_again(run):
+    with Teaching(slowly) as server:
+        process = start(run, server)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        with Ledger(run.path("ledger.sqlite")) as ledger:
+            paid = ledger.totals()["requests"]
+        before = len(server.requests)
+        assert 20 <= paid <= before < 60
+        assert len(run.read("templates.jsonl", Template)) >= 19
+        second = start(run, server)
+        _, errors = second.communicate()
+        assert (second.returncode, errors) == (0, "")
+    assert len(server.requests) - before == 60 - paid
+    rows = run.read("templates.jsonl", Template)
+    assert [row.id for row in rows] == [f"p{i}" for i in range(60)]
+
+
+def test_an_interrupt_ends_it_at_once_and_without_noise(run):
+    with Teaching(
+        lambda request, nth: say(reply(number_of(request) + 1), seconds=0.05 if nth < 2 else 30)
+    ) as server:
+        process = start(run, server)
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+    assert time.monotonic() - began < 2
+    assert errors.strip().splitlines()[-1] == "KeyboardInterrupt"
+    assert errors.count("Traceback") == 1
+    assert "never awaited" not in errors
+    assert "Unclosed" not in errors
+    assert Run(run.folder).read("templates.jsonl", Template)

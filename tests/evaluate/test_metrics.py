@@ -1,0 +1,408 @@
+"""The figures of an evaluation: values computed by hand, and what must hold for any outcomes."""
+
+import itertools
+import json
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from sclite.evaluate.metrics import (
+    NEVER,
+    Outcome,
+    Scored,
+    auc,
+    compare,
+    fit_threshold,
+    harmonic_mean,
+    mcnemar_p,
+    summarise,
+)
+
+VERDICTS = st.sampled_from([True, False, None])
+
+
+def outcome(correct1, correct2, number=0, **more):
+    base = {
+        "id": f"p{number}",
+        "question": "1 + 1?",
+        "gold": "2",
+        "first": "2",
+        "second": None,
+        "format_ok": True,
+    }
+    return Outcome(**base | {"correct1": correct1, "correct2": correct2} | more)
+
+
+def outcomes(*verdicts):
+    return [outcome(*pair, number=k) for k, pair in enumerate(verdicts)]
+
+
+def scored(correct1, scores, corrected, number=0):
+    return Scored(id=f"p{number}", correct1=correct1, step_scores=scores, corrected=corrected)
+
+
+# -- summarise -----------------------------------------------------------------------------------------------------
+
+
+def test_gains_and_losses_are_shares_of_all_problems():
+    figures = summarise(outcomes((True, True), (True, False), (False, True), (False, True), (False, False)))
+    assert figures["n"] == 5
+    assert figures["acc_t1"] == pytest.approx(0.4)
+    assert figures["acc_t2"] == pytest.approx(0.6)
+    assert figures["wrong_to_right"] == pytest.approx(0.4)
+    assert figures["right_to_wrong"] == pytest.approx(0.2)
+    assert figures["difference"] == pytest.approx(0.2)
+    assert figures["mcnemar_p"] == 1.0  # 2 against 1
+
+
+def test_an_unknown_outcome_is_not_a_wrong_answer():
+    figures = summarise(outcomes((True, True), (None, True), (True, None), (None, None)))
+    assert (figures["n"], figures["unknown"]) == (1, 3)
+    assert figures["acc_t1"] == figures["acc_t2"] == 1.0
+    assert figures["right_to_wrong"] == 0.0
+
+
+def test_a_failed_review_is_not_an_acceptance():
+    rows = [outcome(True, None, 0), outcome(True, False, 1, accused=1)]
+    assert summarise(rows)["acceptance"] == 0.0
+
+
+def test_a_failed_call_costs_neither_tokens_nor_form():
+    rows = [
+        outcome(True, True, 0, tokens1=10, tokens2=4, seconds=2.0),
+        outcome(None, None, 1, format_ok=False, tokens1=99, seconds=9.0),
+    ]
+    figures = summarise(rows)
+    assert (figures["tokens"], figures["seconds"], figures["format_validity"]) == (14.0, 2.0, 1.0)
+
+
+def test_what_is_undefined_is_none_and_never_zero():
+    figures = summarise([])
+    assert (figures.pop("n"), figures.pop("unknown")) == (0, 0)
+    assert set(figures.values()) == {None}
+    figures = summarise(outcomes((True, True)))
+    assert figures["acceptance"] == 1.0
+    for name in ("auc", "location", "location_f1", "correction_rate_own"):
+        assert figures[name] is None
+        assert figures[f"{name}_interval"] is None
+
+
+def test_location_acceptance_and_their_harmonic_mean():
+    rows = [
+        outcome(False, True, 0, accused=2, true_step=2, true_known=True),  # located and mended
+        outcome(False, False, 1, accused=3, true_step=3, true_known=True),  # located
+        outcome(False, True, 2, accused=1, true_step=2, true_known=True),  # mended, but elsewhere
+        outcome(False, False, 3, true_step=1, true_known=True),  # missed
+        outcome(False, False, 4, accused=1),  # nobody knows where the error is
+        outcome(True, True, 5, true_known=True),  # accepted
+        outcome(True, True, 6),  # accepted
+        outcome(True, False, 7, accused=1),  # accused without cause
+    ]
+    figures = summarise(rows)
+    assert figures["location"] == pytest.approx(2 / 4)
+    assert figures["acceptance"] == pytest.approx(2 / 3)
+    assert figures["location_f1"] == pytest.approx(2 * (1 / 2) * (2 / 3) / (1 / 2 + 2 / 3))
+    assert figures["correction_rate_own"] == pytest.approx(1 / 2)
+
+
+def test_a_lucky_answer_after_a_wrong_step_is_wrong_work():
+    rows = [outcome(True, True, accused=2, true_step=2, true_known=True)]
+    figures = summarise(rows)
+    assert figures["location"] == 1.0
+    assert figures["acceptance"] is None
+    assert figures["correction_rate_own"] is None
+
+
+def test_a_wrong_answer_whose_steps_are_all_right_is_neither_located_nor_accepted():
+    figures = summarise([outcome(False, False, true_known=True)])
+    assert figures["location"] is None
+    assert figures["acceptance"] is None
+
+
+def test_harmonic_mean_of_nothing_and_nothing_is_zero():
+    assert harmonic_mean(0.0, 0.0) == 0.0
+    assert harmonic_mean(0.5, 1.0) == pytest.approx(2 / 3)
+
+
+def test_auc_counts_scores_that_have_a_label():
+    rows = [
+        outcome(False, False, 0, step_scores=(-1.0, 2.0, 9.0), step_labels=(False, True)),
+        outcome(True, True, 1, step_scores=(2.0, -3.0), step_labels=(False, False)),
+    ]
+    assert summarise(rows)["auc"] == pytest.approx((1 + 0.5 + 1) / 3)
+
+
+def test_labels_end_at_the_first_wrong_step():
+    with pytest.raises(ValidationError, match="after the first wrong step"):
+        outcome(False, False, step_labels=(True, False))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, NEVER, -NEVER])
+def test_a_score_is_a_finite_number(value):
+    with pytest.raises(ValidationError):
+        outcome(True, True, step_scores=(value,))
+
+
+def test_the_interval_is_that_of_the_binomial():
+    figures = summarise(outcomes(*[(True, True)] * 300, *[(False, True)] * 200), bootstrap=2000)
+    half = 1.96 * math.sqrt(0.6 * 0.4 / 500)
+    assert figures["acc_t1_interval"] == pytest.approx([0.6 - half, 0.6 + half], abs=0.006)
+    assert figures["difference_interval"] == pytest.approx([0.4 - half, 0.4 + half], abs=0.006)
+
+
+def test_no_loss_in_a_few_problems_does_not_prove_that_there_is_none():
+    figures = summarise(outcomes(*[(True, True)] * 20))
+    assert figures["right_to_wrong"] == 0.0
+    assert figures["right_to_wrong_interval"] == pytest.approx([0.0, 0.16843], abs=1e-5)  # Clopper-Pearson
+    assert figures["acc_t2_interval"] == pytest.approx([0.83157, 1.0], abs=1e-5)
+
+
+def test_the_same_seed_gives_the_same_figures_and_seed_zero_is_a_seed():
+    rows = outcomes(*[(True, True), (False, True), (False, False)] * 20)
+    assert summarise(rows, seed=0) == summarise(rows, seed=0)
+    assert summarise(rows, seed=0) != summarise(rows, seed=1)
+
+
+def test_without_a_bootstrap_there_are_figures_and_no_intervals():
+    figures = summarise(outcomes((True, True), (False, True)), bootstrap=0)
+    assert figures["acc_t1"] == 0.5
+    assert {v for k, v in figures.items() if k.endswith("_interval")} == {None}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(VERDICTS, VERDICTS), max_size=30))
+def test_the_difference_is_what_was_gained_less_what_was_spoiled(verdicts):
+    figures = summarise(outcomes(*verdicts), bootstrap=20)
+    assert figures["n"] + figures["unknown"] == len(verdicts)
+    json.dumps(figures, allow_nan=False)
+    if figures["n"]:
+        gained, spoiled = figures["wrong_to_right"], figures["right_to_wrong"]
+        assert figures["difference"] == pytest.approx(gained - spoiled)
+        assert figures["difference"] == pytest.approx(figures["acc_t2"] - figures["acc_t1"])
+        for name in ("acc_t1", "acc_t2", "wrong_to_right", "right_to_wrong"):
+            low, high = figures[f"{name}_interval"]
+            assert 0 <= low <= high <= 1
+
+
+# -- the AUC -------------------------------------------------------------------------------------------------------
+
+SPLIT = st.tuples(st.lists(st.integers(-9, 9), min_size=1), st.lists(st.integers(-9, 9), min_size=1))
+
+
+@given(SPLIT)
+def test_auc_is_the_share_of_pairs_in_the_right_order(split):
+    good, bad = split
+    pairs = [(b > g) + (b == g) / 2 for b in bad for g in good]
+    wrong = [False] * len(good) + [True] * len(bad)
+    assert auc(good + bad, wrong) == pytest.approx(sum(pairs) / len(pairs))
+
+
+@given(SPLIT)
+def test_auc_of_perfect_inverted_and_constant_scores(split):
+    good, bad = split
+    wrong = [False] * len(good) + [True] * len(bad)
+    assert auc([g - 100 for g in good] + bad, wrong) == 1.0
+    assert auc([g + 100 for g in good] + bad, wrong) == 0.0
+    assert auc([7] * len(wrong), wrong) == 0.5
+
+
+@pytest.mark.parametrize("wrong", [[], [True, True], [False]])
+def test_auc_needs_both_kinds(wrong):
+    assert auc([0.0] * len(wrong), wrong) is None
+
+
+def test_the_interval_of_the_auc_comes_from_resampled_problems():
+    pair = [(-1.0, False), (0.0, True), (1.0, False), (2.0, True)]
+    rows = [
+        outcome(not wrong, True, k, step_scores=(score,), step_labels=(wrong,))
+        for k, (score, wrong) in enumerate(pair * 25)
+    ]
+    figures = summarise(rows)
+    low, high = figures["auc_interval"]
+    assert figures["auc"] == 0.75
+    assert 0.6 < low < 0.72 < 0.78 < high < 0.9
+
+
+# -- McNemar, two models -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gained", "spoiled", "p"), [(0, 0, 1.0), (1, 0, 1.0), (5, 0, 2 / 32), (8, 1, 20 / 512), (1, 8, 20 / 512)]
+)
+def test_mcnemar_is_the_exact_binomial(gained, spoiled, p):
+    assert mcnemar_p(gained, spoiled) == pytest.approx(p)
+
+
+def test_mcnemar_of_thousands_does_not_overflow():
+    assert 0 < mcnemar_p(2100, 1900) < 0.01
+
+
+def test_two_models_are_compared_on_the_problems_that_both_answered():
+    a = outcomes((True, True), (True, False), (False, False), (True, None), (True, True))
+    b = outcomes((False, True), (True, True), (True, True), (True, True), (True, None))
+    figures = compare(a, b)
+    assert (figures["n"], figures["unknown"]) == (3, 2)
+    assert figures["acc_a"] == pytest.approx(1 / 3)
+    assert figures["acc_b"] == 1.0
+    assert figures["difference"] == pytest.approx(2 / 3)
+    assert (figures["only_a"], figures["only_b"], figures["mcnemar_p"]) == (0, 2, 0.5)
+
+
+def test_a_first_answer_can_be_compared_with_a_second():
+    figures = compare(outcomes((True, False)), outcomes((False, True)), turns=(1, 2))
+    assert (figures["acc_a"], figures["acc_b"]) == (1.0, 1.0)
+
+
+def test_comparing_in_the_other_order_turns_the_sign():
+    a = outcomes(*[(False, k % 3 == 0) for k in range(40)])
+    b = outcomes(*[(False, k % 2 == 0) for k in range(40)])
+    there, back = compare(a, b), compare(b, a)
+    assert there["difference"] == pytest.approx(-back["difference"])
+    assert there["difference_interval"] == pytest.approx([-v for v in reversed(back["difference_interval"])])
+    assert there["mcnemar_p"] == back["mcnemar_p"]
+
+
+def test_two_models_with_nothing_in_common_have_no_difference():
+    figures = compare(outcomes((True, True)), [])
+    assert (figures["n"], figures["unknown"]) == (0, 1)
+    assert figures["difference"] is figures["difference_interval"] is figures["mcnemar_p"] is None
+
+
+def test_an_id_that_occurs_twice_is_refused():
+    with pytest.raises(ValueError, match="twice"):
+        compare([outcome(True, True), outcome(True, True)], [outcome(True, True)])
+
+
+# -- the threshold -------------------------------------------------------------------------------------------------
+
+
+def test_the_threshold_lies_between_the_useful_and_the_harmful():
+    rows = [scored(False, (-2.0, 3.0), (None, True)), scored(True, (-1.0, 1.0), (None, None))]
+    fit = fit_threshold(rows, max_harm=0.0)
+    assert fit["threshold"] == 2.0
+    assert (fit["acc_t1"], fit["acc_t2"], fit["wrong_to_right"], fit["right_to_wrong"]) == (
+        0.5,
+        1.0,
+        0.5,
+        0.0,
+    )
+    assert (fit["n"], fit["accused"], fit["assumed"], fit["candidates"]) == (2, 1, 0, 5)
+
+
+def test_the_first_step_past_the_threshold_is_accused_not_the_highest():
+    rows = [scored(False, (2.0, 3.0), (False, True)), scored(False, (-5.0, 2.0), (None, True))]
+    assert fit_threshold(rows, 1.0)["threshold"] == 2.5  # lower ones mend the second and lose the first
+    assert fit_threshold(rows, 1.0)["acc_t2"] == 0.5
+
+
+def test_right_to_wrong_is_bounded_by_the_harm_limit():
+    rows = [scored(False, (1.0,), (True,), k) for k in range(60)]
+    rows += [scored(True, (2.0,), (False,), k) for k in range(60, 100)]
+    assert fit_threshold(rows, 0.4)["wrong_to_right"] == 0.6
+    held = fit_threshold(rows, 0.39)
+    assert held["threshold"] == NEVER
+    assert held["acc_t2"] == held["acc_t1"] == 0.4
+
+
+def test_a_harm_limit_is_not_missed_by_a_rounding_error():
+    rows = [scored(True, (2.0,), (False,), k) for k in range(29)]
+    rows += [scored(False, (1.0,), (True,), k) for k in range(29, 100)]
+    assert fit_threshold(rows, 0.29)["right_to_wrong"] == pytest.approx(0.29)
+
+
+def test_where_nothing_helps_nothing_is_accused():
+    fit = fit_threshold([scored(False, (4.0, 5.0), (False, None)), scored(True, (1.0,), (True,))], 1.0)
+    assert fit["threshold"] == NEVER
+    assert fit["accused"] == 0
+
+
+def test_an_untried_correction_of_right_work_is_harm_and_of_wrong_work_no_gain():
+    spoils = [scored(True, (9.0,), (None,)), scored(False, (5.0,), (True,)), scored(False, (5.0,), (True,))]
+    fit = fit_threshold(spoils, 1.0)
+    assert (fit["right_to_wrong"], fit["assumed"]) == (pytest.approx(1 / 3), 1)
+    assert fit_threshold([scored(False, (5.0,), (None,))], 1.0)["threshold"] == NEVER
+
+
+def test_a_problem_with_an_unknown_first_answer_does_not_count():
+    fit = fit_threshold([scored(None, (1.0,), (True,)), scored(True, (), ())], 0.0)
+    assert (fit["n"], fit["unknown"], fit["acc_t2"]) == (1, 1, 1.0)
+
+
+def test_without_problems_nothing_is_accused_and_nothing_is_claimed():
+    fit = fit_threshold([], 0.5)
+    assert (fit["threshold"], fit["acc_t1"], fit["right_to_wrong"]) == (NEVER, None, None)
+
+
+def test_every_step_has_a_result_or_none():
+    with pytest.raises(ValidationError, match="2 step_scores, 1 corrected"):
+        scored(True, (1.0, 2.0), (None,))
+
+
+STEPS = st.lists(st.tuples(st.integers(-4, 4), VERDICTS), max_size=4)
+PROBLEMS = st.lists(st.tuples(VERDICTS, STEPS), max_size=7)
+LIMIT = st.sampled_from([0.0, 0.15, 0.34, 1.0])
+
+
+def replay(rows, threshold):
+    """The policy, step by step: how many are right at turn 2, and how many were spoiled."""
+    right = harm = 0
+    for row in rows:
+        verdict = row.correct1
+        for score, result in zip(row.step_scores, row.corrected, strict=True):
+            if score > threshold:
+                verdict = result is True
+                break
+        right += verdict
+        harm += row.correct1 and not verdict
+    return right, harm
+
+
+@settings(max_examples=300, deadline=None)
+@given(PROBLEMS, LIMIT)
+def test_the_fit_equals_brute_force_and_keeps_the_limit(problems, limit):
+    rows = [
+        scored(right, *(zip(*steps, strict=True) if steps else ((), ())), k)
+        for k, (right, steps) in enumerate(problems)
+    ]
+    fit = fit_threshold(rows, limit)
+    known = [row for row in rows if row.correct1 is not None]
+    if not known:
+        return
+    halves = [-NEVER, *(k / 2 for k in range(-9, 10)), NEVER]  # scores are whole: this grid sees every policy
+    tried = {t: replay(known, t) for t in halves}
+    best = max(right for right, harm in tried.values() if harm <= limit * len(known))
+    assert fit["acc_t2"] == pytest.approx(best / len(known))
+    right, harm = replay(known, fit["threshold"])
+    assert right == best
+    assert harm == round(fit["right_to_wrong"] * len(known))
+    assert harm <= limit * len(known)
+    accused = policy(known, fit["threshold"])
+    for t in halves:
+        if t > fit["threshold"] and tried[t][0] == best and tried[t][1] <= limit * len(known):
+            assert policy(known, t) == accused  # no other policy that is as good accuses less
+
+
+def policy(rows, threshold):
+    return [next((k for k, s in enumerate(row.step_scores) if s > threshold), None) for row in rows]
+
+
+def test_a_large_fit_is_quick():
+    rows = [
+        scored(k % 2 == 0, tuple(math.sin(k * j + j) for j in range(1, 11)), tuple([None, True] * 5), k)
+        for k in range(500)
+    ]
+    fit = fit_threshold(rows, 0.005)
+    assert fit["candidates"] == len({s for row in rows for s in row.step_scores}) + 1
+    assert replay(rows, fit["threshold"])[0] == round(fit["acc_t2"] * 500)
+
+
+def test_a_midpoint_that_rounds_to_its_neighbour_is_judged_as_it_will_run():
+    low = 1.0
+    high = math.nextafter(low, 2)
+    for first, second in itertools.permutations([low, high]):
+        rows = [scored(False, (first,), (True,), 0), scored(True, (second,), (False,), 1)]
+        fit = fit_threshold(rows, 0.0)
+        assert replay(rows, fit["threshold"]) == (round(fit["acc_t2"] * 2), 0)

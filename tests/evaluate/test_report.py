@@ -1,0 +1,275 @@
+"""The HTML report: what it says, that it needs nothing from outside, and that no text of a model becomes markup."""
+
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sclite.evaluate.metrics import Outcome, compare, summarise
+from sclite.evaluate.plots import POINTS, accuracy_plot, curve_plots, ticks
+from sclite.evaluate.report import (
+    chance,
+    decimal,
+    example,
+    headline,
+    percent,
+    pieces,
+    table_rows,
+    write_report,
+)
+from sclite.trace import Step, Trace, render
+
+FIRST = render(Trace((Step("7 · 8 = 54"), Step("54 + 1 = 55")), answer="55"))
+SECOND = render(
+    Trace(
+        (Step("7 · 8 = 54", cause="7 · 8 is 56", correction="7 · 8 = 56"), Step("56 + 1 = 57")), answer="57"
+    )
+)
+VOID = {"meta", "link", "br", "img", "line", "circle", "polyline"}
+
+
+def outcome(correct1, correct2, number=0, **more):
+    base = {"id": f"p{number}", "question": "7 · 8 + 1?", "gold": "57", "first": FIRST, "second": SECOND}
+    return Outcome(**base | {"correct1": correct1, "correct2": correct2, "format_ok": True} | more)
+
+
+def figures(*verdicts):
+    return summarise([outcome(*pair, number=k) for k, pair in enumerate(verdicts)], bootstrap=50)
+
+
+SUMMARY = {
+    "models": {
+        "base": figures((True, True), (False, False), (None, None)),
+        "dpo": figures(*[(False, True), (True, True)] * 20),
+    },
+    "n": 40,
+    "notes": ["2 problems overlap the training set"],
+}
+EXAMPLE = outcome(False, True, accused=1, true_step=1, true_known=True).model_dump()
+
+
+class Reader(HTMLParser):
+    """Collects tags, attributes and visible text, and checks that every tag is closed in turn."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.tags, self.text, self.attributes = [], [], [], []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        if not {"style", "title"} & set(self.open):
+            self.text.append(text)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(summary=SUMMARY, examples=(), curves=None):
+        path = tmp_path / "eval" / "report.html"
+        write_report(path, summary, examples, curves)
+        page = path.read_text(encoding="utf-8")
+        reader = Reader(page)
+        return page, " ".join(" ".join(reader.text).split()), reader
+
+    return write
+
+
+def test_the_page_needs_nothing_from_outside(write):
+    page, _, reader = write(
+        examples=[EXAMPLE], curves={"sft": [{"step": k, "loss": 1 / (k + 1)} for k in range(9)]}
+    )
+    assert not {"script", "link", "img", "iframe", "object", "base"} & set(reader.tags)
+    assert not {"src", "href", "srcset", "action"} & {name for name, _ in reader.attributes}
+    assert not re.search(r"url\(|@import|https?:", page)
+    assert "default-src 'none'" in page
+
+
+def test_the_headline_says_what_the_best_model_reaches(write):
+    _, text, _ = write()
+    assert "dpo answers 100.0 % right after reviewing its own work, up from 50.0 %." in text
+    assert "base and dpo on 40 held-out problems" in text
+
+
+@pytest.mark.parametrize(
+    ("row", "ending"),
+    [
+        ({"acc_t1": 0.5, "acc_t2": 0.5, "difference": 0.0}, "work, as before it."),
+        (
+            {"acc_t1": 0.5, "acc_t2": 0.52, "difference": 0.02, "difference_interval": [-0.01, 0.05]},
+            "up from 50.0 %, which may be chance.",
+        ),
+        (
+            {"acc_t1": 0.5, "acc_t2": 0.4, "difference": -0.1, "difference_interval": [-0.2, -0.05]},
+            "down from 50.0 %.",
+        ),
+        ({"acc_t1": None, "acc_t2": None}, "Nothing was measured."),
+    ],
+)
+def test_the_headline_claims_no_more_than_was_measured(row, ending):
+    summary = {"models": {"m": row}}
+    assert headline(summary, table_rows(summary)).endswith(ending)
+
+
+def test_the_headline_is_about_a_model_and_not_about_its_baselines():
+    vote = {"acc_t1": 0.5, "acc_t2": 0.9, "difference": 0.4}
+    summary = {
+        "models": {"m": {"acc_t1": 0.5, "acc_t2": 0.6, "difference": 0.1, "protocols": {"majority": vote}}}
+    }
+    assert headline(summary, table_rows(summary)).startswith("m answers 60.0 %")
+
+
+def test_every_model_and_protocol_has_a_row_with_its_figures(write):
+    model = SUMMARY["models"]["dpo"] | {
+        "protocol": "guided",
+        "protocols": {"free": {"acc_t1": 0.5, "acc_t2": 0.625}},
+    }
+    _, text, reader = write({"models": {"dpo": model}, "n": 40})
+    assert reader.tags.count("tr") == 3
+    assert "dpo, free" in text
+    assert "62.5" in text
+    assert "dpo guided 50.0" in text
+
+
+def test_unknown_outcomes_and_notes_are_shown(write):
+    _, text, _ = write()
+    assert "base: 1 of 3 outcomes are unknown" in text
+    assert "1 unknown" in text
+    assert "2 problems overlap the training set" in text
+
+
+def test_an_undefined_figure_is_a_dash_and_not_a_zero(write):
+    assert percent(None) == decimal(None) == chance(None) == percent(math.nan) == "–"
+    assert percent(0.0) == "0.0"
+    _, text, _ = write({"models": {"m": {"acc_t1": 0.25, "acc_t2": None}}})
+    assert "m 25.0 –" in text
+
+
+def test_numbers_have_real_minus_signs_and_no_negative_zero():
+    assert percent(-0.034, signed=True) == "−3.4"
+    assert percent(0.034, signed=True) == "+3.4"
+    assert percent(-0.00001, signed=True) == percent(0.00001, signed=True) == "0.0"
+    assert percent(0.10, signed=True) == "+10.0"
+    assert percent(-0.201, signed=True) == "−20.1"
+    assert chance(1e-9) == "< 0.001"
+
+
+def test_an_example_shows_the_wrong_step_its_cause_and_its_correction(write):
+    shown = example(EXAMPLE)
+    assert [step["accused"] for step in shown["steps"]] == [True, False]
+    assert (shown["cause"], shown["correction"]) == ("7 · 8 is 56", "7 · 8 = 56")
+    assert shown["before"] == {"text": "55", "verdict": "wrong"}
+    assert shown["after"] == {"text": "57", "verdict": "right"}
+    page, text, _ = write(examples=[EXAMPLE | {"model": "dpo"}])
+    assert "accused, and the first wrong step" in text
+    assert '<span class="tag-cause">&lt;Cause&gt;</span>7 · 8 is 56' in page
+    assert "dpo · p0" in text
+
+
+def test_an_unknown_verdict_is_not_shown_as_wrong():
+    assert example(EXAMPLE | {"correct2": None})["after"]["verdict"] == "unknown"
+
+
+def test_an_example_without_a_review_or_without_steps_is_shown_all_the_same(write):
+    _, text, _ = write(examples=[EXAMPLE | {"first": "fifty-five", "second": None, "accused": None}])
+    assert "fifty-five" in text
+    assert "no answer" in text
+    assert "Second text" not in text
+
+
+def test_no_text_of_a_model_becomes_markup(write):
+    evil = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&"
+    hostile = EXAMPLE | {"question": evil, "gold": evil, "first": f"<Step1>{evil}\n</Step1>", "note": evil}
+    summary = {
+        "models": {evil: SUMMARY["models"]["dpo"] | {"protocol": evil}},
+        "notes": [evil],
+        "source": evil,
+    }
+    summary["comparisons"] = {evil: compare([outcome(True, True)], [outcome(True, True)])}
+    curves = {evil: [{"step": k, evil: k} for k in range(3)]}
+    _, text, reader = write(summary, [hostile | {"cause": evil, "correction": evil, "model": evil}], curves)
+    assert not {"script", "img"} & set(reader.tags)
+    assert "onerror" not in {name for name, _ in reader.attributes}
+    assert text.count("<script>alert(1)</script>") >= 8
+
+
+@given(
+    st.text()
+    | st.lists(st.sampled_from(["<Step1>", "</Step 12 >", "<Cause", "</cause>", "a < b", "\n"])).map("".join)
+)
+def test_pieces_join_to_the_text(text):
+    assert "".join(piece for _, piece in pieces(text)) == text
+
+
+# -- plots ---------------------------------------------------------------------------------------------------------
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
+def test_ticks_are_few_and_reach_around_the_values(low, span):
+    values = ticks(low, low + span)
+    assert values[0] <= low + 1e-6 * span
+    assert values[-1] >= low + span - 1e-6 * span
+    assert 2 <= len(values) <= 7
+
+
+def test_the_dots_lie_where_their_values_are():
+    plot = accuracy_plot([{"name": "m", "acc_t1": 0.5, "acc_t1_interval": [0.4, 0.6], "acc_t2": 0.8}])
+    row, marks = plot["rows"][0], {mark["text"]: mark["at"] for mark in plot["marks"]}
+    assert row["first"]["at"] == marks["50"]
+    assert (row["first"]["low"], row["first"]["high"]) == (marks["40"], marks["60"])
+    assert row["second"]["at"] == row["second"]["low"] == marks["80"]
+
+
+def test_a_model_without_a_second_answer_has_one_dot():
+    assert accuracy_plot([{"name": "m", "acc_t1": 0.5, "acc_t2": None}])["rows"][0]["second"] is None
+    assert accuracy_plot([{"name": "m", "acc_t1": None}]) is None
+
+
+def test_each_figure_of_training_is_a_curve_and_the_dpo_loss_comes_early():
+    rows = [
+        {"step": k, "margin": k, "dpo_loss": 0.69, "loss": 2.0, "learning_rate": 1e-4, "kind": "x"}
+        for k in range(3)
+    ]
+    plots = curve_plots({"dpo": rows})
+    assert [plot["name"] for plot in plots] == ["loss", "DPO loss", "margin, chosen less rejected"]
+    assert [plot["level"] is not None for plot in plots] == [False, True, True]
+
+
+def test_gaps_in_the_metrics_are_left_out():
+    rows = [
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": None},
+        {"step": 3, "loss": math.nan},
+        {"step": 5, "loss": 2.0},
+    ]
+    (plot,) = curve_plots({"sft": rows})
+    assert len(plot["points"].split()) == 2
+    assert curve_plots({"sft": rows[:3]}) == []
+
+
+def test_after_a_resume_the_later_row_of_a_step_counts():
+    rows = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 9.0}, {"step": 2, "loss": 0.5}]
+    (plot,) = curve_plots({"sft": rows})
+    assert plot["last"] == "0.5"
+    assert len(plot["points"].split()) == 2
+
+
+def test_a_long_curve_is_thinned_and_a_flat_one_is_drawn():
+    (plot,) = curve_plots({"sft": [{"step": k, "loss": 1.0} for k in range(5000)]})
+    assert 100 < len(plot["points"].split()) <= POINTS

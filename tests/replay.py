@@ -1,0 +1,120 @@
+"""A teacher for tests: a real HTTP server with the chat completions of OpenAI, which says what a function tells it to.
+
+    with Teaching(lambda request, nth: say("<Step1>..")) as server:
+        server.url, server.requests, server.counts
+
+`request` is the decoded body, `nth` counts (from 1) how often these very messages were asked. Standard library only.
+"""
+
+import json
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the server does: a status with a body, after a while, or a connection that breaks half way."""
+
+    status: int = 200
+    body: Any = None
+    headers: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    broken: bool = False
+
+
+def say(
+    text: str | None, finish_reason: str = "stop", seconds: float = 0.0, tokens: tuple[int, int] = (11, 7)
+) -> Answer:
+    """A chat completion."""
+    message = {"role": "assistant", "content": text}
+    body = {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "replay",
+        "choices": [{"index": 0, "finish_reason": finish_reason, "message": message}],
+        "usage": {"prompt_tokens": tokens[0], "completion_tokens": tokens[1], "total_tokens": sum(tokens)},
+    }
+    return Answer(body=body, seconds=seconds)
+
+
+def fail(status: int, message: str = "no", **headers: str) -> Answer:
+    """An error in OpenAI's form; `retry_after="1"` becomes a header."""
+    body = {"error": {"message": message, "type": "test", "code": status}}
+    return Answer(status, body, {name.replace("_", "-"): value for name, value in headers.items()})
+
+
+HTML = Answer(200, b"<html><body>Bad gateway</body></html>")
+BROKEN = Answer(broken=True)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_POST(self):
+        owner: Teaching = self.server.owner
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with owner.lock:
+            owner.requests.append(body)
+            asked = json.dumps(body["messages"])
+            owner.counts[asked] += 1
+            nth = owner.counts[asked]
+            owner.keys.add(self.headers.get("Authorization", ""))
+            owner.in_flight += 1
+            owner.most_in_flight = max(owner.most_in_flight, owner.in_flight)
+        try:
+            self.give(owner.answer(body, nth))
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        finally:
+            with owner.lock:
+                owner.in_flight -= 1
+
+    def give(self, answer: Answer):
+        time.sleep(answer.seconds)
+        data = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
+        self.send_response(answer.status)
+        self.send_header("Content-Type", "text/html" if data.startswith(b"<") else "application/json")
+        self.send_header("Content-Length", str(len(data) + (1000 if answer.broken else 0)))
+        for name, value in answer.headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+        if answer.broken:
+            self.close_connection = True
+
+
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 512
+    daemon_threads = True
+    owner: "Teaching"
+
+
+class Teaching:
+    """The running server; a context manager. `requests` are the bodies, in the order in which they came."""
+
+    def __init__(self, answer):
+        self.answer = answer
+        self.requests: list[dict] = []
+        self.counts: Counter[str] = Counter()
+        self.keys: set[str] = set()
+        self.in_flight = self.most_in_flight = 0
+        self.lock = threading.Lock()
+
+    def __enter__(self) -> "Teaching":
+        self._server = _Server(("127.0.0.1", 0), _Handler)
+        self._server.owner = self
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self._server.shutdown()
+        self._server.server_close()

@@ -1,0 +1,314 @@
+"""The teacher client against a real HTTP server."""
+
+import asyncio
+import time
+
+import pytest
+from replay import BROKEN, HTML, Teaching, fail, say
+
+from sclite import config
+from sclite.errors import TeacherFault, UsageFault
+from sclite.teacher.client import Flaw, Job, Teacher
+from sclite.teacher.ledger import Ledger
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test-secret")
+
+
+def job(number, check=lambda reply: None, sample=0):
+    def messages(fault):
+        return [{"role": "user", "content": f"question {number}. {fault}".strip()}]
+
+    return Job(str(number), messages, check, sample)
+
+
+def good(reply):
+    return None if reply.startswith("good") else Flaw("not_good", f"it says {reply}")
+
+
+def ask(server, jobs, path, url=None, **settings):
+    settings = {"model": "openai/replay", "api_base": url or server.url, "attempts_per_call": 4, **settings}
+    with Ledger(path / "ledger.sqlite") as ledger, Teacher(config.Teacher(**settings), ledger) as teacher:
+        return sorted(teacher.ask_all(jobs, "templates"), key=lambda r: int(r.id)), ledger.totals()
+
+
+def asked(request):
+    return request["messages"][0]["content"]
+
+
+def test_every_job_has_its_own_result_and_the_book_is_kept(tmp_path):
+    with Teaching(lambda request, nth: say(f"good {asked(request)}")) as server:
+        results, totals = ask(server, map(job, range(30)), tmp_path)
+    assert [r.text for r in results] == [f"good question {i}." for i in range(30)]
+    assert {r.requests for r in results} == {1}
+    assert totals == {
+        "requests": 30, "prompt_tokens": 330, "completion_tokens": 210, "cost_usd": 0.0, "unpriced": 0,
+    }  # fmt: skip
+
+
+def test_a_second_run_asks_nothing_not_even_repairs_and_needs_no_server(tmp_path):
+    def answer(request, nth):
+        return say("good" if "bad" in asked(request) or "1" in asked(request) else "bad")
+
+    jobs = [job(i, good) for i in range(12)]
+    with Teaching(answer) as server:
+        first, totals = ask(server, jobs, tmp_path)
+        calls = len(server.requests)
+    assert calls == totals["requests"] == 12 + 9
+    started = time.monotonic()
+    second, after = ask(None, jobs, tmp_path, server.url)
+    assert (second, after) == (first, totals)
+    assert time.monotonic() - started < 1
+
+
+def test_another_sample_is_another_request(tmp_path):
+    with Teaching(lambda request, nth: say(f"good {nth}")) as server:
+        results, _ = ask(server, [job(1, sample=0), job(1, sample=1)], tmp_path, concurrency=1)
+    assert {r.text for r in results} == {"good 1", "good 2"}
+
+
+def test_the_same_request_in_two_jobs_is_paid_once(tmp_path):
+    with Teaching(lambda request, nth: say(f"good {nth}", seconds=0.1)) as server:
+        results, _ = ask(server, [job(1), job(1), job(1)], tmp_path)
+    assert [r.text for r in results] == ["good 1"] * 3
+    assert len(server.requests) == 1
+
+
+def test_a_reply_that_fails_its_check_is_asked_again_with_the_fault(tmp_path):
+    with Teaching(lambda request, nth: say("good" if "it says bad" in asked(request) else "bad")) as server:
+        results, _ = ask(server, [job(1, good)], tmp_path)
+    assert results[0].text == "good"
+    assert results[0].requests == 2
+    assert [asked(r) for r in server.requests] == ["question 1.", "question 1. it says bad"]
+
+
+def test_after_three_repairs_the_job_fails_with_its_last_fault_and_reply(tmp_path):
+    with Teaching(lambda request, nth: say(f"bad {len(server.requests)}")) as server:
+        results, _ = ask(server, [job(1, good)], tmp_path)
+    assert results[0].text is None
+    assert results[0].flaw == Flaw("not_good", "it says bad 4")
+    assert (results[0].raw, results[0].requests, len(server.requests)) == ("bad 4", 4, 4)
+
+
+def test_the_same_fault_again_is_said_in_other_words(tmp_path):
+    with Teaching(lambda request, nth: say("bad")) as server:
+        ask(server, [job(1, good)], tmp_path)
+    assert len(server.counts) == len(server.requests) == 4
+
+
+def test_a_reply_that_was_cut_off_is_a_fault_of_its_own(tmp_path):
+    def answer(request, nth):
+        return say("good") if "shorter" in asked(request) else say("good but hal", "length")
+
+    with Teaching(answer) as server:
+        results, _ = ask(server, [job(1)], tmp_path)
+        assert (results[0].text, results[0].requests) == ("good", 2)
+        results, _ = ask(server, [job(2)], tmp_path, repairs=0)
+    assert (results[0].flaw.reason, results[0].raw) == ("cut_off", "good but hal")
+
+
+def test_faults_of_the_network_are_tried_again(tmp_path):
+    kinds = [fail(429, retry_after="0"), fail(500), fail(503), HTML, BROKEN, say("late", seconds=1.5)]
+
+    def answer(request, nth):
+        return kinds[int(asked(request).split()[1][:-1]) % len(kinds)] if nth == 1 else say("good")
+
+    with Teaching(answer) as server:
+        results, totals = ask(server, [job(i, good) for i in range(12)], tmp_path, timeout_seconds=1)
+    assert [r.text for r in results] == ["good"] * 12
+    assert {r.requests for r in results} == {1}
+    assert len(server.requests) == 24
+    assert totals["requests"] == 12
+
+
+def test_litellm_does_not_retry_on_its_own(tmp_path):
+    def answer(request, nth):
+        return fail(500) if "2." in asked(request) else say("good")
+
+    with Teaching(answer) as server:
+        results, _ = ask(server, [job(1), job(2)], tmp_path, attempts_per_call=2)
+    assert results[1].flaw.reason == "no_reply"
+    assert len(server.requests) == 3
+
+
+def test_retry_after_is_waited_for(tmp_path):
+    times = []
+
+    def answer(request, nth):
+        times.append(time.monotonic())
+        return fail(429, retry_after="1") if nth == 1 else say("good")
+
+    with Teaching(answer) as server:
+        ask(server, [job(1)], tmp_path)
+    assert 1.0 <= times[1] - times[0] < 2
+
+
+def test_a_wait_does_not_hold_up_the_others(tmp_path):
+    order = []
+
+    def answer(request, nth):
+        order.append(asked(request))
+        return fail(429, retry_after="1") if nth == 1 and "question 0." in asked(request) else say("good")
+
+    with Teaching(answer) as server:
+        ask(server, [job(i) for i in range(4)], tmp_path, concurrency=1)
+    assert order == ["question 0.", "question 1.", "question 2.", "question 3.", "question 0."]
+
+
+def test_no_more_than_concurrency_requests_are_in_flight_and_no_batch_waits_for_its_slowest(tmp_path):
+    def answer(request, nth):
+        return say("good", seconds=0.8 if "question 0." in asked(request) else 0.05)
+
+    ask_warm(tmp_path)
+    with Teaching(answer) as server:
+        started = time.monotonic()
+        ask(server, [job(i) for i in range(40)], tmp_path, concurrency=4)
+        seconds = time.monotonic() - started
+    assert server.most_in_flight == 4
+    assert seconds < 1.7  # 0.8 beside 39 * 0.05 / 3; one after the other it would be 2.75
+
+
+def ask_warm(path):
+    """Import LiteLLM and let it build what it caches, so that times measured next are those of the calls."""
+    with Teaching(lambda request, nth: say("good")) as server:
+        ask(server, [job(99)], path)
+
+
+def test_jobs_are_taken_as_there_is_room(tmp_path):
+    taken = []
+
+    def jobs():
+        for i in range(50):
+            taken.append(i)
+            yield job(i)
+
+    with Teaching(lambda request, nth: say("good")) as server, Ledger(tmp_path / "l") as ledger:
+        settings = config.Teacher(model="openai/replay", api_base=server.url, concurrency=3)
+        with Teacher(settings, ledger) as teacher:
+            results = teacher.ask_all(jobs())
+            next(results)
+            assert len(taken) == 6
+            next(results)
+            assert len(taken) == 7
+            results.close()
+            assert teacher._loop.submit(asyncio.sleep(0, "alive")).result(1) == "alive"
+
+
+def test_a_bad_key_stops_everything_at_once_and_is_not_shown(tmp_path):
+    with Teaching(lambda request, nth: fail(401, "Incorrect API key provided: sk-test-secret")) as server:
+        with pytest.raises(TeacherFault) as caught:
+            ask(server, map(job, range(10**6)), tmp_path)
+        assert len(server.requests) <= 32
+    fault = caught.value
+    assert fault.code == 6
+    assert "openai/replay" in fault.message
+    assert server.url in fault.message
+    assert "OPENAI_API_KEY" in fault.hint
+    assert "\n" not in fault.message
+    assert "secret" not in fault.message + fault.hint
+
+
+def test_no_key_is_needed_where_the_endpoint_wants_none(tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with Teaching(lambda request, nth: say("good")) as server:
+        results, _ = ask(server, [job(1)], tmp_path)
+    assert results[0].text == "good"
+    assert server.keys == {"Bearer none"}
+
+
+def test_a_missing_key_for_the_real_service_is_told_at_once(tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with Ledger(tmp_path / "l") as ledger, Teacher(config.Teacher(model="openai/gpt-4.1"), ledger) as teacher:
+        with pytest.raises(TeacherFault, match=r"gpt-4\.1") as caught:
+            list(teacher.ask_all([job(1)]))
+    assert "OPENAI_API_KEY" in caught.value.hint
+
+
+def test_an_unknown_model_stops_everything(tmp_path):
+    with Teaching(lambda request, nth: fail(404, "The model `replay` does not exist")) as server:
+        with pytest.raises(TeacherFault, match="does not exist"):
+            ask(server, map(job, range(10**6)), tmp_path)
+
+
+def test_a_model_without_provider_is_told_before_any_call(tmp_path):
+    with Teaching(lambda request, nth: say("good")) as server:
+        with pytest.raises(TeacherFault, match="no provider"):
+            ask(server, [job(1)], tmp_path, model="something")
+        with pytest.raises(UsageFault, match=r"teacher\.model is not set"):
+            ask(server, [job(1)], tmp_path, model="")
+    assert not server.requests
+
+
+def test_nobody_there_stops_everything_after_the_tries(tmp_path):
+    with pytest.raises(TeacherFault, match="does not answer after 3 tries") as caught:
+        ask(None, map(job, range(10**6)), tmp_path, "http://127.0.0.1:9/v1", attempts_per_call=3)
+    assert "http://127.0.0.1:9/v1" in caught.value.message
+
+
+def test_a_refused_question_is_left_out_and_the_others_go_on(tmp_path):
+    def answer(request, nth):
+        return (
+            fail(404, "no known question in this request")
+            if int(asked(request).split()[1][:-1]) % 2
+            else say("good")
+        )
+
+    with Teaching(answer) as server:
+        results, _ = ask(server, [job(i) for i in range(20)], tmp_path)
+        alone, _ = ask(server, [job(21)], tmp_path)
+    assert [r.text for r in results] == ["good", None] * 10
+    assert results[1].flaw == Flaw("refused_by_teacher", "no known question in this request")
+    assert alone[0].flaw.reason == "refused_by_teacher"
+    assert len(server.requests) == 21
+
+
+def test_when_all_are_refused_the_teacher_is_to_blame(tmp_path):
+    with Teaching(lambda request, nth: fail(400, "max_tokens is too large")) as server:
+        with pytest.raises(TeacherFault, match="max_tokens is too large"):
+            ask(server, map(job, range(10**6)), tmp_path)
+        assert len(server.requests) <= 48
+        with pytest.raises(TeacherFault, match="max_tokens is too large"):
+            ask(server, map(job, range(6)), tmp_path)
+
+
+def test_a_teacher_that_falls_silent_is_given_up_and_what_came_is_kept(tmp_path):
+    def answer(request, nth):
+        return say("good") if int(asked(request).split()[1][:-1]) < 10 else BROKEN
+
+    with Teaching(answer) as server:
+        with pytest.raises(TeacherFault, match="does not answer"):
+            ask(server, [job(i) for i in range(10**4)], tmp_path, attempts_per_call=2, concurrency=4)
+        assert len(server.requests) < 60
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        assert ledger.totals()["requests"] == 10
+
+
+def test_a_fault_in_a_check_or_in_the_jobs_is_raised_here(tmp_path):
+    def broken(reply):
+        raise ZeroDivisionError
+
+    def jobs():
+        yield job(1)
+        raise LookupError
+
+    with Teaching(lambda request, nth: say("good")) as server:
+        with pytest.raises(ZeroDivisionError):
+            ask(server, [job(1, broken)], tmp_path)
+        with pytest.raises(LookupError):
+            ask(server, jobs(), tmp_path)
+
+
+def test_price_is_known_from_the_list_and_unknown_where_it_is_not(tmp_path, monkeypatch):
+    import litellm
+
+    with Teaching(lambda request, nth: say("good", tokens=(1000, 100))) as server:
+        monkeypatch.setattr("sclite.teacher.client._is_local", lambda api_base: False)
+        _, priced = ask(server, [job(1)], tmp_path, model="openai/gpt-4.1")
+        _, both = ask(server, [job(1)], tmp_path, model="openai/nobody-knows")
+    rates = litellm.model_cost["gpt-4.1"]
+    assert priced["cost_usd"] == pytest.approx(
+        1000 * rates["input_cost_per_token"] + 100 * rates["output_cost_per_token"]
+    )
+    assert (both["requests"], both["unpriced"], both["cost_usd"]) == (2, 1, priced["cost_usd"])

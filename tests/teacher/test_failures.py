@@ -1,0 +1,70 @@
+"""What a failed call means, how long to wait, and what is never said."""
+
+import time
+from email.utils import formatdate
+
+import pytest
+
+from sclite.teacher import failures
+
+
+class Failed(Exception):
+    def __init__(self, text="", status=None, headers=None):
+        super().__init__(text)
+        self.status_code = status
+        self.litellm_response_headers = headers
+
+
+@pytest.mark.parametrize("status", [None, 408, 429, 500, 502, 503, 504, 529])
+def test_what_may_pass_is_tried_again(status):
+    assert failures.verdict(Failed("later", status)) == failures.RETRY
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 413, 422])
+def test_a_refusal_concerns_one_request(status):
+    assert (
+        failures.verdict(Failed("litellm.NotFoundError: OpenAIException - no such question", status))
+        == failures.REFUSED
+    )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        Failed("bad key", 401),
+        Failed("pay", 402),
+        Failed("You exceeded your current quota", 429),
+        Failed("litellm.NotFoundError: OpenAIException - The model `x` does not exist", 404),
+        Failed("InternalServerError: OpenAIException - Missing credentials. Please pass an `api_key`", 500),
+    ],
+)
+def test_no_further_request_can_escape_these(error):
+    assert failures.verdict(error) == failures.STOP
+
+
+def test_retry_after_is_obeyed_in_all_its_forms():
+    assert failures.wait_seconds(Failed(headers={"retry-after": "7"}), 1, 0.0) == 7
+    assert failures.wait_seconds(Failed(headers={"retry-after-ms": "250"}), 1, 0.0) == 0.25
+    date = formatdate(time.time() + 20, usegmt=True)
+    assert 17 < failures.wait_seconds(Failed(headers={"retry-after": date}), 1, 0.0) < 21
+    assert failures.wait_seconds(Failed(headers={"retry-after": "soon"}), 1, 0.0) == 0.5
+
+
+def test_waits_grow_are_bounded_and_differ():
+    waits = [failures.wait_seconds(Failed(), attempt, 0.0) for attempt in range(1, 12)]
+    assert waits[:4] == [0.5, 1, 2, 4]
+    assert max(waits) == 60
+    assert failures.wait_seconds(Failed(), 4, 1.0) == 2
+
+
+def test_a_message_is_one_line_without_wrapping_and_without_the_key(monkeypatch):
+    monkeypatch.setenv("SOME_API_KEY", "sk-very-secret")
+    error = Failed(
+        "litellm.RateLimitError: RateLimitError: OpenAIException - slow down, sk-very-secret\ntrace", 429
+    )
+    assert failures.message(error) == "slow down, ***"
+
+
+def test_a_base_url_is_shown_without_its_password():
+    assert failures.place("https://me:secret@host:8000/v1") == "https://host:8000/v1"
+    assert failures.place("http://host/v1") == "http://host/v1"

@@ -1,0 +1,89 @@
+"""The ledger keeps what was paid for, through any end of the process."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from sclite.errors import DataFault
+from sclite.teacher.ledger import Entry, Ledger, request_key
+
+ENTRY = Entry("hello", "stop", 10, 3, 0.25, 1.5)
+MESSAGES = [{"role": "user", "content": "q"}]
+
+
+def test_what_was_put_comes_back_after_reopening(tmp_path):
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        ledger.put("k", ENTRY, "templates", "m")
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        assert ledger.get("k") == ENTRY
+        assert ledger.get("other") is None
+        assert ledger.spent_usd == 0.25
+
+
+def test_unknown_cost_is_not_zero_but_counted(tmp_path):
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        ledger.put("a", ENTRY, "templates")
+        ledger.put("b", Entry("x", "stop", None, None, None, 0.1), "templates")
+        ledger.put("c", ENTRY, "corrections")
+        assert ledger.get("b").cost_usd is None
+        assert ledger.totals("templates") == {
+            "requests": 2,
+            "prompt_tokens": 10,
+            "completion_tokens": 3,
+            "cost_usd": 0.25,
+            "unpriced": 1,
+        }
+        assert ledger.totals()["cost_usd"] == 0.5
+        assert ledger.totals("nothing")["cost_usd"] == 0.0
+
+
+def test_key_depends_on_everything_that_decides_a_reply_and_on_nothing_else():
+    base = ("m", "http://h/v1", MESSAGES, {"max_tokens": 5, "temperature": 0.1}, 0, 0)
+    key = request_key(*base)
+    assert request_key("m", "http://h/v1/", MESSAGES, {"temperature": 0.1, "max_tokens": 5}, 0, 0) == key
+    others = ("other", "http://g/v1", [{"role": "user", "content": "r"}], {"max_tokens": 6}, 1, 1)
+    for place, other in enumerate(others):
+        assert request_key(*base[:place], other, *base[place + 1 :]) != key
+
+
+def test_many_threads_share_one_ledger(tmp_path):
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+
+        def work(number):
+            for i in range(20):
+                ledger.put(f"{number}-{i}", ENTRY)
+                assert ledger.get(f"{number}-{i}") == ENTRY
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+        assert ledger.totals()["requests"] == 80
+        assert ledger.spent_usd == 20.0
+
+
+def test_a_killed_process_loses_nothing_that_it_had_put(tmp_path):
+    code = (
+        "import sys; from sclite.teacher.ledger import *\n"
+        "ledger = Ledger(sys.argv[1])\n"
+        "for i in range(10**6):\n"
+        "    ledger.put(str(i), Entry('t', 'stop', 1, 1, None, 0.0)); print(i, flush=True)\n"
+    )
+    path = tmp_path / "ledger.sqlite"
+    process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
+    told = [int(process.stdout.readline()) for _ in range(30)]
+    os.kill(process.pid, signal.SIGKILL)
+    told += [int(line) for line in process.stdout.read().split()]
+    process.wait()
+    with Ledger(path) as ledger:
+        assert all(ledger.get(str(i)) for i in told)
+
+
+def test_a_file_that_is_no_ledger_is_named(tmp_path):
+    path = tmp_path / "ledger.sqlite"
+    path.write_text("this is no database, whatever its name says" * 50)
+    with pytest.raises(DataFault, match=r"ledger\.sqlite cannot be opened"):
+        Ledger(path)

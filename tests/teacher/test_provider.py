@@ -1,0 +1,35 @@
+"""The quickstart's tutor is a teacher like any other."""
+
+import subprocess
+import sys
+
+from sclite import config, prompts
+from sclite.quickstart import arithmetic, provider, tutor
+from sclite.teacher.client import Flaw, Job, Teacher
+from sclite.teacher.ledger import Ledger
+
+
+def test_the_tutor_is_reached_through_litellm_for_nothing(tmp_path):
+    problems = arithmetic.generate(12, 5)
+
+    def job(problem):
+        def messages(fault):
+            return prompts.template_messages(problem.question, problem.solution, problem.answer, fault)
+
+        return Job(problem.id, messages, lambda reply: None if "<Answer>" in reply else Flaw("x", reply))
+
+    settings = config.Teacher(model=provider.MODEL)
+    with Ledger(tmp_path / "l.sqlite") as ledger, Teacher(settings, ledger, provider.register) as teacher:
+        results = {result.id: result for result in teacher.ask_all(job(p) for p in problems)}
+        totals = ledger.totals()
+    for problem in problems:
+        assert results[problem.id].text == tutor.reply(job(problem).messages(""))
+    assert totals["requests"] == 12
+    assert totals["completion_tokens"] > 200
+    assert (totals["cost_usd"], totals["unpriced"]) == (0.0, 0)
+
+
+def test_importing_the_client_and_the_provider_loads_nothing_heavy():
+    code = "import sys, sclite.teacher.client, sclite.quickstart.provider, sclite.data.templates\n"
+    code += "print([m for m in ('litellm', 'datasets', 'torch', 'openai', 'pandas') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
