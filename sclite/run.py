@@ -32,6 +32,12 @@ class Report:
     figures: dict[str, Any] = field(default_factory=dict)
     skipped: bool = False
 
+    @classmethod
+    def of(cls, manifest: dict[str, Any]) -> "Report":
+        """The report that a finished stage has left in its manifest."""
+        names = ("stage", "counts", "dropped", "seconds", "cost_usd", "figures")
+        return cls(**{name: manifest[name] for name in names}, skipped=True)
+
     def as_dict(self) -> dict[str, Any]:
         return {k: getattr(self, k) for k in ("counts", "dropped", "seconds", "cost_usd", "figures")}
 

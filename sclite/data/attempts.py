@@ -48,8 +48,8 @@ def sample_attempts(
     file is the same as that of an unbroken run.
     """
     inputs, report = inputs_of(config, run, problems), Report(STAGE)
-    if run.done(STAGE, inputs):
-        return Report(STAGE, skipped=True)
+    if manifest := run.done(STAGE, inputs):
+        return Report.of(manifest)
     with timed(report):
         if config.attempts.source:
             rows = bring(Path(config.attempts.source), problems, grader)
@@ -133,7 +133,7 @@ def distinct(attempts: Sequence[Attempt]) -> list[Attempt]:
     for _, group in groupby(sorted(attempts, key=lambda a: a.id), key=lambda a: a.id):
         seen = set()
         for attempt in group:
-            text = render(parse(attempt.trace).trace)
+            text = render(parse(attempt.trace).trace) or attempt.trace
             if text not in seen:
                 seen.add(text)
                 kept.append(attempt)

@@ -43,8 +43,8 @@ def build_corrections(
 ) -> Report:
     """Have the teacher correct every different wrong attempt; add confirmations of right ones; writes reviews.jsonl."""
     inputs, report = inputs_of(config, run), Report(STAGE)
-    if run.done(STAGE, inputs):
-        return Report(STAGE, skipped=True)
+    if manifest := run.done(STAGE, inputs):
+        return Report.of(manifest)
     with timed(report):
         problems = {problem.id: problem for problem in run.read("problems.jsonl", Problem)}
         attempts = distinct(
@@ -54,16 +54,18 @@ def build_corrections(
         spent = teacher.ledger.totals()["cost_usd"] or 0.0
         reviews, refused = _ask(config, teacher, grader, wrong, problems, progress)
         report.cost_usd = round((teacher.ledger.totals()["cost_usd"] or 0.0) - spent, 6)
+        run.replace_drops({STAGE}, [*drops, *refused])
+        report.dropped = dict(Counter(drop.reason for drop in [*drops, *refused]))
         if not reviews:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items())
             raise DataFault(
-                "no wrong attempt could be corrected", "`sclite show drops` tells why; sample more attempts"
+                f"no wrong attempt could be corrected: {reasons or 'there is none'}",
+                f"look into {run.path('dropped.jsonl')}; sample more attempts, or train SFT for longer",
             )
         confirmed = _confirmations(attempts, len(reviews), config)
         order = {attempt_key(a): i for i, a in enumerate(attempts)}
         run.replace("reviews.jsonl", sorted([*reviews, *confirmed], key=lambda r: order[attempt_key(r)]))
-        run.replace_drops({STAGE}, [*drops, *refused])
     report.counts |= {"wrong": len(wrong), "corrected": len(reviews), "confirmed": len(confirmed)}
-    report.dropped = dict(Counter(drop.reason for drop in [*drops, *refused]))
     run.sign(STAGE, inputs, report)
     return report
 

@@ -44,8 +44,8 @@ def build_pairs(
 ) -> Report:
     """Sample the student's own corrections of its wrong attempts and write pairs.jsonl."""
     inputs, report = inputs_of(config, run), Report(STAGE)
-    if run.done(STAGE, inputs):
-        return Report(STAGE, skipped=True)
+    if manifest := run.done(STAGE, inputs):
+        return Report.of(manifest)
     with timed(report):
         reviews = run.require("reviews.jsonl", Review, "run `sclite build-data --only corrections` first")
         attempts = {(a.id, a.sample): a for a in run.read("attempts.jsonl", Attempt)}

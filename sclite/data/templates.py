@@ -56,7 +56,7 @@ def build_templates(
         inputs = _inputs(settings, teacher, problems)
         manifest = run.done(STAGE, inputs)
         if manifest is not None and run.path(FILE).is_file() and not fresh:
-            return Report(STAGE, **{name: manifest[name] for name in report.as_dict()}, skipped=True)
+            return Report.of(manifest)
         kept = _kept(run, inputs, problems, fresh)
         drops = _ask(settings, run, teacher, grader, problems, kept, progress)
         _finish(run, report, problems, drops, teacher)

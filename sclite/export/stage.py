@@ -42,8 +42,8 @@ def export_model(config: Config, run: Run, name: str, *, compare: bool = True) -
         "export": digest(config.export.model_dump(exclude={"ollama"})),
         "compare": compare,
     }
-    if run.done(stage, inputs) and out.is_file():
-        return Report(stage, figures=run.finished(stage)["figures"], skipped=True)
+    if (manifest := run.done(stage, inputs)) and out.is_file():
+        return Report.of(manifest)
     with timed(report):
         base = local_folder(config.student)
         merged, full = run.path(f"export/{name}-merged"), run.path(f"export/{name}-full.gguf")

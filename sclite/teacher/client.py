@@ -207,7 +207,7 @@ class Teacher:
                 break
             await asyncio.sleep(wait)
         self._unanswered += 1
-        if not self._answered:
+        if self._unanswered >= SEVERAL or not self._answered:
             raise failures.silent(error, self.settings.model, self.settings.api_base, attempt)
         return Flaw("no_reply", failures.message(error))
 

@@ -39,8 +39,8 @@ def inputs_of(config: Config, run: Run) -> dict[str, Any]:
 def train_dpo(config: Config, run: Run, *, progress: Progress | None = None) -> Report:
     """Cross-model DPO from dpo/warm on pairs.jsonl; writes dpo/adapter, dpo/reference.json, dpo/metrics.jsonl."""
     inputs, report = inputs_of(config, run), Report(STAGE)
-    if run.done(STAGE, inputs):
-        return Report(STAGE, skipped=True)
+    if manifest := run.done(STAGE, inputs):
+        return Report.of(manifest)
     pairs = run.require(
         "pairs.jsonl", Pair, "run `sclite train`, which builds them from the student's attempts"
     )

@@ -38,8 +38,8 @@ def train_sft(config: Config, run: Run, *, progress: Progress | None = None) -> 
     """
     inputs = inputs_of(config, run)
     report = Report(STAGE)
-    if run.done(STAGE, inputs):
-        return Report(STAGE, **_manifest(run), skipped=True)
+    if manifest := run.done(STAGE, inputs):
+        return Report.of(manifest)
     rows = run.require(
         "templates.jsonl", Template, "run `sclite build-data` first, or put your own templates there"
     )
@@ -71,11 +71,6 @@ def train_sft(config: Config, run: Run, *, progress: Progress | None = None) -> 
         report.counts |= {"rows": len(encoded), "steps": steps}
     run.sign(STAGE, inputs, report)
     return report
-
-
-def _manifest(run: Run) -> dict[str, Any]:
-    manifest = run.finished(STAGE) or {}
-    return {key: manifest[key] for key in ("counts", "dropped", "seconds", "figures") if key in manifest}
 
 
 def solve_rows(tokenizer: Any, templates: Sequence[Template], folder: str) -> list[Encoded]:

@@ -41,8 +41,8 @@ def inputs_of(config: Config, run: Run) -> dict[str, Any]:
 def train_warm(config: Config, run: Run, *, progress: Progress | None = None) -> Report:
     """Reads reviews.jsonl, attempts.jsonl and templates.jsonl; trains on from sft/adapter; writes dpo/warm."""
     inputs, report = inputs_of(config, run), Report(STAGE)
-    if run.done(STAGE, inputs):
-        return Report(STAGE, skipped=True)
+    if manifest := run.done(STAGE, inputs):
+        return Report.of(manifest)
     reviews = run.require("reviews.jsonl", Review, "run `sclite build-data --only corrections` first")
     templates = run.require("templates.jsonl", Template, "run `sclite build-data` first")
     with timed(report):

@@ -192,7 +192,9 @@ def test_nothing_is_done_twice_and_a_new_problem_alone_is_asked(run, grader):
         assert again.skipped
         assert (again.counts, again.cost_usd) == (first.counts, first.cost_usd)
         assert len(server.requests) == 5
-        more = build(run, server.url, grader, PROBLEMS[:6])
+        seen = []
+        more = build(run, server.url, grader, PROBLEMS[:6], progress=lambda *given: seen.append(given))
+        assert seen == [(6, 6, 0.0)]
         assert not more.skipped
         assert [number_of(r) for r in server.requests[5:]] == [5]
         fewer = build(run, server.url, grader, PROBLEMS[1:3])

@@ -1,6 +1,5 @@
 """The teacher client against a real HTTP server."""
 
-import asyncio
 import time
 
 import pytest
@@ -192,8 +191,21 @@ def test_jobs_are_taken_as_there_is_room(tmp_path):
             assert len(taken) == 6
             next(results)
             assert len(taken) == 7
+
+
+def test_leaving_early_cancels_what_is_under_way_and_the_teacher_stays_usable(tmp_path):
+    def answer(request, nth):
+        return say("good", seconds=5 if "question 1." in asked(request) else 0)
+
+    with Teaching(answer) as server, Ledger(tmp_path / "l") as ledger:
+        settings = config.Teacher(model="openai/replay", api_base=server.url, concurrency=1)
+        with Teacher(settings, ledger) as teacher:
+            results = teacher.ask_all(map(job, range(3)))
+            next(results)
             results.close()
-            assert teacher._loop.submit(asyncio.sleep(0, "alive")).result(1) == "alive"
+            began = time.monotonic()
+            assert next(teacher.ask_all([job(7)])).text == "good"
+            assert time.monotonic() - began < 2
 
 
 def test_a_bad_key_stops_everything_at_once_and_is_not_shown(tmp_path):
