@@ -8,8 +8,9 @@ newline followed by `</` or `<C` is a clean token boundary. `parse` reads what m
 import re
 from dataclasses import dataclass, replace
 
-_TAG = re.compile(
-    r"<[ \t]*(/?)[ \t]*(step|key|cause|correction|generalized|answer)[ \t]*(\d{0,4})[ \t]*:?[ \t]*>", re.I
+_TAG = re.compile(  # possessive (*+), so that a thousand blanks after a < are not split in every way
+    r"<[ \t]*+(/?)[ \t]*+(step|key|cause|correction|generalized|answer)[ \t]*+(\d{0,4})[ \t]*+:?[ \t]*+>",
+    re.I | re.A,
 )
 _THINK = re.compile(r"\s*<think>.*?</think>", re.S)
 INNER = ("key", "cause", "correction")
@@ -142,10 +143,10 @@ class _Reader:
 
     def __init__(self, text: str):
         self.text = text
-        self.steps: list[dict[str, str]] = []
-        self.outer: dict[str, str] = {}
+        self.steps: list[dict[str, list[str]]] = []  # by slot, the pieces of its text
+        self.outer: dict[str, list[str]] = {}
         self.faults: list[Fault] = []
-        self.step: dict[str, str] | None = None  # the open step
+        self.step: dict[str, list[str]] | None = None  # the open step
         self.tag: str | None = None  # the open tag inside a step, or generalized, or answer
         self.number = 0  # the number that the open step carries
 
@@ -159,10 +160,9 @@ class _Reader:
     def take(self, text: str, offset: int) -> None:
         """Put the text between two tags where it belongs."""
         if self.tag in OUTER:
-            self.outer[self.tag] = _join(self.outer.get(self.tag), text)
+            _add(self.outer, self.tag, text)
         elif self.step is not None:
-            slot = self.tag or "text"
-            self.step[slot] = _join(self.step.get(slot), text)
+            _add(self.step, self.tag or "text", text)
         elif text.strip() and self.steps and "answer" not in self.outer:
             self.fault(
                 "text_between_tags", offset
@@ -183,7 +183,7 @@ class _Reader:
     def on_step(self, closing: bool, number: int | None, offset: int) -> None:
         if self.tag in OUTER:
             self.close_tag(offset, closed=False)
-        if self.step is not None and not closing and number == self.number and _filled(self.step):
+        if self.step is not None and not closing and number == self.number and self.step.get("text"):
             self.fault("opener_as_closer", offset)
             closing = True
         if closing:
@@ -206,7 +206,7 @@ class _Reader:
         if self.step is None:
             self.fault("stray_closer" if closing else "tag_outside_a_step", offset)
             return
-        if not closing and self.tag == name and self.step.get(name, "").strip():
+        if not closing and self.tag == name and self.step.get(name):
             self.fault("opener_as_closer", offset)
             closing = True
         if closing:
@@ -220,7 +220,7 @@ class _Reader:
         self.tag = name
 
     def on_outer(self, name: str, closing: bool, offset: int) -> None:
-        if not closing and self.tag == name and self.outer.get(name, "").strip():
+        if not closing and self.tag == name and self.outer.get(name):
             self.fault("opener_as_closer", offset)
             closing = True
         if closing:
@@ -233,7 +233,7 @@ class _Reader:
         self.close_tag(offset, closed=self.tag is None)
         if name in self.outer:
             self.fault(f"second_{name}", offset)
-            self.outer[name] = ""  # the last one counts
+            self.outer[name] = []  # the last one counts
         if name == "generalized" and "answer" in self.outer:
             self.fault("generalized_after_the_answer", offset)
         self.tag = name
@@ -259,13 +259,12 @@ class _Reader:
 
     def result(self, end: int) -> Parsed:
         steps = tuple(
-            Step(clean(s.get("text", "")), *(clean(s.get(name, "")) or None for name in INNER))
-            for s in self.steps
+            Step(_joined(s, "text"), *(_joined(s, name) or None for name in INNER)) for s in self.steps
         )
         for number, step in enumerate(steps, 1):
             if not step.text:
                 self.faults.append(Fault("empty_step", f"step {number}"))
-        outer = {name: clean(self.outer.get(name, "")) or None for name in OUTER}
+        outer = {name: _joined(self.outer, name) or None for name in OUTER}
         if not steps:
             self.faults.append(Fault("no_steps", "the top level"))
         if outer["answer"] is None:
@@ -273,12 +272,14 @@ class _Reader:
         return Parsed(Trace(steps, **outer), tuple(self.faults))
 
 
-def _join(before: str | None, text: str) -> str:
-    return text if not before else f"{before.rstrip()} {text.lstrip()}" if text.strip() else before
+def _add(slots: dict[str, list[str]], name: str, text: str) -> None:
+    pieces = slots.setdefault(name, [])
+    if stripped := text.strip():
+        pieces.append(stripped)
 
 
-def _filled(step: dict[str, str]) -> bool:
-    return bool(step.get("text", "").strip())
+def _joined(slots: dict[str, list[str]], name: str) -> str:
+    return clean(" ".join(slots.get(name, [])))
 
 
 def parse(text: str) -> Parsed:

@@ -1,4 +1,4 @@
-"""What every test stands on. This folder is on the path, so tests import its helpers by name: `from replay import say`."""
+"""What every test stands on. Helpers lie beside it: `from tests.replay import Teaching, say`."""
 
 import pytest
 

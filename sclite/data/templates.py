@@ -58,7 +58,7 @@ def build_templates(
         if manifest is not None and run.path(FILE).is_file() and not fresh:
             return Report.of(manifest)
         kept = _kept(run, inputs, problems, fresh)
-        drops = _ask(settings, run, teacher, grader, problems, kept, progress)
+        drops = _ask(settings, run, teacher, grader, problems, kept, _basis(inputs), progress)
         _finish(run, report, problems, drops, teacher)
     unanswered = report.dropped.get("no_reply", 0)
     # a network fault is no verdict on a row: the signature then fits no inputs, and the next call asks again
@@ -106,6 +106,11 @@ def _inputs(settings: Config, teacher: Teacher, problems: Sequence[Problem]) -> 
     }
 
 
+def _basis(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The part of the inputs that all rows have in common."""
+    return {"prompts": inputs["prompts"], "teacher": inputs["teacher"]}
+
+
 def _brought_along(run: Run) -> bool:
     return run.read_json(BEGUN) is None and bool(run.read(FILE, Template))
 
@@ -122,9 +127,8 @@ def _adopt(run: Run, report: Report) -> Report:
 
 
 def _kept(run: Run, inputs: dict[str, Any], problems: Sequence[Problem], fresh: bool) -> dict[str, Template]:
-    """The rows that an earlier call left and that still hold, by id; notes what the file is now made from."""
-    basis = {name: value for name, value in inputs.items() if name in ("prompts", "teacher")}
-    before = run.read_json(BEGUN)
+    """The rows that an earlier call left and that still hold, by id; the others are taken out."""
+    basis, before = _basis(inputs), run.read_json(BEGUN)
     rows = [] if fresh else run.read(FILE, Template)
     if rows and before != basis:
         changed = [
@@ -136,20 +140,22 @@ def _kept(run: Run, inputs: dict[str, Any], problems: Sequence[Problem], fresh: 
         )
     asked = {problem.id: (problem.question, problem.answer) for problem in problems}
     kept = {row.id: row for row in rows if asked.get(row.id) == (row.question, row.answer)}
-    run.write_json(BEGUN, basis)
     run.replace(FILE, kept.values())
     run.replace_drops([STAGE], [])
     return kept
 
 
-def _ask(settings, run, teacher, grader, problems, kept, progress) -> dict[str, Drop]:
+def _ask(settings, run, teacher, grader, problems, kept, basis, progress) -> dict[str, Drop]:
     """Ask for what is missing; each row is in its file before the next is looked at. Gives the drops by id."""
     by_id = {problem.id: problem for problem in problems}
     drops: dict[str, Drop] = {}
-    done = len(kept)
+    done, begun = len(kept), False
     waiting = (problem for problem in problems if problem.id not in kept)
     for result in teacher.ask_all(_jobs(settings, waiting, grader), STAGE):
         if result.text is not None:
+            if not begun:
+                run.write_json(BEGUN, basis)
+                begun = True
             run.append(FILE, [_template(by_id[result.id], result)])
         else:
             drops[result.id] = _drop(result)

@@ -114,9 +114,8 @@ class Teacher:
         self._loop.close(self._litellm.close_litellm_async_clients if self._litellm else None)
 
     def identity(self) -> dict[str, Any]:
-        """What a reply depends on, to sign what is made from it; without secrets."""
-        base = failures.place(self.settings.api_base)
-        return {"model": self.settings.model, "api_base": base, **self._parameters}
+        """What signs the rows made from its replies: the model and its parameters, wherever it runs."""
+        return {"model": self.settings.model, **self._parameters}
 
     # -- many jobs -------------------------------------------------------------------------------------------------
 
@@ -131,13 +130,10 @@ class Teacher:
                 "teacher.model is not set", "add --set teacher.model=PROVIDER/NAME or edit sclite.toml"
             )
         waiting, done, flying = iter(jobs), queue.SimpleQueue[Future](), set[Future]()
+        room = 2 * self.settings.concurrency  # jobs that wait before another try leave their calls to others
         try:
-            while (
-                True
-            ):  # twice as many jobs as calls: those that wait before another try leave their room to others
-                while (
-                    len(flying) < 2 * self.settings.concurrency and (job := next(waiting, None)) is not None
-                ):
+            while True:
+                while len(flying) < room and (job := next(waiting, None)) is not None:
                     future = self._loop.submit(self._work(job, stage))
                     flying.add(future)
                     future.add_done_callback(done.put)
@@ -162,7 +158,7 @@ class Teacher:
             if flaw is None:
                 return Result(job.id, job.sample, raw, None, raw, repair + 1)
             again = fault.startswith(flaw.text)  # the same words would bring the same reply
-            fault = f"{flaw.text} (as in {repair} replies before it)" if again else flaw.text
+            fault = f"{flaw.text} (still so in reply {repair + 1})" if again else flaw.text
         return Result(job.id, job.sample, None, flaw, raw, self.settings.repairs + 1)
 
     # -- one request -----------------------------------------------------------------------------------------------

@@ -94,10 +94,15 @@ class Ledger:
         return Entry(*row) if row else None
 
     def put(self, key: str, entry: Entry, stage: str = "", model: str = "") -> None:
-        """Write a reply; it is on disk when this returns."""
+        """Write a reply; it is on disk when this returns. Raises DataFault where it cannot be written."""
         values = (key, stage, model, "replied", *(getattr(entry, name) for name in _FIELDS.split(", ")))
         with self._lock:
-            self._database.execute("INSERT OR REPLACE INTO requests VALUES (?,?,?,?,?,?,?,?,?,?)", values)
+            try:
+                self._database.execute("INSERT OR REPLACE INTO requests VALUES (?,?,?,?,?,?,?,?,?,?)", values)
+            except sqlite3.Error as error:
+                raise DataFault(
+                    f"{self.path} cannot be written: {error}", "see that its disk has room"
+                ) from error
             self.spent_usd += entry.cost_usd or 0.0
 
     def totals(self, stage: str | None = None) -> dict[str, Any]:

@@ -8,16 +8,16 @@ import sys
 import time
 
 import pytest
-from replay import Teaching, fail, say
 
 from sclite import config, trace
 from sclite.answers import Grader
 from sclite.data.templates import build_templates, check_template, mentions_the_solution
-from sclite.errors import DataFault, UsageFault
+from sclite.errors import DataFault, TeacherFault, UsageFault
 from sclite.records import Drop, Problem, Template
 from sclite.run import Run
 from sclite.teacher.client import Teacher
 from sclite.teacher.ledger import Ledger
+from tests.replay import Teaching, fail, say
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +241,21 @@ def test_templates_that_were_brought_along_take_the_place_of_the_stage(run, grad
         build(run, server.url, grader)
 
 
+def test_a_teacher_that_never_answered_leaves_the_place_free_for_own_templates(run, grader):
+    with pytest.raises(TeacherFault):
+        build(run, "http://127.0.0.1:9/v1", grader)
+    run.replace("templates.jsonl", [Template(id="mine", question="q", answer="1", trace=reply(1))])
+    assert build(run, "http://127.0.0.1:9/v1", grader).counts["brought_along"] == 1
+
+
+def test_the_same_teacher_may_move_to_another_address(run, grader):
+    with Teaching(right) as server:
+        build(run, server.url, grader, PROBLEMS[:4])
+    with Teaching(right) as server:
+        build(run, server.url, grader, PROBLEMS)
+    assert len(server.requests) == 4
+
+
 def test_a_row_lost_to_the_network_is_asked_again_next_time(run, grader):
     lost = [2]
 
@@ -257,9 +272,9 @@ def test_a_row_lost_to_the_network_is_asked_again_next_time(run, grader):
 
 
 def test_when_nothing_came_out_it_is_said_why(run, grader):
-    with Teaching(lambda request, nth: say("Sure!")) as server:
-        with pytest.raises(DataFault, match="no template came out of 8 problems: 8 no_steps"):
-            build(run, server.url, grader)
+    expected = pytest.raises(DataFault, match="no template came out of 8 problems: 8 no_steps")
+    with Teaching(lambda request, nth: say("Sure!")) as server, expected:
+        build(run, server.url, grader)
     assert len(run.read("dropped.jsonl", Drop)) == 8
     assert run.finished("templates") is None
 

@@ -3,12 +3,12 @@
 import time
 
 import pytest
-from replay import BROKEN, HTML, Teaching, fail, say
 
 from sclite import config
 from sclite.errors import TeacherFault, UsageFault
 from sclite.teacher.client import Flaw, Job, Teacher
 from sclite.teacher.ledger import Ledger
+from tests.replay import BROKEN, HTML, Teaching, fail, say
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,8 @@ def good(reply):
 
 
 def ask(server, jobs, path, url=None, **settings):
-    settings = {"model": "openai/replay", "api_base": url or server.url, "attempts_per_call": 4, **settings}
+    base = url or (server.url if server else "")
+    settings = {"model": "openai/replay", "api_base": base, "attempts_per_call": 4, **settings}
     with Ledger(path / "ledger.sqlite") as ledger, Teacher(config.Teacher(**settings), ledger) as teacher:
         return sorted(teacher.ask_all(jobs, "templates"), key=lambda r: int(r.id)), ledger.totals()
 
@@ -232,16 +233,16 @@ def test_no_key_is_needed_where_the_endpoint_wants_none(tmp_path, monkeypatch):
 
 def test_a_missing_key_for_the_real_service_is_told_at_once(tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
-    with Ledger(tmp_path / "l") as ledger, Teacher(config.Teacher(model="openai/gpt-4.1"), ledger) as teacher:
-        with pytest.raises(TeacherFault, match=r"gpt-4\.1") as caught:
-            list(teacher.ask_all([job(1)]))
+    with pytest.raises(TeacherFault, match=r"gpt-4\.1 has no key") as caught:
+        ask(None, [job(1)], tmp_path, model="openai/gpt-4.1")
     assert "OPENAI_API_KEY" in caught.value.hint
 
 
 def test_an_unknown_model_stops_everything(tmp_path):
-    with Teaching(lambda request, nth: fail(404, "The model `replay` does not exist")) as server:
-        with pytest.raises(TeacherFault, match="does not exist"):
-            ask(server, map(job, range(10**6)), tmp_path)
+    answer = fail(404, "The model `replay` does not exist")
+    with Teaching(lambda *_: answer) as server, pytest.raises(TeacherFault, match="does not exist"):
+        ask(server, map(job, range(10**6)), tmp_path)
+    assert len(server.requests) <= 32
 
 
 def test_a_model_without_provider_is_told_before_any_call(tmp_path):

@@ -87,3 +87,10 @@ def test_a_file_that_is_no_ledger_is_named(tmp_path):
     path.write_text("this is no database, whatever its name says" * 50)
     with pytest.raises(DataFault, match=r"ledger\.sqlite cannot be opened"):
         Ledger(path)
+
+
+def test_a_reply_that_cannot_be_written_is_a_fault_and_no_silence(tmp_path):
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.close()
+    with pytest.raises(DataFault, match="cannot be written"):
+        ledger.put("k", ENTRY)

@@ -1,0 +1,110 @@
+"""The whole way in small: one quickstart for all tests of this file, and what people do with its run."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SMALL = ("--problems", "160", "--set", "eval.limit=40", "--set", "attempts.samples=2")
+
+
+def sclite(*arguments: str, folder: Path, text: str | None = None) -> subprocess.CompletedProcess:
+    """`sclite ARGUMENTS` in a process of its own."""
+    command = [sys.executable, "-m", "sclite", *arguments]
+    return subprocess.run(command, cwd=folder, input=text, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def quickstarted(tmp_path_factory):
+    """(folder, run folder, what --json printed) of a small quickstart."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    done = sclite("quickstart", *SMALL, "--json", folder=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, folder / "runs/quickstart", json.loads(done.stdout)
+
+
+def test_json_holds_the_table_and_nothing_else(quickstarted):
+    _, _, summary = quickstarted
+    assert set(summary["models"]) == {"base", "sft", "dpo"}
+    for figures in summary["models"].values():
+        assert figures["n"] + figures["unknown"] == 40
+        gained = figures["wrong_to_right"] - figures["right_to_wrong"]
+        assert figures["difference"] == pytest.approx(gained)
+
+
+def test_sft_teaches_the_form(quickstarted):
+    _, _, summary = quickstarted
+    assert summary["models"]["sft"]["format_validity"] > summary["models"]["base"]["format_validity"] + 0.5
+
+
+def test_dpo_starts_at_ln_2_from_the_warm_adapter(quickstarted):
+    _, run, _ = quickstarted
+    rows = [json.loads(line) for line in (run / "dpo/metrics.jsonl").read_text().splitlines()]
+    first = next(row for row in rows if row["phase"] == "dpo")
+    assert first["dpo_loss"] == pytest.approx(0.6931, abs=0.001)
+    assert first["margin_max"] == pytest.approx(0, abs=1e-3)
+
+
+def test_gguf_says_what_the_trained_model_says(quickstarted):
+    _, run, _ = quickstarted
+    parity = json.loads((run / "export/parity.json").read_text())
+    assert parity["tokens_equal"] == parity["tokens_compared"] > 0
+    assert parity["top1_agreement"] > 0.98
+    assert parity["mean_abs_logprob_diff"] < 0.02
+
+
+def test_test_and_threshold_problems_were_never_trained_on(quickstarted):
+    _, run, _ = quickstarted
+    trained = {json.loads(line)["question"] for line in (run / "problems.jsonl").read_text().splitlines()}
+    tested = {json.loads(line)["question"] for line in (run / "eval/dpo.jsonl").read_text().splitlines()}
+    assert trained
+    assert tested
+    assert not trained & tested
+
+
+def test_second_quickstart_takes_seconds_and_says_the_same(quickstarted):
+    folder, _, summary = quickstarted
+    began = time.monotonic()
+    again = sclite("quickstart", *SMALL, "--json", folder=folder)
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout) == summary
+    assert time.monotonic() - began < 60
+
+
+def test_chat_reviews_its_own_answer(quickstarted):
+    folder, _, _ = quickstarted
+    question = "Mia has 47 nuts. She buys 35 more. She loses 12 of them. How many nuts does Mia have now?"
+    done = sclite("chat", "--self-correct", "--json", question, folder=folder)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert len(answer["step_scores"]) >= 1
+    assert answer["answer"] is not None
+
+
+def test_chat_reads_questions_from_standard_input(quickstarted):
+    folder, _, _ = quickstarted
+    text = "Tom has 20 nuts. He buys 11 more. He sells 12 nuts. How many nuts does Tom have now?\n"
+    done = sclite("chat", "--self-correct", folder=folder, text=text)
+    assert done.returncode == 0, done.stderr
+    assert "answer" in done.stdout
+
+
+def test_closing_words_name_the_next_three_commands(quickstarted):
+    folder, _, _ = quickstarted
+    done = sclite("quickstart", *SMALL, folder=folder)
+    assert done.returncode == 0, done.stderr
+    commands = [line.strip() for line in done.stdout.splitlines() if line.strip().startswith("sclite ")]
+    assert len(commands) == 3
+
+
+def test_changed_setting_trains_anew_and_keeps_the_templates(quickstarted):
+    folder, run, _ = quickstarted
+    before = (run / "templates.jsonl").read_bytes()
+    done = sclite("train", "--only", "sft", "--json", "--run", str(run), "--set", "sft.epochs=0.1",
+                  "--set", "student.model=embedded", "--set", "problems.limit=160", folder=folder)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["sft"]["counts"]["steps"] < 10
+    assert (run / "templates.jsonl").read_bytes() == before
