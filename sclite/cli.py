@@ -77,6 +77,36 @@ def quickstart(
         console.say(f"  [bold cyan]{command}[/]")
 
 
+@app.command()
+def init(config: ConfigOption = None) -> None:
+    """Write a commented sclite.toml that fits this machine."""
+    from sclite import machine
+
+    found = machine.cards()
+    path = config or Path(configuration.FILE)
+    machine.write_configuration(path, max(total for _, total, _ in found) if found else None)
+    card = (
+        f"{found[0][0]}, {found[0][1]:.0f} GB" if found else "no CUDA card: the embedded student, on the CPU"
+    )
+    console.say(f"{path} is written for this machine ({card}).")
+    console.say("Set teacher.model and problems.source in it, then: [bold cyan]sclite build-data[/]")
+
+
+@app.command()
+def doctor(json: JsonOption = False) -> None:
+    """What works here, what does not, and the command that mends each."""
+    from sclite import machine
+
+    checks = machine.check_all()
+    if json:
+        console.print_json({"checks": machine.as_dicts(checks)})
+        return
+    for check in checks:
+        console.say(f"{'[green]✓[/]' if check.works else '[red]✗[/]'} {check.name}: {check.found}")
+        if not check.works:
+            console.say(f"    [cyan]{check.mend}[/]")
+
+
 @app.command("build-data")
 def build_data(
     problems: Annotated[

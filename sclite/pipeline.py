@@ -45,19 +45,51 @@ class World:
             yield teacher
 
     @contextmanager
-    def trainable(self, adapter: str) -> Iterator[Any]:
-        """The trained student with an adapter of the run, freed afterwards."""
-        from sclite.student.load import load_student
-        from sclite.student.trainable import Trainable
+    def sampler(self, adapter: str) -> Iterator[Any]:
+        """The trained student with an adapter of the run, in the fastest form at hand, freed afterwards.
+
+        On a card that is the trainable model in batches; without one llama.cpp is several times faster, where the
+        student can be written as GGUF without a converter.
+        """
+        import torch
+
+        from sclite.export import direct
+        from sclite.student.load import local_folder
         from sclite.train.common import free_memory, quiet
 
         quiet()
+        if not torch.cuda.is_available() and direct.can_write(local_folder(self.config.student)):
+            with self._as_gguf(adapter) as student:
+                yield student
+            return
+        from sclite.student.load import load_student
+        from sclite.student.trainable import Trainable
+
         model, tokenizer = load_student(self.config.student, self.config.sft, self.run.path(adapter))
         try:
             yield Trainable(model, tokenizer, self.config.student.batch)
         finally:
             del model
             free_memory()
+
+    @contextmanager
+    def _as_gguf(self, adapter: str) -> Iterator[Any]:
+        import shutil
+
+        from sclite.export.convert import convert
+        from sclite.export.merge import merge
+        from sclite.student.engine import Engine
+        from sclite.student.load import local_folder
+
+        merged, gguf = self.run.path("export/sampling-merged"), self.run.path("export/sampling.gguf")
+        try:
+            merge(local_folder(self.config.student), self.run.path(adapter), merged)
+            convert(merged, gguf, outtype="f16")
+            with Engine(gguf, parallel=self.config.student.batch, context=self.config.eval.context) as engine:
+                yield engine
+        finally:
+            shutil.rmtree(merged, ignore_errors=True)
+            gguf.unlink(missing_ok=True)
 
     def add(self, report: Report, text: str) -> Report:
         self.reports.append(report)
@@ -77,31 +109,40 @@ def sides(world: World) -> tuple[list[Problem], list[Problem]]:
     return world.problems
 
 
+def unseen(world: World) -> frozenset[str]:
+    """The ids of the problems that are kept for stage 2."""
+    if world.problems is None and not (
+        world.config.problems.source or world.run.path("problems.jsonl").is_file()
+    ):
+        return frozenset()  # templates were brought along, without problems
+    return frozenset(problem.id for problem in sides(world)[1])
+
+
 # -- build-data ----------------------------------------------------------------------------------------------------
 
 
 def build_templates(world: World) -> Report:
-    """Templates for the problems of stage 1."""
-    from sclite.answers import Grader
+    """Templates for all problems: SFT learns those of its side, stage 2 replays the others."""
     from sclite.data.templates import build_templates as stage
+    from sclite.grader import Grader
 
-    mine, _ = sides(world)
+    problems = [problem for side in sides(world) for problem in side]
     with (
         world.screen.stage("templates", "templates: the teacher writes thought traces") as progress,
         Grader() as grader,
         world.teacher() as teacher,
     ):
         report = stage(
-            world.config, world.run, teacher=teacher, grader=grader, problems=mine, progress=progress
+            world.config, world.run, teacher=teacher, grader=grader, problems=problems, progress=progress
         )
     return world.add(report, f"templates: {report.counts.get('templates', 0)} kept{_drops(report)}")
 
 
 def build_corrections(world: World) -> Report:
     """Attempts of the SFT student at the problems of stage 2, and the teacher's corrections of them."""
-    from sclite.answers import Grader
     from sclite.data.attempts import sample_attempts
     from sclite.data.corrections import build_corrections as stage
+    from sclite.grader import Grader
 
     _, kept = sides(world)
     if not kept:
@@ -135,7 +176,7 @@ def _sample(world: World, problems: Sequence[Problem], grader: Any, stage: Calla
             report = stage(world.config, world.run, student=None, progress=progress, **arguments)
         else:
             _require_sft(world)
-            with world.trainable("sft/adapter") as student:
+            with world.sampler("sft/adapter") as student:
                 report = stage(world.config, world.run, student=student, progress=progress, **arguments)
     world.add(
         report, f"attempts: {report.counts.get('right', 0)} right, {report.counts.get('wrong', 0)} wrong"
@@ -175,7 +216,7 @@ def train_sft(world: World) -> Report:
     from sclite.train.sft import train_sft as stage
 
     with world.screen.stage("sft", "sft: the student learns the templates") as progress:
-        report = stage(world.config, world.run, progress=progress)
+        report = stage(world.config, world.run, unseen=unseen(world), progress=progress)
     return world.add(
         report, f"sft: {report.counts.get('rows', 0)} rows, {report.counts.get('steps', 0)} steps"
     )
@@ -185,16 +226,16 @@ def train_warm(world: World) -> Report:
     from sclite.train.warm import train_warm as stage
 
     with world.screen.stage("warm", "warm-up: the student learns what a review looks like") as progress:
-        report = stage(world.config, world.run, progress=progress)
+        report = stage(world.config, world.run, unseen=unseen(world), progress=progress)
     return world.add(
         report, f"warm-up: {report.counts.get('rows', 0)} rows, {report.counts.get('steps', 0)} steps"
     )
 
 
 def build_pairs(world: World) -> Report:
-    from sclite.answers import Grader
     from sclite.data.pairs import build_pairs as stage
     from sclite.data.pairs import inputs_of
+    from sclite.grader import Grader
 
     with (
         world.screen.stage("pairs", "pairs: the student's own corrections against right ones") as progress,
@@ -203,7 +244,7 @@ def build_pairs(world: World) -> Report:
         if world.run.done("pairs", inputs_of(world.config, world.run)):
             report = stage(world.config, world.run, student=None, grader=grader)
         else:
-            with world.trainable("dpo/warm") as student:
+            with world.sampler("dpo/warm") as student:
                 report = stage(world.config, world.run, student=student, grader=grader, progress=progress)
     counts = report.counts
     return world.add(
@@ -216,7 +257,7 @@ def train_dpo(world: World) -> Report:
     from sclite.train.dpo import train_dpo as stage
 
     with world.screen.stage("dpo", "dpo: the student prefers right reviews") as progress:
-        report = stage(world.config, world.run, progress=progress)
+        report = stage(world.config, world.run, unseen=unseen(world), progress=progress)
     return world.add(
         report, f"dpo: {report.counts.get('pairs', 0)} pairs, {report.counts.get('steps', 0)} steps"
     )
@@ -278,9 +319,9 @@ def evaluate(
     source: str = "",
 ) -> dict[str, Any]:
     """Measure the exported students; writes eval/summary.json and eval/report.html, and the threshold beside the GGUF."""
-    from sclite.answers import Grader
     from sclite.evaluate.evaluate import evaluate_model
     from sclite.export.stage import gguf_path
+    from sclite.grader import Grader
     from sclite.student.engine import Engine
 
     figures: dict[str, Any] = {}

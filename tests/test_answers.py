@@ -17,9 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sclite import answers
-from sclite.answers import Grader, equal, extract
+from sclite import grader as grading
+from sclite.answers import extract
 from sclite.errors import ScliteError
+from sclite.grader import Grader, equal
 
 PAIRS = [json.loads(line) for line in (Path(__file__).parent / "answer_pairs.jsonl").read_text().splitlines()]
 SHARED = Path(os.environ.get("SCLITE_SHARED") or Path(__file__).resolve().parents[2] / "shared") / "data"
@@ -101,7 +102,7 @@ def test_the_final_answer_is_read_out_of_a_text(text, answer):
 def test_any_text_is_read_and_graded_without_raising(text):
     answer = extract(text)
     assert answer is None or answer.strip() == answer != ""
-    assert answers._quick(answer, "5")[0] in (True, False, None)
+    assert grading._quick(answer, "5")[0] in (True, False, None)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +138,7 @@ def test_no_answer_is_a_wrong_answer():
 
 
 def test_plain_numbers_never_start_a_worker_and_cost_microseconds(monkeypatch):
-    monkeypatch.setattr(answers, "_start", lambda _seconds: pytest.fail("a worker was started"))
+    monkeypatch.setattr(grading, "_start", lambda _seconds: pytest.fail("a worker was started"))
     plain = [
         ("72", "72"),
         ("73", "72"),
@@ -152,7 +153,7 @@ def test_plain_numbers_never_start_a_worker_and_cost_microseconds(monkeypatch):
 
 
 def test_importing_the_grader_imports_no_algebra():
-    code = "import sys, sclite.answers as a; a.equal('1/2', '0.5'); print(sorted({'sympy','math_verify'} & set(sys.modules)))"
+    code = "import sys, sclite.grader as g; g.equal('1/2', '0.5'); print(sorted({'sympy','math_verify'} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
@@ -187,7 +188,7 @@ def test_failed_grader_is_not_a_wrong_answer(monkeypatch):
         raise ZeroDivisionError
 
     monkeypatch.setattr(math_verify, "verify", fail)
-    assert answers._algebra("x", "y") is None
+    assert grading._algebra("x", "y") is None
 
 
 def test_a_worker_that_dies_while_it_grades_is_not_a_wrong_answer(monkeypatch):
@@ -196,7 +197,7 @@ def test_a_worker_that_dies_while_it_grades_is_not_a_wrong_answer(monkeypatch):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         return subprocess.Popen([sys.executable, "-c", code], **pipes)
 
-    monkeypatch.setattr(answers, "_start", start)
+    monkeypatch.setattr(grading, "_start", start)
     with Grader() as grader:
         assert grader.equal(r"\sqrt{8}", r"2\sqrt{2}") is None
 
@@ -206,7 +207,7 @@ def test_a_worker_that_never_replies_is_killed_from_outside(monkeypatch):
         code = "import time; time.sleep(60)"
         return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    monkeypatch.setattr(answers, "_start", start)
+    monkeypatch.setattr(grading, "_start", start)
     begin = time.perf_counter()
     with Grader(seconds=0.3) as grader:
         assert grader.equal(r"\sqrt{8}", r"2\sqrt{2}") is None
@@ -264,14 +265,14 @@ def _runs(pid: int) -> bool:
 def test_a_worker_ends_when_its_parent_is_killed(hung):
     """The script has no `if __name__ == "__main__"`, which a worker must not mind."""
     script = f"""
-        import time, sclite.answers as answers
-        start = answers._start
+        import time, sclite.grader as grader
+        start = grader._start
         def show(seconds):
             worker = start(seconds)
             print(worker.pid, flush=True)
             return worker
-        answers._start = show
-        answers.Grader(seconds=1.5).equal({TOWER if hung else "x+1"!r}, "5")
+        grader._start = show
+        grader.Grader(seconds=1.5).equal({TOWER if hung else "x+1"!r}, "5")
         print("idle", flush=True)
         time.sleep(60)
     """

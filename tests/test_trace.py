@@ -3,6 +3,7 @@
 import json
 import random
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,7 @@ def test_the_pieces_that_are_tokenised_make_up_the_whole_text(trace):
 @given(traces)
 def test_every_accusation_and_every_closer_starts_a_line_and_a_piece(trace):
     pieces = all_pieces(trace)
-    for before, piece in zip(pieces, pieces[1:], strict=False):
+    for before, piece in pairwise(pieces):
         if piece == CAUSE or piece.startswith(("</Step", "<Correction")):
             assert before.endswith("\n")
     assert sum(piece == CAUSE for piece in pieces) == sum(s.cause is not None for s in trace.steps)
@@ -127,10 +128,16 @@ def test_no_text_whatever_makes_the_parser_raise(text):
     assert parse(render(parsed.trace)).trace == parsed.trace
 
 
-TAGS = (
-    "<Step1> </Step1> <Step2> </Step2> <Step> </Step> <Key> </Key> <Cause> </Cause> <Correction> </Correction> "
-    "<Generalized> </Generalized> <Answer> </Answer> <step 3:> <ANSWER:> < / key >"
-).split(" ")
+TAGS = [
+    *(
+        f"<{slash}{name}>"
+        for name in ("Step1", "Step2", "Step", "Key", "Cause", "Correction", "Generalized", "Answer")
+        for slash in ("", "/")
+    ),
+    "<step 3:>",
+    "<ANSWER:>",
+    "< / key >",
+]
 
 
 def _mutated(text: str, draw: random.Random) -> str:
@@ -325,7 +332,7 @@ def test_a_think_block_counts_only_at_the_beginning_and_when_it_ends():
 
 
 def test_letters_that_only_look_like_a_tag_in_another_case_are_text():
-    assert parse("<ſtep1>a</ſtep1>").trace.steps == ()
+    assert names("<Step1>a <cauſe> b</Step1><Answer>1</Answer>") == []  # a long s
     assert names("<Step1>a <Keу> b</Step1><Answer>1</Answer>") == []  # the last letter is Cyrillic
 
 
@@ -353,10 +360,12 @@ def test_the_prefix_of_a_decision_ends_where_the_closer_or_the_cause_begins():
 
 def _solutions():
     for name in ("gsm8k-train", "gsm8k-model-solutions", "math-sample", "mr-gsm8k"):
-        for line in (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
+        for line in (DATA / f"{name}.jsonl").read_text(encoding="utf-8").split("\n"):
+            if not line:
+                continue
             row = json.loads(line)
             if "steps" in row:
-                yield row["steps"], row["ground_truth_answer"]
+                yield row["steps"], str(row["ground_truth_answer"])
             for text in (row.get("answer"), row.get("solution"), row.get("ground_truth")):
                 if text:
                     yield text.split("\n"), "1"

@@ -33,6 +33,16 @@ ASKS = (
     "Problem:\n{q}",
 )
 ROWS = ("Row", "Line", "Item", "Sum", "Part")
+FEW_TAGS = (("Note", "Entry", "Task", "Day"), ("Hint", "Place", "Key"), ("End",))
+MANY_TAGS = (
+    (*FEW_TAGS[0], "Step", "Part", "Point"),
+    (*FEW_TAGS[1], "Cause", "Correction", "Reason", "Remark"),
+    (*FEW_TAGS[2], "Answer", "Generalized", "Summary"),
+)
+RULES = (
+    "Follow the amount through each change.", "Multiply what comes in packs, then follow the amount through each change.",
+    "Follow the amount through each change, then share it.", "Multiply first.", "One sum in each line.",
+)  # fmt: skip
 THINGS = (
     "wash the cups",
     "open the door",
@@ -175,30 +185,42 @@ def homework(question: str, solution, draw: random.Random) -> str:
     return f"{head}\n{question}\n{shown}\n<Result>{solution.answer}</Result>"
 
 
-def tagged(draw: random.Random) -> str:
-    tag, inner = draw.choice(("Note", "Entry", "Task", "Day")), draw.choice(("Hint", "Place", "Key"))
+def tagged(draw: random.Random, words: tuple[tuple[str, ...], ...] = FEW_TAGS) -> str:
+    """Lists of everyday things in tags; `words` are names for the outer, the inner and the last tags."""
+    tag, last = draw.choice(words[0]), draw.choice(words[2])
     lines = []
     for i in range(1, draw.randint(3, 6)):
+        inner = draw.choice(words[1])
         hint = f"\n<{inner}>{draw.choice(THINGS)} first</{inner}>" if draw.random() < 0.4 else ""
         lines.append(
             f"<{tag}{i}>{draw.choice(THINGS)} and count {draw.randint(2, 99)} {draw.choice(ITEMS)}.{hint}\n</{tag}{i}>"
         )
-    return "\n".join([*lines, f"<End>{draw.choice(THINGS)}</End>"])
+    lines.append(f"<{last}>{draw.choice(THINGS)}</{last}>")
+    if words is MANY_TAGS and draw.random() < 0.5:
+        lines.append(f"<{draw.choice(words[2])}>{draw.randint(1, 199)}</{last}>")
+    return "\n".join(lines)
 
 
-def documents(seed: int, avoid: frozenset[str] = frozenset()) -> Iterator[str]:
-    """Documents without end, the same for the same seed; stories whose question is in `avoid` are left out."""
+def documents(seed: int, avoid: frozenset[str] = frozenset(), late: bool = False) -> Iterator[str]:
+    """Documents without end, the same for the same seed; stories whose question is in `avoid` are left out.
+
+    The `late` part of the corpus has more tags of more names, and rules in its school-books.
+    """
     draw = random.Random(seed)
+    weights = (18, 12, 15, 15, 14, 22, 9) if late else (18, 13, 14, 18, 13, 22, 2)
     kinds = ("short", "long", "homework", "sums", "apart", "statements", "tagged")
     while True:
         stories = generate(500, draw.randrange(2**40), avoid)
         for problem in stories:
             solution = solve(problem.question)
-            for kind in draw.choices(kinds, weights=(18, 13, 14, 18, 13, 22, 2), k=2):
+            for kind in draw.choices(kinds, weights=weights, k=2):
                 if kind == "short":
                     yield chat(problem.question, short_way(solution, draw), draw)
                 elif kind == "long":
-                    yield f"{problem.question}\n{long_way(solution, draw)}"
+                    rule = f"{draw.choice(RULES)}\n" if late and draw.random() < 0.4 else ""
+                    yield f"{problem.question}\n{rule}{long_way(solution, draw)}"
+                elif kind == "tagged":
+                    yield tagged(draw, MANY_TAGS if late else FEW_TAGS)
                 elif kind == "homework":
                     yield homework(problem.question, solution, draw)
                 else:

@@ -41,11 +41,11 @@ def vocabulary_texts() -> list[str]:
     return [text.replace("<|im_start|>", "").replace("<|im_end|>", "") for text in texts]
 
 
-def token_stream(tokenizer, seed: int, avoid: frozenset[str]):
+def token_stream(tokenizer, seed: int, avoid: frozenset[str], late: bool):
     """Endless blocks of LENGTH token ids, documents one after the other with the end token between them."""
     end = tokenizer.eos_token_id
     buffer: list[int] = []
-    documents = corpus.documents(seed, avoid)
+    documents = corpus.documents(seed, avoid, late)
     while True:
         batch = list(itertools.islice(documents, 512))
         random.Random(seed).shuffle(batch)
@@ -99,6 +99,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--start", type=Path, help="go on from this student, with the late part of the corpus"
+    )
     parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--layers", type=int, default=4)
@@ -109,18 +112,25 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.manual_seed(0)
-    write_tokenizer(options.out, vocabulary_texts(), vocab_size=1024)
+    if options.start:
+        copy_tokenizer(options.start, options.out)
+    else:
+        write_tokenizer(options.out, vocabulary_texts(), vocab_size=1024)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(options.out)
     model = build_model(options.layers, options.inner, len(tokenizer))
+    if options.start:
+        model = LlamaForCausalLM.from_pretrained(options.start, dtype=torch.float32)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     optimizers = build_optimizers(model, options.rate)
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(o, lambda step: rate(step, options.steps)) for o in optimizers
     ]
     half = copy.deepcopy(model).bfloat16()
-    stream = token_stream(tokenizer, seed=1, avoid=held_out_questions())
+    stream = token_stream(
+        tokenizer, 2 if options.start else 1, held_out_questions(), late=bool(options.start)
+    )
     began, losses = time.time(), []
     for step in range(1, options.steps + 1):
         ids = torch.from_numpy(np.array(list(itertools.islice(stream, options.batch))))
@@ -142,14 +152,21 @@ def main() -> None:
     save(model, tokenizer, options, options.out)
 
 
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(source / name, folder / name)
+
+
 def save(model, tokenizer, options, folder: Path) -> None:
     """Weights as float16; the tokenizer's files beside them, and how they were made."""
     half = copy.deepcopy(model).half()
     half.save_pretrained(folder)
-    for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        if folder != options.out:
-            shutil.copy(options.out / name, folder / name)
+    if folder != options.out:
+        copy_tokenizer(options.out, folder)
     made = {"script": "examples/embedded-student/pretrain.py", "steps": options.steps, "batch": options.batch}
+    if options.start:
+        made["start"] = json.loads((options.start / "made.json").read_text())
     (folder / "made.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
 
 

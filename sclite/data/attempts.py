@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from sclite import prompts
-from sclite.answers import Grader, answer_of, extract
+from sclite.answers import answer_of, extract
 from sclite.config import Config
 from sclite.errors import DataFault
+from sclite.grader import Grader
 from sclite.records import Attempt, Problem
 from sclite.run import Report, Run, digest, timed
 from sclite.student.base import Reply, Request, Student

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from sclite import prompts
-from sclite.answers import Grader
 from sclite.config import Config
 from sclite.data.attempts import distinct
 from sclite.data.templates import mentions_the_solution
 from sclite.errors import DataFault
+from sclite.grader import Grader
 from sclite.records import Attempt, Drop, Problem, Review
 from sclite.run import Report, Run, digest, timed
 from sclite.teacher.client import Flaw, Job, Teacher
@@ -51,9 +51,8 @@ def build_corrections(
             run.require("attempts.jsonl", Attempt, "run `sclite train`: SFT first, then its attempts")
         )
         wrong, drops = _usable(attempts)
-        spent = teacher.ledger.totals()["cost_usd"] or 0.0
         reviews, refused = _ask(config, teacher, grader, wrong, problems, progress)
-        report.cost_usd = round((teacher.ledger.totals()["cost_usd"] or 0.0) - spent, 6)
+        report.cost_usd = teacher.ledger.totals(STAGE)["cost_usd"]
         run.replace_drops({STAGE}, [*drops, *refused])
         report.dropped = dict(Counter(drop.reason for drop in [*drops, *refused]))
         if not reviews:
@@ -125,7 +124,7 @@ def _ask(config, teacher, grader, wrong, problems, progress) -> tuple[list[Revie
         else:
             reviews.append(_review(attempt, parse(result.text).trace, result.requests))
         if progress is not None:
-            progress(done, len(wrong), None)
+            progress(done, len(wrong), teacher.ledger.spent_usd)
     return reviews, drops
 
 

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sclite import prompts
-from sclite.answers import Grader, answer_of
+from sclite.answers import answer_of
 from sclite.config import Config
+from sclite.grader import Grader
 from sclite.records import Attempt, Drop, Pair, Problem, Review
 from sclite.run import Report, Run, digest, timed
 from sclite.student.base import Student

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from sclite import prompts, trace
-from sclite.answers import Grader
 from sclite.config import Config
 from sclite.data.problems import gather_problems, split_for_stages
 from sclite.errors import DataFault, UsageFault
+from sclite.grader import Grader
 from sclite.records import Drop, Problem, Template
 from sclite.run import Report, Run, digest, timed
 from sclite.teacher.client import Flaw, Job, Result, Teacher

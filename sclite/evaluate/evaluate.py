@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from sclite import prompts
-from sclite.answers import Grader, answer_of
+from sclite.answers import answer_of
 from sclite.config import Config
 from sclite.evaluate.metrics import Outcome, Scored, fit_threshold, summarise
+from sclite.grader import Grader
 from sclite.records import Problem
 from sclite.run import Run, digest
 from sclite.student.base import Reply, Request, Student

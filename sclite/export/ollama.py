@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sclite.errors import DataFault, ScliteError
 from sclite.student.base import Messages
-from sclite.student.engine import render_chat
+from sclite.student.chat_template import render_chat
 
 Around = tuple[str, str]
 """What stands before and after a message's text."""

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from sclite.errors import DataFault
 from sclite.student.base import Messages
-from sclite.student.engine import Engine, merge_system
+from sclite.student.chat_template import render_whole
+from sclite.student.engine import Engine
 
 SHOWN = 5
 """Differing texts that are quoted."""
@@ -60,22 +60,13 @@ def check(
 
 def _chat_ids(tokenizer, chat: Messages) -> list[int]:
     """Prompt ids by transformers; the system text goes into the user's turn where the template has no place for it."""
-    from jinja2 import TemplateError
 
-    reason = ""
-    for messages in (chat, merge_system(chat)):
-        try:
-            text = tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, enable_thinking=False, tokenize=False
-            )
-        except TemplateError as fault:
-            reason = str(fault)
-            continue
-        if all(m["content"].strip() in text for m in messages if m["role"] == "system"):
-            return tokenizer(text, add_special_tokens=False).input_ids
-    raise DataFault(
-        f"the chat template cannot render a chat: {reason}", "use another base model, or mend its template"
-    )
+    def render(messages: Messages) -> str:
+        return tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, enable_thinking=False, tokenize=False
+        )
+
+    return tokenizer(render_whole(chat, render), add_special_tokens=False).input_ids
 
 
 def _compare_weights(hf_folder: Path, engine: Engine, prompts: list[list[int]]) -> dict:

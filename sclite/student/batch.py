@@ -1,4 +1,4 @@
-"""Many sequences at once in one llama.cpp context: slots, mixed batches, shared prefixes, sampling.
+"""Many sequences at once in one llama.cpp context: slots, mixed batches, shared prefixes.
 
 A sequence is fed from `fed` to the end of its ids; prefill and decoding are the same act. A finished sequence's slot goes
 to the next one in the queue before the next batch, so a batch is always as full as the queue allows. What a slot has in
@@ -14,105 +14,10 @@ from threading import RLock
 import numpy as np
 
 from sclite.errors import DeviceFault
-from sclite.student.base import Request
+from sclite.student.sequence import Sequence
 
 WORTH_SHARING = 16
 """A common beginning of fewer tokens is computed anew."""
-
-
-@dataclass(eq=False)
-class Sequence:
-    """Ids that go through the model once, and what is read on the way.
-
-    `reads` maps a position to the tokens whose log-probabilities after it are wanted, None for those of all tokens; they
-    come to `read`, float64 arrays in order of position. With a `request` the sequence also goes on: tokens are chosen and
-    appended to `ids` until an end token, a stop string or `limit` new tokens.
-    """
-
-    ids: list[int]
-    reads: dict[int, tuple[int, ...] | None] = field(default_factory=dict)
-    request: Request | None = None
-    limit: int = 0
-
-    read: list[np.ndarray] = field(default_factory=list, init=False)
-    text: bytearray = field(default_factory=bytearray, init=False)
-    finish: str = field(default="", init=False)
-    error: str | None = field(default=None, init=False)
-    prompt: np.ndarray = field(init=False)
-    fed: int = field(default=0, init=False)
-    shared: int = field(default=0, init=False)
-    done: deque = field(default_factory=deque, init=False)
-
-    def __post_init__(self):
-        self.prompt = np.array(self.ids, dtype=np.int32)
-        self._stops = tuple(stop.encode() for stop in self.request.stop if stop) if self.request else ()
-        self._random = np.random.default_rng(self.request.seed) if self.request else None
-
-    @property
-    def first_read(self) -> int:
-        """The first position that must be computed, whatever the cache holds."""
-        return min(self.reads) if self.reads else len(self.ids) - 1
-
-    @property
-    def generated(self) -> int:
-        """Tokens chosen so far."""
-        return len(self.ids) - len(self.prompt)
-
-    def wanted(self, start: int, stop: int) -> list[int]:
-        """Positions of [start, stop) whose logits are needed."""
-        if self.request is not None:
-            return [stop - 1] if stop == len(self.ids) else []
-        return [position for position in self.reads if start <= position < stop]
-
-    def take(self, positions: list[int], rows: np.ndarray, best: np.ndarray, vocabulary) -> None:
-        """Use the logits `rows` (one for each position) and their argmax `best`; sets `finish` when this was all."""
-        if self.request is not None:
-            greedy = self.request.temperature <= 0
-            self._append(int(best[0]) if greedy else sample(rows[0], self.request, self._random), vocabulary)
-            return
-        for position, row in zip(positions, rows, strict=True):
-            row = row.astype(np.float64)
-            top = row.max()
-            row -= top + np.log(np.exp(row - top).sum())
-            tokens = self.reads[position]
-            self.read.append(row if tokens is None else row[list(tokens)])
-        if len(self.read) == len(self.reads):
-            self.finish = "stop"
-
-    def _append(self, token: int, vocabulary) -> None:
-        self.ids.append(token)
-        if token in vocabulary.ends:
-            self.finish = "stop"
-            return
-        piece = vocabulary.piece(token)
-        self.text += piece
-        for stop in self._stops:
-            at = self.text.find(stop, max(0, len(self.text) - len(piece) - len(stop) + 1))
-            if at >= 0:
-                del self.text[at + len(stop) :]
-                self.finish = "stop"
-                return
-        if self.generated >= self.limit:
-            self.finish = "length"
-
-
-def sample(logits: np.ndarray, request: Request, random: np.random.Generator) -> int:
-    """One token by temperature and top-p (the smallest set of most probable tokens whose mass reaches top_p)."""
-    scaled = logits.astype(np.float64) / request.temperature
-    weights = np.exp(scaled - scaled.max())
-    total = weights.sum()
-    if request.top_p >= 1:
-        mass = np.cumsum(weights)
-        return min(int(np.searchsorted(mass, random.random() * mass[-1], side="right")), len(mass) - 1)
-    for floor in (1e-4, 0.0):  # sorting a few candidates is a hundred times cheaper than sorting a vocabulary
-        ids = np.flatnonzero(weights >= floor)
-        ids = ids[np.argsort(-weights[ids], kind="stable")]
-        mass = np.cumsum(weights[ids])
-        if mass[-1] >= request.top_p * total:
-            break
-    kept = int(np.searchsorted(mass, request.top_p * total)) + 1
-    mass = mass[:kept]
-    return int(ids[min(int(np.searchsorted(mass, random.random() * mass[-1], side="right")), len(mass) - 1)])
 
 
 @dataclass(eq=False)

@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 
 from sclite.errors import DataFault
 from sclite.student.base import Messages
+from sclite.student.chat_template import merge_system
 from sclite.trace import CAUSE, Trace, all_pieces
 
 
@@ -24,14 +25,6 @@ class Encoded:
     weights: list[float]
     marks: tuple[int, ...] = ()
     accused: tuple[bool, ...] = ()
-
-
-def merge_system(messages: Messages) -> Messages:
-    """The same chat without a system turn: its text goes before the user's."""
-    if not messages or messages[0]["role"] != "system":
-        return messages
-    system, user, *rest = messages
-    return ({"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *rest)
 
 
 def prompt_text(tokenizer, messages: Messages) -> str:

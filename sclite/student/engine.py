@@ -12,7 +12,9 @@ import numpy as np
 from sclite.errors import DataFault, DeviceFault, UsageFault
 from sclite.student.base import Messages, Reply, Request, ScoreRequest, Scores
 from sclite.student.batch import Scheduler
-from sclite.student.batch import Sequence as Ids
+from sclite.student.chat_template import render_chat
+from sclite.student.sequence import Sequence as Ids
+from sclite.student.vocabulary import Vocabulary
 
 _log: deque[str] = deque(maxlen=40)
 """The last lines that llama.cpp wrote; shown only when it fails to load."""
@@ -42,131 +44,6 @@ def last_words() -> str:
     lines = [line.strip() for line in "".join(_log).splitlines()]
     faults = [line for line in lines if "error" in line.lower() or "fail" in line.lower()]
     return "; ".join(faults[-3:]) or "no reason given"
-
-
-@functools.cache
-def _template(source: str):
-    """The compiled chat template, in the environment that transformers gives it."""
-    import json
-    from datetime import datetime
-
-    from jinja2 import TemplateError, nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}` marks what is trained on; here it is nothing but its body."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body).set_lineno(line)
-
-    def fail(message):
-        raise TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals.update(raise_exception=fail, strftime_now=lambda form: datetime.now().strftime(form))
-    return environment.from_string(source)
-
-
-def render_chat(template: str, messages: Messages, *, generation_prompt: bool = True, **tokens: str) -> str:
-    """The messages as the chat template writes them, as transformers renders it; `tokens` are bos_token, eos_token ..
-
-    Where the template refuses or leaves out a system message, its text goes before the first user message, with an empty
-    line between. Raises DataFault when the template cannot render the messages at all.
-    """
-    from jinja2 import TemplateError
-
-    def render(these):
-        return _template(template).render(
-            messages=[dict(message) for message in these],
-            tools=None,
-            documents=None,
-            add_generation_prompt=generation_prompt,
-            enable_thinking=False,
-            **tokens,
-        )
-
-    reason = ""
-    for these in (messages, merge_system(messages)):
-        try:
-            text = render(these)
-        except (TemplateError, TypeError) as fault:
-            reason = str(fault)
-            continue
-        if all(message["content"].strip() in text for message in these if message["role"] == "system"):
-            return text
-    raise DataFault(
-        f"the chat template cannot render the messages: {reason}",
-        "use another base model, or mend its template",
-    )
-
-
-def merge_system(messages: Messages) -> Messages:
-    """The same chat without a system message: its text opens the first user message."""
-    system = [message["content"] for message in messages if message["role"] == "system"]
-    rest = [dict(message) for message in messages if message["role"] != "system"]
-    for message in rest:
-        if system and message["role"] == "user":
-            message["content"] = "\n\n".join([*system, message["content"]])
-            break
-    return tuple(rest)
-
-
-class Vocabulary:
-    """The tokens of a GGUF: text to ids, an id to its bytes, which ids end a turn."""
-
-    def __init__(self, api, model):
-        self._api, self._of = api, api.llama_model_get_vocab(model)
-        self.size: int = api.llama_vocab_n_tokens(self._of)
-        self.ends = frozenset(token for token in range(self.size) if api.llama_vocab_is_eog(self._of, token))
-        self._pieces: dict[int, bytes] = {}
-
-    def ids(self, text: str, special: bool = False) -> list[int]:
-        """Token ids of the text by itself, no BOS. `special`: control tokens in the text count as such."""
-        data = text.encode("utf-8")
-        room = len(data) + 8
-        found = (self._api.llama_token * room)()
-        count = self._api.llama_tokenize(self._of, data, len(data), found, room, False, special)
-        if count < 0:
-            found = (self._api.llama_token * -count)()
-            count = self._api.llama_tokenize(self._of, data, len(data), found, -count, False, special)
-        return found[:count]
-
-    def piece(self, token: int) -> bytes:
-        """The bytes of a token (part of a character, perhaps); none for control tokens."""
-        if token not in self._pieces:
-            room = ctypes.create_string_buffer(512)
-            count = self._api.llama_token_to_piece(self._of, token, room, len(room), 0, False)
-            self._pieces[token] = room.raw[: max(count, 0)]
-        return self._pieces[token]
-
-    def name(self, token: int) -> str:
-        """How a token is written in a chat template."""
-        return (
-            (self._api.llama_vocab_get_text(self._of, token) or b"").decode("utf-8", "replace")
-            if token >= 0
-            else ""
-        )
-
-    def special_tokens(self, has) -> dict[str, str]:
-        """bos_token, eos_token for the chat template; `has(key)`: llama.cpp invents ids that a file does not name."""
-        found = {"bos": self._api.llama_vocab_bos, "eos": self._api.llama_vocab_eos}
-        return {
-            f"{kind}_token": self.name(get(self._of)) if has(f"tokenizer.ggml.{kind}_token_id") else ""
-            for kind, get in found.items()
-        }
 
 
 class Engine:

@@ -17,14 +17,15 @@ from sclite.student.encode import Encoded, decision_ids
 from sclite.student.load import load_student
 from sclite.train.bundle import Bundle, build_bundles, collate, likelihoods, reference_odds
 from sclite.train.common import Progress, arguments, metrics_writer, numbered, quiet
-from sclite.train.sft import solve_rows
+from sclite.train.sft import replay_templates, solve_rows
 
 STAGE = "dpo"
 
 
-def inputs_of(config: Config, run: Run) -> dict[str, Any]:
+def inputs_of(config: Config, run: Run, unseen: frozenset[str] = frozenset()) -> dict[str, Any]:
     """What decides the result of the DPO stage."""
     return {
+        "unseen": digest(sorted(unseen)),
         "pairs": run.file_digest("pairs.jsonl"),
         "templates": run.file_digest("templates.jsonl"),
         "warm": run.file_digest("dpo/warm/adapter_model.safetensors"),
@@ -36,9 +37,11 @@ def inputs_of(config: Config, run: Run) -> dict[str, Any]:
     }
 
 
-def train_dpo(config: Config, run: Run, *, progress: Progress | None = None) -> Report:
+def train_dpo(
+    config: Config, run: Run, *, unseen: frozenset[str] = frozenset(), progress: Progress | None = None
+) -> Report:
     """Cross-model DPO from dpo/warm on pairs.jsonl; writes dpo/adapter, dpo/reference.json, dpo/metrics.jsonl."""
-    inputs, report = inputs_of(config, run), Report(STAGE)
+    inputs, report = inputs_of(config, run, unseen), Report(STAGE)
     if manifest := run.done(STAGE, inputs):
         return Report.of(manifest)
     pairs = run.require(
@@ -54,7 +57,9 @@ def train_dpo(config: Config, run: Run, *, progress: Progress | None = None) -> 
         if long:
             report.dropped["longer_than_max_length"] = long
         bundles = with_replay(
-            bundles, solve_rows(tokenizer, templates, config.prompts.folder), config.dpo.replay_share
+            bundles,
+            solve_rows(tokenizer, replay_templates(templates, unseen), config.prompts.folder),
+            config.dpo.replay_share,
         )
         reference = _reference(run, model, tokenizer, bundles, digest(inputs))
         folder = run.path("dpo")

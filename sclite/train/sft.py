@@ -20,9 +20,10 @@ from sclite.train.forward import hidden_states, pad, token_log_probs
 STAGE = "sft"
 
 
-def inputs_of(config: Config, run: Run) -> dict[str, Any]:
+def inputs_of(config: Config, run: Run, unseen: frozenset[str] = frozenset()) -> dict[str, Any]:
     """What decides the result of the SFT stage."""
     return {
+        "unseen": digest(sorted(unseen)),
         "templates": run.file_digest("templates.jsonl"),
         "settings": digest(config.sft.model_dump()),
         "student": digest([model_name(config.student), config.student.load_in_4bit]),
@@ -31,18 +32,22 @@ def inputs_of(config: Config, run: Run) -> dict[str, Any]:
     }
 
 
-def train_sft(config: Config, run: Run, *, progress: Progress | None = None) -> Report:
+def train_sft(
+    config: Config, run: Run, *, unseen: frozenset[str] = frozenset(), progress: Progress | None = None
+) -> Report:
     """Stage 1. Reads templates.jsonl; writes sft/adapter and sft/metrics.jsonl.
 
+    Problems whose ids are in `unseen` are kept for stage 2: the student must make its own mistakes on them first.
     Raises DataFault where there are no templates or the labels are not as they should be.
     """
-    inputs = inputs_of(config, run)
+    inputs = inputs_of(config, run, unseen)
     report = Report(STAGE)
     if manifest := run.done(STAGE, inputs):
         return Report.of(manifest)
     rows = run.require(
         "templates.jsonl", Template, "run `sclite build-data` first, or put your own templates there"
     )
+    rows = [row for row in rows if row.id not in unseen] or rows
     with timed(report):
         quiet()
         model, tokenizer = load_student(config.student, config.sft, train=True)
@@ -71,6 +76,11 @@ def train_sft(config: Config, run: Run, *, progress: Progress | None = None) -> 
         report.counts |= {"rows": len(encoded), "steps": steps}
     run.sign(STAGE, inputs, report)
     return report
+
+
+def replay_templates(templates: Sequence[Template], unseen: frozenset[str]) -> list[Template]:
+    """The templates for replay in stage 2: those that SFT has not seen, where there are any."""
+    return [row for row in templates if row.id in unseen] or list(templates)
 
 
 def solve_rows(tokenizer: Any, templates: Sequence[Template], folder: str) -> list[Encoded]:

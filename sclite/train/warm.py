@@ -16,17 +16,18 @@ from sclite.student.encode import Encoded, encode_review, end_id
 from sclite.student.load import load_student
 from sclite.trace import parse, render
 from sclite.train.common import Progress, check_labels, quiet, too_long
-from sclite.train.sft import fine_tune, solve_rows
+from sclite.train.sft import fine_tune, replay_templates, solve_rows
 
 STAGE = "warm"
 
 
-def inputs_of(config: Config, run: Run) -> dict[str, Any]:
+def inputs_of(config: Config, run: Run, unseen: frozenset[str] = frozenset()) -> dict[str, Any]:
     """What decides the result of the warm-up."""
     settings = config.dpo.model_dump(
         exclude={"learning_rate", "epochs", "beta", "nll_weight", "replay_weight", "warmup"}
     )
     return {
+        "unseen": digest(sorted(unseen)),
         "reviews": run.file_digest("reviews.jsonl"),
         "templates": run.file_digest("templates.jsonl"),
         "sft": run.file_digest("sft/adapter/adapter_model.safetensors"),
@@ -38,9 +39,11 @@ def inputs_of(config: Config, run: Run) -> dict[str, Any]:
     }
 
 
-def train_warm(config: Config, run: Run, *, progress: Progress | None = None) -> Report:
+def train_warm(
+    config: Config, run: Run, *, unseen: frozenset[str] = frozenset(), progress: Progress | None = None
+) -> Report:
     """Reads reviews.jsonl, attempts.jsonl and templates.jsonl; trains on from sft/adapter; writes dpo/warm."""
-    inputs, report = inputs_of(config, run), Report(STAGE)
+    inputs, report = inputs_of(config, run, unseen), Report(STAGE)
     if manifest := run.done(STAGE, inputs):
         return Report.of(manifest)
     reviews = run.require("reviews.jsonl", Review, "run `sclite build-data --only corrections` first")
@@ -49,7 +52,7 @@ def train_warm(config: Config, run: Run, *, progress: Progress | None = None) ->
         quiet()
         model, tokenizer = load_student(config.student, config.dpo, run.path("sft/adapter"), train=True)
         rows = review_rows(tokenizer, run, reviews, config)
-        solved = solve_rows(tokenizer, templates, config.prompts.folder)
+        solved = solve_rows(tokenizer, replay_templates(templates, unseen), config.prompts.folder)
         rows = mix(rows, solved, config.dpo.replay_share, config.seed)
         long = set(too_long(rows, config.dpo.max_length))
         if long:

@@ -10,9 +10,9 @@ import time
 import pytest
 
 from sclite import config, trace
-from sclite.answers import Grader
 from sclite.data.templates import build_templates, check_template, mentions_the_solution
 from sclite.errors import DataFault, TeacherFault, UsageFault
+from sclite.grader import Grader
 from sclite.records import Drop, Problem, Template
 from sclite.run import Run
 from sclite.teacher.client import Teacher
@@ -295,7 +295,7 @@ def test_without_a_list_the_stage_takes_its_own_share_of_the_configured_problems
 PROGRAM = """
 import sys
 from sclite import config
-from sclite.answers import Grader
+from sclite.grader import Grader
 from sclite.data.templates import build_templates
 from sclite.records import Problem
 from sclite.run import Run

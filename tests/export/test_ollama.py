@@ -11,7 +11,7 @@ import pytest
 
 from sclite.errors import DataFault, ScliteError
 from sclite.export.ollama import PROBES, create, detect_family, modelfile
-from sclite.student.engine import render_chat
+from sclite.student.chat_template import render_chat
 from tests.tiny import CHATML
 
 LLAMA_3 = (

@@ -8,7 +8,8 @@ import pytest
 
 from sclite.errors import DataFault, UsageFault
 from sclite.student.base import Request, ScoreRequest
-from sclite.student.engine import Engine, merge_system, render_chat
+from sclite.student.chat_template import merge_system, render_chat
+from sclite.student.engine import Engine
 from tests.tiny import sample_texts, tiny_gguf, tiny_llama
 
 PIECES = ("<Step1>Add 17 and 25.\n", "</Step1>\n", "<Step2>It is  42 €.\n")
@@ -194,7 +195,7 @@ def test_a_stop_string_ends_the_reply_which_includes_it(engine):
 
 
 def test_characters_of_several_tokens_come_whole():
-    from sclite.student.batch import Sequence
+    from sclite.student.sequence import Sequence
 
     class Bytes:
         ends = frozenset()
@@ -226,7 +227,7 @@ def test_sampling_depends_on_the_seed_and_not_on_the_company(gguf):
 
 @pytest.mark.parametrize("top_p", [0.3, 0.9, 1.0])
 def test_samples_follow_the_probabilities_of_the_nucleus(top_p):
-    from sclite.student.batch import sample
+    from sclite.student.sequence import sample
 
     logits = np.log(np.array([0.05, 0.5, 0.15, 0.3], dtype=np.float32))
     request = Request((), temperature=1.0, top_p=top_p)
@@ -237,7 +238,7 @@ def test_samples_follow_the_probabilities_of_the_nucleus(top_p):
 
 
 def test_a_flat_nucleus_wider_than_the_candidates_is_kept_whole():
-    from sclite.student.batch import sample
+    from sclite.student.sequence import sample
 
     logits = np.zeros(5000, dtype=np.float32)
     logits[0] = 12.0  # the others lie under a ten-thousandth of it, and hold 3 % of the mass

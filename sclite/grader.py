@@ -1,0 +1,230 @@
+"""The answer grader: whether an answer says the same as the gold answer, by math-verify in processes that can be killed.
+
+Three verdicts: True, False, and None for unknown (a time-out or a fault of the grader), which is never counted as wrong.
+"""
+
+import atexit
+import contextlib
+import functools
+import json
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+from sclite.answers import boxed
+from sclite.compare import Verdict, compare, tidy
+from sclite.errors import ScliteError
+
+LONGEST = 1000  # characters; no answer is longer, and sympy's parser takes minutes over such texts
+STARTUP_SECONDS = 120.0  # importing sympy takes under a second, on a machine that swaps a minute
+_DIGITS = re.compile(r"-?[0-9]+")
+
+
+def _quick(given: str | None, gold: str) -> tuple[bool | None, str, str]:
+    """The verdict where it takes no algebra, else None, and both answers tidied."""
+    if given is None or not given.strip():
+        return False, "", ""
+    if given.strip() == gold.strip():
+        return True, given, gold
+    if max(len(given), len(gold)) > LONGEST:
+        return False, "", ""
+    if _DIGITS.fullmatch(given) and _DIGITS.fullmatch(gold):
+        return int(given) == int(gold), "", ""
+    given, gold = (tidy(boxed(text) or text) for text in (given, gold))
+    if given.count("{") != given.count("}"):  # no formula, and math-verify's parser takes minutes to say so
+        return False, "", ""
+    return compare(given, gold, lambda _given, _gold: None), given, gold
+
+
+def equal(given: str | None, gold: str) -> Verdict:
+    """`Grader.equal` with a shared grader, which is started when first needed and closed at exit."""
+    verdict, _, _ = _quick(given, gold)
+    return _shared().equal(given, gold) if verdict is None else verdict
+
+
+@functools.cache
+def _shared() -> "Grader":
+    grader = Grader()
+    atexit.register(grader.close)
+    return grader
+
+
+# -- algebra, in a process that can be killed -------------------------------------------------------------------
+
+
+class Grader:
+    """Compares answers, the hard ones in worker processes; use it as a context manager. Safe to share among threads.
+
+    `seconds` bounds one comparison: a worker that takes longer is killed, and the verdict is None. Workers start when
+    first needed and end with this process, however it ends. They are plain subprocesses, so the threads and the
+    `__main__` of this one do not matter.
+    """
+
+    def __init__(self, seconds: float = 5.0, processes: int = 1):
+        self.seconds, self.processes = seconds, processes
+        self._idle: queue.LifoQueue[subprocess.Popen | None] = queue.LifoQueue()
+        for _ in range(processes):
+            self._idle.put(None)
+
+    def __enter__(self) -> "Grader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the idle workers. The grader can be used again; it then starts new ones."""
+        with contextlib.suppress(queue.Empty):
+            workers = []
+            while True:
+                workers.append(self._idle.get_nowait())
+        for worker in workers:
+            _end(worker)
+            self._idle.put(None)
+
+    def equal(self, given: str | None, gold: str) -> Verdict:
+        """Whether `given` says the same as `gold`; None when that could not be found out. No answer is a wrong answer."""
+        verdict, given, gold = _quick(given, gold)
+        return self._ask(given, gold) if verdict is None else verdict
+
+    def equal_many(self, pairs: Iterable[tuple[str | None, str]]) -> list[Verdict]:
+        """The verdict on each (given, gold), in order, on all workers at once."""
+        pool = ThreadPoolExecutor(self.processes)
+        try:
+            return list(pool.map(lambda pair: self.equal(*pair), pairs))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _ask(self, given: str, gold: str) -> Verdict:
+        worker = self._idle.get()
+        try:
+            if worker is None or worker.poll() is not None:
+                _end(worker)
+                worker = _start(self.seconds)
+            reply = _exchange(worker, [given, gold], self.seconds)
+        except (
+            BaseException
+        ):  # an interrupted exchange leaves a reply in the pipe, which is not the next one's
+            _end(worker)
+            worker = None
+            raise
+        else:
+            worker = worker if reply else _end(worker)
+            return reply["verdict"] if reply else None
+        finally:
+            self._idle.put(worker)
+
+
+def _start(seconds: float) -> subprocess.Popen:
+    path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
+    command = [sys.executable, "-P", "-c", "from sclite.grader import _serve; _serve()", str(seconds)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    worker = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, **pipes)
+    reply = _exchange(worker, None, STARTUP_SECONDS)
+    if not reply or reply["error"]:
+        _end(worker)
+        why = reply["error"] if reply else f"its process ended with code {worker.returncode}"
+        raise ScliteError(
+            f"the answer grader does not start: {why}", "pip install 'math-verify[antlr4_13_2]'"
+        )
+    return worker
+
+
+def _end(worker: subprocess.Popen | None) -> None:
+    if worker is not None:
+        worker.kill()
+        worker.wait()
+        for pipe in (worker.stdin, worker.stdout):
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+
+def _exchange(worker: subprocess.Popen, request: list[str] | None, seconds: float) -> dict | None:
+    """The worker's next reply, None when it died or was killed because its time was up."""
+    late = threading.Event()
+    clock = threading.Timer(seconds, lambda: (late.set(), worker.kill()))
+    clock.daemon = True
+    clock.start()
+    line = b""
+    try:
+        if request is not None:
+            worker.stdin.write(json.dumps(request).encode() + b"\n")
+            worker.stdin.flush()
+        line = worker.stdout.readline()
+    except BrokenPipeError:
+        pass
+    finally:
+        clock.cancel()
+        clock.join()
+    return None if late.is_set() or not line.endswith(b"\n") else json.loads(line)
+
+
+def _serve() -> None:
+    """The worker: a pair on each line of stdin, a verdict on each line of stdout, until stdin ends.
+
+    Its parent may be gone while it hangs inside one long multiplication, where no Python code runs: so the kernel's
+    alarm ends it too.
+    """
+    seconds = float(sys.argv[1])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    alarm = getattr(signal, "setitimer", None)
+    with contextlib.suppress(ImportError, ValueError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+    try:
+        import math_verify  # noqa: F401
+    except ImportError as error:
+        print(json.dumps({"error": str(error)}), file=replies, flush=True)
+        return
+    print(json.dumps({"error": ""}), file=replies, flush=True)
+    for line in sys.stdin:
+        if alarm:
+            alarm(signal.ITIMER_REAL, seconds + 1)
+        verdict = compare(*json.loads(line), _algebra)
+        if alarm:
+            alarm(signal.ITIMER_REAL, 0)
+        print(json.dumps({"verdict": verdict}), file=replies, flush=True)
+
+
+def _algebra(given: str, gold: str) -> Verdict:
+    """math-verify's word; its own alarms are off, because a killed process is surer. Faults it raises mean unknown.
+
+    Only whole formulas are parsed: left to itself it reads 9**9**9 as 9, the part that it understands.
+    """
+    from math_verify import verify
+
+    try:
+        given, gold = _formula(given), _formula(gold)
+        return bool(
+            verify(gold, given, timeout_seconds=None, allow_set_relation_comp=True, raise_on_error=True)
+        )
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError):
+        return None
+
+
+def _formula(text: str) -> list:
+    """math-verify's reading, with `x < 1 or x > 3` as a union of sets and i as the imaginary unit."""
+    from math_verify import LatexExtractionConfig, parse
+    from sympy import Basic, I, Union
+    from sympy.core.relational import Relational
+
+    sides = re.split(r",? or ", text)
+    if len(sides) > 1:
+        relations = [_formula(side)[:1] for side in sides]
+        if all(r and isinstance(r[0], Relational) for r in relations):
+            return [Union(*(r[0].as_set() for r in relations))]
+    config = [LatexExtractionConfig()]
+    read = parse(f"${text}$", config, extraction_mode="first_match", parsing_timeout=None)
+    return [
+        e.xreplace({v: I for v in e.free_symbols if v.name == "i"}) if isinstance(e, Basic) else e
+        for e in read
+    ]

@@ -1,0 +1,48 @@
+"""The tokens of a GGUF, as llama.cpp reads them."""
+
+import ctypes
+
+
+class Vocabulary:
+    """The tokens of a GGUF: text to ids, an id to its bytes, which ids end a turn."""
+
+    def __init__(self, api, model):
+        self._api, self._of = api, api.llama_model_get_vocab(model)
+        self.size: int = api.llama_vocab_n_tokens(self._of)
+        self.ends = frozenset(token for token in range(self.size) if api.llama_vocab_is_eog(self._of, token))
+        self._pieces: dict[int, bytes] = {}
+
+    def ids(self, text: str, special: bool = False) -> list[int]:
+        """Token ids of the text by itself, no BOS. `special`: control tokens in the text count as such."""
+        data = text.encode("utf-8")
+        room = len(data) + 8
+        found = (self._api.llama_token * room)()
+        count = self._api.llama_tokenize(self._of, data, len(data), found, room, False, special)
+        if count < 0:
+            found = (self._api.llama_token * -count)()
+            count = self._api.llama_tokenize(self._of, data, len(data), found, -count, False, special)
+        return found[:count]
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of a token (part of a character, perhaps); none for control tokens."""
+        if token not in self._pieces:
+            room = ctypes.create_string_buffer(512)
+            count = self._api.llama_token_to_piece(self._of, token, room, len(room), 0, False)
+            self._pieces[token] = room.raw[: max(count, 0)]
+        return self._pieces[token]
+
+    def name(self, token: int) -> str:
+        """How a token is written in a chat template."""
+        return (
+            (self._api.llama_vocab_get_text(self._of, token) or b"").decode("utf-8", "replace")
+            if token >= 0
+            else ""
+        )
+
+    def special_tokens(self, has) -> dict[str, str]:
+        """bos_token, eos_token for the chat template; `has(key)`: llama.cpp invents ids that a file does not name."""
+        found = {"bos": self._api.llama_vocab_bos, "eos": self._api.llama_vocab_eos}
+        return {
+            f"{kind}_token": self.name(get(self._of)) if has(f"tokenizer.ggml.{kind}_token_id") else ""
+            for kind, get in found.items()
+        }

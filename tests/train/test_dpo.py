@@ -1,0 +1,307 @@
+"""DPO on the real trainer, from an adapter that is not zero: what it starts at, what it compares with, what it keeps."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from sclite import prompts
+from sclite.data.pairs import content_pair, continuation, decision_pairs
+from sclite.errors import DataFault
+from sclite.records import Attempt, Pair, Problem, Review, Template
+from sclite.run import Run
+from sclite.student import encode
+from sclite.student.encode import Encoded, decision_ids, piece_ids, prompt_ids
+from sclite.student.load import load_student, load_tokenizer
+from sclite.student.review import score_request
+from sclite.student.trainable import Trainable
+from sclite.trace import CAUSE, close_piece, open_piece, parse, render
+from sclite.train.bundle import build_bundles, collate, likelihoods, reference_odds
+from sclite.train.dpo import PairLoss, train_dpo, with_replay
+from sclite.train.forward import pad
+from sclite.train.sft import solve_rows, train_sft
+from sclite.train.warm import train_warm
+from tests.tiny import tiny_llama
+from tests.train.test_sft import config_of, metrics, write_toy
+
+SHORT = {"warmup_epochs": 1, "batch": 4, "micro_batch": 2}
+
+
+def write_pairs(run: Run) -> None:
+    """The pairs of the toy reviews; the student's own corrections are made up."""
+    attempts = {a.id: a for a in run.read("attempts.jsonl", Attempt)}
+    pairs: list[Pair] = []
+    for review in run.read("reviews.jsonl", Review):
+        work = parse(attempts[review.id].trace).trace
+        pairs += decision_pairs(review, work)
+        if review.step is not None:
+            own = review.model_copy(update={"cause": "I do not know.", "correction": work.steps[0].text})
+            pairs.append(content_pair(review, work, [(continuation(own), False)]))
+    run.replace("pairs.jsonl", pairs)
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """(config, run) with an SFT adapter, a warm-up adapter on top and pairs: all that DPO starts from."""
+    folder = tiny_llama(tmp_path_factory.mktemp("student"))
+    run = Run(tmp_path_factory.mktemp("run"))
+    write_toy(run)
+    config = config_of(folder, sft={"epochs": 2}, dpo=SHORT)
+    train_sft(config, run)
+    train_warm(config, run)
+    write_pairs(run)
+    return config, run
+
+
+@pytest.fixture(scope="module")
+def preferred(started):
+    """(config, run, report) after DPO."""
+    config, run = started
+    return config, run, train_dpo(config, run)
+
+
+def bundles_of(config, run, tokenizer):
+    questions = {p.id: p.question for p in run.read("problems.jsonl", Problem)}
+    return build_bundles(tokenizer, run.read("pairs.jsonl", Pair), questions)
+
+
+# -- what it starts from -------------------------------------------------------------------------------------------
+
+
+def test_at_step_zero_the_dpo_term_is_ln_2_and_every_margin_is_zero(preferred):
+    _, run, _ = preferred
+    first = metrics(run, "dpo", "dpo")[0]
+    assert first["step"] == 1
+    assert first["dpo_loss"] == pytest.approx(math.log(2), abs=1e-3)
+    assert first["margin"] == pytest.approx(0, abs=1e-3)
+    assert first["margin_max"] < 2e-3
+    assert first["loss"] > first["dpo_loss"]  # the likelihood terms are in the loss and not in dpo_loss
+
+
+def test_a_reference_that_is_the_base_model_would_be_noticed(preferred):
+    """The check above is worth something: without its adapter the model gives another term than ln 2."""
+    config, run, _ = preferred
+    model, tokenizer = load_student(config.student, config.dpo, run.path("dpo/warm"), train=True)
+    bundles = bundles_of(config, run, tokenizer)
+    with model.disable_adapter():
+        base = reference_odds(model, bundles, tokenizer)
+    loss = PairLoss(config.dpo, base, decision_ids(tokenizer))
+    figures = loss(model, collate(bundles, tokenizer.pad_token_id))[1]
+    assert abs(figures["dpo_loss"] - math.log(2)) > 0.01
+    assert figures["margin_max"] > 0.1
+
+
+def test_the_reference_odds_are_those_of_the_adapter_that_dpo_starts_from(preferred):
+    config, run, _ = preferred
+    model, tokenizer = load_student(config.student, config.dpo, run.path("dpo/warm"))
+    bundles = bundles_of(config, run, tokenizer)
+    kept = run.read_json("dpo/reference.json")["odds"]
+    fresh = reference_odds(model, bundles, tokenizer, size=1)
+    assert kept.keys() == fresh.keys() == {f"p{i}/0" for i in range(6)}
+    for key, odds in fresh.items():
+        assert kept[key]["decisions"] == pytest.approx(odds["decisions"], abs=1e-3)
+        assert (kept[key]["content"] is None) == (odds["content"] is None)
+        assert kept[key]["content"] == pytest.approx(odds["content"], abs=1e-3)
+
+
+def test_no_copy_named_ref_is_left_in_the_saved_adapter(preferred):
+    _, run, _ = preferred
+    saved = sorted(path.name for path in run.path("dpo/adapter").iterdir())
+    assert "adapter_model.safetensors" in saved
+    assert [path for path in run.path("dpo").rglob("ref")] == []
+    from safetensors.torch import load_file
+
+    warm = load_file(run.path("dpo/warm/adapter_model.safetensors"))
+    dpo = load_file(run.path("dpo/adapter/adapter_model.safetensors"))
+    assert warm.keys() == dpo.keys()
+    assert any(not bool((warm[name] == dpo[name]).all()) for name in warm)
+
+
+# -- what it does --------------------------------------------------------------------------------------------------
+
+
+def test_dpo_learns_the_toy_pairs(preferred):
+    _, run, report = preferred
+    rows = metrics(run, "dpo", "dpo")
+    assert [row["step"] for row in rows] == list(range(1, report.counts["steps"] + 1))
+    assert rows[-1]["dpo_loss"] < rows[0]["dpo_loss"] - 0.05
+    assert rows[-1]["margin"] > 0.05
+    assert {"chosen_logp", "rejected_logp", "nll", "replay_nll", "accuracy", "decision_accuracy"} <= rows[
+        0
+    ].keys()
+    assert report.counts["bundles"] == 6
+    assert report.counts["pairs"] == len(run.read("pairs.jsonl", Pair))
+
+
+def test_dpo_is_not_trained_again_where_nothing_changed(preferred):
+    config, run, report = preferred
+    again = train_dpo(config, run)
+    assert again.skipped
+    assert again.counts == report.counts
+
+
+def test_pairs_that_are_too_long_are_counted_and_when_none_fits_it_is_said(started, tmp_path):
+    config, run = started
+    tokenizer = load_tokenizer(config.student.model)
+    lengths = sorted(len(b.review.ids) for b in bundles_of(config, run, tokenizer))
+    other = Run(tmp_path)
+    for name in ("problems", "templates", "attempts", "reviews", "pairs"):
+        other.path(f"{name}.jsonl").write_bytes(run.path(f"{name}.jsonl").read_bytes())
+    other.path("dpo").mkdir()
+    other.path("dpo/warm").symlink_to(run.path("dpo/warm"))
+    few = config.dpo.model_copy(update={"max_length": lengths[1], "epochs": 0.5})
+    report = train_dpo(config.model_copy(update={"dpo": few}), other)
+    left = report.dropped["longer_than_max_length"]
+    assert left >= 1
+    assert report.counts["bundles"] == 6 - left
+    with pytest.raises(DataFault, match=r"no pair fits into dpo\.max_length = 64 tokens") as fault:
+        train_dpo(config.model_copy(update={"dpo": config.dpo.model_copy(update={"max_length": 64})}), other)
+    assert "max_length" in fault.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "next_command"), [("pairs", "sclite train"), ("templates", "sclite build-data")]
+)
+def test_without_its_rows_dpo_names_the_next_command(started, tmp_path, name, next_command):
+    config, run = started
+    other = Run(tmp_path)
+    for kept in {"pairs", "templates"} - {name}:
+        other.path(f"{kept}.jsonl").write_bytes(run.path(f"{kept}.jsonl").read_bytes())
+    with pytest.raises(DataFault, match=rf"{name}\.jsonl is missing or empty") as fault:
+        train_dpo(config, other)
+    assert next_command in fault.value.hint
+
+
+def test_replay_rows_are_given_in_the_asked_share(started):
+    config, run = started
+    tokenizer = load_tokenizer(config.student.model)
+    bundles = bundles_of(config, run, tokenizer)
+    rows = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")
+    for share, wanted in ((0.0, 0), (0.5, 3), (1.0, 6)):
+        assert sum(b.replay is not None for b in with_replay(bundles, rows, share)) == wanted
+
+
+# -- bundles -------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_tokens_of_accusing_and_closing_differ_or_the_student_is_refused(started, monkeypatch):
+    config, _ = started
+    tokenizer = load_tokenizer(config.student.model)
+    accuse, close = decision_ids(tokenizer)
+    assert accuse != close
+    assert piece_ids(tokenizer, [CAUSE])[0][0] == accuse
+    for number in (1, 9, 10):
+        assert piece_ids(tokenizer, [close_piece(number)])[0][0] == close
+    monkeypatch.setattr(encode, "CAUSE", "</Cause>")
+    with pytest.raises(DataFault, match="same first token") as fault:
+        decision_ids(tokenizer)
+    assert fault.value.hint == "choose another student"
+
+
+def test_marks_stand_on_the_last_token_of_each_steps_text(started):
+    config, run = started
+    tokenizer = load_tokenizer(config.student.model)
+    attempts = {f"{a.id}/{a.sample}": a for a in run.read("attempts.jsonl", Attempt)}
+    reviews = {f"{r.id}/{r.sample}": r for r in run.read("reviews.jsonl", Review)}
+    for bundle in bundles_of(config, run, tokenizer):
+        work, review = parse(attempts[bundle.key].trace).trace, reviews[bundle.key]
+        judged = review.step or len(work.steps)
+        assert bundle.review.accused == tuple(n == review.step for n in range(1, judged + 1))
+        for number, mark in enumerate(bundle.review.marks, 1):
+            text = tokenizer.decode(bundle.review.ids[: mark + 1])
+            assert text.endswith(open_piece(number, work.steps[number - 1]))
+        assert len(bundle.review.marks) == judged
+
+
+def test_a_bundles_ids_are_those_of_the_prompt_and_of_each_piece(started):
+    config, run = started
+    tokenizer = load_tokenizer(config.student.model)
+    pairs = [p for p in run.read("pairs.jsonl", Pair) if p.kind == "content"]
+    questions = {p.id: p.question for p in run.read("problems.jsonl", Problem)}
+    bundles = {b.key: b for b in bundles_of(config, run, tokenizer)}
+    for pair in pairs:
+        messages = prompts.review_messages(questions[pair.id], pair.attempt)
+        before = prompt_ids(tokenizer, messages) + [
+            i for ids in piece_ids(tokenizer, pair.prefix) for i in ids
+        ]
+        bundle = bundles[f"{pair.id}/{pair.sample}"]
+        for side, text in ((bundle.review, pair.chosen), (bundle.rejected, pair.rejected)):
+            after = piece_ids(tokenizer, [text])[0]
+            assert side.ids == before + after
+            assert side.weights == [0.0] * len(before) + [1.0] * len(after)
+
+
+def test_partial_completions_carry_no_end_token(started):
+    config, run = started
+    tokenizer = load_tokenizer(config.student.model)
+    end = encode.end_id(tokenizer)
+    for bundle in bundles_of(config, run, tokenizer):
+        for side in filter(None, (bundle.review, bundle.rejected)):
+            assert end not in [i for i, w in zip(side.ids, side.weights, strict=True) if w]
+            assert side.ids[-1] != end
+
+
+def test_decision_odds_in_training_are_the_scores_in_use(preferred):
+    """Trained and used on the same token positions: `Trainable.score` and the bundles say the same to 1e-4."""
+    config, run, _ = preferred
+    model, tokenizer = load_student(config.student, config.dpo, run.path("dpo/adapter"))
+    attempts = {f"{a.id}/{a.sample}": parse(a.trace).trace for a in run.read("attempts.jsonl", Attempt)}
+    questions = {p.id: p.question for p in run.read("problems.jsonl", Problem)}
+    bundles = bundles_of(config, run, tokenizer)
+    requests = [score_request(questions[b.key.split("/")[0]], attempts[b.key]) for b in bundles]
+    used = {bundles[s.index].key: s.log_odds for s in Trainable(model, tokenizer, 4).score(requests)}
+    got = likelihoods(model, collate(bundles, tokenizer.pad_token_id), decision_ids(tokenizer))
+    signed = (got.decision_chosen - got.decision_rejected).tolist()
+    trained: dict[str, list[float]] = {b.key: [] for b in bundles}
+    for bundle in bundles:
+        for accused in bundle.review.accused:
+            trained[bundle.key].append(signed.pop(0) * (1 if accused else -1))
+    assert signed == []
+    for key, odds in trained.items():
+        assert list(used[key][: len(odds)]) == pytest.approx(odds, abs=1e-4)
+
+
+def test_the_log_probability_of_a_side_is_the_sum_over_its_own_tokens(started):
+    """Against a plain forward pass over the whole vocabulary, one sequence at a time."""
+    import torch
+
+    config, run = started
+    model, tokenizer = load_student(config.student, config.dpo, run.path("dpo/warm"))
+    bundles = [b for b in bundles_of(config, run, tokenizer) if b.rejected is not None]
+    with torch.no_grad():
+        got = likelihoods(model, collate(bundles, tokenizer.pad_token_id), decision_ids(tokenizer))
+        for number, bundle in enumerate(bundles):
+            for side, found in ((bundle.review, got.content_chosen), (bundle.rejected, got.content_rejected)):
+                logits = model(input_ids=torch.tensor([side.ids])).logits[0].log_softmax(-1)
+                places = [i for i, w in enumerate(side.weights) if w]
+                expected = sum(float(logits[i - 1, side.ids[i]]) for i in places)
+                assert float(found[number]) == pytest.approx(expected, abs=1e-2, rel=1e-4)
+            assert int(got.content_tokens[number]) == sum(w > 0 for w in bundle.review.weights)
+
+
+def test_padding_changes_no_odds(started):
+    config, run = started
+    model, tokenizer = load_student(config.student, config.dpo, run.path("dpo/warm"))
+    bundles = bundles_of(config, run, tokenizer)
+    together = reference_odds(model, bundles, tokenizer, size=6)
+    longer = [replace(b, replay=None) for b in reversed(bundles)]
+    alone = reference_odds(model, longer, tokenizer, size=1)
+    for key, odds in together.items():
+        assert odds["decisions"] == pytest.approx(alone[key]["decisions"], abs=1e-3)
+
+
+def test_padding_carries_neither_attention_nor_weight():
+    batch = pad([Encoded([4, 5, 6], [0.0, 1.0, 1.0]), Encoded([7], [0.0])], 2)
+    assert batch["input_ids"].tolist() == [[4, 5, 6], [7, 2, 2]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["weights"].tolist() == [[0, 1, 1], [0, 0, 0]]
+
+
+def test_the_work_to_check_is_shown_in_canonical_form(started):
+    config, run = started
+    tokenizer = load_tokenizer(config.student.model)
+    bundle = bundles_of(config, run, tokenizer)[0]
+    attempt = run.read("attempts.jsonl", Attempt)[0]
+    assert f"Work to check:\n{render(parse(attempt.trace).trace)}<|im_end|>" in tokenizer.decode(
+        bundle.review.ids
+    )

@@ -1,0 +1,314 @@
+"""Supervised training on real trainers: what carries loss, what is refused, and that the loss falls."""
+
+import json
+import math
+
+import pytest
+
+from sclite import prompts
+from sclite.config import Config
+from sclite.errors import DataFault
+from sclite.records import Attempt, Problem, Review, Template
+from sclite.run import Run
+from sclite.student.encode import Encoded, decision_ids, encode_solution, end_id
+from sclite.student.load import load_student, load_tokenizer
+from sclite.trace import Step, Trace, parse, render
+from sclite.train.common import check_labels, too_long
+from sclite.train.sft import _Collator, _trainer_class, fine_tune, solve_rows, train_sft
+from sclite.train.warm import mix, review_rows, train_warm
+from tests.tiny import tiny_llama
+
+LORA = {"rank": 8, "alpha": 16, "batch": 4, "micro_batch": 2, "max_length": 1024}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random tiny student."""
+    return tiny_llama(tmp_path_factory.mktemp("student"))
+
+
+def config_of(folder, **settings) -> Config:
+    """A configuration for the tiny student: plain backend, few steps, high rates."""
+    tree = {
+        "student": {"model": str(folder), "backend": "plain", "batch": 4},
+        "sft": {**LORA, "learning_rate": 3e-3, "epochs": 4},
+        "dpo": {**LORA, "warmup_learning_rate": 3e-3, "warmup_epochs": 4, "learning_rate": 1e-3, "epochs": 3},
+    }
+    for section, values in settings.items():
+        tree.setdefault(section, {}).update(values)
+    return Config.model_validate(tree)
+
+
+def toy_problems(count: int = 6) -> list[Problem]:
+    """Two sums each."""
+    made = []
+    for i in range(count):
+        a, b, c = 12 + 7 * i, 31 + i, 5 + 2 * i
+        question = f"Anna has {a} apples, buys {b} more and then {c}. How many?"
+        made.append(
+            Problem(
+                id=f"p{i}",
+                question=question,
+                answer=str(a + b + c),
+                solution=f"{a} + {b} + {c} = {a + b + c}",
+            )
+        )
+    return made
+
+
+def toy_trace(number: int, wrong: int | None = None) -> Trace:
+    """The solution of a toy problem, with a slip in step `wrong`."""
+    a, b, c = 12 + 7 * number, 31 + number, 5 + 2 * number
+    first = a + b + 10 * (wrong == 1)
+    second = first + c + 10 * (wrong == 2)
+    steps = (Step(f"{a} + {b} = {first}", "Carry."), Step(f"{first} + {c} = {second}"))
+    return Trace(steps, "Add all.", str(second))
+
+
+def write_toy(run: Run, count: int = 6) -> None:
+    """Problems, templates, attempts (two of three wrong) and the teacher's reviews of them."""
+    problems = toy_problems(count)
+    run.replace("problems.jsonl", problems)
+    run.replace(
+        "templates.jsonl",
+        [
+            Template(id=p.id, question=p.question, answer=p.answer, trace=render(toy_trace(i)))
+            for i, p in enumerate(problems)
+        ],
+    )
+    attempts, reviews = [], []
+    for i, problem in enumerate(problems):
+        wrong = (None, 1, 2)[i % 3]
+        work, right = toy_trace(i, wrong), toy_trace(i)
+        attempts.append(
+            Attempt(id=problem.id, sample=0, trace=render(work), answer=work.answer, correct=wrong is None)
+        )
+        if wrong is None:
+            reviews.append(Review(id=problem.id, sample=0, step=None, trace=render(work), requests=0))
+            continue
+        noted = Step(
+            work.steps[wrong - 1].text,
+            work.steps[wrong - 1].key,
+            "The tens slip.",
+            right.steps[wrong - 1].text,
+        )
+        steps = (*work.steps[: wrong - 1], noted, *right.steps[wrong:])
+        reviews.append(
+            Review(
+                id=problem.id,
+                sample=0,
+                step=wrong,
+                cause=noted.cause,
+                correction=noted.correction,
+                trace=render(Trace(steps, right.generalized, right.answer)),
+            )
+        )
+    run.replace("attempts.jsonl", attempts)
+    run.replace("reviews.jsonl", reviews)
+
+
+def metrics(run: Run, stage: str, phase: str) -> list[dict]:
+    lines = run.path(f"{stage}/metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["phase"] == phase]
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    """(config, run, SFT report, warm-up report) after both supervised stages."""
+    run = Run(tmp_path_factory.mktemp("run"))
+    write_toy(run)
+    config = config_of(folder)
+    seen: list[tuple[int, int]] = []
+    report = train_sft(config, run, progress=lambda done, total: seen.append((done, total)))
+    report.figures["seen"] = seen
+    return config, run, report, train_warm(config, run)
+
+
+# -- labels --------------------------------------------------------------------------------------------------------
+
+
+def test_on_the_trainers_own_labels_the_prompt_carries_none_and_trace_and_end_all(folder):
+    """Read from the batches that the real trainer's data loader gives to the model."""
+    from trl import SFTConfig
+
+    from sclite.train.common import arguments, numbered
+
+    config = config_of(folder)
+    model, tokenizer = load_student(config.student, config.sft, train=True)
+    problem, trace = toy_problems(1)[0], toy_trace(0)
+    rows = [encode_solution(tokenizer, prompts.solve_messages(problem.question), trace)] * 3
+    trainer = _trainer_class()(
+        model=model,
+        args=SFTConfig(**arguments(folder, config.sft, 1e-3, 1, 0), max_length=None, packing=False),
+        train_dataset=numbered(len(rows)),
+        data_collator=_Collator(rows, tokenizer.pad_token_id),
+        processing_class=tokenizer,
+    )
+    for batch in trainer.get_train_dataloader():
+        for ids, labels, weights in zip(batch["input_ids"], batch["labels"], batch["weights"], strict=True):
+            carried = labels != -100
+            prompt = tokenizer.decode(ids[~carried])
+            completion = tokenizer.decode(ids[carried])
+            assert prompt.endswith("<|im_start|>assistant\n")
+            assert problem.question in prompt
+            assert completion == render(trace) + "<|im_end|>"
+            assert bool(((weights > 0) == carried).all())
+            assert labels[-1] == end_id(tokenizer)
+
+
+def test_the_report_says_which_share_of_the_tokens_is_trained(trained):
+    config, run, report, _ = trained
+    tokenizer = load_tokenizer(config.student.model)
+    rows = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")
+    tokens, carried = sum(len(r.ids) for r in rows), sum(w > 0 for r in rows for w in r.weights)
+    assert report.figures["labels"] == {
+        "rows": 6,
+        "tokens": tokens,
+        "trained_share": round(carried / tokens, 4),
+    }
+    assert 0.1 < report.figures["labels"]["trained_share"] < 0.9
+
+
+def test_a_review_weighs_its_decisions_more_than_its_other_tokens(folder, trained):
+    config, run, *_ = trained
+    heavier = config_of(folder, dpo={"decision_weight": 8.0})
+    tokenizer = load_tokenizer(config.student.model)
+    rows = review_rows(tokenizer, run, run.read("reviews.jsonl", Review), heavier)
+    accuse, close = decision_ids(tokenizer)
+    for row in rows:
+        heavy = [i for i, weight in enumerate(row.weights) if weight > 1]
+        assert heavy == [mark + 1 for mark in row.marks]
+        assert {row.weights[i] for i in heavy} == {9.0}
+        assert [row.ids[i] for i in heavy] == [accuse if a else close for a in row.accused]
+        assert row.ids[-1] == end_id(tokenizer)
+        assert row.weights[-1] == 1.0
+
+
+def test_rows_that_teach_nothing_are_refused_with_place_and_remedy():
+    good = Encoded([5, 6, 2], [0.0, 1.0, 1.0])
+    with pytest.raises(DataFault, match="no row is left") as fault:
+        check_labels([], 2)
+    assert fault.value.hint
+    with pytest.raises(DataFault, match="row 2: every label is masked") as fault:
+        check_labels([good, Encoded([5, 6, 2], [0.0, 0.0, 0.0])], 2)
+    assert fault.value.hint
+    with pytest.raises(DataFault, match="row 1: the prompt carries loss") as fault:
+        check_labels([Encoded([5, 6, 2], [1.0, 1.0, 1.0])], 2)
+    assert fault.value.hint
+    for ended in (Encoded([5, 6, 7], [0.0, 1.0, 1.0]), Encoded([5, 6, 2], [0.0, 1.0, 0.0])):
+        with pytest.raises(DataFault, match="row 2: the end-of-turn token carries no loss") as fault:
+            check_labels([good, ended], 2)
+        assert fault.value.hint
+    assert check_labels([good], 2) == {"rows": 1, "tokens": 3, "trained_share": 0.6667}
+
+
+# -- the stage -----------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_falls_and_each_step_is_written_down(trained):
+    _, run, report, _ = trained
+    rows = metrics(run, "sft", "sft")
+    assert [row["step"] for row in rows] == list(range(1, report.counts["steps"] + 1))
+    assert report.counts == {"rows": 6, "steps": 8}
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
+    assert report.figures["seen"] == [(i, 8) for i in range(1, 9)]
+
+
+def test_the_first_loss_is_the_mean_over_tokens_whatever_the_micro_batch(folder, trained, tmp_path):
+    """Four rows of unlike lengths, all in one optimizer step: one forward pass, two, or four say the same."""
+    config, run, *_ = trained
+    tokenizer = load_tokenizer(config.student.model)
+    rows = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")[:3]
+    rows.append(Encoded([*rows[0].ids[:60], 2], [0.0] * 55 + [1.0] * 6))
+    first = {}
+    for micro in (1, 2, 4):
+        made = config_of(folder, sft={"micro_batch": micro})
+        model, _ = load_student(made.student, made.sft, train=True)
+        fine_tune(model, tokenizer, rows, tmp_path, made.sft, 1e-3, 1, 0, f"micro {micro}")
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        first[micro] = json.loads(lines[-1])["loss"]
+    assert first[1] == pytest.approx(first[4], rel=1e-3)
+    assert first[2] == pytest.approx(first[4], rel=1e-3)
+
+
+def test_the_adapter_is_saved_and_is_not_zero(trained):
+    from safetensors.torch import load_file
+
+    _, run, *_ = trained
+    weights = load_file(run.path("sft/adapter/adapter_model.safetensors"))
+    assert any("lora_B" in name and float(value.abs().max()) > 0 for name, value in weights.items())
+    assert {str(value.dtype) for value in weights.values()} == {"torch.float32"}
+
+
+def test_a_finished_stage_is_not_trained_again(trained):
+    config, run, report, _ = trained
+    before = run.path("sft/adapter/adapter_model.safetensors").stat().st_mtime_ns
+    again = train_sft(config, run)
+    assert again.skipped
+    assert again.counts == report.counts
+    assert run.path("sft/adapter/adapter_model.safetensors").stat().st_mtime_ns == before
+
+
+def test_rows_that_are_too_long_are_left_out_and_counted(folder, tmp_path):
+    run = Run(tmp_path)
+    write_toy(run, 3)
+    templates = run.read("templates.jsonl", Template)
+    lengthy = render(toy_long())
+    run.replace(
+        "templates.jsonl", [*templates, Template(id="long", question="How?", answer="2", trace=lengthy)]
+    )
+    report = train_sft(config_of(folder, sft={"epochs": 1}), run)
+    assert report.dropped == {"longer_than_max_length": 1}
+    assert report.counts["rows"] == 3
+    assert too_long([Encoded([1] * 5, [0.0] * 5), Encoded([1] * 4, [0.0] * 4)], 4) == [0]
+
+
+def toy_long() -> Trace:
+    return Trace((Step(("1 + 1 = 2 " * 300).strip()),), None, "2")
+
+
+def test_when_every_row_is_too_long_nothing_is_trained_and_it_is_said(folder, tmp_path):
+    run = Run(tmp_path)
+    write_toy(run, 2)
+    with pytest.raises(DataFault, match="nothing to train on"):
+        train_sft(config_of(folder, sft={"max_length": 64}), run)
+    assert not run.path("sft/adapter").exists()
+    assert run.finished("sft") is None
+
+
+def test_without_templates_the_next_command_is_named(folder, tmp_path):
+    with pytest.raises(DataFault, match=r"templates\.jsonl is missing or empty") as fault:
+        train_sft(config_of(folder), Run(tmp_path))
+    assert "sclite build-data" in fault.value.hint
+
+
+# -- the warm-up ---------------------------------------------------------------------------------------------------
+
+
+def test_the_warm_up_goes_on_from_the_sft_adapter_and_its_loss_falls(trained):
+    _, run, _, report = trained
+    rows = metrics(run, "dpo", "warm")
+    assert report.counts == {"rows": 12, "reviews": 6, "steps": 12}
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
+    assert run.path("dpo/warm/adapter_model.safetensors").is_file()
+    # a fresh adapter would begin where SFT began, at the loss of guessing
+    assert metrics(run, "sft", "sft")[0]["loss"] > math.log(512)
+    assert rows[0]["loss"] < metrics(run, "sft", "sft")[0]["loss"] - 0.5
+
+
+def test_solved_rows_stand_between_the_reviews_in_the_asked_share():
+    reviews, solved = [Encoded([i], [1.0]) for i in range(10)], [Encoded([100 + i], [1.0]) for i in range(3)]
+    for share, wanted in ((0.0, 0), (0.5, 5), (1.0, 10), (2.0, 20)):
+        rows = mix(reviews, solved, share, 0)
+        assert sum(row.ids[0] >= 100 for row in rows) == wanted
+        assert sorted(row.ids[0] for row in rows if row.ids[0] < 100) == list(range(10))
+    assert mix(reviews, solved, 1.0, 3) == mix(reviews, solved, 1.0, 3) != mix(reviews, solved, 1.0, 4)
+
+
+def test_the_reviews_that_are_trained_end_in_the_right_answer(trained):
+    config, run, *_ = trained
+    tokenizer = load_tokenizer(config.student.model)
+    rows = review_rows(tokenizer, run, run.read("reviews.jsonl", Review), config)
+    for problem, row in zip(toy_problems(), rows, strict=True):
+        text = tokenizer.decode([i for i, w in zip(row.ids, row.weights, strict=True) if w])
+        assert parse(text.removesuffix("<|im_end|>")).trace.answer == problem.answer
