@@ -35,8 +35,8 @@ def _load(run: Path | None, config: Path | None, settings: list[str] | None, def
 
 
 def _world(config, as_json: bool, plan=None):
-    from sclite.pipeline import World
     from sclite.run import Run
+    from sclite.world import World
 
     world = World(config, Run(config.run), console.Screen(plan, quiet=False))
     if config.teacher.model.startswith("embedded/"):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sclite.student.base import Messages
-from sclite.student.chat_template import render_whole
+from sclite.student.encode import prompt_ids
 from sclite.student.engine import Engine
 
 SHOWN = 5
@@ -33,14 +33,14 @@ def check(
 
     tokenizer = AutoTokenizer.from_pretrained(hf_folder)
     context = 64 + max((len(tokenizer(text).input_ids) for text in texts), default=0)
-    context += max((len(_chat_ids(tokenizer, chat)) for chat in chats), default=0)
+    context += max((len(prompt_ids(tokenizer, chat)) for chat in chats), default=0)
     with Engine(gguf_path, parallel=1, context=context, threads=threads, exact=True) as engine:
         pairs = [
             (text, tokenizer(text, add_special_tokens=False).input_ids, engine.token_ids(text))
             for text in texts
         ]
         for chat in chats:
-            pairs.append((chat[-1]["content"], _chat_ids(tokenizer, chat), engine.chat_ids(chat)))
+            pairs.append((chat[-1]["content"], prompt_ids(tokenizer, chat), engine.chat_ids(chat)))
         different = [(text, ours, theirs) for text, ours, theirs in pairs if ours != theirs]
         result = {
             "tokens_equal": len(pairs) - len(different),
@@ -56,17 +56,6 @@ def check(
             prompts += [start + ids for _, ids, _ in pairs[: len(texts)]]
             result.update(_compare_weights(hf_folder, engine, [ids for ids in prompts if len(ids) > 1]))
     return result
-
-
-def _chat_ids(tokenizer, chat: Messages) -> list[int]:
-    """Prompt ids by transformers; the system text goes into the user's turn where the template has no place for it."""
-
-    def render(messages: Messages) -> str:
-        return tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, enable_thinking=False, tokenize=False
-        )
-
-    return tokenizer(render_whole(chat, render), add_special_tokens=False).input_ids
 
 
 def _compare_weights(hf_folder: Path, engine: Engine, prompts: list[list[int]]) -> dict:

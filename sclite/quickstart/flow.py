@@ -8,13 +8,13 @@ from sclite import pipeline
 from sclite.config import Config
 from sclite.console import Screen
 from sclite.evaluate.evaluate import best_example
-from sclite.pipeline import World
 from sclite.quickstart.arithmetic import solve
 from sclite.quickstart.problems import test_problems, threshold_problems, train_problems
 from sclite.quickstart.provider import MODEL, register
 from sclite.quickstart.tutor import judge as judge_steps
 from sclite.run import Run
 from sclite.trace import Trace
+from sclite.world import World
 
 DEFAULTS: Mapping[str, Any] = {
     "run": "runs/quickstart",

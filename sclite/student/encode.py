@@ -3,14 +3,12 @@
 Ids of a whole = ids of the generation prompt + ids of each piece by itself (METHOD section 1), in training as in use.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-
-from jinja2 import TemplateError
 
 from sclite.errors import DataFault
 from sclite.student.base import Messages
-from sclite.student.chat_template import merge_system
+from sclite.student.chat_template import render_whole
 from sclite.trace import CAUSE, Trace, all_pieces
 
 
@@ -32,10 +30,7 @@ def prompt_text(tokenizer, messages: Messages) -> str:
     settings = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
     if not tokenizer.chat_template:
         raise DataFault("the student's tokenizer has no chat template", "choose an instruct model")
-    try:
-        return tokenizer.apply_chat_template(list(messages), **settings)
-    except TemplateError:  # templates without a system role raise
-        return tokenizer.apply_chat_template(list(merge_system(messages)), **settings)
+    return render_whole(messages, lambda these: tokenizer.apply_chat_template(list(these), **settings))
 
 
 def prompt_ids(tokenizer, messages: Messages) -> list[int]:
@@ -53,7 +48,10 @@ def end_id(tokenizer) -> int:
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "QQQ"}]
     text = tokenizer.apply_chat_template(chat, tokenize=False)
     after = tokenizer(text.rpartition("QQQ")[2], add_special_tokens=False)["input_ids"]
-    special = set(tokenizer.all_special_ids)
+    special = set(
+        tokenizer.all_special_ids
+    )  # leaves out <|end|> and the like where the tokenizer's end is another
+    special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     found = next((i for i in after if i in special), tokenizer.eos_token_id)
     if found is None:
         raise DataFault("the student's tokenizer has no end-of-turn token", "choose an instruct model")
@@ -96,10 +94,3 @@ def encode_review(tokenizer, messages: Messages, review: Trace, decision_weight:
         ids = ids + piece
         weights += [1.0 + decision_weight * decides] + [1.0] * (len(piece) - 1)
     return Encoded([*ids, end_id(tokenizer)], [*weights, 1.0], tuple(marks), tuple(accused))
-
-
-def encode_partial(tokenizer, messages: Messages, prefix: Sequence[str], completion: str) -> Encoded:
-    """A piece of an answer after a given prefix: loss on the completion alone, and no end token."""
-    before = prompt_ids(tokenizer, messages) + [i for ids in piece_ids(tokenizer, prefix) for i in ids]
-    after = piece_ids(tokenizer, [completion])[0]
-    return Encoded(before + after, [0.0] * len(before) + [1.0] * len(after))

@@ -1,0 +1,91 @@
+"""What a command works with: configuration, run folder, screen, and how teacher and student are had.
+
+The outside world comes to the stages as arguments; here it is made.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from sclite.config import Config
+from sclite.console import Screen
+from sclite.records import Problem
+from sclite.run import Report, Run
+
+
+@dataclass
+class World:
+    """What a command works with. `prepare` registers a teacher of one's own with LiteLLM before the first call."""
+
+    config: Config
+    run: Run
+    screen: Screen
+    prepare: Callable[[], None] | None = None
+    problems: tuple[list[Problem], list[Problem]] | None = (
+        None  # (for SFT, kept for stage 2) where a caller has them
+    )
+    reports: list[Report] = field(default_factory=list)
+
+    @contextmanager
+    def teacher(self) -> Iterator[Any]:
+        from sclite.teacher.client import Teacher
+        from sclite.teacher.ledger import Ledger
+
+        self.run.folder.mkdir(parents=True, exist_ok=True)
+        with (
+            Ledger(self.run.path("ledger.sqlite")) as ledger,
+            Teacher(self.config.teacher, ledger, self.prepare) as teacher,
+        ):
+            yield teacher
+
+    @contextmanager
+    def sampler(self, adapter: str) -> Iterator[Any]:
+        """The trained student with an adapter of the run, in the fastest form at hand, freed afterwards.
+
+        On a card that is the trainable model in batches; without one llama.cpp is several times faster, where the
+        student can be written as GGUF without a converter.
+        """
+        import torch
+
+        from sclite.export import direct
+        from sclite.student.load import local_folder
+        from sclite.train.common import free_memory, quiet
+
+        quiet()
+        if not torch.cuda.is_available() and direct.can_write(local_folder(self.config.student)):
+            with self._as_gguf(adapter) as student:
+                yield student
+            return
+        from sclite.student.load import load_student
+        from sclite.student.trainable import Trainable
+
+        model, tokenizer = load_student(self.config.student, self.config.sft, self.run.path(adapter))
+        try:
+            yield Trainable(model, tokenizer, self.config.student.batch)
+        finally:
+            del model
+            free_memory()
+
+    @contextmanager
+    def _as_gguf(self, adapter: str) -> Iterator[Any]:
+        from sclite.export.convert import convert
+        from sclite.export.merge import merge
+        from sclite.student.engine import Engine
+        from sclite.student.load import local_folder
+
+        merged, gguf = self.run.path("export/sampling-merged"), self.run.path("export/sampling.gguf")
+        try:
+            merge(local_folder(self.config.student), self.run.path(adapter), merged)
+            convert(merged, gguf, outtype="f16")
+            with Engine(gguf, parallel=self.config.student.batch, context=self.config.eval.context) as engine:
+                yield engine
+        finally:
+            shutil.rmtree(merged, ignore_errors=True)
+            gguf.unlink(missing_ok=True)
+
+    def add(self, report: Report, text: str) -> Report:
+        self.reports.append(report)
+        self.screen.done(report.stage, text, report.skipped)
+        return report
