@@ -19,8 +19,18 @@ def main() -> None:
         console.fault(error)
         sys.exit(error.code)
     except KeyboardInterrupt:
-        console.note("interrupted; the same command goes on from here")
+        _interrupted()
         sys.exit(INTERRUPTED)
+    except SystemExit as leaving:  # typer turns Ctrl-C into its exit code by itself
+        if leaving.code == INTERRUPTED:
+            _interrupted()
+        raise
+
+
+def _interrupted() -> None:
+    from sclite import console
+
+    console.note("interrupted; the same command goes on from here")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from typing import Annotated, Any
 
 import typer
 
-from sclite import config as configuration
 from sclite import console
 from sclite.errors import UsageFault
 
@@ -30,6 +29,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on std
 
 
 def _load(run: Path | None, config: Path | None, settings: list[str] | None, defaults: Any = None):
+    from sclite import config as configuration  # pydantic takes longer than all of --help
+
     chosen = [*(settings or []), *([f"run={run}"] if run else [])]
     return configuration.load(config, chosen, defaults=defaults)
 
@@ -50,7 +51,7 @@ def _world(config, as_json: bool, plan=None):
 def quickstart(
     problems: Annotated[
         int | None,
-        typer.Option("--problems", min=40, help="Training problems to make (1200).", show_default=False),
+        typer.Option("--problems", min=40, help="Training problems to make (900).", show_default=False),
     ] = None,
     run: RunOption = None,
     config: ConfigOption = None,
@@ -80,6 +81,7 @@ def quickstart(
 @app.command()
 def init(config: ConfigOption = None) -> None:
     """Write a commented sclite.toml that fits this machine."""
+    from sclite import config as configuration
     from sclite import machine
 
     found = machine.cards()

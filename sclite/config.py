@@ -220,7 +220,7 @@ def _put(tree: dict[str, Any], path: list[str], text: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    if isinstance(value, int | float) and not isinstance(value, bool) and _is_text(path):
+    if not isinstance(value, str) and _is_text(path):
         value = text
     for key in path[:-1]:
         branch = tree.get(key)
@@ -230,7 +230,7 @@ def _put(tree: dict[str, Any], path: list[str], text: str) -> None:
 
 
 def _is_text(path: list[str]) -> bool:
-    """Whether the key wants a string, so that a model called 7 stays one."""
+    """Whether the key wants a string, so that a model called 7 or a run called 2026-11-23 stays one."""
     model: Any = Config
     for key in path:
         field = getattr(model, "model_fields", {}).get(key)

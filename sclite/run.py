@@ -102,7 +102,7 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab+") as file:
             if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-                _cut_half_line(file)
+                _end_last_line(file)
             file.write(lines.encode())
 
     def read(self, name: str, kind: type[R]) -> list[R]:
@@ -182,10 +182,17 @@ class Run:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def _cut_half_line(file) -> None:
+def _end_last_line(file) -> None:
+    """Cut a half-written last line off; a whole one, as an editor may leave it, gets its newline."""
     file.seek(0)
-    whole = file.read().rfind(b"\n") + 1
-    file.truncate(whole)
+    content = file.read()
+    begin = content.rfind(b"\n") + 1
+    try:
+        json.loads(content[begin:])
+    except ValueError:
+        file.truncate(begin)
+    else:
+        file.write(b"\n")
     file.seek(0, os.SEEK_END)
 
 

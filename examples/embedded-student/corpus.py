@@ -8,7 +8,7 @@ prompts of sclite do not occur: the student has yet to learn its form.
 import random
 from collections.abc import Iterator
 
-from sclite.quickstart.arithmetic import ITEMS, generate, solve
+from sclite.quickstart.arithmetic import ITEMS, LARGE, SMALL, Ranges, generate, solve
 from sclite.quickstart.tutor import apart, result_of, why_wrong
 
 CHAT = "<|im_start|>{role}\n{content}<|im_end|>\n"
@@ -53,15 +53,18 @@ THINGS = (
 )
 
 
-def a_sum(draw: random.Random) -> tuple[int, str, int]:
+def a_sum(draw: random.Random, ranges: Ranges) -> tuple[int, str, int]:
     """left, sign, right in the range that the stories use."""
     sign = draw.choices("+-*/", weights=(42, 36, 17, 5))[0]
     if sign == "*":
-        return draw.randint(2, 6), "*", draw.randint(3, 16)
+        return draw.randint(*ranges.packs), "*", draw.randint(*ranges.each)
     if sign == "/":
         right = draw.randint(2, 6)
-        return right * draw.randint(3, 30), "/", right
-    left, right = draw.randint(5, 150), draw.randint(3, 95)
+        return right * draw.randint(3, ranges.amount[1] // 6), "/", right
+    left, right = (
+        draw.randint(5, round(0.8 * ranges.amount[1])),
+        draw.randint(3, round(0.5 * ranges.amount[1])),
+    )
     if sign == "-" and left < right:
         left, right = right, left
     return left, sign, right
@@ -81,14 +84,16 @@ def slip(result: int, draw: random.Random) -> int:
     return wrong if wrong != result and wrong >= 0 else result + draw.choice((1, 10))
 
 
-def sums(draw: random.Random) -> str:
-    return "\n".join(f"{a} {s} {b} = {result_of(a, s, b)}" for a, s, b in (a_sum(draw) for _ in range(10)))
+def sums(draw: random.Random, ranges: Ranges) -> str:
+    return "\n".join(
+        f"{a} {s} {b} = {result_of(a, s, b)}" for a, s, b in (a_sum(draw, ranges) for _ in range(10))
+    )
 
 
-def sums_apart(draw: random.Random) -> str:
+def sums_apart(draw: random.Random, ranges: Ranges) -> str:
     lines = []
     for _ in range(4):
-        a, s, b = a_sum(draw)
+        a, s, b = a_sum(draw, ranges)
         lines.append(
             draw.choice(("{0} {1} {2}: {3}.", "What is {0} {1} {2}? {3}.", "{3}.")).format(
                 a, s, b, apart(a, s, b)
@@ -97,14 +102,14 @@ def sums_apart(draw: random.Random) -> str:
     return "\n".join(lines)
 
 
-def statements(draw: random.Random) -> str:
+def statements(draw: random.Random, ranges: Ranges) -> str:
     right, wrong = draw.choice(
         (("Right.", "Wrong."), ("True.", "False."), ("yes", "no"), ("This fits.", "This does not fit."))
     )
     between = draw.choice((" ", "\n", " : "))
     lines = []
     for _ in range(5):
-        a, s, b = a_sum(draw)
+        a, s, b = a_sum(draw, ranges)
         result = result_of(a, s, b)
         if draw.random() < 0.5:
             lines.append(f"{a} {s} {b} = {result}{between}{right}")
@@ -201,29 +206,31 @@ def tagged(draw: random.Random, words: tuple[tuple[str, ...], ...] = FEW_TAGS) -
     return "\n".join(lines)
 
 
-def documents(seed: int, avoid: frozenset[str] = frozenset(), late: bool = False) -> Iterator[str]:
+WEIGHTS = {1: (18, 13, 14, 18, 13, 22, 2), 2: (18, 12, 15, 15, 14, 22, 9), 3: (13, 10, 22, 9, 17, 25, 4)}
+
+
+def documents(seed: int, avoid: frozenset[str] = frozenset(), part: int = 1) -> Iterator[str]:
     """Documents without end, the same for the same seed; stories whose question is in `avoid` are left out.
 
-    The `late` part of the corpus has more tags of more names, and rules in its school-books.
+    Part 1 of the corpus has small numbers; part 2 adds tags of more names and rules in its school-books; part 3 has
+    the numbers of the quickstart, and more checks and sums taken apart than plain sums.
     """
     draw = random.Random(seed)
-    weights = (18, 12, 15, 15, 14, 22, 9) if late else (18, 13, 14, 18, 13, 22, 2)
     kinds = ("short", "long", "homework", "sums", "apart", "statements", "tagged")
+    ranges = LARGE if part == 3 else SMALL
+    plain = {"sums": sums, "apart": sums_apart, "statements": statements}
     while True:
-        stories = generate(500, draw.randrange(2**40), avoid)
-        for problem in stories:
+        for problem in generate(500, draw.randrange(2**40), avoid, ranges):
             solution = solve(problem.question)
-            for kind in draw.choices(kinds, weights=weights, k=2):
+            for kind in draw.choices(kinds, weights=WEIGHTS[part], k=2):
                 if kind == "short":
                     yield chat(problem.question, short_way(solution, draw), draw)
                 elif kind == "long":
-                    rule = f"{draw.choice(RULES)}\n" if late and draw.random() < 0.4 else ""
+                    rule = f"{draw.choice(RULES)}\n" if part > 1 and draw.random() < 0.4 else ""
                     yield f"{problem.question}\n{rule}{long_way(solution, draw)}"
-                elif kind == "tagged":
-                    yield tagged(draw, MANY_TAGS if late else FEW_TAGS)
                 elif kind == "homework":
                     yield homework(problem.question, solution, draw)
+                elif kind == "tagged":
+                    yield tagged(draw, MANY_TAGS if part > 1 else FEW_TAGS)
                 else:
-                    yield {"sums": sums, "apart": sums_apart, "statements": statements, "tagged": tagged}[
-                        kind
-                    ](draw)
+                    yield plain[kind](draw, ranges)

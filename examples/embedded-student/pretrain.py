@@ -41,11 +41,11 @@ def vocabulary_texts() -> list[str]:
     return [text.replace("<|im_start|>", "").replace("<|im_end|>", "") for text in texts]
 
 
-def token_stream(tokenizer, seed: int, avoid: frozenset[str], late: bool):
+def token_stream(tokenizer, seed: int, avoid: frozenset[str], part: int):
     """Endless blocks of LENGTH token ids, documents one after the other with the end token between them."""
     end = tokenizer.eos_token_id
     buffer: list[int] = []
-    documents = corpus.documents(seed, avoid, late)
+    documents = corpus.documents(seed, avoid, part)
     while True:
         batch = list(itertools.islice(documents, 512))
         random.Random(seed).shuffle(batch)
@@ -99,9 +99,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument(
-        "--start", type=Path, help="go on from this student, with the late part of the corpus"
-    )
+    parser.add_argument("--start", type=Path, help="go on from this student")
+    parser.add_argument("--part", type=int, choices=(1, 2, 3), default=1, help="of the corpus")
     parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--layers", type=int, default=4)
@@ -128,9 +127,7 @@ def main() -> None:
         torch.optim.lr_scheduler.LambdaLR(o, lambda step: rate(step, options.steps)) for o in optimizers
     ]
     half = copy.deepcopy(model).bfloat16()
-    stream = token_stream(
-        tokenizer, 2 if options.start else 1, held_out_questions(), late=bool(options.start)
-    )
+    stream = token_stream(tokenizer, options.part, held_out_questions(), options.part)
     began, losses = time.time(), []
     for step in range(1, options.steps + 1):
         ids = torch.from_numpy(np.array(list(itertools.islice(stream, options.batch))))
@@ -164,7 +161,12 @@ def save(model, tokenizer, options, folder: Path) -> None:
     half.save_pretrained(folder)
     if folder != options.out:
         copy_tokenizer(options.out, folder)
-    made = {"script": "examples/embedded-student/pretrain.py", "steps": options.steps, "batch": options.batch}
+    made = {
+        "script": "examples/embedded-student/pretrain.py",
+        "part": options.part,
+        "steps": options.steps,
+        "batch": options.batch,
+    }
     if options.start:
         made["start"] = json.loads((options.start / "made.json").read_text())
     (folder / "made.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -129,15 +128,14 @@ def graded(block: Sequence[tuple[Problem, int]], replies: Sequence[Reply], grade
 
 
 def distinct(attempts: Sequence[Attempt]) -> list[Attempt]:
-    """The first of each problem's attempts that say the same, steps and answer alike."""
+    """The attempts in their order, without those that say the same about a problem as an earlier one, steps and answer."""
+    seen: set[tuple[str, str]] = set()
     kept = []
-    for _, group in groupby(sorted(attempts, key=lambda a: a.id), key=lambda a: a.id):
-        seen = set()
-        for attempt in group:
-            text = render(parse(attempt.trace).trace) or attempt.trace
-            if text not in seen:
-                seen.add(text)
-                kept.append(attempt)
+    for attempt in attempts:
+        said = attempt.id, render(parse(attempt.trace).trace) or attempt.trace
+        if said not in seen:
+            seen.add(said)
+            kept.append(attempt)
     return kept
 
 
@@ -150,21 +148,27 @@ def bring(path: Path, problems: Sequence[Problem], grader: Grader) -> list[Attem
         raise DataFault(f"attempts.source: {path} does not exist", "check the path")
     by_question = {" ".join(problem.question.split()): problem for problem in problems}
     rows, samples = [], {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            question, steps = row["question"], row["steps"]
-        except (ValueError, KeyError, TypeError) as error:
+            question, steps = row["question"].split(), [str(step) for step in row["steps"]]
+            label = int(row.get("first_error_step") or 0)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataFault(
                 f"{path}, line {number}: {error!r}", "each row needs a question and its steps"
             ) from None
-        problem = by_question.get(" ".join(question.split()))
+        if not steps or isinstance(row["steps"], str) or label > len(steps):
+            raise DataFault(
+                f"{path}, line {number}: steps are no list, or step {label} is not among them",
+                "mend or remove this line",
+            )
+        problem = by_question.get(" ".join(question))
         if problem is None:
             continue
         sample = samples[problem.id] = samples.get(problem.id, -1) + 1
-        rows.append(_brought(row, steps, problem, sample, grader))
+        rows.append(_brought(row.get("answer"), steps, label, problem, sample, grader))
     if not rows:
         raise DataFault(
             f"{path}: no row's question is among the problems of stage 2", "check problems.source"
@@ -173,13 +177,12 @@ def bring(path: Path, problems: Sequence[Problem], grader: Grader) -> list[Attem
 
 
 def _brought(
-    row: dict[str, Any], steps: Sequence[str], problem: Problem, sample: int, grader: Grader
+    answer: Any, steps: Sequence[str], label: int, problem: Problem, sample: int, grader: Grader
 ) -> Attempt:
-    answer = clean(str(row["answer"])) if row.get("answer") is not None else extract(str(steps[-1]))
-    trace = Trace(tuple(Step(clean(str(step))) for step in steps), None, answer or None)
-    label = row.get("first_error_step")
-    label = int(label) if label is not None and int(label) > 0 else None
-    correct = False if label is not None else grader.equal(answer, problem.answer)
+    answer = clean(str(answer)) if answer is not None else extract(steps[-1])
+    trace = Trace(tuple(Step(clean(step)) for step in steps), None, answer or None)
+    wrong = label if label > 0 else None
+    correct = False if wrong is not None else grader.equal(answer, problem.answer)
     return Attempt(
-        id=problem.id, sample=sample, trace=render(trace), answer=answer, correct=correct, first_error=label
+        id=problem.id, sample=sample, trace=render(trace), answer=answer, correct=correct, first_error=wrong
     )

@@ -65,7 +65,9 @@ def build_corrections(
         order = {attempt_key(a): i for i, a in enumerate(attempts)}
         run.replace("reviews.jsonl", sorted([*reviews, *confirmed], key=lambda r: order[attempt_key(r)]))
     report.counts |= {"wrong": len(wrong), "corrected": len(reviews), "confirmed": len(confirmed)}
-    run.sign(STAGE, inputs, report)
+    unanswered = report.dropped.get("no_reply", 0)
+    # a network fault is no verdict on a row: the signature then fits no inputs, and the next call asks again
+    run.sign(STAGE, {**inputs, "unanswered": unanswered} if unanswered else inputs, report)
     return report
 
 

@@ -6,6 +6,7 @@ right one, where it has any, is chosen before the teacher's (METHOD section 4: s
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sclite import prompts
@@ -97,7 +98,7 @@ def own_corrections(
         asked = [
             (problems[r.id].question, parse(attempts[r.id, r.sample].trace).trace, r.step) for r, _ in block
         ]
-        mended = mend(student, asked, settings)
+        mended = mend(student, asked, replace(settings, seed=config.seed + start))
         verdicts = grader.equal_many(
             (answer_of(m.text) if m.accused is not None else None, problems[r.id].answer)
             for m, (r, _) in zip(mended, block, strict=True)

@@ -84,11 +84,62 @@ _ASSOCIATIVE = {"+", "*"}
 # -- writing a problem ---------------------------------------------------------------------------------------------
 
 
-def _packed(draw: random.Random) -> dict[str, int]:
-    return {"a": draw.randint(2, 6), "b": draw.randint(3, 16)}
+@dataclass(frozen=True)
+class Ranges:
+    """How large the numbers of the stories are, each as (least, most)."""
+
+    start: tuple[int, int]
+    second: tuple[int, int]
+    change: tuple[int, int]
+    packs: tuple[int, int]
+    each: tuple[int, int]
+    amount: tuple[int, int]
+    wanted: tuple[int, int]  # above the amount
+    together: tuple[int, int]
 
 
-def _story(draw: random.Random, operations: int) -> str | None:
+SMALL = Ranges((14, 95), (11, 48), (11, 59), (2, 6), (3, 16), (5, 190), (11, 79), (12, 89))
+LARGE = Ranges((40, 480), (21, 240), (25, 290), (3, 7), (8, 36), (12, 980), (25, 290), (30, 390))
+
+
+def _packed(draw: random.Random, ranges: Ranges) -> dict[str, int]:
+    return {"a": draw.randint(*ranges.packs), "b": draw.randint(*ranges.each)}
+
+
+def _opening(draw: random.Random, ranges: Ranges) -> tuple[str, dict[str, int], int]:
+    """The form of the first sentence, its numbers, and the amount that the story begins with."""
+    opening = draw.choices(list(OPENINGS), weights=(5, 3, 2))[0]
+    if opening == "packed":
+        values = _packed(draw, ranges)
+        return opening, values, values["a"] * values["b"]
+    values = {"a": draw.randint(*ranges.start), "b": draw.randint(*ranges.second)}
+    return opening, values, values["a"] + (values["b"] if opening == "compared" else 0)
+
+
+def _event(draw: random.Random, forms: list[str], ranges: Ranges) -> tuple[str, dict[str, int], int]:
+    """One change: its form, its numbers, and what it adds to the amount."""
+    form = draw.choice(forms)
+    sign = 1 if form in ("buys", "finds", "gets", "buys packed") else -1
+    if " " in form:
+        values = _packed(draw, ranges)
+        return form, values, sign * values["a"] * values["b"]
+    values = {"a": draw.randint(*ranges.change)}
+    return form, values, sign * values["a"]
+
+
+def _question(draw: random.Random, form: str, amount: int, ranges: Ranges) -> int | None:
+    """The number in the question; None where it does not come out."""
+    if form == "wants":
+        return amount + draw.randint(*ranges.wanted)
+    if form == "together":
+        return draw.randint(*ranges.together)
+    if form == "shared":
+        parts = draw.randint(2, 6)
+        return parts if amount % parts == 0 and amount // parts >= 3 else None
+    return 0
+
+
+def _story(draw: random.Random, operations: int, ranges: Ranges) -> str | None:
     """One try at a story of just so many operations; None where the numbers do not come out."""
     they = draw.choice(("She", "He"))
     everybody = [name for names in NAMES.values() for name in names]
@@ -101,53 +152,34 @@ def _story(draw: random.Random, operations: int) -> str | None:
         "item": draw.choice(ITEMS),
         "box": draw.choice(BOXES),
     }
-    opening = draw.choices(list(OPENINGS), weights=(5, 3, 2))[0]
-    values = _packed(draw) if opening == "packed" else {"a": draw.randint(14, 95), "b": draw.randint(11, 48)}
+    opening, values, amount = _opening(draw, ranges)
     sentences = [OPENINGS[opening].format(**words, **values)]
-    amount = {
-        "has": values["a"],
-        "packed": values["a"] * values.get("b", 0),
-        "compared": values["a"] + values["b"],
-    }[opening]
-    used = opening != "has"
     question = draw.choices(list(QUESTIONS), weights=(5, 2, 2, 1))[0]
-    room = operations - used - (question != "left")
+    room = operations - (opening != "has") - (question != "left")
     previous = None
     while room > 0:
         forms = [f for f in EVENTS if f != previous and (room >= 2 or " " not in f)]
-        previous = form = draw.choice(forms)
-        sign = 1 if form in ("buys", "finds", "gets", "buys packed") else -1
-        if " " in form:
-            values = _packed(draw)
-            change = values["a"] * values["b"]
-        else:
-            values = {"a": draw.randint(11, 59)}
-            change = values["a"]
-        amount += sign * change
-        if not 5 <= amount <= 190:
+        previous, values, change = _event(draw, forms, ranges)
+        amount += change
+        if not ranges.amount[0] <= amount <= ranges.amount[1]:
             return None
-        sentences.append(EVENTS[form].format(**words, **values))
-        room -= 2 if " " in form else 1
-    if room < 0:
+        sentences.append(EVENTS[previous].format(**words, **values))
+        room -= 2 if " " in previous else 1
+    number = _question(draw, question, amount, ranges)
+    if room < 0 or number is None:
         return None
-    value = {
-        "left": 0,
-        "wants": amount + draw.randint(11, 79),
-        "together": draw.randint(12, 89),
-        "shared": draw.randint(2, 6),
-    }
-    if question == "shared" and (amount % value["shared"] or amount // value["shared"] < 3):
-        return None
-    sentences.append(QUESTIONS[question].format(**words, a=value[question]))
+    sentences.append(QUESTIONS[question].format(**words, a=number))
     return " ".join(sentences)
 
 
-def generate(count: int, seed: int, avoid: frozenset[str] = frozenset()) -> list[Problem]:
+def generate(
+    count: int, seed: int, avoid: frozenset[str] = frozenset(), ranges: Ranges = LARGE
+) -> list[Problem]:
     """`count` different problems, none of whose questions is in `avoid`; the same seed gives the same problems."""
     draw = random.Random(seed)
     problems, seen = [], set(avoid)
     while len(problems) < count:
-        question = _story(draw, draw.choice((2, 2, 3, 3, 4)))
+        question = _story(draw, draw.choice((2, 2, 3, 3, 4)), ranges)
         if question is None or question in seen:
             continue
         seen.add(question)

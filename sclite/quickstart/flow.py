@@ -20,18 +20,19 @@ DEFAULTS: Mapping[str, Any] = {
     "run": "runs/quickstart",
     "teacher": {"model": MODEL, "concurrency": 8},
     "student": {"model": "embedded", "backend": "plain", "batch": 64},
-    "problems": {"limit": 1200},
-    "attempts": {"samples": 4, "max_tokens": 200, "reviews": 2},
-    "sft": {"learning_rate": 2e-3, "epochs": 3, "batch": 16, "micro_batch": 16, "max_length": 1024},
+    "problems": {"limit": 900},
+    "attempts": {"samples": 2, "max_tokens": 160, "reviews": 2},
+    "sft": {"learning_rate": 2e-3, "epochs": 2, "batch": 16, "micro_batch": 16, "max_length": 1024},
     "dpo": {
         "batch": 16,
         "micro_batch": 16,
         "max_length": 1024,
         "warmup_learning_rate": 2e-3,
-        "warmup_epochs": 2,
+        "warmup_epochs": 1.5,
         "decision_weight": 8.0,
-        "learning_rate": 2e-4,
+        "learning_rate": 5e-4,
         "epochs": 1,
+        "replay_share": 0.5,
     },
     "export": {"quant": "q8_0", "num_ctx": 2048},
     "eval": {"limit": 400, "max_tokens": 200, "context": 1024},
@@ -77,7 +78,7 @@ def quickstart(config: Config, quiet: bool = False) -> tuple[dict[str, Any], dic
 
 def _problems(config: Config):
     """(for SFT, kept for stage 2), as many as `problems.limit` says in all."""
-    limit = config.problems.limit or 1200
+    limit = config.problems.limit or 900
     found = train_problems(limit)
     kept = round(limit * config.problems.correction_share)
     return found[: limit - kept], found[limit - kept :]

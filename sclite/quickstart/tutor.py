@@ -12,7 +12,7 @@ from sclite.quickstart.arithmetic import Operation, Solution, same_operation, so
 from sclite.trace import Step, Trace
 
 # A sum that stands alone: in "4 + 7 + 1 = 12" neither "7 + 1 = 12" nor anything else is one.
-_SUM = re.compile(r"(?<![-+*/] )(?<!\d)(\d+) ?([-+*/x×]) ?(\d+) ?= ?(\d+)(?! ?[-+*/])")
+_SUM = re.compile(r"(?<![-+*/] )(?<!\d)(\d+) ?([-+*/x×]) ?(\d+) ?= ?(\d+)(?!\d| ?[-+*/])")
 _PROBLEM = re.compile(r"Problem:\n(.+?)\n\n", re.S)
 _WORK = re.compile(r"The student's work:\n(.+)\Z", re.S)
 

@@ -23,7 +23,9 @@ def check_labels(rows: Sequence[Encoded], end: int) -> dict[str, float]:
     Every whole row needs loss on its last token, which is the end of turn, and none on its first, which is prompt.
     """
     if not rows:
-        raise DataFault("there is nothing to train on: no row is left", "`sclite show drops` tells why")
+        raise DataFault(
+            "there is nothing to train on: no row is left", "dropped.jsonl in the run folder tells why"
+        )
     for number, row in enumerate(rows, 1):
         if not any(row.weights):
             raise DataFault(
@@ -66,6 +68,7 @@ def arguments(folder: Path, lora: Lora, rate: float, epochs: float, seed: int) -
         "report_to": [],
         "disable_tqdm": True,
         "remove_unused_columns": False,
+        "train_sampling_strategy": "group_by_length",
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": cuda,
         "seed": seed,
@@ -73,11 +76,11 @@ def arguments(folder: Path, lora: Lora, rate: float, epochs: float, seed: int) -
     }
 
 
-def numbered(count: int) -> Any:
-    """A data set of row numbers: trl wants one of its own kind, while our rows are tokenised and weighted already."""
+def numbered(lengths: Sequence[int]) -> Any:
+    """A data set of row numbers and lengths in tokens: trl wants one of its own kind, our rows are tokenised already."""
     import datasets
 
-    return datasets.Dataset.from_dict({"number": list(range(count))})
+    return datasets.Dataset.from_dict({"number": list(range(len(lengths))), "length": list(lengths)})
 
 
 def metrics_writer(path: Path, phase: str, progress: Progress | None) -> Any:

@@ -119,7 +119,7 @@ def prefer(
     trainer = _trainer_class()(
         model=model,
         args=DPOConfig(**given, beta=settings.beta, max_length=None),
-        train_dataset=numbered(len(bundles)),
+        train_dataset=numbered([len(bundle.review.ids) for bundle in bundles]),
         data_collator=lambda items: {
             "batch": collate([bundles[i["number"]] for i in items], tokenizer.pad_token_id)
         },

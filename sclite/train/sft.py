@@ -111,7 +111,7 @@ def fine_tune(
     trainer = _trainer_class()(
         model=model,
         args=settings,
-        train_dataset=numbered(len(rows)),
+        train_dataset=numbered([len(row.ids) for row in rows]),
         data_collator=_Collator(rows, tokenizer.pad_token_id),
         processing_class=tokenizer,
         callbacks=[metrics_writer(folder / "metrics.jsonl", phase, progress)],

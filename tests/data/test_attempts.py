@@ -1,0 +1,204 @@
+"""Attempts: sampled in blocks that survive a kill, graded, or brought along from a file."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from sclite.config import Config
+from sclite.data.attempts import bring, distinct, sample_attempts
+from sclite.errors import DataFault
+from sclite.grader import Grader
+from sclite.records import Attempt, Problem
+from sclite.run import Run
+from sclite.student.base import Reply
+from sclite.trace import Step, Trace, parse, render
+
+PROBLEMS = [Problem(id=f"p{i}", question=f"What is {i} + 1?", answer=str(i + 1)) for i in range(5)]
+
+
+@pytest.fixture(scope="module")
+def grader():
+    with Grader() as grader:
+        yield grader
+
+
+def config_of(**attempts) -> Config:
+    return Config.model_validate({"attempts": {"samples": 3, **attempts}, "student": {"batch": 4}})
+
+
+@dataclass
+class Deterministic:
+    """A student whose reply depends on the request alone; it may break off after some blocks, as if killed."""
+
+    blocks: int = 10**9
+    finish: Callable[[int], str] = lambda seed: "stop"
+    asked: list = field(default_factory=list)
+
+    def generate(self, requests):
+        if len(self.asked) == self.blocks:
+            raise KeyboardInterrupt
+        self.asked.append(list(requests))
+        for index in reversed(range(len(requests))):
+            request = requests[index]
+            number = int(request.messages[-1]["content"].split("What is ")[1].split(" ")[0])
+            said = number + 1 + (request.seed % 3 == 0)
+            text = f"<Step1>seed {request.seed}\n</Step1>\n<Answer>{said}</Answer>"
+            yield Reply(index, text, 9, 20, self.finish(request.seed))
+
+
+def sample(run, grader, student, **attempts):
+    config = config_of(**attempts)
+    return sample_attempts(config, run, problems=PROBLEMS, student=student, grader=grader)
+
+
+# -- sampling ------------------------------------------------------------------------------------------------------
+
+
+def test_each_problem_is_tried_as_often_as_asked_each_time_with_a_seed_of_its_own(run, grader):
+    student = Deterministic()
+    report = sample(run, grader, student)
+    rows = run.read("attempts.jsonl", Attempt)
+    assert [(r.id, r.sample) for r in rows] == [(p.id, s) for p in PROBLEMS for s in range(3)]
+    assert [len(block) for block in student.asked] == [4, 4, 4, 3]
+    requests = [r for block in student.asked for r in block]
+    assert len({r.seed for r in requests}) == 15
+    assert {(r.temperature, r.top_p, r.max_tokens) for r in requests} == {(0.8, 0.95, 1024)}
+    for row, request in zip(rows, requests, strict=True):
+        assert f"seed {request.seed}" in row.trace  # replies come in any order and end up with their request
+    assert report.counts["attempts"] == 15
+    assert report.counts["right"] + report.counts["wrong"] == 15
+
+
+def test_an_attempt_is_right_when_its_answer_is_the_gold_one(run, grader):
+    sample(run, grader, Deterministic())
+    for row in run.read("attempts.jsonl", Attempt):
+        assert row.answer == parse(row.trace).trace.answer
+        assert row.correct is (row.answer == str(int(row.id[1:]) + 1))
+
+
+def test_a_failed_call_leaves_the_outcome_unknown(run, grader):
+    report = sample(run, grader, Deterministic(finish=lambda seed: "error"))
+    assert report.counts == {"attempts": 15, "right": 0, "wrong": 0, "unknown": 15}
+    assert {row.correct for row in run.read("attempts.jsonl", Attempt)} == {None}
+
+
+@pytest.mark.parametrize(
+    "tail", ["", '{"id":"p2","sam', '{"id":"p2","sample":2,"trace":"x","answer":null,"correct":null}\n']
+)
+@pytest.mark.parametrize("blocks", [0, 1, 2, 3])
+def test_after_a_kill_in_the_middle_of_a_block_the_file_becomes_that_of_an_unbroken_run(
+    tmp_path, grader, blocks, tail
+):
+    whole, broken = Run(tmp_path / "whole"), Run(tmp_path / "broken")
+    sample(whole, grader, Deterministic())
+    with pytest.raises(KeyboardInterrupt):
+        sample(broken, grader, Deterministic(blocks))
+    with open(broken.path("attempts.jsonl"), "a") as file:
+        file.write(tail)
+    student = Deterministic()
+    sample(broken, grader, student)
+    assert broken.path("attempts.jsonl").read_bytes() == whole.path("attempts.jsonl").read_bytes()
+    assert len(student.asked) == 4 - blocks  # what was whole is not sampled again
+
+
+def test_rows_of_other_settings_are_not_taken_over(run, grader):
+    with pytest.raises(KeyboardInterrupt):
+        sample(run, grader, Deterministic(2))
+    student = Deterministic()
+    sample(run, grader, student, temperature=0.5)
+    assert len(student.asked) == 4
+
+
+def test_a_finished_stage_asks_nobody(run, grader):
+    first = sample(run, grader, Deterministic())
+    again = sample(run, grader, None)
+    assert again.skipped
+    assert again.counts == first.counts
+
+
+def test_attempts_that_say_the_same_count_once():
+    text, same, other = (
+        "<Step1>a\n</Step1>\n<Answer>1</Answer>",
+        "<step 1>a</step 1><answer>1</answer>",
+        "<Answer>1</Answer>",
+    )
+    rows = [
+        Attempt(id=i, sample=s, trace=t, answer="1", correct=True)
+        for i, s, t in (("p1", 0, text), ("p1", 1, same), ("p1", 2, other), ("p2", 0, text))
+    ]
+    assert [(r.id, r.sample) for r in distinct(rows)] == [("p1", 0), ("p1", 2), ("p2", 0)]
+
+
+# -- brought along -------------------------------------------------------------------------------------------------
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_attempts_brought_along_keep_their_labels_and_get_a_verdict(run, grader, tmp_path):
+    source = write(
+        tmp_path / "mine.jsonl",
+        {"question": "What  is 1 + 1?", "steps": ["1 + 1 = 3", "So 3"], "first_error_step": 1},
+        {"question": "Something else?", "steps": ["x"]},
+        {"question": "What is 0 + 1?", "steps": ["0 + 1 = 1"], "first_error_step": 0},
+        {"question": "What is 1 + 1?", "steps": ["a <Step2> b", "#### 2"], "answer": 2},
+        {"question": "What is 3 + 1?", "steps": ["5"], "answer": "5", "first_error_step": None},
+    )
+    report = sample(run, grader, None, source=str(source))
+    rows = run.read("attempts.jsonl", Attempt)
+    assert [(r.id, r.sample, r.correct, r.first_error) for r in rows] == [
+        ("p0", 0, True, None),
+        ("p1", 0, False, 1),
+        ("p1", 1, True, None),
+        ("p3", 0, False, None),
+    ]
+    assert parse(rows[1].trace).trace == Trace((Step("1 + 1 = 3"), Step("So 3")), None, "3")
+    assert rows[2].answer == "2"
+    assert report.counts == {"attempts": 4, "right": 2, "wrong": 2, "unknown": 0}
+
+
+def test_a_line_separator_inside_a_text_is_no_end_of_line(grader, tmp_path):
+    source = write(tmp_path / "mine.jsonl", {"question": "What is 1 + 1?", "steps": ["one\u2028two", "2"]})
+    assert len(bring(source, PROBLEMS, grader)) == 1
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"question": "What is 1 + 1?"}',
+        '{"steps": ["a"]}',
+        '{"question": "What is 1 + 1?", "steps": []}',
+        '{"question": "What is 1 + 1?", "steps": "one string"}',
+        '{"question": "What is 1 + 1?", "steps": ["a"], "first_error_step": 2}',
+        '{"question": "What is 1 + 1?", "steps": ["a"], "first_error_step": "first"}',
+        '{"question": 7, "steps": ["a"]}',
+        "[1]",
+        "not JSON",
+    ],
+)
+def test_a_row_that_cannot_be_used_is_named_with_file_and_line(grader, tmp_path, row):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"question": "What is 0 + 1?", "steps": ["1"]}\n\n' + row + "\n")
+    with pytest.raises(DataFault, match=r"mine\.jsonl, line 3: ") as fault:
+        bring(path, PROBLEMS, grader)
+    assert fault.value.hint
+
+
+def test_a_missing_file_and_one_about_other_problems_are_told_apart(grader, tmp_path):
+    with pytest.raises(DataFault, match="does not exist"):
+        bring(tmp_path / "none.jsonl", PROBLEMS, grader)
+    other = write(tmp_path / "other.jsonl", {"question": "Something else?", "steps": ["x"]})
+    with pytest.raises(DataFault, match="no row's question is among the problems"):
+        bring(other, PROBLEMS, grader)
+
+
+def test_a_brought_attempt_is_written_in_canonical_form(grader, tmp_path):
+    source = write(
+        tmp_path / "mine.jsonl", {"question": "What is 1 + 1?", "steps": ["a", "b"], "answer": "2"}
+    )
+    (row,) = bring(source, PROBLEMS, grader)
+    assert row.trace == render(parse(row.trace).trace)

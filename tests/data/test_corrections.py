@@ -1,0 +1,245 @@
+"""Corrections by a real HTTP teacher: which reviews are kept, and each reason for which one is not."""
+
+import pytest
+
+from sclite.config import Config
+from sclite.data.corrections import build_corrections, review_flaw
+from sclite.errors import DataFault
+from sclite.grader import Grader
+from sclite.records import Attempt, Drop, Problem, Review
+from sclite.teacher.client import Teacher
+from sclite.teacher.ledger import Ledger
+from sclite.trace import Step, Trace, parse, render
+from tests.replay import Teaching, fail, say
+
+PROBLEM = Problem(id="p0", question="What is 48 + 24, halved, plus 5?", answer="41", solution="72, 36, 41.")
+WORK = Trace((Step("48 + 24 = 72", "Carry."), Step("72 / 2 = 38"), Step("38 + 5 = 43")), "Go on.", "43")
+ATTEMPT = Attempt(id="p0", sample=0, trace=render(WORK), answer="43", correct=False)
+GOOD = (
+    "<Step1>48 + 24 = 72\n<Key>Carry.</Key>\n</Step1>\n"
+    "<Step2>72 / 2 = 38\n<Cause>2 * 38 is 76.</Cause>\n<Correction>72 / 2 = 36</Correction>\n</Step2>\n"
+    "<Step3>36 + 5 = 41\n</Step3>\n<Generalized>Go on.</Generalized>\n<Answer>41</Answer>"
+)
+NOTES = "<Cause>2 * 38 is 76.</Cause>\n<Correction>72 / 2 = 36</Correction>\n"
+
+
+@pytest.fixture(scope="module")
+def grader():
+    with Grader() as grader:
+        yield grader
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test-secret")
+
+
+def build(run, url, grader, share=0.5, **teacher):
+    settings = {"model": "openai/replay", "api_base": url, "attempts_per_call": 1, "repairs": 1, **teacher}
+    config = Config.model_validate({"teacher": settings, "dpo": {"confirmation_share": share}})
+    with Ledger(run.path("ledger.sqlite")) as ledger, Teacher(config.teacher, ledger) as made:
+        return build_corrections(config, run, teacher=made, grader=grader)
+
+
+def fill(run, wrong=1, right=0, others=()):
+    """`wrong` wrong attempts and `right` right ones, each at a problem of its own."""
+    attempts = [ATTEMPT.model_copy(update={"id": f"w{i}"}) for i in range(wrong)]
+    done = render(Trace((Step("48 + 24 = 72"), Step("72 / 2 + 5 = 41")), "Go on.", "41"))
+    attempts += [Attempt(id=f"r{i}", sample=0, trace=done, answer="41", correct=True) for i in range(right)]
+    attempts += others
+    run.replace(
+        "problems.jsonl",
+        [
+            PROBLEM.model_copy(update={"id": a.id, "question": f"{a.id}: {PROBLEM.question}"})
+            for a in attempts
+        ],
+    )
+    run.replace("attempts.jsonl", attempts)
+
+
+# -- one review ----------------------------------------------------------------------------------------------------
+
+
+def test_a_review_that_changes_the_first_wrong_step_and_ends_right_is_kept(grader):
+    assert review_flaw(GOOD, ATTEMPT, PROBLEM, grader) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("I think it is all wrong.", "not_readable"),
+        (GOOD.replace("</Step2>", ""), "not_readable"),
+        (GOOD.replace(NOTES, ""), "no_error_found"),
+        (
+            GOOD.replace(NOTES, "").replace(
+                "36 + 5 = 41\n</Step3>",
+                f"36 + 5 = 41\n</Step3>\n<Step4>so\n{NOTES}</Step4>",
+            ),
+            "step_out_of_range",
+        ),
+        (GOOD.replace("<Cause>2 * 38 is 76.</Cause>\n", ""), "cause_or_correction_missing"),
+        (GOOD.replace("<Correction>72 / 2 = 36</Correction>\n", ""), "cause_or_correction_missing"),
+        (
+            GOOD.replace("36 + 5 = 41\n", "36 + 5 = 41\n<Cause>x</Cause>\n<Correction>y</Correction>\n"),
+            "several_steps_corrected",
+        ),
+        (GOOD.replace("48 + 24 = 72", "48 + 24 is 72"), "steps_changed"),
+        (GOOD.replace("72 / 2 = 38", "72 / 2 = 39"), "steps_changed"),
+        (GOOD.replace("2 * 38 is 76.", "The reference solution says 36."), "leak"),
+        (GOOD.replace("<Answer>41", "<Answer>43"), "wrong_answer"),
+    ],
+)
+def test_each_flaw_of_a_review_has_its_reason(grader, text, reason):
+    flaw = review_flaw(text, ATTEMPT, PROBLEM, grader)
+    assert flaw.reason == reason
+    assert flaw.text
+
+
+def test_a_label_that_was_brought_along_decides_on_the_step(grader):
+    for label, reason in ((2, None), (1, "other_step_than_label"), (3, "other_step_than_label")):
+        flaw = review_flaw(GOOD, ATTEMPT.model_copy(update={"first_error": label}), PROBLEM, grader)
+        assert (flaw.reason if flaw else None) == reason
+
+
+def test_blanks_are_no_change_of_a_step(grader):
+    assert review_flaw(GOOD.replace("48 + 24 = 72", "48 +  24 =\n72"), ATTEMPT, PROBLEM, grader) is None
+
+
+def test_a_grader_that_does_not_know_is_no_wrong_answer():
+    class Unsure:
+        def equal(self, given, gold):
+            return None
+
+    assert review_flaw(GOOD, ATTEMPT, PROBLEM, Unsure()).reason == "grader_unknown"
+
+
+# -- the stage -----------------------------------------------------------------------------------------------------
+
+
+def test_the_teacher_sees_the_work_and_the_solution_and_its_review_becomes_a_row(run, grader):
+    fill(run)
+    with Teaching(lambda request, nth: say(GOOD)) as server:
+        report = build(run, server.url, grader)
+    asked = server.requests[0]["messages"][-1]["content"]
+    assert PROBLEM.solution in asked
+    assert asked.endswith(render(WORK))
+    (row,) = run.read("reviews.jsonl", Review)
+    assert (row.step, row.cause, row.correction) == (2, "2 * 38 is 76.", "72 / 2 = 36")
+    assert row.trace == render(parse(GOOD).trace)
+    assert row.requests == 1
+    assert report.counts == {"wrong": 1, "corrected": 1, "confirmed": 0}
+
+
+def test_a_flaw_goes_back_to_the_teacher_and_then_the_row_is_dropped_with_its_reason(run, grader):
+    fill(run, wrong=2)
+    bad = GOOD.replace("<Answer>41", "<Answer>43")
+
+    def answer(request, nth):
+        return say(bad if "w0: " in request["messages"][-1]["content"] else GOOD)
+
+    with Teaching(answer) as server:
+        report = build(run, server.url, grader)
+    asked = [r["messages"][-1]["content"] for r in server.requests]
+    said = "Your last reply could not be used: 43 is not the right final answer"
+    assert sum(said in text for text in asked) == 1
+    assert report.counts["corrected"] == 1
+    assert report.dropped == {"wrong_answer": 1}
+    (drop,) = run.read("dropped.jsonl", Drop)
+    assert (drop.stage, drop.id, drop.sample, drop.reason, drop.raw) == (
+        "corrections",
+        "w0",
+        0,
+        "wrong_answer",
+        bad,
+    )
+
+
+@pytest.mark.parametrize(
+    ("share", "right", "confirmed"), [(0.5, 10, 4), (0.2, 10, 1), (0.0, 10, 0), (0.8, 10, 10), (0.5, 2, 2)]
+)
+def test_confirmations_are_right_attempts_in_the_asked_share(run, grader, share, right, confirmed):
+    """`share` of all reviews, as far as there are right attempts."""
+    fill(run, wrong=4, right=right)
+    with Teaching(lambda request, nth: say(GOOD)) as server:
+        report = build(run, server.url, grader, share=share)
+    assert report.counts == {"wrong": 4, "corrected": 4, "confirmed": confirmed}
+    rows = run.read("reviews.jsonl", Review)
+    confirmations = [r for r in rows if r.step is None]
+    assert len(confirmations) == confirmed
+    for row in confirmations:
+        assert row.id.startswith("r")
+        assert (row.cause, row.correction, row.requests) == (None, None, 0)
+    assert len(server.requests) == 4  # nobody is paid for what is right
+    assert "<Cause>" not in "".join(r.trace for r in confirmations)
+
+
+def test_attempts_that_cannot_be_used_are_counted_and_never_sent(run, grader):
+    unknown = ATTEMPT.model_copy(update={"id": "u", "correct": None})
+    torn = ATTEMPT.model_copy(update={"id": "t", "trace": "<Step1>cut in the mid"})
+    fill(run, wrong=1, others=(unknown, torn))
+    with Teaching(lambda request, nth: say(GOOD)) as server:
+        report = build(run, server.url, grader)
+    assert report.dropped == {"outcome_unknown": 1, "attempt_not_readable": 1}
+    assert len(server.requests) == 1
+    drops = {d.id: d for d in run.read("dropped.jsonl", Drop)}
+    assert drops["t"].raw == torn.trace
+    assert "missing closer at step 1" in drops["t"].detail
+
+
+def test_two_attempts_that_say_the_same_are_corrected_once(run, grader):
+    fill(run, others=(ATTEMPT.model_copy(update={"id": "w0", "sample": 1}),))
+    run.replace("problems.jsonl", [PROBLEM.model_copy(update={"id": "w0"})])
+    with Teaching(lambda request, nth: say(GOOD)) as server:
+        report = build(run, server.url, grader)
+    assert len(server.requests) == 1
+    assert report.counts["wrong"] == 1
+
+
+def test_when_no_correction_is_left_the_reasons_are_told(run, grader):
+    fill(run, wrong=2)
+    with (
+        Teaching(lambda request, nth: say("All good!")) as server,
+        pytest.raises(DataFault, match="no wrong attempt could be corrected: 2 not_readable") as fault,
+    ):
+        build(run, server.url, grader)
+    assert "dropped.jsonl" in fault.value.hint
+    assert run.finished("corrections") is None
+    assert len(run.read("dropped.jsonl", Drop)) == 2
+
+
+def test_a_second_run_asks_nobody_again(run, grader):
+    fill(run, wrong=3, right=3)
+    with Teaching(lambda request, nth: say(GOOD)) as server:
+        first = build(run, server.url, grader)
+        before = run.path("reviews.jsonl").read_bytes()
+        again = build(run, server.url, grader)
+        assert again.skipped
+        run.path("done/corrections.json").unlink()
+        third = build(run, server.url, grader)
+        assert len(server.requests) == 3
+    assert again.counts == first.counts == third.counts
+    assert run.path("reviews.jsonl").read_bytes() == before
+
+
+def test_a_row_that_got_no_reply_is_asked_for_again_next_time(run, grader):
+    fill(run, wrong=3)
+    down = [True]
+
+    def answer(request, nth):
+        return fail(503) if down[0] and len(server.requests) == 2 else say(GOOD)
+
+    with Teaching(answer) as server:
+        first = build(run, server.url, grader, concurrency=1)
+        assert first.dropped == {"no_reply": 1}
+        down[0] = False
+        second = build(run, server.url, grader, concurrency=1)
+    assert not second.skipped
+    assert second.counts["corrected"] == 3
+    assert second.dropped == {}
+    assert len(server.requests) == 4
+
+
+def test_without_attempts_the_next_command_is_named(run, grader):
+    with pytest.raises(DataFault, match=r"attempts\.jsonl is missing or empty") as fault:
+        build(run, "http://127.0.0.1:9/v1", grader)
+    assert "sclite train" in fault.value.hint

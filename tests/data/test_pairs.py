@@ -1,0 +1,185 @@
+"""Preference pairs: a decision at every judged step, contents from the student's own corrections, and what is dropped."""
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from sclite.config import Config
+from sclite.data.pairs import build_pairs, content_pair, continuation, decision_pairs
+from sclite.errors import DataFault
+from sclite.grader import Grader
+from sclite.records import Attempt, Drop, Pair, Problem, Review
+from sclite.student.base import Reply
+from sclite.trace import CAUSE, Step, Trace, close_piece, open_piece, render
+
+WORK = Trace((Step("48 + 24 = 72", "Carry."), Step("72 / 2 = 38"), Step("38 + 5 = 43")), "Go on.", "43")
+REVIEW = Review(id="p0", sample=0, step=2, cause="2 * 38 is 76.", correction="72 / 2 = 36", trace="")
+CONFIRMED = Review(id="p0", sample=0, step=None, trace="")
+TEACHERS = "2 * 38 is 76.</Cause>\n<Correction>72 / 2 = 36</Correction>\n"
+WRONG = "Hm.</Cause>\n<Correction>72 / 2 = 30</Correction>\n"
+RIGHT = "Twice 38 is too much.</Cause>\n<Correction>72 / 2 = 36</Correction>\n"
+
+
+@pytest.fixture(scope="module")
+def grader():
+    with Grader() as grader:
+        yield grader
+
+
+# -- decisions -----------------------------------------------------------------------------------------------------
+
+
+def test_every_step_up_to_the_wrong_one_is_a_decision_with_the_right_side_chosen():
+    pairs = decision_pairs(REVIEW, WORK)
+    assert [(p.step, p.chosen, p.rejected) for p in pairs] == [
+        (1, "</Step1>\n", CAUSE),
+        (2, CAUSE, "</Step2>\n"),
+    ]
+    assert {p.kind for p in pairs} == {"decision"}
+
+
+def test_a_confirmation_closes_every_step():
+    pairs = decision_pairs(CONFIRMED, WORK)
+    assert [(p.step, p.chosen, p.rejected) for p in pairs] == [(n, f"</Step{n}>\n", CAUSE) for n in (1, 2, 3)]
+
+
+def test_the_prefix_of_a_decision_is_the_attempt_up_to_the_end_of_the_steps_text():
+    for pair in [*decision_pairs(REVIEW, WORK), *decision_pairs(CONFIRMED, WORK)]:
+        assert pair.attempt == render(WORK)
+        assert "".join(pair.prefix) == render(WORK).partition(f"</Step{pair.step}>")[0]
+        assert pair.prefix[-1] == open_piece(pair.step, WORK.steps[pair.step - 1])
+        assert pair.prefix[1::2] == tuple(close_piece(n) for n in range(1, pair.step))
+
+
+# -- contents ------------------------------------------------------------------------------------------------------
+
+
+def test_the_teachers_correction_is_chosen_against_the_students_own_wrong_one():
+    pair = content_pair(REVIEW, WORK, [(WRONG, False)])
+    assert (pair.chosen, pair.rejected, pair.origin, pair.step) == (TEACHERS, WRONG, "teacher", 2)
+    assert pair.prefix[-1] == CAUSE
+    assert pair.prefix[:-1] == decision_pairs(REVIEW, WORK)[-1].prefix
+
+
+def test_the_students_own_right_correction_is_chosen_before_the_teachers():
+    for own in ([(RIGHT, True), (WRONG, False)], [(WRONG, False), (RIGHT, True)]):
+        pair = content_pair(REVIEW, WORK, own)
+        assert (pair.chosen, pair.rejected, pair.origin) == (RIGHT, WRONG, "student")
+
+
+@pytest.mark.parametrize(
+    ("own", "reason"),
+    [
+        ([(RIGHT, True)], "student_review_already_right"),
+        ([(RIGHT, True), (RIGHT, None)], "student_review_already_right"),
+        ([], "student_review_not_readable"),
+        ([(WRONG, None)], "student_review_not_readable"),
+        ([(TEACHERS, False)], "both_sides_alike"),
+        ([(RIGHT, True), (RIGHT, False)], "both_sides_alike"),
+    ],
+)
+def test_what_gives_no_pair_is_dropped_with_its_reason(own, reason):
+    drop = content_pair(REVIEW, WORK, own)
+    assert isinstance(drop, Drop)
+    assert (drop.stage, drop.id, drop.sample, drop.reason) == ("pairs", "p0", 0, reason)
+    assert drop.raw == (own[0][0] if own else "")
+
+
+def test_an_own_correction_of_unknown_outcome_is_neither_chosen_nor_rejected():
+    pair = content_pair(REVIEW, WORK, [("odd", None), (WRONG, False), ("odder", None)])
+    assert (pair.chosen, pair.rejected) == (TEACHERS, WRONG)
+
+
+def test_a_continuation_ends_before_the_steps_closer():
+    assert continuation(REVIEW) == TEACHERS
+    noted = Trace((Step("x", None, REVIEW.cause, REVIEW.correction),))
+    assert render(noted) == f"<Step1>x\n{CAUSE}{TEACHERS}</Step1>"
+
+
+# -- the stage -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Scripted:
+    """A student with a list of corrections for each problem; what it writes after one follows from it."""
+
+    corrections: dict[str, list[str]]
+    requests: list = field(default_factory=list)
+
+    def generate(self, requests):
+        self.requests += requests
+        for index, request in enumerate(requests):
+            if request.pieces[-1] == CAUSE:
+                number = next(n for n in self.corrections if f"{n}: What" in request.messages[-1]["content"])
+                text = self.corrections[number].pop(0)
+            else:
+                said = 41 if "= 36" in request.pieces[-2] else 35
+                text = f"<Step3>so {said}\n</Step3>\n<Answer>{said}</Answer>"
+            yield Reply(index, text, 8, 30, "stop")
+
+
+def fill(run, count):
+    """`count` wrong attempts with the teacher's review, and one confirmation at the end."""
+    ids = [f"p{i}" for i in range(count)]
+    run.replace("problems.jsonl", [Problem(id=i, question=f"{i}: What?", answer="41") for i in [*ids, "r"]])
+    wrong = [Attempt(id=i, sample=0, trace=render(WORK), answer="43", correct=False) for i in ids]
+    run.replace(
+        "attempts.jsonl", [*wrong, Attempt(id="r", sample=0, trace=render(WORK), answer="41", correct=True)]
+    )
+    reviews = [REVIEW.model_copy(update={"id": i}) for i in ids]
+    run.replace("reviews.jsonl", [*reviews, CONFIRMED.model_copy(update={"id": "r"})])
+
+
+CONFIG = Config.model_validate({"student": {"batch": 2}, "attempts": {"reviews": 2}})
+
+
+def test_the_students_corrections_are_followed_to_their_answers_and_become_pairs(run, grader):
+    fill(run, 4)
+    student = Scripted(
+        {
+            "p0": [WRONG, WRONG],
+            "p1": [RIGHT, WRONG],
+            "p2": [RIGHT, RIGHT],
+            "p3": ["no tags", "only a cause</Cause>"],
+        }
+    )
+    report = build_pairs(CONFIG, run, student=student, grader=grader)
+    pairs = run.read("pairs.jsonl", Pair)
+    contents = {p.id: p for p in pairs if p.kind == "content"}
+    assert {i: (p.chosen, p.rejected, p.origin) for i, p in contents.items()} == {
+        "p0": (TEACHERS, WRONG, "teacher"),
+        "p1": (RIGHT, WRONG, "student"),
+    }
+    drops = {d.id: d.reason for d in run.read("dropped.jsonl", Drop)}
+    assert drops == {"p2": "student_review_already_right", "p3": "student_review_not_readable"}
+    assert report.dropped == {"student_review_already_right": 1, "student_review_not_readable": 1}
+    assert report.counts == {"decision": 4 * 2 + 3, "content": 2, "own_corrections_chosen": 1}
+    # a row without contents keeps its decisions
+    assert [p.step for p in pairs if p.id == "p3"] == [1, 2]
+
+
+def test_each_wrong_attempt_is_corrected_as_often_as_asked_at_the_teachers_step(run, grader):
+    fill(run, 3)
+    student = Scripted({f"p{i}": [WRONG, WRONG] for i in range(3)})
+    build_pairs(CONFIG, run, student=student, grader=grader)
+    asked = [r for r in student.requests if r.pieces[-1] == CAUSE]
+    assert len(asked) == 6
+    assert {r.pieces[-2] for r in asked} == {"<Step2>72 / 2 = 38\n"}
+    assert {r.temperature for r in asked} == {0.8}
+    for i in range(3):
+        same = [r for r in asked if f"p{i}: What" in r.messages[-1]["content"]]
+        assert len({r.seed for r in same}) == 2  # two samples, not the same one twice
+
+
+def test_a_finished_stage_asks_no_student(run, grader):
+    fill(run, 1)
+    first = build_pairs(CONFIG, run, student=Scripted({"p0": [WRONG, WRONG]}), grader=grader)
+    again = build_pairs(CONFIG, run, student=None, grader=grader)
+    assert again.skipped
+    assert again.counts == first.counts
+
+
+def test_without_reviews_the_next_command_is_named(run, grader):
+    with pytest.raises(DataFault, match=r"reviews\.jsonl is missing or empty") as fault:
+        build_pairs(CONFIG, run, student=None, grader=grader)
+    assert "sclite build-data" in fault.value.hint

@@ -1,0 +1,110 @@
+"""The arithmetic stories: what is written can be read back, and the sets have no question in common."""
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sclite.quickstart.arithmetic import EVENTS, OPENINGS, QUESTIONS, generate, same_operation, solve
+from sclite.quickstart.problems import test_problems as held_out_problems
+from sclite.quickstart.problems import threshold_problems, train_problems
+
+CALCULATE = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}
+
+
+@pytest.fixture(scope="module")
+def problems():
+    return generate(1500, 7)
+
+
+def test_every_problem_is_read_back_from_its_text_alone(problems):
+    for problem in problems:
+        solution = solve(problem.question)
+        assert str(solution.answer) == problem.answer
+        assert 1 <= len(solution.operations) <= 4
+
+
+def test_every_operation_is_worked_out_right_and_comes_out_whole(problems):
+    for problem in problems:
+        for operation in solve(problem.question).operations:
+            assert CALCULATE[operation.sign](operation.left, operation.right) == operation.result
+            assert operation.result >= 0
+            if operation.sign == "/":
+                assert operation.left % operation.right == 0
+
+
+def test_an_operation_uses_the_results_of_its_parents(problems):
+    for problem in problems:
+        solution = solve(problem.question)
+        for operation, parents in zip(solution.operations, solution.parents, strict=True):
+            for parent in parents:
+                assert solution.operations[parent].result in (operation.left, operation.right)
+        assert all(p < i for i, parents in enumerate(solution.parents) for p in parents)
+
+
+def test_the_gold_solution_ends_in_the_answer(problems):
+    for problem in problems[:300]:
+        assert re.search(rf"= {problem.answer}\.$", problem.solution)
+
+
+def test_every_sentence_of_the_grammar_is_used(problems):
+    used = {operation.form for p in problems for operation in solve(p.question).operations}
+    assert used >= {*EVENTS, *QUESTIONS, *OPENINGS} - {"has", "left"}  # these two ask for no sum
+
+
+def test_the_same_seed_gives_the_same_problems_and_another_seed_others():
+    assert generate(50, 3) == generate(50, 3)
+    assert generate(50, 3)[:20] == generate(20, 3)
+    assert not {p.question for p in generate(50, 3)} & {p.question for p in generate(50, 4)}
+
+
+def test_no_question_stands_twice_or_is_one_to_avoid(problems):
+    assert len({p.question for p in problems}) == len({p.id for p in problems}) == 1500
+    avoid = frozenset(p.question for p in generate(100, 3))
+    assert not avoid & {p.question for p in generate(300, 3, avoid)}
+
+
+def test_training_threshold_and_test_sets_have_no_question_in_common():
+    sets = [
+        {p.question for p in made}
+        for made in (held_out_problems(1000), threshold_problems(1000), train_problems(1200))
+    ]
+    assert [len(questions) for questions in sets] == [1000, 1000, 1200]
+    assert not sets[0] & sets[1] | sets[0] & sets[2] | sets[1] & sets[2]
+
+
+@settings(deadline=None, database=None, max_examples=300)
+@given(st.text())
+def test_any_other_text_is_no_problem_of_this_grammar(text):
+    assert solve(text) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q: q + " Please.",
+        lambda q: q.replace("How many", "How few"),
+        lambda q: "Once upon a time. " + q,
+        lambda q: re.sub(r"\d+", "some", q),
+        lambda q: q[: len(q) // 2],
+    ],
+)
+def test_a_question_that_was_changed_is_not_read_as_another(problems, change):
+    for problem in problems[:100]:
+        found = solve(change(problem.question))
+        assert found is None or found != solve(problem.question)
+
+
+def test_blanks_around_a_question_do_not_matter(problems):
+    question = problems[0].question
+    assert solve(f"\n {question} \n") == solve(question)
+
+
+def test_sums_and_products_may_be_turned_round_and_nothing_else(problems):
+    operations = [o for p in problems[:300] for o in solve(p.question).operations if o.left != o.right]
+    assert {o.sign for o in operations} == set("+-*/")
+    for o in operations:
+        assert same_operation((o.left, o.sign, o.right), o)
+        assert same_operation((o.right, o.sign, o.left), o) is (o.sign in "+*")
+        assert not same_operation((o.left + 1, o.sign, o.right), o)

@@ -1,0 +1,136 @@
+"""The embedded tutor: its templates hold, it finds the first wrong step, and its corrections pass the filters."""
+
+import operator
+import random
+import re
+from dataclasses import replace
+
+import pytest
+
+from sclite import prompts
+from sclite.data.corrections import review_flaw
+from sclite.data.templates import check_template
+from sclite.grader import Grader
+from sclite.quickstart import tutor
+from sclite.quickstart.arithmetic import generate, solve
+from sclite.records import Attempt
+from sclite.trace import Step, first_corrected, parse, render
+
+PROBLEMS = generate(400, 11)
+CALCULATE = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+
+
+@pytest.fixture(scope="module")
+def grader():
+    with Grader() as grader:
+        yield grader
+
+
+def damaged(problem, draw):
+    """(trace, its first wrong step): one result of the right solution put wrong, what follows worked out from there."""
+    trace = tutor.template(solve(problem.question))
+    step = draw.randrange(len(trace.steps))
+    text = trace.steps[step].text
+    result = int(re.search(r"= (\d+)", text)[1])
+    wrong = result + draw.choice((-10, -1, 1, 2, 10))
+    steps = list(trace.steps)
+    steps[step] = Step(text.replace(f"= {result}", f"= {abs(wrong)}"), steps[step].key)
+    return replace(trace, steps=tuple(steps), answer=str(int(trace.answer) + 1)), step + 1
+
+
+def test_every_template_of_the_tutor_passes_the_filters(grader):
+    for problem in PROBLEMS:
+        reply = tutor.reply(
+            list(prompts.template_messages(problem.question, problem.solution, problem.answer))
+        )
+        assert check_template(reply, problem, grader) is None
+        assert reply == render(parse(reply).trace)
+
+
+def test_right_work_is_accepted_in_any_order_that_the_problem_allows():
+    for problem in PROBLEMS:
+        solution = solve(problem.question)
+        assert tutor.judge(solution, tutor.template(solution)).step is None
+
+
+def test_the_first_wrong_step_is_found_wherever_it_stands():
+    draw = random.Random(1)
+    for problem in PROBLEMS:
+        attempt, wrong = damaged(problem, draw)
+        verdict = tutor.judge(solve(problem.question), attempt)
+        assert verdict.step == wrong
+        assert verdict.cause
+
+
+def test_every_correction_of_the_tutor_passes_the_filters(grader):
+    draw = random.Random(2)
+    for problem in PROBLEMS:
+        attempt, wrong = damaged(problem, draw)
+        row = Attempt(id=problem.id, sample=0, trace=render(attempt), answer=attempt.answer, correct=False)
+        messages = prompts.correction_messages(problem.question, problem.solution, problem.answer, row.trace)
+        reply = tutor.reply(list(messages))
+        assert review_flaw(reply, row, problem, grader) is None, reply
+        assert first_corrected(parse(reply).trace) == wrong
+
+
+def test_what_a_correction_claims_is_true():
+    """Every sum in it comes out, in each column and in the whole."""
+    draw = random.Random(3)
+    for problem in PROBLEMS:
+        attempt, wrong = damaged(problem, draw)
+        noted = tutor.correct(solve(problem.question), attempt).steps[wrong - 1]
+        found = re.findall(r"(\d+) ([-+*/]) (\d+)( \+ 1)? = (\d+)", noted.correction)
+        assert found
+        for left, sign, right, carry, result in found:
+            assert CALCULATE[sign](int(left), int(right)) + bool(carry) == int(result), noted.correction
+
+
+def test_a_step_that_is_missing_or_one_too_many_is_wrong():
+    problem = next(p for p in PROBLEMS if len(solve(p.question).operations) == 3)
+    solution = solve(problem.question)
+    trace = tutor.template(solution)
+    more = replace(trace, steps=(*trace.steps, Step("And 1 + 1 = 2 more.")))
+    verdict = tutor.judge(solution, more)
+    assert (verdict.step, verdict.operation) == (4, None)
+    assert "no further sum" in verdict.cause
+    without = replace(trace, steps=(Step("I think a little."), *trace.steps[1:]))
+    assert tutor.judge(solution, without).step == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("48 + 24 = 72 apples", [(48, "+", 24, 72)]),
+        ("6x7=42 and 8 × 2 = 16", [(6, "*", 7, 42), (8, "*", 2, 16)]),
+        ("4 + 7 + 1 = 12", []),
+        ("no sums", []),
+        ("3 * 4 = 12 + 1", []),
+    ],
+)
+def test_only_sums_that_stand_alone_are_read(text, found):
+    assert tutor.sums(text) == found
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ((47, "+", 38), "units 7 + 8 = 15, tens 4 + 3 + 1 = 8, so 47 + 38 = 85"),
+        ((6, "*", 14), "6 * 10 = 60, 6 * 4 = 24, 60 + 24 = 84, so 6 * 14 = 84"),
+        ((96, "/", 4), "4 * 20 = 80, 96 - 80 = 16, 16 / 4 = 4, so 96 / 4 = 24"),
+        ((3, "*", 5), "3 * 5 = 15"),
+    ],
+)
+def test_a_sum_is_taken_apart_into_ones_that_a_beginner_can_do(asked, said):
+    assert tutor.apart(*asked) == said
+
+
+def test_other_problems_are_declined():
+    messages = prompts.template_messages("What is the capital of France?", "Paris.", "Paris")
+    assert tutor.reply(list(messages)) == "I only know arithmetic stories, and I see none here."
+
+
+def test_work_with_no_step_at_all_is_answered_without_an_exception():
+    problem = PROBLEMS[0]
+    for work in ("", "I do not know.", "<Step1>", "<Step1>9 / 0 = 0\n</Step1>", "<Answer>5</Answer>"):
+        messages = prompts.correction_messages(problem.question, problem.solution, problem.answer, work)
+        assert tutor.reply(list(messages))

@@ -1,0 +1,326 @@
+"""The command line: each fault ends in one line that names the place, one that says what to do, and its exit code."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sclite import machine
+from sclite.__main__ import main
+from sclite.config import load
+from sclite.run import Run
+from tests.replay import Teaching, fail
+
+PROBLEM = {"question": "What is 1 + 1?", "answer": "2"}
+TEACHER = ("--set", "teacher.model=openai/replay", "--set", "teacher.attempts_per_call=1")
+CLEAN = ("OPENAI_API_KEY", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
+
+
+class Ended:
+    """How a command ended: its exit code and what it wrote."""
+
+    def __init__(self, code: int, out: str, err: str):
+        self.code, self.out, self.err = code, out, err
+        self.error = next((line for line in err.splitlines() if line.startswith("error: ")), "")
+        self.hint = next((line for line in err.splitlines() if line.startswith("try: ")), "")
+
+
+@pytest.fixture
+def sclite(tmp_path, monkeypatch, capsys):
+    """Runs a command in a folder of its own, as `sclite` would, and never lets a traceback pass."""
+    monkeypatch.chdir(tmp_path)
+    for name in CLEAN:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name in ("OMP_WAIT_POLICY", "TOKENIZERS_PARALLELISM"):
+        monkeypatch.setenv(name, "passive" if name.startswith("OMP") else "false")
+
+    def call(*arguments: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["sclite", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as leaving:
+            code = leaving.code if isinstance(leaving.code, int) else int(bool(leaving.code))
+        ended = Ended(code, *capsys.readouterr())
+        assert "Traceback" not in ended.err
+        return ended
+
+    return call
+
+
+def write(name: str, *rows: object) -> str:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    Path(name).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return name
+
+
+# -- problems ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "place"),
+    [
+        (None, "mine.jsonl does not exist"),
+        ((), "mine.jsonl is empty"),
+        (
+            (*[{**PROBLEM, "question": f"{i}?"} for i in range(6)], '{"question": "x'),
+            "mine.jsonl, line 7: not JSON",
+        ),
+        ((PROBLEM, {"question": "How?", "answer": ""}), "mine.jsonl, line 2: no answer"),
+        ((PROBLEM, {"task": "How?"}), "mine.jsonl, line 2: no known columns, only: task"),
+        ((PROBLEM, "[1, 2]"), "mine.jsonl, line 2: not a JSON object"),
+    ],
+)
+def test_a_faulty_problems_file_is_named_with_its_line_and_a_remedy(sclite, rows, place):
+    if rows is not None:
+        write("mine.jsonl", *rows)
+    ended = sclite("build-data", "mine.jsonl", *TEACHER)
+    assert ended.code == 3
+    assert place in ended.error
+    assert ended.hint
+    assert ended.out == ""
+
+
+def test_without_any_problems_it_says_how_to_give_them(sclite):
+    ended = sclite("build-data", *TEACHER)
+    assert ended.code == 3
+    assert "problems.jsonl is missing or empty" in ended.error
+    assert "problems.source" in ended.hint
+
+
+# -- configuration -------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_key_in_the_file_gets_the_nearest_known_one(sclite):
+    Path("sclite.toml").write_text("[sft]\nlearning_rat = 1e-4\n")
+    ended = sclite("train")
+    assert ended.code == 2
+    assert ended.error == "error: configuration: unknown key sft.learning_rat"
+    assert ended.hint == "try: did you mean sft.learning_rate?"
+
+
+@pytest.mark.parametrize(
+    ("setting", "said", "hint"),
+    [
+        ("sft.epochs", "--set sft.epochs: no value", "--set KEY=VALUE"),
+        ("sft.epoch=2", "unknown key sft.epoch", "did you mean sft.epochs?"),
+        ("epochs=2", "unknown key epochs", "did you mean"),
+        ("sft.epochs=many", "sft.epochs = 'many': input should be a valid number", "sclite init"),
+        ("problems.correction_share=1.5", "problems.correction_share = 1.5: input should be less than 1", ""),
+    ],
+)
+def test_a_wrong_setting_on_the_command_line_is_told(sclite, setting, said, hint):
+    ended = sclite("train", "--set", setting)
+    assert ended.code == 2
+    assert said in ended.error
+    assert hint in ended.hint
+
+
+def test_a_configuration_that_is_no_toml_is_named_with_its_line(sclite):
+    Path("sclite.toml").write_text('run = "a"\n[sft\n')
+    ended = sclite("train")
+    assert ended.code == 2
+    assert "sclite.toml: " in ended.error
+    assert "line 2" in ended.error
+
+
+def test_a_configuration_file_that_was_asked_for_must_exist(sclite):
+    ended = sclite("train", "--config", "none.toml")
+    assert ended.code == 2
+    assert "none.toml cannot be read: No such file or directory" in ended.error
+
+
+@pytest.mark.parametrize("name", ["7", "2026-11-23", "true", "1e5", "runs/[a]"])
+def test_a_run_may_have_any_name(sclite, name):
+    assert sclite("train", "--run", name).code == 3  # no student; but no fault of the configuration
+    assert load(None, [f"run={name}"], {}).run == name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("train", "--gp", "0"), "--gp"),
+        (("trian",), "trian"),
+        (("build-data", "--limit", "0"), "--limit"),
+        (("train", "--gpu", "first"), "--gpu"),
+        (("train", "--gpu", "-1"), "--gpu"),
+    ],
+)
+def test_a_wrong_word_on_the_command_line_is_a_usage_fault(sclite, arguments, said):
+    ended = sclite(*arguments)
+    assert ended.code == 2
+    assert said in ended.err
+    assert ended.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("build-data", "--only", "pairs"), "use --only templates or --only corrections"),
+        (("train", "--only", "both", "--set", "student.model=embedded"), "use --only sft or --only dpo"),
+        (("eval", "p.jsonl", "--models", "base,mine"), "use any of base, sft, dpo"),
+        (("chat", "--json"), "sclite chat --json 'QUESTION'"),
+    ],
+)
+def test_a_part_that_does_not_exist_is_answered_with_those_that_do(sclite, arguments, said):
+    ended = sclite(*arguments)
+    assert ended.code == 2
+    assert said in ended.hint
+
+
+# -- teachers ------------------------------------------------------------------------------------------------------
+
+
+def test_a_teacher_that_refuses_the_key_stops_everything_and_never_shows_it(sclite, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123456")
+    write("mine.jsonl", *[{**PROBLEM, "question": f"{i}?"} for i in range(6)])
+    with Teaching(lambda request, nth: fail(401, "Incorrect API key provided: sk-secret-123456")) as server:
+        ended = sclite("build-data", "mine.jsonl", *TEACHER, "--set", f"teacher.api_base={server.url}")
+    assert ended.code == 6
+    assert f"teacher openai/replay at {server.url} refuses the key (HTTP 401)" in ended.error
+    assert "export OPENAI_API_KEY=.." in ended.hint
+    assert "sk-secret" not in ended.out + ended.err
+
+
+def test_a_teacher_that_is_not_there_is_named(sclite):
+    write("mine.jsonl", PROBLEM, {**PROBLEM, "question": "And 0 + 2?"}, {**PROBLEM, "question": "And 2 + 0?"})
+    ended = sclite("build-data", "mine.jsonl", *TEACHER, "--set", "teacher.api_base=http://127.0.0.1:9/v1")
+    assert ended.code == 6
+    assert "teacher openai/replay at http://127.0.0.1:9/v1 does not answer" in ended.error
+    assert ended.hint
+
+
+def test_without_a_teacher_it_says_how_to_name_one(sclite):
+    write("mine.jsonl", PROBLEM, {**PROBLEM, "question": "And 0 + 2?"}, {**PROBLEM, "question": "And 2 + 0?"})
+    ended = sclite("build-data", "mine.jsonl")
+    assert ended.code == 2
+    assert ended.error == "error: teacher.model is not set"
+    assert "teacher.model=PROVIDER/NAME" in ended.hint
+
+
+# -- cards, models, runs -------------------------------------------------------------------------------------------
+
+
+def test_training_on_a_card_that_is_not_there_says_how_to_use_the_cpu(sclite):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a card here")
+    ended = sclite("train", "--gpu", "0", "--set", "student.model=embedded")
+    assert ended.code == 5
+    assert "there is no CUDA card 0 here" in ended.error
+    assert "leave --gpu out to train on the CPU" in ended.hint
+
+
+def test_training_without_a_student_or_without_templates_says_what_is_missing(sclite):
+    ended = sclite("train")
+    assert (ended.code, ended.error) == (3, "error: no student is configured")
+    assert "student.model=NAME" in ended.hint
+    ended = sclite("train", "--set", "student.model=./nowhere")
+    assert ended.code == 3
+    assert "nowhere holds no config.json" in ended.error
+    ended = sclite("train", "--only", "sft", "--set", "student.model=embedded")
+    assert ended.code == 3
+    assert "templates.jsonl is missing or empty" in ended.error
+    assert "sclite build-data" in ended.hint
+    ended = sclite("train", "--only", "dpo", "--set", "student.model=embedded")
+    assert ended.code == 3
+    assert "sclite train --only sft" in ended.hint
+
+
+def test_a_row_of_the_run_that_was_damaged_by_hand_is_named(sclite):
+    Path("runs/default").mkdir(parents=True)
+    row = '{"id":"a","question":"q","answer":"1","trace":"<Step1>x\\n</Step1>\\n<Answer>1</Answer>","requests":1}'
+    write("runs/default/templates.jsonl", row, row.replace('"trace"', '"trce"'), row)
+    ended = sclite("train", "--only", "sft", "--set", "student.model=embedded")
+    assert ended.code == 3
+    assert "templates.jsonl, line 2: trace: Field required" in ended.error
+    assert ended.hint == "try: mend or remove it"
+
+
+def test_chatting_without_a_gguf_names_the_command_that_makes_one(sclite):
+    ended = sclite("chat", "How many?")
+    assert ended.code == 3
+    assert "runs/default/export holds no GGUF" in ended.error
+    assert "sclite export" in ended.hint
+    ended = sclite("chat", "--model", "none.gguf", "How many?")
+    assert ended.code == 3
+    assert "none.gguf does not exist" in ended.error
+
+
+def test_evaluating_without_problems_says_how_to_give_them(sclite):
+    ended = sclite("eval")
+    assert ended.code == 2
+    assert ended.error == "error: eval.source is not set"
+    assert "sclite eval PROBLEMS" in ended.hint
+    write("few.jsonl", PROBLEM)
+    ended = sclite("eval", "few.jsonl")
+    assert ended.code == 3
+    assert "few.jsonl: only 1 of 1 problems were not trained on" in ended.error
+
+
+def test_a_run_folder_that_cannot_be_written_is_named(sclite):
+    Path("taken").write_text("a file")
+    ended = sclite("build-data", "--run", "taken", *TEACHER)
+    assert ended.code == 2
+    assert "taken cannot be written" in ended.error
+    assert "--run" in ended.hint
+
+
+def test_a_second_process_on_one_run_is_told_and_stops(tmp_path):
+    command = [sys.executable, "-m", "sclite", "build-data", "mine.jsonl", "--run", str(tmp_path / "run")]
+    root = Path(__file__).resolve().parents[1]
+    with Run(tmp_path / "run").hold():
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [
+        f"error: another sclite process is at work on {tmp_path / 'run'}",
+        "try: wait for it, or name another folder with --run",
+    ]
+
+
+def _interrupt():
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_leaves_130(sclite, monkeypatch):
+    monkeypatch.setattr(machine, "check_all", _interrupt)
+    assert sclite("doctor").code == 130
+
+
+@pytest.mark.xfail(reason="typer turns the interrupt into exit 130 before __main__ can say anything")
+def test_ctrl_c_says_that_the_same_command_goes_on(sclite, monkeypatch):
+    monkeypatch.setattr(machine, "check_all", _interrupt)
+    assert "the same command goes on from here" in sclite("doctor").err
+
+
+# -- what works ----------------------------------------------------------------------------------------------------
+
+
+def test_every_command_explains_itself(sclite):
+    listed = sclite("--help")
+    assert listed.code == 0
+    for name in ("quickstart", "init", "doctor", "build-data", "train", "export", "eval", "chat"):
+        assert name in listed.out
+        ended = sclite(name, "--help")
+        assert ended.code == 0
+        assert "Usage" in ended.out
+
+
+def test_the_doctor_prints_one_json_object_and_nothing_else_on_stdout(sclite):
+    ended = sclite("doctor", "--json")
+    assert ended.code == 0
+    assert json.loads(ended.out)["checks"]
+
+
+def test_the_configuration_that_init_writes_is_read_without_a_fault(sclite):
+    assert sclite("init").code == 0
+    assert load(None, (), {}) is not None
+    before = Path("sclite.toml").read_bytes()
+    again = sclite("init")
+    assert again.code == 2
+    assert Path("sclite.toml").read_bytes() == before

@@ -1,0 +1,111 @@
+"""The configuration: what stands above what, how text becomes values, and all faults in one message."""
+
+import pytest
+from pydantic import ValidationError
+
+from sclite.config import Config, keys, load
+from sclite.errors import UsageFault
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_defaults_then_file_then_environment_then_settings(tmp_path):
+    (tmp_path / "sclite.toml").write_text("[sft]\nepochs = 2\nrank = 2\nbatch = 2\n")
+    defaults = {"sft": {"epochs": 1, "rank": 1, "batch": 1, "alpha": 1}}
+    found = load(None, ["sft.epochs=4"], {"SCLITE_SFT__EPOCHS": "3", "SCLITE_SFT__RANK": "3"}, defaults)
+    assert (found.sft.alpha, found.sft.batch, found.sft.rank, found.sft.epochs) == (1, 2, 3, 4)
+    assert found.sft.micro_batch == Config().sft.micro_batch
+
+
+def test_the_tree_of_defaults_is_not_changed_by_reading():
+    defaults = {"sft": {"epochs": 1}}
+    load(None, ["sft.epochs=4", "sft.rank=2"], {}, defaults)
+    assert defaults == {"sft": {"epochs": 1}}
+
+
+def test_variables_that_are_no_keys_are_left_alone():
+    load(None, (), {"SCLITE_LLAMA_CPP": "/src/llama.cpp", "OTHER__THING": "1"})
+
+
+def test_a_named_file_takes_the_place_of_the_one_in_the_folder(tmp_path):
+    (tmp_path / "sclite.toml").write_text("seed = 1\n")
+    (tmp_path / "mine.toml").write_text("[sft]\nrank = 4\n")
+    found = load(tmp_path / "mine.toml", (), {})
+    assert (found.seed, found.sft.rank) == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("student.model=7", "student.model", "7"),
+        ("student.model=2026-11-23", "student.model", "2026-11-23"),
+        ("student.model=true", "student.model", "true"),
+        ('student.model="a b"', "student.model", "a b"),
+        ("student.model=a=b", "student.model", "a=b"),
+        ("student.model=", "student.model", ""),
+        (" sft.epochs = 2 ", "sft.epochs", 2.0),
+        ("sft.learning_rate=1e-4", "sft.learning_rate", 1e-4),
+        ("student.load_in_4bit=false", "student.load_in_4bit", False),
+        ("review.threshold=-3.5", "review.threshold", -3.5),
+        ("seed=0", "seed", 0),
+    ],
+)
+def test_text_becomes_the_kind_of_value_that_its_key_wants(text, key, value):
+    found = load(None, [text], {})
+    for part in key.split("."):
+        found = getattr(found, part)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_a_seed_of_zero_and_no_threshold_are_values_of_their_own():
+    assert Config().review.threshold is None
+    assert load(None, ["review.threshold=0"], {}).review.threshold == 0.0
+
+
+def test_all_faults_are_told_at_once():
+    with pytest.raises(UsageFault) as fault:
+        load(None, ["sft.epoch=1", "dpo.beta=-1", "models=x", "eval.limit=none"], {})
+    message, hint = fault.value.message, fault.value.hint
+    for part in ("unknown key sft.epoch", "dpo.beta = -1", "unknown key models", "eval.limit = 'none'"):
+        assert part in message
+    assert "did you mean sft.epochs?" in hint
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("dpo.betta=1", "dpo.beta"),
+        ("sft.learningrate=1", "sft.learning_rate"),
+        ("studnt.model=x", "student.model"),
+    ],
+)
+def test_an_unknown_key_gets_the_nearest_known_one(wrong, meant):
+    with pytest.raises(UsageFault) as fault:
+        load(None, [wrong], {})
+    assert f"did you mean {meant.split('.')[0] if '.' not in wrong else meant}" in fault.value.hint or (
+        f"did you mean {meant.split('.')[0]}?" in fault.value.hint
+    )
+
+
+@pytest.mark.parametrize("setting", ["sft=3", "=3", "sft.=3", ".epochs=1", "sft.epochs.more=1"])
+def test_odd_settings_are_usage_faults_and_no_tracebacks(setting):
+    with pytest.raises(UsageFault):
+        load(None, [setting], {})
+
+
+def test_a_configuration_cannot_be_changed():
+    with pytest.raises(ValidationError, match="frozen"):
+        Config().sft.epochs = 2
+
+
+def test_every_key_that_people_type_most_exists():
+    typed = """problems.source problems.limit problems.correction_share attempts.source attempts.samples teacher.model
+        teacher.api_base teacher.concurrency student.model student.backend export.quant export.ollama eval.source
+        eval.limit review.mode review.threshold review.rounds sft.learning_rate sft.epochs sft.batch sft.max_length
+        sft.rank dpo.beta dpo.nll_weight"""
+    assert set(typed.split()) <= keys().keys()

@@ -1,0 +1,76 @@
+"""The prompts: what each says, that a solution never reaches the student, and prompts of one's own."""
+
+import pytest
+
+from sclite import prompts
+from sclite.errors import DataFault
+
+
+def text_of(messages) -> str:
+    return "\n".join(m["content"] for m in messages)
+
+
+def test_solving_and_reviewing_share_one_system_prompt_which_is_never_empty():
+    solve, review = (
+        prompts.solve_messages("How many?"),
+        prompts.review_messages("How many?", "<Step1>x</Step1>"),
+    )
+    assert [m["role"] for m in solve] == [m["role"] for m in review] == ["system", "user"]
+    assert solve[0] == review[0]
+    assert solve[0]["content"].strip()
+
+
+def test_values_are_put_in_as_they_are_and_never_read_as_a_template():
+    odd = "What is {{ 7 * 6 }} {% raise %} <b> & \\frac{1}{2}?"
+    assert odd in text_of(prompts.solve_messages(odd))
+    assert odd in text_of(prompts.template_messages(odd, odd, odd, odd))
+
+
+def test_the_teachers_correction_prompt_ends_in_the_work_and_tells_a_fault_only_where_there_is_one():
+    plain = prompts.correction_messages("Q?", "the way", "41", "<Step1>x\n</Step1>")
+    assert plain[-1]["content"].endswith("The student's work:\n<Step1>x\n</Step1>")
+    assert "could not be used" not in text_of(plain)
+    again = prompts.correction_messages("Q?", "the way", "41", "<Step1>x\n</Step1>", "step 2 is missing")
+    assert "could not be used: step 2 is missing." in text_of(again)
+    assert "could not be used" not in text_of(prompts.template_messages("Q?", "the way", "41"))
+
+
+def test_the_teacher_sees_solution_and_answer_in_both_of_its_prompts():
+    for messages in (
+        prompts.template_messages("Q?", "the way", "41"),
+        prompts.correction_messages("Q?", "the way", "41", "w"),
+    ):
+        assert "the way" in text_of(messages)
+        assert "41" in text_of(messages)
+
+
+def test_a_prompt_of_ones_own_takes_the_place_of_the_shipped_one_alone(tmp_path):
+    (tmp_path / "student_solve.txt").write_text("Please: {{ question }}\n")
+    mine = prompts.solve_messages("How many?", str(tmp_path))
+    assert mine[1]["content"] == "Please: How many?"
+    assert mine[0] == prompts.solve_messages("How many?")[0]
+
+
+def test_the_digest_changes_with_a_word_and_with_the_names(tmp_path):
+    before = prompts.digest("student_system", "student_solve")
+    assert before == prompts.digest("student_system", "student_solve", folder=str(tmp_path))
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "student_solve.txt").write_text("Please: {{ question }}")
+    assert prompts.digest("student_system", "student_solve", folder=str(own)) != before
+    assert prompts.digest("student_solve") != before
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("{{ question", "student_solve.txt, line 1: "),
+        ("Hi {{ name }}", "asks for a value that does not exist: 'name' is undefined"),
+        ("{% if x %}", "student_solve.txt, line 1: "),
+    ],
+)
+def test_a_faulty_prompt_of_ones_own_is_named_with_its_line(tmp_path, source, said):
+    (tmp_path / "student_solve.txt").write_text(source)
+    with pytest.raises(DataFault) as fault:
+        prompts.solve_messages("How many?", str(tmp_path))
+    assert said in fault.value.message

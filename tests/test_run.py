@@ -1,0 +1,200 @@
+"""The run folder: rows are whole or absent, files change by rename, one process at a time, stages are signed."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from sclite.errors import DataFault, UsageFault
+from sclite.records import Attempt, Drop, Problem
+from sclite.run import Report, Run, digest, timed, write_text
+
+
+def problem(number: int, question: str = "How many?") -> Problem:
+    return Problem(id=f"p{number}", question=question, answer=str(number))
+
+
+# -- rows ----------------------------------------------------------------------------------------------------------
+
+
+def test_rows_come_back_as_they_were(run):
+    rows = [problem(1), problem(2, 'line one\nline two\u2028three \\ "quoted" ½ \U0001f600'), problem(3)]
+    run.append("problems.jsonl", rows[:1])
+    run.append("problems.jsonl", rows[1:])
+    assert run.read("problems.jsonl", Problem) == rows
+    run.replace("problems.jsonl", rows[:2])
+    assert run.read("problems.jsonl", Problem) == rows[:2]
+
+
+def test_unknown_is_written_and_read_as_none(run):
+    row = Attempt(id="a", sample=0, trace="t", answer=None, correct=None)
+    run.append("attempts.jsonl", [row])
+    assert '"correct":null' in run.path("attempts.jsonl").read_text()
+    assert run.read("attempts.jsonl", Attempt) == [row]
+
+
+def test_an_absent_file_has_no_rows_and_nothing_appended_makes_none(run):
+    assert run.read("problems.jsonl", Problem) == []
+    run.append("problems.jsonl", [])
+    assert not run.path("problems.jsonl").exists()
+
+
+@pytest.mark.parametrize("cut", range(2, 60, 7))
+def test_a_half_written_last_line_is_dropped_and_the_next_row_is_whole(run, cut):
+    rows = [problem(1), problem(2, "½ and more"), problem(3)]
+    run.append("problems.jsonl", rows)
+    path = run.path("problems.jsonl")
+    path.write_bytes(path.read_bytes()[:-cut])
+    left = run.read("problems.jsonl", Problem)
+    assert left == rows[:2]
+    run.append("problems.jsonl", [problem(4)])
+    assert run.read("problems.jsonl", Problem) == [*rows[:2], problem(4)]
+
+
+def test_a_last_row_that_lacks_only_its_newline_is_a_row_and_stays_one(run):
+    """An editor may leave it so."""
+    run.append("problems.jsonl", [problem(1), problem(2)])
+    path = run.path("problems.jsonl")
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))
+    assert run.read("problems.jsonl", Problem) == [problem(1), problem(2)]
+    run.append("problems.jsonl", [problem(3)])
+    assert run.read("problems.jsonl", Problem) == [problem(1), problem(2), problem(3)]
+
+
+def test_a_line_cut_inside_a_character_is_dropped_like_any_other(run):
+    run.append("problems.jsonl", [problem(1)])
+    with open(run.path("problems.jsonl"), "ab") as file:
+        file.write('{"id":"p2","question":"½'.encode()[:-1])
+    assert run.read("problems.jsonl", Problem) == [problem(1)]
+
+
+@pytest.mark.parametrize("line", ['{"id": 7}', "no JSON", '{"id":"a","question":"q","answer":"1","extra":1}'])
+def test_a_damaged_line_that_is_not_the_last_is_named_with_file_and_line(run, line):
+    run.append("problems.jsonl", [problem(1)])
+    with open(run.path("problems.jsonl"), "a") as file:
+        file.write(line + "\n")
+    run.append("problems.jsonl", [problem(3)])
+    with pytest.raises(DataFault, match=r"problems\.jsonl, line 2: ") as fault:
+        run.read("problems.jsonl", Problem)
+    assert fault.value.hint
+
+
+def test_rows_that_a_stage_needs_and_are_not_there_are_asked_for(run):
+    with pytest.raises(DataFault, match=r"problems\.jsonl is missing or empty") as fault:
+        run.require("problems.jsonl", Problem, "type this")
+    assert fault.value.hint == "type this"
+
+
+def test_drops_of_one_stage_are_exchanged_and_those_of_others_stay(run):
+    run.replace_drops(["a"], [Drop(stage="a", id="1", reason="x"), Drop(stage="b", id="2", reason="y")])
+    run.replace_drops({"a"}, [Drop(stage="a", id="3", reason="z")])
+    assert [(d.stage, d.id) for d in run.read("dropped.jsonl", Drop)] == [("b", "2"), ("a", "3")]
+
+
+# -- kills ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_writer_that_is_killed_leaves_only_whole_rows_and_a_free_run(tmp_path):
+    script = f"""
+        from sclite.records import Problem
+        from sclite.run import Run
+        run = Run({str(tmp_path / "run")!r})
+        with run.hold():
+            for number in range(10**9):
+                run.append("problems.jsonl", [Problem(id=str(number), question="q" * 5000, answer="1")])
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)])
+    run = Run(tmp_path / "run")
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and len(run.read("problems.jsonl", Problem)) < 20:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    rows = run.read("problems.jsonl", Problem)
+    assert [row.id for row in rows] == [str(n) for n in range(len(rows))]
+    assert len(rows) >= 20
+    with run.hold():
+        run.append("problems.jsonl", [problem(1)])
+    assert run.read("problems.jsonl", Problem) == [*rows, problem(1)]
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "file.json"
+    write_text(path, "old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+
+
+# -- one process at a time -----------------------------------------------------------------------------------------
+
+
+def test_a_second_holder_is_told_and_the_third_may_when_the_first_is_done(run):
+    with (
+        run.hold(),
+        pytest.raises(UsageFault, match="another sclite process is at work") as fault,
+        Run(run.folder).hold(),
+    ):
+        pass
+    assert "--run" in fault.value.hint
+    with run.hold():
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageFault, match="file/run cannot be written"), Run(tmp_path / "file/run").hold():
+        pass
+
+
+# -- signatures ----------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_is_done_only_for_the_inputs_that_it_was_made_from(run):
+    report = Report("sft", {"rows": 2}, {"too_long": 1}, 1.5, 0.25, {"share": 0.5})
+    run.sign("sft", {"seed": 0, "data": "abc"}, report)
+    manifest = run.done("sft", {"data": "abc", "seed": 0})
+    assert Report.of(manifest) == Report(
+        "sft", {"rows": 2}, {"too_long": 1}, 1.5, 0.25, {"share": 0.5}, skipped=True
+    )
+    assert run.done("sft", {"seed": 1, "data": "abc"}) is None
+    assert run.done("dpo", {"seed": 0, "data": "abc"}) is None
+    assert run.finished("sft") == manifest
+
+
+def test_a_broken_manifest_is_named_with_its_remedy(run):
+    run.write_json("done/sft.json", {})
+    run.path("done/sft.json").write_text('{"stage": ')
+    with pytest.raises(DataFault, match=r"done/sft\.json") as fault:
+        run.done("sft", {})
+    assert fault.value.hint
+
+
+def test_digests_follow_content_and_not_the_order_of_keys(run):
+    assert digest({"a": 1, "b": [1, 2]}) == digest({"b": [1, 2], "a": 1}) != digest({"a": 1, "b": [2, 1]})
+    assert run.file_digest("none") == ""
+    run.replace("a.jsonl", [problem(1)])
+    first = run.file_digest("a.jsonl")
+    run.replace("a.jsonl", [problem(1)])
+    assert run.file_digest("a.jsonl") == first
+    run.replace("a.jsonl", [problem(2)])
+    assert run.file_digest("a.jsonl") != first
+
+
+def test_seconds_are_counted_even_when_the_block_fails():
+    report = Report("sft", seconds=1.0)
+    block = timed(report)
+    block.__enter__()
+    time.sleep(0.02)
+    with pytest.raises(ValueError, match="x"):
+        block.gen.throw(ValueError("x"))
+    assert 1.01 < report.seconds < 2

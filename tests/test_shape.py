@@ -1,0 +1,284 @@
+"""The shape of the code (DESIGN): imports point down, importing is light, and what is shipped and said holds."""
+
+import ast
+import importlib.util
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+import typer
+
+from sclite import prompts
+from sclite.cli import app
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "sclite").rglob("*.py"))
+}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+LAYERS = {
+    "sclite.__main__": 9,
+    "sclite.cli": 8,
+    "sclite.quickstart.flow": 7,
+    "sclite.pipeline": 6,
+    **dict.fromkeys(("sclite.world", "sclite.machine"), 5),
+    **dict.fromkeys(("sclite.data", "sclite.train", "sclite.export", "sclite.evaluate"), 4),
+    **dict.fromkeys(("sclite.chat", "sclite.quickstart"), 4),
+    **dict.fromkeys(("sclite.teacher", "sclite.student"), 3),
+    "sclite.run": 2,
+}
+"""Modules and packages from the top; every other module is the language of the method and stands at the bottom."""
+BOTTOM = 1
+HEAVY = "torch transformers trl peft unsloth litellm datasets llama_cpp math_verify sympy matplotlib".split()  # noqa: SIM905
+
+
+def part(module: str) -> str:
+    """The entry of LAYERS that a module belongs to, else the module itself."""
+    while module not in LAYERS and module.count(".") > 1:
+        module = module.rpartition(".")[0]
+    return module
+
+
+def layer(module: str) -> int:
+    return LAYERS.get(part(module), BOTTOM)
+
+
+def imports(tree: ast.AST):
+    """(line, dotted name) of every import, wherever it stands; `from a import b` gives a.b where that is a module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield node.lineno, inner if inner in FILES else node.module
+
+
+# -- layers --------------------------------------------------------------------------------------------------------
+
+
+def upward(importer: str, imported: str) -> bool:
+    """Whether this import points up, or sideways from one stage into another."""
+    if imported == "sclite" or part(importer) == part(imported):
+        return False
+    if layer(importer) == layer(imported) == BOTTOM:
+        return False
+    return layer(importer) <= layer(imported)
+
+
+def test_imports_point_down():
+    wrong = [
+        f"{FILES[module].relative_to(ROOT)}:{line} imports {name}"
+        for module, tree in TREES.items()
+        for line, name in imports(tree)
+        if name.split(".")[0] == "sclite" and upward(module, name)
+    ]
+    assert wrong == []
+
+
+def test_the_check_of_the_layers_knows_up_from_down():
+    assert upward("sclite.data.pairs", "sclite.train.sft")
+    assert upward("sclite.student.review", "sclite.data.pairs")
+    assert upward("sclite.trace", "sclite.run")
+    assert upward("sclite.pipeline", "sclite.cli")
+    assert upward("sclite.quickstart.tutor", "sclite.quickstart.flow")
+    assert not upward("sclite.quickstart.flow", "sclite.quickstart.tutor")
+    assert not upward("sclite.data.pairs", "sclite.student.review")
+    assert not upward("sclite.data.pairs", "sclite.data.attempts")
+
+
+def test_the_language_of_the_method_has_no_circle():
+    """Modules at the bottom may use one another, in one direction."""
+    graph = {
+        module: {
+            name for _, name in imports(tree) if layer(name) == BOTTOM and name in FILES and name != "sclite"
+        }
+        for module, tree in TREES.items()
+        if layer(module) == BOTTOM and module != "sclite"
+    }
+    while graph:
+        free = [module for module, needed in graph.items() if not needed & graph.keys()]
+        assert free, f"a circle among {sorted(graph)}"
+        for module in free:
+            del graph[module]
+
+
+def test_importing_any_module_loads_nothing_heavy():
+    code = (
+        "import importlib, sys\n"
+        f"heavy, seen = {HEAVY!r}, set()\n"
+        f"for module in {sorted(FILES)!r}:\n"
+        "    importlib.import_module(module)\n"
+        "    found = {name for name in heavy if name in sys.modules} - seen\n"
+        "    seen |= found\n"
+        "    if found: print(module, 'loads', *sorted(found))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
+
+
+def test_help_waits_for_neither_pydantic_nor_rich():
+    code = "import sys, sclite.__main__, sclite.cli; print({'pydantic', 'rich', 'numpy', 'jinja2'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "set()\n"
+
+
+# -- README --------------------------------------------------------------------------------------------------------
+
+
+def command_lines(text: str) -> list[str]:
+    """Every `sclite ..` in a code block or between backticks."""
+    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", text, re.S | re.M)
+    spans = re.findall(r"`(sclite [^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M))
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    found = [m[1] for line in lines for m in re.finditer(r"(?:^|[$/&;] ?)(sclite [^&;|#\n]+)", line)]
+    return [line.strip() for line in [*found, *spans]]
+
+
+def test_every_command_line_in_the_readme_parses():
+    group = typer.main.get_command(app)
+    for line in command_lines((ROOT / "README.md").read_text(encoding="utf-8")):
+        _, name, *arguments = shlex.split(line)
+        if name.startswith("-") or name == "..":
+            continue
+        assert name in group.commands, f"no such command: {line}"
+        if "--help" in arguments or ".." in arguments:
+            continue
+        try:
+            group.commands[name].make_context(name, list(arguments))
+        except Exception as error:  # noqa: BLE001 - the parser's own fault classes belong to no public module
+            pytest.fail(f"{line}: {type(error).__name__}: {error}")
+
+
+def test_command_lines_are_found_where_they_stand():
+    text = "Say `sclite eval F --limit 5`.\n```sh\n$ sclite a b # why\nx && .venv/bin/sclite c\nsclite d \\\n  --e\n```\n"
+    assert command_lines(text) == ["sclite a b", "sclite c", "sclite d    --e", "sclite eval F --limit 5"]
+
+
+def test_every_command_takes_the_four_common_options_and_at_most_six_more():
+    for name, command in typer.main.get_command(app).commands.items():
+        options = {option for p in command.params for option in p.opts if option.startswith("--")} - {
+            "--help"
+        }
+        more = options - {"--run", "--config", "--set", "--json"}
+        assert len(more) <= 6, name
+        if name not in ("doctor", "init"):
+            assert {"--run", "--config", "--set", "--json"} <= options, name
+
+
+# -- what is shipped -----------------------------------------------------------------------------------------------
+
+
+def third_party(tree: ast.AST) -> set[str]:
+    names = {name.split(".")[0] for _, name in imports(tree)}
+    return names - set(sys.stdlib_module_names) - {"sclite"}
+
+
+def test_every_third_party_import_is_declared():
+    wanted = [
+        *PROJECT["dependencies"],
+        *(d for extra in PROJECT["optional-dependencies"].values() for d in extra),
+    ]
+    declared = {re.match(r"[\w.-]+", line)[0].lower().replace("_", "-") for line in wanted}
+    known = packages_distributions()
+    missing = {
+        f"{module} imports {name}"
+        for module, tree in TREES.items()
+        for name in third_party(tree)
+        if not {d.lower().replace("_", "-") for d in known.get(name, [name])} & declared
+    }
+    assert missing == set()
+
+
+def test_every_prompt_is_a_file_that_the_wheel_takes_along():
+    for name in prompts.NAMES:
+        assert (prompts.shipped_folder() / f"{name}.txt").read_text(encoding="utf-8").strip()
+    assert {path.stem for path in (ROOT / "prompts").glob("*.txt")} == set(prompts.NAMES)
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["packages"] == ["sclite"]
+    assert wheel["force-include"]["prompts"] == "sclite/_prompts"
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="no git checkout")
+def test_nothing_that_is_shipped_is_ignored_by_git_or_the_wheel_would_leave_it_out():
+    """Hatchling leaves out what .gitignore names."""
+    shipped = [p for top in ("sclite", "prompts") for p in (ROOT / top).rglob("*") if p.is_file()]
+    names = "\n".join(str(p.relative_to(ROOT)) for p in shipped if "__pycache__" not in p.parts)
+    asked = ["git", "check-ignore", "--stdin", "--no-index"]
+    done = subprocess.run(asked, cwd=ROOT, input=names, capture_output=True, text=True, check=False)
+    assert done.stdout == ""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("hatchling") is None, reason="hatchling is not installed")
+def test_the_wheel_holds_every_prompt_and_data_file(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+        "-w",
+        tmp_path,
+        ROOT,
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    held = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"sclite/_prompts/{name}.txt" for name in prompts.NAMES} <= held
+    data = {str(p.relative_to(ROOT)) for p in (ROOT / "sclite").rglob("*") if p.is_file()}
+    assert {name for name in data if "__pycache__" not in name} <= held
+
+
+# -- style ---------------------------------------------------------------------------------------------------------
+
+PRINTS = {"sclite.console", "sclite.__main__"}
+PROMPT_SIGN = "sclite.chat.repl"  # writes its `> ` to stderr itself
+
+
+def test_only_console_prints():
+    wrong = []
+    for module, tree in TREES.items():
+        for node in ast.walk(tree):
+            if module in PRINTS:
+                continue
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+                elsewhere = any(k.arg == "file" and isinstance(k.value, ast.Name) for k in node.keywords)
+                wrong += [] if elsewhere else [f"{module}:{node.lineno} print"]
+            stream = isinstance(node, ast.Attribute) and node.attr in ("stdout", "stderr")
+            if stream and isinstance(node.value, ast.Name) and node.value.id == "sys":
+                wrong += (
+                    [] if module == PROMPT_SIGN and node.attr == "stderr" else [f"{module}:{node.lineno}"]
+                )
+    assert wrong == []
+
+
+def test_nobody_swallows_every_exception():
+    """`except Exception` stands only where it is raised again."""
+    wrong = []
+    for module, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ExceptHandler):
+                every = node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")
+                again = any(isinstance(n, ast.Raise) and n.exc is None for n in ast.walk(node))
+                wrong += [f"{module}:{node.lineno}"] if every and not again else []
+    assert wrong == []
+
+
+def test_every_module_says_in_its_first_line_what_it_is():
+    silent = [m for m, tree in TREES.items() if FILES[m].stat().st_size and not ast.get_docstring(tree)]
+    assert silent == []
+
+
+def test_nobody_imports_click():
+    assert [m for m, tree in TREES.items() if "click" in third_party(tree)] == []
