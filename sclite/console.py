@@ -42,6 +42,21 @@ def fault(error: ScliteError) -> None:
         console.print(f"[cyan]try:[/] {escape(error.hint)}")
 
 
+def lines(invitation: str) -> Iterator[str]:
+    """What the user types, line by line, up to an empty one or the end of the input."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        note(invitation)
+    while True:
+        if interactive:
+            sys.stderr.write("\n> ")
+            sys.stderr.flush()
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        yield line
+
+
 def duration(seconds: float) -> str:
     """3 s, 2 min 10 s, 1 h 5 min."""
     seconds = round(seconds)

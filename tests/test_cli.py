@@ -292,7 +292,6 @@ def test_ctrl_c_leaves_130(sclite, monkeypatch):
     assert sclite("doctor").code == 130
 
 
-@pytest.mark.xfail(reason="typer turns the interrupt into exit 130 before __main__ can say anything")
 def test_ctrl_c_says_that_the_same_command_goes_on(sclite, monkeypatch):
     monkeypatch.setattr(machine, "check_all", _interrupt)
     assert "the same command goes on from here" in sclite("doctor").err

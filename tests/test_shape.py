@@ -243,7 +243,6 @@ def test_the_wheel_holds_every_prompt_and_data_file(tmp_path):
 # -- style ---------------------------------------------------------------------------------------------------------
 
 PRINTS = {"sclite.console", "sclite.__main__"}
-PROMPT_SIGN = "sclite.chat.repl"  # writes its `> ` to stderr itself
 
 
 def test_only_console_prints():
@@ -257,9 +256,7 @@ def test_only_console_prints():
                 wrong += [] if elsewhere else [f"{module}:{node.lineno} print"]
             stream = isinstance(node, ast.Attribute) and node.attr in ("stdout", "stderr")
             if stream and isinstance(node.value, ast.Name) and node.value.id == "sys":
-                wrong += (
-                    [] if module == PROMPT_SIGN and node.attr == "stderr" else [f"{module}:{node.lineno}"]
-                )
+                wrong.append(f"{module}:{node.lineno}")
     assert wrong == []
 
 

@@ -1,6 +1,5 @@
 """Talking to a GGUF in the terminal: it solves, and with self-correction it looks for its own wrong step and mends it."""
 
-import sys
 from pathlib import Path
 
 from sclite import console, prompts
@@ -40,23 +39,8 @@ def talk(
         if question is not None:
             _answer(engine, question, config, settings, self_correct, as_json)
             return
-        for typed in _questions():
+        for typed in console.lines("Type a problem; an empty line ends."):
             _answer(engine, typed, config, settings, self_correct, as_json)
-
-
-def _questions():
-    """What the user types, one question a line."""
-    interactive = sys.stdin.isatty()
-    if interactive:
-        console.note("Type a problem; an empty line ends.")
-    while True:
-        if interactive:
-            sys.stderr.write("\n> ")
-            sys.stderr.flush()
-        line = sys.stdin.readline()
-        if not line.strip():
-            return
-        yield line.strip()
 
 
 def _answer(
