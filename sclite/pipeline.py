@@ -241,7 +241,7 @@ def evaluate(
     from sclite.evaluate.evaluate import evaluate_model
     from sclite.export.stage import gguf_path
     from sclite.grader import Grader
-    from sclite.student.engine import Engine
+    from sclite.student.team import open_student
 
     figures: dict[str, Any] = {}
     with (
@@ -253,14 +253,12 @@ def evaluate(
         for number, name in enumerate(names):
             progress(number, len(names))
             path = gguf_path(world.run, name, world.config)
-            with Engine(
-                path, parallel=world.config.student.batch, context=world.config.eval.context
-            ) as engine:
+            with open_student(path, parallel=32, context=world.config.eval.context) as student:
                 figures[name] = evaluate_model(
                     world.config,
                     world.run,
                     name,
-                    engine,
+                    student,
                     problems=problems,
                     fitting=fitting,
                     grader=grader,

@@ -72,15 +72,15 @@ class World:
     def _as_gguf(self, adapter: str) -> Iterator[Any]:
         from sclite.export.convert import convert
         from sclite.export.merge import merge
-        from sclite.student.engine import Engine
         from sclite.student.load import local_folder
+        from sclite.student.team import open_student
 
         merged, gguf = self.run.path("export/sampling-merged"), self.run.path("export/sampling.gguf")
         try:
             merge(local_folder(self.config.student), self.run.path(adapter), merged)
             convert(merged, gguf, outtype="f16")
-            with Engine(gguf, parallel=self.config.student.batch, context=self.config.eval.context) as engine:
-                yield engine
+            with open_student(gguf, parallel=32, context=self.config.eval.context) as student:
+                yield student
         finally:
             shutil.rmtree(merged, ignore_errors=True)
             gguf.unlink(missing_ok=True)
