@@ -1,5 +1,7 @@
 """The commands: parse, call one stage, show its report. Nothing heavy is imported above a command's body."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,17 +31,18 @@ JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on std
 
 
 def _load(run: Path | None, config: Path | None, settings: list[str] | None, defaults: Any = None):
+    """The configuration; with `defaults` of its own a command does not read ./sclite.toml unasked."""
     from sclite import config as configuration  # pydantic takes longer than all of --help
 
     chosen = [*(settings or []), *([f"run={run}"] if run else [])]
-    return configuration.load(config, chosen, defaults=defaults)
+    return configuration.load(config, chosen, defaults=defaults, own_file=defaults is None)
 
 
-def _world(config, as_json: bool, plan=None):
+def _world(config):
     from sclite.run import Run
     from sclite.world import World
 
-    world = World(config, Run(config.run), console.Screen(plan, quiet=False))
+    world = World(config, Run(config.run), console.Screen())
     if config.teacher.model.startswith("embedded/"):
         from sclite.quickstart.provider import register
 
@@ -47,11 +50,19 @@ def _world(config, as_json: bool, plan=None):
     return world
 
 
+@contextmanager
+def _held(world) -> Iterator[None]:
+    """Keep other processes off the run, and note what this command was told."""
+    with world.run.hold():
+        world.run.remember(world.config)
+        yield
+
+
 @app.command()
 def quickstart(
     problems: Annotated[
         int | None,
-        typer.Option("--problems", min=40, help="Training problems to make (900).", show_default=False),
+        typer.Option("--problems", min=40, help="Training problems to make (640).", show_default=False),
     ] = None,
     run: RunOption = None,
     config: ConfigOption = None,
@@ -65,6 +76,7 @@ def quickstart(
     chosen = [*(settings or []), *([f"problems.limit={problems}"] if problems else [])]
     loaded = _load(run, config, chosen, flow.DEFAULTS)
     with Run(loaded.run).hold():
+        Run(loaded.run).remember(loaded)
         summary, example = flow.quickstart(loaded)
     if json:
         console.print_json(summary)
@@ -104,9 +116,11 @@ def doctor(json: JsonOption = False) -> None:
         console.print_json({"checks": machine.as_dicts(checks)})
         return
     for check in checks:
-        console.say(f"{'[green]✓[/]' if check.works else '[red]✗[/]'} {check.name}: {check.found}")
+        console.say(
+            f"{'[green]✓[/]' if check.works else '[red]✗[/]'} {check.name}: {console.plain(check.found)}"
+        )
         if not check.works:
-            console.say(f"    [cyan]{check.mend}[/]")
+            console.say(f"    [cyan]{console.plain(check.mend)}[/]")
 
 
 @app.command("build-data")
@@ -123,6 +137,9 @@ def build_data(
     only: Annotated[
         str | None, typer.Option("--only", help="templates or corrections", show_default=False)
     ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Ask anew what another teacher or prompt has answered.")
+    ] = False,
     run: RunOption = None,
     config: ConfigOption = None,
     settings: SetOption = None,
@@ -136,11 +153,11 @@ def build_data(
     chosen = [*(settings or [])]
     chosen += [f"problems.source={problems}"] if problems else []
     chosen += [f"problems.limit={limit}"] if limit else []
-    world = _world(_load(run, config, chosen), json)
-    with world.run.hold():
+    world = _world(_load(run, config, chosen))
+    with _held(world):
         reports = []
         if only != "corrections":
-            reports.append(pipeline.build_templates(world))
+            reports.append(pipeline.build_templates(world, fresh))
         trained = world.run.path("sft/adapter/adapter_model.safetensors").is_file()
         if only == "corrections" or (only is None and trained):
             reports.append(pipeline.build_corrections(world))
@@ -192,10 +209,10 @@ def train(
     from sclite import pipeline
     from sclite.student.load import choose_card, model_name
 
-    world = _world(_load(run, config, settings), json)
+    world = _world(_load(run, config, settings))
     model_name(world.config.student)
     choose_card(gpu)
-    with world.run.hold():
+    with _held(world):
         reports = pipeline.train(world, only)
     if json:
         console.print_json({report.stage: report.as_dict() for report in reports})
@@ -218,6 +235,7 @@ def export(
         str | None,
         typer.Option("--ollama", metavar="NAME", help="Also run `ollama create NAME`.", show_default=False),
     ] = None,
+    form: Annotated[str, typer.Option("--format", help="gguf, or lora for the adapter alone.")] = "gguf",
     run: RunOption = None,
     config: ConfigOption = None,
     settings: SetOption = None,
@@ -226,11 +244,16 @@ def export(
     """A GGUF of the trained student, and a Modelfile for Ollama."""
     from sclite import pipeline
 
+    if form not in ("gguf", "lora"):
+        raise UsageFault(f"--format {form}: no such format", "use --format gguf or --format lora")
     chosen = [*(settings or [])]
     chosen += [f"export.quant={quant}"] if quant else []
     chosen += [f"export.ollama={ollama}"] if ollama else []
-    world = _world(_load(run, config, chosen), json)
-    with world.run.hold():
+    world = _world(_load(run, config, chosen))
+    with _held(world):
+        if form == "lora":
+            console.say(str(pipeline.export_lora(world)))
+            return
         report = pipeline.export(world)[0]
         created = None
         if world.config.export.ollama:
@@ -272,23 +295,25 @@ def evaluate(
     json: JsonOption = False,
 ) -> None:
     """Measure base, SFT and DPO student: one pass, and self-corrected."""
-    from sclite import pipeline
+    from sclite import measure, pipeline
     from sclite.evaluate import show
 
     chosen = [*(settings or [])]
     chosen += [f"eval.source={problems}"] if problems else []
     chosen += [f"eval.limit={limit}"] if limit else []
-    world = _world(_load(run, config, chosen), json)
-    names = [name.strip() for name in models.split(",") if name.strip()]
+    world = _world(_load(run, config, chosen))
+    names = (
+        [name.strip() for name in models.split(",") if name.strip()] if models else pipeline.available(world)
+    )
     unknown = [name for name in names if name not in pipeline.NAMES]
     if unknown:
         raise UsageFault(
             f"--models {','.join(unknown)}: no such student", f"use any of {', '.join(pipeline.NAMES)}"
         )
-    with world.run.hold():
-        held_out, fitting = pipeline.held_out(world)
+    with _held(world):
+        held_out, fitting = measure.held_out(world)
         pipeline.export(world, names, compare=False)
-        summary = pipeline.evaluate(world, names, held_out, fitting, source=world.config.eval.source)
+        summary = measure.evaluate(world, names, held_out, fitting, source=world.config.eval.source)
     if json:
         console.print_json(summary)
         return
@@ -314,7 +339,7 @@ def chat(
     json: JsonOption = False,
 ) -> None:
     """Talk to the student; watch it find and mend its own wrong step."""
-    from sclite import pipeline
+    from sclite import measure
     from sclite.chat.repl import talk
 
     if json and question is None:
@@ -322,9 +347,9 @@ def chat(
     loaded = _load(run, config, settings)
     if run is None and not Path(loaded.run).is_dir() and Path("runs/quickstart").is_dir():
         loaded = _load(Path("runs/quickstart"), config, settings)
-    world = _world(loaded, json)
-    path = pipeline.find_gguf(world, model)
+    world = _world(loaded)
+    path = measure.find_gguf(world, model)
     threshold = world.config.review.threshold
     if threshold is None:
-        threshold = pipeline.stored_threshold(world.run)
+        threshold = measure.stored_threshold(world, path)
     talk(path, world.config, threshold, self_correct=self_correct, question=question, as_json=json)

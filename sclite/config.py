@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sclite.errors import UsageFault
 
 FILE = "sclite.toml"
+RUN_FILE = "run.toml"
 PREFIX = "SCLITE_"
 
 
@@ -78,7 +79,6 @@ class Lora(Section):
     max_length: int = Field(2048, ge=64, description="tokens; longer rows are left out and counted")
     warmup: float = Field(0.02, ge=0, lt=1, description="share of the steps with rising learning rate")
     max_grad_norm: float = Field(1.0, gt=0)
-    checkpoint_steps: int = Field(50, ge=1)
 
 
 class Sft(Lora):
@@ -165,26 +165,34 @@ def load(
     settings: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
     defaults: Mapping[str, Any] | None = None,
+    own_file: bool = True,
 ) -> Config:
-    """Read the configuration.
+    """Read the configuration: `defaults` < run.toml of the run < file < environment < `settings`.
 
-    `path` is a file that must exist; without it sclite.toml of the working folder is read where there is one.
-    `settings` are KEY=VALUE from the command line, `defaults` a tree that stands below the file. Raises UsageFault
-    with every unknown key and wrong value in one message.
+    `path` is a file that must exist; without it sclite.toml of the working folder is read where there is one, unless
+    `own_file` is False. `settings` are KEY=VALUE from the command line. run.toml is what an earlier command on the same
+    run has resolved. Raises UsageFault with every unknown key and wrong value in one message.
     """
-    tree: dict[str, Any] = {}
-    _merge(tree, defaults or {})
-    _merge(tree, _read_file(path))
+    given: dict[str, Any] = {}
+    if path is not None or own_file:
+        _merge(given, _read_file(path))
     for key, value in sorted((os.environ if environment is None else environment).items()):
         if key.startswith(PREFIX) and "__" in key:
-            _put(tree, key.removeprefix(PREFIX).lower().split("__"), value)
+            _put(given, key.removeprefix(PREFIX).lower().split("__"), value)
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
             raise UsageFault(
                 f"--set {setting}: no value", "write --set KEY=VALUE, for example --set sft.epochs=2"
             )
-        _put(tree, key.strip().split("."), value.strip())
+        _put(given, key.strip().split("."), value.strip())
+    tree: dict[str, Any] = {}
+    _merge(tree, defaults or {})
+    run = given.get("run") or tree.get("run") or Config.model_fields["run"].default
+    remembered = Path(str(run)) / RUN_FILE
+    if remembered.is_file():
+        _merge(tree, _read_file(remembered))
+    _merge(tree, given)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

@@ -17,6 +17,13 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
+def plain(text: str) -> str:
+    """Text whose brackets are no markup."""
+    from rich.markup import escape
+
+    return escape(text)
+
+
 def say(text: str = "") -> None:
     """A line of the result, with rich markup."""
     from rich.console import Console

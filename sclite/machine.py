@@ -84,7 +84,7 @@ def _unsloth() -> Check:
     found = importlib.util.find_spec("unsloth") is not None
     if not found and not cards():
         return Check("Unsloth", True, "not installed, not needed without a card")
-    return Check("Unsloth", found, _version("unsloth") or "not installed", "pip install 'sclite[cuda]'")
+    return Check("Unsloth", found, _version("unsloth") or "not installed", "pip install -e '.[cuda]'")
 
 
 def _llama_cpp() -> Check:
@@ -159,7 +159,7 @@ def write_configuration(path: Path, memory_gb: float | None) -> None:
     for key, field in configuration.keys().items():
         section, _, name = key.rpartition(".")
         value = chosen.get(key, field.default)
-        shown = "" if value is None else f" = {_toml(value)}"
+        shown = " = .." if value is None else f" = {_toml(value)}"
         meaning = f"  # {field.description}" if field.description else ""
         off = "" if key in chosen else "# "
         sections.setdefault(section, []).append(f"{off}{name}{shown}{meaning}")

@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sclite import prompts
 from sclite.errors import DataFault, UsageFault
 from sclite.records import Problem
-from sclite.run import Report, Run
+from sclite.run import Report
 from sclite.world import World
 
 NAMES = ("base", "sft", "dpo")
@@ -40,7 +39,7 @@ def unseen(world: World) -> frozenset[str]:
 # -- build-data ----------------------------------------------------------------------------------------------------
 
 
-def build_templates(world: World) -> Report:
+def build_templates(world: World, fresh: bool = False) -> Report:
     """Templates for all problems: SFT learns those of its side, stage 2 replays the others."""
     from sclite.data.templates import build_templates as stage
     from sclite.grader import Grader
@@ -52,7 +51,13 @@ def build_templates(world: World) -> Report:
         world.teacher() as teacher,
     ):
         report = stage(
-            world.config, world.run, teacher=teacher, grader=grader, problems=problems, progress=progress
+            world.config,
+            world.run,
+            teacher=teacher,
+            grader=grader,
+            problems=problems,
+            fresh=fresh,
+            progress=progress,
         )
     return world.add(report, f"templates: {report.counts.get('templates', 0)} kept{_drops(report)}")
 
@@ -120,6 +125,12 @@ def train(world: World, only: str | None = None) -> list[Report]:
     """SFT, then the student's mistakes and their corrections, then warm-up, pairs and DPO."""
     if only not in (None, "sft", "dpo"):
         raise UsageFault(f"--only {only}: no such stage", "use --only sft or --only dpo")
+    ready = world.run.path("templates.jsonl").is_file() and not world.run.path("reviews.jsonl").is_file()
+    if only != "sft" and ready and not world.config.teacher.model:
+        raise UsageFault(  # said before hours of SFT, not after
+            "teacher.model is not set, and stage 2 needs a teacher for its corrections",
+            "add --set teacher.model=PROVIDER/NAME, or train --only sft",
+        )
     if only != "dpo":
         train_sft(world)
     if only != "sft":
@@ -185,143 +196,45 @@ def train_dpo(world: World) -> Report:
 # -- export and evaluation -----------------------------------------------------------------------------------------
 
 
-def trained_name(world: World) -> str:
-    """The furthest student that the run holds: dpo, else sft, else base."""
-    for name in ("dpo", "sft"):
-        if world.run.path(f"{name}/adapter/adapter_model.safetensors").is_file():
-            return name
-    return "base"
+def available(world: World) -> list[str]:
+    """The students that the run holds, the base model among them, in the order of training."""
+    return [name for name in NAMES if name == "base" or _adapter(world, name).is_file()]
+
+
+def _adapter(world: World, name: str) -> Path:
+    return world.run.path(f"{name}/adapter/adapter_model.safetensors")
 
 
 def export(world: World, names: Sequence[str] = (), compare: bool = True) -> list[Report]:
-    """GGUF files of the named students; of the furthest trained one without names."""
-    from sclite.export.stage import export_model
+    """GGUF files of the named students, of the furthest trained one without names; the Modelfile is the last one's."""
+    from sclite.export.stage import export_model, write_modelfile
     from sclite.train.common import quiet
 
+    chosen = list(names) or available(world)[-1:]
+    missing = [name for name in chosen if name not in available(world)]
+    if missing:
+        raise DataFault(f"{_adapter(world, missing[0])} is missing", "run `sclite train` first")
     quiet()
     made = []
     with world.screen.stage("export", "export: merged, written as GGUF, quantised") as progress:
-        chosen = list(names) or [trained_name(world)]
         for number, name in enumerate(chosen, 1):
             made.append(export_model(world.config, world.run, name, compare=compare and name == chosen[-1]))
             progress(number, len(chosen))
+        path, warnings = write_modelfile(world.run, world.config, chosen[-1])
+        made[-1].figures |= {"modelfile": str(path), "warnings": list(warnings)}
     sizes = ", ".join(f"{report.figures['megabytes']:g} MB" for report in made)
     world.screen.done("export", f"export: {len(made)} GGUF ({sizes})", all(r.skipped for r in made))
     return made
 
 
-def held_out(world: World) -> tuple[list[Problem], list[Problem]]:
-    """(test problems, problems for the threshold) from eval.source, without those that the run trains on."""
-    from sclite.data.problems import load_problems
+def export_lora(world: World) -> Path:
+    """The furthest trained adapter alone as a GGUF, for llama.cpp's --lora."""
+    from sclite.export.convert import convert_lora
+    from sclite.student.load import local_folder
 
-    source = world.config.eval
-    if not source.source:
-        raise UsageFault("eval.source is not set", "give a file or hub data set: `sclite eval PROBLEMS`")
-    trained = {" ".join(p.question.split()) for p in world.run.read("problems.jsonl", Problem)}
-    found = load_problems(source.source, source.subset, source.split, source.limit)
-    fresh = [p for p in found if " ".join(p.question.split()) not in trained]
-    if len(fresh) < 10:
-        raise DataFault(
-            f"{source.source}: only {len(fresh)} of {len(found)} problems were not trained on",
-            "evaluate on others",
-        )
-    fitted = round(len(fresh) * source.fit_share)
-    return fresh[fitted:], fresh[:fitted]
-
-
-def evaluate(
-    world: World,
-    names: Sequence[str],
-    problems: Sequence[Problem],
-    fitting: Sequence[Problem],
-    judge: Callable[..., int | None] | None = None,
-    source: str = "",
-) -> dict[str, Any]:
-    """Measure the exported students; writes eval/summary.json and eval/report.html, and the threshold beside the GGUF."""
-    from sclite.evaluate.evaluate import evaluate_model
-    from sclite.export.stage import gguf_path
-    from sclite.grader import Grader
-    from sclite.student.team import open_student
-
-    figures: dict[str, Any] = {}
-    with (
-        world.screen.stage(
-            "eval", f"eval: {len(problems)} held-out problems, solved and reviewed"
-        ) as progress,
-        Grader() as grader,
-    ):
-        for number, name in enumerate(names):
-            progress(number, len(names))
-            path = gguf_path(world.run, name, world.config)
-            with open_student(path, parallel=32, context=world.config.eval.context) as student:
-                figures[name] = evaluate_model(
-                    world.config,
-                    world.run,
-                    name,
-                    student,
-                    problems=problems,
-                    fitting=fitting,
-                    grader=grader,
-                    judge=judge,
-                    identity=world.run.file_digest(str(path.relative_to(world.run.folder))),
-                )
-        progress(len(names), len(names))
-    world.screen.done("eval", f"eval: {', '.join(names)}")
-    summary = {"models": figures, "n": len(problems), "notes": [], "source": source}
-    write_summary(world, summary)
-    return summary
-
-
-def write_summary(world: World, summary: dict[str, Any]) -> None:
-    """eval/summary.json, the report, and the threshold that belongs to the last model's GGUF."""
-    import json
-
-    from sclite.evaluate.report import write_report
-
-    world.run.write_json("eval/summary.json", summary)
-    examples = []
-    for name in summary["models"]:
-        shown = world.run.read_json(f"eval/{name}.reviews.json") or []
-        examples += [{**example, "model": name} for example in shown[:3]]
-    curves = {}
-    for stage in ("sft", "dpo"):
-        path = world.run.path(f"{stage}/metrics.jsonl")
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-        for phase in dict.fromkeys(row["phase"] for row in rows):
-            curves[phase] = [
-                {k: v for k, v in row.items() if k != "phase"} for row in rows if row["phase"] == phase
-            ]
-    write_report(world.run.path("eval/report.html"), summary, examples, curves)
-    last = list(summary["models"])[-1]
-    threshold = summary["models"][last].get("threshold")
-    if threshold is not None:
-        world.run.write_json(
-            "export/review.json", {"model": last, "threshold": threshold, "prompts": _review_digest(world)}
-        )
-
-
-def _review_digest(world: World) -> str:
-    return prompts.digest(
-        "student_system", "student_solve", "student_review", folder=world.config.prompts.folder
-    )
-
-
-def stored_threshold(run: Run) -> float | None:
-    """The threshold that was fitted on the run's GGUF."""
-    kept = run.read_json("export/review.json")
-    return kept["threshold"] if kept else None
-
-
-def find_gguf(world: World, model: Path | None) -> Path:
-    """The GGUF to talk to: the one given, else the run's own furthest one."""
-    if model is not None:
-        if not model.is_file():
-            raise DataFault(f"{model} does not exist", "give the path of a GGUF file")
-        return model
-    from sclite.export.stage import gguf_path
-
-    for name in ("dpo", "sft", "base"):
-        path = gguf_path(world.run, name, world.config)
-        if path.is_file():
-            return path
-    raise DataFault(f"{world.run.path('export')} holds no GGUF", "run `sclite export` first")
+    name = available(world)[-1]
+    if name == "base":
+        raise DataFault(f"{_adapter(world, 'sft')} is missing", "run `sclite train` first")
+    out = world.run.path(f"export/{name}-lora.gguf")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return convert_lora(_adapter(world, name).parent, local_folder(world.config.student), out)

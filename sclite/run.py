@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from sclite import __version__
+from sclite.config import RUN_FILE, Config
 from sclite.errors import DataFault, UsageFault
 from sclite.records import Drop, Row
 
@@ -91,6 +92,12 @@ class Run:
         finally:
             file.close()
 
+    def remember(self, config: Config) -> None:
+        """Write the resolved configuration to run.toml, so that the next command on this run need not be told again."""
+        import tomlkit
+
+        write_text(self.path(RUN_FILE), tomlkit.dumps(config.model_dump(exclude_none=True, exclude={"run"})))
+
     # -- rows ------------------------------------------------------------------------------------------------------
 
     def append(self, name: str, rows: Iterable[Row]) -> None:
@@ -159,10 +166,11 @@ class Run:
 
     # -- signatures ------------------------------------------------------------------------------------------------
 
-    def done(self, stage: str, inputs: dict[str, Any]) -> dict[str, Any] | None:
-        """The stage's manifest where it was finished from these same inputs, else None."""
+    def done(self, stage: str, inputs: dict[str, Any], *outputs: str) -> dict[str, Any] | None:
+        """The stage's manifest where it was finished from these same inputs and its outputs are there, else None."""
         manifest = self.read_json(f"done/{stage}.json")
-        return manifest if manifest is not None and manifest.get("inputs") == inputs else None
+        same = manifest is not None and manifest.get("inputs") == inputs
+        return manifest if same and all(self.path(name).exists() for name in outputs) else None
 
     def finished(self, stage: str) -> dict[str, Any] | None:
         """The stage's manifest, from whatever inputs."""

@@ -259,7 +259,7 @@ def test_evaluating_without_problems_says_how_to_give_them(sclite):
     write("few.jsonl", PROBLEM)
     ended = sclite("eval", "few.jsonl")
     assert ended.code == 3
-    assert "few.jsonl: only 1 of 1 problems were not trained on" in ended.error
+    assert "few.jsonl: 1 of 1 problems were not trained on" in ended.error
 
 
 def test_a_run_folder_that_cannot_be_written_is_named(sclite):

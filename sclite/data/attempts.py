@@ -48,7 +48,7 @@ def sample_attempts(
     file is the same as that of an unbroken run.
     """
     inputs, report = inputs_of(config, run, problems), Report(STAGE)
-    if manifest := run.done(STAGE, inputs):
+    if manifest := run.done(STAGE, inputs, FILE):
         return Report.of(manifest)
     with timed(report):
         if config.attempts.source:

@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sclite import prompts
@@ -43,7 +44,7 @@ def build_corrections(
 ) -> Report:
     """Have the teacher correct every different wrong attempt; add confirmations of right ones; writes reviews.jsonl."""
     inputs, report = inputs_of(config, run), Report(STAGE)
-    if manifest := run.done(STAGE, inputs):
+    if manifest := run.done(STAGE, inputs, "reviews.jsonl"):
         return Report.of(manifest)
     with timed(report):
         problems = {problem.id: problem for problem in run.read("problems.jsonl", Problem)}
@@ -131,8 +132,12 @@ def _ask(config, teacher, grader, wrong, problems, progress) -> tuple[list[Revie
 
 
 def _review(attempt: Attempt, trace: Trace, requests: int) -> Review:
+    """A checked review as a row. Up to the wrong step it says what the attempt said, keys included."""
     step = first_corrected(trace)
     noted = trace.steps[step - 1]
+    own = list(work_of(attempt).steps[:step])
+    own[-1] = replace(own[-1], cause=noted.cause, correction=noted.correction)
+    trace = replace(trace, steps=(*own, *trace.steps[step:]))
     return Review(
         id=attempt.id,
         sample=attempt.sample,

@@ -46,7 +46,7 @@ def build_pairs(
 ) -> Report:
     """Sample the student's own corrections of its wrong attempts and write pairs.jsonl."""
     inputs, report = inputs_of(config, run), Report(STAGE)
-    if manifest := run.done(STAGE, inputs):
+    if manifest := run.done(STAGE, inputs, "pairs.jsonl"):
         return Report.of(manifest)
     with timed(report):
         reviews = run.require("reviews.jsonl", Review, "run `sclite build-data --only corrections` first")

@@ -164,15 +164,15 @@ def evaluate_model(
     fitting: Sequence[Problem],
     grader: Grader,
     judge: Judge | None = None,
-    identity: Any = None,
+    identity: str = "",
 ) -> dict[str, Any]:
     """All figures of one student: one pass, and reviewed. Writes eval/<name>.jsonl and eval/<name>.json.
 
-    `fitting` are the problems for the threshold, unless `review.threshold` is set. `identity` signs the student's
-    file; where nothing has changed the figures kept in the run are returned.
+    `fitting` are the problems for the threshold, unless `review.threshold` is set. `identity` is the digest of the
+    student's file; where nothing has changed the figures kept in the run are returned.
     """
     signature = digest(
-        [identity, config.eval.model_dump(), config.review.model_dump(), [p.id for p in problems], [p.id for p in fitting],
+        [identity, config.eval.model_dump(), config.review.model_dump(), [p.model_dump() for p in problems], [p.model_dump() for p in fitting],
          prompts.digest("student_system", "student_solve", "student_review", folder=config.prompts.folder)]
     )  # fmt: skip
     kept = run.read_json(f"eval/{name}.json")
@@ -190,6 +190,7 @@ def evaluate_model(
     figures = summarise(rows, seed=config.seed)
     figures |= {
         "signature": signature,
+        "gguf": identity,
         "threshold": threshold,
         "fitted": fitted,
         "correction_rate_given_location": located_correction_rate(student, rows, problems, config, grader),

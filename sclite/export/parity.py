@@ -34,7 +34,7 @@ def check(
     tokenizer = AutoTokenizer.from_pretrained(hf_folder)
     context = 64 + max((len(tokenizer(text).input_ids) for text in texts), default=0)
     context += max((len(prompt_ids(tokenizer, chat)) for chat in chats), default=0)
-    with Engine(gguf_path, parallel=1, context=context, threads=threads, exact=True) as engine:
+    with Engine(gguf_path, gpu_layers=0, parallel=1, context=context, threads=threads, exact=True) as engine:
         pairs = [
             (text, tokenizer(text, add_special_tokens=False).input_ids, engine.token_ids(text))
             for text in texts

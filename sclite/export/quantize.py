@@ -19,6 +19,15 @@ def quantisations() -> dict[str, int]:
     return names
 
 
+def known_quantisation(name: str) -> int:
+    """llama.cpp's number for a quantisation; raises UsageFault for an unknown name, with those that there are."""
+    known = quantisations()
+    number = known.get(name.lower())
+    if number is None:
+        raise UsageFault(f"unknown quantisation {name!r}", f"use one of {', '.join(sorted(known))}")
+    return number
+
+
 def quantize(source: Path, out: Path, name: str, *, threads: int | None = None) -> Path:
     """Write the GGUF `source` (f32, f16 or bf16) as `out`, quantised as `name` says. Returns `out`.
 
@@ -26,10 +35,7 @@ def quantize(source: Path, out: Path, name: str, *, threads: int | None = None) 
     256; llama.cpp takes a larger type where they are not. Raises UsageFault for an unknown name, DataFault when llama.cpp
     refuses.
     """
-    known = quantisations()
-    number = known.get(name.lower())
-    if number is None:
-        raise UsageFault(f"unknown quantisation {name!r}", f"use one of {', '.join(sorted(known))}")
+    number = known_quantisation(name)
     if not source.is_file():
         raise DataFault(f"no GGUF file {source}", "make one with: sclite export")
     part = out.with_name(out.name + ".part")

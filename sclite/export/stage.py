@@ -11,8 +11,8 @@ from sclite.errors import DataFault
 from sclite.export import ollama, parity
 from sclite.export.convert import convert
 from sclite.export.merge import merge
-from sclite.export.quantize import quantize
-from sclite.run import Report, Run, digest, timed
+from sclite.export.quantize import known_quantisation, quantize
+from sclite.run import Report, Run, digest, timed, write_text
 from sclite.student.engine import Engine
 from sclite.student.load import local_folder
 from sclite.trace import Step, Trace, all_pieces
@@ -23,11 +23,11 @@ PARITY_LIMIT = 2_000_000_000
 
 
 def gguf_path(run: Run, name: str, config: Config) -> Path:
-    return run.path(f"export/{name}-{config.export.quant}.gguf")
+    return run.path(f"export/{name}-{config.export.quant.lower()}.gguf")
 
 
 def export_model(config: Config, run: Run, name: str, *, compare: bool = True) -> Report:
-    """Write export/<name>-<quant>.gguf for base, sft or dpo, with a Modelfile and parity.json for the last two.
+    """Write export/<name>-<quant>.gguf for base, sft or dpo; with `compare` also parity.json.
 
     Skipped where the file was made from the same adapter. Raises DataFault where the adapter is missing.
     """
@@ -39,9 +39,9 @@ def export_model(config: Config, run: Run, name: str, *, compare: bool = True) -
     inputs = {
         "adapter": run.file_digest(f"{ADAPTERS[name]}/adapter_model.safetensors") if adapter else "",
         "student": digest(config.student.model),
-        "export": digest(config.export.model_dump(exclude={"ollama"})),
-        "compare": compare,
+        "quant": config.export.quant,
     }
+    known_quantisation(config.export.quant)
     if (manifest := run.done(stage, inputs)) and out.is_file():
         return Report.of(manifest)
     with timed(report):
@@ -63,14 +63,10 @@ def _describe(
     run: Run, config: Config, name: str, merged: Path, full: Path, out: Path, compare: bool
 ) -> dict[str, Any]:
     figures: dict[str, Any] = {"gguf": str(out), "megabytes": round(out.stat().st_size / 1e6, 2)}
-    if name == "base":
-        return figures
     if compare:
         figures["parity"] = _parity(merged, full)
         run.write_json("export/parity.json", figures["parity"])
-    text, warnings = _modelfile(out, config)
-    run.path("export/Modelfile").write_text(text, encoding="utf-8")
-    return {**figures, "modelfile": str(run.path("export/Modelfile")), "warnings": warnings}
+    return figures
 
 
 def _parity(merged: Path, full: Path) -> dict[str, Any]:
@@ -84,15 +80,20 @@ def _parity(merged: Path, full: Path) -> dict[str, Any]:
     return parity.check(merged, full, all_pieces(trace), chats, weights=size <= PARITY_LIMIT)
 
 
-def _modelfile(out: Path, config: Config) -> tuple[str, Sequence[str]]:
-    with Engine(out, parallel=1, context=512, gpu_layers=0) as engine:
-        template, special = engine.chat_template, engine.special_tokens
+def write_modelfile(run: Run, config: Config, name: str) -> tuple[Path, Sequence[str]]:
+    """Write export/Modelfile for a model's GGUF; returns its path and what a user should know about it."""
+    out = gguf_path(run, name, config)
+    with Engine(out, parallel=1, context=512, gpu_layers=0, cache_gb=0.1) as engine:
+        template, special, longest = engine.chat_template, engine.special_tokens, engine.trained_context
     system = prompts.render("student_system", config.prompts.folder)
-    return ollama.modelfile(
+    text, warnings = ollama.modelfile(
         out.name,
         template,
         system=system,
-        num_ctx=config.export.num_ctx,
+        num_ctx=min(config.export.num_ctx, longest),
         bos=special.get("bos_token", ""),
         eos=special.get("eos_token", ""),
     )
+    path = run.path("export/Modelfile")
+    write_text(path, text)
+    return path, warnings

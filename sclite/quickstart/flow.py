@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sclite import pipeline
+from sclite import measure, pipeline
 from sclite.config import Config
 from sclite.console import Screen
 from sclite.evaluate.evaluate import best_example
@@ -20,22 +20,23 @@ DEFAULTS: Mapping[str, Any] = {
     "run": "runs/quickstart",
     "teacher": {"model": MODEL, "concurrency": 8},
     "student": {"model": "embedded", "backend": "plain", "batch": 64},
-    "problems": {"limit": 900},
-    "attempts": {"samples": 2, "max_tokens": 160, "reviews": 2},
-    "sft": {"learning_rate": 2e-3, "epochs": 2, "batch": 16, "micro_batch": 16, "max_length": 1024},
+    "problems": {"limit": 640},
+    "attempts": {"samples": 2, "max_tokens": 240, "reviews": 2},
+    "sft": {"learning_rate": 2e-3, "epochs": 3, "batch": 16, "micro_batch": 16, "max_length": 1024},
     "dpo": {
         "batch": 16,
         "micro_batch": 16,
         "max_length": 1024,
         "warmup_learning_rate": 2e-3,
-        "warmup_epochs": 1.5,
+        "warmup_epochs": 2,
         "decision_weight": 8.0,
-        "learning_rate": 5e-4,
+        "learning_rate": 3e-4,
         "epochs": 1,
-        "replay_share": 0.5,
+        "confirmation_share": 0.4,
+        "replay_share": 0.6,
     },
     "export": {"quant": "q8_0", "num_ctx": 2048},
-    "eval": {"limit": 400, "max_tokens": 200, "context": 1024},
+    "eval": {"limit": 300, "max_tokens": 280, "context": 1280},
 }
 
 PLAN = {
@@ -64,8 +65,8 @@ def quickstart(config: Config, quiet: bool = False) -> tuple[dict[str, Any], dic
     pipeline.build_templates(world)
     pipeline.train(world)
     pipeline.export(world, pipeline.NAMES)
-    count = config.eval.limit or 400
-    summary = pipeline.evaluate(
+    count = config.eval.limit or 300
+    summary = measure.evaluate(
         world,
         pipeline.NAMES,
         test_problems(count),
@@ -78,7 +79,7 @@ def quickstart(config: Config, quiet: bool = False) -> tuple[dict[str, Any], dic
 
 def _problems(config: Config):
     """(for SFT, kept for stage 2), as many as `problems.limit` says in all."""
-    limit = config.problems.limit or 900
+    limit = config.problems.limit or 640
     found = train_problems(limit)
     kept = round(limit * config.problems.correction_share)
     return found[: limit - kept], found[limit - kept :]

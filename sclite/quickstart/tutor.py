@@ -30,13 +30,18 @@ class Judgement:
 # -- templates -----------------------------------------------------------------------------------------------------
 
 
+def _key(operation: Operation) -> str | None:
+    """What to watch in a step: the columns of a sum, which carry and borrow; the parts of a division."""
+    left, sign, right = operation.left, operation.sign, operation.right
+    if sign == "*":
+        return None
+    if sign == "/":
+        return apart(left, sign, right).rpartition(", so ")[0] or None
+    return ", ".join(_columns_in_words(left, sign, right))
+
+
 def _step(operation: Operation, item: str) -> Step:
-    key = (
-        "Multiply first."
-        if operation.form in ("buys packed", "gives each") and operation.sign == "*"
-        else None
-    )
-    return Step(f"{operation.what} {operation.sum} {item}.", key)
+    return Step(f"{operation.what} {operation.sum} {item}.", _key(operation))
 
 
 def _generalized(solution: Solution) -> str:
@@ -83,15 +88,19 @@ def _columns(left: int, sign: str, right: int):
 _PLACES = ("units", "tens", "hundreds", "thousands", "ten thousands")
 
 
+def _columns_in_words(left: int, sign: str, right: int) -> list[str]:
+    """units 8 + 5 = 13, tens 4 + 7 + 1 = 12 ..: one entry a column."""
+    return [
+        f"{place} {upper} {sign} {lower}{' + 1' if carry else ''} = {value}"
+        for place, (upper, lower, carry, value) in zip(_PLACES, _columns(left, sign, right), strict=False)
+    ]
+
+
 def apart(left: int, sign: str, right: int) -> str:
     """The sum taken apart into ones that a beginner can do, ending in the whole."""
     whole = f"so {left} {sign} {right} = {result_of(left, sign, right)}"
     if sign in "+-" and left >= right * (sign == "-") and max(left, right) < 10**5:
-        parts = []
-        for place, (upper, lower, carry, value) in zip(_PLACES, _columns(left, sign, right), strict=False):
-            carried = " + 1" if carry else ""
-            parts.append(f"{place} {upper} {sign} {lower}{carried} = {value}")
-        return ", ".join([*parts, whole])
+        return ", ".join([*_columns_in_words(left, sign, right), whole])
     if sign == "*":
         small, big = sorted((left, right))
         tens, units = big // 10 * 10, big % 10

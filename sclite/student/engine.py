@@ -88,7 +88,8 @@ class Engine:
         self.description: str = buffer.value.decode("utf-8", "replace")
         self.chat_template: str = (api.llama_model_chat_template(self._model, None) or b"").decode("utf-8")
         self.special_tokens = self.vocabulary.special_tokens(self._metadata)
-        self.context = -(-min(context, api.llama_model_n_ctx_train(self._model) or context) // 256) * 256
+        self.trained_context: int = api.llama_model_n_ctx_train(self._model) or context
+        self.context = -(-min(context, self.trained_context) // 256) * 256
         self._open_context(threads, cache_gb, unified, exact)
         if lora is not None:
             self._load_adapter(Path(lora))

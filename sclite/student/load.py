@@ -82,7 +82,7 @@ def backend(student: Student) -> str:
     if importlib.util.find_spec("unsloth") is None:
         raise DeviceFault(
             "Unsloth is not installed",
-            "pip install 'sclite[cuda]'; or --set student.backend=plain, which is slower",
+            "pip install -e '.[cuda]' in sclite's checkout; or --set student.backend=plain, which is slower",
         )
     return "unsloth"
 
@@ -104,7 +104,7 @@ def load_tokenizer(name: str) -> Any:
 
 
 def load_student(
-    student: Student, lora: Lora, adapter: Path | None = None, train: bool = False
+    student: Student, lora: Lora, adapter: Path | None = None, train: bool = False, seed: int = 0
 ) -> tuple[Any, Any]:
     """(model, tokenizer): the base with `adapter` on it, or with a new LoRA when `train` is set without one.
 
@@ -112,9 +112,9 @@ def load_student(
     """
     name = model_name(student)
     if backend(student) == "unsloth":
-        model, tokenizer = _load_unsloth(name, student, lora, adapter, train)
+        model, tokenizer = _load_unsloth(name, student, lora, adapter, train, seed)
     else:
-        model, tokenizer = _load_plain(name, student, lora, adapter, train)
+        model, tokenizer = _load_plain(name, student, lora, adapter, train, seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -122,7 +122,7 @@ def load_student(
 
 
 def _load_plain(
-    name: str, student: Student, lora: Lora, adapter: Path | None, train: bool
+    name: str, student: Student, lora: Lora, adapter: Path | None, train: bool, seed: int
 ) -> tuple[Any, Any]:
     import torch
     from peft import LoraConfig, PeftModel, get_peft_model
@@ -151,6 +151,7 @@ def _load_plain(
             task_type="CAUSAL_LM",
             lora_dropout=0.0,
         )
+        torch.manual_seed(seed)  # the first LoRA factors are random
         model = get_peft_model(model, shape)
     return model, tokenizer
 
@@ -169,7 +170,7 @@ def _four_bits() -> Any:
 
 
 def _load_unsloth(
-    name: str, student: Student, lora: Lora, adapter: Path | None, train: bool
+    name: str, student: Student, lora: Lora, adapter: Path | None, train: bool, seed: int
 ) -> tuple[Any, Any]:
     from unsloth import FastLanguageModel
 
@@ -188,6 +189,7 @@ def _load_unsloth(
             lora_dropout=0.0,
             bias="none",
             use_gradient_checkpointing="unsloth",
+            random_state=seed,
         )
     elif train:
         FastLanguageModel.for_training(model)

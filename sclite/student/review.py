@@ -4,6 +4,7 @@ METHOD section 5. Both work on many problems at once, because a student answers 
 sees a gold answer.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -65,12 +66,13 @@ def score_request(question: str, trace: Trace, folder: str = "") -> ScoreRequest
 def scores_of(
     student: Student, questions: Sequence[str], traces: Sequence[Trace], folder: str = ""
 ) -> list[tuple[float, ...]]:
-    """The log-odds of an error for each step of each trace; empty for a trace without steps."""
+    """The log-odds of an error for each step of each trace; empty without steps, or where it is too long to review."""
     found: list[tuple[float, ...]] = [()] * len(traces)
     asked = [i for i, trace in enumerate(traces) if trace.steps]
     requests = [score_request(questions[i], traces[i], folder) for i in asked]
     for scores in student.score(requests):
-        found[asked[scores.index]] = scores.log_odds
+        if not any(math.isnan(value) for value in scores.log_odds):  # the review did not fit into the context
+            found[asked[scores.index]] = scores.log_odds
     return found
 
 
@@ -154,7 +156,8 @@ def _round(student: Student, states: list[_State], settings: Settings, first: bo
     for state, found in zip(states, scores, strict=True):
         state.scores = found
         if first:
-            state.result = replace(state.result, scores=found)
+            note = "" if found else "too long to review"
+            state.result = replace(state.result, scores=found, note=note)
         step = next((n for n, value in enumerate(found, 1) if value > settings.threshold), None)
         state.open = step is not None
         if step is not None:

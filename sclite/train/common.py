@@ -1,12 +1,16 @@
 """What both training stages share: the label check, the trainer's arguments, and metrics written as they come."""
 
 import json
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sclite.config import Lora
 from sclite.errors import DataFault
+from sclite.records import Drop
+from sclite.run import Run, write_text
 from sclite.student.encode import Encoded
 
 Progress = Callable[[int, int], None]
@@ -83,6 +87,13 @@ def numbered(lengths: Sequence[int]) -> Any:
     return datasets.Dataset.from_dict({"number": list(range(len(lengths))), "length": list(lengths)})
 
 
+def forget_metrics(path: Path, phase: str) -> None:
+    """Take the rows of a phase out of metrics.jsonl before it is trained again."""
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        write_text(path, "".join(line for line in lines if json.loads(line)["phase"] != phase))
+
+
 def metrics_writer(path: Path, phase: str, progress: Progress | None) -> Any:
     """A trainer callback that appends each step's figures to metrics.jsonl and reports progress."""
     from transformers import TrainerCallback
@@ -105,8 +116,51 @@ def metrics_writer(path: Path, phase: str, progress: Progress | None) -> Any:
     return Writer()
 
 
+def save_adapter(model: Any, folder: Path) -> None:
+    """Save a model's adapter beside and rename, so that the folder is never there half written."""
+    beside = folder.with_name(f".{folder.name}")
+    shutil.rmtree(beside, ignore_errors=True)
+    model.save_pretrained(beside)
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)
+
+
+@contextmanager
+def trainable_as_they_are(model: Any) -> Iterator[None]:
+    """Undo what building a trainer does to trainable weights: trl rounds them to bfloat16 on 4-bit models."""
+    kept = {name: p.detach().clone().float() for name, p in model.named_parameters() if p.requires_grad}
+    yield
+    for name, parameter in model.named_parameters():
+        if name in kept:
+            parameter.data = kept[name]
+
+
+def left_out(run: Run, stage: str, names: Sequence[str], rows: Sequence[Encoded], limit: int) -> list[int]:
+    """The numbers of the rows that are too long, each noted in dropped.jsonl under its name."""
+    numbers = too_long(rows, limit)
+    drops = [
+        Drop(
+            stage=stage,
+            id=names[i],
+            reason="longer_than_max_length",
+            detail=f"{len(rows[i].ids)} tokens, {limit} fit",
+        )
+        for i in numbers
+    ]
+    run.replace_drops({stage}, drops)
+    return numbers
+
+
 def quiet() -> None:
-    """Keep the libraries' own progress bars and notices off the terminal."""
+    """Keep the libraries' own progress bars and notices off the terminal, and import Unsloth first where it is used."""
+    import importlib.util
+
+    import torch
+
+    if torch.cuda.is_available() and importlib.util.find_spec("unsloth"):
+        importlib.import_module(
+            "unsloth"
+        )  # it patches transformers, trl and peft, so it must come before them
     import logging
     import warnings
 

@@ -16,7 +16,16 @@ from sclite.run import Report, Run, digest, timed
 from sclite.student.encode import Encoded, decision_ids
 from sclite.student.load import load_student
 from sclite.train.bundle import Bundle, build_bundles, collate, likelihoods, reference_odds
-from sclite.train.common import Progress, arguments, metrics_writer, numbered, quiet
+from sclite.train.common import (
+    Progress,
+    arguments,
+    forget_metrics,
+    metrics_writer,
+    numbered,
+    quiet,
+    save_adapter,
+    trainable_as_they_are,
+)
 from sclite.train.sft import replay_templates, solve_rows
 
 STAGE = "dpo"
@@ -42,7 +51,7 @@ def train_dpo(
 ) -> Report:
     """Cross-model DPO from dpo/warm on pairs.jsonl; writes dpo/adapter, dpo/reference.json, dpo/metrics.jsonl."""
     inputs, report = inputs_of(config, run, unseen), Report(STAGE)
-    if manifest := run.done(STAGE, inputs):
+    if manifest := run.done(STAGE, inputs, "dpo/adapter/adapter_model.safetensors"):
         return Report.of(manifest)
     pairs = run.require(
         "pairs.jsonl", Pair, "run `sclite train`, which builds them from the student's attempts"
@@ -61,10 +70,11 @@ def train_dpo(
             solve_rows(tokenizer, replay_templates(templates, unseen), config.prompts.folder),
             config.dpo.replay_share,
         )
+        forget_metrics(run.path("dpo/metrics.jsonl"), STAGE)
         reference = _reference(run, model, tokenizer, bundles, digest(inputs))
         folder = run.path("dpo")
         steps = prefer(model, tokenizer, bundles, reference, folder, config.dpo, config.seed, progress)
-        model.save_pretrained(folder / "adapter")
+        save_adapter(model, folder / "adapter")
     report.counts |= {"bundles": len(bundles), "pairs": len(pairs), "steps": steps}
     run.sign(STAGE, inputs, report)
     return report
@@ -116,22 +126,20 @@ def prefer(
     from trl import DPOConfig
 
     given = arguments(folder, settings, settings.learning_rate, settings.epochs, seed)
-    trainer = _trainer_class()(
-        model=model,
-        args=DPOConfig(**given, beta=settings.beta, max_length=None),
-        train_dataset=numbered([len(bundle.review.ids) for bundle in bundles]),
-        data_collator=lambda items: {
-            "batch": collate([bundles[i["number"]] for i in items], tokenizer.pad_token_id)
-        },
-        processing_class=tokenizer,
-        callbacks=[metrics_writer(folder / "metrics.jsonl", "dpo", progress)],
-    )
+    with trainable_as_they_are(model):
+        trainer = _trainer_class()(
+            model=model,
+            args=DPOConfig(**given, beta=settings.beta, max_length=None),
+            train_dataset=numbered([len(bundle.review.ids) for bundle in bundles]),
+            data_collator=lambda items: {
+                "batch": collate([bundles[i["number"]] for i in items], tokenizer.pad_token_id)
+            },
+            processing_class=tokenizer,
+            callbacks=[metrics_writer(folder / "metrics.jsonl", "dpo", progress)],
+        )
     trainer.remove_callback(PrinterCallback)
     if "ref" in model.peft_config:  # trl's copy of the adapter; our reference is kept in the run
         model.delete_adapter("ref")
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # trl casts them to bfloat16 on 4-bit models
     trainer.pairs = PairLoss(settings, reference, decision_ids(tokenizer))
     trainer.train()
     return trainer.state.global_step

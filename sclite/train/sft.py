@@ -14,7 +14,17 @@ from sclite.run import Report, Run, digest, timed
 from sclite.student.encode import Encoded, encode_solution, end_id
 from sclite.student.load import load_student, model_name
 from sclite.trace import parse
-from sclite.train.common import Progress, arguments, check_labels, metrics_writer, numbered, quiet, too_long
+from sclite.train.common import (
+    Progress,
+    arguments,
+    check_labels,
+    left_out,
+    metrics_writer,
+    numbered,
+    quiet,
+    save_adapter,
+    trainable_as_they_are,
+)
 from sclite.train.forward import hidden_states, pad, token_log_probs
 
 STAGE = "sft"
@@ -42,20 +52,20 @@ def train_sft(
     """
     inputs = inputs_of(config, run, unseen)
     report = Report(STAGE)
-    if manifest := run.done(STAGE, inputs):
+    if manifest := run.done(STAGE, inputs, "sft/adapter/adapter_model.safetensors"):
         return Report.of(manifest)
     rows = run.require(
         "templates.jsonl", Template, "run `sclite build-data` first, or put your own templates there"
     )
-    rows = [row for row in rows if row.id not in unseen] or rows
+    rows = [row for row in rows if row.id not in unseen]
     with timed(report):
         quiet()
-        model, tokenizer = load_student(config.student, config.sft, train=True)
+        model, tokenizer = load_student(config.student, config.sft, train=True, seed=config.seed)
         encoded = solve_rows(tokenizer, rows, config.prompts.folder)
-        long = too_long(encoded, config.sft.max_length)
+        long = set(left_out(run, STAGE, [row.id for row in rows], encoded, config.sft.max_length))
         if long:
             report.dropped["longer_than_max_length"] = len(long)
-            encoded = [row for i, row in enumerate(encoded) if i not in set(long)]
+            encoded = [row for i, row in enumerate(encoded) if i not in long]
         report.figures["labels"] = check_labels(encoded, end_id(tokenizer))
         folder = run.path("sft")
         folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +82,7 @@ def train_sft(
             "sft",
             progress,
         )
-        model.save_pretrained(folder / "adapter")
+        save_adapter(model, folder / "adapter")
         report.counts |= {"rows": len(encoded), "steps": steps}
     run.sign(STAGE, inputs, report)
     return report
@@ -108,14 +118,15 @@ def fine_tune(
     from trl import SFTConfig
 
     settings = SFTConfig(**arguments(folder, lora, rate, epochs, seed), max_length=None, packing=False)
-    trainer = _trainer_class()(
-        model=model,
-        args=settings,
-        train_dataset=numbered([len(row.ids) for row in rows]),
-        data_collator=_Collator(rows, tokenizer.pad_token_id),
-        processing_class=tokenizer,
-        callbacks=[metrics_writer(folder / "metrics.jsonl", phase, progress)],
-    )
+    with trainable_as_they_are(model):
+        trainer = _trainer_class()(
+            model=model,
+            args=settings,
+            train_dataset=numbered([len(row.ids) for row in rows]),
+            data_collator=_Collator(rows, tokenizer.pad_token_id),
+            processing_class=tokenizer,
+            callbacks=[metrics_writer(folder / "metrics.jsonl", phase, progress)],
+        )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return trainer.state.global_step

@@ -15,7 +15,7 @@ from sclite.run import Report, Run, digest, timed
 from sclite.student.encode import Encoded, encode_review, end_id
 from sclite.student.load import load_student
 from sclite.trace import parse, render
-from sclite.train.common import Progress, check_labels, quiet, too_long
+from sclite.train.common import Progress, check_labels, left_out, quiet, save_adapter
 from sclite.train.sft import fine_tune, replay_templates, solve_rows
 
 STAGE = "warm"
@@ -44,7 +44,7 @@ def train_warm(
 ) -> Report:
     """Reads reviews.jsonl, attempts.jsonl and templates.jsonl; trains on from sft/adapter; writes dpo/warm."""
     inputs, report = inputs_of(config, run, unseen), Report(STAGE)
-    if manifest := run.done(STAGE, inputs):
+    if manifest := run.done(STAGE, inputs, "dpo/warm/adapter_model.safetensors"):
         return Report.of(manifest)
     reviews = run.require("reviews.jsonl", Review, "run `sclite build-data --only corrections` first")
     templates = run.require("templates.jsonl", Template, "run `sclite build-data` first")
@@ -54,7 +54,8 @@ def train_warm(
         rows = review_rows(tokenizer, run, reviews, config)
         solved = solve_rows(tokenizer, replay_templates(templates, unseen), config.prompts.folder)
         rows = mix(rows, solved, config.dpo.replay_share, config.seed)
-        long = set(too_long(rows, config.dpo.max_length))
+        names = [f"row {number}" for number in range(1, len(rows) + 1)]
+        long = set(left_out(run, STAGE, names, rows, config.dpo.max_length))
         if long:
             report.dropped["longer_than_max_length"] = len(long)
             rows = [row for i, row in enumerate(rows) if i not in long]
@@ -74,7 +75,7 @@ def train_warm(
             STAGE,
             progress,
         )
-        model.save_pretrained(folder / "warm")
+        save_adapter(model, folder / "warm")
     report.counts |= {"rows": len(rows), "reviews": len(reviews), "steps": steps}
     run.sign(STAGE, inputs, report)
     return report

@@ -38,7 +38,9 @@ def test_small_gguf_gives_the_same_replies_shared_or_not(tmp_path):
     from sclite.student.engine import Engine
 
     path = tiny_gguf(tiny_llama(tmp_path / "model"), tmp_path / "tiny.gguf")
-    requests = [Request(r.messages, max_tokens=8, temperature=0.9, seed=i) for i, r in enumerate(asked("abcdefg"))]
+    requests = [
+        Request(r.messages, max_tokens=8, temperature=0.9, seed=i) for i, r in enumerate(asked("abcdefg"))
+    ]
     with open_student(path, parallel=4, context=256) as shared:
         together = {r.index: r.text for r in shared.generate(requests)}
     with Engine(path, parallel=4, context=256) as alone:

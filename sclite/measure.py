@@ -1,0 +1,131 @@
+"""Measuring exported students, and the thresholds that are fitted on the way: between the commands and the eval stage."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sclite import prompts
+from sclite.errors import DataFault, UsageFault
+from sclite.export.stage import ADAPTERS
+from sclite.records import Problem
+from sclite.world import World
+
+THRESHOLDS = "export/review.json"
+"""By the digest of a GGUF: the threshold fitted on it, and the digest of the prompts."""
+
+
+def held_out(world: World) -> tuple[list[Problem], list[Problem]]:
+    """(test problems, problems for the threshold) from eval.source, without those that the run trains on."""
+    from sclite.data.problems import load_problems, split_for_stages
+
+    source = world.config.eval
+    if not source.source:
+        raise UsageFault("eval.source is not set", "give a file or hub data set: `sclite eval PROBLEMS`")
+    trained = {" ".join(p.question.split()) for p in world.run.read("problems.jsonl", Problem)}
+    found = load_problems(source.source, source.subset, source.split, source.limit)
+    fresh = [p for p in found if " ".join(p.question.split()) not in trained]
+    tested, fitted = split_for_stages(fresh, source.fit_share, world.config.seed)
+    if len(tested) < 5 or len(fitted) < 5:
+        raise DataFault(
+            f"{source.source}: {len(fresh)} of {len(found)} problems were not trained on, which are too few",
+            "evaluate on others, or on more",
+        )
+    return tested, fitted
+
+
+def evaluate(
+    world: World,
+    names: Sequence[str],
+    problems: Sequence[Problem],
+    fitting: Sequence[Problem],
+    judge: Callable[..., int | None] | None = None,
+    source: str = "",
+) -> dict[str, Any]:
+    """Measure the exported students; writes eval/summary.json and eval/report.html, and the threshold beside the GGUF."""
+    from sclite.evaluate.evaluate import evaluate_model
+    from sclite.export.stage import gguf_path
+    from sclite.grader import Grader
+    from sclite.student.team import open_student
+
+    figures: dict[str, Any] = {}
+    with (
+        world.screen.stage(
+            "eval", f"eval: {len(problems)} held-out problems, solved and reviewed"
+        ) as progress,
+        Grader() as grader,
+    ):
+        for number, name in enumerate(names):
+            progress(number, len(names))
+            path = gguf_path(world.run, name, world.config)
+            with open_student(path, parallel=32, context=world.config.eval.context) as student:
+                digest = world.run.file_digest(str(path.resolve()))
+                figures[name] = evaluate_model(
+                    world.config,
+                    world.run,
+                    name,
+                    student,
+                    problems=problems,
+                    fitting=fitting,
+                    grader=grader,
+                    judge=judge,
+                    identity=digest,
+                )
+        progress(len(names), len(names))
+    world.screen.done("eval", f"eval: {', '.join(names)}")
+    summary = {"models": figures, "n": len(problems), "notes": [], "source": source}
+    write_summary(world, summary)
+    return summary
+
+
+def write_summary(world: World, summary: dict[str, Any]) -> None:
+    """eval/summary.json, the report, and the threshold that belongs to the last model's GGUF."""
+    import json
+
+    from sclite.evaluate.report import write_report
+
+    world.run.write_json("eval/summary.json", summary)
+    examples = []
+    for name in summary["models"]:
+        shown = world.run.read_json(f"eval/{name}.reviews.json") or []
+        examples += [{**example, "model": name} for example in shown[:3]]
+    curves = {}
+    for stage in ("sft", "dpo"):
+        path = world.run.path(f"{stage}/metrics.jsonl")
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        for phase in dict.fromkeys(row["phase"] for row in rows):
+            curves[phase] = [
+                {k: v for k, v in row.items() if k != "phase"} for row in rows if row["phase"] == phase
+            ]
+    write_report(world.run.path("eval/report.html"), summary, examples, curves)
+    fitted = world.run.read_json(THRESHOLDS) or {}
+    for figures in summary["models"].values():
+        if figures["threshold"] is not None:
+            fitted[figures["gguf"]] = {"threshold": figures["threshold"], "prompts": _review_digest(world)}
+    world.run.write_json(THRESHOLDS, fitted)
+
+
+def _review_digest(world: World) -> str:
+    return prompts.digest(
+        "student_system", "student_solve", "student_review", folder=world.config.prompts.folder
+    )
+
+
+def stored_threshold(world: World, gguf: Path) -> float | None:
+    """The threshold that was fitted on this very file under these prompts; None where there is none."""
+    kept = (world.run.read_json(THRESHOLDS) or {}).get(world.run.file_digest(str(gguf.resolve())))
+    return kept["threshold"] if kept and kept["prompts"] == _review_digest(world) else None
+
+
+def find_gguf(world: World, model: Path | None) -> Path:
+    """The GGUF to talk to: the one given, else the run's own furthest one."""
+    if model is not None:
+        if not model.is_file():
+            raise DataFault(f"{model} does not exist", "give the path of a GGUF file")
+        return model
+    from sclite.export.stage import gguf_path
+
+    for name in reversed(ADAPTERS):
+        path = gguf_path(world.run, name, world.config)
+        if path.is_file():
+            return path
+    raise DataFault(f"{world.run.path('export')} holds no GGUF", "run `sclite export` first")
