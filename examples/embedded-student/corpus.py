@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterator
 
 from sclite.quickstart.arithmetic import ITEMS, LARGE, SMALL, Ranges, generate, solve
-from sclite.quickstart.tutor import apart, result_of, why_wrong
+from sclite.quickstart.tutor import apart, columns_in_words, result_of, why_wrong
 
 CHAT = "<|im_start|>{role}\n{content}<|im_end|>\n"
 SYSTEMS = (
@@ -32,6 +32,7 @@ ASKS = (
     "Here is a problem.\n\n{q}",
     "Problem:\n{q}",
 )
+CHECKS = ("Check", "Columns", "Key", "Proof")
 ROWS = ("Row", "Line", "Item", "Sum", "Part")
 FEW_TAGS = (("Note", "Entry", "Task", "Day"), ("Hint", "Place", "Key"), ("End",))
 MANY_TAGS = (
@@ -155,25 +156,33 @@ def short_way(solution, draw: random.Random) -> str:
     return "\n".join([*lines, ending.format(solution.answer)])
 
 
-def long_way(solution, draw: random.Random) -> str:
-    """As school-books do it: one sum a line, with words."""
+def checked(left: int, sign: str, right: int, tag: str) -> str:
+    """A line that checks a sum column by column; empty for products."""
+    return f"<{tag}>{', '.join(columns_in_words(left, sign, right))}</{tag}>\n" if sign in "+-" else ""
+
+
+def long_way(solution, draw: random.Random, checks: bool = False) -> str:
+    """As school-books do it: one sum a line, with words, and with checks below."""
     form = draw.choice(("{i}. {what} {sum} {item}.", "{what} {sum} {item}.", "{sum}"))
-    lines = [
-        form.format(i=i, what=op.what, sum=op.sum, item=solution.item)
-        for i, op in enumerate(solution.operations, 1)
-    ]
+    tag = draw.choice(CHECKS) if checks else ""
+    lines = []
+    for i, op in enumerate(solution.operations, 1):
+        line = form.format(i=i, what=op.what, sum=op.sum, item=solution.item)
+        check = checked(op.left, op.sign, op.right, tag).rstrip() if tag else ""
+        lines += [line, check] if check else [line]
     return "\n".join([*lines, f"Result: {solution.answer}"])
 
 
-def homework(question: str, solution, draw: random.Random) -> str:
+def homework(question: str, solution, draw: random.Random, checks: bool = False) -> str:
     """Somebody's work and the marks that a teacher has put beside its lines, in tags of many names."""
     row = draw.choice(ROWS)
     mistake, mended = draw.choice(
         (("Mistake", "Better"), ("Wrong", "Right"), ("Error", "Fix"), ("Why", "Instead"))
     )
+    tag = draw.choice(CHECKS) if checks else ""
     lines, wrong_at = [], draw.randrange(len(solution.operations)) if draw.random() < 0.6 else None
     for i, op in enumerate(solution.operations):
-        text, note = f"{op.what} {op.sum} {solution.item}.", ""
+        text, note, used = f"{op.what} {op.sum} {solution.item}.", "", (op.left, op.sign, op.right)
         if i == wrong_at:
             left, right, given = op.left, op.right, slip(op.result, draw)
             why = why_wrong(left, op.sign, right, given)
@@ -181,10 +190,14 @@ def homework(question: str, solution, draw: random.Random) -> str:
             if draw.random() < 0.25 and (result_of(left, op.sign, misread) or -1) >= 0:
                 right, given = misread, result_of(left, op.sign, misread)
                 why = f"The sum to do is {op.sum.split(' = ')[0]}."
-            text = f"{op.what} {left} {op.sign} {right} = {given} {solution.item}."
+            text, used = (
+                f"{op.what} {left} {op.sign} {right} = {given} {solution.item}.",
+                (left, op.sign, right),
+            )
             better = f"{op.what} {apart(op.left, op.sign, op.right)} {solution.item}."
             note = f"<{mistake}>{why}</{mistake}>\n<{mended}>{better}</{mended}>\n"
-        lines.append(f"<{row}{i + 1}>{text}\n{note}</{row}{i + 1}>")
+        check = checked(*used, tag) if tag else ""
+        lines.append(f"<{row}{i + 1}>{text}\n{check}{note}</{row}{i + 1}>")
     shown = "\n".join(lines)
     head = draw.choice(("Homework, checked.", "The teacher looked at each line.", "Corrected work:"))
     return f"{head}\n{question}\n{shown}\n<Result>{solution.answer}</Result>"
@@ -206,18 +219,23 @@ def tagged(draw: random.Random, words: tuple[tuple[str, ...], ...] = FEW_TAGS) -
     return "\n".join(lines)
 
 
-WEIGHTS = {1: (18, 13, 14, 18, 13, 22, 2), 2: (18, 12, 15, 15, 14, 22, 9), 3: (13, 10, 22, 9, 17, 25, 4)}
+WEIGHTS = {
+    1: (18, 13, 14, 18, 13, 22, 2),
+    2: (18, 12, 15, 15, 14, 22, 9),
+    3: (13, 10, 22, 9, 17, 25, 4),
+    4: (11, 13, 48, 6, 8, 10, 4),
+}
 
 
 def documents(seed: int, avoid: frozenset[str] = frozenset(), part: int = 1) -> Iterator[str]:
     """Documents without end, the same for the same seed; stories whose question is in `avoid` are left out.
 
     Part 1 of the corpus has small numbers; part 2 adds tags of more names and rules in its school-books; part 3 has
-    the numbers of the quickstart, and more checks and sums taken apart than plain sums.
+    the numbers of the quickstart, and more checks and sums taken apart than plain sums; part 4 adds column checks.
     """
     draw = random.Random(seed)
     kinds = ("short", "long", "homework", "sums", "apart", "statements", "tagged")
-    ranges = LARGE if part == 3 else SMALL
+    ranges = LARGE if part >= 3 else SMALL
     plain = {"sums": sums, "apart": sums_apart, "statements": statements}
     while True:
         for problem in generate(500, draw.randrange(2**40), avoid, ranges):
@@ -227,9 +245,9 @@ def documents(seed: int, avoid: frozenset[str] = frozenset(), part: int = 1) -> 
                     yield chat(problem.question, short_way(solution, draw), draw)
                 elif kind == "long":
                     rule = f"{draw.choice(RULES)}\n" if part > 1 and draw.random() < 0.4 else ""
-                    yield f"{problem.question}\n{rule}{long_way(solution, draw)}"
+                    yield f"{problem.question}\n{rule}{long_way(solution, draw, part == 4)}"
                 elif kind == "homework":
-                    yield homework(problem.question, solution, draw)
+                    yield homework(problem.question, solution, draw, part == 4)
                 elif kind == "tagged":
                     yield tagged(draw, MANY_TAGS if part > 1 else FEW_TAGS)
                 else:

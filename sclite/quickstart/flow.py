@@ -20,20 +20,20 @@ DEFAULTS: Mapping[str, Any] = {
     "run": "runs/quickstart",
     "teacher": {"model": MODEL, "concurrency": 8},
     "student": {"model": "embedded", "backend": "plain", "batch": 64},
-    "problems": {"limit": 640},
+    "problems": {"limit": 560},
     "attempts": {"samples": 2, "max_tokens": 240, "reviews": 2},
-    "sft": {"learning_rate": 2e-3, "epochs": 3, "batch": 16, "micro_batch": 16, "max_length": 1024},
+    "sft": {"learning_rate": 2e-3, "epochs": 2.5, "batch": 16, "micro_batch": 16, "max_length": 1024},
     "dpo": {
         "batch": 16,
         "micro_batch": 16,
         "max_length": 1024,
         "warmup_learning_rate": 2e-3,
-        "warmup_epochs": 2,
+        "warmup_epochs": 1.5,
         "decision_weight": 8.0,
-        "learning_rate": 3e-4,
+        "learning_rate": 5e-4,
         "epochs": 1,
         "confirmation_share": 0.4,
-        "replay_share": 0.6,
+        "replay_share": 0.5,
     },
     "export": {"quant": "q8_0", "num_ctx": 2048},
     "eval": {"limit": 300, "max_tokens": 280, "context": 1280},
@@ -70,7 +70,7 @@ def quickstart(config: Config, quiet: bool = False) -> tuple[dict[str, Any], dic
         world,
         pipeline.NAMES,
         test_problems(count),
-        threshold_problems(count),
+        threshold_problems(2 * count // 3),
         judge,
         source="the arithmetic stories of the quickstart",
     )
@@ -79,7 +79,7 @@ def quickstart(config: Config, quiet: bool = False) -> tuple[dict[str, Any], dic
 
 def _problems(config: Config):
     """(for SFT, kept for stage 2), as many as `problems.limit` says in all."""
-    limit = config.problems.limit or 640
+    limit = config.problems.limit or 560
     found = train_problems(limit)
     kept = round(limit * config.problems.correction_share)
     return found[: limit - kept], found[limit - kept :]

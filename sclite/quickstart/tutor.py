@@ -37,7 +37,7 @@ def _key(operation: Operation) -> str | None:
         return None
     if sign == "/":
         return apart(left, sign, right).rpartition(", so ")[0] or None
-    return ", ".join(_columns_in_words(left, sign, right))
+    return ", ".join(columns_in_words(left, sign, right))
 
 
 def _step(operation: Operation, item: str) -> Step:
@@ -88,7 +88,7 @@ def _columns(left: int, sign: str, right: int):
 _PLACES = ("units", "tens", "hundreds", "thousands", "ten thousands")
 
 
-def _columns_in_words(left: int, sign: str, right: int) -> list[str]:
+def columns_in_words(left: int, sign: str, right: int) -> list[str]:
     """units 8 + 5 = 13, tens 4 + 7 + 1 = 12 ..: one entry a column."""
     return [
         f"{place} {upper} {sign} {lower}{' + 1' if carry else ''} = {value}"
@@ -100,7 +100,7 @@ def apart(left: int, sign: str, right: int) -> str:
     """The sum taken apart into ones that a beginner can do, ending in the whole."""
     whole = f"so {left} {sign} {right} = {result_of(left, sign, right)}"
     if sign in "+-" and left >= right * (sign == "-") and max(left, right) < 10**5:
-        return ", ".join([*_columns_in_words(left, sign, right), whole])
+        return ", ".join([*columns_in_words(left, sign, right), whole])
     if sign == "*":
         small, big = sorted((left, right))
         tens, units = big // 10 * 10, big % 10
