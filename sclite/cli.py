@@ -62,7 +62,7 @@ def _held(world) -> Iterator[None]:
 def quickstart(
     problems: Annotated[
         int | None,
-        typer.Option("--problems", min=40, help="Training problems to make (560).", show_default=False),
+        typer.Option("--problems", min=40, help="Training problems to make (800).", show_default=False),
     ] = None,
     run: RunOption = None,
     config: ConfigOption = None,

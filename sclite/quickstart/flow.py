@@ -20,9 +20,9 @@ DEFAULTS: Mapping[str, Any] = {
     "run": "runs/quickstart",
     "teacher": {"model": MODEL, "concurrency": 8},
     "student": {"model": "embedded", "backend": "plain", "batch": 64},
-    "problems": {"limit": 560},
-    "attempts": {"samples": 2, "max_tokens": 240, "reviews": 2},
-    "sft": {"learning_rate": 2e-3, "epochs": 2.5, "batch": 16, "micro_batch": 16, "max_length": 1024},
+    "problems": {"limit": 800},
+    "attempts": {"samples": 2, "max_tokens": 160, "reviews": 2},
+    "sft": {"learning_rate": 2e-3, "epochs": 2, "batch": 16, "micro_batch": 16, "max_length": 1024},
     "dpo": {
         "batch": 16,
         "micro_batch": 16,
@@ -30,13 +30,13 @@ DEFAULTS: Mapping[str, Any] = {
         "warmup_learning_rate": 2e-3,
         "warmup_epochs": 1.5,
         "decision_weight": 8.0,
-        "learning_rate": 5e-4,
+        "learning_rate": 3e-4,
         "epochs": 1,
         "confirmation_share": 0.4,
         "replay_share": 0.5,
     },
     "export": {"quant": "q8_0", "num_ctx": 2048},
-    "eval": {"limit": 300, "max_tokens": 280, "context": 1280},
+    "eval": {"limit": 300, "max_tokens": 200, "context": 1024},
 }
 
 PLAN = {
@@ -79,7 +79,7 @@ def quickstart(config: Config, quiet: bool = False) -> tuple[dict[str, Any], dic
 
 def _problems(config: Config):
     """(for SFT, kept for stage 2), as many as `problems.limit` says in all."""
-    limit = config.problems.limit or 560
+    limit = config.problems.limit or 800
     found = train_problems(limit)
     kept = round(limit * config.problems.correction_share)
     return found[: limit - kept], found[limit - kept :]

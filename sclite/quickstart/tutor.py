@@ -31,13 +31,9 @@ class Judgement:
 
 
 def _key(operation: Operation) -> str | None:
-    """What to watch in a step: the columns of a sum, which carry and borrow; the parts of a division."""
-    left, sign, right = operation.left, operation.sign, operation.right
-    if sign == "*":
-        return None
-    if sign == "/":
-        return apart(left, sign, right).rpartition(", so ")[0] or None
-    return ", ".join(columns_in_words(left, sign, right))
+    """A reminder for the steps that are tricky: packs come before the change that they are part of."""
+    packed = operation.form in ("buys packed", "gives each") and operation.sign == "*"
+    return "Multiply first." if packed else None
 
 
 def _step(operation: Operation, item: str) -> Step:
