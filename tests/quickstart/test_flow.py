@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SMALL = ("--problems", "160", "--set", "eval.limit=40", "--set", "attempts.samples=2")
+SMALL = ("--problems", "200", "--set", "sft.epochs=6", "--set", "eval.limit=40")
 
 
 def sclite(*arguments: str, folder: Path, text: str | None = None) -> subprocess.CompletedProcess:
@@ -104,7 +104,7 @@ def test_changed_setting_trains_anew_and_keeps_the_templates(quickstarted):
     folder, run, _ = quickstarted
     before = (run / "templates.jsonl").read_bytes()
     done = sclite("train", "--only", "sft", "--json", "--run", str(run), "--set", "sft.epochs=0.1",
-                  "--set", "student.model=embedded", "--set", "problems.limit=160", folder=folder)  # fmt: skip
+                  "--set", "student.model=embedded", "--set", "problems.limit=200", folder=folder)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["sft"]["counts"]["steps"] < 10
     assert (run / "templates.jsonl").read_bytes() == before

@@ -140,7 +140,7 @@ def test_on_the_trainers_own_labels_the_prompt_carries_none_and_trace_and_end_al
     trainer = _trainer_class()(
         model=model,
         args=SFTConfig(**arguments(folder, config.sft, 1e-3, 1, 0), max_length=None, packing=False),
-        train_dataset=numbered(len(rows)),
+        train_dataset=numbered([len(row.ids) for row in rows]),
         data_collator=_Collator(rows, tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
