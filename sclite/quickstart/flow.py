@@ -41,14 +41,14 @@ DEFAULTS: Mapping[str, Any] = {
 
 PLAN = {
     "templates": 5,
-    "sft": 60,
-    "attempts": 25,
-    "corrections": 5,
-    "warm": 60,
-    "pairs": 15,
-    "dpo": 50,
-    "export": 10,
-    "eval": 60,
+    "sft": 39,
+    "attempts": 20,
+    "corrections": 1,
+    "warm": 65,
+    "pairs": 22,
+    "dpo": 61,
+    "export": 1,
+    "eval": 54,
 }
 """Seconds that the stages take on two common cores."""
 
