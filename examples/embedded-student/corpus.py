@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterator
 
 from sclite.quickstart.arithmetic import ITEMS, LARGE, SMALL, Ranges, generate, solve
-from sclite.quickstart.tutor import apart, columns_in_words, result_of, why_wrong
+from sclite.quickstart.tutor import apart, result_of, why_wrong
 
 CHAT = "<|im_start|>{role}\n{content}<|im_end|>\n"
 SYSTEMS = (
@@ -32,7 +32,7 @@ ASKS = (
     "Here is a problem.\n\n{q}",
     "Problem:\n{q}",
 )
-CHECKS = ("Check", "Columns", "Key", "Proof")
+RIGHT_HERE, WRONG_HERE = "\x01", "\x02"  # stand before the token that passes judgement; pre-training weighs it
 ROWS = ("Row", "Line", "Item", "Sum", "Part")
 FEW_TAGS = (("Note", "Entry", "Task", "Day"), ("Hint", "Place", "Key"), ("End",))
 MANY_TAGS = (
@@ -156,51 +156,66 @@ def short_way(solution, draw: random.Random) -> str:
     return "\n".join([*lines, ending.format(solution.answer)])
 
 
-def checked(left: int, sign: str, right: int, tag: str) -> str:
-    """A line that checks a sum column by column; empty for products."""
-    return f"<{tag}>{', '.join(columns_in_words(left, sign, right))}</{tag}>\n" if sign in "+-" else ""
-
-
-def long_way(solution, draw: random.Random, checks: bool = False) -> str:
-    """As school-books do it: one sum a line, with words, and with checks below."""
+def long_way(solution, draw: random.Random) -> str:
+    """As school-books do it: one sum a line, with words."""
     form = draw.choice(("{i}. {what} {sum} {item}.", "{what} {sum} {item}.", "{sum}"))
-    tag = draw.choice(CHECKS) if checks else ""
-    lines = []
-    for i, op in enumerate(solution.operations, 1):
-        line = form.format(i=i, what=op.what, sum=op.sum, item=solution.item)
-        check = checked(op.left, op.sign, op.right, tag).rstrip() if tag else ""
-        lines += [line, check] if check else [line]
+    lines = [
+        form.format(i=i, what=op.what, sum=op.sum, item=solution.item)
+        for i, op in enumerate(solution.operations, 1)
+    ]
     return "\n".join([*lines, f"Result: {solution.answer}"])
 
 
-def homework(question: str, solution, draw: random.Random, checks: bool = False) -> str:
+MARKS = (("Mistake", "Better"), ("Wrong", "Right"), ("Error", "Fix"), ("Why", "Instead"))
+
+
+def marked(what: str, operation, item: str, tags: tuple[str, str, str], draw: random.Random, wrong: bool) -> str:
+    """One line of somebody's work in a tag; a wrong one with the teacher's marks inside."""
+    row, mistake, mended = tags
+    left, sign, right, given = operation.left, operation.sign, operation.right, operation.result
+    if not wrong:
+        return f"<{row}>{what} {operation.sum} {item}.\n{RIGHT_HERE}</{row}>"
+    given, why = slip(given, draw), ""
+    misread = slip(right, draw)
+    if draw.random() < 0.2 and (result_of(left, sign, misread) or -1) >= 0:
+        right, given = misread, result_of(left, sign, misread)
+        why = f"The sum to do is {operation.sum.split(' = ')[0]}."
+    why = why or why_wrong(left, sign, right, given)
+    better = f"{what} {apart(operation.left, sign, operation.right)} {item}."
+    notes = f"<{mistake}>{why}</{mistake}>\n<{mended}>{better}</{mended}>"
+    return f"<{row}>{what} {left} {sign} {right} = {given} {item}.\n{WRONG_HERE}{notes}\n</{row}>"
+
+
+def homework(question: str, solution, draw: random.Random) -> str:
     """Somebody's work and the marks that a teacher has put beside its lines, in tags of many names."""
-    row = draw.choice(ROWS)
-    mistake, mended = draw.choice(
-        (("Mistake", "Better"), ("Wrong", "Right"), ("Error", "Fix"), ("Why", "Instead"))
+    row, marks = draw.choice(ROWS), draw.choice(MARKS)
+    wrong_at = draw.randrange(len(solution.operations)) if draw.random() < 0.6 else None
+    shown = "\n".join(
+        marked(op.what, op, solution.item, (f"{row}{i + 1}", *marks), draw, i == wrong_at)
+        for i, op in enumerate(solution.operations)
     )
-    tag = draw.choice(CHECKS) if checks else ""
-    lines, wrong_at = [], draw.randrange(len(solution.operations)) if draw.random() < 0.6 else None
-    for i, op in enumerate(solution.operations):
-        text, note, used = f"{op.what} {op.sum} {solution.item}.", "", (op.left, op.sign, op.right)
-        if i == wrong_at:
-            left, right, given = op.left, op.right, slip(op.result, draw)
-            why = why_wrong(left, op.sign, right, given)
-            misread = slip(right, draw)
-            if draw.random() < 0.25 and (result_of(left, op.sign, misread) or -1) >= 0:
-                right, given = misread, result_of(left, op.sign, misread)
-                why = f"The sum to do is {op.sum.split(' = ')[0]}."
-            text, used = (
-                f"{op.what} {left} {op.sign} {right} = {given} {solution.item}.",
-                (left, op.sign, right),
-            )
-            better = f"{op.what} {apart(op.left, op.sign, op.right)} {solution.item}."
-            note = f"<{mistake}>{why}</{mistake}>\n<{mended}>{better}</{mended}>\n"
-        check = checked(*used, tag) if tag else ""
-        lines.append(f"<{row}{i + 1}>{text}\n{check}{note}</{row}{i + 1}>")
-    shown = "\n".join(lines)
     head = draw.choice(("Homework, checked.", "The teacher looked at each line.", "Corrected work:"))
     return f"{head}\n{question}\n{shown}\n<Result>{solution.answer}</Result>"
+
+
+def checks(draw: random.Random, ranges: Ranges) -> str:
+    """A page of sums, right and wrong, each judged: the densest lesson in checking."""
+    row, (mistake, mended) = draw.choice(ROWS), draw.choice(MARKS)
+    brief = draw.random() < 0.6
+    lines = []
+    for i in range(1, draw.randint(6, 10)):
+        a, s, b = a_sum(draw, ranges)
+        result = result_of(a, s, b)
+        what, item = draw.choice(("", "After giving ", "With the new ones ", "Missing are ")), draw.choice(ITEMS)
+        if draw.random() < 0.5:
+            lines.append(f"<{row}{i}>{what}{a} {s} {b} = {result} {item}.\n{RIGHT_HERE}</{row}{i}>")
+            continue
+        given = slip(result, draw)
+        notes = f"<{mistake}>{why_wrong(a, s, b, given)}</{mistake}>"
+        if not brief:
+            notes += f"\n<{mended}>{what}{apart(a, s, b)} {item}.</{mended}>"
+        lines.append(f"<{row}{i}>{what}{a} {s} {b} = {given} {item}.\n{WRONG_HERE}{notes}\n</{row}{i}>")
+    return "\n".join(lines)
 
 
 def tagged(draw: random.Random, words: tuple[tuple[str, ...], ...] = FEW_TAGS) -> str:
@@ -215,15 +230,17 @@ def tagged(draw: random.Random, words: tuple[tuple[str, ...], ...] = FEW_TAGS) -
         )
     lines.append(f"<{last}>{draw.choice(THINGS)}</{last}>")
     if words is MANY_TAGS and draw.random() < 0.5:
-        lines.append(f"<{draw.choice(words[2])}>{draw.randint(1, 199)}</{last}>")
+        number = draw.choice(words[2])
+        lines.append(f"<{number}>{draw.randint(1, 199)}</{number}>")
     return "\n".join(lines)
 
 
 WEIGHTS = {
-    1: (18, 13, 14, 18, 13, 22, 2),
-    2: (18, 12, 15, 15, 14, 22, 9),
-    3: (13, 10, 22, 9, 17, 25, 4),
-    4: (11, 13, 48, 6, 8, 10, 4),
+    1: (18, 13, 14, 18, 13, 22, 2, 0),
+    2: (18, 12, 15, 15, 14, 22, 9, 0),
+    3: (13, 10, 22, 9, 17, 25, 4, 0),
+    4: (10, 6, 15, 2, 6, 4, 4, 53),
+    5: (16, 12, 28, 4, 9, 5, 10, 16),
 }
 
 
@@ -231,12 +248,13 @@ def documents(seed: int, avoid: frozenset[str] = frozenset(), part: int = 1) -> 
     """Documents without end, the same for the same seed; stories whose question is in `avoid` are left out.
 
     Part 1 of the corpus has small numbers; part 2 adds tags of more names and rules in its school-books; part 3 has
-    the numbers of the quickstart, and more checks and sums taken apart than plain sums; part 4 adds column checks.
+    the numbers of the quickstart, and more statements and sums taken apart than plain sums; part 4 is mostly pages of judged sums,
+    part 5 has fewer of them and more homework.
     """
     draw = random.Random(seed)
-    kinds = ("short", "long", "homework", "sums", "apart", "statements", "tagged")
+    kinds = ("short", "long", "homework", "sums", "apart", "statements", "tagged", "checks")
     ranges = LARGE if part >= 3 else SMALL
-    plain = {"sums": sums, "apart": sums_apart, "statements": statements}
+    plain = {"sums": sums, "apart": sums_apart, "statements": statements, "checks": checks}
     while True:
         for problem in generate(500, draw.randrange(2**40), avoid, ranges):
             solution = solve(problem.question)
@@ -245,9 +263,9 @@ def documents(seed: int, avoid: frozenset[str] = frozenset(), part: int = 1) -> 
                     yield chat(problem.question, short_way(solution, draw), draw)
                 elif kind == "long":
                     rule = f"{draw.choice(RULES)}\n" if part > 1 and draw.random() < 0.4 else ""
-                    yield f"{problem.question}\n{rule}{long_way(solution, draw, part == 4)}"
+                    yield f"{problem.question}\n{rule}{long_way(solution, draw)}"
                 elif kind == "homework":
-                    yield homework(problem.question, solution, draw, part == 4)
+                    yield homework(problem.question, solution, draw)
                 elif kind == "tagged":
                     yield tagged(draw, MANY_TAGS if part > 1 else FEW_TAGS)
                 else:

@@ -9,9 +9,9 @@ import argparse
 import copy
 import itertools
 import json
-import random
 import shutil
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import corpus
@@ -21,11 +21,13 @@ from tokenizer import write_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sclite import prompts, trace
+from sclite.evaluate.metrics import auc
 from sclite.quickstart.arithmetic import generate, solve
 from sclite.quickstart.problems import held_out_questions
 from sclite.quickstart.tutor import template
 
 LENGTH = 512  # tokens in a training sequence
+JUDGEMENT_WEIGHT = 10.0  # of the one token in thirty that judges a line: at weight 1 nothing learns to check
 
 
 def vocabulary_texts() -> list[str]:
@@ -38,19 +40,33 @@ def vocabulary_texts() -> list[str]:
         )
         texts += [prompts.solve_messages(problem.question)[1]["content"], work, review]
     texts += [m["content"] for m in prompts.review_messages("Problem", "Work")] * 40
-    return [text.replace("<|im_start|>", "").replace("<|im_end|>", "") for text in texts]
+    unseen = ("<|im_start|>", "<|im_end|>", corpus.RIGHT_HERE, corpus.WRONG_HERE)
+    for mark in unseen:
+        texts = [text.replace(mark, "") for text in texts]
+    return texts
+
+
+def marked_tokens(tokenizer, text: str) -> tuple[list[int], list[int]]:
+    """Token ids of a document, and for each -1, or 0 and 1 where it judges a line to be right and wrong."""
+    plain, marks = [], {}
+    for character in text:
+        if character in (corpus.RIGHT_HERE, corpus.WRONG_HERE):
+            marks[len(plain)] = int(character == corpus.WRONG_HERE)
+        else:
+            plain.append(character)
+    coded = tokenizer("".join(plain), add_special_tokens=False, return_offsets_mapping=True)
+    judged = [
+        marks.get(start, -1) if end > start and tokenizer.convert_ids_to_tokens(i) != "▁" else -1
+        for i, (start, end) in zip(coded["input_ids"], coded["offset_mapping"], strict=True)
+    ]
+    return coded["input_ids"], judged
 
 
 def token_stream(tokenizer, seed: int, avoid: frozenset[str], part: int):
-    """Endless blocks of LENGTH token ids, documents one after the other with the end token between them."""
-    end = tokenizer.eos_token_id
-    buffer: list[int] = []
-    documents = corpus.documents(seed, avoid, part)
-    while True:
-        batch = list(itertools.islice(documents, 512))
-        random.Random(seed).shuffle(batch)
-        for ids in tokenizer(batch, add_special_tokens=False)["input_ids"]:
-            buffer += [*ids, end]
+    """Endless blocks of LENGTH (token id, judgement) pairs, documents one after the other, end tokens between them."""
+    buffer: list[tuple[int, int]] = []
+    for text in corpus.documents(seed, avoid, part):
+        buffer += [*zip(*marked_tokens(tokenizer, text), strict=True), (tokenizer.eos_token_id, -1)]
         while len(buffer) >= LENGTH:
             yield buffer[:LENGTH]
             buffer = buffer[LENGTH:]
@@ -81,17 +97,53 @@ def rate(step: int, steps: int, warm: int = 60) -> float:
     return min(1.0, (step + 1) / warm, max(0.02, (steps - step) / (0.4 * steps)))
 
 
-def backward(model: LlamaForCausalLM, half: LlamaForCausalLM, ids: torch.Tensor) -> float:
-    """One pass in bfloat16 through the copy `half`; the gradients land on the float32 weights of `model`."""
+def grow(model: LlamaForCausalLM, layers: int) -> LlamaForCausalLM:
+    """More layers on top that change nothing yet: what they add to the residual stream begins at zero."""
+    shape = copy.deepcopy(model.config)
+    shape.num_hidden_layers = layers
+    shape.layer_types = None
+    grown = LlamaForCausalLM(shape)
+    grown.load_state_dict(model.state_dict(), strict=False)
+    for layer in grown.model.layers[model.config.num_hidden_layers :]:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    return grown
+
+
+@dataclass
+class Watch:
+    """What is read off since the last line of the log: losses, and how well lines are judged."""
+
+    losses: list[float] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    wrong: list[int] = field(default_factory=list)
+
+    def line(self, step: int, began: float) -> str:
+        found = auc(self.scores, self.wrong) if len(set(self.wrong)) == 2 else None
+        checks = "" if found is None else f" AUC of judgements {found:.3f} (n {len(self.wrong)})"
+        return f"step {step} loss {np.mean(self.losses):.4f}{checks} {time.time() - began:.0f} s"
+
+
+def backward(model, half, block, tags: tuple[int, int], watch: Watch) -> None:
+    """One pass in bfloat16 through the copy `half`; the gradients land on the float32 weights of `model`.
+
+    `block` is (rows, LENGTH, 2): token ids and judgements. `tags` are the tokens of an opening and of a closing tag.
+    """
     with torch.no_grad():
         for copied, master in zip(half.parameters(), model.parameters(), strict=True):
             copied.copy_(master)
             copied.grad = None
-    loss = half(input_ids=ids, labels=ids).loss
-    loss.backward()
+    ids, judged = block[..., 0], block[:, 1:, 1]
+    logits = half(input_ids=ids).logits[:, :-1].float()
+    nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    weights = 1 + (JUDGEMENT_WEIGHT - 1) * (judged >= 0).flatten()
+    ((nll * weights).sum() / weights.sum()).backward()
     for copied, master in zip(half.parameters(), model.parameters(), strict=True):
         master.grad = copied.grad.float()
-    return loss.item()
+    with torch.no_grad():
+        watch.losses.append(nll.mean().item())
+        watch.scores += (logits[..., tags[0]] - logits[..., tags[1]])[judged >= 0].tolist()
+        watch.wrong += judged[judged >= 0].tolist()
 
 
 def main() -> None:
@@ -100,7 +152,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--start", type=Path, help="go on from this student")
-    parser.add_argument("--part", type=int, choices=(1, 2, 3, 4), default=1, help="of the corpus")
+    parser.add_argument("--part", type=int, choices=(1, 2, 3, 4, 5), default=1, help="of the corpus")
     parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--layers", type=int, default=4)
@@ -121,6 +173,7 @@ def main() -> None:
     model = build_model(options.layers, options.inner, len(tokenizer))
     if options.start:
         model = LlamaForCausalLM.from_pretrained(options.start, dtype=torch.float32)
+        model = grow(model, options.layers) if options.layers > model.config.num_hidden_layers else model
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     optimizers = build_optimizers(model, options.rate)
     schedules = [
@@ -128,22 +181,18 @@ def main() -> None:
     ]
     half = copy.deepcopy(model).bfloat16()
     stream = token_stream(tokenizer, options.part, held_out_questions(), options.part)
-    began, losses = time.time(), []
+    tags = tuple(tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in ("<Row", "</Row"))
+    began, watch = time.time(), Watch()
     for step in range(1, options.steps + 1):
-        ids = torch.from_numpy(np.array(list(itertools.islice(stream, options.batch))))
-        loss = backward(model, half, ids)
+        block = torch.from_numpy(np.array(list(itertools.islice(stream, options.batch))))
+        backward(model, half, block, tags, watch)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for part in (*optimizers, *schedules):
             part.step()
         model.zero_grad(set_to_none=True)
-        losses.append(loss)
-        if step % 50 == 0:
-            seconds = time.time() - began
-            speed = step * options.batch * LENGTH / seconds
-            print(
-                f"step {step} loss {np.mean(losses[-50:]):.4f} {speed:.0f} tokens/s {seconds:.0f} s",
-                flush=True,
-            )
+        if step % 25 == 0:
+            print(watch.line(step, began), flush=True)
+            watch = Watch()
         if step in options.save_at:
             save(model, tokenizer, options, Path(f"{options.out}-{step}"))
     save(model, tokenizer, options, options.out)
