@@ -58,6 +58,14 @@ class Teacher(Section):
     timeout_seconds: float = Field(120, gt=0, description="per call")
     attempts_per_call: int = Field(6, ge=1, description="tries per request on network faults and rate limits")
     repairs: int = Field(3, ge=0, description="further requests after a reply that fails its check")
+    requests_per_minute: float | None = Field(None, gt=0, description="no limit without it")
+    tokens_per_minute: float | None = Field(None, gt=0, description="sent and written; no limit without it")
+    max_cost: float | None = Field(None, ge=0, description="US dollars that the run may cost in all")
+    price: tuple[float, float] | None = Field(
+        None, description="US dollars per million tokens sent and written; LiteLLM's list without it"
+    )
+    inspector: str = Field("", description="a second model that judges each reply, a LiteLLM model name")
+    inspector_api_base: str = Field("", description="base URL of its endpoint")
 
 
 class Student(Section):
