@@ -15,6 +15,7 @@ from sclite.grader import Grader
 from sclite.records import Attempt, Drop, Problem, Review
 from sclite.run import Report, Run, digest, timed
 from sclite.teacher.client import Flaw, Job, Teacher
+from sclite.teacher.forecast import Forecast, ask_after_pilot
 from sclite.trace import Trace, first_corrected, parse, render
 
 STAGE = "corrections"
@@ -23,14 +24,23 @@ STAGE = "corrections"
 def inputs_of(config: Config, run: Run) -> dict[str, Any]:
     """What decides the teacher's reviews."""
     teacher = config.teacher
+    named = ["teacher_system", "teacher_correction"]
+    named += ["inspector_correction"] if teacher.inspector else []
     return {
         "attempts": run.file_digest("attempts.jsonl"),
         "teacher": digest(
-            [teacher.model, teacher.api_base, teacher.temperature, teacher.max_tokens, teacher.repairs]
+            [
+                teacher.model,
+                teacher.api_base,
+                teacher.temperature,
+                teacher.max_tokens,
+                teacher.repairs,
+                teacher.inspector,
+            ]
         ),
         "confirmations": config.dpo.confirmation_share,
         "seed": config.seed,
-        "prompts": prompts.digest("teacher_system", "teacher_correction", folder=config.prompts.folder),
+        "prompts": prompts.digest(*named, folder=config.prompts.folder),
     }
 
 
@@ -40,6 +50,7 @@ def build_corrections(
     *,
     teacher: Teacher,
     grader: Grader,
+    confirm: Callable[[Forecast], bool] | None = None,
     progress: Callable[[int, int, float | None], None] | None = None,
 ) -> Report:
     """Have the teacher correct every different wrong attempt; add confirmations of right ones; writes reviews.jsonl."""
@@ -52,7 +63,7 @@ def build_corrections(
             run.require("attempts.jsonl", Attempt, "run `sclite train`: SFT first, then its attempts")
         )
         wrong, drops = _usable(attempts)
-        reviews, refused = _ask(config, teacher, grader, wrong, problems, progress)
+        reviews, refused = _ask(config, teacher, grader, wrong, problems, confirm, progress)
         report.cost_usd = teacher.ledger.totals(STAGE)["cost_usd"]
         run.replace_drops({STAGE}, [*drops, *refused])
         report.dropped = dict(Counter(drop.reason for drop in [*drops, *refused]))
@@ -103,7 +114,7 @@ def work_of(attempt: Attempt) -> Trace:
     return parse(attempt.trace).trace
 
 
-def _ask(config, teacher, grader, wrong, problems, progress) -> tuple[list[Review], list[Drop]]:
+def _ask(config, teacher, grader, wrong, problems, confirm, progress) -> tuple[list[Review], list[Drop]]:
     """The teacher's reviews that pass every filter, and drops for the rest."""
     by_key = {f"{a.id}/{a.sample}": a for a in wrong}
 
@@ -117,10 +128,24 @@ def _ask(config, teacher, grader, wrong, problems, progress) -> tuple[list[Revie
                 problem.question, solution, problem.answer, work, fault, config.prompts.folder
             )
 
-        return Job(key, messages, lambda text: review_flaw(text, attempt, problem, grader), attempt.sample)
+        def inspect(text: str):
+            return prompts.inspection_messages(
+                "inspector_correction",
+                problem.question,
+                solution,
+                problem.answer,
+                text,
+                config.prompts.folder,
+            )
+
+        def check(text: str):
+            return review_flaw(text, attempt, problem, grader)
+
+        return Job(key, messages, check, attempt.sample, inspect)
 
     reviews, drops = [], []
-    for done, result in enumerate(teacher.ask_all((job(k, a) for k, a in by_key.items()), STAGE), 1):
+    jobs = (job(key, attempt) for key, attempt in by_key.items())
+    for done, result in enumerate(ask_after_pilot(teacher, jobs, len(wrong), STAGE, confirm), 1):
         attempt = by_key[result.id]
         if result.flaw is not None:
             drops.append(_drop(attempt, result.flaw.reason, result.flaw.text, result.raw))

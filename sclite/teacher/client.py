@@ -12,7 +12,7 @@ from sclite import config
 from sclite.errors import BudgetFault, UsageFault
 from sclite.teacher.ledger import Ledger
 from sclite.teacher.loop import Loop
-from sclite.teacher.money import Budget
+from sclite.teacher.money import Budget, Price
 from sclite.teacher.sender import SEVERAL, Messages, NoReply, Sender
 
 _VERDICT = re.compile(r"<\s*verdict\s*>\s*(accept|reject)\w*\b", re.I)
@@ -98,6 +98,10 @@ class Teacher:
     def has_answered(self, job: Job) -> bool:
         """Whether the first reply to this job is in the ledger."""
         return self.ledger.get(self._sender.key(job.messages(""), job.sample)) is not None
+
+    def price(self) -> Price | None:
+        """US dollars per token; None where nobody knows. Imports LiteLLM, which takes seconds, and sends nothing."""
+        return self._sender.connect().price
 
     # -- many jobs -------------------------------------------------------------------------------------------------
 

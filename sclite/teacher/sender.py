@@ -59,6 +59,12 @@ class Sender:
         settings = self.settings
         return request_key(settings.model, settings.api_base, messages, self.parameters, sample, repair)
 
+    def connect(self) -> Provider:
+        """LiteLLM and what it needs for this model, found out once."""
+        if self.provider is None:
+            self.provider = connect(self.settings, self._prepare)
+        return self.provider
+
     async def reply(self, messages: Messages, sample: int, repair: int, stage: str) -> Entry:
         """The reply from the ledger, else from the endpoint; the same request in two jobs is sent once.
 
@@ -77,9 +83,7 @@ class Sender:
 
     async def _call(self, key: str, messages: Messages, stage: str) -> Entry:
         """Send until there is a reply, which is in the ledger before anybody sees it."""
-        if self.provider is None:
-            self.provider = connect(self.settings, self._prepare)
-        litellm = self.provider.litellm
+        litellm = self.connect().litellm
         faults = (litellm.exceptions.openai.OpenAIError, litellm.exceptions.httpx.HTTPError, OSError)
         for attempt in range(1, self.settings.attempts_per_call + 1):
             try:
