@@ -1,10 +1,11 @@
 """The terminal: the only module that prints. Results go to stdout, progress and faults to stderr."""
 
 import json
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from sclite.errors import ScliteError
@@ -15,6 +16,14 @@ Progress = Callable[..., None]
 def print_json(value: Any) -> None:
     """One object on stdout, nothing else there."""
     sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def print_json_rows(head: Mapping[str, Any], rows: Iterable[Any]) -> None:
+    """One object on stdout, `head` and then "rows", each written as it is read."""
+    sys.stdout.write(json.dumps(head, ensure_ascii=False)[:-1] + ', "rows": [')
+    for number, row in enumerate(rows):
+        sys.stdout.write((",\n " if number else "\n ") + json.dumps(row, ensure_ascii=False))
+    sys.stdout.write("\n]}\n")
 
 
 def plain(text: str) -> str:
@@ -29,6 +38,55 @@ def say(text: str = "") -> None:
     from rich.console import Console
 
     Console(highlight=False, soft_wrap=True).print(text)
+
+
+def page(pieces: Iterable[Any]) -> None:
+    """Show a long result piece by piece: through $PAGER (else `less -R`) in a terminal, plain where it is piped.
+
+    A piece is made when the reader comes to it, so that the first stands there at once however many follow.
+    """
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    pager = _pager() if console.is_terminal else None
+    try:
+        if pager is not None:
+            console = Console(
+                file=pager.stdin, force_terminal=True, width=console.width, highlight=False, soft_wrap=True
+            )
+        for piece in pieces:
+            console.print(piece, end="")
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough
+        if pager is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    finally:
+        if pager is not None:
+            _leave(pager)
+
+
+def _pager() -> Any:
+    """The reader's pager as a process, None where there is none."""
+    import shlex
+    import subprocess
+
+    command = shlex.split(os.environ.get("PAGER", "")) or ["less", "-R"]
+    environment = {"LESS": "-R", **os.environ}
+    try:
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, env=environment, text=True, encoding="utf-8", errors="replace"
+        )
+    except OSError:
+        return None
+
+
+def _leave(pager: Any) -> None:
+    """Close the pager's input and wait until the user has left it; Ctrl-C is the pager's."""
+    with suppress(BrokenPipeError):
+        pager.stdin.close()
+    while pager.poll() is None:
+        with suppress(KeyboardInterrupt):
+            pager.wait()
 
 
 def note(text: str) -> None:
@@ -141,15 +199,15 @@ class Screen:
             note(f"[green]✓[/] {text} [dim]{seconds}[/]")
 
 
-def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout; the first column is text, the others are numbers."""
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> None:
+    """A table on stdout; the first `texts` columns are text, the others are numbers."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     for i, name in enumerate(header):
-        made.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+        made.add_column(name, justify="left" if i < texts else "right", no_wrap=True)
     for row in rows:
         made.add_row(*row)
     console = Console(highlight=False)

@@ -77,6 +77,16 @@ def import_litellm() -> ModuleType:
     return litellm
 
 
+def _parameters(settings: config.Teacher) -> dict[str, Any]:
+    chosen = {name: getattr(settings, name) for name in ("temperature", "max_tokens")}
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+def identity(settings: config.Teacher) -> dict[str, Any]:
+    """What signs the rows made from its replies: the model and its parameters, wherever it runs."""
+    return {"model": settings.model, **_parameters(settings)}
+
+
 class Teacher:
     """A model behind LiteLLM, with the run's ledger. Use as a context manager.
 
@@ -88,11 +98,7 @@ class Teacher:
         self.settings, self.ledger = settings, ledger
         self._prepare = prepare
         self._litellm: ModuleType | None = None
-        self._parameters = {
-            name: value
-            for name in ("temperature", "max_tokens")
-            if (value := getattr(settings, name)) is not None
-        }
+        self._parameters = _parameters(settings)
         self._loop = Loop()
         self._room = asyncio.Semaphore(settings.concurrency)
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
@@ -114,8 +120,7 @@ class Teacher:
         self._loop.close(self._litellm.close_litellm_async_clients if self._litellm else None)
 
     def identity(self) -> dict[str, Any]:
-        """What signs the rows made from its replies: the model and its parameters, wherever it runs."""
-        return {"model": self.settings.model, **self._parameters}
+        return identity(self.settings)
 
     # -- many jobs -------------------------------------------------------------------------------------------------
 

@@ -116,3 +116,23 @@ class Ledger:
             ).fetchone()
         names = ("requests", "prompt_tokens", "completion_tokens", "cost_usd", "unpriced")
         return dict(zip(names, row, strict=True))
+
+    @classmethod
+    def reading(cls, path: Path | str) -> "Ledger":
+        """The ledger for reading alone, also while another process writes it; nothing beside it is made or changed.
+
+        Raises DataFault where it is absent or no ledger.
+        """
+        ledger = cls.__new__(cls)
+        ledger.path, ledger._lock = Path(path), threading.Lock()
+        # without a log nobody has it open; SQLite, not told so, would leave an empty log and its index behind
+        log = ledger.path.with_name(f"{ledger.path.name}-wal")
+        mode = "mode=ro" if log.exists() else "mode=ro&immutable=1"
+        try:
+            ledger._database = sqlite3.connect(
+                f"{ledger.path.absolute().as_uri()}?{mode}", uri=True, check_same_thread=False
+            )
+            ledger.spent_usd = ledger.totals()["cost_usd"]
+        except sqlite3.Error as error:
+            raise DataFault(f"{ledger.path} cannot be read: {error}", "see that it is a ledger") from error
+        return ledger
