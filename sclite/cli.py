@@ -24,8 +24,7 @@ app = typer.Typer(
 @common_options
 def quickstart(
     problems: Annotated[
-        int | None,
-        typer.Option("--problems", min=40, help="Training problems to make (800).", show_default=False),
+        int | None, typer.Option("--problems", min=40, help="Training problems to make (800).")
     ] = None,
     *,
     common: Common,
@@ -86,17 +85,10 @@ def doctor(json: JsonOption = False) -> None:
 @common_options
 def build_data(
     problems: Annotated[
-        str | None,
-        typer.Argument(
-            help="A JSONL file or a hub data set; problems.source without it.", show_default=False
-        ),
+        str | None, typer.Argument(help="A JSONL file or a hub data set; problems.source without it.")
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Rows to use.", show_default=False)
-    ] = None,
-    only: Annotated[
-        str | None, typer.Option("--only", help="templates or corrections", show_default=False)
-    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Rows to use.")] = None,
+    only: Annotated[str | None, typer.Option("--only", help="templates or corrections")] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Ask anew what another teacher or prompt has answered.")
     ] = False,
@@ -122,7 +114,9 @@ def build_data(
         return
     console.say(f"{figures['templates']} templates in {world.run.path('templates.jsonl')}")
     for reason, count in sorted(figures["dropped"].items()):
-        console.say(f"  {count} left out: {reason.replace('_', ' ')} (see {world.run.path('dropped.jsonl')})")
+        console.say(f"  {count} left out: {reason.replace('_', ' ')}")
+    if figures["dropped"]:
+        console.say(f"Look at them: [bold cyan]sclite show drops --run {world.run.folder}[/]")
     if not trained:
         console.say("Next: [bold cyan]sclite train --gpu 0[/]")
 
@@ -152,10 +146,9 @@ def train(
             "--gpu",
             min=0,
             help="The CUDA card to use. Without it: the first card, or the CPU where there is none.",
-            show_default=False,
         ),
     ] = None,
-    only: Annotated[str | None, typer.Option("--only", help="sft or dpo", show_default=False)] = None,
+    only: Annotated[str | None, typer.Option("--only", help="sft or dpo")] = None,
     *,
     common: Common,
 ) -> None:
@@ -183,12 +176,9 @@ def train(
 @app.command()
 @common_options
 def export(
-    quant: Annotated[
-        str | None, typer.Option("--quant", help="q4_k_m, q5_k_m, q6_k, q8_0, f16 ..", show_default=False)
-    ] = None,
+    quant: Annotated[str | None, typer.Option("--quant", help="q4_k_m, q5_k_m, q6_k, q8_0, f16 ..")] = None,
     ollama: Annotated[
-        str | None,
-        typer.Option("--ollama", metavar="NAME", help="Also run `ollama create NAME`.", show_default=False),
+        str | None, typer.Option("--ollama", metavar="NAME", help="Also run `ollama create NAME`.")
     ] = None,
     form: Annotated[str, typer.Option("--format", help="gguf, or lora for the adapter alone.")] = "gguf",
     *,
@@ -229,14 +219,9 @@ def export(
 def evaluate(
     problems: Annotated[
         str | None,
-        typer.Argument(
-            help="Held-out problems: a JSONL file or a hub data set; eval.source without it.",
-            show_default=False,
-        ),
+        typer.Argument(help="Held-out problems: a JSONL file or a hub data set; eval.source without it."),
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=10, help="Rows to use.", show_default=False)
-    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=10, help="Rows to use.")] = None,
     models: Annotated[
         str, typer.Option("--models", help="Which students, with commas between.")
     ] = "base,sft,dpo",
@@ -270,15 +255,12 @@ def evaluate(
 @app.command()
 @common_options
 def chat(
-    question: Annotated[
-        str | None, typer.Argument(help="Ask this one thing and leave.", show_default=False)
-    ] = None,
+    question: Annotated[str | None, typer.Argument(help="Ask this one thing and leave.")] = None,
     self_correct: Annotated[
         bool, typer.Option("--self-correct", help="Let it review each answer and mend its wrong step.")
     ] = False,
     model: Annotated[
-        Path | None,
-        typer.Option("--model", help="A GGUF file; the run's own without it.", show_default=False),
+        Path | None, typer.Option("--model", help="A GGUF file; the run's own without it.")
     ] = None,
     *,
     common: Common,
@@ -305,28 +287,20 @@ def show(
     what: Annotated[
         str | None,
         typer.Argument(
-            help="problems, templates, attempts, reviews, pairs or drops; without it, what there is.",
-            show_default=False,
+            help="problems, templates, attempts, reviews, pairs or drops; without it, what there is."
         ),
     ] = None,
-    reason: Annotated[
-        str | None, typer.Option("--reason", help="Drops of this reason alone.", show_default=False)
-    ] = None,
+    reason: Annotated[str | None, typer.Option("--reason", help="Drops of this reason alone.")] = None,
     kind: Annotated[
         str | None,
         typer.Option(
             "--kind",
-            help="right, wrong, unknown attempts; correction, confirmation; decision, content; a drop's stage.",
-            show_default=False,
+            help="right, wrong, unknown; correction, confirmation; decision, content; a drop's stage.",
         ),
     ] = None,
-    id: Annotated[
-        str | None, typer.Option("--id", help="Rows whose id begins so.", show_default=False)
-    ] = None,
+    id: Annotated[str | None, typer.Option("--id", help="Rows whose id begins so.")] = None,
     first: Annotated[int, typer.Option("--from", min=1, help="The first row to show, from 1.")] = 1,
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Rows to show.", show_default=False)
-    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Rows to show.")] = None,
     *,
     common: Common,
 ) -> None:

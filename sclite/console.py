@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from sclite.errors import ScliteError
@@ -20,10 +20,14 @@ def print_json(value: Any) -> None:
 
 def print_json_rows(head: Mapping[str, Any], rows: Iterable[Any]) -> None:
     """One object on stdout, `head` and then "rows", each written as it is read."""
-    sys.stdout.write(json.dumps(head, ensure_ascii=False)[:-1] + ', "rows": [')
-    for number, row in enumerate(rows):
-        sys.stdout.write((",\n " if number else "\n ") + json.dumps(row, ensure_ascii=False))
-    sys.stdout.write("\n]}\n")
+
+    def texts() -> Iterator[str]:
+        yield json.dumps(head, ensure_ascii=False)[:-1] + ', "rows": ['
+        for number, row in enumerate(rows):
+            yield (",\n " if number else "\n ") + json.dumps(row, ensure_ascii=False)
+        yield "\n]}\n"
+
+    _write(texts(), sys.stdout)
 
 
 def plain(text: str) -> str:
@@ -41,52 +45,59 @@ def say(text: str = "") -> None:
 
 
 def page(pieces: Iterable[Any]) -> None:
-    """Show a long result piece by piece: through $PAGER (else `less -R`) in a terminal, plain where it is piped.
+    """Show a long result, in pieces of rich Text: through $PAGER (else `less -R`) in a terminal, plain where it is piped.
 
     A piece is made when the reader comes to it, so that the first stands there at once however many follow.
     """
     from rich.console import Console
 
-    console = Console(highlight=False, soft_wrap=True)
-    pager = _pager() if console.is_terminal else None
+    console = Console(highlight=False)
+    texts = (_drawn(console, piece) for piece in pieces)
+    with _pager() if console.is_terminal else nullcontext() as pager:
+        _write(texts, pager or sys.stdout)
+
+
+def _write(texts: Iterable[str], file: Any) -> None:
+    """Write texts until the last one, or until the reader has seen enough."""
     try:
-        if pager is not None:
-            console = Console(
-                file=pager.stdin, force_terminal=True, width=console.width, highlight=False, soft_wrap=True
-            )
-        for piece in pieces:
-            console.print(piece, end="")
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough
-        if pager is None:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    finally:
-        if pager is not None:
-            _leave(pager)
+        for text in texts:
+            file.write(text)
+        file.flush()
+    except BrokenPipeError:
+        if file is sys.stdout:  # Python flushes it once more at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
-def _pager() -> Any:
-    """The reader's pager as a process, None where there is none."""
+def _drawn(console: Any, piece: Any) -> str:
+    if not console.is_terminal:
+        return piece.plain
+    with console.capture() as captured:
+        console.print(piece, end="")
+    return captured.get()
+
+
+@contextmanager
+def _pager() -> Iterator[Any]:
+    """The input of the reader's pager, None where there is none; left when the reader leaves it."""
     import shlex
+    import signal
     import subprocess
 
     command = shlex.split(os.environ.get("PAGER", "")) or ["less", "-R"]
     environment = {"LESS": "-R", **os.environ}
     try:
-        return subprocess.Popen(
-            command, stdin=subprocess.PIPE, env=environment, text=True, encoding="utf-8", errors="replace"
-        )
+        pager = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, text=True, encoding="utf-8")
     except OSError:
-        return None
-
-
-def _leave(pager: Any) -> None:
-    """Close the pager's input and wait until the user has left it; Ctrl-C is the pager's."""
-    with suppress(BrokenPipeError):
-        pager.stdin.close()
-    while pager.poll() is None:
-        with suppress(KeyboardInterrupt):
-            pager.wait()
+        yield None
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the pager
+    try:
+        yield pager.stdin
+    finally:
+        with suppress(BrokenPipeError):
+            pager.stdin.close()
+        pager.wait()
+        signal.signal(signal.SIGINT, before)
 
 
 def note(text: str) -> None:

@@ -10,13 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
-RunOption = Annotated[Path | None, typer.Option("--run", help="The run folder.", show_default=False)]
-ConfigOption = Annotated[
-    Path | None, typer.Option("--config", help="A TOML file instead of ./sclite.toml.", show_default=False)
-]
+RunOption = Annotated[Path | None, typer.Option("--run", help="The run folder.")]
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="A TOML file instead of ./sclite.toml.")]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Set a key of the configuration.", show_default=False),
+    typer.Option("--set", metavar="KEY=VALUE", help="Set a key of the configuration."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")]
 

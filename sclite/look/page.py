@@ -42,8 +42,7 @@ def seen(text: str) -> str:
 
 def page(row: Any, number: int, total: int, problems: Problems) -> Text:
     """One row, an empty line after it. `number` of `total` heads it; its question comes from `problems`."""
-    lines = Text(f"{number}/{total}  ", "dim")
-    lines.append(seen(row.id), "bold cyan")
+    lines = Text().append(f"{number}/{total}  ", "dim").append(seen(row.id), "bold cyan")
     for part in (*_heading(row), *_body(row, problems)):
         lines.append_text(part)
     return lines.append("\n\n")

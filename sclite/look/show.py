@@ -55,7 +55,8 @@ def standing(figures: Mapping[str, Any], as_json: bool) -> None:
         unknown = f", {paid['unpriced']:,} of unknown price" if paid["unpriced"] else ""
         tokens = f"{paid['prompt_tokens']:,} tokens in, {paid['completion_tokens']:,} out"
         console.say(f"Paid for: {paid['requests']:,} requests, {tokens}, ${paid['cost_usd']:.4f}{unknown}")
-    console.say(f"Next: [bold cyan]{console.plain(figures['next'])}[/]")
+    when = " when that process has ended" if figures["busy"] else ""
+    console.say(f"Next{when}: [bold cyan]{console.plain(figures['next'])}[/]")
 
 
 def _stage_line(name: str, stage: Mapping[str, Any]) -> tuple[str, ...]:

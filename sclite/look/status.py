@@ -65,6 +65,8 @@ def status(config: Config, run: Run) -> dict[str, Any]:
     stages = _stages(config, run, paid)
     for name, stage in stages.items():
         stage.dropped = dict(dropped.get(name, Counter()).most_common())
+        if stage.dropped and stage.state == NOT_BEGUN:
+            stage.state, stage.why = HALF_WAY, ["only drops so far"]
         if paid and name in paid["stages"]:
             stage.cost_usd = paid["stages"][name]["cost_usd"]
     return {
@@ -158,12 +160,9 @@ def _signed(config: Config, run: Run, name: str, output: str, expected: Callable
 
 def _unsigned(run: Run, name: str, paid: Mapping[str, Any] | None, total: int | None) -> Stage:
     """A stage without a signature: brought along, half-way, or not begun."""
-    if (
-        name == "templates"
-        and not run.path(templates.BEGUN).is_file()
-        and (rows := _count(run, OUTPUTS[name]))
-    ):
-        return Stage(DONE, counts={"templates": rows, "brought_along": rows})
+    begun = any(run.path(mark).is_file() for mark in (templates.BEGUN, f"{name}.begun.json"))
+    if name in ("templates", "corrections", "pairs") and not begun and (rows := _count(run, OUTPUTS[name])):
+        return Stage(DONE, counts={Path(OUTPUTS[name]).stem: rows, "brought_along": rows})
     rows = _rows_so_far(run, name)
     if not rows and name == "corrections" and paid and name in paid["stages"]:
         return Stage(HALF_WAY, [f"{paid['stages'][name]['requests']} replies in the ledger"])
