@@ -1,10 +1,11 @@
 """The terminal: the only module that prints. Results go to stdout, progress and faults to stderr."""
 
 import json
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from sclite.errors import ScliteError
@@ -15,6 +16,18 @@ Progress = Callable[..., None]
 def print_json(value: Any) -> None:
     """One object on stdout, nothing else there."""
     sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def print_json_rows(head: Mapping[str, Any], rows: Iterable[Any]) -> None:
+    """One object on stdout, `head` and then "rows", each written as it is read."""
+
+    def texts() -> Iterator[str]:
+        yield json.dumps(head, ensure_ascii=False)[:-1] + ', "rows": ['
+        for number, row in enumerate(rows):
+            yield (",\n " if number else "\n ") + json.dumps(row, ensure_ascii=False)
+        yield "\n]}\n"
+
+    _write(texts(), sys.stdout)
 
 
 def plain(text: str) -> str:
@@ -29,6 +42,62 @@ def say(text: str = "") -> None:
     from rich.console import Console
 
     Console(highlight=False, soft_wrap=True).print(text)
+
+
+def page(pieces: Iterable[Any]) -> None:
+    """Show a long result, in pieces of rich Text: through $PAGER (else `less -R`) in a terminal, plain where it is piped.
+
+    A piece is made when the reader comes to it, so that the first stands there at once however many follow.
+    """
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    texts = (_drawn(console, piece) for piece in pieces)
+    with _pager() if console.is_terminal else nullcontext() as pager:
+        _write(texts, pager or sys.stdout)
+
+
+def _write(texts: Iterable[str], file: Any) -> None:
+    """Write texts until the last one, or until the reader has seen enough."""
+    try:
+        for text in texts:
+            file.write(text)
+        file.flush()
+    except BrokenPipeError:
+        if file is sys.stdout:  # Python flushes it once more at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
+def _drawn(console: Any, piece: Any) -> str:
+    if not console.is_terminal:
+        return piece.plain
+    with console.capture() as captured:
+        console.print(piece, end="")
+    return captured.get()
+
+
+@contextmanager
+def _pager() -> Iterator[Any]:
+    """The input of the reader's pager, None where there is none; left when the reader leaves it."""
+    import shlex
+    import signal
+    import subprocess
+
+    command = shlex.split(os.environ.get("PAGER", "")) or ["less", "-R"]
+    environment = {"LESS": "-R", **os.environ}
+    try:
+        pager = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, text=True, encoding="utf-8")
+    except OSError:
+        yield None
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the pager
+    try:
+        yield pager.stdin
+    finally:
+        with suppress(BrokenPipeError):
+            pager.stdin.close()
+        pager.wait()
+        signal.signal(signal.SIGINT, before)
 
 
 def note(text: str) -> None:
@@ -141,15 +210,15 @@ class Screen:
             note(f"[green]✓[/] {text} [dim]{seconds}[/]")
 
 
-def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout; the first column is text, the others are numbers."""
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> None:
+    """A table on stdout; the first `texts` columns are text, the others are numbers."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     for i, name in enumerate(header):
-        made.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+        made.add_column(name, justify="left" if i < texts else "right", no_wrap=True)
     for row in rows:
         made.add_row(*row)
     console = Console(highlight=False)

@@ -92,6 +92,17 @@ class Run:
         finally:
             file.close()
 
+    def busy(self) -> bool:
+        """Whether a process holds this run: asked by a shared lock that is let go at once."""
+        try:
+            with open(self.path(".lock"), "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except FileNotFoundError:
+            return False
+        return False
+
     def remember(self, config: Config) -> None:
         """Write the resolved configuration to run.toml, so that the next command on this run need not be told again."""
         import tomlkit
@@ -112,27 +123,38 @@ class Run:
                 _end_last_line(file)
             file.write(lines.encode())
 
-    def read(self, name: str, kind: type[R]) -> list[R]:
-        """All rows of a file, none where it is absent; a half-written last line is dropped, other faults raise."""
-        path = self.path(name)
+    def rows(self, name: str, kind: type[R]) -> Iterator[R]:
+        """The rows of a file, each read when it is asked for; none where the file is absent.
+
+        A half-written last line is dropped; any other line that is no row raises DataFault with its number.
+        """
+        return (row for _, row in self.located(name, kind))
+
+    def located(self, name: str, kind: type[R]) -> Iterator[tuple[int, R]]:
+        """The rows of a file as `rows` gives them, each with the byte that its line begins at."""
+        offset, path = 0, self.path(name)
         if not path.is_file():
-            return []
-        rows, text = [], path.read_text(encoding="utf-8", errors="replace")
-        lines = text.split("\n")
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                rows.append(kind.model_validate_json(line))
-            except ValidationError as error:
-                if number == len(lines):  # no newline after it: the process was killed while writing
-                    break
-                first = error.errors()[0]
-                where = ".".join(str(p) for p in first["loc"])
-                raise DataFault(
-                    f"{path}, line {number}: {where or 'not a row'}: {first['msg']}", "mend or remove it"
-                ) from None
-        return rows
+            return
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                begin, offset = offset, offset + len(line)
+                if not line.strip():
+                    continue
+                try:
+                    row = kind.model_validate_json(line.decode("utf-8", errors="replace"))
+                except ValidationError as error:
+                    if not line.endswith(b"\n"):  # the process was killed while writing
+                        return
+                    first = error.errors()[0]
+                    where = ".".join(str(p) for p in first["loc"])
+                    raise DataFault(
+                        f"{path}, line {number}: {where or 'not a row'}: {first['msg']}", "mend or remove it"
+                    ) from None
+                yield begin, row
+
+    def read(self, name: str, kind: type[R]) -> list[R]:
+        """All rows of a file, as `rows` gives them."""
+        return list(self.rows(name, kind))
 
     def replace(self, name: str, rows: Iterable[Row]) -> None:
         """Write a whole file of rows by rename."""

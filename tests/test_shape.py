@@ -29,8 +29,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 LAYERS = {
     "sclite.__main__": 9,
     "sclite.cli": 8,
-    "sclite.quickstart.flow": 7,
-    **dict.fromkeys(("sclite.pipeline", "sclite.measure"), 6),
+    **dict.fromkeys(("sclite.quickstart.flow", "sclite.options"), 7),
+    **dict.fromkeys(("sclite.pipeline", "sclite.measure", "sclite.look"), 6),
     **dict.fromkeys(("sclite.world", "sclite.machine"), 5),
     **dict.fromkeys(("sclite.data", "sclite.train", "sclite.export", "sclite.evaluate"), 4),
     **dict.fromkeys(("sclite.chat", "sclite.quickstart"), 4),

@@ -12,7 +12,7 @@ from sclite.errors import DataFault, UsageFault
 from sclite.grader import Grader
 from sclite.records import Drop, Problem, Template
 from sclite.run import Report, Run, digest, timed
-from sclite.teacher.client import Flaw, Job, Result, Teacher
+from sclite.teacher.client import Flaw, Job, Result, Teacher, identity
 from sclite.teacher.forecast import CHARACTERS_PER_TOKEN, Forecast, ask_after_pilot, reckon
 
 STAGE, FILE = "templates", "templates.jsonl"
@@ -55,7 +55,7 @@ def build_templates(
         if problems is None:
             share = settings.problems.correction_share
             problems = split_for_stages(gather_problems(settings, run), share, settings.seed)[0]
-        inputs = _inputs(settings, teacher, problems)
+        inputs = inputs_of(settings, problems)
         manifest = run.done(STAGE, inputs)
         if manifest is not None and run.path(FILE).is_file() and not fresh:
             return Report.of(manifest)
@@ -110,13 +110,14 @@ def mentions_the_solution(text: str) -> str | None:
 # -- the stage's parts ---------------------------------------------------------------------------------------------
 
 
-def _inputs(settings: Config, teacher: Teacher, problems: Sequence[Problem]) -> dict[str, Any]:
+def inputs_of(settings: Config, problems: Sequence[Problem]) -> dict[str, Any]:
+    """What decides the templates of these problems."""
     named = ["teacher_system", "teacher_template"]
     named += ["inspector_template"] if settings.teacher.inspector else []
     return {
         "problems": digest([problem.model_dump() for problem in problems]),
         "prompts": prompts.digest(*named, folder=settings.prompts.folder),
-        "teacher": teacher.identity(),
+        "teacher": identity(settings.teacher),
         "repairs": settings.teacher.repairs,
     }
 

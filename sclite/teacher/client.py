@@ -13,7 +13,7 @@ from sclite.errors import BudgetFault, UsageFault
 from sclite.teacher.ledger import Ledger
 from sclite.teacher.loop import Loop
 from sclite.teacher.money import Budget, Price
-from sclite.teacher.sender import SEVERAL, Messages, NoReply, Sender
+from sclite.teacher.sender import SEVERAL, Messages, NoReply, Sender, parameters_of
 
 _VERDICT = re.compile(r"<\s*verdict\s*>\s*(accept|reject)\w*\b", re.I)
 _REASON = re.compile(r"<\s*reason\s*>(.*?)(?:</\s*reason\s*>|\Z)", re.I | re.S)
@@ -57,6 +57,12 @@ class Result:
     requests: int
 
 
+def identity(settings: config.Teacher) -> dict[str, Any]:
+    """What signs the rows made from its replies: the models and their parameters, wherever they run."""
+    named = {"model": settings.model, **parameters_of(settings)}
+    return {**named, "inspector": settings.inspector} if settings.inspector else named
+
+
 class Teacher:
     """A model behind LiteLLM, with the run's ledger, and an inspector where one is named. Use as a context manager.
 
@@ -86,9 +92,7 @@ class Teacher:
         self._loop.close(provider.litellm.close_litellm_async_clients if provider else None)
 
     def identity(self) -> dict[str, Any]:
-        """What signs the rows made from its replies: the models and their parameters, wherever they run."""
-        named = {"model": self.settings.model, **self._sender.parameters}
-        return {**named, "inspector": self.settings.inspector} if self._inspector else named
+        return identity(self.settings)
 
     def first_request(self, job: Job) -> dict[str, Any]:
         """What the first request of a job says, exactly; nothing is sent."""

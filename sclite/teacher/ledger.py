@@ -120,8 +120,8 @@ class Ledger:
         if self._writer.is_alive():
             self._orders.put(None)
             self._writer.join()
-            with self._lock:
-                self._database.close()
+        with self._lock:
+            self._database.close()
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -142,6 +142,26 @@ class Ledger:
         with self._lock:
             row = self._database.execute(_TOTALS + where, values).fetchone()
         return dict(zip(_TOTAL_NAMES, row, strict=True))
+
+    @classmethod
+    def reading(cls, path: Path | str) -> "Ledger":
+        """The ledger for reading alone, also while another process writes it; nothing beside it is made or changed.
+
+        Raises DataFault where it is absent or no ledger.
+        """
+        ledger = cls.__new__(cls)
+        ledger.path, ledger._lock, ledger._writer = Path(path), threading.Lock(), threading.Thread()
+        # without a log nobody has it open; SQLite, not told so, would leave an empty log and its index behind
+        log = ledger.path.with_name(f"{ledger.path.name}-wal")
+        mode = "mode=ro" if log.exists() else "mode=ro&immutable=1"
+        try:
+            ledger._database = sqlite3.connect(
+                f"{ledger.path.absolute().as_uri()}?{mode}", uri=True, check_same_thread=False
+            )
+            ledger.totals()
+        except sqlite3.Error as error:
+            raise DataFault(f"{ledger.path} cannot be read: {error}", "see that it is a ledger") from error
+        return ledger
 
     # -- writing ---------------------------------------------------------------------------------------------------
 

@@ -27,6 +27,12 @@ class NoReply(Exception):
         self.reason = reason
 
 
+def parameters_of(settings: config.Teacher) -> dict[str, Any]:
+    """What is sent beside the messages and decides the reply."""
+    chosen = {name: getattr(settings, name) for name in ("temperature", "max_tokens")}
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
 class Sender:
     """Sends to one model. All methods but the constructor belong to the event loop.
 
@@ -43,11 +49,7 @@ class Sender:
         self.settings, self.ledger, self.budget = settings, ledger, budget
         self._prepare = prepare
         self.provider: Provider | None = None
-        self.parameters: dict[str, Any] = {
-            name: value
-            for name in ("temperature", "max_tokens")
-            if (value := getattr(settings, name)) is not None
-        }
+        self.parameters = parameters_of(settings)
         self.pace = Pace(settings.concurrency, settings.requests_per_minute, settings.tokens_per_minute)
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._answered = self._succeeded = False  # any HTTP reply; any usable one

@@ -103,3 +103,31 @@ def test_a_reply_that_cannot_be_written_is_a_fault_and_no_silence(tmp_path):
     ledger.close()
     with pytest.raises(DataFault, match="cannot be written"):
         ledger.put("k", ENTRY).result()
+
+
+# -- for reading alone ---------------------------------------------------------------------------------------------
+
+
+def test_a_ledger_is_read_while_another_process_writes_it_and_nothing_is_left_beside_it(tmp_path):
+    path = tmp_path / "ledger.sqlite"
+    with Ledger(path) as ledger:
+        keep(ledger, "a", ENTRY)
+        with Ledger.reading(path) as reader:
+            assert reader.totals() == ledger.totals()
+            keep(ledger, "b", ENTRY, "corrections")
+            assert reader.totals("corrections")["requests"] == 1
+    before = path.read_bytes()
+    with Ledger.reading(path) as reader:
+        assert reader.totals()["requests"] == 2
+        assert reader.get("a") == ENTRY
+    assert [p.name for p in tmp_path.iterdir()] == ["ledger.sqlite"]
+    assert path.read_bytes() == before
+
+
+def test_a_ledger_that_is_not_there_is_not_made_by_reading(tmp_path):
+    with pytest.raises(DataFault, match="cannot be read"):
+        Ledger.reading(tmp_path / "ledger.sqlite")
+    (tmp_path / "text").write_text("no ledger at all" * 99)
+    with pytest.raises(DataFault, match="cannot be read"):
+        Ledger.reading(tmp_path / "text")
+    assert [p.name for p in tmp_path.iterdir()] == ["text"]
