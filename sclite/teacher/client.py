@@ -10,7 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import ip_address
 from types import ModuleType
 from typing import Any
@@ -40,19 +40,22 @@ class Job:
     """One thing to ask. `messages(fault)` builds the chat; the fault is empty at first, then says what to mend.
 
     `check(reply)` gives None for a good reply. It runs in a thread, several at once, and may take its time.
+    `parameters` (temperature, top_p, max_tokens ..) hold for this job alone, before the teacher's own.
     """
 
     id: str
     messages: Callable[[str], Messages]
     check: Callable[[str], Flaw | None]
     sample: int = 0
+    parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Result:
     """What became of a job: `text` passed its check, or is None and `flaw` is the last thing that was wrong.
 
-    `raw` is the last reply whatever it is worth, `requests` how many replies it took.
+    `raw` is the last reply whatever it is worth, `requests` how many replies it took; `entry` is the last one as the
+    ledger has it, None where none came.
     """
 
     id: str
@@ -61,6 +64,7 @@ class Result:
     flaw: Flaw | None
     raw: str
     requests: int
+    entry: Entry | None = None
 
 
 def import_litellm() -> ModuleType:
@@ -148,41 +152,46 @@ class Teacher:
         self._blame_refusals(SEVERAL)
 
     async def _work(self, job: Job, stage: str) -> Result:
-        flaw, fault, raw = None, "", ""
+        flaw, fault, raw, entry = None, "", "", None
+        parameters = {**self._parameters, **job.parameters}
         for repair in range(self.settings.repairs + 1):
-            reply = await self._reply(job.messages(fault), job.sample, repair, stage)
+            reply = await self._reply(job.messages(fault), job.sample, repair, stage, parameters)
             if isinstance(reply, Flaw):
-                return Result(job.id, job.sample, None, reply, raw, repair)
-            raw = reply.text
+                return Result(job.id, job.sample, None, reply, raw, repair, entry)
+            raw, entry = reply.text, reply
             flaw = _unfinished(reply.finish_reason) or await self._loop.in_thread(job.check, raw)
             if flaw is None:
-                return Result(job.id, job.sample, raw, None, raw, repair + 1)
+                return Result(job.id, job.sample, raw, None, raw, repair + 1, entry)
             again = fault.startswith(flaw.text)  # the same words would bring the same reply
             fault = f"{flaw.text} (still so in reply {repair + 1})" if again else flaw.text
-        return Result(job.id, job.sample, None, flaw, raw, self.settings.repairs + 1)
+        return Result(job.id, job.sample, None, flaw, raw, self.settings.repairs + 1, entry)
 
     # -- one request -----------------------------------------------------------------------------------------------
 
-    async def _reply(self, messages: Messages, sample: int, repair: int, stage: str) -> Entry | Flaw:
+    async def _reply(
+        self, messages: Messages, sample: int, repair: int, stage: str, parameters: Mapping[str, Any]
+    ) -> Entry | Flaw:
         """The reply from the ledger, else from the endpoint; the same request in two jobs is sent once."""
         settings = self.settings
-        key = request_key(settings.model, settings.api_base, messages, self._parameters, sample, repair)
+        key = request_key(settings.model, settings.api_base, messages, parameters, sample, repair)
         lock = self._locks.setdefault(key, asyncio.Lock())
         async with lock:
             entry = self.ledger.get(key)
             if entry is None:
-                return await self._call(key, messages, stage)
+                return await self._call(key, messages, stage, parameters)
         self._succeeded = True
         return entry
 
-    async def _call(self, key: str, messages: Messages, stage: str) -> Entry | Flaw:
+    async def _call(
+        self, key: str, messages: Messages, stage: str, parameters: Mapping[str, Any]
+    ) -> Entry | Flaw:
         """Send until there is a reply, which is in the ledger before anybody sees it."""
         litellm = self._connect()
         faults = (litellm.exceptions.openai.OpenAIError, litellm.exceptions.httpx.HTTPError, OSError)
         for attempt in range(1, self.settings.attempts_per_call + 1):
             try:
                 async with self._room:
-                    entry = await self._send(litellm, messages)
+                    entry = await self._send(litellm, messages, parameters)
             except faults as fault:
                 error = fault
             else:
@@ -207,7 +216,7 @@ class Teacher:
             raise failures.silent(error, self.settings.model, self.settings.api_base, attempt)
         return Flaw("no_reply", failures.message(error))
 
-    async def _send(self, litellm: ModuleType, messages: Messages) -> Entry:
+    async def _send(self, litellm: ModuleType, messages: Messages, parameters: Mapping[str, Any]) -> Entry:
         began = time.monotonic()
         limit = self.settings.timeout_seconds
         async with asyncio.timeout(
@@ -219,7 +228,7 @@ class Teacher:
                 timeout=limit,
                 max_retries=0,
                 num_retries=0,
-                **self._parameters,
+                **parameters,
                 **self._options,
             )
         if not response.choices:
