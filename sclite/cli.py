@@ -155,21 +155,20 @@ def build_data(
     chosen += [f"problems.limit={limit}"] if limit else []
     world = _world(_load(run, config, chosen))
     with _held(world):
-        reports = []
         if only != "corrections":
-            reports.append(pipeline.build_templates(world, fresh))
+            pipeline.build_templates(world, fresh)
         trained = world.run.path("sft/adapter/adapter_model.safetensors").is_file()
         if only == "corrections" or (only is None and (trained or world.config.attempts.student)):
-            reports.append(pipeline.build_corrections(world))
+            pipeline.build_corrections(world)
             if pipeline.can_build_pairs(world):
-                reports.append(pipeline.build_pairs(world))
-    figures = _data_figures(reports)
+                pipeline.build_pairs(world)
+    figures = _data_figures(world.reports)
     if json:
         console.print_json(figures)
         return
     if only != "corrections":
         console.say(f"{figures['templates']} templates in {world.run.path('templates.jsonl')}")
-    if any(report.stage == "pairs" for report in reports):
+    if any(report.stage == "pairs" for report in world.reports):
         console.say(f"{figures['pairs']} pairs in {world.run.path('pairs.jsonl')}")
     for reason, count in sorted(figures["dropped"].items()):
         console.say(f"  {count} left out: {reason.replace('_', ' ')} (see {world.run.path('dropped.jsonl')})")
