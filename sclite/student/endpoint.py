@@ -22,11 +22,11 @@ class Endpoint:
     def generate(self, requests: Sequence[Request]) -> Iterator[Reply]:
         """Yield each reply when it is done, as many in flight as the client allows.
 
-        A request's seed tells samples apart, in the ledger and for proxies that keep replies. What a provider has no
-        name for (seed, top_p, for some models the temperature) is not sent to it. Stop strings are looked for here,
-        because endpoints cut them off and do not say which one they met. A call that fails gives a reply with finish
-        "error" and the reason. Raises UsageFault for a request with `pieces`: a chat endpoint does not promise to go on
-        from them; TeacherFault where no further request can succeed.
+        A request's seed tells samples apart: it is sent along and is part of what the ledger knows a request by. What a
+        provider has no name for (seed, top_p, for some models the temperature) is left out of what it gets. Stop
+        strings are looked for here, because endpoints cut them off and do not say which one they met. A call that fails
+        gives a reply with finish "error" and the reason. Raises UsageFault for a request with `pieces`: a chat endpoint
+        does not promise to go on from them; TeacherFault where no further request can succeed.
         """
         if any(request.pieces for request in requests):
             raise UsageFault(
@@ -54,7 +54,7 @@ def _job(index: int, request: Request) -> Job:
     }
     if request.top_p < 1:
         parameters["top_p"] = request.top_p
-    return Job(str(index), lambda fault: request.messages, lambda text: None, request.seed, parameters)
+    return Job(str(index), lambda fault: request.messages, lambda text: None, parameters=parameters)
 
 
 def _reply(result: Result, request: Request) -> Reply:
