@@ -214,3 +214,12 @@ def test_where_a_student_is_trained_the_pairs_wait_for_its_warm_up(run):
     run.path("sft/adapter/adapter_model.safetensors").write_bytes(b"trained")
     for more, ready in (({}, False), ({"attempts.source": "x"}, False), ({"attempts.student": "o/x"}, True)):
         assert pipeline.can_build_pairs(world_of(run, "http://x", **more)) is ready
+
+
+def test_a_student_that_does_not_write_steps_is_told_apart_from_one_that_needs_more_training(run):
+    problems(Path("mine.jsonl"), 8)
+    with Teaching(lambda body, nth: say("I would say 80.")) as server:
+        own = {"attempts.student": "openai/student", "attempts.api_base": server.url}
+        with pytest.raises(DataFault, match=r"attempt_not_readable") as fault:
+            pipeline.build_corrections(world_of(run, server.url, **own))
+    assert "attempts.student" in fault.value.hint
