@@ -102,17 +102,21 @@ def build_data(
         raise UsageFault(f"--only {only}: no such part", "use --only templates or --only corrections")
     world = common.world({"problems.source": problems, "problems.limit": limit})
     with held(world.run, world.config):
-        reports = []
         if only != "corrections":
-            reports.append(pipeline.build_templates(world, fresh))
+            pipeline.build_templates(world, fresh)
         trained = world.run.path("sft/adapter/adapter_model.safetensors").is_file()
-        if only == "corrections" or (only is None and trained):
-            reports.append(pipeline.build_corrections(world))
-    figures = _data_figures(reports)
+        if only == "corrections" or (only is None and (trained or world.config.attempts.student)):
+            pipeline.build_corrections(world)
+            if pipeline.can_build_pairs(world):
+                pipeline.build_pairs(world)
+    figures = _data_figures(world.reports)
     if common.json:
         console.print_json(figures)
         return
-    console.say(f"{figures['templates']} templates in {world.run.path('templates.jsonl')}")
+    if only != "corrections":
+        console.say(f"{figures['templates']} templates in {world.run.path('templates.jsonl')}")
+    if any(report.stage == "pairs" for report in world.reports):
+        console.say(f"{figures['pairs']} pairs in {world.run.path('pairs.jsonl')}")
     for reason, count in sorted(figures["dropped"].items()):
         console.say(f"  {count} left out: {reason.replace('_', ' ')}")
     if figures["dropped"]:
@@ -127,10 +131,11 @@ def _data_figures(reports: list[Any]) -> dict[str, Any]:
         for reason, count in report.dropped.items():
             dropped[reason] = dropped.get(reason, 0) + count
     counts = {name: value for report in reports for name, value in report.counts.items()}
-    costs = [report.cost_usd for report in reports]
+    costs, kinds = [report.cost_usd for report in reports], ("decision", "content")
+    built = any(report.stage == "pairs" for report in reports)
     return {
         "templates": counts.get("templates", 0),
-        "pairs": counts.get("corrected", 0),
+        "pairs": sum(counts.get(kind, 0) for kind in kinds) if built else counts.get("corrected", 0),
         "dropped": dropped,
         "cost_usd": None if None in costs else round(sum(costs), 6),
         "seconds": round(sum(report.seconds for report in reports), 3),

@@ -36,6 +36,11 @@ class Attempts(Section):
     """How the student's attempts are sampled for stage 2."""
 
     source: str = Field("", description="attempts brought along: JSONL with question, steps, optional label")
+    student: str = Field(
+        "", description="who tries: the run's SFT adapter without it; a .gguf file; a LiteLLM model name"
+    )
+    api_base: str = Field("", description="base URL, where attempts.student is an OpenAI-compatible endpoint")
+    concurrency: int = Field(32, ge=1, le=1024, description="requests in flight at most, at an endpoint")
     samples: int = Field(4, ge=1, le=64, description="samples per problem")
     temperature: float = Field(0.8, ge=0, le=2)
     top_p: float = Field(0.95, gt=0, le=1)
@@ -43,6 +48,13 @@ class Attempts(Section):
     reviews: int = Field(
         2, ge=1, le=16, description="the student's own corrections sampled per wrong attempt"
     )
+
+    @property
+    def kind(self) -> Literal["trained", "gguf", "endpoint"]:
+        """What `student` names: the adapter that the run trains, a GGUF file, or a model behind LiteLLM."""
+        if not self.student:
+            return "trained"
+        return "gguf" if self.student.lower().endswith(".gguf") else "endpoint"
 
 
 class Teacher(Section):

@@ -63,7 +63,7 @@ def build_templates(world: World, fresh: bool = False) -> Report:
 
 
 def build_corrections(world: World) -> Report:
-    """Attempts of the SFT student at the problems of stage 2, and the teacher's corrections of them."""
+    """Attempts of the student at the problems of stage 2, and the teacher's corrections of them."""
     from sclite.data.attempts import sample_attempts
     from sclite.data.corrections import build_corrections as stage
     from sclite.grader import Grader
@@ -99,12 +99,23 @@ def _sample(world: World, problems: Sequence[Problem], grader: Any, stage: Calla
         ):
             report = stage(world.config, world.run, student=None, progress=progress, **arguments)
         else:
-            _require_sft(world)
-            with world.sampler("sft/adapter") as student:
+            if world.config.attempts.kind == "trained":
+                _require_sft(world)
+            with world.student("sft/adapter", "attempts") as student:
                 report = stage(world.config, world.run, student=student, progress=progress, **arguments)
-    world.add(
-        report, f"attempts: {report.counts.get('right', 0)} right, {report.counts.get('wrong', 0)} wrong"
-    )
+    counts = report.counts
+    unknown = f", {counts['unknown']} unknown" if counts.get("unknown") else ""
+    world.add(report, f"attempts: {counts.get('right', 0)} right, {counts.get('wrong', 0)} wrong{unknown}")
+
+
+def can_build_pairs(world: World) -> bool:
+    """Whether pairs can follow the corrections at once: not where they wait for the trained student's warm-up.
+
+    They need not where `attempts.student` names somebody else, nor where attempts were brought along and nobody has been
+    trained (there are then decisions alone).
+    """
+    attempts = world.config.attempts
+    return attempts.kind != "trained" or (bool(attempts.source) and available(world) == ["base"])
 
 
 def _require_sft(world: World) -> None:
@@ -171,10 +182,14 @@ def build_pairs(world: World) -> Report:
         world.screen.stage("pairs", "pairs: the student's own corrections against right ones") as progress,
         Grader() as grader,
     ):
-        if world.run.done("pairs", inputs_of(world.config, world.run)):
+        nobody = (
+            world.config.attempts.kind == "trained"
+            and not world.run.path("dpo/warm/adapter_model.safetensors").is_file()
+        )
+        if nobody or world.run.done("pairs", inputs_of(world.config, world.run)):
             report = stage(world.config, world.run, student=None, grader=grader)
         else:
-            with world.sampler("dpo/warm") as student:
+            with world.student("dpo/warm", "pairs") as student:
                 report = stage(world.config, world.run, student=student, grader=grader, progress=progress)
     counts = report.counts
     return world.add(

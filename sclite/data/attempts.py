@@ -1,7 +1,12 @@
-"""The student's attempts at problems that SFT has not seen: sampled in fixed blocks, graded, appended as they come."""
+"""A student's attempts at problems that SFT has not seen: sampled in fixed blocks, graded, appended as they come.
+
+The student is the one that is trained, unless `attempts.student` names a GGUF or an endpoint.
+"""
 
 import json
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +18,15 @@ from sclite.grader import Grader
 from sclite.records import Attempt, Problem
 from sclite.run import Report, Run, digest, timed
 from sclite.student.base import Reply, Request, Student
+from sclite.teacher.ledger import FILE as LEDGER
+from sclite.teacher.ledger import Ledger
 from sclite.trace import Step, Trace, clean, parse, render
 
 STAGE = "attempts"
 FILE = "attempts.jsonl"
+
+
+_NOT_SAMPLING = {"reviews", "student", "api_base", "concurrency"}
 
 
 def inputs_of(config: Config, run: Run, problems: Sequence[Problem]) -> dict[str, Any]:
@@ -24,13 +34,39 @@ def inputs_of(config: Config, run: Run, problems: Sequence[Problem]) -> dict[str
     source = Path(config.attempts.source)
     return {
         "problems": digest([p.model_dump() for p in problems]),
-        "student": run.file_digest("sft/adapter/adapter_model.safetensors"),
+        "student": other_student(config) or run.file_digest("sft/adapter/adapter_model.safetensors"),
         "sampling": digest(
-            [config.attempts.model_dump(exclude={"reviews"}), config.student.batch, config.seed]
+            [config.attempts.model_dump(exclude=_NOT_SAMPLING), config.student.batch, config.seed]
         ),
         "source": digest(source.read_text(encoding="utf-8")) if source.is_file() else "",
         "prompts": prompts.digest("student_system", "student_solve", folder=config.prompts.folder),
     }
+
+
+def other_student(config: Config) -> str:
+    """A signature of who `attempts.student` names: an endpoint's model and address, a GGUF's bytes; "" for nobody."""
+    settings = config.attempts
+    if settings.kind == "endpoint":
+        return digest([settings.student, settings.api_base.rstrip("/")])
+    path = Path(settings.student)
+    if settings.kind == "trained" or not path.is_file():
+        return ""
+    found = path.resolve().stat()
+    return _file_digest(path.resolve(), found.st_size, found.st_mtime_ns)
+
+
+@cache
+def _file_digest(path: Path, size: int, changed: int) -> str:
+    """A GGUF may have gigabytes: it is read once, as long as its size and its time of change stay."""
+    return Run(path.parent).file_digest(path.name)
+
+
+def cost_usd(run: Run, stage: str) -> float:
+    """What the replies of a student behind an endpoint have cost in this stage; 0 for one that runs here."""
+    if not run.path(LEDGER).is_file():
+        return 0.0
+    with Ledger(run.path(LEDGER)) as ledger:
+        return ledger.totals(stage)["cost_usd"]
 
 
 def sample_attempts(
@@ -45,7 +81,9 @@ def sample_attempts(
     """Let the student solve each problem `attempts.samples` times, or read `attempts.source`; writes attempts.jsonl.
 
     Rows come in blocks of `student.batch`; after a kill whole blocks are kept, a broken one is sampled again, so the
-    file is the same as that of an unbroken run.
+    file is the same as that of an unbroken run. An endpoint is asked without a pause between blocks, and what it has
+    said before comes from the ledger. A call to it that failed leaves an attempt of unknown outcome, and the next
+    start asks it again.
     """
     inputs, report = inputs_of(config, run, problems), Report(STAGE)
     if manifest := run.done(STAGE, inputs, FILE):
@@ -57,7 +95,10 @@ def sample_attempts(
             rows = _sample(config, run, inputs, problems, student, grader, progress)
         run.replace(FILE, rows)
     report.counts |= count(rows)
-    run.sign(STAGE, inputs, report)
+    report.cost_usd = cost_usd(run, STAGE)
+    unanswered = sum(map(failed, rows)) if config.attempts.kind == "endpoint" else 0
+    # a network fault is no verdict on a row: the signature then fits no inputs, and the next call asks again
+    run.sign(STAGE, {**inputs, "unanswered": unanswered} if unanswered else inputs, report)
     return report
 
 
@@ -73,27 +114,45 @@ def count(rows: Sequence[Attempt]) -> dict[str, int]:
 
 def _sample(config, run, inputs, problems, student, grader, progress) -> list[Attempt]:
     jobs = [(problem, sample) for problem in problems for sample in range(config.attempts.samples)]
-    size = config.student.batch
-    rows = _kept(run, inputs, size)
-    for start in range(len(rows), len(jobs), size):
-        block = jobs[start : start + size]
-        requests = [_request(problem, sample, config) for problem, sample in block]
-        replies = sorted(student.generate(requests), key=lambda reply: reply.index)
-        found = graded(block, replies, grader)
-        run.append(FILE, found)
-        rows += found
-        if progress is not None:
-            progress(len(rows), len(jobs))
+    size, endpoint = config.student.batch, config.attempts.kind == "endpoint"
+    rows = _kept(run, inputs, size, complete=endpoint)
+    at_once = max(1, len(jobs) - len(rows)) if endpoint else size
+    for start in range(len(rows), len(jobs), at_once):
+        asked = jobs[start : start + at_once]
+        replies = student.generate([_request(problem, sample, config) for problem, sample in asked])
+        for begin, block in in_blocks(replies, len(asked), size):
+            found = graded(asked[begin : begin + size], block, grader)
+            run.append(FILE, found)
+            rows += found
+            if progress is not None:
+                progress(len(rows), len(jobs))
     return rows
 
 
-def _kept(run: Run, inputs: dict[str, Any], size: int) -> list[Attempt]:
-    """The whole blocks that an interrupted run with the same inputs has left."""
+def in_blocks(replies: Iterable[Reply], count: int, size: int) -> Iterator[tuple[int, list[Reply]]]:
+    """(number of its first request, `size` replies in the order of their requests), each block once it is whole."""
+    waiting, begin = defaultdict(list), 0
+    for reply in replies:
+        waiting[reply.index // size * size].append(reply)
+        while begin < count and len(waiting[begin]) == min(size, count - begin):
+            yield begin, sorted(waiting.pop(begin), key=lambda r: r.index)
+            begin += size
+
+
+def failed(attempt: Attempt) -> bool:
+    """Whether the call for this attempt failed, so that nothing was said and nothing is known."""
+    return attempt.correct is None and not attempt.trace
+
+
+def _kept(run: Run, inputs: dict[str, Any], size: int, complete: bool) -> list[Attempt]:
+    """The whole blocks that an interrupted run with the same inputs has left; `complete`: up to the first failed call."""
     if run.read_json("attempts.begun.json") != inputs:
         run.replace(FILE, [])
         run.write_json("attempts.begun.json", inputs)
         return []
     rows = run.read(FILE, Attempt)
+    if complete:
+        rows = rows[: next((i for i, row in enumerate(rows) if failed(row)), len(rows))]
     rows = rows[: len(rows) // size * size]
     run.replace(FILE, rows)
     return rows

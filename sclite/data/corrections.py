@@ -69,9 +69,11 @@ def build_corrections(
         report.dropped = dict(Counter(drop.reason for drop in [*drops, *refused]))
         if not reviews:
             reasons = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items())
+            trained = config.attempts.kind == "trained"
+            other = "train SFT for longer" if trained else "name an attempts.student that writes <Step1> .."
             raise DataFault(
                 f"no wrong attempt could be corrected: {reasons or 'there is none'}",
-                f"look into {run.path('dropped.jsonl')}; sample more attempts, or train SFT for longer",
+                f"look into {run.path('dropped.jsonl')}; sample more attempts, or {other}",
             )
         confirmed = _confirmations(attempts, len(reviews), config)
         order = {attempt_key(a): i for i, a in enumerate(attempts)}

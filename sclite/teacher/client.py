@@ -1,16 +1,15 @@
 """The teacher: many jobs at once, each reply checked, mended by asking again, and paid for once."""
 
-import asyncio
 import queue
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sclite import config
 from sclite.errors import BudgetFault, UsageFault
-from sclite.teacher.ledger import Ledger
+from sclite.teacher.ledger import Entry, Ledger
 from sclite.teacher.loop import Loop
 from sclite.teacher.money import Budget, Price
 from sclite.teacher.sender import SEVERAL, Messages, NoReply, Sender, parameters_of
@@ -32,6 +31,7 @@ class Job:
     """One thing to ask. `messages(fault)` builds the chat; the fault is empty at first, then says what to mend.
 
     `check(reply)` gives None for a good reply. It runs in a thread, several at once, and may take its time.
+    `parameters` (temperature, top_p, max_tokens ..) hold for this job alone, before the teacher's own.
     `inspect(reply)` builds the chat in which a second model accepts or rejects a reply that passed the check.
     """
 
@@ -39,6 +39,7 @@ class Job:
     messages: Callable[[str], Messages]
     check: Callable[[str], Flaw | None]
     sample: int = 0
+    parameters: Mapping[str, Any] = field(default_factory=dict)
     inspect: Callable[[str], Messages] | None = None
 
 
@@ -46,7 +47,8 @@ class Job:
 class Result:
     """What became of a job: `text` passed its check, or is None and `flaw` is the last thing that was wrong.
 
-    `raw` is the last reply whatever it is worth, `requests` how many replies it took.
+    `raw` is the last reply whatever it is worth, `requests` how many replies it took; `entry` is the last one as the
+    ledger has it, None where none came.
     """
 
     id: str
@@ -55,6 +57,7 @@ class Result:
     flaw: Flaw | None
     raw: str
     requests: int
+    entry: Entry | None = None
 
 
 def identity(settings: config.Teacher) -> dict[str, Any]:
@@ -97,11 +100,11 @@ class Teacher:
     def first_request(self, job: Job) -> dict[str, Any]:
         """What the first request of a job says, exactly; nothing is sent."""
         chat = [dict(message) for message in job.messages("")]
-        return {"model": self.settings.model, "messages": chat, **self._sender.parameters}
+        return {"model": self.settings.model, "messages": chat, **self._sender.parameters, **job.parameters}
 
     def has_answered(self, job: Job) -> bool:
         """Whether the first reply to this job is in the ledger."""
-        return self.ledger.get(self._sender.key(job.messages(""), job.sample)) is not None
+        return self.ledger.get(self._sender.key(job.messages(""), job.sample, 0, job.parameters)) is not None
 
     def price(self) -> Price | None:
         """US dollars per token; None where nobody knows. Imports LiteLLM, which takes seconds, and sends nothing."""
@@ -145,19 +148,21 @@ class Teacher:
         self._sender.blame_refusals(SEVERAL)
 
     async def _work(self, job: Job, stage: str) -> Result:
-        flaw, fault, raw = None, "", ""
+        flaw, fault, raw, entry = None, "", "", None
         for repair in range(self.settings.repairs + 1):
             try:
-                reply = await self._sender.reply(job.messages(fault), job.sample, repair, stage)
-                raw = reply.text
-                flaw = await self._flaw(job, raw, reply.finish_reason, stage)
+                entry = await self._sender.reply(
+                    job.messages(fault), job.sample, repair, stage, job.parameters
+                )
+                raw = entry.text
+                flaw = await self._flaw(job, raw, entry.finish_reason, stage)
             except NoReply as silence:
-                return Result(job.id, job.sample, None, Flaw(silence.reason, str(silence)), raw, repair)
+                return Result(job.id, job.sample, None, Flaw(silence.reason, str(silence)), raw, repair, entry)
             if flaw is None:
-                return Result(job.id, job.sample, raw, None, raw, repair + 1)
+                return Result(job.id, job.sample, raw, None, raw, repair + 1, entry)
             again = fault.startswith(flaw.text)  # the same words would bring the same reply
             fault = f"{flaw.text} (still so in reply {repair + 1})" if again else flaw.text
-        return Result(job.id, job.sample, None, flaw, raw, self.settings.repairs + 1)
+        return Result(job.id, job.sample, None, flaw, raw, self.settings.repairs + 1, entry)
 
     async def _flaw(self, job: Job, text: str, finish_reason: str, stage: str) -> Flaw | None:
         """What is wrong with a reply: its end, then the job's own check, then what the inspector says."""

@@ -5,6 +5,7 @@ import random
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from sclite import config
@@ -56,10 +57,10 @@ class Sender:
         self._refused: dict[str, str] = {}  # key -> why, those of this process
         self._unanswered = 0  # requests given up since the last reply
 
-    def key(self, messages: Messages, sample: int = 0, repair: int = 0) -> str:
+    def key(self, messages: Messages, sample: int, repair: int, parameters: Mapping[str, Any]) -> str:
         """What the ledger keeps this request under."""
-        settings = self.settings
-        return request_key(settings.model, settings.api_base, messages, self.parameters, sample, repair)
+        settings, chosen = self.settings, {**self.parameters, **parameters}
+        return request_key(settings.model, settings.api_base, messages, chosen, sample, repair)
 
     def connect(self) -> Provider:
         """LiteLLM and what it needs for this model, found out once."""
@@ -67,29 +68,38 @@ class Sender:
             self.provider = connect(self.settings, self._prepare)
         return self.provider
 
-    async def reply(self, messages: Messages, sample: int, repair: int, stage: str) -> Entry:
+    async def reply(
+        self,
+        messages: Messages,
+        sample: int,
+        repair: int,
+        stage: str,
+        parameters: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Entry:
         """The reply from the ledger, else from the endpoint; the same request in two jobs is sent once.
+
+        `parameters` come before the settings' own.
 
         Raises NoReply for this request, TeacherFault where no other can succeed either, BudgetFault at the limit.
         """
-        key = self.key(messages, sample, repair)
+        key = self.key(messages, sample, repair, parameters)
         lock = self._locks.setdefault(key, asyncio.Lock())
         async with lock:
             entry = self.ledger.get(key)
             if entry is None:
-                entry = await self._call(key, messages, stage)
+                entry = await self._call(key, messages, stage, {**self.parameters, **parameters})
         if entry.finish_reason == REFUSED:
             raise NoReply("refused_by_teacher", entry.text)
         self._succeeded = True
         return entry
 
-    async def _call(self, key: str, messages: Messages, stage: str) -> Entry:
+    async def _call(self, key: str, messages: Messages, stage: str, parameters: dict[str, Any]) -> Entry:
         """Send until there is a reply, which is in the ledger before anybody sees it."""
         litellm = self.connect().litellm
         faults = (litellm.exceptions.openai.OpenAIError, litellm.exceptions.httpx.HTTPError, OSError)
         for attempt in range(1, self.settings.attempts_per_call + 1):
             try:
-                entry = await self._send(key, messages, stage, faults)
+                entry = await self._send(key, messages, stage, parameters, faults)
             except faults as fault:
                 error = fault
             else:
@@ -111,15 +121,17 @@ class Sender:
             raise failures.silent(error, self.settings.model, self.settings.api_base, attempt)
         raise NoReply("no_reply", failures.message(error))
 
-    async def _send(self, key: str, messages: Messages, stage: str, faults: tuple) -> Entry:
+    async def _send(
+        self, key: str, messages: Messages, stage: str, parameters: dict[str, Any], faults: tuple
+    ) -> Entry:
         """Send once, when pace and budget allow it. What went out is in the ledger before it does."""
-        tokens = most_prompt_tokens(messages) + self.settings.max_tokens
+        most = (most_prompt_tokens(messages), parameters.get("max_tokens", self.settings.max_tokens))
         price = self.provider.price
-        most_usd = price.cost_usd(tokens - self.settings.max_tokens, self.settings.max_tokens) if price else 0.0
-        async with self.budget.reserve(most_usd), self.pace.call(tokens) as began:
+        most_usd = price.cost_usd(*most) if price else 0.0
+        async with self.budget.reserve(most_usd), self.pace.call(sum(most)) as began:
             await asyncio.wrap_future(self.ledger.sent(key, stage, self.settings.model, most_usd))
             try:
-                entry = await self._complete(messages, began)
+                entry = await self._complete(messages, parameters, began)
             except asyncio.CancelledError:
                 self.ledger.given_up(key, "cancelled", most_usd)
                 raise
@@ -135,7 +147,7 @@ class Sender:
             await asyncio.wrap_future(self.ledger.put(key, entry))
         return entry
 
-    async def _complete(self, messages: Messages, began: float) -> Entry:
+    async def _complete(self, messages: Messages, parameters: dict[str, Any], began: float) -> Entry:
         limit = self.settings.timeout_seconds
         async with asyncio.timeout(limit + 1):  # LiteLLM's own limit is for silence; a trickle never reaches it
             response = await self.provider.litellm.acompletion(
@@ -144,7 +156,7 @@ class Sender:
                 timeout=limit,
                 max_retries=0,
                 num_retries=0,
-                **self.parameters,
+                **parameters,
                 **self.provider.options,
             )
         if not response.choices:
