@@ -3,6 +3,7 @@
 Every figure is read from the run; what the run does not know is said to be unknown.
 """
 
+import re
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +18,7 @@ from sclite.teacher.ledger import Ledger
 
 UNKNOWN = "unknown"
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+_HUB_NAME = re.compile(r"[\w.-]*\w/[\w.-]+(?<!\.jsonl)(?<!\.json)(?<!\.csv)(?<!\.parquet)")
 _STUDENT = ("student_system", "student_solve", "student_review")
 _WHAT = {
     "templates": "`messages`: the student's prompt and the teacher's thought trace",
@@ -33,11 +35,13 @@ def text(config: Config, run: Run, counts: dict[str, int]) -> str:
 
 
 def source_name(config: Config) -> str:
-    """The problems' source: a hub name as it is, of a file its name alone, because a path says more than a card should."""
-    source = config.problems.source
-    if not source:
-        return UNKNOWN
-    return Path(source).name if Path(source).is_absolute() or Path(source).exists() else source
+    """The problems' source as a card may show it."""
+    return _public(config.problems.source)
+
+
+def _public(name: str) -> str:
+    """A hub name as it is; of a file or folder the last part alone, because a path says more than a card should."""
+    return name if _HUB_NAME.fullmatch(name) else Path(name).name or UNKNOWN
 
 
 def _front(counts: dict[str, int]) -> str:
@@ -77,17 +81,15 @@ def _files(counts: dict[str, int]) -> str:
 
 
 def _origin(config: Config, run: Run) -> str:
-    student = config.student.model
-    student = Path(student).name if Path(student).is_absolute() else student
     signed = {stage: (run.finished(stage) or {}) for stage in ("templates", "corrections")}
     packages = ", ".join(f"{name} {version(name)}" for name in ("transformers", "litellm"))
     subset = " ".join(part for part in (config.problems.subset, config.problems.split) if part)
     lines = [
         "## Where the rows come from",
         "",
-        f"- Problems: {source_name(config)}{f' ({subset})' if _is_hub(config) else ''}",
+        f"- Problems: {source_name(config)}{f' ({subset})' if '/' in source_name(config) else ''}",
         f"- Teacher: {config.teacher.model or UNKNOWN}",
-        f"- Student, whose attempts were corrected: {student or UNKNOWN}",
+        f"- Student: {_public(config.student.model)}{_attempts(config)}",
         *(
             f"- Teacher's prompts for {stage}: {manifest.get('inputs', {}).get('prompts', UNKNOWN)}"
             for stage, manifest in signed.items()
@@ -107,8 +109,10 @@ def _origin(config: Config, run: Run) -> str:
     return "\n".join(lines)
 
 
-def _is_hub(config: Config) -> bool:
-    return bool(config.problems.source) and source_name(config) == config.problems.source
+def _attempts(config: Config) -> str:
+    """Where the attempts that were corrected come from, where that is not the student itself."""
+    source = config.attempts.source
+    return f"; the attempts that were corrected were brought along ({_public(source)})" if source else ""
 
 
 def _left_out(run: Run) -> str:
@@ -173,7 +177,7 @@ def _limits(counts: dict[str, int]) -> str:
     lines = ["## What to know before training", ""]
     lines += (
         [
-            "- Pairs come from the student named above; for another they are off-policy, and seldom help.",
+            "- Pairs hold one student's own mistakes; for another student they are off-policy, and help less.",
             "- DPO by itself does not teach a student to accuse a step that it gives no probability: train on reviews first.",
             "- Decision pairs (`kind`) weigh one tag against another, content pairs two texts: keep both.",
         ]
