@@ -185,19 +185,24 @@ def export(
     ollama: Annotated[
         str | None, typer.Option("--ollama", metavar="NAME", help="Also run `ollama create NAME`.")
     ] = None,
-    form: Annotated[str, typer.Option("--format", help="gguf, or lora for the adapter alone.")] = "gguf",
+    form: Annotated[
+        str, typer.Option("--format", help="gguf; lora for the adapter alone; data for other trainers.")
+    ] = "gguf",
     *,
     common: Common,
 ) -> None:
     """A GGUF of the trained student, and a Modelfile for Ollama."""
     from sclite import pipeline
 
-    if form not in ("gguf", "lora"):
-        raise UsageFault(f"--format {form}: no such format", "use --format gguf or --format lora")
+    if form not in ("gguf", "lora", "data"):
+        raise UsageFault(f"--format {form}: no such format", "use --format gguf, lora or data")
     world = common.world({"export.quant": quant, "export.ollama": ollama})
     with held(world.run, world.config):
         if form == "lora":
             console.say(str(pipeline.export_lora(world)))
+            return
+        if form == "data":
+            _tell_data(pipeline.export_data(world), common.json)
             return
         report = pipeline.export(world)[0]
         created = None
@@ -217,6 +222,15 @@ def export(
         console.say(f"Next: [bold cyan]ollama run {world.config.export.ollama}[/]")
     else:
         console.say(f"Next: [bold cyan]sclite chat --self-correct --run {world.run.folder}[/]")
+
+
+def _tell_data(report: Any, json: bool) -> None:
+    if json:
+        console.print_json({**report.counts, **report.figures})
+        return
+    for name, count in report.counts.items():
+        console.say(f"{count} rows in {report.figures['folder']}/{name}.jsonl" if count else f"no {name}")
+    console.say(f"Choose a licence in {report.figures['folder']}/README.md before you publish them.")
 
 
 @app.command("eval")

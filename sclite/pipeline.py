@@ -253,3 +253,10 @@ def export_lora(world: World) -> Path:
     out = world.run.path(f"export/{name}-lora.gguf")
     out.parent.mkdir(parents=True, exist_ok=True)
     return convert_lora(_adapter(world, name).parent, local_folder(world.config.student), out)
+
+
+def export_data(world: World) -> Report:
+    """Templates, reviews and pairs in the forms that TRL, Axolotl and LLaMA-Factory read, with a data card."""
+    from sclite.export.datasets import export_data as stage
+
+    return stage(world.config, world.run)

@@ -244,6 +244,19 @@ def test_a_row_of_the_run_that_was_damaged_by_hand_is_named(sclite):
     assert ended.hint == "try: mend or remove it"
 
 
+def test_an_unknown_format_of_an_export_is_told_with_the_known_ones(sclite):
+    ended = sclite("export", "--format", "onnx")
+    assert ended.code == 2
+    assert ended.hint == "try: use --format gguf, lora or data"
+
+
+def test_data_without_any_rows_names_the_command_that_makes_them(sclite):
+    ended = sclite("export", "--format", "data")
+    assert ended.code == 3
+    assert "runs/default has neither templates nor pairs to export" in ended.error
+    assert "sclite build-data" in ended.hint
+
+
 def test_chatting_without_a_gguf_names_the_command_that_makes_one(sclite):
     ended = sclite("chat", "How many?")
     assert ended.code == 3
@@ -328,6 +341,20 @@ def test_the_doctor_prints_one_json_object_and_nothing_else_on_stdout(sclite):
     ended = sclite("doctor", "--json")
     assert ended.code == 0
     assert json.loads(ended.out)["checks"]
+
+
+def test_exported_data_is_told_as_one_json_object(sclite):
+    Path("runs/default").mkdir(parents=True)
+    row = '{"id":"a","question":"q","answer":"1","trace":"<Step1>x\\n</Step1>\\n<Answer>1</Answer>","requests":1}'
+    write("runs/default/templates.jsonl", row)
+    ended = sclite("export", "--format", "data", "--json")
+    assert ended.code == 0
+    told = json.loads(ended.out)
+    assert (told["templates"], told["pairs"]) == (1, 0)
+    assert (Path(told["folder"]) / "templates.jsonl").is_file()
+    said = sclite("export", "--format", "data").out
+    assert "1 rows in runs/default/export/data/templates.jsonl" in said
+    assert "no pairs" in said
 
 
 def test_the_configuration_that_init_writes_is_read_without_a_fault(sclite):
