@@ -161,7 +161,7 @@ def build_data(
         trained = world.run.path("sft/adapter/adapter_model.safetensors").is_file()
         if only == "corrections" or (only is None and trained):
             reports.append(pipeline.build_corrections(world))
-    figures = _data_figures(reports)
+    figures = _data_figures(world.reports)
     if json:
         console.print_json(figures)
         return
@@ -311,9 +311,10 @@ def evaluate(
             f"--models {','.join(unknown)}: no such student", f"use any of {', '.join(pipeline.NAMES)}"
         )
     with _held(world):
-        held_out, fitting = measure.held_out(world)
+        held_out, fitting, left_out = measure.held_out(world)
         pipeline.export(world, names, compare=False)
-        summary = measure.evaluate(world, names, held_out, fitting, source=world.config.eval.source)
+        source = world.config.eval.source
+        summary = measure.evaluate(world, names, held_out, fitting, source=source, left_out=left_out)
     if json:
         console.print_json(summary)
         return

@@ -20,7 +20,9 @@ def sides(world: World) -> tuple[list[Problem], list[Problem]]:
     if world.problems is None:
         from sclite.data.problems import gather_problems, split_for_stages
 
-        found = gather_problems(world.config, world.run)
+        report = Report("problems")
+        found = gather_problems(world.config, world.run, report)
+        world.add(report, f"problems: {len(found)}{_drops(report)}")
         world.problems = split_for_stages(found, world.config.problems.correction_share, world.config.seed)
     else:
         world.run.replace("problems.jsonl", [*world.problems[0], *world.problems[1]])
