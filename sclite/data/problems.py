@@ -190,7 +190,8 @@ def _collect(
         alike = hash(same_question(problem.question))
         if alike in questions:
             detail = f"{where}: the question of {questions[alike]} again"
-            drops.append(Drop(stage=STAGE, id=problem.id, reason="duplicate_question", detail=detail))
+            given = {"id": problem.id, "reason": "duplicate_question", "raw": problem.question}
+            drops.append(Drop(stage=STAGE, detail=detail, **given))
             continue
         if name := overlap(problem.question, avoid):
             drops.append(_overlap_drop(problem, where, name))
