@@ -98,7 +98,7 @@ def evaluate(
                 )
         progress(len(names), len(names))
     world.screen.done("eval", f"eval: {', '.join(names)}")
-    notes = [f"{left_out} problems overlap the training problems; they are left out"] if left_out else []
+    notes = [f"left out, because they overlap the training problems: {left_out}"] if left_out else []
     dropped = {"overlaps_training": left_out} if left_out else {}
     summary = {
         "models": figures,
