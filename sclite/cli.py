@@ -261,9 +261,10 @@ def evaluate(
             f"--models {','.join(unknown)}: no such student", f"use any of {', '.join(pipeline.NAMES)}"
         )
     with held(world.run, world.config):
-        held_out, fitting = measure.held_out(world)
+        held_out, fitting, left_out = measure.held_out(world)
         pipeline.export(world, names, compare=False)
-        summary = measure.evaluate(world, names, held_out, fitting, source=world.config.eval.source)
+        source = world.config.eval.source
+        summary = measure.evaluate(world, names, held_out, fitting, source=source, left_out=left_out)
     if common.json:
         console.print_json(summary)
         return

@@ -49,12 +49,12 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write beside, force to disk, rename: a reader sees the old file or the new one."""
+def write_text(path: Path, text: str | Iterable[str]) -> None:
+    """Write a text, whole or in pieces, beside, force to disk, rename: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
+        file.writelines([text] if isinstance(text, str) else text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
@@ -158,7 +158,7 @@ class Run:
 
     def replace(self, name: str, rows: Iterable[Row]) -> None:
         """Write a whole file of rows by rename."""
-        write_text(self.path(name), "".join(row.model_dump_json(exclude_none=False) + "\n" for row in rows))
+        write_text(self.path(name), (row.model_dump_json(exclude_none=False) + "\n" for row in rows))
 
     def require(self, name: str, kind: type[R], hint: str) -> list[R]:
         """The rows of a file that a stage needs; raises DataFault with `hint` where there are none."""
@@ -202,6 +202,16 @@ class Run:
         """Note that a stage is done, last of all its files."""
         manifest = {"stage": stage, "sclite": __version__, "inputs": inputs, **report.as_dict()}
         self.write_json(f"done/{stage}.json", manifest)
+
+    def begin(self, stage: str) -> None:
+        """Note that a stage writes its files now, so that they are not taken for ones that were brought along."""
+        self.write_json(f"{stage}.begun.json", {"sclite": __version__})
+
+    def brought_along(self, stage: str, name: str) -> bool:
+        """Whether the stage's output lies there and was put there by the user: no stage of ours has begun or ended it."""
+        path = self.path(name)
+        ours = self.path(f"done/{stage}.json").exists() or self.path(f"{stage}.begun.json").exists()
+        return not ours and path.is_file() and path.stat().st_size > 0
 
     def file_digest(self, name: str) -> str:
         """A short hash of a file's bytes; empty where it is absent."""

@@ -9,6 +9,7 @@ from typing import Any
 from sclite import prompts
 from sclite.config import Config
 from sclite.data.attempts import distinct
+from sclite.data.brought import refuse
 from sclite.data.templates import mentions_the_solution
 from sclite.errors import DataFault
 from sclite.grader import Grader
@@ -18,7 +19,7 @@ from sclite.teacher.client import Flaw, Job, Teacher
 from sclite.teacher.forecast import Forecast, ask_after_pilot
 from sclite.trace import Trace, first_corrected, parse, render
 
-STAGE = "corrections"
+STAGE, FILE = "corrections", "reviews.jsonl"
 
 
 def inputs_of(config: Config, run: Run) -> dict[str, Any]:
@@ -53,9 +54,14 @@ def build_corrections(
     confirm: Callable[[Forecast], bool] | None = None,
     progress: Callable[[int, int, float | None], None] | None = None,
 ) -> Report:
-    """Have the teacher correct every different wrong attempt; add confirmations of right ones; writes reviews.jsonl."""
+    """Have the teacher correct every different wrong attempt; add confirmations of right ones; writes reviews.jsonl.
+
+    A reviews.jsonl that no such stage wrote takes its place, once each row fits its attempt.
+    """
+    if run.brought_along(STAGE, FILE):
+        return _adopt(run)
     inputs, report = inputs_of(config, run), Report(STAGE)
-    if manifest := run.done(STAGE, inputs, "reviews.jsonl"):
+    if manifest := run.done(STAGE, inputs, FILE):
         return Report.of(manifest)
     with timed(report):
         problems = {problem.id: problem for problem in run.read("problems.jsonl", Problem)}
@@ -77,12 +83,44 @@ def build_corrections(
             )
         confirmed = _confirmations(attempts, len(reviews), config)
         order = {attempt_key(a): i for i, a in enumerate(attempts)}
-        run.replace("reviews.jsonl", sorted([*reviews, *confirmed], key=lambda r: order[attempt_key(r)]))
+        run.begin(STAGE)
+        run.replace(FILE, sorted([*reviews, *confirmed], key=lambda r: order[attempt_key(r)]))
     report.counts |= {"wrong": len(wrong), "corrected": len(reviews), "confirmed": len(confirmed)}
     unanswered = report.dropped.get("no_reply", 0)
     # a network fault is no verdict on a row: the signature then fits no inputs, and the next call asks again
     run.sign(STAGE, {**inputs, "unanswered": unanswered} if unanswered else inputs, report)
     return report
+
+
+def _adopt(run: Run) -> Report:
+    """The report of a reviews.jsonl that was put into the run, each row checked against its attempt."""
+    attempts = {attempt_key(attempt): attempt for attempt in run.read("attempts.jsonl", Attempt)}
+    reviews = run.read(FILE, Review)
+    for number, row in enumerate(reviews, 1):
+        parsed, attempt = parse(row.trace), attempts.get(attempt_key(row))
+        if attempt is None:
+            remedy = "put that attempt into attempts.jsonl, or remove the review"
+            refuse(
+                run,
+                FILE,
+                number,
+                row,
+                f"attempts.jsonl has no attempt of this id and sample {row.sample}",
+                remedy,
+            )
+        if parsed.faults:
+            refuse(run, FILE, number, row, str(parsed.faults[0]))
+        if row.step != first_corrected(parsed.trace):
+            said = first_corrected(parsed.trace)
+            refuse(run, FILE, number, row, f"step is {row.step}, but its trace corrects {said or 'none'}")
+        flaw = _step_flaw(work_of(attempt), parsed.trace, None) if row.step else None
+        if flaw is not None:
+            refuse(run, FILE, number, row, flaw.text)
+        if row.step and (row.cause is None or row.correction is None):
+            refuse(run, FILE, number, row, "cause or correction is missing")
+    corrected = sum(row.step is not None for row in reviews)
+    counts = {"corrected": corrected, "confirmed": len(reviews) - corrected, "brought_along": len(reviews)}
+    return Report(STAGE, counts, skipped=True)
 
 
 def attempt_key(row: Any) -> tuple[str, int]:

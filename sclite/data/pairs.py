@@ -19,6 +19,7 @@ from sclite import prompts
 from sclite.answers import answer_of
 from sclite.config import Config
 from sclite.data.attempts import cost_usd, other_student
+from sclite.data.brought import refuse
 from sclite.grader import Grader
 from sclite.records import Attempt, Drop, Pair, Problem, Review
 from sclite.run import Report, Run, digest, timed
@@ -26,7 +27,7 @@ from sclite.student.base import Student
 from sclite.student.review import NO_REPLY, Reviewed, Settings, free, mend
 from sclite.trace import CAUSE, Trace, close_piece, open_piece, parse, render, step_pieces
 
-STAGE = "pairs"
+STAGE, FILE = "pairs", "pairs.jsonl"
 UNREADABLE, UNANSWERED = "student_review_not_readable", "student_did_not_reply"
 
 
@@ -54,9 +55,14 @@ def build_pairs(
     grader: Grader,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Sample the student's own corrections of its wrong attempts and write pairs.jsonl; without a student, decisions."""
+    """Sample the student's own corrections of its wrong attempts and write pairs.jsonl; without a student, decisions.
+
+    A pairs.jsonl that no such stage wrote takes its place, once each row fits the attempt that it holds.
+    """
+    if run.brought_along(STAGE, FILE):
+        return _adopt(run)
     inputs, report = inputs_of(config, run), Report(STAGE)
-    if manifest := run.done(STAGE, inputs, "pairs.jsonl"):
+    if manifest := run.done(STAGE, inputs, FILE):
         return Report.of(manifest)
     with timed(report):
         reviews = run.require("reviews.jsonl", Review, "run `sclite build-data --only corrections` first")
@@ -72,7 +78,8 @@ def build_pairs(
                 key = review.id, review.sample
                 made = content_pair(review, work, own.get(key, []), _telling(reasons.get(key, ())))
                 (drops if isinstance(made, Drop) else pairs).append(made)
-        run.replace("pairs.jsonl", pairs)
+        run.begin(STAGE)
+        run.replace(FILE, pairs)
         run.replace_drops({STAGE}, drops)
     report.counts |= Counter(f"{pair.kind}" for pair in pairs)
     report.counts["own_corrections_chosen"] = sum(pair.origin == "student" for pair in pairs)
@@ -98,6 +105,50 @@ def _own(config, student, wrong, attempts, problems, grader, progress):
 def _telling(reasons: Sequence[str]) -> str:
     """The commonest reason, the first of equals."""
     return Counter(reasons).most_common(1)[0][0] if reasons else UNREADABLE
+
+
+def _adopt(run: Run) -> Report:
+    """The report of a pairs.jsonl that was put into the run, each row checked."""
+    known = {problem.id for problem in run.read("problems.jsonl", Problem)}
+    pairs, contents = run.read(FILE, Pair), set()
+    for number, pair in enumerate(pairs, 1):
+        if pair.id not in known:
+            refuse(run, FILE, number, pair, "no problem has this id", "use the ids of problems.jsonl")
+        if flaw := pair_flaw(pair):
+            refuse(run, FILE, number, pair, flaw)
+        if pair.kind == "content":
+            if (pair.id, pair.sample) in contents:
+                refuse(run, FILE, number, pair, f"a second content for sample {pair.sample}")
+            contents.add((pair.id, pair.sample))
+    decided = {(pair.id, pair.sample) for pair in pairs if pair.kind == "decision"}
+    for number, pair in enumerate(pairs, 1):
+        if (pair.id, pair.sample) not in decided:
+            refuse(run, FILE, number, pair, "its attempt has no decision", "add a decision at its step")
+    counts = Counter(pair.kind for pair in pairs)
+    return Report(STAGE, {**counts, "brought_along": len(pairs)}, skipped=True)
+
+
+def pair_flaw(pair: Pair) -> str | None:
+    """Why a pair cannot be trained on: its prefix is not its attempt up to its step, or a side is not of its kind."""
+    work = parse(pair.attempt).trace
+    if not 1 <= pair.step <= len(work.steps):
+        return f"step {pair.step} is not among the attempt's {len(work.steps)}"
+    content = pair.kind == "content"
+    if pair.prefix != (*_prefix(work, pair.step), *([CAUSE] if content else [])):
+        return f"prefix is not the attempt up to step {pair.step}, in pieces"
+    if not content:
+        sides = {CAUSE, close_piece(pair.step)}
+        return (
+            None
+            if {pair.chosen, pair.rejected} == sides
+            else f"its sides are not {CAUSE} and the step's closer"
+        )
+    if pair.chosen == pair.rejected:
+        return "both sides are alike"
+    written = parse("".join(pair.prefix) + pair.chosen + close_piece(pair.step)).trace.steps[pair.step - 1]
+    if not (written.cause and written.correction and pair.chosen.endswith("</Correction>\n")):
+        return "chosen is not a cause, </Cause>, <Correction> and its closer on a line that ends"
+    return None
 
 
 Own = tuple[str, bool | None]

@@ -50,7 +50,7 @@ def build_templates(
     """
     report = Report(STAGE)
     with timed(report):
-        if _brought_along(run):
+        if brought_along(run):
             return _adopt(run, report)
         if problems is None:
             share = settings.problems.correction_share
@@ -127,7 +127,8 @@ def _basis(inputs: dict[str, Any]) -> dict[str, Any]:
     return {"prompts": inputs["prompts"], "teacher": inputs["teacher"]}
 
 
-def _brought_along(run: Run) -> bool:
+def brought_along(run: Run) -> bool:
+    """Whether templates.jsonl was put into the run by the user."""
     return run.read_json(BEGUN) is None and bool(run.read(FILE, Template))
 
 

@@ -157,7 +157,9 @@ class Teacher:
                 raw = entry.text
                 flaw = await self._flaw(job, raw, entry.finish_reason, stage)
             except NoReply as silence:
-                return Result(job.id, job.sample, None, Flaw(silence.reason, str(silence)), raw, repair, entry)
+                return Result(
+                    job.id, job.sample, None, Flaw(silence.reason, str(silence)), raw, repair, entry
+                )
             if flaw is None:
                 return Result(job.id, job.sample, raw, None, raw, repair + 1, entry)
             again = fault.startswith(flaw.text)  # the same words would bring the same reply
@@ -181,7 +183,9 @@ def _judged(text: str) -> Flaw | None:
     if verdict[1].lower() == "accept":
         return None
     reason = _REASON.search(text)
-    return Flaw("rejected_by_inspector", " ".join(reason[1].split()) if reason else "the inspector rejects it")
+    return Flaw(
+        "rejected_by_inspector", " ".join(reason[1].split()) if reason else "the inspector rejects it"
+    )
 
 
 def _unfinished(finish_reason: str) -> Flaw | None:

@@ -39,9 +39,7 @@ ON CONFLICT (key) DO UPDATE SET state = 'sent', sent = sent + 1, reserved_usd = 
 _REPLY = """UPDATE requests SET state = ?, text = ?, finish_reason = ?, prompt_tokens = ?, completion_tokens = ?,
 cost_usd = ?, seconds = ? WHERE key = ?"""
 _FAILED = "UPDATE requests SET state = 'failed', text = ? WHERE key = ?"
-_LOST = (
-    "UPDATE requests SET state = 'given_up', given_up = given_up + 1, lost_usd = lost_usd + reserved_usd, text = ?"
-)
+_LOST = "UPDATE requests SET state = 'given_up', given_up = given_up + 1, lost_usd = lost_usd + reserved_usd, text = ?"
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,9 @@ def _price(litellm: ModuleType, settings: config.Teacher, provider: str) -> Pric
         return Price(*(dollars / 1e6 for dollars in settings.price))
     if is_local(settings.api_base) or (provider in _LOCAL_PROVIDERS and not settings.api_base):
         return FREE
-    listed = litellm.model_cost.get(settings.model) or litellm.model_cost.get(settings.model.partition("/")[2])
+    listed = litellm.model_cost.get(settings.model) or litellm.model_cost.get(
+        settings.model.partition("/")[2]
+    )
     if not listed or listed.get("input_cost_per_token") is None:
         return None
     return Price(listed["input_cost_per_token"], listed.get("output_cost_per_token") or 0.0)

@@ -149,7 +149,9 @@ class Sender:
 
     async def _complete(self, messages: Messages, parameters: dict[str, Any], began: float) -> Entry:
         limit = self.settings.timeout_seconds
-        async with asyncio.timeout(limit + 1):  # LiteLLM's own limit is for silence; a trickle never reaches it
+        async with asyncio.timeout(
+            limit + 1
+        ):  # LiteLLM's own limit is for silence; a trickle never reaches it
             response = await self.provider.litellm.acompletion(
                 model=self.settings.model,
                 messages=[dict(message) for message in messages],

@@ -9,10 +9,11 @@ import pytest
 
 from sclite import config
 from sclite.config import Config
-from sclite.data.attempts import bring, distinct, in_blocks, inputs_of, sample_attempts
+from sclite.data.attempts import distinct, in_blocks, inputs_of, sample_attempts
+from sclite.data.brought import bring
 from sclite.errors import DataFault
 from sclite.grader import Grader
-from sclite.records import Attempt, Problem
+from sclite.records import Attempt, Drop, Problem
 from sclite.run import Run
 from sclite.student.base import Reply
 from sclite.student.endpoint import Endpoint
@@ -179,26 +180,73 @@ def test_a_line_separator_inside_a_text_is_no_end_of_line(grader, tmp_path):
         '{"steps": ["a"]}',
         '{"question": "What is 1 + 1?", "steps": []}',
         '{"question": "What is 1 + 1?", "steps": "one string"}',
+        '{"question": "What is 1 + 1?", "steps": ["a", " "]}',
         '{"question": "What is 1 + 1?", "steps": ["a"], "first_error_step": 2}',
+        '{"question": "What is 1 + 1?", "steps": ["a"], "first_error_step": -2}',
         '{"question": "What is 1 + 1?", "steps": ["a"], "first_error_step": "first"}',
         '{"question": 7, "steps": ["a"]}',
         "[1]",
         "not JSON",
     ],
 )
-def test_a_row_that_cannot_be_used_is_named_with_file_and_line(grader, tmp_path, row):
+def test_a_row_that_cannot_be_used_is_left_out_and_named_with_file_and_line(run, grader, tmp_path, row):
     path = tmp_path / "mine.jsonl"
     path.write_text('{"question": "What is 0 + 1?", "steps": ["1"]}\n\n' + row + "\n")
-    with pytest.raises(DataFault, match=r"mine\.jsonl, line 3: ") as fault:
+    report = sample(run, grader, None, source=str(path))
+    assert report.counts["attempts"] == 1
+    assert report.dropped == {"row_not_readable": 1}
+    (drop,) = run.read("dropped.jsonl", Drop)
+    assert (drop.stage, drop.id, drop.raw) == ("attempts", "line 3", row)
+    assert "mine.jsonl, line 3: " in drop.detail
+    path.write_text(row + "\n")
+    with pytest.raises(DataFault, match=r"no row can be used: 1 row_not_readable; .*mine\.jsonl, line 1: "):
         bring(path, PROBLEMS, grader)
-    assert fault.value.hint
+
+
+def test_a_row_about_an_unknown_question_is_left_out_and_counted(run, grader, tmp_path):
+    rows = [{"question": q, "steps": ["1"]} for q in ("what is  0 + 1?", "Something else?")]
+    report = sample(run, grader, None, source=str(write(tmp_path / "mine.jsonl", *rows)))
+    assert [r.id for r in run.read("attempts.jsonl", Attempt)] == ["p0"]  # case and blanks do not matter
+    assert report.dropped == {"question_unknown": 1}
+    (drop,) = run.read("dropped.jsonl", Drop)
+    assert json.loads(drop.raw) == rows[1]
+
+
+@pytest.mark.parametrize("label", [0, -1])
+def test_a_label_that_says_all_is_right_keeps_the_attempt_right(grader, tmp_path, label):
+    rows = [
+        {"question": "What is 1 + 1?", "steps": ["two"], "first_error_step": label},
+        {"question": "What is 1 + 1?", "steps": ["so 2"], "first_error_step": label},
+        {"question": "What is 1 + 1?", "steps": ["so 3"], "first_error_step": label},
+    ]
+    drops: list[Drop] = []
+    found = bring(write(tmp_path / "mine.jsonl", *rows), PROBLEMS, grader, drops)
+    assert [(r.sample, r.correct, r.first_error, r.answer) for r in found] == [
+        (0, True, None, "2"),  # no answer can be read in it, so that it has the right one
+        (1, True, None, "2"),
+    ]
+    assert not parse(found[0].trace).faults
+    assert [(d.id, d.reason) for d in drops] == [("line 3", "label_contradicts_answer")]
+
+
+def test_a_labelled_step_makes_an_attempt_wrong_whatever_its_answer(grader, tmp_path):
+    row = {"question": "What is 1 + 1?", "steps": ["1 + 1 = 3", "so 2"], "first_error_step": 1}
+    (found,) = bring(write(tmp_path / "mine.jsonl", row), PROBLEMS, grader)
+    assert (found.correct, found.first_error) == (False, 1)
+
+
+def test_a_label_of_another_name_is_not_passed_over(grader, tmp_path):
+    source = write(tmp_path / "mine.jsonl", {"problem": "What is 1 + 1?", "steps": ["3"], "label": 0})
+    with pytest.raises(DataFault, match="a label, but no first_error_step") as fault:
+        bring(source, PROBLEMS, grader)
+    assert "add 1" in fault.value.hint
 
 
 def test_a_missing_file_and_one_about_other_problems_are_told_apart(grader, tmp_path):
     with pytest.raises(DataFault, match="does not exist"):
         bring(tmp_path / "none.jsonl", PROBLEMS, grader)
     other = write(tmp_path / "other.jsonl", {"question": "Something else?", "steps": ["x"]})
-    with pytest.raises(DataFault, match="no row's question is among the problems"):
+    with pytest.raises(DataFault, match="no row's question is among the problems of the run"):
         bring(other, PROBLEMS, grader)
 
 
