@@ -92,6 +92,13 @@ def build_data(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Ask anew what another teacher or prompt has answered.")
     ] = False,
+    max_cost: Annotated[
+        float | None, typer.Option("--max-cost", min=0, help="US dollars that the whole run may cost.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask whether the forecast is all right.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the first request and the forecast; ask nothing.")
+    ] = False,
     *,
     common: Common,
 ) -> None:
@@ -100,7 +107,13 @@ def build_data(
 
     if only not in (None, "templates", "corrections"):
         raise UsageFault(f"--only {only}: no such part", "use --only templates or --only corrections")
-    world = common.world({"problems.source": problems, "problems.limit": limit})
+    chosen = {"problems.source": problems, "problems.limit": limit, "teacher.max_cost": max_cost}
+    world = common.world(chosen)
+    if dry_run:
+        with world.run.hold():
+            _tell_dry_run(pipeline.reckon_templates(world), common.json)
+        return
+    world.ask_before_paying = not yes
     with held(world.run, world.config):
         if only != "corrections":
             pipeline.build_templates(world, fresh)
@@ -123,6 +136,25 @@ def build_data(
         console.say(f"Look at them: [bold cyan]sclite show drops --run {world.run.folder}[/]")
     if not trained:
         console.say("Next: [bold cyan]sclite train --gpu 0[/]")
+
+
+def _tell_dry_run(found: dict[str, Any], json: bool) -> None:
+    if json:
+        console.print_json(found)
+        return
+    request = found["first_request"]
+    if request is None:
+        console.say("Nothing is left to ask.")
+        return
+    settings = {name: value for name, value in request.items() if name != "messages"}
+    console.say(console.plain(", ".join(f"{name} {value}" for name, value in settings.items())))
+    for message in request["messages"]:
+        console.say(f"\n[bold]{message['role']}[/]\n{console.plain(message['content'])}")
+    cost = "at an unknown price" if found["cost_usd"] is None else f"about ${found['cost_usd']:.4f}"
+    console.say(
+        f"\n{found['requests']} requests and their repairs, about {found['prompt_tokens']} tokens sent and "
+        f"{found['completion_tokens']} written, {cost}. Nothing was asked."
+    )
 
 
 def _data_figures(reports: list[Any]) -> dict[str, Any]:

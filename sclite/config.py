@@ -65,6 +65,9 @@ class Attempts(Section):
     )
     api_base: str = Field("", description="base URL, where attempts.student is an OpenAI-compatible endpoint")
     concurrency: int = Field(32, ge=1, le=1024, description="requests in flight at most, at an endpoint")
+    price: tuple[float, float] | None = Field(
+        None, description="of an endpoint, US dollars per million tokens sent and written"
+    )
     samples: int = Field(4, ge=1, le=64, description="samples per problem")
     temperature: float = Field(0.8, ge=0, le=2)
     top_p: float = Field(0.95, gt=0, le=1)

@@ -11,6 +11,7 @@ from typing import Any
 from sclite.errors import ScliteError
 
 Progress = Callable[..., None]
+LOG_SECONDS = 30.0  # between two lines of progress where there is no terminal
 
 
 def print_json(value: Any) -> None:
@@ -143,6 +144,32 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60} min"
 
 
+class Rate:
+    """Rows per second since the first one that this command has made, what they cost, and what the rest will."""
+
+    def __init__(self):
+        self.first: tuple[float, int, float] | None = None
+        self.now: tuple[float, int, float] = (0.0, 0, 0.0)
+        self.priced = False
+
+    def tell(self, done: int, spent_usd: float | None) -> None:
+        """After each row: how many are done, and what the whole run has cost so far (None: it costs nothing)."""
+        self.priced = self.priced or bool(spent_usd)
+        self.now = (time.monotonic(), done, spent_usd or 0.0)
+        self.first = self.first or self.now
+
+    def line(self, total: int) -> str:
+        """3.2/s, $0.12 of about $1.40, 4 min 2 s left."""
+        seconds, rows, dollars = (now - then for now, then in zip(self.now, self.first, strict=True))
+        if rows <= 0 or seconds <= 0:
+            return ""
+        left = total - self.now[1]
+        money = (
+            f"${self.now[2]:.4f} of about ${self.now[2] + dollars / rows * left:.2f}, " if self.priced else ""
+        )
+        return f"{rows / seconds:.1f}/s, {money}{duration(left * seconds / rows)} left"
+
+
 class Screen:
     """Progress over the stages of a command.
 
@@ -152,6 +179,7 @@ class Screen:
     def __init__(self, plan: Mapping[str, float] | None = None, quiet: bool = False):
         self.plan, self.quiet = dict(plan or {}), quiet
         self.finished: dict[str, float] = {}
+        self._bars: Any = None
 
     def left(self, stage: str, share: float) -> float | None:
         """Seconds left in all, when `share` of this stage is done; None without a plan."""
@@ -181,10 +209,11 @@ class Screen:
         from rich.progress import Progress as Bars
 
         console = Console(stderr=True, highlight=False)
+        rate = Rate()
         if not console.is_terminal:
             left = self.left(name, 0.0)
             console.print(f"{text}{f' (about {duration(left)} left in all)' if left else ''}", soft_wrap=True)
-            yield lambda *_: None
+            yield self._lines(rate) if left is None else lambda *_: None
             return
         columns = (
             TextColumn("{task.description}"),
@@ -192,16 +221,43 @@ class Screen:
             MofNCompleteColumn(),
             TextColumn("[dim]{task.fields[left]}"),
         )
-        with Bars(*columns, console=console, transient=True) as bars:
-            task = bars.add_task(text, total=None, left="")
+        with Bars(*columns, console=console, transient=True) as self._bars:
+            task = self._bars.add_task(text, total=None, left="")
 
-            def progress(done: int, total: int, *_: Any) -> None:
+            def progress(done: int, total: int, spent_usd: float | None = None) -> None:
+                rate.tell(done, spent_usd)
                 seconds = self.left(name, done / max(1, total))
-                bars.update(
-                    task, completed=done, total=total, left=f"{duration(seconds)} left" if seconds else ""
-                )
+                told = rate.line(total) if seconds is None else f"{duration(seconds)} left"
+                self._bars.update(task, completed=done, total=total, left=told)
 
             yield progress
+        self._bars = None
+
+    def _lines(self, rate: "Rate") -> Progress:
+        """Progress for a log: a line now and then."""
+        told = time.monotonic()
+
+        def progress(done: int, total: int, spent_usd: float | None = None) -> None:
+            nonlocal told
+            rate.tell(done, spent_usd)
+            if time.monotonic() - told >= LOG_SECONDS:
+                told = time.monotonic()
+                note(f"  {done} of {total} {rate.line(total)}")
+
+        return progress
+
+    def confirm(self, question: str) -> bool:
+        """Ask yes or no on the terminal; the bar pauses. Yes where there is no terminal to ask on."""
+        if self.quiet or not (sys.stdin.isatty() and sys.stderr.isatty()):
+            return True
+        if self._bars is not None:
+            self._bars.stop()
+        sys.stderr.write(f"{question} [y/N] ")
+        sys.stderr.flush()
+        said = sys.stdin.readline().strip().lower()
+        if self._bars is not None:
+            self._bars.start()
+        return said in ("y", "yes")
 
     def done(self, name: str, text: str, skipped: bool = False) -> None:
         """One line for a finished stage."""

@@ -62,9 +62,20 @@ def build_templates(world: World, fresh: bool = False) -> Report:
             grader=grader,
             problems=problems,
             fresh=fresh,
+            confirm=world.confirm if world.ask_before_paying else None,
             progress=progress,
         )
     return world.add(report, f"templates: {report.counts.get('templates', 0)} kept{_drops(report)}")
+
+
+def reckon_templates(world: World) -> dict[str, Any]:
+    """What build_templates would send first and what it would cost; the teacher is not asked."""
+    from sclite.data.templates import reckon_templates as reckon
+    from sclite.grader import Grader
+
+    problems = [problem for side in sides(world) for problem in side]
+    with Grader() as grader, world.teacher() as teacher:
+        return reckon(world.config, world.run, teacher=teacher, grader=grader, problems=problems)
 
 
 def build_corrections(world: World) -> Report:
@@ -93,7 +104,10 @@ def build_corrections(world: World) -> Report:
             ) as progress,
             world.teacher() as teacher,
         ):
-            report = stage(world.config, world.run, teacher=teacher, grader=grader, progress=progress)
+            confirm = world.confirm if world.ask_before_paying else None
+            report = stage(
+                world.config, world.run, teacher=teacher, grader=grader, confirm=confirm, progress=progress
+            )
     counts = report.counts
     text = f"corrections: {counts.get('corrected', 0)} corrected, {counts.get('confirmed', 0)} confirmed{_drops(report)}"
     return world.add(report, text)

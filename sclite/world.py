@@ -28,6 +28,7 @@ class World:
     problems: tuple[list[Problem], list[Problem]] | None = (
         None  # (for SFT, kept for stage 2) where a caller has them
     )
+    ask_before_paying: bool = False
     reports: list[Report] = field(default_factory=list)
 
     @contextmanager
@@ -42,6 +43,14 @@ class World:
             Client(settings or self.config.teacher, ledger, self.prepare) as teacher,
         ):
             yield teacher
+
+    def confirm(self, forecast: Any) -> bool:
+        """Show what the rest will cost and ask whether to go on; without a question asked, go on."""
+        cost = "an unknown sum" if forecast.cost_usd is None else f"about ${forecast.cost_usd:.2f}"
+        spent = "" if forecast.spent_usd is None else f" for ${forecast.spent_usd:.4f}"
+        return self.screen.confirm(
+            f"{forecast.rows} rows are done{spent}. The other {forecast.rows_left} will cost {cost}. Go on?"
+        )
 
     @contextmanager
     def student(self, adapter: str, stage: str) -> Iterator[Any]:
@@ -74,7 +83,9 @@ class World:
         """The client's settings for `attempts.student`: time limit and tries are the teacher's."""
         settings = self.config.attempts
         own = {"model": settings.student, "api_base": settings.api_base, "concurrency": settings.concurrency}
-        return self.config.teacher.model_copy(update={**own, "temperature": None, "repairs": 0})
+        return self.config.teacher.model_copy(
+            update={**own, "temperature": None, "repairs": 0, "inspector": "", "price": settings.price}
+        )
 
     @contextmanager
     def sampler(self, adapter: str) -> Iterator[Any]:

@@ -25,7 +25,7 @@ STAGE = "attempts"
 FILE = "attempts.jsonl"
 
 
-_NOT_SAMPLING = {"reviews", "student", "api_base", "concurrency"}
+_NOT_SAMPLING = {"reviews", "student", "api_base", "concurrency", "price"}
 
 
 def inputs_of(config: Config, run: Run, problems: Sequence[Problem]) -> dict[str, Any]:

@@ -67,8 +67,9 @@ def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None)
     price = _price(litellm, settings, name)
     if price is None and settings.max_cost is not None:
         raise UsageFault(
-            f"teacher.max_cost is set, but nobody knows what {settings.model} costs",
-            "add --set 'teacher.price=[0.5, 1.5]', US dollars per million tokens sent and written",
+            f"a spending limit is set, but nobody knows what {settings.model} costs",
+            "add --set 'teacher.price=[0.5, 1.5]', US dollars per million tokens sent and written (attempts.price for a "
+            "student behind an endpoint)",
         )
     key_variable = missing[0] if missing else f"{name.upper()}_API_KEY"
     return Provider(litellm, options, key_variable, price, settings.price is not None)
