@@ -181,7 +181,7 @@ def _ask(config, teacher, grader, wrong, problems, confirm, progress) -> tuple[l
         def check(text: str):
             return review_flaw(text, attempt, problem, grader)
 
-        return Job(key, messages, check, attempt.sample, inspect)
+        return Job(key, messages, check, attempt.sample, inspect=inspect)
 
     reviews, drops = [], []
     jobs = (job(key, attempt) for key, attempt in by_key.items())

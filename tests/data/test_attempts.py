@@ -354,8 +354,10 @@ def test_what_an_endpoint_has_cost_is_in_the_report_and_a_local_student_is_free(
     assert sample(run, grader, Deterministic()).cost_usd == 0.0
     assert not run.path("ledger.sqlite").exists()
     with Ledger(run.path("ledger.sqlite")) as ledger:
-        ledger.put("one", Entry("a", "stop", 1, 1, 0.25, 1.0), "attempts", "openai/small")
-        ledger.put("two", Entry("b", "stop", 1, 1, 4.0, 1.0), "templates", "openai/teacher")
+        ledger.sent("one", "attempts", "openai/small")
+        ledger.put("one", Entry("a", "stop", 1, 1, 0.25, 1.0))
+        ledger.sent("two", "templates", "openai/teacher")
+        ledger.put("two", Entry("b", "stop", 1, 1, 4.0, 1.0))
     assert sample(run, grader, Deterministic(), temperature=0.5).cost_usd == 0.25
 
 

@@ -38,8 +38,10 @@ def filled(folder) -> Run:
     run.append("dropped.jsonl", [*drops, Drop(stage="pairs", id="p1", reason="both_sides_alike")])
     run.sign("templates", {"prompts": "0123456789abcdef"}, Report("templates"))
     with Ledger(run.path("ledger.sqlite")) as ledger:
-        ledger.put("a", Entry("text", "stop", 100, 40, 0.25, 1.0), "templates", "openai/large")
-        ledger.put("b", Entry("text", "stop", 10, 4, None, 1.0), "templates", "openai/large")
+        ledger.sent("a", "templates", "openai/large")
+        ledger.put("a", Entry("text", "stop", 100, 40, 0.25, 1.0))
+        ledger.sent("b", "templates", "openai/large")
+        ledger.put("b", Entry("text", "stop", 10, 4, None, 1.0))
     return run
 
 

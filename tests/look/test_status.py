@@ -35,7 +35,8 @@ def config(run: Run, *more: str):
 def paid(run: Run, *entries: tuple[str, float | None]) -> None:
     with Ledger(run.path("ledger.sqlite")) as ledger:
         for number, (stage, cost) in enumerate(entries):
-            ledger.put(str(number), Entry("text", "stop", 100, 20, cost, 1.0), stage, "m")
+            ledger.sent(f"{stage} {number}", stage, "m")
+            ledger.put(f"{stage} {number}", Entry("text", "stop", 100, 20, cost, 1.0)).result()
 
 
 def template(row: Problem) -> Template:
@@ -227,11 +228,13 @@ def test_nothing_in_the_run_is_changed_or_added(trained):
 
 def test_it_reads_while_another_process_holds_the_run_and_writes_the_ledger(built):
     with built.hold(), Ledger(built.path("ledger.sqlite")) as ledger:
-        ledger.put("new", Entry("text", "stop", 100, 20, 0.5, 1.0), "templates", "m")
+        ledger.sent("new", "templates", "m")
+        ledger.put("new", Entry("text", "stop", 100, 20, 0.5, 1.0)).result()
         found = status(config(built), built)
         assert found["busy"] is True
         assert (found["ledger"]["requests"], found["ledger"]["cost_usd"]) == (3, 0.75)
-        ledger.put("newer", Entry("text", "stop", 100, 20, 0.5, 1.0), "templates", "m")
+        ledger.sent("newer", "templates", "m")
+        ledger.put("newer", Entry("text", "stop", 100, 20, 0.5, 1.0)).result()
     assert status(config(built), built)["busy"] is False
 
 
