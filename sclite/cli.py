@@ -1,7 +1,6 @@
 """The commands: parse, call one stage, show its report. Nothing heavy is imported above a command's body."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +8,7 @@ import typer
 
 from sclite import console
 from sclite.errors import UsageFault
+from sclite.options import Common, ConfigOption, JsonOption, common_options, held
 
 app = typer.Typer(
     name="sclite",
@@ -19,66 +19,24 @@ app = typer.Typer(
     help="Teach a small model to reason in steps and to correct itself, on one consumer GPU.",
 )
 
-RunOption = Annotated[Path | None, typer.Option("--run", help="The run folder.", show_default=False)]
-ConfigOption = Annotated[
-    Path | None, typer.Option("--config", help="A TOML file instead of ./sclite.toml.", show_default=False)
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Set a key of the configuration.", show_default=False),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")]
-
-
-def _load(run: Path | None, config: Path | None, settings: list[str] | None, defaults: Any = None):
-    """The configuration; with `defaults` of its own a command does not read ./sclite.toml unasked."""
-    from sclite import config as configuration  # pydantic takes longer than all of --help
-
-    chosen = [*(settings or []), *([f"run={run}"] if run else [])]
-    return configuration.load(config, chosen, defaults=defaults, own_file=defaults is None)
-
-
-def _world(config):
-    from sclite.run import Run
-    from sclite.world import World
-
-    world = World(config, Run(config.run), console.Screen())
-    if config.teacher.model.startswith("embedded/"):
-        from sclite.quickstart.provider import register
-
-        world.prepare = register
-    return world
-
-
-@contextmanager
-def _held(world) -> Iterator[None]:
-    """Keep other processes off the run, and note what this command was told."""
-    with world.run.hold():
-        world.run.remember(world.config)
-        yield
-
 
 @app.command()
+@common_options
 def quickstart(
     problems: Annotated[
-        int | None,
-        typer.Option("--problems", min=40, help="Training problems to make (800).", show_default=False),
+        int | None, typer.Option("--problems", min=40, help="Training problems to make (800).")
     ] = None,
-    run: RunOption = None,
-    config: ConfigOption = None,
-    settings: SetOption = None,
-    json: JsonOption = False,
+    *,
+    common: Common,
 ) -> None:
     """The whole way on an embedded student and teacher: no GPU, no key, no download, minutes."""
     from sclite.quickstart import flow
     from sclite.run import Run
 
-    chosen = [*(settings or []), *([f"problems.limit={problems}"] if problems else [])]
-    loaded = _load(run, config, chosen, flow.DEFAULTS)
-    with Run(loaded.run).hold():
-        Run(loaded.run).remember(loaded)
+    loaded = common.load({"problems.limit": problems}, flow.DEFAULTS)
+    with held(Run(loaded.run), loaded):
         summary, example = flow.quickstart(loaded)
-    if json:
+    if common.json:
         console.print_json(summary)
         return
     from sclite.evaluate import show
@@ -124,52 +82,79 @@ def doctor(json: JsonOption = False) -> None:
 
 
 @app.command("build-data")
+@common_options
 def build_data(
     problems: Annotated[
-        str | None,
-        typer.Argument(
-            help="A JSONL file or a hub data set; problems.source without it.", show_default=False
-        ),
+        str | None, typer.Argument(help="A JSONL file or a hub data set; problems.source without it.")
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Rows to use.", show_default=False)
-    ] = None,
-    only: Annotated[
-        str | None, typer.Option("--only", help="templates or corrections", show_default=False)
-    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Rows to use.")] = None,
+    only: Annotated[str | None, typer.Option("--only", help="templates or corrections")] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Ask anew what another teacher or prompt has answered.")
     ] = False,
-    run: RunOption = None,
-    config: ConfigOption = None,
-    settings: SetOption = None,
-    json: JsonOption = False,
+    max_cost: Annotated[
+        float | None, typer.Option("--max-cost", min=0, help="US dollars that the whole run may cost.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask whether the forecast is all right.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the first request and the forecast; ask nothing.")
+    ] = False,
+    *,
+    common: Common,
 ) -> None:
     """Templates by the teacher; and corrections once there is an SFT student."""
     from sclite import pipeline
 
     if only not in (None, "templates", "corrections"):
         raise UsageFault(f"--only {only}: no such part", "use --only templates or --only corrections")
-    chosen = [*(settings or [])]
-    chosen += [f"problems.source={problems}"] if problems else []
-    chosen += [f"problems.limit={limit}"] if limit else []
-    world = _world(_load(run, config, chosen))
-    with _held(world):
-        reports = []
+    chosen = {"problems.source": problems, "problems.limit": limit, "teacher.max_cost": max_cost}
+    world = common.world(chosen)
+    if dry_run:
+        with world.run.hold():
+            _tell_dry_run(pipeline.reckon_templates(world), common.json)
+        return
+    world.ask_before_paying = not yes
+    with held(world.run, world.config):
         if only != "corrections":
-            reports.append(pipeline.build_templates(world, fresh))
+            pipeline.build_templates(world, fresh)
         trained = world.run.path("sft/adapter/adapter_model.safetensors").is_file()
-        if only == "corrections" or (only is None and trained):
-            reports.append(pipeline.build_corrections(world))
-    figures = _data_figures(reports)
-    if json:
+        if only == "corrections" or (only is None and (trained or world.config.attempts.student)):
+            pipeline.build_corrections(world)
+            if pipeline.can_build_pairs(world):
+                pipeline.build_pairs(world)
+    figures = _data_figures(world.reports)
+    if common.json:
         console.print_json(figures)
         return
-    console.say(f"{figures['templates']} templates in {world.run.path('templates.jsonl')}")
+    if only != "corrections":
+        console.say(f"{figures['templates']} templates in {world.run.path('templates.jsonl')}")
+    if any(report.stage == "pairs" for report in world.reports):
+        console.say(f"{figures['pairs']} pairs in {world.run.path('pairs.jsonl')}")
     for reason, count in sorted(figures["dropped"].items()):
-        console.say(f"  {count} left out: {reason.replace('_', ' ')} (see {world.run.path('dropped.jsonl')})")
+        console.say(f"  {count} left out: {reason.replace('_', ' ')}")
+    if figures["dropped"]:
+        console.say(f"Look at them: [bold cyan]sclite show drops --run {world.run.folder}[/]")
     if not trained:
         console.say("Next: [bold cyan]sclite train --gpu 0[/]")
+
+
+def _tell_dry_run(found: dict[str, Any], json: bool) -> None:
+    if json:
+        console.print_json(found)
+        return
+    request = found["first_request"]
+    if request is None:
+        console.say("Nothing is left to ask.")
+        return
+    settings = {name: value for name, value in request.items() if name != "messages"}
+    console.say(console.plain(", ".join(f"{name} {value}" for name, value in settings.items())))
+    for message in request["messages"]:
+        console.say(f"\n[bold]{message['role']}[/]\n{console.plain(message['content'])}")
+    cost = "at an unknown price" if found["cost_usd"] is None else f"about ${found['cost_usd']:.4f}"
+    console.say(
+        f"\n{found['requests']} requests and their repairs, about {found['prompt_tokens']} tokens sent and "
+        f"{found['completion_tokens']} written, {cost}. Nothing was asked."
+    )
 
 
 def _data_figures(reports: list[Any]) -> dict[str, Any]:
@@ -178,10 +163,11 @@ def _data_figures(reports: list[Any]) -> dict[str, Any]:
         for reason, count in report.dropped.items():
             dropped[reason] = dropped.get(reason, 0) + count
     counts = {name: value for report in reports for name, value in report.counts.items()}
-    costs = [report.cost_usd for report in reports]
+    costs, kinds = [report.cost_usd for report in reports], ("decision", "content")
+    built = any(report.stage == "pairs" for report in reports)
     return {
         "templates": counts.get("templates", 0),
-        "pairs": counts.get("corrected", 0),
+        "pairs": sum(counts.get(kind, 0) for kind in kinds) if built else counts.get("corrected", 0),
         "dropped": dropped,
         "cost_usd": None if None in costs else round(sum(costs), 6),
         "seconds": round(sum(report.seconds for report in reports), 3),
@@ -189,6 +175,7 @@ def _data_figures(reports: list[Any]) -> dict[str, Any]:
 
 
 @app.command()
+@common_options
 def train(
     gpu: Annotated[
         int | None,
@@ -196,25 +183,22 @@ def train(
             "--gpu",
             min=0,
             help="The CUDA card to use. Without it: the first card, or the CPU where there is none.",
-            show_default=False,
         ),
     ] = None,
-    only: Annotated[str | None, typer.Option("--only", help="sft or dpo", show_default=False)] = None,
-    run: RunOption = None,
-    config: ConfigOption = None,
-    settings: SetOption = None,
-    json: JsonOption = False,
+    only: Annotated[str | None, typer.Option("--only", help="sft or dpo")] = None,
+    *,
+    common: Common,
 ) -> None:
     """SFT, then the student's mistakes and their corrections, then DPO."""
     from sclite import pipeline
     from sclite.student.load import choose_card, model_name
 
-    world = _world(_load(run, config, settings))
+    world = common.world()
     model_name(world.config.student)
     choose_card(gpu)
-    with _held(world):
+    with held(world.run, world.config):
         reports = pipeline.train(world, only)
-    if json:
+    if common.json:
         console.print_json({report.stage: report.as_dict() for report in reports})
         return
     done = "dpo" if only != "sft" else "sft"
@@ -227,32 +211,30 @@ def train(
 
 
 @app.command()
+@common_options
 def export(
-    quant: Annotated[
-        str | None, typer.Option("--quant", help="q4_k_m, q5_k_m, q6_k, q8_0, f16 ..", show_default=False)
-    ] = None,
+    quant: Annotated[str | None, typer.Option("--quant", help="q4_k_m, q5_k_m, q6_k, q8_0, f16 ..")] = None,
     ollama: Annotated[
-        str | None,
-        typer.Option("--ollama", metavar="NAME", help="Also run `ollama create NAME`.", show_default=False),
+        str | None, typer.Option("--ollama", metavar="NAME", help="Also run `ollama create NAME`.")
     ] = None,
-    form: Annotated[str, typer.Option("--format", help="gguf, or lora for the adapter alone.")] = "gguf",
-    run: RunOption = None,
-    config: ConfigOption = None,
-    settings: SetOption = None,
-    json: JsonOption = False,
+    form: Annotated[
+        str, typer.Option("--format", help="gguf; lora for the adapter alone; data for other trainers.")
+    ] = "gguf",
+    *,
+    common: Common,
 ) -> None:
     """A GGUF of the trained student, and a Modelfile for Ollama."""
     from sclite import pipeline
 
-    if form not in ("gguf", "lora"):
-        raise UsageFault(f"--format {form}: no such format", "use --format gguf or --format lora")
-    chosen = [*(settings or [])]
-    chosen += [f"export.quant={quant}"] if quant else []
-    chosen += [f"export.ollama={ollama}"] if ollama else []
-    world = _world(_load(run, config, chosen))
-    with _held(world):
+    if form not in ("gguf", "lora", "data"):
+        raise UsageFault(f"--format {form}: no such format", "use --format gguf, lora or data")
+    world = common.world({"export.quant": quant, "export.ollama": ollama})
+    with held(world.run, world.config):
         if form == "lora":
             console.say(str(pipeline.export_lora(world)))
+            return
+        if form == "data":
+            _tell_data(pipeline.export_data(world), common.json)
             return
         report = pipeline.export(world)[0]
         created = None
@@ -260,7 +242,7 @@ def export(
             from sclite.export.ollama import create
 
             created = create(world.config.export.ollama, world.run.path("export/Modelfile"))
-    if json:
+    if common.json:
         console.print_json(
             {**report.figures, "ollama": world.config.export.ollama if created is not None else None}
         )
@@ -274,34 +256,34 @@ def export(
         console.say(f"Next: [bold cyan]sclite chat --self-correct --run {world.run.folder}[/]")
 
 
+def _tell_data(report: Any, json: bool) -> None:
+    if json:
+        console.print_json({**report.counts, **report.figures})
+        return
+    for name, count in report.counts.items():
+        console.say(f"{count} rows in {report.figures['folder']}/{name}.jsonl" if count else f"no {name}")
+    console.say(f"Choose a licence in {report.figures['folder']}/README.md before you publish them.")
+
+
 @app.command("eval")
+@common_options
 def evaluate(
     problems: Annotated[
         str | None,
-        typer.Argument(
-            help="Held-out problems: a JSONL file or a hub data set; eval.source without it.",
-            show_default=False,
-        ),
+        typer.Argument(help="Held-out problems: a JSONL file or a hub data set; eval.source without it."),
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=10, help="Rows to use.", show_default=False)
-    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=10, help="Rows to use.")] = None,
     models: Annotated[
         str, typer.Option("--models", help="Which students, with commas between.")
     ] = "base,sft,dpo",
-    run: RunOption = None,
-    config: ConfigOption = None,
-    settings: SetOption = None,
-    json: JsonOption = False,
+    *,
+    common: Common,
 ) -> None:
     """Measure base, SFT and DPO student: one pass, and self-corrected."""
     from sclite import measure, pipeline
     from sclite.evaluate import show
 
-    chosen = [*(settings or [])]
-    chosen += [f"eval.source={problems}"] if problems else []
-    chosen += [f"eval.limit={limit}"] if limit else []
-    world = _world(_load(run, config, chosen))
+    world = common.world({"eval.source": problems, "eval.limit": limit})
     names = (
         [name.strip() for name in models.split(",") if name.strip()] if models else pipeline.available(world)
     )
@@ -310,11 +292,12 @@ def evaluate(
         raise UsageFault(
             f"--models {','.join(unknown)}: no such student", f"use any of {', '.join(pipeline.NAMES)}"
         )
-    with _held(world):
-        held_out, fitting = measure.held_out(world)
+    with held(world.run, world.config):
+        held_out, fitting, left_out = measure.held_out(world)
         pipeline.export(world, names, compare=False)
-        summary = measure.evaluate(world, names, held_out, fitting, source=world.config.eval.source)
-    if json:
+        source = world.config.eval.source
+        summary = measure.evaluate(world, names, held_out, fitting, source=source, left_out=left_out)
+    if common.json:
         console.print_json(summary)
         return
     show.table(summary)
@@ -322,34 +305,76 @@ def evaluate(
 
 
 @app.command()
+@common_options
 def chat(
-    question: Annotated[
-        str | None, typer.Argument(help="Ask this one thing and leave.", show_default=False)
-    ] = None,
+    question: Annotated[str | None, typer.Argument(help="Ask this one thing and leave.")] = None,
     self_correct: Annotated[
         bool, typer.Option("--self-correct", help="Let it review each answer and mend its wrong step.")
     ] = False,
     model: Annotated[
-        Path | None,
-        typer.Option("--model", help="A GGUF file; the run's own without it.", show_default=False),
+        Path | None, typer.Option("--model", help="A GGUF file; the run's own without it.")
     ] = None,
-    run: RunOption = None,
-    config: ConfigOption = None,
-    settings: SetOption = None,
-    json: JsonOption = False,
+    *,
+    common: Common,
 ) -> None:
     """Talk to the student; watch it find and mend its own wrong step."""
     from sclite import measure
     from sclite.chat.repl import talk
 
-    if json and question is None:
+    if common.json and question is None:
         raise UsageFault("--json needs a question", "sclite chat --json 'QUESTION'")
-    loaded = _load(run, config, settings)
-    if run is None and not Path(loaded.run).is_dir() and Path("runs/quickstart").is_dir():
-        loaded = _load(Path("runs/quickstart"), config, settings)
-    world = _world(loaded)
+    world = common.world()
+    if common.run is None and not world.run.folder.is_dir() and Path("runs/quickstart").is_dir():
+        world = replace(common, run=Path("runs/quickstart")).world()
     path = measure.find_gguf(world, model)
     threshold = world.config.review.threshold
     if threshold is None:
         threshold = measure.stored_threshold(world, path)
-    talk(path, world.config, threshold, self_correct=self_correct, question=question, as_json=json)
+    talk(path, world.config, threshold, self_correct=self_correct, question=question, as_json=common.json)
+
+
+@app.command()
+@common_options
+def show(
+    what: Annotated[
+        str | None,
+        typer.Argument(
+            help="problems, templates, attempts, reviews, pairs or drops; without it, what there is."
+        ),
+    ] = None,
+    reason: Annotated[str | None, typer.Option("--reason", help="Drops of this reason alone.")] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            "--kind",
+            help="right, wrong, unknown; correction, confirmation; decision, content; a drop's stage.",
+        ),
+    ] = None,
+    id: Annotated[str | None, typer.Option("--id", help="Rows whose id begins so.")] = None,
+    first: Annotated[int, typer.Option("--from", min=1, help="The first row to show, from 1.")] = 1,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Rows to show.")] = None,
+    *,
+    common: Common,
+) -> None:
+    """Look at the rows of a run, and at what was left out and why."""
+    from sclite.look import show as look
+    from sclite.look.rows import Choice
+    from sclite.run import Run
+
+    run = Run(common.load().run)
+    if what is None:
+        look.contents(run, common.json)
+    else:
+        look.show(run, Choice(what, reason, kind, id, first, limit), common.json)
+
+
+@app.command()
+@common_options
+def status(*, common: Common) -> None:
+    """Where a run stands: its stages, what they cost, and what to type next."""
+    from sclite.look import show as look
+    from sclite.look.status import status as standing
+    from sclite.run import Run
+
+    config = common.load()
+    look.standing(standing(config, Run(config.run)), common.json)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from sclite.errors import UsageFault
 
@@ -22,20 +22,52 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Problems(Section):
-    """Where the problems come from."""
+class Source(Section):
+    """A set of problems, and which of its columns hold what."""
 
-    source: str = Field("", description="a JSONL file or the name of a hub data set")
+    source: str = Field(
+        "", description="a .jsonl, .json, .csv or .parquet file, or the name of a hub data set"
+    )
     subset: str = Field("", description="configuration of a hub data set, for example main")
     split: str = Field("train", description="split of a hub data set")
+    question_column: str = Field("", description="column of the question; question or problem without it")
+    answer_column: str = Field("", description="column of the gold answer; answer without it")
+    solution_column: str = Field("", description="column of the worked solution; solution without it")
+    id_column: str = Field("", description="column of the id; id or unique_id without it, else a hash")
+
+    def columns(self) -> dict[str, str]:
+        """{"question", "answer", "solution", "id": column} of those that are named."""
+        named = {name: getattr(self, f"{name}_column") for name in ("question", "answer", "solution", "id")}
+        return {name: column for name, column in named.items() if column}
+
+
+class Problems(Source):
+    """Where the problems come from."""
+
     limit: int | None = Field(None, ge=1, description="rows to use; all without it")
     correction_share: float = Field(0.5, gt=0, lt=1, description="share kept for stage 2, unseen by SFT")
+    avoid: tuple[str, ...] = Field(
+        (), description='files with questions that must not be trained on, beside eval.source: ["a.jsonl"]'
+    )
+
+    @field_validator("avoid", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) and value else value or ()
 
 
 class Attempts(Section):
     """How the student's attempts are sampled for stage 2."""
 
     source: str = Field("", description="attempts brought along: JSONL with question, steps, optional label")
+    student: str = Field(
+        "", description="who tries: the run's SFT adapter without it; a .gguf file; a LiteLLM model name"
+    )
+    api_base: str = Field("", description="base URL, where attempts.student is an OpenAI-compatible endpoint")
+    concurrency: int = Field(32, ge=1, le=1024, description="requests in flight at most, at an endpoint")
+    price: tuple[float, float] | None = Field(
+        None, description="of an endpoint, US dollars per million tokens sent and written"
+    )
     samples: int = Field(4, ge=1, le=64, description="samples per problem")
     temperature: float = Field(0.8, ge=0, le=2)
     top_p: float = Field(0.95, gt=0, le=1)
@@ -43,6 +75,13 @@ class Attempts(Section):
     reviews: int = Field(
         2, ge=1, le=16, description="the student's own corrections sampled per wrong attempt"
     )
+
+    @property
+    def kind(self) -> Literal["trained", "gguf", "endpoint"]:
+        """What `student` names: the adapter that the run trains, a GGUF file, or a model behind LiteLLM."""
+        if not self.student:
+            return "trained"
+        return "gguf" if self.student.lower().endswith(".gguf") else "endpoint"
 
 
 class Teacher(Section):
@@ -58,6 +97,14 @@ class Teacher(Section):
     timeout_seconds: float = Field(120, gt=0, description="per call")
     attempts_per_call: int = Field(6, ge=1, description="tries per request on network faults and rate limits")
     repairs: int = Field(3, ge=0, description="further requests after a reply that fails its check")
+    requests_per_minute: float | None = Field(None, gt=0, description="no limit without it")
+    tokens_per_minute: float | None = Field(None, gt=0, description="sent and written; no limit without it")
+    max_cost: float | None = Field(None, ge=0, description="US dollars that the run may cost in all")
+    price: tuple[float, float] | None = Field(
+        None, description="US dollars per million tokens sent and written; LiteLLM's list without it"
+    )
+    inspector: str = Field("", description="a second model that judges each reply, a LiteLLM model name")
+    inspector_api_base: str = Field("", description="base URL of its endpoint")
 
 
 class Student(Section):
@@ -112,12 +159,11 @@ class Export(Section):
     num_ctx: int = Field(8192, ge=256, description="context that the Modelfile asks Ollama for")
 
 
-class Eval(Section):
+class Eval(Source):
     """What is measured, and on what."""
 
-    source: str = Field("", description="held-out problems: a JSONL file or a hub data set")
-    subset: str = ""
-    split: str = "test"
+    source: str = Field("", description="held-out problems: a file or a hub data set, as problems.source")
+    split: str = Field("test", description="split of a hub data set")
     limit: int | None = Field(500, ge=1)
     max_tokens: int = Field(1024, ge=16)
     context: int = Field(4096, ge=256, description="tokens of one conversation at the most")

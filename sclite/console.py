@@ -1,20 +1,34 @@
 """The terminal: the only module that prints. Results go to stdout, progress and faults to stderr."""
 
 import json
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from sclite.errors import ScliteError
 
 Progress = Callable[..., None]
+LOG_SECONDS = 30.0  # between two lines of progress where there is no terminal
 
 
 def print_json(value: Any) -> None:
     """One object on stdout, nothing else there."""
     sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def print_json_rows(head: Mapping[str, Any], rows: Iterable[Any]) -> None:
+    """One object on stdout, `head` and then "rows", each written as it is read."""
+
+    def texts() -> Iterator[str]:
+        yield json.dumps(head, ensure_ascii=False)[:-1] + ', "rows": ['
+        for number, row in enumerate(rows):
+            yield (",\n " if number else "\n ") + json.dumps(row, ensure_ascii=False)
+        yield "\n]}\n"
+
+    _write(texts(), sys.stdout)
 
 
 def plain(text: str) -> str:
@@ -29,6 +43,62 @@ def say(text: str = "") -> None:
     from rich.console import Console
 
     Console(highlight=False, soft_wrap=True).print(text)
+
+
+def page(pieces: Iterable[Any]) -> None:
+    """Show a long result, in pieces of rich Text: through $PAGER (else `less -R`) in a terminal, plain where it is piped.
+
+    A piece is made when the reader comes to it, so that the first stands there at once however many follow.
+    """
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    texts = (_drawn(console, piece) for piece in pieces)
+    with _pager() if console.is_terminal else nullcontext() as pager:
+        _write(texts, pager or sys.stdout)
+
+
+def _write(texts: Iterable[str], file: Any) -> None:
+    """Write texts until the last one, or until the reader has seen enough."""
+    try:
+        for text in texts:
+            file.write(text)
+        file.flush()
+    except BrokenPipeError:
+        if file is sys.stdout:  # Python flushes it once more at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
+def _drawn(console: Any, piece: Any) -> str:
+    if not console.is_terminal:
+        return piece.plain
+    with console.capture() as captured:
+        console.print(piece, end="")
+    return captured.get()
+
+
+@contextmanager
+def _pager() -> Iterator[Any]:
+    """The input of the reader's pager, None where there is none; left when the reader leaves it."""
+    import shlex
+    import signal
+    import subprocess
+
+    command = shlex.split(os.environ.get("PAGER", "")) or ["less", "-R"]
+    environment = {"LESS": "-R", **os.environ}
+    try:
+        pager = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, text=True, encoding="utf-8")
+    except OSError:
+        yield None
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the pager
+    try:
+        yield pager.stdin
+    finally:
+        with suppress(BrokenPipeError):
+            pager.stdin.close()
+        pager.wait()
+        signal.signal(signal.SIGINT, before)
 
 
 def note(text: str) -> None:
@@ -74,6 +144,32 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60} min"
 
 
+class Rate:
+    """Rows per second since the first one that this command has made, what they cost, and what the rest will."""
+
+    def __init__(self):
+        self.first: tuple[float, int, float] | None = None
+        self.now: tuple[float, int, float] = (0.0, 0, 0.0)
+        self.priced = False
+
+    def tell(self, done: int, spent_usd: float | None) -> None:
+        """After each row: how many are done, and what the whole run has cost so far (None: it costs nothing)."""
+        self.priced = self.priced or bool(spent_usd)
+        self.now = (time.monotonic(), done, spent_usd or 0.0)
+        self.first = self.first or self.now
+
+    def line(self, total: int) -> str:
+        """3.2/s, $0.12 of about $1.40, 4 min 2 s left."""
+        seconds, rows, dollars = (now - then for now, then in zip(self.now, self.first, strict=True))
+        if rows <= 0 or seconds <= 0:
+            return ""
+        left = total - self.now[1]
+        money = (
+            f"${self.now[2]:.4f} of about ${self.now[2] + dollars / rows * left:.2f}, " if self.priced else ""
+        )
+        return f"{rows / seconds:.1f}/s, {money}{duration(left * seconds / rows)} left"
+
+
 class Screen:
     """Progress over the stages of a command.
 
@@ -83,6 +179,7 @@ class Screen:
     def __init__(self, plan: Mapping[str, float] | None = None, quiet: bool = False):
         self.plan, self.quiet = dict(plan or {}), quiet
         self.finished: dict[str, float] = {}
+        self._bars: Any = None
 
     def left(self, stage: str, share: float) -> float | None:
         """Seconds left in all, when `share` of this stage is done; None without a plan."""
@@ -112,10 +209,11 @@ class Screen:
         from rich.progress import Progress as Bars
 
         console = Console(stderr=True, highlight=False)
+        rate = Rate()
         if not console.is_terminal:
             left = self.left(name, 0.0)
             console.print(f"{text}{f' (about {duration(left)} left in all)' if left else ''}", soft_wrap=True)
-            yield lambda *_: None
+            yield self._lines(rate) if left is None else lambda *_: None
             return
         columns = (
             TextColumn("{task.description}"),
@@ -123,16 +221,43 @@ class Screen:
             MofNCompleteColumn(),
             TextColumn("[dim]{task.fields[left]}"),
         )
-        with Bars(*columns, console=console, transient=True) as bars:
-            task = bars.add_task(text, total=None, left="")
+        with Bars(*columns, console=console, transient=True) as self._bars:
+            task = self._bars.add_task(text, total=None, left="")
 
-            def progress(done: int, total: int, *_: Any) -> None:
+            def progress(done: int, total: int, spent_usd: float | None = None) -> None:
+                rate.tell(done, spent_usd)
                 seconds = self.left(name, done / max(1, total))
-                bars.update(
-                    task, completed=done, total=total, left=f"{duration(seconds)} left" if seconds else ""
-                )
+                told = rate.line(total) if seconds is None else f"{duration(seconds)} left"
+                self._bars.update(task, completed=done, total=total, left=told)
 
             yield progress
+        self._bars = None
+
+    def _lines(self, rate: "Rate") -> Progress:
+        """Progress for a log: a line now and then."""
+        told = time.monotonic()
+
+        def progress(done: int, total: int, spent_usd: float | None = None) -> None:
+            nonlocal told
+            rate.tell(done, spent_usd)
+            if time.monotonic() - told >= LOG_SECONDS:
+                told = time.monotonic()
+                note(f"  {done} of {total} {rate.line(total)}")
+
+        return progress
+
+    def confirm(self, question: str) -> bool:
+        """Ask yes or no on the terminal; the bar pauses. Yes where there is no terminal to ask on."""
+        if self.quiet or not (sys.stdin.isatty() and sys.stderr.isatty()):
+            return True
+        if self._bars is not None:
+            self._bars.stop()
+        sys.stderr.write(f"{question} [y/N] ")
+        sys.stderr.flush()
+        said = sys.stdin.readline().strip().lower()
+        if self._bars is not None:
+            self._bars.start()
+        return said in ("y", "yes")
 
     def done(self, name: str, text: str, skipped: bool = False) -> None:
         """One line for a finished stage."""
@@ -141,15 +266,15 @@ class Screen:
             note(f"[green]✓[/] {text} [dim]{seconds}[/]")
 
 
-def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout; the first column is text, the others are numbers."""
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> None:
+    """A table on stdout; the first `texts` columns are text, the others are numbers."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     for i, name in enumerate(header):
-        made.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+        made.add_column(name, justify="left" if i < texts else "right", no_wrap=True)
     for row in rows:
         made.add_row(*row)
     console = Console(highlight=False)

@@ -1,36 +1,58 @@
 """Measuring exported students, and the thresholds that are fitted on the way: between the commands and the eval stage."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from sclite import prompts
 from sclite.errors import DataFault, UsageFault
 from sclite.export.stage import ADAPTERS
-from sclite.records import Problem
+from sclite.records import Drop, Problem, Template
 from sclite.world import World
 
 THRESHOLDS = "export/review.json"
 """By the digest of a GGUF: the threshold fitted on it, and the digest of the prompts."""
 
 
-def held_out(world: World) -> tuple[list[Problem], list[Problem]]:
-    """(test problems, problems for the threshold) from eval.source, without those that the run trains on."""
+def held_out(world: World) -> tuple[list[Problem], list[Problem], int]:
+    """(test problems, problems for the threshold, how many were left out) from eval.source.
+
+    Left out are those that overlap what the run trains on, which would measure memory; dropped.jsonl names both.
+    """
+    from sclite.data.contamination import trained_on
     from sclite.data.problems import load_problems, split_for_stages
 
     source = world.config.eval
     if not source.source:
         raise UsageFault("eval.source is not set", "give a file or hub data set: `sclite eval PROBLEMS`")
-    trained = {" ".join(p.question.split()) for p in world.run.read("problems.jsonl", Problem)}
-    found = load_problems(source.source, source.subset, source.split, source.limit)
-    fresh = [p for p in found if " ".join(p.question.split()) not in trained]
+    place = (source.source, source.subset, source.split, source.limit)
+    found = load_problems(*place, columns=source.columns(), key="eval.source")
+    known = trained_on(found, _training_questions(world))
+    world.run.replace_drops(["eval"], [_overlap_drop(p, known[p.id]) for p in found if p.id in known])
+    fresh = [p for p in found if p.id not in known]
     tested, fitted = split_for_stages(fresh, source.fit_share, world.config.seed)
     if len(tested) < 5 or len(fitted) < 5:
         raise DataFault(
             f"{source.source}: {len(fresh)} of {len(found)} problems were not trained on, which are too few",
             "evaluate on others, or on more",
         )
-    return tested, fitted
+    return tested, fitted, len(known)
+
+
+def _training_questions(world: World) -> Iterator[tuple[str, str]]:
+    """(id, question) of all that the run trains on: its problems, and templates that were brought along."""
+    drops = world.run.read("dropped.jsonl", Drop)
+    spared = {(drop.id, drop.raw) for drop in drops if drop.reason == "overlaps_evaluation"}
+    for problem in world.run.read("problems.jsonl", Problem):
+        if (problem.id, problem.question) not in spared:
+            yield problem.id, problem.question
+    for template in world.run.read("templates.jsonl", Template):
+        yield template.id, template.question
+
+
+def _overlap_drop(problem: Problem, name: str) -> Drop:
+    detail = f"13 words in a row, or all of it, stand in the training problem {name}"
+    return Drop(stage="eval", id=problem.id, reason="overlaps_training", detail=detail, raw=problem.question)
 
 
 def evaluate(
@@ -40,8 +62,12 @@ def evaluate(
     fitting: Sequence[Problem],
     judge: Callable[..., int | None] | None = None,
     source: str = "",
+    left_out: int = 0,
 ) -> dict[str, Any]:
-    """Measure the exported students; writes eval/summary.json and eval/report.html, and the threshold beside the GGUF."""
+    """Measure the exported students; writes eval/summary.json and eval/report.html, and the threshold beside the GGUF.
+
+    `left_out` problems of the source overlap the training problems: that is told with the figures.
+    """
     from sclite.evaluate.evaluate import evaluate_model
     from sclite.export.stage import gguf_path
     from sclite.grader import Grader
@@ -72,7 +98,15 @@ def evaluate(
                 )
         progress(len(names), len(names))
     world.screen.done("eval", f"eval: {', '.join(names)}")
-    summary = {"models": figures, "n": len(problems), "notes": [], "source": source}
+    notes = [f"left out, because they overlap the training problems: {left_out}"] if left_out else []
+    dropped = {"overlaps_training": left_out} if left_out else {}
+    summary = {
+        "models": figures,
+        "n": len(problems),
+        "dropped": dropped,
+        "notes": notes,
+        "source": source,
+    }
     write_summary(world, summary)
     return summary
 

@@ -20,7 +20,9 @@ def sides(world: World) -> tuple[list[Problem], list[Problem]]:
     if world.problems is None:
         from sclite.data.problems import gather_problems, split_for_stages
 
-        found = gather_problems(world.config, world.run)
+        report = Report("problems")
+        found = gather_problems(world.config, world.run, report)
+        world.add(report, f"problems: {len(found)}{_drops(report)}")
         world.problems = split_for_stages(found, world.config.problems.correction_share, world.config.seed)
     else:
         world.run.replace("problems.jsonl", [*world.problems[0], *world.problems[1]])
@@ -28,12 +30,13 @@ def sides(world: World) -> tuple[list[Problem], list[Problem]]:
 
 
 def unseen(world: World) -> frozenset[str]:
-    """The ids of the problems that are kept for stage 2."""
-    if world.problems is None and not (
-        world.config.problems.source or world.run.path("problems.jsonl").is_file()
-    ):
-        return frozenset()  # templates were brought along, without problems
-    return frozenset(problem.id for problem in sides(world)[1])
+    """The ids of the problems that are kept for stage 2; none where templates were brought along without problems."""
+    return frozenset(problem.id for problem in sides(world)[1]) if _has_problems(world) else frozenset()
+
+
+def _has_problems(world: World) -> bool:
+    given = world.config.problems.source or world.run.path("problems.jsonl").is_file()
+    return world.problems is not None or bool(given)
 
 
 # -- build-data ----------------------------------------------------------------------------------------------------
@@ -41,10 +44,12 @@ def unseen(world: World) -> frozenset[str]:
 
 def build_templates(world: World, fresh: bool = False) -> Report:
     """Templates for all problems: SFT learns those of its side, stage 2 replays the others."""
+    from sclite.data.templates import brought_along
     from sclite.data.templates import build_templates as stage
     from sclite.grader import Grader
 
-    problems = [problem for side in sides(world) for problem in side]
+    brought = brought_along(world.run)
+    problems = [] if brought and not _has_problems(world) else [p for side in sides(world) for p in side]
     with (
         world.screen.stage("templates", "templates: the teacher writes thought traces") as progress,
         Grader() as grader,
@@ -57,54 +62,85 @@ def build_templates(world: World, fresh: bool = False) -> Report:
             grader=grader,
             problems=problems,
             fresh=fresh,
+            confirm=world.confirm if world.ask_before_paying else None,
             progress=progress,
         )
     return world.add(report, f"templates: {report.counts.get('templates', 0)} kept{_drops(report)}")
 
 
+def reckon_templates(world: World) -> dict[str, Any]:
+    """What build_templates would send first and what it would cost; the teacher is not asked."""
+    from sclite.data.templates import reckon_templates as reckon
+    from sclite.grader import Grader
+
+    problems = [problem for side in sides(world) for problem in side]
+    with Grader() as grader, world.teacher() as teacher:
+        return reckon(world.config, world.run, teacher=teacher, grader=grader, problems=problems)
+
+
 def build_corrections(world: World) -> Report:
-    """Attempts of the SFT student at the problems of stage 2, and the teacher's corrections of them."""
-    from sclite.data.attempts import sample_attempts
+    """Attempts of the student at the problems of stage 2, and the teacher's corrections of them.
+
+    Attempts that are brought along may be at any problem of the run, and need no student.
+    """
+    from sclite.data.attempts import needs_no_student, sample_attempts
+    from sclite.data.corrections import FILE, STAGE
     from sclite.data.corrections import build_corrections as stage
     from sclite.grader import Grader
 
-    _, kept = sides(world)
+    learned, kept = sides(world)
+    if needs_no_student(world.config, world.run):
+        kept = [*learned, *kept]
     if not kept:
         raise DataFault(
             "no problems are kept for stage 2", "raise problems.correction_share or problems.limit"
         )
     with Grader() as grader:
-        _sample(world, kept, grader, sample_attempts)
+        if not world.run.brought_along(STAGE, FILE):
+            _sample(world, kept, grader, sample_attempts)
         with (
             world.screen.stage(
                 "corrections", "corrections: the teacher finds the first wrong step and mends it"
             ) as progress,
             world.teacher() as teacher,
         ):
-            report = stage(world.config, world.run, teacher=teacher, grader=grader, progress=progress)
+            confirm = world.confirm if world.ask_before_paying else None
+            report = stage(
+                world.config, world.run, teacher=teacher, grader=grader, confirm=confirm, progress=progress
+            )
     counts = report.counts
     text = f"corrections: {counts.get('corrected', 0)} corrected, {counts.get('confirmed', 0)} confirmed{_drops(report)}"
     return world.add(report, text)
 
 
 def _sample(world: World, problems: Sequence[Problem], grader: Any, stage: Callable[..., Report]) -> None:
-    from sclite.data.attempts import inputs_of
+    from sclite.data.attempts import inputs_of, needs_no_student
 
     arguments = {"problems": problems, "grader": grader}
-    with world.screen.stage(
-        "attempts", f"attempts: the student tries {len(problems)} unseen problems"
-    ) as progress:
-        if world.config.attempts.source or world.run.done(
-            "attempts", inputs_of(world.config, world.run, problems)
-        ):
+    brought = needs_no_student(world.config, world.run)
+    doing = "they are brought along" if brought else f"the student tries {len(problems)} unseen problems"
+    with world.screen.stage("attempts", f"attempts: {doing}") as progress:
+        if brought or world.run.done("attempts", inputs_of(world.config, world.run, problems)):
             report = stage(world.config, world.run, student=None, progress=progress, **arguments)
         else:
-            _require_sft(world)
-            with world.sampler("sft/adapter") as student:
+            if world.config.attempts.kind == "trained":
+                _require_sft(world)
+            with world.student("sft/adapter", "attempts") as student:
                 report = stage(world.config, world.run, student=student, progress=progress, **arguments)
-    world.add(
-        report, f"attempts: {report.counts.get('right', 0)} right, {report.counts.get('wrong', 0)} wrong"
-    )
+    counts = report.counts
+    unknown = f", {counts['unknown']} unknown" if counts.get("unknown") else ""
+    told = f"{counts.get('right', 0)} right, {counts.get('wrong', 0)} wrong{unknown}{_drops(report)}"
+    world.add(report, f"attempts: {told}")
+
+
+def can_build_pairs(world: World) -> bool:
+    """Whether pairs can follow the corrections at once: not where they wait for the trained student's warm-up.
+
+    They need not where `attempts.student` names somebody else, nor where attempts were brought along and nobody has been
+    trained (there are then decisions alone).
+    """
+    attempts = world.config.attempts
+    return attempts.kind != "trained" or (bool(attempts.source) and available(world) == ["base"])
 
 
 def _require_sft(world: World) -> None:
@@ -125,7 +161,8 @@ def train(world: World, only: str | None = None) -> list[Report]:
     """SFT, then the student's mistakes and their corrections, then warm-up, pairs and DPO."""
     if only not in (None, "sft", "dpo"):
         raise UsageFault(f"--only {only}: no such stage", "use --only sft or --only dpo")
-    ready = world.run.path("templates.jsonl").is_file() and not world.run.path("reviews.jsonl").is_file()
+    data = {name: world.run.path(f"{name}.jsonl").is_file() for name in ("templates", "reviews", "pairs")}
+    ready = data["templates"] and not (data["reviews"] or data["pairs"])
     if only != "sft" and ready and not world.config.teacher.model:
         raise UsageFault(  # said before hours of SFT, not after
             "teacher.model is not set, and stage 2 needs a teacher for its corrections",
@@ -135,11 +172,18 @@ def train(world: World, only: str | None = None) -> list[Report]:
         train_sft(world)
     if only != "sft":
         _require_sft(world)
-        build_corrections(world)
+        if data["reviews"] or not _pairs_brought(world):
+            build_corrections(world)
         train_warm(world)
         build_pairs(world)
         train_dpo(world)
     return world.reports
+
+
+def _pairs_brought(world: World) -> bool:
+    from sclite.data.pairs import FILE, STAGE
+
+    return world.run.brought_along(STAGE, FILE)
 
 
 def train_sft(world: World) -> Report:
@@ -147,9 +191,9 @@ def train_sft(world: World) -> Report:
 
     with world.screen.stage("sft", "sft: the student learns the templates") as progress:
         report = stage(world.config, world.run, unseen=unseen(world), progress=progress)
-    return world.add(
-        report, f"sft: {report.counts.get('rows', 0)} rows, {report.counts.get('steps', 0)} steps"
-    )
+    counts = report.counts
+    text = f"sft: {counts.get('rows', 0)} rows, {counts.get('steps', 0)} steps"
+    return world.add(report, "sft: an adapter was brought along" if "brought_along" in counts else text)
 
 
 def train_warm(world: World) -> Report:
@@ -171,10 +215,15 @@ def build_pairs(world: World) -> Report:
         world.screen.stage("pairs", "pairs: the student's own corrections against right ones") as progress,
         Grader() as grader,
     ):
-        if world.run.done("pairs", inputs_of(world.config, world.run)):
+        nobody = (
+            world.config.attempts.kind == "trained"
+            and not world.run.path("dpo/warm/adapter_model.safetensors").is_file()
+        )
+        ready = _pairs_brought(world) or world.run.done("pairs", inputs_of(world.config, world.run))
+        if nobody or ready:
             report = stage(world.config, world.run, student=None, grader=grader)
         else:
-            with world.sampler("dpo/warm") as student:
+            with world.student("dpo/warm", "pairs") as student:
                 report = stage(world.config, world.run, student=student, grader=grader, progress=progress)
     counts = report.counts
     return world.add(
@@ -238,3 +287,10 @@ def export_lora(world: World) -> Path:
     out = world.run.path(f"export/{name}-lora.gguf")
     out.parent.mkdir(parents=True, exist_ok=True)
     return convert_lora(_adapter(world, name).parent, local_folder(world.config.student), out)
+
+
+def export_data(world: World) -> Report:
+    """Templates, reviews and pairs in the forms that TRL, Axolotl and LLaMA-Factory read, with a data card."""
+    from sclite.export.datasets import export_data as stage
+
+    return stage(world.config, world.run)

@@ -15,6 +15,8 @@ NAMES = (
     "teacher_system",
     "teacher_template",
     "teacher_correction",
+    "inspector_template",
+    "inspector_correction",
 )
 
 
@@ -85,6 +87,12 @@ def correction_messages(
     """What the teacher sees when it corrects an attempt; the work stands last."""
     values = {"question": question, "solution": solution, "answer": answer, "work": work, "fault": fault}
     return _chat(render("teacher_system", folder), render("teacher_correction", folder, **values))
+
+
+def inspection_messages(name: str, question: str, solution: str, answer: str, work: str, folder: str = ""):
+    """What the inspector sees: `name` is inspector_template or inspector_correction; the work stands last."""
+    values = {"question": question, "solution": solution, "answer": answer, "work": work}
+    return _chat(render("teacher_system", folder), render(name, folder, **values))
 
 
 def _chat(system: str, user: str) -> tuple[dict[str, str], ...]:

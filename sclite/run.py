@@ -49,12 +49,12 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write beside, force to disk, rename: a reader sees the old file or the new one."""
+def write_text(path: Path, text: str | Iterable[str]) -> None:
+    """Write a text, whole or in pieces, beside, force to disk, rename: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
+        file.writelines([text] if isinstance(text, str) else text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
@@ -92,6 +92,17 @@ class Run:
         finally:
             file.close()
 
+    def busy(self) -> bool:
+        """Whether a process holds this run: asked by a shared lock that is let go at once."""
+        try:
+            with open(self.path(".lock"), "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except FileNotFoundError:
+            return False
+        return False
+
     def remember(self, config: Config) -> None:
         """Write the resolved configuration to run.toml, so that the next command on this run need not be told again."""
         import tomlkit
@@ -112,31 +123,42 @@ class Run:
                 _end_last_line(file)
             file.write(lines.encode())
 
-    def read(self, name: str, kind: type[R]) -> list[R]:
-        """All rows of a file, none where it is absent; a half-written last line is dropped, other faults raise."""
-        path = self.path(name)
+    def rows(self, name: str, kind: type[R]) -> Iterator[R]:
+        """The rows of a file, each read when it is asked for; none where the file is absent.
+
+        A half-written last line is dropped; any other line that is no row raises DataFault with its number.
+        """
+        return (row for _, row in self.located(name, kind))
+
+    def located(self, name: str, kind: type[R]) -> Iterator[tuple[int, R]]:
+        """The rows of a file as `rows` gives them, each with the byte that its line begins at."""
+        offset, path = 0, self.path(name)
         if not path.is_file():
-            return []
-        rows, text = [], path.read_text(encoding="utf-8", errors="replace")
-        lines = text.split("\n")
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                rows.append(kind.model_validate_json(line))
-            except ValidationError as error:
-                if number == len(lines):  # no newline after it: the process was killed while writing
-                    break
-                first = error.errors()[0]
-                where = ".".join(str(p) for p in first["loc"])
-                raise DataFault(
-                    f"{path}, line {number}: {where or 'not a row'}: {first['msg']}", "mend or remove it"
-                ) from None
-        return rows
+            return
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                begin, offset = offset, offset + len(line)
+                if not line.strip():
+                    continue
+                try:
+                    row = kind.model_validate_json(line.decode("utf-8", errors="replace"))
+                except ValidationError as error:
+                    if not line.endswith(b"\n"):  # the process was killed while writing
+                        return
+                    first = error.errors()[0]
+                    where = ".".join(str(p) for p in first["loc"])
+                    raise DataFault(
+                        f"{path}, line {number}: {where or 'not a row'}: {first['msg']}", "mend or remove it"
+                    ) from None
+                yield begin, row
+
+    def read(self, name: str, kind: type[R]) -> list[R]:
+        """All rows of a file, as `rows` gives them."""
+        return list(self.rows(name, kind))
 
     def replace(self, name: str, rows: Iterable[Row]) -> None:
         """Write a whole file of rows by rename."""
-        write_text(self.path(name), "".join(row.model_dump_json(exclude_none=False) + "\n" for row in rows))
+        write_text(self.path(name), (row.model_dump_json(exclude_none=False) + "\n" for row in rows))
 
     def require(self, name: str, kind: type[R], hint: str) -> list[R]:
         """The rows of a file that a stage needs; raises DataFault with `hint` where there are none."""
@@ -180,6 +202,16 @@ class Run:
         """Note that a stage is done, last of all its files."""
         manifest = {"stage": stage, "sclite": __version__, "inputs": inputs, **report.as_dict()}
         self.write_json(f"done/{stage}.json", manifest)
+
+    def begin(self, stage: str) -> None:
+        """Note that a stage writes its files now, so that they are not taken for ones that were brought along."""
+        self.write_json(f"{stage}.begun.json", {"sclite": __version__})
+
+    def brought_along(self, stage: str, name: str) -> bool:
+        """Whether the stage's output lies there and was put there by the user: no stage of ours has begun or ended it."""
+        path = self.path(name)
+        ours = self.path(f"done/{stage}.json").exists() or self.path(f"{stage}.begun.json").exists()
+        return not ours and path.is_file() and path.stat().st_size > 0
 
     def file_digest(self, name: str) -> str:
         """A short hash of a file's bytes; empty where it is absent."""

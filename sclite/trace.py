@@ -8,10 +8,11 @@ newline followed by `</` or `<C` is a clean token boundary. `parse` reads what m
 import re
 from dataclasses import dataclass, replace
 
-_TAG = re.compile(  # possessive (*+), so that a thousand blanks after a < are not split in every way
+TAG = re.compile(  # possessive (*+), so that a thousand blanks after a < are not split in every way
     r"<[ \t]*+(/?)[ \t]*+(step|key|cause|correction|generalized|answer)[ \t]*+(\d{0,4})[ \t]*+:?[ \t]*+>",
     re.I | re.A,
 )
+"""A tag as models write it: whether it closes, its name, the number that a step carries."""
 _THINK = re.compile(r"\s*<think>.*?</think>", re.S)
 INNER = ("key", "cause", "correction")
 OUTER = ("generalized", "answer")
@@ -67,14 +68,14 @@ class Parsed:
 def _check(name: str, text: str | None, empty: bool = False) -> None:
     if text is None:
         return
-    if text != text.strip() or _TAG.search(text) or not (text or empty):
+    if text != text.strip() or TAG.search(text) or not (text or empty):
         raise ValueError(f"the text of a {name} is stripped, free of tags and not empty: {text[:60]!r}")
 
 
 def clean(text: str) -> str:
     """Make any text fit for a step: tags out, ends stripped."""
-    text = _TAG.sub(" ", text)
-    if _TAG.search(text):  # taking a tag out has joined its neighbours into another
+    text = TAG.sub(" ", text)
+    if TAG.search(text):  # taking a tag out has joined its neighbours into another
         text = text.replace("<", " ")
     return text.strip()
 
@@ -241,7 +242,7 @@ class _Reader:
     def read(self) -> Parsed:
         think = _THINK.match(self.text)
         position = think.end() if think else 0
-        for match in _TAG.finditer(self.text, position):
+        for match in TAG.finditer(self.text, position):
             self.take(self.text[position : match.start()], position)
             position = match.end()
             closing, name = bool(match[1]), match[2].lower()

@@ -7,10 +7,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from sclite.config import Config
+from sclite.config import Config, Teacher
 from sclite.console import Screen
+from sclite.errors import DataFault
 from sclite.records import Problem
 from sclite.run import Report, Run
 
@@ -26,19 +28,64 @@ class World:
     problems: tuple[list[Problem], list[Problem]] | None = (
         None  # (for SFT, kept for stage 2) where a caller has them
     )
+    ask_before_paying: bool = False
     reports: list[Report] = field(default_factory=list)
 
     @contextmanager
-    def teacher(self) -> Iterator[Any]:
-        from sclite.teacher.client import Teacher
+    def teacher(self, settings: Teacher | None = None) -> Iterator[Any]:
+        """The teacher's client over the run's ledger; with `settings`, that of another model."""
+        from sclite.teacher.client import Teacher as Client
         from sclite.teacher.ledger import Ledger
 
         self.run.folder.mkdir(parents=True, exist_ok=True)
         with (
             Ledger(self.run.path("ledger.sqlite")) as ledger,
-            Teacher(self.config.teacher, ledger, self.prepare) as teacher,
+            Client(settings or self.config.teacher, ledger, self.prepare) as teacher,
         ):
             yield teacher
+
+    def confirm(self, forecast: Any) -> bool:
+        """Show what the rest will cost and ask whether to go on; without a question asked, go on."""
+        cost = "an unknown sum" if forecast.cost_usd is None else f"about ${forecast.cost_usd:.2f}"
+        spent = "" if forecast.spent_usd is None else f" for ${forecast.spent_usd:.4f}"
+        return self.screen.confirm(
+            f"{forecast.rows} rows are done{spent}. The other {forecast.rows_left} will cost {cost}. Go on?"
+        )
+
+    @contextmanager
+    def student(self, adapter: str, stage: str) -> Iterator[Any]:
+        """The student of stage 2: whom `attempts.student` names, else the trained one with an adapter of the run.
+
+        `stage` names the rows in the ledger that an endpoint's replies become.
+        """
+        settings = self.config.attempts
+        if settings.kind == "trained":
+            with self.sampler(adapter) as student:
+                yield student
+        elif settings.kind == "gguf":
+            from sclite.student.team import open_student
+
+            path = Path(settings.student)
+            if not path.is_file():
+                raise DataFault(
+                    f"attempts.student: {path} does not exist",
+                    "give the path of a GGUF file, or a LiteLLM model name",
+                )
+            with open_student(path, parallel=32, context=self.config.eval.context) as student:
+                yield student
+        else:
+            from sclite.student.endpoint import Endpoint
+
+            with self.teacher(self._endpoint()) as client:
+                yield Endpoint(client, stage)
+
+    def _endpoint(self) -> Teacher:
+        """The client's settings for `attempts.student`: time limit and tries are the teacher's."""
+        settings = self.config.attempts
+        own = {"model": settings.student, "api_base": settings.api_base, "concurrency": settings.concurrency}
+        return self.config.teacher.model_copy(
+            update={**own, "temperature": None, "repairs": 0, "inspector": "", "price": settings.price}
+        )
 
     @contextmanager
     def sampler(self, adapter: str) -> Iterator[Any]:

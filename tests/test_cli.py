@@ -1,6 +1,8 @@
 """The command line: each fault ends in one line that names the place, one that says what to do, and its exit code."""
 
 import json
+import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 from sclite import machine
 from sclite.__main__ import main
 from sclite.config import load
+from sclite.records import Drop, Problem
 from sclite.run import Run
 from tests.replay import Teaching, fail
 
@@ -241,6 +244,19 @@ def test_a_row_of_the_run_that_was_damaged_by_hand_is_named(sclite):
     assert ended.hint == "try: mend or remove it"
 
 
+def test_an_unknown_format_of_an_export_is_told_with_the_known_ones(sclite):
+    ended = sclite("export", "--format", "onnx")
+    assert ended.code == 2
+    assert ended.hint == "try: use --format gguf, lora or data"
+
+
+def test_data_without_any_rows_names_the_command_that_makes_them(sclite):
+    ended = sclite("export", "--format", "data")
+    assert ended.code == 3
+    assert "runs/default has neither templates nor pairs to export" in ended.error
+    assert "sclite build-data" in ended.hint
+
+
 def test_chatting_without_a_gguf_names_the_command_that_makes_one(sclite):
     ended = sclite("chat", "How many?")
     assert ended.code == 3
@@ -303,7 +319,18 @@ def test_ctrl_c_says_that_the_same_command_goes_on(sclite, monkeypatch):
 def test_every_command_explains_itself(sclite):
     listed = sclite("--help")
     assert listed.code == 0
-    for name in ("quickstart", "init", "doctor", "build-data", "train", "export", "eval", "chat"):
+    for name in (
+        "quickstart",
+        "init",
+        "doctor",
+        "build-data",
+        "train",
+        "export",
+        "eval",
+        "chat",
+        "show",
+        "status",
+    ):
         assert name in listed.out
         ended = sclite(name, "--help")
         assert ended.code == 0
@@ -316,6 +343,20 @@ def test_the_doctor_prints_one_json_object_and_nothing_else_on_stdout(sclite):
     assert json.loads(ended.out)["checks"]
 
 
+def test_exported_data_is_told_as_one_json_object(sclite):
+    Path("runs/default").mkdir(parents=True)
+    row = '{"id":"a","question":"q","answer":"1","trace":"<Step1>x\\n</Step1>\\n<Answer>1</Answer>","requests":1}'
+    write("runs/default/templates.jsonl", row)
+    ended = sclite("export", "--format", "data", "--json")
+    assert ended.code == 0
+    told = json.loads(ended.out)
+    assert (told["templates"], told["pairs"]) == (1, 0)
+    assert (Path(told["folder"]) / "templates.jsonl").is_file()
+    said = sclite("export", "--format", "data").out
+    assert "1 rows in runs/default/export/data/templates.jsonl" in said
+    assert "no pairs" in said
+
+
 def test_the_configuration_that_init_writes_is_read_without_a_fault(sclite):
     assert sclite("init").code == 0
     assert load(None, (), {}) is not None
@@ -323,3 +364,128 @@ def test_the_configuration_that_init_writes_is_read_without_a_fault(sclite):
     again = sclite("init")
     assert again.code == 2
     assert Path("sclite.toml").read_bytes() == before
+
+
+# -- looking at a run ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dropped(tmp_path):
+    """A run with two drops."""
+    run = Run(tmp_path / "runs/default")
+    run.append("problems.jsonl", [Problem(id="p1", question="What is 1 + 1?", answer="2")])
+    reasons = {"p1": "wrong_answer", "p2": "no_steps"}
+    run.append(
+        "dropped.jsonl", [Drop(stage="templates", id=i, reason=r, raw="[b]½") for i, r in reasons.items()]
+    )
+    return run
+
+
+def test_what_is_shown_is_plain_where_it_is_piped(sclite, dropped):
+    ended = sclite("show", "drops", "--reason", "wrong_answer")
+    assert (ended.code, ended.err) == (0, "")
+    assert ended.out == "1/1  p1  templates  wrong_answer\nWhat is 1 + 1?\ngold answer 2\n[b]½\n\n"
+
+
+def test_showing_as_json_is_one_object_with_the_rows_as_they_are(sclite, dropped):
+    ended = sclite("show", "drops", "--from", "2", "--json")
+    shown = json.loads(ended.out)
+    assert (shown["what"], shown["total"]) == ("drops", 2)
+    assert shown["rows"] == [json.loads(dropped.path("dropped.jsonl").read_text().splitlines()[1])]
+    assert json.loads(sclite("show", "pairs", "--json").out) == {"what": "pairs", "total": 0, "rows": []}
+
+
+def test_without_a_word_it_shows_what_there_is(sclite, dropped):
+    listed = sclite("show").out
+    assert "sclite show drops" in listed
+    assert "1 wrong answer, 1 no steps" in listed
+    rows = json.loads(sclite("show", "--json").out)["rows"]
+    assert {row["what"]: row["rows"] for row in rows} == {
+        **dict.fromkeys(("templates", "attempts", "reviews", "pairs"), 0),
+        **{"problems": 1, "drops": 2},
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said", "hint"),
+    [
+        (("show", "drop"), 2, "drop: there is no such thing to show", "problems, templates, attempts"),
+        (("show", "drops", "--reason", "leak"), 2, "--reason leak", "wrong_answer (1), no_steps (1)"),
+        (("show", "drops", "--from", "3"), 2, "--from 3: 2 drops fit", "up to 2"),
+        (("show", "--run", "none"), 3, "the run none does not exist", "sclite build-data"),
+        (("status", "--run", "runs/none"), 3, "the run runs/none does not exist", "sclite build-data"),
+    ],
+)
+def test_what_cannot_be_looked_at_is_answered_with_what_can(sclite, dropped, arguments, code, said, hint):
+    ended = sclite(*arguments)
+    assert (ended.code, ended.out) == (code, "")
+    assert said in ended.error
+    assert hint in ended.hint
+
+
+def test_status_says_what_is_done_and_what_to_type_next(sclite, dropped):
+    ended = sclite("status")
+    assert ended.code == 0
+    assert "half-way" in ended.out
+    assert "Left out: 1 wrong answer, 1 no steps" in ended.out
+    assert ended.out.splitlines()[-1] == "Next: sclite build-data --set teacher.model=PROVIDER/NAME"
+    figures = json.loads(sclite("status", "--json").out)
+    assert figures["dropped"] == {"wrong_answer": 1, "no_steps": 1}
+    assert figures["stages"]["problems"]["state"] == "done"
+
+
+def in_a_terminal(folder: Path, *arguments: str, **environment: str) -> tuple[int, str]:
+    """(exit code, all that a terminal was sent) of a command."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "sclite", *arguments]
+    paths = {"PYTHONPATH": str(Path(__file__).resolve().parents[1]), "TERM": "xterm-256color"}
+    clean = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "PAGER", "LESS")}
+    process = subprocess.Popen(
+        command, cwd=folder, stdin=theirs, stdout=theirs, stderr=theirs, env={**clean, **paths, **environment}
+    )
+    os.close(theirs)
+    sent = b""
+    while True:
+        try:
+            block = os.read(ours, 1 << 16)
+        except OSError:  # Linux says so when the last writer is gone
+            break
+        if not block:
+            break
+        sent += block
+    os.close(ours)
+    return process.wait(timeout=60), sent.decode()
+
+
+def test_in_a_terminal_it_is_coloured_and_goes_through_the_pager(dropped, tmp_path):
+    code, sent = in_a_terminal(tmp_path, "show", "drops", PAGER="sed s/What/Which/")
+    assert code == 0
+    assert "\x1b[1;31mwrong_answer\x1b[0m" in sent
+    assert "Which is 1 + 1?" in sent
+
+
+def test_a_pager_that_is_not_there_is_done_without(dropped, tmp_path):
+    code, sent = in_a_terminal(tmp_path, "show", "drops", PAGER="no-such-pager")
+    assert code == 0
+    assert "\x1b[1;31mwrong_answer\x1b[0m" in sent
+
+
+def test_a_pager_that_is_left_early_ends_without_a_fault(dropped, tmp_path):
+    dropped.append(
+        "dropped.jsonl", (Drop(stage="s", id=str(n), reason="r", raw="x" * 99) for n in range(5000))
+    )
+    code, sent = in_a_terminal(tmp_path, "show", "drops", PAGER="head -1")
+    assert (code, "Traceback" in sent) == (0, False)
+
+
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_a_pipe_that_is_closed_early_ends_without_a_fault(dropped, tmp_path, form):
+    dropped.append(
+        "dropped.jsonl", (Drop(stage="s", id=str(n), reason="r", raw="x" * 99) for n in range(5000))
+    )
+    command = f"{sys.executable} -m sclite show drops {' '.join(form)} | head -1; exit ${{PIPESTATUS[0]}}"
+    paths = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env=paths, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr, len(done.stdout.splitlines())) == (0, "", 1)

@@ -95,6 +95,20 @@ def test_drops_of_one_stage_are_exchanged_and_those_of_others_stay(run):
     assert [(d.stage, d.id) for d in run.read("dropped.jsonl", Drop)] == [("b", "2"), ("a", "3")]
 
 
+def test_rows_are_read_one_at_a_time_with_the_byte_at_which_each_begins(run):
+    run.append("problems.jsonl", [problem(1, "½"), problem(2)])
+    with open(run.path("problems.jsonl"), "a") as file:
+        file.write("\nno JSON\n")
+    rows = run.rows("problems.jsonl", Problem)
+    assert [next(rows), next(rows)] == [problem(1, "½"), problem(2)]
+    with pytest.raises(DataFault, match="line 4"):
+        next(rows)
+    located = run.located("problems.jsonl", Problem)
+    content = run.path("problems.jsonl").read_bytes()
+    for offset, row in (next(located), next(located)):
+        assert content[offset:].startswith(row.model_dump_json().encode())
+
+
 # -- kills ---------------------------------------------------------------------------------------------------------
 
 
@@ -146,6 +160,15 @@ def test_a_second_holder_is_told_and_the_third_may_when_the_first_is_done(run):
     ):
         pass
     assert "--run" in fault.value.hint
+    with run.hold():
+        pass
+
+
+def test_whether_a_run_is_held_is_asked_without_holding_it(run):
+    assert not run.busy()
+    with run.hold():
+        assert run.busy()
+    assert not run.busy()
     with run.hold():
         pass
 

@@ -29,11 +29,12 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 LAYERS = {
     "sclite.__main__": 9,
     "sclite.cli": 8,
-    "sclite.quickstart.flow": 7,
-    **dict.fromkeys(("sclite.pipeline", "sclite.measure"), 6),
+    **dict.fromkeys(("sclite.quickstart.flow", "sclite.options"), 7),
+    **dict.fromkeys(("sclite.pipeline", "sclite.measure", "sclite.look"), 6),
     **dict.fromkeys(("sclite.world", "sclite.machine"), 5),
     **dict.fromkeys(("sclite.data", "sclite.train", "sclite.export", "sclite.evaluate"), 4),
     **dict.fromkeys(("sclite.chat", "sclite.quickstart"), 4),
+    "sclite.student.endpoint": 4,  # a student made of a teacher's client; stages get it as an argument, like any other
     **dict.fromkeys(("sclite.teacher", "sclite.student"), 3),
     "sclite.run": 2,
 }
@@ -89,6 +90,9 @@ def test_imports_point_down():
 def test_the_check_of_the_layers_knows_up_from_down():
     assert upward("sclite.data.pairs", "sclite.train.sft")
     assert upward("sclite.student.review", "sclite.data.pairs")
+    assert upward("sclite.data.attempts", "sclite.student.endpoint")
+    assert upward("sclite.student.review", "sclite.teacher.client")
+    assert not upward("sclite.student.endpoint", "sclite.teacher.client")
     assert upward("sclite.trace", "sclite.run")
     assert upward("sclite.pipeline", "sclite.cli")
     assert upward("sclite.quickstart.tutor", "sclite.quickstart.flow")

@@ -1,36 +1,71 @@
-"""The student's attempts at problems that SFT has not seen: sampled in fixed blocks, graded, appended as they come."""
+"""A student's attempts at problems that SFT has not seen: sampled in fixed blocks, graded, appended as they come.
 
-import json
-from collections.abc import Callable, Sequence
+The student is the one that is trained, unless `attempts.student` names a GGUF or an endpoint.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from sclite import prompts
-from sclite.answers import answer_of, extract
+from sclite.answers import answer_of
 from sclite.config import Config
-from sclite.errors import DataFault
+from sclite.data.brought import adopt_attempts, bring
 from sclite.grader import Grader
-from sclite.records import Attempt, Problem
+from sclite.records import Attempt, Drop, Problem
 from sclite.run import Report, Run, digest, timed
 from sclite.student.base import Reply, Request, Student
-from sclite.trace import Step, Trace, clean, parse, render
+from sclite.teacher.ledger import FILE as LEDGER
+from sclite.teacher.ledger import Ledger
+from sclite.trace import parse, render
 
 STAGE = "attempts"
 FILE = "attempts.jsonl"
 
 
+_NOT_SAMPLING = {"reviews", "student", "api_base", "concurrency", "price"}
+
+
 def inputs_of(config: Config, run: Run, problems: Sequence[Problem]) -> dict[str, Any]:
     """What decides the attempts: the student, the problems, how they are sampled."""
-    source = Path(config.attempts.source)
+    source = config.attempts.source
     return {
         "problems": digest([p.model_dump() for p in problems]),
-        "student": run.file_digest("sft/adapter/adapter_model.safetensors"),
+        "student": other_student(config) or run.file_digest("sft/adapter/adapter_model.safetensors"),
         "sampling": digest(
-            [config.attempts.model_dump(exclude={"reviews"}), config.student.batch, config.seed]
+            [config.attempts.model_dump(exclude=_NOT_SAMPLING), config.student.batch, config.seed]
         ),
-        "source": digest(source.read_text(encoding="utf-8")) if source.is_file() else "",
+        "source": run.file_digest(str(Path(source).resolve())) if source else "",
         "prompts": prompts.digest("student_system", "student_solve", folder=config.prompts.folder),
     }
+
+
+def other_student(config: Config) -> str:
+    """A signature of who `attempts.student` names: an endpoint's model and address, a GGUF's bytes; "" for nobody."""
+    settings = config.attempts
+    if settings.kind == "endpoint":
+        return digest([settings.student, settings.api_base.rstrip("/")])
+    path = Path(settings.student)
+    if settings.kind == "trained" or not path.is_file():
+        return ""
+    found = path.resolve().stat()
+    return _file_digest(path.resolve(), found.st_size, found.st_mtime_ns)
+
+
+@cache
+def _file_digest(path: Path, size: int, changed: int) -> str:
+    """A GGUF may have gigabytes: it is read once, as long as its size and its time of change stay."""
+    return Run(path.parent).file_digest(path.name)
+
+
+def cost_usd(run: Run, stage: str) -> float:
+    """What the replies of a student behind an endpoint have cost in this stage; 0 for one that runs here."""
+    if not run.path(LEDGER).is_file():
+        return 0.0
+    with Ledger.reading(run.path(LEDGER)) as ledger:
+        return ledger.totals(stage)["cost_usd"]
 
 
 def sample_attempts(
@@ -45,20 +80,39 @@ def sample_attempts(
     """Let the student solve each problem `attempts.samples` times, or read `attempts.source`; writes attempts.jsonl.
 
     Rows come in blocks of `student.batch`; after a kill whole blocks are kept, a broken one is sampled again, so the
-    file is the same as that of an unbroken run.
+    file is the same as that of an unbroken run. An attempts.jsonl that no such stage wrote takes its place. Rows of
+    `attempts.source` that cannot be used stand in dropped.jsonl with their reason. An endpoint is asked without a pause
+    between blocks, and what it has said before comes from the ledger. A call to it that failed leaves an attempt of
+    unknown outcome, and the next start asks it again.
     """
+    if needs_no_student(config, run) and not config.attempts.source:
+        rows = adopt_attempts(run, problems)
+        return Report(STAGE, count(rows) | {"brought_along": len(rows)}, skipped=True)
     inputs, report = inputs_of(config, run, problems), Report(STAGE)
     if manifest := run.done(STAGE, inputs, FILE):
         return Report.of(manifest)
+    drops: list[Drop] = []
     with timed(report):
         if config.attempts.source:
-            rows = bring(Path(config.attempts.source), problems, grader)
+            try:
+                rows = bring(Path(config.attempts.source), problems, grader, drops)
+            finally:
+                run.replace_drops([STAGE], drops)
         else:
             rows = _sample(config, run, inputs, problems, student, grader, progress)
         run.replace(FILE, rows)
     report.counts |= count(rows)
-    run.sign(STAGE, inputs, report)
+    report.dropped = dict(Counter(drop.reason for drop in drops))
+    report.cost_usd = cost_usd(run, STAGE)
+    unanswered = sum(map(failed, rows)) if config.attempts.kind == "endpoint" else 0
+    # a network fault is no verdict on a row: the signature then fits no inputs, and the next call asks again
+    run.sign(STAGE, {**inputs, "unanswered": unanswered} if unanswered else inputs, report)
     return report
+
+
+def needs_no_student(config: Config, run: Run) -> bool:
+    """Whether attempts are brought along: in a file that the configuration names, or as the run's own attempts.jsonl."""
+    return bool(config.attempts.source) or run.brought_along(STAGE, FILE)
 
 
 def count(rows: Sequence[Attempt]) -> dict[str, int]:
@@ -73,27 +127,45 @@ def count(rows: Sequence[Attempt]) -> dict[str, int]:
 
 def _sample(config, run, inputs, problems, student, grader, progress) -> list[Attempt]:
     jobs = [(problem, sample) for problem in problems for sample in range(config.attempts.samples)]
-    size = config.student.batch
-    rows = _kept(run, inputs, size)
-    for start in range(len(rows), len(jobs), size):
-        block = jobs[start : start + size]
-        requests = [_request(problem, sample, config) for problem, sample in block]
-        replies = sorted(student.generate(requests), key=lambda reply: reply.index)
-        found = graded(block, replies, grader)
-        run.append(FILE, found)
-        rows += found
-        if progress is not None:
-            progress(len(rows), len(jobs))
+    size, endpoint = config.student.batch, config.attempts.kind == "endpoint"
+    rows = _kept(run, inputs, size, complete=endpoint)
+    at_once = max(1, len(jobs) - len(rows)) if endpoint else size
+    for start in range(len(rows), len(jobs), at_once):
+        asked = jobs[start : start + at_once]
+        replies = student.generate([_request(problem, sample, config) for problem, sample in asked])
+        for begin, block in in_blocks(replies, len(asked), size):
+            found = graded(asked[begin : begin + size], block, grader)
+            run.append(FILE, found)
+            rows += found
+            if progress is not None:
+                progress(len(rows), len(jobs))
     return rows
 
 
-def _kept(run: Run, inputs: dict[str, Any], size: int) -> list[Attempt]:
-    """The whole blocks that an interrupted run with the same inputs has left."""
+def in_blocks(replies: Iterable[Reply], count: int, size: int) -> Iterator[tuple[int, list[Reply]]]:
+    """(number of its first request, `size` replies in the order of their requests), each block once it is whole."""
+    waiting, begin = defaultdict(list), 0
+    for reply in replies:
+        waiting[reply.index // size * size].append(reply)
+        while begin < count and len(waiting[begin]) == min(size, count - begin):
+            yield begin, sorted(waiting.pop(begin), key=lambda r: r.index)
+            begin += size
+
+
+def failed(attempt: Attempt) -> bool:
+    """Whether the call for this attempt failed, so that nothing was said and nothing is known."""
+    return attempt.correct is None and not attempt.trace
+
+
+def _kept(run: Run, inputs: dict[str, Any], size: int, complete: bool) -> list[Attempt]:
+    """The whole blocks that an interrupted run with the same inputs has left; `complete`: up to the first failed call."""
     if run.read_json("attempts.begun.json") != inputs:
         run.replace(FILE, [])
         run.write_json("attempts.begun.json", inputs)
         return []
     rows = run.read(FILE, Attempt)
+    if complete:
+        rows = rows[: next((i for i, row in enumerate(rows) if failed(row)), len(rows))]
     rows = rows[: len(rows) // size * size]
     run.replace(FILE, rows)
     return rows
@@ -137,52 +209,3 @@ def distinct(attempts: Sequence[Attempt]) -> list[Attempt]:
             seen.add(said)
             kept.append(attempt)
     return kept
-
-
-def bring(path: Path, problems: Sequence[Problem], grader: Grader) -> list[Attempt]:
-    """Attempts brought along: JSONL rows with `question`, `steps`, and an optional `answer` and `first_error_step`.
-
-    Rows whose question is not among the problems are left out; the label counts from 1, 0 or -1 says all is right.
-    """
-    if not path.is_file():
-        raise DataFault(f"attempts.source: {path} does not exist", "check the path")
-    by_question = {" ".join(problem.question.split()): problem for problem in problems}
-    rows, samples = [], {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            question, steps = row["question"].split(), [str(step) for step in row["steps"]]
-            label = int(row.get("first_error_step") or 0)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataFault(
-                f"{path}, line {number}: {error!r}", "each row needs a question and its steps"
-            ) from None
-        if not steps or isinstance(row["steps"], str) or label > len(steps):
-            raise DataFault(
-                f"{path}, line {number}: steps are no list, or step {label} is not among them",
-                "mend or remove this line",
-            )
-        problem = by_question.get(" ".join(question))
-        if problem is None:
-            continue
-        sample = samples[problem.id] = samples.get(problem.id, -1) + 1
-        rows.append(_brought(row.get("answer"), steps, label, problem, sample, grader))
-    if not rows:
-        raise DataFault(
-            f"{path}: no row's question is among the problems of stage 2", "check problems.source"
-        )
-    return sorted(rows, key=lambda row: [p.id for p in problems].index(row.id))
-
-
-def _brought(
-    answer: Any, steps: Sequence[str], label: int, problem: Problem, sample: int, grader: Grader
-) -> Attempt:
-    answer = clean(str(answer)) if answer is not None else extract(steps[-1])
-    trace = Trace(tuple(Step(clean(step)) for step in steps), None, answer or None)
-    wrong = label if label > 0 else None
-    correct = False if wrong is not None else grader.equal(answer, problem.answer)
-    return Attempt(
-        id=problem.id, sample=sample, trace=render(trace), answer=answer, correct=correct, first_error=wrong
-    )

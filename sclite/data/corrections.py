@@ -9,28 +9,39 @@ from typing import Any
 from sclite import prompts
 from sclite.config import Config
 from sclite.data.attempts import distinct
+from sclite.data.brought import refuse
 from sclite.data.templates import mentions_the_solution
 from sclite.errors import DataFault
 from sclite.grader import Grader
 from sclite.records import Attempt, Drop, Problem, Review
 from sclite.run import Report, Run, digest, timed
 from sclite.teacher.client import Flaw, Job, Teacher
+from sclite.teacher.forecast import Forecast, ask_after_pilot
 from sclite.trace import Trace, first_corrected, parse, render
 
-STAGE = "corrections"
+STAGE, FILE = "corrections", "reviews.jsonl"
 
 
 def inputs_of(config: Config, run: Run) -> dict[str, Any]:
     """What decides the teacher's reviews."""
     teacher = config.teacher
+    named = ["teacher_system", "teacher_correction"]
+    named += ["inspector_correction"] if teacher.inspector else []
     return {
         "attempts": run.file_digest("attempts.jsonl"),
         "teacher": digest(
-            [teacher.model, teacher.api_base, teacher.temperature, teacher.max_tokens, teacher.repairs]
+            [
+                teacher.model,
+                teacher.api_base,
+                teacher.temperature,
+                teacher.max_tokens,
+                teacher.repairs,
+                teacher.inspector,
+            ]
         ),
         "confirmations": config.dpo.confirmation_share,
         "seed": config.seed,
-        "prompts": prompts.digest("teacher_system", "teacher_correction", folder=config.prompts.folder),
+        "prompts": prompts.digest(*named, folder=config.prompts.folder),
     }
 
 
@@ -40,11 +51,17 @@ def build_corrections(
     *,
     teacher: Teacher,
     grader: Grader,
+    confirm: Callable[[Forecast], bool] | None = None,
     progress: Callable[[int, int, float | None], None] | None = None,
 ) -> Report:
-    """Have the teacher correct every different wrong attempt; add confirmations of right ones; writes reviews.jsonl."""
+    """Have the teacher correct every different wrong attempt; add confirmations of right ones; writes reviews.jsonl.
+
+    A reviews.jsonl that no such stage wrote takes its place, once each row fits its attempt.
+    """
+    if run.brought_along(STAGE, FILE):
+        return _adopt(run)
     inputs, report = inputs_of(config, run), Report(STAGE)
-    if manifest := run.done(STAGE, inputs, "reviews.jsonl"):
+    if manifest := run.done(STAGE, inputs, FILE):
         return Report.of(manifest)
     with timed(report):
         problems = {problem.id: problem for problem in run.read("problems.jsonl", Problem)}
@@ -52,24 +69,58 @@ def build_corrections(
             run.require("attempts.jsonl", Attempt, "run `sclite train`: SFT first, then its attempts")
         )
         wrong, drops = _usable(attempts)
-        reviews, refused = _ask(config, teacher, grader, wrong, problems, progress)
+        reviews, refused = _ask(config, teacher, grader, wrong, problems, confirm, progress)
         report.cost_usd = teacher.ledger.totals(STAGE)["cost_usd"]
         run.replace_drops({STAGE}, [*drops, *refused])
         report.dropped = dict(Counter(drop.reason for drop in [*drops, *refused]))
         if not reviews:
             reasons = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items())
+            trained = config.attempts.kind == "trained"
+            other = "train SFT for longer" if trained else "name an attempts.student that writes <Step1> .."
             raise DataFault(
                 f"no wrong attempt could be corrected: {reasons or 'there is none'}",
-                f"look into {run.path('dropped.jsonl')}; sample more attempts, or train SFT for longer",
+                f"look into {run.path('dropped.jsonl')}; sample more attempts, or {other}",
             )
         confirmed = _confirmations(attempts, len(reviews), config)
         order = {attempt_key(a): i for i, a in enumerate(attempts)}
-        run.replace("reviews.jsonl", sorted([*reviews, *confirmed], key=lambda r: order[attempt_key(r)]))
+        run.begin(STAGE)
+        run.replace(FILE, sorted([*reviews, *confirmed], key=lambda r: order[attempt_key(r)]))
     report.counts |= {"wrong": len(wrong), "corrected": len(reviews), "confirmed": len(confirmed)}
     unanswered = report.dropped.get("no_reply", 0)
     # a network fault is no verdict on a row: the signature then fits no inputs, and the next call asks again
     run.sign(STAGE, {**inputs, "unanswered": unanswered} if unanswered else inputs, report)
     return report
+
+
+def _adopt(run: Run) -> Report:
+    """The report of a reviews.jsonl that was put into the run, each row checked against its attempt."""
+    attempts = {attempt_key(attempt): attempt for attempt in run.read("attempts.jsonl", Attempt)}
+    reviews = run.read(FILE, Review)
+    for number, row in enumerate(reviews, 1):
+        parsed, attempt = parse(row.trace), attempts.get(attempt_key(row))
+        if attempt is None:
+            remedy = "put that attempt into attempts.jsonl, or remove the review"
+            refuse(
+                run,
+                FILE,
+                number,
+                row,
+                f"attempts.jsonl has no attempt of this id and sample {row.sample}",
+                remedy,
+            )
+        if parsed.faults:
+            refuse(run, FILE, number, row, str(parsed.faults[0]))
+        if row.step != first_corrected(parsed.trace):
+            said = first_corrected(parsed.trace)
+            refuse(run, FILE, number, row, f"step is {row.step}, but its trace corrects {said or 'none'}")
+        flaw = _step_flaw(work_of(attempt), parsed.trace, None) if row.step else None
+        if flaw is not None:
+            refuse(run, FILE, number, row, flaw.text)
+        if row.step and (row.cause is None or row.correction is None):
+            refuse(run, FILE, number, row, "cause or correction is missing")
+    corrected = sum(row.step is not None for row in reviews)
+    counts = {"corrected": corrected, "confirmed": len(reviews) - corrected, "brought_along": len(reviews)}
+    return Report(STAGE, counts, skipped=True)
 
 
 def attempt_key(row: Any) -> tuple[str, int]:
@@ -103,7 +154,7 @@ def work_of(attempt: Attempt) -> Trace:
     return parse(attempt.trace).trace
 
 
-def _ask(config, teacher, grader, wrong, problems, progress) -> tuple[list[Review], list[Drop]]:
+def _ask(config, teacher, grader, wrong, problems, confirm, progress) -> tuple[list[Review], list[Drop]]:
     """The teacher's reviews that pass every filter, and drops for the rest."""
     by_key = {f"{a.id}/{a.sample}": a for a in wrong}
 
@@ -117,10 +168,24 @@ def _ask(config, teacher, grader, wrong, problems, progress) -> tuple[list[Revie
                 problem.question, solution, problem.answer, work, fault, config.prompts.folder
             )
 
-        return Job(key, messages, lambda text: review_flaw(text, attempt, problem, grader), attempt.sample)
+        def inspect(text: str):
+            return prompts.inspection_messages(
+                "inspector_correction",
+                problem.question,
+                solution,
+                problem.answer,
+                text,
+                config.prompts.folder,
+            )
+
+        def check(text: str):
+            return review_flaw(text, attempt, problem, grader)
+
+        return Job(key, messages, check, attempt.sample, inspect=inspect)
 
     reviews, drops = [], []
-    for done, result in enumerate(teacher.ask_all((job(k, a) for k, a in by_key.items()), STAGE), 1):
+    jobs = (job(key, attempt) for key, attempt in by_key.items())
+    for done, result in enumerate(ask_after_pilot(teacher, jobs, len(wrong), STAGE, confirm), 1):
         attempt = by_key[result.id]
         if result.flaw is not None:
             drops.append(_drop(attempt, result.flaw.reason, result.flaw.text, result.raw))

@@ -1,25 +1,26 @@
 """The problems of a run: read from a file or the hub in any of the usual forms, and divided between the two stages."""
 
-import csv
 import hashlib
-import json
-import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sclite import answers, config
+from sclite.data.contamination import SPAN, Question, index_of, overlap
+from sclite.data.sources import Rows, is_local, rows_of
 from sclite.errors import DataFault, UsageFault
 from sclite.records import Drop, Problem
-from sclite.run import Run
+from sclite.run import Report, Run, digest, timed
 
 FILE, STAGE = "problems.jsonl", "problems"
 FORMS = "question and answer (GSM8K, or plain), or problem and solution with \\boxed{} (MATH)"
-_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+OVERLAPS = "overlaps_evaluation"
 _CALCULATOR = re.compile(r"<<[^<>\n]*>>")
-_HUB_REMEDY = "download it as JSONL where there is a net, and give the file as problems.source"
-Rows = Iterator[tuple[int, Mapping[str, Any]]]
+_LAST_LINE = re.compile(r"^.*\bthe answer is:?[ \t]+([^\n]+?)\.?\s*\Z", re.I | re.M)
+_USUAL = {"question": ("question", "problem"), "answer": ("answer",), "solution": ("solution",)}
+_USUAL_IDS = ("id", "unique_id")
 
 
 def load_problems(
@@ -28,32 +29,52 @@ def load_problems(
     split: str = "train",
     limit: int | None = None,
     drops: list[Drop] | None = None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    avoid: Mapping[int, str] | None = None,
+    key: str = "problems.source",
 ) -> list[Problem]:
     """The first `limit` different problems of a local file (.jsonl .json .csv .parquet) or of a hub data set.
 
-    A question that stands there already is left out and noted in `drops`. Ids are the rows' own, else a hash of the
-    question: other rows do not change them. Raises DataFault with file, line and remedy where the file cannot be used;
-    in a hub data set, which nobody can mend, a row without an answer is left out and noted instead.
+    `columns` names the columns of question, answer, solution and id; without them the usual names are known. A question
+    that stands there already, but for case and blanks, or that overlaps one of the index `avoid` (see contamination),
+    is left out and noted in `drops`. Ids are the rows' own, else a hash of the question: other rows do not change them.
+    Raises DataFault with file, line and remedy where the file cannot be used; in a hub data set, which nobody can mend,
+    a row without an answer is left out and noted instead. `key` is the configuration's name for the source.
     """
     if not source:
-        raise UsageFault(
-            "problems.source is not set", f"add --set problems.source=FILE.jsonl, a file with {FORMS}"
-        )
-    local = source.lower().endswith(_SUFFIXES) or Path(source).exists()
-    rows = _local_rows(Path(source)) if local else _hub_rows(source, subset, split)
-    return _collect(source, rows, local, limit, [] if drops is None else drops)
+        raise UsageFault(f"{key} is not set", f"add --set {key}=FILE.jsonl, a file with {FORMS}")
+    rows = rows_of(source, subset, split, key)
+    noted = [] if drops is None else drops
+    return _collect(source, rows, limit, noted, columns or {}, avoid or {})
 
 
-def gather_problems(settings: config.Config, run: Run) -> list[Problem]:
-    """All problems of the run: read from problems.source and written to problems.jsonl, else those that lie there."""
-    chosen = settings.problems
-    if not chosen.source:
-        return run.require(FILE, Problem, f"add --set problems.source=FILE.jsonl, a file with {FORMS}")
-    drops: list[Drop] = []
-    problems = load_problems(chosen.source, chosen.subset, chosen.split, chosen.limit, drops)
-    run.replace(FILE, problems)
-    run.replace_drops([STAGE], drops)
+def gather_problems(settings: config.Config, run: Run, report: Report | None = None) -> list[Problem]:
+    """All problems of the run: read from problems.source and written to problems.jsonl, else those that lie there.
+
+    Those that overlap a question of eval.source or of a file in problems.avoid are left out. What is left out stands in
+    dropped.jsonl with its reason, and is counted in `report`.
+    """
+    chosen, drops = settings.problems, []
+    report = report or Report(STAGE)
+    with timed(report):
+        avoid = index_of(_avoided(settings))
+        if chosen.source:
+            given = (chosen.source, chosen.subset, chosen.split, chosen.limit, drops)
+            problems = load_problems(*given, columns=chosen.columns(), avoid=avoid)
+            run.replace(FILE, problems)
+        else:
+            problems = _put_there(run, avoid, drops)
+        run.replace_drops([STAGE], drops)
+    report.counts = {"problems": len(problems)}
+    report.dropped = dict(Counter(drop.reason for drop in drops))
+    run.sign(STAGE, {"problems": run.file_digest(FILE), "settings": digest(chosen.model_dump())}, report)
     return problems
+
+
+def same_question(text: str) -> str:
+    """A question in the form in which two are compared: case and blanks do not matter."""
+    return " ".join(text.split()).casefold()
 
 
 def split_for_stages(
@@ -70,169 +91,194 @@ def split_for_stages(
     return sides
 
 
+# -- what must not be trained on -----------------------------------------------------------------------------------
+
+
+def _avoided(settings: config.Config) -> Iterator[Question]:
+    """The questions of eval.source and of every file in problems.avoid, each under its id and its file.
+
+    Where evaluation and training share one source, evaluation itself leaves out what was trained on.
+    """
+    if settings.eval.source and _place(settings.eval) != _place(settings.problems):
+        yield from _questions(settings.eval, "eval.source", "--set eval.source= leaves this check out")
+    for source in settings.problems.avoid:
+        yield from _questions(config.Source(source=source), "problems.avoid", "or take it out of the list")
+
+
+def _place(source: config.Source) -> tuple[str, ...]:
+    if is_local(source.source):
+        return (str(Path(source.source).resolve()),)
+    return source.source, source.subset, source.split
+
+
+def _questions(source: config.Source, key: str, way_out: str) -> Iterator[Question]:
+    """Every question of a source, also of rows without an answer."""
+    columns = source.columns()
+    try:
+        for place, row in rows_of(source.source, source.subset, source.split, key):
+            question = _text(_cells(row, f"{source.source}, {place}", columns, ("question",))["question"])
+            if question:
+                yield f"{_id(row, question, columns)} of {source.source}", question
+    except DataFault as fault:
+        raise DataFault(
+            f"{key}, whose questions must not be trained on: {fault.message}", f"{fault.hint}; {way_out}"
+        ) from fault
+
+
+def _put_there(run: Run, avoid: Mapping[int, str], drops: list[Drop]) -> list[Problem]:
+    """The rows of a problems.jsonl that was put into the run; the file stays as it is."""
+    rows = run.require(FILE, Problem, f"add --set problems.source=FILE.jsonl, a file with {FORMS}")
+    numbers: dict[str, int] = {}
+    problems = []
+    for number, problem in enumerate(rows, 1):
+        if problem.id in numbers:
+            raise DataFault(
+                f"{run.path(FILE)}, row {number}: the id {problem.id} stands at row {numbers[problem.id]} already",
+                "give each row an id of its own",
+            )
+        numbers[problem.id] = number
+        if name := overlap(problem.question, avoid):
+            drops.append(_overlap_drop(problem, f"{run.path(FILE)}, row {number}", name))
+        else:
+            problems.append(problem)
+    if not problems:
+        raise DataFault(*_nothing_left(str(run.path(FILE)), drops))
+    return problems
+
+
+def _overlap_drop(problem: Problem, where: str, name: str) -> Drop:
+    detail = f"{where}: {SPAN} words in a row, or all of it, stand in {name}"
+    return Drop(stage=STAGE, id=problem.id, reason=OVERLAPS, detail=detail, raw=problem.question)
+
+
+def _nothing_left(source: str, drops: list[Drop]) -> tuple[str, str]:
+    """(message, hint) where every row was left out."""
+    if any(drop.reason == OVERLAPS for drop in drops):
+        return (
+            f"{source}: every problem overlaps those of the evaluation",
+            "train and evaluate on different problems",
+        )
+    return f"{source}: no row has an answer", f"it needs rows with {FORMS}"
+
+
 # -- rows into problems --------------------------------------------------------------------------------------------
 
 
-def _collect(source: str, rows: Rows, local: bool, limit: int | None, drops: list[Drop]) -> list[Problem]:
+def _collect(
+    source: str,
+    rows: Rows,
+    limit: int | None,
+    drops: list[Drop],
+    columns: Mapping[str, str],
+    avoid: Mapping[int, str],
+) -> list[Problem]:
     problems: list[Problem] = []
-    questions: dict[str, str] = {}  # question -> id
-    ids: dict[str, int] = {}
+    questions: dict[int, str] = {}  # hash of a question -> id
+    ids: dict[str, str] = {}  # id -> place
     empty = True
-    for number, row in rows:
+    for place, row in rows:
         empty = False
-        where = f"{source}, line {number}"
+        where = f"{source}, {place}"
+        cells = _cells(row, where, columns)
         try:
-            problem = _problem(row, where)
+            problem = _problem(row, cells, where, columns)
         except DataFault as fault:
-            if local or not _recognised(row):
+            if is_local(source):
                 raise
-            drops.append(Drop(stage=STAGE, id=f"row {number}", reason="no_answer", detail=fault.message))
+            drops.append(Drop(stage=STAGE, id=place, reason="no_answer", detail=fault.message))
             continue
-        if problem.question in questions:
-            detail = f"{where}: the question of {questions[problem.question]} again"
-            drops.append(Drop(stage=STAGE, id=problem.id, reason="duplicate_question", detail=detail))
+        alike = hash(same_question(problem.question))
+        if alike in questions:
+            detail = f"{where}: the question of {questions[alike]} again"
+            given = {"id": problem.id, "reason": "duplicate_question", "raw": problem.question}
+            drops.append(Drop(stage=STAGE, detail=detail, **given))
+            continue
+        if name := overlap(problem.question, avoid):
+            drops.append(_overlap_drop(problem, where, name))
             continue
         if problem.id in ids:
             raise DataFault(
-                f"{where}: the id {problem.id} stands at line {ids[problem.id]} already",
+                f"{where}: the id {problem.id} stands at {ids[problem.id]} already",
                 "give each row an id of its own, or none",
             )
-        questions[problem.question], ids[problem.id] = problem.id, number
+        questions[alike], ids[problem.id] = problem.id, place
         problems.append(problem)
         if len(problems) == limit:
             break
     if empty:
         raise DataFault(f"{source} is empty", f"it needs rows with {FORMS}")
     if not problems:
-        raise DataFault(f"{source}: no row has an answer", f"it needs rows with {FORMS}")
+        raise DataFault(*_nothing_left(source, drops))
     return problems
 
 
-def _recognised(row: Mapping[str, Any]) -> bool:
-    return bool({"question", "problem"} & row.keys() and {"answer", "solution"} & row.keys())
+def _cells(
+    row: Mapping[str, Any], where: str, columns: Mapping[str, str], wanted: Iterable[str] = tuple(_USUAL)
+) -> dict[str, Any]:
+    """{"question", "answer", "solution": value, None where there is none} by the named columns, else the usual ones.
+
+    Raises DataFault that names the columns that are there where a named one is absent, or no known ones are there.
+    """
+    there = ", ".join(str(name) for name in row) or "none"
+    for part, name in columns.items():
+        if name not in row and part in (*wanted, "id"):
+            raise DataFault(f"{where}: no column {name}, only: {there}", f"set {part}_column to one of them")
+    names = {part: [columns[part]] if part in columns else _USUAL[part] for part in wanted}
+    known = {part for part, usual in names.items() if any(name in row for name in usual)}
+    golden = {"answer", "solution"} & names.keys()
+    if "question" not in known or (golden and not golden & known):
+        raise DataFault(
+            f"{where}: no known columns, only: {there}",
+            f"name them by question_column, answer_column and solution_column, or rename them: {FORMS}",
+        )
+    return {part: next((row[n] for n in usual if _text(row.get(n))), None) for part, usual in names.items()}
 
 
-def _problem(row: Mapping[str, Any], where: str) -> Problem:
-    """One row in any of the known forms; DataFault where it is none of them."""
-    if not _recognised(row):
-        there = ", ".join(str(name) for name in row) or "none"
-        raise DataFault(f"{where}: no known columns, only: {there}", f"rename them: {FORMS}")
-    question = _text(row.get("question")) or _text(row.get("problem"))
+def _problem(
+    row: Mapping[str, Any], cells: Mapping[str, Any], where: str, columns: Mapping[str, str]
+) -> Problem:
+    """One row in any of the known forms; DataFault where its question or answer is missing."""
+    question, gold, solution = (_text(cells[part]) for part in _USUAL)
     if not question:
         raise DataFault(f"{where}: the question is empty", "fill it in or remove the row")
-    gold, solution = _text(row.get("answer")), _text(row.get("solution"))
     if "####" in gold:
-        worked, _, gold = gold.rpartition("####")
-        solution, gold = solution or worked, gold.strip()
-    elif not gold:
+        gold, worked = _gold_in(gold)
+        solution = solution or worked
+    elif gold:
+        solution = solution.rpartition("####")[0] or solution
+    else:
         gold, solution = _gold_in(solution)
     if not gold:
         raise DataFault(
             f"{where}: no answer", "add `answer`, or end the solution in #### ANSWER or \\boxed{ANSWER}"
         )
-    own = _text(row.get("id")) or _text(row.get("unique_id"))
     return Problem(
-        id=own or hashlib.sha256(question.encode()).hexdigest()[:12],
+        id=_id(row, question, columns),
         question=question,
         answer=gold,
         solution=_CALCULATOR.sub("", solution).strip() or None,
     )
 
 
+def _id(row: Mapping[str, Any], question: str, columns: Mapping[str, str]) -> str:
+    names = [columns["id"]] if "id" in columns else _USUAL_IDS
+    own = next((_text(row[name]) for name in names if _text(row.get(name))), "")
+    return own or hashlib.sha256(question.encode()).hexdigest()[:12]
+
+
 def _gold_in(solution: str) -> tuple[str, str]:
-    """(answer, solution) of a worked solution that ends in `#### answer` or holds it in its last box."""
+    """(answer, solution) of a worked solution: after its last `####`, in its last box, or in a last line that says so."""
     if "####" in solution:
         worked, _, gold = solution.rpartition("####")
-        return gold.strip(), worked
+        return gold.strip().partition("\n")[0].strip(), worked
     gold = answers.extract(solution) or ""
     inside = re.escape(gold)
     boxed = re.search(rf"\\(?:boxed|fbox)(?:\s*\{{\s*{inside}\s*\}}|\s+{inside})", solution)
-    return (gold if gold and boxed else ""), solution  # without a closed box `extract` takes any number
+    if gold and boxed:
+        return gold, solution
+    said = _LAST_LINE.search(solution)  # without a closed box `extract` takes any number
+    return (said[1].strip() if said else ""), solution
 
 
 def _text(value: Any) -> str:
     return "" if value is None else str(value).strip()
-
-
-# -- where rows come from ------------------------------------------------------------------------------------------
-
-
-def _local_rows(path: Path) -> Rows:
-    """(line or row number from 1, row) of a file."""
-    if not path.is_file():
-        there = "is a folder" if path.is_dir() else "does not exist"
-        raise DataFault(f"{path} {there}", "give a .jsonl, .json, .csv or .parquet file as problems.source")
-    kind = path.suffix.lower()
-    if kind == ".parquet":
-        datasets = _datasets()
-        return enumerate(datasets.load_dataset("parquet", data_files=str(path), split="train"), 1)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataFault(f"{path} cannot be read: {error}", "it must be UTF-8 text") from error
-    if kind == ".csv":
-        return enumerate(csv.DictReader(text.splitlines(keepends=True)), 1)
-    if kind == ".json":
-        return _json_rows(path, text)
-    return _jsonl_rows(path, text)
-
-
-def _jsonl_rows(path: Path, text: str) -> Rows:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield number, _object(path, line, number)
-
-
-def _object(path: Path, line: str, number: int) -> Mapping[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataFault(
-            f"{path}, line {number}: not JSON: {error}", "mend or remove this line; each is one JSON object"
-        ) from error
-    if not isinstance(row, dict):
-        raise DataFault(f"{path}, line {number}: not a JSON object", "each line is one JSON object")
-    return row
-
-
-def _json_rows(path: Path, text: str) -> Rows:
-    try:
-        rows: Sequence[Any] = json.loads(text) if text.strip() else []
-    except json.JSONDecodeError as error:
-        raise DataFault(f"{path}, line {error.lineno}: not JSON: {error.msg}", "mend this line") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise DataFault(
-            f"{path}: not a list of objects", "write [{..}, {..}], or one object per line as .jsonl"
-        )
-    return enumerate(rows, 1)
-
-
-def _hub_rows(source: str, subset: str, split: str) -> Rows:
-    datasets = _datasets()
-    try:
-        found = datasets.load_dataset(source, subset or None, split=split)
-    except datasets.exceptions.DatasetNotFoundError as error:
-        raise DataFault(
-            f"{source} is neither a file here nor a data set on the hub", "check problems.source"
-        ) from error
-    except OSError as error:
-        raise DataFault(f"the data set {source} cannot be reached: {_line(error)}", _HUB_REMEDY) from error
-    except (ValueError, RuntimeError) as error:
-        raise DataFault(
-            f"the data set {source}: {_line(error)}", "check problems.subset and problems.split"
-        ) from error
-    return enumerate(found, 1)
-
-
-def _datasets():
-    """The library, imported when it is first needed, without its bars and its logged retries."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    return datasets
-
-
-def _line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -12,7 +12,8 @@ from sclite.errors import DataFault, UsageFault
 from sclite.grader import Grader
 from sclite.records import Drop, Problem, Template
 from sclite.run import Report, Run, digest, timed
-from sclite.teacher.client import Flaw, Job, Result, Teacher
+from sclite.teacher.client import Flaw, Job, Result, Teacher, identity
+from sclite.teacher.forecast import CHARACTERS_PER_TOKEN, Forecast, ask_after_pilot, reckon
 
 STAGE, FILE = "templates", "templates.jsonl"
 BEGUN = ".templates.json"  # what the rows of an unfinished file are made from
@@ -37,33 +38,45 @@ def build_templates(
     grader: Grader,
     problems: Sequence[Problem] | None = None,
     fresh: bool = False,
+    confirm: Callable[[Forecast], bool] | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Write templates.jsonl: one checked thought trace for each problem of stage 1, or for each of `problems`.
 
     What is left out stands in dropped.jsonl with its reason and the last reply. Unfinished work is taken up again, and
     nothing happens where the stage was finished from the same inputs. A templates.jsonl that no such stage wrote takes
-    its place. Raises UsageFault where rows by another teacher or prompt lie there (`fresh` makes them anew), DataFault
+    its place. `confirm` decides after a few rows whether the rest is worth its price. Raises UsageFault where rows by another teacher or prompt lie there (`fresh` makes them anew), DataFault
     where not one template came out.
     """
     report = Report(STAGE)
     with timed(report):
-        if _brought_along(run):
+        if brought_along(run):
             return _adopt(run, report)
         if problems is None:
             share = settings.problems.correction_share
             problems = split_for_stages(gather_problems(settings, run), share, settings.seed)[0]
-        inputs = _inputs(settings, teacher, problems)
+        inputs = inputs_of(settings, problems)
         manifest = run.done(STAGE, inputs)
         if manifest is not None and run.path(FILE).is_file() and not fresh:
             return Report.of(manifest)
         kept = _kept(run, inputs, problems, fresh)
-        drops = _ask(settings, run, teacher, grader, problems, kept, _basis(inputs), progress)
+        drops = _ask(settings, run, teacher, grader, problems, kept, _basis(inputs), confirm, progress)
         _finish(run, report, problems, drops, teacher)
     unanswered = report.dropped.get("no_reply", 0)
     # a network fault is no verdict on a row: the signature then fits no inputs, and the next call asks again
     run.sign(STAGE, {**inputs, "unanswered": unanswered} if unanswered else inputs, report)
     return report
+
+
+def reckon_templates(
+    settings: Config, run: Run, *, teacher: Teacher, grader: Grader, problems: Sequence[Problem]
+) -> dict[str, Any]:
+    """What build_templates would send first, and what it would cost; sends and writes nothing."""
+    there = {row.id for row in run.read(FILE, Template)}
+    missing = [problem for problem in problems if problem.id not in there]
+    solutions = sum(len(problem.solution or problem.answer) for problem in missing)
+    guess = 120 + 1.5 * solutions / CHARACTERS_PER_TOKEN / max(1, len(missing))
+    return reckon(teacher, _jobs(settings, iter(missing), grader), guess, STAGE)
 
 
 def check_template(reply: str, problem: Problem, grader: Grader) -> Flaw | None:
@@ -97,11 +110,14 @@ def mentions_the_solution(text: str) -> str | None:
 # -- the stage's parts ---------------------------------------------------------------------------------------------
 
 
-def _inputs(settings: Config, teacher: Teacher, problems: Sequence[Problem]) -> dict[str, Any]:
+def inputs_of(settings: Config, problems: Sequence[Problem]) -> dict[str, Any]:
+    """What decides the templates of these problems."""
+    named = ["teacher_system", "teacher_template"]
+    named += ["inspector_template"] if settings.teacher.inspector else []
     return {
         "problems": digest([problem.model_dump() for problem in problems]),
-        "prompts": prompts.digest("teacher_system", "teacher_template", folder=settings.prompts.folder),
-        "teacher": teacher.identity(),
+        "prompts": prompts.digest(*named, folder=settings.prompts.folder),
+        "teacher": identity(settings.teacher),
         "repairs": settings.teacher.repairs,
     }
 
@@ -111,7 +127,8 @@ def _basis(inputs: dict[str, Any]) -> dict[str, Any]:
     return {"prompts": inputs["prompts"], "teacher": inputs["teacher"]}
 
 
-def _brought_along(run: Run) -> bool:
+def brought_along(run: Run) -> bool:
+    """Whether templates.jsonl was put into the run by the user."""
     return run.read_json(BEGUN) is None and bool(run.read(FILE, Template))
 
 
@@ -145,13 +162,14 @@ def _kept(run: Run, inputs: dict[str, Any], problems: Sequence[Problem], fresh: 
     return kept
 
 
-def _ask(settings, run, teacher, grader, problems, kept, basis, progress) -> dict[str, Drop]:
+def _ask(settings, run, teacher, grader, problems, kept, basis, confirm, progress) -> dict[str, Drop]:
     """Ask for what is missing; each row is in its file before the next is looked at. Gives the drops by id."""
     by_id = {problem.id: problem for problem in problems}
     drops: dict[str, Drop] = {}
     done, begun = len(kept), False
     waiting = (problem for problem in problems if problem.id not in kept)
-    for result in teacher.ask_all(_jobs(settings, waiting, grader), STAGE):
+    jobs = _jobs(settings, waiting, grader)
+    for result in ask_after_pilot(teacher, jobs, len(problems) - len(kept), STAGE, confirm):
         if result.text is not None:
             if not begun:
                 run.write_json(BEGUN, basis)
@@ -177,7 +195,12 @@ def _jobs(settings: Config, problems: Iterator[Problem], grader: Grader) -> Iter
         def check(reply: str, problem: Problem = problem) -> Flaw | None:
             return check_template(reply, problem, grader)
 
-        yield Job(problem.id, messages, check)
+        def inspect(reply: str, problem: Problem = problem, solution: str = solution):
+            return prompts.inspection_messages(
+                "inspector_template", problem.question, solution, problem.answer, reply, folder
+            )
+
+        yield Job(problem.id, messages, check, inspect=inspect)
 
 
 def _template(problem: Problem, result: Result) -> Template:

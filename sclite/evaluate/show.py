@@ -42,6 +42,8 @@ def table(summary: Mapping[str, Any]) -> None:
     unknown = sum(figures["unknown"] for figures in summary["models"].values())
     if unknown:
         console.say(f"{unknown} answers could not be graded; they are left out")
+    for note in summary["notes"]:
+        console.say(note)
 
 
 def example(shown: Mapping[str, Any] | None) -> None:

@@ -26,6 +26,16 @@ def gguf_path(run: Run, name: str, config: Config) -> Path:
     return run.path(f"export/{name}-{config.export.quant.lower()}.gguf")
 
 
+def inputs_of(config: Config, run: Run, name: str) -> dict[str, Any]:
+    """What decides the GGUF of base, sft or dpo."""
+    adapter = ADAPTERS[name]
+    return {
+        "adapter": run.file_digest(f"{adapter}/adapter_model.safetensors") if adapter else "",
+        "student": digest(config.student.model),
+        "quant": config.export.quant,
+    }
+
+
 def export_model(config: Config, run: Run, name: str, *, compare: bool = True) -> Report:
     """Write export/<name>-<quant>.gguf for base, sft or dpo; with `compare` also parity.json.
 
@@ -36,11 +46,7 @@ def export_model(config: Config, run: Run, name: str, *, compare: bool = True) -
     if adapter is not None and not (adapter / "adapter_model.safetensors").is_file():
         raise DataFault(f"{adapter} is missing", "run `sclite train` first")
     out = gguf_path(run, name, config)
-    inputs = {
-        "adapter": run.file_digest(f"{ADAPTERS[name]}/adapter_model.safetensors") if adapter else "",
-        "student": digest(config.student.model),
-        "quant": config.export.quant,
-    }
+    inputs = inputs_of(config, run, name)
     known_quantisation(config.export.quant)
     if (manifest := run.done(stage, inputs)) and out.is_file():
         return Report.of(manifest)

@@ -1,7 +1,7 @@
 """The embedded tutor as a LiteLLM provider, so that the quickstart's teacher is reached like any other."""
 
 from sclite.quickstart import tutor
-from sclite.teacher.client import import_litellm
+from sclite.teacher.provider import import_litellm
 
 PROVIDER = "embedded"
 MODEL = f"{PROVIDER}/tutor"

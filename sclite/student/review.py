@@ -5,11 +5,11 @@ sees a gold answer.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from sclite import prompts
-from sclite.student.base import Request, ScoreRequest, Student
+from sclite.student.base import Reply, Request, ScoreRequest, Student
 from sclite.trace import (
     CAUSE,
     Step,
@@ -24,6 +24,8 @@ from sclite.trace import (
 )
 
 CLOSER = "</Step"
+TOP_P = 0.95
+NO_REPLY = "no reply"
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def correction_request(
         pieces,
         max_tokens=settings.max_tokens,
         temperature=settings.temperature,
-        top_p=0.95,
+        top_p=TOP_P,
         seed=settings.seed + sample,
         stop=("</Correction>",),
     )
@@ -114,10 +116,14 @@ def continued(trace: Trace, step: int, correction: str, text: str) -> Trace:
     return parse("".join(step_pieces(kept)) + text).trace
 
 
-def _generate(student: Student, requests: list[Request]):
-    replies = [None] * len(requests)
-    for reply in student.generate(requests):
+def _generate(
+    student: Student, requests: list[Request], progress: Callable[[int, int], None] | None = None
+) -> list[Reply | None]:
+    replies: list[Reply | None] = [None] * len(requests)
+    for done, reply in enumerate(student.generate(requests), 1):
         replies[reply.index] = reply
+        if progress is not None:
+            progress(done, len(requests))
     return replies
 
 
@@ -181,7 +187,7 @@ def mend(student: Student, cases: Iterable[tuple[str, Trace, int]], settings: Se
     replies = _generate(
         student, [correction_request(q, t, k, settings, i) for i, (q, t, k) in enumerate(cases)]
     )
-    results: list[Reviewed] = [Reviewed(render(trace), note="no reply") for _, trace, _ in cases]
+    results: list[Reviewed] = [Reviewed(render(trace), note=NO_REPLY) for _, trace, _ in cases]
     going_on = []
     for i, reply in enumerate(replies):
         note = read_correction(reply.text) if reply is not None and reply.finish != "error" else None
@@ -205,9 +211,16 @@ def mend(student: Student, cases: Iterable[tuple[str, Trace, int]], settings: Se
 
 
 def free(
-    student: Student, questions: Sequence[str], attempts: Sequence[str], settings: Settings
+    student: Student,
+    questions: Sequence[str],
+    attempts: Sequence[str],
+    settings: Settings,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Reviewed]:
-    """Free review, the paper's protocol: one generation that repeats everything; an unreadable one changes nothing."""
+    """Free review, the paper's protocol: one generation that repeats everything; an unreadable one changes nothing.
+
+    Every request has the seed of the settings, so that a request depends on nothing but its own question and attempt.
+    """
     results = [Reviewed(text, note="no steps to review") for text in attempts]
     traces = [parse(text).trace for text in attempts]
     asked = [i for i, trace in enumerate(traces) if trace.steps]
@@ -215,12 +228,17 @@ def free(
         Request(
             prompts.review_messages(questions[i], render(traces[i]), settings.prompt_folder),
             max_tokens=2 * settings.max_tokens,
+            temperature=settings.temperature,
+            top_p=TOP_P if settings.temperature > 0 else 1.0,
+            seed=settings.seed,
         )
         for i in asked
     ]
-    for i, reply in zip(asked, _generate(student, requests), strict=True):
-        review = parse(reply.text).trace if reply is not None else Trace()
-        tokens = reply.tokens if reply is not None else 0
+    for i, reply in zip(asked, _generate(student, requests, progress), strict=True):
+        if reply is None or reply.finish == "error":
+            results[i] = Reviewed(attempts[i], note=NO_REPLY)
+            continue
+        review, tokens = parse(reply.text).trace, reply.tokens
         step = first_corrected(review)
         if not review.steps or review.answer is None:
             results[i] = Reviewed(attempts[i], tokens=tokens, note="the review could not be read")

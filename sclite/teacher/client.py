@@ -1,30 +1,21 @@
-"""The teacher: many requests at once through LiteLLM, each reply checked, mended by asking again, and paid for once."""
+"""The teacher: many jobs at once, each reply checked, mended by asking again, and paid for once."""
 
-import asyncio
-import logging
-import os
 import queue
-import random
-import time
-import warnings
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
-from ipaddress import ip_address
-from types import ModuleType
+from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
 from sclite import config
-from sclite.errors import TeacherFault, UsageFault
-from sclite.teacher import failures
-from sclite.teacher.ledger import Entry, Ledger, request_key
+from sclite.errors import BudgetFault, UsageFault
+from sclite.teacher.ledger import Entry, Ledger
 from sclite.teacher.loop import Loop
+from sclite.teacher.money import Budget, Price
+from sclite.teacher.sender import SEVERAL, Messages, NoReply, Sender, parameters_of
 
-Messages = Sequence[Mapping[str, str]]
-SEVERAL = 5  # different requests that must fail alike before the teacher, and not they, is to blame
-_LOCAL_PROVIDERS = ("ollama", "ollama_chat", "lm_studio", "llamafile")
+_VERDICT = re.compile(r"<\s*verdict\s*>\s*(accept|reject)\w*\b", re.I)
+_REASON = re.compile(r"<\s*reason\s*>(.*?)(?:</\s*reason\s*>|\Z)", re.I | re.S)
 
 
 @dataclass(frozen=True)
@@ -40,19 +31,24 @@ class Job:
     """One thing to ask. `messages(fault)` builds the chat; the fault is empty at first, then says what to mend.
 
     `check(reply)` gives None for a good reply. It runs in a thread, several at once, and may take its time.
+    `parameters` (temperature, top_p, max_tokens ..) hold for this job alone, before the teacher's own.
+    `inspect(reply)` builds the chat in which a second model accepts or rejects a reply that passed the check.
     """
 
     id: str
     messages: Callable[[str], Messages]
     check: Callable[[str], Flaw | None]
     sample: int = 0
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    inspect: Callable[[str], Messages] | None = None
 
 
 @dataclass(frozen=True)
 class Result:
     """What became of a job: `text` passed its check, or is None and `flaw` is the last thing that was wrong.
 
-    `raw` is the last reply whatever it is worth, `requests` how many replies it took.
+    `raw` is the last reply whatever it is worth, `requests` how many replies it took; `entry` is the last one as the
+    ledger has it, None where none came.
     """
 
     id: str
@@ -61,24 +57,17 @@ class Result:
     flaw: Flaw | None
     raw: str
     requests: int
+    entry: Entry | None = None
 
 
-def import_litellm() -> ModuleType:
-    """LiteLLM, imported when it is first needed (seconds), silent and without a look at the net or at .env files."""
-    os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
-    os.environ["LITELLM_MODE"] = "PRODUCTION"
-    import litellm
-
-    # a call that is cancelled in its first moments leaves a coroutine behind, which Python reports on the terminal
-    warnings.filterwarnings("ignore", r"coroutine '.*completion' was never awaited", RuntimeWarning)
-    litellm.suppress_debug_info = True
-    litellm.telemetry = False
-    logging.getLogger("LiteLLM").setLevel(logging.CRITICAL)
-    return litellm
+def identity(settings: config.Teacher) -> dict[str, Any]:
+    """What signs the rows made from its replies: the models and their parameters, wherever they run."""
+    named = {"model": settings.model, **parameters_of(settings)}
+    return {**named, "inspector": settings.inspector} if settings.inspector else named
 
 
 class Teacher:
-    """A model behind LiteLLM, with the run's ledger. Use as a context manager.
+    """A model behind LiteLLM, with the run's ledger, and an inspector where one is named. Use as a context manager.
 
     `prepare` is called once, after LiteLLM is imported and before the first call: a caller registers a provider of
     its own there (quickstart.provider.register).
@@ -86,22 +75,13 @@ class Teacher:
 
     def __init__(self, settings: config.Teacher, ledger: Ledger, prepare: Callable[[], None] | None = None):
         self.settings, self.ledger = settings, ledger
-        self._prepare = prepare
-        self._litellm: ModuleType | None = None
-        self._parameters = {
-            name: value
-            for name in ("temperature", "max_tokens")
-            if (value := getattr(settings, name)) is not None
-        }
         self._loop = Loop()
-        self._room = asyncio.Semaphore(settings.concurrency)
-        self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
-        self._key_variable = "the environment"
-        self._options: dict[str, Any] = {}
-        self._free = False
-        self._answered = self._succeeded = False  # any HTTP reply; any usable one
-        self._refused: dict[str, BaseException] = {}  # by key
-        self._unanswered = 0  # requests given up since the last reply
+        budget = Budget(ledger, settings.max_cost)
+        self._sender = Sender(settings, ledger, budget, prepare)
+        self._inspector = None
+        if settings.inspector:
+            other = {"model": settings.inspector, "api_base": settings.inspector_api_base, "price": None}
+            self._inspector = Sender(settings.model_copy(update=other), ledger, budget, prepare)
 
     def __enter__(self) -> "Teacher":
         return self
@@ -111,11 +91,24 @@ class Teacher:
 
     def close(self) -> None:
         """Ends the calls under way and closes connections. The ledger stays open."""
-        self._loop.close(self._litellm.close_litellm_async_clients if self._litellm else None)
+        provider = self._sender.provider
+        self._loop.close(provider.litellm.close_litellm_async_clients if provider else None)
 
     def identity(self) -> dict[str, Any]:
-        """What signs the rows made from its replies: the model and its parameters, wherever it runs."""
-        return {"model": self.settings.model, **self._parameters}
+        return identity(self.settings)
+
+    def first_request(self, job: Job) -> dict[str, Any]:
+        """What the first request of a job says, exactly; nothing is sent."""
+        chat = [dict(message) for message in job.messages("")]
+        return {"model": self.settings.model, "messages": chat, **self._sender.parameters, **job.parameters}
+
+    def has_answered(self, job: Job) -> bool:
+        """Whether the first reply to this job is in the ledger."""
+        return self.ledger.get(self._sender.key(job.messages(""), job.sample, 0, job.parameters)) is not None
+
+    def price(self) -> Price | None:
+        """US dollars per token; None where nobody knows. Imports LiteLLM, which takes seconds, and sends nothing."""
+        return self._sender.connect().price
 
     # -- many jobs -------------------------------------------------------------------------------------------------
 
@@ -123,7 +116,8 @@ class Teacher:
         """The result of each job, as it is done. Jobs are taken when there is room for them.
 
         Raises TeacherFault, and cancels the rest, where no further request can succeed: a bad key, an unknown model,
-        nobody there. Leaving the iterator early cancels the rest too. `stage` names the ledger's rows.
+        nobody there. At the spending limit what is under way is finished and given, then BudgetFault is raised.
+        Leaving the iterator early cancels the rest too. `stage` names the ledger's rows.
         """
         if not self.settings.model:
             raise UsageFault(
@@ -131,9 +125,10 @@ class Teacher:
             )
         waiting, done, flying = iter(jobs), queue.SimpleQueue[Future](), set[Future]()
         room = 2 * self.settings.concurrency  # jobs that wait before another try leave their calls to others
+        reached: BudgetFault | None = None
         try:
             while True:
-                while len(flying) < room and (job := next(waiting, None)) is not None:
+                while reached is None and len(flying) < room and (job := next(waiting, None)) is not None:
                     future = self._loop.submit(self._work(job, stage))
                     flying.add(future)
                     future.add_done_callback(done.put)
@@ -141,135 +136,56 @@ class Teacher:
                     break
                 future = done.get()
                 flying.discard(future)
-                yield future.result()
+                if isinstance(future.exception(), BudgetFault):
+                    reached = future.exception()
+                else:
+                    yield future.result()
         finally:
             for future in flying:
                 future.cancel()
-        self._blame_refusals(SEVERAL)
+        if reached is not None:
+            raise reached
+        self._sender.blame_refusals(SEVERAL)
 
     async def _work(self, job: Job, stage: str) -> Result:
-        flaw, fault, raw = None, "", ""
+        flaw, fault, raw, entry = None, "", "", None
         for repair in range(self.settings.repairs + 1):
-            reply = await self._reply(job.messages(fault), job.sample, repair, stage)
-            if isinstance(reply, Flaw):
-                return Result(job.id, job.sample, None, reply, raw, repair)
-            raw = reply.text
-            flaw = _unfinished(reply.finish_reason) or await self._loop.in_thread(job.check, raw)
+            try:
+                entry = await self._sender.reply(
+                    job.messages(fault), job.sample, repair, stage, job.parameters
+                )
+                raw = entry.text
+                flaw = await self._flaw(job, raw, entry.finish_reason, stage)
+            except NoReply as silence:
+                return Result(
+                    job.id, job.sample, None, Flaw(silence.reason, str(silence)), raw, repair, entry
+                )
             if flaw is None:
-                return Result(job.id, job.sample, raw, None, raw, repair + 1)
+                return Result(job.id, job.sample, raw, None, raw, repair + 1, entry)
             again = fault.startswith(flaw.text)  # the same words would bring the same reply
             fault = f"{flaw.text} (still so in reply {repair + 1})" if again else flaw.text
-        return Result(job.id, job.sample, None, flaw, raw, self.settings.repairs + 1)
+        return Result(job.id, job.sample, None, flaw, raw, self.settings.repairs + 1, entry)
 
-    # -- one request -----------------------------------------------------------------------------------------------
+    async def _flaw(self, job: Job, text: str, finish_reason: str, stage: str) -> Flaw | None:
+        """What is wrong with a reply: its end, then the job's own check, then what the inspector says."""
+        flaw = _unfinished(finish_reason) or await self._loop.in_thread(job.check, text)
+        if flaw is not None or self._inspector is None or job.inspect is None:
+            return flaw
+        said = await self._inspector.reply(job.inspect(text), job.sample, 0, f"{stage} inspection")
+        return _judged(said.text)
 
-    async def _reply(self, messages: Messages, sample: int, repair: int, stage: str) -> Entry | Flaw:
-        """The reply from the ledger, else from the endpoint; the same request in two jobs is sent once."""
-        settings = self.settings
-        key = request_key(settings.model, settings.api_base, messages, self._parameters, sample, repair)
-        lock = self._locks.setdefault(key, asyncio.Lock())
-        async with lock:
-            entry = self.ledger.get(key)
-            if entry is None:
-                return await self._call(key, messages, stage)
-        self._succeeded = True
-        return entry
 
-    async def _call(self, key: str, messages: Messages, stage: str) -> Entry | Flaw:
-        """Send until there is a reply, which is in the ledger before anybody sees it."""
-        litellm = self._connect()
-        faults = (litellm.exceptions.openai.OpenAIError, litellm.exceptions.httpx.HTTPError, OSError)
-        for attempt in range(1, self.settings.attempts_per_call + 1):
-            try:
-                async with self._room:
-                    entry = await self._send(litellm, messages)
-            except faults as fault:
-                error = fault
-            else:
-                self.ledger.put(key, entry, stage, self.settings.model)
-                self._answered = self._succeeded = True
-                self._unanswered = 0
-                return entry
-            self._answered = self._answered or bool(failures.headers(error))
-            verdict = failures.verdict(error)
-            if verdict == failures.STOP:
-                raise self._stop(error)
-            if verdict == failures.REFUSED:
-                self._refused[key] = error
-                self._blame_refusals(max(SEVERAL, self.settings.concurrency))
-                return Flaw("refused_by_teacher", failures.message(error))
-            wait = failures.wait_seconds(error, attempt, random.random())
-            if attempt == self.settings.attempts_per_call or wait > failures.LONGEST_WAIT_SECONDS:
-                break
-            await asyncio.sleep(wait)
-        self._unanswered += 1
-        if self._unanswered >= SEVERAL or not self._answered:
-            raise failures.silent(error, self.settings.model, self.settings.api_base, attempt)
-        return Flaw("no_reply", failures.message(error))
-
-    async def _send(self, litellm: ModuleType, messages: Messages) -> Entry:
-        began = time.monotonic()
-        limit = self.settings.timeout_seconds
-        async with asyncio.timeout(
-            limit + 1
-        ):  # LiteLLM's own limit is for silence; a trickle never reaches it
-            response = await litellm.acompletion(
-                model=self.settings.model,
-                messages=[dict(message) for message in messages],
-                timeout=limit,
-                max_retries=0,
-                num_retries=0,
-                **self._parameters,
-                **self._options,
-            )
-        if not response.choices:
-            raise ConnectionError("a reply without any choice")
-        usage, choice = response.get("usage"), response.choices[0]
-        tokens = (
-            (usage.prompt_tokens, usage.completion_tokens) if usage and usage.total_tokens else (None, None)
-        )
-        return Entry(
-            choice.message.content or "",
-            choice.finish_reason or "stop",
-            *tokens,
-            0.0 if self._free else response._hidden_params.get("response_cost"),
-            round(time.monotonic() - began, 3),
-        )
-
-    def _connect(self) -> ModuleType:
-        """Import LiteLLM and find out what it needs for this model, once."""
-        if self._litellm is not None:
-            return self._litellm
-        litellm, settings = import_litellm(), self.settings
-        if self._prepare is not None:
-            self._prepare()
-        try:
-            provider = litellm.get_llm_provider(settings.model, api_base=settings.api_base or None)[1]
-        except litellm.exceptions.BadRequestError:
-            raise TeacherFault(
-                f"teacher.model {settings.model} names no provider that LiteLLM knows",
-                "write PROVIDER/NAME: anthropic/NAME, ollama_chat/NAME, openai/NAME for any OpenAI-compatible endpoint",
-            ) from None
-        missing = litellm.validate_environment(settings.model)["missing_keys"]
-        missing = [name for name in missing if name.endswith("_API_KEY")]
-        self._key_variable = missing[0] if missing else f"{provider.upper()}_API_KEY"
-        if settings.api_base:
-            self._options["api_base"] = settings.api_base
-            if missing:  # an endpoint of one's own often wants none, but LiteLLM insists
-                self._options["api_key"] = "none"
-        self._free = _is_local(settings.api_base) or (provider in _LOCAL_PROVIDERS and not settings.api_base)
-        self._litellm = litellm
-        return litellm
-
-    # -- giving up -------------------------------------------------------------------------------------------------
-
-    def _blame_refusals(self, enough: int) -> None:
-        """Stop where several different requests were refused and none has ever succeeded."""
-        if not self._succeeded and len(self._refused) >= enough:
-            raise self._stop(next(iter(self._refused.values())))
-
-    def _stop(self, error: BaseException) -> TeacherFault:
-        return failures.stop(error, self.settings.model, self.settings.api_base, self._key_variable)
+def _judged(text: str) -> Flaw | None:
+    """What the inspector's reply says of the work: None where it accepts."""
+    verdict = _VERDICT.search(text)
+    if verdict is None:
+        return Flaw("inspector_not_readable", "the inspector gave no verdict")
+    if verdict[1].lower() == "accept":
+        return None
+    reason = _REASON.search(text)
+    return Flaw(
+        "rejected_by_inspector", " ".join(reason[1].split()) if reason else "the inspector rejects it"
+    )
 
 
 def _unfinished(finish_reason: str) -> Flaw | None:
@@ -280,11 +196,3 @@ def _unfinished(finish_reason: str) -> Flaw | None:
     if finish_reason == "content_filter":
         return Flaw("filtered", "a content filter stopped it")
     return Flaw(f"finish_{finish_reason}", f"it ended with {finish_reason} and not by itself")
-
-
-def _is_local(api_base: str) -> bool:
-    host = urlsplit(api_base).hostname or ""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")

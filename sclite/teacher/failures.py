@@ -45,6 +45,16 @@ def verdict(error: BaseException) -> str:
     return REFUSED
 
 
+def timed_out(error: BaseException) -> bool:
+    """Whether the time limit of a call has passed; its reply may be written, and paid for, all the same."""
+    return isinstance(error, TimeoutError) or status(error) == 408
+
+
+def overloaded(error: BaseException) -> bool:
+    """Whether fewer calls at once would help."""
+    return timed_out(error) or status(error) in (429, 529)
+
+
 def wait_seconds(error: BaseException, attempt: int, draw: float) -> float:
     """How long to wait after failed attempt `attempt` (from 1): what Retry-After says, else an exponential back-off
     of which `draw` (0 to 1) takes up to a half away, so that workers do not return all at once."""
@@ -106,8 +116,13 @@ def stop(error: BaseException, model: str, api_base: str, key_variable: str) -> 
         return TeacherFault(
             f"{where} has no credit left: {message(error)}", "add credit, then type the same again"
         )
+    return refusing(message(error), model, api_base, key_variable)
+
+
+def refusing(said: str, model: str, api_base: str, key_variable: str) -> TeacherFault:
+    """The fault for an endpoint that refuses whatever it is asked."""
     return TeacherFault(
-        f"{where} says: {message(error)}",
+        f"{_where(model, api_base)} says: {said}",
         f"check teacher.model and teacher.api_base; the key comes from {key_variable}",
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from sclite import prompts
 from sclite.config import Config, Lora
+from sclite.errors import DataFault
 from sclite.records import Template
 from sclite.run import Report, Run, digest, timed
 from sclite.student.encode import Encoded, encode_solution, end_id
@@ -27,7 +28,7 @@ from sclite.train.common import (
 )
 from sclite.train.forward import hidden_states, pad, token_log_probs
 
-STAGE = "sft"
+STAGE, ADAPTER = "sft", "sft/adapter/adapter_model.safetensors"
 
 
 def inputs_of(config: Config, run: Run, unseen: frozenset[str] = frozenset()) -> dict[str, Any]:
@@ -48,11 +49,14 @@ def train_sft(
     """Stage 1. Reads templates.jsonl; writes sft/adapter and sft/metrics.jsonl.
 
     Problems whose ids are in `unseen` are kept for stage 2: the student must make its own mistakes on them first.
-    Raises DataFault where there are no templates or the labels are not as they should be.
+    An adapter in sft/adapter that no such stage wrote takes its place. Raises DataFault where there are no templates or
+    the labels are not as they should be.
     """
+    if run.brought_along(STAGE, ADAPTER):
+        return _adopt(run)
     inputs = inputs_of(config, run, unseen)
     report = Report(STAGE)
-    if manifest := run.done(STAGE, inputs, "sft/adapter/adapter_model.safetensors"):
+    if manifest := run.done(STAGE, inputs, ADAPTER):
         return Report.of(manifest)
     rows = run.require(
         "templates.jsonl", Template, "run `sclite build-data` first, or put your own templates there"
@@ -82,10 +86,23 @@ def train_sft(
             "sft",
             progress,
         )
+        run.begin(STAGE)
         save_adapter(model, folder / "adapter")
         report.counts |= {"rows": len(encoded), "steps": steps}
     run.sign(STAGE, inputs, report)
     return report
+
+
+def _adopt(run: Run) -> Report:
+    """The report of an adapter that was put into the run, with PEFT's configuration beside it."""
+    name = "sft/adapter/adapter_config.json"
+    found = run.read_json(name)
+    if not isinstance(found, dict) or found.get("peft_type") != "LORA":
+        raise DataFault(
+            f"{run.path(name)} is {'missing' if found is None else 'not that of a LoRA adapter'}",
+            "put the whole folder there that PEFT's save_pretrained writes",
+        )
+    return Report(STAGE, {"brought_along": 1}, skipped=True)
 
 
 def replay_templates(templates: Sequence[Template], unseen: frozenset[str]) -> list[Template]:

@@ -5,6 +5,7 @@ out is the one that DPO starts from and is compared with.
 """
 
 import random
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,11 +43,19 @@ def inputs_of(config: Config, run: Run, unseen: frozenset[str] = frozenset()) ->
 def train_warm(
     config: Config, run: Run, *, unseen: frozenset[str] = frozenset(), progress: Progress | None = None
 ) -> Report:
-    """Reads reviews.jsonl, attempts.jsonl and templates.jsonl; trains on from sft/adapter; writes dpo/warm."""
+    """Reads reviews.jsonl, attempts.jsonl and templates.jsonl; trains on from sft/adapter; writes dpo/warm.
+
+    With dpo.warmup_epochs = 0 dpo/warm is a copy of sft/adapter, and no reviews are needed.
+    """
     inputs, report = inputs_of(config, run, unseen), Report(STAGE)
     if manifest := run.done(STAGE, inputs, "dpo/warm/adapter_model.safetensors"):
         return Report.of(manifest)
-    reviews = run.require("reviews.jsonl", Review, "run `sclite build-data --only corrections` first")
+    if config.dpo.warmup_epochs == 0:
+        return _copied(run, inputs, report)
+    remedy = (
+        "run `sclite build-data --only corrections` first, or do without a warm-up: --set dpo.warmup_epochs=0"
+    )
+    reviews = run.require("reviews.jsonl", Review, remedy)
     templates = run.require("templates.jsonl", Template, "run `sclite build-data` first")
     with timed(report):
         quiet()
@@ -77,6 +86,18 @@ def train_warm(
         )
         save_adapter(model, folder / "warm")
     report.counts |= {"rows": len(rows), "reviews": len(reviews), "steps": steps}
+    run.sign(STAGE, inputs, report)
+    return report
+
+
+def _copied(run: Run, inputs: dict[str, Any], report: Report) -> Report:
+    """The report of a warm-up of no epochs: the adapter stays as SFT has left it."""
+    with timed(report):
+        beside = run.path("dpo/.warm")
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.copytree(run.path("sft/adapter"), beside)
+        shutil.rmtree(run.path("dpo/warm"), ignore_errors=True)
+        beside.rename(run.path("dpo/warm"))
     run.sign(STAGE, inputs, report)
     return report
 

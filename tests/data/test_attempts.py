@@ -2,18 +2,25 @@
 
 import json
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pytest
 
+from sclite import config
 from sclite.config import Config
-from sclite.data.attempts import bring, distinct, sample_attempts
+from sclite.data.attempts import distinct, in_blocks, inputs_of, sample_attempts
+from sclite.data.brought import bring
 from sclite.errors import DataFault
 from sclite.grader import Grader
-from sclite.records import Attempt, Problem
+from sclite.records import Attempt, Drop, Problem
 from sclite.run import Run
 from sclite.student.base import Reply
+from sclite.student.endpoint import Endpoint
+from sclite.teacher.client import Teacher
+from sclite.teacher.ledger import Entry, Ledger
 from sclite.trace import Step, Trace, parse, render
+from tests.replay import Teaching, fail, say
 
 PROBLEMS = [Problem(id=f"p{i}", question=f"What is {i} + 1?", answer=str(i + 1)) for i in range(5)]
 
@@ -173,26 +180,73 @@ def test_a_line_separator_inside_a_text_is_no_end_of_line(grader, tmp_path):
         '{"steps": ["a"]}',
         '{"question": "What is 1 + 1?", "steps": []}',
         '{"question": "What is 1 + 1?", "steps": "one string"}',
+        '{"question": "What is 1 + 1?", "steps": ["a", " "]}',
         '{"question": "What is 1 + 1?", "steps": ["a"], "first_error_step": 2}',
+        '{"question": "What is 1 + 1?", "steps": ["a"], "first_error_step": -2}',
         '{"question": "What is 1 + 1?", "steps": ["a"], "first_error_step": "first"}',
         '{"question": 7, "steps": ["a"]}',
         "[1]",
         "not JSON",
     ],
 )
-def test_a_row_that_cannot_be_used_is_named_with_file_and_line(grader, tmp_path, row):
+def test_a_row_that_cannot_be_used_is_left_out_and_named_with_file_and_line(run, grader, tmp_path, row):
     path = tmp_path / "mine.jsonl"
     path.write_text('{"question": "What is 0 + 1?", "steps": ["1"]}\n\n' + row + "\n")
-    with pytest.raises(DataFault, match=r"mine\.jsonl, line 3: ") as fault:
+    report = sample(run, grader, None, source=str(path))
+    assert report.counts["attempts"] == 1
+    assert report.dropped == {"row_not_readable": 1}
+    (drop,) = run.read("dropped.jsonl", Drop)
+    assert (drop.stage, drop.id, drop.raw) == ("attempts", "line 3", row)
+    assert "mine.jsonl, line 3: " in drop.detail
+    path.write_text(row + "\n")
+    with pytest.raises(DataFault, match=r"no row can be used: 1 row_not_readable; .*mine\.jsonl, line 1: "):
         bring(path, PROBLEMS, grader)
-    assert fault.value.hint
+
+
+def test_a_row_about_an_unknown_question_is_left_out_and_counted(run, grader, tmp_path):
+    rows = [{"question": q, "steps": ["1"]} for q in ("what is  0 + 1?", "Something else?")]
+    report = sample(run, grader, None, source=str(write(tmp_path / "mine.jsonl", *rows)))
+    assert [r.id for r in run.read("attempts.jsonl", Attempt)] == ["p0"]  # case and blanks do not matter
+    assert report.dropped == {"question_unknown": 1}
+    (drop,) = run.read("dropped.jsonl", Drop)
+    assert json.loads(drop.raw) == rows[1]
+
+
+@pytest.mark.parametrize("label", [0, -1])
+def test_a_label_that_says_all_is_right_keeps_the_attempt_right(grader, tmp_path, label):
+    rows = [
+        {"question": "What is 1 + 1?", "steps": ["two"], "first_error_step": label},
+        {"question": "What is 1 + 1?", "steps": ["so 2"], "first_error_step": label},
+        {"question": "What is 1 + 1?", "steps": ["so 3"], "first_error_step": label},
+    ]
+    drops: list[Drop] = []
+    found = bring(write(tmp_path / "mine.jsonl", *rows), PROBLEMS, grader, drops)
+    assert [(r.sample, r.correct, r.first_error, r.answer) for r in found] == [
+        (0, True, None, "2"),  # no answer can be read in it, so that it has the right one
+        (1, True, None, "2"),
+    ]
+    assert not parse(found[0].trace).faults
+    assert [(d.id, d.reason) for d in drops] == [("line 3", "label_contradicts_answer")]
+
+
+def test_a_labelled_step_makes_an_attempt_wrong_whatever_its_answer(grader, tmp_path):
+    row = {"question": "What is 1 + 1?", "steps": ["1 + 1 = 3", "so 2"], "first_error_step": 1}
+    (found,) = bring(write(tmp_path / "mine.jsonl", row), PROBLEMS, grader)
+    assert (found.correct, found.first_error) == (False, 1)
+
+
+def test_a_label_of_another_name_is_not_passed_over(grader, tmp_path):
+    source = write(tmp_path / "mine.jsonl", {"problem": "What is 1 + 1?", "steps": ["3"], "label": 0})
+    with pytest.raises(DataFault, match="a label, but no first_error_step") as fault:
+        bring(source, PROBLEMS, grader)
+    assert "add 1" in fault.value.hint
 
 
 def test_a_missing_file_and_one_about_other_problems_are_told_apart(grader, tmp_path):
     with pytest.raises(DataFault, match="does not exist"):
         bring(tmp_path / "none.jsonl", PROBLEMS, grader)
     other = write(tmp_path / "other.jsonl", {"question": "Something else?", "steps": ["x"]})
-    with pytest.raises(DataFault, match="no row's question is among the problems"):
+    with pytest.raises(DataFault, match="no row's question is among the problems of the run"):
         bring(other, PROBLEMS, grader)
 
 
@@ -202,3 +256,140 @@ def test_a_brought_attempt_is_written_in_canonical_form(grader, tmp_path):
     )
     (row,) = bring(source, PROBLEMS, grader)
     assert row.trace == render(parse(row.trace).trace)
+
+
+# -- other students ------------------------------------------------------------------------------------------------
+
+
+def solve_with_seed(body, nth):
+    """The reply of a model that samples: it follows from question and seed."""
+    number = int(body["messages"][-1]["content"].split("What is ")[1].split(" ")[0])
+    said = number + 1 + (body["seed"] % 3 == 0)
+    return say(f"<Step1>seed {body['seed']}\n</Step1>\n<Answer>{said}</Answer>", seconds=0.01 * (said % 3))
+
+
+@contextmanager
+def endpoint(run, url, **settings):
+    made = {"model": "openai/small", "api_base": url, "repairs": 0, "attempts_per_call": 1, **settings}
+    with (
+        Ledger(run.path("ledger.sqlite")) as ledger,
+        Teacher(config.Teacher.model_validate(made), ledger) as client,
+    ):
+        yield Endpoint(client, "attempts")
+
+
+def sample_endpoint(run, grader, url, progress=None, **attempts):
+    asked = config_of(student="openai/small", api_base=url, **attempts)
+    with endpoint(run, url) as student:
+        return sample_attempts(
+            asked, run, problems=PROBLEMS, student=student, grader=grader, progress=progress
+        )
+
+
+@pytest.fixture
+def _key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+
+
+@pytest.mark.usefixtures("_key")
+@pytest.mark.parametrize("rows", [4, 12])
+def test_an_interrupted_endpoint_is_paid_once_and_the_file_becomes_that_of_an_unbroken_run(
+    tmp_path, grader, rows
+):
+    whole, broken = Run(tmp_path / "whole"), Run(tmp_path / "broken")
+
+    def interrupt(done, total):
+        if done >= rows:
+            raise KeyboardInterrupt
+
+    with Teaching(solve_with_seed) as server:
+        sample_endpoint(whole, grader, server.url)
+        assert len(server.requests) == 15
+    with Teaching(solve_with_seed) as server:
+        with pytest.raises(KeyboardInterrupt):
+            sample_endpoint(broken, grader, server.url, interrupt)
+        assert len(broken.read("attempts.jsonl", Attempt)) == rows
+        with Ledger(broken.path("ledger.sqlite")) as ledger:
+            paid, asked = ledger.totals("attempts")["requests"], len(server.requests)
+        sample_endpoint(broken, grader, server.url)
+        assert len(server.requests) - asked == 15 - paid
+        broken.path("done/attempts.json").unlink()
+        broken.path("attempts.jsonl").unlink()
+        before = len(server.requests)
+        sample_endpoint(broken, grader, server.url)
+        assert len(server.requests) == before
+    assert broken.path("attempts.jsonl").read_bytes() == whole.path("attempts.jsonl").read_bytes()
+
+
+@pytest.mark.usefixtures("_key")
+def test_an_endpoint_does_not_wait_for_the_end_of_a_block(run, grader):
+    with Teaching(lambda body, nth: say("<Answer>1</Answer>", seconds=0.3)) as server:
+        sample_endpoint(run, grader, server.url)
+        assert server.most_in_flight > 4  # which is the size of a block here
+    assert len(run.read("attempts.jsonl", Attempt)) == 15
+
+
+@pytest.mark.usefixtures("_key")
+def test_a_call_that_failed_is_made_again_by_the_next_start_and_no_other_is(run, grader):
+    down = [True]
+
+    def answer(body, nth):
+        lost = down[0] and "What is 3 " in body["messages"][-1]["content"]
+        return fail(400, "not now") if lost else solve_with_seed(body, nth)
+
+    with Teaching(answer) as server:
+        first = sample_endpoint(run, grader, server.url)
+        assert first.counts["unknown"] == 3
+        rows = run.read("attempts.jsonl", Attempt)
+        assert {r.id for r in rows if r.correct is None} == {"p3"}
+        down[0] = False
+        second = sample_endpoint(run, grader, server.url)
+        assert not second.skipped
+        assert second.counts["unknown"] == 0
+        assert len(server.requests) == 15 + 3
+        assert sample_endpoint(run, grader, server.url).skipped
+
+
+def test_what_an_endpoint_has_cost_is_in_the_report_and_a_local_student_is_free(run, grader):
+    assert sample(run, grader, Deterministic()).cost_usd == 0.0
+    assert not run.path("ledger.sqlite").exists()
+    with Ledger(run.path("ledger.sqlite")) as ledger:
+        ledger.sent("one", "attempts", "openai/small")
+        ledger.put("one", Entry("a", "stop", 1, 1, 0.25, 1.0))
+        ledger.sent("two", "templates", "openai/teacher")
+        ledger.put("two", Entry("b", "stop", 1, 1, 4.0, 1.0))
+    assert sample(run, grader, Deterministic(), temperature=0.5).cost_usd == 0.25
+
+
+def test_another_student_or_address_asks_anew_and_more_in_flight_does_not(run, tmp_path):
+    def inputs(**attempts):
+        return inputs_of(config_of(**attempts), run, PROBLEMS)
+
+    here = {"student": "openai/small", "api_base": "http://here/v1"}
+    assert inputs(**here) == inputs(**here | {"concurrency": 200, "api_base": "http://here/v1/"})
+    assert inputs(**here) != inputs(**here | {"api_base": "http://there/v1"})
+    assert inputs(**here) != inputs(**here | {"student": "openai/large"})
+    assert inputs(**here) != inputs()
+    file = tmp_path / "mine.gguf"
+    file.write_bytes(b"GGUF one")
+    before = inputs(student=str(file))
+    (tmp_path / "copy.gguf").write_bytes(b"GGUF one")
+    assert inputs(student=str(tmp_path / "copy.gguf")) == before
+    file.write_bytes(b"GGUF other")
+    assert inputs(student=str(file)) != before
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [2, 0, 4, 1, 3]])
+def test_a_block_comes_when_it_and_those_before_it_are_whole(order):
+    come = []
+
+    def replies():
+        for index in order:
+            come.append(index)
+            yield Reply(index, str(index), 1, 1, "stop")
+
+    for begin, block in in_blocks(replies(), 5, 2):
+        assert [r.index for r in block] == list(range(begin, min(begin + 2, 5)))
+        assert set(range(begin + len(block))) <= set(come)
+    assert sorted(come) == [0, 1, 2, 3, 4]
+    assert [begin for begin, _ in in_blocks(replies(), 5, 2)] == [0, 2, 4]

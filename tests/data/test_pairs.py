@@ -183,3 +183,109 @@ def test_without_reviews_the_next_command_is_named(run, grader):
     with pytest.raises(DataFault, match=r"reviews\.jsonl is missing or empty") as fault:
         build_pairs(CONFIG, run, student=None, grader=grader)
     assert "sclite build-data" in fault.value.hint
+
+
+# -- free reviews of an endpoint -----------------------------------------------------------------------------------
+
+
+def whole_review(step=2, cause="Hm.", correction="72 / 2 = 30", answer="35", first="48 + 24 = 72"):
+    """A review of WORK that accuses `step` (None: nothing)."""
+    texts = (first, "72 / 2 = 38", "38 + 5 = 43")
+    notes = {step: (None, cause, correction)}
+    return render(
+        Trace(tuple(Step(t, *notes.get(n, ())) for n, t in enumerate(texts, 1)), "Go on.", answer or None)
+    )
+
+
+FREE = Config.model_validate({"attempts": {"reviews": 2, "student": "openai/small", "api_base": "http://x"}})
+
+
+@dataclass
+class Reviewer:
+    """An endpoint's student: what it says about each problem, by sample; it is never given a beginning."""
+
+    reviews: dict[str, list[str]]
+    seen: list = field(default_factory=list)
+
+    def generate(self, requests):
+        self.seen += requests
+        for index in reversed(range(len(requests))):
+            request = requests[index]
+            assert request.pieces == ()
+            number = next(n for n in self.reviews if f"{n}: What" in request.messages[-1]["content"])
+            text = self.reviews[number][request.seed]
+            yield Reply(index, text, 8, 30, "stop" if text else "error", None if text else "no_reply")
+
+
+def test_the_own_review_that_accuses_the_right_step_gives_what_is_rejected_or_chosen(run, grader):
+    fill(run, 2)
+    wrong = whole_review()
+    right = whole_review(cause="Twice 38 is too much.", correction="72 / 2 = 36", answer="41")
+    report = build_pairs(
+        FREE, run, student=Reviewer({"p0": [wrong, wrong], "p1": [wrong, right]}), grader=grader
+    )
+    contents = {p.id: p for p in run.read("pairs.jsonl", Pair) if p.kind == "content"}
+    assert {i: (p.chosen, p.rejected, p.origin) for i, p in contents.items()} == {
+        "p0": (TEACHERS, WRONG, "teacher"),
+        "p1": (RIGHT, WRONG, "student"),
+    }
+    assert {p.prefix[-2:] for p in contents.values()} == {("<Step2>72 / 2 = 38\n", CAUSE)}
+    assert report.figures["own_reviews"] == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("I would not know.", "student_review_not_readable"),
+        (whole_review(answer=""), "student_review_not_readable"),
+        (whole_review(cause=None), "student_review_not_readable"),
+        (whole_review(step=None), "student_review_accuses_nothing"),
+        (whole_review(step=1), "student_review_accuses_another_step"),
+        (whole_review(step=3), "student_review_accuses_another_step"),
+        (whole_review(first="48 + 24 = 70"), "student_review_changes_steps"),
+        (whole_review(answer="41"), "student_review_already_right"),
+        ("", "student_did_not_reply"),
+    ],
+)
+def test_an_own_review_that_says_nothing_about_the_step_is_counted_by_reason(run, grader, text, reason):
+    fill(run, 1)
+    report = build_pairs(FREE, run, student=Reviewer({"p0": [text, text]}), grader=grader)
+    assert report.dropped == {reason: 1}
+    assert "content" not in report.counts
+    assert report.counts["decision"] == 2 + 3
+    if reason != "student_review_already_right":
+        assert report.figures["own_reviews"] == {reason: 2}
+
+
+def test_a_review_is_asked_for_by_what_it_is_about_so_that_another_row_changes_none(run, grader):
+    """Its place in the list does not enter: in the ledger it stays the same request."""
+    fill(run, 3)
+    student = Reviewer({f"p{i}": [whole_review()] * 2 for i in range(3)})
+    build_pairs(FREE, run, student=student, grader=grader)
+    by_problem = {}
+    for request in student.seen:
+        by_problem.setdefault(request.messages[-1]["content"], []).append(request.seed)
+    assert list(by_problem.values()) == [[0, 1]] * 3
+    assert {r.temperature for r in student.seen} == {0.8}
+
+
+def test_a_review_that_was_not_answered_is_asked_for_again_next_time(run, grader):
+    fill(run, 1)
+    first = build_pairs(FREE, run, student=Reviewer({"p0": ["", whole_review()]}), grader=grader)
+    assert first.counts["content"] == 1
+    student = Reviewer({"p0": [whole_review(), whole_review()]})
+    second = build_pairs(FREE, run, student=student, grader=grader)
+    assert not second.skipped
+    assert second.figures["own_reviews"] == {}
+    assert build_pairs(FREE, run, student=None, grader=grader).skipped
+
+
+def test_without_any_student_there_are_decisions_alone(run, grader):
+    fill(run, 2)
+    report = build_pairs(CONFIG, run, student=None, grader=grader)
+    assert {p.kind for p in run.read("pairs.jsonl", Pair)} == {"decision"}
+    assert report.dropped == {"no_student_review": 2}
+    run.path("dpo/warm").mkdir(parents=True)
+    run.path("dpo/warm/adapter_model.safetensors").write_bytes(b"trained")
+    student = Scripted({"p0": [WRONG, WRONG], "p1": [WRONG, WRONG]})
+    assert build_pairs(CONFIG, run, student=student, grader=grader).counts["content"] == 2

@@ -1,5 +1,6 @@
 """Problems from files of every form, and what is said about a file that cannot be used."""
 
+import csv
 import json
 
 import pytest
@@ -88,6 +89,14 @@ def test_a_question_that_is_there_already_is_left_out_and_counted(tmp_path):
     assert "line 3" in drops[0].detail
 
 
+def test_case_and_blanks_make_no_other_question(tmp_path):
+    drops: list[Drop] = []
+    rows = [plain(1), {**plain(1), "question": "  what IS 1 +\n1?"}]
+    (kept,) = load_problems(write(tmp_path / "p.jsonl", rows), drops=drops)
+    assert kept.question == "What is 1 + 1?"
+    assert [(d.reason, d.raw) for d in drops] == [("duplicate_question", "what IS 1 +\n1?")]
+
+
 def test_limit_counts_different_problems_and_reads_no_further(tmp_path):
     path = tmp_path / "p.jsonl"
     write(path, [plain(1), plain(1), plain(2)])
@@ -151,6 +160,79 @@ def test_unknown_columns_are_told_with_those_that_are_known(tmp_path):
     found = fault(write(tmp_path / "p.jsonl", [{"prompt": "q", "target": "a"}]))
     assert "only: prompt, target" in found.message
     assert "question and answer" in found.hint
+
+
+def test_columns_of_any_name_are_read_from_every_form(tmp_path, monkeypatch):
+    import datasets
+
+    rows = [{"n": f"x{i}", "query": f"{i}?", "gold": str(i), "work": f"so {i}\n#### {i}"} for i in range(3)]
+    columns = {"question": "query", "answer": "gold", "solution": "work", "id": "n"}
+    expected = [Problem(id=f"x{i}", question=f"{i}?", answer=str(i), solution=f"so {i}") for i in range(3)]
+    write(tmp_path / "p.jsonl", rows)
+    (tmp_path / "p.json").write_text(json.dumps(rows))
+    with open(tmp_path / "p.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "p.parquet")
+    for suffix in ("jsonl", "json", "csv", "parquet"):
+        assert load_problems(str(tmp_path / f"p.{suffix}"), columns=columns) == expected
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows)
+    assert load_problems("some/set", columns=columns) == expected
+
+
+def test_a_named_column_that_is_not_there_is_told_with_those_that_are(tmp_path):
+    source = write(tmp_path / "p.jsonl", [{"query": "q", "gold": "1"}])
+    found = fault(source, columns={"question": "query", "answer": "golden"})
+    assert found.message.endswith("line 1: no column golden, only: query, gold")
+    assert "answer_column" in found.hint
+    assert "no known columns" in fault(source, columns={"question": "query"}).message
+    (kept,) = load_problems(source, columns={"question": "query", "answer": "gold"})
+    assert kept.answer == "1"
+
+
+def test_the_columns_of_the_configuration_are_used(tmp_path, run):
+    source = write(tmp_path / "p.jsonl", [{"query": "q", "gold": "1"}])
+    names = ["problems.question_column=query", "problems.answer_column=gold"]
+    (kept,) = gather_problems(config.load(None, [f"problems.source={source}", *names], {}), run)
+    assert (kept.question, kept.answer) == ("q", "1")
+
+
+def test_a_csv_may_have_a_byte_order_mark_and_newlines_and_quotes_in_its_texts(tmp_path):
+    text = '\ufeffquestion,answer\r\n"How many,\r\n""in all""?",5\r\nOne\u2028line?,6\r\n'
+    (tmp_path / "p.csv").write_bytes(text.encode())
+    first, second = load_problems(str(tmp_path / "p.csv"))
+    assert (first.question, first.answer) == ('How many,\r\n"in all"?', "5")
+    assert second.question == "One\u2028line?"
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ('"a\nb",1\n"open,2\n', "line 4: not CSV: unexpected end of data"),
+        ('"a\nb",1\nq, with a comma,2\n', "line 4: more fields than the first line has names"),
+        ('"a\nb",1\nq,\n', "line 4: no answer"),
+    ],
+)
+def test_a_faulty_row_of_a_csv_is_named_with_the_line_where_it_begins(tmp_path, lines, said):
+    (tmp_path / "p.csv").write_text("question,answer\n" + lines)
+    found = fault(str(tmp_path / "p.csv"))
+    assert said in found.message
+
+
+def test_a_parquet_file_that_is_none_is_named(tmp_path):
+    (tmp_path / "p.parquet").write_bytes(b"PAR1 but not really")
+    assert "p.parquet cannot be read" in fault(str(tmp_path / "p.parquet")).message
+
+
+def test_an_answer_may_stand_in_the_last_line_of_a_solution(tmp_path):
+    rows = [
+        {"problem": "a", "solution": "so.\n#### 72\nThe answer is: 72"},
+        {"problem": "b", "solution": "It is 3 twice. The answer is: 6."},
+    ]
+    assert [p.answer for p in load_problems(write(tmp_path / "p.jsonl", rows))] == ["72", "6"]
+    rows = [{"problem": "c", "solution": "The answer is 5, I think.\nOr not."}]
+    assert "no answer" in fault(write(tmp_path / "p.jsonl", rows)).message
 
 
 def test_two_rows_with_one_id_are_named(tmp_path):

@@ -44,7 +44,8 @@ def test_every_job_has_its_own_result_and_the_book_is_kept(tmp_path):
     assert [r.text for r in results] == [f"good question {i}." for i in range(30)]
     assert {r.requests for r in results} == {1}
     assert totals == {
-        "requests": 30, "prompt_tokens": 330, "completion_tokens": 210, "cost_usd": 0.0, "unpriced": 0,
+        "requests": 30, "sent": 30, "given_up": 0, "prompt_tokens": 330, "completion_tokens": 210,
+        "cost_usd": 0.0, "lost_usd": 0.0, "unpriced": 0,
     }  # fmt: skip
 
 
@@ -317,7 +318,7 @@ def test_price_is_known_from_the_list_and_unknown_where_it_is_not(tmp_path, monk
     import litellm
 
     with Teaching(lambda request, nth: say("good", tokens=(1000, 100))) as server:
-        monkeypatch.setattr("sclite.teacher.client._is_local", lambda api_base: False)
+        monkeypatch.setattr("sclite.teacher.provider.is_local", lambda api_base: False)
         _, priced = ask(server, [job(1)], tmp_path, model="openai/gpt-4.1")
         _, both = ask(server, [job(1)], tmp_path, model="openai/nobody-knows")
     rates = litellm.model_cost["gpt-4.1"]

@@ -15,9 +15,14 @@ ENTRY = Entry("hello", "stop", 10, 3, 0.25, 1.5)
 MESSAGES = [{"role": "user", "content": "q"}]
 
 
+def keep(ledger, key, entry, stage="templates"):
+    ledger.sent(key, stage, "m")
+    ledger.put(key, entry).result()
+
+
 def test_what_was_put_comes_back_after_reopening(tmp_path):
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
-        ledger.put("k", ENTRY, "templates", "m")
+        keep(ledger, "k", ENTRY)
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         assert ledger.get("k") == ENTRY
         assert ledger.get("other") is None
@@ -26,15 +31,18 @@ def test_what_was_put_comes_back_after_reopening(tmp_path):
 
 def test_unknown_cost_is_not_zero_but_counted(tmp_path):
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
-        ledger.put("a", ENTRY, "templates")
-        ledger.put("b", Entry("x", "stop", None, None, None, 0.1), "templates")
-        ledger.put("c", ENTRY, "corrections")
+        keep(ledger, "a", ENTRY)
+        keep(ledger, "b", Entry("x", "stop", None, None, None, 0.1))
+        keep(ledger, "c", ENTRY, "corrections")
         assert ledger.get("b").cost_usd is None
         assert ledger.totals("templates") == {
             "requests": 2,
+            "sent": 2,
+            "given_up": 0,
             "prompt_tokens": 10,
             "completion_tokens": 3,
             "cost_usd": 0.25,
+            "lost_usd": 0.0,
             "unpriced": 1,
         }
         assert ledger.totals()["cost_usd"] == 0.5
@@ -55,7 +63,7 @@ def test_many_threads_share_one_ledger(tmp_path):
 
         def work(number):
             for i in range(20):
-                ledger.put(f"{number}-{i}", ENTRY)
+                keep(ledger, f"{number}-{i}", ENTRY)
                 assert ledger.get(f"{number}-{i}") == ENTRY
 
         threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
@@ -70,7 +78,8 @@ def test_a_killed_process_loses_nothing_that_it_had_put(tmp_path):
         "import sys; from sclite.teacher.ledger import *\n"
         "ledger = Ledger(sys.argv[1])\n"
         "for i in range(10**6):\n"
-        "    ledger.put(str(i), Entry('t', 'stop', 1, 1, None, 0.0)); print(i, flush=True)\n"
+        "    ledger.sent(str(i), '', '')\n"
+        "    ledger.put(str(i), Entry('t', 'stop', 1, 1, None, 0.0)).result(); print(i, flush=True)\n"
     )
     path = tmp_path / "ledger.sqlite"
     process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
@@ -93,4 +102,32 @@ def test_a_reply_that_cannot_be_written_is_a_fault_and_no_silence(tmp_path):
     ledger = Ledger(tmp_path / "ledger.sqlite")
     ledger.close()
     with pytest.raises(DataFault, match="cannot be written"):
-        ledger.put("k", ENTRY)
+        ledger.put("k", ENTRY).result()
+
+
+# -- for reading alone ---------------------------------------------------------------------------------------------
+
+
+def test_a_ledger_is_read_while_another_process_writes_it_and_nothing_is_left_beside_it(tmp_path):
+    path = tmp_path / "ledger.sqlite"
+    with Ledger(path) as ledger:
+        keep(ledger, "a", ENTRY)
+        with Ledger.reading(path) as reader:
+            assert reader.totals() == ledger.totals()
+            keep(ledger, "b", ENTRY, "corrections")
+            assert reader.totals("corrections")["requests"] == 1
+    before = path.read_bytes()
+    with Ledger.reading(path) as reader:
+        assert reader.totals()["requests"] == 2
+        assert reader.get("a") == ENTRY
+    assert [p.name for p in tmp_path.iterdir()] == ["ledger.sqlite"]
+    assert path.read_bytes() == before
+
+
+def test_a_ledger_that_is_not_there_is_not_made_by_reading(tmp_path):
+    with pytest.raises(DataFault, match="cannot be read"):
+        Ledger.reading(tmp_path / "ledger.sqlite")
+    (tmp_path / "text").write_text("no ledger at all" * 99)
+    with pytest.raises(DataFault, match="cannot be read"):
+        Ledger.reading(tmp_path / "text")
+    assert [p.name for p in tmp_path.iterdir()] == ["text"]

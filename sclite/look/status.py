@@ -1,0 +1,238 @@
+"""Where a run stands, read from its files alone: each stage's state, its counts, drops and cost, and what to type next.
+
+A stage is done when its signature fits what lies in the run and the configuration now; that its problems have changed
+at their source is seen only by `build-data`, which reads them.
+"""
+
+import json
+import shlex
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sclite.config import Config
+from sclite.data import attempts, corrections, pairs, templates
+from sclite.data.problems import split_for_stages
+from sclite.errors import ScliteError
+from sclite.export import stage as export
+from sclite.look.rows import require_folder
+from sclite.records import Drop, Problem
+from sclite.run import Run
+from sclite.teacher.ledger import FILE as LEDGER
+from sclite.teacher.ledger import Ledger
+from sclite.train import dpo, sft, warm
+
+DONE, STALE, HALF_WAY, NOT_BEGUN = "done", "stale", "half_way", "not_begun"
+OUTPUTS = {
+    "templates": "templates.jsonl",
+    "sft": "sft/adapter/adapter_model.safetensors",
+    "attempts": "attempts.jsonl",
+    "corrections": "reviews.jsonl",
+    "warm": "dpo/warm/adapter_model.safetensors",
+    "pairs": "pairs.jsonl",
+    "dpo": "dpo/adapter/adapter_model.safetensors",
+}
+"""The signed stages before export, in their order, and what each leaves in the run."""
+
+
+@dataclass
+class Stage:
+    """One stage of a run. `rows` are those of an unfinished file, of `total` where that is known."""
+
+    state: str = NOT_BEGUN
+    why: list[str] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    rows: int | None = None
+    total: int | None = None
+    dropped: dict[str, int] = field(default_factory=dict)
+    seconds: float | None = None
+    cost_usd: float | None = None
+
+
+def status(config: Config, run: Run) -> dict[str, Any]:
+    """{"run", "busy", "stages": {name: fields of Stage}, "dropped", "ledger", "next"}; reads only, whoever holds the run.
+
+    "ledger" is None where nothing was asked, else its totals, and those of each stage under "stages". Raises DataFault
+    where the run folder does not exist.
+    """
+    require_folder(run)
+    dropped: dict[str, Counter[str]] = {}
+    for drop in run.rows("dropped.jsonl", Drop):
+        dropped.setdefault(drop.stage, Counter())[drop.reason] += 1
+    paid = _ledger(run)
+    stages = _stages(config, run, paid)
+    for name, stage in stages.items():
+        stage.dropped = dict(dropped.get(name, Counter()).most_common())
+        if stage.dropped and stage.state == NOT_BEGUN:
+            stage.state, stage.why = HALF_WAY, ["only drops so far"]
+        if paid and name in paid["stages"]:
+            stage.cost_usd = paid["stages"][name]["cost_usd"]
+    return {
+        "run": str(run.folder),
+        "busy": run.busy(),
+        "stages": {name: dict(vars(stage)) for name, stage in stages.items()},
+        "dropped": dict(sum(dropped.values(), Counter()).most_common()),
+        "ledger": paid,
+        "next": next_command(config, stages),
+    }
+
+
+def _ledger(run: Run) -> dict[str, Any] | None:
+    if not run.path(LEDGER).is_file():
+        return None
+    with Ledger.reading(run.path(LEDGER)) as ledger:
+        by_stage = {name: ledger.totals(name) for name in (templates.STAGE, corrections.STAGE)}
+        return {**ledger.totals(), "stages": {name: t for name, t in by_stage.items() if t["requests"]}}
+
+
+# -- stages --------------------------------------------------------------------------------------------------------
+
+
+def _stages(config: Config, run: Run, paid: Mapping[str, Any] | None) -> dict[str, Stage]:
+    problems = list(run.rows("problems.jsonl", Problem))
+    sides = split_for_stages(problems, config.problems.correction_share, config.seed)
+    found = {
+        "problems": Stage(
+            DONE if problems else NOT_BEGUN, counts={"problems": len(problems)} if problems else {}
+        )
+    }
+    expected = _expected(config, run, sides)
+    totals = {"templates": len(problems), "attempts": len(sides[1]) * config.attempts.samples}
+    for name, output in OUTPUTS.items():
+        found[name] = _signed(config, run, name, output, expected[name]) or _unsigned(
+            run, name, paid, totals.get(name)
+        )
+    for name in export.ADAPTERS:
+        if run.finished(f"export-{name}") is not None:
+            output = f"export/{export.gguf_path(run, name, config).name}"
+            inputs = lambda name=name: export.inputs_of(config, run, name)  # noqa: E731
+            found[f"export-{name}"] = _signed(config, run, f"export-{name}", output, inputs)
+    if not any(name.startswith("export-") for name in found):
+        found["export"] = Stage()
+    found["eval"] = _evaluation(config, run)
+    _pass_on(found)
+    return found
+
+
+def _expected(
+    config: Config, run: Run, sides: tuple[list[Problem], list[Problem]]
+) -> dict[str, Callable[[], dict]]:
+    """By stage, what its signature must hold now."""
+    kept = frozenset(problem.id for problem in sides[1])
+    return {
+        "templates": lambda: templates.inputs_of(config, [*sides[0], *sides[1]]),
+        "sft": lambda: sft.inputs_of(config, run, kept),
+        "attempts": lambda: attempts.inputs_of(config, run, sides[1]),
+        "corrections": lambda: corrections.inputs_of(config, run),
+        "warm": lambda: warm.inputs_of(config, run, kept),
+        "pairs": lambda: pairs.inputs_of(config, run),
+        "dpo": lambda: dpo.inputs_of(config, run, kept),
+    }
+
+
+def _signed(config: Config, run: Run, name: str, output: str, expected: Callable[[], dict]) -> Stage | None:
+    """A stage that has its signature: done, stale, or half-way where requests went unanswered; None without one."""
+    manifest = run.finished(name)
+    if manifest is None:
+        return None
+    stage = Stage(DONE, counts=manifest["counts"], seconds=manifest["seconds"], cost_usd=manifest["cost_usd"])
+    held = dict(manifest["inputs"])
+    unanswered = held.pop("unanswered", 0)
+    if unanswered:
+        stage.state, stage.why = HALF_WAY, [f"{unanswered} without a reply"]
+    try:
+        wanted = expected()
+    except ScliteError as fault:  # such as a prompt file that is gone: the stage itself would stop at it
+        stage.why.append(fault.message)
+    else:
+        # the quickstart divides its problems by their place and not by their ids
+        skipped = {"problems", "unseen"} if config.teacher.model.startswith("embedded/") else set()
+        changed = [key for key in wanted if held.get(key) != wanted[key] and key not in skipped]
+        stage.why += [f"{'; '.join(changed)} changed"] if changed else []
+    if not run.path(output).exists():
+        stage.why.append(f"{output} is gone")
+    if stage.why and not unanswered:
+        stage.state = STALE
+    return stage
+
+
+def _unsigned(run: Run, name: str, paid: Mapping[str, Any] | None, total: int | None) -> Stage:
+    """A stage without a signature: brought along, half-way, or not begun."""
+    begun = any(run.path(mark).is_file() for mark in (templates.BEGUN, f"{name}.begun.json"))
+    if name in ("templates", "corrections", "pairs") and not begun and (rows := _count(run, OUTPUTS[name])):
+        return Stage(DONE, counts={Path(OUTPUTS[name]).stem: rows, "brought_along": rows})
+    rows = _rows_so_far(run, name)
+    if not rows and name == "corrections" and paid and name in paid["stages"]:
+        return Stage(HALF_WAY, [f"{paid['stages'][name]['requests']} replies in the ledger"])
+    return Stage(HALF_WAY, rows=rows, total=total or None) if rows else Stage()
+
+
+def _rows_so_far(run: Run, name: str) -> int:
+    """Rows of a file that is being written; for a training stage the optimizer step that was logged last."""
+    if name not in ("sft", "warm", "dpo"):
+        return _count(run, OUTPUTS[name])
+    path = run.path(f"{'sft' if name == 'sft' else 'dpo'}/metrics.jsonl")
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+    rows = [json.loads(line) for line in lines]
+    return max((row["step"] for row in rows if row["phase"] == name), default=0)
+
+
+def _count(run: Run, name: str) -> int:
+    """The whole lines of a file, 0 where it is absent."""
+    path = run.path(name)
+    if not path.is_file():
+        return 0
+    with open(path, "rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+
+
+def _evaluation(config: Config, run: Run) -> Stage:
+    """Done when each student's figures were read off the very GGUF that lies there."""
+    summary = run.read_json("eval/summary.json")
+    if summary is None:
+        return Stage()
+    others = [
+        name
+        for name, figures in summary["models"].items()
+        if figures.get("gguf") != run.file_digest(f"export/{export.gguf_path(run, name, config).name}")
+    ]
+    why = [f"{', '.join(others)}: another GGUF lies there now"] if others else []
+    return Stage(STALE if why else DONE, why, {"problems": summary["n"]})
+
+
+def _pass_on(stages: dict[str, Stage]) -> None:
+    """What was made from something stale is stale too."""
+    before = None
+    for name, stage in stages.items():
+        if before and stage.state == DONE:
+            stage.state, stage.why = STALE, [f"{before} comes before it"]
+        if stage.state == STALE and before is None:
+            before = name
+
+
+# -- what to type next ---------------------------------------------------------------------------------------------
+
+
+def next_command(config: Config, stages: Mapping[str, Stage]) -> str:
+    """The command that takes the run on from its first unfinished stage."""
+    name = next((name for name, stage in stages.items() if stage.state != DONE), None)
+    named = ["--run", config.run] if config.run != Config.model_fields["run"].default else []
+    return shlex.join([*_words(config, name, stages), *named])
+
+
+def _words(config: Config, name: str | None, stages: Mapping[str, Stage]) -> Iterable[str]:
+    teacher = [] if config.teacher.model else ["--set", "teacher.model=PROVIDER/NAME"]
+    if name is None:
+        return ["sclite", "chat", "--self-correct"]
+    if name in ("problems", "templates"):
+        source = [] if config.problems.source or stages["problems"].state == DONE else ["PROBLEMS"]
+        again = any("prompts" in why or "teacher" in why for why in stages["templates"].why)
+        return ["sclite", "build-data", *source, *teacher, *(["--fresh"] if again else [])]
+    if name in OUTPUTS:
+        student = [] if config.student.model else ["--set", "student.model=NAME"]
+        return ["sclite", "train", *student, *teacher]
+    if name == "eval":
+        return ["sclite", "eval", *([] if config.eval.source else ["PROBLEMS"])]
+    return ["sclite", "export"]

@@ -1,0 +1,98 @@
+"""Finding a model through LiteLLM: its provider, options, key, and price."""
+
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from ipaddress import ip_address
+from types import ModuleType
+from typing import Any
+from urllib.parse import urlsplit
+
+from sclite import config
+from sclite.errors import TeacherFault, UsageFault
+from sclite.teacher.money import FREE, Price
+
+_LOCAL_PROVIDERS = ("ollama", "ollama_chat", "lm_studio", "llamafile")
+
+
+@dataclass(frozen=True)
+class Provider:
+    """LiteLLM, what to pass with every call, the variable that holds the key, and the price (None: unknown)."""
+
+    litellm: ModuleType
+    options: dict[str, Any]
+    key_variable: str
+    price: Price | None
+    priced_by_user: bool
+
+
+def import_litellm() -> ModuleType:
+    """LiteLLM, imported when it is first needed (seconds), silent and without a look at the net or at .env files."""
+    os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+    os.environ["LITELLM_MODE"] = "PRODUCTION"
+    import litellm
+
+    # a call that is cancelled in its first moments leaves a coroutine behind, which Python reports on the terminal
+    warnings.filterwarnings("ignore", r"coroutine '.*completion' was never awaited", RuntimeWarning)
+    litellm.suppress_debug_info = True
+    litellm.telemetry = False
+    logging.getLogger("LiteLLM").setLevel(logging.CRITICAL)
+    return litellm
+
+
+def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None) -> Provider:
+    """Import LiteLLM and find out what it needs for the model.
+
+    Raises TeacherFault for a model without a provider, UsageFault for a spending limit without a price.
+    """
+    litellm = import_litellm()
+    if prepare is not None:
+        prepare()
+    try:
+        name = litellm.get_llm_provider(settings.model, api_base=settings.api_base or None)[1]
+    except litellm.exceptions.BadRequestError:
+        raise TeacherFault(
+            f"teacher.model {settings.model} names no provider that LiteLLM knows",
+            "write PROVIDER/NAME: anthropic/NAME, ollama_chat/NAME, openai/NAME for any OpenAI-compatible endpoint",
+        ) from None
+    missing = litellm.validate_environment(settings.model)["missing_keys"]
+    missing = [variable for variable in missing if variable.endswith("_API_KEY")]
+    options: dict[str, Any] = {}
+    if settings.api_base:
+        options["api_base"] = settings.api_base
+        if missing:  # an endpoint of one's own often wants none, but LiteLLM insists
+            options["api_key"] = "none"
+    price = _price(litellm, settings, name)
+    if price is None and settings.max_cost is not None:
+        raise UsageFault(
+            f"a spending limit is set, but nobody knows what {settings.model} costs",
+            "add --set 'teacher.price=[0.5, 1.5]', US dollars per million tokens sent and written (attempts.price for a "
+            "student behind an endpoint)",
+        )
+    key_variable = missing[0] if missing else f"{name.upper()}_API_KEY"
+    return Provider(litellm, options, key_variable, price, settings.price is not None)
+
+
+def _price(litellm: ModuleType, settings: config.Teacher, provider: str) -> Price | None:
+    """What the user says, nothing for a machine of one's own, else LiteLLM's list; None where that has no such model."""
+    if settings.price is not None:
+        return Price(*(dollars / 1e6 for dollars in settings.price))
+    if is_local(settings.api_base) or (provider in _LOCAL_PROVIDERS and not settings.api_base):
+        return FREE
+    listed = litellm.model_cost.get(settings.model) or litellm.model_cost.get(
+        settings.model.partition("/")[2]
+    )
+    if not listed or listed.get("input_cost_per_token") is None:
+        return None
+    return Price(listed["input_cost_per_token"], listed.get("output_cost_per_token") or 0.0)
+
+
+def is_local(api_base: str) -> bool:
+    """Whether an address is this machine's own."""
+    host = urlsplit(api_base).hostname or ""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")

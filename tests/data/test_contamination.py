@@ -1,0 +1,164 @@
+"""Overlap of questions: 13 words in a row, or the whole of a shorter one; in training and in evaluation."""
+
+import json
+
+import pytest
+
+from sclite import config
+from sclite.config import Config
+from sclite.console import Screen
+from sclite.data.contamination import index_of, overlap, trained_on
+from sclite.data.problems import gather_problems
+from sclite.errors import DataFault
+from sclite.measure import held_out
+from sclite.records import Drop, Problem, Template
+from sclite.run import Report
+from sclite.world import World
+
+LONG = "Anna has twelve nuts and buys three more bags with seven nuts in each of them"
+WORDS = LONG.split()
+
+
+def overlaps(first: str, second: str) -> bool:
+    return overlap(first, index_of([("x", second)])) == "x"
+
+
+def test_thirteen_words_in_a_row_are_an_overlap_and_twelve_are_none():
+    rest = " and then he goes home, to sleep. How many are left of them all on the next day?"
+    assert overlaps("Ben says: " + " ".join(WORDS[2:15]) + rest, LONG)
+    assert not overlaps("Ben says: " + " ".join(WORDS[3:15]) + rest, LONG)
+
+
+def test_case_signs_and_blanks_between_words_do_not_matter():
+    assert overlaps(LONG.upper().replace(" ", ",\n "), LONG)
+
+
+def test_a_short_question_overlaps_only_as_a_whole():
+    assert overlaps("what is  2 + 1", "What is $2+1$?")
+    assert not overlaps("What is 2 + 1", "What is 2 + 1 more than?")
+    assert not overlaps(" ".join(WORDS[:6]), LONG)
+
+
+def test_a_short_question_with_another_sign_is_another_one():
+    assert not overlaps("What is 2 - 1?", "What is 2 + 1?")
+
+
+def test_each_problem_that_was_trained_on_is_told_with_the_question_it_overlaps():
+    problems = [Problem(id=i, question=q, answer="1") for i, q in (("a", LONG), ("b", "Why?"), ("c", "Who?"))]
+    training = iter([("t1", "What?"), ("t2", f"Once {LONG}"), ("t3", "WHY"), ("t4", LONG)])
+    assert trained_on(problems, training) == {"a": "t2", "b": "t3"}
+
+
+# -- in the training problems --------------------------------------------------------------------------------------
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def plain(text, **more):
+    return {"question": text, "answer": "1", **more}
+
+
+def settings(*given: str) -> Config:
+    return config.load(None, given, {}, own_file=False)
+
+
+def test_a_row_that_overlaps_an_evaluation_question_is_left_out_and_listed(tmp_path, run):
+    source = write(
+        tmp_path / "p.jsonl",
+        plain("First?"),
+        plain(f"1. {LONG}", id="bad"),
+        plain("Second?"),
+        plain("Third?"),
+    )
+    measured = write(tmp_path / "e.jsonl", plain("Zeroth?", id="e0"), plain(LONG, id="e1"))
+    report = Report("problems")
+    chosen = settings(f"problems.source={source}", f"eval.source={measured}", "problems.limit=2")
+    problems = gather_problems(chosen, run, report)
+    assert [p.question for p in problems] == ["First?", "Second?"]  # the limit counts what is kept
+    assert run.read("problems.jsonl", Problem) == problems
+    (drop,) = run.read("dropped.jsonl", Drop)
+    assert (drop.stage, drop.id, drop.reason) == ("problems", "bad", "overlaps_evaluation")
+    assert f"e1 of {measured}" in drop.detail
+    assert report.dropped == {"overlaps_evaluation": 1}
+    assert run.finished("problems")["dropped"] == report.dropped
+
+
+def test_rows_to_avoid_need_no_answer_and_no_limit(tmp_path, run):
+    source = write(tmp_path / "p.jsonl", plain("First?"), plain("Second?"), plain("Third?"))
+    one = write(tmp_path / "a.jsonl", {"question": "Nothing?"}, {"question": "third"})
+    other = write(tmp_path / "b.jsonl", {"problem": "Second?"})
+    chosen = settings(f"problems.source={source}", f'problems.avoid=["{one}", "{other}"]')
+    assert [p.question for p in gather_problems(chosen, run)] == ["First?"]
+    chosen = settings(f"problems.source={source}", f"problems.avoid={other}")
+    assert len(gather_problems(chosen, run)) == 2
+
+
+def test_problems_that_were_put_into_the_run_stay_in_their_file(tmp_path, run):
+    rows = [Problem(id=i, question=q, answer="1") for i, q in (("a", "First?"), ("b", "Second?"))]
+    run.replace("problems.jsonl", rows)
+    chosen = settings(f"eval.source={write(tmp_path / 'e.jsonl', plain('second'))}")
+    for _ in range(2):
+        assert [p.id for p in gather_problems(chosen, run)] == ["a"]
+        assert run.read("problems.jsonl", Problem) == rows
+        assert [d.id for d in run.read("dropped.jsonl", Drop)] == ["b"]
+
+
+def test_one_file_for_training_and_evaluation_is_divided_by_the_evaluation(tmp_path, run):
+    source = write(tmp_path / "p.jsonl", plain("First?"), plain("Second?"))
+    chosen = settings(f"problems.source={source}", f"eval.source={source}", "problems.limit=1")
+    assert len(gather_problems(chosen, run)) == 1
+
+
+def test_when_every_problem_overlaps_it_is_said(tmp_path, run):
+    source, measured = (write(tmp_path / name, plain("First?")) for name in ("p.jsonl", "e.jsonl"))
+    with pytest.raises(DataFault, match="every problem overlaps") as fault:
+        gather_problems(settings(f"problems.source={source}", f"eval.source={measured}"), run)
+    assert fault.value.hint
+
+
+def test_an_evaluation_set_out_of_reach_is_a_fault_with_a_way_out(tmp_path, run, monkeypatch):
+    import datasets
+
+    def load_dataset(*args, **options):
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = write(tmp_path / "p.jsonl", plain("First?"))
+    with pytest.raises(DataFault, match=r"eval\.source, whose .* some/set cannot be reached") as fault:
+        gather_problems(settings(f"problems.source={source}", "eval.source=some/set"), run)
+    assert "as eval.source" in fault.value.hint
+    assert "--set eval.source= leaves" in fault.value.hint
+    with pytest.raises(DataFault, match=r"problems\.avoid, whose .*none\.jsonl does not exist"):
+        gather_problems(settings(f"problems.source={source}", "problems.avoid=none.jsonl"), run)
+
+
+# -- in the evaluation ---------------------------------------------------------------------------------------------
+
+
+def test_evaluation_problems_that_overlap_what_was_trained_on_are_left_out_and_told(tmp_path, run):
+    rows = [plain(f"What is {i} + {i}?", id=f"e{i}") for i in range(60)]
+    rows += [plain(f"{LONG}?", id="long"), plain("Own?", id="own")]
+    run.replace("problems.jsonl", [Problem(id="t1", question=f"Well. {LONG}", answer="1")])
+    trace = "<Step1>x\n</Step1>\n<Answer>1</Answer>"
+    run.replace("templates.jsonl", [Template(id="t2", question="own", answer="1", trace=trace)])
+    world = World(settings(f"eval.source={write(tmp_path / 'e.jsonl', *rows)}"), run, Screen(quiet=True))
+    tested, fitted, left_out = held_out(world)
+    assert {p.id for p in [*tested, *fitted]} == {f"e{i}" for i in range(60)}
+    assert left_out == 2
+    drops = {d.id: d for d in run.read("dropped.jsonl", Drop)}
+    assert {(d.stage, d.reason) for d in drops.values()} == {("eval", "overlaps_training")}
+    assert drops["long"].detail.endswith("training problem t1")
+    assert drops["own"].detail.endswith("training problem t2")
+
+
+def test_what_training_left_out_may_be_evaluated(tmp_path, run):
+    rows = [plain(f"What is {i} + {i}?", id=f"e{i}") for i in range(60)]
+    run.replace(
+        "problems.jsonl", [Problem(id=i, question=f"What is {i} + {i}?", answer="1") for i in ("1", "99")]
+    )
+    chosen = settings(f"eval.source={write(tmp_path / 'e.jsonl', *rows)}")
+    assert len(gather_problems(chosen, run)) == 1
+    assert held_out(World(chosen, run, Screen(quiet=True)))[2] == 0

@@ -1,0 +1,328 @@
+"""The exported data: as many rows as the run has, as the student is trained, in forms that other trainers accept."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from sclite import prompts
+from sclite.config import Config
+from sclite.errors import DataFault
+from sclite.export.datasets import FOLDER, export_data
+from sclite.records import Attempt, Drop, Pair, Problem, Review, Template
+from sclite.run import Report, Run
+from sclite.student.encode import end_id, prompt_text
+from sclite.student.load import load_tokenizer
+from sclite.teacher.ledger import Entry, Ledger
+from sclite.trace import CAUSE, parse, render
+from tests.tiny import tiny_llama
+from tests.train.test_dpo import write_pairs
+from tests.train.test_sft import write_toy
+
+STEP_DPO = "dataset prompt initial_reason_steps chosen rejected full_chosen full_rejected answer".split()  # noqa: SIM905
+KINDS = {"templates": Template, "reviews": Review, "pairs": Pair}
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """The folder of a random tiny student."""
+    return tiny_llama(tmp_path_factory.mktemp("student"))
+
+
+def filled(folder) -> Run:
+    """A run with templates, attempts, reviews, pairs, drops of two reasons and two paid replies."""
+    run = Run(folder)
+    write_toy(run)
+    write_pairs(run)
+    drops = [Drop(stage="templates", id=str(i), reason="wrong_answer") for i in range(3)]
+    run.append("dropped.jsonl", [*drops, Drop(stage="pairs", id="p1", reason="both_sides_alike")])
+    run.sign("templates", {"prompts": "0123456789abcdef"}, Report("templates"))
+    with Ledger(run.path("ledger.sqlite")) as ledger:
+        ledger.sent("a", "templates", "openai/large")
+        ledger.put("a", Entry("text", "stop", 100, 40, 0.25, 1.0))
+        ledger.sent("b", "templates", "openai/large")
+        ledger.put("b", Entry("text", "stop", 10, 4, None, 1.0))
+    return run
+
+
+def config_of(student, **sections) -> Config:
+    tree = {
+        "student": {"model": str(student)},
+        "teacher": {"model": "openai/large", "api_base": "http://10.0.0.7:8000/v1"},
+        "problems": {"source": "/home/somebody/sums.jsonl"},
+    }
+    return Config.model_validate({**tree, **sections})
+
+
+@pytest.fixture(scope="module")
+def exported(student, tmp_path_factory):
+    """(config, run, report) after an export."""
+    run = filled(tmp_path_factory.mktemp("run"))
+    config = config_of(student)
+    return config, run, export_data(config, run)
+
+
+def rows_of(run: Run, name: str) -> list[dict]:
+    return [json.loads(line) for line in run.path(f"{FOLDER}/{name}.jsonl").read_text("utf-8").splitlines()]
+
+
+def questions(run: Run) -> dict[str, str]:
+    return {problem.id: problem.question for problem in run.read("problems.jsonl", Problem)}
+
+
+# -- what is in the rows -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_row_of_the_run_is_one_row_of_the_export_in_the_same_order(exported, name):
+    _, run, report = exported
+    kept = run.read(f"{name}.jsonl", KINDS[name])
+    assert len(kept) > 3
+    assert [row["id"] for row in rows_of(run, name)] == [row.id for row in kept]
+    assert report.counts[name] == len(kept)
+
+
+def test_a_templates_chat_is_what_the_student_is_trained_on(exported):
+    _, run, _ = exported
+    for row, template in zip(rows_of(run, "templates"), run.read("templates.jsonl", Template), strict=True):
+        assert row["messages"][:2] == list(prompts.solve_messages(template.question))
+        assert row["messages"][2] == {"role": "assistant", "content": template.trace}
+
+
+def test_a_reviews_chat_shows_the_attempt_as_work_to_check(exported):
+    _, run, _ = exported
+    attempts = {a.id: a for a in run.read("attempts.jsonl", Attempt)}
+    for row, review in zip(rows_of(run, "reviews"), run.read("reviews.jsonl", Review), strict=True):
+        work = render(parse(attempts[review.id].trace).trace)
+        assert row["messages"][:2] == list(prompts.review_messages(questions(run)[review.id], work))
+        assert row["messages"][2]["content"] == review.trace
+
+
+def test_a_pairs_prompt_is_the_review_chat_and_then_the_assistants_prefix(exported, student):
+    _, run, _ = exported
+    tokenizer = load_tokenizer(str(student))
+    for row, pair in zip(rows_of(run, "pairs"), run.read("pairs.jsonl", Pair), strict=True):
+        chat = prompt_text(tokenizer, prompts.review_messages(questions(run)[pair.id], pair.attempt))
+        assert row["prompt"] == chat + "".join(pair.prefix)
+        assert (row["chosen"], row["rejected"], row["prefix"]) == (
+            pair.chosen,
+            pair.rejected,
+            list(pair.prefix),
+        )
+
+
+def test_prompts_of_ones_own_are_those_in_the_export(student, tmp_path):
+    run, own = filled(tmp_path / "run"), tmp_path / "own"
+    own.mkdir()
+    (own / "student_solve.txt").write_text("Do this sum: {{ question }}")
+    export_data(config_of(student, prompts={"folder": str(own)}), run)
+    assert rows_of(run, "templates")[0]["messages"][1]["content"].startswith("Do this sum: Anna")
+
+
+def test_step_dpo_rows_have_its_fields_and_the_pairs_own_prefix(exported):
+    _, run, _ = exported
+    answers = {problem.id: problem.answer for problem in run.read("problems.jsonl", Problem)}
+    for row, pair in zip(rows_of(run, "step_dpo"), run.read("pairs.jsonl", Pair), strict=True):
+        assert set(STEP_DPO) <= set(row)
+        assert row["initial_reason_steps"] == "".join(pair.prefix)
+        assert row["answer"] == answers[pair.id]
+        assert row["dataset"] == "sums.jsonl"
+        assert row["full_chosen"].startswith(row["chosen"])
+        assert row["full_rejected"].startswith(row["rejected"])
+
+
+def test_full_sides_go_on_to_the_end_where_the_run_knows_how(exported):
+    _, run, _ = exported
+    reviews = {r.id: r for r in run.read("reviews.jsonl", Review)}
+    attempts = {a.id: a for a in run.read("attempts.jsonl", Attempt)}
+    accused = [row for row in rows_of(run, "step_dpo") if row["chosen"] == CAUSE]
+    assert accused
+    for row in accused:
+        assert row["initial_reason_steps"] + row["full_chosen"] == reviews[row["id"]].trace
+        assert row["initial_reason_steps"] + row["full_rejected"] == attempts[row["id"]].trace
+    contents = [row for row in rows_of(run, "step_dpo") if row["kind"] == "content"]
+    assert all(row["full_chosen"].endswith("</Answer>") for row in contents)
+    assert all(row["full_rejected"] == row["rejected"] for row in contents)
+
+
+# -- what becomes of them ------------------------------------------------------------------------------------------
+
+
+def test_the_same_run_gives_the_same_bytes(exported, student, tmp_path):
+    _, run, _ = exported
+    again = filled(tmp_path / "again")
+    export_data(config_of(student), again)
+    names = sorted(path.name for path in run.path(FOLDER).iterdir())
+    assert names == [
+        "README.md",
+        "dataset_info.json",
+        "pairs.jsonl",
+        "reviews.jsonl",
+        "step_dpo.jsonl",
+        "templates.jsonl",
+    ]
+    for name in names:
+        assert again.path(f"{FOLDER}/{name}").read_bytes() == run.path(f"{FOLDER}/{name}").read_bytes(), name
+
+
+@pytest.mark.parametrize("name", [*KINDS, "step_dpo"])
+def test_datasets_reads_every_file_alone_and_by_the_cards_configuration(exported, tmp_path, name):
+    from datasets import load_dataset
+
+    _, run, _ = exported
+    path = str(run.path(f"{FOLDER}/{name}.jsonl"))
+    alone = load_dataset("json", data_files=path, split="train", cache_dir=str(tmp_path))
+    named = load_dataset(str(run.path(FOLDER)), name, split="train", cache_dir=str(tmp_path))
+    assert alone.to_list() == named.to_list() == rows_of(run, name)
+
+
+def test_a_run_without_pairs_needs_no_student_and_leaves_no_old_pairs_behind(student, tmp_path):
+    run = filled(tmp_path / "run")
+    export_data(config_of(student), run)
+    run.replace("pairs.jsonl", [])
+    report = export_data(config_of(""), run)
+    assert report.counts["pairs"] == report.counts["step_dpo"] == 0
+    assert not run.path(f"{FOLDER}/pairs.jsonl").exists()
+    assert not run.path(f"{FOLDER}/step_dpo.jsonl").exists()
+    assert "sclite_pairs" not in run.read_json(f"{FOLDER}/dataset_info.json")
+    assert "pairs.jsonl" not in run.path(f"{FOLDER}/README.md").read_text()
+
+
+def test_an_empty_run_names_the_command_that_fills_it(student, tmp_path):
+    with pytest.raises(DataFault, match="neither templates nor pairs") as caught:
+        export_data(config_of(student), Run(tmp_path / "run"))
+    assert "sclite build-data" in caught.value.hint
+
+
+def test_a_pair_whose_problem_is_gone_is_named(student, tmp_path):
+    run = filled(tmp_path / "run")
+    run.replace("reviews.jsonl", [])
+    run.replace("problems.jsonl", [p for p in run.read("problems.jsonl", Problem) if p.id != "p1"])
+    with pytest.raises(DataFault, match=r"problems.jsonl has no problem p1, which pair p1/0 is about"):
+        export_data(config_of(student), run)
+
+
+def test_a_review_whose_attempt_is_gone_is_named(student, tmp_path):
+    run = filled(tmp_path / "run")
+    run.replace("attempts.jsonl", run.read("attempts.jsonl", Attempt)[1:])
+    with pytest.raises(DataFault, match=r"p0/0: no such row in attempts.jsonl"):
+        export_data(config_of(student), run)
+
+
+# -- the card ------------------------------------------------------------------------------------------------------
+
+
+def test_the_card_tells_source_models_prompts_counts_drops_and_cost(exported):
+    _, run, report = exported
+    card = run.path(f"{FOLDER}/README.md").read_text("utf-8")
+    assert "- Problems: sums.jsonl" in card
+    assert "- Teacher: openai/large" in card
+    assert "- Teacher's prompts for templates: 0123456789abcdef" in card
+    assert "- Teacher's prompts for corrections: unknown" in card
+    assert f"- Prompt student_review: {prompts.digest('student_review')}" in card
+    assert f"| pairs.jsonl | {report.counts['pairs']} |" in card
+    assert "| templates | wrong answer | 3 |" in card
+    assert "| pairs | both sides alike | 1 |" in card
+    assert "- 2 requests, 110 tokens read, 44 written" in card
+    assert "- 0.250000 USD; 1 requests have no known price" in card
+
+
+def test_the_card_shows_neither_folders_nor_addresses(exported, student):
+    _, run, _ = exported
+    card = run.path(f"{FOLDER}/README.md").read_text("utf-8")
+    assert "/home/somebody" not in card
+    assert "10.0.0.7" not in card
+    assert str(student) not in card
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("openai/gsm8k", "openai/gsm8k (main train)"),
+        ("mine/sums.jsonl", "sums.jsonl"),
+        ("../secret/sums.csv", "sums.csv"),
+        ("../secret/folder", "folder"),
+        ("", "unknown"),
+    ],
+)
+def test_a_hub_name_is_shown_whole_and_a_path_by_its_last_part(student, tmp_path, source, shown):
+    run = filled(tmp_path / "run")
+    run.replace("pairs.jsonl", [])
+    export_data(config_of(student, problems={"source": source, "subset": "main"}), run)
+    assert f"- Problems: {shown}\n" in run.path(f"{FOLDER}/README.md").read_text("utf-8")
+
+
+def test_attempts_that_were_brought_along_are_not_said_to_be_the_students(student, tmp_path):
+    run = filled(tmp_path / "run")
+    export_data(config_of(student, attempts={"source": "/home/somebody/wrong.jsonl"}), run)
+    card = run.path(f"{FOLDER}/README.md").read_text("utf-8")
+    assert "the attempts that were corrected were brought along (wrong.jsonl)" in card
+
+
+def test_the_licence_is_left_open_and_says_so(exported):
+    _, run, _ = exported
+    card = run.path(f"{FOLDER}/README.md").read_text("utf-8")
+    front = card.split("---\n")[1]
+    assert "license: unknown # TO FILL IN" in front
+    assert "> **TO FILL IN.**" in card
+
+
+def test_the_hub_reads_the_cards_front_matter(exported):
+    from huggingface_hub import DatasetCard
+
+    _, run, report = exported
+    data = DatasetCard.load(run.path(f"{FOLDER}/README.md")).data
+    assert data.license == "unknown"
+    assert [entry["config_name"] for entry in data.to_dict()["configs"]] == list(report.counts)
+    assert data.size_categories == ["n<1K"]
+
+
+# -- TRL -----------------------------------------------------------------------------------------------------------
+
+
+def prepared_by_trl(tokenizer, rows: list[dict]):
+    """The rows as TRL's own DPOTrainer prepares them."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    args = DPOConfig(output_dir="unused", use_cpu=True, bf16=False, max_length=None, report_to=[])
+    return DPOTrainer._prepare_dataset(
+        SimpleNamespace(_tokenizer=tokenizer), Dataset.from_list(rows), tokenizer, args, "train"
+    )
+
+
+def test_trl_takes_chats_for_conversations_and_pairs_for_text(exported, student):
+    from trl.data_utils import is_conversational, maybe_apply_chat_template, maybe_extract_prompt
+
+    _, run, _ = exported
+    tokenizer = load_tokenizer(str(student))
+    for name in ("templates", "reviews"):
+        row = rows_of(run, name)[0]
+        assert is_conversational(row)
+        text = maybe_apply_chat_template({"messages": row["messages"]}, tokenizer)["text"]
+        assert text.rstrip().endswith("</Answer><|im_end|>")
+    for row in rows_of(run, "pairs"):
+        assert not is_conversational(row)
+        assert maybe_extract_prompt(row) == row
+        assert maybe_apply_chat_template(row, tokenizer) == row
+
+
+def test_trl_by_itself_puts_an_end_token_after_both_sides_as_the_card_says(exported, student):
+    _, run, _ = exported
+    tokenizer = load_tokenizer(str(student))
+    for row in prepared_by_trl(tokenizer, rows_of(run, "pairs")):
+        assert row["chosen_ids"][-1] == row["rejected_ids"][-1] == end_id(tokenizer)
+    assert "**yes, on both sides**" in run.path(f"{FOLDER}/README.md").read_text("utf-8")
+
+
+def test_a_conversational_prefix_would_be_closed_and_a_second_turn_opened(exported, student):
+    """Why pairs are exported as text alone."""
+    _, run, _ = exported
+    tokenizer = load_tokenizer(str(student))
+    pair = run.read("pairs.jsonl", Pair)[0]
+    asked = prompts.review_messages(questions(run)[pair.id], pair.attempt)
+    begun = [*asked, {"role": "assistant", "content": "".join(pair.prefix)}]
+    sides = {side: [{"role": "assistant", "content": getattr(pair, side)}] for side in ("chosen", "rejected")}
+    row = prepared_by_trl(tokenizer, [{"prompt": begun, **sides}])[0]
+    text = tokenizer.decode(row["prompt_ids"] + row["chosen_ids"])
+    assert text.count("<|im_start|>assistant") == 2

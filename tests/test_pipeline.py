@@ -1,0 +1,225 @@
+"""Stage 2 with a student that this run does not train: a real endpoint and a real GGUF, from problems to pairs."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from sclite import pipeline, prompts
+from sclite.__main__ import main
+from sclite.config import load
+from sclite.console import Screen
+from sclite.errors import DataFault
+from sclite.records import Attempt, Drop, Pair, Review
+from sclite.student.encode import piece_ids, prompt_ids
+from sclite.trace import CAUSE, Step, Trace, render, step_pieces
+from sclite.world import World
+from tests.replay import Teaching, say
+from tests.tiny import tiny_gguf, tiny_llama
+
+STEPS = ("I look at both numbers.", "It is 90.")
+OWN = "Hm.</Cause>\n<Correction>It is 80.</Correction>"
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch, tmp_path):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123456")
+    monkeypatch.chdir(tmp_path)
+
+
+def problems(path: Path, count: int) -> Path:
+    rows = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(1, count + 1)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def attempt(answer="80", notes=(None, None)):
+    cause, correction = notes
+    return render(Trace((Step(STEPS[0]), Step(STEPS[1], None, cause, correction)), "Add.", answer))
+
+
+def model(body, nth):
+    """Teacher and student at one address: the model's name tells them apart."""
+    text = body["messages"][-1]["content"]
+    gold = str(2 * int(re.search(r"What is (\d+) \+", text)[1]))
+    if body["model"] == "teacher":
+        return say(attempt(gold, ("It is not 90.", f"It is {gold}.")))
+    review = "Work to check" in text
+    return say(
+        attempt("80", ("Hm.", "It is 80.")) if review else attempt(gold if body["seed"] % 3 == 0 else "80")
+    )
+
+
+def settings(url, **more):
+    chosen = {
+        "teacher.model": "openai/teacher",
+        "teacher.api_base": url,
+        "teacher.attempts_per_call": 1,
+        "problems.source": "mine.jsonl",
+        "student.batch": 4,
+    }
+    return [f"{key}={value}" for key, value in (chosen | more).items()]
+
+
+def world_of(run, url, **more):
+    config = load(None, [f"run={run.folder}", *settings(url, **more)], {}, own_file=False)
+    return World(config, run, Screen(quiet=True))
+
+
+def call(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["sclite", *map(str, arguments)])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert not left.value.code
+    return json.loads(capsys.readouterr().out)
+
+
+def test_build_data_goes_from_problems_to_pairs_with_an_endpoint_and_no_trained_student(
+    run, monkeypatch, capsys
+):
+    problems(Path("mine.jsonl"), 12)
+    with Teaching(model) as server:
+        own = {"attempts.student": "openai/student", "attempts.api_base": server.url}
+        chosen = [word for setting in settings(server.url, **own) for word in ("--set", setting)]
+        command = ("build-data", "--only", "corrections", "--run", run.folder, "--json", *chosen)
+        figures = call(monkeypatch, capsys, *command)
+        asked = len(server.requests)
+        assert call(monkeypatch, capsys, *command)["pairs"] == figures["pairs"]
+        assert len(server.requests) == asked
+    pairs = run.read("pairs.jsonl", Pair)
+    assert figures["pairs"] == len(pairs)
+    contents = [pair for pair in pairs if pair.kind == "content"]
+    assert contents
+    for pair in contents:
+        assert (pair.step, pair.rejected) == (2, OWN + "\n")
+        assert pair.chosen.startswith("It is not 90.")
+    wrong = [row for row in run.read("attempts.jsonl", Attempt) if row.correct is False]
+    assert wrong
+    assert {review.step for review in run.read("reviews.jsonl", Review)} <= {None, 2}
+    assert not run.path("sft").exists()
+    for path in run.folder.rglob("*"):
+        assert not path.is_file() or b"sk-secret" not in path.read_bytes()
+
+
+def test_another_endpoint_asks_anew_and_the_teacher_only_about_what_it_has_not_seen(run):
+    problems(Path("mine.jsonl"), 8)
+    with Teaching(model) as server:
+        for name in ("student", "other"):
+            own = {"attempts.student": f"openai/{name}", "attempts.api_base": server.url}
+            world = world_of(run, server.url, **own)
+            pipeline.build_corrections(world)
+            assert pipeline.can_build_pairs(world)
+        asked = [body["model"] for body in server.requests]
+    assert asked.count("student") == asked.count("other") > 0
+    assert asked.count("teacher") == len({r.id for r in run.read("reviews.jsonl", Review) if r.step})
+
+
+# -- a GGUF --------------------------------------------------------------------------------------------------------
+
+
+def teach(folder: Path, count: int) -> None:
+    """Overfit the tiny model: it makes the same mistake in every problem, and has one correction for it."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    steps = tuple(Step(text) for text in STEPS)
+    end = "<Generalized>Add.</Generalized>\n<Answer>80</Answer><|im_end|>"
+    rows = []
+    for n in range(1, count + 1):
+        question = f"What is {n} + {n}?"
+        solve, review = prompts.solve_messages(question), prompts.review_messages(question, attempt())
+        first, second = step_pieces(steps), step_pieces((steps[0], Step("It is 80.")))
+        rows += [
+            (solve, [], "".join(first) + end),
+            (review, [*first[:3], CAUSE], OWN),
+            (solve, second, end),
+        ]
+    encoded = []
+    for messages, prefix, text in rows:
+        before = prompt_ids(tokenizer, messages) + [i for ids in piece_ids(tokenizer, prefix) for i in ids]
+        new = tokenizer(text, add_special_tokens=False).input_ids
+        encoded.append((before + new, [-100] * len(before) + new))
+    width = max(len(ids) for ids, _ in encoded)
+    ids = torch.tensor([ids + [2] * (width - len(ids)) for ids, _ in encoded])
+    labels = torch.tensor([row + [-100] * (width - len(row)) for _, row in encoded])
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    for _ in range(150):
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if loss < 0.03:
+            break
+    model.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory):
+    folder = tiny_llama(tmp_path_factory.mktemp("tiny"))
+    teach(folder, 2)
+    return tiny_gguf(folder, folder / "student.gguf")
+
+
+def test_a_gguf_gives_attempts_and_its_own_corrections_of_them(run, gguf):
+    problems(Path("mine.jsonl"), 4)
+    with Teaching(model) as server:
+        world = world_of(run, server.url, **{"attempts.student": gguf, "attempts.temperature": 0})
+        pipeline.build_corrections(world)
+        report = pipeline.build_pairs(world)
+        assert {body["model"] for body in server.requests} == {"teacher"}
+        assert [r.skipped for r in (pipeline.build_corrections(world), pipeline.build_pairs(world))] == [
+            True
+        ] * 2
+    attempts = run.read("attempts.jsonl", Attempt)
+    assert {row.trace for row in attempts} == {attempt()}
+    contents = [pair for pair in run.read("pairs.jsonl", Pair) if pair.kind == "content"]
+    assert len(contents) == report.counts["content"] == len({row.id for row in attempts})
+    assert {pair.rejected for pair in contents} == {OWN + "\n"}
+
+
+def test_a_gguf_that_is_not_there_is_named(run):
+    problems(Path("mine.jsonl"), 4)
+    world = world_of(run, "http://127.0.0.1:9/v1", **{"attempts.student": "none.gguf"})
+    with pytest.raises(DataFault, match=r"attempts\.student: none\.gguf does not exist"):
+        pipeline.build_corrections(world)
+
+
+# -- nobody --------------------------------------------------------------------------------------------------------
+
+
+def test_attempts_brought_along_become_decisions_without_any_student(run):
+    problems(Path("mine.jsonl"), 4)
+    rows = [
+        {"question": f"What is {n} + {n}?", "steps": list(STEPS), "answer": "80", "first_error_step": 2}
+        for n in range(1, 5)
+    ]
+    Path("tries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with Teaching(model) as server:
+        world = world_of(run, server.url, **{"attempts.source": "tries.jsonl"})
+        pipeline.build_corrections(world)
+        assert pipeline.can_build_pairs(world)
+        report = pipeline.build_pairs(world)
+    pairs = run.read("pairs.jsonl", Pair)
+    assert {(p.step, p.chosen) for p in pairs} == {(1, "</Step1>\n"), (2, CAUSE)}
+    assert set(report.dropped) == {"no_student_review"}
+    assert {d.reason for d in run.read("dropped.jsonl", Drop)} == {"no_student_review"}
+
+
+def test_where_a_student_is_trained_the_pairs_wait_for_its_warm_up(run):
+    run.path("sft/adapter").mkdir(parents=True)
+    run.path("sft/adapter/adapter_model.safetensors").write_bytes(b"trained")
+    for more, ready in (({}, False), ({"attempts.source": "x"}, False), ({"attempts.student": "o/x"}, True)):
+        assert pipeline.can_build_pairs(world_of(run, "http://x", **more)) is ready
+
+
+def test_a_student_that_does_not_write_steps_is_told_apart_from_one_that_needs_more_training(run):
+    problems(Path("mine.jsonl"), 8)
+    with Teaching(lambda body, nth: say("I would say 80.")) as server:
+        own = {"attempts.student": "openai/student", "attempts.api_base": server.url}
+        with pytest.raises(DataFault, match=r"attempt_not_readable") as fault:
+            pipeline.build_corrections(world_of(run, server.url, **own))
+    assert "attempts.student" in fault.value.hint
