@@ -32,7 +32,10 @@ ASKS = (
     "Here is a problem.\n\n{q}",
     "Problem:\n{q}",
 )
-RIGHT_HERE, WRONG_HERE = "\x01", "\x02"  # stand before the token that passes judgement; pre-training weighs it
+RIGHT_HERE, WRONG_HERE = (
+    "\x01",
+    "\x02",
+)  # stand before the token that passes judgement; pre-training weighs it
 ROWS = ("Row", "Line", "Item", "Sum", "Part")
 FEW_TAGS = (("Note", "Entry", "Task", "Day"), ("Hint", "Place", "Key"), ("End",))
 MANY_TAGS = (
@@ -169,7 +172,9 @@ def long_way(solution, draw: random.Random) -> str:
 MARKS = (("Mistake", "Better"), ("Wrong", "Right"), ("Error", "Fix"), ("Why", "Instead"))
 
 
-def marked(what: str, operation, item: str, tags: tuple[str, str, str], draw: random.Random, wrong: bool) -> str:
+def marked(
+    what: str, operation, item: str, tags: tuple[str, str, str], draw: random.Random, wrong: bool
+) -> str:
     """One line of somebody's work in a tag; a wrong one with the teacher's marks inside."""
     row, mistake, mended = tags
     left, sign, right, given = operation.left, operation.sign, operation.right, operation.result
@@ -206,7 +211,10 @@ def checks(draw: random.Random, ranges: Ranges) -> str:
     for i in range(1, draw.randint(6, 10)):
         a, s, b = a_sum(draw, ranges)
         result = result_of(a, s, b)
-        what, item = draw.choice(("", "After giving ", "With the new ones ", "Missing are ")), draw.choice(ITEMS)
+        what, item = (
+            draw.choice(("", "After giving ", "With the new ones ", "Missing are ")),
+            draw.choice(ITEMS),
+        )
         if draw.random() < 0.5:
             lines.append(f"<{row}{i}>{what}{a} {s} {b} = {result} {item}.\n{RIGHT_HERE}</{row}{i}>")
             continue

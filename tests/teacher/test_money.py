@@ -35,8 +35,7 @@ def test_the_limit_is_never_passed_and_what_was_under_way_is_given(tmp_path):
     results = []
     with Teaching(cheap) as server, Ledger(tmp_path / "l") as ledger:
         with teacher_of(ledger, server, max_cost=0.01) as teacher, pytest.raises(BudgetFault) as caught:
-            for result in teacher.ask_all(map(job, range(500)), "templates"):
-                results.append(result)
+            results.extend(teacher.ask_all(map(job, range(500)), "templates"))
         spent = ledger.totals()["cost_usd"]
         assert spent == pytest.approx(0.00011 * len(server.requests))
         assert 0.0085 < spent <= 0.01
@@ -63,7 +62,10 @@ def test_a_reply_that_never_came_counts_at_its_dearest(tmp_path):
 
     with Teaching(slow) as server, Ledger(tmp_path / "l") as ledger:
         settings = {"timeout_seconds": 0.2, "attempts_per_call": 1, "max_cost": 1, "repairs": 0}
-        with teacher_of(ledger, server, **settings) as teacher, pytest.raises(Exception, match="does not answer"):
+        with (
+            teacher_of(ledger, server, **settings) as teacher,
+            pytest.raises(Exception, match="does not answer"),
+        ):
             list(teacher.ask_all([job(1)]))
         totals = ledger.totals()
     assert (totals["sent"], totals["given_up"], totals["requests"]) == (1, 1, 0)
@@ -73,9 +75,11 @@ def test_a_reply_that_never_came_counts_at_its_dearest(tmp_path):
 def test_a_limit_without_a_price_is_refused_before_any_call(tmp_path):
     with Teaching(cheap) as server, Ledger(tmp_path / "l") as ledger:
         url = server.url.replace("127.0.0.1", "teacher.example")
-        with teacher_of(ledger, server, api_base=url, price=None, max_cost=1) as teacher:
-            with pytest.raises(UsageFault, match="nobody knows what") as caught:
-                list(teacher.ask_all([job(1)]))
+        with (
+            teacher_of(ledger, server, api_base=url, price=None, max_cost=1) as teacher,
+            pytest.raises(UsageFault, match="nobody knows what") as caught,
+        ):
+            list(teacher.ask_all([job(1)]))
         assert "teacher.price" in caught.value.hint
         assert not server.requests
 

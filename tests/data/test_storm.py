@@ -1,0 +1,141 @@
+"""Templates through a storm of faults, and killed again and again: nothing wrong gets in, nothing is paid twice."""
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sclite import config
+from sclite.data.templates import build_templates, check_template
+from sclite.grader import Grader
+from sclite.records import Problem, Template
+from sclite.run import Run
+from sclite.teacher.client import Teacher
+from sclite.teacher.ledger import Ledger
+from tests.replay import BROKEN, HTML, Teaching, fail, say
+
+KEY = "sk-storm-0123456789"
+PROBLEMS = [
+    Problem(id=f"p{i}", question=f"What is {i} + 1?", answer=str(i + 1), solution="Count on.")
+    for i in range(200)
+]
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+@pytest.fixture(scope="module")
+def grader():
+    with Grader() as grader:
+        yield grader
+
+
+def reply(answer, rule="Count on."):
+    return f"<Step1>Count on by one.\n</Step1>\n<Generalized>{rule}</Generalized>\n<Answer>{answer}</Answer>"
+
+
+def number_of(request):
+    return int(request["messages"][1]["content"].split("What is ")[1].split(" ")[0])
+
+
+def storm(request, nth):
+    """A third of the first requests fail, each in its own way; asked again they succeed."""
+    answer = number_of(request) + 1
+    faults = (
+        fail(429, retry_after="0"), fail(500), BROKEN, HTML, say("Sure! Let me think."), say(reply(answer)[:40], "length"),
+        say(reply(-12345)), say(reply(answer, "As the reference solution shows, count on.")), say("late", seconds=1.5),
+    )  # fmt: skip
+    draw = int(hashlib.sha256(str(request["messages"]).encode()).hexdigest(), 16) % 27
+    return faults[draw] if nth == 1 and draw < len(faults) else say(reply(answer))
+
+
+def chosen(url, *more):
+    named = ["teacher.model=openai/replay", f"teacher.api_base={url}", "teacher.timeout_seconds=1"]
+    return config.load(None, [*named, "teacher.concurrency=16", *more], {}, own_file=False)
+
+
+def build(run, settings, grader, problems=PROBLEMS):
+    with Ledger(run.path("ledger.sqlite")) as ledger, Teacher(settings.teacher, ledger) as teacher:
+        report = build_templates(settings, run, teacher=teacher, grader=grader, problems=problems)
+        return report, ledger.totals()
+
+
+def test_through_a_storm_every_problem_ends_with_a_valid_template_and_the_books_agree(tmp_path, grader):
+    run = Run(tmp_path / "run")
+    with Teaching(storm) as server:
+        report, totals = build(run, chosen(server.url), grader)
+        sent = len(server.requests)
+        again, _ = build(run, chosen(server.url), grader)
+        assert len(server.requests) == sent
+    rows = run.read("templates.jsonl", Template)
+    assert [row.id for row in rows] == [problem.id for problem in PROBLEMS]
+    assert all(check_template(r.trace, p, grader) is None for r, p in zip(rows, PROBLEMS, strict=True))
+    assert report.counts["templates"] == again.counts["templates"] == len(PROBLEMS)
+    assert totals["sent"] == sent
+    assert totals["given_up"] > 0
+    assert report.figures["repaired"] > 0
+
+
+def test_the_key_stands_in_no_file_of_the_run(tmp_path, grader):
+    run = Run(tmp_path / "run")
+    with Teaching(storm) as server:
+        build(run, chosen(server.url), grader, PROBLEMS[:40])
+    files = [path for path in run.folder.rglob("*") if path.is_file()]
+    assert len(files) >= 4
+    assert not [path for path in files if KEY.encode() in path.read_bytes()]
+
+
+CODE = """
+import json, sys
+from sclite.records import Problem
+from tests.data.test_storm import PROBLEMS, build, chosen
+from sclite.grader import Grader
+from sclite.run import Run
+if __name__ == "__main__":
+    with Grader() as grader:
+        build(Run(sys.argv[1]), chosen(sys.argv[2]), grader)
+"""
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_it_pays_again_only_for_what_was_in_flight(tmp_path, grader):
+    draw = random.Random(0)
+
+    def answer(request, nth):
+        return say(reply(number_of(request) + 1), seconds=0.3)
+
+    script = tmp_path / "build.py"
+    script.write_text(CODE)
+    with Teaching(answer) as server:
+        folder = tmp_path / "run"
+        again = 0
+        for _ in range(20):
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+            process = subprocess.Popen(
+                [sys.executable, str(script), str(folder), server.url], env=environment
+            )
+            before = len(server.requests)
+            began = time.monotonic()
+            while len(server.requests) == before and process.poll() is None and time.monotonic() - began < 30:
+                time.sleep(0.01)
+            time.sleep(draw.random() * 0.6)
+            flying = server.in_flight
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            again += flying + 1
+        build(Run(folder), chosen(server.url), grader)
+        paid_again = sum(count - 1 for count in server.counts.values())
+        assert paid_again <= again
+        whole = Run(tmp_path / "whole")
+        build(whole, chosen(server.url), grader)
+    print(
+        f"{paid_again} of {sum(server.counts.values())} requests were asked again, at most {again} were in flight"
+    )
+    assert (folder / "templates.jsonl").read_bytes() == whole.path("templates.jsonl").read_bytes()
