@@ -24,7 +24,7 @@ app = typer.Typer(
 @common_options
 def quickstart(
     problems: Annotated[
-        int | None, typer.Option("--problems", min=40, help="Training problems to make (800).")
+        int | None, typer.Option("--problems", min=40, help="Training problems to make (640).")
     ] = None,
     *,
     common: Common,

@@ -127,18 +127,22 @@ def attempt_key(row: Any) -> tuple[str, int]:
     return row.id, row.sample
 
 
+# Faults that leave open which steps there are. Others (a closer that is missing or strays) are mended in reading, and
+# such an attempt is worth the most: a student that doubts its own step often closes it wrongly.
+_UNCLEAR = ("no_steps", "no_answer", "empty_step", "wrong_step_number", "step_after_the_end")
+
+
 def _usable(attempts: Iterable[Attempt]) -> tuple[list[Attempt], list[Drop]]:
     """The wrong attempts that have steps, and drops for the others that are not right."""
     wrong, drops = [], []
     for attempt in attempts:
         if attempt.correct is True:
             continue
-        faults = parse(attempt.trace).faults
-        structural = [f for f in faults if f.name not in ("second_key", "generalized_after_the_answer")]
+        unclear = [fault for fault in parse(attempt.trace).faults if fault.name in _UNCLEAR]
         if attempt.correct is None:
             drops.append(_drop(attempt, "outcome_unknown", ""))
-        elif structural:
-            drops.append(_drop(attempt, "attempt_not_readable", str(structural[0])))
+        elif unclear:
+            drops.append(_drop(attempt, "attempt_not_readable", str(unclear[0])))
         else:
             wrong.append(attempt)
     return wrong, drops

@@ -20,9 +20,9 @@ DEFAULTS: Mapping[str, Any] = {
     "run": "runs/quickstart",
     "teacher": {"model": MODEL, "concurrency": 8},
     "student": {"model": "embedded", "backend": "plain", "batch": 64},
-    "problems": {"limit": 800},
+    "problems": {"limit": 640},
     "attempts": {"samples": 2, "max_tokens": 160, "reviews": 2},
-    "sft": {"learning_rate": 2e-3, "epochs": 2, "batch": 16, "micro_batch": 16, "max_length": 1024},
+    "sft": {"learning_rate": 2e-3, "epochs": 3, "batch": 16, "micro_batch": 16, "max_length": 1024},
     "dpo": {
         "batch": 16,
         "micro_batch": 16,
@@ -79,7 +79,7 @@ def quickstart(config: Config, quiet: bool = False) -> tuple[dict[str, Any], dic
 
 def _problems(config: Config):
     """(for SFT, kept for stage 2), as many as `problems.limit` says in all."""
-    limit = config.problems.limit or 800
+    limit = config.problems.limit or 640
     found = train_problems(limit)
     kept = round(limit * config.problems.correction_share)
     return found[: limit - kept], found[limit - kept :]
