@@ -183,7 +183,7 @@ def test_attempts_that_cannot_be_used_are_counted_and_never_sent(run, grader):
     assert len(server.requests) == 1
     drops = {d.id: d for d in run.read("dropped.jsonl", Drop)}
     assert drops["t"].raw == torn.trace
-    assert "missing closer at step 1" in drops["t"].detail
+    assert "no answer at the end" in drops["t"].detail
 
 
 def test_two_attempts_that_say_the_same_are_corrected_once(run, grader):
