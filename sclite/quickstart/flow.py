@@ -33,22 +33,22 @@ DEFAULTS: Mapping[str, Any] = {
         "learning_rate": 3e-4,
         "epochs": 1,
         "confirmation_share": 0.4,
-        "replay_share": 0.5,
+        "replay_share": 0.6,
     },
     "export": {"quant": "q8_0", "num_ctx": 2048},
     "eval": {"limit": 300, "max_tokens": 200, "context": 1024},
 }
 
 PLAN = {
-    "templates": 5,
-    "sft": 39,
-    "attempts": 20,
-    "corrections": 1,
-    "warm": 65,
-    "pairs": 22,
-    "dpo": 61,
+    "templates": 4,
+    "sft": 50,
+    "attempts": 18,
+    "corrections": 2,
+    "warm": 85,
+    "pairs": 20,
+    "dpo": 55,
     "export": 1,
-    "eval": 54,
+    "eval": 78,
 }
 """Seconds that the stages take on two common cores."""
 
