@@ -111,8 +111,10 @@ def _origin(config: Config, run: Run) -> str:
 
 def _attempts(config: Config) -> str:
     """Where the attempts that were corrected come from, where that is not the student itself."""
-    source = config.attempts.source
-    return f"; the attempts that were corrected were brought along ({_public(source)})" if source else ""
+    source, student = config.attempts.source, config.attempts.student
+    if source:
+        return f"; the attempts that were corrected were brought along ({_public(source)})"
+    return f"; the attempts that were corrected are those of {_public(student)}" if student else ""
 
 
 def _left_out(run: Run) -> str:

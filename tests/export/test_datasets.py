@@ -227,6 +227,14 @@ def test_the_card_tells_source_models_prompts_counts_drops_and_cost(exported):
     assert "- 0.250000 USD; 1 requests have no known price" in card
 
 
+def test_the_card_names_another_student_of_stage_2(tmp_path, student):
+    other = config_of(student, attempts={"student": "openai/small", "api_base": "http://here/v1"})
+    export_data(other, run := filled(tmp_path / "run"))
+    card = run.path(f"{FOLDER}/README.md").read_text()
+    assert "the attempts that were corrected are those of openai/small" in card
+    assert "here/v1" not in card
+
+
 def test_the_card_shows_neither_folders_nor_addresses(exported, student):
     _, run, _ = exported
     card = run.path(f"{FOLDER}/README.md").read_text("utf-8")
