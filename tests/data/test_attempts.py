@@ -335,7 +335,7 @@ def test_a_call_that_failed_is_made_again_by_the_next_start_and_no_other_is(run,
 
     def answer(body, nth):
         lost = down[0] and "What is 3 " in body["messages"][-1]["content"]
-        return fail(400, "not now") if lost else solve_with_seed(body, nth)
+        return fail(429, "not now", retry_after="900") if lost else solve_with_seed(body, nth)
 
     with Teaching(answer) as server:
         first = sample_endpoint(run, grader, server.url)
