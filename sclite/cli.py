@@ -26,6 +26,9 @@ def quickstart(
     problems: Annotated[
         int | None, typer.Option("--problems", min=40, help="Training problems to make (640).")
     ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Train anew what was trained from other inputs.")
+    ] = False,
     *,
     common: Common,
 ) -> None:
@@ -35,7 +38,7 @@ def quickstart(
 
     loaded = common.load({"problems.limit": problems}, flow.DEFAULTS)
     with held(Run(loaded.run), loaded):
-        summary, example = flow.quickstart(loaded)
+        summary, example = flow.quickstart(loaded, fresh=fresh)
     if common.json:
         console.print_json(summary)
         return
@@ -186,18 +189,21 @@ def train(
         ),
     ] = None,
     only: Annotated[str | None, typer.Option("--only", help="sft or dpo")] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Train anew what was trained from other inputs.")
+    ] = False,
     *,
     common: Common,
 ) -> None:
     """SFT, then the student's mistakes and their corrections, then DPO."""
-    from sclite import pipeline
+    from sclite import training
     from sclite.student.load import choose_card, model_name
 
     world = common.world()
     model_name(world.config.student)
     choose_card(gpu)
     with held(world.run, world.config):
-        reports = pipeline.train(world, only)
+        reports = training.train(world, only, fresh)
     if common.json:
         console.print_json({report.stage: report.as_dict() for report in reports})
         return

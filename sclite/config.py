@@ -122,10 +122,29 @@ class Lora(Section):
     rank: int = Field(32, ge=1)
     alpha: int = Field(64, ge=1)
     batch: int = Field(16, ge=1, description="rows per optimizer step")
-    micro_batch: int = Field(2, ge=1, description="rows per forward pass")
+    micro_batch: int | None = Field(
+        None, ge=1, description="rows per forward pass; what fits into memory without it"
+    )
     max_length: int = Field(2048, ge=64, description="tokens; longer rows are left out and counted")
     warmup: float = Field(0.02, ge=0, lt=1, description="share of the steps with rising learning rate")
     max_grad_norm: float = Field(1.0, gt=0)
+    checkpoints: int = Field(
+        10, ge=1, description="how many are written in a stage; a broken one goes on from the last"
+    )
+    eval_share: float = Field(
+        0.02,
+        ge=0,
+        lt=1,
+        description="share of the rows kept for the evaluation loss that chooses the best checkpoint",
+    )
+    patience: int = Field(
+        0, ge=0, description="evaluations without a better loss before stopping early; 0: never"
+    )
+    tensorboard: bool = Field(False, description="also write what TensorBoard reads, beside metrics.jsonl")
+
+    def deciding(self, *others: str) -> dict[str, Any]:
+        """The settings that decide what comes out; `others` are left out beside those that never do."""
+        return self.model_dump(exclude={"micro_batch", "checkpoints", "tensorboard", *others})
 
 
 class Sft(Lora):

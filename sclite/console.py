@@ -192,11 +192,14 @@ class Screen:
 
     @contextmanager
     def stage(self, name: str, text: str) -> Iterator[Progress]:
-        """Show a stage while it runs; gives the callback `progress(done, total, *more)`."""
+        """Show a stage while it runs; gives the callback `progress(done, total, spent_usd, note=, warning=)`.
+
+        `note` holds the figures of the moment. A `warning` is said at once, in a line of its own that stays.
+        """
         number = f"{list(self.plan).index(name) + 1}/{len(self.plan)} " if name in self.plan else ""
         began = time.monotonic()
         if self.quiet:
-            yield lambda *_: None
+            yield lambda *_, **__: None
         else:
             with self._bar(name, f"{number}{text}") as progress:
                 yield progress
@@ -213,7 +216,7 @@ class Screen:
         if not console.is_terminal:
             left = self.left(name, 0.0)
             console.print(f"{text}{f' (about {duration(left)} left in all)' if left else ''}", soft_wrap=True)
-            yield self._lines(rate) if left is None else lambda *_: None
+            yield self._lines(rate, silent=left is not None)
             return
         columns = (
             TextColumn("{task.description}"),
@@ -224,25 +227,36 @@ class Screen:
         with Bars(*columns, console=console, transient=True) as self._bars:
             task = self._bars.add_task(text, total=None, left="")
 
-            def progress(done: int, total: int, spent_usd: float | None = None) -> None:
+            def progress(
+                done: int, total: int, spent_usd: float | None = None, *, note: str = "", warning: str = ""
+            ) -> None:
+                if warning:
+                    console.print(f"[yellow]warning:[/] {plain(warning)}", soft_wrap=True)
+                    return
                 rate.tell(done, spent_usd)
                 seconds = self.left(name, done / max(1, total))
                 told = rate.line(total) if seconds is None else f"{duration(seconds)} left"
-                self._bars.update(task, completed=done, total=total, left=told)
+                self._bars.update(task, completed=done, total=total, left=_joined(note, told))
 
             yield progress
         self._bars = None
 
-    def _lines(self, rate: "Rate") -> Progress:
-        """Progress for a log: a line now and then."""
+    def _lines(self, rate: "Rate", silent: bool) -> Progress:
+        """Progress for a log: a line now and then, unless `silent`, and each warning."""
         told = time.monotonic()
+        write = note
 
-        def progress(done: int, total: int, spent_usd: float | None = None) -> None:
+        def progress(
+            done: int, total: int, spent_usd: float | None = None, *, note: str = "", warning: str = ""
+        ) -> None:
             nonlocal told
+            if warning:
+                write(f"[yellow]warning:[/] {plain(warning)}")
+                return
             rate.tell(done, spent_usd)
-            if time.monotonic() - told >= LOG_SECONDS:
+            if not silent and time.monotonic() - told >= LOG_SECONDS:
                 told = time.monotonic()
-                note(f"  {done} of {total} {rate.line(total)}")
+                write(f"  {done} of {total} {_joined(note, rate.line(total))}")
 
         return progress
 
@@ -264,6 +278,10 @@ class Screen:
         if not self.quiet:
             seconds = "as it was" if skipped else duration(self.finished.get(name, 0.0))
             note(f"[green]✓[/] {text} [dim]{seconds}[/]")
+
+
+def _joined(*texts: str) -> str:
+    return ", ".join(filter(None, texts))
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> None:

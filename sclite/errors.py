@@ -42,6 +42,20 @@ class DeviceFault(ScliteError):
     code = DEVICE
 
 
+class MemoryFault(DeviceFault):
+    """The card has too little memory for so many rows in one forward pass (exit code 5)."""
+
+    def __init__(self, stage: str, micro_batch: int):
+        super().__init__(
+            f"{stage}: the card has too little memory for {micro_batch} row{'s' * (micro_batch > 1)} at once",
+            f"lower {'sft' if stage == 'sft' else 'dpo'}.max_length or rank; `sclite train --plan` tells what fits",
+        )
+        self.stage, self.micro_batch = stage, micro_batch
+
+    def __reduce__(self):  # so that it comes whole from another process
+        return MemoryFault, (self.stage, self.micro_batch)
+
+
 class TeacherFault(ScliteError):
     """A teacher or endpoint that cannot be reached or refuses (exit code 6)."""
 

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class Common:
         from sclite.world import World
 
         config = self.load(chosen)
-        world = World(config, Run(config.run), Screen())
+        world = World(config, Run(config.run), Screen(), apart=shutil.which("nvidia-smi") is not None)
         if config.teacher.model.startswith("embedded/"):
             from sclite.quickstart.provider import register
 

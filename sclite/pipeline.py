@@ -3,13 +3,16 @@
 Commands and the quickstart are thin over this module; each function here is what one command does.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sclite.errors import DataFault, UsageFault
+from sclite.config import Config
+from sclite.console import Screen
+from sclite.errors import DataFault
 from sclite.records import Problem
-from sclite.run import Report
+from sclite.run import Report, Run
 from sclite.world import World
 
 NAMES = ("base", "sft", "dpo")
@@ -83,7 +86,7 @@ def build_corrections(world: World) -> Report:
 
     Attempts that are brought along may be at any problem of the run, and need no student.
     """
-    from sclite.data.attempts import needs_no_student, sample_attempts
+    from sclite.data.attempts import needs_no_student
     from sclite.data.corrections import FILE, STAGE
     from sclite.data.corrections import build_corrections as stage
     from sclite.grader import Grader
@@ -95,42 +98,69 @@ def build_corrections(world: World) -> Report:
         raise DataFault(
             "no problems are kept for stage 2", "raise problems.correction_share or problems.limit"
         )
-    with Grader() as grader:
-        if not world.run.brought_along(STAGE, FILE):
-            _sample(world, kept, grader, sample_attempts)
-        with (
-            world.screen.stage(
-                "corrections", "corrections: the teacher finds the first wrong step and mends it"
-            ) as progress,
-            world.teacher() as teacher,
-        ):
-            confirm = world.confirm if world.ask_before_paying else None
-            report = stage(
-                world.config, world.run, teacher=teacher, grader=grader, confirm=confirm, progress=progress
-            )
+    if not world.run.brought_along(STAGE, FILE):
+        _sample(world, kept)
+    with (
+        Grader() as grader,
+        world.screen.stage(
+            "corrections", "corrections: the teacher finds the first wrong step and mends it"
+        ) as progress,
+        world.teacher() as teacher,
+    ):
+        confirm = world.confirm if world.ask_before_paying else None
+        report = stage(
+            world.config, world.run, teacher=teacher, grader=grader, confirm=confirm, progress=progress
+        )
     counts = report.counts
     text = f"corrections: {counts.get('corrected', 0)} corrected, {counts.get('confirmed', 0)} confirmed{_drops(report)}"
     return world.add(report, text)
 
 
-def _sample(world: World, problems: Sequence[Problem], grader: Any, stage: Callable[..., Report]) -> None:
+def _sample(world: World, problems: Sequence[Problem]) -> None:
     from sclite.data.attempts import inputs_of, needs_no_student
 
-    arguments = {"problems": problems, "grader": grader}
     brought = needs_no_student(world.config, world.run)
     doing = "they are brought along" if brought else f"the student tries {len(problems)} unseen problems"
     with world.screen.stage("attempts", f"attempts: {doing}") as progress:
-        if brought or world.run.done("attempts", inputs_of(world.config, world.run, problems)):
-            report = stage(world.config, world.run, student=None, progress=progress, **arguments)
-        else:
-            if world.config.attempts.kind == "trained":
-                _require_sft(world)
-            with world.student("sft/adapter", "attempts") as student:
-                report = stage(world.config, world.run, student=student, progress=progress, **arguments)
+        nobody = brought or world.run.done("attempts", inputs_of(world.config, world.run, problems))
+        if not nobody and world.config.attempts.kind == "trained":
+            require_sft(world)
+        report = world.on_card(attempts_stage, problems, not nobody, progress=progress)
     counts = report.counts
     unknown = f", {counts['unknown']} unknown" if counts.get("unknown") else ""
     told = f"{counts.get('right', 0)} right, {counts.get('wrong', 0)} wrong{unknown}{_drops(report)}"
     world.add(report, f"attempts: {told}")
+
+
+def attempts_stage(
+    config: Config, run: Run, problems: Sequence[Problem], asks: bool, *, progress: Any
+) -> Report:
+    """The stage of attempts with its student where it `asks` one; can be done in another process."""
+    from sclite.data.attempts import sample_attempts
+    from sclite.grader import Grader
+
+    with Grader() as grader, _student(config, run, "sft/adapter", "attempts", asks) as student:
+        return sample_attempts(
+            config, run, problems=problems, student=student, grader=grader, progress=progress
+        )
+
+
+def pairs_stage(config: Config, run: Run, asks: bool, *, progress: Any) -> Report:
+    """The stage of pairs with its student where it `asks` one; can be done in another process."""
+    from sclite.data.pairs import build_pairs as stage
+    from sclite.grader import Grader
+
+    with Grader() as grader, _student(config, run, "dpo/warm", "pairs", asks) as student:
+        return stage(config, run, student=student, grader=grader, progress=progress)
+
+
+@contextmanager
+def _student(config: Config, run: Run, adapter: str, stage: str, asked: bool) -> Iterator[Any]:
+    if not asked:
+        yield None
+        return
+    with World(config, run, Screen(quiet=True)).student(adapter, stage) as student:
+        yield student
 
 
 def can_build_pairs(world: World) -> bool:
@@ -143,7 +173,8 @@ def can_build_pairs(world: World) -> bool:
     return attempts.kind != "trained" or (bool(attempts.source) and available(world) == ["base"])
 
 
-def _require_sft(world: World) -> None:
+def require_sft(world: World) -> None:
+    """Raise DataFault where the run has no SFT adapter."""
     if not world.run.path("sft/adapter/adapter_model.safetensors").is_file():
         raise DataFault(f"{world.run.path('sft/adapter')} is missing", "run `sclite train --only sft` first")
 
@@ -154,91 +185,30 @@ def _drops(report: Report) -> str:
     )
 
 
-# -- train ---------------------------------------------------------------------------------------------------------
+# -- between the stages of training --------------------------------------------------------------------------------
 
 
-def train(world: World, only: str | None = None) -> list[Report]:
-    """SFT, then the student's mistakes and their corrections, then warm-up, pairs and DPO."""
-    if only not in (None, "sft", "dpo"):
-        raise UsageFault(f"--only {only}: no such stage", "use --only sft or --only dpo")
-    data = {name: world.run.path(f"{name}.jsonl").is_file() for name in ("templates", "reviews", "pairs")}
-    ready = data["templates"] and not (data["reviews"] or data["pairs"])
-    if only != "sft" and ready and not world.config.teacher.model:
-        raise UsageFault(  # said before hours of SFT, not after
-            "teacher.model is not set, and stage 2 needs a teacher for its corrections",
-            "add --set teacher.model=PROVIDER/NAME, or train --only sft",
-        )
-    if only != "dpo":
-        train_sft(world)
-    if only != "sft":
-        _require_sft(world)
-        if data["reviews"] or not _pairs_brought(world):
-            build_corrections(world)
-        train_warm(world)
-        build_pairs(world)
-        train_dpo(world)
-    return world.reports
-
-
-def _pairs_brought(world: World) -> bool:
+def pairs_brought(world: World) -> bool:
+    """Whether a pairs.jsonl was put into the run."""
     from sclite.data.pairs import FILE, STAGE
 
     return world.run.brought_along(STAGE, FILE)
 
 
-def train_sft(world: World) -> Report:
-    from sclite.train.sft import train_sft as stage
-
-    with world.screen.stage("sft", "sft: the student learns the templates") as progress:
-        report = stage(world.config, world.run, unseen=unseen(world), progress=progress)
-    counts = report.counts
-    text = f"sft: {counts.get('rows', 0)} rows, {counts.get('steps', 0)} steps"
-    return world.add(report, "sft: an adapter was brought along" if "brought_along" in counts else text)
-
-
-def train_warm(world: World) -> Report:
-    from sclite.train.warm import train_warm as stage
-
-    with world.screen.stage("warm", "warm-up: the student learns what a review looks like") as progress:
-        report = stage(world.config, world.run, unseen=unseen(world), progress=progress)
-    return world.add(
-        report, f"warm-up: {report.counts.get('rows', 0)} rows, {report.counts.get('steps', 0)} steps"
-    )
-
-
 def build_pairs(world: World) -> Report:
-    from sclite.data.pairs import build_pairs as stage
     from sclite.data.pairs import inputs_of
-    from sclite.grader import Grader
 
-    with (
-        world.screen.stage("pairs", "pairs: the student's own corrections against right ones") as progress,
-        Grader() as grader,
-    ):
-        nobody = (
-            world.config.attempts.kind == "trained"
-            and not world.run.path("dpo/warm/adapter_model.safetensors").is_file()
-        )
-        ready = _pairs_brought(world) or world.run.done("pairs", inputs_of(world.config, world.run))
-        if nobody or ready:
-            report = stage(world.config, world.run, student=None, grader=grader)
-        else:
-            with world.student("dpo/warm", "pairs") as student:
-                report = stage(world.config, world.run, student=student, grader=grader, progress=progress)
+    nobody = (
+        world.config.attempts.kind == "trained"
+        and not world.run.path("dpo/warm/adapter_model.safetensors").is_file()
+    )
+    ready = pairs_brought(world) or world.run.done("pairs", inputs_of(world.config, world.run))
+    with world.screen.stage("pairs", "pairs: the student's own corrections against right ones") as progress:
+        report = world.on_card(pairs_stage, not (nobody or ready), progress=progress)
     counts = report.counts
     return world.add(
         report,
         f"pairs: {counts.get('decision', 0)} decisions, {counts.get('content', 0)} contents{_drops(report)}",
-    )
-
-
-def train_dpo(world: World) -> Report:
-    from sclite.train.dpo import train_dpo as stage
-
-    with world.screen.stage("dpo", "dpo: the student prefers right reviews") as progress:
-        report = stage(world.config, world.run, unseen=unseen(world), progress=progress)
-    return world.add(
-        report, f"dpo: {report.counts.get('pairs', 0)} pairs, {report.counts.get('steps', 0)} steps"
     )
 
 

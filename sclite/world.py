@@ -29,7 +29,20 @@ class World:
         None  # (for SFT, kept for stage 2) where a caller has them
     )
     ask_before_paying: bool = False
+    apart: bool = False  # each stage that needs the card in a process of its own
     reports: list[Report] = field(default_factory=list)
+
+    def on_card(self, work: Callable[..., Report], *arguments: Any, progress: Any) -> Report:
+        """What `work(config, run, *arguments, progress=..)` returns, in a process of its own where the world is `apart`.
+
+        An endpoint needs no card.
+        """
+        given = (self.config, self.run, *arguments)
+        if self.apart and self.config.attempts.kind != "endpoint":
+            from sclite.apart import apart
+
+            return apart(work, *given, progress=progress)
+        return work(*given, progress=progress)
 
     @contextmanager
     def teacher(self, settings: Teacher | None = None) -> Iterator[Any]:

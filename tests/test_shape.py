@@ -30,6 +30,7 @@ LAYERS = {
     "sclite.__main__": 9,
     "sclite.cli": 8,
     **dict.fromkeys(("sclite.quickstart.flow", "sclite.options"), 7),
+    "sclite.training": 6.5,
     **dict.fromkeys(("sclite.pipeline", "sclite.measure", "sclite.look"), 6),
     **dict.fromkeys(("sclite.world", "sclite.machine"), 5),
     **dict.fromkeys(("sclite.data", "sclite.train", "sclite.export", "sclite.evaluate"), 4),

@@ -19,7 +19,7 @@ from sclite.errors import ScliteError
 from sclite.export import stage as export
 from sclite.look.rows import require_folder
 from sclite.records import Drop, Problem
-from sclite.run import Run
+from sclite.run import Run, differences
 from sclite.teacher.ledger import FILE as LEDGER
 from sclite.teacher.ledger import Ledger
 from sclite.train import dpo, sft, warm
@@ -148,9 +148,10 @@ def _signed(config: Config, run: Run, name: str, output: str, expected: Callable
         stage.why.append(fault.message)
     else:
         # the quickstart divides its problems by their place and not by their ids
-        skipped = {"problems", "unseen"} if config.teacher.model.startswith("embedded/") else set()
-        changed = [key for key in wanted if held.get(key) != wanted[key] and key not in skipped]
-        stage.why += [f"{'; '.join(changed)} changed"] if changed else []
+        embedded = config.teacher.model.startswith("embedded/")
+        skipped = {"problems", "problems kept for stage 2"} if embedded else set()
+        before, now = ({k: v for k, v in d.items() if k in wanted.keys() - skipped} for d in (held, wanted))
+        stage.why += differences(before, now)
     if not run.path(output).exists():
         stage.why.append(f"{output} is gone")
     if stage.why and not unanswered:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sclite import measure, pipeline
+from sclite import measure, pipeline, training
 from sclite.config import Config
 from sclite.console import Screen
 from sclite.evaluate.evaluate import best_example
@@ -22,10 +22,9 @@ DEFAULTS: Mapping[str, Any] = {
     "student": {"model": "embedded", "backend": "plain", "batch": 64},
     "problems": {"limit": 640},
     "attempts": {"samples": 2, "max_tokens": 160, "reviews": 2},
-    "sft": {"learning_rate": 2e-3, "epochs": 3, "batch": 16, "micro_batch": 16, "max_length": 1024},
+    "sft": {"learning_rate": 2e-3, "epochs": 3, "batch": 16, "max_length": 1024, "eval_share": 0},
     "dpo": {
         "batch": 16,
-        "micro_batch": 16,
         "max_length": 1024,
         "warmup_learning_rate": 2e-3,
         "warmup_epochs": 1.5,
@@ -34,6 +33,7 @@ DEFAULTS: Mapping[str, Any] = {
         "epochs": 1,
         "confirmation_share": 0.4,
         "replay_share": 0.6,
+        "eval_share": 0,
     },
     "export": {"quant": "q8_0", "num_ctx": 2048},
     "eval": {"limit": 300, "max_tokens": 200, "context": 1024},
@@ -58,12 +58,17 @@ def judge(question: str, trace: Trace) -> int | None:
     return judge_steps(solve(question), trace).step
 
 
-def quickstart(config: Config, quiet: bool = False) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Run every stage that is not done; returns (summary of the evaluation, one mended answer to show)."""
+def quickstart(
+    config: Config, quiet: bool = False, fresh: bool = False
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Run every stage that is not done; returns (summary of the evaluation, one mended answer to show).
+
+    `fresh` lets stages be trained anew that were trained from other inputs.
+    """
     run = Run(config.run)
     world = World(config, run, Screen(PLAN, quiet), prepare=register, problems=_problems(config))
-    pipeline.build_templates(world)
-    pipeline.train(world)
+    pipeline.build_templates(world, fresh)
+    training.train(world, fresh=fresh)
     pipeline.export(world, pipeline.NAMES)
     count = config.eval.limit or 300
     summary = measure.evaluate(

@@ -15,7 +15,7 @@ from sclite import prompts
 from sclite.records import Pair
 from sclite.student.encode import Encoded, decision_ids, piece_ids, prompt_ids
 from sclite.trace import CAUSE, parse, render
-from sclite.train.forward import hidden_states, pad, token_log_probs, vocabulary_log_probs
+from sclite.train.forward import autocast, hidden_states, pad, token_log_probs, vocabulary_log_probs
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Likelihoods:
     content_chosen: Any  # [contents], summed over tokens
     content_rejected: Any
     content_tokens: Any  # [contents], of the chosen text
-    replay_nll: Any | None  # scalar, mean over tokens
+    replay_log_prob: Any | None  # scalar, summed over tokens
 
 
 def likelihoods(model: Any, batch: Batch, decision_tokens: tuple[int, int]) -> Likelihoods:
@@ -132,7 +132,7 @@ def likelihoods(model: Any, batch: Batch, decision_tokens: tuple[int, int]) -> L
         content_chosen=chosen[batch.content] if batch.content else none,
         content_rejected=content_rejected,
         content_tokens=tokens[batch.content] if batch.content else none,
-        replay_nll=_replay_nll(model, batch.replay, device),
+        replay_log_prob=_replay(model, batch.replay, device),
     )
 
 
@@ -145,37 +145,40 @@ def _sums(model: Any, hidden: Any, rows: dict[str, Any], count: int) -> tuple[An
     return zeros.index_add(0, owner, log_probs), zeros.index_add(0, owner, torch.ones_like(log_probs))
 
 
-def _replay_nll(model: Any, replay: dict[str, Any] | None, device: Any) -> Any | None:
+def _replay(model: Any, replay: dict[str, Any] | None, device: Any) -> Any | None:
     if replay is None:
         return None
     replay = {name: value.to(device) for name, value in replay.items()}
     hidden = hidden_states(model, replay["input_ids"], replay["attention_mask"])
     log_probs, _ = token_log_probs(model, hidden, replay["input_ids"], replay["weights"])
-    return -log_probs.mean()
+    return log_probs.sum()
 
 
-def reference_odds(
+def reference_log_probs(
     model: Any, bundles: Sequence[Bundle], tokenizer: Any, size: int = 8
 ) -> dict[str, dict[str, Any]]:
-    """log p(chosen) - log p(rejected) of every pair under the model as it is now, by bundle key.
+    """log p of both sides of every pair under the model as it is now, in float32, by bundle key.
 
     Computed once before DPO and kept in the run, so that no second forward pass is paid per step and a resumed
-    training compares with the adapter that it started from. {"decisions": [nats ..], "content": nats or None}
+    training compares with the adapter that it started from.
+    {"decisions": [[chosen, rejected] ..], "content": [chosen, rejected] or None}, in nats.
     """
     import torch
 
     tokens = decision_ids(tokenizer)
+    was_training = model.training
     model.eval()
     found: dict[str, dict[str, Any]] = {}
     for start in range(0, len(bundles), size):
         block = [Bundle(b.key, b.review, b.rejected) for b in bundles[start : start + size]]
         batch = collate(block, tokenizer.pad_token_id)
-        with torch.no_grad():
+        with torch.no_grad(), autocast(model):
             got = likelihoods(model, batch, tokens)
-        decisions = (got.decision_chosen - got.decision_rejected).tolist()
-        contents = (got.content_chosen - got.content_rejected).tolist()
+        decisions = list(zip(got.decision_chosen.tolist(), got.decision_rejected.tolist(), strict=True))
+        contents = list(zip(got.content_chosen.tolist(), got.content_rejected.tolist(), strict=True))
         for number, key in enumerate(batch.keys):
-            mine = [d for row, d in zip(batch.decision_rows, decisions, strict=True) if row == number]
-            content = contents[batch.content.index(number)] if number in batch.content else None
+            mine = [list(d) for row, d in zip(batch.decision_rows, decisions, strict=True) if row == number]
+            content = list(contents[batch.content.index(number)]) if number in batch.content else None
             found[key] = {"decisions": mine, "content": content}
+    model.train(was_training)
     return found

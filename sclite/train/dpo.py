@@ -4,29 +4,24 @@ Source: METHOD section 4. The DPO term of every pair is -log sigmoid(beta * (pol
 terms on the chosen texts and on solved rows (replay) keep the student from forgetting.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sclite import prompts
 from sclite.config import Config, Dpo
 from sclite.errors import DataFault
-from sclite.records import Pair, Problem, Template
+from sclite.records import Drop, Pair, Problem, Template
 from sclite.run import Report, Run, digest, timed
 from sclite.student.encode import Encoded, decision_ids
 from sclite.student.load import load_student
-from sclite.train.bundle import Bundle, build_bundles, collate, likelihoods, reference_odds
-from sclite.train.common import (
-    Progress,
-    arguments,
-    forget_metrics,
-    metrics_writer,
-    numbered,
-    quiet,
-    save_adapter,
-    trainable_as_they_are,
-)
+from sclite.train.bundle import Bundle, build_bundles, collate, likelihoods, reference_log_probs
+from sclite.train.checkpoints import Checkpoints, refuse_other_inputs
+from sclite.train.common import quiet, save_adapter
+from sclite.train.fit import micro_batch
+from sclite.train.labels import check_tokenizer
 from sclite.train.sft import replay_templates, solve_rows
+from sclite.train.trainer import Lesson, Part, held_out_rows, train_adapter
+from sclite.train.watch import Progress
 
 STAGE = "dpo"
 
@@ -34,11 +29,11 @@ STAGE = "dpo"
 def inputs_of(config: Config, run: Run, unseen: frozenset[str] = frozenset()) -> dict[str, Any]:
     """What decides the result of the DPO stage."""
     return {
-        "unseen": digest(sorted(unseen)),
-        "pairs": run.file_digest("pairs.jsonl"),
-        "templates": run.file_digest("templates.jsonl"),
-        "warm": run.file_digest("dpo/warm/adapter_model.safetensors"),
-        "settings": digest(config.dpo.model_dump()),
+        "problems kept for stage 2": digest(sorted(unseen)),
+        "pairs.jsonl": run.file_digest("pairs.jsonl"),
+        "templates.jsonl": run.file_digest("templates.jsonl"),
+        "dpo/warm": run.file_digest("dpo/warm/adapter_model.safetensors"),
+        "dpo": config.dpo.deciding("warmup_learning_rate", "warmup_epochs", "decision_weight"),
         "prompts": prompts.digest(
             "student_system", "student_solve", "student_review", folder=config.prompts.folder
         ),
@@ -47,9 +42,18 @@ def inputs_of(config: Config, run: Run, unseen: frozenset[str] = frozenset()) ->
 
 
 def train_dpo(
-    config: Config, run: Run, *, unseen: frozenset[str] = frozenset(), progress: Progress | None = None
+    config: Config,
+    run: Run,
+    *,
+    unseen: frozenset[str] = frozenset(),
+    fresh: bool = False,
+    progress: Progress | None = None,
 ) -> Report:
-    """Cross-model DPO from dpo/warm on pairs.jsonl; writes dpo/adapter, dpo/reference.json, dpo/metrics.jsonl."""
+    """Cross-model DPO from dpo/warm on pairs.jsonl; writes dpo/adapter, dpo/reference.json, dpo/metrics.jsonl.
+
+    Goes on where it was broken off. Raises DataFault where no pair is there or fits, UsageFault where it was trained from
+    other inputs and is not to be `fresh`.
+    """
     inputs, report = inputs_of(config, run, unseen), Report(STAGE)
     if manifest := run.done(STAGE, inputs, "dpo/adapter/adapter_model.safetensors"):
         return Report.of(manifest)
@@ -57,35 +61,64 @@ def train_dpo(
         "pairs.jsonl", Pair, "run `sclite train`, which builds them from the student's attempts"
     )
     templates = run.require("templates.jsonl", Template, "run `sclite build-data` first")
+    folder = run.path("dpo")
+    refuse_other_inputs(run, STAGE, folder / "checkpoints", inputs, fresh)
     questions = {problem.id: problem.question for problem in run.read("problems.jsonl", Problem)}
     with timed(report):
         quiet()
+        checkpoints = Checkpoints(folder / "checkpoints")
+        checkpoints.begin(inputs)
         model, tokenizer = load_student(config.student, config.dpo, run.path("dpo/warm"), train=True)
+        check_tokenizer(tokenizer)
         bundles = build_bundles(tokenizer, pairs, questions, config.prompts.folder)
-        bundles, long = _fitting(bundles, config.dpo.max_length)
-        if long:
-            report.dropped["longer_than_max_length"] = long
         bundles = with_replay(
-            bundles,
+            fitting_bundles(run, report, bundles, config.dpo.max_length),
             solve_rows(tokenizer, replay_templates(templates, unseen), config.prompts.folder),
             config.dpo.replay_share,
         )
-        forget_metrics(run.path("dpo/metrics.jsonl"), STAGE)
         reference = _reference(run, model, tokenizer, bundles, digest(inputs))
-        folder = run.path("dpo")
-        steps = prefer(model, tokenizer, bundles, reference, folder, config.dpo, config.seed, progress)
+        outcome = train_adapter(
+            model,
+            tokenizer,
+            preferences(config.dpo, bundles, reference, tokenizer, config.seed),
+            config.dpo,
+            checkpoints,
+            folder / "metrics.jsonl",
+            rate=config.dpo.learning_rate,
+            epochs=config.dpo.epochs,
+            seed=config.seed,
+            micro_batch=micro_batch(config, STAGE),
+            progress=progress,
+        )
         save_adapter(model, folder / "adapter")
-    report.counts |= {"bundles": len(bundles), "pairs": len(pairs), "steps": steps}
+    report.counts |= {"bundles": len(bundles), "pairs": len(pairs), "steps": outcome.steps}
+    report.figures |= {"best_step": outcome.best, "warnings": outcome.warnings}
     run.sign(STAGE, inputs, report)
+    checkpoints.forget()
     return report
 
 
-def _fitting(bundles: Sequence[Bundle], limit: int) -> tuple[list[Bundle], int]:
-    """The bundles whose sequences fit, and how many do not."""
-    fit = [b for b in bundles if max(len(b.review.ids), len(b.rejected.ids) if b.rejected else 0) <= limit]
+def fitting_bundles(run: Run, report: Report, bundles: Sequence[Bundle], limit: int) -> list[Bundle]:
+    """The bundles whose sequences have at most `limit` tokens; the others are counted and named in dropped.jsonl."""
+    fit, drops = [], []
+    for bundle in bundles:
+        longest = max(len(side.ids) for side in (bundle.review, bundle.rejected) if side is not None)
+        if longest <= limit:
+            fit.append(bundle)
+            continue
+        id, _, sample = bundle.key.rpartition("/")
+        told = f"{longest} tokens, {limit} fit"
+        drops.append(
+            Drop(stage=STAGE, id=id, sample=int(sample), reason="longer_than_max_length", detail=told)
+        )
+    run.replace_drops({STAGE}, drops)
     if not fit:
         raise DataFault(f"no pair fits into dpo.max_length = {limit} tokens", "raise dpo.max_length")
-    return fit, len(bundles) - len(fit)
+    if drops:
+        report.dropped["longer_than_max_length"] = len(drops)
+        if 2 * len(drops) > len(bundles):
+            report.figures["cut"] = f"{len(drops)} of {len(bundles)} rows have more than {limit} tokens"
+    return fit
 
 
 def with_replay(bundles: Sequence[Bundle], rows: Sequence[Encoded], share: float) -> list[Bundle]:
@@ -102,108 +135,81 @@ def with_replay(bundles: Sequence[Bundle], rows: Sequence[Encoded], share: float
 def _reference(
     run: Run, model: Any, tokenizer: Any, bundles: Sequence[Bundle], signature: str
 ) -> dict[str, Any]:
-    """The reference log-odds: from the run where they are of this adapter and these pairs, else computed and kept."""
+    """The reference log-probabilities: from the run where they are of this adapter and these pairs, else computed and kept."""
     kept = run.read_json("dpo/reference.json")
     if kept is not None and kept["signature"] == signature:
-        return kept["odds"]
-    odds = reference_odds(model, bundles, tokenizer)
-    run.write_json("dpo/reference.json", {"signature": signature, "odds": odds})
-    return odds
+        return kept["log_probs"]
+    log_probs = reference_log_probs(model, bundles, tokenizer)
+    run.write_json("dpo/reference.json", {"signature": signature, "log_probs": log_probs})
+    return log_probs
 
 
-def prefer(
-    model: Any,
-    tokenizer: Any,
-    bundles: Sequence[Bundle],
-    reference: dict[str, Any],
-    folder: Path,
-    settings: Dpo,
-    seed: int,
-    progress: Progress | None = None,
-) -> int:
-    """Train the model's adapter in place on the bundles; returns the number of optimizer steps."""
-    from transformers import PrinterCallback
-    from trl import DPOConfig
+def preferences(
+    settings: Dpo, bundles: Sequence[Bundle], reference: Mapping[str, Any], tokenizer: Any, seed: int
+) -> Lesson:
+    """DPO on bundles: means over the pairs of an optimizer step, and over the tokens of its solved rows."""
 
-    given = arguments(folder, settings, settings.learning_rate, settings.epochs, seed)
-    with trainable_as_they_are(model):
-        trainer = _trainer_class()(
-            model=model,
-            args=DPOConfig(**given, beta=settings.beta, max_length=None),
-            train_dataset=numbered([len(bundle.review.ids) for bundle in bundles]),
-            data_collator=lambda items: {
-                "batch": collate([bundles[i["number"]] for i in items], tokenizer.pad_token_id)
-            },
-            processing_class=tokenizer,
-            callbacks=[metrics_writer(folder / "metrics.jsonl", "dpo", progress)],
+    def length(bundle: Bundle) -> int:
+        return sum(
+            len(part.ids) for part in (bundle.review, bundle.rejected, bundle.replay) if part is not None
         )
-    trainer.remove_callback(PrinterCallback)
-    if "ref" in model.peft_config:  # trl's copy of the adapter; our reference is kept in the run
-        model.delete_adapter("ref")
-    trainer.pairs = PairLoss(settings, reference, decision_ids(tokenizer))
-    trainer.train()
-    return trainer.state.global_step
+
+    def counts(bundle: Bundle) -> dict[str, int]:
+        decisions = len(bundle.review.marks)
+        solved = sum(weight > 0 for weight in bundle.replay.weights) if bundle.replay is not None else 0
+        pairs = decisions + (bundle.rejected is not None)
+        return {"pairs": pairs, "decisions": decisions, "replay_tokens": solved}
+
+    return Lesson(
+        phase=STAGE,
+        lengths=[length(bundle) for bundle in bundles],
+        counts=[counts(bundle) for bundle in bundles],
+        collate=lambda numbers: collate([bundles[number] for number in numbers], tokenizer.pad_token_id),
+        parts=PairLoss(settings, reference, decision_ids(tokenizer)),
+        held_out=held_out_rows(len(bundles), settings.eval_share, seed),
+    )
 
 
 class PairLoss:
-    """The loss of a batch of bundles, and its parts by name."""
+    """The parts of the loss of a batch of bundles, by name; METHOD section 4.7."""
 
-    def __init__(self, settings: Dpo, reference: dict[str, Any], decision_tokens: tuple[int, int]):
+    def __init__(self, settings: Dpo, reference: Mapping[str, Any], decision_tokens: tuple[int, int]):
         self.settings, self.reference, self.decision_tokens = settings, reference, decision_tokens
 
-    def __call__(self, model: Any, batch: Any) -> tuple[Any, dict[str, float]]:
+    def __call__(self, model: Any, batch: Any) -> dict[str, Part]:
         import torch
         from torch.nn.functional import logsigmoid
 
         got = likelihoods(model, batch, self.decision_tokens)
         chosen = torch.cat([got.decision_chosen, got.content_chosen])
         rejected = torch.cat([got.decision_rejected, got.content_rejected])
-        margins = self.settings.beta * (chosen - rejected - self._reference(batch).to(chosen.device))
-        dpo = -logsigmoid(margins).mean()
+        chosen_before, rejected_before = self._reference(batch).to(chosen.device).unbind(1)
+        margins = self.settings.beta * ((chosen - chosen_before) - (rejected - rejected_before))
         # likelihood of chosen texts: per token for contents, so that a paragraph does not outweigh a decision
-        nll = -torch.cat([got.decision_chosen, got.content_chosen / got.content_tokens.clamp(min=1)]).mean()
-        loss = dpo + self.settings.nll_weight * nll
-        figures = {
-            "dpo_loss": dpo,
-            "margin": margins.mean(),
-            "margin_max": margins.abs().max(),
-            "accuracy": (margins > 0).float().mean(),
-            "decision_accuracy": (got.decision_chosen > got.decision_rejected).float().mean(),
-            "chosen_logp": chosen.mean(),
-            "rejected_logp": rejected.mean(),
-            "nll": nll,
+        nll = -torch.cat([got.decision_chosen, got.content_chosen / got.content_tokens.clamp(min=1)])
+        parts = {
+            "dpo_loss": Part(-logsigmoid(margins).sum(), "pairs", 1.0),
+            "nll": Part(nll.sum(), "pairs", self.settings.nll_weight),
+            "margin": Part(margins.sum(), "pairs"),
+            "margin_max": Part(margins.abs().max(), ""),
+            "accuracy": Part((margins > 0).float().sum(), "pairs"),
+            "decision_accuracy": Part(
+                (got.decision_chosen > got.decision_rejected).float().sum(), "decisions"
+            ),
+            "chosen_logp": Part(chosen.sum(), "pairs"),
+            "rejected_logp": Part(rejected.sum(), "pairs"),
+            "chosen_shift": Part((chosen - chosen_before).sum(), "pairs"),
+            "rejected_shift": Part((rejected - rejected_before).sum(), "pairs"),
         }
-        if got.replay_nll is not None:
-            loss = loss + self.settings.replay_weight * got.replay_nll
-            figures["replay_nll"] = got.replay_nll
-        return loss, {name: float(value.detach()) for name, value in figures.items()}
+        if got.replay_log_prob is not None:
+            weight = self.settings.replay_weight
+            parts["replay_nll"] = Part(-got.replay_log_prob, "replay_tokens", weight)
+        return parts
 
     def _reference(self, batch: Any) -> Any:
-        """Reference log-odds in the order of the pairs: all decisions, then all contents."""
+        """Reference log-probabilities in the order of the pairs, all decisions, then all contents: [pairs, 2]."""
         import torch
 
         kept = [self.reference[key] for key in batch.keys]
         decisions = [value for row in kept for value in row["decisions"]]
-        return torch.tensor(decisions + [kept[i]["content"] for i in batch.content])
-
-
-def _trainer_class() -> type:
-    """TRL's DPOTrainer on bundles: pairs that share one forward pass, reference odds from the run."""
-    from trl import DPOTrainer
-
-    class BundledDpo(DPOTrainer):
-        pairs: PairLoss
-
-        def _prepare_dataset(self, dataset, *_, **__):
-            return dataset
-
-        def _prepare_inputs(self, inputs):
-            return inputs
-
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            loss, figures = self.pairs(model, inputs["batch"])
-            for name, value in figures.items():
-                self._metrics["train"][name].append(value)
-            return (loss, None) if return_outputs else loss
-
-    return BundledDpo
+        return torch.tensor([*decisions, *(kept[i]["content"] for i in batch.content)])

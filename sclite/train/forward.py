@@ -1,6 +1,7 @@
 """Log-probabilities of chosen positions: the decoder runs once, the vocabulary is looked at only where it is needed."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from sclite.student.encode import Encoded
@@ -16,6 +17,15 @@ def pad(rows: Sequence[Encoded], pad_id: int) -> dict[str, Any]:
         "attention_mask": torch.tensor([[1] * len(row.ids) + [0] * (width - len(row.ids)) for row in rows]),
         "weights": torch.tensor([row.weights + [0.0] * (width - len(row.ids)) for row in rows]),
     }
+
+
+def autocast(model: Any) -> Any:
+    """The mixed precision that the trainer computes in on a card, for what is computed outside of it."""
+    import torch
+
+    if next(model.parameters()).device.type != "cuda":
+        return nullcontext()
+    return torch.autocast("cuda", torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
 
 
 def hidden_states(model: Any, ids: Any, mask: Any) -> Any:

@@ -4,29 +4,23 @@ The loss is on the trace and its end of turn alone. Source: METHOD sections 3 an
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from sclite import prompts
-from sclite.config import Config, Lora
+from sclite.config import Config
 from sclite.errors import DataFault
 from sclite.records import Template
 from sclite.run import Report, Run, digest, timed
 from sclite.student.encode import Encoded, encode_solution, end_id
 from sclite.student.load import load_student, model_name
 from sclite.trace import parse
-from sclite.train.common import (
-    Progress,
-    arguments,
-    check_labels,
-    left_out,
-    metrics_writer,
-    numbered,
-    quiet,
-    save_adapter,
-    trainable_as_they_are,
-)
+from sclite.train.checkpoints import Checkpoints, refuse_other_inputs
+from sclite.train.common import quiet, save_adapter
+from sclite.train.fit import micro_batch
 from sclite.train.forward import hidden_states, pad, token_log_probs
+from sclite.train.labels import check_labels, check_tokenizer, left_out
+from sclite.train.trainer import Lesson, Part, held_out_rows, train_adapter
+from sclite.train.watch import Progress
 
 STAGE, ADAPTER = "sft", "sft/adapter/adapter_model.safetensors"
 
@@ -34,23 +28,29 @@ STAGE, ADAPTER = "sft", "sft/adapter/adapter_model.safetensors"
 def inputs_of(config: Config, run: Run, unseen: frozenset[str] = frozenset()) -> dict[str, Any]:
     """What decides the result of the SFT stage."""
     return {
-        "unseen": digest(sorted(unseen)),
-        "templates": run.file_digest("templates.jsonl"),
-        "settings": digest(config.sft.model_dump()),
-        "student": digest([model_name(config.student), config.student.load_in_4bit]),
+        "problems kept for stage 2": digest(sorted(unseen)),
+        "templates.jsonl": run.file_digest("templates.jsonl"),
+        "sft": config.sft.deciding(),
+        "student.model": model_name(config.student),
+        "student.load_in_4bit": config.student.load_in_4bit,
         "prompts": prompts.digest("student_system", "student_solve", folder=config.prompts.folder),
         "seed": config.seed,
     }
 
 
 def train_sft(
-    config: Config, run: Run, *, unseen: frozenset[str] = frozenset(), progress: Progress | None = None
+    config: Config,
+    run: Run,
+    *,
+    unseen: frozenset[str] = frozenset(),
+    fresh: bool = False,
+    progress: Progress | None = None,
 ) -> Report:
-    """Stage 1. Reads templates.jsonl; writes sft/adapter and sft/metrics.jsonl.
+    """Stage 1. Reads templates.jsonl; writes sft/adapter and sft/metrics.jsonl; goes on where it was broken off.
 
     Problems whose ids are in `unseen` are kept for stage 2: the student must make its own mistakes on them first.
     An adapter in sft/adapter that no such stage wrote takes its place. Raises DataFault where there are no templates or
-    the labels are not as they should be.
+    the labels are not as they should be, UsageFault where it was trained from other inputs and is not to be `fresh`.
     """
     if run.brought_along(STAGE, ADAPTER):
         return _adopt(run)
@@ -61,35 +61,38 @@ def train_sft(
     rows = run.require(
         "templates.jsonl", Template, "run `sclite build-data` first, or put your own templates there"
     )
+    folder = run.path("sft")
+    refuse_other_inputs(run, STAGE, folder / "checkpoints", inputs, fresh)
     rows = [row for row in rows if row.id not in unseen]
     with timed(report):
         quiet()
+        checkpoints = Checkpoints(folder / "checkpoints")
+        checkpoints.begin(inputs)
         model, tokenizer = load_student(config.student, config.sft, train=True, seed=config.seed)
-        encoded = solve_rows(tokenizer, rows, config.prompts.folder)
-        long = set(left_out(run, STAGE, [row.id for row in rows], encoded, config.sft.max_length))
-        if long:
-            report.dropped["longer_than_max_length"] = len(long)
-            encoded = [row for i, row in enumerate(encoded) if i not in long]
-        report.figures["labels"] = check_labels(encoded, end_id(tokenizer))
-        folder = run.path("sft")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
-        steps = fine_tune(
+        check_tokenizer(tokenizer)
+        encoded = fitting_rows(
+            run, report, [row.id for row in rows], solve_rows(tokenizer, rows, config.prompts.folder),
+            config.sft.max_length, end_id(tokenizer),
+        )  # fmt: skip
+        outcome = train_adapter(
             model,
             tokenizer,
-            encoded,
-            folder,
+            supervised(STAGE, encoded, tokenizer.pad_token_id, config.sft.eval_share, config.seed),
             config.sft,
-            config.sft.learning_rate,
-            config.sft.epochs,
-            config.seed,
-            "sft",
-            progress,
+            checkpoints,
+            folder / "metrics.jsonl",
+            rate=config.sft.learning_rate,
+            epochs=config.sft.epochs,
+            seed=config.seed,
+            micro_batch=micro_batch(config, STAGE),
+            progress=progress,
         )
         run.begin(STAGE)
         save_adapter(model, folder / "adapter")
-        report.counts |= {"rows": len(encoded), "steps": steps}
+    report.counts |= {"rows": len(encoded), "steps": outcome.steps}
+    report.figures |= {"best_step": outcome.best, "warnings": outcome.warnings}
     run.sign(STAGE, inputs, report)
+    checkpoints.forget()
     return report
 
 
@@ -118,63 +121,38 @@ def solve_rows(tokenizer: Any, templates: Sequence[Template], folder: str) -> li
     ]
 
 
-def fine_tune(
-    model: Any,
-    tokenizer: Any,
-    rows: Sequence[Encoded],
-    folder: Path,
-    lora: Lora,
-    rate: float,
-    epochs: float,
-    seed: int,
-    phase: str,
-    progress: Progress | None = None,
-) -> int:
-    """Train the model's adapter in place; returns the number of optimizer steps. Metrics go to folder/metrics.jsonl."""
-    from transformers import PrinterCallback
-    from trl import SFTConfig
-
-    settings = SFTConfig(**arguments(folder, lora, rate, epochs, seed), max_length=None, packing=False)
-    with trainable_as_they_are(model):
-        trainer = _trainer_class()(
-            model=model,
-            args=settings,
-            train_dataset=numbered([len(row.ids) for row in rows]),
-            data_collator=_Collator(rows, tokenizer.pad_token_id),
-            processing_class=tokenizer,
-            callbacks=[metrics_writer(folder / "metrics.jsonl", phase, progress)],
-        )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    return trainer.state.global_step
+def fitting_rows(
+    run: Run, report: Report, names: Sequence[str], rows: Sequence[Encoded], limit: int, end: int
+) -> list[Encoded]:
+    """The rows of at most `limit` tokens, their labels checked; the others are counted, named and told of."""
+    long = set(left_out(run, report.stage, names, rows, limit))
+    if long:
+        report.dropped["longer_than_max_length"] = len(long)
+        if 2 * len(long) > len(rows):
+            report.figures["cut"] = f"{len(long)} of {len(rows)} rows have more than {limit} tokens"
+    kept = [i for i in range(len(rows)) if i not in long]
+    report.figures["labels"] = check_labels([rows[i] for i in kept], end, [names[i] for i in kept])
+    return [rows[i] for i in kept]
 
 
-class _Collator:
-    """Row numbers to a padded batch; `labels` only tell the trainer how many tokens carry loss."""
+def supervised(phase: str, rows: Sequence[Encoded], pad_id: int, eval_share: float, seed: int) -> Lesson:
+    """A supervised stage: the mean over all tokens with loss in an optimizer step, each by its weight."""
+    return Lesson(
+        phase=phase,
+        lengths=[len(row.ids) for row in rows],
+        counts=[{"tokens": sum(weight > 0 for weight in row.weights)} for row in rows],
+        collate=lambda numbers: pad([rows[number] for number in numbers], pad_id),
+        parts=negative_log_likelihood,
+        held_out=held_out_rows(len(rows), eval_share, seed),
+    )
 
-    def __init__(self, rows: Sequence[Encoded], pad_id: int):
-        self.rows, self.pad_id = rows, pad_id
 
-    def __call__(self, items: Sequence[dict[str, int]]) -> dict[str, Any]:
-        batch = pad([self.rows[item["number"]] for item in items], self.pad_id)
-        return {**batch, "labels": batch["input_ids"].masked_fill(batch["weights"] == 0, -100)}
-
-
-def _trainer_class() -> type:
-    """TRL's SFTTrainer on rows that are tokenised and weighted already."""
-    from trl import SFTTrainer
-
-    class WeightedSft(SFTTrainer):
-        def _prepare_dataset(self, dataset, *_, **__):
-            return dataset
-
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            ids, weights = inputs["input_ids"], inputs["weights"]
-            hidden = hidden_states(model, ids, inputs["attention_mask"])
-            log_probs, _ = token_log_probs(model, hidden, ids, weights)
-            carried = weights[:, 1:][weights[:, 1:] > 0]
-            # with gradient accumulation the trainer hands in the number of tokens of the whole optimizer step
-            loss = -(log_probs * carried).sum() / (num_items_in_batch or len(carried))
-            return (loss, None) if return_outputs else loss
-
-    return WeightedSft
+def negative_log_likelihood(model: Any, batch: dict[str, Any]) -> dict[str, Part]:
+    """The weighted negative log-likelihood of the tokens with loss, in nats."""
+    device = next(model.parameters()).device
+    batch = {name: value.to(device) for name, value in batch.items()}
+    ids, weights = batch["input_ids"], batch["weights"]
+    hidden = hidden_states(model, ids, batch["attention_mask"])
+    log_probs, _ = token_log_probs(model, hidden, ids, weights)
+    carried = weights[:, 1:][weights[:, 1:] > 0]
+    return {"nll": Part(-(log_probs * carried).sum(), "tokens", 1.0)}

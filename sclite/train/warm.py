@@ -7,7 +7,7 @@ out is the one that DPO starts from and is compared with.
 import random
 import shutil
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from sclite import prompts
 from sclite.config import Config
@@ -16,23 +16,26 @@ from sclite.run import Report, Run, digest, timed
 from sclite.student.encode import Encoded, encode_review, end_id
 from sclite.student.load import load_student
 from sclite.trace import parse, render
-from sclite.train.common import Progress, check_labels, left_out, quiet, save_adapter
-from sclite.train.sft import fine_tune, replay_templates, solve_rows
+from sclite.train.checkpoints import Checkpoints, refuse_other_inputs
+from sclite.train.common import quiet, save_adapter
+from sclite.train.fit import micro_batch
+from sclite.train.sft import fitting_rows, replay_templates, solve_rows, supervised
+from sclite.train.trainer import train_adapter
+from sclite.train.watch import Progress
 
 STAGE = "warm"
+R = TypeVar("R")
 
 
 def inputs_of(config: Config, run: Run, unseen: frozenset[str] = frozenset()) -> dict[str, Any]:
     """What decides the result of the warm-up."""
-    settings = config.dpo.model_dump(
-        exclude={"learning_rate", "epochs", "beta", "nll_weight", "replay_weight", "warmup"}
-    )
+    later = ("learning_rate", "epochs", "beta", "nll_weight", "replay_weight", "warmup")
     return {
-        "unseen": digest(sorted(unseen)),
-        "reviews": run.file_digest("reviews.jsonl"),
-        "templates": run.file_digest("templates.jsonl"),
-        "sft": run.file_digest("sft/adapter/adapter_model.safetensors"),
-        "settings": digest(settings),
+        "problems kept for stage 2": digest(sorted(unseen)),
+        "reviews.jsonl": run.file_digest("reviews.jsonl"),
+        "templates.jsonl": run.file_digest("templates.jsonl"),
+        "sft/adapter": run.file_digest("sft/adapter/adapter_model.safetensors"),
+        "dpo": config.dpo.deciding(*later),
         "prompts": prompts.digest(
             "student_system", "student_solve", "student_review", folder=config.prompts.folder
         ),
@@ -41,15 +44,22 @@ def inputs_of(config: Config, run: Run, unseen: frozenset[str] = frozenset()) ->
 
 
 def train_warm(
-    config: Config, run: Run, *, unseen: frozenset[str] = frozenset(), progress: Progress | None = None
+    config: Config,
+    run: Run,
+    *,
+    unseen: frozenset[str] = frozenset(),
+    fresh: bool = False,
+    progress: Progress | None = None,
 ) -> Report:
     """Reads reviews.jsonl, attempts.jsonl and templates.jsonl; trains on from sft/adapter; writes dpo/warm.
 
-    With dpo.warmup_epochs = 0 dpo/warm is a copy of sft/adapter, and no reviews are needed.
+    With dpo.warmup_epochs = 0 dpo/warm is a copy of sft/adapter, and no reviews are needed. Raises as `train_sft` does.
     """
     inputs, report = inputs_of(config, run, unseen), Report(STAGE)
     if manifest := run.done(STAGE, inputs, "dpo/warm/adapter_model.safetensors"):
         return Report.of(manifest)
+    folder = run.path("dpo")
+    refuse_other_inputs(run, STAGE, folder / "warm-checkpoints", inputs, fresh)
     if config.dpo.warmup_epochs == 0:
         return _copied(run, inputs, report)
     remedy = (
@@ -59,34 +69,31 @@ def train_warm(
     templates = run.require("templates.jsonl", Template, "run `sclite build-data` first")
     with timed(report):
         quiet()
+        checkpoints = Checkpoints(folder / "warm-checkpoints")
+        checkpoints.begin(inputs)
         model, tokenizer = load_student(config.student, config.dpo, run.path("sft/adapter"), train=True)
-        rows = review_rows(tokenizer, run, reviews, config)
-        solved = solve_rows(tokenizer, replay_templates(templates, unseen), config.prompts.folder)
-        rows = mix(rows, solved, config.dpo.replay_share, config.seed)
-        names = [f"row {number}" for number in range(1, len(rows) + 1)]
-        long = set(left_out(run, STAGE, names, rows, config.dpo.max_length))
-        if long:
-            report.dropped["longer_than_max_length"] = len(long)
-            rows = [row for i, row in enumerate(rows) if i not in long]
-        report.figures["labels"] = check_labels(rows, end_id(tokenizer))
-        folder = run.path("dpo")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
-        steps = fine_tune(
+        rows = fitting_rows(
+            run, report, *mixed_rows(tokenizer, run, reviews, replay_templates(templates, unseen), config),
+            config.dpo.max_length, end_id(tokenizer),
+        )  # fmt: skip
+        outcome = train_adapter(
             model,
             tokenizer,
-            rows,
-            folder,
+            supervised(STAGE, rows, tokenizer.pad_token_id, config.dpo.eval_share, config.seed),
             config.dpo,
-            config.dpo.warmup_learning_rate,
-            config.dpo.warmup_epochs,
-            config.seed,
-            STAGE,
-            progress,
+            checkpoints,
+            folder / "metrics.jsonl",
+            rate=config.dpo.warmup_learning_rate,
+            epochs=config.dpo.warmup_epochs,
+            seed=config.seed,
+            micro_batch=micro_batch(config, STAGE),
+            progress=progress,
         )
         save_adapter(model, folder / "warm")
-    report.counts |= {"rows": len(rows), "reviews": len(reviews), "steps": steps}
+    report.counts |= {"rows": len(rows), "reviews": len(reviews), "steps": outcome.steps}
+    report.figures |= {"best_step": outcome.best, "warnings": outcome.warnings}
     run.sign(STAGE, inputs, report)
+    checkpoints.forget()
     return report
 
 
@@ -114,7 +121,25 @@ def review_rows(tokenizer: Any, run: Run, reviews: Sequence[Review], config: Con
     return rows
 
 
-def mix(reviews: list[Encoded], solved: list[Encoded], share: float, seed: int) -> list[Encoded]:
+def mixed_rows(
+    tokenizer: Any, run: Run, reviews: Sequence[Review], templates: Sequence[Template], config: Config
+) -> tuple[list[str], list[Encoded]]:
+    """(names, rows) of the warm-up: the reviews and the solved rows between them, shuffled."""
+    named = [
+        (f"{review.id}/{review.sample}", row)
+        for review, row in zip(reviews, review_rows(tokenizer, run, reviews, config), strict=True)
+    ]
+    solved = [
+        (template.id, row)
+        for template, row in zip(
+            templates, solve_rows(tokenizer, templates, config.prompts.folder), strict=True
+        )
+    ]
+    mixed = mix(named, solved, config.dpo.replay_share, config.seed)
+    return [name for name, _ in mixed], [row for _, row in mixed]
+
+
+def mix(reviews: list[R], solved: list[R], share: float, seed: int) -> list[R]:
     """The reviews with `share` solved rows for each."""
     draw = random.Random(seed)
     wanted = round(share * len(reviews))

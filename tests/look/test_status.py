@@ -124,11 +124,11 @@ def test_all_that_is_signed_from_what_lies_there_is_done(trained):
 @pytest.mark.parametrize(
     ("setting", "stage", "why"),
     [
-        ("teacher.model=openai/other", "templates", "teacher changed"),
+        ("teacher.model=openai/other", "templates", "teacher.model: openai/replay before, openai/other now"),
         ("seed=1", "templates", "problems changed"),
-        ("sft.epochs=7", "sft", "settings changed"),
+        ("sft.epochs=7", "sft", "sft.epochs: 3 before, 7 now"),
         ("attempts.temperature=0.1", "attempts", "sampling changed"),
-        ("dpo.confirmation_share=0.1", "corrections", "confirmations changed"),
+        ("dpo.confirmation_share=0.1", "corrections", "confirmations: 0.5 before, 0.1 now"),
         ("prompts.folder=mine", "templates", "prompts changed"),
     ],
 )

@@ -16,7 +16,7 @@ from sclite.student.load import load_student, load_tokenizer
 from sclite.student.review import score_request
 from sclite.student.trainable import Trainable
 from sclite.trace import CAUSE, close_piece, open_piece, parse, render
-from sclite.train.bundle import build_bundles, collate, likelihoods, reference_odds
+from sclite.train.bundle import build_bundles, collate, likelihoods, reference_log_probs
 from sclite.train.dpo import PairLoss, train_dpo, with_replay
 from sclite.train.forward import pad
 from sclite.train.sft import solve_rows, train_sft
@@ -84,24 +84,31 @@ def test_a_reference_that_is_the_base_model_would_be_noticed(preferred):
     model, tokenizer = load_student(config.student, config.dpo, run.path("dpo/warm"), train=True)
     bundles = bundles_of(config, run, tokenizer)
     with model.disable_adapter():
-        base = reference_odds(model, bundles, tokenizer)
+        base = reference_log_probs(model, bundles, tokenizer)
     loss = PairLoss(config.dpo, base, decision_ids(tokenizer))
-    figures = loss(model, collate(bundles, tokenizer.pad_token_id))[1]
-    assert abs(figures["dpo_loss"] - math.log(2)) > 0.01
-    assert figures["margin_max"] > 0.1
+    parts = loss(model, collate(bundles, tokenizer.pad_token_id))
+    pairs = len(run.read("pairs.jsonl", Pair))
+    assert abs(parts["dpo_loss"].total.item() / pairs - math.log(2)) > 0.01
+    assert parts["margin_max"].total.item() > 0.1
 
 
-def test_the_reference_odds_are_those_of_the_adapter_that_dpo_starts_from(preferred):
+def test_the_reference_is_that_of_the_adapter_that_dpo_starts_from(preferred):
     config, run, _ = preferred
     model, tokenizer = load_student(config.student, config.dpo, run.path("dpo/warm"))
     bundles = bundles_of(config, run, tokenizer)
-    kept = run.read_json("dpo/reference.json")["odds"]
-    fresh = reference_odds(model, bundles, tokenizer, size=1)
+    kept = run.read_json("dpo/reference.json")["log_probs"]
+    fresh = reference_log_probs(model, bundles, tokenizer, size=1)
     assert kept.keys() == fresh.keys() == {f"p{i}/0" for i in range(6)}
-    for key, odds in fresh.items():
-        assert kept[key]["decisions"] == pytest.approx(odds["decisions"], abs=1e-3)
-        assert (kept[key]["content"] is None) == (odds["content"] is None)
-        assert kept[key]["content"] == pytest.approx(odds["content"], abs=1e-3)
+    assert_same(kept, fresh)
+
+
+def assert_same(one, other) -> None:
+    for key, found in one.items():
+        assert (found["content"] is None) == (other[key]["content"] is None)
+        sides = [*found["decisions"], *([found["content"]] if found["content"] else [])]
+        others = [*other[key]["decisions"], *([other[key]["content"]] if found["content"] else [])]
+        for side, same in zip(sides, others, strict=True):
+            assert side == pytest.approx(same, abs=1e-3)
 
 
 def test_no_copy_named_ref_is_left_in_the_saved_adapter(preferred):
@@ -154,8 +161,9 @@ def test_pairs_that_are_too_long_are_counted_and_when_none_fits_it_is_said(start
     left = report.dropped["longer_than_max_length"]
     assert left >= 1
     assert report.counts["bundles"] == 6 - left
+    shorter = config.dpo.model_copy(update={"max_length": 64})
     with pytest.raises(DataFault, match=r"no pair fits into dpo\.max_length = 64 tokens") as fault:
-        train_dpo(config.model_copy(update={"dpo": config.dpo.model_copy(update={"max_length": 64})}), other)
+        train_dpo(config.model_copy(update={"dpo": shorter}), other, fresh=True)
     assert "max_length" in fault.value.hint
 
 
@@ -283,11 +291,9 @@ def test_padding_changes_no_odds(started):
     config, run = started
     model, tokenizer = load_student(config.student, config.dpo, run.path("dpo/warm"))
     bundles = bundles_of(config, run, tokenizer)
-    together = reference_odds(model, bundles, tokenizer, size=6)
+    together = reference_log_probs(model, bundles, tokenizer, size=6)
     longer = [replace(b, replay=None) for b in reversed(bundles)]
-    alone = reference_odds(model, longer, tokenizer, size=1)
-    for key, odds in together.items():
-        assert odds["decisions"] == pytest.approx(alone[key]["decisions"], abs=1e-3)
+    assert_same(together, reference_log_probs(model, longer, tokenizer, size=1))
 
 
 def test_padding_carries_neither_attention_nor_weight():

@@ -13,12 +13,15 @@ from sclite.run import Run
 from sclite.student.encode import Encoded, decision_ids, encode_solution, end_id
 from sclite.student.load import load_student, load_tokenizer
 from sclite.trace import Step, Trace, parse, render
-from sclite.train.common import check_labels, too_long
-from sclite.train.sft import _Collator, _trainer_class, fine_tune, solve_rows, train_sft
+from sclite.train.checkpoints import Checkpoints
+from sclite.train.labels import check_labels, too_long
+from sclite.train.sft import solve_rows, supervised, train_sft
+from sclite.train.trainer import _build, arguments, numbered, train_adapter
 from sclite.train.warm import mix, review_rows, train_warm
+from sclite.train.watch import read_metrics
 from tests.tiny import tiny_llama
 
-LORA = {"rank": 8, "alpha": 16, "batch": 4, "micro_batch": 2, "max_length": 1024}
+LORA = {"rank": 8, "alpha": 16, "batch": 4, "micro_batch": 2, "max_length": 1024, "eval_share": 0}
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +122,7 @@ def trained(folder, tmp_path_factory):
     write_toy(run)
     config = config_of(folder)
     seen: list[tuple[int, int]] = []
-    report = train_sft(config, run, progress=lambda done, total: seen.append((done, total)))
+    report = train_sft(config, run, progress=lambda done, total, **_: seen.append((done, total)))
     report.figures["seen"] = seen
     return config, run, report, train_warm(config, run)
 
@@ -127,33 +130,24 @@ def trained(folder, tmp_path_factory):
 # -- labels --------------------------------------------------------------------------------------------------------
 
 
-def test_on_the_trainers_own_labels_the_prompt_carries_none_and_trace_and_end_all(folder):
+def test_on_the_trainers_own_labels_the_prompt_carries_none_and_trace_and_end_all(folder, tmp_path):
     """Read from the batches that the real trainer's data loader gives to the model."""
-    from trl import SFTConfig
-
-    from sclite.train.common import arguments, numbered
-
     config = config_of(folder)
     model, tokenizer = load_student(config.student, config.sft, train=True)
     problem, trace = toy_problems(1)[0], toy_trace(0)
     rows = [encode_solution(tokenizer, prompts.solve_messages(problem.question), trace)] * 3
-    trainer = _trainer_class()(
-        model=model,
-        args=SFTConfig(**arguments(folder, config.sft, 1e-3, 1, 0), max_length=None, packing=False),
-        train_dataset=numbered([len(row.ids) for row in rows]),
-        data_collator=_Collator(rows, tokenizer.pad_token_id),
-        processing_class=tokenizer,
-    )
+    lesson = supervised("sft", rows, tokenizer.pad_token_id, 0, 0)
+    settings = arguments(tmp_path, config.sft, 1e-3, 0, 2, 3, False)
+    trainer = _build(model, tokenizer, lesson, settings, numbered([0, 1, 2], 4))
     for batch in trainer.get_train_dataloader():
-        for ids, labels, weights in zip(batch["input_ids"], batch["labels"], batch["weights"], strict=True):
-            carried = labels != -100
+        for ids, weights in zip(batch["batch"]["input_ids"], batch["batch"]["weights"], strict=True):
+            carried = weights > 0
             prompt = tokenizer.decode(ids[~carried])
             completion = tokenizer.decode(ids[carried])
             assert prompt.endswith("<|im_start|>assistant\n")
             assert problem.question in prompt
             assert completion == render(trace) + "<|im_end|>"
-            assert bool(((weights > 0) == carried).all())
-            assert labels[-1] == end_id(tokenizer)
+            assert int(ids[carried][-1]) == end_id(tokenizer)
 
 
 def test_the_report_says_which_share_of_the_tokens_is_trained(trained):
@@ -209,26 +203,32 @@ def test_the_loss_falls_and_each_step_is_written_down(trained):
     _, run, report, _ = trained
     rows = metrics(run, "sft", "sft")
     assert [row["step"] for row in rows] == list(range(1, report.counts["steps"] + 1))
-    assert report.counts == {"rows": 6, "steps": 8}
+    assert report.counts == {"rows": 6, "steps": 6}
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
-    assert report.figures["seen"] == [(i, 8) for i in range(1, 9)]
+    assert report.figures["seen"] == [(i, 6) for i in range(1, 7)]
 
 
-def test_the_first_loss_is_the_mean_over_tokens_whatever_the_micro_batch(folder, trained, tmp_path):
+def test_losses_and_gradients_are_means_over_tokens_whatever_the_micro_batch(folder, trained, tmp_path):
     """Four rows of unlike lengths, all in one optimizer step: one forward pass, two, or four say the same."""
     config, run, *_ = trained
     tokenizer = load_tokenizer(config.student.model)
     rows = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")[:3]
     rows.append(Encoded([*rows[0].ids[:60], 2], [0.0] * 55 + [1.0] * 6))
-    first = {}
+    found = {}
     for micro in (1, 2, 4):
-        made = config_of(folder, sft={"micro_batch": micro})
+        made = config_of(folder, sft={"epochs": 3})
         model, _ = load_student(made.student, made.sft, train=True)
-        fine_tune(model, tokenizer, rows, tmp_path, made.sft, 1e-3, 1, 0, f"micro {micro}")
-        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-        first[micro] = json.loads(lines[-1])["loss"]
-    assert first[1] == pytest.approx(first[4], rel=1e-3)
-    assert first[2] == pytest.approx(first[4], rel=1e-3)
+        lesson = supervised("sft", rows, tokenizer.pad_token_id, 0, 0)
+        train_adapter(
+            model, tokenizer, lesson, made.sft, Checkpoints(tmp_path / f"{micro}/checkpoints"),
+            tmp_path / f"{micro}/metrics.jsonl", rate=1e-3, epochs=3, seed=0, micro_batch=micro,
+        )  # fmt: skip
+        found[micro] = read_metrics(tmp_path / f"{micro}/metrics.jsonl")
+    for micro in (1, 2):
+        for name in ("loss", "nll", "grad_norm", "tokens"):
+            assert [row[name] for row in found[micro]] == pytest.approx(
+                [row[name] for row in found[4]], rel=1e-3
+            )
 
 
 def test_the_adapter_is_saved_and_is_not_zero(trained):

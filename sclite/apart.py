@@ -1,0 +1,81 @@
+"""Work in a process of its own, so that what it held on the card is free again when it ends.
+
+The process that waits never touches CUDA. Progress, warnings and faults come back as if the work were done here; when
+the waiting process is gone, even by a SIGKILL, the working one ends too and holds neither the card nor the run.
+"""
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from sclite.errors import DeviceFault, ScliteError
+
+Progress = Callable[..., None]
+PROGRESS, RESULT, FAULT, INTERRUPT = "progress", "result", "fault", "interrupt"
+
+
+def apart(work: Callable[..., Any], *arguments: Any, progress: Progress) -> Any:
+    """What `work(*arguments, progress=..)` returns, done in a new process. `work` is a function of a module.
+
+    Raises the ScliteError or KeyboardInterrupt that it raises; DeviceFault where the process ends without a word, as one
+    does that the system has killed.
+    """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_work, args=(there, work, arguments))
+    process.start()
+    there.close()
+    try:
+        try:
+            kind, value = _listen(here, process, progress)
+        except KeyboardInterrupt:  # the terminal sends Ctrl-C to both: the work saves and says so
+            kind, value = _listen(here, process, progress)
+    finally:
+        here.close()
+        process.join(timeout=60)
+        process.kill()
+    if kind == INTERRUPT:
+        raise KeyboardInterrupt
+    if kind == FAULT:
+        raise value
+    return value
+
+
+def _listen(here: Connection, process: Any, progress: Progress) -> tuple[str, Any]:
+    """Pass progress on until the work has ended; how it did, and with what."""
+    while True:
+        wait([here])  # a message, or the end of the other side
+        try:
+            kind, value = here.recv()
+        except EOFError:
+            process.join()
+            raise DeviceFault(
+                f"the process that did the work ended by itself (code {process.exitcode})",
+                "its last words stand above; -9 means that the system was out of memory. The same command goes on",
+            ) from None
+        if kind == PROGRESS:
+            progress(*value[0], **value[1])
+        else:
+            return kind, value
+
+
+def _work(there: Connection, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+    def progress(*values: Any, **named: Any) -> None:
+        there.send((PROGRESS, (values, named)))
+
+    try:
+        there.send((RESULT, work(*arguments, progress=progress)))
+    except ScliteError as fault:
+        there.send((FAULT, fault))
+    except KeyboardInterrupt:
+        there.send((INTERRUPT, None))
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)

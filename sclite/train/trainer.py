@@ -1,0 +1,299 @@
+"""Training an adapter: Hugging Face's trainer over rows in a fixed order, with losses that no micro-batch changes.
+
+The trainer brings the optimizer, its schedule, gradient clipping, mixed precision and checkpoints. What a stage brings is
+a `Lesson`. The denominators of its loss are those of the whole optimizer step, known from the order beforehand, so that
+halving the micro-batch and doubling the accumulation leaves every gradient as it was.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from sclite.config import Lora
+from sclite.errors import MemoryFault
+from sclite.train.checkpoints import Checkpoints
+from sclite.train.order import training_order
+from sclite.train.watch import Progress, Watch
+
+EVAL_ROWS = 200  # at most; more would tell little more
+
+
+@dataclass(frozen=True)
+class Part:
+    """One term of a loss: a sum over rows, divided by the count named `per`; `weight` 0 makes it a mere figure.
+
+    With `per` empty it is a maximum over the micro-batches of a step, and a mere figure too.
+    """
+
+    total: Any
+    per: str
+    weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a stage trains on. `lengths` are tokens a row, `counts` what each row adds to the denominators by name."""
+
+    phase: str
+    lengths: Sequence[int]
+    counts: Sequence[Mapping[str, int]]
+    collate: Callable[[Sequence[int]], Any]
+    parts: Callable[[Any, Any], dict[str, Part]]
+    held_out: Sequence[int] = ()
+
+
+@dataclass
+class Outcome:
+    """How a training went. `best` is the step whose weights are kept, None where no evaluation chose it."""
+
+    steps: int
+    best: int | None = None
+    warnings: list[str] = field(default_factory=list)
+
+
+def held_out_rows(count: int, share: float, seed: int) -> list[int]:
+    """Numbers of the rows that are kept for the evaluation loss: none where the share makes fewer than four."""
+    import random
+
+    wanted = min(EVAL_ROWS, int(share * count))
+    return sorted(random.Random(seed).sample(range(count), wanted)) if wanted >= 4 else []
+
+
+def train_adapter(
+    model: Any,
+    tokenizer: Any,
+    lesson: Lesson,
+    lora: Lora,
+    checkpoints: Checkpoints,
+    metrics: Path,
+    *,
+    rate: float,
+    epochs: float,
+    seed: int,
+    micro_batch: int,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Train the model's adapter in place, from its last whole checkpoint where there is one.
+
+    Figures of each step are appended to `metrics`. Raises MemoryFault where the card has too little memory,
+    KeyboardInterrupt after Ctrl-C, once a checkpoint is saved.
+    """
+    kept = set(lesson.held_out)
+    rows = [i for i in range(len(lesson.lengths)) if i not in kept]
+    order = [rows[i] for i in training_order([lesson.lengths[i] for i in rows], lora.batch, epochs, seed)]
+    watch = Watch(metrics, lesson.phase, progress)
+    watch.resume(checkpoints.step())
+    settings = arguments(checkpoints.folder, lora, rate, seed, micro_batch, len(order), bool(kept))
+    trainer = _build(model, tokenizer, lesson, settings, numbered(order, lora.batch))
+    trainer.lesson, trainer.watch, trainer.held_out = lesson, watch, sorted(kept)
+    trainer.totals = [_total(lesson, order[s : s + lora.batch]) for s in range(0, len(order), lora.batch)]
+    for callback in _callbacks(checkpoints, watch, lora.patience if kept else 0):
+        trainer.add_callback(callback)
+    try:
+        with watch.interruptions():
+            trainer.train(resume_from_checkpoint=checkpoints.last())
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise MemoryFault(lesson.phase, micro_batch) from error
+        raise
+    if watch.interrupted:
+        raise KeyboardInterrupt
+    best = trainer.state.best_global_step if kept else None
+    if best and best != trainer.state.global_step:
+        checkpoints.load(best, model)
+    return Outcome(trainer.state.global_step, best or None, watch.warnings)
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that the card's memory is used up: PyTorch has a class for it, other libraries only words."""
+    import torch
+
+    words = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "cudaErrorMemoryAllocation")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+def _total(lesson: Lesson, numbers: Sequence[int]) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for number in numbers:
+        total.update(lesson.counts[number])
+    return total
+
+
+def arguments(
+    folder: Path, lora: Lora, rate: float, seed: int, micro_batch: int, rows: int, evaluates: bool
+) -> dict[str, Any]:
+    """What the trainer is told; the card decides on bfloat16. `rows` are those of all epochs together."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    micro = min(micro_batch, lora.batch)
+    every = max(1, -(-rows // lora.batch) // lora.checkpoints)
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": max(1, lora.batch // micro),
+        "learning_rate": rate,
+        "num_train_epochs": 1,  # all passes stand in the order already
+        "train_sampling_strategy": "sequential",
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": lora.warmup,
+        "max_grad_norm": lora.max_grad_norm,
+        "optim": "adamw_8bit" if cuda else "adamw_torch",
+        "bf16": cuda and torch.cuda.is_bf16_supported(),
+        "fp16": cuda and not torch.cuda.is_bf16_supported(),
+        "use_cpu": not cuda,
+        "gradient_checkpointing": cuda,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": every,
+        "save_total_limit": 2,  # the older one stays until the newer one is known to be whole
+        "eval_strategy": "steps" if evaluates else "no",
+        "eval_steps": every,
+        "metric_for_best_model": "eval_loss" if evaluates else None,
+        "greater_is_better": False,
+        "report_to": ["tensorboard"] if lora.tensorboard else [],
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": False,
+        "seed": seed,
+        "data_seed": seed,
+        "max_length": None,
+    }
+
+
+def _callbacks(checkpoints: Checkpoints, watch: Watch, patience: int) -> list[Any]:
+    """What the trainer tells of: a step that may be the last, and a checkpoint that is whole."""
+    from transformers import EarlyStoppingCallback, TrainerCallback
+
+    class Keeper(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if watch.interrupted:
+                control.should_save = control.should_training_stop = True
+            elif state.global_step >= state.max_steps and args.eval_strategy != "no":
+                control.should_evaluate = True
+
+        def on_save(self, args, state, control, **_):
+            checkpoints.mark(state.global_step)
+
+    return [Keeper(), *([EarlyStoppingCallback(patience)] if patience else [])]
+
+
+def _build(model: Any, tokenizer: Any, lesson: Lesson, settings: dict[str, Any], order: Any) -> Any:
+    """TRL's trainer of the stage, with what its making changes in the model undone."""
+    from transformers import PrinterCallback
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+    prefers = lesson.phase == "dpo"
+    base, config = (DPOTrainer, DPOConfig) if prefers else (SFTTrainer, SFTConfig)
+    with trainable_as_they_are(model):
+        trainer = _trainer_class(base)(
+            model=model,
+            args=config(**settings),
+            train_dataset=order,
+            eval_dataset=order if settings["eval_strategy"] != "no" else None,
+            data_collator=_collator(lesson),
+            processing_class=tokenizer,
+        )
+    trainer.remove_callback(PrinterCallback)
+    if "ref" in model.peft_config:  # TRL's copy of the adapter; our reference is kept in the run
+        model.delete_adapter("ref")
+    return trainer
+
+
+@contextmanager
+def trainable_as_they_are(model: Any) -> Iterator[None]:
+    """Undo what building a trainer does to trainable weights: trl rounds them to bfloat16 on 4-bit models."""
+    kept = {name: p.detach().clone().float() for name, p in model.named_parameters() if p.requires_grad}
+    yield
+    for name, parameter in model.named_parameters():
+        if name in kept:
+            parameter.data = kept[name]
+
+
+def numbered(order: Sequence[int], batch: int) -> Any:
+    """A data set of row numbers and optimizer steps: TRL wants one of its own kind, our rows are tokenised already."""
+    import datasets
+
+    steps = [place // batch for place in range(len(order))]
+    return datasets.Dataset.from_dict({"number": list(order), "step": steps})
+
+
+def _collator(lesson: Lesson) -> Callable[[Sequence[Mapping[str, int]]], dict[str, Any]]:
+    """From items of `numbered` to a micro-batch, its optimizer step, and its tokens without padding."""
+
+    def collate(items: Sequence[Mapping[str, int]]) -> dict[str, Any]:
+        numbers = [item["number"] for item in items]
+        tokens = sum(lesson.lengths[number] for number in numbers)
+        return {"batch": lesson.collate(numbers), "step": items[0]["step"], "tokens": tokens}
+
+    return collate
+
+
+def _trainer_class(base: type) -> type:
+    """A trainer of TRL's that knows nothing of rows, losses and order but what its lesson says."""
+    import torch
+    from transformers import Trainer
+
+    class AdapterTrainer(base):
+        lesson: Lesson
+        watch: Watch
+        held_out: Sequence[int]
+        totals: Sequence[Mapping[str, int]]
+
+        def _prepare_dataset(self, dataset, *_, **__):
+            return dataset
+
+        def get_batch_samples(self, epoch_iterator, num_batches, device):
+            return list(islice(epoch_iterator, num_batches)), None
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            model.train()
+            loss = self.compute_loss(model, inputs)
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            totals = self.totals[inputs["step"]]
+            with self.accelerator.autocast():
+                loss, figures = weigh(self.lesson.parts(model, inputs["batch"]), totals)
+            self.watch.add(figures, inputs["tokens"])
+            return (loss, None) if return_outputs else loss
+
+        def evaluate(self, *_, **__):
+            model, size = self.model, self.args.per_device_train_batch_size
+            totals, found = _total(self.lesson, self.held_out), Counter()
+            was_training = model.training
+            model.eval()
+            for start in range(0, len(self.held_out), size):
+                batch = self.lesson.collate(self.held_out[start : start + size])
+                with torch.no_grad(), self.accelerator.autocast():
+                    loss, _ = weigh(self.lesson.parts(model, batch), totals)
+                found["eval_loss"] += float(loss)
+            model.train(was_training)
+            self.log(dict(found))
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, dict(found))
+            return dict(found)
+
+        def log(self, logs, start_time=None):
+            Trainer.log(self, self.watch.row(logs, self.state.global_step, self.state.max_steps))
+
+        def _save_checkpoint(self, model, trial):
+            Trainer._save_checkpoint(self, model, trial)
+
+    return AdapterTrainer
+
+
+def weigh(parts: Mapping[str, Part], totals: Mapping[str, int]) -> tuple[Any, dict[str, Any]]:
+    """(the loss, the figures by name): each part over its count in `totals`; a maximum stands in a list."""
+    loss, figures = 0.0, {}
+    for name, part in parts.items():
+        value = part.total / max(1, totals[part.per]) if part.per else part.total
+        if part.weight:
+            loss = loss + part.weight * value
+        figures[name] = value.detach() if part.per else [value.detach()]
+    return loss, figures

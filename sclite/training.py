@@ -1,0 +1,111 @@
+"""`sclite train`: SFT, the student's mistakes and their corrections, warm-up, pairs and DPO, each on a card that is free.
+
+On a CUDA card each stage that needs it runs in a process of its own (`world.apart`). Where the card's memory does not
+suffice, the stage goes on from its last checkpoint with half as many rows at once.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from sclite import pipeline
+from sclite.apart import apart
+from sclite.config import Config
+from sclite.errors import MemoryFault, UsageFault
+from sclite.run import Report, Run
+from sclite.world import World
+
+Stage = Callable[..., Report]
+
+
+def train(world: World, only: str | None = None, fresh: bool = False) -> list[Report]:
+    """All of it, or one half (`only` sft or dpo). `fresh` trains anew what was trained from other inputs."""
+    if only not in (None, "sft", "dpo"):
+        raise UsageFault(f"--only {only}: no such stage", "use --only sft or --only dpo")
+    data = {name: world.run.path(f"{name}.jsonl").is_file() for name in ("templates", "reviews", "pairs")}
+    ready = data["templates"] and not (data["reviews"] or data["pairs"])
+    if only != "sft" and ready and not world.config.teacher.model:
+        raise UsageFault(  # said before hours of SFT, not after
+            "teacher.model is not set, and stage 2 needs a teacher for its corrections",
+            "add --set teacher.model=PROVIDER/NAME, or train --only sft",
+        )
+    if only != "dpo":
+        train_sft(world, fresh)
+    if only != "sft":
+        pipeline.require_sft(world)
+        if data["reviews"] or not pipeline.pairs_brought(world):
+            pipeline.build_corrections(world)
+        train_warm(world, fresh)
+        pipeline.build_pairs(world)
+        train_dpo(world, fresh)
+    return world.reports
+
+
+def train_sft(world: World, fresh: bool = False) -> Report:
+    report = _stage(world, "sft", "sft: the student learns the templates", sft, fresh)
+    counts = report.counts
+    text = f"sft: {counts.get('rows', 0)} rows, {counts.get('steps', 0)} steps"
+    return world.add(report, "sft: an adapter was brought along" if "brought_along" in counts else text)
+
+
+def train_warm(world: World, fresh: bool = False) -> Report:
+    report = _stage(world, "warm", "warm-up: the student learns what a review looks like", warm, fresh)
+    counts = report.counts
+    return world.add(report, f"warm-up: {counts.get('rows', 0)} rows, {counts.get('steps', 0)} steps")
+
+
+def train_dpo(world: World, fresh: bool = False) -> Report:
+    report = _stage(world, "dpo", "dpo: the student prefers right reviews", dpo, fresh)
+    counts = report.counts
+    return world.add(report, f"dpo: {counts.get('pairs', 0)} pairs, {counts.get('steps', 0)} steps")
+
+
+def sft(config: Config, run: Run, unseen: frozenset[str], fresh: bool, *, progress: Any) -> Report:
+    from sclite.train.sft import train_sft as stage
+
+    return stage(config, run, unseen=unseen, fresh=fresh, progress=progress)
+
+
+def warm(config: Config, run: Run, unseen: frozenset[str], fresh: bool, *, progress: Any) -> Report:
+    from sclite.train.warm import train_warm as stage
+
+    return stage(config, run, unseen=unseen, fresh=fresh, progress=progress)
+
+
+def dpo(config: Config, run: Run, unseen: frozenset[str], fresh: bool, *, progress: Any) -> Report:
+    from sclite.train.dpo import train_dpo as stage
+
+    return stage(config, run, unseen=unseen, fresh=fresh, progress=progress)
+
+
+def _stage(world: World, name: str, text: str, stage: Stage, fresh: bool) -> Report:
+    """Run a training stage; with half the rows at once after each time that the memory does not suffice."""
+    config, unseen = world.config, pipeline.unseen(world)
+    with world.screen.stage(name, text) as progress:
+        while True:
+            given = (config, world.run, unseen, fresh)
+            try:
+                report = (apart if world.apart else _here)(stage, *given, progress=progress)
+            except MemoryFault as fault:
+                if fault.micro_batch == 1:
+                    raise
+                config = halved(config, fault)
+                fresh = False  # what it has trained so far is its own
+                told = f"out of memory with {fault.micro_batch} rows at once: {name} goes on with {fault.micro_batch // 2}"
+                progress(0, 0, warning=told)
+            else:
+                break
+    if "cut" in report.figures:
+        section = "sft" if name == "sft" else "dpo"
+        progress(0, 0, warning=f"{report.figures['cut']} and are left out: raise {section}.max_length")
+    return report
+
+
+def _here(stage: Stage, *given: Any, progress: Any) -> Report:
+    return stage(*given, progress=progress)
+
+
+def halved(config: Config, fault: MemoryFault) -> Config:
+    """The configuration with half the micro-batch in the section of a stage; the accumulation doubles by itself."""
+    section = "sft" if fault.stage == "sft" else "dpo"
+    settings = getattr(config, section).model_copy(update={"micro_batch": fault.micro_batch // 2})
+    return config.model_copy(update={section: settings})

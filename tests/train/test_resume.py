@@ -1,0 +1,212 @@
+"""A training that is killed goes on where it was: the same losses, the same weights, and nothing else than it began with."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sclite.config import Config
+from sclite.errors import UsageFault
+from sclite.run import Run, differences
+from sclite.train.checkpoints import Checkpoints
+from sclite.train.dpo import train_dpo
+from sclite.train.order import training_order
+from sclite.train.sft import train_sft
+from sclite.train.warm import train_warm
+from sclite.train.watch import read_metrics
+from tests.tiny import tiny_llama
+from tests.train.test_dpo import write_pairs
+from tests.train.test_sft import config_of, write_toy
+
+STAGES = {"sft": "sft/adapter", "warm": "dpo/warm", "dpo": "dpo/adapter"}
+LONG = {"checkpoints": 6, "micro_batch": 1}
+
+CHILD = """
+import sys
+from sclite.config import Config
+from sclite.run import Run, differences
+from sclite.train.{module} import train_{stage}
+train_{stage}(Config.model_validate_json(sys.argv[1]), Run(sys.argv[2]))
+"""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(config, run) with every stage trained without a break."""
+    folder, run = tiny_llama(tmp_path_factory.mktemp("student")), Run(tmp_path_factory.mktemp("run"))
+    write_toy(run)
+    config = config_of(
+        folder,
+        sft={**LONG, "epochs": 12},
+        dpo={**LONG, "warmup_epochs": 6, "epochs": 12, "learning_rate": 1e-3},
+    )
+    train_sft(config, run)
+    train_warm(config, run)
+    write_pairs(run)
+    train_dpo(config, run)
+    return config, run
+
+
+def part_of(run: Run, folder: Path, stage: str) -> Run:
+    """A copy of a run up to a stage, which is not begun."""
+    names = ["problems.jsonl", "templates.jsonl", "attempts.jsonl", "reviews.jsonl", "pairs.jsonl"]
+    before = list(STAGES)[: list(STAGES).index(stage)]
+    for name in [
+        *names,
+        *(f"{STAGES[s]}/{f}" for s in before for f in ("adapter_model.safetensors", "adapter_config.json")),
+    ]:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(run.path(name).read_bytes())
+    return Run(folder)
+
+
+def metrics_of(run: Run, stage: str) -> list[dict]:
+    rows = read_metrics(run.path("sft/metrics.jsonl" if stage == "sft" else "dpo/metrics.jsonl"))
+    return [row for row in rows if row["phase"] == stage]
+
+
+def checkpoints_of(run: Run, stage: str) -> Checkpoints:
+    return Checkpoints(
+        run.path({"sft": "sft/checkpoints", "warm": "dpo/warm-checkpoints", "dpo": "dpo/checkpoints"}[stage])
+    )
+
+
+def start(config: Config, run: Run, stage: str) -> subprocess.Popen:
+    code = CHILD.format(module=stage, stage=stage)
+    return subprocess.Popen([sys.executable, "-c", code, config.model_dump_json(), str(run.folder)])
+
+
+def broken_off(config: Config, run: Run, stage: str, how: int) -> int:
+    """Start a stage in a process of its own and send it a signal some steps after a checkpoint; the step it had reached."""
+    process = start(config, run, stage)
+    while process.poll() is None:
+        rows = metrics_of(run, stage)
+        if (
+            checkpoints_of(run, stage).step()
+            and rows
+            and rows[-1]["step"] > checkpoints_of(run, stage).step()
+        ):
+            process.send_signal(how)
+            break
+        time.sleep(0.01)
+    process.wait()
+    assert process.returncode != 0, "it ended before it could be broken off"
+    return metrics_of(run, stage)[-1]["step"]
+
+
+def adapter(run: Run, stage: str) -> dict:
+    from safetensors.torch import load_file
+
+    return load_file(run.path(f"{STAGES[stage]}/adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize(("stage", "train"), [("sft", train_sft), ("warm", train_warm), ("dpo", train_dpo)])
+def test_killed_in_the_middle_it_ends_with_the_losses_and_weights_of_an_unbroken_run(
+    whole, tmp_path, stage, train
+):
+    config, unbroken = whole
+    run = part_of(unbroken, tmp_path, stage)
+    reached = broken_off(config, run, stage, signal.SIGKILL)
+    resumed_from = checkpoints_of(run, stage).step()
+    expected = metrics_of(unbroken, stage)
+    assert 0 < resumed_from < reached <= len(expected)
+    train(config, run)
+    rows = metrics_of(run, stage)
+    assert [row["step"] for row in rows] == [row["step"] for row in expected]
+    for row, other in zip(rows, expected, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], abs=1e-4)
+    weights, others = adapter(run, stage), adapter(unbroken, stage)
+    assert weights.keys() == others.keys()
+    assert max(float((weights[name] - others[name]).abs().max()) for name in weights) < 1e-6
+    assert not checkpoints_of(run, stage).folder.exists()
+    if stage == "dpo":  # not from the SFT adapter again: that would show as ln 2 after the break
+        assert rows[0]["dpo_loss"] == pytest.approx(math.log(2), abs=1e-3)
+        assert rows[resumed_from]["dpo_loss"] < math.log(2) - 0.02
+        kept, before = (r.read_json("dpo/reference.json")["log_probs"] for r in (run, unbroken))
+        assert kept == before
+
+
+def test_ctrl_c_saves_a_checkpoint_of_the_step_it_came_in(whole, tmp_path):
+    config, unbroken = whole
+    run = part_of(unbroken, tmp_path, "sft")
+    reached = broken_off(config, run, "sft", signal.SIGINT)
+    assert checkpoints_of(run, "sft").step() == reached
+    train_sft(config, run)
+    assert [row["step"] for row in metrics_of(run, "sft")] == [
+        row["step"] for row in metrics_of(unbroken, "sft")
+    ]
+
+
+def test_a_checkpoint_that_a_kill_left_half_written_is_not_resumed_from(tmp_path):
+    inputs = {"seed": 0}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.begin(inputs)
+    for step in (3, 6):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    checkpoints.mark(3)
+    assert checkpoints.last() == str(tmp_path / "checkpoint-3")
+    checkpoints.begin(inputs)
+    assert not (tmp_path / "checkpoint-6").exists()
+    assert checkpoints.step() == 3
+    checkpoints.begin({"seed": 1})
+    assert checkpoints.step() == 0
+
+
+def test_a_changed_setting_that_matters_is_refused_with_the_difference(whole, tmp_path):
+    config, unbroken = whole
+    other = config.model_copy(
+        update={"sft": config.sft.model_copy(update={"learning_rate": 2e-3, "micro_batch": 4})}
+    )
+    with pytest.raises(
+        UsageFault, match=r"sft was trained from other inputs: sft\.learning_rate: 0\.003 before, 0\.002 now$"
+    ) as fault:
+        train_sft(other, unbroken)
+    assert "--fresh" in fault.value.hint
+    run = part_of(unbroken, tmp_path, "sft")
+    broken_off(config, run, "sft", signal.SIGKILL)
+    with pytest.raises(UsageFault, match=r"sft was begun from other inputs"):
+        train_sft(other, run)
+    assert checkpoints_of(run, "sft").step() > 0
+    assert train_sft(other, run, fresh=True).counts["steps"] == len(metrics_of(unbroken, "sft"))
+
+
+def test_a_setting_that_decides_nothing_is_not_refused(whole):
+    config, run = whole
+    same = config.sft.model_copy(update={"micro_batch": 4, "checkpoints": 2, "tensorboard": True})
+    assert train_sft(config.model_copy(update={"sft": same}), run).skipped
+
+
+def test_differences_name_the_setting_and_both_values():
+    before = {"sft": {"rank": 8, "epochs": 3}, "templates.jsonl": "0123456789abcdef", "seed": 0}
+    now = {"sft": {"rank": 16, "epochs": 3}, "templates.jsonl": "fedcba9876543210", "seed": 0}
+    assert differences(before, now) == ["sft.rank: 8 before, 16 now", "templates.jsonl changed"]
+    assert differences(before, before) == []
+
+
+def test_the_order_has_every_row_in_every_epoch_and_the_longest_first():
+    lengths = [10 + (7 * i) % 90 for i in range(203)]
+    order = training_order(lengths, 8, 3, seed=1)
+    assert len(order) == 609
+    assert all(order.count(i) == 3 for i in range(203))
+    assert lengths[order[0]] == max(lengths)
+    assert order == training_order(lengths, 8, 3, seed=1) != training_order(lengths, 8, 3, seed=2)
+    waste = sum(
+        8 * max(lengths[i] for i in order[s : s + 8]) - sum(lengths[i] for i in order[s : s + 8])
+        for s in range(0, 600, 8)
+    )
+    assert waste < 0.05 * sum(lengths) * 3
+    assert len(training_order(lengths, 8, 0.5, seed=1)) == 102
+
+
+def test_metrics_of_a_broken_last_line_are_read(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"phase": "sft", "step": 1}) + "\n" + '{"phase": "sf')
+    assert read_metrics(path) == [{"phase": "sft", "step": 1}]
+    assert os.path.getsize(path) > 0
