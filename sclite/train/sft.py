@@ -142,7 +142,7 @@ def supervised(phase: str, rows: Sequence[Encoded], pad_id: int, eval_share: flo
         lengths=[len(row.ids) for row in rows],
         counts=[{"tokens": sum(weight > 0 for weight in row.weights)} for row in rows],
         collate=lambda numbers: pad([rows[number] for number in numbers], pad_id),
-        parts=negative_log_likelihood,
+        parts=lambda model, batch: negative_log_likelihood(model, batch),
         held_out=held_out_rows(len(rows), eval_share, seed),
     )
 

@@ -132,7 +132,9 @@ def live_line(row: Mapping[str, Any]) -> str:
     if "loss" in row:
         told.append(f"loss {row['loss']:.3f}")
     if "margin" in row:
-        told.append(f"margin {row['margin']:.2f}, accuracy {100 * row['accuracy']:.0f} %")
+        told.append(f"margin {row['margin']:.2f}")
+    if "accuracy" in row:
+        told.append(f"accuracy {100 * row['accuracy']:.0f} %")
     if "eval_loss" in row:
         told.append(f"evaluation loss {row['eval_loss']:.3f}")
     if "tokens_per_second" in row:

@@ -1,0 +1,129 @@
+"""`sclite train` on a tiny student: out of memory, processes of its own, warnings, and what it refuses."""
+
+from contextlib import contextmanager
+
+import pytest
+
+from sclite import pipeline, training
+from sclite.console import Screen
+from sclite.errors import MemoryFault
+from sclite.records import Template
+from sclite.run import Run
+from sclite.student.load import load_tokenizer
+from sclite.train import sft
+from sclite.train.watch import read_metrics
+from sclite.world import World
+from tests.tiny import tiny_llama
+from tests.train.test_sft import config_of, write_toy
+
+
+class Recorder(Screen):
+    """A screen that remembers what it was told."""
+
+    def __init__(self):
+        super().__init__(quiet=True)
+        self.notes, self.warnings = [], []
+
+    @contextmanager
+    def stage(self, name, text):
+        def progress(done, total, *_, note="", warning=""):
+            (self.warnings if warning else self.notes).append(warning or (done, total, note))
+
+        yield progress
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("student"))
+
+
+def world_of(folder, path, apart=False, **settings) -> World:
+    run = Run(path)
+    write_toy(run, 12)
+    config = config_of(folder, **settings).model_copy(update={"run": str(path)})
+    return World(config, run, Recorder(), apart=apart)
+
+
+def small_card(monkeypatch, rows: int, from_step: int = 0) -> list[int]:
+    """Let forward passes of more than so many rows run out of memory, as a card would; the sizes that were tried."""
+    import torch
+
+    tried, real = [], sft.negative_log_likelihood
+
+    def limited(model, batch):
+        tried.append(len(batch["input_ids"]))
+        if len(tried) > from_step and len(batch["input_ids"]) > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(model, batch)
+
+    monkeypatch.setattr(sft, "negative_log_likelihood", limited)
+    return tried
+
+
+def test_out_of_memory_halves_the_rows_at_once_and_goes_on_from_the_last_checkpoint(
+    folder, tmp_path, monkeypatch
+):
+    settings = {"sft": {"micro_batch": 4, "epochs": 6, "checkpoints": 9}}
+    whole = world_of(folder, tmp_path / "whole", **settings)
+    training.train_sft(whole)
+    world = world_of(folder, tmp_path / "small", **settings)
+    tried = small_card(monkeypatch, rows=2, from_step=4)
+    training.train_sft(world)
+    assert world.screen.warnings == ["out of memory with 4 rows at once: sft goes on with 2"]
+    assert max(tried[5:]) == 2
+    rows, expected = (read_metrics(w.run.path("sft/metrics.jsonl")) for w in (world, whole))
+    assert [row["step"] for row in rows] == [row["step"] for row in expected]
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=1e-4)
+
+
+def test_when_not_even_one_row_fits_it_ends_with_exit_5_and_what_to_lower(folder, tmp_path, monkeypatch):
+    world = world_of(folder, tmp_path, sft={"micro_batch": 2})
+    small_card(monkeypatch, rows=0)
+    with pytest.raises(MemoryFault, match="sft: the card has too little memory for 1 row at once") as fault:
+        training.train_sft(world)
+    assert fault.value.code == 5
+    assert "sft.max_length" in fault.value.hint
+    assert world.run.finished("sft") is None
+
+
+def test_another_error_is_not_taken_for_one_of_memory(folder, tmp_path, monkeypatch):
+    world = world_of(folder, tmp_path)
+
+    def broken(model, batch):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(sft, "negative_log_likelihood", broken)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        training.train_sft(world)
+
+
+def test_in_a_process_of_its_own_a_stage_trains_the_same_and_tells_of_each_step(folder, tmp_path):
+    here, there = world_of(folder, tmp_path / "here"), world_of(folder, tmp_path / "there", apart=True)
+    training.train_sft(here)
+    report = training.train_sft(there)
+    assert report.counts == here.reports[-1].counts
+    assert [note[:2] for note in there.screen.notes] == [note[:2] for note in here.screen.notes]
+    assert there.screen.notes[-1][2].startswith("loss ")
+    one, other = (w.run.path("sft/adapter/adapter_model.safetensors").read_bytes() for w in (here, there))
+    assert one == other
+
+
+def test_when_more_than_half_of_the_rows_are_too_long_it_is_said(folder, tmp_path):
+    world = world_of(folder, tmp_path)
+    limit = min(_tokens(world))
+    config = world.config.model_copy(
+        update={"sft": world.config.sft.model_copy(update={"max_length": limit})}
+    )
+    report = training.train_sft(World(config, world.run, world.screen))
+    left = report.dropped["longer_than_max_length"]
+    assert left > 3
+    assert world.screen.warnings == [
+        f"{left} of {len(_tokens(world))} rows have more than {limit} tokens and are left out: raise sft.max_length"
+    ]
+
+
+def _tokens(world) -> list[int]:
+    """The lengths of the rows of SFT, in tokens."""
+    tokenizer, unseen = load_tokenizer(world.config.student.model), pipeline.unseen(world)
+    rows = [row for row in world.run.read("templates.jsonl", Template) if row.id not in unseen]
+    return [len(row.ids) for row in sft.solve_rows(tokenizer, rows, "")]
