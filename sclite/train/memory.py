@@ -22,7 +22,7 @@ MIN_8BIT, STATE_BLOCK, STATE_TABLES = 4096, 256, 2 * 256 * 4
 
 LOSS_SHARE = {"sft": 0.9, "warm": 0.5, "dpo": 0.15}
 """Of the tokens of a row at its longest: a solution after a short prompt; a review after the attempt that it is about; a
-cause with its correction after both. Measured shares take their place where the run has rows."""
+cause with its correction after both. Means over a run's rows would say too little, for memory is asked by the longest."""
 DECISIONS = 8  # per attempt, in DPO
 
 KEPT, BACKWARD = 4, 8
@@ -54,9 +54,9 @@ COPIES = {
     # Unsloth's kernels: both norms' outputs, the sum between, the layer's output and its gradient; q, k, v and the
     # attention's output; of the MLP gate, up and the gradient that takes their place
     "unsloth": Copies(hidden=5, query=2, keys=2, middle=3, buffers=2, outside=2),
-    # PyTorch and peft outside of autocast, where LoRA computes in float32 and each layer keeps a float32 copy of its
-    # input: measured on a CPU by tests/train/test_memory.py, which holds these numbers to 5 %
-    "plain": Copies(hidden=18, query=6, keys=0, middle=7, buffers=1, outside=3),
+    # PyTorch and peft under autocast: what they keep was measured on a CPU by tests/train/test_memory.py, which holds
+    # the sum to 5 %; k and v are counted in `query`, repeated to all heads
+    "plain": Copies(hidden=12, query=5, keys=0, middle=7, buffers=1, outside=3),
 }
 
 

@@ -220,7 +220,8 @@ def test_a_whole_step_on_the_plain_path_holds_what_is_estimated(family, middle):
     ids = torch.randint(0, 512, (2, 256))
     mask, weights = torch.ones_like(ids), torch.zeros(2, 256)
     mask[0, -9:], weights[:, 200:204] = 0, 1.0
-    with Watch([*model.parameters(), *model.buffers(), ids, mask, weights]) as watch:
+    before = [*model.parameters(), *model.buffers(), ids, mask, weights]
+    with Watch(before) as watch, torch.autocast("cpu", torch.bfloat16):
         log_probs, _ = token_log_probs(model, hidden_states(model, ids, mask), ids, weights)
         (-log_probs.mean()).backward()
     reckoned, _ = peak(found, [(512, 8)], four_bit=False, backend="plain")
