@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -43,6 +44,54 @@ def cards() -> list[tuple[str, float, float]]:
         free, total = torch.cuda.mem_get_info(number)
         found.append((torch.cuda.get_device_name(number), total / 1e9, free / 1e9))
     return found
+
+
+_PROCESSES = ("--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader,nounits")
+
+
+def card_facts(number: int = 0) -> dict[str, Any] | None:
+    """{"name", "total_gb", "free_gb", "processes": [{"pid", "name", "gb"}] or None where nobody tells}; None: no such card.
+
+    `number` counts the cards that CUDA shows, in the order of the bus.
+    """
+    found = cards()
+    if number >= len(found):
+        return None
+    name, total, free = found[number]
+    return {"name": name, "total_gb": total, "free_gb": free, "processes": processes(number)}
+
+
+def processes(number: int = 0) -> list[dict[str, Any]] | None:
+    """Who holds memory on a card, largest first; None where nvidia-smi is missing or does not answer."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    physical = visible[number].strip() if number < len(visible) and visible[number].strip() else str(number)
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "-i", physical, *_PROCESSES],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return parse_processes(done.stdout)
+
+
+def parse_processes(text: str) -> list[dict[str, Any]]:
+    """Lines of `pid, name, MiB` as {"pid", "name", "gb"}, largest first; "gb" is None where the driver does not say.
+
+    A name may hold commas. Lines of another form, such as "No running processes found", are left out.
+    """
+    found = []
+    for line in text.splitlines():
+        pid, _, rest = line.partition(",")
+        name, _, used = rest.rpartition(",")
+        if not pid.strip().isdigit() or not name.strip():
+            continue
+        size = int(used) * 2**20 / 1e9 if used.strip().isdigit() else None
+        found.append({"pid": int(pid), "name": name.strip(), "gb": None if size is None else round(size, 3)})
+    return sorted(found, key=lambda process: -(process["gb"] or 0.0))
 
 
 def _version(package: str) -> str:

@@ -1,0 +1,142 @@
+"""How long a training will be: rows, tokens, steps and hours of a stage, from the run's own rows and timed steps."""
+
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from math import ceil
+from typing import Any
+
+from sclite import prompts
+from sclite.config import Config
+from sclite.records import Attempt, Pair, Problem, Review, Template
+from sclite.run import Run
+from sclite.teacher.forecast import CHARACTERS_PER_TOKEN
+from sclite.trace import parse, render
+
+Length = tuple[int, int]
+"""(tokens, tokens that carry loss) of one sequence."""
+Measure = Callable[[str], int]
+
+
+def measure_of(tokenizer: Any) -> Measure:
+    """Tokens of a text; the few that a chat template adds are not counted."""
+    if tokenizer is None:
+        return lambda text: ceil(len(text) / CHARACTERS_PER_TOKEN)
+    return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def lengths(
+    config: Config, run: Run, stage: str, measure: Measure, unseen: frozenset[str]
+) -> list[list[Length]] | None:
+    """The sequences of every row of a stage, in DPO three or one to a row; None where its files are not there yet."""
+    found = {"sft": _sft_rows, "warm": _warm_rows, "dpo": _dpo_rows}[stage](config, run, measure, unseen)
+    return list(found) or None
+
+
+def _chat(messages: Any) -> str:
+    return "\n".join(message["content"] for message in messages)
+
+
+def _sft_rows(config: Config, run: Run, measure: Measure, unseen: frozenset[str]) -> Iterator[list[Length]]:
+    for row in run.rows("templates.jsonl", Template):
+        if row.id not in unseen:
+            yield [_solved(row, config, measure)]
+
+
+def _solved(row: Template, config: Config, measure: Measure) -> Length:
+    prompt = measure(_chat(prompts.solve_messages(row.question, config.prompts.folder)))
+    answer = measure(row.trace) + 1  # the end of turn
+    return prompt + answer, answer
+
+
+def _replayed(config: Config, run: Run, measure: Measure, unseen: frozenset[str]) -> list[Length]:
+    """The solved rows that stage 2 draws from: those that SFT has not seen, where there are any."""
+    templates = run.read("templates.jsonl", Template)
+    chosen = [row for row in templates if row.id in unseen] or templates
+    return [_solved(row, config, measure) for row in chosen]
+
+
+def _warm_rows(config: Config, run: Run, measure: Measure, unseen: frozenset[str]) -> Iterator[list[Length]]:
+    works = {(row.id, row.sample): row.trace for row in run.rows("attempts.jsonl", Attempt)}
+    questions = {row.id: row.question for row in run.rows("problems.jsonl", Problem)}
+    reviews = 0
+    for row in run.rows("reviews.jsonl", Review):
+        if row.id in questions and (row.id, row.sample) in works:
+            work = render(parse(works[row.id, row.sample]).trace)
+            messages = prompts.review_messages(questions[row.id], work, config.prompts.folder)
+            answer = measure(row.trace) + 1
+            yield [(measure(_chat(messages)) + answer, answer)]
+            reviews += 1
+    solved = _replayed(config, run, measure, unseen) if reviews else []
+    for number in range(round(config.dpo.replay_share * reviews) if solved else 0):
+        yield [solved[number % len(solved)]]
+
+
+def _dpo_rows(config: Config, run: Run, measure: Measure, unseen: frozenset[str]) -> Iterator[list[Length]]:
+    questions = {row.id: row.question for row in run.rows("problems.jsonl", Problem)}
+    bundles: dict[tuple[str, int], list[Pair]] = {}
+    for pair in run.rows("pairs.jsonl", Pair):
+        if pair.id in questions:
+            bundles.setdefault((pair.id, pair.sample), []).append(pair)
+    solved = _replayed(config, run, measure, unseen) if bundles else []
+    due = 0.0
+    for number, pairs in enumerate(bundles.values()):
+        row = _bundle(pairs, questions[pairs[0].id], config, measure)
+        due += min(1.0, config.dpo.replay_share)
+        if solved and due >= 1:
+            due -= 1
+            row.append(solved[number % len(solved)])
+        yield row
+
+
+def _bundle(pairs: list[Pair], question: str, config: Config, measure: Measure) -> list[Length]:
+    """The chosen and the rejected sequence of an attempt's pairs; the chosen alone where there is no content."""
+    content = next((pair for pair in pairs if pair.kind == "content"), None)
+    longest = content or max(pairs, key=lambda pair: pair.step)
+    work = render(parse(pairs[0].attempt).trace)
+    context = measure(_chat(prompts.review_messages(question, work, config.prompts.folder)))
+    context += measure("".join(longest.prefix))
+    if content is None:
+        return [(context, 0)]
+    sides = [measure(content.chosen), measure(content.rejected)]
+    return [(context + side, side) for side in sides]
+
+
+def forecast(config: Config, run: Run, stage: str, rows: list[list[Length]] | None) -> dict[str, Any]:
+    """Rows, tokens over all epochs, optimizer steps and hours; None where they are unknown.
+
+    Rows longer than max_length are counted and left out, as the stage does. Hours come from the tokens per second that
+    this run's own metrics.jsonl holds.
+    """
+    settings = config.sft if stage == "sft" else config.dpo
+    epochs = config.dpo.warmup_epochs if stage == "warm" else settings.epochs
+    speed = tokens_per_second(run, stage)
+    unknown = dict.fromkeys(("rows", "too_long", "tokens", "loss_share", "steps", "hours"))
+    if rows is None:
+        return {**unknown, "epochs": epochs, "tokens_per_second": speed}
+    fit = [row for row in rows if max(tokens for tokens, _ in row) <= settings.max_length]
+    once = sum(tokens for row in fit for tokens, _ in row)
+    tokens = round(once * epochs)
+    return {
+        "rows": len(fit),
+        "too_long": len(rows) - len(fit),
+        "tokens": tokens,
+        "loss_share": round(sum(part[1] for row in fit for part in row) / once, 4) if once else None,
+        "steps": ceil(ceil(len(fit) / settings.batch) * epochs),
+        "hours": None if speed is None else round(tokens / speed / 3600, 3),
+        "epochs": epochs,
+        "tokens_per_second": speed,
+    }
+
+
+def tokens_per_second(run: Run, stage: str) -> float | None:
+    """The median over the steps of this stage that the run has timed; the warm-up, being the same work, may take SFT's."""
+    found: dict[str, list[float]] = {}
+    for name in ("sft/metrics.jsonl", "dpo/metrics.jsonl"):
+        path = run.path(name)
+        for line in path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else ():
+            row = json.loads(line)
+            if row.get("tokens_per_second"):
+                found.setdefault(row["phase"], []).append(row["tokens_per_second"])
+    same = found.get(stage) or (found.get("sft") if stage == "warm" else None)
+    return round(statistics.median(same), 1) if same else None

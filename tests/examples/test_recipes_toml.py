@@ -1,0 +1,92 @@
+"""The recipes: each loads without an unknown key, fits its card, and the README's commands and figures are right."""
+
+import re
+import shlex
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import typer
+
+from sclite.cli import app
+from sclite.config import keys, load
+from sclite.errors import UsageFault
+from sclite.train.geometry import geometry
+from sclite.train.memory import choose, estimate
+from sclite.train.plan import STAGES, wanted
+from tests.train.geometries import RECIPES
+
+FOLDER = Path(__file__).resolve().parents[2] / "examples/recipes"
+FREE = 22_800_000_000
+"""Bytes that a card of 24 GB has left beside a desktop."""
+
+
+def recipe(name: str):
+    return load(FOLDER / f"{name}.toml", [], {})
+
+
+def test_there_is_a_recipe_for_each_geometry_and_no_other():
+    assert {path.stem for path in FOLDER.glob("*.toml")} == set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_recipe_loads_and_every_key_is_known(name, tmp_path):
+    config = recipe(name)
+    assert config.run == f"runs/{name}"
+    assert config.student.model
+    tree = tomllib.loads((FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
+    given = {
+        f"{section}.{key}" if isinstance(value, dict) else section
+        for section, value in tree.items()
+        for key in (value if isinstance(value, dict) else [section])
+    }
+    assert given <= set(keys())
+    wrong = tmp_path / "wrong.toml"
+    wrong.write_text((FOLDER / f"{name}.toml").read_text().replace("[sft]", "[sft]\nlearning_rat = 1.0"))
+    with pytest.raises(UsageFault, match="learning_rat"):
+        load(wrong, [], {})
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_stage_of_each_recipe_fits_a_card_of_24_gb(name):
+    config, found = recipe(name), geometry(RECIPES[name])
+    for stage in STAGES:
+        for backend in ("unsloth", "plain"):
+            two = replace(wanted(config, stage, backend), micro_batch=2)
+            chosen = choose(found, two, 16, FREE)
+            assert (chosen.fits, chosen.setting) == (True, two), f"{stage}, {backend}: {chosen.verdict}"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_no_recipe_asks_for_more_tokens_than_its_model_has_positions(name):
+    config, most = recipe(name), RECIPES[name]["max_position_embeddings"]
+    asked = (config.sft.max_length, config.dpo.max_length, config.export.num_ctx, config.eval.context)
+    assert max(asked) <= most
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_both_stages_train_one_adapter(name):
+    config = recipe(name)
+    assert (config.sft.rank, config.sft.alpha) == (config.dpo.rank, config.dpo.alpha)
+    assert config.sft.rank <= config.sft.alpha <= 2 * config.sft.rank
+
+
+def test_the_readmes_figures_are_the_memory_models():
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+    table = dict(re.findall(r"^\| `([\w.-]+)\.toml` \|[^|]+\| ([\d.]+ \| [\d.]+) \|$", text, re.M))
+    for name, config in RECIPES.items():
+        one = [replace(wanted(recipe(name), stage), micro_batch=1) for stage in ("sft", "dpo")]
+        figures = [f"{estimate(geometry(config), setting).total / 1e9:.1f}" for setting in one]
+        assert table[name] == " | ".join(figures)
+
+
+def test_every_command_in_the_recipes_parses_and_names_a_recipe_that_is_there():
+    group = typer.main.get_command(app)
+    files = [*FOLDER.glob("*.toml"), FOLDER / "README.md"]
+    commands = [m for path in files for m in re.findall(r"^#? *(sclite .+)$", path.read_text(), re.M)]
+    assert len(commands) == 4 + 2 * len(RECIPES)
+    for line in commands:
+        _, name, *arguments = shlex.split(line)
+        context = group.commands[name].make_context(name, list(arguments))
+        assert (FOLDER.parents[1] / context.params["config"]).is_file(), line

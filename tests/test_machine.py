@@ -1,0 +1,46 @@
+"""The card as others see it: who holds its memory, as nvidia-smi tells it."""
+
+from sclite import machine
+
+
+def test_processes_are_read_largest_first_and_a_name_may_hold_commas():
+    text = "1201, /usr/bin/Xorg, 204\n4242, python, serve.py, 11822\n"
+    assert machine.parse_processes(text) == [
+        {"pid": 4242, "name": "python, serve.py", "gb": 12.396},
+        {"pid": 1201, "name": "/usr/bin/Xorg", "gb": 0.214},
+    ]
+
+
+def test_a_size_that_the_driver_does_not_tell_is_unknown_and_not_zero():
+    assert machine.parse_processes("77, [Not Found], [N/A]\n") == [
+        {"pid": 77, "name": "[Not Found]", "gb": None}
+    ]
+
+
+def test_lines_that_are_no_process_are_left_out():
+    assert machine.parse_processes("No running processes found\n\n") == []
+    assert machine.parse_processes("") == []
+
+
+def test_without_nvidia_smi_nobody_tells(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert machine.processes() is None
+
+
+def test_the_card_is_asked_for_by_its_number_on_the_bus(tmp_path, monkeypatch):
+    """CUDA_VISIBLE_DEVICES renumbers the cards for CUDA and not for nvidia-smi."""
+    script = tmp_path / "nvidia-smi"
+    script.write_text('#!/bin/sh\necho "$2, card, 1000"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert machine.processes(0)[0]["pid"] == 3
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert machine.processes(1)[0]["pid"] == 1
+
+
+def test_a_card_that_is_not_there_has_no_facts(monkeypatch):
+    monkeypatch.setattr(machine, "cards", lambda: [("Card", 24.0, 20.0)])
+    monkeypatch.setattr(machine, "processes", lambda number: None)
+    assert machine.card_facts(0) == {"name": "Card", "total_gb": 24.0, "free_gb": 20.0, "processes": None}
+    assert machine.card_facts(1) is None

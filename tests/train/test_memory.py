@@ -1,0 +1,358 @@
+"""The memory model: its exact parts against torch, peft and bitsandbytes, its moments against what a real step holds."""
+
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sclite.errors import DataFault
+from sclite.student.load import LINEAR_LAYERS
+from sclite.train.forward import hidden_states, token_log_probs, vocabulary_log_probs
+from sclite.train.geometry import geometry
+from sclite.train.memory import (
+    BACKWARD,
+    KEPT,
+    NF4_TABLES,
+    SHORTEST,
+    STATE_TABLES,
+    Setting,
+    adapter_bytes,
+    choose,
+    estimate,
+    largest_length,
+    nf4_bytes,
+    optimizer_bytes,
+    peak,
+    weight_bytes,
+)
+from tests.train.geometries import OTHERS, QWEN_MATH_7B, RECIPES, SMALL
+
+ALL = {**RECIPES, **OTHERS}
+GB = 1_000_000_000
+
+
+def built(config: dict, device: str = "meta"):
+    """The model itself in its full geometry; on the meta device without memory for its weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {key: value for key, value in config.items() if key not in ("model_type", "torch_dtype")}
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(config["model_type"], **settings), dtype=torch.bfloat16
+        )
+
+
+def quantised(model) -> dict[str, torch.nn.Linear]:
+    """The layers that bitsandbytes quantises: every linear one but the head."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    }
+
+
+def with_lora(config: dict, rank: int):
+    from peft import LoraConfig, get_peft_model
+
+    shape = LoraConfig(r=rank, target_modules=list(LINEAR_LAYERS), task_type="CAUSAL_LM")
+    with torch.device("meta"):
+        return get_peft_model(built(config), shape)
+
+
+# -- counts, against torch -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_parameters_are_those_of_the_model_itself(name):
+    model, found = built(ALL[name]), geometry(ALL[name])
+    linears = quantised(model)
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+    assert found.linear_weights == sum(layer.weight.numel() for layer in linears.values())
+    assert found.biases == sum(layer.bias.numel() for layer in linears.values() if layer.bias is not None)
+    head = model.get_output_embeddings().weight
+    assert found.tied == (head is model.get_input_embeddings().weight)
+    assert found.embeddings == head.numel() * (1 if found.tied else 2)
+    assert weight_bytes(found, four_bit=False) == sum(
+        p.numel() * p.element_size() for p in model.parameters()
+    )
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("rank", [8, 32])
+def test_lora_factors_are_those_that_peft_adds(name, rank):
+    model, found = with_lora(ALL[name], rank), geometry(ALL[name])
+    factors = [p for p in model.parameters() if p.requires_grad]
+    assert sorted(found.lora_tensors(rank)) == sorted(p.numel() for p in factors)
+    assert adapter_bytes(found, rank) == sum(4 * p.numel() for p in factors)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_four_bit_weights_are_those_of_every_layer_by_itself(name):
+    model = built(RECIPES[name])
+    linears = quantised(model)
+    inside = {f"{layer}.weight" for layer in linears}
+    sixteen = sum(2 * p.numel() for key, p in model.named_parameters() if key not in inside)
+    four = sum(nf4_bytes(layer.weight.numel()) for layer in linears.values())
+    assert weight_bytes(geometry(RECIPES[name]), four_bit=True) == sixteen + four
+
+
+# -- bytes, against bitsandbytes and torch -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (96, 48), (320, 128), (33, 65)])
+def test_nf4_takes_the_bytes_that_bitsandbytes_keeps(shape):
+    from bitsandbytes.functional import quantize_4bit
+
+    packed, state = quantize_4bit(torch.randn(shape), quant_type="nf4", compress_statistics=True)
+    held = [packed, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+    assert (state.blocksize, state.state2.blocksize) == (64, 256)
+    assert sum(t.numel() * t.element_size() for t in held[2:4] + held[5:]) == NF4_TABLES
+    assert nf4_bytes(shape[0] * shape[1]) == sum(t.numel() * t.element_size() for t in held)
+
+
+def small_lora(rank: int):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential()
+    model.add_module("q_proj", torch.nn.Linear(640, 96))
+    model.add_module("down_proj", torch.nn.Linear(96, 1001))
+    adapted = get_peft_model(model, LoraConfig(r=rank, target_modules=["q_proj", "down_proj"]))
+    return adapted, [p for p in adapted.parameters() if p.requires_grad]
+
+
+def test_adamws_states_are_those_that_torch_keeps():
+    model, factors = small_lora(8)
+    optimizer = torch.optim.AdamW(factors, lr=1e-3)
+    model(torch.randn(4, 640)).sum().backward()
+    optimizer.step()
+    states = [
+        value for state in optimizer.state.values() for name, value in state.items() if name != "step"
+    ]  # the step's number stays on the CPU
+    assert optimizer_bytes([p.numel() for p in factors], 32) == sum(4 * value.numel() for value in states)
+
+
+def test_8_bit_states_are_those_that_bitsandbytes_keeps():
+    from bitsandbytes.optim import AdamW8bit
+
+    _, factors = small_lora(8)
+    optimizer = AdamW8bit(factors, lr=1e-3)
+    for number, factor in enumerate(factors):
+        optimizer.init_state(optimizer.param_groups[0], factor, 0, number)
+    held = {
+        value.data_ptr(): value.numel() * value.element_size()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    }
+    sizes = [p.numel() for p in factors]
+    assert min(sizes) < 4096 < max(sizes)
+    assert optimizer_bytes(sizes, 8) == sum(held.values())
+    assert STATE_TABLES == 2048
+
+
+# -- moments, against what torch holds -----------------------------------------------------------------------------
+
+
+class Watch(TorchDispatchMode):
+    """The most bytes that were alive at once in tensors made inside; `before` are those that were there."""
+
+    def __init__(self, before=()):
+        super().__init__()
+        self.alive = self.most = 0
+        self.known = weakref.WeakSet(tensor.untyped_storage() for tensor in before)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor.untyped_storage())
+        return result
+
+    def add(self, storage) -> None:
+        if storage in self.known:
+            return
+        self.known.add(storage)
+        size = storage.nbytes()
+        self.alive += size
+        self.most = max(self.most, self.alive)
+        weakref.finalize(storage, self.gone, size)
+
+    def gone(self, size: int) -> None:
+        self.alive -= size
+
+
+def test_the_head_holds_so_many_bytes_per_position_and_vocabulary_entry_as_is_counted():
+    """The backward pass through our own loss, on a head of which all else is small."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {**SMALL, "num_hidden_layers": 1, "vocab_size": 32768}
+    model = LlamaForCausalLM(LlamaConfig(**shape)).bfloat16().requires_grad_(False)
+    hidden = torch.randn(96, 128, dtype=torch.bfloat16, requires_grad=True)
+    target = torch.randint(0, 32768, (96, 1))
+    with Watch([*model.parameters(), hidden]) as watch:
+        log_probs = vocabulary_log_probs(model, hidden).gather(1, target)
+        kept = watch.alive
+        (-log_probs.mean()).backward()
+    entries = 96 * 32768
+    assert kept / entries == pytest.approx(KEPT, rel=0.02)
+    assert watch.most / entries == pytest.approx(KEPT + BACKWARD, rel=0.02)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("middle", [704, 1024, 1408])
+def test_a_whole_step_on_the_plain_path_holds_what_is_estimated(family, middle):
+    """Base in 16 bits, LoRA in float32, layers checkpointed: the peak of our own forward and backward pass."""
+    from peft import LoraConfig, get_peft_model
+
+    shape = {"model_type": family, "tie_word_embeddings": False, **SMALL, "hidden_size": 256}
+    shape |= {"intermediate_size": middle, "num_hidden_layers": 3}
+    found = geometry(shape)
+    model = get_peft_model(built(shape, "cpu"), LoraConfig(r=2, target_modules=list(LINEAR_LAYERS)))
+    for factor in model.parameters():
+        if factor.requires_grad:
+            factor.data = factor.data.float()
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    model.train()
+    ids = torch.randint(0, 512, (2, 256))
+    mask, weights = torch.ones_like(ids), torch.zeros(2, 256)
+    mask[0, -9:], weights[:, 200:204] = 0, 1.0
+    before = [*model.parameters(), *model.buffers(), ids, mask, weights]
+    with Watch(before) as watch, torch.autocast("cpu", torch.bfloat16):
+        log_probs, _ = token_log_probs(model, hidden_states(model, ids, mask), ids, weights)
+        (-log_probs.mean()).backward()
+    reckoned, _ = peak(found, [(512, 8)], four_bit=False, backend="plain")
+    made = adapter_bytes(found, 2)  # the gradients
+    assert watch.most == pytest.approx(sum(reckoned.values()) + made, rel=0.05)
+
+
+# -- families ------------------------------------------------------------------------------------------------------
+
+
+def test_a_text_model_inside_another_is_read():
+    nested = {"model_type": "gemma3", "vision_config": {}, "text_config": OTHERS["gemma3_text"]}
+    assert geometry(nested).parameters == geometry(OTHERS["gemma3_text"]).parameters
+    assert "image" in geometry(nested).rough
+
+
+def test_an_unknown_family_is_a_llama_and_says_that_this_is_rough():
+    assert geometry({"model_type": "novel", **SMALL}).rough
+    assert not any(geometry(config).rough for config in RECIPES.values())
+
+
+def test_layers_that_a_checkpoint_keeps_in_16_bits_make_it_rough():
+    skipped = {"llm_int8_skip_modules": ["lm_head", "model.layers.1.mlp"]}
+    assert "1 parts" in geometry({**QWEN_MATH_7B, "quantization_config": skipped}).rough
+    skipped = {"llm_int8_skip_modules": ["lm_head"]}
+    assert not geometry({**QWEN_MATH_7B, "quantization_config": skipped}).rough
+
+
+def test_experts_and_missing_sizes_are_refused_by_name():
+    with pytest.raises(DataFault, match="num_experts = 128"):
+        geometry({"model_type": "qwen3_moe", "num_experts": 128, **SMALL})
+    with pytest.raises(DataFault, match="intermediate_size") as fault:
+        geometry({"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 99})
+    assert fault.value.hint
+
+
+# -- the estimate and the choice -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-math-7b", "deepseek-math-7b"])
+def test_a_7b_model_at_2048_tokens_stays_below_the_aims(name):
+    found = geometry(RECIPES[name])
+    assert estimate(found, Setting("sft", 1, 2048, 32)).total < 12 * GB
+    assert estimate(found, Setting("dpo", 1, 2048, 32)).total < 20 * GB
+
+
+@pytest.mark.parametrize("stage", ["sft", "warm", "dpo"])
+@pytest.mark.parametrize("backend", ["unsloth", "plain"])
+def test_more_of_anything_takes_more(stage, backend):
+    found, small = geometry(QWEN_MATH_7B), Setting(stage, 1, 1024, 16, backend=backend)
+    for change in (
+        {"micro_batch": 2},
+        {"length": 2048},
+        {"rank": 32},
+        {"loss_share": 1.0},
+        {"four_bit": False},
+    ):
+        assert estimate(found, replace(small, **change)).total > estimate(found, small).total, change
+    assert estimate(found, replace(small, optimizer_bits=32)).total > estimate(found, small).total
+
+
+def test_dpo_takes_more_than_one_pass_and_replay_more_than_none():
+    found, one = geometry(QWEN_MATH_7B), Setting("sft", 1, 2048, 32, loss_share=0.2)
+    without = replace(one, stage="dpo", replay=False)
+    assert estimate(found, one).total < estimate(found, without).total
+    assert estimate(found, without).total < estimate(found, replace(without, replay=True)).total
+
+
+def test_unsloth_keeps_the_layers_inputs_in_the_hosts_memory():
+    found = geometry(QWEN_MATH_7B)
+    ours, plain = (estimate(found, Setting("sft", 1, 2048, 32, backend=b)) for b in ("unsloth", "plain"))
+    assert ours.host == 28 * 2048 * 3584 * 2
+    assert plain.host == 0
+    assert ours.parts["activations"] < plain.parts["activations"]
+
+
+def test_what_torch_will_report_leaves_the_allowance_out():
+    found = estimate(geometry(QWEN_MATH_7B), Setting("sft", 1, 2048, 32))
+    assert found.total == sum(found.parts.values())
+    assert found.allocated == found.total - found.parts["allowance"] < found.total
+
+
+def test_the_choice_takes_the_largest_micro_batch_that_fits_and_never_more_memory():
+    found, wanted = geometry(QWEN_MATH_7B), Setting("sft", 16, 2048, 32)
+    before = 0
+    for free in range(6, 81):
+        chosen = choose(found, wanted, 16, free * GB)
+        if not chosen.fits:
+            continue
+        size = chosen.setting.micro_batch
+        assert size * chosen.accumulation == 16
+        assert size >= before
+        assert estimate(found, chosen.setting).total <= free * GB
+        if size < 16:
+            assert estimate(found, replace(wanted, micro_batch=2 * size)).total > free * GB
+        before = size
+    assert before == 16
+
+
+def test_the_micro_batch_divides_the_batch():
+    found, wanted = geometry(RECIPES["qwen3-4b"]), Setting("sft", 12, 512, 16)
+    chosen = choose(found, wanted, 12, 80 * GB)
+    assert (chosen.setting.micro_batch, chosen.accumulation) == (4, 3)
+    chosen = choose(found, wanted, 7, 80 * GB)
+    assert (chosen.setting.micro_batch, chosen.accumulation) == (1, 7)
+
+
+def test_where_no_row_fits_the_longest_that_would_is_told():
+    found, wanted = geometry(QWEN_MATH_7B), Setting("sft", 2, 4096, 32)
+    free = estimate(found, replace(wanted, micro_batch=1, length=1024)).total
+    chosen = choose(found, wanted, 16, free)
+    assert chosen.fits is False
+    assert chosen.setting.length == 1024 == largest_length(found, replace(wanted, micro_batch=1), free)
+    assert "1024 tokens would fit, 4096 do not" in chosen.verdict
+
+
+def test_where_no_length_fits_the_rank_that_would_is_told_and_else_that_nothing_does():
+    found, wanted = geometry(QWEN_MATH_7B), Setting("sft", 2, 2048, 64)
+    free = estimate(found, replace(wanted, micro_batch=1, length=SHORTEST, rank=16)).total
+    chosen = choose(found, wanted, 16, free)
+    assert (chosen.fits, chosen.setting.rank, chosen.setting.length) == (False, 16, SHORTEST)
+    chosen = choose(found, wanted, 16, 4 * GB)
+    assert (chosen.fits, chosen.setting) == (False, None)
+    assert "nothing fits" in chosen.verdict
+
+
+def test_without_a_card_nothing_is_said_to_fit():
+    chosen = choose(geometry(QWEN_MATH_7B), Setting("sft", 2, 2048, 32), 16, None)
+    assert (chosen.fits, chosen.setting.micro_batch, chosen.accumulation) == (None, 2, 8)
+
+
+def test_no_more_tokens_are_promised_than_the_model_has_positions():
+    found = geometry(QWEN_MATH_7B)
+    assert largest_length(found, Setting("sft", 1, 2048, 32), 500 * GB) == 4096

@@ -1,0 +1,249 @@
+"""`sclite train --plan`: memory, tokens, steps, hours, disk and corrections of a toy run; what is unknown stays unknown."""
+
+import json
+
+import pytest
+
+from sclite import prompts
+from sclite.config import Config, Student
+from sclite.errors import DataFault
+from sclite.look.plan import show_plan
+from sclite.records import Pair, Template
+from sclite.student.encode import encode_solution
+from sclite.student.load import load_tokenizer
+from sclite.teacher.ledger import Entry, Ledger
+from sclite.trace import parse
+from sclite.train.geometry import geometry, read_geometry
+from sclite.train.memory import Setting, estimate
+from sclite.train.plan import plan
+from tests.tiny import tiny_llama
+from tests.train.geometries import QWEN_MATH_7B
+from tests.train.test_sft import write_toy
+
+CARD = {"name": "Card 24", "total_gb": 24.0, "free_gb": 23.4, "processes": []}
+
+
+def config(**sections) -> Config:
+    """Ten rows a step, whatever else is asked for."""
+    tree = {"student": {"model": "someone/model"}, "sft": {"epochs": 3, "batch": 4, "micro_batch": 4}}
+    for name, values in sections.items():
+        tree.setdefault(name, {}).update(values)
+    return Config.model_validate(tree)
+
+
+def planned(run, card=CARD, unseen=frozenset(), tokenizer=None, **sections):
+    found = geometry(QWEN_MATH_7B)
+    return plan(config(**sections), found, run, card=card, unseen=unseen, tokenizer=tokenizer)
+
+
+def paid(run, stage: str, *costs: float | None) -> None:
+    with Ledger(run.path("ledger.sqlite")) as ledger:
+        for number, cost in enumerate(costs):
+            ledger.sent(f"{stage} {number}", stage, "m")
+            ledger.put(f"{stage} {number}", Entry("text", "stop", 100, 20, cost, 1.0)).result()
+
+
+def pairs_of(run) -> None:
+    """A decision and a content for one wrong attempt, a decision for a right one."""
+    wrong, right = "<Step1>1\n</Step1>\n<Answer>1</Answer>", "<Step1>2\n</Step1>\n<Answer>2</Answer>"
+    made = {"sample": 0, "step": 1, "prefix": ("<Step1>1\n",)}
+    rows = [
+        Pair(id="p1", kind="decision", attempt=wrong, chosen="<Cause>", rejected="</Step1>", **made),
+        Pair(id="p1", kind="content", attempt=wrong, chosen="abcd" * 5, rejected="abcd" * 7, **made),
+        Pair(id="p0", kind="decision", attempt=right, chosen="</Step1>", rejected="<Cause>", **made),
+    ]
+    run.replace("pairs.jsonl", rows)
+
+
+# -- memory --------------------------------------------------------------------------------------------------------
+
+
+def test_the_settings_of_each_stage_are_what_fits_on_the_card(run):
+    stages = planned(run)["stages"]
+    assert list(stages) == ["sft", "warm", "dpo"]
+    for name, stage in stages.items():
+        assert stage["fits"] is True
+        assert stage["micro_batch"] * stage["accumulation"] == stage["batch"]
+        wanted = Setting(name, stage["micro_batch"], 2048, 32)
+        assert stage["total_gb"] == round(estimate(geometry(QWEN_MATH_7B), wanted).total / 1e9, 3) <= 23.4
+        assert stage["total_gb"] == pytest.approx(sum(stage["memory_gb"].values()), abs=0.01)
+        assert 2048 <= stage["largest_length"] <= 4096
+
+
+def test_what_others_hold_on_the_card_is_not_ours(run):
+    stage = planned(run, {**CARD, "free_gb": 11.0})["stages"]["sft"]
+    assert (stage["fits"], stage["micro_batch"], stage["accumulation"]) == (True, 1, 4)
+    stage = planned(run, {**CARD, "free_gb": 9.0})["stages"]["sft"]
+    assert stage["fits"] is False
+    assert stage["length"] == stage["largest_length"] < 2048
+    stage = planned(run, {**CARD, "free_gb": 2.0})["stages"]["sft"]
+    assert (stage["fits"], stage["largest_length"]) == (False, None)
+
+
+def test_without_a_card_nothing_is_said_to_fit(run):
+    found = planned(run, card=None)
+    assert found["card"] is None
+    assert {stage["fits"] for stage in found["stages"].values()} == {None}
+    assert {stage["largest_length"] for stage in found["stages"].values()} == {None}
+
+
+# -- the forecast --------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_run_forecasts_nothing_and_invents_no_number(run):
+    found = planned(run, unseen=None)
+    for stage in found["stages"].values():
+        assert [stage[key] for key in ("rows", "tokens", "steps", "hours", "tokens_per_second")] == [None] * 5
+    assert found["hours"] is None
+    assert found["teacher"] == {"requests": None, "at_most": False, "cost_usd": None, "spent_usd": None}
+    json.dumps(found)
+
+
+def test_tokens_are_those_that_the_stage_will_train_on(run, tmp_path):
+    write_toy(run)
+    tokenizer = load_tokenizer(str(tiny_llama(tmp_path / "student")))
+    stage = planned(run, tokenizer=tokenizer, unseen=frozenset({"p1"}))["stages"]["sft"]
+    rows = [row for row in run.read("templates.jsonl", Template) if row.id != "p1"]
+    real = [
+        encode_solution(tokenizer, prompts.solve_messages(row.question), parse(row.trace).trace)
+        for row in rows
+    ]
+    assert (stage["rows"], stage["steps"]) == (5, 6)
+    assert stage["tokens"] == pytest.approx(3 * sum(len(row.ids) for row in real), rel=0.15)
+    carried = sum(weight > 0 for row in real for weight in row.weights) / sum(len(row.ids) for row in real)
+    assert stage["loss_share"] == pytest.approx(carried, rel=0.15)
+
+
+def test_without_a_tokenizer_four_characters_are_a_token(run):
+    write_toy(run)
+    found = planned(run)
+    rows = run.read("templates.jsonl", Template)
+    characters = sum(
+        len(row.trace) + sum(len(m["content"]) for m in prompts.solve_messages(row.question)) for row in rows
+    )
+    assert found["lengths"] == "characters"
+    assert found["stages"]["sft"]["tokens"] == pytest.approx(3 * characters / 4, rel=0.02)
+
+
+def test_rows_that_are_too_long_are_counted_and_left_out(run):
+    write_toy(run)
+    long = Template(id="long", question="How?", answer="2", trace="<Step1>" + "1 " * 9000 + "\n</Step1>")
+    run.replace("templates.jsonl", [*run.read("templates.jsonl", Template), long])
+    stage = planned(run)["stages"]["sft"]
+    assert (stage["rows"], stage["too_long"]) == (6, 1)
+
+
+def test_the_warm_up_has_a_solved_row_beside_each_review(run):
+    write_toy(run)
+    one = planned(run, dpo={"batch": 4, "replay_share": 1.0})["stages"]["warm"]
+    none = planned(run, dpo={"batch": 4, "replay_share": 0.0})["stages"]["warm"]
+    assert (one["rows"], one["steps"]) == (12, 3)
+    assert (none["rows"], none["steps"]) == (6, 2)
+    assert one["tokens"] > none["tokens"]
+
+
+def test_dpo_counts_both_sides_of_a_pair_and_the_replay(run):
+    write_toy(run)
+    pairs_of(run)
+    sections = {"dpo": {"batch": 4, "replay_share": 0.0, "epochs": 1}}
+    without = planned(run, **sections)["stages"]["dpo"]
+    assert (without["rows"], without["steps"]) == (2, 1)
+    carried = without["loss_share"] * without["tokens"]
+    assert carried == pytest.approx(5 + 7, abs=0.1)
+    replayed = planned(run, dpo={"batch": 4, "replay_share": 1.0, "epochs": 1})["stages"]["dpo"]
+    assert replayed["tokens"] > without["tokens"]
+
+
+def test_hours_come_from_steps_that_this_run_has_timed(run):
+    write_toy(run)
+    assert planned(run)["stages"]["sft"]["hours"] is None
+    lines = [
+        {"phase": "sft", "step": n, "tokens_per_second": speed} for n, speed in enumerate((50, 100, 900))
+    ]
+    run.path("sft").mkdir(parents=True)
+    run.path("sft/metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in lines) + '{"phase": "s'
+    )
+    stages = planned(run)["stages"]
+    assert stages["sft"]["tokens_per_second"] == 100
+    assert stages["sft"]["hours"] == pytest.approx(stages["sft"]["tokens"] / 100 / 3600, abs=1e-3)
+    assert stages["warm"]["tokens_per_second"] == 100
+    assert stages["dpo"]["tokens_per_second"] is None
+
+
+def test_disk_grows_with_rank_and_with_the_bits_of_the_quantisation(run):
+    small, large = (
+        planned(run)["disk_gb"],
+        planned(run, sft={"rank": 64}, export={"quant": "q8_0"})["disk_gb"],
+    )
+    assert small["adapters"] < large["adapters"]
+    assert 4.4 < small["gguf"] < 4.9 < 7.9 < large["gguf"] < 8.3
+    assert small["merged"] == pytest.approx(15.23, abs=0.01)
+    assert planned(run, export={"quant": "iq9_x"})["disk_gb"]["gguf"] is None
+
+
+# -- the teacher ---------------------------------------------------------------------------------------------------
+
+
+def test_corrections_cost_what_a_template_has_cost_so_far(run):
+    write_toy(run)
+    for name in ("attempts.jsonl", "reviews.jsonl"):
+        run.path(name).unlink()
+    paid(run, "templates", *[0.02] * 9)  # six templates, three repairs
+    teacher = planned(run, unseen=frozenset({"p1", "p2"}), attempts={"samples": 4})["teacher"]
+    assert teacher == {"requests": 8, "at_most": True, "cost_usd": 0.24, "spent_usd": 0.18}
+
+
+def test_once_there_are_attempts_the_wrong_ones_without_review_are_asked_for(run):
+    write_toy(run)
+    run.path("reviews.jsonl").unlink()
+    paid(run, "templates", *[0.02] * 6)
+    teacher = planned(run)["teacher"]
+    assert (teacher["requests"], teacher["at_most"], teacher["cost_usd"]) == (4, False, 0.08)
+
+
+def test_an_unknown_price_stays_unknown(run):
+    write_toy(run)
+    run.path("reviews.jsonl").unlink()
+    assert planned(run)["teacher"]["cost_usd"] is None
+    paid(run, "templates", 0.02, None)
+    assert planned(run)["teacher"]["cost_usd"] is None
+    assert planned(run)["teacher"]["spent_usd"] == 0.02
+
+
+# -- the student's configuration -----------------------------------------------------------------------------------
+
+
+def test_the_geometry_of_a_folder_is_read_from_its_configuration(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN_MATH_7B))
+    assert read_geometry(Student(model=str(tmp_path))) == geometry(QWEN_MATH_7B)
+    assert read_geometry(Student(model="embedded")).parameters < 10_000_000
+
+
+def test_a_configuration_that_cannot_be_had_is_a_fault_with_a_remedy(tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataFault, match="nobody/nothing cannot be fetched") as fault:
+        read_geometry(Student(model="nobody/nothing"))
+    assert "student.model" in fault.value.hint
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(DataFault, match=r"config\.json"):
+        read_geometry(Student(model=str(tmp_path)))
+
+
+# -- the terminal --------------------------------------------------------------------------------------------------
+
+
+def test_the_terminal_tells_what_fits_who_holds_memory_and_what_is_unknown(run, capsys):
+    write_toy(run)
+    holder = {"pid": 4242, "name": "python [serve]", "gb": 12.4}
+    show_plan(planned(run, {**CARD, "free_gb": 9.0, "processes": [holder]}))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "12.4 GB held by python [serve] (process 4242)" in said
+    assert "sft does not fit" in said
+    assert "unknown before a step was timed here" in said
+    show_plan(planned(run, card=None))
+    said = capsys.readouterr().out
+    assert "No CUDA card here" in said
+    assert max(map(len, said.splitlines())) <= 120
