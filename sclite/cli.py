@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from sclite import console
-from sclite.errors import UsageFault
+from sclite.errors import DeviceFault, UsageFault
 from sclite.options import Common, ConfigOption, JsonOption, common_options, held
 
 app = typer.Typer(
@@ -192,6 +192,9 @@ def train(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Train anew what was trained from other inputs.")
     ] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Show what fits and what it will take; train nothing.")
+    ] = False,
     *,
     common: Common,
 ) -> None:
@@ -202,6 +205,9 @@ def train(
     world = common.world()
     model_name(world.config.student)
     choose_card(gpu)
+    if plan:
+        _tell_plan(training.plan(world), common.json)
+        return
     with held(world.run, world.config):
         reports = training.train(world, only, fresh)
     if common.json:
@@ -214,6 +220,19 @@ def train(
         if only != "sft"
         else "Next: [bold cyan]sclite train --only dpo[/]"
     )
+
+
+def _tell_plan(found: dict[str, Any], json: bool) -> None:
+    from sclite.look.plan import show_plan
+
+    if json:
+        console.print_json(found)
+        return
+    show_plan(found)
+    if any(stage["fits"] is False for stage in found["stages"].values()):
+        raise DeviceFault(
+            "not every stage fits on this card", "take the settings that the plan says would fit"
+        )
 
 
 @app.command()
@@ -359,6 +378,9 @@ def show(
     id: Annotated[str | None, typer.Option("--id", help="Rows whose id begins so.")] = None,
     first: Annotated[int, typer.Option("--from", min=1, help="The first row to show, from 1.")] = 1,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Rows to show.")] = None,
+    labels: Annotated[
+        bool, typer.Option("--labels", help="Token by token, with what carries loss in training.")
+    ] = False,
     *,
     common: Common,
 ) -> None:
@@ -367,8 +389,11 @@ def show(
     from sclite.look.rows import Choice
     from sclite.run import Run
 
-    run = Run(common.load().run)
-    if what is None:
+    config = common.load()
+    run = Run(config.run)
+    if labels:
+        look.labels(config, run, Choice(what or "templates", reason, kind, id, first, limit), common.json)
+    elif what is None:
         look.contents(run, common.json)
     else:
         look.show(run, Choice(what, reason, kind, id, first, limit), common.json)

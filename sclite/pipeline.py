@@ -32,6 +32,13 @@ def sides(world: World) -> tuple[list[Problem], list[Problem]]:
     return world.problems
 
 
+def divided(config: Config, problems: Sequence[Problem]) -> tuple[list[Problem], list[Problem]]:
+    """(for SFT, kept for stage 2) of a run's problems."""
+    from sclite.data.problems import split_for_stages
+
+    return split_for_stages(list(problems), config.problems.correction_share, config.seed)
+
+
 def unseen(world: World) -> frozenset[str]:
     """The ids of the problems that are kept for stage 2; none where templates were brought along without problems."""
     return frozenset(problem.id for problem in sides(world)[1]) if _has_problems(world) else frozenset()

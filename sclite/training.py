@@ -5,12 +5,13 @@ suffice, the stage goes on from its last checkpoint with half as many rows at on
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from sclite import pipeline
 from sclite.apart import apart
 from sclite.config import Config
-from sclite.errors import MemoryFault, UsageFault
+from sclite.errors import DeviceFault, MemoryFault, UsageFault
 from sclite.run import Report, Run
 from sclite.world import World
 
@@ -38,6 +39,31 @@ def train(world: World, only: str | None = None, fresh: bool = False) -> list[Re
         pipeline.build_pairs(world)
         train_dpo(world, fresh)
     return world.reports
+
+
+def plan(world: World) -> dict[str, Any]:
+    """What a training will take, read from the configuration, the card and what lies in the run; nothing is begun."""
+    from sclite.machine import card_facts
+    from sclite.records import Problem
+    from sclite.train.geometry import read_geometry
+    from sclite.train.plan import plan as reckon
+
+    config, card = world.config, card_facts()
+    geometry = read_geometry(config.student)
+    found = list(world.run.rows("problems.jsonl", Problem))
+    unseen = frozenset(p.id for p in pipeline.divided(config, found)[1]) if found else None
+    backend = "plain" if card is None or config.student.backend == "plain" else "unsloth"
+    return reckon(
+        config, geometry, world.run, card=card, tokenizer=_tokenizer(config), unseen=unseen, backend=backend
+    )
+
+
+def _tokenizer(config: Config) -> Any:
+    """The student's tokenizer where it lies on this disk; nothing is fetched for a plan."""
+    from sclite.student.load import load_tokenizer, model_name
+
+    name = model_name(config.student)
+    return load_tokenizer(name) if Path(name).is_dir() else None
 
 
 def train_sft(world: World, fresh: bool = False) -> Report:
@@ -87,7 +113,7 @@ def _stage(world: World, name: str, text: str, stage: Stage, fresh: bool) -> Rep
                 report = (apart if world.apart else _here)(stage, *given, progress=progress)
             except MemoryFault as fault:
                 if fault.micro_batch == 1:
-                    raise
+                    raise _told(fault, config, name) from fault
                 config = halved(config, fault)
                 fresh = False  # what it has trained so far is its own
                 told = f"out of memory with {fault.micro_batch} rows at once: {name} goes on with {fault.micro_batch // 2}"
@@ -102,6 +128,14 @@ def _stage(world: World, name: str, text: str, stage: Stage, fresh: bool) -> Rep
 
 def _here(stage: Stage, *given: Any, progress: Any) -> Report:
     return stage(*given, progress=progress)
+
+
+def _told(fault: MemoryFault, config: Config, name: str) -> DeviceFault:
+    """The fault with the largest setting that would fit, where there is a card to tell."""
+    from sclite.train.fit import what_fits
+
+    fits = what_fits(config, name)
+    return DeviceFault(fault.message, f"{fault.hint}{f'. By the memory model {fits}' if fits else ''}")
 
 
 def halved(config: Config, fault: MemoryFault) -> Config:

@@ -111,7 +111,8 @@ class World:
 
         from sclite.export import direct
         from sclite.student.load import local_folder
-        from sclite.train.common import free_memory, quiet
+        from sclite.student.memory import free_memory
+        from sclite.train.common import quiet
 
         quiet()
         if not torch.cuda.is_available() and direct.can_write(local_folder(self.config.student)):

@@ -6,7 +6,7 @@ import pytest
 
 from sclite import pipeline, training
 from sclite.console import Screen
-from sclite.errors import MemoryFault
+from sclite.errors import DeviceFault
 from sclite.records import Template
 from sclite.run import Run
 from sclite.student.load import load_tokenizer
@@ -79,7 +79,7 @@ def test_out_of_memory_halves_the_rows_at_once_and_goes_on_from_the_last_checkpo
 def test_when_not_even_one_row_fits_it_ends_with_exit_5_and_what_to_lower(folder, tmp_path, monkeypatch):
     world = world_of(folder, tmp_path, sft={"micro_batch": 2})
     small_card(monkeypatch, rows=0)
-    with pytest.raises(MemoryFault, match="sft: the card has too little memory for 1 row at once") as fault:
+    with pytest.raises(DeviceFault, match="sft: the card has too little memory for 1 row at once") as fault:
         training.train_sft(world)
     assert fault.value.code == 5
     assert "sft.max_length" in fault.value.hint
@@ -127,3 +127,56 @@ def _tokens(world) -> list[int]:
     tokenizer, unseen = load_tokenizer(world.config.student.model), pipeline.unseen(world)
     rows = [row for row in world.run.read("templates.jsonl", Template) if row.id not in unseen]
     return [len(row.ids) for row in sft.solve_rows(tokenizer, rows, "")]
+
+
+def test_attempts_that_do_not_fit_at_once_are_sampled_in_halves(folder, monkeypatch):
+    import torch
+
+    from sclite import prompts
+    from sclite.student.base import Request
+    from sclite.student.load import load_student
+    from sclite.student.trainable import Trainable
+
+    config = config_of(folder)
+    model, tokenizer = load_student(config.student, config.sft)
+    sizes, real = [], model.generate
+
+    def limited(input_ids, **settings):
+        sizes.append(len(input_ids))
+        if len(input_ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(input_ids=input_ids, **settings)
+
+    requests = [Request(prompts.solve_messages(f"What is {n} + 1?"), max_tokens=4) for n in range(9)]
+    expected = [reply.text for reply in Trainable(model, tokenizer, 8).generate(requests)]
+    monkeypatch.setattr(model, "generate", limited)
+    replies = list(Trainable(model, tokenizer, 8).generate(requests))
+    assert [reply.index for reply in replies] == list(range(9))
+    assert [reply.text for reply in replies] == expected
+    assert sizes == [8, 4, 2, 2, 2, 2, 1]
+
+
+def test_tensorboard_that_is_not_installed_is_said_before_the_first_step(folder, tmp_path, monkeypatch):
+    import importlib.util
+
+    from sclite.errors import UsageFault
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *a: None if name.startswith("tensorboard") else real(name, *a),
+    )
+    world = world_of(folder, tmp_path, sft={"tensorboard": True})
+    with pytest.raises(UsageFault, match="TensorBoard is asked for") as fault:
+        training.train_sft(world)
+    assert "pip install tensorboard" in fault.value.hint
+
+
+def test_the_plan_of_a_run_says_what_each_stage_takes(folder, tmp_path):
+    found = training.plan(world_of(folder, tmp_path))
+    assert list(found["stages"]) == ["sft", "warm", "dpo"]
+    assert found["card"] is None
+    assert found["stages"]["sft"]["rows"] > 0
+    assert found["stages"]["sft"]["hours"] is None
+    assert found["teacher"]["requests"] == 0

@@ -11,7 +11,9 @@ PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits"
 def show_plan(plan: Mapping[str, Any]) -> None:
     """The plan that `sclite.train.plan.plan` makes, as tables on stdout."""
     bits = "4" if plan["four_bit"] else "16"
-    student = f"{plan['student']}: {plan['parameters'] / 1e9:.2f} billion parameters in {bits} bits, {plan['backend']}"
+    size = plan["parameters"]
+    told = f"{size / 1e9:.2f} billion" if size >= 5e8 else f"{size / 1e6:.1f} million"
+    student = f"{plan['student']}: {told} parameters in {bits} bits, {plan['backend']}"
     console.say(console.plain(student))
     if plan["rough"]:
         console.say(f"[yellow]A rough estimate:[/] {console.plain(plan['rough'])}")

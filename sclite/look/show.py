@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sclite import console
+from sclite.config import Config
 from sclite.errors import UsageFault
 from sclite.look import rows
 from sclite.look.rows import Choice
@@ -26,6 +27,23 @@ def show(run: Run, choice: Choice, as_json: bool) -> None:
 
     problems = rows.Problems(run)
     console.page(page(row, number, total, problems) for number, row in chosen)
+
+
+def labels(config: Config, run: Run, choice: Choice, as_json: bool) -> None:
+    """The chosen rows as the trainer sees them, token by token; the first one where nothing else is asked for."""
+    from dataclasses import replace
+
+    from sclite.look.labels import Labels
+
+    if choice.limit is None and choice.id is None:
+        choice = replace(choice, limit=1)
+    total, chosen = rows.choose(run, choice)
+    made = Labels(config, run, choice.what)
+    if as_json:
+        head = {"what": choice.what, "total": total}
+        console.print_json_rows(head, (made.as_json(row) for _, row in chosen))
+        return
+    console.page(made.page(row, number, total) for number, row in chosen)
 
 
 def contents(run: Run, as_json: bool) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from sclite.run import digest
 from sclite.student.base import Reply, Request, ScoreRequest, Scores
 from sclite.student.encode import end_id, piece_ids, prompt_ids
+from sclite.student.memory import free_memory, out_of_memory
 
 
 class Trainable:
@@ -13,6 +14,7 @@ class Trainable:
 
     def __init__(self, model: Any, tokenizer: Any, batch: int = 64):
         self.model, self.tokenizer, self.batch = model, tokenizer, batch
+        self.at_once = batch
         self.end = end_id(tokenizer)
 
     def _ids(self, messages, pieces: Sequence[str]) -> list[int]:
@@ -21,9 +23,25 @@ class Trainable:
         ]
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Reply]:
-        """Replies in blocks of `batch`. Requests of one block should ask for the same temperature and stop strings."""
+        """Replies in blocks of `batch`. Requests of one block should ask for the same temperature and stop strings.
+
+        Where a block does not fit into the card's memory, it goes on in halves, and so do those after it.
+        """
         for start in range(0, len(requests), self.batch):
-            yield from self._block(requests[start : start + self.batch], start)
+            block = requests[start : start + self.batch]
+            begin = 0
+            while begin < len(block):
+                size = min(self.at_once, len(block) - begin)
+                try:
+                    replies = list(self._block(block[begin : begin + size], start + begin))
+                except RuntimeError as error:
+                    if size == 1 or not out_of_memory(error):
+                        raise
+                    self.at_once = size // 2
+                    free_memory()
+                else:
+                    yield from replies
+                    begin += size
 
     def _block(self, block: Sequence[Request], start: int) -> Iterator[Reply]:
         import torch

@@ -1,4 +1,4 @@
-"""What the training stages share: an adapter saved whole, quiet libraries, memory given back."""
+"""What the training stages share: an adapter saved whole, and quiet libraries."""
 
 import shutil
 from pathlib import Path
@@ -37,14 +37,3 @@ def quiet() -> None:
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", module="(trl|peft|transformers|torch).*")
-
-
-def free_memory() -> None:
-    """Give back what a model has left behind, on the card too."""
-    import gc
-
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

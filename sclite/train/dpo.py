@@ -68,6 +68,7 @@ def train_dpo(
         quiet()
         checkpoints = Checkpoints(folder / "checkpoints")
         checkpoints.begin(inputs)
+        at_once = micro_batch(config, STAGE)
         model, tokenizer = load_student(config.student, config.dpo, run.path("dpo/warm"), train=True)
         check_tokenizer(tokenizer)
         bundles = build_bundles(tokenizer, pairs, questions, config.prompts.folder)
@@ -87,7 +88,7 @@ def train_dpo(
             rate=config.dpo.learning_rate,
             epochs=config.dpo.epochs,
             seed=config.seed,
-            micro_batch=micro_batch(config, STAGE),
+            micro_batch=at_once,
             progress=progress,
         )
         save_adapter(model, folder / "adapter")

@@ -9,6 +9,7 @@ through the last layer. The allowances at the end of the sum are guesses until a
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from sclite.train.forward import chunk_of
 from sclite.train.geometry import Geometry
 
 Forward = tuple[int, int]
@@ -27,7 +28,8 @@ DECISIONS = 8  # per attempt, in DPO
 
 KEPT, BACKWARD = 4, 8
 """Bytes per position with loss and vocabulary entry: the float32 log-probabilities that wait for the backward pass; there,
-their gradient and that of the logits beside them. A cap on the logits keeps its tanh as well."""
+their gradient and that of the logits beside them. A cap on the logits keeps its tanh as well. Where the positions go
+through the head in chunks, nothing waits and one chunk at a time is whole."""
 
 CONTEXT = 600_000_000
 """Bytes of the CUDA context, the loaded kernels and cuBLAS's workspace: a guess for one process, to be calibrated."""
@@ -182,11 +184,13 @@ def peak(
     """
     capped = 2 if geometry.logit_cap else 1
     saved = [saved_bytes(geometry, tokens, backend) for tokens, _ in forwards]
-    heads = [capped * geometry.vocabulary * carried for _, carried in forwards]
+    chunk = chunk_of(geometry.vocabulary)
+    heads = [capped * geometry.vocabulary * min(carried, chunk) for _, carried in forwards]
+    kept = [KEPT * head * (carried <= chunk) for head, (_, carried) in zip(heads, forwards, strict=True)]
     moments = []
     for last, (tokens, _) in enumerate(forwards):
         activations = sum(card for card, _ in saved[: last + 1])
-        waiting = KEPT * sum(heads[:last])
+        waiting = sum(kept[:last])
         layer = layer_bytes(geometry, tokens, four_bit, backend)
         at_head = waiting + (KEPT + BACKWARD) * heads[last]
         moments.append({"activations": activations, "logits": at_head, "layer": 0})

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from sclite.config import Config
-from sclite.records import Attempt, Review, Template
+from sclite.records import Attempt, Drop, Review, Template
 from sclite.run import Run
 from sclite.student.load import model_name
 from sclite.teacher.ledger import FILE as LEDGER
@@ -161,6 +161,8 @@ def corrections_cost(config: Config, run: Run, unseen: frozenset[str] | None) ->
     """
     attempts = run.read("attempts.jsonl", Attempt)
     reviewed = {(row.id, row.sample) for row in run.rows("reviews.jsonl", Review)}
+    drops = run.rows("dropped.jsonl", Drop)
+    reviewed |= {(drop.id, drop.sample) for drop in drops if drop.stage == "corrections"}
     requests = None if unseen is None else len(unseen) * config.attempts.samples
     if attempts:
         requests = sum(row.correct is False and (row.id, row.sample) not in reviewed for row in attempts)

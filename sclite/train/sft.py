@@ -68,6 +68,7 @@ def train_sft(
         quiet()
         checkpoints = Checkpoints(folder / "checkpoints")
         checkpoints.begin(inputs)
+        at_once = micro_batch(config, STAGE)
         model, tokenizer = load_student(config.student, config.sft, train=True, seed=config.seed)
         check_tokenizer(tokenizer)
         encoded = fitting_rows(
@@ -84,7 +85,7 @@ def train_sft(
             rate=config.sft.learning_rate,
             epochs=config.sft.epochs,
             seed=config.seed,
-            micro_batch=micro_batch(config, STAGE),
+            micro_batch=at_once,
             progress=progress,
         )
         run.begin(STAGE)

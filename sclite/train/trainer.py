@@ -5,6 +5,8 @@ a `Lesson`. The denominators of its loss are those of the whole optimizer step, 
 halving the micro-batch and doubling the accumulation leaves every gradient as it was.
 """
 
+import importlib.util
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from sclite.config import Lora
-from sclite.errors import MemoryFault
+from sclite.errors import MemoryFault, UsageFault
+from sclite.student.memory import out_of_memory
 from sclite.train.checkpoints import Checkpoints
 from sclite.train.order import training_order
 from sclite.train.watch import Progress, Watch
@@ -108,14 +111,6 @@ def train_adapter(
     return Outcome(trainer.state.global_step, best or None, watch.warnings)
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error says that the card's memory is used up: PyTorch has a class for it, other libraries only words."""
-    import torch
-
-    words = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "cudaErrorMemoryAllocation")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
-
-
 def _total(lesson: Lesson, numbers: Sequence[int]) -> Counter[str]:
     total: Counter[str] = Counter()
     for number in numbers:
@@ -155,7 +150,7 @@ def arguments(
         "eval_steps": every,
         "metric_for_best_model": "eval_loss" if evaluates else None,
         "greater_is_better": False,
-        "report_to": ["tensorboard"] if lora.tensorboard else [],
+        "report_to": _listeners(lora, folder),
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "dataloader_num_workers": 0,
@@ -164,6 +159,19 @@ def arguments(
         "data_seed": seed,
         "max_length": None,
     }
+
+
+def _listeners(lora: Lora, folder: Path) -> list[str]:
+    """TensorBoard where it is asked for; its files lie in tensorboard/ beside the checkpoints."""
+    if not lora.tensorboard:
+        return []
+    if not any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")):
+        raise UsageFault(
+            "TensorBoard is asked for and is not installed",
+            "pip install tensorboard; or leave tensorboard out, metrics.jsonl is written all the same",
+        )
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder.with_name("tensorboard"))
+    return ["tensorboard"]
 
 
 def _callbacks(checkpoints: Checkpoints, watch: Watch, patience: int) -> list[Any]:

@@ -71,6 +71,7 @@ def train_warm(
         quiet()
         checkpoints = Checkpoints(folder / "warm-checkpoints")
         checkpoints.begin(inputs)
+        at_once = micro_batch(config, STAGE)
         model, tokenizer = load_student(config.student, config.dpo, run.path("sft/adapter"), train=True)
         rows = fitting_rows(
             run, report, *mixed_rows(tokenizer, run, reviews, replay_templates(templates, unseen), config),
@@ -86,7 +87,7 @@ def train_warm(
             rate=config.dpo.warmup_learning_rate,
             epochs=config.dpo.warmup_epochs,
             seed=config.seed,
-            micro_batch=micro_batch(config, STAGE),
+            micro_batch=at_once,
             progress=progress,
         )
         save_adapter(model, folder / "warm")

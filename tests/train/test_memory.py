@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sclite.errors import DataFault
 from sclite.student.load import LINEAR_LAYERS
-from sclite.train.forward import hidden_states, token_log_probs, vocabulary_log_probs
+from sclite.train.forward import chunk_of, hidden_states, token_log_probs, vocabulary_log_probs
 from sclite.train.geometry import geometry
 from sclite.train.memory import (
     BACKWARD,
@@ -272,15 +272,56 @@ def test_a_7b_model_at_2048_tokens_stays_below_the_aims(name):
 @pytest.mark.parametrize("backend", ["unsloth", "plain"])
 def test_more_of_anything_takes_more(stage, backend):
     found, small = geometry(QWEN_MATH_7B), Setting(stage, 1, 1024, 16, backend=backend)
-    for change in (
-        {"micro_batch": 2},
-        {"length": 2048},
-        {"rank": 32},
-        {"loss_share": 1.0},
-        {"four_bit": False},
-    ):
+    for change in ({"micro_batch": 2}, {"length": 2048}, {"rank": 32}, {"four_bit": False}):
         assert estimate(found, replace(small, **change)).total > estimate(found, small).total, change
     assert estimate(found, replace(small, optimizer_bits=32)).total > estimate(found, small).total
+
+
+def test_logits_grow_with_the_loss_until_they_go_through_the_head_in_chunks():
+    found = geometry(QWEN_MATH_7B)
+
+    def logits(share):
+        shown = Setting("sft", 1, 2048, 16, loss_share=share)
+        return (KEPT + BACKWARD) * found.vocabulary * min(
+            round(2048 * share), chunk_of(found.vocabulary)
+        ), shown
+
+    sizes = [logits(share)[0] for share in (0.05, 0.1, 0.5, 1.0)]
+    assert sizes[0] < sizes[1] < sizes[2] == sizes[3] < 1e9
+    assert estimate(found, logits(0.5)[1]).parts["logits"] in (0, sizes[2])
+
+
+def test_in_chunks_or_at_once_log_probabilities_and_gradients_are_the_same(monkeypatch):
+    import torch
+
+    from sclite.train import forward
+
+    model = tiny_model()
+    ids = torch.randint(3, 500, (2, 90), generator=torch.Generator().manual_seed(0))
+    weights, mask = torch.ones(2, 90), torch.ones(2, 90, dtype=torch.long)
+    found = []
+    for size in (10**6, 64):
+        monkeypatch.setattr(forward, "chunk_of", lambda _, size=size: size)
+        model.zero_grad()
+        log_probs, rows = token_log_probs(model, hidden_states(model, ids, mask), ids, weights)
+        log_probs.sum().backward()
+        gradient = model.model.layers[0].mlp.up_proj.weight.grad.clone()
+        found.append((log_probs.detach(), rows, gradient))
+    (one, rows, gradient), (other, other_rows, other_gradient) = found
+    assert len(one) == 178
+    assert torch.allclose(one, other, atol=1e-5)
+    assert torch.equal(rows, other_rows)
+    assert torch.allclose(gradient, other_gradient, atol=1e-5)
+
+
+def tiny_model():
+    """A random Llama of 2 layers with its head tied."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2, num_key_value_heads=2))
 
 
 def test_dpo_takes_more_than_one_pass_and_replay_more_than_none():
