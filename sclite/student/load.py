@@ -125,7 +125,7 @@ def _load_plain(
     name: str, student: Student, lora: Lora, adapter: Path | None, train: bool, seed: int
 ) -> tuple[Any, Any]:
     import torch
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     tokenizer = load_tokenizer(name)
@@ -134,7 +134,7 @@ def _load_plain(
     if cuda:
         settings["device_map"] = {"": 0}
         if student.load_in_4bit:
-            settings["quantization_config"] = _four_bits()
+            settings["quantization_config"] = four_bits()
     try:
         model = AutoModelForCausalLM.from_pretrained(name, **settings)
     except OSError as error:
@@ -144,19 +144,27 @@ def _load_plain(
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter, is_trainable=train)
     elif train:
-        shape = LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            target_modules=list(LINEAR_LAYERS),
-            task_type="CAUSAL_LM",
-            lora_dropout=0.0,
-        )
-        torch.manual_seed(seed)  # the first LoRA factors are random
-        model = get_peft_model(model, shape)
+        model = with_new_adapter(model, lora, seed)
     return model, tokenizer
 
 
-def _four_bits() -> Any:
+def with_new_adapter(model: Any, lora: Lora, seed: int) -> Any:
+    """The model with a new LoRA on all seven linear layers of each block; the seed decides its random factors."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    shape = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=list(LINEAR_LAYERS),
+        task_type="CAUSAL_LM",
+        lora_dropout=0.0,
+    )
+    torch.manual_seed(seed)
+    return get_peft_model(model, shape)
+
+
+def four_bits() -> Any:
     """NF4 with double quantisation, computing in bfloat16."""
     import torch
     from transformers import BitsAndBytesConfig
