@@ -49,6 +49,16 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def digest_rows(rows: Iterable[Row]) -> str:
+    """`digest` of the list of these rows, of which one at a time is in memory."""
+    found = hashlib.sha256(b"[")
+    for number, row in enumerate(rows):
+        text = json.dumps(row.model_dump(), sort_keys=True, ensure_ascii=False, default=str)
+        found.update((", " * (number > 0) + text).encode())
+    found.update(b"]")
+    return found.hexdigest()[:16]
+
+
 def write_text(path: Path, text: str | Iterable[str]) -> None:
     """Write a text, whole or in pieces, beside, force to disk, rename: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,6 +170,19 @@ class Run:
         """Write a whole file of rows by rename."""
         write_text(self.path(name), (row.model_dump_json(exclude_none=False) + "\n" for row in rows))
 
+    def arrange(self, name: str, kind: type[R], ids: Iterable[str]) -> None:
+        """Put the rows of a file into the order of these ids, by rename and one row in memory at a time.
+
+        Rows of other ids go; of several of one id the last stays.
+        """
+        begins = {row.id: begin for begin, row in self.located(name, kind)}
+        if not begins:
+            self.replace(name, [])
+            return
+        with open(self.path(name), "rb") as file:
+            found = (begins[id] for id in ids if id in begins)
+            self.replace(name, (kind.model_validate_json(_line_at(file, begin)) for begin in found))
+
     def require(self, name: str, kind: type[R], hint: str) -> list[R]:
         """The rows of a file that a stage needs; raises DataFault with `hint` where there are none."""
         rows = self.read(name, kind)
@@ -220,6 +243,11 @@ class Run:
             return ""
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _line_at(file, begin: int) -> bytes:
+    file.seek(begin)
+    return file.readline()
 
 
 def _end_last_line(file) -> None:
