@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 from sclite import prompts, trace
@@ -81,7 +82,7 @@ def reckon_templates(
 
 def check_template(reply: str, problem: Problem, grader: Grader) -> Flaw | None:
     """What is wrong with a teacher's reply as a template for this problem; None where nothing is."""
-    parsed = trace.parse(reply)
+    parsed, text = _read(reply)
     if parsed.faults:
         named = "; ".join(str(fault) for fault in parsed.faults[:3])
         return Flaw(parsed.faults[0].name, f"its tags are not in order: {named}")
@@ -90,7 +91,7 @@ def check_template(reply: str, problem: Problem, grader: Grader) -> Flaw | None:
         return Flaw("correction_in_template", "it has a <Cause> or <Correction>, which do not belong here")
     if found.generalized is None:
         return Flaw("no_generalized", "<Generalized> is missing")
-    mention = mentions_the_solution(trace.render(found))
+    mention = mentions_the_solution(text)
     if mention:
         return Flaw("leak", f'it says "{mention}", as if a solution had been given')
     equal = grader.equal(found.answer, problem.answer)
@@ -99,6 +100,13 @@ def check_template(reply: str, problem: Problem, grader: Grader) -> Flaw | None:
     if not equal:
         return Flaw("wrong_answer", f"its answer is {found.answer}, not {problem.answer}")
     return None
+
+
+@lru_cache(maxsize=512)  # a reply is read for its check, and soon after for its row
+def _read(reply: str) -> tuple[trace.Parsed, str]:
+    """A reply as a trace, and its canonical text where it has no faults."""
+    parsed = trace.parse(reply)
+    return parsed, "" if parsed.faults else trace.render(parsed.trace)
 
 
 def mentions_the_solution(text: str) -> str | None:
@@ -209,10 +217,8 @@ def _jobs(settings: Config, problems: Iterator[Problem], grader: Grader) -> Iter
 
 
 def _template(problem: Problem, result: Result) -> Template:
-    text = trace.render(trace.parse(result.text).trace)
-    return Template(
-        id=problem.id, question=problem.question, answer=problem.answer, trace=text, requests=result.requests
-    )
+    given = {"id": problem.id, "question": problem.question, "answer": problem.answer}
+    return Template(**given, trace=_read(result.text)[1], requests=result.requests)
 
 
 def _drop(result: Result) -> Drop:
