@@ -182,6 +182,8 @@ def _ask(settings, run, teacher, grader, problems, kept, basis, confirm, progres
     done, begun = len(kept), False
     waiting = (problem for problem in problems if problem.id not in kept)
     jobs = _jobs(settings, waiting, grader)
+    if progress is not None:
+        progress(done, len(problems), teacher.ledger.spent_usd)
     for result in ask_after_pilot(teacher, jobs, len(problems) - len(kept), STAGE, confirm):
         if result.text is not None:
             if not begun:
