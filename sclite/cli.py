@@ -133,6 +133,8 @@ def build_data(
         console.say(f"{figures['templates']} templates in {world.run.path('templates.jsonl')}")
     if any(report.stage == "pairs" for report in world.reports):
         console.say(f"{figures['pairs']} pairs in {world.run.path('pairs.jsonl')}")
+    if figures["cost_usd"]:
+        console.say(f"They cost ${figures['cost_usd']:.4f}.")
     for reason, count in sorted(figures["dropped"].items()):
         console.say(f"  {count} left out: {reason.replace('_', ' ')}")
     if figures["dropped"]:

@@ -11,6 +11,7 @@ from typing import Any
 from sclite.errors import ScliteError
 
 Progress = Callable[..., None]
+WIDE = 125  # columns that a line of progress takes with all its words
 LOG_SECONDS = 30.0  # between two lines of progress where there is no terminal
 
 
@@ -148,15 +149,22 @@ class Rate:
     """Rows per second since the first one that this command has made, what they cost, and what the rest will."""
 
     def __init__(self):
-        self.first: tuple[float, int, float] | None = None
         self.now: tuple[float, int, float] = (0.0, 0, 0.0)
         self.priced = False
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from the next row on: what has passed until then, such as a question to the user, is no work."""
+        self.begin: int | None = None
+        self.first: tuple[float, int, float] | None = None
 
     def tell(self, done: int, spent_usd: float | None) -> None:
-        """After each row: how many are done, and what the whole run has cost so far (None: it costs nothing)."""
+        """At the start and after each row: how many are done, and what the whole run has cost (None: it costs nothing)."""
         self.priced = self.priced or bool(spent_usd)
         self.now = (time.monotonic(), done, spent_usd or 0.0)
-        self.first = self.first or self.now
+        self.begin = done if self.begin is None else self.begin
+        if self.first is None or self.first[1] == self.begin:
+            self.first = self.now
 
     def line(self, total: int) -> str:
         """3.2/s, $0.12 of about $1.40, 4 min 2 s left."""
@@ -180,6 +188,7 @@ class Screen:
         self.plan, self.quiet = dict(plan or {}), quiet
         self.finished: dict[str, float] = {}
         self._bars: Any = None
+        self._rate = Rate()
 
     def left(self, stage: str, share: float) -> float | None:
         """Seconds left in all, when `share` of this stage is done; None without a plan."""
@@ -212,20 +221,21 @@ class Screen:
         from rich.progress import Progress as Bars
 
         console = Console(stderr=True, highlight=False)
-        rate = Rate()
+        rate = self._rate = Rate()
         if not console.is_terminal:
             left = self.left(name, 0.0)
             console.print(f"{text}{f' (about {duration(left)} left in all)' if left else ''}", soft_wrap=True)
             yield self._lines(rate, silent=left is not None)
             return
+        wide = console.width >= WIDE
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(24),
+            BarColumn(24 if wide else 10),
             MofNCompleteColumn(),
             TextColumn("[dim]{task.fields[left]}"),
         )
         with Bars(*columns, console=console, transient=True) as self._bars:
-            task = self._bars.add_task(text, total=None, left="")
+            task = self._bars.add_task(text if wide else text.partition(":")[0], total=None, left="")
 
             def progress(
                 done: int, total: int, spent_usd: float | None = None, *, note: str = "", warning: str = ""
@@ -269,6 +279,7 @@ class Screen:
         sys.stderr.write(f"{question} [y/N] ")
         sys.stderr.flush()
         said = sys.stdin.readline().strip().lower()
+        self._rate.restart()
         if self._bars is not None:
             self._bars.start()
         return said in ("y", "yes")

@@ -56,6 +56,12 @@ def render(name: str, folder: str = "", **values: str) -> str:
         raise DataFault(f"the prompt {name}.txt asks for a value that does not exist: {error}") from error
 
 
+@cache
+def _system(name: str, folder: str) -> str:
+    """A prompt without values, filled in once for all chats."""
+    return render(name, folder)
+
+
 def digest(*names: str, folder: str = "") -> str:
     """A short hash of the named prompts' sources; it changes when any word of them does."""
     return hashlib.sha256("\0".join(_source(name, folder) for name in names).encode()).hexdigest()[:16]
@@ -63,13 +69,13 @@ def digest(*names: str, folder: str = "") -> str:
 
 def solve_messages(question: str, folder: str = "") -> tuple[dict[str, str], ...]:
     """What the student sees when it solves: in training, sampling, evaluation and chat alike."""
-    return _chat(render("student_system", folder), render("student_solve", folder, question=question))
+    return _chat(_system("student_system", folder), render("student_solve", folder, question=question))
 
 
 def review_messages(question: str, work: str, folder: str = "") -> tuple[dict[str, str], ...]:
     """What the student sees when it reviews `work`, without any gold solution."""
     return _chat(
-        render("student_system", folder), render("student_review", folder, question=question, work=work)
+        _system("student_system", folder), render("student_review", folder, question=question, work=work)
     )
 
 
@@ -78,7 +84,7 @@ def template_messages(question: str, solution: str, answer: str, fault: str = ""
     text = render(
         "teacher_template", folder, question=question, solution=solution, answer=answer, fault=fault
     )
-    return _chat(render("teacher_system", folder), text)
+    return _chat(_system("teacher_system", folder), text)
 
 
 def correction_messages(
@@ -86,13 +92,13 @@ def correction_messages(
 ):
     """What the teacher sees when it corrects an attempt; the work stands last."""
     values = {"question": question, "solution": solution, "answer": answer, "work": work, "fault": fault}
-    return _chat(render("teacher_system", folder), render("teacher_correction", folder, **values))
+    return _chat(_system("teacher_system", folder), render("teacher_correction", folder, **values))
 
 
 def inspection_messages(name: str, question: str, solution: str, answer: str, work: str, folder: str = ""):
     """What the inspector sees: `name` is inspector_template or inspector_correction; the work stands last."""
     values = {"question": question, "solution": solution, "answer": answer, "work": work}
-    return _chat(render("teacher_system", folder), render(name, folder, **values))
+    return _chat(_system("teacher_system", folder), render(name, folder, **values))
 
 
 def _chat(system: str, user: str) -> tuple[dict[str, str], ...]:

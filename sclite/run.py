@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,29 +41,6 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         return {k: getattr(self, k) for k in ("counts", "dropped", "seconds", "cost_usd", "figures")}
-
-
-def digest(value: Any) -> str:
-    """A short hash of anything that can be written as JSON; keys in any order."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """One line for each input that is not as it was: `sft.learning_rate: 0.0001 before, 0.0002 now`."""
-    found = []
-    for key in sorted(before.keys() | now.keys()):
-        old, new, name = before.get(key), now.get(key), f"{prefix}{key}"
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += differences(old, new, f"{name}.")
-        elif old != new:
-            hashed = any(isinstance(v, str) and len(v) == 16 for v in (old, new))
-            found.append(f"{name} changed" if hashed else f"{name}: {_shown(old)} before, {_shown(new)} now")
-    return found
-
-
-def _shown(value: Any) -> str:
-    return "nothing" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def write_text(path: Path, text: str | Iterable[str]) -> None:
@@ -134,7 +111,8 @@ class Run:
         if not lines:
             return
         path = self.path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab+") as file:
             if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
                 _end_last_line(file)
@@ -176,6 +154,19 @@ class Run:
     def replace(self, name: str, rows: Iterable[Row]) -> None:
         """Write a whole file of rows by rename."""
         write_text(self.path(name), (row.model_dump_json(exclude_none=False) + "\n" for row in rows))
+
+    def arrange(self, name: str, kind: type[R], ids: Iterable[str]) -> None:
+        """Put the rows of a file into the order of these ids, by rename and one row in memory at a time.
+
+        Rows of other ids go; of several of one id the last stays.
+        """
+        begins = {row.id: begin for begin, row in self.located(name, kind)}
+        if not begins:
+            self.replace(name, [])
+            return
+        with open(self.path(name), "rb") as file:
+            found = (begins[id] for id in ids if id in begins)
+            self.replace(name, (kind.model_validate_json(_line_at(file, begin)) for begin in found))
 
     def require(self, name: str, kind: type[R], hint: str) -> list[R]:
         """The rows of a file that a stage needs; raises DataFault with `hint` where there are none."""
@@ -237,6 +228,11 @@ class Run:
             return ""
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _line_at(file, begin: int) -> bytes:
+    file.seek(begin)
+    return file.readline()
 
 
 def _end_last_line(file) -> None:

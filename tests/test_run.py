@@ -6,12 +6,14 @@ import subprocess
 import sys
 import textwrap
 import time
+import tracemalloc
 
 import pytest
 
 from sclite.errors import DataFault, UsageFault
 from sclite.records import Attempt, Drop, Problem
-from sclite.run import Report, Run, digest, timed, write_text
+from sclite.run import Report, Run, timed, write_text
+from sclite.signature import digest, digest_rows
 
 
 def problem(number: int, question: str = "How many?") -> Problem:
@@ -109,6 +111,22 @@ def test_rows_are_read_one_at_a_time_with_the_byte_at_which_each_begins(run):
         assert content[offset:].startswith(row.model_dump_json().encode())
 
 
+def test_rows_are_put_in_order_with_one_in_memory_at_a_time(run):
+    long = "x" * 100_000
+    for number in (3, 1, 4, 2):
+        run.append("problems.jsonl", [problem(number, f"{number}{long}")] * 50)
+    run.append("problems.jsonl", [problem(1, "the last of its id")])
+    tracemalloc.start()
+    run.arrange("problems.jsonl", Problem, ["p2", "absent", "p1", "p3"])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    rows = run.read("problems.jsonl", Problem)
+    assert rows == [problem(2, f"2{long}"), problem(1, "the last of its id"), problem(3, f"3{long}")]
+    assert peak < 20 * len(long)
+    run.arrange("none.jsonl", Problem, ["p1"])
+    assert run.read("none.jsonl", Problem) == []
+
+
 # -- kills ---------------------------------------------------------------------------------------------------------
 
 
@@ -204,6 +222,9 @@ def test_a_broken_manifest_is_named_with_its_remedy(run):
 
 def test_digests_follow_content_and_not_the_order_of_keys(run):
     assert digest({"a": 1, "b": [1, 2]}) == digest({"b": [1, 2], "a": 1}) != digest({"a": 1, "b": [2, 1]})
+    rows = [problem(1, "½"), problem(2)]
+    assert digest_rows(iter(rows)) == digest([row.model_dump() for row in rows]) != digest_rows(rows[:1])
+    assert digest_rows([]) == digest([])
     assert run.file_digest("none") == ""
     run.replace("a.jsonl", [problem(1)])
     first = run.file_digest("a.jsonl")

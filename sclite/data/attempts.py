@@ -15,7 +15,8 @@ from sclite.config import Config
 from sclite.data.brought import adopt_attempts, bring
 from sclite.grader import Grader
 from sclite.records import Attempt, Drop, Problem
-from sclite.run import Report, Run, digest, timed
+from sclite.run import Report, Run, timed
+from sclite.signature import digest
 from sclite.student.base import Reply, Request, Student
 from sclite.teacher.ledger import FILE as LEDGER
 from sclite.teacher.ledger import Ledger

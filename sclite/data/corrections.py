@@ -14,7 +14,8 @@ from sclite.data.templates import mentions_the_solution
 from sclite.errors import DataFault
 from sclite.grader import Grader
 from sclite.records import Attempt, Drop, Problem, Review
-from sclite.run import Report, Run, digest, timed
+from sclite.run import Report, Run, timed
+from sclite.signature import digest
 from sclite.teacher.client import Flaw, Job, Teacher
 from sclite.teacher.forecast import Forecast, ask_after_pilot
 from sclite.trace import Trace, first_corrected, parse, render

@@ -22,7 +22,8 @@ from sclite.data.attempts import cost_usd, other_student
 from sclite.data.brought import refuse
 from sclite.grader import Grader
 from sclite.records import Attempt, Drop, Pair, Problem, Review
-from sclite.run import Report, Run, digest, timed
+from sclite.run import Report, Run, timed
+from sclite.signature import digest
 from sclite.student.base import Student
 from sclite.student.review import NO_REPLY, Reviewed, Settings, free, mend
 from sclite.trace import CAUSE, Trace, close_piece, open_piece, parse, render, step_pieces

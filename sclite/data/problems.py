@@ -12,7 +12,8 @@ from sclite.data.contamination import SPAN, Question, index_of, overlap
 from sclite.data.sources import Rows, is_local, rows_of
 from sclite.errors import DataFault, UsageFault
 from sclite.records import Drop, Problem
-from sclite.run import Report, Run, digest, timed
+from sclite.run import Report, Run, timed
+from sclite.signature import digest
 
 FILE, STAGE = "problems.jsonl", "problems"
 FORMS = "question and answer (GSM8K, or plain), or problem and solution with \\boxed{} (MATH)"

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 from sclite import prompts, trace
@@ -11,7 +12,8 @@ from sclite.data.problems import gather_problems, split_for_stages
 from sclite.errors import DataFault, UsageFault
 from sclite.grader import Grader
 from sclite.records import Drop, Problem, Template
-from sclite.run import Report, Run, digest, timed
+from sclite.run import Report, Run, timed
+from sclite.signature import digest_rows
 from sclite.teacher.client import Flaw, Job, Result, Teacher, identity
 from sclite.teacher.forecast import CHARACTERS_PER_TOKEN, Forecast, ask_after_pilot, reckon
 
@@ -72,7 +74,7 @@ def reckon_templates(
     settings: Config, run: Run, *, teacher: Teacher, grader: Grader, problems: Sequence[Problem]
 ) -> dict[str, Any]:
     """What build_templates would send first, and what it would cost; sends and writes nothing."""
-    there = {row.id for row in run.read(FILE, Template)}
+    there = {row.id for row in run.rows(FILE, Template)}
     missing = [problem for problem in problems if problem.id not in there]
     solutions = sum(len(problem.solution or problem.answer) for problem in missing)
     guess = 120 + 1.5 * solutions / CHARACTERS_PER_TOKEN / max(1, len(missing))
@@ -81,7 +83,7 @@ def reckon_templates(
 
 def check_template(reply: str, problem: Problem, grader: Grader) -> Flaw | None:
     """What is wrong with a teacher's reply as a template for this problem; None where nothing is."""
-    parsed = trace.parse(reply)
+    parsed, text = _read(reply)
     if parsed.faults:
         named = "; ".join(str(fault) for fault in parsed.faults[:3])
         return Flaw(parsed.faults[0].name, f"its tags are not in order: {named}")
@@ -90,7 +92,7 @@ def check_template(reply: str, problem: Problem, grader: Grader) -> Flaw | None:
         return Flaw("correction_in_template", "it has a <Cause> or <Correction>, which do not belong here")
     if found.generalized is None:
         return Flaw("no_generalized", "<Generalized> is missing")
-    mention = mentions_the_solution(trace.render(found))
+    mention = mentions_the_solution(text)
     if mention:
         return Flaw("leak", f'it says "{mention}", as if a solution had been given')
     equal = grader.equal(found.answer, problem.answer)
@@ -99,6 +101,13 @@ def check_template(reply: str, problem: Problem, grader: Grader) -> Flaw | None:
     if not equal:
         return Flaw("wrong_answer", f"its answer is {found.answer}, not {problem.answer}")
     return None
+
+
+@lru_cache(maxsize=512)  # a reply is read for its check, and soon after for its row
+def _read(reply: str) -> tuple[trace.Parsed, str]:
+    """A reply as a trace, and its canonical text where it has no faults."""
+    parsed = trace.parse(reply)
+    return parsed, "" if parsed.faults else trace.render(parsed.trace)
 
 
 def mentions_the_solution(text: str) -> str | None:
@@ -115,7 +124,7 @@ def inputs_of(settings: Config, problems: Sequence[Problem]) -> dict[str, Any]:
     named = ["teacher_system", "teacher_template"]
     named += ["inspector_template"] if settings.teacher.inspector else []
     return {
-        "problems": digest([problem.model_dump() for problem in problems]),
+        "problems": digest_rows(problems),
         "prompts": prompts.digest(*named, folder=settings.prompts.folder),
         "teacher": identity(settings.teacher),
         "repairs": settings.teacher.repairs,
@@ -129,7 +138,7 @@ def _basis(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def brought_along(run: Run) -> bool:
     """Whether templates.jsonl was put into the run by the user."""
-    return run.read_json(BEGUN) is None and bool(run.read(FILE, Template))
+    return run.read_json(BEGUN) is None and any(True for _ in run.rows(FILE, Template))
 
 
 def _adopt(run: Run, report: Report) -> Report:
@@ -143,11 +152,12 @@ def _adopt(run: Run, report: Report) -> Report:
     return report
 
 
-def _kept(run: Run, inputs: dict[str, Any], problems: Sequence[Problem], fresh: bool) -> dict[str, Template]:
-    """The rows that an earlier call left and that still hold, by id; the others are taken out."""
+def _kept(run: Run, inputs: dict[str, Any], problems: Sequence[Problem], fresh: bool) -> set[str]:
+    """The ids of the rows that an earlier call left and that still hold; the others are taken out."""
     basis, before = _basis(inputs), run.read_json(BEGUN)
-    rows = [] if fresh else run.read(FILE, Template)
-    if rows and before != basis:
+    if fresh:
+        run.replace(FILE, [])
+    elif before != basis and any(True for _ in run.rows(FILE, Template)):
         changed = [
             f"{name} {before.get(name)} -> {basis[name]}" for name in basis if before.get(name) != basis[name]
         ]
@@ -155,11 +165,15 @@ def _kept(run: Run, inputs: dict[str, Any], problems: Sequence[Problem], fresh: 
             f"{run.path(FILE)} was made otherwise: {'; '.join(changed)}",
             "--fresh makes it anew (and pays for it), or put the old setting back",
         )
-    asked = {problem.id: (problem.question, problem.answer) for problem in problems}
-    kept = {row.id: row for row in rows if asked.get(row.id) == (row.question, row.answer)}
-    run.replace(FILE, kept.values())
+    asked = {problem.id: problem for problem in problems}
+    kept = {
+        row.id: None
+        for row in run.rows(FILE, Template)
+        if row.id in asked and (row.question, row.answer) == (asked[row.id].question, asked[row.id].answer)
+    }
+    run.arrange(FILE, Template, kept)
     run.replace_drops([STAGE], [])
-    return kept
+    return set(kept)
 
 
 def _ask(settings, run, teacher, grader, problems, kept, basis, confirm, progress) -> dict[str, Drop]:
@@ -169,6 +183,8 @@ def _ask(settings, run, teacher, grader, problems, kept, basis, confirm, progres
     done, begun = len(kept), False
     waiting = (problem for problem in problems if problem.id not in kept)
     jobs = _jobs(settings, waiting, grader)
+    if progress is not None:
+        progress(done, len(problems), teacher.ledger.spent_usd)
     for result in ask_after_pilot(teacher, jobs, len(problems) - len(kept), STAGE, confirm):
         if result.text is not None:
             if not begun:
@@ -204,10 +220,8 @@ def _jobs(settings: Config, problems: Iterator[Problem], grader: Grader) -> Iter
 
 
 def _template(problem: Problem, result: Result) -> Template:
-    text = trace.render(trace.parse(result.text).trace)
-    return Template(
-        id=problem.id, question=problem.question, answer=problem.answer, trace=text, requests=result.requests
-    )
+    given = {"id": problem.id, "question": problem.question, "answer": problem.answer}
+    return Template(**given, trace=_read(result.text)[1], requests=result.requests)
 
 
 def _drop(result: Result) -> Drop:
@@ -218,15 +232,15 @@ def _finish(
     run: Run, report: Report, problems: Sequence[Problem], drops: dict[str, Drop], teacher: Teacher
 ) -> None:
     """Put both files into the order of the problems and fill in the report."""
-    rows = {row.id: row for row in run.read(FILE, Template)}
-    run.replace(FILE, [rows[problem.id] for problem in problems if problem.id in rows])
+    run.arrange(FILE, Template, (problem.id for problem in problems))
     run.replace_drops([STAGE], [drops[problem.id] for problem in problems if problem.id in drops])
+    requests = [row.requests for row in run.rows(FILE, Template)]
     totals = teacher.ledger.totals(STAGE)
-    report.counts = {"problems": len(problems), "templates": len(rows)}
+    report.counts = {"problems": len(problems), "templates": len(requests)}
     report.dropped = dict(Counter(drop.reason for drop in drops.values()).most_common())
     report.cost_usd = round(totals.pop("cost_usd"), 6)
-    report.figures = {**totals, "repaired": sum(row.requests > 1 for row in rows.values())}
-    if not rows:
+    report.figures = {**totals, "repaired": sum(number > 1 for number in requests)}
+    if not requests:
         why = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items()) or "no problems"
         first = next((drop.detail for drop in drops.values()), "")
         raise DataFault(

@@ -15,7 +15,8 @@ from sclite.config import Config
 from sclite.evaluate.metrics import Outcome, Scored, fit_threshold, summarise
 from sclite.grader import Grader
 from sclite.records import Problem
-from sclite.run import Run, digest
+from sclite.run import Run
+from sclite.signature import digest
 from sclite.student.base import Reply, Request, Student
 from sclite.student.review import Reviewed, Settings, free, guided, mend, scores_of
 from sclite.trace import Trace, parse

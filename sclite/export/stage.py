@@ -12,7 +12,8 @@ from sclite.export import ollama, parity
 from sclite.export.convert import convert
 from sclite.export.merge import merge
 from sclite.export.quantize import known_quantisation, quantize
-from sclite.run import Report, Run, digest, timed, write_text
+from sclite.run import Report, Run, timed, write_text
+from sclite.signature import digest
 from sclite.student.engine import Engine
 from sclite.student.load import local_folder
 from sclite.trace import Step, Trace, all_pieces

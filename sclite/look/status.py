@@ -19,7 +19,8 @@ from sclite.errors import ScliteError
 from sclite.export import stage as export
 from sclite.look.rows import require_folder
 from sclite.records import Drop, Problem
-from sclite.run import Run, differences
+from sclite.run import Run
+from sclite.signature import differences
 from sclite.teacher.ledger import FILE as LEDGER
 from sclite.teacher.ledger import Ledger
 from sclite.train import dpo, sft, warm

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sclite.run import digest
+from sclite.signature import digest
 from sclite.student.base import Reply, Request, ScoreRequest, Scores
 from sclite.student.encode import end_id, piece_ids, prompt_ids
 from sclite.student.memory import free_memory, out_of_memory

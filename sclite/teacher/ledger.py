@@ -10,7 +10,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from sclite.errors import DataFault
-from sclite.run import digest
+from sclite.signature import digest
 
 FILE = "ledger.sqlite"
 VERSION = 2

@@ -17,9 +17,8 @@ class Loop:
     def __init__(self):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._threads = ThreadPoolExecutor(
-            _THREADS
-        )  # not the loop's own, of which LiteLLM needs one for each call
+        # not the loop's own, of which LiteLLM needs one for each call
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="check")
 
     async def in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function that takes its time, beside the loop."""

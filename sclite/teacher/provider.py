@@ -1,5 +1,6 @@
 """Finding a model through LiteLLM: its provider, options, key, and price."""
 
+import gc
 import logging
 import os
 import warnings
@@ -37,6 +38,7 @@ def import_litellm() -> ModuleType:
     # a call that is cancelled in its first moments leaves a coroutine behind, which Python reports on the terminal
     warnings.filterwarnings("ignore", r"coroutine '.*completion' was never awaited", RuntimeWarning)
     litellm.suppress_debug_info = True
+    gc.freeze()  # its objects stay: a collection need not walk them in the middle of a call
     litellm.telemetry = False
     logging.getLogger("LiteLLM").setLevel(logging.CRITICAL)
     return litellm

@@ -144,7 +144,8 @@ class Sender:
                     self.ledger.failed(key, failures.message(fault))
                 raise
             self.pace.succeeded()
-            await asyncio.wrap_future(self.ledger.put(key, entry))
+            written = self.ledger.put(key, entry)  # its cost counts from now on
+        await asyncio.wrap_future(written)  # the disk takes its time, and the next call need not wait for it
         return entry
 
     async def _complete(self, messages: Messages, parameters: dict[str, Any], began: float) -> Entry:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sclite.errors import UsageFault
-from sclite.run import Run, differences, write_text
+from sclite.run import Run, write_text
+from sclite.signature import differences
 
 WHOLE, BEGUN = "whole.json", "begun.json"
 

@@ -11,7 +11,8 @@ from sclite import prompts
 from sclite.config import Config, Dpo
 from sclite.errors import DataFault
 from sclite.records import Drop, Pair, Problem, Template
-from sclite.run import Report, Run, digest, timed
+from sclite.run import Report, Run, timed
+from sclite.signature import digest
 from sclite.student.encode import Encoded, decision_ids
 from sclite.student.load import load_student
 from sclite.train.bundle import Bundle, build_bundles, collate, likelihoods, reference_log_probs

@@ -10,7 +10,8 @@ from sclite import prompts
 from sclite.config import Config
 from sclite.errors import DataFault
 from sclite.records import Template
-from sclite.run import Report, Run, digest, timed
+from sclite.run import Report, Run, timed
+from sclite.signature import digest
 from sclite.student.encode import Encoded, encode_solution, end_id
 from sclite.student.load import load_student, model_name
 from sclite.trace import parse

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 from sclite import prompts
 from sclite.config import Config
 from sclite.records import Attempt, Problem, Review, Template
-from sclite.run import Report, Run, digest, timed
+from sclite.run import Report, Run, timed
+from sclite.signature import digest
 from sclite.student.encode import Encoded, encode_review, end_id
 from sclite.student.load import load_student
 from sclite.trace import parse, render

@@ -7,16 +7,18 @@
 """
 
 import argparse
-import cProfile
+import asyncio
+import json
 import os
-import pstats
 import resource
 import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from sclite.grader import Grader
 from sclite.run import Run
 from sclite.teacher.client import Teacher
 from sclite.teacher.ledger import Ledger
+from sclite.teacher.provider import import_litellm
 
 PILOT = 64
 
@@ -85,58 +88,95 @@ def throughput(options, problems) -> None:
         )
 
 
-def split(options, problems) -> None:
-    """CPU time of a call inside LiteLLM and inside our code, by profiling the event loop's thread."""
-    import threading
+class Stepped:
+    """An awaitable that notes the CPU seconds of a coroutine's own steps, without those in which it waits."""
 
-    profiles = []
+    def __init__(self, coroutine, book: Counter, name: str):
+        self.steps, self.book, self.name = coroutine.__await__(), book, name
 
-    def profiled(loop_run):
-        def run(*arguments):
-            profile = cProfile.Profile(time.thread_time)
-            profiles.append(profile)
-            return profile.runcall(loop_run, *arguments)
+    def __await__(self):
+        value = thrown = None
+        while True:
+            began = time.thread_time()
+            try:
+                waiting = self.steps.send(value) if thrown is None else self.steps.throw(thrown)
+            except StopIteration as end:
+                return end.value
+            finally:
+                self.book[self.name] += time.thread_time() - began
+            value = thrown = None
+            try:
+                value = yield waiting
+            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - the coroutine is told, whatever it is
+                thrown = error
 
-        return run
 
-    threading.Thread.run = profiled(threading.Thread.run)
+def watch(owner, name: str, book: Counter) -> None:
+    """Let a coroutine function note the CPU seconds of its steps."""
+    function = getattr(owner, name)
+
+    async def stepped(*arguments, **named):
+        return await Stepped(function(*arguments, **named), book, name)
+
+    setattr(owner, name, stepped)
+
+
+def split(options, problems, count: int = 1000) -> None:
+    """CPU time of a call, our code and LiteLLM told apart: by threads, and on the loop's thread by the steps of each."""
+    book: Counter = Counter()
+    watch(Teacher, "_work", book)
+    watch(import_litellm(), "acompletion", book)
     with serving(options.teacher, 0.0) as url, tempfile.TemporaryDirectory() as folder:
-        seconds_for(settings(url, 16), problems[: PILOT + 500], Path(folder))
-    ours = others = 0.0
-    for profile in profiles:
-        profile.disable()
-        for (file, _, _), (_, _, own, _, _) in pstats.Stats(profile).stats.items():
-            if f"{os.sep}sclite{os.sep}" in file:
-                ours += own
-            else:
-                others += own
+        chosen, run = settings(url, options.in_flight), Run(folder)
+        with Grader() as grader, Ledger(run.path("l")) as ledger, Teacher(chosen.teacher, ledger) as teacher:
+            build_templates(chosen, run, teacher=teacher, grader=grader, problems=problems[:PILOT])
+            before = Counter(book) | cpu_seconds()
+            build_templates(
+                chosen, run, teacher=teacher, grader=grader, problems=problems[: PILOT + count], fresh=True
+            )
+            spent = Counter(book) | cpu_seconds()
+    used = {name: 1e3 * (spent[name] - before[name]) / count for name in spent}
+    asking = used["_work"] - used["acompletion"]
+    ours = {"asking": asking, "checks": used["check"], "ledger": used["ledger"], "rows": used["MainThread"]}
+    others = used["teacher"] - asking + used.get("asyncio", 0.0)
+    told = ", ".join(f"{name} {milliseconds:.2f}" for name, milliseconds in ours.items())
     print(
-        f"CPU per call in the client's threads: {1e3 * ours / 564:.2f} ms in lines of sclite, {1e3 * others / 564:.2f} ms in "
-        f"LiteLLM, what it stands on, and the standard library"
+        f"CPU per call: {others:.2f} ms in LiteLLM and the event loop ({used['acompletion']:.2f} in steps of acompletion); "
+        f"{sum(ours.values()):.2f} ms in our code ({told}): {sum(ours.values()) / others:.1%}"
     )
+
+
+def cpu_seconds() -> Counter:
+    """CPU seconds of this process's threads, by the first word of their names."""
+    book: Counter = Counter()
+    for thread in threading.enumerate():
+        clock = time.pthread_getcpuclockid(thread.ident)
+        book[thread.name.partition("_")[0]] += time.clock_gettime(clock)
+    return book
 
 
 def memory(options) -> None:
-    """The peak of a process at 2,000 and at 20,000 problems."""
-    code = (
-        "import sys, resource\nsys.path[:0] = sys.argv[4].split(':')\n"
-        "from pathlib import Path\nimport bench_teacher as b\n"
-        "found = b.load_problems(sys.argv[2])\n"
-        "many = [p.model_copy(update={'id': f'{n}-{p.id}', 'question': f'{n}. {p.question}'}) "
-        "for n in range(8) for p in found][: int(sys.argv[3])]\ndel found\n"
-        "b.seconds_for(b.settings(sys.argv[1], 64), many, Path(sys.argv[5]))\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
-    )
+    """The peak of `sclite build-data` on 2,000 and on 20,000 problems: those given again and again, with a number before."""
+    known = [json.loads(line) for line in Path(options.problems).read_text(encoding="utf-8").splitlines()]
     peaks = {}
-    path = ":".join([str(Path(__file__).parent), os.getcwd()])
     for count in (2000, 20000):
         with serving(options.teacher, 0.0) as url, tempfile.TemporaryDirectory() as folder:
-            arguments = [sys.executable, "-c", code, url, options.problems, str(count), path, folder]
-            done = subprocess.run(arguments, capture_output=True, text=True, check=True)
-            peaks[count] = int(done.stdout.split()[-1]) / 1024
-    print(
-        f"peak at 2,000 problems {peaks[2000]:.0f} MB, at 20,000 {peaks[20000]:.0f} MB: {peaks[20000] / peaks[2000]:.2f}"
-    )
+            source = Path(folder) / "problems.jsonl"
+            with open(source, "w", encoding="utf-8") as file:
+                for number in range(count):
+                    row = dict(known[number % len(known)])
+                    name = "question" if "question" in row else "problem"
+                    row[name] = f"{number // len(known)}. {row[name]}"
+                    file.write(json.dumps(row) + "\n")
+            chosen = ("model=openai/replay", f"api_base={url}", f"concurrency={options.in_flight}")
+            command = [sys.executable, "-m", "sclite", "build-data", str(source), "--run", f"{folder}/run"]
+            command += ["--only", "templates", "--yes", "--json"]
+            command += [word for setting in chosen for word in ("--set", f"teacher.{setting}")]
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            kept = json.loads(process.stdout.read())["templates"]
+            peaks[count] = os.wait4(process.pid, 0)[2].ru_maxrss / 1024
+            print(f"peak at {count} problems, {kept} kept: {peaks[count]:.0f} MB")
+    print(f"20,000 over 2,000: {peaks[20000] / peaks[2000]:.2f}")
 
 
 def main() -> None:
@@ -147,13 +187,15 @@ def main() -> None:
     parser.add_argument("--problems", required=True)
     parser.add_argument("--in-flight", type=int, default=64)
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--split", action="store_true", help="the CPU time of a call alone")
     options = parser.parse_args()
     os.environ.setdefault("OPENAI_API_KEY", "none")
     if options.memory:
         memory(options)
         return
     problems = load_problems(options.problems)
-    throughput(options, problems)
+    if not options.split:
+        throughput(options, problems)
     split(options, problems)
     print(f"peak of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
 

@@ -1,6 +1,7 @@
 """Templates through a storm of faults, and killed again and again: nothing wrong gets in, nothing is paid twice."""
 
 import hashlib
+import json
 import os
 import random
 import signal
@@ -16,7 +17,8 @@ from sclite.grader import Grader
 from sclite.records import Problem, Template
 from sclite.run import Run
 from sclite.teacher.client import Teacher
-from sclite.teacher.ledger import Ledger
+from sclite.teacher.ledger import Ledger, request_key
+from sclite.teacher.sender import parameters_of
 from tests.replay import BROKEN, HTML, Teaching, fail, say
 
 KEY = "sk-storm-0123456789"
@@ -106,36 +108,49 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_killed_twenty_times_it_pays_again_only_for_what_was_in_flight(tmp_path, grader):
+    """What the ledger holds at a kill is never asked again; what it notes as under way is asked at most once more."""
     draw = random.Random(0)
-
-    def answer(request, nth):
-        return say(reply(number_of(request) + 1), seconds=0.3)
-
-    script = tmp_path / "build.py"
+    script, run = tmp_path / "build.py", Run(tmp_path / "run")
     script.write_text(CODE)
-    with Teaching(answer) as server:
-        folder = tmp_path / "run"
-        again = 0
+    with Teaching(lambda request, _: say(reply(number_of(request) + 1), seconds=0.3)) as server:
+        settings = chosen(server.url)
+        counts = []
         for _ in range(20):
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-            process = subprocess.Popen(
-                [sys.executable, str(script), str(folder), server.url], env=environment
+            killed_after(
+                0.6 * draw.random(), [sys.executable, str(script), str(run.folder), server.url], server
             )
-            before = len(server.requests)
-            began = time.monotonic()
-            while len(server.requests) == before and process.poll() is None and time.monotonic() - began < 30:
-                time.sleep(0.01)
-            time.sleep(draw.random() * 0.6)
-            flying = server.in_flight
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            again += flying + 1
-        build(Run(folder), chosen(server.url), grader)
-        paid_again = sum(count - 1 for count in server.counts.values())
-        assert paid_again <= again
+            counts.append((held_replies(run, server), server.counts.copy()))
+        _, totals = build(run, settings, grader)
+        for held, before in counts:
+            assert all(server.counts[asked] == before[asked] for asked in held)
+        again = sum(count - 1 for count in server.counts.values())
+        assert 0 < again <= totals["given_up"] <= 20 * settings.teacher.concurrency
         whole = Run(tmp_path / "whole")
-        build(whole, chosen(server.url), grader)
-    print(
-        f"{paid_again} of {sum(server.counts.values())} requests were asked again, at most {again} were in flight"
-    )
-    assert (folder / "templates.jsonl").read_bytes() == whole.path("templates.jsonl").read_bytes()
+        build(whole, settings, grader)
+    print(f"{again} of {sum(server.counts.values())} requests were asked again; replies held at the kills:")
+    print(*(len(held) for held, _ in counts))
+    for name in ("templates.jsonl", "dropped.jsonl"):
+        assert run.path(name).read_bytes() == whole.path(name).read_bytes()
+
+
+def killed_after(seconds, command, server):
+    """Start a build; kill -9 some seconds after its first request."""
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    before, deadline = len(server.requests), time.monotonic() + 30
+    while len(server.requests) == before and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def held_replies(run, server):
+    """The messages, as the server counts them, whose replies are in the ledger of a killed build."""
+    parameters = parameters_of(chosen(server.url).teacher)
+    with Ledger.reading(run.path("ledger.sqlite")) as ledger:
+        asked = {json.dumps(request["messages"]) for request in server.requests}
+        keys = {
+            text: request_key("openai/replay", server.url, json.loads(text), parameters, 0, 0)
+            for text in asked
+        }
+        return {text for text, key in keys.items() if ledger.get(key) is not None}

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from sclite import config, trace
+from sclite import config, prompts, trace
 from sclite.data.templates import build_templates, check_template, mentions_the_solution
 from sclite.errors import DataFault, TeacherFault, UsageFault
 from sclite.grader import Grader
@@ -151,7 +151,7 @@ def test_every_template_is_canonical_right_and_in_the_order_of_the_problems(run,
         assert trace.parse(row.trace).trace.answer == f"That makes {row.answer} apples."
     assert report.counts == {"problems": 8, "templates": 8}
     assert report.figures["requests"] == 8
-    assert [given[0] for given in seen] == list(range(1, 9))
+    assert [given[0] for given in seen] == list(range(9))
     assert {given[1:] for given in seen} == {(8, 0.0)}
     assert "localhost" not in run.path("done/templates.json").read_text()
     assert "secret" not in run.path("done/templates.json").read_text()
@@ -194,7 +194,7 @@ def test_nothing_is_done_twice_and_a_new_problem_alone_is_asked(run, grader):
         assert len(server.requests) == 5
         seen = []
         more = build(run, server.url, grader, PROBLEMS[:6], progress=lambda *given: seen.append(given))
-        assert seen == [(6, 6, 0.0)]
+        assert seen == [(5, 6, 0.0), (6, 6, 0.0)]
         assert not more.skipped
         assert [number_of(r) for r in server.requests[5:]] == [5]
         fewer = build(run, server.url, grader, PROBLEMS[1:3])
@@ -224,6 +224,26 @@ def test_rows_of_another_teacher_are_refused_and_fresh_makes_them_anew(run, grad
         assert len(run.read("templates.jsonl", Template)) == 8
         assert len(server.requests) == 8
         build(run, server.url, grader, settings=["teacher.max_tokens=77"], fresh=True)
+        assert len(server.requests) == 16
+
+
+def test_a_changed_sentence_of_the_prompt_asks_all_anew_and_a_learning_rate_nothing(run, grader, tmp_path):
+    prompt = prompts.shipped_folder() / "teacher_template.txt"
+    text = prompt.read_text().replace("<Generalized>", "<Generalized>In one sentence: ", 1)
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts/teacher_template.txt").write_text(text)
+    other = [f"prompts.folder={tmp_path / 'prompts'}"]
+    with Teaching(right) as server:
+        build(run, server.url, grader)
+        assert build(run, server.url, grader, settings=["sft.learning_rate=3e-4"]).skipped
+        assert len(server.requests) == 8
+        with pytest.raises(UsageFault, match="prompts"):
+            build(run, server.url, grader, settings=other)
+        assert len(server.requests) == 8
+        build(run, server.url, grader, settings=other, fresh=True)
+        assert sorted(map(number_of, server.requests[8:])) == list(range(8))
+        assert all("In one sentence: " in r["messages"][1]["content"] for r in server.requests[8:])
+        build(run, server.url, grader, fresh=True)  # the old prompt's replies are paid for
         assert len(server.requests) == 16
 
 

@@ -13,7 +13,8 @@ import pytest
 
 from sclite.config import Config
 from sclite.errors import UsageFault
-from sclite.run import Run, differences
+from sclite.run import Run
+from sclite.signature import differences
 from sclite.train.checkpoints import Checkpoints
 from sclite.train.dpo import train_dpo
 from sclite.train.order import training_order
@@ -30,7 +31,8 @@ LONG = {"checkpoints": 6, "micro_batch": 1}
 CHILD = """
 import sys
 from sclite.config import Config
-from sclite.run import Run, differences
+from sclite.run import Run
+from sclite.signature import differences
 from sclite.train.{module} import train_{stage}
 train_{stage}(Config.model_validate_json(sys.argv[1]), Run(sys.argv[2]))
 """

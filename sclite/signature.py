@@ -1,0 +1,41 @@
+"""Signatures: short hashes of what a stage is made from, and in words what has changed between two of them."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from sclite.records import Row
+
+
+def digest(value: Any) -> str:
+    """A short hash of anything that can be written as JSON; keys in any order."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """One line for each input that is not as it was: `sft.learning_rate: 0.0001 before, 0.0002 now`."""
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new, name = before.get(key), now.get(key), f"{prefix}{key}"
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differences(old, new, f"{name}.")
+        elif old != new:
+            hashed = any(isinstance(v, str) and len(v) == 16 for v in (old, new))
+            found.append(f"{name} changed" if hashed else f"{name}: {_shown(old)} before, {_shown(new)} now")
+    return found
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def digest_rows(rows: Iterable[Row]) -> str:
+    """`digest` of the list of these rows, of which one at a time is in memory."""
+    found = hashlib.sha256(b"[")
+    for number, row in enumerate(rows):
+        text = json.dumps(row.model_dump(), sort_keys=True, ensure_ascii=False, default=str)
+        found.update((", " * (number > 0) + text).encode())
+    found.update(b"]")
+    return found.hexdigest()[:16]
