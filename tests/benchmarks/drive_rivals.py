@@ -1,0 +1,159 @@
+"""One tool asking one server for all templates: what bench_rivals starts, in the tool's own interpreter.
+
+    python drive_rivals.py TOOL URL WORK IN_FLIGHT [MODEL]
+
+WORK holds problems.jsonl and requests.jsonl (`id`, `messages`: the same chats for every tool) and takes what the tool
+writes; MODEL is sclite's, a LiteLLM name. Of sclite nothing is imported but by its own driver. The last line printed is an object: `seconds` from the first
+connection to the last reply, `call_seconds` of the tool's call from beginning to end, its imports and set-up done, and
+`replies`, those with an answer in its tag.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+MODEL = "replay"
+NO_LIMIT = 10**9  # per minute
+
+
+class Clock:
+    """When the server was first connected to, and when the last reply was had; the same for all tools."""
+
+    def __init__(self, url: str):
+        self.port = urlsplit(url).port
+        self.began: float | None = None
+        self.last = 0.0
+
+    def start(self) -> None:
+        """Watch for the first connection from here on."""
+        sys.addaudithook(self._watch)
+
+    def reply(self, *_: object) -> None:
+        self.last = time.monotonic()
+
+    def _watch(self, event: str, arguments: tuple) -> None:
+        if event == "socket.connect" and self.began is None and arguments[1][1] == self.port:
+            self.began = time.monotonic()
+
+
+def timed(clock: Clock, call: Callable[[], list[str]]) -> dict[str, float]:
+    """Make the call and print what it took."""
+    clock.start()
+    began = time.monotonic()
+    replies = call()
+    ended = time.monotonic()
+    right = sum("<Answer>" in reply for reply in replies)
+    return {"seconds": clock.last - clock.began, "call_seconds": ended - began, "replies": right}
+
+
+def sclite(url: str, work: Path, in_flight: int, model: str) -> dict[str, float]:
+    """build_templates, all of it: every reply in the ledger, parsed, graded against the gold answer, written."""
+    from sclite import config
+    from sclite.data.problems import load_problems
+    from sclite.data.templates import FILE, build_templates
+    from sclite.grader import Grader
+    from sclite.records import Template
+    from sclite.run import Run
+    from sclite.teacher.client import Teacher
+    from sclite.teacher.ledger import Ledger
+
+    chosen = [f"teacher.model={model}", f"teacher.api_base={url}", f"teacher.concurrency={in_flight}"]
+    settings = config.load(None, chosen, {}, own_file=False)
+    problems, run, clock = load_problems(str(work / "problems.jsonl")), Run(work / "run"), Clock(url)
+    with (
+        Grader() as grader,
+        Ledger(run.path("ledger.sqlite")) as ledger,
+        Teacher(settings.teacher, ledger) as teacher,
+    ):
+        teacher.price()  # imports LiteLLM
+
+        def call() -> list[str]:
+            build_templates(
+                settings, run, teacher=teacher, grader=grader, problems=problems, progress=clock.reply
+            )
+            return [row.trace for row in run.read(FILE, Template)]
+
+        return timed(clock, call)
+
+
+def curator(url: str, work: Path, in_flight: int, backend: str = "openai") -> dict[str, float]:
+    """curator.LLM over a list of rows, through the backend that it takes for OpenAI-compatible endpoints (aiohttp)."""
+    from bespokelabs import curator
+    from litellm.litellm_core_utils import default_encoding  # noqa: F401 - tiktoken's file, else it is downloaded
+
+    clock = Clock(url)
+
+    class Templates(curator.LLM):
+        def prompt(self, row):
+            return row["messages"]
+
+        def parse(self, row, reply):
+            clock.reply()
+            return {"id": row["id"], "reply": reply}
+
+    teacher = Templates(
+        model_name=f"openai/{MODEL}" if backend == "litellm" else MODEL,
+        backend=backend,
+        backend_params={
+            "base_url": url,
+            "api_key": "none",
+            "max_concurrent_requests": in_flight,
+            "max_requests_per_minute": NO_LIMIT,
+            "max_tokens_per_minute": NO_LIMIT,
+        },
+    )
+    if backend == "litellm":  # its test call says "hi", which a server that replays known questions refuses
+        teacher._request_processor._rate_limits_initialized = True
+    rows = requests(work)
+
+    def call() -> list[str]:
+        found = teacher(rows, working_dir=str(work / "curator"))
+        return list(found.dataset["reply"])
+
+    return timed(clock, call)
+
+
+def curator_litellm(url: str, work: Path, in_flight: int) -> dict[str, float]:
+    """The same through its LiteLLM backend, which reaches as many providers as sclite does."""
+    return curator(url, work, in_flight, "litellm")
+
+
+def kit(url: str, work: Path, in_flight: int) -> dict[str, float]:
+    """The client under synthetic-data-kit's commands, in batches as large as the concurrency, without the half second
+    that it rests between two of them.
+
+    The commands themselves take documents and make the messages; one that rewrites a given conversation
+    (`create --type cot-enhance`) sends one request after the other.
+    """
+    from synthetic_data_kit.models.llm_client import LLMClient
+
+    teacher = LLMClient(provider="api-endpoint", api_base=url, api_key="none", model_name=MODEL)
+    teacher.sleep_time = 0
+    chats, clock = [row["messages"] for row in requests(work)], Clock(url)
+
+    def call() -> list[str]:
+        replies = teacher.batch_completion(chats, batch_size=in_flight)
+        clock.reply()
+        (work / "kit.json").write_text(json.dumps(replies))
+        return replies
+
+    return timed(clock, call)
+
+
+def requests(work: Path) -> list[dict]:
+    return [json.loads(line) for line in (work / "requests.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+TOOLS = {
+    "sclite": sclite,
+    "curator": curator,
+    "curator, LiteLLM": curator_litellm,
+    "kit": kit,
+}
+
+if __name__ == "__main__":
+    name, address, folder, most, *model = sys.argv[1:]
+    print(json.dumps(TOOLS[name](address, Path(folder), int(most), *model)), flush=True)
