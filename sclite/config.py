@@ -137,6 +137,9 @@ class Lora(Section):
         lt=1,
         description="share of the rows kept for the evaluation loss that chooses the best checkpoint",
     )
+    padding_free: bool | None = Field(
+        None, description="rows of a forward pass end to end instead of padded; through Unsloth without it"
+    )
     patience: int = Field(
         0, ge=0, description="evaluations without a better loss before stopping early; 0: never"
     )
@@ -144,7 +147,7 @@ class Lora(Section):
 
     def deciding(self, *others: str) -> dict[str, Any]:
         """The settings that decide what comes out; `others` are left out beside those that never do."""
-        return self.model_dump(exclude={"micro_batch", "checkpoints", "tensorboard", *others})
+        return self.model_dump(exclude={"micro_batch", "padding_free", "checkpoints", "tensorboard", *others})
 
 
 class Sft(Lora):

@@ -13,7 +13,7 @@ from sclite.apart import apart
 from sclite.config import Config
 from sclite.errors import DeviceFault, MemoryFault, UsageFault
 from sclite.run import Report, Run
-from sclite.world import World
+from sclite.world import LIBRARIES, World
 
 Stage = Callable[..., Report]
 
@@ -110,7 +110,10 @@ def _stage(world: World, name: str, text: str, stage: Stage, fresh: bool) -> Rep
         while True:
             given = (config, world.run, unseen, fresh)
             try:
-                report = (apart if world.apart else _here)(stage, *given, progress=progress)
+                if world.apart:
+                    report = apart(stage, *given, progress=progress, log=world.run.path(LIBRARIES))
+                else:
+                    report = stage(*given, progress=progress)
             except MemoryFault as fault:
                 if fault.micro_batch == 1:
                     raise _told(fault, config, name) from fault
@@ -124,10 +127,6 @@ def _stage(world: World, name: str, text: str, stage: Stage, fresh: bool) -> Rep
         section = "sft" if name == "sft" else "dpo"
         progress(0, 0, warning=f"{report.figures['cut']} and are left out: raise {section}.max_length")
     return report
-
-
-def _here(stage: Stage, *given: Any, progress: Any) -> Report:
-    return stage(*given, progress=progress)
 
 
 def _told(fault: MemoryFault, config: Config, name: str) -> DeviceFault:

@@ -16,6 +16,8 @@ from sclite.errors import DataFault
 from sclite.records import Problem
 from sclite.run import Report, Run
 
+LIBRARIES = "libraries.log"  # what the libraries print in processes of their own
+
 
 @dataclass
 class World:
@@ -41,7 +43,7 @@ class World:
         if self.apart and self.config.attempts.kind != "endpoint":
             from sclite.apart import apart
 
-            return apart(work, *given, progress=progress)
+            return apart(work, *given, progress=progress, log=self.run.path(LIBRARIES))
         return work(*given, progress=progress)
 
     @contextmanager
@@ -114,7 +116,7 @@ class World:
         from sclite.student.memory import free_memory
         from sclite.train.common import quiet
 
-        quiet()
+        quiet(self.config.student)
         if not torch.cuda.is_available() and direct.can_write(local_folder(self.config.student)):
             with self._as_gguf(adapter) as student:
                 yield student

@@ -1,12 +1,14 @@
 """Loading the student that is trained: through Unsloth on a CUDA card, through plain transformers and peft elsewhere."""
 
 import importlib.util
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 from sclite.config import Lora, Student
 from sclite.errors import DataFault, DeviceFault
+from sclite.student.memory import out_of_memory
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EMBEDDED = "embedded"
@@ -108,44 +110,71 @@ def load_student(
 ) -> tuple[Any, Any]:
     """(model, tokenizer): the base with `adapter` on it, or with a new LoRA when `train` is set without one.
 
-    Trainable weights are float32 whatever the base is kept in, because AdamW's small steps vanish in bfloat16.
+    Trainable weights are float32 whatever the base is kept in, because AdamW's small steps vanish in bfloat16. The
+    tokenizer is the model's own under either backend, so that training, use and export have the same ids. Raises
+    DataFault where there is no such model or it has fewer positions than `lora.max_length`, DeviceFault where it does not
+    fit on the card.
     """
     name = model_name(student)
-    if backend(student) == "unsloth":
-        model, tokenizer = _load_unsloth(name, student, lora, adapter, train, seed)
-    else:
-        model, tokenizer = _load_plain(name, student, lora, adapter, train, seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return model, tokenizer
-
-
-def _load_plain(
-    name: str, student: Student, lora: Lora, adapter: Path | None, train: bool, seed: int
-) -> tuple[Any, Any]:
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
     tokenizer = load_tokenizer(name)
-    cuda = torch.cuda.is_available()
-    settings: dict[str, Any] = {"dtype": torch.bfloat16 if cuda else torch.float32}
-    if cuda:
-        settings["device_map"] = {"": 0}
-        if student.load_in_4bit:
-            settings["quantization_config"] = four_bits()
+    found = backend(student)
+    load = load_unsloth if found == "unsloth" else _load_plain
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, **settings)
+        model = load(name, student, lora, adapter, train, seed)
     except OSError as error:
         raise DataFault(
             f"the student {name} cannot be loaded: {str(error).splitlines()[0]}", "check student.model"
         ) from error
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter, is_trainable=train)
-    elif train:
-        model = with_new_adapter(model, lora, seed)
+    except (RuntimeError, ValueError) as error:
+        if out_of_memory(error) or "dispatched on the CPU" in str(error):
+            raise DeviceFault(
+                f"the student {name} does not fit on this card",
+                "close what else holds its memory (`sclite train --plan` tells), or choose a smaller student",
+            ) from error
+        raise
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    packed = lora.padding_free if lora.padding_free is not None else found == "unsloth"
+    model.padding_free = packed
     return model, tokenizer
+
+
+def _load_plain(name: str, student: Student, lora: Lora, adapter: Path | None, train: bool, seed: int) -> Any:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    cuda = torch.cuda.is_available()
+    kind = AutoConfig.from_pretrained(name)
+    _check_length(kind, lora)
+    settings: dict[str, Any] = {"dtype": half() if cuda else torch.float32}
+    if cuda:
+        settings["device_map"] = {"": 0}
+        if student.load_in_4bit and getattr(kind, "quantization_config", None) is None:
+            settings["quantization_config"] = four_bits()
+    model = AutoModelForCausalLM.from_pretrained(name, **settings)
+    if adapter is not None:
+        return PeftModel.from_pretrained(model, adapter, is_trainable=train)
+    return with_new_adapter(model, lora, seed) if train else model
+
+
+def _check_length(kind: Any, lora: Lora) -> int:
+    """The positions that a model has; refuses rows that are longer."""
+    most = getattr(kind.get_text_config(), "max_position_embeddings", None) or 1 << 20
+    if lora.max_length > most:
+        raise DataFault(
+            f"max_length = {lora.max_length}: the student has {most} positions",
+            f"set sft.max_length and dpo.max_length to {most} at most",
+        )
+    return most
+
+
+def half() -> Any:
+    """The 16-bit type that this card computes in."""
+    import torch
+
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
 def with_new_adapter(model: Any, lora: Lora, seed: int) -> Any:
@@ -165,7 +194,7 @@ def with_new_adapter(model: Any, lora: Lora, seed: int) -> Any:
 
 
 def four_bits() -> Any:
-    """NF4 with double quantisation, computing in bfloat16."""
+    """NF4 with double quantisation, computing in 16 bits."""
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -173,35 +202,59 @@ def four_bits() -> Any:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=half() if torch.cuda.is_available() else torch.bfloat16,
     )
 
 
-def _load_unsloth(
+def load_unsloth(
     name: str, student: Student, lora: Lora, adapter: Path | None, train: bool, seed: int
-) -> tuple[Any, Any]:
+) -> Any:
+    """The model through Unsloth's kernels.
+
+    Names are taken as they are, since Unsloth would exchange a base for its own copy of it; an adapter's weights go onto
+    a LoRA of its shape, so that its configuration may name a base that lies elsewhere now. Unsloth cuts what is longer
+    than its sequence length in silence, hence a length that no prompt reaches.
+    """
+    from transformers import AutoConfig
     from unsloth import FastLanguageModel
 
-    model, tokenizer = FastLanguageModel.from_pretrained(
-        str(adapter) if adapter is not None else name,
-        max_seq_length=lora.max_length,
+    most = _check_length(AutoConfig.from_pretrained(name), lora)
+    model, _ = FastLanguageModel.from_pretrained(
+        name,
+        max_seq_length=min(most, max(lora.max_length, 8192)),
         load_in_4bit=student.load_in_4bit,
         dtype=None,
+        device_map={"": 0},
+        use_exact_model_name=True,
+        offload_embedding=False,
+        fix_tokenizer=False,
     )
-    if train and adapter is None:
+    if adapter is not None or train:
         model = FastLanguageModel.get_peft_model(
             model,
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            target_modules=list(LINEAR_LAYERS),
-            lora_dropout=0.0,
+            **_shape(lora, adapter),
             bias="none",
             use_gradient_checkpointing="unsloth",
             random_state=seed,
         )
-    elif train:
-        FastLanguageModel.for_training(model)
-    else:
-        FastLanguageModel.for_inference(model)
-    tokenizer.padding_side = "left"
-    return model, tokenizer
+    if adapter is not None:
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        set_peft_model_state_dict(model, load_file(adapter / "adapter_model.safetensors"))
+    (FastLanguageModel.for_training if train else FastLanguageModel.for_inference)(model)
+    return model
+
+
+def _shape(lora: Lora, adapter: Path | None) -> dict[str, Any]:
+    """What decides a LoRA's shape: an adapter's own configuration, else the settings."""
+    own = {
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "target_modules": list(LINEAR_LAYERS),
+        "lora_dropout": 0.0,
+    }
+    if adapter is None:
+        return own
+    kept = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    return {name: kept[name] for name in own} | {"use_rslora": kept.get("use_rslora", False)}

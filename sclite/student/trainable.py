@@ -3,10 +3,14 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from sclite.errors import DataFault
 from sclite.signature import digest
 from sclite.student.base import Reply, Request, ScoreRequest, Scores
-from sclite.student.encode import end_id, piece_ids, prompt_ids
+from sclite.student.encode import Encoded, end_id, piece_ids, prompt_ids
+from sclite.student.forward import autocast, hidden_states, pad, two_logits
 from sclite.student.memory import free_memory, out_of_memory
+
+SCORED_TOKENS = 16_384  # of a forward pass that only reads odds
 
 
 class Trainable:
@@ -15,6 +19,8 @@ class Trainable:
     def __init__(self, model: Any, tokenizer: Any, batch: int = 64):
         self.model, self.tokenizer, self.batch = model, tokenizer, batch
         self.at_once = batch
+        shape = model.config.get_text_config()
+        self.positions = getattr(shape, "max_position_embeddings", None) or 1 << 20
         self.end = end_id(tokenizer)
 
     def _ids(self, messages, pieces: Sequence[str]) -> list[int]:
@@ -49,6 +55,12 @@ class Trainable:
         first = block[0]
         prompts = [self._ids(r.messages, r.pieces) for r in block]
         ids, mask = self._pad(prompts)
+        longest = ids.shape[1] + max(request.max_tokens for request in block)
+        if longest > self.positions:
+            raise DataFault(
+                f"a prompt of {ids.shape[1]} tokens and an answer: {longest} in all, the student has {self.positions}",
+                "lower attempts.max_tokens",
+            )
         settings: dict[str, Any] = {"do_sample": first.temperature > 0}
         if first.temperature > 0:
             settings |= {"temperature": first.temperature, "top_p": first.top_p, "top_k": 0}
@@ -61,7 +73,7 @@ class Trainable:
         ]
         was_training = self.model.training
         self.model.eval()
-        with torch.inference_mode():
+        with torch.inference_mode(), autocast(self.model):
             out = self.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
@@ -99,30 +111,50 @@ class Trainable:
         return ids.to(self.model.device), mask.to(self.model.device)
 
     def score(self, requests: Sequence[ScoreRequest]) -> Iterator[Scores]:
-        """Log-odds of the first tokens of the two options after each mark; one forward pass for each request."""
-        import torch
+        """Log-odds of the first tokens of the two options after each mark; one forward pass for each request.
 
+        The vocabulary is looked at only there, in float32: a table of all positions would take tens of gigabytes.
+        """
         was_training = self.model.training
         self.model.eval()
-        for start in range(0, len(requests), self.batch):
-            block = requests[start : start + self.batch]
-            rows, marks = [], []
-            for request in block:
-                ids, places = self._ids(request.messages, ()), []
-                for number, piece in enumerate(piece_ids(self.tokenizer, request.pieces)):
-                    ids = ids + piece
-                    if number in request.marks:
-                        places.append(len(ids) - 1)
-                rows.append(ids)
-                marks.append(places)
-            ids, mask = self._pad(rows)
-            with torch.inference_mode():
-                logits = self.model(input_ids=ids, attention_mask=mask).logits.float()
-            one, other = (found[0] for found in piece_ids(self.tokenizer, block[0].options))
-            for offset, (row, places) in enumerate(zip(rows, marks, strict=True)):
-                shift = ids.shape[1] - len(row)
-                odds = [
-                    float(logits[offset, shift + p, one] - logits[offset, shift + p, other]) for p in places
-                ]
-                yield Scores(start + offset, tuple(odds), len(row))
+        rows = [self._marked(request) for request in requests]
+        for start, block in _blocks(rows, self.batch, SCORED_TOKENS):
+            one, other = (found[0] for found in piece_ids(self.tokenizer, requests[start].options))
+            for offset, odds in enumerate(self._odds(block, one, other)):
+                yield Scores(start + offset, tuple(odds), len(block[offset].ids))
         self.model.train(was_training)
+
+    def _marked(self, request: ScoreRequest) -> Encoded:
+        ids, places = self._ids(request.messages, ()), []
+        for number, piece in enumerate(piece_ids(self.tokenizer, request.pieces)):
+            ids = ids + piece
+            if number in request.marks:
+                places.append(len(ids) - 1)
+        return Encoded(ids, [0.0] * len(ids), tuple(places))
+
+    def _odds(self, block: Sequence[Encoded], one: int, other: int) -> list[list[float]]:
+        """For each row, log p(one) - log p(other) at each of its marks."""
+        import torch
+
+        batch = {k: v.to(self.model.device) for k, v in pad(block, self.tokenizer.pad_token_id).items()}
+        rows = [number for number, row in enumerate(block) for _ in row.marks]
+        columns = [mark for row in block for mark in row.marks]
+        with torch.inference_mode(), autocast(self.model):
+            hidden = hidden_states(self.model, batch["input_ids"], batch["attention_mask"])
+            found = two_logits(self.model, hidden[rows, columns], one, other)
+        odds = iter((found[:, 0] - found[:, 1]).tolist())
+        return [[next(odds) for _ in row.marks] for row in block]
+
+
+def _blocks(rows: Sequence[Encoded], most: int, tokens: int) -> Iterator[tuple[int, Sequence[Encoded]]]:
+    """(number of the first, rows) of neighbouring rows, at most so many and so many tokens with their padding."""
+    start = 0
+    while start < len(rows):
+        end, width = start, 0
+        while end < len(rows) and end - start < most:
+            width = max(width, len(rows[end].ids))
+            if end > start and width * (end - start + 1) > tokens:
+                break
+            end += 1
+        yield start, rows[start:end]
+        start = end

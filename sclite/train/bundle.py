@@ -14,8 +14,8 @@ from typing import Any
 from sclite import prompts
 from sclite.records import Pair
 from sclite.student.encode import Encoded, decision_ids, piece_ids, prompt_ids
+from sclite.student.forward import autocast, hidden_states, pad, token_log_probs, vocabulary_log_probs
 from sclite.trace import CAUSE, parse, render
-from sclite.train.forward import autocast, hidden_states, pad, token_log_probs, vocabulary_log_probs
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,13 @@
 """What the training stages share: an adapter saved whole, and quiet libraries."""
 
+import importlib
+import os
 import shutil
 from pathlib import Path
 from typing import Any
+
+from sclite.config import Student
+from sclite.student.load import backend
 
 
 def save_adapter(model: Any, folder: Path) -> None:
@@ -14,13 +19,14 @@ def save_adapter(model: Any, folder: Path) -> None:
     beside.rename(folder)
 
 
-def quiet() -> None:
-    """Keep the libraries' own progress bars and notices off the terminal, and import Unsloth first where it is used."""
-    import importlib.util
-
-    import torch
-
-    if torch.cuda.is_available() and importlib.util.find_spec("unsloth"):
+def quiet(student: Student | None = None) -> None:
+    """Keep the libraries' own progress bars and notices off the terminal; import Unsloth first where it trains `student`."""
+    if student is not None and backend(student) == "unsloth":
+        os.environ.setdefault(
+            "UNSLOTH_DISABLE_STATISTICS", "1"
+        )  # it asks a server, and shortens every later time-out
+        os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path.home() / ".cache/sclite/unsloth"))
+        os.environ.setdefault("HF_HUB_ENABLE_HF_TRANSFER", "0")
         importlib.import_module(
             "unsloth"
         )  # it patches transformers, trl and peft, so it must come before them

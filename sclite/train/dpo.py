@@ -66,16 +66,17 @@ def train_dpo(
     refuse_other_inputs(run, STAGE, folder / "checkpoints", inputs, fresh)
     questions = {problem.id: problem.question for problem in run.read("problems.jsonl", Problem)}
     with timed(report):
-        quiet()
+        quiet(config.student)
         checkpoints = Checkpoints(folder / "checkpoints")
         checkpoints.begin(inputs)
         at_once = micro_batch(config, STAGE)
         model, tokenizer = load_student(config.student, config.dpo, run.path("dpo/warm"), train=True)
         check_tokenizer(tokenizer)
         bundles = build_bundles(tokenizer, pairs, questions, config.prompts.folder)
+        solved = solve_rows(tokenizer, replay_templates(templates, unseen), config.prompts.folder)
         bundles = with_replay(
             fitting_bundles(run, report, bundles, config.dpo.max_length),
-            solve_rows(tokenizer, replay_templates(templates, unseen), config.prompts.folder),
+            [row for row in solved if len(row.ids) <= config.dpo.max_length],
             config.dpo.replay_share,
         )
         reference = _reference(run, model, tokenizer, bundles, digest(inputs))
@@ -124,8 +125,9 @@ def fitting_bundles(run: Run, report: Report, bundles: Sequence[Bundle], limit: 
 
 
 def with_replay(bundles: Sequence[Bundle], rows: Sequence[Encoded], share: float) -> list[Bundle]:
-    """Give solved rows to the bundles, `share` of a row each, going round the rows."""
+    """Give solved rows to the bundles, `share` of a row each, going round the rows; none where there are none."""
     given, due = [], 0.0
+    share = share if rows else 0.0
     for number, bundle in enumerate(bundles):
         due += share
         row = rows[number % len(rows)] if due >= 1 else None

@@ -9,7 +9,7 @@ through the last layer. The allowances at the end of the sum are guesses until a
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from sclite.train.forward import chunk_of
+from sclite.student.forward import chunk_of
 from sclite.train.geometry import Geometry
 
 Forward = tuple[int, int]

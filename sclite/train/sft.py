@@ -13,12 +13,12 @@ from sclite.records import Template
 from sclite.run import Report, Run, timed
 from sclite.signature import digest
 from sclite.student.encode import Encoded, encode_solution, end_id
+from sclite.student.forward import hidden_states, pad, token_log_probs
 from sclite.student.load import load_student, model_name
 from sclite.trace import parse
 from sclite.train.checkpoints import Checkpoints, refuse_other_inputs
 from sclite.train.common import quiet, save_adapter
 from sclite.train.fit import micro_batch
-from sclite.train.forward import hidden_states, pad, token_log_probs
 from sclite.train.labels import check_labels, check_tokenizer, left_out
 from sclite.train.trainer import Lesson, Part, held_out_rows, train_adapter
 from sclite.train.watch import Progress
@@ -66,7 +66,7 @@ def train_sft(
     refuse_other_inputs(run, STAGE, folder / "checkpoints", inputs, fresh)
     rows = [row for row in rows if row.id not in unseen]
     with timed(report):
-        quiet()
+        quiet(config.student)
         checkpoints = Checkpoints(folder / "checkpoints")
         checkpoints.begin(inputs)
         at_once = micro_batch(config, STAGE)

@@ -137,6 +137,7 @@ def arguments(
         "lr_scheduler_type": "cosine",
         "warmup_steps": lora.warmup,
         "max_grad_norm": lora.max_grad_norm,
+        "weight_decay": 0.0,  # Unsloth's trainers have another default
         "optim": "adamw_8bit" if cuda else "adamw_torch",
         "bf16": cuda and torch.cuda.is_bf16_supported(),
         "fp16": cuda and not torch.cuda.is_bf16_supported(),
@@ -147,7 +148,7 @@ def arguments(
         "save_steps": every,
         "save_total_limit": 2,  # the older one stays until the newer one is known to be whole
         "eval_strategy": "steps" if evaluates else "no",
-        "eval_steps": every,
+        "eval_steps": every if evaluates else None,
         "metric_for_best_model": "eval_loss" if evaluates else None,
         "greater_is_better": False,
         "report_to": _listeners(lora, folder),
@@ -201,7 +202,7 @@ def _build(model: Any, tokenizer: Any, lesson: Lesson, settings: dict[str, Any],
     with trainable_as_they_are(model):
         trainer = _trainer_class(base)(
             model=model,
-            args=config(**settings),
+            args=config(**settings, **({} if prefers else {"loss_type": "nll"})),
             train_dataset=order,
             eval_dataset=order if settings["eval_strategy"] != "no" else None,
             data_collator=_collator(lesson),

@@ -69,7 +69,7 @@ def train_warm(
     reviews = run.require("reviews.jsonl", Review, remedy)
     templates = run.require("templates.jsonl", Template, "run `sclite build-data` first")
     with timed(report):
-        quiet()
+        quiet(config.student)
         checkpoints = Checkpoints(folder / "warm-checkpoints")
         checkpoints.begin(inputs)
         at_once = micro_batch(config, STAGE)

@@ -12,13 +12,13 @@ from sclite.records import Attempt, Pair, Problem, Review, Template
 from sclite.run import Run
 from sclite.student import encode
 from sclite.student.encode import Encoded, decision_ids, piece_ids, prompt_ids
+from sclite.student.forward import pad
 from sclite.student.load import load_student, load_tokenizer
 from sclite.student.review import score_request
 from sclite.student.trainable import Trainable
 from sclite.trace import CAUSE, close_piece, open_piece, parse, render
 from sclite.train.bundle import build_bundles, collate, likelihoods, reference_log_probs
 from sclite.train.dpo import PairLoss, train_dpo, with_replay
-from sclite.train.forward import pad
 from sclite.train.sft import solve_rows, train_sft
 from sclite.train.warm import train_warm
 from tests.tiny import tiny_llama
@@ -294,6 +294,27 @@ def test_padding_changes_no_odds(started):
     together = reference_log_probs(model, bundles, tokenizer, size=6)
     longer = [replace(b, replay=None) for b in reversed(bundles)]
     assert_same(together, reference_log_probs(model, longer, tokenizer, size=1))
+
+
+def test_rows_end_to_end_give_the_log_probabilities_and_gradients_of_padded_ones(started):
+    config, run = started
+    found = []
+    for padding_free in (False, True):
+        lora = config.dpo.model_copy(update={"padding_free": padding_free})
+        model, tokenizer = load_student(config.student, lora, run.path("dpo/warm"), train=True)
+        assert model.padding_free is padding_free
+        bundles = bundles_of(config, run, tokenizer)
+        got = likelihoods(model, collate(bundles, tokenizer.pad_token_id), decision_ids(tokenizer))
+        sides = [got.decision_chosen, got.decision_rejected, got.content_chosen, got.content_rejected]
+        sum(side.sum() for side in sides).backward()
+        found.append(
+            ([side.tolist() for side in sides], [p.grad for p in model.parameters() if p.requires_grad])
+        )
+    (padded, gradients), (free, others) = found
+    for side, other in zip(padded, free, strict=True):
+        assert side == pytest.approx(other, abs=1e-3)
+    for gradient, other in zip(gradients, others, strict=True):
+        assert float((gradient - other).abs().max()) < 1e-3 * max(1.0, float(gradient.abs().max()))
 
 
 def test_padding_carries_neither_attention_nor_weight():

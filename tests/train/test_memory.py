@@ -8,8 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sclite.errors import DataFault
+from sclite.student.forward import chunk_of, hidden_states, token_log_probs, vocabulary_log_probs
 from sclite.student.load import LINEAR_LAYERS
-from sclite.train.forward import chunk_of, hidden_states, token_log_probs, vocabulary_log_probs
 from sclite.train.geometry import geometry
 from sclite.train.memory import (
     BACKWARD,
@@ -294,7 +294,7 @@ def test_logits_grow_with_the_loss_until_they_go_through_the_head_in_chunks():
 def test_in_chunks_or_at_once_log_probabilities_and_gradients_are_the_same(monkeypatch):
     import torch
 
-    from sclite.train import forward
+    from sclite.student import forward
 
     model = tiny_model()
     ids = torch.randint(3, 500, (2, 90), generator=torch.Generator().manual_seed(0))

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
+from sclite.errors import DataFault
 from sclite.student.encode import Encoded
 
 
@@ -29,9 +30,38 @@ def autocast(model: Any) -> Any:
 
 
 def hidden_states(model: Any, ids: Any, mask: Any) -> Any:
-    """The decoder's last hidden states, [rows, longest, width]."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return causal.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    """The decoder's last hidden states for rows padded at the right, [rows, longest, width].
+
+    Where the model is `padding_free`, rows go through it end to end and nothing is computed for padding. Raises DataFault
+    where the model has cut them.
+    """
+    decoder = _head(model)[0].get_decoder()
+    lengths = mask.sum(1)
+    if getattr(model, "padding_free", False) and len(ids) > 1:
+        return _end_to_end(decoder, ids, mask.bool(), lengths)
+    hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    if hidden.shape[1] != ids.shape[1]:
+        raise DataFault(
+            f"rows of {ids.shape[1]} tokens were cut to {hidden.shape[1]}",
+            "lower max_length: the student has no more",
+        )
+    return hidden
+
+
+def _end_to_end(decoder: Any, ids: Any, mask: Any, lengths: Any) -> Any:
+    """Rows one behind the other as one, each with positions of its own, and laid out again as they were.
+
+    Positions that begin anew tell transformers where attention ends; Unsloth's kernels are told the lengths.
+    """
+    import torch
+
+    positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths.tolist()])
+    given = {"input_ids": ids[mask].unsqueeze(0), "position_ids": positions.unsqueeze(0), "use_cache": False}
+    if type(decoder).forward.__module__.startswith("unsloth"):
+        given["packed_seq_lengths"] = lengths.to(torch.int32)
+    flat = decoder(attention_mask=None, **given).last_hidden_state[0]
+    laid = flat.new_zeros(*ids.shape, flat.shape[-1])
+    return laid.masked_scatter(mask.unsqueeze(-1), flat)
 
 
 def _head(model: Any) -> tuple[Any, Any]:
@@ -45,10 +75,27 @@ def vocabulary_log_probs(model: Any, hidden: Any) -> Any:
 
     causal, head = _head(model)
     logits = head(hidden.to(head.weight.dtype)).float()
+    return torch.log_softmax(_capped(causal, logits), dim=-1)
+
+
+def two_logits(model: Any, hidden: Any, one: int, other: int) -> Any:
+    """Float32 logits of two tokens for hidden states [positions, width]: [positions, 2]."""
+    causal, head = _head(model)
+    import torch
+
+    bias = getattr(head, "bias", None)
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = hidden.float() @ head.weight[[one, other]].float().T
+        if bias is not None:
+            logits = logits + bias[[one, other]].float()
+        return _capped(causal, logits)
+
+
+def _capped(causal: Any, logits: Any) -> Any:
+    import torch
+
     cap = getattr(causal.config.get_text_config(), "final_logit_softcapping", None)
-    if cap:
-        logits = torch.tanh(logits / cap) * cap
-    return torch.log_softmax(logits, dim=-1)
+    return torch.tanh(logits / cap) * cap if cap else logits
 
 
 LOGITS = 1 << 26
