@@ -1,0 +1,81 @@
+"""Models of real geometry with random weights, already in 4 bits: memory and speed do not depend on the values."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sclite.student.load import embedded_folder
+
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+SHARD_BYTES = 4_000_000_000
+
+
+def random_model(folder: Path, config: Mapping[str, Any], device: str) -> Path:
+    """A folder as a pre-quantised checkpoint has it: NF4 with double quantisation, everything else in bfloat16.
+
+    Weights of one shape are the same in every layer, so that a 7B model takes seconds. The tokenizer is the embedded
+    student's, whose ids any larger vocabulary holds.
+    """
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+    folder.mkdir(parents=True, exist_ok=True)
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    written = {
+        **config,
+        "torch_dtype": "bfloat16",
+        "quantization_config": quantisation.to_dict(),
+        "pad_token_id": 2,
+    }
+    (folder / "config.json").write_text(json.dumps(written, indent=1))
+    for name in TOKENIZER:
+        shutil.copy(embedded_folder() / name, folder / name)
+    with torch.device("meta"):
+        shape = AutoConfig.for_model(**{k: v for k, v in written.items() if k != "quantization_config"})
+        empty = AutoModelForCausalLM.from_config(shape)
+    made: dict[Any, dict[str, Any]] = {}
+    shards: list[dict[str, Any]] = [{}]
+    size = 0
+    for name, parameter in empty.named_parameters():
+        tensors = _tensors(name, parameter.shape, device, made)
+        added = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        if size + added > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1] |= tensors
+        size += added
+    index = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(shard, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return folder
+
+
+def _tensors(name: str, shape: Any, device: str, made: dict[Any, dict[str, Any]]) -> dict[str, Any]:
+    """What a checkpoint holds of one parameter, by name."""
+    import torch
+    from bitsandbytes.functional import quantize_4bit
+
+    quantised = ".layers." in name and name.endswith("proj.weight")
+    key = (tuple(shape), quantised, name.endswith("norm.weight"))
+    if key not in made:
+        if name.endswith("norm.weight"):
+            value = torch.ones(shape, dtype=torch.bfloat16)
+        else:
+            value = 0.02 * torch.randn(shape, dtype=torch.bfloat16, device=device)
+        if quantised:
+            packed, state = quantize_4bit(value, compress_statistics=True, quant_type="nf4")
+            made[key] = {"": packed.cpu()} | {f".{k}": v.cpu() for k, v in state.as_dict(packed=True).items()}
+        else:
+            made[key] = {"": value.cpu()}
+    return {name + end: value.clone() for end, value in made[key].items()}
