@@ -187,6 +187,7 @@ class Screen:
     def __init__(self, plan: Mapping[str, float] | None = None, quiet: bool = False):
         self.plan, self.quiet = dict(plan or {}), quiet
         self.finished: dict[str, float] = {}
+        self.skipped: set[str] = set()
         self._bars: Any = None
         self._rate = Rate()
 
@@ -194,8 +195,9 @@ class Screen:
         """Seconds left in all, when `share` of this stage is done; None without a plan."""
         if stage not in self.plan:
             return None
-        planned = sum(self.plan.get(name, 0) for name in self.finished)
-        scale = sum(self.finished.values()) / planned if planned > 5 else 1.0
+        worked = {name: seconds for name, seconds in self.finished.items() if name not in self.skipped}
+        planned = sum(self.plan.get(name, 0) for name in worked)
+        scale = sum(worked.values()) / planned if planned > 5 else 1.0
         later = list(self.plan)[list(self.plan).index(stage) + 1 :]
         return scale * (self.plan[stage] * (1 - share) + sum(self.plan[name] for name in later))
 
@@ -285,7 +287,9 @@ class Screen:
         return said in ("y", "yes")
 
     def done(self, name: str, text: str, skipped: bool = False) -> None:
-        """One line for a finished stage."""
+        """One line for a finished stage; one that was skipped tells nothing of how fast this machine is."""
+        if skipped:
+            self.skipped.add(name)
         if not self.quiet:
             seconds = "as it was" if skipped else duration(self.finished.get(name, 0.0))
             note(f"[green]✓[/] {text} [dim]{seconds}[/]")

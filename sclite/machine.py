@@ -26,7 +26,17 @@ class Check:
 
 def check_all() -> list[Check]:
     """Every check; imports torch and llama.cpp, which takes seconds."""
-    return [_python(), _torch(), _card(), _unsloth(), _llama_cpp(), _converter(), _ollama(), _disk()]
+    return [
+        _python(),
+        _torch(),
+        _card(),
+        _unsloth(),
+        _compiler(),
+        _llama_cpp(),
+        _converter(),
+        _ollama(),
+        _disk(),
+    ]
 
 
 def as_dicts(checks: list[Check]) -> list[dict[str, Any]]:
@@ -136,6 +146,14 @@ def _unsloth() -> Check:
     return Check("Unsloth", found, _version("unsloth") or "not installed", "pip install -e '.[cuda]'")
 
 
+def _compiler() -> Check:
+    """Unsloth's kernels are compiled by Triton, which asks a C compiler for its launchers."""
+    found = next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), "")
+    if not cards():
+        return Check("C compiler", True, f"{found or 'none'}, not needed without a card")
+    return Check("C compiler", bool(found), found or "none", "apt-get install gcc")
+
+
 def _llama_cpp() -> Check:
     from sclite.student.engine import llama
 
@@ -183,17 +201,8 @@ def starting_values(memory_gb: float | None) -> dict[str, Any]:
     """The keys that depend on the machine, for a card with so many GB (None: no card)."""
     if memory_gb is None:
         return {"student.model": "embedded", "student.backend": "plain"}
-    if memory_gb < 15:
-        return {
-            "student.model": "unsloth/Qwen3-4B-Instruct-2507-bnb-4bit",
-            "sft.micro_batch": 1,
-            "dpo.micro_batch": 1,
-        }
-    return {
-        "student.model": "unsloth/Qwen2.5-Math-7B-Instruct-bnb-4bit",
-        "sft.micro_batch": 2,
-        "dpo.micro_batch": 1,
-    }
+    name = "Qwen3-4B-Instruct-2507" if memory_gb < 15 else "Qwen2.5-Math-7B-Instruct"
+    return {"student.model": f"unsloth/{name}-bnb-4bit"}
 
 
 def write_configuration(path: Path, memory_gb: float | None) -> None:

@@ -41,3 +41,25 @@ def test_before_there_are_two_rows_nothing_is_said(clock):
     clock.append(1.0)
     rate.tell(1, None)
     assert rate.line(10) == ""
+
+
+def test_a_skipped_stage_tells_nothing_of_how_fast_the_machine_is(clock):
+    screen = console.Screen({"a": 10, "b": 20, "c": 30}, quiet=True)
+    with screen.stage("a", "a"):
+        clock.append(0.1)
+    screen.done("a", "a", skipped=True)
+    assert screen.left("b", 0.5) == 40
+    with screen.stage("b", "b"):
+        clock.append(40.1)
+    screen.done("b", "b")
+    assert screen.left("c", 0.0) == 60
+
+
+def test_figures_of_the_moment_and_warnings_reach_a_log(clock, capsys):
+    with console.Screen().stage("sft", "sft: the student learns") as progress:
+        clock.append(31.0)
+        progress(1, 9, note="loss 0.5")
+        progress(0, 0, warning="the margin [stays] at 0")
+    told = capsys.readouterr().err
+    assert "1 of 9 loss 0.5" in told
+    assert "warning: the margin [stays] at 0" in told
