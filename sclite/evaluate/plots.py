@@ -5,7 +5,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 POINTS = 240  # of a curve at most; longer ones show the mean of each stretch
-NOT_CURVES = {"step", "epoch", "learning_rate", "lr", "grad_norm", "seconds", "tokens", "total_flos", "time"}
+NOT_CURVES = {
+    "step",
+    "epoch",
+    "learning_rate",
+    "grad_norm",
+    "tokens",
+    "tokens_per_second",
+    "memory_gb",
+    "margin_max",
+}
 NAMES = {"loss": "loss", "dpo_loss": "DPO loss", "margin": "margin, chosen less rejected"}
 LEVELS = {"dpo_loss": math.log(2), "margin": 0.0}  # where DPO starts when its reference is the right one
 

@@ -48,7 +48,7 @@ PLAN = {
     "pairs": 20,
     "dpo": 55,
     "export": 1,
-    "eval": 78,
+    "eval": 95,
 }
 """Seconds that the stages take on two common cores."""
 
@@ -75,7 +75,7 @@ def quickstart(
         world,
         pipeline.NAMES,
         test_problems(count),
-        threshold_problems(2 * count // 3),
+        threshold_problems(4 * count // 3),  # with fewer, one spoilt answer in two hundred is one or none
         judge,
         source="the arithmetic stories of the quickstart",
     )

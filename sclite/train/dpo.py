@@ -79,7 +79,7 @@ def train_dpo(
             [row for row in solved if len(row.ids) <= config.dpo.max_length],
             config.dpo.replay_share,
         )
-        reference = _reference(run, model, tokenizer, bundles, digest(inputs))
+        reference = _reference(run, model, tokenizer, bundles, digest(inputs), at_once)
         outcome = train_adapter(
             model,
             tokenizer,
@@ -137,13 +137,13 @@ def with_replay(bundles: Sequence[Bundle], rows: Sequence[Encoded], share: float
 
 
 def _reference(
-    run: Run, model: Any, tokenizer: Any, bundles: Sequence[Bundle], signature: str
+    run: Run, model: Any, tokenizer: Any, bundles: Sequence[Bundle], signature: str, at_once: int
 ) -> dict[str, Any]:
     """The reference log-probabilities: from the run where they are of this adapter and these pairs, else computed and kept."""
     kept = run.read_json("dpo/reference.json")
     if kept is not None and kept["signature"] == signature:
         return kept["log_probs"]
-    log_probs = reference_log_probs(model, bundles, tokenizer)
+    log_probs = reference_log_probs(model, bundles, tokenizer, at_once)
     run.write_json("dpo/reference.json", {"signature": signature, "log_probs": log_probs})
     return log_probs
 

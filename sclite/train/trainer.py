@@ -146,6 +146,7 @@ def arguments(
         "logging_steps": 1,
         "save_strategy": "steps",
         "save_steps": every,
+        "restore_callback_states_from_checkpoint": True,  # early stopping counts on
         "save_total_limit": 2,  # the older one stays until the newer one is known to be whole
         "eval_strategy": "steps" if evaluates else "no",
         "eval_steps": every if evaluates else None,
@@ -304,5 +305,6 @@ def weigh(parts: Mapping[str, Part], totals: Mapping[str, int]) -> tuple[Any, di
         value = part.total / max(1, totals[part.per]) if part.per else part.total
         if part.weight:
             loss = loss + part.weight * value
-        figures[name] = value.detach() if part.per else [value.detach()]
+        if len(parts) > 1:  # a single one is the loss itself
+            figures[name] = value.detach() if part.per else [value.detach()]
     return loss, figures

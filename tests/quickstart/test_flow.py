@@ -100,11 +100,17 @@ def test_closing_words_name_the_next_three_commands(quickstarted):
     assert len(commands) == 3
 
 
-def test_changed_setting_trains_anew_and_keeps_the_templates(quickstarted):
+def test_changed_setting_is_refused_and_with_fresh_trains_anew_and_keeps_the_templates(quickstarted):
     folder, run, _ = quickstarted
     before = (run / "templates.jsonl").read_bytes()
-    done = sclite("train", "--only", "sft", "--json", "--run", str(run), "--set", "sft.epochs=0.1",
-                  "--set", "student.model=embedded", "--set", "problems.limit=200", folder=folder)  # fmt: skip
+    adapter = (run / "sft/adapter/adapter_model.safetensors").read_bytes()
+    command = ["train", "--only", "sft", "--json", "--run", str(run), "--set", "sft.epochs=0.1",
+               "--set", "student.model=embedded", "--set", "problems.limit=200"]  # fmt: skip
+    refused = sclite(*command, folder=folder)
+    assert refused.returncode == 2
+    assert "sft.epochs: 6 before, 0.1 now" in refused.stderr
+    assert (run / "sft/adapter/adapter_model.safetensors").read_bytes() == adapter
+    done = sclite(*command, "--fresh", folder=folder)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["sft"]["counts"]["steps"] < 10
     assert (run / "templates.jsonl").read_bytes() == before
