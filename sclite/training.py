@@ -10,9 +10,11 @@ from typing import Any
 
 from sclite import pipeline
 from sclite.apart import apart
-from sclite.config import Config
+from sclite.config import Config, Lora
 from sclite.errors import DeviceFault, MemoryFault, UsageFault
 from sclite.run import Report, Run
+from sclite.student.memory import free_memory
+from sclite.train.fit import divisor
 from sclite.world import LIBRARIES, World
 
 Stage = Callable[..., Report]
@@ -105,9 +107,9 @@ def dpo(config: Config, run: Run, unseen: frozenset[str], fresh: bool, *, progre
 
 def _stage(world: World, name: str, text: str, stage: Stage, fresh: bool) -> Report:
     """Run a training stage; with half the rows at once after each time that the memory does not suffice."""
-    config, unseen = world.config, pipeline.unseen(world)
+    config, unseen, report = world.config, pipeline.unseen(world), None
     with world.screen.stage(name, text) as progress:
-        while True:
+        while report is None:
             given = (config, world.run, unseen, fresh)
             try:
                 if world.apart:
@@ -118,14 +120,14 @@ def _stage(world: World, name: str, text: str, stage: Stage, fresh: bool) -> Rep
                 if fault.micro_batch == 1:
                     raise _told(fault, config, name) from fault
                 config = halved(config, fault)
-                fresh = False  # what it has trained so far is its own
-                told = f"out of memory with {fault.micro_batch} rows at once: {name} goes on with {fault.micro_batch // 2}"
+                now = section(config, name).micro_batch
+                told = f"out of memory with {fault.micro_batch} rows at once: {name} goes on with {now}"
                 progress(0, 0, warning=told)
-            else:
-                break
+            if report is None and not world.apart:
+                free_memory()  # here, where no traceback holds the model any more
     if "cut" in report.figures:
-        section = "sft" if name == "sft" else "dpo"
-        progress(0, 0, warning=f"{report.figures['cut']} and are left out: raise {section}.max_length")
+        key = "sft.max_length" if name == "sft" else "dpo.max_length"
+        progress(0, 0, warning=f"{report.figures['cut']} and are left out: raise {key}")
     return report
 
 
@@ -138,7 +140,13 @@ def _told(fault: MemoryFault, config: Config, name: str) -> DeviceFault:
 
 
 def halved(config: Config, fault: MemoryFault) -> Config:
-    """The configuration with half the micro-batch in the section of a stage; the accumulation doubles by itself."""
-    section = "sft" if fault.stage == "sft" else "dpo"
-    settings = getattr(config, section).model_copy(update={"micro_batch": fault.micro_batch // 2})
-    return config.model_copy(update={section: settings})
+    """The configuration with about half the micro-batch in the section of a stage; the accumulation follows by itself."""
+    settings = section(config, fault.stage)
+    size = divisor(settings.batch, fault.micro_batch // 2)
+    name = "sft" if fault.stage == "sft" else "dpo"
+    return config.model_copy(update={name: settings.model_copy(update={"micro_batch": size})})
+
+
+def section(config: Config, stage: str) -> Lora:
+    """The settings of a training stage."""
+    return config.sft if stage == "sft" else config.dpo

@@ -12,6 +12,7 @@ from sclite.student.memory import out_of_memory
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EMBEDDED = "embedded"
+ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 def embedded_folder() -> Path:
@@ -53,20 +54,27 @@ def local_folder(student: Student) -> Path:
 
 
 def choose_card(gpu: int | None) -> None:
-    """Make one card the only visible one, before anything of CUDA is touched.
+    """Make one card the only visible one, before anything of CUDA is touched; None is the first, where there is one.
 
-    Raises DeviceFault where card `gpu` does not exist; None leaves the choice to CUDA.
+    `gpu` counts the cards that CUDA_VISIBLE_DEVICES leaves visible. Raises DeviceFault where there is no such card.
     """
+    left = os.environ.get("CUDA_VISIBLE_DEVICES")
+    cards = None if left is None else [card.strip() for card in left.split(",") if card.strip()]
+    number = gpu or 0
+    if cards is None:
+        os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(number)
+    elif number < len(cards):
+        os.environ["CUDA_VISIBLE_DEVICES"] = cards[number]
     if gpu is None:
         return
-    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
     import torch
 
-    if not torch.cuda.is_available():
+    if (cards is not None and number >= len(cards)) or not torch.cuda.is_available():
         build = "" if torch.version.cuda else "; this torch is a CPU build"
+        left = "" if cards is None else f"; CUDA_VISIBLE_DEVICES leaves {','.join(cards) or 'none'}"
         raise DeviceFault(
-            f"there is no CUDA card {gpu} here{build}",
+            f"there is no CUDA card {gpu} here{build}{left}",
             "leave --gpu out to train on the CPU, which suits small students only; `sclite doctor` tells more",
         )
 
@@ -135,9 +143,22 @@ def load_student(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    packed = lora.padding_free if lora.padding_free is not None else found == "unsloth"
-    model.padding_free = packed
+    model.padding_free = end_to_end(model, lora, found)
     return model, tokenizer
+
+
+def end_to_end(model: Any, lora: Lora, backend: str) -> bool:
+    """Whether rows go through the model one behind the other.
+
+    Not where layers carry a state along the row, as linear attention does: it would leak from one row into the next.
+    """
+    shape = model.config.get_text_config()
+    carries = any(kind not in ATTENTION for kind in getattr(shape, "layer_types", None) or ())
+    if carries and lora.padding_free:
+        raise DataFault(
+            f"padding_free = true: layers of {shape.model_type} would mix the rows", "leave padding_free out"
+        )
+    return not carries and (backend == "unsloth" if lora.padding_free is None else lora.padding_free)
 
 
 def _load_plain(name: str, student: Student, lora: Lora, adapter: Path | None, train: bool, seed: int) -> Any:
@@ -238,12 +259,23 @@ def load_unsloth(
             random_state=seed,
         )
     if adapter is not None:
-        from peft import set_peft_model_state_dict
-        from safetensors.torch import load_file
-
-        set_peft_model_state_dict(model, load_file(adapter / "adapter_model.safetensors"))
+        put_adapter(model, adapter)
     (FastLanguageModel.for_training if train else FastLanguageModel.for_inference)(model)
     return model
+
+
+def put_adapter(model: Any, folder: Path) -> None:
+    """Give the weights in a folder to the model's adapter; raises DataFault where they are not of its shape."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    found = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    missing = [name for name in found.missing_keys if ".lora_" in name]
+    if wrong := [*found.unexpected_keys, *missing]:
+        raise DataFault(
+            f"the adapter in {folder} does not fit the student: {wrong[0]} and {len(wrong) - 1} more differ",
+            "put one there that was trained from this student",
+        )
 
 
 def _shape(lora: Lora, adapter: Path | None) -> dict[str, Any]:
@@ -257,4 +289,10 @@ def _shape(lora: Lora, adapter: Path | None) -> dict[str, Any]:
     if adapter is None:
         return own
     kept = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    for unlike in ("rank_pattern", "alpha_pattern", "use_dora"):
+        if kept.get(unlike):
+            raise DataFault(
+                f"the adapter in {adapter} has {unlike}, which is not trained on here",
+                "put a plain LoRA there; or use it through --set student.backend=plain",
+            )
     return {name: kept[name] for name in own} | {"use_rslora": kept.get("use_rslora", False)}

@@ -55,12 +55,9 @@ class Checkpoints:
 
     def load(self, step: int, model: Any) -> None:
         """Give the model the adapter weights of a step."""
-        from peft import set_peft_model_state_dict
-        from safetensors.torch import load_file
+        from sclite.student.load import put_adapter
 
-        set_peft_model_state_dict(
-            model, load_file(self.folder / f"checkpoint-{step}/adapter_model.safetensors")
-        )
+        put_adapter(model, self.folder / f"checkpoint-{step}")
 
     def forget(self) -> None:
         """Remove them all."""
@@ -72,12 +69,13 @@ def refuse_other_inputs(run: Run, stage: str, folder: Path, inputs: Mapping[str,
 
     Training costs hours: nothing that it has made is thrown away unasked.
     """
-    if fresh:
+    begun = Checkpoints(folder)
+    if fresh or (begun.step() and begun.begun_from() == inputs):  # the second: begun afresh, and broken off
         return
     manifest = run.finished(stage)
     before, what = (manifest["inputs"], "trained") if manifest else (None, "")
-    if before is None and Checkpoints(folder).step():
-        before, what = Checkpoints(folder).begun_from(), "begun"
+    if before is None and begun.step():
+        before, what = begun.begun_from(), "begun"
     if before is not None and before != inputs:
         changes = "; ".join(differences(before, inputs))
         raise UsageFault(

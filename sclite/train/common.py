@@ -6,17 +6,30 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from sclite.config import Student
-from sclite.student.load import backend
+from sclite.config import Config, Student
+from sclite.run import Run
+from sclite.student.load import EMBEDDED, backend, model_name
 
 
-def save_adapter(model: Any, folder: Path) -> None:
-    """Save a model's adapter beside and rename, so that the folder is never there half written."""
+def save_adapter(model: Any, run: Run, stage: str, name: str) -> None:
+    """Save a model's adapter as the folder `name` of the run, beside and then by rename, so that it is never half there.
+
+    An older manifest of the stage goes first: it signs another adapter.
+    """
+    folder = run.path(name)
+    run.begin(stage)
+    run.path(f"done/{stage}.json").unlink(missing_ok=True)
     beside = folder.with_name(f".{folder.name}")
     shutil.rmtree(beside, ignore_errors=True)
     model.save_pretrained(beside)
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
+
+
+def student_inputs(config: Config) -> dict[str, Any]:
+    """What of the student decides the result of a training; the embedded one is the same wherever sclite is installed."""
+    name = EMBEDDED if config.student.model == EMBEDDED else model_name(config.student)
+    return {"student.model": name, "student.load_in_4bit": config.student.load_in_4bit}
 
 
 def quiet(student: Student | None = None) -> None:

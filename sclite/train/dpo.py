@@ -17,11 +17,11 @@ from sclite.student.encode import Encoded, decision_ids
 from sclite.student.load import load_student
 from sclite.train.bundle import Bundle, build_bundles, collate, likelihoods, reference_log_probs
 from sclite.train.checkpoints import Checkpoints, refuse_other_inputs
-from sclite.train.common import quiet, save_adapter
+from sclite.train.common import quiet, save_adapter, student_inputs
 from sclite.train.fit import micro_batch
 from sclite.train.labels import check_tokenizer
 from sclite.train.sft import replay_templates, solve_rows
-from sclite.train.trainer import Lesson, Part, held_out_rows, train_adapter
+from sclite.train.trainer import Lesson, Part, held_out_rows, memory_told, train_adapter
 from sclite.train.watch import Progress
 
 STAGE = "dpo"
@@ -35,6 +35,7 @@ def inputs_of(config: Config, run: Run, unseen: frozenset[str] = frozenset()) ->
         "templates.jsonl": run.file_digest("templates.jsonl"),
         "dpo/warm": run.file_digest("dpo/warm/adapter_model.safetensors"),
         "dpo": config.dpo.deciding("warmup_learning_rate", "warmup_epochs", "decision_weight"),
+        **student_inputs(config),
         "prompts": prompts.digest(
             "student_system", "student_solve", "student_review", folder=config.prompts.folder
         ),
@@ -93,7 +94,7 @@ def train_dpo(
             micro_batch=at_once,
             progress=progress,
         )
-        save_adapter(model, folder / "adapter")
+        save_adapter(model, run, STAGE, "dpo/adapter")
     report.counts |= {"bundles": len(bundles), "pairs": len(pairs), "steps": outcome.steps}
     report.figures |= {"best_step": outcome.best, "warnings": outcome.warnings}
     run.sign(STAGE, inputs, report)
@@ -143,7 +144,8 @@ def _reference(
     kept = run.read_json("dpo/reference.json")
     if kept is not None and kept["signature"] == signature:
         return kept["log_probs"]
-    log_probs = reference_log_probs(model, bundles, tokenizer, at_once)
+    with memory_told(STAGE, at_once):
+        log_probs = reference_log_probs(model, bundles, tokenizer, at_once)
     run.write_json("dpo/reference.json", {"signature": signature, "log_probs": log_probs})
     return log_probs
 

@@ -14,10 +14,10 @@ from sclite.run import Report, Run, timed
 from sclite.signature import digest
 from sclite.student.encode import Encoded, encode_solution, end_id
 from sclite.student.forward import hidden_states, pad, token_log_probs
-from sclite.student.load import load_student, model_name
+from sclite.student.load import load_student
 from sclite.trace import parse
 from sclite.train.checkpoints import Checkpoints, refuse_other_inputs
-from sclite.train.common import quiet, save_adapter
+from sclite.train.common import quiet, save_adapter, student_inputs
 from sclite.train.fit import micro_batch
 from sclite.train.labels import check_labels, check_tokenizer, left_out
 from sclite.train.trainer import Lesson, Part, held_out_rows, train_adapter
@@ -32,8 +32,7 @@ def inputs_of(config: Config, run: Run, unseen: frozenset[str] = frozenset()) ->
         "problems kept for stage 2": digest(sorted(unseen)),
         "templates.jsonl": run.file_digest("templates.jsonl"),
         "sft": config.sft.deciding(),
-        "student.model": model_name(config.student),
-        "student.load_in_4bit": config.student.load_in_4bit,
+        **student_inputs(config),
         "prompts": prompts.digest("student_system", "student_solve", folder=config.prompts.folder),
         "seed": config.seed,
     }
@@ -89,8 +88,7 @@ def train_sft(
             micro_batch=at_once,
             progress=progress,
         )
-        run.begin(STAGE)
-        save_adapter(model, folder / "adapter")
+        save_adapter(model, run, STAGE, "sft/adapter")
     report.counts |= {"rows": len(encoded), "steps": outcome.steps}
     report.figures |= {"best_step": outcome.best, "warnings": outcome.warnings}
     run.sign(STAGE, inputs, report)

@@ -96,19 +96,25 @@ def train_adapter(
     trainer.totals = [_total(lesson, order[s : s + lora.batch]) for s in range(0, len(order), lora.batch)]
     for callback in _callbacks(checkpoints, watch, lora.patience if kept else 0):
         trainer.add_callback(callback)
-    try:
-        with watch.interruptions():
-            trainer.train(resume_from_checkpoint=checkpoints.last())
-    except RuntimeError as error:
-        if out_of_memory(error):
-            raise MemoryFault(lesson.phase, micro_batch) from error
-        raise
+    with memory_told(lesson.phase, micro_batch), watch.interruptions():
+        trainer.train(resume_from_checkpoint=checkpoints.last())
     if watch.interrupted:
         raise KeyboardInterrupt
     best = trainer.state.best_global_step if kept else None
     if best and best != trainer.state.global_step:
         checkpoints.load(best, model)
     return Outcome(trainer.state.global_step, best or None, watch.warnings)
+
+
+@contextmanager
+def memory_told(phase: str, micro_batch: int) -> Iterator[None]:
+    """Turn what libraries raise when the card's memory is used up into a MemoryFault."""
+    try:
+        yield
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise MemoryFault(phase, micro_batch) from error
+        raise
 
 
 def _total(lesson: Lesson, numbers: Sequence[int]) -> Counter[str]:
@@ -125,12 +131,12 @@ def arguments(
     import torch
 
     cuda = torch.cuda.is_available()
-    micro = min(micro_batch, lora.batch)
+    assert lora.batch % micro_batch == 0, f"{micro_batch} rows at once do not divide a batch of {lora.batch}"
     every = max(1, -(-rows // lora.batch) // lora.checkpoints)
     return {
         "output_dir": str(folder),
-        "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": max(1, lora.batch // micro),
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": lora.batch // micro_batch,
         "learning_rate": rate,
         "num_train_epochs": 1,  # all passes stand in the order already
         "train_sampling_strategy": "sequential",
@@ -209,6 +215,7 @@ def _build(model: Any, tokenizer: Any, lesson: Lesson, settings: dict[str, Any],
             data_collator=_collator(lesson),
             processing_class=tokenizer,
         )
+    trainer.args._n_gpu = 1  # else the trainer splits every micro-batch over all cards it sees
     trainer.remove_callback(PrinterCallback)
     if "ref" in model.peft_config:  # TRL's copy of the adapter; our reference is kept in the run
         model.delete_adapter("ref")

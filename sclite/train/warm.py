@@ -18,7 +18,7 @@ from sclite.student.encode import Encoded, encode_review, end_id
 from sclite.student.load import load_student
 from sclite.trace import parse, render
 from sclite.train.checkpoints import Checkpoints, refuse_other_inputs
-from sclite.train.common import quiet, save_adapter
+from sclite.train.common import quiet, save_adapter, student_inputs
 from sclite.train.fit import micro_batch
 from sclite.train.sft import fitting_rows, replay_templates, solve_rows, supervised
 from sclite.train.trainer import train_adapter
@@ -37,6 +37,7 @@ def inputs_of(config: Config, run: Run, unseen: frozenset[str] = frozenset()) ->
         "templates.jsonl": run.file_digest("templates.jsonl"),
         "sft/adapter": run.file_digest("sft/adapter/adapter_model.safetensors"),
         "dpo": config.dpo.deciding(*later),
+        **student_inputs(config),
         "prompts": prompts.digest(
             "student_system", "student_solve", "student_review", folder=config.prompts.folder
         ),
@@ -91,7 +92,7 @@ def train_warm(
             micro_batch=at_once,
             progress=progress,
         )
-        save_adapter(model, folder / "warm")
+        save_adapter(model, run, STAGE, "dpo/warm")
     report.counts |= {"rows": len(rows), "reviews": len(reviews), "steps": outcome.steps}
     report.figures |= {"best_step": outcome.best, "warnings": outcome.warnings}
     run.sign(STAGE, inputs, report)

@@ -4,35 +4,66 @@
     python -m tests.benchmarks.bench_train --models FOLDER --only speed|memory   a part of it
     python -m tests.benchmarks.bench_train --embedded RUN --adapters FOLDER      a quickstart's three trainings on the card
 
-Models are random ones of real geometry, written into FOLDER once. Each measurement is a process of its own within 24 GB.
-The last form takes the rows of a quickstart's run folder; evaluate its adapters where llama.cpp is.
+Models are random ones of real geometry, written into FOLDER once. Each session is a process within 24 GB that loads its
+student once for all its cases. The last form takes the rows of a quickstart's run folder; evaluate its adapters where
+llama.cpp is.
 """
 
 import argparse
+import importlib
 import json
 import random
 import statistics
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 CAP_BYTES = 24e9
-RANK, BATCH, LONGEST = 32, 8, 2048
-SIDES = ("ours", "script", "plain")
-SPEED = [("sft", side) for side in SIDES] + [("dpo", side) for side in ("ours", "plain")]
-MEMORY = [
-    *(("qwen2.5-math-7b", "sft", micro, LONGEST, "ours") for micro in (1, 2, 4)),
-    ("qwen2.5-math-7b", "dpo", 1, LONGEST, "ours"),
-    ("qwen2.5-math-7b", "dpo", 2, LONGEST, "ours"),
-    ("qwen2.5-math-7b", "sft", 1, 4096, "ours"),
-    ("qwen2.5-math-7b", "sft", 2, LONGEST, "plain"),
-    ("llama-3.1-8b", "sft", 2, LONGEST, "ours"),
-    ("llama-3.1-8b", "dpo", 2, LONGEST, "ours"),
-]
-"""(geometry, stage, micro-batch, tokens a row, side) beside the memory model."""
+RANK, LONGEST = 32, 2048
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement. `side`: ours, through Unsloth; script, by Unsloth and TRL alone; plain, ours without Unsloth.
+
+    With `full` every row is as long as the longest; else a few hundred tokens mostly, as worked problems are.
+    """
+
+    side: str
+    stage: str
+    micro: int
+    length: int = LONGEST
+    full: bool = False
+    batch: int = 8
+    steps: int = 12
+
+
+def peak(side: str, stage: str, micro: int, length: int = LONGEST) -> Case:
+    """A case of rows that are all full: what memory has to hold."""
+    return Case(side, stage, micro, length, full=True, batch=max(4, micro), steps=3)
+
+
+FIRST, SECOND = "qwen2.5-math-7b", "llama-3.1-8b"
+MEMORY = {
+    (FIRST, "unsloth"): [
+        *(peak("ours", "sft", micro) for micro in (1, 2, 4)),
+        *(peak("ours", "dpo", micro) for micro in (1, 2)),
+        peak("ours", "sft", 1, 4096),
+    ],
+    (SECOND, "unsloth"): [peak("ours", "sft", 2), peak("ours", "dpo", 2), peak("ours", "dpo", 1, 4096)],
+    (FIRST, "plain"): [peak("plain", "sft", 2), peak("plain", "dpo", 1)],
+}
+"""(geometry, backend): peaks beside the memory model."""
+SPEED = {
+    "unsloth": [Case("ours", "sft", 4), Case("script", "sft", 4), Case("ours", "dpo", 2)],
+    "plain": [Case("plain", "sft", 4), Case("plain", "dpo", 2)],
+}
+"""In turn, `--rounds` times, in one session each."""
 
 
 # -- rows ----------------------------------------------------------------------------------------------------------
@@ -78,109 +109,121 @@ def bundles(count: int, full: bool, longest: int) -> list[Any]:
     return made
 
 
-# -- one measurement, in a process of its own ----------------------------------------------------------------------
+# -- a session: a process that loads its student once ---------------------------------------------------------------
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """The figures of one side of one stage."""
+def session(folder: Path, geometry: str, backend: str, cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
+    """The figures of each case, one after the other."""
     import torch
+
+    from sclite.student.memory import free_memory, out_of_memory
 
     torch.cuda.set_per_process_memory_fraction(min(1.0, CAP_BYTES / torch.cuda.mem_get_info()[1]))
-    folder = model_folder(options.models, options.geometry)
-    work = {"ours": ours, "plain": ours, "script": script}[options.side]
-    torch.cuda.reset_peak_memory_stats()
-    figures = work(options, folder)
-    figures |= {"reserved_gb": torch.cuda.max_memory_reserved() / 1e9}
-    if options.side != "script":
-        figures |= modelled(options)
-    return figures
-
-
-def model_folder(models: Path, name: str) -> Path:
-    """The random model of a geometry, written once."""
-    from tests.gpu.models import random_model
-    from tests.train.geometries import RECIPES
-
-    folder = models / name
-    if not (folder / "model.safetensors.index.json").is_file():
-        random_model(folder, RECIPES[name], "cuda")
-    return folder
-
-
-def ours(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Our trainer, through Unsloth or on the plain path."""
-    from tempfile import TemporaryDirectory
-
-    import torch
-
+    began = time.monotonic()
     from sclite.config import Config
+    from sclite.train.common import quiet
+
+    config = Config.model_validate({"student": {"model": str(folder), "backend": backend}})
+    quiet(config.student)
+    students: dict[bool, Any] = {}
+    for case in cases:
+        by_script = case.side == "script"
+        if by_script not in students:
+            students[by_script] = load_by_script(folder) if by_script else load_ours(config, case)
+        free_memory()
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            figures = (script if by_script else ours)(*students[by_script], config, case)
+        except Exception as error:
+            if not out_of_memory(error.__cause__ or error):
+                raise
+            figures = {"error": "out of memory"}
+        free, total = torch.cuda.mem_get_info()
+        figures |= {
+            "reserved_gb": torch.cuda.max_memory_reserved() / 1e9,
+            "outside_gb": (total - free - torch.cuda.memory_reserved()) / 1e9,  # of all processes on the card
+            "seconds": round(time.monotonic() - began, 1),
+        }
+        began = time.monotonic()
+        modelled = {} if by_script else in_the_model(geometry, backend, case)
+        yield {"geometry": geometry, **asdict(case), **figures, **modelled}
+
+
+def load_ours(config: Any, case: Case) -> tuple[Any, Any]:
+    """(model, tokenizer) as our stages load them."""
     from sclite.student.load import load_student
+
+    return load_student(config.student, lora_of(case), train=True)
+
+
+def lora_of(case: Case) -> Any:
+    """The settings of a case; DPO's hold for SFT too."""
+    from sclite.config import Dpo, Sft
+
+    kind = Sft if case.stage == "sft" else Dpo
+    return kind(rank=RANK, batch=case.batch, max_length=case.length, eval_share=0, checkpoints=1)
+
+
+def ours(model: Any, tokenizer: Any, config: Any, case: Case) -> dict[str, Any]:
+    """Our trainer, through Unsloth or on the plain path."""
     from sclite.train.bundle import reference_log_probs
     from sclite.train.checkpoints import Checkpoints
-    from sclite.train.common import quiet
     from sclite.train.dpo import preferences
     from sclite.train.sft import supervised
     from sclite.train.trainer import train_adapter
     from sclite.train.watch import read_metrics
 
-    lora = {"rank": RANK, "batch": BATCH, "max_length": options.length, "eval_share": 0, "checkpoints": 1}
-    backend = "unsloth" if options.side == "ours" else "plain"
-    config = Config.model_validate(
-        {"student": {"model": str(folder), "backend": backend}, "sft": lora, "dpo": lora}
-    )
-    quiet(config.student)
-    model, tokenizer = load_student(config.student, config.sft, train=True)
-    count = options.steps * BATCH
-    if options.stage == "sft":
-        rows = solved_rows(count, options.full, options.length)
+    lora, count = lora_of(case), case.steps * case.batch
+    if case.stage == "sft":
+        rows = solved_rows(count, case.full, case.length)
         lesson = supervised("sft", rows, tokenizer.pad_token_id, 0, 0)
     else:
-        pairs = bundles(count, options.full, options.length)
-        reference = reference_log_probs(model, pairs, tokenizer, options.micro)
-        lesson = preferences(config.dpo, pairs, reference, tokenizer, 0)
-    torch.cuda.reset_peak_memory_stats()
-    seen = {"peak": 0.0}
+        pairs = bundles(count, case.full, case.length)
+        reference = reference_log_probs(model, pairs, tokenizer, case.micro)
+        lesson = preferences(lora, pairs, reference, tokenizer, 0)
     with TemporaryDirectory() as place:
+        metrics = Path(place) / "metrics.jsonl"
         train_adapter(
-            model, tokenizer, lesson, config.sft, Checkpoints(Path(place) / "checkpoints"),
-            Path(place) / "metrics.jsonl", rate=1e-5, epochs=1, seed=0, micro_batch=options.micro,
+            model, tokenizer, lesson, lora, Checkpoints(Path(place) / "checkpoints"), metrics,
+            rate=1e-5, epochs=1, seed=0, micro_batch=case.micro,
         )  # fmt: skip
-        found = read_metrics(Path(place) / "metrics.jsonl")
-    seen["peak"] = max(row["memory_gb"] for row in found)
+        found = read_metrics(metrics)
     figures = {"tokens_per_second": statistics.median(row["tokens_per_second"] for row in found[2:])}
-    figures |= {"peak_gb": seen["peak"], "steps": len(found)}
-    return figures | ({"first_dpo_loss": found[0]["dpo_loss"]} if options.stage == "dpo" else {})
+    figures |= {"peak_gb": max(row["memory_gb"] for row in found), "steps": len(found)}
+    return figures | ({"first_dpo_loss": found[0]["dpo_loss"]} if case.stage == "dpo" else {})
 
 
-def script(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """What a careful notebook does: Unsloth's loader, TRL's SFTTrainer on tokenised rows in the same order."""
-    from tempfile import TemporaryDirectory
+def load_by_script(folder: Path) -> tuple[Any, Any]:
+    """(model, tokenizer) as a notebook has them, from Unsloth's loader."""
+    fast = importlib.import_module("unsloth").FastLanguageModel
+    from sclite.student.load import LINEAR_LAYERS
 
+    model, tokenizer = fast.from_pretrained(str(folder), max_seq_length=LONGEST, load_in_4bit=True)
+    model = fast.get_peft_model(
+        model, r=RANK, lora_alpha=64, target_modules=list(LINEAR_LAYERS), lora_dropout=0.0, bias="none",
+        use_gradient_checkpointing="unsloth", random_state=0,
+    )  # fmt: skip
+    return model, tokenizer
+
+
+def script(model: Any, tokenizer: Any, _: Any, case: Case) -> dict[str, Any]:
+    """What a careful notebook does: TRL's SFTTrainer on tokenised rows, the same in the same order."""
     import datasets
     import torch
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
-    from unsloth import FastLanguageModel  # before trl
 
-    from sclite.student.load import LINEAR_LAYERS
     from sclite.train.order import training_order
 
-    model, tokenizer = FastLanguageModel.from_pretrained(
-        str(folder), max_seq_length=options.length, load_in_4bit=True
-    )
-    model = FastLanguageModel.get_peft_model(
-        model, r=RANK, lora_alpha=64, target_modules=list(LINEAR_LAYERS), lora_dropout=0.0, bias="none",
-        use_gradient_checkpointing="unsloth", random_state=0,
-    )  # fmt: skip
-    rows = solved_rows(options.steps * BATCH, options.full, options.length)
-    rows = [rows[i] for i in training_order([len(row.ids) for row in rows], BATCH, 1, 0)]
+    rows = solved_rows(case.steps * case.batch, case.full, case.length)
+    rows = [rows[i] for i in training_order([len(row.ids) for row in rows], case.batch, 1, 0)]
     data = datasets.Dataset.from_dict(
         {
             "input_ids": [row.ids for row in rows],
             "labels": [[i if w else -100 for i, w in zip(row.ids, row.weights, strict=True)] for row in rows],
         }
     )
-    tokens = [sum(len(row.ids) for row in rows[s : s + BATCH]) for s in range(0, len(rows), BATCH)]
+    sizes = [sum(len(row.ids) for row in rows[s : s + case.batch]) for s in range(0, len(rows), case.batch)]
     speeds, began = [], [0.0]
 
     class Clock(TrainerCallback):
@@ -190,40 +233,40 @@ def script(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
         def on_step_end(self, args, state, control, **_):
             torch.cuda.synchronize()
-            speeds.append(tokens[state.global_step - 1] / (time.monotonic() - began[0]))
+            speeds.append(sizes[state.global_step - 1] / (time.monotonic() - began[0]))
 
     with TemporaryDirectory() as place:
         settings = SFTConfig(
-            output_dir=place, per_device_train_batch_size=options.micro,
-            gradient_accumulation_steps=BATCH // options.micro, learning_rate=1e-5, num_train_epochs=1,
-            optim="adamw_8bit", bf16=True, max_length=options.length, logging_steps=1, save_strategy="no",
+            output_dir=place, per_device_train_batch_size=case.micro,
+            gradient_accumulation_steps=case.batch // case.micro, learning_rate=1e-5, num_train_epochs=1,
+            optim="adamw_8bit", bf16=True, max_length=case.length, logging_steps=1, save_strategy="no",
             report_to="none", train_sampling_strategy="sequential", seed=0, disable_tqdm=True,
         )  # fmt: skip
         trainer = SFTTrainer(model=model, args=settings, train_dataset=data, processing_class=tokenizer)
         trainer.add_callback(Clock())
-        torch.cuda.reset_peak_memory_stats()
         trainer.train()
     return {
         "tokens_per_second": statistics.median(speeds[2:]),
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
         "steps": len(speeds),
+        "trained_on": [str(next(p for p in model.parameters() if p.requires_grad).dtype)],
     }
 
 
-def modelled(options: argparse.Namespace) -> dict[str, Any]:
-    """What the memory model says of this measurement."""
+def in_the_model(geometry_name: str, backend: str, case: Case) -> dict[str, Any]:
+    """What the memory model says of a case."""
     from sclite.train.geometry import geometry
     from sclite.train.memory import Setting, estimate, largest_length
     from tests.train.geometries import RECIPES
 
-    found = geometry(RECIPES[options.geometry])
-    backend = "unsloth" if options.side == "ours" else "plain"
-    setting = Setting(options.stage, options.micro, options.length, RANK, backend=backend)
+    found = geometry(RECIPES[geometry_name])
+    setting = Setting(case.stage, case.micro, case.length, RANK, backend=backend)
     made = estimate(found, setting)
     longest = largest_length(found, replace(setting, micro_batch=1), int(CAP_BYTES))
     return {
         "modelled_gb": made.allocated / 1e9,
         "modelled_reserved_gb": made.total / 1e9,
+        "parts_gb": {name: round(size / 1e9, 3) for name, size in made.parts.items()},
         "largest_length": longest,
     }
 
@@ -231,57 +274,48 @@ def modelled(options: argparse.Namespace) -> dict[str, Any]:
 # -- all of them ---------------------------------------------------------------------------------------------------
 
 
-def run_side(options: argparse.Namespace, **chosen: Any) -> dict[str, Any]:
-    """One measurement in a new process; its figures, or what it died of."""
-    command = [sys.executable, "-m", "tests.benchmarks.bench_train", "--models", str(options.models)]
-    for name, value in chosen.items():
-        command += [f"--{name}"] if value is True else [f"--{name}", str(value)] if value is not False else []
-    began = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True)
-    lines = done.stdout.splitlines()
-    if done.returncode or not lines:
-        figures = {"error": (done.stderr.strip().splitlines() or ["no word"])[-1][:300]}
-    else:
-        figures = json.loads(lines[-1])
-    row = {**chosen, **figures, "seconds": round(time.monotonic() - began, 1)}
-    print(json.dumps(row), file=sys.stderr, flush=True)
-    return row
+def model_folder(models: Path, name: str) -> Path:
+    """The random model of a geometry, written once, by a process of its own."""
+    folder = models / name
+    if not (folder / "model.safetensors.index.json").is_file():
+        write = "import sys, pathlib; from tests.gpu.models import random_model; from tests.train.geometries import RECIPES"
+        write += "; random_model(pathlib.Path(sys.argv[1]), RECIPES[sys.argv[2]], 'cuda')"
+        subprocess.run([sys.executable, "-c", write, str(folder), name], check=True)
+    return folder
+
+
+def run_session(models: Path, geometry: str, backend: str, cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """The figures of a session; where it dies, the case that it died in, with its last word."""
+    folder = model_folder(models, geometry)
+    given = json.dumps([asdict(case) for case in cases])
+    command = [sys.executable, "-m", "tests.benchmarks.bench_train", "--models", str(folder)]
+    command += ["--session", given, "--geometry", geometry, "--backend", backend]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    output, errors = process.communicate()
+    rows = [json.loads(line) for line in output.splitlines() if line.startswith('{"geometry"')]
+    if process.returncode:
+        print(errors[-4000:], file=sys.stderr, flush=True)
+        last = (errors.strip().splitlines() or ["no word"])[-1][:300]
+        rows.append({"geometry": geometry, **asdict(cases[len(rows)]), "error": last})
+    for row in rows:
+        print(json.dumps(row), file=sys.stderr, flush=True)
+    return rows
 
 
 def speed(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every side in turn, `--rounds` times; ratios of medians."""
     rows = []
-    for _ in range(options.rounds):
-        for stage, side in SPEED:
-            micro = 4 if stage == "sft" else 2
-            rows.append(
-                run_side(
-                    options,
-                    side=side,
-                    stage=stage,
-                    geometry=options.geometry,
-                    micro=micro,
-                    steps=options.steps,
-                )
-            )
-    for stage in ("sft", "dpo"):
-        medians = {
-            side: statistics.median(found)
-            for side in SIDES
-            if (
-                found := [
-                    r["tokens_per_second"]
-                    for r in rows
-                    if (r["stage"], r["side"]) == (stage, side) and "error" not in r
-                ]
-            )
-        }
-        for side in ("script", "plain"):
-            if side in medians and "ours" in medians:
-                ratio = medians["ours"] / medians[side]
-                print(
-                    f"{stage}: ours {medians['ours']:,.0f} tokens/s, {side} {medians[side]:,.0f}: {ratio:.2f}"
-                )
+    for backend, cases in SPEED.items():
+        rows += run_session(options.models, options.geometry, backend, cases * options.rounds)
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if "error" not in row:
+            found.setdefault((row["stage"], row["side"]), []).append(row["tokens_per_second"])
+    medians = {key: statistics.median(values) for key, values in found.items()}
+    for (stage, side), other in medians.items():
+        if side != "ours" and (mine := medians.get((stage, "ours"))):
+            told = f"ours {mine:,.0f} tokens/s, {side} {other:,.0f}"
+            print(f"{stage}: {told}, medians of {len(found[stage, side])}: {mine / other:.2f}")
     for row in rows:
         if "first_dpo_loss" in row:
             print(f"dpo_loss of the first step, {row['side']}: {row['first_dpo_loss']:.4f}")
@@ -291,25 +325,22 @@ def speed(options: argparse.Namespace) -> list[dict[str, Any]]:
 def memory(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Peaks beside the memory model."""
     rows = []
-    for geometry, stage, micro, length, side in MEMORY:
-        chosen = {"side": side, "stage": stage, "geometry": geometry, "micro": micro, "length": length}
-        rows.append(run_side(options, **chosen, steps=3, full=True))
-    print(
-        f"{'geometry':<18}{'stage':<6}{'side':<7}{'micro':>6}{'length':>8}{'peak GB':>9}{'model GB':>10}{'off by':>8}{'longest':>9}"
-    )
+    for (geometry, backend), cases in MEMORY.items():
+        rows += run_session(options.models, geometry, backend, cases)
+    names = ("geometry", "stage", "side", "micro", "length", "peak GB", "model GB", "off by", "longest")
+    print("{:<18}{:<6}{:<7}{:>6}{:>8}{:>9}{:>10}{:>8}{:>9}".format(*names))
     for row in rows:
         start = f"{row['geometry']:<18}{row['stage']:<6}{row['side']:<7}{row['micro']:>6}{row['length']:>8}"
         if "error" in row:
             print(start, row["error"])
             continue
         off = row["modelled_gb"] / row["peak_gb"] - 1
-        print(
-            f"{start}{row['peak_gb']:>9.2f}{row['modelled_gb']:>10.2f}{100 * off:>7.0f}%{row['largest_length']:>9,}"
-        )
+        longest = row["largest_length"] or 0
+        print(f"{start}{row['peak_gb']:>9.2f}{row['modelled_gb']:>10.2f}{100 * off:>7.0f}%{longest:>9,}")
     return rows
 
 
-def embedded(run_folder: Path, adapters: Path) -> None:
+def embedded(run_folder: Path, adapters: Path, backend: str) -> None:
     """Train the embedded student's three stages on the card from a quickstart's rows; copy its adapters."""
     import shutil
     import tomllib
@@ -317,6 +348,7 @@ def embedded(run_folder: Path, adapters: Path) -> None:
     from sclite.config import Config
     from sclite.records import Problem
     from sclite.run import Run
+    from sclite.signature import digest as run_digest
     from sclite.train.dpo import train_dpo
     from sclite.train.sft import train_sft
     from sclite.train.warm import train_warm
@@ -326,10 +358,12 @@ def embedded(run_folder: Path, adapters: Path) -> None:
     for name in ("problems", "templates", "attempts", "reviews", "pairs"):
         shutil.copy(run_folder / f"{name}.jsonl", run.path(f"{name}.jsonl"))
     given = tomllib.loads((run_folder / "run.toml").read_text(encoding="utf-8"))
-    given["student"] |= {"backend": "unsloth", "load_in_4bit": False}
+    given["student"] |= {"backend": backend, "load_in_4bit": False}
     config = Config.model_validate(given)
     problems = run.read("problems.jsonl", Problem)
-    unseen = frozenset(p.id for p in problems[len(problems) // 2 :])
+    unseen = frozenset(p.id for p in problems[len(problems) // 2 :])  # as the quickstart divides them
+    kept = run_digest(sorted(unseen))
+    assert kept == json.loads((run_folder / "done/sft.json").read_text())["inputs"]["problems kept for stage 2"]
     for stage in (train_sft, train_warm, train_dpo):
         print(json.dumps(stage(config, run, unseen=unseen).as_dict()))
     for name in ("sft", "dpo"):
@@ -344,20 +378,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write every figure there, as JSON")
     parser.add_argument("--only", choices=("speed", "memory"))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--geometry", default="qwen2.5-math-7b")
-    parser.add_argument("--steps", type=int, default=14)
-    parser.add_argument("--side", choices=SIDES)
-    parser.add_argument("--stage", choices=("sft", "dpo"), default="sft")
-    parser.add_argument("--micro", type=int, default=2)
-    parser.add_argument("--length", type=int, default=LONGEST)
-    parser.add_argument("--full", action="store_true", help="every row as long as the longest")
+    parser.add_argument("--geometry", default=FIRST)
+    parser.add_argument("--backend", choices=("unsloth", "plain"), default="unsloth")
+    parser.add_argument(
+        "--session", type=json.loads, help="cases as JSON, measured in this process on --models"
+    )
     parser.add_argument("--embedded", type=Path, metavar="RUN")
     parser.add_argument("--adapters", type=Path, default=Path("adapters"))
     options = parser.parse_args()
     if options.embedded:
-        embedded(options.embedded, options.adapters)
-    elif options.side:
-        print(json.dumps(measure(options)))
+        embedded(options.embedded, options.adapters, options.backend)
+    elif options.session:
+        cases = [Case(**given) for given in options.session]
+        for row in session(options.models, options.geometry, options.backend, cases):
+            print(json.dumps(row), flush=True)
     else:
         found = [] if options.only == "memory" else speed(options)
         found += [] if options.only == "speed" else memory(options)

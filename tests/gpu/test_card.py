@@ -1,6 +1,5 @@
 """The Unsloth path on a real card, with the embedded student: it learns, resumes, says what it uses, and fits."""
 
-import json
 import math
 import os
 import signal
@@ -10,35 +9,15 @@ import time
 
 import pytest
 
-from sclite.config import Config
 from sclite.errors import MemoryFault
-from sclite.records import Attempt, Problem, Template
 from sclite.run import Run
-from sclite.student.review import score_request
-from sclite.trace import parse
 from sclite.train.watch import read_metrics
+from tests.benchmarks.bench_train import peak, run_session
+from tests.gpu.paths import config_of, figures
 from tests.train.test_dpo import write_pairs
 from tests.train.test_sft import write_toy
 
 pytestmark = pytest.mark.gpu
-
-LORA = {"rank": 8, "alpha": 16, "batch": 4, "micro_batch": 2, "max_length": 1024, "eval_share": 0}
-
-
-def config_of(backend="unsloth", four_bit=True, **sft) -> Config:
-    return Config.model_validate(
-        {
-            "student": {"model": "embedded", "backend": backend, "batch": 16, "load_in_4bit": four_bit},
-            "sft": {**LORA, "learning_rate": 1e-3, "epochs": 8, **sft},
-            "dpo": {
-                **LORA,
-                "warmup_learning_rate": 1e-3,
-                "warmup_epochs": 4,
-                "learning_rate": 5e-4,
-                "epochs": 6,
-            },
-        }
-    )
 
 
 @pytest.fixture(scope="module")
@@ -86,63 +65,23 @@ def test_dpo_starts_at_ln_2_in_16_bits(trained):
 
 @pytest.mark.parametrize("backend", ["unsloth", "plain"])
 def test_rows_end_to_end_padded_and_alone_have_the_same_hidden_states(trained, backend):
-    import torch
-
-    from sclite.student.forward import autocast, hidden_states, pad
-    from sclite.student.load import load_student
-    from sclite.train.sft import solve_rows
-
     _, run = trained
-    config = config_of(backend)
-    model, tokenizer = load_student(config.student, config.sft, run.path("sft/adapter"), train=True)
-    rows = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")[:3]
-    rows[1] = type(rows[1])(rows[1].ids[:70], rows[1].weights[:70])
-    found = {}
-    for name, packed, training in (("packed", True, True), ("padded", False, True), ("used", False, False)):
-        model.padding_free = packed
-        model.train(training)
-        batch = {key: value.cuda() for key, value in pad(rows, tokenizer.pad_token_id).items()}
-        with torch.no_grad(), autocast(model):
-            hidden = hidden_states(model, batch["input_ids"], batch["attention_mask"]).float()
-        found[name] = torch.cat([hidden[i, : len(row.ids)] for i, row in enumerate(rows)])
-    scale = float(found["padded"].abs().mean())
-    for name in ("packed", "used"):
-        assert float((found[name] - found["padded"]).abs().mean()) < 0.02 * scale, name
+    for name, gap in figures("hidden_gaps", backend, run).items():
+        assert gap < 0.02, name
 
 
 def test_the_odds_in_use_are_those_that_were_trained(trained):
-    from sclite.student.load import load_student
-    from sclite.student.trainable import Trainable
-
     _, run = trained
-    questions = {p.id: p.question for p in run.read("problems.jsonl", Problem)}
-    works = {a.id: parse(a.trace).trace for a in run.read("attempts.jsonl", Attempt)}
-    requests = [score_request(questions[id], work) for id, work in works.items()]
-    found = {}
-    for backend in ("unsloth", "plain"):
-        chosen = config_of(backend)
-        model, tokenizer = load_student(chosen.student, chosen.sft, run.path("dpo/adapter"))
-        found[backend] = [odds for s in Trainable(model, tokenizer, 4).score(requests) for odds in s.log_odds]
-    for one, other in zip(found["unsloth"], found["plain"], strict=True):
+    ours, plain = (figures("odds", backend, run) for backend in ("unsloth", "plain"))
+    for one, other in zip(ours, plain, strict=True):
         assert one == pytest.approx(other, abs=0.25)
 
 
 def test_many_attempts_at_once_are_those_of_the_plain_path(trained):
-    from sclite import prompts
-    from sclite.student.base import Request
-    from sclite.student.load import load_student
-    from sclite.student.trainable import Trainable
-
     _, run = trained
-    problems = run.read("problems.jsonl", Problem) * 4
-    requests = [Request(prompts.solve_messages(p.question), max_tokens=48) for p in problems]
-    found = {}
-    for backend in ("unsloth", "plain"):
-        chosen = config_of(backend)
-        model, tokenizer = load_student(chosen.student, chosen.sft, run.path("sft/adapter"))
-        found[backend] = [reply.text for reply in Trainable(model, tokenizer, 32).generate(requests)]
-    same = sum(one == other for one, other in zip(found["unsloth"], found["plain"], strict=True))
-    assert same >= 0.75 * len(requests)  # near ties may fall either way in 16 bits
+    ours, plain = (figures("attempts", backend, run) for backend in ("unsloth", "plain"))
+    same = sum(one == other for one, other in zip(ours, plain, strict=True))
+    assert same >= 0.75 * len(ours)  # near ties may fall either way in 16 bits
 
 
 CHILD = """
@@ -201,20 +140,12 @@ def test_a_card_that_is_not_there_is_exit_5():
 
 
 @pytest.mark.parametrize(
-    ("name", "stage", "most_gb"),
-    [
-        ("qwen2.5-math-7b", "sft", 12),
-        ("qwen2.5-math-7b", "dpo", 20),
-        ("llama-3.1-8b", "sft", 24),
-        ("llama-3.1-8b", "dpo", 24),
-    ],
+    ("name", "most_gb"),
+    [("qwen2.5-math-7b", {"sft": 12, "dpo": 20}), ("llama-3.1-8b", {"sft": 24, "dpo": 24})],
 )
-def test_seven_and_eight_billion_parameters_fit(name, stage, most_gb, tmp_path):
-    """Rows of 2,048 tokens, rank 32; each in a process of its own, which prints its figures."""
-    command = [
-        *(sys.executable, "-m", "tests.benchmarks.bench_train", "--side", "ours", "--stage", stage, "--full"),
-        *("--geometry", name, "--micro", "2", "--steps", "3", "--models", str(tmp_path)),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    figures = json.loads(done.stdout.splitlines()[-1])
-    assert figures["peak_gb"] <= most_gb
+def test_seven_and_eight_billion_parameters_fit(name, most_gb, tmp_path):
+    """Rows of 2,048 tokens, rank 32, two at once; in a process of its own."""
+    found = run_session(tmp_path, name, "unsloth", [peak("ours", stage, 2) for stage in most_gb])
+    for row in found:
+        assert "error" not in row
+        assert row["peak_gb"] <= most_gb[row["stage"]]

@@ -1,0 +1,105 @@
+"""The same figures through Unsloth and on the plain path, which must not share a process: Unsloth patches transformers.
+
+python -m tests.gpu.paths NAME RUN      figures of the plain path, as JSON
+"""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+from sclite import prompts
+from sclite.config import Config
+from sclite.records import Attempt, Problem, Template
+from sclite.run import Run
+from sclite.student.base import Request
+from sclite.student.load import load_student
+from sclite.student.review import score_request
+from sclite.trace import parse
+from sclite.train.common import quiet
+
+LORA = {"rank": 8, "alpha": 16, "batch": 4, "micro_batch": 2, "max_length": 1024, "eval_share": 0}
+
+
+def config_of(backend: str = "unsloth", four_bit: bool = True, **sft: Any) -> Config:
+    """A short training of the embedded student, in 4 bits, at high rates."""
+    return Config.model_validate(
+        {
+            "student": {"model": "embedded", "backend": backend, "batch": 16, "load_in_4bit": four_bit},
+            "sft": {**LORA, "learning_rate": 1e-3, "epochs": 8, **sft},
+            "dpo": {
+                **LORA,
+                "warmup_learning_rate": 1e-3,
+                "warmup_epochs": 4,
+                "learning_rate": 5e-4,
+                "epochs": 6,
+            },
+        }
+    )
+
+
+def figures(name: str, backend: str, run: Run) -> Any:
+    """What a function of this module finds; the plain path's in a process of its own."""
+    if backend == "unsloth":
+        return FIGURES[name](backend, run)
+    command = [sys.executable, "-m", "tests.gpu.paths", name, str(run.folder)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def hidden_gaps(backend: str, run: Run) -> dict[str, float]:
+    """How far rows end to end, and padded ones out of training, are from padded ones in it; as a share of their size."""
+    import torch
+
+    from sclite.student.forward import autocast, hidden_states, pad
+    from sclite.train.sft import solve_rows
+
+    config = config_of(backend)
+    quiet(config.student)
+    model, tokenizer = load_student(config.student, config.sft, run.path("sft/adapter"), train=True)
+    rows = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")[:3]
+    rows[1] = type(rows[1])(rows[1].ids[:70], rows[1].weights[:70])
+    found = {}
+    for name, packed, training in (("padded", False, True), ("packed", True, True), ("used", False, False)):
+        model.padding_free = packed
+        model.train(training)
+        batch = {key: value.cuda() for key, value in pad(rows, tokenizer.pad_token_id).items()}
+        with torch.no_grad(), autocast(model):
+            hidden = hidden_states(model, batch["input_ids"], batch["attention_mask"]).float()
+        found[name] = torch.cat([hidden[i, : len(row.ids)] for i, row in enumerate(rows)])
+    padded = found.pop("padded")
+    return {name: float((got - padded).abs().mean() / padded.abs().mean()) for name, got in found.items()}
+
+
+def odds(backend: str, run: Run) -> list[float]:
+    """Log-odds of accusing at every step of every attempt, by the DPO student in use."""
+    from sclite.student.trainable import Trainable
+
+    config = config_of(backend)
+    quiet(config.student)
+    questions = {p.id: p.question for p in run.read("problems.jsonl", Problem)}
+    works = {a.id: parse(a.trace).trace for a in run.read("attempts.jsonl", Attempt)}
+    requests = [score_request(questions[id], work) for id, work in works.items()]
+    model, tokenizer = load_student(config.student, config.sft, run.path("dpo/adapter"))
+    return [value for scores in Trainable(model, tokenizer, 4).score(requests) for value in scores.log_odds]
+
+
+def attempts(backend: str, run: Run) -> list[str]:
+    """Greedy attempts by the SFT student, 32 at once."""
+    from sclite.student.trainable import Trainable
+
+    config = config_of(backend)
+    quiet(config.student)
+    problems = run.read("problems.jsonl", Problem) * 4
+    requests = [Request(prompts.solve_messages(p.question), max_tokens=48) for p in problems]
+    model, tokenizer = load_student(config.student, config.sft, run.path("sft/adapter"))
+    return [reply.text for reply in Trainable(model, tokenizer, 32).generate(requests)]
+
+
+FIGURES = {function.__name__: function for function in (hidden_gaps, odds, attempts)}
+
+if __name__ == "__main__":
+    print(json.dumps(FIGURES[sys.argv[1]]("plain", Run(sys.argv[2]))))
