@@ -14,7 +14,7 @@ from sclite.run import Report, Run, timed
 from sclite.signature import digest
 from sclite.student.encode import Encoded, encode_solution, end_id
 from sclite.student.forward import hidden_states, pad, token_log_probs
-from sclite.student.load import load_student, model_name
+from sclite.student.load import EMBEDDED, load_student, model_name
 from sclite.trace import parse
 from sclite.train.checkpoints import Checkpoints, refuse_other_inputs
 from sclite.train.common import quiet, save_adapter
@@ -32,7 +32,7 @@ def inputs_of(config: Config, run: Run, unseen: frozenset[str] = frozenset()) ->
         "problems kept for stage 2": digest(sorted(unseen)),
         "templates.jsonl": run.file_digest("templates.jsonl"),
         "sft": config.sft.deciding(),
-        "student.model": model_name(config.student),
+        "student.model": EMBEDDED if config.student.model == EMBEDDED else model_name(config.student),
         "student.load_in_4bit": config.student.load_in_4bit,
         "prompts": prompts.digest("student_system", "student_solve", folder=config.prompts.folder),
         "seed": config.seed,
