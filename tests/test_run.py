@@ -277,7 +277,7 @@ def test_a_setting_that_an_older_version_did_not_sign_had_its_default(run):
     assert run.done("sft", inputs) is not None
     other = {**inputs, "sft": {**inputs["sft"], "patience": 2}}
     assert run.done("sft", other) is None
-    with pytest.raises(UsageFault, match="sft.patience: 0 before, 2 now"):
+    with pytest.raises(UsageFault, match=r"sft\.patience: 0 before, 2 now"):
         refuse_other_inputs(run, "sft", run.path("sft/checkpoints"), other, fresh=False)
 
 

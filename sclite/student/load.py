@@ -248,13 +248,13 @@ def load_unsloth(
 
 def _shape(lora: Lora, adapter: Path | None) -> dict[str, Any]:
     """What decides a LoRA's shape: an adapter's own configuration, else the settings."""
-    own = {
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "target_modules": list(LINEAR_LAYERS),
-        "lora_dropout": 0.0,
-    }
     if adapter is None:
-        return own
+        return {
+            "r": lora.rank,
+            "lora_alpha": lora.alpha,
+            "target_modules": list(LINEAR_LAYERS),
+            "lora_dropout": 0.0,
+        }
     kept = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    return {name: kept[name] for name in own} | {"use_rslora": kept.get("use_rslora", False)}
+    names = ("r", "lora_alpha", "target_modules", "lora_dropout")
+    return {name: kept[name] for name in names} | {"use_rslora": kept.get("use_rslora", False)}

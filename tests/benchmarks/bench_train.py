@@ -123,10 +123,10 @@ def ours(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from sclite.train.trainer import train_adapter
     from sclite.train.watch import read_metrics
 
-    lora = {"rank": RANK, "batch": BATCH, "max_length": options.length, "eval_share": 0, "checkpoints": 1}
+    lora = {"batch": BATCH, "max_length": options.length, "eval_share": 0, "checkpoints": 1}
     backend = "unsloth" if options.side == "ours" else "plain"
     config = Config.model_validate(
-        {"student": {"model": str(folder), "backend": backend}, "sft": lora, "dpo": lora}
+        {"student": {"model": str(folder), "backend": backend}, "sft": {**lora, "rank": RANK}, "dpo": lora}
     )
     quiet(config.student)
     model, tokenizer = load_student(config.student, config.sft, train=True)

@@ -22,14 +22,14 @@ from tests.train.test_sft import write_toy
 
 pytestmark = pytest.mark.gpu
 
-LORA = {"rank": 8, "alpha": 16, "batch": 4, "micro_batch": 2, "max_length": 1024, "eval_share": 0}
+LORA = {"batch": 4, "micro_batch": 2, "max_length": 1024, "eval_share": 0}
 
 
 def config_of(backend="unsloth", four_bit=True, **sft) -> Config:
     return Config.model_validate(
         {
             "student": {"model": "embedded", "backend": backend, "batch": 16, "load_in_4bit": four_bit},
-            "sft": {**LORA, "learning_rate": 1e-3, "epochs": 8, **sft},
+            "sft": {**LORA, "rank": 8, "alpha": 16, "learning_rate": 1e-3, "epochs": 8, **sft},
             "dpo": {
                 **LORA,
                 "warmup_learning_rate": 1e-3,
