@@ -55,12 +55,23 @@ def local_folder(student: Student) -> Path:
 def choose_card(gpu: int | None) -> None:
     """Make one card the only visible one, before anything of CUDA is touched.
 
-    Raises DeviceFault where card `gpu` does not exist; None leaves the choice to CUDA.
+    `gpu` counts the cards in the order of the bus, or those that CUDA_VISIBLE_DEVICES already names. Raises DeviceFault
+    where there is no such card; None leaves the choice to CUDA.
     """
     if gpu is None:
         return
-    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    else:
+        cards = [card.strip() for card in visible.split(",") if card.strip()]
+        if gpu >= len(cards):
+            raise DeviceFault(
+                f"--gpu {gpu}: CUDA_VISIBLE_DEVICES={visible} shows {len(cards)} cards, counted from 0",
+                "unset CUDA_VISIBLE_DEVICES, or leave --gpu out",
+            )
+        os.environ["CUDA_VISIBLE_DEVICES"] = cards[gpu]
     import torch
 
     if not torch.cuda.is_available():
