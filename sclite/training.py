@@ -69,20 +69,22 @@ def _tokenizer(config: Config) -> Any:
 def train_sft(world: World, fresh: bool = False) -> Report:
     report = _stage(world, "sft", "sft: the student learns the templates", sft, fresh)
     counts = report.counts
-    text = f"sft: {counts.get('rows', 0)} rows, {counts.get('steps', 0)} steps"
+    text = f"sft: {counts.get('rows', 0)} rows, {counts.get('steps', 0)} steps{pipeline.drops(report)}"
     return world.add(report, "sft: an adapter was brought along" if "brought_along" in counts else text)
 
 
 def train_warm(world: World, fresh: bool = False) -> Report:
     report = _stage(world, "warm", "warm-up: the student learns what a review looks like", warm, fresh)
     counts = report.counts
-    return world.add(report, f"warm-up: {counts.get('rows', 0)} rows, {counts.get('steps', 0)} steps")
+    text = f"warm-up: {counts.get('rows', 0)} rows, {counts.get('steps', 0)} steps{pipeline.drops(report)}"
+    return world.add(report, text)
 
 
 def train_dpo(world: World, fresh: bool = False) -> Report:
     report = _stage(world, "dpo", "dpo: the student prefers right reviews", dpo, fresh)
     counts = report.counts
-    return world.add(report, f"dpo: {counts.get('pairs', 0)} pairs, {counts.get('steps', 0)} steps")
+    text = f"dpo: {counts.get('pairs', 0)} pairs, {counts.get('steps', 0)} steps{pipeline.drops(report)}"
+    return world.add(report, text)
 
 
 def sft(config: Config, run: Run, unseen: frozenset[str], fresh: bool, *, progress: Any) -> Report:
@@ -123,9 +125,6 @@ def _stage(world: World, name: str, text: str, stage: Stage, fresh: bool) -> Rep
                 progress(0, 0, warning=told)
             else:
                 break
-    if "cut" in report.figures:
-        section = "sft" if name == "sft" else "dpo"
-        progress(0, 0, warning=f"{report.figures['cut']} and are left out: raise {section}.max_length")
     return report
 
 

@@ -108,18 +108,43 @@ def test_in_a_process_of_its_own_a_stage_trains_the_same_and_tells_of_each_step(
     assert one == other
 
 
-def test_when_more_than_half_of_the_rows_are_too_long_it_is_said(folder, tmp_path):
+def test_rows_that_are_too_long_are_told_of_before_the_first_step_and_in_the_line_of_the_stage(
+    folder, tmp_path
+):
     world = world_of(folder, tmp_path)
-    limit = min(_tokens(world))
+    lengths = sorted(_tokens(world))
+    limit = lengths[-1] - 1
     config = world.config.model_copy(
         update={"sft": world.config.sft.model_copy(update={"max_length": limit})}
     )
-    report = training.train_sft(World(config, world.run, world.screen))
+    screen = Ordered()
+    report = training.train_sft(World(config, world.run, screen))
     left = report.dropped["longer_than_max_length"]
-    assert left > 3
-    assert world.screen.warnings == [
-        f"{left} of {len(_tokens(world))} rows have more than {limit} tokens and are left out: raise sft.max_length"
-    ]
+    assert screen.said[0] == (
+        f"{left} of {len(lengths)} rows have more than {limit} tokens and are left out (the longest has "
+        f"{lengths[-1]}): raise sft.max_length"
+    )
+    assert len(screen.said) > 1
+    assert screen.said[1].startswith("step 1 of")
+    assert f"steps, {left} longer than max length" in screen.line
+
+
+class Ordered(Screen):
+    """A screen that keeps warnings and steps in the order in which they come."""
+
+    def __init__(self):
+        super().__init__(quiet=True)
+        self.said, self.line = [], ""
+
+    @contextmanager
+    def stage(self, name, text):
+        def progress(done, total, *_, note="", warning=""):
+            self.said.append(warning or f"step {done} of {total}")
+
+        yield progress
+
+    def done(self, name, text, skipped=False):
+        self.line = text
 
 
 def _tokens(world) -> list[int]:
