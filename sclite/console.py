@@ -272,6 +272,11 @@ class Screen:
 
         return progress
 
+    def tell(self, text: str) -> None:
+        """A line beside the result, between two stages."""
+        if not self.quiet:
+            note(plain(text))
+
     def confirm(self, question: str) -> bool:
         """Ask yes or no on the terminal; the bar pauses. Yes where there is no terminal to ask on."""
         if self.quiet or not (sys.stdin.isatty() and sys.stderr.isatty()):
