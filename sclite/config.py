@@ -345,7 +345,7 @@ def keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
 
 def _explain(error: ValidationError) -> tuple[str, str]:
     """One message for all faults, and the nearest known key for each unknown one."""
-    known, lines, hints = keys(), [], []
+    known, lines, hints, meanings = keys(), [], [], []
     sections = {key.split(".")[0] for key in known}
     for fault in error.errors():
         key = ".".join(str(part) for part in fault["loc"])
@@ -362,7 +362,6 @@ def _explain(error: ValidationError) -> tuple[str, str]:
         else:
             lines.append(f"{key} = {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}")
             if (field := known.get(key)) is not None and field.description:
-                hints.append(f"{key}: {field.description}.")
-    return "configuration: " + "; ".join(lines), " ".join(
-        hints
-    ) or "`sclite init` writes every key with its meaning"
+                meanings.append(f"{key}: {field.description}.")
+    remedy = hints or ["`sclite init` writes every key with its meaning"]
+    return "configuration: " + "; ".join(lines), " ".join([*meanings, *remedy])
