@@ -229,8 +229,8 @@ def _tell_plan(found: dict[str, Any], json: bool) -> None:
 
     if json:
         console.print_json(found)
-        return
-    show_plan(found)
+    else:
+        show_plan(found)
     if any(stage["fits"] is False for stage in found["stages"].values()):
         raise DeviceFault(
             "not every stage fits on this card", "take the settings that the plan says would fit"

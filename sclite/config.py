@@ -14,12 +14,14 @@ from sclite.errors import UsageFault
 FILE = "sclite.toml"
 RUN_FILE = "run.toml"
 PREFIX = "SCLITE_"
+MOVED = {"dpo.rank": "sft.rank", "dpo.alpha": "sft.alpha"}
+"""Keys of older versions that decided nothing, and those that do: DPO trains the adapter of SFT on."""
 
 
 class Section(BaseModel):
-    """Part of the tree: frozen, unknown keys refused."""
+    """Part of the tree: frozen, unknown keys and numbers without end refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Source(Section):
@@ -119,8 +121,6 @@ class Student(Section):
 class Lora(Section):
     """What both training stages share."""
 
-    rank: int = Field(32, ge=1)
-    alpha: int = Field(64, ge=1)
     batch: int = Field(16, ge=1, description="rows per optimizer step")
     micro_batch: int | None = Field(
         None, ge=1, description="rows per forward pass; what fits into memory without it"
@@ -151,19 +151,21 @@ class Lora(Section):
 
 
 class Sft(Lora):
-    """Stage 1: supervised fine-tuning on templates."""
+    """Stage 1: supervised fine-tuning on templates. Its adapter is the one that stage 2 trains on."""
 
+    rank: int = Field(32, ge=1, description="of the LoRA adapter")
+    alpha: int = Field(64, ge=1, description="of the LoRA adapter, which is scaled by alpha / rank")
     learning_rate: float = Field(1e-4, gt=0)
-    epochs: float = Field(3, gt=0)
+    epochs: float = Field(3, gt=0, description="passes over the templates")
 
 
 class Dpo(Lora):
     """Stage 2: the warm-up on reviews, then cross-model DPO with replay."""
 
     warmup_learning_rate: float = Field(1e-4, gt=0, description="of the supervised warm-up on reviews")
-    warmup_epochs: float = Field(1, ge=0)
+    warmup_epochs: float = Field(1, ge=0, description="passes over the reviews; 0: no warm-up")
     learning_rate: float = Field(1e-5, gt=0)
-    epochs: float = Field(1, ge=0)
+    epochs: float = Field(1, gt=0, description="passes over the pairs; `train --only sft` leaves DPO out")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps with rising learning rate")
     beta: float = Field(0.2, gt=0)
     nll_weight: float = Field(1.0, ge=0, description="of the likelihood of chosen texts")
@@ -171,6 +173,10 @@ class Dpo(Lora):
     replay_share: float = Field(1.0, ge=0, description="solved rows per review row, in warm-up and DPO")
     decision_weight: float = Field(1.0, ge=0, description="of the decision tokens in the warm-up")
     confirmation_share: float = Field(0.5, ge=0, lt=1, description="share of reviews that are of right work")
+
+    def deciding(self, *others: str) -> dict[str, Any]:
+        """As `Lora.deciding`. The confirmations are rows already when stage 2 begins: they are signed as such."""
+        return super().deciding("confirmation_share", *others)
 
 
 class Export(Section):
@@ -260,6 +266,7 @@ def load(
     remembered = Path(str(run)) / RUN_FILE
     if remembered.is_file():
         _merge(tree, _read_file(remembered))
+        _forget_moved(tree)
     _merge(tree, given)
     try:
         return Config.model_validate(tree)
@@ -279,6 +286,14 @@ def _read_file(path: Path | None) -> dict[str, Any]:
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageFault(f"{found}: {error}", "mend this line; the file is TOML") from error
+
+
+def _forget_moved(tree: dict[str, Any]) -> None:
+    """Take out what an older version has written into a run by itself."""
+    for key in MOVED:
+        section, _, name = key.partition(".")
+        if isinstance(tree.get(section), dict):
+            tree[section].pop(name, None)
 
 
 def _merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:
@@ -330,12 +345,15 @@ def keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
 
 def _explain(error: ValidationError) -> tuple[str, str]:
     """One message for all faults, and the nearest known key for each unknown one."""
-    known, lines, hints = keys(), [], []
+    known, lines, hints, meanings = keys(), [], [], []
     sections = {key.split(".")[0] for key in known}
     for fault in error.errors():
         key = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
             lines.append(f"unknown key {key}")
+            if key in MOVED:
+                hints.append(f"did you mean {MOVED[key]}? DPO trains the adapter of SFT on")
+                continue
             names = [*known, *sections] if "." not in key else list(known)
             near = difflib.get_close_matches(key, names, 1, 0.6)
             near = near or [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
@@ -343,6 +361,7 @@ def _explain(error: ValidationError) -> tuple[str, str]:
                 hints.append(f"did you mean {near[0]}?")
         else:
             lines.append(f"{key} = {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}")
-    return "configuration: " + "; ".join(lines), " ".join(
-        hints
-    ) or "`sclite init` writes every key with its meaning"
+            if (field := known.get(key)) is not None and field.description:
+                meanings.append(f"{key}: {field.description}.")
+    remedy = hints or ["`sclite init` writes every key with its meaning"]
+    return "configuration: " + "; ".join(lines), " ".join([*meanings, *remedy])

@@ -236,8 +236,9 @@ class Screen:
             MofNCompleteColumn(),
             TextColumn("[dim]{task.fields[left]}"),
         )
+        shown = text if wide else text.partition(":")[0]
         with Bars(*columns, console=console, transient=True) as self._bars:
-            task = self._bars.add_task(text if wide else text.partition(":")[0], total=None, left="")
+            task = self._bars.add_task(shown, total=None, left="")
 
             def progress(
                 done: int, total: int, spent_usd: float | None = None, *, note: str = "", warning: str = ""
@@ -248,7 +249,8 @@ class Screen:
                 rate.tell(done, spent_usd)
                 seconds = self.left(name, done / max(1, total))
                 told = rate.line(total) if seconds is None else f"{duration(seconds)} left"
-                self._bars.update(task, completed=done, total=total, left=_joined(note, told))
+                room = console.width - len(shown) - (24 if wide else 10) - 2 * len(str(total)) - 5
+                self._bars.update(task, completed=done, total=total, left=fitted(_joined(note, told), room))
 
             yield progress
         self._bars = None
@@ -272,6 +274,11 @@ class Screen:
 
         return progress
 
+    def tell(self, text: str) -> None:
+        """A line beside the result, between two stages."""
+        if not self.quiet:
+            note(plain(text))
+
     def confirm(self, question: str) -> bool:
         """Ask yes or no on the terminal; the bar pauses. Yes where there is no terminal to ask on."""
         if self.quiet or not (sys.stdin.isatty() and sys.stderr.isatty()):
@@ -293,6 +300,24 @@ class Screen:
         if not self.quiet:
             seconds = "as it was" if skipped else duration(self.finished.get(name, 0.0))
             note(f"[green]✓[/] {text} [dim]{seconds}[/]")
+
+
+def fitted(figures: str, room: int) -> str:
+    """The figures of the moment in so many columns: those that matter least are left away whole, the time left never.
+
+    First to go are the two rates and the memory, then what stands last; money only before the time.
+    """
+    pieces = figures.split(", ")
+
+    def matters(place: int) -> tuple[bool, bool, int, int]:
+        piece = pieces[place]
+        minor = next((n for n, end in enumerate((" GB", " tokens/s", "/s"), 1) if piece.endswith(end)), 0)
+        return (not piece.endswith(" left"), not piece.startswith("$"), minor, place)
+
+    kept = sorted(range(len(pieces)), key=matters)
+    while len(kept) > 1 and len(", ".join(pieces[i] for i in kept)) > room:
+        kept.pop()
+    return ", ".join(pieces[i] for i in sorted(kept))
 
 
 def _joined(*texts: str) -> str:

@@ -56,6 +56,14 @@ def cards() -> list[tuple[str, float, float]]:
     return found
 
 
+DRIVERS = ("/dev/nvidiactl", "/dev/dxg")  # of Linux, and of Linux under Windows
+
+
+def may_have_card() -> bool:
+    """Whether a driver of NVIDIA's is here, asked without touching CUDA. A container may lack nvidia-smi."""
+    return shutil.which("nvidia-smi") is not None or any(Path(path).exists() for path in DRIVERS)
+
+
 _PROCESSES = ("--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader,nounits")
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,11 +44,12 @@ class Common:
     def world(self, chosen: Mapping[str, Any] | None = None) -> Any:
         """What a command on a run works with."""
         from sclite.console import Screen
+        from sclite.machine import may_have_card
         from sclite.run import Run
         from sclite.world import World
 
         config = self.load(chosen)
-        world = World(config, Run(config.run), Screen(), apart=shutil.which("nvidia-smi") is not None)
+        world = World(config, Run(config.run), Screen(), apart=may_have_card())
         if config.teacher.model.startswith("embedded/"):
             from sclite.quickstart.provider import register
 

@@ -25,7 +25,7 @@ def sides(world: World) -> tuple[list[Problem], list[Problem]]:
 
         report = Report("problems")
         found = gather_problems(world.config, world.run, report)
-        world.add(report, f"problems: {len(found)}{_drops(report)}")
+        world.add(report, f"problems: {len(found)}{drops(report)}")
         world.problems = split_for_stages(found, world.config.problems.correction_share, world.config.seed)
     else:
         world.run.replace("problems.jsonl", [*world.problems[0], *world.problems[1]])
@@ -75,7 +75,7 @@ def build_templates(world: World, fresh: bool = False) -> Report:
             confirm=world.confirm if world.ask_before_paying else None,
             progress=progress,
         )
-    return world.add(report, f"templates: {report.counts.get('templates', 0)} kept{_drops(report)}")
+    return world.add(report, f"templates: {report.counts.get('templates', 0)} kept{drops(report)}")
 
 
 def reckon_templates(world: World) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def build_corrections(world: World) -> Report:
             world.config, world.run, teacher=teacher, grader=grader, confirm=confirm, progress=progress
         )
     counts = report.counts
-    text = f"corrections: {counts.get('corrected', 0)} corrected, {counts.get('confirmed', 0)} confirmed{_drops(report)}"
+    text = f"corrections: {counts.get('corrected', 0)} corrected, {counts.get('confirmed', 0)} confirmed{drops(report)}"
     return world.add(report, text)
 
 
@@ -135,7 +135,7 @@ def _sample(world: World, problems: Sequence[Problem]) -> None:
         report = world.on_card(attempts_stage, problems, not nobody, progress=progress)
     counts = report.counts
     unknown = f", {counts['unknown']} unknown" if counts.get("unknown") else ""
-    told = f"{counts.get('right', 0)} right, {counts.get('wrong', 0)} wrong{unknown}{_drops(report)}"
+    told = f"{counts.get('right', 0)} right, {counts.get('wrong', 0)} wrong{unknown}{drops(report)}"
     world.add(report, f"attempts: {told}")
 
 
@@ -186,7 +186,8 @@ def require_sft(world: World) -> None:
         raise DataFault(f"{world.run.path('sft/adapter')} is missing", "run `sclite train --only sft` first")
 
 
-def _drops(report: Report) -> str:
+def drops(report: Report) -> str:
+    """In words for the line of a stage: `, 3 longer than max length`."""
     return "".join(
         f", {count} {reason.replace('_', ' ')}" for reason, count in sorted(report.dropped.items())
     )
@@ -215,7 +216,7 @@ def build_pairs(world: World) -> Report:
     counts = report.counts
     return world.add(
         report,
-        f"pairs: {counts.get('decision', 0)} decisions, {counts.get('content', 0)} contents{_drops(report)}",
+        f"pairs: {counts.get('decision', 0)} decisions, {counts.get('content', 0)} contents{drops(report)}",
     )
 
 

@@ -17,6 +17,7 @@ from sclite import __version__
 from sclite.config import RUN_FILE, Config
 from sclite.errors import DataFault, UsageFault
 from sclite.records import Drop, Row
+from sclite.signature import brought_up
 
 R = TypeVar("R", bound=Row)
 
@@ -199,7 +200,7 @@ class Run:
     def done(self, stage: str, inputs: dict[str, Any], *outputs: str) -> dict[str, Any] | None:
         """The stage's manifest where it was finished from these same inputs and its outputs are there, else None."""
         manifest = self.read_json(f"done/{stage}.json")
-        same = manifest is not None and manifest.get("inputs") == inputs
+        same = manifest is not None and brought_up(manifest.get("inputs", {}), inputs) == inputs
         return manifest if same and all(self.path(name).exists() for name in outputs) else None
 
     def finished(self, stage: str) -> dict[str, Any] | None:

@@ -31,6 +31,8 @@ def train(world: World, only: str | None = None, fresh: bool = False) -> list[Re
             "teacher.model is not set, and stage 2 needs a teacher for its corrections",
             "add --set teacher.model=PROVIDER/NAME, or train --only sft",
         )
+    if only is None:
+        _tell_corrections(world)
     if only != "dpo":
         train_sft(world, fresh)
     if only != "sft":
@@ -43,48 +45,92 @@ def train(world: World, only: str | None = None, fresh: bool = False) -> list[Re
     return world.reports
 
 
+def _tell_corrections(world: World) -> None:
+    """One line on what the teacher's corrections will cost, where that is known and not nothing."""
+    from sclite.data.corrections import left_to_ask, reckon_corrections
+    from sclite.train.plan import corrections_cost
+
+    config, run = world.config, world.run
+    found = corrections_cost(config, run, pipeline.unseen(world), left_to_ask(config, run))
+    cost = found["cost_usd"]
+    if cost is None and found["requests"]:
+        with world.teacher() as teacher:
+            cost = reckon_corrections(config, run, teacher, found["requests"])
+    if not cost:
+        return
+    most = "at most " if found["at_most"] else ""
+    text = f"corrections after SFT: {most}{found['requests']:,} by {config.teacher.model}, about ${cost:.2f}"
+    limit, spent = config.teacher.max_cost, found["spent_usd"] or 0.0
+    over = limit is not None and spent + cost > limit
+    world.screen.tell(f"{text}; teacher.max_cost is ${limit:g}, ${spent:.2f} is spent" if over else text)
+
+
 def plan(world: World) -> dict[str, Any]:
     """What a training will take, read from the configuration, the card and what lies in the run; nothing is begun."""
+    from sclite.data.corrections import left_to_ask
     from sclite.machine import card_facts
     from sclite.records import Problem
+    from sclite.train.fit import micro_batch
     from sclite.train.geometry import read_geometry
+    from sclite.train.plan import STAGES
     from sclite.train.plan import plan as reckon
 
     config, card = world.config, card_facts()
     geometry = read_geometry(config.student)
     found = list(world.run.rows("problems.jsonl", Problem))
-    unseen = frozenset(p.id for p in pipeline.divided(config, found)[1]) if found else None
-    backend = "plain" if card is None or config.student.backend == "plain" else "unsloth"
     return reckon(
-        config, geometry, world.run, card=card, tokenizer=_tokenizer(config), unseen=unseen, backend=backend
+        config,
+        geometry,
+        world.run,
+        card=card,
+        tokenizer=_tokenizer(config),
+        unseen=frozenset(p.id for p in pipeline.divided(config, found)[1]) if found else None,
+        backend="plain" if card is None or config.student.backend == "plain" else "unsloth",
+        at_once={stage: micro_batch(config, stage) for stage in STAGES},
+        left=left_to_ask(config, world.run),
     )
 
 
+TOKENIZER = ("*.json", "*.model", "*.jinja", "*.txt")
+
+
 def _tokenizer(config: Config) -> Any:
-    """The student's tokenizer where it lies on this disk; nothing is fetched for a plan."""
+    """The student's tokenizer where it lies on this disk, the hub's cache among it; nothing is fetched for a plan."""
     from sclite.student.load import load_tokenizer, model_name
 
     name = model_name(config.student)
-    return load_tokenizer(name) if Path(name).is_dir() else None
+    if not Path(name).is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            name = snapshot_download(name, local_files_only=True, allow_patterns=list(TOKENIZER))
+        except LocalEntryNotFoundError:
+            return None
+        if not any(Path(name).glob("tokenizer*")):  # a configuration alone, as read for a plan before
+            return None
+    return load_tokenizer(name)
 
 
 def train_sft(world: World, fresh: bool = False) -> Report:
     report = _stage(world, "sft", "sft: the student learns the templates", sft, fresh)
     counts = report.counts
-    text = f"sft: {counts.get('rows', 0)} rows, {counts.get('steps', 0)} steps"
+    text = f"sft: {counts.get('rows', 0)} rows, {counts.get('steps', 0)} steps{pipeline.drops(report)}"
     return world.add(report, "sft: an adapter was brought along" if "brought_along" in counts else text)
 
 
 def train_warm(world: World, fresh: bool = False) -> Report:
     report = _stage(world, "warm", "warm-up: the student learns what a review looks like", warm, fresh)
     counts = report.counts
-    return world.add(report, f"warm-up: {counts.get('rows', 0)} rows, {counts.get('steps', 0)} steps")
+    text = f"warm-up: {counts.get('rows', 0)} rows, {counts.get('steps', 0)} steps{pipeline.drops(report)}"
+    return world.add(report, text)
 
 
 def train_dpo(world: World, fresh: bool = False) -> Report:
     report = _stage(world, "dpo", "dpo: the student prefers right reviews", dpo, fresh)
     counts = report.counts
-    return world.add(report, f"dpo: {counts.get('pairs', 0)} pairs, {counts.get('steps', 0)} steps")
+    text = f"dpo: {counts.get('pairs', 0)} pairs, {counts.get('steps', 0)} steps{pipeline.drops(report)}"
+    return world.add(report, text)
 
 
 def sft(config: Config, run: Run, unseen: frozenset[str], fresh: bool, *, progress: Any) -> Report:
@@ -125,9 +171,6 @@ def _stage(world: World, name: str, text: str, stage: Stage, fresh: bool) -> Rep
                 progress(0, 0, warning=told)
             if report is None and not world.apart:
                 free_memory()  # here, where no traceback holds the model any more
-    if "cut" in report.figures:
-        key = "sft.max_length" if name == "sft" else "dpo.max_length"
-        progress(0, 0, warning=f"{report.figures['cut']} and are left out: raise {key}")
     return report
 
 

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from sclite.config import Config, keys, load
+from sclite.config import Config, Dpo, keys, load
 from sclite.errors import UsageFault
 
 
@@ -109,3 +109,31 @@ def test_every_key_that_people_type_most_exists():
         eval.limit review.mode review.threshold review.rounds sft.learning_rate sft.epochs sft.batch sft.max_length
         sft.rank dpo.beta dpo.nll_weight"""
     assert set(typed.split()) <= keys().keys()
+
+
+@pytest.mark.parametrize(
+    "setting", ["dpo.epochs=0", "sft.epochs=0", "sft.epochs=inf", "dpo.learning_rate=nan"]
+)
+def test_a_number_that_cannot_be_is_refused_with_its_key(setting):
+    with pytest.raises(UsageFault, match=setting.partition("=")[0].replace(".", r"\.")):
+        load(None, [setting], {})
+
+
+def test_no_epochs_of_dpo_has_a_remedy():
+    with pytest.raises(UsageFault, match=r"dpo\.epochs = 0: input should be greater than 0") as fault:
+        load(None, ["dpo.epochs=0"], {})
+    assert "train --only sft" in fault.value.hint
+
+
+@pytest.mark.parametrize("name", ["rank", "alpha"])
+def test_the_adapter_of_dpo_has_no_shape_of_its_own(name, tmp_path):
+    with pytest.raises(UsageFault, match=f"unknown key dpo.{name}") as fault:
+        load(None, [f"dpo.{name}=16"], {})
+    assert f"did you mean sft.{name}?" in fault.value.hint
+    (tmp_path / "run.toml").write_text(f"[dpo]\n{name} = 32\nbeta = 0.3\n")  # as an older version has left it
+    assert load(None, [f"run={tmp_path}"], {}).dpo.beta == 0.3
+
+
+def test_the_share_of_confirmations_decides_rows_and_not_the_training_on_them():
+    assert Dpo(confirmation_share=0.1).deciding() == Dpo().deciding()
+    assert Dpo(beta=0.1).deciding() != Dpo().deciding()

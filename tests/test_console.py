@@ -1,5 +1,14 @@
 """The live line: rows per second, money and time left, from what this command has done and nothing else."""
 
+import fcntl
+import os
+import pty
+import re
+import struct
+import sys
+import termios
+from contextlib import suppress
+
 import pytest
 
 from sclite import console
@@ -63,3 +72,58 @@ def test_figures_of_the_moment_and_warnings_reach_a_log(clock, capsys):
     told = capsys.readouterr().err
     assert "1 of 9 loss 0.5" in told
     assert "warning: the margin [stays] at 0" in told
+
+
+# -- the width of the terminal -------------------------------------------------------------------------------------
+
+FIGURES = "loss 0.412, margin 0.31, accuracy 74 %, 3,204 tokens/s, 9.8 GB, 0.3/s, $0.12 of about $1.40, 4 min 2 s left"
+
+
+def test_what_matters_least_is_left_away_first_and_whole():
+    assert console.fitted(FIGURES, 200) == FIGURES
+    shorter = FIGURES.replace("0.3/s, ", "")
+    assert console.fitted(FIGURES, len(FIGURES) - 1) == shorter
+    assert console.fitted(FIGURES, len(shorter) - 1) == shorter.replace("3,204 tokens/s, ", "")
+    assert console.fitted(FIGURES, 62) == "loss 0.412, margin 0.31, $0.12 of about $1.40, 4 min 2 s left"
+    assert console.fitted(FIGURES, 5) == "4 min 2 s left"
+    assert console.fitted("", 5) == ""
+
+
+SCRIPT = """
+import time
+from sclite.console import Screen
+with Screen().stage("dpo", "dpo: the student prefers right reviews") as progress:
+    for done in range(8):
+        progress(done, 1500, note="loss 0.412, margin 0.31, accuracy 74 %, evaluation loss 0.500, 3,204 tokens/s, 9.8 GB")
+        time.sleep(0.15)
+"""
+
+
+def frames(columns: int) -> list[str]:
+    """What a terminal of so many columns is sent, line by line, without its colours."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR", "CI")}
+        environment |= {"TERM": "xterm-256color", "PYTHONPATH": os.pathsep.join(sys.path)}
+        os.execve(sys.executable, [sys.executable, "-c", SCRIPT], environment)
+    sent = b""
+    with suppress(OSError):  # the terminal's end
+        while piece := os.read(terminal, 4096):
+            sent += piece
+    os.waitpid(pid, 0)
+    return [
+        line for line in re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", sent.decode())) if line
+    ]
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100, 140])
+def test_in_a_real_terminal_the_stage_its_steps_and_the_time_left_can_always_be_read(columns):
+    timed = [line for line in frames(columns) if "/1500" in line][-1].rstrip()
+    assert timed.startswith("dpo")
+    assert re.search(r" [1-7]/1500 ", timed)
+    assert re.search(r"\d (s|min \d+ s) left$", timed)
+    assert len(timed) <= columns
+    assert "…" not in timed
+    if columns >= 80:
+        assert "loss 0.412" in timed

@@ -1,6 +1,13 @@
 """The card as others see it: who holds its memory, as nvidia-smi tells it."""
 
+import os
+
+import pytest
+
 from sclite import machine
+from sclite.errors import DeviceFault
+from sclite.options import Common
+from sclite.student.load import choose_card
 
 
 def test_processes_are_read_largest_first_and_a_name_may_hold_commas():
@@ -44,3 +51,37 @@ def test_a_card_that_is_not_there_has_no_facts(monkeypatch):
     monkeypatch.setattr(machine, "processes", lambda number: None)
     assert machine.card_facts(0) == {"name": "Card", "total_gb": 24.0, "free_gb": 20.0, "processes": None}
     assert machine.card_facts(1) is None
+
+
+def test_a_container_or_windows_without_nvidia_smi_has_a_card_by_its_driver(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(machine, "DRIVERS", (str(tmp_path / "nvidiactl"), str(tmp_path / "dxg")))
+    assert Common().world().apart is False
+    (tmp_path / "dxg").touch()
+    assert Common().world().apart is True
+
+
+@pytest.fixture
+def torch_with_cards(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # so that it is put back
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "")
+    del os.environ["CUDA_VISIBLE_DEVICES"], os.environ["CUDA_DEVICE_ORDER"]
+
+
+def test_gpu_counts_the_cards_of_the_bus(torch_with_cards):
+    choose_card(1)
+    assert (os.environ["CUDA_VISIBLE_DEVICES"], os.environ["CUDA_DEVICE_ORDER"]) == ("1", "PCI_BUS_ID")
+
+
+def test_gpu_counts_within_the_cards_that_are_visible_already(torch_with_cards):
+    os.environ["CUDA_VISIBLE_DEVICES"] = "2, GPU-5f3a"
+    choose_card(1)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-5f3a"
+    assert "CUDA_DEVICE_ORDER" not in os.environ  # the numbers are in the order that their writer had
+    with pytest.raises(DeviceFault, match="CUDA_VISIBLE_DEVICES=GPU-5f3a shows 1 cards") as fault:
+        choose_card(1)
+    assert "unset CUDA_VISIBLE_DEVICES" in fault.value.hint

@@ -10,10 +10,13 @@ import tracemalloc
 
 import pytest
 
+from sclite.config import Config
 from sclite.errors import DataFault, UsageFault
 from sclite.records import Attempt, Drop, Problem
 from sclite.run import Report, Run, timed, write_text
-from sclite.signature import digest, digest_rows
+from sclite.signature import differences, digest, digest_rows
+from sclite.train import sft
+from sclite.train.checkpoints import Checkpoints, refuse_other_inputs
 
 
 def problem(number: int, question: str = "How many?") -> Problem:
@@ -242,3 +245,49 @@ def test_seconds_are_counted_even_when_the_block_fails():
     with pytest.raises(ValueError, match="x"):
         block.gen.throw(ValueError("x"))
     assert 1.01 < report.seconds < 2
+
+
+# -- what was signed -----------------------------------------------------------------------------------------------
+
+
+def test_a_value_of_sixteen_letters_that_is_no_hash_is_shown():
+    before, now = {"student.model": "qwen/qwen-4-mini"}, {"student.model": "qwen/qwen-5-mini"}
+    assert differences(before, now) == ["student.model: qwen/qwen-4-mini before, qwen/qwen-5-mini now"]
+    assert differences({"x": "0123456789abcdef"}, {"x": None}) == ["x changed"]
+
+
+def test_the_embedded_student_is_signed_by_its_name_and_not_by_its_folder(run):
+    inputs = sft.inputs_of(Config.model_validate({"student": {"model": "embedded"}}), run)
+    assert inputs["student.model"] == "embedded"
+    elsewhere = {
+        **inputs,
+        "student.model": "/home/a/.venv/lib/python3.11/site-packages/sclite/quickstart/student",
+    }
+    run.sign("sft", elsewhere, Report("sft"))
+    assert run.done("sft", inputs) is not None
+    refuse_other_inputs(run, "sft", run.path("sft/checkpoints"), inputs, fresh=False)
+
+
+def test_a_setting_that_an_older_version_did_not_sign_had_its_default(run):
+    config = Config.model_validate({"student": {"model": "embedded"}})
+    inputs = sft.inputs_of(config, run)
+    older = {key: value for key, value in inputs.items() if key != "student.load_in_4bit"}
+    older["sft"] = {key: value for key, value in inputs["sft"].items() if key != "patience"} | {"gone": 3}
+    run.sign("sft", older, Report("sft"))
+    assert run.done("sft", inputs) is not None
+    other = {**inputs, "sft": {**inputs["sft"], "patience": 2}}
+    assert run.done("sft", other) is None
+    with pytest.raises(UsageFault, match=r"sft\.patience: 0 before, 2 now"):
+        refuse_other_inputs(run, "sft", run.path("sft/checkpoints"), other, fresh=False)
+
+
+def test_checkpoints_that_an_older_version_began_are_gone_on_from(run):
+    inputs = sft.inputs_of(Config.model_validate({"student": {"model": "embedded"}}), run)
+    older = {**inputs, "sft": {key: value for key, value in inputs["sft"].items() if key != "patience"}}
+    checkpoints = Checkpoints(run.path("sft/checkpoints"))
+    checkpoints.begin(older)
+    checkpoints.mark(3)
+    checkpoints.begin(inputs)
+    assert checkpoints.step() == 3
+    checkpoints.begin({**inputs, "seed": 7})
+    assert checkpoints.step() == 0

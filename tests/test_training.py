@@ -10,7 +10,7 @@ from sclite.errors import DeviceFault
 from sclite.records import Template
 from sclite.run import Run
 from sclite.student.load import load_tokenizer
-from sclite.train import sft
+from sclite.train import sft, warm
 from sclite.train.watch import read_metrics
 from sclite.world import World
 from tests.tiny import tiny_llama
@@ -108,18 +108,43 @@ def test_in_a_process_of_its_own_a_stage_trains_the_same_and_tells_of_each_step(
     assert one == other
 
 
-def test_when_more_than_half_of_the_rows_are_too_long_it_is_said(folder, tmp_path):
+def test_rows_that_are_too_long_are_told_of_before_the_first_step_and_in_the_line_of_the_stage(
+    folder, tmp_path
+):
     world = world_of(folder, tmp_path)
-    limit = min(_tokens(world))
+    lengths = sorted(_tokens(world))
+    limit = lengths[-1] - 1
     config = world.config.model_copy(
         update={"sft": world.config.sft.model_copy(update={"max_length": limit})}
     )
-    report = training.train_sft(World(config, world.run, world.screen))
+    screen = Ordered()
+    report = training.train_sft(World(config, world.run, screen))
     left = report.dropped["longer_than_max_length"]
-    assert left > 3
-    assert world.screen.warnings == [
-        f"{left} of {len(_tokens(world))} rows have more than {limit} tokens and are left out: raise sft.max_length"
-    ]
+    assert screen.said[0] == (
+        f"{left} of {len(lengths)} rows have more than {limit} tokens and are left out (the longest has "
+        f"{lengths[-1]}): raise sft.max_length"
+    )
+    assert len(screen.said) > 1
+    assert screen.said[1].startswith("step 1 of")
+    assert f"steps, {left} longer than max length" in screen.line
+
+
+class Ordered(Screen):
+    """A screen that keeps warnings and steps in the order in which they come."""
+
+    def __init__(self):
+        super().__init__(quiet=True)
+        self.said, self.line = [], ""
+
+    @contextmanager
+    def stage(self, name, text):
+        def progress(done, total, *_, note="", warning=""):
+            self.said.append(warning or f"step {done} of {total}")
+
+        yield progress
+
+    def done(self, name, text, skipped=False):
+        self.line = text
 
 
 def _tokens(world) -> list[int]:
@@ -180,3 +205,113 @@ def test_the_plan_of_a_run_says_what_each_stage_takes(folder, tmp_path):
     assert found["stages"]["sft"]["rows"] > 0
     assert found["stages"]["sft"]["hours"] is None
     assert found["teacher"]["requests"] == 0
+
+
+def test_the_plan_has_the_steps_rows_and_rows_at_once_of_the_training_that_follows(
+    folder, tmp_path, monkeypatch
+):
+    settings = {"batch": 3, "micro_batch": None, "epochs": 2.5, "eval_share": 0.4}
+    world = world_of(folder, tmp_path, sft=settings, dpo={**settings, "micro_batch": 3, "warmup_epochs": 1})
+    stages = training.plan(world)["stages"]
+    sizes = []
+    real = sft.train_adapter
+    for stage in (sft, warm):
+        monkeypatch.setattr(
+            stage,
+            "train_adapter",
+            lambda *a, **named: sizes.append(named["micro_batch"]) or real(*a, **named),
+        )
+    for report in (training.train_sft(world), training.train_warm(world)):
+        planned = stages[report.stage]
+        assert (planned["rows"], planned["steps"]) == (report.counts["rows"], report.counts["steps"])
+        assert planned["micro_batch"] == sizes.pop(0)
+
+
+def test_the_tokenizer_of_a_hub_model_is_used_where_it_is_in_the_cache(folder, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    world = world_of(folder, tmp_path / "run")
+    student = world.config.student.model_copy(update={"model": "someone/model"})
+    config = world.config.model_copy(update={"student": student})
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert training._tokenizer(config) is None
+    place = tmp_path / "hub/models--someone--model"
+    snapshot = place / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (place / "refs").mkdir()
+    (place / "refs/main").write_text("0" * 40)
+    (snapshot / "config.json").write_bytes((folder / "config.json").read_bytes())
+    assert training._tokenizer(config) is None
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (snapshot / name).write_bytes((folder / name).read_bytes())
+    assert training._tokenizer(config)("1 + 1")["input_ids"]
+
+
+def test_a_plan_that_does_not_fit_ends_with_exit_5_as_json_too(capsys):
+    import json
+
+    from sclite.cli import _tell_plan
+
+    with pytest.raises(DeviceFault) as fault:
+        _tell_plan({"stages": {"sft": {"fits": False}}}, json=True)
+    assert fault.value.code == 5
+    assert json.loads(capsys.readouterr().out)["stages"]["sft"]["fits"] is False
+
+
+# -- what the teacher will cost ------------------------------------------------------------------------------------
+
+
+def told_before_sft(world, monkeypatch, capsys) -> str:
+    """What stands on stderr when SFT begins."""
+
+    class Begun(Exception):
+        pass
+
+    def begin(*_):
+        raise Begun
+
+    monkeypatch.setattr(training, "train_sft", begin)
+    world.screen.quiet = False
+    for name in ("attempts.jsonl", "reviews.jsonl"):
+        world.run.path(name).unlink()
+    with pytest.raises(Begun):
+        training.train(world)
+    return capsys.readouterr().err
+
+
+TEACHER = {"model": "openai/teacher", "api_base": "http://127.0.0.1:9/v1"}
+
+
+def test_train_says_in_one_line_what_the_corrections_will_cost(folder, tmp_path, monkeypatch, capsys):
+    from tests.train.test_plan import paid
+
+    world = world_of(folder, tmp_path, teacher={**TEACHER, "max_cost": 0.5}, attempts={"samples": 2})
+    paid(world.run, "templates", *[0.02] * 12)
+    said = told_before_sft(world, monkeypatch, capsys)
+    line = (
+        "corrections after SFT: at most 10 by openai/teacher, about $0.20"  # five problems, two samples each
+    )
+    assert said.splitlines()[1:] == [line]
+
+
+def test_a_limit_that_the_corrections_would_reach_is_told_with_their_cost(
+    folder, tmp_path, monkeypatch, capsys
+):
+    from tests.train.test_plan import paid
+
+    world = world_of(folder, tmp_path, teacher={**TEACHER, "max_cost": 0.4}, attempts={"samples": 2})
+    paid(world.run, "templates", *[0.02] * 12)
+    said = told_before_sft(world, monkeypatch, capsys)
+    assert said.endswith("about $0.20; teacher.max_cost is $0.4, $0.24 is spent\n")
+
+
+def test_without_a_pilot_the_cost_is_reckoned_from_the_price_and_without_a_price_nothing_is_said(
+    folder, tmp_path, monkeypatch, capsys
+):
+    priced = world_of(folder, tmp_path / "a", teacher={**TEACHER, "price": (1000.0, 1000.0)})
+    said = told_before_sft(priced, monkeypatch, capsys)
+    assert said.splitlines()[-1].startswith("corrections after SFT: at most 20 by openai/teacher, about $")
+    assert float(said.rpartition("$")[2]) > 1
+    unknown = world_of(folder, tmp_path / "b", teacher=TEACHER)
+    assert told_before_sft(unknown, monkeypatch, capsys).splitlines()[1:] == []

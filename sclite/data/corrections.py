@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from sclite import prompts
@@ -13,14 +14,15 @@ from sclite.data.brought import refuse
 from sclite.data.templates import mentions_the_solution
 from sclite.errors import DataFault
 from sclite.grader import Grader
-from sclite.records import Attempt, Drop, Problem, Review
+from sclite.records import Attempt, Drop, Problem, Review, Template
 from sclite.run import Report, Run, timed
 from sclite.signature import digest
 from sclite.teacher.client import Flaw, Job, Teacher
-from sclite.teacher.forecast import Forecast, ask_after_pilot
+from sclite.teacher.forecast import CHARACTERS_PER_TOKEN, Forecast, ask_after_pilot
 from sclite.trace import Trace, first_corrected, parse, render
 
 STAGE, FILE = "corrections", "reviews.jsonl"
+SAMPLED = 50  # templates that tell how long a correction will be
 
 
 def inputs_of(config: Config, run: Run) -> dict[str, Any]:
@@ -91,6 +93,39 @@ def build_corrections(
     # a network fault is no verdict on a row: the signature then fits no inputs, and the next call asks again
     run.sign(STAGE, {**inputs, "unanswered": unanswered} if unanswered else inputs, report)
     return report
+
+
+def left_to_ask(config: Config, run: Run) -> int | None:
+    """How many wrong attempts the teacher has not been asked about; None before there are attempts.
+
+    None are left where this stage is done, or where its rows or those made from them were brought along. While it is
+    half-way, replies that lie in the ledger are still among them.
+    """
+    brought = run.brought_along(STAGE, FILE) or run.brought_along("pairs", "pairs.jsonl")
+    if brought or run.done(STAGE, inputs_of(config, run), FILE):
+        return 0
+    attempts = distinct(run.read("attempts.jsonl", Attempt))
+    return len(_usable(attempts)[0]) if attempts else None
+
+
+def reckon_corrections(config: Config, run: Run, teacher: Teacher, count: int) -> float | None:
+    """US dollars for so many corrections, from the lengths of the run's templates; None where prices are unknown.
+
+    A correction says over again what an attempt says, which is about as long as a template. Nothing is sent.
+    """
+    sample = list(islice(run.rows("templates.jsonl", Template), SAMPLED))
+    price = teacher.price() if sample else None
+    if price is None:
+        return None
+    sent = written = 0
+    for row in sample:
+        messages = prompts.correction_messages(
+            row.question, row.trace, row.answer, row.trace, "", config.prompts.folder
+        )
+        sent += sum(len(message["content"]) for message in messages)
+        written += 1.5 * len(row.trace)
+    each = price.cost_usd(sent / CHARACTERS_PER_TOKEN, written / CHARACTERS_PER_TOKEN) / len(sample)
+    return count * each
 
 
 def _adopt(run: Run) -> Report:

@@ -10,10 +10,9 @@ PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits"
 
 def show_plan(plan: Mapping[str, Any]) -> None:
     """The plan that `sclite.train.plan.plan` makes, as tables on stdout."""
-    bits = "4" if plan["four_bit"] else "16"
     size = plan["parameters"]
     told = f"{size / 1e9:.2f} billion" if size >= 5e8 else f"{size / 1e6:.1f} million"
-    student = f"{plan['student']}: {told} parameters in {bits} bits, {plan['backend']}"
+    student = f"{plan['student']}: {told} parameters in {plan['bits']} bits, {plan['backend']}"
     console.say(console.plain(student))
     if plan["rough"]:
         console.say(f"[yellow]A rough estimate:[/] {console.plain(plan['rough'])}")
@@ -32,13 +31,13 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     header = ("stage", "rows", "too long", "epochs", "tokens", "steps", "tokens/s", "hours")
     console.table("Forecast", header, [_forecast(name, stage) for name, stage in stages.items()])
     if plan["lengths"] == "characters":
-        console.say("Tokens are reckoned from characters: the student's tokenizer is not at hand.")
+        console.say("Tokens are estimated from characters: the student's tokenizer is not on this disk yet.")
     _rest(plan)
 
 
 def _card(card: Mapping[str, Any] | None) -> None:
     if card is None:
-        console.say("No CUDA card here: nothing is said to fit.")
+        console.say("No CUDA card here: memory is the machine's own, roughly, and nothing is said to fit.")
         return
     name = console.plain(card["name"])
     console.say(f"{name}: {card['free_gb']:.1f} of {card['total_gb']:.1f} GB free")
@@ -83,6 +82,10 @@ def _rest(plan: Mapping[str, Any]) -> None:
     teacher = plan["teacher"]
     if teacher["requests"] is None:
         console.say("Corrections by the teacher: unknown before there are problems for stage 2")
+        return
+    if not teacher["requests"]:
+        spent = f"; the run has cost ${teacher['spent_usd']:.2f}" if teacher["spent_usd"] else ""
+        console.say(f"Corrections by the teacher: none are left to ask for{spent}")
         return
     most = "at most " if teacher["at_most"] else ""
     cost = "at an unknown price" if teacher["cost_usd"] is None else f"about ${teacher['cost_usd']:.2f}"

@@ -20,7 +20,7 @@ from sclite.export import stage as export
 from sclite.look.rows import require_folder
 from sclite.records import Drop, Problem
 from sclite.run import Run
-from sclite.signature import differences
+from sclite.signature import brought_up, differences
 from sclite.teacher.ledger import FILE as LEDGER
 from sclite.teacher.ledger import Ledger
 from sclite.train import dpo, sft, warm
@@ -151,7 +151,8 @@ def _signed(config: Config, run: Run, name: str, output: str, expected: Callable
         # the quickstart divides its problems by their place and not by their ids
         embedded = config.teacher.model.startswith("embedded/")
         skipped = {"problems", "problems kept for stage 2"} if embedded else set()
-        before, now = ({k: v for k, v in d.items() if k in wanted.keys() - skipped} for d in (held, wanted))
+        signed = (brought_up(held, wanted), wanted)
+        before, now = ({k: v for k, v in d.items() if k in wanted.keys() - skipped} for d in signed)
         stage.why += differences(before, now)
     if not run.path(output).exists():
         stage.why.append(f"{output} is gone")

@@ -280,14 +280,13 @@ def put_adapter(model: Any, folder: Path) -> None:
 
 def _shape(lora: Lora, adapter: Path | None) -> dict[str, Any]:
     """What decides a LoRA's shape: an adapter's own configuration, else the settings."""
-    own = {
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "target_modules": list(LINEAR_LAYERS),
-        "lora_dropout": 0.0,
-    }
     if adapter is None:
-        return own
+        return {
+            "r": lora.rank,
+            "lora_alpha": lora.alpha,
+            "target_modules": list(LINEAR_LAYERS),
+            "lora_dropout": 0.0,
+        }
     kept = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     for unlike in ("rank_pattern", "alpha_pattern", "use_dora"):
         if kept.get(unlike):
@@ -295,4 +294,5 @@ def _shape(lora: Lora, adapter: Path | None) -> dict[str, Any]:
                 f"the adapter in {adapter} has {unlike}, which is not trained on here",
                 "put a plain LoRA there; or use it through --set student.backend=plain",
             )
-    return {name: kept[name] for name in own} | {"use_rslora": kept.get("use_rslora", False)}
+    names = ("r", "lora_alpha", "target_modules", "lora_dropout")
+    return {name: kept[name] for name in names} | {"use_rslora": kept.get("use_rslora", False)}

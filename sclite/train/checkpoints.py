@@ -12,7 +12,7 @@ from typing import Any
 
 from sclite.errors import UsageFault
 from sclite.run import Run, write_text
-from sclite.signature import differences
+from sclite.signature import brought_up, differences
 
 WHOLE, BEGUN = "whole.json", "begun.json"
 
@@ -25,7 +25,8 @@ class Checkpoints:
 
     def begin(self, inputs: Mapping[str, Any]) -> None:
         """Make the folder ready for a training from these inputs: those of others and broken ones are removed."""
-        if self.begun_from() != inputs:
+        begun = self.begun_from()
+        if begun is None or brought_up(begun, inputs) != inputs:
             self.forget()
         for found in self.folder.glob("checkpoint-*"):
             if not (found / WHOLE).is_file():
@@ -76,6 +77,7 @@ def refuse_other_inputs(run: Run, stage: str, folder: Path, inputs: Mapping[str,
     before, what = (manifest["inputs"], "trained") if manifest else (None, "")
     if before is None and begun.step():
         before, what = begun.begun_from(), "begun"
+    before = None if before is None else brought_up(before, inputs)
     if before is not None and before != inputs:
         changes = "; ".join(differences(before, inputs))
         raise UsageFault(

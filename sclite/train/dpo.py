@@ -19,7 +19,7 @@ from sclite.train.bundle import Bundle, build_bundles, collate, likelihoods, ref
 from sclite.train.checkpoints import Checkpoints, refuse_other_inputs
 from sclite.train.common import quiet, save_adapter, student_inputs
 from sclite.train.fit import micro_batch
-from sclite.train.labels import check_tokenizer
+from sclite.train.labels import check_bundles, checked_tokenizer, tell_left_out
 from sclite.train.sft import replay_templates, solve_rows
 from sclite.train.trainer import Lesson, Part, held_out_rows, memory_told, train_adapter
 from sclite.train.watch import Progress
@@ -70,16 +70,18 @@ def train_dpo(
         quiet(config.student)
         checkpoints = Checkpoints(folder / "checkpoints")
         checkpoints.begin(inputs)
-        at_once = micro_batch(config, STAGE)
-        model, tokenizer = load_student(config.student, config.dpo, run.path("dpo/warm"), train=True)
-        check_tokenizer(tokenizer)
+        tokenizer = checked_tokenizer(config.student)
         bundles = build_bundles(tokenizer, pairs, questions, config.prompts.folder)
         solved = solve_rows(tokenizer, replay_templates(templates, unseen), config.prompts.folder)
+        tell_left_out(progress, STAGE, "solved rows", [len(row.ids) for row in solved], config.dpo.max_length)
         bundles = with_replay(
-            fitting_bundles(run, report, bundles, config.dpo.max_length),
+            fitting_bundles(run, report, bundles, config.dpo.max_length, progress),
             [row for row in solved if len(row.ids) <= config.dpo.max_length],
             config.dpo.replay_share,
         )
+        check_bundles(bundles, decision_ids(tokenizer))
+        at_once = micro_batch(config, STAGE)
+        model, tokenizer = load_student(config.student, config.dpo, run.path("dpo/warm"), train=True)
         reference = _reference(run, model, tokenizer, bundles, digest(inputs), at_once)
         outcome = train_adapter(
             model,
@@ -102,11 +104,15 @@ def train_dpo(
     return report
 
 
-def fitting_bundles(run: Run, report: Report, bundles: Sequence[Bundle], limit: int) -> list[Bundle]:
-    """The bundles whose sequences have at most `limit` tokens; the others are counted and named in dropped.jsonl."""
+def fitting_bundles(
+    run: Run, report: Report, bundles: Sequence[Bundle], limit: int, progress: Progress | None = None
+) -> list[Bundle]:
+    """The bundles whose sequences have at most `limit` tokens; the others are told of, and named in dropped.jsonl."""
     fit, drops = [], []
-    for bundle in bundles:
-        longest = max(len(side.ids) for side in (bundle.review, bundle.rejected) if side is not None)
+    sides = [[side for side in (b.review, b.rejected) if side is not None] for b in bundles]
+    lengths = [max(len(side.ids) for side in both) for both in sides]
+    tell_left_out(progress, STAGE, "rows", lengths, limit)
+    for bundle, longest in zip(bundles, lengths, strict=True):
         if longest <= limit:
             fit.append(bundle)
             continue
@@ -120,8 +126,6 @@ def fitting_bundles(run: Run, report: Report, bundles: Sequence[Bundle], limit: 
         raise DataFault(f"no pair fits into dpo.max_length = {limit} tokens", "raise dpo.max_length")
     if drops:
         report.dropped["longer_than_max_length"] = len(drops)
-        if 2 * len(drops) > len(bundles):
-            report.figures["cut"] = f"{len(drops)} of {len(bundles)} rows have more than {limit} tokens"
     return fit
 
 

@@ -12,6 +12,8 @@ from sclite.records import Attempt, Pair, Problem, Review, Template
 from sclite.run import Run
 from sclite.teacher.forecast import CHARACTERS_PER_TOKEN
 from sclite.trace import parse, render
+from sclite.train.order import training_order
+from sclite.train.trainer import held_out_rows
 
 Length = tuple[int, int]
 """(tokens, tokens that carry loss) of one sequence."""
@@ -105,8 +107,8 @@ def _bundle(pairs: list[Pair], question: str, config: Config, measure: Measure) 
 def forecast(config: Config, run: Run, stage: str, rows: list[list[Length]] | None) -> dict[str, Any]:
     """Rows, tokens over all epochs, optimizer steps and hours; None where they are unknown.
 
-    Rows longer than max_length are counted and left out, as the stage does. Hours come from the tokens per second that
-    this run's own metrics.jsonl holds.
+    Rows longer than max_length are left out and some are kept for the evaluation, as in training; steps and tokens are
+    those of the order that it trains in. Hours come from the tokens per second that this run's own metrics.jsonl holds.
     """
     settings = config.sft if stage == "sft" else config.dpo
     epochs = config.dpo.warmup_epochs if stage == "warm" else settings.epochs
@@ -116,13 +118,16 @@ def forecast(config: Config, run: Run, stage: str, rows: list[list[Length]] | No
         return {**unknown, "epochs": epochs, "tokens_per_second": speed}
     fit = [row for row in rows if max(tokens for tokens, _ in row) <= settings.max_length]
     once = sum(tokens for row in fit for tokens, _ in row)
-    tokens = round(once * epochs)
+    kept = set(held_out_rows(len(fit), settings.eval_share, config.seed))
+    trained = [sum(tokens for tokens, _ in row) for i, row in enumerate(fit) if i not in kept]
+    order = training_order(trained, settings.batch, epochs, config.seed)
+    tokens = sum(trained[i] for i in order)
     return {
         "rows": len(fit),
         "too_long": len(rows) - len(fit),
         "tokens": tokens,
         "loss_share": round(sum(part[1] for row in fit for part in row) / once, 4) if once else None,
-        "steps": ceil(ceil(len(fit) / settings.batch) * epochs),
+        "steps": ceil(len(order) / settings.batch),
         "hours": None if speed is None else round(tokens / speed / 3600, 3),
         "epochs": epochs,
         "tokens_per_second": speed,

@@ -4,10 +4,35 @@ from collections.abc import Sequence
 from typing import Any
 
 from sclite import prompts
+from sclite.config import Student
 from sclite.errors import DataFault
-from sclite.records import Drop
+from sclite.records import Drop, Template
 from sclite.run import Run
 from sclite.student.encode import Encoded, end_id, prompt_ids, prompt_text
+from sclite.student.load import load_tokenizer, model_name
+from sclite.train.bundle import Bundle
+from sclite.train.watch import Progress
+
+
+def checked_tokenizer(student: Student) -> Any:
+    """The student's tokenizer, had in a second where its weights take a minute, and fit for training.
+
+    Raises DataFault as `check_tokenizer` does.
+    """
+    tokenizer = load_tokenizer(model_name(student))
+    check_tokenizer(tokenizer)
+    return tokenizer
+
+
+def rows_of_sft(rows: Sequence[Template], unseen: frozenset[str]) -> list[Template]:
+    """The templates of problems that are not kept for stage 2; raises DataFault where that leaves none."""
+    found = [row for row in rows if row.id not in unseen]
+    if not found:
+        raise DataFault(
+            f"all {len(rows)} templates are of problems that are kept for stage 2: SFT has none to learn from",
+            "`sclite build-data` writes those of the other problems; problems.correction_share says how many are kept",
+        )
+    return found
 
 
 def check_labels(rows: Sequence[Encoded], end: int, names: Sequence[str] = ()) -> dict[str, float]:
@@ -33,6 +58,34 @@ def check_labels(rows: Sequence[Encoded], end: int, names: Sequence[str] = ()) -
     tokens = sum(len(row.ids) for row in rows)
     trained = sum(weight > 0 for row in rows for weight in row.weights)
     return {"rows": len(rows), "tokens": tokens, "trained_share": round(trained / tokens, 4)}
+
+
+def check_bundles(bundles: Sequence[Bundle], decisions: tuple[int, int]) -> None:
+    """Refuse pairs that would teach nothing, or something else than what is asked in use.
+
+    `decisions` are the tokens of accusing a step and of closing it: what follows a decision must be the one that is
+    chosen. Two contents must differ, and carry loss on their own texts alone. Raises DataFault.
+    """
+    for bundle in bundles:
+        where, review, other = f"the pairs of {bundle.key}", bundle.review, bundle.rejected
+        if not review.marks and other is None:
+            raise DataFault(f"{where}: no decision and no content", "they would teach nothing; report it")
+        for mark, accused in zip(review.marks, review.accused, strict=True):
+            after = review.ids[mark + 1 : mark + 2]
+            if after and after[0] != decisions[0 if accused else 1]:
+                raise DataFault(
+                    f"{where}: another token follows than the decision that is chosen",
+                    "check pairs.jsonl and the tokenizer of the student",
+                )
+        for side in (review, other) if other is not None else ():
+            if not any(side.weights):
+                raise DataFault(f"{where}: a content is empty", "it would teach nothing; remove the pair")
+            if side.weights[0]:
+                raise DataFault(f"{where}: the prompt carries loss", "check the chat template of the student")
+        if other is not None and review.ids == other.ids:
+            raise DataFault(
+                f"{where}: both contents are the same tokens", "remove this pair from pairs.jsonl"
+            )
 
 
 def check_tokenizer(tokenizer: Any) -> None:
@@ -76,3 +129,14 @@ def left_out(run: Run, stage: str, names: Sequence[str], rows: Sequence[Encoded]
     ]
     run.replace_drops({stage}, drops)
     return numbers
+
+
+def tell_left_out(
+    progress: Progress | None, section: str, what: str, lengths: Sequence[int], limit: int
+) -> None:
+    """Say before the first step how many of the rows, by their lengths in tokens, are too long, and the remedy."""
+    long = sum(length > limit for length in lengths)
+    if long and progress is not None:
+        told = f"{long} of {len(lengths)} {what} have more than {limit} tokens and are left out"
+        longest = f"the longest has {max(lengths)}"
+        progress(0, 0, warning=f"{told} ({longest}): raise {section}.max_length")

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from sclite.config import Config
-from sclite.records import Attempt, Drop, Review, Template
+from sclite.records import Review, Template
 from sclite.run import Run
 from sclite.student.load import model_name
 from sclite.teacher.ledger import FILE as LEDGER
@@ -23,6 +23,7 @@ from sclite.train.memory import (
     choose,
     estimate,
     largest_length,
+    layer_bytes,
     optimizer_bytes,
 )
 
@@ -56,17 +57,22 @@ def plan(
     tokenizer: Any = None,
     unseen: frozenset[str] | None = None,
     backend: str = "unsloth",
+    at_once: Mapping[str, int] | None = None,
+    left: int | None = None,
 ) -> dict[str, Any]:
     """The whole plan, ready for JSON. `card` is what `machine.card_facts` gives; None: no card, nothing is said to fit.
 
     `unseen` are the ids of the problems kept for stage 2, None where they are unknown. Without a tokenizer, lengths are
-    characters divided by four.
+    characters divided by four. `at_once` are the rows of a forward pass by stage, as `fit.micro_batch` gives them to the
+    training; without it those that the configuration asks for. `left` corrections are still to be asked for, as far as
+    that is known from attempts.
     """
+    at_once = at_once or {stage: wanted(config, stage, backend).micro_batch for stage in STAGES}
     measure = measure_of(tokenizer)
     rows = {stage: lengths(config, run, stage, measure, unseen or frozenset()) for stage in STAGES}
     stages = {
         stage: {
-            **memory_plan(config, geometry, stage, card, backend),
+            **memory_plan(config, geometry, stage, card, backend, at_once[stage]),
             **forecast(config, run, stage, rows[stage]),
         }
         for stage in STAGES
@@ -75,7 +81,7 @@ def plan(
     return {
         "student": model_name(config.student),
         "parameters": geometry.parameters,
-        "four_bit": config.student.load_in_4bit,
+        "bits": 32 if card is None else 4 if config.student.load_in_4bit else 16,
         "backend": backend,
         "rough": geometry.rough or None,
         "card": dict(card) if card else None,
@@ -83,7 +89,7 @@ def plan(
         "stages": stages,
         "hours": None if None in hours else round(sum(hours), 2),
         "disk_gb": disk(config, geometry),
-        "teacher": corrections_cost(config, run, unseen),
+        "teacher": corrections_cost(config, run, unseen, left),
     }
 
 
@@ -105,15 +111,25 @@ def wanted(config: Config, stage: str, backend: str = "unsloth") -> Setting:
 
 
 def memory_plan(
-    config: Config, geometry: Geometry, stage: str, card: Mapping[str, Any] | None, backend: str
+    config: Config,
+    geometry: Geometry,
+    stage: str,
+    card: Mapping[str, Any] | None,
+    backend: str,
+    at_once: int,
 ) -> dict[str, Any]:
-    """What is chosen for the card's free memory, its bytes by part, and the longest row that fits alone."""
-    asked = wanted(config, stage, backend)
+    """What is chosen for the card's free memory, its bytes by part, and the longest row that fits alone.
+
+    `at_once` rows are what training begins with; where they do not fit, it goes on with the largest part that does.
+    """
+    asked = replace(wanted(config, stage, backend), micro_batch=at_once)
     batch = (config.sft if stage == "sft" else config.dpo).batch
     free = None if card is None else round(card["free_gb"] * GB)
     chosen = choose(geometry, asked, batch, free)
+    if free is None or estimate(geometry, asked).total <= free:
+        chosen = replace(chosen, setting=asked, accumulation=max(1, batch // at_once))
     setting = chosen.setting or asked
-    found: Estimate = estimate(geometry, setting)
+    found = on_cpu(geometry, setting) if card is None else estimate(geometry, setting)
     longest = None if free is None else largest_length(geometry, replace(setting, micro_batch=1), free)
     return {
         "fits": chosen.fits,
@@ -128,6 +144,23 @@ def memory_plan(
         "host_gb": round(found.host / GB, 3),
         "largest_length": longest,
     }
+
+
+def on_cpu(geometry: Geometry, setting: Setting) -> Estimate:
+    """What a step takes of the machine's memory without a card: float32 throughout, and what every layer keeps.
+
+    A rough figure: AdamW's states are whole, nothing is computed again in the backward pass, and no CUDA context is there.
+    """
+    plain = replace(setting, four_bit=False, backend="plain", optimizer_bits=32)
+    parts = dict(estimate(geometry, plain).parts)
+    layers = sum(layer_bytes(geometry, tokens, False, "plain") for tokens, _ in plain.forwards())
+    parts |= {
+        "weights": 4 * geometry.parameters,
+        "activations": 2 * (parts["activations"] + geometry.layers * layers),
+        "layer": 0,
+        "allowance": 0,
+    }
+    return Estimate(parts)
 
 
 # -- disk and money ------------------------------------------------------------------------------------------------
@@ -153,26 +186,22 @@ def disk(config: Config, geometry: Geometry) -> dict[str, float | None]:
     return {**found, "total": round(sum(size for size in found.values() if size is not None), 2)}
 
 
-def corrections_cost(config: Config, run: Run, unseen: frozenset[str] | None) -> dict[str, Any]:
+def corrections_cost(
+    config: Config, run: Run, unseen: frozenset[str] | None, left: int | None
+) -> dict[str, Any]:
     """What the teacher's corrections will cost, at the mean of what a row of this run has cost so far.
 
-    `requests`: one for each wrong attempt that has no review yet; before there are attempts, at most one for each that
-    will be sampled (`at_most`). None where that, or the price, is unknown; repairs are in the mean.
+    `requests`: those `left` for the attempts that are there; before there are any (None), at most one for each that will
+    be sampled (`at_most`). None where that, or the price, is unknown; repairs are in the mean.
     """
-    attempts = run.read("attempts.jsonl", Attempt)
-    reviewed = {(row.id, row.sample) for row in run.rows("reviews.jsonl", Review)}
-    drops = run.rows("dropped.jsonl", Drop)
-    reviewed |= {(drop.id, drop.sample) for drop in drops if drop.stage == "corrections"}
-    requests = None if unseen is None else len(unseen) * config.attempts.samples
-    if attempts:
-        requests = sum(row.correct is False and (row.id, row.sample) not in reviewed for row in attempts)
-    elif reviewed:
-        requests = 0
+    requests = left
+    if left is None and unseen is not None:
+        requests = len(unseen) * config.attempts.samples
     each, spent = _cost_so_far(run)
     cost = None if requests is None or (each is None and requests) else round(requests * (each or 0.0), 4)
     return {
         "requests": requests,
-        "at_most": not attempts and bool(requests),
+        "at_most": left is None and bool(requests),
         "cost_usd": cost,
         "spent_usd": spent,
     }

@@ -19,7 +19,7 @@ from sclite.trace import parse
 from sclite.train.checkpoints import Checkpoints, refuse_other_inputs
 from sclite.train.common import quiet, save_adapter, student_inputs
 from sclite.train.fit import micro_batch
-from sclite.train.labels import check_labels, check_tokenizer, left_out
+from sclite.train.labels import check_labels, checked_tokenizer, left_out, rows_of_sft, tell_left_out
 from sclite.train.trainer import Lesson, Part, held_out_rows, train_adapter
 from sclite.train.watch import Progress
 
@@ -63,18 +63,18 @@ def train_sft(
     )
     folder = run.path("sft")
     refuse_other_inputs(run, STAGE, folder / "checkpoints", inputs, fresh)
-    rows = [row for row in rows if row.id not in unseen]
+    rows = rows_of_sft(rows, unseen)
     with timed(report):
         quiet(config.student)
         checkpoints = Checkpoints(folder / "checkpoints")
         checkpoints.begin(inputs)
-        at_once = micro_batch(config, STAGE)
-        model, tokenizer = load_student(config.student, config.sft, train=True, seed=config.seed)
-        check_tokenizer(tokenizer)
+        tokenizer = checked_tokenizer(config.student)
         encoded = fitting_rows(
             run, report, [row.id for row in rows], solve_rows(tokenizer, rows, config.prompts.folder),
-            config.sft.max_length, end_id(tokenizer),
+            config.sft.max_length, end_id(tokenizer), progress,
         )  # fmt: skip
+        at_once = micro_batch(config, STAGE)
+        model, tokenizer = load_student(config.student, config.sft, train=True, seed=config.seed)
         outcome = train_adapter(
             model,
             tokenizer,
@@ -122,14 +122,20 @@ def solve_rows(tokenizer: Any, templates: Sequence[Template], folder: str) -> li
 
 
 def fitting_rows(
-    run: Run, report: Report, names: Sequence[str], rows: Sequence[Encoded], limit: int, end: int
+    run: Run,
+    report: Report,
+    names: Sequence[str],
+    rows: Sequence[Encoded],
+    limit: int,
+    end: int,
+    progress: Progress | None = None,
 ) -> list[Encoded]:
     """The rows of at most `limit` tokens, their labels checked; the others are counted, named and told of."""
+    section = "sft" if report.stage == "sft" else "dpo"
+    tell_left_out(progress, section, "rows", [len(row.ids) for row in rows], limit)
     long = set(left_out(run, report.stage, names, rows, limit))
     if long:
         report.dropped["longer_than_max_length"] = len(long)
-        if 2 * len(long) > len(rows):
-            report.figures["cut"] = f"{len(long)} of {len(rows)} rows have more than {limit} tokens"
     kept = [i for i in range(len(rows)) if i not in long]
     report.figures["labels"] = check_labels([rows[i] for i in kept], end, [names[i] for i in kept])
     return [rows[i] for i in kept]

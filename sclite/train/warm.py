@@ -20,6 +20,7 @@ from sclite.trace import parse, render
 from sclite.train.checkpoints import Checkpoints, refuse_other_inputs
 from sclite.train.common import quiet, save_adapter, student_inputs
 from sclite.train.fit import micro_batch
+from sclite.train.labels import checked_tokenizer
 from sclite.train.sft import fitting_rows, replay_templates, solve_rows, supervised
 from sclite.train.trainer import train_adapter
 from sclite.train.watch import Progress
@@ -73,12 +74,13 @@ def train_warm(
         quiet(config.student)
         checkpoints = Checkpoints(folder / "warm-checkpoints")
         checkpoints.begin(inputs)
-        at_once = micro_batch(config, STAGE)
-        model, tokenizer = load_student(config.student, config.dpo, run.path("sft/adapter"), train=True)
+        tokenizer = checked_tokenizer(config.student)
         rows = fitting_rows(
             run, report, *mixed_rows(tokenizer, run, reviews, replay_templates(templates, unseen), config),
-            config.dpo.max_length, end_id(tokenizer),
+            config.dpo.max_length, end_id(tokenizer), progress,
         )  # fmt: skip
+        at_once = micro_batch(config, STAGE)
+        model, tokenizer = load_student(config.student, config.dpo, run.path("sft/adapter"), train=True)
         outcome = train_adapter(
             model,
             tokenizer,

@@ -151,17 +151,18 @@ def session(folder: Path, geometry: str, backend: str, cases: Sequence[Case]) ->
 
 def load_ours(config: Any, case: Case) -> tuple[Any, Any]:
     """(model, tokenizer) as our stages load them."""
+    from sclite.config import Sft
     from sclite.student.load import load_student
 
-    return load_student(config.student, lora_of(case), train=True)
+    return load_student(config.student, Sft(rank=RANK, max_length=case.length), train=True)
 
 
 def lora_of(case: Case) -> Any:
-    """The settings of a case; DPO's hold for SFT too."""
+    """The settings of a case."""
     from sclite.config import Dpo, Sft
 
     kind = Sft if case.stage == "sft" else Dpo
-    return kind(rank=RANK, batch=case.batch, max_length=case.length, eval_share=0, checkpoints=1)
+    return kind(batch=case.batch, max_length=case.length, eval_share=0, checkpoints=1)
 
 
 def ours(model: Any, tokenizer: Any, config: Any, case: Case) -> dict[str, Any]:
@@ -363,7 +364,9 @@ def embedded(run_folder: Path, adapters: Path, backend: str) -> None:
     problems = run.read("problems.jsonl", Problem)
     unseen = frozenset(p.id for p in problems[len(problems) // 2 :])  # as the quickstart divides them
     kept = run_digest(sorted(unseen))
-    assert kept == json.loads((run_folder / "done/sft.json").read_text())["inputs"]["problems kept for stage 2"]
+    assert (
+        kept == json.loads((run_folder / "done/sft.json").read_text())["inputs"]["problems kept for stage 2"]
+    )
     for stage in (train_sft, train_warm, train_dpo):
         print(json.dumps(stage(config, run, unseen=unseen).as_dict()))
     for name in ("sft", "dpo"):

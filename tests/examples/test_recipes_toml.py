@@ -66,9 +66,8 @@ def test_no_recipe_asks_for_more_tokens_than_its_model_has_positions(name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_both_stages_train_one_adapter(name):
+def test_alpha_is_once_to_twice_the_rank(name):
     config = recipe(name)
-    assert (config.sft.rank, config.sft.alpha) == (config.dpo.rank, config.dpo.alpha)
     assert config.sft.rank <= config.sft.alpha <= 2 * config.sft.rank
 
 

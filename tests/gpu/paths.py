@@ -19,7 +19,7 @@ from sclite.student.review import score_request
 from sclite.trace import parse
 from sclite.train.common import quiet
 
-LORA = {"rank": 8, "alpha": 16, "batch": 4, "micro_batch": 2, "max_length": 1024, "eval_share": 0}
+LORA = {"batch": 4, "micro_batch": 2, "max_length": 1024, "eval_share": 0}
 
 
 def config_of(backend: str = "unsloth", four_bit: bool = True, **sft: Any) -> Config:
@@ -27,7 +27,7 @@ def config_of(backend: str = "unsloth", four_bit: bool = True, **sft: Any) -> Co
     return Config.model_validate(
         {
             "student": {"model": "embedded", "backend": backend, "batch": 16, "load_in_4bit": four_bit},
-            "sft": {**LORA, "learning_rate": 1e-3, "epochs": 8, **sft},
+            "sft": {**LORA, "rank": 8, "alpha": 16, "learning_rate": 1e-3, "epochs": 8, **sft},
             "dpo": {
                 **LORA,
                 "warmup_learning_rate": 1e-3,

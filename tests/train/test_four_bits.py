@@ -2,12 +2,14 @@
 
 import pytest
 
+from sclite.config import Sft, Student
 from sclite.records import Template
 from sclite.run import Run
-from sclite.student.load import four_bits, load_tokenizer, with_new_adapter
+from sclite.student.load import embedded_folder, four_bits, load_student, load_tokenizer, with_new_adapter
 from sclite.train.checkpoints import Checkpoints
 from sclite.train.sft import solve_rows, supervised
 from sclite.train.trainer import train_adapter
+from tests.gpu.models import random_model
 from tests.tiny import tiny_llama
 from tests.train.test_sft import config_of, write_toy
 
@@ -57,3 +59,54 @@ def test_in_small_steps_the_adapter_of_a_4_bit_base_goes_as_far_as_that_of_a_flo
     quantised, others = moved(folder, tmp_path / "nf4", settings)
     assert others == set()
     assert quantised == pytest.approx(whole, rel=0.05)
+
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture
+def quantised(tmp_path):
+    """A checkpoint as the tests on a card have it: random, of a real geometry, its weights in 4 bits already."""
+    import json
+
+    import torch
+
+    quantise = pytest.importorskip("bitsandbytes.functional").quantize_4bit
+    try:
+        quantise(torch.ones(64, 64, dtype=torch.bfloat16), quant_type="nf4", compress_statistics=True)
+    except (RuntimeError, NotImplementedError) as error:
+        pytest.skip(f"bitsandbytes has no 4 bits here: {error}")
+    vocabulary = json.loads((embedded_folder() / "config.json").read_text())["vocab_size"]
+    return random_model(tmp_path / "student", {**LLAMA, "vocab_size": vocabulary}, "cpu")
+
+
+def test_a_checkpoint_that_is_in_4_bits_already_loads_and_trains_on_the_plain_path(quantised):
+    import torch
+    from bitsandbytes.nn import Linear4bit
+
+    student = Student(model=str(quantised), backend="plain")
+    model, tokenizer = load_student(student, Sft(rank=4, max_length=512), train=True)
+    layers = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
+    assert len(layers) == 2 * 7
+    assert {layer.weight.dtype for layer in layers} == {torch.uint8}
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+    ids = tokenizer("1 + 1 = 2", return_tensors="pt")["input_ids"]
+    model(input_ids=ids, labels=ids).loss.backward()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert len(trainable) == 2 * 7 * 2
+    assert {p.dtype for p in trainable} == {torch.float32}
+    gradients = [p.grad for p in trainable if p.grad is not None and p.grad.abs().sum() > 0]
+    assert len(gradients) == 2 * 7  # those of B; A has none while B is zero
+    assert all(bool(torch.isfinite(gradient).all()) for gradient in gradients)

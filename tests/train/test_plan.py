@@ -6,9 +6,12 @@ import pytest
 
 from sclite import prompts
 from sclite.config import Config, Student
+from sclite.data import corrections
+from sclite.data.corrections import left_to_ask
 from sclite.errors import DataFault
 from sclite.look.plan import show_plan
-from sclite.records import Pair, Template
+from sclite.records import Attempt, Pair, Template
+from sclite.run import Report
 from sclite.student.encode import encode_solution
 from sclite.student.load import load_tokenizer
 from sclite.teacher.ledger import Entry, Ledger
@@ -32,8 +35,9 @@ def config(**sections) -> Config:
 
 
 def planned(run, card=CARD, unseen=frozenset(), tokenizer=None, **sections):
-    found = geometry(QWEN_MATH_7B)
-    return plan(config(**sections), found, run, card=card, unseen=unseen, tokenizer=tokenizer)
+    settings = config(**sections)
+    found, left = geometry(QWEN_MATH_7B), left_to_ask(settings, run)
+    return plan(settings, found, run, card=card, unseen=unseen, tokenizer=tokenizer, left=left)
 
 
 def paid(run, stage: str, *costs: float | None) -> None:
@@ -87,6 +91,25 @@ def test_without_a_card_nothing_is_said_to_fit(run):
     assert {stage["largest_length"] for stage in found["stages"].values()} == {None}
 
 
+def test_a_step_holds_the_rows_at_once_that_training_takes(run):
+    settings = config(sft={"batch": 6, "micro_batch": 3})
+    made = {"sft": 3, "warm": 2, "dpo": 1}
+    stages = plan(settings, geometry(QWEN_MATH_7B), run, card=CARD, at_once=made)["stages"]
+    assert {name: stage["micro_batch"] for name, stage in stages.items()} == made
+    assert stages["sft"]["accumulation"] == 2
+
+
+def test_without_a_card_everything_is_float32_and_nothing_is_computed_again(run):
+    found, on_card = planned(run, card=None), planned(run)
+    assert (found["bits"], on_card["bits"]) == (32, 4)
+    memory = found["stages"]["sft"]["memory_gb"]
+    assert memory["weights"] == round(4 * geometry(QWEN_MATH_7B).parameters / 1e9, 3)
+    adapter = memory["adapter"]
+    assert memory["optimizer"] == pytest.approx(2 * adapter, abs=0.002)
+    assert memory["activations"] > 20 * on_card["stages"]["sft"]["memory_gb"]["activations"]
+    assert found["stages"]["sft"]["host_gb"] == 0
+
+
 # -- the forecast --------------------------------------------------------------------------------------------------
 
 
@@ -108,7 +131,7 @@ def test_tokens_are_those_that_the_stage_will_train_on(run, tmp_path):
         encode_solution(tokenizer, prompts.solve_messages(row.question), parse(row.trace).trace)
         for row in rows
     ]
-    assert (stage["rows"], stage["steps"]) == (5, 6)
+    assert (stage["rows"], stage["steps"]) == (5, 4)  # 15 rows in three epochs, four a step
     assert stage["tokens"] == pytest.approx(3 * sum(len(row.ids) for row in real), rel=0.15)
     carried = sum(weight > 0 for row in real for weight in row.weights) / sum(len(row.ids) for row in real)
     assert stage["loss_share"] == pytest.approx(carried, rel=0.15)
@@ -194,12 +217,27 @@ def test_corrections_cost_what_a_template_has_cost_so_far(run):
     assert teacher == {"requests": 8, "at_most": True, "cost_usd": 0.24, "spent_usd": 0.18}
 
 
-def test_once_there_are_attempts_the_wrong_ones_without_review_are_asked_for(run):
+def test_once_there_are_attempts_the_different_wrong_ones_are_asked_for(run):
     write_toy(run)
     run.path("reviews.jsonl").unlink()
+    attempts = run.read("attempts.jsonl", Attempt)
+    run.append("attempts.jsonl", [row.model_copy(update={"sample": 1}) for row in attempts])
     paid(run, "templates", *[0.02] * 6)
     teacher = planned(run)["teacher"]
     assert (teacher["requests"], teacher["at_most"], teacher["cost_usd"]) == (4, False, 0.08)
+
+
+def test_when_corrections_are_done_or_brought_along_none_are_left_to_pay(run, capsys):
+    write_toy(run)  # reviews that no stage has signed
+    paid(run, "templates", *[0.02] * 6)
+    assert planned(run)["teacher"]["requests"] == 0
+    run.write_json("corrections.begun.json", {})
+    assert planned(run)["teacher"]["requests"] == 4  # begun, and not ended
+    run.sign("corrections", corrections.inputs_of(config(), run), Report("corrections"))
+    found = planned(run)
+    assert (found["teacher"]["requests"], found["teacher"]["cost_usd"]) == (0, 0.0)
+    show_plan(found)
+    assert "none are left to ask for; the run has cost $0.12" in capsys.readouterr().out
 
 
 def test_an_unknown_price_stays_unknown(run):

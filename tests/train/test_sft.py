@@ -21,7 +21,7 @@ from sclite.train.warm import mix, review_rows, train_warm
 from sclite.train.watch import read_metrics
 from tests.tiny import tiny_llama
 
-LORA = {"rank": 8, "alpha": 16, "batch": 4, "micro_batch": 2, "max_length": 1024, "eval_share": 0}
+LORA = {"batch": 4, "micro_batch": 2, "max_length": 1024, "eval_share": 0}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def config_of(folder, **settings) -> Config:
     """A configuration for the tiny student: plain backend, few steps, high rates."""
     tree = {
         "student": {"model": str(folder), "backend": "plain", "batch": 4},
-        "sft": {**LORA, "learning_rate": 3e-3, "epochs": 4},
+        "sft": {**LORA, "rank": 8, "alpha": 16, "learning_rate": 3e-3, "epochs": 4},
         "dpo": {**LORA, "warmup_learning_rate": 3e-3, "warmup_epochs": 4, "learning_rate": 1e-3, "epochs": 3},
     }
     for section, values in settings.items():

@@ -1,0 +1,122 @@
+"""The checks before the first step: made before the student is loaded, which takes a minute on a card."""
+
+from dataclasses import replace
+
+import pytest
+
+from sclite.errors import DataFault
+from sclite.records import Pair, Problem, Template
+from sclite.run import Run
+from sclite.student.encode import Encoded, decision_ids
+from sclite.student.load import load_tokenizer
+from sclite.train import dpo, sft, warm
+from sclite.train.bundle import build_bundles
+from sclite.train.labels import check_bundles
+from tests.tiny import CHATML, sample_texts, write_tokenizer
+from tests.train.test_dpo import write_pairs
+from tests.train.test_sft import config_of, write_toy
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A student of which there is a tokenizer and a configuration, and no weights."""
+    path = tmp_path_factory.mktemp("student")
+    write_tokenizer(path, sample_texts())
+    (path / "config.json").write_text('{"model_type": "llama"}')
+    return path
+
+
+@pytest.fixture
+def prepared(tmp_path, folder, monkeypatch):
+    """(config, run) with rows for every stage; loading the student is a mistake."""
+
+    def loaded(*_, **__):
+        raise AssertionError("the student was loaded")
+
+    for stage in (sft, warm, dpo):
+        monkeypatch.setattr(stage, "load_student", loaded)
+    run = Run(tmp_path / "run")
+    write_toy(run)
+    write_pairs(run)
+    return config_of(folder), run
+
+
+STAGES = {"sft": sft.train_sft, "warm": warm.train_warm, "dpo": dpo.train_dpo}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_chat_template_that_leaves_the_question_out_is_told_before_the_student_is_loaded(
+    prepared, folder, stage
+):
+    config, run = prepared
+    template = folder / "chat_template.jinja"
+    template.write_text("{% for message in messages %}<|im_start|>hello<|im_end|>{% endfor %}")
+    try:
+        with pytest.raises(DataFault, match="leaves the question out"):
+            STAGES[stage](config, run)
+    finally:
+        template.write_text(CHATML)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_rows_that_are_all_too_long_are_told_before_the_student_is_loaded(prepared, stage):
+    config, run = prepared
+    section = "sft" if stage == "sft" else "dpo"
+    short = getattr(config, section).model_copy(update={"max_length": 64})
+    said = []
+    with pytest.raises(DataFault, match=r"nothing to train on|no pair fits"):
+        STAGES[stage](
+            config.model_copy(update={section: short}), run, progress=lambda *_, warning: said.append(warning)
+        )
+    assert "rows have more than 64 tokens and are left out" in said[-1]
+    assert said[-1].endswith(f"raise {section}.max_length")
+
+
+def test_templates_that_are_all_kept_for_stage_2_are_named_as_such(prepared):
+    config, run = prepared
+    ids = frozenset(row.id for row in run.read("templates.jsonl", Template))
+    with pytest.raises(DataFault, match=f"all {len(ids)} templates are of problems that are kept") as fault:
+        sft.train_sft(config, run, unseen=ids)
+    assert "problems.correction_share" in fault.value.hint
+
+
+@pytest.fixture
+def bundles(prepared):
+    config, run = prepared
+    tokenizer = load_tokenizer(config.student.model)
+    questions = {problem.id: problem.question for problem in run.read("problems.jsonl", Problem)}
+    made = build_bundles(tokenizer, run.read("pairs.jsonl", Pair), questions)
+    return made, decision_ids(tokenizer)
+
+
+def test_the_pairs_of_a_run_pass_their_check(bundles):
+    made, decisions = bundles
+    assert any(bundle.rejected is not None for bundle in made)
+    check_bundles(made, decisions)
+
+
+def test_pairs_that_would_teach_nothing_or_something_else_are_refused(bundles):
+    made, decisions = bundles
+    whole = next(bundle for bundle in made if bundle.rejected is not None)
+    ids, weights = whole.rejected.ids, whole.rejected.weights
+    wrong = {
+        "both contents are the same": replace(whole, rejected=whole.review),
+        "a content is empty": replace(whole, rejected=Encoded(ids, [0.0] * len(ids))),
+        "the prompt carries loss": replace(whole, rejected=Encoded(ids, [1.0, *weights[1:]])),
+        "no decision and no content": replace(whole, rejected=None, review=Encoded(ids, weights)),
+        "another token follows": replace(
+            whole, review=replace(whole.review, accused=tuple(not a for a in whole.review.accused))
+        ),
+    }
+    for message, bundle in wrong.items():
+        with pytest.raises(DataFault, match=f"the pairs of {whole.key}: {message}"):
+            check_bundles([bundle], decisions)
+
+
+def test_dpo_checks_its_pairs_before_the_student_is_loaded(prepared):
+    config, run = prepared
+    rows = run.read("pairs.jsonl", Pair)
+    same = [row.model_copy(update={"rejected": row.chosen}) if row.kind == "content" else row for row in rows]
+    run.replace("pairs.jsonl", same)
+    with pytest.raises(DataFault, match="both contents are the same tokens"):
+        dpo.train_dpo(config, run)
