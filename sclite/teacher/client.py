@@ -91,8 +91,12 @@ class Teacher:
 
     def close(self) -> None:
         """Ends the calls under way and closes connections. The ledger stays open."""
-        provider = self._sender.provider
-        self._loop.close(provider.litellm.close_litellm_async_clients if provider else None)
+        self._loop.close(self._close_connections)
+
+    async def _close_connections(self) -> None:
+        for sender in (self._sender, self._inspector):
+            if sender is not None and sender.provider is not None:
+                await sender.provider.close()
 
     def identity(self) -> dict[str, Any]:
         return identity(self.settings)
