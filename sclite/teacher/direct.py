@@ -88,8 +88,9 @@ class Direct:
                 if status == 422 and droppable:  # as LiteLLM does: once more, without what the endpoint names
                     fault = self._failure(status, headers, body)
                     common = self.litellm.llms.openai.common_utils
-                    asked = common.drop_params_from_unprocessable_entity_error(fault, asked)
-                    status, headers, body = await self._post(asked)
+                    fewer = common.drop_params_from_unprocessable_entity_error(fault, asked)
+                    if fewer != asked:
+                        status, headers, body = await self._post(fewer)
         except TimeoutError:
             raise TimeoutError(f"no reply within {seconds:g} s") from None
         if status >= 400:

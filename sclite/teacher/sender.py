@@ -130,7 +130,7 @@ class Sender:
         price = self.provider.price
         most_usd = price.cost_usd(*most) if price else 0.0
         async with self.budget.reserve(most_usd), self.pace.call(sum(most)) as began:
-            await asyncio.wrap_future(self.ledger.sent(key, stage, self.settings.model, most_usd))
+            await self.ledger.sent(key, stage, self.settings.model, most_usd)
             try:
                 entry = await self._complete(messages, parameters, began)
             except asyncio.CancelledError:
@@ -146,7 +146,7 @@ class Sender:
                 raise
             self.pace.succeeded()
             written = self.ledger.put(key, entry)  # its cost counts from now on
-        await asyncio.wrap_future(written)  # the disk takes its time, and the next call need not wait for it
+        await written  # the disk takes its time, and the next call need not wait for it
         return entry
 
     async def _complete(self, messages: Messages, parameters: dict[str, Any], began: float) -> Entry:
@@ -173,7 +173,7 @@ class Sender:
         self.blame_refusals(max(SEVERAL, self.settings.concurrency), error)
         entry = Entry(why, REFUSED, None, None, None, 0.0)
         if self._succeeded:
-            await asyncio.wrap_future(self.ledger.put(key, entry))
+            await self.ledger.put(key, entry)
         return entry
 
     def blame_refusals(self, enough: int, error: BaseException | None = None) -> None:
