@@ -81,16 +81,10 @@ class Direct:
         connection and for a body that is no chat completion.
         """
         asked = {"model": self.model, "messages": list(map(dict, messages)), **parameters}
-        droppable = asked.pop("drop_params", False)
+        asked.pop("drop_params", None)  # LiteLLM's own: it passes all the others to such an address
         try:
             async with asyncio.timeout(seconds):
                 status, headers, body = await self._post(asked)
-                if status == 422 and droppable:  # as LiteLLM does: once more, without what the endpoint names
-                    fault = self._failure(status, headers, body)
-                    common = self.litellm.llms.openai.common_utils
-                    fewer = common.drop_params_from_unprocessable_entity_error(fault, asked)
-                    if fewer != asked:
-                        status, headers, body = await self._post(fewer)
         except TimeoutError:
             raise TimeoutError(f"no reply within {seconds:g} s") from None
         if status >= 400:
