@@ -175,7 +175,8 @@ def cpu_seconds() -> Counter:
 
 def memory(options) -> None:
     """The peak of `sclite build-data` on 2,000 and on 20,000 problems: those given again and again, with a number before."""
-    known = [json.loads(line) for line in Path(options.problems).read_text(encoding="utf-8").splitlines()]
+    with open(options.problems, encoding="utf-8") as file:  # splitlines would also split at what is inside a string
+        known = [json.loads(line) for line in file]
     peaks = {}
     for count in (2000, 20000):
         with serving(options.teacher, 0.0) as url, tempfile.TemporaryDirectory() as folder:
