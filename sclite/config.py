@@ -93,6 +93,7 @@ class Teacher(Section):
         "", description="a LiteLLM model name, for example openai/gpt-4.1 or ollama_chat/qwen3:32b"
     )
     api_base: str = Field("", description="base URL of an OpenAI-compatible endpoint")
+    direct: bool = Field(True, description="ask an OpenAI-compatible api_base without LiteLLM in between")
     concurrency: int = Field(16, ge=1, le=1024, description="requests in flight at most")
     temperature: float | None = Field(None, ge=0, le=2, description="the endpoint's own default without it")
     max_tokens: int = Field(4096, ge=16)

@@ -1,9 +1,9 @@
 """The teacher: many jobs at once, each reply checked, mended by asking again, and paid for once."""
 
+import asyncio
 import queue
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,8 +91,12 @@ class Teacher:
 
     def close(self) -> None:
         """Ends the calls under way and closes connections. The ledger stays open."""
-        provider = self._sender.provider
-        self._loop.close(provider.litellm.close_litellm_async_clients if provider else None)
+        self._loop.close(self._close_connections)
+
+    async def _close_connections(self) -> None:
+        for sender in (self._sender, self._inspector):
+            if sender is not None and sender.provider is not None:
+                await sender.provider.close()
 
     def identity(self) -> dict[str, Any]:
         return identity(self.settings)
@@ -123,26 +127,25 @@ class Teacher:
             raise UsageFault(
                 "teacher.model is not set", "add --set teacher.model=PROVIDER/NAME or edit sclite.toml"
             )
-        waiting, done, flying = iter(jobs), queue.SimpleQueue[Future](), set[Future]()
+        waiting, done, flying = iter(jobs), queue.SimpleQueue[asyncio.Task](), 0
+        tasks = self._loop.group(done.put)
         room = 2 * self.settings.concurrency  # jobs that wait before another try leave their calls to others
         reached: BudgetFault | None = None
         try:
             while True:
-                while reached is None and len(flying) < room and (job := next(waiting, None)) is not None:
-                    future = self._loop.submit(self._work(job, stage))
-                    flying.add(future)
-                    future.add_done_callback(done.put)
+                while reached is None and flying < room and (job := next(waiting, None)) is not None:
+                    tasks.start(self._work(job, stage))
+                    flying += 1
                 if not flying:
                     break
-                future = done.get()
-                flying.discard(future)
-                if isinstance(future.exception(), BudgetFault):
-                    reached = future.exception()
+                task = done.get()
+                flying -= 1
+                if isinstance(task.exception(), BudgetFault):
+                    reached = task.exception()
                 else:
-                    yield future.result()
+                    yield task.result()
         finally:
-            for future in flying:
-                future.cancel()
+            tasks.cancel()
         if reached is not None:
             raise reached
         self._sender.blame_refusals(SEVERAL)

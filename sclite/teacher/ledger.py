@@ -1,5 +1,7 @@
 """The ledger: every request that was sent and every reply that was paid for, so that nothing is paid for twice."""
 
+import asyncio
+import contextlib
 import sqlite3
 import threading
 from collections.abc import Mapping, Sequence
@@ -12,6 +14,7 @@ from typing import Any
 from sclite.errors import DataFault
 from sclite.signature import digest
 
+Written = Future | asyncio.Future
 FILE = "ledger.sqlite"
 VERSION = 2
 REPLIED, REFUSED, SENT, FAILED, GIVEN_UP = "replied", "refused", "sent", "failed", "given_up"
@@ -34,6 +37,8 @@ CREATE TABLE IF NOT EXISTS requests (
     seconds REAL NOT NULL DEFAULT 0
 ) WITHOUT ROWID
 """
+_ANSWERED = (REPLIED, REFUSED)
+_GET = f"SELECT {', '.join(_FIELDS)} FROM requests WHERE key = ? AND state IN (?, ?)"
 _SENT = """INSERT INTO requests (key, stage, model, state, sent, reserved_usd) VALUES (?, ?, ?, 'sent', 1, ?)
 ON CONFLICT (key) DO UPDATE SET state = 'sent', sent = sent + 1, reserved_usd = excluded.reserved_usd"""
 _REPLY = """UPDATE requests SET state = ?, text = ?, finish_reason = ?, prompt_tokens = ?, completion_tokens = ?,
@@ -73,8 +78,9 @@ def request_key(
 class Ledger:
     """The SQLite file of a run. One process at a time (Run.hold); any thread of it.
 
-    Whatever is written gives a future, which is done when it is on disk: a thread of its own writes what has come
-    together in one transaction. `spent_usd` is what all replies have cost as far as that is known, and the most that
+    Whatever is written gives a future, which is done when it is on disk: one to await where an event loop runs, else one
+    of a thread. A thread of its own writes what has come together in one transaction. Reading never waits for the
+    disk: it has a connection of its own, and what is not there is known without a look. `spent_usd` is what all replies have cost as far as that is known, and the most that
     those given up after sending may have cost.
     """
 
@@ -85,16 +91,19 @@ class Ledger:
         try:
             self._database = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
             self._prepare()
+            self._reader = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
+            answered = "SELECT key FROM requests WHERE state IN (?, ?)"
+            self._known: set[str] | None = {row[0] for row in self._reader.execute(answered, _ANSWERED)}
         except sqlite3.Error as error:
             raise DataFault(
                 f"{self.path} cannot be opened: {error}",
                 "move it away; every reply is then asked for again",
             ) from error
-        totals = self.totals()
-        self.spent_usd: float = totals["cost_usd"] + totals["lost_usd"]
-        self._orders: SimpleQueue[tuple[str, tuple, Future] | None] = SimpleQueue()
+        self._orders: SimpleQueue[tuple[str, tuple, Written] | None] = SimpleQueue()
         self._writer = threading.Thread(target=self._write_all, name="ledger", daemon=True)
         self._writer.start()
+        totals = self.totals()
+        self.spent_usd: float = totals["cost_usd"] + totals["lost_usd"]
 
     def _prepare(self) -> None:
         database = self._database
@@ -118,16 +127,18 @@ class Ledger:
         if self._writer.is_alive():
             self._orders.put(None)
             self._writer.join()
-        with self._lock:
-            self._database.close()
+        with self._lock:  # the writer last: it then clears its log away
+            self._reader.close()
+        self._database.close()
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def get(self, key: str) -> Entry | None:
         """The reply to this request, or its refusal; None where neither has come yet."""
-        query = f"SELECT {', '.join(_FIELDS)} FROM requests WHERE key = ? AND state IN (?, ?)"
+        if self._known is not None and key not in self._known:
+            return None
         with self._lock:
-            row = self._database.execute(query, (key, REPLIED, REFUSED)).fetchone()
+            row = self._reader.execute(_GET, (key, *_ANSWERED)).fetchone()
         return Entry(*row) if row else None
 
     def totals(self, stage: str | None = None) -> dict[str, Any]:
@@ -136,9 +147,13 @@ class Ledger:
         `requests` with a reply, how often requests were `sent`, how many were `given_up` after sending, tokens, cost;
         `lost_usd` is the most that the given-up ones can have cost, `unpriced` counts replies of unknown cost.
         """
+        if self._writer.is_alive():  # what was noted until now counts, on disk or not yet
+            written: Future = Future()
+            self._orders.put(("SELECT 1", (), written))
+            written.result()
         where, values = ("", ()) if stage is None else (" WHERE stage = ?", (stage,))
         with self._lock:
-            row = self._database.execute(_TOTALS + where, values).fetchone()
+            row = self._reader.execute(_TOTALS + where, values).fetchone()
         return dict(zip(_TOTAL_NAMES, row, strict=True))
 
     @classmethod
@@ -149,11 +164,12 @@ class Ledger:
         """
         ledger = cls.__new__(cls)
         ledger.path, ledger._lock, ledger._writer = Path(path), threading.Lock(), threading.Thread()
+        ledger._known = None  # another process may add to it
         # without a log nobody has it open; SQLite, not told so, would leave an empty log and its index behind
         log = ledger.path.with_name(f"{ledger.path.name}-wal")
         mode = "mode=ro" if log.exists() else "mode=ro&immutable=1"
         try:
-            ledger._database = sqlite3.connect(
+            ledger._database = ledger._reader = sqlite3.connect(
                 f"{ledger.path.absolute().as_uri()}?{mode}", uri=True, check_same_thread=False
             )
             ledger.totals()
@@ -163,30 +179,34 @@ class Ledger:
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
-    def sent(self, key: str, stage: str, model: str, reserved_usd: float = 0.0) -> Future:
+    def sent(self, key: str, stage: str, model: str, reserved_usd: float = 0.0) -> Written:
         """Note that a request goes out, before it does; `reserved_usd` is the most that it can cost."""
         return self._order(_SENT, (key, stage, model, reserved_usd))
 
-    def put(self, key: str, entry: Entry) -> Future:
+    def put(self, key: str, entry: Entry) -> Written:
         """Keep the reply to a request that was sent, or its refusal."""
         state = REFUSED if entry.finish_reason == REFUSED else REPLIED
         self.spent_usd += entry.cost_usd or 0.0
+        self._known.add(key)
         return self._order(_REPLY, (state, *(getattr(entry, name) for name in _FIELDS), key))
 
-    def failed(self, key: str, why: str) -> Future:
+    def failed(self, key: str, why: str) -> Written:
         """Note that a request failed in a way that costs nothing: an error status, a broken connection."""
         return self._order(_FAILED, (why, key))
 
-    def given_up(self, key: str, why: str, reserved_usd: float = 0.0) -> Future:
+    def given_up(self, key: str, why: str, reserved_usd: float = 0.0) -> Written:
         """Note that a reply was no longer waited for; it may have been written, and paid for, all the same."""
         self.spent_usd += reserved_usd
         return self._order(f"{_LOST} WHERE key = ?", (why, key))
 
-    def _order(self, statement: str, values: tuple) -> Future:
-        future: Future = Future()
+    def _order(self, statement: str, values: tuple) -> Written:
+        try:
+            future: Written = asyncio.get_running_loop().create_future()
+        except RuntimeError:
+            future = Future()
         self._orders.put((statement, values, future))
         if not self._writer.is_alive():  # closed: nobody else will answer
-            self._fail([future], sqlite3.ProgrammingError("it is closed"))
+            self._settle([future], sqlite3.ProgrammingError("it is closed"))
         return future
 
     def _write_all(self) -> None:
@@ -200,29 +220,43 @@ class Ledger:
             if len(found) < len(orders):
                 return
 
-    def _write(self, orders: Sequence[tuple[str, tuple, Future]]) -> None:
+    def _write(self, orders: Sequence[tuple[str, tuple, Written]]) -> None:
         futures = [future for _, _, future in orders]
         try:
-            with self._lock:
-                self._database.execute("BEGIN")
-                for statement, values, _ in orders:
-                    self._database.execute(statement, values)
-                self._database.execute("COMMIT")
+            self._database.execute("BEGIN")
+            for statement, values, _ in orders:
+                self._database.execute(statement, values)
+            self._database.execute("COMMIT")
         except sqlite3.Error as error:
-            with self._lock:
-                if self._database.in_transaction:
-                    self._database.execute("ROLLBACK")
-            self._fail(futures, error)
+            if self._database.in_transaction:
+                self._database.execute("ROLLBACK")
+            self._settle(futures, error)
             return
-        for future in futures:
-            if future.set_running_or_notify_cancel():
-                future.set_result(None)
+        self._settle(futures)
 
-    def _fail(self, futures: Sequence[Future], error: sqlite3.Error) -> None:
-        fault = DataFault(f"{self.path} cannot be written: {error}", "see that its disk has room")
+    def _settle(self, futures: Sequence[Written], error: sqlite3.Error | None = None) -> None:
+        """Tell those who wait; an event loop is woken once for all of its own."""
+        fault = error and DataFault(f"{self.path} cannot be written: {error}", "see that its disk has room")
+        by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Future]] = {}
         for future in futures:
-            if not future.done() and future.set_running_or_notify_cancel():
-                future.set_exception(fault)
+            if isinstance(future, asyncio.Future):
+                by_loop.setdefault(future.get_loop(), []).append(future)
+            elif not future.done() and future.set_running_or_notify_cancel():
+                _tell([future], fault)
+        for loop, theirs in by_loop.items():
+            with contextlib.suppress(RuntimeError):  # it has ended, and nobody waits any longer
+                loop.call_soon_threadsafe(_tell, theirs, fault)
+
+
+def _tell(futures: Sequence[Written], fault: DataFault | None) -> None:
+    for future in futures:
+        if future.done():  # cancelled
+            continue
+        if fault is None:
+            future.set_result(None)
+        else:
+            future.set_exception(fault)
+            future.exception()  # looked at: asyncio would report what nobody awaits on the terminal
 
 
 _TOTAL_NAMES = (

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 _CLOSING_SECONDS = 2.0
@@ -24,13 +24,13 @@ class Loop:
         """Call a function that takes its time, beside the loop."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
-    def submit(self, work: Coroutine[Any, Any, Any]) -> Future:
-        """Run a coroutine; the future is done when it is, and cancelling the future cancels it."""
+    def group(self, done: Callable[[asyncio.Task], None]) -> "Group":
+        """An empty group of tasks; `done` is told of each that has ended, in the loop's thread."""
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             self._thread = threading.Thread(target=self._loop.run_forever, name="teacher", daemon=True)
             self._thread.start()
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+        return Group(self._loop, done)
 
     def close(self, last: Callable[[], Awaitable[None]] | None = None) -> None:
         """Cancel all, await `last()` (it closes connections), stop the thread. Twice does no harm."""
@@ -44,6 +44,38 @@ class Loop:
         thread.join(_CLOSING_SECONDS)
         if not thread.is_alive():
             loop.close()
+
+
+class Group:
+    """Tasks that are started and cancelled from another thread, lighter than a future of a thread for each."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, done: Callable[[asyncio.Task], None]):
+        self._loop, self._done = loop, done
+        self._tasks: set[asyncio.Task] = set()  # the loop's thread alone touches it
+
+    def start(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Run a coroutine soon."""
+        self._loop.call_soon_threadsafe(self._begin, work)
+
+    def cancel(self) -> None:
+        """Cancel those that still run."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and has cancelled them
+            self._loop.call_soon_threadsafe(self._cancel)
+
+    def _begin(self, work: Coroutine[Any, Any, Any]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # looked at: asyncio would report what nobody takes on the terminal
+        self._done(task)
+
+    def _cancel(self) -> None:
+        for task in tuple(self._tasks):
+            task.cancel()
 
 
 async def _end(last: Callable[[], Awaitable[None]] | None) -> None:

@@ -1,10 +1,11 @@
 """Finding a model through LiteLLM: its provider, options, key, and price."""
 
+import asyncio
 import gc
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from types import ModuleType
@@ -13,6 +14,7 @@ from urllib.parse import urlsplit
 
 from sclite import config
 from sclite.errors import TeacherFault, UsageFault
+from sclite.teacher.direct import Direct, Said, find
 from sclite.teacher.money import FREE, Price
 
 _LOCAL_PROVIDERS = ("ollama", "ollama_chat", "lm_studio", "llamafile")
@@ -20,13 +22,52 @@ _LOCAL_PROVIDERS = ("ollama", "ollama_chat", "lm_studio", "llamafile")
 
 @dataclass(frozen=True)
 class Provider:
-    """LiteLLM, what to pass with every call, the variable that holds the key, and the price (None: unknown)."""
+    """LiteLLM, what to pass with every call, the variable that holds the key, and the price (None: unknown).
+
+    `direct` is the way past LiteLLM, None where there is none.
+    """
 
     litellm: ModuleType
+    model: str
     options: dict[str, Any]
     key_variable: str
     price: Price | None
     priced_by_user: bool
+    direct: Direct | None = None
+
+    async def ask(
+        self, messages: Sequence[Mapping[str, str]], parameters: Mapping[str, Any], seconds: float
+    ) -> Said:
+        """The reply to one request, sent once. Raises faults of LiteLLM, OpenAI, httpx, and OSError."""
+        if self.direct is not None:
+            return await self.direct.ask(messages, parameters, seconds)
+        async with asyncio.timeout(
+            seconds + 1
+        ):  # LiteLLM's own limit is for silence; a trickle never reaches it
+            response = await self.litellm.acompletion(
+                model=self.model,
+                messages=[dict(message) for message in messages],
+                timeout=seconds,
+                max_retries=0,
+                num_retries=0,
+                **parameters,
+                **self.options,
+            )
+        if not response.choices:
+            raise ConnectionError("a reply without any choice")
+        usage, choice = response.get("usage"), response.choices[0]
+        known = usage and usage.total_tokens
+        text, finish_reason = choice.message.content or "", choice.finish_reason or "stop"
+        if not known:  # LiteLLM makes 0 of what nobody knows
+            return Said(text, finish_reason, (None, None))
+        tokens = (usage.prompt_tokens, usage.completion_tokens)
+        return Said(text, finish_reason, tokens, response._hidden_params.get("response_cost"))
+
+    async def close(self) -> None:
+        """Close all connections."""
+        if self.direct is not None:
+            await self.direct.close()
+        await self.litellm.close_litellm_async_clients()
 
 
 def import_litellm() -> ModuleType:
@@ -74,7 +115,13 @@ def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None)
             "student behind an endpoint)",
         )
     key_variable = missing[0] if missing else f"{name.upper()}_API_KEY"
-    return Provider(litellm, options, key_variable, price, settings.price is not None)
+    way = None
+    if settings.direct:
+        listed = settings.price is None and price != FREE
+        key = options.get("api_key")
+        way = find(litellm, settings.model, settings.api_base, key, settings.concurrency, listed)
+    priced_by_user = settings.price is not None
+    return Provider(litellm, settings.model, options, key_variable, price, priced_by_user, way)
 
 
 def _price(litellm: ModuleType, settings: config.Teacher, provider: str) -> Price | None:

@@ -11,6 +11,7 @@ from typing import Any
 from sclite import config
 from sclite.errors import TeacherFault
 from sclite.teacher import failures
+from sclite.teacher.direct import Said
 from sclite.teacher.ledger import REFUSED, Entry, Ledger, request_key
 from sclite.teacher.money import Budget, most_prompt_tokens
 from sclite.teacher.pace import Pace
@@ -129,7 +130,7 @@ class Sender:
         price = self.provider.price
         most_usd = price.cost_usd(*most) if price else 0.0
         async with self.budget.reserve(most_usd), self.pace.call(sum(most)) as began:
-            await asyncio.wrap_future(self.ledger.sent(key, stage, self.settings.model, most_usd))
+            await self.ledger.sent(key, stage, self.settings.model, most_usd)
             try:
                 entry = await self._complete(messages, parameters, began)
             except asyncio.CancelledError:
@@ -145,45 +146,23 @@ class Sender:
                 raise
             self.pace.succeeded()
             written = self.ledger.put(key, entry)  # its cost counts from now on
-        await asyncio.wrap_future(written)  # the disk takes its time, and the next call need not wait for it
+        await written  # the disk takes its time, and the next call need not wait for it
         return entry
 
     async def _complete(self, messages: Messages, parameters: dict[str, Any], began: float) -> Entry:
-        limit = self.settings.timeout_seconds
-        async with asyncio.timeout(
-            limit + 1
-        ):  # LiteLLM's own limit is for silence; a trickle never reaches it
-            response = await self.provider.litellm.acompletion(
-                model=self.settings.model,
-                messages=[dict(message) for message in messages],
-                timeout=limit,
-                max_retries=0,
-                num_retries=0,
-                **parameters,
-                **self.provider.options,
-            )
-        if not response.choices:
-            raise ConnectionError("a reply without any choice")
-        usage, choice = response.get("usage"), response.choices[0]
-        known = usage and usage.total_tokens
-        tokens = (usage.prompt_tokens, usage.completion_tokens) if known else (None, None)
-        return Entry(
-            choice.message.content or "",
-            choice.finish_reason or "stop",
-            *tokens,
-            self._cost_usd(response, tokens),
-            round(time.monotonic() - began, 3),
-        )
+        said = await self.provider.ask(messages, parameters, self.settings.timeout_seconds)
+        cost_usd, seconds = self._cost_usd(said), round(time.monotonic() - began, 3)
+        return Entry(said.text, said.finish_reason, *said.tokens, cost_usd, seconds)
 
-    def _cost_usd(self, response: Any, tokens: tuple[int | None, int | None]) -> float | None:
+    def _cost_usd(self, said: Said) -> float | None:
         """What the reply has cost: by the user's own price, else as LiteLLM reckons it (it knows of cached tokens)."""
         price = self.provider.price
         if price is not None and price.cost_usd(1, 1) == 0:
             return 0.0
-        listed = None if self.provider.priced_by_user else response._hidden_params.get("response_cost")
+        listed = None if self.provider.priced_by_user else said.listed_usd
         if listed is not None or price is None:
             return listed
-        return None if None in tokens else price.cost_usd(*tokens)
+        return None if None in said.tokens else price.cost_usd(*said.tokens)
 
     # -- giving up -------------------------------------------------------------------------------------------------
 
@@ -194,7 +173,7 @@ class Sender:
         self.blame_refusals(max(SEVERAL, self.settings.concurrency), error)
         entry = Entry(why, REFUSED, None, None, None, 0.0)
         if self._succeeded:
-            await asyncio.wrap_future(self.ledger.put(key, entry))
+            await self.ledger.put(key, entry)
         return entry
 
     def blame_refusals(self, enough: int, error: BaseException | None = None) -> None:

@@ -29,7 +29,7 @@ from sclite.grader import Grader
 from sclite.run import Run
 from sclite.teacher.client import Teacher
 from sclite.teacher.ledger import Ledger
-from sclite.teacher.provider import import_litellm
+from sclite.teacher.provider import Provider
 
 PILOT = 64
 
@@ -46,8 +46,8 @@ def serving(command: str, latency: float):
         process.terminate()
 
 
-def settings(url: str, in_flight: int) -> config.Config:
-    chosen = ["teacher.model=openai/replay", f"teacher.api_base={url}", f"teacher.concurrency={in_flight}"]
+def settings(url: str, in_flight: int, *more: str) -> config.Config:
+    chosen = ["teacher.model=openai/replay", f"teacher.api_base={url}", f"teacher.concurrency={in_flight}", *more]
     return config.load(None, chosen, {}, own_file=False)
 
 
@@ -122,28 +122,46 @@ def watch(owner, name: str, book: Counter) -> None:
 
 
 def split(options, problems, count: int = 1000) -> None:
-    """CPU time of a call, our code and LiteLLM told apart: by threads, and on the loop's thread by the steps of each."""
+    """CPU time of a call, our code and the library's told apart, with and without LiteLLM in between."""
     book: Counter = Counter()
     watch(Teacher, "_work", book)
-    watch(import_litellm(), "acompletion", book)
+    watch(Provider, "ask", book)
+    litellm = used_by_a_call(options, problems, count, book, "false")
+    direct = used_by_a_call(options, problems, count, book, "true")
+    theirs = told("LiteLLM", litellm)
+    told("aiohttp", direct)
+    print(f"our code is {sum(ours(direct).values()) / theirs:.1%} of LiteLLM and its event loop")
+
+
+def used_by_a_call(options, problems, count: int, book: Counter, direct: str) -> Counter:
+    """CPU milliseconds of a call: by threads, and on the loop's thread by the steps of what is watched."""
     with serving(options.teacher, 0.0) as url, tempfile.TemporaryDirectory() as folder:
-        chosen, run = settings(url, options.in_flight), Run(folder)
+        chosen, run = settings(url, options.in_flight, f"teacher.direct={direct}"), Run(folder)
         with Grader() as grader, Ledger(run.path("l")) as ledger, Teacher(chosen.teacher, ledger) as teacher:
             build_templates(chosen, run, teacher=teacher, grader=grader, problems=problems[:PILOT])
-            before = Counter(book) | cpu_seconds()
+            before = book | cpu_seconds()
             build_templates(
                 chosen, run, teacher=teacher, grader=grader, problems=problems[: PILOT + count], fresh=True
             )
-            spent = Counter(book) | cpu_seconds()
-    used = {name: 1e3 * (spent[name] - before[name]) / count for name in spent}
-    asking = used["_work"] - used["acompletion"]
-    ours = {"asking": asking, "checks": used["check"], "ledger": used["ledger"], "rows": used["MainThread"]}
-    others = used["teacher"] - asking + used.get("asyncio", 0.0)
-    told = ", ".join(f"{name} {milliseconds:.2f}" for name, milliseconds in ours.items())
+            spent = book | cpu_seconds()
+    return Counter({name: 1e3 * (spent[name] - before[name]) / count for name in spent})
+
+
+def ours(used: Counter) -> dict[str, float]:
+    asking = used["_work"] - used["ask"]
+    return {"asking": asking, "checks": used["check"], "ledger": used["ledger"], "rows": used["MainThread"]}
+
+
+def told(name: str, used: Counter) -> float:
+    """Prints the parts of a call; gives the library's and the event loop's."""
+    mine = ours(used)
+    others = used["teacher"] - mine["asking"] + used["asyncio"]
+    parts = ", ".join(f"{part} {milliseconds:.2f}" for part, milliseconds in mine.items())
     print(
-        f"CPU per call: {others:.2f} ms in LiteLLM and the event loop ({used['acompletion']:.2f} in steps of acompletion); "
-        f"{sum(ours.values()):.2f} ms in our code ({told}): {sum(ours.values()) / others:.1%}"
+        f"CPU per call: {others:.2f} ms in {name} and the event loop ({used['ask']:.2f} in its own steps); "
+        f"{sum(mine.values()):.2f} ms in our code ({parts})"
     )
+    return others
 
 
 def cpu_seconds() -> Counter:
@@ -157,7 +175,8 @@ def cpu_seconds() -> Counter:
 
 def memory(options) -> None:
     """The peak of `sclite build-data` on 2,000 and on 20,000 problems: those given again and again, with a number before."""
-    known = [json.loads(line) for line in Path(options.problems).read_text(encoding="utf-8").splitlines()]
+    with open(options.problems, encoding="utf-8") as file:  # splitlines would also split at what is inside a string
+        known = [json.loads(line) for line in file]
     peaks = {}
     for count in (2000, 20000):
         with serving(options.teacher, 0.0) as url, tempfile.TemporaryDirectory() as folder:

@@ -69,12 +69,16 @@ def build(run, settings, grader, problems=PROBLEMS):
         return report, ledger.totals()
 
 
-def test_through_a_storm_every_problem_ends_with_a_valid_template_and_the_books_agree(tmp_path, grader):
+@pytest.mark.parametrize("direct", ["true", "false"])
+def test_through_a_storm_every_problem_ends_with_a_valid_template_and_the_books_agree(
+    tmp_path, grader, direct
+):
     run = Run(tmp_path / "run")
     with Teaching(storm) as server:
-        report, totals = build(run, chosen(server.url), grader)
+        settings = chosen(server.url, f"teacher.direct={direct}")
+        report, totals = build(run, settings, grader)
         sent = len(server.requests)
-        again, _ = build(run, chosen(server.url), grader)
+        again, _ = build(run, settings, grader)
         assert len(server.requests) == sent
     rows = run.read("templates.jsonl", Template)
     assert [row.id for row in rows] == [problem.id for problem in PROBLEMS]

@@ -1,5 +1,6 @@
 """The ledger keeps what was paid for, through any end of the process."""
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -103,6 +104,27 @@ def test_a_reply_that_cannot_be_written_is_a_fault_and_no_silence(tmp_path):
     ledger.close()
     with pytest.raises(DataFault, match="cannot be written"):
         ledger.put("k", ENTRY).result()
+
+
+def test_an_event_loop_waits_for_the_disk_too_and_is_told_of_its_faults(tmp_path):
+    async def put(ledger):
+        await ledger.sent("k", "templates", "m")
+        await ledger.put("k", ENTRY)
+        return ledger.get("k")
+
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    assert asyncio.run(put(ledger)) == ENTRY
+    ledger.close()
+    with pytest.raises(DataFault, match="cannot be written"):
+        asyncio.run(put(ledger))
+
+
+def test_totals_count_what_was_noted_a_moment_ago(tmp_path):
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        for number in range(50):
+            ledger.sent(str(number), "templates", "m")
+            ledger.put(str(number), ENTRY)
+            assert ledger.totals()["requests"] == number + 1
 
 
 # -- for reading alone ---------------------------------------------------------------------------------------------
