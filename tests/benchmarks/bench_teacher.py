@@ -47,7 +47,12 @@ def serving(command: str, latency: float):
 
 
 def settings(url: str, in_flight: int, *more: str) -> config.Config:
-    chosen = ["teacher.model=openai/replay", f"teacher.api_base={url}", f"teacher.concurrency={in_flight}", *more]
+    chosen = [
+        "teacher.model=openai/replay",
+        f"teacher.api_base={url}",
+        f"teacher.concurrency={in_flight}",
+        *more,
+    ]
     return config.load(None, chosen, {}, own_file=False)
 
 
@@ -175,7 +180,9 @@ def cpu_seconds() -> Counter:
 
 def memory(options) -> None:
     """The peak of `sclite build-data` on 2,000 and on 20,000 problems: those given again and again, with a number before."""
-    with open(options.problems, encoding="utf-8") as file:  # splitlines would also split at what is inside a string
+    with open(
+        options.problems, encoding="utf-8"
+    ) as file:  # splitlines would also split at what is inside a string
         known = [json.loads(line) for line in file]
     peaks = {}
     for count in (2000, 20000):

@@ -304,10 +304,15 @@ def run_session(models: Path, geometry: str, backend: str, cases: Sequence[Case]
 
 
 def speed(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every side in turn, `--rounds` times; ratios of medians."""
+    """Every side in turn, `--rounds` times."""
     rows = []
     for backend, cases in SPEED.items():
-        rows += run_session(options.models, options.geometry, backend, cases * options.rounds)
+        rows += run_session(options.models, options.geometry or FIRST, backend, cases * options.rounds)
+    return rows
+
+
+def show_speed(rows: Sequence[dict[str, Any]]) -> None:
+    """Ratios of medians."""
     found: dict[tuple[str, str], list[float]] = {}
     for row in rows:
         if "error" not in row:
@@ -320,14 +325,19 @@ def speed(options: argparse.Namespace) -> list[dict[str, Any]]:
     for row in rows:
         if "first_dpo_loss" in row:
             print(f"dpo_loss of the first step, {row['side']}: {row['first_dpo_loss']:.4f}")
-    return rows
 
 
 def memory(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Peaks beside the memory model."""
+    """Peaks of every session, or of those that `--geometry` and `--backend` leave."""
     rows = []
     for (geometry, backend), cases in MEMORY.items():
-        rows += run_session(options.models, geometry, backend, cases)
+        if geometry == (options.geometry or geometry) and backend == (options.backend or backend):
+            rows += run_session(options.models, geometry, backend, cases)
+    return rows
+
+
+def show_memory(rows: Sequence[dict[str, Any]]) -> None:
+    """Peaks beside the memory model."""
     names = ("geometry", "stage", "side", "micro", "length", "peak GB", "model GB", "off by", "longest")
     print("{:<18}{:<6}{:<7}{:>6}{:>8}{:>9}{:>10}{:>8}{:>9}".format(*names))
     for row in rows:
@@ -338,7 +348,6 @@ def memory(options: argparse.Namespace) -> list[dict[str, Any]]:
         off = row["modelled_gb"] / row["peak_gb"] - 1
         longest = row["largest_length"] or 0
         print(f"{start}{row['peak_gb']:>9.2f}{row['modelled_gb']:>10.2f}{100 * off:>7.0f}%{longest:>9,}")
-    return rows
 
 
 def embedded(run_folder: Path, adapters: Path, backend: str) -> None:
@@ -381,8 +390,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write every figure there, as JSON")
     parser.add_argument("--only", choices=("speed", "memory"))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--geometry", default=FIRST)
-    parser.add_argument("--backend", choices=("unsloth", "plain"), default="unsloth")
+    parser.add_argument(
+        "--geometry", help=f"of the memory table's sessions this one alone; for speed {FIRST}"
+    )
+    parser.add_argument("--backend", choices=("unsloth", "plain"), help="the same; for --embedded unsloth")
     parser.add_argument(
         "--session", type=json.loads, help="cases as JSON, measured in this process on --models"
     )
@@ -390,14 +401,18 @@ def main() -> None:
     parser.add_argument("--adapters", type=Path, default=Path("adapters"))
     options = parser.parse_args()
     if options.embedded:
-        embedded(options.embedded, options.adapters, options.backend)
+        embedded(options.embedded, options.adapters, options.backend or "unsloth")
     elif options.session:
         cases = [Case(**given) for given in options.session]
         for row in session(options.models, options.geometry, options.backend, cases):
             print(json.dumps(row), flush=True)
     else:
-        found = [] if options.only == "memory" else speed(options)
-        found += [] if options.only == "speed" else memory(options)
+        found = []
+        for name, part, show in (("speed", speed, show_speed), ("memory", memory, show_memory)):
+            if options.only in (None, name):
+                rows = part(options)
+                show(rows)
+                found += rows
         if options.out:
             options.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
 

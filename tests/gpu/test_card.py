@@ -96,7 +96,7 @@ train_sft(Config.model_validate_json(sys.argv[1]), Run(sys.argv[2]))
 def test_killed_on_the_card_it_goes_on_where_it_was(tmp_path):
     from sclite.train.sft import train_sft
 
-    config = config_of(epochs=40, checkpoints=8)
+    config = config_of(epochs=16, checkpoints=8)
     whole, broken = Run(tmp_path / "whole"), Run(tmp_path / "broken")
     for run in (whole, broken):
         write_toy(run, 8)
