@@ -109,10 +109,35 @@ def test_killed_on_the_card_it_goes_on_where_it_was(tmp_path):
     process.wait()
     assert list(broken.path("sft/checkpoints").glob("*/whole.json"))
     train_sft(config, broken)
-    rows, expected = phase(broken, "sft"), phase(whole, "sft")
+    same_losses(broken, whole)
+
+
+def test_broken_off_by_ctrl_c_on_the_card_it_goes_on_where_it_was(tmp_path):
+    from sclite.train.sft import train_sft
+
+    config = config_of(epochs=8)
+    whole, broken = Run(tmp_path / "whole"), Run(tmp_path / "broken")
+    for run in (whole, broken):
+        write_toy(run, 8)
+    train_sft(config, whole)
+
+    def press(step, total, **_):
+        if total and step == total // 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train_sft(config, broken, progress=press)
+    assert len(phase(broken, "sft")) < len(phase(whole, "sft"))
+    train_sft(config, broken)
+    same_losses(broken, whole)
+
+
+def same_losses(run: Run, other: Run) -> None:
+    """Step by step, as far as 16 bits repeat themselves."""
+    rows, expected = phase(run, "sft"), phase(other, "sft")
     assert [row["step"] for row in rows] == [row["step"] for row in expected]
-    for row, other in zip(rows, expected, strict=True):
-        assert row["loss"] == pytest.approx(other["loss"], abs=0.02)
+    for row, known in zip(rows, expected, strict=True):
+        assert row["loss"] == pytest.approx(known["loss"], abs=0.02)
 
 
 def test_a_card_that_is_too_small_is_a_memory_fault(tmp_path):
