@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,16 +108,25 @@ class Run:
 
     def append(self, name: str, rows: Iterable[Row]) -> None:
         """Add rows in one write, so that after a kill each is whole or is a broken last line that reading drops."""
-        lines = "".join(row.model_dump_json(exclude_none=False) + "\n" for row in rows)
-        if not lines:
-            return
+        found = list(rows)
+        if found:
+            with self.appending(name) as add:
+                add(found)
+
+    @contextmanager
+    def appending(self, name: str) -> Iterator[Callable[[Iterable[Row]], None]]:
+        """`append` for a file that stays open meanwhile: opening it anew is most of the work of a row."""
         path = self.path(name)
-        if not path.parent.is_dir():
-            path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab+") as file:
             if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
                 _end_last_line(file)
-            file.write(lines.encode())
+
+            def add(rows: Iterable[Row]) -> None:
+                file.write("".join(row.model_dump_json(exclude_none=False) + "\n" for row in rows).encode())
+                file.flush()
+
+            yield add
 
     def rows(self, name: str, kind: type[R]) -> Iterator[R]:
         """The rows of a file, each read when it is asked for; none where the file is absent.

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import lru_cache
 from typing import Any
 
@@ -178,25 +179,27 @@ def _kept(run: Run, inputs: dict[str, Any], problems: Sequence[Problem], fresh: 
 
 def _ask(settings, run, teacher, grader, problems, kept, basis, confirm, progress) -> dict[str, Drop]:
     """Ask for what is missing; each row is in its file before the next is looked at. Gives the drops by id."""
-    by_id = {problem.id: problem for problem in problems}
+    under_way: dict[str, Problem] = {}
     drops: dict[str, Drop] = {}
-    done, begun = len(kept), False
-    waiting = (problem for problem in problems if problem.id not in kept)
+    done, add = len(kept), None
+    waiting = (under_way.setdefault(p.id, p) for p in problems if p.id not in kept)
     jobs = _jobs(settings, waiting, grader)
     if progress is not None:
         progress(done, len(problems), teacher.ledger.spent_usd)
-    for result in ask_after_pilot(teacher, jobs, len(problems) - len(kept), STAGE, confirm):
-        if result.text is not None:
-            if not begun:
-                run.write_json(BEGUN, basis)
-                begun = True
-            run.append(FILE, [_template(by_id[result.id], result)])
-        else:
-            drops[result.id] = _drop(result)
-            run.append("dropped.jsonl", [drops[result.id]])
-        done += 1
-        if progress is not None:
-            progress(done, len(problems), teacher.ledger.spent_usd)
+    with ExitStack() as open_files:
+        for result in ask_after_pilot(teacher, jobs, len(problems) - len(kept), STAGE, confirm):
+            problem = under_way.pop(result.id)
+            if result.text is None:
+                drops[result.id] = _drop(result)
+                run.append("dropped.jsonl", [drops[result.id]])
+            else:
+                if add is None:
+                    run.write_json(BEGUN, basis)
+                    add = open_files.enter_context(run.appending(FILE))
+                add([_template(problem, result)])
+            done += 1
+            if progress is not None:
+                progress(done, len(problems), teacher.ledger.spent_usd)
     return drops
 
 

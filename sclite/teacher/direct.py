@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -98,6 +99,7 @@ class Direct:
         for last in (False, True):
             try:
                 async with self._session.post(self.url, data=data, proxy=self.proxy) as response:
+                    _acknowledge(response)
                     return response.status, response.headers, await response.read()
             except aiohttp.ClientConnectionResetError as error:
                 if last:  # the first time a kept connection had ended, and nothing was sent
@@ -181,6 +183,15 @@ class Direct:
         """Raise the class that LiteLLM has for it."""
         self.litellm.exception_type(self.model, fault, self.provider)
         raise fault
+
+
+def _acknowledge(response: Any) -> None:
+    """Acknowledge the headers now. A server that writes its body apart waits for that, 40 ms if left to Linux."""
+    option = getattr(socket, "TCP_QUICKACK", None)  # Linux alone has it
+    transport = response.connection and response.connection.transport
+    found = transport and transport.get_extra_info("socket")
+    if option is not None and found is not None:
+        found.setsockopt(socket.IPPROTO_TCP, option, 1)
 
 
 def _decoded(body: bytes) -> Any:
