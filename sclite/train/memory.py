@@ -3,7 +3,8 @@
 Weights, LoRA and optimizer are exact. Activations are counted from what the code keeps: under gradient checkpointing the
 input of every layer, and one layer at a time in full; of the vocabulary only the positions that carry loss
 (sclite/train/forward.py). The peak is the larger of two moments, of the backward pass through the head and of that
-through the last layer. The allowances at the end of the sum are guesses until a card has measured them.
+through the last layer. On an H100 the sum came within 6 % of torch's peak at eleven settings: 7B and 8B geometry, SFT and
+DPO, one to four rows of 2,048 and 4,096 tokens, with Unsloth (-3 to 0 %) and without (1 to 6 %).
 """
 
 from collections.abc import Iterable, Sequence
@@ -31,10 +32,10 @@ KEPT, BACKWARD = 4, 8
 their gradient and that of the logits beside them. A cap on the logits keeps its tanh as well. Where the positions go
 through the head in chunks, nothing waits and one chunk at a time is whole."""
 
-CONTEXT = 600_000_000
-"""Bytes of the CUDA context, the loaded kernels and cuBLAS's workspace: a guess for one process, to be calibrated."""
-FRAGMENTATION = 0.05
-"""Share of the changing part that the allocator holds beyond what is in use: a guess, to be calibrated."""
+CONTEXT = 700_000_000
+"""Bytes of the CUDA context, the loaded kernels and cuBLAS's workspace: about what each of several processes took."""
+CACHED = 800_000_000
+"""Bytes that the allocator holds beyond what is in use: 0.3 to 0.84 GB at those settings, more with neither rows nor size."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,7 @@ def estimate(geometry: Geometry, setting: Setting) -> Estimate:
         "gradients": adapter,
         "optimizer": optimizer_bytes(tensors, setting.optimizer_bits),
         **changing,
-        "allowance": CONTEXT + round(FRAGMENTATION * sum(changing.values())),
+        "allowance": CONTEXT + CACHED,
     }
     return Estimate(parts, host)
 

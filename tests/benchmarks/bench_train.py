@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 CAP_BYTES = 24e9
@@ -291,15 +291,19 @@ def run_session(models: Path, geometry: str, backend: str, cases: Sequence[Case]
     given = json.dumps([asdict(case) for case in cases])
     command = [sys.executable, "-m", "tests.benchmarks.bench_train", "--models", str(folder)]
     command += ["--session", given, "--geometry", geometry, "--backend", backend]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    output, errors = process.communicate()
-    rows = [json.loads(line) for line in output.splitlines() if line.startswith('{"geometry"')]
-    if process.returncode:
-        print(errors[-4000:], file=sys.stderr, flush=True)
-        last = (errors.strip().splitlines() or ["no word"])[-1][:300]
-        rows.append({"geometry": geometry, **asdict(cases[len(rows)]), "error": last})
-    for row in rows:
-        print(json.dumps(row), file=sys.stderr, flush=True)
+    rows = []
+    with TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True)
+        for line in process.stdout:  # told as it comes: whoever stops this keeps what was measured
+            if line.startswith('{"geometry"'):
+                rows.append(json.loads(line))
+                print(line, end="", file=sys.stderr, flush=True)
+        if process.wait():
+            said.seek(0)
+            errors = said.read()
+            print(errors[-4000:], file=sys.stderr, flush=True)
+            last = (errors.strip().splitlines() or ["no word"])[-1][:300]
+            rows.append({"geometry": geometry, **asdict(cases[len(rows)]), "error": last})
     return rows
 
 
