@@ -212,3 +212,21 @@ def test_metrics_of_a_broken_last_line_are_read(tmp_path):
     path.write_text(json.dumps({"phase": "sft", "step": 1}) + "\n" + '{"phase": "sf')
     assert read_metrics(path) == [{"phase": "sft", "step": 1}]
     assert os.path.getsize(path) > 0
+
+
+def test_a_manifest_never_signs_another_adapter(tmp_path, monkeypatch):
+    folder = tiny_llama(tmp_path / "student")
+    run = Run(tmp_path / "run")
+    write_toy(run)
+    train_sft(config_of(folder, sft={"epochs": 1}), run)
+
+    def die(*_):
+        raise RuntimeError("killed between the adapter and its manifest")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Run, "sign", die)
+        with pytest.raises(RuntimeError, match="killed"):
+            train_sft(config_of(folder, sft={"epochs": 2}), run, fresh=True)
+    assert run.finished("sft") is None
+    first = config_of(folder, sft={"epochs": 1})
+    assert not train_sft(first, run, fresh=True).skipped
