@@ -58,23 +58,26 @@ def choose_card(gpu: int | None) -> None:
 
     `gpu` counts the cards that CUDA_VISIBLE_DEVICES leaves visible. Raises DeviceFault where there is no such card.
     """
-    left = os.environ.get("CUDA_VISIBLE_DEVICES")
-    cards = None if left is None else [card.strip() for card in left.split(",") if card.strip()]
-    number = gpu or 0
-    if cards is None:
+    visible, number = os.environ.get("CUDA_VISIBLE_DEVICES"), gpu or 0
+    cards = [card.strip() for card in (visible or "").split(",") if card.strip()]
+    if visible is None:
         os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
         os.environ["CUDA_VISIBLE_DEVICES"] = str(number)
     elif number < len(cards):
         os.environ["CUDA_VISIBLE_DEVICES"] = cards[number]
+    elif gpu is not None:
+        raise DeviceFault(
+            f"--gpu {gpu}: CUDA_VISIBLE_DEVICES={visible} shows {len(cards)} cards, counted from 0",
+            "unset CUDA_VISIBLE_DEVICES, or leave --gpu out",
+        )
     if gpu is None:
         return
     import torch
 
-    if (cards is not None and number >= len(cards)) or not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         build = "" if torch.version.cuda else "; this torch is a CPU build"
-        left = "" if cards is None else f"; CUDA_VISIBLE_DEVICES leaves {','.join(cards) or 'none'}"
         raise DeviceFault(
-            f"there is no CUDA card {gpu} here{build}{left}",
+            f"there is no CUDA card {gpu} here{build}",
             "leave --gpu out to train on the CPU, which suits small students only; `sclite doctor` tells more",
         )
 
