@@ -33,7 +33,7 @@ their gradient and that of the logits beside them. A cap on the logits keeps its
 through the head in chunks, nothing waits and one chunk at a time is whole."""
 
 CONTEXT = 700_000_000
-"""Bytes of the CUDA context, the loaded kernels and cuBLAS's workspace: about what each of several processes took."""
+"""Bytes of the CUDA context, the loaded kernels and cuBLAS's workspace: reckoned from what several processes took together."""
 CACHED = 800_000_000
 """Bytes that the allocator holds beyond what is in use: 0.3 to 0.84 GB at those settings, more with neither rows nor size."""
 
