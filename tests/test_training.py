@@ -51,8 +51,8 @@ def small_card(monkeypatch, rows: int, from_step: int = 0) -> list[int]:
     tried, real = [], sft.negative_log_likelihood
 
     def limited(model, batch):
-        tried.append(len(batch["input_ids"]))
-        if len(tried) > from_step and len(batch["input_ids"]) > rows:
+        tried.append(len(batch.ids))
+        if len(tried) > from_step and len(batch.ids) > rows:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return real(model, batch)
 

@@ -2,22 +2,35 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 from sclite.errors import DataFault
 from sclite.student.encode import Encoded
 
 
-def pad(rows: Sequence[Encoded], pad_id: int) -> dict[str, Any]:
-    """A batch of sequences, padded at the right: ids, mask and weights, each [rows, longest]."""
+@dataclass
+class Padded:
+    """Sequences padded at the right, each tensor [rows, longest].
+
+    They stay on the CPU: what is read off them there (lengths, the tokens with weight) would make it wait for the card.
+    """
+
+    ids: Any
+    mask: Any
+    weights: Any
+
+
+def pad(rows: Sequence[Encoded], pad_id: int) -> Padded:
+    """A batch of sequences side by side."""
     import torch
 
     width = max(len(row.ids) for row in rows)
-    return {
-        "input_ids": torch.tensor([row.ids + [pad_id] * (width - len(row.ids)) for row in rows]),
-        "attention_mask": torch.tensor([[1] * len(row.ids) + [0] * (width - len(row.ids)) for row in rows]),
-        "weights": torch.tensor([row.weights + [0.0] * (width - len(row.ids)) for row in rows]),
-    }
+    return Padded(
+        ids=torch.tensor([row.ids + [pad_id] * (width - len(row.ids)) for row in rows]),
+        mask=torch.tensor([[1] * len(row.ids) + [0] * (width - len(row.ids)) for row in rows]),
+        weights=torch.tensor([row.weights + [0.0] * (width - len(row.ids)) for row in rows]),
+    )
 
 
 def autocast(model: Any) -> Any:
@@ -29,39 +42,41 @@ def autocast(model: Any) -> Any:
     return torch.autocast("cuda", torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
 
 
-def hidden_states(model: Any, ids: Any, mask: Any) -> Any:
-    """The decoder's last hidden states for rows padded at the right, [rows, longest, width].
+def hidden_states(model: Any, batch: Padded) -> Any:
+    """The decoder's last hidden states, [rows, longest, width], on the model's device.
 
     Where the model is `padding_free`, rows go through it end to end and nothing is computed for padding. Raises DataFault
     where the model has cut them.
     """
-    decoder = _head(model)[0].get_decoder()
-    lengths = mask.sum(1)
-    if getattr(model, "padding_free", False) and len(ids) > 1:
-        return _end_to_end(decoder, ids, mask.bool(), lengths)
-    hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    if hidden.shape[1] != ids.shape[1]:
+    decoder, device = _head(model)[0].get_decoder(), next(model.parameters()).device
+    if getattr(model, "padding_free", False) and len(batch.ids) > 1:
+        return _end_to_end(decoder, batch, device)
+    given = {"input_ids": batch.ids.to(device), "attention_mask": batch.mask.to(device), "use_cache": False}
+    hidden = decoder(**given).last_hidden_state
+    if hidden.shape[1] != batch.ids.shape[1]:
         raise DataFault(
-            f"rows of {ids.shape[1]} tokens were cut to {hidden.shape[1]}",
+            f"rows of {batch.ids.shape[1]} tokens were cut to {hidden.shape[1]}",
             "lower max_length: the student has no more",
         )
     return hidden
 
 
-def _end_to_end(decoder: Any, ids: Any, mask: Any, lengths: Any) -> Any:
+def _end_to_end(decoder: Any, batch: Padded, device: Any) -> Any:
     """Rows one behind the other as one, each with positions of its own, and laid out again as they were.
 
     Positions that begin anew tell transformers where attention ends; Unsloth's kernels are told the lengths.
     """
     import torch
 
-    positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths.tolist()])
-    given = {"input_ids": ids[mask].unsqueeze(0), "position_ids": positions.unsqueeze(0), "use_cache": False}
+    mask, lengths = batch.mask.bool(), batch.mask.sum(1)
+    positions = torch.cat([torch.arange(length) for length in lengths.tolist()])
+    flat_ids = batch.ids[mask].unsqueeze(0).to(device)
+    given = {"input_ids": flat_ids, "position_ids": positions.unsqueeze(0).to(device), "use_cache": False}
     if type(decoder).forward.__module__.startswith("unsloth"):
-        given["packed_seq_lengths"] = lengths.to(torch.int32)
+        given["packed_seq_lengths"] = lengths.to(device, torch.int32)
     flat = decoder(attention_mask=None, **given).last_hidden_state[0]
-    laid = flat.new_zeros(*ids.shape, flat.shape[-1])
-    return laid.masked_scatter(mask.unsqueeze(-1), flat)
+    laid = flat.new_zeros(*mask.shape, flat.shape[-1])
+    return laid.masked_scatter(mask.unsqueeze(-1).to(device), flat)
 
 
 def _head(model: Any) -> tuple[Any, Any]:
@@ -107,26 +122,54 @@ def chunk_of(vocabulary: int) -> int:
     return max(64, LOGITS // vocabulary)
 
 
-def token_log_probs(model: Any, hidden: Any, ids: Any, weights: Any) -> tuple[Any, Any]:
-    """Log-probabilities of every token that carries weight, and the row each belongs to; both [tokens].
+def token_log_probs(model: Any, hidden: Any, batch: Padded) -> tuple[Any, Any]:
+    """Log-probabilities of every token that carries weight, and the row each belongs to (on the CPU); both [tokens].
 
     The token at position t is predicted by the hidden state at t - 1. Where there are many, the head runs over chunks of
-    them, and once more for each in the backward pass: the logits of a whole batch would take gigabytes.
+    them: the logits of a whole batch would take gigabytes.
     """
-    import torch
-    from torch.utils.checkpoint import checkpoint
-
-    rows, columns = (weights[:, 1:] > 0).nonzero(as_tuple=True)
-    states, tokens = hidden[rows, columns], ids[rows, columns + 1]
+    rows, columns = (batch.weights[:, 1:] > 0).nonzero(as_tuple=True)
+    states = hidden[rows.to(hidden.device), columns.to(hidden.device)]
+    tokens = batch.ids[rows, columns + 1].to(hidden.device)
 
     def chosen(states: Any, tokens: Any) -> Any:
         return vocabulary_log_probs(model, states).gather(1, tokens.unsqueeze(1)).squeeze(1)
 
-    size = chunk_of(_head(model)[1].weight.shape[0])
+    head = _head(model)[1].weight
+    size = chunk_of(head.shape[0])
     if len(tokens) <= size:
         return chosen(states, tokens), rows
-    parts = [
-        checkpoint(chosen, states[i : i + size], tokens[i : i + size], use_reentrant=False)
-        for i in range(0, len(tokens), size)
-    ]
-    return torch.cat(parts), rows
+    assert not head.requires_grad, "the head of the student is frozen"
+    return _in_chunks(chosen, states, tokens, size), rows
+
+
+def _in_chunks(function: Any, states: Any, tokens: Any, size: int) -> Any:
+    """function(states, tokens), [tokens], a chunk at a time.
+
+    Each result depends on its own state alone, so that its slope has the size of that state: it is found along with the
+    result, and neither logits are kept for the backward pass nor computed twice.
+    """
+    import torch
+
+    class Chunks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, states):
+            values, slopes = [], []
+            for i in range(0, len(tokens), size):
+                with torch.enable_grad():
+                    part = states[i : i + size].detach().requires_grad_()
+                    found = function(part, tokens[i : i + size])
+                    slopes.append(torch.autograd.grad(found.sum(), part)[0])
+                values.append(found.detach())
+            ctx.save_for_backward(torch.cat(slopes))
+            return torch.cat(values)
+
+        @staticmethod
+        def backward(ctx, given):
+            (slopes,) = ctx.saved_tensors
+            return (given.unsqueeze(1) * slopes).to(slopes.dtype)
+
+    if torch.is_grad_enabled() and states.requires_grad:
+        return Chunks.apply(states)
+    parts = [function(states[i : i + size], tokens[i : i + size]) for i in range(0, len(tokens), size)]
+    return torch.cat(parts)

@@ -136,11 +136,10 @@ class Trainable:
         """For each row, log p(one) - log p(other) at each of its marks."""
         import torch
 
-        batch = {k: v.to(self.model.device) for k, v in pad(block, self.tokenizer.pad_token_id).items()}
         rows = [number for number, row in enumerate(block) for _ in row.marks]
         columns = [mark for row in block for mark in row.marks]
         with torch.inference_mode(), autocast(self.model):
-            hidden = hidden_states(self.model, batch["input_ids"], batch["attention_mask"])
+            hidden = hidden_states(self.model, pad(block, self.tokenizer.pad_token_id))
             found = two_logits(self.model, hidden[rows, columns], one, other)
         odds = iter((found[:, 0] - found[:, 1]).tolist())
         return [[next(odds) for _ in row.marks] for row in block]

@@ -14,7 +14,7 @@ from typing import Any
 from sclite import prompts
 from sclite.records import Pair
 from sclite.student.encode import Encoded, decision_ids, piece_ids, prompt_ids
-from sclite.student.forward import autocast, hidden_states, pad, token_log_probs, vocabulary_log_probs
+from sclite.student.forward import Padded, autocast, hidden_states, pad, token_log_probs, vocabulary_log_probs
 from sclite.trace import CAUSE, parse, render
 
 
@@ -65,9 +65,9 @@ def _bundle(tokenizer: Any, pairs: list[Pair], question: str, folder: str) -> Bu
 class Batch:
     """Bundles as tensors. `decision_*` are flat over all decisions, `owner` says of which bundle each is."""
 
-    reviews: dict[str, Any]
-    rejected: dict[str, Any] | None
-    replay: dict[str, Any] | None
+    reviews: Padded
+    rejected: Padded | None
+    replay: Padded | None
     decision_rows: list[int]
     decision_columns: list[int]
     decision_accused: list[bool]
@@ -108,49 +108,40 @@ def likelihoods(model: Any, batch: Batch, decision_tokens: tuple[int, int]) -> L
     """Run the model over a batch; `decision_tokens` are those of accusing and of closing."""
     import torch
 
-    device = next(model.parameters()).device
-    reviews = {name: value.to(device) for name, value in batch.reviews.items()}
-    hidden = hidden_states(model, reviews["input_ids"], reviews["attention_mask"])
+    hidden = hidden_states(model, batch.reviews)
     at = hidden[batch.decision_rows, batch.decision_columns]
     log_probs = vocabulary_log_probs(model, at)[:, list(decision_tokens)]
     accuse, close = log_probs[:, 0], log_probs[:, 1]
-    right = torch.tensor(batch.decision_accused, device=device)
-    chosen, tokens = _sums(model, hidden, reviews, len(batch.keys))
+    right = torch.tensor(batch.decision_accused, device=hidden.device)
+    chosen, tokens = _sums(model, hidden, batch.reviews, len(batch.keys))
     none = chosen[:0]
     content_rejected = none
     if batch.rejected is not None:
-        other = {name: value.to(device) for name, value in batch.rejected.items()}
-        content_rejected, _ = _sums(
-            model,
-            hidden_states(model, other["input_ids"], other["attention_mask"]),
-            other,
-            len(batch.content),
-        )
+        other = hidden_states(model, batch.rejected)
+        content_rejected, _ = _sums(model, other, batch.rejected, len(batch.content))
     return Likelihoods(
         decision_chosen=torch.where(right, accuse, close),
         decision_rejected=torch.where(right, close, accuse),
         content_chosen=chosen[batch.content] if batch.content else none,
         content_rejected=content_rejected,
         content_tokens=tokens[batch.content] if batch.content else none,
-        replay_log_prob=_replay(model, batch.replay, device),
+        replay_log_prob=_replay(model, batch.replay),
     )
 
 
-def _sums(model: Any, hidden: Any, rows: dict[str, Any], count: int) -> tuple[Any, Any]:
+def _sums(model: Any, hidden: Any, rows: Padded, count: int) -> tuple[Any, Any]:
     """The summed log-probability of the weighted tokens of each row, and how many there are; both [rows]."""
     import torch
 
-    log_probs, owner = token_log_probs(model, hidden, rows["input_ids"], rows["weights"])
-    zeros = torch.zeros(count, device=log_probs.device)
-    return zeros.index_add(0, owner, log_probs), zeros.index_add(0, owner, torch.ones_like(log_probs))
+    log_probs, owner = token_log_probs(model, hidden, rows)
+    counts = torch.bincount(owner, minlength=count).to(log_probs)
+    return log_probs.new_zeros(count).index_add(0, owner.to(log_probs.device), log_probs), counts
 
 
-def _replay(model: Any, replay: dict[str, Any] | None, device: Any) -> Any | None:
+def _replay(model: Any, replay: Padded | None) -> Any | None:
     if replay is None:
         return None
-    replay = {name: value.to(device) for name, value in replay.items()}
-    hidden = hidden_states(model, replay["input_ids"], replay["attention_mask"])
-    log_probs, _ = token_log_probs(model, hidden, replay["input_ids"], replay["weights"])
+    log_probs, _ = token_log_probs(model, hidden_states(model, replay), replay)
     return log_probs.sum()
 
 

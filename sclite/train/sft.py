@@ -13,7 +13,7 @@ from sclite.records import Template
 from sclite.run import Report, Run, timed
 from sclite.signature import digest
 from sclite.student.encode import Encoded, encode_solution, end_id
-from sclite.student.forward import hidden_states, pad, token_log_probs
+from sclite.student.forward import Padded, hidden_states, pad, token_log_probs
 from sclite.student.load import load_student
 from sclite.trace import parse
 from sclite.train.checkpoints import Checkpoints, refuse_other_inputs
@@ -153,12 +153,10 @@ def supervised(phase: str, rows: Sequence[Encoded], pad_id: int, eval_share: flo
     )
 
 
-def negative_log_likelihood(model: Any, batch: dict[str, Any]) -> dict[str, Part]:
+def negative_log_likelihood(model: Any, batch: Padded) -> dict[str, Part]:
     """The weighted negative log-likelihood of the tokens with loss, in nats."""
-    device = next(model.parameters()).device
-    batch = {name: value.to(device) for name, value in batch.items()}
-    ids, weights = batch["input_ids"], batch["weights"]
-    hidden = hidden_states(model, ids, batch["attention_mask"])
-    log_probs, _ = token_log_probs(model, hidden, ids, weights)
-    carried = weights[:, 1:][weights[:, 1:] > 0]
+    hidden = hidden_states(model, batch)
+    log_probs, _ = token_log_probs(model, hidden, batch)
+    weights = batch.weights[:, 1:]
+    carried = weights[weights > 0].to(log_probs.device)
     return {"nll": Part(-(log_probs * carried).sum(), "tokens", 1.0)}

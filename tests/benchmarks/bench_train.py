@@ -10,44 +10,17 @@ llama.cpp is.
 """
 
 import argparse
-import importlib
 import json
-import random
 import statistics
 import subprocess
 import sys
-import time
-import traceback
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory, TemporaryFile
+from tempfile import TemporaryFile
 from typing import Any
 
-CAP_BYTES = 24e9
-RANK, LONGEST = 32, 2048
-
-
-@dataclass(frozen=True)
-class Case:
-    """One measurement. `side`: ours, through Unsloth; script, by Unsloth and TRL alone; plain, ours without Unsloth.
-
-    With `full` every row is as long as the longest; else a few hundred tokens mostly, as worked problems are.
-    """
-
-    side: str
-    stage: str
-    micro: int
-    length: int = LONGEST
-    full: bool = False
-    batch: int = 8
-    steps: int = 8
-
-
-def peak(side: str, stage: str, micro: int, length: int = LONGEST) -> Case:
-    """A case of rows that are all full: what memory has to hold."""
-    return Case(side, stage, micro, length, full=True, batch=max(4, micro), steps=3)
-
+from tests.benchmarks.train_sides import Case, peak
 
 FIRST, SECOND = "qwen2.5-math-7b", "llama-3.1-8b"
 MEMORY = {
@@ -61,215 +34,10 @@ MEMORY = {
 }
 """(geometry, backend): peaks beside the memory model."""
 SPEED = {
-    "unsloth": [Case("ours", "sft", 4), Case("script", "sft", 4), Case("ours", "dpo", 2)],
-    "plain": [Case("plain", "sft", 4), Case("plain", "dpo", 2)],
+    "unsloth": {"sft": [Case("ours", "sft", 4), Case("script", "sft", 4)], "dpo": [Case("ours", "dpo", 2)]},
+    "plain": {"sft": [Case("plain", "sft", 4)], "dpo": [Case("plain", "dpo", 2)]},
 }
-"""In turn, `--rounds` times, in one session each."""
-
-
-# -- rows ----------------------------------------------------------------------------------------------------------
-
-
-def lengths(count: int, full: bool, longest: int) -> list[int]:
-    """Tokens of rows as worked problems have them: a few hundred mostly, some long; or all the longest."""
-    draw = random.Random(0)
-    if full:
-        return [longest] * count
-    return [max(96, min(longest, int(draw.lognormvariate(6.1, 0.5)))) for _ in range(count)]
-
-
-def solved_rows(count: int, full: bool, longest: int) -> list[Any]:
-    """Rows of random ids; loss on the second two thirds, on nine tenths where all are full (as the memory model has it)."""
-    from sclite.student.encode import Encoded
-
-    draw, rows = random.Random(1), []
-    for length in lengths(count, full, longest):
-        prompt = length // (10 if full else 3)
-        ids = [draw.randrange(3, 1000) for _ in range(length - 1)] + [2]
-        rows.append(Encoded(ids, [0.0] * prompt + [1.0] * (length - prompt)))
-    return rows
-
-
-def bundles(count: int, full: bool, longest: int) -> list[Any]:
-    """Pairs as DPO trains them: decisions in the middle, a content of 15 % at the end, a solved row beside them."""
-    from sclite.student.encode import Encoded
-    from sclite.train.bundle import Bundle
-
-    draw, made = random.Random(2), []
-    solved = solved_rows(count, full, longest)
-    for number, length in enumerate(lengths(count, full, longest)):
-        head = length - round(0.15 * length)
-        sides = []
-        shared = [draw.randrange(3, 1000) for _ in range(head)]
-        for _ in range(2):
-            ids = shared + [draw.randrange(3, 1000) for _ in range(length - head)]
-            sides.append(Encoded(ids, [0.0] * head + [1.0] * (length - head)))
-        marks = tuple(range(head - 8, head))
-        review = Encoded(sides[0].ids, sides[0].weights, marks, tuple(m == marks[-1] for m in marks))
-        made.append(Bundle(f"p{number}/0", review, sides[1], solved[number]))
-    return made
-
-
-# -- a session: a process that loads its student once ---------------------------------------------------------------
-
-
-def session(folder: Path, geometry: str, backend: str, cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
-    """The figures of each case, one after the other."""
-    import torch
-
-    from sclite.student.memory import free_memory
-
-    torch.cuda.set_per_process_memory_fraction(min(1.0, CAP_BYTES / torch.cuda.mem_get_info()[1]))
-    began = time.monotonic()
-    from sclite.config import Config
-    from sclite.train.common import quiet
-
-    config = Config.model_validate({"student": {"model": str(folder), "backend": backend}})
-    quiet(config.student)
-    students: dict[bool, Any] = {}
-    for case in cases:
-        by_script = case.side == "script"
-        if by_script not in students:
-            students[by_script] = load_by_script(folder) if by_script else load_ours(config, case)
-        free_memory()
-        torch.cuda.reset_peak_memory_stats()
-        try:
-            figures = (script if by_script else ours)(*students[by_script], config, case)
-        except Exception as error:  # noqa: BLE001 - the other cases are worth having
-            traceback.print_exc()
-            figures = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
-        free, total = torch.cuda.mem_get_info()
-        figures |= {
-            "reserved_gb": torch.cuda.max_memory_reserved() / 1e9,
-            "outside_gb": (total - free - torch.cuda.memory_reserved()) / 1e9,  # of all processes on the card
-            "seconds": round(time.monotonic() - began, 1),
-        }
-        began = time.monotonic()
-        modelled = {} if by_script else in_the_model(geometry, backend, case)
-        yield {"geometry": geometry, **asdict(case), **figures, **modelled}
-
-
-def load_ours(config: Any, case: Case) -> tuple[Any, Any]:
-    """(model, tokenizer) as our stages load them."""
-    from sclite.config import Sft
-    from sclite.student.load import load_student
-
-    return load_student(config.student, Sft(rank=RANK, max_length=case.length), train=True)
-
-
-def lora_of(case: Case) -> Any:
-    """The settings of a case."""
-    from sclite.config import Dpo, Sft
-
-    kind = Sft if case.stage == "sft" else Dpo
-    return kind(batch=case.batch, max_length=case.length, eval_share=0, checkpoints=1)
-
-
-def ours(model: Any, tokenizer: Any, config: Any, case: Case) -> dict[str, Any]:
-    """Our trainer, through Unsloth or on the plain path."""
-    from sclite.train.bundle import reference_log_probs
-    from sclite.train.checkpoints import Checkpoints
-    from sclite.train.dpo import preferences
-    from sclite.train.sft import supervised
-    from sclite.train.trainer import train_adapter
-    from sclite.train.watch import read_metrics
-
-    lora, count = lora_of(case), case.steps * case.batch
-    if case.stage == "sft":
-        rows = solved_rows(count, case.full, case.length)
-        lesson = supervised("sft", rows, tokenizer.pad_token_id, 0, 0)
-    else:
-        pairs = bundles(count, case.full, case.length)
-        reference = reference_log_probs(model, pairs, tokenizer, case.micro)
-        lesson = preferences(lora, pairs, reference, tokenizer, 0)
-    with TemporaryDirectory() as place:
-        metrics = Path(place) / "metrics.jsonl"
-        train_adapter(
-            model, tokenizer, lesson, lora, Checkpoints(Path(place) / "checkpoints"), metrics,
-            rate=1e-5, epochs=1, seed=0, micro_batch=case.micro,
-        )  # fmt: skip
-        found = read_metrics(metrics)
-    figures = {"tokens_per_second": statistics.median(row["tokens_per_second"] for row in found[2:])}
-    figures |= {"peak_gb": max(row["memory_gb"] for row in found), "steps": len(found)}
-    return figures | ({"first_dpo_loss": found[0]["dpo_loss"]} if case.stage == "dpo" else {})
-
-
-def load_by_script(folder: Path) -> tuple[Any, Any]:
-    """(model, tokenizer) as a notebook has them, from Unsloth's loader."""
-    fast = importlib.import_module("unsloth").FastLanguageModel
-    from sclite.student.load import LINEAR_LAYERS
-
-    model, tokenizer = fast.from_pretrained(str(folder), max_seq_length=LONGEST, load_in_4bit=True)
-    model = fast.get_peft_model(
-        model, r=RANK, lora_alpha=64, target_modules=list(LINEAR_LAYERS), lora_dropout=0.0, bias="none",
-        use_gradient_checkpointing="unsloth", random_state=0,
-    )  # fmt: skip
-    return model, tokenizer
-
-
-def script(model: Any, tokenizer: Any, _: Any, case: Case) -> dict[str, Any]:
-    """What a careful notebook does: TRL's SFTTrainer on tokenised rows, the same in the same order."""
-    import datasets
-    import torch
-    from transformers import TrainerCallback
-    from trl import SFTConfig, SFTTrainer
-
-    from sclite.train.order import training_order
-
-    rows = solved_rows(case.steps * case.batch, case.full, case.length)
-    rows = [rows[i] for i in training_order([len(row.ids) for row in rows], case.batch, 1, 0)]
-    data = datasets.Dataset.from_dict(
-        {
-            "input_ids": [row.ids for row in rows],
-            "labels": [[i if w else -100 for i, w in zip(row.ids, row.weights, strict=True)] for row in rows],
-        }
-    )
-    sizes = [sum(len(row.ids) for row in rows[s : s + case.batch]) for s in range(0, len(rows), case.batch)]
-    speeds, began = [], [0.0]
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, args, state, control, **_):
-            torch.cuda.synchronize()
-            began[0] = time.monotonic()
-
-        def on_step_end(self, args, state, control, **_):
-            torch.cuda.synchronize()
-            speeds.append(sizes[state.global_step - 1] / (time.monotonic() - began[0]))
-
-    with TemporaryDirectory() as place:
-        settings = SFTConfig(
-            output_dir=place, per_device_train_batch_size=case.micro,
-            gradient_accumulation_steps=case.batch // case.micro, learning_rate=1e-5, num_train_epochs=1,
-            optim="adamw_8bit", bf16=True, max_length=case.length, logging_steps=1, save_strategy="no",
-            report_to="none", train_sampling_strategy="sequential", seed=0, disable_tqdm=True,
-        )  # fmt: skip
-        trainer = SFTTrainer(model=model, args=settings, train_dataset=data, processing_class=tokenizer)
-        trainer.add_callback(Clock())
-        trainer.train()
-    return {
-        "tokens_per_second": statistics.median(speeds[2:]),
-        "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
-        "steps": len(speeds),
-        "trained_on": [str(next(p for p in model.parameters() if p.requires_grad).dtype)],
-    }
-
-
-def in_the_model(geometry_name: str, backend: str, case: Case) -> dict[str, Any]:
-    """What the memory model says of a case."""
-    from sclite.train.geometry import geometry
-    from sclite.train.memory import Setting, estimate, largest_length
-    from tests.train.geometries import RECIPES
-
-    found = geometry(RECIPES[geometry_name])
-    setting = Setting(case.stage, case.micro, case.length, RANK, backend=backend)
-    made = estimate(found, setting)
-    longest = largest_length(found, replace(setting, micro_batch=1), int(CAP_BYTES))
-    return {
-        "modelled_gb": made.allocated / 1e9,
-        "modelled_reserved_gb": made.total / 1e9,
-        "parts_gb": {name: round(size / 1e9, 3) for name, size in made.parts.items()},
-        "largest_length": longest,
-    }
+"""By backend and stage: those that take turns in one session."""
 
 
 # -- all of them ---------------------------------------------------------------------------------------------------
@@ -288,9 +56,15 @@ def model_folder(models: Path, name: str) -> Path:
 def run_session(models: Path, geometry: str, backend: str, cases: Sequence[Case]) -> list[dict[str, Any]]:
     """The figures of a session; where it dies, the case that it died in, with its last word."""
     folder = model_folder(models, geometry)
-    given = json.dumps([asdict(case) for case in cases])
-    command = [sys.executable, "-m", "tests.benchmarks.bench_train", "--models", str(folder)]
-    command += ["--session", given, "--geometry", geometry, "--backend", backend]
+    command = [sys.executable, "-m", "tests.benchmarks.train_sides", "--model", str(folder)]
+    command += [
+        "--geometry",
+        geometry,
+        "--backend",
+        backend,
+        "--cases",
+        json.dumps([asdict(c) for c in cases]),
+    ]
     rows = []
     with TemporaryFile("w+") as said:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True)
@@ -307,26 +81,55 @@ def run_session(models: Path, geometry: str, backend: str, cases: Sequence[Case]
     return rows
 
 
+def turns(cases: Sequence[Case], rounds: int) -> list[Case]:
+    """Each case once, to be left out of the figures since kernels are compiled and loaded there; then every case in
+    each round, every other round backwards, so that what gets faster with time favours none."""
+    return [case for number in range(rounds + 1) for case in (cases[::-1] if number % 2 else cases)]
+
+
 def speed(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every side in turn, `--rounds` times."""
     rows = []
-    for backend, cases in SPEED.items():
+    for backend, stages in SPEED.items():
+        cases = [
+            case for stage, cases in stages.items() if stage == (options.stage or stage) for case in cases
+        ]
         if backend == (options.backend or backend):
-            rows += run_session(options.models, options.geometry or FIRST, backend, cases * options.rounds)
+            found = run_session(
+                options.models, options.geometry or FIRST, backend, turns(cases, options.rounds)
+            )
+            rows += found[len(cases) :]
     return rows
 
 
+def over_all_steps(rounds: Sequence[Sequence[float]]) -> float:
+    """The median of all steps of all rounds."""
+    return statistics.median(speed for steps in rounds for speed in steps)
+
+
+def best_of_each_step(rounds: Sequence[Sequence[float]]) -> float:
+    """The median over steps of the fastest round of each."""
+    return statistics.median(max(speeds) for speeds in zip(*rounds, strict=True))
+
+
 def show_speed(rows: Sequence[dict[str, Any]]) -> None:
-    """Ratios of medians."""
-    found: dict[tuple[str, str], list[float]] = {}
+    """Ratios of medians over the steps of all rounds; and of the best that each step did in any of them.
+
+    The same step has the same rows in each round and on each side. What a busy host adds to a step is never negative, so
+    that the second ratio is the steadier one where single rounds lie far apart.
+    """
+    found: dict[tuple[str, str], list[list[float]]] = {}
     for row in rows:
         if "error" not in row:
-            found.setdefault((row["stage"], row["side"]), []).append(row["tokens_per_second"])
-    medians = {key: statistics.median(values) for key, values in found.items()}
-    for (stage, side), other in medians.items():
-        if side != "ours" and (mine := medians.get((stage, "ours"))):
-            told = f"ours {mine:,.0f} tokens/s, {side} {other:,.0f}"
-            print(f"{stage}: {told}, medians of {len(found[stage, side])}: {mine / other:.2f}")
+            found.setdefault((row["stage"], row["side"]), []).append(row["speeds"][2:])
+    for (stage, side), theirs in found.items():
+        if side == "ours" or (stage, "ours") not in found:
+            continue
+        told = []
+        for name, figure in (("medians", over_all_steps), ("bests of each step", best_of_each_step)):
+            mine, other = figure(found[stage, "ours"]), figure(theirs)
+            told.append(f"{name}: ours {mine:,.0f} tokens/s, {side} {other:,.0f}: {mine / other:.3f}")
+        print(f"{stage}, {len(theirs)} rounds; " + "; ".join(told))
     for row in rows:
         if "first_dpo_loss" in row:
             print(f"dpo_loss of the first step, {row['side']}: {row['first_dpo_loss']:.4f}")
@@ -390,23 +193,17 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("models"))
     parser.add_argument("--out", type=Path, help="also write every figure there, as JSON")
     parser.add_argument("--only", choices=("speed", "memory"))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--stage", choices=("sft", "dpo"), help="of the speeds this one alone")
+    parser.add_argument("--rounds", type=int, default=3, help="of the speeds, after one that is left out")
     parser.add_argument(
         "--geometry", help=f"of the memory table's sessions this one alone; for speed {FIRST}"
     )
     parser.add_argument("--backend", choices=("unsloth", "plain"), help="the same; for --embedded unsloth")
-    parser.add_argument(
-        "--session", type=json.loads, help="cases as JSON, measured in this process on --models"
-    )
     parser.add_argument("--embedded", type=Path, metavar="RUN")
     parser.add_argument("--adapters", type=Path, default=Path("adapters"))
     options = parser.parse_args()
     if options.embedded:
         embedded(options.embedded, options.adapters, options.backend or "unsloth")
-    elif options.session:
-        cases = [Case(**given) for given in options.session]
-        for row in session(options.models, options.geometry, options.backend, cases):
-            print(json.dumps(row), flush=True)
     else:
         found = []
         for name, part, show in (("speed", speed, show_speed), ("memory", memory, show_memory)):

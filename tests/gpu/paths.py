@@ -66,9 +66,8 @@ def hidden_gaps(backend: str, run: Run) -> dict[str, float]:
     for name, packed, training in (("padded", False, True), ("packed", True, True), ("used", False, False)):
         model.padding_free = packed
         model.train(training)
-        batch = {key: value.cuda() for key, value in pad(rows, tokenizer.pad_token_id).items()}
         with torch.no_grad(), autocast(model):
-            hidden = hidden_states(model, batch["input_ids"], batch["attention_mask"]).float()
+            hidden = hidden_states(model, pad(rows, tokenizer.pad_token_id)).float()
         found[name] = torch.cat([hidden[i, : len(row.ids)] for i, row in enumerate(rows)])
     padded = found.pop("padded")
     return {name: float((got - padded).abs().mean() / padded.abs().mean()) for name, got in found.items()}

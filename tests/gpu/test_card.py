@@ -12,7 +12,8 @@ import pytest
 from sclite.errors import MemoryFault
 from sclite.run import Run
 from sclite.train.watch import read_metrics
-from tests.benchmarks.bench_train import peak, run_session
+from tests.benchmarks.bench_train import run_session
+from tests.benchmarks.train_sides import peak
 from tests.gpu.paths import config_of, figures
 from tests.train.test_dpo import write_pairs
 from tests.train.test_sft import write_toy

@@ -319,9 +319,9 @@ def test_rows_end_to_end_give_the_log_probabilities_and_gradients_of_padded_ones
 
 def test_padding_carries_neither_attention_nor_weight():
     batch = pad([Encoded([4, 5, 6], [0.0, 1.0, 1.0]), Encoded([7], [0.0])], 2)
-    assert batch["input_ids"].tolist() == [[4, 5, 6], [7, 2, 2]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch["weights"].tolist() == [[0, 1, 1], [0, 0, 0]]
+    assert batch.ids.tolist() == [[4, 5, 6], [7, 2, 2]]
+    assert batch.mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch.weights.tolist() == [[0, 1, 1], [0, 0, 0]]
 
 
 def test_the_work_to_check_is_shown_in_canonical_form(started):

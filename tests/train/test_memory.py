@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sclite.errors import DataFault
-from sclite.student.forward import chunk_of, hidden_states, token_log_probs, vocabulary_log_probs
+from sclite.student.forward import Padded, chunk_of, hidden_states, token_log_probs, vocabulary_log_probs
 from sclite.student.load import LINEAR_LAYERS
 from sclite.train.geometry import geometry
 from sclite.train.memory import (
@@ -220,9 +220,10 @@ def test_a_whole_step_on_the_plain_path_holds_what_is_estimated(family, middle):
     ids = torch.randint(0, 512, (2, 256))
     mask, weights = torch.ones_like(ids), torch.zeros(2, 256)
     mask[0, -9:], weights[:, 200:204] = 0, 1.0
+    batch = Padded(ids, mask, weights)
     before = [*model.parameters(), *model.buffers(), ids, mask, weights]
     with Watch(before) as watch, torch.autocast("cpu", torch.bfloat16):
-        log_probs, _ = token_log_probs(model, hidden_states(model, ids, mask), ids, weights)
+        log_probs, _ = token_log_probs(model, hidden_states(model, batch), batch)
         (-log_probs.mean()).backward()
     reckoned, _ = peak(found, [(512, 8)], four_bit=False, backend="plain")
     made = adapter_bytes(found, 2)  # the gradients
@@ -298,15 +299,18 @@ def test_in_chunks_or_at_once_log_probabilities_and_gradients_are_the_same(monke
 
     model = tiny_model()
     ids = torch.randint(3, 500, (2, 90), generator=torch.Generator().manual_seed(0))
-    weights, mask = torch.ones(2, 90), torch.ones(2, 90, dtype=torch.long)
+    batch = Padded(ids, torch.ones(2, 90, dtype=torch.long), torch.ones(2, 90))
+    carried = torch.rand(178, generator=torch.Generator().manual_seed(1))
+    factor = model.requires_grad_(False).model.layers[0].mlp.up_proj.weight.requires_grad_()
     found = []
     for size in (10**6, 64):
         monkeypatch.setattr(forward, "chunk_of", lambda _, size=size: size)
         model.zero_grad()
-        log_probs, rows = token_log_probs(model, hidden_states(model, ids, mask), ids, weights)
-        log_probs.sum().backward()
-        gradient = model.model.layers[0].mlp.up_proj.weight.grad.clone()
-        found.append((log_probs.detach(), rows, gradient))
+        log_probs, rows = token_log_probs(model, hidden_states(model, batch), batch)
+        (log_probs * carried).sum().backward()
+        with torch.no_grad():
+            assert torch.equal(log_probs, token_log_probs(model, hidden_states(model, batch), batch)[0])
+        found.append((log_probs.detach(), rows, factor.grad.clone()))
     (one, rows, gradient), (other, other_rows, other_gradient) = found
     assert len(one) == 178
     assert torch.allclose(one, other, atol=1e-5)

@@ -140,7 +140,7 @@ def test_on_the_trainers_own_labels_the_prompt_carries_none_and_trace_and_end_al
     settings = arguments(tmp_path, config.sft, 1e-3, 0, 2, 3, False)
     trainer = _build(model, tokenizer, lesson, settings, numbered([0, 1, 2], 4))
     for batch in trainer.get_train_dataloader():
-        for ids, weights in zip(batch["batch"]["input_ids"], batch["batch"]["weights"], strict=True):
+        for ids, weights in zip(batch["batch"].ids, batch["batch"].weights, strict=True):
             carried = weights > 0
             prompt = tokenizer.decode(ids[~carried])
             completion = tokenizer.decode(ids[carried])

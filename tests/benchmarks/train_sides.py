@@ -1,0 +1,280 @@
+"""What bench_train measures, in a process of its own: one case after the other, each side as its users have it.
+
+    python -m tests.benchmarks.train_sides --model FOLDER --geometry NAME --backend unsloth|plain --cases JSON
+
+A line of JSON for each case, as it comes.
+"""
+
+import argparse
+import importlib
+import json
+import random
+import statistics
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+CAP_BYTES = 24e9
+RANK, LONGEST = 32, 2048
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement. `side`: ours, through Unsloth; script, by Unsloth and TRL alone; plain, ours without Unsloth.
+
+    With `full` every row is as long as the longest; else a few hundred tokens mostly, as worked problems are.
+    """
+
+    side: str
+    stage: str
+    micro: int
+    length: int = LONGEST
+    full: bool = False
+    batch: int = 8
+    steps: int = 8
+
+
+def peak(side: str, stage: str, micro: int, length: int = LONGEST) -> Case:
+    """A case of rows that are all full: what memory has to hold."""
+    return Case(side, stage, micro, length, full=True, batch=max(4, micro), steps=3)
+
+
+# -- rows ----------------------------------------------------------------------------------------------------------
+
+
+def lengths(count: int, full: bool, longest: int) -> list[int]:
+    """Tokens of rows as worked problems have them: a few hundred mostly, some long; or all the longest."""
+    draw = random.Random(0)
+    if full:
+        return [longest] * count
+    return [max(96, min(longest, int(draw.lognormvariate(6.1, 0.5)))) for _ in range(count)]
+
+
+def solved_rows(count: int, full: bool, longest: int) -> list[Any]:
+    """Rows of random ids; loss on the second two thirds, on nine tenths where all are full (as the memory model has it)."""
+    from sclite.student.encode import Encoded
+
+    draw, rows = random.Random(1), []
+    for length in lengths(count, full, longest):
+        prompt = length // (10 if full else 3)
+        ids = [draw.randrange(3, 1000) for _ in range(length - 1)] + [2]
+        rows.append(Encoded(ids, [0.0] * prompt + [1.0] * (length - prompt)))
+    return rows
+
+
+def bundles(count: int, full: bool, longest: int) -> list[Any]:
+    """Pairs as DPO trains them: decisions in the middle, a content of 15 % at the end, a solved row beside them."""
+    from sclite.student.encode import Encoded
+    from sclite.train.bundle import Bundle
+
+    draw, made = random.Random(2), []
+    solved = solved_rows(count, full, longest)
+    for number, length in enumerate(lengths(count, full, longest)):
+        head = length - round(0.15 * length)
+        sides = []
+        shared = [draw.randrange(3, 1000) for _ in range(head)]
+        for _ in range(2):
+            ids = shared + [draw.randrange(3, 1000) for _ in range(length - head)]
+            sides.append(Encoded(ids, [0.0] * head + [1.0] * (length - head)))
+        marks = tuple(range(head - 8, head))
+        review = Encoded(sides[0].ids, sides[0].weights, marks, tuple(m == marks[-1] for m in marks))
+        made.append(Bundle(f"p{number}/0", review, sides[1], solved[number]))
+    return made
+
+
+# -- a session: a process that loads its student once ---------------------------------------------------------------
+
+
+def session(folder: Path, geometry: str, backend: str, cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
+    """The figures of each case, one after the other."""
+    import torch
+
+    from sclite.student.memory import free_memory
+
+    torch.cuda.set_per_process_memory_fraction(min(1.0, CAP_BYTES / torch.cuda.mem_get_info()[1]))
+    began = time.monotonic()
+    from sclite.config import Config
+    from sclite.train.common import quiet
+
+    config = Config.model_validate({"student": {"model": str(folder), "backend": backend}})
+    quiet(config.student)
+    students: dict[bool, Any] = {}
+    for case in cases:
+        by_script = case.side == "script"
+        if by_script not in students:
+            students[by_script] = load_by_script(folder) if by_script else load_ours(config, case)
+        free_memory()
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            figures = (script if by_script else ours)(*students[by_script], config, case)
+        except Exception as error:  # noqa: BLE001 - the other cases are worth having
+            traceback.print_exc()
+            figures = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+        free, total = torch.cuda.mem_get_info()
+        figures |= {
+            "reserved_gb": torch.cuda.max_memory_reserved() / 1e9,
+            "outside_gb": (total - free - torch.cuda.memory_reserved()) / 1e9,  # of all processes on the card
+            "seconds": round(time.monotonic() - began, 1),
+        }
+        began = time.monotonic()
+        modelled = {} if by_script else in_the_model(geometry, backend, case)
+        yield {"geometry": geometry, **asdict(case), **figures, **modelled}
+
+
+def load_ours(config: Any, case: Case) -> tuple[Any, Any]:
+    """(model, tokenizer) as our stages load them."""
+    from sclite.config import Sft
+    from sclite.student.load import load_student
+
+    return load_student(config.student, Sft(rank=RANK, max_length=case.length), train=True)
+
+
+def lora_of(case: Case) -> Any:
+    """The settings of a case."""
+    from sclite.config import Dpo, Sft
+
+    kind = Sft if case.stage == "sft" else Dpo
+    return kind(batch=case.batch, max_length=case.length, eval_share=0, checkpoints=1)
+
+
+def ours(model: Any, tokenizer: Any, config: Any, case: Case) -> dict[str, Any]:
+    """Our trainer, through Unsloth or on the plain path."""
+    from sclite.train.bundle import reference_log_probs
+    from sclite.train.checkpoints import Checkpoints
+    from sclite.train.dpo import preferences
+    from sclite.train.sft import supervised
+    from sclite.train.trainer import train_adapter
+    from sclite.train.watch import read_metrics
+
+    lora, count = lora_of(case), case.steps * case.batch
+    if case.stage == "sft":
+        rows = solved_rows(count, case.full, case.length)
+        lesson = supervised("sft", rows, tokenizer.pad_token_id, 0, 0)
+    else:
+        pairs = bundles(count, case.full, case.length)
+        reference = reference_log_probs(model, pairs, tokenizer, case.micro)
+        lesson = preferences(lora, pairs, reference, tokenizer, 0)
+    with TemporaryDirectory() as place:
+        metrics = Path(place) / "metrics.jsonl"
+        train_adapter(
+            model, tokenizer, lesson, lora, Checkpoints(Path(place) / "checkpoints"), metrics,
+            rate=1e-5, epochs=1, seed=0, micro_batch=case.micro,
+        )  # fmt: skip
+        found = read_metrics(metrics)
+    figures = speeds_told([row["tokens_per_second"] for row in found])
+    figures |= {"peak_gb": max(row["memory_gb"] for row in found), "steps": len(found)}
+    return figures | ({"first_dpo_loss": found[0]["dpo_loss"]} if case.stage == "dpo" else {})
+
+
+def speeds_told(speeds: Sequence[float]) -> dict[str, Any]:
+    """Tokens per second of each step, and their median without the first two."""
+    return {
+        "tokens_per_second": statistics.median(speeds[2:]),
+        "speeds": [round(value, 1) for value in speeds],
+    }
+
+
+def load_by_script(folder: Path) -> tuple[Any, Any]:
+    """(model, tokenizer) as a notebook has them, from Unsloth's loader."""
+    fast = importlib.import_module("unsloth").FastLanguageModel
+    from sclite.student.load import LINEAR_LAYERS
+
+    model, tokenizer = fast.from_pretrained(str(folder), max_seq_length=LONGEST, load_in_4bit=True)
+    model = fast.get_peft_model(
+        model, r=RANK, lora_alpha=64, target_modules=list(LINEAR_LAYERS), lora_dropout=0.0, bias="none",
+        use_gradient_checkpointing="unsloth", random_state=0,
+    )  # fmt: skip
+    return model, tokenizer
+
+
+def script(model: Any, tokenizer: Any, _: Any, case: Case) -> dict[str, Any]:
+    """What a careful notebook does: TRL's SFTTrainer on tokenised rows, the same in the same order."""
+    import datasets
+    import torch
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    from sclite.train.order import training_order
+
+    rows = solved_rows(case.steps * case.batch, case.full, case.length)
+    rows = [rows[i] for i in training_order([len(row.ids) for row in rows], case.batch, 1, 0)]
+    data = datasets.Dataset.from_dict(
+        {
+            "input_ids": [row.ids for row in rows],
+            "labels": [[i if w else -100 for i, w in zip(row.ids, row.weights, strict=True)] for row in rows],
+        }
+    )
+    sizes = [sum(len(row.ids) for row in rows[s : s + case.batch]) for s in range(0, len(rows), case.batch)]
+    speeds, began = [], [0.0]
+
+    class Clock(TrainerCallback):
+        """From the end of a step to the end of the next one, as ours are told."""
+
+        def on_train_begin(self, args, state, control, **_):
+            began[0] = time.monotonic()
+
+        def on_step_end(self, args, state, control, **_):
+            torch.cuda.synchronize()
+            now = time.monotonic()
+            speeds.append(sizes[state.global_step - 1] / (now - began[0]))
+            began[0] = now
+
+    with TemporaryDirectory() as place:
+        settings = SFTConfig(
+            output_dir=place, per_device_train_batch_size=case.micro,
+            gradient_accumulation_steps=case.batch // case.micro, learning_rate=1e-5, num_train_epochs=1,
+            optim="adamw_8bit", bf16=True, max_length=case.length, logging_steps=1, save_strategy="no",
+            report_to="none", train_sampling_strategy="sequential", seed=0, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = SFTTrainer(model=model, args=settings, train_dataset=data, processing_class=tokenizer)
+        trainer.add_callback(Clock())
+        trainer.train()
+    return speeds_told(speeds) | {
+        "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+        "steps": len(speeds),
+        "trained_on": [str(next(p for p in model.parameters() if p.requires_grad).dtype)],
+    }
+
+
+def in_the_model(geometry_name: str, backend: str, case: Case) -> dict[str, Any]:
+    """What the memory model says of a case."""
+    from sclite.train.geometry import geometry
+    from sclite.train.memory import Setting, estimate, largest_length
+    from tests.train.geometries import RECIPES
+
+    found = geometry(RECIPES[geometry_name])
+    setting = Setting(case.stage, case.micro, case.length, RANK, backend=backend)
+    made = estimate(found, setting)
+    longest = largest_length(found, replace(setting, micro_batch=1), int(CAP_BYTES))
+    return {
+        "modelled_gb": made.allocated / 1e9,
+        "modelled_reserved_gb": made.total / 1e9,
+        "parts_gb": {name: round(size / 1e9, 3) for name, size in made.parts.items()},
+        "largest_length": longest,
+    }
+
+
+# -- as a process ----------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--geometry", required=True)
+    parser.add_argument("--backend", choices=("unsloth", "plain"), required=True)
+    parser.add_argument("--cases", type=json.loads, required=True)
+    options = parser.parse_args()
+    for row in session(
+        options.model, options.geometry, options.backend, [Case(**given) for given in options.cases]
+    ):
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
