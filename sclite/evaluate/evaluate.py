@@ -4,15 +4,16 @@ The threshold of the guided review is fitted first, on problems used nowhere els
 measured. A gold answer is used for grading alone, never to decide when to stop.
 """
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sclite import prompts
 from sclite.answers import answer_of
 from sclite.config import Config
-from sclite.evaluate.metrics import Outcome, Scored, fit_threshold, summarise
+from sclite.evaluate.metrics import NEVER, Outcome, Scored, fit_threshold, summarise
 from sclite.grader import Grader
 from sclite.records import Problem
 from sclite.run import Run
@@ -24,8 +25,8 @@ from sclite.trace import Trace, parse
 Judge = Callable[[str, Trace], int | None]
 """Tells the first wrong step (from 1; None: all are right) of a trace for a question, where somebody can know it."""
 
-FIT_SHARE = 0.6
-"""The share of the fitting problems whose highest-scoring step is tried; the others are surely not accused."""
+FIT_SHARE, FIT_BLOCK = 0.6, 0.1
+"""Shares of the fitting problems: of those whose steps are tried at all, and of those that are tried at once."""
 
 
 @dataclass(frozen=True)
@@ -61,23 +62,32 @@ def review_settings(config: Config, threshold: float) -> Settings:
 def fit(student: Student, first: First, config: Config, grader: Grader) -> dict[str, Any]:
     """Fit the threshold on a student's first answers; see `metrics.fit_threshold`.
 
-    Corrections are tried only where they could decide: at steps that score above all before them, in the
-    `FIT_SHARE` of the problems that score highest. Elsewhere the worse is assumed.
+    Corrections are tried only where they could decide: at steps that score above all before them, in a block of
+    problems after the other, those with the highest scores first, until accusing that far spoils twice as many answers
+    as are allowed, two blocks in a row mend none, or `FIT_SHARE` is reached. Elsewhere the worse is assumed.
     """
     scores = scores_of(student, [p.question for p in first.problems], first.traces, config.prompts.folder)
     ranked = sorted((i for i, s in enumerate(scores) if s), key=lambda i: -max(scores[i]))
-    chosen = sorted(ranked[: round(FIT_SHARE * len(ranked))])
-    floor = min((max(scores[i]) for i in chosen), default=0.0)
-    tried = [
-        (i, step)
-        for i in chosen
-        for step, score in enumerate(scores[i], 1)
-        if score >= floor and score > max(scores[i][: step - 1], default=-float("inf"))
-    ]
-    cases = [(first.problems[i].question, first.traces[i], step) for i, step in tried]
-    mended = mend(student, cases, review_settings(config, 0.0))
-    verdicts = grade(grader, [m.text for m in mended], [first.problems[i] for i, _ in tried])
-    results = dict(zip(tried, verdicts, strict=True))
+    most, size = round(FIT_SHARE * len(ranked)), max(1, round(FIT_BLOCK * len(ranked)))
+    results: dict[tuple[int, int], bool | None] = {}
+    barren = 0
+    for end in range(size, most + size, size):
+        chosen = ranked[: min(end, most)]
+        floor = max(scores[chosen[-1]])
+        steps = [(i, step) for i in sorted(chosen) for step in _could_be_accused(scores[i], floor)]
+        tried = [place for place in steps if place not in results]
+        cases = [(first.problems[i].question, first.traces[i], step) for i, step in tried]
+        mended = mend(student, cases, review_settings(config, 0.0))
+        verdicts = grade(grader, [m.text for m in mended], [first.problems[i] for i, _ in tried])
+        results |= dict(zip(tried, verdicts, strict=True))
+        spoiled = [
+            i
+            for i in chosen
+            if first.correct[i] and not results[i, next(_could_be_accused(scores[i], floor))]
+        ]
+        barren = 0 if any(results[i, step] and not first.correct[i] for i, step in tried) else barren + 1
+        if len(spoiled) > 2 * config.review.max_harm * len(scores) or barren == 2:
+            break
     rows = [
         Scored(
             id=problem.id,
@@ -88,6 +98,15 @@ def fit(student: Student, first: First, config: Config, grader: Grader) -> dict[
         for i, problem in enumerate(first.problems)
     ]
     return fit_threshold(rows, config.review.max_harm)
+
+
+def _could_be_accused(scores: Sequence[float], floor: float) -> Iterator[int]:
+    """The steps (from 1) that some threshold of at least `floor` accuses: those that score above all before them."""
+    highest = -math.inf
+    for step, score in enumerate(scores, 1):
+        if score >= floor and score > highest:
+            yield step
+        highest = max(highest, score)
 
 
 def outcomes(
@@ -179,13 +198,16 @@ def evaluate_model(
     kept = run.read_json(f"eval/{name}.json")
     if kept is not None and kept.get("signature") == signature:
         return kept
-    threshold, fitted = config.review.threshold, None
-    if threshold is None and config.review.mode == "guided":
-        fitted = fit(student, solve(student, fitting, config, grader), config, grader)
-        threshold = fitted["threshold"]
     began = time.monotonic()
     first = solve(student, problems, config, grader)
     between = time.monotonic()
+    threshold, fitted = config.review.threshold, None
+    if threshold is None and config.review.mode == "guided":
+        threshold = NEVER
+        if any(trace.steps for trace in first.traces):  # else there is nothing to review
+            fitted = fit(student, solve(student, fitting, config, grader), config, grader)
+            threshold = fitted["threshold"]
+    reviewing = time.monotonic()
     rows, reviewed = outcomes(student, first, config, grader, threshold or 0.0, judge, config.review.mode)
     ended = time.monotonic()
     figures = summarise(rows, seed=config.seed)
@@ -196,7 +218,7 @@ def evaluate_model(
         "fitted": fitted,
         "correction_rate_given_location": located_correction_rate(student, rows, problems, config, grader),
         "tokens_first": sum(o.tokens1 for o in rows) / max(1, len(rows)),
-        "seconds": round((ended - began) / max(1, len(rows)), 4),
+        "seconds": round((between - began + ended - reviewing) / max(1, len(rows)), 4),
         "seconds_first": round((between - began) / max(1, len(rows)), 4),
     }
     run.replace(f"eval/{name}.jsonl", rows)

@@ -160,8 +160,9 @@ def reference_log_probs(
     was_training = model.training
     model.eval()
     found: dict[str, dict[str, Any]] = {}
-    for start in range(0, len(bundles), size):
-        block = [Bundle(b.key, b.review, b.rejected) for b in bundles[start : start + size]]
+    alike = sorted(bundles, key=lambda bundle: -len(bundle.review.ids))  # so that little is padded
+    for start in range(0, len(alike), size):
+        block = [Bundle(b.key, b.review, b.rejected) for b in alike[start : start + size]]
         batch = collate(block, tokenizer.pad_token_id)
         with torch.no_grad(), autocast(model):
             got = likelihoods(model, batch, tokens)

@@ -1,0 +1,114 @@
+"""The threshold's fit, with a student of whom everything is known: which corrections are tried, and what comes of them."""
+
+import random
+
+import pytest
+
+from sclite.config import Config
+from sclite.evaluate import evaluate
+from sclite.evaluate.metrics import NEVER, Scored, fit_threshold
+from sclite.records import Problem
+from sclite.run import Run
+from sclite.student.base import Reply
+from sclite.student.review import Reviewed
+from sclite.trace import Trace
+
+PROBLEMS = [Problem(id=f"p{n}", question=f"question {n}", answer="1") for n in range(200)]
+
+
+class Known:
+    """Stands for student, reviews and grader: scores of three steps for each problem, and what mending each brings.
+
+    Wrong answers have a wrong step that scores `lead` above the others; mending it is right, mending another step wrong.
+    """
+
+    def __init__(self, monkeypatch, lead: float):
+        draw = random.Random(0)
+        self.correct = [draw.random() < 0.7 for _ in PROBLEMS]
+        self.wrong_step = [None if right else draw.randrange(3) for right in self.correct]
+        self.scores = [
+            tuple(draw.gauss(0, 1) + lead * (step == wrong) for step in range(3)) for wrong in self.wrong_step
+        ]
+        self.tried: list[tuple[str, int]] = []
+        monkeypatch.setattr(evaluate, "scores_of", lambda *_: self.scores)
+        monkeypatch.setattr(evaluate, "mend", self.mend)
+        monkeypatch.setattr(evaluate, "grade", lambda _, texts, __: [text == "right" for text in texts])
+
+    def mended(self, number: int, step: int) -> bool:
+        return self.wrong_step[number] == step - 1
+
+    def mend(self, _, cases, __):
+        found = []
+        for question, _, step in cases:
+            self.tried.append((question, step))
+            good = self.mended(int(question.split()[1]), step)
+            found.append(Reviewed("right" if good else "wrong", accused=step))
+        return found
+
+    def fit(self, **review):
+        first = evaluate.First(PROBLEMS, [], [Trace()] * len(PROBLEMS), self.correct)
+        return evaluate.fit(None, first, Config.model_validate({"review": review}), None)
+
+    def by_trying_everything(self, max_harm: float):
+        rows = [
+            Scored(
+                id=problem.id,
+                correct1=self.correct[i],
+                step_scores=self.scores[i],
+                corrected=tuple(self.mended(i, step) for step in (1, 2, 3)),
+            )
+            for i, problem in enumerate(PROBLEMS)
+        ]
+        return fit_threshold(rows, max_harm)
+
+
+@pytest.mark.parametrize("lead", [1.5, 3.0, 5.0])
+@pytest.mark.parametrize("max_harm", [0.005, 0.03])
+def test_the_threshold_is_the_one_that_trying_every_step_would_give(monkeypatch, lead, max_harm):
+    known = Known(monkeypatch, lead)
+    found, expected = known.fit(max_harm=max_harm), known.by_trying_everything(max_harm)
+    assert found == {**expected, "assumed": found["assumed"]}
+    assert found["assumed"] == 0
+    assert len(known.tried) < 0.75 * 3 * len(PROBLEMS)
+    assert len(set(known.tried)) == len(known.tried)
+
+
+def test_a_student_that_spoils_what_it_reviews_is_asked_for_one_block_alone(monkeypatch):
+    known = Known(monkeypatch, lead=-1.0)
+    found = known.fit(max_harm=0.005)
+    assert found["accused"] == found["right_to_wrong"] == 0
+    assert len({question for question, _ in known.tried}) == round(evaluate.FIT_BLOCK * len(PROBLEMS))
+
+
+def test_a_student_that_changes_nothing_is_asked_for_two_blocks(monkeypatch):
+    known = Known(monkeypatch, lead=-1.0)
+    monkeypatch.setattr(known, "mended", lambda number, _: known.correct[number])
+    assert known.fit(max_harm=0.005)["accused"] == 0
+    assert len({question for question, _ in known.tried}) == 2 * round(evaluate.FIT_BLOCK * len(PROBLEMS))
+
+
+def test_where_harm_is_no_matter_the_share_ends_it(monkeypatch):
+    known = Known(monkeypatch, lead=1.0)
+    known.fit(max_harm=1.0)
+    assert len({question for question, _ in known.tried}) == round(evaluate.FIT_SHARE * len(PROBLEMS))
+
+
+def test_answers_without_steps_cost_no_fit(tmp_path, monkeypatch):
+    asked = []
+
+    class Plain:
+        def generate(self, requests):
+            asked.append(len(requests))
+            return [Reply(i, "the answer is 1", 4, 9, "stop") for i in range(len(requests))]
+
+        def score(self, requests):
+            raise AssertionError("nothing to review")
+
+    monkeypatch.setattr(evaluate, "grade", lambda _, texts, __: [True] * len(texts))
+    figures = evaluate.evaluate_model(
+        Config(), Run(tmp_path), "base", Plain(), problems=PROBLEMS[:20], fitting=PROBLEMS[20:], grader=None
+    )
+    assert asked == [20]
+    assert figures["threshold"] == NEVER
+    assert figures["fitted"] is None
+    assert figures["acc_t2"] == 1.0
