@@ -22,9 +22,17 @@ DEFAULTS: Mapping[str, Any] = {
     "student": {"model": "embedded", "backend": "plain", "batch": 64},
     "problems": {"limit": 640},
     "attempts": {"samples": 2, "max_tokens": 160, "reviews": 2},
-    "sft": {"learning_rate": 2e-3, "epochs": 3, "batch": 16, "max_length": 1024, "eval_share": 0},
+    "sft": {
+        "learning_rate": 2e-3,
+        "epochs": 3,
+        "batch": 16,
+        "micro_batch": 8,
+        "max_length": 1024,
+        "eval_share": 0,
+    },
     "dpo": {
         "batch": 16,
+        "micro_batch": 8,
         "max_length": 1024,
         "warmup_learning_rate": 2e-3,
         "warmup_epochs": 1.5,

@@ -228,9 +228,12 @@ class Scheduler:
             setattr(self.batch, name, ctypes.cast(array.ctypes.data, kind))
 
     def _fill(self) -> list[tuple[_Slot, int, list[int]]]:
-        """Fill the batch: sequences that decode first, then prompts. Returns (slot, fed up to, positions read)."""
+        """Fill the batch: sequences that decode first, then prompts. Returns (slot, fed up to, positions read).
+
+        In order of slots: llama.cpp computes neighbours together, and others one after the other.
+        """
         count, spans = 0, []
-        for slot in sorted(self.active, key=lambda s: len(s.sequence.ids) - s.sequence.fed > 1):
+        for slot in sorted(self.active, key=lambda s: (len(s.sequence.ids) - s.sequence.fed > 1, s.number)):
             sequence = slot.sequence
             start = sequence.fed
             stop = min(len(sequence.ids), start + self.size - count)

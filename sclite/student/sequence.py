@@ -92,6 +92,9 @@ def sample(logits: np.ndarray, request: Request, random: np.random.Generator) ->
     if request.top_p >= 1:
         mass = np.cumsum(weights)
         return min(int(np.searchsorted(mass, random.random() * mass[-1], side="right")), len(mass) - 1)
+    if total <= 1 / request.top_p:  # the most probable token, whose weight is 1, has the mass by itself
+        random.random()
+        return int(scaled.argmax())
     for floor in (1e-4, 0.0):  # sorting a few candidates is a hundred times cheaper than sorting a vocabulary
         ids = np.flatnonzero(weights >= floor)
         ids = ids[np.argsort(-weights[ids], kind="stable")]

@@ -14,19 +14,28 @@ from sclite.student.engine import Engine
 
 SMALL_BYTES = 40_000_000
 MOST = 4
+SMALL_PARALLEL = 2
 
 
 @contextmanager
 def open_student(path: Path, *, parallel: int, context: int) -> Iterator[Student]:
-    """The GGUF as a student: one engine, or for a small model without a GPU one for each core (at most 4)."""
+    """The GGUF as a student: one engine, or for a small model without a GPU one for each core (at most 4).
+
+    Those take two sequences at a time, however large `parallel` is: what they gain from weights read once they lose
+    where the caches of many sequences fall out of the processor's.
+    """
+    small = path.is_file() and path.stat().st_size <= SMALL_BYTES
     with ExitStack() as stack:
-        first = stack.enter_context(Engine(path, parallel=parallel, context=context))
+        first = stack.enter_context(
+            Engine(path, parallel=SMALL_PARALLEL if small else parallel, context=context)
+        )
         count = min(MOST, os.cpu_count() or 1)
-        if first.offloaded or path.stat().st_size > SMALL_BYTES or count == 1:
+        if first.offloaded or not small or count == 1:
             yield first
             return
         others = [
-            stack.enter_context(Engine(path, parallel=parallel, context=context)) for _ in range(count - 1)
+            stack.enter_context(Engine(path, parallel=SMALL_PARALLEL, context=context))
+            for _ in range(count - 1)
         ]
         yield Team([first, *others])
 

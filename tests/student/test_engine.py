@@ -152,6 +152,27 @@ def test_a_finished_sequence_gives_its_slot_to_the_next(gguf):
         assert engine.scheduler.steps < 50  # the long one sets the pace: 40, and not 4 * 8 more
 
 
+def test_sequences_that_decode_together_stand_in_order_of_their_slots(gguf, monkeypatch):
+    """llama.cpp computes sequences with caches of their own in one go only where their numbers follow each other."""
+    lengths = [9, 3, 12, 5, 7, 4, 11, 6, 8, 3, 10, 5]
+    requests = [Request(chat(q), max_tokens=n) for q, n in zip(questions(12), lengths, strict=True)]
+    with Engine(gguf, parallel=4, context=512) as engine:
+        scheduler, seen = engine.scheduler, []
+        fill = scheduler._fill
+
+        def watched():
+            spans = fill()
+            decoding = [slot.number for slot, stop, _ in spans if stop - slot.sequence.fed == 1]
+            seen.append((decoding, scheduler.owners[: len(decoding)].tolist()))
+            return spans
+
+        monkeypatch.setattr(scheduler, "_fill", watched)
+        assert len(list(engine.generate(requests))) == 12
+    assert any(len(decoding) == 4 for decoding, _ in seen)
+    for decoding, owners in seen:
+        assert owners == decoding == sorted(decoding)
+
+
 @pytest.mark.parametrize("unified", [False, True])
 def test_a_common_beginning_is_computed_once_and_changes_no_reply(gguf, unified):
     requests = [Request(chat(q, system="Solve in steps. " * 12), max_tokens=16) for q in questions(8)]
@@ -235,6 +256,17 @@ def test_samples_follow_the_probabilities_of_the_nucleus(top_p):
     draw = np.random.default_rng(0)
     found = np.bincount([sample(logits, request, draw) for _ in range(4000)], minlength=4) / 4000
     assert np.abs(found - wanted).max() < 0.03
+
+
+def test_a_token_that_has_the_mass_by_itself_is_chosen_and_takes_one_draw():
+    from sclite.student.sequence import sample
+
+    request, draw, other = Request((), temperature=0.5, top_p=0.9), *map(np.random.default_rng, (7, 7))
+    sure, open_ = np.array([0.0, 5.0, 1.0], np.float32), np.array([1.0, 1.1, 0.9], np.float32)
+    assert [sample(sure, request, draw) for _ in range(5)] == [1] * 5
+    for _ in range(5):
+        other.random()
+    assert sample(open_, request, draw) == sample(open_, request, other)
 
 
 def test_a_flat_nucleus_wider_than_the_candidates_is_kept_whole():

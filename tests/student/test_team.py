@@ -4,7 +4,7 @@ import pytest
 
 from sclite.errors import DataFault
 from sclite.student.base import Reply, Request
-from sclite.student.team import Team, open_student
+from sclite.student.team import SMALL_PARALLEL, Team, open_student
 from tests.tiny import tiny_gguf, tiny_llama
 
 
@@ -41,7 +41,8 @@ def test_small_gguf_gives_the_same_replies_shared_or_not(tmp_path):
     requests = [
         Request(r.messages, max_tokens=8, temperature=0.9, seed=i) for i, r in enumerate(asked("abcdefg"))
     ]
-    with open_student(path, parallel=4, context=256) as shared:
+    with open_student(path, parallel=32, context=256) as shared:
+        assert {member.parallel for member in getattr(shared, "members", [shared])} == {SMALL_PARALLEL}
         together = {r.index: r.text for r in shared.generate(requests)}
     with Engine(path, parallel=4, context=256) as alone:
         assert together == {r.index: r.text for r in alone.generate(requests)}
