@@ -35,7 +35,7 @@ DEFAULTS: Mapping[str, Any] = {
         "micro_batch": 8,
         "max_length": 1024,
         "warmup_learning_rate": 2e-3,
-        "warmup_epochs": 1.5,
+        "warmup_epochs": 2,
         "decision_weight": 8.0,
         "learning_rate": 3e-4,
         "epochs": 1,
