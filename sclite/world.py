@@ -133,27 +133,19 @@ class World:
 
     @contextmanager
     def _as_gguf(self, adapter: str) -> Iterator[Any]:
-        """The student with an adapter in eight bits, from which llama.cpp samples faster than from sixteen."""
         from sclite.export.convert import convert
         from sclite.export.merge import merge
-        from sclite.export.quantize import quantize
         from sclite.student.load import local_folder
         from sclite.student.team import open_student
 
-        merged, full, gguf = (
-            self.run.path(f"export/{name}")
-            for name in ("sampling-merged", "sampling-f16.gguf", "sampling.gguf")
-        )
+        merged, gguf = self.run.path("export/sampling-merged"), self.run.path("export/sampling.gguf")
         try:
             merge(local_folder(self.config.student), self.run.path(adapter), merged)
-            convert(merged, full, outtype="f16")
-            quantize(full, gguf, "q8_0")
-            full.unlink()
+            convert(merged, gguf, outtype="f16")
             with open_student(gguf, parallel=32, context=self.config.eval.context) as student:
                 yield student
         finally:
             shutil.rmtree(merged, ignore_errors=True)
-            full.unlink(missing_ok=True)
             gguf.unlink(missing_ok=True)
 
     def add(self, report: Report, text: str) -> Report:

@@ -235,7 +235,8 @@ def _shown(outcome: Outcome, reviewed: Reviewed) -> dict[str, Any]:
 
 
 def best_example(examples: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """One mended answer to show: located where it is known, and the shortest."""
+    """One mended answer to show: with an answer before, located where that is known, and the shortest."""
     mended = [e for e in examples if e["correct1"] is False and e["correct2"] is True]
-    located = [e for e in mended if e["accused"] == e["true_step"]] or mended
+    answered = [e for e in mended if parse(e["first"]).trace.answer] or mended
+    located = [e for e in answered if e["accused"] == e["true_step"]] or answered
     return min(located, key=lambda e: len(e["question"]) + len(e["correction"] or ""), default=None)

@@ -66,5 +66,5 @@ def example(shown: Mapping[str, Any] | None) -> None:
         console.say(f"  [green]✓ {number}[/] {escape(step.text)}")
     first = parse(shown["first"]).trace.answer
     console.say(
-        f"\n  answer {escape(str(first))} → [bold green]{escape(str(second.answer))}[/] (right: {escape(shown['gold'])})"
+        f"\n  answer {escape(first or '–')} → [bold green]{escape(str(second.answer))}[/] (right: {escape(shown['gold'])})"
     )

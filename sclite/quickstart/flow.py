@@ -35,7 +35,7 @@ DEFAULTS: Mapping[str, Any] = {
         "micro_batch": 8,
         "max_length": 1024,
         "warmup_learning_rate": 2e-3,
-        "warmup_epochs": 2,
+        "warmup_epochs": 1.5,
         "decision_weight": 8.0,
         "learning_rate": 3e-4,
         "epochs": 1,
@@ -48,15 +48,15 @@ DEFAULTS: Mapping[str, Any] = {
 }
 
 PLAN = {
-    "templates": 4,
-    "sft": 50,
-    "attempts": 18,
-    "corrections": 2,
-    "warm": 85,
-    "pairs": 20,
-    "dpo": 55,
+    "templates": 7,
+    "sft": 65,
+    "attempts": 33,
+    "corrections": 1,
+    "warm": 65,
+    "pairs": 25,
+    "dpo": 52,
     "export": 1,
-    "eval": 95,
+    "eval": 105,
 }
 """Seconds that the stages take on two common cores."""
 

@@ -112,3 +112,30 @@ def test_answers_without_steps_cost_no_fit(tmp_path, monkeypatch):
     assert figures["threshold"] == NEVER
     assert figures["fitted"] is None
     assert figures["acc_t2"] == 1.0
+
+
+def reviewed(first: str, correct2: bool, accused: int, true_step: int | None) -> dict:
+    shown = {"question": "What is 2 + 2?", "first": first, "correction": "2 + 2 = 4", "correct1": False}
+    return shown | {"correct2": correct2, "accused": accused, "true_step": true_step}
+
+
+def test_the_example_shown_had_an_answer_and_its_wrong_step_was_found(capsys):
+    from sclite.evaluate.show import example
+
+    step = "<Step1>2 + 2 = 5</Step1>"
+    whole = f"{step}\n<Answer>5</Answer>"
+    broken, astray, spoilt, best = (
+        reviewed(step, True, 1, 1),
+        reviewed(whole, True, 1, None),
+        reviewed(whole, False, 1, 1),
+        reviewed(whole, True, 1, 1),
+    )
+    assert evaluate.best_example([broken, astray, spoilt, best]) is best
+    assert evaluate.best_example([broken, astray, spoilt]) is astray
+    assert evaluate.best_example([broken, spoilt]) is broken
+    assert evaluate.best_example([spoilt]) is None
+    example(
+        broken
+        | {"cause": "2 + 2 is 4", "second": "<Step1>2 + 2 = 4</Step1>\n<Answer>4</Answer>", "gold": "4"}
+    )
+    assert "answer – → 4 (right: 4)" in capsys.readouterr().out
