@@ -251,7 +251,7 @@ def export(
     common: Common,
 ) -> None:
     """A GGUF of the trained student, and a Modelfile for Ollama."""
-    from sclite import pipeline
+    from sclite import measure, pipeline
 
     if form not in ("gguf", "lora", "data"):
         raise UsageFault(f"--format {form}: no such format", "use --format gguf, lora or data")
@@ -279,6 +279,13 @@ def export(
         console.note(f"[yellow]note:[/] {warning}")
     if created is not None:
         console.say(f"Next: [bold cyan]ollama run {world.config.export.ollama}[/]")
+    elif (
+        world.config.review.threshold is None
+        and measure.stored_threshold(world, Path(report.figures["gguf"])) is None
+    ):
+        console.say(
+            f"Next: [bold cyan]sclite eval PROBLEMS --run {world.run.folder}[/], which fits the review's threshold"
+        )
     else:
         console.say(f"Next: [bold cyan]sclite chat --self-correct --run {world.run.folder}[/]")
 
@@ -319,8 +326,9 @@ def evaluate(
         raise UsageFault(
             f"--models {','.join(unknown)}: no such student", f"use any of {', '.join(pipeline.NAMES)}"
         )
-    with held(world.run, world.config):
+    with world.run.hold():
         held_out, fitting, left_out = measure.held_out(world)
+        world.run.remember(world.config)  # not before: a mistyped file must not become a setting of the run
         pipeline.export(world, names, compare=False)
         source = world.config.eval.source
         summary = measure.evaluate(world, names, held_out, fitting, source=source, left_out=left_out)

@@ -276,6 +276,8 @@ def test_evaluating_without_problems_says_how_to_give_them(sclite):
     ended = sclite("eval", "few.jsonl")
     assert ended.code == 3
     assert "few.jsonl: 1 of 1 problems were not trained on" in ended.error
+    remembered = Path("runs/default/run.toml")  # else the next build-data would look for it
+    assert not remembered.is_file() or "few.jsonl" not in remembered.read_text()
 
 
 def test_a_run_folder_that_cannot_be_written_is_named(sclite):
