@@ -58,7 +58,7 @@ PLAN = {
     "export": 1,
     "eval": 105,
 }
-"""Seconds that the stages take on two common cores."""
+"""About the seconds that the stages take on two cores, from runs on a shared host; they only foretell the time left."""
 
 
 def judge(question: str, trace: Trace) -> int | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sclite.student.base import Reply, Request, ScoreRequest, Scores, Student
-from sclite.student.engine import Engine
+from sclite.student.engine import Engine, llama
 
 SMALL_BYTES = 40_000_000
 MOST = 4
@@ -24,13 +24,13 @@ def open_student(path: Path, *, parallel: int, context: int) -> Iterator[Student
     Those take two sequences at a time, however large `parallel` is: what they gain from weights read once they lose
     where the caches of many sequences fall out of the processor's.
     """
-    small = path.is_file() and path.stat().st_size <= SMALL_BYTES
+    small = path.is_file() and path.stat().st_size <= SMALL_BYTES and not llama().llama_supports_gpu_offload()
     with ExitStack() as stack:
         first = stack.enter_context(
             Engine(path, parallel=SMALL_PARALLEL if small else parallel, context=context)
         )
         count = min(MOST, os.cpu_count() or 1)
-        if first.offloaded or not small or count == 1:
+        if not small or count == 1:
             yield first
             return
         others = [

@@ -1,6 +1,7 @@
 """The whole way in small: one quickstart for all tests of this file, and what people do with its run."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -91,6 +92,15 @@ def test_chat_reads_questions_from_standard_input(quickstarted):
     done = sclite("chat", "--self-correct", folder=folder, text=text)
     assert done.returncode == 0, done.stderr
     assert "answer" in done.stdout
+
+
+def test_export_in_another_size_names_the_evaluation_that_fits_its_threshold(quickstarted, tmp_path):
+    _, run, _ = quickstarted
+    copy = shutil.copytree(run, tmp_path / "run")
+    for quant, following in (("f16", "sclite eval PROBLEMS"), ("q8_0", "sclite chat --self-correct")):
+        done = sclite("export", "--quant", quant, "--run", str(copy), folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert f"Next: {following}" in done.stdout
 
 
 def test_closing_words_name_the_next_three_commands(quickstarted):

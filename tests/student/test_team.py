@@ -46,3 +46,13 @@ def test_small_gguf_gives_the_same_replies_shared_or_not(tmp_path):
         together = {r.index: r.text for r in shared.generate(requests)}
     with Engine(path, parallel=4, context=256) as alone:
         assert together == {r.index: r.text for r in alone.generate(requests)}
+
+
+def test_a_small_gguf_on_a_gpu_is_one_engine_with_all_its_sequences(tmp_path, monkeypatch):
+    from sclite.student.engine import Engine, llama
+
+    path = tiny_gguf(tiny_llama(tmp_path / "model"), tmp_path / "tiny.gguf")
+    monkeypatch.setattr(llama(), "llama_supports_gpu_offload", lambda: True)
+    with open_student(path, parallel=8, context=256) as student:
+        assert isinstance(student, Engine)
+        assert student.parallel == 8
