@@ -6,8 +6,9 @@ import sys
 
 def main() -> None:
     """Run the command line and leave with its exit code."""
-    # Spinning worker threads slow both llama.cpp and torch manyfold beside any other busy process.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from sclite.threads import wait_briefly
+
+    wait_briefly()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from sclite import console
     from sclite.cli import app

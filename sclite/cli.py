@@ -20,6 +20,23 @@ app = typer.Typer(
 )
 
 
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        console.say(f"sclite {version('sclite')}")
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 @common_options
 def quickstart(
@@ -113,8 +130,9 @@ def build_data(
     chosen = {"problems.source": problems, "problems.limit": limit, "teacher.max_cost": max_cost}
     world = common.world(chosen)
     if dry_run:
+        reckon = pipeline.forecast_corrections if only == "corrections" else pipeline.reckon_templates
         with world.run.hold():
-            _tell_dry_run(pipeline.reckon_templates(world), common.json)
+            _tell_dry_run(reckon(world), common.json)
         return
     world.ask_before_paying = not yes
     with held(world.run, world.config):

@@ -3,7 +3,7 @@
 import difflib
 import os
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -344,6 +344,19 @@ def keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def _nearest(key: str, known: Sequence[str], sections: Collection[str]) -> str:
+    """What an unknown key may have meant; of a known section else what it has."""
+    section, _, name = key.partition(".")
+    own = [k.partition(".")[2] for k in known if k.startswith(f"{section}.")]
+    near = [f"{section}.{n}" for n in difflib.get_close_matches(name, own, 1, 0.6)] if name and own else []
+    near = near or [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
+    if not near and not own:
+        near = difflib.get_close_matches(key, [*known, *sections], 1, 0.6)
+    if near:
+        return f"did you mean {near[0]}?"
+    return f"{section} has {', '.join(own)}." if own else ""
+
+
 def _explain(error: ValidationError) -> tuple[str, str]:
     """One message for all faults, and the nearest known key for each unknown one."""
     known, lines, hints, meanings = keys(), [], [], []
@@ -355,14 +368,10 @@ def _explain(error: ValidationError) -> tuple[str, str]:
             if key in MOVED:
                 hints.append(f"did you mean {MOVED[key]}? DPO trains the adapter of SFT on")
                 continue
-            names = [*known, *sections] if "." not in key else list(known)
-            near = difflib.get_close_matches(key, names, 1, 0.6)
-            near = near or [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
-            if near:
-                hints.append(f"did you mean {near[0]}?")
+            hints.append(_nearest(key, list(known), sections))
         else:
             lines.append(f"{key} = {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}")
             if (field := known.get(key)) is not None and field.description:
                 meanings.append(f"{key}: {field.description}.")
-    remedy = hints or ["`sclite init` writes every key with its meaning"]
+    remedy = [hint for hint in hints if hint] or ["`sclite init` writes every key with its meaning"]
     return "configuration: " + "; ".join(lines), " ".join([*meanings, *remedy])

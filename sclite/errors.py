@@ -56,7 +56,11 @@ class MemoryFault(DeviceFault):
         return MemoryFault, (self.stage, self.micro_batch)
 
 
-class TeacherFault(ScliteError):
-    """A teacher or endpoint that cannot be reached or refuses (exit code 6)."""
+class NetworkFault(ScliteError):
+    """A hub, teacher or endpoint that cannot be reached (exit code 6)."""
 
     code = NETWORK
+
+
+class TeacherFault(NetworkFault):
+    """A teacher or endpoint that cannot be reached or refuses (exit code 6)."""

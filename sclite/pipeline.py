@@ -88,6 +88,15 @@ def reckon_templates(world: World) -> dict[str, Any]:
         return reckon(world.config, world.run, teacher=teacher, grader=grader, problems=problems)
 
 
+def forecast_corrections(world: World) -> dict[str, Any]:
+    """What build_corrections would send first and what it would cost; the teacher is not asked."""
+    from sclite.data.corrections import forecast_corrections as forecast
+    from sclite.grader import Grader
+
+    with Grader() as grader, world.teacher() as teacher:
+        return forecast(world.config, world.run, teacher, grader)
+
+
 def build_corrections(world: World) -> Report:
     """Attempts of the student at the problems of stage 2, and the teacher's corrections of them.
 

@@ -18,6 +18,7 @@ from tests.replay import Teaching, fail
 
 PROBLEM = {"question": "What is 1 + 1?", "answer": "2"}
 TEACHER = ("--set", "teacher.model=openai/replay", "--set", "teacher.attempts_per_call=1")
+THREADS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000", "TOKENIZERS_PARALLELISM": "false"}
 CLEAN = ("OPENAI_API_KEY", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
 
 
@@ -37,8 +38,8 @@ def sclite(tmp_path, monkeypatch, capsys):
     for name in CLEAN:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    for name in ("OMP_WAIT_POLICY", "TOKENIZERS_PARALLELISM"):
-        monkeypatch.setenv(name, "passive" if name.startswith("OMP") else "false")
+    for name, value in THREADS.items():
+        monkeypatch.setenv(name, value)
 
     def call(*arguments: str) -> Ended:
         monkeypatch.setattr(sys, "argv", ["sclite", *map(str, arguments)])
@@ -70,7 +71,7 @@ def write(name: str, *rows: object) -> str:
         ((), "mine.jsonl is empty"),
         (
             (*[{**PROBLEM, "question": f"{i}?"} for i in range(6)], '{"question": "x'),
-            "mine.jsonl, line 7: not JSON",
+            "mine.jsonl, line 7, column 14: not JSON: Unterminated string starting at",
         ),
         ((PROBLEM, {"question": "How?", "answer": ""}), "mine.jsonl, line 2: no answer"),
         ((PROBLEM, {"task": "How?"}), "mine.jsonl, line 2: no known columns, only: task"),
@@ -85,6 +86,42 @@ def test_a_faulty_problems_file_is_named_with_its_line_and_a_remedy(sclite, rows
     assert place in ended.error
     assert ended.hint
     assert ended.out == ""
+
+
+def test_the_version_is_that_of_the_installed_package(sclite):
+    from importlib.metadata import version
+
+    ended = sclite("--version")
+    assert (ended.code, ended.out) == (0, f"sclite {version('sclite')}\n")
+
+
+def test_a_hub_out_of_reach_is_the_network_and_not_the_data(sclite, monkeypatch):
+    import datasets
+
+    def load_dataset(*args, **options):
+        raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    ended = sclite("build-data", "openai/gsm8k", *TEACHER)
+    assert ended.code == 6
+    assert "openai/gsm8k cannot be reached" in ended.error
+
+
+def test_a_dry_run_of_corrections_shows_theirs_and_says_when_attempts_are_missing(sclite):
+    run = Path("runs/default")
+    asked = ("build-data", "--only", "corrections", "--dry-run", *TEACHER)
+    run.mkdir(parents=True)
+    write(run / "problems.jsonl", {"id": "p0", "question": "What is 2 + 2?", "answer": "4"})
+    ended = sclite(*asked)
+    assert ended.code == 3
+    assert "attempts.jsonl" in ended.error
+    assert "leave --dry-run out" in ended.hint
+    trace = "<Step1>2 + 2 = 5\n</Step1>\n<Answer>5</Answer>"
+    write(run / "attempts.jsonl", {"id": "p0", "sample": 0, "trace": trace, "answer": "5", "correct": False})
+    ended = sclite(*asked, "--json")
+    found = json.loads(ended.out)
+    assert found["requests"] == 1
+    assert "2 + 2 = 5" in found["first_request"]["messages"][-1]["content"]
 
 
 def test_without_any_problems_it_says_how_to_give_them(sclite):
@@ -111,6 +148,7 @@ def test_an_unknown_key_in_the_file_gets_the_nearest_known_one(sclite):
         ("sft.epochs", "--set sft.epochs: no value", "--set KEY=VALUE"),
         ("sft.epoch=2", "unknown key sft.epoch", "did you mean sft.epochs?"),
         ("epochs=2", "unknown key epochs", "did you mean"),
+        ("prompts.colour=red", "unknown key prompts.colour", "prompts has folder."),
         ("sft.epochs=many", "sft.epochs = 'many': input should be a valid number", "sclite init"),
         ("problems.correction_share=1.5", "problems.correction_share = 1.5: input should be less than 1", ""),
     ],

@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -18,7 +18,7 @@ from sclite.records import Attempt, Drop, Problem, Review, Template
 from sclite.run import Report, Run, timed
 from sclite.signature import digest
 from sclite.teacher.client import Flaw, Job, Teacher
-from sclite.teacher.forecast import CHARACTERS_PER_TOKEN, Forecast, ask_after_pilot
+from sclite.teacher.forecast import CHARACTERS_PER_TOKEN, Forecast, ask_after_pilot, reckon
 from sclite.trace import Trace, first_corrected, parse, render
 
 STAGE, FILE = "corrections", "reviews.jsonl"
@@ -194,11 +194,30 @@ def work_of(attempt: Attempt) -> Trace:
     return parse(attempt.trace).trace
 
 
-def _ask(config, teacher, grader, wrong, problems, confirm, progress) -> tuple[list[Review], list[Drop]]:
-    """The teacher's reviews that pass every filter, and drops for the rest."""
-    by_key = {f"{a.id}/{a.sample}": a for a in wrong}
+def forecast_corrections(config: Config, run: Run, teacher: Teacher, grader: Grader) -> dict[str, Any]:
+    """What `build_corrections` would send first and what it would cost (`forecast.reckon`); nothing is sent.
 
-    def job(key: str, attempt: Attempt) -> Job:
+    Raises DataFault before there are attempts: which of them are wrong decides what is asked.
+    """
+    attempts = distinct(
+        run.require(
+            "attempts.jsonl",
+            Attempt,
+            "leave --dry-run out: the attempts are made first, and then you are shown what the rest will cost",
+        )
+    )
+    wrong = _usable(attempts)[0]
+    problems = {problem.id: problem for problem in run.read("problems.jsonl", Problem)}
+    written = 1.5 * sum(len(attempt.trace) for attempt in wrong) / max(1, len(wrong)) / CHARACTERS_PER_TOKEN
+    return reckon(teacher, _jobs(config, grader, wrong, problems), written, STAGE)
+
+
+def _jobs(
+    config: Config, grader: Grader, wrong: Iterable[Attempt], problems: Mapping[str, Problem]
+) -> Iterator[Job]:
+    """A question to the teacher for each wrong attempt."""
+
+    def job(attempt: Attempt) -> Job:
         problem = problems[attempt.id]
         solution = problem.solution or problem.answer
         work = render(work_of(attempt))
@@ -221,10 +240,20 @@ def _ask(config, teacher, grader, wrong, problems, confirm, progress) -> tuple[l
         def check(text: str):
             return review_flaw(text, attempt, problem, grader)
 
-        return Job(key, messages, check, attempt.sample, inspect=inspect)
+        return Job(_name(attempt), messages, check, attempt.sample, inspect=inspect)
 
+    return map(job, wrong)
+
+
+def _name(attempt: Attempt) -> str:
+    return f"{attempt.id}/{attempt.sample}"
+
+
+def _ask(config, teacher, grader, wrong, problems, confirm, progress) -> tuple[list[Review], list[Drop]]:
+    """The teacher's reviews that pass every filter, and drops for the rest."""
+    by_key = {_name(attempt): attempt for attempt in wrong}
     reviews, drops = [], []
-    jobs = (job(key, attempt) for key, attempt in by_key.items())
+    jobs = _jobs(config, grader, wrong, problems)
     for done, result in enumerate(ask_after_pilot(teacher, jobs, len(wrong), STAGE, confirm), 1):
         attempt = by_key[result.id]
         if result.flaw is not None:

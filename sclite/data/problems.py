@@ -10,7 +10,7 @@ from typing import Any
 from sclite import answers, config
 from sclite.data.contamination import SPAN, Question, index_of, overlap
 from sclite.data.sources import Rows, is_local, rows_of
-from sclite.errors import DataFault, UsageFault
+from sclite.errors import DataFault, NetworkFault, UsageFault
 from sclite.records import Drop, Problem
 from sclite.run import Report, Run, timed
 from sclite.signature import digest
@@ -120,8 +120,8 @@ def _questions(source: config.Source, key: str, way_out: str) -> Iterator[Questi
             question = _text(_cells(row, f"{source.source}, {place}", columns, ("question",))["question"])
             if question:
                 yield f"{_id(row, question, columns)} of {source.source}", question
-    except DataFault as fault:
-        raise DataFault(
+    except (DataFault, NetworkFault) as fault:
+        raise type(fault)(
             f"{key}, whose questions must not be trained on: {fault.message}", f"{fault.hint}; {way_out}"
         ) from fault
 

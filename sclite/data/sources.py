@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sclite.errors import DataFault
+from sclite.errors import DataFault, NetworkFault
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 Rows = Iterator[tuple[str, Mapping[str, Any]]]
@@ -23,7 +23,7 @@ def rows_of(source: str, subset: str = "", split: str = "train", key: str = "pro
     """The rows of a .jsonl, .json, .csv or .parquet file, or of a hub data set; read as they are asked for.
 
     `key` is the configuration's name for the source (its section's other keys are named in remedies). Raises DataFault
-    with file, place and remedy, at once or at the row that cannot be read.
+    with file, place and remedy, at once or at the row that cannot be read; NetworkFault where the hub is out of reach.
     """
     if not is_local(source):
         return _hub_rows(source, subset, split, key)
@@ -55,11 +55,14 @@ def _jsonl_rows(path: Path) -> Rows:
 
 def _object(path: Path, line: str, number: int) -> Mapping[str, Any]:
     try:
-        row = json.loads(line)
-    except ValueError as error:
+        row = json.loads(line.rstrip())
+    except json.JSONDecodeError as error:
+        place = f"{path}, line {number}, column {error.colno}"
         raise DataFault(
-            f"{path}, line {number}: not JSON: {error}", "mend or remove this line; each is one JSON object"
+            f"{place}: not JSON: {error.msg}", "mend or remove this line; each is one JSON object"
         ) from error
+    except ValueError as error:  # a number of more digits than Python reads
+        raise DataFault(f"{path}, line {number}: {error}", "mend or remove this line") from error
     if not isinstance(row, dict):
         raise DataFault(f"{path}, line {number}: not a JSON object", "each line is one JSON object")
     return row
@@ -70,7 +73,8 @@ def _json_rows(path: Path) -> Rows:
     try:
         rows: Sequence[Any] = json.loads(text) if text.strip() else []
     except json.JSONDecodeError as error:
-        raise DataFault(f"{path}, line {error.lineno}: not JSON: {error.msg}", "mend this line") from error
+        place = f"{path}, line {error.lineno}, column {error.colno}"
+        raise DataFault(f"{place}: not JSON: {error.msg}", "mend this line") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataFault(
             f"{path}: not a list of objects", "write [{..}, {..}], or one object per line as .jsonl"
@@ -122,7 +126,9 @@ def _hub_rows(source: str, subset: str, split: str, key: str) -> Rows:
             f"{source} is neither a file here nor a data set on the hub", f"check {key}"
         ) from error
     except OSError as error:
-        raise DataFault(f"the data set {source} cannot be reached: {_line(error)}", remedy) from error
+        if error.errno is not None and not isinstance(error, ConnectionError):  # this disk, not the net
+            raise DataFault(f"the data set {source}: {_line(error)}", remedy) from error
+        raise NetworkFault(f"the data set {source} cannot be reached: {_line(error)}", remedy) from error
     except (ValueError, RuntimeError) as error:
         raise DataFault(
             f"the data set {source}: {_line(error)}", f"check {section}.subset and {section}.split"

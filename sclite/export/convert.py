@@ -13,7 +13,7 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 
-from sclite.errors import DataFault, ScliteError, TeacherFault, UsageFault
+from sclite.errors import DataFault, NetworkFault, ScliteError, UsageFault
 from sclite.export import direct
 from sclite.export.weights import Tensors
 
@@ -28,7 +28,7 @@ def convert(folder: Path, out: Path, *, outtype: str = "f16") -> Path:
     """Write the model in `folder` as the GGUF `out` (f32, f16 or bf16). Returns `out`, which appears whole or not at all.
 
     Small Llamas with a tokenizer.model are written directly, and larger ones too where the converter cannot be had.
-    Raises UsageFault (outtype), DataFault (the converter refuses the model), TeacherFault (no converter and no network).
+    Raises UsageFault (outtype), DataFault (the converter refuses the model), NetworkFault (no converter and no network).
     """
     if outtype not in OUTTYPES:
         raise UsageFault(f"outtype is {outtype!r}", f"use one of {', '.join(OUTTYPES)}")
@@ -38,7 +38,7 @@ def convert(folder: Path, out: Path, *, outtype: str = "f16") -> Path:
         return direct.write(folder, out, outtype=outtype)
     try:
         source = converter()
-    except TeacherFault:
+    except NetworkFault:
         if not simple:
             raise
         return direct.write(folder, out, outtype=outtype)
@@ -76,7 +76,7 @@ def _run(source: Path, script: str, arguments: list[str], out: Path, what: str) 
 def converter() -> Path:
     """Folder with convert_hf_to_gguf.py and its gguf-py; fetched on the first call.
 
-    Raises UsageFault when SCLITE_LLAMA_CPP points at something else, TeacherFault when it cannot be fetched.
+    Raises UsageFault when SCLITE_LLAMA_CPP points at something else, NetworkFault when it cannot be fetched.
     """
     named = os.environ.get("SCLITE_LLAMA_CPP")
     if named:
@@ -106,7 +106,7 @@ def _fetch(folder: Path) -> None:
         found = sorted(Path(place).glob("*.tar.gz"))
         if done.returncode != 0 or not found:
             lines = [line for line in done.stderr.splitlines() if line.strip()]
-            raise TeacherFault(
+            raise NetworkFault(
                 f"cannot fetch llama.cpp's converter: {lines[-1] if lines else 'pip gave no reason'}",
                 f"on a machine with a network: pip {' '.join(arguments)}; unpack it here and set SCLITE_LLAMA_CPP to "
                 "its folder vendor/llama.cpp (any llama.cpp checkout will do)",

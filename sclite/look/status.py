@@ -121,11 +121,12 @@ def _expected(
     config: Config, run: Run, sides: tuple[list[Problem], list[Problem]]
 ) -> dict[str, Callable[[], dict]]:
     """By stage, what its signature must hold now."""
-    kept = frozenset(problem.id for problem in sides[1])
+    kept, all_of_them = frozenset(problem.id for problem in sides[1]), [*sides[0], *sides[1]]
+    tried = all_of_them if config.attempts.source else sides[1]  # brought along: at any problem of the run
     return {
-        "templates": lambda: templates.inputs_of(config, [*sides[0], *sides[1]]),
+        "templates": lambda: templates.inputs_of(config, all_of_them),
         "sft": lambda: sft.inputs_of(config, run, kept),
-        "attempts": lambda: attempts.inputs_of(config, run, sides[1]),
+        "attempts": lambda: attempts.inputs_of(config, run, tried),
         "corrections": lambda: corrections.inputs_of(config, run),
         "warm": lambda: warm.inputs_of(config, run, kept),
         "pairs": lambda: pairs.inputs_of(config, run),
@@ -233,9 +234,19 @@ def _words(config: Config, name: str | None, stages: Mapping[str, Stage]) -> Ite
         source = [] if config.problems.source or stages["problems"].state == DONE else ["PROBLEMS"]
         again = any("prompts" in why or "teacher" in why for why in stages["templates"].why)
         return ["sclite", "build-data", *source, *teacher, *(["--fresh"] if again else [])]
+    if name in OUTPUTS and _corrects_others(config, stages):
+        return ["sclite", "build-data", "--only", "corrections", *teacher]
     if name in OUTPUTS:
         student = [] if config.student.model else ["--set", "student.model=NAME"]
         return ["sclite", "train", *student, *teacher]
     if name == "eval":
         return ["sclite", "eval", *([] if config.eval.source else ["PROBLEMS"])]
     return ["sclite", "export"]
+
+
+def _corrects_others(config: Config, stages: Mapping[str, Stage]) -> bool:
+    """Whether the run has begun on the mistakes of another student than its own, which it need not train for."""
+    others = bool(config.attempts.source or config.attempts.student)
+    begun = stages["attempts"].state != NOT_BEGUN and stages["sft"].state == NOT_BEGUN
+    last = "corrections" if config.attempts.source else "pairs"
+    return others and begun and stages[last].state != DONE

@@ -15,6 +15,7 @@ from sclite.student.batch import Scheduler
 from sclite.student.chat_template import render_chat
 from sclite.student.sequence import Sequence as Ids
 from sclite.student.vocabulary import Vocabulary
+from sclite.threads import wait_briefly
 
 _log: deque[str] = deque(maxlen=40)
 """The last lines that llama.cpp wrote; shown only when it fails to load."""
@@ -22,12 +23,8 @@ _log: deque[str] = deque(maxlen=40)
 
 @functools.cache
 def llama():
-    """llama.cpp's C functions, silenced.
-
-    Its threads spin while they wait for each other, which beside any other busy process costs up to a factor of 100
-    (measured on 2 cores); told to sleep, they lose a few per cent on an idle machine.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    """llama.cpp's C functions, silenced."""
+    wait_briefly()
     import llama_cpp.llama_cpp as api
 
     def keep(level, text, _):
@@ -49,7 +46,7 @@ def last_words() -> str:
 class Engine:
     """One GGUF file as a student (protocol of sclite/student/base.py).
 
-    Attributes: `vocabulary_size`; `description` (llama.cpp's words, such as "llama 7B Q4_K - Medium"); `offloaded` (are
+    Attributes: `vocabulary_size`; `description` (llama.cpp's words, such as "llama 7B Q4_K - Medium", with its "?B" made out); `offloaded` (are
     layers on a GPU); `chat_template` (Jinja, "" when the file has none); `parallel`, `context` (tokens, as granted).
     Threads may share an engine: their requests then share its batches.
     """
@@ -85,7 +82,8 @@ class Engine:
         self.vocabulary_size = self.vocabulary.size
         buffer = ctypes.create_string_buffer(256)
         api.llama_model_desc(self._model, buffer, len(buffer))
-        self.description: str = buffer.value.decode("utf-8", "replace")
+        size = f"{api.llama_model_n_params(self._model) / 1e6:.1f}M"
+        self.description: str = buffer.value.decode("utf-8", "replace").replace("?B", size)
         self.chat_template: str = (api.llama_model_chat_template(self._model, None) or b"").decode("utf-8")
         self.special_tokens = self.vocabulary.special_tokens(self._metadata)
         self.trained_context: int = api.llama_model_n_ctx_train(self._model) or context

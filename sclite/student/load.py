@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sclite.config import Lora, Student
-from sclite.errors import DataFault, DeviceFault
+from sclite.errors import DataFault, DeviceFault, NetworkFault, ScliteError
 from sclite.student.memory import out_of_memory
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -48,9 +48,22 @@ def local_folder(student: Student) -> Path:
             snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"])
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
-        raise DataFault(
-            f"the student {name} cannot be fetched: {str(error).splitlines()[0]}", "check student.model"
-        ) from error
+        raise no_model(f"the student {name} cannot be fetched", error) from error
+
+
+def no_model(what: str, error: BaseException) -> ScliteError:
+    """The fault for a model that cannot be had: NetworkFault where the hub is out of reach, else DataFault."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    message, cause, unreached = f"{what}: {str(error).splitlines()[0]}", error, False
+    while cause is not None and not unreached:
+        unreached = isinstance(cause, (LocalEntryNotFoundError, ConnectionError))
+        cause = cause.__cause__ or cause.__context__
+    if unreached:
+        return NetworkFault(
+            message, "check the connection, or name a folder that holds the model as student.model"
+        )
+    return DataFault(message, "check student.model")
 
 
 def choose_card(gpu: int | None) -> None:
@@ -107,9 +120,7 @@ def load_tokenizer(name: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise DataFault(
-            f"the student {name} cannot be loaded: {str(error).splitlines()[0]}", "check student.model"
-        ) from error
+        raise no_model(f"the student {name} cannot be loaded", error) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
@@ -123,7 +134,7 @@ def load_student(
 
     Trainable weights are float32 whatever the base is kept in, because AdamW's small steps vanish in bfloat16. The
     tokenizer is the model's own under either backend, so that training, use and export have the same ids. Raises
-    DataFault where there is no such model or it has fewer positions than `lora.max_length`, DeviceFault where it does not
+    DataFault where there is no such model (NetworkFault where the hub is out of reach) or it has fewer positions than `lora.max_length`, DeviceFault where it does not
     fit on the card.
     """
     name = model_name(student)
@@ -133,9 +144,7 @@ def load_student(
     try:
         model = load(name, student, lora, adapter, train, seed)
     except OSError as error:
-        raise DataFault(
-            f"the student {name} cannot be loaded: {str(error).splitlines()[0]}", "check student.model"
-        ) from error
+        raise no_model(f"the student {name} cannot be loaded", error) from error
     except (RuntimeError, ValueError) as error:
         if out_of_memory(error) or "dispatched on the CPU" in str(error):
             raise DeviceFault(

@@ -130,7 +130,8 @@ def refusing(said: str, model: str, api_base: str, key_variable: str) -> Teacher
 def silent(error: BaseException, model: str, api_base: str, attempts: int) -> TeacherFault:
     """The fault for an endpoint that does not answer, however often it is asked."""
     return TeacherFault(
-        f"{_where(model, api_base)} does not answer after {attempts} tries: {message(error)}",
+        f"{_where(model, api_base)} does not answer after {attempts} {'try' if attempts == 1 else 'tries'}: "
+        f"{message(error)}",
         "see that it runs and that teacher.api_base is right; what was paid for is kept, type the same again",
     )
 

@@ -1,6 +1,7 @@
 """What requests cost: prices, the most that one request can cost, and a limit that is never passed."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -24,6 +25,12 @@ class Price:
 
 
 FREE = Price(0.0, 0.0)
+
+
+def dollars(amount: float) -> str:
+    """ "$0.0473": four decimals, and as many as it takes to show two figures of less than a cent; never an exponent."""
+    places = 4 if amount == 0 or amount >= 0.01 else 1 - math.floor(math.log10(amount))
+    return f"${amount:.{max(4, places)}f}"
 
 
 def most_prompt_tokens(messages: Sequence[Mapping[str, str]]) -> int:
@@ -65,7 +72,7 @@ class Budget:
 
     def _reached(self, most_usd: float) -> BudgetFault:
         return BudgetFault(
-            f"the limit of ${self.limit_usd:g} is reached: ${self.ledger.spent_usd:.4f} is spent, and the next request "
-            f"may cost up to ${most_usd:.4f}",
+            f"the limit of {dollars(self.limit_usd)} is reached: {dollars(self.ledger.spent_usd)} is spent, and the next "
+            f"request may cost up to {dollars(most_usd)}",
             "what was paid for is kept: type the same again with a higher --max-cost, or lower teacher.max_tokens",
         )

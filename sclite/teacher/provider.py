@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sclite import config
-from sclite.errors import TeacherFault, UsageFault
+from sclite.errors import UsageFault
 from sclite.teacher.direct import Direct, Said, find
 from sclite.teacher.money import FREE, Price
 
@@ -88,7 +88,7 @@ def import_litellm() -> ModuleType:
 def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None) -> Provider:
     """Import LiteLLM and find out what it needs for the model.
 
-    Raises TeacherFault for a model without a provider, UsageFault for a spending limit without a price.
+    Raises UsageFault for a model without a provider, and for a spending limit without a price.
     """
     litellm = import_litellm()
     if prepare is not None:
@@ -96,7 +96,7 @@ def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None)
     try:
         name = litellm.get_llm_provider(settings.model, api_base=settings.api_base or None)[1]
     except litellm.exceptions.BadRequestError:
-        raise TeacherFault(
+        raise UsageFault(
             f"teacher.model {settings.model} names no provider that LiteLLM knows",
             "write PROVIDER/NAME: anthropic/NAME, ollama_chat/NAME, openai/NAME for any OpenAI-compatible endpoint",
         ) from None

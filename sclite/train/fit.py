@@ -4,7 +4,7 @@ Always a divisor of the batch: every optimizer step has the same rows whatever g
 """
 
 from sclite.config import Config
-from sclite.errors import DataFault
+from sclite.errors import DataFault, NetworkFault
 from sclite.train.geometry import read_geometry
 from sclite.train.memory import choose
 from sclite.train.plan import wanted
@@ -24,7 +24,7 @@ def micro_batch(config: Config, stage: str) -> int:
         return divisor(settings.batch, settings.micro_batch or ON_CPU)
     try:
         found = _choice(config, stage, free)
-    except DataFault:
+    except (DataFault, NetworkFault):
         return 1
     return found.setting.micro_batch if found.fits and found.setting else 1
 
@@ -44,7 +44,7 @@ def what_fits(config: Config, stage: str) -> str:
         return ""
     try:
         found = _choice(config, stage, free)
-    except DataFault:
+    except (DataFault, NetworkFault):
         return ""
     if not found.fits:
         return found.verdict

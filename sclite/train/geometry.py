@@ -12,7 +12,7 @@ from typing import Any
 
 from sclite.config import Student
 from sclite.errors import DataFault
-from sclite.student.load import LINEAR_LAYERS, model_name
+from sclite.student.load import LINEAR_LAYERS, model_name, no_model
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,8 @@ def _why_rough(config: Mapping[str, Any], name: str, linear_layers: int) -> str:
 def read_geometry(student: Student) -> Geometry:
     """The geometry of the configured student; of a hub model its config.json alone is fetched, into the hub's cache.
 
-    Raises DataFault where no student is configured or its configuration cannot be had.
+    Raises DataFault where no student is configured or its configuration cannot be had, NetworkFault where the hub is out
+    of reach.
     """
     name = model_name(student)
     path = Path(name) / "config.json"
@@ -241,7 +242,4 @@ def _fetch(name: str) -> Path:
     try:
         return Path(hf_hub_download(name, "config.json"))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise DataFault(
-            f"the configuration of {name} cannot be fetched: {str(error).splitlines()[0]}",
-            "check student.model and the connection, or name a folder that holds the model",
-        ) from error
+        raise no_model(f"the configuration of {name} cannot be fetched", error) from error

@@ -9,7 +9,7 @@ from sclite.config import Config
 from sclite.console import Screen
 from sclite.data.contamination import index_of, overlap, trained_on
 from sclite.data.problems import gather_problems
-from sclite.errors import DataFault
+from sclite.errors import DataFault, NetworkFault
 from sclite.measure import held_out
 from sclite.records import Drop, Problem, Template
 from sclite.run import Report
@@ -127,7 +127,7 @@ def test_an_evaluation_set_out_of_reach_is_a_fault_with_a_way_out(tmp_path, run,
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     source = write(tmp_path / "p.jsonl", plain("First?"))
-    with pytest.raises(DataFault, match=r"eval\.source, whose .* some/set cannot be reached") as fault:
+    with pytest.raises(NetworkFault, match=r"eval\.source, whose .* some/set cannot be reached") as fault:
         gather_problems(settings(f"problems.source={source}", "eval.source=some/set"), run)
     assert "as eval.source" in fault.value.hint
     assert "--set eval.source= leaves" in fault.value.hint

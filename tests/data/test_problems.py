@@ -7,7 +7,7 @@ import pytest
 
 from sclite import config
 from sclite.data.problems import gather_problems, load_problems, split_for_stages
-from sclite.errors import DataFault, UsageFault
+from sclite.errors import DataFault, NetworkFault, UsageFault
 from sclite.records import Drop, Problem
 
 GSM8K = {
@@ -121,7 +121,7 @@ def test_a_line_that_is_no_json_is_named(tmp_path):
     path = tmp_path / "p.jsonl"
     write(path, map(plain, range(6)))
     path.write_text(path.read_text() + '{"question": "half\n')
-    assert "p.jsonl, line 7: not JSON" in fault(str(path)).message
+    assert "p.jsonl, line 7, column 14: not JSON: Unterminated string" in fault(str(path)).message
     (tmp_path / "p.json").write_text('[\n{"question": "q", "answer": "1"},\n{]')
     assert "p.json, line 3: not JSON" in fault(str(tmp_path / "p.json")).message
 
@@ -252,9 +252,19 @@ def test_a_data_set_out_of_reach_has_a_remedy(monkeypatch):
         raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub (LocalEntryNotFoundError)\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    found = fault("openai/gsm8k", subset="main")
-    assert "openai/gsm8k cannot be reached" in found.message
-    assert "JSONL" in found.hint
+    with pytest.raises(NetworkFault, match="openai/gsm8k cannot be reached") as found:
+        load_problems("openai/gsm8k", subset="main")
+    assert "JSONL" in found.value.hint
+
+
+def test_a_data_set_that_this_disk_cannot_hold_is_no_network_fault(monkeypatch):
+    import datasets
+
+    def load_dataset(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert "No space left" in fault("openai/gsm8k").message
 
 
 def test_hub_rows_without_answer_are_left_out_because_nobody_can_mend_them(monkeypatch):

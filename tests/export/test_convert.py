@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sclite.errors import DataFault, TeacherFault, UsageFault
+from sclite.errors import DataFault, NetworkFault, UsageFault
 from sclite.export import convert, direct
 from sclite.export.parity import check
 from sclite.export.quantize import quantisations, quantize
@@ -121,7 +121,7 @@ def test_without_network_and_cache_the_command_to_run_elsewhere_is_named(folder,
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name, value in (("PIP_NO_INDEX", "1"), ("PIP_FIND_LINKS", ""), ("PIP_CONFIG_FILE", "/dev/null")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(TeacherFault, match="cannot fetch") as fault:
+    with pytest.raises(NetworkFault, match="cannot fetch") as fault:
         convert.converter()
     assert "pip download --no-deps --no-binary llama-cpp-python" in fault.value.hint
     assert "SCLITE_LLAMA_CPP" in fault.value.hint
@@ -131,7 +131,7 @@ def test_without_network_and_cache_the_command_to_run_elsewhere_is_named(folder,
     shutil.copytree(folder, other, ignore=shutil.ignore_patterns("*.gguf"))
     shape = json.loads((other / "config.json").read_text()) | {"architectures": ["Qwen2ForCausalLM"]}
     (other / "config.json").write_text(json.dumps(shape))
-    with pytest.raises(TeacherFault):
+    with pytest.raises(NetworkFault):
         convert.convert(other, tmp_path / "other.gguf")
 
 

@@ -268,3 +268,20 @@ def test_at_the_beginning_problems_and_teacher_are_asked_for(run):
     run.folder.mkdir()
     words = status(config(run, "teacher.model="), run)["next"]
     assert words.startswith("sclite build-data PROBLEMS --set teacher.model=PROVIDER/NAME --run")
+
+
+def test_brought_along_attempts_at_any_problem_are_not_stale_and_need_no_training(built):
+    source = Path("tries.jsonl")
+    source.write_text("{}")
+    named = f"attempts.source={source}"
+    made = config(built, named)
+    rows = [Attempt(id=p.id, sample=0, trace=TRACE, answer="2", correct=False) for p in PROBLEMS]
+    built.replace("attempts.jsonl", rows)
+    built.sign(
+        "attempts", attempts.inputs_of(made, built, [*SIDES[0], *SIDES[1]]), Report("attempts", {"wrong": 8})
+    )
+    assert states(built, named)["attempts"] == "done"
+    assert status(made, built)["next"].startswith("sclite build-data --only corrections --run")
+    built.replace("reviews.jsonl", [Review(id=SIDES[1][0].id, sample=0, step=1, trace=TRACE)])
+    built.sign("corrections", corrections.inputs_of(made, built), Report("corrections", {"corrected": 1}))
+    assert status(made, built)["next"].startswith("sclite train")

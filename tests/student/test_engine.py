@@ -359,6 +359,7 @@ def test_llama_cpp_is_silent_when_it_loads(gguf, capfd):
         assert engine.vocabulary_size == 512
         assert engine.offloaded is False or engine.offloaded is True
         assert "llama" in engine.description
+        assert "?" not in engine.description
     captured = capfd.readouterr()
     assert captured.err == captured.out == ""
 

@@ -248,7 +248,7 @@ def test_an_unknown_model_stops_everything(tmp_path):
 
 def test_a_model_without_provider_is_told_before_any_call(tmp_path):
     with Teaching(lambda request, nth: say("good")) as server:
-        with pytest.raises(TeacherFault, match="no provider"):
+        with pytest.raises(UsageFault, match="no provider"):
             ask(server, [job(1)], tmp_path, model="something")
         with pytest.raises(UsageFault, match=r"teacher\.model is not set"):
             ask(server, [job(1)], tmp_path, model="")

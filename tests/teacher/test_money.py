@@ -5,8 +5,10 @@ import pytest
 from sclite import config
 from sclite.errors import BudgetFault, UsageFault
 from sclite.teacher.client import Flaw, Job, Teacher
+from sclite.teacher.failures import silent
 from sclite.teacher.forecast import PILOT, ask_after_pilot, reckon
 from sclite.teacher.ledger import Ledger
+from sclite.teacher.money import dollars
 from tests.replay import Teaching, fail, say
 
 
@@ -174,3 +176,16 @@ def test_an_inspector_that_never_accepts_ends_the_job_after_three_rounds(tmp_pat
             (result,) = teacher.ask_all([job(1, inspect)])
     assert result.flaw.reason == "rejected_by_inspector"
     assert result.requests == 4
+
+
+@pytest.mark.parametrize(
+    ("amount", "told"),
+    [(0, "$0.0000"), (12.5, "$12.5000"), (0.0473, "$0.0473"), (0.00123, "$0.0012"), (1e-5, "$0.000010")],
+)
+def test_a_small_sum_is_told_without_an_exponent(amount, told):
+    assert dollars(amount) == told
+
+
+@pytest.mark.parametrize(("tries", "told"), [(1, "after 1 try: gone"), (6, "after 6 tries: gone")])
+def test_one_try_is_not_several(tries, told):
+    assert told in silent(ConnectionError("gone"), "m", "", tries).message

@@ -8,7 +8,7 @@ from sclite import prompts
 from sclite.config import Config, Student
 from sclite.data import corrections
 from sclite.data.corrections import left_to_ask
-from sclite.errors import DataFault
+from sclite.errors import DataFault, NetworkFault
 from sclite.look.plan import show_plan
 from sclite.records import Attempt, Pair, Template
 from sclite.run import Report
@@ -262,7 +262,7 @@ def test_a_configuration_that_cannot_be_had_is_a_fault_with_a_remedy(tmp_path, m
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(DataFault, match="nobody/nothing cannot be fetched") as fault:
+    with pytest.raises(NetworkFault, match="nobody/nothing cannot be fetched") as fault:
         read_geometry(Student(model="nobody/nothing"))
     assert "student.model" in fault.value.hint
     (tmp_path / "config.json").write_text("{")
