@@ -122,6 +122,8 @@ def test_a_dry_run_of_corrections_shows_theirs_and_says_when_attempts_are_missin
     found = json.loads(ended.out)
     assert found["requests"] == 1
     assert "2 + 2 = 5" in found["first_request"]["messages"][-1]["content"]
+    write(run / "reviews.jsonl", {"id": "p0", "sample": 0, "step": None, "trace": trace})
+    assert json.loads(sclite(*asked, "--json").out)["requests"] == 0  # brought along: nothing is asked
 
 
 def test_without_any_problems_it_says_how_to_give_them(sclite):
@@ -148,7 +150,7 @@ def test_an_unknown_key_in_the_file_gets_the_nearest_known_one(sclite):
         ("sft.epochs", "--set sft.epochs: no value", "--set KEY=VALUE"),
         ("sft.epoch=2", "unknown key sft.epoch", "did you mean sft.epochs?"),
         ("epochs=2", "unknown key epochs", "did you mean"),
-        ("prompts.colour=red", "unknown key prompts.colour", "prompts has folder."),
+        ("prompts.zzz=red", "unknown key prompts.zzz", "prompts has folder."),
         ("sft.epochs=many", "sft.epochs = 'many': input should be a valid number", "sclite init"),
         ("problems.correction_share=1.5", "problems.correction_share = 1.5: input should be less than 1", ""),
     ],

@@ -11,13 +11,13 @@ from sclite import prompts
 from sclite.config import Config
 from sclite.data.attempts import distinct
 from sclite.data.brought import refuse
-from sclite.data.templates import mentions_the_solution
+from sclite.data.review_check import review_flaw, step_flaw, work_of
 from sclite.errors import DataFault
 from sclite.grader import Grader
 from sclite.records import Attempt, Drop, Problem, Review, Template
 from sclite.run import Report, Run, timed
 from sclite.signature import digest
-from sclite.teacher.client import Flaw, Job, Teacher
+from sclite.teacher.client import Job, Teacher
 from sclite.teacher.forecast import CHARACTERS_PER_TOKEN, Forecast, ask_after_pilot, reckon
 from sclite.trace import Trace, first_corrected, parse, render
 
@@ -149,7 +149,7 @@ def _adopt(run: Run) -> Report:
         if row.step != first_corrected(parsed.trace):
             said = first_corrected(parsed.trace)
             refuse(run, FILE, number, row, f"step is {row.step}, but its trace corrects {said or 'none'}")
-        flaw = _step_flaw(work_of(attempt), parsed.trace, None) if row.step else None
+        flaw = step_flaw(work_of(attempt), parsed.trace, None) if row.step else None
         if flaw is not None:
             refuse(run, FILE, number, row, flaw.text)
         if row.step and (row.cause is None or row.correction is None):
@@ -189,11 +189,6 @@ def _drop(attempt: Attempt, reason: str, detail: str, raw: str | None = None) ->
     return Drop(stage=STAGE, id=attempt.id, sample=attempt.sample, reason=reason, detail=detail, raw=raw)
 
 
-def work_of(attempt: Attempt) -> Trace:
-    """The attempt as it is shown to teacher and student: its steps and answer, keys kept."""
-    return parse(attempt.trace).trace
-
-
 def forecast_corrections(config: Config, run: Run, teacher: Teacher, grader: Grader) -> dict[str, Any]:
     """What `build_corrections` would send first and what it would cost (`forecast.reckon`); nothing is sent.
 
@@ -206,7 +201,7 @@ def forecast_corrections(config: Config, run: Run, teacher: Teacher, grader: Gra
             "leave --dry-run out: the attempts are made first, and then you are shown what the rest will cost",
         )
     )
-    wrong = _usable(attempts)[0]
+    wrong = _usable(attempts)[0] if left_to_ask(config, run) else []
     problems = {problem.id: problem for problem in run.read("problems.jsonl", Problem)}
     written = 1.5 * sum(len(attempt.trace) for attempt in wrong) / max(1, len(wrong)) / CHARACTERS_PER_TOKEN
     return reckon(teacher, _jobs(config, grader, wrong, problems), written, STAGE)
@@ -281,46 +276,6 @@ def _review(attempt: Attempt, trace: Trace, requests: int) -> Review:
         trace=render(trace),
         requests=requests,
     )
-
-
-def review_flaw(text: str, attempt: Attempt, problem: Problem, grader: Grader) -> Flaw | None:
-    """Why a teacher's review of an attempt cannot be used; None where it can."""
-    parsed = parse(text)
-    if parsed.faults:
-        return Flaw("not_readable", str(parsed.faults[0]))
-    review = parsed.trace
-    flaw = _step_flaw(work_of(attempt), review, attempt.first_error)
-    if flaw is not None:
-        return flaw
-    if mentions_the_solution(text):
-        return Flaw("leak", "the text mentions a given solution or answer")
-    right = grader.equal(review.answer, problem.answer)
-    if right is None:
-        return Flaw("grader_unknown", "the answer could not be compared")
-    return None if right else Flaw("wrong_answer", f"{review.answer} is not the right final answer")
-
-
-def _step_flaw(work: Trace, review: Trace, label: int | None) -> Flaw | None:
-    """Whether the review accuses one step, with cause and correction, and leaves all text up to it as it was."""
-    step = first_corrected(review)
-    if step is None:
-        return Flaw(
-            "no_error_found", "no step carries <Cause> and <Correction>, but the answer of this work is wrong"
-        )
-    if step > len(work.steps):
-        return Flaw(
-            "step_out_of_range", f"the work has {len(work.steps)} steps, the cause stands in step {step}"
-        )
-    if label is not None and step != label:
-        return Flaw("other_step_than_label", f"step {step} is not the first wrong one")
-    if review.steps[step - 1].cause is None or review.steps[step - 1].correction is None:
-        return Flaw("cause_or_correction_missing", f"step {step} needs both <Cause> and <Correction>")
-    if any(s.cause or s.correction for s in review.steps[step:]):
-        return Flaw("several_steps_corrected", "only the first wrong step carries <Cause> and <Correction>")
-    for number, (new, old) in enumerate(zip(review.steps[:step], work.steps, strict=False), 1):
-        if new.text.split() != old.text.split():
-            return Flaw("steps_changed", f"step {number} must stand as the student wrote it")
-    return None
 
 
 def _confirmations(attempts: Sequence[Attempt], corrected: int, config: Config) -> list[Review]:

@@ -3,7 +3,8 @@
 import pytest
 
 from sclite.config import Config
-from sclite.data.corrections import build_corrections, review_flaw
+from sclite.data.corrections import build_corrections
+from sclite.data.review_check import review_flaw
 from sclite.errors import DataFault
 from sclite.grader import Grader
 from sclite.records import Attempt, Drop, Problem, Review

@@ -123,7 +123,7 @@ def test_a_line_that_is_no_json_is_named(tmp_path):
     path.write_text(path.read_text() + '{"question": "half\n')
     assert "p.jsonl, line 7, column 14: not JSON: Unterminated string" in fault(str(path)).message
     (tmp_path / "p.json").write_text('[\n{"question": "q", "answer": "1"},\n{]')
-    assert "p.json, line 3: not JSON" in fault(str(tmp_path / "p.json")).message
+    assert "p.json, line 3, column 2: not JSON" in fault(str(tmp_path / "p.json")).message
 
 
 def test_rows_that_are_no_objects_are_named(tmp_path):
