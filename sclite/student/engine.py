@@ -46,7 +46,8 @@ def last_words() -> str:
 class Engine:
     """One GGUF file as a student (protocol of sclite/student/base.py).
 
-    Attributes: `vocabulary_size`; `description` (llama.cpp's words, such as "llama 7B Q4_K - Medium", with its "?B" made out); `offloaded` (are
+    Attributes: `vocabulary_size`; `description` (llama.cpp's words, such as "llama 7B Q4_K - Medium", with the size where
+    it says "?B"); `offloaded` (are
     layers on a GPU); `chat_template` (Jinja, "" when the file has none); `parallel`, `context` (tokens, as granted).
     Threads may share an engine: their requests then share its batches.
     """
@@ -82,7 +83,8 @@ class Engine:
         self.vocabulary_size = self.vocabulary.size
         buffer = ctypes.create_string_buffer(256)
         api.llama_model_desc(self._model, buffer, len(buffer))
-        size = f"{api.llama_model_n_params(self._model) / 1e6:.1f}M"
+        count = api.llama_model_n_params(self._model)
+        size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
         self.description: str = buffer.value.decode("utf-8", "replace").replace("?B", size)
         self.chat_template: str = (api.llama_model_chat_template(self._model, None) or b"").decode("utf-8")
         self.special_tokens = self.vocabulary.special_tokens(self._metadata)

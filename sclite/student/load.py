@@ -134,7 +134,8 @@ def load_student(
 
     Trainable weights are float32 whatever the base is kept in, because AdamW's small steps vanish in bfloat16. The
     tokenizer is the model's own under either backend, so that training, use and export have the same ids. Raises
-    DataFault where there is no such model (NetworkFault where the hub is out of reach) or it has fewer positions than `lora.max_length`, DeviceFault where it does not
+    DataFault where there is no such model (NetworkFault where the hub is out of reach) or it has fewer positions than
+    `lora.max_length`, DeviceFault where it does not
     fit on the card.
     """
     name = model_name(student)
