@@ -33,6 +33,25 @@ def pad(rows: Sequence[Encoded], pad_id: int) -> Padded:
     )
 
 
+@dataclass(frozen=True)
+class Hidden:
+    """The last hidden states of a batch, however its rows lie in memory: row r begins at `flat[starts[r]]`.
+
+    `flat` is [tokens, width] on the model's device, `starts` [rows] on the CPU.
+    """
+
+    flat: Any
+    starts: Any
+
+    def at(self, rows: Any, columns: Any) -> Any:
+        """The states at these places, [places, width]; both are lists, or tensors on the CPU."""
+        import torch
+
+        rows, columns = (torch.as_tensor(given, dtype=torch.long) for given in (rows, columns))
+        places = self.starts[rows] + columns
+        return self.flat.index_select(0, places.to(self.flat.device))
+
+
 def autocast(model: Any) -> Any:
     """The mixed precision that the trainer computes in on a card, for what is computed outside of it."""
     import torch
@@ -42,8 +61,8 @@ def autocast(model: Any) -> Any:
     return torch.autocast("cuda", torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
 
 
-def hidden_states(model: Any, batch: Padded) -> Any:
-    """The decoder's last hidden states, [rows, longest, width], on the model's device.
+def hidden_states(model: Any, batch: Padded) -> Hidden:
+    """The decoder's last hidden states.
 
     Where the model is `padding_free`, rows go through it end to end and nothing is computed for padding; on a CPU what
     all rows begin with is computed once. Raises DataFault where the model has cut them.
@@ -52,15 +71,23 @@ def hidden_states(model: Any, batch: Padded) -> Any:
     if getattr(model, "padding_free", False) and len(batch.ids) > 1:
         return _end_to_end(decoder, batch, device)
     if device.type == "cpu" and (begun := _beginning(decoder, batch)):
-        return _after_beginning(decoder, batch, *begun)
-    given = {"input_ids": batch.ids.to(device), "attention_mask": batch.mask.to(device), "use_cache": False}
-    hidden = decoder(**given).last_hidden_state
+        return _laid_out(_after_beginning(decoder, batch, *begun))
+    given = {"input_ids": batch.ids.to(device), "attention_mask": batch.mask.to(device)}
+    hidden = decoder(**given, use_cache=False).last_hidden_state
     if hidden.shape[1] != batch.ids.shape[1]:
         raise DataFault(
             f"rows of {batch.ids.shape[1]} tokens were cut to {hidden.shape[1]}",
             "lower max_length: the student has no more",
         )
-    return hidden
+    return _laid_out(hidden)
+
+
+def _laid_out(hidden: Any) -> Hidden:
+    """Of states [rows, longest, width]."""
+    import torch
+
+    rows, longest, width = hidden.shape
+    return Hidden(hidden.reshape(-1, width), torch.arange(rows) * longest)
 
 
 WORTH_SHARING = 16
@@ -98,22 +125,21 @@ def _after_beginning(decoder: Any, batch: Padded, begun: Any, cache: Any) -> Any
     return torch.cat([begun.expand(rows, -1, -1), rest.last_hidden_state], dim=1)
 
 
-def _end_to_end(decoder: Any, batch: Padded, device: Any) -> Any:
-    """Rows one behind the other as one, each with positions of its own, and laid out again as they were.
+def _end_to_end(decoder: Any, batch: Padded, device: Any) -> Hidden:
+    """Rows one behind the other as one, each with positions of its own.
 
     Positions that begin anew tell transformers where attention ends; Unsloth's kernels are told the lengths.
     """
     import torch
 
-    mask, lengths = batch.mask.bool(), batch.mask.sum(1)
+    lengths = batch.mask.sum(1)
     positions = torch.cat([torch.arange(length) for length in lengths.tolist()])
-    flat_ids = batch.ids[mask].unsqueeze(0).to(device)
-    given = {"input_ids": flat_ids, "position_ids": positions.unsqueeze(0).to(device), "use_cache": False}
+    flat_ids = batch.ids[batch.mask.bool()]
+    given = {"input_ids": flat_ids[None].to(device), "position_ids": positions[None].to(device)}
     if type(decoder).forward.__module__.startswith("unsloth"):
         given["packed_seq_lengths"] = lengths.to(device, torch.int32)
-    flat = decoder(attention_mask=None, **given).last_hidden_state[0]
-    laid = flat.new_zeros(*mask.shape, flat.shape[-1])
-    return laid.masked_scatter(mask.unsqueeze(-1).to(device), flat)
+    flat = decoder(attention_mask=None, use_cache=False, **given).last_hidden_state[0]
+    return Hidden(flat, lengths.cumsum(0) - lengths)
 
 
 def _head(model: Any) -> tuple[Any, Any]:
@@ -159,15 +185,15 @@ def chunk_of(vocabulary: int) -> int:
     return max(64, LOGITS // vocabulary)
 
 
-def token_log_probs(model: Any, hidden: Any, batch: Padded) -> tuple[Any, Any]:
+def token_log_probs(model: Any, hidden: Hidden, batch: Padded) -> tuple[Any, Any]:
     """Log-probabilities of every token that carries weight, and the row each belongs to (on the CPU); both [tokens].
 
     The token at position t is predicted by the hidden state at t - 1. Where there are many, the head runs over chunks of
     them: the logits of a whole batch would take gigabytes.
     """
     rows, columns = (batch.weights[:, 1:] > 0).nonzero(as_tuple=True)
-    states = hidden[rows.to(hidden.device), columns.to(hidden.device)]
-    tokens = batch.ids[rows, columns + 1].to(hidden.device)
+    states = hidden.at(rows, columns)
+    tokens = batch.ids[rows, columns + 1].to(states.device)
 
     def chosen(states: Any, tokens: Any) -> Any:
         return vocabulary_log_probs(model, states).gather(1, tokens.unsqueeze(1)).squeeze(1)

@@ -140,7 +140,7 @@ class Trainable:
         columns = [mark for row in block for mark in row.marks]
         with torch.inference_mode(), autocast(self.model):
             hidden = hidden_states(self.model, pad(block, self.tokenizer.pad_token_id))
-            found = two_logits(self.model, hidden[rows, columns], one, other)
+            found = two_logits(self.model, hidden.at(rows, columns), one, other)
         odds = iter((found[:, 0] - found[:, 1]).tolist())
         return [[next(odds) for _ in row.marks] for row in block]
 

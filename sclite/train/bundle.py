@@ -14,7 +14,15 @@ from typing import Any
 from sclite import prompts
 from sclite.records import Pair
 from sclite.student.encode import Encoded, decision_ids, piece_ids, prompt_ids
-from sclite.student.forward import Padded, autocast, hidden_states, pad, token_log_probs, vocabulary_log_probs
+from sclite.student.forward import (
+    Hidden,
+    Padded,
+    autocast,
+    hidden_states,
+    pad,
+    token_log_probs,
+    vocabulary_log_probs,
+)
 from sclite.trace import CAUSE, parse, render
 
 
@@ -109,27 +117,26 @@ def likelihoods(model: Any, batch: Batch, decision_tokens: tuple[int, int]) -> L
     import torch
 
     hidden = hidden_states(model, batch.reviews)
-    at = hidden[batch.decision_rows, batch.decision_columns]
-    log_probs = vocabulary_log_probs(model, at)[:, list(decision_tokens)]
-    accuse, close = log_probs[:, 0], log_probs[:, 1]
-    right = torch.tensor(batch.decision_accused, device=hidden.device)
+    log_probs = vocabulary_log_probs(model, hidden.at(batch.decision_rows, batch.decision_columns))
+    accuse, close = (log_probs[:, token] for token in decision_tokens)
+    right = torch.tensor(batch.decision_accused, device=log_probs.device)
     chosen, tokens = _sums(model, hidden, batch.reviews, len(batch.keys))
-    none = chosen[:0]
-    content_rejected = none
+    content = torch.tensor(batch.content, dtype=torch.long, device=chosen.device)
+    content_rejected = chosen[:0]
     if batch.rejected is not None:
         other = hidden_states(model, batch.rejected)
         content_rejected, _ = _sums(model, other, batch.rejected, len(batch.content))
     return Likelihoods(
         decision_chosen=torch.where(right, accuse, close),
         decision_rejected=torch.where(right, close, accuse),
-        content_chosen=chosen[batch.content] if batch.content else none,
+        content_chosen=chosen[content],
         content_rejected=content_rejected,
-        content_tokens=tokens[batch.content] if batch.content else none,
+        content_tokens=tokens[content],
         replay_log_prob=_replay(model, batch.replay),
     )
 
 
-def _sums(model: Any, hidden: Any, rows: Padded, count: int) -> tuple[Any, Any]:
+def _sums(model: Any, hidden: Hidden, rows: Padded, count: int) -> tuple[Any, Any]:
     """The summed log-probability of the weighted tokens of each row, and how many there are; both [rows]."""
     import torch
 

@@ -5,22 +5,24 @@
     python -m tests.benchmarks.bench_train --embedded RUN --adapters FOLDER      a quickstart's three trainings on the card
 
 Models are random ones of real geometry, written into FOLDER once. Each session is a process within 24 GB that loads its
-student once for all its cases. The last form takes the rows of a quickstart's run folder; evaluate its adapters where
+student once for all its cases. For the speeds every side is a process of its own, all on the card at once (about 10 to
+16 GB each for 7B), and they take a step each in turn, so that a host whose speed changes slows all alike. The last form takes the rows of a quickstart's run folder; evaluate its adapters where
 llama.cpp is.
 """
 
 import argparse
 import json
+import random
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from tests.benchmarks.train_sides import Case, peak
+from tests.benchmarks.train_sides import FREE, TOLD, Case, peak
 
 FIRST, SECOND = "qwen2.5-math-7b", "llama-3.1-8b"
 MEMORY = {
@@ -34,10 +36,14 @@ MEMORY = {
 }
 """(geometry, backend): peaks beside the memory model."""
 SPEED = {
-    "unsloth": {"sft": [Case("ours", "sft", 4), Case("script", "sft", 4)], "dpo": [Case("ours", "dpo", 2)]},
-    "plain": {"sft": [Case("plain", "sft", 4)], "dpo": [Case("plain", "dpo", 2)]},
+    "sft": {
+        "ours": Case("ours", "sft", 4),
+        "script": Case("script", "sft", 4),
+        "plain": Case("plain", "sft", 4),
+    },
+    "dpo": {"ours": Case("ours", "dpo", 2), "plain": Case("plain", "dpo", 2)},
 }
-"""By backend and stage: those that take turns in one session."""
+"""By stage: those that take turns."""
 
 
 # -- all of them ---------------------------------------------------------------------------------------------------
@@ -53,18 +59,24 @@ def model_folder(models: Path, name: str) -> Path:
     return folder
 
 
-def run_session(models: Path, geometry: str, backend: str, cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """The figures of a session; where it dies, the case that it died in, with its last word."""
-    folder = model_folder(models, geometry)
-    command = [sys.executable, "-m", "tests.benchmarks.train_sides", "--model", str(folder)]
-    command += [
+def side_command(models: Path, geometry: str, backend: str, cases: Sequence[Case]) -> list[str]:
+    """The process that measures these cases; its model is written where it is missing."""
+    command = [
+        sys.executable,
+        "-m",
+        "tests.benchmarks.train_sides",
         "--geometry",
         geometry,
         "--backend",
         backend,
-        "--cases",
-        json.dumps([asdict(c) for c in cases]),
     ]
+    command += ["--model", str(model_folder(models, geometry))]
+    return [*command, "--cases", json.dumps([asdict(case) for case in cases])]
+
+
+def run_session(models: Path, geometry: str, backend: str, cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """The figures of a session; where it dies, the case that it died in, with its last word."""
+    command = side_command(models, geometry, backend, cases)
     rows = []
     with TemporaryFile("w+") as said:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True)
@@ -81,55 +93,75 @@ def run_session(models: Path, geometry: str, backend: str, cases: Sequence[Case]
     return rows
 
 
-def turns(cases: Sequence[Case], rounds: int) -> list[Case]:
-    """Each case once, to be left out of the figures since kernels are compiled and loaded there; then every case in
-    each round, every other round backwards, so that what gets faster with time favours none."""
-    return [case for number in range(rounds + 1) for case in (cases[::-1] if number % 2 else cases)]
-
-
 def speed(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every side in turn, `--rounds` times."""
+    """Each stage's sides, a step each in turn."""
     rows = []
-    for backend, stages in SPEED.items():
-        cases = [
-            case for stage, cases in stages.items() if stage == (options.stage or stage) for case in cases
-        ]
-        if backend == (options.backend or backend):
-            found = run_session(
-                options.models, options.geometry or FIRST, backend, turns(cases, options.rounds)
-            )
-            rows += found[len(cases) :]
+    for stage, sides in SPEED.items():
+        if stage == (options.stage or stage):
+            asked = {name: replace(case, steps=options.steps) for name, case in sides.items()}
+            if options.sides:
+                asked = {name: case for name, case in asked.items() if name in options.sides.split(",")}
+            rows += in_turns(options.models, options.geometry or FIRST, asked)
+            show_turns(rows[-len(asked) :])
     return rows
 
 
-def over_all_steps(rounds: Sequence[Sequence[float]]) -> float:
-    """The median of all steps of all rounds."""
-    return statistics.median(speed for steps in rounds for speed in steps)
+def in_turns(models: Path, geometry: str, sides: Mapping[str, Case]) -> list[dict[str, Any]]:
+    """The figures of each side, with the seconds of each of its steps as `turns`. One that dies takes no further part."""
+    processes, found = {}, {name: {"side": name, **asdict(case)} for name, case in sides.items()}
+    for name, case in sides.items():
+        backend = "plain" if name == "plain" else "unsloth"
+        command = [*side_command(models, geometry, backend, [case]), "--turns"]
+        processes[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    for name, process in processes.items():
+        next_turn(process)  # all are ready
+        found[name]["turns"] = []
+    for number in range(min(case.steps for case in sides.values()) - FREE):
+        for name in list(processes)[:: 1 if number % 2 else -1]:
+            seconds = next_turn(processes[name], go=True)
+            if seconds is not None:
+                found[name]["turns"].append(seconds)
+        print(json.dumps({name: row["turns"][-1:] for name, row in found.items()}), file=sys.stderr)
+    for name, process in processes.items():
+        said, _ = process.communicate("\n")
+        figures = [line for line in said.splitlines() if line.startswith('{"geometry"')]
+        found[name] |= json.loads(figures[-1]) if figures else {"error": f"ended with {process.returncode}"}
+    return list(found.values())
 
 
-def best_of_each_step(rounds: Sequence[Sequence[float]]) -> float:
-    """The median over steps of the fastest round of each."""
-    return statistics.median(max(speeds) for speeds in zip(*rounds, strict=True))
+def next_turn(process: Any, go: bool = False) -> float | None:
+    """The seconds of a side's next step, for which it waits where `go`; None where it ended."""
+    if go:
+        try:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        except OSError:
+            return None
+    for line in process.stdout:
+        if line.startswith(TOLD):
+            return float(line.removeprefix(TOLD))
+    return None
 
 
-def show_speed(rows: Sequence[dict[str, Any]]) -> None:
-    """Ratios of medians over the steps of all rounds; and of the best that each step did in any of them.
-
-    The same step has the same rows in each round and on each side. What a busy host adds to a step is never negative, so
-    that the second ratio is the steadier one where single rounds lie far apart.
-    """
-    found: dict[tuple[str, str], list[list[float]]] = {}
+def show_turns(rows: Sequence[dict[str, Any]]) -> None:
+    """Medians over steps; and of ours to each other side, the median of each step's own ratio with its interval."""
+    rates = {}
     for row in rows:
-        if "error" not in row:
-            found.setdefault((row["stage"], row["side"]), []).append(row["speeds"][2:])
-    for (stage, side), theirs in found.items():
-        if side == "ours" or (stage, "ours") not in found:
+        if "error" in row:
+            print(f"{row['stage']}, {row['side']}: {row['error']}")
             continue
-        told = []
-        for name, figure in (("medians", over_all_steps), ("bests of each step", best_of_each_step)):
-            mine, other = figure(found[stage, "ours"]), figure(theirs)
-            told.append(f"{name}: ours {mine:,.0f} tokens/s, {side} {other:,.0f}: {mine / other:.3f}")
-        print(f"{stage}, {len(theirs)} rounds; " + "; ".join(told))
+        tokens = row["tokens"][FREE : FREE + len(row["turns"])]
+        rates[row["side"]] = [n / s for n, s in zip(tokens, row["turns"], strict=True)]
+    for name, speeds in rates.items():
+        told = f"{rows[0]['stage']}, {name}: {statistics.median(speeds):,.0f} tokens/s, median of {len(speeds)} steps"
+        if name != "ours" and "ours" in rates:
+            ratios = [mine / other for mine, other in zip(rates["ours"], speeds, strict=True)]
+            draw = random.Random(0)
+            boot = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
+            whole = statistics.median(rates["ours"]) / statistics.median(speeds)
+            told += f"; ours over it {whole:.3f}, step by step {statistics.median(ratios):.3f} "
+            told += f"[{boot[50]:.3f}, {boot[1949]:.3f}]"
+        print(told, flush=True)
     for row in rows:
         if "first_dpo_loss" in row:
             print(f"dpo_loss of the first step, {row['side']}: {row['first_dpo_loss']:.4f}")
@@ -194,11 +226,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write every figure there, as JSON")
     parser.add_argument("--only", choices=("speed", "memory"))
     parser.add_argument("--stage", choices=("sft", "dpo"), help="of the speeds this one alone")
-    parser.add_argument("--rounds", type=int, default=3, help="of the speeds, after one that is left out")
+    parser.add_argument("--steps", type=int, default=40, help="of the speeds, for each side")
+    parser.add_argument("--sides", help="of the speeds, of ours,script,plain")
     parser.add_argument(
         "--geometry", help=f"of the memory table's sessions this one alone; for speed {FIRST}"
     )
-    parser.add_argument("--backend", choices=("unsloth", "plain"), help="the same; for --embedded unsloth")
+    parser.add_argument(
+        "--backend", choices=("unsloth", "plain"), help="of the memory table; for --embedded unsloth"
+    )
     parser.add_argument("--embedded", type=Path, metavar="RUN")
     parser.add_argument("--adapters", type=Path, default=Path("adapters"))
     options = parser.parse_args()
@@ -206,11 +241,12 @@ def main() -> None:
         embedded(options.embedded, options.adapters, options.backend or "unsloth")
     else:
         found = []
-        for name, part, show in (("speed", speed, show_speed), ("memory", memory, show_memory)):
-            if options.only in (None, name):
-                rows = part(options)
-                show(rows)
-                found += rows
+        if options.only in (None, "speed"):
+            found += speed(options)
+        if options.only in (None, "memory"):
+            rows = memory(options)
+            show_memory(rows)
+            found += rows
         if options.out:
             options.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
 

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.train_sides --model FOLDER --geometry NAME --backend unsloth|plain --cases JSON
 
-A line of JSON for each case, as it comes.
+A line of JSON for each case, as it comes. With --turns there is one case, and each step waits for a line on stdin.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import importlib
 import json
 import random
 import statistics
+import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -89,7 +90,9 @@ def bundles(count: int, full: bool, longest: int) -> list[Any]:
 # -- a session: a process that loads its student once ---------------------------------------------------------------
 
 
-def session(folder: Path, geometry: str, backend: str, cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
+def session(
+    folder: Path, geometry: str, backend: str, cases: Sequence[Case], turn: "Turn | None" = None
+) -> Iterator[dict[str, Any]]:
     """The figures of each case, one after the other."""
     import torch
 
@@ -110,7 +113,7 @@ def session(folder: Path, geometry: str, backend: str, cases: Sequence[Case]) ->
         free_memory()
         torch.cuda.reset_peak_memory_stats()
         try:
-            figures = (script if by_script else ours)(*students[by_script], config, case)
+            figures = (script if by_script else ours)(*students[by_script], config, case, turn)
         except Exception as error:  # noqa: BLE001 - the other cases are worth having
             traceback.print_exc()
             figures = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
@@ -141,7 +144,7 @@ def lora_of(case: Case) -> Any:
     return kind(batch=case.batch, max_length=case.length, eval_share=0, checkpoints=1)
 
 
-def ours(model: Any, tokenizer: Any, config: Any, case: Case) -> dict[str, Any]:
+def ours(model: Any, tokenizer: Any, config: Any, case: Case, turn: "Turn | None" = None) -> dict[str, Any]:
     """Our trainer, through Unsloth or on the plain path."""
     from sclite.train.bundle import reference_log_probs
     from sclite.train.checkpoints import Checkpoints
@@ -163,9 +166,11 @@ def ours(model: Any, tokenizer: Any, config: Any, case: Case) -> dict[str, Any]:
         train_adapter(
             model, tokenizer, lesson, lora, Checkpoints(Path(place) / "checkpoints"), metrics,
             rate=1e-5, epochs=1, seed=0, micro_batch=case.micro,
+            progress=None if turn is None else lambda _, steps, **__: turn.step_done() if steps else None,
         )  # fmt: skip
         found = read_metrics(metrics)
     figures = speeds_told([row["tokens_per_second"] for row in found])
+    figures["tokens"] = [row["tokens"] for row in found]
     figures |= {"peak_gb": max(row["memory_gb"] for row in found), "steps": len(found)}
     return figures | ({"first_dpo_loss": found[0]["dpo_loss"]} if case.stage == "dpo" else {})
 
@@ -191,7 +196,7 @@ def load_by_script(folder: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def script(model: Any, tokenizer: Any, _: Any, case: Case) -> dict[str, Any]:
+def script(model: Any, tokenizer: Any, _: Any, case: Case, turn: "Turn | None" = None) -> dict[str, Any]:
     """What a careful notebook does: TRL's SFTTrainer on tokenised rows, the same in the same order."""
     import datasets
     import torch
@@ -221,7 +226,9 @@ def script(model: Any, tokenizer: Any, _: Any, case: Case) -> dict[str, Any]:
             torch.cuda.synchronize()
             now = time.monotonic()
             speeds.append(sizes[state.global_step - 1] / (now - began[0]))
-            began[0] = now
+            if turn is not None:
+                turn.step_done()
+            began[0] = time.monotonic()
 
     with TemporaryDirectory() as place:
         settings = SFTConfig(
@@ -234,6 +241,7 @@ def script(model: Any, tokenizer: Any, _: Any, case: Case) -> dict[str, Any]:
         trainer.add_callback(Clock())
         trainer.train()
     return speeds_told(speeds) | {
+        "tokens": sizes,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
         "steps": len(speeds),
         "trained_on": [str(next(p for p in model.parameters() if p.requires_grad).dtype)],
@@ -258,6 +266,36 @@ def in_the_model(geometry_name: str, backend: str, case: Case) -> dict[str, Any]
     }
 
 
+# -- step by step, in turns -------------------------------------------------------------------------------------------
+
+FREE = 4
+"""Steps before the first turn: kernels are compiled and tried there."""
+TOLD = "turn "
+"""What begins the line that tells a step's seconds."""
+
+
+class Turn:
+    """A side's part in taking turns with others: a step when a line comes on stdin, its seconds on stdout.
+
+    A step is timed from one end of a step to the next, without the wait; the card is done before the clock is read.
+    """
+
+    def __init__(self, free: int = FREE):
+        self.free, self.steps, self._began = free, 0, time.monotonic()
+
+    def step_done(self) -> None:
+        """Tell the step's seconds, and wait."""
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.steps += 1
+        if self.steps >= self.free:
+            print(f"{TOLD}{time.monotonic() - self._began}", flush=True)
+            sys.stdin.readline()
+        self._began = time.monotonic()
+
+
 # -- as a process ----------------------------------------------------------------------------------------------------
 
 
@@ -269,10 +307,13 @@ def main() -> None:
     parser.add_argument("--geometry", required=True)
     parser.add_argument("--backend", choices=("unsloth", "plain"), required=True)
     parser.add_argument("--cases", type=json.loads, required=True)
+    parser.add_argument(
+        "--turns", action="store_true", help="a line on stdin before each step of the one case"
+    )
     options = parser.parse_args()
-    for row in session(
-        options.model, options.geometry, options.backend, [Case(**given) for given in options.cases]
-    ):
+    cases = [Case(**given) for given in options.cases]
+    turn = Turn() if options.turns else None
+    for row in session(options.model, options.geometry, options.backend, cases, turn):
         print(json.dumps(row), flush=True)
 
 

@@ -67,8 +67,9 @@ def hidden_gaps(backend: str, run: Run) -> dict[str, float]:
         model.padding_free = packed
         model.train(training)
         with torch.no_grad(), autocast(model):
-            hidden = hidden_states(model, pad(rows, tokenizer.pad_token_id)).float()
-        found[name] = torch.cat([hidden[i, : len(row.ids)] for i, row in enumerate(rows)])
+            hidden = hidden_states(model, pad(rows, tokenizer.pad_token_id))
+        places = [(i, column) for i, row in enumerate(rows) for column in range(len(row.ids))]
+        found[name] = hidden.at(*zip(*places, strict=True)).float()
     padded = found.pop("padded")
     return {name: float((got - padded).abs().mean() / padded.abs().mean()) for name, got in found.items()}
 
