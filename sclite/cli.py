@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from sclite import console
-from sclite.errors import DeviceFault, UsageFault
+from sclite.errors import UsageFault
 from sclite.options import Common, ConfigOption, JsonOption, common_options, held
 
 app = typer.Typer(
@@ -71,11 +71,10 @@ def quickstart(
 @app.command()
 def init(config: ConfigOption = None) -> None:
     """Write a commented sclite.toml that fits this machine."""
-    from sclite import config as configuration
-    from sclite import machine
+    from sclite import machine, settings
 
     found = machine.cards()
-    path = config or Path(configuration.FILE)
+    path = config or Path(settings.FILE)
     machine.write_configuration(path, max(total for _, total, _ in found) if found else None)
     card = (
         f"{found[0][0]}, {found[0][1]:.0f} GB" if found else "no CUDA card: the embedded student, on the CPU"
@@ -124,6 +123,7 @@ def build_data(
 ) -> None:
     """Templates by the teacher; and corrections once there is an SFT student."""
     from sclite import pipeline
+    from sclite.look import told
 
     if only not in (None, "templates", "corrections"):
         raise UsageFault(f"--only {only}: no such part", "use --only templates or --only corrections")
@@ -132,7 +132,7 @@ def build_data(
     if dry_run:
         reckon = pipeline.forecast_corrections if only == "corrections" else pipeline.reckon_templates
         with world.run.hold():
-            _tell_dry_run(reckon(world), common.json)
+            told.dry_run(reckon(world), common.json)
         return
     world.ask_before_paying = not yes
     with held(world.run, world.config):
@@ -143,58 +143,7 @@ def build_data(
             pipeline.build_corrections(world)
             if pipeline.can_build_pairs(world):
                 pipeline.build_pairs(world)
-    figures = _data_figures(world.reports)
-    if common.json:
-        console.print_json(figures)
-        return
-    if only != "corrections":
-        console.say(f"{figures['templates']} templates in {world.run.path('templates.jsonl')}")
-    if any(report.stage == "pairs" for report in world.reports):
-        console.say(f"{figures['pairs']} pairs in {world.run.path('pairs.jsonl')}")
-    if figures["cost_usd"]:
-        console.say(f"They cost ${figures['cost_usd']:.4f}.")
-    for reason, count in sorted(figures["dropped"].items()):
-        console.say(f"  {count} left out: {reason.replace('_', ' ')}")
-    if figures["dropped"]:
-        console.say(f"Look at them: [bold cyan]sclite show drops --run {world.run.folder}[/]")
-    if not trained:
-        console.say("Next: [bold cyan]sclite train --gpu 0[/]")
-
-
-def _tell_dry_run(found: dict[str, Any], json: bool) -> None:
-    if json:
-        console.print_json(found)
-        return
-    request = found["first_request"]
-    if request is None:
-        console.say("Nothing is left to ask.")
-        return
-    settings = {name: value for name, value in request.items() if name != "messages"}
-    console.say(console.plain(", ".join(f"{name} {value}" for name, value in settings.items())))
-    for message in request["messages"]:
-        console.say(f"\n[bold]{message['role']}[/]\n{console.plain(message['content'])}")
-    cost = "at an unknown price" if found["cost_usd"] is None else f"about ${found['cost_usd']:.4f}"
-    console.say(
-        f"\n{found['requests']} requests and their repairs, about {found['prompt_tokens']} tokens sent and "
-        f"{found['completion_tokens']} written, {cost}. Nothing was asked."
-    )
-
-
-def _data_figures(reports: list[Any]) -> dict[str, Any]:
-    dropped: dict[str, int] = {}
-    for report in reports:
-        for reason, count in report.dropped.items():
-            dropped[reason] = dropped.get(reason, 0) + count
-    counts = {name: value for report in reports for name, value in report.counts.items()}
-    costs, kinds = [report.cost_usd for report in reports], ("decision", "content")
-    built = any(report.stage == "pairs" for report in reports)
-    return {
-        "templates": counts.get("templates", 0),
-        "pairs": sum(counts.get(kind, 0) for kind in kinds) if built else counts.get("corrected", 0),
-        "dropped": dropped,
-        "cost_usd": None if None in costs else round(sum(costs), 6),
-        "seconds": round(sum(report.seconds for report in reports), 3),
-    }
+    told.built(world.run, world.reports, only, trained, common.json)
 
 
 @app.command()
@@ -220,39 +169,18 @@ def train(
 ) -> None:
     """SFT, then the student's mistakes and their corrections, then DPO."""
     from sclite import training
+    from sclite.look import told
     from sclite.student.load import choose_card, model_name
 
     world = common.world()
     model_name(world.config.student)
     choose_card(gpu)
     if plan:
-        _tell_plan(training.plan(world), common.json)
+        told.plan(training.plan(world), common.json)
         return
     with held(world.run, world.config):
         reports = training.train(world, only, fresh)
-    if common.json:
-        console.print_json({report.stage: report.as_dict() for report in reports})
-        return
-    done = "dpo" if only != "sft" else "sft"
-    console.say(f"The adapter is in {world.run.path(done + '/adapter')}")
-    console.say(
-        "Next: [bold cyan]sclite export[/]"
-        if only != "sft"
-        else "Next: [bold cyan]sclite train --only dpo[/]"
-    )
-
-
-def _tell_plan(found: dict[str, Any], json: bool) -> None:
-    from sclite.look.plan import show_plan
-
-    if json:
-        console.print_json(found)
-    else:
-        show_plan(found)
-    if any(stage["fits"] is False for stage in found["stages"].values()):
-        raise DeviceFault(
-            "not every stage fits on this card", "take the settings that the plan says would fit"
-        )
+    told.trained(world.run, reports, only, common.json)
 
 
 @app.command()
@@ -270,6 +198,7 @@ def export(
 ) -> None:
     """A GGUF of the trained student, and a Modelfile for Ollama."""
     from sclite import measure, pipeline
+    from sclite.look import told
 
     if form not in ("gguf", "lora", "data"):
         raise UsageFault(f"--format {form}: no such format", "use --format gguf, lora or data")
@@ -279,7 +208,7 @@ def export(
             console.say(str(pipeline.export_lora(world)))
             return
         if form == "data":
-            _tell_data(pipeline.export_data(world), common.json)
+            told.datasets(pipeline.export_data(world), common.json)
             return
         report = pipeline.export(world)[0]
         created = None
@@ -287,34 +216,10 @@ def export(
             from sclite.export.ollama import create
 
             created = create(world.config.export.ollama, world.run.path("export/Modelfile"))
-    if common.json:
-        console.print_json(
-            {**report.figures, "ollama": world.config.export.ollama if created is not None else None}
-        )
-        return
-    console.say(f"{report.figures['gguf']}  {report.figures['megabytes']:g} MB")
-    for warning in report.figures.get("warnings", []):
-        console.note(f"[yellow]note:[/] {warning}")
-    if created is not None:
-        console.say(f"Next: [bold cyan]ollama run {world.config.export.ollama}[/]")
-    elif (
-        world.config.review.threshold is None
-        and measure.stored_threshold(world, Path(report.figures["gguf"])) is None
-    ):
-        console.say(
-            f"Next: [bold cyan]sclite eval PROBLEMS --run {world.run.folder}[/], which fits the review's threshold"
-        )
-    else:
-        console.say(f"Next: [bold cyan]sclite chat --self-correct --run {world.run.folder}[/]")
-
-
-def _tell_data(report: Any, json: bool) -> None:
-    if json:
-        console.print_json({**report.counts, **report.figures})
-        return
-    for name, count in report.counts.items():
-        console.say(f"{count} rows in {report.figures['folder']}/{name}.jsonl" if count else f"no {name}")
-    console.say(f"Choose a licence in {report.figures['folder']}/README.md before you publish them.")
+    fitted = world.config.review.threshold is not None
+    if not fitted and created is None and not common.json:  # a large file is read as a whole for this
+        fitted = measure.stored_threshold(world, Path(report.figures["gguf"])) is not None
+    told.exported(world, report, created, fitted, common.json)
 
 
 @app.command("eval")

@@ -33,11 +33,11 @@ class Common:
 
     def load(self, chosen: Mapping[str, Any] | None = None, defaults: Mapping[str, Any] | None = None) -> Any:
         """The configuration; with `defaults` of its own a command does not read ./sclite.toml unasked."""
-        from sclite import config  # pydantic takes longer than all of --help
+        from sclite.settings import load  # pydantic takes longer than all of --help
 
         own = {**(chosen or {}), "run": self.run}
         settings = [f"{key}={value}" for key, value in own.items() if value is not None]
-        return config.load(
+        return load(
             self.config, [*(self.settings or []), *settings], defaults=defaults, own_file=defaults is None
         )
 

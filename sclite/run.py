@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from sclite import __version__
-from sclite.config import RUN_FILE, Config
+from sclite.config import Config
 from sclite.errors import DataFault, UsageFault
 from sclite.records import Drop, Row
+from sclite.settings import RUN_FILE
 from sclite.signature import brought_up
 
 R = TypeVar("R", bound=Row)

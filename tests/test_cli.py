@@ -11,9 +11,9 @@ import pytest
 
 from sclite import machine
 from sclite.__main__ import main
-from sclite.config import load
 from sclite.records import Drop, Problem
 from sclite.run import Run
+from sclite.settings import load
 from tests.replay import Teaching, fail
 
 PROBLEM = {"question": "What is 1 + 1?", "answer": "2"}

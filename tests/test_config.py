@@ -3,8 +3,9 @@
 import pytest
 from pydantic import ValidationError
 
-from sclite.config import Config, Dpo, keys, load
+from sclite.config import Config, Dpo, keys
 from sclite.errors import UsageFault
+from sclite.settings import load
 
 
 @pytest.fixture(autouse=True)

@@ -251,10 +251,10 @@ def test_the_tokenizer_of_a_hub_model_is_used_where_it_is_in_the_cache(folder, t
 def test_a_plan_that_does_not_fit_ends_with_exit_5_as_json_too(capsys):
     import json
 
-    from sclite.cli import _tell_plan
+    from sclite.look import told
 
     with pytest.raises(DeviceFault) as fault:
-        _tell_plan({"stages": {"sft": {"fits": False}}}, json=True)
+        told.plan({"stages": {"sft": {"fits": False}}}, json=True)
     assert fault.value.code == 5
     assert json.loads(capsys.readouterr().out)["stages"]["sft"]["fits"] is False
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sclite.config import RUN_FILE
 from sclite.errors import DataFault, UsageFault
 from sclite.records import Attempt, Drop, Pair, Problem, Review, Row, Template
 from sclite.run import Run
+from sclite.settings import RUN_FILE
 
 FILES: dict[str, tuple[str, type[Row]]] = {
     "problems": ("problems.jsonl", Problem),

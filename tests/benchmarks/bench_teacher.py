@@ -27,6 +27,7 @@ from sclite.data.problems import load_problems
 from sclite.data.templates import build_templates
 from sclite.grader import Grader
 from sclite.run import Run
+from sclite.settings import load
 from sclite.teacher.client import Teacher
 from sclite.teacher.ledger import Ledger
 from sclite.teacher.provider import Provider
@@ -53,7 +54,7 @@ def settings(url: str, in_flight: int, *more: str) -> config.Config:
         f"teacher.concurrency={in_flight}",
         *more,
     ]
-    return config.load(None, chosen, {}, own_file=False)
+    return load(None, chosen, {}, own_file=False)
 
 
 def seconds_for(chosen: config.Config, problems, folder: Path) -> tuple[float, int]:

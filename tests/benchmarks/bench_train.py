@@ -194,9 +194,9 @@ def embedded(run_folder: Path, adapters: Path, backend: str) -> None:
     """Train the embedded student's three stages on the card from a quickstart's rows; copy its adapters."""
     import shutil
 
-    from sclite.config import load
     from sclite.records import Problem
     from sclite.run import Run
+    from sclite.settings import load
     from sclite.signature import digest
     from sclite.train.dpo import train_dpo
     from sclite.train.sft import train_sft

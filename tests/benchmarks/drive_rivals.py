@@ -51,7 +51,7 @@ def timed(clock: Clock, call: Callable[[], list[str]]) -> dict[str, float]:
 
 def sclite(url: str, work: Path, in_flight: int, model: str) -> dict[str, float]:
     """build_templates, all of it: every reply in the ledger, parsed, graded against the gold answer, written."""
-    from sclite import config
+    from sclite import settings
     from sclite.data.problems import load_problems
     from sclite.data.templates import FILE, build_templates
     from sclite.grader import Grader
@@ -61,7 +61,7 @@ def sclite(url: str, work: Path, in_flight: int, model: str) -> dict[str, float]
     from sclite.teacher.ledger import Ledger
 
     chosen = [f"teacher.model={model}", f"teacher.api_base={url}", f"teacher.concurrency={in_flight}"]
-    settings = config.load(None, chosen, {}, own_file=False)
+    settings = settings.load(None, chosen, {}, own_file=False)
     problems, run, clock = load_problems(str(work / "problems.jsonl")), Run(work / "run"), Clock(url)
     with (
         Grader() as grader,

@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from sclite import config
 from sclite.config import Config
 from sclite.console import Screen
 from sclite.data.contamination import index_of, overlap, trained_on
@@ -13,6 +12,7 @@ from sclite.errors import DataFault, NetworkFault
 from sclite.measure import held_out
 from sclite.records import Drop, Problem, Template
 from sclite.run import Report
+from sclite.settings import load
 from sclite.world import World
 
 LONG = "Anna has twelve nuts and buys three more bags with seven nuts in each of them"
@@ -62,7 +62,7 @@ def plain(text, **more):
 
 
 def settings(*given: str) -> Config:
-    return config.load(None, given, {}, own_file=False)
+    return load(None, given, {}, own_file=False)
 
 
 def test_a_row_that_overlaps_an_evaluation_question_is_left_out_and_listed(tmp_path, run):

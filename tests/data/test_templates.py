@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from sclite import config, prompts, trace
+from sclite import prompts, trace
 from sclite.data.templates import build_templates, check_template, mentions_the_solution
 from sclite.errors import DataFault, TeacherFault, UsageFault
 from sclite.grader import Grader
@@ -59,7 +59,7 @@ def build(run, url, grader, problems=PROBLEMS, settings=(), **options):
         "teacher.attempts_per_call=2",
         *settings,
     ]
-    chosen = config.load(None, settings, {})
+    chosen = settings.load(None, settings, {})
     with Ledger(run.path("ledger.sqlite")) as ledger, Teacher(chosen.teacher, ledger) as teacher:
         return build_templates(chosen, run, teacher=teacher, grader=grader, problems=problems, **options)
 
@@ -314,7 +314,7 @@ def test_without_a_list_the_stage_takes_its_own_share_of_the_configured_problems
 
 PROGRAM = """
 import sys
-from sclite import config
+from sclite import settings
 from sclite.grader import Grader
 from sclite.data.templates import build_templates
 from sclite.records import Problem
@@ -324,7 +324,7 @@ from sclite.teacher.ledger import Ledger
 
 run, url = Run(sys.argv[1]), sys.argv[2]
 problems = [Problem(id=f"p{i}", question=f"What is {i} + 1?", answer=str(i + 1), solution="Count.") for i in range(60)]
-settings = config.load(None, ["teacher.model=openai/replay", f"teacher.api_base={url}", "teacher.concurrency=4"], {})
+settings = settings.load(None, ["teacher.model=openai/replay", f"teacher.api_base={url}", "teacher.concurrency=4"], {})
 with run.hold(), Grader() as grader, Ledger(run.path("ledger.sqlite")) as ledger:
     with Teacher(settings.teacher, ledger) as teacher:
         build_templates(settings, run, teacher=teacher, grader=grader, problems=problems,

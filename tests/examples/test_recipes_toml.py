@@ -10,8 +10,9 @@ import pytest
 import typer
 
 from sclite.cli import app
-from sclite.config import keys, load
+from sclite.config import keys
 from sclite.errors import UsageFault
+from sclite.settings import load
 from sclite.train.geometry import geometry
 from sclite.train.memory import choose, estimate
 from sclite.train.plan import STAGES, wanted

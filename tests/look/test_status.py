@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from sclite import prompts
-from sclite.config import load
 from sclite.data import attempts, corrections, templates
 from sclite.data.problems import split_for_stages
 from sclite.errors import DataFault
 from sclite.look.status import status
 from sclite.records import Attempt, Drop, Problem, Review, Template
 from sclite.run import Report, Run
+from sclite.settings import load
 from sclite.teacher.ledger import Entry, Ledger
 from sclite.train import sft
 

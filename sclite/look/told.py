@@ -1,0 +1,121 @@
+"""What the commands say when they are done: one JSON object, or words and the next command."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sclite import console
+from sclite.errors import DeviceFault
+from sclite.run import Report, Run
+
+
+def dry_run(found: Mapping[str, Any], json: bool) -> None:
+    """The first request and the forecast."""
+    if json:
+        console.print_json(found)
+        return
+    request = found["first_request"]
+    if request is None:
+        console.say("Nothing is left to ask.")
+        return
+    settings = {name: value for name, value in request.items() if name != "messages"}
+    console.say(console.plain(", ".join(f"{name} {value}" for name, value in settings.items())))
+    for message in request["messages"]:
+        console.say(f"\n[bold]{message['role']}[/]\n{console.plain(message['content'])}")
+    cost = "at an unknown price" if found["cost_usd"] is None else f"about ${found['cost_usd']:.4f}"
+    console.say(
+        f"\n{found['requests']} requests and their repairs, about {found['prompt_tokens']} tokens sent and "
+        f"{found['completion_tokens']} written, {cost}. Nothing was asked."
+    )
+
+
+def built(run: Run, reports: Sequence[Report], only: str | None, trained: bool, json: bool) -> None:
+    """What build-data has made, what it left out, and what to type next."""
+    figures = data_figures(reports)
+    if json:
+        console.print_json(figures)
+        return
+    if only != "corrections":
+        console.say(f"{figures['templates']} templates in {run.path('templates.jsonl')}")
+    if any(report.stage == "pairs" for report in reports):
+        console.say(f"{figures['pairs']} pairs in {run.path('pairs.jsonl')}")
+    if figures["cost_usd"]:
+        console.say(f"They cost ${figures['cost_usd']:.4f}.")
+    for reason, count in sorted(figures["dropped"].items()):
+        console.say(f"  {count} left out: {reason.replace('_', ' ')}")
+    if figures["dropped"]:
+        console.say(f"Look at them: [bold cyan]sclite show drops --run {run.folder}[/]")
+    if not trained:
+        console.say("Next: [bold cyan]sclite train --gpu 0[/]")
+
+
+def data_figures(reports: Sequence[Report]) -> dict[str, Any]:
+    """What `build-data --json` prints."""
+    dropped: dict[str, int] = {}
+    for report in reports:
+        for reason, count in report.dropped.items():
+            dropped[reason] = dropped.get(reason, 0) + count
+    counts = {name: value for report in reports for name, value in report.counts.items()}
+    costs, kinds = [report.cost_usd for report in reports], ("decision", "content")
+    paired = any(report.stage == "pairs" for report in reports)
+    return {
+        "templates": counts.get("templates", 0),
+        "pairs": sum(counts.get(kind, 0) for kind in kinds) if paired else counts.get("corrected", 0),
+        "dropped": dropped,
+        "cost_usd": None if None in costs else round(sum(costs), 6),
+        "seconds": round(sum(report.seconds for report in reports), 3),
+    }
+
+
+def trained(run: Run, reports: Sequence[Report], only: str | None, json: bool) -> None:
+    """Where the adapter is."""
+    if json:
+        console.print_json({report.stage: report.as_dict() for report in reports})
+        return
+    done, command = ("sft", "train --only dpo") if only == "sft" else ("dpo", "export")
+    console.say(f"The adapter is in {run.path(done + '/adapter')}")
+    console.say(f"Next: [bold cyan]sclite {command}[/]")
+
+
+def plan(found: Mapping[str, Any], json: bool) -> None:
+    """What will fit. Raises DeviceFault where a stage does not."""
+    from sclite.look.plan import show_plan
+
+    if json:
+        console.print_json(found)
+    else:
+        show_plan(found)
+    if any(stage["fits"] is False for stage in found["stages"].values()):
+        raise DeviceFault(
+            "not every stage fits on this card", "take the settings that the plan says would fit"
+        )
+
+
+def exported(world: Any, report: Report, created: Any, fitted: bool, json: bool) -> None:
+    """The GGUF, and the next command.
+
+    `created`: what `ollama create` gave, None where it was not asked for; `fitted`: there is a threshold for its reviews.
+    """
+    ollama, figures = world.config.export.ollama, report.figures
+    if json:
+        console.print_json({**figures, "ollama": ollama if created is not None else None})
+        return
+    console.say(f"{figures['gguf']}  {figures['megabytes']:g} MB")
+    for warning in figures.get("warnings", []):
+        console.note(f"[yellow]note:[/] {warning}")
+    if created is not None:
+        console.say(f"Next: [bold cyan]ollama run {ollama}[/]")
+    elif fitted:
+        console.say(f"Next: [bold cyan]sclite chat --self-correct --run {world.run.folder}[/]")
+    else:
+        command = f"sclite eval PROBLEMS --run {world.run.folder}"
+        console.say(f"Next: [bold cyan]{command}[/], which fits the review's threshold")
+
+
+def datasets(report: Report, json: bool) -> None:
+    """The data sets for other trainers."""
+    if json:
+        console.print_json({**report.counts, **report.figures})
+        return
+    for name, count in report.counts.items():
+        console.say(f"{count} rows in {report.figures['folder']}/{name}.jsonl" if count else f"no {name}")
+    console.say(f"Choose a licence in {report.figures['folder']}/README.md before you publish them.")
