@@ -45,7 +45,7 @@ DEFAULTS: Mapping[str, Any] = {
     },
     "export": {"quant": "q8_0", "num_ctx": 2048},
     "eval": {"limit": 300, "max_tokens": 200, "context": 1024},
-    "review": {"max_harm": 0.01},  # of 400 fitting problems; the usual half per cent are two, and chance decides
+    "review": {"max_harm": 0.01},  # half a per cent of 400 fitting problems are two: chance would decide
 }
 
 PLAN = {

@@ -51,17 +51,17 @@ def timed(clock: Clock, call: Callable[[], list[str]]) -> dict[str, float]:
 
 def sclite(url: str, work: Path, in_flight: int, model: str) -> dict[str, float]:
     """build_templates, all of it: every reply in the ledger, parsed, graded against the gold answer, written."""
-    from sclite import settings
     from sclite.data.problems import load_problems
     from sclite.data.templates import FILE, build_templates
     from sclite.grader import Grader
     from sclite.records import Template
     from sclite.run import Run
+    from sclite.settings import load
     from sclite.teacher.client import Teacher
     from sclite.teacher.ledger import Ledger
 
     chosen = [f"teacher.model={model}", f"teacher.api_base={url}", f"teacher.concurrency={in_flight}"]
-    settings = settings.load(None, chosen, {}, own_file=False)
+    settings = load(None, chosen, {}, own_file=False)
     problems, run, clock = load_problems(str(work / "problems.jsonl")), Run(work / "run"), Clock(url)
     with (
         Grader() as grader,

@@ -4,12 +4,13 @@ import json
 
 import pytest
 
-from sclite import config, pipeline, settings
+from sclite import config, pipeline
 from sclite.console import Screen
 from sclite.data.pairs import build_pairs
 from sclite.errors import DataFault
 from sclite.grader import Grader
 from sclite.records import Attempt, Pair, Problem, Review, Template
+from sclite.settings import load
 from sclite.student.base import Reply
 from sclite.trace import CAUSE, Step, Trace, parse, render
 from sclite.train.sft import train_sft
@@ -65,7 +66,7 @@ class Student:
 
 
 def world_of(run, *given: str) -> World:
-    return World(settings.load(None, given, {}, own_file=False), run, Screen(quiet=True))
+    return World(load(None, given, {}, own_file=False), run, Screen(quiet=True))
 
 
 def write(path, rows):
@@ -264,9 +265,9 @@ def test_an_adapter_without_its_configuration_is_named(run):
 def test_without_warm_up_epochs_the_adapter_is_taken_over_and_no_reviews_are_needed(run):
     put_adapter(run)
     with pytest.raises(DataFault, match=r"reviews\.jsonl is missing") as fault:
-        train_warm(settings.load(None, ["student.model=embedded"], {}, own_file=False), run)
+        train_warm(load(None, ["student.model=embedded"], {}, own_file=False), run)
     assert "dpo.warmup_epochs=0" in fault.value.hint
-    chosen = settings.load(None, ["student.model=embedded", "dpo.warmup_epochs=0"], {}, own_file=False)
+    chosen = load(None, ["student.model=embedded", "dpo.warmup_epochs=0"], {}, own_file=False)
     train_warm(chosen, run)
     assert run.path("dpo/warm/adapter_model.safetensors").read_bytes() == b"weights"
     assert train_warm(chosen, run).skipped

@@ -5,10 +5,11 @@ import json
 
 import pytest
 
-from sclite import config, settings
+from sclite import config
 from sclite.data.problems import gather_problems, load_problems, split_for_stages
 from sclite.errors import DataFault, NetworkFault, UsageFault
 from sclite.records import Drop, Problem
+from sclite.settings import load
 
 GSM8K = {
     "question": "How many clips?",
@@ -194,7 +195,7 @@ def test_a_named_column_that_is_not_there_is_told_with_those_that_are(tmp_path):
 def test_the_columns_of_the_configuration_are_used(tmp_path, run):
     source = write(tmp_path / "p.jsonl", [{"query": "q", "gold": "1"}])
     names = ["problems.question_column=query", "problems.answer_column=gold"]
-    (kept,) = gather_problems(settings.load(None, [f"problems.source={source}", *names], {}), run)
+    (kept,) = gather_problems(load(None, [f"problems.source={source}", *names], {}), run)
     assert (kept.question, kept.answer) == ("q", "1")
 
 
@@ -292,7 +293,7 @@ def test_problems_are_divided_by_share_and_a_new_one_moves_no_other():
 
 def test_the_problems_of_a_run_are_written_into_it_or_were_put_there(tmp_path, run):
     source = write(tmp_path / "p.jsonl", [plain(1), plain(2), plain(2)])
-    problems = gather_problems(settings.load(None, [f"problems.source={source}"], {}), run)
+    problems = gather_problems(load(None, [f"problems.source={source}"], {}), run)
     assert run.read("problems.jsonl", Problem) == problems
     assert [d.reason for d in run.read("dropped.jsonl", Drop)] == ["duplicate_question"]
     assert gather_problems(config.Config(), run) == problems

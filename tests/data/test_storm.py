@@ -11,11 +11,11 @@ import time
 
 import pytest
 
-from sclite import settings
 from sclite.data.templates import build_templates, check_template
 from sclite.grader import Grader
 from sclite.records import Problem, Template
 from sclite.run import Run
+from sclite.settings import load
 from sclite.teacher.client import Teacher
 from sclite.teacher.ledger import Ledger, request_key
 from sclite.teacher.sender import parameters_of
@@ -60,7 +60,7 @@ def storm(request, nth):
 
 def chosen(url, *more):
     named = ["teacher.model=openai/replay", f"teacher.api_base={url}", "teacher.timeout_seconds=1"]
-    return settings.load(None, [*named, "teacher.concurrency=16", *more], {}, own_file=False)
+    return load(None, [*named, "teacher.concurrency=16", *more], {}, own_file=False)
 
 
 def build(run, settings, grader, problems=PROBLEMS):

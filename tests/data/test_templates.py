@@ -15,6 +15,7 @@ from sclite.errors import DataFault, TeacherFault, UsageFault
 from sclite.grader import Grader
 from sclite.records import Drop, Problem, Template
 from sclite.run import Run
+from sclite.settings import load
 from sclite.teacher.client import Teacher
 from sclite.teacher.ledger import Ledger
 from tests.replay import Teaching, fail, say
@@ -59,7 +60,7 @@ def build(run, url, grader, problems=PROBLEMS, settings=(), **options):
         "teacher.attempts_per_call=2",
         *settings,
     ]
-    chosen = settings.load(None, settings, {})
+    chosen = load(None, settings, {})
     with Ledger(run.path("ledger.sqlite")) as ledger, Teacher(chosen.teacher, ledger) as teacher:
         return build_templates(chosen, run, teacher=teacher, grader=grader, problems=problems, **options)
 
@@ -314,7 +315,7 @@ def test_without_a_list_the_stage_takes_its_own_share_of_the_configured_problems
 
 PROGRAM = """
 import sys
-from sclite import settings
+from sclite.settings import load
 from sclite.grader import Grader
 from sclite.data.templates import build_templates
 from sclite.records import Problem
@@ -324,7 +325,7 @@ from sclite.teacher.ledger import Ledger
 
 run, url = Run(sys.argv[1]), sys.argv[2]
 problems = [Problem(id=f"p{i}", question=f"What is {i} + 1?", answer=str(i + 1), solution="Count.") for i in range(60)]
-settings = settings.load(None, ["teacher.model=openai/replay", f"teacher.api_base={url}", "teacher.concurrency=4"], {})
+settings = load(None, ["teacher.model=openai/replay", f"teacher.api_base={url}", "teacher.concurrency=4"], {})
 with run.hold(), Grader() as grader, Ledger(run.path("ledger.sqlite")) as ledger:
     with Teacher(settings.teacher, ledger) as teacher:
         build_templates(settings, run, teacher=teacher, grader=grader, problems=problems,
