@@ -59,45 +59,87 @@ def review_settings(config: Config, threshold: float) -> Settings:
     return Settings(threshold, config.review.rounds, config.eval.max_tokens, config.prompts.folder)
 
 
-def fit(student: Student, first: First, config: Config, grader: Grader) -> dict[str, Any]:
-    """Fit the threshold on a student's first answers; see `metrics.fit_threshold`.
+def fit(student: Student, problems: Sequence[Problem], config: Config, grader: Grader) -> dict[str, Any]:
+    """Fit the threshold on problems that are used nowhere else; see `metrics.fit_threshold`.
 
-    Corrections are tried only where they could decide: at steps that score above all before them, in a block of
-    problems after the other, those with the highest scores first, until accusing that far spoils twice as many answers
-    as are allowed, two blocks in a row mend none, or `FIT_SHARE` is reached. Elsewhere the worse is assumed.
+    The second half of them is solved only where the student's corrections mend something in the first.
     """
-    scores = scores_of(student, [p.question for p in first.problems], first.traces, config.prompts.folder)
-    ranked = sorted((i for i, s in enumerate(scores) if s), key=lambda i: -max(scores[i]))
-    most, size = round(FIT_SHARE * len(ranked)), max(1, round(FIT_BLOCK * len(ranked)))
-    results: dict[tuple[int, int], bool | None] = {}
-    barren = 0
-    for end in range(size, most + size, size):
-        chosen = ranked[: min(end, most)]
-        floor = max(scores[chosen[-1]])
-        steps = [(i, step) for i in sorted(chosen) for step in _could_be_accused(scores[i], floor)]
-        tried = [place for place in steps if place not in results]
-        cases = [(first.problems[i].question, first.traces[i], step) for i, step in tried]
-        mended = mend(student, cases, review_settings(config, 0.0))
-        verdicts = grade(grader, [m.text for m in mended], [first.problems[i] for i, _ in tried])
-        results |= dict(zip(tried, verdicts, strict=True))
-        spoiled = [
-            i
-            for i in chosen
-            if first.correct[i] and not results[i, next(_could_be_accused(scores[i], floor))]
+    trials = Trials(student, config, grader)
+    half = len(problems) // 2
+    trials.add(problems[:half])
+    found = trials.fit()
+    if trials.mended:
+        trials.add(problems[half:])
+        found = trials.fit()
+    return found
+
+
+class Trials:
+    """A student's first answers to fitting problems, the scores of their steps, and what correcting some of them gave."""
+
+    def __init__(self, student: Student, config: Config, grader: Grader):
+        self.student, self.config, self.grader = student, config, grader
+        self.problems: list[Problem] = []
+        self.traces: list[Trace] = []
+        self.correct: list[bool | None] = []
+        self.scores: list[Sequence[float]] = []
+        self.results: dict[tuple[int, int], bool | None] = {}
+
+    def add(self, problems: Sequence[Problem]) -> None:
+        """Let the student solve further problems and score its steps."""
+        first = solve(self.student, problems, self.config, self.grader)
+        questions = [problem.question for problem in problems]
+        self.scores += scores_of(self.student, questions, first.traces, self.config.prompts.folder)
+        self.problems += first.problems
+        self.traces += first.traces
+        self.correct += first.correct
+
+    @property
+    def mended(self) -> bool:
+        """Whether a correction has made a wrong answer right."""
+        return any(result and self.correct[i] is False for (i, _), result in self.results.items())
+
+    def fit(self) -> dict[str, Any]:
+        """The threshold on all problems so far.
+
+        Corrections are tried only where they could decide: at steps that score above all before them, in a block of
+        problems after the other, those with the highest scores first, until accusing that far spoils twice as many
+        answers as are allowed, two blocks in a row mend none, or `FIT_SHARE` is reached. Elsewhere the worse is assumed.
+        """
+        scores, harm = self.scores, self.config.review.max_harm
+        ranked = sorted((i for i, s in enumerate(scores) if s), key=lambda i: -max(scores[i]))
+        most, size = round(FIT_SHARE * len(ranked)), max(1, round(FIT_BLOCK * len(ranked)))
+        barren, seen = 0, set()
+        for end in range(size, most + size, size):
+            chosen = ranked[: min(end, most)]
+            floor = max(scores[chosen[-1]])
+            steps = {i: list(_could_be_accused(scores[i], floor)) for i in sorted(chosen)}
+            newest = {(i, step) for i in steps for step in steps[i]} - seen
+            self._try(sorted(newest))
+            seen |= newest
+            spoiled = [i for i in chosen if self.correct[i] and not self.results[i, steps[i][0]]]
+            mends = any(self.results[i, step] and not self.correct[i] for i, step in newest)
+            barren = 0 if mends else barren + 1
+            if len(spoiled) > 2 * harm * len(scores) or barren == 2:
+                break
+        rows = [
+            Scored(
+                id=problem.id,
+                correct1=self.correct[i],
+                step_scores=scores[i],
+                corrected=tuple(self.results.get((i, step)) for step in range(1, len(scores[i]) + 1)),
+            )
+            for i, problem in enumerate(self.problems)
         ]
-        barren = 0 if any(results[i, step] and not first.correct[i] for i, step in tried) else barren + 1
-        if len(spoiled) > 2 * config.review.max_harm * len(scores) or barren == 2:
-            break
-    rows = [
-        Scored(
-            id=problem.id,
-            correct1=first.correct[i],
-            step_scores=scores[i],
-            corrected=tuple(results.get((i, step)) for step in range(1, len(scores[i]) + 1)),
-        )
-        for i, problem in enumerate(first.problems)
-    ]
-    return fit_threshold(rows, config.review.max_harm)
+        return fit_threshold(rows, harm)
+
+    def _try(self, places: Sequence[tuple[int, int]]) -> None:
+        """Correct these steps, (problem, step), as far as that was not done before."""
+        new = [place for place in places if place not in self.results]
+        cases = [(self.problems[i].question, self.traces[i], step) for i, step in new]
+        mended = mend(self.student, cases, review_settings(self.config, 0.0))
+        verdicts = grade(self.grader, [m.text for m in mended], [self.problems[i] for i, _ in new])
+        self.results |= dict(zip(new, verdicts, strict=True))
 
 
 def _could_be_accused(scores: Sequence[float], floor: float) -> Iterator[int]:
@@ -205,7 +247,7 @@ def evaluate_model(
     if threshold is None and config.review.mode == "guided":
         threshold = NEVER
         if any(trace.steps for trace in first.traces):  # else there is nothing to review
-            fitted = fit(student, solve(student, fitting, config, grader), config, grader)
+            fitted = fit(student, fitting, config, grader)
             threshold = fitted["threshold"]
     reviewing = time.monotonic()
     rows, reviewed = outcomes(student, first, config, grader, threshold or 0.0, judge, config.review.mode)

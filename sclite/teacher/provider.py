@@ -4,6 +4,7 @@ import asyncio
 import gc
 import logging
 import os
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -88,8 +89,11 @@ def import_litellm() -> ModuleType:
 def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None) -> Provider:
     """Import LiteLLM and find out what it needs for the model.
 
-    Raises UsageFault for a model without a provider, and for a spending limit without a price.
+    Raises UsageFault for a model without a provider, an api_base that is no address, and a spending limit without a price.
     """
+    if settings.api_base and not is_address(settings.api_base):
+        shown = re.sub("//[^/@]*@", "//", settings.api_base)  # without a password
+        raise UsageFault(f"teacher.api_base {shown} is no address", "write http://HOST:PORT/v1")
     litellm = import_litellm()
     if prepare is not None:
         prepare()
@@ -136,6 +140,15 @@ def _price(litellm: ModuleType, settings: config.Teacher, provider: str) -> Pric
     if not listed or listed.get("input_cost_per_token") is None:
         return None
     return Price(listed["input_cost_per_token"], listed.get("output_cost_per_token") or 0.0)
+
+
+def is_address(api_base: str) -> bool:
+    """Whether a request can be sent there: http or https, a host, a port that there is."""
+    try:
+        parts = urlsplit(api_base)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port beyond 65535, or none at all
+        return False
 
 
 def is_local(api_base: str) -> bool:

@@ -16,6 +16,10 @@ from sclite.trace import Trace
 PROBLEMS = [Problem(id=f"p{n}", question=f"question {n}", answer="1") for n in range(200)]
 
 
+def number_of(question: str) -> int:
+    return int(question.split()[1])
+
+
 class Known:
     """Stands for student, reviews and grader: scores of three steps for each problem, and what mending each brings.
 
@@ -30,9 +34,18 @@ class Known:
             tuple(draw.gauss(0, 1) + lead * (step == wrong) for step in range(3)) for wrong in self.wrong_step
         ]
         self.tried: list[tuple[str, int]] = []
-        monkeypatch.setattr(evaluate, "scores_of", lambda *_: self.scores)
+        self.solved = 0
+        monkeypatch.setattr(evaluate, "solve", self.solve)
+        monkeypatch.setattr(
+            evaluate, "scores_of", lambda _, asked, *__: [self.scores[n] for n in map(number_of, asked)]
+        )
         monkeypatch.setattr(evaluate, "mend", self.mend)
         monkeypatch.setattr(evaluate, "grade", lambda _, texts, __: [text == "right" for text in texts])
+
+    def solve(self, _, problems, *__):
+        self.solved += len(problems)
+        correct = [self.correct[number_of(problem.question)] for problem in problems]
+        return evaluate.First(problems, [], [Trace()] * len(problems), correct)
 
     def mended(self, number: int, step: int) -> bool:
         return self.wrong_step[number] == step - 1
@@ -41,13 +54,12 @@ class Known:
         found = []
         for question, _, step in cases:
             self.tried.append((question, step))
-            good = self.mended(int(question.split()[1]), step)
+            good = self.mended(number_of(question), step)
             found.append(Reviewed("right" if good else "wrong", accused=step))
         return found
 
     def fit(self, **review):
-        first = evaluate.First(PROBLEMS, [], [Trace()] * len(PROBLEMS), self.correct)
-        return evaluate.fit(None, first, Config.model_validate({"review": review}), None)
+        return evaluate.fit(None, PROBLEMS, Config.model_validate({"review": review}), None)
 
     def by_trying_everything(self, max_harm: float):
         rows = [
@@ -77,20 +89,26 @@ def test_a_student_that_spoils_what_it_reviews_is_asked_for_one_block_alone(monk
     known = Known(monkeypatch, lead=-1.0)
     found = known.fit(max_harm=0.005)
     assert found["accused"] == found["right_to_wrong"] == 0
-    assert len({question for question, _ in known.tried}) == round(evaluate.FIT_BLOCK * len(PROBLEMS))
+    assert known.solved == len(PROBLEMS) // 2
+    assert len({question for question, _ in known.tried}) == round(evaluate.FIT_BLOCK * known.solved)
 
 
 def test_a_student_that_changes_nothing_is_asked_for_two_blocks(monkeypatch):
     known = Known(monkeypatch, lead=-1.0)
     monkeypatch.setattr(known, "mended", lambda number, _: known.correct[number])
     assert known.fit(max_harm=0.005)["accused"] == 0
-    assert len({question for question, _ in known.tried}) == 2 * round(evaluate.FIT_BLOCK * len(PROBLEMS))
+    assert known.solved == len(PROBLEMS) // 2
+    assert len({question for question, _ in known.tried}) == 2 * round(evaluate.FIT_BLOCK * known.solved)
 
 
 def test_where_harm_is_no_matter_the_share_ends_it(monkeypatch):
     known = Known(monkeypatch, lead=1.0)
     known.fit(max_harm=1.0)
-    assert len({question for question, _ in known.tried}) == round(evaluate.FIT_SHARE * len(PROBLEMS))
+    assert known.solved == len(PROBLEMS)
+    tried = len({question for question, _ in known.tried}) / len(PROBLEMS)
+    assert (
+        evaluate.FIT_SHARE <= tried < evaluate.FIT_SHARE + evaluate.FIT_BLOCK
+    )  # those of the first half alone too
 
 
 def test_answers_without_steps_cost_no_fit(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from sclite import config
+from sclite.errors import UsageFault
 from sclite.teacher import failures, provider
 from tests.replay import BROKEN, HTML, Answer, Teaching, fail, say
 
@@ -214,3 +215,20 @@ def test_a_proxy_of_the_environment_is_used_and_its_password_never_said(monkeypa
     with pytest.raises(ConnectionError) as caught:
         asyncio.run(made.ask(MESSAGES, {}, 2))
     assert "pass-of-mine" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1:8000/v1",
+        "http://127.0.0.1:87611/v1",
+        "http://:8000/v1",
+        "http://host:x/v1",
+        "ftp://me:secret@host/v1",
+    ],
+)
+def test_an_api_base_that_is_no_address_is_told_before_anything_is_asked(address):
+    with pytest.raises(UsageFault, match="is no address") as fault:
+        provider.connect(config.Teacher(model="openai/replay", api_base=address))
+    assert "http://HOST:PORT/v1" in fault.value.hint
+    assert "secret" not in str(fault.value)
