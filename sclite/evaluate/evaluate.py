@@ -27,6 +27,8 @@ Judge = Callable[[str, Trace], int | None]
 
 FIT_SHARE, FIT_BLOCK = 0.6, 0.1
 """Shares of the fitting problems: of those whose steps are tried at all, and of those that are tried at once."""
+MANY_TO_FIT = 200
+"""So many fitting problems that half of them show whether a student's corrections mend anything."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,15 @@ def review_settings(config: Config, threshold: float) -> Settings:
 def fit(student: Student, problems: Sequence[Problem], config: Config, grader: Grader) -> dict[str, Any]:
     """Fit the threshold on problems that are used nowhere else; see `metrics.fit_threshold`.
 
-    The second half of them is solved only where the student's corrections mend something in the first.
+    Where they are many, every other one comes first, and the rest only where the student's corrections mend something in
+    those.
     """
     trials = Trials(student, config, grader)
-    half = len(problems) // 2
-    trials.add(problems[:half])
+    many = len(problems) >= MANY_TO_FIT
+    trials.add(problems[::2] if many else problems)
     found = trials.fit()
-    if trials.mended:
-        trials.add(problems[half:])
+    if many and trials.mended:
+        trials.add(problems[1::2])
         found = trials.fit()
     return found
 
@@ -118,7 +121,7 @@ class Trials:
             self._try(sorted(newest))
             seen |= newest
             spoiled = [i for i in chosen if self.correct[i] and not self.results[i, steps[i][0]]]
-            mends = any(self.results[i, step] and not self.correct[i] for i, step in newest)
+            mends = any(self.results[i, step] and self.correct[i] is False for i, step in newest)
             barren = 0 if mends else barren + 1
             if len(spoiled) > 2 * harm * len(scores) or barren == 2:
                 break

@@ -1,4 +1,4 @@
-"""What the commands say when they are done: one JSON object, or words and the next command."""
+"""What the commands say of what they did or would do: one JSON object, or words and the next command."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,7 +28,7 @@ def dry_run(found: Mapping[str, Any], json: bool) -> None:
     )
 
 
-def built(run: Run, reports: Sequence[Report], only: str | None, trained: bool, json: bool) -> None:
+def built(run: Run, reports: Sequence[Report], only: str | None, has_sft: bool, json: bool) -> None:
     """What build-data has made, what it left out, and what to type next."""
     figures = data_figures(reports)
     if json:
@@ -44,7 +44,7 @@ def built(run: Run, reports: Sequence[Report], only: str | None, trained: bool, 
         console.say(f"  {count} left out: {reason.replace('_', ' ')}")
     if figures["dropped"]:
         console.say(f"Look at them: [bold cyan]sclite show drops --run {run.folder}[/]")
-    if not trained:
+    if not has_sft:
         console.say("Next: [bold cyan]sclite train --gpu 0[/]")
 
 
@@ -67,7 +67,7 @@ def data_figures(reports: Sequence[Report]) -> dict[str, Any]:
 
 
 def trained(run: Run, reports: Sequence[Report], only: str | None, json: bool) -> None:
-    """Where the adapter is."""
+    """Where the adapter is, and what to type next."""
     if json:
         console.print_json({report.stage: report.as_dict() for report in reports})
         return

@@ -74,12 +74,15 @@ def hidden_states(model: Any, batch: Padded) -> Hidden:
         return _laid_out(_after_beginning(decoder, batch, *begun))
     given = {"input_ids": batch.ids.to(device), "attention_mask": batch.mask.to(device)}
     hidden = decoder(**given, use_cache=False).last_hidden_state
-    if hidden.shape[1] != batch.ids.shape[1]:
-        raise DataFault(
-            f"rows of {batch.ids.shape[1]} tokens were cut to {hidden.shape[1]}",
-            "lower max_length: the student has no more",
-        )
+    _refuse_cut(hidden.shape[1], batch.ids.shape[1])
     return _laid_out(hidden)
+
+
+def _refuse_cut(found: int, given: int) -> None:
+    if found != given:
+        raise DataFault(
+            f"rows of {given} tokens were cut to {found}", "lower max_length: the student has no more"
+        )
 
 
 def _laid_out(hidden: Any) -> Hidden:
@@ -139,6 +142,7 @@ def _end_to_end(decoder: Any, batch: Padded, device: Any) -> Hidden:
     if type(decoder).forward.__module__.startswith("unsloth"):
         given["packed_seq_lengths"] = lengths.to(device, torch.int32)
     flat = decoder(attention_mask=None, use_cache=False, **given).last_hidden_state[0]
+    _refuse_cut(len(flat), int(lengths.sum()))
     return Hidden(flat, lengths.cumsum(0) - lengths)
 
 

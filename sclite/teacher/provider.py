@@ -92,8 +92,10 @@ def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None)
     Raises UsageFault for a model without a provider, an api_base that is no address, and a spending limit without a price.
     """
     if settings.api_base and not is_address(settings.api_base):
-        shown = re.sub("//[^/@]*@", "//", settings.api_base)  # without a password
-        raise UsageFault(f"teacher.api_base {shown} is no address", "write http://HOST:PORT/v1")
+        shown = re.sub(r"^(\w+://)?.*@", r"\1", settings.api_base)  # without a password
+        raise UsageFault(
+            f"the api_base {shown} of {settings.model} is no address", "write http://HOST:PORT/v1"
+        )
     litellm = import_litellm()
     if prepare is not None:
         prepare()
@@ -147,7 +149,7 @@ def is_address(api_base: str) -> bool:
     try:
         parts = urlsplit(api_base)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port beyond 65535, or none at all
+    except ValueError:  # a port beyond 65535, or that is no number
         return False
 
 

@@ -4,10 +4,10 @@
     python -m tests.benchmarks.bench_train --models FOLDER --only speed|memory   a part of it
     python -m tests.benchmarks.bench_train --embedded RUN --adapters FOLDER      a quickstart's three trainings on the card
 
-Models are random ones of real geometry, written into FOLDER once. Each session is a process within 24 GB that loads its
-student once for all its cases. For the speeds every side is a process of its own, all on the card at once (about 10 to
-16 GB each for 7B), and they take a step each in turn, so that a host whose speed changes slows all alike. The last form takes the rows of a quickstart's run folder; evaluate its adapters where
-llama.cpp is.
+Models are random ones of real geometry, written into FOLDER once; each process stays within 24 GB. For the memory table a
+process loads its student once for all its cases. For the speeds every side is a process of its own, all on the card at
+once (about 10 to 16 GB each for 7B), and they take a step each in turn, so that a host whose speed changes slows all
+alike. The last form takes the rows of a quickstart's run folder; evaluate its adapters where llama.cpp is.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -101,46 +102,56 @@ def speed(options: argparse.Namespace) -> list[dict[str, Any]]:
             asked = {name: replace(case, steps=options.steps) for name, case in sides.items()}
             if options.sides:
                 asked = {name: case for name, case in asked.items() if name in options.sides.split(",")}
-            rows += in_turns(options.models, options.geometry or FIRST, asked)
-            show_turns(rows[-len(asked) :])
+            if asked:
+                rows += in_turns(options.models, options.geometry or FIRST, asked)
+                show_turns(rows[-len(asked) :])
     return rows
 
 
 def in_turns(models: Path, geometry: str, sides: Mapping[str, Case]) -> list[dict[str, Any]]:
     """The figures of each side, with the seconds of each of its steps as `turns`. One that dies takes no further part."""
-    processes, found = {}, {name: {"side": name, **asdict(case)} for name, case in sides.items()}
-    for name, case in sides.items():
-        backend = "plain" if name == "plain" else "unsloth"
-        command = [*side_command(models, geometry, backend, [case]), "--turns"]
-        processes[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    for name, process in processes.items():
-        next_turn(process)  # all are ready
-        found[name]["turns"] = []
-    for number in range(min(case.steps for case in sides.values()) - FREE):
-        for name in list(processes)[:: 1 if number % 2 else -1]:
-            seconds = next_turn(processes[name], go=True)
-            if seconds is not None:
-                found[name]["turns"].append(seconds)
-        print(json.dumps({name: row["turns"][-1:] for name, row in found.items()}), file=sys.stderr)
-    for name, process in processes.items():
-        said, _ = process.communicate("\n")
-        figures = [line for line in said.splitlines() if line.startswith('{"geometry"')]
-        found[name] |= json.loads(figures[-1]) if figures else {"error": f"ended with {process.returncode}"}
+    found = {name: {"side": name, **asdict(case), "turns": []} for name, case in sides.items()}
+    processes: dict[str, Any] = {}
+    try:
+        for name, case in sides.items():
+            command = side_command(models, geometry, "plain" if name == "plain" else "unsloth", [case])
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+            processes[name] = subprocess.Popen([*command, "--turns"], **pipes)
+        alive = [name for name in sides if next_turn(processes[name], found[name], go=False)]
+        for number in range(min(case.steps for case in sides.values()) - FREE):
+            for name in alive[:: 1 if number % 2 else -1]:
+                if not next_turn(processes[name], found[name]):
+                    alive.remove(name)
+            print(json.dumps({name: found[name]["turns"][-1] for name in alive}), file=sys.stderr)
+        for name in alive:
+            next_turn(processes[name], found[name])  # to the end
+    finally:
+        for name, process in processes.items():
+            with suppress(OSError):
+                process.stdin.close()
+            if "geometry" not in found[name]:
+                process.kill()
+                found[name].setdefault("error", f"ended with {process.wait()}")
+            process.wait()
     return list(found.values())
 
 
-def next_turn(process: Any, go: bool = False) -> float | None:
-    """The seconds of a side's next step, for which it waits where `go`; None where it ended."""
-    if go:
-        try:
+def next_turn(process: Any, figures: dict[str, Any], go: bool = True) -> bool:
+    """Let a side take its step, which it has taken already without `go`; False where it ended instead.
+
+    The step's seconds, or the side's last figures, are put into `figures`.
+    """
+    with suppress(OSError):
+        if go:
             process.stdin.write("\n")
-            process.stdin.flush()
-        except OSError:
-            return None
-    for line in process.stdout:
-        if line.startswith(TOLD):
-            return float(line.removeprefix(TOLD))
-    return None
+        for line in process.stdout:
+            if line.startswith('{"geometry"'):
+                figures |= json.loads(line)
+            if line.startswith(TOLD):
+                if go:
+                    figures["turns"].append(float(line.removeprefix(TOLD)))
+                return True
+    return False
 
 
 def show_turns(rows: Sequence[dict[str, Any]]) -> None:
@@ -237,6 +248,10 @@ def main() -> None:
     parser.add_argument("--embedded", type=Path, metavar="RUN")
     parser.add_argument("--adapters", type=Path, default=Path("adapters"))
     options = parser.parse_args()
+    if options.steps <= FREE:
+        parser.error(f"--steps {options.steps}: the first {FREE} are not timed")
+    if unknown := set((options.sides or "ours").split(",")) - set(SPEED["sft"]):
+        parser.error(f"--sides: {', '.join(sorted(unknown))} is none of {', '.join(SPEED['sft'])}")
     if options.embedded:
         embedded(options.embedded, options.adapters, options.backend or "unsloth")
     else:

@@ -169,7 +169,7 @@ def ours(model: Any, tokenizer: Any, config: Any, case: Case, turn: "Turn | None
             progress=None if turn is None else lambda _, steps, **__: turn.step_done() if steps else None,
         )  # fmt: skip
         found = read_metrics(metrics)
-    figures = speeds_told([row["tokens_per_second"] for row in found])
+    figures = {} if turn else speeds_told([row["tokens_per_second"] for row in found])
     figures["tokens"] = [row["tokens"] for row in found]
     figures |= {"peak_gb": max(row["memory_gb"] for row in found), "steps": len(found)}
     return figures | ({"first_dpo_loss": found[0]["dpo_loss"]} if case.stage == "dpo" else {})
@@ -240,7 +240,7 @@ def script(model: Any, tokenizer: Any, _: Any, case: Case, turn: "Turn | None" =
         trainer = SFTTrainer(model=model, args=settings, train_dataset=data, processing_class=tokenizer)
         trainer.add_callback(Clock())
         trainer.train()
-    return speeds_told(speeds) | {
+    return ({} if turn else speeds_told(speeds)) | {
         "tokens": sizes,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
         "steps": len(speeds),
@@ -280,8 +280,8 @@ class Turn:
     A step is timed from one end of a step to the next, without the wait; the card is done before the clock is read.
     """
 
-    def __init__(self, free: int = FREE):
-        self.free, self.steps, self._began = free, 0, time.monotonic()
+    def __init__(self):
+        self.steps, self._began = 0, time.monotonic()
 
     def step_done(self) -> None:
         """Tell the step's seconds, and wait."""
@@ -290,7 +290,7 @@ class Turn:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.steps += 1
-        if self.steps >= self.free:
+        if self.steps >= FREE:
             print(f"{TOLD}{time.monotonic() - self._began}", flush=True)
             sys.stdin.readline()
         self._began = time.monotonic()

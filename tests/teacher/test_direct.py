@@ -225,6 +225,9 @@ def test_a_proxy_of_the_environment_is_used_and_its_password_never_said(monkeypa
         "http://:8000/v1",
         "http://host:x/v1",
         "ftp://me:secret@host/v1",
+        "me:secret@host/v1",
+        "ftp://me:se/secret@host",
+        "ftp://me:a@secret@host",
     ],
 )
 def test_an_api_base_that_is_no_address_is_told_before_anything_is_asked(address):
