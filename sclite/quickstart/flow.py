@@ -84,7 +84,7 @@ def quickstart(
         world,
         pipeline.NAMES,
         test_problems(count),
-        threshold_problems(4 * count // 3),  # with fewer, one spoilt answer in a hundred is one or none
+        threshold_problems(4 * count // 3),  # of half as many, one spoilt answer in a hundred would be two
         judge,
         source="the arithmetic stories of the quickstart",
     )
