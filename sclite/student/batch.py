@@ -47,6 +47,7 @@ class Scheduler:
         self.active: list[_Slot] = []
         self.steps = self.fed_tokens = self.shared_tokens = self.preempted = 0
         self._lock = RLock()
+        self._seen: tuple[int | None, int] = (None, 0)
         self._build_batch(api.llama_n_batch(context))
 
     def run(self, sequences: Iterable[Sequence]) -> Iterator[Sequence]:
@@ -94,8 +95,7 @@ class Scheduler:
         """Give the logits of the last batch to their sequences, and free the slots of those that are finished."""
         total = sum(len(positions) for _, _, positions in spans)
         if total:
-            shape = (total, self.vocabulary.size)
-            rows = np.ctypeslib.as_array(self.api.llama_get_logits(self.context), shape)
+            rows = self._logits(total)
             best = rows.argmax(axis=1)
         row = 0
         for slot, stop, positions in spans:
@@ -107,6 +107,15 @@ class Scheduler:
                 row = end
                 if sequence.finish:
                     self._finish(slot)
+
+    def _logits(self, count: int) -> np.ndarray:
+        """The logits of the last batch, [count, vocabulary]. llama.cpp mostly keeps them at one place."""
+        pointer = self.api.llama_get_logits(self.context)
+        place = ctypes.cast(pointer, ctypes.c_void_p).value
+        if (place, count) != self._seen:
+            self._seen = place, count
+            self._rows = np.ctypeslib.as_array(pointer, (count, self.vocabulary.size))
+        return self._rows
 
     # -- slots
 

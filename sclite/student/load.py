@@ -8,6 +8,7 @@ from typing import Any
 
 from sclite.config import Lora, Student
 from sclite.errors import DataFault, DeviceFault, NetworkFault, ScliteError
+from sclite.student.low_rank import join_products
 from sclite.student.memory import out_of_memory
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -189,8 +190,12 @@ def _load_plain(name: str, student: Student, lora: Lora, adapter: Path | None, t
             settings["quantization_config"] = four_bits()
     model = AutoModelForCausalLM.from_pretrained(name, **settings)
     if adapter is not None:
-        return PeftModel.from_pretrained(model, adapter, is_trainable=train)
-    return with_new_adapter(model, lora, seed) if train else model
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=train)
+    elif train:
+        model = with_new_adapter(model, lora, seed)
+    if train and not cuda:
+        join_products(model)
+    return model
 
 
 def _check_length(kind: Any, lora: Lora) -> int:

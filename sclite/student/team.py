@@ -14,34 +14,32 @@ from sclite.student.engine import Engine, llama
 
 SMALL_BYTES = 40_000_000
 MOST = 4
-SMALL_PARALLEL = 2
 
 
 @contextmanager
 def open_student(path: Path, *, parallel: int, context: int) -> Iterator[Student]:
     """The GGUF as a student: one engine, or for a small model without a GPU one for each core (at most 4).
 
-    Those take two sequences at a time, however large `parallel` is: what they gain from weights read once they lose
-    where the caches of many sequences fall out of the processor's.
+    Those take one sequence at a time, however large `parallel` is: such a model's weights stay in the processor's cache,
+    so that reading them once for several brings nothing, and the caches of several do not stay there.
     """
     small = path.is_file() and path.stat().st_size <= SMALL_BYTES and not llama().llama_supports_gpu_offload()
     with ExitStack() as stack:
-        first = stack.enter_context(
-            Engine(path, parallel=SMALL_PARALLEL if small else parallel, context=context)
-        )
+        first = stack.enter_context(Engine(path, parallel=1 if small else parallel, context=context))
         count = min(MOST, os.cpu_count() or 1)
         if not small or count == 1:
             yield first
             return
-        others = [
-            stack.enter_context(Engine(path, parallel=SMALL_PARALLEL, context=context))
-            for _ in range(count - 1)
-        ]
+        others = [stack.enter_context(Engine(path, parallel=1, context=context)) for _ in range(count - 1)]
         yield Team([first, *others])
 
 
+NEIGHBOURS = 4
+"""Requests in a row for the same member: neighbours often begin alike, as samples of one problem do."""
+
+
 class Team:
-    """Students that share the work: request number i goes to member i modulo their number, so results repeat."""
+    """Students that share the work: each takes the next few requests in turn, whoever is idle, so that results repeat."""
 
     def __init__(self, members: Sequence[Student]):
         self.members = list(members)
@@ -61,9 +59,10 @@ class Team:
         results: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
         def run(number: int) -> None:
+            mine = [i for i in range(len(requests)) if i // NEIGHBOURS % count == number]
             try:
-                for result in work(self.members[number], requests[number::count]):
-                    results.put(replace(result, index=result.index * count + number))
+                for result in work(self.members[number], [requests[i] for i in mine]):
+                    results.put(replace(result, index=mine[result.index]))
             finally:
                 results.put(None)
 

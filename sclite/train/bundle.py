@@ -24,6 +24,7 @@ from sclite.student.forward import (
     vocabulary_log_probs,
 )
 from sclite.trace import CAUSE, parse, render
+from sclite.train.lanes import side_by_side
 
 
 @dataclass(frozen=True)
@@ -164,20 +165,31 @@ def reference_log_probs(
     import torch
 
     tokens = decision_ids(tokenizer)
+
+    def measure(block: Sequence[Bundle]) -> dict[str, dict[str, Any]]:
+        batch = collate(block, tokenizer.pad_token_id)
+        with torch.no_grad(), autocast(model):
+            return _by_key(batch, likelihoods(model, batch, tokens))
+
     was_training = model.training
     model.eval()
     found: dict[str, dict[str, Any]] = {}
     alike = sorted(bundles, key=lambda bundle: -len(bundle.review.ids))  # so that little is padded
-    for start in range(0, len(alike), size):
-        block = [Bundle(b.key, b.review, b.rejected) for b in alike[start : start + size]]
-        batch = collate(block, tokenizer.pad_token_id)
-        with torch.no_grad(), autocast(model):
-            got = likelihoods(model, batch, tokens)
-        decisions = list(zip(got.decision_chosen.tolist(), got.decision_rejected.tolist(), strict=True))
-        contents = list(zip(got.content_chosen.tolist(), got.content_rejected.tolist(), strict=True))
-        for number, key in enumerate(batch.keys):
-            mine = [list(d) for row, d in zip(batch.decision_rows, decisions, strict=True) if row == number]
-            content = list(contents[batch.content.index(number)]) if number in batch.content else None
-            found[key] = {"decisions": mine, "content": content}
+    with side_by_side(model, size) as lanes:
+        for start in range(0, len(alike), size):
+            rows = [Bundle(b.key, b.review, b.rejected) for b in alike[start : start + size]]
+            for part in lanes.map(measure, lanes.split(rows)):
+                found |= part
     model.train(was_training)
+    return found
+
+
+def _by_key(batch: Batch, got: Likelihoods) -> dict[str, dict[str, Any]]:
+    decisions = list(zip(got.decision_chosen.tolist(), got.decision_rejected.tolist(), strict=True))
+    contents = list(zip(got.content_chosen.tolist(), got.content_rejected.tolist(), strict=True))
+    found = {}
+    for number, key in enumerate(batch.keys):
+        mine = [list(d) for row, d in zip(batch.decision_rows, decisions, strict=True) if row == number]
+        content = list(contents[batch.content.index(number)]) if number in batch.content else None
+        found[key] = {"decisions": mine, "content": content}
     return found

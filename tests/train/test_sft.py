@@ -15,6 +15,7 @@ from sclite.student.load import load_student, load_tokenizer
 from sclite.trace import Step, Trace, parse, render
 from sclite.train.checkpoints import Checkpoints
 from sclite.train.labels import check_labels, too_long
+from sclite.train.lanes import Lanes
 from sclite.train.sft import solve_rows, supervised, train_sft
 from sclite.train.trainer import _build, arguments, numbered, train_adapter
 from sclite.train.warm import mix, review_rows, train_warm
@@ -138,9 +139,10 @@ def test_on_the_trainers_own_labels_the_prompt_carries_none_and_trace_and_end_al
     rows = [encode_solution(tokenizer, prompts.solve_messages(problem.question), trace)] * 3
     lesson = supervised("sft", rows, tokenizer.pad_token_id, 0, 0)
     settings = arguments(tmp_path, config.sft, 1e-3, 0, 2, 3, False)
-    trainer = _build(model, tokenizer, lesson, settings, numbered([0, 1, 2], 4))
-    for batch in trainer.get_train_dataloader():
-        for ids, weights in zip(batch["batch"].ids, batch["batch"].weights, strict=True):
+    trainer = _build(model, tokenizer, lesson, settings, numbered([0, 1, 2], 4), Lanes(1))
+    for inputs in trainer.get_train_dataloader():
+        (share,) = inputs["shares"]
+        for ids, weights in zip(share.batch.ids, share.batch.weights, strict=True):
             carried = weights > 0
             prompt = tokenizer.decode(ids[~carried])
             completion = tokenizer.decode(ids[carried])
