@@ -5,8 +5,6 @@ a `Lesson`. The denominators of its loss are those of the whole optimizer step, 
 halving the micro-batch and doubling the accumulation leaves every gradient as it was.
 """
 
-import importlib.util
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from sclite.config import Lora
-from sclite.errors import MemoryFault, UsageFault
+from sclite.errors import MemoryFault
 from sclite.student.memory import out_of_memory
+from sclite.train.arguments import arguments
 from sclite.train.checkpoints import Checkpoints
 from sclite.train.lanes import Lanes, side_by_side
 from sclite.train.order import training_order
@@ -124,64 +123,6 @@ def _total(lesson: Lesson, numbers: Sequence[int]) -> Counter[str]:
     for number in numbers:
         total.update(lesson.counts[number])
     return total
-
-
-def arguments(
-    folder: Path, lora: Lora, rate: float, seed: int, micro_batch: int, rows: int, evaluates: bool
-) -> dict[str, Any]:
-    """What the trainer is told; the card decides on bfloat16. `rows` are those of all epochs together."""
-    import torch
-
-    cuda = torch.cuda.is_available()
-    assert lora.batch % micro_batch == 0, f"{micro_batch} rows at once do not divide a batch of {lora.batch}"
-    every = max(1, -(-rows // lora.batch) // lora.checkpoints)
-    return {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": micro_batch,
-        "gradient_accumulation_steps": lora.batch // micro_batch,
-        "learning_rate": rate,
-        "num_train_epochs": 1,  # all passes stand in the order already
-        "train_sampling_strategy": "sequential",
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": lora.warmup,
-        "max_grad_norm": lora.max_grad_norm,
-        "weight_decay": 0.0,  # Unsloth's trainers have another default
-        "optim": "adamw_8bit" if cuda else "adamw_torch",
-        "bf16": cuda and torch.cuda.is_bf16_supported(),
-        "fp16": cuda and not torch.cuda.is_bf16_supported(),
-        "use_cpu": not cuda,
-        "gradient_checkpointing": cuda,
-        "logging_steps": 1,
-        "save_strategy": "steps",
-        "save_steps": every,
-        "restore_callback_states_from_checkpoint": True,  # early stopping counts on
-        "save_total_limit": 2,  # the older one stays until the newer one is known to be whole
-        "eval_strategy": "steps" if evaluates else "no",
-        "eval_steps": every if evaluates else None,
-        "metric_for_best_model": "eval_loss" if evaluates else None,
-        "greater_is_better": False,
-        "report_to": _listeners(lora, folder),
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        "dataloader_num_workers": 0,
-        "dataloader_pin_memory": False,
-        "seed": seed,
-        "data_seed": seed,
-        "max_length": None,
-    }
-
-
-def _listeners(lora: Lora, folder: Path) -> list[str]:
-    """TensorBoard where it is asked for; its files lie in tensorboard/ beside the checkpoints."""
-    if not lora.tensorboard:
-        return []
-    if not any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")):
-        raise UsageFault(
-            "TensorBoard is asked for and is not installed",
-            "pip install tensorboard; or leave tensorboard out, metrics.jsonl is written all the same",
-        )
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder.with_name("tensorboard"))
-    return ["tensorboard"]
 
 
 def _callbacks(checkpoints: Checkpoints, watch: Watch, patience: int) -> list[Any]:

@@ -13,11 +13,12 @@ from sclite.run import Run
 from sclite.student.encode import Encoded, decision_ids, encode_solution, end_id
 from sclite.student.load import load_student, load_tokenizer
 from sclite.trace import Step, Trace, parse, render
+from sclite.train.arguments import arguments
 from sclite.train.checkpoints import Checkpoints
 from sclite.train.labels import check_labels, too_long
 from sclite.train.lanes import Lanes
 from sclite.train.sft import solve_rows, supervised, train_sft
-from sclite.train.trainer import _build, arguments, numbered, train_adapter
+from sclite.train.trainer import _build, numbered, train_adapter
 from sclite.train.warm import mix, review_rows, train_warm
 from sclite.train.watch import read_metrics
 from tests.tiny import tiny_llama
