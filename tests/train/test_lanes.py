@@ -87,7 +87,7 @@ def test_a_fault_in_a_lane_is_raised_and_the_threads_are_as_before(threads):
     assert torch.get_num_threads() == 2
 
 
-def trained(folder, run, place, used=None):
+def trained(folder, run, place, micro_batch=4, used=None):
     """(metrics, adapter weights) after SFT on half of the templates, the others kept for evaluation.
 
     `used` is given the names of the threads in which losses were computed.
@@ -107,7 +107,7 @@ def trained(folder, run, place, used=None):
         object.__setattr__(lesson, "parts", noted)
     train_adapter(
         model, tokenizer, lesson, config.sft, Checkpoints(place / "checkpoints"), place / "metrics.jsonl",
-        rate=1e-3, epochs=3, seed=0, micro_batch=4,
+        rate=1e-3, epochs=3, seed=0, micro_batch=micro_batch,
     )  # fmt: skip
     weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     return read_metrics(place / "metrics.jsonl"), weights
@@ -120,7 +120,7 @@ def test_training_and_evaluation_in_lanes_give_what_they_give_without(folder, tm
     threads(1)
     one, weights = trained(folder, run, tmp_path / "one")
     threads(2)
-    two, same = trained(folder, run, tmp_path / "two", used)
+    two, same = trained(folder, run, tmp_path / "two", micro_batch=2, used=used)
     assert len(used) == 2
     assert [row.keys() for row in one] == [row.keys() for row in two]
     assert any("eval_loss" in row for row in one)
