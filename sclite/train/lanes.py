@@ -1,7 +1,7 @@
 """A micro-batch in shares side by side on a CPU, a thread each.
 
-A small student's layers are too small to be spread over cores: after each operation the threads wait for each other, for
-long where something else wants a core too. Shares of a batch have only each other's end to wait for.
+A small student's layers are too small to be spread over cores: after each operation the threads wait for each other.
+Shares of a batch have only each other's end to wait for. On two idle cores that has shown no gain yet (0.97 to 1.05 of the time).
 """
 
 from collections.abc import Callable, Iterator, Sequence
