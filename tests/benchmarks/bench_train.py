@@ -1,7 +1,7 @@
 """Training on a card: speed beside a script of Unsloth and TRL and beside the plain path, peaks beside the memory model.
 
     python -m tests.benchmarks.bench_train --models FOLDER --out FILE            everything, one table
-    python -m tests.benchmarks.bench_train --models FOLDER --only speed|memory   a part of it
+    python -m tests.benchmarks.bench_train --models FOLDER --only speed|memory|longest   a part of it
     python -m tests.benchmarks.bench_train --embedded RUN --adapters FOLDER      a quickstart's three trainings on the card
 
 Models are random ones of real geometry, written into FOLDER once; each process stays within 24 GB. For the memory table a
@@ -23,7 +23,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from tests.benchmarks.train_sides import FREE, TOLD, Case, peak
+from tests.benchmarks.train_sides import CAP_BYTES, FREE, RANK, TOLD, Case, peak
 
 FIRST, SECOND = "qwen2.5-math-7b", "llama-3.1-8b"
 MEMORY = {
@@ -45,6 +45,8 @@ SPEED = {
     "dpo": {"ours": Case("ours", "dpo", 2), "plain": Case("plain", "dpo", 2)},
 }
 """By stage: those that take turns."""
+LONGEST = [(SECOND, "sft"), (SECOND, "dpo")]
+"""Whose longest row, by the memory model, is trained on."""
 
 
 # -- all of them ---------------------------------------------------------------------------------------------------
@@ -99,7 +101,8 @@ def speed(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for stage, sides in SPEED.items():
         if stage == (options.stage or stage):
-            asked = {name: replace(case, steps=options.steps) for name, case in sides.items()}
+            given = {"steps": options.steps, "full": options.full}
+            asked = {name: replace(case, **given) for name, case in sides.items()}
             if options.sides:
                 asked = {name: case for name, case in asked.items() if name in options.sides.split(",")}
             if asked:
@@ -187,6 +190,23 @@ def memory(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def longest(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Two steps of one row, as long as the memory model says that 24 GB hold."""
+    from sclite.train.geometry import geometry
+    from sclite.train.memory import Setting, largest_length
+    from tests.train.geometries import RECIPES
+
+    rows = []
+    for name, stage in LONGEST:
+        length = largest_length(
+            geometry(RECIPES[name]), Setting(stage, 1, 2048, RANK, backend="unsloth"), int(CAP_BYTES)
+        )
+        rows += run_session(
+            options.models, name, "unsloth", [replace(peak("ours", stage, 1, length), batch=1, steps=2)]
+        )
+    return rows
+
+
 def show_memory(rows: Sequence[dict[str, Any]]) -> None:
     """Peaks beside the memory model."""
     names = ("geometry", "stage", "side", "micro", "length", "peak GB", "model GB", "off by", "longest")
@@ -235,9 +255,10 @@ def main() -> None:
     )
     parser.add_argument("--models", type=Path, default=Path("models"))
     parser.add_argument("--out", type=Path, help="also write every figure there, as JSON")
-    parser.add_argument("--only", choices=("speed", "memory"))
+    parser.add_argument("--only", choices=("speed", "memory", "longest"))
     parser.add_argument("--stage", choices=("sft", "dpo"), help="of the speeds this one alone")
     parser.add_argument("--steps", type=int, default=40, help="of the speeds, for each side")
+    parser.add_argument("--full", action="store_true", help="of the speeds, every row of 2,048 tokens")
     parser.add_argument("--sides", help="of the speeds, of ours,script,plain")
     parser.add_argument(
         "--geometry", help=f"of the memory table's sessions this one alone; for speed {FIRST}"
@@ -260,6 +281,10 @@ def main() -> None:
             found += speed(options)
         if options.only in (None, "memory"):
             rows = memory(options)
+            show_memory(rows)
+            found += rows
+        if options.only in (None, "longest"):
+            rows = longest(options)
             show_memory(rows)
             found += rows
         if options.out:

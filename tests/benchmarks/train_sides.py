@@ -176,9 +176,9 @@ def ours(model: Any, tokenizer: Any, config: Any, case: Case, turn: "Turn | None
 
 
 def speeds_told(speeds: Sequence[float]) -> dict[str, Any]:
-    """Tokens per second of each step, and their median without the first two."""
+    """Tokens per second of each step, and their median without the first two, where there are more."""
     return {
-        "tokens_per_second": statistics.median(speeds[2:]),
+        "tokens_per_second": statistics.median(speeds[2:] or speeds),
         "speeds": [round(value, 1) for value in speeds],
     }
 
