@@ -1,17 +1,16 @@
 """Loading the student that is trained: through Unsloth on a CUDA card, through plain transformers and peft elsewhere."""
 
 import importlib.util
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from sclite.config import Lora, Student
 from sclite.errors import DataFault, DeviceFault, NetworkFault, ScliteError
+from sclite.student.adapters import put_adapter, shape_of, with_new_adapter
 from sclite.student.low_rank import join_products
 from sclite.student.memory import out_of_memory
 
-LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EMBEDDED = "embedded"
 ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 
@@ -141,6 +140,7 @@ def load_student(
     """
     name = model_name(student)
     tokenizer = load_tokenizer(name)
+    plan_no_attention()
     found = backend(student)
     load = load_unsloth if found == "unsloth" else _load_plain
     try:
@@ -209,27 +209,22 @@ def _check_length(kind: Any, lora: Lora) -> int:
     return most
 
 
+def plan_no_attention() -> None:
+    """Leave cuDNN's attention out, which PyTorch prefers on Hopper and on Blackwell's data-centre cards.
+
+    It plans anew for every length that it has not met, milliseconds of the CPU's time each: with rows of all lengths that
+    was a third of a training step on an H200. The flash kernel, which other cards use anyway, plans nothing.
+    """
+    import torch
+
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def half() -> Any:
     """The 16-bit type that this card computes in."""
     import torch
 
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-
-
-def with_new_adapter(model: Any, lora: Lora, seed: int) -> Any:
-    """The model with a new LoRA on all seven linear layers of each block; the seed decides its random factors."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    shape = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        target_modules=list(LINEAR_LAYERS),
-        task_type="CAUSAL_LM",
-        lora_dropout=0.0,
-    )
-    torch.manual_seed(seed)
-    return get_peft_model(model, shape)
 
 
 def four_bits() -> Any:
@@ -271,7 +266,7 @@ def load_unsloth(
     if adapter is not None or train:
         model = FastLanguageModel.get_peft_model(
             model,
-            **_shape(lora, adapter),
+            **shape_of(lora, adapter),
             bias="none",
             use_gradient_checkpointing="unsloth",
             random_state=seed,
@@ -280,37 +275,3 @@ def load_unsloth(
         put_adapter(model, adapter)
     (FastLanguageModel.for_training if train else FastLanguageModel.for_inference)(model)
     return model
-
-
-def put_adapter(model: Any, folder: Path) -> None:
-    """Give the weights in a folder to the model's adapter; raises DataFault where they are not of its shape."""
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    found = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
-    missing = [name for name in found.missing_keys if ".lora_" in name]
-    if wrong := [*found.unexpected_keys, *missing]:
-        raise DataFault(
-            f"the adapter in {folder} does not fit the student: {wrong[0]} and {len(wrong) - 1} more differ",
-            "put one there that was trained from this student",
-        )
-
-
-def _shape(lora: Lora, adapter: Path | None) -> dict[str, Any]:
-    """What decides a LoRA's shape: an adapter's own configuration, else the settings."""
-    if adapter is None:
-        return {
-            "r": lora.rank,
-            "lora_alpha": lora.alpha,
-            "target_modules": list(LINEAR_LAYERS),
-            "lora_dropout": 0.0,
-        }
-    kept = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    for unlike in ("rank_pattern", "alpha_pattern", "use_dora"):
-        if kept.get(unlike):
-            raise DataFault(
-                f"the adapter in {adapter} has {unlike}, which is not trained on here",
-                "put a plain LoRA there; or use it through --set student.backend=plain",
-            )
-    names = ("r", "lora_alpha", "target_modules", "lora_dropout")
-    return {name: kept[name] for name in names} | {"use_rslora": kept.get("use_rslora", False)}

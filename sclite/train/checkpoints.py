@@ -56,7 +56,7 @@ class Checkpoints:
 
     def load(self, step: int, model: Any) -> None:
         """Give the model the adapter weights of a step."""
-        from sclite.student.load import put_adapter
+        from sclite.student.adapters import put_adapter
 
         put_adapter(model, self.folder / f"checkpoint-{step}")
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from sclite.config import Student
 from sclite.errors import DataFault
-from sclite.student.load import LINEAR_LAYERS, model_name, no_model
+from sclite.student.adapters import LINEAR_LAYERS
+from sclite.student.load import model_name, no_model
 
 
 @dataclass(frozen=True)

@@ -186,7 +186,7 @@ def speeds_told(speeds: Sequence[float]) -> dict[str, Any]:
 def load_by_script(folder: Path) -> tuple[Any, Any]:
     """(model, tokenizer) as a notebook has them, from Unsloth's loader."""
     fast = importlib.import_module("unsloth").FastLanguageModel
-    from sclite.student.load import LINEAR_LAYERS
+    from sclite.student.adapters import LINEAR_LAYERS
 
     model, tokenizer = fast.from_pretrained(str(folder), max_seq_length=LONGEST, load_in_4bit=True)
     model = fast.get_peft_model(

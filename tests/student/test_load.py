@@ -7,7 +7,8 @@ import pytest
 
 from sclite.config import Sft
 from sclite.errors import DataFault
-from sclite.student.load import choose_card, end_to_end, load_student, put_adapter, with_new_adapter
+from sclite.student.adapters import put_adapter, with_new_adapter
+from sclite.student.load import choose_card, end_to_end, load_student
 from tests.tiny import tiny_llama
 from tests.train.test_sft import config_of
 
@@ -36,6 +37,16 @@ def test_without_gpu_the_first_visible_card_is_the_only_one(monkeypatch, before,
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
     choose_card(None)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == after
+
+
+def test_attention_that_plans_for_every_length_is_left_out(tmp_path):
+    import torch
+
+    config = config_of(tiny_llama(tmp_path / "student"))
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    load_student(config.student, config.sft)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
 
 
 def test_an_adapter_of_another_shape_is_refused_by_name(tmp_path):

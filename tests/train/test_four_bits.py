@@ -5,8 +5,9 @@ import pytest
 from sclite.config import Sft, Student
 from sclite.records import Template
 from sclite.run import Run
+from sclite.student.adapters import with_new_adapter
 from sclite.student.encode import Encoded
-from sclite.student.load import embedded_folder, four_bits, load_student, load_tokenizer, with_new_adapter
+from sclite.student.load import embedded_folder, four_bits, load_student, load_tokenizer
 from sclite.train.checkpoints import Checkpoints
 from sclite.train.sft import solve_rows, supervised
 from sclite.train.trainer import train_adapter

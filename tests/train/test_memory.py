@@ -8,11 +8,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sclite.errors import DataFault
+from sclite.student.adapters import LINEAR_LAYERS
 from sclite.student.forward import Padded, chunk_of, hidden_states, token_log_probs, vocabulary_log_probs
-from sclite.student.load import LINEAR_LAYERS
 from sclite.train.geometry import geometry
 from sclite.train.memory import (
     BACKWARD,
+    CACHED,
+    CONTEXT,
     KEPT,
     NF4_TABLES,
     SHORTEST,
@@ -27,7 +29,7 @@ from sclite.train.memory import (
     peak,
     weight_bytes,
 )
-from tests.train.geometries import OTHERS, QWEN_MATH_7B, RECIPES, SMALL
+from tests.train.geometries import LLAMA_8B, OTHERS, QWEN_MATH_7B, RECIPES, SMALL
 
 ALL = {**RECIPES, **OTHERS}
 GB = 1_000_000_000
@@ -347,6 +349,13 @@ def test_what_torch_will_report_leaves_the_allowance_out():
     found = estimate(geometry(QWEN_MATH_7B), Setting("sft", 1, 2048, 32))
     assert found.total == sum(found.parts.values())
     assert found.allocated == found.total - found.parts["allowance"] < found.total
+
+
+def test_the_allowance_grows_with_rows_that_fill_a_card():
+    found = geometry(LLAMA_8B)
+    short, long = (estimate(found, Setting("sft", 1, length, 32)) for length in (2048, 65_536))
+    assert short.parts["allowance"] == CONTEXT + CACHED
+    assert long.parts["allowance"] == CONTEXT + 2 * 65_536 * 14_336
 
 
 def test_the_choice_takes_the_largest_micro_batch_that_fits_and_never_more_memory():
