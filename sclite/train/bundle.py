@@ -24,7 +24,6 @@ from sclite.student.forward import (
     vocabulary_log_probs,
 )
 from sclite.trace import CAUSE, parse, render
-from sclite.train.lanes import side_by_side
 
 
 @dataclass(frozen=True)
@@ -165,21 +164,15 @@ def reference_log_probs(
     import torch
 
     tokens = decision_ids(tokenizer)
-
-    def measure(block: Sequence[Bundle]) -> dict[str, dict[str, Any]]:
-        batch = collate(block, tokenizer.pad_token_id)
-        with torch.no_grad(), autocast(model):
-            return _by_key(batch, likelihoods(model, batch, tokens))
-
     was_training = model.training
     model.eval()
     found: dict[str, dict[str, Any]] = {}
     alike = sorted(bundles, key=lambda bundle: -len(bundle.review.ids))  # so that little is padded
-    with side_by_side(model, size) as lanes:
-        for start in range(0, len(alike), size):
-            rows = [Bundle(b.key, b.review, b.rejected) for b in alike[start : start + size]]
-            for part in lanes.map(measure, lanes.split(rows)):
-                found |= part
+    for start in range(0, len(alike), size):
+        rows = [Bundle(b.key, b.review, b.rejected) for b in alike[start : start + size]]
+        batch = collate(rows, tokenizer.pad_token_id)
+        with torch.no_grad(), autocast(model):
+            found |= _by_key(batch, likelihoods(model, batch, tokens))
     model.train(was_training)
     return found
 

@@ -18,7 +18,6 @@ from sclite.errors import MemoryFault
 from sclite.student.memory import out_of_memory
 from sclite.train.arguments import arguments
 from sclite.train.checkpoints import Checkpoints
-from sclite.train.lanes import Lanes, side_by_side
 from sclite.train.order import training_order
 from sclite.train.watch import Progress, Watch
 
@@ -91,14 +90,13 @@ def train_adapter(
     watch = Watch(metrics, lesson.phase, progress)
     watch.resume(checkpoints.step())
     settings = arguments(checkpoints.folder, lora, rate, seed, micro_batch, len(order), bool(kept))
-    with side_by_side(model, micro_batch) as lanes:
-        trainer = _build(model, tokenizer, lesson, settings, numbered(order, lora.batch), lanes)
-        trainer.lesson, trainer.watch, trainer.held_out = lesson, watch, sorted(kept)
-        trainer.totals = [_total(lesson, order[s : s + lora.batch]) for s in range(0, len(order), lora.batch)]
-        for callback in _callbacks(checkpoints, watch, lora.patience if kept else 0):
-            trainer.add_callback(callback)
-        with memory_told(lesson.phase, micro_batch), watch.interruptions():
-            trainer.train(resume_from_checkpoint=checkpoints.last())
+    trainer = _build(model, tokenizer, lesson, settings, numbered(order, lora.batch))
+    trainer.lesson, trainer.watch, trainer.held_out = lesson, watch, sorted(kept)
+    trainer.totals = [_total(lesson, order[s : s + lora.batch]) for s in range(0, len(order), lora.batch)]
+    for callback in _callbacks(checkpoints, watch, lora.patience if kept else 0):
+        trainer.add_callback(callback)
+    with memory_told(lesson.phase, micro_batch), watch.interruptions():
+        trainer.train(resume_from_checkpoint=checkpoints.last())
     if watch.interrupted:
         raise KeyboardInterrupt
     best = trainer.state.best_global_step if kept else None
@@ -142,9 +140,7 @@ def _callbacks(checkpoints: Checkpoints, watch: Watch, patience: int) -> list[An
     return [Keeper(), *([EarlyStoppingCallback(patience)] if patience else [])]
 
 
-def _build(
-    model: Any, tokenizer: Any, lesson: Lesson, settings: dict[str, Any], order: Any, lanes: Lanes
-) -> Any:
+def _build(model: Any, tokenizer: Any, lesson: Lesson, settings: dict[str, Any], order: Any) -> Any:
     """TRL's trainer of the stage, with what its making changes in the model undone."""
     from transformers import PrinterCallback
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -157,10 +153,9 @@ def _build(
             args=config(**settings, **({} if prefers else {"loss_type": "nll"})),
             train_dataset=order,
             eval_dataset=order if settings["eval_strategy"] != "no" else None,
-            data_collator=_collator(lesson, lanes),
+            data_collator=_collator(lesson),
             processing_class=tokenizer,
         )
-    trainer.lanes = lanes
     trainer.args._n_gpu = 1  # else the trainer splits every micro-batch over all cards it sees
     trainer.remove_callback(PrinterCallback)
     if "ref" in model.peft_config:  # TRL's copy of the adapter; our reference is kept in the run
@@ -186,24 +181,13 @@ def numbered(order: Sequence[int], batch: int) -> Any:
     return datasets.Dataset.from_dict({"number": list(order), "step": steps})
 
 
-@dataclass(frozen=True)
-class Share:
-    """Rows that go through the model together, and their tokens without padding."""
-
-    batch: Any
-    tokens: int
-
-
-def _share(lesson: Lesson, numbers: Sequence[int]) -> Share:
-    return Share(lesson.collate(numbers), sum(lesson.lengths[number] for number in numbers))
-
-
-def _collator(lesson: Lesson, lanes: Lanes) -> Callable[[Sequence[Mapping[str, int]]], dict[str, Any]]:
-    """From items of `numbered` to the optimizer step, and a micro-batch in shares, one for each lane."""
+def _collator(lesson: Lesson) -> Callable[[Sequence[Mapping[str, int]]], dict[str, Any]]:
+    """From items of `numbered` to a micro-batch, its optimizer step, and its tokens without padding."""
 
     def collate(items: Sequence[Mapping[str, int]]) -> dict[str, Any]:
-        dealt = lanes.split([item["number"] for item in items])
-        return {"step": items[0]["step"], "shares": [_share(lesson, numbers) for numbers in dealt]}
+        numbers = [item["number"] for item in items]
+        tokens = sum(lesson.lengths[number] for number in numbers)
+        return {"batch": lesson.collate(numbers), "step": items[0]["step"], "tokens": tokens}
 
     return collate
 
@@ -215,7 +199,6 @@ def _trainer_class(base: type) -> type:
 
     class AdapterTrainer(base):
         lesson: Lesson
-        lanes: Lanes
         watch: Watch
         held_out: Sequence[int]
         totals: Sequence[Mapping[str, int]]
@@ -228,45 +211,24 @@ def _trainer_class(base: type) -> type:
 
         def training_step(self, model, inputs, num_items_in_batch=None):
             model.train()
-            shares, totals = inputs["shares"], self.totals[inputs["step"]]
-            learn = self._learn if len(shares) == 1 else self._slopes
-            found = self.lanes.map(lambda share: learn(model, share, totals), shares)
-            for (_, figures, slopes), share in zip(found, shares, strict=True):
-                for weight, slope in slopes:  # in the order of the shares, whichever was done first
-                    weight.grad = slope if weight.grad is None else weight.grad.add_(slope)
-                self.watch.add(figures, share.tokens)
-            return sum(loss for loss, *_ in found)
-
-        def _learn(self, model, share, totals):
-            loss, figures = self._loss(model, share, totals)
+            loss, figures = self._loss(model, inputs["batch"], self.totals[inputs["step"]])
             self.accelerator.backward(loss)
-            return loss.detach(), figures, ()
+            self.watch.add(figures, inputs["tokens"])
+            return loss.detach()
 
-        def _slopes(self, model, share, totals):
-            weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            loss, figures = self._loss(model, share, totals)
-            slopes = torch.autograd.grad(loss, weights, allow_unused=True)
-            pairs = [(w, slope) for w, slope in zip(weights, slopes, strict=True) if slope is not None]
-            return loss.detach(), figures, pairs
-
-        def _loss(self, model, share, totals):
+        def _loss(self, model, batch, totals):
             with self.accelerator.autocast():
-                return weigh(self.lesson.parts(model, share.batch), totals)
+                return weigh(self.lesson.parts(model, batch), totals)
 
         def evaluate(self, *_, **__):
             model, size = self.model, self.args.per_device_train_batch_size
             totals, found = _total(self.lesson, self.held_out), Counter()
             was_training = model.training
             model.eval()
-
-            def measure(share):
-                with torch.no_grad():
-                    return float(self._loss(model, share, totals)[0])
-
             for start in range(0, len(self.held_out), size):
-                dealt = self.lanes.split(self.held_out[start : start + size])
-                shares = [_share(self.lesson, numbers) for numbers in dealt]
-                found["eval_loss"] += sum(self.lanes.map(measure, shares))
+                batch = self.lesson.collate(self.held_out[start : start + size])
+                with torch.no_grad():
+                    found["eval_loss"] += float(self._loss(model, batch, totals)[0])
             model.train(was_training)
             self.log(dict(found))
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, dict(found))

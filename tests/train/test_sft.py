@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -16,7 +17,6 @@ from sclite.trace import Step, Trace, parse, render
 from sclite.train.arguments import arguments
 from sclite.train.checkpoints import Checkpoints
 from sclite.train.labels import check_labels, too_long
-from sclite.train.lanes import Lanes
 from sclite.train.sft import solve_rows, supervised, train_sft
 from sclite.train.trainer import _build, numbered, train_adapter
 from sclite.train.warm import mix, review_rows, train_warm
@@ -140,10 +140,9 @@ def test_on_the_trainers_own_labels_the_prompt_carries_none_and_trace_and_end_al
     rows = [encode_solution(tokenizer, prompts.solve_messages(problem.question), trace)] * 3
     lesson = supervised("sft", rows, tokenizer.pad_token_id, 0, 0)
     settings = arguments(tmp_path, config.sft, 1e-3, 0, 2, 3, False)
-    trainer = _build(model, tokenizer, lesson, settings, numbered([0, 1, 2], 4), Lanes(1))
-    for inputs in trainer.get_train_dataloader():
-        (share,) = inputs["shares"]
-        for ids, weights in zip(share.batch.ids, share.batch.weights, strict=True):
+    trainer = _build(model, tokenizer, lesson, settings, numbered([0, 1, 2], 4))
+    for batch in trainer.get_train_dataloader():
+        for ids, weights in zip(batch["batch"].ids, batch["batch"].weights, strict=True):
             carried = weights > 0
             prompt = tokenizer.decode(ids[~carried])
             completion = tokenizer.decode(ids[carried])
@@ -232,6 +231,29 @@ def test_losses_and_gradients_are_means_over_tokens_whatever_the_micro_batch(fol
             assert [row[name] for row in found[micro]] == pytest.approx(
                 [row[name] for row in found[4]], rel=1e-3
             )
+
+
+def test_the_evaluation_loss_is_a_mean_over_tokens_whatever_the_rows_at_once(folder, tmp_path):
+    run = Run(tmp_path / "run")
+    write_toy(run, 10)
+    made = config_of(folder, sft={"checkpoints": 1})
+    tokenizer = load_tokenizer(made.student.model)
+    rows = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")
+    rows[0] = Encoded([*rows[0].ids[:60], 2], [0.0] * 55 + [1.0] * 6)
+    found = []
+    for micro in (1, 4):
+        model, _ = load_student(made.student, made.sft, train=True)
+        lesson = replace(
+            supervised("sft", rows, tokenizer.pad_token_id, 0, 0), held_out=list(range(len(rows) - 4))
+        )
+        metrics = tmp_path / f"{micro}/metrics.jsonl"
+        train_adapter(
+            model, tokenizer, lesson, made.sft, Checkpoints(tmp_path / f"{micro}/checkpoints"), metrics,
+            rate=1e-3, epochs=1, seed=0, micro_batch=micro,
+        )  # fmt: skip
+        found.append([row["eval_loss"] for row in read_metrics(metrics) if "eval_loss" in row])
+    assert found[0]
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
 def test_the_adapter_is_saved_and_is_not_zero(trained):
