@@ -158,7 +158,11 @@ class Dpo(Lora):
     beta: float = Field(0.2, gt=0)
     nll_weight: float = Field(1.0, ge=0, description="of the likelihood of chosen texts")
     replay_weight: float = Field(1.0, ge=0, description="of the likelihood of solved rows")
-    replay_share: float = Field(1.0, ge=0, description="solved rows per review row, in warm-up and DPO")
+    replay_share: float = Field(
+        1.0,
+        ge=0,
+        description="solved rows per review row, in warm-up and DPO; half of the warm-up's go on from a correction",
+    )
     decision_weight: float = Field(1.0, ge=0, description="of the decision tokens in the warm-up")
     confirmation_share: float = Field(0.5, ge=0, lt=1, description="share of reviews that are of right work")
 

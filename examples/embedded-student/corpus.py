@@ -7,6 +7,7 @@ prompts of sclite do not occur: the student has yet to learn its form.
 
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from sclite.quickstart.arithmetic import ITEMS, LARGE, SMALL, Ranges, generate, solve
 from sclite.quickstart.tutor import apart, result_of, why_wrong
@@ -57,9 +58,9 @@ THINGS = (
 )
 
 
-def a_sum(draw: random.Random, ranges: Ranges) -> tuple[int, str, int]:
-    """left, sign, right in the range that the stories use."""
-    sign = draw.choices("+-*/", weights=(42, 36, 17, 5))[0]
+def a_sum(draw: random.Random, ranges: Ranges, part: int) -> tuple[int, str, int]:
+    """left, sign, right in the range that the stories use; part 6 divides more often."""
+    sign = draw.choices("+-*/", weights=(42, 36, 17, 5) if part < 6 else (38, 33, 19, 10))[0]
     if sign == "*":
         return draw.randint(*ranges.packs), "*", draw.randint(*ranges.each)
     if sign == "/":
@@ -88,16 +89,16 @@ def slip(result: int, draw: random.Random) -> int:
     return wrong if wrong != result and wrong >= 0 else result + draw.choice((1, 10))
 
 
-def sums(draw: random.Random, ranges: Ranges) -> str:
+def sums(draw: random.Random, ranges: Ranges, part: int) -> str:
     return "\n".join(
-        f"{a} {s} {b} = {result_of(a, s, b)}" for a, s, b in (a_sum(draw, ranges) for _ in range(10))
+        f"{a} {s} {b} = {result_of(a, s, b)}" for a, s, b in (a_sum(draw, ranges, part) for _ in range(10))
     )
 
 
-def sums_apart(draw: random.Random, ranges: Ranges) -> str:
+def sums_apart(draw: random.Random, ranges: Ranges, part: int) -> str:
     lines = []
     for _ in range(4):
-        a, s, b = a_sum(draw, ranges)
+        a, s, b = a_sum(draw, ranges, part)
         lines.append(
             draw.choice(("{0} {1} {2}: {3}.", "What is {0} {1} {2}? {3}.", "{3}.")).format(
                 a, s, b, apart(a, s, b)
@@ -106,14 +107,14 @@ def sums_apart(draw: random.Random, ranges: Ranges) -> str:
     return "\n".join(lines)
 
 
-def statements(draw: random.Random, ranges: Ranges) -> str:
+def statements(draw: random.Random, ranges: Ranges, part: int) -> str:
     right, wrong = draw.choice(
         (("Right.", "Wrong."), ("True.", "False."), ("yes", "no"), ("This fits.", "This does not fit."))
     )
     between = draw.choice((" ", "\n", " : "))
     lines = []
     for _ in range(5):
-        a, s, b = a_sum(draw, ranges)
+        a, s, b = a_sum(draw, ranges, part)
         result = result_of(a, s, b)
         if draw.random() < 0.5:
             lines.append(f"{a} {s} {b} = {result}{between}{right}")
@@ -159,57 +160,148 @@ def short_way(solution, draw: random.Random) -> str:
     return "\n".join([*lines, ending.format(solution.answer)])
 
 
-def long_way(solution, draw: random.Random) -> str:
-    """As school-books do it: one sum a line, with words."""
+def long_way(solution, draw: random.Random, apart_share: float = 0.0) -> str:
+    """As school-books do it: one sum a line, with words; `apart_share` of the sums are taken apart."""
     form = draw.choice(("{i}. {what} {sum} {item}.", "{what} {sum} {item}.", "{sum}"))
-    lines = [
-        form.format(i=i, what=op.what, sum=op.sum, item=solution.item)
-        for i, op in enumerate(solution.operations, 1)
-    ]
+    lines = []
+    for i, op in enumerate(solution.operations, 1):
+        shown = apart(op.left, op.sign, op.right) if draw.random() < apart_share else op.sum
+        lines.append(form.format(i=i, what=op.what, sum=shown, item=solution.item))
     return "\n".join([*lines, f"Result: {solution.answer}"])
 
 
 MARKS = (("Mistake", "Better"), ("Wrong", "Right"), ("Error", "Fix"), ("Why", "Instead"))
+REASONS = (
+    "Mistake",
+    "Wrong",
+    "Error",
+    "Why",
+    "Reason",
+    "Cause",
+    "Because",
+    "Fault",
+    "Slip",
+    "Red",
+    "Doubt",
+    "Flaw",
+    *3 * ("Cause",),
+)
+REMEDIES = (
+    "Better",
+    "Right",
+    "Fix",
+    "Instead",
+    "Correction",
+    "Mended",
+    "Rather",
+    "Redo",
+    "Green",
+    "Truth",
+    "Anew",
+    "Cure",
+    *3 * ("Correction",),
+)
 
 
-def marked(
-    what: str, operation, item: str, tags: tuple[str, str, str], draw: random.Random, wrong: bool
-) -> str:
+def two_marks(draw: random.Random, part: int) -> tuple[str, str]:
+    """The names of the two notes beside a wrong line. Of few pairs a student learns the names, of many the form.
+
+    Cause and Correction name such notes with others beside them, never both: that is sclite's own form.
+    """
+    if part < 6:
+        return draw.choice(MARKS)
+    pair = draw.choice(REASONS), draw.choice(REMEDIES)
+    return two_marks(draw, part) if pair == ("Cause", "Correction") else pair
+
+
+def misread(operation, numbers: list[int], draw: random.Random) -> tuple[int, int]:
+    """The operation's two numbers with one of them misread, or taken from elsewhere in the work."""
+    left, right = operation.left, operation.right
+    other = draw.choice(numbers) if draw.random() < 0.5 else slip(draw.choice((left, right)), draw)
+    return (other, right) if draw.random() < 0.5 else (left, other)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What somebody wrote instead of an operation, and why it is wrong."""
+
+    left: int
+    right: int
+    given: int
+    why: str
+
+
+def a_fault(operation, draw: random.Random, elsewhere: list[int]) -> Fault:
+    """A wrong result; or a number misread, or taken from `elsewhere` in the work."""
+    left, sign, right = operation.left, operation.sign, operation.right
+    one, other = misread(operation, elsewhere, draw) if elsewhere else (left, slip(right, draw))
+    found = result_of(one, sign, other)
+    given = slip(operation.result, draw)
+    if draw.random() < (0.3 if elsewhere else 0.2) and found is not None and 0 <= found != operation.result:
+        return Fault(one, other, found, f"The sum to do is {operation.sum.split(' = ')[0]}.")
+    return Fault(left, right, given, why_wrong(left, sign, right, given))
+
+
+def marked(operation, item: str, tags: tuple[str, str, str], fault: Fault | None) -> str:
     """One line of somebody's work in a tag; a wrong one with the teacher's marks inside."""
-    row, mistake, mended = tags
-    left, sign, right, given = operation.left, operation.sign, operation.right, operation.result
-    if not wrong:
+    (row, mistake, mended), what, sign = tags, operation.what, operation.sign
+    if fault is None:
         return f"<{row}>{what} {operation.sum} {item}.\n{RIGHT_HERE}</{row}>"
-    given, why = slip(given, draw), ""
-    misread = slip(right, draw)
-    if draw.random() < 0.2 and (result_of(left, sign, misread) or -1) >= 0:
-        right, given = misread, result_of(left, sign, misread)
-        why = f"The sum to do is {operation.sum.split(' = ')[0]}."
-    why = why or why_wrong(left, sign, right, given)
     better = f"{what} {apart(operation.left, sign, operation.right)} {item}."
-    notes = f"<{mistake}>{why}</{mistake}>\n<{mended}>{better}</{mended}>"
-    return f"<{row}>{what} {left} {sign} {right} = {given} {item}.\n{WRONG_HERE}{notes}\n</{row}>"
+    notes = f"<{mistake}>{fault.why}</{mistake}>\n<{mended}>{better}</{mended}>"
+    line = f"{what} {fault.left} {sign} {fault.right} = {fault.given} {item}."
+    return f"<{row}>{line}\n{WRONG_HERE}{notes}\n</{row}>"
 
 
-def homework(question: str, solution, draw: random.Random) -> str:
-    """Somebody's work and the marks that a teacher has put beside its lines, in tags of many names."""
-    row, marks = draw.choice(ROWS), draw.choice(MARKS)
+def unmarked(solution, row: str, wrong_at: int | None, fault: Fault | None) -> str:
+    """The work as it was handed in: what follows a wrong line goes on with its result."""
+    lines, instead = [], {}
+    for i, op in enumerate(solution.operations):
+        left, right = instead.get(op.left, op.left), instead.get(op.right, op.right)
+        result = result_of(left, op.sign, right)
+        if i == wrong_at:
+            left, right, result = fault.left, fault.right, fault.given
+        elif result is None or result < 0:
+            left, right, result = op.left, op.right, op.result
+        if result != op.result:
+            instead[op.result] = result
+        lines.append(
+            f"<{row}{i + 1}>{op.what} {left} {op.sign} {right} = {result} {solution.item}.\n</{row}{i + 1}>"
+        )
+    end = instead.get(solution.answer, solution.answer)
+    return "\n".join([*lines, f"<Result>{end}</Result>"])
+
+
+def homework(question: str, solution, draw: random.Random, part: int = 1) -> str:
+    """Somebody's work and the marks that a teacher has put beside its lines, in tags of many names.
+
+    From part 6 on mostly with the work as it was handed in before it, some of them as a chat.
+    """
+    row, marks = draw.choice(ROWS), two_marks(draw, part)
     wrong_at = draw.randrange(len(solution.operations)) if draw.random() < 0.6 else None
+    numbers = [n for op in solution.operations for n in (op.left, op.right)] if part > 5 else []
+    fault = a_fault(solution.operations[wrong_at], draw, numbers) if wrong_at is not None else None
     shown = "\n".join(
-        marked(op.what, op, solution.item, (f"{row}{i + 1}", *marks), draw, i == wrong_at)
+        marked(op, solution.item, (f"{row}{i + 1}", *marks), fault if i == wrong_at else None)
         for i, op in enumerate(solution.operations)
     )
+    shown = f"{shown}\n<Result>{solution.answer}</Result>"
     head = draw.choice(("Homework, checked.", "The teacher looked at each line.", "Corrected work:"))
-    return f"{head}\n{question}\n{shown}\n<Result>{solution.answer}</Result>"
+    if part > 5 and draw.random() < 0.7:
+        work = unmarked(solution, row, wrong_at, fault)
+        if draw.random() < 0.5:
+            return chat(f"{question}\n\nWork:\n{work}", shown, draw)
+        return f"{question}\n{work}\n{head}\n{shown}"
+    return f"{head}\n{question}\n{shown}"
 
 
-def checks(draw: random.Random, ranges: Ranges) -> str:
+def checks(draw: random.Random, ranges: Ranges, part: int) -> str:
     """A page of sums, right and wrong, each judged: the densest lesson in checking."""
-    row, (mistake, mended) = draw.choice(ROWS), draw.choice(MARKS)
-    brief = draw.random() < 0.6
+    row, (mistake, mended) = draw.choice(ROWS), two_marks(draw, part)
+    brief = draw.random() < (0.6 if part < 6 else 0.2)
     lines = []
     for i in range(1, draw.randint(6, 10)):
-        a, s, b = a_sum(draw, ranges)
+        a, s, b = a_sum(draw, ranges, part)
         result = result_of(a, s, b)
         what, item = (
             draw.choice(("", "After giving ", "With the new ones ", "Missing are ")),
@@ -249,6 +341,7 @@ WEIGHTS = {
     3: (13, 10, 22, 9, 17, 25, 4, 0),
     4: (10, 6, 15, 2, 6, 4, 4, 53),
     5: (16, 12, 28, 4, 9, 5, 10, 16),
+    6: (9, 9, 42, 2, 8, 2, 4, 24),
 }
 
 
@@ -257,7 +350,8 @@ def documents(seed: int, avoid: frozenset[str] = frozenset(), part: int = 1) -> 
 
     Part 1 of the corpus has small numbers; part 2 adds tags of more names and rules in its school-books; part 3 has
     the numbers of the quickstart, and more statements and sums taken apart than plain sums; part 4 is mostly pages of judged sums,
-    part 5 has fewer of them and more homework.
+    part 5 has fewer of them and more homework. Part 6 has notes of many names, lines that take up a wrong number, and
+    school-books that take a sum apart here and there and go on from it.
     """
     draw = random.Random(seed)
     kinds = ("short", "long", "homework", "sums", "apart", "statements", "tagged", "checks")
@@ -271,10 +365,10 @@ def documents(seed: int, avoid: frozenset[str] = frozenset(), part: int = 1) -> 
                     yield chat(problem.question, short_way(solution, draw), draw)
                 elif kind == "long":
                     rule = f"{draw.choice(RULES)}\n" if part > 1 and draw.random() < 0.4 else ""
-                    yield f"{problem.question}\n{rule}{long_way(solution, draw)}"
+                    yield f"{problem.question}\n{rule}{long_way(solution, draw, 0.25 if part > 5 else 0.0)}"
                 elif kind == "homework":
-                    yield homework(problem.question, solution, draw)
+                    yield homework(problem.question, solution, draw, part)
                 elif kind == "tagged":
                     yield tagged(draw, MANY_TAGS if part > 1 else FEW_TAGS)
                 else:
-                    yield plain[kind](draw, ranges)
+                    yield plain[kind](draw, ranges, part)

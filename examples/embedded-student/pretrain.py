@@ -152,7 +152,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--start", type=Path, help="go on from this student")
-    parser.add_argument("--part", type=int, choices=(1, 2, 3, 4, 5), default=1, help="of the corpus")
+    parser.add_argument("--part", type=int, choices=(1, 2, 3, 4, 5, 6), default=1, help="of the corpus")
     parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--layers", type=int, default=4)

@@ -85,24 +85,34 @@ def _show(first: str, review: Reviewed | None, settings: Settings) -> None:
         return
     for number, step in enumerate(trace.steps, 1):
         accused = review is not None and number == review.accused
-        mark = "[red]✗[/]" if accused else "[green]✓[/]" if review is not None else " "
+        mended = step.correction is not None  # while it was solving, without being asked
+        mark = "[red]✗[/]" if accused or mended else "[green]✓[/]" if review is not None else " "
         _line(mark, number, step)
+        if mended:
+            _mending(step.cause, step.correction)
         if accused:
-            console.say(f"      [red]why wrong[/]  {_plain(review.cause or '')}")
-            console.say(f"      [green]corrected[/]  {_plain(review.correction or '')}")
+            _mending(review.cause, review.correction)
             break
     final = trace
     if review is not None and review.accused is not None:
         final = parse(review.text).trace
         for number, step in enumerate(final.steps[review.accused :], review.accused + 1):
-            _line("[green]✓[/]", number, step)
+            _line("[green]✓[/]" if step.correction is None else "[red]✗[/]", number, step)
+            if step.correction is not None:
+                _mending(step.cause, step.correction)
         console.say(
             f"\n  answer {_plain(trace.answer or '–')} → [bold green]{_plain(final.answer or '–')}[/]"
         )
     else:
         console.say(f"\n  answer [bold]{_plain(trace.answer or '–')}[/]")
     if review is not None and review.note:
-        console.note(f"[yellow]note:[/] {review.note}; the first answer stands")
+        console.note(f"[yellow]note:[/] {review.note}; the answer stands")
+
+
+def _mending(cause: str | None, correction: str | None) -> None:
+    if cause:
+        console.say(f"      [red]why wrong[/]  {_plain(cause)}")
+    console.say(f"      [green]corrected[/]  {_plain(correction or '')}")
 
 
 def _line(mark: str, number: int, step: Step) -> None:

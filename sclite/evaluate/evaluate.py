@@ -19,8 +19,8 @@ from sclite.records import Problem
 from sclite.run import Run
 from sclite.signature import digest
 from sclite.student.base import Reply, Request, Student
-from sclite.student.review import Reviewed, Settings, free, guided, mend, scores_of
-from sclite.trace import Trace, parse
+from sclite.student.review import Reviewed, Settings, changed, free, guided, mend, scores_of
+from sclite.trace import Trace, corrected, parse
 
 Judge = Callable[[str, Trace], int | None]
 """Tells the first wrong step (from 1; None: all are right) of a trace for a question, where somebody can know it."""
@@ -50,7 +50,7 @@ def solve(student: Student, problems: Sequence[Problem], config: Config, grader:
     replies = sorted(student.generate(requests), key=lambda reply: reply.index)
     verdicts = grade(grader, [reply.text for reply in replies], problems)
     correct = [None if r.finish == "error" else v for r, v in zip(replies, verdicts, strict=True)]
-    return First(problems, replies, [parse(reply.text).trace for reply in replies], correct)
+    return First(problems, replies, [corrected(parse(reply.text).trace) for reply in replies], correct)
 
 
 def grade(grader: Grader, texts: Sequence[str], problems: Sequence[Problem]) -> list[bool | None]:
@@ -107,7 +107,8 @@ class Trials:
 
         Corrections are tried only where they could decide: at steps that score above all before them, in a block of
         problems after the other, those with the highest scores first, until accusing that far spoils twice as many
-        answers as are allowed, two blocks in a row mend none, or `FIT_SHARE` is reached. Elsewhere the worse is assumed.
+        answers as are allowed, two blocks with wrong answers in a row mend none, or `FIT_SHARE` is reached. Elsewhere the
+        worse is assumed.
         """
         scores, harm = self.scores, self.config.review.max_harm
         ranked = sorted((i for i, s in enumerate(scores) if s), key=lambda i: -max(scores[i]))
@@ -121,8 +122,9 @@ class Trials:
             self._try(sorted(newest))
             seen |= newest
             spoiled = [i for i in chosen if self.correct[i] and not self.results[i, steps[i][0]]]
-            mends = any(self.results[i, step] and self.correct[i] is False for i, step in newest)
-            barren = 0 if mends else barren + 1
+            wrong = [place for place in newest if self.correct[place[0]] is False]
+            mends = any(self.results[place] for place in wrong)
+            barren = 0 if mends else barren + bool(wrong)
             if len(spoiled) > 2 * harm * len(scores) or barren == 2:
                 break
         rows = [
@@ -142,7 +144,8 @@ class Trials:
         cases = [(self.problems[i].question, self.traces[i], step) for i, step in new]
         mended = mend(self.student, cases, review_settings(self.config, 0.0))
         verdicts = grade(self.grader, [m.text for m in mended], [self.problems[i] for i, _ in new])
-        self.results |= dict(zip(new, verdicts, strict=True))
+        for (i, step), outcome, verdict in zip(new, mended, verdicts, strict=True):
+            self.results[i, step] = verdict if changed(outcome) else self.correct[i]
 
 
 def _could_be_accused(scores: Sequence[float], floor: float) -> Iterator[int]:
@@ -180,15 +183,15 @@ def _outcome(first: First, i: int, review: Reviewed, verdict: bool | None, judge
     truth = judge(problem.question, trace) if judge is not None and trace.steps else None
     known = judge is not None and bool(trace.steps)
     labels = tuple(step == truth for step in range(1, (truth or len(trace.steps)) + 1)) if known else ()
-    changed = review.accused is not None
+    mended = changed(review)
     return Outcome(
         id=problem.id,
         question=problem.question,
         gold=problem.answer,
         first=reply.text,
-        second=review.text if changed else None,
+        second=review.text if mended else None,
         correct1=first.correct[i],
-        correct2=verdict if changed else first.correct[i],
+        correct2=verdict if mended else first.correct[i],
         accused=review.accused,
         true_step=truth,
         true_known=known,
@@ -210,12 +213,10 @@ def located_correction_rate(
     ]
     if not cases:
         return None
-    asked = [(o.question, parse(o.first).trace, o.true_step) for o, _ in cases]
+    asked = [(o.question, corrected(parse(o.first).trace), o.true_step) for o, _ in cases]
     mended = mend(student, asked, review_settings(config, 0.0))
     verdicts = grade(grader, [m.text for m in mended], [p for _, p in cases])
-    known = [
-        bool(v) and m.accused is not None for v, m in zip(verdicts, mended, strict=True) if v is not None
-    ]
+    known = [bool(v) and changed(m) for v, m in zip(verdicts, mended, strict=True) if v is not None]
     return round(sum(known) / len(known), 4) if known else None
 
 

@@ -44,7 +44,7 @@ DEFAULTS: Mapping[str, Any] = {
         "eval_share": 0,
     },
     "export": {"quant": "q8_0", "num_ctx": 2048},
-    "eval": {"limit": 300, "max_tokens": 200, "context": 1024},
+    "eval": {"limit": 300, "max_tokens": 320, "context": 1024},
     "review": {"max_harm": 0.01},  # half a per cent of 400 fitting problems are two: chance would decide
 }
 

@@ -76,6 +76,15 @@ def encode_solution(tokenizer, messages: Messages, trace: Trace) -> Encoded:
     return Encoded(prompt + answer, [0.0] * len(prompt) + [1.0] * len(answer))
 
 
+def encode_continuation(tokenizer, messages: Messages, trace: Trace, step: int) -> Encoded:
+    """How a trace goes on after `step`: loss on the rest and its end token, none on what stands before."""
+    pieces = piece_ids(tokenizer, all_pieces(trace))
+    kept, rest = pieces[: 2 * step], pieces[2 * step :]  # a step without notes is two pieces
+    given = prompt_ids(tokenizer, messages) + [i for ids in kept for i in ids]
+    answer = [i for ids in rest for i in ids] + [end_id(tokenizer)]
+    return Encoded(given + answer, [0.0] * len(given) + [1.0] * len(answer))
+
+
 def encode_review(tokenizer, messages: Messages, review: Trace, decision_weight: float = 0.0) -> Encoded:
     """A whole review with its decisions marked.
 

@@ -140,7 +140,7 @@ def load_student(
     """
     name = model_name(student)
     tokenizer = load_tokenizer(name)
-    plan_no_attention()
+    without_cudnn_attention()
     found = backend(student)
     load = load_unsloth if found == "unsloth" else _load_plain
     try:
@@ -209,7 +209,7 @@ def _check_length(kind: Any, lora: Lora) -> int:
     return most
 
 
-def plan_no_attention() -> None:
+def without_cudnn_attention() -> None:
     """Leave cuDNN's attention out, which PyTorch prefers on Hopper and on Blackwell's data-centre cards.
 
     It plans anew for every length that it has not met, milliseconds of the CPU's time each: with rows of all lengths that

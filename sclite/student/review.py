@@ -5,6 +5,7 @@ sees a gold answer.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -25,14 +26,15 @@ from sclite.trace import (
 
 CLOSER = "</Step"
 TOP_P = 0.95
-NO_REPLY = "no reply"
+_NUMBERS, _BEGINS = re.compile(r"[\d\s.,:+\-*/×()$]*\Z"), re.compile(r"[(-]?\d")
+NO_REPLY, SAME_RESULT = "no reply", "the correction comes to the same result"
 
 
 @dataclass(frozen=True)
 class Reviewed:
     """What a review made of one attempt.
 
-    `scores` are the log-odds (nats) that each step is wrong; `accused` the step that was mended (None: none was);
+    `scores` are the log-odds (nats) that each step is wrong; `accused` the step that was mended, or was to be with a note of SAME_RESULT (None: none was);
     `text` the trace after the review, which is the attempt where nothing was changed; `note` says why a review was
     given up; `tokens` counts what the review generated.
     """
@@ -56,6 +58,11 @@ class Settings:
     prompt_folder: str = ""
     temperature: float = 0.0
     seed: int = 0
+
+
+def changed(reviewed: Reviewed) -> bool:
+    """Whether a review made another text of the attempt."""
+    return reviewed.accused is not None and reviewed.note != SAME_RESULT
 
 
 def score_request(question: str, trace: Trace, folder: str = "") -> ScoreRequest:
@@ -98,6 +105,22 @@ def read_correction(text: str) -> tuple[str, str] | None:
     """(cause, correction) from what follows `<Cause>`; None where either is missing."""
     step = parse(f"<Step1>x\n{CAUSE}{text}").trace.steps[0]
     return (step.cause, step.correction) if step.cause and step.correction else None
+
+
+def same_result(step: str, correction: str) -> bool:
+    """Whether both end in a sum of plain numbers and in the same after its equals sign: then nothing is mended.
+
+    An equation with letters says nothing by its right side, nor does an inequality.
+    """
+    ends = [_result_of_sum(text) for text in (step, correction)]
+    return ends[0] is not None and ends[0] == ends[1]
+
+
+def _result_of_sum(text: str) -> str | None:
+    left, equals, right = text.rpartition("=")
+    numbers = _NUMBERS.search(left)[0].lstrip(" ,.:$")
+    right = right.strip().rstrip(".").rstrip()
+    return right if equals and _BEGINS.match(numbers) and _BEGINS.match(right) else None
 
 
 def continue_request(question: str, trace: Trace, step: int, correction: str, settings: Settings) -> Request:
@@ -144,7 +167,7 @@ def guided(
     """Guided review of each attempt, in at most `settings.rounds` rounds; METHOD section 5."""
     states = []
     for question, text in zip(questions, attempts, strict=True):
-        trace = parse(text).trace
+        trace = corrected(parse(text).trace)
         note = "" if trace.steps else "no steps to review"
         states.append(_State(question, trace, Reviewed(text, note=note), open=bool(trace.steps)))
     for round_number in range(settings.rounds):
@@ -171,17 +194,18 @@ def _round(student: Student, states: list[_State], settings: Settings, first: bo
     mended = mend(student, [(s.question, s.trace, step) for s, step in accused], settings)
     for (state, _), outcome in zip(accused, mended, strict=True):
         tokens = state.result.tokens + outcome.tokens
-        if outcome.accused is None:  # nothing usable came back: the last text stands
+        if not changed(outcome):  # the last text stands
             state.open, state.result = False, replace(state.result, tokens=tokens, note=outcome.note)
             continue
-        state.trace = parse(outcome.text).trace
+        state.trace = corrected(parse(outcome.text).trace)
         state.result = replace(outcome, scores=state.result.scores, tokens=tokens)
 
 
 def mend(student: Student, cases: Iterable[tuple[str, Trace, int]], settings: Settings) -> list[Reviewed]:
     """Correct the given step of each (question, trace, step) and solve on from there.
 
-    `accused` is None in a result whose cause, correction or answer could not be read; `note` says which.
+    `accused` is None in a result whose cause, correction or answer could not be read; `note` says which. Where the
+    correction comes to the same result as the step, the attempt stands, and `note` is SAME_RESULT.
     """
     cases = list(cases)
     replies = _generate(
@@ -195,7 +219,11 @@ def mend(student: Student, cases: Iterable[tuple[str, Trace, int]], settings: Se
             results[i], tokens=reply.tokens if reply else 0, note="the review could not be read"
         )
         if note is not None:
-            going_on.append((i, *note))
+            _, trace, step = cases[i]
+            if same_result(trace.steps[step - 1].text, note[1]):
+                results[i] = Reviewed(render(trace), (), step, *note, reply.tokens, SAME_RESULT)
+            else:
+                going_on.append((i, *note))
     requests = [continue_request(*cases[i], correction, settings) for i, _, correction in going_on]
     for (i, cause, correction), reply in zip(going_on, _generate(student, requests), strict=True):
         if reply is None or reply.finish == "error":
@@ -222,7 +250,7 @@ def free(
     Every request has the seed of the settings, so that a request depends on nothing but its own question and attempt.
     """
     results = [Reviewed(text, note="no steps to review") for text in attempts]
-    traces = [parse(text).trace for text in attempts]
+    traces = [corrected(parse(text).trace) for text in attempts]
     asked = [i for i, trace in enumerate(traces) if trace.steps]
     requests = [
         Request(

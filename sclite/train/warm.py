@@ -7,6 +7,7 @@ out is the one that DPO starts from and is compared with.
 import random
 import shutil
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 from sclite import prompts
@@ -14,9 +15,9 @@ from sclite.config import Config
 from sclite.records import Attempt, Problem, Review, Template
 from sclite.run import Report, Run, timed
 from sclite.signature import digest
-from sclite.student.encode import Encoded, encode_review, end_id
+from sclite.student.encode import Encoded, encode_continuation, encode_review, end_id
 from sclite.student.load import load_student
-from sclite.trace import parse, render
+from sclite.trace import corrected, parse, render
 from sclite.train.checkpoints import Checkpoints, refuse_other_inputs
 from sclite.train.common import quiet, save_adapter, student_inputs
 from sclite.train.fit import micro_batch
@@ -43,6 +44,7 @@ def inputs_of(config: Config, run: Run, unseen: frozenset[str] = frozenset()) ->
             "student_system", "student_solve", "student_review", folder=config.prompts.folder
         ),
         "seed": config.seed,
+        "solving": "solved and continued rows in turn",
     }
 
 
@@ -126,10 +128,31 @@ def review_rows(tokenizer: Any, run: Run, reviews: Sequence[Review], config: Con
     return rows
 
 
+def continuation_rows(
+    tokenizer: Any, run: Run, reviews: Sequence[Review], config: Config
+) -> list[tuple[str, Encoded]]:
+    """(name, row) for each review that corrects: how to solve on after the corrected step, as guided review asks for it.
+
+    A correction is seldom written like a step, and a student that never saw one there loses its way behind it.
+    """
+    questions = {p.id: p.question for p in run.read("problems.jsonl", Problem)}
+    rows = []
+    for review in reviews:
+        if review.step is not None:
+            messages = prompts.solve_messages(questions[review.id], config.prompts.folder)
+            solved = corrected(parse(review.trace).trace)
+            row = encode_continuation(tokenizer, messages, solved, review.step)
+            rows.append((f"{review.id}/{review.sample}/continued", row))
+    return rows
+
+
 def mixed_rows(
     tokenizer: Any, run: Run, reviews: Sequence[Review], templates: Sequence[Template], config: Config
 ) -> tuple[list[str], list[Encoded]]:
-    """(names, rows) of the warm-up: the reviews and the solved rows between them, shuffled."""
+    """(names, rows) of the warm-up: the reviews and rows of solving between them, shuffled.
+
+    Every other row of solving goes on from a corrected step, as long as there are such.
+    """
     named = [
         (f"{review.id}/{review.sample}", row)
         for review, row in zip(reviews, review_rows(tokenizer, run, reviews, config), strict=True)
@@ -140,8 +163,14 @@ def mixed_rows(
             templates, solve_rows(tokenizer, templates, config.prompts.folder), strict=True
         )
     ]
-    mixed = mix(named, solved, config.dpo.replay_share, config.seed)
+    solving = in_turn(solved, continuation_rows(tokenizer, run, reviews, config))
+    mixed = mix(named, solving, config.dpo.replay_share, config.seed)
     return [name for name, _ in mixed], [row for _, row in mixed]
+
+
+def in_turn(*kinds: list[R]) -> list[R]:
+    """One of each kind in turn, until the longest is used up."""
+    return [row for one in zip_longest(*kinds) for row in one if row is not None]
 
 
 def mix(reviews: list[R], solved: list[R], share: float, seed: int) -> list[R]:

@@ -10,8 +10,8 @@ from sclite.evaluate.metrics import NEVER, Scored, fit_threshold
 from sclite.records import Problem
 from sclite.run import Run
 from sclite.student.base import Reply
-from sclite.student.review import Reviewed
-from sclite.trace import Trace
+from sclite.student.review import SAME_RESULT, Reviewed
+from sclite.trace import Step, Trace, render
 
 PROBLEMS = [Problem(id=f"p{n}", question=f"question {n}", answer="1") for n in range(200)]
 
@@ -157,3 +157,43 @@ def test_the_example_shown_had_an_answer_and_its_wrong_step_was_found(capsys):
         | {"cause": "2 + 2 is 4", "second": "<Step1>2 + 2 = 4</Step1>\n<Answer>4</Answer>", "gold": "4"}
     )
     assert "answer – → 4 (right: 4)" in capsys.readouterr().out
+
+
+def test_blocks_without_a_wrong_answer_do_not_end_the_fit(monkeypatch):
+    """The highest scores are those of right answers that stay right: nothing can be mended there, nor is it spoiled."""
+    student = Known(monkeypatch, lead=8.0)
+    surest = [i for i, right in enumerate(student.correct) if right][::3]
+    for i in surest:
+        student.scores[i] = (20.0 + i / 1000, 0.0, 0.0)
+    mended = student.mended
+    student.mended = lambda number, step: number in surest or mended(number, step)
+    found, wanted = student.fit(max_harm=0.01), student.by_trying_everything(0.01)
+    assert len(surest) > 2 * evaluate.FIT_BLOCK * len(PROBLEMS)
+    assert found["wrong_to_right"] == wanted["wrong_to_right"] > 0.1
+
+
+def test_steps_that_a_first_answer_corrects_itself_count_as_corrected():
+    class Student:
+        def generate(self, requests):
+            own = Trace((Step("1 + 1 = 3", None, "Too many.", "1 + 1 = 2"),), None, "2")
+            for index, _ in enumerate(requests):
+                yield Reply(index, render(own), 9, 9, "stop")
+
+    class Sure:
+        def equal_many(self, pairs):
+            return [given == gold for given, gold in pairs]
+
+    first = evaluate.solve(Student(), [Problem(id="p", question="1 + 1?", answer="2")], Config(), Sure())
+    assert [step.text for step in first.traces[0].steps] == ["1 + 1 = 2"]
+    assert first.correct == [True]
+
+
+def test_a_correction_that_changes_nothing_neither_spoils_nor_mends(monkeypatch):
+    student = Known(monkeypatch, lead=8.0)
+    same = [
+        Reviewed("wrong", accused=1, note=SAME_RESULT),
+        Reviewed("right", note="no answer after the correction"),
+    ]
+    monkeypatch.setattr(evaluate, "mend", lambda _, cases, __: [same[i % 2] for i in range(len(cases))])
+    found = student.fit(max_harm=0.01)
+    assert (found["threshold"], found["wrong_to_right"], found["right_to_wrong"]) == (NEVER, 0.0, 0.0)

@@ -8,6 +8,7 @@ from sclite.errors import DataFault
 from sclite.student.chat_template import merge_system
 from sclite.student.encode import (
     decision_ids,
+    encode_continuation,
     encode_review,
     encode_solution,
     end_id,
@@ -15,6 +16,7 @@ from sclite.student.encode import (
     prompt_ids,
     prompt_text,
 )
+from sclite.student.review import Settings, continue_request
 from sclite.trace import CAUSE, Step, Trace, all_pieces, open_piece, render, step_pieces
 from tests.tiny import CHATML, sample_texts, write_tokenizer
 
@@ -115,6 +117,24 @@ def test_the_ids_of_a_whole_are_those_of_the_prompt_and_of_each_piece(tokenizer)
 
 def test_a_review_and_a_solution_of_the_same_trace_have_the_same_ids(tokenizer):
     assert encode_review(tokenizer, SOLVE, TRACE).ids == encode_solution(tokenizer, SOLVE, TRACE).ids
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_continuation_carries_loss_on_what_comes_after_the_step_and_on_its_end(tokenizer, step):
+    asked = continue_request(
+        "Anna has 3 apples and buys 4. How many?", TRACE, step, TRACE.steps[step - 1].text, Settings()
+    )
+    given = [
+        *prompt_ids(tokenizer, asked.messages),
+        *(i for ids in piece_ids(tokenizer, asked.pieces) for i in ids),
+    ]
+    plain = Trace(
+        (*TRACE.steps[: step - 1], Step(TRACE.steps[step - 1].text), *TRACE.steps[step:]), "Add.", "7"
+    )
+    row = encode_continuation(tokenizer, SOLVE, plain, step)
+    assert row.ids == encode_solution(tokenizer, SOLVE, plain).ids
+    assert row.ids[: len(given)] == given  # as guided review asks for it
+    assert row.weights == [0.0] * len(given) + [1.0] * (len(row.ids) - len(given))
 
 
 def test_a_prefix_in_training_is_a_prefix_of_the_whole(tokenizer):

@@ -8,11 +8,13 @@ import pytest
 from sclite.student.base import Reply, Request, Scores
 from sclite.student.review import (
     CLOSER,
+    SAME_RESULT,
     Settings,
     free,
     guided,
     mend,
     read_correction,
+    same_result,
     score_request,
     scores_of,
 )
@@ -137,7 +139,8 @@ def test_the_solution_goes_on_in_the_solve_context_without_the_wrong_tail():
 
 @pytest.mark.parametrize("rounds", [0, 1, 2, 5])
 def test_rounds_are_bounded_even_for_a_student_that_always_accuses(rounds):
-    student = Scripted(odds=lambda work: (-1.0, 9.0, 9.0), corrections=[CORRECTION] * 9)
+    changing = [CORRECTION.replace("= 36", f"= {36 + number}") for number in range(9)]
+    student = Scripted(odds=lambda work: (-1.0, 9.0, 9.0), corrections=changing)
     (got,) = guided(student, [QUESTION], [render(WRONG)], Settings(rounds=rounds))
     assert len(student.requests) == 2 * rounds
     assert len(student.scored) == rounds
@@ -174,6 +177,51 @@ def test_an_unreadable_review_keeps_the_first_answer_and_says_so(correction, res
     assert got.note == note
     assert got.scores == (-4.0, 3.0, -4.0)
     assert got.tokens > 0
+
+
+def test_what_the_student_has_corrected_while_solving_is_reviewed_as_corrected():
+    steps = (WRONG.steps[0], Step("72 / 2 = 38", None, "Too many.", "72 / 2 = 36"), Step("36 + 5 = 41"))
+    text = render(Trace(steps, None, "41"))
+    student = Scripted(odds=accuse_38)
+    (got,) = guided(student, [QUESTION], [text], Settings())
+    assert (got.text, got.accused, got.note) == (text, None, "")
+    assert got.scores == (-4.0, -4.0, -4.0)
+    (request,) = student.scored
+    assert "= 38" not in request.messages[-1]["content"] + "".join(request.pieces)
+    assert "72 / 2 = 36" in "".join(request.pieces)
+
+
+AGAIN = "The halves fit not.</Cause>\n<Correction>Half of 72: 70 / 2 = 35, 2 / 2 = 1, so 72 / 2 = 38.</Correction>"
+
+
+def test_a_correction_to_the_same_result_mends_nothing_and_is_not_solved_on_from():
+    student = Scripted(odds=accuse_38, corrections=[AGAIN])
+    (got,) = guided(student, [QUESTION], [render(WRONG)], Settings(rounds=3))
+    assert (got.text, got.accused, got.note, got.tokens) == (render(WRONG), None, SAME_RESULT, 10)
+    assert len(student.requests) == 1
+    (mended,) = mend(Scripted(corrections=[AGAIN]), [(QUESTION, WRONG, 2)], Settings())
+    assert (mended.accused, mended.note, mended.text) == (2, SAME_RESULT, render(WRONG))
+    assert mended.correction.endswith("72 / 2 = 38.")  # as a wrong one of its own it can still be trained on
+
+
+@pytest.mark.parametrize(
+    ("step", "correction", "same"),
+    [
+        ("2 + 2 = 5 nuts.", "units 2 + 2 = 5, so 2 + 2 = 5 nuts", True),
+        ("2 + 2 = 5 nuts.", "2 + 2 = 4 nuts.", False),
+        (r"so $x = \frac{3}{4}$.", r"so $x = \frac{5}{4}$.", False),
+        ("5 nuts", "5 nuts", False),
+        ("After 3 days, 2 * 3 = 6.", "3 * 2 = 6", True),
+        ("x^2 - 5x + 6 = 0", "x^2 - 5x - 6 = 0", False),
+        ("x + 6 = 0", "x + 7 = 0", False),
+        ("3 <= 5", "3 >= 5", False),
+        ("a = 3, c = 5", "a = 2, c = 5", False),
+        ("2 + 2 =", "2 + 3 =", False),
+        ("5 nuts", "2 + 2 = 5 nuts", False),
+    ],
+)
+def test_results_are_what_stands_after_the_last_equals_sign(step, correction, same):
+    assert same_result(step, correction) is same
 
 
 def test_when_the_second_round_cannot_be_read_the_first_rounds_text_stands():
@@ -288,3 +336,20 @@ def test_free_review_asks_only_about_work_with_steps():
     got = free(student, [QUESTION] * 2, ["It is 41.", render(WRONG)], Settings())
     assert [g.note for g in got] == ["no steps to review", ""]
     assert len(student.requests) == 1
+
+
+def test_free_review_sees_what_the_student_has_corrected_while_solving_as_corrected():
+    steps = (WRONG.steps[0], Step("72 / 2 = 38", None, "Too many.", "72 / 2 = 36"), Step("36 + 5 = 41"))
+    student = Scripted(rest=render(RIGHT))
+    (got,) = free(student, [QUESTION], [render(Trace(steps, None, "41"))], Settings())
+    assert got.accused is None
+    assert "= 38" not in student.requests[0].messages[-1]["content"]
+
+
+def test_a_second_round_sees_the_continuation_as_its_own_corrections_left_it():
+    rest = "<Step3>36 + 5 = 38\n<Cause>Too few.</Cause>\n<Correction>36 + 5 = 41</Correction>\n</Step3>\n<Answer>41</Answer>"
+    student = Scripted(odds=accuse_38, corrections=[CORRECTION], rest=rest)
+    (got,) = guided(student, [QUESTION], [render(WRONG)], Settings(rounds=2))
+    assert got.accused == 2
+    assert len(student.scored) == 2
+    assert len(student.requests) == 2

@@ -19,7 +19,7 @@ from sclite.train.checkpoints import Checkpoints
 from sclite.train.labels import check_labels, too_long
 from sclite.train.sft import solve_rows, supervised, train_sft
 from sclite.train.trainer import _build, numbered, train_adapter
-from sclite.train.warm import mix, review_rows, train_warm
+from sclite.train.warm import continuation_rows, in_turn, mix, mixed_rows, review_rows, train_warm
 from sclite.train.watch import read_metrics
 from tests.tiny import tiny_llama
 
@@ -328,6 +328,33 @@ def test_solved_rows_stand_between_the_reviews_in_the_asked_share():
         assert sum(row.ids[0] >= 100 for row in rows) == wanted
         assert sorted(row.ids[0] for row in rows if row.ids[0] < 100) == list(range(10))
     assert mix(reviews, solved, 1.0, 3) == mix(reviews, solved, 1.0, 3) != mix(reviews, solved, 1.0, 4)
+
+
+def test_every_other_row_of_solving_goes_on_from_a_corrected_step(trained):
+    config, run, *_ = trained
+    tokenizer = load_tokenizer(config.student.model)
+    reviews, templates = run.read("reviews.jsonl", Review), run.read("templates.jsonl", Template)
+    wrong = [review for review in reviews if review.step is not None]
+    assert wrong
+    names, rows = mixed_rows(tokenizer, run, reviews, templates, config)
+    going_on = dict(continuation_rows(tokenizer, run, reviews, config))
+    assert set(going_on) == {f"{review.id}/{review.sample}/continued" for review in wrong}
+    kept = [row for row in rows if row in going_on.values()]
+    solving = round(config.dpo.replay_share * len(reviews))
+    assert len(rows) == len(reviews) + solving == len(names)
+    assert len(kept) == min(len(wrong), solving // 2)
+    for review in wrong:
+        row = going_on[f"{review.id}/{review.sample}/continued"]
+        given = tokenizer.decode([i for i, w in zip(row.ids, row.weights, strict=True) if not w])
+        told = parse(review.trace).trace.steps[review.step - 1]
+        assert told.correction in given
+        assert told.cause not in given
+
+
+def test_kinds_of_rows_stand_in_turn_until_the_longest_is_used_up():
+    assert in_turn([1, 2, 3], [10]) == [1, 10, 2, 3]
+    assert in_turn([1], [10, 20]) == [1, 10, 20]
+    assert in_turn([1, 2], []) == [1, 2]
 
 
 def test_the_reviews_that_are_trained_end_in_the_right_answer(trained):
