@@ -34,7 +34,8 @@ NO_REPLY, SAME_RESULT = "no reply", "the correction comes to the same result"
 class Reviewed:
     """What a review made of one attempt.
 
-    `scores` are the log-odds (nats) that each step is wrong; `accused` the step that was mended, or was to be with a note of SAME_RESULT (None: none was);
+    `scores` are the log-odds (nats) that each step is wrong; `accused` the step that was mended, or with a note of
+    SAME_RESULT was to be (None: none was);
     `text` the trace after the review, which is the attempt where nothing was changed; `note` says why a review was
     given up; `tokens` counts what the review generated.
     """

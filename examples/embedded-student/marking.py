@@ -1,0 +1,106 @@
+"""Wrong lines and the marks beside them: what slips people make, and how somebody's work looks before and after marking."""
+
+import random
+from dataclasses import dataclass
+
+from sclite.quickstart.tutor import apart, result_of, why_wrong
+
+RIGHT_HERE, WRONG_HERE = (
+    "\x01",
+    "\x02",
+)  # stand before the token that passes judgement; pre-training weighs it
+ROWS = ("Row", "Line", "Item", "Sum", "Part")
+
+
+def slip(result: int, draw: random.Random) -> int:
+    """A wrong result as people write them: a digit off, a carry lost, digits swapped."""
+    digits = list(str(result))
+    kind = draw.random()
+    if kind < 0.15 and len(digits) > 1:
+        i = draw.randrange(len(digits) - 1)
+        digits[i], digits[i + 1] = digits[i + 1], digits[i]
+        wrong = int("".join(digits))
+    else:
+        place = 10 ** draw.randrange(len(digits))
+        wrong = result + place * draw.choice((1, -1, 1, -1, 2, -2, 3, -3, 5))
+    return wrong if wrong != result and wrong >= 0 else result + draw.choice((1, 10))
+
+
+MARKS = (("Mistake", "Better"), ("Wrong", "Right"), ("Error", "Fix"), ("Why", "Instead"))
+REASONS = (
+    "Mistake", "Wrong", "Error", "Why", "Reason", "Cause", "Because", "Fault", "Slip", "Red", "Doubt", "Flaw",
+    "Cause", "Cause", "Cause",
+)  # fmt: skip
+REMEDIES = (
+    "Better", "Right", "Fix", "Instead", "Correction", "Mended", "Rather", "Redo", "Green", "Truth", "Anew", "Cure",
+    "Correction", "Correction", "Correction",
+)  # fmt: skip
+
+
+def two_marks(draw: random.Random, part: int) -> tuple[str, str]:
+    """The names of the two notes beside a wrong line. Of few pairs a student learns the names, of many the form.
+
+    Cause and Correction name such notes with others beside them, never both: that is sclite's own form.
+    """
+    if part < 6:
+        return draw.choice(MARKS)
+    pair = draw.choice(REASONS), draw.choice(REMEDIES)
+    return two_marks(draw, part) if pair == ("Cause", "Correction") else pair
+
+
+def misread(operation, numbers: list[int], draw: random.Random) -> tuple[int, int]:
+    """The operation's two numbers with one of them misread, or taken from elsewhere in the work."""
+    left, right = operation.left, operation.right
+    other = draw.choice(numbers) if draw.random() < 0.5 else slip(draw.choice((left, right)), draw)
+    return (other, right) if draw.random() < 0.5 else (left, other)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What somebody wrote instead of an operation, and why it is wrong."""
+
+    left: int
+    right: int
+    given: int
+    why: str
+
+
+def a_fault(operation, draw: random.Random, elsewhere: list[int]) -> Fault:
+    """A wrong result; or a number misread, or taken from `elsewhere` in the work."""
+    left, sign, right = operation.left, operation.sign, operation.right
+    one, other = misread(operation, elsewhere, draw) if elsewhere else (left, slip(right, draw))
+    found = result_of(one, sign, other)
+    given = slip(operation.result, draw)
+    if draw.random() < (0.3 if elsewhere else 0.2) and found is not None and 0 <= found != operation.result:
+        return Fault(one, other, found, f"The sum to do is {operation.sum.split(' = ')[0]}.")
+    return Fault(left, right, given, why_wrong(left, sign, right, given))
+
+
+def marked(operation, item: str, tags: tuple[str, str, str], fault: Fault | None) -> str:
+    """One line of somebody's work in a tag; a wrong one with the teacher's marks inside."""
+    (row, mistake, mended), what, sign = tags, operation.what, operation.sign
+    if fault is None:
+        return f"<{row}>{what} {operation.sum} {item}.\n{RIGHT_HERE}</{row}>"
+    better = f"{what} {apart(operation.left, sign, operation.right)} {item}."
+    notes = f"<{mistake}>{fault.why}</{mistake}>\n<{mended}>{better}</{mended}>"
+    line = f"{what} {fault.left} {sign} {fault.right} = {fault.given} {item}."
+    return f"<{row}>{line}\n{WRONG_HERE}{notes}\n</{row}>"
+
+
+def unmarked(solution, row: str, wrong_at: int | None, fault: Fault | None) -> str:
+    """The work as it was handed in: what follows a wrong line goes on with its result."""
+    lines, instead = [], {}
+    for i, op in enumerate(solution.operations):
+        left, right = instead.get(op.left, op.left), instead.get(op.right, op.right)
+        result = result_of(left, op.sign, right)
+        if i == wrong_at:
+            left, right, result = fault.left, fault.right, fault.given
+        elif result is None or result < 0:
+            left, right, result = op.left, op.right, op.result
+        if result != op.result:
+            instead[op.result] = result
+        lines.append(
+            f"<{row}{i + 1}>{op.what} {left} {op.sign} {right} = {result} {solution.item}.\n</{row}{i + 1}>"
+        )
+    end = instead.get(solution.answer, solution.answer)
+    return "\n".join([*lines, f"<Result>{end}</Result>"])
