@@ -1,6 +1,6 @@
 """Measuring exported students, and the thresholds that are fitted on the way: between the commands and the eval stage."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,7 @@ def evaluate(
         progress(len(names), len(names))
     world.screen.done("eval", f"eval: {', '.join(names)}")
     notes = [f"left out, because they overlap the training problems: {left_out}"] if left_out else []
+    notes += cut_note(figures, world.config.eval.max_tokens)
     dropped = {"overlaps_training": left_out} if left_out else {}
     summary = {
         "models": figures,
@@ -109,6 +110,20 @@ def evaluate(
     }
     write_summary(world, summary)
     return summary
+
+
+def cut_note(figures: Mapping[str, Any], limit: int) -> list[str]:
+    """A sentence on first answers that were cut off by length, where they are more than one in a hundred of a student's."""
+    many = [
+        f"{name} {each['cut']} of {each['n']}"
+        for name, each in figures.items()
+        if each["cut"] > 0.01 * each["n"]
+    ]
+    if not many:
+        return []
+    return [
+        f"first answers that were cut off: {', '.join(many)}; raise eval.max_tokens ({limit}) or eval.context"
+    ]
 
 
 def write_summary(world: World, summary: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ class Outcome(Row):
     Where a protocol has no second turn, or the review accused nothing, the first answer stands and `correct2` is
     `correct1`. `true_step` None with `true_known` says that no step is wrong. `step_scores` are the log-odds of an
     error in each step; `step_labels` say which steps are wrong, up to and including the first wrong one, since a step
-    that follows from a wrong one is neither right nor wrong.
+    that follows from a wrong one is neither right nor wrong. `cut` says that the first answer ended by length.
     """
 
     id: str
@@ -38,6 +38,7 @@ class Outcome(Row):
     step_scores: tuple[LogOdds, ...] = ()
     step_labels: tuple[bool, ...] = ()
     format_ok: bool
+    cut: bool = False
     tokens1: int = 0
     tokens2: int = 0
     seconds: float = 0.0
@@ -76,7 +77,7 @@ def summarise(outcomes: Sequence[Outcome], bootstrap: int = 1000, seed: int = 0)
     """All figures of one model under one protocol, ready for JSON.
 
     Outcomes with an unknown first or second answer are left out of everything and counted in `unknown`; `n` are the
-    rest. Over n: acc_t1, acc_t2, difference, wrong_to_right, right_to_wrong, format_validity, and the means tokens
+    rest, and `cut` those of them whose first answer ended by length. Over n: acc_t1, acc_t2, difference, wrong_to_right, right_to_wrong, format_validity, and the means tokens
     and seconds per problem. Over fewer: location (labelled wrong work whose accused step is the first wrong one),
     acceptance (right work where nothing is accused), location_f1 (their harmonic mean: ProcessBench, arXiv
     2412.06559), correction_rate_own (made right, among wrong answers whose step was located), auc. Step labels
@@ -94,7 +95,7 @@ def summarise(outcomes: Sequence[Outcome], bootstrap: int = 1000, seed: int = 0)
     gained, spoiled = int((second > first).sum()), int((first > second).sum())
     assert int(second.sum() - first.sum()) == gained - spoiled
     samples = _resample(n, bootstrap, seed)
-    figures: dict[str, Any] = {"n": n, "unknown": len(outcomes) - n}
+    figures: dict[str, Any] = {"n": n, "unknown": len(outcomes) - n, "cut": sum(o.cut for o in known)}
     drawn = {}
     for name, (numerator, denominator) in parts.items():
         figures[name] = _ratio(numerator.sum(), denominator.sum())

@@ -13,10 +13,11 @@ from sclite.look.page import seen
 from sclite.look.rows import Problems
 from sclite.records import Attempt, Pair, Review, Template
 from sclite.run import Run
-from sclite.student.encode import Encoded, encode_review, encode_solution, end_id
+from sclite.student.encode import Encoded, encode_solution, end_id
 from sclite.student.load import load_tokenizer, local_folder
-from sclite.trace import CAUSE, parse, render
+from sclite.trace import CAUSE, parse
 from sclite.train.bundle import build_bundles
+from sclite.train.warm_rows import closed_row, continued_row, review_row
 
 SHOWN = ("templates", "reviews", "pairs")
 
@@ -36,17 +37,18 @@ class Labels:
         )
 
     def sequences(self, row: Any) -> Iterator[tuple[str, Encoded]]:
-        """(name of the sequence, its tokens with their weights) of a row: one, or both sides of a pair."""
+        """(name of the sequence, its tokens with their weights) of a row: of a pair both sides, of a correction three."""
         folder = self.config.prompts.folder
         match row:
             case Template():
                 messages = prompts.solve_messages(row.question, folder)
                 yield "sft", encode_solution(self.tokenizer, messages, parse(row.trace).trace)
             case Review():
-                work = render(parse(self.works[row.id, row.sample].trace).trace)
-                messages = prompts.review_messages(self._question(row.id), work, folder)
-                weight = self.config.dpo.decision_weight
-                yield "warm-up", encode_review(self.tokenizer, messages, parse(row.trace).trace, weight)
+                question, work = self._question(row.id), parse(self.works[row.id, row.sample].trace).trace
+                yield "warm-up", review_row(self.tokenizer, question, work, row, self.config)
+                if row.step is not None:
+                    yield "solved on", continued_row(self.tokenizer, question, row, self.config)
+                    yield "closed while solving", closed_row(self.tokenizer, question, work, row, self.config)
             case Pair():
                 bundle = build_bundles(self.tokenizer, [row], {row.id: self._question(row.id)}, folder)[0]
                 yield (

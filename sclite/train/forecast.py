@@ -11,8 +11,8 @@ from sclite.config import Config
 from sclite.records import Attempt, Pair, Problem, Review, Template
 from sclite.run import Run
 from sclite.teacher.forecast import CHARACTERS_PER_TOKEN
-from sclite.trace import parse, render
-from sclite.train.order import training_order
+from sclite.trace import corrected, parse, render, step_pieces
+from sclite.train.order import mix, training_order
 from sclite.train.trainer import held_out_rows
 
 Length = tuple[int, int]
@@ -61,17 +61,23 @@ def _replayed(config: Config, run: Run, measure: Measure, unseen: frozenset[str]
 def _warm_rows(config: Config, run: Run, measure: Measure, unseen: frozenset[str]) -> Iterator[list[Length]]:
     works = {(row.id, row.sample): row.trace for row in run.rows("attempts.jsonl", Attempt)}
     questions = {row.id: row.question for row in run.rows("problems.jsonl", Problem)}
-    reviews = 0
+    reviewed, continued, closed = [], [], []
     for row in run.rows("reviews.jsonl", Review):
         if row.id in questions and (row.id, row.sample) in works:
-            work = render(parse(works[row.id, row.sample]).trace)
-            messages = prompts.review_messages(questions[row.id], work, config.prompts.folder)
+            work = parse(works[row.id, row.sample]).trace
+            messages = prompts.review_messages(questions[row.id], render(work), config.prompts.folder)
             answer = measure(row.trace) + 1
-            yield [(measure(_chat(messages)) + answer, answer)]
-            reviews += 1
-    solved = _replayed(config, run, measure, unseen) if reviews else []
-    for number in range(round(config.dpo.replay_share * reviews) if solved else 0):
-        yield [solved[number % len(solved)]]
+            reviewed.append((measure(_chat(messages)) + answer, answer))
+            if row.step is not None:
+                prompt = measure(_chat(prompts.solve_messages(questions[row.id], config.prompts.folder)))
+                solved = corrected(parse(row.trace).trace)
+                given = prompt + measure("".join(step_pieces(solved.steps[: row.step])))
+                whole = prompt + measure(render(solved)) + 1
+                continued.append((whole, whole - given))
+                closed.append((prompt + measure(render(work)) + 1, len(work.steps) + 1))
+    solved = _replayed(config, run, measure, unseen) if reviewed else []
+    for row in mix(reviewed, solved, continued, closed, config.dpo.replay_share, config.seed):
+        yield [row]
 
 
 def _dpo_rows(config: Config, run: Run, measure: Measure, unseen: frozenset[str]) -> Iterator[list[Length]]:

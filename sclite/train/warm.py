@@ -1,33 +1,29 @@
-"""The warm-up of stage 2: a short supervised training on whole reviews, with solved rows between.
+"""The warm-up of stage 2: a short supervised training on whole reviews, with rows of solving between.
 
 DPO alone cannot create the accusation, and reviews alone destroy solving (METHOD section 4.5). The adapter that comes
 out is the one that DPO starts from and is compared with.
 """
 
-import random
 import shutil
-from collections.abc import Sequence
-from itertools import zip_longest
-from typing import Any, TypeVar
+from typing import Any
 
 from sclite import prompts
 from sclite.config import Config
-from sclite.records import Attempt, Problem, Review, Template
+from sclite.records import Review, Template
 from sclite.run import Report, Run, timed
 from sclite.signature import digest
-from sclite.student.encode import Encoded, encode_continuation, encode_review, end_id
+from sclite.student.encode import end_id
 from sclite.student.load import load_student
-from sclite.trace import corrected, parse, render
 from sclite.train.checkpoints import Checkpoints, refuse_other_inputs
 from sclite.train.common import quiet, save_adapter, student_inputs
 from sclite.train.fit import micro_batch
 from sclite.train.labels import checked_tokenizer
-from sclite.train.sft import fitting_rows, replay_templates, solve_rows, supervised
+from sclite.train.sft import fitting_rows, replay_templates, supervised
 from sclite.train.trainer import train_adapter
+from sclite.train.warm_rows import mixed_rows
 from sclite.train.watch import Progress
 
 STAGE = "warm"
-R = TypeVar("R")
 
 
 def inputs_of(config: Config, run: Run, unseen: frozenset[str] = frozenset()) -> dict[str, Any]:
@@ -44,7 +40,7 @@ def inputs_of(config: Config, run: Run, unseen: frozenset[str] = frozenset()) ->
             "student_system", "student_solve", "student_review", folder=config.prompts.folder
         ),
         "seed": config.seed,
-        "solving": "solved and continued rows in turn",
+        "solving": "solved and continued rows in turn, and wrong work closed",
     }
 
 
@@ -114,70 +110,3 @@ def _copied(run: Run, inputs: dict[str, Any], report: Report) -> Report:
         beside.rename(run.path("dpo/warm"))
     run.sign(STAGE, inputs, report)
     return report
-
-
-def review_rows(tokenizer: Any, run: Run, reviews: Sequence[Review], config: Config) -> list[Encoded]:
-    """Each review as an answer to its review prompt, its decisions weighted."""
-    attempts = {(a.id, a.sample): a for a in run.read("attempts.jsonl", Attempt)}
-    questions = {p.id: p.question for p in run.read("problems.jsonl", Problem)}
-    rows = []
-    for review in reviews:
-        work = render(parse(attempts[review.id, review.sample].trace).trace)
-        messages = prompts.review_messages(questions[review.id], work, config.prompts.folder)
-        rows.append(encode_review(tokenizer, messages, parse(review.trace).trace, config.dpo.decision_weight))
-    return rows
-
-
-def continuation_rows(
-    tokenizer: Any, run: Run, reviews: Sequence[Review], config: Config
-) -> list[tuple[str, Encoded]]:
-    """(name, row) for each review that corrects: how to solve on after the corrected step, as guided review asks for it.
-
-    A correction is seldom written like a step, and a student that never saw one there loses its way behind it.
-    """
-    questions = {p.id: p.question for p in run.read("problems.jsonl", Problem)}
-    rows = []
-    for review in reviews:
-        if review.step is not None:
-            messages = prompts.solve_messages(questions[review.id], config.prompts.folder)
-            solved = corrected(parse(review.trace).trace)
-            row = encode_continuation(tokenizer, messages, solved, review.step)
-            rows.append((f"{review.id}/{review.sample}/continued", row))
-    return rows
-
-
-def mixed_rows(
-    tokenizer: Any, run: Run, reviews: Sequence[Review], templates: Sequence[Template], config: Config
-) -> tuple[list[str], list[Encoded]]:
-    """(names, rows) of the warm-up: the reviews and rows of solving between them, shuffled.
-
-    Every other row of solving goes on from a corrected step, as long as there are such.
-    """
-    named = [
-        (f"{review.id}/{review.sample}", row)
-        for review, row in zip(reviews, review_rows(tokenizer, run, reviews, config), strict=True)
-    ]
-    solved = [
-        (template.id, row)
-        for template, row in zip(
-            templates, solve_rows(tokenizer, templates, config.prompts.folder), strict=True
-        )
-    ]
-    solving = in_turn(solved, continuation_rows(tokenizer, run, reviews, config))
-    mixed = mix(named, solving, config.dpo.replay_share, config.seed)
-    return [name for name, _ in mixed], [row for _, row in mixed]
-
-
-def in_turn(*kinds: list[R]) -> list[R]:
-    """One of each kind in turn, until the longest is used up."""
-    return [row for one in zip_longest(*kinds) for row in one if row is not None]
-
-
-def mix(reviews: list[R], solved: list[R], share: float, seed: int) -> list[R]:
-    """The reviews with `share` solved rows for each."""
-    draw = random.Random(seed)
-    wanted = round(share * len(reviews))
-    picked = [solved[i % len(solved)] for i in range(wanted)] if solved else []
-    rows = [*reviews, *picked]
-    draw.shuffle(rows)
-    return rows

@@ -7,6 +7,7 @@ import pytest
 from sclite.config import Config
 from sclite.evaluate import evaluate
 from sclite.evaluate.metrics import NEVER, Scored, fit_threshold
+from sclite.measure import cut_note
 from sclite.records import Problem
 from sclite.run import Run
 from sclite.student.base import Reply
@@ -130,6 +131,26 @@ def test_answers_without_steps_cost_no_fit(tmp_path, monkeypatch):
     assert figures["threshold"] == NEVER
     assert figures["fitted"] is None
     assert figures["acc_t2"] == 1.0
+
+
+def test_first_answers_that_were_cut_off_are_counted_and_told_of(tmp_path, monkeypatch):
+    class Rambling:
+        def generate(self, requests):
+            ends = ("length", "stop", "stop", "stop")
+            return [Reply(i, "the answer is", 4, 9, ends[i % 4]) for i in range(len(requests))]
+
+    monkeypatch.setattr(evaluate, "grade", lambda _, texts, __: [False] * len(texts))
+    figures = evaluate.evaluate_model(
+        Config(), Run(tmp_path), "sft", Rambling(), problems=PROBLEMS[:20], fitting=[], grader=None
+    )
+    assert (figures["n"], figures["cut"]) == (20, 5)
+    (note,) = cut_note({"base": figures | {"cut": 0}, "sft": figures}, 320)
+    assert note == "first answers that were cut off: sft 5 of 20; raise eval.max_tokens (320) or eval.context"
+
+
+def test_one_cut_answer_in_a_hundred_is_left_to_the_json():
+    assert cut_note({"sft": {"n": 300, "cut": 3}}, 320) == []
+    assert len(cut_note({"sft": {"n": 300, "cut": 4}}, 320)) == 1
 
 
 def reviewed(first: str, correct2: bool, accused: int, true_step: int | None) -> dict:

@@ -65,6 +65,11 @@ def test_an_unknown_outcome_is_not_a_wrong_answer():
     assert figures["right_to_wrong"] == 0.0
 
 
+def test_answers_that_ended_by_length_are_counted_among_the_known():
+    rows = [outcome(False, False, 0, cut=True), outcome(True, True, 1, cut=True), outcome(True, True, 2)]
+    assert summarise([*rows, outcome(None, None, 3, cut=True)])["cut"] == 2
+
+
 def test_a_failed_review_is_not_an_acceptance():
     rows = [outcome(True, None, 0), outcome(True, False, 1, accused=1)]
     assert summarise(rows)["acceptance"] == 0.0
@@ -81,7 +86,7 @@ def test_a_failed_call_costs_neither_tokens_nor_form():
 
 def test_what_is_undefined_is_none_and_never_zero():
     figures = summarise([])
-    assert (figures.pop("n"), figures.pop("unknown")) == (0, 0)
+    assert (figures.pop("n"), figures.pop("unknown"), figures.pop("cut")) == (0, 0, 0)
     assert set(figures.values()) == {None}
     figures = summarise(outcomes((True, True)))
     assert figures["acceptance"] == 1.0

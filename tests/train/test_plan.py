@@ -10,15 +10,17 @@ from sclite.data import corrections
 from sclite.data.corrections import left_to_ask
 from sclite.errors import DataFault, NetworkFault
 from sclite.look.plan import show_plan
-from sclite.records import Attempt, Pair, Template
+from sclite.records import Attempt, Pair, Review, Template
 from sclite.run import Report
 from sclite.student.encode import encode_solution
 from sclite.student.load import load_tokenizer
 from sclite.teacher.ledger import Entry, Ledger
 from sclite.trace import parse
+from sclite.train.forecast import lengths, measure_of
 from sclite.train.geometry import geometry, read_geometry
 from sclite.train.memory import Setting, estimate
 from sclite.train.plan import plan
+from sclite.train.warm_rows import mixed_rows
 from tests.tiny import tiny_llama
 from tests.train.geometries import QWEN_MATH_7B
 from tests.train.test_sft import write_toy
@@ -156,13 +158,27 @@ def test_rows_that_are_too_long_are_counted_and_left_out(run):
     assert (stage["rows"], stage["too_long"]) == (6, 1)
 
 
-def test_the_warm_up_has_a_solved_row_beside_each_review(run):
+def test_the_warm_up_has_a_row_of_solving_beside_each_review_and_the_wrong_work_closed(run):
     write_toy(run)
     one = planned(run, dpo={"batch": 4, "replay_share": 1.0})["stages"]["warm"]
     none = planned(run, dpo={"batch": 4, "replay_share": 0.0})["stages"]["warm"]
-    assert (one["rows"], one["steps"]) == (12, 3)
-    assert (none["rows"], none["steps"]) == (6, 2)
+    assert (one["rows"], one["steps"]) == (16, 4)
+    assert (none["rows"], none["steps"]) == (10, 3)
     assert one["tokens"] > none["tokens"]
+
+
+def test_the_rows_foreseen_for_the_warm_up_are_those_that_are_trained(run, tmp_path):
+    write_toy(run)
+    settings = config(dpo={"replay_share": 1.0})
+    tokenizer = load_tokenizer(str(tiny_llama(tmp_path / "student")))
+    reviews, templates = run.read("reviews.jsonl", Review), run.read("templates.jsonl", Template)
+    _, rows = mixed_rows(tokenizer, run, reviews, templates, settings)
+    foreseen = [row for (row,) in lengths(settings, run, "warm", measure_of(tokenizer), frozenset())]
+    for (tokens, carried), row in zip(foreseen, rows, strict=True):
+        assert tokens == pytest.approx(len(row.ids), abs=25)  # the chat template's own
+        assert carried == pytest.approx(
+            sum(weight > 0 for weight in row.weights), abs=3
+        )  # pieces, or a whole
 
 
 def test_dpo_counts_both_sides_of_a_pair_and_the_replay(run):

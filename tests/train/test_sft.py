@@ -11,15 +11,15 @@ from sclite.config import Config
 from sclite.errors import DataFault
 from sclite.records import Attempt, Problem, Review, Template
 from sclite.run import Run
-from sclite.student.encode import Encoded, decision_ids, encode_solution, end_id
+from sclite.student.encode import Encoded, encode_solution, end_id
 from sclite.student.load import load_student, load_tokenizer
-from sclite.trace import Step, Trace, parse, render
+from sclite.trace import Step, Trace, render
 from sclite.train.arguments import arguments
 from sclite.train.checkpoints import Checkpoints
 from sclite.train.labels import check_labels, too_long
 from sclite.train.sft import solve_rows, supervised, train_sft
 from sclite.train.trainer import _build, numbered, train_adapter
-from sclite.train.warm import continuation_rows, in_turn, mix, mixed_rows, review_rows, train_warm
+from sclite.train.warm import train_warm
 from sclite.train.watch import read_metrics
 from tests.tiny import tiny_llama
 
@@ -165,21 +165,6 @@ def test_the_report_says_which_share_of_the_tokens_is_trained(trained):
     assert 0.1 < report.figures["labels"]["trained_share"] < 0.9
 
 
-def test_a_review_weighs_its_decisions_more_than_its_other_tokens(folder, trained):
-    config, run, *_ = trained
-    heavier = config_of(folder, dpo={"decision_weight": 8.0})
-    tokenizer = load_tokenizer(config.student.model)
-    rows = review_rows(tokenizer, run, run.read("reviews.jsonl", Review), heavier)
-    accuse, close = decision_ids(tokenizer)
-    for row in rows:
-        heavy = [i for i, weight in enumerate(row.weights) if weight > 1]
-        assert heavy == [mark + 1 for mark in row.marks]
-        assert {row.weights[i] for i in heavy} == {9.0}
-        assert [row.ids[i] for i in heavy] == [accuse if a else close for a in row.accused]
-        assert row.ids[-1] == end_id(tokenizer)
-        assert row.weights[-1] == 1.0
-
-
 def test_rows_that_teach_nothing_are_refused_with_place_and_remedy():
     good = Encoded([5, 6, 2], [0.0, 1.0, 1.0])
     with pytest.raises(DataFault, match="no row is left") as fault:
@@ -313,54 +298,9 @@ def test_without_templates_the_next_command_is_named(folder, tmp_path):
 def test_the_warm_up_goes_on_from_the_sft_adapter_and_its_loss_falls(trained):
     _, run, _, report = trained
     rows = metrics(run, "dpo", "warm")
-    assert report.counts == {"rows": 12, "reviews": 6, "steps": 12}
+    assert report.counts == {"rows": 16, "reviews": 6, "steps": 16}
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
     assert run.path("dpo/warm/adapter_model.safetensors").is_file()
     # a fresh adapter would begin where SFT began, at the loss of guessing
     assert metrics(run, "sft", "sft")[0]["loss"] > math.log(512)
     assert rows[0]["loss"] < metrics(run, "sft", "sft")[0]["loss"] - 0.5
-
-
-def test_solved_rows_stand_between_the_reviews_in_the_asked_share():
-    reviews, solved = [Encoded([i], [1.0]) for i in range(10)], [Encoded([100 + i], [1.0]) for i in range(3)]
-    for share, wanted in ((0.0, 0), (0.5, 5), (1.0, 10), (2.0, 20)):
-        rows = mix(reviews, solved, share, 0)
-        assert sum(row.ids[0] >= 100 for row in rows) == wanted
-        assert sorted(row.ids[0] for row in rows if row.ids[0] < 100) == list(range(10))
-    assert mix(reviews, solved, 1.0, 3) == mix(reviews, solved, 1.0, 3) != mix(reviews, solved, 1.0, 4)
-
-
-def test_every_other_row_of_solving_goes_on_from_a_corrected_step(trained):
-    config, run, *_ = trained
-    tokenizer = load_tokenizer(config.student.model)
-    reviews, templates = run.read("reviews.jsonl", Review), run.read("templates.jsonl", Template)
-    wrong = [review for review in reviews if review.step is not None]
-    assert wrong
-    names, rows = mixed_rows(tokenizer, run, reviews, templates, config)
-    going_on = dict(continuation_rows(tokenizer, run, reviews, config))
-    assert set(going_on) == {f"{review.id}/{review.sample}/continued" for review in wrong}
-    kept = [row for row in rows if row in going_on.values()]
-    solving = round(config.dpo.replay_share * len(reviews))
-    assert len(rows) == len(reviews) + solving == len(names)
-    assert len(kept) == min(len(wrong), solving // 2)
-    for review in wrong:
-        row = going_on[f"{review.id}/{review.sample}/continued"]
-        given = tokenizer.decode([i for i, w in zip(row.ids, row.weights, strict=True) if not w])
-        told = parse(review.trace).trace.steps[review.step - 1]
-        assert told.correction in given
-        assert told.cause not in given
-
-
-def test_kinds_of_rows_stand_in_turn_until_the_longest_is_used_up():
-    assert in_turn([1, 2, 3], [10]) == [1, 10, 2, 3]
-    assert in_turn([1], [10, 20]) == [1, 10, 20]
-    assert in_turn([1, 2], []) == [1, 2]
-
-
-def test_the_reviews_that_are_trained_end_in_the_right_answer(trained):
-    config, run, *_ = trained
-    tokenizer = load_tokenizer(config.student.model)
-    rows = review_rows(tokenizer, run, run.read("reviews.jsonl", Review), config)
-    for problem, row in zip(toy_problems(), rows, strict=True):
-        text = tokenizer.decode([i for i, w in zip(row.ids, row.weights, strict=True) if w])
-        assert parse(text.removesuffix("<|im_end|>")).trace.answer == problem.answer

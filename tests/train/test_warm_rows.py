@@ -1,0 +1,129 @@
+"""The rows of the warm-up: how they are mixed, and what carries loss in each kind."""
+
+import pytest
+
+from sclite import prompts
+from sclite.records import Review, Template
+from sclite.run import Run
+from sclite.student.encode import Encoded, decision_ids, encode_solution, end_id
+from sclite.student.load import load_tokenizer
+from sclite.trace import parse, render
+from sclite.train.order import in_turn, mix
+from sclite.train.warm_rows import mixed_rows
+from tests.tiny import tiny_llama
+from tests.train.test_sft import config_of, toy_problems, toy_trace, write_toy
+
+REVIEWED, SOLVED, CONTINUED, CLOSED = (range(start, start + 10) for start in (0, 100, 200, 300))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("student"))
+
+
+def rows_of(folder, tmp_path, **dpo) -> tuple[object, dict[str, Encoded]]:
+    """(tokenizer, the rows of the toy run by their names)."""
+    run, config = Run(tmp_path), config_of(folder, dpo=dpo)
+    write_toy(run)
+    tokenizer = load_tokenizer(config.student.model)
+    reviews, templates = run.read("reviews.jsonl", Review), run.read("templates.jsonl", Template)
+    names, rows = mixed_rows(tokenizer, run, reviews, templates, config)
+    return tokenizer, dict(zip(names, rows, strict=True))
+
+
+def carried(tokenizer, row: Encoded) -> str:
+    return tokenizer.decode([i for i, w in zip(row.ids, row.weights, strict=True) if w])
+
+
+# -- the mixture ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("share", "wanted"), [(0.0, 0), (0.5, 5), (1.0, 10), (2.5, 25)])
+def test_rows_of_solving_stand_between_the_reviews_in_the_asked_share(share, wanted):
+    rows = mix(REVIEWED, SOLVED, CONTINUED, [], share, 0)
+    assert sorted(row for row in rows if row < 100) == list(REVIEWED)
+    solving = [row for row in rows if row >= 100]
+    assert len(solving) == wanted
+    assert sum(row >= 200 for row in solving) == wanted // 2  # every other one goes on from a correction
+
+
+def test_every_closed_row_is_trained_whatever_the_share():
+    for share in (0.0, 1.0):
+        rows = mix(REVIEWED, SOLVED, CONTINUED, CLOSED, share, 0)
+        assert sorted(row for row in rows if row >= 300) == list(CLOSED)
+
+
+def test_the_order_of_the_mixture_comes_from_the_seed_alone():
+    first, same, other = (mix(REVIEWED, SOLVED, CONTINUED, CLOSED, 0.6, seed) for seed in (3, 3, 4))
+    assert first == same != other
+    assert first[:10] != list(REVIEWED)
+
+
+def test_solved_rows_are_drawn_and_not_always_the_first():
+    """DPO takes its replay from the first on: the warm-up would have it learn the same few twice."""
+    drawn = {row for seed in range(5) for row in mix(REVIEWED[:4], SOLVED, [], [], 1.0, seed) if row >= 100}
+    assert len(drawn) > 4
+
+
+def test_without_anything_solved_there_are_reviews_alone():
+    assert sorted(mix(REVIEWED, [], [], [], 1.0, 0)) == list(REVIEWED)
+
+
+def test_kinds_of_rows_stand_in_turn_until_the_longest_is_used_up():
+    assert in_turn([1, 2, 3], [10]) == [1, 10, 2, 3]
+    assert in_turn([1], [10, 20]) == [1, 10, 20]
+    assert in_turn([1, 2], []) == [1, 2]
+
+
+# -- the kinds -----------------------------------------------------------------------------------------------------
+
+
+def test_every_correction_gives_a_review_a_continued_and_a_closed_row(folder, tmp_path):
+    _, rows = rows_of(folder, tmp_path, replay_share=4.0)
+    wrong = [f"p{i}/0" for i in range(6) if i % 3]
+    assert {name for name in rows if name.endswith("/closed")} == {f"{name}/closed" for name in wrong}
+    assert {name for name in rows if name.endswith("/continued")} == {f"{name}/continued" for name in wrong}
+    assert {name for name in rows if name.endswith("/0")} == {f"p{i}/0" for i in range(6)}
+    assert {name for name in rows if "/" not in name} == {f"p{i}" for i in range(6)}
+
+
+def test_a_review_weighs_its_decisions_more_than_its_other_tokens(folder, tmp_path):
+    tokenizer, rows = rows_of(folder, tmp_path, decision_weight=8.0)
+    accuse, close = decision_ids(tokenizer)
+    for row in (row for name, row in rows.items() if name.endswith("/0")):
+        heavy = [i for i, weight in enumerate(row.weights) if weight > 1]
+        assert heavy == [mark + 1 for mark in row.marks]
+        assert {row.weights[i] for i in heavy} == {9.0}
+        assert [row.ids[i] for i in heavy] == [accuse if a else close for a in row.accused]
+        assert row.ids[-1] == end_id(tokenizer)
+        assert row.weights[-1] == 1.0
+
+
+def test_the_reviews_that_are_trained_end_in_the_right_answer(folder, tmp_path):
+    tokenizer, rows = rows_of(folder, tmp_path)
+    for problem in toy_problems():
+        text = carried(tokenizer, rows[f"{problem.id}/0"])
+        assert parse(text.removesuffix("<|im_end|>")).trace.answer == problem.answer
+
+
+def test_a_continued_row_is_given_the_correction_and_not_why(folder, tmp_path):
+    tokenizer, rows = rows_of(folder, tmp_path, replay_share=4.0)
+    for number, step in ((1, 1), (2, 2), (4, 1), (5, 2)):
+        row = rows[f"p{number}/0/continued"]
+        given = tokenizer.decode([i for i, w in zip(row.ids, row.weights, strict=True) if not w])
+        assert toy_trace(number).steps[step - 1].text in given
+        assert "The tens slip." not in given
+
+
+def test_wrong_work_is_closed_while_solving_with_loss_on_nothing_but_closers_and_end(folder, tmp_path):
+    tokenizer, rows = rows_of(folder, tmp_path, decision_weight=8.0)
+    _, close = decision_ids(tokenizer)
+    for number, step in ((1, 1), (2, 2), (4, 1), (5, 2)):
+        row, work = rows[f"p{number}/0/closed"], toy_trace(number, step)
+        asked = prompts.solve_messages(toy_problems()[number].question)
+        assert row.ids == encode_solution(tokenizer, asked, work).ids
+        heard = [(i, w) for i, w in zip(row.ids, row.weights, strict=True) if w]
+        closers = [(close, 9.0 if n == step else 1.0) for n in (1, 2)]
+        assert heard == [*closers, (end_id(tokenizer), 1.0)]
+        assert "<Cause>" not in tokenizer.decode(row.ids)
+        assert render(work) in tokenizer.decode(row.ids)
