@@ -161,9 +161,14 @@ class Dpo(Lora):
     replay_share: float = Field(
         1.0,
         ge=0,
-        description="solved rows per review row, in warm-up and DPO; half of the warm-up's go on from a correction",
+        description="solved rows per review row, in warm-up and DPO; half of the warm-up's go on from a correction, "
+        "and its wrong attempts, closed like any work, are not among them",
     )
-    decision_weight: float = Field(1.0, ge=0, description="of the decision tokens in the warm-up")
+    decision_weight: float = Field(
+        1.0,
+        ge=0,
+        description="of the decisions in the warm-up: to accuse a step in a review, to close it while solving",
+    )
     confirmation_share: float = Field(0.5, ge=0, lt=1, description="share of reviews that are of right work")
 
     def deciding(self, *others: str) -> dict[str, Any]:

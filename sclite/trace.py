@@ -305,6 +305,11 @@ def first_corrected(trace: Trace) -> int | None:
     return None
 
 
+def work_of(text: str) -> Trace:
+    """The work in a student's attempt: what it corrected itself while it solved counts as made."""
+    return corrected(parse(text).trace)
+
+
 def corrected(trace: Trace) -> Trace:
     """A review as a plain solution: the corrected step takes the place of the wrong one, causes fall away."""
     return replace(trace, steps=tuple(Step(step.correction or step.text, step.key) for step in trace.steps))

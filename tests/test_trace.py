@@ -22,6 +22,7 @@ from sclite.trace import (
     open_piece,
     parse,
     render,
+    work_of,
 )
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -347,6 +348,7 @@ def test_a_review_names_its_first_wrong_step_and_gives_the_solution_it_amounts_t
     assert [s.text for s in plain.steps] == ["It is 72.", "72 / 2 = 36"]
     assert first_corrected(plain) is None
     assert corrected(parse(WHOLE).trace) == parse(WHOLE).trace
+    assert work_of(render(trace)) == plain
 
 
 def test_the_prefix_of_a_decision_ends_where_the_closer_or_the_cause_begins():

@@ -20,7 +20,7 @@ from sclite.signature import digest
 from sclite.student.base import Reply, Request, Student
 from sclite.teacher.ledger import FILE as LEDGER
 from sclite.teacher.ledger import Ledger
-from sclite.trace import parse, render
+from sclite.trace import render, work_of
 
 STAGE = "attempts"
 FILE = "attempts.jsonl"
@@ -205,7 +205,7 @@ def distinct(attempts: Sequence[Attempt]) -> list[Attempt]:
     seen: set[tuple[str, str]] = set()
     kept = []
     for attempt in attempts:
-        said = attempt.id, render(parse(attempt.trace).trace) or attempt.trace
+        said = attempt.id, render(work_of(attempt.trace)) or attempt.trace
         if said not in seen:
             seen.add(said)
             kept.append(attempt)

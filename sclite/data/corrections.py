@@ -11,7 +11,7 @@ from sclite import prompts
 from sclite.config import Config
 from sclite.data.attempts import distinct
 from sclite.data.brought import refuse
-from sclite.data.review_check import review_flaw, step_flaw, work_of
+from sclite.data.review_check import review_flaw, step_flaw
 from sclite.errors import DataFault
 from sclite.grader import Grader
 from sclite.records import Attempt, Drop, Problem, Review, Template
@@ -19,7 +19,7 @@ from sclite.run import Report, Run, timed
 from sclite.signature import digest
 from sclite.teacher.client import Job, Teacher
 from sclite.teacher.forecast import CHARACTERS_PER_TOKEN, Forecast, ask_after_pilot, reckon
-from sclite.trace import Trace, first_corrected, parse, render
+from sclite.trace import Trace, first_corrected, parse, render, work_of
 
 STAGE, FILE = "corrections", "reviews.jsonl"
 SAMPLED = 50  # templates that tell how long a correction will be
@@ -149,7 +149,7 @@ def _adopt(run: Run) -> Report:
         if row.step != first_corrected(parsed.trace):
             said = first_corrected(parsed.trace)
             refuse(run, FILE, number, row, f"step is {row.step}, but its trace corrects {said or 'none'}")
-        flaw = step_flaw(work_of(attempt), parsed.trace, None) if row.step else None
+        flaw = step_flaw(work_of(attempt.trace), parsed.trace, None) if row.step else None
         if flaw is not None:
             refuse(run, FILE, number, row, flaw.text)
         if row.step and (row.cause is None or row.correction is None):
@@ -215,7 +215,7 @@ def _jobs(
     def job(attempt: Attempt) -> Job:
         problem = problems[attempt.id]
         solution = problem.solution or problem.answer
-        work = render(work_of(attempt))
+        work = render(work_of(attempt.trace))
 
         def messages(fault: str):
             return prompts.correction_messages(
@@ -264,7 +264,7 @@ def _review(attempt: Attempt, trace: Trace, requests: int) -> Review:
     """A checked review as a row. Up to the wrong step it says what the attempt said, keys included."""
     step = first_corrected(trace)
     noted = trace.steps[step - 1]
-    own = list(work_of(attempt).steps[:step])
+    own = list(work_of(attempt.trace).steps[:step])
     own[-1] = replace(own[-1], cause=noted.cause, correction=noted.correction)
     trace = replace(trace, steps=(*own, *trace.steps[step:]))
     return Review(
@@ -284,4 +284,7 @@ def _confirmations(attempts: Sequence[Attempt], corrected: int, config: Config) 
     right = [a for a in attempts if a.correct is True and not parse(a.trace).faults]
     wanted = min(len(right), round(corrected * share / (1 - share)))
     picked = random.Random(config.seed).sample(right, wanted)
-    return [Review(id=a.id, sample=a.sample, step=None, trace=render(work_of(a)), requests=0) for a in picked]
+    return [
+        Review(id=a.id, sample=a.sample, step=None, trace=render(work_of(a.trace)), requests=0)
+        for a in picked
+    ]

@@ -26,7 +26,7 @@ from sclite.run import Report, Run, timed
 from sclite.signature import digest
 from sclite.student.base import Student
 from sclite.student.review import NO_REPLY, Reviewed, Settings, free, mend
-from sclite.trace import CAUSE, Trace, close_piece, open_piece, parse, render, step_pieces
+from sclite.trace import CAUSE, Trace, close_piece, open_piece, parse, render, step_pieces, work_of
 
 STAGE, FILE = "pairs", "pairs.jsonl"
 UNREADABLE, UNANSWERED = "student_review_not_readable", "student_did_not_reply"
@@ -73,7 +73,7 @@ def build_pairs(
         own, reasons = _own(config, student, wrong, attempts, problems, grader, progress)
         pairs, drops = [], []
         for review in reviews:
-            work = parse(attempts[review.id, review.sample].trace).trace
+            work = work_of(attempts[review.id, review.sample].trace)
             pairs += decision_pairs(review, work)
             if review.step is not None:
                 key = review.id, review.sample
@@ -172,9 +172,7 @@ def own_corrections(
     size = max(config.student.batch, 1)
     for start in range(0, len(cases), size):
         block = cases[start : start + size]
-        asked = [
-            (problems[r.id].question, parse(attempts[r.id, r.sample].trace).trace, r.step) for r, _ in block
-        ]
+        asked = [(problems[r.id].question, work_of(attempts[r.id, r.sample].trace), r.step) for r, _ in block]
         mended = mend(student, asked, replace(settings, seed=config.seed + start))
         verdicts = grader.equal_many(
             (answer_of(m.text) if m.accused is not None else None, problems[r.id].answer)
@@ -212,7 +210,7 @@ def free_corrections(
     """
     found: dict[tuple[str, int], list[Own]] = {}
     reasons: dict[tuple[str, int], list[str]] = {}
-    works = [parse(attempts[r.id, r.sample].trace).trace for r in reviews]
+    works = [work_of(attempts[r.id, r.sample].trace) for r in reviews]
     questions, texts = [problems[r.id].question for r in reviews], [render(work) for work in works]
     total = len(reviews) * config.attempts.reviews
     for sample in range(config.attempts.reviews):

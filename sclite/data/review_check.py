@@ -4,12 +4,7 @@ from sclite.data.templates import mentions_the_solution
 from sclite.grader import Grader
 from sclite.records import Attempt, Problem
 from sclite.teacher.client import Flaw
-from sclite.trace import Trace, first_corrected, parse
-
-
-def work_of(attempt: Attempt) -> Trace:
-    """The attempt as it is shown to teacher and student: its steps and answer, keys kept."""
-    return parse(attempt.trace).trace
+from sclite.trace import Trace, first_corrected, parse, work_of
 
 
 def review_flaw(text: str, attempt: Attempt, problem: Problem, grader: Grader) -> Flaw | None:
@@ -18,7 +13,7 @@ def review_flaw(text: str, attempt: Attempt, problem: Problem, grader: Grader) -
     if parsed.faults:
         return Flaw("not_readable", str(parsed.faults[0]))
     review = parsed.trace
-    flaw = step_flaw(work_of(attempt), review, attempt.first_error)
+    flaw = step_flaw(work_of(attempt.trace), review, attempt.first_error)
     if flaw is not None:
         return flaw
     if mentions_the_solution(text):

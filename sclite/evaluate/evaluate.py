@@ -20,7 +20,7 @@ from sclite.run import Run
 from sclite.signature import digest
 from sclite.student.base import Reply, Request, Student
 from sclite.student.review import Reviewed, Settings, changed, free, guided, mend, scores_of
-from sclite.trace import Trace, corrected, parse
+from sclite.trace import Trace, parse, work_of
 
 Judge = Callable[[str, Trace], int | None]
 """Tells the first wrong step (from 1; None: all are right) of a trace for a question, where somebody can know it."""
@@ -50,7 +50,7 @@ def solve(student: Student, problems: Sequence[Problem], config: Config, grader:
     replies = sorted(student.generate(requests), key=lambda reply: reply.index)
     verdicts = grade(grader, [reply.text for reply in replies], problems)
     correct = [None if r.finish == "error" else v for r, v in zip(replies, verdicts, strict=True)]
-    return First(problems, replies, [corrected(parse(reply.text).trace) for reply in replies], correct)
+    return First(problems, replies, [work_of(reply.text) for reply in replies], correct)
 
 
 def grade(grader: Grader, texts: Sequence[str], problems: Sequence[Problem]) -> list[bool | None]:
@@ -214,7 +214,7 @@ def located_correction_rate(
     ]
     if not cases:
         return None
-    asked = [(o.question, corrected(parse(o.first).trace), o.true_step) for o, _ in cases]
+    asked = [(o.question, work_of(o.first), o.true_step) for o, _ in cases]
     mended = mend(student, asked, review_settings(config, 0.0))
     verdicts = grade(grader, [m.text for m in mended], [p for _, p in cases])
     known = [bool(v) and changed(m) for v, m in zip(verdicts, mended, strict=True) if v is not None]
@@ -243,7 +243,9 @@ def evaluate_model(
          prompts.digest("student_system", "student_solve", "student_review", folder=config.prompts.folder)]
     )  # fmt: skip
     kept = run.read_json(f"eval/{name}.json")
-    if kept is not None and kept.get("signature") == signature:
+    if (
+        kept is not None and kept.get("signature") == signature and "cut" in kept
+    ):  # figures of old know it not
         return kept
     began = time.monotonic()
     first = solve(student, problems, config, grader)

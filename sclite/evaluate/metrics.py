@@ -77,7 +77,8 @@ def summarise(outcomes: Sequence[Outcome], bootstrap: int = 1000, seed: int = 0)
     """All figures of one model under one protocol, ready for JSON.
 
     Outcomes with an unknown first or second answer are left out of everything and counted in `unknown`; `n` are the
-    rest, and `cut` those of them whose first answer ended by length. Over n: acc_t1, acc_t2, difference, wrong_to_right, right_to_wrong, format_validity, and the means tokens
+    rest, and `cut` those of them whose first answer ended by length.
+    Over n: acc_t1, acc_t2, difference, wrong_to_right, right_to_wrong, format_validity, and the means tokens
     and seconds per problem. Over fewer: location (labelled wrong work whose accused step is the first wrong one),
     acceptance (right work where nothing is accused), location_f1 (their harmonic mean: ProcessBench, arXiv
     2412.06559), correction_rate_own (made right, among wrong answers whose step was located), auc. Step labels

@@ -9,7 +9,7 @@ import jinja2
 
 from sclite.evaluate.plots import accuracy_plot, curve_plots, number
 from sclite.run import write_text
-from sclite.trace import corrected, first_corrected, parse
+from sclite.trace import first_corrected, parse, work_of
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _TAG = re.compile(r"(</?(?:step|key|cause|correction|generalized|answer)\s*\d*\s*:?\s*>)", re.I)
@@ -145,7 +145,7 @@ def pieces(text: str | None) -> list[tuple[str, str]]:
 
 def example(given: Mapping[str, Any]) -> dict[str, Any]:
     """One example as the template shows it: steps with the accused one marked, its cause and its correction."""
-    first, second = corrected(parse(given.get("first") or "").trace), parse(given.get("second") or "").trace
+    first, second = work_of(given.get("first") or ""), parse(given.get("second") or "").trace
     at = first_corrected(second)
     marked = second.steps[at - 1] if at else None
     accused = given.get("accused") or at

@@ -5,7 +5,7 @@ from typing import Any
 
 from sclite import console
 from sclite.console import percent
-from sclite.trace import corrected, parse
+from sclite.trace import parse, work_of
 
 HEADER = (
     "student",
@@ -54,7 +54,7 @@ def example(shown: Mapping[str, Any] | None) -> None:
     from rich.markup import escape
 
     console.say(f"[bold]One answer that mended itself[/]\n\n  {escape(shown['question'])}\n")
-    for number, step in enumerate(corrected(parse(shown["first"]).trace).steps, 1):
+    for number, step in enumerate(work_of(shown["first"]).steps, 1):
         wrong = number == shown["accused"]
         console.say(f"  {'[red]✗' if wrong else '[green]✓'} {number}[/] {escape(step.text)}")
         if wrong:

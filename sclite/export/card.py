@@ -22,7 +22,8 @@ _HUB_NAME = re.compile(r"[\w.-]*\w/[\w.-]+(?<!\.jsonl)(?<!\.json)(?<!\.csv)(?<!\
 _STUDENT = ("student_system", "student_solve", "student_review")
 _WHAT = {
     "templates": "`messages`: the student's prompt and the teacher's thought trace",
-    "reviews": "`messages`: work to check and its whole review, for the warm-up before DPO",
+    "reviews": "`messages`: work to check and its whole review, for the warm-up before DPO (sclite's own also shows wrong "
+    "work in the solving form, with loss on the ends of its steps alone, which no chat row can hold)",
     "pairs": "`prompt`, `chosen`, `rejected` as text, and `prefix`",
     "step_dpo": "the pairs with the fields of Math-Step-DPO-10K",
 }

@@ -15,9 +15,9 @@ from sclite.records import Attempt, Pair, Review, Template
 from sclite.run import Run
 from sclite.student.encode import Encoded, encode_solution, end_id
 from sclite.student.load import load_tokenizer, local_folder
-from sclite.trace import CAUSE, parse
+from sclite.trace import CAUSE, parse, work_of
 from sclite.train.bundle import build_bundles
-from sclite.train.warm_rows import closed_row, continued_row, review_row
+from sclite.train.warm_rows import closed_row, continued_row, is_closed, review_row
 
 SHOWN = ("templates", "reviews", "pairs")
 
@@ -44,11 +44,12 @@ class Labels:
                 messages = prompts.solve_messages(row.question, folder)
                 yield "sft", encode_solution(self.tokenizer, messages, parse(row.trace).trace)
             case Review():
-                question, work = self._question(row.id), parse(self.works[row.id, row.sample].trace).trace
-                yield "warm-up", review_row(self.tokenizer, question, work, row, self.config)
+                question, work = self._question(row.id), work_of(self.works[row.id, row.sample].trace)
+                yield "review", review_row(self.tokenizer, question, work, row, self.config)
                 if row.step is not None:
-                    yield "solved on", continued_row(self.tokenizer, question, row, self.config)
-                    yield "closed while solving", closed_row(self.tokenizer, question, work, row, self.config)
+                    yield "continued", continued_row(self.tokenizer, question, row, self.config)
+                if is_closed(work, row):
+                    yield "closed", closed_row(self.tokenizer, question, work, row, self.config)
             case Pair():
                 bundle = build_bundles(self.tokenizer, [row], {row.id: self._question(row.id)}, folder)[0]
                 yield (

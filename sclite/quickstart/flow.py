@@ -53,7 +53,7 @@ PLAN = {
     "sft": 65,
     "attempts": 33,
     "corrections": 1,
-    "warm": 65,
+    "warm": 80,
     "pairs": 25,
     "dpo": 52,
     "export": 1,

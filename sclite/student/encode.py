@@ -4,12 +4,12 @@ Ids of a whole = ids of the generation prompt + ids of each piece by itself (MET
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from sclite.errors import DataFault
 from sclite.student.base import Messages
 from sclite.student.chat_template import render_whole
-from sclite.trace import CAUSE, Step, Trace, all_pieces
+from sclite.trace import CAUSE, Trace, all_pieces
 
 
 @dataclass(frozen=True)
@@ -90,17 +90,17 @@ def encode_closing(
 ) -> Encoded:
     """Work in which `step` is wrong, every step closed: loss on the first tokens of the closers and on the end token.
 
-    The closer of the wrong step weighs `1 + decision_weight`, as the decision in a review does. Notes are left out.
+    The closer of the wrong step weighs `1 + decision_weight`, as the decision in a review does.
     """
     ids = prompt_ids(tokenizer, messages)
     weights = [0.0] * len(ids)
-    pieces = all_pieces(replace(work, steps=tuple(Step(s.text, s.key) for s in work.steps)))
-    closers = 0
+    pieces, closers = all_pieces(work), 0
     for text, piece in zip(pieces, piece_ids(tokenizer, pieces), strict=True):
-        closes = text.startswith("</Step")
-        closers += closes
         ids = ids + piece
-        weights += [closes * (1.0 + decision_weight * (closers == step))] + [0.0] * (len(piece) - 1)
+        weights += [0.0] * len(piece)
+        if text.startswith("</Step"):
+            closers += 1
+            weights[-len(piece)] = 1.0 + (decision_weight if closers == step else 0.0)
     return Encoded([*ids, end_id(tokenizer)], [*weights, 1.0])
 
 

@@ -22,6 +22,7 @@ from sclite.trace import (
     parse,
     render,
     step_pieces,
+    work_of,
 )
 
 CLOSER = "</Step"
@@ -168,7 +169,7 @@ def guided(
     """Guided review of each attempt, in at most `settings.rounds` rounds; METHOD section 5."""
     states = []
     for question, text in zip(questions, attempts, strict=True):
-        trace = corrected(parse(text).trace)
+        trace = work_of(text)
         note = "" if trace.steps else "no steps to review"
         states.append(_State(question, trace, Reviewed(text, note=note), open=bool(trace.steps)))
     for round_number in range(settings.rounds):
@@ -198,7 +199,7 @@ def _round(student: Student, states: list[_State], settings: Settings, first: bo
         if not changed(outcome):  # the last text stands
             state.open, state.result = False, replace(state.result, tokens=tokens, note=outcome.note)
             continue
-        state.trace = corrected(parse(outcome.text).trace)
+        state.trace = work_of(outcome.text)
         state.result = replace(outcome, scores=state.result.scores, tokens=tokens)
 
 
@@ -251,7 +252,7 @@ def free(
     Every request has the seed of the settings, so that a request depends on nothing but its own question and attempt.
     """
     results = [Reviewed(text, note="no steps to review") for text in attempts]
-    traces = [corrected(parse(text).trace) for text in attempts]
+    traces = [work_of(text) for text in attempts]
     asked = [i for i, trace in enumerate(traces) if trace.steps]
     requests = [
         Request(

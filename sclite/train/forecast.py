@@ -11,8 +11,9 @@ from sclite.config import Config
 from sclite.records import Attempt, Pair, Problem, Review, Template
 from sclite.run import Run
 from sclite.teacher.forecast import CHARACTERS_PER_TOKEN
-from sclite.trace import corrected, parse, render, step_pieces
-from sclite.train.order import mix, training_order
+from sclite.trace import corrected, parse, render, step_pieces, work_of
+from sclite.train.mixture import mix
+from sclite.train.order import training_order
 from sclite.train.trainer import held_out_rows
 
 Length = tuple[int, int]
@@ -64,7 +65,7 @@ def _warm_rows(config: Config, run: Run, measure: Measure, unseen: frozenset[str
     reviewed, continued, closed = [], [], []
     for row in run.rows("reviews.jsonl", Review):
         if row.id in questions and (row.id, row.sample) in works:
-            work = parse(works[row.id, row.sample]).trace
+            work = work_of(works[row.id, row.sample])
             messages = prompts.review_messages(questions[row.id], render(work), config.prompts.folder)
             answer = measure(row.trace) + 1
             reviewed.append((measure(_chat(messages)) + answer, answer))
@@ -74,9 +75,11 @@ def _warm_rows(config: Config, run: Run, measure: Measure, unseen: frozenset[str
                 given = prompt + measure("".join(step_pieces(solved.steps[: row.step])))
                 whole = prompt + measure(render(solved)) + 1
                 continued.append((whole, whole - given))
-                closed.append((prompt + measure(render(work)) + 1, len(work.steps) + 1))
+                if work.answer is not None and reviewed[-1][0] <= config.dpo.max_length:
+                    closed.append((prompt + measure(render(work)) + 1, len(work.steps) + 1))
     solved = _replayed(config, run, measure, unseen) if reviewed else []
-    for row in mix(reviewed, solved, continued, closed, config.dpo.replay_share, config.seed):
+    share, seed = config.dpo.replay_share, config.seed
+    for row in mix(reviewed, closed, solved=solved, continued=continued, share=share, seed=seed):
         yield [row]
 
 

@@ -1,4 +1,4 @@
-"""The order in which rows are trained: one list for a whole stage, made from the seed alone; and how the warm-up's are mixed.
+"""The order in which rows are trained: one list for a whole stage, made from the seed alone.
 
 Because it is a list, an optimizer step holds the same rows whatever the micro-batch, and a resumed training goes on at
 the very row where the broken one stopped.
@@ -6,10 +6,7 @@ the very row where the broken one stopped.
 
 import random
 from collections.abc import Sequence
-from itertools import zip_longest
-from typing import TypeVar
 
-R = TypeVar("R")
 WINDOW = 50  # optimizer steps among whose rows like lengths are brought together
 
 
@@ -38,26 +35,3 @@ def training_order(lengths: Sequence[int], batch: int, epochs: float, seed: int)
         whole = range(len(steps) - (len(steps[-1]) < batch))
         steps.insert(0, steps.pop(max(whole, key=lambda s: lengths[steps[s][0]])))
     return [number for step in steps for number in step]
-
-
-def mix(
-    reviewed: Sequence[R],
-    solved: Sequence[R],
-    continued: Sequence[R],
-    closed: Sequence[R],
-    share: float,
-    seed: int,
-) -> list[R]:
-    """The warm-up's rows (see warm_rows), shuffled: all reviews and all closed rows, and `share` rows for each review,
-    solved and continued in turn."""
-    draw = random.Random(seed)
-    solving = in_turn(draw.sample(solved, len(solved)), continued)
-    wanted = round(share * len(reviewed)) if solving else 0
-    rows = [*reviewed, *closed, *(solving[i % len(solving)] for i in range(wanted))]
-    draw.shuffle(rows)
-    return rows
-
-
-def in_turn(*kinds: Sequence[R]) -> list[R]:
-    """One of each kind in turn, until the longest is used up."""
-    return [row for one in zip_longest(*kinds) for row in one if row is not None]

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: stage 1 on templates, and the warm-up of stage 2 on whole reviews with solved rows between.
+"""Supervised fine-tuning: stage 1 on templates, and what the warm-up of stage 2 shares with it.
 
 The loss is on the trace and its end of turn alone. Source: METHOD sections 3 and 4.5.
 """

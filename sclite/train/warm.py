@@ -1,4 +1,4 @@
-"""The warm-up of stage 2: a short supervised training on whole reviews, with rows of solving between.
+"""The warm-up of stage 2: a short supervised training on whole reviews, with rows of solving between (warm_rows).
 
 DPO alone cannot create the accusation, and reviews alone destroy solving (METHOD section 4.5). The adapter that comes
 out is the one that DPO starts from and is compared with.
@@ -32,6 +32,7 @@ def inputs_of(config: Config, run: Run, unseen: frozenset[str] = frozenset()) ->
     return {
         "problems kept for stage 2": digest(sorted(unseen)),
         "reviews.jsonl": run.file_digest("reviews.jsonl"),
+        "attempts.jsonl": run.file_digest("attempts.jsonl"),
         "templates.jsonl": run.file_digest("templates.jsonl"),
         "sft/adapter": run.file_digest("sft/adapter/adapter_model.safetensors"),
         "dpo": config.dpo.deciding(*later),
@@ -60,9 +61,9 @@ def train_warm(
     if manifest := run.done(STAGE, inputs, "dpo/warm/adapter_model.safetensors"):
         return Report.of(manifest)
     folder = run.path("dpo")
-    refuse_other_inputs(run, STAGE, folder / "warm-checkpoints", inputs, fresh)
     if config.dpo.warmup_epochs == 0:
         return _copied(run, inputs, report)
+    refuse_other_inputs(run, STAGE, folder / "warm-checkpoints", inputs, fresh)
     remedy = (
         "run `sclite build-data --only corrections` first, or do without a warm-up: --set dpo.warmup_epochs=0"
     )

@@ -271,3 +271,5 @@ def test_without_warm_up_epochs_the_adapter_is_taken_over_and_no_reviews_are_nee
     train_warm(chosen, run)
     assert run.path("dpo/warm/adapter_model.safetensors").read_bytes() == b"weights"
     assert train_warm(chosen, run).skipped
+    run.path("attempts.jsonl").write_text("other inputs\n")
+    assert not train_warm(chosen, run).skipped  # a copy costs nothing: it is made again, and not refused

@@ -174,6 +174,18 @@ def test_confirmations_are_right_attempts_in_the_asked_share(run, grader, share,
     assert "<Cause>" not in "".join(r.trace for r in confirmations)
 
 
+def test_what_an_attempt_corrected_itself_is_no_accusation_in_its_confirmation(run, grader):
+    fill(run, wrong=1)
+    noted = ATTEMPT.model_copy(update={"id": "n", "correct": True, "answer": "41", "trace": GOOD})
+    run.replace("attempts.jsonl", [*run.read("attempts.jsonl", Attempt), noted])
+    with Teaching(lambda request, nth: say(GOOD)) as server:
+        build(run, server.url, grader)
+    (confirmed,) = [row for row in run.read("reviews.jsonl", Review) if row.step is None]
+    assert confirmed.id == "n"
+    assert "72 / 2 = 36" in confirmed.trace
+    assert "<Cause>" not in confirmed.trace
+
+
 def test_attempts_that_cannot_be_used_are_counted_and_never_sent(run, grader):
     unknown = ATTEMPT.model_copy(update={"id": "u", "correct": None})
     torn = ATTEMPT.model_copy(update={"id": "t", "trace": "<Step1>cut in the mid"})

@@ -7,7 +7,6 @@ import pytest
 from sclite.config import Config
 from sclite.evaluate import evaluate
 from sclite.evaluate.metrics import NEVER, Scored, fit_threshold
-from sclite.measure import cut_note
 from sclite.records import Problem
 from sclite.run import Run
 from sclite.student.base import Reply
@@ -133,7 +132,7 @@ def test_answers_without_steps_cost_no_fit(tmp_path, monkeypatch):
     assert figures["acc_t2"] == 1.0
 
 
-def test_first_answers_that_were_cut_off_are_counted_and_told_of(tmp_path, monkeypatch):
+def test_first_answers_that_were_cut_off_are_counted(tmp_path, monkeypatch):
     class Rambling:
         def generate(self, requests):
             ends = ("length", "stop", "stop", "stop")
@@ -144,13 +143,24 @@ def test_first_answers_that_were_cut_off_are_counted_and_told_of(tmp_path, monke
         Config(), Run(tmp_path), "sft", Rambling(), problems=PROBLEMS[:20], fitting=[], grader=None
     )
     assert (figures["n"], figures["cut"]) == (20, 5)
-    (note,) = cut_note({"base": figures | {"cut": 0}, "sft": figures}, 320)
-    assert note == "first answers that were cut off: sft 5 of 20; raise eval.max_tokens (320) or eval.context"
 
 
-def test_one_cut_answer_in_a_hundred_is_left_to_the_json():
-    assert cut_note({"sft": {"n": 300, "cut": 3}}, 320) == []
-    assert len(cut_note({"sft": {"n": 300, "cut": 4}}, 320)) == 1
+def test_figures_kept_from_before_cut_answers_were_counted_are_measured_anew(tmp_path, monkeypatch):
+    asked = []
+
+    class Plain:
+        def generate(self, requests):
+            asked.append(len(requests))
+            return [Reply(i, "the answer is 1", 4, 9, "stop") for i in range(len(requests))]
+
+    monkeypatch.setattr(evaluate, "grade", lambda _, texts, __: [True] * len(texts))
+    run, given = Run(tmp_path), {"problems": PROBLEMS[:20], "fitting": [], "grader": None}
+    figures = evaluate.evaluate_model(Config(), run, "base", Plain(), **given)
+    assert evaluate.evaluate_model(Config(), run, "base", Plain(), **given) == figures
+    assert asked == [20]
+    run.write_json("eval/base.json", {name: value for name, value in figures.items() if name != "cut"})
+    assert evaluate.evaluate_model(Config(), run, "base", Plain(), **given)["cut"] == 0
+    assert asked == [20, 20]
 
 
 def reviewed(first: str, correct2: bool, accused: int, true_step: int | None) -> dict:

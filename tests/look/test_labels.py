@@ -31,22 +31,22 @@ def test_a_template_carries_loss_on_its_trace_and_its_end(world):
     assert told(made["sequences"]["sft"]) == render(toy_trace(0)) + "<|im_end|>"
 
 
-def test_a_correction_is_shown_as_review_as_solved_on_and_as_closed_while_solving(world):
+def test_a_correction_is_shown_as_review_as_continued_and_as_closed_row(world):
     config, run = world
     review = run.read("reviews.jsonl", Review)[1]
     made = Labels(config, run, "reviews").as_json(review)["sequences"]
-    assert list(made) == ["warm-up", "solved on", "closed while solving"]
-    assert told(made["warm-up"]) == review.trace + "<|im_end|>"
-    assert told(made["solved on"]).endswith(f"<Answer>{toy_problems()[1].answer}</Answer><|im_end|>")
-    assert told(made["closed while solving"], lambda weight: weight == 9.0).startswith("</")
-    assert "Correction" not in told(made["closed while solving"])
+    assert list(made) == ["review", "continued", "closed"]
+    assert told(made["review"]) == review.trace + "<|im_end|>"
+    assert told(made["continued"]).endswith(f"<Answer>{toy_problems()[1].answer}</Answer><|im_end|>")
+    assert told(made["closed"], lambda weight: weight == 9.0).startswith("</")
+    assert "Correction" not in told(made["closed"])
 
 
 def test_a_confirmation_is_a_review_alone(world):
     config, run = world
     assert list(
         Labels(config, run, "reviews").as_json(run.read("reviews.jsonl", Review)[0])["sequences"]
-    ) == ["warm-up"]
+    ) == ["review"]
 
 
 def test_both_sides_of_a_pair_are_shown(world):
@@ -69,7 +69,7 @@ def test_a_page_says_how_many_tokens_carry_loss_and_marks_the_heavy_ones(world):
     row = run.read("reviews.jsonl", Review)[1]
     page = Labels(config, run, "reviews").page(row, 2, 6).plain
     assert page.startswith("2/6  p1")
-    assert "closed while solving: " in page
+    assert "\nclosed: " in page
     assert ", 3 with loss, ends with '<|im_end|>'" in page  # two closers and the end
     assert "×9⟧" in page
 

@@ -138,10 +138,10 @@ def test_a_continuation_carries_loss_on_what_comes_after_the_step_and_on_its_end
     assert row.weights == [0.0] * len(given) + [1.0] * (len(row.ids) - len(given))
 
 
-def test_work_that_is_closed_while_solving_shows_none_of_its_notes(tokenizer):
-    plain = Trace(tuple(Step(step.text, step.key) for step in REVIEW.steps), None, "8")
-    row = encode_closing(tokenizer, SOLVE, REVIEW, 2, 3.0)
-    assert row.ids == encode_solution(tokenizer, SOLVE, plain).ids
+def test_closed_work_carries_loss_on_its_closers_and_its_end_alone(tokenizer):
+    work = Trace(tuple(Step(step.text, step.key) for step in REVIEW.steps), None, "8")
+    row = encode_closing(tokenizer, SOLVE, work, 2, 3.0)
+    assert row.ids == encode_solution(tokenizer, SOLVE, work).ids
     _, close = decision_ids(tokenizer)
     heard = [(i, w) for i, w in zip(row.ids, row.weights, strict=True) if w]
     assert heard == [(close, 1.0), (close, 4.0), (close, 1.0), (end_id(tokenizer), 1.0)]

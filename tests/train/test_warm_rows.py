@@ -3,12 +3,12 @@
 import pytest
 
 from sclite import prompts
-from sclite.records import Review, Template
+from sclite.records import Attempt, Review, Template
 from sclite.run import Run
 from sclite.student.encode import Encoded, decision_ids, encode_solution, end_id
 from sclite.student.load import load_tokenizer
 from sclite.trace import parse, render
-from sclite.train.order import in_turn, mix
+from sclite.train.mixture import in_turn, mix
 from sclite.train.warm_rows import mixed_rows
 from tests.tiny import tiny_llama
 from tests.train.test_sft import config_of, toy_problems, toy_trace, write_toy
@@ -21,10 +21,11 @@ def folder(tmp_path_factory):
     return tiny_llama(tmp_path_factory.mktemp("student"))
 
 
-def rows_of(folder, tmp_path, **dpo) -> tuple[object, dict[str, Encoded]]:
-    """(tokenizer, the rows of the toy run by their names)."""
+def rows_of(folder, tmp_path, change=lambda attempt: attempt, **dpo) -> tuple[object, dict[str, Encoded]]:
+    """(tokenizer, the rows of the toy run by their names), after a `change` of its attempts."""
     run, config = Run(tmp_path), config_of(folder, dpo=dpo)
     write_toy(run)
+    run.replace("attempts.jsonl", map(change, run.read("attempts.jsonl", Attempt)))
     tokenizer = load_tokenizer(config.student.model)
     reviews, templates = run.read("reviews.jsonl", Review), run.read("templates.jsonl", Template)
     names, rows = mixed_rows(tokenizer, run, reviews, templates, config)
@@ -38,35 +39,39 @@ def carried(tokenizer, row: Encoded) -> str:
 # -- the mixture ---------------------------------------------------------------------------------------------------
 
 
+def mixed(share=1.0, seed=0, closed=(), solved=SOLVED, continued=CONTINUED, reviewed=REVIEWED) -> list[int]:
+    return mix(reviewed, closed, solved=solved, continued=continued, share=share, seed=seed)
+
+
 @pytest.mark.parametrize(("share", "wanted"), [(0.0, 0), (0.5, 5), (1.0, 10), (2.5, 25)])
 def test_rows_of_solving_stand_between_the_reviews_in_the_asked_share(share, wanted):
-    rows = mix(REVIEWED, SOLVED, CONTINUED, [], share, 0)
+    rows = mixed(share)
     assert sorted(row for row in rows if row < 100) == list(REVIEWED)
     solving = [row for row in rows if row >= 100]
     assert len(solving) == wanted
     assert sum(row >= 200 for row in solving) == wanted // 2  # every other one goes on from a correction
 
 
-def test_every_closed_row_is_trained_whatever_the_share():
-    for share in (0.0, 1.0):
-        rows = mix(REVIEWED, SOLVED, CONTINUED, CLOSED, share, 0)
-        assert sorted(row for row in rows if row >= 300) == list(CLOSED)
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_every_closed_row_is_trained_whatever_the_share(share):
+    assert sorted(row for row in mixed(share, closed=CLOSED) if row >= 300) == list(CLOSED)
 
 
 def test_the_order_of_the_mixture_comes_from_the_seed_alone():
-    first, same, other = (mix(REVIEWED, SOLVED, CONTINUED, CLOSED, 0.6, seed) for seed in (3, 3, 4))
+    first, same, other = (mixed(0.6, seed, CLOSED) for seed in (3, 3, 4))
     assert first == same != other
     assert first[:10] != list(REVIEWED)
 
 
 def test_solved_rows_are_drawn_and_not_always_the_first():
     """DPO takes its replay from the first on: the warm-up would have it learn the same few twice."""
-    drawn = {row for seed in range(5) for row in mix(REVIEWED[:4], SOLVED, [], [], 1.0, seed) if row >= 100}
+    drawn = {row for seed in range(5) for row in mixed(0.4, seed) if row in SOLVED}
     assert len(drawn) > 4
+    assert sorted(row for row in mixed(2.0) if row >= 100) == [*SOLVED, *CONTINUED]  # none twice
 
 
 def test_without_anything_solved_there_are_reviews_alone():
-    assert sorted(mix(REVIEWED, [], [], [], 1.0, 0)) == list(REVIEWED)
+    assert sorted(mixed(solved=[], continued=[])) == list(REVIEWED)
 
 
 def test_kinds_of_rows_stand_in_turn_until_the_longest_is_used_up():
@@ -127,3 +132,43 @@ def test_wrong_work_is_closed_while_solving_with_loss_on_nothing_but_closers_and
         assert heard == [*closers, (end_id(tokenizer), 1.0)]
         assert "<Cause>" not in tokenizer.decode(row.ids)
         assert render(work) in tokenizer.decode(row.ids)
+
+
+def test_work_without_an_answer_is_not_closed(folder, tmp_path):
+    """Its end token would teach to end there."""
+
+    def broken(attempt):
+        return attempt.model_copy(
+            update={"trace": attempt.trace.partition("<Answer>")[0]} if attempt.id == "p1" else {}
+        )
+
+    _, rows = rows_of(folder, tmp_path, broken, replay_share=4.0)
+    assert "p1/0/continued" in rows
+    assert "p1/0/closed" not in rows
+    assert "p2/0/closed" in rows
+
+
+def test_work_whose_review_is_too_long_is_not_closed(folder, tmp_path):
+    _, rows = rows_of(folder, tmp_path / "all")
+    longest = max(len(rows[f"p{i}/0"].ids) for i in (1, 2, 4, 5))
+    _, short = rows_of(folder, tmp_path / "short", max_length=longest - 1)
+    gone = {name for name in rows if name not in short}
+    assert gone == {f"p{i}/0/closed" for i in (1, 2, 4, 5) if len(rows[f"p{i}/0"].ids) == longest}
+    assert gone
+
+
+def test_what_an_attempt_corrected_itself_counts_as_made(folder, tmp_path):
+    def noted(attempt):
+        slip = "<Step1>1 + 1 = 3\n<Cause>It is 2.</Cause>\n<Correction>"
+        return attempt.model_copy(
+            update={
+                "trace": attempt.trace.replace("<Step1>", slip).replace("\n<Key>", "</Correction>\n<Key>")
+            }
+        )
+
+    tokenizer, rows = rows_of(folder, tmp_path, noted)
+    for number in (2, 5):
+        shown = tokenizer.decode(rows[f"p{number}/0/closed"].ids)
+        assert render(toy_trace(number, 2)) in shown
+        assert "It is 2." not in shown
+        assert "It is 2." not in tokenizer.decode(rows[f"p{number}/0"].ids)

@@ -1,0 +1,14 @@
+"""Between the commands and the evaluation: what is told of its figures."""
+
+from sclite.measure import cut_note
+
+
+def test_where_many_first_answers_were_cut_off_the_remedy_is_told():
+    figures = {"base": {"n": 300, "cut": 0}, "sft": {"n": 20, "cut": 5}}
+    (note,) = cut_note(figures, 320)
+    assert note == "first answers that were cut off: sft 5 of 20; raise eval.max_tokens (320) or eval.context"
+
+
+def test_one_cut_answer_in_a_hundred_is_left_to_the_json():
+    assert cut_note({"sft": {"n": 300, "cut": 3}}, 320) == []
+    assert len(cut_note({"sft": {"n": 300, "cut": 4}}, 320)) == 1
