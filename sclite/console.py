@@ -129,10 +129,15 @@ def lines(invitation: str) -> Iterator[str]:
         if interactive:
             sys.stderr.write("\n> ")
             sys.stderr.flush()
-        line = sys.stdin.readline().strip()
+        line = _read_line().strip()
         if not line:
             return
         yield line
+
+
+def _read_line() -> str:
+    """A line of stdin; bytes that are no UTF-8 become replacement characters, which any output can hold."""
+    return sys.stdin.readline().encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def duration(seconds: float) -> str:
@@ -287,7 +292,7 @@ class Screen:
             self._bars.stop()
         sys.stderr.write(f"{question} [y/N] ")
         sys.stderr.flush()
-        said = sys.stdin.readline().strip().lower()
+        said = _read_line().strip().lower()
         self._rate.restart()
         if self._bars is not None:
             self._bars.start()
@@ -325,20 +330,31 @@ def _joined(*texts: str) -> str:
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> None:
-    """A table on stdout; the first `texts` columns are text, the others are numbers."""
+    """A table on stdout; the first `texts` columns are text, the others are numbers.
+
+    Where it is wider than the terminal and would be narrower on its side, it lies on its side.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120
+    lying = [list(line) for line in zip(header, *rows, strict=True)]
+    if console.width < _width([header, *rows]) > _width(lying):
+        header, rows, texts = lying[0], lying[1:], 1
     made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     for i, name in enumerate(header):
         made.add_column(name, justify="left" if i < texts else "right", no_wrap=True)
     for row in rows:
         made.add_row(*row)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 120
     console.print(made)
+
+
+def _width(lines: Sequence[Sequence[str]]) -> int:
+    """Columns of the terminal that a table of these lines takes, with two blanks beside each cell."""
+    return sum(2 + max(map(len, column)) for column in zip(*lines, strict=True)) + len(lines[0]) + 1
 
 
 def percent(value: float | None, interval: Sequence[float] | None = None) -> str:

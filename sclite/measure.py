@@ -14,6 +14,10 @@ THRESHOLDS = "export/review.json"
 """By the digest of a GGUF: the threshold fitted on it, and the digest of the prompts."""
 
 
+FEW_TO_FIT = 50
+"""With fewer problems one answer more or less moves the threshold far."""
+
+
 def held_out(world: World) -> tuple[list[Problem], list[Problem], int]:
     """(test problems, problems for the threshold, how many were left out) from eval.source.
 
@@ -100,6 +104,7 @@ def evaluate(
     world.screen.done("eval", f"eval: {', '.join(names)}")
     notes = [f"left out, because they overlap the training problems: {left_out}"] if left_out else []
     notes += cut_note(figures, world.config.eval.max_tokens)
+    notes += fit_note(figures, len(fitting))
     dropped = {"overlaps_training": left_out} if left_out else {}
     summary = {
         "models": figures,
@@ -123,6 +128,16 @@ def cut_note(figures: Mapping[str, Any], limit: int) -> list[str]:
         return []
     return [
         f"first answers that were cut off: {', '.join(many)}; raise eval.max_tokens ({limit}) or eval.context"
+    ]
+
+
+def fit_note(figures: Mapping[str, Any], count: int) -> list[str]:
+    """A sentence on a threshold that was fitted on few problems; none where none was fitted."""
+    if count >= FEW_TO_FIT or not any(each["fitted"] for each in figures.values()):
+        return []
+    remedy = "give more problems, or set review.threshold"
+    return [
+        f"{count} other problems of the source fitted the review's threshold, which chat uses too: few; {remedy}"
     ]
 
 

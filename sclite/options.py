@@ -86,6 +86,5 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
 @contextmanager
 def held(run: Any, config: Any) -> Iterator[None]:
     """Keep other processes off the run, and note what this command was told."""
-    with run.hold():
-        run.remember(config)
+    with run.hold(), run.remembering(config):
         yield

@@ -21,22 +21,15 @@ NAMES = ("base", "sft", "dpo")
 def sides(world: World) -> tuple[list[Problem], list[Problem]]:
     """(problems for SFT, problems kept for stage 2); also writes problems.jsonl."""
     if world.problems is None:
-        from sclite.data.problems import gather_problems, split_for_stages
+        from sclite.data.problems import divide, gather_problems
 
         report = Report("problems")
         found = gather_problems(world.config, world.run, report)
         world.add(report, f"problems: {len(found)}{drops(report)}")
-        world.problems = split_for_stages(found, world.config.problems.correction_share, world.config.seed)
+        world.problems = divide(world.config, found)
     else:
         world.run.replace("problems.jsonl", [*world.problems[0], *world.problems[1]])
     return world.problems
-
-
-def divided(config: Config, problems: Sequence[Problem]) -> tuple[list[Problem], list[Problem]]:
-    """(for SFT, kept for stage 2) of a run's problems."""
-    from sclite.data.problems import split_for_stages
-
-    return split_for_stages(list(problems), config.problems.correction_share, config.seed)
 
 
 def unseen(world: World) -> frozenset[str]:

@@ -105,6 +105,22 @@ class Run:
 
         write_text(self.path(RUN_FILE), tomlkit.dumps(config.model_dump(exclude_none=True, exclude={"run"})))
 
+    @contextmanager
+    def remembering(self, config: Config) -> Iterator[None]:
+        """Remember the configuration; after a UsageFault run.toml is as it was: a mistyped value must break no later
+        command."""
+        path = self.path(RUN_FILE)
+        before = path.read_text(encoding="utf-8") if path.is_file() else None
+        self.remember(config)
+        try:
+            yield
+        except UsageFault:
+            if before is None:
+                path.unlink(missing_ok=True)
+            else:
+                write_text(path, before)
+            raise
+
     # -- rows ------------------------------------------------------------------------------------------------------
 
     def append(self, name: str, rows: Iterable[Row]) -> None:

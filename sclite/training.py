@@ -68,6 +68,7 @@ def _tell_corrections(world: World) -> None:
 def plan(world: World) -> dict[str, Any]:
     """What a training will take, read from the configuration, the card and what lies in the run; nothing is begun."""
     from sclite.data.corrections import left_to_ask
+    from sclite.data.problems import divide
     from sclite.machine import card_facts
     from sclite.records import Problem
     from sclite.train.fit import micro_batch
@@ -84,7 +85,7 @@ def plan(world: World) -> dict[str, Any]:
         world.run,
         card=card,
         tokenizer=_tokenizer(config),
-        unseen=frozenset(p.id for p in pipeline.divided(config, found)[1]) if found else None,
+        unseen=frozenset(p.id for p in divide(config, found)[1]) if found else None,
         backend="plain" if card is None or config.student.backend == "plain" else "unsloth",
         at_once={stage: micro_batch(config, stage) for stage in STAGES},
         left=left_to_ask(config, world.run),

@@ -1,6 +1,7 @@
 """The live line: rows per second, money and time left, from what this command has done and nothing else."""
 
 import fcntl
+import io
 import os
 import pty
 import re
@@ -127,3 +128,22 @@ def test_in_a_real_terminal_the_stage_its_steps_and_the_time_left_can_always_be_
     assert "…" not in timed
     if columns >= 80:
         assert "loss 0.412" in timed
+
+
+@pytest.mark.parametrize(("width", "lying"), [(60, False), (30, True)])
+def test_a_table_too_wide_for_the_terminal_lies_on_its_side(width, lying, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", str(width))
+    header = ("student", "first answer", "after review", "mended")
+    console.table("", header, [("sft", "82.7", "82.7", "0.0"), ("dpo", "85.3", "91.7", "62.8")])
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).split() for line in capsys.readouterr().out.splitlines()]
+    assert (["after", "review", "82.7", "91.7"] in lines) == lying
+    assert (["dpo", "85.3", "91.7", "62.8"] in lines) != lying
+
+
+def test_what_is_typed_in_another_encoding_is_read_as_replacement_characters(monkeypatch):
+    typed = io.TextIOWrapper(io.BytesIO(b"caf\xe9 3\n\n"), encoding="utf-8", errors="surrogateescape")
+    monkeypatch.setattr(sys, "stdin", typed)
+    (line,) = console.lines("")
+    assert line == "caf\ufffd 3"
+    line.encode()

@@ -1,6 +1,6 @@
 """Between the commands and the evaluation: what is told of its figures."""
 
-from sclite.measure import cut_note
+from sclite.measure import FEW_TO_FIT, cut_note, fit_note
 
 
 def test_where_many_first_answers_were_cut_off_the_remedy_is_told():
@@ -12,3 +12,12 @@ def test_where_many_first_answers_were_cut_off_the_remedy_is_told():
 def test_one_cut_answer_in_a_hundred_is_left_to_the_json():
     assert cut_note({"sft": {"n": 300, "cut": 3}}, 320) == []
     assert len(cut_note({"sft": {"n": 300, "cut": 4}}, 320)) == 1
+
+
+def test_a_threshold_fitted_on_few_problems_is_told_of():
+    figures = {"base": {"fitted": None}, "dpo": {"fitted": {"n": 5}}}
+    (note,) = fit_note(figures, 5)
+    assert "5 other problems" in note
+    assert "review.threshold" in note
+    assert fit_note(figures, FEW_TO_FIT) == []
+    assert fit_note({"base": {"fitted": None}}, 5) == []

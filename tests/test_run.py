@@ -291,3 +291,25 @@ def test_checkpoints_that_an_older_version_began_are_gone_on_from(run):
     assert checkpoints.step() == 3
     checkpoints.begin({**inputs, "seed": 7})
     assert checkpoints.step() == 0
+
+
+# -- what a command was told ---------------------------------------------------------------------------------------
+
+
+def test_a_mistyped_value_is_not_remembered(run):
+    with run.remembering(Config(seed=1)):
+        pass
+    kept = run.path("run.toml").read_text()
+    assert "seed = 1" in kept
+    with pytest.raises(UsageFault), run.remembering(Config(seed=2)):
+        raise UsageFault("unknown quantisation", "use another")
+    assert run.path("run.toml").read_text() == kept
+    with pytest.raises(DataFault), run.remembering(Config(seed=3)):
+        raise DataFault("a row is broken", "mend it")
+    assert "seed = 3" in run.path("run.toml").read_text()
+
+
+def test_a_run_that_begins_with_a_mistyped_value_remembers_nothing(run):
+    with pytest.raises(UsageFault), run.remembering(Config()):
+        raise UsageFault("unknown quantisation", "use another")
+    assert not run.path("run.toml").exists()

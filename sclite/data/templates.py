@@ -9,7 +9,7 @@ from typing import Any
 
 from sclite import prompts, trace
 from sclite.config import Config
-from sclite.data.problems import gather_problems, split_for_stages
+from sclite.data.problems import divide, gather_problems
 from sclite.errors import DataFault, UsageFault
 from sclite.grader import Grader
 from sclite.records import Drop, Problem, Template
@@ -56,8 +56,7 @@ def build_templates(
         if brought_along(run):
             return _adopt(run, report)
         if problems is None:
-            share = settings.problems.correction_share
-            problems = split_for_stages(gather_problems(settings, run), share, settings.seed)[0]
+            problems = divide(settings, gather_problems(settings, run))[0]
         inputs = inputs_of(settings, problems)
         manifest = run.done(STAGE, inputs)
         if manifest is not None and run.path(FILE).is_file() and not fresh:

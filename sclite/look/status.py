@@ -14,7 +14,7 @@ from typing import Any
 
 from sclite.config import Config
 from sclite.data import attempts, corrections, pairs, templates
-from sclite.data.problems import split_for_stages
+from sclite.data.problems import divide
 from sclite.errors import ScliteError
 from sclite.export import stage as export
 from sclite.look.rows import require_folder
@@ -93,7 +93,7 @@ def _ledger(run: Run) -> dict[str, Any] | None:
 
 def _stages(config: Config, run: Run, paid: Mapping[str, Any] | None) -> dict[str, Stage]:
     problems = list(run.rows("problems.jsonl", Problem))
-    sides = split_for_stages(problems, config.problems.correction_share, config.seed)
+    sides = divide(config, problems)
     found = {
         "problems": Stage(
             DONE if problems else NOT_BEGUN, counts={"problems": len(problems)} if problems else {}
@@ -149,11 +149,8 @@ def _signed(config: Config, run: Run, name: str, output: str, expected: Callable
     except ScliteError as fault:  # such as a prompt file that is gone: the stage itself would stop at it
         stage.why.append(fault.message)
     else:
-        # the quickstart divides its problems by their place and not by their ids
-        embedded = config.teacher.model.startswith("embedded/")
-        skipped = {"problems", "problems kept for stage 2"} if embedded else set()
         signed = (brought_up(held, wanted), wanted)
-        before, now = ({k: v for k, v in d.items() if k in wanted.keys() - skipped} for d in signed)
+        before, now = ({k: v for k, v in d.items() if k in wanted} for d in signed)
         stage.why += differences(before, now)
     if not run.path(output).exists():
         stage.why.append(f"{output} is gone")
@@ -230,6 +227,8 @@ def _words(config: Config, name: str | None, stages: Mapping[str, Stage]) -> Ite
     teacher = [] if config.teacher.model else ["--set", "teacher.model=PROVIDER/NAME"]
     if name is None:
         return ["sclite", "chat", "--self-correct"]
+    if config.teacher.model.startswith("embedded/"):
+        return ["sclite", "quickstart"]
     if name in ("problems", "templates"):
         source = [] if config.problems.source or stages["problems"].state == DONE else ["PROBLEMS"]
         again = any("prompts" in why or "teacher" in why for why in stages["templates"].why)

@@ -7,6 +7,7 @@ from typing import Any
 from sclite import measure, pipeline, training
 from sclite.config import Config
 from sclite.console import Screen
+from sclite.data.problems import divide
 from sclite.evaluate.evaluate import best_example
 from sclite.quickstart.arithmetic import solve
 from sclite.quickstart.problems import test_problems, threshold_problems, train_problems
@@ -93,10 +94,7 @@ def quickstart(
 
 def _problems(config: Config):
     """(for SFT, kept for stage 2), as many as `problems.limit` says in all."""
-    limit = config.problems.limit or 640
-    found = train_problems(limit)
-    kept = round(limit * config.problems.correction_share)
-    return found[: limit - kept], found[limit - kept :]
+    return divide(config, train_problems(config.problems.limit or 640))
 
 
 def next_commands(run: Path) -> list[str]:

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from sclite import config
-from sclite.data.problems import gather_problems, load_problems, split_for_stages
+from sclite.data.problems import divide, gather_problems, load_problems, split_for_stages
 from sclite.errors import DataFault, NetworkFault, UsageFault
 from sclite.records import Drop, Problem
 from sclite.settings import load
@@ -303,3 +303,12 @@ def test_a_run_without_problems_says_what_to_type(run):
     with pytest.raises(DataFault) as caught:
         gather_problems(config.Config(), run)
     assert "problems.source" in caught.value.hint
+
+
+def test_a_runs_problems_are_divided_by_their_ids_and_those_of_the_quickstart_by_their_place():
+    problems = [Problem(id=f"p{n}", question="?", answer="1") for n in range(10)]
+    told = {"problems": {"correction_share": 0.3}}
+    any_teacher = config.Config.model_validate({**told, "teacher": {"model": "openai/a"}})
+    assert divide(any_teacher, problems) == split_for_stages(problems, 0.3, any_teacher.seed)
+    embedded = config.Config.model_validate({**told, "teacher": {"model": "embedded/tutor"}})
+    assert divide(embedded, problems) == (problems[:7], problems[7:])

@@ -111,6 +111,28 @@ def test_closing_words_name_the_next_three_commands(quickstarted):
     assert len(commands) == 3
 
 
+def test_the_other_commands_divide_its_problems_as_the_quickstart_did(quickstarted):
+    folder, run, _ = quickstarted
+    before = {
+        name: (run / name).read_bytes() for name in ("problems.jsonl", "attempts.jsonl", "reviews.jsonl")
+    }
+    for command in (["build-data"], ["train"]):
+        done = sclite(*command, "--run", str(run), folder=folder)
+        assert done.returncode == 0, done.stderr
+    assert "dpo: " in done.stderr
+    assert before == {name: (run / name).read_bytes() for name in before}
+    planned = json.loads(sclite("train", "--plan", "--json", "--run", str(run), folder=folder).stdout)
+    assert planned["stages"]["sft"]["rows"] == 60
+
+
+def test_status_takes_a_broken_quickstart_on_with_the_quickstart(quickstarted, tmp_path):
+    folder, run, _ = quickstarted
+    broken = shutil.copytree(run, tmp_path / "broken")
+    (broken / "done/dpo.json").unlink()
+    done = sclite("status", "--run", str(broken), folder=folder)
+    assert f"Next: sclite quickstart --run {broken}" in done.stdout.replace("\n", " ")
+
+
 def test_changed_setting_is_refused_and_with_fresh_trains_anew_and_keeps_the_templates(quickstarted):
     folder, run, _ = quickstarted
     before = (run / "templates.jsonl").read_bytes()
