@@ -1,7 +1,8 @@
 """The rows of the warm-up: whole reviews, and between them three kinds of solving, which keep both tasks apart.
 
-A *solved* row is a template, one that SFT has not seen where there are such. A *continued* row goes on after a corrected step, as guided review
-asks for it: a correction is seldom written like a step, and a student that never saw one there loses its way behind it.
+A *solved* row is a template, one that SFT has not seen where there are such. A *continued* row goes on after a corrected
+step, as guided review asks for it: a correction is seldom written like a step, and a student that never saw one there
+loses its way behind it.
 A *closed* row is wrong work in the solve context, with loss on nothing but the closers of its steps and the end: a step
 is accused in a review, never while solving. Without such rows a small student accuses its own steps as it solves, and
 what review could mend is mended, or spoiled, before.
