@@ -191,7 +191,7 @@ def memory(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def longest(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Two steps of one row, as long as the memory model says that 24 GB hold."""
+    """Two steps of one row, as long as the memory model says that 24 GB hold; where it fails, of shorter ones."""
     from sclite.train.geometry import geometry
     from sclite.train.memory import Setting, largest_length
     from tests.train.geometries import RECIPES
@@ -201,16 +201,29 @@ def longest(options: argparse.Namespace) -> list[dict[str, Any]]:
         length = largest_length(
             geometry(RECIPES[name]), Setting(stage, 1, 2048, RANK, backend="unsloth"), int(CAP_BYTES)
         )
-        rows += run_session(
-            options.models, name, "unsloth", [replace(peak("ours", stage, 1, length), batch=1, steps=2)]
-        )
+        for share in (1.0, 0.94, 0.88):
+            case = replace(peak("ours", stage, 1, int(share * length)), batch=1, steps=2)
+            rows += run_session(options.models, name, "unsloth", [case])
+            if "error" not in rows[-1]:
+                break
     return rows
 
 
 def show_memory(rows: Sequence[dict[str, Any]]) -> None:
-    """Peaks beside the memory model."""
-    names = ("geometry", "stage", "side", "micro", "length", "peak GB", "model GB", "off by", "longest")
-    print("{:<18}{:<6}{:<7}{:>6}{:>8}{:>9}{:>10}{:>8}{:>9}".format(*names))
+    """Peaks, and what the allocator held, beside the memory model."""
+    names = (
+        "geometry",
+        "stage",
+        "side",
+        "micro",
+        "length",
+        "peak GB",
+        "held GB",
+        "model GB",
+        "off by",
+        "longest",
+    )
+    print("{:<18}{:<6}{:<7}{:>6}{:>8}{:>9}{:>9}{:>10}{:>8}{:>9}".format(*names))
     for row in rows:
         start = f"{row['geometry']:<18}{row['stage']:<6}{row['side']:<7}{row['micro']:>6}{row['length']:>8}"
         if "error" in row:
@@ -218,7 +231,9 @@ def show_memory(rows: Sequence[dict[str, Any]]) -> None:
             continue
         off = row["modelled_gb"] / row["peak_gb"] - 1
         longest = row["largest_length"] or 0
-        print(f"{start}{row['peak_gb']:>9.2f}{row['modelled_gb']:>10.2f}{100 * off:>7.0f}%{longest:>9,}")
+        print(
+            f"{start}{row['peak_gb']:>9.2f}{row['reserved_gb']:>9.2f}{row['modelled_gb']:>10.2f}{100 * off:>7.0f}%{longest:>9,}"
+        )
 
 
 def embedded(run_folder: Path, adapters: Path, backend: str) -> None:
