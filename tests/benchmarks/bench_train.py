@@ -198,6 +198,8 @@ def longest(options: argparse.Namespace) -> list[dict[str, Any]]:
 
     rows = []
     for name, stage in LONGEST:
+        if stage != (options.stage or stage):
+            continue
         length = largest_length(
             geometry(RECIPES[name]), Setting(stage, 1, 2048, RANK, backend="unsloth"), int(CAP_BYTES)
         )
@@ -271,7 +273,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("models"))
     parser.add_argument("--out", type=Path, help="also write every figure there, as JSON")
     parser.add_argument("--only", choices=("speed", "memory", "longest"))
-    parser.add_argument("--stage", choices=("sft", "dpo"), help="of the speeds this one alone")
+    parser.add_argument("--stage", choices=("sft", "dpo"), help="of speeds and longest rows this one alone")
     parser.add_argument("--steps", type=int, default=40, help="of the speeds, for each side")
     parser.add_argument("--full", action="store_true", help="of the speeds, every row of 2,048 tokens")
     parser.add_argument("--sides", help="of the speeds, of ours,script,plain")
