@@ -2,9 +2,10 @@
 
 Weights, LoRA and optimizer are exact. Activations are counted from what the code keeps: under gradient checkpointing the
 input of every layer, and one layer at a time in full; of the vocabulary only the positions that carry loss
-(sclite/train/forward.py). The peak is the larger of two moments, of the backward pass through the head and of that
-through the last layer. On an H100 and an H200 the sum came within 6 % of torch's peak at eleven settings: 7B and 8B
-geometry, SFT and DPO, one to four rows of 2,048 and 4,096 tokens, with Unsloth (-4 to 0 %) and without (-2 to 6 %).
+(sclite/student/forward.py). The peak is the larger of two moments, of the backward pass through the head and of that
+through the last layer. On an H100 and an H200 the sum came within 6 % of torch's peak at thirteen settings: 7B and 8B
+geometry, SFT and DPO, one to four rows of 2,048 and 4,096 tokens and one row of 76,032 and 55,232, with Unsloth (-6 to 1 %) and
+without (-2 to 6 %).
 """
 
 from collections.abc import Iterable, Sequence
@@ -37,7 +38,8 @@ CONTEXT = 700_000_000
 CACHED = 800_000_000
 """Bytes that the allocator holds beyond what is in use, at least: 0.3 to 0.84 GB at those settings, more with neither rows
 nor size. With rows so long that they fill a card it is the largest tensor of a layer, for which no freed block is large
-enough: a row of 83,392 tokens, reckoned to fit into 24 GB with CACHED alone, did not."""
+enough: a row of 83,392 tokens, reckoned to fit into 24 GB with CACHED alone, did not; at 76,032 the allocator held 1.87 GB
+more than was in use, of 2.18 GB reckoned so."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,10 @@ class Copies:
 
 
 COPIES = {
-    # Unsloth's kernels: both norms' outputs, the sum between, the layer's output and its gradient; q, k, v and the
-    # attention's output; of the MLP gate, up and the gradient that takes their place
-    "unsloth": Copies(hidden=5, query=2, keys=2, middle=3, buffers=2, outside=2),
+    # Unsloth's kernels: the first norm's output, the sum after the attention, the layer's output and its gradient (the
+    # second norm's output has been overwritten by then: rows that fill a card showed four); q, k, v and the attention's
+    # output; of the MLP gate, up and the gradient that takes their place
+    "unsloth": Copies(hidden=4, query=2, keys=2, middle=3, buffers=2, outside=2),
     # PyTorch and peft under autocast: what they keep was measured on a CPU by tests/train/test_memory.py, which holds
     # the sum to 5 %; k and v are counted in `query`, repeated to all heads
     "plain": Copies(hidden=12, query=5, keys=0, middle=7, buffers=1, outside=3),
@@ -169,13 +172,21 @@ def layer_bytes(geometry: Geometry, tokens: int, four_bit: bool, backend: str) -
 def saved_bytes(geometry: Geometry, tokens: int, backend: str) -> tuple[int, int]:
     """(on the card, in the host's memory) of what a forward pass keeps for its backward pass, without the head.
 
-    Unsloth moves the layers' inputs to the host; on the card stay the last one and two buffers to bring them back.
+    Unsloth moves the layers' inputs to the host; what it needs to bring them back is `returning_bytes`.
     """
     one = 2 * tokens * geometry.hidden
     outside = COPIES[backend].outside * one
     if backend == "unsloth":
-        return outside + min(3, geometry.layers) * one, geometry.layers * one
+        return outside, geometry.layers * one
     return outside + geometry.layers * one, 0
+
+
+def returning_bytes(geometry: Geometry, tokens: int, backend: str) -> int:
+    """Of the layers' inputs on the card in a backward pass through Unsloth: the last one, which stays there, and two buffers.
+
+    They serve all forward passes of a step and are as large as the longest asks (unsloth_zoo.gradient_checkpointing).
+    """
+    return min(3, geometry.layers) * 2 * tokens * geometry.hidden if backend == "unsloth" else 0
 
 
 def peak(
@@ -187,12 +198,13 @@ def peak(
     """
     capped = 2 if geometry.logit_cap else 1
     saved = [saved_bytes(geometry, tokens, backend) for tokens, _ in forwards]
+    returning = returning_bytes(geometry, max(tokens for tokens, _ in forwards), backend)
     chunk = chunk_of(geometry.vocabulary)
     heads = [capped * geometry.vocabulary * min(carried, chunk) for _, carried in forwards]
     kept = [KEPT * head * (carried <= chunk) for head, (_, carried) in zip(heads, forwards, strict=True)]
     moments = []
     for last, (tokens, _) in enumerate(forwards):
-        activations = sum(card for card, _ in saved[: last + 1])
+        activations = sum(card for card, _ in saved[: last + 1]) + returning
         waiting = sum(kept[:last])
         layer = layer_bytes(geometry, tokens, four_bit, backend)
         at_head = waiting + (KEPT + BACKWARD) * heads[last]
