@@ -143,7 +143,7 @@ def build_data(
             pipeline.build_corrections(world)
             if pipeline.can_build_pairs(world):
                 pipeline.build_pairs(world)
-    told.built(world.run, world.reports, only, trained, common.json)
+    told.built(world, only, common.json)
 
 
 @app.command()
@@ -179,8 +179,8 @@ def train(
         told.plan(training.plan(world), common.json)
         return
     with held(world.run, world.config):
-        reports = training.train(world, only, fresh)
-    told.trained(world.run, reports, only, common.json)
+        training.train(world, only, fresh)
+    told.trained(world, only, common.json)
 
 
 @app.command()
@@ -288,7 +288,20 @@ def chat(
     threshold = world.config.review.threshold
     if threshold is None:
         threshold = measure.stored_threshold(world, path)
-    talk(path, world.config, threshold, self_correct=self_correct, question=question, as_json=common.json)
+    example = ""
+    if world.config.student.model == "embedded" and model is None:
+        from sclite.quickstart.problems import test_problems
+
+        example = test_problems(1)[0].question
+    talk(
+        path,
+        world.config,
+        threshold,
+        self_correct=self_correct,
+        question=question,
+        example=example,
+        as_json=common.json,
+    )
 
 
 @app.command()

@@ -96,6 +96,11 @@ class Teacher(Section):
     inspector: str = Field("", description="a second model that judges each reply, a LiteLLM model name")
     inspector_api_base: str = Field("", description="base URL of its endpoint")
 
+    @property
+    def embedded(self) -> bool:
+        """Whether this is the quickstart's own tutor."""
+        return self.model.startswith("embedded/")
+
 
 class Student(Section):
     """The model that is trained."""

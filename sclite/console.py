@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -13,6 +14,7 @@ from sclite.errors import ScliteError
 Progress = Callable[..., None]
 WIDE = 125  # columns that a line of progress takes with all its words
 LOG_SECONDS = 30.0  # between two lines of progress where there is no terminal
+MOMENT = 0.5  # seconds; a stage that ends within them has its closing line alone
 
 
 def print_json(value: Any) -> None:
@@ -121,7 +123,7 @@ def fault(error: ScliteError) -> None:
 
 
 def lines(invitation: str) -> Iterator[str]:
-    """What the user types, line by line, up to an empty one or the end of the input."""
+    """What the user types, line by line, up to an empty one or the end of the input; empty lines of a pipe are skipped."""
     interactive = sys.stdin.isatty()
     if interactive:
         note(invitation)
@@ -129,10 +131,11 @@ def lines(invitation: str) -> Iterator[str]:
         if interactive:
             sys.stderr.write("\n> ")
             sys.stderr.flush()
-        line = _read_line().strip()
-        if not line:
+        read = _read_line()
+        if not read or (interactive and not read.strip()):
             return
-        yield line
+        if read.strip():
+            yield read.strip()
 
 
 def _read_line() -> str:
@@ -231,8 +234,9 @@ class Screen:
         rate = self._rate = Rate()
         if not console.is_terminal:
             left = self.left(name, 0.0)
-            console.print(f"{text}{f' (about {duration(left)} left in all)' if left else ''}", soft_wrap=True)
-            yield self._lines(rate, silent=left is not None)
+            told = f"{text}{f' (about {duration(left)} left in all)' if left else ''}"
+            with _heading(lambda: console.print(told, soft_wrap=True)) as head:
+                yield self._lines(rate, head, silent=left is not None)
             return
         wide = console.width >= WIDE
         columns = (
@@ -260,8 +264,8 @@ class Screen:
             yield progress
         self._bars = None
 
-    def _lines(self, rate: "Rate", silent: bool) -> Progress:
-        """Progress for a log: a line now and then, unless `silent`, and each warning."""
+    def _lines(self, rate: "Rate", head: Callable[[], None], silent: bool) -> Progress:
+        """Progress for a log: a line now and then, unless `silent`, and each warning; `head` before any of them."""
         told = time.monotonic()
         write = note
 
@@ -270,11 +274,13 @@ class Screen:
         ) -> None:
             nonlocal told
             if warning:
+                head()
                 write(f"[yellow]warning:[/] {plain(warning)}")
                 return
             rate.tell(done, spent_usd)
             if not silent and time.monotonic() - told >= LOG_SECONDS:
                 told = time.monotonic()
+                head()
                 write(f"  {done} of {total} {_joined(note, rate.line(total))}")
 
         return progress
@@ -307,6 +313,28 @@ class Screen:
             note(f"[green]✓[/] {text} [dim]{seconds}[/]")
 
 
+@contextmanager
+def _heading(say_it: Callable[[], None]) -> Iterator[Callable[[], None]]:
+    """Say a stage's heading once: when the function that this gives is called, or after a moment, so that a stage with
+    nothing to do has none."""
+    said, lock = False, threading.Lock()
+
+    def head() -> None:
+        nonlocal said
+        with lock:
+            if not said:
+                said = True
+                say_it()
+
+    timer = threading.Timer(MOMENT, head)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield head
+    finally:
+        timer.cancel()
+
+
 def fitted(figures: str, room: int) -> str:
     """The figures of the moment in so many columns: those that matter least are left away whole, the time left never.
 
@@ -332,7 +360,8 @@ def _joined(*texts: str) -> str:
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> None:
     """A table on stdout; the first `texts` columns are text, the others are numbers.
 
-    Where it is wider than the terminal and would be narrower on its side, it lies on its side.
+    Where it is wider than the terminal the last of several text columns wraps; else, where it would be narrower on its
+    side, it lies on its side.
     """
     from rich import box
     from rich.console import Console
@@ -342,11 +371,11 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], text
     if not console.is_terminal:
         console.width = 120
     lying = [list(line) for line in zip(header, *rows, strict=True)]
-    if console.width < _width([header, *rows]) > _width(lying):
-        header, rows, texts = lying[0], lying[1:], 1
+    if texts == 1 and console.width < _width([header, *rows]) > _width(lying):
+        header, rows = lying[0], lying[1:]
     made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     for i, name in enumerate(header):
-        made.add_column(name, justify="left" if i < texts else "right", no_wrap=True)
+        made.add_column(name, justify="left" if i < texts else "right", no_wrap=not 0 < i == texts - 1)
     for row in rows:
         made.add_row(*row)
     console.print(made)

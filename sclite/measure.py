@@ -28,7 +28,14 @@ def held_out(world: World) -> tuple[list[Problem], list[Problem], int]:
 
     source = world.config.eval
     if not source.source:
-        raise UsageFault("eval.source is not set", "give a file or hub data set: `sclite eval PROBLEMS`")
+        own = (
+            f"; `sclite quickstart --run {world.run.folder}` takes its own"
+            if world.config.teacher.embedded
+            else ""
+        )
+        raise UsageFault(
+            "eval.source is not set", f"give a file or hub data set: `sclite eval PROBLEMS`{own}"
+        )
     place = (source.source, source.subset, source.split, source.limit)
     found = load_problems(*place, columns=source.columns(), key="eval.source")
     known = trained_on(found, _training_questions(world))
@@ -181,10 +188,13 @@ def stored_threshold(world: World, gguf: Path) -> float | None:
 
 
 def find_gguf(world: World, model: Path | None) -> Path:
-    """The GGUF to talk to: the one given, else the run's own furthest one."""
+    """The GGUF to talk to: the one given, else the run's own furthest one; raises DataFault where it is none."""
     if model is not None:
         if not model.is_file():
             raise DataFault(f"{model} does not exist", "give the path of a GGUF file")
+        with open(model, "rb") as file:
+            if file.read(4) != b"GGUF":
+                raise DataFault(f"{model} is no GGUF file", "give one that `sclite export` has written")
         return model
     from sclite.export.stage import gguf_path
 

@@ -50,7 +50,7 @@ class Common:
 
         config = self.load(chosen)
         world = World(config, Run(config.run), Screen(), apart=may_have_card())
-        if config.teacher.model.startswith("embedded/"):
+        if config.teacher.embedded:
             from sclite.quickstart.provider import register
 
             world.prepare = register

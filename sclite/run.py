@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from sclite import __version__
 from sclite.config import Config
-from sclite.errors import DataFault, UsageFault
+from sclite.errors import DataFault, ScliteError, UsageFault
 from sclite.records import Drop, Row
 from sclite.settings import RUN_FILE
 from sclite.signature import brought_up
@@ -67,7 +67,11 @@ class Run:
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Keep every other sclite process off this run; raises UsageFault where one is at work."""
+        """Keep every other sclite process off this run; raises UsageFault where one is at work.
+
+        A folder that was not there before, and in which nothing was made, goes again.
+        """
+        new = not self.folder.exists()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             file = open(self.path(".lock"), "w")  # noqa: SIM115 - closed below, and by the system after a kill
@@ -86,7 +90,16 @@ class Run:
         try:
             yield
         finally:
+            if new and not self._files():
+                self.path(".lock").unlink(missing_ok=True)
+                with suppress(OSError):
+                    self.folder.rmdir()
             file.close()
+
+    def _files(self) -> dict[str, int]:
+        """What stages have made: when each file was changed, without run.toml and the lock."""
+        found = (path for path in self.folder.rglob("*") if path.name not in (RUN_FILE, ".lock"))
+        return {str(path): path.stat().st_mtime_ns for path in found if path.is_file()}
 
     def busy(self) -> bool:
         """Whether a process holds this run: asked by a shared lock that is let go at once."""
@@ -107,18 +120,21 @@ class Run:
 
     @contextmanager
     def remembering(self, config: Config) -> Iterator[None]:
-        """Remember the configuration; after a UsageFault run.toml is as it was: a mistyped value must break no later
-        command."""
-        path = self.path(RUN_FILE)
+        """Remember the configuration; after a UsageFault, or a fault before anything was made, run.toml is as it was.
+
+        A mistyped value or file must not become a setting of the run, which would break later commands.
+        """
+        path, made = self.path(RUN_FILE), self._files()
         before = path.read_text(encoding="utf-8") if path.is_file() else None
         self.remember(config)
         try:
             yield
-        except UsageFault:
-            if before is None:
-                path.unlink(missing_ok=True)
-            else:
-                write_text(path, before)
+        except ScliteError as fault:
+            if isinstance(fault, UsageFault) or self._files() == made:
+                if before is None:
+                    path.unlink(missing_ok=True)
+                else:
+                    write_text(path, before)
             raise
 
     # -- rows ------------------------------------------------------------------------------------------------------

@@ -119,6 +119,9 @@ def _is_text(path: list[str]) -> bool:
 def _nearest(key: str, known: Sequence[str], sections: Collection[str]) -> str:
     """What an unknown key may have meant; of a known section else what it has."""
     section, _, name = key.partition(".")
+    if section not in sections:
+        for like in difflib.get_close_matches(section, sections, 1, 0.6):
+            return f"did you mean {like}.{name}?" if f"{like}.{name}" in known else f"did you mean {like}?"
     own = [k.partition(".")[2] for k in known if k.startswith(f"{section}.")]
     near = [f"{section}.{n}" for n in difflib.get_close_matches(name, own, 1, 0.6)] if name and own else []
     near = near or [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
@@ -136,6 +139,8 @@ def _explain(error: ValidationError) -> tuple[str, str]:
     for fault in error.errors():
         key = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
+            if isinstance(fault["input"], dict) and fault["input"]:
+                key = f"{key}.{next(iter(fault['input']))}"
             lines.append(f"unknown key {key}")
             if key in MOVED:
                 hints.append(f"did you mean {MOVED[key]}? DPO trains the adapter of SFT on")

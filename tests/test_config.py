@@ -83,14 +83,14 @@ def test_all_faults_are_told_at_once():
         ("dpo.betta=1", "dpo.beta"),
         ("sft.learningrate=1", "sft.learning_rate"),
         ("studnt.model=x", "student.model"),
+        ("epochs=2", "sft.epochs"),
     ],
 )
 def test_an_unknown_key_gets_the_nearest_known_one(wrong, meant):
     with pytest.raises(UsageFault) as fault:
         load(None, [wrong], {})
-    assert f"did you mean {meant.split('.')[0] if '.' not in wrong else meant}" in fault.value.hint or (
-        f"did you mean {meant.split('.')[0]}?" in fault.value.hint
-    )
+    assert fault.value.message == f"configuration: unknown key {wrong.partition('=')[0]}"
+    assert fault.value.hint == f"did you mean {meant}?"
 
 
 @pytest.mark.parametrize("setting", ["sft=3", "=3", "sft.=3", ".epochs=1", "sft.epochs.more=1"])

@@ -8,6 +8,7 @@ import re
 import struct
 import sys
 import termios
+import time
 from contextlib import suppress
 
 import pytest
@@ -147,3 +148,39 @@ def test_what_is_typed_in_another_encoding_is_read_as_replacement_characters(mon
     (line,) = console.lines("")
     assert line == "caf\ufffd 3"
     line.encode()
+
+
+@pytest.mark.parametrize("interactive", [True, False])
+def test_an_empty_line_ends_what_is_typed_and_is_skipped_in_a_pipe(interactive, monkeypatch):
+    typed = io.StringIO("\n  \nfirst\n\nsecond\n")
+    typed.isatty = lambda: interactive
+    monkeypatch.setattr(sys, "stdin", typed)
+    assert list(console.lines("")) == ([] if interactive else ["first", "second"])
+
+
+def test_the_last_of_several_text_columns_wraps_and_no_other(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "50")
+    what = "640 attempts, 503 right, 137 wrong, 0 unknown"
+    console.table("", ("stage", "what", "seconds"), [("corrections", what, "9.2")], texts=2)
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in capsys.readouterr().out.splitlines()]
+    assert max(map(len, lines)) <= 50
+    words = " ".join(lines).split()
+    assert words.count("corrections") == words.count("9.2") == 1
+    assert [word for word in words if word in what.split()] == what.split()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "warns", "headed"), [(0.0, False, False), (0.0, True, True), (0.2, False, True)]
+)
+def test_in_a_log_a_stage_with_nothing_to_do_has_no_heading(seconds, warns, headed, monkeypatch, capsys):
+    monkeypatch.setattr(console, "MOMENT", 0.05)
+    with console.Screen().stage("sft", "sft: the student learns") as progress:
+        time.sleep(seconds)
+        if warns:
+            progress(1, 2, warning="the loss is falling too fast")
+    time.sleep(0.1)
+    said = capsys.readouterr().err.splitlines()
+    assert ("sft: the student learns" in said) == headed
+    assert len(said) == headed + warns
+    assert not warns or "too fast" in said[-1]

@@ -1,5 +1,9 @@
 """Between the commands and the evaluation: what is told of its figures."""
 
+import pytest
+
+from sclite import measure
+from sclite.errors import DataFault
 from sclite.measure import FEW_TO_FIT, cut_note, fit_note
 
 
@@ -21,3 +25,12 @@ def test_a_threshold_fitted_on_few_problems_is_told_of():
     assert "review.threshold" in note
     assert fit_note(figures, FEW_TO_FIT) == []
     assert fit_note({"base": {"fitted": None}}, 5) == []
+
+
+def test_a_file_that_is_no_gguf_is_refused_by_name(tmp_path):
+    path = tmp_path / "student.gguf"
+    path.write_bytes(b"GGML and more")
+    with pytest.raises(DataFault, match=r"student\.gguf is no GGUF file"):
+        measure.find_gguf(None, path)
+    path.write_bytes(b"GGUF and more")
+    assert measure.find_gguf(None, path) == path

@@ -7,6 +7,7 @@ import sys
 import textwrap
 import time
 import tracemalloc
+from contextlib import suppress
 
 import pytest
 
@@ -305,8 +306,27 @@ def test_a_mistyped_value_is_not_remembered(run):
         raise UsageFault("unknown quantisation", "use another")
     assert run.path("run.toml").read_text() == kept
     with pytest.raises(DataFault), run.remembering(Config(seed=3)):
+        raise DataFault("no such file", "give another")
+    assert run.path("run.toml").read_text() == kept
+    with suppress(DataFault), run.remembering(Config(seed=3)):
+        run.begin("templates")
         raise DataFault("a row is broken", "mend it")
     assert "seed = 3" in run.path("run.toml").read_text()
+
+
+def test_a_folder_in_which_nothing_was_made_goes_again(tmp_path):
+    new = Run(tmp_path / "new")
+    with pytest.raises(DataFault), new.hold(), new.remembering(Config()):
+        raise DataFault("no such file", "give another")
+    assert not new.folder.exists()
+    with new.hold():
+        new.begin("templates")
+    assert new.folder.is_dir()
+    kept = Run(tmp_path / "kept")
+    kept.folder.mkdir()
+    with kept.hold():
+        pass
+    assert kept.folder.is_dir()
 
 
 def test_a_run_that_begins_with_a_mistyped_value_remembers_nothing(run):

@@ -18,9 +18,10 @@ def talk(
     *,
     self_correct: bool,
     question: str | None = None,
+    example: str = "",
     as_json: bool = False,
 ) -> None:
-    """Answer one question, or those typed until an empty line or the end of input.
+    """Answer one question, or those typed until an empty line or the end of input, invited with an `example` of what it knows.
 
     Raises UsageFault where a guided review is asked for and no threshold is known.
     """
@@ -39,8 +40,14 @@ def talk(
         if question is not None:
             _answer(engine, question, config, settings, self_correct, as_json)
             return
-        for typed in console.lines("Type a problem; an empty line ends."):
+        for typed in console.lines(_invitation(example)):
             _answer(engine, typed, config, settings, self_correct, as_json)
+
+
+def _invitation(example: str) -> str:
+    if not example:
+        return "Type a problem; an empty line ends."
+    return f"Type a problem; an empty line ends. This student knows only stories such as this one:\n{console.plain(example)}"
 
 
 def _answer(

@@ -95,7 +95,7 @@ def split_for_stages(
 def divide(settings: config.Config, problems: Iterable[Problem]) -> tuple[list[Problem], list[Problem]]:
     """(for SFT, kept for stage 2) of a run's problems: by `split_for_stages`, those of the quickstart by their place."""
     found, share = list(problems), settings.problems.correction_share
-    if not settings.teacher.model.startswith("embedded/"):
+    if not settings.teacher.embedded:
         return split_for_stages(found, share, settings.seed)
     kept = round(len(found) * share)
     return found[: len(found) - kept], found[len(found) - kept :]

@@ -10,13 +10,16 @@ from typing import Any
 from sclite.errors import DataFault, NetworkFault
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+OTHER_SUFFIXES = (".txt", ".tsv", ".md", ".xlsx", ".yaml", ".yml", ".arrow", ".gz", ".zip", ".zst")
+"""Of files that are not read: a name that ends so is no hub data set either."""
 Rows = Iterator[tuple[str, Mapping[str, Any]]]
 """("line 7" or "row 7", the row)."""
 
 
 def is_local(source: str) -> bool:
-    """Whether a source is a file here, by its ending or because it exists, and not a hub data set."""
-    return source.lower().endswith(SUFFIXES) or Path(source).exists()
+    """Whether a source is a file here, by its name or because it exists, and not a hub data set."""
+    named = source.lower().endswith((*SUFFIXES, *OTHER_SUFFIXES)) or source.startswith((".", "/", "~"))
+    return named or Path(source).exists()
 
 
 def rows_of(source: str, subset: str = "", split: str = "train", key: str = "problems.source") -> Rows:

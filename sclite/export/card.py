@@ -37,6 +37,8 @@ def text(config: Config, run: Run, counts: dict[str, int]) -> str:
 
 def source_name(config: Config) -> str:
     """The problems' source as a card may show it."""
+    if config.teacher.embedded:
+        return "the arithmetic stories that sclite's quickstart makes"
     return _public(config.problems.source)
 
 

@@ -20,6 +20,12 @@ from sclite.train.bundle import build_bundles
 from sclite.train.warm_rows import closed_row, continued_row, is_closed, review_row
 
 SHOWN = ("templates", "reviews", "pairs")
+LEGEND = {
+    "▸": "the tokens after it carry loss, up to the next dim ones",
+    "⟦": "tokens between ⟦ ⟧ weigh so many times",
+    "◆": "a decision comes next, to accuse the step or to close it; of pairs the odds of the two are trained",
+}
+"""Signs of a row, and what they mean."""
 
 
 class Labels:
@@ -77,20 +83,29 @@ class Labels:
         return {"id": row.id, "end_of_turn": self.tokenizer.decode([self.end]), "sequences": found}
 
     def page(self, row: Any, number: int, total: int) -> Text:
-        """One row: what carries no loss dim, what does green, heavier tokens yellow, the end of turn on green."""
+        """One row: what carries no loss dim, what does green, heavier tokens yellow, the end of turn on green; decisions cyan."""
         lines = Text().append(f"{number}/{total}  ", "dim").append(seen(row.id), "bold cyan")
         for name, encoded in self.sequences(row):
             carried = sum(weight > 0 for weight in encoded.weights)
             told = f"\n{name}: {len(encoded.ids)} tokens, {carried} with loss"
+            if encoded.marks:
+                told += f", {len(encoded.marks)} decision{'s' * (len(encoded.marks) > 1)}"
             lines.append(told, "bold").append(f", ends with {self.tokenizer.decode([encoded.ids[-1]])!r}\n")
             lines.append_text(self._painted(encoded))
+        lines.append("\n")
+        for sign, meaning in LEGEND.items():
+            if sign in lines.plain:
+                lines.append(f"\n{sign}  {meaning}", "dim")
         return lines.append("\n\n")
 
     def _painted(self, encoded: Encoded) -> Text:
-        shown = Text()
-        places = zip(encoded.ids, encoded.weights, strict=True)
-        for weight, group in groupby(places, key=lambda place: place[1]):
-            ids = [id for id, _ in group]
+        shown, marks = Text(), set(encoded.marks)
+        places = [
+            (id, weight, place in marks)
+            for place, (id, weight) in enumerate(zip(encoded.ids, encoded.weights, strict=True))
+        ]
+        for (weight, marked), group in groupby(places, key=lambda place: place[1:]):
+            ids = [id for id, *_ in group]
             last = ids.pop() if weight and ids[-1] == self.end else None
             text = seen(self.tokenizer.decode(ids))
             if weight not in (0.0, 1.0):
@@ -98,7 +113,9 @@ class Labels:
             shown.append(text, "dim" if not weight else "green" if weight == 1 else "bold yellow")
             if last is not None:
                 shown.append(seen(self.tokenizer.decode([last])), "black on green")
-            if not weight and any(encoded.weights):
+            if marked:
+                shown.append("◆", "bold cyan")
+            elif not weight and any(encoded.weights):
                 shown.append("▸", "bold cyan")
         return shown
 

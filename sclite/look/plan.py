@@ -28,7 +28,7 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     for name, stage in stages.items():
         if stage["fits"] is False:
             console.say(f"[red]{name} does not fit:[/] {console.plain(stage['verdict'])}")
-    header = ("stage", "rows", "too long", "epochs", "tokens", "steps", "tokens/s", "hours")
+    header = ("stage", "rows", "too long", "epochs", "tokens", "steps", "tokens/s", "time")
     console.table("Forecast", header, [_forecast(name, stage) for name, stage in stages.items()])
     if plan["lengths"] == "characters":
         console.say("Tokens are estimated from characters: the student's tokenizer is not on this disk yet.")
@@ -62,23 +62,35 @@ def _setting(name: str, stage: Mapping[str, Any]) -> tuple[str, ...]:
 def _forecast(name: str, stage: Mapping[str, Any]) -> tuple[str, ...]:
     keys = ("rows", "too_long", "epochs", "tokens", "steps", "tokens_per_second")
     hours = stage["hours"]
-    return (name, *(_known(stage[key]) for key in keys), "–" if hours is None else f"{hours:.1f}")
+    return (
+        name,
+        *(_known(stage[key]) for key in keys),
+        "–" if hours is None else console.duration(3600 * hours),
+    )
 
 
 def _known(value: float | None) -> str:
     return "–" if value is None else f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"
 
 
+def _gigabytes(size: float) -> str:
+    """56, 5.7, 0.04: two digits that say something."""
+    return f"{size:.0f}" if size >= 10 else f"{size:.1f}" if size >= 1 else f"{size:.2f}"
+
+
 def _rest(plan: Mapping[str, Any]) -> None:
-    hours = "unknown before a step was timed here" if plan["hours"] is None else f"about {plan['hours']:.1f}"
-    console.say(f"Hours of training: {hours}")
+    hours = plan["hours"]
+    told = (
+        "unknown before a step was timed here" if hours is None else f"about {console.duration(3600 * hours)}"
+    )
+    console.say(f"Training takes: {told}")
     disk = plan["disk_gb"]
     parts = ", ".join(
-        f"{name.replace('_', ' ')} {'?' if size is None else f'{size:.1f}'}"
+        f"{name.replace('_', ' ')} {'?' if size is None else _gigabytes(size)}"
         for name, size in disk.items()
         if name != "total"
     )
-    console.say(f"Disk: about {disk['total']:.0f} GB ({parts})")
+    console.say(f"Disk: about {_gigabytes(disk['total'])} GB ({parts})")
     teacher = plan["teacher"]
     if teacher["requests"] is None:
         console.say("Corrections by the teacher: unknown before there are problems for stage 2")

@@ -227,7 +227,7 @@ def _words(config: Config, name: str | None, stages: Mapping[str, Stage]) -> Ite
     teacher = [] if config.teacher.model else ["--set", "teacher.model=PROVIDER/NAME"]
     if name is None:
         return ["sclite", "chat", "--self-correct"]
-    if config.teacher.model.startswith("embedded/"):
+    if config.teacher.embedded:
         return ["sclite", "quickstart"]
     if name in ("problems", "templates"):
         source = [] if config.problems.source or stages["problems"].state == DONE else ["PROBLEMS"]

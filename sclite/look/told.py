@@ -5,7 +5,7 @@ from typing import Any
 
 from sclite import console
 from sclite.errors import DeviceFault
-from sclite.run import Report, Run
+from sclite.run import Report
 
 
 def dry_run(found: Mapping[str, Any], json: bool) -> None:
@@ -28,8 +28,9 @@ def dry_run(found: Mapping[str, Any], json: bool) -> None:
     )
 
 
-def built(run: Run, reports: Sequence[Report], only: str | None, has_sft: bool, json: bool) -> None:
+def built(world: Any, only: str | None, json: bool) -> None:
     """What build-data has made, what it left out, and what to type next."""
+    run, reports = world.run, world.reports
     figures = data_figures(reports)
     if json:
         console.print_json(figures)
@@ -44,8 +45,7 @@ def built(run: Run, reports: Sequence[Report], only: str | None, has_sft: bool, 
         console.say(f"  {count} left out: {reason.replace('_', ' ')}")
     if figures["dropped"]:
         console.say(f"Look at them: [bold cyan]sclite show drops --run {run.folder}[/]")
-    if not has_sft:
-        console.say("Next: [bold cyan]sclite train --gpu 0[/]")
+    _next(world)
 
 
 def data_figures(reports: Sequence[Report]) -> dict[str, Any]:
@@ -66,14 +66,20 @@ def data_figures(reports: Sequence[Report]) -> dict[str, Any]:
     }
 
 
-def trained(run: Run, reports: Sequence[Report], only: str | None, json: bool) -> None:
+def trained(world: Any, only: str | None, json: bool) -> None:
     """Where the adapter is, and what to type next."""
     if json:
-        console.print_json({report.stage: report.as_dict() for report in reports})
+        console.print_json({report.stage: report.as_dict() for report in world.reports})
         return
-    done, command = ("sft", "train --only dpo") if only == "sft" else ("dpo", "export")
-    console.say(f"The adapter is in {run.path(done + '/adapter')}")
-    console.say(f"Next: [bold cyan]sclite {command}[/]")
+    console.say(f"The adapter is in {world.run.path('sft/adapter' if only == 'sft' else 'dpo/adapter')}")
+    _next(world)
+
+
+def _next(world: Any) -> None:
+    """The command that takes the run on, as `sclite status` has it."""
+    from sclite.look.status import status
+
+    console.say(f"Next: [bold cyan]{console.plain(status(world.config, world.run)['next'])}[/]")
 
 
 def plan(found: Mapping[str, Any], json: bool) -> None:
@@ -107,7 +113,8 @@ def exported(world: Any, report: Report, created: Any, fitted: bool, json: bool)
     elif fitted:
         console.say(f"Next: [bold cyan]sclite chat --self-correct --run {world.run.folder}[/]")
     else:
-        command = f"sclite eval PROBLEMS --run {world.run.folder}"
+        command = "quickstart" if world.config.teacher.embedded else "eval PROBLEMS"
+        command = f"sclite {command} --run {world.run.folder}"
         console.say(f"Next: [bold cyan]{command}[/], which fits the review's threshold")
 
 

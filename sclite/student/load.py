@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sclite.config import Lora, Student
-from sclite.errors import DataFault, DeviceFault, NetworkFault, ScliteError
+from sclite.errors import DataFault, DeviceFault, NetworkFault, ScliteError, UsageFault
 from sclite.student.adapters import put_adapter, shape_of, with_new_adapter
 from sclite.student.low_rank import join_products
 from sclite.student.memory import out_of_memory
@@ -21,9 +21,9 @@ def embedded_folder() -> Path:
 
 
 def model_name(student: Student) -> str:
-    """The hub name or folder of the base model; raises DataFault where none is configured or a folder is missing."""
+    """The hub name or folder of the base model; raises UsageFault where none is configured, DataFault where a folder is missing."""
     if not student.model:
-        raise DataFault("no student is configured", "give --set student.model=NAME, a hub name or a folder")
+        raise UsageFault("no student is configured", "give --set student.model=NAME, a hub name or a folder")
     if student.model == EMBEDDED:
         return str(embedded_folder())
     path = Path(student.model).expanduser()

@@ -5,6 +5,7 @@ a Llama and says so in `rough`; one with experts is refused, for its memory foll
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,8 +225,8 @@ def _why_rough(config: Mapping[str, Any], name: str, linear_layers: int) -> str:
 def read_geometry(student: Student) -> Geometry:
     """The geometry of the configured student; of a hub model its config.json alone is fetched, into the hub's cache.
 
-    Raises DataFault where no student is configured or its configuration cannot be had, NetworkFault where the hub is out
-    of reach.
+    Raises UsageFault where no student is configured, DataFault where its configuration cannot be had, NetworkFault where
+    the hub is out of reach.
     """
     name = model_name(student)
     path = Path(name) / "config.json"
@@ -240,6 +241,9 @@ def _fetch(name: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.CRITICAL
+    )  # its retries: the last one is told as a fault
     try:
         return Path(hf_hub_download(name, "config.json"))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 
@@ -107,6 +108,8 @@ def test_limit_counts_different_problems_and_reads_no_further(tmp_path):
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path):
     assert "nothing.jsonl does not exist" in fault(str(tmp_path / "nothing.jsonl")).message
+    for name in ("nothing.txt", "nothing.jsonl.gz", "./nothing"):
+        assert f"{Path(name)} does not exist" in fault(name).message
     assert "is a folder" in fault(str(tmp_path)).message
     with pytest.raises(UsageFault, match=r"problems\.source"):
         load_problems("")

@@ -147,6 +147,13 @@ def test_every_model_and_protocol_has_a_row_with_its_figures(write):
     assert "dpo guided 50.0" in text
 
 
+def test_it_has_the_figures_that_the_terminal_shows(write):
+    model = SUMMARY["models"]["dpo"] | {"location": 0.591, "correction_rate_given_location": 0.628}
+    _, text, _ = write({"models": {"dpo": model}, "n": 40})
+    for shown in ("59.1", "62.8"):
+        assert shown in text
+
+
 def test_unknown_outcomes_and_notes_are_shown(write):
     _, text, _ = write()
     assert "base: 1 of 3 outcomes are unknown" in text

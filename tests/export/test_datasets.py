@@ -8,6 +8,7 @@ import pytest
 from sclite import prompts
 from sclite.config import Config
 from sclite.errors import DataFault
+from sclite.export.card import source_name
 from sclite.export.datasets import FOLDER, export_data
 from sclite.records import Attempt, Drop, Pair, Problem, Review, Template
 from sclite.run import Report, Run
@@ -210,6 +211,11 @@ def test_a_review_whose_attempt_is_gone_is_named(student, tmp_path):
 
 
 # -- the card ------------------------------------------------------------------------------------------------------
+
+
+def test_the_card_of_a_quickstart_names_its_stories():
+    config = Config.model_validate({"teacher": {"model": "embedded/tutor"}})
+    assert source_name(config) == "the arithmetic stories that sclite's quickstart makes"
 
 
 def test_the_card_tells_source_models_prompts_counts_drops_and_cost(exported):

@@ -72,6 +72,18 @@ def test_a_page_says_how_many_tokens_carry_loss_and_marks_the_heavy_ones(world):
     assert "\nclosed: " in page
     assert ", 3 with loss, ends with '<|im_end|>'" in page  # two closers and the end
     assert "×9⟧" in page
+    assert "\n⟦  tokens between" in page
+    assert "\n▸  " in page
+
+
+def test_a_page_of_a_decision_says_that_there_is_one_and_where(world):
+    config, run = world
+    review, work = run.read("reviews.jsonl", Review)[1], parse(render(toy_trace(1, 1))).trace
+    page = Labels(config, run, "pairs").page(decision_pairs(review, work)[0], 1, 1).plain
+    assert "0 with loss, 1 decision, ends with" in page
+    assert page.count("◆") == 2  # there, and in the legend
+    assert "⟦" not in page
+    assert "▸" not in page
 
 
 def test_rows_that_are_not_trained_on_are_refused_with_those_that_are(world):

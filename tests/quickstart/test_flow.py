@@ -97,7 +97,7 @@ def test_chat_reads_questions_from_standard_input(quickstarted):
 def test_export_in_another_size_names_the_evaluation_that_fits_its_threshold(quickstarted, tmp_path):
     _, run, _ = quickstarted
     copy = shutil.copytree(run, tmp_path / "run")
-    for quant, following in (("f16", "sclite eval PROBLEMS"), ("q8_0", "sclite chat --self-correct")):
+    for quant, following in (("f16", "sclite quickstart --run"), ("q8_0", "sclite chat --self-correct")):
         done = sclite("export", "--quant", quant, "--run", str(copy), folder=tmp_path)
         assert done.returncode == 0, done.stderr
         assert f"Next: {following}" in done.stdout
@@ -119,6 +119,7 @@ def test_the_other_commands_divide_its_problems_as_the_quickstart_did(quickstart
     for command in (["build-data"], ["train"]):
         done = sclite(*command, "--run", str(run), folder=folder)
         assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == f"Next: sclite chat --self-correct --run {run}"
     assert "dpo: " in done.stderr
     assert before == {name: (run / name).read_bytes() for name in before}
     planned = json.loads(sclite("train", "--plan", "--json", "--run", str(run), folder=folder).stdout)

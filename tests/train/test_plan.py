@@ -256,6 +256,18 @@ def test_when_corrections_are_done_or_brought_along_none_are_left_to_pay(run, ca
     assert "none are left to ask for; the run has cost $0.12" in capsys.readouterr().out
 
 
+def test_minutes_and_megabytes_are_not_told_as_nothing(run, capsys):
+    found = planned(run)
+    found["hours"] = 0.02
+    found["stages"]["sft"]["hours"] = 0.006
+    found["disk_gb"] = {"adapters": 0.004, "total": 0.07}
+    show_plan(found)
+    told = capsys.readouterr().out
+    assert "22 s" in told
+    assert "Training takes: about 1 min 12 s" in told
+    assert "Disk: about 0.07 GB (adapters 0.00)" in told
+
+
 def test_an_unknown_price_stays_unknown(run):
     write_toy(run)
     run.path("reviews.jsonl").unlink()
