@@ -45,7 +45,12 @@ def say(text: str = "") -> None:
     """A line of the result, with rich markup."""
     from rich.console import Console
 
-    Console(highlight=False, soft_wrap=True).print(text)
+    _print(Console(highlight=False), text)
+
+
+def _print(console: Any, text: str) -> None:
+    """A line, in a terminal wrapped at words; with a command in it as it is, since that is copied from there."""
+    console.print(text, soft_wrap=not console.is_terminal or "cyan]" in text)
 
 
 def page(pieces: Iterable[Any]) -> None:
@@ -108,7 +113,7 @@ def note(text: str) -> None:
     """A line beside the result."""
     from rich.console import Console
 
-    Console(stderr=True, highlight=False, soft_wrap=True).print(text)
+    _print(Console(stderr=True, highlight=False), text)
 
 
 def fault(error: ScliteError) -> None:
@@ -116,10 +121,10 @@ def fault(error: ScliteError) -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(f"[bold red]error:[/] {escape(error.message)}")
+    console = Console(stderr=True, highlight=False)
+    _print(console, f"[bold red]error:[/] {escape(error.message)}")
     if error.hint:
-        console.print(f"[cyan]try:[/] {escape(error.hint)}")
+        _print(console, f"[cyan]try:[/] {escape(error.hint)}")
 
 
 def lines(invitation: str) -> Iterator[str]:
@@ -253,7 +258,7 @@ class Screen:
                 done: int, total: int, spent_usd: float | None = None, *, note: str = "", warning: str = ""
             ) -> None:
                 if warning:
-                    console.print(f"[yellow]warning:[/] {plain(warning)}", soft_wrap=True)
+                    _print(console, f"[yellow]warning:[/] {plain(warning)}")
                     return
                 rate.tell(done, spent_usd)
                 seconds = self.left(name, done / max(1, total))

@@ -11,7 +11,7 @@ from sclite.records import Drop, Problem, Template
 from sclite.world import World
 
 THRESHOLDS = "export/review.json"
-"""By the digest of a GGUF: the threshold fitted on it, and the digest of the prompts."""
+"""By the digest of a GGUF: the threshold fitted on it, on how many problems and for what harm, and the prompts' digest."""
 
 
 FEW_TO_FIT = 50
@@ -75,7 +75,7 @@ def evaluate(
     source: str = "",
     left_out: int = 0,
 ) -> dict[str, Any]:
-    """Measure the exported students; writes eval/summary.json and eval/report.html, and the threshold beside the GGUF.
+    """Measure the exported students; writes eval/summary.json and eval/report.html, and the thresholds beside the GGUFs.
 
     `left_out` problems of the source overlap the training problems: that is told with the figures.
     """
@@ -112,6 +112,7 @@ def evaluate(
     notes = [f"left out, because they overlap the training problems: {left_out}"] if left_out else []
     notes += cut_note(figures, world.config.eval.max_tokens)
     notes += fit_note(figures, len(fitting))
+    notes += keep_thresholds(world, figures)
     dropped = {"overlaps_training": left_out} if left_out else {}
     summary = {
         "models": figures,
@@ -122,6 +123,33 @@ def evaluate(
     }
     write_summary(world, summary)
     return summary
+
+
+def keep_thresholds(world: World, figures: Mapping[str, Any]) -> list[str]:
+    """Store the fitted thresholds for chat; a sentence where one stays that more problems have fitted.
+
+    One that was fitted under other prompts or for another harm is replaced all the same.
+    """
+    if world.config.review.threshold is not None:  # the user's own, which no evaluation has fitted
+        return []
+    kept, stays = world.run.read_json(THRESHOLDS) or {}, 0
+    for each in figures.values():
+        if each["threshold"] is None:
+            continue
+        made = {
+            "threshold": each["threshold"],
+            "n": (each["fitted"] or {}).get("n", 0),
+            "max_harm": world.config.review.max_harm,
+            "prompts": _review_digest(world),
+        }
+        before = kept.get(each["gguf"], {})
+        same = all(before.get(name) == made[name] for name in ("max_harm", "prompts"))
+        if same and before.get("n", 0) > made["n"]:
+            stays = max(stays, before["n"])
+        else:
+            kept[each["gguf"]] = made
+    world.run.write_json(THRESHOLDS, kept)
+    return [f"chat keeps the threshold that {stays} other problems have fitted before"] if stays else []
 
 
 def cut_note(figures: Mapping[str, Any], limit: int) -> list[str]:
@@ -143,13 +171,11 @@ def fit_note(figures: Mapping[str, Any], count: int) -> list[str]:
     if count >= FEW_TO_FIT or not any(each["fitted"] for each in figures.values()):
         return []
     remedy = "give more problems, or set review.threshold"
-    return [
-        f"{count} other problems of the source fitted the review's threshold, which chat uses too: few; {remedy}"
-    ]
+    return [f"{count} other problems of the source fitted the review's threshold: few; {remedy}"]
 
 
 def write_summary(world: World, summary: dict[str, Any]) -> None:
-    """eval/summary.json, the report, and the threshold that belongs to the last model's GGUF."""
+    """eval/summary.json and the report."""
     import json
 
     from sclite.evaluate.report import write_report
@@ -168,11 +194,6 @@ def write_summary(world: World, summary: dict[str, Any]) -> None:
                 {k: v for k, v in row.items() if k != "phase"} for row in rows if row["phase"] == phase
             ]
     write_report(world.run.path("eval/report.html"), summary, examples, curves)
-    fitted = world.run.read_json(THRESHOLDS) or {}
-    for figures in summary["models"].values():
-        if figures["threshold"] is not None:
-            fitted[figures["gguf"]] = {"threshold": figures["threshold"], "prompts": _review_digest(world)}
-    world.run.write_json(THRESHOLDS, fitted)
 
 
 def _review_digest(world: World) -> str:

@@ -184,3 +184,18 @@ def test_in_a_log_a_stage_with_nothing_to_do_has_no_heading(seconds, warns, head
     assert ("sft: the student learns" in said) == headed
     assert len(said) == headed + warns
     assert not warns or "too fast" in said[-1]
+
+
+def test_prose_wraps_at_words_in_a_terminal_and_a_command_stays_whole(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "30")
+    prose, command = (
+        "46 student review already right, 35 not readable",
+        "sclite eval PROBLEMS --run runs/default",
+    )
+    console.say(prose)
+    console.say(f"Next: [bold cyan]{command}[/]")
+    *lines, last = (re.sub(r"\x1b\[[0-9;]*m", "", line) for line in capsys.readouterr().out.splitlines())
+    assert max(map(len, lines)) <= 30
+    assert " ".join(line.strip() for line in lines) == prose
+    assert last == f"Next: {command}"

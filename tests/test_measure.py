@@ -3,8 +3,11 @@
 import pytest
 
 from sclite import measure
+from sclite.config import Config
 from sclite.errors import DataFault
-from sclite.measure import FEW_TO_FIT, cut_note, fit_note
+from sclite.measure import FEW_TO_FIT, THRESHOLDS, cut_note, fit_note, keep_thresholds
+from sclite.run import Run
+from sclite.world import World
 
 
 def test_where_many_first_answers_were_cut_off_the_remedy_is_told():
@@ -34,3 +37,46 @@ def test_a_file_that_is_no_gguf_is_refused_by_name(tmp_path):
         measure.find_gguf(None, path)
     path.write_bytes(b"GGUF and more")
     assert measure.find_gguf(None, path) == path
+
+
+def world_of(folder, **review):
+    return World(Config.model_validate({"review": review}), Run(folder), None)
+
+
+def fitted(threshold, count):
+    return {
+        "dpo": {"gguf": "abc", "threshold": threshold, "fitted": {"n": count}},
+        "base": {"threshold": None},
+    }
+
+
+def test_a_threshold_is_replaced_by_one_that_as_many_problems_have_fitted_and_not_by_one_of_fewer(tmp_path):
+    world = world_of(tmp_path)
+
+    def kept():
+        return world.run.read_json(THRESHOLDS)["abc"]["threshold"]
+
+    assert keep_thresholds(world, fitted(-1.5, 400)) == []
+    assert keep_thresholds(world, fitted(2.0, 399)) == [
+        "chat keeps the threshold that 400 other problems have fitted before"
+    ]
+    assert kept() == -1.5
+    assert keep_thresholds(world, fitted(0.5, 400)) == []
+    assert kept() == 0.5
+
+
+def test_a_threshold_that_the_user_has_set_is_not_stored_as_fitted(tmp_path):
+    world = world_of(tmp_path, threshold=0.0)
+    assert keep_thresholds(world, {"dpo": {"gguf": "abc", "threshold": 0.0, "fitted": None}}) == []
+    assert world.run.read_json(THRESHOLDS) is None
+
+
+def test_a_threshold_of_another_harm_or_an_older_sclite_is_replaced(tmp_path):
+    keep_thresholds(world_of(tmp_path), fitted(-1.5, 400))
+    world = world_of(tmp_path, max_harm=0.02)
+    assert keep_thresholds(world, fitted(2.0, 10)) == []
+    assert world.run.read_json(THRESHOLDS)["abc"]["threshold"] == 2.0
+    older = world.run.read_json(THRESHOLDS)["abc"]
+    world.run.write_json(THRESHOLDS, {"abc": {name: older[name] for name in ("threshold", "prompts")}})
+    assert keep_thresholds(world, fitted(3.0, 10)) == []
+    assert world.run.read_json(THRESHOLDS)["abc"]["threshold"] == 3.0
