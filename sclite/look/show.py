@@ -68,7 +68,7 @@ def standing(figures: Mapping[str, Any], as_json: bool) -> None:
     title = f"{figures['run']}{': a sclite process is at work on it' if figures['busy'] else ''}"
     console.table(title, ("stage", "state", "what", "left out", "seconds", "$"), lines, texts=3)
     if figures["dropped"]:
-        console.say(f"Left out: {_counted(figures['dropped'])}  [cyan]sclite show drops[/]")
+        console.say(f"Left out: {_counted(figures['dropped'])} (`sclite show drops`)")
     if paid := figures["ledger"]:
         unknown = f", {paid['unpriced']:,} of unknown price" if paid["unpriced"] else ""
         tokens = f"{paid['prompt_tokens']:,} tokens in, {paid['completion_tokens']:,} out"
