@@ -288,19 +288,20 @@ def chat(
     threshold = world.config.review.threshold
     if threshold is None:
         threshold = measure.stored_threshold(world, path)
-    example = ""
-    if world.config.student.model == "embedded" and model is None:
+    known = {}
+    if world.config.teacher.embedded and model is None:
+        from sclite.quickstart.arithmetic import within
         from sclite.quickstart.problems import test_problems
 
-        example = test_problems(1)[0].question
+        known = {"example": test_problems(1)[0].question, "familiar": within}
     talk(
         path,
         world.config,
         threshold,
         self_correct=self_correct,
         question=question,
-        example=example,
         as_json=common.json,
+        **known,
     )
 
 

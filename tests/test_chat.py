@@ -1,6 +1,13 @@
 """What chat shows of an answer: its steps, what the student mended while it solved, and what the review mended."""
 
+import io
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+from sclite.chat import repl
 from sclite.chat.repl import _show
+from sclite.config import Config
 from sclite.student.review import Reviewed, Settings
 from sclite.trace import Step, Trace, render
 
@@ -32,3 +39,15 @@ def test_what_the_review_mends_comes_after_what_was_mended_while_solving(capsys)
         "✗ 2 4 + 1 = 6", "why wrong  4 and 1 are 5.", "corrected  4 + 1 = 5",
         "✓ 3 5 + 1 = 6", "answer 7 → 6",
     ]  # fmt: skip
+
+
+def test_where_a_student_knows_one_kind_of_problems_others_are_told_of(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(
+        repl, "Engine", lambda *_, **__: nullcontext(SimpleNamespace(offloaded=False, description=""))
+    )
+    monkeypatch.setattr(repl, "_answer", lambda _, question, *__: asked.append(question))
+    monkeypatch.setattr("sys.stdin", io.StringIO("a story\nWhat is 1 + 1?\n"))
+    repl.talk(Path("x.gguf"), Config(), 0.0, self_correct=False, example="a story", familiar="a story".__eq__)
+    assert asked == ["a story", "What is 1 + 1?"]
+    assert capsys.readouterr().err.count("it has learned no problems of this kind") == 1

@@ -1,5 +1,6 @@
 """Talking to a GGUF in the terminal: it solves, and with self-correction it looks for its own wrong step and mends it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from sclite import console, prompts
@@ -19,9 +20,12 @@ def talk(
     self_correct: bool,
     question: str | None = None,
     example: str = "",
+    familiar: Callable[[str], bool] = lambda _: True,
     as_json: bool = False,
 ) -> None:
-    """Answer one question, or those typed until an empty line or the end of input, invited with an `example` of what it knows.
+    """Answer one question, or those typed until an empty line or the end of input.
+
+    A student that knows one kind of problems alone has an `example` of them; where one is not `familiar`, that is said.
 
     Raises UsageFault where a guided review is asked for and no threshold is known.
     """
@@ -37,17 +41,25 @@ def talk(
         settings = Settings(
             threshold or 0.0, max(1, config.review.rounds), config.eval.max_tokens, config.prompts.folder
         )
+
+        def answer(asked: str) -> None:
+            if not familiar(asked):
+                console.note(
+                    "[yellow]note:[/] it has learned no problems of this kind, length and size; its answer says little"
+                )
+            _answer(engine, asked, config, settings, self_correct, as_json)
+
         if question is not None:
-            _answer(engine, question, config, settings, self_correct, as_json)
+            answer(question)
             return
         for typed in console.lines(_invitation(example)):
-            _answer(engine, typed, config, settings, self_correct, as_json)
+            answer(typed)
 
 
 def _invitation(example: str) -> str:
     if not example:
         return "Type a problem; an empty line ends."
-    return f"Type a problem; an empty line ends. This student knows only stories such as this one:\n{console.plain(example)}"
+    return f"Type a problem; an empty line ends. This student knows only stories with numbers such as these:\n{console.plain(example)}"
 
 
 def _answer(

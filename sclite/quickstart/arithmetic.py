@@ -98,6 +98,10 @@ class Ranges:
     together: tuple[int, int]
 
 
+LENGTHS = (2, 2, 3, 3, 4)
+"""How many operations a story asks for, each as often as it stands here."""
+PARTS = (2, 6)
+"""Into how many boxes all is put."""
 SMALL = Ranges((14, 95), (11, 48), (11, 59), (2, 6), (3, 16), (5, 190), (11, 79), (12, 89))
 LARGE = Ranges((40, 480), (21, 240), (25, 290), (3, 7), (8, 36), (12, 980), (25, 290), (30, 390))
 
@@ -134,7 +138,7 @@ def _question(draw: random.Random, form: str, amount: int, ranges: Ranges) -> in
     if form == "together":
         return draw.randint(*ranges.together)
     if form == "shared":
-        parts = draw.randint(2, 6)
+        parts = draw.randint(*PARTS)
         return parts if amount % parts == 0 and amount // parts >= 3 else None
     return 0
 
@@ -179,7 +183,7 @@ def generate(
     draw = random.Random(seed)
     problems, seen = [], set(avoid)
     while len(problems) < count:
-        question = _story(draw, draw.choice((2, 2, 3, 3, 4)), ranges)
+        question = _story(draw, draw.choice(LENGTHS), ranges)
         if question is None or question in seen:
             continue
         seen.add(question)
@@ -280,20 +284,48 @@ class _Solver:
 
 def solve(question: str) -> Solution | None:
     """Read a problem of this grammar and work it out; None for any other text."""
-    solver, position = _Solver(), 0
-    text = question.strip()
+    solver = _Solver()
+    for form, slots in _sentences(question) or ():
+        solver.sentence(form, slots)
+    if not solver.operations:
+        return None
+    return Solution(tuple(solver.operations), tuple(solver.parents), solver.item)
+
+
+def _sentences(question: str) -> list[tuple[str, dict[str, str]]] | None:
+    """(form, slots) of each sentence; None where one is not of this grammar."""
+    text, position, found = question.strip(), 0, []
     while position < len(text):
         for form, pattern in _patterns():
             match = pattern.match(text, position)
             if match:
-                solver.sentence(form, match.groupdict())
+                found.append((form, match.groupdict()))
                 position = match.end()
                 break
         else:
             return None
-    if not solver.operations:
-        return None
-    return Solution(tuple(solver.operations), tuple(solver.parents), solver.item)
+    return found
+
+
+def within(question: str, ranges: Ranges = LARGE) -> bool:
+    """Whether this is a story of this grammar, as long and with numbers as large as `generate` writes them with `ranges`."""
+    packed = (ranges.packs, ranges.each)
+    limits = {
+        "has": (ranges.start,),
+        "compared": (ranges.start, ranges.second),
+        "together": (ranges.together,),
+        "shared": (PARTS,),
+        "left": (),
+        "wants": (),
+    }
+    for form, slots in _sentences(question) or [("no sentence", {})]:
+        if form not in OPENINGS | EVENTS | QUESTIONS:
+            return False
+        bounds = limits.get(form, packed if "packed" in form or "each" in form else (ranges.change,))
+        for slot, (least, most) in zip("ab", bounds, strict=False):
+            if not least <= int(slots[slot]) <= most:
+                return False
+    return len(solve(question).operations) in LENGTHS
 
 
 def same_operation(one: tuple[int, str, int], other: Operation) -> bool:
