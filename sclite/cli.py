@@ -65,7 +65,7 @@ def quickstart(
     show.example(example)
     console.say(f"\nReport: {Path(loaded.run) / 'eval/report.html'}\n\nNext:")
     for command in flow.next_commands(Path(loaded.run)):
-        console.say(f"  [bold cyan]{command}[/]")
+        console.say(f"  [bold cyan]{command}[/]", whole=True)
 
 
 @app.command()
@@ -80,7 +80,9 @@ def init(config: ConfigOption = None) -> None:
         f"{found[0][0]}, {found[0][1]:.0f} GB" if found else "no CUDA card: the embedded student, on the CPU"
     )
     console.say(f"{path} is written for this machine ({card}).")
-    console.say("Set teacher.model and problems.source in it, then: [bold cyan]sclite build-data[/]")
+    console.say(
+        "Set teacher.model and problems.source in it, then: [bold cyan]sclite build-data[/]", whole=True
+    )
 
 
 @app.command()
@@ -97,7 +99,7 @@ def doctor(json: JsonOption = False) -> None:
             f"{'[green]✓[/]' if check.works else '[red]✗[/]'} {check.name}: {console.plain(check.found)}"
         )
         if not check.works:
-            console.say(f"    [cyan]{console.plain(check.mend)}[/]")
+            console.say(f"    [cyan]{console.plain(check.mend)}[/]", whole=True)
 
 
 @app.command("build-data")
@@ -249,9 +251,8 @@ def evaluate(
         raise UsageFault(
             f"--models {','.join(unknown)}: no such student", f"use any of {', '.join(pipeline.NAMES)}"
         )
-    with world.run.hold():
+    with held(world.run, world.config):
         held_out, fitting, left_out = measure.held_out(world)
-        world.run.remember(world.config)  # not before: a mistyped file must not become a setting of the run
         pipeline.export(world, names, compare=False)
         source = world.config.eval.source
         summary = measure.evaluate(world, names, held_out, fitting, source=source, left_out=left_out)
@@ -290,8 +291,8 @@ def chat(
         threshold = measure.stored_threshold(world, path)
     known = {}
     if world.config.teacher.embedded and model is None:
-        from sclite.quickstart.arithmetic import within
         from sclite.quickstart.problems import test_problems
+        from sclite.quickstart.stories import within
 
         known = {"example": test_problems(1)[0].question, "familiar": within}
     talk(

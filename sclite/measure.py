@@ -132,7 +132,7 @@ def keep_thresholds(world: World, figures: Mapping[str, Any]) -> list[str]:
     """
     if world.config.review.threshold is not None:  # the user's own, which no evaluation has fitted
         return []
-    kept, stays = world.run.read_json(THRESHOLDS) or {}, 0
+    kept, stays = world.run.read_json(THRESHOLDS) or {}, {}
     for each in figures.values():
         if each["threshold"] is None:
             continue
@@ -145,11 +145,14 @@ def keep_thresholds(world: World, figures: Mapping[str, Any]) -> list[str]:
         before = kept.get(each["gguf"], {})
         same = all(before.get(name) == made[name] for name in ("max_harm", "prompts"))
         if same and before.get("n", 0) > made["n"]:
-            stays = max(stays, before["n"])
+            stays = {"n": before["n"], "instead": made["threshold"]}
         else:
             kept[each["gguf"]] = made
     world.run.write_json(THRESHOLDS, kept)
-    return [f"chat keeps the threshold that {stays} other problems have fitted before"] if stays else []
+    if not stays:
+        return []
+    other = f"--set review.threshold={stays['instead']:.4g} takes this one"
+    return [f"chat keeps the threshold that {stays['n']} other problems have fitted before; {other}"]
 
 
 def cut_note(figures: Mapping[str, Any], limit: int) -> list[str]:

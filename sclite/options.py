@@ -43,9 +43,9 @@ class Common:
 
     def world(self, chosen: Mapping[str, Any] | None = None) -> Any:
         """What a command on a run works with."""
-        from sclite.console import Screen
         from sclite.machine import may_have_card
         from sclite.run import Run
+        from sclite.screen import Screen
         from sclite.world import World
 
         config = self.load(chosen)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from sclite.config import Config
-from sclite.console import Screen
 from sclite.errors import DataFault
 from sclite.records import Problem
 from sclite.run import Report, Run
+from sclite.screen import Screen
 from sclite.world import World
 
 NAMES = ("base", "sft", "dpo")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from pydantic import ValidationError
 
@@ -21,6 +21,11 @@ from sclite.settings import RUN_FILE
 from sclite.signature import brought_up
 
 R = TypeVar("R", bound=Row)
+BESIDES = frozenset(
+    {RUN_FILE, ".lock", "problems.jsonl", "problems.json", "dropped.jsonl", "begun.json", "libraries.log"}
+    | {f"ledger.sqlite{end}" for end in ("", "-wal", "-shm", "-journal")}
+)
+"""Files of a run that a command writes before it has made anything."""
 
 
 @dataclass
@@ -71,35 +76,47 @@ class Run:
 
         A folder that was not there before, and in which nothing was made, goes again.
         """
-        new = not self.folder.exists()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            file = open(self.path(".lock"), "w")  # noqa: SIM115 - closed below, and by the system after a kill
-        except OSError as error:
-            raise UsageFault(
-                f"{self.folder} cannot be written: {error.strerror}", "name another with --run"
-            ) from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
-            raise UsageFault(
-                f"another sclite process is at work on {self.folder}",
-                "wait for it, or name another folder with --run",
-            ) from None
+        new = [folder for folder in (self.folder, self.folder.parent) if not folder.exists()]
+        file = self._locked()
         try:
             yield
         finally:
-            if new and not self._files():
-                self.path(".lock").unlink(missing_ok=True)
-                with suppress(OSError):
-                    self.folder.rmdir()
+            if new and [path.name for path in self.folder.iterdir()] == [".lock"]:
+                self.path(".lock").unlink()
+                with suppress(OSError):  # another process may have put something there
+                    for folder in new:
+                        folder.rmdir()
             file.close()
 
-    def _files(self) -> dict[str, int]:
-        """What stages have made: when each file was changed, without run.toml and the lock."""
-        found = (path for path in self.folder.rglob("*") if path.name not in (RUN_FILE, ".lock"))
-        return {str(path): path.stat().st_mtime_ns for path in found if path.is_file()}
+    def _locked(self) -> TextIO:
+        """The lock file, open and locked; made anew where a process that has just ended took it away."""
+        while True:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                file = open(self.path(".lock"), "w")  # noqa: SIM115 - closed by `hold`, and by the system after a kill
+            except FileNotFoundError:  # the folder went in between
+                continue
+            except OSError as error:
+                raise UsageFault(
+                    f"{self.folder} cannot be written: {error.strerror}", "name another with --run"
+                ) from error
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.close()
+                raise UsageFault(
+                    f"another sclite process is at work on {self.folder}",
+                    "wait for it, or name another folder with --run",
+                ) from None
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(self.path(".lock"))):
+                    return file
+            file.close()
+
+    def _made(self) -> dict[str, int]:
+        """When each file was changed that a stage has made: rows, adapters, checkpoints, exports, figures, signatures."""
+        found = (path for path in self.folder.rglob("*") if path.is_file() and path.name not in BESIDES)
+        return {str(path): path.stat().st_mtime_ns for path in found if not path.name.endswith(".begun.json")}
 
     def busy(self) -> bool:
         """Whether a process holds this run: asked by a shared lock that is let go at once."""
@@ -120,17 +137,18 @@ class Run:
 
     @contextmanager
     def remembering(self, config: Config) -> Iterator[None]:
-        """Remember the configuration; after a UsageFault, or a fault before anything was made, run.toml is as it was.
+        """Remember the configuration; after a fault before any stage has made anything, run.toml is as it was.
 
-        A mistyped value or file must not become a setting of the run, which would break later commands.
+        So a mistyped value or file does not become a setting of the run, which would break later commands; and what is
+        paid for or trained keeps the settings that it was made with.
         """
-        path, made = self.path(RUN_FILE), self._files()
+        path, made = self.path(RUN_FILE), self._made()
         before = path.read_text(encoding="utf-8") if path.is_file() else None
         self.remember(config)
         try:
             yield
-        except ScliteError as fault:
-            if isinstance(fault, UsageFault) or self._files() == made:
+        except ScliteError:
+            if self._made() == made:
                 if before is None:
                     path.unlink(missing_ok=True)
                 else:

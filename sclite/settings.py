@@ -139,13 +139,13 @@ def _explain(error: ValidationError) -> tuple[str, str]:
     for fault in error.errors():
         key = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
-            if isinstance(fault["input"], dict) and fault["input"]:
-                key = f"{key}.{next(iter(fault['input']))}"
-            lines.append(f"unknown key {key}")
-            if key in MOVED:
-                hints.append(f"did you mean {MOVED[key]}? DPO trains the adapter of SFT on")
-                continue
-            hints.append(_nearest(key, list(known), sections))
+            inner = list(fault["input"]) if isinstance(fault["input"], dict) else []
+            for each in [f"{key}.{name}" for name in inner] or [key]:
+                lines.append(f"unknown key {each}")
+                moved = (
+                    f"did you mean {MOVED[each]}? DPO trains the adapter of SFT on" if each in MOVED else ""
+                )
+                hints.append(moved or _nearest(each, list(known), sections))
         else:
             lines.append(f"{key} = {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}")
             if (field := known.get(key)) is not None and field.description:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from sclite.config import Config, Teacher
-from sclite.console import Screen
 from sclite.errors import DataFault
 from sclite.records import Problem
 from sclite.run import Report, Run
+from sclite.screen import Screen
 
 LIBRARIES = "libraries.log"  # what the libraries print in processes of their own
 

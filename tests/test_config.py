@@ -93,6 +93,13 @@ def test_an_unknown_key_gets_the_nearest_known_one(wrong, meant):
     assert fault.value.hint == f"did you mean {meant}?"
 
 
+def test_every_key_of_an_unknown_section_is_named():
+    with pytest.raises(UsageFault) as fault:
+        load(None, ["studnt.model=x", "studnt.batch=2"], {})
+    assert fault.value.message == "configuration: unknown key studnt.model; unknown key studnt.batch"
+    assert fault.value.hint == "did you mean student.model? did you mean student.batch?"
+
+
 @pytest.mark.parametrize("setting", ["sft=3", "=3", "sft.=3", ".epochs=1", "sft.epochs.more=1"])
 def test_odd_settings_are_usage_faults_and_no_tracebacks(setting):
     with pytest.raises(UsageFault):

@@ -1,134 +1,12 @@
-"""The live line: rows per second, money and time left, from what this command has done and nothing else."""
+"""What is printed: tables and prose that fit the terminal, and what is read from it."""
 
-import fcntl
 import io
-import os
-import pty
 import re
-import struct
 import sys
-import termios
-import time
-from contextlib import suppress
 
 import pytest
 
 from sclite import console
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """A clock that a test turns on: `clock.append(seconds)`."""
-    times = [0.0]
-    monkeypatch.setattr(console.time, "monotonic", lambda: times[-1])
-    return times
-
-
-def test_the_rate_counts_from_the_first_row_and_not_from_the_start(clock):
-    rate = console.Rate()
-    rate.tell(100, 0.5)
-    for number in range(1, 12):
-        clock.append(60.0 + number)  # a minute passes before the first row: LiteLLM is imported, rows are few
-        rate.tell(100 + number, 0.5 + 0.01 * number)
-    assert rate.line(121) == "1.0/s, $0.6100 of about $0.71, 10 s left"
-
-
-def test_the_time_that_a_question_takes_is_no_work(clock):
-    rate = console.Rate()
-    for number in range(8):
-        clock.append(float(number))
-        rate.tell(number, None)
-    clock.append(1000.0)
-    rate.restart()
-    for number in range(8, 13):
-        clock.append(1000.0 + number / 2)
-        rate.tell(number, None)
-    assert rate.line(22) == "2.0/s, 5 s left"
-
-
-def test_before_there_are_two_rows_nothing_is_said(clock):
-    rate = console.Rate()
-    rate.tell(0, None)
-    clock.append(1.0)
-    rate.tell(1, None)
-    assert rate.line(10) == ""
-
-
-def test_a_skipped_stage_tells_nothing_of_how_fast_the_machine_is(clock):
-    screen = console.Screen({"a": 10, "b": 20, "c": 30}, quiet=True)
-    with screen.stage("a", "a"):
-        clock.append(0.1)
-    screen.done("a", "a", skipped=True)
-    assert screen.left("b", 0.5) == 40
-    with screen.stage("b", "b"):
-        clock.append(40.1)
-    screen.done("b", "b")
-    assert screen.left("c", 0.0) == 60
-
-
-def test_figures_of_the_moment_and_warnings_reach_a_log(clock, capsys):
-    with console.Screen().stage("sft", "sft: the student learns") as progress:
-        clock.append(31.0)
-        progress(1, 9, note="loss 0.5")
-        progress(0, 0, warning="the margin [stays] at 0")
-    told = capsys.readouterr().err
-    assert "1 of 9 loss 0.5" in told
-    assert "warning: the margin [stays] at 0" in told
-
-
-# -- the width of the terminal -------------------------------------------------------------------------------------
-
-FIGURES = "loss 0.412, margin 0.31, accuracy 74 %, 3,204 tokens/s, 9.8 GB, 0.3/s, $0.12 of about $1.40, 4 min 2 s left"
-
-
-def test_what_matters_least_is_left_away_first_and_whole():
-    assert console.fitted(FIGURES, 200) == FIGURES
-    shorter = FIGURES.replace("0.3/s, ", "")
-    assert console.fitted(FIGURES, len(FIGURES) - 1) == shorter
-    assert console.fitted(FIGURES, len(shorter) - 1) == shorter.replace("3,204 tokens/s, ", "")
-    assert console.fitted(FIGURES, 62) == "loss 0.412, margin 0.31, $0.12 of about $1.40, 4 min 2 s left"
-    assert console.fitted(FIGURES, 5) == "4 min 2 s left"
-    assert console.fitted("", 5) == ""
-
-
-SCRIPT = """
-import time
-from sclite.console import Screen
-with Screen().stage("dpo", "dpo: the student prefers right reviews") as progress:
-    for done in range(8):
-        progress(done, 1500, note="loss 0.412, margin 0.31, accuracy 74 %, evaluation loss 0.500, 3,204 tokens/s, 9.8 GB")
-        time.sleep(0.15)
-"""
-
-
-def frames(columns: int) -> list[str]:
-    """What a terminal of so many columns is sent, line by line, without its colours."""
-    pid, terminal = pty.fork()
-    if pid == 0:
-        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-        environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR", "CI")}
-        environment |= {"TERM": "xterm-256color", "PYTHONPATH": os.pathsep.join(sys.path)}
-        os.execve(sys.executable, [sys.executable, "-c", SCRIPT], environment)
-    sent = b""
-    with suppress(OSError):  # the terminal's end
-        while piece := os.read(terminal, 4096):
-            sent += piece
-    os.waitpid(pid, 0)
-    return [
-        line for line in re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", sent.decode())) if line
-    ]
-
-
-@pytest.mark.parametrize("columns", [60, 80, 100, 140])
-def test_in_a_real_terminal_the_stage_its_steps_and_the_time_left_can_always_be_read(columns):
-    timed = [line for line in frames(columns) if "/1500" in line][-1].rstrip()
-    assert timed.startswith("dpo")
-    assert re.search(r" [1-7]/1500 ", timed)
-    assert re.search(r"\d (s|min \d+ s) left$", timed)
-    assert len(timed) <= columns
-    assert "…" not in timed
-    if columns >= 80:
-        assert "loss 0.412" in timed
 
 
 @pytest.mark.parametrize(("width", "lying"), [(60, False), (30, True)])
@@ -152,10 +30,10 @@ def test_what_is_typed_in_another_encoding_is_read_as_replacement_characters(mon
 
 @pytest.mark.parametrize("interactive", [True, False])
 def test_an_empty_line_ends_what_is_typed_and_is_skipped_in_a_pipe(interactive, monkeypatch):
-    typed = io.StringIO("\n  \nfirst\n\nsecond\n")
+    typed = io.StringIO("first\n\n  \nsecond\n")
     typed.isatty = lambda: interactive
     monkeypatch.setattr(sys, "stdin", typed)
-    assert list(console.lines("")) == ([] if interactive else ["first", "second"])
+    assert list(console.lines("")) == (["first"] if interactive else ["first", "second"])
 
 
 def test_the_last_of_several_text_columns_wraps_and_no_other(monkeypatch, capsys):
@@ -170,22 +48,6 @@ def test_the_last_of_several_text_columns_wraps_and_no_other(monkeypatch, capsys
     assert [word for word in words if word in what.split()] == what.split()
 
 
-@pytest.mark.parametrize(
-    ("seconds", "warns", "headed"), [(0.0, False, False), (0.0, True, True), (0.2, False, True)]
-)
-def test_in_a_log_a_stage_with_nothing_to_do_has_no_heading(seconds, warns, headed, monkeypatch, capsys):
-    monkeypatch.setattr(console, "MOMENT", 0.05)
-    with console.Screen().stage("sft", "sft: the student learns") as progress:
-        time.sleep(seconds)
-        if warns:
-            progress(1, 2, warning="the loss is falling too fast")
-    time.sleep(0.1)
-    said = capsys.readouterr().err.splitlines()
-    assert ("sft: the student learns" in said) == headed
-    assert len(said) == headed + warns
-    assert not warns or "too fast" in said[-1]
-
-
 def test_prose_wraps_at_words_in_a_terminal_and_a_command_stays_whole(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "30")
@@ -194,8 +56,20 @@ def test_prose_wraps_at_words_in_a_terminal_and_a_command_stays_whole(monkeypatc
         "sclite eval PROBLEMS --run runs/default",
     )
     console.say(prose)
-    console.say(f"Next: [bold cyan]{command}[/]")
+    console.say(f"Next: [bold cyan]{command}[/]", whole=True)
     *lines, last = (re.sub(r"\x1b\[[0-9;]*m", "", line) for line in capsys.readouterr().out.splitlines())
     assert max(map(len, lines)) <= 30
     assert " ".join(line.strip() for line in lines) == prose
     assert last == f"Next: {command}"
+
+
+def test_a_long_name_is_not_broken_in_prose_and_is_whole_in_a_table(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "40")
+    path = "/home/somebody/runs/default/prompts/student_review.txt"
+    console.say(f"The file {path} is gone, so it cannot be read.")
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in capsys.readouterr().out.splitlines()]
+    assert lines == ["The file", path, "is gone, so it cannot be read."]
+    console.table("", ("stage", "what"), [("sft", f"{path} is gone")], texts=2)
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert f"sft{path}isgone" in re.sub(r"[\s─]", "", shown)

@@ -58,7 +58,7 @@ def test_a_threshold_is_replaced_by_one_that_as_many_problems_have_fitted_and_no
 
     assert keep_thresholds(world, fitted(-1.5, 400)) == []
     assert keep_thresholds(world, fitted(2.0, 399)) == [
-        "chat keeps the threshold that 400 other problems have fitted before"
+        "chat keeps the threshold that 400 other problems have fitted before; --set review.threshold=2 takes this one"
     ]
     assert kept() == -1.5
     assert keep_thresholds(world, fitted(0.5, 400)) == []

@@ -9,9 +9,9 @@ import pytest
 
 from sclite import pipeline, prompts
 from sclite.__main__ import main
-from sclite.console import Screen
 from sclite.errors import DataFault
 from sclite.records import Attempt, Drop, Pair, Review
+from sclite.screen import Screen
 from sclite.settings import load
 from sclite.student.encode import piece_ids, prompt_ids
 from sclite.trace import CAUSE, Step, Trace, render, step_pieces

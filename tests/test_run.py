@@ -1,5 +1,6 @@
 """The run folder: rows are whole or absent, files change by rename, one process at a time, stages are signed."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -310,8 +311,29 @@ def test_a_mistyped_value_is_not_remembered(run):
     assert run.path("run.toml").read_text() == kept
     with suppress(DataFault), run.remembering(Config(seed=3)):
         run.begin("templates")
-        raise DataFault("a row is broken", "mend it")
+        run.replace("problems.jsonl", [Problem(id="a", question="1 + 1?", answer="2")])
+        raise DataFault("no reply", "check the key")
+    assert run.path("run.toml").read_text() == kept
+    with suppress(UsageFault), run.remembering(Config(seed=3)):
+        run.write_json("done/templates.json", {})
+        raise UsageFault("no student is configured", "name one")
     assert "seed = 3" in run.path("run.toml").read_text()
+
+
+def test_a_lock_that_was_taken_away_in_between_is_made_anew(tmp_path, monkeypatch):
+    run, lock = Run(tmp_path / "run"), fcntl.flock
+
+    def taken_away(file, how):
+        monkeypatch.setattr(fcntl, "flock", lock)
+        run.path(".lock").unlink()
+        run.folder.rmdir()
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", taken_away)
+    with run.hold():
+        assert run.busy()
+        with pytest.raises(UsageFault, match="another sclite process"), Run(run.folder).hold():
+            pass
 
 
 def test_a_folder_in_which_nothing_was_made_goes_again(tmp_path):
@@ -319,6 +341,11 @@ def test_a_folder_in_which_nothing_was_made_goes_again(tmp_path):
     with pytest.raises(DataFault), new.hold(), new.remembering(Config()):
         raise DataFault("no such file", "give another")
     assert not new.folder.exists()
+    assert tmp_path.is_dir()
+    within = Run(tmp_path / "runs/new")
+    with within.hold():
+        pass
+    assert not (tmp_path / "runs").exists()
     with new.hold():
         new.begin("templates")
     assert new.folder.is_dir()

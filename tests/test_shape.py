@@ -247,10 +247,10 @@ def test_the_wheel_holds_every_prompt_and_data_file(tmp_path):
 
 # -- style ---------------------------------------------------------------------------------------------------------
 
-PRINTS = {"sclite.console", "sclite.__main__"}
+PRINTS = {"sclite.console", "sclite.screen", "sclite.__main__"}
 
 
-def test_only_console_prints():
+def test_only_console_and_screen_print():
     wrong = []
     for module, tree in TREES.items():
         for node in ast.walk(tree):

@@ -5,10 +5,10 @@ from contextlib import contextmanager
 import pytest
 
 from sclite import pipeline, training
-from sclite.console import Screen
 from sclite.errors import DeviceFault
 from sclite.records import Template
 from sclite.run import Run
+from sclite.screen import Screen
 from sclite.student.load import load_tokenizer
 from sclite.train import sft, warm
 from sclite.train.watch import read_metrics

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 from marking import RIGHT_HERE, ROWS, WRONG_HERE, a_fault, marked, slip, two_marks, unmarked
 
-from sclite.quickstart.arithmetic import ITEMS, LARGE, SMALL, Ranges, generate, solve
+from sclite.quickstart.grammar import ITEMS, solve
+from sclite.quickstart.stories import LARGE, SMALL, STORIES, TINY, Ranges, generate
 from sclite.quickstart.tutor import apart, result_of, why_wrong
 
 CHAT = "<|im_start|>{role}\n{content}<|im_end|>\n"
@@ -222,6 +223,7 @@ WEIGHTS = {
     4: (10, 6, 15, 2, 6, 4, 4, 53),
     5: (16, 12, 28, 4, 9, 5, 10, 16),
     6: (9, 9, 42, 2, 8, 2, 4, 24),
+    7: (9, 9, 38, 8, 8, 2, 2, 24),
 }
 
 
@@ -231,14 +233,16 @@ def documents(seed: int, avoid: frozenset[str] = frozenset(), part: int = 1) -> 
     Part 1 of the corpus has small numbers; part 2 adds tags of more names and rules in its school-books; part 3 has
     the numbers of the quickstart, and more statements and sums taken apart than plain sums; part 4 is mostly pages of judged sums,
     part 5 has fewer of them and more homework. Part 6 has notes of many names, lines that take up a wrong number, and
-    school-books that take a sum apart here and there and go on from it.
+    school-books that take a sum apart here and there and go on from it. Part 7 is as part 6, with small numbers among the
+    large ones, as the quickstart's stories have them.
     """
     draw = random.Random(seed)
     kinds = ("short", "long", "homework", "sums", "apart", "statements", "tagged", "checks")
-    ranges = LARGE if part >= 3 else SMALL
     plain = {"sums": sums, "apart": sums_apart, "statements": statements, "checks": checks}
     while True:
-        for problem in generate(500, draw.randrange(2**40), avoid, ranges):
+        stories = (SMALL,) if part < 3 else (LARGE,) if part < 7 else STORIES
+        for problem in generate(500, draw.randrange(2**40), avoid, stories):
+            ranges = stories[0] if part < 7 else draw.choice((TINY, LARGE))
             solution = solve(problem.question)
             for kind in draw.choices(kinds, weights=WEIGHTS[part], k=2):
                 if kind == "short":

@@ -22,8 +22,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sclite import prompts, trace
 from sclite.evaluate.metrics import auc
-from sclite.quickstart.arithmetic import generate, solve
+from sclite.quickstart.grammar import solve
 from sclite.quickstart.problems import held_out_questions
+from sclite.quickstart.stories import generate
 from sclite.quickstart.tutor import template
 
 LENGTH = 512  # tokens in a training sequence
@@ -152,7 +153,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--start", type=Path, help="go on from this student")
-    parser.add_argument("--part", type=int, choices=(1, 2, 3, 4, 5, 6), default=1, help="of the corpus")
+    parser.add_argument("--part", type=int, choices=(1, 2, 3, 4, 5, 6, 7), default=1, help="of the corpus")
     parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--layers", type=int, default=4)

@@ -117,7 +117,7 @@ def _avoided(settings: config.Config) -> Iterator[Question]:
 
 def _place(source: config.Source) -> tuple[str, ...]:
     if is_local(source.source):
-        return (str(Path(source.source).resolve()),)
+        return (str(Path(source.source).expanduser().resolve()),)
     return source.source, source.subset, source.split
 
 

@@ -11,7 +11,7 @@ from sclite.errors import DataFault, NetworkFault
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 OTHER_SUFFIXES = (".txt", ".tsv", ".md", ".xlsx", ".yaml", ".yml", ".arrow", ".gz", ".zip", ".zst")
-"""Of files that are not read: a name that ends so is no hub data set either."""
+"""A name that ends so means a file and no hub data set."""
 Rows = Iterator[tuple[str, Mapping[str, Any]]]
 """("line 7" or "row 7", the row)."""
 
@@ -19,7 +19,7 @@ Rows = Iterator[tuple[str, Mapping[str, Any]]]
 def is_local(source: str) -> bool:
     """Whether a source is a file here, by its name or because it exists, and not a hub data set."""
     named = source.lower().endswith((*SUFFIXES, *OTHER_SUFFIXES)) or source.startswith((".", "/", "~"))
-    return named or Path(source).exists()
+    return named or Path(source).expanduser().exists()
 
 
 def rows_of(source: str, subset: str = "", split: str = "train", key: str = "problems.source") -> Rows:
@@ -30,7 +30,7 @@ def rows_of(source: str, subset: str = "", split: str = "train", key: str = "pro
     """
     if not is_local(source):
         return _hub_rows(source, subset, split, key)
-    path = Path(source)
+    path = Path(source).expanduser()
     if not path.is_file():
         there = "is a folder" if path.is_dir() else "does not exist"
         raise DataFault(f"{path} {there}", f"give a .jsonl, .json, .csv or .parquet file as {key}")

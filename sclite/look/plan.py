@@ -73,9 +73,11 @@ def _known(value: float | None) -> str:
     return "–" if value is None else f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"
 
 
-def _gigabytes(size: float) -> str:
-    """56, 5.7, 0.04: two digits that say something."""
-    return f"{size:.0f}" if size >= 10 else f"{size:.1f}" if size >= 1 else f"{size:.2f}"
+def _size(gigabytes: float) -> str:
+    """56 GB, 5.7 GB, 40 MB."""
+    if gigabytes < 0.1:
+        return f"{1000 * gigabytes:.2g} MB"
+    return f"{gigabytes:.0f} GB" if gigabytes >= 10 else f"{gigabytes:.1f} GB"
 
 
 def _rest(plan: Mapping[str, Any]) -> None:
@@ -86,11 +88,11 @@ def _rest(plan: Mapping[str, Any]) -> None:
     console.say(f"Training takes: {told}")
     disk = plan["disk_gb"]
     parts = ", ".join(
-        f"{name.replace('_', ' ')} {'?' if size is None else _gigabytes(size)}"
+        f"{name.replace('_', ' ')} {'?' if size is None else _size(size)}"
         for name, size in disk.items()
         if name != "total"
     )
-    console.say(f"Disk: about {_gigabytes(disk['total'])} GB ({parts})")
+    console.say(f"Disk: about {_size(disk['total'])} ({parts})")
     teacher = plan["teacher"]
     if teacher["requests"] is None:
         console.say("Corrections by the teacher: unknown before there are problems for stage 2")

@@ -74,7 +74,7 @@ def standing(figures: Mapping[str, Any], as_json: bool) -> None:
         tokens = f"{paid['prompt_tokens']:,} tokens in, {paid['completion_tokens']:,} out"
         console.say(f"Paid for: {paid['requests']:,} requests, {tokens}, ${paid['cost_usd']:.4f}{unknown}")
     when = " when that process has ended" if figures["busy"] else ""
-    console.say(f"Next{when}: [bold cyan]{console.plain(figures['next'])}[/]")
+    console.say(f"Next{when}: [bold cyan]{console.plain(figures['next'])}[/]", whole=True)
 
 
 def _stage_line(name: str, stage: Mapping[str, Any]) -> tuple[str, ...]:

@@ -44,7 +44,7 @@ def built(world: Any, only: str | None, json: bool) -> None:
     for reason, count in sorted(figures["dropped"].items()):
         console.say(f"  {count} left out: {reason.replace('_', ' ')}")
     if figures["dropped"]:
-        console.say(f"Look at them: [bold cyan]sclite show drops --run {run.folder}[/]")
+        console.say(f"Look at them: [bold cyan]sclite show drops --run {run.folder}[/]", whole=True)
     _next(world)
 
 
@@ -79,7 +79,7 @@ def _next(world: Any) -> None:
     """The command that takes the run on, as `sclite status` has it."""
     from sclite.look.status import status
 
-    console.say(f"Next: [bold cyan]{console.plain(status(world.config, world.run)['next'])}[/]")
+    console.say(f"Next: [bold cyan]{console.plain(status(world.config, world.run)['next'])}[/]", whole=True)
 
 
 def plan(found: Mapping[str, Any], json: bool) -> None:
@@ -109,13 +109,13 @@ def exported(world: Any, report: Report, created: Any, fitted: bool, json: bool)
     for warning in figures.get("warnings", []):
         console.note(f"[yellow]note:[/] {warning}")
     if created is not None:
-        console.say(f"Next: [bold cyan]ollama run {ollama}[/]")
+        console.say(f"Next: [bold cyan]ollama run {ollama}[/]", whole=True)
     elif fitted:
-        console.say(f"Next: [bold cyan]sclite chat --self-correct --run {world.run.folder}[/]")
+        console.say(f"Next: [bold cyan]sclite chat --self-correct --run {world.run.folder}[/]", whole=True)
     else:
         command = "quickstart" if world.config.teacher.embedded else "eval PROBLEMS"
         command = f"sclite {command} --run {world.run.folder}"
-        console.say(f"Next: [bold cyan]{command}[/], which fits the review's threshold")
+        console.say(f"Next: [bold cyan]{command}[/], which fits the review's threshold", whole=True)
 
 
 def datasets(report: Report, json: bool) -> None:

@@ -6,14 +6,14 @@ from typing import Any
 
 from sclite import measure, pipeline, training
 from sclite.config import Config
-from sclite.console import Screen
 from sclite.data.problems import divide
 from sclite.evaluate.evaluate import best_example
-from sclite.quickstart.arithmetic import solve
+from sclite.quickstart.grammar import solve
 from sclite.quickstart.problems import test_problems, threshold_problems, train_problems
 from sclite.quickstart.provider import MODEL, register
 from sclite.quickstart.tutor import judge as judge_steps
 from sclite.run import Run
+from sclite.screen import Screen
 from sclite.trace import Trace
 from sclite.world import World
 

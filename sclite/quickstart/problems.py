@@ -1,6 +1,6 @@
 """The quickstart's problems: training, threshold and test sets, fixed by their seeds and without a common question."""
 
-from sclite.quickstart.arithmetic import generate
+from sclite.quickstart.stories import generate
 from sclite.records import Problem
 
 TEST_SEED, THRESHOLD_SEED, TRAIN_SEED = 101, 102, 103

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, replace
 
 from sclite import trace
-from sclite.quickstart.arithmetic import Operation, Solution, same_operation, solve
+from sclite.quickstart.grammar import Operation, Solution, same_operation, solve
 from sclite.trace import Step, Trace
 
 # A sum that stands alone: in "4 + 7 + 1 = 12" neither "7 + 1 = 12" nor anything else is one.

@@ -241,10 +241,12 @@ def _fetch(name: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    logging.getLogger("huggingface_hub").setLevel(
-        logging.CRITICAL
-    )  # its retries: the last one is told as a fault
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)  # the last of its retries is told as a fault
     try:
         return Path(hf_hub_download(name, "config.json"))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise no_model(f"the configuration of {name} cannot be fetched", error) from error
+    finally:
+        logger.setLevel(before)

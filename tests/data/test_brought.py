@@ -5,11 +5,11 @@ import json
 import pytest
 
 from sclite import config, pipeline
-from sclite.console import Screen
 from sclite.data.pairs import build_pairs
 from sclite.errors import DataFault
 from sclite.grader import Grader
 from sclite.records import Attempt, Pair, Problem, Review, Template
+from sclite.screen import Screen
 from sclite.settings import load
 from sclite.student.base import Reply
 from sclite.trace import CAUSE, Step, Trace, parse, render

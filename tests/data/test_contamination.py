@@ -5,13 +5,13 @@ import json
 import pytest
 
 from sclite.config import Config
-from sclite.console import Screen
 from sclite.data.contamination import index_of, overlap, trained_on
 from sclite.data.problems import gather_problems
 from sclite.errors import DataFault, NetworkFault
 from sclite.measure import held_out
 from sclite.records import Drop, Problem, Template
 from sclite.run import Report
+from sclite.screen import Screen
 from sclite.settings import load
 from sclite.world import World
 

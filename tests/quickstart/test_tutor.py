@@ -12,7 +12,8 @@ from sclite.data.review_check import review_flaw
 from sclite.data.templates import check_template
 from sclite.grader import Grader
 from sclite.quickstart import tutor
-from sclite.quickstart.arithmetic import generate, solve
+from sclite.quickstart.grammar import solve
+from sclite.quickstart.stories import generate
 from sclite.records import Attempt
 from sclite.trace import Step, first_corrected, parse, render
 

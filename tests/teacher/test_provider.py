@@ -4,13 +4,13 @@ import subprocess
 import sys
 
 from sclite import config, prompts
-from sclite.quickstart import arithmetic, provider, tutor
+from sclite.quickstart import grammar, provider, stories, tutor
 from sclite.teacher.client import Flaw, Job, Teacher
 from sclite.teacher.ledger import Ledger
 
 
 def test_the_tutor_is_reached_through_litellm_for_nothing(tmp_path):
-    problems = arithmetic.generate(12, 5)
+    problems = stories.generate(12, 5)
 
     def job(problem):
         def messages(fault):

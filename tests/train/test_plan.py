@@ -265,7 +265,7 @@ def test_minutes_and_megabytes_are_not_told_as_nothing(run, capsys):
     told = capsys.readouterr().out
     assert "22 s" in told
     assert "Training takes: about 1 min 12 s" in told
-    assert "Disk: about 0.07 GB (adapters 0.00)" in told
+    assert "Disk: about 70 MB (adapters 4 MB)" in told
 
 
 def test_an_unknown_price_stays_unknown(run):

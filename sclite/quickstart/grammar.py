@@ -1,16 +1,11 @@
-"""Arithmetic word problems with two to four operations: a small grammar, written and read by the same sentences.
+"""The grammar of the arithmetic stories, and how a story is read back: `solve` gives the operations that a text asks for.
 
-Each sentence form of the grammar is one line of a table: a text with slots, and what it does to the amount that the
-story follows. `generate` fills the slots with random values; `solve` reads a problem's text back, sentence by
-sentence, and gives its operations. Nothing but the text passes between the two.
+Each sentence form is one line of a table: a text with slots, and what it does to the amount that the story follows.
 """
 
-import random
 import re
 from dataclasses import dataclass
 from functools import cache
-
-from sclite.records import Problem
 
 NAMES = {
     "She": ("Mia", "Anna", "Lena", "Rosa", "Emma", "Nora"),
@@ -79,127 +74,6 @@ _SLOT = {
     "box": f"(?:{'|'.join(BOXES)})",
 }
 _ASSOCIATIVE = {"+", "*"}
-
-
-# -- writing a problem ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Ranges:
-    """How large the numbers of the stories are, each as (least, most)."""
-
-    start: tuple[int, int]
-    second: tuple[int, int]
-    change: tuple[int, int]
-    packs: tuple[int, int]
-    each: tuple[int, int]
-    amount: tuple[int, int]
-    wanted: tuple[int, int]  # above the amount
-    together: tuple[int, int]
-
-
-LENGTHS = (2, 2, 3, 3, 4)
-"""How many operations a story asks for, each as often as it stands here."""
-PARTS = (2, 6)
-"""Into how many boxes all is put."""
-SMALL = Ranges((14, 95), (11, 48), (11, 59), (2, 6), (3, 16), (5, 190), (11, 79), (12, 89))
-LARGE = Ranges((40, 480), (21, 240), (25, 290), (3, 7), (8, 36), (12, 980), (25, 290), (30, 390))
-
-
-def _packed(draw: random.Random, ranges: Ranges) -> dict[str, int]:
-    return {"a": draw.randint(*ranges.packs), "b": draw.randint(*ranges.each)}
-
-
-def _opening(draw: random.Random, ranges: Ranges) -> tuple[str, dict[str, int], int]:
-    """The form of the first sentence, its numbers, and the amount that the story begins with."""
-    opening = draw.choices(list(OPENINGS), weights=(5, 3, 2))[0]
-    if opening == "packed":
-        values = _packed(draw, ranges)
-        return opening, values, values["a"] * values["b"]
-    values = {"a": draw.randint(*ranges.start), "b": draw.randint(*ranges.second)}
-    return opening, values, values["a"] + (values["b"] if opening == "compared" else 0)
-
-
-def _event(draw: random.Random, forms: list[str], ranges: Ranges) -> tuple[str, dict[str, int], int]:
-    """One change: its form, its numbers, and what it adds to the amount."""
-    form = draw.choice(forms)
-    sign = 1 if form in ("buys", "finds", "gets", "buys packed") else -1
-    if " " in form:
-        values = _packed(draw, ranges)
-        return form, values, sign * values["a"] * values["b"]
-    values = {"a": draw.randint(*ranges.change)}
-    return form, values, sign * values["a"]
-
-
-def _question(draw: random.Random, form: str, amount: int, ranges: Ranges) -> int | None:
-    """The number in the question; None where it does not come out."""
-    if form == "wants":
-        return amount + draw.randint(*ranges.wanted)
-    if form == "together":
-        return draw.randint(*ranges.together)
-    if form == "shared":
-        parts = draw.randint(*PARTS)
-        return parts if amount % parts == 0 and amount // parts >= 3 else None
-    return 0
-
-
-def _story(draw: random.Random, operations: int, ranges: Ranges) -> str | None:
-    """One try at a story of just so many operations; None where the numbers do not come out."""
-    they = draw.choice(("She", "He"))
-    everybody = [name for names in NAMES.values() for name in names]
-    name = draw.choice(NAMES[they])
-    other = draw.choice([n for n in everybody if n != name])
-    words = {
-        "they": they,
-        "name": name,
-        "other": other,
-        "item": draw.choice(ITEMS),
-        "box": draw.choice(BOXES),
-    }
-    opening, values, amount = _opening(draw, ranges)
-    sentences = [OPENINGS[opening].format(**words, **values)]
-    question = draw.choices(list(QUESTIONS), weights=(5, 2, 2, 1))[0]
-    room = operations - (opening != "has") - (question != "left")
-    previous = None
-    while room > 0:
-        forms = [f for f in EVENTS if f != previous and (room >= 2 or " " not in f)]
-        previous, values, change = _event(draw, forms, ranges)
-        amount += change
-        if not ranges.amount[0] <= amount <= ranges.amount[1]:
-            return None
-        sentences.append(EVENTS[previous].format(**words, **values))
-        room -= 2 if " " in previous else 1
-    number = _question(draw, question, amount, ranges)
-    if room < 0 or number is None:
-        return None
-    sentences.append(QUESTIONS[question].format(**words, a=number))
-    return " ".join(sentences)
-
-
-def generate(
-    count: int, seed: int, avoid: frozenset[str] = frozenset(), ranges: Ranges = LARGE
-) -> list[Problem]:
-    """`count` different problems, none of whose questions is in `avoid`; the same seed gives the same problems."""
-    draw = random.Random(seed)
-    problems, seen = [], set(avoid)
-    while len(problems) < count:
-        question = _story(draw, draw.choice(LENGTHS), ranges)
-        if question is None or question in seen:
-            continue
-        seen.add(question)
-        solution = solve(question)
-        problems.append(
-            Problem(
-                id=f"arithmetic-{seed}-{len(problems)}",
-                question=question,
-                answer=str(solution.answer),
-                solution=" ".join(f"{op.what}: {op.sum}." for op in solution.operations),
-            )
-        )
-    return problems
-
-
-# -- reading a problem ---------------------------------------------------------------------------------------------
 
 
 @cache
@@ -285,15 +159,15 @@ class _Solver:
 def solve(question: str) -> Solution | None:
     """Read a problem of this grammar and work it out; None for any other text."""
     solver = _Solver()
-    for form, slots in _sentences(question) or ():
+    for form, slots in sentences(question) or ():
         solver.sentence(form, slots)
     if not solver.operations:
         return None
     return Solution(tuple(solver.operations), tuple(solver.parents), solver.item)
 
 
-def _sentences(question: str) -> list[tuple[str, dict[str, str]]] | None:
-    """(form, slots) of each sentence; None where one is not of this grammar."""
+def sentences(question: str) -> list[tuple[str, dict[str, str]]] | None:
+    """(form, slots) of each sentence; None where one is not of this grammar, or where not the last one alone asks."""
     text, position, found = question.strip(), 0, []
     while position < len(text):
         for form, pattern in _patterns():
@@ -304,28 +178,8 @@ def _sentences(question: str) -> list[tuple[str, dict[str, str]]] | None:
                 break
         else:
             return None
-    return found
-
-
-def within(question: str, ranges: Ranges = LARGE) -> bool:
-    """Whether this is a story of this grammar, as long and with numbers as large as `generate` writes them with `ranges`."""
-    packed = (ranges.packs, ranges.each)
-    limits = {
-        "has": (ranges.start,),
-        "compared": (ranges.start, ranges.second),
-        "together": (ranges.together,),
-        "shared": (PARTS,),
-        "left": (),
-        "wants": (),
-    }
-    for form, slots in _sentences(question) or [("no sentence", {})]:
-        if form not in OPENINGS | EVENTS | QUESTIONS:
-            return False
-        bounds = limits.get(form, packed if "packed" in form or "each" in form else (ranges.change,))
-        for slot, (least, most) in zip("ab", bounds, strict=False):
-            if not least <= int(slots[slot]) <= most:
-                return False
-    return len(solve(question).operations) in LENGTHS
+    asks = [form in QUESTIONS for form, _ in found]
+    return found if asks and asks[-1] and not any(asks[:-1]) else None
 
 
 def same_operation(one: tuple[int, str, int], other: Operation) -> bool:
