@@ -41,7 +41,7 @@ def about(
 @common_options
 def quickstart(
     problems: Annotated[
-        int | None, typer.Option("--problems", min=40, help="Training problems to make (640).")
+        int | None, typer.Option("--problems", min=200, help="Training problems to make (640).")
     ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Train anew what was trained from other inputs.")
@@ -131,6 +131,7 @@ def build_data(
         raise UsageFault(f"--only {only}: no such part", "use --only templates or --only corrections")
     chosen = {"problems.source": problems, "problems.limit": limit, "teacher.max_cost": max_cost}
     world = common.world(chosen)
+    pipeline.check_sources(world)
     if dry_run:
         reckon = pipeline.forecast_corrections if only == "corrections" else pipeline.reckon_templates
         with world.run.hold():
@@ -280,6 +281,8 @@ def chat(
     from sclite import measure
     from sclite.chat.repl import talk
 
+    if question is not None and not question.strip():
+        raise UsageFault("the question is empty", "sclite chat 'QUESTION', or without one to type several")
     if common.json and question is None:
         raise UsageFault("--json needs a question", "sclite chat --json 'QUESTION'")
     world = common.world()
@@ -289,6 +292,10 @@ def chat(
     threshold = world.config.review.threshold
     if threshold is None:
         threshold = measure.stored_threshold(world, path)
+    guided = self_correct and world.config.review.mode == "guided"
+    if threshold is None and guided and model is None and (other := measure.measured_gguf(world, path)):
+        console.note(f"[yellow]note:[/] {path.name} has not been evaluated; this is {other.name}")
+        path, threshold = other, measure.stored_threshold(world, other)
     known = {}
     if world.config.teacher.embedded and model is None:
         from sclite.quickstart.problems import test_problems

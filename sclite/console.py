@@ -69,7 +69,7 @@ def _wraps(text: str, width: int) -> list[int]:
 
 
 def page(pieces: Iterable[Any]) -> None:
-    """Show a long result, in pieces of rich Text: through $PAGER (else `less -R`) in a terminal, plain where it is piped.
+    """Show a long result, in pieces of rich Text: through $PAGER (else `less`) in a terminal, plain where it is piped.
 
     A piece is made when the reader comes to it, so that the first stands there at once however many follow.
     """
@@ -107,8 +107,8 @@ def _pager() -> Iterator[Any]:
     import signal
     import subprocess
 
-    command = shlex.split(os.environ.get("PAGER", "")) or ["less", "-R"]
-    environment = {"LESS": "-R", **os.environ}
+    command = shlex.split(os.environ.get("PAGER", "")) or ["less"]
+    environment = {"LESS": "-RFX", **os.environ}  # one screenful ends by itself
     try:
         pager = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, text=True, encoding="utf-8")
     except OSError:
@@ -139,7 +139,7 @@ def fault(error: ScliteError) -> None:
     console = Console(stderr=True, highlight=False)
     put(console, f"[bold red]error:[/] {escape(error.message)}")
     if error.hint:
-        put(console, f"[cyan]try:[/] {escape(error.hint)}", whole=True)
+        put(console, f"[cyan]try:[/] {escape(error.hint)}", whole="`" in error.hint)
 
 
 def lines(invitation: str) -> Iterator[str]:
@@ -153,6 +153,8 @@ def lines(invitation: str) -> Iterator[str]:
             sys.stderr.flush()
         read = read_line()
         if not read or (interactive and not read.strip()):
+            if interactive and not read:
+                note("")  # after Ctrl-D the shell's prompt begins a line
             return
         if read.strip():
             yield read.strip()
@@ -184,7 +186,7 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], text
     from rich.table import Table
 
     console = Console(highlight=False)
-    if not console.is_terminal:
+    if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 120
     lying = [list(line) for line in zip(header, *rows, strict=True)]
     if texts == 1 and console.width < _width([header, *rows]) > _width(lying):
@@ -196,7 +198,12 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], text
         )
     for row in rows:
         made.add_row(*row)
-    console.print(made)
+    if console.is_terminal:
+        console.print(made)
+        return
+    with console.capture() as captured:
+        console.print(made)
+    sys.stdout.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
 
 def _width(lines: Sequence[Sequence[str]]) -> int:

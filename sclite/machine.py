@@ -216,7 +216,7 @@ def starting_values(memory_gb: float | None) -> dict[str, Any]:
 def write_configuration(path: Path, memory_gb: float | None) -> None:
     """A commented sclite.toml with every key: those that fit this machine set, the others with their defaults in comments.
 
-    Raises UsageFault where the file exists.
+    Raises UsageFault where the file exists or cannot be written.
     """
     if path.exists():
         raise UsageFault(f"{path} exists", "remove it first, or edit it")
@@ -232,7 +232,12 @@ def write_configuration(path: Path, memory_gb: float | None) -> None:
     blocks = ["# sclite: every key with its default; take the # away to change one."]
     for section, lines in sections.items():
         blocks.append("\n".join([*([f"[{section}]"] if section else []), *lines]))
-    path.write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
+    try:
+        path.write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UsageFault(
+            f"{path} cannot be written: {error.strerror}", "name another file with --config"
+        ) from error
 
 
 def _toml(value: Any) -> str:

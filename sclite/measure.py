@@ -1,6 +1,7 @@
 """Measuring exported students, and the thresholds that are fitted on the way: between the commands and the eval stage."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,10 @@ def held_out(world: World) -> tuple[list[Problem], list[Problem], int]:
     fresh = [p for p in found if p.id not in known]
     tested, fitted = split_for_stages(fresh, source.fit_share, world.config.seed)
     if len(tested) < 5 or len(fitted) < 5:
+        enough = ceil(8 / max(0.05, min(source.fit_share, 1 - source.fit_share)))
         raise DataFault(
             f"{source.source}: {len(fresh)} of {len(found)} problems were not trained on, which are too few",
-            "evaluate on others, or on more",
+            f"evaluate on {enough} or more",
         )
     return tested, fitted, len(known)
 
@@ -206,9 +208,20 @@ def _review_digest(world: World) -> str:
 
 
 def stored_threshold(world: World, gguf: Path) -> float | None:
-    """The threshold that was fitted on this very file under these prompts; None where there is none."""
-    kept = (world.run.read_json(THRESHOLDS) or {}).get(world.run.file_digest(str(gguf.resolve())))
-    return kept["threshold"] if kept and kept["prompts"] == _review_digest(world) else None
+    """The threshold that was fitted on this very file under these prompts, here or in the run that it lies in; else None."""
+    beside = gguf.parent / Path(THRESHOLDS).name
+    for known in (world.run.read_json(THRESHOLDS), world.run.read_json(str(beside.resolve()))):
+        kept = (known or {}).get(world.run.file_digest(str(gguf.resolve())))
+        if kept and kept["prompts"] == _review_digest(world):
+            return kept["threshold"]
+    return None
+
+
+def measured_gguf(world: World, path: Path) -> Path | None:
+    """Of the same student in other quantisations one that has a threshold, the largest; None where none has."""
+    student = path.name.partition("-")[0]
+    others = sorted(path.parent.glob(f"{student}-*.gguf"), key=lambda other: -other.stat().st_size)
+    return next((other for other in others if stored_threshold(world, other) is not None), None)
 
 
 def find_gguf(world: World, model: Path | None) -> Path:

@@ -71,6 +71,15 @@ def build_templates(world: World, fresh: bool = False) -> Report:
     return world.add(report, f"templates: {report.counts.get('templates', 0)} kept{drops(report)}")
 
 
+def check_sources(world: World) -> None:
+    """Raises DataFault for an `attempts.source` that is not there, before anything is paid for."""
+    source = world.config.attempts.source
+    if source and not Path(source).is_file():
+        raise DataFault(
+            f"attempts.source: {source} does not exist", "check the path; --set attempts.source= takes it out"
+        )
+
+
 def reckon_templates(world: World) -> dict[str, Any]:
     """What build_templates would send first and what it would cost; the teacher is not asked."""
     from sclite.data.templates import reckon_templates as reckon

@@ -130,10 +130,14 @@ class Run:
         return False
 
     def remember(self, config: Config) -> None:
-        """Write the resolved configuration to run.toml, so that the next command on this run need not be told again."""
+        """Write the resolved configuration to run.toml, so that the next command on this run need not be told again.
+
+        `export.ollama` asks for one thing once and is not kept: an export would fail for ever where Ollama is missing.
+        """
         import tomlkit
 
-        write_text(self.path(RUN_FILE), tomlkit.dumps(config.model_dump(exclude_none=True, exclude={"run"})))
+        kept = config.model_dump(exclude_none=True, exclude={"run": True, "export": {"ollama"}})
+        write_text(self.path(RUN_FILE), tomlkit.dumps(kept))
 
     @contextmanager
     def remembering(self, config: Config) -> Iterator[None]:

@@ -531,3 +531,17 @@ def test_a_pipe_that_is_closed_early_ends_without_a_fault(dropped, tmp_path, for
         ["bash", "-c", command], cwd=tmp_path, env=paths, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr, len(done.stdout.splitlines())) == (0, "", 1)
+
+
+def test_an_attempts_source_that_is_not_there_is_told_before_anything_is_paid_for(sclite):
+    ended = sclite(
+        "build-data", "p.jsonl", "--set", "attempts.source=nope.jsonl", "--set", "teacher.model=a/b"
+    )
+    assert ended.code == 3
+    assert "attempts.source: nope.jsonl does not exist" in ended.error
+    assert "--set attempts.source= takes it out" in ended.hint
+
+
+def test_an_empty_question_is_refused(sclite):
+    ended = sclite("chat", " ")
+    assert (ended.code, ended.error) == (2, "error: the question is empty")

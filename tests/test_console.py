@@ -73,3 +73,13 @@ def test_a_long_name_is_not_broken_in_prose_and_is_whole_in_a_table(monkeypatch,
     console.table("", ("stage", "what"), [("sft", f"{path} is gone")], texts=2)
     shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
     assert f"sft{path}isgone" in re.sub(r"[\s─]", "", shown)
+
+
+def test_a_table_in_a_pipe_has_no_blanks_at_its_line_ends_and_keeps_to_the_columns_that_are_named(
+    monkeypatch, capsys
+):
+    monkeypatch.setenv("COLUMNS", "40")
+    console.table("", ("stage", "what"), [("sft", "320 rows, 60 steps, and more words than fit")], texts=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 40
+    assert lines == [line.rstrip() for line in lines]

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from sclite import machine
-from sclite.errors import DeviceFault
+from sclite.errors import DeviceFault, UsageFault
 from sclite.options import Common
 from sclite.student.load import choose_card
 
@@ -85,3 +85,8 @@ def test_gpu_counts_within_the_cards_that_are_visible_already(torch_with_cards):
     with pytest.raises(DeviceFault, match="CUDA_VISIBLE_DEVICES=GPU-5f3a shows 1 cards") as fault:
         choose_card(1)
     assert "unset CUDA_VISIBLE_DEVICES" in fault.value.hint
+
+
+def test_a_configuration_that_cannot_be_written_is_a_usage_fault(tmp_path):
+    with pytest.raises(UsageFault, match="cannot be written: No such file or directory"):
+        machine.write_configuration(tmp_path / "nowhere/sclite.toml", None)

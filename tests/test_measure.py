@@ -80,3 +80,20 @@ def test_a_threshold_of_another_harm_or_an_older_sclite_is_replaced(tmp_path):
     world.run.write_json(THRESHOLDS, {"abc": {name: older[name] for name in ("threshold", "prompts")}})
     assert keep_thresholds(world, fitted(3.0, 10)) == []
     assert world.run.read_json(THRESHOLDS)["abc"]["threshold"] == 3.0
+
+
+def test_a_threshold_is_found_beside_the_file_and_the_largest_measured_file_stands_in_for_another(tmp_path):
+    home, here = world_of(tmp_path / "a"), world_of(tmp_path / "b")
+    folder = home.run.path("export")
+    folder.mkdir(parents=True)
+    for name, size in (("dpo-q2_k", 9), ("dpo-q4_k_m", 12), ("dpo-q8_0", 20), ("sft-q8_0", 30)):
+        (folder / f"{name}.gguf").write_bytes(b"GGUF" + name.encode().ljust(size))
+    figures = {
+        name: {"gguf": home.run.file_digest(f"export/{name}.gguf"), "threshold": 1.0, "fitted": {"n": 9}}
+        for name in ("dpo-q4_k_m", "dpo-q8_0", "sft-q8_0")
+    }
+    keep_thresholds(home, figures)
+    assert measure.stored_threshold(here, folder / "dpo-q8_0.gguf") == 1.0
+    assert measure.stored_threshold(here, folder / "dpo-q2_k.gguf") is None
+    assert measure.measured_gguf(home, folder / "dpo-q2_k.gguf") == folder / "dpo-q8_0.gguf"
+    assert measure.measured_gguf(here, tmp_path / "b/export/dpo-q2_k.gguf") is None

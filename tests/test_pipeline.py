@@ -220,6 +220,6 @@ def test_a_student_that_does_not_write_steps_is_told_apart_from_one_that_needs_m
     problems(Path("mine.jsonl"), 8)
     with Teaching(lambda body, nth: say("I would say 80.")) as server:
         own = {"attempts.student": "openai/student", "attempts.api_base": server.url}
-        with pytest.raises(DataFault, match=r"attempt_not_readable") as fault:
+        with pytest.raises(DataFault, match=r"attempt not readable") as fault:
             pipeline.build_corrections(world_of(run, server.url, **own))
     assert "attempts.student" in fault.value.hint

@@ -360,3 +360,10 @@ def test_a_run_that_begins_with_a_mistyped_value_remembers_nothing(run):
     with pytest.raises(UsageFault), run.remembering(Config()):
         raise UsageFault("unknown quantisation", "use another")
     assert not run.path("run.toml").exists()
+
+
+def test_ollamas_name_is_not_remembered(run):
+    run.remember(Config.model_validate({"export": {"ollama": "mystudent", "quant": "q8_0"}}))
+    kept = run.path("run.toml").read_text()
+    assert "mystudent" not in kept
+    assert 'quant = "q8_0"' in kept

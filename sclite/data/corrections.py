@@ -68,21 +68,24 @@ def build_corrections(
         return Report.of(manifest)
     with timed(report):
         problems = {problem.id: problem for problem in run.read("problems.jsonl", Problem)}
-        attempts = distinct(
-            run.require("attempts.jsonl", Attempt, "run `sclite train`: SFT first, then its attempts")
-        )
+        made = run.require("attempts.jsonl", Attempt, "run `sclite train`: SFT first, then its attempts")
+        attempts = distinct(made)
         wrong, drops = _usable(attempts)
         reviews, refused = _ask(config, teacher, grader, wrong, problems, confirm, progress)
         report.cost_usd = teacher.ledger.totals(STAGE)["cost_usd"]
         run.replace_drops({STAGE}, [*drops, *refused])
         report.dropped = dict(Counter(drop.reason for drop in [*drops, *refused]))
         if not reviews:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items())
+            reasons = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in report.dropped.items())
             trained = config.attempts.kind == "trained"
-            other = "train SFT for longer" if trained else "name an attempts.student that writes <Step1> .."
+            other = (
+                "train SFT for longer (--fresh)"
+                if trained
+                else "name an attempts.student that writes <Step1> .."
+            )
             raise DataFault(
                 f"no wrong attempt could be corrected: {reasons or 'there is none'}",
-                f"look into {run.path('dropped.jsonl')}; sample more attempts, or {other}",
+                f"look into {run.path('dropped.jsonl')}; take more problems or samples (attempts.samples), or {other}",
             )
         confirmed = _confirmations(attempts, len(reviews), config)
         order = {attempt_key(a): i for i, a in enumerate(attempts)}

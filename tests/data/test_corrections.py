@@ -212,7 +212,7 @@ def test_when_no_correction_is_left_the_reasons_are_told(run, grader):
     fill(run, wrong=2)
     with (
         Teaching(lambda request, nth: say("All good!")) as server,
-        pytest.raises(DataFault, match="no wrong attempt could be corrected: 2 not_readable") as fault,
+        pytest.raises(DataFault, match="no wrong attempt could be corrected: 2 not readable") as fault,
     ):
         build(run, server.url, grader)
     assert "dropped.jsonl" in fault.value.hint

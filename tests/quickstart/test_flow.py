@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SMALL = ("--problems", "120", "--set", "sft.epochs=6", "--set", "eval.limit=30")
+SMALL = ("--set", "problems.limit=120", "--set", "sft.epochs=6", "--set", "eval.limit=30")
 
 
 def sclite(*arguments: str, folder: Path, text: str | None = None) -> subprocess.CompletedProcess:

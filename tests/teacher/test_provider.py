@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 from sclite import config, prompts
-from sclite.quickstart import grammar, provider, stories, tutor
+from sclite.quickstart import provider, stories, tutor
 from sclite.teacher.client import Flaw, Job, Teacher
 from sclite.teacher.ledger import Ledger
 
