@@ -92,10 +92,18 @@ def build_corrections(
         run.begin(STAGE)
         run.replace(FILE, sorted([*reviews, *confirmed], key=lambda r: order[attempt_key(r)]))
     report.counts |= {"wrong": len(wrong), "corrected": len(reviews), "confirmed": len(confirmed)}
+    if again := _not_right(made) - _not_right(attempts):
+        report.counts["wrong_in_the_same_words"] = (
+            again  # as another attempt at the problem; asked about once
+        )
     unanswered = report.dropped.get("no_reply", 0)
     # a network fault is no verdict on a row: the signature then fits no inputs, and the next call asks again
     run.sign(STAGE, {**inputs, "unanswered": unanswered} if unanswered else inputs, report)
     return report
+
+
+def _not_right(attempts: Sequence[Attempt]) -> int:
+    return sum(attempt.correct is not True for attempt in attempts)
 
 
 def left_to_ask(config: Config, run: Run) -> int | None:

@@ -206,6 +206,7 @@ def test_two_attempts_that_say_the_same_are_corrected_once(run, grader):
         report = build(run, server.url, grader)
     assert len(server.requests) == 1
     assert report.counts["wrong"] == 1
+    assert report.counts["wrong_in_the_same_words"] == 1
 
 
 def test_when_no_correction_is_left_the_reasons_are_told(run, grader):
