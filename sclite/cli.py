@@ -288,29 +288,15 @@ def chat(
     world = common.world()
     if common.run is None and not world.run.folder.is_dir() and Path("runs/quickstart").is_dir():
         world = replace(common, run=Path("runs/quickstart")).world()
-    path = measure.find_gguf(world, model)
-    threshold = world.config.review.threshold
-    if threshold is None:
-        threshold = measure.stored_threshold(world, path)
-    guided = self_correct and world.config.review.mode == "guided"
-    if threshold is None and guided and model is None and (other := measure.measured_gguf(world, path)):
-        console.note(f"[yellow]note:[/] {path.name} has not been evaluated; this is {other.name}")
-        path, threshold = other, measure.stored_threshold(world, other)
+    path, threshold = measure.for_chat(world, model, self_correct)
     known = {}
     if world.config.teacher.embedded and model is None:
         from sclite.quickstart.problems import test_problems
         from sclite.quickstart.stories import within
 
         known = {"example": test_problems(1)[0].question, "familiar": within}
-    talk(
-        path,
-        world.config,
-        threshold,
-        self_correct=self_correct,
-        question=question,
-        as_json=common.json,
-        **known,
-    )
+    asked = {"self_correct": self_correct, "question": question, "as_json": common.json}
+    talk(path, world.config, threshold, **asked, **known)
 
 
 @app.command()

@@ -224,6 +224,18 @@ def measured_gguf(world: World, path: Path) -> Path | None:
     return next((other for other in others if stored_threshold(world, other) is not None), None)
 
 
+def for_chat(world: World, model: Path | None, self_correct: bool) -> tuple[Path, float | None]:
+    """(GGUF, threshold of its review): of a run whose newest file has none, the file in another quantisation that has one."""
+    path, threshold = find_gguf(world, model), world.config.review.threshold
+    if threshold is None:
+        threshold = stored_threshold(world, path)
+    wanted = self_correct and world.config.review.mode == "guided" and model is None
+    if threshold is None and wanted and (other := measured_gguf(world, path)):
+        world.screen.tell(f"{path.name} has not been evaluated; this is {other.name}")
+        return other, stored_threshold(world, other)
+    return path, threshold
+
+
 def find_gguf(world: World, model: Path | None) -> Path:
     """The GGUF to talk to: the one given, else the run's own furthest one; raises DataFault where it is none."""
     if model is not None:

@@ -81,9 +81,9 @@ class Run:
         try:
             yield
         finally:
-            if new and [path.name for path in self.folder.iterdir()] == [".lock"]:
-                self.path(".lock").unlink()
-                with suppress(OSError):  # another process may have put something there
+            with suppress(OSError):  # somebody else may have put something there, or taken the folder away
+                if new and [path.name for path in self.folder.iterdir()] == [".lock"]:
+                    self.path(".lock").unlink()
                     for folder in new:
                         folder.rmdir()
             file.close()
@@ -94,8 +94,6 @@ class Run:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 file = open(self.path(".lock"), "w")  # noqa: SIM115 - closed by `hold`, and by the system after a kill
-            except FileNotFoundError:  # the folder went in between
-                continue
             except OSError as error:
                 raise UsageFault(
                     f"{self.folder} cannot be written: {error.strerror}", "name another with --run"

@@ -7,6 +7,7 @@ from sclite.config import Config
 from sclite.errors import DataFault
 from sclite.measure import FEW_TO_FIT, THRESHOLDS, cut_note, fit_note, keep_thresholds
 from sclite.run import Run
+from sclite.screen import Screen
 from sclite.world import World
 
 
@@ -97,3 +98,7 @@ def test_a_threshold_is_found_beside_the_file_and_the_largest_measured_file_stan
     assert measure.stored_threshold(here, folder / "dpo-q2_k.gguf") is None
     assert measure.measured_gguf(home, folder / "dpo-q2_k.gguf") == folder / "dpo-q8_0.gguf"
     assert measure.measured_gguf(here, tmp_path / "b/export/dpo-q2_k.gguf") is None
+    run = World(Config.model_validate({"export": {"quant": "q2_k"}}), home.run, Screen(quiet=True))
+    assert measure.for_chat(run, None, self_correct=True) == (folder / "dpo-q8_0.gguf", 1.0)
+    assert measure.for_chat(run, None, self_correct=False) == (folder / "dpo-q2_k.gguf", None)
+    assert measure.for_chat(run, folder / "dpo-q2_k.gguf", self_correct=True)[1] is None

@@ -9,6 +9,7 @@ import textwrap
 import time
 import tracemalloc
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -318,6 +319,21 @@ def test_a_mistyped_value_is_not_remembered(run):
         run.write_json("done/templates.json", {})
         raise UsageFault("no student is configured", "name one")
     assert "seed = 3" in run.path("run.toml").read_text()
+
+
+def test_where_no_folder_can_be_made_the_fault_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (Path("/proc/sclite"), tmp_path / "file/run"):
+        with pytest.raises(UsageFault, match="cannot be written"), Run(place).hold():
+            pass
+
+
+def test_a_folder_that_goes_meanwhile_is_no_fault(tmp_path):
+    run = Run(tmp_path / "run")
+    with run.hold():
+        run.path(".lock").unlink()
+        run.folder.rmdir()
+    assert not run.folder.exists()
 
 
 def test_a_lock_that_was_taken_away_in_between_is_made_anew(tmp_path, monkeypatch):

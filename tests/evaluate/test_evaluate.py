@@ -111,22 +111,27 @@ def test_where_harm_is_no_matter_the_share_ends_it(monkeypatch):
     )  # those of the first half alone too
 
 
+class Plain:
+    """A student that writes no steps; `asked` counts the requests of each call."""
+
+    def __init__(self):
+        self.asked = []
+
+    def generate(self, requests):
+        self.asked.append(len(requests))
+        return [Reply(i, "the answer is 1", 4, 9, "stop") for i in range(len(requests))]
+
+    def score(self, requests):
+        raise AssertionError("nothing to review")
+
+
 def test_answers_without_steps_cost_no_fit(tmp_path, monkeypatch):
-    asked = []
-
-    class Plain:
-        def generate(self, requests):
-            asked.append(len(requests))
-            return [Reply(i, "the answer is 1", 4, 9, "stop") for i in range(len(requests))]
-
-        def score(self, requests):
-            raise AssertionError("nothing to review")
-
+    student = Plain()
     monkeypatch.setattr(evaluate, "grade", lambda _, texts, __: [True] * len(texts))
     figures = evaluate.evaluate_model(
-        Config(), Run(tmp_path), "base", Plain(), problems=PROBLEMS[:20], fitting=PROBLEMS[20:], grader=None
+        Config(), Run(tmp_path), "base", student, problems=PROBLEMS[:20], fitting=PROBLEMS[20:], grader=None
     )
-    assert asked == [20]
+    assert student.asked == [20]
     assert figures["threshold"] == NEVER
     assert figures["fitted"] is None
     assert figures["acc_t2"] == 1.0
@@ -146,21 +151,15 @@ def test_first_answers_that_were_cut_off_are_counted(tmp_path, monkeypatch):
 
 
 def test_figures_kept_from_before_cut_answers_were_counted_are_measured_anew(tmp_path, monkeypatch):
-    asked = []
-
-    class Plain:
-        def generate(self, requests):
-            asked.append(len(requests))
-            return [Reply(i, "the answer is 1", 4, 9, "stop") for i in range(len(requests))]
-
+    student = Plain()
     monkeypatch.setattr(evaluate, "grade", lambda _, texts, __: [True] * len(texts))
     run, given = Run(tmp_path), {"problems": PROBLEMS[:20], "fitting": [], "grader": None}
-    figures = evaluate.evaluate_model(Config(), run, "base", Plain(), **given)
-    assert evaluate.evaluate_model(Config(), run, "base", Plain(), **given) == figures
-    assert asked == [20]
+    figures = evaluate.evaluate_model(Config(), run, "base", student, **given)
+    assert evaluate.evaluate_model(Config(), run, "base", student, **given) == figures
+    assert student.asked == [20]
     run.write_json("eval/base.json", {name: value for name, value in figures.items() if name != "cut"})
-    assert evaluate.evaluate_model(Config(), run, "base", Plain(), **given)["cut"] == 0
-    assert asked == [20, 20]
+    assert evaluate.evaluate_model(Config(), run, "base", student, **given)["cut"] == 0
+    assert student.asked == [20, 20]
 
 
 def reviewed(first: str, correct2: bool, accused: int, true_step: int | None) -> dict:
