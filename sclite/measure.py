@@ -84,7 +84,7 @@ def evaluate(
     from sclite.evaluate.evaluate import evaluate_model
     from sclite.export.stage import gguf_path
     from sclite.grader import Grader
-    from sclite.student.team import open_student
+    from sclite.student.engine import Engine
 
     figures: dict[str, Any] = {}
     with (
@@ -96,7 +96,7 @@ def evaluate(
         for number, name in enumerate(names):
             progress(number, len(names))
             path = gguf_path(world.run, name, world.config)
-            with open_student(path, parallel=32, context=world.config.eval.context) as student:
+            with Engine(path, context=world.config.eval.context) as student:
                 digest = world.run.file_digest(str(path.resolve()))
                 figures[name] = evaluate_model(
                     world.config,

@@ -78,7 +78,7 @@ class World:
             with self.sampler(adapter) as student:
                 yield student
         elif settings.kind == "gguf":
-            from sclite.student.team import open_student
+            from sclite.student.engine import Engine
 
             path = Path(settings.student)
             if not path.is_file():
@@ -86,7 +86,7 @@ class World:
                     f"attempts.student: {path} does not exist",
                     "give the path of a GGUF file, or a LiteLLM model name",
                 )
-            with open_student(path, parallel=32, context=self.config.eval.context) as student:
+            with Engine(path, context=self.config.eval.context) as student:
                 yield student
         else:
             from sclite.student.endpoint import Endpoint
@@ -135,14 +135,14 @@ class World:
     def _as_gguf(self, adapter: str) -> Iterator[Any]:
         from sclite.export.convert import convert
         from sclite.export.merge import merge
+        from sclite.student.engine import Engine
         from sclite.student.load import local_folder
-        from sclite.student.team import open_student
 
         merged, gguf = self.run.path("export/sampling-merged"), self.run.path("export/sampling.gguf")
         try:
             merge(local_folder(self.config.student), self.run.path(adapter), merged)
             convert(merged, gguf, outtype="f16")
-            with open_student(gguf, parallel=32, context=self.config.eval.context) as student:
+            with Engine(gguf, context=self.config.eval.context) as student:
                 yield student
         finally:
             shutil.rmtree(merged, ignore_errors=True)

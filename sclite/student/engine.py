@@ -21,6 +21,10 @@ _log: deque[str] = deque(maxlen=40)
 """The last lines that llama.cpp wrote; shown only when it fails to load."""
 
 
+SMALL = 20_000_000
+"""Parameters below which the weights stay in a CPU's cache: more threads or sequences at once then cost more than they gain."""
+
+
 @functools.cache
 def llama():
     """llama.cpp's C functions, silenced."""
@@ -56,7 +60,7 @@ class Engine:
         self,
         path: Path | str,
         *,
-        parallel: int = 32,
+        parallel: int | None = None,
         context: int = 4096,
         gpu_layers: int = -1,
         threads: int | None = None,
@@ -66,6 +70,7 @@ class Engine:
         exact: bool = False,
     ):
         """Load the file. `context`: tokens of one sequence at the most (never more than the model was trained for).
+        `parallel`: sequences decoded at once (default: 32, or 4 for a model under 20M parameters on a CPU).
 
         Each sequence has a cache of its own when `parallel` of them fit into `cache_gb` GB (twice as fast on a CPU with 32
         sequences), else they share one of that size and wait where it is full; `unified` forces the one or the other.
@@ -74,11 +79,13 @@ class Engine:
         """
         self._api = api = llama()
         self._model = self._context = self._adapter = None
-        if not 1 <= parallel <= api.llama_max_parallel_sequences():
+        if parallel is not None and not 1 <= parallel <= api.llama_max_parallel_sequences():
             raise UsageFault(f"parallel is {parallel}", f"use 1 to {api.llama_max_parallel_sequences()}")
         self._model = self._load_model(Path(path), gpu_layers)
-        self.path, self.parallel = Path(path), parallel
+        self.path = Path(path)
         self.offloaded: bool = bool(api.llama_supports_gpu_offload()) and gpu_layers != 0
+        small = api.llama_model_n_params(self._model) < SMALL and not self.offloaded
+        self.parallel = parallel or (4 if small else 32)
         self.vocabulary = Vocabulary(api, self._model)
         self.vocabulary_size = self.vocabulary.size
         buffer = ctypes.create_string_buffer(256)
@@ -299,7 +306,7 @@ def default_threads(parameters: int) -> int:
 
     Else the cores that this process may use, half of them where they are more than 8 (hyperthreads).
     """
-    if parameters < 20_000_000:
+    if parameters < SMALL:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return cores if cores <= 8 else cores // 2

@@ -64,14 +64,12 @@ def autocast(model: Any) -> Any:
 def hidden_states(model: Any, batch: Padded) -> Hidden:
     """The decoder's last hidden states.
 
-    Where the model is `padding_free`, rows go through it end to end and nothing is computed for padding; on a CPU what
-    all rows begin with is computed once. Raises DataFault where the model has cut them.
+    Where the model is `padding_free`, rows go through it end to end and nothing is computed for padding. Raises DataFault
+    where the model has cut them.
     """
     decoder, device = _head(model)[0].get_decoder(), next(model.parameters()).device
     if getattr(model, "padding_free", False) and len(batch.ids) > 1:
         return _end_to_end(decoder, batch, device)
-    if device.type == "cpu" and (begun := _beginning(decoder, batch)):
-        return _laid_out(_after_beginning(decoder, batch, *begun))
     given = {"input_ids": batch.ids.to(device), "attention_mask": batch.mask.to(device)}
     hidden = decoder(**given, use_cache=False).last_hidden_state
     _refuse_cut(hidden.shape[1], batch.ids.shape[1])
@@ -91,41 +89,6 @@ def _laid_out(hidden: Any) -> Hidden:
 
     rows, longest, width = hidden.shape
     return Hidden(hidden.reshape(-1, width), torch.arange(rows) * longest)
-
-
-WORTH_SHARING = 16
-"""A common beginning of fewer tokens is computed for each row."""
-
-
-def _beginning(decoder: Any, batch: Padded) -> tuple[Any, Any] | None:
-    """(hidden states, cache) of the tokens that all rows begin with, as one row, gradients and all.
-
-    None where that is not worth while, or the model cannot go on from it: layers are computed anew in the backward pass,
-    or hold something else than all keys and values (windows, recurrent states).
-    """
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
-    same = (batch.ids == batch.ids[0]).all(0) & batch.mask.bool().all(0)
-    shared = min(int(same.cumprod(0).sum()), int(batch.mask.sum(1).min()) - 1)
-    if len(batch.ids) == 1 or shared < WORTH_SHARING or getattr(decoder, "is_gradient_checkpointing", False):
-        return None
-    cache = DynamicCache(config=decoder.config)
-    if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
-        return None
-    begun = decoder(input_ids=batch.ids[:1, :shared], past_key_values=cache, use_cache=True)
-    return begun.last_hidden_state, cache
-
-
-def _after_beginning(decoder: Any, batch: Padded, begun: Any, cache: Any) -> Any:
-    """The hidden states of whole rows, from those of their beginning on."""
-    import torch
-
-    rows, shared = len(batch.ids), begun.shape[1]
-    cache.batch_repeat_interleave(rows)
-    rest = decoder(
-        input_ids=batch.ids[:, shared:], attention_mask=batch.mask, past_key_values=cache, use_cache=True
-    )
-    return torch.cat([begun.expand(rows, -1, -1), rest.last_hidden_state], dim=1)
 
 
 def _end_to_end(decoder: Any, batch: Padded, device: Any) -> Hidden:

@@ -8,7 +8,6 @@ from typing import Any
 from sclite.config import Lora, Student
 from sclite.errors import DataFault, DeviceFault, NetworkFault, ScliteError, UsageFault
 from sclite.student.adapters import put_adapter, shape_of, with_new_adapter
-from sclite.student.low_rank import join_products
 from sclite.student.memory import out_of_memory
 
 EMBEDDED = "embedded"
@@ -193,8 +192,6 @@ def _load_plain(name: str, student: Student, lora: Lora, adapter: Path | None, t
         model = PeftModel.from_pretrained(model, adapter, is_trainable=train)
     elif train:
         model = with_new_adapter(model, lora, seed)
-    if train and not cuda:
-        join_products(model)
     return model
 
 
