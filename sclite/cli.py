@@ -41,7 +41,10 @@ def about(
 @common_options
 def quickstart(
     problems: Annotated[
-        int | None, typer.Option("--problems", min=200, help="Training problems to make (640).")
+        int | None,
+        typer.Option(
+            "--problems", min=200, help="Training problems to make (default: those of the run, else 640)."
+        ),
     ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Train anew what was trained from other inputs.")
@@ -106,9 +109,11 @@ def doctor(json: JsonOption = False) -> None:
 @common_options
 def build_data(
     problems: Annotated[
-        str | None, typer.Argument(help="A JSONL file or a hub data set; problems.source without it.")
+        str | None, typer.Argument(help="A file or a dataset's Hub ID (default: problems.source).")
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Rows to use.")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Rows of PROBLEMS to use (default: all).")
+    ] = None,
     only: Annotated[str | None, typer.Option("--only", help="templates or corrections")] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Ask anew what another teacher or prompt has answered.")
@@ -133,12 +138,15 @@ def build_data(
     world = common.world(chosen)
     pipeline.check_sources(world)
     if dry_run:
+        world.dry = True
         reckon = pipeline.forecast_corrections if only == "corrections" else pipeline.reckon_templates
-        with world.run.hold():
-            told.dry_run(reckon(world), common.json)
+        told.dry_run(reckon(world), common.json)
         return
     world.ask_before_paying = not yes
     with held(world.run, world.config):
+        pipeline.read_problems(
+            world, reread=only != "corrections" or problems is not None or limit is not None
+        )
         if only != "corrections":
             pipeline.build_templates(world, fresh)
         trained = world.run.path("sft/adapter/adapter_model.safetensors").is_file()
@@ -206,7 +214,7 @@ def export(
     if form not in ("gguf", "lora", "data"):
         raise UsageFault(f"--format {form}: no such format", "use --format gguf, lora or data")
     world = common.world({"export.quant": quant, "export.ollama": ollama})
-    with held(world.run, world.config):
+    with world.run.hold():
         if form == "lora":
             console.say(str(pipeline.export_lora(world)))
             return
@@ -230,7 +238,7 @@ def export(
 def evaluate(
     problems: Annotated[
         str | None,
-        typer.Argument(help="Held-out problems: a JSONL file or a hub data set; eval.source without it."),
+        typer.Argument(help="Held-out problems: a file or a dataset's Hub ID (default: eval.source)."),
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=10, help="Rows to use.")] = None,
     models: Annotated[
@@ -252,7 +260,7 @@ def evaluate(
         raise UsageFault(
             f"--models {','.join(unknown)}: no such student", f"use any of {', '.join(pipeline.NAMES)}"
         )
-    with held(world.run, world.config):
+    with world.run.hold():
         held_out, fitting, left_out = measure.held_out(world)
         pipeline.export(world, names, compare=False)
         source = world.config.eval.source
@@ -286,7 +294,8 @@ def chat(
     if common.json and question is None:
         raise UsageFault("--json needs a question", "sclite chat --json 'QUESTION'")
     world = common.world()
-    if common.run is None and not world.run.folder.is_dir() and Path("runs/quickstart").is_dir():
+    unnamed = world.config.run == type(world.config)().run
+    if unnamed and not world.run.folder.is_dir() and Path("runs/quickstart").is_dir():
         world = replace(common, run=Path("runs/quickstart")).world()
     path, threshold = measure.for_chat(world, model, self_correct)
     known = {}

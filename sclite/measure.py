@@ -248,7 +248,10 @@ def find_gguf(world: World, model: Path | None) -> Path:
     from sclite.export.stage import gguf_path
 
     for name in reversed(ADAPTERS):
-        path = gguf_path(world.run, name, world.config)
+        chosen = gguf_path(world.run, name, world.config)
+        others = chosen.parent.glob(f"{name}-*.gguf") if not chosen.is_file() else ()
+        made = [path for path in others if not path.name.endswith(("-full.gguf", "-lora.gguf"))]
+        path = max(made, key=lambda path: path.stat().st_mtime, default=chosen)
         if path.is_file():
             return path
     raise DataFault(f"{world.run.path('export')} holds no GGUF", "run `sclite export` first")

@@ -14,7 +14,9 @@ RunOption = Annotated[Path | None, typer.Option("--run", help="The run folder.")
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="A TOML file instead of ./sclite.toml.")]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Set a key of the configuration."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Set a key of the configuration; KEY= puts it back to its default."
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")]
 
@@ -85,6 +87,6 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def held(run: Any, config: Any) -> Iterator[None]:
-    """Keep other processes off the run, and note what this command was told."""
+    """Keep other processes off the run, and note the settings of this command, which makes its data or models."""
     with run.hold(), run.remembering(config):
         yield

@@ -18,18 +18,37 @@ from sclite.world import World
 NAMES = ("base", "sft", "dpo")
 
 
-def sides(world: World) -> tuple[list[Problem], list[Problem]]:
-    """(problems for SFT, problems kept for stage 2); also writes problems.jsonl."""
+def sides(world: World, reread: bool = False) -> tuple[list[Problem], list[Problem]]:
+    """(problems for SFT, problems kept for stage 2), gathered into problems.jsonl where no caller has given them.
+
+    The source is read where the run has no problems of it yet, or is to be `reread`, as `build-data` does.
+    """
     if world.problems is None:
         from sclite.data.problems import divide, gather_problems
 
         report = Report("problems")
-        found = gather_problems(world.config, world.run, report)
-        world.add(report, f"problems: {len(found)}{drops(report)}")
+        found = gather_problems(world.config, world.run, report, reread=reread, keep=not world.dry)
+        world.add(report, f"problems: {len(found)}{_which(world.config, report)}{drops(report)}")
         world.problems = divide(world.config, found)
-    else:
-        world.run.replace("problems.jsonl", [*world.problems[0], *world.problems[1]])
     return world.problems
+
+
+def read_problems(world: World, reread: bool) -> None:
+    """Gather the run's problems where it has any; templates that were imported need none."""
+    if _has_problems(world):
+        sides(world, reread)
+
+
+def _which(config: Config, report: Report) -> str:
+    """In words where the problems are from: ` (the first 60 of gsm8k.jsonl)`."""
+    source, limit = config.problems.source, config.problems.limit
+    if report.figures.get("gone"):
+        return f" in the run ({source} does not exist any more)"
+    if not source or report.skipped:
+        return " in the run"
+    if limit is not None and report.counts["problems"] == limit:
+        return f" (the first of {source}; problems.limit is {limit})"
+    return f" (all rows of {source})"
 
 
 def unseen(world: World) -> frozenset[str]:
@@ -85,7 +104,7 @@ def reckon_templates(world: World) -> dict[str, Any]:
     from sclite.data.templates import reckon_templates as reckon
     from sclite.grader import Grader
 
-    problems = [problem for side in sides(world) for problem in side]
+    problems = [problem for side in sides(world, reread=True) for problem in side]
     with Grader() as grader, world.teacher() as teacher:
         return reckon(world.config, world.run, teacher=teacher, grader=grader, problems=problems)
 

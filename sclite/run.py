@@ -17,7 +17,7 @@ from sclite import __version__
 from sclite.config import Config
 from sclite.errors import DataFault, ScliteError, UsageFault
 from sclite.records import Drop, Row
-from sclite.settings import RUN_FILE
+from sclite.settings import FORGOTTEN, RUN_FILE
 from sclite.signature import brought_up
 
 R = TypeVar("R", bound=Row)
@@ -128,14 +128,15 @@ class Run:
         return False
 
     def remember(self, config: Config) -> None:
-        """Write the resolved configuration to run.toml, so that the next command on this run need not be told again.
+        """Write the resolved configuration to run.toml, so that the next command on this run need not repeat it.
 
-        `export.ollama` asks for one thing once and is not kept: an export would fail for ever where Ollama is missing.
+        What filters or asks for one command is left out (`settings.FORGOTTEN`): `--limit`, `--ollama`.
         """
         import tomlkit
 
-        kept = config.model_dump(exclude_none=True, exclude={"run": True, "export": {"ollama"}})
-        write_text(self.path(RUN_FILE), tomlkit.dumps(kept))
+        write_text(
+            self.path(RUN_FILE), tomlkit.dumps(config.model_dump(exclude_none=True, exclude=FORGOTTEN))
+        )
 
     @contextmanager
     def remembering(self, config: Config) -> Iterator[None]:

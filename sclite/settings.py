@@ -1,4 +1,4 @@
-"""Where settings come from: defaults < run.toml < sclite.toml < environment < `--set`, all faults told at once."""
+"""Where settings come from: defaults < run.toml < sclite.toml < environment < command line; every error at once."""
 
 import difflib
 import os
@@ -10,13 +10,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from sclite.config import Config, keys
-from sclite.errors import UsageFault
+from sclite.errors import DataFault, UsageFault
 
 FILE = "sclite.toml"
 RUN_FILE = "run.toml"
 PREFIX = "SCLITE_"
-MOVED = {"dpo.rank": "sft.rank", "dpo.alpha": "sft.alpha"}
-"""Keys of older versions that decided nothing, and those that do: DPO trains the adapter of SFT on."""
+FORGOTTEN: dict[str, Any] = {"run": True, "problems": {"limit"}, "eval": {"limit"}, "export": {"ollama"}}
+"""What run.toml never holds, as pydantic's `exclude`: the run's own place, and what filters or asks for one command."""
 
 
 def load(
@@ -28,35 +28,61 @@ def load(
 ) -> Config:
     """Read the configuration: `defaults` < run.toml of the run < file < environment < `settings`.
 
-    `path` is a file that must exist; without it sclite.toml of the working folder is read where there is one, unless
-    `own_file` is False. `settings` are KEY=VALUE from the command line. run.toml is what an earlier command on the same
-    run has resolved. Raises UsageFault with every unknown key and wrong value in one message.
+    `path` is a file that must exist; without it ./sclite.toml is read where there is one, unless `own_file` is False.
+    `settings` are KEY=VALUE from the command line. An empty value, wherever it stands, puts a key back to its default.
+    Raises UsageFault with every unknown key and wrong value in one message, DataFault where run.toml is damaged.
     """
-    given: dict[str, Any] = {}
-    if path is not None or own_file:
-        _merge(given, _read_file(path))
-    for key, value in sorted((os.environ if environment is None else environment).items()):
-        if key.startswith(PREFIX) and "__" in key:
-            _put(given, key.removeprefix(PREFIX).lower().split("__"), value)
+    file = _read_file(path) if path is not None or own_file else {}
+    variables = _variables(os.environ if environment is None else environment)
+    typed: dict[str, Any] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
             raise UsageFault(
-                f"--set {setting}: no value", "write --set KEY=VALUE, for example --set sft.epochs=2"
+                f"--set {setting}: no value",
+                "write --set KEY=VALUE, for example --set sft.epochs=2; --set KEY= goes back to the default",
             )
-        _put(given, key.strip().split("."), value.strip())
-    tree: dict[str, Any] = {}
-    _merge(tree, defaults or {})
-    run = given.get("run") or tree.get("run") or Config.model_fields["run"].default
-    remembered = Path(str(run)) / RUN_FILE
-    if remembered.is_file():
-        _merge(tree, _read_file(remembered))
-        _forget_moved(tree)
-    _merge(tree, given)
+        _put(typed, key.strip().split("."), value.strip())
+    layers = (file, variables, typed)
+    named = [str(layer["run"]) for layer in (defaults or {}, *layers) if layer.get("run")]
+    tree = _remembered(Path(named[-1] if named else Config.model_fields["run"].default) / RUN_FILE)
+    for layer in layers:
+        _merge(tree, layer)
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(_merge(_merge({}, defaults or {}), tree))
     except ValidationError as error:
         raise UsageFault(*_explain(error)) from None
+
+
+def _variables(environment: Mapping[str, str]) -> dict[str, Any]:
+    """The settings among the environment variables: SCLITE_SEED, SCLITE_SFT__EPOCHS.
+
+    A variable without `__` that is no key is somebody else's, unless it is spelled like one (SCLITE_SFT_EPOCHS).
+    """
+    found: dict[str, Any] = {}
+    flat = [key.replace(".", "_") for key in keys()]
+    for name, value in sorted(environment.items()):
+        path = name.removeprefix(PREFIX).lower().split("__")
+        ours = len(path) > 1 or difflib.get_close_matches(path[0], flat, 1, 0.75)
+        if name.startswith(PREFIX) and ours:
+            _put(found, path, value)
+    return found
+
+
+def _remembered(path: Path) -> dict[str, Any]:
+    """What earlier commands have noted in run.toml; raises DataFault, with a way on, where it cannot be used."""
+    if not path.is_file():
+        return {}
+    remedy = f"fix it, or remove {path}: settings then come from {FILE} and the command line alone"
+    try:
+        tree = _read_file(path)
+        Config.model_validate(tree)
+    except UsageFault as fault:
+        raise DataFault(fault.message, remedy) from fault
+    except ValidationError as error:
+        message, hint = _explain(error)
+        raise DataFault(f"{path}: {message}", f"{hint} {remedy}") from None
+    return tree
 
 
 def _read_file(path: Path | None) -> dict[str, Any]:
@@ -70,25 +96,19 @@ def _read_file(path: Path | None) -> dict[str, Any]:
             f"the configuration {found} cannot be read: {error.strerror}", "check --config"
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageFault(f"{found}: {error}", "mend this line; the file is TOML") from error
+        raise UsageFault(f"{found}: {error}", "fix this line; the file is TOML") from error
 
 
-def _forget_moved(tree: dict[str, Any]) -> None:
-    """Take out what an older version has written into a run by itself."""
-    for key in MOVED:
-        section, _, name = key.partition(".")
-        if isinstance(tree.get(section), dict):
-            tree[section].pop(name, None)
-
-
-def _merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:
+def _merge(tree: dict[str, Any], other: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Put `other` over `tree`, which is returned; an empty value takes a known key out."""
     for key, value in other.items():
-        if isinstance(value, Mapping):
-            branch = tree.setdefault(key, {})
-            if isinstance(branch, dict):
-                _merge(branch, value)
-                continue
-        tree[key] = value
+        if isinstance(value, Mapping) and isinstance(tree.setdefault(key, {}), dict):
+            _merge(tree[key], value, f"{prefix}{key}.")
+        elif value == "" and prefix + key in keys():
+            tree.pop(key, None)
+        else:
+            tree[key] = value
+    return tree
 
 
 def _put(tree: dict[str, Any], path: list[str], text: str) -> None:
@@ -142,10 +162,7 @@ def _explain(error: ValidationError) -> tuple[str, str]:
             inner = list(fault["input"]) if isinstance(fault["input"], dict) else []
             for each in [f"{key}.{name}" for name in inner] or [key]:
                 lines.append(f"unknown key {each}")
-                moved = (
-                    f"did you mean {MOVED[each]}? DPO trains the adapter of SFT on" if each in MOVED else ""
-                )
-                hints.append(moved or _nearest(each, list(known), sections))
+                hints.append(_nearest(each, list(known), sections))
         else:
             lines.append(f"{key} = {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}")
             if (field := known.get(key)) is not None and field.description:

@@ -5,9 +5,10 @@ The outside world comes to the stages as arguments; here it is made.
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from sclite.config import Config, Teacher
@@ -31,6 +32,7 @@ class World:
         None  # (for SFT, kept for stage 2) where a caller has them
     )
     ask_before_paying: bool = False
+    dry: bool = False  # nothing is written and nobody is asked
     apart: bool = False  # each stage that needs the card in a process of its own
     reports: list[Report] = field(default_factory=list)
 
@@ -50,14 +52,23 @@ class World:
     def teacher(self, settings: Teacher | None = None) -> Iterator[Any]:
         """The teacher's client over the run's ledger; with `settings`, that of another model."""
         from sclite.teacher.client import Teacher as Client
-        from sclite.teacher.ledger import Ledger
 
-        self.run.folder.mkdir(parents=True, exist_ok=True)
         with (
-            Ledger(self.run.path("ledger.sqlite")) as ledger,
+            self._ledger() as ledger,
             Client(settings or self.config.teacher, ledger, self.prepare) as teacher,
         ):
             yield teacher
+
+    @contextmanager
+    def _ledger(self) -> Iterator[Any]:
+        from sclite.teacher.ledger import FILE, Ledger
+
+        path = self.run.path(FILE)
+        with TemporaryDirectory() if self.dry and not path.is_file() else nullcontext() as empty:
+            if empty:
+                path = Path(empty) / FILE
+            with Ledger.reading(path) if self.dry and not empty else Ledger(path) as ledger:
+                yield ledger
 
     def confirm(self, forecast: Any) -> bool:
         """Show what the rest will cost and ask whether to go on; without a question asked, go on."""

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from sclite import machine
-from sclite.__main__ import main
 from sclite.records import Drop, Problem
 from sclite.run import Run
 from sclite.settings import load
@@ -18,41 +17,6 @@ from tests.replay import Teaching, fail
 
 PROBLEM = {"question": "What is 1 + 1?", "answer": "2"}
 TEACHER = ("--set", "teacher.model=openai/replay", "--set", "teacher.attempts_per_call=1")
-THREADS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000", "TOKENIZERS_PARALLELISM": "false"}
-CLEAN = ("OPENAI_API_KEY", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
-
-
-class Ended:
-    """How a command ended: its exit code and what it wrote."""
-
-    def __init__(self, code: int, out: str, err: str):
-        self.code, self.out, self.err = code, out, err
-        self.error = next((line for line in err.splitlines() if line.startswith("error: ")), "")
-        self.hint = next((line for line in err.splitlines() if line.startswith("try: ")), "")
-
-
-@pytest.fixture
-def sclite(tmp_path, monkeypatch, capsys):
-    """Runs a command in a folder of its own, as `sclite` would, and never lets a traceback pass."""
-    monkeypatch.chdir(tmp_path)
-    for name in CLEAN:
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    for name, value in THREADS.items():
-        monkeypatch.setenv(name, value)
-
-    def call(*arguments: str) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["sclite", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as leaving:
-            code = leaving.code if isinstance(leaving.code, int) else int(bool(leaving.code))
-        ended = Ended(code, *capsys.readouterr())
-        assert "Traceback" not in ended.err
-        return ended
-
-    return call
 
 
 def write(name: str, *rows: object) -> str:

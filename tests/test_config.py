@@ -134,12 +134,10 @@ def test_no_epochs_of_dpo_has_a_remedy():
 
 
 @pytest.mark.parametrize("name", ["rank", "alpha"])
-def test_the_adapter_of_dpo_has_no_shape_of_its_own(name, tmp_path):
+def test_the_adapter_of_dpo_has_no_shape_of_its_own(name):
     with pytest.raises(UsageFault, match=f"unknown key dpo.{name}") as fault:
         load(None, [f"dpo.{name}=16"], {})
     assert f"did you mean sft.{name}?" in fault.value.hint
-    (tmp_path / "run.toml").write_text(f"[dpo]\n{name} = 32\nbeta = 0.3\n")  # as an older version has left it
-    assert load(None, [f"run={tmp_path}"], {}).dpo.beta == 0.3
 
 
 def test_the_share_of_confirmations_decides_rows_and_not_the_training_on_them():

@@ -1,5 +1,7 @@
 """Between the commands and the evaluation: what is told of its figures."""
 
+import os
+
 import pytest
 
 from sclite import measure
@@ -38,6 +40,19 @@ def test_a_file_that_is_no_gguf_is_refused_by_name(tmp_path):
         measure.find_gguf(None, path)
     path.write_bytes(b"GGUF and more")
     assert measure.find_gguf(None, path) == path
+
+
+def test_chat_takes_the_configured_quantization_else_the_newest_of_the_furthest_student(tmp_path):
+    world = world_of(tmp_path)
+    world.run.path("export").mkdir()
+    for second, name in enumerate(("dpo-q8_0", "dpo-f16", "sft-q4_k_m", "dpo-lora", "dpo-full")):
+        path = world.run.path(f"export/{name}.gguf")
+        path.write_bytes(b"GGUF")
+        os.utime(path, (second, second))
+    assert measure.find_gguf(world, None).name == "dpo-f16.gguf"
+    world.run.path("export/dpo-q4_k_m.gguf").write_bytes(b"GGUF")
+    os.utime(world.run.path("export/dpo-q4_k_m.gguf"), (0, 0))
+    assert measure.find_gguf(world, None).name == "dpo-q4_k_m.gguf"
 
 
 def world_of(folder, **review):

@@ -50,26 +50,57 @@ def load_problems(
     return _collect(source, rows, limit, noted, columns or {}, avoid or {})
 
 
-def gather_problems(settings: config.Config, run: Run, report: Report | None = None) -> list[Problem]:
+def gather_problems(
+    settings: config.Config, run: Run, report: Report | None = None, *, reread: bool = True, keep: bool = True
+) -> list[Problem]:
     """All problems of the run: read from problems.source and written to problems.jsonl, else those that lie there.
 
     Those that overlap a question of eval.source or of a file in problems.avoid are left out. What is left out stands in
-    dropped.jsonl with its reason, and is counted in `report`.
+    dropped.jsonl with its reason, and is counted in `report`. Problems that came from the same source before are taken
+    from the run where the source is gone, or where it is not to be `reread`. Without `keep` nothing is written.
     """
     chosen, drops = settings.problems, []
     report = report or Report(STAGE)
+    # by their names, as a run that was moved still has them
+    sources = ((each.source, each.subset, each.split, each.columns()) for each in (chosen, settings.eval))
+    inputs = {"source": digest(next(sources)), "avoid": digest([next(sources), chosen.avoid])}
+    gone = is_local(chosen.source) and not Path(chosen.source).expanduser().exists()
+    if (not reread or gone) and (manifest := run.done(STAGE, {**inputs, "problems": run.file_digest(FILE)})):
+        return _as_before(settings, run, Report.of(manifest), report, gone)
     with timed(report):
         avoid = index_of(_avoided(settings))
         if chosen.source:
             given = (chosen.source, chosen.subset, chosen.split, chosen.limit, drops)
             problems = load_problems(*given, columns=chosen.columns(), avoid=avoid)
-            run.replace(FILE, problems)
         else:
             problems = _put_there(run, avoid, drops)
-        run.replace_drops([STAGE], drops)
     report.counts = {"problems": len(problems)}
     report.dropped = dict(Counter(drop.reason for drop in drops))
-    run.sign(STAGE, {"problems": run.file_digest(FILE), "settings": digest(chosen.model_dump())}, report)
+    if keep:
+        if chosen.source:
+            run.replace(FILE, problems)
+        run.replace_drops([STAGE], drops)
+        run.sign(STAGE, {**inputs, "problems": run.file_digest(FILE)}, report)
+    return problems
+
+
+def _as_before(
+    settings: config.Config, run: Run, before: Report, report: Report, gone: bool
+) -> list[Problem]:
+    """The run's problems without those that overlapped when they were gathered."""
+    overlapping = {
+        drop.id for drop in run.rows("dropped.jsonl", Drop) if drop.stage == STAGE and drop.reason == OVERLAPS
+    }
+    whole = settings.problems.source  # else the file is the user's own, and holds what was left out too
+    problems = [row for row in run.rows(FILE, Problem) if whole or row.id not in overlapping]
+    limit = settings.problems.limit
+    if gone and limit is not None and limit < len(problems):
+        raise UsageFault(
+            f"{settings.problems.source} does not exist, and the run's own {len(problems)} problems are used whole",
+            "remove --limit (problems.limit)",
+        )
+    report.counts, report.dropped, report.skipped = before.counts, before.dropped, True
+    report.figures["gone"] = gone
     return problems
 
 

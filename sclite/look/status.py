@@ -106,9 +106,12 @@ def _stages(config: Config, run: Run, paid: Mapping[str, Any] | None) -> dict[st
             run, name, paid, totals.get(name)
         )
     for name in export.ADAPTERS:
-        if run.finished(f"export-{name}") is not None:
-            output = f"export/{export.gguf_path(run, name, config).name}"
-            inputs = lambda name=name: export.inputs_of(config, run, name)  # noqa: E731
+        if (made := run.finished(f"export-{name}")) is not None:
+            # `--quant` holds for one export: what lies there counts in the quantization that it has
+            quant = config.export.model_copy(update={"quant": made["inputs"]["quant"]})
+            own = config.model_copy(update={"export": quant})
+            output = f"export/{export.gguf_path(run, name, own).name}"
+            inputs = lambda name=name, own=own: export.inputs_of(own, run, name)  # noqa: E731
             found[f"export-{name}"] = _signed(config, run, f"export-{name}", output, inputs)
     if not any(name.startswith("export-") for name in found):
         found["export"] = Stage()

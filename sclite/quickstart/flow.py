@@ -12,6 +12,7 @@ from sclite.quickstart.grammar import solve
 from sclite.quickstart.problems import test_problems, threshold_problems, train_problems
 from sclite.quickstart.provider import MODEL, register
 from sclite.quickstart.tutor import judge as judge_steps
+from sclite.records import Problem
 from sclite.run import Run
 from sclite.screen import Screen
 from sclite.trace import Trace
@@ -21,7 +22,6 @@ DEFAULTS: Mapping[str, Any] = {
     "run": "runs/quickstart",
     "teacher": {"model": MODEL, "concurrency": 8},
     "student": {"model": "embedded", "backend": "plain", "batch": 64},
-    "problems": {"limit": 640},
     "attempts": {"samples": 2, "max_tokens": 160, "reviews": 2},
     "sft": {
         "learning_rate": 2e-3,
@@ -49,6 +49,7 @@ DEFAULTS: Mapping[str, Any] = {
     "review": {"max_harm": 0.01},  # half a per cent of 400 fitting problems are two: chance would decide
 }
 
+PROBLEMS = 640
 PLAN = {
     "templates": 7,
     "sft": 65,
@@ -76,7 +77,9 @@ def quickstart(
     `fresh` lets stages be trained anew that were trained from other inputs.
     """
     run = Run(config.run)
-    world = World(config, run, Screen(PLAN, quiet), prepare=register, problems=_problems(config))
+    problems = _problems(config, run)
+    run.replace("problems.jsonl", [*problems[0], *problems[1]])
+    world = World(config, run, Screen(PLAN, quiet), prepare=register, problems=problems)
     pipeline.build_templates(world, fresh)
     training.train(world, fresh=fresh)
     pipeline.export(world, pipeline.NAMES)
@@ -92,9 +95,10 @@ def quickstart(
     return summary, best_example(run.read_json("eval/dpo.reviews.json") or [])
 
 
-def _problems(config: Config):
-    """(for SFT, kept for stage 2), as many as `problems.limit` says in all."""
-    return divide(config, train_problems(config.problems.limit or 640))
+def _problems(config: Config, run: Run):
+    """(for SFT, kept for stage 2): as many as `problems.limit` says in all, else as many as the run has already."""
+    count = config.problems.limit or sum(1 for _ in run.rows("problems.jsonl", Problem)) or PROBLEMS
+    return divide(config, train_problems(count))
 
 
 def next_commands(run: Path) -> list[str]:

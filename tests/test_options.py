@@ -1,0 +1,225 @@
+"""What a run remembers of a command: what decides its data and models, no filter of one command, and nothing for ever."""
+
+import json
+import shutil
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from sclite.errors import DataFault, UsageFault
+from sclite.records import Problem
+from sclite.run import Run
+from sclite.settings import load
+from tests.replay import Teaching, say
+
+TRACE = "<Step1>Add: 1 + 1 = 2\n</Step1>\n<Generalized>Add.</Generalized>\n<Answer>2</Answer>"
+
+
+@pytest.fixture
+def teaching(monkeypatch):
+    with Teaching(lambda request, nth: say(TRACE)) as server:
+        yield server
+
+
+@pytest.fixture
+def build(sclite, teaching, monkeypatch):
+    """`build(..)` runs build-data with a teacher who solves every problem."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    named = ("--set", "teacher.model=openai/replay", "--set", f"teacher.api_base={teaching.url}")
+
+    def call(*arguments: str):
+        return sclite("build-data", *arguments, "--yes", *named)
+
+    return call
+
+
+def problems(count: int, name: str = "mine.jsonl") -> str:
+    rows = [{"question": f"What is 1 + 1, for the {n}th time?", "answer": "2"} for n in range(count)]
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return name
+
+
+def remembered(folder: str = "runs/default") -> dict:
+    return tomllib.loads(Path(folder, "run.toml").read_text())
+
+
+def rows(name: str = "problems.jsonl") -> int:
+    return len(Path("runs/default", name).read_text().splitlines())
+
+
+# -- filters of one command ----------------------------------------------------------------------------------------
+
+
+def test_a_limit_holds_for_one_command_and_without_it_all_rows_are_used_and_said(build):
+    problems(9)
+    limited = build("mine.jsonl", "--limit", "6")
+    assert limited.code == 0
+    assert "6 (the first of mine.jsonl" in limited.err
+    assert rows("templates.jsonl") == 6
+    whole = build("mine.jsonl")
+    assert "9 (all rows of mine.jsonl)" in whole.err
+    assert rows("templates.jsonl") == 9
+    assert "limit" not in remembered()["problems"]
+
+
+def test_the_rest_of_the_run_works_on_what_was_built_and_not_on_the_whole_source(build, sclite):
+    problems(9)
+    build("mine.jsonl", "--limit", "6")
+    ended = sclite("train", "--plan", "--json", "--set", "student.model=embedded")
+    planned = json.loads(ended.out)["stages"]["sft"]["rows"]
+    sclite("train", "--only", "sft", "--set", "student.model=embedded", "--set", "sft.epochs=0.01")
+    assert rows() == 6
+    assert planned < 6
+
+
+def test_what_eval_and_export_and_chat_are_given_is_not_remembered(sclite):
+    problems(40)
+    run = Run("runs/default")
+    run.folder.mkdir(parents=True)
+    sclite("eval", "mine.jsonl", "--limit", "20", "--set", "student.model=embedded", "--models", "sft")
+    sclite("export", "--quant", "q9", "--set", "student.model=embedded")
+    sclite("chat", "--set", "review.threshold=3", "1 + 1?")
+    assert not run.path("run.toml").exists()
+
+
+def test_what_decides_the_data_is_remembered_and_can_be_unset(build, sclite):
+    problems(6)
+    build("mine.jsonl", "--set", "seed=7", "--max-cost", "5", "--set", "teacher.price=[1, 2]")
+    kept = remembered()
+    assert (kept["seed"], kept["problems"]["source"]) == (7, "mine.jsonl")
+    assert (kept["teacher"]["max_cost"], kept["teacher"]["price"]) == (5.0, [1.0, 2.0])
+    build("--set", "teacher.price=", "--set", "teacher.max_cost=", "--set", "seed=")
+    kept = remembered()
+    assert kept["seed"] == 0
+    assert not {"price", "max_cost"} & kept["teacher"].keys()
+
+
+# -- empty values --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "other", "default"),
+    [
+        ("teacher.price", "[1, 2]", None),
+        ("review.threshold", "2", None),
+        ("sft.epochs", "7", 3.0),
+        ("eval.split", "dev", "test"),
+        ("problems.avoid", "x.jsonl", ()),
+        ("student.load_in_4bit", "false", True),
+    ],
+)
+def test_every_kind_of_value_can_be_put_back_to_its_default(tmp_path, key, other, default):
+    def value(*settings, environment=None):
+        found = load(None, [f"run={tmp_path}", *settings], environment or {}, own_file=False)
+        for part in key.split("."):
+            found = getattr(found, part)
+        return found
+
+    Run(tmp_path).remember(load(None, [f"{key}={other}"], {}, own_file=False))
+    assert value() != default
+    assert value(f"{key}=") == default
+    assert value(environment={f"SCLITE_{key.replace('.', '__').upper()}": ""}) == default
+
+
+def test_an_empty_value_of_the_quickstart_is_the_quickstarts_own_default(tmp_path):
+    (tmp_path / "run.toml").write_text("[sft]\nepochs = 9\n")
+    given = [f"run={tmp_path}", "sft.epochs="]
+    assert load(None, given, {}, {"sft": {"epochs": 5}}, own_file=False).sft.epochs == 5
+
+
+def test_an_empty_value_of_an_unknown_key_is_refused_as_any_other():
+    with pytest.raises(UsageFault, match=r"unknown key sft\.epoch"):
+        load(None, ["sft.epoch="], {}, own_file=False)
+
+
+# -- the environment -----------------------------------------------------------------------------------------------
+
+
+def test_seed_and_run_come_from_the_environment_too(tmp_path):
+    (tmp_path / "run.toml").write_text("[sft]\nepochs = 9\n")
+    found = load(None, (), {"SCLITE_SEED": "5", "SCLITE_RUN": str(tmp_path)}, own_file=False)
+    assert (found.seed, found.run, found.sft.epochs) == (5, str(tmp_path), 9)
+
+
+def test_a_variable_that_is_spelled_like_a_key_is_refused_with_its_right_name():
+    given = {"SCLITE_SFT_EPOCHS": "5", "SCLITE_SFT__EPOCH": "5", "SCLITE_SEDE": "1"}
+    with pytest.raises(UsageFault) as fault:
+        load(None, (), given, own_file=False)
+    for name in ("sft_epochs", "sft.epoch", "sede"):
+        assert f"unknown key {name}" in fault.value.message
+    assert fault.value.hint.count("did you mean sft.epochs?") == 2
+    assert "did you mean seed?" in fault.value.hint
+
+
+# -- a damaged run.toml --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["[sft\n", "sft = 3\n", "[sft]\nepoch = 1\n", "[sft]\nepochs = 'x'\n"])
+def test_a_damaged_run_toml_is_named_and_removing_it_helps(tmp_path, text):
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    with pytest.raises(DataFault, match=str(path)) as fault:
+        load(None, [f"run={tmp_path}"], {}, own_file=False)
+    assert f"remove {path}" in fault.value.hint
+    path.unlink()
+    load(None, [f"run={tmp_path}"], {}, own_file=False)
+
+
+# -- runs that move ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_whose_problem_file_is_gone_continues_from_what_lies_in_it(build, teaching):
+    problems(6)
+    assert build("mine.jsonl").code == 0
+    asked = len(teaching.requests)
+    Path("mine.jsonl").unlink()
+    for arguments in ((), ("mine.jsonl",), ("mine.jsonl", "--limit", "6")):
+        ended = build(*arguments)
+        assert ended.code == 0, ended.err
+        assert "6 in the run (mine.jsonl does not exist any more)" in ended.err
+    assert len(teaching.requests) == asked
+    assert build("mine.jsonl", "--limit", "3").code == 2
+    assert build("other.jsonl").code == 3
+
+
+def test_a_run_that_was_moved_continues_where_it_is(build, sclite, monkeypatch):
+    problems(6)
+    problems(3, "measured.jsonl")
+    build("mine.jsonl", "--set", "eval.source=measured.jsonl")
+    kept = [row.question for row in Run("runs/default").read("problems.jsonl", Problem)]
+    assert len(kept) == 3
+    Path("elsewhere").mkdir()
+    shutil.move("runs/default", "elsewhere/moved")
+    monkeypatch.chdir("elsewhere")
+    assert build("--run", "moved").code == 0
+    assert [row.question for row in Run("moved").read("problems.jsonl", Problem)] == kept
+    assert not Path("runs").exists()
+
+
+def test_problems_that_were_put_into_the_run_stay_as_they_are_where_some_overlap(build):
+    problems(3, "measured.jsonl")
+    run = Run("runs/default")
+    own = [Problem(id=f"p{n}", question=f"What is 1 + 1, for the {n}th time?", answer="2") for n in range(6)]
+    run.replace("problems.jsonl", own)
+    for _ in range(2):
+        assert build("--set", "eval.source=measured.jsonl").code == 0
+        assert run.read("problems.jsonl", Problem) == own
+        assert rows("templates.jsonl") == 3
+
+
+# -- dry runs ------------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_writes_nothing_and_asks_nothing(build, teaching):
+    problems(6)
+    before = sorted(Path().rglob("*"))
+    ended = build("mine.jsonl", "--dry-run", "--json")
+    assert json.loads(ended.out)["requests"] == 6
+    assert sorted(Path().rglob("*")) == before
+    build("mine.jsonl", "--limit", "4")
+    asked = len(teaching.requests)
+    before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
+    assert json.loads(build("mine.jsonl", "--dry-run", "--json").out)["requests"] == 2
+    assert {path: path.stat().st_mtime_ns for path in Path().rglob("*")} == before
+    assert len(teaching.requests) == asked
