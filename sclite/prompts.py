@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 
 import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sclite.errors import DataFault
 
@@ -19,6 +20,12 @@ NAMES = (
     "inspector_correction",
 )
 
+_TEMPLATE_ERRORS = (
+    *(jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError),
+    *(RecursionError, MemoryError),
+)
+"""What a template of a user's own may raise: a line of it is Python's in all but name."""
+
 
 def shipped_folder() -> Path:
     """Where the prompt files lie: inside the installed package, or beside it in a checkout."""
@@ -29,22 +36,30 @@ def shipped_folder() -> Path:
 
 @cache
 def _source(name: str, folder: str) -> str:
-    own = Path(folder) / f"{name}.txt" if folder else None
-    path = own if own is not None and own.is_file() else shipped_folder() / f"{name}.txt"
+    if folder and not Path(folder).is_dir():
+        raise DataFault(
+            f"prompts.folder: {folder} is not a folder", "check the path; --set prompts.folder= unsets it"
+        )
+    own = Path(folder) / f"{name}.txt"
+    path = own if folder and own.is_file() else shipped_folder() / f"{name}.txt"
     try:
         return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataFault(f"the prompt {name} cannot be read: {path}", "reinstall sclite") from error
+    except (OSError, UnicodeDecodeError) as error:
+        hint = "save it as UTF-8 text" if path == own else "reinstall sclite"
+        raise DataFault(f"the prompt {path} cannot be read: {error}", hint) from error
 
 
 @cache
 def _template(name: str, folder: str) -> jinja2.Template:
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    # prompts.folder may come with a run that somebody else made: its templates must not reach the system
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
     try:
         return environment.from_string(_source(name, folder))
     except jinja2.TemplateSyntaxError as error:
         raise DataFault(
-            f"the prompt {name}.txt, line {error.lineno}: {error.message}", f"mend it in {folder}"
+            f"the prompt {name}.txt, line {error.lineno}: {error.message}", f"fix it in {folder}"
         ) from error
 
 
@@ -53,7 +68,14 @@ def render(name: str, folder: str = "", **values: str) -> str:
     try:
         return _template(name, folder).render(**values).strip()
     except jinja2.UndefinedError as error:
-        raise DataFault(f"the prompt {name}.txt asks for a value that does not exist: {error}") from error
+        raise DataFault(
+            f"the prompt {name}.txt asks for a value that does not exist: {error}",
+            f"it may use {', '.join(values) or 'no values'}",
+        ) from error
+    except _TEMPLATE_ERRORS as error:
+        raise DataFault(
+            f"the prompt {name}.txt cannot be rendered: {error}", f"fix it in {folder}"
+        ) from error
 
 
 @cache

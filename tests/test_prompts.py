@@ -74,3 +74,41 @@ def test_a_faulty_prompt_of_ones_own_is_named_with_its_line(tmp_path, source, sa
     with pytest.raises(DataFault) as fault:
         prompts.solve_messages("How many?", str(tmp_path))
     assert said in fault.value.message
+
+
+def test_a_prompt_cannot_reach_the_system(tmp_path):
+    ran = tmp_path / "ran"
+    call = "cycler.__init__.__globals__.os.system('touch " + str(ran) + "')"
+    (tmp_path / "student_solve.txt").write_text("{{ " + call + " }}")
+    with pytest.raises(DataFault, match=r"student_solve\.txt cannot be rendered: access to attribute"):
+        prompts.solve_messages("How many?", str(tmp_path))
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("{{ question / 0 }}", "cannot be rendered: unsupported operand"),
+        ("{{ 1 / 0 }}", "cannot be rendered: division by zero"),
+        ("{% include '/etc/passwd' %}", "cannot be rendered: "),
+        ("{{ question | nofilter }}", "line 1: No filter named 'nofilter'"),
+        ("{% for i in range(10 ** 9) %}x{% endfor %}", "cannot be rendered: range too big"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "cannot be rendered: maximum recursion depth"),
+    ],
+)
+def test_a_prompt_that_fails_is_named_with_the_reason(tmp_path, source, said):
+    (tmp_path / "student_solve.txt").write_text(source)
+    with pytest.raises(DataFault) as error:
+        prompts.solve_messages("How many?", str(tmp_path))
+    assert "student_solve.txt" in error.value.message
+    assert said.lower() in error.value.message.lower()
+    assert str(tmp_path) in error.value.hint
+
+
+def test_a_prompt_in_another_encoding_and_a_missing_folder_are_named(tmp_path):
+    (tmp_path / "student_solve.txt").write_bytes(b"Caf\xe9: {{ question }}")
+    with pytest.raises(DataFault, match=r"student_solve\.txt cannot be read: 'utf-8' codec") as error:
+        prompts.solve_messages("How many?", str(tmp_path))
+    assert "UTF-8" in error.value.hint
+    with pytest.raises(DataFault, match="prompts.folder: .*nowhere is not a folder"):
+        prompts.solve_messages("How many?", str(tmp_path / "nowhere"))
