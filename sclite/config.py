@@ -140,7 +140,9 @@ class Lora(Section):
 
     def deciding(self, *others: str) -> dict[str, Any]:
         """The settings that decide what comes out; `others` are left out beside those that never do."""
-        return self.model_dump(exclude={"micro_batch", "padding_free", "checkpoints", "tensorboard", *others})
+        return self.model_dump(
+            mode="json", exclude={"micro_batch", "padding_free", "checkpoints", "tensorboard", *others}
+        )
 
 
 class Sft(Lora):
@@ -148,6 +150,9 @@ class Sft(Lora):
 
     rank: int = Field(32, ge=1, description="of the LoRA adapter")
     alpha: int = Field(64, ge=1, description="of the LoRA adapter, which is scaled by alpha / rank")
+    target_modules: tuple[str, ...] = Field(
+        (), description="linear layers that LoRA is put on, by name (default: all but the head)"
+    )
     learning_rate: float = Field(1e-4, gt=0)
     epochs: float = Field(3, gt=0, description="passes over the templates")
 

@@ -117,6 +117,8 @@ def train_sft(world: World, fresh: bool = False) -> Report:
     report = _stage(world, "sft", "sft: the student learns the templates", sft, fresh)
     counts = report.counts
     text = f"sft: {counts.get('rows', 0)} rows, {counts.get('steps', 0)} steps{pipeline.drops(report)}"
+    if layers := report.figures.get("lora"):
+        text += f"; LoRA on {', '.join(layers)}"
     return world.add(report, "sft: an adapter was brought along" if "brought_along" in counts else text)
 
 

@@ -7,10 +7,14 @@ from typing import Any
 
 from sclite.config import Lora, Student
 from sclite.errors import DataFault, DeviceFault, NetworkFault, ScliteError, UsageFault
-from sclite.student.adapters import put_adapter, shape_of, with_new_adapter
+from sclite.student.adapters import check_adapter, new_shape, put_adapter, shape_of, with_new_adapter
 from sclite.student.memory import out_of_memory
 
 EMBEDDED = "embedded"
+TAGS = (
+    "<Step1>1\n<Key>1</Key>\n<Cause>1</Cause>\n<Correction>1</Correction>\n</Step1>\n"
+    "<Generalized>1</Generalized>\n<Answer>1</Answer>"
+)
 ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 
 
@@ -117,13 +121,49 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
         raise no_model(f"the student {name} cannot be loaded", error) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     return tokenizer
+
+
+def read_config(name: str) -> Any:
+    """The transformers configuration of a model; raises DataFault where transformers has no such architecture."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise no_model(f"the student {name} cannot be loaded", error) from error
+
+
+def check_vocabulary(tokenizer: Any, kind: Any, name: str) -> None:
+    """Refuse a tokenizer that gives ids for which the model has no embedding.
+
+    A special token that neither our prompts nor padding use may be there: Gemma 3's 1B has one for images. Raises DataFault.
+    """
+    from sclite import prompts
+    from sclite.student.encode import prompt_ids
+
+    size = kind.get_text_config().vocab_size
+    beyond = {i: token for token, i in tokenizer.get_vocab().items() if i >= size}
+    if not beyond:
+        return
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    used = {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    if tokenizer.chat_template:
+        used.update(prompt_ids(tokenizer, prompts.solve_messages("1 + 1 = ?")))
+        used.update(prompt_ids(tokenizer, prompts.review_messages("1 + 1 = ?", TAGS)))
+    if wrong := sorted(i for i in beyond if i not in special or i in used):
+        raise DataFault(
+            f"the tokenizer of {name} has ids up to {max(beyond)} ({beyond[wrong[0]]!r} is {wrong[0]}), the model's "
+            f"embedding {size} rows",
+            "use the tokenizer that was published with the model; or resize the model once with "
+            "model.resize_token_embeddings(len(tokenizer)), save both, and name that folder as student.model",
+        )
 
 
 def load_student(
@@ -138,12 +178,16 @@ def load_student(
     fit on the card.
     """
     name = model_name(student)
-    tokenizer = load_tokenizer(name)
+    tokenizer, kind, found = load_tokenizer(name), read_config(name), backend(student)
+    _check_length(kind, lora)
+    check_vocabulary(tokenizer, kind, name)
+    if adapter is not None:
+        check_adapter(adapter)
     without_cudnn_attention()
-    found = backend(student)
     load = load_unsloth if found == "unsloth" else _load_plain
     try:
-        model = load(name, student, lora, adapter, train, seed)
+        shape = new_shape(lora, kind) if train and adapter is None else None
+        model = load(name, kind, student, lora, adapter, shape, train, seed)
     except OSError as error:
         raise no_model(f"the student {name} cannot be loaded", error) from error
     except (RuntimeError, ValueError) as error:
@@ -174,36 +218,49 @@ def end_to_end(model: Any, lora: Lora, backend: str) -> bool:
     return not carries and (backend == "unsloth" if lora.padding_free is None else lora.padding_free)
 
 
-def _load_plain(name: str, student: Student, lora: Lora, adapter: Path | None, train: bool, seed: int) -> Any:
+def _load_plain(
+    name: str,
+    kind: Any,
+    student: Student,
+    lora: Lora,
+    adapter: Path | None,
+    shape: dict[str, Any] | None,
+    train: bool,
+    seed: int,
+) -> Any:
     import torch
-    from peft import PeftModel
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from peft import PeftConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
 
     cuda = torch.cuda.is_available()
-    kind = AutoConfig.from_pretrained(name)
-    _check_length(kind, lora)
-    settings: dict[str, Any] = {"dtype": half() if cuda else torch.float32}
+    settings: dict[str, Any] = {"dtype": half() if cuda else torch.float32, "trust_remote_code": False}
     if cuda:
         settings["device_map"] = {"": 0}
         if student.load_in_4bit and getattr(kind, "quantization_config", None) is None:
             settings["quantization_config"] = four_bits()
     model = AutoModelForCausalLM.from_pretrained(name, **settings)
     if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter, is_trainable=train)
-    elif train:
-        model = with_new_adapter(model, lora, seed)
+        own = PeftConfig.from_pretrained(str(adapter))
+        own.inference_mode = not train
+        model = get_peft_model(model, own)
+        put_adapter(model, adapter)
+    elif shape is not None:
+        model = with_new_adapter(model, shape, seed)
     return model
 
 
-def _check_length(kind: Any, lora: Lora) -> int:
-    """The positions that a model has; refuses rows that are longer."""
-    most = getattr(kind.get_text_config(), "max_position_embeddings", None) or 1 << 20
+def positions(kind: Any) -> int:
+    """The positions that a model has."""
+    return getattr(kind.get_text_config(), "max_position_embeddings", None) or 1 << 20
+
+
+def _check_length(kind: Any, lora: Lora) -> None:
+    most = positions(kind)
     if lora.max_length > most:
         raise DataFault(
             f"max_length = {lora.max_length}: the student has {most} positions",
             f"set sft.max_length and dpo.max_length to {most} at most",
         )
-    return most
 
 
 def without_cudnn_attention() -> None:
@@ -238,7 +295,14 @@ def four_bits() -> Any:
 
 
 def load_unsloth(
-    name: str, student: Student, lora: Lora, adapter: Path | None, train: bool, seed: int
+    name: str,
+    kind: Any,
+    student: Student,
+    lora: Lora,
+    adapter: Path | None,
+    shape: dict[str, Any] | None,
+    train: bool,
+    seed: int,
 ) -> Any:
     """The model through Unsloth's kernels.
 
@@ -246,24 +310,25 @@ def load_unsloth(
     a LoRA of its shape, so that its configuration may name a base that lies elsewhere now. Unsloth cuts what is longer
     than its sequence length in silence, hence a length that no prompt reaches.
     """
-    from transformers import AutoConfig
     from unsloth import FastLanguageModel
 
-    most = _check_length(AutoConfig.from_pretrained(name), lora)
     model, _ = FastLanguageModel.from_pretrained(
         name,
-        max_seq_length=min(most, max(lora.max_length, 8192)),
+        max_seq_length=min(positions(kind), max(lora.max_length, 8192)),
         load_in_4bit=student.load_in_4bit,
         dtype=None,
         device_map={"": 0},
         use_exact_model_name=True,
         offload_embedding=False,
         fix_tokenizer=False,
+        trust_remote_code=False,
     )
-    if adapter is not None or train:
+    if adapter is not None:
+        shape = shape_of(adapter)
+    if shape is not None:
         model = FastLanguageModel.get_peft_model(
             model,
-            **shape_of(lora, adapter),
+            **shape,
             bias="none",
             use_gradient_checkpointing="unsloth",
             random_state=seed,

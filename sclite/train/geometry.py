@@ -13,20 +13,18 @@ from typing import Any
 
 from sclite.config import Student
 from sclite.errors import DataFault
-from sclite.student.adapters import LINEAR_LAYERS
 from sclite.student.load import model_name, no_model
 
 
 @dataclass(frozen=True)
 class Linear:
-    """`count` linear layers of one shape; `adapted` says whether LoRA goes on them."""
+    """`count` linear layers of one shape. LoRA is put on all of them."""
 
     name: str
     rows: int  # features out
     columns: int  # features in
     count: int
     bias: bool = False
-    adapted: bool = True
 
     @property
     def weights(self) -> int:
@@ -73,11 +71,10 @@ class Geometry:
         return self.linear_weights + self.biases + self.embeddings + self.norms
 
     def lora_tensors(self, rank: int) -> list[int]:
-        """The sizes of all LoRA factors at this rank: A [rank, columns] and B [rows, rank] of each adapted layer."""
+        """The sizes of all LoRA factors at this rank: A [rank, columns] and B [rows, rank] of each layer."""
         return [
             size
             for linear in self.linears
-            if linear.adapted
             for size in (rank * linear.columns, linear.rows * rank) * linear.count
         ]
 
@@ -162,7 +159,7 @@ def _linear_attention_layers(text: Mapping[str, Any], name: str) -> int:
 def _linears(
     text: Mapping[str, Any], family: Family, linear_layers: int, query: int, keys: int
 ) -> tuple[Linear, ...]:
-    """The linear layers by shape; names as in LINEAR_LAYERS are those that LoRA goes on."""
+    """The linear layers by shape."""
     hidden, middle, layers = text["hidden_size"], text["intermediate_size"], text["num_hidden_layers"]
     full = layers - linear_layers
     of_all = family.attention_bias not in ("", "qkv") and bool(text.get(family.attention_bias))
@@ -187,7 +184,7 @@ def _linears(
             ("in_proj_a", value_heads, hidden, linear_layers, False),
             ("out_proj", hidden, value_dim, linear_layers, False),
         ]
-    return tuple(Linear(*shape, adapted=shape[0] in LINEAR_LAYERS) for shape in shapes)
+    return tuple(Linear(*shape) for shape in shapes)
 
 
 def _delta_net(text: Mapping[str, Any]) -> tuple[int, int, int]:

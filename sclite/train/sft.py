@@ -12,6 +12,7 @@ from sclite.errors import DataFault
 from sclite.records import Template
 from sclite.run import Report, Run, timed
 from sclite.signature import digest
+from sclite.student.adapters import adapted
 from sclite.student.encode import Encoded, encode_solution, end_id
 from sclite.student.forward import Padded, hidden_states, pad, token_log_probs
 from sclite.student.load import load_student
@@ -90,7 +91,7 @@ def train_sft(
         )
         save_adapter(model, run, STAGE, "sft/adapter")
     report.counts |= {"rows": len(encoded), "steps": outcome.steps}
-    report.figures |= {"best_step": outcome.best, "warnings": outcome.warnings}
+    report.figures |= {"best_step": outcome.best, "warnings": outcome.warnings, "lora": adapted(model)}
     run.sign(STAGE, inputs, report)
     checkpoints.forget()
     return report

@@ -186,11 +186,11 @@ def speeds_told(speeds: Sequence[float]) -> dict[str, Any]:
 def load_by_script(folder: Path) -> tuple[Any, Any]:
     """(model, tokenizer) as a notebook has them, from Unsloth's loader."""
     fast = importlib.import_module("unsloth").FastLanguageModel
-    from sclite.student.adapters import LINEAR_LAYERS
+    from sclite.student.adapters import lora_targets
 
     model, tokenizer = fast.from_pretrained(str(folder), max_seq_length=LONGEST, load_in_4bit=True)
     model = fast.get_peft_model(
-        model, r=RANK, lora_alpha=64, target_modules=list(LINEAR_LAYERS), lora_dropout=0.0, bias="none",
+        model, r=RANK, lora_alpha=64, target_modules=lora_targets(model.config), lora_dropout=0.0, bias="none",
         use_gradient_checkpointing="unsloth", random_state=0,
     )  # fmt: skip
     return model, tokenizer

@@ -7,7 +7,7 @@ import pytest
 
 from sclite.config import Sft
 from sclite.errors import DataFault
-from sclite.student.adapters import put_adapter, with_new_adapter
+from sclite.student.adapters import new_shape, put_adapter, with_new_adapter
 from sclite.student.load import choose_card, end_to_end, load_student
 from tests.tiny import tiny_llama
 from tests.train.test_sft import config_of
@@ -63,8 +63,9 @@ def test_an_adapter_of_another_shape_is_refused_by_name(tmp_path):
     save_file(dict(list(weights.items())[2:]), tmp_path / "part/adapter_model.safetensors")
     with pytest.raises(DataFault, match="does not fit the student"):
         put_adapter(other, tmp_path / "part")
+    shape = new_shape(config.sft, other.config)
     renamed = {f"{name.replace('layers.0', 'layers.99')}": value for name, value in weights.items()}
     (tmp_path / "other").mkdir()
     save_file(renamed, tmp_path / "other/adapter_model.safetensors")
     with pytest.raises(DataFault, match="does not fit the student"):
-        put_adapter(with_new_adapter(other.get_base_model(), config.sft, 0), tmp_path / "other")
+        put_adapter(with_new_adapter(other.get_base_model(), shape, 0), tmp_path / "other")

@@ -5,7 +5,7 @@ import pytest
 from sclite.config import Sft, Student
 from sclite.records import Template
 from sclite.run import Run
-from sclite.student.adapters import with_new_adapter
+from sclite.student.adapters import new_shape, with_new_adapter
 from sclite.student.encode import Encoded
 from sclite.student.load import embedded_folder, four_bits, load_student, load_tokenizer
 from sclite.train.checkpoints import Checkpoints
@@ -33,7 +33,7 @@ def moved(folder, path, settings: dict) -> tuple[float, set]:
             layer, Linear4bit
         ):  # else a no-grad forward pass repacks the weight in place on some machines
             layer.support_avx512bf16_for_cpu = False
-    model = with_new_adapter(model, config.sft, seed=0)
+    model = with_new_adapter(model, new_shape(config.sft, model.config), seed=0)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     row = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")[0]
     rows = [Encoded(row.ids[-24:], row.weights[-24:])]  # 4 bits are slow on a CPU; the steps are what counts

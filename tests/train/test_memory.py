@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sclite.errors import DataFault
-from sclite.student.adapters import LINEAR_LAYERS
+from sclite.student.adapters import lora_targets
 from sclite.student.forward import Padded, chunk_of, hidden_states, token_log_probs, vocabulary_log_probs
 from sclite.train.geometry import geometry
 from sclite.train.memory import (
@@ -58,9 +58,10 @@ def quantised(model) -> dict[str, torch.nn.Linear]:
 def with_lora(config: dict, rank: int):
     from peft import LoraConfig, get_peft_model
 
-    shape = LoraConfig(r=rank, target_modules=list(LINEAR_LAYERS), task_type="CAUSAL_LM")
+    model = built(config)
+    shape = LoraConfig(r=rank, target_modules=lora_targets(model.config), task_type="CAUSAL_LM")
     with torch.device("meta"):
-        return get_peft_model(built(config), shape)
+        return get_peft_model(model, shape)
 
 
 # -- counts, against torch -----------------------------------------------------------------------------------------
@@ -212,7 +213,8 @@ def test_a_whole_step_on_the_plain_path_holds_what_is_estimated(family, middle):
     shape = {"model_type": family, "tie_word_embeddings": False, **SMALL, "hidden_size": 256}
     shape |= {"intermediate_size": middle, "num_hidden_layers": 3}
     found = geometry(shape)
-    model = get_peft_model(built(shape, "cpu"), LoraConfig(r=2, target_modules=list(LINEAR_LAYERS)))
+    model = built(shape, "cpu")
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=lora_targets(model.config)))
     for factor in model.parameters():
         if factor.requires_grad:
             factor.data = factor.data.float()

@@ -1,0 +1,194 @@
+"""Which layers LoRA is put on, for the families that name their layers in their own ways."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig
+
+from sclite.config import Sft
+from sclite.errors import DataFault, UsageFault
+from sclite.student.adapters import lora_targets
+from sclite.student.load import load_student
+from sclite.train.sft import train_sft
+from tests.tiny import sample_texts, tiny_llama, write_tokenizer
+from tests.train.test_sft import config_of, write_toy
+
+SMALL = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": 512, "max_position_embeddings": 1024,
+    "pad_token_id": 2, "bos_token_id": None, "eos_token_id": 2,
+}  # fmt: skip
+GROUPED = {**SMALL, "num_key_value_heads": 2}
+LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FALCON = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+DELTA = ["in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"]
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+# the layers as the families' own modeling files in transformers name them
+FAMILIES = {
+    "llama": (GROUPED, LLAMA),
+    "qwen2": (GROUPED, LLAMA),
+    "qwen3": ({**GROUPED, "head_dim": 16}, LLAMA),
+    "mistral": (GROUPED, LLAMA),
+    "gemma3_text": ({**GROUPED, "head_dim": 16}, LLAMA),
+    "phi3": (GROUPED, ["o_proj", "qkv_proj", "gate_up_proj", "down_proj"]),
+    "gpt2": ({**SMALL, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 1024}, ["c_attn", "c_proj", "c_fc"]),
+    "falcon": (SMALL, FALCON),
+    "gpt_neox": (SMALL, FALCON),
+    "qwen3_5_text": (
+        {**GROUPED, "head_dim": 16, "layer_types": ["linear_attention", "full_attention"],
+         "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16,
+         "linear_value_head_dim": 16},
+        [*LLAMA, *DELTA],
+    ),
+    "mixtral": ({**GROUPED, "num_local_experts": 4}, LLAMA[:4]),
+    "falcon_h1": ({**GROUPED, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16}, [*LLAMA, "in_proj"]),
+}  # fmt: skip
+TRAINED = [name for name in FAMILIES if name not in ("mixtral", "falcon_h1")]
+
+
+def kind_of(name):
+    return AutoConfig.for_model(name, **FAMILIES[name][0])
+
+
+@pytest.fixture
+def untouched(monkeypatch):
+    """Fails the test when weights are read."""
+    from transformers import AutoModelForCausalLM
+
+    def read(*_, **__):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", read)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_targets_are_all_linear_layers_but_the_head(name):
+    assert sorted(lora_targets(kind_of(name))) == sorted(FAMILIES[name][1])
+
+
+def test_a_vision_tower_whose_layers_have_the_same_names_has_no_lora():
+    kind = AutoConfig.for_model(
+        "gemma3",
+        text_config={**GROUPED, "head_dim": 16},
+        vision_config={**VISION, "image_size": 28, "patch_size": 14},
+    )
+    targets = lora_targets(kind)
+    assert sorted({name.rpartition(".")[2] for name in targets}) == sorted(LLAMA)
+    assert not [name for name in targets if "vision" in name]
+    assert "o_proj" in targets
+    assert "q_proj" not in targets
+    assert "model.language_model.layers.1.self_attn.q_proj" in targets
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_family_trains_an_adapter_on_every_target(run, tmp_path, name):
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / name
+    write_tokenizer(folder, sample_texts())
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(kind_of(name)).save_pretrained(folder)
+    write_toy(run)
+    report = train_sft(config_of(folder, sft={"epochs": 2}), run)
+    assert sorted(report.figures["lora"]) == sorted(FAMILIES[name][1])
+    weights = load_file(run.path("sft/adapter/adapter_model.safetensors"))
+    moved = {key.split(".")[-3] for key, value in weights.items() if ".lora_B." in key and value.any()}
+    assert moved == set(FAMILIES[name][1])
+
+
+def test_a_mistyped_target_is_refused_before_weights_are_read(tmp_path, untouched):
+    config = config_of(tiny_llama(tmp_path / "student"), sft={"target_modules": ["q_proj", "v_porj"]})
+    with pytest.raises(
+        UsageFault, match=r"sft\.target_modules: llama has no linear layer named v_porj$"
+    ) as fault:
+        load_student(config.student, config.sft, train=True)
+    assert "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj" in fault.value.hint
+
+
+def test_chosen_targets_are_the_only_ones():
+    assert lora_targets(kind_of("phi3"), ["qkv_proj"]) == ["qkv_proj"]
+    assert lora_targets(kind_of("gpt2"), ["mlp.c_proj"]) == [
+        "transformer.h.0.mlp.c_proj",
+        "transformer.h.1.mlp.c_proj",
+    ]
+    chosen = Sft(target_modules=["q_proj"])
+    assert json.loads(json.dumps(chosen.deciding())) == chosen.deciding()  # as a manifest keeps it
+
+
+# -- models that cannot be trained ------------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused_before_weights_are_read(tmp_path, untouched):
+    from transformers import AutoTokenizer
+
+    config = config_of(tiny_llama(tmp_path / "student"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
+    tokenizer.add_tokens(["<Cause>"])
+    tokenizer.save_pretrained(tmp_path / "student")
+    for train in (True, False):
+        with pytest.raises(
+            DataFault, match=r"ids up to 512 \('<Cause>' is 512\), the model's embedding 512"
+        ) as fault:
+            load_student(config.student, config.sft, train=train)
+        assert "resize_token_embeddings" in fault.value.hint
+
+
+def test_padding_with_a_token_that_has_no_embedding_is_refused(tmp_path, untouched):
+    from transformers import AutoTokenizer
+
+    config = config_of(tiny_llama(tmp_path / "student"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path / "student")
+    with pytest.raises(DataFault, match=r"'\[PAD\]' is 512"):
+        load_student(config.student, config.sft)
+
+
+def test_a_special_token_for_images_that_no_prompt_has_may_lack_an_embedding(tmp_path):
+    from transformers import AutoTokenizer
+
+    config = config_of(tiny_llama(tmp_path / "student"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    tokenizer.save_pretrained(tmp_path / "student")
+    assert load_student(config.student, config.sft)[0].config.vocab_size == 512
+
+
+def test_code_in_a_model_folder_is_never_run(tmp_path):
+    folder, ran = tiny_llama(tmp_path / "student"), tmp_path / "ran"
+    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    for file, kinds in (
+        ("config.json", {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["own.T", "own.T"]}),
+    ):
+        settings = json.loads((folder / file).read_text()) | {"auto_map": kinds}
+        settings |= {"model_type": "own"} if file == "config.json" else {"tokenizer_class": "Own"}
+        (folder / file).write_text(json.dumps(settings))
+    config = config_of(folder)
+    with pytest.raises(DataFault, match="cannot be loaded") as fault:
+        load_student(config.student, config.sft)
+    assert fault.value.hint
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "header", "config", "missing"])
+def test_a_damaged_adapter_is_named_with_a_remedy(tmp_path, damage, untouched):
+    folder = tiny_llama(tmp_path / "student")
+    config = config_of(folder)
+    from safetensors.torch import save_file
+
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file({"x": torch.zeros(64)}, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8}')
+    file = adapter / ("adapter_config.json" if damage == "config" else "adapter_model.safetensors")
+    content = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(b"\xff" * 8 + content[8:] if damage == "header" else content[:-9])
+    with pytest.raises(DataFault, match=f"the adapter in {adapter} cannot be read") as fault:
+        load_student(config.student, config.sft, adapter)
+    assert "--fresh" in fault.value.hint
