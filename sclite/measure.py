@@ -83,7 +83,7 @@ def evaluate(
     """
     from sclite.evaluate.evaluate import evaluate_model
     from sclite.export.stage import gguf_path
-    from sclite.grader import Grader
+    from sclite.grading.worker import Grader
     from sclite.student.engine import Engine
 
     figures: dict[str, Any] = {}

@@ -68,7 +68,7 @@ def build_templates(world: World, fresh: bool = False) -> Report:
     """Templates for all problems: SFT learns those of its side, stage 2 replays the others."""
     from sclite.data.templates import brought_along
     from sclite.data.templates import build_templates as stage
-    from sclite.grader import Grader
+    from sclite.grading.worker import Grader
 
     brought = brought_along(world.run)
     problems = [] if brought and not _has_problems(world) else [p for side in sides(world) for p in side]
@@ -102,7 +102,7 @@ def check_sources(world: World) -> None:
 def reckon_templates(world: World) -> dict[str, Any]:
     """What build_templates would send first and what it would cost; the teacher is not asked."""
     from sclite.data.templates import reckon_templates as reckon
-    from sclite.grader import Grader
+    from sclite.grading.worker import Grader
 
     problems = [problem for side in sides(world, reread=True) for problem in side]
     with Grader() as grader, world.teacher() as teacher:
@@ -112,7 +112,7 @@ def reckon_templates(world: World) -> dict[str, Any]:
 def forecast_corrections(world: World) -> dict[str, Any]:
     """What build_corrections would send first and what it would cost; the teacher is not asked."""
     from sclite.data.corrections import forecast_corrections as forecast
-    from sclite.grader import Grader
+    from sclite.grading.worker import Grader
 
     with Grader() as grader, world.teacher() as teacher:
         return forecast(world.config, world.run, teacher, grader)
@@ -126,7 +126,7 @@ def build_corrections(world: World) -> Report:
     from sclite.data.attempts import needs_no_student
     from sclite.data.corrections import FILE, STAGE
     from sclite.data.corrections import build_corrections as stage
-    from sclite.grader import Grader
+    from sclite.grading.worker import Grader
 
     learned, kept = sides(world)
     if needs_no_student(world.config, world.run):
@@ -174,7 +174,7 @@ def attempts_stage(
 ) -> Report:
     """The stage of attempts with its student where it `asks` one; can be done in another process."""
     from sclite.data.attempts import sample_attempts
-    from sclite.grader import Grader
+    from sclite.grading.worker import Grader
 
     with Grader() as grader, _student(config, run, "sft/adapter", "attempts", asks) as student:
         return sample_attempts(
@@ -185,7 +185,7 @@ def attempts_stage(
 def pairs_stage(config: Config, run: Run, asks: bool, *, progress: Any) -> Report:
     """The stage of pairs with its student where it `asks` one; can be done in another process."""
     from sclite.data.pairs import build_pairs as stage
-    from sclite.grader import Grader
+    from sclite.grading.worker import Grader
 
     with Grader() as grader, _student(config, run, "dpo/warm", "pairs", asks) as student:
         return stage(config, run, student=student, grader=grader, progress=progress)

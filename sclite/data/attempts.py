@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from sclite import prompts
-from sclite.answers import answer_of
 from sclite.config import Config
 from sclite.data.brought import adopt_attempts, bring
-from sclite.grader import Grader
+from sclite.grading.extract import answer_of
+from sclite.grading.worker import Grader
 from sclite.records import Attempt, Drop, Problem
 from sclite.run import Report, Run, timed
 from sclite.signature import digest

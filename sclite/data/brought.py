@@ -11,11 +11,11 @@ from typing import Annotated, NoReturn
 
 from pydantic import AliasChoices, BaseModel, Field, ValidationError
 
-from sclite.answers import extract
 from sclite.data.problems import same_question
 from sclite.data.sources import lines_of
 from sclite.errors import DataFault
-from sclite.grader import Grader
+from sclite.grading.extract import extract
+from sclite.grading.worker import Grader
 from sclite.records import Attempt, Drop, Problem, Row
 from sclite.run import Run
 from sclite.trace import Step, Trace, clean, parse, render

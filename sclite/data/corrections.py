@@ -13,7 +13,7 @@ from sclite.data.attempts import distinct
 from sclite.data.brought import refuse
 from sclite.data.review_check import review_flaw, step_flaw
 from sclite.errors import DataFault
-from sclite.grader import Grader
+from sclite.grading.worker import Grader
 from sclite.records import Attempt, Drop, Problem, Review, Template
 from sclite.run import Report, Run, timed
 from sclite.signature import digest

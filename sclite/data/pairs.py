@@ -16,11 +16,11 @@ from dataclasses import replace
 from typing import Any
 
 from sclite import prompts
-from sclite.answers import answer_of
 from sclite.config import Config
 from sclite.data.attempts import cost_usd, other_student
 from sclite.data.brought import refuse
-from sclite.grader import Grader
+from sclite.grading.extract import answer_of
+from sclite.grading.worker import Grader
 from sclite.records import Attempt, Drop, Pair, Problem, Review
 from sclite.run import Report, Run, timed
 from sclite.signature import digest

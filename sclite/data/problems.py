@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sclite import answers, config
+from sclite import config
 from sclite.data.contamination import SPAN, Question, index_of, overlap
 from sclite.data.sources import Rows, is_local, rows_of
 from sclite.errors import DataFault, NetworkFault, UsageFault
+from sclite.grading.extract import extract
 from sclite.records import Drop, Problem
 from sclite.run import Report, Run, timed
 from sclite.signature import digest
@@ -316,7 +317,7 @@ def _gold_in(solution: str) -> tuple[str, str]:
     if "####" in solution:
         worked, _, gold = solution.rpartition("####")
         return gold.strip().partition("\n")[0].strip(), worked
-    gold = answers.extract(solution) or ""
+    gold = extract(solution) or ""
     inside = re.escape(gold)
     boxed = re.search(rf"\\(?:boxed|fbox)(?:\s*\{{\s*{inside}\s*\}}|\s+{inside})", solution)
     if gold and boxed:

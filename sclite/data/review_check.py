@@ -1,7 +1,7 @@
 """Whether a teacher's review of a wrong attempt can be used: it must keep the work, and mend its first wrong step."""
 
 from sclite.data.templates import mentions_the_solution
-from sclite.grader import Grader
+from sclite.grading.worker import Grader
 from sclite.records import Attempt, Problem
 from sclite.teacher.client import Flaw
 from sclite.trace import Trace, first_corrected, parse, work_of

@@ -11,7 +11,7 @@ from sclite import prompts, trace
 from sclite.config import Config
 from sclite.data.problems import divide, gather_problems
 from sclite.errors import DataFault, UsageFault
-from sclite.grader import Grader
+from sclite.grading.worker import Grader
 from sclite.records import Drop, Problem, Template
 from sclite.run import Report, Run, timed
 from sclite.signature import digest_rows

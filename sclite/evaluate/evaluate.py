@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from sclite import prompts
-from sclite.answers import answer_of
 from sclite.config import Config
 from sclite.evaluate.metrics import NEVER, Outcome, Scored, fit_threshold, summarise
-from sclite.grader import Grader
+from sclite.grading.extract import answer_of
+from sclite.grading.worker import Grader
 from sclite.records import Problem
 from sclite.run import Run
 from sclite.signature import digest

@@ -25,7 +25,7 @@ from pathlib import Path
 from sclite import config
 from sclite.data.problems import load_problems
 from sclite.data.templates import build_templates
-from sclite.grader import Grader
+from sclite.grading.worker import Grader
 from sclite.run import Run
 from sclite.settings import load
 from sclite.teacher.client import Teacher

@@ -53,7 +53,7 @@ def sclite(url: str, work: Path, in_flight: int, model: str) -> dict[str, float]
     """build_templates, all of it: every reply in the ledger, parsed, graded against the gold answer, written."""
     from sclite.data.problems import load_problems
     from sclite.data.templates import FILE, build_templates
-    from sclite.grader import Grader
+    from sclite.grading.worker import Grader
     from sclite.records import Template
     from sclite.run import Run
     from sclite.settings import load

@@ -12,7 +12,7 @@ from sclite.config import Config
 from sclite.data.attempts import distinct, in_blocks, inputs_of, sample_attempts
 from sclite.data.brought import bring
 from sclite.errors import DataFault
-from sclite.grader import Grader
+from sclite.grading.worker import Grader
 from sclite.records import Attempt, Drop, Problem
 from sclite.run import Run
 from sclite.student.base import Reply

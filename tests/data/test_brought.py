@@ -7,7 +7,7 @@ import pytest
 from sclite import config, pipeline
 from sclite.data.pairs import build_pairs
 from sclite.errors import DataFault
-from sclite.grader import Grader
+from sclite.grading.worker import Grader
 from sclite.records import Attempt, Pair, Problem, Review, Template
 from sclite.screen import Screen
 from sclite.settings import load

@@ -6,7 +6,7 @@ from sclite.config import Config
 from sclite.data.corrections import build_corrections
 from sclite.data.review_check import review_flaw
 from sclite.errors import DataFault
-from sclite.grader import Grader
+from sclite.grading.worker import Grader
 from sclite.records import Attempt, Drop, Problem, Review
 from sclite.teacher.client import Teacher
 from sclite.teacher.ledger import Ledger

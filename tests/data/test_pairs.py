@@ -7,7 +7,7 @@ import pytest
 from sclite.config import Config
 from sclite.data.pairs import build_pairs, content_pair, continuation, decision_pairs
 from sclite.errors import DataFault
-from sclite.grader import Grader
+from sclite.grading.worker import Grader
 from sclite.records import Attempt, Drop, Pair, Problem, Review
 from sclite.student.base import Reply
 from sclite.trace import CAUSE, Step, Trace, close_piece, open_piece, render

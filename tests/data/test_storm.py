@@ -12,7 +12,7 @@ import time
 import pytest
 
 from sclite.data.templates import build_templates, check_template
-from sclite.grader import Grader
+from sclite.grading.worker import Grader
 from sclite.records import Problem, Template
 from sclite.run import Run
 from sclite.settings import load
@@ -102,7 +102,7 @@ CODE = """
 import json, sys
 from sclite.records import Problem
 from tests.data.test_storm import PROBLEMS, build, chosen
-from sclite.grader import Grader
+from sclite.grading.worker import Grader
 from sclite.run import Run
 if __name__ == "__main__":
     with Grader() as grader:

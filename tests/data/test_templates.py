@@ -12,7 +12,7 @@ import pytest
 from sclite import prompts, trace
 from sclite.data.templates import build_templates, check_template, mentions_the_solution
 from sclite.errors import DataFault, TeacherFault, UsageFault
-from sclite.grader import Grader
+from sclite.grading.worker import Grader
 from sclite.records import Drop, Problem, Template
 from sclite.run import Run
 from sclite.settings import load
@@ -316,7 +316,7 @@ def test_without_a_list_the_stage_takes_its_own_share_of_the_configured_problems
 PROGRAM = """
 import sys
 from sclite.settings import load
-from sclite.grader import Grader
+from sclite.grading.worker import Grader
 from sclite.data.templates import build_templates
 from sclite.records import Problem
 from sclite.run import Run

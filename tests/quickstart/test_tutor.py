@@ -10,7 +10,7 @@ import pytest
 from sclite import prompts
 from sclite.data.review_check import review_flaw
 from sclite.data.templates import check_template
-from sclite.grader import Grader
+from sclite.grading.worker import Grader
 from sclite.quickstart import tutor
 from sclite.quickstart.grammar import solve
 from sclite.quickstart.stories import generate

@@ -1,6 +1,6 @@
 r"""Comparing two written answers part by part, as far as it takes no algebra.
 
-What is decided here and in sclite/quantities.py, because graders differ on it:
+What is decided here and in sclite/grading/numbers.py, because graders differ on it:
 
 - 1, 2 and {1, 2} are sets: order does not matter. (1, 2) is ordered, and so is a list compared with it. A column
   vector equals the tuple of its entries. (1, 2], [1, 2] and (1, 2) all differ. "or", "and" and \pm make lists.
@@ -11,7 +11,7 @@ import functools
 import re
 from collections.abc import Callable, Iterable
 
-from sclite.quantities import Quantity, quantity, same_quantity, says, without_unit
+from sclite.grading.numbers import Quantity, quantity, same_quantity, says, without_unit
 
 Verdict = bool | None
 """None is unknown (a time-out or a fault of the grader), which is never counted as wrong."""

@@ -17,9 +17,9 @@ import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-from sclite.answers import boxed
-from sclite.compare import Verdict, compare, tidy
 from sclite.errors import ScliteError
+from sclite.grading.equality import Verdict, compare, tidy
+from sclite.grading.extract import boxed
 
 LONGEST = 1000  # characters; no answer is longer, and sympy's parser takes minutes over such texts
 STARTUP_SECONDS = 120.0  # importing sympy takes under a second, on a machine that swaps a minute
@@ -123,7 +123,7 @@ class Grader:
 
 def _start(seconds: float) -> subprocess.Popen:
     path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
-    command = [sys.executable, "-P", "-c", "from sclite.grader import _serve; _serve()", str(seconds)]
+    command = [sys.executable, "-P", "-c", "from sclite.grading.worker import _serve; _serve()", str(seconds)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     worker = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, **pipes)
     reply = _exchange(worker, None, STARTUP_SECONDS)

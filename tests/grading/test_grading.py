@@ -17,13 +17,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sclite import grader as grading
-from sclite.answers import extract
 from sclite.errors import ScliteError
-from sclite.grader import Grader, equal
+from sclite.grading import worker as grading
+from sclite.grading.extract import extract
+from sclite.grading.worker import Grader, equal
 
 PAIRS = [json.loads(line) for line in (Path(__file__).parent / "answer_pairs.jsonl").read_text().splitlines()]
-SHARED = Path(os.environ.get("SCLITE_SHARED") or Path(__file__).resolve().parents[2] / "shared") / "data"
+SHARED = Path(os.environ.get("SCLITE_SHARED") or Path(__file__).resolve().parents[3] / "shared") / "data"
 TOWER = "9^{9^{9^{9}}}"  # has more digits than there are atoms; sympy tries to write them down
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real problems at {SHARED}")
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
@@ -153,7 +153,7 @@ def test_plain_numbers_never_start_a_worker_and_cost_microseconds(monkeypatch):
 
 
 def test_importing_the_grader_imports_no_algebra():
-    code = "import sys, sclite.grader as g; g.equal('1/2', '0.5'); print(sorted({'sympy','math_verify'} & set(sys.modules)))"
+    code = "import sys, sclite.grading.worker as g; g.equal('1/2', '0.5'); print(sorted({'sympy','math_verify'} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
@@ -265,7 +265,7 @@ def _runs(pid: int) -> bool:
 def test_a_worker_ends_when_its_parent_is_killed(hung):
     """The script has no `if __name__ == "__main__"`, which a worker must not mind."""
     script = f"""
-        import time, sclite.grader as grader
+        import time, sclite.grading.worker as grader
         start = grader._start
         def show(seconds):
             worker = start(seconds)
