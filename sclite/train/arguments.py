@@ -25,7 +25,6 @@ def arguments(
         "learning_rate": rate,
         "num_train_epochs": 1,  # all passes stand in the order already
         "train_sampling_strategy": "sequential",
-        "lr_scheduler_type": "cosine",
         "warmup_steps": lora.warmup,
         "max_grad_norm": lora.max_grad_norm,
         "weight_decay": 0.0,  # Unsloth's trainers have another default

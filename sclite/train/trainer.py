@@ -5,6 +5,8 @@ a `Lesson`. The denominators of its loss are those of the whole optimizer step, 
 halving the micro-batch and doubling the accumulation leaves every gradient as it was.
 """
 
+import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from sclite.config import Lora
-from sclite.errors import MemoryFault
+from sclite.errors import MemoryFault, ScliteError
 from sclite.student.memory import out_of_memory
 from sclite.train.arguments import arguments
 from sclite.train.checkpoints import Checkpoints
 from sclite.train.order import training_order
 from sclite.train.watch import Progress, Watch
 
+FEW_STEPS = 20
 EVAL_ROWS = 200  # at most; more would tell little more
 
 
@@ -95,6 +98,10 @@ def train_adapter(
     trainer.totals = [_total(lesson, order[s : s + lora.batch]) for s in range(0, len(order), lora.batch)]
     for callback in _callbacks(checkpoints, watch, lora.patience if kept else 0):
         trainer.add_callback(callback)
+    steps = len(trainer.totals)
+    if steps < FEW_STEPS:
+        watch.warn(_few_steps(lesson.phase, steps))
+    before = _fingerprint(model)
     with memory_told(lesson.phase, micro_batch), watch.interruptions():
         trainer.train(resume_from_checkpoint=checkpoints.last())
     if watch.interrupted:
@@ -102,7 +109,37 @@ def train_adapter(
     best = trainer.state.best_global_step if kept else None
     if best and best != trainer.state.global_step:
         checkpoints.load(best, model)
+    _refuse_untrained(model, before, lesson.phase, rate, checkpoints)
     return Outcome(trainer.state.global_step, best or None, watch.warnings)
+
+
+def _few_steps(phase: str, steps: int) -> str:
+    section = "sft" if phase == "sft" else "dpo"
+    epochs = f"{section}.{'warmup_' if phase == 'warm' else ''}epochs"
+    times = f"only {steps} optimizer step{'s' * (steps != 1)}"
+    return f"{phase}: {times}, which teaches little: raise {epochs}, lower {section}.batch, or add problems"
+
+
+def _fingerprint(model: Any) -> str:
+    """A hash of the trainable weights."""
+    found = hashlib.sha256()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            found.update(parameter.detach().cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+def _refuse_untrained(model: Any, before: str, phase: str, rate: float, checkpoints: Checkpoints) -> None:
+    """Raise ScliteError where training has left the adapter as it was, or with weights that are not numbers."""
+    name = {"sft": "sft.learning_rate", "warm": "dpo.warmup_learning_rate", "dpo": "dpo.learning_rate"}[phase]
+    if not all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
+        reason, change = "weights of the adapter are not numbers after the last step", "lower"
+    elif _fingerprint(model) == before:
+        reason, change = "no weight of the adapter has changed in training", "raise"
+    else:
+        return
+    checkpoints.forget()  # they are as useless, and the next run would resume from them
+    raise ScliteError(f"{phase}: {reason}", f"{change} {name} (now {rate:g}) and run the command again")
 
 
 @contextmanager
@@ -205,6 +242,19 @@ def _trainer_class(base: type) -> type:
 
         def _prepare_dataset(self, dataset, *_, **__):
             return dataset
+
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            """Cosine with warm-up as transformers has it, but warm-up counts from 1: no step has a rate of 0."""
+            warmup = self.args.get_warmup_steps(num_training_steps)
+
+            def factor(step):
+                if step < warmup:
+                    return (step + 1) / warmup
+                return (1 + math.cos(math.pi * (step - warmup) / max(1, num_training_steps - warmup))) / 2
+
+            if self.lr_scheduler is None:
+                self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+            return self.lr_scheduler
 
         def get_batch_samples(self, epoch_iterator, num_batches, device):
             return list(islice(epoch_iterator, num_batches)), None
