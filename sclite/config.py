@@ -15,7 +15,7 @@ class Source(Section):
     """A set of problems, and which of its columns hold what."""
 
     source: str = Field(
-        "", description="a .jsonl, .json, .csv or .parquet file, or the name of a hub data set"
+        "", description="a .jsonl, .json, .csv, .tsv (also .gz) or .parquet file, or a Hub dataset"
     )
     subset: str = Field("", description="configuration of a hub data set, for example main")
     split: str = Field("train", description="split of a hub data set")

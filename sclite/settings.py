@@ -90,7 +90,7 @@ def _read_file(path: Path | None) -> dict[str, Any]:
     if path is None and not found.is_file():
         return {}
     try:
-        return tomllib.loads(found.read_text(encoding="utf-8"))
+        return tomllib.loads(found.read_text(encoding="utf-8-sig"))  # editors on Windows write a BOM
     except OSError as error:
         raise UsageFault(
             f"the configuration {found} cannot be read: {error.strerror}", "check --config"

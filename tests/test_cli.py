@@ -34,12 +34,14 @@ def write(name: str, *rows: object) -> str:
         (None, "mine.jsonl does not exist"),
         ((), "mine.jsonl is empty"),
         (
-            (*[{**PROBLEM, "question": f"{i}?"} for i in range(6)], '{"question": "x'),
-            "mine.jsonl, line 7, column 14: not JSON: Unterminated string starting at",
+            ('{"question": "x',),
+            "mine.jsonl: no row can be used (1 row not readable); line 1: column 14: not JSON",
         ),
-        ((PROBLEM, {"question": "How?", "answer": ""}), "mine.jsonl, line 2: no answer"),
-        ((PROBLEM, {"task": "How?"}), "mine.jsonl, line 2: no known columns, only: task"),
-        ((PROBLEM, "[1, 2]"), "mine.jsonl, line 2: not a JSON object"),
+        (
+            ({"question": "How?", "answer": ""},),
+            "mine.jsonl: no row can be used (1 no answer); line 1: no answer",
+        ),
+        (({"task": "How?"}, "[1, 2]"), "line 1: no known columns, only: task"),
     ],
 )
 def test_a_faulty_problems_file_is_named_with_its_line_and_a_remedy(sclite, rows, place):

@@ -27,6 +27,13 @@ def test_the_tree_of_defaults_is_not_changed_by_reading():
     assert defaults == {"sft": {"epochs": 1}}
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_file_may_begin_with_a_byte_order_mark_and_end_its_lines_in_any_way(tmp_path, end):
+    (tmp_path / "sclite.toml").write_bytes("\ufeffseed = 3\n[sft]\nrank = 2\n".replace("\n", end).encode())
+    found = load(None, (), {})
+    assert (found.seed, found.sft.rank) == (3, 2)
+
+
 def test_variables_that_are_no_keys_are_left_alone():
     load(None, (), {"SCLITE_LLAMA_CPP": "/src/llama.cpp", "OTHER__THING": "1"})
 

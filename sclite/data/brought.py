@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn
 
-from pydantic import AliasChoices, BaseModel, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from sclite.data.problems import same_question
-from sclite.data.sources import lines_of
+from sclite.data.sources import clean as storable
+from sclite.data.sources import lines_of, not_utf8
 from sclite.errors import DataFault
 from sclite.grading.extract import extract
 from sclite.grading.worker import Grader
@@ -23,6 +24,8 @@ from sclite.trace import Step, Trace, clean, parse, render
 
 class Work(BaseModel):
     """A row of `attempts.source`. The label counts from 1; 0 and -1 say that all steps are right; None says nothing."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     question: str = Field(validation_alias=AliasChoices("question", "problem"))
     steps: Annotated[list[str | int | float], Field(min_length=1)]
@@ -48,8 +51,10 @@ def bring(
     for number, line in lines_of(path):
         if not line.strip():
             continue
-        drop = Drop(stage="attempts", id=f"line {number}", reason="row_not_readable", raw=line.strip())
-        work = _work(line, path, number)
+        drop = Drop(
+            stage="attempts", id=f"line {number}", reason="row_not_readable", raw=storable(line.strip())
+        )
+        work = _work(line)
         if isinstance(work, str):
             noted.append(drop.model_copy(update={"detail": f"{path}, line {number}: {work}"}))
         elif (problem := by_question.get(same_question(work.question))) is None:
@@ -64,8 +69,10 @@ def bring(
     return sorted(rows, key=lambda row: order[row.id])
 
 
-def _work(line: str, path: Path, number: int) -> Work | str:
+def _work(line: str) -> Work | str:
     """The row, or what is wrong with it."""
+    if not_utf8(line):
+        return "the text is not UTF-8"
     try:
         work = Work.model_validate_json(line)
     except ValidationError as error:
@@ -73,9 +80,9 @@ def _work(line: str, path: Path, number: int) -> Work | str:
         where = ".".join(str(part) for part in first["loc"][:2])
         return f"{where}: {first['msg']}" if where else first["msg"]
     if work.first_error_step is None and isinstance(work.label, int):
-        raise DataFault(
-            f"{path}, line {number}: it has a label, but no first_error_step",
-            "rename it to first_error_step and count from 1 (ProcessBench counts from 0: add 1)",
+        return (
+            "it has a label, but no first_error_step: rename it and count from 1 "
+            "(ProcessBench counts from 0: add 1)"
         )
     if empty := [i for i, step in enumerate(work.steps, 1) if not clean(str(step))]:
         return f"step {empty[0]} is empty"

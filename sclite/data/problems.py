@@ -1,28 +1,21 @@
 """The problems of a run: read from a file or the hub in any of the usual forms, and divided between the two stages."""
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from sclite import config
 from sclite.data.contamination import SPAN, Question, index_of, overlap
-from sclite.data.sources import Rows, is_local, rows_of
+from sclite.data.problem_rows import FORMS, read_problem, read_question
+from sclite.data.sources import BadRow, Rows, is_local, rows_of
 from sclite.errors import DataFault, NetworkFault, UsageFault
-from sclite.grading.extract import extract
 from sclite.records import Drop, Problem
 from sclite.run import Report, Run, timed
 from sclite.signature import digest
 
 FILE, STAGE = "problems.jsonl", "problems"
-FORMS = "question and answer (GSM8K, or plain), or problem and solution with \\boxed{} (MATH)"
 OVERLAPS = "overlaps_evaluation"
-_CALCULATOR = re.compile(r"<<[^<>\n]*>>")
-_LAST_LINE = re.compile(r"^.*\bthe answer is:?[ \t]+([^\n]+?)\.?\s*\Z", re.I | re.M)
-_USUAL = {"question": ("question", "problem"), "answer": ("answer",), "solution": ("solution",)}
-_USUAL_IDS = ("id", "unique_id")
 
 
 def load_problems(
@@ -36,13 +29,13 @@ def load_problems(
     avoid: Mapping[int, str] | None = None,
     key: str = "problems.source",
 ) -> list[Problem]:
-    """The first `limit` different problems of a local file (.jsonl .json .csv .parquet) or of a hub data set.
+    """The first `limit` different problems of a local file (see sources) or of a Hub dataset.
 
-    `columns` names the columns of question, answer, solution and id; without them the usual names are known. A question
-    that stands there already, but for case and blanks, or that overlaps one of the index `avoid` (see contamination),
-    is left out and noted in `drops`. Ids are the rows' own, else a hash of the question: other rows do not change them.
-    Raises DataFault with file, line and remedy where the file cannot be used; in a hub data set, which nobody can mend,
-    a row without an answer is left out and noted instead. `key` is the configuration's name for the source.
+    `columns` names the columns of question, answer, solution and id; without them the usual names are known. Skipped and
+    noted in `drops`, with file and line, is a row that cannot be used, that repeats a question (but for case and blanks) or
+    an id, or that overlaps one of the index `avoid` (see contamination). Ids are the rows' own, else a hash of the
+    question: other rows do not change them. Raises DataFault where the file cannot be read, or no row of it can be used.
+    `key` is the configuration's name for the source.
     """
     if not source:
         raise UsageFault(f"{key} is not set", f"add --set {key}=FILE.jsonl, a file with {FORMS}")
@@ -155,12 +148,18 @@ def _place(source: config.Source) -> tuple[str, ...]:
 
 def _questions(source: config.Source, key: str, way_out: str) -> Iterator[Question]:
     """Every question of a source, also of rows without an answer."""
-    columns = source.columns()
+    columns, first, found = source.columns(), "", False
     try:
         for place, row in rows_of(source.source, source.subset, source.split, key):
-            question = _text(_cells(row, f"{source.source}, {place}", columns, ("question",))["question"])
-            if question:
-                yield f"{_id(row, question, columns)} of {source.source}", question
+            try:
+                id_, question = read_question(row, columns)
+            except BadRow as error:
+                first = first or f"the first: {place}: {error.message}"
+            else:
+                found = True
+                yield f"{id_} of {source.source}", question
+        if first and not found:
+            raise DataFault(f"{source.source}: no row has a question; {first}", f"it needs rows with {FORMS}")
     except (DataFault, NetworkFault) as fault:
         raise type(fault)(
             f"{key}, whose questions must not be trained on: {fault.message}", f"{fault.hint}; {way_out}"
@@ -184,7 +183,7 @@ def _put_there(run: Run, avoid: Mapping[int, str], drops: list[Drop]) -> list[Pr
         else:
             problems.append(problem)
     if not problems:
-        raise DataFault(*_nothing_left(str(run.path(FILE)), drops))
+        raise DataFault(*_all_overlap(str(run.path(FILE))))
     return problems
 
 
@@ -193,17 +192,9 @@ def _overlap_drop(problem: Problem, where: str, name: str) -> Drop:
     return Drop(stage=STAGE, id=problem.id, reason=OVERLAPS, detail=detail, raw=problem.question)
 
 
-def _nothing_left(source: str, drops: list[Drop]) -> tuple[str, str]:
-    """(message, hint) where every row was left out."""
-    if any(drop.reason == OVERLAPS for drop in drops):
-        return (
-            f"{source}: every problem overlaps those of the evaluation",
-            "train and evaluate on different problems",
-        )
-    return f"{source}: no row has an answer", f"it needs rows with {FORMS}"
-
-
-_FIELDS = set(Problem.model_fields)
+def _all_overlap(source: str) -> tuple[str, str]:
+    message = f"{source}: every problem overlaps those of the evaluation"
+    return message, "train and evaluate on different problems"
 
 
 # -- rows into problems --------------------------------------------------------------------------------------------
@@ -220,17 +211,16 @@ def _collect(
     problems: list[Problem] = []
     questions: dict[int, str] = {}  # hash of a question -> id
     ids: dict[str, str] = {}  # id -> place
-    empty = True
+    empty, first = True, None
     for place, row in rows:
         empty = False
         where = f"{source}, {place}"
-        cells = _cells(row, where, columns)
         try:
-            problem = _problem(row, cells, where, columns)
-        except DataFault as fault:
-            if is_local(source):
-                raise
-            drops.append(Drop(stage=STAGE, id=place, reason="no_answer", detail=fault.message))
+            problem = read_problem(row, columns)
+        except BadRow as error:
+            first = first or (place, error)
+            detail = f"{where}: {error.message}{f' ({error.hint})' if error.hint else ''}"
+            drops.append(Drop(stage=STAGE, id=place, reason=error.reason, detail=detail, raw=error.raw))
             continue
         alike = hash(same_question(problem.question))
         if alike in questions:
@@ -242,89 +232,22 @@ def _collect(
             drops.append(_overlap_drop(problem, where, name))
             continue
         if problem.id in ids:
-            raise DataFault(
-                f"{where}: the id {problem.id} stands at {ids[problem.id]} already",
-                "give each row an id of its own, or none",
-            )
+            detail = f"{where}: the id of {ids[problem.id]} again (give each row an id of its own, or none)"
+            given = {"id": problem.id, "reason": "duplicate_id", "raw": problem.question}
+            drops.append(Drop(stage=STAGE, detail=detail, **given))
+            continue
         questions[alike], ids[problem.id] = problem.id, place
         problems.append(problem)
         if len(problems) == limit:
             break
     if empty:
         raise DataFault(f"{source} is empty", f"it needs rows with {FORMS}")
+    if not problems and first is None:
+        raise DataFault(*_all_overlap(source))
     if not problems:
-        raise DataFault(*_nothing_left(source, drops))
+        place, error = first
+        counts = Counter(drop.reason.replace("_", " ") for drop in drops)
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
+        hint = error.hint or f"it needs rows with {FORMS}"
+        raise DataFault(f"{source}: no row can be used ({reasons}); {place}: {error.message}", hint)
     return problems
-
-
-def _cells(
-    row: Mapping[str, Any], where: str, columns: Mapping[str, str], wanted: Iterable[str] = tuple(_USUAL)
-) -> dict[str, Any]:
-    """{"question", "answer", "solution": value, None where there is none} by the named columns, else the usual ones.
-
-    Raises DataFault that names the columns that are there where a named one is absent, or no known ones are there.
-    """
-    there = ", ".join(str(name) for name in row) or "none"
-    for part, name in columns.items():
-        if name not in row and part in (*wanted, "id"):
-            raise DataFault(f"{where}: no column {name}, only: {there}", f"set {part}_column to one of them")
-    names = {part: [columns[part]] if part in columns else _USUAL[part] for part in wanted}
-    known = {part for part, usual in names.items() if any(name in row for name in usual)}
-    golden = {"answer", "solution"} & names.keys()
-    if "question" not in known or (golden and not golden & known):
-        raise DataFault(
-            f"{where}: no known columns, only: {there}",
-            f"name them by question_column, answer_column and solution_column, or rename them: {FORMS}",
-        )
-    return {part: next((row[n] for n in usual if _text(row.get(n))), None) for part, usual in names.items()}
-
-
-def _problem(
-    row: Mapping[str, Any], cells: Mapping[str, Any], where: str, columns: Mapping[str, str]
-) -> Problem:
-    """One row in any of the known forms; DataFault where its question or answer is missing."""
-    question, gold, solution = (_text(cells[part]) for part in _USUAL)
-    if not question:
-        raise DataFault(f"{where}: the question is empty", "fill it in or remove the row")
-    if "####" in gold:
-        gold, worked = _gold_in(gold)
-        solution = solution or worked
-    elif gold:
-        solution = solution.rpartition("####")[0] or solution
-    else:
-        gold, solution = _gold_in(solution)
-    if not gold:
-        raise DataFault(
-            f"{where}: no answer", "add `answer`, or end the solution in #### ANSWER or \\boxed{ANSWER}"
-        )
-    return Problem.model_construct(  # all texts already; the set of fields in common is a tenth of a problem's memory
-        _FIELDS,
-        id=_id(row, question, columns),
-        question=question,
-        answer=gold,
-        solution=_CALCULATOR.sub("", solution).strip() or None,
-    )
-
-
-def _id(row: Mapping[str, Any], question: str, columns: Mapping[str, str]) -> str:
-    names = [columns["id"]] if "id" in columns else _USUAL_IDS
-    own = next((_text(row[name]) for name in names if _text(row.get(name))), "")
-    return own or hashlib.sha256(question.encode()).hexdigest()[:12]
-
-
-def _gold_in(solution: str) -> tuple[str, str]:
-    """(answer, solution) of a worked solution: after its last `####`, in its last box, or in a last line that says so."""
-    if "####" in solution:
-        worked, _, gold = solution.rpartition("####")
-        return gold.strip().partition("\n")[0].strip(), worked
-    gold = extract(solution) or ""
-    inside = re.escape(gold)
-    boxed = re.search(rf"\\(?:boxed|fbox)(?:\s*\{{\s*{inside}\s*\}}|\s+{inside})", solution)
-    if gold and boxed:
-        return gold, solution
-    said = _LAST_LINE.search(solution)  # without a closed box `extract` takes any number
-    return (said[1].strip() if said else ""), solution
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else str(value).strip()

@@ -1,111 +1,198 @@
-"""Rows of a file or of a hub data set, one after the other, with the place of each; what the rows mean is said elsewhere."""
+"""Rows of a file or of a Hub dataset, one after the other, with the place of each; what the rows mean is said elsewhere."""
 
+import codecs
 import csv
+import gzip
+import io
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sclite.errors import DataFault, NetworkFault
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-OTHER_SUFFIXES = (".txt", ".tsv", ".md", ".xlsx", ".yaml", ".yml", ".arrow", ".gz", ".zip", ".zst")
-"""A name that ends so means a file and no hub data set."""
-Rows = Iterator[tuple[str, Mapping[str, Any]]]
-"""("line 7" or "row 7", the row)."""
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+OTHER_SUFFIXES = (
+    ".txt",
+    ".md",
+    ".xlsx",
+    ".xls",
+    ".ods",
+    ".yaml",
+    ".yml",
+    ".arrow",
+    ".zip",
+    ".zst",
+    ".xz",
+    ".bz2",
+)
+"""A name that ends so, or in .gz, means a file and no Hub dataset."""
+FORMATS = "give a .jsonl, .json, .csv, .tsv (each also as .gz) or .parquet file"
+
+
+class BadRow(DataFault):
+    """A row that cannot be used. It is counted by its `reason` and skipped; the rest of the file is read."""
+
+    def __init__(self, reason: str, message: str, hint: str = "", raw: str = ""):
+        super().__init__(message, hint)
+        self.reason, self.raw = reason, clean(raw.strip())[:2000]
+
+
+Rows = Iterator[tuple[str, Mapping[str, Any] | BadRow]]
+"""("line 7" or "row 7", the row or what is wrong with it)."""
 
 
 def is_local(source: str) -> bool:
-    """Whether a source is a file here, by its name or because it exists, and not a hub data set."""
-    named = source.lower().endswith((*SUFFIXES, *OTHER_SUFFIXES)) or source.startswith((".", "/", "~"))
-    return named or Path(source).expanduser().exists()
+    """Whether a source is a file here, by its name or because it exists, and not a Hub dataset."""
+    named = source.lower().endswith((*SUFFIXES, *OTHER_SUFFIXES, ".gz")) or source.startswith((".", "/", "~"))
+    return named or source == "-" or Path(source).expanduser().exists()
 
 
 def rows_of(source: str, subset: str = "", split: str = "train", key: str = "problems.source") -> Rows:
-    """The rows of a .jsonl, .json, .csv or .parquet file, or of a hub data set; read as they are asked for.
+    """The rows of a local file or of a Hub dataset, each read when it is asked for.
 
-    `key` is the configuration's name for the source (its section's other keys are named in remedies). Raises DataFault
-    with file, place and remedy, at once or at the row that cannot be read; NetworkFault where the hub is out of reach.
+    `key` is the configuration's name for the source (hints name its section's other keys). Raises DataFault with file,
+    place and hint where the file as a whole cannot be read; NetworkFault where the Hub cannot be reached.
     """
     if not is_local(source):
         return _hub_rows(source, subset, split, key)
     path = Path(source).expanduser()
+    if source == "-" or path.is_fifo() or path.is_char_device():
+        name = "standard input" if source == "-" else str(path)
+        raise DataFault(
+            f"{name} cannot be {key}: later commands read it again", "save the rows to a file and give that"
+        )
     if not path.is_file():
-        there = "is a folder" if path.is_dir() else "does not exist"
-        raise DataFault(f"{path} {there}", f"give a .jsonl, .json, .csv or .parquet file as {key}")
-    readers = {".parquet": _parquet_rows, ".csv": _csv_rows, ".json": _json_rows}
-    return readers.get(path.suffix.lower(), _jsonl_rows)(path)
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise DataFault(f"{path} {found}", f"{FORMATS} as {key}")
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    suffix = "".join(suffixes[-2:] if suffixes[-1:] == [".gz"] else suffixes[-1:]).removesuffix(".gz")
+    if suffix == ".parquet" and suffixes[-1] != ".gz":
+        return _parquet_rows(path)
+    if suffix == ".parquet" or suffix in OTHER_SUFFIXES[1:]:
+        raise DataFault(f"{path}: a {suffixes[-1]} file cannot be read", f"{FORMATS} as {key}")
+    if suffix in (".csv", ".tsv"):
+        return _csv_rows(path, "\t" if suffix == ".tsv" else ",")
+    return _json_rows(path) if suffix == ".json" else _jsonl_rows(path)
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, str]]:
-    """(number from 1, line with its end) of a UTF-8 text, with or without a byte order mark. Only a newline ends a line."""
+    """(number from 1, line with its end) of a text, gzipped or not: UTF-8, or UTF-16 with a byte order mark.
+
+    A line ends in a newline, a carriage return or both. Bytes that are not UTF-8 become lone surrogates (`not_utf8`).
+    """
     try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+        with open(path, "rb") as raw:
+            file = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
+            wide = file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+            encoding = "utf-16" if wide else "utf-8-sig"
+            yield from enumerate(io.TextIOWrapper(file, encoding, "surrogateescape", newline=""), 1)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataFault(f"{path} is a damaged gzip file: {error}", "download or compress it again") from error
     except OSError as error:
         raise DataFault(f"{path} cannot be read: {error.strerror}", "check its permissions") from error
-    except UnicodeDecodeError as error:
-        raise DataFault(f"{path} cannot be read: {error}", "it must be UTF-8 text") from error
+    except UnicodeError as error:
+        raise DataFault(f"{path} is not valid UTF-16: {error}", "save it as UTF-8") from error
+
+
+def not_utf8(text: str) -> bool:
+    """Whether a text of `lines_of` holds bytes that are not UTF-8."""
+    return not text.isascii() and any("\udc80" <= character <= "\udcff" for character in text)
+
+
+def clean(text: str) -> str:
+    """A text with the replacement character for each lone surrogate, which no UTF-8 file can hold."""
+    return text if text.isascii() else _SURROGATE.sub("\ufffd", text)
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_ENCODING = "the text is not UTF-8", "convert the file: iconv -f WINDOWS-1252 -t UTF-8"
 
 
 def _jsonl_rows(path: Path) -> Rows:
     for number, line in lines_of(path):
         if line.strip():
-            yield f"line {number}", _object(path, line, number)
+            yield f"line {number}", _object(line)
 
 
-def _object(path: Path, line: str, number: int) -> Mapping[str, Any]:
-    try:
-        row = json.loads(line.rstrip())
-    except json.JSONDecodeError as error:
-        place = f"{path}, line {number}, column {error.colno}"
-        raise DataFault(
-            f"{place}: not JSON: {error.msg}", "mend or remove this line; each is one JSON object"
-        ) from error
-    except ValueError as error:  # a number of more digits than Python reads
-        raise DataFault(f"{path}, line {number}: {error}", "mend or remove this line") from error
-    if not isinstance(row, dict):
-        raise DataFault(f"{path}, line {number}: not a JSON object", "each line is one JSON object")
-    return row
+def _object(line: str) -> Mapping[str, Any] | BadRow:
+    """The JSON object of a line, or what is wrong with it."""
+    why, hint = "not a JSON object", "each line is one JSON object"
+    if not_utf8(line):
+        why, hint = _ENCODING
+    else:
+        try:
+            row = json.loads(line.rstrip())
+            if isinstance(row, dict):
+                return row
+        except json.JSONDecodeError as error:
+            why, hint = f"column {error.colno}: not JSON: {error.msg}", f"fix or remove this line; {hint}"
+        except (ValueError, RecursionError) as error:  # a number of too many digits, or nested too deeply
+            why = f"not JSON: {error}"
+    return BadRow("row_not_readable", why, hint, line)
 
 
 def _json_rows(path: Path) -> Rows:
     text = "".join(line for _, line in lines_of(path))
+    if not_utf8(text):
+        raise DataFault(f"{path}: {_ENCODING[0]}", _ENCODING[1])
     try:
-        rows: Sequence[Any] = json.loads(text) if text.strip() else []
+        rows: Any = json.loads(text) if text.strip() else []
     except json.JSONDecodeError as error:
         place = f"{path}, line {error.lineno}, column {error.colno}"
-        raise DataFault(f"{place}: not JSON: {error.msg}", "mend this line") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        hint = "fix this line; a file with one object on each line is named .jsonl"
+        raise DataFault(f"{place}: not JSON: {error.msg}", hint) from error
+    except (ValueError, RecursionError) as error:
+        raise DataFault(f"{path}: not JSON: {error}", "it is a list of objects: [{..}, {..}]") from error
+    if not isinstance(rows, list):
         raise DataFault(
             f"{path}: not a list of objects", "write [{..}, {..}], or one object per line as .jsonl"
         )
-    return ((f"row {number}", row) for number, row in enumerate(rows, 1))
+    for number, row in enumerate(rows, 1):
+        bad = BadRow("row_not_readable", "not a JSON object", "each row is one JSON object", str(row))
+        yield f"row {number}", row if isinstance(row, dict) else bad
 
 
-def _csv_rows(path: Path) -> Rows:
-    """Rows of a CSV whose first line names the columns; texts in quotes may hold newlines."""
+def _csv_rows(path: Path, delimiter: str) -> Rows:
+    """Rows of a CSV or TSV whose first line names the columns; texts in quotes may hold newlines."""
     csv.field_size_limit(1 << 30)  # a worked solution may pass the default of 131,072 characters
-    reader = csv.DictReader((line for _, line in lines_of(path)), strict=True)
-    begin = 1
-    try:
-        while True:
-            begin = reader.line_num + 1 if reader.line_num else 2
-            row = next(reader, None)
-            if row is None:
-                return
-            if None in row:
-                raise DataFault(
-                    f"{path}, line {begin}: more fields than the first line has names",
-                    "put texts with commas into double quotes",
-                )
-            yield f"line {begin}", row
-    except csv.Error as error:
-        raise DataFault(
-            f"{path}, line {begin}: not CSV: {error}", 'a " inside a quoted text is written twice'
-        ) from error
+    rows = csv.reader((line for _, line in lines_of(path)), delimiter=delimiter, strict=True)
+    names: list[str] | None = None
+    while True:
+        begin = rows.line_num + 1
+        where = f"line {begin}"
+        try:
+            fields = next(rows, None)
+        except csv.Error as error:
+            hint = 'a " inside a quoted text is written twice'
+            if (
+                names is None or rows.line_num > begin
+            ):  # an open quote may have taken any number of rows with it
+                lines = f"{path}, {where} to {rows.line_num}" if rows.line_num > begin else f"{path}, {where}"
+                raise DataFault(f"{lines}: not CSV: {error}", hint) from error
+            yield where, BadRow("row_not_readable", f"not CSV: {error}", hint)
+            continue
+        if fields is None:
+            return
+        if not fields:
+            continue
+        if names is None:
+            names = fields
+            continue
+        row = dict(zip(names, fields, strict=False))
+        if any(map(not_utf8, fields)):
+            yield where, BadRow("row_not_readable", *_ENCODING, str(row))
+        elif len(fields) > len(names):
+            why = "more fields than the first line has names"
+            yield (
+                where,
+                BadRow("row_not_readable", why, "put texts with commas into double quotes", str(fields)),
+            )
+        else:
+            yield where, row
 
 
 def _parquet_rows(path: Path) -> Rows:
@@ -121,31 +208,31 @@ def _parquet_rows(path: Path) -> Rows:
 def _hub_rows(source: str, subset: str, split: str, key: str) -> Rows:
     datasets = _datasets()
     section = key.partition(".")[0]
-    remedy = f"download it as JSONL where there is a net, and give the file as {key}"
+    remedy = f"download it as JSONL on a machine with network access, then give the file as {key}"
     try:
         found = datasets.load_dataset(source, subset or None, split=split)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise DataFault(
-            f"{source} is neither a file here nor a data set on the hub", f"check {key}"
+            f"{source} is neither a file here nor a dataset on the Hub", f"check {key}"
         ) from error
     except OSError as error:
-        if error.errno is not None and not isinstance(error, ConnectionError):  # this disk, not the net
-            raise DataFault(f"the data set {source}: {_line(error)}", remedy) from error
-        raise NetworkFault(f"the data set {source} cannot be reached: {_line(error)}", remedy) from error
+        if error.errno is not None and not isinstance(error, ConnectionError):  # this disk, not the network
+            raise DataFault(f"the dataset {source}: {_line(error)}", remedy) from error
+        raise NetworkFault(f"the dataset {source} cannot be reached: {_line(error)}", remedy) from error
     except (ValueError, RuntimeError) as error:
         raise DataFault(
-            f"the data set {source}: {_line(error)}", f"check {section}.subset and {section}.split"
+            f"the dataset {source}: {_line(error)}", f"check {section}.subset and {section}.split"
         ) from error
     return ((f"row {number}", row) for number, row in enumerate(found, 1))
 
 
 def _datasets():
-    """The library, imported when it is first needed, without its bars and its logged retries."""
+    """The library, imported when it is first needed, without its progress bars and its logged retries."""
     import datasets
 
     datasets.disable_progress_bars()
     for name in ("huggingface_hub", "datasets"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # what they say is told as a fault
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what they say comes as an error
     return datasets
 
 

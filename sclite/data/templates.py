@@ -24,8 +24,11 @@ Progress = Callable[[int, int, float], None]
 """(done, total, spent_usd) after each row."""
 
 _GIVEN = r"(?:given|provided|supplied|official|model|reference|gold(?:en)?|ground[- ]truth)"
+_NUMBER = r"\$?\d+(?:[.,/]\d+)*\$?\s*"
+_MIXTURE = rf"\s+set\b|\s+of\s+{_NUMBER}(?:\\?%|[a-z])|(?:\s+\w+){{1,4}}\s+{_NUMBER}(?:\\?%|percent)"
+"""What follows where the word means a set of numbers or a liquid: `the given solution of 2 litres`, `contains 20%`."""
 _MENTIONS = re.compile(
-    rf"\b(?:the|this|that|your)\s+{_GIVEN}\s+(?:(?:written|worked|final)\s+)?(?:solution|answer)s?\b(?!\s+set)"
+    rf"\b(?:the|this|that|your)\s+{_GIVEN}\s+(?:(?:written|worked|final)\s+)?(?:answers?\b|solutions?\b(?!{_MIXTURE}))"
     r"|\b(?:reference|gold(?:en)?|ground[- ]truth)[- ](?:solution|answer)s?\b"
     r"|\b(?:the|this|your)\s+(?:solution|answer)\s+(?:that\s+)?(?:(?:was|is|has\s+been)\s+(?:given|provided|supplied)"
     r"|(?:you|I\s+was|we\s+were)\s+(?:gave|given)|(?:given|provided|shown)?\s*above)\b(?!\s+by)",

@@ -4,7 +4,15 @@ import re
 
 from sclite.trace import parse
 
-_BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_BRACES = re.compile(
+    r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:\{|(?P<bare>"  # without braces up to the end of the formula, else one word
+    r"(?:[^$\n{}\\]|\\[^)\]\n]|\{[^{}\n]*\}){1,200}?(?=\$|\\[)\]]|\})|[^\s{}$]+))|\\.|[{}]",
+    re.DOTALL,
+)
+_AND = re.compile(
+    r"[\s$]*(?:[,;]|(?:[,;]\s*)?(?:\\text\{\s*)?(?:and|or)\b\s*\}?)[\s$]*(?:[A-Za-z]\w*\s*=\s*)?[\s$]*"
+)
+"""Between the boxes of an answer that has several: `$\\boxed{1}$ and $\\boxed{3}$`."""
 _HASHES = re.compile(r"^[ \t]*####[ \t]*(?![ \t])(?=[-+$]?[ \t]?[\d.])(?!\d+[.)][ \t]\D)(.+)$", re.MULTILINE)
 _TAG = re.compile(r"<[ \t]{0,9}answer[ \t]{0,9}:?[ \t]{0,9}>", re.IGNORECASE)
 _CLOSER = re.compile(r"<[ \t]{0,9}(?:/[ \t]{0,9}answer|answer[ \t]{0,9}/)", re.IGNORECASE)
@@ -46,13 +54,28 @@ def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
 
 
 def boxed(text: str) -> str | None:
-    """The content of the last box that is closed; a box that was cut off is no answer."""
-    best, opened = None, []
+    """The content of the last box that is closed, with those it is joined to by "and", "or" or a comma.
+
+    A box that was cut off is no answer; one without braces (`\\boxed 2$`) is.
+    """
+    boxes: list[tuple[int, int, str]] = []  # where each begins and ends, and what it holds
+    opened: list[tuple[int, int, bool]] = []
     for token in _BRACES.finditer(text):
-        if token.group() == "}":
-            start, box = opened.pop() if opened else (0, False)
-            if box and (best is None or start > best[0]):
-                best = start, token.start()
-        elif token.group().endswith("{") and not token.group().startswith("\\{"):
-            opened.append((token.end(), len(token.group()) > 1))
-    return text[best[0] : best[1]].strip() or None if best else None
+        found = token.group()
+        if bare := token["bare"]:
+            boxes.append((token.start(), token.end(), bare.strip().rstrip(".,;")))
+        elif found == "}":
+            start, inside, box = opened.pop() if opened else (0, 0, False)
+            if box:
+                boxes.append((start, token.end(), text[inside : token.start()].strip()))
+        elif found.endswith("{") and not found.startswith("\\{"):
+            opened.append((token.start(), token.end(), len(found) > 1))
+    if not boxes:
+        return None
+    start, _, last = max(boxes)
+    contents = [last]
+    for begin, end, content in sorted(boxes, reverse=True)[1:]:
+        if end > start or not _AND.fullmatch(text, end, start):
+            break
+        start, contents = begin, [content, *contents]
+    return ", ".join(dict.fromkeys(filter(None, contents))) or None

@@ -1,5 +1,6 @@
 """Attempts: sampled in blocks that survive a kill, graded, or brought along from a file."""
 
+import gzip
 import json
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -184,6 +185,9 @@ def test_a_line_separator_inside_a_text_is_no_end_of_line(grader, tmp_path):
         '{"question": "What is 1 + 1?", "steps": ["a"], "first_error_step": 2}',
         '{"question": "What is 1 + 1?", "steps": ["a"], "first_error_step": -2}',
         '{"question": "What is 1 + 1?", "steps": ["a"], "first_error_step": "first"}',
+        '{"question": "What is 1 + 1?", "steps": ["a"], "label": 0}',
+        '{"question": "What is 1 + 1?", "steps": [NaN]}',
+        '{"question": "What is 1 + 1?", "steps": ["\\ud83d"]}',
         '{"question": 7, "steps": ["a"]}',
         "[1]",
         "not JSON",
@@ -201,6 +205,15 @@ def test_a_row_that_cannot_be_used_is_left_out_and_named_with_file_and_line(run,
     path.write_text(row + "\n")
     with pytest.raises(DataFault, match=r"no row can be used: 1 row_not_readable; .*mine\.jsonl, line 1: "):
         bring(path, PROBLEMS, grader)
+
+
+def test_imported_attempts_may_be_packed_and_a_line_that_is_not_utf8_is_left_out(run, grader, tmp_path):
+    path = tmp_path / "mine.jsonl.gz"
+    row = b'{"question": "What is 0 + 1?", "steps": ["1"]}\n'
+    path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + row + row.replace(b'"1"', b'"caf\xe9"')))
+    assert sample(run, grader, None, source=str(path)).dropped == {"row_not_readable": 1}
+    (drop,) = run.read("dropped.jsonl", Drop)
+    assert drop.detail.endswith("line 2: the text is not UTF-8")
 
 
 def test_a_row_about_an_unknown_question_is_left_out_and_counted(run, grader, tmp_path):
@@ -237,9 +250,8 @@ def test_a_labelled_step_makes_an_attempt_wrong_whatever_its_answer(grader, tmp_
 
 def test_a_label_of_another_name_is_not_passed_over(grader, tmp_path):
     source = write(tmp_path / "mine.jsonl", {"problem": "What is 1 + 1?", "steps": ["3"], "label": 0})
-    with pytest.raises(DataFault, match="a label, but no first_error_step") as fault:
+    with pytest.raises(DataFault, match=r"a label, but no first_error_step: .* add 1"):
         bring(source, PROBLEMS, grader)
-    assert "add 1" in fault.value.hint
 
 
 def test_a_missing_file_and_one_about_other_problems_are_told_apart(grader, tmp_path):

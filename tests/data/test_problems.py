@@ -124,8 +124,12 @@ def test_an_empty_file_is_named(tmp_path, name):
 def test_a_line_that_is_no_json_is_named(tmp_path):
     path = tmp_path / "p.jsonl"
     write(path, map(plain, range(6)))
-    path.write_text(path.read_text() + '{"question": "half\n')
-    assert "p.jsonl, line 7, column 14: not JSON: Unterminated string" in fault(str(path)).message
+    path.write_text(path.read_text() + '{"question": "half\n' + json.dumps(plain(7)) + "\n")
+    drops: list[Drop] = []
+    assert len(load_problems(str(path), drops=drops)) == 7
+    (drop,) = drops
+    assert (drop.reason, drop.raw) == ("row_not_readable", '{"question": "half')
+    assert "p.jsonl, line 7: column 14: not JSON: Unterminated string" in drop.detail
     (tmp_path / "p.json").write_text('[\n{"question": "q", "answer": "1"},\n{]')
     assert "p.json, line 3, column 2: not JSON" in fault(str(tmp_path / "p.json")).message
 
@@ -146,18 +150,21 @@ def test_rows_that_are_no_objects_are_named(tmp_path):
         {"problem": "p", "solution": r"an open \boxed{5"},
     ],
 )
-def test_a_row_without_answer_is_named(tmp_path, row):
-    source = write(tmp_path / "p.jsonl", [plain(1), row])
-    found = fault(source)
-    assert "p.jsonl, line 2: no answer" in found.message
-    assert "####" in found.hint
+def test_a_row_without_answer_is_counted_and_named_and_the_others_are_read(tmp_path, row):
+    source = write(tmp_path / "p.jsonl", [plain(1), row, plain(2)])
+    drops: list[Drop] = []
+    assert [problem.answer for problem in load_problems(source, drops=drops)] == ["2", "3"]
+    (drop,) = drops
+    assert drop.reason == "no_answer"
+    assert "p.jsonl, line 2: no answer" in drop.detail
+    found = fault(write(tmp_path / "q.jsonl", [row]))
+    assert "q.jsonl: no row can be used (1 no answer); line 1: no answer" in found.message
+    assert "####" in found.message + found.hint
 
 
 def test_an_empty_question_is_named(tmp_path):
-    assert (
-        "line 1: the question is empty"
-        in fault(write(tmp_path / "p.jsonl", [{**plain(1), "question": " "}])).message
-    )
+    found = fault(write(tmp_path / "p.jsonl", [{**plain(1), "question": " "}]))
+    assert "(1 no question); line 1: the question is empty" in found.message
 
 
 def test_unknown_columns_are_told_with_those_that_are_known(tmp_path):
@@ -188,7 +195,7 @@ def test_columns_of_any_name_are_read_from_every_form(tmp_path, monkeypatch):
 def test_a_named_column_that_is_not_there_is_told_with_those_that_are(tmp_path):
     source = write(tmp_path / "p.jsonl", [{"query": "q", "gold": "1"}])
     found = fault(source, columns={"question": "query", "answer": "golden"})
-    assert found.message.endswith("line 1: no column golden, only: query, gold")
+    assert found.message.endswith("(1 columns missing); line 1: no column golden, only: query, gold")
     assert "answer_column" in found.hint
     assert "no known columns" in fault(source, columns={"question": "query"}).message
     (kept,) = load_problems(source, columns={"question": "query", "answer": "gold"})
@@ -211,17 +218,25 @@ def test_a_csv_may_have_a_byte_order_mark_and_newlines_and_quotes_in_its_texts(t
 
 
 @pytest.mark.parametrize(
-    ("lines", "said"),
+    ("line", "said"),
     [
-        ('"a\nb",1\n"open,2\n', "line 4: not CSV: unexpected end of data"),
-        ('"a\nb",1\nq, with a comma,2\n', "line 4: more fields than the first line has names"),
-        ('"a\nb",1\nq,\n', "line 4: no answer"),
+        ('"a"b,2', "not CSV: ',' expected after '\"'"),
+        ('"open,2', "not CSV: unexpected end of data"),
+        ("q, with a comma,2", "more fields than the first line has names"),
+        ("q,", "no answer"),
     ],
 )
-def test_a_faulty_row_of_a_csv_is_named_with_the_line_where_it_begins(tmp_path, lines, said):
-    (tmp_path / "p.csv").write_text("question,answer\n" + lines)
-    found = fault(str(tmp_path / "p.csv"))
-    assert said in found.message
+def test_a_faulty_row_of_a_csv_is_counted_and_named_with_the_line_where_it_begins(tmp_path, line, said):
+    path, drops = tmp_path / "p.csv", []
+    path.write_text(f'question,answer\n"a\nb",1\n{line}\n')
+    assert [problem.answer for problem in load_problems(str(path), drops=drops)] == ["1"]
+    assert [f"p.csv, line 4: {said}" in drop.detail for drop in drops] == [True]
+
+
+def test_a_quote_that_is_never_closed_stops_the_file_because_it_takes_the_rows_after_it_along(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text('question,answer\nq,1\n"open,2\nr,3\n')
+    assert "p.csv, line 3 to 4: not CSV: unexpected end of data" in fault(str(path)).message
 
 
 def test_a_parquet_file_that_is_none_is_named(tmp_path):
@@ -239,14 +254,27 @@ def test_an_answer_may_stand_in_the_last_line_of_a_solution(tmp_path):
     assert "no answer" in fault(write(tmp_path / "p.jsonl", rows)).message
 
 
-def test_two_rows_with_one_id_are_named(tmp_path):
+def test_the_second_row_of_an_id_is_counted_and_named(tmp_path):
     source = write(tmp_path / "p.jsonl", [{**plain(1), "id": "x"}, {**plain(2), "id": "x"}])
-    assert "line 2: the id x stands at line 1" in fault(source).message
+    drops: list[Drop] = []
+    assert len(load_problems(source, drops=drops)) == 1
+    assert [(drop.id, drop.reason) for drop in drops] == [("x", "duplicate_id")]
+    assert "p.jsonl, line 2: the id of line 1 again" in drops[0].detail
 
 
-def test_text_that_is_not_utf8_is_named(tmp_path):
-    (tmp_path / "p.jsonl").write_bytes(b'{"question": "\xff\xfe"}')
-    assert "UTF-8" in fault(str(tmp_path / "p.jsonl")).hint
+@pytest.mark.parametrize("name", ["p.jsonl", "p.csv"])
+def test_a_row_that_is_not_utf8_is_counted_and_named(tmp_path, name):
+    rows = b"question,answer\n" if name == "p.csv" else b""
+    for question in (b"one", b"caf\xe9", b"two"):
+        rows += (
+            question + b",1\n" if rows[:1] == b"q" else b'{"question": "' + question + b'", "answer": 1}\n'
+        )
+    (tmp_path / name).write_bytes(rows)
+    drops: list[Drop] = []
+    assert [p.question for p in load_problems(str(tmp_path / name), drops=drops)] == ["one", "two"]
+    assert "the text is not UTF-8 (convert the file: iconv" in drops[0].detail
+    (tmp_path / "p.json").write_bytes(b'[{"question": "caf\xe9"}]')
+    assert "not UTF-8" in fault(str(tmp_path / "p.json")).message
 
 
 def test_a_data_set_out_of_reach_has_a_remedy(monkeypatch):

@@ -110,6 +110,9 @@ def test_a_grader_that_does_not_know_is_not_a_wrong_answer():
         "as in the solution given above",
         "The answer was provided, so",
         "the Ground-Truth answer",
+        "according to the given solution of the equation",
+        "the given answer of 5 apples",
+        "the given solution of 5.",
     ],
 )
 def test_a_mention_of_the_solution_is_seen(text):
@@ -125,6 +128,9 @@ def test_a_mention_of_the_solution_is_seen(text):
         "the solution set is {1, 2}",
         "So the correct answer is 7",
         "the given numbers",
+        "The given solution of 2 litres is 20% acid",
+        "the provided solution of $0.5$ L of salt water",
+        "the given solution contains 20% salt",
         "the golden ratio answers it",
         "Given the equation, its solutions are",
     ],

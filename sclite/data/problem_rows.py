@@ -1,0 +1,171 @@
+"""One row of a problem file, in any of the usual forms, as a problem."""
+
+import hashlib
+import math
+import re
+from collections.abc import Iterable, Mapping
+from decimal import Decimal
+from typing import Any
+
+from sclite.data.sources import BadRow, clean
+from sclite.grading.extract import boxed
+from sclite.records import Problem
+
+FORMS = "question and answer (GSM8K, or plain), or problem and solution with \\boxed{} (MATH)"
+MARKS = "`#### ANSWER`, `\\boxed{ANSWER}` or `The answer is ANSWER.`"
+_USUAL = {"question": ("question", "problem"), "answer": ("answer",), "solution": ("solution",)}
+_USUAL_IDS = ("id", "unique_id")
+_FIELDS = set(Problem.model_fields)
+_CALCULATOR = re.compile(r"<<[^<>\n]*>>")
+_SAID = re.compile(
+    r"\bthe (?:final |correct )?answer is:?[ \t]+((?:(?!the answer is)[^\n])+?)(?:\.(?=\s|\Z)[^\n]*)?\s*\Z",
+    re.I,
+)
+_ANSWER_HEADING = re.compile(r"^#{1,6}[ \t]*(?:final )?answer:?\s*\n\s*([^\n]+?)\s*\Z", re.I | re.M)
+_LEAD = re.compile(r"(?:the )?(?:final )?answer(?: is)?:?[ \t]+", re.I)
+_HEADING = re.compile(r"[A-Za-z]+(?: \d+)?[:.]|(?:step|part|case|solution)\b|\d+[.)]\s+[A-Za-z]", re.I)
+_SENTENCE = re.compile(r"[.!?](?:\s+[A-Z]|\s*\Z)|\n")
+_WORDS_OF_A_SENTENCE = 5
+
+
+def read_problem(row: Mapping[str, Any] | BadRow, columns: Mapping[str, str]) -> Problem:
+    """A row with named `columns` ({"question", "answer", "solution", "id": name}), else with those of the usual names.
+
+    Raises BadRow with reason columns_missing, not_text, no_question or no_answer.
+    """
+    cells = _cells(row, columns, ("question", "answer", "solution"))
+    question = _question(cells["question"])
+    marked, problem_with_answer = "", None
+    try:
+        marked = text_of(cells["answer"], "the answer")
+    except BadRow as error:  # the solution may still hold it
+        problem_with_answer = error
+    solution = text_of(cells["solution"], "the solution")
+    gold, worked = _gold_in(marked) if "####" in marked or _is_worked(marked) else (marked, "")
+    own_gold, stripped = _gold_in(solution)
+    if not gold and not own_gold:
+        if problem_with_answer:
+            raise problem_with_answer
+        if marked:
+            why = f"no answer: {columns.get('answer', 'answer')} is worked text without {MARKS}"
+            raise BadRow("no_answer", why, "set answer_column to the column of the final answer")
+        raise BadRow("no_answer", "no answer", f"add `answer`, or end the solution in {MARKS}")
+    return Problem.model_construct(  # all texts already; the set of fields in common is a tenth of a problem's memory
+        _FIELDS,
+        id=_id(row, question, columns),
+        question=question,
+        answer=gold or own_gold,
+        solution=_CALCULATOR.sub("", stripped or worked).strip() or None,
+    )
+
+
+def read_question(row: Mapping[str, Any] | BadRow, columns: Mapping[str, str]) -> tuple[str, str]:
+    """(id, question) of a row, which needs no answer; raises BadRow."""
+    question = _question(_cells(row, columns, ("question",))["question"])
+    return _id(row, question, columns), question
+
+
+def text_of(value: Any, name: str) -> str:
+    """A cell as text; empty where it is missing (None, NaN, an empty list).
+
+    A list of one is read as its element. Raises BadRow (not_text) for anything else that is no text or number. A lone
+    surrogate, which no file can hold, becomes the replacement character.
+    """
+    if isinstance(value, list | tuple) and len(value) < 2:
+        value = value[0] if value else None
+    if isinstance(value, bytes):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError as error:
+            raise BadRow("not_text", f"{name} is bytes that are not UTF-8") from error
+    if value is None or (isinstance(value, float | Decimal) and math.isnan(value)):
+        return ""
+    if isinstance(value, float | Decimal) and math.isinf(value):
+        raise BadRow("not_text", f"{name} is infinite")
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        value = int(value)
+    if not isinstance(value, str | int | float | Decimal):
+        kind = {"list": f"a list of {len(value)}", "dict": "an object"} if hasattr(value, "__len__") else {}
+        hint = f"write it as one text, or set {name.split()[-1]}_column to another column"
+        raise BadRow("not_text", f"{name} is {kind.get(type(value).__name__, type(value).__name__)}", hint)
+    return clean(str(value)).strip()
+
+
+def _cells(
+    row: Mapping[str, Any] | BadRow, columns: Mapping[str, str], wanted: Iterable[str]
+) -> dict[str, Any]:
+    """{part: its cell, None where there is none} by the named columns, else the usual ones.
+
+    Raises BadRow that names the columns of the row where a named one is absent, or none is known.
+    """
+    if isinstance(row, BadRow):
+        raise row
+    present = clean(", ".join(map(str, row))) or "none"
+    for part, name in columns.items():
+        if name not in row and part in (*wanted, "id"):
+            raise BadRow(
+                "columns_missing", f"no column {name}, only: {present}", f"set {part}_column to one of them"
+            )
+    names = {part: [columns[part]] if part in columns else _USUAL[part] for part in wanted}
+    known = {part for part, usual in names.items() if any(name in row for name in usual)}
+    golden = {"answer", "solution"} & names.keys()
+    if "question" not in known or (golden and not golden & known):
+        hint = f"name them by question_column, answer_column and solution_column, or rename them: {FORMS}"
+        raise BadRow("columns_missing", f"no known columns, only: {present}", hint)
+    return {
+        part: next((row[n] for n in usual if row.get(n) not in (None, "")), None)
+        for part, usual in names.items()
+    }
+
+
+def _question(cell: Any) -> str:
+    question = text_of(cell, "the question")
+    if not question:
+        raise BadRow("no_question", "the question is empty", "fill it in or remove the row")
+    return question
+
+
+def _id(row: Mapping[str, Any], question: str, columns: Mapping[str, str]) -> str:
+    """The row's own id where it has one that is a text or a number, else a hash of the question."""
+    for name in [columns["id"]] if "id" in columns else _USUAL_IDS:
+        value = row.get(name)
+        if isinstance(value, str | int | float) and (own := text_of(value, "the id")):
+            return own
+    return hashlib.sha256(question.encode()).hexdigest()[:12]
+
+
+# -- the answer in a worked text -----------------------------------------------------------------------------------
+
+
+def _is_worked(text: str) -> bool:
+    """Whether a text is sentences rather than an answer."""
+    words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", text)
+    return len(words) >= _WORDS_OF_A_SENTENCE and _SENTENCE.search(text) is not None
+
+
+def _gold_in(text: str) -> tuple[str, str]:
+    """(answer, text without its mark) of a worked text: after its `####`, in its last box, or in a last line that says so."""
+    gold, worked = _marked(text)
+    if gold:
+        return gold, worked
+    if gold := boxed(text):
+        return gold, text
+    said = _ANSWER_HEADING.search(text) or _SAID.search(text)
+    return (said[1].strip() if said else ""), text
+
+
+def _marked(text: str) -> tuple[str, str]:
+    """(answer, text before it) of GSM8K's mark, `#### 72` at the end; ("", text) where `####` begins a Markdown heading.
+
+    MetaMath has a last line `The answer is: 72` after it. An answer that is no number stands on a line of its own.
+    """
+    before, mark, after = text.rpartition("####")
+    answer, *rest = [line.strip() for line in after.strip().splitlines()] or [""]
+    answer = _LEAD.sub("", answer, count=1) if _LEAD.match(answer) else answer
+    if not mark or not answer or (rest and not (len(rest) == 1 and _SAID.search(rest[0]))):
+        return "", text
+    number = re.match(r"[-+$]{0,2}[ \t]?[\d.\\]", answer)
+    alone = before.rpartition("\n")[2].strip() == "" and "####" not in before
+    if _HEADING.match(answer) or _is_worked(answer) or not (number or (alone and not boxed(text))):
+        return "", text
+    return answer, before

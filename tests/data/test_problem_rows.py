@@ -1,0 +1,159 @@
+"""What a row of a problem file says: which text is the answer, and which rows say nothing that can be used."""
+
+import math
+from datetime import date
+from decimal import Decimal
+
+import pytest
+
+from sclite.data.problem_rows import read_problem
+from sclite.data.sources import BadRow
+
+
+def answer(**row):
+    return read_problem({"question": "?", **row}, {}).answer
+
+
+def refused(**row) -> BadRow:
+    with pytest.raises(BadRow) as caught:
+        read_problem({"question": "?", **row}, {})
+    return caught.value
+
+
+# -- the answer in a worked text -----------------------------------------------------------------------------------
+
+STEPS = "#### Step 1\nAdd 2 and 3.\n\n#### Step 2\n2 + 3 = 5, so the answer is $\\boxed{5}$."
+
+
+def test_a_markdown_heading_is_not_the_mark_of_gsm8k():
+    problem = read_problem({"question": "?", "solution": STEPS}, {})
+    assert (problem.answer, problem.solution) == ("5", STEPS)
+    problem = read_problem({"question": "?", "solution": STEPS, "answer": "5"}, {})
+    assert (problem.answer, problem.solution) == ("5", STEPS)
+    assert answer(solution="2+3 is \\boxed{5}. #### Remark: easy.") == "5"
+    assert refused(solution="Add.\n#### Remark: easy.").reason == "no_answer"
+    assert refused(solution="#### Step 1\nAdd.\n#### Step 2: 2 + 3 = 5").reason == "no_answer"
+    assert answer(answer="#### Step 1\nAdd.\n#### Answer\n5") == "5"
+
+
+@pytest.mark.parametrize(
+    ("text", "gold"),
+    [
+        ("48 + 24 = 72.\n#### 72", "72"),
+        ("48 + 24 = 72. #### 72", "72"),
+        ("It costs that.\n#### $1,200.50", "$1,200.50"),
+        ("So.\n#### -3", "-3"),
+        ("So.\n#### \\frac{1}{2}\n", "\\frac{1}{2}"),
+        ("So.\n#### x = 5", "x = 5"),
+        ("So.\n#### B", "B"),
+        ("So.\n#### Answer: 7", "7"),
+        ("so.\n#### 72\nThe answer is: 72", "72"),
+    ],
+)
+def test_the_mark_of_gsm8k_is_read(text, gold):
+    assert answer(answer=text) == answer(solution=text) == gold
+
+
+@pytest.mark.parametrize(
+    ("text", "gold"),
+    [
+        ("our answer is $\\boxed 2$.", "2"),
+        ("our answer is $\\boxed2$.", "2"),
+        ("our answer is \\(\\boxed 12\\).", "12"),
+        ("our answer is $\\boxed 2x+1$.", "2x+1"),
+        ("our answer is \\fbox 7 now", "7"),
+        ("our answer is \\fbox{7}", "7"),
+        ("so $\\boxed\\frac{1}{2}$", "\\frac{1}{2}"),
+        ("First $\\boxed{4}$ was tried, then $\\boxed{5}$.", "5"),
+        ("The roots are $\\boxed{1}$ and $\\boxed{3}$.", "1, 3"),
+        ("So $x = \\boxed{1}$, $x=\\boxed{2}$ or $x = \\boxed{3}$.", "1, 2, 3"),
+        ("So \\boxed{\\boxed{5}}", "5"),
+    ],
+)
+def test_a_box_is_read_without_braces_and_several_that_are_joined_are_one_answer(text, gold):
+    assert answer(solution=text) == gold
+
+
+@pytest.mark.parametrize(
+    ("text", "gold"),
+    [
+        ("The answer is 5. Check: 5-3=2.", "5"),
+        ("It is 3 twice. The answer is: 6.", "6"),
+        ("So the final answer is 2.5", "2.5"),
+        ("The answer is 4? No: the answer is 5.", "5"),
+    ],
+)
+def test_an_answer_that_the_last_line_names_ends_with_its_sentence(text, gold):
+    assert answer(solution=text) == gold
+
+
+def test_worked_text_in_the_answer_column_is_no_answer_unless_it_marks_one():
+    sentence = "If Jungkook is in 5th place, then 4 people crossed the finish line faster than him."
+    error = refused(answer=sentence)
+    assert error.reason == "no_answer"
+    assert "answer is worked text without" in error.message
+    assert "answer_column" in error.hint
+    assert answer(answer=f"{sentence} The answer is 4.") == "4"
+    assert answer(answer=f"{sentence}\n#### 4") == "4"
+    assert answer(answer=sentence, solution="So \\boxed{4}") == "4"
+    problem = read_problem({"question": "?", "answer": f"{sentence} So \\boxed{{4}}."}, {})
+    assert problem.solution == f"{sentence} So \\boxed{{4}}."
+
+
+@pytest.mark.parametrize(
+    "gold",
+    ["12 square meters", "x = 3 or x = -3", "all real numbers except zero and one", "4 p.m. on Monday", "Yes.",
+     "\\begin{pmatrix} 1 & 2 \\\\\n 3 & 4 \\end{pmatrix}"],
+)  # fmt: skip
+def test_an_answer_in_words_stays_an_answer(gold):
+    assert answer(answer=gold) == gold
+
+
+# -- cells that are no text ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cell", "gold"),
+    [
+        (["7"], "7"),
+        ([2], "2"),
+        (b"2", "2"),
+        (7.0, "7"),
+        (0.5, "0.5"),
+        (Decimal("2.50"), "2.50"),
+        (10**20, "1" + "0" * 20),
+    ],
+)
+def test_numbers_bytes_and_lists_of_one_are_read_as_their_text(cell, gold):
+    assert answer(answer=cell) == gold
+
+
+@pytest.mark.parametrize(
+    ("cell", "said"),
+    [
+        (["3", "5"], "the answer is a list of 2"),
+        ({"value": 7}, "the answer is an object"),
+        ([{"value": 7}], "the answer is an object"),
+        (b"\xff\xfe", "bytes that are not UTF-8"),
+        (math.inf, "infinite"),
+        (date(2020, 1, 2), "the answer is date"),
+    ],
+)
+def test_other_cells_are_refused_by_name_unless_the_solution_has_the_answer(cell, said):
+    error = refused(answer=cell)
+    assert error.reason == "not_text"
+    assert said in error.message
+    assert answer(answer=cell, solution="So \\boxed{5}") == "5"
+
+
+@pytest.mark.parametrize("cell", [None, "", " ", math.nan, [], [None], Decimal("NaN")])
+def test_missing_cells_are_no_answer(cell):
+    assert refused(answer=cell).reason == "no_answer"
+    assert refused(question=cell, answer="1").reason == "no_question"
+
+
+def test_a_lone_surrogate_becomes_the_replacement_character():
+    problem = read_problem({"question": "What \ud83d is 1+1?", "answer": "2\udc00", "id": "\ud83d"}, {})
+    assert (problem.id, problem.question, problem.answer) == ("\ufffd", "What \ufffd is 1+1?", "2\ufffd")
+    assert problem.model_dump_json()
+    assert refused(**{"\ud83d": 1}).message.encode()
