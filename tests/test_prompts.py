@@ -110,5 +110,5 @@ def test_a_prompt_in_another_encoding_and_a_missing_folder_are_named(tmp_path):
     with pytest.raises(DataFault, match=r"student_solve\.txt cannot be read: 'utf-8' codec") as error:
         prompts.solve_messages("How many?", str(tmp_path))
     assert "UTF-8" in error.value.hint
-    with pytest.raises(DataFault, match="prompts.folder: .*nowhere is not a folder"):
+    with pytest.raises(DataFault, match=r"prompts\.folder: .*nowhere is not a folder"):
         prompts.solve_messages("How many?", str(tmp_path / "nowhere"))
