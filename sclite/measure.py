@@ -5,6 +5,8 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
 from sclite import prompts
 from sclite.errors import DataFault, UsageFault
 from sclite.export.stage import ADAPTERS
@@ -13,6 +15,16 @@ from sclite.world import World
 
 THRESHOLDS = "export/review.json"
 """By the digest of a GGUF: the threshold fitted on it, on how many problems and for what harm, and the prompts' digest."""
+
+
+class Fitted(BaseModel):
+    """A fitted threshold: on how many problems, for what harm, under which prompts."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=True)
+    threshold: float
+    n: int
+    max_harm: float
+    prompts: str
 
 
 FEW_TO_FIT = 50
@@ -134,7 +146,8 @@ def keep_thresholds(world: World, figures: Mapping[str, Any]) -> list[str]:
     """
     if world.config.review.threshold is not None:  # the user's own, which no evaluation has fitted
         return []
-    kept, stays = world.run.read_json(THRESHOLDS) or {}, {}
+    kept, stays = world.run.read_json(THRESHOLDS, dict[str, Fitted]) or {}, {}
+    kept = {digest: fitted.model_dump() for digest, fitted in kept.items()}
     for each in figures.values():
         if each["threshold"] is None:
             continue
@@ -188,7 +201,7 @@ def write_summary(world: World, summary: dict[str, Any]) -> None:
     world.run.write_json("eval/summary.json", summary)
     examples = []
     for name in summary["models"]:
-        shown = world.run.read_json(f"eval/{name}.reviews.json") or []
+        shown = world.run.read_json(f"eval/{name}.reviews.json", list[dict[str, Any]]) or []
         examples += [{**example, "model": name} for example in shown[:3]]
     curves = {}
     for stage in ("sft", "dpo"):
@@ -210,10 +223,11 @@ def _review_digest(world: World) -> str:
 def stored_threshold(world: World, gguf: Path) -> float | None:
     """The threshold that was fitted on this very file under these prompts, here or in the run that it lies in; else None."""
     beside = gguf.parent / Path(THRESHOLDS).name
-    for known in (world.run.read_json(THRESHOLDS), world.run.read_json(str(beside.resolve()))):
-        kept = (known or {}).get(world.run.file_digest(str(gguf.resolve())))
-        if kept and kept["prompts"] == _review_digest(world):
-            return kept["threshold"]
+    for name in dict.fromkeys((str(world.run.path(THRESHOLDS).resolve()), str(beside.resolve()))):
+        known = world.run.read_json(name, dict[str, Fitted]) or {}
+        kept = known.get(world.run.file_digest(str(gguf.resolve()))) if known else None
+        if kept and kept.prompts == _review_digest(world):
+            return kept.threshold
     return None
 
 

@@ -83,3 +83,14 @@ class Drop(Row):
     reason: str
     detail: str = ""
     raw: str = ""
+
+
+ROWS: dict[str, type[Row]] = {
+    "problems.jsonl": Problem,
+    "templates.jsonl": Template,
+    "attempts.jsonl": Attempt,
+    "reviews.jsonl": Review,
+    "pairs.jsonl": Pair,
+    "dropped.jsonl": Drop,
+}
+"""What each file of rows in a run folder holds."""

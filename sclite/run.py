@@ -4,19 +4,21 @@ import fcntl
 import hashlib
 import json
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from sclite import __version__
+from sclite import __version__, console
 from sclite.config import Config
 from sclite.errors import DataFault, ScliteError, UsageFault
-from sclite.records import Drop, Row
+from sclite.manifest import Manifest
+from sclite.manifest import Report as Report
+from sclite.manifest import timed as timed
+from sclite.records import ROWS, Drop, Row
 from sclite.settings import FORGOTTEN, RUN_FILE
 from sclite.signature import brought_up
 
@@ -28,37 +30,39 @@ BESIDES = frozenset(
 """Files of a run that a command writes before it has made anything."""
 
 
-@dataclass
-class Report:
-    """What a stage has done: counts, drops by reason, seconds, cost; `figures` holds what is particular to it."""
-
-    stage: str
-    counts: dict[str, int] = field(default_factory=dict)
-    dropped: dict[str, int] = field(default_factory=dict)
-    seconds: float = 0.0
-    cost_usd: float = 0.0
-    figures: dict[str, Any] = field(default_factory=dict)
-    skipped: bool = False
-
-    @classmethod
-    def of(cls, manifest: dict[str, Any]) -> "Report":
-        """The report that a finished stage has left in its manifest."""
-        names = ("stage", "counts", "dropped", "seconds", "cost_usd", "figures")
-        return cls(**{name: manifest[name] for name in names}, skipped=True)
-
-    def as_dict(self) -> dict[str, Any]:
-        return {k: getattr(self, k) for k in ("counts", "dropped", "seconds", "cost_usd", "figures")}
+MADE_BY = {
+    "problems.jsonl": ("problems", "build-data"),
+    "templates.jsonl": ("templates", "build-data"),
+    "attempts.jsonl": ("attempts", "build-data --only corrections"),
+    "reviews.jsonl": ("corrections", "build-data --only corrections"),
+    "pairs.jsonl": ("pairs", "train"),
+}
+"""The stage that writes a file of rows, and the command that makes its missing rows again."""
 
 
 def write_text(path: Path, text: str | Iterable[str]) -> None:
     """Write a text, whole or in pieces, beside, force to disk, rename: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.writelines([text] if isinstance(text, str) else text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    beside = path.with_name(f".{os.getpid()}.new")  # no longer than any name that fits
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            file.writelines([text] if isinstance(text, str) else text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Force a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class Run:
@@ -66,6 +70,13 @@ class Run:
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
+        self._said: set[str] = set()
+
+    def warn(self, text: str) -> None:
+        """Say once on stderr what was found damaged."""
+        if text not in self._said:
+            self._said.add(text)
+            console.note(f"[yellow]warning:[/] {console.plain(text)}")
 
     def path(self, name: str) -> Path:
         return self.folder / name
@@ -182,16 +193,17 @@ class Run:
 
             yield add
 
-    def rows(self, name: str, kind: type[R]) -> Iterator[R]:
+    def rows(self, name: str, kind: type[R], whole: bool = True) -> Iterator[R]:
         """The rows of a file, each read when it is asked for; none where the file is absent.
 
-        A half-written last line is dropped; any other line that is no row raises DataFault with its number.
+        A half-written last line is dropped; any other line that is no row raises DataFault with its number, or is
+        skipped with a warning where the file need not be `whole`. A file of drops never needs to.
         """
-        return (row for _, row in self.located(name, kind))
+        return (row for _, row in self.located(name, kind, whole))
 
-    def located(self, name: str, kind: type[R]) -> Iterator[tuple[int, R]]:
+    def located(self, name: str, kind: type[R], whole: bool = True) -> Iterator[tuple[int, R]]:
         """The rows of a file as `rows` gives them, each with the byte that its line begins at."""
-        offset, path = 0, self.path(name)
+        offset, path, damaged = 0, self.path(name), []
         if not path.is_file():
             return
         with open(path, "rb") as file:
@@ -203,13 +215,26 @@ class Run:
                     row = kind.model_validate_json(line.decode("utf-8", errors="replace"))
                 except ValidationError as error:
                     if not line.endswith(b"\n"):  # the process was killed while writing
-                        return
-                    first = error.errors()[0]
-                    where = ".".join(str(p) for p in first["loc"])
-                    raise DataFault(
-                        f"{path}, line {number}: {where or 'not a row'}: {first['msg']}", "mend or remove it"
-                    ) from None
+                        break
+                    if whole and kind is not Drop:
+                        first = error.errors()[0]
+                        where = ".".join(str(p) for p in first["loc"])
+                        message = f"{path}, line {number}: {where or 'not a row'}: {first['msg']}"
+                        raise DataFault(message, self._remedy(name)) from None
+                    damaged.append(number)
+                    continue
                 yield begin, row
+        if damaged:
+            more = f" and {len(damaged) - 1} more" if damaged[1:] else ""
+            self.warn(f"{path}: line {damaged[0]}{more} damaged, skipped")
+
+    def _remedy(self, name: str) -> str:
+        """How a damaged file of rows gets whole again."""
+        stage, command = MADE_BY.get(name, ("", ""))
+        if stage and self.path(f"done/{stage}.json").is_file():
+            again = f"`sclite {command} --run {self.folder}` makes its missing rows again"
+            return f"{again}; replies that were paid for come from the ledger"
+        return "fix or remove the line, or run the command again that made the file"
 
     def read(self, name: str, kind: type[R]) -> list[R]:
         """All rows of a file, as `rows` gives them."""
@@ -224,7 +249,7 @@ class Run:
 
         Rows of other ids go; of several of one id the last stays.
         """
-        begins = {row.id: begin for begin, row in self.located(name, kind)}
+        begins = {row.id: begin for begin, row in self.located(name, kind, whole=False)}
         if not begins:
             self.replace(name, [])
             return
@@ -245,15 +270,16 @@ class Run:
         kept = [drop for drop in self.read("dropped.jsonl", Drop) if drop.stage not in stages]
         self.replace("dropped.jsonl", [*kept, *drops])
 
-    def read_json(self, name: str) -> Any:
-        """A JSON file of the run; None where it is absent."""
+    def read_json(self, name: str, shape: Any = Any) -> Any:
+        """A JSON file of the run; None where it is absent, or damaged (not of `shape`), which is said."""
         path = self.path(name)
         if not path.is_file():
             return None
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataFault(f"{path}: {error}", "remove it; its stage writes it again") from error
+            return TypeAdapter(shape).validate_json(path.read_bytes())
+        except ValidationError:
+            self.warn(f"{path} is damaged and not used")
+            return None
 
     def write_json(self, name: str, value: Any) -> None:
         write_text(self.path(name), json.dumps(value, indent=1, ensure_ascii=False) + "\n")
@@ -261,18 +287,77 @@ class Run:
     # -- signatures ------------------------------------------------------------------------------------------------
 
     def done(self, stage: str, inputs: dict[str, Any], *outputs: str) -> dict[str, Any] | None:
-        """The stage's manifest where it was finished from these same inputs and its outputs are there, else None."""
-        manifest = self.read_json(f"done/{stage}.json")
-        same = manifest is not None and brought_up(manifest.get("inputs", {}), inputs) == inputs
-        return manifest if same and all(self.path(name).exists() for name in outputs) else None
+        """The stage's manifest where it was finished from these same inputs and its outputs are whole, else None."""
+        manifest = self.finished(stage)
+        if (
+            manifest is None
+            or brought_up(manifest["inputs"], inputs) != inputs
+            or not all(self.path(n).exists() for n in outputs)
+        ):
+            return None
+        for lost in (found := self.damaged(manifest)):
+            self.warn(lost)
+        return None if found else manifest
+
+    def damaged(self, manifest: dict[str, Any]) -> list[str]:
+        """In words, what is not whole of the files that a manifest vouches for; rows may have been edited."""
+        found = []
+        for name, signed in manifest["outputs"].items():
+            path, rows = self.path(name), signed["rows"]
+            if not path.is_file() or self.file_digest(name) == signed["digest"]:
+                continue
+            if rows is None:
+                found.append(f"{path} is damaged: it is not the file that {manifest['stage']} wrote")
+            elif (whole := self._count(name)) < rows:
+                found.append(f"{path} is damaged: {whole} of {rows} rows are whole")
+        return found
+
+    def _count(self, name: str) -> int:
+        return sum(1 for _ in self.rows(name, ROWS[name], whole=False))
 
     def finished(self, stage: str) -> dict[str, Any] | None:
-        """The stage's manifest, from whatever inputs."""
-        return self.read_json(f"done/{stage}.json")
+        """The stage's manifest, from whatever inputs; its copy where it is damaged."""
+        path = self.path(f"done/{stage}.json")
+        if not path.is_file():
+            return None
+        for place in (path, path.with_name(f".{path.name}")):
+            with suppress(ValidationError, FileNotFoundError):
+                return Manifest.model_validate_json(place.read_bytes()).model_dump()
+        raise DataFault(
+            f"{path} and its copy are damaged",
+            f"remove {path} and run the same command again: it repeats {stage}",
+        )
 
-    def sign(self, stage: str, inputs: dict[str, Any], report: Report) -> None:
-        """Note that a stage is done, last of all its files."""
-        manifest = {"stage": stage, "sclite": __version__, "inputs": inputs, **report.as_dict()}
+    def sign(
+        self,
+        stage: str,
+        inputs: dict[str, Any],
+        report: Report,
+        outputs: Mapping[str, int | None] | None = None,
+    ) -> None:
+        """Note that a stage is done, last of all its files.
+
+        `outputs` are the files that this vouches for, each with its number of rows where it holds rows: they are forced
+        to disk first. Raises DataFault where rows are missing, as where another process has written to the run.
+        """
+        signed: dict[str, dict[str, Any]] = {}
+        for name, rows in (outputs or {}).items():
+            if rows is not None and (there := self._count(name)) != rows:
+                raise DataFault(
+                    f"{self.path(name)} holds {there} of {rows} rows: another process has written to the run",
+                    "run the same command again, one at a time; replies that were paid for come from the ledger",
+                )
+            sync(self.path(name))
+            sync(self.path(name).parent)
+            signed[name] = {"digest": self.file_digest(name), "rows": rows}
+        manifest = {
+            "stage": stage,
+            "sclite": __version__,
+            "inputs": inputs,
+            **report.as_dict(),
+            "outputs": signed,
+        }
+        self.write_json(f"done/.{stage}.json", manifest)
         self.write_json(f"done/{stage}.json", manifest)
 
     def begin(self, stage: str) -> None:
@@ -286,12 +371,18 @@ class Run:
         return not ours and path.is_file() and path.stat().st_size > 0
 
     def file_digest(self, name: str) -> str:
-        """A short hash of a file's bytes; empty where it is absent."""
+        """A short hash of a file's bytes; empty where it is absent. A file that has not changed is read once."""
         path = self.path(name)
         if not path.is_file():
             return ""
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        found = path.stat()
+        return _file_digest(path.resolve(), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+@lru_cache(maxsize=256)
+def _file_digest(path: Path, *_: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _line_at(file, begin: int) -> bytes:
@@ -311,13 +402,3 @@ def _end_last_line(file) -> None:
     else:
         file.write(b"\n")
     file.seek(0, os.SEEK_END)
-
-
-@contextmanager
-def timed(report: Report) -> Iterator[None]:
-    """Add the seconds that the block takes to the report."""
-    began = time.monotonic()
-    try:
-        yield
-    finally:
-        report.seconds = round(report.seconds + time.monotonic() - began, 3)

@@ -5,7 +5,6 @@ The student is the one that is trained, unless `attempts.student` names a GGUF o
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +50,6 @@ def other_student(config: Config) -> str:
     path = Path(settings.student)
     if settings.kind == "trained" or not path.is_file():
         return ""
-    found = path.resolve().stat()
-    return _file_digest(path.resolve(), found.st_size, found.st_mtime_ns)
-
-
-@cache
-def _file_digest(path: Path, size: int, changed: int) -> str:
-    """A GGUF may have gigabytes: it is read once, as long as its size and its time of change stay."""
     return Run(path.parent).file_digest(path.name)
 
 
@@ -107,7 +99,7 @@ def sample_attempts(
     report.cost_usd = cost_usd(run, STAGE)
     unanswered = sum(map(failed, rows)) if config.attempts.kind == "endpoint" else 0
     # a network fault is no verdict on a row: the signature then fits no inputs, and the next call asks again
-    run.sign(STAGE, {**inputs, "unanswered": unanswered} if unanswered else inputs, report)
+    run.sign(STAGE, {**inputs, "unanswered": unanswered} if unanswered else inputs, report, {FILE: len(rows)})
     return report
 
 
@@ -129,7 +121,7 @@ def count(rows: Sequence[Attempt]) -> dict[str, int]:
 def _sample(config, run, inputs, problems, student, grader, progress) -> list[Attempt]:
     jobs = [(problem, sample) for problem in problems for sample in range(config.attempts.samples)]
     size, endpoint = config.student.batch, config.attempts.kind == "endpoint"
-    rows = _kept(run, inputs, size, complete=endpoint)
+    rows = _kept(run, inputs, jobs, size, complete=endpoint)
     at_once = max(1, len(jobs) - len(rows)) if endpoint else size
     for start in range(len(rows), len(jobs), at_once):
         asked = jobs[start : start + at_once]
@@ -158,13 +150,19 @@ def failed(attempt: Attempt) -> bool:
     return attempt.correct is None and not attempt.trace
 
 
-def _kept(run: Run, inputs: dict[str, Any], size: int, complete: bool) -> list[Attempt]:
+def _kept(
+    run: Run, inputs: dict[str, Any], jobs: Sequence[tuple[Problem, int]], size: int, complete: bool
+) -> list[Attempt]:
     """The whole blocks that an interrupted run with the same inputs has left; `complete`: up to the first failed call."""
     if run.read_json("attempts.begun.json") != inputs:
         run.replace(FILE, [])
         run.write_json("attempts.begun.json", inputs)
         return []
-    rows = run.read(FILE, Attempt)
+    rows = []
+    for row, (problem, sample) in zip(run.rows(FILE, Attempt, whole=False), jobs, strict=False):
+        if (row.id, row.sample) != (problem.id, sample):  # rows before it were damaged
+            break
+        rows.append(row)
     if complete:
         rows = rows[: next((i for i, row in enumerate(rows) if failed(row)), len(rows))]
     rows = rows[: len(rows) // size * size]

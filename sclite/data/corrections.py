@@ -98,7 +98,8 @@ def build_corrections(
         )
     unanswered = report.dropped.get("no_reply", 0)
     # a network fault is no verdict on a row: the signature then fits no inputs, and the next call asks again
-    run.sign(STAGE, {**inputs, "unanswered": unanswered} if unanswered else inputs, report)
+    signed = {**inputs, "unanswered": unanswered} if unanswered else inputs
+    run.sign(STAGE, signed, report, {FILE: len(reviews) + len(confirmed)})
     return report
 
 

@@ -90,7 +90,9 @@ def build_pairs(
         report.cost_usd = cost_usd(run, STAGE)
     unanswered = report.figures.get("own_reviews", {}).get(UNANSWERED, 0)
     # a network fault is no verdict on a row: the signature then fits no inputs, and the next call asks again
-    run.sign(STAGE, {**inputs, "unanswered": unanswered} if unanswered else inputs, report)
+    run.sign(
+        STAGE, {**inputs, "unanswered": unanswered} if unanswered else inputs, report, {FILE: len(pairs)}
+    )
     return report
 
 

@@ -61,15 +61,16 @@ def build_templates(
         if problems is None:
             problems = divide(settings, gather_problems(settings, run))[0]
         inputs = inputs_of(settings, problems)
-        manifest = run.done(STAGE, inputs)
-        if manifest is not None and run.path(FILE).is_file() and not fresh:
+        manifest = run.done(STAGE, inputs, FILE)
+        if manifest is not None and not fresh:
             return Report.of(manifest)
         kept = _kept(run, inputs, problems, fresh)
         drops = _ask(settings, run, teacher, grader, problems, kept, _basis(inputs), confirm, progress)
         _finish(run, report, problems, drops, teacher)
     unanswered = report.dropped.get("no_reply", 0)
     # a network fault is no verdict on a row: the signature then fits no inputs, and the next call asks again
-    run.sign(STAGE, {**inputs, "unanswered": unanswered} if unanswered else inputs, report)
+    signed = {**inputs, "unanswered": unanswered} if unanswered else inputs
+    run.sign(STAGE, signed, report, {FILE: len(problems) - len(drops)})
     return report
 
 
@@ -77,7 +78,7 @@ def reckon_templates(
     settings: Config, run: Run, *, teacher: Teacher, grader: Grader, problems: Sequence[Problem]
 ) -> dict[str, Any]:
     """What build_templates would send first, and what it would cost; sends and writes nothing."""
-    there = {row.id for row in run.rows(FILE, Template)}
+    there = {row.id for row in run.rows(FILE, Template, whole=False)}
     missing = [problem for problem in problems if problem.id not in there]
     solutions = sum(len(problem.solution or problem.answer) for problem in missing)
     guess = 120 + 1.5 * solutions / CHARACTERS_PER_TOKEN / max(1, len(missing))
@@ -141,7 +142,7 @@ def _basis(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def brought_along(run: Run) -> bool:
     """Whether templates.jsonl was put into the run by the user."""
-    return run.read_json(BEGUN) is None and any(True for _ in run.rows(FILE, Template))
+    return not run.path(BEGUN).is_file() and any(True for _ in run.rows(FILE, Template))
 
 
 def _adopt(run: Run, report: Report) -> Report:
@@ -157,10 +158,10 @@ def _adopt(run: Run, report: Report) -> Report:
 
 def _kept(run: Run, inputs: dict[str, Any], problems: Sequence[Problem], fresh: bool) -> set[str]:
     """The ids of the rows that an earlier call left and that still hold; the others are taken out."""
-    basis, before = _basis(inputs), run.read_json(BEGUN)
-    if fresh:
+    basis, before = _basis(inputs), run.read_json(BEGUN, dict[str, Any])
+    if fresh or (before is None and run.path(BEGUN).is_file()):  # damaged: the ledger has what was paid for
         run.replace(FILE, [])
-    elif before != basis and any(True for _ in run.rows(FILE, Template)):
+    elif before != basis and any(True for _ in run.rows(FILE, Template, whole=False)):
         changed = [
             f"{name} {before.get(name)} -> {basis[name]}" for name in basis if before.get(name) != basis[name]
         ]
@@ -171,7 +172,7 @@ def _kept(run: Run, inputs: dict[str, Any], problems: Sequence[Problem], fresh: 
     asked = {problem.id: problem for problem in problems}
     kept = {
         row.id: None
-        for row in run.rows(FILE, Template)
+        for row in run.rows(FILE, Template, whole=False)
         if row.id in asked and (row.question, row.answer) == (asked[row.id].question, asked[row.id].answer)
     }
     run.arrange(FILE, Template, kept)

@@ -97,7 +97,9 @@ def quickstart(
 
 def _problems(config: Config, run: Run):
     """(for SFT, kept for stage 2): as many as `problems.limit` says in all, else as many as the run has already."""
-    count = config.problems.limit or sum(1 for _ in run.rows("problems.jsonl", Problem)) or PROBLEMS
+    count = (
+        config.problems.limit or sum(1 for _ in run.rows("problems.jsonl", Problem, whole=False)) or PROBLEMS
+    )
     return divide(config, train_problems(count))
 
 

@@ -47,6 +47,17 @@ _FAILED = "UPDATE requests SET state = 'failed', text = ? WHERE key = ?"
 _LOST = "UPDATE requests SET state = 'given_up', given_up = given_up + 1, lost_usd = lost_usd + reserved_usd, text = ?"
 
 
+def _remedy(error: sqlite3.Error, path: Path) -> str:
+    """What to do about a ledger that does not open: only a damaged one may be moved."""
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return "another program has it open: close it, and run the same command again"
+    if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
+        moved = f"`mv {path} {path}.damaged`"
+        return f"put it back from a copy, or {moved}: finished rows stay, and the others are paid for again"
+    return "check its permissions and that its disk has room, and run the same command again"
+
+
 @dataclass(frozen=True)
 class Entry:
     """One reply as it came. Tokens and cost are None where the endpoint or the price list does not say.
@@ -98,10 +109,7 @@ class Ledger:
                 hash(key) for (key,) in rows
             }  # a third of the memory; alike ones are looked up
         except sqlite3.Error as error:
-            raise DataFault(
-                f"{self.path} cannot be opened: {error}",
-                "move it away; every reply is then asked for again",
-            ) from error
+            raise DataFault(f"{self.path} cannot be opened: {error}", _remedy(error, self.path)) from error
         self._orders: SimpleQueue[tuple[str, tuple, Written] | None] = SimpleQueue()
         self._writer = threading.Thread(target=self._write_all, name="ledger", daemon=True)
         self._writer.start()
@@ -177,7 +185,7 @@ class Ledger:
             )
             ledger.totals()
         except sqlite3.Error as error:
-            raise DataFault(f"{ledger.path} cannot be read: {error}", "see that it is a ledger") from error
+            raise DataFault(f"{ledger.path} cannot be read: {error}", _remedy(error, ledger.path)) from error
         return ledger
 
     # -- writing ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,62 @@
+"""What a stage reports of itself, and the manifest that it leaves in done/<stage>.json."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel
+
+
+class Output(BaseModel):
+    """A file that a manifest vouches for; `rows` is None where it holds no rows."""
+
+    digest: str
+    rows: int | None
+
+
+class Manifest(BaseModel):
+    """A finished stage: its report, and what it was made from."""
+
+    stage: str
+    sclite: str
+    inputs: dict[str, Any]
+    counts: dict[str, int]
+    dropped: dict[str, int]
+    seconds: float
+    cost_usd: float | None
+    figures: dict[str, Any]
+    outputs: dict[str, Output] = {}
+
+
+@dataclass
+class Report:
+    """What a stage has done: counts, drops by reason, seconds, cost; `figures` holds what is particular to it."""
+
+    stage: str
+    counts: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    cost_usd: float = 0.0
+    figures: dict[str, Any] = field(default_factory=dict)
+    skipped: bool = False
+
+    @classmethod
+    def of(cls, manifest: dict[str, Any]) -> "Report":
+        """The report that a finished stage has left in its manifest."""
+        names = ("stage", "counts", "dropped", "seconds", "cost_usd", "figures")
+        return cls(**{name: manifest[name] for name in names}, skipped=True)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {k: getattr(self, k) for k in ("counts", "dropped", "seconds", "cost_usd", "figures")}
+
+
+@contextmanager
+def timed(report: Report) -> Iterator[None]:
+    """Add the seconds that the block takes to the report."""
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        report.seconds = round(report.seconds + time.monotonic() - began, 3)

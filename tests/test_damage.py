@@ -1,0 +1,213 @@
+"""Damaged files of a run: the last whole state is used, what is lost is said, and the remedy that is named works."""
+
+import json
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from sclite import measure
+from sclite.config import Config
+from sclite.errors import DataFault
+from sclite.records import Drop, Problem, Template
+from sclite.run import Report
+from sclite.world import World
+from tests.replay import Teaching, say
+
+TRACE = "<Step1>Add: 1 + 1 = 2\n</Step1>\n<Generalized>Add.</Generalized>\n<Answer>2</Answer>"
+
+
+def problem(number: int) -> Problem:
+    return Problem(id=f"p{number}", question=f"What is 1 + 1, for the {number}th time?", answer="2")
+
+
+# -- signing -------------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_is_not_signed_while_rows_are_missing(run):
+    run.replace("problems.jsonl", map(problem, range(56)))
+    with pytest.raises(DataFault, match=r"problems\.jsonl holds 56 of 64 rows"):
+        run.sign("problems", {}, Report("problems"), {"problems.jsonl": 64})
+    assert run.finished("problems") is None
+    run.replace("problems.jsonl", map(problem, range(64)))
+    run.sign("problems", {}, Report("problems"), {"problems.jsonl": 64})
+    assert run.done("problems", {}) is not None
+
+
+def test_a_stage_whose_rows_were_lost_since_is_not_done_and_edited_rows_are_no_loss(run, capsys):
+    run.replace("problems.jsonl", map(problem, range(3)))
+    run.sign("problems", {}, Report("problems"), {"problems.jsonl": 3})
+    lines = run.path("problems.jsonl").read_text().splitlines(keepends=True)
+    run.path("problems.jsonl").write_text("".join([*lines[:2], lines[2].replace("3th", "third")]))
+    assert run.done("problems", {}) is not None
+    run.path("problems.jsonl").write_text("".join(lines[:2]) + "{")
+    assert run.done("problems", {}) is None
+    assert "2 of 3 rows are whole" in capsys.readouterr().err
+
+
+def test_what_a_manifest_vouches_for_is_on_disk_before_it(run, monkeypatch):
+    import os
+
+    forced, fsync = [], os.fsync
+    run.replace("problems.jsonl", [problem(1)])
+    monkeypatch.setattr(
+        os, "fsync", lambda file: (forced.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file))
+    )
+    run.sign("problems", {}, Report("problems"), {"problems.jsonl": 1})
+    assert forced[:2] == [str(run.path("problems.jsonl")), str(run.folder)]
+    assert forced[-1] == str(run.path("done"))
+
+
+# -- manifests -----------------------------------------------------------------------------------------------------
+
+DAMAGES = {
+    "empty": lambda data: b"",
+    "truncated": lambda data: data[: len(data) // 2],
+    "binary": lambda data: bytes(range(256)),
+    "wrong shape": lambda data: b"[1, 2]",
+    "other fields": lambda data: b'{"stage": "sft", "inputs": 3}',
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_manifest_is_read_from_its_copy_and_without_one_the_remedy_works(run, damage):
+    run.sign("sft", {"seed": 0}, Report("sft", {"rows": 2}))
+    before, path = run.finished("sft"), run.path("done/sft.json")
+    path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    assert run.finished("sft") == before
+    run.path("done/.sft.json").write_bytes(path.read_bytes())
+    with pytest.raises(DataFault, match="and its copy are damaged") as fault:
+        run.done("sft", {"seed": 0})
+    assert f"remove {path}" in fault.value.hint
+    path.unlink()
+    assert run.done("sft", {"seed": 0}) is None
+
+
+def test_a_manifest_that_was_removed_is_not_brought_back_by_its_copy(run):
+    run.sign("sft", {}, Report("sft"))
+    run.path("done/sft.json").unlink()
+    assert run.finished("sft") is None
+
+
+# -- rows ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def built(sclite, monkeypatch):
+    """`build-data` on twelve problems: (call it again, requests so far)."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    rows = [{"question": problem(n).question, "answer": "2"} for n in range(12)]
+    Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with Teaching(lambda request, nth: say(TRACE)) as server:
+        named = ("--set", "teacher.model=openai/replay", "--set", f"teacher.api_base={server.url}")
+
+        def call():
+            ended = sclite("build-data", "mine.jsonl", "--yes", *named)
+            assert ended.code == 0, ended.err
+            return ended
+
+        call()
+        yield call, server.requests
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "binary", "a line", ".templates.json", "absent"])
+def test_damaged_templates_are_made_again_from_the_ledger_as_the_hint_says(built, sclite, damage):
+    build, asked = built
+    paid, path = len(asked), Path("runs/default/templates.jsonl")
+    whole = path.read_bytes()
+    if damage == "a line":
+        path.write_bytes(whole.replace(b'"trace"', b'"trce"', 1))
+        ended = sclite("train", "--only", "sft", "--set", "student.model=embedded")
+        assert ended.code == 3
+        assert "templates.jsonl, line 1" in ended.error
+        assert "`sclite build-data --run runs/default` makes its missing rows again" in ended.hint
+    elif damage == ".templates.json":
+        Path("runs/default/.templates.json").write_bytes(b"\0")
+        path.write_bytes(whole[:-20])
+    elif damage == "absent":
+        path.unlink()
+    else:
+        path.write_bytes(DAMAGES[damage](whole))
+    build()
+    assert path.read_bytes() == whole
+    assert len(asked) == paid
+
+
+def test_damaged_drops_are_skipped_and_said_and_do_not_stop_a_stage(run, capsys):
+    run.replace("dropped.jsonl", [Drop(stage="a", id=str(n), reason="x") for n in range(3)])
+    lines = run.path("dropped.jsonl").read_bytes().splitlines(keepends=True)
+    run.path("dropped.jsonl").write_bytes(lines[0] + b"\xff\xfe{\n" + lines[2])
+    run.replace_drops(["b"], [Drop(stage="b", id="9", reason="y")])
+    assert [drop.id for drop in run.read("dropped.jsonl", Drop)] == ["0", "2", "9"]
+    assert "dropped.jsonl: line 2 damaged" in capsys.readouterr().err
+
+
+def test_templates_of_a_process_that_writes_beside_are_missed_when_signing(built, run):
+    """Its `.lock` was removed: two processes put the file in order, and each loses rows of the other."""
+    from sclite.data import templates
+
+    def lose(run, report, problems, drops, teacher, finish=templates._finish):
+        finish(run, report, problems, drops, teacher)
+        run.replace(templates.FILE, run.read(templates.FILE, Template)[:8])
+
+    build, asked = built
+    Path("runs/default/done/templates.json").unlink()
+    paid, finish = len(asked), templates._finish
+    templates._finish = lose
+    try:
+        with pytest.raises(AssertionError, match="8 of 12 rows: another process"):
+            build()
+    finally:
+        templates._finish = finish
+    assert not Path("runs/default/done/templates.json").exists()
+    build()
+    assert len(Path("runs/default/templates.jsonl").read_text().splitlines()) == 12
+    assert len(asked) == paid
+
+
+# -- other files ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", '{"a": 3}', '{"a": {"threshold": "x", "n": 1, "max_harm": 0, "prompts": ""}}', "\0"],
+)
+def test_a_damaged_threshold_file_is_no_threshold_and_the_next_evaluation_writes_it_again(run, text, capsys):
+    world = World(Config(), run, None)
+    run.path("export").mkdir(parents=True)
+    gguf = run.path("export/dpo-q8_0.gguf")
+    gguf.write_bytes(b"GGUF")
+    run.path(measure.THRESHOLDS).write_text(text)
+    assert measure.stored_threshold(world, gguf) is None
+    assert "review.json is damaged" in capsys.readouterr().err
+    found = {"dpo": {"gguf": run.file_digest(str(gguf)), "threshold": 1.5, "fitted": {"n": 60}}}
+    measure.keep_thresholds(world, found)
+    assert measure.stored_threshold(world, gguf) == 1.5
+
+
+def test_a_locked_ledger_is_not_to_be_moved_away(built, sclite):
+    Path("runs/default/done/templates.json").unlink()
+    other = sqlite3.connect("runs/default/ledger.sqlite", isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    try:
+        ended = sclite("build-data", "mine.jsonl", "--set", "teacher.model=openai/replay")
+    finally:
+        other.execute("ROLLBACK")
+        other.close()
+    assert ended.code in (1, 2, 3)
+    assert "locked" in ended.error
+    assert "another program has it open" in ended.hint
+
+
+@pytest.mark.parametrize("text", [b"no database " * 100, b"SQLite format 3\0" + b"\xff" * 5000])
+def test_a_damaged_ledger_is_named_and_what_is_finished_is_not_paid_for_again(built, sclite, text):
+    build, asked = built
+    paid, ledger = len(asked), Path("runs/default/ledger.sqlite")
+    ledger.write_bytes(text)
+    Path("runs/default/done/templates.json").unlink()
+    ended = sclite("build-data", "mine.jsonl", "--set", "teacher.model=openai/replay")
+    assert ended.code == 3
+    assert f"mv {ledger} {ledger}.damaged" in ended.hint
+    ledger.rename(f"{ledger}.damaged")
+    build()
+    assert len(asked) == paid
