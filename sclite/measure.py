@@ -94,7 +94,7 @@ def evaluate(
     `left_out` problems of the source overlap the training problems: that is told with the figures.
     """
     from sclite.evaluate.evaluate import evaluate_model
-    from sclite.export.stage import gguf_path
+    from sclite.export.stage import gguf_path, made_from
     from sclite.grading.worker import Grader
     from sclite.student.engine import Engine
 
@@ -121,6 +121,11 @@ def evaluate(
                     judge=judge,
                     identity=digest,
                 )
+            figures[name] |= {
+                "file": path.name,
+                "bytes": path.stat().st_size,
+                "made_from": made_from(world.config, world.run, name),
+            }
         progress(len(names), len(names))
     world.screen.done("eval", f"eval: {', '.join(names)}")
     notes = [f"left out, because they overlap the training problems: {left_out}"] if left_out else []

@@ -27,6 +27,11 @@ def gguf_path(run: Run, name: str, config: Config) -> Path:
     return run.path(f"export/{name}-{config.export.quant.lower()}.gguf")
 
 
+def made_from(config: Config, run: Run, name: str) -> str:
+    """A short hash of what the GGUF of base, sft or dpo is made from, in whatever quantization."""
+    return digest({**inputs_of(config, run, name), "quant": ""})
+
+
 def inputs_of(config: Config, run: Run, name: str) -> dict[str, Any]:
     """What decides the GGUF of base, sft or dpo."""
     adapter = ADAPTERS[name]

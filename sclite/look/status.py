@@ -7,19 +7,23 @@ at their source is seen only by `build-data`, which reads them.
 import json
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from sclite.config import Config
 from sclite.data import attempts, corrections, pairs, templates
 from sclite.data.problems import divide
-from sclite.errors import ScliteError
+from sclite.data.sources import is_local
+from sclite.errors import DataFault, ScliteError
 from sclite.export import stage as export
 from sclite.look.rows import require_folder
 from sclite.records import Drop, Problem
 from sclite.run import Run
+from sclite.settings import FILE as SETTINGS
 from sclite.signature import brought_up, differences
 from sclite.teacher.ledger import FILE as LEDGER
 from sclite.teacher.ledger import Ledger
@@ -36,6 +40,7 @@ OUTPUTS = {
     "dpo": "dpo/adapter/adapter_model.safetensors",
 }
 """The signed stages before export, in their order, and what each leaves in the run."""
+TRAINED, IMPORTED, EVAL = ("sft", "warm", "dpo"), ("templates", "attempts", "corrections", "pairs"), "eval"
 
 
 @dataclass
@@ -83,22 +88,26 @@ def status(config: Config, run: Run) -> dict[str, Any]:
 def _ledger(run: Run) -> dict[str, Any] | None:
     if not run.path(LEDGER).is_file():
         return None
-    with Ledger.reading(run.path(LEDGER)) as ledger:
-        by_stage = {name: ledger.totals(name) for name in (templates.STAGE, corrections.STAGE)}
-        return {**ledger.totals(), "stages": {name: t for name, t in by_stage.items() if t["requests"]}}
+    try:
+        with Ledger.reading(run.path(LEDGER)) as ledger:
+            by_stage = {name: ledger.totals(name) for name in (templates.STAGE, corrections.STAGE)}
+            return {**ledger.totals(), "stages": {name: t for name, t in by_stage.items() if t["requests"]}}
+    except DataFault as fault:
+        run.warn(f"{fault.message}; {fault.hint}")
+        return None
 
 
 # -- stages --------------------------------------------------------------------------------------------------------
 
 
 def _stages(config: Config, run: Run, paid: Mapping[str, Any] | None) -> dict[str, Stage]:
-    problems = list(run.rows("problems.jsonl", Problem))
-    sides = divide(config, problems)
-    found = {
-        "problems": Stage(
-            DONE if problems else NOT_BEGUN, counts={"problems": len(problems)} if problems else {}
-        )
-    }
+    problems, first = [], Stage()
+    try:
+        problems = run.read("problems.jsonl", Problem)
+        first = Stage(DONE, counts={"problems": len(problems)}) if problems else Stage()
+    except DataFault as fault:
+        first = Stage(STALE, [fault.message])
+    sides, found = divide(config, problems), {"problems": first}
     expected = _expected(config, run, sides)
     totals = {"templates": len(problems), "attempts": len(sides[1]) * config.attempts.samples}
     for name, output in OUTPUTS.items():
@@ -108,14 +117,14 @@ def _stages(config: Config, run: Run, paid: Mapping[str, Any] | None) -> dict[st
     for name in export.ADAPTERS:
         if (made := run.finished(f"export-{name}")) is not None:
             # `--quant` holds for one export: what lies there counts in the quantization that it has
-            quant = config.export.model_copy(update={"quant": made["inputs"]["quant"]})
+            quant = config.export.model_copy(update={"quant": str(made["inputs"].get("quant"))})
             own = config.model_copy(update={"export": quant})
             output = f"export/{export.gguf_path(run, name, own).name}"
             inputs = lambda name=name, own=own: export.inputs_of(own, run, name)  # noqa: E731
             found[f"export-{name}"] = _signed(config, run, f"export-{name}", output, inputs)
     if not any(name.startswith("export-") for name in found):
         found["export"] = Stage()
-    found["eval"] = _evaluation(config, run)
+    found[EVAL] = _evaluation(config, run)
     _pass_on(found)
     return found
 
@@ -155,6 +164,7 @@ def _signed(config: Config, run: Run, name: str, output: str, expected: Callable
         signed = (brought_up(held, wanted), wanted)
         before, now = ({k: v for k, v in d.items() if k in wanted} for d in signed)
         stage.why += differences(before, now)
+    stage.why += run.damaged(manifest)
     if not run.path(output).exists():
         stage.why.append(f"{output} is gone")
     if stage.why and not unanswered:
@@ -163,10 +173,12 @@ def _signed(config: Config, run: Run, name: str, output: str, expected: Callable
 
 
 def _unsigned(run: Run, name: str, paid: Mapping[str, Any] | None, total: int | None) -> Stage:
-    """A stage without a signature: brought along, half-way, or not begun."""
-    begun = any(run.path(mark).is_file() for mark in (templates.BEGUN, f"{name}.begun.json"))
-    if name in ("templates", "corrections", "pairs") and not begun and (rows := _count(run, OUTPUTS[name])):
-        return Stage(DONE, counts={Path(OUTPUTS[name]).stem: rows, "brought_along": rows})
+    """A stage without a signature: imported, half-way, or not begun."""
+    begun = run.path(templates.BEGUN if name == "templates" else f"{name}.begun.json").is_file()
+    if not begun and name == "sft" and run.path(OUTPUTS[name]).is_file():
+        return Stage(DONE, counts={"imported": 1})
+    if not begun and name in IMPORTED and (rows := _count(run, OUTPUTS[name])):
+        return Stage(DONE, counts={Path(OUTPUTS[name]).stem: rows, "imported": rows})
     rows = _rows_so_far(run, name)
     if not rows and name == "corrections" and paid and name in paid["stages"]:
         return Stage(HALF_WAY, [f"{paid['stages'][name]['requests']} replies in the ledger"])
@@ -175,7 +187,7 @@ def _unsigned(run: Run, name: str, paid: Mapping[str, Any] | None, total: int | 
 
 def _rows_so_far(run: Run, name: str) -> int:
     """Rows of a file that is being written; for a training stage the optimizer step that was logged last."""
-    if name not in ("sft", "warm", "dpo"):
+    if name not in TRAINED:
         return _count(run, OUTPUTS[name])
     path = run.path(f"{'sft' if name == 'sft' else 'dpo'}/metrics.jsonl")
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
@@ -192,18 +204,37 @@ def _count(run: Run, name: str) -> int:
         return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
 
 
+class Measured(BaseModel):
+    """Of a student's figures, what tells whether its GGUF is still the one that was evaluated (see measure.evaluate)."""
+
+    file: str
+    bytes: int
+    made_from: str
+    threshold: float | None = None
+
+
+class Summary(BaseModel):
+    """Of eval/summary.json, what the status needs."""
+
+    models: dict[str, Measured]
+    n: int
+
+
 def _evaluation(config: Config, run: Run) -> Stage:
-    """Done when each student's figures were read off the very GGUF that lies there."""
-    summary = run.read_json("eval/summary.json")
-    if summary is None:
+    """Done when each student's GGUF is the one that was evaluated, by what it was made from and its size."""
+    found = run.read_json("eval/summary.json", Summary)
+    if found is None:
         return Stage()
     others = [
         name
-        for name, figures in summary["models"].items()
-        if figures.get("gguf") != run.file_digest(f"export/{export.gguf_path(run, name, config).name}")
+        for name, measured in found.models.items()
+        if measured.made_from != export.made_from(config, run, name)
+        or not (path := run.path(f"export/{measured.file}")).is_file()
+        or path.stat().st_size != measured.bytes
     ]
     why = [f"{', '.join(others)}: another GGUF lies there now"] if others else []
-    return Stage(STALE if why else DONE, why, {"problems": summary["n"]})
+    thresholds = sum(measured.threshold is not None for measured in found.models.values())
+    return Stage(STALE if why else DONE, why, {"problems": found.n, "thresholds": thresholds})
 
 
 def _pass_on(stages: dict[str, Stage]) -> None:
@@ -220,30 +251,49 @@ def _pass_on(stages: dict[str, Stage]) -> None:
 
 
 def next_command(config: Config, stages: Mapping[str, Stage]) -> str:
-    """The command that takes the run on from its first unfinished stage."""
-    name = next((name for name, stage in stages.items() if stage.state != DONE), None)
+    """The command that takes the run on from its first unfinished stage, or which keys it wants set first."""
+    name = next(
+        (name for name, stage in stages.items() if stage.state != DONE and _possible(config, name)), None
+    )
+    words, needed = _words(config, name, stages)
+    if needed and not Path(SETTINGS).is_file():
+        return "sclite init"
+    if needed:
+        return f"set {' and '.join(needed)} in {SETTINGS}"
     named = ["--run", config.run] if config.run != Config.model_fields["run"].default else []
-    return shlex.join([*_words(config, name, stages), *named])
+    return shlex.join([*words, *named])
 
 
-def _words(config: Config, name: str | None, stages: Mapping[str, Stage]) -> Iterable[str]:
-    teacher = [] if config.teacher.model else ["--set", "teacher.model=PROVIDER/NAME"]
+def _possible(config: Config, name: str) -> bool:
+    """Whether a stage can be done at all: nothing is evaluated without problems for it."""
+    source = config.eval.source
+    missing = is_local(source) and not Path(source).expanduser().is_file()
+    return name != "eval" or config.teacher.embedded or (bool(source) and not missing)
+
+
+def _words(config: Config, name: str | None, stages: Mapping[str, Stage]) -> tuple[list[str], list[str]]:
+    """The command of a stage, and the keys that it needs and that have no value."""
     if name is None:
-        return ["sclite", "chat", "--self-correct"]
+        reviews = config.review.mode == "free" or config.review.threshold is not None
+        fitted = reviews or stages[EVAL].counts.get("thresholds")
+        return ["sclite", "chat", *(["--self-correct"] if fitted else [])], []
     if config.teacher.embedded:
-        return ["sclite", "quickstart"]
+        return ["sclite", "quickstart"], []
+    teacher = [] if config.teacher.model else ["teacher.model"]
     if name in ("problems", "templates"):
-        source = [] if config.problems.source or stages["problems"].state == DONE else ["PROBLEMS"]
+        source = config.problems.source or stages["problems"].state == DONE
         again = any("prompts" in why or "teacher" in why for why in stages["templates"].why)
-        return ["sclite", "build-data", *source, *teacher, *(["--fresh"] if again else [])]
+        needed = teacher if source else ["problems.source", *teacher]
+        return ["sclite", "build-data", *(["--fresh"] if again else [])], needed
     if name in OUTPUTS and _corrects_others(config, stages):
-        return ["sclite", "build-data", "--only", "corrections", *teacher]
+        return ["sclite", "build-data", "--only", "corrections"], teacher
     if name in OUTPUTS:
-        student = [] if config.student.model else ["--set", "student.model=NAME"]
-        return ["sclite", "train", *student, *teacher]
-    if name == "eval":
-        return ["sclite", "eval", *([] if config.eval.source else ["PROBLEMS"])]
-    return ["sclite", "export"]
+        retrained = name in TRAINED and stages[name].state == STALE
+        student = [] if config.student.model else ["student.model"]
+        corrected = stages["corrections"].state == DONE or stages["pairs"].state == DONE
+        fresh = ["--fresh"] if retrained else []
+        return ["sclite", "train", *fresh], [*student, *([] if corrected else teacher)]
+    return ["sclite", "eval" if name == EVAL else "export"], []
 
 
 def _corrects_others(config: Config, stages: Mapping[str, Stage]) -> bool:

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from sclite import prompts
+from sclite import run as run_module
 from sclite.data import attempts, corrections, templates
 from sclite.data.problems import split_for_stages
 from sclite.errors import DataFault
-from sclite.look.status import status
+from sclite.export import stage as export
+from sclite.look.status import OUTPUTS, Stage, next_command, status
 from sclite.records import Attempt, Drop, Problem, Review, Template
 from sclite.run import Report, Run
 from sclite.settings import load
@@ -173,7 +175,7 @@ def test_an_unfinished_file_is_half_way_with_its_rows(run):
 def test_templates_brought_along_are_done(run):
     run.append("templates.jsonl", map(template, PROBLEMS[:3]))
     stage = status(config(run), run)["stages"]["templates"]
-    assert (stage["state"], stage["counts"]) == ("done", {"templates": 3, "brought_along": 3})
+    assert (stage["state"], stage["counts"]) == ("done", {"templates": 3, "imported": 3})
 
 
 def test_replies_without_rows_are_half_way_too(trained):
@@ -203,14 +205,71 @@ def test_training_that_was_broken_off_is_half_way_at_its_last_step(built):
     ]
 
 
+def test_imported_rows_and_an_imported_adapter_are_done_beside_templates_of_ours(built):
+    built.replace("attempts.jsonl", [Attempt(id="p1", sample=0, trace=TRACE, answer="2", correct=False)])
+    built.replace("reviews.jsonl", [Review(id="p1", sample=0, step=1, trace=TRACE)])
+    adapter(built, "sft/adapter")
+    found = status(config(built), built)["stages"]
+    assert [
+        (found[name]["state"], found[name]["counts"]["imported"])
+        for name in ("sft", "attempts", "corrections")
+    ] == [("done", 1)] * 3
+    for mark in ("sft", "attempts", "corrections"):
+        built.begin(mark)
+    found = states(built)
+    assert [found[name] for name in ("sft", "attempts", "corrections")] == [
+        "not_begun",
+        "half_way",
+        "half_way",
+    ]
+
+
+def test_damaged_rows_are_said_and_the_command_that_makes_them_again_is_named(trained):
+    from sclite.records import ROWS
+
+    rows = {name: len(trained.read(name, ROWS[name])) for name in ("templates.jsonl", "reviews.jsonl")}
+    for stage, name in (("templates", "templates.jsonl"), ("corrections", "reviews.jsonl")):
+        manifest = trained.finished(stage)
+        trained.sign(stage, manifest["inputs"], Report.of(manifest), {name: rows[name]})
+    trained.path("reviews.jsonl").write_bytes(b"{}\n")
+    found = status(config(trained), trained)
+    assert "0 of 1 rows are whole" in found["stages"]["corrections"]["why"][0]
+    assert found["next"].startswith("sclite train --run")
+    trained.path("templates.jsonl").write_bytes(b"\0\n")
+    found = status(config(trained), trained)
+    assert "0 of 7 rows are whole" in found["stages"]["templates"]["why"][0]
+    assert found["next"].startswith("sclite build-data --run")
+
+
+def evaluated(run: Run, content: bytes = b"one", **more) -> None:
+    run.path("export").mkdir()
+    run.path("export/sft-q4_k_m.gguf").write_bytes(content)
+    made = export.made_from(config(run), run, "sft")
+    figures = {"file": "sft-q4_k_m.gguf", "bytes": len(content), "made_from": made, **more}
+    run.write_json("eval/summary.json", {"models": {"sft": figures}, "n": 300})
+
+
 def test_an_evaluation_of_another_gguf_is_stale(built):
-    built.path("export").mkdir()
-    built.path("export/sft-q4_k_m.gguf").write_bytes(b"one")
-    figures = {"gguf": built.file_digest("export/sft-q4_k_m.gguf")}
-    built.write_json("eval/summary.json", {"models": {"sft": figures}, "n": 300})
+    evaluated(built)
     assert states(built)["eval"] == "done"
     built.path("export/sft-q4_k_m.gguf").write_bytes(b"another")
     assert states(built)["eval"] == "stale"
+    built.path("export/sft-q4_k_m.gguf").write_bytes(b"one")
+    adapter(built, "sft/adapter", b"trained again")
+    assert states(built)["eval"] == "stale"
+
+
+def test_no_gguf_is_read_for_a_line(built, monkeypatch):
+    adapter(built, "sft/adapter")
+    evaluated(built)
+    read = []
+    digest = run_module._file_digest
+    monkeypatch.setattr(
+        run_module, "_file_digest", lambda path, *stat: (read.append(path.name), digest(path, *stat))[1]
+    )
+    assert states(built)["eval"] == "done"
+    assert "adapter_model.safetensors" in read
+    assert not [name for name in read if name.endswith(".gguf")]
 
 
 # -- reading only --------------------------------------------------------------------------------------------------
@@ -261,13 +320,42 @@ def test_the_next_command_takes_the_first_unfinished_stage_on(run, trained):
     assert following("teacher.model=openai/other") == "sclite build-data --fresh"
     assert following("seed=1") == "sclite build-data"
     trained.path("done/sft.json").unlink()
-    assert following("student.model=") == "sclite train --set student.model=NAME"
+    assert status(config(trained, "student.model="), trained)["next"] == "sclite init"
+    Path("sclite.toml").write_text("")
+    needed = status(config(trained, "student.model="), trained)["next"]
+    assert needed == "set student.model in sclite.toml"
 
 
-def test_at_the_beginning_problems_and_teacher_are_asked_for(run):
+def test_at_the_beginning_a_configuration_is_asked_for_and_then_problems_and_teacher(run):
     run.folder.mkdir()
-    words = status(config(run, "teacher.model="), run)["next"]
-    assert words.startswith("sclite build-data PROBLEMS --set teacher.model=PROVIDER/NAME --run")
+    assert status(config(run, "teacher.model="), run)["next"] == "sclite init"
+    Path("sclite.toml").write_text("")
+    needed = status(config(run, "teacher.model="), run)["next"]
+    assert needed == "set problems.source and teacher.model in sclite.toml"
+    assert status(config(run, "problems.source=p.jsonl"), run)["next"].startswith("sclite build-data --run")
+
+
+def test_without_problems_for_an_evaluation_it_is_not_named_and_a_student_without_threshold_just_talks(
+    trained,
+):
+    adapter(trained, "dpo/adapter")
+    stages = {name: Stage("done") for name in ("problems", *OUTPUTS, "export-dpo")} | {"eval": Stage()}
+
+    def following(*more: str) -> str:
+        return next_command(config(trained, *more), stages).partition(" --run")[0]
+
+    assert following() == "sclite chat"
+    assert following("eval.source=gone.jsonl") == "sclite chat"
+    Path("there.jsonl").write_text("{}")
+    assert following("eval.source=there.jsonl") == "sclite eval"
+    assert following("eval.source=openai/gsm8k") == "sclite eval"
+    assert following("review.threshold=1") == "sclite chat --self-correct"
+    stages["eval"] = Stage("done", counts={"problems": 300, "thresholds": 1})
+    assert following() == "sclite chat --self-correct"
+
+
+def test_where_training_would_be_refused_the_command_trains_afresh(trained):
+    assert status(config(trained, "sft.epochs=7"), trained)["next"].startswith("sclite train --fresh --run")
 
 
 def test_brought_along_attempts_at_any_problem_are_not_stale_and_need_no_training(built):
