@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from sclite import console
-from sclite.errors import UsageFault
+from sclite.errors import FAILED, UsageFault
 from sclite.options import Common, ConfigOption, JsonOption, common_options, held
 
 app = typer.Typer(
@@ -52,7 +52,10 @@ def quickstart(
     *,
     common: Common,
 ) -> None:
-    """The whole way on an embedded student and teacher: no GPU, no key, no download, minutes."""
+    """The full pipeline on a bundled student, on the CPU.
+
+    No GPU, no API key, no download; it takes minutes.
+    """
     from sclite.quickstart import flow
     from sclite.run import Run
 
@@ -66,23 +69,24 @@ def quickstart(
 
     show.table(summary)
     show.example(example)
-    console.say(f"\nReport: {Path(loaded.run) / 'eval/report.html'}\n\nNext:")
-    for command in flow.next_commands(Path(loaded.run)):
-        console.say(f"  [bold cyan]{command}[/]", whole=True)
+    console.say(f"\nReport: {console.plain(str(Path(loaded.run) / 'eval/report.html'))}\n\nNext:")
+    for command, purpose in flow.next_commands(Path(loaded.run)):
+        console.say(f"  [bold cyan]{console.plain(command)}[/]  {purpose}", whole=True)
 
 
 @app.command()
-def init(config: ConfigOption = None) -> None:
-    """Write a commented sclite.toml that fits this machine."""
+def init(config: ConfigOption = None, json: JsonOption = False) -> None:
+    """Write a commented sclite.toml for this machine."""
     from sclite import machine, settings
 
-    found = machine.cards()
+    found = machine.gpus()
     path = config or Path(settings.FILE)
     machine.write_configuration(path, max(total for _, total, _ in found) if found else None)
-    card = (
-        f"{found[0][0]}, {found[0][1]:.0f} GB" if found else "no CUDA card: the embedded student, on the CPU"
-    )
-    console.say(f"{path} is written for this machine ({card}).")
+    if json:
+        console.print_json({"config": str(path), "gpus": [name for name, _, _ in found]})
+        return
+    gpu = f"{found[0][0]}, {found[0][1]:.0f} GB" if found else "no CUDA GPU: the bundled student, on the CPU"
+    console.say(f"Wrote {console.plain(str(path))} for this machine ({console.plain(gpu)}).")
     console.say(
         "Set teacher.model and problems.source in it, then: [bold cyan]sclite build-data[/]", whole=True
     )
@@ -90,19 +94,23 @@ def init(config: ConfigOption = None) -> None:
 
 @app.command()
 def doctor(json: JsonOption = False) -> None:
-    """What works here, what does not, and the command that mends each."""
+    """Check the environment and suggest fixes.
+
+    Exits with 1 where something that is required is missing or broken.
+    """
     from sclite import machine
 
     checks = machine.check_all()
+    broken = [check for check in checks if check.required and not check.works]
     if json:
         console.print_json({"checks": machine.as_dicts(checks)})
-        return
-    for check in checks:
-        console.say(
-            f"{'[green]✓[/]' if check.works else '[red]✗[/]'} {check.name}: {console.plain(check.found)}"
-        )
+    for check in () if json else checks:
+        mark = "[green]✓[/]" if check.works else "[red]✗[/]" if check.required else "[yellow]![/]"
+        console.say(f"{mark} {check.name}: {console.plain(check.found)}")
         if not check.works:
-            console.say(f"    [cyan]{console.plain(check.mend)}[/]", whole=True)
+            console.say(f"    [cyan]{console.plain(check.fix)}[/]", whole=True)
+    if broken:
+        raise typer.Exit(FAILED)
 
 
 @app.command("build-data")
@@ -128,7 +136,7 @@ def build_data(
     *,
     common: Common,
 ) -> None:
-    """Templates by the teacher; and corrections once there is an SFT student."""
+    """Thought templates; corrections once there is a student."""
     from sclite import pipeline
     from sclite.look import told
 
@@ -178,7 +186,7 @@ def train(
     *,
     common: Common,
 ) -> None:
-    """SFT, then the student's mistakes and their corrections, then DPO."""
+    """SFT, attempts, corrections and DPO."""
     from sclite import training
     from sclite.look import told
     from sclite.student.load import choose_card, model_name
@@ -207,7 +215,7 @@ def export(
     *,
     common: Common,
 ) -> None:
-    """A GGUF of the trained student, and a Modelfile for Ollama."""
+    """Write a GGUF and a Modelfile for llama.cpp and Ollama."""
     from sclite import measure, pipeline
     from sclite.look import told
 
@@ -216,7 +224,7 @@ def export(
     world = common.world({"export.quant": quant, "export.ollama": ollama})
     with world.run.hold():
         if form == "lora":
-            console.say(str(pipeline.export_lora(world)))
+            told.exported_lora(pipeline.export_lora(world), common.json)
             return
         if form == "data":
             told.datasets(pipeline.export_data(world), common.json)
@@ -247,7 +255,7 @@ def evaluate(
     *,
     common: Common,
 ) -> None:
-    """Measure base, SFT and DPO student: one pass, and self-corrected."""
+    """Accuracy before and after review, with intervals."""
     from sclite import measure, pipeline
     from sclite.evaluate import show
 
@@ -269,7 +277,7 @@ def evaluate(
         console.print_json(summary)
         return
     show.table(summary)
-    console.say(f"Report: {world.run.path('eval/report.html')}")
+    console.say(f"Report: {console.plain(str(world.run.path('eval/report.html')))}")
 
 
 @app.command()
@@ -285,14 +293,17 @@ def chat(
     *,
     common: Common,
 ) -> None:
-    """Talk to the student; watch it find and mend its own wrong step."""
+    """Chat with the trained model; it corrects its own steps.
+
+    Without a terminal: one question per line of stdin, one answer per line of stdout.
+    """
     from sclite import measure
     from sclite.chat.repl import talk
 
     if question is not None and not question.strip():
-        raise UsageFault("the question is empty", "sclite chat 'QUESTION', or without one to type several")
+        raise UsageFault("the question is empty", "`sclite chat` alone lets you type several")
     if common.json and question is None:
-        raise UsageFault("--json needs a question", "sclite chat --json 'QUESTION'")
+        raise UsageFault("--json needs a question", "sclite chat --json 'What is 17 + 25?'")
     world = common.world()
     unnamed = world.config.run == type(world.config)().run
     if unnamed and not world.run.folder.is_dir() and Path("runs/quickstart").is_dir():
@@ -334,7 +345,7 @@ def show(
     *,
     common: Common,
 ) -> None:
-    """Look at the rows of a run, and at what was left out and why."""
+    """Show the rows of a run, and what was dropped and why."""
     from sclite.look import show as look
     from sclite.look.rows import Choice
     from sclite.run import Run
@@ -352,7 +363,7 @@ def show(
 @app.command()
 @common_options
 def status(*, common: Common) -> None:
-    """Where a run stands: its stages, what they cost, and what to type next."""
+    """Progress of a run, its costs, and the next command."""
     from sclite.look import show as look
     from sclite.look.status import status as standing
     from sclite.run import Run

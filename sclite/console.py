@@ -1,31 +1,54 @@
-"""The terminal: results go to stdout, faults and notes to stderr; progress is in `screen`. Nothing else prints."""
+"""The terminal: results go to stdout, errors and notes to stderr; progress is in `screen`. Nothing else prints.
+
+Replies, problems and file names may hold anything: `visible` keeps their control characters from the terminal.
+"""
 
 import json
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from sclite.errors import ScliteError
 
+_CONTROLS = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""Terminal controls (C0 except newline and tab, DEL, C1), bidirectional controls, and lone surrogates."""
+
+
+def visible(text: str) -> str:
+    """The text with a picture or a replacement character for each control character."""
+
+    def picture(control: re.Match[str]) -> str:
+        code = ord(control[0])
+        return chr(0x2400 + code) if code < 0x20 else "\u2421" if code < 0xA0 else "\ufffd"
+
+    return _CONTROLS.sub(picture, text.replace("\r\n", "\n"))
+
 
 def print_json(value: Any) -> None:
     """One object on stdout, nothing else there."""
-    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    sys.stdout.write(_json(value, indent=1) + "\n")
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return _CONTROLS.sub(lambda control: f"\\u{ord(control[0]):04x}", text)
 
 
 def print_json_rows(head: Mapping[str, Any], rows: Iterable[Any]) -> None:
-    """One object on stdout, `head` and then "rows", each written as it is read."""
-
-    def texts() -> Iterator[str]:
-        yield json.dumps(head, ensure_ascii=False)[:-1] + ', "rows": ['
+    """One object on stdout, `head` and then "rows"; nothing is written before the last row could be read."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
+        file.write(_json(head)[:-1] + ', "rows": [')
         for number, row in enumerate(rows):
-            yield (",\n " if number else "\n ") + json.dumps(row, ensure_ascii=False)
-        yield "\n]}\n"
-
-    _write(texts(), sys.stdout)
+            file.write((",\n " if number else "\n ") + _json(row))
+        file.write("\n]}\n")
+        file.seek(0)
+        _write(file, sys.stdout)
 
 
 def plain(text: str) -> str:
@@ -37,19 +60,25 @@ def plain(text: str) -> str:
 
 def say(text: str = "", whole: bool = False) -> None:
     """A line of the result, with rich markup; with `whole` it is never wrapped, for what is copied from there."""
+    put(terminal(), text, whole)
+
+
+def terminal(stderr: bool = False) -> Any:
+    """A console of rich that colours what its caller says, and nothing of its own accord."""
     from rich.console import Console
 
-    put(Console(highlight=False), text, whole)
+    return Console(stderr=stderr, highlight=False, emoji=False)
 
 
 def put(console: Any, text: str, whole: bool = False) -> None:
     """A text with markup; in a terminal its lines wrap between words, and no path or name is broken."""
     from rich.text import Text
 
+    text = visible(text)
     if whole or not console.is_terminal:
         console.print(text, soft_wrap=True)
         return
-    for line in Text.from_markup(text).split("\n", allow_blank=True):
+    for line in Text.from_markup(text, emoji=False).split("\n", allow_blank=True):
         for part in line.divide(_wraps(line.plain, console.width)):
             part.rstrip()
             console.print(part, soft_wrap=True)
@@ -73,9 +102,7 @@ def page(pieces: Iterable[Any]) -> None:
 
     A piece is made when the reader comes to it, so that the first stands there at once however many follow.
     """
-    from rich.console import Console
-
-    console = Console(highlight=False)
+    console = terminal()
     texts = (_drawn(console, piece) for piece in pieces)
     with _pager() if console.is_terminal else nullcontext() as pager:
         _write(texts, pager or sys.stdout)
@@ -126,20 +153,16 @@ def _pager() -> Iterator[Any]:
 
 def note(text: str) -> None:
     """A line beside the result."""
-    from rich.console import Console
-
-    put(Console(stderr=True, highlight=False), text)
+    put(terminal(stderr=True), text)
 
 
-def fault(error: ScliteError) -> None:
-    """What is wrong and what to do, on stderr."""
-    from rich.console import Console
-    from rich.markup import escape
-
-    console = Console(stderr=True, highlight=False)
-    put(console, f"[bold red]error:[/] {escape(error.message)}")
+def fault(error: ScliteError, as_json: bool = False) -> None:
+    """What is wrong and what to do, on stderr; with `as_json` also as the one object on stdout."""
+    if as_json:
+        print_json({"error": error.message, "hint": error.hint, "exit_code": error.code, **error.details})
+    note(f"[bold red]error:[/] {plain(error.message)}")
     if error.hint:
-        put(console, f"[cyan]try:[/] {escape(error.hint)}", whole="`" in error.hint)
+        put(terminal(stderr=True), f"[cyan]try:[/] {plain(error.hint)}", whole="`" in error.hint)
 
 
 def lines(invitation: str) -> Iterator[str]:
@@ -182,16 +205,16 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], text
     side, it lies on its side.
     """
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = terminal()
+    rows = [[visible(cell) for cell in row] for row in rows]
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 120
     lying = [list(line) for line in zip(header, *rows, strict=True)]
     if texts == 1 and console.width < _width([header, *rows]) > _width(lying):
         header, rows = lying[0], lying[1:]
-    made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    made = Table(title=plain(visible(title)), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     for i, name in enumerate(header):
         made.add_column(
             name, justify="left" if i < texts else "right", no_wrap=not 0 < i == texts - 1, overflow="fold"

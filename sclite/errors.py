@@ -1,16 +1,20 @@
-"""Faults that a user can mend: each has a message, a remedy and an exit code."""
+"""Errors that a user can fix: each has a message, a hint and an exit code."""
+
+from collections.abc import Mapping
+from typing import Any
 
 DONE, FAILED, USAGE, DATA, BUDGET, DEVICE, NETWORK, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 130
 
 
 class ScliteError(Exception):
-    """Something went wrong that the user can mend.
+    """Something went wrong that the user can fix.
 
     `message` says what is wrong and where, `hint` what to type or change next. The command line prints both and ends
-    with `code`.
+    with `code`. `details` are further keys of the JSON object that is printed under --json.
     """
 
     code = FAILED
+    details: Mapping[str, Any] = {}
 
     def __init__(self, message: str, hint: str = ""):
         super().__init__(message)

@@ -1,6 +1,7 @@
 """What this machine can do: the checks of `sclite doctor`, and the configuration that `sclite init` writes for it."""
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -16,27 +17,70 @@ from sclite.errors import UsageFault
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that works or does not, and the command that mends it."""
+    """One thing that works or does not, the command that fixes it, and whether anything works without it."""
 
     name: str
     works: bool
     found: str
-    mend: str = ""
+    fix: str = ""
+    required: bool = False
 
 
 def check_all() -> list[Check]:
-    """Every check; imports torch and llama.cpp, which takes seconds."""
+    """Every check. torch and llama.cpp are imported in processes of their own, which takes seconds."""
+    torch, llama = probe(_TORCH), probe(_LLAMA)
+    gpus = [] if isinstance(torch, str) else torch["gpus"]
     return [
         _python(),
-        _torch(),
-        _card(),
-        _unsloth(),
-        _compiler(),
-        _llama_cpp(),
+        _torch(torch),
+        _gpu(gpus),
+        _unsloth(gpus),
+        _compiler(gpus),
+        _llama_cpp(llama, gpus),
         _converter(),
         _ollama(),
         _disk(),
     ]
+
+
+_TORCH = (
+    "import json, torch; from sclite.machine import cards; "
+    "print(json.dumps({'version': torch.__version__, 'cuda': torch.version.cuda, 'gpus': cards()}))"
+)
+_LLAMA = (
+    "from sclite.student.engine import llama; print(str(bool(llama().llama_supports_gpu_offload())).lower())"
+)
+
+
+def gpus() -> list[tuple[str, float, float]]:
+    """As `cards`, asked in a process of its own; none where torch is missing or broken."""
+    found = probe(_TORCH)
+    return [] if isinstance(found, str) else found["gpus"]
+
+
+def probe(code: str) -> Any:
+    """What Python code prints as JSON in a process of its own; the reason as a str where it fails or is killed."""
+    path = os.pathsep.join(folder for folder in sys.path if folder)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            env={**os.environ, "PYTHONPATH": path},
+            text=True,
+            errors="replace",
+            timeout=300,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return "does not answer within 5 minutes"
+    if done.returncode < 0:
+        return f"crashes when it is imported (signal {-done.returncode})"
+    last = [
+        line.strip() for line in (done.stdout, done.stderr)[done.returncode > 0].splitlines() if line.strip()
+    ]
+    if done.returncode:
+        return last[-1] if last else f"cannot be imported (exit code {done.returncode})"
+    return json.loads(last[-1])
 
 
 def as_dicts(checks: list[Check]) -> list[dict[str, Any]]:
@@ -121,59 +165,62 @@ def _version(package: str) -> str:
 
 def _python() -> Check:
     return Check(
-        "Python", sys.version_info >= (3, 11), sys.version.split()[0], "install Python 3.11 or later"
+        "Python",
+        sys.version_info >= (3, 11),
+        sys.version.split()[0],
+        "install Python 3.11 or later",
+        required=True,
     )
 
 
-def _torch() -> Check:
-    import torch
-
-    kind = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
-    return Check("torch", True, f"{torch.__version__}, {kind}")
-
-
-def _card() -> Check:
-    found = cards()
-    if not found:
+def _torch(found: Any) -> Check:
+    if isinstance(found, str):
         return Check(
-            "CUDA card", False, "none: training runs on the CPU", "a card of 24 GB trains models of 7B and 8B"
+            "torch", False, found, 'pip install --force-reinstall "torch>=2.11,<2.14"', required=True
         )
-    text = "; ".join(f"{name}, {total:.0f} GB, {free:.0f} GB free" for name, total, free in found)
-    return Check(
-        "CUDA card",
-        max(total for _, total, _ in found) > 11,
-        text,
-        "a card of 24 GB trains models of 7B and 8B",
-    )
+    kind = f"CUDA {found['cuda']}" if found["cuda"] else "CPU build"
+    return Check("torch", True, f"{found['version']}, {kind}", required=True)
 
 
-def _unsloth() -> Check:
+def _gpu(gpus: list) -> Check:
+    fix = "a GPU with 24 GB trains models of 7B and 8B"
+    if not gpus:
+        return Check("CUDA GPU", False, "none: training runs on the CPU", fix)
+    text = "; ".join(f"{name}, {total:.0f} GB, {free:.0f} GB free" for name, total, free in gpus)
+    return Check("CUDA GPU", max(total for _, total, _ in gpus) > 11, text, fix)
+
+
+def _unsloth(gpus: list) -> Check:
     found = importlib.util.find_spec("unsloth") is not None
-    if not found and not cards():
-        return Check("Unsloth", True, "not installed, not needed without a card")
+    if not found and not gpus:
+        return Check("Unsloth", True, "not installed, not needed without a GPU")
     return Check("Unsloth", found, _version("unsloth") or "not installed", "pip install -e '.[cuda]'")
 
 
-def _compiler() -> Check:
+def _compiler(gpus: list) -> Check:
     """Unsloth's kernels are compiled by Triton, which asks a C compiler for its launchers."""
     found = next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), "")
-    if not cards():
-        return Check("C compiler", True, f"{found or 'none'}, not needed without a card")
+    if not gpus:
+        return Check("C compiler", True, f"{found or 'none'}, not needed without a GPU")
     return Check("C compiler", bool(found), found or "none", "apt-get install gcc")
 
 
-def _llama_cpp() -> Check:
-    from sclite.student.engine import llama
-
-    offload = bool(llama().llama_supports_gpu_offload())
+def _llama_cpp(offload: Any, gpus: list) -> Check:
+    install = "pip install --force-reinstall --no-cache-dir llama-cpp-python"
+    if isinstance(offload, str):
+        return Check("llama.cpp", False, offload, install, required=True)
     text = f"llama-cpp-python {_version('llama-cpp-python')}, {'GPU' if offload else 'CPU'} build"
-    mend = "CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall --no-cache-dir llama-cpp-python"
-    return Check("llama.cpp", offload or not cards(), text, mend)
+    works = offload or not gpus  # a CPU build beside a GPU is slow, not broken
+    return Check("llama.cpp", works, text, f"CMAKE_ARGS=-DGGML_CUDA=on {install}", required=works)
 
 
 def _converter() -> Check:
     from sclite.export.convert import cache_folder
 
+    if not _version("llama-cpp-python"):
+        return Check(
+            "GGUF converter", False, "llama-cpp-python is not installed", "pip install llama-cpp-python"
+        )
     checkout = os.environ.get("SCLITE_LLAMA_CPP")
     if checkout:
         return Check(
@@ -198,7 +245,10 @@ def _ollama() -> Check:
 
 
 def _disk() -> Check:
-    free = shutil.disk_usage(".").free / 1e9
+    try:
+        free = shutil.disk_usage(".").free / 1e9
+    except OSError as error:  # the working folder was removed
+        return Check("disk", False, f"unknown: {error.strerror}", "cd to another folder")
     return Check("disk", free > 40, f"{free:.0f} GB free here", "a run with an 8B model needs about 40 GB")
 
 
@@ -213,6 +263,21 @@ def starting_values(memory_gb: float | None) -> dict[str, Any]:
     return {"student.model": f"unsloth/{name}-bnb-4bit"}
 
 
+EXAMPLES: dict[str, Any] = {
+    "problems.limit": 1000,
+    "attempts.price": (0.5, 1.5),
+    "teacher.temperature": 0.7,
+    "teacher.requests_per_minute": 500.0,
+    "teacher.tokens_per_minute": 200_000.0,
+    "teacher.max_cost": 5.0,
+    "teacher.price": (0.5, 1.5),
+    **{f"{stage}.micro_batch": 4 for stage in ("sft", "dpo")},
+    **{f"{stage}.padding_free": True for stage in ("sft", "dpo")},
+    "review.threshold": 0.0,
+}
+"""Values for the keys that have none, so that each line of sclite.toml can be taken as it stands."""
+
+
 def write_configuration(path: Path, memory_gb: float | None) -> None:
     """A commented sclite.toml with every key: those that fit this machine set, the others with their defaults in comments.
 
@@ -225,11 +290,14 @@ def write_configuration(path: Path, memory_gb: float | None) -> None:
     for key, field in configuration.keys().items():
         section, _, name = key.rpartition(".")
         value = chosen.get(key, field.default)
-        shown = " = .." if value is None else f" = {_toml(value)}"
-        meaning = f"  # {field.description}" if field.description else ""
+        meanings = [field.description] if field.description else []
+        if value is None:
+            value = EXAMPLES[key]
+            meanings.append("an example: not set by default")
+        meaning = f"  # {'; '.join(meanings)}" if meanings else ""
         off = "" if key in chosen else "# "
-        sections.setdefault(section, []).append(f"{off}{name}{shown}{meaning}")
-    blocks = ["# sclite: every key with its default; take the # away to change one."]
+        sections.setdefault(section, []).append(f"{off}{name} = {_toml(value)}{meaning}")
+    blocks = ["## Every key with its default. Remove the # before a key to change it."]
     for section, lines in sections.items():
         blocks.append("\n".join([*([f"[{section}]"] if section else []), *lines]))
     try:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from sclite.console import duration, note, plain, put, read_line
+from sclite.console import duration, note, plain, put, read_line, terminal, visible
 
 Progress = Callable[..., None]
 WIDE = 125  # columns that a line of progress takes with all its words
@@ -88,24 +88,24 @@ class Screen:
 
     @contextmanager
     def _bar(self, name: str, text: str) -> Iterator[Progress]:
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as Bars
 
-        console = Console(stderr=True, highlight=False)
+        text = visible(text)
+        console = terminal(stderr=True)
         rate = self._rate = Rate()
         if not console.is_terminal:
             left = self.left(name, 0.0)
             told = f"{text}{f' (about {duration(left)} left in all)' if left else ''}"
-            with _heading(lambda: console.print(told, soft_wrap=True)) as head:
+            with _heading(lambda: note(plain(told))) as head:
                 yield self._lines(rate, head, silent=left is not None)
             return
         wide = console.width >= WIDE
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(24 if wide else 10),
             MofNCompleteColumn(),
-            TextColumn("[dim]{task.fields[left]}"),
+            TextColumn("{task.fields[left]}", style="dim", markup=False),
         )
         shown = text if wide else text.partition(":")[0]
         with Bars(*columns, console=console, transient=True) as self._bars:
@@ -121,7 +121,9 @@ class Screen:
                 seconds = self.left(name, done / max(1, total))
                 told = rate.line(total) if seconds is None else f"{duration(seconds)} left"
                 room = console.width - len(shown) - (24 if wide else 10) - 2 * len(str(total)) - 5
-                self._bars.update(task, completed=done, total=total, left=fitted(_joined(note, told), room))
+                self._bars.update(
+                    task, completed=done, total=total, left=fitted(visible(_joined(note, told)), room)
+                )
 
             yield progress
         self._bars = None
@@ -143,7 +145,7 @@ class Screen:
             if not silent and time.monotonic() - told >= LOG_SECONDS:
                 told = time.monotonic()
                 head()
-                write(f"  {done} of {total} {_joined(note, rate.line(total))}")
+                write(plain(f"  {done} of {total} {_joined(note, rate.line(total))}"))
 
         return progress
 
@@ -172,7 +174,7 @@ class Screen:
             self.skipped.add(name)
         if not self.quiet:
             seconds = "as it was" if skipped else duration(self.finished.get(name, 0.0))
-            note(f"[green]✓[/] {text} [dim]{seconds}[/]")
+            note(f"[green]✓[/] {plain(text)} [dim]{seconds}[/]")
 
 
 @contextmanager

@@ -171,7 +171,7 @@ def test_a_wrong_word_on_the_command_line_is_a_usage_fault(sclite, arguments, sa
         (("build-data", "--only", "pairs"), "use --only templates or --only corrections"),
         (("train", "--only", "both", "--set", "student.model=embedded"), "use --only sft or --only dpo"),
         (("eval", "p.jsonl", "--models", "base,mine"), "use any of base, sft, dpo"),
-        (("chat", "--json"), "sclite chat --json 'QUESTION'"),
+        (("chat", "--json"), "sclite chat --json 'What is 17 + 25?'"),
     ],
 )
 def test_a_part_that_does_not_exist_is_answered_with_those_that_do(sclite, arguments, said):
@@ -316,9 +316,9 @@ def test_ctrl_c_leaves_130(sclite, monkeypatch):
     assert sclite("doctor").code == 130
 
 
-def test_ctrl_c_says_that_the_same_command_goes_on(sclite, monkeypatch):
+def test_ctrl_c_says_how_to_resume(sclite, monkeypatch):
     monkeypatch.setattr(machine, "check_all", _interrupt)
-    assert "the same command goes on from here" in sclite("doctor").err
+    assert "interrupted; re-run to resume" in sclite("doctor").err
 
 
 # -- what works ----------------------------------------------------------------------------------------------------

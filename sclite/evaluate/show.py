@@ -43,7 +43,7 @@ def table(summary: Mapping[str, Any]) -> None:
     if unknown:
         console.say(f"{unknown} answers could not be graded; they are left out")
     for note in summary["notes"]:
-        console.say(note)
+        console.say(console.plain(note))
 
 
 def example(shown: Mapping[str, Any] | None) -> None:

@@ -8,8 +8,8 @@ from rich.text import Text
 
 from sclite import prompts
 from sclite.config import Config
+from sclite.console import visible
 from sclite.errors import UsageFault
-from sclite.look.page import seen
 from sclite.look.rows import Problems
 from sclite.records import Attempt, Pair, Review, Template
 from sclite.run import Run
@@ -84,7 +84,7 @@ class Labels:
 
     def page(self, row: Any, number: int, total: int) -> Text:
         """One row: what carries no loss dim, what does green, heavier tokens yellow, the end of turn on green; decisions cyan."""
-        lines = Text().append(f"{number}/{total}  ", "dim").append(seen(row.id), "bold cyan")
+        lines = Text().append(f"{number}/{total}  ", "dim").append(visible(row.id), "bold cyan")
         for name, encoded in self.sequences(row):
             carried = sum(weight > 0 for weight in encoded.weights)
             told = f"\n{name}: {len(encoded.ids)} tokens, {carried} with loss"
@@ -107,12 +107,12 @@ class Labels:
         for (weight, marked), group in groupby(places, key=lambda place: place[1:]):
             ids = [id for id, *_ in group]
             last = ids.pop() if weight and ids[-1] == self.end else None
-            text = seen(self.tokenizer.decode(ids))
+            text = visible(self.tokenizer.decode(ids))
             if weight not in (0.0, 1.0):
                 text = f"⟦{text} ×{weight:g}⟧"
             shown.append(text, "dim" if not weight else "green" if weight == 1 else "bold yellow")
             if last is not None:
-                shown.append(seen(self.tokenizer.decode([last])), "black on green")
+                shown.append(visible(self.tokenizer.decode([last])), "black on green")
             if marked:
                 shown.append("◆", "bold cyan")
             elif not weight and any(encoded.weights):

@@ -5,12 +5,12 @@ from typing import Any
 
 from rich.text import Text
 
+from sclite.console import visible
 from sclite.look.rows import Problems
 from sclite.records import Attempt, Drop, Pair, Problem, Review, Template
 from sclite.trace import TAG
 
 COLOURS = {"key": "yellow", "cause": "red", "correction": "green", "generalized": "magenta", "answer": "bold"}
-_CONTROLS = {c: 0x2400 + c for c in range(32) if c not in (9, 10)} | dict.fromkeys(range(0x7F, 0xA0), 0x2421)
 _OUTCOMES = {True: ("right", "green"), False: ("wrong", "red"), None: ("outcome unknown", "yellow")}
 
 
@@ -22,7 +22,7 @@ def painted(text: str, wrong: int | None = None) -> Text:
     shown = Text()
     colour, inside, position = "", "", 0
     for match in TAG.finditer(text):
-        shown.append(seen(text[position : match.start()]), inside or colour)
+        shown.append(visible(text[position : match.start()]), inside or colour)
         shown.append(match[0], "dim cyan")
         position = match.end()
         closes, name = bool(match[1]), match[2].lower()
@@ -31,18 +31,13 @@ def painted(text: str, wrong: int | None = None) -> Text:
         else:
             accused = not closes and match[3] and int(match[3]) == wrong
             colour, inside = "red" if accused else "", ""
-    shown.append(seen(text[position:]), inside or colour)
+    shown.append(visible(text[position:]), inside or colour)
     return shown
-
-
-def seen(text: str) -> str:
-    """Text without control characters; pictures of them stand in their place."""
-    return text.replace("\r\n", "\n").translate(_CONTROLS)
 
 
 def page(row: Any, number: int, total: int, problems: Problems) -> Text:
     """One row, an empty line after it. `number` of `total` heads it; its question comes from `problems`."""
-    lines = Text().append(f"{number}/{total}  ", "dim").append(seen(row.id), "bold cyan")
+    lines = Text().append(f"{number}/{total}  ", "dim").append(visible(row.id), "bold cyan")
     for part in (*_heading(row), *_body(row, problems)):
         lines.append_text(part)
     return lines.append("\n\n")
@@ -68,7 +63,7 @@ def _heading(row: Any) -> Iterator[Text]:
 
 
 def _also(text: str, style: str = "") -> Text:
-    return Text("  ").append(seen(text), style)
+    return Text("  ").append(visible(text), style)
 
 
 def _body(row: Any, problems: Problems) -> Iterator[Text]:
@@ -83,7 +78,7 @@ def _body(row: Any, problems: Problems) -> Iterator[Text]:
         case Review():
             yield from _part(painted(row.trace, row.step))
         case Drop():
-            yield from _part(Text(seen(row.detail), "yellow"))
+            yield from _part(Text(visible(row.detail), "yellow"))
             yield from _part(painted(row.raw))
         case Pair():
             yield from _pair(row)
@@ -91,8 +86,8 @@ def _body(row: Any, problems: Problems) -> Iterator[Text]:
 
 def _question(problem: Problem | Template | None) -> Iterator[Text]:
     if problem is not None:
-        yield Text("\n").append(seen(problem.question.strip()), "italic")
-        yield Text("\n").append("gold answer ", "dim").append(seen(problem.answer), "bold")
+        yield Text("\n").append(visible(problem.question.strip()), "italic")
+        yield Text("\n").append("gold answer ", "dim").append(visible(problem.answer), "bold")
 
 
 def _part(text: Text) -> Iterator[Text]:
@@ -102,6 +97,6 @@ def _part(text: Text) -> Iterator[Text]:
 
 
 def _pair(row: Pair) -> Iterator[Text]:
-    yield from _part(Text(seen("".join(row.prefix)), "dim"))
+    yield from _part(Text(visible("".join(row.prefix)), "dim"))
     for name, text, colour in (("chosen", row.chosen, "green"), ("rejected", row.rejected, "red")):
-        yield Text("\n").append(f"{name:<9}", f"bold {colour}").append(seen(text.strip()), colour)
+        yield Text("\n").append(f"{name:<9}", f"bold {colour}").append(visible(text.strip()), colour)

@@ -1,6 +1,8 @@
 """What the commands say of what they did or would do: one JSON object, or words and the next command."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from sclite import console
@@ -20,7 +22,7 @@ def dry_run(found: Mapping[str, Any], json: bool) -> None:
     settings = {name: value for name, value in request.items() if name != "messages"}
     console.say(console.plain(", ".join(f"{name} {value}" for name, value in settings.items())))
     for message in request["messages"]:
-        console.say(f"\n[bold]{message['role']}[/]\n{console.plain(message['content'])}")
+        console.say(f"\n[bold]{console.plain(message['role'])}[/]\n{console.plain(message['content'])}")
     cost = "at an unknown price" if found["cost_usd"] is None else f"about ${found['cost_usd']:.4f}"
     console.say(
         f"\n{found['requests']} requests and their repairs, about {found['prompt_tokens']} tokens sent and "
@@ -36,15 +38,17 @@ def built(world: Any, only: str | None, json: bool) -> None:
         console.print_json(figures)
         return
     if only != "corrections":
-        console.say(f"{figures['templates']} templates in {run.path('templates.jsonl')}")
+        console.say(f"{figures['templates']} templates in {console.plain(str(run.path('templates.jsonl')))}")
     if any(report.stage == "pairs" for report in reports):
-        console.say(f"{figures['pairs']} pairs in {run.path('pairs.jsonl')}")
+        console.say(f"{figures['pairs']} pairs in {console.plain(str(run.path('pairs.jsonl')))}")
     if figures["cost_usd"]:
         console.say(f"They cost ${figures['cost_usd']:.4f}.")
     for reason, count in sorted(figures["dropped"].items()):
-        console.say(f"  {count} left out: {reason.replace('_', ' ')}")
+        console.say(f"  {count} left out: {console.plain(reason.replace('_', ' '))}")
     if figures["dropped"]:
-        console.say(f"Look at them: [bold cyan]sclite show drops --run {run.folder}[/]", whole=True)
+        console.say(
+            f"Look at them: {_command(f'sclite show drops --run {quote(str(run.folder))}')}", whole=True
+        )
     _next(world)
 
 
@@ -71,7 +75,8 @@ def trained(world: Any, only: str | None, json: bool) -> None:
     if json:
         console.print_json({report.stage: report.as_dict() for report in world.reports})
         return
-    console.say(f"The adapter is in {world.run.path('sft/adapter' if only == 'sft' else 'dpo/adapter')}")
+    adapter = world.run.path("sft/adapter" if only == "sft" else "dpo/adapter")
+    console.say(f"The adapter is in {console.plain(str(adapter))}")
     _next(world)
 
 
@@ -79,21 +84,28 @@ def _next(world: Any) -> None:
     """The command that takes the run on, as `sclite status` has it."""
     from sclite.look.status import status
 
-    console.say(f"Next: [bold cyan]{console.plain(status(world.config, world.run)['next'])}[/]", whole=True)
+    console.say(f"Next: {_command(status(world.config, world.run)['next'])}", whole=True)
+
+
+def _command(text: str) -> str:
+    return f"[bold cyan]{console.plain(text)}[/]"
 
 
 def plan(found: Mapping[str, Any], json: bool) -> None:
     """What will fit. Raises DeviceFault where a stage does not."""
     from sclite.look.plan import show_plan
 
-    if json:
-        console.print_json(found)
-    else:
+    fits = all(stage["fits"] is not False for stage in found["stages"].values())
+    if not json:
         show_plan(found)
-    if any(stage["fits"] is False for stage in found["stages"].values()):
-        raise DeviceFault(
-            "not every stage fits on this card", "take the settings that the plan says would fit"
+    elif fits:
+        console.print_json(found)
+    if not fits:
+        error = DeviceFault(
+            "not every stage fits on this GPU", "use the settings that the plan says would fit"
         )
+        error.details = found
+        raise error
 
 
 def exported(world: Any, report: Report, created: Any, fitted: bool, json: bool) -> None:
@@ -105,17 +117,31 @@ def exported(world: Any, report: Report, created: Any, fitted: bool, json: bool)
     if json:
         console.print_json({**figures, "ollama": ollama if created is not None else None})
         return
-    console.say(f"{figures['gguf']}  {figures['megabytes']:g} MB")
+    console.say(f"{console.plain(figures['gguf'])}  {figures['megabytes']:g} MB")
     for warning in figures.get("warnings", []):
-        console.note(f"[yellow]note:[/] {warning}")
+        console.note(f"[yellow]note:[/] {console.plain(warning)}")
+    run = quote(str(world.run.folder))
     if created is not None:
-        console.say(f"Next: [bold cyan]ollama run {ollama}[/]", whole=True)
+        console.say(f"Next: {_command(f'ollama run {quote(ollama)}')}", whole=True)
     elif fitted:
-        console.say(f"Next: [bold cyan]sclite chat --self-correct --run {world.run.folder}[/]", whole=True)
+        console.say(f"Next: {_command(f'sclite chat --self-correct --run {run}')}", whole=True)
+    elif world.config.teacher.embedded or world.config.eval.source:
+        command = "quickstart" if world.config.teacher.embedded else "eval"
+        console.say(
+            f"Next: {_command(f'sclite {command} --run {run}')}, which fits the review's threshold",
+            whole=True,
+        )
     else:
-        command = "quickstart" if world.config.teacher.embedded else "eval PROBLEMS"
-        command = f"sclite {command} --run {world.run.folder}"
-        console.say(f"Next: [bold cyan]{command}[/], which fits the review's threshold", whole=True)
+        console.say(f"Next: {_command(f'sclite chat --run {run}')}", whole=True)
+        console.say("`sclite eval` with a file of held-out problems fits the threshold for --self-correct.")
+
+
+def exported_lora(path: Path, json: bool) -> None:
+    """The adapter as a GGUF of its own."""
+    if json:
+        console.print_json({"lora": str(path), "megabytes": round(path.stat().st_size / 1e6, 1)})
+        return
+    console.say(console.plain(str(path)))
 
 
 def datasets(report: Report, json: bool) -> None:
@@ -123,6 +149,7 @@ def datasets(report: Report, json: bool) -> None:
     if json:
         console.print_json({**report.counts, **report.figures})
         return
+    folder = console.plain(str(report.figures["folder"]))
     for name, count in report.counts.items():
-        console.say(f"{count} rows in {report.figures['folder']}/{name}.jsonl" if count else f"no {name}")
-    console.say(f"Choose a licence in {report.figures['folder']}/README.md before you publish them.")
+        console.say(f"{count} rows in {folder}/{name}.jsonl" if count else f"no {name}")
+    console.say(f"Choose a licence in {folder}/README.md before you publish them.")

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from sclite import measure, pipeline, training
@@ -103,10 +104,9 @@ def _problems(config: Config, run: Run):
     return divide(config, train_problems(count))
 
 
-def next_commands(run: Path) -> list[str]:
-    """What to type after the quickstart."""
+def next_commands(run: Path) -> list[tuple[str, str]]:
+    """(command, purpose) of what to type after the quickstart."""
     return [
-        f"sclite chat --self-correct --run {run}",
-        "sclite init",
-        "sclite build-data problems.jsonl --set teacher.model=PROVIDER/MODEL",
+        (f"sclite chat --self-correct --run {quote(str(run))}", "talk to the student"),
+        ("sclite init", "a configuration for your own problems"),
     ]

@@ -1,0 +1,208 @@
+"""How commands end: one line and a hint, one JSON object under --json, and never a traceback."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sclite import config, console, machine, settings
+from sclite.errors import DataFault
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def sclite(folder: Path, *arguments: str, code: str = "", path: str = "", **environment: str):
+    """A command in a process of its own; `code` runs before it, `path` comes before everything on sys.path."""
+    start = [
+        sys.executable,
+        "-c",
+        f"import sys; sys.argv = ['sclite', *sys.argv[1:]]\n{code}\nfrom sclite.__main__ import main; main()",
+    ]
+    paths = {"PYTHONPATH": os.pathsep.join(filter(None, (path, str(ROOT)))), "TMPDIR": str(folder)}
+    return subprocess.run(
+        [*start, *arguments],
+        cwd=folder,
+        env={**os.environ, **paths, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+FAILING = r"""
+import sclite.machine as m
+def fail(): raise ZeroDivisionError('no\n\x1b[31m[/red]')
+m.check_all = fail
+"""
+
+
+def test_an_exception_that_nobody_expected_is_one_line_and_its_traceback_is_in_a_file(tmp_path):
+    done = sclite(tmp_path, "doctor", code=FAILING)
+    assert (done.returncode, done.stdout) == (1, "")
+    first, hint = done.stderr.splitlines()
+    assert first == "error: unexpected ZeroDivisionError: no"
+    log = Path(re.search(r"the traceback is in (\S+\.log)", hint)[1])
+    assert log.parent == tmp_path
+    assert "in fail" in log.read_text()
+    debugged = sclite(tmp_path, "doctor", code=FAILING, SCLITE_DEBUG="1")
+    assert "Traceback" in debugged.stderr
+    assert debugged.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "exit_code", "said"),
+    [
+        (("doctor", "--json"), FAILING, 1, "unexpected ZeroDivisionError"),
+        (("doctor", "--json"), FAILING.replace("ZeroDivisionError", "KeyboardInterrupt"), 130, "interrupted"),
+        (("train", "--json"), "", 2, "no student is configured"),
+        (("train", "--json", "--gpu", "first"), "", 2, "invalid value for '--gpu'"),
+        (("trian", "--json"), "", 2, "Did you mean 'train'?"),
+        (("show", "drops", "--json"), "", 3, "does not exist"),
+        (("init", "--json", "--config", "none/x.toml"), "", 2, "cannot be written"),
+        (("chat", "--json"), "", 2, "--json needs a question"),
+        (("chat", "--json", "--model", "x.gguf", "How many?"), "", 3, "x.gguf does not exist"),
+        (("export", "--json", "--format", "lora"), "", 3, "adapter"),
+    ],
+)
+def test_an_error_under_json_is_one_object(tmp_path, arguments, code, exit_code, said):
+    done = sclite(tmp_path, *arguments, code=code)
+    told = json.loads(done.stdout)
+    assert done.returncode == told["exit_code"] == exit_code
+    assert said in told["error"]
+    assert told["hint"]
+    assert "Traceback" not in done.stderr
+
+
+def test_rows_that_cannot_all_be_read_leave_no_half_object(capsys):
+    def rows():
+        yield {"id": "a"}
+        raise DataFault("line 2 is damaged")
+
+    with pytest.raises(DataFault):
+        console.print_json_rows({"what": "drops"}, rows())
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "hint"),
+    [
+        (("trian",), "no such command 'trian'. Did you mean 'train'?", "`sclite --help`"),
+        (("train", "--gp", "0"), "--gpu", "`sclite train --help`"),
+        (("show", "drops", "more"), "unexpected extra argument", "`sclite show --help`"),
+    ],
+)
+def test_a_mistyped_word_is_answered_with_the_nearest(tmp_path, arguments, said, hint):
+    done = sclite(tmp_path, *arguments)
+    first, second = done.stderr.splitlines()
+    assert done.returncode == 2
+    assert said in first
+    assert hint in second
+
+
+def test_no_arguments_print_the_help_and_are_a_usage_error(tmp_path):
+    done = sclite(tmp_path, COLUMNS="80")
+    assert (done.returncode, done.stderr) == (2, "")
+    assert "Usage: sclite" in done.stdout
+
+
+def test_every_summary_in_the_help_fits_80_columns(tmp_path):
+    listed = sclite(tmp_path, "--help", COLUMNS="80").stdout
+    assert "..." not in listed.partition("Commands:")[2]
+    assert max(map(len, listed.splitlines())) <= 80
+
+
+# -- control characters and markup ---------------------------------------------------------------------------------
+
+HOSTILE = "\x1b]0;title\x07\x9b31m\u202e[/red][bold]:apple:\ud800\x7f"
+
+
+def test_no_control_character_reaches_the_terminal_and_no_markup_is_read(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    error = DataFault(HOSTILE, HOSTILE)
+    error.details = {"raw": HOSTILE}
+    console.fault(error, as_json=True)
+    console.say(console.plain(HOSTILE))
+    console.table(HOSTILE, ("a", "b"), [(console.plain(HOSTILE), "1")])
+    out, err = capsys.readouterr()
+    colours = re.compile(r"\x1b\[[0-9;]*m")
+    for text in (colours.sub("", out), colours.sub("", err)):
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\ud800]", text)
+        text.encode()
+    assert err.count("[/red][bold]:apple:") == 2
+    assert json.loads(out[: out.index("\n}") + 2])["raw"] == HOSTILE
+
+
+def test_a_run_may_be_named_like_markup(tmp_path):
+    from sclite.records import Drop, Problem, Template
+    from sclite.run import Run
+
+    run = Run(tmp_path / "a[/b]c")
+    trace = "<Step1>[/red] [bold]\n</Step1>\n<Answer>1</Answer>"
+    run.append("problems.jsonl", [Problem(id="p[/b]", question="[/red] [bold]?", answer="1")])
+    run.append(
+        "templates.jsonl", [Template(id="p[/b]", question="[/red]", answer="1", trace=trace, requests=1)]
+    )
+    run.append("dropped.jsonl", [Drop(stage="templates", id="p[/b]", reason="x[/b]", raw="[/red]")])
+    for command in (
+        ("status",), ("show",), ("show", "drops"), ("show", "templates"), ("show", "pairs"),
+        ("export", "--format", "data"), ("export",), ("chat", "[/red]"), ("train",),
+        ("show", "drops", "--reason", "[/red]"), ("train", "--set", "sft.epochs=[/red]"), ("[/red]",),
+    ):  # fmt: skip
+        arguments = command if command == ("[/red]",) else (*command, "--run", "a[/b]c")
+        done = sclite(tmp_path, *arguments, FORCE_COLOR="1")
+        assert "unexpected" not in done.stderr, (command, done.stderr)
+        assert done.returncode in (0, 2, 3), command
+        assert "[/b]" in done.stdout + done.stderr or command[-1] not in ("status", "drops"), command
+
+
+# -- doctor and init -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("torch", "said"),
+    [
+        ("raise RuntimeError('libcudart.so.12: cannot open shared object file')", "libcudart.so.12"),
+        ("import os; os.abort()", "crashes when it is imported (signal 6)"),
+        ("raise ImportError('torch is half installed')", "torch is half installed"),
+        ("import sys; sys.exit(3)", "exit code 3"),
+    ],
+)
+def test_the_doctor_survives_broken_libraries(tmp_path, torch, said):
+    broken = tmp_path / "broken"
+    (broken / "llama_cpp").mkdir(parents=True)
+    (broken / "torch.py").write_text(torch)
+    (broken / "llama_cpp/__init__.py").write_text("import os; os.abort()")
+    done = sclite(tmp_path, "doctor", path=str(broken))
+    assert (done.returncode, done.stderr) == (1, "")
+    assert re.search(rf"✗ torch: .*{re.escape(said)}", done.stdout)
+    assert "✗ llama.cpp: crashes when it is imported (signal 6)" in done.stdout
+    assert "✓ Python" in done.stdout
+    checks = {
+        check["name"]: check
+        for check in json.loads(sclite(tmp_path, "doctor", "--json", path=str(broken)).stdout)["checks"]
+    }
+    assert not checks["torch"]["works"]
+    assert checks["torch"]["required"]
+    assert "pip install" in checks["torch"]["fix"]
+    assert sclite(tmp_path, "init", path=str(broken)).returncode == 0
+
+
+def uncommented(lines: list[str], numbers) -> str:
+    return "\n".join(line[1:].lstrip() if i in numbers else line for i, line in enumerate(lines))
+
+
+@pytest.mark.parametrize("memory_gb", [None, 12.0, 24.0])
+def test_each_line_that_init_writes_may_be_uncommented(tmp_path, memory_gb):
+    path = tmp_path / "sclite.toml"
+    machine.write_configuration(path, memory_gb)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    keys = [i for i, line in enumerate(lines) if line.startswith("# ")]
+    assert len(keys) > len(config.keys()) - 3
+    for chosen in (*([i] for i in range(len(lines)) if lines[i].startswith("#")), keys):
+        path.write_text(uncommented(lines, chosen), encoding="utf-8")
+        settings.load(path, (), {})
