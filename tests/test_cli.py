@@ -247,7 +247,7 @@ def test_a_row_of_the_run_that_was_damaged_by_hand_is_named(sclite):
     ended = sclite("train", "--only", "sft", "--set", "student.model=embedded")
     assert ended.code == 3
     assert "templates.jsonl, line 2: trace: Field required" in ended.error
-    assert ended.hint == "try: mend or remove it"
+    assert ended.hint == "try: fix or remove the line, or run the command again that made the file"
 
 
 def test_an_unknown_format_of_an_export_is_told_with_the_known_ones(sclite):

@@ -103,12 +103,15 @@ def test_export_in_another_size_names_the_evaluation_that_fits_its_threshold(qui
         assert f"Next: {following}" in done.stdout
 
 
-def test_closing_words_name_the_next_three_commands(quickstarted):
-    folder, _, _ = quickstarted
+def test_closing_words_name_the_next_commands_without_a_placeholder(quickstarted):
+    folder, run, _ = quickstarted
     done = sclite("quickstart", *SMALL, folder=folder)
     assert done.returncode == 0, done.stderr
     commands = [line.strip() for line in done.stdout.splitlines() if line.strip().startswith("sclite ")]
-    assert len(commands) == 3
+    assert [command.split("  ")[0] for command in commands] == [
+        f"sclite chat --self-correct --run {run}",
+        "sclite init",
+    ]
 
 
 def test_the_other_commands_divide_its_problems_as_the_quickstart_did(quickstarted):
