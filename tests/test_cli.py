@@ -436,7 +436,7 @@ def test_status_says_what_is_done_and_what_to_type_next(sclite, dropped):
     assert ended.code == 0
     assert "half-way" in ended.out
     assert "Left out: 1 wrong answer, 1 no steps" in ended.out
-    assert ended.out.splitlines()[-1] == "Next: sclite build-data --set teacher.model=PROVIDER/NAME"
+    assert ended.out.splitlines()[-1] == "Next: sclite init"
     figures = json.loads(sclite("status", "--json").out)
     assert figures["dropped"] == {"wrong_answer": 1, "no_steps": 1}
     assert figures["stages"]["problems"]["state"] == "done"

@@ -109,7 +109,7 @@ def test_closing_words_name_the_next_commands_without_a_placeholder(quickstarted
     assert done.returncode == 0, done.stderr
     commands = [line.strip() for line in done.stdout.splitlines() if line.strip().startswith("sclite ")]
     assert [command.split("  ")[0] for command in commands] == [
-        f"sclite chat --self-correct --run {run}",
+        f"sclite chat --self-correct --run {run.relative_to(folder)}",
         "sclite init",
     ]
 
