@@ -199,9 +199,9 @@ def fit_note(figures: Mapping[str, Any], count: int) -> list[str]:
 
 def write_summary(world: World, summary: dict[str, Any]) -> None:
     """eval/summary.json and the report."""
-    import json
 
     from sclite.evaluate.report import write_report
+    from sclite.train.watch import read_metrics
 
     world.run.write_json("eval/summary.json", summary)
     examples = []
@@ -210,8 +210,7 @@ def write_summary(world: World, summary: dict[str, Any]) -> None:
         examples += [{**example, "model": name} for example in shown[:3]]
     curves = {}
     for stage in ("sft", "dpo"):
-        path = world.run.path(f"{stage}/metrics.jsonl")
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        rows = read_metrics(world.run.path(f"{stage}/metrics.jsonl"))
         for phase in dict.fromkeys(row["phase"] for row in rows):
             curves[phase] = [
                 {k: v for k, v in row.items() if k != "phase"} for row in rows if row["phase"] == phase

@@ -4,7 +4,6 @@ A stage is done when its signature fits what lies in the run and the configurati
 at their source is seen only by `build-data`, which reads them.
 """
 
-import json
 import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -28,6 +27,7 @@ from sclite.signature import brought_up, differences
 from sclite.teacher.ledger import FILE as LEDGER
 from sclite.teacher.ledger import Ledger
 from sclite.train import dpo, sft, warm
+from sclite.train.watch import read_metrics
 
 DONE, STALE, HALF_WAY, NOT_BEGUN = "done", "stale", "half_way", "not_begun"
 OUTPUTS = {
@@ -189,9 +189,7 @@ def _rows_so_far(run: Run, name: str) -> int:
     """Rows of a file that is being written; for a training stage the optimizer step that was logged last."""
     if name not in TRAINED:
         return _count(run, OUTPUTS[name])
-    path = run.path(f"{'sft' if name == 'sft' else 'dpo'}/metrics.jsonl")
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-    rows = [json.loads(line) for line in lines]
+    rows = read_metrics(run.path(f"{'sft' if name == 'sft' else 'dpo'}/metrics.jsonl"))
     return max((row["step"] for row in rows if row["phase"] == name), default=0)
 
 

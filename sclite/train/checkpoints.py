@@ -1,9 +1,11 @@
-"""Where a broken training stage goes on: checkpoints that are known to be whole, and of the same inputs.
+"""Where an interrupted training stage resumes: checkpoints that are known to be whole, and of the same inputs.
 
-Hugging Face's trainer writes a checkpoint file by file, so a kill can leave a folder that looks like one. Each whole one
-gets a mark of its own, written last; what has none is removed and never resumed from.
+Hugging Face's trainer writes a checkpoint file by file, so a kill can leave a folder that only looks like one, and a disk
+can damage one later. Each whole checkpoint gets a mark, written last: its inputs and a hash of every file. One without a
+mark, or with other files, is removed and never resumed from.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -11,58 +13,121 @@ from pathlib import Path
 from typing import Any
 
 from sclite.errors import UsageFault
-from sclite.run import Run, write_text
+from sclite.run import Run, sync, write_text
 from sclite.signature import brought_up, differences
+from sclite.train.watch import Progress
 
-WHOLE, BEGUN = "whole.json", "begun.json"
+WHOLE = "whole.json"
 
 
 class Checkpoints:
-    """The checkpoints of one training: folder/checkpoint-STEP, and in folder/begun.json what they are made from."""
+    """The checkpoints of one training: folder/checkpoint-STEP."""
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.inputs: Mapping[str, Any] = {}
 
-    def begin(self, inputs: Mapping[str, Any]) -> None:
-        """Make the folder ready for a training from these inputs: those of others and broken ones are removed."""
+    def begin(self, inputs: Mapping[str, Any], progress: Progress | None = None) -> None:
+        """Remove checkpoints that are unfinished, damaged or of other inputs; damaged ones are named as a warning."""
+        self.inputs = inputs
         begun = self.begun_from()
-        if begun is None or brought_up(begun, inputs) != inputs:
+        if begun is not None and brought_up(begun, inputs) != inputs:
             self.forget()
-        for found in self.folder.glob("checkpoint-*"):
-            if not (found / WHOLE).is_file():
+        damaged = []
+        for found in self._folders():
+            marked, reason = (found / WHOLE).is_file(), _damage(found)
+            if reason:
                 shutil.rmtree(found)
-        write_text(self.folder / BEGUN, json.dumps(inputs) + "\n")
+            if reason and marked:
+                damaged.append(f"{found.name} ({reason})")
+        if damaged and progress is not None:
+            step = self.step()
+            start = f"training resumes from step {step}" if step else "training starts from its first step"
+            lost = f"damaged in {self.folder}: {', '.join(damaged)}; {start}"
+            progress(0, 0, warning=lost)
 
     def begun_from(self) -> dict[str, Any] | None:
-        """The inputs of the training that was begun here; None where there is none."""
-        path = self.folder / BEGUN
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        """The inputs of the training that was begun here; None where there is no checkpoint."""
+        marks = (_mark_of(found) for found in self._folders())
+        return next((mark["inputs"] for mark in marks if mark is not None), None)
+
+    def _folders(self) -> list[Path]:
+        """The checkpoints, the latest first."""
+        found = [path for path in self.folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+        return sorted(found, key=_step_of, reverse=True)
 
     def step(self) -> int:
-        """The step of the last whole checkpoint, 0 without one."""
-        steps = [
-            int(found.parent.name.rpartition("-")[2]) for found in self.folder.glob(f"checkpoint-*/{WHOLE}")
-        ]
-        return max(steps, default=0)
+        """The step of the last checkpoint with a mark, 0 without one."""
+        return next((_step_of(found) for found in self._folders() if _mark_of(found) is not None), 0)
 
     def last(self) -> str | None:
-        """The folder of the last whole checkpoint."""
+        """The folder of the last checkpoint with a mark."""
         step = self.step()
         return str(self.folder / f"checkpoint-{step}") if step else None
 
     def mark(self, step: int) -> None:
-        """Note that the checkpoint of this step is whole."""
-        write_text(self.folder / f"checkpoint-{step}" / WHOLE, json.dumps({"step": step}) + "\n")
+        """Note that the checkpoint of this step is whole; its files are forced to disk first."""
+        folder = self.folder / f"checkpoint-{step}"
+        sync_folder(folder)
+        content = {"step": step, "inputs": self.inputs, "files": _hashes(folder)}
+        write_text(folder / WHOLE, json.dumps(content) + "\n")
 
-    def load(self, step: int, model: Any) -> None:
-        """Give the model the adapter weights of a step."""
+    def load(self, step: int, model: Any) -> bool:
+        """Give the model the adapter weights of a step; False where there is no such checkpoint any more."""
         from sclite.student.adapters import put_adapter
 
-        put_adapter(model, self.folder / f"checkpoint-{step}")
+        folder = self.folder / f"checkpoint-{step}"
+        if not folder.is_dir():
+            return False
+        put_adapter(model, folder)
+        return True
 
     def forget(self) -> None:
         """Remove them all."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _damage(folder: Path) -> str:
+    """Why a checkpoint cannot be used; empty where it can."""
+    mark = _mark_of(folder)
+    if mark is None:
+        return f"{WHOLE} is damaged" if (folder / WHOLE).is_file() else "unfinished"
+    now = _hashes(folder)
+    wrong = [name for name, value in mark["files"].items() if now.get(name) != value]
+    return f"{wrong[0]} is {'damaged' if wrong[0] in now else 'missing'}" if wrong else ""
+
+
+def _mark_of(folder: Path) -> dict[str, Any] | None:
+    try:
+        mark = json.loads((folder / WHOLE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    whole = isinstance(mark, dict) and all(isinstance(mark.get(key), dict) for key in ("inputs", "files"))
+    return mark if whole else None
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hash_of(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != WHOLE
+    }
+
+
+def hash_of(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Force every file of a folder, and the names in it and in its parent, to disk."""
+    for path in [*folder.rglob("*"), folder, folder.parent]:
+        sync(path)
 
 
 def refuse_other_inputs(run: Run, stage: str, folder: Path, inputs: Mapping[str, Any], fresh: bool) -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from sclite.config import Config, Student
+from sclite.errors import DataFault
 from sclite.run import Run
 from sclite.student.load import EMBEDDED, backend, model_name
+from sclite.train.checkpoints import sync_folder
 
 
 def save_adapter(model: Any, run: Run, stage: str, name: str) -> None:
@@ -22,8 +24,31 @@ def save_adapter(model: Any, run: Run, stage: str, name: str) -> None:
     beside = folder.with_name(f".{folder.name}")
     shutil.rmtree(beside, ignore_errors=True)
     model.save_pretrained(beside)
+    sync_folder(beside)
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
+    sync_folder(folder)
+
+
+def done(run: Run, stage: str, inputs: dict[str, Any], adapter: str, fresh: bool) -> dict[str, Any] | None:
+    """The manifest of a stage that was finished from these inputs, None where it is to be trained.
+
+    Raises DataFault where the adapter is not the one that the stage wrote, unless `fresh` allows to train it again.
+    """
+    manifest = run.done(stage, inputs, adapter)
+    if manifest is None or manifest["figures"].get("adapter") in (None, run.file_digest(adapter)):
+        return manifest
+    if fresh:
+        return None
+    raise DataFault(
+        f"{run.path(adapter)} is not the adapter that {stage} wrote: it is damaged, or was replaced",
+        "restore it from a copy, or train it again with --fresh",
+    )
+
+
+def written(run: Run, adapter: str) -> dict[str, str]:
+    """The figure by which `done` knows the adapter of a stage again."""
+    return {"adapter": run.file_digest(adapter)}
 
 
 def student_inputs(config: Config) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Source: METHOD section 4. The DPO term of every pair is -log sigmoid(beta * (pol
 terms on the chosen texts and on solved rows (replay) keep the student from forgetting.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,14 +18,14 @@ from sclite.student.encode import Encoded, decision_ids
 from sclite.student.load import load_student
 from sclite.train.bundle import Bundle, build_bundles, collate, likelihoods, reference_log_probs
 from sclite.train.checkpoints import Checkpoints, refuse_other_inputs
-from sclite.train.common import quiet, save_adapter, student_inputs
+from sclite.train.common import done, quiet, save_adapter, student_inputs, written
 from sclite.train.fit import micro_batch
 from sclite.train.labels import check_bundles, checked_tokenizer, tell_left_out
 from sclite.train.sft import replay_templates, solve_rows
 from sclite.train.trainer import Lesson, Part, held_out_rows, memory_told, train_adapter
 from sclite.train.watch import Progress
 
-STAGE = "dpo"
+STAGE, ADAPTER = "dpo", "dpo/adapter/adapter_model.safetensors"
 
 
 def inputs_of(config: Config, run: Run, unseen: frozenset[str] = frozenset()) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def train_dpo(
     other inputs and is not to be `fresh`.
     """
     inputs, report = inputs_of(config, run, unseen), Report(STAGE)
-    if manifest := run.done(STAGE, inputs, "dpo/adapter/adapter_model.safetensors"):
+    if manifest := done(run, STAGE, inputs, ADAPTER, fresh):
         return Report.of(manifest)
     pairs = run.require(
         "pairs.jsonl", Pair, "run `sclite train`, which builds them from the student's attempts"
@@ -69,7 +70,7 @@ def train_dpo(
     with timed(report):
         quiet(config.student)
         checkpoints = Checkpoints(folder / "checkpoints")
-        checkpoints.begin(inputs)
+        checkpoints.begin(inputs, progress)
         tokenizer = checked_tokenizer(config.student)
         bundles = build_bundles(tokenizer, pairs, questions, config.prompts.folder)
         solved = solve_rows(tokenizer, replay_templates(templates, unseen), config.prompts.folder)
@@ -82,7 +83,7 @@ def train_dpo(
         check_bundles(bundles, decision_ids(tokenizer))
         at_once = micro_batch(config, STAGE)
         model, tokenizer = load_student(config.student, config.dpo, run.path("dpo/warm"), train=True)
-        reference = _reference(run, model, tokenizer, bundles, digest(inputs), at_once)
+        reference = _reference(run, model, tokenizer, bundles, digest(inputs), at_once, progress)
         outcome = train_adapter(
             model,
             tokenizer,
@@ -98,7 +99,7 @@ def train_dpo(
         )
         save_adapter(model, run, STAGE, "dpo/adapter")
     report.counts |= {"bundles": len(bundles), "pairs": len(pairs), "steps": outcome.steps}
-    report.figures |= {"best_step": outcome.best, "warnings": outcome.warnings}
+    report.figures |= {"best_step": outcome.best, "warnings": outcome.warnings, **written(run, ADAPTER)}
     run.sign(STAGE, inputs, report)
     checkpoints.forget()
     return report
@@ -142,15 +143,33 @@ def with_replay(bundles: Sequence[Bundle], rows: Sequence[Encoded], share: float
 
 
 def _reference(
-    run: Run, model: Any, tokenizer: Any, bundles: Sequence[Bundle], signature: str, at_once: int
+    run: Run,
+    model: Any,
+    tokenizer: Any,
+    bundles: Sequence[Bundle],
+    signature: str,
+    at_once: int,
+    progress: Progress | None,
 ) -> dict[str, Any]:
-    """The reference log-probabilities: from the run where they are of this adapter and these pairs, else computed and kept."""
-    kept = run.read_json("dpo/reference.json")
-    if kept is not None and kept["signature"] == signature:
-        return kept["log_probs"]
+    """The reference log-probabilities: from the run where they are whole and of these inputs, else computed and kept.
+
+    The model is the adapter that DPO starts from, also where training resumes: computing them again gives the same.
+    """
+    kept, path = {}, run.path("dpo/reference.json")
+    if path.is_file():
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            whole = kept["digest"] == digest(kept["log_probs"])
+        except (ValueError, TypeError, KeyError):
+            whole = False
+        if whole and kept["signature"] == signature:
+            return kept["log_probs"]
+        if not whole and progress is not None:
+            progress(0, 0, warning=f"{path} is damaged: the reference is computed again from dpo/warm")
     with memory_told(STAGE, at_once):
         log_probs = reference_log_probs(model, bundles, tokenizer, at_once)
-    run.write_json("dpo/reference.json", {"signature": signature, "log_probs": log_probs})
+    content = {"signature": signature, "digest": digest(log_probs), "log_probs": log_probs}
+    run.write_json("dpo/reference.json", content)
     return log_probs
 
 

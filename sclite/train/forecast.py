@@ -1,6 +1,5 @@
 """How long a training will be: rows, tokens, steps and hours of a stage, from the run's own rows and timed steps."""
 
-import json
 import statistics
 from collections.abc import Callable, Iterator
 from math import ceil
@@ -15,6 +14,7 @@ from sclite.trace import corrected, parse, render, step_pieces, work_of
 from sclite.train.mixture import mix
 from sclite.train.order import training_order
 from sclite.train.trainer import held_out_rows
+from sclite.train.watch import read_metrics
 
 Length = tuple[int, int]
 """(tokens, tokens that carry loss) of one sequence."""
@@ -147,9 +147,7 @@ def tokens_per_second(run: Run, stage: str) -> float | None:
     """The median over the steps of this stage that the run has timed; the warm-up, being the same work, may take SFT's."""
     found: dict[str, list[float]] = {}
     for name in ("sft/metrics.jsonl", "dpo/metrics.jsonl"):
-        path = run.path(name)
-        for line in path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else ():
-            row = json.loads(line)
+        for row in read_metrics(run.path(name)):
             if row.get("tokens_per_second"):
                 found.setdefault(row["phase"], []).append(row["tokens_per_second"])
     same = found.get(stage) or (found.get("sft") if stage == "warm" else None)

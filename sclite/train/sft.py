@@ -8,17 +8,16 @@ from typing import Any
 
 from sclite import prompts
 from sclite.config import Config
-from sclite.errors import DataFault
 from sclite.records import Template
 from sclite.run import Report, Run, timed
 from sclite.signature import digest
-from sclite.student.adapters import adapted
+from sclite.student.adapters import adapted, check_adapter
 from sclite.student.encode import Encoded, encode_solution, end_id
 from sclite.student.forward import Padded, hidden_states, pad, token_log_probs
 from sclite.student.load import load_student
 from sclite.trace import parse
 from sclite.train.checkpoints import Checkpoints, refuse_other_inputs
-from sclite.train.common import quiet, save_adapter, student_inputs
+from sclite.train.common import done, quiet, save_adapter, student_inputs, written
 from sclite.train.fit import micro_batch
 from sclite.train.labels import check_labels, checked_tokenizer, left_out, rows_of_sft, tell_left_out
 from sclite.train.trainer import Lesson, Part, held_out_rows, train_adapter
@@ -57,7 +56,7 @@ def train_sft(
         return _adopt(run)
     inputs = inputs_of(config, run, unseen)
     report = Report(STAGE)
-    if manifest := run.done(STAGE, inputs, ADAPTER):
+    if manifest := done(run, STAGE, inputs, ADAPTER, fresh):
         return Report.of(manifest)
     rows = run.require(
         "templates.jsonl", Template, "run `sclite build-data` first, or put your own templates there"
@@ -68,7 +67,7 @@ def train_sft(
     with timed(report):
         quiet(config.student)
         checkpoints = Checkpoints(folder / "checkpoints")
-        checkpoints.begin(inputs)
+        checkpoints.begin(inputs, progress)
         tokenizer = checked_tokenizer(config.student)
         encoded = fitting_rows(
             run, report, [row.id for row in rows], solve_rows(tokenizer, rows, config.prompts.folder),
@@ -92,6 +91,7 @@ def train_sft(
         save_adapter(model, run, STAGE, "sft/adapter")
     report.counts |= {"rows": len(encoded), "steps": outcome.steps}
     report.figures |= {"best_step": outcome.best, "warnings": outcome.warnings, "lora": adapted(model)}
+    report.figures |= written(run, ADAPTER)
     run.sign(STAGE, inputs, report)
     checkpoints.forget()
     return report
@@ -99,13 +99,7 @@ def train_sft(
 
 def _adopt(run: Run) -> Report:
     """The report of an adapter that was put into the run, with PEFT's configuration beside it."""
-    name = "sft/adapter/adapter_config.json"
-    found = run.read_json(name)
-    if not isinstance(found, dict) or found.get("peft_type") != "LORA":
-        raise DataFault(
-            f"{run.path(name)} is {'missing' if found is None else 'not that of a LoRA adapter'}",
-            "put the whole folder there that PEFT's save_pretrained writes",
-        )
+    check_adapter(run.path("sft/adapter"))
     return Report(STAGE, {"brought_along": 1}, skipped=True)
 
 

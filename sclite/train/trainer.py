@@ -107,8 +107,9 @@ def train_adapter(
     if watch.interrupted:
         raise KeyboardInterrupt
     best = trainer.state.best_global_step if kept else None
-    if best and best != trainer.state.global_step:
-        checkpoints.load(best, model)
+    if best and best != trainer.state.global_step and not checkpoints.load(best, model):
+        watch.warn(f"the checkpoint of step {best}, the best one, was damaged: the last step is kept")
+        best = trainer.state.global_step
     _refuse_untrained(model, before, lesson.phase, rate, checkpoints)
     return Outcome(trainer.state.global_step, best or None, watch.warnings)
 

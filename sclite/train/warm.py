@@ -14,8 +14,8 @@ from sclite.run import Report, Run, timed
 from sclite.signature import digest
 from sclite.student.encode import end_id
 from sclite.student.load import load_student
-from sclite.train.checkpoints import Checkpoints, refuse_other_inputs
-from sclite.train.common import quiet, save_adapter, student_inputs
+from sclite.train.checkpoints import Checkpoints, refuse_other_inputs, sync_folder
+from sclite.train.common import done, quiet, save_adapter, student_inputs, written
 from sclite.train.fit import micro_batch
 from sclite.train.labels import checked_tokenizer
 from sclite.train.sft import fitting_rows, replay_templates, supervised
@@ -23,7 +23,7 @@ from sclite.train.trainer import train_adapter
 from sclite.train.warm_rows import mixed_rows
 from sclite.train.watch import Progress
 
-STAGE = "warm"
+STAGE, ADAPTER = "warm", "dpo/warm/adapter_model.safetensors"
 
 
 def inputs_of(config: Config, run: Run, unseen: frozenset[str] = frozenset()) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def train_warm(
     With dpo.warmup_epochs = 0 dpo/warm is a copy of sft/adapter, and no reviews are needed. Raises as `train_sft` does.
     """
     inputs, report = inputs_of(config, run, unseen), Report(STAGE)
-    if manifest := run.done(STAGE, inputs, "dpo/warm/adapter_model.safetensors"):
+    if manifest := done(run, STAGE, inputs, ADAPTER, fresh):
         return Report.of(manifest)
     folder = run.path("dpo")
     if config.dpo.warmup_epochs == 0:
@@ -72,7 +72,7 @@ def train_warm(
     with timed(report):
         quiet(config.student)
         checkpoints = Checkpoints(folder / "warm-checkpoints")
-        checkpoints.begin(inputs)
+        checkpoints.begin(inputs, progress)
         tokenizer = checked_tokenizer(config.student)
         rows = fitting_rows(
             run, report, *mixed_rows(tokenizer, run, reviews, replay_templates(templates, unseen), config),
@@ -95,7 +95,7 @@ def train_warm(
         )
         save_adapter(model, run, STAGE, "dpo/warm")
     report.counts |= {"rows": len(rows), "reviews": len(reviews), "steps": outcome.steps}
-    report.figures |= {"best_step": outcome.best, "warnings": outcome.warnings}
+    report.figures |= {"best_step": outcome.best, "warnings": outcome.warnings, **written(run, ADAPTER)}
     run.sign(STAGE, inputs, report)
     checkpoints.forget()
     return report
@@ -109,5 +109,7 @@ def _copied(run: Run, inputs: dict[str, Any], report: Report) -> Report:
         shutil.copytree(run.path("sft/adapter"), beside)
         shutil.rmtree(run.path("dpo/warm"), ignore_errors=True)
         beside.rename(run.path("dpo/warm"))
+        sync_folder(run.path("dpo/warm"))
+    report.figures |= written(run, ADAPTER)
     run.sign(STAGE, inputs, report)
     return report

@@ -43,7 +43,12 @@ class Watch:
     def resume(self, step: int) -> None:
         """Take out of metrics.jsonl what this phase has written after `step`; 0 takes out all of it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read_metrics(self.path) if row["phase"] != self.phase or row["step"] <= step]
+        found = read_metrics(self.path)
+        if (lost := _lines(self.path) - len(found)) > 0:
+            self.warn(
+                f"{self.path}: {lost} damaged line{'s' * (lost > 1)} removed; the curves lack those steps"
+            )
+        kept = [row for row in found if row["phase"] != self.phase or row["step"] <= step]
         self.rows = [row for row in kept if row["phase"] == self.phase]
         write_text(self.path, (json.dumps(row) + "\n" for row in kept))
 
@@ -114,16 +119,26 @@ class Watch:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, without a last line that a kill has broken off; none where it is absent."""
+    """The rows of a metrics.jsonl; none where it is absent. Lines that are no row, such as a half-written one, are skipped."""
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
-            break
+            continue
+        numbers = isinstance(row, dict) and all(
+            isinstance(value, str if name == "phase" else int | float) for name, value in row.items()
+        )
+        if numbers and {"phase", "step"} <= row.keys():
+            rows.append(row)
     return rows
+
+
+def _lines(path: Path) -> int:
+    """The lines of a file that end, 0 where it is absent: the last one may be half-written."""
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
 def live_line(row: Mapping[str, Any]) -> str:
