@@ -69,7 +69,9 @@ def quickstart(
 
     show.table(summary)
     show.example(example)
-    console.say(f"\nReport: {console.plain(str(Path(loaded.run) / 'eval/report.html'))}\n\nNext:")
+    console.say(
+        f"\nReport: {console.plain(str(Path(loaded.run) / summary['folder'] / 'report.html'))}\n\nNext:"
+    )
     for command, purpose in flow.next_commands(Path(loaded.run)):
         console.say(f"  [bold cyan]{console.plain(command)}[/]  {purpose}", whole=True)
 
@@ -250,8 +252,9 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=10, help="Rows to use.")] = None,
     models: Annotated[
-        str, typer.Option("--models", help="Which students, with commas between.")
-    ] = "base,sft,dpo",
+        str | None,
+        typer.Option("--models", help="base, sft, dpo, with commas between (default: all there are)."),
+    ] = None,
     *,
     common: Common,
 ) -> None:
@@ -269,15 +272,16 @@ def evaluate(
             f"--models {','.join(unknown)}: no such student", f"use any of {', '.join(pipeline.NAMES)}"
         )
     with world.run.hold():
-        held_out, fitting, left_out = measure.held_out(world)
+        held_out, fitting, dropped = measure.held_out(world)
         pipeline.export(world, names, compare=False)
-        source = world.config.eval.source
-        summary = measure.evaluate(world, names, held_out, fitting, source=source, left_out=left_out)
+        folder, dataset = measure.result_folder(world)
+        named = {"folder": folder, "dataset": dataset, "source": world.config.eval.source}
+        summary = measure.evaluate(world, names, held_out, fitting, dropped=dropped, **named)
     if common.json:
         console.print_json(summary)
         return
     show.table(summary)
-    console.say(f"Report: {console.plain(str(world.run.path('eval/report.html')))}")
+    console.say(f"Report: {console.plain(str(world.run.path(folder) / 'report.html'))}", whole=True)
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """Measuring exported students, and the thresholds that are fitted on the way: between the commands and the eval stage."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import ceil
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from sclite import prompts
+from sclite.config import Eval
 from sclite.errors import DataFault, UsageFault
 from sclite.export.stage import ADAPTERS
 from sclite.records import Drop, Problem, Template
@@ -31,10 +33,11 @@ FEW_TO_FIT = 50
 """With fewer problems one answer more or less moves the threshold far."""
 
 
-def held_out(world: World) -> tuple[list[Problem], list[Problem], int]:
-    """(test problems, problems for the threshold, how many were left out) from eval.source.
+def held_out(world: World) -> tuple[list[Problem], list[Problem], dict[str, int]]:
+    """(test problems, problems for the threshold, skipped ones by reason) from eval.source.
 
-    Left out are those that overlap what the run trains on, which would measure memory; dropped.jsonl names both.
+    Skipped are rows that cannot be used, and problems that overlap what the run trains on, which would measure memory;
+    dropped.jsonl names them.
     """
     from sclite.data.contamination import trained_on
     from sclite.data.problems import load_problems, split_for_stages
@@ -50,9 +53,12 @@ def held_out(world: World) -> tuple[list[Problem], list[Problem], int]:
             "eval.source is not set", f"give a file or hub data set: `sclite eval PROBLEMS`{own}"
         )
     place = (source.source, source.subset, source.split, source.limit)
-    found = load_problems(*place, columns=source.columns(), key="eval.source")
+    drops: list[Drop] = []
+    found = load_problems(*place, drops, columns=source.columns(), key="eval.source")
     known = trained_on(found, _training_questions(world))
-    world.run.replace_drops(["eval"], [_overlap_drop(p, known[p.id]) for p in found if p.id in known])
+    drops = [drop.model_copy(update={"stage": "eval"}) for drop in drops]
+    drops += [_overlap_drop(p, known[p.id]) for p in found if p.id in known]
+    world.run.replace_drops(["eval"], drops)
     fresh = [p for p in found if p.id not in known]
     tested, fitted = split_for_stages(fresh, source.fit_share, world.config.seed)
     if len(tested) < 5 or len(fitted) < 5:
@@ -61,7 +67,19 @@ def held_out(world: World) -> tuple[list[Problem], list[Problem], int]:
             f"{source.source}: {len(fresh)} of {len(found)} problems were not trained on, which are too few",
             f"evaluate on {enough} or more",
         )
-    return tested, fitted, len(known)
+    return tested, fitted, dict(Counter(drop.reason for drop in drops))
+
+
+def result_folder(world: World) -> tuple[str, str]:
+    """(folder of the results, dataset) for eval.source and eval.limit."""
+    from sclite.data.sources import is_local
+    from sclite.evaluate import results
+
+    source = world.config.eval
+    local, usual = is_local(source.source), Eval.model_fields["limit"].default
+    dataset, name = results.dataset_of(source.source, local)
+    names = (name,) if local else (name, source.subset, source.split)
+    return results.result_folder(world.run, dataset, names, source.limit, usual), dataset
 
 
 def _training_questions(world: World) -> Iterator[tuple[str, str]]:
@@ -86,12 +104,16 @@ def evaluate(
     problems: Sequence[Problem],
     fitting: Sequence[Problem],
     judge: Callable[..., int | None] | None = None,
+    *,
+    folder: str,
+    dataset: str,
     source: str = "",
-    left_out: int = 0,
+    dropped: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """Measure the exported students; writes eval/summary.json and eval/report.html, and the thresholds beside the GGUFs.
+    """Measure the exported students; writes summary.json, report.html and the rows into `folder`, and the thresholds
+    beside the GGUFs.
 
-    `left_out` problems of the source overlap the training problems: that is told with the figures.
+    `dataset` is the path or Hub ID behind `folder`, `source` how the report names it; `dropped` are its skipped rows.
     """
     from sclite.evaluate.evaluate import evaluate_model
     from sclite.export.stage import gguf_path, made_from
@@ -120,6 +142,7 @@ def evaluate(
                     grader=grader,
                     judge=judge,
                     identity=digest,
+                    folder=folder,
                 )
             figures[name] |= {
                 "file": path.name,
@@ -128,17 +151,19 @@ def evaluate(
             }
         progress(len(names), len(names))
     world.screen.done("eval", f"eval: {', '.join(names)}")
-    notes = [f"left out, because they overlap the training problems: {left_out}"] if left_out else []
+    notes = [f"skipped {reason.replace('_', ' ')}: {count:,}" for reason, count in (dropped or {}).items()]
+    notes += [f"review is off for {name}: {each['off']}" for name, each in figures.items() if each["off"]]
     notes += cut_note(figures, world.config.eval.max_tokens)
     notes += fit_note(figures, len(fitting))
     notes += keep_thresholds(world, figures)
-    dropped = {"overlaps_training": left_out} if left_out else {}
     summary = {
         "models": figures,
         "n": len(problems),
-        "dropped": dropped,
+        "dropped": dict(dropped or {}),
         "notes": notes,
         "source": source,
+        "dataset": dataset,
+        "folder": folder,
     }
     write_summary(world, summary)
     return summary
@@ -198,24 +223,22 @@ def fit_note(figures: Mapping[str, Any], count: int) -> list[str]:
 
 
 def write_summary(world: World, summary: dict[str, Any]) -> None:
-    """eval/summary.json and the report."""
-
+    """summary.json and report.html in the folder that the summary names."""
     from sclite.evaluate.report import write_report
+    from sclite.evaluate.results import REPORT, SUMMARY
     from sclite.train.watch import read_metrics
 
-    world.run.write_json("eval/summary.json", summary)
+    folder, run = summary["folder"], world.run
+    run.write_json(f"{folder}/{SUMMARY}", summary)
     examples = []
     for name in summary["models"]:
-        shown = world.run.read_json(f"eval/{name}.reviews.json", list[dict[str, Any]]) or []
+        shown = run.read_json(f"{folder}/{name}.reviews.json", list[dict[str, Any]]) or []
         examples += [{**example, "model": name} for example in shown[:3]]
-    curves = {}
-    for stage in ("sft", "dpo"):
-        rows = read_metrics(world.run.path(f"{stage}/metrics.jsonl"))
-        for phase in dict.fromkeys(row["phase"] for row in rows):
-            curves[phase] = [
-                {k: v for k, v in row.items() if k != "phase"} for row in rows if row["phase"] == phase
-            ]
-    write_report(world.run.path("eval/report.html"), summary, examples, curves)
+    rows = [row for stage in ("sft", "dpo") for row in read_metrics(run.path(f"{stage}/metrics.jsonl"))]
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        curves.setdefault(row["phase"], []).append(row)
+    write_report(run.path(f"{folder}/{REPORT}"), summary, examples, curves)
 
 
 def _review_digest(world: World) -> str:

@@ -232,8 +232,9 @@ def evaluate_model(
     grader: Grader,
     judge: Judge | None = None,
     identity: str = "",
+    folder: str,
 ) -> dict[str, Any]:
-    """All figures of one student: one pass, and reviewed. Writes eval/<name>.jsonl and eval/<name>.json.
+    """All figures of one student: one pass, and reviewed. Writes <name>.jsonl and <name>.json into `folder` of the run.
 
     `fitting` are the problems for the threshold, unless `review.threshold` is set. `identity` is the digest of the
     student's file; where nothing has changed the figures kept in the run are returned.
@@ -242,18 +243,17 @@ def evaluate_model(
         [identity, config.eval.model_dump(), config.review.model_dump(), [p.model_dump() for p in problems], [p.model_dump() for p in fitting],
          prompts.digest("student_system", "student_solve", "student_review", folder=config.prompts.folder)]
     )  # fmt: skip
-    kept = run.read_json(f"eval/{name}.json")
-    if (
-        kept is not None and kept.get("signature") == signature and "cut" in kept
-    ):  # figures of old know it not
+    kept = run.read_json(f"{folder}/{name}.json", dict[str, Any])
+    if kept is not None and kept.get("signature") == signature:
         return kept
     began = time.monotonic()
     first = solve(student, problems, config, grader)
     between = time.monotonic()
     threshold, fitted = config.review.threshold, None
+    reviewable = any(trace.steps for trace in first.traces)
     if threshold is None and config.review.mode == "guided":
         threshold = NEVER
-        if any(trace.steps for trace in first.traces):  # else there is nothing to review
+        if reviewable:
             fitted = fit(student, fitting, config, grader)
             threshold = fitted["threshold"]
     reviewing = time.monotonic()
@@ -265,17 +265,33 @@ def evaluate_model(
         "gguf": identity,
         "threshold": threshold,
         "fitted": fitted,
+        "off": _why_off(config, threshold, fitted, reviewable),
         "correction_rate_given_location": located_correction_rate(student, rows, problems, config, grader),
         "tokens_first": sum(o.tokens1 for o in rows) / max(1, len(rows)),
         "seconds": round((between - began + ended - reviewing) / max(1, len(rows)), 4),
         "seconds_first": round((between - began) / max(1, len(rows)), 4),
     }
-    run.replace(f"eval/{name}.jsonl", rows)
+    run.replace(f"{folder}/{name}.jsonl", rows)
     run.write_json(
-        f"eval/{name}.reviews.json", [_shown(o, r) for o, r in zip(rows, reviewed, strict=True) if r.accused]
+        f"{folder}/{name}.reviews.json",
+        [_shown(o, r) for o, r in zip(rows, reviewed, strict=True) if r.accused],
     )
-    run.write_json(f"eval/{name}.json", figures)
+    run.write_json(f"{folder}/{name}.json", figures)
     return figures
+
+
+def _why_off(config: Config, threshold: float | None, fitted: dict[str, Any] | None, reviewable: bool) -> str:
+    """Why no answer can have been corrected; empty where one can."""
+    if not reviewable:
+        return "its answers have no steps"
+    if config.review.mode == "guided" and config.review.rounds == 0:
+        return "review.rounds is 0"
+    if fitted is None or threshold is None or threshold < NEVER:
+        return ""
+    if fitted["n"] == 0:
+        return "none of the fitting problems has a known outcome"
+    harm = f"at most {100 * config.review.max_harm:g} % may be spoiled (review.max_harm)"
+    return f"on {fitted['n']} fitting problems no threshold corrects more answers than it spoils; {harm}"
 
 
 def _shown(outcome: Outcome, reviewed: Reviewed) -> dict[str, Any]:

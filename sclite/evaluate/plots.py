@@ -1,6 +1,7 @@
 """The geometry of the report's plots, in percent of the plot's width and height; the template draws it as SVG."""
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -85,10 +86,20 @@ def curve_plots(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[
     """A plot for each stage and each figure that its metrics rows hold, loss, DPO loss and margin first."""
     plots = []
     for stage, rows in curves.items():
+        rows = _without_partial_batch(rows)
         present = {key for row in rows for key, value in row.items() if number(value) is not None}
         for key in sorted(present - NOT_CURVES, key=lambda k: ([*NAMES, k].index(k), k)):
             plots.append(_curve(stage, key, rows))
     return [plot for plot in plots if plot]
+
+
+def _without_partial_batch(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """The rows without the figures of a last optimizer step that held fewer than half the usual tokens: they are noise."""
+    tokens = [row["tokens"] for row in rows if number(row.get("tokens")) is not None]
+    if len(tokens) < 3 or tokens[-1] >= statistics.median(tokens) / 2:
+        return rows
+    last = next(i for i in reversed(range(len(rows))) if number(rows[i].get("tokens")) is not None)
+    return [*rows[:last], *rows[last + 1 :]]
 
 
 def _curve(stage: str, key: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

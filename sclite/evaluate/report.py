@@ -144,19 +144,27 @@ def pieces(text: str | None) -> list[tuple[str, str]]:
 
 
 def example(given: Mapping[str, Any]) -> dict[str, Any]:
-    """One example as the template shows it: steps with the accused one marked, its cause and its correction."""
+    """One example as the template shows it: the steps up to the accused one, its cause and correction, the new steps."""
     first, second = work_of(given.get("first") or ""), parse(given.get("second") or "").trace
     at = first_corrected(second)
     marked = second.steps[at - 1] if at else None
     accused = given.get("accused") or at
+    replaced = accused is not None and bool(second.steps)  # what the first answer said after it was discarded
+    kept = first.steps[:accused] if replaced else first.steps
+    steps = [
+        {"number": k, "text": step.text, "accused": k == accused, "wrong": k == given.get("true_step")}
+        for k, step in enumerate(kept, 1)
+    ]
+    after = second.steps[accused:] if replaced else ()
+    steps += [
+        {"number": k, "text": step.text, "accused": False, "wrong": False}
+        for k, step in enumerate(after, len(kept) + 1)
+    ]
     return {
         "title": " · ".join(str(given[key]) for key in ("model", "protocol", "id") if given.get(key)),
         "question": given.get("question", ""),
         "gold": given.get("gold"),
-        "steps": [
-            {"number": k, "text": step.text, "accused": k == accused, "wrong": k == given.get("true_step")}
-            for k, step in enumerate(first.steps, 1)
-        ],
+        "steps": steps,
         "cause": given.get("cause") or (marked and marked.cause),
         "correction": given.get("correction") or (marked and marked.correction),
         "before": _answer(first.answer, given.get("correct1")),

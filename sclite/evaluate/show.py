@@ -35,7 +35,7 @@ def table(summary: Mapping[str, Any]) -> None:
                 "–" if auc is None else f"{auc:.3f}",
                 percent(figures["location"]),
                 percent(figures["correction_rate_given_location"]),
-                f"{figures['tokens']:.0f}",
+                "–" if figures["tokens"] is None else f"{figures['tokens']:.0f}",
             )
         )
     console.table(f"{summary['n']} held-out problems", HEADER, rows)
@@ -58,8 +58,9 @@ def example(shown: Mapping[str, Any] | None) -> None:
         wrong = number == shown["accused"]
         console.say(f"  {'[red]✗' if wrong else '[green]✓'} {number}[/] {escape(step.text)}")
         if wrong:
-            console.say(f"      [red]why wrong[/]  {escape(shown['cause'])}")
-            console.say(f"      [green]corrected[/]  {escape(shown['correction'])}")
+            for label, name in (("[red]why wrong[/]", "cause"), ("[green]corrected[/]", "correction")):
+                if shown[name]:
+                    console.say(f"      {label}  {escape(shown[name])}")
             break
     second = parse(shown["second"]).trace
     for number, step in enumerate(second.steps[shown["accused"] :], shown["accused"] + 1):

@@ -18,6 +18,7 @@ from sclite.data import attempts, corrections, pairs, templates
 from sclite.data.problems import divide
 from sclite.data.sources import is_local
 from sclite.errors import DataFault, ScliteError
+from sclite.evaluate.results import summaries
 from sclite.export import stage as export
 from sclite.look.rows import require_folder
 from sclite.records import Drop, Problem
@@ -212,27 +213,29 @@ class Measured(BaseModel):
 
 
 class Summary(BaseModel):
-    """Of eval/summary.json, what the status needs."""
+    """Of the summary of an evaluation, what the status needs."""
 
     models: dict[str, Measured]
     n: int
+    folder: str
 
 
 def _evaluation(config: Config, run: Run) -> Stage:
-    """Done when each student's GGUF is the one that was evaluated, by what it was made from and its size."""
-    found = run.read_json("eval/summary.json", Summary)
-    if found is None:
+    """Done when each student's GGUF is the one of its newest evaluation, by what it was made from and its size."""
+    found = summaries(run, Summary)
+    if not found:
         return Stage()
     others = [
         name
-        for name, measured in found.models.items()
+        for name, measured in found[0].models.items()
         if measured.made_from != export.made_from(config, run, name)
         or not (path := run.path(f"export/{measured.file}")).is_file()
         or path.stat().st_size != measured.bytes
     ]
     why = [f"{', '.join(others)}: another GGUF lies there now"] if others else []
-    thresholds = sum(measured.threshold is not None for measured in found.models.values())
-    return Stage(STALE if why else DONE, why, {"problems": found.n, "thresholds": thresholds})
+    thresholds = sum(measured.threshold is not None for measured in found[0].models.values())
+    counts = {f"problems in {each.folder}": each.n for each in found}
+    return Stage(STALE if why else DONE, why, {**counts, "thresholds": thresholds})
 
 
 def _pass_on(stages: dict[str, Stage]) -> None:

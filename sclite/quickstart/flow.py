@@ -9,6 +9,7 @@ from sclite import measure, pipeline, training
 from sclite.config import Config
 from sclite.data.problems import divide
 from sclite.evaluate.evaluate import best_example
+from sclite.evaluate.results import result_folder
 from sclite.quickstart.grammar import solve
 from sclite.quickstart.problems import test_problems, threshold_problems, train_problems
 from sclite.quickstart.provider import MODEL, register
@@ -91,9 +92,11 @@ def quickstart(
         test_problems(count),
         threshold_problems(4 * count // 3),  # of half as many, one spoilt answer in a hundred would be two
         judge,
+        folder=result_folder(run, MODEL, ["quickstart"], count, DEFAULTS["eval"]["limit"]),
+        dataset=MODEL,
         source="the arithmetic stories of the quickstart",
     )
-    return summary, best_example(run.read_json("eval/dpo.reviews.json") or [])
+    return summary, best_example(run.read_json(f"{summary['folder']}/dpo.reviews.json") or [])
 
 
 def _problems(config: Config, run: Run):

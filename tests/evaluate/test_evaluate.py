@@ -9,7 +9,7 @@ from sclite.evaluate import evaluate
 from sclite.evaluate.metrics import NEVER, Scored, fit_threshold
 from sclite.records import Problem
 from sclite.run import Run
-from sclite.student.base import Reply
+from sclite.student.base import Reply, Scores
 from sclite.student.review import SAME_RESULT, Reviewed
 from sclite.trace import Step, Trace, render
 
@@ -129,10 +129,18 @@ def test_answers_without_steps_cost_no_fit(tmp_path, monkeypatch):
     student = Plain()
     monkeypatch.setattr(evaluate, "grade", lambda _, texts, __: [True] * len(texts))
     figures = evaluate.evaluate_model(
-        Config(), Run(tmp_path), "base", student, problems=PROBLEMS[:20], fitting=PROBLEMS[20:], grader=None
+        Config(),
+        Run(tmp_path),
+        "base",
+        student,
+        problems=PROBLEMS[:20],
+        fitting=PROBLEMS[20:],
+        grader=None,
+        folder="eval/a",
     )
     assert student.asked == [20]
     assert figures["threshold"] == NEVER
+    assert figures["off"] == "its answers have no steps"
     assert figures["fitted"] is None
     assert figures["acc_t2"] == 1.0
 
@@ -145,21 +153,49 @@ def test_first_answers_that_were_cut_off_are_counted(tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluate, "grade", lambda _, texts, __: [False] * len(texts))
     figures = evaluate.evaluate_model(
-        Config(), Run(tmp_path), "sft", Rambling(), problems=PROBLEMS[:20], fitting=[], grader=None
+        Config(),
+        Run(tmp_path),
+        "sft",
+        Rambling(),
+        problems=PROBLEMS[:20],
+        fitting=[],
+        grader=None,
+        folder="eval/a",
     )
     assert (figures["n"], figures["cut"]) == (20, 5)
 
 
-def test_figures_kept_from_before_cut_answers_were_counted_are_measured_anew(tmp_path, monkeypatch):
+def test_figures_are_kept_while_nothing_has_changed_and_each_folder_has_its_own(tmp_path, monkeypatch):
     student = Plain()
     monkeypatch.setattr(evaluate, "grade", lambda _, texts, __: [True] * len(texts))
     run, given = Run(tmp_path), {"problems": PROBLEMS[:20], "fitting": [], "grader": None}
-    figures = evaluate.evaluate_model(Config(), run, "base", student, **given)
-    assert evaluate.evaluate_model(Config(), run, "base", student, **given) == figures
+    figures = evaluate.evaluate_model(Config(), run, "base", student, **given, folder="eval/a")
+    before = run.path("eval/a/base.jsonl").read_bytes()
+    assert evaluate.evaluate_model(Config(), run, "base", student, **given, folder="eval/a") == figures
     assert student.asked == [20]
-    run.write_json("eval/base.json", {name: value for name, value in figures.items() if name != "cut"})
-    assert evaluate.evaluate_model(Config(), run, "base", student, **given)["cut"] == 0
-    assert student.asked == [20, 20]
+    fewer = {**given, "problems": PROBLEMS[:10], "folder": "eval/a-limit-10"}
+    assert evaluate.evaluate_model(Config(), run, "base", student, **fewer)["n"] == 10
+    assert run.path("eval/a/base.jsonl").read_bytes() == before
+
+
+def test_review_that_is_off_has_a_reason(tmp_path, monkeypatch):
+    step = "<Step1>1 + 1 = 3\n</Step1>\n<Answer>3</Answer>"
+
+    class Stepping:
+        def generate(self, requests):
+            return [Reply(i, "no" if r.pieces else step, 4, 9, "stop") for i, r in enumerate(requests)]
+
+        def score(self, requests):
+            return [Scores(i, (1.0,), 9) for i, _ in enumerate(requests)]
+
+    monkeypatch.setattr(evaluate, "grade", lambda _, texts, __: [False] * len(texts))
+    given = {"problems": PROBLEMS[:20], "fitting": PROBLEMS[20:40], "grader": None, "folder": "eval/a"}
+    figures = evaluate.evaluate_model(Config(), Run(tmp_path), "sft", Stepping(), **given)
+    assert figures["threshold"] == NEVER
+    assert figures["off"] == (
+        "on 20 fitting problems no threshold corrects more answers than it spoils; at most 0.5 % may be spoiled "
+        "(review.max_harm)"
+    )
 
 
 def reviewed(first: str, correct2: bool, accused: int, true_step: int | None) -> dict:
@@ -187,6 +223,22 @@ def test_the_example_shown_had_an_answer_and_its_wrong_step_was_found(capsys):
         | {"cause": "2 + 2 is 4", "second": "<Step1>2 + 2 = 4</Step1>\n<Answer>4</Answer>", "gold": "4"}
     )
     assert "answer – → 4 (right: 4)" in capsys.readouterr().out
+    example(broken | {"cause": None, "second": "<Step1>2 + 2 = 4</Step1>\n<Answer>4</Answer>", "gold": "4"})
+    shown = capsys.readouterr().out
+    assert "why wrong" not in shown
+    assert "corrected  2 + 2 = 4" in shown
+
+
+def test_the_table_of_answers_that_could_not_be_graded_has_dashes(capsys):
+    from sclite.evaluate.metrics import Outcome, summarise
+    from sclite.evaluate.show import table
+
+    row = {"question": "?", "gold": "1", "first": "x", "second": None, "correct1": None, "correct2": None}
+    figures = summarise([Outcome(id=str(i), format_ok=True, **row) for i in range(3)], bootstrap=10)
+    table({"models": {"sft": figures | {"correction_rate_given_location": None}}, "n": 3, "notes": []})
+    shown = capsys.readouterr().out
+    assert shown.split("sft")[1].split("\n")[0].split() == ["–"] * 8
+    assert "3 answers could not be graded" in shown
 
 
 def test_blocks_without_a_wrong_answer_do_not_end_the_fit(monkeypatch):

@@ -179,7 +179,10 @@ def test_numbers_have_real_minus_signs_and_no_negative_zero():
 
 def test_an_example_shows_the_wrong_step_its_cause_and_its_correction(write):
     shown = example(EXAMPLE)
-    assert [step["accused"] for step in shown["steps"]] == [True, False]
+    assert [(step["number"], step["text"], step["accused"]) for step in shown["steps"]] == [
+        (1, "7 · 8 = 54", True),
+        (2, "56 + 1 = 57", False),  # of the second answer: the first went on from the wrong step
+    ]
     assert (shown["cause"], shown["correction"]) == ("7 · 8 is 56", "7 · 8 = 56")
     assert shown["before"] == {"text": "55", "verdict": "wrong"}
     assert shown["after"] == {"text": "57", "verdict": "right"}
@@ -268,6 +271,23 @@ def test_gaps_in_the_metrics_are_left_out():
     (plot,) = curve_plots({"sft": rows})
     assert len(plot["points"].split()) == 2
     assert curve_plots({"sft": rows[:3]}) == []
+
+
+def test_a_last_step_of_a_few_rows_is_not_part_of_the_curves():
+    steps = [{"step": k, "loss": 1.0 / (k + 1), "tokens": 4000.0 + k} for k in range(8)]
+    last = {"step": 8, "loss": 9.0, "tokens": 250.0}
+    (whole,), (plot,) = curve_plots({"sft": steps}), curve_plots({"sft": [*steps, last]})
+    assert plot == whole
+    (evaluated,) = curve_plots({"sft": [*steps, last, {"step": 8, "loss": None, "eval_loss": 0.5}]})
+    assert evaluated == whole
+    (kept,) = curve_plots({"sft": [*steps, last | {"tokens": 3000.0}]})
+    assert kept["last"] == "9"
+
+
+def test_a_report_of_outcomes_that_are_all_unknown_says_so(write):
+    _, text, _ = write({"models": {"sft": figures((None, None), (None, None))}, "n": 2})
+    assert "Nothing was measured." in text
+    assert "sft: 2 of 2 outcomes are unknown" in text
 
 
 def test_after_a_resume_the_later_row_of_a_step_counts():

@@ -246,12 +246,17 @@ def evaluated(run: Run, content: bytes = b"one", **more) -> None:
     run.path("export/sft-q4_k_m.gguf").write_bytes(content)
     made = export.made_from(config(run), run, "sft")
     figures = {"file": "sft-q4_k_m.gguf", "bytes": len(content), "made_from": made, **more}
-    run.write_json("eval/summary.json", {"models": {"sft": figures}, "n": 300})
+    run.write_json("eval/a/summary.json", {"models": {"sft": figures}, "n": 300, "folder": "eval/a"})
 
 
 def test_an_evaluation_of_another_gguf_is_stale(built):
     evaluated(built)
-    assert states(built)["eval"] == "done"
+    older = {"models": {"sft": {"file": "x.gguf", "bytes": 1, "made_from": ""}}, "n": 20, "folder": "eval/b"}
+    built.write_json("eval/b/summary.json", older)
+    os.utime(built.path("eval/b/summary.json"), (1, 1))
+    stage = status(config(built), built)["stages"]["eval"]
+    assert stage["state"] == "done"
+    assert stage["counts"] == {"problems in eval/a": 300, "problems in eval/b": 20, "thresholds": 0}
     built.path("export/sft-q4_k_m.gguf").write_bytes(b"another")
     assert states(built)["eval"] == "stale"
     built.path("export/sft-q4_k_m.gguf").write_bytes(b"one")

@@ -58,9 +58,12 @@ def test_gguf_says_what_the_trained_model_says(quickstarted):
 
 
 def test_test_and_threshold_problems_were_never_trained_on(quickstarted):
-    _, run, _ = quickstarted
+    _, run, summary = quickstarted
     trained = {json.loads(line)["question"] for line in (run / "problems.jsonl").read_text().splitlines()}
-    tested = {json.loads(line)["question"] for line in (run / "eval/dpo.jsonl").read_text().splitlines()}
+    tested = {
+        json.loads(line)["question"]
+        for line in (run / summary["folder"] / "dpo.jsonl").read_text().splitlines()
+    }
     assert trained
     assert tested
     assert not trained & tested
@@ -76,8 +79,8 @@ def test_second_quickstart_takes_seconds_and_says_the_same(quickstarted):
 
 
 def test_chat_reviews_its_own_answer(quickstarted):
-    folder, run, _ = quickstarted
-    measured = [json.loads(line) for line in (run / "eval/dpo.jsonl").read_text().splitlines()]
+    folder, run, summary = quickstarted
+    measured = [json.loads(line) for line in (run / summary["folder"] / "dpo.jsonl").read_text().splitlines()]
     known = next(row for row in measured if row["correct1"] and row["step_scores"])
     done = sclite("chat", "--self-correct", "--json", known["question"], folder=folder)
     assert done.returncode == 0, done.stderr
@@ -127,6 +130,34 @@ def test_the_other_commands_divide_its_problems_as_the_quickstart_did(quickstart
     assert before == {name: (run / name).read_bytes() for name in before}
     planned = json.loads(sclite("train", "--plan", "--json", "--run", str(run), folder=folder).stdout)
     assert planned["stages"]["sft"]["rows"] == 60
+
+
+def test_eval_after_sft_alone_measures_what_is_there_and_each_dataset_keeps_its_results(
+    quickstarted, tmp_path
+):
+    from sclite.quickstart.problems import test_problems
+
+    _, run, summary = quickstarted
+    copy = shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(copy / "dpo")
+    first = {path: path.read_bytes() for path in (copy / summary["folder"]).iterdir()}
+    thresholds = json.loads((copy / "export/review.json").read_text())
+    rows = [json.dumps({"question": p.question, "answer": p.answer}) for p in test_problems(30)]
+    (tmp_path / "other.jsonl").write_text("\n".join([*rows, "not JSON"]))
+    done = sclite("eval", "other.jsonl", "--json", "--run", str(copy), folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    other = json.loads(done.stdout)
+    assert (other["folder"], list(other["models"])) == ("eval/other", ["base", "sft"])
+    assert other["dropped"] == {"row_not_readable": 1}
+    fewer = sclite("eval", "other.jsonl", "--limit", "20", "--run", str(copy), folder=tmp_path)
+    assert fewer.returncode == 0, fewer.stderr
+    assert "eval/other-limit-20/report.html" in fewer.stdout
+    assert "review is off for base: " in fewer.stdout
+    assert {path: path.read_bytes() for path in first} == first
+    assert (copy / "eval/other/sft.jsonl").is_file()
+    after = json.loads((copy / "export/review.json").read_text())
+    sft = summary["models"]["sft"]["gguf"]
+    assert after[sft] == thresholds[sft]  # fitted on more problems
 
 
 def test_status_takes_a_broken_quickstart_on_with_the_quickstart(quickstarted, tmp_path):

@@ -25,7 +25,8 @@ def start(run: Path, *arguments: str) -> subprocess.Popen:
 
 def table(run: Path) -> dict:
     """What the evaluation found, without what depends on the clock."""
-    models = json.loads((run / "eval/summary.json").read_text())["models"]
+    (summary,) = run.glob("eval/*/summary.json")
+    models = json.loads(summary.read_text())["models"]
     return {name: {k: v for k, v in figures.items() if k not in TIMED} for name, figures in models.items()}
 
 

@@ -1,0 +1,46 @@
+"""Results of each dataset and limit have a folder of their own, which no other evaluation replaces."""
+
+import os
+
+import pytest
+
+from sclite import measure
+from sclite.config import Config
+from sclite.evaluate.results import dataset_of, result_folder, summaries
+from sclite.world import World
+
+
+@pytest.mark.parametrize(
+    ("settings", "folder"),
+    [
+        ({"source": "data/gsm8k-test.jsonl"}, "eval/gsm8k-test"),
+        ({"source": "gsm8k-test.jsonl.gz", "limit": 20}, "eval/gsm8k-test-limit-20"),
+        ({"source": "gsm8k-test.jsonl", "limit": None}, "eval/gsm8k-test-limit-none"),
+        ({"source": "openai/gsm8k", "subset": "main"}, "eval/gsm8k-main-test"),
+        ({"source": "openai/gsm8k", "subset": "main", "split": "test[:20]"}, "eval/gsm8k-main-test-20"),
+        ({"source": "../Aufgaben: ä & b.csv"}, "eval/Aufgaben-b"),
+        ({"source": ".jsonl"}, "eval/problems"),
+    ],
+)
+def test_a_dataset_and_its_limit_name_the_folder(run, settings, folder):
+    config = Config.model_validate({"eval": settings})
+    assert measure.result_folder(World(config, run, None))[0] == folder
+
+
+def test_another_dataset_of_the_same_name_gets_a_folder_of_its_own(run, tmp_path):
+    folders = []
+    for place in ("a", "b", "a"):
+        dataset, name = dataset_of(str(tmp_path / place / "test.jsonl"), local=True)
+        folders.append(result_folder(run, dataset, [name], 500, 500))
+        run.write_json(f"{folders[-1]}/summary.json", {"dataset": dataset, "folder": folders[-1]})
+    assert folders[0] == folders[2] == "eval/test"
+    assert folders[1].startswith("eval/test-")
+    assert len(folders[1]) == len("eval/test-") + 6
+
+
+def test_the_newest_summary_comes_first_and_a_damaged_one_is_left_out(run):
+    for age, name in enumerate(("new", "old", "damaged")):
+        run.write_json(f"eval/{name}/summary.json", {"n": age})
+        os.utime(run.path(f"eval/{name}/summary.json"), (1000 - age, 1000 - age))
+    run.path("eval/damaged/summary.json").write_text('{"n": ')
+    assert summaries(run) == [{"n": 0}, {"n": 1}]
