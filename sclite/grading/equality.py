@@ -1,146 +1,337 @@
-r"""Comparing two written answers part by part, as far as it takes no algebra.
+r"""Whether two written answers say the same, as far as it takes no algebra.
 
 What is decided here and in sclite/grading/numbers.py, because graders differ on it:
 
-- 1, 2 and {1, 2} are sets: order does not matter. (1, 2) is ordered, and so is a list compared with it. A column
+- 1, 2 and \{1, 2\} are sets: order does not matter. (1, 2) is ordered, and so is a list compared with it. A column
   vector equals the tuple of its entries. (1, 2], [1, 2] and (1, 2) all differ. "or", "and" and \pm make lists.
-- (C), C and "C. 12 apples" are the same choice. 5:30 is a time. A base (2516_8) may be missing on one side.
+- (C), C, "Option C" and "C. 12 apples" are the same choice, and "(C) 12" equals 12. 5:30 is a time; 4:6 is a ratio.
+- x = 5 equals 5, unless the other answer is named otherwise. A base (2516_8) may be missing on one side.
 """
 
 import functools
 import re
+import unicodedata
 from collections.abc import Callable, Iterable
+from fractions import Fraction
 
-from sclite.grading.numbers import Quantity, quantity, same_quantity, says, without_unit
+from sclite.grading.numbers import quantity, said, spelled_out, without_unit
 
 Verdict = bool | None
-"""None is unknown (a time-out or a fault of the grader), which is never counted as wrong."""
+"""None is unknown (a time-out or a failure of the grader), which is never counted as wrong."""
 Leaf = Callable[[str, str], Verdict]
 
 # -- one way of writing -----------------------------------------------------------------------------------------
 
 # fmt: off
 _SIGNS = str.maketrans({
-    "\u2212": "-", "\u2013": "-", "\u00d7": r"\times ", "\u00f7": "/", "\u03c0": r"\pi ", "\u221e": r"\infty ", "\u2019": "'",
-    "\u221a": r"\sqrt ", "\u00b0": r"^\circ ", "\u222a": r"\cup ", "\u2264": r"\le ", "\u2265": r"\ge ", "\u2260": r"\ne ",
-    "\u00b1": r"\pm ", "\u00bd": r" \frac{1}{2}",
+    "−": "-", "–": "-", "‐": "-", "‑": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "∕": "/", "π": r"\pi ",
+    "∞": r"\infty ", "’": "'", "′": "'", "‘": "'", "“": '"', "”": '"', "″": '"', "√": r"\sqrt ", "°": r"^\circ ", "∪": r"\cup ", "∩": r"\cap ", "≤": r"\le ",
+    "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∈": r"\in ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "≈": r"\approx ", "θ": r"\theta ",
 })
 # fmt: on
+_NAMES = "sqrt|arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|pi|theta"
 _REWRITES = [
-    (r"\\!|\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![A-Za-z])\.?", ""),
+    (r"(?i)</?answer ?>|`", ""),
+    (r"\*\*(?=\S.*\*\*$)|^\*\*|\*\*$", ""),
+    (r"^(\*|__?)(?=\S)(.*\S)\1$", r"\2"),
+    (r"^noon$", "12 pm"),
+    (r"^midnight$", "12 am"),
+    (r"^b?(['\"])(.*)\1$", r"\2"),
+    (r"(?<![\w)}])'([^',]*)'", r"\1"),
+    (r"(?<=\d)(?:\{,\}|,\\[!,]) ?(?=\d{3}(?!\d))", ","),
+    (r"\\!|\\(?:left|right|limits|[bB]igg?[lr]?|displaystyle|textstyle|limits|bf|rm|it)(?![A-Za-z])\.?", ""),
     (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![A-Za-z])", " "),
-    (r"(?<!\\)\\[()\[\]]|\*\*(?=\S.*\*\*$)|^\*\*|\*\*$", ""),
+    (r"(?<!\\)\\[()\[\]]", ""),
+    (r"\\langle(?![A-Za-z])", "("),
+    (r"\\rangle(?![A-Za-z])", ")"),
+    (r"\\begin\{cases\}(.*)\\end\{cases\}", lambda m: ", ".join(m[1].split(r"\\"))),
     (r"\*\*", "^"),
-    (r"\\[dtc]frac", r"\\frac"),
-    (r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname|emph)\s*\{([^{}]*)\}", r"\1"),
-    (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})", " degrees"),
+    (r"\\(?:[dtc]|nice|s)frac(?![A-Za-z])", r"\\frac"),
+    (
+        r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf)|mbox|operatorname|emph|vec)\s*\{([^{}]*)\}",
+        r" \1 ",
+    ),
+    (
+        r"\s*(?:\^\s*(?:\\circ|\{\s*\\circ\s*\}|\{?o\}?(?![A-Za-z]))|\\(?:text)?degree(?![A-Za-z]))",
+        " degrees",
+    ),
+    (r"\\(sin|cos|tan|cot|sec|csc) ?\(?(\d+(?:\.\d+)?) degrees\)?", r"\\\1(\\frac{\2\\pi}{180})"),
     (r"\\%", "%"),
-    (r"\\(?:leq|geq|neq)(?![A-Za-z])", lambda m: m.group()[:-1]),
-    (r"<=", r"\\le "),
-    (r">=", r"\\ge "),
+    (r"\^ ?\{? ?(st|nd|rd|th) ?\}?(?![a-z])", r"\1"),
+    (r"\\equiv(?![A-Za-z])", "="),
+    (r"(?<=\d) x (?=\d)", r" \\times "),
+    (r"(?<=[\d.])\\(?:dot|bar)(?![A-Za-z])", r"\\overline"),
+    (r"<=|\\leqslant(?![A-Za-z])|\\leq(?![A-Za-z])", r"\\le "),
+    (r">=|\\geqslant(?![A-Za-z])|\\geq(?![A-Za-z])", r"\\ge "),
+    (r"!=|\\neq(?![A-Za-z])", r"\\ne "),
+    (r"\\lt(?![A-Za-z])", "<"),
+    (r"\\gt(?![A-Za-z])", ">"),
+    (r"\\lg(?![A-Za-z])", r"\\log_{10}"),
     (r"(?<![\\A-Za-z])sqrt\(([^()]*)\)", r"\\sqrt{\1}"),
-    (r"(?<![\\A-Za-z])(sqrt|sin|cos|tan|cot|sec|csc|log|ln|pi)(?![A-Za-z])", r"\\\1"),
+    (rf"(?<![\\A-Za-z])({_NAMES})(?![A-Za-z])", r"\\\1"),
     (r"(?<![\\A-Za-z])(?:infinity|infty|inf|oo)(?![A-Za-z])", r"\\infty"),
     (r"([)\]])\s*U\s*([(\[])", r"\1\\cup \2"),
     (r"\^(-?\d{2,})", r"^{\1}"),
-    (r"\\varnothing|\\\{ ?\\\}", r"\\emptyset"),
+    (r"\\varnothing|^\\?\{ ?\\?\}$", r"\\emptyset"),
+    (r"(?i)^(?:the set of )?all real(?: number)?s$|\\mathbb ?\{?R\}?|\\R(?![A-Za-z])", r"\\mathbb{R}"),
+    (r"^\\?\{ ?[a-z] ?(?:\||:|\\mid)(.*?(?:[<>=]|\\[lgn]e(?![a-z])).*?)\\?\}$", r"\1"),
+    (r"(?<= )in(?= ?[(\[])", r"\\in"),
+    (r"(\d+) ?\\b?mod ?([1-9]\d*)", lambda m: str(int(m[1]) % int(m[2]))),
+    (
+        r"(?<![\d_])\(?(\w+)\)?(?: \(?base |_ ?\{? ?)(\w+)\s*[})]?$",
+        lambda m: f"{m[1]}_{{{_BASES.get(m[2].lower(), m[2])}}}",
+    ),
+    (r"\((\\begin\{[pbB]?matrix\}.*\\end\{[pbB]?matrix\})\)$", r"\1"),
+    (r"\\begin\{array\}\{[lcr| ]*\}(.*)\\end\{array\}", r"\\begin{pmatrix}\1\\end{pmatrix}"),
+    (r"(?i)^(?:so|thus|therefore|hence),? ", ""),
+    (
+        r"(?i)^(?:(?:the|my) )?(?:final |correct )?(?:answers?|result|total|option|choice)(?: is\b| are\b| ?:| (?=\(?[A-J]\b))[ :]*",
+        "",
+    ),
+    (r"^(?:[=:\s]|\\approx(?![A-Za-z]))+", ""),
+    (
+        r"^([^()]*\d[^()]*) \(([a-z][a-z -]{2,})\)$",
+        lambda m: m[1] if spelled_out(m[2]).isdigit() and spelled_out(m[2]) in m[1] else m[0],
+    ),
 ]
-_REWRITES = [(re.compile(pattern), new) for pattern, new in _REWRITES]
+_REWRITES = [(re.compile(pattern, re.DOTALL), new) for pattern, new in _REWRITES]
+_BASES = {word: str(n) for n, word in enumerate("two three four five six seven eight nine ten".split(), 2)}  # noqa: SIM905
+_RAISED = re.compile("[⁰¹²³⁴-⁹⁺⁻]+")
+_LOWERED = re.compile("[₀-₉]+")
+_VULGAR = re.compile("[¼-¾⅐-⅞]")
+
+
+_BRACKETED = re.compile(r"(?:\\\{|[(\[]|\{(?=[^{}\\|]*\}$))(.+?)(?:\\\}|[)\]}])", re.DOTALL)
 
 
 @functools.lru_cache(4096)  # gold answers come again with every attempt
 def tidy(answer: str) -> str:
     """The answer without what only concerns its looks: dollar signs of mathematics, spacing, fonts, a final period."""
-    if re.fullmatch(r"-?[\d,.]+", answer):
+    if re.fullmatch(r"-?[\d,.]+", answer) and answer.isascii() and ".." not in answer:
         return answer.rstrip(".,")
+    text = answer if answer.isascii() else _ascii(answer)
     # an escaped dollar sign is money, and so is a single one; two enclose mathematics
-    text = answer.translate(_SIGNS).replace("\\$", "¤")
+    text = text.replace("\\$", "¤")
     text = text.replace("$", "" if text.count("$") % 2 == 0 else "¤")
     for pattern, new in _REWRITES:
         text = pattern.sub(new, text)
-    return " ".join(text.split()).rstrip(".;, ").strip()
+    text = re.sub(r"(?<=[_^({\[]) (?!\\})|(?<!\\) (?=[})\]])", "", " ".join(text.split()))
+    text = re.sub(r"(?:(?<!\.)\. ?)+$|[;, ]+$", "", text).strip()
+    while (inner := _BRACKETED.fullmatch(text)) and _split(f"{inner[1]},", (",", ";")) == [
+        inner[1].strip(),
+        "",
+    ]:
+        text = inner[1].strip()
+    return spelled_out(text)
+
+
+def _ascii(text: str) -> str:
+    text = _RAISED.sub(
+        lambda m: "^{" + unicodedata.normalize("NFKC", m.group()).replace("−", "-") + "}", text
+    )
+    text = _LOWERED.sub(lambda m: "_{" + unicodedata.normalize("NFKC", m.group()) + "}", text)
+    text = _VULGAR.sub(lambda m: " " + unicodedata.normalize("NFKC", m.group()), text.translate(_SIGNS))
+    text = unicodedata.normalize("NFKC", text).replace("\u2044", "/")
+    return "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text)
+
+
+_SAME = {"yes": "true", "no": "false"} | {
+    short: full
+    for full in [
+        "monday",
+        "tuesday",
+        "wednesday",
+        "thursday",
+        "friday",
+        "saturday",
+        "sunday",
+        "january",
+        "february",
+        "march",
+        "april",
+        "june",
+        "july",
+        "august",
+        "september",
+        "october",
+        "november",
+        "december",
+    ]
+    for short in (full[:3], full[:4])
+}
+_SAME["dne"] = "does not exist"
 
 
 def _squeeze(text: str) -> str:
-    """For comparing as plain text: case, articles and spaces beside signs do not count."""
-    text = re.sub(r"^(?:an?|the) ", "", text.casefold())
-    return re.sub(r" ?([^\w ]) ?", r"\1", text).strip("'\"")
+    """For comparing as plain text: articles and spaces beside signs do not count, nor does case where all are words."""
+    if re.fullmatch(r"[A-Za-z][A-Za-z ',.-]*", text):
+        text = re.sub(r"^(?:an?|the) (?=..)", "", text.casefold())
+        text = _SAME.get(text, text)
+    return re.sub(r" ?([^\w ,]) ?", r"\1", text)
 
 
 # -- comparing --------------------------------------------------------------------------------------------------
 
-_CHOICE = re.compile(r"\(([A-Za-z])\)(?: .*)?|([A-J])(?:[).:](?: .*)?)?")
-_CLOCK = re.compile(r"0?(\d{1,2}):([0-5]\d) ?(?:([ap])\.? ?m\.?)?", re.IGNORECASE)
-_BASE = re.compile(r"([0-9A-Za-z]+)(?:_\{?(\w+)\}?)?")
-_BASES = dict(zip(("two", "three", "four", "five", "six", "seven", "eight", "nine"), "23456789", strict=True))
-_ASSIGN = re.compile(r"([A-Za-z](?:_\{?\w+\}?)?|[a-z]\([a-z]\)|\\[a-z]+) ?(?:=|\\in(?![a-z])) ?([^=]+)")
+_CHOICE = re.compile(
+    r"(?:\(([A-Za-z])\)|\[([A-Z])\]|([A-J])(?:[).:]| -(?= \d)|(?=$)))(?: ?(\S.*))?|([a-z])[).]"
+)
+_CLOCK = re.compile(r"(\d{1,2})(?::([0-5]\d))?(?::([0-5]\d))? ?(?:([ap])\.? ?m\b\.?)?", re.IGNORECASE)
+_DATE = re.compile(r"()(\d{1,2}) ([A-Z][a-z]{2,8})|([A-Z][a-z]{2,8}) (\d{1,2})()")
+_BASE = re.compile(r"([0-9A-Z]*\d[0-9A-Z]*)(?:_\{(\w+)\})?")
+_WORDS = re.compile(r"(?=.*[A-Za-z]{3})[A-Za-z' -]+")
+_VARIABLE = r"(?:[A-Za-z]|\\(?!in|frac|sqrt|pi|infty)[a-z]+)(?:_\{?\w+\}?)?"
+_NAME = re.compile(
+    rf"{_VARIABLE}|{_VARIABLE} ?\([a-zA-Z0-9](?:, ?[a-z0-9])*\)|[A-Za-z]{{2,}}(?: [A-Za-z]+){{0,4}}|m?\\angle ?[A-Z]+|\|[A-Z]{{2}}\|"
+    rf"|\({_VARIABLE}(?:, ?{_VARIABLE})+\)|{_VARIABLE} ?[:/] ?{_VARIABLE}|\\frac\{{[A-Z]{{2}}\}}\{{[A-Z]{{2}}\}}"
+)
+_LETTER = re.compile(r"(?<![\\A-Za-z])[A-Za-z]")
 _MATRIX = re.compile(r"\\begin\{([pbB]?matrix)\}(.*)\\end\{\1\}", re.DOTALL)
-_PIECES = re.compile(r"\\cup(?![A-Za-z])|\\[a-zA-Z]+|\\.|[()\[\]{},;]")
+_PIECES = re.compile(r"\\cup(?![A-Za-z])|\\[a-zA-Z]+|\\.|[()\[\]{},;=]")
+_MOD = re.compile(r" ?\(?\\?p?mod ?\{?\d+\}?\)?$")
+_RELATION = re.compile(r"[<>]|\\(?:le|ge|ne)(?![a-z])")
 
 
 def compare(given: str, gold: str, leaf: Leaf) -> Verdict:
     """Compares two tidied answers part by part; what is neither number nor text nor made of parts goes to `leaf`."""
     if _squeeze(given) == _squeeze(gold):
         return True
-    clocks = _CLOCK.fullmatch(given), _CLOCK.fullmatch(gold)
-    if all(clocks):
-        (a, b), halves = (c.groups()[:2] for c in clocks), {c[3].lower() for c in clocks if c[3]}
-        return a == b and len(halves) < 2
-    numbers = quantity(given), quantity(gold)
-    if all(numbers):
-        return same_quantity(*numbers)
-    decided = _compare_words(given, gold, numbers[1])
+    if bool(_MOD.search(given)) != bool(_MOD.search(gold)):
+        return compare(_MOD.sub("", given), _MOD.sub("", gold), leaf)
+    decided = _compare_plain(given, gold)
     if decided is not None:
         return decided
-    names = _ASSIGN.fullmatch(given), _ASSIGN.fullmatch(gold)
-    if any(names) and not (all(names) and names[0][1] != names[1][1]):
-        return compare(*(n[2] if n else text for n, text in zip(names, (given, gold), strict=True)), leaf)
+    labels = _CHOICE.fullmatch(given), _CHOICE.fullmatch(gold)
+    for label, other in zip(labels, (gold, given), strict=True):
+        if label and label[4] and None in labels:  # (C) 12 against 12
+            return compare(label[4], other, leaf)
+    for one, other in ((given, gold), (gold, given)):
+        if len(rounded := _split(one, ("\\approx",))) == 2:  # 1/3 \approx 0.33 is both
+            return _any(compare(side, other, leaf) for side in rounded)
+    (name, value), (gold_name, gold_value) = _named(given), _named(gold)
+    if (value, gold_value) != (given, gold) and not (name and gold_name and name != gold_name):
+        return compare(value, gold_value, leaf)
+    if name or gold_name:  # y = 2x against 2x = y: two equations
+        return leaf(given, gold)
     decided = _compare_parts(_parts(given), _parts(gold), leaf)
-    return leaf(without_unit(given), without_unit(gold)) if decided is None else decided
+    if decided is not None:
+        return decided
+    (given, factor, unit), (gold, gold_factor, gold_unit) = without_unit(given), without_unit(gold)
+    if unit and gold_unit and (unit != gold_unit or factor != gold_factor):
+        return False
+    return leaf(given, gold)
 
 
-def _compare_words(given: str, gold: str, value: Quantity | None) -> bool | None:
-    """Choices, sentences, numbers in a base and plain words; None when it is none of them."""
+def _compare_plain(given: str, gold: str) -> bool | None:
+    """Times, dates, numbers, choices, numbers in a base, sentences and words; None when it is none of them."""
+    clocks = _CLOCK.fullmatch(given), _CLOCK.fullmatch(gold)
+    if all(clocks) and all(c[2] or c[4] for c in clocks):
+        return _same_time(*(c.groups() for c in clocks))
+    if any(c and c[2] for c in clocks):
+        return False if any(quantity(text) for text in (given, gold)) else None
+    ratios = [
+        [int(n) for n in text.split(":")]
+        for text in (given, gold)
+        if re.fullmatch(r"\d+(?: ?: ?\d+){2,}", text)
+    ]
+    if len(ratios) == 2:
+        return (
+            len(ratios[0]) == len(ratios[1])
+            and len({Fraction(a, b or 1) for a, b in zip(*ratios, strict=True)}) == 1
+        )
+    dates = _DATE.fullmatch(given), _DATE.fullmatch(gold)
+    if all(dates):
+        return (
+            len(
+                {
+                    (_SAME.get((d[3] or d[4]).casefold(), (d[3] or d[4]).casefold()), d[2] or d[5])
+                    for d in dates
+                }
+            )
+            == 1
+        )
+    numbers = quantity(given), quantity(gold)
+    if all(numbers):
+        return numbers[0].equals(numbers[1])
     labels = _CHOICE.fullmatch(given), _CHOICE.fullmatch(gold)
     if all(labels):
-        return len({(m[1] or m[2]).upper() for m in labels}) == 1
-    said = says(given, value) if value else None
-    if said is not None:
-        return said
+        rests = {m[4].casefold() for m in labels if m[4]}
+        return len({(m[1] or m[2] or m[3] or m[5]).upper() for m in labels}) == 1 and len(rests) < 2
     bases = _BASE.fullmatch(given), _BASE.fullmatch(gold)
-    if all(bases) and any(m[2] for m in bases) and all(re.search(r"\d", m[1]) for m in bases):
-        return (
-            bases[0][1].upper() == bases[1][1].upper()
-            and len({_BASES.get(m[2], m[2]) for m in bases if m[2]}) == 1
-        )
-    worded = [bool(re.fullmatch(r"(?=.*[A-Za-z]{3})[A-Za-z' -]+", text)) for text in (given, gold)]
+    if all(bases) and any(m[2] for m in bases):
+        return bases[0][1] == bases[1][1] and len({m[2] for m in bases if m[2]}) == 1
+    if any(numbers):
+        number, other = (numbers[0], gold) if numbers[0] else (numbers[1], given)
+        if re.search("[A-Za-z]{3}", other) and not re.search(r"[\\^_<>]", other):
+            sentence = said(other)
+            return sentence is not None and sentence.equals(number)
     listed = any(re.search(r"\b(?:and|or)\b", text) for text in (given, gold))
-    return False if any(worded) and not listed else None
+    return False if not listed and any(_WORDS.fullmatch(text) for text in (given, gold)) else None
+
+
+def _same_time(a: tuple[str | None, ...], b: tuple[str | None, ...]) -> bool:
+    """Hours, minutes, seconds and a or p: 14:30 is 2:30 pm, and 2:30 may be either half of the day."""
+
+    def times(
+        hour: str, minute: str | None, second: str | None, half: str | None
+    ) -> set[tuple[int, int, int]]:
+        hours = {int(hour) % 12 + (12 if half.lower() == "p" else 0)} if half else {int(hour)}
+        return {(h, int(minute or 0), int(second or 0)) for h in hours}
+
+    either = bool(a[3]) != bool(b[3]) and 1 <= int((b if a[3] else a)[0]) <= 12
+    return bool(
+        {((h % 12 if either else h), m, s) for h, m, s in times(*a)}
+        & {((h % 12 if either else h), m, s) for h, m, s in times(*b)}
+    )
+
+
+def _named(text: str) -> tuple[str, str]:
+    """("x", "5") for x = 5 and 5 = x, ("(x,y)", "(1, 2)") for x = 1, y = 2; the name is "=" for any other equation."""
+    listed = _listed(text)
+    if len(listed) > 1:
+        pairs = sorted(_named(part) for part in listed) if all("=" in part for part in listed) else []
+        names = [name for name, _ in pairs]
+        if len(set(names)) < max(2, len(names)) or not all(re.fullmatch(_VARIABLE, name) for name in names):
+            return "", text
+        return f"({','.join(names)})", f"({', '.join(value for _, value in pairs)})"
+    sides = _split(text, ("=", "\\in"))
+    if len(sides) < 2 or _RELATION.search(text):
+        return "", text
+    if _NAME.fullmatch(sides[-1]) and not _NAME.fullmatch(sides[0]):
+        sides.reverse()
+    *names, value = sides
+    if not all(_NAME.fullmatch(side) or not _LETTER.search(side) for side in names):
+        return "=", text
+    if not any(_NAME.fullmatch(side) for side in names) and _LETTER.search(value) and not quantity(value):
+        return "=", text
+    return next((side.replace(" ", "") for side in names if _NAME.fullmatch(side)), ""), value
 
 
 def _compare_parts(given: tuple[str, list[str]], gold: tuple[str, list[str]], leaf: Leaf) -> Verdict:
     (kind, parts), (gold_kind, gold_parts) = given, gold
     kinds = {kind, gold_kind}
-    if "" in kinds and not kinds - {"", "set"} and len(parts) == len(gold_parts) == 1 and len(kinds) == 2:
-        return compare(parts[0], gold_parts[0], leaf)
+    if any(_RELATION.search(part) for part in (*parts, *gold_parts)) and kinds != {"list"}:
+        return None
+    if kinds == {"", "list"}:
+        return False
     if "" in kinds or ("union" in kinds and len(kinds) > 1):
         return None
-    unordered = kinds <= {"list", "set"} or kinds == {"union"}
+    unordered = (kinds <= {"list", "set"} or kinds == {"union"}) and len(parts) * len(gold_parts) < 2000
     column = f"matrix {len(parts)}x1"
-    if not unordered and len(kinds) > 1 and kinds not in ({"list", "()"}, {"()", column}):
+    if not unordered and len(kinds) > 1 and kinds not in ({"list", "()"}, {"list", "[]"}, {"()", column}):
         return False
-    if len(parts) != len(gold_parts):
+    if len(parts) != len(gold_parts) and "set" not in kinds:
         return None if kinds == {"union"} else False
     if not unordered:
         return _all(compare(a, b, leaf) for a, b in zip(parts, gold_parts, strict=True))
     rest, verdicts = list(gold_parts), []
     for part in parts:
         seen = [compare(part, other, leaf) for other in rest]
-        if True in seen:
+        if True in seen and "set" not in kinds:
             del rest[seen.index(True)]
-        else:
-            verdicts.append(None if None in seen else False)
-    return None if kinds == {"union"} and verdicts else _all(verdicts)
+        verdicts.append(_any(seen))
+    if "set" in kinds:
+        verdicts += [_any(compare(part, other, leaf) for part in parts) for other in gold_parts]
+    return None if kinds == {"union"} and False in verdicts else _all(verdicts)
 
 
 def _all(verdicts: Iterable[Verdict]) -> Verdict:
@@ -148,8 +339,16 @@ def _all(verdicts: Iterable[Verdict]) -> Verdict:
     return False if False in seen else None if None in seen else True
 
 
+def _any(verdicts: Iterable[Verdict]) -> Verdict:
+    seen = set(verdicts)
+    return True if True in seen else None if None in seen else False
+
+
 def _parts(text: str) -> tuple[str, list[str]]:
     """What an answer is made of: ("list" | "set" | "union" | "matrix RxC" | its two brackets | "", parts)."""
+    if text.startswith("[[") and text.endswith("]]"):
+        rows = [row.strip(" []").replace(",", "&") for row in _listed(text[1:-1])]
+        text = "\\begin{matrix}" + "\\\\".join(rows) + "\\end{matrix}"
     if matrix := _MATRIX.fullmatch(text):
         rows = [row.split("&") for row in re.split(r"\\\\(?:\[\w+\])?", matrix[2]) if row.strip()]
         return f"matrix {len(rows)}x{len(rows[0]) if rows else 0}", [
@@ -158,20 +357,34 @@ def _parts(text: str) -> tuple[str, list[str]]:
     united = _split(text, ("\\cup",))
     if len(united) > 1:
         return "union", united
-    listed = _split(re.sub(r"\s*(?:[,;]\s*)?\b(?:and|or)\b\s*", ", ", text), (",", ";"))
+    listed = [new for part in ([text] if quantity(text) else _listed(text)) for new in _both_signs(part)]
     if len(listed) > 1:
         return "list", listed
-    if text.count("\\pm") == 1:
-        before, after = (side.strip() for side in text.split("\\pm"))
-        return "list", [f"{before} + {after}" if before else after, f"{before} - {after}".strip()]
-    if text.startswith("\\{") and text.endswith("\\}"):
-        return "set", _split(text[2:-2], (",", ";"))
-    if len(text) > 1 and text[0] in "([" and text[-1] in ")]":
-        inside = _split(text[1:-1], (",", ";"))
-        if len(inside) > 1:
-            kind = text[0] + text[-1]
-            return "list" if kind == "[]" and len(inside) > 2 else kind, inside
+    inner = re.fullmatch(r"(?:\\?(\{)|([(\[]))(.*?)(?:\\?\}|([)\]]))", text, re.DOTALL)
+    if (
+        inner
+        and _split(f"{text}=", ("=",)) == [text, ""]
+        and _split(f"{inner[3]}=", ("=",)) == [inner[3].strip(), ""]
+    ):
+        inside = [new for part in _split(inner[3], (",", ";")) for new in _both_signs(part)]
+        if len(inside) == 1:
+            return "", [text]
+        if inner[1]:
+            return "set", inside
+        kind = inner[2] + (inner[4] or "")
+        return "list" if kind == "[]" and len(inside) > 2 else kind, inside
     return "", [text]
+
+
+def _listed(text: str) -> list[str]:
+    text = re.sub(r"\s*(?:[,;]\s*)?\b(?:and|or)\b\s*", ", ", text)
+    return _split(text, (";",) if ";" in text else (",",))
+
+
+def _both_signs(text: str) -> list[str]:
+    if text.count("\\pm") != 1:
+        return [text]
+    return [re.sub(r"^\s*\+\s*", "", text.replace("\\pm", "+")), text.replace("\\pm", "-")]
 
 
 def _split(text: str, marks: tuple[str, ...]) -> list[str]:

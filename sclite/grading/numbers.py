@@ -1,94 +1,347 @@
-r"""Plain numbers in an answer: value, unit, and which of them are the same.
+r"""Numbers in an answer, with their units: values, and which of them are the same.
 
-- A percent sign is a unit: 50% equals 50, and not 0.5. Units may be missing on one side; two known ones must agree
-  (5 cm is not 5 m, nothing is converted). Unknown ones (12 apples) are ignored.
-- A decimal equals a number from which it differs by less than two units in the sixth place. 3:2 is the ratio 3/2.
-- A sentence equals a plain gold number only when that is the one number in it, or when it ends in it, the part after
-  the last "=" counting alone: "Natalia sold 72 clips." and "48 + 24 = 72 clips" equal 72, "5 apples and 3 pears" does not
-  equal 3, "5 or 6" does not equal 6.
+- A percent sign is a unit: 50% equals 50, and not 0.5. A unit may be missing on one side. Two units must agree: known ones
+  after conversion (150 minutes is 2.5 hours), other words when one side has all of the other's (12 red apples, 12 apples).
+- A decimal of six places or more equals a number from which it differs by less than two units in the sixth significant
+  place; shorter ones must be exact.
+- A sentence equals a number when that is the only one it can mean: "Natalia sold 72 clips." and "48 + 24 = 72 clips" equal
+  72; "5 apples and 3 pears", "5 or 6", "not 5" and "more than 5" equal nothing.
 """
 
 import re
+from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 
-Quantity = tuple[Fraction, str, bool]
-"""Value, unit ("" where there is none, "?" where it is unknown), whether it was written as a decimal."""
+MAX_DIGITS = 4000  # of a power that is written out; Python refuses to print integers much longer
 
-# one unit on each line of names, the first of which stands for all
-_UNITS = """% percent; $ ¤ dollar dollars usd buck bucks; ¢ cent cents; degrees degree deg; m meter meters metre metres;
-cm centimeter centimeters centimetre centimetres; mm millimeter millimeters; km kilometer kilometers kilometre kilometres;
-in inch inches; ft foot feet; yd yard yards; mi mile miles; g gram grams; kg kilogram kilograms; lb lbs pound pounds;
-oz ounce ounces; s sec second seconds; min mins minute minutes; h hr hrs hour hours; day days; week weeks; month months;
-year years; ? unit units"""
-_UNIT_OF = {name: names.split()[0] for names in _UNITS.split(";") for name in names.split()}
-_WORDS = re.compile(
-    r"(?!(?:and|or|to|plus|minus|times)\b)[A-Za-z][A-Za-z'-]+(?: [A-Za-z'-]+){0,4}(?<! and)(?<! or)"
+# -- words ------------------------------------------------------------------------------------------------------
+
+_ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen"
 )
-_POWER = re.compile(r"^(?:square|sq\.?|cubic|cu\.?) | ?\^\{?[23]\}?$| (?:squared|cubed)$")
-_LONG_UNITS = "|".join(re.escape(name) for name in _UNIT_OF if len(name) > 1 or not name.isalpha())
-_TAIL = re.compile(rf"(?<=[\d}})]) ?(?:(?:square|sq\.?|cubic|cu\.?) )?(?:{_LONG_UNITS})(?:\^\{{?[23]\}}?)?$")
-_FRACTION = re.compile(r"\\frac ?(?:\{ ?(-?\d+) ?\} ?\{ ?(\d+) ?\}|(\d) ?(\d)(?!\d))")
-_INTEGER = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
-_PLAIN = re.compile(
-    rf"([-+]?) ?(¤?) ?(-?)(?:(?:(\d+) )?({_INTEGER}) ?/ ?({_INTEGER})|(\d+) ?: ?(\d+)"
-    rf"|((?:\d{{1,3}}(?: \d{{3}})+|{_INTEGER})(?:\.\d*)?|\.\d+)"
-    r"(?:(?:[eE]| ?(?:\\times|\\cdot|[x*]) ?10 ?\^) ?\{?([-+]?\d{1,3})\}?)?)(\D.*)?"
+_SMALL = {word: n for n, word in enumerate(_ONES.split())} | {
+    word: 10 * n
+    for n, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)  # noqa: SIM905
+}
+_BIG = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_PARTS = "half|halves;third;quarter|fourth;fifth;sixth;seventh;eighth;ninth;tenth"
+_SCALES = (
+    _BIG
+    | {"k": 1000, "dozen": 12, "ten": 10, "hundred": 100, "hundredth": Fraction(1, 100)}
+    | {"thousandth": Fraction(1, 1000)}
+    | {name: Fraction(1, n) for n, names in enumerate(_PARTS.split(";"), 2) for name in names.split("|")}
 )
+_UNDER_100 = rf"(?:{'|'.join(sorted(_SMALL, key=len, reverse=True))})(?:[- ](?:{'|'.join(_ONES.split()[1:10])})(?!\w))?"
+_UNDER_1000 = rf"{_UNDER_100}(?: hundred(?:(?: and)? {_UNDER_100})?)?"
+_SPELLED = re.compile(
+    rf"\b{_UNDER_1000}(?: (?:{'|'.join(_BIG)})(?:,? (?:and )?{_UNDER_1000})?)*\b", re.IGNORECASE
+)
+
+
+def spelled_out(text: str) -> str:
+    """The text with number words as digits and "negative", "minus" before a number and "below zero" behind it as a sign."""
+    if not re.search("[A-Za-z]{3}", text):
+        return text
+    text = re.sub(
+        r"^(?:an? )?(half|third|quarter|dozen|hundred|thousand|million)(?= |$)",
+        r"1 \1",
+        text,
+        flags=re.IGNORECASE,
+    )
+    text = re.sub(r"\b(?:and an? half)\b", "1/2", _SPELLED.sub(_as_digits, text), flags=re.IGNORECASE)
+    text = re.sub(r"^(?:negative|minus) (?=[\d¤.\\])", "-", text, flags=re.IGNORECASE)
+    return re.sub(
+        r"^(\d[\d,.]*(?: degrees?)?(?: [CF]| celsius)?) below (?:0|freezing)$",
+        r"-\1",
+        text,
+        flags=re.IGNORECASE,
+    )
+
+
+def _as_digits(found: re.Match[str]) -> str:
+    total = group = 0
+    for word in re.findall(r"[a-z]+", found.group().casefold()):
+        if word in _BIG:
+            total, group = total + group * _BIG[word], 0
+        elif word == "hundred":
+            group *= 100
+        else:
+            group += _SMALL.get(word, 0)
+    return str(total + group)
+
+
+# -- units ------------------------------------------------------------------------------------------------------
+
+# a kind of unit on each line, then how many of the first each name stands for
+_KINDS = """%: 1 % percent pct percentage
+dollar: 1 ¤ $ dollar usd buck us¤; 1/100 ¢ cent
+pound: 1 £ pound lb gbp; 1/16 oz ounce
+euro: 1 € euro eur
+yen: 1 ¥ yen
+rupee: 1 ₹ rupee rs
+degree: 1 degree deg
+radian: 1 rad radian
+length: 1 m meter metre; 1/100 cm centimeter centimetre; 1/1000 mm millimeter millimetre; 1000 km kilometer kilometre
+foot: 1 ft foot feet '; 1/12 in inch inche "; 3 yd yard; 5280 mi mile
+mass: 1 g gram; 1000 kg kilogram; 1/1000 mg milligram
+time: 1 s sec second; 60 min minute; 3600 h hr hour; 86400 day; 604800 week wk
+year: 1 year yr; 1/12 month
+volume: 1 l liter litre; 1/1000 ml milliliter millilitre
+gallon: 1 gal gallon
+cup: 1 c cup
+ampere: 1 a amp ampere
+joule: 1 j joule
+newton: 1 n newton
+volt: 1 v volt
+watt: 1 w watt
+hertz: 1 hz hertz
+person: 1 person people
+: 1 unit"""
+_UNITS = {
+    name: (line.partition(":")[0], Fraction(group.split()[0]))
+    for line in _KINDS.splitlines()
+    for group in line.partition(":")[2].split(";")
+    for name in group.split()[1:]
+}
+_ALIASES = {
+    "mph": "mi/h",
+    "kph": "km/h",
+    "kmh": "km/h",
+    "kmph": "km/h",
+    "per cent": "%",
+    "percentage points": "%",
+}
+_ATTACHED = re.compile(r"(?:[A-Za-z]{2,}|[LVWJN]|[a-z](?=\^)|st|nd|rd|th)(?![A-Za-z])")
+_STOP = {
+    "of",
+    "the",
+    "a",
+    "an",
+    "in",
+    "each",
+    "total",
+    "all",
+    "old",
+    "altogether",
+    "is",
+    "are",
+    "for",
+    "at",
+    "on",
+}
+# words that make of "5 .." or of a sentence with a 5 something other than five
+_NEVER = (
+    "not|no|none|nobody|never|neither|nor|cannot|without|except|but|or|either|wrong|incorrect|almost|nearly|over|under|above|below|"
+    "twice|double|triple|half|plus|minus|times|divided|factorial|root|mod|(?:more|less|fewer|greater|smaller|other|older|younger) than"
+)
+_VETO = re.compile(rf"\b(?:{_NEVER}|and|to|than|by|if|when|squared|cubed|x|e)\b|[=<>+*(){{}}\d]")
+
+
+def _unit(text: str) -> tuple[Fraction, tuple[frozenset[str], ...]] | None:
+    """Factor and words of what stands behind a number, numerator and denominators; None when that is no unit."""
+    bare = text.strip()
+    if bare and (not re.search(r"[\w%¤€£¥₹'\"]", bare) or bare[0] == "^"):
+        return None
+    if bare and not text[0].isspace() and bare[0].isalpha() and not _ATTACHED.match(bare):
+        return None
+    bare = re.sub(r"^(?:st|nd|rd|th)\b", "", bare) if text[:1].isalpha() else bare
+    for name, unit in _ALIASES.items():
+        bare = re.sub(rf"(?<![a-z]){name}(?![a-z])", unit, bare, flags=re.IGNORECASE)
+    factor, pieces = Fraction(1), []
+    for n, piece in enumerate(re.split(r" ?/ ?| per ", re.sub("^/|^per ", " / ", bare))):
+        square = len(re.findall(r"\b(?:square|sq)\b|\^\{?2\}?|(?<=[a-z]) squared\b", piece))
+        power = (
+            3 * len(re.findall(r"\b(?:cubic|cu)\b|\^\{?3\}?|(?<=[a-z]) cubed\b", piece)) or 2 * square or 1
+        )
+        piece = re.sub(
+            r"\b(?:square|sq|cubic|cu)\b\.?|\^\{?[23]\}?|(?<=[a-z]) (?:squared|cubed)\b", " ", piece
+        )
+        if _VETO.search(piece.casefold()) or re.search(r"[\\^_|\[\]!]", piece):
+            return None
+        words = set()
+        for written in re.split(r"[\s,;.()-]+", piece):
+            name = written.casefold()
+            known = _UNITS.get(name) or (_UNITS.get(name.removesuffix("s")) if len(name) > 2 else None)
+            if known and not (len(name) > 1 and name.endswith("'")):
+                words |= {known[0] + ("" if power == 1 else str(power))} if known[0] else set()
+                factor = factor * known[1] ** (power if n == 0 else -power)
+            elif len(name) == 1 and name.isalpha():
+                return None
+            elif name and name not in _STOP:
+                words.add(re.sub(r"(?<=[^s])s$", "", name))
+        pieces.append(frozenset(words))
+    return factor, tuple(pieces) if any(pieces) else ()
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------
+
+_INTEGER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,2}(?:,\d\d)+,\d{3}(?!\d)|\d+)"
+_MONEY = r"(?:US ?(?=¤))?[¤£€¥₹]"
+_SCALE = rf"(?:(?: |(?<=\d)-)(?:{'|'.join(sorted(_SCALES, key=len, reverse=True))})s?|k)(?![A-Za-z-])"
+_NUMBER = (
+    rf"(?P<sign>[-+]?) ?(?P<money>{_MONEY})? ?(?P<sign2>[-+]?)"
+    rf"(?:(?:(?P<whole>\d+)(?: | and ))?(?P<top>{_INTEGER}) ?/ ?(?P<minus>-?)(?P<low>{_INTEGER})(?![\d^.!])"
+    r"|(?P<decimal>(?:\d{1,3}(?: \d{3})+(?!\d)|" + _INTEGER + r")(?:\.\d*)?|\.\d+)"
+    r"(?:\\overline ?\{?(?P<bar>\d+)\}?|(?P<dots>\.{2,3}|\\[lc]?dots))?"
+    r"(?: ?\^ ?(?P<p>\{ ?)?(?P<power>[-+]?\d{1,4})(?(p) ?\})|(?:[eE]| ?(?:\\times|\\cdot|[x*]) ?10 ?\^ ?(?P<e>\{ ?)?)(?P<exponent>[-+]?\d{1,4})(?(e) ?\}))?)"
+    rf"(?P<scale>{_SCALE})?(?P<raised> squared| cubed)?"
+)
+_PLAIN = re.compile(_NUMBER + r"(?P<unit>[^\d.].*|\.[^\d.].*)?", re.IGNORECASE)
+_FRACTION = re.compile(r"\\frac ?(?:\{ ?(-?\d+) ?\}|(\d)) ?(?:\{ ?(-?\d+) ?\}|(\d))(?!\d)")
+_RATIO = re.compile(r"(\d+) ?(?::| to ) ?(\d+)")
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """`value` as written, in units of which each is `factor` of its kind's first; `places` behind the decimal point."""
+
+    value: Fraction
+    factor: Fraction = Fraction(1)
+    unit: tuple[frozenset[str], ...] = ()
+    places: int | None = None
+
+    def equals(self, other: "Quantity") -> bool:
+        """Whether both say the same, by the rules in the module's docstring."""
+        places = min((q.places for q in (self, other) if q.places is not None), default=0)
+        exact = self.places is not None and other.places is not None and self.places == other.places
+        a, b = self.value, other.value
+        if self.unit and other.unit:
+            if len(self.unit) != len(other.unit):
+                return False
+            if not all(x <= y or y <= x for x, y in zip(self.unit, other.unit, strict=True)):
+                return False
+            a, b = a * self.factor, b * other.factor
+        return a == b or (places >= 6 and not exact and close(a, b))
+
+
+def close(a: Fraction, b: Fraction) -> bool:
+    """Whether a decimal is as near to a number as six places can say."""
+    return abs(a - b) <= Fraction(2, 10**6) * min(1, max(abs(a), abs(b)))
 
 
 def quantity(text: str) -> Quantity | None:
     """What a tidied plain number says; None when the text is anything else."""
-    if len(text) > 80 or not (found := _PLAIN.fullmatch(_FRACTION.sub(r" \1\3/\2\4", text).strip())):
+    if len(text) > 120 or not any(c.isdigit() for c in text):
         return None
-    sign, money, sign2, whole, top, low, left, right, decimal, power, unit = found.groups("")
-    unit, low = _unit(unit), re.sub(",", "", low) or right
-    if unit is None or (not decimal and int(low) == 0):
+    if ratio := _RATIO.fullmatch(text):
+        return Quantity(Fraction(int(ratio[1]), int(ratio[2]))) if int(ratio[2]) else None
+    text = " ".join(_FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", text).split())
+    found = _PLAIN.fullmatch(text)
+    if not found or (value := _value(found)) is None:
         return None
-    if decimal:
-        value = Fraction(re.sub("[, ]", "", decimal)) * Fraction(10) ** int(power or 0)
+    tail = found["unit"] or ""
+    places = _places(found)
+    if found["dots"] and places is not None:
+        return None
+    unit = _unit(tail)
+    if unit is None:
+        return _compound(text)
+    factor, words = unit
+    if found["money"]:
+        money, _ = _UNITS[found["money"][-1]]
+        words = (frozenset({money}) | (words[0] if words else frozenset()), *words[1:])
+    return Quantity(value, factor, words, places)
+
+
+def _places(found: re.Match[str]) -> int | None:
+    decimal = found["decimal"] or ""
+    periodic = found["bar"] or (found["dots"] and _period(decimal))
+    return None if "." not in decimal or periodic else len(decimal.partition(".")[2])
+
+
+def _value(found: re.Match[str]) -> Fraction | None:
+    if decimal := found["decimal"]:
+        value = _decimal(
+            re.sub("[, ]", "", decimal), found["bar"] or (found["dots"] and _period(decimal)) or ""
+        )
+        power = int(found["power"] or 0)
+        if found["power"] and (abs(power) * max(1, len(decimal)) > MAX_DIGITS or (not value and power < 0)):
+            return None
+        value = value**power if found["power"] else value * Fraction(10) ** int(found["exponent"] or 0)
+    elif low := int(found["low"].replace(",", "")):
+        value = Fraction(int(found["top"].replace(",", "")), -low if found["minus"] else low)
+        if found["whole"]:
+            value = int(found["whole"]) + value if 0 < value < 1 else None
     else:
-        value = Fraction(whole or 0) + Fraction(int(re.sub(",", "", top) or left), int(low))
-    value = -value if sign + sign2 == "-" else value
-    return value, unit or ("$" if money else ""), "." in decimal
+        return None
+    if value is None:
+        return None
+    if scale := (found["scale"] or "").strip(" -").casefold():
+        value *= _SCALES.get(scale) or _SCALES[scale.removesuffix("s")]
+    if found["raised"]:
+        value **= 2 if "sq" in found["raised"] else 3
+    return -value if (found["sign"] + found["sign2"]).count("-") == 1 else value
 
 
-def without_unit(text: str) -> str:
-    """A tidied formula without the known unit that ends it, and without dollars."""
-    return _TAIL.sub("", text).replace("¤", "")
+def _decimal(digits: str, period: str) -> Fraction:
+    """A decimal in which the last digits, the period, come again for ever."""
+    if not period:
+        return Fraction(digits)
+    places = len(digits.partition(".")[2])
+    return Fraction(digits) + Fraction(int(period), (10 ** len(period) - 1) * 10**places)
 
 
-def _unit(text: str) -> str | None:
-    """The unit that stands behind a number, None when it is none: 5x is not five, "5 and" is not either."""
-    bare = _POWER.sub("", _POWER.sub("", text.strip()))
-    unit = "" if not bare else _UNIT_OF.get(bare.rstrip(".").lower())
-    if unit is None and text.startswith(" ") and _WORDS.fullmatch(bare):
-        return "?"
-    return None if unit and len(bare) == 1 and bare.isalpha() and not text.startswith(" ") else unit
+def _period(decimal: str) -> str | None:
+    """The digits that go on behind 0.1666.. or 0.3..; None where that cannot be seen."""
+    behind = decimal.partition(".")[2]
+    found = re.search(r"(\d+?)\1+$", behind)
+    return found[1] if found else behind if len(behind) == 1 else None
 
 
-def same_quantity(a: Quantity, b: Quantity) -> bool:
-    """Whether both say the same, by the rules in the module's docstring."""
-    if a[1] != b[1] and not {a[1], b[1]} & {"", "?"}:
-        return False
-    close = Fraction(2, 10**6) * min(1, max(abs(a[0]), abs(b[0])))
-    return a[0] == b[0] or ((a[2] or b[2]) and abs(a[0] - b[0]) <= close)
+def _compound(text: str) -> Quantity | None:
+    """5 ft 3 in, 2 hours and 30 minutes: in the smallest of their units."""
+    parts = re.split(r"(?<=[A-Za-z'\"]),? ?(?:and )?(?=\d)", text)
+    found = [quantity(part) for part in parts] if 1 < len(parts) < 5 else [None]
+    if not all(q and len(q.unit) == 1 and q.unit == found[0].unit for q in found):
+        return None
+    smallest = found[-1].factor
+    if any(a.factor <= b.factor for a, b in pairwise(found)):
+        return None
+    return Quantity(sum(q.value * q.factor for q in found) / smallest, smallest, found[0].unit)
 
 
-_TOKEN = re.compile(r"(?:(?<![\w)])-)?¤?(?<![\w.])(?:\d[\d,]*(?:\.\d+)?(?:/\d+)?|\.\d+)%?(?![\w(^\\])")
-_JOINED = re.compile(r"(?:[-+*/:^(]|\d\s*,|\b(?:and|or|to|by|plus|minus|times|x)|\\[a-z]+)\s*$")
+_TAIL = re.compile(r"(.*(?:[\d})!]|\\pi)) ?(%|[A-Za-z]{2}.*|L|(?<= )[msg])", re.DOTALL)
 
 
-def says(sentence: str, gold: Quantity) -> bool | None:
-    """Whether a sentence gives that number, by the rule in the module's docstring; None when it is no sentence."""
+def without_unit(text: str) -> tuple[str, Fraction, tuple[frozenset[str], ...]]:
+    """A tidied formula without the unit that ends it and without money signs; the unit's factor and words."""
+    text, found = text.replace("¤", ""), _TAIL.fullmatch(text.replace("¤", ""))
+    if not found or (len(found[2]) == 1 and re.search(r"(?<![\\A-Za-z])[A-Za-z]", found[1])):
+        return text, Fraction(1), ()
+    unit = _unit(f" {found[2]}")
+    return (found[1], *unit) if unit else (text, Fraction(1), ())
+
+
+# -- sentences --------------------------------------------------------------------------------------------------
+
+_NOT_THIS = re.compile(
+    rf"\b(?:{_NEVER}|between|from|"
+    r"(?:jan|febr)uary \d|(?:march|april|may|june|july|august|(?:septem|octo|novem|decem)ber) \d)\b|n't\b|"
+    r"(?<![\w'])(?!a\b|i\b|\w is\b)[a-z](?![\w'])",
+    re.IGNORECASE,
+)
+_TOKEN = re.compile(
+    rf"(?<![\w.)^])(?P<aside>(?:^|\b)(?:in|after|within|during|for|over|every) (?=\d+ (?:days?|hours?|minutes?|weeks?|months?|years?)\b))?{_NUMBER}%?(?P<nth>st|nd|rd|th)?(?![\w(^\\])(?!\.\d)",
+    re.IGNORECASE,
+)
+_JOINED = re.compile(r"(?:[-+*/^(]|:(?!\s)|\d\s*,|\b(?:by|plus|minus|times|x)|\\[a-z]+)\s*$", re.IGNORECASE)
+
+
+def said(sentence: str) -> Quantity | None:
+    """The one number that a sentence gives, by the rule in the module's docstring; None when there is none."""
     words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", sentence)
-    if re.search(r"[\\^_]", sentence) or not any(len(w) > 2 and w != "and" for w in words):
+    if len(sentence) > 500 or re.search(r"[\\^_|<>]", sentence) or not words:
         return None
     tail = sentence.rpartition("=")[2].strip()
-    tokens = list(_TOKEN.finditer(tail))
-    if not tokens:
-        return False
-    last = tokens[-1]
-    if len(tokens) > 1 and (last.end() != len(tail) or _JOINED.search(tail[: last.start()])):
-        return False
-    said = quantity(tail[last.start() :]) or quantity(last.group().rstrip(","))
-    return said is not None and same_quantity(said, gold)
+    if _NOT_THIS.search(tail):
+        return None
+    tokens = [m for m in _TOKEN.finditer(tail) if not m["nth"]]
+    main = [m for m in tokens if m["aside"] is None] or tokens
+    if not main or _JOINED.search(tail[: main[0].start()]):
+        return None
+    values = [quantity(m.group()[len(m["aside"] or "") :].strip()) for m in main]
+    if None in values or len({q.value for q in values}) > 1:
+        return None
+    return quantity(tail[main[-1].start() :]) or values[-1]

@@ -1,11 +1,9 @@
 """The answer grader: whether an answer says the same as the gold answer, by math-verify in processes that can be killed.
 
-Three verdicts: True, False, and None for unknown (a time-out or a fault of the grader), which is never counted as wrong.
+Three verdicts: True, False, and None for unknown (a time-out or a failure of the grader), which is never counted as wrong.
 """
 
-import atexit
 import contextlib
-import functools
 import json
 import os
 import queue
@@ -21,8 +19,10 @@ from sclite.errors import ScliteError
 from sclite.grading.equality import Verdict, compare, tidy
 from sclite.grading.extract import boxed
 
-LONGEST = 1000  # characters; no answer is longer, and sympy's parser takes minutes over such texts
+LONGEST = 1000  # characters; sympy's parser takes minutes over longer texts
+MOST_PROCESSES = 16  # each holds 100 MB
 STARTUP_SECONDS = 120.0  # importing sympy takes under a second, on a machine that swaps a minute
+_ENDLESS = re.compile(r"(\.\d{100})\d+$")  # 0.3333.. of a model that cannot stop
 _DIGITS = re.compile(r"-?[0-9]+")
 
 
@@ -32,8 +32,9 @@ def _quick(given: str | None, gold: str) -> tuple[bool | None, str, str]:
         return False, "", ""
     if given.strip() == gold.strip():
         return True, given, gold
+    given, gold = (_ENDLESS.sub(r"\1", text) for text in (given, gold))
     if max(len(given), len(gold)) > LONGEST:
-        return False, "", ""
+        return None, "", ""
     if _DIGITS.fullmatch(given) and _DIGITS.fullmatch(gold):
         return int(given) == int(gold), "", ""
     given, gold = (tidy(boxed(text) or text) for text in (given, gold))
@@ -42,17 +43,8 @@ def _quick(given: str | None, gold: str) -> tuple[bool | None, str, str]:
     return compare(given, gold, lambda _given, _gold: None), given, gold
 
 
-def equal(given: str | None, gold: str) -> Verdict:
-    """`Grader.equal` with a shared grader, which is started when first needed and closed at exit."""
-    verdict, _, _ = _quick(given, gold)
-    return _shared().equal(given, gold) if verdict is None else verdict
-
-
-@functools.cache
-def _shared() -> "Grader":
-    grader = Grader()
-    atexit.register(grader.close)
-    return grader
+def _is_hard(found: tuple[bool | None, str, str]) -> bool:
+    return found[0] is None and found[2] != ""
 
 
 # -- algebra, in a process that can be killed -------------------------------------------------------------------
@@ -61,15 +53,16 @@ def _shared() -> "Grader":
 class Grader:
     """Compares answers, the hard ones in worker processes; use it as a context manager. Safe to share among threads.
 
-    `seconds` bounds one comparison: a worker that takes longer is killed, and the verdict is None. Workers start when
-    first needed and end with this process, however it ends. They are plain subprocesses, so the threads and the
-    `__main__` of this one do not matter.
+    `seconds` bounds one comparison: a worker that takes longer is killed, and the verdict is None. There are as many
+    workers as cores unless `processes` says otherwise. They start when first needed and end with this process, however it
+    ends. They are plain subprocesses, so the threads and the `__main__` of this one do not matter.
     """
 
-    def __init__(self, seconds: float = 5.0, processes: int = 1):
-        self.seconds, self.processes = seconds, processes
+    def __init__(self, seconds: float = 5.0, processes: int | None = None):
+        self.seconds = seconds
+        self.processes = processes or min(os.cpu_count() or 1, MOST_PROCESSES)
         self._idle: queue.LifoQueue[subprocess.Popen | None] = queue.LifoQueue()
-        for _ in range(processes):
+        for _ in range(self.processes):
             self._idle.put(None)
 
     def __enter__(self) -> "Grader":
@@ -90,14 +83,16 @@ class Grader:
 
     def equal(self, given: str | None, gold: str) -> Verdict:
         """Whether `given` says the same as `gold`; None when that could not be found out. No answer is a wrong answer."""
-        verdict, given, gold = _quick(given, gold)
-        return self._ask(given, gold) if verdict is None else verdict
+        found = _quick(given, gold)
+        return self._ask(*found[1:]) if _is_hard(found) else found[0]
 
     def equal_many(self, pairs: Iterable[tuple[str | None, str]]) -> list[Verdict]:
         """The verdict on each (given, gold), in order, on all workers at once."""
+        known = [_quick(*pair) for pair in pairs]
         pool = ThreadPoolExecutor(self.processes)
         try:
-            return list(pool.map(lambda pair: self.equal(*pair), pairs))
+            asked = pool.map(lambda pair: self._ask(*pair[1:]), [found for found in known if _is_hard(found)])
+            return [next(asked) if _is_hard(found) else found[0] for found in known]
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -182,6 +177,8 @@ def _serve() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
     try:
         import math_verify  # noqa: F401
+
+        from sclite.grading.algebra import same_formula
     except ImportError as error:
         print(json.dumps({"error": str(error)}), file=replies, flush=True)
         return
@@ -189,42 +186,7 @@ def _serve() -> None:
     for line in sys.stdin:
         if alarm:
             alarm(signal.ITIMER_REAL, seconds + 1)
-        verdict = compare(*json.loads(line), _algebra)
+        verdict = compare(*json.loads(line), same_formula)
         if alarm:
             alarm(signal.ITIMER_REAL, 0)
         print(json.dumps({"verdict": verdict}), file=replies, flush=True)
-
-
-def _algebra(given: str, gold: str) -> Verdict:
-    """math-verify's word; its own alarms are off, because a killed process is surer. Faults it raises mean unknown.
-
-    Only whole formulas are parsed: left to itself it reads 9**9**9 as 9, the part that it understands.
-    """
-    from math_verify import verify
-
-    try:
-        given, gold = _formula(given), _formula(gold)
-        return bool(
-            verify(gold, given, timeout_seconds=None, allow_set_relation_comp=True, raise_on_error=True)
-        )
-    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError):
-        return None
-
-
-def _formula(text: str) -> list:
-    """math-verify's reading, with `x < 1 or x > 3` as a union of sets and i as the imaginary unit."""
-    from math_verify import LatexExtractionConfig, parse
-    from sympy import Basic, I, Union
-    from sympy.core.relational import Relational
-
-    sides = re.split(r",? or ", text)
-    if len(sides) > 1:
-        relations = [_formula(side)[:1] for side in sides]
-        if all(r and isinstance(r[0], Relational) for r in relations):
-            return [Union(*(r[0].as_set() for r in relations))]
-    config = [LatexExtractionConfig()]
-    read = parse(f"${text}$", config, extraction_mode="first_match", parsing_timeout=None)
-    return [
-        e.xreplace({v: I for v in e.free_symbols if v.name == "i"}) if isinstance(e, Basic) else e
-        for e in read
-    ]

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from sclite.errors import ScliteError
 from sclite.grading import worker as grading
+from sclite.grading.algebra import same_formula
 from sclite.grading.extract import extract
-from sclite.grading.worker import Grader, equal
+from sclite.grading.worker import Grader
 
 PAIRS = [json.loads(line) for line in (Path(__file__).parent / "answer_pairs.jsonl").read_text().splitlines()]
 SHARED = Path(os.environ.get("SCLITE_SHARED") or Path(__file__).resolve().parents[3] / "shared") / "data"
@@ -123,21 +124,20 @@ def test_hostile_texts_are_read_in_linear_time(text):
     assert time.perf_counter() - begin < 2
 
 
-def test_an_answer_of_a_hundred_thousand_characters_is_graded_at_once():
-    begin = time.perf_counter()
-    assert equal("(" * 100_000, "5") is False
-    assert equal("7" * 100_000, "7" * 100_000) is True
-    assert equal("{" * 900, "5") is False
-    assert time.perf_counter() - begin < 1
+def test_an_answer_of_over_1000_characters_is_unknown_unless_it_is_the_gold_answer(grader):
+    assert grader.equal("(" * 100_000, "5") is None
+    assert grader.equal("5" + " and so on" * 100, "5") is None
+    assert grader.equal("7" * 100_000, "7" * 100_000) is True
+    assert grader.equal("{" * 900, "5") is False
 
 
-def test_no_answer_is_a_wrong_answer():
-    assert equal(None, "5") is False
-    assert equal("", "5") is False
-    assert equal(" \n", "") is False
+def test_no_answer_is_a_wrong_answer(grader):
+    assert grader.equal(None, "5") is False
+    assert grader.equal("", "5") is False
+    assert grader.equal(" \n", "") is False
 
 
-def test_plain_numbers_never_start_a_worker_and_cost_microseconds(monkeypatch):
+def test_plain_numbers_never_start_a_worker(monkeypatch):
     monkeypatch.setattr(grading, "_start", lambda _seconds: pytest.fail("a worker was started"))
     plain = [
         ("72", "72"),
@@ -146,21 +146,18 @@ def test_plain_numbers_never_start_a_worker_and_cost_microseconds(monkeypatch):
         ("12 apples", "12"),
         ("3 1/2", r"\frac{7}{2}"),
     ]
-    begin = time.perf_counter()
-    verdicts = [equal(*pair) for _ in range(400) for pair in plain]
-    assert verdicts[:5] == [True, False, True, True, True]
-    assert (time.perf_counter() - begin) / len(verdicts) < 500e-6
+    assert Grader().equal_many(plain) == [True, False, True, True, True]
 
 
 def test_importing_the_grader_imports_no_algebra():
-    code = "import sys, sclite.grading.worker as g; g.equal('1/2', '0.5'); print(sorted({'sympy','math_verify'} & set(sys.modules)))"
+    code = "import sys, sclite.grading.worker as g; g.Grader().equal('1/2', '0.5'); print(sorted({'sympy','math_verify'} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
 def test_a_hung_worker_is_killed_and_its_comparison_is_unknown():
-    with Grader(seconds=1) as grader:
+    with Grader(seconds=1, processes=1) as grader:
         assert grader.equal(r"\sqrt{8}", r"2\sqrt{2}") is True
-        first = grader._idle.queue[0]
+        first = grader._idle.queue[-1]
         begin = time.perf_counter()
         assert grader.equal(TOWER, "5") is None
         assert time.perf_counter() - begin < 4
@@ -188,7 +185,7 @@ def test_failed_grader_is_not_a_wrong_answer(monkeypatch):
         raise ZeroDivisionError
 
     monkeypatch.setattr(math_verify, "verify", fail)
-    assert grading._algebra("x", "y") is None
+    assert same_formula(r"\begin{pmatrix}1\end{pmatrix}", r"\begin{pmatrix}2\end{pmatrix}") is None
 
 
 def test_a_worker_that_dies_while_it_grades_is_not_a_wrong_answer(monkeypatch):
@@ -216,7 +213,7 @@ def test_a_worker_that_never_replies_is_killed_from_outside(monkeypatch):
 
 def test_a_worker_that_died_between_two_comparisons_is_replaced(grader):
     assert grader.equal(r"\sqrt{8}", r"2\sqrt{2}") is True
-    worker = grader._idle.queue[0]
+    worker = grader._idle.queue[-1]
     worker.kill()
     worker.wait()
     assert grader.equal(r"\sqrt{8}", r"2\sqrt{2}") is True
@@ -249,7 +246,7 @@ def test_many_threads_share_one_grader(grader):
 def test_a_closed_grader_leaves_no_worker():
     with Grader(seconds=30) as grader:
         grader.equal(r"\sqrt{8}", r"2\sqrt{2}")
-        worker = grader._idle.queue[0]
+        worker = grader._idle.queue[-1]
     assert worker.poll() is not None
 
 
