@@ -5,16 +5,15 @@ suffice, the stage goes on from its last checkpoint with half as many rows at on
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from sclite import pipeline
 from sclite.apart import apart
-from sclite.config import Config, Lora
-from sclite.errors import DeviceFault, MemoryFault, UsageFault
+from sclite.config import Config
+from sclite.errors import DataFault, DeviceFault, MemoryFault, NetworkFault, UsageFault
 from sclite.run import Report, Run
 from sclite.student.memory import free_memory
-from sclite.train.fit import divisor
+from sclite.train.memory import divisor, micro_batch, stage_settings, what_fits
 from sclite.world import LIBRARIES, World
 
 Stage = Callable[..., Report]
@@ -48,7 +47,7 @@ def train(world: World, only: str | None = None, fresh: bool = False) -> list[Re
 def _tell_corrections(world: World) -> None:
     """One line on what the teacher's corrections will cost, where that is known and not nothing."""
     from sclite.data.corrections import left_to_ask, reckon_corrections
-    from sclite.train.plan import corrections_cost
+    from sclite.look.plan import corrections_cost
 
     config, run = world.config, world.run
     found = corrections_cost(config, run, pipeline.unseen(world), left_to_ask(config, run))
@@ -66,51 +65,27 @@ def _tell_corrections(world: World) -> None:
 
 
 def plan(world: World) -> dict[str, Any]:
-    """What a training will take, read from the configuration, the card and what lies in the run; nothing is begun."""
-    from sclite.data.corrections import left_to_ask
+    """The plan of a training, from the configuration, the GPU and the run's files; nothing is started or written."""
     from sclite.data.problems import divide
+    from sclite.look import plan as look
     from sclite.machine import card_facts
     from sclite.records import Problem
-    from sclite.train.fit import micro_batch
-    from sclite.train.geometry import read_geometry
-    from sclite.train.plan import STAGES
-    from sclite.train.plan import plan as reckon
-
-    config, card = world.config, card_facts()
-    geometry = read_geometry(config.student)
-    found = list(world.run.rows("problems.jsonl", Problem))
-    return reckon(
-        config,
-        geometry,
-        world.run,
-        card=card,
-        tokenizer=_tokenizer(config),
-        unseen=frozenset(p.id for p in divide(config, found)[1]) if found else None,
-        backend="plain" if card is None or config.student.backend == "plain" else "unsloth",
-        at_once={stage: micro_batch(config, stage) for stage in STAGES},
-        left=left_to_ask(config, world.run),
-    )
-
-
-TOKENIZER = ("*.json", "*.model", "*.jinja", "*.txt")
-
-
-def _tokenizer(config: Config) -> Any:
-    """The student's tokenizer where it lies on this disk, the hub's cache among it; nothing is fetched for a plan."""
     from sclite.student.load import load_tokenizer, model_name
 
-    name = model_name(config.student)
-    if not Path(name).is_dir():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
-
-        try:
-            name = snapshot_download(name, local_files_only=True, allow_patterns=list(TOKENIZER))
-        except LocalEntryNotFoundError:
-            return None
-        if not any(Path(name).glob("tokenizer*")):  # a configuration alone, as read for a plan before
-            return None
-    return load_tokenizer(name)
+    config = world.config
+    found = list(world.run.rows("problems.jsonl", Problem))
+    try:
+        tokenizer = load_tokenizer(model_name(config.student))
+    except (DataFault, NetworkFault):
+        tokenizer = None
+    return look.plan(
+        config,
+        world.run,
+        gpu=card_facts(),
+        tokenizer=tokenizer,
+        unseen=frozenset(p.id for p in divide(config, found)[1]) if found else None,
+        micro_batches={stage: micro_batch(config, stage) for stage in look.STAGES},
+    )
 
 
 def train_sft(world: World, fresh: bool = False) -> Report:
@@ -169,7 +144,7 @@ def _stage(world: World, name: str, text: str, stage: Stage, fresh: bool) -> Rep
                 if fault.micro_batch == 1:
                     raise _told(fault, config, name) from fault
                 config = halved(config, fault)
-                now = section(config, name).micro_batch
+                now = stage_settings(config, name).micro_batch
                 told = f"out of memory with {fault.micro_batch} rows at once: {name} goes on with {now}"
                 progress(0, 0, warning=told)
             if report is None and not world.apart:
@@ -179,20 +154,13 @@ def _stage(world: World, name: str, text: str, stage: Stage, fresh: bool) -> Rep
 
 def _told(fault: MemoryFault, config: Config, name: str) -> DeviceFault:
     """The fault with the largest setting that would fit, where there is a card to tell."""
-    from sclite.train.fit import what_fits
-
     fits = what_fits(config, name)
     return DeviceFault(fault.message, f"{fault.hint}{f'. By the memory model {fits}' if fits else ''}")
 
 
 def halved(config: Config, fault: MemoryFault) -> Config:
     """The configuration with about half the micro-batch in the section of a stage; the accumulation follows by itself."""
-    settings = section(config, fault.stage)
+    settings = stage_settings(config, fault.stage)
     size = divisor(settings.batch, fault.micro_batch // 2)
     name = "sft" if fault.stage == "sft" else "dpo"
     return config.model_copy(update={name: settings.model_copy(update={"micro_batch": size})})
-
-
-def section(config: Config, stage: str) -> Lora:
-    """The settings of a training stage."""
-    return config.sft if stage == "sft" else config.dpo

@@ -9,19 +9,25 @@ from sclite.config import Lora
 from sclite.errors import DataFault, UsageFault
 
 
-def lora_targets(kind: Any, wanted: Sequence[str] = ()) -> list[str]:
-    """Names of the layers that LoRA is put on: all linear layers of the decoder except the head, or the `wanted` ones.
-
-    Read from a model that is built from its configuration without weights. Left out: vision towers; routers of experts;
-    Mamba's `out_proj`, whose fused kernels read the weight and pass the adapter by. Names are the last part (`q_proj`)
-    where that names nothing else, else the whole path. Raises UsageFault where the model has no layer of a `wanted` name.
-    """
+def meta_model(kind: Any) -> Any:
+    """The model of a transformers configuration, without memory for its weights."""
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.pytorch_utils import Conv1D
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(kind, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(kind, trust_remote_code=False)
+
+
+def lora_targets(model: Any, wanted: Sequence[str] = ()) -> list[str]:
+    """Names of the layers that LoRA is put on: all linear layers of the decoder except the head, or the `wanted` ones.
+
+    Skipped: vision towers; routers of experts; Mamba's `out_proj`, whose fused kernels read the weight and bypass the
+    adapter. Names are the last part (`q_proj`) if it names nothing else, otherwise the whole path. Raises UsageFault if
+    the model has no layer of a `wanted` name.
+    """
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
     head, decoder = model.get_output_embeddings(), model.get_decoder()
     inside = {id(module) for module in decoder.modules()}
     found: dict[str, list[str]] = {}
@@ -39,7 +45,7 @@ def lora_targets(kind: Any, wanted: Sequence[str] = ()) -> list[str]:
     all_paths = [path for paths in found.values() for path in paths]
     if unknown := [name for name in wanted if not any(_names(name, path) for path in all_paths)]:
         raise UsageFault(
-            f"sft.target_modules: {kind.model_type} has no linear layer named {', '.join(unknown)}",
+            f"sft.target_modules: {model.config.model_type} has no linear layer named {', '.join(unknown)}",
             f"choose from {', '.join(found)}, or leave target_modules empty for all of them",
         )
     targets = []
@@ -55,7 +61,7 @@ def _names(name: str, path: str) -> bool:
 
 def new_shape(lora: Lora, kind: Any) -> dict[str, Any]:
     """What decides the shape of a new LoRA on a model of this configuration."""
-    targets = lora_targets(kind, lora.target_modules)
+    targets = lora_targets(meta_model(kind), lora.target_modules)
     return {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": targets, "lora_dropout": 0.0}
 
 

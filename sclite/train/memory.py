@@ -1,50 +1,57 @@
-"""Whether a training step fits on the card: its bytes, part by part, from the student's geometry and the settings alone.
+"""GPU memory of one training step: an estimate from the model's architecture and the settings, and the settings that fit.
 
-Weights, LoRA and optimizer are exact. Activations are counted from what the code keeps: under gradient checkpointing the
-input of every layer, and one layer at a time in full; of the vocabulary only the positions that carry loss
-(sclite/student/forward.py). The peak is the larger of two moments, of the backward pass through the head and of that
-through the last layer. On an H100 and an H200 the sum came within 6 % of torch's peak at thirteen settings: 7B and 8B
-geometry, SFT and DPO, one to four rows of 2,048 and 4,096 tokens and one row of 76,032 and 55,232, with Unsloth (-6 to 1 %) and
-without (-2 to 6 %).
+Weights, LoRA and optimizer states are exact. Activations follow what the code keeps: with gradient checkpointing the input
+of every layer plus one whole layer at a time, and logits only where tokens carry loss (student/hf_model.py). The peak is
+the larger of two moments: the backward pass through the head, and the one through the last layer. On an H100 and an H200
+the estimate was within 6 % of PyTorch's peak at thirteen settings: 7B and 8B models, SFT and DPO, one to four rows of
+2,048 and 4,096 tokens, one row of 76,032 and of 55,232, with Unsloth (-6 to +1 %) and without (-2 to +6 %).
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from sclite.config import Config, Lora, Student
+from sclite.errors import DataFault, NetworkFault
+from sclite.student.adapters import lora_targets, meta_model
 from sclite.student.forward import chunk_of
-from sclite.train.geometry import Geometry
+from sclite.student.load import backend, model_name, read_config
 
 Forward = tuple[int, int]
-"""(tokens, tokens that carry loss) of one forward pass of a step."""
+"""(tokens, tokens with loss) of one forward pass."""
+Shape = tuple[int, int]
+"""(features out, features in) of a linear layer."""
 
 NF4_BLOCK, NESTED_BLOCK = 64, 256
 NF4_TABLES = 4 * (16 + 256 + 1)
-"""Bytes of each quantised weight's code tables (16 and 256 float32) and its offset (one)."""
+"""Bytes of code tables (16 and 256 float32) and offset (one float32) of each quantized weight."""
 MIN_8BIT, STATE_BLOCK, STATE_TABLES = 4096, 256, 2 * 256 * 4
-"""bitsandbytes: smaller tensors keep 32-bit states; weights per absmax; bytes of the two tables that all share."""
+"""bitsandbytes: smaller tensors keep 32-bit states; weights per absmax; bytes of the two tables that all tensors share."""
 
 LOSS_SHARE = {"sft": 0.9, "warm": 0.5, "dpo": 0.15}
-"""Of the tokens of a row at its longest: a solution after a short prompt; a review after the attempt that it is about; a
-cause with its correction after both. Means over a run's rows would say too little, for memory is asked by the longest."""
+"""Share of tokens with loss in the longest rows: a solution after a short prompt; a review after the attempt; a cause and
+correction after both."""
 DECISIONS = 8  # per attempt, in DPO
 
 KEPT, BACKWARD = 4, 8
-"""Bytes per position with loss and vocabulary entry: the float32 log-probabilities that wait for the backward pass; there,
-their gradient and that of the logits beside them. A cap on the logits keeps its tanh as well. Where the positions go
-through the head in chunks, nothing waits and one chunk at a time is whole."""
+"""Bytes per logit: float32 log-probabilities kept for the backward pass; there, their gradient and that of the logits. Above
+`chunk_of` positions the head runs in chunks, keeps nothing, and holds one chunk at a time."""
 
 CONTEXT = 700_000_000
-"""Bytes of the CUDA context, the loaded kernels and cuBLAS's workspace: reckoned from what several processes took together."""
+"""Bytes of the CUDA context, loaded kernels and cuBLAS workspace, from the totals of several processes."""
 CACHED = 800_000_000
-"""Bytes that the allocator holds beyond what is in use, at least: 0.3 to 0.84 GB at those settings, more with neither rows
-nor size. With rows so long that they fill a card it is the largest tensor of a layer, for which no freed block is large
-enough: a row of 83,392 tokens, reckoned to fit into 24 GB with CACHED alone, did not; at 76,032 the allocator held 1.87 GB
-more than was in use, of 2.18 GB reckoned so."""
+"""Bytes the allocator holds beyond those in use, at least (0.3 to 0.84 GB measured). With rows that fill the GPU it is the
+largest tensor of a layer: at 76,032 tokens 1.87 GB were held, 2.18 GB estimated."""
+
+KNOWN = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
+"""Architectures whose activations the estimate was checked on; others are estimated as if they were Llama."""
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
 
 
 @dataclass(frozen=True)
 class Copies:
-    """16-bit numbers alive per token while one layer goes backward, in widths of its parts.
+    """16-bit values alive per token while one layer runs backward, in multiples of its widths.
 
     `buffers` are 16-bit copies of the largest weight, made when its 4 bits are unpacked.
     """
@@ -52,25 +59,119 @@ class Copies:
     hidden: int
     query: int
     keys: int
-    middle: int
+    intermediate: int
     buffers: int
-    outside: int  # in hidden widths, per forward pass: the final norm's input and output
+    outside: int  # in hidden widths, per forward pass: input and output of the final norm
 
 
 COPIES = {
-    # Unsloth's kernels: the first norm's output, the sum after the attention, the layer's output and its gradient (the
-    # second norm's output has been overwritten by then: rows that fill a card showed four); q, k, v and the attention's
-    # output; of the MLP gate, up and the gradient that takes their place
-    "unsloth": Copies(hidden=4, query=2, keys=2, middle=3, buffers=2, outside=2),
-    # PyTorch and peft under autocast: what they keep was measured on a CPU by tests/train/test_memory.py, which holds
-    # the sum to 5 %; k and v are counted in `query`, repeated to all heads
-    "plain": Copies(hidden=12, query=5, keys=0, middle=7, buffers=1, outside=3),
+    # Unsloth: output of the first norm, sum after attention, output of the layer and its gradient; q, k, v and the
+    # attention's output; of the MLP gate, up and the gradient that replaces them
+    "unsloth": Copies(hidden=4, query=2, keys=2, intermediate=3, buffers=2, outside=2),
+    # PyTorch and PEFT under autocast, measured on a CPU by tests/train/test_memory.py; k and v are counted in `query`,
+    # repeated to all heads
+    "plain": Copies(hidden=12, query=5, keys=0, intermediate=7, buffers=1, outside=3),
 }
+
+
+# -- the model -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes of a model, counted on a copy without weights. `linears` counts (out, in) shapes of linear layers but the
+    head, `adapted` those with LoRA."""
+
+    hidden: int
+    query: int
+    keys: int
+    intermediate: int
+    layers: int
+    vocabulary: int
+    max_positions: int | None
+    parameters: int
+    linears: Counter[Shape]
+    adapted: Counter[Shape]
+    query_key_norms: bool
+    logit_cap: bool
+    rough: str = ""  # why the estimate is rough; empty if it is not
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights that QLoRA keeps in 4 bits."""
+        return sum(out * into * count for (out, into), count in self.linears.items())
+
+    def lora_tensors(self, rank: int) -> list[int]:
+        """Sizes of all LoRA factors, A [rank, in] and B [out, rank]."""
+        shapes = self.adapted.elements()
+        return [size for out, into in shapes for size in (rank * into, out * rank)]
+
+
+def architecture(config: Any, targets: Sequence[str] = ()) -> Architecture:
+    """The sizes of the model that a transformers configuration describes; LoRA on `targets` (default: all linear layers).
+
+    Raises DataFault for a mixture of experts.
+    """
+    from torch.nn import Linear
+    from transformers.pytorch_utils import Conv1D
+
+    text = config.get_text_config()
+    if experts := next((key for key in EXPERTS if getattr(text, key, None)), None):
+        raise DataFault(
+            f"{text.model_type}: the memory of a mixture of experts ({experts} = {getattr(text, experts)}) cannot be estimated",
+            "use a dense student, or train without --plan",
+        )
+    model = meta_model(config)
+    endings = tuple(f".{target}" for target in lora_targets(model, targets))
+    layers = {
+        name: tuple(module.weight.shape) if isinstance(module, Linear) else tuple(module.weight.shape[::-1])
+        for name, module in model.named_modules()
+        if isinstance(module, Linear | Conv1D) and module is not model.get_output_embeddings()
+    }
+    heads = text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return Architecture(
+        hidden=text.hidden_size,
+        query=heads * width,
+        keys=(getattr(text, "num_key_value_heads", None) or heads) * width,
+        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        layers=text.num_hidden_layers,
+        vocabulary=text.vocab_size,
+        max_positions=getattr(text, "max_position_embeddings", None),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        linears=Counter(layers.values()),
+        adapted=Counter(shape for name, shape in layers.items() if f".{name}".endswith(endings)),
+        query_key_norms=any(name.endswith(".q_norm") for name, _ in model.named_modules()),
+        logit_cap=bool(getattr(text, "final_logit_softcapping", None)),
+        rough=_why_rough(config, text),
+    )
+
+
+def _why_rough(config: Any, text: Any) -> str:
+    if "linear_attention" in (getattr(text, "layer_types", None) or ()):
+        return "the working set of linear attention is a guess"
+    if text.model_type not in KNOWN:
+        return f"activations of {text.model_type} are estimated as if it were Llama"
+    quantization = getattr(config, "quantization_config", None) or {}
+    kept = [m for m in quantization.get("llm_int8_skip_modules") or () if "layers." in m]
+    return f"{len(kept)} parts of this checkpoint are kept in 16 bits" if kept else ""
+
+
+def read_architecture(student: Student, targets: Sequence[str] = ()) -> Architecture:
+    """The sizes of the configured student. Of a model on the Hub only config.json is downloaded.
+
+    Raises UsageFault if no student is configured, DataFault if its configuration cannot be read or estimated, NetworkFault
+    if the Hub cannot be reached.
+    """
+    return architecture(read_config(model_name(student)), targets)
+
+
+# -- one step ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One training stage: "sft", "warm" or "dpo". `micro_batch` counts rows of a forward pass, in DPO bundles.
+    """One training stage: "sft", "warm" or "dpo". `micro_batch` counts rows of a forward pass (DPO: bundles).
 
     A `loss_share` of None is the stage's usual one. With `replay` a DPO step has a solved row beside each bundle.
     """
@@ -86,7 +187,7 @@ class Setting:
     optimizer_bits: int = 8
 
     def forwards(self) -> list[Forward]:
-        """The forward passes of one step, in their order; all rows at full length."""
+        """The forward passes of one step in order, all rows at full length."""
         share = LOSS_SHARE[self.stage] if self.loss_share is None else self.loss_share
         tokens = self.micro_batch * self.length
         carried = round(share * tokens)
@@ -98,7 +199,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on the card at the peak of a step, by part; `host` are those of page-locked memory beside it."""
+    """Bytes on the GPU at the peak of a step, by part; `host` is pinned host RAM."""
 
     parts: dict[str, int]
     host: int = 0
@@ -109,39 +210,31 @@ class Estimate:
 
     @property
     def allocated(self) -> int:
-        """What `torch.cuda.max_memory_allocated` should say: without the allowance."""
+        """What `torch.cuda.max_memory_allocated` should report: all but the allowance."""
         return self.total - self.parts["allowance"]
 
 
-# -- what does not change during a step ----------------------------------------------------------------------------
-
-
 def nf4_bytes(weights: int) -> int:
-    """Of one weight in NF4 with double quantisation, as bitsandbytes stores it."""
+    """Bytes of one weight in NF4 with double quantization, as bitsandbytes stores it."""
     blocks = _blocks(weights, NF4_BLOCK)
     return _blocks(weights, 2) + blocks + 4 * _blocks(blocks, NESTED_BLOCK) + NF4_TABLES
 
 
-def weight_bytes(geometry: Geometry, four_bit: bool) -> int:
-    """Of the base model: linear layers in NF4 or in 16 bits, everything else in 16 bits."""
-    other = geometry.parameters - geometry.linear_weights
+def weight_bytes(model: Architecture, four_bit: bool) -> int:
+    """Bytes of the base model: linear layers in NF4 or 16 bits, everything else in 16 bits."""
     if not four_bit:
-        return 2 * geometry.parameters
-    return 2 * other + sum(nf4_bytes(linear.weights) * linear.count for linear in geometry.linears)
-
-
-def adapter_bytes(geometry: Geometry, rank: int) -> int:
-    """Of the LoRA factors in float32; as many again for their gradients."""
-    return 4 * sum(geometry.lora_tensors(rank))
+        return 2 * model.parameters
+    packed = sum(nf4_bytes(out * into) * count for (out, into), count in model.linears.items())
+    return 2 * (model.parameters - model.linear_weights) + packed
 
 
 def optimizer_bytes(tensors: Iterable[int], bits: int) -> int:
-    """Of AdamW's two states for tensors of these sizes: in float32, or in blocks of 8 bits with their absmax."""
-    if bits == 32:
-        return 8 * sum(tensors)
+    """Bytes of AdamW's two states for tensors of these sizes: in float32, or in blocks of 8 bits with their absmax."""
     sizes = list(tensors)
-    small = sum(8 * size for size in sizes if size < MIN_8BIT)
+    if bits == 32:
+        return 8 * sum(sizes)
     large = [size for size in sizes if size >= MIN_8BIT]
+    small = 8 * (sum(sizes) - sum(large))
     return (
         small + sum(2 * size + 8 * _blocks(size, STATE_BLOCK) for size in large) + STATE_TABLES * bool(large)
     )
@@ -151,161 +244,207 @@ def _blocks(size: int, block: int) -> int:
     return -(-size // block)
 
 
-# -- what does -----------------------------------------------------------------------------------------------------
-
-
-def layer_bytes(geometry: Geometry, tokens: int, four_bit: bool, backend: str) -> int:
-    """Of one layer's backward pass after its recomputation, for so many tokens."""
+def layer_bytes(model: Architecture, tokens: int, four_bit: bool, backend: str) -> int:
+    """Bytes of one layer's backward pass after its recomputation."""
     copies = COPIES[backend]
-    query, keys = geometry.heads * geometry.head_dim, geometry.kv_heads * geometry.head_dim
-    widths = copies.hidden * geometry.hidden + copies.query * query + copies.keys * keys
-    widths += copies.middle * geometry.intermediate
-    if geometry.query_key_norms:
-        widths += (2 if backend == "plain" else 1) * (
-            query + keys
-        )  # their inputs, in float32 on the plain path
-    largest = max(linear.weights for linear in geometry.linears)
+    widths = copies.hidden * model.hidden + copies.query * model.query + copies.keys * model.keys
+    widths += copies.intermediate * model.intermediate
+    if model.query_key_norms:  # their inputs, in float32 without Unsloth
+        widths += (2 if backend == "plain" else 1) * (model.query + model.keys)
+    largest = max(out * into for out, into in model.linears)
     unpacked = copies.buffers * 2 * largest + 4 * _blocks(largest, NF4_BLOCK) if four_bit else 0
     return 2 * tokens * widths + unpacked
 
 
-def saved_bytes(geometry: Geometry, tokens: int, backend: str) -> tuple[int, int]:
-    """(on the card, in the host's memory) of what a forward pass keeps for its backward pass, without the head.
-
-    Unsloth moves the layers' inputs to the host; what it needs to bring them back is `returning_bytes`.
-    """
-    one = 2 * tokens * geometry.hidden
-    outside = COPIES[backend].outside * one
-    if backend == "unsloth":
-        return outside, geometry.layers * one
-    return outside + geometry.layers * one, 0
-
-
-def returning_bytes(geometry: Geometry, tokens: int, backend: str) -> int:
-    """Of the layers' inputs on the card in a backward pass through Unsloth: the last one, which stays there, and two buffers.
-
-    They serve all forward passes of a step and are as large as the longest asks (unsloth_zoo.gradient_checkpointing).
-    """
-    return min(3, geometry.layers) * 2 * tokens * geometry.hidden if backend == "unsloth" else 0
-
-
 def peak(
-    geometry: Geometry, forwards: Sequence[Forward], four_bit: bool, backend: str
+    model: Architecture, forwards: Sequence[Forward], four_bit: bool, backend: str
 ) -> tuple[dict[str, int], int]:
-    """({"activations", "logits", "layer"} in bytes at the peak of a step, bytes in the host's memory).
+    """({"activations", "logits", "layer"} in bytes at the peak of a step, bytes of host RAM).
 
-    The passes go backward in reverse order, each freeing what it kept, while those before it still wait.
+    The passes run backward in reverse order; each frees what it kept while those before it still wait. Unsloth moves the
+    layers' inputs to host RAM and brings them back through two buffers that serve all passes of a step
+    (unsloth_zoo.gradient_checkpointing); the last layer's input stays on the GPU.
     """
-    capped = 2 if geometry.logit_cap else 1
-    saved = [saved_bytes(geometry, tokens, backend) for tokens, _ in forwards]
-    returning = returning_bytes(geometry, max(tokens for tokens, _ in forwards), backend)
-    chunk = chunk_of(geometry.vocabulary)
-    heads = [capped * geometry.vocabulary * min(carried, chunk) for _, carried in forwards]
-    kept = [KEPT * head * (carried <= chunk) for head, (_, carried) in zip(heads, forwards, strict=True)]
+    offloads = backend == "unsloth"
+    one = 2 * model.hidden  # bytes of a hidden state, per token
+    saved = [
+        one * tokens * (COPIES[backend].outside + (0 if offloads else model.layers)) for tokens, _ in forwards
+    ]
+    longest = max(tokens for tokens, _ in forwards)
+    returning = min(3, model.layers) * one * longest if offloads else 0
+    chunk = chunk_of(model.vocabulary)
+    logits = [
+        (2 if model.logit_cap else 1) * model.vocabulary * min(carried, chunk) for _, carried in forwards
+    ]
+    kept = [KEPT * size * (carried <= chunk) for size, (_, carried) in zip(logits, forwards, strict=True)]
     moments = []
     for last, (tokens, _) in enumerate(forwards):
-        activations = sum(card for card, _ in saved[: last + 1]) + returning
-        waiting = sum(kept[:last])
-        layer = layer_bytes(geometry, tokens, four_bit, backend)
-        at_head = waiting + (KEPT + BACKWARD) * heads[last]
+        activations, waiting = sum(saved[: last + 1]) + returning, sum(kept[:last])
+        at_head = waiting + (KEPT + BACKWARD) * logits[last]
+        layer = layer_bytes(model, tokens, four_bit, backend)
         moments.append({"activations": activations, "logits": at_head, "layer": 0})
         moments.append({"activations": activations, "logits": waiting, "layer": layer})
-    return max(moments, key=lambda moment: sum(moment.values())), sum(host for _, host in saved)
+    host = one * model.layers * sum(tokens for tokens, _ in forwards) if offloads else 0
+    return max(moments, key=lambda moment: sum(moment.values())), host
 
 
-def largest_tensor(geometry: Geometry, setting: Setting) -> int:
-    """Bytes of the largest that a layer makes: the middle of its MLP, for all tokens of a forward pass."""
-    return 2 * setting.micro_batch * setting.length * geometry.intermediate
-
-
-def estimate(geometry: Geometry, setting: Setting) -> Estimate:
-    """What one step of a stage takes."""
-    tensors = geometry.lora_tensors(setting.rank)
-    adapter = adapter_bytes(geometry, setting.rank)
-    changing, host = peak(geometry, setting.forwards(), setting.four_bit, setting.backend)
+def estimate(model: Architecture, setting: Setting) -> Estimate:
+    """The memory of one step of a stage on a GPU."""
+    tensors = model.lora_tensors(setting.rank)
+    changing, host = peak(model, setting.forwards(), setting.four_bit, setting.backend)
+    largest = 2 * setting.micro_batch * setting.length * model.intermediate
     parts = {
-        "weights": weight_bytes(geometry, setting.four_bit),
-        "adapter": adapter,
-        "gradients": adapter,
+        "weights": weight_bytes(model, setting.four_bit),
+        "adapter": 4 * sum(tensors),
+        "gradients": 4 * sum(tensors),
         "optimizer": optimizer_bytes(tensors, setting.optimizer_bits),
         **changing,
-        "allowance": CONTEXT + max(CACHED, largest_tensor(geometry, setting)),
+        "allowance": CONTEXT + max(CACHED, largest),
     }
     return Estimate(parts, host)
+
+
+def estimate_on_cpu(model: Architecture, setting: Setting) -> Estimate:
+    """A rough estimate of host RAM without a GPU: float32 throughout, no gradient checkpointing."""
+    plain = replace(setting, four_bit=False, backend="plain", optimizer_bits=32)
+    parts = dict(estimate(model, plain).parts)
+    layers = sum(layer_bytes(model, tokens, False, "plain") for tokens, _ in plain.forwards())
+    activations = 2 * (parts["activations"] + model.layers * layers)
+    return Estimate(
+        parts | {"weights": 4 * model.parameters, "activations": activations, "layer": 0, "allowance": 0}
+    )
 
 
 # -- what fits -----------------------------------------------------------------------------------------------------
 
 SHORTEST, STEP = 256, 64
-"""Tokens: below the first nothing worth training fits into a row; lengths are told in multiples of the second."""
+"""Tokens: shorter rows are not worth training; lengths are reported in multiples of STEP."""
+ON_CPU = 4
+"""Micro-batch without a GPU, unless configured."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A setting for the free memory. `fits` None: the free memory is unknown, and the wanted setting stands.
+    """The setting for the free memory. `fits` None: free memory is unknown, the wanted setting stands.
 
-    `fits` False: this is the largest setting that would fit; where `setting` is None, none does.
+    `fits` False: `setting` is the largest one that would fit, None if none does.
     """
 
     fits: bool | None
     setting: Setting | None
-    accumulation: int
     verdict: str
 
 
-def largest_length(geometry: Geometry, setting: Setting, free_bytes: int) -> int | None:
-    """The most tokens per row that fit, a multiple of STEP, at most the model's positions; None where SHORTEST do not."""
-    low, high = SHORTEST // STEP, (geometry.max_positions or 1 << 20) // STEP
-    if high < low or not _fits(geometry, replace(setting, length=SHORTEST), free_bytes):
-        return None
-    while low < high:
-        middle = (low + high + 1) // 2
-        if _fits(geometry, replace(setting, length=middle * STEP), free_bytes):
-            low = middle
-        else:
-            high = middle - 1
-    return low * STEP
-
-
-def largest_rank(geometry: Geometry, setting: Setting, free_bytes: int) -> int | None:
-    """The rank, halved until it fits; None where rank 1 does not."""
-    rank = setting.rank
-    while rank and not _fits(geometry, replace(setting, rank=rank), free_bytes):
-        rank //= 2
-    return rank or None
-
-
-def choose(geometry: Geometry, wanted: Setting, batch: int, free_bytes: int | None) -> Choice:
-    """The largest micro-batch up to the wanted one that fits, as a power of two that divides the batch.
-
-    Where one row does not fit, the longest rows that do; where none do, the highest rank at which short ones would.
-    """
-    sizes = [
-        1 << k for k in range(batch.bit_length()) if batch % (1 << k) == 0 and 1 << k <= wanted.micro_batch
-    ]
-    if free_bytes is None:
-        return Choice(None, replace(wanted, micro_batch=sizes[-1]), batch // sizes[-1], "no card to fit on")
-    for size in reversed(sizes):
-        setting = replace(wanted, micro_batch=size)
-        if _fits(geometry, setting, free_bytes):
-            return Choice(True, setting, batch // size, "fits")
-    one = replace(wanted, micro_batch=1)
-    if length := largest_length(geometry, one, free_bytes):
-        return Choice(
-            False, replace(one, length=length), batch, f"{length} tokens would fit, {wanted.length} do not"
-        )
-    short = replace(one, length=SHORTEST)
-    if rank := largest_rank(geometry, short, free_bytes):
-        told = f"rank {rank} with {SHORTEST} tokens would fit, rank {wanted.rank} does not"
-        return Choice(False, replace(short, rank=rank), batch, told)
-    needed = estimate(geometry, replace(short, rank=1)).total
-    return Choice(
-        False,
-        None,
-        batch,
-        f"nothing fits: {needed / 1e9:.1f} GB at the least, {free_bytes / 1e9:.1f} GB are free",
+def wanted_setting(config: Config, stage: str, backend: str = "unsloth") -> Setting:
+    """A stage's setting as configured; the whole batch in one forward pass unless a micro-batch is set."""
+    settings = stage_settings(config, stage)
+    return Setting(
+        stage=stage,
+        micro_batch=min(settings.micro_batch or settings.batch, settings.batch),
+        length=settings.max_length,
+        rank=config.sft.rank,  # stage 2 trains the adapter of SFT
+        replay=config.dpo.replay_share > 0,
+        four_bit=config.student.load_in_4bit,
+        backend=backend,
     )
 
 
-def _fits(geometry: Geometry, setting: Setting, free_bytes: int) -> bool:
-    return estimate(geometry, setting).total <= free_bytes
+def stage_settings(config: Config, stage: str) -> Lora:
+    """The section that configures a training stage."""
+    return config.sft if stage == "sft" else config.dpo
+
+
+def divisor(batch: int, most: int) -> int:
+    """The largest divisor of a batch that is at most `most`."""
+    return next(size for size in range(min(batch, most), 0, -1) if batch % size == 0)
+
+
+def largest_length(model: Architecture, setting: Setting, free: int) -> int | None:
+    """The most tokens per row that fit into `free` bytes, a multiple of STEP; None if SHORTEST do not."""
+    low, high = SHORTEST // STEP, (model.max_positions or 1 << 20) // STEP
+    if high < low or not _fits(model, replace(setting, length=SHORTEST), free):
+        return None
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (
+            (middle, high)
+            if _fits(model, replace(setting, length=middle * STEP), free)
+            else (low, middle - 1)
+        )
+    return low * STEP
+
+
+def choose(model: Architecture, wanted: Setting, batch: int, free: int | None) -> Choice:
+    """The largest micro-batch, up to the wanted one, that fits into `free` bytes and divides the batch.
+
+    If one row does not fit: the longest rows that do; if none do, the highest rank at which the shortest would.
+    """
+    sizes = [size for size in range(wanted.micro_batch, 0, -1) if batch % size == 0]
+    if free is None:
+        return Choice(None, replace(wanted, micro_batch=sizes[0]), "no GPU to fit on")
+    for size in sizes:
+        if _fits(model, setting := replace(wanted, micro_batch=size), free):
+            return Choice(True, setting, "fits")
+    one = replace(wanted, micro_batch=1)
+    if length := largest_length(model, one, free):
+        verdict = f"{length} tokens would fit, {wanted.length} do not"
+        return Choice(False, replace(one, length=length), verdict)
+    rank, short = wanted.rank, replace(one, length=SHORTEST)
+    while rank > 1 and not _fits(model, replace(short, rank=rank), free):
+        rank //= 2
+    smallest = replace(short, rank=rank)
+    if _fits(model, smallest, free):
+        verdict = f"rank {rank} with {SHORTEST} tokens would fit, rank {wanted.rank} does not"
+        return Choice(False, smallest, verdict)
+    needed = estimate(model, smallest).total
+    return Choice(
+        False, None, f"nothing fits: at least {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
+    )
+
+
+def _fits(model: Architecture, setting: Setting, free: int) -> bool:
+    return estimate(model, setting).total <= free
+
+
+def micro_batch(config: Config, stage: str) -> int:
+    """Rows of a forward pass in a stage ("sft", "warm" or "dpo"), a divisor of its batch; call before loading the model.
+
+    A student whose memory cannot be estimated, or that should not fit, starts with one row: the GPU decides.
+    """
+    settings, free = stage_settings(config, stage), free_bytes()
+    if settings.micro_batch or free is None:
+        return divisor(settings.batch, settings.micro_batch or ON_CPU)
+    choice = _choice(config, stage, free)
+    return choice.setting.micro_batch if choice and choice.fits and choice.setting else 1
+
+
+def what_fits(config: Config, stage: str) -> str:
+    """In words, the largest setting of a stage that would fit into the memory free now; empty if unknown.
+
+    Called after running out of memory: if the estimate says that the setting fits, half the length is worth a try.
+    """
+    free = free_bytes()
+    choice = None if free is None else _choice(config, stage, free)
+    if choice is None or not choice.fits:
+        return choice.verdict if choice else ""
+    return f"it should have fitted; try max_length {stage_settings(config, stage).max_length // 2}"
+
+
+def _choice(config: Config, stage: str, free: int) -> Choice | None:
+    try:
+        model = read_architecture(config.student, config.sft.target_modules)
+    except (DataFault, NetworkFault):
+        return None
+    wanted = wanted_setting(config, stage, backend(config.student))
+    return choose(model, wanted, stage_settings(config, stage).batch, free)
+
+
+def free_bytes() -> int | None:
+    """GPU memory that this process may still allocate; None without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    free, total = torch.cuda.mem_get_info()
+    allowed = torch.cuda.get_per_process_memory_fraction() * total - torch.cuda.memory_reserved()
+    return int(min(free, allowed))

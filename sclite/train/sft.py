@@ -18,8 +18,8 @@ from sclite.student.load import load_student
 from sclite.trace import parse
 from sclite.train.checkpoints import Checkpoints, refuse_other_inputs
 from sclite.train.common import done, quiet, save_adapter, student_inputs, written
-from sclite.train.fit import micro_batch
 from sclite.train.labels import check_labels, checked_tokenizer, left_out, rows_of_sft, tell_left_out
+from sclite.train.memory import micro_batch
 from sclite.train.trainer import Lesson, Part, held_out_rows, train_adapter
 from sclite.train.watch import Progress
 

@@ -16,8 +16,8 @@ from sclite.student.encode import end_id
 from sclite.student.load import load_student
 from sclite.train.checkpoints import Checkpoints, refuse_other_inputs, sync_folder
 from sclite.train.common import done, quiet, save_adapter, student_inputs, written
-from sclite.train.fit import micro_batch
 from sclite.train.labels import checked_tokenizer
+from sclite.train.memory import micro_batch
 from sclite.train.sft import fitting_rows, replay_templates, supervised
 from sclite.train.trainer import train_adapter
 from sclite.train.warm_rows import mixed_rows

@@ -56,7 +56,7 @@ def model_folder(models: Path, name: str) -> Path:
     """The random model of a geometry, written once, by a process of its own."""
     folder = models / name
     if not (folder / "model.safetensors.index.json").is_file():
-        write = "import sys, pathlib; from tests.gpu.models import random_model; from tests.train.geometries import RECIPES"
+        write = "import sys, pathlib; from tests.gpu.models import random_model; from tests.train.architectures import RECIPES"
         write += "; random_model(pathlib.Path(sys.argv[1]), RECIPES[sys.argv[2]], 'cuda')"
         subprocess.run([sys.executable, "-c", write, str(folder), name], check=True)
     return folder
@@ -192,16 +192,15 @@ def memory(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def longest(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Two steps of one row, as long as the memory model says that 24 GB hold; where it fails, of shorter ones."""
-    from sclite.train.geometry import geometry
     from sclite.train.memory import Setting, largest_length
-    from tests.train.geometries import RECIPES
+    from tests.train.architectures import recipe_architecture
 
     rows = []
     for name, stage in LONGEST:
         if stage != (options.stage or stage):
             continue
         length = largest_length(
-            geometry(RECIPES[name]), Setting(stage, 1, 2048, RANK, backend="unsloth"), int(CAP_BYTES)
+            recipe_architecture(name), Setting(stage, 1, 2048, RANK, backend="unsloth"), int(CAP_BYTES)
         )
         for share in (1.0, 0.94, 0.88) if length else ():
             case = replace(peak("ours", stage, 1, int(share * length)), batch=1, steps=2)

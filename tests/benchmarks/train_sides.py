@@ -190,7 +190,7 @@ def load_by_script(folder: Path) -> tuple[Any, Any]:
 
     model, tokenizer = fast.from_pretrained(str(folder), max_seq_length=LONGEST, load_in_4bit=True)
     model = fast.get_peft_model(
-        model, r=RANK, lora_alpha=64, target_modules=lora_targets(model.config), lora_dropout=0.0, bias="none",
+        model, r=RANK, lora_alpha=64, target_modules=lora_targets(model), lora_dropout=0.0, bias="none",
         use_gradient_checkpointing="unsloth", random_state=0,
     )  # fmt: skip
     return model, tokenizer
@@ -250,11 +250,11 @@ def script(model: Any, tokenizer: Any, _: Any, case: Case, turn: "Turn | None" =
 
 def in_the_model(geometry_name: str, backend: str, case: Case) -> dict[str, Any]:
     """What the memory model says of a case."""
-    from sclite.train.geometry import geometry
-    from sclite.train.memory import Setting, estimate, largest_length
-    from tests.train.geometries import RECIPES
 
-    found = geometry(RECIPES[geometry_name])
+    from sclite.train.memory import Setting, estimate, largest_length
+    from tests.train.architectures import recipe_architecture
+
+    found = recipe_architecture(geometry_name)
     setting = Setting(case.stage, case.micro, case.length, RANK, backend=backend)
     made = estimate(found, setting)
     longest = largest_length(found, replace(setting, micro_batch=1), int(CAP_BYTES))

@@ -12,11 +12,10 @@ import typer
 from sclite.cli import app
 from sclite.config import keys
 from sclite.errors import UsageFault
+from sclite.look.plan import STAGES
 from sclite.settings import load
-from sclite.train.geometry import geometry
-from sclite.train.memory import choose, estimate
-from sclite.train.plan import STAGES, wanted
-from tests.train.geometries import RECIPES
+from sclite.train.memory import choose, estimate, wanted_setting
+from tests.train.architectures import RECIPES, recipe_architecture
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples/recipes"
 FREE = 22_800_000_000
@@ -51,10 +50,10 @@ def test_each_recipe_loads_and_every_key_is_known(name, tmp_path):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_each_stage_of_each_recipe_fits_a_card_of_24_gb(name):
-    config, found = recipe(name), geometry(RECIPES[name])
+    config, found = recipe(name), recipe_architecture(name)
     for stage in STAGES:
         for backend in ("unsloth", "plain"):
-            two = replace(wanted(config, stage, backend), micro_batch=2)
+            two = replace(wanted_setting(config, stage, backend), micro_batch=2)
             chosen = choose(found, two, 16, FREE)
             assert (chosen.fits, chosen.setting) == (True, two), f"{stage}, {backend}: {chosen.verdict}"
 
@@ -75,9 +74,9 @@ def test_alpha_is_once_to_twice_the_rank(name):
 def test_the_readmes_figures_are_the_memory_models():
     text = (FOLDER / "README.md").read_text(encoding="utf-8")
     table = dict(re.findall(r"^\| `([\w.-]+)\.toml` \|[^|]+\| ([\d.]+ \| [\d.]+) \|$", text, re.M))
-    for name, config in RECIPES.items():
-        one = [replace(wanted(recipe(name), stage), micro_batch=1) for stage in ("sft", "dpo")]
-        figures = [f"{estimate(geometry(config), setting).total / 1e9:.1f}" for setting in one]
+    for name in RECIPES:
+        one = [replace(wanted_setting(recipe(name), stage), micro_batch=1) for stage in ("sft", "dpo")]
+        figures = [f"{estimate(recipe_architecture(name), setting).total / 1e9:.1f}" for setting in one]
         assert table[name] == " | ".join(figures)
 
 

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from sclite.config import Sft
 from sclite.errors import DataFault, UsageFault
-from sclite.student.adapters import lora_targets
+from sclite.student.adapters import lora_targets, meta_model
 from sclite.student.load import load_student
 from sclite.train.sft import train_sft
 from tests.tiny import sample_texts, tiny_llama, write_tokenizer
@@ -65,7 +65,7 @@ def untouched(monkeypatch):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_targets_are_all_linear_layers_but_the_head(name):
-    assert sorted(lora_targets(kind_of(name))) == sorted(FAMILIES[name][1])
+    assert sorted(lora_targets(meta_model(kind_of(name)))) == sorted(FAMILIES[name][1])
 
 
 def test_a_vision_tower_whose_layers_have_the_same_names_has_no_lora():
@@ -74,7 +74,7 @@ def test_a_vision_tower_whose_layers_have_the_same_names_has_no_lora():
         text_config={**GROUPED, "head_dim": 16},
         vision_config={**VISION, "image_size": 28, "patch_size": 14},
     )
-    targets = lora_targets(kind)
+    targets = lora_targets(meta_model(kind))
     assert sorted({name.rpartition(".")[2] for name in targets}) == sorted(LLAMA)
     assert not [name for name in targets if "vision" in name]
     assert "o_proj" in targets
@@ -108,8 +108,8 @@ def test_a_mistyped_target_is_refused_before_weights_are_read(tmp_path, untouche
 
 
 def test_chosen_targets_are_the_only_ones():
-    assert lora_targets(kind_of("phi3"), ["qkv_proj"]) == ["qkv_proj"]
-    assert lora_targets(kind_of("gpt2"), ["mlp.c_proj"]) == [
+    assert lora_targets(meta_model(kind_of("phi3")), ["qkv_proj"]) == ["qkv_proj"]
+    assert lora_targets(meta_model(kind_of("gpt2")), ["mlp.c_proj"]) == [
         "transformer.h.0.mlp.c_proj",
         "transformer.h.1.mlp.c_proj",
     ]

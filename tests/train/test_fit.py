@@ -3,8 +3,8 @@
 import pytest
 
 from sclite.errors import MemoryFault
-from sclite.train import fit
-from sclite.train.fit import divisor, micro_batch
+from sclite.train import memory
+from sclite.train.memory import divisor, micro_batch, what_fits
 from sclite.training import halved
 from tests.train.test_sft import config_of
 
@@ -30,14 +30,14 @@ def test_half_of_the_rows_divide_the_batch_too():
 
 def test_a_student_whose_memory_cannot_be_reckoned_begins_with_one_row(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe", "num_experts": 8}')
-    monkeypatch.setattr(fit, "free_bytes", lambda: 24_000_000_000)
+    monkeypatch.setattr(memory, "free_bytes", lambda: 24_000_000_000)
     chosen = config_of(tmp_path, sft={"micro_batch": None, "batch": 8})
     assert micro_batch(chosen, "sft") == 1
-    assert fit.what_fits(chosen, "sft") == ""
+    assert what_fits(chosen, "sft") == ""
 
 
 def test_what_should_have_fitted_names_half_the_length(monkeypatch):
-    monkeypatch.setattr(fit, "free_bytes", lambda: 24_000_000_000)
-    assert "512 tokens are worth a try" in fit.what_fits(config_of("embedded"), "sft")
-    monkeypatch.setattr(fit, "free_bytes", lambda: 1_000_000)
-    assert "nothing fits" in fit.what_fits(config_of("embedded"), "sft")
+    monkeypatch.setattr(memory, "free_bytes", lambda: 24_000_000_000)
+    assert "try max_length 512" in what_fits(config_of("embedded"), "sft")
+    monkeypatch.setattr(memory, "free_bytes", lambda: 1_000_000)
+    assert "nothing fits" in what_fits(config_of("embedded"), "sft")

@@ -10,7 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sclite.errors import DataFault
 from sclite.student.adapters import lora_targets
 from sclite.student.forward import Padded, chunk_of, hidden_states, token_log_probs, vocabulary_log_probs
-from sclite.train.geometry import geometry
 from sclite.train.memory import (
     BACKWARD,
     CACHED,
@@ -20,7 +19,7 @@ from sclite.train.memory import (
     SHORTEST,
     STATE_TABLES,
     Setting,
-    adapter_bytes,
+    architecture,
     choose,
     estimate,
     largest_length,
@@ -29,76 +28,60 @@ from sclite.train.memory import (
     peak,
     weight_bytes,
 )
-from tests.train.geometries import LLAMA_8B, OTHERS, QWEN_MATH_7B, RECIPES, SMALL
+from tests.train.architectures import OTHERS, RECIPES, SMALL, config_of, recipe_architecture
 
 ALL = {**RECIPES, **OTHERS}
 GB = 1_000_000_000
 
 
-def built(config: dict, device: str = "meta"):
-    """The model itself in its full geometry; on the meta device without memory for its weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+QWEN, LLAMA = "qwen2.5-math-7b", "llama-3.1-8b"
 
-    settings = {key: value for key, value in config.items() if key not in ("model_type", "torch_dtype")}
+
+def built(shape: dict, device: str = "meta"):
+    """The model itself; on the meta device without memory for its weights."""
+    from transformers import AutoModelForCausalLM
+
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(config["model_type"], **settings), dtype=torch.bfloat16
-        )
+        return AutoModelForCausalLM.from_config(config_of(shape), dtype=torch.bfloat16)
 
 
-def quantised(model) -> dict[str, torch.nn.Linear]:
-    """The layers that bitsandbytes quantises: every linear one but the head."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and name != "lm_head"
-    }
-
-
-def with_lora(config: dict, rank: int):
-    from peft import LoraConfig, get_peft_model
-
-    model = built(config)
-    shape = LoraConfig(r=rank, target_modules=lora_targets(model.config), task_type="CAUSAL_LM")
-    with torch.device("meta"):
-        return get_peft_model(model, shape)
-
-
-# -- counts, against torch -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_parameters_are_those_of_the_model_itself(name):
-    model, found = built(ALL[name]), geometry(ALL[name])
-    linears = quantised(model)
-    assert found.parameters == sum(p.numel() for p in model.parameters())
-    assert found.linear_weights == sum(layer.weight.numel() for layer in linears.values())
-    assert found.biases == sum(layer.bias.numel() for layer in linears.values() if layer.bias is not None)
-    head = model.get_output_embeddings().weight
-    assert found.tied == (head is model.get_input_embeddings().weight)
-    assert found.embeddings == head.numel() * (1 if found.tied else 2)
-    assert weight_bytes(found, four_bit=False) == sum(
-        p.numel() * p.element_size() for p in model.parameters()
-    )
+# -- counts, against PEFT and bitsandbytes -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("rank", [8, 32])
 def test_lora_factors_are_those_that_peft_adds(name, rank):
-    model, found = with_lora(ALL[name], rank), geometry(ALL[name])
-    factors = [p for p in model.parameters() if p.requires_grad]
+    from peft import LoraConfig, get_peft_model
+
+    with torch.device("meta"):
+        model = built(ALL[name])
+        shape = LoraConfig(r=rank, target_modules=lora_targets(model), task_type="CAUSAL_LM")
+        factors = [p for p in get_peft_model(model, shape).parameters() if p.requires_grad]
+    found = architecture(config_of(ALL[name]))
     assert sorted(found.lora_tensors(rank)) == sorted(p.numel() for p in factors)
-    assert adapter_bytes(found, rank) == sum(4 * p.numel() for p in factors)
+    parts = estimate(found, Setting("sft", 1, 512, rank)).parts
+    assert parts["adapter"] == parts["gradients"] == sum(4 * p.numel() for p in factors)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [(QWEN, 7_615_616_512), (LLAMA, 8_030_261_248), ("qwen3-8b", 8_190_735_360), ("qwen3-4b", 4_022_468_096)],
+)
+def test_parameters_are_those_that_the_model_cards_state(name, parameters):
+    assert recipe_architecture(name).parameters == parameters
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_four_bit_weights_are_those_of_every_layer_by_itself(name):
+def test_four_bit_weights_are_those_of_every_linear_layer_but_the_head(name):
     model = built(RECIPES[name])
-    linears = quantised(model)
-    inside = {f"{layer}.weight" for layer in linears}
-    sixteen = sum(2 * p.numel() for key, p in model.named_parameters() if key not in inside)
-    four = sum(nf4_bytes(layer.weight.numel()) for layer in linears.values())
-    assert weight_bytes(geometry(RECIPES[name]), four_bit=True) == sixteen + four
+    linears = {
+        f"{key}.weight": module.weight
+        for key, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and key != "lm_head"
+    }
+    sixteen = sum(2 * p.numel() for key, p in model.named_parameters() if key not in linears)
+    four = sum(nf4_bytes(weight.numel()) for weight in linears.values())
+    assert weight_bytes(recipe_architecture(name), four_bit=True) == sixteen + four
 
 
 # -- bytes, against bitsandbytes and torch -------------------------------------------------------------------------
@@ -212,9 +195,9 @@ def test_a_whole_step_on_the_plain_path_holds_what_is_estimated(family, middle):
 
     shape = {"model_type": family, "tie_word_embeddings": False, **SMALL, "hidden_size": 256}
     shape |= {"intermediate_size": middle, "num_hidden_layers": 3}
-    found = geometry(shape)
+    found = architecture(config_of(shape))
     model = built(shape, "cpu")
-    model = get_peft_model(model, LoraConfig(r=2, target_modules=lora_targets(model.config)))
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=lora_targets(model)))
     for factor in model.parameters():
         if factor.requires_grad:
             factor.data = factor.data.float()
@@ -230,37 +213,31 @@ def test_a_whole_step_on_the_plain_path_holds_what_is_estimated(family, middle):
         log_probs, _ = token_log_probs(model, hidden_states(model, batch), batch)
         (-log_probs.mean()).backward()
     reckoned, _ = peak(found, [(512, 8)], four_bit=False, backend="plain")
-    made = adapter_bytes(found, 2)  # the gradients
+    made = 4 * sum(found.lora_tensors(2))  # the gradients
     assert watch.most == pytest.approx(sum(reckoned.values()) + made, rel=0.05)
 
 
-# -- families ------------------------------------------------------------------------------------------------------
+# -- architectures -------------------------------------------------------------------------------------------------
 
 
-def test_a_text_model_inside_another_is_read():
-    nested = {"model_type": "gemma3", "vision_config": {}, "text_config": OTHERS["gemma3_text"]}
-    assert geometry(nested).parameters == geometry(OTHERS["gemma3_text"]).parameters
-    assert "image" in geometry(nested).rough
-
-
-def test_an_unknown_family_is_a_llama_and_says_that_this_is_rough():
-    assert geometry({"model_type": "novel", **SMALL}).rough
-    assert not any(geometry(config).rough for config in RECIPES.values())
+def test_an_architecture_that_was_not_checked_says_that_its_estimate_is_rough():
+    shape = {"model_type": "phi3", "pad_token_id": 0, **SMALL}
+    assert "as if it were Llama" in architecture(config_of(shape)).rough
+    assert not any(recipe_architecture(name).rough for name in RECIPES)
 
 
 def test_layers_that_a_checkpoint_keeps_in_16_bits_make_it_rough():
-    skipped = {"llm_int8_skip_modules": ["lm_head", "model.layers.1.mlp"]}
-    assert "1 parts" in geometry({**QWEN_MATH_7B, "quantization_config": skipped}).rough
-    skipped = {"llm_int8_skip_modules": ["lm_head"]}
-    assert not geometry({**QWEN_MATH_7B, "quantization_config": skipped}).rough
+    config = config_of({"model_type": "llama", **SMALL})
+    config.quantization_config = {"llm_int8_skip_modules": ["lm_head", "model.layers.1.mlp"]}
+    assert "1 parts" in architecture(config).rough
+    config.quantization_config = {"llm_int8_skip_modules": ["lm_head"]}
+    assert not architecture(config).rough
 
 
-def test_experts_and_missing_sizes_are_refused_by_name():
-    with pytest.raises(DataFault, match="num_experts = 128"):
-        geometry({"model_type": "qwen3_moe", "num_experts": 128, **SMALL})
-    with pytest.raises(DataFault, match="intermediate_size") as fault:
-        geometry({"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 99})
-    assert fault.value.hint
+def test_a_mixture_of_experts_is_refused_by_name():
+    with pytest.raises(DataFault, match="num_experts = 128") as error:
+        architecture(config_of({"model_type": "qwen3_moe", "num_experts": 128, **SMALL}))
+    assert error.value.hint
 
 
 # -- the estimate and the choice -----------------------------------------------------------------------------------
@@ -268,7 +245,7 @@ def test_experts_and_missing_sizes_are_refused_by_name():
 
 @pytest.mark.parametrize("name", ["qwen2.5-math-7b", "deepseek-math-7b"])
 def test_a_7b_model_at_2048_tokens_stays_below_the_aims(name):
-    found = geometry(RECIPES[name])
+    found = recipe_architecture(name)
     assert estimate(found, Setting("sft", 1, 2048, 32)).total < 12 * GB
     assert estimate(found, Setting("dpo", 1, 2048, 32)).total < 20 * GB
 
@@ -276,14 +253,14 @@ def test_a_7b_model_at_2048_tokens_stays_below_the_aims(name):
 @pytest.mark.parametrize("stage", ["sft", "warm", "dpo"])
 @pytest.mark.parametrize("backend", ["unsloth", "plain"])
 def test_more_of_anything_takes_more(stage, backend):
-    found, small = geometry(QWEN_MATH_7B), Setting(stage, 1, 1024, 16, backend=backend)
+    found, small = recipe_architecture(QWEN), Setting(stage, 1, 1024, 16, backend=backend)
     for change in ({"micro_batch": 2}, {"length": 2048}, {"rank": 32}, {"four_bit": False}):
         assert estimate(found, replace(small, **change)).total > estimate(found, small).total, change
     assert estimate(found, replace(small, optimizer_bits=32)).total > estimate(found, small).total
 
 
 def test_logits_grow_with_the_loss_until_they_go_through_the_head_in_chunks():
-    found = geometry(QWEN_MATH_7B)
+    found = recipe_architecture(QWEN)
 
     def logits(share):
         shown = Setting("sft", 1, 2048, 16, loss_share=share)
@@ -333,14 +310,14 @@ def tiny_model():
 
 
 def test_dpo_takes_more_than_one_pass_and_replay_more_than_none():
-    found, one = geometry(QWEN_MATH_7B), Setting("sft", 1, 2048, 32, loss_share=0.2)
+    found, one = recipe_architecture(QWEN), Setting("sft", 1, 2048, 32, loss_share=0.2)
     without = replace(one, stage="dpo", replay=False)
     assert estimate(found, one).total < estimate(found, without).total
     assert estimate(found, without).total < estimate(found, replace(without, replay=True)).total
 
 
 def test_unsloth_keeps_the_layers_inputs_in_the_hosts_memory():
-    found = geometry(QWEN_MATH_7B)
+    found = recipe_architecture(QWEN)
     ours, plain = (estimate(found, Setting("sft", 1, 2048, 32, backend=b)) for b in ("unsloth", "plain"))
     assert ours.host == 28 * 2048 * 3584 * 2
     assert plain.host == 0
@@ -364,39 +341,39 @@ MEASURED = [
 
 @pytest.mark.parametrize(("name", "stage", "rows", "length", "peak_gb"), MEASURED)
 def test_the_estimate_is_near_what_a_card_showed(name, stage, rows, length, peak_gb):
-    found = estimate(geometry(RECIPES[name]), Setting(stage, rows, length, 32))
+    found = estimate(recipe_architecture(name), Setting(stage, rows, length, 32))
     assert found.allocated / 1e9 == pytest.approx(peak_gb, rel=0.06)
 
 
 def test_the_buffers_that_bring_inputs_back_serve_all_passes_of_a_step():
-    found, one = geometry(LLAMA_8B), 2 * 32_768 * 4096
+    found, one = recipe_architecture(LLAMA), 2 * 32_768 * 4096
     sft, dpo = (estimate(found, Setting(stage, 1, 32_768, 32)) for stage in ("sft", "dpo"))
     assert sft.parts["activations"] == (2 + 3) * one
     assert dpo.parts["activations"] == (3 * 2 + 3) * one  # chosen, rejected and the solved row
 
 
 def test_what_torch_will_report_leaves_the_allowance_out():
-    found = estimate(geometry(QWEN_MATH_7B), Setting("sft", 1, 2048, 32))
+    found = estimate(recipe_architecture(QWEN), Setting("sft", 1, 2048, 32))
     assert found.total == sum(found.parts.values())
     assert found.allocated == found.total - found.parts["allowance"] < found.total
 
 
 def test_the_allowance_grows_with_rows_that_fill_a_card():
-    found = geometry(LLAMA_8B)
+    found = recipe_architecture(LLAMA)
     short, long = (estimate(found, Setting("sft", 1, length, 32)) for length in (2048, 65_536))
     assert short.parts["allowance"] == CONTEXT + CACHED
     assert long.parts["allowance"] == CONTEXT + 2 * 65_536 * 14_336
 
 
 def test_the_choice_takes_the_largest_micro_batch_that_fits_and_never_more_memory():
-    found, wanted = geometry(QWEN_MATH_7B), Setting("sft", 16, 2048, 32)
+    found, wanted = recipe_architecture(QWEN), Setting("sft", 16, 2048, 32)
     before = 0
     for free in range(6, 81):
         chosen = choose(found, wanted, 16, free * GB)
         if not chosen.fits:
             continue
         size = chosen.setting.micro_batch
-        assert size * chosen.accumulation == 16
+        assert size * 16 // chosen.setting.micro_batch == 16
         assert size >= before
         assert estimate(found, chosen.setting).total <= free * GB
         if size < 16:
@@ -406,15 +383,15 @@ def test_the_choice_takes_the_largest_micro_batch_that_fits_and_never_more_memor
 
 
 def test_the_micro_batch_divides_the_batch():
-    found, wanted = geometry(RECIPES["qwen3-4b"]), Setting("sft", 12, 512, 16)
+    found, wanted = recipe_architecture("qwen3-4b"), Setting("sft", 12, 512, 16)
     chosen = choose(found, wanted, 12, 80 * GB)
-    assert (chosen.setting.micro_batch, chosen.accumulation) == (4, 3)
+    assert chosen.setting.micro_batch == 12
     chosen = choose(found, wanted, 7, 80 * GB)
-    assert (chosen.setting.micro_batch, chosen.accumulation) == (1, 7)
+    assert chosen.setting.micro_batch == 7
 
 
 def test_where_no_row_fits_the_longest_that_would_is_told():
-    found, wanted = geometry(QWEN_MATH_7B), Setting("sft", 2, 4096, 32)
+    found, wanted = recipe_architecture(QWEN), Setting("sft", 2, 4096, 32)
     free = estimate(found, replace(wanted, micro_batch=1, length=1024)).total
     chosen = choose(found, wanted, 16, free)
     assert chosen.fits is False
@@ -423,7 +400,7 @@ def test_where_no_row_fits_the_longest_that_would_is_told():
 
 
 def test_where_no_length_fits_the_rank_that_would_is_told_and_else_that_nothing_does():
-    found, wanted = geometry(QWEN_MATH_7B), Setting("sft", 2, 2048, 64)
+    found, wanted = recipe_architecture(QWEN), Setting("sft", 2, 2048, 64)
     free = estimate(found, replace(wanted, micro_batch=1, length=SHORTEST, rank=16)).total
     chosen = choose(found, wanted, 16, free)
     assert (chosen.fits, chosen.setting.rank, chosen.setting.length) == (False, 16, SHORTEST)
@@ -433,10 +410,10 @@ def test_where_no_length_fits_the_rank_that_would_is_told_and_else_that_nothing_
 
 
 def test_without_a_card_nothing_is_said_to_fit():
-    chosen = choose(geometry(QWEN_MATH_7B), Setting("sft", 2, 2048, 32), 16, None)
-    assert (chosen.fits, chosen.setting.micro_batch, chosen.accumulation) == (None, 2, 8)
+    chosen = choose(recipe_architecture(QWEN), Setting("sft", 2, 2048, 32), 16, None)
+    assert (chosen.fits, chosen.setting.micro_batch) == (None, 2)
 
 
 def test_no_more_tokens_are_promised_than_the_model_has_positions():
-    found = geometry(QWEN_MATH_7B)
+    found = recipe_architecture(QWEN)
     assert largest_length(found, Setting("sft", 1, 2048, 32), 500 * GB) == 4096

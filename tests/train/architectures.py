@@ -1,4 +1,6 @@
-"""The config.json of every recipe's model, written out: what decides shapes, without what decides behaviour alone."""
+"""The config.json of every recipe's model: the keys that decide shapes, without those that decide behaviour alone."""
+
+import functools
 
 QWEN_MATH_7B = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -134,3 +136,19 @@ OTHERS = {
     },
 }
 """Small ones of the other families that the model knows."""
+
+
+def config_of(shape: dict):
+    """The transformers configuration of a config.json."""
+    from transformers import AutoConfig
+
+    settings = {key: value for key, value in shape.items() if key not in ("model_type", "torch_dtype")}
+    return AutoConfig.for_model(shape["model_type"], **settings)
+
+
+@functools.cache
+def recipe_architecture(name: str):
+    """The architecture of a recipe's model, as the memory estimate reads it."""
+    from sclite.train.memory import architecture
+
+    return architecture(config_of(RECIPES[name]))
