@@ -203,7 +203,7 @@ def test_tensorboard_that_is_not_installed_is_said_before_the_first_step(folder,
 def test_the_plan_of_a_run_says_what_each_stage_takes(folder, tmp_path):
     found = training.plan(world_of(folder, tmp_path))
     assert list(found["stages"]) == ["sft", "warm", "dpo"]
-    assert found["card"] is None
+    assert found["gpu"] is None
     assert found["stages"]["sft"]["rows"] > 0
     assert found["stages"]["sft"]["hours"] is None
     assert found["teacher"]["requests"] == 0
