@@ -229,27 +229,6 @@ def test_the_plan_has_the_steps_rows_and_rows_at_once_of_the_training_that_follo
         assert planned["micro_batch"] == sizes.pop(0)
 
 
-def test_the_tokenizer_of_a_hub_model_is_used_where_it_is_in_the_cache(folder, tmp_path, monkeypatch):
-    from huggingface_hub import constants
-
-    world = world_of(folder, tmp_path / "run")
-    student = world.config.student.model_copy(update={"model": "someone/model"})
-    config = world.config.model_copy(update={"student": student})
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert training._tokenizer(config) is None
-    place = tmp_path / "hub/models--someone--model"
-    snapshot = place / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
-    (place / "refs").mkdir()
-    (place / "refs/main").write_text("0" * 40)
-    (snapshot / "config.json").write_bytes((folder / "config.json").read_bytes())
-    assert training._tokenizer(config) is None
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (snapshot / name).write_bytes((folder / name).read_bytes())
-    assert training._tokenizer(config)("1 + 1")["input_ids"]
-
-
 def test_a_plan_that_does_not_fit_ends_with_exit_5_as_json_too(capsys):
     import json
 
