@@ -5,6 +5,7 @@ import sys
 import tempfile
 import threading
 import traceback
+from contextlib import suppress
 from types import TracebackType
 
 
@@ -14,33 +15,67 @@ def main() -> None:
 
     wait_briefly()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import typer
-
     from sclite import console
-    from sclite.cli import app
-    from sclite.errors import INTERRUPTED, USAGE, ScliteError
 
+    console.prepare_streams()
     if not os.environ.get("SCLITE_DEBUG"):
         sys.excepthook = _unexpected
         threading.excepthook = lambda thrown: _unexpected(*thrown[:3])
     arguments = sys.argv[1:]
     try:
-        # not app() itself, which puts typer's own excepthook in place
+        code = _run(arguments)
+        sys.stdout.flush()
+    except OSError as error:
+        code = _system_failed(error)
+    sys.exit(code if arguments else 2)
+
+
+def _run(arguments: list[str]) -> int:
+    """Run a command line, and print its error if it has one; its exit code."""
+    import typer
+
+    from sclite import console
+    from sclite.cli import app
+    from sclite.errors import DONE, INTERRUPTED, USAGE, ScliteError
+
+    code = DONE
+    try:
+        # not app() itself, which ends the process by itself when nobody reads its output
         command = typer.main.get_command(app)
-        code = command(arguments or ["--help"], prog_name="sclite", standalone_mode=False)
+        with command.make_context("sclite", [*arguments] or ["--help"]) as context:
+            command.invoke(context)
+    except typer.Exit as ended:
+        code = ended.exit_code
     except ScliteError as error:
         console.fault(error, _as_json())
-        sys.exit(error.code)
+        return error.code
     except typer.TyperException as error:
         console.fault(_usage_error(error), _as_json())
-        sys.exit(USAGE)
-    except KeyboardInterrupt:
+        return USAGE
+    except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
-    if code == INTERRUPTED:  # typer turns Ctrl-C into this by itself
+    if code == INTERRUPTED:
         if _as_json():
             console.print_json({"error": "interrupted", "hint": "re-run to resume", "exit_code": INTERRUPTED})
         console.note("interrupted; re-run to resume")
-    sys.exit(code if arguments else USAGE)
+    return code
+
+
+def _system_failed(error: OSError) -> int:
+    """What the system did not do: a full disk, no permission, an output that nobody reads; the exit code."""
+    from sclite import console
+    from sclite.errors import DONE, of_system
+
+    failed = of_system(error)
+    if error.filename != console.OUTPUT:
+        with suppress(OSError):
+            console.fault(failed, _as_json())
+        return failed.code
+    console.discard_output()
+    if isinstance(error, BrokenPipeError):  # the reader has seen enough
+        return DONE
+    console.fault(failed)
+    return failed.code
 
 
 def _as_json() -> bool:

@@ -3,6 +3,7 @@
 Replies, problems and file names may hold anything: `visible` keeps their control characters from the terminal.
 """
 
+import io
 import json
 import os
 import re
@@ -30,13 +31,52 @@ def visible(text: str) -> str:
     return _CONTROLS.sub(picture, text.replace("\r\n", "\n"))
 
 
+OUTPUT = "the output"
+
+
+class _Output(io.TextIOWrapper):
+    """stdout whose errors say that they are of stdout."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, OUTPUT) from error
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, OUTPUT) from error
+
+
+def prepare_streams() -> None:
+    """Let every text be printed: to a closed stdout, and to a terminal that cannot show all characters."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass  # a closed one, which else the next file that is opened would take
+    os.close(descriptor)
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - as long as the process
+    if sys.stdout is sys.__stdout__:
+        encoding = sys.stdout.encoding if sys.stdout else "utf-8"
+        binary = sys.stdout.detach() if sys.stdout else open(1, "wb", closefd=False)  # noqa: SIM115
+        sys.stdout = _Output(binary, encoding, errors="replace", line_buffering=binary.isatty())
+
+
+def discard_output() -> None:
+    """Drop what is still to be written to stdout: Python would try once more at its end."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def print_json(value: Any) -> None:
     """One object on stdout, nothing else there."""
     sys.stdout.write(_json(value, indent=1) + "\n")
 
 
 def _json(value: Any, indent: int | None = None) -> str:
-    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    plain_text = "utf" not in (sys.stdout.encoding or "").lower()
+    text = json.dumps(value, indent=indent, ensure_ascii=plain_text)
     return _CONTROLS.sub(lambda control: f"\\u{ord(control[0]):04x}", text)
 
 
@@ -67,7 +107,12 @@ def terminal(stderr: bool = False) -> Any:
     """A console of rich that colours what its caller says, and nothing of its own accord."""
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False, emoji=False)
+    def fail() -> None:
+        raise
+
+    console = Console(stderr=stderr, highlight=False, emoji=False)
+    console.on_broken_pipe = fail
+    return console
 
 
 def put(console: Any, text: str, whole: bool = False) -> None:
@@ -115,8 +160,8 @@ def _write(texts: Iterable[str], file: Any) -> None:
             file.write(text)
         file.flush()
     except BrokenPipeError:
-        if file is sys.stdout:  # Python flushes it once more at the end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+        if file is sys.stdout:
+            discard_output()
 
 
 def _drawn(console: Any, piece: Any) -> str:

@@ -1,5 +1,6 @@
 """Errors that a user can fix: each has a message, a hint and an exit code."""
 
+import errno
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,3 +69,16 @@ class NetworkFault(ScliteError):
 
 class TeacherFault(NetworkFault):
     """A teacher or endpoint that cannot be reached or refuses (exit code 6)."""
+
+
+def of_system(error: OSError) -> ScliteError:
+    """What the operating system refused, as an error with a hint."""
+    what = f"{error.filename}: " if error.filename else ""
+    message = f"{what}{error.strerror or error}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return ScliteError(message, "make room and run the same command again: it resumes")
+    if error.errno == errno.ENAMETOOLONG:
+        return UsageFault(message, "use a shorter name")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return UsageFault(message, "check its permissions, or name another folder with --run")
+    return ScliteError(message, "run the same command again: it resumes")

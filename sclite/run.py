@@ -183,13 +183,19 @@ class Run:
         """`append` for a file that stays open meanwhile: opening it anew is most of the work of a row."""
         path = self.path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab+") as file:
+        with open(path, "ab+", buffering=0) as file:
             if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
                 _end_last_line(file)
 
             def add(rows: Iterable[Row]) -> None:
-                file.write("".join(row.model_dump_json(exclude_none=False) + "\n" for row in rows).encode())
-                file.flush()
+                data = "".join(row.model_dump_json(exclude_none=False) + "\n" for row in rows).encode()
+                begin = file.seek(0, os.SEEK_END)
+                try:
+                    while data:
+                        data = data[file.write(data) :]
+                except OSError:  # a full disk: all of the rows or none
+                    file.truncate(begin)
+                    raise
 
             yield add
 

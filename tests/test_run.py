@@ -289,6 +289,7 @@ def test_checkpoints_that_an_older_version_began_are_gone_on_from(run):
     older = {**inputs, "sft": {key: value for key, value in inputs["sft"].items() if key != "patience"}}
     checkpoints = Checkpoints(run.path("sft/checkpoints"))
     checkpoints.begin(older)
+    run.path("sft/checkpoints/checkpoint-3").mkdir(parents=True)
     checkpoints.mark(3)
     checkpoints.begin(inputs)
     assert checkpoints.step() == 3

@@ -1,0 +1,175 @@
+"""Full disks, closed pipes, names that are too long, terminals that cannot show everything: one line and an exit code."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sclite.records import Problem
+from sclite.run import Run
+from tests.replay import Teaching, say
+
+TRACE = "<Step1>Add: 1 + 1 = 2\n</Step1>\n<Generalized>Add.</Generalized>\n<Answer>2</Answer>"
+TRACEBACK = "Traceback"
+
+
+@pytest.fixture
+def shown(tmp_path):
+    """A run with 4,000 problems whose texts are not all ASCII."""
+    run = Run(tmp_path / "run")
+    run.replace(
+        "problems.jsonl",
+        [Problem(id=f"p{n}", question=f"How much is ½ of {n}?", answer="1") for n in range(4000)],
+    )
+    return run
+
+
+def process(*arguments: object, **options) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OPENAI_API_KEY": "sk-test", **options.pop("environment", {})}
+    command = [sys.executable, "-m", "sclite", *map(str, arguments)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    return subprocess.run(command, env=environment, text=True, encoding="utf-8", check=False, **options)
+
+
+COMMANDS = (
+    ["status"],
+    ["status", "--json"],
+    ["show"],
+    ["show", "problems"],
+    ["show", "problems", "--json"],
+    ["doctor", "--json"],
+    ["--help"],
+)
+
+
+def in_run(run: Run, command: list[str]) -> list[str]:
+    return command if command[0] in ("--help", "doctor") else [*command, "--run", str(run.folder)]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_a_full_stdout_is_one_line_and_exit_code_1(shown, command):
+    with open("/dev/full", "w") as full:
+        done = process(*in_run(shown, command), stdout=full)
+    assert done.returncode == 1
+    assert "the output: No space left on device" in done.stderr
+    assert TRACEBACK not in done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_a_reader_that_has_seen_enough_is_no_error(shown, command):
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = process(*in_run(shown, command), stdout=writing)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_closed_stdout_is_no_error_and_no_file_takes_its_place(shown):
+    done = process("show", "--run", shown.folder, stdout=None, preexec_fn=lambda: os.close(1))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "ascii:strict"}])
+def test_a_terminal_of_ascii_gets_every_row_and_json_stays_whole(shown, environment):
+    done = process("show", "problems", "--limit", "1", "--run", shown.folder, environment=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "How much is ? of 0?" in done.stdout
+    done = process(
+        "show", "problems", "--json", "--limit", "1", "--run", shown.folder, environment=environment
+    )
+    assert json.loads(done.stdout)["rows"][0]["question"] == "How much is ½ of 0?"
+    assert done.stdout.isascii()
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("status", "--run", LONG),
+        ("build-data", f"{LONG}.jsonl"),
+        ("build-data", "--config", f"{LONG}.toml"),
+        ("build-data", "mine.jsonl", "--run", f"runs/{LONG}"),
+        ("build-data", "mine.jsonl", "--set", f"prompts.folder={LONG}"),
+        ("chat", "--model", f"{LONG}.gguf", "1 + 1?"),
+        ("export", "--run", LONG),
+        ("show", "--run", LONG),
+    ],
+    ids=lambda command: " ".join(command)[:30],
+)
+def test_a_name_that_is_too_long_is_a_usage_error(sclite, command):
+    Path("mine.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    ended = sclite(*command)
+    assert ended.code == 2
+    assert "File name too long" in ended.error.replace("file", "File")
+    assert ended.hint
+
+
+def test_a_run_that_may_not_be_written_is_a_usage_error_also_where_it_holds_rows(sclite, monkeypatch):
+    import sclite.run as module
+
+    def refused(*_):
+        raise PermissionError(13, "Permission denied", "runs/default/problems.jsonl")
+
+    Path("mine.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    monkeypatch.setattr(module, "write_text", refused)
+    ended = sclite("build-data", "mine.jsonl")
+    assert (ended.code, ended.error) == (2, "error: runs/default/problems.jsonl: Permission denied")
+
+
+def limited(size: int):
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_a_full_disk_stops_with_whole_files_and_the_same_command_resumes(tmp_path):
+    """No file may grow beyond 40 kB: a row in its middle is the one that does not fit."""
+    problems, run = tmp_path / "mine.jsonl", Run(tmp_path / "run")
+    rows = [{"question": f"What is 1 + 1, for the {n}th time{'?' * 2000}", "answer": "2"} for n in range(30)]
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with Teaching(lambda request, nth: say(TRACE)) as server:
+        command = (
+            "build-data",
+            problems,
+            "--run",
+            run.folder,
+            "--yes",
+            "--set",
+            "teacher.model=openai/replay",
+        )
+        command = (*command, "--set", f"teacher.api_base={server.url}")
+        stopped = process(*command, preexec_fn=limited(40_000))
+        assert stopped.returncode in (1, 3)
+        assert TRACEBACK not in stopped.stderr
+        assert "error: " in stopped.stderr
+        for path in run.folder.rglob("*.jsonl"):
+            assert path.read_bytes()[-1:] in (b"\n", b"")
+        assert not [path for path in run.folder.rglob(".*.new")]
+        done = process(*command)
+        assert done.returncode == 0, done.stderr
+    assert len(run.path("templates.jsonl").read_text().splitlines()) == 30
+
+
+def test_rows_that_do_not_fit_leave_the_file_as_it_was(tmp_path):
+    script = (
+        "import resource, sys; from sclite.run import Run; from sclite.records import Problem\n"
+        "run = Run(sys.argv[1]); row = lambda n: Problem(id=str(n), question='q' * 300, answer='1')\n"
+        "run.append('problems.jsonl', [row(1)])\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try: run.append('problems.jsonl', map(row, range(2, 9)))\n"
+        "except OSError as error: print(error.strerror)\n"
+        "try: run.replace('problems.jsonl', map(row, range(2, 9)))\n"
+        "except OSError as error: print(error.strerror)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == ["File too large"] * 2
+    assert [row.id for row in Run(tmp_path).read("problems.jsonl", Problem)] == ["1"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["problems.jsonl"]
