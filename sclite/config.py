@@ -1,8 +1,22 @@
 """The configuration: one frozen tree. Where its values come from stands in settings.py."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, field_validator
+
+
+def without_password(address: str) -> str:
+    """A URL without the name and password before its host."""
+    if "@" not in address:
+        return address
+    parts = urlsplit(address)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+Address = Annotated[str, PlainSerializer(without_password)]
+"""A base URL. It may hold a password, which no dump of the configuration does."""
+Price = Annotated[float, Field(ge=0)]
 
 
 class Section(BaseModel):
@@ -52,9 +66,11 @@ class Attempts(Section):
     student: str = Field(
         "", description="who tries: the run's SFT adapter without it; a .gguf file; a LiteLLM model name"
     )
-    api_base: str = Field("", description="base URL, where attempts.student is an OpenAI-compatible endpoint")
+    api_base: Address = Field(
+        "", description="base URL, where attempts.student is an OpenAI-compatible endpoint"
+    )
     concurrency: int = Field(32, ge=1, le=1024, description="requests in flight at most, at an endpoint")
-    price: tuple[float, float] | None = Field(
+    price: tuple[Price, Price] | None = Field(
         None, description="of an endpoint, US dollars per million tokens sent and written"
     )
     samples: int = Field(4, ge=1, le=64, description="samples per problem")
@@ -79,7 +95,7 @@ class Teacher(Section):
     model: str = Field(
         "", description="a LiteLLM model name, for example openai/gpt-4.1 or ollama_chat/qwen3:32b"
     )
-    api_base: str = Field("", description="base URL of an OpenAI-compatible endpoint")
+    api_base: Address = Field("", description="base URL of an OpenAI-compatible endpoint")
     direct: bool = Field(True, description="ask an OpenAI-compatible api_base without LiteLLM in between")
     concurrency: int = Field(16, ge=1, le=1024, description="requests in flight at most")
     temperature: float | None = Field(None, ge=0, le=2, description="the endpoint's own default without it")
@@ -90,11 +106,11 @@ class Teacher(Section):
     requests_per_minute: float | None = Field(None, gt=0, description="no limit without it")
     tokens_per_minute: float | None = Field(None, gt=0, description="sent and written; no limit without it")
     max_cost: float | None = Field(None, ge=0, description="US dollars that the run may cost in all")
-    price: tuple[float, float] | None = Field(
+    price: tuple[Price, Price] | None = Field(
         None, description="US dollars per million tokens sent and written; LiteLLM's list without it"
     )
     inspector: str = Field("", description="a second model that judges each reply, a LiteLLM model name")
-    inspector_api_base: str = Field("", description="base URL of its endpoint")
+    inspector_api_base: Address = Field("", description="base URL of its endpoint")
 
     @property
     def embedded(self) -> bool:

@@ -16,7 +16,7 @@ HASH = re.compile("[0-9a-f]{16}")
 def digest(value: Any) -> str:
     """A short hash of anything that can be written as JSON; keys in any order."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def brought_up(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,11 @@ TAG = re.compile(  # possessive (*+), so that a thousand blanks after a < are no
     re.I | re.A,
 )
 """A tag as models write it: whether it closes, its name, the number that a step carries."""
-_THINK = re.compile(r"\s*<think>.*?</think>", re.S)
+_NAMES = r"(?:think|thinking|thoughts?|reasoning|scratchpad|budget:thinking)"
+_THOUGHT = re.compile(rf"\s*+(?:<{_NAMES}\b[^>\n]{{0,80}}>|\[think\])", re.I)
+_THOUGHT_END = re.compile(rf"(?:</{_NAMES}>|\[/think\])\s*", re.I)
+_CHANNEL = re.compile(r"<\|channel\|>(\w+)[^<]{0,80}<\|message\|>")
+_SPECIAL = re.compile(r"<\|(?:end|return|start|call)\|>")
 INNER = ("key", "cause", "correction")
 OUTER = ("generalized", "answer")
 
@@ -81,6 +85,34 @@ def clean(text: str) -> str:
     if TAG.search(text):  # taking a tag out has joined its neighbours into another
         text = text.replace("<", " ")
     return text.strip()
+
+
+def without_thoughts(text: str) -> str:
+    """What a model says after thinking aloud: `<think>..</think>` and its kin, a bare `</think>`, gpt-oss' channels.
+
+    Thoughts that never end are text like any other.
+    """
+    start = thoughts_end(text)
+    said = text[start:]
+    return _SPECIAL.split(said, maxsplit=1)[0] if start and _CHANNEL.search(text) else said
+
+
+def thoughts_end(text: str) -> int:
+    """Where the thoughts at the beginning of a text end; 0 where it has none."""
+    if (tag := TAG.search(text)) and not text[: tag.start()].strip():
+        return 0  # a trace from its first word on
+    if "|channel|" in text:
+        channels = list(_CHANNEL.finditer(text))
+        final = next((c for c in channels if c[1] == "final"), None)
+        return final.end() if final else 0
+    position = 0
+    while opened := _THOUGHT.match(text, position):
+        closed = _THOUGHT_END.search(text, opened.end())
+        if closed is None:
+            break
+        position = closed.end()
+    bare = text.rfind("</think>") if not position else -1  # where the chat template has opened it
+    return bare + len("</think>") if bare >= 0 and text[bare + len("</think>") :].strip() else position
 
 
 # -- writing -------------------------------------------------------------------------------------------------------
@@ -243,8 +275,7 @@ class _Reader:
         self.tag = name
 
     def read(self) -> Parsed:
-        think = _THINK.match(self.text)
-        position = think.end() if think else 0
+        position = thoughts_end(self.text)
         for match in TAG.finditer(self.text, position):
             self.take(self.text[position : match.start()], position)
             position = match.end()

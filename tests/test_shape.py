@@ -41,7 +41,7 @@ LAYERS = {
 }
 """Modules and packages from the top; every other module is the language of the method and stands at the bottom."""
 BOTTOM = 1
-HEAVY = "torch transformers trl peft unsloth litellm aiohttp datasets llama_cpp math_verify sympy matplotlib".split()  # noqa: SIM905
+HEAVY = "torch transformers trl peft unsloth litellm openai httpx datasets llama_cpp math_verify sympy matplotlib".split()  # noqa: SIM905
 
 
 def part(module: str) -> str:

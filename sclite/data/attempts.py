@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sclite import prompts
-from sclite.config import Config
+from sclite.config import Config, without_password
 from sclite.data.brought import adopt_attempts, bring
 from sclite.grading.extract import answer_of
 from sclite.grading.worker import Grader
@@ -46,7 +46,7 @@ def other_student(config: Config) -> str:
     """A signature of who `attempts.student` names: an endpoint's model and address, a GGUF's bytes; "" for nobody."""
     settings = config.attempts
     if settings.kind == "endpoint":
-        return digest([settings.student, settings.api_base.rstrip("/")])
+        return digest([settings.student, without_password(settings.api_base).rstrip("/")])
     path = Path(settings.student)
     if settings.kind == "trained" or not path.is_file():
         return ""

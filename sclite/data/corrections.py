@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any
 
 from sclite import prompts
-from sclite.config import Config
+from sclite.config import Config, without_password
 from sclite.data.attempts import distinct
 from sclite.data.brought import refuse
 from sclite.data.review_check import review_flaw, step_flaw
@@ -17,7 +17,7 @@ from sclite.grading.worker import Grader
 from sclite.records import Attempt, Drop, Problem, Review, Template
 from sclite.run import Report, Run, timed
 from sclite.signature import digest
-from sclite.teacher.client import Job, Teacher
+from sclite.teacher.client import Job, Teacher, count_unanswered
 from sclite.teacher.forecast import CHARACTERS_PER_TOKEN, Forecast, ask_after_pilot, reckon
 from sclite.trace import Trace, first_corrected, parse, render, work_of
 
@@ -35,7 +35,7 @@ def inputs_of(config: Config, run: Run) -> dict[str, Any]:
         "teacher": digest(
             [
                 teacher.model,
-                teacher.api_base,
+                without_password(teacher.api_base),
                 teacher.temperature,
                 teacher.max_tokens,
                 teacher.repairs,
@@ -96,8 +96,8 @@ def build_corrections(
         report.counts["wrong_in_the_same_words"] = (
             again  # as another attempt at the problem; asked about once
         )
-    unanswered = report.dropped.get("no_reply", 0)
-    # a network fault is no verdict on a row: the signature then fits no inputs, and the next call asks again
+    unanswered = count_unanswered(report.dropped)
+    # the signature then fits no inputs, and the next call asks again
     signed = {**inputs, "unanswered": unanswered} if unanswered else inputs
     run.sign(STAGE, signed, report, {FILE: len(reviews) + len(confirmed)})
     return report

@@ -1,10 +1,10 @@
 """Whether a teacher's review of a wrong attempt can be used: it must keep the work, and mend its first wrong step."""
 
-from sclite.data.templates import mentions_the_solution
+from sclite.data.templates import broken_text, mentions_the_solution
 from sclite.grading.worker import Grader
 from sclite.records import Attempt, Problem
 from sclite.teacher.client import Flaw
-from sclite.trace import Trace, first_corrected, parse, work_of
+from sclite.trace import Trace, first_corrected, parse, render, work_of
 
 
 def review_flaw(text: str, attempt: Attempt, problem: Problem, grader: Grader) -> Flaw | None:
@@ -13,10 +13,10 @@ def review_flaw(text: str, attempt: Attempt, problem: Problem, grader: Grader) -
     if parsed.faults:
         return Flaw("not_readable", str(parsed.faults[0]))
     review = parsed.trace
-    flaw = step_flaw(work_of(attempt.trace), review, attempt.first_error)
+    flaw = broken_text(text) or step_flaw(work_of(attempt.trace), review, attempt.first_error)
     if flaw is not None:
         return flaw
-    if mentions_the_solution(text):
+    if mentions_the_solution(render(review)):
         return Flaw("leak", "the text mentions a given solution or answer")
     right = grader.equal(review.answer, problem.answer)
     if right is None:

@@ -15,7 +15,7 @@ from sclite.grading.worker import Grader
 from sclite.records import Drop, Problem, Template
 from sclite.run import Report, Run, timed
 from sclite.signature import digest_rows
-from sclite.teacher.client import Flaw, Job, Result, Teacher, identity
+from sclite.teacher.client import Flaw, Job, Result, Teacher, count_unanswered, identity
 from sclite.teacher.forecast import CHARACTERS_PER_TOKEN, Forecast, ask_after_pilot, reckon
 
 STAGE, FILE = "templates", "templates.jsonl"
@@ -67,8 +67,8 @@ def build_templates(
         kept = _kept(run, inputs, problems, fresh)
         drops = _ask(settings, run, teacher, grader, problems, kept, _basis(inputs), confirm, progress)
         _finish(run, report, problems, drops, teacher)
-    unanswered = report.dropped.get("no_reply", 0)
-    # a network fault is no verdict on a row: the signature then fits no inputs, and the next call asks again
+    unanswered = count_unanswered(report.dropped)
+    # the signature then fits no inputs, and the next call asks again
     signed = {**inputs, "unanswered": unanswered} if unanswered else inputs
     run.sign(STAGE, signed, report, {FILE: len(problems) - len(drops)})
     return report
@@ -92,6 +92,8 @@ def check_template(reply: str, problem: Problem, grader: Grader) -> Flaw | None:
         named = "; ".join(str(fault) for fault in parsed.faults[:3])
         return Flaw(parsed.faults[0].name, f"its tags are not in order: {named}")
     found = parsed.trace
+    if not_text := broken_text(text):
+        return not_text
     if trace.first_corrected(found) is not None:
         return Flaw("correction_in_template", "it has a <Cause> or <Correction>, which do not belong here")
     if found.generalized is None:
@@ -105,6 +107,11 @@ def check_template(reply: str, problem: Problem, grader: Grader) -> Flaw | None:
     if not equal:
         return Flaw("wrong_answer", f"its answer is {found.answer}, not {problem.answer}")
     return None
+
+
+def broken_text(text: str) -> Flaw | None:
+    """A flaw where characters were lost on the way, which reading has replaced by U+FFFD."""
+    return Flaw("broken_text", "it has characters that are no text") if "\ufffd" in text else None
 
 
 @lru_cache(maxsize=512)  # a reply is read for its check, and soon after for its row

@@ -8,7 +8,7 @@ from typing import Any
 
 from sclite.errors import TeacherFault, UsageFault
 from sclite.student.base import Reply, Request, ScoreRequest, Scores
-from sclite.teacher.client import Job, Result, Teacher
+from sclite.teacher.client import EMPTY_REPLY, Job, Result, Teacher
 
 CUT_OFF = "cut_off"  # the client's name for finish_reason length
 
@@ -60,10 +60,10 @@ def _job(index: int, request: Request) -> Job:
 def _reply(result: Result, request: Request) -> Reply:
     """The client's result as a student's reply; token counts are 0 where the endpoint does not tell them."""
     entry, flaw = result.entry, result.flaw
-    if entry is None or (flaw is not None and flaw.reason != CUT_OFF):
+    if entry is None or (flaw is not None and flaw.reason not in (CUT_OFF, EMPTY_REPLY)):
         said = f"{flaw.reason}: {flaw.text}" if flaw is not None else "no reply"
         return Reply(int(result.id), "", 0, 0, "error", said)
-    text, finish = entry.text, "stop" if flaw is None else "length"
+    text, finish = entry.text, "length" if flaw is not None and flaw.reason == CUT_OFF else "stop"
     for stop in request.stop:
         if stop in text:
             text, finish = text[: text.index(stop) + len(stop)], "stop"

@@ -12,8 +12,10 @@ from sclite.errors import BudgetFault, UsageFault
 from sclite.teacher.ledger import Entry, Ledger
 from sclite.teacher.loop import Loop
 from sclite.teacher.money import Budget, Price
+from sclite.teacher.reply import EMPTY, ONLY_REASONING, REFUSAL
 from sclite.teacher.sender import SEVERAL, Messages, NoReply, Sender, parameters_of
 
+EMPTY_REPLY = "empty_reply"
 _VERDICT = re.compile(r"<\s*verdict\s*>\s*(accept|reject)\w*\b", re.I)
 _REASON = re.compile(r"<\s*reason\s*>(.*?)(?:</\s*reason\s*>|\Z)", re.I | re.S)
 
@@ -171,7 +173,7 @@ class Teacher:
 
     async def _flaw(self, job: Job, text: str, finish_reason: str, stage: str) -> Flaw | None:
         """What is wrong with a reply: its end, then the job's own check, then what the inspector says."""
-        flaw = _unfinished(finish_reason) or await self._loop.in_thread(job.check, text)
+        flaw = _unfinished(finish_reason, text) or await self._loop.in_thread(job.check, text)
         if flaw is not None or self._inspector is None or job.inspect is None:
             return flaw
         said = await self._inspector.reply(job.inspect(text), job.sample, 0, f"{stage} inspection")
@@ -191,11 +193,26 @@ def _judged(text: str) -> Flaw | None:
     )
 
 
-def _unfinished(finish_reason: str) -> Flaw | None:
+def _unfinished(finish_reason: str, text: str) -> Flaw | None:
     if finish_reason == "stop":
         return None
     if finish_reason == "length":
-        return Flaw("cut_off", "it was cut off before its end, so write it shorter")
+        if text.strip():
+            return Flaw("cut_off", "it was cut off before its end, so write it shorter")
+        return Flaw(
+            "cut_off", "it was cut off before its first word: think less, or raise teacher.max_tokens"
+        )
     if finish_reason == "content_filter":
         return Flaw("filtered", "a content filter stopped it")
+    if finish_reason == REFUSAL:
+        return Flaw("refused_by_teacher", f"it declines: {' '.join(text.split())[:200]}")
+    if finish_reason == ONLY_REASONING:
+        return Flaw("only_reasoning", "there is reasoning but no reply after it")
+    if finish_reason == EMPTY:
+        return Flaw(EMPTY_REPLY, "the reply is empty")
     return Flaw(f"finish_{finish_reason}", f"it ended with {finish_reason} and not by itself")
+
+
+def count_unanswered(dropped: Mapping[str, int]) -> int:
+    """How many drops are no verdict on their rows, so that the same command asks for them again."""
+    return sum(dropped.get(reason, 0) for reason in ("no_reply", "unreadable_reply", EMPTY_REPLY))

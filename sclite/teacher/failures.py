@@ -4,11 +4,12 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from email.utils import parsedate_to_datetime
-from urllib.parse import urlsplit, urlunsplit
 
+from sclite.config import without_password
 from sclite.errors import TeacherFault
+from sclite.teacher.reply import ErrorReply, UnreadableReply, clean
 
 RETRY, REFUSED, STOP = "retry", "refused", "stop"
 LONGEST_WAIT_SECONDS = 300.0  # a server that wants a longer pause counts as one that does not answer
@@ -17,6 +18,9 @@ _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.I)
 _PROVIDER_PREFIX = re.compile(r"^(?:(?:litellm\.)?\w*(?:Error|Exception|Timeout)\b(?:\s+-)?[:\s]+|-\s+)+")
 _NO_KEY = re.compile(r"missing credentials|missing \w* ?api.?key|api_key client option must be set", re.I)
 _NO_CREDIT = re.compile(r"insufficient_quota|exceeded your current quota", re.I)
+_PASSWORD = re.compile(r"(?<=://)[^/\s@]*(?:@[^/\s@]*)*@")
+_UNREACHED = ("ConnectError", "ConnectTimeout", "ProxyError", "UnsupportedProtocol", "ClientConnectorError")
+"""Classes of httpx and aiohttp for a request that never reached the endpoint."""
 _NO_MODEL = re.compile(r"\bmodels?\b", re.I)
 
 
@@ -38,6 +42,8 @@ def verdict(error: BaseException) -> str:
     code, text = status(error), str(error)
     if code in (401, 402) or _NO_KEY.search(text) or _NO_CREDIT.search(text):
         return STOP
+    if code is not None and 300 <= code < 400:
+        return STOP
     if code == 404 and _NO_MODEL.search(message(error)):
         return STOP
     if code is None or code in (408, 409, 425, 429) or code >= 500:
@@ -50,9 +56,40 @@ def timed_out(error: BaseException) -> bool:
     return isinstance(error, TimeoutError) or status(error) == 408
 
 
+def unreadable(error: BaseException) -> bool:
+    """Whether the endpoint has answered, but with something that is no chat completion."""
+    return any(isinstance(link, UnreadableReply) for link in _chain(error))
+
+
+def unpaid(error: BaseException) -> bool:
+    """Whether a failed request costs nothing: it never reached the endpoint, or came back with an error status.
+
+    All others may have been written, and charged for: a connection that broke, a body that is no reply.
+    """
+    for link in _chain(error):
+        if isinstance(link, UnreadableReply):
+            return not link.paid
+        response = getattr(link, "response", None)
+        real = isinstance(link, ErrorReply) or type(link).__module__.partition(".")[0] in ("openai", "httpx")
+        if isinstance(link, ErrorReply) or (real and (getattr(response, "status_code", 0) or 0) >= 300):
+            return True
+        if type(link).__name__ in _UNREACHED or isinstance(link, ConnectionRefusedError):
+            return True
+    return bool(headers(error)) and (status(error) or 0) >= 300
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what caused it, the outermost first."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def overloaded(error: BaseException) -> bool:
     """Whether fewer calls at once would help."""
-    return timed_out(error) or status(error) in (429, 529)
+    return timed_out(error) or status(error) in (429, 529) or "rate limit" in str(error).lower()
 
 
 def wait_seconds(error: BaseException, attempt: int, draw: float) -> float:
@@ -84,24 +121,22 @@ def _retry_after(found: Mapping[str, str]) -> float | None:
 
 
 def scrub(text: str) -> str:
-    """The text without any value of an environment variable that is named like a secret."""
+    """The text without passwords in URLs, and without any value of an environment variable named like a secret."""
+    text = _PASSWORD.sub("", text)
     for name, value in os.environ.items():
         if len(value) >= 6 and _SECRET_NAME.search(name):
             text = text.replace(value, "***")
     return text
 
 
-def place(api_base: str) -> str:
-    """A base URL without name and password."""
-    parts = urlsplit(api_base)
-    if "@" not in parts.netloc:
-        return api_base
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-
-
 def message(error: BaseException) -> str:
     """What the endpoint said, in one line without LiteLLM's wrapping and without secrets."""
-    lines = scrub(str(error)).strip().splitlines()
+    body = getattr(error, "body", None)
+    said = body.get("message") if isinstance(body, Mapping) else None
+    if not isinstance(said, str) or not said:
+        named = [link for link in _chain(error) if str(link) not in ("", "Connection error.")]
+        said = str(named[0]) if named else ""
+    lines = clean(scrub(said)).partition("Traceback (most recent")[0].strip().splitlines()
     said = _PROVIDER_PREFIX.sub("", lines[0] if lines else "").strip() or type(error).__name__
     return said if len(said) <= 200 else said[:200] + ".."
 
@@ -115,6 +150,11 @@ def stop(error: BaseException, model: str, api_base: str, key_variable: str) -> 
     if code in (402, 429):
         return TeacherFault(
             f"{where} has no credit left: {message(error)}", "add credit, then type the same again"
+        )
+    if code is not None and 300 <= code < 400:
+        moved = scrub(headers(error).get("location", "")) or "another address"
+        return TeacherFault(
+            f"{where} redirects to {moved} (HTTP {code})", "set teacher.api_base to the address that answers"
         )
     return refusing(message(error), model, api_base, key_variable)
 
@@ -137,4 +177,4 @@ def silent(error: BaseException, model: str, api_base: str, attempts: int) -> Te
 
 
 def _where(model: str, api_base: str) -> str:
-    return f"teacher {model} at {place(api_base)}" if api_base else f"teacher {model}"
+    return f"teacher {model} at {without_password(api_base)}" if api_base else f"teacher {model}"

@@ -1,34 +1,32 @@
 """The ledger: every request that was sent and every reply that was paid for, so that nothing is paid for twice."""
 
-import asyncio
-import contextlib
 import sqlite3
 import threading
+from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 from sclite.errors import DataFault
 from sclite.signature import digest
 
-Written = Future | asyncio.Future
 FILE = "ledger.sqlite"
 VERSION = 2
-REPLIED, REFUSED, SENT, FAILED, GIVEN_UP = "replied", "refused", "sent", "failed", "given_up"
+REPLIED, REFUSED, EMPTY = "replied", "refused", "empty"
 _FIELDS = ("text", "finish_reason", "prompt_tokens", "completion_tokens", "cost_usd", "seconds")
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS requests (
     key TEXT PRIMARY KEY,
     stage TEXT NOT NULL,
     model TEXT NOT NULL,
-    state TEXT NOT NULL,                    -- sent, replied, refused, failed, given_up
+    state TEXT NOT NULL,                    -- sent, replied, empty, refused, failed, given_up
     sent INTEGER NOT NULL,                  -- how often it went out
     given_up INTEGER NOT NULL DEFAULT 0,    -- how often nobody waited for the reply any longer
     reserved_usd REAL NOT NULL DEFAULT 0,   -- the most that one sending can cost
-    lost_usd REAL NOT NULL DEFAULT 0,       -- the most that those given up have cost
+    lost_usd REAL NOT NULL DEFAULT 0,       -- what earlier sendings cost: empty replies, and the most for those given up
     text TEXT NOT NULL DEFAULT '',
     finish_reason TEXT NOT NULL DEFAULT '',
     prompt_tokens INTEGER,
@@ -40,7 +38,8 @@ CREATE TABLE IF NOT EXISTS requests (
 _ANSWERED = (REPLIED, REFUSED)
 _GET = f"SELECT {', '.join(_FIELDS)} FROM requests WHERE key = ? AND state IN (?, ?)"
 _SENT = """INSERT INTO requests (key, stage, model, state, sent, reserved_usd) VALUES (?, ?, ?, 'sent', 1, ?)
-ON CONFLICT (key) DO UPDATE SET state = 'sent', sent = sent + 1, reserved_usd = excluded.reserved_usd"""
+ON CONFLICT (key) DO UPDATE SET state = 'sent', sent = sent + 1, reserved_usd = excluded.reserved_usd,
+lost_usd = lost_usd + COALESCE(cost_usd, 0), cost_usd = NULL"""
 _REPLY = """UPDATE requests SET state = ?, text = ?, finish_reason = ?, prompt_tokens = ?, completion_tokens = ?,
 cost_usd = ?, seconds = ? WHERE key = ?"""
 _FAILED = "UPDATE requests SET state = 'failed', text = ? WHERE key = ?"
@@ -62,7 +61,8 @@ def _remedy(error: sqlite3.Error, path: Path) -> str:
 class Entry:
     """One reply as it came. Tokens and cost are None where the endpoint or the price list does not say.
 
-    A `finish_reason` of `refused` marks a request that the endpoint will not answer; `text` then says why.
+    A `finish_reason` of `refused` marks a request that the endpoint will not answer; `text` then says why. One of
+    `empty` marks a reply that says nothing: it is paid for, but the same request is sent again when it comes up again.
     """
 
     text: str
@@ -89,10 +89,11 @@ def request_key(
 class Ledger:
     """The SQLite file of a run. One process at a time (Run.hold); any thread of it.
 
-    Whatever is written gives a future, which is done when it is on disk: one to await where an event loop runs, else one
-    of a thread. A thread of its own writes what has come together in one transaction. Reading never waits for the
-    disk: it has a connection of its own, and what is not there is known without a look. `spent_usd` is what all replies have cost as far as that is known, and the most that
-    those given up after sending may have cost.
+    Each write returns a future that is done when the row is on disk, and that raises DataFault where it cannot be
+    written; so do all later writes, and `close`. A thread of its own writes what has come together in one transaction.
+    Reading never waits for the disk: it has a connection of its own, and what is not there is known without a query.
+    `spent_usd` is what all replies have cost as far as that is known, and the most that those given up after sending may
+    have cost.
     """
 
     def __init__(self, path: Path | str):
@@ -110,9 +111,9 @@ class Ledger:
             }  # a third of the memory; alike ones are looked up
         except sqlite3.Error as error:
             raise DataFault(f"{self.path} cannot be opened: {error}", _remedy(error, self.path)) from error
-        self._orders: SimpleQueue[tuple[str, tuple, Written] | None] = SimpleQueue()
-        self._writer = threading.Thread(target=self._write_all, name="ledger", daemon=True)
-        self._writer.start()
+        self._waiting: deque[tuple[str, tuple]] = deque()
+        self._fault: DataFault | None = None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="ledger")
         totals = self.totals()
         self.spent_usd: float = totals["cost_usd"] + totals["lost_usd"]
 
@@ -135,12 +136,15 @@ class Ledger:
 
     def close(self) -> None:
         """Write what is still to be written, and close the file. Twice does no harm."""
-        if self._writer.is_alive():
-            self._orders.put(None)
-            self._writer.join()
+        last: Future[None] | None = None
+        with suppress(RuntimeError):  # closed before
+            last = self._writer.submit(self._write)
+        self._writer.shutdown()
         with self._lock:  # the writer last: it then clears its log away
             self._reader.close()
         self._database.close()
+        if last is not None:
+            last.result()
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -158,10 +162,8 @@ class Ledger:
         `requests` with a reply, how often requests were `sent`, how many were `given_up` after sending, tokens, cost;
         `lost_usd` is the most that the given-up ones can have cost, `unpriced` counts replies of unknown cost.
         """
-        if self._writer.is_alive():  # what was noted until now counts, on disk or not yet
-            written: Future = Future()
-            self._orders.put(("SELECT 1", (), written))
-            written.result()
+        with suppress(RuntimeError):  # open for reading alone; else what was noted until now counts
+            self._writer.submit(self._write).result()
         where, values = ("", ()) if stage is None else (" WHERE stage = ?", (stage,))
         with self._lock:
             row = self._reader.execute(_TOTALS + where, values).fetchone()
@@ -174,7 +176,8 @@ class Ledger:
         Raises DataFault where it is absent or no ledger.
         """
         ledger = cls.__new__(cls)
-        ledger.path, ledger._lock, ledger._writer = Path(path), threading.Lock(), threading.Thread()
+        ledger.path, ledger._lock, ledger._writer = Path(path), threading.Lock(), ThreadPoolExecutor(1)
+        ledger._writer.shutdown()
         ledger._known = None  # another process may add to it
         # without a log nobody has it open; SQLite, not told so, would leave an empty log and its index behind
         log = ledger.path.with_name(f"{ledger.path.name}-wal")
@@ -190,89 +193,69 @@ class Ledger:
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
-    def sent(self, key: str, stage: str, model: str, reserved_usd: float = 0.0) -> Written:
+    def sent(self, key: str, stage: str, model: str, reserved_usd: float = 0.0) -> Future[None]:
         """Note that a request goes out, before it does; `reserved_usd` is the most that it can cost."""
         return self._order(_SENT, (key, stage, model, reserved_usd))
 
-    def put(self, key: str, entry: Entry) -> Written:
+    def put(self, key: str, entry: Entry) -> Future[None]:
         """Keep the reply to a request that was sent, or its refusal."""
-        state = REFUSED if entry.finish_reason == REFUSED else REPLIED
+        state = entry.finish_reason if entry.finish_reason in (REFUSED, EMPTY) else REPLIED
         self.spent_usd += entry.cost_usd or 0.0
-        self._known.add(hash(key))
+        if state in _ANSWERED:
+            self._known.add(hash(key))
         return self._order(_REPLY, (state, *(getattr(entry, name) for name in _FIELDS), key))
 
-    def failed(self, key: str, why: str) -> Written:
-        """Note that a request failed in a way that costs nothing: an error status, a broken connection."""
+    def failed(self, key: str, why: str) -> Future[None]:
+        """Note that a request failed in a way that costs nothing: an error status, nobody there."""
         return self._order(_FAILED, (why, key))
 
-    def given_up(self, key: str, why: str, reserved_usd: float = 0.0) -> Written:
+    def given_up(self, key: str, why: str, reserved_usd: float = 0.0) -> Future[None]:
         """Note that a reply was no longer waited for; it may have been written, and paid for, all the same."""
         self.spent_usd += reserved_usd
         return self._order(f"{_LOST} WHERE key = ?", (why, key))
 
-    def _order(self, statement: str, values: tuple) -> Written:
+    def _order(self, statement: str, values: tuple) -> Future[None]:
+        self._waiting.append((statement, values))
         try:
-            future: Written = asyncio.get_running_loop().create_future()
+            return self._writer.submit(self._write)
         except RuntimeError:
-            future = Future()
-        self._orders.put((statement, values, future))
-        if not self._writer.is_alive():  # closed: nobody else will answer
-            self._settle([future], sqlite3.ProgrammingError("it is closed"))
-        return future
+            raise self._unwritable("it is closed") from None
 
-    def _write_all(self) -> None:
-        while True:
-            orders = [self._orders.get()]
-            while not self._orders.empty():
-                orders.append(self._orders.get())
-            found = [order for order in orders if order is not None]
-            if found:
-                self._write(found)
-            if len(found) < len(orders):
-                return
-
-    def _write(self, orders: Sequence[tuple[str, tuple, Written]]) -> None:
-        futures = [future for _, _, future in orders]
-        try:
-            self._database.execute("BEGIN")
-            for statement, values, _ in orders:
-                self._database.execute(statement, values)
-            self._database.execute("COMMIT")
-        except sqlite3.Error as error:
-            if self._database.in_transaction:
-                self._database.execute("ROLLBACK")
-            self._settle(futures, error)
+    def _write(self) -> None:
+        """Write all that waits, in one transaction; after a failure row by row, and nothing from then on."""
+        if self._fault is not None:
+            raise self._fault
+        orders = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        if not orders:
             return
-        self._settle(futures)
+        self._fault = self._unwritable("its writer failed")  # until they are written
+        try:
+            self._transact(orders)
+        except _UNWRITABLE as error:
+            self._fault = self._unwritable(error)
+            for order in orders:
+                with suppress(*_UNWRITABLE):
+                    self._transact([order])
+            raise self._fault from error
+        self._fault = None
 
-    def _settle(self, futures: Sequence[Written], error: sqlite3.Error | None = None) -> None:
-        """Tell those who wait; an event loop is woken once for all of its own."""
-        fault = error and DataFault(f"{self.path} cannot be written: {error}", "see that its disk has room")
-        by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Future]] = {}
-        for future in futures:
-            if isinstance(future, asyncio.Future):
-                by_loop.setdefault(future.get_loop(), []).append(future)
-            elif not future.done() and future.set_running_or_notify_cancel():
-                _tell([future], fault)
-        for loop, theirs in by_loop.items():
-            with contextlib.suppress(RuntimeError):  # it has ended, and nobody waits any longer
-                loop.call_soon_threadsafe(_tell, theirs, fault)
+    def _transact(self, orders: Sequence[tuple[str, tuple]]) -> None:
+        with self._database:  # commits, or rolls back
+            self._database.execute("BEGIN")
+            for statement, values in orders:
+                self._database.execute(statement, values)
 
-
-def _tell(futures: Sequence[Written], fault: DataFault | None) -> None:
-    for future in futures:
-        if future.done():  # cancelled
-            continue
-        if fault is None:
-            future.set_result(None)
-        else:
-            future.set_exception(fault)
-            future.exception()  # looked at: asyncio would report what nobody awaits on the terminal
+    def _unwritable(self, why: object) -> DataFault:
+        return DataFault(
+            f"{self.path} cannot be written: {why}",
+            "check that its disk has space and that nothing else holds it; what was written is kept, re-run to resume",
+        )
 
 
+_UNWRITABLE = (sqlite3.Error, OverflowError, ValueError)
 _TOTAL_NAMES = (
     "requests", "sent", "given_up", "prompt_tokens", "completion_tokens", "cost_usd", "lost_usd", "unpriced",
 )  # fmt: skip
-_TOTALS = """SELECT COALESCE(SUM(state = 'replied'), 0), COALESCE(SUM(sent), 0), COALESCE(SUM(given_up), 0),
+_TOTALS = """SELECT COALESCE(SUM(state IN ('replied', 'empty')), 0), COALESCE(SUM(sent), 0), COALESCE(SUM(given_up), 0),
 COALESCE(SUM(prompt_tokens), 0), COALESCE(SUM(completion_tokens), 0), COALESCE(SUM(cost_usd), 0.0),
-COALESCE(SUM(lost_usd), 0.0), COALESCE(SUM(state = 'replied' AND cost_usd IS NULL), 0) FROM requests"""
+COALESCE(SUM(lost_usd), 0.0), COALESCE(SUM(state IN ('replied', 'empty') AND cost_usd IS NULL), 0) FROM requests"""

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from sclite.errors import BudgetFault
 from sclite.teacher.ledger import Ledger
 
-BYTES_PER_TOKEN = 2.0  # no tokenizer in use makes more tokens of ordinary text, in any script
+_PLAUSIBLE_BYTES_PER_TOKEN = (
+    4  # of English text: what a reply without a count is charged as, where that is more
+)
+_LONGEST_TOKEN_BYTES = 128  # no vocabulary in use has a longer one
 _FRAME_TOKENS = 16  # what a chat template puts around a message
 
 
@@ -34,8 +37,30 @@ def dollars(amount: float) -> str:
 
 
 def most_prompt_tokens(messages: Sequence[Mapping[str, str]]) -> int:
-    """An upper bound of the tokens in a prompt, without its tokenizer."""
-    return sum(_FRAME_TOKENS + round(len(m["content"].encode()) / BYTES_PER_TOKEN) for m in messages)
+    """An upper bound of the tokens in a prompt, without its tokenizer: one for each byte, as digits and LaTeX can take."""
+    return sum(_FRAME_TOKENS + len(m["content"].encode(errors="surrogatepass")) for m in messages)
+
+
+def is_plausible(tokens: tuple[int | None, int | None], most: tuple[int, int], written_bytes: int) -> bool:
+    """Whether these counts (sent, written) can be those of a request of at most `most` and a reply of so many bytes."""
+    sent, written = tokens
+    if sent is None or written is None:
+        return False
+    least = -(-written_bytes // _LONGEST_TOKEN_BYTES)
+    return 1 <= sent <= most[0] and least <= written <= most[1]
+
+
+def charge(
+    price: Price, tokens: tuple[int | None, int | None], most: tuple[int, int], written_bytes: int
+) -> float:
+    """US dollars for a reply: by its counts where they are plausible, else what was reserved for it.
+
+    A reply that is evidently longer than it was allowed to be costs as many tokens as its length makes plausible.
+    """
+    if is_plausible(tokens, most, written_bytes):
+        return price.cost_usd(*tokens)
+    shown = max(written_bytes // _PLAUSIBLE_BYTES_PER_TOKEN, min(tokens[1] or 0, written_bytes))
+    return price.cost_usd(most[0], max(most[1], shown))
 
 
 class Budget:

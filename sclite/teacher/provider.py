@@ -15,8 +15,10 @@ from urllib.parse import urlsplit
 
 from sclite import config
 from sclite.errors import UsageFault
-from sclite.teacher.direct import Direct, Said, find
+from sclite.teacher.direct import Direct, find
+from sclite.teacher.http import allow_connections, bound_litellm, check_certificates
 from sclite.teacher.money import FREE, Price
+from sclite.teacher.reply import Said, read
 
 _LOCAL_PROVIDERS = ("ollama", "ollama_chat", "lm_studio", "llamafile")
 
@@ -54,15 +56,7 @@ class Provider:
                 **parameters,
                 **self.options,
             )
-        if not response.choices:
-            raise ConnectionError("a reply without any choice")
-        usage, choice = response.get("usage"), response.choices[0]
-        known = usage and usage.total_tokens
-        text, finish_reason = choice.message.content or "", choice.finish_reason or "stop"
-        if not known:  # LiteLLM makes 0 of what nobody knows
-            return Said(text, finish_reason, (None, None))
-        tokens = (usage.prompt_tokens, usage.completion_tokens)
-        return Said(text, finish_reason, tokens, response._hidden_params.get("response_cost"))
+        return read(response.model_dump(), response._hidden_params.get("response_cost"))
 
     async def close(self) -> None:
         """Close all connections."""
@@ -83,6 +77,7 @@ def import_litellm() -> ModuleType:
     gc.freeze()  # its objects stay: a collection need not walk them in the middle of a call
     litellm.telemetry = False
     logging.getLogger("LiteLLM").setLevel(logging.CRITICAL)
+    bound_litellm()
     return litellm
 
 
@@ -96,6 +91,9 @@ def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None)
         raise UsageFault(
             f"the api_base {shown} of {settings.model} is no address", "write http://HOST:PORT/v1"
         )
+    check_certificates()
+    allow_connections(settings.concurrency)
+    _tidy_keys()
     litellm = import_litellm()
     if prepare is not None:
         prepare()
@@ -121,11 +119,12 @@ def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None)
             "student behind an endpoint)",
         )
     key_variable = missing[0] if missing else f"{name.upper()}_API_KEY"
+    _check_key(key_variable)
     way = None
     if settings.direct:
         listed = settings.price is None and price != FREE
         key = options.get("api_key")
-        way = find(litellm, settings.model, settings.api_base, key, settings.concurrency, listed)
+        way = find(litellm, settings.model, settings.api_base, key, listed)
     priced_by_user = settings.price is not None
     return Provider(litellm, settings.model, options, key_variable, price, priced_by_user, way)
 
@@ -142,6 +141,22 @@ def _price(litellm: ModuleType, settings: config.Teacher, provider: str) -> Pric
     if not listed or listed.get("input_cost_per_token") is None:
         return None
     return Price(listed["input_cost_per_token"], listed.get("output_cost_per_token") or 0.0)
+
+
+def _tidy_keys() -> None:
+    """Take blanks and line ends off the keys in the environment, as a file with Windows line ends leaves them there."""
+    for name, value in os.environ.items():
+        if name.endswith("_API_KEY") and value != value.strip():
+            os.environ[name] = value.strip()
+
+
+def _check_key(variable: str) -> None:
+    """Raises UsageFault for a key that no HTTP header can hold."""
+    if not re.fullmatch("[!-~]*", os.environ.get(variable, "")):
+        raise UsageFault(
+            f"the key in {variable} holds a space, a line break or a character that is not ASCII",
+            f"export {variable}=.. again, copied whole",
+        )
 
 
 def is_address(api_base: str) -> bool:

@@ -1,6 +1,7 @@
 """One request at a time, until there is a reply: from the ledger, else over the net, paced, priced and tried again."""
 
 import asyncio
+import math
 import random
 import time
 import weakref
@@ -11,11 +12,11 @@ from typing import Any
 from sclite import config
 from sclite.errors import TeacherFault
 from sclite.teacher import failures
-from sclite.teacher.direct import Said
 from sclite.teacher.ledger import REFUSED, Entry, Ledger, request_key
-from sclite.teacher.money import Budget, most_prompt_tokens
+from sclite.teacher.money import Budget, charge, is_plausible, most_prompt_tokens
 from sclite.teacher.pace import Pace
 from sclite.teacher.provider import Provider, connect
+from sclite.teacher.reply import Said
 
 Messages = Sequence[Mapping[str, str]]
 SEVERAL = 5  # different requests that must fail alike before the teacher, and not they, is to blame
@@ -61,7 +62,9 @@ class Sender:
     def key(self, messages: Messages, sample: int, repair: int, parameters: Mapping[str, Any]) -> str:
         """What the ledger keeps this request under."""
         settings, chosen = self.settings, {**self.parameters, **parameters}
-        return request_key(settings.model, settings.api_base, messages, chosen, sample, repair)
+        return request_key(
+            settings.model, config.without_password(settings.api_base), messages, chosen, sample, repair
+        )
 
     def connect(self) -> Provider:
         """LiteLLM and what it needs for this model, found out once."""
@@ -107,7 +110,8 @@ class Sender:
                 self._answered = self._succeeded = True
                 self._unanswered = 0
                 return entry
-            self._answered = self._answered or bool(failures.headers(error))
+            unreadable = failures.unreadable(error)
+            self._answered = self._answered or unreadable or failures.status(error) is not None
             verdict = failures.verdict(error)
             if verdict == failures.STOP:
                 raise self._stop(error)
@@ -117,8 +121,10 @@ class Sender:
             if attempt == self.settings.attempts_per_call or wait > failures.LONGEST_WAIT_SECONDS:
                 break
             await asyncio.sleep(wait)
+        if unreadable and self._succeeded:  # this request is to blame, not the endpoint
+            raise NoReply("unreadable_reply", failures.message(error))
         self._unanswered += 1
-        if self._unanswered >= SEVERAL or not self._answered:
+        if self._unanswered >= max(SEVERAL, self.settings.concurrency) or not self._answered:
             raise failures.silent(error, self.settings.model, self.settings.api_base, attempt)
         raise NoReply("no_reply", failures.message(error))
 
@@ -130,39 +136,41 @@ class Sender:
         price = self.provider.price
         most_usd = price.cost_usd(*most) if price else 0.0
         async with self.budget.reserve(most_usd), self.pace.call(sum(most)) as began:
-            await self.ledger.sent(key, stage, self.settings.model, most_usd)
+            await asyncio.wrap_future(self.ledger.sent(key, stage, self.settings.model, most_usd))
             try:
-                entry = await self._complete(messages, parameters, began)
+                said = await self.provider.ask(messages, parameters, self.settings.timeout_seconds)
             except asyncio.CancelledError:
                 self.ledger.given_up(key, "cancelled", most_usd)
                 raise
             except faults as fault:
                 if failures.overloaded(fault):
                     self.pace.complained(began)
-                if failures.timed_out(fault):
-                    self.ledger.given_up(key, "no reply in time", most_usd)
-                else:
+                if failures.unpaid(fault):
                     self.ledger.failed(key, failures.message(fault))
+                else:
+                    self.ledger.given_up(key, failures.message(fault), most_usd)
                 raise
             self.pace.succeeded()
+            entry = self._entry(said, most, round(time.monotonic() - began, 3))
             written = self.ledger.put(key, entry)  # its cost counts from now on
-        await written  # the disk takes its time, and the next call need not wait for it
+        await asyncio.wrap_future(written)  # the disk takes its time, and the next call need not wait for it
         return entry
 
-    async def _complete(self, messages: Messages, parameters: dict[str, Any], began: float) -> Entry:
-        said = await self.provider.ask(messages, parameters, self.settings.timeout_seconds)
-        cost_usd, seconds = self._cost_usd(said), round(time.monotonic() - began, 3)
-        return Entry(said.text, said.finish_reason, *said.tokens, cost_usd, seconds)
-
-    def _cost_usd(self, said: Said) -> float | None:
-        """What the reply has cost: by the user's own price, else as LiteLLM reckons it (it knows of cached tokens)."""
-        price = self.provider.price
-        if price is not None and price.cost_usd(1, 1) == 0:
-            return 0.0
-        listed = None if self.provider.priced_by_user else said.listed_usd
-        if listed is not None or price is None:
-            return listed
-        return None if None in said.tokens else price.cost_usd(*said.tokens)
+    def _entry(self, said: Said, most: tuple[int, int], seconds: float) -> Entry:
+        """The reply with its cost: by the user's own price, else as LiteLLM computes it (it knows of cached tokens)."""
+        price, cost_usd = self.provider.price, None
+        known = is_plausible(said.tokens, most, said.written_bytes)
+        if price is not None:
+            cost_usd = charge(price, said.tokens, most, said.written_bytes)
+        if (
+            known
+            and not self.provider.priced_by_user
+            and 0 < (said.listed_usd or 0) < math.inf
+            and cost_usd != 0
+        ):
+            cost_usd = said.listed_usd
+        tokens = said.tokens if known else (None, None)
+        return Entry(said.text, said.finish_reason, *tokens, cost_usd, seconds)
 
     # -- giving up -------------------------------------------------------------------------------------------------
 
@@ -173,7 +181,7 @@ class Sender:
         self.blame_refusals(max(SEVERAL, self.settings.concurrency), error)
         entry = Entry(why, REFUSED, None, None, None, 0.0)
         if self._succeeded:
-            await self.ledger.put(key, entry)
+            await asyncio.wrap_future(self.ledger.put(key, entry))
         return entry
 
     def blame_refusals(self, enough: int, error: BaseException | None = None) -> None:

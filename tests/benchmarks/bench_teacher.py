@@ -135,7 +135,7 @@ def split(options, problems, count: int = 1000) -> None:
     litellm = used_by_a_call(options, problems, count, book, "false")
     direct = used_by_a_call(options, problems, count, book, "true")
     theirs = told("LiteLLM", litellm)
-    told("aiohttp", direct)
+    told("the OpenAI SDK", direct)
     print(f"our code is {sum(ours(direct).values()) / theirs:.1%} of LiteLLM and its event loop")
 
 

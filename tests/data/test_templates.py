@@ -383,3 +383,10 @@ def test_an_interrupt_ends_it_at_once_and_without_noise(run):
     assert "never awaited" not in errors
     assert "Unclosed" not in errors
     assert Run(run.folder).read("templates.jsonl", Template)
+
+
+def test_a_template_with_characters_that_were_lost_on_the_way_is_dropped(grader):
+    problem = Problem(id="p", question="What is 2 + 3?", answer="5")
+    text = "<Step1>2 + 3 = 5{}</Step1><Generalized>Add.</Generalized><Answer>5</Answer>"
+    assert check_template(text.format(""), problem, grader) is None
+    assert check_template(text.format(" \ufffd"), problem, grader).reason == "broken_text"

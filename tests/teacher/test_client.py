@@ -317,12 +317,12 @@ def test_a_fault_in_a_check_or_in_the_jobs_is_raised_here(tmp_path):
 def test_price_is_known_from_the_list_and_unknown_where_it_is_not(tmp_path, monkeypatch):
     import litellm
 
-    with Teaching(lambda request, nth: say("good", tokens=(1000, 100))) as server:
+    with Teaching(lambda request, nth: say("good", tokens=(10, 5))) as server:
         monkeypatch.setattr("sclite.teacher.provider.is_local", lambda api_base: False)
         _, priced = ask(server, [job(1)], tmp_path, model="openai/gpt-4.1")
         _, both = ask(server, [job(1)], tmp_path, model="openai/nobody-knows")
     rates = litellm.model_cost["gpt-4.1"]
     assert priced["cost_usd"] == pytest.approx(
-        1000 * rates["input_cost_per_token"] + 100 * rates["output_cost_per_token"]
+        10 * rates["input_cost_per_token"] + 5 * rates["output_cost_per_token"]
     )
     assert (both["requests"], both["unpriced"], both["cost_usd"]) == (2, 1, priced["cost_usd"])

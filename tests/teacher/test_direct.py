@@ -1,7 +1,6 @@
-"""The way past LiteLLM: whatever a server does, both ways read the same reply from it or meet the same fault."""
+"""OpenAI's SDK and LiteLLM: whatever a server does, both read the same reply from it or meet the same error."""
 
 import asyncio
-import dataclasses
 import json
 import socket
 import threading
@@ -39,7 +38,8 @@ def way(url, direct=True, model="openai/replay", **settings):
 async def outcome(made, seconds=1.0):
     """What the sender gets from a call: the reply, or what the fault means to it."""
     try:
-        return dataclasses.astuple(await made.ask(MESSAGES, PARAMETERS, seconds))
+        said = await made.ask(MESSAGES, PARAMETERS, seconds)
+        return said.text, said.finish_reason, said.tokens, said.listed_usd
     except OSError as error:
         fault = error
     except made.litellm.exceptions.openai.OpenAIError as error:
@@ -49,7 +49,7 @@ async def outcome(made, seconds=1.0):
     wait = failures.wait_seconds(fault, 1, 0.0)
     return (
         failures.verdict(fault), failures.timed_out(fault), failures.overloaded(fault), round(wait, -1 if wait > 99 else 3),
-        bool(failures.headers(fault)), failures.message(fault) if failures.headers(fault) else "",
+        bool(failures.headers(fault)), failures.unpaid(fault), failures.message(fault) if failures.headers(fault) else "",
     )  # fmt: skip
 
 
@@ -96,9 +96,7 @@ FAULTS = {
     "a form unknown": Answer(404, {"detail": "Not Found"}), "an error of words": Answer(400, {"error": "too bad"}),
     "server error": fail(500, "oops"), "limit as server error": fail(500, "Rate limit reached"), "slow": fail(408, "slow"),
     "bad gateway": Answer(502, b"<html>bad gateway</html>"), "unavailable": Answer(503, b""), "gateway": fail(504),
-    "overloaded": fail(529, "overloaded"), "busy with status 200": Answer(200, {"error": {"message": "busy", "code": 429}}),
-    "words with status 200": Answer(200, {"error": "busy"}), "no code": Answer(200, {"error": {"message": "bad"}}),
-    "a page": HTML, "half a reply": BROKEN, "half of JSON": Answer(200, b'{"choices": ['), "no body": Answer(200, b""),
+    "overloaded": fail(529, "overloaded"), "half a reply": BROKEN, "half of JSON": Answer(200, b'{"choices": ['), "no body": Answer(200, b""),
     "no choice": body(choices=[]), "choices null": body(choices=None), "other JSON": Answer(200, {"hello": 1}),
     "a list": Answer(200, [1]), "silence": say("late", seconds=2.5),
 }  # fmt: skip
@@ -120,6 +118,31 @@ def test_both_ways_meet_the_same_fault(name):
     assert KEY not in str(direct)
 
 
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (Answer(200, {"error": {"message": "busy", "code": 429}}), "busy"),
+        (Answer(200, {"error": {"message": "busy", "code": "rate_limit_exceeded"}}), "busy"),
+        (Answer(200, {"error": "model overloaded"}), "model overloaded"),
+        (HTML, "a reply that is no JSON: <html><body>Bad gateway</body></html>"),
+    ],
+)
+def test_an_error_or_a_page_with_status_200_is_free_and_asked_again(answer, said):
+    async def fault(made):
+        with pytest.raises(ConnectionError) as caught:
+            await made.ask(MESSAGES, {}, 5)
+        await made.close()
+        return caught.value
+
+    with Teaching(lambda request, nth: answer) as server:
+        found = asyncio.run(fault(way(server.url)))
+    assert (failures.verdict(found), failures.unpaid(found), failures.message(found)) == (
+        failures.RETRY,
+        True,
+        said,
+    )
+
+
 def test_a_page_or_half_a_reply_is_asked_for_again_whatever_the_provider():
     """LiteLLM takes a vLLM server's HTML for a refusal."""
     for answer in (HTML, BROKEN, Answer(200, b"{")):
@@ -135,7 +158,13 @@ def test_connections_are_kept_and_no_more_than_needed():
         made = way(server.url, concurrency=3)
 
         async def many():
-            await asyncio.gather(*(made.ask(MESSAGES, {}, 5) for _ in range(12)))
+            room = asyncio.Semaphore(3)
+
+            async def one():
+                async with room:
+                    await made.ask(MESSAGES, {}, 5)
+
+            await asyncio.gather(*(one() for _ in range(12)))
             await made.close()
 
         asyncio.run(many())
@@ -174,7 +203,7 @@ def test_what_litellm_rewrites_or_finds_elsewhere_goes_through_it(monkeypatch):
     url = "http://127.0.0.1:1/v1"
     cases = {
         "openai/gpt-5": url, "openai/o3": url, "openai/responses/x": url, "anthropic/claude-3-5-haiku-latest": url,
-        "openai/x": "", "openai/gpt-4.1": "http://me:secret@127.0.0.1:1/v1", "openai/y": url + "?version=2",
+        "openai/x": "", "openai/y": url + "?version=2",
     }  # fmt: skip
     for model, address in cases.items():
         assert provider.connect(config.Teacher(model=model, api_base=address)).direct is None, model
@@ -209,12 +238,13 @@ def test_a_proxy_of_the_environment_is_used_and_its_password_never_said(monkeypa
         monkeypatch.setenv("NO_PROXY", "near.example")
         assert asyncio.run(outcome(way("http://far.example/v1")))[0] == "good"
         assert len(server.requests) == 1
-    assert way("http://near.example/v1").direct.proxy is None
+        assert asyncio.run(outcome(way("http://near.example/v1")))[0] == failures.RETRY
+        assert len(server.requests) == 1
     monkeypatch.setenv("HTTP_PROXY", "http://me:pass-of-mine@127.0.0.1:9")
     made = way("http://far.example/v1")
-    with pytest.raises(ConnectionError) as caught:
+    with pytest.raises(made.litellm.exceptions.openai.APIConnectionError) as caught:
         asyncio.run(made.ask(MESSAGES, {}, 2))
-    assert "pass-of-mine" not in str(caught.value)
+    assert "pass-of-mine" not in failures.message(caught.value)
 
 
 @pytest.mark.parametrize(

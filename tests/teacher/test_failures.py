@@ -5,6 +5,7 @@ from email.utils import formatdate
 
 import pytest
 
+from sclite.config import without_password
 from sclite.teacher import failures
 
 
@@ -66,5 +67,5 @@ def test_a_message_is_one_line_without_wrapping_and_without_the_key(monkeypatch)
 
 
 def test_a_base_url_is_shown_without_its_password():
-    assert failures.place("https://me:secret@host:8000/v1") == "https://host:8000/v1"
-    assert failures.place("http://host/v1") == "http://host/v1"
+    assert without_password("https://me:secret@host:8000/v1") == "https://host:8000/v1"
+    assert without_password("http://host/v1") == "http://host/v1"

@@ -108,8 +108,8 @@ def test_a_reply_that_cannot_be_written_is_a_fault_and_no_silence(tmp_path):
 
 def test_an_event_loop_waits_for_the_disk_too_and_is_told_of_its_faults(tmp_path):
     async def put(ledger):
-        await ledger.sent("k", "templates", "m")
-        await ledger.put("k", ENTRY)
+        await asyncio.wrap_future(ledger.sent("k", "templates", "m"))
+        await asyncio.wrap_future(ledger.put("k", ENTRY))
         return ledger.get("k")
 
     ledger = Ledger(tmp_path / "ledger.sqlite")

@@ -71,7 +71,7 @@ def test_a_reply_that_never_came_counts_at_its_dearest(tmp_path):
             list(teacher.ask_all([job(1)]))
         totals = ledger.totals()
     assert (totals["sent"], totals["given_up"], totals["requests"]) == (1, 1, 0)
-    assert totals["lost_usd"] == pytest.approx(100 * 10 / 1e6 + 18 * 1 / 1e6)
+    assert totals["lost_usd"] == pytest.approx(100 * 10 / 1e6 + (16 + len("q1 ")) * 1 / 1e6)
 
 
 def test_a_limit_without_a_price_is_refused_before_any_call(tmp_path):

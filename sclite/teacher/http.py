@@ -1,0 +1,140 @@
+"""HTTP clients of limited trust: replies of bounded size, uncompressed, and from the very address that was asked."""
+
+import os
+import resource
+import socket
+import ssl
+from collections.abc import AsyncIterator, Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from sclite.errors import UsageFault
+
+if TYPE_CHECKING:
+    import httpx
+
+MOST_BYTES = 4 * 2**20
+"""Of a reply's body: 128,000 tokens as JSON take less than 1 MiB, 3 MiB with every character escaped."""
+_KEEP_ALIVE_SECONDS = 4.0  # less than the 5 after which uvicorn, and so vLLM, closes an idle connection
+_OTHER_FILES = 128  # that a process has open beside its connections
+
+
+def open_client() -> "httpx.AsyncClient":
+    """A client for one call at a time: httpcore's pool takes time quadratic in its connections for each request."""
+    import httpx
+
+    limits = httpx.Limits(keepalive_expiry=_KEEP_ALIVE_SECONDS)
+    return bounded(httpx.AsyncClient(limits=limits, timeout=None, verify=_certificates()))
+
+
+@cache
+def _certificates() -> "ssl.SSLContext | str | bool":
+    from litellm.llms.custom_httpx.http_handler import get_ssl_configuration
+
+    return get_ssl_configuration()
+
+
+def bounded(client: "httpx.AsyncClient") -> "httpx.AsyncClient":
+    """The same client, with limits on what it accepts."""
+    client.follow_redirects = False  # 301 to 303 would ask again with GET, and others elsewhere
+    client.event_hooks = {"request": [_ask_for_plain_bytes], "response": [_bound_body]}
+    return client
+
+
+def bound_litellm() -> None:
+    """Put the same limits on every client that LiteLLM makes for asynchronous calls. Twice does no harm."""
+    from litellm.llms.custom_httpx.http_handler import AsyncHTTPHandler
+    from litellm.llms.openai.common_utils import BaseOpenAILLM
+
+    for owner, name in ((AsyncHTTPHandler, "create_client"), (BaseOpenAILLM, "_get_async_http_client")):
+        make = getattr(owner, name)
+        if not hasattr(make, "bounds"):
+            static = isinstance(owner.__dict__[name], staticmethod)
+            made = _bounding(make)
+            setattr(owner, name, staticmethod(made) if static else made)
+
+
+def _bounding(make: Callable[..., Any]) -> Callable[..., Any]:
+    def made(*arguments: Any, **named: Any) -> Any:
+        client = make(*arguments, **named)
+        return client and bounded(client)
+
+    made.bounds = True
+    return made
+
+
+async def _ask_for_plain_bytes(request: "httpx.Request") -> None:
+    request.headers["Accept-Encoding"] = "identity"
+
+
+async def _bound_body(response: "httpx.Response") -> None:
+    import httpx
+
+    _acknowledge(response)
+    encoding = response.headers.get("Content-Encoding", "identity")
+    if encoding != "identity":  # 1 kB of gzip may hold 1 MB
+        raise httpx.DecodingError(f"a reply compressed with {encoding}, which was not asked for")
+    response.stream = _limited()(response.stream)
+
+
+@cache
+def _limited() -> type:
+    import httpx
+
+    class Limited(httpx.AsyncByteStream):
+        def __init__(self, stream: httpx.AsyncByteStream):
+            self.stream = stream
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            size = 0
+            async for chunk in self.stream:
+                size += len(chunk)
+                if size > MOST_BYTES:
+                    raise httpx.ReadError(f"a reply of more than {MOST_BYTES >> 20} MiB")
+                yield chunk
+
+        async def aclose(self) -> None:
+            await self.stream.aclose()
+
+    return Limited
+
+
+def _acknowledge(response: "httpx.Response") -> None:
+    """Acknowledge the headers now. A server that sends its body apart waits for that, 40 ms if left to Linux."""
+    option = getattr(socket, "TCP_QUICKACK", None)  # Linux alone has it
+    stream = response.extensions.get("network_stream")
+    found = stream and stream.get_extra_info("socket")
+    if option is not None and found is not None:
+        found.setsockopt(socket.IPPROTO_TCP, option, 1)
+
+
+# -- before anything is asked --------------------------------------------------------------------------------------
+
+
+def check_certificates() -> None:
+    """Raises UsageFault for an SSL_CERT_FILE that holds no certificates: every call would fail with it."""
+    path = os.environ.get("SSL_CERT_FILE")
+    if not path:
+        return
+    try:
+        ssl.create_default_context(cafile=path)
+    except OSError as error:  # ssl.SSLError among them
+        why = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+        raise UsageFault(
+            f"SSL_CERT_FILE={path} {why}",
+            "correct it, or unset SSL_CERT_FILE to use the system's certificates",
+        ) from None
+
+
+def allow_connections(count: int, setting: str = "teacher.concurrency") -> None:
+    """Raise the limit on open files to hold so many connections; raises UsageFault where the system forbids it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + _OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise UsageFault(
+            f"{setting} = {count} needs {needed} open files, and this system allows {hard}",
+            f"lower it with --set {setting}={max(1, hard - _OTHER_FILES)}, or raise the limit (ulimit -Hn)",
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

@@ -1,0 +1,120 @@
+"""A hostile server: whatever it sends, the limit holds, nothing hangs, and every row is a template or a drop."""
+
+import gzip
+import json
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+
+from sclite.records import Drop, Template
+from sclite.run import Run
+from sclite.teacher.ledger import Ledger
+from tests.replay import BROKEN, HTML, Answer, Teaching, fail, say
+
+IN_FLIGHT, LIMIT, MOST_TOKENS = 64, 0.05, 200
+PRICE = (1.0, 10.0)  # US dollars per million tokens
+GOOD = "<Step1>Count on.</Step1>\n<Generalized>Count.</Generalized>\n<Answer>{}</Answer>"
+BOMB = gzip.compress(b" " * 200_000_000)
+
+
+def with_usage(text, usage, **more):
+    return Answer(body={**say(text).body, "usage": usage, **more})
+
+
+def written(text, usage=None):
+    """A reply, and how many tokens the server says to itself that it wrote: a word each."""
+    return with_usage(text, usage), len(text.split())
+
+
+def kinds(text):
+    """What this server may do with a question: (answer, tokens that it has written for it)."""
+    long, surrogate = text + " and" * 2 * MOST_TOKENS, text.replace("Count on.", "Count \ud83d on.")
+    count = {"prompt_tokens": 20, "completion_tokens": 30, "total_tokens": 50}
+    deep = json.dumps(say(text).body)[:-1] + ', "x": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    return [
+        written(text, count), written(text, count), written(text, count), written(text), written(surrogate, count),
+        written(text, {name: 2**70 for name in count}), written(text, {name: 0 for name in count}),
+        written(text, {name: -5 for name in count}), written(text, {name: str(n) for name, n in count.items()}),
+        written(text, {name: float("inf") for name in count}), written(text, {name: float("nan") for name in count}),
+        written(text, {name: True for name in count}), written(text, [1]), written(long, count), written(long),
+        (Answer(body=json.dumps(say(text).body).encode(), broken=True), len(text.split())),
+        (Answer(body=BOMB, headers={"Content-Encoding": "gzip"}), 30), (Answer(body=deep.encode()), 30),
+        (Answer(body=b"[" * 100_000), 30), (Answer(body=b"x" * 20_000_000), MOST_TOKENS), (BROKEN, 30),
+        (with_usage(text, count, choices=[{"finish_reason": ["stop"], "message": {"content": text}}]), 30),
+        written("", {**count, "completion_tokens": 0}), (HTML, 0), (fail(500), 0), (fail(429, retry_after="0"), 0),
+        (Answer(301, b"", {"Location": "/elsewhere"}), 0), (Answer(200, {"error": {"message": "busy", "code": 503}}), 0),
+    ]  # fmt: skip
+
+
+def hostile(request, nth, book, no_redirect):
+    question = request["messages"][-1]["content"]
+    number = int(question.split("What is ")[1].split(" ")[0])
+    found = kinds(GOOD.format(number + 1))
+    draw = random.Random(f"{number} {nth} {len(question)}")
+    answer, tokens = draw.choice([k for k in found if k[0].status != 301] if no_redirect else found)
+    sent = sum(len(m["content"].split()) for m in request["messages"])
+    book.append((sent, tokens))
+    return answer
+
+
+@pytest.mark.parametrize("direct", ["true", "false"])
+def test_the_limit_holds_against_a_hostile_server_and_every_row_is_accounted_for(tmp_path, direct):
+    problems, run, book = tmp_path / "p.jsonl", Run(tmp_path / "run"), []
+    with open(problems, "w") as file:
+        for i in range(100):
+            row = {"id": f"p{i}", "question": f"What is {i} + 1?", "answer": f"{i + 1}"}
+            file.write(json.dumps(row) + "\n")
+    with Teaching(lambda request, nth: hostile(request, nth, book, True)) as server:
+        done = build(server, run, problems, direct, LIMIT)
+        limited = list(book)
+        assert done.returncode == 4, done.stderr
+        last = build(server, run, problems, direct, 1000)
+    for process in (done, last):
+        assert "Traceback" not in process.stderr
+        assert process.returncode in (0, 4)
+    assert last.returncode == 0, last.stderr
+    spent = sum(cost(sent, min(tokens, MOST_TOKENS)) for sent, tokens in limited)
+    beyond = IN_FLIGHT * cost(0, MOST_TOKENS)  # the long replies are three times as long as was promised
+    assert 0 < spent <= LIMIT
+    assert sum(cost(*each) for each in limited) <= LIMIT + beyond
+    with Ledger.reading(run.path("ledger.sqlite")) as ledger:
+        totals = ledger.totals()
+    assert totals["cost_usd"] + totals["lost_usd"] >= sum(cost(*each) for each in book)
+    kept = {row.id for row in run.rows("templates.jsonl", Template)}
+    dropped = {row.id: row.reason for row in run.rows("dropped.jsonl", Drop)}
+    assert len(kept) + len(dropped) == 100
+    assert not kept & dropped.keys()
+    assert len(kept) > 50
+    assert all("\ufffd" not in row.trace for row in run.rows("templates.jsonl", Template))
+
+
+def cost(sent, tokens):
+    return (sent * PRICE[0] + tokens * PRICE[1]) / 1e6
+
+
+def build(server, run, problems, direct, limit):
+    chosen = {
+        "model": "openai/replay", "api_base": server.url, "direct": direct, "price": list(PRICE),
+        "concurrency": IN_FLIGHT, "max_tokens": MOST_TOKENS, "max_cost": limit, "attempts_per_call": 2,
+        "timeout_seconds": 20,
+    }  # fmt: skip
+    command = [sys.executable, "-m", "sclite", "build-data", str(problems), "--run", str(run.folder), "--yes"]
+    command += ["--only", "templates"]
+    command += [word for name, value in chosen.items() for word in ("--set", f"teacher.{name}={value}")]
+    environment = {**os.environ, "OPENAI_API_KEY": "sk-x", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_redirect_is_no_reply(tmp_path):
+    problems = tmp_path / "p.jsonl"
+    problems.write_text('{"question": "What is 1 + 1?", "answer": "2"}\n')
+    for status in (301, 302, 303):
+        answer = Answer(status, b"", {"Location": "http://me:secret@elsewhere/v1"})
+        with Teaching(lambda request, nth, answer=answer: answer) as server:
+            done = build(server, Run(tmp_path / "run"), problems, "true", 1)
+        assert done.returncode == 6
+        assert f"redirects to http://elsewhere/v1 (HTTP {status})" in done.stderr.replace("\n", " ")
+        assert "teacher.api_base" in done.stderr

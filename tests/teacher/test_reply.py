@@ -1,0 +1,169 @@
+"""What a chat completion says: read where a fair reader would read it, else named for what it is."""
+
+import json
+
+import pytest
+
+from sclite.teacher.reply import ErrorReply, UnreadableReply, clean, decode, read
+
+
+def body(message, finish_reason="stop", **more):
+    return {"choices": [{"index": 0, "finish_reason": finish_reason, "message": message}], **more}
+
+
+def says(content, **message):
+    return body({"role": "assistant", "content": content, **message})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "good",
+        [{"type": "text", "text": "go"}, {"type": "text", "text": "od"}],
+        [
+            {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+            {"type": "text", "text": "good"},
+        ],
+        "<think>a</think>\n\ngood",
+        "<THINK>\n</THINK>good",
+        '<think time="3">a</think>good',
+        "<thought>a</thought><reasoning>b</reasoning>good",
+        "<scratchpad>a</scratchpad>good",
+        "[THINK]a[/THINK]good",
+        "a, without an opening tag\n</think>\ngood",
+        "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>good<|return|>",
+        "go\x00o\x1b[31md\x07",
+    ],
+)
+def test_a_reply_in_any_dress_is_read(content):
+    found = read(says(content))
+    assert (found.text, found.finish_reason) == ("good", "stop")
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"index": 0, "text": "good", "finish_reason": "stop"},
+        {"index": 0, "delta": {"content": "good"}},
+        {"finish_reason": None, "message": {"content": "good", "tool_calls": []}},
+        {"finish_reason": "STOP", "message": {"content": "good", "tool_calls": None}},
+        {"finish_reason": "end_turn", "message": {"content": "good"}},
+    ],
+)
+def test_a_choice_in_another_form_is_read(choice):
+    found = read({"choices": [choice]})
+    assert (found.text, found.finish_reason) == ("good", "stop")
+
+
+def test_of_several_choices_the_first_by_its_index_counts():
+    second = {"index": 1, "message": {"content": "bad"}}
+    assert read({"choices": [second, {"index": 0, "message": {"content": "good"}}]}).text == "good"
+
+
+@pytest.mark.parametrize(
+    ("message", "finish_reason", "text"),
+    [
+        ({"content": ""}, "empty", ""),
+        ({"content": None}, "empty", ""),
+        ({"content": " \n"}, "empty", ""),
+        ({}, "empty", ""),
+        ({"content": {"a": 1}}, "empty", ""),
+        ({"content": None, "reasoning_content": "so"}, "only_reasoning", ""),
+        ({"content": "", "reasoning": "so"}, "only_reasoning", ""),
+        ({"content": "<think>so</think>"}, "only_reasoning", ""),
+        ({"content": None, "refusal": "I can't help."}, "refusal", "I can't help."),
+        ({"content": None, "tool_calls": [{"id": "1"}]}, "tool_calls", ""),
+    ],
+)
+def test_a_reply_that_says_nothing_is_named_for_what_it_is(message, finish_reason, text):
+    found = read(body(message))
+    assert (found.finish_reason, found.text) == (finish_reason, text)
+
+
+@pytest.mark.parametrize(
+    ("reason", "name"),
+    [
+        ("length", "length"),
+        ("MAX_TOKENS", "length"),
+        ("content_filter", "content_filter"),
+        ("SAFETY", "content_filter"),
+        (["stop"], "unreadable"),
+        ({"a": 1}, "unreadable"),
+        (7, "unreadable"),
+    ],
+)
+def test_a_reason_to_end_is_read_in_any_case_and_never_raises(reason, name):
+    assert read(body({"content": "good"}, reason)).finish_reason == name
+
+
+@pytest.mark.parametrize(
+    ("usage", "tokens"),
+    [
+        ({"prompt_tokens": 10, "completion_tokens": 20}, (10, 20)),
+        ({"prompt_tokens": 10.0, "completion_tokens": 20}, (10, 20)),
+        ({"prompt_tokens": "10", "completion_tokens": True}, (None, None)),
+        ({"prompt_tokens": -1, "completion_tokens": 0}, (None, None)),
+        ({"prompt_tokens": float("nan"), "completion_tokens": float("inf")}, (None, None)),
+        ({"prompt_tokens": 2**63, "completion_tokens": 10.5}, (None, None)),
+        (None, (None, None)),
+        ([], (None, None)),
+        ("30", (None, None)),
+    ],
+)
+def test_counts_of_tokens_are_numbers_or_unknown(usage, tokens):
+    assert read(body({"content": "good"}, usage=usage)).tokens == tokens
+
+
+def test_text_can_always_be_written_as_utf_8():
+    paired = json.loads(r'"\ud83d\ude42"') + "\ud83d"
+    assert clean("\ud83d" + "\ude42") == "🙂"
+    assert clean(paired) == "🙂\ufffd"
+    assert clean("a\tb\r\nc 你好 \u2028") == "a\tb\r\nc 你好 \u2028"
+    assert read(says("a \udfff b")).text == "a \ufffd b"
+
+
+@pytest.mark.parametrize(
+    ("data", "said", "paid"),
+    [
+        (b"", "an empty reply", True),
+        (b'{"choices": [', 'a reply that is no JSON: {"choices": [', True),
+        (b"<html>Bad gateway</html>", "a reply that is no JSON: <html>Bad gateway</html>", False),
+        (b"[" * 100_000, "a reply of JSON that is nested too deep", True),
+        (b"[1]", "a reply that is no chat completion", True),
+        (b'{"choices": []}', "a reply without any choice", True),
+        (b'{"choices": "x"}', "a reply without any choice", True),
+        (b'{"choices": [null]}', "a reply without any choice", True),
+        (b'{"choices": [{"message": "x"}]}', "a reply without a message", True),
+        (b'{"detail": "Not Found"}', "a reply without any choice", True),
+    ],
+)
+def test_a_body_that_is_no_chat_completion_is_named(data, said, paid):
+    with pytest.raises(UnreadableReply) as caught:
+        read(decode(data))
+    assert (str(caught.value), caught.value.paid) == (said, paid)
+
+
+def test_a_byte_order_mark_and_bytes_that_are_no_utf_8_are_read():
+    assert read(decode(b"\xef\xbb\xbf" + json.dumps(says("good")).encode())).text == "good"
+    assert read(decode(b'{"choices": [{"message": {"content": "a \xff"}}]}')).text == "a \ufffd"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        ({"message": "busy", "code": 503}, 503),
+        ({"message": "busy", "code": "429"}, 429),
+        ({"message": "busy", "code": "rate_limit_exceeded"}, 429),
+        ({"message": "busy"}, None),
+        ("busy", None),
+    ],
+)
+def test_an_error_with_status_200_is_an_error(error, status):
+    with pytest.raises(ErrorReply, match="busy") as caught:
+        read({**says("good"), "error": error})
+    assert caught.value.status_code == status
+
+
+@pytest.mark.parametrize("error", [None, "", {}, {"message": ""}])
+def test_an_empty_error_beside_a_reply_is_none(error):
+    assert read({**says("good"), "error": error}).text == "good"
