@@ -19,7 +19,7 @@ from sclite.signature import digest
 from sclite.student.base import Reply, Request, Student
 from sclite.teacher.ledger import FILE as LEDGER
 from sclite.teacher.ledger import Ledger
-from sclite.trace import render, work_of
+from sclite.trace import parse, render, work_of
 
 STAGE = "attempts"
 FILE = "attempts.jsonl"
@@ -95,12 +95,41 @@ def sample_attempts(
             rows = _sample(config, run, inputs, problems, student, grader, progress)
         run.replace(FILE, rows)
     report.counts |= count(rows)
+    warn(report, progress, _unreadable(config, rows))
     report.dropped = dict(Counter(drop.reason for drop in drops))
     report.cost_usd = cost_usd(run, STAGE)
     unanswered = sum(map(failed, rows)) if config.attempts.kind == "endpoint" else 0
     # a network fault is no verdict on a row: the signature then fits no inputs, and the next call asks again
     run.sign(STAGE, {**inputs, "unanswered": unanswered} if unanswered else inputs, report, {FILE: len(rows)})
     return report
+
+
+UNCLEAR = ("no_steps", "no_answer", "empty_step", "wrong_step_number", "step_after_the_end")
+"""Faults that leave open which steps there are. Others (a closer that is missing or strays) are fixed in reading, and such
+an attempt is worth the most: a student that doubts its own step often closes it wrongly."""
+
+
+def warn(report: Report, progress: Callable[..., None] | None, text: str) -> None:
+    """Show a warning, unless it is empty, and keep it in the report."""
+    if text:
+        report.figures["warnings"] = [text]
+        if progress is not None:
+            progress(0, 0, warning=text)
+
+
+def _unreadable(config: Config, rows: Sequence[Attempt]) -> str:
+    """A warning where most attempts have no steps that can be told from each other; else empty."""
+    said = [row for row in rows if not failed(row)]
+    faults = [next((f.name for f in parse(row.trace).faults if f.name in UNCLEAR), None) for row in said]
+    common = Counter(filter(None, faults)).most_common(1)
+    unreadable = sum(fault is not None for fault in faults)
+    if 2 * unreadable <= len(said):
+        return ""
+    remedy = "train SFT for longer (sft.epochs), or raise attempts.max_tokens where they are cut off"
+    if config.attempts.student or config.attempts.source:
+        remedy = "they need the form of prompts/student_system.txt: <Step1> .. </Step1> <Answer> .. </Answer>"
+    reason = common[0][0].replace("_", " ")
+    return f"{unreadable} of {len(said)} attempts cannot be read as steps, most often: {reason}; {remedy}"
 
 
 def needs_no_student(config: Config, run: Run) -> bool:

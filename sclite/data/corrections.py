@@ -9,7 +9,7 @@ from typing import Any
 
 from sclite import prompts
 from sclite.config import Config, without_password
-from sclite.data.attempts import distinct
+from sclite.data.attempts import UNCLEAR, distinct, warn
 from sclite.data.brought import refuse
 from sclite.data.review_check import review_flaw, step_flaw
 from sclite.errors import DataFault
@@ -92,6 +92,9 @@ def build_corrections(
         run.begin(STAGE)
         run.replace(FILE, sorted([*reviews, *confirmed], key=lambda r: order[attempt_key(r)]))
     report.counts |= {"wrong": len(wrong), "corrected": len(reviews), "confirmed": len(confirmed)}
+    if not confirmed and _confirmations_wanted(len(reviews), config):
+        text = "no attempt is right and well-formed, so there are no confirmations and the student learns to accuse every step"
+        warn(report, progress, f"{text}; add easier problems, or raise attempts.samples")
     if again := _not_right(made) - _not_right(attempts):
         report.counts["wrong_in_the_same_words"] = (
             again  # as another attempt at the problem; asked about once
@@ -175,18 +178,13 @@ def attempt_key(row: Any) -> tuple[str, int]:
     return row.id, row.sample
 
 
-# Faults that leave open which steps there are. Others (a closer that is missing or strays) are mended in reading, and
-# such an attempt is worth the most: a student that doubts its own step often closes it wrongly.
-_UNCLEAR = ("no_steps", "no_answer", "empty_step", "wrong_step_number", "step_after_the_end")
-
-
 def _usable(attempts: Iterable[Attempt]) -> tuple[list[Attempt], list[Drop]]:
     """The wrong attempts that have steps, and drops for the others that are not right."""
     wrong, drops = [], []
     for attempt in attempts:
         if attempt.correct is True:
             continue
-        unclear = [fault for fault in parse(attempt.trace).faults if fault.name in _UNCLEAR]
+        unclear = [fault for fault in parse(attempt.trace).faults if fault.name in UNCLEAR]
         if attempt.correct is None:
             drops.append(_drop(attempt, "outcome_unknown", ""))
         elif unclear:
@@ -292,11 +290,15 @@ def _review(attempt: Attempt, trace: Trace, requests: int) -> Review:
 
 def _confirmations(attempts: Sequence[Attempt], corrected: int, config: Config) -> list[Review]:
     """Right attempts as reviews that change nothing, as many as `dpo.confirmation_share` asks for."""
-    share = config.dpo.confirmation_share
     right = [a for a in attempts if a.correct is True and not parse(a.trace).faults]
-    wanted = min(len(right), round(corrected * share / (1 - share)))
+    wanted = min(len(right), _confirmations_wanted(corrected, config))
     picked = random.Random(config.seed).sample(right, wanted)
     return [
         Review(id=a.id, sample=a.sample, step=None, trace=render(work_of(a.trace)), requests=0)
         for a in picked
     ]
+
+
+def _confirmations_wanted(corrected: int, config: Config) -> int:
+    share = config.dpo.confirmation_share
+    return round(corrected * share / (1 - share))

@@ -17,7 +17,7 @@ from typing import Any
 
 from sclite import prompts
 from sclite.config import Config
-from sclite.data.attempts import cost_usd, other_student
+from sclite.data.attempts import cost_usd, other_student, warn
 from sclite.data.brought import refuse
 from sclite.grading.extract import answer_of
 from sclite.grading.worker import Grader
@@ -85,6 +85,7 @@ def build_pairs(
     report.counts |= Counter(f"{pair.kind}" for pair in pairs)
     report.counts["own_corrections_chosen"] = sum(pair.origin == "student" for pair in pairs)
     report.dropped = dict(Counter(drop.reason for drop in drops))
+    warn(report, progress, _few_contents(report) if student is not None else "")
     if config.attempts.kind == "endpoint":
         report.figures["own_reviews"] = dict(Counter(reason for each in reasons.values() for reason in each))
         report.cost_usd = cost_usd(run, STAGE)
@@ -94,6 +95,17 @@ def build_pairs(
         STAGE, {**inputs, "unanswered": unanswered} if unanswered else inputs, report, {FILE: len(pairs)}
     )
     return report
+
+
+def _few_contents(report: Report) -> str:
+    """A warning where most content pairs were dropped; else empty."""
+    dropped = sum(report.dropped.values())
+    contents = dropped + report.counts.get("content", 0)
+    if 2 * dropped <= contents:
+        return ""
+    reason = max(report.dropped, key=report.dropped.__getitem__).replace("_", " ")
+    remedy = "raise attempts.reviews, or look at them: sclite show drops --kind pairs"
+    return f"{dropped} of {contents} content pairs were dropped, most often: {reason}; {remedy}"
 
 
 def _own(config, student, wrong, attempts, problems, grader, progress):

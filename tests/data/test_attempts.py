@@ -4,7 +4,7 @@ import gzip
 import json
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -137,6 +137,37 @@ def test_attempts_that_say_the_same_count_once():
         for i, s, t in (("p1", 0, text), ("p1", 1, same), ("p1", 2, other), ("p2", 0, text))
     ]
     assert [(r.id, r.sample) for r in distinct(rows)] == [("p1", 0), ("p1", 2), ("p2", 0)]
+
+
+@dataclass
+class Prose(Deterministic):
+    """Writes steps for some seeds alone."""
+
+    steps: Callable[[int], bool] = lambda seed: False
+
+    def generate(self, requests):
+        for reply in super().generate(requests):
+            formed = self.steps(requests[reply.index].seed)
+            yield reply if formed else replace(reply, text="It is 1, I think.")
+
+
+@pytest.mark.parametrize(("share", "warned"), [(0, True), (1, False)])
+def test_a_warning_says_that_most_attempts_are_unreadable_and_what_to_change(run, grader, share, warned):
+    said = []
+
+    def progress(done, total, spent=None, *, note="", warning=""):
+        said.extend([warning] if warning else [])
+
+    student = Prose(steps=lambda seed: bool(share))
+    report = sample_attempts(
+        config_of(), run, problems=PROBLEMS, student=student, grader=grader, progress=progress
+    )
+    assert report.figures.get("warnings", []) == said
+    assert len(said) == warned
+    if warned:
+        assert said[0].startswith(
+            "15 of 15 attempts cannot be read as steps, most often: no steps; train SFT"
+        )
 
 
 # -- brought along -------------------------------------------------------------------------------------------------

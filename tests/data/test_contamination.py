@@ -145,9 +145,9 @@ def test_evaluation_problems_that_overlap_what_was_trained_on_are_left_out_and_t
     trace = "<Step1>x\n</Step1>\n<Answer>1</Answer>"
     run.replace("templates.jsonl", [Template(id="t2", question="own", answer="1", trace=trace)])
     world = World(settings(f"eval.source={write(tmp_path / 'e.jsonl', *rows)}"), run, Screen(quiet=True))
-    tested, fitted, left_out = held_out(world)
+    tested, fitted, dropped = held_out(world)
     assert {p.id for p in [*tested, *fitted]} == {f"e{i}" for i in range(60)}
-    assert left_out == 2
+    assert dropped == {"overlaps_training": 2}
     drops = {d.id: d for d in run.read("dropped.jsonl", Drop)}
     assert {(d.stage, d.reason) for d in drops.values()} == {("eval", "overlaps_training")}
     assert drops["long"].detail.endswith("training problem t1")
@@ -161,4 +161,4 @@ def test_what_training_left_out_may_be_evaluated(tmp_path, run):
     )
     chosen = settings(f"eval.source={write(tmp_path / 'e.jsonl', *rows)}")
     assert len(gather_problems(chosen, run)) == 1
-    assert held_out(World(chosen, run, Screen(quiet=True)))[2] == 0
+    assert held_out(World(chosen, run, Screen(quiet=True)))[2] == {}

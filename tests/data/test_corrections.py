@@ -35,11 +35,11 @@ def _key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test-secret")
 
 
-def build(run, url, grader, share=0.5, **teacher):
+def build(run, url, grader, share=0.5, progress=None, **teacher):
     settings = {"model": "openai/replay", "api_base": url, "attempts_per_call": 1, "repairs": 1, **teacher}
     config = Config.model_validate({"teacher": settings, "dpo": {"confirmation_share": share}})
     with Ledger(run.path("ledger.sqlite")) as ledger, Teacher(config.teacher, ledger) as made:
-        return build_corrections(config, run, teacher=made, grader=grader)
+        return build_corrections(config, run, teacher=made, grader=grader, progress=progress)
 
 
 def fill(run, wrong=1, right=0, others=()):
@@ -172,6 +172,20 @@ def test_confirmations_are_right_attempts_in_the_asked_share(run, grader, share,
         assert (row.cause, row.correction, row.requests) == (None, None, 0)
     assert len(server.requests) == 4  # nobody is paid for what is right
     assert "<Cause>" not in "".join(r.trace for r in confirmations)
+
+
+@pytest.mark.parametrize(("right", "share", "warned"), [(0, 0.5, True), (1, 0.5, False), (0, 0.0, False)])
+def test_a_warning_says_that_there_are_no_confirmations(run, grader, right, share, warned):
+    said = []
+
+    def progress(done, total, spent=None, *, note="", warning=""):
+        said.extend([warning] if warning else [])
+
+    fill(run, wrong=2, right=right)
+    with Teaching(lambda request, nth: say(GOOD)) as server:
+        report = build(run, server.url, grader, share=share, progress=progress)
+    assert report.figures.get("warnings", []) == said
+    assert [text.startswith("no attempt is right and well-formed") for text in said] == [True] * warned
 
 
 def test_what_an_attempt_corrected_itself_is_no_accusation_in_its_confirmation(run, grader):

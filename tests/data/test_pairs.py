@@ -171,6 +171,23 @@ def test_each_wrong_attempt_is_corrected_as_often_as_asked_at_the_teachers_step(
         assert len({r.seed for r in same}) == 2  # two samples, not the same one twice
 
 
+@pytest.mark.parametrize(("dropped", "warned"), [(3, True), (2, False)])
+def test_a_warning_says_that_most_contents_were_dropped_and_why(run, grader, dropped, warned):
+    said = []
+
+    def progress(done, total, *, note="", warning=""):
+        said.extend([warning] if warning else [])
+
+    fill(run, 4)
+    student = Scripted({f"p{i}": ["no tags"] * 2 if i < dropped else [WRONG] * 2 for i in range(4)})
+    report = build_pairs(CONFIG, run, student=student, grader=grader, progress=progress)
+    assert report.figures.get("warnings", []) == said
+    assert len(said) == warned
+    if warned:
+        start = "3 of 4 content pairs were dropped, most often: student review not readable; raise attempts.reviews"
+        assert said[0].startswith(start)
+
+
 def test_a_finished_stage_asks_no_student(run, grader):
     fill(run, 1)
     first = build_pairs(CONFIG, run, student=Scripted({"p0": [WRONG, WRONG]}), grader=grader)
