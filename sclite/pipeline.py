@@ -93,7 +93,7 @@ def build_templates(world: World, fresh: bool = False) -> Report:
 def check_sources(world: World) -> None:
     """Raises DataFault for an `attempts.source` that is not there, before anything is paid for."""
     source = world.config.attempts.source
-    if source and not Path(source).is_file():
+    if source and not Path(source).is_file() and world.run.finished("attempts") is None:
         raise DataFault(
             f"attempts.source: {source} does not exist", "check the path; --set attempts.source= takes it out"
         )

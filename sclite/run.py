@@ -218,7 +218,7 @@ class Run:
                 if not line.strip():
                     continue
                 try:
-                    row = kind.model_validate_json(line.decode("utf-8", errors="replace"))
+                    row = kind.model_validate_json(line)
                 except ValidationError as error:
                     if not line.endswith(b"\n"):  # the process was killed while writing
                         break

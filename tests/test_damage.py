@@ -12,6 +12,7 @@ from sclite.errors import DataFault
 from sclite.records import Drop, Problem, Template
 from sclite.run import Report
 from sclite.world import World
+from tests.damages import damages, survive
 from tests.replay import Teaching, say
 
 TRACE = "<Step1>Add: 1 + 1 = 2\n</Step1>\n<Generalized>Add.</Generalized>\n<Answer>2</Answer>"
@@ -211,3 +212,22 @@ def test_a_damaged_ledger_is_named_and_what_is_finished_is_not_paid_for_again(bu
     ledger.rename(f"{ledger}.damaged")
     build()
     assert len(asked) == paid
+
+
+# -- any file ------------------------------------------------------------------------------------------------------
+
+
+def test_whatever_file_of_a_small_run_is_damaged_no_command_crashes_and_nothing_is_paid_twice(
+    built, tmp_path, capsys, monkeypatch
+):
+    """A sample of tests/quickstart/test_fuzz.py on a run without a student."""
+    _, asked = built
+    commands = (("status",), ("show",), ("build-data", "--yes"), ("export", "--format", "data"))
+    wrong, paid = {}, len(asked)
+    for name, kind, content in damages(Path("runs/default"), 16, seed=11):
+        found = survive(Path("runs/default"), name, content, tmp_path / "copy", capsys, monkeypatch, commands)
+        if name not in ("ledger.sqlite", "run.toml") and len(asked) != paid:
+            found.append(f"{len(asked) - paid} requests were sent again")
+        wrong |= {f"{name} {kind}": found} if found else {}
+        paid = len(asked)
+    assert wrong == {}

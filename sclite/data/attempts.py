@@ -31,13 +31,17 @@ _NOT_SAMPLING = {"reviews", "student", "api_base", "concurrency", "price"}
 def inputs_of(config: Config, run: Run, problems: Sequence[Problem]) -> dict[str, Any]:
     """What decides the attempts: the student, the problems, how they are sampled."""
     source = config.attempts.source
+    if source and not Path(source).is_file() and (manifest := run.finished(STAGE)):
+        read = manifest["inputs"].get("source", "")  # gone, or the run was moved: what was read of it counts
+    else:
+        read = run.file_digest(str(Path(source).resolve())) if source else ""
     return {
         "problems": digest([p.model_dump() for p in problems]),
         "student": other_student(config) or run.file_digest("sft/adapter/adapter_model.safetensors"),
         "sampling": digest(
             [config.attempts.model_dump(exclude=_NOT_SAMPLING), config.student.batch, config.seed]
         ),
-        "source": run.file_digest(str(Path(source).resolve())) if source else "",
+        "source": read,
         "prompts": prompts.digest("student_system", "student_solve", folder=config.prompts.folder),
     }
 

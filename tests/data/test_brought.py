@@ -105,6 +105,27 @@ def test_labelled_work_is_corrected_at_its_label_without_a_student_and_no_pair_e
             assert grader.equal(parse(review.trace).trace.answer, "33") is True
 
 
+def test_where_problems_and_attempts_are_gone_since_the_run_continues_without_them(
+    run, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    source = write(tmp_path / "p.jsonl", map(problem, range(COUNT)))
+    mine = write(tmp_path / "mine.jsonl", map(labelled, range(COUNT)))
+    with Teaching(teach) as server:
+        given = (f"problems.source={source}", f"attempts.source={mine}", "teacher.model=openai/replay")
+        given = (*given, f"teacher.api_base={server.url}", "teacher.repairs=1")
+        made = pipeline.build_corrections(world_of(run, *given))
+        asked = len(server.requests)
+        source.unlink()
+        mine.unlink()
+        world = world_of(run, *given)
+        pipeline.check_sources(world)
+        again = pipeline.build_corrections(world)
+        assert len(server.requests) == asked
+    assert again.skipped
+    assert again.counts == made.counts
+
+
 # -- rows in the run folder ----------------------------------------------------------------------------------------
 
 WORK = Trace((Step("48 + 24 = 72"), Step("72 / 2 = 38")), None, "38")

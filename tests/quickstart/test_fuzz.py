@@ -1,0 +1,24 @@
+"""Any file of a finished run may be damaged: no command ends in a traceback, and nothing that was paid for is lost."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sclite.quickstart.problems import test_problems as problems_of_the_test
+from tests.damages import damages, survive
+
+pytestmark = pytest.mark.slow
+
+
+def test_three_hundred_damages_of_a_finished_quickstart(tmp_path, sclite, capsys, monkeypatch):
+    whole = tmp_path / "whole"
+    small = ("--set", "sft.epochs=1", "--set", "eval.limit=30")
+    assert sclite("quickstart", "--problems", "200", "--run", whole, *small).code == 0
+    rows = [{"question": p.question, "answer": p.answer} for p in problems_of_the_test(24)]
+    Path("held-out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = {}
+    for number, (name, kind, content) in enumerate(damages(whole, 300)):
+        wrong = survive(whole, name, content, tmp_path, capsys, monkeypatch)
+        found |= {f"{number} {name} {kind}": wrong} if wrong else {}
+    assert found == {}
