@@ -273,7 +273,7 @@ def evaluate(
         )
     with world.run.hold():
         held_out, fitting, dropped = measure.held_out(world)
-        pipeline.export(world, names, compare=False)
+        pipeline.export(world, names)
         folder, dataset = measure.result_folder(world)
         named = {"folder": folder, "dataset": dataset, "source": world.config.eval.source}
         summary = measure.evaluate(world, names, held_out, fitting, dropped=dropped, **named)

@@ -262,7 +262,7 @@ def _adapter(world: World, name: str) -> Path:
     return world.run.path(f"{name}/adapter/adapter_model.safetensors")
 
 
-def export(world: World, names: Sequence[str] = (), compare: bool = True) -> list[Report]:
+def export(world: World, names: Sequence[str] = ()) -> list[Report]:
     """GGUF files of the named students, of the furthest trained one without names; the Modelfile is the last one's."""
     from sclite.export.stage import export_model, write_modelfile
     from sclite.train.common import quiet
@@ -275,7 +275,7 @@ def export(world: World, names: Sequence[str] = (), compare: bool = True) -> lis
     made = []
     with world.screen.stage("export", "export: merged, written as GGUF, quantised") as progress:
         for number, name in enumerate(chosen, 1):
-            made.append(export_model(world.config, world.run, name, compare=compare and name == chosen[-1]))
+            made.append(export_model(world.config, world.run, name))
             progress(number, len(chosen))
         path, warnings = write_modelfile(world.run, world.config, chosen[-1])
         made[-1].figures |= {"modelfile": str(path), "warnings": list(warnings)}

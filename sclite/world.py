@@ -90,6 +90,7 @@ class World:
                 yield student
         elif settings.kind == "gguf":
             from sclite.student.engine import Engine
+            from sclite.student.probe import check_gguf
 
             path = Path(settings.student)
             if not path.is_file():
@@ -97,6 +98,7 @@ class World:
                     f"attempts.student: {path} does not exist",
                     "give the path of a GGUF file, or a LiteLLM model name",
                 )
+            check_gguf(path)
             with Engine(path, context=self.config.eval.context) as student:
                 yield student
         else:
@@ -148,11 +150,13 @@ class World:
         from sclite.export.merge import merge
         from sclite.student.engine import Engine
         from sclite.student.load import local_folder
+        from sclite.student.probe import check_gguf
 
         merged, gguf = self.run.path("export/sampling-merged"), self.run.path("export/sampling.gguf")
         try:
-            merge(local_folder(self.config.student), self.run.path(adapter), merged)
+            merge(local_folder(self.config.student), self.run.path(adapter), merged, outtype="f16")
             convert(merged, gguf, outtype="f16")
+            check_gguf(gguf)
             with Engine(gguf, context=self.config.eval.context) as student:
                 yield student
         finally:

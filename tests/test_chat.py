@@ -43,6 +43,7 @@ def test_what_the_review_mends_comes_after_what_was_mended_while_solving(capsys)
 
 def test_where_a_student_knows_one_kind_of_problems_others_are_told_of(monkeypatch, capsys):
     asked = []
+    monkeypatch.setattr(repl, "check_gguf", lambda path: None)
     monkeypatch.setattr(
         repl, "Engine", lambda *_, **__: nullcontext(SimpleNamespace(offloaded=False, description=""))
     )

@@ -8,6 +8,7 @@ from sclite.config import Config
 from sclite.errors import DataFault, UsageFault
 from sclite.student.base import Request
 from sclite.student.engine import Engine
+from sclite.student.probe import check_gguf
 from sclite.student.review import Reviewed, Settings, free, guided
 from sclite.trace import Step, parse
 
@@ -34,6 +35,7 @@ def talk(
             f"no threshold is stored for {path}",
             "run `sclite eval PROBLEMS`, which fits one; or give --set review.threshold=0, or --set review.mode=free",
         )
+    check_gguf(path)
     with Engine(path, parallel=1, context=config.eval.context) as engine:
         if not as_json:
             where = "with layers on the GPU" if engine.offloaded else "on the CPU (nothing is offloaded)"

@@ -4,7 +4,9 @@ The converter lies in the source distribution of llama-cpp-python: it is fetched
 in the cache folder. `SCLITE_LLAMA_CPP` points at a llama.cpp checkout instead.
 """
 
+import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from sclite.errors import DataFault, NetworkFault, ScliteError, UsageFault
 from sclite.export import direct
+from sclite.export.merge import Adapter, BaseWeights, copy_settings
 from sclite.export.weights import Tensors
 
 SCRIPT = "convert_hf_to_gguf.py"
@@ -34,7 +37,7 @@ def convert(folder: Path, out: Path, *, outtype: str = "f16") -> Path:
         raise UsageFault(f"outtype is {outtype!r}", f"use one of {', '.join(OUTTYPES)}")
     simple = direct.can_write(folder)
     tensors = Tensors(folder)
-    if simple and sum(tensors.size(name) for name in tensors) < SMALL:
+    if simple and sum(math.prod(tensors.shape(name)) for name in tensors) < SMALL:
         return direct.write(folder, out, outtype=outtype)
     try:
         source = converter()
@@ -51,24 +54,37 @@ def run_converter(source: Path, folder: Path, out: Path, *, outtype: str = "f16"
 
 
 def convert_lora(adapter: Path, base: Path, out: Path, *, outtype: str = "f16") -> Path:
-    """Write a PEFT LoRA folder as a GGUF adapter for the GGUF of `base` (a folder with config.json). Returns `out`."""
-    arguments = [str(adapter), "--base", str(base), "--outtype", outtype]
-    return _run(converter(), "convert_lora_to_gguf.py", arguments, out, f"the adapter in {adapter}")
+    """Write a PEFT LoRA folder as a GGUF adapter for the GGUF of `base` (a model folder). Returns `out`."""
+    Adapter(adapter, BaseWeights(base, adapter))  # refuses what PEFT would load differently
+    with tempfile.TemporaryDirectory() as place:
+        copy_settings(base, Path(place))  # the converter would run the code of a model folder
+        arguments = [str(adapter), "--base", place, "--outtype", outtype]
+        return _run(converter(), "convert_lora_to_gguf.py", arguments, out, f"the adapter in {adapter}")
 
 
 def _run(source: Path, script: str, arguments: list[str], out: Path, what: str) -> Path:
     part = out.with_name(out.name + ".part")
     command = [sys.executable, str(source / script), *arguments, "--outfile", str(part)]
-    environment = {**os.environ, "PYTHONPATH": str(source / "gguf-py")}
+    # nothing is fetched: a configuration could name code on the Hub
+    environment = {**os.environ, "PYTHONPATH": str(source / "gguf-py"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        command, capture_output=True, text=True, errors="replace", env=environment, check=False
+        command,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        check=False,
     )
     if done.returncode != 0 or not part.is_file():
         part.unlink(missing_ok=True)
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        reason = lines[-1] if lines else "no reason given"
+        if reason == "AssertionError":
+            reason = lines[-2]
         raise DataFault(
-            f"llama.cpp's converter cannot convert {what}: {lines[-1] if lines else 'no reason given'}",
-            f"see it fail: PYTHONPATH={source / 'gguf-py'} {' '.join(command)}",
+            f"llama.cpp's converter cannot convert {what}: {reason}",
+            f"see it fail: PYTHONPATH={source / 'gguf-py'} {shlex.join(command)}",
         )
     return part.replace(out)
 

@@ -1,4 +1,4 @@
-"""A LoRA adapter into its base model, tensor by tensor, so that the memory needed is that of one shard."""
+"""Merge a LoRA adapter into its base model, one tensor at a time, so that memory holds one shard."""
 
 import json
 import math
@@ -8,37 +8,39 @@ from pathlib import Path
 
 from sclite.errors import DataFault
 from sclite.export.weights import Tensors, read_json
+from sclite.student.origin import Origin, fingerprint, nf4_round_trip, read_origin
 
 SHARD_BYTES = 2_000_000_000
-NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+COPIED = (".json", ".model", ".jinja", ".txt", ".tiktoken")
 RECORD = "merged_from.json"
+INITIALIZED_BESIDE_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
+"""`init_lora_weights` that leave the base weights alone; PiSSA, OLoRA, CorDA and others change them."""
 
 
-def merge(base_folder: Path, adapter_folder: Path | None, out_folder: Path) -> Path:
-    """Write base + adapter as a plain Hugging Face folder; without an adapter, the base in full precision.
+def merge(base_folder: Path, adapter_folder: Path | None, out_folder: Path, *, outtype: str = "f32") -> Path:
+    """Write base + adapter as a plain Hugging Face folder; without an adapter, the base without quantization.
 
-    W + scale * B @ A is computed in float32 and stored in the base's type; 4-bit (bitsandbytes) weights become the type
-    they compute in. Every other file of the base, the tokenizer's above all, is copied byte for byte. The folder appears
-    whole or not at all, in the place of an earlier merge. Raises DataFault for what cannot be merged: DoRA, 8-bit weights,
-    adapters of another base or another kind, an `out_folder` that holds something else.
+    W + scale * B @ A is computed in float32 and stored as float32, matrices as float16 where the GGUF will be 16-bit
+    anyway (`outtype`): rounding to the base's own bfloat16 would lose most of a small adapter. Tensors without an adapter
+    keep their type. Code and `auto_map` are left behind. The folder appears whole or not at all, in place of an earlier
+    merge. Raises DataError for what PEFT would load differently, adapters of another base, and damaged files.
     """
     if out_folder.exists() and any(out_folder.iterdir()) and not (out_folder / RECORD).exists():
         raise DataFault(
             f"{out_folder} is not empty and no earlier merge", "name another folder, or empty this one"
         )
-    weights = BaseWeights(base_folder)
+    weights = BaseWeights(base_folder, adapter_folder)
     adapter = Adapter(adapter_folder, weights) if adapter_folder else None
     part = out_folder.with_name(out_folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     shards = _Shards(part)
     for name in weights:
-        shards.add(name, adapter.apply(name, weights[name]) if adapter else weights[name])
-    if adapter:
-        for name in adapter.additions:
-            shards.add(name, adapter.apply(name, None))
+        shards.add(name, adapter.apply(name, weights[name], outtype) if adapter else weights[name])
+    for name in adapter.additions if adapter else ():
+        shards.add(name, adapter.apply(name, None, outtype))
     shards.finish()
-    _copy_files(base_folder, part, untie=bool(adapter and "lm_head.weight" in adapter.additions))
+    copy_settings(base_folder, part, untie=bool(adapter and "lm_head.weight" in adapter.additions))
     record = {"base": str(base_folder), "adapter": str(adapter_folder) if adapter_folder else None}
     (part / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if out_folder.exists():
@@ -46,32 +48,50 @@ def merge(base_folder: Path, adapter_folder: Path | None, out_folder: Path) -> P
     return part.replace(out_folder)
 
 
-def _copy_files(base: Path, out: Path, untie: bool) -> None:
+def copy_settings(base: Path, out: Path, untie: bool = False) -> None:
+    """Copy a model's configuration and tokenizer, byte for byte, without code and without references to code."""
     for path in sorted(base.iterdir()):
-        if path.is_file() and not path.name.endswith(NOT_COPIED) and path.name not in (RECORD, "config.json"):
+        if not path.is_file() or not path.name.endswith(COPIED) or path.name.endswith(".index.json"):
+            continue
+        if path.name.endswith("config.json"):
+            before = read_json(path)
+            after = {key: value for key, value in before.items() if key != "auto_map"}
+            if path.name == "config.json":
+                after.pop("quantization_config", None)
+                after |= {"tie_word_embeddings": False} if untie else {}
+            if after != before:
+                (out / path.name).write_text(json.dumps(after, indent=2) + "\n", encoding="utf-8")
+                continue
+        if path.name != RECORD:
             shutil.copyfile(path, out / path.name)
-    shape = read_json(base / "config.json")
-    if "quantization_config" not in shape and not untie:
-        shutil.copyfile(base / "config.json", out / "config.json")
-        return
-    shape.pop("quantization_config", None)
-    if untie:
-        shape["tie_word_embeddings"] = False
-    (out / "config.json").write_text(json.dumps(shape, indent=2) + "\n", encoding="utf-8")
+
+
+UNSUPPORTED = {
+    "use_dora": "DoRA",
+    "target_parameters": "LoRA on parameters of expert layers",
+    "trainable_token_indices": "single token rows",
+    "layer_replication": "layer replication",
+    "lora_bias": "biases of its own",
+    "alora_invocation_tokens": "activation by tokens",
+    **dict.fromkeys(
+        ("use_qalora", "use_bdlora", "arrow_config", "monteclora_config", "kasa_config"), "a variant"
+    ),
+}
 
 
 class BaseWeights:
-    """The base model's tensors by name; bitsandbytes 4-bit ones are dequantised when they are read."""
+    """The base model's tensors by name, dequantized; with the rounding of the NF4 weights that an adapter was trained on."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, adapter: Path | None = None):
         self.folder, self._tensors = folder, Tensors(folder)
-        quantised = read_json(folder / "config.json").get("quantization_config")
-        if quantised and not (
-            quantised.get("quant_method") == "bitsandbytes" and quantised.get("load_in_4bit")
+        config = read_json(folder / "config.json")
+        quantized = config.get("quantization_config")
+        if quantized and not (
+            quantized.get("quant_method") == "bitsandbytes" and quantized.get("load_in_4bit")
         ):
             raise DataFault(
-                f"the weights of {folder} are quantised ({quantised.get('quant_method')})",
-                "name the unquantised base model (student.model), the one this was made from",
+                f"the weights of {folder} are quantized ({quantized.get('quant_method')})",
+                "set student.model to the unquantized model that this was made from",
             )
         self._states: dict[str, list[str]] = {}
         for name in self._tensors:
@@ -79,6 +99,16 @@ class BaseWeights:
             if owner:
                 self._states.setdefault(owner[1], []).append(name)
         self._parts = {part for parts in self._states.values() for part in parts}
+        self.tied = bool(config.get("tie_word_embeddings")) or "lm_head.weight" not in self
+        self._origin = read_origin(adapter) if adapter else Origin()
+        if self._origin.weights and self._origin.weights != fingerprint(folder):
+            raise DataFault(
+                f"the adapter {adapter} was trained on other weights than those in {folder}",
+                "set student.model to the model that it was trained on, or train again with `sclite train --fresh`",
+            )
+        self._nf4 = {self.find(f"{module}.weight", "training") for module in self._origin.nf4} - set(
+            self._states
+        )
 
     def __iter__(self):
         return (name for name in self._tensors if name not in self._parts)
@@ -87,6 +117,8 @@ class BaseWeights:
         return name in self._tensors and name not in self._parts
 
     def __getitem__(self, name: str):
+        if name in self._nf4:
+            return nf4_round_trip(self._tensors[name], self._origin.dtype)
         if name not in self._states:
             return self._tensors[name]
         import bitsandbytes.functional as bnb
@@ -95,6 +127,29 @@ class BaseWeights:
             {part: self._tensors[part] for part in self._states[name]}, device="cpu"
         )
         return bnb.dequantize_4bit(self._tensors[name], state)
+
+    def rows(self, name: str) -> int:
+        """Length of a tensor's first axis."""
+        return self._tensors.shape(name)[0]
+
+    def float32_bytes(self) -> int:
+        """Bytes that all tensors take in float32; a byte of packed weights holds two."""
+        return sum(
+            4 * math.prod(self._tensors.shape(name)) * (2 if name in self._states else 1) for name in self
+        )
+
+    def find(self, name: str, who: str) -> str:
+        """`name`, or the one tensor whose name ends like it (files of multimodal models name their parts otherwise)."""
+        if name in self:
+            return name
+        tail = re.sub(r"^(model\.|language_model\.)+", "", name)
+        alike = [other for other in self if other.endswith("." + tail) and "vision" not in other]
+        if len(alike) == 1:
+            return alike[0]
+        raise DataFault(
+            f"{who} changes {name}, which {self.folder} does not have",
+            "set student.model to the model that the adapter was trained on",
+        )
 
 
 class Adapter:
@@ -108,90 +163,93 @@ class Adapter:
             raise DataFault(
                 f"{path} is missing", "save the adapter with safe_serialization, or train it again"
             )
-        self._tensors = Tensors._open(path)
-        self._pairs: dict[str, tuple[str, str, bool]] = {}
+        self._tensors = Tensors.open(path, f"delete {folder} and run `sclite train` again")
+        self._pairs: dict[str, tuple[str, str, bool, str]] = {}
         self._whole: dict[str, str] = {}
         keys = list(self._tensors.keys())
         for key in keys:
-            self._place(key, base)
+            self._place(key, base, keys)
         self.additions = [name for name in self._whole if name not in base]
         if not self._pairs and not self._whole:
             raise DataFault(f"{path} holds no tensors", "train the adapter again")
+        names = (*self._pairs, *self._whole)
+        embeddings = [
+            name for name in names if re.search(r"(embed_tokens|wte|word_embeddings|embed_in)\.", name)
+        ]
+        if base.tied and embeddings:
+            self._refuse(f"changes {embeddings[0]}, which {base.folder} shares with its output layer")
+
+    def _refuse(self, reason: str) -> None:
+        raise DataFault(
+            f"the adapter {self.folder} {reason}; it cannot be merged tensor by tensor",
+            "merge it with PEFT, PeftModel.from_pretrained(..).merge_and_unload().save_pretrained(FOLDER), then export "
+            "FOLDER: sclite export --run NEW --set student.model=FOLDER",
+        )
 
     def _refuse_unknown_kinds(self) -> None:
         found = self.settings
-        reasons = {
-            f"an adapter of kind {found.get('peft_type')}": found.get("peft_type") != "LORA",
-            "DoRA (use_dora)": found.get("use_dora"),
-            "LoRA on parameters of expert layers (target_parameters)": found.get("target_parameters"),
-            "added token rows (trainable_token_indices)": found.get("trainable_token_indices"),
-            "layer replication": found.get("layer_replication"),
-        }
-        for reason, is_so in reasons.items():
-            if is_so:
-                raise DataFault(
-                    f"{self.folder} has {reason}, which cannot be merged tensor by tensor",
-                    "merge it with peft: PeftModel.from_pretrained(..).merge_and_unload(), then export that folder",
-                )
+        if found.get("peft_type") != "LORA":
+            self._refuse(f"is of kind {found.get('peft_type')}, not LoRA")
+        if found.get("init_lora_weights") not in INITIALIZED_BESIDE_THE_BASE:
+            self._refuse(f"changed its base's weights when it was created ({found['init_lora_weights']})")
+        if used := next((name for name in UNSUPPORTED if found.get(name)), None):
+            self._refuse(f"uses {UNSUPPORTED[used]} ({used})")
 
-    def _place(self, key: str, base: BaseWeights) -> None:
+    def _place(self, key: str, base: BaseWeights, keys: list[str]) -> None:
         """Find the base tensor that an adapter tensor belongs to."""
         name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
         low_rank = re.fullmatch(r"(.+)\.lora_(embedding_)?([AB])(\.weight)?", name)
         if low_rank:
             module, embedding, side = low_rank[1], bool(low_rank[2]), low_rank[3]
-            target = self._find(f"{module}.weight", base)
-            other = key.replace(f"lora_{low_rank[2] or ''}A", f"lora_{low_rank[2] or ''}B")
+            if module == "lm_head" and base.tied:
+                self._refuse(f"changes lm_head, which {base.folder} shares with its embedding")
+            target = base.find(f"{module}.weight", f"the adapter {self.folder}")
+            stem = f"lora_{low_rank[2] or ''}"
+            other = key.replace(f"{stem}{side}", f"{stem}{'B' if side == 'A' else 'A'}")
+            if other not in keys:
+                raise DataFault(
+                    f"{self.folder} holds {key} without {other}", "save or train the adapter again"
+                )
             if side == "A":
-                self._pairs[target] = (key, other, embedding)
+                self._pairs[target] = (key, other, embedding, module)
         elif "lora_" in name:
-            raise DataFault(
-                f"{self.folder} holds {key}, which is no plain LoRA", "merge it with peft's merge_and_unload"
-            )
+            self._refuse(f"holds {key}, which is not plain LoRA")
         elif name == "lm_head.weight" and name not in base:
             self._whole[name] = key
         else:
-            self._whole[self._find(name, base)] = key
-
-    def _find(self, name: str, base: BaseWeights) -> str:
-        """`name`, or the one tensor whose name ends like it (files of multimodal models name their parts otherwise)."""
-        if name in base:
-            return name
-        tail = re.sub(r"^(model\.|language_model\.)+", "", name)
-        alike = [other for other in base if other.endswith("." + tail) and "vision" not in other]
-        if len(alike) == 1:
-            return alike[0]
-        raise DataFault(
-            f"the adapter {self.folder} changes {name}, which {base.folder} does not have",
-            f"name the base it was trained on: {self.settings.get('base_model_name_or_path')}",
-        )
+            self._whole[base.find(name, f"the adapter {self.folder}")] = key
 
     def _scale(self, module: str, rank: int) -> float:
-        """alpha / r, or alpha / sqrt(r) when rank-stabilised (arXiv 2312.03732); patterns may set alpha by module."""
-        alpha = self.settings["lora_alpha"]
+        """alpha / r, or alpha / sqrt(r) when rank-stabilized (arXiv 2312.03732); patterns may set alpha by module."""
+        alpha = self.settings.get("lora_alpha")
         for pattern, value in (self.settings.get("alpha_pattern") or {}).items():
             if re.match(rf"(.*\.)?({pattern})$", module):
                 alpha = value
                 break
+        if not isinstance(alpha, (int, float)):
+            path = self.folder / "adapter_config.json"
+            raise DataFault(f"{path}: lora_alpha is {alpha!r}", f"restore {path}, or train the adapter again")
         return alpha / math.sqrt(rank) if self.settings.get("use_rslora") else alpha / rank
 
-    def apply(self, name: str, weight):
+    def apply(self, name: str, weight, outtype: str):
         """The tensor after the adapter; `weight` is None for one that the base shares with another."""
         import torch
 
+        before = weight
         if name in self._whole:  # of an embedding peft saves the layer and its update
             found = self._tensors.get_tensor(self._whole[name])
             self._check_shape(name, found, weight)
-            weight = found if weight is None else found.to(weight.dtype)
-        if name not in self._pairs:
+            weight = found
+        if name in self._pairs:
+            key_a, key_b, embedding, module = self._pairs[name]
+            a, b = (self._tensors.get_tensor(key).to(torch.float32) for key in (key_a, key_b))
+            delta = b @ a
+            delta = delta.T if embedding or self.settings.get("fan_in_fan_out") else delta
+            self._check_shape(name, delta, weight)
+            weight = weight.to(torch.float32) + self._scale(module, a.shape[0]) * delta
+        if weight is before:
             return weight
-        key_a, key_b, embedding = self._pairs[name]
-        a, b = (self._tensors.get_tensor(key).to(torch.float32) for key in (key_a, key_b))
-        delta = b @ a
-        delta = delta.T if embedding or self.settings.get("fan_in_fan_out") else delta
-        self._check_shape(name, delta, weight)
-        scale = self._scale(name.removesuffix(".weight"), a.shape[0])
-        return (weight.to(torch.float32) + scale * delta).to(weight.dtype)
+        return weight.to(torch.float32 if outtype == "f32" or weight.ndim == 1 else torch.float16)
 
     def _check_shape(self, name: str, found, weight) -> None:
         if weight is not None and found.shape != weight.shape:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
-from sclite.errors import DataFault, ScliteError
+from sclite.errors import DataFault, ScliteError, UsageFault
 from sclite.student.base import Messages
 from sclite.student.chat_template import render_chat
 
@@ -157,6 +157,9 @@ def detect_family(chat_template: str, *, bos: str = "", eos: str = "") -> Family
         if found and family.system_in == "own" and family.system[0] and head.startswith(family.system[0]):
             candidates.append(replace(family, system=(head, family.system[1])))  # Llama 3.1 puts dates there
         for candidate in candidates:
+            written = "".join((*candidate.system, *candidate.user, *candidate.assistant, candidate.opening))
+            if '"""' in written or "{{" in written:
+                continue  # it would end TEMPLATE, or be run by Ollama
             if texts == [candidate.render(probe) for probe in PROBES]:
                 return candidate
     return None
@@ -183,8 +186,11 @@ def modelfile(
     `chat_template` is the model's Jinja, `bos` and `eos` its tokens as text, `num_ctx` in tokens. Stops are those of the
     family, the model's end token and `stop`. For a template of no known family TEMPLATE is left out, with a warning.
     """
-    if '"""' in system:
-        raise DataFault('the system prompt holds """, which a Modelfile cannot', 'take the """ out of it')
+    if '"""' in system or system.endswith('"'):
+        raise DataFault(
+            'the system prompt holds """ or ends in ", which a Modelfile cannot',
+            "change prompts/student_system",
+        )
     warnings = []
     family = detect_family(chat_template, bos=bos, eos=eos)
     lines = [f"FROM ./{gguf_name}"]
@@ -224,6 +230,11 @@ def _quoted(text: str) -> str:
 
 def create(name: str, modelfile_path: Path) -> str:
     """Run `ollama create NAME -f MODELFILE`; returns what it printed. ScliteError when ollama is missing or refuses."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w./:-]*", name):
+        raise UsageFault(
+            f"export.ollama = {name!r} is not a name for a model",
+            "use letters, digits and . _ - / : as in my-model:v1",
+        )
     program = shutil.which("ollama")
     if program is None:
         raise ScliteError(

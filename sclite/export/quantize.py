@@ -37,7 +37,7 @@ def quantize(source: Path, out: Path, name: str, *, threads: int | None = None) 
     """
     number = known_quantisation(name)
     if not source.is_file():
-        raise DataFault(f"no GGUF file {source}", "make one with: sclite export")
+        raise DataFault(f"{source} does not exist", "run `sclite export` first")
     part = out.with_name(out.name + ".part")
     if _file_type(source) == number:
         shutil.copyfile(source, part)
@@ -61,5 +61,7 @@ def _file_type(path: Path) -> int | None:
     try:
         field = GGUFReader(path).get_field("general.file_type")
     except ValueError as fault:
-        raise DataFault(f"{path} is not a GGUF file: {fault}", "make it anew with: sclite export") from fault
+        raise DataFault(
+            f"{path} is not a GGUF file: {fault}", "write it again with `sclite export`"
+        ) from fault
     return int(field.contents()) if field else None

@@ -1,5 +1,6 @@
-"""The export stage: base and adapter merged, written as GGUF, quantised, compared with the original, a Modelfile beside."""
+"""The export stage: merge base and adapter, write and quantize a GGUF, compare it with the trained model, add a Modelfile."""
 
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,20 +8,22 @@ from typing import Any
 
 from sclite import prompts
 from sclite.config import Config
-from sclite.errors import DataFault
+from sclite.errors import DataFault, ScliteError
 from sclite.export import ollama, parity
 from sclite.export.convert import convert
-from sclite.export.merge import merge
+from sclite.export.merge import BaseWeights, merge
 from sclite.export.quantize import known_quantisation, quantize
 from sclite.run import Report, Run, timed, write_text
 from sclite.signature import digest
+from sclite.student.encode import piece_ids, prompt_ids
 from sclite.student.engine import Engine
-from sclite.student.load import local_folder
+from sclite.student.load import load_tokenizer, local_folder
+from sclite.student.probe import check_gguf
 from sclite.trace import Step, Trace, all_pieces
 
 ADAPTERS = {"base": None, "sft": "sft/adapter", "dpo": "dpo/adapter"}
-PARITY_LIMIT = 2_000_000_000
-"""Bytes of weights up to which the GGUF's probabilities are compared too, not its tokens alone."""
+UNFINISHED = "export/unfinished"
+"""Everything until it has passed its checks; chat, eval and export look into export/ alone."""
 
 
 def gguf_path(run: Run, name: str, config: Config) -> Path:
@@ -42,10 +45,12 @@ def inputs_of(config: Config, run: Run, name: str) -> dict[str, Any]:
     }
 
 
-def export_model(config: Config, run: Run, name: str, *, compare: bool = True) -> Report:
-    """Write export/<name>-<quant>.gguf for base, sft or dpo; with `compare` also parity.json.
+def export_model(config: Config, run: Run, name: str) -> Report:
+    """Write export/<name>-<quant>.gguf for base, sft or dpo, and export/parity.json.
 
-    Skipped where the file was made from the same adapter. Raises DataFault where the adapter is missing.
+    Skipped where the file was made from the same adapter and is whole. The GGUF gets its name after llama.cpp has loaded
+    it and it was compared with the trained model. Raises DataFault where the adapter is missing or cannot be merged, or
+    llama.cpp cannot read the result; ScliteError where the GGUF is not the trained model.
     """
     stage, report = f"export-{name}", Report(f"export-{name}")
     adapter = run.path(ADAPTERS[name]) if ADAPTERS[name] else None
@@ -54,42 +59,111 @@ def export_model(config: Config, run: Run, name: str, *, compare: bool = True) -
     out = gguf_path(run, name, config)
     inputs = inputs_of(config, run, name)
     known_quantisation(config.export.quant)
-    if (manifest := run.done(stage, inputs)) and out.is_file():
+    if (manifest := run.done(stage, inputs)) and _is_whole(run, out, manifest):
         return Report.of(manifest)
+    work = run.path(UNFINISHED)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
     with timed(report):
-        base = local_folder(config.student)
-        merged, full = run.path(f"export/{name}-merged"), run.path(f"export/{name}-full.gguf")
         try:
-            merge(base, adapter, merged)
-            convert(merged, full, outtype="f32" if config.export.quant == "f32" else "f16")
-            quantize(full, out, config.export.quant)
-            report.figures = _describe(run, config, name, merged, full, out, compare)
+            made, full = work / out.name, work / "full.gguf"
+            base, tokenizer = checked_base(config)
+            outtype = "f32" if config.export.quant == "f32" else "f16"
+            convert(merge(base, adapter, work / f"{name}-merged", outtype=outtype), full, outtype=outtype)
+            shutil.rmtree(work / f"{name}-merged")
+            check_gguf(full)
+            quantize(full, made, config.export.quant)
+            check_gguf(made)
+            result = _parity(config, tokenizer, base, adapter, full, made)
+            run.write_json("export/parity.json", result)
+            if different := parity.faults(result):
+                out.unlink(missing_ok=True)
+                raise ScliteError(
+                    f"{out.name} is not the model that was trained: {'; '.join(different)}",
+                    f"nothing was exported; {run.path('export/parity.json')} has the figures. Try another --quant; if "
+                    "tokens differ, make added tokens normal ones (special=False) or use another base model",
+                )
+            _publish(made, out)
         finally:
-            shutil.rmtree(merged, ignore_errors=True)
-            full.unlink(missing_ok=True)
+            shutil.rmtree(work, ignore_errors=True)
+    size = round(out.stat().st_size / 1e6, 2)
+    report.figures = {
+        "gguf": str(out),
+        "megabytes": size,
+        "sha256": run.file_digest(str(out.resolve())),
+        "parity": result,
+    }
     run.sign(stage, inputs, report)
     return report
 
 
-def _describe(
-    run: Run, config: Config, name: str, merged: Path, full: Path, out: Path, compare: bool
+def _is_whole(run: Run, out: Path, manifest: dict[str, Any]) -> bool:
+    return out.is_file() and run.file_digest(str(out.resolve())) == manifest["figures"].get("sha256")
+
+
+def _publish(made: Path, out: Path) -> None:
+    """Give a finished file its name, once its bytes are on the disk."""
+    with open(made, "rb+") as file:
+        os.fsync(file.fileno())
+    made.replace(out)
+    folder = os.open(out.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def checked_base(config: Config) -> tuple[Path, Any]:
+    """The base model's folder and its tokenizer; DataFault where that has more tokens than the embedding has rows."""
+    base = local_folder(config.student)
+    tokenizer = load_tokenizer(str(base))
+    tokens = max(tokenizer.get_vocab().values()) + 1
+    weights = BaseWeights(base)
+    rows = next(
+        (weights.rows(n) for n in weights if n.endswith(("embed_tokens.weight", "wte.weight"))), tokens
+    )
+    if tokens > rows:
+        raise DataFault(
+            f"the tokenizer of {base} has {tokens} tokens, its embedding {rows} rows",
+            "resize the embedding before training: model.resize_token_embeddings(len(tokenizer)), then save_pretrained",
+        )
+    return base, tokenizer
+
+
+def _parity(
+    config: Config, tokenizer: Any, base: Path, adapter: Path | None, full: Path, made: Path
 ) -> dict[str, Any]:
-    figures: dict[str, Any] = {"gguf": str(out), "megabytes": round(out.stat().st_size / 1e6, 2)}
-    if compare:
-        figures["parity"] = _parity(merged, full)
-        run.write_json("export/parity.json", figures["parity"])
-    return figures
-
-
-def _parity(merged: Path, full: Path) -> dict[str, Any]:
-    """Tokens, and for small models probabilities, of the merged folder against the unquantised GGUF."""
+    """What parity.json holds: the files compared, their tokens and, where the base fits into memory, their probabilities."""
     question = "Anna has 12 nuts and buys 3 more. How many has she?"
     trace = Trace(
         (Step("12 + 3 = 15.", "Add.", "The sum is 15.", "12 + 3 = 15."),), "Add what is bought.", "15"
     )
-    chats = [prompts.solve_messages(question), prompts.review_messages(question, "".join(all_pieces(trace)))]
-    size = sum(path.stat().st_size for path in merged.glob("*.safetensors"))
-    return parity.check(merged, full, all_pieces(trace), chats, weights=size <= PARITY_LIMIT)
+    pieces, folder = all_pieces(trace), config.prompts.folder
+    chats = [
+        prompts.solve_messages(question, folder),
+        prompts.review_messages(question, "".join(pieces), folder),
+    ]
+    result = {"file": made.name, "quantization": config.export.quant.lower(), "skipped": None}
+    result |= parity.check_tokens(tokenizer, made, pieces, chats)
+    needed, free = BaseWeights(base).float32_bytes() * 1.2, free_memory()
+    if free is not None and needed > free:
+        return result | {"skipped": f"{needed / 1e9:.0f} GB of RAM needed, {free / 1e9:.0f} GB free"}
+    answer = [i for ids in piece_ids(tokenizer, pieces) for i in ids]
+    expected = parity.references(base, adapter, [prompt_ids(tokenizer, chat) + answer for chat in chats])
+    whole = parity.compare(expected, full)
+    same = made.stat().st_size == full.stat().st_size and result["quantization"] in ("f16", "f32")
+    return result | {"unquantized": whole, "quantized": whole if same else parity.compare(expected, made)}
+
+
+def free_memory() -> int | None:
+    """Bytes of RAM that are available; None where the system does not say."""
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    return next(
+        (int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("MemAvailable")), None
+    )
 
 
 def write_modelfile(run: Run, config: Config, name: str) -> tuple[Path, Sequence[str]]:

@@ -29,12 +29,15 @@ class Tensors:
         index = folder / "model.safetensors.index.json"
         single = folder / "model.safetensors"
         if index.is_file():
-            self._file = {name: folder / file for name, file in read_json(index)["weight_map"].items()}
+            places = read_json(index).get("weight_map")
+            if not isinstance(places, dict):
+                raise DataFault(f"{index} has no weight_map", "download the model again")
+            self._file = {name: folder / str(file) for name, file in places.items()}
             missing = sorted({path.name for path in self._file.values() if not path.is_file()})
             if missing:
                 raise DataFault(f"{folder} lacks {', '.join(missing)}", "download the model again")
         elif single.is_file():
-            with self._open(single) as weights:
+            with self.open(single) as weights:
                 self._file = dict.fromkeys(weights.keys(), single)
         else:
             raise DataFault(
@@ -43,15 +46,14 @@ class Tensors:
             )
 
     @staticmethod
-    def _open(path: Path):
+    def open(path: Path, hint: str = "download or save it again"):
+        """A safetensors file to read from; raises DataFault with `hint` where it is damaged."""
         from safetensors import SafetensorError, safe_open
 
         try:
             return safe_open(path, framework="pt")
         except SafetensorError as fault:
-            raise DataFault(
-                f"{path} is not a whole safetensors file: {fault}", "download or save it again"
-            ) from fault
+            raise DataFault(f"{path} is damaged: {fault}", hint) from fault
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file)
@@ -61,13 +63,10 @@ class Tensors:
 
     def __getitem__(self, name: str):
         """The tensor on the CPU, in the type it is stored in."""
-        with self._open(self._file[name]) as weights:
+        with self.open(self._file[name]) as weights:
             return weights.get_tensor(name)
 
-    def size(self, name: str) -> int:
-        """Number of elements, without reading them."""
-        with self._open(self._file[name]) as weights:
-            count = 1
-            for length in weights.get_slice(name).get_shape():
-                count *= length
-            return count
+    def shape(self, name: str) -> list[int]:
+        """The tensor's shape, without reading it."""
+        with self.open(self._file[name]) as weights:
+            return weights.get_slice(name).get_shape()

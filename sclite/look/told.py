@@ -113,11 +113,16 @@ def exported(world: Any, report: Report, created: Any, fitted: bool, json: bool)
 
     `created`: what `ollama create` gave, None where it was not asked for; `fitted`: there is a threshold for its reviews.
     """
+    from sclite.export.parity import summary
+
     ollama, figures = world.config.export.ollama, report.figures
     if json:
         console.print_json({**figures, "ollama": ollama if created is not None else None})
         return
     console.say(f"{console.plain(figures['gguf'])}  {figures['megabytes']:g} MB")
+    line = console.plain(summary(figures["parity"]))
+    skipped = figures["parity"]["skipped"]
+    (console.note if skipped else console.say)(f"[yellow]{line}[/]" if skipped else line)
     for warning in figures.get("warnings", []):
         console.note(f"[yellow]note:[/] {console.plain(warning)}")
     run = quote(str(world.run.folder))

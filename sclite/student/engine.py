@@ -93,7 +93,9 @@ class Engine:
         count = api.llama_model_n_params(self._model)
         size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
         self.description: str = buffer.value.decode("utf-8", "replace").replace("?B", size)
-        self.chat_template: str = (api.llama_model_chat_template(self._model, None) or b"").decode("utf-8")
+        self.chat_template: str = (api.llama_model_chat_template(self._model, None) or b"").decode(
+            "utf-8", "replace"
+        )
         self.special_tokens = self.vocabulary.special_tokens(self._metadata)
         self.trained_context: int = api.llama_model_n_ctx_train(self._model) or context
         self.context = -(-min(context, self.trained_context) // 256) * 256
@@ -105,14 +107,15 @@ class Engine:
 
     def _load_model(self, path: Path, gpu_layers: int):
         if not path.is_file():
-            raise DataFault(f"no GGUF file {path}", "make one with: sclite export")
+            raise DataFault(f"{path} does not exist", "run `sclite export` first")
         _log.clear()
         parameters = self._api.llama_model_default_params()
         parameters.n_gpu_layers = gpu_layers
         model = self._api.llama_model_load_from_file(os.fsencode(path), parameters)
         if not model:
             raise DataFault(
-                f"llama.cpp cannot load {path}: {last_words()}", "make it anew with: sclite export"
+                f"llama.cpp cannot load {path}: {last_words()}",
+                "write it again with `sclite export`, or copy it again",
             )
         return model
 

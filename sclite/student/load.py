@@ -40,7 +40,11 @@ def model_name(student: Student) -> str:
 
 def local_folder(student: Student) -> Path:
     """The base model's folder on this disk; a hub model is fetched into the hub's own cache."""
-    name = model_name(student)
+    return folder_of(model_name(student))
+
+
+def folder_of(name: str) -> Path:
+    """The folder of a model by path or Hub ID; as `local_folder`."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download

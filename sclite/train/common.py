@@ -9,7 +9,8 @@ from typing import Any
 from sclite.config import Config, Student
 from sclite.errors import DataFault
 from sclite.run import Run
-from sclite.student.load import EMBEDDED, backend, model_name
+from sclite.student.load import EMBEDDED, backend, folder_of, model_name
+from sclite.student.origin import record_origin
 from sclite.train.checkpoints import sync_folder
 
 
@@ -24,6 +25,7 @@ def save_adapter(model: Any, run: Run, stage: str, name: str) -> None:
     beside = folder.with_name(f".{folder.name}")
     shutil.rmtree(beside, ignore_errors=True)
     model.save_pretrained(beside)
+    record_origin(model, folder_of(model.config.name_or_path), beside)
     sync_folder(beside)
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)

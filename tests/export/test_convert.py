@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from sclite.errors import DataFault, NetworkFault, UsageFault
-from sclite.export import convert, direct
-from sclite.export.parity import check
+from sclite.export import convert, direct, parity
 from sclite.export.quantize import quantisations, quantize
 from sclite.student.base import Request
 from sclite.student.engine import Engine
@@ -179,22 +178,31 @@ def test_a_broken_file_is_refused_and_leaves_nothing(gguf, tmp_path):
     assert not list(tmp_path.glob("x.gguf*"))
 
 
-def test_parity_of_a_float32_file_is_exact_and_json(folder, gguf):
-    found = check(folder, gguf, ["</Step1>\n<Cause>", "  12 €\n\n", *sample_texts(4)], [CHAT])
-    assert json.loads(json.dumps(found)) == found
+def test_parity_of_a_float32_file_is_exact(folder, gguf):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = ["</Step1>\n<Cause>", "  12 €\n\n", *sample_texts(4)]
+    found = parity.check_tokens(tokenizer, gguf, texts, [CHAT])
     assert (found["tokens_equal"], found["tokens_compared"], found["differences"]) == (7, 7, [])
+    expected = parity.references(folder, None, [tokenizer(text).input_ids for text in texts[2:]])
+    found = parity.compare(expected, gguf)
+    assert json.loads(json.dumps(found)) == found
+    assert found["positions"] > 200
     assert found["top1_agreement"] > 0.99
     assert found["mean_abs_logprob_diff"] < 1e-4
-    assert found["positions"] > 400
+    assert found["adapter_share"] is None
 
 
 def test_parity_finds_other_weights_and_another_tokenizer(folder, gguf, tmp_path):
+    from transformers import AutoTokenizer
+
     other = tiny_llama(tmp_path / "other", seed=1)
-    assert check(other, gguf, [], [CHAT])["mean_abs_logprob_diff"] > 0.1
+    expected = parity.references(other, None, [[1, 300, 301, 302, 303]])
+    assert parity.compare(expected, gguf)["mean_abs_logprob_diff"] > 0.1
     settings = json.loads((other / "tokenizer.json").read_text(encoding="utf-8"))
     settings["pre_tokenizer"]["prepend_scheme"] = "first"
     (other / "tokenizer.json").write_text(json.dumps(settings), encoding="utf-8")
-    found = check(other, gguf, ["Add", "<Step1>"], weights=False)
+    found = parity.check_tokens(AutoTokenizer.from_pretrained(other), gguf, ["<Step1>", "Add"], [])
     assert found["tokens_equal"] == 0
     assert found["differences"][0]["text"] == "Add"
-    assert found["top1_agreement"] is None

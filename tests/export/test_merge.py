@@ -53,13 +53,13 @@ PATTERNS = {
         {"r": 9, "lora_alpha": 12, "target_modules": ["q_proj", "down_proj"], "use_rslora": True},
         {"r": 4, "lora_alpha": 8, "target_modules": LINEAR, **PATTERNS},
         {"r": 4, "lora_alpha": 8, "target_modules": ["v_proj"], "modules_to_save": ["norm"]},
-        {"r": 4, "lora_alpha": 8, "target_modules": ["v_proj", "embed_tokens"]},
+        {"r": 4, "lora_alpha": 8, "target_modules": ["v_proj"], "init_lora_weights": "gaussian"},
     ],
-    ids=["all-linear", "rank-stabilised", "patterns", "modules-to-save", "embeddings"],
+    ids=["all-linear", "rank-stabilized", "patterns", "modules-to-save", "gaussian"],
 )
-def test_the_merge_equals_that_of_peft(base, tmp_path, settings):
+def test_merge_equals_that_of_peft(base, tmp_path, settings):
     wanted = train(base, tmp_path / "adapter", **settings)
-    merge(base, tmp_path / "adapter", tmp_path / "merged")
+    merge(base, tmp_path / "adapter", tmp_path / "merged", outtype="f32")
     found = read(tmp_path / "merged")
     before = read(base)
     assert set(found) == set(before)
@@ -102,16 +102,27 @@ def test_shards_are_read_and_written_with_an_index(base, tmp_path, monkeypatch):
         assert tensor.equal(again[name])
 
 
-def test_half_precision_stays_half_precision_and_is_rounded_once(base, tmp_path):
+def test_bfloat16_base_is_merged_in_float32_and_kept_in_float16(base, tmp_path):
+    """The adapter changes weights by less than bfloat16 resolves: rounding to the base's type would lose it."""
     import torch
+    from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
 
-    wanted = train(base, tmp_path / "adapter", r=4, target_modules=["q_proj"])
+    train(base, tmp_path / "adapter", r=4, target_modules=["q_proj"])
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    small = {k: v * 0.01 if "lora_B" in k else v for k, v in load_file(path).items()}
+    save_file(small, path)
     AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
-    merge(tmp_path / "half", tmp_path / "adapter", tmp_path / "merged")
-    found = read(tmp_path / "merged")["model.layers.0.self_attn.q_proj.weight"]
-    assert found.dtype == torch.bfloat16
-    assert (found.float() - wanted["model.layers.0.self_attn.q_proj.weight"]).abs().max() < 0.05
+    name = "model.layers.0.self_attn.q_proj"
+    a, b = (small[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+    before = read(tmp_path / "half")
+    wanted = before[f"{name}.weight"].float() + 8 / 4 * (b @ a)
+    for outtype, dtype, bound in (("f32", torch.float32, 1e-7), ("f16", torch.float16, 5e-4)):
+        found = read(merge(tmp_path / "half", tmp_path / "adapter", tmp_path / outtype, outtype=outtype))
+        assert found[f"{name}.weight"].dtype == dtype
+        assert ((found[f"{name}.weight"].float() - wanted).abs() <= bound * wanted.abs() + 1e-7).all()
+        assert found["model.norm.weight"].equal(before["model.norm.weight"])
+    assert (wanted.bfloat16().float() - wanted).abs().max() > 5e-4
 
 
 def test_four_bit_weights_are_dequantised(base, tmp_path):
@@ -150,8 +161,101 @@ def test_what_cannot_be_merged_is_refused_with_a_remedy(base, tmp_path):
     (tmp_path / "gptq" / "config.json").write_text(json.dumps(shape))
     with pytest.raises(DataFault, match="gptq") as fault:
         merge(tmp_path / "gptq", None, tmp_path / "merged")
-    assert "unquantised" in fault.value.hint
+    assert "unquantized" in fault.value.hint
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"init_lora_weights": "olora"}, "olora"),
+        ({"modules_to_save": ["embed_tokens"]}, "embed_tokens.weight, which .* shares with its output layer"),
+        ({"target_modules": ["v_proj", "embed_tokens"]}, "embed_tokens.weight, which .* shares"),
+        ({"target_modules": ["v_proj", "lm_head"]}, "lm_head, which .* shares"),
+    ],
+    ids=["pissa", "olora", "saved-embedding", "lora-on-embedding", "lora-on-head"],
+)
+def test_adapter_that_peft_would_reload_differently_is_refused(base, tmp_path, settings, reason):
+    train(base, tmp_path / "adapter", **{"r": 2, "target_modules": ["v_proj"], **settings})
+    with pytest.raises(DataFault, match=reason) as fault:
+        merge(base, tmp_path / "adapter", tmp_path / "merged")
+    assert "merge_and_unload" in fault.value.hint
+    assert not (tmp_path / "merged").exists()
+
+
+def test_saved_head_of_a_tied_model_is_written_beside_the_embedding_as_peft_reloads_it(base, tmp_path):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    train(base, tmp_path / "adapter", r=2, target_modules=["v_proj"], modules_to_save=["lm_head"])
+    merge(base, tmp_path / "adapter", tmp_path / "merged")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    ids = torch.tensor([[1, 300, 301, 302]])
+    wanted = PeftModel.from_pretrained(model, tmp_path / "adapter")(ids).logits
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
+    assert (found - wanted).abs().max() < 1e-3 * wanted.abs().max()
+
+
+def test_embedding_of_an_untied_model_is_merged_as_peft_does(base, tmp_path):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = LlamaConfig.from_pretrained(base)
+    shape.tie_word_embeddings = False
+    torch.manual_seed(3)
+    LlamaForCausalLM(shape).save_pretrained(tmp_path / "untied")
+    wanted = train(tmp_path / "untied", tmp_path / "adapter", r=4, target_modules=["v_proj", "embed_tokens"])
+    found = read(merge(tmp_path / "untied", tmp_path / "adapter", tmp_path / "merged"))
+    assert all((found[name] - wanted[name]).abs().max() < 1e-6 for name in found)
+
+
+def test_adapter_trained_on_other_weights_of_the_same_shapes_is_refused(base, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from sclite.student.origin import record_origin
+
+    train(base, tmp_path / "adapter", r=2, target_modules=["q_proj"])
+    record_origin(AutoModelForCausalLM.from_pretrained(base), base, tmp_path / "adapter")
+    merge(base, tmp_path / "adapter", tmp_path / "merged")
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "sharded", max_shard_size="2MB")
+    shutil.copy(base / "config.json", tmp_path / "sharded")
+    merge(tmp_path / "sharded", tmp_path / "adapter", tmp_path / "merged")  # the same weights in other files
+    other = tiny_llama(tmp_path / "other", seed=5)
+    with pytest.raises(DataFault, match="trained on other weights"):
+        merge(other, tmp_path / "adapter", tmp_path / "merged")
+
+
+def test_damaged_adapter_names_the_file_and_a_remedy(base, tmp_path):
+    train(base, tmp_path / "adapter", r=2, target_modules=["q_proj"])
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", whole[:4], b"\xff" * 64):
+        path.write_bytes(damaged)
+        with pytest.raises(DataFault, match=r"adapter_model\.safetensors is damaged") as fault:
+            merge(base, tmp_path / "adapter", tmp_path / "merged")
+        assert fault.value.hint == f"delete {path.parent} and run `sclite train` again"
+    path.write_bytes(whole)
+    for settings in ("{", "[]", '{"peft_type": "LORA"}', '{"peft_type": "LORA", "lora_alpha": "x"}'):
+        (tmp_path / "adapter" / "adapter_config.json").write_text(settings)
+        with pytest.raises(DataFault, match=r"adapter_config\.json"):
+            merge(base, tmp_path / "adapter", tmp_path / "merged")
+
+
+def test_code_of_a_model_folder_is_not_copied(base, tmp_path):
+    folder = tmp_path / "with-code"
+    shutil.copytree(base, folder)
+    (folder / "tokenization_own.py").write_text("raise SystemExit")
+    for name in ("config.json", "tokenizer_config.json"):
+        found = json.loads((folder / name).read_text()) | {
+            "auto_map": {"AutoTokenizer": ["tokenization_own.T", None]}
+        }
+        (folder / name).write_text(json.dumps(found))
+    merge(folder, None, tmp_path / "merged")
+    assert not list((tmp_path / "merged").glob("*.py"))
+    for name in ("config.json", "tokenizer_config.json"):
+        assert json.loads((tmp_path / "merged" / name).read_text()) == json.loads((base / name).read_text())
 
 
 def test_an_adapter_of_another_base_is_refused(base, tmp_path):

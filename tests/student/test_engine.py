@@ -341,7 +341,7 @@ def test_an_abandoned_run_leaves_its_slots_to_others(engine):
 
 
 def test_what_is_no_gguf_is_refused_with_a_remedy(tmp_path, gguf):
-    with pytest.raises(DataFault, match="no GGUF file"):
+    with pytest.raises(DataFault, match="does not exist"):
         Engine(tmp_path / "absent.gguf")
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(gguf.read_bytes()[:5000])

@@ -1,0 +1,85 @@
+"""What an adapter was trained on: a fingerprint of the base weights, and which of them were quantized to NF4."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sclite.errors import DataFault
+
+FILE = "trained_on.json"
+SAMPLE = 4096
+"""Bytes of each tensor that enter the fingerprint."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """`weights`: fingerprint of the base, "" when unknown; `nf4`: modules that training held in NF4; `dtype`: their type."""
+
+    weights: str = ""
+    nf4: tuple[str, ...] = ()
+    dtype: str = "bfloat16"
+
+
+def fingerprint(folder: Path) -> str:
+    """Hash of every tensor's name, type, shape and middle bytes; "" where the folder has no safetensors.
+
+    Independent of sharding, and cheap: a few kilobytes are read per tensor. Raises DataFault for a damaged file.
+    """
+    found: dict[str, str] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with open(path, "rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(min(size, 1 << 28)))
+                for name, tensor in header.items():
+                    if name == "__metadata__":
+                        continue
+                    begin, end = tensor["data_offsets"]
+                    file.seek(8 + size + begin + max(0, (end - begin - SAMPLE) // 2))
+                    sample = hashlib.sha256(file.read(min(SAMPLE, end - begin))).hexdigest()
+                    found[name] = f"{tensor['dtype']} {tensor['shape']} {sample}"
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataFault(f"{path} is damaged: {error}", "download or save the model again") from error
+    return hashlib.sha256(json.dumps(sorted(found.items())).encode()).hexdigest()[:16] if found else ""
+
+
+def record_origin(model: Any, base: Path, adapter: Path) -> None:
+    """Write what `model`, loaded from the folder `base`, was trained on beside its adapter."""
+    layers = {
+        name.removeprefix("base_model.model.").removesuffix(".base_layer"): module.weight
+        for name, module in model.named_modules()
+        if type(module).__name__ == "Linear4bit"
+    }
+    state = next((weight.quant_state for weight in layers.values()), None)
+    dtype = "bfloat16" if state is None else str(state.dtype).removeprefix("torch.")
+    kept = {"weights": fingerprint(base), "nf4": sorted(layers), "dtype": dtype}
+    (adapter / FILE).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+
+
+def read_origin(adapter: Path) -> Origin:
+    """What an adapter was trained on; an adapter from elsewhere has no record. Raises DataFault for a damaged record."""
+    path = adapter / FILE
+    if not path.is_file():
+        return Origin()
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        found = Origin(str(kept["weights"]), tuple(map(str, kept["nf4"])), str(kept["dtype"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataFault(
+            f"{path} is damaged: {error}",
+            f"delete {adapter} and run `sclite train` again",
+        ) from error
+    return found
+
+
+def nf4_round_trip(weight: Any, dtype: str) -> Any:
+    """A weight [out, in] as NF4 training sees it: quantized as `four_bits` says, then dequantized to `dtype`."""
+    import bitsandbytes.functional as bnb
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    given = weight.to(device, getattr(torch, dtype))
+    packed, state = bnb.quantize_4bit(given, quant_type="nf4", compress_statistics=True)
+    return bnb.dequantize_4bit(packed, state).cpu()

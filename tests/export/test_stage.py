@@ -1,0 +1,244 @@
+"""The export stage: the GGUF that gets its name is the model that was trained, and nothing else does."""
+
+import json
+import shutil
+
+import pytest
+
+from sclite.config import Config
+from sclite.errors import FAILED, DataFault, ScliteError
+from sclite.export import convert, parity, stage
+from sclite.run import Run
+from sclite.student.engine import Engine
+from sclite.student.origin import record_origin
+from sclite.student.probe import check_gguf
+from tests.tiny import sample_texts, tiny_llama
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A small Llama in bfloat16, as models come from the Hub."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny_llama(tmp_path_factory.mktemp("base"))
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory):
+    """A LoRA that changes weights by about as much as bfloat16 rounds them."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("adapter")
+    return save_adapter(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), base, folder)
+
+
+def save_adapter(model, base, folder):
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=LINEAR, task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.003)
+    model.save_pretrained(folder)
+    record_origin(model, base, folder)
+    return folder
+
+
+@pytest.fixture
+def run(adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "run/sft/adapter")
+    return Run(tmp_path / "run")
+
+
+def config_of(base, quant="q8_0"):
+    return Config.model_validate({"student": {"model": str(base)}, "export": {"quant": quant}})
+
+
+def test_parity_names_the_file_and_the_quantization_that_are_shipped(base, run):
+    report = stage.export_model(config_of(base), run, "sft")
+    kept = json.loads(run.path("export/parity.json").read_text())
+    assert kept == report.figures["parity"]
+    assert (kept["file"], kept["quantization"], kept["skipped"]) == ("sft-q8_0.gguf", "q8_0", None)
+    assert kept["tokens_equal"] == kept["tokens_compared"] > 5
+    assert kept["unquantized"]["mean_abs_logprob_diff"] < kept["quantized"]["mean_abs_logprob_diff"]
+    assert kept["unquantized"]["adapter_share"] == pytest.approx(1, abs=0.05)
+    line = parity.summary(kept)
+    assert line.startswith("parity of sft-q8_0.gguf: tokens ")
+    assert "\n" not in line
+    assert sorted(path.name for path in run.path("export").iterdir()) == ["parity.json", "sft-q8_0.gguf"]
+
+
+def rounded(tensors, before):
+    return {name: tensor.bfloat16() for name, tensor in tensors.items()}
+
+
+def scaled(tensors, before):
+    name = "model.layers.1.mlp.down_proj.weight"
+    return tensors | {name: tensors[name] * 1.05}
+
+
+def merged_twice(tensors, before):
+    return {
+        name: (2 * tensor.float() - before[name].float()).to(tensor.dtype) for name, tensor in tensors.items()
+    }
+
+
+def not_merged(tensors, before):
+    return before
+
+
+@pytest.mark.parametrize("fault", [rounded, scaled, merged_twice, not_merged])
+def test_faulty_merge_fails_the_export(base, run, monkeypatch, fault):
+    from safetensors.torch import load_file, save_file
+
+    merge = stage.merge
+
+    def faulty(*given, **named):
+        path = merge(*given, **named) / "model.safetensors"
+        before = load_file(base / "model.safetensors")
+        save_file(fault(load_file(path), before), path, metadata={"format": "pt"})
+        return path.parent
+
+    monkeypatch.setattr(stage, "merge", faulty)
+    with pytest.raises(ScliteError, match=r"sft-q8_0\.gguf is not the model that was trained") as error:
+        stage.export_model(config_of(base), run, "sft")
+    assert error.value.code == FAILED
+    assert [path.name for path in run.path("export").iterdir()] == ["parity.json"]
+    assert run.finished("export-sft") is None
+
+
+def test_adapter_trained_in_nf4_is_merged_into_the_weights_that_it_was_trained_on(base, run, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from sclite.student.load import four_bits
+
+    settings = {"quantization_config": four_bits(), "dtype": torch.bfloat16, "device_map": {"": "cpu"}}
+    folder = run.path("sft/adapter")
+    save_adapter(AutoModelForCausalLM.from_pretrained(base, **settings), base, folder)
+    kept = json.loads((folder / "trained_on.json").read_text())
+    assert len(kept["nf4"]) == 2 * 7
+    figures = stage.export_model(config_of(base, "f16"), run, "sft").figures["parity"]["unquantized"]
+    other = kept | {"nf4": []}
+    (folder / "trained_on.json").write_text(json.dumps(other))
+    sixteen = parity.compare(
+        parity.references(base, folder, [list(range(300, 400))]), run.path("export/sft-f16.gguf")
+    )
+    assert figures["mean_abs_logprob_diff"] < 0.004
+    assert sixteen["mean_abs_logprob_diff"] > 10 * figures["mean_abs_logprob_diff"]
+
+
+def test_damaged_gguf_is_written_again_and_an_unchanged_one_is_not(base, run):
+    config = config_of(base)
+    assert not stage.export_model(config, run, "sft").skipped
+    assert stage.export_model(config, run, "sft").skipped
+    path = run.path("export/sft-q8_0.gguf")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataFault, match=r"llama\.cpp cannot load") as error:
+        check_gguf(path)
+    assert "sclite export" in error.value.hint
+    assert not stage.export_model(config, run, "sft").skipped
+    with Engine(path, parallel=1, context=256) as engine:
+        assert engine.vocabulary_size == 512
+
+
+def test_tokenizer_that_aborts_llama_cpp_is_an_error_and_leaves_no_gguf(base, run, monkeypatch):
+    """Without byte tokens llama.cpp ends the process with an uncaught std::out_of_range."""
+    import gguf
+
+    add = gguf.GGUFWriter.add_token_list
+    monkeypatch.setattr(
+        gguf.GGUFWriter,
+        "add_token_list",
+        lambda self, tokens: add(self, [token.replace("<0x", "<1x") for token in tokens]),
+    )
+    with pytest.raises(DataFault, match=r"llama.cpp cannot read .*signal 6") as error:
+        stage.export_model(config_of(base), run, "sft")
+    assert "another base model" in error.value.hint
+    assert list(run.path("export").iterdir()) == []
+
+
+def test_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_refused(base, run, tmp_path):
+    from transformers import AutoTokenizer
+
+    shutil.copytree(base, tmp_path / "more")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "more")
+    tokenizer.add_tokens(["<Cause>"])
+    tokenizer.save_pretrained(tmp_path / "more")
+    with pytest.raises(DataFault, match="has 513 tokens, its embedding 512 rows") as error:
+        stage.export_model(config_of(tmp_path / "more"), run, "sft")
+    assert "resize_token_embeddings" in error.value.hint
+
+
+def test_token_that_the_gguf_splits_otherwise_fails_the_export(base, run, tmp_path):
+    """An added token that is in tokenizer.json alone: transformers finds it in text, the GGUF does not know it."""
+    folder = tmp_path / "added"
+    shutil.copytree(base, folder)
+    kept = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    settings = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    merges = kept["model"]["merges"]
+    text = next(
+        "".join(pair) for pair in reversed(merges) if not any("".join(pair) in each for each in merges)
+    )
+    kept["model"]["merges"] = [pair for pair in merges if "".join(pair) != text]
+    number = kept["model"]["vocab"].pop(text)
+    kept["model"]["vocab"]["<Cause>"] = number
+    kept["added_tokens"].append({"id": number, "content": "<Cause>", **settings})
+    (folder / "tokenizer.json").write_text(json.dumps(kept), encoding="utf-8")
+    with pytest.raises(ScliteError, match=r"it splits .*<Cause>.* into tokens") as error:
+        stage.export_model(config_of(folder), run, "sft")
+    assert error.value.code == FAILED
+    assert [path.name for path in run.path("export").iterdir()] == ["parity.json"]
+
+
+def test_probabilities_that_do_not_fit_into_memory_are_skipped_and_said(base, run, monkeypatch):
+    monkeypatch.setattr(stage, "free_memory", lambda: 1_000_000)
+    result = stage.export_model(config_of(base), run, "sft").figures["parity"]
+    assert "GB of RAM needed" in result["skipped"]
+    assert "probabilities not compared" in parity.summary(result)
+    assert parity.faults(result) == []
+
+
+def test_code_in_a_model_folder_does_not_run(base, run, tmp_path, monkeypatch):
+    """Neither in transformers nor in llama.cpp's converter, which loads tokenizers with trust_remote_code=True."""
+    source = convert.cache_folder()
+    if not (source / convert.SCRIPT).is_file():
+        pytest.skip("llama.cpp's converter is not on this machine; `sclite export` of a model fetches it")
+    ran = tmp_path / "ran"
+    folder = tmp_path / "with-code"
+    shutil.copytree(base, folder)
+    (folder / "tokenizer.model").unlink()  # else the converter does not ask transformers
+    (folder / "own.py").write_text(
+        f"open({str(ran)!r}, 'w').write('x')\nfrom transformers import PreTrainedTokenizerFast as T, LlamaConfig as C\n"
+    )
+    for name, settings in (
+        ("config.json", {"auto_map": {"AutoConfig": "own.C"}, "architectures": ["DreamModel"]}),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": [None, "own.T"]}}),
+    ):
+        found = json.loads((folder / name).read_text()) | settings
+        (folder / name).write_text(json.dumps(found))
+    with pytest.raises(DataFault, match="converter cannot convert"):  # it is no Dream model
+        stage.export_model(config_of(folder), run, "sft")
+    assert not ran.exists()
+    with pytest.raises(DataFault):
+        convert.run_converter(source, folder, tmp_path / "out.gguf")
+    assert ran.exists()  # the folder as it is does run there
+
+
+def test_trace_texts_split_alike(base, run):
+    stage.export_model(config_of(base, "f16"), run, "sft")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    found = parity.check_tokens(tokenizer, run.path("export/sft-f16.gguf"), sample_texts(20), [])
+    assert (found["tokens_equal"], found["differences"]) == (20, [])
