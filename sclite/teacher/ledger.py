@@ -1,5 +1,6 @@
 """The ledger: every request that was sent and every reply that was paid for, so that nothing is paid for twice."""
 
+import contextlib
 import sqlite3
 import threading
 from collections import deque
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sclite import console
 from sclite.errors import DataFault
 from sclite.signature import digest
 
@@ -46,12 +48,41 @@ _FAILED = "UPDATE requests SET state = 'failed', text = ? WHERE key = ?"
 _LOST = "UPDATE requests SET state = 'given_up', given_up = given_up + 1, lost_usd = lost_usd + reserved_usd, text = ?"
 
 
-def _remedy(error: sqlite3.Error, path: Path) -> str:
+_UNREADABLE = (sqlite3.Error, UnicodeDecodeError)  # the second: in a message about a damaged schema
+
+
+def _connect(path: Path | str, **options: Any) -> sqlite3.Connection:
+    """A connection that reads texts also where a byte of theirs is damaged."""
+    database = sqlite3.connect(path, check_same_thread=False, **options)
+    database.text_factory = lambda text: text.decode("utf-8", "replace")
+    return database
+
+
+def _salvage(path: Path, why: str) -> None:
+    """Put a damaged ledger aside, and the rows that can still be read of it into a new one."""
+    aside = path.with_name(f"{path.name}.damaged")
+    for end in ("-wal", "-shm", ""):
+        with contextlib.suppress(FileNotFoundError):
+            path.with_name(path.name + end).rename(f"{aside}{end}")
+    with contextlib.closing(_connect(aside)) as old, contextlib.closing(_connect(path)) as new:
+        new.execute(_SCHEMA)
+        for order in ("ASC", "DESC"):  # up to the damage from either side
+            with contextlib.suppress(*_UNREADABLE):
+                for row in old.execute(f"SELECT * FROM requests ORDER BY key {order}"):
+                    new.execute(f"INSERT OR IGNORE INTO requests VALUES ({', '.join('?' * len(row))})", row)
+        new.commit()
+        kept = new.execute("SELECT COUNT(*) FROM requests").fetchone()[0]
+    text = f"{path} was damaged ({why}): {kept} requests could be read and are kept; the file is in {aside}"
+    console.note(f"[yellow]warning:[/] {console.plain(text)}")
+
+
+def _remedy(error: Exception, path: Path) -> str:
     """What to do about a ledger that does not open: only a damaged one may be moved."""
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return "another program has it open: close it, and run the same command again"
-    if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
+    damaged = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_FORMAT)
+    if code in damaged:
         moved = f"`mv {path} {path}.damaged`"
         return f"put it back from a copy, or {moved}: finished rows stay, and the others are paid for again"
     return "check its permissions and that its disk has room, and run the same command again"
@@ -100,22 +131,30 @@ class Ledger:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
+        self._known: set[int] | None
         try:
-            self._database = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
-            self._prepare()
-            self._reader = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
-            answered = "SELECT key FROM requests WHERE state IN (?, ?)"
-            rows = self._reader.execute(answered, _ANSWERED)
-            self._known: set[int] | None = {
-                hash(key) for (key,) in rows
-            }  # a third of the memory; alike ones are looked up
-        except sqlite3.Error as error:
+            try:
+                self._open()
+            except sqlite3.DatabaseError as error:
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_CORRUPT:
+                    raise
+                self._database.close()
+                _salvage(self.path, str(error))
+                self._open()
+        except _UNREADABLE as error:
             raise DataFault(f"{self.path} cannot be opened: {error}", _remedy(error, self.path)) from error
         self._waiting: deque[tuple[str, tuple]] = deque()
         self._fault: DataFault | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="ledger")
         totals = self.totals()
         self.spent_usd: float = totals["cost_usd"] + totals["lost_usd"]
+
+    def _open(self) -> None:
+        self._database = _connect(self.path, isolation_level=None)
+        self._prepare()
+        self._reader = _connect(self.path, isolation_level=None)
+        rows = self._reader.execute("SELECT key FROM requests WHERE state IN (?, ?)", _ANSWERED)
+        self._known = {hash(key) for (key,) in rows}  # a third of the memory; alike ones are looked up
 
     def _prepare(self) -> None:
         database = self._database
@@ -153,8 +192,14 @@ class Ledger:
         if self._known is not None and hash(key) not in self._known:
             return None
         with self._lock:
-            row = self._reader.execute(_GET, (key, *_ANSWERED)).fetchone()
+            row = self._row(_GET, (key, *_ANSWERED))
         return Entry(*row) if row else None
+
+    def _row(self, statement: str, values: tuple) -> tuple | None:
+        try:
+            return self._reader.execute(statement, values).fetchone()
+        except _UNREADABLE as error:
+            raise DataFault(f"{self.path} cannot be read: {error}", _remedy(error, self.path)) from error
 
     def totals(self, stage: str | None = None) -> dict[str, Any]:
         """What one stage or all have asked for.
@@ -166,7 +211,7 @@ class Ledger:
             self._writer.submit(self._write).result()
         where, values = ("", ()) if stage is None else (" WHERE stage = ?", (stage,))
         with self._lock:
-            row = self._reader.execute(_TOTALS + where, values).fetchone()
+            row = self._row(_TOTALS + where, values)
         return dict(zip(_TOTAL_NAMES, row, strict=True))
 
     @classmethod
@@ -183,11 +228,11 @@ class Ledger:
         log = ledger.path.with_name(f"{ledger.path.name}-wal")
         mode = "mode=ro" if log.exists() else "mode=ro&immutable=1"
         try:
-            ledger._database = ledger._reader = sqlite3.connect(
-                f"{ledger.path.absolute().as_uri()}?{mode}", uri=True, check_same_thread=False
+            ledger._database = ledger._reader = _connect(
+                f"{ledger.path.absolute().as_uri()}?{mode}", uri=True
             )
             ledger.totals()
-        except sqlite3.Error as error:
+        except _UNREADABLE as error:
             raise DataFault(f"{ledger.path} cannot be read: {error}", _remedy(error, ledger.path)) from error
         return ledger
 

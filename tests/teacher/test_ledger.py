@@ -153,3 +153,34 @@ def test_a_ledger_that_is_not_there_is_not_made_by_reading(tmp_path):
     with pytest.raises(DataFault, match="cannot be read"):
         Ledger.reading(tmp_path / "text")
     assert [p.name for p in tmp_path.iterdir()] == ["text"]
+
+
+def test_of_a_damaged_ledger_all_that_can_be_read_is_kept_and_the_rest_lies_aside(tmp_path, capsys):
+    path = tmp_path / "ledger.sqlite"
+    with Ledger(path) as ledger:
+        for number in range(400):
+            ledger.sent(f"{number:03}", "templates", "m")
+            ledger.put(f"{number:03}", Entry("text " * 100, "stop", 1, 1, 0.5, 1.0)).result()
+    whole = path.read_bytes()
+    page = 4096
+    middle = len(whole) // 2 // page * page
+    path.write_bytes(whole[:middle] + b"\xff" * page + whole[middle + page :])
+    with Ledger(path) as ledger:
+        kept = ledger.totals()["requests"]
+        assert ledger.get("000") is not None
+        assert ledger.get("399") is not None
+    assert 300 < kept < 400  # the page may be one that others hang on
+    assert f"{kept} requests could be read" in " ".join(capsys.readouterr().err.split())
+    assert path.with_name("ledger.sqlite.damaged").stat().st_size == len(whole)
+    with Ledger(path) as ledger:
+        assert ledger.totals()["requests"] == kept
+
+
+def test_a_reply_with_a_damaged_byte_is_read(tmp_path):
+    path = tmp_path / "ledger.sqlite"
+    with Ledger(path) as ledger:
+        ledger.sent("a", "templates", "m")
+        ledger.put("a", Entry("one two three", "stop", 1, 1, 0.5, 1.0)).result()
+    path.write_bytes(path.read_bytes().replace(b"one two", b"one\xff two"[:7]))
+    with Ledger(path) as ledger:
+        assert ledger.get("a").text.startswith("one\ufffd")
