@@ -1,12 +1,10 @@
 """The run folder, the only thing between stages: rows appended whole, files replaced by rename, stages signed when done."""
 
 import fcntl
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -15,6 +13,9 @@ from pydantic import TypeAdapter, ValidationError
 from sclite import __version__, console
 from sclite.config import Config
 from sclite.errors import DataFault, ScliteError, UsageFault
+from sclite.files import end_last_line, file_digest, line_at
+from sclite.files import sync as sync
+from sclite.files import write_text as write_text
 from sclite.manifest import Manifest
 from sclite.manifest import Report as Report
 from sclite.manifest import timed as timed
@@ -38,31 +39,6 @@ MADE_BY = {
     "pairs.jsonl": ("pairs", "train"),
 }
 """The stage that writes a file of rows, and the command that makes its missing rows again."""
-
-
-def write_text(path: Path, text: str | Iterable[str]) -> None:
-    """Write a text, whole or in pieces, beside, force to disk, rename: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{os.getpid()}.new")  # no longer than any name that fits
-    try:
-        with open(beside, "w", encoding="utf-8") as file:
-            file.writelines([text] if isinstance(text, str) else text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Force a file, or the names in a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Run:
@@ -185,7 +161,7 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab+", buffering=0) as file:
             if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-                _end_last_line(file)
+                end_last_line(file)
 
             def add(rows: Iterable[Row]) -> None:
                 data = "".join(row.model_dump_json(exclude_none=False) + "\n" for row in rows).encode()
@@ -261,7 +237,7 @@ class Run:
             return
         with open(self.path(name), "rb") as file:
             found = (begins[id] for id in ids if id in begins)
-            self.replace(name, (kind.model_validate_json(_line_at(file, begin)) for begin in found))
+            self.replace(name, (kind.model_validate_json(line_at(file, begin)) for begin in found))
 
     def require(self, name: str, kind: type[R], hint: str) -> list[R]:
         """The rows of a file that a stage needs; raises DataFault with `hint` where there are none."""
@@ -377,34 +353,5 @@ class Run:
         return not ours and path.is_file() and path.stat().st_size > 0
 
     def file_digest(self, name: str) -> str:
-        """A short hash of a file's bytes; empty where it is absent. A file that has not changed is read once."""
-        path = self.path(name)
-        if not path.is_file():
-            return ""
-        found = path.stat()
-        return _file_digest(path.resolve(), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-
-
-@lru_cache(maxsize=256)
-def _file_digest(path: Path, *_: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-def _line_at(file, begin: int) -> bytes:
-    file.seek(begin)
-    return file.readline()
-
-
-def _end_last_line(file) -> None:
-    """Cut a half-written last line off; a whole one, as an editor may leave it, gets its newline."""
-    file.seek(0)
-    content = file.read()
-    begin = content.rfind(b"\n") + 1
-    try:
-        json.loads(content[begin:])
-    except ValueError:
-        file.truncate(begin)
-    else:
-        file.write(b"\n")
-    file.seek(0, os.SEEK_END)
+        """A short hash of a file's bytes; empty where it is absent."""
+        return file_digest(self.path(name))

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sclite import prompts
-from sclite import run as run_module
+from sclite import files, prompts
 from sclite.data import attempts, corrections, templates
 from sclite.data.problems import split_for_stages
 from sclite.errors import DataFault
@@ -268,9 +267,9 @@ def test_no_gguf_is_read_for_a_line(built, monkeypatch):
     adapter(built, "sft/adapter")
     evaluated(built)
     read = []
-    digest = run_module._file_digest
+    digest = files._digest
     monkeypatch.setattr(
-        run_module, "_file_digest", lambda path, *stat: (read.append(path.name), digest(path, *stat))[1]
+        files, "_digest", lambda path, *stat: (read.append(path.name), digest(path, *stat))[1]
     )
     assert states(built)["eval"] == "done"
     assert "adapter_model.safetensors" in read
