@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from sclite import console
-from sclite.errors import FAILED, UsageFault
+from sclite.errors import DATA, FAILED, UsageFault
 from sclite.options import Common, ConfigOption, JsonOption, common_options, held
 
 app = typer.Typer(
@@ -320,7 +320,8 @@ def chat(
 
         known = {"example": test_problems(1)[0].question, "familiar": within}
     asked = {"self_correct": self_correct, "question": question, "as_json": common.json}
-    talk(path, world.config, threshold, **asked, **known)
+    if not talk(path, world.config, threshold, **asked, **known):
+        raise typer.Exit(DATA)
 
 
 @app.command()

@@ -210,26 +210,47 @@ def fault(error: ScliteError, as_json: bool = False) -> None:
         put(terminal(stderr=True), f"[cyan]try:[/] {plain(error.hint)}", whole="`" in error.hint)
 
 
-def lines(invitation: str) -> Iterator[str]:
-    """What the user types, line by line, up to an empty one or the end of the input; empty lines of a pipe are skipped."""
-    interactive = sys.stdin.isatty()
-    if interactive:
-        note(invitation)
+def interactive() -> bool:
+    """Whether somebody sits at a terminal to type and to read."""
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def inputs(invitation: str) -> Iterator[str]:
+    """What the user types or pastes, until Ctrl-D or one of LEAVE; without a terminal each line of stdin.
+
+    A paste is one input, however many lines and empty lines it has. Empty inputs are skipped. Ctrl-C clears the line.
+    """
+    if not interactive():
+        while line := read_line():
+            if line.strip():
+                yield line.strip()
+        return
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.output import create_output
+
+    note(invitation)
+    session: PromptSession[str] = PromptSession("> ", output=create_output(sys.stderr))
     while True:
-        if interactive:
-            sys.stderr.write("\n> ")
-            sys.stderr.flush()
-        read = read_line()
-        if not read or (interactive and not read.strip()):
-            if interactive and not read:
-                note("")  # after Ctrl-D the shell's prompt begins a line
+        try:
+            typed = session.prompt().strip()
+        except KeyboardInterrupt:
+            note("[dim]/bye or Ctrl-D leaves[/]")
+            continue
+        except EOFError:
             return
-        if read.strip():
-            yield read.strip()
+        if typed in LEAVE:
+            return
+        if typed:
+            yield typed
+
+
+LEAVE = ("/bye", "exit", "quit")
 
 
 def read_line() -> str:
-    """A line of stdin; bytes that are no UTF-8 become replacement characters, which any output can hold."""
+    """A line of stdin, "" at its end; bytes that are no UTF-8 become replacement characters, which any output can hold."""
+    if sys.stdin is None:  # closed by who has started this process
+        return ""
     return sys.stdin.readline().encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 

@@ -28,7 +28,7 @@ class Check:
 
 def check_all() -> list[Check]:
     """Every check. torch and llama.cpp are imported in processes of their own, which takes seconds."""
-    torch, llama = probe(_TORCH), probe(_LLAMA)
+    torch, llama = _printed(_TORCH), _printed(_LLAMA)
     gpus = [] if isinstance(torch, str) else torch["gpus"]
     return [
         _python(),
@@ -54,11 +54,11 @@ _LLAMA = (
 
 def gpus() -> list[tuple[str, float, float]]:
     """As `cards`, asked in a process of its own; none where torch is missing or broken."""
-    found = probe(_TORCH)
+    found = _printed(_TORCH)
     return [] if isinstance(found, str) else found["gpus"]
 
 
-def probe(code: str) -> Any:
+def _printed(code: str) -> Any:
     """What Python code prints as JSON in a process of its own; the reason as a str where it fails or is killed."""
     path = os.pathsep.join(folder for folder in sys.path if folder)
     try:

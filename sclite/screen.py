@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from sclite.console import duration, note, plain, put, read_line, terminal, visible
+from sclite.console import duration, interactive, note, plain, put, read_line, terminal, visible
 
 Progress = Callable[..., None]
 WIDE = 125  # columns that a line of progress takes with all its words
@@ -156,7 +156,7 @@ class Screen:
 
     def confirm(self, question: str) -> bool:
         """Ask yes or no on the terminal; the bar pauses. Yes where there is no terminal to ask on."""
-        if self.quiet or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        if self.quiet or not interactive():
             return True
         if self._bars is not None:
             self._bars.stop()

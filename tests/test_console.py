@@ -23,17 +23,16 @@ def test_a_table_too_wide_for_the_terminal_lies_on_its_side(width, lying, monkey
 def test_what_is_typed_in_another_encoding_is_read_as_replacement_characters(monkeypatch):
     typed = io.TextIOWrapper(io.BytesIO(b"caf\xe9 3\n\n"), encoding="utf-8", errors="surrogateescape")
     monkeypatch.setattr(sys, "stdin", typed)
-    (line,) = console.lines("")
+    (line,) = console.inputs("")
     assert line == "caf\ufffd 3"
     line.encode()
 
 
-@pytest.mark.parametrize("interactive", [True, False])
-def test_an_empty_line_ends_what_is_typed_and_is_skipped_in_a_pipe(interactive, monkeypatch):
-    typed = io.StringIO("first\n\n  \nsecond\n")
-    typed.isatty = lambda: interactive
-    monkeypatch.setattr(sys, "stdin", typed)
-    assert list(console.lines("")) == (["first"] if interactive else ["first", "second"])
+def test_empty_lines_of_a_pipe_are_skipped_and_a_closed_stdin_has_none(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("first\n\n  \nsecond\n" + "x" * 100_000))
+    assert list(console.inputs("")) == ["first", "second", "x" * 100_000]
+    monkeypatch.setattr(sys, "stdin", None)
+    assert list(console.inputs("")) == []
 
 
 def test_the_last_of_several_text_columns_wraps_and_no_other(monkeypatch, capsys):

@@ -1,16 +1,21 @@
-"""Talking to a GGUF in the terminal: it solves, and with self-correction it looks for its own wrong step and mends it."""
+"""Chat with a GGUF in the terminal: it solves, and with self-correction it finds and corrects its own wrong step."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from sclite import console, prompts
 from sclite.config import Config
-from sclite.errors import DataFault, UsageFault
+from sclite.console import plain
+from sclite.errors import DataFault, ScliteError
 from sclite.student.base import Request
 from sclite.student.engine import Engine
 from sclite.student.probe import check_gguf
-from sclite.student.review import Reviewed, Settings, free, guided
+from sclite.student.review import NEVER, SAME_RESULT, Reviewed, Settings, free, guided
 from sclite.trace import Step, parse
+
+RIGHT, WRONG, UNREVIEWED = "[green]✓[/]", "[red]✗[/]", "[dim]·[/]"
+LEGEND = "✓ the review found no error, ✗ it did, · not reviewed"
 
 
 def talk(
@@ -23,68 +28,122 @@ def talk(
     example: str = "",
     familiar: Callable[[str], bool] = lambda _: True,
     as_json: bool = False,
-) -> None:
-    """Answer one question, or those typed until an empty line or the end of input.
+) -> bool:
+    """Answer one question, or those that are typed or piped in; whether each of them was answered.
 
     A student that knows one kind of problems alone has an `example` of them; where one is not `familiar`, that is said.
-
-    Raises UsageFault where a guided review is asked for and no threshold is known.
+    An error, or Ctrl-C during an answer, ends that answer and not the session.
     """
-    if self_correct and threshold is None and config.review.mode == "guided":
-        raise UsageFault(
-            f"no threshold is stored for {path}",
-            "run `sclite eval PROBLEMS`, which fits one; or give --set review.threshold=0, or --set review.mode=free",
-        )
+    off = why_off(path, config, threshold, self_correct)
     check_gguf(path)
     with Engine(path, parallel=1, context=config.eval.context) as engine:
         if not as_json:
             where = "with layers on the GPU" if engine.offloaded else "on the CPU (nothing is offloaded)"
-            console.note(f"[dim]{path.name}: {engine.description}, {where}[/]")
+            console.note(f"[dim]{plain(path.name)}: {plain(engine.description)}, {where}[/]")
+        if off and not as_json:
+            console.note(f"[dim]{plain(off)}[/]")
         settings = Settings(
             threshold or 0.0, max(1, config.review.rounds), config.eval.max_tokens, config.prompts.folder
         )
 
-        def answer(asked: str) -> None:
-            if not familiar(asked):
+        def answer(asked: str) -> Answer:
+            known = familiar(asked)
+            if not known:
                 console.note(
-                    "[yellow]note:[/] it has learned no problems of this kind, length and size; its answer says little"
+                    "[yellow]note:[/] it was trained on other problems than this one; its answer says little"
                 )
-            _answer(engine, asked, config, settings, self_correct, as_json)
+            return _answer(engine, asked, config, settings, off, known)
 
         if question is not None:
-            answer(question)
-            return
-        for typed in console.lines(_invitation(example)):
-            answer(typed)
+            found = answer(question)
+            console.print_json(_as_json(found, off if self_correct else "")) if as_json else show(found)
+            return True
+        interactive, answered = console.interactive(), True
+        for typed in console.inputs(_invitation(example, reviews=not off)):
+            try:
+                found = answer(typed)
+                show(found) if interactive else console.say(plain(" ".join(found.result.split())))
+            except ScliteError as error:
+                console.fault(error)
+                answered = False
+                if not interactive:
+                    console.say()
+            except KeyboardInterrupt:
+                if not interactive:
+                    raise
+                engine.scheduler.clear()
+                console.note("interrupted; /bye or Ctrl-D leaves")
+        return answered or interactive
 
 
-def _invitation(example: str) -> str:
-    if not example:
-        return "Type a problem; an empty line ends."
-    return f"Type a problem; an empty line ends. This student knows only stories with numbers such as these:\n{console.plain(example)}"
+def why_off(path: Path, config: Config, threshold: float | None, self_correct: bool) -> str:
+    """Why answers are not reviewed; "" where they are."""
+    if not self_correct:
+        return "review is off: --self-correct turns it on"
+    if config.review.mode == "free":
+        return ""
+    if threshold is None:
+        return (
+            f"review is off: no threshold is fitted for {path.name}. `sclite eval` on held-out problems fits one; "
+            "--set review.threshold=0 or --set review.mode=free does without"
+        )
+    if threshold >= NEVER:
+        return f"review is off: the evaluation of {path.name} found no threshold at which it helps"
+    return ""
+
+
+def _invitation(example: str, reviews: bool) -> str:
+    legend = f" {LEGEND}." if reviews else ""
+    known = f"\nThis student knows only problems such as:\n{plain(example)}" if example else ""
+    return f"Type or paste a problem; /bye leaves.{legend}{known}"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question's first answer and its review; `doubt` says why the review, if any, vouches for no step."""
+
+    question: str
+    first: str
+    review: Reviewed | None
+    doubt: str = ""
+
+    @property
+    def result(self) -> str:
+        """The final answer; the whole text where it has none."""
+        text = self.review.text if self.review is not None else self.first
+        return parse(text).trace.answer or text
 
 
 def _answer(
-    engine: Engine, question: str, config: Config, settings: Settings, self_correct: bool, as_json: bool
-) -> None:
+    engine: Engine, question: str, config: Config, settings: Settings, off: str, familiar: bool
+) -> Answer:
     request = Request(prompts.solve_messages(question, config.prompts.folder), max_tokens=settings.max_tokens)
     reply = next(engine.generate([request]))
     if reply.finish == "error":
-        raise DataFault(f"the question cannot be answered: {reply.error}", "raise eval.context")
-    review = None
-    if self_correct:
-        review = (guided if config.review.mode == "guided" else free)(
-            engine, [question], [reply.text], settings
-        )[0]
-    if as_json:
-        console.print_json(_as_json(question, reply.text, review))
-        return
-    _show(reply.text, review, settings)
+        longer = f"shorten the question, or use --set eval.context={2 * engine.context}"
+        hint = longer if engine.context < engine.trained_context else "shorten the question"
+        raise DataFault(f"the question cannot be answered: {reply.error}", hint)
+    trace, cut = parse(reply.text).trace, reply.finish == "length"
+    review, doubt = None, ""
+    if not off and trace.steps:
+        method = guided if config.review.mode == "guided" else free
+        (review,) = method(engine, [question], [reply.text], settings)
+        doubt = "" if review.note == SAME_RESULT else review.note
+    if not trace.steps:
+        doubt = "this answer has no steps to review"
+    elif cut:
+        doubt = f"the answer was cut off at {settings.max_tokens} tokens; raise eval.max_tokens"
+    elif trace.answer is None:
+        doubt = doubt or "the steps lead to no answer"
+    elif not familiar:
+        doubt = doubt or "unfamiliar problem"
+    return Answer(question, reply.text, review, doubt)
 
 
-def _as_json(question: str, first: str, review: Reviewed | None) -> dict:
-    final = review.text if review is not None else first
-    row = {"question": question, "first": first, "answer": parse(final).trace.answer}
+def _as_json(found: Answer, off: str) -> dict:
+    review = found.review
+    final = review.text if review is not None else found.first
+    row = {"question": found.question, "first": found.first, "answer": parse(final).trace.answer}
     if review is not None:
         row |= {
             "accused": review.accused,
@@ -92,57 +151,46 @@ def _as_json(question: str, first: str, review: Reviewed | None) -> dict:
             "correction": review.correction,
             "step_scores": [round(score, 4) for score in review.scores],
             "final": final,
-            "note": review.note,
         }
-    return row
+    return row | {"note": off or found.doubt or (review.note if review is not None else "")}
 
 
-def _show(first: str, review: Reviewed | None, settings: Settings) -> None:
+def show(found: Answer) -> None:
     """The first answer step by step, with its marks; then what the review made of it."""
-    trace = parse(first).trace
+    trace, review = parse(found.first).trace, found.review
+    vouched = RIGHT if review is not None and not found.doubt else UNREVIEWED
     if not trace.steps:
-        console.say(_plain(first))
-        console.note("[yellow]note:[/] this answer has no steps, so there is nothing to review")
-        return
+        console.say(plain(found.first))
     for number, step in enumerate(trace.steps, 1):
         accused = review is not None and number == review.accused
-        mended = step.correction is not None  # while it was solving, without being asked
-        mark = "[red]✗[/]" if accused or mended else "[green]✓[/]" if review is not None else " "
-        _line(mark, number, step)
-        if mended:
-            _mending(step.cause, step.correction)
+        corrected = step.correction is not None  # while it was solving, without being asked
+        _line(WRONG if accused or corrected else vouched, number, step)
+        if corrected:
+            _correction(step.cause, step.correction)
         if accused:
-            _mending(review.cause, review.correction)
+            _correction(review.cause, review.correction)
             break
-    final = trace
     if review is not None and review.accused is not None:
         final = parse(review.text).trace
         for number, step in enumerate(final.steps[review.accused :], review.accused + 1):
-            _line("[green]✓[/]" if step.correction is None else "[red]✗[/]", number, step)
+            _line(UNREVIEWED if step.correction is None else WRONG, number, step)
             if step.correction is not None:
-                _mending(step.cause, step.correction)
-        console.say(
-            f"\n  answer {_plain(trace.answer or '–')} → [bold green]{_plain(final.answer or '–')}[/]"
-        )
-    else:
-        console.say(f"\n  answer [bold]{_plain(trace.answer or '–')}[/]")
-    if review is not None and review.note:
-        console.note(f"[yellow]note:[/] {review.note}; the answer stands")
+                _correction(step.cause, step.correction)
+        console.say(f"\n  answer {plain(trace.answer or '–')} → [bold green]{plain(final.answer or '–')}[/]")
+    elif trace.steps:
+        console.say(f"\n  answer [bold]{plain(trace.answer or '–')}[/]")
+    note = found.doubt or (review.note if review is not None else "")
+    if note:
+        console.note(f"[yellow]note:[/] {plain(note)}")
 
 
-def _mending(cause: str | None, correction: str | None) -> None:
+def _correction(cause: str | None, correction: str | None) -> None:
     if cause:
-        console.say(f"      [red]why wrong[/]  {_plain(cause)}")
-    console.say(f"      [green]corrected[/]  {_plain(correction or '')}")
+        console.say(f"      [red]why wrong[/]  {plain(cause)}")
+    console.say(f"      [green]corrected[/]  {plain(correction or '')}")
 
 
 def _line(mark: str, number: int, step: Step) -> None:
-    console.say(f"  {mark} [dim]{number}[/] {_plain(step.text)}")
+    console.say(f"  {mark} [dim]{number}[/] {plain(step.text)}")
     if step.key:
-        console.say(f"      [cyan]key[/]  {_plain(step.key)}")
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+        console.say(f"      [cyan]key[/]  {plain(step.key)}")

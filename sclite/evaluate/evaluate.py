@@ -12,14 +12,14 @@ from typing import Any
 
 from sclite import prompts
 from sclite.config import Config
-from sclite.evaluate.metrics import NEVER, Outcome, Scored, fit_threshold, summarise
+from sclite.evaluate.metrics import Outcome, Scored, fit_threshold, summarise
 from sclite.grading.extract import answer_of
 from sclite.grading.worker import Grader
 from sclite.records import Problem
 from sclite.run import Run
 from sclite.signature import digest
 from sclite.student.base import Reply, Request, Student
-from sclite.student.review import Reviewed, Settings, changed, free, guided, mend, scores_of
+from sclite.student.review import NEVER, Reviewed, Settings, changed, free, guided, mend, scores_of
 from sclite.trace import Trace, parse, work_of
 
 Judge = Callable[[str, Trace], int | None]

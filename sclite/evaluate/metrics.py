@@ -10,8 +10,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from sclite.records import Row
-
-NEVER = 1e6  # as a threshold: no log-odds exceed it, so nothing is accused; JSON has no infinity
+from sclite.student.review import NEVER
 
 LogOdds = Annotated[float, Field(gt=-NEVER, lt=NEVER)]
 

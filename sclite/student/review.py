@@ -29,6 +29,7 @@ CLOSER = "</Step"
 TOP_P = 0.95
 _NUMBERS, _BEGINS = re.compile(r"[\d\s.,:+\-*/×()$]*\Z"), re.compile(r"[(-]?\d")
 NO_REPLY, SAME_RESULT = "no reply", "the correction comes to the same result"
+NEVER = 1e6  # as a threshold: no log-odds exceed it, so nothing is accused; JSON has no infinity
 
 
 @dataclass(frozen=True)
