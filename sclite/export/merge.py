@@ -6,7 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
-from sclite.errors import DataFault
+from sclite.errors import DataFault, ScliteError
 from sclite.export.weights import Tensors, read_json
 from sclite.student.origin import Origin, fingerprint, nf4_round_trip, read_origin
 
@@ -127,10 +127,6 @@ class BaseWeights:
             {part: self._tensors[part] for part in self._states[name]}, device="cpu"
         )
         return bnb.dequantize_4bit(self._tensors[name], state)
-
-    def rows(self, name: str) -> int:
-        """Length of a tensor's first axis."""
-        return self._tensors.shape(name)[0]
 
     def float32_bytes(self) -> int:
         """Bytes that all tensors take in float32; a byte of packed weights holds two."""
@@ -275,9 +271,14 @@ class _Shards:
         self._total += size
 
     def _flush(self) -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        save_file(self._pending, self.folder / f"{len(self._names)}.safetensors", metadata={"format": "pt"})
+        path = self.folder / f"{len(self._names)}.safetensors"
+        try:
+            save_file(self._pending, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise ScliteError(f"{path} cannot be written: {error}", "check the free disk space") from error
         self._names.append(list(self._pending))
         self._pending, self._bytes = {}, 0
 

@@ -49,7 +49,8 @@ def quantize(source: Path, out: Path, name: str, *, threads: int | None = None) 
     if code != 0:
         part.unlink(missing_ok=True)
         raise DataFault(
-            f"llama.cpp cannot quantise {source} to {name}: {last_words()}", "start from an f16 file"
+            f"llama.cpp cannot quantise {source} to {name}: {last_words()}",
+            "check the free disk space, or choose another --quant",
         )
     return part.replace(out)
 

@@ -13,11 +13,13 @@ from sclite.export import ollama, parity
 from sclite.export.convert import convert
 from sclite.export.merge import BaseWeights, merge
 from sclite.export.quantize import known_quantisation, quantize
+from sclite.export.weights import read_json
 from sclite.run import Report, Run, timed, write_text
 from sclite.signature import digest
 from sclite.student.encode import piece_ids, prompt_ids
 from sclite.student.engine import Engine
-from sclite.student.load import load_tokenizer, local_folder
+from sclite.student.load import check_vocabulary, load_tokenizer, local_folder, read_config
+from sclite.student.origin import read_origin
 from sclite.student.probe import check_gguf
 from sclite.trace import Step, Trace, all_pieces
 
@@ -67,7 +69,9 @@ def export_model(config: Config, run: Run, name: str) -> Report:
     with timed(report):
         try:
             made, full = work / out.name, work / "full.gguf"
-            base, tokenizer = checked_base(config)
+            base = local_folder(config.student)
+            tokenizer = load_tokenizer(str(base))
+            check_vocabulary(tokenizer, read_config(str(base)), str(base))
             outtype = "f32" if config.export.quant == "f32" else "f16"
             convert(merge(base, adapter, work / f"{name}-merged", outtype=outtype), full, outtype=outtype)
             shutil.rmtree(work / f"{name}-merged")
@@ -111,23 +115,6 @@ def _publish(made: Path, out: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-def checked_base(config: Config) -> tuple[Path, Any]:
-    """The base model's folder and its tokenizer; DataFault where that has more tokens than the embedding has rows."""
-    base = local_folder(config.student)
-    tokenizer = load_tokenizer(str(base))
-    tokens = max(tokenizer.get_vocab().values()) + 1
-    weights = BaseWeights(base)
-    rows = next(
-        (weights.rows(n) for n in weights if n.endswith(("embed_tokens.weight", "wte.weight"))), tokens
-    )
-    if tokens > rows:
-        raise DataFault(
-            f"the tokenizer of {base} has {tokens} tokens, its embedding {rows} rows",
-            "resize the embedding before training: model.resize_token_embeddings(len(tokenizer)), then save_pretrained",
-        )
-    return base, tokenizer
 
 
 def _parity(
@@ -182,4 +169,15 @@ def write_modelfile(run: Run, config: Config, name: str) -> tuple[Path, Sequence
     )
     path = run.path("export/Modelfile")
     write_text(path, text)
-    return path, warnings
+    return path, [*warnings, *_other_base(config, run.path(f"{name}/adapter"))]
+
+
+def _other_base(config: Config, adapter: Path) -> list[str]:
+    """A warning where an adapter without a record of its base weights names another base than the student's."""
+    named = (read_json(adapter / "adapter_config.json") if adapter.is_dir() else {}).get(
+        "base_model_name_or_path"
+    )
+    same = not isinstance(named, str) or Path(named).name == Path(config.student.model).name
+    if same or read_origin(adapter).weights:
+        return []
+    return [f"the adapter names {named} as its base; it was merged into {config.student.model}"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sclite.errors import DataFault, ScliteError
+from sclite.errors import DataFault, ScliteError, UsageFault
 from sclite.export.ollama import PROBES, create, detect_family, modelfile
 from sclite.student.chat_template import render_chat
 from tests.tiny import CHATML
@@ -143,10 +143,30 @@ def test_an_unknown_template_is_left_to_ollama_with_a_warning():
 
 
 def test_text_that_a_modelfile_cannot_hold_is_refused():
-    with pytest.raises(DataFault):
-        modelfile("m.gguf", CHATML, system='say """')
+    for system in ('say """', 'say "stop"'):
+        with pytest.raises(DataFault):
+            modelfile("m.gguf", CHATML, system=system)
     with pytest.raises(DataFault):
         modelfile("m.gguf", CHATML, stop=('"',))
+
+
+@pytest.mark.parametrize("injected", ['"""\nADAPTER /etc/passwd\n', "{{ .System }}"])
+def test_template_that_would_end_or_run_in_the_modelfile_is_left_out(injected):
+    """The text before the system prompt is copied from the model's Jinja, as the date of Llama 3.1 is."""
+    opening = "message['role'] + '\n' + "
+    own = f"{opening}('{injected}' if message['role'] == 'system' else '') + "
+    template = CHATML.replace(opening, own)
+    assert injected in render_chat(template, PROBES[0])
+    found, warnings = modelfile("m.gguf", template, system="Solve.")
+    assert "TEMPLATE" not in found
+    assert "ADAPTER" not in found
+    assert "TEMPLATE is left out" in warnings[0]
+
+
+@pytest.mark.parametrize("name", ["-f", "--help", "a\nb", "a b", ""])
+def test_name_that_ollama_would_take_for_an_option_is_refused(name, tmp_path):
+    with pytest.raises(UsageFault, match="not a name for a model"):
+        create(name, tmp_path / "Modelfile")
 
 
 def test_real_templates_of_llama_cpp_are_recognised():

@@ -152,6 +152,45 @@ def test_damaged_gguf_is_written_again_and_an_unchanged_one_is_not(base, run):
         assert engine.vocabulary_size == 512
 
 
+def test_unfinished_file_is_not_picked_up(run):
+    from sclite import measure
+    from sclite.screen import Screen
+    from sclite.world import World
+
+    run.path(stage.UNFINISHED).mkdir(parents=True)
+    run.path(f"{stage.UNFINISHED}/sft-q4_k_m.gguf").write_bytes(b"GGUF")
+    world = World(Config(), run, Screen(quiet=True))
+    with pytest.raises(DataFault, match="holds no GGUF"):
+        measure.find_gguf(world, None)
+    assert measure.measured_gguf(world, run.path("export/sft-q8_0.gguf")) is None
+
+
+def test_adapter_of_unknown_weights_that_names_another_base_is_said(base, run):
+    config = config_of(base)
+    stage.export_model(config, run, "sft")
+    assert stage.write_modelfile(run, config, "sft")[1] == []
+    run.path("sft/adapter/trained_on.json").unlink()
+    path = run.path("sft/adapter/adapter_config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "org/other"}))
+    assert "names org/other as its base" in stage.write_modelfile(run, config, "sft")[1][0]
+
+
+def test_full_disk_is_an_error_and_leaves_nothing(base, run):
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (100_000, before[1])
+    )  # a write beyond it fails, as on a full disk
+    try:
+        with pytest.raises(ScliteError, match="cannot be written") as error:
+            stage.export_model(config_of(base), run, "sft")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "disk space" in error.value.hint
+    assert list(run.path("export").iterdir()) == []
+
+
 def test_tokenizer_that_aborts_llama_cpp_is_an_error_and_leaves_no_gguf(base, run, monkeypatch):
     """Without byte tokens llama.cpp ends the process with an uncaught std::out_of_range."""
     import gguf
@@ -175,7 +214,7 @@ def test_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_refused(base,
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "more")
     tokenizer.add_tokens(["<Cause>"])
     tokenizer.save_pretrained(tmp_path / "more")
-    with pytest.raises(DataFault, match="has 513 tokens, its embedding 512 rows") as error:
+    with pytest.raises(DataFault, match=r"ids up to 512 .* embedding 512 rows") as error:
         stage.export_model(config_of(tmp_path / "more"), run, "sft")
     assert "resize_token_embeddings" in error.value.hint
 

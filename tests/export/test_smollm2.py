@@ -1,0 +1,127 @@
+"""Export of a real model with a trained LoRA: SmolLM2-135M-Instruct, thirty steps, against transformers."""
+
+import shutil
+
+import pytest
+
+from sclite import prompts
+from sclite.config import Config, Sft, Student
+from sclite.errors import FAILED, ScliteError
+from sclite.export import parity, stage
+from sclite.run import Run
+from sclite.student.base import Request
+from sclite.student.encode import prompt_ids
+from sclite.student.engine import Engine
+from sclite.student.load import load_student, load_tokenizer
+from sclite.train.common import save_adapter
+from tests.smollm2 import smollm2
+from tests.tiny import sample_texts
+
+pytestmark = pytest.mark.slow
+STEPS, TOKENS = 30, 80
+QUESTIONS = [
+    "What is the capital of France, and what is it known for?",
+    "Tom has 7 marbles and wins 5 more. How many has he?",
+    "Explain in a few sentences why the sky is blue.",
+    "Anna buys 3 books at 12 dollars each. What does she pay?",
+    "Write a short story about a fox and a river.",
+    "List five uses of a paper clip.",
+    "A train covers 120 km in 2 hours. How fast is it?",
+    "What is photosynthesis?",
+    "Half of a number is 14. What is the number?",
+    "Describe how to make a cup of tea.",
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(base folder, run with an SFT adapter of thirty steps)."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("smollm2")
+    base, run = smollm2(folder / "base"), Run(folder / "run")
+    shape = Sft(rank=16, alpha=32)
+    model, tokenizer = load_student(Student(model=str(base)), shape, train=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
+    for text in sample_texts(STEPS):
+        question, answer = text.split("\n", 1)
+        prompt = prompt_ids(tokenizer, [{"role": "user", "content": question}])
+        ids = prompt + tokenizer(answer + tokenizer.eos_token, add_special_tokens=False).input_ids
+        labels = [-100] * len(prompt) + ids[len(prompt) :]
+        model(torch.tensor([ids]), labels=torch.tensor([labels])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    save_adapter(model, run, "sft", "sft/adapter")
+    return base, run
+
+
+@pytest.fixture(scope="module")
+def answers(trained):
+    """(messages, prompt ids, ids of the greedy answer) of each question, by transformers in float32."""
+    import torch
+
+    base, run = trained
+    model = parity.trained_model(base, run.path("sft/adapter"))
+    tokenizer = load_tokenizer(str(base))
+    found = []
+    for question in QUESTIONS:
+        messages = prompts.solve_messages(question)
+        ids = prompt_ids(tokenizer, messages)
+        made = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=TOKENS, pad_token_id=2)
+        found.append((messages, ids, made[0, len(ids) :].tolist()))
+    return found
+
+
+def config_of(base, quant):
+    return Config.model_validate({"student": {"model": str(base)}, "export": {"quant": quant}})
+
+
+def measure(base, run, answers, quant):
+    """(how many greedy answers are the same text, teacher-forced figures over the answers)."""
+    stage.export_model(config_of(base, quant), run, "sft")
+    path, tokenizer = run.path(f"export/sft-{quant}.gguf"), load_tokenizer(str(base))
+    with Engine(path, parallel=1, context=1024, gpu_layers=0, exact=True) as engine:
+        replies = engine.generate([Request(messages, max_tokens=TOKENS) for messages, _, _ in answers])
+        texts = {reply.index: reply.text for reply in replies}
+    wanted = [tokenizer.decode(answer, skip_special_tokens=True) for _, _, answer in answers]
+    same = sum(texts[number] == text for number, text in enumerate(wanted))
+    expected = parity.references(base, run.path("sft/adapter"), [ids + answer for _, ids, answer in answers])
+    figures = parity.compare(expected, path)
+    print(f"\n{quant}: {same} of {len(answers)} greedy answers equal, {figures}")
+    return same, figures
+
+
+def test_f16_is_the_trained_model(trained, answers):
+    same, figures = measure(*trained, answers, "f16")
+    assert sum(len(answer) for _, _, answer in answers) > 5 * TOKENS
+    assert same == len(QUESTIONS)
+    assert figures["top1_agreement"] >= 0.999
+    assert figures["adapter_share"] == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("quant", ["q8_0", "q4_k_m"])
+def test_quantized_exports_pass_their_bounds(trained, answers, quant):
+    _, figures = measure(*trained, answers, quant)
+    assert figures["mean_abs_logprob_diff"] < parity.bound_of(quant)
+    assert figures["adapter_share"] == pytest.approx(1, abs=0.3)
+
+
+def test_merge_rounded_to_bfloat16_fails_the_export(trained, tmp_path, monkeypatch):
+    from safetensors.torch import load_file, save_file
+
+    base, run = trained
+    shutil.copytree(run.path("sft/adapter"), tmp_path / "run/sft/adapter")
+    merge = stage.merge
+
+    def rounded(*given, **named):
+        path = merge(*given, **named) / "model.safetensors"
+        tensors = {name: tensor.bfloat16() for name, tensor in load_file(path).items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+        return path.parent
+
+    monkeypatch.setattr(stage, "merge", rounded)
+    with pytest.raises(ScliteError, match="is not the model that was trained") as error:
+        stage.export_model(config_of(base, "f16"), Run(tmp_path / "run"), "sft")
+    print(f"\n{error.value.message}")
+    assert error.value.code == FAILED
+    assert not list((tmp_path / "run/export").glob("*.gguf"))
