@@ -5,6 +5,7 @@ they have variables. (math-verify rounds differences to 15 places, and so takes 
 the difference of their sides is the same but for a constant factor, inequalities also when they have the same solutions.
 """
 
+import functools
 import random
 import re
 from typing import Any
@@ -18,6 +19,7 @@ _FIXES = [
     # latex2sympy reads 4/3\pi as 4/(3\pi)
     (r"(?<![\w.^}])(\d+)/(\d+)(?= ?[A-Za-z\\(])", r"\\frac{\1}{\2}"),
     (r"(?<![\w.^}])(\d+) ?\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\\frac{\2}{\3})"),
+    (r"(?<=[\d)])(?<!_\d)(?=\(-?\d)", r"\\cdot "),
     (r"(?<=\d),(?=\d{3}(?!\d))", ""),
     (r"\\(max|min)\\?\{([^{}\\]*)\\?\}", r"\\\1(\2)"),
     (r"(?<![A-Za-z\\])lcm(?=\()", r"\\operatorname{lcm}"),
@@ -51,6 +53,7 @@ def same_formula(given: str, gold: str) -> Verdict:
         return None
 
 
+@functools.lru_cache(1024)  # gold answers come again with every attempt
 def _read(text: str) -> Any:
     """The formula in sympy, `x < 1 or x > 3` as a set, i as the imaginary unit; None when it is no formula."""
     from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex

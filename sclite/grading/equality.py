@@ -34,12 +34,18 @@ _REWRITES = [
     (r"(?i)</?answer ?>|`", ""),
     (r"\*\*(?=\S.*\*\*$)|^\*\*|\*\*$", ""),
     (r"^(\*|__?)(?=\S)(.*\S)\1$", r"\2"),
+    (r"\\checkmark(?![A-Za-z])|[✓✔✅]", ""),
+    (r"^Rs\.? ?(?=\d)", "₹"),
+    (r"(?i)^both ", ""),
     (r"^noon$", "12 pm"),
     (r"^midnight$", "12 am"),
     (r"^b?(['\"])(.*)\1$", r"\2"),
     (r"(?<![\w)}])'([^',]*)'", r"\1"),
     (r"(?<=\d)(?:\{,\}|,\\[!,]) ?(?=\d{3}(?!\d))", ","),
-    (r"\\!|\\(?:left|right|limits|[bB]igg?[lr]?|displaystyle|textstyle|limits|bf|rm|it)(?![A-Za-z])\.?", ""),
+    (
+        r"\\!|\\(?:left|right|limits|[bB]igg?[lr]?|displaystyle|textstyle|limits|bf|rm|it|[lL]arge)(?![A-Za-z])\.?",
+        "",
+    ),
     (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![A-Za-z])", " "),
     (r"(?<!\\)\\[()\[\]]", ""),
     (r"\\langle(?![A-Za-z])", "("),
@@ -48,7 +54,7 @@ _REWRITES = [
     (r"\*\*", "^"),
     (r"\\(?:[dtc]|nice|s)frac(?![A-Za-z])", r"\\frac"),
     (
-        r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf)|mbox|operatorname|emph|vec)\s*\{([^{}]*)\}",
+        r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf)|mbox|operatorname|emph|vec|underline)\s*\{([^{}]*)\}",
         r" \1 ",
     ),
     (
@@ -74,7 +80,10 @@ _REWRITES = [
     (r"\^(-?\d{2,})", r"^{\1}"),
     (r"\\varnothing|^\\?\{ ?\\?\}$", r"\\emptyset"),
     (r"(?i)^(?:the set of )?all real(?: number)?s$|\\mathbb ?\{?R\}?|\\R(?![A-Za-z])", r"\\mathbb{R}"),
-    (r"^\\?\{ ?[a-z] ?(?:\||:|\\mid)(.*?(?:[<>=]|\\[lgn]e(?![a-z])).*?)\\?\}$", r"\1"),
+    (
+        r"^\\?\{ ?[a-z] ?(?:\\in ?\\mathbb\{R\} ?)?(?:\||:|\\mid)(.*?(?:[<>=]|\\[lgn]e(?![a-z])).*?)\\?\}$",
+        r"\1",
+    ),
     (r"(?<= )in(?= ?[(\[])", r"\\in"),
     (r"(\d+) ?\\b?mod ?([1-9]\d*)", lambda m: str(int(m[1]) % int(m[2]))),
     (
@@ -85,7 +94,7 @@ _REWRITES = [
     (r"\\begin\{array\}\{[lcr| ]*\}(.*)\\end\{array\}", r"\\begin{pmatrix}\1\\end{pmatrix}"),
     (r"(?i)^(?:so|thus|therefore|hence),? ", ""),
     (
-        r"(?i)^(?:(?:the|my) )?(?:final |correct )?(?:answers?|result|total|option|choice)(?: is\b| are\b| ?:| (?=\(?[A-J]\b))[ :]*",
+        r"(?i)^(?:(?:the|my) )?(?:final |correct )?(?:ans|answers?|result|total|option|choice)(?: is\b| are\b| ?:| (?=\(?[A-J]\b))[ :]*",
         "",
     ),
     (r"^(?:[=:\s]|\\approx(?![A-Za-z]))+", ""),
@@ -109,7 +118,8 @@ def tidy(answer: str) -> str:
     """The answer without what only concerns its looks: dollar signs of mathematics, spacing, fonts, a final period."""
     if re.fullmatch(r"-?[\d,.]+", answer) and answer.isascii() and ".." not in answer:
         return answer.rstrip(".,")
-    text = answer if answer.isascii() else _ascii(answer)
+    text = (answer if answer.isascii() else _ascii(answer)).lstrip()
+    text = re.sub(r"(?<![.\\\s])\s*\.?\s*$", "", text)
     # an escaped dollar sign is money, and so is a single one; two enclose mathematics
     text = text.replace("\\$", "¤")
     text = text.replace("$", "" if text.count("$") % 2 == 0 else "¤")
@@ -165,7 +175,7 @@ _SAME["dne"] = "does not exist"
 def _squeeze(text: str) -> str:
     """For comparing as plain text: articles and spaces beside signs do not count, nor does case where all are words."""
     if re.fullmatch(r"[A-Za-z][A-Za-z ',.-]*", text):
-        text = re.sub(r"^(?:an?|the) (?=..)", "", text.casefold())
+        text = re.sub(r"^(?:an?|the) (?=..)|(?<=^yes),.*|(?<=^no),.*", "", text.casefold())
         text = _SAME.get(text, text)
     return re.sub(r" ?([^\w ,]) ?", r"\1", text)
 
@@ -179,9 +189,9 @@ _CLOCK = re.compile(r"(\d{1,2})(?::([0-5]\d))?(?::([0-5]\d))? ?(?:([ap])\.? ?m\b
 _DATE = re.compile(r"()(\d{1,2}) ([A-Z][a-z]{2,8})|([A-Z][a-z]{2,8}) (\d{1,2})()")
 _BASE = re.compile(r"([0-9A-Z]*\d[0-9A-Z]*)(?:_\{(\w+)\})?")
 _WORDS = re.compile(r"(?=.*[A-Za-z]{3})[A-Za-z' -]+")
-_VARIABLE = r"(?:[A-Za-z]|\\(?!in|frac|sqrt|pi|infty)[a-z]+)(?:_\{?\w+\}?)?"
+_VARIABLE = r"(?:[A-Za-z]|\\(?!in|frac|sqrt|pi|infty)[a-z]+)(?:_\{?\w+\}?)?'{0,3}"
 _NAME = re.compile(
-    rf"{_VARIABLE}|{_VARIABLE} ?\([a-zA-Z0-9](?:, ?[a-z0-9])*\)|[A-Za-z]{{2,}}(?: [A-Za-z]+){{0,4}}|m?\\angle ?[A-Z]+|\|[A-Z]{{2}}\|"
+    rf"{_VARIABLE}|\\frac\{{d[a-z]\}}\{{d[a-z]\}}|{_VARIABLE} ?\([a-zA-Z0-9](?:, ?[a-z0-9])*\)|[A-Za-z]{{2,}}(?: [A-Za-z]+){{0,4}}|m?\\angle ?[A-Z]+|\|[A-Z]{{2}}\|"
     rf"|\({_VARIABLE}(?:, ?{_VARIABLE})+\)|{_VARIABLE} ?[:/] ?{_VARIABLE}|\\frac\{{[A-Z]{{2}}\}}\{{[A-Z]{{2}}\}}"
 )
 _LETTER = re.compile(r"(?<![\\A-Za-z])[A-Za-z]")
@@ -261,7 +271,7 @@ def _compare_plain(given: str, gold: str) -> bool | None:
         return bases[0][1] == bases[1][1] and len({m[2] for m in bases if m[2]}) == 1
     if any(numbers):
         number, other = (numbers[0], gold) if numbers[0] else (numbers[1], given)
-        if re.search("[A-Za-z]{3}", other) and not re.search(r"[\\^_<>]", other):
+        if re.search("[A-Za-z]{2}", other) and not re.search(r"[\\^_<>]", other):
             sentence = said(other)
             return sentence is not None and sentence.equals(number)
     listed = any(re.search(r"\b(?:and|or)\b", text) for text in (given, gold))
@@ -377,7 +387,7 @@ def _parts(text: str) -> tuple[str, list[str]]:
 
 
 def _listed(text: str) -> list[str]:
-    text = re.sub(r"\s*(?:[,;]\s*)?\b(?:and|or)\b\s*", ", ", text)
+    text = re.sub(r"\s*(?:[,;]\s*)?(?:\b(?:and|or)\b|(?<= )\\?&(?= ))\s*", ", ", text)
     return _split(text, (";",) if ";" in text else (",",))
 
 

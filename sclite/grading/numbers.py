@@ -39,6 +39,10 @@ _SPELLED = re.compile(
     rf"\b{_UNDER_1000}(?: (?:{'|'.join(_BIG)})(?:,? (?:and )?{_UNDER_1000})?)*\b", re.IGNORECASE
 )
 
+_AND_PARTS = re.compile(
+    rf"\band (?:an? |(\d+) )({_PARTS.replace(';', '|').replace('halves', 'half')})s?\b", re.IGNORECASE
+)
+
 
 def spelled_out(text: str) -> str:
     """The text with number words as digits and "negative", "minus" before a number and "below zero" behind it as a sign."""
@@ -50,7 +54,9 @@ def spelled_out(text: str) -> str:
         text,
         flags=re.IGNORECASE,
     )
-    text = re.sub(r"\b(?:and an? half)\b", "1/2", _SPELLED.sub(_as_digits, text), flags=re.IGNORECASE)
+    text = _AND_PARTS.sub(
+        lambda m: f"{m[1] or 1}/{1 / _SCALES[m[2].casefold()]}", _SPELLED.sub(_as_digits, text)
+    )
     text = re.sub(r"^(?:negative|minus) (?=[\d¤.\\])", "-", text, flags=re.IGNORECASE)
     return re.sub(
         r"^(\d[\d,.]*(?: degrees?)?(?: [CF]| celsius)?) below (?:0|freezing)$",
@@ -133,7 +139,7 @@ _STOP = {
 }
 # words that make of "5 .." or of a sentence with a 5 something other than five
 _NEVER = (
-    "not|no|none|nobody|never|neither|nor|cannot|without|except|but|or|either|wrong|incorrect|almost|nearly|over|under|above|below|"
+    "up to|not|no|none|nobody|never|neither|nor|cannot|without|except|but|or|either|wrong|incorrect|almost|nearly|over|under|above|below|"
     "twice|double|triple|half|plus|minus|times|divided|factorial|root|mod|(?:more|less|fewer|greater|smaller|other|older|younger) than"
 )
 _VETO = re.compile(rf"\b(?:{_NEVER}|and|to|than|by|if|when|squared|cubed|x|e)\b|[=<>+*(){{}}\d]")
@@ -167,10 +173,10 @@ def _unit(text: str) -> tuple[Fraction, tuple[frozenset[str], ...]] | None:
             if known and not (len(name) > 1 and name.endswith("'")):
                 words |= {known[0] + ("" if power == 1 else str(power))} if known[0] else set()
                 factor = factor * known[1] ** (power if n == 0 else -power)
-            elif len(name) == 1 and name.isalpha():
+            elif len(name) < 3 and name.isalpha() and name not in _STOP:  # ab is a product
                 return None
             elif name and name not in _STOP:
-                words.add(re.sub(r"(?<=[^s])s$", "", name))
+                words.add(re.sub(r"(?:e|s|es)$", "", name))
         pieces.append(frozenset(words))
     return factor, tuple(pieces) if any(pieces) else ()
 
@@ -178,7 +184,7 @@ def _unit(text: str) -> tuple[Fraction, tuple[frozenset[str], ...]] | None:
 # -- numbers ----------------------------------------------------------------------------------------------------
 
 _INTEGER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,2}(?:,\d\d)+,\d{3}(?!\d)|\d+)"
-_MONEY = r"(?:US ?(?=¤))?[¤£€¥₹]"
+_MONEY = r"(?:[A-Z]{1,2} ?(?=¤))?[¤£€¥₹]"
 _SCALE = rf"(?:(?: |(?<=\d)-)(?:{'|'.join(sorted(_SCALES, key=len, reverse=True))})s?|k)(?![A-Za-z-])"
 _NUMBER = (
     rf"(?P<sign>[-+]?) ?(?P<money>{_MONEY})? ?(?P<sign2>[-+]?)"
@@ -296,7 +302,7 @@ def _compound(text: str) -> Quantity | None:
     found = [quantity(part) for part in parts] if 1 < len(parts) < 5 else [None]
     if not all(q and len(q.unit) == 1 and q.unit == found[0].unit for q in found):
         return None
-    smallest = found[-1].factor
+    smallest = found[0 if found[0].unit[0] == {"dollar"} else -1].factor
     if any(a.factor <= b.factor for a, b in pairwise(found)):
         return None
     return Quantity(sum(q.value * q.factor for q in found) / smallest, smallest, found[0].unit)
