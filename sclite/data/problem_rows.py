@@ -17,11 +17,8 @@ _USUAL = {"question": ("question", "problem"), "answer": ("answer",), "solution"
 _USUAL_IDS = ("id", "unique_id")
 _FIELDS = set(Problem.model_fields)
 _CALCULATOR = re.compile(r"<<[^<>\n]*>>")
-_SAID = re.compile(
-    r"\bthe (?:final |correct )?answer is:?[ \t]+((?:(?!the answer is)[^\n])+?)(?:\.(?=\s|\Z)[^\n]*)?\s*\Z",
-    re.I,
-)
-_ANSWER_HEADING = re.compile(r"^#{1,6}[ \t]*(?:final )?answer:?\s*\n\s*([^\n]+?)\s*\Z", re.I | re.M)
+_SAID = re.compile(r"\bthe (?:final |correct )?answer is:?[ \t]+", re.I)
+_ANSWER_HEADING = re.compile(r"#{1,6}[ \t]*(?:final )?answer:?", re.I)
 _LEAD = re.compile(r"(?:the )?(?:final )?answer(?: is)?:?[ \t]+", re.I)
 _HEADING = re.compile(r"[A-Za-z]+(?: \d+)?[:.]|(?:step|part|case|solution)\b|\d+[.)]\s+[A-Za-z]", re.I)
 _SENTENCE = re.compile(r"[.!?](?:\s+[A-Z]|\s*\Z)|\n")
@@ -113,9 +110,16 @@ def _cells(
         hint = f"name them by question_column, answer_column and solution_column, or rename them: {FORMS}"
         raise BadRow("columns_missing", f"no known columns, only: {present}", hint)
     return {
-        part: next((row[n] for n in usual if row.get(n) not in (None, "")), None)
-        for part, usual in names.items()
+        part: next((row[n] for n in usual if not _missing(row.get(n))), None) for part, usual in names.items()
     }
+
+
+def _missing(cell: Any) -> bool:
+    return (
+        cell is None
+        or (isinstance(cell, float) and math.isnan(cell))
+        or (isinstance(cell, str) and not cell.strip())
+    )
 
 
 def _question(cell: Any) -> str:
@@ -150,8 +154,11 @@ def _gold_in(text: str) -> tuple[str, str]:
         return gold, worked
     if gold := boxed(text):
         return gold, text
-    said = _ANSWER_HEADING.search(text) or _SAID.search(text)
-    return (said[1].strip() if said else ""), text
+    *before, last = [line.strip() for line in text.splitlines() if line.strip()] or [""]
+    if before and _ANSWER_HEADING.fullmatch(before[-1]):
+        return last, text
+    answer = _SAID.split(last)[-1] if _SAID.search(last) else ""
+    return re.split(r"\.(?=\s|$)", answer, maxsplit=1)[0].strip(), text
 
 
 def _marked(text: str) -> tuple[str, str]:

@@ -13,6 +13,7 @@ _AND = re.compile(
     r"[\s$]*(?:[,;]|(?:[,;]\s*)?(?:\\text\{\s*)?(?:and|or)\b\s*\}?)[\s$]*(?:[A-Za-z]\w*\s*=\s*)?[\s$]*"
 )
 """Between the boxes of an answer that has several: `$\\boxed{1}$ and $\\boxed{3}$`."""
+_FAR = 60  # characters between two boxes of one answer, at most
 _HASHES = re.compile(r"^[ \t]*####[ \t]*(?![ \t])(?=[-+$]?[ \t]?[\d.])(?!\d+[.)][ \t]\D)(.+)$", re.MULTILINE)
 _TAG = re.compile(r"<[ \t]{0,9}answer[ \t]{0,9}:?[ \t]{0,9}>", re.IGNORECASE)
 _CLOSER = re.compile(r"<[ \t]{0,9}(?:/[ \t]{0,9}answer|answer[ \t]{0,9}/)", re.IGNORECASE)
@@ -75,7 +76,8 @@ def boxed(text: str) -> str | None:
     start, _, last = max(boxes)
     contents = [last]
     for begin, end, content in sorted(boxes, reverse=True)[1:]:
-        if end > start or not _AND.fullmatch(text, end, start):
+        if not 0 <= start - end <= _FAR or not _AND.fullmatch(text, end, start):
             break
-        start, contents = begin, [content, *contents]
-    return ", ".join(dict.fromkeys(filter(None, contents))) or None
+        start = begin
+        contents.append(content)
+    return ", ".join(dict.fromkeys(filter(None, reversed(contents)))) or None

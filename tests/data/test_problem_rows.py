@@ -152,6 +152,12 @@ def test_missing_cells_are_no_answer(cell):
     assert refused(question=cell, answer="1").reason == "no_question"
 
 
+@pytest.mark.parametrize("cell", [None, math.nan, " "])
+def test_where_one_usual_column_is_missing_the_other_is_read(cell):
+    row = {"question": cell, "problem": "What is 1 + 1?", "answer": "2"}
+    assert read_problem(row, {}).question == "What is 1 + 1?"
+
+
 def test_a_lone_surrogate_becomes_the_replacement_character():
     problem = read_problem({"question": "What \ud83d is 1+1?", "answer": "2\udc00", "id": "\ud83d"}, {})
     assert (problem.id, problem.question, problem.answer) == ("\ufffd", "What \ufffd is 1+1?", "2\ufffd")
