@@ -38,9 +38,8 @@ def inputs_of(config: Config, run: Run, problems: Sequence[Problem]) -> dict[str
     return {
         "problems": digest([p.model_dump() for p in problems]),
         "student": other_student(config) or run.file_digest("sft/adapter/adapter_model.safetensors"),
-        "sampling": digest(
-            [config.attempts.model_dump(exclude=_NOT_SAMPLING), config.student.batch, config.seed]
-        ),
+        # not student.batch: each request has its own seed, and replacing attempts means paying for corrections again
+        "sampling": digest([config.attempts.model_dump(exclude=_NOT_SAMPLING), config.seed]),
         "source": read,
         "prompts": prompts.digest("student_system", "student_solve", folder=config.prompts.folder),
     }

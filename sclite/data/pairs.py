@@ -39,9 +39,7 @@ def inputs_of(config: Config, run: Run) -> dict[str, Any]:
     return student | {
         "reviews": run.file_digest("reviews.jsonl"),
         "warm": "" if other else run.file_digest("dpo/warm/adapter_model.safetensors"),
-        "sampling": digest(
-            [config.attempts.reviews, config.attempts.temperature, config.student.batch, config.seed]
-        ),
+        "sampling": digest([config.attempts.reviews, config.attempts.temperature, config.seed]),
         "prompts": prompts.digest(
             "student_system", "student_solve", "student_review", folder=config.prompts.folder
         ),

@@ -61,6 +61,11 @@ def unreadable(error: BaseException) -> bool:
     return any(isinstance(link, UnreadableReply) for link in _chain(error))
 
 
+def answered(error: BaseException) -> bool:
+    """Whether the endpoint has said so itself; LiteLLM gives a status to connections that broke, too."""
+    return bool(headers(error)) or isinstance(error, ErrorReply)
+
+
 def unpaid(error: BaseException) -> bool:
     """Whether a failed request costs nothing: it never reached the endpoint, or came back with an error status.
 
@@ -75,7 +80,7 @@ def unpaid(error: BaseException) -> bool:
             return True
         if type(link).__name__ in _UNREACHED or isinstance(link, ConnectionRefusedError):
             return True
-    return bool(headers(error)) and (status(error) or 0) >= 300
+    return answered(error) and (status(error) or 0) >= 300
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

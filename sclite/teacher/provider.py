@@ -6,12 +6,13 @@ import logging
 import os
 import re
 import warnings
+from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from types import ModuleType
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from sclite import config
 from sclite.errors import UsageFault
@@ -108,7 +109,9 @@ def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None)
     missing = [variable for variable in missing if variable.endswith("_API_KEY")]
     options: dict[str, Any] = {}
     if settings.api_base:
-        options["api_base"] = settings.api_base
+        options["api_base"] = config.without_password(settings.api_base)
+        if options["api_base"] != settings.api_base:  # aiohttp refuses a password beside the SDK's own header
+            options["extra_headers"] = {"Authorization": _basic(settings.api_base)}
         if missing:  # an endpoint of one's own often wants none, but LiteLLM insists
             options["api_key"] = "none"
     price = _price(litellm, settings, name)
@@ -141,6 +144,13 @@ def _price(litellm: ModuleType, settings: config.Teacher, provider: str) -> Pric
     if not listed or listed.get("input_cost_per_token") is None:
         return None
     return Price(listed["input_cost_per_token"], listed.get("output_cost_per_token") or 0.0)
+
+
+def _basic(address: str) -> str:
+    """The header for the name and password in an address."""
+    parts = urlsplit(address)
+    pair = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
+    return f"Basic {b64encode(pair.encode()).decode()}"
 
 
 def _tidy_keys() -> None:

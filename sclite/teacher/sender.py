@@ -111,7 +111,7 @@ class Sender:
                 self._unanswered = 0
                 return entry
             unreadable = failures.unreadable(error)
-            self._answered = self._answered or unreadable or failures.status(error) is not None
+            self._answered = self._answered or unreadable or failures.answered(error)
             verdict = failures.verdict(error)
             if verdict == failures.STOP:
                 raise self._stop(error)

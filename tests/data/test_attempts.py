@@ -86,6 +86,15 @@ def test_an_attempt_is_right_when_its_answer_is_the_gold_one(run, grader):
         assert row.correct is (row.answer == str(int(row.id[1:]) + 1))
 
 
+def test_another_batch_size_keeps_the_attempts_and_so_what_was_paid_for_their_corrections(run, grader):
+    sample(run, grader, Deterministic())
+    before = run.path("attempts.jsonl").read_bytes()
+    other = Config.model_validate({"attempts": {"samples": 3}, "student": {"batch": 7}})
+    report = sample_attempts(other, run, problems=PROBLEMS, student=None, grader=grader)
+    assert report.skipped
+    assert run.path("attempts.jsonl").read_bytes() == before
+
+
 def test_a_failed_call_leaves_the_outcome_unknown(run, grader):
     report = sample(run, grader, Deterministic(finish=lambda seed: "error"))
     assert report.counts == {"attempts": 15, "right": 0, "wrong": 0, "unknown": 15}

@@ -1,6 +1,7 @@
 """OpenAI's SDK and LiteLLM: whatever a server does, both read the same reply from it or meet the same error."""
 
 import asyncio
+import gzip
 import json
 import socket
 import threading
@@ -99,6 +100,8 @@ FAULTS = {
     "overloaded": fail(529, "overloaded"), "half a reply": BROKEN, "half of JSON": Answer(200, b'{"choices": ['), "no body": Answer(200, b""),
     "no choice": body(choices=[]), "choices null": body(choices=None), "other JSON": Answer(200, {"hello": 1}),
     "a list": Answer(200, [1]), "silence": say("late", seconds=2.5),
+    "more than 4 MiB": Answer(200, json.dumps(say("good").body).encode() + b" " * 2**22),
+    "gzip": Answer(200, gzip.compress(json.dumps(say("good").body).encode()), {"Content-Encoding": "gzip"}),
 }  # fmt: skip
 
 

@@ -184,3 +184,42 @@ def test_a_reply_with_a_damaged_byte_is_read(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"one two", b"one\xff two"[:7]))
     with Ledger(path) as ledger:
         assert ledger.get("a").text.startswith("one\ufffd")
+
+
+# -- a writer that cannot fail silently ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "bad", [Entry("a \ud83d", "stop", 1, 1, 0.1, 0.0), Entry("a", "stop", 2**63, 1, 0.1, 0.0)]
+)
+def test_a_row_that_cannot_be_written_fails_and_loses_none_of_the_others(tmp_path, bad):
+    path = tmp_path / "ledger.sqlite"
+    ledger = Ledger(path)
+    for key in "abc":
+        ledger.sent(key, "templates", "m").result(10)
+    busy = threading.Event()
+    ledger._writer.submit(busy.wait)  # so that the three are written together
+    written = [ledger.put(key, entry) for key, entry in zip("abc", (ENTRY, bad, ENTRY), strict=True)]
+    busy.set()
+    with pytest.raises(DataFault, match="cannot be written"):
+        written[0].result(10)
+    with pytest.raises(DataFault, match="cannot be written"):
+        ledger.sent("d", "templates", "m").result(10)
+    with pytest.raises(DataFault, match="cannot be written"):
+        ledger.close()
+    with Ledger.reading(path) as reader:
+        assert [reader.get(key) for key in "abc"] == [ENTRY, None, ENTRY]
+
+
+def test_an_empty_reply_is_paid_for_and_asked_again(tmp_path):
+    empty = Entry("", "empty", 10, 1, 0.2, 1.0)
+    with Ledger(tmp_path / "l") as ledger:
+        keep(ledger, "k", empty)
+        assert ledger.get("k") is None
+        assert (ledger.spent_usd, ledger.totals()["cost_usd"]) == (0.2, 0.2)
+        keep(ledger, "k", ENTRY)
+        assert ledger.get("k") == ENTRY
+    with Ledger(tmp_path / "l") as ledger:
+        totals = ledger.totals()
+        assert totals["cost_usd"] + totals["lost_usd"] == pytest.approx(0.45)
+        assert ledger.spent_usd == pytest.approx(0.45)

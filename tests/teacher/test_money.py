@@ -1,15 +1,18 @@
 """Money: a limit that is never passed, a pilot that is measured, a forecast that asks nothing, an inspector."""
 
+from contextlib import suppress
+
 import pytest
 
 from sclite import config
-from sclite.errors import BudgetFault, UsageFault
+from sclite.errors import BudgetFault, TeacherFault, UsageFault
+from sclite.settings import load
 from sclite.teacher.client import Flaw, Job, Teacher
 from sclite.teacher.failures import silent
 from sclite.teacher.forecast import PILOT, ask_after_pilot, reckon
 from sclite.teacher.ledger import Ledger
-from sclite.teacher.money import dollars
-from tests.replay import Teaching, fail, say
+from sclite.teacher.money import dollars, most_prompt_tokens
+from tests.replay import BROKEN, Answer, Teaching, fail, say
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +75,94 @@ def test_a_reply_that_never_came_counts_at_its_dearest(tmp_path):
         totals = ledger.totals()
     assert (totals["sent"], totals["given_up"], totals["requests"]) == (1, 1, 0)
     assert totals["lost_usd"] == pytest.approx(100 * 10 / 1e6 + (16 + len("q1 ")) * 1 / 1e6)
+
+
+RESERVED = (
+    100 * 10 + 16 + len("q1 ")
+) / 1e6  # US dollars for job 1: its longest reply, and a token for each byte sent
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize(
+    "usage",
+    [
+        None,
+        {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
+        {"prompt_tokens": -11, "completion_tokens": 7, "total_tokens": -4},
+        {"prompt_tokens": "11", "completion_tokens": "7", "total_tokens": "18"},
+        {"prompt_tokens": 11, "completion_tokens": float("inf"), "total_tokens": 18},
+        {"prompt_tokens": float("nan"), "completion_tokens": 7, "total_tokens": 18},
+        {"prompt_tokens": 11, "completion_tokens": True, "total_tokens": 12},
+        {"prompt_tokens": 11, "completion_tokens": 101, "total_tokens": 112},
+        {"prompt_tokens": 2**64, "completion_tokens": 7, "total_tokens": 2**64},
+    ],
+)
+def test_counts_that_cannot_be_cost_what_was_reserved(tmp_path, usage, direct):
+    answer = Answer(body={**say("good").body, "usage": usage})
+    with Teaching(lambda request, nth: answer) as server, Ledger(tmp_path / "l") as ledger:
+        with teacher_of(ledger, server, direct=direct, attempts_per_call=1) as teacher:
+            if direct:
+                assert [r.text for r in teacher.ask_all([job(1)])] == ["good"]
+            else:
+                with suppress(TeacherFault):  # LiteLLM raises over some of them
+                    list(teacher.ask_all([job(1)]))
+        totals = ledger.totals()
+    if (
+        direct or not usage or usage["completion_tokens"] not in (True, "7")
+    ):  # which pydantic takes for 1 and 7
+        assert totals["cost_usd"] + totals["lost_usd"] == pytest.approx(RESERVED)
+
+
+def test_a_reply_longer_than_it_was_allowed_to_be_costs_what_it_shows(tmp_path):
+    text = "word " * 500
+    with (
+        Teaching(lambda request, nth: say(text, tokens=(10, 500))) as server,
+        Ledger(tmp_path / "l") as ledger,
+    ):
+        with teacher_of(ledger, server) as teacher:
+            list(teacher.ask_all([job(1)]))
+        assert ledger.totals()["cost_usd"] >= 500 * 10 / 1e6
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_connection_that_breaks_in_the_body_costs_what_was_reserved_and_one_that_never_was_nothing(
+    tmp_path, direct
+):
+    with Teaching(lambda request, nth: BROKEN) as server, Ledger(tmp_path / "l") as ledger:
+        for url in (server.url, "http://127.0.0.1:9/v1"):
+            with (
+                teacher_of(ledger, server, api_base=url, direct=direct, attempts_per_call=1) as teacher,
+                pytest.raises(TeacherFault, match="does not answer"),
+            ):
+                list(teacher.ask_all([job(1)]))
+            assert ledger.totals()["lost_usd"] == pytest.approx(RESERVED)
+        assert ledger.spent_usd == pytest.approx(RESERVED)
+
+
+@pytest.mark.parametrize("price", ["[-1000, 2]", "[1, -0.1]", "[nan, 1]", "[inf, 1]"])
+@pytest.mark.parametrize("section", ["teacher", "attempts"])
+def test_a_price_is_not_negative(section, price):
+    with pytest.raises(UsageFault, match=f"{section}.price"):
+        load(None, [f"{section}.price={price}"], {}, own_file=False)
+
+
+@pytest.mark.parametrize("text", ["3141592653", r"\frac{1}{2}^{\alpha}", "数学", "plain words", "\ud83d"])
+def test_no_tokenizer_makes_more_tokens_than_the_bound(text):
+    """A byte-level vocabulary without any merges makes one token of each byte."""
+    assert most_prompt_tokens([{"content": text}]) >= len(text.encode(errors="replace"))
+
+
+def test_an_empty_reply_is_asked_for_again_by_the_next_run(tmp_path):
+    with (
+        Teaching(lambda request, nth: say("" if nth == 1 else "good")) as server,
+        Ledger(tmp_path / "l") as ledger,
+    ):
+        for expected in (None, "good"):
+            with teacher_of(ledger, server, repairs=0) as teacher:
+                (result,) = teacher.ask_all([job(1)])
+            assert result.text == expected
+        assert len(server.requests) == 2
+        assert ledger.spent_usd == pytest.approx(2 * (11 * 1 + 7 * 10) / 1e6)
 
 
 def test_a_limit_without_a_price_is_refused_before_any_call(tmp_path):

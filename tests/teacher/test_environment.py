@@ -1,0 +1,108 @@
+"""Keys, certificates, open files and passwords: what is wrong with them is said before anything is asked."""
+
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from sclite import config
+from sclite.config import Config, without_password
+from sclite.errors import UsageFault
+from sclite.run import Run
+from sclite.teacher import provider
+from sclite.teacher.client import Job, Teacher
+from sclite.teacher.ledger import Ledger
+from tests.replay import Teaching, fail, say
+
+JOB = Job("1", lambda fault: [{"role": "user", "content": "q"}], lambda reply: None)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_key_with_a_windows_line_end_works(tmp_path, monkeypatch, direct):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test-secret\r\n")
+    with Teaching(lambda request, nth: say("good")) as server, Ledger(tmp_path / "l") as ledger:
+        settings = config.Teacher(model="openai/replay", api_base=server.url, direct=direct)
+        with Teacher(settings, ledger) as teacher:
+            assert next(teacher.ask_all([JOB])).text == "good"
+    assert server.keys == {"Bearer sk-test-secret"}
+
+
+@pytest.mark.parametrize("key", ["sk-sec\rret", "sk-sec ret", "sk-secrét", "sk-sec\nret"])
+def test_a_key_that_no_header_can_hold_is_named_and_not_shown(monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(UsageFault, match="OPENAI_API_KEY") as caught:
+        provider.connect(config.Teacher(model="openai/replay", api_base="http://127.0.0.1:9/v1"))
+    assert "sk-" not in caught.value.message + caught.value.hint
+
+
+def test_certificates_that_are_not_there_are_named_before_anything_is_asked(tmp_path, monkeypatch):
+    settings = config.Teacher(model="openai/replay", api_base="http://127.0.0.1:9/v1")
+    (tmp_path / "text.pem").write_text("no certificate")
+    for name, why in (("none.pem", "does not exist"), ("text.pem", "cannot be read")):
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / name))
+        with pytest.raises(UsageFault, match=f"SSL_CERT_FILE=.*{name} {why}"):
+            provider.connect(settings)
+
+
+def test_the_limit_on_open_files_is_raised_or_the_setting_named():
+    code = (
+        "import resource, sys; from sclite.teacher.http import allow_connections\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (256, int(sys.argv[1])))\n"
+        "try: allow_connections(300)\n"
+        "except Exception as error: print(error.message, error.hint)\n"
+        "else: print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])\n"
+    )
+
+    def outcome(hard):
+        command = [sys.executable, "-c", code, str(hard)]
+        return subprocess.check_output(
+            command, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        )
+
+    assert int(outcome(1000)) >= 300
+    said = outcome(400)
+    assert "teacher.concurrency = 300 needs 428 open files, and this system allows 400" in said
+    assert "--set teacher.concurrency=272" in said
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 256  # of this process: untouched
+
+
+# -- a password in api_base ----------------------------------------------------------------------------------------
+
+
+def test_a_password_in_an_address_stands_in_no_dump_and_in_no_run(tmp_path):
+    address = "http://me:hush@hush@host:8000/v1"
+    assert without_password(address) == "http://host:8000/v1"
+    values = {"api_base": address, "model": "m"}
+    chosen = Config.model_validate(
+        {"teacher": {**values, "inspector_api_base": address}, "attempts": {"api_base": address}}
+    )
+    assert "hush" not in chosen.model_dump_json()
+    assert chosen.teacher.api_base == address
+    run = Run(tmp_path)
+    run.remember(chosen)
+    assert "hush" not in run.path("run.toml").read_text()
+    assert "http://host:8000/v1" in run.path("run.toml").read_text()
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_password_in_an_address_is_sent_and_neither_said_nor_kept(tmp_path, direct, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-x")
+    with Teaching(lambda request, nth: say("good")) as server, Ledger(tmp_path / "l") as ledger:
+        address = server.url.replace("http://", "http://me:hush@")
+        for api_base in (address, server.url):
+            settings = config.Teacher(model="openai/replay", api_base=api_base, direct=direct)
+            with Teacher(settings, ledger) as teacher:
+                assert next(teacher.ask_all([JOB])).text == "good"
+        assert len(server.requests) == 1  # the same request, with the password or without
+    assert server.keys == {"Basic bWU6aHVzaA=="}
+    assert b"hush" not in (tmp_path / "l").read_bytes()
+    with (
+        Teaching(lambda request, nth: fail(404, f"no model at {address}")) as server,
+        Ledger(tmp_path / "m") as ledger,
+    ):
+        settings = config.Teacher(model="openai/replay", api_base=address, direct=direct, attempts_per_call=1)
+        with Teacher(settings, ledger) as teacher, pytest.raises(Exception, match="at http://127") as caught:
+            list(teacher.ask_all([JOB]))
+    assert "hush" not in str(caught.value) + caught.value.hint
