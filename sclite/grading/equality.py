@@ -8,179 +8,16 @@ What is decided here and in sclite/grading/numbers.py, because graders differ on
 - x = 5 equals 5, unless the other answer is named otherwise. A base (2516_8) may be missing on one side.
 """
 
-import functools
 import re
-import unicodedata
 from collections.abc import Callable, Iterable
 from fractions import Fraction
 
-from sclite.grading.numbers import quantity, said, spelled_out, without_unit
+from sclite.grading.numbers import quantity, said, without_unit
+from sclite.grading.tidy import SAME, split, squeeze
 
 Verdict = bool | None
 """None is unknown (a time-out or a failure of the grader), which is never counted as wrong."""
 Leaf = Callable[[str, str], Verdict]
-
-# -- one way of writing -----------------------------------------------------------------------------------------
-
-# fmt: off
-_SIGNS = str.maketrans({
-    "−": "-", "–": "-", "‐": "-", "‑": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "∕": "/", "π": r"\pi ",
-    "∞": r"\infty ", "’": "'", "′": "'", "‘": "'", "“": '"', "”": '"', "″": '"', "√": r"\sqrt ", "°": r"^\circ ", "∪": r"\cup ", "∩": r"\cap ", "≤": r"\le ",
-    "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∈": r"\in ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "≈": r"\approx ", "θ": r"\theta ",
-})
-# fmt: on
-_NAMES = "sqrt|arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|pi|theta"
-_REWRITES = [
-    (r"(?i)</?answer ?>|`", ""),
-    (r"\*\*(?=\S.*\*\*$)|^\*\*|\*\*$", ""),
-    (r"^(\*|__?)(?=\S)(.*\S)\1$", r"\2"),
-    (r"\\checkmark(?![A-Za-z])|[✓✔✅]", ""),
-    (r"^Rs\.? ?(?=\d)", "₹"),
-    (r"(?i)^both ", ""),
-    (r"^noon$", "12 pm"),
-    (r"^midnight$", "12 am"),
-    (r"^b?(['\"])(.*)\1$", r"\2"),
-    (r"(?<![\w)}])'([^',]*)'", r"\1"),
-    (r"(?<=\d)(?:\{,\}|,\\[!,]) ?(?=\d{3}(?!\d))", ","),
-    (
-        r"\\!|\\(?:left|right|limits|[bB]igg?[lr]?|displaystyle|textstyle|limits|bf|rm|it|[lL]arge)(?![A-Za-z])\.?",
-        "",
-    ),
-    (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![A-Za-z])", " "),
-    (r"(?<!\\)\\[()\[\]]", ""),
-    (r"\\langle(?![A-Za-z])", "("),
-    (r"\\rangle(?![A-Za-z])", ")"),
-    (r"\\begin\{cases\}(.*)\\end\{cases\}", lambda m: ", ".join(m[1].split(r"\\"))),
-    (r"\*\*", "^"),
-    (r"\\(?:[dtc]|nice|s)frac(?![A-Za-z])", r"\\frac"),
-    (
-        r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf)|mbox|operatorname|emph|vec|underline)\s*\{([^{}]*)\}",
-        r" \1 ",
-    ),
-    (
-        r"\s*(?:\^\s*(?:\\circ|\{\s*\\circ\s*\}|\{?o\}?(?![A-Za-z]))|\\(?:text)?degree(?![A-Za-z]))",
-        " degrees",
-    ),
-    (r"\\(sin|cos|tan|cot|sec|csc) ?\(?(\d+(?:\.\d+)?) degrees\)?", r"\\\1(\\frac{\2\\pi}{180})"),
-    (r"\\%", "%"),
-    (r"\^ ?\{? ?(st|nd|rd|th) ?\}?(?![a-z])", r"\1"),
-    (r"\\equiv(?![A-Za-z])", "="),
-    (r"(?<=\d) x (?=\d)", r" \\times "),
-    (r"(?<=[\d.])\\(?:dot|bar)(?![A-Za-z])", r"\\overline"),
-    (r"<=|\\leqslant(?![A-Za-z])|\\leq(?![A-Za-z])", r"\\le "),
-    (r">=|\\geqslant(?![A-Za-z])|\\geq(?![A-Za-z])", r"\\ge "),
-    (r"!=|\\neq(?![A-Za-z])", r"\\ne "),
-    (r"\\lt(?![A-Za-z])", "<"),
-    (r"\\gt(?![A-Za-z])", ">"),
-    (r"\\lg(?![A-Za-z])", r"\\log_{10}"),
-    (r"(?<![\\A-Za-z])sqrt\(([^()]*)\)", r"\\sqrt{\1}"),
-    (rf"(?<![\\A-Za-z])({_NAMES})(?![A-Za-z])", r"\\\1"),
-    (r"(?<![\\A-Za-z])(?:infinity|infty|inf|oo)(?![A-Za-z])", r"\\infty"),
-    (r"([)\]])\s*U\s*([(\[])", r"\1\\cup \2"),
-    (r"\^(-?\d{2,})", r"^{\1}"),
-    (r"\\varnothing|^\\?\{ ?\\?\}$", r"\\emptyset"),
-    (r"(?i)^(?:the set of )?all real(?: number)?s$|\\mathbb ?\{?R\}?|\\R(?![A-Za-z])", r"\\mathbb{R}"),
-    (
-        r"^\\?\{ ?[a-z] ?(?:\\in ?\\mathbb\{R\} ?)?(?:\||:|\\mid)(.*?(?:[<>=]|\\[lgn]e(?![a-z])).*?)\\?\}$",
-        r"\1",
-    ),
-    (r"(?<= )in(?= ?[(\[])", r"\\in"),
-    (r"(\d+) ?\\b?mod ?([1-9]\d*)", lambda m: str(int(m[1]) % int(m[2]))),
-    (
-        r"(?<![\d_])\(?(\w+)\)?(?: \(?base |_ ?\{? ?)(\w+)\s*[})]?$",
-        lambda m: f"{m[1]}_{{{_BASES.get(m[2].lower(), m[2])}}}",
-    ),
-    (r"\((\\begin\{[pbB]?matrix\}.*\\end\{[pbB]?matrix\})\)$", r"\1"),
-    (r"\\begin\{array\}\{[lcr| ]*\}(.*)\\end\{array\}", r"\\begin{pmatrix}\1\\end{pmatrix}"),
-    (r"(?i)^(?:so|thus|therefore|hence),? ", ""),
-    (
-        r"(?i)^(?:(?:the|my) )?(?:final |correct )?(?:ans|answers?|result|total|option|choice)(?: is\b| are\b| ?:| (?=\(?[A-J]\b))[ :]*",
-        "",
-    ),
-    (r"^(?:[=:\s]|\\approx(?![A-Za-z]))+", ""),
-    (
-        r"^([^()]*\d[^()]*) \(([a-z][a-z -]{2,})\)$",
-        lambda m: m[1] if spelled_out(m[2]).isdigit() and spelled_out(m[2]) in m[1] else m[0],
-    ),
-]
-_REWRITES = [(re.compile(pattern, re.DOTALL), new) for pattern, new in _REWRITES]
-_BASES = {word: str(n) for n, word in enumerate("two three four five six seven eight nine ten".split(), 2)}  # noqa: SIM905
-_RAISED = re.compile("[⁰¹²³⁴-⁹⁺⁻]+")
-_LOWERED = re.compile("[₀-₉]+")
-_VULGAR = re.compile("[¼-¾⅐-⅞]")
-
-
-_BRACKETED = re.compile(r"(?:\\\{|[(\[]|\{(?=[^{}\\|]*\}$))(.+?)(?:\\\}|[)\]}])", re.DOTALL)
-
-
-@functools.lru_cache(4096)  # gold answers come again with every attempt
-def tidy(answer: str) -> str:
-    """The answer without what only concerns its looks: dollar signs of mathematics, spacing, fonts, a final period."""
-    if re.fullmatch(r"-?[\d,.]+", answer) and answer.isascii() and ".." not in answer:
-        return answer.rstrip(".,")
-    text = (answer if answer.isascii() else _ascii(answer)).lstrip()
-    text = re.sub(r"(?<![.\\\s])\s*\.?\s*$", "", text)
-    # an escaped dollar sign is money, and so is a single one; two enclose mathematics
-    text = text.replace("\\$", "¤")
-    text = text.replace("$", "" if text.count("$") % 2 == 0 else "¤")
-    for pattern, new in _REWRITES:
-        text = pattern.sub(new, text)
-    text = re.sub(r"(?<=[_^({\[]) (?!\\})|(?<!\\) (?=[})\]])", "", " ".join(text.split()))
-    text = re.sub(r"(?:(?<!\.)\. ?)+$|[;, ]+$", "", text).strip()
-    while (inner := _BRACKETED.fullmatch(text)) and _split(f"{inner[1]},", (",", ";")) == [
-        inner[1].strip(),
-        "",
-    ]:
-        text = inner[1].strip()
-    return spelled_out(text)
-
-
-def _ascii(text: str) -> str:
-    text = _RAISED.sub(
-        lambda m: "^{" + unicodedata.normalize("NFKC", m.group()).replace("−", "-") + "}", text
-    )
-    text = _LOWERED.sub(lambda m: "_{" + unicodedata.normalize("NFKC", m.group()) + "}", text)
-    text = _VULGAR.sub(lambda m: " " + unicodedata.normalize("NFKC", m.group()), text.translate(_SIGNS))
-    text = unicodedata.normalize("NFKC", text).replace("\u2044", "/")
-    return "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text)
-
-
-_SAME = {"yes": "true", "no": "false"} | {
-    short: full
-    for full in [
-        "monday",
-        "tuesday",
-        "wednesday",
-        "thursday",
-        "friday",
-        "saturday",
-        "sunday",
-        "january",
-        "february",
-        "march",
-        "april",
-        "june",
-        "july",
-        "august",
-        "september",
-        "october",
-        "november",
-        "december",
-    ]
-    for short in (full[:3], full[:4])
-}
-_SAME["dne"] = "does not exist"
-
-
-def _squeeze(text: str) -> str:
-    """For comparing as plain text: articles and spaces beside signs do not count, nor does case where all are words."""
-    if re.fullmatch(r"[A-Za-z][A-Za-z ',.-]*", text):
-        text = re.sub(r"^(?:an?|the) (?=..)|(?<=^yes),.*|(?<=^no),.*", "", text.casefold())
-        text = _SAME.get(text, text)
-    return re.sub(r" ?([^\w ,]) ?", r"\1", text)
-
-
-# -- comparing --------------------------------------------------------------------------------------------------
 
 _CHOICE = re.compile(
     r"(?:\(([A-Za-z])\)|\[([A-Z])\]|([A-J])(?:[).:]| -(?= \d)|(?=$)))(?: ?(\S.*))?|([a-z])[).]"
@@ -196,14 +33,13 @@ _NAME = re.compile(
 )
 _LETTER = re.compile(r"(?<![\\A-Za-z])[A-Za-z]")
 _MATRIX = re.compile(r"\\begin\{([pbB]?matrix)\}(.*)\\end\{\1\}", re.DOTALL)
-_PIECES = re.compile(r"\\cup(?![A-Za-z])|\\[a-zA-Z]+|\\.|[()\[\]{},;=]")
 _MOD = re.compile(r" ?\(?\\?p?mod ?\{?\d+\}?\)?$")
 _RELATION = re.compile(r"[<>]|\\(?:le|ge|ne)(?![a-z])")
 
 
 def compare(given: str, gold: str, leaf: Leaf) -> Verdict:
     """Compares two tidied answers part by part; what is neither number nor text nor made of parts goes to `leaf`."""
-    if _squeeze(given) == _squeeze(gold):
+    if squeeze(given) == squeeze(gold):
         return True
     if bool(_MOD.search(given)) != bool(_MOD.search(gold)):
         return compare(_MOD.sub("", given), _MOD.sub("", gold), leaf)
@@ -215,7 +51,7 @@ def compare(given: str, gold: str, leaf: Leaf) -> Verdict:
         if label and label[4] and None in labels:  # (C) 12 against 12
             return compare(label[4], other, leaf)
     for one, other in ((given, gold), (gold, given)):
-        if len(rounded := _split(one, ("\\approx",))) == 2:  # 1/3 \approx 0.33 is both
+        if len(rounded := split(one, ("\\approx",))) == 2:  # 1/3 \approx 0.33 is both
             return _any(compare(side, other, leaf) for side in rounded)
     (name, value), (gold_name, gold_value) = _named(given), _named(gold)
     if (value, gold_value) != (given, gold) and not (name and gold_name and name != gold_name):
@@ -253,7 +89,7 @@ def _compare_plain(given: str, gold: str) -> bool | None:
         return (
             len(
                 {
-                    (_SAME.get((d[3] or d[4]).casefold(), (d[3] or d[4]).casefold()), d[2] or d[5])
+                    (SAME.get((d[3] or d[4]).casefold(), (d[3] or d[4]).casefold()), d[2] or d[5])
                     for d in dates
                 }
             )
@@ -303,7 +139,7 @@ def _named(text: str) -> tuple[str, str]:
         if len(set(names)) < max(2, len(names)) or not all(re.fullmatch(_VARIABLE, name) for name in names):
             return "", text
         return f"({','.join(names)})", f"({', '.join(value for _, value in pairs)})"
-    sides = _split(text, ("=", "\\in"))
+    sides = split(text, ("=", "\\in"))
     if len(sides) < 2 or _RELATION.search(text):
         return "", text
     if _NAME.fullmatch(sides[-1]) and not _NAME.fullmatch(sides[0]):
@@ -364,7 +200,7 @@ def _parts(text: str) -> tuple[str, list[str]]:
         return f"matrix {len(rows)}x{len(rows[0]) if rows else 0}", [
             cell.strip() for row in rows for cell in row
         ]
-    united = _split(text, ("\\cup",))
+    united = split(text, ("\\cup",))
     if len(united) > 1:
         return "union", united
     listed = [new for part in ([text] if quantity(text) else _listed(text)) for new in _both_signs(part)]
@@ -373,10 +209,10 @@ def _parts(text: str) -> tuple[str, list[str]]:
     inner = re.fullmatch(r"(?:\\?(\{)|([(\[]))(.*?)(?:\\?\}|([)\]]))", text, re.DOTALL)
     if (
         inner
-        and _split(f"{text}=", ("=",)) == [text, ""]
-        and _split(f"{inner[3]}=", ("=",)) == [inner[3].strip(), ""]
+        and split(f"{text}=", ("=",)) == [text, ""]
+        and split(f"{inner[3]}=", ("=",)) == [inner[3].strip(), ""]
     ):
-        inside = [new for part in _split(inner[3], (",", ";")) for new in _both_signs(part)]
+        inside = [new for part in split(inner[3], (",", ";")) for new in _both_signs(part)]
         if len(inside) == 1:
             return "", [text]
         if inner[1]:
@@ -388,24 +224,10 @@ def _parts(text: str) -> tuple[str, list[str]]:
 
 def _listed(text: str) -> list[str]:
     text = re.sub(r"\s*(?:[,;]\s*)?(?:\b(?:and|or)\b|(?<= )\\?&(?= ))\s*", ", ", text)
-    return _split(text, (";",) if ";" in text else (",",))
+    return split(text, (";",) if ";" in text else (",",))
 
 
 def _both_signs(text: str) -> list[str]:
     if text.count("\\pm") != 1:
         return [text]
     return [re.sub(r"^\s*\+\s*", "", text.replace("\\pm", "+")), text.replace("\\pm", "-")]
-
-
-def _split(text: str, marks: tuple[str, ...]) -> list[str]:
-    """The text cut at those marks that stand outside all brackets; uncut where brackets do not match."""
-    depth, start, parts = 0, 0, []
-    for piece in _PIECES.finditer(text):
-        mark = piece.group()
-        depth += (mark.lstrip("\\") in ("(", "[", "{")) - (mark.lstrip("\\") in (")", "]", "}"))
-        if depth < 0:
-            return [text]
-        if depth == 0 and mark in marks:
-            parts.append(text[start : piece.start()].strip())
-            start = piece.end()
-    return [text] if depth else [*parts, text[start:].strip()]

@@ -97,12 +97,6 @@ year: 1 year yr; 1/12 month
 volume: 1 l liter litre; 1/1000 ml milliliter millilitre
 gallon: 1 gal gallon
 cup: 1 c cup
-ampere: 1 a amp ampere
-joule: 1 j joule
-newton: 1 n newton
-volt: 1 v volt
-watt: 1 w watt
-hertz: 1 hz hertz
 person: 1 person people
 : 1 unit"""
 _UNITS = {
@@ -137,6 +131,7 @@ _STOP = {
     "at",
     "on",
 }
+_SYMBOLS = {"a", "j", "n", "v", "w", "f", "hz", "hp"}
 # words that make of "5 .." or of a sentence with a 5 something other than five
 _NEVER = (
     "up to|not|no|none|nobody|never|neither|nor|cannot|without|except|but|or|either|wrong|incorrect|almost|nearly|over|under|above|below|"
@@ -173,7 +168,7 @@ def _unit(text: str) -> tuple[Fraction, tuple[frozenset[str], ...]] | None:
             if known and not (len(name) > 1 and name.endswith("'")):
                 words |= {known[0] + ("" if power == 1 else str(power))} if known[0] else set()
                 factor = factor * known[1] ** (power if n == 0 else -power)
-            elif len(name) < 3 and name.isalpha() and name not in _STOP:  # ab is a product
+            elif len(name) < 3 and name.isalpha() and name not in _STOP | _SYMBOLS:  # ab is a product
                 return None
             elif name and name not in _STOP:
                 words.add(re.sub(r"(?:e|s|es)$", "", name))

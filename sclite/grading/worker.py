@@ -16,8 +16,9 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from sclite.errors import ScliteError
-from sclite.grading.equality import Verdict, compare, tidy
+from sclite.grading.equality import Verdict, compare
 from sclite.grading.extract import boxed
+from sclite.grading.tidy import tidy
 
 LONGEST = 1000  # characters; sympy's parser takes minutes over longer texts
 MOST_PROCESSES = 16  # each holds 100 MB

@@ -76,7 +76,8 @@ def test_every_gold_answer_of_the_table_equals_itself_in_dollars_and_in_a_box(gr
     golds = sorted(
         {p["gold"] for p in PAIRS if p["kind"] != "hostile" and not re.search(r"\$|boxed|^'|<", p["gold"])}
     )
-    written = [(new, gold) for gold in golds for new in (f"${gold}$", f"\\boxed{{{gold}}}", f" {gold} . ")]
+    frames = ("${}$", "\\boxed{{{}}}", " {} . ")
+    written = [(frames[n % 3].format(gold), gold) for n, gold in enumerate(golds)]
     found = grader.equal_many(written)
     assert [pair for pair, verdict in zip(written, found, strict=True) if verdict is not True] == []
 

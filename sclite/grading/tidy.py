@@ -1,0 +1,181 @@
+"""One way of writing an answer: without what only concerns its looks."""
+
+import functools
+import re
+import unicodedata
+
+from sclite.grading.numbers import spelled_out
+
+# fmt: off
+_SIGNS = str.maketrans({
+    "−": "-", "–": "-", "‐": "-", "‑": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "∕": "/", "π": r"\pi ",
+    "∞": r"\infty ", "’": "'", "′": "'", "‘": "'", "“": '"', "”": '"', "″": '"', "√": r"\sqrt ", "°": r"^\circ ", "∪": r"\cup ", "∩": r"\cap ", "≤": r"\le ",
+    "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∈": r"\in ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "≈": r"\approx ", "θ": r"\theta ",
+})
+# fmt: on
+_NAMES = "sqrt|arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|pi|theta"
+_REWRITES = [
+    (r"(?i)</?answer ?>|`", ""),
+    (r"\*\*(?=\S.*\*\*$)|^\*\*|\*\*$", ""),
+    (r"^(\*|__?)(?=\S)(.*\S)\1$", r"\2"),
+    (r"\\checkmark(?![A-Za-z])|[✓✔✅]", ""),
+    (r"^Rs\.? ?(?=\d)", "₹"),
+    (r"(?i)^both ", ""),
+    (r"^noon$", "12 pm"),
+    (r"^midnight$", "12 am"),
+    (r"^b?(['\"])(.*)\1$", r"\2"),
+    (r"(?<![\w)}])'([^',]*)'", r"\1"),
+    (r"(?<=\d)(?:\{,\}|,\\[!,]) ?(?=\d{3}(?!\d))", ","),
+    (
+        r"\\!|\\(?:left|right|limits|[bB]igg?[lr]?|displaystyle|textstyle|limits|bf|rm|it|[lL]arge)(?![A-Za-z])\.?",
+        "",
+    ),
+    (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![A-Za-z])", " "),
+    (r"(?<!\\)\\[()\[\]]", ""),
+    (r"\\langle(?![A-Za-z])", "("),
+    (r"\\rangle(?![A-Za-z])", ")"),
+    (r"\\begin\{cases\}(.*)\\end\{cases\}", lambda m: ", ".join(m[1].split(r"\\"))),
+    (r"\*\*", "^"),
+    (r"\\(?:[dtc]|nice|s)frac(?![A-Za-z])", r"\\frac"),
+    (
+        r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf)|mbox|operatorname|emph|vec|underline)\s*\{([^{}]*)\}",
+        r" \1 ",
+    ),
+    (
+        r"\s*(?:\^\s*(?:\\circ|\{\s*\\circ\s*\}|\{?o\}?(?![A-Za-z]))|\\(?:text)?degree(?![A-Za-z]))",
+        " degrees",
+    ),
+    (r"\\(sin|cos|tan|cot|sec|csc) ?\(?(\d+(?:\.\d+)?) degrees\)?", r"\\\1(\\frac{\2\\pi}{180})"),
+    (r"\\%", "%"),
+    (r"\^ ?\{? ?(st|nd|rd|th) ?\}?(?![a-z])", r"\1"),
+    (r"\\equiv(?![A-Za-z])", "="),
+    (r"(?<=\d) x (?=\d)", r" \\times "),
+    (r"(?<=[\d.])\\(?:dot|bar)(?![A-Za-z])", r"\\overline"),
+    (r"<=|\\leqslant(?![A-Za-z])|\\leq(?![A-Za-z])", r"\\le "),
+    (r">=|\\geqslant(?![A-Za-z])|\\geq(?![A-Za-z])", r"\\ge "),
+    (r"!=|\\neq(?![A-Za-z])", r"\\ne "),
+    (r"\\lt(?![A-Za-z])", "<"),
+    (r"\\gt(?![A-Za-z])", ">"),
+    (r"\\lg(?![A-Za-z])", r"\\log_{10}"),
+    (r"(?<![\\A-Za-z])sqrt\(([^()]*)\)", r"\\sqrt{\1}"),
+    (rf"(?<![\\A-Za-z])({_NAMES})(?![A-Za-z])", r"\\\1"),
+    (r"(?<![\\A-Za-z])(?:infinity|infty|inf|oo)(?![A-Za-z])", r"\\infty"),
+    (r"([)\]])\s*U\s*([(\[])", r"\1\\cup \2"),
+    (r"\^(-?\d{2,})", r"^{\1}"),
+    (r"\\varnothing|^\\?\{ ?\\?\}$", r"\\emptyset"),
+    (r"(?i)^(?:the set of )?all real(?: number)?s$|\\mathbb ?\{?R\}?|\\R(?![A-Za-z])", r"\\mathbb{R}"),
+    (
+        r"^\\?\{ ?[a-z] ?(?:\\in ?\\mathbb\{R\} ?)?(?:\||:|\\mid)(.*?(?:[<>=]|\\[lgn]e(?![a-z])).*?)\\?\}$",
+        r"\1",
+    ),
+    (r"(?<= )in(?= ?[(\[])", r"\\in"),
+    (r"(\d+) ?\\b?mod ?([1-9]\d*)", lambda m: str(int(m[1]) % int(m[2]))),
+    (
+        r"(?<![\d_])\(?(\w+)\)?(?: \(?base |_ ?\{? ?)(\w+)\s*[})]?$",
+        lambda m: f"{m[1]}_{{{_BASES.get(m[2].lower(), m[2])}}}",
+    ),
+    (r"\((\\begin\{[pbB]?matrix\}.*\\end\{[pbB]?matrix\})\)$", r"\1"),
+    (r"\\begin\{array\}\{[lcr| ]*\}(.*)\\end\{array\}", r"\\begin{pmatrix}\1\\end{pmatrix}"),
+    (r"(?i)^(?:so|thus|therefore|hence),? ", ""),
+    (
+        r"(?i)^(?:(?:the|my) )?(?:final |correct )?(?:ans|answers?|result|total|option|choice)(?: is\b| are\b| ?:| (?=\(?[A-J]\b))[ :]*",
+        "",
+    ),
+    (r"^(?:[=:\s]|\\approx(?![A-Za-z]))+", ""),
+    (
+        r"^([^()]*\d[^()]*) \(([a-z][a-z -]{2,})\)$",
+        lambda m: m[1] if spelled_out(m[2]).isdigit() and spelled_out(m[2]) in m[1] else m[0],
+    ),
+]
+_REWRITES = [(re.compile(pattern, re.DOTALL), new) for pattern, new in _REWRITES]
+_BASES = {word: str(n) for n, word in enumerate("two three four five six seven eight nine ten".split(), 2)}  # noqa: SIM905
+_RAISED = re.compile("[⁰¹²³⁴-⁹⁺⁻]+")
+_LOWERED = re.compile("[₀-₉]+")
+_VULGAR = re.compile("[¼-¾⅐-⅞]")
+
+
+_BRACKETED = re.compile(r"(?:\\\{|[(\[]|\{(?=[^{}\\|]*\}$))(.+?)(?:\\\}|[)\]}])", re.DOTALL)
+
+
+@functools.lru_cache(4096)  # gold answers come again with every attempt
+def tidy(answer: str) -> str:
+    """The answer without what only concerns its looks: dollar signs of mathematics, spacing, fonts, a final period."""
+    if re.fullmatch(r"-?[\d,.]+", answer) and answer.isascii() and ".." not in answer:
+        return answer.rstrip(".,")
+    text = (answer if answer.isascii() else _ascii(answer)).lstrip()
+    text = re.sub(r"(?<![.\\\s])\s*\.?\s*$", "", text)
+    # an escaped dollar sign is money, and so is a single one; two enclose mathematics
+    text = text.replace("\\$", "¤")
+    text = text.replace("$", "" if text.count("$") % 2 == 0 else "¤")
+    for pattern, new in _REWRITES:
+        text = pattern.sub(new, text)
+    text = re.sub(r"(?<=[_^({\[]) (?!\\})|(?<!\\) (?=[})\]])", "", " ".join(text.split()))
+    text = re.sub(r"(?:(?<!\.)\. ?)+$|[;, ]+$", "", text).strip()
+    while (inner := _BRACKETED.fullmatch(text)) and split(f"{inner[1]},", (",", ";")) == [
+        inner[1].strip(),
+        "",
+    ]:
+        text = inner[1].strip()
+    return spelled_out(text)
+
+
+def _ascii(text: str) -> str:
+    text = _RAISED.sub(
+        lambda m: "^{" + unicodedata.normalize("NFKC", m.group()).replace("−", "-") + "}", text
+    )
+    text = _LOWERED.sub(lambda m: "_{" + unicodedata.normalize("NFKC", m.group()) + "}", text)
+    text = _VULGAR.sub(lambda m: " " + unicodedata.normalize("NFKC", m.group()), text.translate(_SIGNS))
+    text = unicodedata.normalize("NFKC", text).replace("\u2044", "/")
+    return "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text)
+
+
+SAME = {"yes": "true", "no": "false"} | {
+    short: full
+    for full in [
+        "monday",
+        "tuesday",
+        "wednesday",
+        "thursday",
+        "friday",
+        "saturday",
+        "sunday",
+        "january",
+        "february",
+        "march",
+        "april",
+        "june",
+        "july",
+        "august",
+        "september",
+        "october",
+        "november",
+        "december",
+    ]
+    for short in (full[:3], full[:4])
+}
+SAME["dne"] = "does not exist"
+
+
+def squeeze(text: str) -> str:
+    """For comparing as plain text: articles and spaces beside signs do not count, nor does case where all are words."""
+    if re.fullmatch(r"[A-Za-z][A-Za-z ',.-]*", text):
+        text = re.sub(r"^(?:an?|the) (?=..)|(?<=^yes),.*|(?<=^no),.*", "", text.casefold())
+        text = SAME.get(text, text)
+    return re.sub(r" ?([^\w ,]) ?", r"\1", text)
+
+
+_PIECES = re.compile(r"\\cup(?![A-Za-z])|\\[a-zA-Z]+|\\.|[()\[\]{},;=]")
+
+
+def split(text: str, marks: tuple[str, ...]) -> list[str]:
+    """The text cut at those marks that stand outside all brackets; uncut where brackets do not match."""
+    depth, start, parts = 0, 0, []
+    for piece in _PIECES.finditer(text):
+        mark = piece.group()
+        depth += (mark.lstrip("\\") in ("(", "[", "{")) - (mark.lstrip("\\") in (")", "]", "}"))
+        if depth < 0:
+            return [text]
+        if depth == 0 and mark in marks:
+            parts.append(text[start : piece.start()].strip())
+            start = piece.end()
+    return [text] if depth else [*parts, text[start:].strip()]
