@@ -80,6 +80,7 @@ class Attempts(Section):
     reviews: int = Field(
         2, ge=1, le=16, description="the student's own corrections sampled per wrong attempt"
     )
+    confirmation_share: float = Field(0.5, ge=0, lt=1, description="share of reviews that confirm right work")
 
     @property
     def kind(self) -> Literal["trained", "gguf", "endpoint"]:
@@ -128,78 +129,79 @@ class Student(Section):
 
 
 class Lora(Section):
-    """What both training stages share."""
+    """The LoRA adapter that all training stages train (names as in PEFT's LoraConfig)."""
 
-    batch: int = Field(16, ge=1, description="rows per optimizer step")
-    micro_batch: int | None = Field(
-        None, ge=1, description="rows per forward pass; what fits into memory without it"
+    r: int = Field(32, ge=1, description="rank")
+    lora_alpha: int = Field(64, ge=1, description="the adapter is scaled by lora_alpha / r")
+    target_modules: tuple[str, ...] = Field(
+        (), description="linear layers to adapt, by name (default: all but the head)"
     )
-    max_length: int = Field(2048, ge=64, description="tokens; longer rows are left out and counted")
-    warmup: float = Field(0.02, ge=0, lt=1, description="share of the steps with rising learning rate")
+
+
+class TrainingStage(Section):
+    """What all training stages share (names as in Hugging Face's TrainingArguments where they have one)."""
+
+    learning_rate: float = Field(1e-4, gt=0)
+    num_train_epochs: float = Field(1, gt=0, description="passes over the rows")
+    batch_size: int = Field(16, ge=1, description="rows per optimizer step")
+    per_device_train_batch_size: int | None = Field(
+        None, ge=1, description="micro-batch size, rows per forward pass (default: what fits into GPU memory)"
+    )
+    max_length: int = Field(2048, ge=64, description="tokens; longer rows are skipped and counted")
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of steps with a rising learning rate")
     max_grad_norm: float = Field(1.0, gt=0)
     checkpoints: int = Field(
-        10, ge=1, description="how many are written in a stage; a broken one goes on from the last"
+        10, ge=1, description="checkpoints per stage; training resumes from the last one"
     )
     eval_share: float = Field(
-        0.02,
-        ge=0,
-        lt=1,
-        description="share of the rows kept for the evaluation loss that chooses the best checkpoint",
+        0.02, ge=0, lt=1, description="share of rows for the evaluation loss that chooses the best checkpoint"
     )
     padding_free: bool | None = Field(
-        None, description="rows of a forward pass end to end instead of padded; through Unsloth without it"
+        None, description="concatenate the rows of a forward pass instead of padding (default: with Unsloth)"
     )
-    patience: int = Field(
-        0, ge=0, description="evaluations without a better loss before stopping early; 0: never"
+    early_stopping_patience: int = Field(
+        0, ge=0, description="stop after this many evaluations without a better loss; 0: never"
     )
-    tensorboard: bool = Field(False, description="also write what TensorBoard reads, beside metrics.jsonl")
+    tensorboard: bool = Field(False, description="also write TensorBoard files, beside metrics.jsonl")
 
-    def deciding(self, *others: str) -> dict[str, Any]:
-        """The settings that decide what comes out; `others` are left out beside those that never do."""
-        return self.model_dump(
-            mode="json", exclude={"micro_batch", "padding_free", "checkpoints", "tensorboard", *others}
-        )
-
-
-class Sft(Lora):
-    """Stage 1: supervised fine-tuning on templates. Its adapter is the one that stage 2 trains on."""
-
-    rank: int = Field(32, ge=1, description="of the LoRA adapter")
-    alpha: int = Field(64, ge=1, description="of the LoRA adapter, which is scaled by alpha / rank")
-    target_modules: tuple[str, ...] = Field(
-        (), description="linear layers that LoRA is put on, by name (default: all but the head)"
-    )
-    learning_rate: float = Field(1e-4, gt=0)
-    epochs: float = Field(3, gt=0, description="passes over the templates")
+    def deciding(self) -> dict[str, Any]:
+        """The settings that decide what is learned."""
+        without = {"per_device_train_batch_size", "padding_free", "checkpoints", "tensorboard"}
+        return self.model_dump(mode="json", exclude=without)
 
 
-class Dpo(Lora):
-    """Stage 2: the warm-up on reviews, then cross-model DPO with replay."""
+class Sft(TrainingStage):
+    """Stage 1: supervised fine-tuning on templates."""
 
-    warmup_learning_rate: float = Field(1e-4, gt=0, description="of the supervised warm-up on reviews")
-    warmup_epochs: float = Field(1, ge=0, description="passes over the reviews; 0: no warm-up")
-    learning_rate: float = Field(1e-5, gt=0)
-    epochs: float = Field(1, gt=0, description="passes over the pairs; `train --only sft` leaves DPO out")
-    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps with rising learning rate")
-    beta: float = Field(0.2, gt=0)
-    nll_weight: float = Field(1.0, ge=0, description="of the likelihood of chosen texts")
-    replay_weight: float = Field(1.0, ge=0, description="of the likelihood of solved rows")
+    num_train_epochs: float = Field(3, gt=0, description="passes over the templates")
+    warmup_ratio: float = Field(0.02, ge=0, lt=1, description="share of steps with a rising learning rate")
+
+
+class Warmup(TrainingStage):
+    """Stage 2, first part: supervised training on whole reviews and on solved rows."""
+
+    num_train_epochs: float = Field(1, ge=0, description="passes over the reviews; 0: no warm-up")
     replay_share: float = Field(
-        1.0,
-        ge=0,
-        description="solved rows per review row, in warm-up and DPO; half of the warm-up's go on from a correction, "
-        "and its wrong attempts, closed like any work, are not among them",
+        1.0, ge=0, description="solved rows per review; half of them continue after a corrected step"
     )
     decision_weight: float = Field(
         1.0,
         ge=0,
-        description="of the decisions in the warm-up: to accuse a step in a review, to close it while solving",
+        description="extra weight of decisions: <Cause> in a review, closing a wrong step while solving",
     )
-    confirmation_share: float = Field(0.5, ge=0, lt=1, description="share of reviews that are of right work")
 
-    def deciding(self, *others: str) -> dict[str, Any]:
-        """As `Lora.deciding`. The confirmations are rows already when stage 2 begins: they are signed as such."""
-        return super().deciding("confirmation_share", *others)
+
+class Dpo(TrainingStage):
+    """Stage 2, second part: cross-model DPO with replay of solved rows."""
+
+    learning_rate: float = Field(1e-5, gt=0)
+    num_train_epochs: float = Field(
+        1, gt=0, description="passes over the pairs; `train --only sft` skips stage 2"
+    )
+    beta: float = Field(0.2, gt=0)
+    nll_weight: float = Field(1.0, ge=0, description="weight of the likelihood of chosen texts")
+    replay_weight: float = Field(1.0, ge=0, description="weight of the likelihood of solved rows")
+    replay_share: float = Field(1.0, ge=0, description="solved rows per reviewed attempt")
 
 
 class Export(Section):
@@ -249,16 +251,22 @@ class Config(Section):
     attempts: Attempts = Attempts()
     teacher: Teacher = Teacher()
     student: Student = Student()
+    lora: Lora = Lora()
     sft: Sft = Sft()
+    warmup: Warmup = Warmup()
     dpo: Dpo = Dpo()
     export: Export = Export()
     eval: Eval = Eval()
     review: Review = Review()
     prompts: Prompts = Prompts()
 
+    def stage(self, name: str) -> TrainingStage:
+        """The section of a training stage: sft, warmup or dpo."""
+        return getattr(self, name)
+
 
 def keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
-    """Every key of the tree, dotted, with its field: {"sft.epochs": FieldInfo, ..}."""
+    """Every key of the tree, dotted, with its field: {"sft.learning_rate": FieldInfo, ..}."""
     found = {}
     for name, field in model.model_fields.items():
         inner = field.annotation

@@ -53,7 +53,7 @@ class MemoryFault(DeviceFault):
     def __init__(self, stage: str, micro_batch: int):
         super().__init__(
             f"{stage}: the card has too little memory for {micro_batch} row{'s' * (micro_batch > 1)} at once",
-            f"lower {'sft' if stage == 'sft' else 'dpo'}.max_length or sft.rank; `sclite train --plan` tells what fits",
+            f"lower {stage}.max_length or lora.r; `sclite train --plan` shows what fits",
         )
         self.stage, self.micro_batch = stage, micro_batch
 

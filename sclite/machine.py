@@ -271,8 +271,8 @@ EXAMPLES: dict[str, Any] = {
     "teacher.tokens_per_minute": 200_000.0,
     "teacher.max_cost": 5.0,
     "teacher.price": (0.5, 1.5),
-    **{f"{stage}.micro_batch": 4 for stage in ("sft", "dpo")},
-    **{f"{stage}.padding_free": True for stage in ("sft", "dpo")},
+    **{f"{stage}.per_device_train_batch_size": 4 for stage in ("sft", "warmup", "dpo")},
+    **{f"{stage}.padding_free": True for stage in ("sft", "warmup", "dpo")},
     "review.threshold": 0.0,
 }
 """Values for the keys that have none, so that each line of sclite.toml can be taken as it stands."""

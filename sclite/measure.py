@@ -234,7 +234,9 @@ def write_summary(world: World, summary: dict[str, Any]) -> None:
     for name in summary["models"]:
         shown = run.read_json(f"{folder}/{name}.reviews.json", list[dict[str, Any]]) or []
         examples += [{**example, "model": name} for example in shown[:3]]
-    rows = [row for stage in ("sft", "dpo") for row in read_metrics(run.path(f"{stage}/metrics.jsonl"))]
+    rows = [
+        row for stage in ("sft", "warmup", "dpo") for row in read_metrics(run.path(f"{stage}/metrics.jsonl"))
+    ]
     curves: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         curves.setdefault(row["phase"], []).append(row)

@@ -187,7 +187,7 @@ def pairs_stage(config: Config, run: Run, asks: bool, *, progress: Any) -> Repor
     from sclite.data.pairs import build_pairs as stage
     from sclite.grading.worker import Grader
 
-    with Grader() as grader, _student(config, run, "dpo/warm", "pairs", asks) as student:
+    with Grader() as grader, _student(config, run, "warmup/adapter", "pairs", asks) as student:
         return stage(config, run, student=student, grader=grader, progress=progress)
 
 
@@ -238,7 +238,7 @@ def build_pairs(world: World) -> Report:
 
     nobody = (
         world.config.attempts.kind == "trained"
-        and not world.run.path("dpo/warm/adapter_model.safetensors").is_file()
+        and not world.run.path("warmup/adapter/adapter_model.safetensors").is_file()
     )
     ready = pairs_brought(world) or world.run.done("pairs", inputs_of(world.config, world.run))
     with world.screen.stage("pairs", "pairs: the student's own corrections against right ones") as progress:

@@ -21,7 +21,6 @@ from sclite.manifest import Report as Report
 from sclite.manifest import timed as timed
 from sclite.records import ROWS, Drop, Row
 from sclite.settings import FORGOTTEN, RUN_FILE
-from sclite.signature import brought_up
 
 R = TypeVar("R", bound=Row)
 BESIDES = frozenset(
@@ -273,7 +272,7 @@ class Run:
         manifest = self.finished(stage)
         if (
             manifest is None
-            or brought_up(manifest["inputs"], inputs) != inputs
+            or manifest["inputs"] != inputs
             or not all(self.path(n).exists() for n in outputs)
         ):
             return None

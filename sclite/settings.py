@@ -40,7 +40,7 @@ def load(
         if not equals:
             raise UsageFault(
                 f"--set {setting}: no value",
-                "write --set KEY=VALUE, for example --set sft.epochs=2; --set KEY= goes back to the default",
+                "write --set KEY=VALUE, for example --set sft.num_train_epochs=2; --set KEY= goes back to the default",
             )
         _put(typed, key.strip().split("."), value.strip())
     layers = (file, variables, typed)
@@ -55,9 +55,9 @@ def load(
 
 
 def _variables(environment: Mapping[str, str]) -> dict[str, Any]:
-    """The settings among the environment variables: SCLITE_SEED, SCLITE_SFT__EPOCHS.
+    """The settings among the environment variables: SCLITE_SEED, SCLITE_SFT__LEARNING_RATE.
 
-    A variable without `__` that is no key is somebody else's, unless it is spelled like one (SCLITE_SFT_EPOCHS).
+    A variable without `__` that is no key is somebody else's, unless it is spelled like one (SCLITE_SFT_LEARNING_RATE).
     """
     found: dict[str, Any] = {}
     flat = [key.replace(".", "_") for key in keys()]
@@ -144,7 +144,15 @@ def _nearest(key: str, known: Sequence[str], sections: Collection[str]) -> str:
             return f"did you mean {like}.{name}?" if f"{like}.{name}" in known else f"did you mean {like}?"
     own = [k.partition(".")[2] for k in known if k.startswith(f"{section}.")]
     near = [f"{section}.{n}" for n in difflib.get_close_matches(name, own, 1, 0.6)] if name and own else []
-    near = near or [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
+    last = key.split(".")[-1]
+    for candidates in ([f"{section}.{n}" for n in own], known):  # `epochs` means num_train_epochs
+        words = {k: k.split(".")[-1].split("_") for k in candidates}
+        near = (
+            near
+            or [k for k, parts in words.items() if k.endswith(f".{last}") or {last, f"{last}s"} & set(parts)][
+                :1
+            ]
+        )
     if not near and not own:
         near = difflib.get_close_matches(key, [*known, *sections], 1, 0.6)
     if near:

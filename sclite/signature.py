@@ -4,10 +4,8 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-from sclite.config import Config, keys
 from sclite.records import Row
 
 HASH = re.compile("[0-9a-f]{16}")
@@ -17,24 +15,6 @@ def digest(value: Any) -> str:
     """A short hash of anything that can be written as JSON; keys in any order."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
-
-
-def brought_up(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs that an older version has signed, as this one would have signed them, to be compared with `now`.
-
-    A setting that was not signed then had its default; one of a section that is signed no more decides nothing; and the
-    embedded student was named by its folder, which moves with the installation.
-    """
-    defaults = {key: field.default for key, field in keys().items()}
-    found = {key: defaults[key] for key in now if key in defaults} | dict(before)
-    for section in Config.model_fields:
-        old, new = before.get(section), now.get(section)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found[section] = {key: old.get(key, defaults.get(f"{section}.{key}")) for key in new}
-    model = found.get("student.model")
-    if isinstance(model, str) and Path(model).parts[-3:] == ("sclite", "quickstart", "student"):
-        found["student.model"] = "embedded"
-    return found
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -13,7 +13,7 @@ from sclite.config import Config
 from sclite.errors import DataFault, DeviceFault, MemoryFault, NetworkFault, UsageFault
 from sclite.run import Report, Run
 from sclite.student.memory import free_memory
-from sclite.train.memory import divisor, micro_batch, stage_settings, what_fits
+from sclite.train.memory import divisor, micro_batch, what_fits
 from sclite.world import LIBRARIES, World
 
 Stage = Callable[..., Report]
@@ -38,7 +38,7 @@ def train(world: World, only: str | None = None, fresh: bool = False) -> list[Re
         pipeline.require_sft(world)
         if data["reviews"] or not pipeline.pairs_brought(world):
             pipeline.build_corrections(world)
-        train_warm(world, fresh)
+        train_warmup(world, fresh)
         pipeline.build_pairs(world)
         train_dpo(world, fresh)
     return world.reports
@@ -97,8 +97,8 @@ def train_sft(world: World, fresh: bool = False) -> Report:
     return world.add(report, "sft: an adapter was brought along" if "brought_along" in counts else text)
 
 
-def train_warm(world: World, fresh: bool = False) -> Report:
-    report = _stage(world, "warm", "warm-up: the student learns what a review looks like", warm, fresh)
+def train_warmup(world: World, fresh: bool = False) -> Report:
+    report = _stage(world, "warmup", "warm-up: the student learns what a review looks like", warmup, fresh)
     counts = report.counts
     text = f"warm-up: {counts.get('rows', 0)} rows, {counts.get('steps', 0)} steps{pipeline.drops(report)}"
     return world.add(report, text)
@@ -117,8 +117,8 @@ def sft(config: Config, run: Run, unseen: frozenset[str], fresh: bool, *, progre
     return stage(config, run, unseen=unseen, fresh=fresh, progress=progress)
 
 
-def warm(config: Config, run: Run, unseen: frozenset[str], fresh: bool, *, progress: Any) -> Report:
-    from sclite.train.warm import train_warm as stage
+def warmup(config: Config, run: Run, unseen: frozenset[str], fresh: bool, *, progress: Any) -> Report:
+    from sclite.train.warmup import train_warmup as stage
 
     return stage(config, run, unseen=unseen, fresh=fresh, progress=progress)
 
@@ -144,7 +144,7 @@ def _stage(world: World, name: str, text: str, stage: Stage, fresh: bool) -> Rep
                 if fault.micro_batch == 1:
                     raise _told(fault, config, name) from fault
                 config = halved(config, fault)
-                now = stage_settings(config, name).micro_batch
+                now = config.stage(name).per_device_train_batch_size
                 told = f"out of memory with {fault.micro_batch} rows at once: {name} goes on with {now}"
                 progress(0, 0, warning=told)
             if report is None and not world.apart:
@@ -159,8 +159,8 @@ def _told(fault: MemoryFault, config: Config, name: str) -> DeviceFault:
 
 
 def halved(config: Config, fault: MemoryFault) -> Config:
-    """The configuration with about half the micro-batch in the section of a stage; the accumulation follows by itself."""
-    settings = stage_settings(config, fault.stage)
-    size = divisor(settings.batch, fault.micro_batch // 2)
-    name = "sft" if fault.stage == "sft" else "dpo"
-    return config.model_copy(update={name: settings.model_copy(update={"micro_batch": size})})
+    """The configuration with about half the micro-batch size for a stage; the accumulation follows."""
+    settings = config.stage(fault.stage)
+    size = divisor(settings.batch_size, fault.micro_batch // 2)
+    smaller = settings.model_copy(update={"per_device_train_batch_size": size})
+    return config.model_copy(update={fault.stage: smaller})

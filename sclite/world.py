@@ -137,7 +137,7 @@ class World:
         from sclite.student.load import load_student
         from sclite.student.trainable import Trainable
 
-        model, tokenizer = load_student(self.config.student, self.config.sft, self.run.path(adapter))
+        model, tokenizer = load_student(self.config, "sft", self.run.path(adapter))
         try:
             yield Trainable(model, tokenizer, self.config.student.batch)
         finally:

@@ -27,7 +27,7 @@ def fails(*, progress):
 
 
 def runs_out_of_memory(*, progress):
-    raise MemoryFault("warm", 4)
+    raise MemoryFault("warmup", 4)
 
 
 def is_interrupted(*, progress):
@@ -118,7 +118,7 @@ def test_faults_come_back_whole(tmp_path):
     assert fault.value.hint == "mend it"
     with pytest.raises(MemoryFault, match="4 rows at once") as fault:
         apart(runs_out_of_memory, progress=nothing, log=tmp_path / "log")
-    assert (fault.value.stage, fault.value.micro_batch, fault.value.code) == ("warm", 4, 5)
+    assert (fault.value.stage, fault.value.micro_batch, fault.value.code) == ("warmup", 4, 5)
     with pytest.raises(KeyboardInterrupt):
         apart(is_interrupted, progress=nothing, log=tmp_path / "log")
 

@@ -113,11 +113,15 @@ def test_an_unknown_key_in_the_file_gets_the_nearest_known_one(sclite):
 @pytest.mark.parametrize(
     ("setting", "said", "hint"),
     [
-        ("sft.epochs", "--set sft.epochs: no value", "--set KEY=VALUE"),
-        ("sft.epoch=2", "unknown key sft.epoch", "did you mean sft.epochs?"),
+        ("sft.num_train_epochs", "--set sft.num_train_epochs: no value", "--set KEY=VALUE"),
+        ("sft.epoch=2", "unknown key sft.epoch", "did you mean sft.num_train_epochs?"),
         ("epochs=2", "unknown key epochs", "did you mean"),
         ("prompts.zzz=red", "unknown key prompts.zzz", "prompts has folder."),
-        ("sft.epochs=many", "sft.epochs = 'many': input should be a valid number", "sclite init"),
+        (
+            "sft.num_train_epochs=many",
+            "sft.num_train_epochs = 'many': input should be a valid number",
+            "sclite init",
+        ),
         ("problems.correction_share=1.5", "problems.correction_share = 1.5: input should be less than 1", ""),
     ],
 )

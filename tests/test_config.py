@@ -14,24 +14,34 @@ def _folder(tmp_path, monkeypatch):
 
 
 def test_defaults_then_file_then_environment_then_settings(tmp_path):
-    (tmp_path / "sclite.toml").write_text("[sft]\nepochs = 2\nrank = 2\nbatch = 2\n")
-    defaults = {"sft": {"epochs": 1, "rank": 1, "batch": 1, "alpha": 1}}
-    found = load(None, ["sft.epochs=4"], {"SCLITE_SFT__EPOCHS": "3", "SCLITE_SFT__RANK": "3"}, defaults)
-    assert (found.sft.alpha, found.sft.batch, found.sft.rank, found.sft.epochs) == (1, 2, 3, 4)
-    assert found.sft.micro_batch == Config().sft.micro_batch
+    (tmp_path / "sclite.toml").write_text("[sft]\nnum_train_epochs = 2\nbatch_size = 2\n[lora]\nr = 2\n")
+    defaults = {"sft": {"num_train_epochs": 1, "batch_size": 1}, "lora": {"r": 1, "lora_alpha": 1}}
+    found = load(
+        None,
+        ["sft.num_train_epochs=4"],
+        {"SCLITE_SFT__NUM_TRAIN_EPOCHS": "3", "SCLITE_LORA__R": "3"},
+        defaults,
+    )
+    assert (found.lora.lora_alpha, found.sft.batch_size, found.lora.r, found.sft.num_train_epochs) == (
+        1,
+        2,
+        3,
+        4,
+    )
+    assert found.sft.per_device_train_batch_size == Config().sft.per_device_train_batch_size
 
 
 def test_the_tree_of_defaults_is_not_changed_by_reading():
-    defaults = {"sft": {"epochs": 1}}
-    load(None, ["sft.epochs=4", "sft.rank=2"], {}, defaults)
-    assert defaults == {"sft": {"epochs": 1}}
+    defaults = {"sft": {"num_train_epochs": 1}}
+    load(None, ["sft.num_train_epochs=4", "lora.r=2"], {}, defaults)
+    assert defaults == {"sft": {"num_train_epochs": 1}}
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_a_file_may_begin_with_a_byte_order_mark_and_end_its_lines_in_any_way(tmp_path, end):
-    (tmp_path / "sclite.toml").write_bytes("\ufeffseed = 3\n[sft]\nrank = 2\n".replace("\n", end).encode())
+    (tmp_path / "sclite.toml").write_bytes("\ufeffseed = 3\n[lora]\nr = 2\n".replace("\n", end).encode())
     found = load(None, (), {})
-    assert (found.seed, found.sft.rank) == (3, 2)
+    assert (found.seed, found.lora.r) == (3, 2)
 
 
 def test_variables_that_are_no_keys_are_left_alone():
@@ -40,9 +50,9 @@ def test_variables_that_are_no_keys_are_left_alone():
 
 def test_a_named_file_takes_the_place_of_the_one_in_the_folder(tmp_path):
     (tmp_path / "sclite.toml").write_text("seed = 1\n")
-    (tmp_path / "mine.toml").write_text("[sft]\nrank = 4\n")
+    (tmp_path / "mine.toml").write_text("[lora]\nr = 4\n")
     found = load(tmp_path / "mine.toml", (), {})
-    assert (found.seed, found.sft.rank) == (0, 4)
+    assert (found.seed, found.lora.r) == (0, 4)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +64,7 @@ def test_a_named_file_takes_the_place_of_the_one_in_the_folder(tmp_path):
         ('student.model="a b"', "student.model", "a b"),
         ("student.model=a=b", "student.model", "a=b"),
         ("student.model=", "student.model", ""),
-        (" sft.epochs = 2 ", "sft.epochs", 2.0),
+        (" sft.num_train_epochs = 2 ", "sft.num_train_epochs", 2.0),
         ("sft.learning_rate=1e-4", "sft.learning_rate", 1e-4),
         ("student.load_in_4bit=false", "student.load_in_4bit", False),
         ("review.threshold=-3.5", "review.threshold", -3.5),
@@ -80,7 +90,7 @@ def test_all_faults_are_told_at_once():
     message, hint = fault.value.message, fault.value.hint
     for part in ("unknown key sft.epoch", "dpo.beta = -1", "unknown key models", "eval.limit = 'none'"):
         assert part in message
-    assert "did you mean sft.epochs?" in hint
+    assert "did you mean sft.num_train_epochs?" in hint
     assert "\n" not in message
 
 
@@ -90,7 +100,7 @@ def test_all_faults_are_told_at_once():
         ("dpo.betta=1", "dpo.beta"),
         ("sft.learningrate=1", "sft.learning_rate"),
         ("studnt.model=x", "student.model"),
-        ("epochs=2", "sft.epochs"),
+        ("num_train_epochs=2", "sft.num_train_epochs"),
     ],
 )
 def test_an_unknown_key_gets_the_nearest_known_one(wrong, meant):
@@ -107,7 +117,7 @@ def test_every_key_of_an_unknown_section_is_named():
     assert fault.value.hint == "did you mean student.model? did you mean student.batch?"
 
 
-@pytest.mark.parametrize("setting", ["sft=3", "=3", "sft.=3", ".epochs=1", "sft.epochs.more=1"])
+@pytest.mark.parametrize("setting", ["sft=3", "=3", "sft.=3", ".seed=1", "sft.num_train_epochs.more=1"])
 def test_odd_settings_are_usage_faults_and_no_tracebacks(setting):
     with pytest.raises(UsageFault):
         load(None, [setting], {})
@@ -115,19 +125,20 @@ def test_odd_settings_are_usage_faults_and_no_tracebacks(setting):
 
 def test_a_configuration_cannot_be_changed():
     with pytest.raises(ValidationError, match="frozen"):
-        Config().sft.epochs = 2
+        Config().sft.num_train_epochs = 2
 
 
 def test_every_key_that_people_type_most_exists():
     typed = """problems.source problems.limit problems.correction_share attempts.source attempts.samples teacher.model
         teacher.api_base teacher.concurrency student.model student.backend export.quant export.ollama eval.source
-        eval.limit review.mode review.threshold review.rounds sft.learning_rate sft.epochs sft.batch sft.max_length
-        sft.rank dpo.beta dpo.nll_weight"""
+        eval.limit review.mode review.threshold review.rounds sft.learning_rate sft.num_train_epochs sft.batch_size sft.max_length
+        lora.r dpo.beta dpo.nll_weight"""
     assert set(typed.split()) <= keys().keys()
 
 
 @pytest.mark.parametrize(
-    "setting", ["dpo.epochs=0", "sft.epochs=0", "sft.epochs=inf", "dpo.learning_rate=nan"]
+    "setting",
+    ["dpo.num_train_epochs=0", "sft.num_train_epochs=0", "sft.num_train_epochs=inf", "dpo.learning_rate=nan"],
 )
 def test_a_number_that_cannot_be_is_refused_with_its_key(setting):
     with pytest.raises(UsageFault, match=setting.partition("=")[0].replace(".", r"\.")):
@@ -135,18 +146,13 @@ def test_a_number_that_cannot_be_is_refused_with_its_key(setting):
 
 
 def test_no_epochs_of_dpo_has_a_remedy():
-    with pytest.raises(UsageFault, match=r"dpo\.epochs = 0: input should be greater than 0") as fault:
-        load(None, ["dpo.epochs=0"], {})
+    with pytest.raises(
+        UsageFault, match=r"dpo\.num_train_epochs = 0: input should be greater than 0"
+    ) as fault:
+        load(None, ["dpo.num_train_epochs=0"], {})
     assert "train --only sft" in fault.value.hint
 
 
-@pytest.mark.parametrize("name", ["rank", "alpha"])
-def test_the_adapter_of_dpo_has_no_shape_of_its_own(name):
-    with pytest.raises(UsageFault, match=f"unknown key dpo.{name}") as fault:
-        load(None, [f"dpo.{name}=16"], {})
-    assert f"did you mean sft.{name}?" in fault.value.hint
-
-
-def test_the_share_of_confirmations_decides_rows_and_not_the_training_on_them():
-    assert Dpo(confirmation_share=0.1).deciding() == Dpo().deciding()
+def test_settings_that_decide_nothing_of_the_result_are_not_signed():
+    assert Dpo(checkpoints=3, per_device_train_batch_size=2).deciding() == Dpo().deciding()
     assert Dpo(beta=0.1).deciding() != Dpo().deciding()

@@ -151,7 +151,7 @@ def test_a_run_may_be_named_like_markup(tmp_path):
     for command in (
         ("status",), ("show",), ("show", "drops"), ("show", "templates"), ("show", "pairs"),
         ("export", "--format", "data"), ("export",), ("chat", "[/red]"), ("train",),
-        ("show", "drops", "--reason", "[/red]"), ("train", "--set", "sft.epochs=[/red]"), ("[/red]",),
+        ("show", "drops", "--reason", "[/red]"), ("train", "--set", "sft.num_train_epochs=[/red]"), ("[/red]",),
     ):  # fmt: skip
         arguments = command if command == ("[/red]",) else (*command, "--run", "a[/b]c")
         done = sclite(tmp_path, *arguments, FORCE_COLOR="1")

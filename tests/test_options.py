@@ -68,7 +68,7 @@ def test_the_rest_of_the_run_works_on_what_was_built_and_not_on_the_whole_source
     build("mine.jsonl", "--limit", "6")
     ended = sclite("train", "--plan", "--json", "--set", "student.model=embedded")
     planned = json.loads(ended.out)["stages"]["sft"]["rows"]
-    sclite("train", "--only", "sft", "--set", "student.model=embedded", "--set", "sft.epochs=0.01")
+    sclite("train", "--only", "sft", "--set", "student.model=embedded", "--set", "sft.num_train_epochs=0.01")
     assert rows() == 6
     assert planned < 6
 
@@ -103,7 +103,7 @@ def test_what_decides_the_data_is_remembered_and_can_be_unset(build, sclite):
     [
         ("teacher.price", "[1, 2]", None),
         ("review.threshold", "2", None),
-        ("sft.epochs", "7", 3.0),
+        ("sft.num_train_epochs", "7", 3.0),
         ("eval.split", "dev", "test"),
         ("problems.avoid", "x.jsonl", ()),
         ("student.load_in_4bit", "false", True),
@@ -123,9 +123,9 @@ def test_every_kind_of_value_can_be_put_back_to_its_default(tmp_path, key, other
 
 
 def test_an_empty_value_of_the_quickstart_is_the_quickstarts_own_default(tmp_path):
-    (tmp_path / "run.toml").write_text("[sft]\nepochs = 9\n")
-    given = [f"run={tmp_path}", "sft.epochs="]
-    assert load(None, given, {}, {"sft": {"epochs": 5}}, own_file=False).sft.epochs == 5
+    (tmp_path / "run.toml").write_text("[sft]\nnum_train_epochs = 9\n")
+    given = [f"run={tmp_path}", "sft.num_train_epochs="]
+    assert load(None, given, {}, {"sft": {"num_train_epochs": 5}}, own_file=False).sft.num_train_epochs == 5
 
 
 def test_an_empty_value_of_an_unknown_key_is_refused_as_any_other():
@@ -137,18 +137,18 @@ def test_an_empty_value_of_an_unknown_key_is_refused_as_any_other():
 
 
 def test_seed_and_run_come_from_the_environment_too(tmp_path):
-    (tmp_path / "run.toml").write_text("[sft]\nepochs = 9\n")
+    (tmp_path / "run.toml").write_text("[sft]\nnum_train_epochs = 9\n")
     found = load(None, (), {"SCLITE_SEED": "5", "SCLITE_RUN": str(tmp_path)}, own_file=False)
-    assert (found.seed, found.run, found.sft.epochs) == (5, str(tmp_path), 9)
+    assert (found.seed, found.run, found.sft.num_train_epochs) == (5, str(tmp_path), 9)
 
 
 def test_a_variable_that_is_spelled_like_a_key_is_refused_with_its_right_name():
-    given = {"SCLITE_SFT_EPOCHS": "5", "SCLITE_SFT__EPOCH": "5", "SCLITE_SEDE": "1"}
+    given = {"SCLITE_SFT_NUM_TRAIN_EPOCHS": "5", "SCLITE_SFT__EPOCH": "5", "SCLITE_SEDE": "1"}
     with pytest.raises(UsageFault) as fault:
         load(None, (), given, own_file=False)
-    for name in ("sft_epochs", "sft.epoch", "sede"):
+    for name in ("sft_num_train_epochs", "sft.epoch", "sede"):
         assert f"unknown key {name}" in fault.value.message
-    assert fault.value.hint.count("did you mean sft.epochs?") == 2
+    assert fault.value.hint.count("did you mean sft.num_train_epochs?") == 2
     assert "did you mean seed?" in fault.value.hint
 
 

@@ -19,7 +19,6 @@ from sclite.records import Attempt, Drop, Problem
 from sclite.run import Report, Run, timed, write_text
 from sclite.signature import differences, digest, digest_rows
 from sclite.train import sft
-from sclite.train.checkpoints import Checkpoints, refuse_other_inputs
 
 
 def problem(number: int, question: str = "How many?") -> Problem:
@@ -262,39 +261,6 @@ def test_a_value_of_sixteen_letters_that_is_no_hash_is_shown():
 def test_the_embedded_student_is_signed_by_its_name_and_not_by_its_folder(run):
     inputs = sft.inputs_of(Config.model_validate({"student": {"model": "embedded"}}), run)
     assert inputs["student.model"] == "embedded"
-    elsewhere = {
-        **inputs,
-        "student.model": "/home/a/.venv/lib/python3.11/site-packages/sclite/quickstart/student",
-    }
-    run.sign("sft", elsewhere, Report("sft"))
-    assert run.done("sft", inputs) is not None
-    refuse_other_inputs(run, "sft", run.path("sft/checkpoints"), inputs, fresh=False)
-
-
-def test_a_setting_that_an_older_version_did_not_sign_had_its_default(run):
-    config = Config.model_validate({"student": {"model": "embedded"}})
-    inputs = sft.inputs_of(config, run)
-    older = {key: value for key, value in inputs.items() if key != "student.load_in_4bit"}
-    older["sft"] = {key: value for key, value in inputs["sft"].items() if key != "patience"} | {"gone": 3}
-    run.sign("sft", older, Report("sft"))
-    assert run.done("sft", inputs) is not None
-    other = {**inputs, "sft": {**inputs["sft"], "patience": 2}}
-    assert run.done("sft", other) is None
-    with pytest.raises(UsageFault, match=r"sft\.patience: 0 before, 2 now"):
-        refuse_other_inputs(run, "sft", run.path("sft/checkpoints"), other, fresh=False)
-
-
-def test_checkpoints_that_an_older_version_began_are_gone_on_from(run):
-    inputs = sft.inputs_of(Config.model_validate({"student": {"model": "embedded"}}), run)
-    older = {**inputs, "sft": {key: value for key, value in inputs["sft"].items() if key != "patience"}}
-    checkpoints = Checkpoints(run.path("sft/checkpoints"))
-    checkpoints.begin(older)
-    run.path("sft/checkpoints/checkpoint-3").mkdir(parents=True)
-    checkpoints.mark(3)
-    checkpoints.begin(inputs)
-    assert checkpoints.step() == 3
-    checkpoints.begin({**inputs, "seed": 7})
-    assert checkpoints.step() == 0
 
 
 # -- what a command was told ---------------------------------------------------------------------------------------

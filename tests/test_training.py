@@ -10,7 +10,7 @@ from sclite.records import Template
 from sclite.run import Run
 from sclite.screen import Screen
 from sclite.student.load import load_tokenizer
-from sclite.train import sft, warm
+from sclite.train import sft, warmup
 from sclite.train.watch import read_metrics
 from sclite.world import World
 from tests.tiny import tiny_llama
@@ -63,7 +63,7 @@ def small_card(monkeypatch, rows: int, from_step: int = 0) -> list[int]:
 def test_out_of_memory_halves_the_rows_at_once_and_goes_on_from_the_last_checkpoint(
     folder, tmp_path, monkeypatch
 ):
-    settings = {"sft": {"micro_batch": 4, "epochs": 6, "checkpoints": 9}}
+    settings = {"sft": {"per_device_train_batch_size": 4, "num_train_epochs": 6, "checkpoints": 9}}
     whole = world_of(folder, tmp_path / "whole", **settings)
     training.train_sft(whole)
     world = world_of(folder, tmp_path / "small", **settings)
@@ -78,7 +78,7 @@ def test_out_of_memory_halves_the_rows_at_once_and_goes_on_from_the_last_checkpo
 
 
 def test_when_not_even_one_row_fits_it_ends_with_exit_5_and_what_to_lower(folder, tmp_path, monkeypatch):
-    world = world_of(folder, tmp_path, sft={"micro_batch": 2})
+    world = world_of(folder, tmp_path, sft={"per_device_train_batch_size": 2})
     small_card(monkeypatch, rows=0)
     with pytest.raises(DeviceFault, match="sft: the card has too little memory for 1 row at once") as fault:
         training.train_sft(world)
@@ -165,7 +165,7 @@ def test_attempts_that_do_not_fit_at_once_are_sampled_in_halves(folder, monkeypa
     from sclite.student.trainable import Trainable
 
     config = config_of(folder)
-    model, tokenizer = load_student(config.student, config.sft)
+    model, tokenizer = load_student(config, "sft")
     sizes, real = [], model.generate
 
     def limited(input_ids, **settings):
@@ -202,7 +202,7 @@ def test_tensorboard_that_is_not_installed_is_said_before_the_first_step(folder,
 
 def test_the_plan_of_a_run_says_what_each_stage_takes(folder, tmp_path):
     found = training.plan(world_of(folder, tmp_path))
-    assert list(found["stages"]) == ["sft", "warm", "dpo"]
+    assert list(found["stages"]) == ["sft", "warmup", "dpo"]
     assert found["gpu"] is None
     assert found["stages"]["sft"]["rows"] > 0
     assert found["stages"]["sft"]["hours"] is None
@@ -212,18 +212,28 @@ def test_the_plan_of_a_run_says_what_each_stage_takes(folder, tmp_path):
 def test_the_plan_has_the_steps_rows_and_rows_at_once_of_the_training_that_follows(
     folder, tmp_path, monkeypatch
 ):
-    settings = {"batch": 3, "micro_batch": None, "epochs": 2.5, "eval_share": 0.4}
-    world = world_of(folder, tmp_path, sft=settings, dpo={**settings, "micro_batch": 3, "warmup_epochs": 1})
+    settings = {
+        "batch_size": 3,
+        "per_device_train_batch_size": None,
+        "num_train_epochs": 2.5,
+        "eval_share": 0.4,
+    }
+    world = world_of(
+        folder,
+        tmp_path,
+        sft=settings,
+        warmup={**settings, "per_device_train_batch_size": 3, "num_train_epochs": 1},
+    )
     stages = training.plan(world)["stages"]
     sizes = []
     real = sft.train_adapter
-    for stage in (sft, warm):
+    for stage in (sft, warmup):
         monkeypatch.setattr(
             stage,
             "train_adapter",
             lambda *a, **named: sizes.append(named["micro_batch"]) or real(*a, **named),
         )
-    for report in (training.train_sft(world), training.train_warm(world)):
+    for report in (training.train_sft(world), training.train_warmup(world)):
         planned = stages[report.stage]
         assert (planned["rows"], planned["steps"]) == (report.counts["rows"], report.counts["steps"])
         assert planned["micro_batch"] == sizes.pop(0)

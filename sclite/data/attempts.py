@@ -25,7 +25,7 @@ STAGE = "attempts"
 FILE = "attempts.jsonl"
 
 
-_NOT_SAMPLING = {"reviews", "student", "api_base", "concurrency", "price"}
+_NOT_SAMPLING = {"reviews", "confirmation_share", "student", "api_base", "concurrency", "price"}
 
 
 def inputs_of(config: Config, run: Run, problems: Sequence[Problem]) -> dict[str, Any]:
@@ -128,7 +128,9 @@ def _unreadable(config: Config, rows: Sequence[Attempt]) -> str:
     unreadable = sum(fault is not None for fault in faults)
     if 2 * unreadable <= len(said):
         return ""
-    remedy = "train SFT for longer (sft.epochs), or raise attempts.max_tokens where they are cut off"
+    remedy = (
+        "train SFT for longer (sft.num_train_epochs), or raise attempts.max_tokens where they are cut off"
+    )
     if config.attempts.student or config.attempts.source:
         remedy = "they need the form of prompts/student_system.txt: <Step1> .. </Step1> <Answer> .. </Answer>"
     reason = common[0][0].replace("_", " ")

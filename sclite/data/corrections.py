@@ -42,7 +42,7 @@ def inputs_of(config: Config, run: Run) -> dict[str, Any]:
                 teacher.inspector,
             ]
         ),
-        "confirmations": config.dpo.confirmation_share,
+        "confirmations": config.attempts.confirmation_share,
         "seed": config.seed,
         "prompts": prompts.digest(*named, folder=config.prompts.folder),
     }
@@ -289,7 +289,7 @@ def _review(attempt: Attempt, trace: Trace, requests: int) -> Review:
 
 
 def _confirmations(attempts: Sequence[Attempt], corrected: int, config: Config) -> list[Review]:
-    """Right attempts as reviews that change nothing, as many as `dpo.confirmation_share` asks for."""
+    """Right attempts as reviews that change nothing, as many as `attempts.confirmation_share` asks for."""
     right = [a for a in attempts if a.correct is True and not parse(a.trace).faults]
     wanted = min(len(right), _confirmations_wanted(corrected, config))
     picked = random.Random(config.seed).sample(right, wanted)
@@ -300,5 +300,5 @@ def _confirmations(attempts: Sequence[Attempt], corrected: int, config: Config) 
 
 
 def _confirmations_wanted(corrected: int, config: Config) -> int:
-    share = config.dpo.confirmation_share
+    share = config.attempts.confirmation_share
     return round(corrected * share / (1 - share))

@@ -38,7 +38,7 @@ def inputs_of(config: Config, run: Run) -> dict[str, Any]:
     student = {"student": digest([other_student(config), config.attempts.max_tokens])} if other else {}
     return student | {
         "reviews": run.file_digest("reviews.jsonl"),
-        "warm": "" if other else run.file_digest("dpo/warm/adapter_model.safetensors"),
+        "warmup": "" if other else run.file_digest("warmup/adapter/adapter_model.safetensors"),
         "sampling": digest([config.attempts.reviews, config.attempts.temperature, config.seed]),
         "prompts": prompts.digest(
             "student_system", "student_solve", "student_review", folder=config.prompts.folder

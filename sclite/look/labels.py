@@ -17,7 +17,7 @@ from sclite.student.encode import Encoded, encode_solution, end_id
 from sclite.student.load import load_tokenizer, local_folder
 from sclite.trace import CAUSE, parse, work_of
 from sclite.train.bundle import build_bundles
-from sclite.train.warm_rows import closed_row, continued_row, is_closed, review_row
+from sclite.train.warmup_rows import closed_row, continued_row, is_closed, review_row
 
 SHOWN = ("templates", "reviews", "pairs")
 LEGEND = {

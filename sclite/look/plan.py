@@ -29,16 +29,15 @@ from sclite.train.memory import (
     largest_length,
     optimizer_bytes,
     read_architecture,
-    stage_settings,
     wanted_setting,
 )
 from sclite.train.order import training_order
 from sclite.train.sft import replay_templates, solve_rows
 from sclite.train.trainer import held_out_rows
-from sclite.train.warm_rows import mixed_rows
+from sclite.train.warmup_rows import mixed_rows
 from sclite.train.watch import read_metrics
 
-STAGES = ("sft", "warm", "dpo")
+STAGES = ("sft", "warmup", "dpo")
 GB = 1_000_000_000
 CHECKPOINTS = 3  # on disk at once: two are kept while a third is written
 BITS = {
@@ -72,7 +71,7 @@ def plan(
     `unseen` are ids of the problems kept for stage 2 (None: unknown), `micro_batches` the rows of a forward pass by stage
     (default: as configured). Without a tokenizer the forecast is unknown.
     """
-    model = read_architecture(config.student, config.sft.target_modules)
+    model = read_architecture(config.student, config.lora.target_modules)
     backend = "plain" if gpu is None or config.student.backend == "plain" else "unsloth"
     stages = {}
     for stage in STAGES:
@@ -99,7 +98,7 @@ def _memory(
     config: Config, model: Architecture, wanted: Any, gpu: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """The setting for the free memory, its bytes by part, and the longest row that fits alone."""
-    batch = stage_settings(config, wanted.stage).batch
+    batch = config.stage(wanted.stage).batch_size
     free = None if gpu is None else round(gpu["free_gb"] * GB)
     choice = choose(model, wanted, batch, free)
     setting = choice.setting or wanted
@@ -133,7 +132,7 @@ def _sequences(
         chosen = [row for row in templates if row.id not in unseen]
         return [[row] for row in solve_rows(tokenizer, chosen, folder)] or None
     replayed = replay_templates(templates, unseen)
-    if stage == "warm":
+    if stage == "warmup":
         reviews = run.read("reviews.jsonl", Review)
         return [[row] for row in mixed_rows(tokenizer, run, reviews, replayed, config)[1]] or None
     questions = {row.id: row.question for row in run.read("problems.jsonl", Problem)}
@@ -147,27 +146,26 @@ def _sequences(
 
 def _forecast(config: Config, run: Run, stage: str, rows: list[list[Encoded]] | None) -> dict[str, Any]:
     """Rows, tokens over all epochs, optimizer steps and hours, in the order that training takes them."""
-    settings = stage_settings(config, stage)
-    epochs = config.dpo.warmup_epochs if stage == "warm" else settings.epochs
+    settings = config.stage(stage)
     speed = tokens_per_second(run, stage)
     unknown = dict.fromkeys(("rows", "too_long", "tokens", "loss_share", "steps", "hours"))
     if rows is None:
-        return {**unknown, "epochs": epochs, "tokens_per_second": speed}
+        return {**unknown, "epochs": settings.num_train_epochs, "tokens_per_second": speed}
     fit = [row for row in rows if max(len(side.ids) for side in row) <= settings.max_length]
     once = [sum(len(side.ids) for side in row) for row in fit]
     carried = sum(weight > 0 for row in fit for side in row for weight in side.weights)
     held_out = set(held_out_rows(len(fit), settings.eval_share, config.seed))
     trained = [tokens for number, tokens in enumerate(once) if number not in held_out]
-    order = training_order(trained, settings.batch, epochs, config.seed)
+    order = training_order(trained, settings.batch_size, settings.num_train_epochs, config.seed)
     tokens = sum(trained[number] for number in order)
     return {
         "rows": len(fit),
         "too_long": len(rows) - len(fit),
         "tokens": tokens,
         "loss_share": round(carried / sum(once), 4) if fit else None,
-        "steps": ceil(len(order) / settings.batch),
+        "steps": ceil(len(order) / settings.batch_size),
         "hours": None if speed is None else round(tokens / speed / 3600, 3),
-        "epochs": epochs,
+        "epochs": settings.num_train_epochs,
         "tokens_per_second": speed,
     }
 
@@ -175,11 +173,11 @@ def _forecast(config: Config, run: Run, stage: str, rows: list[list[Encoded]] | 
 def tokens_per_second(run: Run, stage: str) -> float | None:
     """The median over the steps of this stage that the run has timed; the warm-up may take SFT's."""
     found: dict[str, list[float]] = {}
-    for name in ("sft/metrics.jsonl", "dpo/metrics.jsonl"):
-        for row in read_metrics(run.path(name)):
+    for name in STAGES:
+        for row in read_metrics(run.path(f"{name}/metrics.jsonl")):
             if row.get("tokens_per_second"):
                 found.setdefault(row["phase"], []).append(row["tokens_per_second"])
-    same = found.get(stage) or (found.get("sft") if stage == "warm" else None)
+    same = found.get(stage) or (found.get("sft") if stage == "warmup" else None)
     return round(statistics.median(same), 1) if same else None
 
 
@@ -188,7 +186,7 @@ def tokens_per_second(run: Run, stage: str) -> float | None:
 
 def _disk(config: Config, model: Architecture) -> dict[str, float | None]:
     """GB that a whole run writes; None for a quantization of unknown size. `merged` and `full_gguf` are temporary."""
-    tensors = model.lora_tensors(config.sft.rank)
+    tensors = model.lora_tensors(config.lora.r)
     adapter, states = 4 * sum(tensors), optimizer_bytes(tensors, 8)
     bits, sixteen = BITS.get(config.export.quant.lower()), 2 * model.parameters
     sizes = {

@@ -24,10 +24,10 @@ from sclite.look.rows import require_folder
 from sclite.records import Drop, Problem
 from sclite.run import Run
 from sclite.settings import FILE as SETTINGS
-from sclite.signature import brought_up, differences
+from sclite.signature import differences
 from sclite.teacher.ledger import FILE as LEDGER
 from sclite.teacher.ledger import Ledger
-from sclite.train import dpo, sft, warm
+from sclite.train import dpo, sft, warmup
 from sclite.train.watch import read_metrics
 
 DONE, STALE, HALF_WAY, NOT_BEGUN = "done", "stale", "half_way", "not_begun"
@@ -36,12 +36,12 @@ OUTPUTS = {
     "sft": "sft/adapter/adapter_model.safetensors",
     "attempts": "attempts.jsonl",
     "corrections": "reviews.jsonl",
-    "warm": "dpo/warm/adapter_model.safetensors",
+    "warmup": "warmup/adapter/adapter_model.safetensors",
     "pairs": "pairs.jsonl",
     "dpo": "dpo/adapter/adapter_model.safetensors",
 }
 """The signed stages before export, in their order, and what each leaves in the run."""
-TRAINED, IMPORTED, EVAL = ("sft", "warm", "dpo"), ("templates", "attempts", "corrections", "pairs"), "eval"
+TRAINED, IMPORTED, EVAL = ("sft", "warmup", "dpo"), ("templates", "attempts", "corrections", "pairs"), "eval"
 
 
 @dataclass
@@ -141,7 +141,7 @@ def _expected(
         "sft": lambda: sft.inputs_of(config, run, kept),
         "attempts": lambda: attempts.inputs_of(config, run, tried),
         "corrections": lambda: corrections.inputs_of(config, run),
-        "warm": lambda: warm.inputs_of(config, run, kept),
+        "warmup": lambda: warmup.inputs_of(config, run, kept),
         "pairs": lambda: pairs.inputs_of(config, run),
         "dpo": lambda: dpo.inputs_of(config, run, kept),
     }
@@ -162,7 +162,7 @@ def _signed(config: Config, run: Run, name: str, output: str, expected: Callable
     except ScliteError as fault:  # such as a prompt file that is gone: the stage itself would stop at it
         stage.why.append(fault.message)
     else:
-        signed = (brought_up(held, wanted), wanted)
+        signed = (held, wanted)
         before, now = ({k: v for k, v in d.items() if k in wanted} for d in signed)
         stage.why += differences(before, now)
     stage.why += run.damaged(manifest)
@@ -190,7 +190,7 @@ def _rows_so_far(run: Run, name: str) -> int:
     """Rows of a file that is being written; for a training stage the optimizer step that was logged last."""
     if name not in TRAINED:
         return _count(run, OUTPUTS[name])
-    rows = read_metrics(run.path(f"{'sft' if name == 'sft' else 'dpo'}/metrics.jsonl"))
+    rows = read_metrics(run.path(f"{name}/metrics.jsonl"))
     return max((row["step"] for row in rows if row["phase"] == name), default=0)
 
 

@@ -20,32 +20,21 @@ from sclite.screen import Screen
 from sclite.trace import Trace
 from sclite.world import World
 
+STAGE = {"batch_size": 16, "per_device_train_batch_size": 8, "max_length": 1024, "eval_share": 0}
 DEFAULTS: Mapping[str, Any] = {
     "run": "runs/quickstart",
     "teacher": {"model": MODEL, "concurrency": 8},
     "student": {"model": "embedded", "backend": "plain", "batch": 64},
-    "attempts": {"samples": 2, "max_tokens": 160, "reviews": 2},
-    "sft": {
-        "learning_rate": 2e-3,
-        "epochs": 3,
-        "batch": 16,
-        "micro_batch": 8,
-        "max_length": 1024,
-        "eval_share": 0,
-    },
-    "dpo": {
-        "batch": 16,
-        "micro_batch": 8,
-        "max_length": 1024,
-        "warmup_learning_rate": 1e-3,  # at 2e-3 solving suffers
-        "warmup_epochs": 1.5,
+    "attempts": {"samples": 2, "max_tokens": 160, "reviews": 2, "confirmation_share": 0.4},
+    "sft": {**STAGE, "learning_rate": 2e-3, "num_train_epochs": 3},
+    "warmup": {  # at 2e-3 solving suffers
+        **STAGE,
+        "learning_rate": 1e-3,
+        "num_train_epochs": 1.5,
         "decision_weight": 8.0,
-        "learning_rate": 3e-4,
-        "epochs": 1,
-        "confirmation_share": 0.4,
         "replay_share": 0.6,
-        "eval_share": 0,
     },
+    "dpo": {**STAGE, "learning_rate": 3e-4, "num_train_epochs": 1, "replay_share": 0.6},
     "export": {"quant": "q8_0", "num_ctx": 2048},
     "eval": {"limit": 300, "max_tokens": 320, "context": 1024},
     "review": {"max_harm": 0.01},  # half a per cent of 400 fitting problems are two: chance would decide
@@ -57,7 +46,7 @@ PLAN = {
     "sft": 65,
     "attempts": 33,
     "corrections": 1,
-    "warm": 80,
+    "warmup": 80,
     "pairs": 25,
     "dpo": 52,
     "export": 1,

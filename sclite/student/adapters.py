@@ -45,7 +45,7 @@ def lora_targets(model: Any, wanted: Sequence[str] = ()) -> list[str]:
     all_paths = [path for paths in found.values() for path in paths]
     if unknown := [name for name in wanted if not any(_names(name, path) for path in all_paths)]:
         raise UsageFault(
-            f"sft.target_modules: {model.config.model_type} has no linear layer named {', '.join(unknown)}",
+            f"lora.target_modules: {model.config.model_type} has no linear layer named {', '.join(unknown)}",
             f"choose from {', '.join(found)}, or leave target_modules empty for all of them",
         )
     targets = []
@@ -62,7 +62,7 @@ def _names(name: str, path: str) -> bool:
 def new_shape(lora: Lora, kind: Any) -> dict[str, Any]:
     """What decides the shape of a new LoRA on a model of this configuration."""
     targets = lora_targets(meta_model(kind), lora.target_modules)
-    return {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": targets, "lora_dropout": 0.0}
+    return {"r": lora.r, "lora_alpha": lora.lora_alpha, "target_modules": targets, "lora_dropout": 0.0}
 
 
 def with_new_adapter(model: Any, shape: dict[str, Any], seed: int) -> Any:

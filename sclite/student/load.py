@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sclite.config import Lora, Student
+from sclite.config import Config, Student, TrainingStage
 from sclite.errors import DataFault, DeviceFault, NetworkFault, ScliteError, UsageFault
 from sclite.student.adapters import check_adapter, new_shape, put_adapter, shape_of, with_new_adapter
 from sclite.student.memory import out_of_memory
@@ -171,27 +171,26 @@ def check_vocabulary(tokenizer: Any, kind: Any, name: str) -> None:
 
 
 def load_student(
-    student: Student, lora: Lora, adapter: Path | None = None, train: bool = False, seed: int = 0
+    config: Config, stage: str, adapter: Path | None = None, train: bool = False
 ) -> tuple[Any, Any]:
     """(model, tokenizer): the base with `adapter` on it, or with a new LoRA when `train` is set without one.
 
     Trainable weights are float32 whatever the base is kept in, because AdamW's small steps vanish in bfloat16. The
     tokenizer is the model's own under either backend, so that training, use and export have the same ids. Raises
     DataFault where there is no such model (NetworkFault where the hub is out of reach) or it has fewer positions than
-    `lora.max_length`, DeviceFault where it does not
-    fit on the card.
+    the stage's `max_length`, DeviceFault where it does not fit on the GPU.
     """
-    name = model_name(student)
+    student, settings, name = config.student, config.stage(stage), model_name(config.student)
     tokenizer, kind, found = load_tokenizer(name), read_config(name), backend(student)
-    _check_length(kind, lora)
+    _check_length(kind, settings)
     check_vocabulary(tokenizer, kind, name)
     if adapter is not None:
         check_adapter(adapter)
     without_cudnn_attention()
     load = load_unsloth if found == "unsloth" else _load_plain
     try:
-        shape = new_shape(lora, kind) if train and adapter is None else None
-        model = load(name, kind, student, lora, adapter, shape, train, seed)
+        shape = new_shape(config.lora, kind) if train and adapter is None else None
+        model = load(name, kind, student, settings, adapter, shape, train, config.seed)
     except OSError as error:
         raise no_model(f"the student {name} cannot be loaded", error) from error
     except (RuntimeError, ValueError) as error:
@@ -204,29 +203,29 @@ def load_student(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    model.padding_free = end_to_end(model, lora, found)
+    model.padding_free = end_to_end(model, settings, found)
     return model, tokenizer
 
 
-def end_to_end(model: Any, lora: Lora, backend: str) -> bool:
+def end_to_end(model: Any, settings: TrainingStage, backend: str) -> bool:
     """Whether rows go through the model one behind the other.
 
     Not where layers carry a state along the row, as linear attention does: it would leak from one row into the next.
     """
     shape = model.config.get_text_config()
     carries = any(kind not in ATTENTION for kind in getattr(shape, "layer_types", None) or ())
-    if carries and lora.padding_free:
+    if carries and settings.padding_free:
         raise DataFault(
             f"padding_free = true: layers of {shape.model_type} would mix the rows", "leave padding_free out"
         )
-    return not carries and (backend == "unsloth" if lora.padding_free is None else lora.padding_free)
+    return not carries and (backend == "unsloth" if settings.padding_free is None else settings.padding_free)
 
 
 def _load_plain(
     name: str,
     kind: Any,
     student: Student,
-    lora: Lora,
+    settings: TrainingStage,
     adapter: Path | None,
     shape: dict[str, Any] | None,
     train: bool,
@@ -237,12 +236,12 @@ def _load_plain(
     from transformers import AutoModelForCausalLM
 
     cuda = torch.cuda.is_available()
-    settings: dict[str, Any] = {"dtype": half() if cuda else torch.float32, "trust_remote_code": False}
+    arguments: dict[str, Any] = {"dtype": half() if cuda else torch.float32, "trust_remote_code": False}
     if cuda:
-        settings["device_map"] = {"": 0}
+        arguments["device_map"] = {"": 0}
         if student.load_in_4bit and getattr(kind, "quantization_config", None) is None:
-            settings["quantization_config"] = four_bits()
-    model = AutoModelForCausalLM.from_pretrained(name, **settings)
+            arguments["quantization_config"] = four_bits()
+    model = AutoModelForCausalLM.from_pretrained(name, **arguments)
     if adapter is not None:
         own = PeftConfig.from_pretrained(str(adapter))
         own.inference_mode = not train
@@ -258,12 +257,12 @@ def positions(kind: Any) -> int:
     return getattr(kind.get_text_config(), "max_position_embeddings", None) or 1 << 20
 
 
-def _check_length(kind: Any, lora: Lora) -> None:
+def _check_length(kind: Any, settings: TrainingStage) -> None:
     most = positions(kind)
-    if lora.max_length > most:
+    if settings.max_length > most:
         raise DataFault(
-            f"max_length = {lora.max_length}: the student has {most} positions",
-            f"set sft.max_length and dpo.max_length to {most} at most",
+            f"max_length = {settings.max_length}: the student has {most} positions",
+            f"set max_length of [sft], [warmup] and [dpo] to {most} at most",
         )
 
 
@@ -302,7 +301,7 @@ def load_unsloth(
     name: str,
     kind: Any,
     student: Student,
-    lora: Lora,
+    settings: TrainingStage,
     adapter: Path | None,
     shape: dict[str, Any] | None,
     train: bool,
@@ -318,7 +317,7 @@ def load_unsloth(
 
     model, _ = FastLanguageModel.from_pretrained(
         name,
-        max_seq_length=min(positions(kind), max(lora.max_length, 8192)),
+        max_seq_length=min(positions(kind), max(settings.max_length, 8192)),
         load_in_4bit=student.load_in_4bit,
         dtype=None,
         device_map={"": 0},

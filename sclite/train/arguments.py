@@ -5,28 +5,28 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sclite.config import Lora
+from sclite.config import TrainingStage
 from sclite.errors import UsageFault
 
 
 def arguments(
-    folder: Path, lora: Lora, rate: float, seed: int, micro_batch: int, rows: int, evaluates: bool
+    folder: Path, settings: TrainingStage, seed: int, micro_batch: int, rows: int, evaluates: bool
 ) -> dict[str, Any]:
     """What the trainer is told; the card decides on bfloat16. `rows` are those of all epochs together."""
     import torch
 
     cuda = torch.cuda.is_available()
-    assert lora.batch % micro_batch == 0, f"{micro_batch} rows at once do not divide a batch of {lora.batch}"
-    every = max(1, -(-rows // lora.batch) // lora.checkpoints)
+    assert settings.batch_size % micro_batch == 0, f"{micro_batch} does not divide {settings.batch_size}"
+    every = max(1, -(-rows // settings.batch_size) // settings.checkpoints)
     return {
         "output_dir": str(folder),
         "per_device_train_batch_size": micro_batch,
-        "gradient_accumulation_steps": lora.batch // micro_batch,
-        "learning_rate": rate,
+        "gradient_accumulation_steps": settings.batch_size // micro_batch,
+        "learning_rate": settings.learning_rate,
         "num_train_epochs": 1,  # all passes stand in the order already
         "train_sampling_strategy": "sequential",
-        "warmup_steps": lora.warmup,
-        "max_grad_norm": lora.max_grad_norm,
+        "warmup_steps": settings.warmup_ratio,
+        "max_grad_norm": settings.max_grad_norm,
         "weight_decay": 0.0,  # Unsloth's trainers have another default
         "optim": "adamw_8bit" if cuda else "adamw_torch",
         "bf16": cuda and torch.cuda.is_bf16_supported(),
@@ -42,7 +42,7 @@ def arguments(
         "eval_steps": every if evaluates else None,
         "metric_for_best_model": "eval_loss" if evaluates else None,
         "greater_is_better": False,
-        "report_to": _listeners(lora, folder),
+        "report_to": _listeners(settings, folder),
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "dataloader_num_workers": 0,
@@ -53,9 +53,9 @@ def arguments(
     }
 
 
-def _listeners(lora: Lora, folder: Path) -> list[str]:
+def _listeners(settings: TrainingStage, folder: Path) -> list[str]:
     """TensorBoard where it is asked for; its files lie in tensorboard/ beside the checkpoints."""
-    if not lora.tensorboard:
+    if not settings.tensorboard:
         return []
     if not any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")):
         raise UsageFault(

@@ -14,7 +14,7 @@ from typing import Any
 
 from sclite.errors import UsageFault
 from sclite.run import Run, sync, write_text
-from sclite.signature import brought_up, differences
+from sclite.signature import differences
 from sclite.train.watch import Progress
 
 WHOLE = "whole.json"
@@ -31,7 +31,7 @@ class Checkpoints:
         """Remove checkpoints that are unfinished, damaged or of other inputs; damaged ones are named as a warning."""
         self.inputs = inputs
         begun = self.begun_from()
-        if begun is not None and brought_up(begun, inputs) != inputs:
+        if begun is not None and begun != inputs:
             self.forget()
         damaged = []
         for found in self._folders():
@@ -142,7 +142,6 @@ def refuse_other_inputs(run: Run, stage: str, folder: Path, inputs: Mapping[str,
     before, what = (manifest["inputs"], "trained") if manifest else (None, "")
     if before is None and begun.step():
         before, what = begun.begun_from(), "begun"
-    before = None if before is None else brought_up(before, inputs)
     if before is not None and before != inputs:
         changes = "; ".join(differences(before, inputs))
         raise UsageFault(

@@ -34,8 +34,8 @@ def inputs_of(config: Config, run: Run, unseen: frozenset[str] = frozenset()) ->
         "problems kept for stage 2": digest(sorted(unseen)),
         "pairs.jsonl": run.file_digest("pairs.jsonl"),
         "templates.jsonl": run.file_digest("templates.jsonl"),
-        "dpo/warm": run.file_digest("dpo/warm/adapter_model.safetensors"),
-        "dpo": config.dpo.deciding("warmup_learning_rate", "warmup_epochs", "decision_weight"),
+        "warmup/adapter": run.file_digest("warmup/adapter/adapter_model.safetensors"),
+        "dpo": config.dpo.deciding(),
         **student_inputs(config),
         "prompts": prompts.digest(
             "student_system", "student_solve", "student_review", folder=config.prompts.folder
@@ -52,7 +52,7 @@ def train_dpo(
     fresh: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Cross-model DPO from dpo/warm on pairs.jsonl; writes dpo/adapter, dpo/reference.json, dpo/metrics.jsonl.
+    """Cross-model DPO from warmup/adapter on pairs.jsonl; writes dpo/adapter, dpo/reference.json, dpo/metrics.jsonl.
 
     Goes on where it was broken off. Raises DataFault where no pair is there or fits, UsageFault where it was trained from
     other inputs and is not to be `fresh`.
@@ -82,7 +82,7 @@ def train_dpo(
         )
         check_bundles(bundles, decision_ids(tokenizer))
         at_once = micro_batch(config, STAGE)
-        model, tokenizer = load_student(config.student, config.dpo, run.path("dpo/warm"), train=True)
+        model, tokenizer = load_student(config, STAGE, run.path("warmup/adapter"), train=True)
         reference = _reference(run, model, tokenizer, bundles, digest(inputs), at_once, progress)
         outcome = train_adapter(
             model,
@@ -91,8 +91,6 @@ def train_dpo(
             config.dpo,
             checkpoints,
             folder / "metrics.jsonl",
-            rate=config.dpo.learning_rate,
-            epochs=config.dpo.epochs,
             seed=config.seed,
             micro_batch=at_once,
             progress=progress,
@@ -165,7 +163,7 @@ def _reference(
         if whole and kept["signature"] == signature:
             return kept["log_probs"]
         if not whole and progress is not None:
-            progress(0, 0, warning=f"{path} is damaged: the reference is computed again from dpo/warm")
+            progress(0, 0, warning=f"{path} is damaged: the reference is computed again from warmup/adapter")
     with memory_told(STAGE, at_once):
         log_probs = reference_log_probs(model, bundles, tokenizer, at_once)
     content = {"signature": signature, "digest": digest(log_probs), "log_probs": log_probs}

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sclite.config import Config, Lora, Student
+from sclite.config import Config, Student
 from sclite.errors import DataFault, NetworkFault
 from sclite.student.adapters import lora_targets, meta_model
 from sclite.student.forward import chunk_of
@@ -29,7 +29,7 @@ NF4_TABLES = 4 * (16 + 256 + 1)
 MIN_8BIT, STATE_BLOCK, STATE_TABLES = 4096, 256, 2 * 256 * 4
 """bitsandbytes: smaller tensors keep 32-bit states; weights per absmax; bytes of the two tables that all tensors share."""
 
-LOSS_SHARE = {"sft": 0.9, "warm": 0.5, "dpo": 0.15}
+LOSS_SHARE = {"sft": 0.9, "warmup": 0.5, "dpo": 0.15}
 """Share of tokens with loss in the longest rows: a solution after a short prompt; a review after the attempt; a cause and
 correction after both."""
 DECISIONS = 8  # per attempt, in DPO
@@ -171,7 +171,7 @@ def read_architecture(student: Student, targets: Sequence[str] = ()) -> Architec
 
 @dataclass(frozen=True)
 class Setting:
-    """One training stage: "sft", "warm" or "dpo". `micro_batch` counts rows of a forward pass (DPO: bundles).
+    """One training stage: "sft", "warmup" or "dpo". `micro_batch` counts rows of a forward pass (DPO: bundles).
 
     A `loss_share` of None is the stage's usual one. With `replay` a DPO step has a solved row beside each bundle.
     """
@@ -337,21 +337,16 @@ class Choice:
 
 def wanted_setting(config: Config, stage: str, backend: str = "unsloth") -> Setting:
     """A stage's setting as configured; the whole batch in one forward pass unless a micro-batch is set."""
-    settings = stage_settings(config, stage)
+    settings = config.stage(stage)
     return Setting(
         stage=stage,
-        micro_batch=min(settings.micro_batch or settings.batch, settings.batch),
+        micro_batch=min(settings.per_device_train_batch_size or settings.batch_size, settings.batch_size),
         length=settings.max_length,
-        rank=config.sft.rank,  # stage 2 trains the adapter of SFT
+        rank=config.lora.r,
         replay=config.dpo.replay_share > 0,
         four_bit=config.student.load_in_4bit,
         backend=backend,
     )
-
-
-def stage_settings(config: Config, stage: str) -> Lora:
-    """The section that configures a training stage."""
-    return config.sft if stage == "sft" else config.dpo
 
 
 def divisor(batch: int, most: int) -> int:
@@ -407,13 +402,13 @@ def _fits(model: Architecture, setting: Setting, free: int) -> bool:
 
 
 def micro_batch(config: Config, stage: str) -> int:
-    """Rows of a forward pass in a stage ("sft", "warm" or "dpo"), a divisor of its batch; call before loading the model.
+    """Rows of a forward pass in a stage ("sft", "warmup" or "dpo"), a divisor of its batch; call before loading the model.
 
     A student whose memory cannot be estimated, or that should not fit, starts with one row: the GPU decides.
     """
-    settings, free = stage_settings(config, stage), free_bytes()
-    if settings.micro_batch or free is None:
-        return divisor(settings.batch, settings.micro_batch or ON_CPU)
+    settings, free = config.stage(stage), free_bytes()
+    if settings.per_device_train_batch_size or free is None:
+        return divisor(settings.batch_size, settings.per_device_train_batch_size or ON_CPU)
     choice = _choice(config, stage, free)
     return choice.setting.micro_batch if choice and choice.fits and choice.setting else 1
 
@@ -427,16 +422,16 @@ def what_fits(config: Config, stage: str) -> str:
     choice = None if free is None else _choice(config, stage, free)
     if choice is None or not choice.fits:
         return choice.verdict if choice else ""
-    return f"it should have fitted; try max_length {stage_settings(config, stage).max_length // 2}"
+    return f"it should have fitted; try max_length {config.stage(stage).max_length // 2}"
 
 
 def _choice(config: Config, stage: str, free: int) -> Choice | None:
     try:
-        model = read_architecture(config.student, config.sft.target_modules)
+        model = read_architecture(config.student, config.lora.target_modules)
     except (DataFault, NetworkFault):
         return None
     wanted = wanted_setting(config, stage, backend(config.student))
-    return choose(model, wanted, stage_settings(config, stage).batch, free)
+    return choose(model, wanted, config.stage(stage).batch_size, free)
 
 
 def free_bytes() -> int | None:

@@ -31,6 +31,7 @@ def inputs_of(config: Config, run: Run, unseen: frozenset[str] = frozenset()) ->
     return {
         "problems kept for stage 2": digest(sorted(unseen)),
         "templates.jsonl": run.file_digest("templates.jsonl"),
+        "lora": config.lora.model_dump(mode="json"),
         "sft": config.sft.deciding(),
         **student_inputs(config),
         "prompts": prompts.digest("student_system", "student_solve", folder=config.prompts.folder),
@@ -74,7 +75,7 @@ def train_sft(
             config.sft.max_length, end_id(tokenizer), progress,
         )  # fmt: skip
         at_once = micro_batch(config, STAGE)
-        model, tokenizer = load_student(config.student, config.sft, train=True, seed=config.seed)
+        model, tokenizer = load_student(config, STAGE, train=True)
         outcome = train_adapter(
             model,
             tokenizer,
@@ -82,8 +83,6 @@ def train_sft(
             config.sft,
             checkpoints,
             folder / "metrics.jsonl",
-            rate=config.sft.learning_rate,
-            epochs=config.sft.epochs,
             seed=config.seed,
             micro_batch=at_once,
             progress=progress,
@@ -126,8 +125,7 @@ def fitting_rows(
     progress: Progress | None = None,
 ) -> list[Encoded]:
     """The rows of at most `limit` tokens, their labels checked; the others are counted, named and told of."""
-    section = "sft" if report.stage == "sft" else "dpo"
-    tell_left_out(progress, section, "rows", [len(row.ids) for row in rows], limit)
+    tell_left_out(progress, report.stage, "rows", [len(row.ids) for row in rows], limit)
     long = set(left_out(run, report.stage, names, rows, limit))
     if long:
         report.dropped["longer_than_max_length"] = len(long)

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sclite.config import Lora
+from sclite.config import TrainingStage
 from sclite.errors import MemoryFault, ScliteError
 from sclite.student.memory import out_of_memory
 from sclite.train.arguments import arguments
@@ -72,12 +72,10 @@ def train_adapter(
     model: Any,
     tokenizer: Any,
     lesson: Lesson,
-    lora: Lora,
+    settings: TrainingStage,
     checkpoints: Checkpoints,
     metrics: Path,
     *,
-    rate: float,
-    epochs: float,
     seed: int,
     micro_batch: int,
     progress: Progress | None = None,
@@ -89,14 +87,21 @@ def train_adapter(
     """
     kept = set(lesson.held_out)
     rows = [i for i in range(len(lesson.lengths)) if i not in kept]
-    order = [rows[i] for i in training_order([lesson.lengths[i] for i in rows], lora.batch, epochs, seed)]
+    order = [
+        rows[i]
+        for i in training_order(
+            [lesson.lengths[i] for i in rows], settings.batch_size, settings.num_train_epochs, seed
+        )
+    ]
     watch = Watch(metrics, lesson.phase, progress)
     watch.resume(checkpoints.step())
-    settings = arguments(checkpoints.folder, lora, rate, seed, micro_batch, len(order), bool(kept))
-    trainer = _build(model, tokenizer, lesson, settings, numbered(order, lora.batch))
+    given = arguments(checkpoints.folder, settings, seed, micro_batch, len(order), bool(kept))
+    trainer = _build(model, tokenizer, lesson, given, numbered(order, settings.batch_size))
     trainer.lesson, trainer.watch, trainer.held_out = lesson, watch, sorted(kept)
-    trainer.totals = [_total(lesson, order[s : s + lora.batch]) for s in range(0, len(order), lora.batch)]
-    for callback in _callbacks(checkpoints, watch, lora.patience if kept else 0):
+    trainer.totals = [
+        _total(lesson, order[s : s + settings.batch_size]) for s in range(0, len(order), settings.batch_size)
+    ]
+    for callback in _callbacks(checkpoints, watch, settings.early_stopping_patience if kept else 0):
         trainer.add_callback(callback)
     steps = len(trainer.totals)
     if steps < FEW_STEPS:
@@ -110,15 +115,13 @@ def train_adapter(
     if best and best != trainer.state.global_step and not checkpoints.load(best, model):
         watch.warn(f"the checkpoint of step {best}, the best one, was damaged: the last step is kept")
         best = trainer.state.global_step
-    _refuse_untrained(model, before, lesson.phase, rate, checkpoints)
+    _refuse_untrained(model, before, lesson.phase, settings.learning_rate, checkpoints)
     return Outcome(trainer.state.global_step, best or None, watch.warnings)
 
 
 def _few_steps(phase: str, steps: int) -> str:
-    section = "sft" if phase == "sft" else "dpo"
-    epochs = f"{section}.{'warmup_' if phase == 'warm' else ''}epochs"
     times = f"only {steps} optimizer step{'s' * (steps != 1)}"
-    return f"{phase}: {times}, which teaches little: raise {epochs}, lower {section}.batch, or add problems"
+    return f"{phase}: {times}, which teaches little: raise {phase}.num_train_epochs, lower {phase}.batch_size, or add problems"
 
 
 def _fingerprint(model: Any) -> str:
@@ -132,7 +135,6 @@ def _fingerprint(model: Any) -> str:
 
 def _refuse_untrained(model: Any, before: str, phase: str, rate: float, checkpoints: Checkpoints) -> None:
     """Raise ScliteError where training has left the adapter as it was, or with weights that are not numbers."""
-    name = {"sft": "sft.learning_rate", "warm": "dpo.warmup_learning_rate", "dpo": "dpo.learning_rate"}[phase]
     if not all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
         reason, change = "weights of the adapter are not numbers after the last step", "lower"
     elif _fingerprint(model) == before:
@@ -140,7 +142,9 @@ def _refuse_untrained(model: Any, before: str, phase: str, rate: float, checkpoi
     else:
         return
     checkpoints.forget()  # they are as useless, and the next run would resume from them
-    raise ScliteError(f"{phase}: {reason}", f"{change} {name} (now {rate:g}) and run the command again")
+    raise ScliteError(
+        f"{phase}: {reason}", f"{change} {phase}.learning_rate (now {rate:g}) and run the command again"
+    )
 
 
 @contextmanager

@@ -21,7 +21,7 @@ ADVICE = {
     "`sclite show pairs` for pairs whose two sides are alike",
     FALLING: "chosen texts become less likely, not only the rejected ones: raise dpo.nll_weight or lower "
     "dpo.learning_rate",
-    EXPLODING: "the gradient's norm is more than ten times what it was: lower the learning rate, or raise warmup",
+    EXPLODING: "the gradient's norm is more than ten times what it was: lower the learning rate, or raise warmup_ratio",
     NOT_A_NUMBER: "the loss is not a number: lower the learning rate, and start this stage again with --fresh",
 }
 PATIENCE = 20  # steps before anything is said

@@ -247,7 +247,7 @@ def embedded(run_folder: Path, adapters: Path, backend: str) -> None:
     from sclite.signature import digest
     from sclite.train.dpo import train_dpo
     from sclite.train.sft import train_sft
-    from sclite.train.warm import train_warm
+    from sclite.train.warmup import train_warmup
 
     run = Run(adapters / "run")
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -259,7 +259,7 @@ def embedded(run_folder: Path, adapters: Path, backend: str) -> None:
     unseen = frozenset(p.id for p in problems[len(problems) // 2 :])  # as the quickstart divides them
     inputs = Run(run_folder).finished("sft")["inputs"]
     assert inputs["problems kept for stage 2"] == digest(sorted(unseen))
-    for stage in (train_sft, train_warm, train_dpo):
+    for stage in (train_sft, train_warmup, train_dpo):
         print(json.dumps(stage(config, run, unseen=unseen).as_dict()))
     for name in ("sft", "dpo"):
         shutil.copytree(run.path(f"{name}/adapter"), adapters / name, dirs_exist_ok=True)

@@ -128,20 +128,26 @@ def session(
         yield {"geometry": geometry, **asdict(case), **figures, **modelled}
 
 
+def case_config(config: Any, case: Case) -> Any:
+    """The configuration with the settings of a case."""
+    from sclite.config import Config
+
+    stage = {
+        "batch_size": case.batch,
+        "max_length": case.length,
+        "eval_share": 0,
+        "checkpoints": 1,
+        "learning_rate": 1e-5,
+    }
+    tree = config.model_dump() | {"lora": {"r": RANK}, case.stage: {**stage, "num_train_epochs": 1}}
+    return Config.model_validate(tree)
+
+
 def load_ours(config: Any, case: Case) -> tuple[Any, Any]:
     """(model, tokenizer) as our stages load them."""
-    from sclite.config import Sft
     from sclite.student.load import load_student
 
-    return load_student(config.student, Sft(rank=RANK, max_length=case.length), train=True)
-
-
-def lora_of(case: Case) -> Any:
-    """The settings of a case."""
-    from sclite.config import Dpo, Sft
-
-    kind = Sft if case.stage == "sft" else Dpo
-    return kind(batch=case.batch, max_length=case.length, eval_share=0, checkpoints=1)
+    return load_student(case_config(config, case), case.stage, train=True)
 
 
 def ours(model: Any, tokenizer: Any, config: Any, case: Case, turn: "Turn | None" = None) -> dict[str, Any]:
@@ -153,19 +159,19 @@ def ours(model: Any, tokenizer: Any, config: Any, case: Case, turn: "Turn | None
     from sclite.train.trainer import train_adapter
     from sclite.train.watch import read_metrics
 
-    lora, count = lora_of(case), case.steps * case.batch
+    settings, count = case_config(config, case).stage(case.stage), case.steps * case.batch
     if case.stage == "sft":
         rows = solved_rows(count, case.full, case.length)
         lesson = supervised("sft", rows, tokenizer.pad_token_id, 0, 0)
     else:
         pairs = bundles(count, case.full, case.length)
         reference = reference_log_probs(model, pairs, tokenizer, case.micro)
-        lesson = preferences(lora, pairs, reference, tokenizer, 0)
+        lesson = preferences(settings, pairs, reference, tokenizer, 0)
     with TemporaryDirectory() as place:
         metrics = Path(place) / "metrics.jsonl"
         train_adapter(
-            model, tokenizer, lesson, lora, Checkpoints(Path(place) / "checkpoints"), metrics,
-            rate=1e-5, epochs=1, seed=0, micro_batch=case.micro,
+            model, tokenizer, lesson, settings, Checkpoints(Path(place) / "checkpoints"), metrics,
+            seed=0, micro_batch=case.micro,
             progress=None if turn is None else lambda _, steps, **__: turn.step_done() if steps else None,
         )  # fmt: skip
         found = read_metrics(metrics)

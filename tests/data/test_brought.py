@@ -16,7 +16,7 @@ from sclite.settings import load
 from sclite.student.base import Reply
 from sclite.trace import CAUSE, Step, Trace, parse, render
 from sclite.train.sft import train_sft
-from sclite.train.warm import train_warm
+from sclite.train.warmup import train_warmup
 from sclite.world import World
 from tests.replay import Teaching, say
 
@@ -291,11 +291,11 @@ def test_an_adapter_without_its_configuration_is_named(run):
 def test_without_warm_up_epochs_the_adapter_is_taken_over_and_no_reviews_are_needed(run):
     put_adapter(run)
     with pytest.raises(DataFault, match=r"reviews\.jsonl is missing") as fault:
-        train_warm(load(None, ["student.model=embedded"], {}, own_file=False), run)
-    assert "dpo.warmup_epochs=0" in fault.value.hint
-    chosen = load(None, ["student.model=embedded", "dpo.warmup_epochs=0"], {}, own_file=False)
-    train_warm(chosen, run)
-    assert run.path("dpo/warm/adapter_model.safetensors").read_bytes() == WEIGHTS
-    assert train_warm(chosen, run).skipped
+        train_warmup(load(None, ["student.model=embedded"], {}, own_file=False), run)
+    assert "warmup.num_train_epochs=0" in fault.value.hint
+    chosen = load(None, ["student.model=embedded", "warmup.num_train_epochs=0"], {}, own_file=False)
+    train_warmup(chosen, run)
+    assert run.path("warmup/adapter/adapter_model.safetensors").read_bytes() == WEIGHTS
+    assert train_warmup(chosen, run).skipped
     run.path("attempts.jsonl").write_text("other inputs\n")
-    assert not train_warm(chosen, run).skipped  # a copy costs nothing: it is made again, and not refused
+    assert not train_warmup(chosen, run).skipped  # a copy costs nothing: it is made again, and not refused

@@ -37,7 +37,7 @@ def _key(monkeypatch):
 
 def build(run, url, grader, share=0.5, progress=None, **teacher):
     settings = {"model": "openai/replay", "api_base": url, "attempts_per_call": 1, "repairs": 1, **teacher}
-    config = Config.model_validate({"teacher": settings, "dpo": {"confirmation_share": share}})
+    config = Config.model_validate({"teacher": settings, "attempts": {"confirmation_share": share}})
     with Ledger(run.path("ledger.sqlite")) as ledger, Teacher(config.teacher, ledger) as made:
         return build_corrections(config, run, teacher=made, grader=grader, progress=progress)
 

@@ -302,7 +302,7 @@ def test_without_any_student_there_are_decisions_alone(run, grader):
     report = build_pairs(CONFIG, run, student=None, grader=grader)
     assert {p.kind for p in run.read("pairs.jsonl", Pair)} == {"decision"}
     assert report.dropped == {"no_student_review": 2}
-    run.path("dpo/warm").mkdir(parents=True)
-    run.path("dpo/warm/adapter_model.safetensors").write_bytes(b"trained")
+    run.path("warmup/adapter").mkdir(parents=True)
+    run.path("warmup/adapter/adapter_model.safetensors").write_bytes(b"trained")
     student = Scripted({"p0": [WRONG, WRONG], "p1": [WRONG, WRONG]})
     assert build_pairs(CONFIG, run, student=student, grader=grader).counts["content"] == 2

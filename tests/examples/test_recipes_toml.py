@@ -68,7 +68,7 @@ def test_no_recipe_asks_for_more_tokens_than_its_model_has_positions(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_alpha_is_once_to_twice_the_rank(name):
     config = recipe(name)
-    assert config.sft.rank <= config.sft.alpha <= 2 * config.sft.rank
+    assert config.lora.r <= config.lora.lora_alpha <= 2 * config.lora.r
 
 
 def test_the_readmes_figures_are_the_memory_models():

@@ -19,7 +19,7 @@ from sclite.student.review import score_request
 from sclite.trace import parse
 from sclite.train.common import quiet
 
-LORA = {"batch": 4, "micro_batch": 2, "max_length": 1024, "eval_share": 0}
+STAGE = {"batch_size": 4, "per_device_train_batch_size": 2, "max_length": 1024, "eval_share": 0}
 
 
 def config_of(backend: str = "unsloth", four_bit: bool = True, **sft: Any) -> Config:
@@ -27,14 +27,10 @@ def config_of(backend: str = "unsloth", four_bit: bool = True, **sft: Any) -> Co
     return Config.model_validate(
         {
             "student": {"model": "embedded", "backend": backend, "batch": 16, "load_in_4bit": four_bit},
-            "sft": {**LORA, "rank": 8, "alpha": 16, "learning_rate": 1e-3, "epochs": 8, **sft},
-            "dpo": {
-                **LORA,
-                "warmup_learning_rate": 1e-3,
-                "warmup_epochs": 4,
-                "learning_rate": 5e-4,
-                "epochs": 6,
-            },
+            "lora": {"r": 8, "lora_alpha": 16},
+            "sft": {**STAGE, "learning_rate": 1e-3, "num_train_epochs": 8, **sft},
+            "warmup": {**STAGE, "learning_rate": 1e-3, "num_train_epochs": 4},
+            "dpo": {**STAGE, "learning_rate": 5e-4, "num_train_epochs": 6},
         }
     )
 
@@ -59,7 +55,7 @@ def hidden_gaps(backend: str, run: Run) -> dict[str, float]:
 
     config = config_of(backend)
     quiet(config.student)
-    model, tokenizer = load_student(config.student, config.sft, run.path("sft/adapter"), train=True)
+    model, tokenizer = load_student(config, "sft", run.path("sft/adapter"), train=True)
     rows = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")[:3]
     rows[1] = type(rows[1])(rows[1].ids[:70], rows[1].weights[:70])
     found = {}
@@ -83,7 +79,7 @@ def odds(backend: str, run: Run) -> list[float]:
     questions = {p.id: p.question for p in run.read("problems.jsonl", Problem)}
     works = {a.id: parse(a.trace).trace for a in run.read("attempts.jsonl", Attempt)}
     requests = [score_request(questions[id], work) for id, work in works.items()]
-    model, tokenizer = load_student(config.student, config.sft, run.path("dpo/adapter"))
+    model, tokenizer = load_student(config, "sft", run.path("dpo/adapter"))
     return [value for scores in Trainable(model, tokenizer, 4).score(requests) for value in scores.log_odds]
 
 
@@ -95,7 +91,7 @@ def attempts(backend: str, run: Run) -> list[str]:
     quiet(config.student)
     problems = run.read("problems.jsonl", Problem) * 4
     requests = [Request(prompts.solve_messages(p.question), max_tokens=48) for p in problems]
-    model, tokenizer = load_student(config.student, config.sft, run.path("sft/adapter"))
+    model, tokenizer = load_student(config, "sft", run.path("sft/adapter"))
     return [reply.text for reply in Trainable(model, tokenizer, 32).generate(requests)]
 
 

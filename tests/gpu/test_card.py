@@ -26,12 +26,12 @@ def trained(tmp_path_factory):
     """(config, run) after SFT, warm-up and DPO through Unsloth in 4 bits."""
     from sclite.train.dpo import train_dpo
     from sclite.train.sft import train_sft
-    from sclite.train.warm import train_warm
+    from sclite.train.warmup import train_warmup
 
     run, config = Run(tmp_path_factory.mktemp("run")), config_of()
     write_toy(run, 8)
     train_sft(config, run)
-    train_warm(config, run)
+    train_warmup(config, run)
     write_pairs(run)
     train_dpo(config, run)
     return config, run
@@ -46,11 +46,11 @@ def test_every_stage_learns_and_every_factor_of_the_adapter_moves(trained):
     from safetensors.torch import load_file
 
     _, run = trained
-    for name in ("sft", "warm", "dpo"):
+    for name in ("sft", "warmup", "dpo"):
         rows = phase(run, name)
         assert rows[-1]["loss"] < rows[0]["loss"] - 0.05, name
         assert rows[-1]["memory_gb"] < 24
-    for folder in ("sft/adapter", "dpo/warm", "dpo/adapter"):
+    for folder in ("sft/adapter", "warmup/adapter", "dpo/adapter"):
         weights = load_file(run.path(f"{folder}/adapter_model.safetensors"))
         assert {str(value.dtype) for value in weights.values()} == {"torch.float32"}
         assert all(float(value.abs().max()) > 0 for value in weights.values()), folder
@@ -97,7 +97,7 @@ train_sft(Config.model_validate_json(sys.argv[1]), Run(sys.argv[2]))
 def test_killed_on_the_card_it_goes_on_where_it_was(tmp_path):
     from sclite.train.sft import train_sft
 
-    config = config_of(epochs=16, checkpoints=8)
+    config = config_of(num_train_epochs=16, checkpoints=8)
     whole, broken = Run(tmp_path / "whole"), Run(tmp_path / "broken")
     for run in (whole, broken):
         write_toy(run, 8)
@@ -116,7 +116,7 @@ def test_killed_on_the_card_it_goes_on_where_it_was(tmp_path):
 def test_broken_off_by_ctrl_c_on_the_card_it_goes_on_where_it_was(tmp_path):
     from sclite.train.sft import train_sft
 
-    config = config_of(epochs=8)
+    config = config_of(num_train_epochs=8)
     whole, broken = Run(tmp_path / "whole"), Run(tmp_path / "broken")
     for run in (whole, broken):
         write_toy(run, 8)
@@ -153,7 +153,7 @@ def test_a_card_that_is_too_small_is_a_memory_fault(tmp_path):
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 60e6) / total)
     try:
         with pytest.raises(MemoryFault, match="too little memory"):
-            train_sft(config_of(batch=64, micro_batch=64, epochs=16), run)
+            train_sft(config_of(batch_size=64, per_device_train_batch_size=64, num_train_epochs=16), run)
     finally:
         torch.cuda.set_per_process_memory_fraction(before)
 

@@ -17,7 +17,7 @@ def world(tmp_path_factory):
     """(configuration, run) of a toy run and its tiny student."""
     run = Run(tmp_path_factory.mktemp("run"))
     write_toy(run)
-    return config_of(tiny_llama(tmp_path_factory.mktemp("student")), dpo={"decision_weight": 8.0}), run
+    return config_of(tiny_llama(tmp_path_factory.mktemp("student")), warmup={"decision_weight": 8.0}), run
 
 
 def told(found: list[dict], weighted=bool) -> str:

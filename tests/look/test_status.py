@@ -127,9 +127,9 @@ def test_all_that_is_signed_from_what_lies_there_is_done(trained):
     [
         ("teacher.model=openai/other", "templates", "teacher.model: openai/replay before, openai/other now"),
         ("seed=1", "templates", "problems changed"),
-        ("sft.epochs=7", "sft", "sft.epochs: 3 before, 7 now"),
+        ("sft.num_train_epochs=7", "sft", "sft.num_train_epochs: 3 before, 7 now"),
         ("attempts.temperature=0.1", "attempts", "sampling changed"),
-        ("dpo.confirmation_share=0.1", "corrections", "confirmations: 0.5 before, 0.1 now"),
+        ("attempts.confirmation_share=0.1", "corrections", "confirmations: 0.5 before, 0.1 now"),
         ("prompts.folder=mine", "templates", "prompts changed"),
     ],
 )
@@ -194,10 +194,10 @@ def test_requests_that_went_unanswered_leave_their_stage_half_way(built):
 
 def test_training_that_was_broken_off_is_half_way_at_its_last_step(built):
     built.path("dpo").mkdir()
-    rows = '{"phase": "warm", "step": 10}\n{"phase": "dpo", "step": 1}\n{"phase": "dpo", "step": 2}\n{"phase": "d'
+    rows = '{"phase": "warmup", "step": 10}\n{"phase": "dpo", "step": 1}\n{"phase": "dpo", "step": 2}\n{"phase": "d'
     built.path("dpo/metrics.jsonl").write_text(rows)
     found = status(config(built), built)["stages"]
-    assert [(found[name]["state"], found[name]["rows"]) for name in ("sft", "warm", "dpo")] == [
+    assert [(found[name]["state"], found[name]["rows"]) for name in ("sft", "warmup", "dpo")] == [
         ("not_begun", None),
         ("half_way", 10),
         ("half_way", 2),
@@ -359,7 +359,9 @@ def test_without_problems_for_an_evaluation_it_is_not_named_and_a_student_withou
 
 
 def test_where_training_would_be_refused_the_command_trains_afresh(trained):
-    assert status(config(trained, "sft.epochs=7"), trained)["next"].startswith("sclite train --fresh --run")
+    assert status(config(trained, "sft.num_train_epochs=7"), trained)["next"].startswith(
+        "sclite train --fresh --run"
+    )
 
 
 def test_brought_along_attempts_at_any_problem_are_not_stale_and_need_no_training(built):

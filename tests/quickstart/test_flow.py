@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SMALL = ("--set", "problems.limit=120", "--set", "sft.epochs=6", "--set", "eval.limit=30")
+SMALL = ("--set", "problems.limit=120", "--set", "sft.num_train_epochs=6", "--set", "eval.limit=30")
 
 
 def sclite(*arguments: str, folder: Path, text: str | None = None) -> subprocess.CompletedProcess:
@@ -172,11 +172,11 @@ def test_changed_setting_is_refused_and_with_fresh_trains_anew_and_keeps_the_tem
     folder, run, _ = quickstarted
     before = (run / "templates.jsonl").read_bytes()
     adapter = (run / "sft/adapter/adapter_model.safetensors").read_bytes()
-    command = ["train", "--only", "sft", "--json", "--run", str(run), "--set", "sft.epochs=0.1",
+    command = ["train", "--only", "sft", "--json", "--run", str(run), "--set", "sft.num_train_epochs=0.1",
                "--set", "student.model=embedded", "--set", "problems.limit=120"]  # fmt: skip
     refused = sclite(*command, folder=folder)
     assert refused.returncode == 2
-    assert "sft.epochs: 6 before, 0.1 now" in refused.stderr
+    assert "sft.num_train_epochs: 6 before, 0.1 now" in refused.stderr
     assert (run / "sft/adapter/adapter_model.safetensors").read_bytes() == adapter
     done = sclite(*command, "--fresh", folder=folder)
     assert done.returncode == 0, done.stderr

@@ -13,7 +13,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-SMALL = ("--problems", "200", "--set", "sft.epochs=6", "--set", "eval.limit=40")
+SMALL = ("--problems", "200", "--set", "sft.num_train_epochs=6", "--set", "eval.limit=40")
 STAGES = ("templates", "sft", "attempts", "corrections", "warm-up", "pairs", "dpo", "export", "eval")
 TIMED = ("seconds", "seconds_first", "signature")
 

@@ -44,7 +44,7 @@ def test_attention_that_plans_for_every_length_is_left_out(tmp_path):
 
     config = config_of(tiny_llama(tmp_path / "student"))
     torch.backends.cuda.enable_cudnn_sdp(True)
-    load_student(config.student, config.sft)
+    load_student(config, "sft")
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.backends.cuda.flash_sdp_enabled()
 
@@ -52,7 +52,7 @@ def test_attention_that_plans_for_every_length_is_left_out(tmp_path):
 def test_an_adapter_of_another_shape_is_refused_by_name(tmp_path):
     folder = tiny_llama(tmp_path / "student")
     config = config_of(folder)
-    other, _ = load_student(config.student, config.sft, train=True)
+    other, _ = load_student(config, "sft", train=True)
     other.save_pretrained(tmp_path / "whole")
     put_adapter(other, tmp_path / "whole")
 

@@ -91,7 +91,7 @@ def test_every_family_trains_an_adapter_on_every_target(run, tmp_path, name):
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(kind_of(name)).save_pretrained(folder)
     write_toy(run)
-    report = train_sft(config_of(folder, sft={"epochs": 2}), run)
+    report = train_sft(config_of(folder, sft={"num_train_epochs": 2}), run)
     assert sorted(report.figures["lora"]) == sorted(FAMILIES[name][1])
     weights = load_file(run.path("sft/adapter/adapter_model.safetensors"))
     moved = {key.split(".")[-3] for key, value in weights.items() if ".lora_B." in key and value.any()}
@@ -103,7 +103,7 @@ def test_a_mistyped_target_is_refused_before_weights_are_read(tmp_path, untouche
     with pytest.raises(
         UsageFault, match=r"sft\.target_modules: llama has no linear layer named v_porj$"
     ) as fault:
-        load_student(config.student, config.sft, train=True)
+        load_student(config, "sft", train=True)
     assert "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj" in fault.value.hint
 
 
@@ -131,7 +131,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused_before_weights_are_rea
         with pytest.raises(
             DataFault, match=r"ids up to 512 \('<Cause>' is 512\), the model's embedding 512"
         ) as fault:
-            load_student(config.student, config.sft, train=train)
+            load_student(config, "sft", train=train)
         assert "resize_token_embeddings" in fault.value.hint
 
 
@@ -143,7 +143,7 @@ def test_padding_with_a_token_that_has_no_embedding_is_refused(tmp_path, untouch
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(tmp_path / "student")
     with pytest.raises(DataFault, match=r"'\[PAD\]' is 512"):
-        load_student(config.student, config.sft)
+        load_student(config, "sft")
 
 
 def test_a_special_token_for_images_that_no_prompt_has_may_lack_an_embedding(tmp_path):
@@ -153,7 +153,7 @@ def test_a_special_token_for_images_that_no_prompt_has_may_lack_an_embedding(tmp
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
     tokenizer.save_pretrained(tmp_path / "student")
-    assert load_student(config.student, config.sft)[0].config.vocab_size == 512
+    assert load_student(config, "sft")[0].config.vocab_size == 512
 
 
 def test_code_in_a_model_folder_is_never_run(tmp_path):
@@ -168,7 +168,7 @@ def test_code_in_a_model_folder_is_never_run(tmp_path):
         (folder / file).write_text(json.dumps(settings))
     config = config_of(folder)
     with pytest.raises(DataFault, match="cannot be loaded") as fault:
-        load_student(config.student, config.sft)
+        load_student(config, "sft")
     assert fault.value.hint
     assert not ran.exists()
 
@@ -190,5 +190,5 @@ def test_a_damaged_adapter_is_named_with_a_remedy(tmp_path, damage, untouched):
     else:
         file.write_bytes(b"\xff" * 8 + content[8:] if damage == "header" else content[:-9])
     with pytest.raises(DataFault, match=f"the adapter in {adapter} cannot be read") as fault:
-        load_student(config.student, config.sft, adapter)
+        load_student(config, "sft", adapter)
     assert "--fresh" in fault.value.hint

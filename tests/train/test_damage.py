@@ -9,7 +9,7 @@ from sclite.run import Run
 from sclite.train.checkpoints import Checkpoints
 from sclite.train.dpo import train_dpo
 from sclite.train.sft import train_sft
-from sclite.train.warm import train_warm
+from sclite.train.warmup import train_warmup
 from sclite.train.watch import read_metrics
 from tests.tiny import tiny_llama
 from tests.train.test_dpo import write_pairs
@@ -28,10 +28,12 @@ def whole(tmp_path_factory):
     """(config, run) with every stage trained without a break."""
     folder, run = tiny_llama(tmp_path_factory.mktemp("student")), Run(tmp_path_factory.mktemp("run"))
     write_toy(run)
-    short = {**LONG, "epochs": 4}
-    config = config_of(folder, sft=short, dpo={**short, "warmup_epochs": 1, "learning_rate": 1e-3})
+    short = {**LONG, "num_train_epochs": 4}
+    config = config_of(
+        folder, sft=short, warmup={**short, "num_train_epochs": 1}, dpo={**short, "learning_rate": 1e-3}
+    )
     train_sft(config, run)
-    train_warm(config, run)
+    train_warmup(config, run)
     write_pairs(run)
     train_dpo(config, run)
     return config, run
@@ -130,7 +132,11 @@ def test_a_damaged_line_of_metrics_costs_that_line_alone_and_is_counted(whole, t
 
 @pytest.mark.parametrize(
     ("stage", "train", "name"),
-    [("sft", train_sft, "sft/adapter"), ("warm", train_warm, "dpo/warm"), ("dpo", train_dpo, "dpo/adapter")],
+    [
+        ("sft", train_sft, "sft/adapter"),
+        ("warmup", train_warmup, "warmup/adapter"),
+        ("dpo", train_dpo, "dpo/adapter"),
+    ],
 )
 @pytest.mark.parametrize("harm", [flip, cut])
 def test_an_adapter_damaged_after_its_stage_is_refused_and_fresh_trains_it_again(

@@ -20,11 +20,11 @@ from sclite.trace import CAUSE, close_piece, open_piece, parse, render
 from sclite.train.bundle import build_bundles, collate, likelihoods, reference_log_probs
 from sclite.train.dpo import PairLoss, train_dpo, with_replay
 from sclite.train.sft import solve_rows, train_sft
-from sclite.train.warm import train_warm
+from sclite.train.warmup import train_warmup
 from tests.tiny import tiny_llama
 from tests.train.test_sft import config_of, metrics, write_toy
 
-SHORT = {"warmup_epochs": 1, "batch": 4, "micro_batch": 2}
+SHORT = {"batch_size": 4, "per_device_train_batch_size": 2}
 
 
 def write_pairs(run: Run) -> None:
@@ -46,9 +46,11 @@ def started(tmp_path_factory):
     folder = tiny_llama(tmp_path_factory.mktemp("student"))
     run = Run(tmp_path_factory.mktemp("run"))
     write_toy(run)
-    config = config_of(folder, sft={"epochs": 2}, dpo=SHORT)
+    config = config_of(
+        folder, sft={"num_train_epochs": 2}, warmup={**SHORT, "num_train_epochs": 1}, dpo=SHORT
+    )
     train_sft(config, run)
-    train_warm(config, run)
+    train_warmup(config, run)
     write_pairs(run)
     return config, run
 
@@ -81,7 +83,7 @@ def test_at_step_zero_the_dpo_term_is_ln_2_and_every_margin_is_zero(preferred):
 def test_a_reference_that_is_the_base_model_would_be_noticed(preferred):
     """The check above is worth something: without its adapter the model gives another term than ln 2."""
     config, run, _ = preferred
-    model, tokenizer = load_student(config.student, config.dpo, run.path("dpo/warm"), train=True)
+    model, tokenizer = load_student(config, "dpo", run.path("warmup/adapter"), train=True)
     bundles = bundles_of(config, run, tokenizer)
     with model.disable_adapter():
         base = reference_log_probs(model, bundles, tokenizer)
@@ -94,7 +96,7 @@ def test_a_reference_that_is_the_base_model_would_be_noticed(preferred):
 
 def test_the_reference_is_that_of_the_adapter_that_dpo_starts_from(preferred):
     config, run, _ = preferred
-    model, tokenizer = load_student(config.student, config.dpo, run.path("dpo/warm"))
+    model, tokenizer = load_student(config, "dpo", run.path("warmup/adapter"))
     bundles = bundles_of(config, run, tokenizer)
     kept = run.read_json("dpo/reference.json")["log_probs"]
     fresh = reference_log_probs(model, bundles, tokenizer, size=1)
@@ -118,7 +120,7 @@ def test_no_copy_named_ref_is_left_in_the_saved_adapter(preferred):
     assert [path for path in run.path("dpo").rglob("ref")] == []
     from safetensors.torch import load_file
 
-    warm = load_file(run.path("dpo/warm/adapter_model.safetensors"))
+    warm = load_file(run.path("warmup/adapter/adapter_model.safetensors"))
     dpo = load_file(run.path("dpo/adapter/adapter_model.safetensors"))
     assert warm.keys() == dpo.keys()
     assert any(not bool((warm[name] == dpo[name]).all()) for name in warm)
@@ -154,9 +156,9 @@ def test_pairs_that_are_too_long_are_counted_and_when_none_fits_it_is_said(start
     other = Run(tmp_path)
     for name in ("problems", "templates", "attempts", "reviews", "pairs"):
         other.path(f"{name}.jsonl").write_bytes(run.path(f"{name}.jsonl").read_bytes())
-    other.path("dpo").mkdir()
-    other.path("dpo/warm").symlink_to(run.path("dpo/warm"))
-    few = config.dpo.model_copy(update={"max_length": lengths[1], "epochs": 0.5})
+    other.path("warmup").mkdir()
+    other.path("warmup/adapter").symlink_to(run.path("warmup/adapter"))
+    few = config.dpo.model_copy(update={"max_length": lengths[1], "num_train_epochs": 0.5})
     report = train_dpo(config.model_copy(update={"dpo": few}), other)
     left = report.dropped["longer_than_max_length"]
     assert left >= 1
@@ -252,7 +254,7 @@ def test_partial_completions_carry_no_end_token(started):
 def test_decision_odds_in_training_are_the_scores_in_use(preferred):
     """Trained and used on the same token positions: `Trainable.score` and the bundles say the same to 1e-4."""
     config, run, _ = preferred
-    model, tokenizer = load_student(config.student, config.dpo, run.path("dpo/adapter"))
+    model, tokenizer = load_student(config, "dpo", run.path("dpo/adapter"))
     attempts = {f"{a.id}/{a.sample}": parse(a.trace).trace for a in run.read("attempts.jsonl", Attempt)}
     questions = {p.id: p.question for p in run.read("problems.jsonl", Problem)}
     bundles = bundles_of(config, run, tokenizer)
@@ -274,7 +276,7 @@ def test_the_log_probability_of_a_side_is_the_sum_over_its_own_tokens(started):
     import torch
 
     config, run = started
-    model, tokenizer = load_student(config.student, config.dpo, run.path("dpo/warm"))
+    model, tokenizer = load_student(config, "dpo", run.path("warmup/adapter"))
     bundles = [b for b in bundles_of(config, run, tokenizer) if b.rejected is not None]
     with torch.no_grad():
         got = likelihoods(model, collate(bundles, tokenizer.pad_token_id), decision_ids(tokenizer))
@@ -289,7 +291,7 @@ def test_the_log_probability_of_a_side_is_the_sum_over_its_own_tokens(started):
 
 def test_padding_changes_no_odds(started):
     config, run = started
-    model, tokenizer = load_student(config.student, config.dpo, run.path("dpo/warm"))
+    model, tokenizer = load_student(config, "dpo", run.path("warmup/adapter"))
     bundles = bundles_of(config, run, tokenizer)
     together = reference_log_probs(model, bundles, tokenizer, size=6)
     longer = [replace(b, replay=None) for b in reversed(bundles)]
@@ -300,8 +302,9 @@ def test_rows_end_to_end_give_the_log_probabilities_and_gradients_of_padded_ones
     config, run = started
     found = []
     for padding_free in (False, True):
-        lora = config.dpo.model_copy(update={"padding_free": padding_free})
-        model, tokenizer = load_student(config.student, lora, run.path("dpo/warm"), train=True)
+        dpo = config.dpo.model_copy(update={"padding_free": padding_free})
+        changed = config.model_copy(update={"dpo": dpo})
+        model, tokenizer = load_student(changed, "dpo", run.path("warmup/adapter"), train=True)
         assert model.padding_free is padding_free
         bundles = bundles_of(config, run, tokenizer)
         got = likelihoods(model, collate(bundles, tokenizer.pad_token_id), decision_ids(tokenizer))

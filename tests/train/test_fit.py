@@ -17,21 +17,25 @@ def test_rows_at_once_divide_the_batch(batch, most, expected):
 
 
 def test_a_configured_number_that_does_not_divide_the_batch_gives_way():
-    chosen = config_of("embedded", sft={"batch": 6, "micro_batch": 4})
+    chosen = config_of("embedded", sft={"batch_size": 6, "per_device_train_batch_size": 4})
     assert micro_batch(chosen, "sft") == 3
 
 
 def test_half_of_the_rows_divide_the_batch_too():
-    chosen = config_of("embedded", sft={"batch": 15, "micro_batch": 15}, dpo={"batch": 8, "micro_batch": 8})
-    assert halved(chosen, MemoryFault("sft", 15)).sft.micro_batch == 5
-    assert halved(chosen, MemoryFault("warm", 8)).dpo.micro_batch == 4
-    assert halved(chosen, MemoryFault("warm", 8)).sft == chosen.sft
+    chosen = config_of(
+        "embedded",
+        sft={"batch_size": 15, "per_device_train_batch_size": 15},
+        warmup={"batch_size": 8, "per_device_train_batch_size": 8},
+    )
+    assert halved(chosen, MemoryFault("sft", 15)).sft.per_device_train_batch_size == 5
+    assert halved(chosen, MemoryFault("warmup", 8)).warmup.per_device_train_batch_size == 4
+    assert halved(chosen, MemoryFault("warmup", 8)).sft == chosen.sft
 
 
 def test_a_student_whose_memory_cannot_be_reckoned_begins_with_one_row(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe", "num_experts": 8}')
     monkeypatch.setattr(memory, "free_bytes", lambda: 24_000_000_000)
-    chosen = config_of(tmp_path, sft={"micro_batch": None, "batch": 8})
+    chosen = config_of(tmp_path, sft={"per_device_train_batch_size": None, "batch_size": 8})
     assert micro_batch(chosen, "sft") == 1
     assert what_fits(chosen, "sft") == ""
 

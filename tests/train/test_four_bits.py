@@ -2,7 +2,7 @@
 
 import pytest
 
-from sclite.config import Sft, Student
+from sclite.config import Config
 from sclite.records import Template
 from sclite.run import Run
 from sclite.student.adapters import new_shape, with_new_adapter
@@ -24,7 +24,13 @@ def moved(folder, path, settings: dict) -> tuple[float, set]:
     from bitsandbytes.nn import Linear4bit
     from transformers import AutoModelForCausalLM
 
-    run, config = Run(path), config_of(folder, sft={"warmup": 0.0, "batch": 1})
+    run, config = (
+        Run(path),
+        config_of(
+            folder,
+            sft={"warmup_ratio": 0.0, "batch_size": 1, "learning_rate": RATE, "num_train_epochs": STEPS},
+        ),
+    )
     write_toy(run)
     tokenizer = load_tokenizer(str(folder))
     model = AutoModelForCausalLM.from_pretrained(folder, **settings)
@@ -33,14 +39,14 @@ def moved(folder, path, settings: dict) -> tuple[float, set]:
             layer, Linear4bit
         ):  # else a no-grad forward pass repacks the weight in place on some machines
             layer.support_avx512bf16_for_cpu = False
-    model = with_new_adapter(model, new_shape(config.sft, model.config), seed=0)
+    model = with_new_adapter(model, new_shape(config.lora, model.config), seed=0)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     row = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")[0]
     rows = [Encoded(row.ids[-24:], row.weights[-24:])]  # 4 bits are slow on a CPU; the steps are what counts
     outcome = train_adapter(
         model, tokenizer, supervised("sft", rows, tokenizer.pad_token_id, 0, 0), config.sft,
         Checkpoints(path / "checkpoints"), path / "metrics.jsonl",
-        rate=RATE, epochs=STEPS, seed=0, micro_batch=1,
+        seed=0, micro_batch=1,
     )  # fmt: skip
     assert outcome.steps == STEPS
     after = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -97,8 +103,12 @@ def test_a_checkpoint_that_is_in_4_bits_already_loads_and_trains_on_the_plain_pa
     import torch
     from bitsandbytes.nn import Linear4bit
 
-    student = Student(model=str(quantised), backend="plain")
-    model, tokenizer = load_student(student, Sft(rank=4, max_length=512), train=True)
+    tree = {
+        "student": {"model": str(quantised), "backend": "plain"},
+        "lora": {"r": 4},
+        "sft": {"max_length": 512},
+    }
+    model, tokenizer = load_student(Config.model_validate(tree), "sft", train=True)
     layers = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
     assert len(layers) == 2 * 7
     assert {layer.weight.dtype for layer in layers} == {torch.uint8}

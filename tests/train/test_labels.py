@@ -9,7 +9,7 @@ from sclite.records import Pair, Problem, Template
 from sclite.run import Run
 from sclite.student.encode import Encoded, decision_ids
 from sclite.student.load import load_tokenizer
-from sclite.train import dpo, sft, warm
+from sclite.train import dpo, sft, warmup
 from sclite.train.bundle import build_bundles
 from sclite.train.labels import check_bundles
 from tests.tiny import CHATML, sample_texts, write_tokenizer
@@ -33,7 +33,7 @@ def prepared(tmp_path, folder, monkeypatch):
     def loaded(*_, **__):
         raise AssertionError("the student was loaded")
 
-    for stage in (sft, warm, dpo):
+    for stage in (sft, warmup, dpo):
         monkeypatch.setattr(stage, "load_student", loaded)
     run = Run(tmp_path / "run")
     write_toy(run)
@@ -41,7 +41,7 @@ def prepared(tmp_path, folder, monkeypatch):
     return config_of(folder), run
 
 
-STAGES = {"sft": sft.train_sft, "warm": warm.train_warm, "dpo": dpo.train_dpo}
+STAGES = {"sft": sft.train_sft, "warmup": warmup.train_warmup, "dpo": dpo.train_dpo}
 
 
 @pytest.mark.parametrize("stage", STAGES)

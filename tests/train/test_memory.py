@@ -250,7 +250,7 @@ def test_a_7b_model_at_2048_tokens_stays_below_the_aims(name):
     assert estimate(found, Setting("dpo", 1, 2048, 32)).total < 20 * GB
 
 
-@pytest.mark.parametrize("stage", ["sft", "warm", "dpo"])
+@pytest.mark.parametrize("stage", ["sft", "warmup", "dpo"])
 @pytest.mark.parametrize("backend", ["unsloth", "plain"])
 def test_more_of_anything_takes_more(stage, backend):
     found, small = recipe_architecture(QWEN), Setting(stage, 1, 1024, 16, backend=backend)

@@ -26,7 +26,10 @@ def config(run, **sections) -> Config:
     student = run.folder / "student-7b"
     student.mkdir(parents=True, exist_ok=True)
     (student / "config.json").write_text(json.dumps(QWEN_MATH_7B))
-    tree = {"student": {"model": str(student)}, "sft": {"epochs": 3, "batch": 4, "micro_batch": 4}}
+    tree = {
+        "student": {"model": str(student)},
+        "sft": {"num_train_epochs": 3, "batch_size": 4, "per_device_train_batch_size": 4},
+    }
     for name, values in sections.items():
         tree.setdefault(name, {}).update(values)
     return Config.model_validate(tree)
@@ -65,7 +68,7 @@ def pairs_of(run) -> None:
 
 def test_the_settings_of_each_stage_are_what_fits_on_the_card(run):
     stages = planned(run)["stages"]
-    assert list(stages) == ["sft", "warm", "dpo"]
+    assert list(stages) == ["sft", "warmup", "dpo"]
     for name, stage in stages.items():
         assert stage["fits"] is True
         assert stage["micro_batch"] * stage["accumulation"] == stage["batch"]
@@ -97,8 +100,8 @@ def test_without_a_card_nothing_is_said_to_fit(run):
 
 
 def test_a_step_holds_the_rows_at_once_that_training_takes(run):
-    settings = config(run, sft={"batch": 6, "micro_batch": 3})
-    made = {"sft": 3, "warm": 2, "dpo": 1}
+    settings = config(run, sft={"batch_size": 6, "per_device_train_batch_size": 3})
+    made = {"sft": 3, "warmup": 2, "dpo": 1}
     stages = plan(settings, run, gpu=GPU, micro_batches=made)["stages"]
     assert {name: stage["micro_batch"] for name, stage in stages.items()} == made
     assert stages["sft"]["accumulation"] == 2
@@ -153,8 +156,10 @@ def test_rows_that_are_too_long_are_counted_and_left_out(run, tokenizer):
 
 def test_the_warm_up_has_a_row_of_solving_beside_each_review_and_the_wrong_work_closed(run, tokenizer):
     write_toy(run)
-    one = planned(run, tokenizer=tokenizer, dpo={"batch": 4, "replay_share": 1.0})["stages"]["warm"]
-    none = planned(run, tokenizer=tokenizer, dpo={"batch": 4, "replay_share": 0.0})["stages"]["warm"]
+    one = planned(run, tokenizer=tokenizer, warmup={"batch_size": 4, "replay_share": 1.0})["stages"]["warmup"]
+    none = planned(run, tokenizer=tokenizer, warmup={"batch_size": 4, "replay_share": 0.0})["stages"][
+        "warmup"
+    ]
     assert (one["rows"], one["steps"]) == (16, 4)
     assert (none["rows"], none["steps"]) == (10, 3)
     assert one["tokens"] > none["tokens"]
@@ -163,15 +168,15 @@ def test_the_warm_up_has_a_row_of_solving_beside_each_review_and_the_wrong_work_
 def test_dpo_counts_both_sides_of_a_pair_and_the_replay(run, tokenizer):
     write_toy(run)
     pairs_of(run)
-    sections = {"dpo": {"batch": 4, "replay_share": 0.0, "epochs": 1}}
+    sections = {"dpo": {"batch_size": 4, "replay_share": 0.0, "num_train_epochs": 1}}
     without = planned(run, tokenizer=tokenizer, **sections)["stages"]["dpo"]
     assert (without["rows"], without["steps"]) == (2, 1)
     carried = without["loss_share"] * without["tokens"]
     sides = tokenizer(["abcd" * 5, "abcd" * 7], add_special_tokens=False)["input_ids"]
     assert carried == pytest.approx(sum(map(len, sides)), abs=0.1)
-    replayed = planned(run, tokenizer=tokenizer, dpo={"batch": 4, "replay_share": 1.0, "epochs": 1})[
-        "stages"
-    ]["dpo"]
+    replayed = planned(
+        run, tokenizer=tokenizer, dpo={"batch_size": 4, "replay_share": 1.0, "num_train_epochs": 1}
+    )["stages"]["dpo"]
     assert replayed["tokens"] > without["tokens"]
 
 
@@ -188,14 +193,14 @@ def test_hours_come_from_steps_that_this_run_has_timed(run, tokenizer):
     stages = planned(run, tokenizer=tokenizer)["stages"]
     assert stages["sft"]["tokens_per_second"] == 100
     assert stages["sft"]["hours"] == pytest.approx(stages["sft"]["tokens"] / 100 / 3600, abs=1e-3)
-    assert stages["warm"]["tokens_per_second"] == 100
+    assert stages["warmup"]["tokens_per_second"] == 100
     assert stages["dpo"]["tokens_per_second"] is None
 
 
 def test_disk_grows_with_rank_and_with_the_bits_of_the_quantisation(run):
     small, large = (
         planned(run)["disk_gb"],
-        planned(run, sft={"rank": 64}, export={"quant": "q8_0"})["disk_gb"],
+        planned(run, lora={"r": 64}, export={"quant": "q8_0"})["disk_gb"],
     )
     assert small["adapters"] < large["adapters"]
     assert 4.4 < small["gguf"] < 4.9 < 7.9 < large["gguf"] < 8.3

@@ -19,14 +19,14 @@ from sclite.train.checkpoints import Checkpoints
 from sclite.train.dpo import train_dpo
 from sclite.train.order import training_order
 from sclite.train.sft import train_sft
-from sclite.train.warm import train_warm
+from sclite.train.warmup import train_warmup
 from sclite.train.watch import read_metrics
 from tests.tiny import tiny_llama
 from tests.train.test_dpo import write_pairs
 from tests.train.test_sft import config_of, write_toy
 
-STAGES = {"sft": "sft/adapter", "warm": "dpo/warm", "dpo": "dpo/adapter"}
-LONG = {"checkpoints": 6, "micro_batch": 1}
+STAGES = {"sft": "sft/adapter", "warmup": "warmup/adapter", "dpo": "dpo/adapter"}
+LONG = {"checkpoints": 6, "per_device_train_batch_size": 1}
 
 CHILD = """
 import sys
@@ -45,11 +45,12 @@ def whole(tmp_path_factory):
     write_toy(run)
     config = config_of(
         folder,
-        sft={**LONG, "epochs": 12},
-        dpo={**LONG, "warmup_epochs": 6, "epochs": 12, "learning_rate": 1e-3},
+        sft={**LONG, "num_train_epochs": 12},
+        warmup={**LONG, "num_train_epochs": 6},
+        dpo={**LONG, "num_train_epochs": 12, "learning_rate": 1e-3},
     )
     train_sft(config, run)
-    train_warm(config, run)
+    train_warmup(config, run)
     write_pairs(run)
     train_dpo(config, run)
     return config, run
@@ -76,7 +77,7 @@ def metrics_of(run: Run, stage: str) -> list[dict]:
 
 def checkpoints_of(run: Run, stage: str) -> Checkpoints:
     return Checkpoints(
-        run.path({"sft": "sft/checkpoints", "warm": "dpo/warm-checkpoints", "dpo": "dpo/checkpoints"}[stage])
+        run.path({"sft": "sft/checkpoints", "warmup": "warmup/checkpoints", "dpo": "dpo/checkpoints"}[stage])
     )
 
 
@@ -109,7 +110,9 @@ def adapter(run: Run, stage: str) -> dict:
     return load_file(run.path(f"{STAGES[stage]}/adapter_model.safetensors"))
 
 
-@pytest.mark.parametrize(("stage", "train"), [("sft", train_sft), ("warm", train_warm), ("dpo", train_dpo)])
+@pytest.mark.parametrize(
+    ("stage", "train"), [("sft", train_sft), ("warmup", train_warmup), ("dpo", train_dpo)]
+)
 def test_killed_in_the_middle_it_ends_with_the_losses_and_weights_of_an_unbroken_run(
     whole, tmp_path, stage, train
 ):
@@ -164,7 +167,9 @@ def test_a_checkpoint_that_a_kill_left_half_written_is_not_resumed_from(tmp_path
 def test_a_changed_setting_that_matters_is_refused_with_the_difference(whole, tmp_path):
     config, unbroken = whole
     other = config.model_copy(
-        update={"sft": config.sft.model_copy(update={"learning_rate": 2e-3, "micro_batch": 4})}
+        update={
+            "sft": config.sft.model_copy(update={"learning_rate": 2e-3, "per_device_train_batch_size": 4})
+        }
     )
     with pytest.raises(
         UsageFault, match=r"sft was trained from other inputs: sft\.learning_rate: 0\.003 before, 0\.002 now$"
@@ -181,14 +186,26 @@ def test_a_changed_setting_that_matters_is_refused_with_the_difference(whole, tm
 
 def test_a_setting_that_decides_nothing_is_not_refused(whole):
     config, run = whole
-    same = config.sft.model_copy(update={"micro_batch": 4, "checkpoints": 2, "tensorboard": True})
+    same = config.sft.model_copy(
+        update={"per_device_train_batch_size": 4, "checkpoints": 2, "tensorboard": True}
+    )
     assert train_sft(config.model_copy(update={"sft": same}), run).skipped
 
 
 def test_differences_name_the_setting_and_both_values():
-    before = {"sft": {"rank": 8, "epochs": 3}, "templates.jsonl": "0123456789abcdef", "seed": 0}
-    now = {"sft": {"rank": 16, "epochs": 3}, "templates.jsonl": "fedcba9876543210", "seed": 0}
-    assert differences(before, now) == ["sft.rank: 8 before, 16 now", "templates.jsonl changed"]
+    before = {
+        "lora": {"r": 8},
+        "sft": {"num_train_epochs": 3},
+        "templates.jsonl": "0123456789abcdef",
+        "seed": 0,
+    }
+    now = {
+        "lora": {"r": 16},
+        "sft": {"num_train_epochs": 3},
+        "templates.jsonl": "fedcba9876543210",
+        "seed": 0,
+    }
+    assert differences(before, now) == ["lora.r: 8 before, 16 now", "templates.jsonl changed"]
     assert differences(before, before) == []
 
 
@@ -218,7 +235,7 @@ def test_a_manifest_never_signs_another_adapter(tmp_path, monkeypatch):
     folder = tiny_llama(tmp_path / "student")
     run = Run(tmp_path / "run")
     write_toy(run)
-    train_sft(config_of(folder, sft={"epochs": 1}), run)
+    train_sft(config_of(folder, sft={"num_train_epochs": 1}), run)
 
     def die(*_):
         raise RuntimeError("killed between the adapter and its manifest")
@@ -226,7 +243,7 @@ def test_a_manifest_never_signs_another_adapter(tmp_path, monkeypatch):
     with monkeypatch.context() as broken:
         broken.setattr(Run, "sign", die)
         with pytest.raises(RuntimeError, match="killed"):
-            train_sft(config_of(folder, sft={"epochs": 2}), run, fresh=True)
+            train_sft(config_of(folder, sft={"num_train_epochs": 2}), run, fresh=True)
     assert run.finished("sft") is None
-    first = config_of(folder, sft={"epochs": 1})
+    first = config_of(folder, sft={"num_train_epochs": 1})
     assert not train_sft(first, run, fresh=True).skipped

@@ -19,11 +19,11 @@ from sclite.train.checkpoints import Checkpoints
 from sclite.train.labels import check_labels, too_long
 from sclite.train.sft import solve_rows, supervised, train_sft
 from sclite.train.trainer import _build, numbered, train_adapter
-from sclite.train.warm import train_warm
+from sclite.train.warmup import train_warmup
 from sclite.train.watch import read_metrics
 from tests.tiny import tiny_llama
 
-LORA = {"batch": 4, "micro_batch": 2, "max_length": 1024, "eval_share": 0}
+STAGE = {"batch_size": 4, "per_device_train_batch_size": 2, "max_length": 1024, "eval_share": 0}
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +36,10 @@ def config_of(folder, **settings) -> Config:
     """A configuration for the tiny student: plain backend, few steps, high rates."""
     tree = {
         "student": {"model": str(folder), "backend": "plain", "batch": 4},
-        "sft": {**LORA, "rank": 8, "alpha": 16, "learning_rate": 3e-3, "epochs": 4},
-        "dpo": {**LORA, "warmup_learning_rate": 3e-3, "warmup_epochs": 4, "learning_rate": 1e-3, "epochs": 3},
+        "lora": {"r": 8, "lora_alpha": 16},
+        "sft": {**STAGE, "learning_rate": 3e-3, "num_train_epochs": 4},
+        "warmup": {**STAGE, "learning_rate": 3e-3, "num_train_epochs": 4},
+        "dpo": {**STAGE, "learning_rate": 1e-3, "num_train_epochs": 3},
     }
     for section, values in settings.items():
         tree.setdefault(section, {}).update(values)
@@ -126,7 +128,7 @@ def trained(folder, tmp_path_factory):
     seen: list[tuple[int, int]] = []
     report = train_sft(config, run, progress=lambda done, total, **_: seen.append((done, total)))
     report.figures["seen"] = seen
-    return config, run, report, train_warm(config, run)
+    return config, run, report, train_warmup(config, run)
 
 
 # -- labels --------------------------------------------------------------------------------------------------------
@@ -135,11 +137,11 @@ def trained(folder, tmp_path_factory):
 def test_on_the_trainers_own_labels_the_prompt_carries_none_and_trace_and_end_all(folder, tmp_path):
     """Read from the batches that the real trainer's data loader gives to the model."""
     config = config_of(folder)
-    model, tokenizer = load_student(config.student, config.sft, train=True)
+    model, tokenizer = load_student(config, "sft", train=True)
     problem, trace = toy_problems(1)[0], toy_trace(0)
     rows = [encode_solution(tokenizer, prompts.solve_messages(problem.question), trace)] * 3
     lesson = supervised("sft", rows, tokenizer.pad_token_id, 0, 0)
-    settings = arguments(tmp_path, config.sft, 1e-3, 0, 2, 3, False)
+    settings = arguments(tmp_path, config.sft, 0, 2, 3, False)
     trainer = _build(model, tokenizer, lesson, settings, numbered([0, 1, 2], 4))
     for batch in trainer.get_train_dataloader():
         for ids, weights in zip(batch["batch"].ids, batch["batch"].weights, strict=True):
@@ -204,12 +206,12 @@ def test_losses_and_gradients_are_means_over_tokens_whatever_the_micro_batch(fol
     rows.append(Encoded([*rows[0].ids[:60], 2], [0.0] * 55 + [1.0] * 6))
     found = {}
     for micro in (1, 2, 4):
-        made = config_of(folder, sft={"epochs": 3})
-        model, _ = load_student(made.student, made.sft, train=True)
+        made = config_of(folder, sft={"num_train_epochs": 3, "learning_rate": 1e-3})
+        model, _ = load_student(made, "sft", train=True)
         lesson = supervised("sft", rows, tokenizer.pad_token_id, 0, 0)
         train_adapter(
             model, tokenizer, lesson, made.sft, Checkpoints(tmp_path / f"{micro}/checkpoints"),
-            tmp_path / f"{micro}/metrics.jsonl", rate=1e-3, epochs=3, seed=0, micro_batch=micro,
+            tmp_path / f"{micro}/metrics.jsonl", seed=0, micro_batch=micro,
         )  # fmt: skip
         found[micro] = read_metrics(tmp_path / f"{micro}/metrics.jsonl")
     for micro in (1, 2):
@@ -222,20 +224,20 @@ def test_losses_and_gradients_are_means_over_tokens_whatever_the_micro_batch(fol
 def test_the_evaluation_loss_is_a_mean_over_tokens_whatever_the_rows_at_once(folder, tmp_path):
     run = Run(tmp_path / "run")
     write_toy(run, 10)
-    made = config_of(folder, sft={"checkpoints": 1})
+    made = config_of(folder, sft={"checkpoints": 1, "num_train_epochs": 1, "learning_rate": 1e-3})
     tokenizer = load_tokenizer(made.student.model)
     rows = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")
     rows[0] = Encoded([*rows[0].ids[:60], 2], [0.0] * 55 + [1.0] * 6)
     found = []
     for micro in (1, 4):
-        model, _ = load_student(made.student, made.sft, train=True)
+        model, _ = load_student(made, "sft", train=True)
         lesson = replace(
             supervised("sft", rows, tokenizer.pad_token_id, 0, 0), held_out=list(range(len(rows) - 4))
         )
         metrics = tmp_path / f"{micro}/metrics.jsonl"
         train_adapter(
             model, tokenizer, lesson, made.sft, Checkpoints(tmp_path / f"{micro}/checkpoints"), metrics,
-            rate=1e-3, epochs=1, seed=0, micro_batch=micro,
+            seed=0, micro_batch=micro,
         )  # fmt: skip
         found.append([row["eval_loss"] for row in read_metrics(metrics) if "eval_loss" in row])
     assert found[0]
@@ -268,7 +270,7 @@ def test_rows_that_are_too_long_are_left_out_and_counted(folder, tmp_path):
     run.replace(
         "templates.jsonl", [*templates, Template(id="long", question="How?", answer="2", trace=lengthy)]
     )
-    report = train_sft(config_of(folder, sft={"epochs": 1}), run)
+    report = train_sft(config_of(folder, sft={"num_train_epochs": 1}), run)
     assert report.dropped == {"longer_than_max_length": 1}
     assert report.counts["rows"] == 3
     assert too_long([Encoded([1] * 5, [0.0] * 5), Encoded([1] * 4, [0.0] * 4)], 4) == [0]
@@ -298,10 +300,10 @@ def test_without_templates_the_next_command_is_named(folder, tmp_path):
 
 def test_the_warm_up_goes_on_from_the_sft_adapter_and_its_loss_falls(trained):
     _, run, _, report = trained
-    rows = metrics(run, "dpo", "warm")
+    rows = metrics(run, "warmup", "warmup")
     assert report.counts == {"rows": 16, "reviews": 6, "steps": 16}
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
-    assert run.path("dpo/warm/adapter_model.safetensors").is_file()
+    assert run.path("warmup/adapter/adapter_model.safetensors").is_file()
     # a fresh adapter would begin where SFT began, at the loss of guessing
     assert metrics(run, "sft", "sft")[0]["loss"] > math.log(512)
     assert rows[0]["loss"] < metrics(run, "sft", "sft")[0]["loss"] - 0.5

@@ -10,12 +10,12 @@ from sclite.run import Run
 from sclite.train import trainer
 from sclite.train.dpo import train_dpo
 from sclite.train.sft import train_sft
-from sclite.train.warm import train_warm
+from sclite.train.warmup import train_warmup
 from tests.tiny import tiny_llama
 from tests.train.test_dpo import write_pairs
 from tests.train.test_sft import config_of, metrics, write_toy
 
-ONE_STEP = {"batch": 6, "micro_batch": 3}
+ONE_STEP = {"batch_size": 6, "per_device_train_batch_size": 3}
 
 
 @pytest.fixture(scope="module")
@@ -34,25 +34,27 @@ def largest_change(before: dict, after: dict) -> float:
 def test_each_stage_of_one_step_moves_weights_by_its_whole_learning_rate(run, folder):
     """AdamW's first step is the rate times the gradient's sign: g / (|g| + 1e-8)."""
     write_toy(run)
-    stage2 = {**ONE_STEP, "warmup_epochs": 1, "epochs": 1, "warmup_learning_rate": 2e-3, "replay_share": 0}
+    once = {**ONE_STEP, "num_train_epochs": 1}
     # six reviews, and four closed rows of wrong work
-    config = config_of(folder, sft={**ONE_STEP, "epochs": 1}, dpo={**stage2, "batch": 10, "micro_batch": 5})
+    ten = {"batch_size": 10, "per_device_train_batch_size": 5}
+    warmup = {**once, **ten, "learning_rate": 2e-3, "replay_share": 0}
+    config = config_of(folder, sft=once, warmup=warmup, dpo={**once, **ten, "replay_share": 0})
     assert train_sft(config, run).counts["steps"] == 1
     first = {name: w for name, w in weights(run, "sft/adapter").items() if ".lora_B." in name}
     assert float(max(w.abs().max() for w in first.values())) == pytest.approx(3e-3, rel=1e-3)
-    assert train_warm(config, run).counts["steps"] == 1
-    warm = largest_change(weights(run, "sft/adapter"), weights(run, "dpo/warm"))
+    assert train_warmup(config, run).counts["steps"] == 1
+    warm = largest_change(weights(run, "sft/adapter"), weights(run, "warmup/adapter"))
     assert warm == pytest.approx(2e-3, rel=1e-3)
     write_pairs(run)
     assert train_dpo(config, run).counts["steps"] == 1
-    assert largest_change(weights(run, "dpo/warm"), weights(run, "dpo/adapter")) == pytest.approx(
+    assert largest_change(weights(run, "warmup/adapter"), weights(run, "dpo/adapter")) == pytest.approx(
         1e-3, rel=1e-3
     )
 
 
 def test_the_rate_rises_from_the_first_step_and_then_follows_transformers_cosine(run, folder):
     write_toy(run)
-    train_sft(config_of(folder, sft={"epochs": 8, "warmup": 0.2}), run)
+    train_sft(config_of(folder, sft={"num_train_epochs": 8, "warmup_ratio": 0.2}), run)
     rates = [row["learning_rate"] / 3e-3 for row in metrics(run, "sft", "sft")]
     assert len(rates) == 12  # 6 rows, 8 times, 4 a step
     warmup = 3  # 0.2 of 12, rounded up
@@ -65,17 +67,22 @@ def test_a_stage_of_few_steps_says_so_and_what_to_raise(run, folder):
     said = []
     write_toy(run)
     report = train_sft(
-        config_of(folder, sft={"epochs": 4}), run, progress=lambda *_, warning="", **__: said.append(warning)
+        config_of(folder, sft={"num_train_epochs": 4}),
+        run,
+        progress=lambda *_, warning="", **__: said.append(warning),
     )
     assert report.counts["steps"] == 6
     assert [text for text in said if text] == report.figures["warnings"]
     assert "only 6 optimizer steps" in report.figures["warnings"][0]
-    assert "raise sft.epochs, lower sft.batch" in report.figures["warnings"][0]
+    assert "raise sft.num_train_epochs, lower sft.batch_size" in report.figures["warnings"][0]
 
 
 def test_a_stage_of_twenty_steps_does_not_warn(run, folder):
     write_toy(run)
-    report = train_sft(config_of(folder, sft={"epochs": 10, "batch": 3, "micro_batch": 3}), run)
+    report = train_sft(
+        config_of(folder, sft={"num_train_epochs": 10, "batch_size": 3, "per_device_train_batch_size": 3}),
+        run,
+    )
     assert report.counts["steps"] == 20
     assert report.figures["warnings"] == []
 
@@ -93,9 +100,9 @@ def test_a_stage_that_learned_nothing_is_an_error(run, folder, monkeypatch, fact
     monkeypatch.setattr(trainer, "weigh", spoiled)
     write_toy(run)
     with pytest.raises(ScliteError, match=message) as fault:
-        train_sft(config_of(folder, sft={"epochs": 1}), run)
+        train_sft(config_of(folder, sft={"num_train_epochs": 1}), run)
     assert fault.value.code == 1
     assert "sft.learning_rate (now 0.003)" in fault.value.hint
     assert run.finished("sft") is None
     monkeypatch.undo()
-    assert train_sft(config_of(folder, sft={"epochs": 1}), run).counts["steps"] == 2
+    assert train_sft(config_of(folder, sft={"num_train_epochs": 1}), run).counts["steps"] == 2

@@ -89,7 +89,13 @@ def test_the_weights_of_the_best_evaluation_are_kept_and_training_stops_early(fo
 
     run = Run(tmp_path)
     write_toy(run, 12)
-    settings = {"learning_rate": 3e-2, "epochs": 20, "eval_share": 0.34, "patience": 3, "checkpoints": 30}
+    settings = {
+        "learning_rate": 3e-2,
+        "num_train_epochs": 20,
+        "eval_share": 0.34,
+        "early_stopping_patience": 3,
+        "checkpoints": 30,
+    }
     config = config_of(folder, sft=settings)
     report = train_sft(config, run)
     rows = read_metrics(run.path("sft/metrics.jsonl"))
@@ -100,7 +106,7 @@ def test_the_weights_of_the_best_evaluation_are_kept_and_training_stops_early(fo
     assert losses[max(losses)] > losses[best]
     from sclite.records import Template
 
-    model, tokenizer = load_student(config.student, config.sft, run.path("sft/adapter"))
+    model, tokenizer = load_student(config, "sft", run.path("sft/adapter"))
     encoded = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")
     lesson = supervised("sft", encoded, tokenizer.pad_token_id, 0.34, config.seed)
     part = negative_log_likelihood(model.eval(), lesson.collate(lesson.held_out))["nll"]

@@ -1,4 +1,4 @@
-"""The warm-up of stage 2: a short supervised training on whole reviews, with rows of solving between (warm_rows).
+"""The warm-up of stage 2: a short supervised training on whole reviews, with rows of solving between (warmup_rows).
 
 DPO alone cannot create the accusation, and reviews alone destroy solving (METHOD section 4.5). The adapter that comes
 out is the one that DPO starts from and is compared with.
@@ -20,22 +20,21 @@ from sclite.train.labels import checked_tokenizer
 from sclite.train.memory import micro_batch
 from sclite.train.sft import fitting_rows, replay_templates, supervised
 from sclite.train.trainer import train_adapter
-from sclite.train.warm_rows import mixed_rows
+from sclite.train.warmup_rows import mixed_rows
 from sclite.train.watch import Progress
 
-STAGE, ADAPTER = "warm", "dpo/warm/adapter_model.safetensors"
+STAGE, ADAPTER = "warmup", "warmup/adapter/adapter_model.safetensors"
 
 
 def inputs_of(config: Config, run: Run, unseen: frozenset[str] = frozenset()) -> dict[str, Any]:
     """What decides the result of the warm-up."""
-    later = ("learning_rate", "epochs", "beta", "nll_weight", "replay_weight", "warmup")
     return {
         "problems kept for stage 2": digest(sorted(unseen)),
         "reviews.jsonl": run.file_digest("reviews.jsonl"),
         "attempts.jsonl": run.file_digest("attempts.jsonl"),
         "templates.jsonl": run.file_digest("templates.jsonl"),
         "sft/adapter": run.file_digest("sft/adapter/adapter_model.safetensors"),
-        "dpo": config.dpo.deciding(*later),
+        "warmup": config.warmup.deciding(),
         **student_inputs(config),
         "prompts": prompts.digest(
             "student_system", "student_solve", "student_review", folder=config.prompts.folder
@@ -45,7 +44,7 @@ def inputs_of(config: Config, run: Run, unseen: frozenset[str] = frozenset()) ->
     }
 
 
-def train_warm(
+def train_warmup(
     config: Config,
     run: Run,
     *,
@@ -53,47 +52,43 @@ def train_warm(
     fresh: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Reads reviews.jsonl, attempts.jsonl and templates.jsonl; trains on from sft/adapter; writes dpo/warm.
+    """Reads reviews.jsonl, attempts.jsonl and templates.jsonl; trains on from sft/adapter; writes warmup/adapter.
 
-    With dpo.warmup_epochs = 0 dpo/warm is a copy of sft/adapter, and no reviews are needed. Raises as `train_sft` does.
+    With num_train_epochs = 0 it is a copy of sft/adapter, and no reviews are needed. Raises as `train_sft` does.
     """
     inputs, report = inputs_of(config, run, unseen), Report(STAGE)
     if manifest := done(run, STAGE, inputs, ADAPTER, fresh):
         return Report.of(manifest)
-    folder = run.path("dpo")
-    if config.dpo.warmup_epochs == 0:
+    folder = run.path("warmup")
+    if config.warmup.num_train_epochs == 0:
         return _copied(run, inputs, report)
-    refuse_other_inputs(run, STAGE, folder / "warm-checkpoints", inputs, fresh)
-    remedy = (
-        "run `sclite build-data --only corrections` first, or do without a warm-up: --set dpo.warmup_epochs=0"
-    )
+    refuse_other_inputs(run, STAGE, folder / "checkpoints", inputs, fresh)
+    remedy = "run `sclite build-data --only corrections` first, or skip the warm-up: --set warmup.num_train_epochs=0"
     reviews = run.require("reviews.jsonl", Review, remedy)
     templates = run.require("templates.jsonl", Template, "run `sclite build-data` first")
     with timed(report):
         quiet(config.student)
-        checkpoints = Checkpoints(folder / "warm-checkpoints")
+        checkpoints = Checkpoints(folder / "checkpoints")
         checkpoints.begin(inputs, progress)
         tokenizer = checked_tokenizer(config.student)
         rows = fitting_rows(
             run, report, *mixed_rows(tokenizer, run, reviews, replay_templates(templates, unseen), config),
-            config.dpo.max_length, end_id(tokenizer), progress,
+            config.warmup.max_length, end_id(tokenizer), progress,
         )  # fmt: skip
         at_once = micro_batch(config, STAGE)
-        model, tokenizer = load_student(config.student, config.dpo, run.path("sft/adapter"), train=True)
+        model, tokenizer = load_student(config, STAGE, run.path("sft/adapter"), train=True)
         outcome = train_adapter(
             model,
             tokenizer,
-            supervised(STAGE, rows, tokenizer.pad_token_id, config.dpo.eval_share, config.seed),
-            config.dpo,
+            supervised(STAGE, rows, tokenizer.pad_token_id, config.warmup.eval_share, config.seed),
+            config.warmup,
             checkpoints,
             folder / "metrics.jsonl",
-            rate=config.dpo.warmup_learning_rate,
-            epochs=config.dpo.warmup_epochs,
             seed=config.seed,
             micro_batch=at_once,
             progress=progress,
         )
-        save_adapter(model, run, STAGE, "dpo/warm")
+        save_adapter(model, run, STAGE, "warmup/adapter")
     report.counts |= {"rows": len(rows), "reviews": len(reviews), "steps": outcome.steps}
     report.figures |= {"best_step": outcome.best, "warnings": outcome.warnings, **written(run, ADAPTER)}
     run.sign(STAGE, inputs, report)
@@ -104,12 +99,12 @@ def train_warm(
 def _copied(run: Run, inputs: dict[str, Any], report: Report) -> Report:
     """The report of a warm-up of no epochs: the adapter stays as SFT has left it."""
     with timed(report):
-        beside = run.path("dpo/.warm")
+        beside = run.path("warmup/.adapter")
         shutil.rmtree(beside, ignore_errors=True)
         shutil.copytree(run.path("sft/adapter"), beside)
-        shutil.rmtree(run.path("dpo/warm"), ignore_errors=True)
-        beside.rename(run.path("dpo/warm"))
-        sync_folder(run.path("dpo/warm"))
+        shutil.rmtree(run.path("warmup/adapter"), ignore_errors=True)
+        beside.rename(run.path("warmup/adapter"))
+        sync_folder(run.path("warmup/adapter"))
     report.figures |= written(run, ADAPTER)
     run.sign(STAGE, inputs, report)
     return report

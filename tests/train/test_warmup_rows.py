@@ -9,7 +9,7 @@ from sclite.student.encode import Encoded, decision_ids, encode_solution, end_id
 from sclite.student.load import load_tokenizer
 from sclite.trace import parse, render
 from sclite.train.mixture import in_turn, mix
-from sclite.train.warm_rows import mixed_rows
+from sclite.train.warmup_rows import mixed_rows
 from tests.tiny import tiny_llama
 from tests.train.test_sft import config_of, toy_problems, toy_trace, write_toy
 
@@ -21,9 +21,9 @@ def folder(tmp_path_factory):
     return tiny_llama(tmp_path_factory.mktemp("student"))
 
 
-def rows_of(folder, tmp_path, change=lambda attempt: attempt, **dpo) -> tuple[object, dict[str, Encoded]]:
+def rows_of(folder, tmp_path, change=lambda attempt: attempt, **warmup) -> tuple[object, dict[str, Encoded]]:
     """(tokenizer, the rows of the toy run by their names), after a `change` of its attempts."""
-    run, config = Run(tmp_path), config_of(folder, dpo=dpo)
+    run, config = Run(tmp_path), config_of(folder, warmup=warmup)
     write_toy(run)
     run.replace("attempts.jsonl", map(change, run.read("attempts.jsonl", Attempt)))
     tokenizer = load_tokenizer(config.student.model)

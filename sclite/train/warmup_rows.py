@@ -37,11 +37,11 @@ def mixed_rows(
         reviewed.append((name, review_row(tokenizer, question, work, review, config)))
         if review.step is not None:
             continued.append((f"{name}/continued", continued_row(tokenizer, question, review, config)))
-        if is_closed(work, review) and len(reviewed[-1][1].ids) <= config.dpo.max_length:
+        if is_closed(work, review) and len(reviewed[-1][1].ids) <= config.warmup.max_length:
             closed.append((f"{name}/closed", closed_row(tokenizer, question, work, review, config)))
     rows = solve_rows(tokenizer, templates, config.prompts.folder)
     solved = [(template.id, row) for template, row in zip(templates, rows, strict=True)]
-    share, seed = config.dpo.replay_share, config.seed
+    share, seed = config.warmup.replay_share, config.seed
     mixed = mix(reviewed, closed, solved=solved, continued=continued, share=share, seed=seed)
     return [name for name, _ in mixed], [row for _, row in mixed]
 
@@ -54,7 +54,7 @@ def is_closed(work: Trace, review: Review) -> bool:
 def review_row(tokenizer: Any, question: str, work: Trace, review: Review, config: Config) -> Encoded:
     """A review as an answer to the review prompt, its decisions weighted."""
     messages = prompts.review_messages(question, render(work), config.prompts.folder)
-    return encode_review(tokenizer, messages, parse(review.trace).trace, config.dpo.decision_weight)
+    return encode_review(tokenizer, messages, parse(review.trace).trace, config.warmup.decision_weight)
 
 
 def continued_row(tokenizer: Any, question: str, review: Review, config: Config) -> Encoded:
@@ -66,4 +66,4 @@ def continued_row(tokenizer: Any, question: str, review: Review, config: Config)
 def closed_row(tokenizer: Any, question: str, work: Trace, review: Review, config: Config) -> Encoded:
     """The wrong work of a review that corrects, as it stands while solving: its wrong step is closed like any other."""
     messages = prompts.solve_messages(question, config.prompts.folder)
-    return encode_closing(tokenizer, messages, work, review.step, config.dpo.decision_weight)
+    return encode_closing(tokenizer, messages, work, review.step, config.warmup.decision_weight)
