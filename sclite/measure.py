@@ -50,7 +50,8 @@ def held_out(world: World) -> tuple[list[Problem], list[Problem], dict[str, int]
             else ""
         )
         raise UsageFault(
-            "eval.source is not set", f"give a file or hub data set: `sclite eval PROBLEMS`{own}"
+            "eval.source is not set",
+            f"name held-out problems, a file or a Hub dataset, as in `sclite eval test.jsonl`{own}",
         )
     place = (source.source, source.subset, source.split, source.limit)
     drops: list[Drop] = []

@@ -28,7 +28,7 @@ def train(world: World, only: str | None = None, fresh: bool = False) -> list[Re
     if only != "sft" and ready and not world.config.teacher.model:
         raise UsageFault(  # said before hours of SFT, not after
             "teacher.model is not set, and stage 2 needs a teacher for its corrections",
-            "add --set teacher.model=PROVIDER/NAME, or train --only sft",
+            "add a LiteLLM model, as in --set teacher.model=openai/gpt-4.1, or use --only sft",
         )
     if only is None:
         _tell_corrections(world)

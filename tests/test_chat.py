@@ -17,6 +17,7 @@ from sclite.config import Config
 from sclite.student.base import Reply, Scores
 from sclite.student.review import NEVER, SAME_RESULT, Reviewed
 from sclite.trace import Step, Trace, render
+from tests.tiny import tiny_gguf, tiny_llama
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = Trace(
@@ -140,6 +141,27 @@ def test_an_answer_under_json_says_why_it_was_not_reviewed(monkeypatch, capsys):
 def test_where_a_student_knows_one_kind_of_problems_others_are_named(monkeypatch, capsys):
     chatted(monkeypatch, Student(), lines=("a story", "What?"), example="a story", familiar="a story".__eq__)
     assert capsys.readouterr().err.count("trained on other problems") == 1
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda whole: whole[: len(whole) // 2], "llama.cpp cannot load"),
+        (lambda whole: whole[:4], "llama.cpp cannot load"),
+        (lambda whole: b"", "is no GGUF file"),
+        (None, "does not exist"),
+    ],
+)
+def test_a_damaged_or_missing_gguf_is_one_line_and_a_hint(sclite, tmp_path, damage, said):
+    path = tmp_path / "small.gguf"
+    if damage is not None:
+        path.write_bytes(
+            damage(tiny_gguf(tiny_llama(tmp_path / "tiny"), tmp_path / "whole.gguf").read_bytes())
+        )
+    ended = sclite("chat", "--model", path, "How many?")
+    assert (ended.code, ended.out) == (3, "")
+    assert said in ended.error
+    assert ended.err.endswith(f"{ended.error}\n{ended.hint}\n")
 
 
 # -- in a terminal -------------------------------------------------------------------------------------------------

@@ -211,7 +211,7 @@ def test_without_a_teacher_it_says_how_to_name_one(sclite):
     ended = sclite("build-data", "mine.jsonl")
     assert ended.code == 2
     assert ended.error == "error: teacher.model is not set"
-    assert "teacher.model=PROVIDER/NAME" in ended.hint
+    assert "--set teacher.model=openai/gpt-4.1" in ended.hint
 
 
 # -- cards, models, runs -------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def test_training_on_a_card_that_is_not_there_says_how_to_use_the_cpu(sclite):
 def test_training_without_a_student_or_without_templates_says_what_is_missing(sclite):
     ended = sclite("train")
     assert (ended.code, ended.error) == (2, "error: no student is configured")
-    assert "student.model=NAME" in ended.hint
+    assert "--set student.model=Qwen/" in ended.hint
     ended = sclite("train", "--set", "student.model=./nowhere")
     assert ended.code == 3
     assert "nowhere holds no config.json" in ended.error
@@ -281,7 +281,7 @@ def test_evaluating_without_problems_says_how_to_give_them(sclite):
     ended = sclite("eval")
     assert ended.code == 2
     assert ended.error == "error: eval.source is not set"
-    assert "sclite eval PROBLEMS" in ended.hint
+    assert "`sclite eval test.jsonl`" in ended.hint
     write("few.jsonl", PROBLEM)
     ended = sclite("eval", "few.jsonl")
     assert ended.code == 3

@@ -242,12 +242,15 @@ def test_the_plan_has_the_steps_rows_and_rows_at_once_of_the_training_that_follo
 def test_a_plan_that_does_not_fit_ends_with_exit_5_as_json_too(capsys):
     import json
 
+    from sclite import console
     from sclite.look import told
 
     with pytest.raises(DeviceFault) as fault:
         told.plan({"stages": {"sft": {"fits": False}}}, json=True)
     assert fault.value.code == 5
-    assert json.loads(capsys.readouterr().out)["stages"]["sft"]["fits"] is False
+    console.fault(fault.value, as_json=True)  # as the command line does
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["stages"]["sft"]["fits"], shown["exit_code"]) == (False, 5)
 
 
 # -- what the teacher will cost ------------------------------------------------------------------------------------

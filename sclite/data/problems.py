@@ -38,7 +38,7 @@ def load_problems(
     `key` is the configuration's name for the source.
     """
     if not source:
-        raise UsageFault(f"{key} is not set", f"add --set {key}=FILE.jsonl, a file with {FORMS}")
+        raise UsageFault(f"{key} is not set", f"name a file, as in --set {key}=train.jsonl, with {FORMS}")
     rows = rows_of(source, subset, split, key)
     noted = [] if drops is None else drops
     return _collect(source, rows, limit, noted, columns or {}, avoid or {})
@@ -168,7 +168,7 @@ def _questions(source: config.Source, key: str, way_out: str) -> Iterator[Questi
 
 def _put_there(run: Run, avoid: Mapping[int, str], drops: list[Drop]) -> list[Problem]:
     """The rows of a problems.jsonl that was put into the run; the file stays as it is."""
-    rows = run.require(FILE, Problem, f"add --set problems.source=FILE.jsonl, a file with {FORMS}")
+    rows = run.require(FILE, Problem, f"name a file, as in --set problems.source=train.jsonl, with {FORMS}")
     numbers: dict[str, int] = {}
     problems = []
     for number, problem in enumerate(rows, 1):

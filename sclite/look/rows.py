@@ -59,7 +59,7 @@ def require_folder(run: Run) -> None:
     remedy = (
         f"name one that is there with --run: {', '.join(runs[:8])}"
         if runs
-        else "`sclite build-data PROBLEMS` begins one"
+        else "`sclite build-data` starts one, `sclite quickstart` a finished one"
     )
     raise DataFault(f"the run {run.folder} does not exist", remedy)
 

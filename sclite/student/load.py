@@ -26,7 +26,10 @@ def embedded_folder() -> Path:
 def model_name(student: Student) -> str:
     """The hub name or folder of the base model; raises UsageFault where none is configured, DataFault where a folder is missing."""
     if not student.model:
-        raise UsageFault("no student is configured", "give --set student.model=NAME, a hub name or a folder")
+        raise UsageFault(
+            "no student is configured",
+            "add a Hub ID or a folder, as in --set student.model=Qwen/Qwen2.5-1.5B-Instruct",
+        )
     if student.model == EMBEDDED:
         return str(embedded_folder())
     path = Path(student.model).expanduser()

@@ -127,7 +127,8 @@ class Teacher:
         """
         if not self.settings.model:
             raise UsageFault(
-                "teacher.model is not set", "add --set teacher.model=PROVIDER/NAME or edit sclite.toml"
+                "teacher.model is not set",
+                "add a LiteLLM model, as in --set teacher.model=openai/gpt-4.1, or set it in sclite.toml",
             )
         waiting, done, flying = iter(jobs), queue.SimpleQueue[asyncio.Task](), 0
         tasks = self._loop.group(done.put)
