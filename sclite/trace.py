@@ -5,14 +5,19 @@ step. `render` writes the canonical form, in which every inner tag and every ste
 newline followed by `</` or `<C` is a clean token boundary. `parse` reads what models really write and never raises.
 """
 
+import html
 import re
 from dataclasses import dataclass, replace
 
 TAG = re.compile(  # possessive (*+), so that a thousand blanks after a < are not split in every way
-    r"<[ \t]*+(/?)[ \t]*+(step|key|cause|correction|generalized|answer)[ \t]*+(\d{0,4})[ \t]*+:?[ \t]*+>",
+    r"<[ \t]*+(/?)[ \t]*+(step|key|cause|correction|generali[sz](?:ed|ation)|(?:final[ \t_]?)?answer)[ \t_-]*+(\d{0,4})"
+    r'[ \t]*+(?:(?<=[ \t])[\w-]++="[^"<>\n]{0,80}+"[ \t]*+)*+:?[ \t]*+>',
     re.I | re.A,
 )
 """A tag as models write it: whether it closes, its name, the number that a step carries."""
+_BOLD = re.compile(rf"\*\*[ \t]*+({TAG.pattern})[ \t]*+\*\*", re.I | re.A)
+_DECORATION = re.compile(r"(?:[\s*`]|\\n)*+")  # between tags: bold, fences, line ends that were escaped twice
+_WIDE = str.maketrans("＜＞／", "<>/")
 _NAMES = r"(?:think|thinking|thoughts?|reasoning|scratchpad|budget:thinking)"
 _THOUGHT = re.compile(rf"\s*+(?:<{_NAMES}\b[^>\n]{{0,80}}>|\[think\])", re.I)
 _THOUGHT_END = re.compile(rf"(?:</{_NAMES}>|\[/think\])\s*", re.I)
@@ -199,7 +204,7 @@ class _Reader:
             _add(self.outer, self.tag, text)
         elif self.step is not None:
             _add(self.step, self.tag or "text", text)
-        elif text.strip() and self.steps and "answer" not in self.outer:
+        elif not _DECORATION.fullmatch(text) and self.steps and "answer" not in self.outer:
             self.fault(
                 "text_between_tags", offset
             )  # a greeting before the first step or after the answer is harmless
@@ -279,7 +284,7 @@ class _Reader:
         for match in TAG.finditer(self.text, position):
             self.take(self.text[position : match.start()], position)
             position = match.end()
-            closing, name = bool(match[1]), match[2].lower()
+            closing, name = bool(match[1]), tag_name(match[2])
             if name == "step":
                 self.on_step(closing, int(match[3]) if match[3] else None, match.start())
             elif name in INNER:
@@ -307,6 +312,21 @@ class _Reader:
         return Parsed(Trace(steps, **outer), tuple(self.faults))
 
 
+def tag_name(written: str) -> str:
+    """The canonical name of a tag: Generalization and FinalAnswer are other forms of two."""
+    written = written.lower()
+    if written.startswith("generali"):
+        return "generalized"
+    return "answer" if written.endswith("answer") else written
+
+
+def _undressed(text: str) -> str:
+    """The text without bold markers around tags; tags that are HTML-escaped or in full-width signs become real ones."""
+    if ("&lt;" in text or "＜" in text) and not TAG.search(text):
+        text = html.unescape(text).translate(_WIDE)
+    return _BOLD.sub(r"\1", text) if "**" in text else text
+
+
 def _add(slots: dict[str, list[str]], name: str, text: str) -> None:
     pieces = slots.setdefault(name, [])
     if stripped := text.strip():
@@ -320,12 +340,12 @@ def _joined(slots: dict[str, list[str]], name: str) -> str:
 def parse(text: str) -> Parsed:
     """Read a trace from any text, in linear time, without ever raising.
 
-    Case, blanks and a colon inside a tag do not matter, nor does text before the first step or after the answer, nor a
+    Case, blanks, attributes and a colon inside a tag do not matter, nor do bold markers around it, nor text before the first step or after the answer, nor a
     leading think block. Faults: missing_closer, opener_as_closer, stray_closer, wrong_step_number, step_after_the_end,
     tag_outside_a_step, second_key, second_cause, second_correction, second_generalized, second_answer,
     generalized_after_the_answer, text_between_tags, empty_step, no_steps, no_answer.
     """
-    return _Reader(text).read()
+    return _Reader(_undressed(text)).read()
 
 
 def first_corrected(trace: Trace) -> int | None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sclite.trace import (
     CAUSE,
     Fault,
+    Parsed,
     Step,
     Trace,
     all_pieces,
@@ -387,3 +388,36 @@ def test_every_real_solution_survives_as_steps_of_a_trace():
         parse("\n".join(lines))
         count += 1
     assert count > 4000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "&lt;Step1&gt;a &lt; b&lt;/Step1&gt;&lt;Answer&gt;5&lt;/Answer&gt;",
+        "＜Step1＞a < b＜/Step1＞＜Answer＞5＜/Answer＞",
+        "**<Step1>** a < b **</Step1>**\n**<Answer>** 5 **</Answer>**",
+        "```xml\n<Step_1>a < b</Step_1>\n<Answer>5</Answer>\n```",
+        "<step-1>a < b</step-1><FinalAnswer>5</FinalAnswer>",
+        '<Step number="1">a < b</Step>\\n<Final Answer>5</Final Answer>',
+        '<Step1 title="Add">a < b</Step1>**<Answer>5</Answer>**',
+    ],
+)
+def test_tags_in_another_dress_are_read(text):
+    assert parse(text) == Parsed(Trace((Step("a < b"),), None, "5"), ())
+
+
+def test_generalization_is_generalized():
+    assert (
+        parse("<Step1>a</Step1><Generalization>b</Generalization><Answer>5</Answer>").trace.generalized == "b"
+    )
+
+
+@pytest.mark.parametrize(
+    "thought",
+    ["<think>{}</think>", "<THINK>{}</THINK>", "<thought>{}</thought>", "[THINK]{}[/THINK]", "Hm. {}\n</think>",
+     "<think>a</think><reasoning>{}</reasoning>", "<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>"],
+)  # fmt: skip
+def test_drafts_in_thoughts_do_not_count(thought):
+    draft = "<Step1>7?</Step1><Answer>7</Answer>"
+    found = parse(thought.format(draft) + "\n<Step1>a</Step1><Answer>5</Answer>")
+    assert found == Parsed(Trace((Step("a"),), None, "5"), ())

@@ -8,7 +8,7 @@ from rich.text import Text
 from sclite.console import visible
 from sclite.look.rows import Problems
 from sclite.records import Attempt, Drop, Pair, Problem, Review, Template
-from sclite.trace import TAG
+from sclite.trace import TAG, tag_name
 
 COLOURS = {"key": "yellow", "cause": "red", "correction": "green", "generalized": "magenta", "answer": "bold"}
 _OUTCOMES = {True: ("right", "green"), False: ("wrong", "red"), None: ("outcome unknown", "yellow")}
@@ -25,7 +25,7 @@ def painted(text: str, wrong: int | None = None) -> Text:
         shown.append(visible(text[position : match.start()]), inside or colour)
         shown.append(match[0], "dim cyan")
         position = match.end()
-        closes, name = bool(match[1]), match[2].lower()
+        closes, name = bool(match[1]), tag_name(match[2])
         if name != "step":
             inside = "" if closes else COLOURS[name]
         else:
