@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 from sclite.grading.equality import Verdict
+from sclite.grading.numbers import close
 
 _FIXES = [
     (r"\\frac ?(\\[a-z]+|\w)(?= ?[\\{\w])", r"\\frac{\1}"),
@@ -39,8 +40,8 @@ def same_formula(given: str, gold: str) -> Verdict:
         if a is None or b is None:
             return False
         if isinstance(a, Expr) and isinstance(b, Expr):
-            long_decimals = re.findall(r"\.\d{6,}", f"{given} {gold}")
-            return _same_values(a, b, 2e-6 if len(long_decimals) == 1 else 1e-100)
+            long_decimals = re.findall(r"\.(\d{6,})", f"{given} {gold}")
+            return _same_values(a, b, len(long_decimals[0]) if len(long_decimals) == 1 else None)
         if _is_relation(a) and _is_relation(b) and _same_relation(a, b):
             return True
         a, b = _solutions(a, b), _solutions(b, a)
@@ -106,13 +107,13 @@ def _solutions(read: Any, other: Any) -> Any:
     return Intersection(*(part.as_set() for part in parts))
 
 
-def _same_values(a: Any, b: Any, tolerance: float) -> bool:
+def _same_values(a: Any, b: Any, places: int | None) -> bool:
     from sympy import simplify
 
     a, b = a.doit(), b.doit()
     if a == b:
         return True
-    if (a.is_Rational and b.is_Rational) and tolerance < 1e-9:
+    if a.is_Rational and b.is_Rational and places is None:
         return False
     seen = 0
     for point in _points({s.name for s in a.free_symbols | b.free_symbols}):
@@ -120,7 +121,7 @@ def _same_values(a: Any, b: Any, tolerance: float) -> bool:
         if x is None or y is None:
             continue
         size = max(abs(x), abs(y))
-        if abs(x - y) > tolerance * size:
+        if abs(x - y) > 1e-100 * size and not (places and close(x, y, places)):
             return bool(size < 1e-100) and simplify(a - b) == 0
         seen += 1
     return bool(seen) or simplify(a - b) == 0

@@ -2,8 +2,8 @@ r"""Numbers in an answer, with their units: values, and which of them are the sa
 
 - A percent sign is a unit: 50% equals 50, and not 0.5. A unit may be missing on one side. Two units must agree: known ones
   after conversion (150 minutes is 2.5 hours), other words when one side has all of the other's (12 red apples, 12 apples).
-- A decimal of six places or more equals a number from which it differs by less than two units in the sixth significant
-  place; shorter ones must be exact.
+- A decimal of six places or more equals a number from which it differs by at most a unit of its last place, if it has six
+  significant digits; shorter ones must be exact.
 - A sentence equals a number when that is the only one it can mean: "Natalia sold 72 clips." and "48 + 24 = 72 clips" equal
   72; "5 apples and 3 pears", "5 or 6", "not 5" and "more than 5" equal nothing.
 """
@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
+from typing import Any
 
 MAX_DIGITS = 4000  # of a power that is written out; Python refuses to print integers much longer
 
@@ -205,7 +206,9 @@ class Quantity:
 
     def equals(self, other: "Quantity") -> bool:
         """Whether both say the same, by the rules in the module's docstring."""
-        places = min((q.places for q in (self, other) if q.places is not None), default=0)
+        known = [q.places for q in (self, other) if q.places is not None] or [0]
+        # 0.30000000000000004 is 0.3; 0.10000001 is not 0.1
+        places = 10 if min(known) < 6 and max(known) > 10 else min(known)
         exact = self.places is not None and other.places is not None and self.places == other.places
         a, b = self.value, other.value
         if self.unit and other.unit:
@@ -214,12 +217,14 @@ class Quantity:
             if not all(x <= y or y <= x for x, y in zip(self.unit, other.unit, strict=True)):
                 return False
             a, b = a * self.factor, b * other.factor
-        return a == b or (places >= 6 and not exact and close(a, b))
+        return a == b or (places >= 6 and not exact and close(a, b, places))
 
 
-def close(a: Fraction, b: Fraction) -> bool:
-    """Whether a decimal is as near to a number as six places can say."""
-    return abs(a - b) <= Fraction(2, 10**6) * min(1, max(abs(a), abs(b)))
+def close(a: Any, b: Any, places: int) -> bool:
+    """Whether a decimal of so many places is as near to a number as they can say; numbers of Python or of sympy."""
+    size = max(abs(a), abs(b))
+    unit = max(Fraction(3, 2 * 10**places), size / 10**10)
+    return bool(abs(a - b) <= min(unit, size / 500_000))
 
 
 def quantity(text: str) -> Quantity | None:
@@ -335,6 +340,7 @@ def said(sentence: str) -> Quantity | None:
     words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", sentence)
     if len(sentence) > 500 or re.search(r"[\\^_|<>]", sentence) or not words:
         return None
+    sentence = re.split(r"[,(]? ?\b(?:because|since)\b", sentence)[0]
     tail = sentence.rpartition("=")[2].strip()
     if _NOT_THIS.search(tail):
         return None
