@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 def test_three_hundred_damages_of_a_finished_quickstart(tmp_path, sclite, capsys, monkeypatch):
     whole = tmp_path / "whole"
-    small = ("--set", "sft.num_train_epochs=1", "--set", "eval.limit=30")
+    small = ("--set", "sft.num_train_epochs=6", "--set", "eval.limit=30")
     assert sclite("quickstart", "--problems", "200", "--run", whole, *small).code == 0
     rows = [{"question": p.question, "answer": p.answer} for p in problems_of_the_test(24)]
     Path("held-out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
