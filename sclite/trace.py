@@ -144,6 +144,8 @@ def step_pieces(steps: tuple[Step, ...], start: int = 1) -> list[str]:
 
 CAUSE = "<Cause>"
 """The piece that accuses a step: it stands where the step's closer would."""
+OTHER_TAGS = ("<Key>", "<Correction>")
+"""What a model may write there instead of either."""
 
 
 def note_pieces(step: Step) -> list[str]:

@@ -40,21 +40,33 @@ class Reply:
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Which of two strings comes next, read after each piece whose number (from 0) is in `marks`."""
+    """Which of two strings comes next, read after each piece whose number (from 0) is in `marks`.
+
+    `options` are two strings for each mark, `others` what else may stand there. Where no two of them all begin with the same
+    token, the first tokens of the options are compared, else the whole options.
+    """
 
     messages: Messages
     pieces: tuple[str, ...]
     marks: tuple[int, ...]
-    options: tuple[str, str]
+    options: tuple[tuple[str, str], ...]
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Scores:
-    """For request number `index`: log p(options[0]) - log p(options[1]) in nats at each mark, in order."""
+    """For request number `index`: log p(first option) - log p(second) in nats at each mark, in order."""
 
     index: int
     log_odds: tuple[float, ...]
     prompt_tokens: int
+
+
+def compared(first: list[int], second: list[int], others: Sequence[list[int]]) -> tuple[list[int], list[int]]:
+    """The tokens by which two options are compared; see `ScoreRequest`."""
+    heads = [option[0] for option in (first, second, *others)]
+    alike = any(heads.count(option[0]) > 1 for option in (first, second))
+    return (first, second) if alike else (first[:1], second[:1])
 
 
 class Student(Protocol):

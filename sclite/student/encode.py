@@ -59,7 +59,11 @@ def end_id(tokenizer) -> int:
 
 
 def decision_ids(tokenizer) -> tuple[int, int]:
-    """The first tokens of `<Cause>` and of a step's closer. They must differ, else no decision can be read."""
+    """The first tokens of `<Cause>` and of a step's closer, by which decisions are trained. They must differ.
+
+    In use whole tags are compared where others begin alike (`ScoreRequest`). Training on whole tags was tried: DPO then
+    raised `Cause` after `<` everywhere, and the quickstart's student accused itself while solving in 44 of 300 answers.
+    """
     cause, close = (ids[0] for ids in piece_ids(tokenizer, [CAUSE, "</Step1>\n"]))
     if cause == close:
         raise DataFault(

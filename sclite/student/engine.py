@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from sclite.errors import DataFault, DeviceFault, UsageFault
-from sclite.student.base import Messages, Reply, Request, ScoreRequest, Scores
+from sclite.student.base import Messages, Reply, Request, ScoreRequest, Scores, compared
 from sclite.student.batch import Scheduler
 from sclite.student.chat_template import render_chat
 from sclite.student.sequence import Sequence as Ids
@@ -244,43 +244,48 @@ class Engine:
             yield Reply(sequences[done], text, done.generated, len(done.prompt), done.finish, done.error)
 
     def score(self, requests: Sequence[ScoreRequest]) -> Iterator[Scores]:
-        """Yield the log-odds of the two options at each mark, one prefill for each request.
+        """Yield the log-odds of the two options at each mark: one prefill for each request, and for each option that does
+        not stand there its own few tokens.
 
-        Where the options' first tokens are the same, their whole texts are scored. A request that does not fit gives NaN
-        at every mark.
+        A request that does not fit gives NaN at every mark.
         """
-        marks: dict[int, list[tuple[Ids, Ids, int]]] = {}
+        marks: dict[int, list[tuple[_Option, _Option]]] = {}
         owner: dict[Ids, int] = {}
         missing: dict[int, int] = {}
         lengths: dict[int, int] = {}
         for index, request in enumerate(requests):
-            lengths[index], marks[index] = self._score_parts(request)
-            parts = {ids for first, second, _ in marks[index] for ids in (first, second)}
+            lengths[index], parts, marks[index] = self._score_parts(request)
             missing[index] = len(parts)
             if not parts or max(len(part.ids) for part in parts) > self.context:
                 yield Scores(index, (float("nan"),) * len(request.marks), lengths[index])
             else:
                 owner.update(dict.fromkeys(parts, index))
-        for done in self.scheduler.run(sorted(owner, key=owner.__getitem__)):
+        for done in self.scheduler.run(owner):
             index = owner[done]
             missing[index] -= 1
             if not missing[index]:
-                yield Scores(index, tuple(_log_odds(*mark) for mark in marks.pop(index)), lengths[index])
+                odds = tuple(_log_prob(first) - _log_prob(second) for first, second in marks.pop(index))
+                yield Scores(index, odds, lengths[index])
 
-    def _score_parts(self, request: ScoreRequest) -> tuple[int, list[tuple[Ids, Ids, int]]]:
-        """Length of the prompt, and for each mark the sequences that read the options, and the position of the mark."""
+    def _score_parts(self, request: ScoreRequest) -> tuple[int, list[Ids], list[tuple["_Option", "_Option"]]]:
+        """Length of the prompt, the sequences to run, and where the two options of each mark are read.
+
+        Last marks first: each sequence then finds its beginning in the cache of the one before.
+        """
         ids, ends = self._ids(request.messages, request.pieces)
-        first, second = (self.token_ids(option) for option in request.options)
-        if not first or not second:
-            raise UsageFault(f"an empty option in {request.options}", "both options need text")
-        at = [ends[mark] - 1 for mark in request.marks]
-        if first[0] != second[0]:
-            both = Ids(ids, reads=dict.fromkeys(sorted(at), (first[0], second[0])))
-            return len(ids), [(both, both, position) for position in at]
-        return len(ids), [
-            (_following(ids[: position + 1], first), _following(ids[: position + 1], second), position)
-            for position in at
-        ]
+        others = [self.token_ids(option) for option in request.others]
+        whole = Ids(ids)
+        found = []
+        for mark, texts in zip(request.marks, request.options, strict=True):
+            first, second = (self.token_ids(option) for option in texts)
+            if not first or not second:
+                raise UsageFault(f"an empty option in {texts}", "both options need text")
+            at = ends[mark] - 1
+            found.append(tuple(_option(whole, at, option) for option in compared(first, second, others)))
+        whole.reads = dict(sorted(whole.reads.items()))
+        latest = sorted((o for pair in found for o in pair), key=lambda option: -option[1][0][0])
+        parts = dict.fromkeys([whole, *(sequence for sequence, _ in latest)])
+        return len(ids), [part for part in parts if part.reads], found
 
     def log_probabilities(self, ids: Sequence[int]) -> np.ndarray:
         """log p of every token after each of the ids: float64 (len(ids), vocabulary_size)."""
@@ -289,19 +294,27 @@ class Engine:
         return np.stack(done.read)
 
 
-def _following(ids: list[int], option: list[int]) -> Ids:
-    """The sequence that reads log p of each token of `option` after `ids`."""
-    return Ids(ids + option[:-1], reads={len(ids) - 1 + i: (token,) for i, token in enumerate(option)})
+_Option = tuple[Ids, list[tuple[int, int]]]
+"""A sequence, and the (position, token) of it whose log-probabilities are those of an option."""
 
 
-def _log_odds(first: Ids, second: Ids, position: int) -> float:
-    """log p of the first option less that of the second, from finished sequences; NaN when one could not run."""
-    if first.error or second.error:
+def _option(whole: Ids, at: int, tokens: list[int]) -> _Option:
+    """Where an option after position `at` is read: in the whole sequence where it stands there, else in one of its own."""
+    stands = whole.ids[at + 1 : at + len(tokens)] == tokens[:-1]
+    sequence = whole if stands else Ids(whole.ids[: at + 1] + tokens[:-1])
+    places = list(enumerate(tokens, at))
+    for position, token in places:
+        sequence.reads[position] = (*(sequence.reads.get(position) or ()), token)
+    return sequence, places
+
+
+def _log_prob(option: _Option) -> float:
+    """log p of an option, from a finished sequence; NaN when it could not run."""
+    sequence, places = option
+    if sequence.error:
         return float("nan")
-    if first is second:
-        pair = first.read[list(first.reads).index(position)]
-        return float(pair[0] - pair[1])
-    return float(sum(part[0] for part in first.read) - sum(part[0] for part in second.read))
+    order = list(sequence.reads)
+    return float(sum(sequence.read[order.index(at)][sequence.reads[at].index(token)] for at, token in places))
 
 
 def default_threads(parameters: int) -> int:

@@ -123,17 +123,26 @@ def vocabulary_log_probs(model: Any, hidden: Any) -> Any:
     return torch.log_softmax(_capped(causal, logits), dim=-1)
 
 
-def two_logits(model: Any, hidden: Any, one: int, other: int) -> Any:
-    """Float32 logits of two tokens for hidden states [positions, width]: [positions, 2]."""
-    causal, head = _head(model)
+def log_probs_of(model: Any, hidden: Any, tokens: Any) -> Any:
+    """Float32 log-probabilities of one token after each hidden state [positions, width]: [positions].
+
+    The head is read in parts: all its weights in float32 would take gigabytes.
+    """
     import torch
 
-    bias = getattr(head, "bias", None)
+    causal, head = _head(model)
+    weight, bias = head.weight, getattr(head, "bias", None)
     with torch.autocast(hidden.device.type, enabled=False):
-        logits = hidden.float() @ head.weight[[one, other]].float().T
-        if bias is not None:
-            logits = logits + bias[[one, other]].float()
-        return _capped(causal, logits)
+        hidden = hidden.float()
+
+        def logits(rows: Any) -> Any:
+            found = hidden @ weight[rows].float().T
+            return _capped(causal, found if bias is None else found + bias[rows].float())
+
+        parts = [slice(start, start + HEAD_ROWS) for start in range(0, len(weight), HEAD_ROWS)]
+        norm = torch.stack([logits(part).logsumexp(-1) for part in parts]).logsumexp(0)
+        own, places = torch.unique(tokens.to(weight.device), return_inverse=True)
+        return logits(own).gather(1, places.unsqueeze(1)).squeeze(1) - norm
 
 
 def _capped(causal: Any, logits: Any) -> Any:
@@ -143,6 +152,7 @@ def _capped(causal: Any, logits: Any) -> Any:
     return torch.tanh(logits / cap) * cap if cap else logits
 
 
+HEAD_ROWS = 16_384
 LOGITS = 1 << 26
 """Numbers of a table of logits at the most: positions times vocabulary."""
 

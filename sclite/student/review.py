@@ -13,6 +13,7 @@ from sclite import prompts
 from sclite.student.base import Reply, Request, ScoreRequest, Student
 from sclite.trace import (
     CAUSE,
+    OTHER_TAGS,
     Step,
     Trace,
     clean,
@@ -25,7 +26,6 @@ from sclite.trace import (
     work_of,
 )
 
-CLOSER = "</Step"
 TOP_P = 0.95
 _NUMBERS, _BEGINS = re.compile(r"[\d\s.,:+\-*/×()$]*\Z"), re.compile(r"[(-]?\d")
 NO_REPLY, SAME_RESULT = "no reply", "the correction comes to the same result"
@@ -70,9 +70,10 @@ def changed(reviewed: Reviewed) -> bool:
 
 def score_request(question: str, trace: Trace, folder: str = "") -> ScoreRequest:
     """Ask for the log-odds of an error after each step of an attempt: one prefill for all of them."""
-    pieces = tuple(step_pieces(trace.steps))[:-1]
+    pieces = tuple(step_pieces(trace.steps))
     messages = prompts.review_messages(question, render(trace), folder)
-    return ScoreRequest(messages, pieces, tuple(range(0, len(pieces), 2)), (CAUSE, CLOSER))
+    options = tuple((CAUSE, closer) for closer in pieces[1::2])
+    return ScoreRequest(messages, pieces, tuple(range(0, len(pieces), 2)), options, OTHER_TAGS)
 
 
 def scores_of(

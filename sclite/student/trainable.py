@@ -5,11 +5,13 @@ from typing import Any
 
 from sclite.errors import DataFault
 from sclite.signature import digest
-from sclite.student.base import Reply, Request, ScoreRequest, Scores
+from sclite.student.base import Reply, Request, ScoreRequest, Scores, compared
 from sclite.student.encode import Encoded, end_id, piece_ids, prompt_ids
-from sclite.student.forward import autocast, hidden_states, pad, two_logits
+from sclite.student.forward import autocast, hidden_states, log_probs_of, pad
 from sclite.student.memory import free_memory, out_of_memory
 
+Read = tuple[int, int, int]
+"""(row, position, token): the log-probability of this token after this position."""
 SCORED_TOKENS = 16_384  # of a forward pass that only reads odds
 
 
@@ -111,38 +113,67 @@ class Trainable:
         return ids.to(self.model.device), mask.to(self.model.device)
 
     def score(self, requests: Sequence[ScoreRequest]) -> Iterator[Scores]:
-        """Log-odds of the first tokens of the two options after each mark; one forward pass for each request.
+        """Log-odds of the two options after each mark. One row for each request, and one for each option that does not stand
+        there.
 
         The vocabulary is looked at only there, in float32: a table of all positions would take tens of gigabytes.
         """
+        rows: list[list[int]] = []
+        found: list[
+            tuple[int, list[list[Read]]]
+        ] = []  # of each request: its length, and what its options are read from
+        for request in requests:
+            ids, options = self._options(request, len(rows))
+            found.append((len(ids[0]), options))
+            rows += ids
         was_training = self.model.training
         self.model.eval()
-        rows = [self._marked(request) for request in requests]
-        for start, block in _blocks(rows, self.batch, SCORED_TOKENS):
-            one, other = (found[0] for found in piece_ids(self.tokenizer, requests[start].options))
-            for offset, odds in enumerate(self._odds(block, one, other)):
-                yield Scores(start + offset, tuple(odds), len(block[offset].ids))
+        log_prob = self._log_probs(
+            rows, {read for _, options in found for reads in options for read in reads}
+        )
         self.model.train(was_training)
+        for index, (length, options) in enumerate(found):
+            sums = [sum(log_prob[read] for read in reads) for reads in options]
+            odds = tuple(first - second for first, second in zip(sums[::2], sums[1::2], strict=True))
+            yield Scores(index, odds, length)
 
-    def _marked(self, request: ScoreRequest) -> Encoded:
-        ids, places = self._ids(request.messages, ()), []
-        for number, piece in enumerate(piece_ids(self.tokenizer, request.pieces)):
+    def _options(self, request: ScoreRequest, number: int) -> tuple[list[list[int]], list[list[Read]]]:
+        """(rows, what is read of them for each option of each mark); the first row has this number."""
+        ids, ends = self._ids(request.messages, ()), []
+        for piece in piece_ids(self.tokenizer, request.pieces):
             ids = ids + piece
-            if number in request.marks:
-                places.append(len(ids) - 1)
-        return Encoded(ids, [0.0] * len(ids), tuple(places))
+            ends.append(len(ids))
+        rows, found = [ids], []
+        others = piece_ids(self.tokenizer, request.others)
+        for mark, texts in zip(request.marks, request.options, strict=True):
+            at = ends[mark] - 1
+            for tokens in compared(*piece_ids(self.tokenizer, texts), others):
+                row = 0
+                if ids[at + 1 : at + len(tokens)] != tokens[:-1]:
+                    row = len(rows)
+                    rows.append(ids[: at + 1] + tokens[:-1])
+                found.append([(number + row, place, token) for place, token in enumerate(tokens, at)])
+        return rows, found
 
-    def _odds(self, block: Sequence[Encoded], one: int, other: int) -> list[list[float]]:
-        """For each row, log p(one) - log p(other) at each of its marks."""
+    def _log_probs(self, rows: Sequence[list[int]], wanted: set[Read]) -> dict[Read, float]:
         import torch
 
-        rows = [number for number, row in enumerate(block) for _ in row.marks]
-        columns = [mark for row in block for mark in row.marks]
-        with torch.inference_mode(), autocast(self.model):
-            hidden = hidden_states(self.model, pad(block, self.tokenizer.pad_token_id))
-            found = two_logits(self.model, hidden.at(rows, columns), one, other)
-        odds = iter((found[:, 0] - found[:, 1]).tolist())
-        return [[next(odds) for _ in row.marks] for row in block]
+        found: dict[Read, float] = {}
+        of_row: dict[int, list[Read]] = {}
+        for read in sorted(wanted):
+            of_row.setdefault(read[0], []).append(read)
+        encoded = [Encoded(ids, [0.0] * len(ids)) for ids in rows]
+        for start, block in _blocks(encoded, self.batch, SCORED_TOKENS):
+            reads = [read for row in range(start, start + len(block)) for read in of_row.get(row, ())]
+            if not reads:
+                continue
+            numbers, places, tokens = zip(*reads, strict=True)
+            with torch.inference_mode(), autocast(self.model):
+                hidden = hidden_states(self.model, pad(block, self.tokenizer.pad_token_id))
+                states = hidden.at([number - start for number in numbers], list(places))
+                values = log_probs_of(self.model, states, torch.tensor(tokens))
+            found.update(zip(reads, values.tolist(), strict=True))
+        return found
 
 
 def _blocks(rows: Sequence[Encoded], most: int, tokens: int) -> Iterator[tuple[int, Sequence[Encoded]]]:

@@ -5,6 +5,7 @@ from transformers import AutoTokenizer
 
 from sclite import prompts
 from sclite.errors import DataFault
+from sclite.student.base import compared
 from sclite.student.chat_template import merge_system
 from sclite.student.encode import (
     decision_ids,
@@ -194,3 +195,10 @@ def test_a_vocabulary_that_begins_both_alike_is_refused():
     with pytest.raises(DataFault, match="same first token") as fault:
         decision_ids(letters)
     assert fault.value.hint
+
+
+def test_first_tokens_are_compared_where_they_tell_all_tags_apart():
+    assert compared([1, 2], [3, 4], [[5], [6]]) == ([1], [3])
+    assert compared([1, 2], [3, 4], [[5], [3, 9]]) == ([1, 2], [3, 4])
+    assert compared([1, 2], [1, 4], []) == ([1, 2], [1, 4])
+    assert compared([1, 2], [3, 4], [[5], [5]]) == ([1], [3])

@@ -113,7 +113,7 @@ def test_an_endpoint_does_not_score(run):
         Teacher(config.Teacher(model="openai/small"), ledger) as c,
         pytest.raises(NotImplementedError),
     ):
-        Endpoint(c, "pairs").score([ScoreRequest((), ("x",), (0,), ("a", "b"))])
+        Endpoint(c, "pairs").score([ScoreRequest((), ("x",), (0,), (("a", "b"),))])
 
 
 def test_a_second_start_pays_for_nothing_and_another_seed_is_another_sample(run):

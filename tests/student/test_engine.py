@@ -10,6 +10,9 @@ from sclite.errors import DataFault, UsageFault
 from sclite.student.base import Request, ScoreRequest
 from sclite.student.chat_template import merge_system, render_chat
 from sclite.student.engine import Engine
+from sclite.student.review import score_request
+from sclite.student.trainable import Trainable
+from sclite.trace import Step, Trace
 from tests.tiny import sample_texts, tiny_gguf, tiny_llama
 
 PIECES = ("<Step1>Add 17 and 25.\n", "</Step1>\n", "<Step2>It is  42 €.\n")
@@ -106,7 +109,7 @@ def test_greedy_replies_are_those_of_transformers(engine, trained):
 
 def test_scores_are_the_log_odds_of_transformers(engine, trained):
     model, tokenizer = trained
-    requests = [ScoreRequest(chat(q), PIECES, (2, 0), OPTIONS) for q in questions(9)]
+    requests = [ScoreRequest(chat(q), PIECES, (2, 0), (OPTIONS, OPTIONS)) for q in questions(9)]
     scores = {score.index: score for score in engine.score(requests)}
     first, second = (tokenizer(option, add_special_tokens=False).input_ids[0] for option in OPTIONS)
     assert first != second
@@ -122,7 +125,7 @@ def test_options_that_begin_alike_are_scored_whole(engine, trained):
     options = ("</Step1>", "</Answer>")
     ids = [tokenizer(option, add_special_tokens=False).input_ids for option in options]
     assert ids[0][0] == ids[1][0]
-    (score,) = engine.score([ScoreRequest(chat("2 + 2?"), PIECES, (0, 1), options)])
+    (score,) = engine.score([ScoreRequest(chat("2 + 2?"), PIECES, (0, 1), (options, options))])
     for mark, found in zip((0, 1), score.log_odds, strict=True):
         context = ids_of(tokenizer, chat("2 + 2?"), PIECES[: mark + 1])
         sums = []
@@ -130,6 +133,28 @@ def test_options_that_begin_alike_are_scored_whole(engine, trained):
             rows = log_probabilities(model, context + option)[len(context) - 1 :]
             sums.append(sum(rows[i, token] for i, token in enumerate(option)))
         assert found == pytest.approx(sums[0] - sums[1], abs=1e-3)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["engine", "trainable"])
+def test_decisions_are_scored_whole_where_another_tag_begins_like_one_of_them(engine, trained, own):
+    """`<Cause>` and `<Key>` share their first token in this vocabulary; against one forward pass for each option."""
+    model, tokenizer = trained
+    student = Trainable(model, tokenizer, 4) if own else engine
+    request = score_request(
+        "2 + 2?", Trace((Step("2 + 2 = 4", "Count."), Step("4 = 5"), Step("So 5.")), None, "5")
+    )
+    heads = {tokenizer(text, add_special_tokens=False).input_ids[0] for text in ("<Cause>", "<Key>")}
+    assert len(heads) == 1
+    (score,) = student.score([request])
+    for number, found in enumerate(score.log_odds, 1):
+        context = ids_of(tokenizer, request.messages, request.pieces[: 2 * number - 1])
+        sums = []
+        for text in ("<Cause>", f"</Step{number}>\n"):
+            option = tokenizer(text, add_special_tokens=False).input_ids
+            rows = log_probabilities(model, context + option)[len(context) - 1 :]
+            sums.append(sum(rows[i, token] for i, token in enumerate(option)))
+        assert found == pytest.approx(sums[0] - sums[1], abs=1e-3)
+    assert len(score.log_odds) == 3
 
 
 def test_log_probabilities_of_every_position_are_those_of_transformers(engine, trained):
@@ -284,7 +309,7 @@ def test_a_prompt_that_does_not_fit_is_an_error_and_the_others_go_on(engine):
     assert replies[0].finish == "error"
     assert "context" in replies[0].error
     assert replies[1].tokens == 5
-    (score,) = engine.score([ScoreRequest(chat("word " * 2000), PIECES, (0,), OPTIONS)])
+    (score,) = engine.score([ScoreRequest(chat("word " * 2000), PIECES, (0,), (OPTIONS,))])
     assert np.isnan(score.log_odds[0])
 
 
@@ -310,7 +335,7 @@ def test_scores_may_be_asked_for_while_replies_are_still_coming(engine):
     requests = [Request(chat(q), max_tokens=8 + i) for i, q in enumerate(questions(8))]
     seen = []
     for reply in engine.generate(requests):
-        (score,) = engine.score([ScoreRequest(requests[reply.index].messages, PIECES, (1,), OPTIONS)])
+        (score,) = engine.score([ScoreRequest(requests[reply.index].messages, PIECES, (1,), (OPTIONS,))])
         seen.append((reply.index, score.log_odds))
     assert sorted(index for index, _ in seen) == list(range(8))
 

@@ -7,7 +7,6 @@ import pytest
 
 from sclite.student.base import Reply, Request, Scores
 from sclite.student.review import (
-    CLOSER,
     SAME_RESULT,
     Settings,
     free,
@@ -66,11 +65,12 @@ def accuse_38(work: str) -> tuple[float, ...]:
 
 def test_one_request_asks_for_the_odds_after_every_steps_text():
     request = score_request(QUESTION, WRONG)
-    assert request.options == (CAUSE, CLOSER)
+    assert request.options == tuple((CAUSE, f"</Step{n}>\n") for n in range(1, len(WRONG.steps) + 1))
+    assert request.others == ("<Key>", "<Correction>")
     assert [request.pieces[mark] for mark in request.marks] == [
         open_piece(n, step) for n, step in enumerate(WRONG.steps, 1)
     ]
-    assert request.marks[-1] == len(request.pieces) - 1  # nothing is read after the last step's text
+    assert [closer for _, closer in request.options] == list(request.pieces[1::2])
     assert render(WRONG) in request.messages[-1]["content"]
     assert request.messages[0]["role"] == "system"
 

@@ -259,6 +259,7 @@ def test_decision_odds_in_training_are_the_scores_in_use(preferred):
     questions = {p.id: p.question for p in run.read("problems.jsonl", Problem)}
     bundles = bundles_of(config, run, tokenizer)
     requests = [score_request(questions[b.key.split("/")[0]], attempts[b.key]) for b in bundles]
+    requests = [replace(request, others=()) for request in requests]  # first tokens, as they are trained
     used = {bundles[s.index].key: s.log_odds for s in Trainable(model, tokenizer, 4).score(requests)}
     got = likelihoods(model, collate(bundles, tokenizer.pad_token_id), decision_ids(tokenizer))
     signed = (got.decision_chosen - got.decision_rejected).tolist()
