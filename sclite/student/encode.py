@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from sclite.errors import DataFault
 from sclite.student.base import Messages
-from sclite.student.chat_template import render_whole
+from sclite.student.chat_template import render_chat
 from sclite.trace import CAUSE, Trace, all_pieces
 
 
@@ -25,12 +25,12 @@ class Encoded:
     accused: tuple[bool, ...] = ()
 
 
-def prompt_text(tokenizer, messages: Messages) -> str:
+def prompt_text(tokenizer, messages: Messages, generation_prompt: bool = True) -> str:
     """The chat as the template writes it, up to where the assistant begins; thinking off where there is a switch."""
-    settings = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
     if not tokenizer.chat_template:
         raise DataFault("the student's tokenizer has no chat template", "choose an instruct model")
-    return render_whole(messages, lambda these: tokenizer.apply_chat_template(list(these), **settings))
+    tokens = tokenizer.special_tokens_map
+    return render_chat(tokenizer.get_chat_template(), messages, generation_prompt=generation_prompt, **tokens)
 
 
 def prompt_ids(tokenizer, messages: Messages) -> list[int]:
@@ -45,8 +45,8 @@ def piece_ids(tokenizer, pieces: Iterable[str]) -> list[list[int]]:
 
 def end_id(tokenizer) -> int:
     """The token that ends an assistant's turn in this chat template; not always the tokenizer's own end token."""
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "QQQ"}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    chat = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "QQQ"})
+    text = prompt_text(tokenizer, chat, generation_prompt=False)
     after = tokenizer(text.rpartition("QQQ")[2], add_special_tokens=False)["input_ids"]
     special = set(
         tokenizer.all_special_ids

@@ -8,19 +8,25 @@ from sclite.config import Student
 from sclite.errors import DataFault
 from sclite.records import Drop, Template
 from sclite.run import Run
+from sclite.student.chat_template import opens_thinking
 from sclite.student.encode import Encoded, end_id, prompt_ids, prompt_text
 from sclite.student.load import load_tokenizer, model_name
 from sclite.train.bundle import Bundle
 from sclite.train.watch import Progress
 
 
-def checked_tokenizer(student: Student) -> Any:
+def checked_tokenizer(student: Student, progress: Progress | None = None) -> Any:
     """The student's tokenizer, had in a second where its weights take a minute, and fit for training.
 
     Raises DataFault as `check_tokenizer` does.
     """
     tokenizer = load_tokenizer(model_name(student))
     check_tokenizer(tokenizer)
+    if progress is not None and opens_thinking(tokenizer.get_chat_template(), **tokenizer.special_tokens_map):
+        closed = (
+            "the student's chat template opens a block of thoughts: it is trained and used with an empty one"
+        )
+        progress(0, 0, warning=f"{closed}; other programs must send the closing tag themselves")
     return tokenizer
 
 

@@ -69,7 +69,7 @@ def train_sft(
         quiet(config.student)
         checkpoints = Checkpoints(folder / "checkpoints")
         checkpoints.begin(inputs, progress)
-        tokenizer = checked_tokenizer(config.student)
+        tokenizer = checked_tokenizer(config.student, progress)
         encoded = fitting_rows(
             run, report, [row.id for row in rows], solve_rows(tokenizer, rows, config.prompts.folder),
             config.sft.max_length, end_id(tokenizer), progress,
