@@ -61,7 +61,7 @@ def test_a_chat_template_that_leaves_the_question_out_is_told_before_the_student
 @pytest.mark.parametrize("stage", STAGES)
 def test_rows_that_are_all_too_long_are_told_before_the_student_is_loaded(prepared, stage):
     config, run = prepared
-    section = "sft" if stage == "sft" else "dpo"
+    section = stage
     short = getattr(config, section).model_copy(update={"max_length": 64})
     said = []
     with pytest.raises(DataFault, match=r"nothing to train on|no pair fits"):
@@ -120,3 +120,16 @@ def test_dpo_checks_its_pairs_before_the_student_is_loaded(prepared):
     run.replace("pairs.jsonl", same)
     with pytest.raises(DataFault, match="both contents are the same tokens"):
         dpo.train_dpo(config, run)
+
+
+def test_open_thoughts_are_closed_and_sft_says_so(prepared, folder):
+    config, run = prepared
+    said, template = [], folder / "chat_template.jinja"
+    template.write_text(CHATML.replace("assistant\n'", "assistant\n<think>\n'"))
+    assert "<think>" in template.read_text()
+    try:
+        with pytest.raises(AssertionError, match="the student was loaded"):
+            sft.train_sft(config, run, progress=lambda *_, warning: said.append(warning))
+    finally:
+        template.write_text(CHATML)
+    assert ["opens a block of thoughts" in text for text in said] == [True]
