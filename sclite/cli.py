@@ -65,10 +65,10 @@ def quickstart(
     if common.json:
         console.print_json(summary)
         return
-    from sclite.evaluate import show
+    from sclite.evaluate import table
 
-    show.table(summary)
-    show.example(example)
+    table.table(summary)
+    table.example(example)
     console.say(
         f"\nReport: {console.plain(str(Path(loaded.run) / summary['folder'] / 'report.html'))}\n\nNext:"
     )
@@ -79,11 +79,11 @@ def quickstart(
 @app.command()
 def init(config: ConfigOption = None, json: JsonOption = False) -> None:
     """Write a commented sclite.toml for this machine."""
-    from sclite import machine, settings
+    from sclite import doctor, settings
 
-    found = machine.gpus()
+    found = doctor.gpus()
     path = config or Path(settings.FILE)
-    machine.write_configuration(path, max(total for _, total, _ in found) if found else None)
+    doctor.write_configuration(path, max(total for _, total, _ in found) if found else None)
     if json:
         console.print_json({"config": str(path), "gpus": [name for name, _, _ in found]})
         return
@@ -100,12 +100,12 @@ def doctor(json: JsonOption = False) -> None:
 
     Exits with 1 where something that is required is missing or broken.
     """
-    from sclite import machine
+    from sclite import doctor
 
-    checks = machine.check_all()
+    checks = doctor.check_all()
     broken = [check for check in checks if check.required and not check.works]
     if json:
-        console.print_json({"checks": machine.as_dicts(checks)})
+        console.print_json({"checks": doctor.as_dicts(checks)})
     for check in () if json else checks:
         mark = "[green]✓[/]" if check.works else "[red]✗[/]" if check.required else "[yellow]![/]"
         console.say(f"{mark} {check.name}: {console.plain(check.found)}")
@@ -140,7 +140,7 @@ def build_data(
 ) -> None:
     """Thought templates; corrections once there is a student."""
     from sclite import pipeline
-    from sclite.look import told
+    from sclite.inspect import summaries
 
     if only not in (None, "templates", "corrections"):
         raise UsageFault(f"--only {only}: no such part", "use --only templates or --only corrections")
@@ -150,7 +150,7 @@ def build_data(
     if dry_run:
         world.dry = True
         reckon = pipeline.forecast_corrections if only == "corrections" else pipeline.reckon_templates
-        told.dry_run(reckon(world), common.json)
+        summaries.dry_run(reckon(world), common.json)
         return
     world.ask_before_paying = not yes
     with held(world.run, world.config):
@@ -164,7 +164,7 @@ def build_data(
             pipeline.build_corrections(world)
             if pipeline.can_build_pairs(world):
                 pipeline.build_pairs(world)
-    told.built(world, only, common.json)
+    summaries.built(world, only, common.json)
 
 
 @app.command()
@@ -190,18 +190,18 @@ def train(
 ) -> None:
     """SFT, attempts, corrections and DPO."""
     from sclite import training
-    from sclite.look import told
-    from sclite.student.load import choose_card, model_name
+    from sclite.inspect import summaries
+    from sclite.student.loader import choose_card, model_name
 
     world = common.world()
     model_name(world.config.student)
     choose_card(gpu)
     if plan:
-        told.plan(training.plan(world), common.json)
+        summaries.plan(training.plan(world), common.json)
         return
     with held(world.run, world.config):
         training.train(world, only, fresh)
-    told.trained(world, only, common.json)
+    summaries.trained(world, only, common.json)
 
 
 @app.command()
@@ -219,17 +219,17 @@ def export(
 ) -> None:
     """Write a GGUF and a Modelfile for llama.cpp and Ollama."""
     from sclite import measure, pipeline
-    from sclite.look import told
+    from sclite.inspect import summaries
 
     if form not in ("gguf", "lora", "data"):
         raise UsageFault(f"--format {form}: no such format", "use --format gguf, lora or data")
     world = common.world({"export.quant": quant, "export.ollama": ollama})
     with world.run.hold():
         if form == "lora":
-            told.exported_lora(pipeline.export_lora(world), common.json)
+            summaries.exported_lora(pipeline.export_lora(world), common.json)
             return
         if form == "data":
-            told.datasets(pipeline.export_data(world), common.json)
+            summaries.datasets(pipeline.export_data(world), common.json)
             return
         report = pipeline.export(world)[0]
         created = None
@@ -240,7 +240,7 @@ def export(
     fitted = world.config.review.threshold is not None
     if not fitted and created is None and not common.json:  # a large file is read as a whole for this
         fitted = measure.stored_threshold(world, Path(report.figures["gguf"])) is not None
-    told.exported(world, report, created, fitted, common.json)
+    summaries.exported(world, report, created, fitted, common.json)
 
 
 @app.command("eval")
@@ -260,7 +260,7 @@ def evaluate(
 ) -> None:
     """Accuracy before and after review, with intervals."""
     from sclite import measure, pipeline
-    from sclite.evaluate import show
+    from sclite.evaluate import table
 
     world = common.world({"eval.source": problems, "eval.limit": limit})
     names = (
@@ -280,7 +280,7 @@ def evaluate(
     if common.json:
         console.print_json(summary)
         return
-    show.table(summary)
+    table.table(summary)
     console.say(f"Report: {console.plain(str(world.run.path(folder) / 'report.html'))}", whole=True)
 
 
@@ -315,7 +315,7 @@ def chat(
     path, threshold = measure.for_chat(world, model, self_correct)
     known = {}
     if world.config.teacher.embedded and model is None:
-        from sclite.quickstart.problems import test_problems
+        from sclite.quickstart.problem_sets import test_problems
         from sclite.quickstart.stories import within
 
         known = {"example": test_problems(1)[0].question, "familiar": within}
@@ -351,8 +351,8 @@ def show(
     common: Common,
 ) -> None:
     """Show the rows of a run, and what was dropped and why."""
-    from sclite.look import show as look
-    from sclite.look.rows import Choice
+    from sclite.inspect import tables as look
+    from sclite.inspect.rows import Choice
     from sclite.run import Run
 
     config = common.load()
@@ -369,8 +369,8 @@ def show(
 @common_options
 def status(*, common: Common) -> None:
     """Progress of a run, its costs, and the next command."""
-    from sclite.look import show as look
-    from sclite.look.status import status as standing
+    from sclite.inspect import tables as look
+    from sclite.inspect.status import status as standing
     from sclite.run import Run
 
     config = common.load()

@@ -10,10 +10,10 @@ from pydantic import BaseModel, ConfigDict
 
 from sclite import prompts
 from sclite.config import Eval
+from sclite.context import World
 from sclite.errors import DataFault, UsageFault
 from sclite.export.stage import ADAPTERS
 from sclite.records import Drop, Problem, Template
-from sclite.world import World
 
 THRESHOLDS = "export/review.json"
 """By the digest of a GGUF: the threshold fitted on it, on how many problems and for what harm, and the prompts' digest."""
@@ -119,7 +119,7 @@ def evaluate(
     from sclite.evaluate.evaluate import evaluate_model
     from sclite.export.stage import gguf_path, made_from
     from sclite.grading.worker import Grader
-    from sclite.student.engine import Engine
+    from sclite.student.llama_cpp.engine import Engine
 
     figures: dict[str, Any] = {}
     with (
@@ -227,7 +227,7 @@ def write_summary(world: World, summary: dict[str, Any]) -> None:
     """summary.json and report.html in the folder that the summary names."""
     from sclite.evaluate.report import write_report
     from sclite.evaluate.results import REPORT, SUMMARY
-    from sclite.train.watch import read_metrics
+    from sclite.train.metrics_logger import read_metrics
 
     folder, run = summary["folder"], world.run
     run.write_json(f"{folder}/{SUMMARY}", summary)

@@ -45,15 +45,15 @@ class Common:
 
     def world(self, chosen: Mapping[str, Any] | None = None) -> Any:
         """What a command on a run works with."""
-        from sclite.machine import may_have_card
+        from sclite.context import World
+        from sclite.doctor import may_have_card
+        from sclite.progress import Screen
         from sclite.run import Run
-        from sclite.screen import Screen
-        from sclite.world import World
 
         config = self.load(chosen)
         world = World(config, Run(config.run), Screen(), apart=may_have_card())
         if config.teacher.embedded:
-            from sclite.quickstart.provider import register
+            from sclite.quickstart.tutor_provider import register
 
             world.prepare = register
         return world

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from sclite.config import Config
+from sclite.context import World
 from sclite.errors import DataFault
+from sclite.progress import Screen
 from sclite.records import Problem
 from sclite.run import Report, Run
-from sclite.screen import Screen
-from sclite.world import World
 
 NAMES = ("base", "sft", "dpo")
 
@@ -286,8 +286,8 @@ def export(world: World, names: Sequence[str] = ()) -> list[Report]:
 
 def export_lora(world: World) -> Path:
     """The furthest trained adapter alone as a GGUF, for llama.cpp's --lora."""
-    from sclite.export.convert import convert_lora
-    from sclite.student.load import local_folder
+    from sclite.export.gguf import convert_lora
+    from sclite.student.loader import local_folder
 
     name = available(world)[-1]
     if name == "base":

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 from sclite import pipeline
-from sclite.apart import apart
 from sclite.config import Config
+from sclite.context import LIBRARIES, World
 from sclite.errors import DataFault, DeviceFault, MemoryFault, NetworkFault, UsageFault
+from sclite.isolation import apart
 from sclite.run import Report, Run
-from sclite.student.memory import free_memory
+from sclite.student.cuda_memory import free_memory
 from sclite.train.memory import divisor, micro_batch, what_fits
-from sclite.world import LIBRARIES, World
 
 Stage = Callable[..., Report]
 
@@ -47,7 +47,7 @@ def train(world: World, only: str | None = None, fresh: bool = False) -> list[Re
 def _tell_corrections(world: World) -> None:
     """One line on what the teacher's corrections will cost, where that is known and not nothing."""
     from sclite.data.corrections import left_to_ask, reckon_corrections
-    from sclite.look.plan import corrections_cost
+    from sclite.inspect.plan import corrections_cost
 
     config, run = world.config, world.run
     found = corrections_cost(config, run, pipeline.unseen(world), left_to_ask(config, run))
@@ -67,10 +67,10 @@ def _tell_corrections(world: World) -> None:
 def plan(world: World) -> dict[str, Any]:
     """The plan of a training, from the configuration, the GPU and the run's files; nothing is started or written."""
     from sclite.data.problems import divide
-    from sclite.look import plan as look
-    from sclite.machine import card_facts
+    from sclite.doctor import card_facts
+    from sclite.inspect import plan as look
     from sclite.records import Problem
-    from sclite.student.load import load_tokenizer, model_name
+    from sclite.student.loader import load_tokenizer, model_name
 
     config = world.config
     found = list(world.run.rows("problems.jsonl", Problem))

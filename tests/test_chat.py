@@ -15,7 +15,7 @@ from sclite.chat import repl
 from sclite.chat.repl import Answer, show, why_off
 from sclite.config import Config
 from sclite.student.base import Reply, Scores
-from sclite.student.review import NEVER, SAME_RESULT, Reviewed
+from sclite.student.self_correction import NEVER, SAME_RESULT, Reviewed
 from sclite.trace import Step, Trace, render
 from tests.tiny import tiny_gguf, tiny_llama
 

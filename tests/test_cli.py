@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sclite import machine
+from sclite import doctor
 from sclite.records import Drop, Problem
 from sclite.run import Run
 from sclite.settings import load
@@ -316,12 +316,12 @@ def _interrupt():
 
 
 def test_ctrl_c_leaves_130(sclite, monkeypatch):
-    monkeypatch.setattr(machine, "check_all", _interrupt)
+    monkeypatch.setattr(doctor, "check_all", _interrupt)
     assert sclite("doctor").code == 130
 
 
 def test_ctrl_c_says_how_to_resume(sclite, monkeypatch):
-    monkeypatch.setattr(machine, "check_all", _interrupt)
+    monkeypatch.setattr(doctor, "check_all", _interrupt)
     assert "interrupted; re-run to resume" in sclite("doctor").err
 
 

@@ -8,10 +8,10 @@ import pytest
 
 from sclite import measure
 from sclite.config import Config
+from sclite.context import World
 from sclite.errors import DataFault
 from sclite.records import Drop, Problem, Template
 from sclite.run import Report
-from sclite.world import World
 from tests.damages import damages, survive
 from tests.replay import Teaching, say
 

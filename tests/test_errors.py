@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sclite import config, console, machine, settings
+from sclite import config, console, doctor, settings
 from sclite.errors import DataFault
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +35,7 @@ def sclite(folder: Path, *arguments: str, code: str = "", path: str = "", **envi
 
 
 FAILING = r"""
-import sclite.machine as m
+import sclite.doctor as m
 def fail(): raise ZeroDivisionError('no\n\x1b[31m[/red]')
 m.check_all = fail
 """
@@ -199,7 +199,7 @@ def uncommented(lines: list[str], numbers) -> str:
 @pytest.mark.parametrize("memory_gb", [None, 12.0, 24.0])
 def test_each_line_that_init_writes_may_be_uncommented(tmp_path, memory_gb):
     path = tmp_path / "sclite.toml"
-    machine.write_configuration(path, memory_gb)
+    doctor.write_configuration(path, memory_gb)
     lines = path.read_text(encoding="utf-8").splitlines()
     keys = [i for i, line in enumerate(lines) if line.startswith("# ")]
     assert len(keys) > len(config.keys()) - 3

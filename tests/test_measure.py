@@ -6,11 +6,11 @@ import pytest
 
 from sclite import measure
 from sclite.config import Config
+from sclite.context import World
 from sclite.errors import DataFault
 from sclite.measure import FEW_TO_FIT, THRESHOLDS, cut_note, fit_note, keep_thresholds
+from sclite.progress import Screen
 from sclite.run import Run
-from sclite.screen import Screen
-from sclite.world import World
 
 
 def test_where_many_first_answers_were_cut_off_the_remedy_is_told():

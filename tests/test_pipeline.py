@@ -9,13 +9,13 @@ import pytest
 
 from sclite import pipeline, prompts
 from sclite.__main__ import main
+from sclite.context import World
 from sclite.errors import DataFault
+from sclite.progress import Screen
 from sclite.records import Attempt, Drop, Pair, Review
-from sclite.screen import Screen
 from sclite.settings import load
-from sclite.student.encode import piece_ids, prompt_ids
+from sclite.student.tokenization import piece_ids, prompt_ids
 from sclite.trace import CAUSE, Step, Trace, render, step_pieces
-from sclite.world import World
 from tests.replay import Teaching, say
 from tests.tiny import tiny_gguf, tiny_llama
 

@@ -31,8 +31,8 @@ LAYERS = {
     "sclite.cli": 8,
     **dict.fromkeys(("sclite.quickstart.flow", "sclite.options"), 7),
     "sclite.training": 6.5,
-    **dict.fromkeys(("sclite.pipeline", "sclite.measure", "sclite.look"), 6),
-    **dict.fromkeys(("sclite.world", "sclite.machine"), 5),
+    **dict.fromkeys(("sclite.pipeline", "sclite.measure", "sclite.inspect"), 6),
+    **dict.fromkeys(("sclite.context", "sclite.doctor"), 5),
     **dict.fromkeys(("sclite.data", "sclite.train", "sclite.export", "sclite.evaluate"), 4),
     **dict.fromkeys(("sclite.chat", "sclite.quickstart"), 4),
     "sclite.student.endpoint": 4,  # a student made of a teacher's client; stages get it as an argument, like any other
@@ -90,15 +90,15 @@ def test_imports_point_down():
 
 def test_the_check_of_the_layers_knows_up_from_down():
     assert upward("sclite.data.pairs", "sclite.train.sft")
-    assert upward("sclite.student.review", "sclite.data.pairs")
+    assert upward("sclite.student.self_correction", "sclite.data.pairs")
     assert upward("sclite.data.attempts", "sclite.student.endpoint")
-    assert upward("sclite.student.review", "sclite.teacher.client")
+    assert upward("sclite.student.self_correction", "sclite.teacher.client")
     assert not upward("sclite.student.endpoint", "sclite.teacher.client")
     assert upward("sclite.trace", "sclite.run")
     assert upward("sclite.pipeline", "sclite.cli")
     assert upward("sclite.quickstart.tutor", "sclite.quickstart.flow")
     assert not upward("sclite.quickstart.flow", "sclite.quickstart.tutor")
-    assert not upward("sclite.data.pairs", "sclite.student.review")
+    assert not upward("sclite.data.pairs", "sclite.student.self_correction")
     assert not upward("sclite.data.pairs", "sclite.data.attempts")
 
 
@@ -247,7 +247,7 @@ def test_the_wheel_holds_every_prompt_and_data_file(tmp_path):
 
 # -- style ---------------------------------------------------------------------------------------------------------
 
-PRINTS = {"sclite.console", "sclite.screen", "sclite.__main__"}
+PRINTS = {"sclite.console", "sclite.progress", "sclite.__main__"}
 
 
 def test_only_console_and_screen_print():

@@ -5,14 +5,14 @@ from contextlib import contextmanager
 import pytest
 
 from sclite import pipeline, training
+from sclite.context import World
 from sclite.errors import DeviceFault
+from sclite.progress import Screen
 from sclite.records import Template
 from sclite.run import Run
-from sclite.screen import Screen
-from sclite.student.load import load_tokenizer
+from sclite.student.loader import load_tokenizer
 from sclite.train import sft, warmup
-from sclite.train.watch import read_metrics
-from sclite.world import World
+from sclite.train.metrics_logger import read_metrics
 from tests.tiny import tiny_llama
 from tests.train.test_sft import config_of, write_toy
 
@@ -161,8 +161,8 @@ def test_attempts_that_do_not_fit_at_once_are_sampled_in_halves(folder, monkeypa
 
     from sclite import prompts
     from sclite.student.base import Request
-    from sclite.student.load import load_student
-    from sclite.student.trainable import Trainable
+    from sclite.student.hf_model import Trainable
+    from sclite.student.loader import load_student
 
     config = config_of(folder)
     model, tokenizer = load_student(config, "sft")
@@ -243,10 +243,10 @@ def test_a_plan_that_does_not_fit_ends_with_exit_5_as_json_too(capsys):
     import json
 
     from sclite import console
-    from sclite.look import told
+    from sclite.inspect import summaries
 
     with pytest.raises(DeviceFault) as fault:
-        told.plan({"stages": {"sft": {"fits": False}}}, json=True)
+        summaries.plan({"stages": {"sft": {"fits": False}}}, json=True)
     assert fault.value.code == 5
     console.fault(fault.value, as_json=True)  # as the command line does
     shown = json.loads(capsys.readouterr().out)

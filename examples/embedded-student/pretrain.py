@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sclite import prompts, trace
 from sclite.evaluate.metrics import auc
 from sclite.quickstart.grammar import solve
-from sclite.quickstart.problems import held_out_questions
+from sclite.quickstart.problem_sets import held_out_questions
 from sclite.quickstart.stories import generate
 from sclite.quickstart.tutor import template
 

@@ -9,9 +9,9 @@ from sclite.config import Config
 from sclite.console import plain
 from sclite.errors import DataFault, ScliteError
 from sclite.student.base import Request
-from sclite.student.engine import Engine
-from sclite.student.probe import check_gguf
-from sclite.student.review import NEVER, SAME_RESULT, Reviewed, Settings, free, guided
+from sclite.student.llama_cpp.engine import Engine
+from sclite.student.llama_cpp.probe import check_gguf
+from sclite.student.self_correction import NEVER, SAME_RESULT, Reviewed, Settings, free, guided
 from sclite.trace import Step, parse
 
 RIGHT, WRONG, UNREVIEWED = "[green]✓[/]", "[red]✗[/]", "[dim]·[/]"

@@ -10,7 +10,7 @@ from typing import Any
 
 from sclite import prompts
 from sclite.config import Config, without_password
-from sclite.data.brought import adopt_attempts, bring
+from sclite.data.imported import adopt_attempts, bring
 from sclite.grading.extract import answer_of
 from sclite.grading.worker import Grader
 from sclite.records import Attempt, Drop, Problem

@@ -10,7 +10,7 @@ from typing import Any
 from sclite import prompts
 from sclite.config import Config, without_password
 from sclite.data.attempts import UNCLEAR, distinct, warn
-from sclite.data.brought import refuse
+from sclite.data.imported import refuse
 from sclite.data.review_check import review_flaw, step_flaw
 from sclite.errors import DataFault
 from sclite.grading.worker import Grader

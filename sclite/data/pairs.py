@@ -18,14 +18,14 @@ from typing import Any
 from sclite import prompts
 from sclite.config import Config
 from sclite.data.attempts import cost_usd, other_student, warn
-from sclite.data.brought import refuse
+from sclite.data.imported import refuse
 from sclite.grading.extract import answer_of
 from sclite.grading.worker import Grader
 from sclite.records import Attempt, Drop, Pair, Problem, Review
 from sclite.run import Report, Run, timed
 from sclite.signature import digest
 from sclite.student.base import Student
-from sclite.student.review import NO_REPLY, Reviewed, Settings, free, mend
+from sclite.student.self_correction import NO_REPLY, Reviewed, Settings, free, mend
 from sclite.trace import CAUSE, Trace, close_piece, open_piece, parse, render, step_pieces, work_of
 
 STAGE, FILE = "pairs", "pairs.jsonl"

@@ -19,7 +19,7 @@ from sclite.records import Problem
 from sclite.run import Run
 from sclite.signature import digest
 from sclite.student.base import Reply, Request, Student
-from sclite.student.review import NEVER, Reviewed, Settings, changed, free, guided, mend, scores_of
+from sclite.student.self_correction import NEVER, Reviewed, Settings, changed, free, guided, mend, scores_of
 from sclite.trace import Trace, parse, work_of
 
 Judge = Callable[[str, Trace], int | None]

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from sclite.records import Row
-from sclite.student.review import NEVER
+from sclite.student.self_correction import NEVER
 
 LogOdds = Annotated[float, Field(gt=-NEVER, lt=NEVER)]
 

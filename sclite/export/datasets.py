@@ -11,11 +11,11 @@ from typing import Any
 from sclite import prompts
 from sclite.config import Config
 from sclite.errors import DataFault
-from sclite.export import card
+from sclite.export import dataset_card
 from sclite.records import Attempt, Pair, Problem, Review, Template
 from sclite.run import Report, Run, timed, write_text
-from sclite.student.encode import prompt_text
-from sclite.student.load import load_tokenizer, model_name
+from sclite.student.loader import load_tokenizer, model_name
+from sclite.student.tokenization import prompt_text
 from sclite.trace import parse, render
 
 FOLDER = "export/data"
@@ -57,13 +57,13 @@ def export_data(config: Config, run: Run) -> Report:
             PAIRS: preference_rows(load_tokenizer(model_name(config.student)), pairs, problems, folder)
             if pairs
             else [],
-            STEP_DPO: step_dpo_rows(pairs, reviews, problems, card.source_name(config), folder),
+            STEP_DPO: step_dpo_rows(pairs, reviews, problems, dataset_card.source_name(config), folder),
         }
         for name, lines in rows.items():
             _write(run, name, lines)
         report.counts = {name.removesuffix(".jsonl"): len(lines) for name, lines in rows.items()}
         write_text(run.path(f"{FOLDER}/{INFO}"), _json(dataset_info(report.counts), indent=2) + "\n")
-        write_text(run.path(f"{FOLDER}/{CARD}"), card.text(config, run, report.counts))
+        write_text(run.path(f"{FOLDER}/{CARD}"), dataset_card.text(config, run, report.counts))
     report.figures = {"folder": str(run.path(FOLDER))}
     return report
 

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from sclite.errors import DataFault, ScliteError
-from sclite.export.weights import Tensors, read_json
+from sclite.export.tensors import Tensors, read_json
 from sclite.student.origin import Origin, fingerprint, nf4_round_trip, read_origin
 
 SHARD_BYTES = 2_000_000_000

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from sclite.student.base import Messages
-from sclite.student.encode import piece_ids, prompt_ids
-from sclite.student.engine import Engine
-from sclite.student.load import four_bits
+from sclite.student.llama_cpp.engine import Engine
+from sclite.student.loader import four_bits
 from sclite.student.origin import read_origin
+from sclite.student.tokenization import piece_ids, prompt_ids
 
 SHOWN = 5
 """Differing texts that are quoted."""

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from sclite.errors import DataFault, UsageFault
-from sclite.student.engine import last_words, llama
+from sclite.student.llama_cpp.engine import last_words, llama
 
 
 def quantisations() -> dict[str, int]:

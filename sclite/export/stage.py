@@ -10,17 +10,17 @@ from sclite import prompts
 from sclite.config import Config
 from sclite.errors import DataFault, ScliteError
 from sclite.export import ollama, parity
-from sclite.export.convert import convert
+from sclite.export.gguf import convert
 from sclite.export.merge import BaseWeights, merge
 from sclite.export.quantize import known_quantisation, quantize
-from sclite.export.weights import read_json
+from sclite.export.tensors import read_json
 from sclite.run import Report, Run, timed, write_text
 from sclite.signature import digest
-from sclite.student.encode import piece_ids, prompt_ids
-from sclite.student.engine import Engine
-from sclite.student.load import check_vocabulary, load_tokenizer, local_folder, read_config
+from sclite.student.llama_cpp.engine import Engine
+from sclite.student.llama_cpp.probe import check_gguf
+from sclite.student.loader import check_vocabulary, load_tokenizer, local_folder, read_config
 from sclite.student.origin import read_origin
-from sclite.student.probe import check_gguf
+from sclite.student.tokenization import piece_ids, prompt_ids
 from sclite.trace import Step, Trace, all_pieces
 
 ADAPTERS = {"base": None, "sft": "sft/adapter", "dpo": "dpo/adapter"}

@@ -7,18 +7,18 @@ from typing import Any
 
 from sclite import measure, pipeline, training
 from sclite.config import Config
+from sclite.context import World
 from sclite.data.problems import divide
 from sclite.evaluate.evaluate import best_example
 from sclite.evaluate.results import result_folder
+from sclite.progress import Screen
 from sclite.quickstart.grammar import solve
-from sclite.quickstart.problems import test_problems, threshold_problems, train_problems
-from sclite.quickstart.provider import MODEL, register
+from sclite.quickstart.problem_sets import test_problems, threshold_problems, train_problems
 from sclite.quickstart.tutor import judge as judge_steps
+from sclite.quickstart.tutor_provider import MODEL, register
 from sclite.records import Problem
 from sclite.run import Run
-from sclite.screen import Screen
 from sclite.trace import Trace
-from sclite.world import World
 
 STAGE = {"batch_size": 16, "per_device_train_batch_size": 8, "max_length": 1024, "eval_share": 0}
 DEFAULTS: Mapping[str, Any] = {

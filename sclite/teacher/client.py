@@ -9,9 +9,9 @@ from typing import Any
 
 from sclite import config
 from sclite.errors import BudgetFault, UsageFault
+from sclite.teacher.cost import Budget, Price
 from sclite.teacher.ledger import Entry, Ledger
 from sclite.teacher.loop import Loop
-from sclite.teacher.money import Budget, Price
 from sclite.teacher.reply import EMPTY, ONLY_REASONING, REFUSAL
 from sclite.teacher.sender import SEVERAL, Messages, NoReply, Sender, parameters_of
 

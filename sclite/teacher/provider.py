@@ -16,9 +16,9 @@ from urllib.parse import unquote, urlsplit
 
 from sclite import config
 from sclite.errors import UsageFault
-from sclite.teacher.direct import Direct, find
+from sclite.teacher.cost import FREE, Price
 from sclite.teacher.http import allow_connections, bound_litellm, check_certificates
-from sclite.teacher.money import FREE, Price
+from sclite.teacher.openai_client import Direct, find
 from sclite.teacher.reply import Said, read
 
 _LOCAL_PROVIDERS = ("ollama", "ollama_chat", "lm_studio", "llamafile")

@@ -12,9 +12,9 @@ from typing import Any
 from sclite import config
 from sclite.errors import TeacherFault
 from sclite.teacher import failures
+from sclite.teacher.cost import Budget, charge, is_plausible, most_prompt_tokens
 from sclite.teacher.ledger import REFUSED, Entry, Ledger, request_key
-from sclite.teacher.money import Budget, charge, is_plausible, most_prompt_tokens
-from sclite.teacher.pace import Pace
+from sclite.teacher.limits import Pace
 from sclite.teacher.provider import Provider, connect
 from sclite.teacher.reply import Said
 

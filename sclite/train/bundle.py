@@ -13,8 +13,7 @@ from typing import Any
 
 from sclite import prompts
 from sclite.records import Pair
-from sclite.student.encode import Encoded, decision_ids, piece_ids, prompt_ids
-from sclite.student.forward import (
+from sclite.student.log_probs import (
     Hidden,
     Padded,
     autocast,
@@ -23,6 +22,7 @@ from sclite.student.forward import (
     token_log_probs,
     vocabulary_log_probs,
 )
+from sclite.student.tokenization import Encoded, decision_ids, piece_ids, prompt_ids
 from sclite.trace import CAUSE, parse, render
 
 

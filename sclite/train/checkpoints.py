@@ -15,7 +15,7 @@ from typing import Any
 from sclite.errors import UsageFault
 from sclite.run import Run, sync, write_text
 from sclite.signature import differences
-from sclite.train.watch import Progress
+from sclite.train.metrics_logger import Progress
 
 WHOLE = "whole.json"
 

@@ -9,7 +9,7 @@ from typing import Any
 from sclite.config import Config, Student
 from sclite.errors import DataFault
 from sclite.run import Run
-from sclite.student.load import EMBEDDED, backend, folder_of, model_name
+from sclite.student.loader import EMBEDDED, backend, folder_of, model_name
 from sclite.student.origin import record_origin
 from sclite.train.checkpoints import sync_folder
 

@@ -14,16 +14,16 @@ from sclite.errors import DataFault
 from sclite.records import Drop, Pair, Problem, Template
 from sclite.run import Report, Run, timed
 from sclite.signature import digest
-from sclite.student.encode import Encoded, decision_ids
-from sclite.student.load import load_student
+from sclite.student.loader import load_student
+from sclite.student.tokenization import Encoded, decision_ids
 from sclite.train.bundle import Bundle, build_bundles, collate, likelihoods, reference_log_probs
 from sclite.train.checkpoints import Checkpoints, refuse_other_inputs
 from sclite.train.common import done, quiet, save_adapter, student_inputs, written
-from sclite.train.labels import check_bundles, checked_tokenizer, tell_left_out
+from sclite.train.label_checks import check_bundles, checked_tokenizer, tell_left_out
 from sclite.train.memory import micro_batch
+from sclite.train.metrics_logger import Progress
 from sclite.train.sft import replay_templates, solve_rows
 from sclite.train.trainer import Lesson, Part, held_out_rows, memory_told, train_adapter
-from sclite.train.watch import Progress
 
 STAGE, ADAPTER = "dpo", "dpo/adapter/adapter_model.safetensors"
 

@@ -15,8 +15,8 @@ from typing import Any
 from sclite.config import Config, Student
 from sclite.errors import DataFault, NetworkFault
 from sclite.student.adapters import lora_targets, meta_model
-from sclite.student.forward import chunk_of
-from sclite.student.load import backend, model_name, read_config
+from sclite.student.loader import backend, model_name, read_config
+from sclite.student.log_probs import chunk_of
 
 Forward = tuple[int, int]
 """(tokens, tokens with loss) of one forward pass."""

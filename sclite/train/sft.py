@@ -12,16 +12,16 @@ from sclite.records import Template
 from sclite.run import Report, Run, timed
 from sclite.signature import digest
 from sclite.student.adapters import adapted, check_adapter
-from sclite.student.encode import Encoded, encode_solution, end_id
-from sclite.student.forward import Padded, hidden_states, pad, token_log_probs
-from sclite.student.load import load_student
+from sclite.student.loader import load_student
+from sclite.student.log_probs import Padded, hidden_states, pad, token_log_probs
+from sclite.student.tokenization import Encoded, encode_solution, end_id
 from sclite.trace import parse
 from sclite.train.checkpoints import Checkpoints, refuse_other_inputs
 from sclite.train.common import done, quiet, save_adapter, student_inputs, written
-from sclite.train.labels import check_labels, checked_tokenizer, left_out, rows_of_sft, tell_left_out
+from sclite.train.label_checks import check_labels, checked_tokenizer, left_out, rows_of_sft, tell_left_out
 from sclite.train.memory import micro_batch
+from sclite.train.metrics_logger import Progress
 from sclite.train.trainer import Lesson, Part, held_out_rows, train_adapter
-from sclite.train.watch import Progress
 
 STAGE, ADAPTER = "sft", "sft/adapter/adapter_model.safetensors"
 

@@ -17,11 +17,11 @@ from typing import Any
 
 from sclite.config import TrainingStage
 from sclite.errors import MemoryFault, ScliteError
-from sclite.student.memory import out_of_memory
+from sclite.student.cuda_memory import out_of_memory
 from sclite.train.arguments import arguments
 from sclite.train.checkpoints import Checkpoints
+from sclite.train.metrics_logger import Progress, Watch
 from sclite.train.order import training_order
-from sclite.train.watch import Progress, Watch
 
 FEW_STEPS = 20
 EVAL_ROWS = 200  # at most; more would tell little more

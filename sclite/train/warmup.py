@@ -12,16 +12,16 @@ from sclite.config import Config
 from sclite.records import Review, Template
 from sclite.run import Report, Run, timed
 from sclite.signature import digest
-from sclite.student.encode import end_id
-from sclite.student.load import load_student
+from sclite.student.loader import load_student
+from sclite.student.tokenization import end_id
 from sclite.train.checkpoints import Checkpoints, refuse_other_inputs, sync_folder
 from sclite.train.common import done, quiet, save_adapter, student_inputs, written
-from sclite.train.labels import checked_tokenizer
+from sclite.train.label_checks import checked_tokenizer
 from sclite.train.memory import micro_batch
+from sclite.train.metrics_logger import Progress
 from sclite.train.sft import fitting_rows, replay_templates, supervised
 from sclite.train.trainer import train_adapter
 from sclite.train.warmup_rows import mixed_rows
-from sclite.train.watch import Progress
 
 STAGE, ADAPTER = "warmup", "warmup/adapter/adapter_model.safetensors"
 

@@ -15,7 +15,7 @@ from sclite import prompts
 from sclite.config import Config
 from sclite.records import Attempt, Problem, Review, Template
 from sclite.run import Run
-from sclite.student.encode import Encoded, encode_closing, encode_continuation, encode_review
+from sclite.student.tokenization import Encoded, encode_closing, encode_continuation, encode_review
 from sclite.trace import Trace, corrected, parse, render, work_of
 from sclite.train.mixture import mix
 from sclite.train.sft import solve_rows

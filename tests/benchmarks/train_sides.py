@@ -57,7 +57,7 @@ def lengths(count: int, full: bool, longest: int) -> list[int]:
 
 def solved_rows(count: int, full: bool, longest: int) -> list[Any]:
     """Rows of random ids; loss on the second two thirds, on nine tenths where all are full (as the memory model has it)."""
-    from sclite.student.encode import Encoded
+    from sclite.student.tokenization import Encoded
 
     draw, rows = random.Random(1), []
     for length in lengths(count, full, longest):
@@ -69,7 +69,7 @@ def solved_rows(count: int, full: bool, longest: int) -> list[Any]:
 
 def bundles(count: int, full: bool, longest: int) -> list[Any]:
     """Pairs as DPO trains them: decisions in the middle, a content of 15 % at the end, a solved row beside them."""
-    from sclite.student.encode import Encoded
+    from sclite.student.tokenization import Encoded
     from sclite.train.bundle import Bundle
 
     draw, made = random.Random(2), []
@@ -96,7 +96,7 @@ def session(
     """The figures of each case, one after the other."""
     import torch
 
-    from sclite.student.memory import free_memory
+    from sclite.student.cuda_memory import free_memory
 
     torch.cuda.set_per_process_memory_fraction(min(1.0, CAP_BYTES / torch.cuda.mem_get_info()[1]))
     began = time.monotonic()
@@ -145,7 +145,7 @@ def case_config(config: Any, case: Case) -> Any:
 
 def load_ours(config: Any, case: Case) -> tuple[Any, Any]:
     """(model, tokenizer) as our stages load them."""
-    from sclite.student.load import load_student
+    from sclite.student.loader import load_student
 
     return load_student(case_config(config, case), case.stage, train=True)
 
@@ -155,9 +155,9 @@ def ours(model: Any, tokenizer: Any, config: Any, case: Case, turn: "Turn | None
     from sclite.train.bundle import reference_log_probs
     from sclite.train.checkpoints import Checkpoints
     from sclite.train.dpo import preferences
+    from sclite.train.metrics_logger import read_metrics
     from sclite.train.sft import supervised
     from sclite.train.trainer import train_adapter
-    from sclite.train.watch import read_metrics
 
     settings, count = case_config(config, case).stage(case.stage), case.steps * case.batch
     if case.stage == "sft":

@@ -11,7 +11,7 @@ import pytest
 from sclite import config
 from sclite.config import Config
 from sclite.data.attempts import distinct, in_blocks, inputs_of, sample_attempts
-from sclite.data.brought import bring
+from sclite.data.imported import bring
 from sclite.errors import DataFault
 from sclite.grading.worker import Grader
 from sclite.records import Attempt, Drop, Problem

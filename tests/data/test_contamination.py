@@ -5,15 +5,15 @@ import json
 import pytest
 
 from sclite.config import Config
+from sclite.context import World
 from sclite.data.contamination import index_of, overlap, trained_on
 from sclite.data.problems import gather_problems
 from sclite.errors import DataFault, NetworkFault
 from sclite.measure import held_out
+from sclite.progress import Screen
 from sclite.records import Drop, Problem, Template
 from sclite.run import Report
-from sclite.screen import Screen
 from sclite.settings import load
-from sclite.world import World
 
 LONG = "Anna has twelve nuts and buys three more bags with seven nuts in each of them"
 WORDS = LONG.split()

@@ -10,7 +10,7 @@ from sclite.evaluate.metrics import NEVER, Scored, fit_threshold
 from sclite.records import Problem
 from sclite.run import Run
 from sclite.student.base import Reply, Scores
-from sclite.student.review import SAME_RESULT, Reviewed
+from sclite.student.self_correction import SAME_RESULT, Reviewed
 from sclite.trace import Step, Trace, render
 
 PROBLEMS = [Problem(id=f"p{n}", question=f"question {n}", answer="1") for n in range(200)]
@@ -204,7 +204,7 @@ def reviewed(first: str, correct2: bool, accused: int, true_step: int | None) ->
 
 
 def test_the_example_shown_had_an_answer_and_its_wrong_step_was_found(capsys):
-    from sclite.evaluate.show import example
+    from sclite.evaluate.table import example
 
     step = "<Step1>2 + 2 = 5</Step1>"
     whole = f"{step}\n<Answer>5</Answer>"
@@ -231,7 +231,7 @@ def test_the_example_shown_had_an_answer_and_its_wrong_step_was_found(capsys):
 
 def test_the_table_of_answers_that_could_not_be_graded_has_dashes(capsys):
     from sclite.evaluate.metrics import Outcome, summarise
-    from sclite.evaluate.show import table
+    from sclite.evaluate.table import table
 
     row = {"question": "?", "gold": "1", "first": "x", "second": None, "correct1": None, "correct2": None}
     figures = summarise([Outcome(id=str(i), format_ok=True, **row) for i in range(3)], bootstrap=10)

@@ -6,8 +6,8 @@ import pytest
 
 from sclite import measure
 from sclite.config import Config
+from sclite.context import World
 from sclite.evaluate.results import dataset_of, result_folder, summaries
-from sclite.world import World
 
 
 @pytest.mark.parametrize(

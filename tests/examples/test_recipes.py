@@ -14,7 +14,7 @@ import yaml
 
 from sclite.export.datasets import FOLDER
 from sclite.records import Pair, Problem
-from sclite.student.load import load_tokenizer
+from sclite.student.loader import load_tokenizer
 from sclite.train.bundle import build_bundles
 from tests.export.test_datasets import config_of, filled
 from tests.tiny import CHATML, tiny_llama

@@ -12,7 +12,7 @@ import typer
 from sclite.cli import app
 from sclite.config import keys
 from sclite.errors import UsageFault
-from sclite.look.plan import STAGES
+from sclite.inspect.plan import STAGES
 from sclite.settings import load
 from sclite.train.memory import choose, estimate, wanted_setting
 from tests.train.architectures import RECIPES, recipe_architecture

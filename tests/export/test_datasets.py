@@ -8,12 +8,12 @@ import pytest
 from sclite import prompts
 from sclite.config import Config
 from sclite.errors import DataFault
-from sclite.export.card import source_name
+from sclite.export.dataset_card import source_name
 from sclite.export.datasets import FOLDER, export_data
 from sclite.records import Attempt, Drop, Pair, Problem, Review, Template
 from sclite.run import Report, Run
-from sclite.student.encode import end_id, prompt_text
-from sclite.student.load import load_tokenizer
+from sclite.student.loader import load_tokenizer
+from sclite.student.tokenization import end_id, prompt_text
 from sclite.teacher.ledger import Entry, Ledger
 from sclite.trace import CAUSE, parse, render
 from tests.tiny import tiny_llama

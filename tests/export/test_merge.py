@@ -33,7 +33,7 @@ def train(base, folder, **settings):
 
 
 def read(folder):
-    from sclite.export.weights import Tensors
+    from sclite.export.tensors import Tensors
 
     tensors = Tensors(folder)
     return {name: tensors[name] for name in tensors}

@@ -10,9 +10,9 @@ from sclite.errors import FAILED, ScliteError
 from sclite.export import parity, stage
 from sclite.run import Run
 from sclite.student.base import Request
-from sclite.student.encode import prompt_ids
-from sclite.student.engine import Engine
-from sclite.student.load import load_student, load_tokenizer
+from sclite.student.llama_cpp.engine import Engine
+from sclite.student.loader import load_student, load_tokenizer
+from sclite.student.tokenization import prompt_ids
 from sclite.train.common import save_adapter
 from tests.smollm2 import smollm2
 from tests.tiny import sample_texts

@@ -7,11 +7,11 @@ import pytest
 
 from sclite.config import Config
 from sclite.errors import FAILED, DataFault, ScliteError
-from sclite.export import convert, parity, stage
+from sclite.export import gguf, parity, stage
 from sclite.run import Run
-from sclite.student.engine import Engine
+from sclite.student.llama_cpp.engine import Engine
+from sclite.student.llama_cpp.probe import check_gguf
 from sclite.student.origin import record_origin
-from sclite.student.probe import check_gguf
 from tests.tiny import sample_texts, tiny_llama
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -120,7 +120,7 @@ def test_adapter_trained_in_nf4_is_merged_into_the_weights_that_it_was_trained_o
     import torch
     from transformers import AutoModelForCausalLM
 
-    from sclite.student.load import four_bits
+    from sclite.student.loader import four_bits
 
     settings = {"quantization_config": four_bits(), "dtype": torch.bfloat16, "device_map": {"": "cpu"}}
     folder = run.path("sft/adapter")
@@ -154,8 +154,8 @@ def test_damaged_gguf_is_written_again_and_an_unchanged_one_is_not(base, run):
 
 def test_unfinished_file_is_not_picked_up(run):
     from sclite import measure
-    from sclite.screen import Screen
-    from sclite.world import World
+    from sclite.context import World
+    from sclite.progress import Screen
 
     run.path(stage.UNFINISHED).mkdir(parents=True)
     run.path(f"{stage.UNFINISHED}/sft-q4_k_m.gguf").write_bytes(b"GGUF")
@@ -250,8 +250,8 @@ def test_probabilities_that_do_not_fit_into_memory_are_skipped_and_said(base, ru
 
 def test_code_in_a_model_folder_does_not_run(base, run, tmp_path, monkeypatch):
     """Neither in transformers nor in llama.cpp's converter, which loads tokenizers with trust_remote_code=True."""
-    source = convert.cache_folder()
-    if not (source / convert.SCRIPT).is_file():
+    source = gguf.cache_folder()
+    if not (source / gguf.SCRIPT).is_file():
         pytest.skip("llama.cpp's converter is not on this machine; `sclite export` of a model fetches it")
     ran = tmp_path / "ran"
     folder = tmp_path / "with-code"
@@ -270,7 +270,7 @@ def test_code_in_a_model_folder_does_not_run(base, run, tmp_path, monkeypatch):
         stage.export_model(config_of(folder), run, "sft")
     assert not ran.exists()
     with pytest.raises(DataFault):
-        convert.run_converter(source, folder, tmp_path / "out.gguf")
+        gguf.run_converter(source, folder, tmp_path / "out.gguf")
     assert ran.exists()  # the folder as it is does run there
 
 

@@ -14,8 +14,8 @@ from sclite.config import Config
 from sclite.records import Attempt, Problem, Template
 from sclite.run import Run
 from sclite.student.base import Request
-from sclite.student.load import load_student
-from sclite.student.review import score_request
+from sclite.student.loader import load_student
+from sclite.student.self_correction import score_request
 from sclite.trace import parse
 from sclite.train.common import quiet
 
@@ -50,7 +50,7 @@ def hidden_gaps(backend: str, run: Run) -> dict[str, float]:
     """How far rows end to end, and padded ones out of training, are from padded ones in it; as a share of their size."""
     import torch
 
-    from sclite.student.forward import autocast, hidden_states, pad
+    from sclite.student.log_probs import autocast, hidden_states, pad
     from sclite.train.sft import solve_rows
 
     config = config_of(backend)
@@ -72,7 +72,7 @@ def hidden_gaps(backend: str, run: Run) -> dict[str, float]:
 
 def odds(backend: str, run: Run) -> list[float]:
     """Log-odds of accusing at every step of every attempt, by the DPO student in use."""
-    from sclite.student.trainable import Trainable
+    from sclite.student.hf_model import Trainable
 
     config = config_of(backend)
     quiet(config.student)
@@ -85,7 +85,7 @@ def odds(backend: str, run: Run) -> list[float]:
 
 def attempts(backend: str, run: Run) -> list[str]:
     """Greedy attempts by the SFT student, 32 at once."""
-    from sclite.student.trainable import Trainable
+    from sclite.student.hf_model import Trainable
 
     config = config_of(backend)
     quiet(config.student)

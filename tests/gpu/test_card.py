@@ -11,7 +11,7 @@ import pytest
 
 from sclite.errors import MemoryFault
 from sclite.run import Run
-from sclite.train.watch import read_metrics
+from sclite.train.metrics_logger import read_metrics
 from tests.benchmarks.bench_train import run_session
 from tests.benchmarks.train_sides import peak
 from tests.gpu.paths import config_of, figures

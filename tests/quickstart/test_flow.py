@@ -135,7 +135,7 @@ def test_the_other_commands_divide_its_problems_as_the_quickstart_did(quickstart
 def test_eval_after_sft_alone_measures_what_is_there_and_each_dataset_keeps_its_results(
     quickstarted, tmp_path
 ):
-    from sclite.quickstart.problems import test_problems
+    from sclite.quickstart.problem_sets import test_problems
 
     _, run, summary = quickstarted
     copy = shutil.copytree(run, tmp_path / "run")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sclite.quickstart.problems import test_problems as problems_of_the_test
+from sclite.quickstart.problem_sets import test_problems as problems_of_the_test
 from tests.damages import damages, survive
 
 pytestmark = pytest.mark.slow

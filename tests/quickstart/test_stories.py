@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sclite.quickstart.grammar import EVENTS, OPENINGS, QUESTIONS, same_operation, solve
-from sclite.quickstart.problems import test_problems as held_out_problems
-from sclite.quickstart.problems import threshold_problems, train_problems
+from sclite.quickstart.problem_sets import test_problems as held_out_problems
+from sclite.quickstart.problem_sets import threshold_problems, train_problems
 from sclite.quickstart.stories import LARGE, generate, within
 
 CALCULATE = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from sclite.config import Sft
 from sclite.errors import DataFault, UsageFault
 from sclite.student.adapters import lora_targets, meta_model
-from sclite.student.load import load_student
+from sclite.student.loader import load_student
 from sclite.train.sft import train_sft
 from tests.tiny import sample_texts, tiny_llama, write_tokenizer
 from tests.train.test_sft import config_of, write_toy

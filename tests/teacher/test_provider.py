@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 from sclite import config, prompts
-from sclite.quickstart import provider, stories, tutor
+from sclite.quickstart import stories, tutor, tutor_provider
 from sclite.teacher.client import Flaw, Job, Teacher
 from sclite.teacher.ledger import Ledger
 
@@ -18,8 +18,11 @@ def test_the_tutor_is_reached_through_litellm_for_nothing(tmp_path):
 
         return Job(problem.id, messages, lambda reply: None if "<Answer>" in reply else Flaw("x", reply))
 
-    settings = config.Teacher(model=provider.MODEL)
-    with Ledger(tmp_path / "l.sqlite") as ledger, Teacher(settings, ledger, provider.register) as teacher:
+    settings = config.Teacher(model=tutor_provider.MODEL)
+    with (
+        Ledger(tmp_path / "l.sqlite") as ledger,
+        Teacher(settings, ledger, tutor_provider.register) as teacher,
+    ):
         results = {result.id: result for result in teacher.ask_all(job(p) for p in problems)}
         totals = ledger.totals()
     for problem in problems:
@@ -30,6 +33,6 @@ def test_the_tutor_is_reached_through_litellm_for_nothing(tmp_path):
 
 
 def test_importing_the_client_and_the_provider_loads_nothing_heavy():
-    code = "import sys, sclite.teacher.client, sclite.quickstart.provider, sclite.data.templates\n"
+    code = "import sys, sclite.teacher.client, sclite.quickstart.tutor_provider, sclite.data.templates\n"
     code += "print([m for m in ('litellm', 'datasets', 'torch', 'openai', 'pandas') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

@@ -8,9 +8,9 @@ from sclite.errors import DataFault
 from sclite.run import Run
 from sclite.train.checkpoints import Checkpoints
 from sclite.train.dpo import train_dpo
+from sclite.train.metrics_logger import read_metrics
 from sclite.train.sft import train_sft
 from sclite.train.warmup import train_warmup
-from sclite.train.watch import read_metrics
 from tests.tiny import tiny_llama
 from tests.train.test_dpo import write_pairs
 from tests.train.test_resume import LONG, adapter, part_of

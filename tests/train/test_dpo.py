@@ -10,12 +10,12 @@ from sclite.data.pairs import content_pair, continuation, decision_pairs
 from sclite.errors import DataFault
 from sclite.records import Attempt, Pair, Problem, Review, Template
 from sclite.run import Run
-from sclite.student import encode
-from sclite.student.encode import Encoded, decision_ids, piece_ids, prompt_ids
-from sclite.student.forward import pad
-from sclite.student.load import load_student, load_tokenizer
-from sclite.student.review import score_request
-from sclite.student.trainable import Trainable
+from sclite.student import tokenization
+from sclite.student.hf_model import Trainable
+from sclite.student.loader import load_student, load_tokenizer
+from sclite.student.log_probs import pad
+from sclite.student.self_correction import score_request
+from sclite.student.tokenization import Encoded, decision_ids, piece_ids, prompt_ids
 from sclite.trace import CAUSE, close_piece, open_piece, parse, render
 from sclite.train.bundle import build_bundles, collate, likelihoods, reference_log_probs
 from sclite.train.dpo import PairLoss, train_dpo, with_replay
@@ -202,7 +202,7 @@ def test_the_first_tokens_of_accusing_and_closing_differ_or_the_student_is_refus
     assert piece_ids(tokenizer, [CAUSE])[0][0] == accuse
     for number in (1, 9, 10):
         assert piece_ids(tokenizer, [close_piece(number)])[0][0] == close
-    monkeypatch.setattr(encode, "CAUSE", "</Cause>")
+    monkeypatch.setattr(tokenization, "CAUSE", "</Cause>")
     with pytest.raises(DataFault, match="same first token") as fault:
         decision_ids(tokenizer)
     assert fault.value.hint == "choose another student"
@@ -244,7 +244,7 @@ def test_a_bundles_ids_are_those_of_the_prompt_and_of_each_piece(started):
 def test_partial_completions_carry_no_end_token(started):
     config, run = started
     tokenizer = load_tokenizer(config.student.model)
-    end = encode.end_id(tokenizer)
+    end = tokenization.end_id(tokenizer)
     for bundle in bundles_of(config, run, tokenizer):
         for side in filter(None, (bundle.review, bundle.rejected)):
             assert end not in [i for i, w in zip(side.ids, side.weights, strict=True) if w]

@@ -6,8 +6,8 @@ from sclite.config import Config
 from sclite.records import Template
 from sclite.run import Run
 from sclite.student.adapters import new_shape, with_new_adapter
-from sclite.student.encode import Encoded
-from sclite.student.load import embedded_folder, four_bits, load_student, load_tokenizer
+from sclite.student.loader import embedded_folder, four_bits, load_student, load_tokenizer
+from sclite.student.tokenization import Encoded
 from sclite.train.checkpoints import Checkpoints
 from sclite.train.sft import solve_rows, supervised
 from sclite.train.trainer import train_adapter

@@ -7,11 +7,11 @@ import pytest
 from sclite.errors import DataFault
 from sclite.records import Pair, Problem, Template
 from sclite.run import Run
-from sclite.student.encode import Encoded, decision_ids
-from sclite.student.load import load_tokenizer
+from sclite.student.loader import load_tokenizer
+from sclite.student.tokenization import Encoded, decision_ids
 from sclite.train import dpo, sft, warmup
 from sclite.train.bundle import build_bundles
-from sclite.train.labels import check_bundles
+from sclite.train.label_checks import check_bundles
 from tests.tiny import CHATML, sample_texts, write_tokenizer
 from tests.train.test_dpo import write_pairs
 from tests.train.test_sft import config_of, write_toy

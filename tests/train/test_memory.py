@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sclite.errors import DataFault
 from sclite.student.adapters import lora_targets
-from sclite.student.forward import Padded, chunk_of, hidden_states, token_log_probs, vocabulary_log_probs
+from sclite.student.log_probs import Padded, chunk_of, hidden_states, token_log_probs, vocabulary_log_probs
 from sclite.train.memory import (
     BACKWARD,
     CACHED,
@@ -276,7 +276,7 @@ def test_logits_grow_with_the_loss_until_they_go_through_the_head_in_chunks():
 def test_in_chunks_or_at_once_log_probabilities_and_gradients_are_the_same(monkeypatch):
     import torch
 
-    from sclite.student import forward
+    from sclite.student import log_probs
 
     model = tiny_model()
     ids = torch.randint(3, 500, (2, 90), generator=torch.Generator().manual_seed(0))
@@ -285,7 +285,7 @@ def test_in_chunks_or_at_once_log_probabilities_and_gradients_are_the_same(monke
     factor = model.requires_grad_(False).model.layers[0].mlp.up_proj.weight.requires_grad_()
     found = []
     for size in (10**6, 64):
-        monkeypatch.setattr(forward, "chunk_of", lambda _, size=size: size)
+        monkeypatch.setattr(log_probs, "chunk_of", lambda _, size=size: size)
         model.zero_grad()
         log_probs, rows = token_log_probs(model, hidden_states(model, batch), batch)
         (log_probs * carried).sum().backward()

@@ -7,10 +7,10 @@ import pytest
 from sclite.config import Config, Student
 from sclite.data import corrections
 from sclite.errors import DataFault, NetworkFault
-from sclite.look.plan import plan, show_plan
+from sclite.inspect.plan import plan, show_plan
 from sclite.records import Attempt, Pair, Template
 from sclite.run import Report
-from sclite.student.load import load_tokenizer
+from sclite.student.loader import load_tokenizer
 from sclite.teacher.ledger import Entry, Ledger
 from sclite.train.memory import Setting, architecture, estimate, read_architecture
 from sclite.train.sft import solve_rows

@@ -11,16 +11,16 @@ from sclite.config import Config
 from sclite.errors import DataFault
 from sclite.records import Attempt, Problem, Review, Template
 from sclite.run import Run
-from sclite.student.encode import Encoded, encode_solution, end_id
-from sclite.student.load import load_student, load_tokenizer
+from sclite.student.loader import load_student, load_tokenizer
+from sclite.student.tokenization import Encoded, encode_solution, end_id
 from sclite.trace import Step, Trace, render
 from sclite.train.arguments import arguments
 from sclite.train.checkpoints import Checkpoints
-from sclite.train.labels import check_labels, too_long
+from sclite.train.label_checks import check_labels, too_long
+from sclite.train.metrics_logger import read_metrics
 from sclite.train.sft import solve_rows, supervised, train_sft
 from sclite.train.trainer import _build, numbered, train_adapter
 from sclite.train.warmup import train_warmup
-from sclite.train.watch import read_metrics
 from tests.tiny import tiny_llama
 
 STAGE = {"batch_size": 4, "per_device_train_batch_size": 2, "max_length": 1024, "eval_share": 0}

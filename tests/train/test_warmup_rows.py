@@ -5,8 +5,8 @@ import pytest
 from sclite import prompts
 from sclite.records import Attempt, Review, Template
 from sclite.run import Run
-from sclite.student.encode import Encoded, decision_ids, encode_solution, end_id
-from sclite.student.load import load_tokenizer
+from sclite.student.loader import load_tokenizer
+from sclite.student.tokenization import Encoded, decision_ids, encode_solution, end_id
 from sclite.trace import parse, render
 from sclite.train.mixture import in_turn, mix
 from sclite.train.warmup_rows import mixed_rows

@@ -1,0 +1,169 @@
+"""What a command works with: configuration, run folder, screen, and how teacher and student are had.
+
+The outside world comes to the stages as arguments; here it is made.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from sclite.config import Config, Teacher
+from sclite.errors import DataFault
+from sclite.progress import Screen
+from sclite.records import Problem
+from sclite.run import Report, Run
+
+LIBRARIES = "libraries.log"  # what the libraries print in processes of their own
+
+
+@dataclass
+class World:
+    """What a command works with. `prepare` registers a teacher of one's own with LiteLLM before the first call."""
+
+    config: Config
+    run: Run
+    screen: Screen
+    prepare: Callable[[], None] | None = None
+    problems: tuple[list[Problem], list[Problem]] | None = (
+        None  # (for SFT, kept for stage 2) where a caller has them
+    )
+    ask_before_paying: bool = False
+    dry: bool = False  # nothing is written and nobody is asked
+    apart: bool = False  # each stage that needs the card in a process of its own
+    reports: list[Report] = field(default_factory=list)
+
+    def on_card(self, work: Callable[..., Report], *arguments: Any, progress: Any) -> Report:
+        """What `work(config, run, *arguments, progress=..)` returns, in a process of its own where the world is `apart`.
+
+        An endpoint needs no card.
+        """
+        given = (self.config, self.run, *arguments)
+        if self.apart and self.config.attempts.kind != "endpoint":
+            from sclite.isolation import apart
+
+            return apart(work, *given, progress=progress, log=self.run.path(LIBRARIES))
+        return work(*given, progress=progress)
+
+    @contextmanager
+    def teacher(self, settings: Teacher | None = None) -> Iterator[Any]:
+        """The teacher's client over the run's ledger; with `settings`, that of another model."""
+        from sclite.teacher.client import Teacher as Client
+
+        with (
+            self._ledger() as ledger,
+            Client(settings or self.config.teacher, ledger, self.prepare) as teacher,
+        ):
+            yield teacher
+
+    @contextmanager
+    def _ledger(self) -> Iterator[Any]:
+        from sclite.teacher.ledger import FILE, Ledger
+
+        path = self.run.path(FILE)
+        with TemporaryDirectory() if self.dry and not path.is_file() else nullcontext() as empty:
+            if empty:
+                path = Path(empty) / FILE
+            with Ledger.reading(path) if self.dry and not empty else Ledger(path) as ledger:
+                yield ledger
+
+    def confirm(self, forecast: Any) -> bool:
+        """Show what the rest will cost and ask whether to go on; without a question asked, go on."""
+        cost = "an unknown sum" if forecast.cost_usd is None else f"about ${forecast.cost_usd:.2f}"
+        spent = "" if forecast.spent_usd is None else f" for ${forecast.spent_usd:.4f}"
+        return self.screen.confirm(
+            f"{forecast.rows} rows are done{spent}. The other {forecast.rows_left} will cost {cost}. Go on?"
+        )
+
+    @contextmanager
+    def student(self, adapter: str, stage: str) -> Iterator[Any]:
+        """The student of stage 2: whom `attempts.student` names, else the trained one with an adapter of the run.
+
+        `stage` names the rows in the ledger that an endpoint's replies become.
+        """
+        settings = self.config.attempts
+        if settings.kind == "trained":
+            with self.sampler(adapter) as student:
+                yield student
+        elif settings.kind == "gguf":
+            from sclite.student.llama_cpp.engine import Engine
+            from sclite.student.llama_cpp.probe import check_gguf
+
+            path = Path(settings.student)
+            if not path.is_file():
+                raise DataFault(
+                    f"attempts.student: {path} does not exist",
+                    "give the path of a GGUF file, or a LiteLLM model name",
+                )
+            check_gguf(path)
+            with Engine(path, context=self.config.eval.context) as student:
+                yield student
+        else:
+            from sclite.student.endpoint import Endpoint
+
+            with self.teacher(self._endpoint()) as client:
+                yield Endpoint(client, stage)
+
+    def _endpoint(self) -> Teacher:
+        """The client's settings for `attempts.student`: time limit and tries are the teacher's."""
+        settings = self.config.attempts
+        own = {"model": settings.student, "api_base": settings.api_base, "concurrency": settings.concurrency}
+        return self.config.teacher.model_copy(
+            update={**own, "temperature": None, "repairs": 0, "inspector": "", "price": settings.price}
+        )
+
+    @contextmanager
+    def sampler(self, adapter: str) -> Iterator[Any]:
+        """The trained student with an adapter of the run, in the fastest form at hand, freed afterwards.
+
+        On a card that is the trainable model in batches; without one llama.cpp is several times faster, where the
+        student can be written as GGUF without a converter.
+        """
+        import torch
+
+        from sclite.export import gguf_writer
+        from sclite.student.cuda_memory import free_memory
+        from sclite.student.loader import local_folder
+        from sclite.train.common import quiet
+
+        quiet(self.config.student)
+        if not torch.cuda.is_available() and gguf_writer.can_write(local_folder(self.config.student)):
+            with self._as_gguf(adapter) as student:
+                yield student
+            return
+        from sclite.student.hf_model import Trainable
+        from sclite.student.loader import load_student
+
+        model, tokenizer = load_student(self.config, "sft", self.run.path(adapter))
+        try:
+            yield Trainable(model, tokenizer, self.config.student.batch)
+        finally:
+            del model
+            free_memory()
+
+    @contextmanager
+    def _as_gguf(self, adapter: str) -> Iterator[Any]:
+        from sclite.export.gguf import convert
+        from sclite.export.merge import merge
+        from sclite.student.llama_cpp.engine import Engine
+        from sclite.student.llama_cpp.probe import check_gguf
+        from sclite.student.loader import local_folder
+
+        merged, gguf = self.run.path("export/sampling-merged"), self.run.path("export/sampling.gguf")
+        try:
+            merge(local_folder(self.config.student), self.run.path(adapter), merged, outtype="f16")
+            convert(merged, gguf, outtype="f16")
+            check_gguf(gguf)
+            with Engine(gguf, context=self.config.eval.context) as student:
+                yield student
+        finally:
+            shutil.rmtree(merged, ignore_errors=True)
+            gguf.unlink(missing_ok=True)
+
+    def add(self, report: Report, text: str) -> Report:
+        self.reports.append(report)
+        self.screen.done(report.stage, text, report.skipped)
+        return report

@@ -1,0 +1,124 @@
+"""What carries loss: rows of the run as the trainer sees them, token by token (`sclite show templates --labels`)."""
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+from rich.text import Text
+
+from sclite import prompts
+from sclite.config import Config
+from sclite.console import visible
+from sclite.errors import UsageFault
+from sclite.inspect.rows import Problems
+from sclite.records import Attempt, Pair, Review, Template
+from sclite.run import Run
+from sclite.student.loader import load_tokenizer, local_folder
+from sclite.student.tokenization import Encoded, encode_solution, end_id
+from sclite.trace import CAUSE, parse, work_of
+from sclite.train.bundle import build_bundles
+from sclite.train.warmup_rows import closed_row, continued_row, is_closed, review_row
+
+SHOWN = ("templates", "reviews", "pairs")
+LEGEND = {
+    "▸": "the tokens after it carry loss, up to the next dim ones",
+    "⟦": "tokens between ⟦ ⟧ weigh so many times",
+    "◆": "a decision comes next, to accuse the step or to close it; of pairs the odds of the two are trained",
+}
+"""Signs of a row, and what they mean."""
+
+
+class Labels:
+    """Rows as training sequences. Raises UsageFault for rows that are not trained on."""
+
+    def __init__(self, config: Config, run: Run, what: str):
+        if what not in SHOWN:
+            raise UsageFault(f"--labels: {what} are not trained on", f"show any of {', '.join(SHOWN)}")
+        self.config = config
+        self.tokenizer = load_tokenizer(str(local_folder(config.student)))
+        self.end = end_id(self.tokenizer)
+        self.problems = Problems(run)
+        self.works = (
+            {(a.id, a.sample): a for a in run.rows("attempts.jsonl", Attempt)} if what == "reviews" else {}
+        )
+
+    def sequences(self, row: Any) -> Iterator[tuple[str, Encoded]]:
+        """(name of the sequence, its tokens with their weights) of a row: of a pair both sides, of a correction three."""
+        folder = self.config.prompts.folder
+        match row:
+            case Template():
+                messages = prompts.solve_messages(row.question, folder)
+                yield "sft", encode_solution(self.tokenizer, messages, parse(row.trace).trace)
+            case Review():
+                question, work = self._question(row.id), work_of(self.works[row.id, row.sample].trace)
+                yield "review", review_row(self.tokenizer, question, work, row, self.config)
+                if row.step is not None:
+                    yield "continued", continued_row(self.tokenizer, question, row, self.config)
+                if is_closed(work, row):
+                    yield "closed", closed_row(self.tokenizer, question, work, row, self.config)
+            case Pair():
+                bundle = build_bundles(self.tokenizer, [row], {row.id: self._question(row.id)}, folder)[0]
+                yield (
+                    ("chosen" if row.kind == "content" else f"decision, {_choice(row)} chosen"),
+                    bundle.review,
+                )
+                if bundle.rejected is not None:
+                    yield "rejected", bundle.rejected
+
+    def _question(self, id: str) -> str:
+        problem = self.problems.get(id)
+        return problem.question if problem is not None else ""
+
+    def tokens(self, encoded: Encoded) -> list[dict[str, Any]]:
+        """[{"id", "text", "weight"}] of every token; `decision` marks those after which a decision is read."""
+        texts = [self.tokenizer.decode([id]) for id in encoded.ids]
+        marks = set(encoded.marks)
+        return [
+            {"id": id, "text": text, "weight": weight} | ({"decision": True} if place in marks else {})
+            for place, (id, text, weight) in enumerate(zip(encoded.ids, texts, encoded.weights, strict=True))
+        ]
+
+    def as_json(self, row: Any) -> dict[str, Any]:
+        found = {name: self.tokens(encoded) for name, encoded in self.sequences(row)}
+        return {"id": row.id, "end_of_turn": self.tokenizer.decode([self.end]), "sequences": found}
+
+    def page(self, row: Any, number: int, total: int) -> Text:
+        """One row: what carries no loss dim, what does green, heavier tokens yellow, the end of turn on green; decisions cyan."""
+        lines = Text().append(f"{number}/{total}  ", "dim").append(visible(row.id), "bold cyan")
+        for name, encoded in self.sequences(row):
+            carried = sum(weight > 0 for weight in encoded.weights)
+            told = f"\n{name}: {len(encoded.ids)} tokens, {carried} with loss"
+            if encoded.marks:
+                told += f", {len(encoded.marks)} decision{'s' * (len(encoded.marks) > 1)}"
+            lines.append(told, "bold").append(f", ends with {self.tokenizer.decode([encoded.ids[-1]])!r}\n")
+            lines.append_text(self._painted(encoded))
+        lines.append("\n")
+        for sign, meaning in LEGEND.items():
+            if sign in lines.plain:
+                lines.append(f"\n{sign}  {meaning}", "dim")
+        return lines.append("\n\n")
+
+    def _painted(self, encoded: Encoded) -> Text:
+        shown, marks = Text(), set(encoded.marks)
+        places = [
+            (id, weight, place in marks)
+            for place, (id, weight) in enumerate(zip(encoded.ids, encoded.weights, strict=True))
+        ]
+        for (weight, marked), group in groupby(places, key=lambda place: place[1:]):
+            ids = [id for id, *_ in group]
+            last = ids.pop() if weight and ids[-1] == self.end else None
+            text = visible(self.tokenizer.decode(ids))
+            if weight not in (0.0, 1.0):
+                text = f"⟦{text} ×{weight:g}⟧"
+            shown.append(text, "dim" if not weight else "green" if weight == 1 else "bold yellow")
+            if last is not None:
+                shown.append(visible(self.tokenizer.decode([last])), "black on green")
+            if marked:
+                shown.append("◆", "bold cyan")
+            elif not weight and any(encoded.weights):
+                shown.append("▸", "bold cyan")
+        return shown
+
+
+def _choice(pair: Pair) -> str:
+    return "to accuse" if pair.chosen == CAUSE else "to close the step"

@@ -1,0 +1,305 @@
+"""Where a run stands, read from its files alone: each stage's state, its counts, drops and cost, and what to type next.
+
+A stage is done when its signature fits what lies in the run and the configuration now; that its problems have changed
+at their source is seen only by `build-data`, which reads them.
+"""
+
+import shlex
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from sclite.config import Config
+from sclite.data import attempts, corrections, pairs, templates
+from sclite.data.problems import divide
+from sclite.data.sources import is_local
+from sclite.errors import DataFault, ScliteError
+from sclite.evaluate.results import summaries
+from sclite.export import stage as export
+from sclite.inspect.rows import require_folder
+from sclite.records import Drop, Problem
+from sclite.run import Run
+from sclite.settings import FILE as SETTINGS
+from sclite.signature import differences
+from sclite.teacher.ledger import FILE as LEDGER
+from sclite.teacher.ledger import Ledger
+from sclite.train import dpo, sft, warmup
+from sclite.train.metrics_logger import read_metrics
+
+DONE, STALE, HALF_WAY, NOT_BEGUN = "done", "stale", "half_way", "not_begun"
+OUTPUTS = {
+    "templates": "templates.jsonl",
+    "sft": "sft/adapter/adapter_model.safetensors",
+    "attempts": "attempts.jsonl",
+    "corrections": "reviews.jsonl",
+    "warmup": "warmup/adapter/adapter_model.safetensors",
+    "pairs": "pairs.jsonl",
+    "dpo": "dpo/adapter/adapter_model.safetensors",
+}
+"""The signed stages before export, in their order, and what each leaves in the run."""
+TRAINED, IMPORTED, EVAL = ("sft", "warmup", "dpo"), ("templates", "attempts", "corrections", "pairs"), "eval"
+
+
+@dataclass
+class Stage:
+    """One stage of a run. `rows` are those of an unfinished file, of `total` where that is known."""
+
+    state: str = NOT_BEGUN
+    why: list[str] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    rows: int | None = None
+    total: int | None = None
+    dropped: dict[str, int] = field(default_factory=dict)
+    seconds: float | None = None
+    cost_usd: float | None = None
+
+
+def status(config: Config, run: Run) -> dict[str, Any]:
+    """{"run", "busy", "stages": {name: fields of Stage}, "dropped", "ledger", "next"}; reads only, whoever holds the run.
+
+    "ledger" is None where nothing was asked, else its totals, and those of each stage under "stages". Raises DataFault
+    where the run folder does not exist.
+    """
+    require_folder(run)
+    dropped: dict[str, Counter[str]] = {}
+    for drop in run.rows("dropped.jsonl", Drop):
+        dropped.setdefault(drop.stage, Counter())[drop.reason] += 1
+    paid = _ledger(run)
+    stages = _stages(config, run, paid)
+    for name, stage in stages.items():
+        stage.dropped = dict(dropped.get(name, Counter()).most_common())
+        if stage.dropped and stage.state == NOT_BEGUN:
+            stage.state, stage.why = HALF_WAY, ["only drops so far"]
+        if paid and name in paid["stages"]:
+            stage.cost_usd = paid["stages"][name]["cost_usd"]
+    return {
+        "run": str(run.folder),
+        "busy": run.busy(),
+        "stages": {name: dict(vars(stage)) for name, stage in stages.items()},
+        "dropped": dict(sum(dropped.values(), Counter()).most_common()),
+        "ledger": paid,
+        "next": next_command(config, stages),
+    }
+
+
+def _ledger(run: Run) -> dict[str, Any] | None:
+    if not run.path(LEDGER).is_file():
+        return None
+    try:
+        with Ledger.reading(run.path(LEDGER)) as ledger:
+            by_stage = {name: ledger.totals(name) for name in (templates.STAGE, corrections.STAGE)}
+            return {**ledger.totals(), "stages": {name: t for name, t in by_stage.items() if t["requests"]}}
+    except DataFault as fault:
+        run.warn(f"{fault.message}; {fault.hint}")
+        return None
+
+
+# -- stages --------------------------------------------------------------------------------------------------------
+
+
+def _stages(config: Config, run: Run, paid: Mapping[str, Any] | None) -> dict[str, Stage]:
+    problems, first = [], Stage()
+    try:
+        problems = run.read("problems.jsonl", Problem)
+        first = Stage(DONE, counts={"problems": len(problems)}) if problems else Stage()
+    except DataFault as fault:
+        first = Stage(STALE, [fault.message])
+    sides, found = divide(config, problems), {"problems": first}
+    expected = _expected(config, run, sides)
+    totals = {"templates": len(problems), "attempts": len(sides[1]) * config.attempts.samples}
+    for name, output in OUTPUTS.items():
+        found[name] = _signed(config, run, name, output, expected[name]) or _unsigned(
+            run, name, paid, totals.get(name)
+        )
+    for name in export.ADAPTERS:
+        if (made := run.finished(f"export-{name}")) is not None:
+            # `--quant` holds for one export: what lies there counts in the quantization that it has
+            quant = config.export.model_copy(update={"quant": str(made["inputs"].get("quant"))})
+            own = config.model_copy(update={"export": quant})
+            output = f"export/{export.gguf_path(run, name, own).name}"
+            inputs = lambda name=name, own=own: export.inputs_of(own, run, name)  # noqa: E731
+            found[f"export-{name}"] = _signed(config, run, f"export-{name}", output, inputs)
+    if not any(name.startswith("export-") for name in found):
+        found["export"] = Stage()
+    found[EVAL] = _evaluation(config, run)
+    _pass_on(found)
+    return found
+
+
+def _expected(
+    config: Config, run: Run, sides: tuple[list[Problem], list[Problem]]
+) -> dict[str, Callable[[], dict]]:
+    """By stage, what its signature must hold now."""
+    kept, all_of_them = frozenset(problem.id for problem in sides[1]), [*sides[0], *sides[1]]
+    tried = all_of_them if config.attempts.source else sides[1]  # brought along: at any problem of the run
+    return {
+        "templates": lambda: templates.inputs_of(config, all_of_them),
+        "sft": lambda: sft.inputs_of(config, run, kept),
+        "attempts": lambda: attempts.inputs_of(config, run, tried),
+        "corrections": lambda: corrections.inputs_of(config, run),
+        "warmup": lambda: warmup.inputs_of(config, run, kept),
+        "pairs": lambda: pairs.inputs_of(config, run),
+        "dpo": lambda: dpo.inputs_of(config, run, kept),
+    }
+
+
+def _signed(config: Config, run: Run, name: str, output: str, expected: Callable[[], dict]) -> Stage | None:
+    """A stage that has its signature: done, stale, or half-way where requests went unanswered; None without one."""
+    manifest = run.finished(name)
+    if manifest is None:
+        return None
+    stage = Stage(DONE, counts=manifest["counts"], seconds=manifest["seconds"], cost_usd=manifest["cost_usd"])
+    held = dict(manifest["inputs"])
+    unanswered = held.pop("unanswered", 0)
+    if unanswered:
+        stage.state, stage.why = HALF_WAY, [f"{unanswered} without a reply"]
+    try:
+        wanted = expected()
+    except ScliteError as fault:  # such as a prompt file that is gone: the stage itself would stop at it
+        stage.why.append(fault.message)
+    else:
+        signed = (held, wanted)
+        before, now = ({k: v for k, v in d.items() if k in wanted} for d in signed)
+        stage.why += differences(before, now)
+    stage.why += run.damaged(manifest)
+    if not run.path(output).exists():
+        stage.why.append(f"{output} is gone")
+    if stage.why and not unanswered:
+        stage.state = STALE
+    return stage
+
+
+def _unsigned(run: Run, name: str, paid: Mapping[str, Any] | None, total: int | None) -> Stage:
+    """A stage without a signature: imported, half-way, or not begun."""
+    begun = run.path(templates.BEGUN if name == "templates" else f"{name}.begun.json").is_file()
+    if not begun and name == "sft" and run.path(OUTPUTS[name]).is_file():
+        return Stage(DONE, counts={"imported": 1})
+    if not begun and name in IMPORTED and (rows := _count(run, OUTPUTS[name])):
+        return Stage(DONE, counts={Path(OUTPUTS[name]).stem: rows, "imported": rows})
+    rows = _rows_so_far(run, name)
+    if not rows and name == "corrections" and paid and name in paid["stages"]:
+        return Stage(HALF_WAY, [f"{paid['stages'][name]['requests']} replies in the ledger"])
+    return Stage(HALF_WAY, rows=rows, total=total or None) if rows else Stage()
+
+
+def _rows_so_far(run: Run, name: str) -> int:
+    """Rows of a file that is being written; for a training stage the optimizer step that was logged last."""
+    if name not in TRAINED:
+        return _count(run, OUTPUTS[name])
+    rows = read_metrics(run.path(f"{name}/metrics.jsonl"))
+    return max((row["step"] for row in rows if row["phase"] == name), default=0)
+
+
+def _count(run: Run, name: str) -> int:
+    """The whole lines of a file, 0 where it is absent."""
+    path = run.path(name)
+    if not path.is_file():
+        return 0
+    with open(path, "rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+
+
+class Measured(BaseModel):
+    """Of a student's figures, what tells whether its GGUF is still the one that was evaluated (see measure.evaluate)."""
+
+    file: str
+    bytes: int
+    made_from: str
+    threshold: float | None = None
+
+
+class Summary(BaseModel):
+    """Of the summary of an evaluation, what the status needs."""
+
+    models: dict[str, Measured]
+    n: int
+    folder: str
+
+
+def _evaluation(config: Config, run: Run) -> Stage:
+    """Done when each student's GGUF is the one of its newest evaluation, by what it was made from and its size."""
+    found = summaries(run, Summary)
+    if not found:
+        return Stage()
+    others = [
+        name
+        for name, measured in found[0].models.items()
+        if measured.made_from != export.made_from(config, run, name)
+        or not (path := run.path(f"export/{measured.file}")).is_file()
+        or path.stat().st_size != measured.bytes
+    ]
+    why = [f"{', '.join(others)}: another GGUF lies there now"] if others else []
+    thresholds = sum(measured.threshold is not None for measured in found[0].models.values())
+    counts = {f"problems in {each.folder}": each.n for each in found}
+    return Stage(STALE if why else DONE, why, {**counts, "thresholds": thresholds})
+
+
+def _pass_on(stages: dict[str, Stage]) -> None:
+    """What was made from something stale is stale too."""
+    before = None
+    for name, stage in stages.items():
+        if before and stage.state == DONE:
+            stage.state, stage.why = STALE, [f"{before} comes before it"]
+        if stage.state == STALE and before is None:
+            before = name
+
+
+# -- what to type next ---------------------------------------------------------------------------------------------
+
+
+def next_command(config: Config, stages: Mapping[str, Stage]) -> str:
+    """The command that takes the run on from its first unfinished stage, or which keys it wants set first."""
+    name = next(
+        (name for name, stage in stages.items() if stage.state != DONE and _possible(config, name)), None
+    )
+    words, needed = _words(config, name, stages)
+    if needed and not Path(SETTINGS).is_file():
+        return "sclite init"
+    if needed:
+        return f"set {' and '.join(needed)} in {SETTINGS}"
+    named = ["--run", config.run] if config.run != Config.model_fields["run"].default else []
+    return shlex.join([*words, *named])
+
+
+def _possible(config: Config, name: str) -> bool:
+    """Whether a stage can be done at all: nothing is evaluated without problems for it."""
+    source = config.eval.source
+    missing = is_local(source) and not Path(source).expanduser().is_file()
+    return name != "eval" or config.teacher.embedded or (bool(source) and not missing)
+
+
+def _words(config: Config, name: str | None, stages: Mapping[str, Stage]) -> tuple[list[str], list[str]]:
+    """The command of a stage, and the keys that it needs and that have no value."""
+    if name is None:
+        reviews = config.review.mode == "free" or config.review.threshold is not None
+        fitted = reviews or stages[EVAL].counts.get("thresholds")
+        return ["sclite", "chat", *(["--self-correct"] if fitted else [])], []
+    if config.teacher.embedded:
+        return ["sclite", "quickstart"], []
+    teacher = [] if config.teacher.model else ["teacher.model"]
+    if name in ("problems", "templates"):
+        source = config.problems.source or stages["problems"].state == DONE
+        again = any("prompts" in why or "teacher" in why for why in stages["templates"].why)
+        needed = teacher if source else ["problems.source", *teacher]
+        return ["sclite", "build-data", *(["--fresh"] if again else [])], needed
+    if name in OUTPUTS and _corrects_others(config, stages):
+        return ["sclite", "build-data", "--only", "corrections"], teacher
+    if name in OUTPUTS:
+        retrained = name in TRAINED and stages[name].state == STALE
+        student = [] if config.student.model else ["student.model"]
+        corrected = stages["corrections"].state == DONE or stages["pairs"].state == DONE
+        fresh = ["--fresh"] if retrained else []
+        return ["sclite", "train", *fresh], [*student, *([] if corrected else teacher)]
+    return ["sclite", "eval" if name == EVAL else "export"], []
+
+
+def _corrects_others(config: Config, stages: Mapping[str, Stage]) -> bool:
+    """Whether the run has begun on the mistakes of another student than its own, which it need not train for."""
+    others = bool(config.attempts.source or config.attempts.student)
+    begun = stages["attempts"].state != NOT_BEGUN and stages["sft"].state == NOT_BEGUN
+    last = "corrections" if config.attempts.source else "pairs"
+    return others and begun and stages[last].state != DONE

@@ -1,0 +1,96 @@
+"""`sclite show` and `sclite status` in the terminal: tables, and pages of rows."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sclite import console
+from sclite.config import Config
+from sclite.errors import UsageFault
+from sclite.inspect import rows
+from sclite.inspect.rows import Choice
+from sclite.run import Run
+
+
+def show(run: Run, choice: Choice, as_json: bool) -> None:
+    """The chosen rows, paged in a terminal; as JSON one object {"what", "total", "rows"}."""
+    total, chosen = rows.choose(run, choice)
+    if as_json:
+        head = {"what": choice.what, "total": total}
+        console.print_json_rows(head, (row.model_dump(mode="json") for _, row in chosen))
+        return
+    if not total:
+        console.say(f"No such {choice.what} in {console.plain(str(run.folder))}.")
+        return
+    if choice.first > total:
+        raise UsageFault(f"--from {choice.first}: {total} {choice.what} fit", f"--from goes up to {total}")
+    from sclite.inspect.row_text import page
+
+    problems = rows.Problems(run)
+    console.page(page(row, number, total, problems) for number, row in chosen)
+
+
+def labels(config: Config, run: Run, choice: Choice, as_json: bool) -> None:
+    """The chosen rows as the trainer sees them, token by token; the first one where nothing else is asked for."""
+    from dataclasses import replace
+
+    from sclite.inspect.labels import Labels
+
+    if choice.limit is None and choice.id is None:
+        choice = replace(choice, limit=1)
+    total, chosen = rows.choose(run, choice)
+    made = Labels(config, run, choice.what)
+    if as_json:
+        head = {"what": choice.what, "total": total}
+        console.print_json_rows(head, (made.as_json(row) for _, row in chosen))
+        return
+    console.page(made.page(row, number, total) for number, row in chosen)
+
+
+def contents(run: Run, as_json: bool) -> None:
+    """What there is to look at, with counts."""
+    found = rows.overview(run)
+    if as_json:
+        console.print_json({"what": None, "total": len(found), "rows": found})
+        return
+    lines = [
+        (f"sclite show {each['what']}", _counted(each["reasons"] or each["kinds"]), f"{each['rows']:,}")
+        for each in found
+    ]
+    console.table(str(run.folder), ("what to look at", "of which", "rows"), lines, texts=2)
+
+
+def standing(figures: Mapping[str, Any], as_json: bool) -> None:
+    """Where a run stands."""
+    if as_json:
+        console.print_json(figures)
+        return
+    lines = [_stage_line(name, stage) for name, stage in figures["stages"].items()]
+    title = f"{figures['run']}{': a sclite process is at work on it' if figures['busy'] else ''}"
+    console.table(title, ("stage", "state", "what", "left out", "seconds", "$"), lines, texts=3)
+    if figures["dropped"]:
+        console.say(f"Left out: {_counted(figures['dropped'])} (`sclite show drops`)")
+    if paid := figures["ledger"]:
+        unknown = f", {paid['unpriced']:,} of unknown price" if paid["unpriced"] else ""
+        tokens = f"{paid['prompt_tokens']:,} tokens in, {paid['completion_tokens']:,} out"
+        console.say(f"Paid for: {paid['requests']:,} requests, {tokens}, ${paid['cost_usd']:.4f}{unknown}")
+    when = " when that process has ended" if figures["busy"] else ""
+    console.say(f"Next{when}: [bold cyan]{console.plain(figures['next'])}[/]", whole=True)
+
+
+def _stage_line(name: str, stage: Mapping[str, Any]) -> tuple[str, ...]:
+    colour = {"done": "green", "stale": "yellow", "half_way": "yellow", "not_begun": "dim"}[stage["state"]]
+    total = f" of {stage['total']:,}" if stage["total"] else ""
+    so_far = [f"{stage['rows']:,}{total} so far"] if stage["rows"] else []
+    counts = [f"{count:,} {what.replace('_', ' ')}" for what, count in stage["counts"].items()]
+    return (
+        name,
+        f"[{colour}]{stage['state'].replace('_', '-' if stage['state'] == 'half_way' else ' ')}[/]",
+        console.plain("; ".join([*stage["why"], *so_far, ", ".join(counts)]).strip("; ")),
+        f"{sum(stage['dropped'].values()):,}" if stage["dropped"] else "",
+        "" if stage["seconds"] is None else f"{stage['seconds']:,.1f}",
+        "" if stage["cost_usd"] is None else f"{stage['cost_usd']:.4f}",
+    )
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {console.plain(name.replace('_', ' '))}" for name, count in counts.items())

@@ -1,0 +1,262 @@
+"""Many sequences at once in one llama.cpp context: slots, mixed batches, shared prefixes.
+
+A sequence is fed from `fed` to the end of its ids; prefill and decoding are the same act. A finished sequence's slot goes
+to the next one in the queue before the next batch, so a batch is always as full as the queue allows. What a slot has in
+the cache stays there until it is needed, and a new sequence that begins like it copies that part instead of computing it.
+"""
+
+import ctypes
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from threading import RLock
+
+import numpy as np
+
+from sclite.errors import DeviceFault
+from sclite.student.llama_cpp.sequence import Sequence
+
+WORTH_SHARING = 16
+"""A common beginning of fewer tokens is computed anew."""
+
+
+@dataclass(eq=False)
+class _Slot:
+    number: int
+    sequence: Sequence | None = None
+    kept: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    freed_at: int = 0
+
+    def held(self) -> tuple[np.ndarray, int]:
+        """Ids of this slot and how many of them lie in the cache."""
+        if self.sequence is None:
+            return self.kept, len(self.kept)
+        return self.sequence.prompt, min(self.sequence.fed, len(self.sequence.prompt))
+
+
+class Scheduler:
+    """Feeds sequences to one llama.cpp context. Several runs may be under way at once, also from several threads."""
+
+    def __init__(self, api, context, vocabulary, *, slots: int, cells: int, unified: bool, shares: bool):
+        """`cells` is the whole cache in tokens; `unified`: one cache for all slots, else an equal part for each."""
+        self.api, self.context, self.vocabulary = api, context, vocabulary
+        self.memory = api.llama_get_memory(context)
+        self.cells, self.unified, self.shares = cells, unified, shares
+        self.slots = [_Slot(number) for number in range(slots)]
+        self.waiting: deque[Sequence] = deque()
+        self.active: list[_Slot] = []
+        self.steps = self.fed_tokens = self.shared_tokens = self.preempted = 0
+        self._lock = RLock()
+        self._seen: tuple[int | None, int] = (None, 0)
+        self._build_batch(api.llama_n_batch(context))
+
+    def run(self, sequences: Iterable[Sequence]) -> Iterator[Sequence]:
+        """Yield each sequence when it is finished. Sequences of the newest run go first."""
+        sequences, done = list(sequences), deque()
+        for sequence in sequences:
+            sequence.done = done
+        with self._lock:
+            self.waiting.extendleft(reversed(sequences))
+        try:
+            for _ in sequences:
+                while not done:
+                    with self._lock:
+                        if not done:
+                            self._step()
+                yield done.popleft()
+        finally:
+            with self._lock:
+                self._abandon(done)
+
+    def _abandon(self, done: deque) -> None:
+        """Forget the unfinished sequences of a run whose reader went away."""
+        self.waiting = deque(sequence for sequence in self.waiting if sequence.done is not done)
+        for slot in [slot for slot in self.active if slot.sequence.done is done]:
+            self._release(slot)
+
+    def _step(self) -> None:
+        self._admit()
+        spans = self._fill()
+        code = self.api.llama_decode(self.context, self.batch)
+        if code == 1:
+            self._make_room()
+            return
+        if code != 0:
+            self.clear()
+            raise DeviceFault(
+                f"llama.cpp could not compute a batch of {self.batch.n_tokens} tokens (code {code})",
+                "use fewer parallel sequences, a shorter context, or fewer GPU layers",
+            )
+        self.steps += 1
+        self.fed_tokens += self.batch.n_tokens
+        self._read(spans)
+
+    def _read(self, spans: list) -> None:
+        """Give the logits of the last batch to their sequences, and free the slots of those that are finished."""
+        total = sum(len(positions) for _, _, positions in spans)
+        if total:
+            rows = self._logits(total)
+            best = rows.argmax(axis=1)
+        row = 0
+        for slot, stop, positions in spans:
+            sequence = slot.sequence
+            sequence.fed = stop
+            if positions:
+                end = row + len(positions)
+                sequence.take(positions, rows[row:end], best[row:end], self.vocabulary)
+                row = end
+                if sequence.finish:
+                    self._finish(slot)
+
+    def _logits(self, count: int) -> np.ndarray:
+        """The logits of the last batch, [count, vocabulary]. llama.cpp mostly keeps them at one place."""
+        pointer = self.api.llama_get_logits(self.context)
+        place = ctypes.cast(pointer, ctypes.c_void_p).value
+        if (place, count) != self._seen:
+            self._seen = place, count
+            self._rows = np.ctypeslib.as_array(pointer, (count, self.vocabulary.size))
+        return self._rows
+
+    # -- slots
+
+    def _admit(self) -> None:
+        """Put waiting sequences into free slots, as far as the cache has room."""
+        free = [slot for slot in self.slots if slot.sequence is None]
+        while self.waiting and free:
+            sequence = self.waiting[0]
+            source, common, ready = self._longest_beginning(sequence)
+            if common - ready >= WORTH_SHARING:
+                return  # the same beginning is being computed just now: a batch later it is a copy
+            if self.unified and self.active and self._planned() + len(sequence.ids) - ready + 32 > self.cells:
+                return
+            self.waiting.popleft()
+            slot = source if source in free else min(free, key=lambda s: (len(s.kept) > 0, s.freed_at))
+            free.remove(slot)
+            self._copy_beginning(source, slot, ready)
+            slot.sequence, sequence.fed, sequence.shared = sequence, ready, ready
+            self.shared_tokens += ready
+            self.active.append(slot)
+
+    def _planned(self) -> int:
+        """Cells that the active sequences fill, with room to go on."""
+        return sum(len(slot.sequence.ids) - slot.sequence.shared + 32 for slot in self.active)
+
+    def _longest_beginning(self, sequence: Sequence) -> tuple[_Slot | None, int, int]:
+        """The slot that begins most like the sequence; tokens in common; how many of these are in its cache."""
+        source, common, ready = None, 0, 0
+        if not self.shares:
+            return source, common, ready
+        ids = sequence.prompt
+        most = min(len(ids), sequence.first_read)
+        for slot in self.slots:
+            held, cached = slot.held()
+            length = min(len(held), most)
+            if length < max(WORTH_SHARING, common):
+                continue
+            different = held[:length] != ids[:length]
+            length = int(different.argmax()) if different.any() else length
+            if length >= WORTH_SHARING and (length, min(cached, length)) > (common, ready):
+                source, common, ready = slot, length, min(cached, length)
+        return source, common, ready if ready >= WORTH_SHARING else 0
+
+    def _copy_beginning(self, source: _Slot | None, slot: _Slot, count: int) -> None:
+        """Make the cache of `slot` the first `count` tokens of `source`."""
+        if not count or source is not slot:
+            self.api.llama_memory_seq_rm(self.memory, slot.number, -1, -1)
+        if count and source is not slot:  # caches of one slot each can only be copied whole
+            end = count if self.unified else -1
+            self.api.llama_memory_seq_cp(
+                self.memory, source.number, slot.number, 0 if self.unified else -1, end
+            )
+        if count:
+            self.api.llama_memory_seq_rm(self.memory, slot.number, count, -1)
+
+    def _finish(self, slot: _Slot) -> None:
+        sequence = slot.sequence
+        self._release(slot)
+        sequence.done.append(sequence)
+
+    def _release(self, slot: _Slot) -> None:
+        sequence = slot.sequence
+        slot.kept = np.array(sequence.ids[: sequence.fed], dtype=np.int32)
+        slot.sequence, slot.freed_at = None, self.steps
+        self.active.remove(slot)
+
+    def _forget(self, slot: _Slot) -> None:
+        self.api.llama_memory_seq_rm(self.memory, slot.number, -1, -1)
+        slot.kept = slot.kept[:0]
+
+    def _make_room(self) -> None:
+        """The unified cache is full: drop what idle slots keep, else put the youngest sequence back into the queue."""
+        idle = [slot for slot in self.slots if slot.sequence is None and len(slot.kept)]
+        for slot in idle:
+            self._forget(slot)
+        if idle:
+            return
+        slot = self.active[-1]
+        sequence = slot.sequence
+        if len(self.active) == 1:
+            sequence.finish, sequence.error = (
+                "error",
+                f"the cache of {self.cells} tokens is too small for this request",
+            )
+            self._finish(slot)
+        else:
+            self._release(slot)
+            self.preempted += 1
+            sequence.read.clear()
+            self.waiting.appendleft(sequence)
+        self._forget(slot)
+
+    def clear(self) -> None:
+        """Empty the cache; every sequence under way ends with an error."""
+        self.api.llama_memory_clear(self.memory, True)
+        for slot in list(self.active):
+            slot.sequence.finish, slot.sequence.error = "error", "llama.cpp could not compute the batch"
+            self._finish(slot)
+        for slot in self.slots:
+            slot.kept = slot.kept[:0]
+
+    # -- the batch
+
+    def _build_batch(self, size: int) -> None:
+        """A llama_batch over numpy arrays, so that filling it costs slices and not a call for each token."""
+        self.size = size
+        self.tokens, self.positions, self.owners = (np.zeros(size, np.int32) for _ in range(3))
+        self.outputs, counts = np.zeros(size, np.int8), np.ones(size, np.int32)
+        pointers = (self.owners.ctypes.data + 4 * np.arange(size)).astype(np.uintp)
+        self._alive = (counts, pointers)
+        fields = zip(
+            ("token", "pos", "n_seq_id", "seq_id", "logits"),
+            (self.tokens, self.positions, counts, pointers, self.outputs),
+            strict=True,
+        )
+        self.batch = self.api.llama_batch()
+        for name, array in fields:
+            kind = dict(self.batch._fields_)[name]
+            setattr(self.batch, name, ctypes.cast(array.ctypes.data, kind))
+
+    def _fill(self) -> list[tuple[_Slot, int, list[int]]]:
+        """Fill the batch: sequences that decode first, then prompts. Returns (slot, fed up to, positions read).
+
+        In order of slots: llama.cpp computes neighbours together, and others one after the other.
+        """
+        count, spans = 0, []
+        for slot in sorted(self.active, key=lambda s: (len(s.sequence.ids) - s.sequence.fed > 1, s.number)):
+            sequence = slot.sequence
+            start = sequence.fed
+            stop = min(len(sequence.ids), start + self.size - count)
+            if stop == start:
+                break
+            end = count + stop - start
+            self.tokens[count:end] = sequence.ids[start:stop]
+            self.positions[count:end] = range(start, stop)
+            self.owners[count:end] = slot.number
+            self.outputs[count:end] = 0
+            wanted = sequence.wanted(start, stop)
+            for position in wanted:
+                self.outputs[count + position - start] = 1
+            spans.append((slot, stop, wanted))
+            count = end
+        self.batch.n_tokens = count
+        return spans

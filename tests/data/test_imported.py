@@ -1,0 +1,301 @@
+"""What is put into the run takes the place of its stage; labelled work becomes corrections without any student."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from sclite import config, pipeline
+from sclite.context import World
+from sclite.data.pairs import build_pairs
+from sclite.errors import DataFault
+from sclite.grading.worker import Grader
+from sclite.progress import Screen
+from sclite.records import Attempt, Pair, Problem, Review, Template
+from sclite.settings import load
+from sclite.student.base import Reply
+from sclite.trace import CAUSE, Step, Trace, parse, render
+from sclite.train.sft import train_sft
+from sclite.train.warmup import train_warmup
+from tests.replay import Teaching, say
+
+STEPS = ("There are 4 boxes", "They hold 4 * 6 = 24", "24 + 9 = 33", "So 33 in all")
+COUNT = 12
+
+
+def problem(number: int) -> dict:
+    return {"question": f"Task {number}: 4 boxes of 6, and 9?", "answer": "33", "solution": "24 + 9 = 33"}
+
+
+def labelled(number: int) -> dict:
+    """Work whose first wrong step is 1, 2, 3 or 4; the steps after it follow from it."""
+    label = number % 4 + 1
+    steps = [*STEPS[: label - 1], *(f"{step} or so 9{number}" for step in STEPS[label - 1 :])]
+    return {"question": problem(number)["question"], "steps": steps, "first_error_step": label}
+
+
+def teach(request, nth):
+    """Finds the first wrong step, once at another place, and once ends in a wrong answer."""
+    asked = request["messages"][-1]["content"]
+    number = int(asked.split("Task ")[1].split(":")[0])
+    label = labelled(number)["first_error_step"]
+    at = label % 4 + 1 if number == 3 and "could not be used" not in asked else label
+    pieces = [f"<Step{n}>{text}\n</Step{n}>\n" for n, text in enumerate(labelled(number)["steps"][:at], 1)]
+    pieces[-1] = pieces[-1].replace(
+        "</Step", f"{CAUSE}No.</Cause>\n<Correction>{STEPS[at - 1]}</Correction>\n</Step"
+    )
+    pieces += [f"<Step{n}>{text}\n</Step{n}>\n" for n, text in enumerate(STEPS[at:], at + 1)]
+    said = 34 if number == 5 else 33
+    return say("".join(pieces) + f"<Generalized>Go on.</Generalized>\n<Answer>{said}</Answer>")
+
+
+class Student:
+    """Its own corrections are wrong, but for every third, which is right."""
+
+    def __init__(self):
+        self.written = 0
+
+    def generate(self, requests):
+        for index, request in enumerate(requests):
+            if request.pieces[-1] == CAUSE:
+                self.written += 1
+                text = f"Hm.</Cause>\n<Correction>own {self.written % 3 == 0}</Correction>\n"
+            else:
+                said = 33 if "own True" in "".join(request.pieces) else 35
+                text = f"<Step9>so {said}\n</Step9>\n<Answer>{said}</Answer>"
+            yield Reply(index, text, 8, 30, "stop")
+
+
+def world_of(run, *given: str) -> World:
+    return World(load(None, given, {}, own_file=False), run, Screen(quiet=True))
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_labelled_work_is_corrected_at_its_label_without_a_student_and_no_pair_ends_wrong(
+    run, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    source = write(tmp_path / "p.jsonl", map(problem, range(COUNT)))
+    mine = write(tmp_path / "mine.jsonl", map(labelled, range(COUNT)))
+    with Teaching(teach) as server:
+        given = (f"problems.source={source}", f"attempts.source={mine}", "teacher.model=openai/replay")
+        world = world_of(run, *given, f"teacher.api_base={server.url}", "teacher.repairs=1")
+        report = pipeline.build_corrections(world)
+    assert report.dropped == {"wrong_answer": 1}  # task 5; task 3 was asked twice
+    assert report.counts["corrected"] == COUNT - 1  # problems of both stages, not only of the second
+    with Grader() as grader:
+        build_pairs(world.config, run, student=Student(), grader=grader)
+        tasks = {p.id: int(p.question.split()[1][:-1]) for p in run.read("problems.jsonl", Problem)}
+        pairs = run.read("pairs.jsonl", Pair)
+        assert {p.kind for p in pairs} == {"decision", "content"}
+        for pair in pairs:
+            row = labelled(tasks[pair.id])
+            work = parse(pair.attempt).trace
+            assert [step.text for step in work.steps] == row["steps"]
+            assert (pair.step == row["first_error_step"]) is (CAUSE in (pair.chosen, *pair.prefix))
+            assert (
+                "".join(pair.prefix).removesuffix(CAUSE) == render(work).partition(f"</Step{pair.step}>")[0]
+            )
+            if pair.kind == "content" and pair.origin == "student":
+                assert "own True" in pair.chosen
+        for review in run.read("reviews.jsonl", Review):
+            assert grader.equal(parse(review.trace).trace.answer, "33") is True
+
+
+def test_where_problems_and_attempts_are_gone_since_the_run_continues_without_them(
+    run, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    source = write(tmp_path / "p.jsonl", map(problem, range(COUNT)))
+    mine = write(tmp_path / "mine.jsonl", map(labelled, range(COUNT)))
+    with Teaching(teach) as server:
+        given = (f"problems.source={source}", f"attempts.source={mine}", "teacher.model=openai/replay")
+        given = (*given, f"teacher.api_base={server.url}", "teacher.repairs=1")
+        made = pipeline.build_corrections(world_of(run, *given))
+        asked = len(server.requests)
+        source.unlink()
+        mine.unlink()
+        world = world_of(run, *given)
+        pipeline.check_sources(world)
+        again = pipeline.build_corrections(world)
+        assert len(server.requests) == asked
+    assert again.skipped
+    assert again.counts == made.counts
+
+
+# -- rows in the run folder ----------------------------------------------------------------------------------------
+
+WORK = Trace((Step("48 + 24 = 72"), Step("72 / 2 = 38")), None, "38")
+ATTEMPT = Attempt(id="p0", sample=0, trace=render(WORK), answer="38", correct=False, first_error=2)
+NOTED = Trace((WORK.steps[0], Step("72 / 2 = 38", None, "2 * 38 is 76.", "72 / 2 = 36")), None, "36")
+REVIEW = Review(
+    id="p0", sample=0, step=2, cause="2 * 38 is 76.", correction="72 / 2 = 36", trace=render(NOTED)
+)
+PREFIX = ("<Step1>48 + 24 = 72\n", "</Step1>\n", "<Step2>72 / 2 = 38\n")
+DECISION = Pair(
+    id="p0", sample=0, step=2, kind="decision", attempt=ATTEMPT.trace, prefix=PREFIX, chosen=CAUSE, rejected="</Step2>\n"
+)  # fmt: skip
+CONTENT = DECISION.model_copy(
+    update={
+        "kind": "content",
+        "prefix": (*PREFIX, CAUSE),
+        "chosen": "a</Cause>\n<Correction>b</Correction>\n",
+        "rejected": "c",
+    }
+)
+
+
+@pytest.fixture
+def filled(run):
+    run.replace("problems.jsonl", [Problem(id="p0", question="Half of 48 + 24?", answer="36")])
+    run.replace("attempts.jsonl", [ATTEMPT])
+    return run
+
+
+def test_attempts_and_reviews_in_the_run_need_neither_student_nor_teacher(filled):
+    filled.replace("reviews.jsonl", [REVIEW])
+    report = pipeline.build_corrections(world_of(filled))
+    assert report.skipped
+    assert report.counts == {"corrected": 1, "confirmed": 0, "brought_along": 1}
+    assert filled.read("reviews.jsonl", Review) == [REVIEW]
+
+
+def test_attempts_in_the_run_are_corrected(filled, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    before = filled.path("attempts.jsonl").read_bytes()
+    with Teaching(lambda request, nth: say(render(NOTED))) as server:
+        world = world_of(filled, "teacher.model=openai/replay", f"teacher.api_base={server.url}")
+        report = pipeline.build_corrections(world)
+    assert report.counts["corrected"] == 1
+    assert filled.path("attempts.jsonl").read_bytes() == before
+    filled.path("done/corrections.json").unlink()  # as after a kill before the signature
+    assert not filled.brought_along("corrections", "reviews.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"id": "p9"}, "no problem has this id"),
+        ({"sample": 0}, "sample 0 is there already"),
+        ({"first_error": 3}, "first_error is 3, but it has 2 steps"),
+        ({"correct": True}, "first_error is 2, but correct is True"),
+        ({"first_error": 0}, "first_error is 0, but correct is False"),
+    ],
+)
+def test_an_attempt_in_the_run_that_does_not_fit_is_named(filled, change, said):
+    filled.replace("attempts.jsonl", [ATTEMPT, ATTEMPT.model_copy(update={"sample": 1, **change})])
+    with pytest.raises(DataFault, match=r"attempts\.jsonl, row 2 \(p\d\): " + said) as fault:
+        pipeline.build_corrections(world_of(filled))
+    assert fault.value.hint
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"sample": 4}, "attempts.jsonl has no attempt of this id and sample 4"),
+        ({"step": 1}, "step is 1, but its trace corrects 2"),
+        ({"step": None}, "step is None, but its trace corrects 2"),
+        ({"trace": "<Step1>x"}, "missing closer"),
+        ({"trace": render(NOTED).replace("48 + 24", "24 + 48")}, "step 1 must stand as the student wrote it"),
+        ({"cause": None}, "cause or correction is missing"),
+    ],
+)
+def test_a_review_in_the_run_that_does_not_fit_is_named(filled, change, said):
+    filled.replace("reviews.jsonl", [REVIEW.model_copy(update=change)])
+    with pytest.raises(DataFault, match=r"reviews\.jsonl, row 1 \(p0\): " + said) as fault:
+        pipeline.build_corrections(world_of(filled))
+    assert fault.value.hint
+
+
+def test_pairs_in_the_run_take_the_place_of_the_stage(filled):
+    filled.replace("pairs.jsonl", [DECISION, CONTENT])
+    report = pipeline.build_pairs(world_of(filled))
+    assert report.skipped
+    assert report.counts == {"decision": 1, "content": 1, "brought_along": 2}
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([DECISION.model_copy(update={"id": "p9"})], r"row 1 \(p9\): no problem has this id"),
+        ([DECISION, CONTENT, CONTENT], r"row 3 \(p0\): a second content"),
+        ([CONTENT], "its attempt has no decision"),
+        ([DECISION.model_copy(update={"step": 3})], "step 3 is not among the attempt's 2"),
+        ([DECISION.model_copy(update={"step": 1})], "prefix is not the attempt up to step 1"),
+        (
+            [DECISION.model_copy(update={"prefix": ("".join(PREFIX),)})],
+            "prefix is not the attempt up to step 2",
+        ),
+        ([DECISION.model_copy(update={"rejected": "</Step2>"})], "its sides are not"),
+        ([DECISION, CONTENT.model_copy(update={"rejected": CONTENT.chosen})], "both sides are alike"),
+        ([DECISION, CONTENT.model_copy(update={"chosen": "a</Cause>\nb\n"})], "chosen is not a cause"),
+    ],
+)
+def test_a_pair_in_the_run_that_cannot_be_trained_on_is_named(filled, rows, said):
+    filled.replace("pairs.jsonl", rows)
+    with pytest.raises(DataFault, match=said) as fault:
+        pipeline.build_pairs(world_of(filled))
+    assert fault.value.hint
+
+
+def test_pairs_that_this_program_wrote_are_not_taken_for_ones_brought_along(filled):
+    """A kill between the rows and the signature must not turn them into the user's."""
+    filled.replace("reviews.jsonl", [REVIEW])
+    with Grader() as grader:
+        build_pairs(config.Config(), filled, student=Student(), grader=grader)
+    filled.path("done/pairs.json").unlink()
+    assert not filled.brought_along("pairs", "pairs.jsonl")
+
+
+def test_templates_in_the_run_need_no_problems(run):
+    trace = "<Step1>x\n</Step1>\n<Generalized>g</Generalized>\n<Answer>1</Answer>"
+    run.replace("templates.jsonl", [Template(id="t", question="q", answer="1", trace=trace)])
+    assert pipeline.build_templates(world_of(run)).counts == {"templates": 1, "brought_along": 1}
+
+
+# -- an adapter ----------------------------------------------------------------------------------------------------
+
+
+WEIGHTS = save({"lora_A": np.zeros((2, 2), np.float32)})
+
+
+def put_adapter(run, kind: str = "LORA") -> None:
+    run.path("sft/adapter").mkdir(parents=True)
+    run.path("sft/adapter/adapter_model.safetensors").write_bytes(WEIGHTS)
+    run.path("sft/adapter/adapter_config.json").write_text(json.dumps({"peft_type": kind}))
+
+
+def test_an_adapter_in_the_run_takes_the_place_of_sft(run):
+    put_adapter(run)
+    report = train_sft(config.Config(), run)
+    assert report.skipped
+    assert report.counts == {"brought_along": 1}
+    assert run.path("sft/adapter/adapter_model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_an_adapter_without_its_configuration_is_named(run):
+    put_adapter(run, "IA3")
+    with pytest.raises(DataFault, match="describes no LoRA"):
+        train_sft(config.Config(), run)
+    run.path("sft/adapter/adapter_config.json").unlink()
+    with pytest.raises(DataFault, match=r"adapter_config\.json") as fault:
+        train_sft(config.Config(), run)
+    assert "--fresh" in fault.value.hint
+
+
+def test_without_warm_up_epochs_the_adapter_is_taken_over_and_no_reviews_are_needed(run):
+    put_adapter(run)
+    with pytest.raises(DataFault, match=r"reviews\.jsonl is missing") as fault:
+        train_warmup(load(None, ["student.model=embedded"], {}, own_file=False), run)
+    assert "warmup.num_train_epochs=0" in fault.value.hint
+    chosen = load(None, ["student.model=embedded", "warmup.num_train_epochs=0"], {}, own_file=False)
+    train_warmup(chosen, run)
+    assert run.path("warmup/adapter/adapter_model.safetensors").read_bytes() == WEIGHTS
+    assert train_warmup(chosen, run).skipped
+    run.path("attempts.jsonl").write_text("other inputs\n")
+    assert not train_warmup(chosen, run).skipped  # a copy costs nothing: it is made again, and not refused

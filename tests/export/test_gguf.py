@@ -1,0 +1,208 @@
+"""From a model folder to a GGUF: written directly, by llama.cpp's converter, quantised, and compared with the original."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sclite.errors import DataFault, NetworkFault, UsageFault
+from sclite.export import gguf_writer, parity
+from sclite.export.quantize import quantisations, quantize
+from sclite.student.base import Request
+from sclite.student.llama_cpp.engine import Engine
+from tests.tiny import sample_texts, tiny_gguf, tiny_llama
+
+CHAT = (
+    {"role": "system", "content": "Solve in steps."},
+    {"role": "user", "content": "2 + 3?\n\nThink  well."},
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def gguf(folder):
+    return tiny_gguf(folder, folder / "tiny.gguf")
+
+
+@pytest.fixture(scope="module")
+def converter(tmp_path_factory):
+    """llama.cpp's converter, where it is on this machine already: nothing is downloaded for a test."""
+    cached = conversion.cache_folder()
+    if (cached / gguf.SCRIPT).is_file():
+        return cached
+    sdists = sorted(Path("/tmp/sdist").glob("llama_cpp_python-*.tar.gz"))
+    if not sdists:
+        pytest.skip("llama.cpp's converter is not on this machine")
+    return conversion.unpack(sdists[-1], tmp_path_factory.mktemp("cache") / "llama.cpp")
+
+
+def fields(path):
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    values = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    return values, {tensor.name: tensor for tensor in reader.tensors}
+
+
+@pytest.mark.parametrize("outtype", ["f32", "f16", "bf16"])
+def test_written_directly_and_converted_by_llama_cpp_are_the_same(folder, converter, tmp_path, outtype):
+    ours = gguf_writer.write(folder, tmp_path / "ours.gguf", outtype=outtype)
+    theirs = conversion.run_converter(converter, folder, tmp_path / "theirs.gguf", outtype=outtype)
+    (our_values, our_tensors), (their_values, their_tensors) = fields(ours), fields(theirs)
+    for key in ("general.name", "general.size_label"):
+        our_values.pop(key, None), their_values.pop(key, None)
+    assert our_values == their_values
+    assert set(our_tensors) == set(their_tensors)
+    for name, tensor in our_tensors.items():
+        other = their_tensors[name]
+        assert tensor.tensor_type == other.tensor_type, name
+        assert np.array_equal(tensor.data, other.data), name
+
+
+def test_grouped_key_heads_and_an_untied_head_are_written_as_llama_cpp_does(folder, converter, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    other = tmp_path / "grouped"
+    shutil.copytree(folder, other, ignore=shutil.ignore_patterns("*.gguf", "*.safetensors"))
+    shape = LlamaConfig.from_pretrained(folder)
+    shape.num_key_value_heads, shape.tie_word_embeddings = 2, False
+    LlamaForCausalLM(shape).save_pretrained(other)
+    _, ours = fields(gguf_writer.write(other, tmp_path / "ours.gguf", outtype="f32"))
+    _, theirs = fields(conversion.run_converter(converter, other, tmp_path / "theirs.gguf", outtype="f32"))
+    assert "output.weight" in ours
+    assert all(np.array_equal(ours[name].data, theirs[name].data) for name in theirs)
+
+
+def test_a_small_llama_needs_no_converter(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(conversion, "converter", lambda: pytest.fail("asked for the converter"))
+    conversion.convert(folder, tmp_path / "small.gguf")
+    with Engine(tmp_path / "small.gguf", parallel=1, context=256) as engine:
+        (reply,) = engine.generate([Request(CHAT, max_tokens=3)])
+    assert reply.tokens == 3
+
+
+def test_an_adapter_becomes_a_gguf_that_the_engine_applies(folder, gguf, converter, tmp_path, monkeypatch):
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from sclite.export.merge import merge
+
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder),
+        LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]),
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    monkeypatch.setenv("SCLITE_LLAMA_CPP", str(converter))
+    conversion.convert_lora(tmp_path / "adapter", folder, tmp_path / "lora.gguf", outtype="f32")
+    merged = tiny_gguf(merge(folder, tmp_path / "adapter", tmp_path / "merged"), tmp_path / "merged.gguf")
+    ids = [1, 300, 301, 302, 50, 60]
+    with Engine(gguf, parallel=1, context=256, exact=True, lora=tmp_path / "lora.gguf") as applied:
+        found = applied.log_probabilities(ids)
+    with Engine(merged, parallel=1, context=256, exact=True) as whole:
+        assert np.abs(found - whole.log_probabilities(ids)).max() < 1e-3
+    with Engine(gguf, parallel=1, context=256, exact=True) as plain:
+        assert np.abs(found - plain.log_probabilities(ids)).max() > 0.1
+
+
+def test_without_network_and_cache_the_command_to_run_elsewhere_is_named(folder, tmp_path, monkeypatch):
+    monkeypatch.delenv("SCLITE_LLAMA_CPP", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name, value in (("PIP_NO_INDEX", "1"), ("PIP_FIND_LINKS", ""), ("PIP_CONFIG_FILE", "/dev/null")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(NetworkFault, match="cannot fetch") as fault:
+        conversion.converter()
+    assert "pip download --no-deps --no-binary llama-cpp-python" in fault.value.hint
+    assert "SCLITE_LLAMA_CPP" in fault.value.hint
+    monkeypatch.setattr(conversion, "SMALL", 0)
+    conversion.convert(folder, tmp_path / "all-the-same.gguf")  # what can be written directly still is
+    other = tmp_path / "qwen"
+    shutil.copytree(folder, other, ignore=shutil.ignore_patterns("*.gguf"))
+    shape = json.loads((other / "config.json").read_text()) | {"architectures": ["Qwen2ForCausalLM"]}
+    (other / "config.json").write_text(json.dumps(shape))
+    with pytest.raises(NetworkFault):
+        conversion.convert(other, tmp_path / "other.gguf")
+
+
+def test_a_checkout_that_is_none_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCLITE_LLAMA_CPP", str(tmp_path))
+    with pytest.raises(UsageFault, match="convert_hf_to_gguf"):
+        conversion.converter()
+
+
+def test_a_model_that_the_converter_refuses_leaves_no_file_and_the_reason(folder, tmp_path):
+    (tmp_path / gguf.SCRIPT).write_text("import sys; sys.exit('Model Foo is not supported')")
+    with pytest.raises(DataFault, match="Model Foo is not supported") as fault:
+        conversion.run_converter(tmp_path, folder, tmp_path / "out.gguf")
+    assert sys.executable in fault.value.hint
+    assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize("name", ["q8_0", "q4_k_m", "Q6_K", "q4_0", "bf16"])
+def test_a_quantised_file_is_smaller_and_still_runs(gguf, tmp_path, name):
+    out = quantize(gguf, tmp_path / "small.gguf", name)
+    assert out.stat().st_size < 0.7 * gguf.stat().st_size
+    with Engine(out, parallel=1, context=256) as engine:
+        (reply,) = engine.generate([Request(CHAT, max_tokens=3)])
+    assert reply.tokens == 3
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_file_that_has_the_type_already_is_copied(gguf, tmp_path):
+    assert quantize(gguf, tmp_path / "same.gguf", "f32").read_bytes() == gguf.read_bytes()
+
+
+def test_an_unknown_quantisation_is_refused_with_the_list(gguf, tmp_path):
+    with pytest.raises(UsageFault, match="q4_k_x") as fault:
+        quantize(gguf, tmp_path / "x.gguf", "q4_k_x")
+    assert "q4_k_m" in fault.value.hint
+    assert {"f32", "f16", "bf16", "q4_k_m", "q5_k_m", "q6_k", "q8_0", "q4_0"} <= set(quantisations())
+
+
+def test_a_broken_file_is_refused_and_leaves_nothing(gguf, tmp_path):
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(gguf.read_bytes()[:100_000])
+    for path in (broken, tmp_path / "absent.gguf"):
+        with pytest.raises(DataFault):
+            quantize(path, tmp_path / "x.gguf", "q8_0")
+    assert not list(tmp_path.glob("x.gguf*"))
+
+
+def test_parity_of_a_float32_file_is_exact(folder, gguf):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = ["</Step1>\n<Cause>", "  12 €\n\n", *sample_texts(4)]
+    found = parity.check_tokens(tokenizer, gguf, texts, [CHAT])
+    assert (found["tokens_equal"], found["tokens_compared"], found["differences"]) == (7, 7, [])
+    expected = parity.references(folder, None, [tokenizer(text).input_ids for text in texts[2:]])
+    found = parity.compare(expected, gguf)
+    assert json.loads(json.dumps(found)) == found
+    assert found["positions"] > 200
+    assert found["top1_agreement"] > 0.99
+    assert found["mean_abs_logprob_diff"] < 1e-4
+    assert found["adapter_share"] is None
+
+
+def test_parity_finds_other_weights_and_another_tokenizer(folder, gguf, tmp_path):
+    from transformers import AutoTokenizer
+
+    other = tiny_llama(tmp_path / "other", seed=1)
+    expected = parity.references(other, None, [[1, 300, 301, 302, 303]])
+    assert parity.compare(expected, gguf)["mean_abs_logprob_diff"] > 0.1
+    settings = json.loads((other / "tokenizer.json").read_text(encoding="utf-8"))
+    settings["pre_tokenizer"]["prepend_scheme"] = "first"
+    (other / "tokenizer.json").write_text(json.dumps(settings), encoding="utf-8")
+    found = parity.check_tokens(AutoTokenizer.from_pretrained(other), gguf, ["<Step1>", "Add"], [])
+    assert found["tokens_equal"] == 0
+    assert found["differences"][0]["text"] == "Add"

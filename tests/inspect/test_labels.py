@@ -1,0 +1,92 @@
+"""`sclite show WHAT --labels`: rows as the trainer sees them, token by token."""
+
+import pytest
+
+from sclite.data.pairs import content_pair, continuation, decision_pairs
+from sclite.errors import UsageFault
+from sclite.inspect.labels import Labels
+from sclite.records import Review, Template
+from sclite.run import Run
+from sclite.trace import parse, render
+from tests.tiny import tiny_llama
+from tests.train.test_sft import config_of, toy_problems, toy_trace, write_toy
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """(configuration, run) of a toy run and its tiny student."""
+    run = Run(tmp_path_factory.mktemp("run"))
+    write_toy(run)
+    return config_of(tiny_llama(tmp_path_factory.mktemp("student")), warmup={"decision_weight": 8.0}), run
+
+
+def told(found: list[dict], weighted=bool) -> str:
+    return "".join(token["text"] for token in found if weighted(token["weight"]))
+
+
+def test_a_template_carries_loss_on_its_trace_and_its_end(world):
+    config, run = world
+    made = Labels(config, run, "templates").as_json(run.read("templates.jsonl", Template)[0])
+    assert made["end_of_turn"] == "<|im_end|>"
+    assert told(made["sequences"]["sft"]) == render(toy_trace(0)) + "<|im_end|>"
+
+
+def test_a_correction_is_shown_as_review_as_continued_and_as_closed_row(world):
+    config, run = world
+    review = run.read("reviews.jsonl", Review)[1]
+    made = Labels(config, run, "reviews").as_json(review)["sequences"]
+    assert list(made) == ["review", "continued", "closed"]
+    assert told(made["review"]) == review.trace + "<|im_end|>"
+    assert told(made["continued"]).endswith(f"<Answer>{toy_problems()[1].answer}</Answer><|im_end|>")
+    assert told(made["closed"], lambda weight: weight == 9.0).startswith("</")
+    assert "Correction" not in told(made["closed"])
+
+
+def test_a_confirmation_is_a_review_alone(world):
+    config, run = world
+    assert list(
+        Labels(config, run, "reviews").as_json(run.read("reviews.jsonl", Review)[0])["sequences"]
+    ) == ["review"]
+
+
+def test_both_sides_of_a_pair_are_shown(world):
+    config, run = world
+    review = run.read("reviews.jsonl", Review)[1]
+    work = parse(render(toy_trace(1, 1))).trace
+    wrong = review.model_copy(update={"correction": "12 + 31 = 44"})
+    content = content_pair(review, work, [(continuation(wrong), False)])
+    made = Labels(config, run, "pairs").as_json(content)["sequences"]
+    assert list(made) == ["chosen", "rejected"]
+    assert review.correction in told(made["chosen"])
+    assert "12 + 31 = 44" in told(made["rejected"])
+    decision = Labels(config, run, "pairs").as_json(decision_pairs(review, work)[0])["sequences"]
+    (marked,) = [token for token in decision["decision, to accuse chosen"] if "decision" in token]
+    assert marked["weight"] == 0
+
+
+def test_a_page_says_how_many_tokens_carry_loss_and_marks_the_heavy_ones(world):
+    config, run = world
+    row = run.read("reviews.jsonl", Review)[1]
+    page = Labels(config, run, "reviews").page(row, 2, 6).plain
+    assert page.startswith("2/6  p1")
+    assert "\nclosed: " in page
+    assert ", 3 with loss, ends with '<|im_end|>'" in page  # two closers and the end
+    assert "×9⟧" in page
+    assert "\n⟦  tokens between" in page
+    assert "\n▸  " in page
+
+
+def test_a_page_of_a_decision_says_that_there_is_one_and_where(world):
+    config, run = world
+    review, work = run.read("reviews.jsonl", Review)[1], parse(render(toy_trace(1, 1))).trace
+    page = Labels(config, run, "pairs").page(decision_pairs(review, work)[0], 1, 1).plain
+    assert "0 with loss, 1 decision, ends with" in page
+    assert page.count("◆") == 2  # there, and in the legend
+    assert "⟦" not in page
+    assert "▸" not in page
+
+
+def test_rows_that_are_not_trained_on_are_refused_with_those_that_are(world):
+    with pytest.raises(UsageFault, match="attempts are not trained on") as fault:
+        Labels(*world, "attempts")
+    assert "templates, reviews, pairs" in fault.value.hint

@@ -1,0 +1,102 @@
+"""A row in the terminal: what is coloured how, and that no reply steers the terminal."""
+
+import pytest
+
+from sclite.inspect.row_text import page, painted
+from sclite.inspect.rows import Problems
+from sclite.records import Attempt, Drop, Pair, Problem, Review, Template
+
+REVIEW = (
+    "<Step1>48 + 24 = 72\n<Key>Carry.</Key>\n</Step1>\n<Step2>72 / 2 = 38\n<Cause>Half of 72 is not 38.</Cause>\n"
+    "<Correction>72 / 2 = 36</Correction>\n</Step2>\n<Generalized>Halve.</Generalized>\n<Answer>36</Answer>"
+)
+
+
+@pytest.fixture
+def problems(run) -> Problems:
+    run.append(
+        "problems.jsonl", [Problem(id="p1", question="How many [bold]?", answer="36", solution="It is 36.")]
+    )
+    return Problems(run)
+
+
+def style(text, words: str) -> str:
+    """The style of some words in a painted text; they have one, throughout."""
+    begin = text.plain.index(words)
+    covering = [span for span in text.spans if span.start <= begin and begin + len(words) <= span.end]
+    return str(covering[-1].style) if covering else ""
+
+
+def test_tags_and_what_they_hold_have_colours_of_their_own():
+    text = painted(REVIEW)
+    assert text.plain == REVIEW
+    assert style(text, "<Step1>") == style(text, "</Cause>") == "dim cyan"
+    assert style(text, "48 + 24 = 72") == ""
+    assert style(text, "Carry.") == "yellow"
+    assert style(text, "Half of 72 is not 38.") == "red"
+    assert style(text, "72 / 2 = 36") == "green"
+    assert style(text, "Halve.") == "magenta"
+
+
+def test_the_wrong_step_is_red_and_the_others_are_not():
+    text = painted(REVIEW, wrong=2)
+    assert style(text, "72 / 2 = 38") == "red"
+    assert style(text, "48 + 24 = 72") == ""
+    assert style(text, "72 / 2 = 36") == "green"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "no tags < 5 > 3", "<Step", "<Cause>open", "</Key></Key>", "<Step9><Step1>"]
+)
+def test_any_text_is_shown_whole(text):
+    assert painted(text).plain == text
+
+
+def test_control_characters_become_pictures():
+    shown = painted("a\x1b[2J\x1b]0;title\x07\x9b1m\rb\r\nc\td").plain
+    assert shown == "a␛[2J␛]0;title␇␡1m␍b\nc\td"
+
+
+def test_a_review_shows_its_question_and_its_wrong_step(problems):
+    row = Review(id="p1", sample=3, step=2, cause="c", correction="d", trace=REVIEW, requests=2)
+    text = page(row, 5, 9, problems)
+    assert text.plain.startswith(
+        "5/9  p1  sample 3  wrong at step 2  2 requests\nHow many [bold]?\ngold answer 36\n<Step1>"
+    )
+    assert text.plain.endswith("</Answer>\n\n")
+    assert style(text, "72 / 2 = 38") == "red"
+    assert style(text, "5/9") == "dim"
+
+
+def test_a_pair_shows_chosen_green_and_rejected_red(problems):
+    row = Pair(
+        id="p1", sample=0, step=1, kind="content", attempt="a", prefix=("<Step1>x\n", "<Cause>"), chosen="good</Cause>\n",
+        rejected="bad</Cause>\n", origin="teacher",
+    )  # fmt: skip
+    text = page(row, 1, 1, problems)
+    assert "sample 0, content at step 1  chosen by teacher" in text.plain
+    assert text.plain.endswith("<Step1>x\n<Cause>\nchosen   good</Cause>\nrejected bad</Cause>\n\n")
+    assert style(text, "good</Cause>") == "green"
+    assert style(text, "bad</Cause>") == "red"
+
+
+def test_a_drop_shows_stage_reason_detail_and_the_raw_reply(problems):
+    row = Drop(stage="templates", id="p7", reason="no_steps", detail="no tags", raw="Sure! [red]<html>")
+    text = page(row, 1, 1, problems)
+    assert text.plain == "1/1  p7  templates  no_steps\nno tags\nSure! [red]<html>\n\n"
+    assert style(text, "no_steps") == "bold red"
+
+
+@pytest.mark.parametrize(("correct", "said"), [(True, "right"), (False, "wrong"), (None, "outcome unknown")])
+def test_an_attempt_says_what_became_of_it(problems, correct, said):
+    row = Attempt(id="p1", sample=0, trace=REVIEW, answer="36", correct=correct, first_error=2)
+    text = page(row, 1, 1, problems)
+    assert text.plain.splitlines()[0] == f"1/1  p1  sample 0  {said}"
+    assert style(text, "72 / 2 = 38") == "red"
+
+
+def test_problems_and_templates_bring_their_own_question(problems):
+    text = page(problems.get("p1"), 1, 1, problems).plain
+    assert text == "1/1  p1\nHow many [bold]?\ngold answer 36\nIt is 36.\n\n"
+    row = Template(id="p9", question="Its own?", answer="7", trace=REVIEW)
+    assert page(row, 1, 1, problems).plain.startswith("1/1  p9\nIts own?\ngold answer 7\n<Step1>")

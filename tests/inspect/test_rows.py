@@ -1,0 +1,128 @@
+"""Looking at rows: which are chosen, what there is, and that a large file costs no memory."""
+
+import tracemalloc
+
+import pytest
+
+from sclite.errors import DataFault, UsageFault
+from sclite.inspect.rows import FILES, Choice, Problems, choose, overview
+from sclite.records import Attempt, Drop, Pair, Problem, Review, Template
+from sclite.run import Run
+
+
+def problem(number: int) -> Problem:
+    return Problem(id=f"p{number}", question=f"½ of {number}?", answer=str(number))
+
+
+def attempt(number: int, correct: bool | None) -> Attempt:
+    return Attempt(id=f"p{number}", sample=0, trace="t", answer="1", correct=correct)
+
+
+@pytest.fixture
+def full(run) -> Run:
+    """A run with a few rows of each file."""
+    trace = "<Step1>x\n</Step1>\n<Answer>1</Answer>"
+    run.append("problems.jsonl", map(problem, range(4)))
+    run.append("templates.jsonl", [Template(id="p0", question="q", answer="1", trace=trace)])
+    run.append("attempts.jsonl", [attempt(0, True), attempt(1, False), attempt(2, None), attempt(3, False)])
+    run.append("reviews.jsonl", [Review(id="p1", sample=0, step=1, cause="c", correction="d", trace=trace)])
+    run.append("reviews.jsonl", [Review(id="p0", sample=0, step=None, trace=trace)])
+    pair = {"sample": 0, "step": 1, "attempt": trace, "prefix": ("a", "b"), "chosen": "c", "rejected": "r"}
+    run.append("pairs.jsonl", [Pair(id="p1", kind=kind, **pair) for kind in ("decision", "content")])
+    drops = [("templates", "no_steps"), ("templates", "leak"), ("corrections", "leak")]
+    run.append("dropped.jsonl", [Drop(stage=stage, id="p2", reason=reason) for stage, reason in drops])
+    return run
+
+
+def ids(run: Run, choice: Choice) -> list[str]:
+    return [row.id for _, row in choose(run, choice)[1]]
+
+
+def test_what_there_is_to_look_at_comes_with_counts(full):
+    found = {each.pop("what"): each for each in overview(full)}
+    assert found["problems"] == {"rows": 4, "kinds": {}, "reasons": {}}
+    assert found["attempts"] == {"rows": 4, "kinds": {"wrong": 2, "right": 1, "unknown": 1}, "reasons": {}}
+    assert found["reviews"]["kinds"] == {"correction": 1, "confirmation": 1}
+    assert found["pairs"]["kinds"] == {"decision": 1, "content": 1}
+    assert found["drops"] == {
+        "rows": 3,
+        "kinds": {"templates": 2, "corrections": 1},
+        "reasons": {"leak": 2, "no_steps": 1},
+    }
+
+
+def test_rows_are_chosen_by_reason_kind_and_the_beginning_of_their_id(full):
+    assert choose(full, Choice("drops", reason="leak"))[0] == 2
+    assert choose(full, Choice("drops", reason="leak", kind="corrections"))[0] == 1
+    assert ids(full, Choice("attempts", kind="wrong")) == ["p1", "p3"]
+    assert ids(full, Choice("attempts", kind="unknown")) == ["p2"]
+    assert ids(full, Choice("problems", id="p3")) == ["p3"]
+    assert ids(full, Choice("problems", id="3")) == []
+
+
+def test_the_first_row_and_the_limit_count_rows_that_fit(full):
+    assert list(choose(full, Choice("attempts", kind="wrong", first=2))[1]) == [(2, attempt(3, False))]
+    total, rows = choose(full, Choice("problems", first=2, limit=2))
+    assert (total, [number for number, _ in rows]) == (4, [2, 3])
+    assert ids(full, Choice("problems", first=9, limit=1)) == []
+
+
+@pytest.mark.parametrize(
+    ("choice", "said", "there"),
+    [
+        (Choice("templats"), "templats", ", ".join(FILES)),
+        (Choice("drops", reason="lek"), "--reason lek", "leak (2), no_steps (1)"),
+        (Choice("attempts", kind="bad"), "--kind bad", "wrong (2), right (1), unknown (1)"),
+        (Choice("problems", kind="bad"), "problems are all of one kind", "attempts, reviews, pairs, drops"),
+        (Choice("pairs", reason="leak"), "--reason goes with drops", "sclite show drops"),
+    ],
+)
+def test_what_is_not_there_is_answered_with_what_is(full, choice, said, there):
+    with pytest.raises(UsageFault, match=said) as fault:
+        choose(full, choice)
+    assert there in fault.value.hint
+
+
+def test_nothing_of_a_kind_that_exists_is_no_fault(full):
+    assert ids(full, Choice("drops", reason="no_steps", id="p9")) == []
+
+
+def test_a_run_that_does_not_exist_is_answered_with_those_beside_it(full):
+    full.write_json("run.toml", {})
+    with pytest.raises(DataFault, match="nowhere does not exist") as fault:
+        overview(Run(full.folder.parent / "nowhere"))
+    assert str(full.folder) in fault.value.hint
+    with pytest.raises(DataFault) as fault:
+        overview(Run(full.folder / "deeper/nowhere"))
+    assert "sclite build-data" in fault.value.hint
+
+
+def test_a_damaged_row_is_named_before_the_first_is_given(full):
+    with open(full.path("problems.jsonl"), "a") as file:
+        file.write("no JSON\n")
+    with pytest.raises(DataFault, match=r"problems\.jsonl, line 5"):
+        choose(full, Choice("problems"))
+
+
+def test_rows_that_come_while_one_looks_are_left_for_the_next_time(full):
+    total, rows = choose(full, Choice("problems"))
+    full.append("problems.jsonl", [problem(9)])
+    assert len(list(rows)) == total == 4
+
+
+def test_a_problem_is_found_by_its_id_among_many(full):
+    problems = Problems(full)
+    assert [problems.get(f"p{number}") for number in (3, 0, 2)] == [problem(3), problem(0), problem(2)]
+    assert problems.get("p9") is None
+    assert Problems(Run(full.folder / "none")).get("p0") is None
+
+
+def test_a_large_file_is_never_in_memory_as_a_whole(run):
+    count = 5000
+    run.append("dropped.jsonl", (Drop(stage="s", id=str(n), reason="r", raw="x" * 900) for n in range(count)))
+    tracemalloc.start()
+    assert sum(1 for _ in choose(run, Choice("drops", reason="r"))[1]) == count
+    overview(run)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < run.path("dropped.jsonl").stat().st_size / 10

@@ -1,0 +1,381 @@
+"""Where a run stands: done, stale, half-way or not begun, read without a change to the run."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sclite import files, prompts
+from sclite.data import attempts, corrections, templates
+from sclite.data.problems import split_for_stages
+from sclite.errors import DataFault
+from sclite.export import stage as export
+from sclite.inspect.status import OUTPUTS, Stage, next_command, status
+from sclite.records import Attempt, Drop, Problem, Review, Template
+from sclite.run import Report, Run
+from sclite.settings import load
+from sclite.teacher.ledger import Entry, Ledger
+from sclite.train import sft
+
+TRACE = "<Step1>x\n</Step1>\n<Answer>1</Answer>"
+PROBLEMS = [Problem(id=f"p{n}", question=f"{n}?", answer="1") for n in range(8)]
+SIDES = split_for_stages(PROBLEMS, 0.5, 0)
+SETTINGS = ("teacher.model=openai/replay", "student.model=embedded", "attempts.samples=1")
+
+
+@pytest.fixture(autouse=True)
+def _alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def config(run: Run, *more: str):
+    return load(None, [f"run={run.folder}", *SETTINGS, *more], {})
+
+
+def paid(run: Run, *entries: tuple[str, float | None]) -> None:
+    with Ledger(run.path("ledger.sqlite")) as ledger:
+        for number, (stage, cost) in enumerate(entries):
+            ledger.sent(f"{stage} {number}", stage, "m")
+            ledger.put(f"{stage} {number}", Entry("text", "stop", 100, 20, cost, 1.0)).result()
+
+
+def template(row: Problem) -> Template:
+    return Template(id=row.id, question=row.question, answer=row.answer, trace=TRACE)
+
+
+@pytest.fixture
+def built(run) -> Run:
+    """A run whose templates are done, with one drop."""
+    made = config(run)
+    run.replace("problems.jsonl", PROBLEMS)
+    run.write_json(templates.BEGUN, {})
+    run.replace("templates.jsonl", map(template, PROBLEMS[:7]))
+    run.replace_drops(["templates"], [Drop(stage="templates", id="p7", reason="no_steps")])
+    paid(run, ("templates", 0.25), ("templates", None))
+    report = Report("templates", {"problems": 8, "templates": 7}, {"no_steps": 1}, 2.5, 0.25)
+    run.sign("templates", templates.inputs_of(made, [*SIDES[0], *SIDES[1]]), report)
+    return run
+
+
+@pytest.fixture
+def trained(built) -> Run:
+    """The same after SFT, attempts and corrections."""
+    adapter(built, "sft/adapter")
+    made, unseen = config(built), frozenset(problem.id for problem in SIDES[1])
+    built.sign("sft", sft.inputs_of(made, built, unseen), Report("sft", {"rows": 4, "steps": 2}))
+    built.replace(
+        "attempts.jsonl",
+        [Attempt(id=p.id, sample=0, trace=TRACE, answer="2", correct=False) for p in SIDES[1]],
+    )
+    built.sign("attempts", attempts.inputs_of(made, built, SIDES[1]), Report("attempts", {"wrong": 4}))
+    built.replace("reviews.jsonl", [Review(id=SIDES[1][0].id, sample=0, step=1, trace=TRACE)])
+    built.sign("corrections", corrections.inputs_of(made, built), Report("corrections", {"corrected": 1}))
+    return built
+
+
+def adapter(run: Run, name: str, weights: bytes = b"weights") -> None:
+    run.path(name).mkdir(parents=True, exist_ok=True)
+    run.path(f"{name}/adapter_model.safetensors").write_bytes(weights)
+
+
+def states(run: Run, *more: str) -> dict[str, str]:
+    return {name: stage["state"] for name, stage in status(config(run, *more), run)["stages"].items()}
+
+
+def test_a_run_that_does_not_exist_is_a_data_fault_and_is_not_made(run):
+    with pytest.raises(DataFault, match="does not exist"):
+        status(config(run), run)
+    assert not run.folder.exists()
+
+
+def test_an_empty_run_has_begun_nothing(run):
+    run.folder.mkdir()
+    found = status(config(run), run)
+    assert set(states(run).values()) == {"not_begun"}
+    assert (found["ledger"], found["dropped"], found["busy"]) == (None, {}, False)
+
+
+def test_a_finished_stage_shows_counts_drops_seconds_and_cost(built):
+    found = status(config(built), built)
+    stage = found["stages"]["templates"]
+    assert (stage["state"], stage["why"]) == ("done", [])
+    assert stage["counts"] == {"problems": 8, "templates": 7}
+    assert (stage["dropped"], stage["seconds"], stage["cost_usd"]) == ({"no_steps": 1}, 2.5, 0.25)
+    assert found["dropped"] == {"no_steps": 1}
+    assert states(built)["sft"] == "not_begun"
+
+
+def test_the_ledger_is_told_as_its_totals_with_unknown_prices_counted(built):
+    ledger = status(config(built), built)["ledger"]
+    by_stage = ledger.pop("stages")
+    assert ledger["requests"] == 2
+    assert (ledger["prompt_tokens"], ledger["completion_tokens"]) == (200, 40)
+    assert (ledger["cost_usd"], ledger["unpriced"]) == (0.25, 1)
+    assert list(by_stage) == ["templates"]
+
+
+def test_all_that_is_signed_from_what_lies_there_is_done(trained):
+    found = states(trained)
+    assert [name for name, state in found.items() if state == "done"] == [
+        *("problems", "templates", "sft", "attempts", "corrections")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("setting", "stage", "why"),
+    [
+        ("teacher.model=openai/other", "templates", "teacher.model: openai/replay before, openai/other now"),
+        ("seed=1", "templates", "problems changed"),
+        ("sft.num_train_epochs=7", "sft", "sft.num_train_epochs: 3 before, 7 now"),
+        ("attempts.temperature=0.1", "attempts", "sampling changed"),
+        ("attempts.confirmation_share=0.1", "corrections", "confirmations: 0.5 before, 0.1 now"),
+        ("prompts.folder=mine", "templates", "prompts changed"),
+    ],
+)
+def test_a_changed_setting_makes_its_stage_and_what_follows_stale(trained, setting, stage, why):
+    Path("mine").mkdir()
+    shutil.copytree(prompts.shipped_folder(), "mine", dirs_exist_ok=True)
+    Path("mine/teacher_system.txt").write_text("Otherwise.")
+    found = status(config(trained, setting), trained)["stages"]
+    assert found[stage]["state"] == "stale"
+    assert why in "; ".join(found[stage]["why"])
+    order = ["templates", "sft", "attempts", "corrections"]
+    for name in order:
+        assert (found[name]["state"] == "stale") == (order.index(name) >= order.index(stage)), name
+
+
+def test_a_stage_that_cannot_be_signed_now_says_why(trained):
+    stage = status(config(trained, "student.model="), trained)["stages"]["sft"]
+    assert (stage["state"], stage["why"]) == ("stale", ["no student is configured"])
+
+
+def test_an_output_that_is_gone_makes_its_stage_stale(trained):
+    trained.path("sft/adapter/adapter_model.safetensors").unlink()
+    assert status(config(trained), trained)["stages"]["sft"]["why"][-1].endswith("safetensors is gone")
+
+
+def test_another_adapter_makes_the_attempts_stale(trained):
+    adapter(trained, "sft/adapter", b"others")
+    assert states(trained)["sft"] == "done"
+    assert states(trained)["attempts"] == "stale"
+
+
+def test_an_unfinished_file_is_half_way_with_its_rows(run):
+    run.replace("problems.jsonl", PROBLEMS)
+    run.write_json(templates.BEGUN, {})
+    run.append("templates.jsonl", map(template, PROBLEMS[:3]))
+    with open(run.path("templates.jsonl"), "a") as file:
+        file.write('{"id":"p')
+    stage = status(config(run), run)["stages"]["templates"]
+    assert (stage["state"], stage["rows"], stage["total"]) == ("half_way", 3, 8)
+
+
+def test_templates_brought_along_are_done(run):
+    run.append("templates.jsonl", map(template, PROBLEMS[:3]))
+    stage = status(config(run), run)["stages"]["templates"]
+    assert (stage["state"], stage["counts"]) == ("done", {"templates": 3, "imported": 3})
+
+
+def test_replies_without_rows_are_half_way_too(trained):
+    trained.path("done/corrections.json").unlink()
+    trained.path("reviews.jsonl").unlink()
+    paid(trained, ("templates", 0.25), ("corrections", 0.5))
+    stage = status(config(trained), trained)["stages"]["corrections"]
+    assert (stage["state"], stage["why"], stage["cost_usd"]) == ("half_way", ["1 replies in the ledger"], 0.5)
+
+
+def test_requests_that_went_unanswered_leave_their_stage_half_way(built):
+    inputs = templates.inputs_of(config(built), [*SIDES[0], *SIDES[1]])
+    built.sign("templates", {**inputs, "unanswered": 2}, Report("templates", {"templates": 5}))
+    stage = status(config(built), built)["stages"]["templates"]
+    assert (stage["state"], stage["why"]) == ("half_way", ["2 without a reply"])
+
+
+def test_training_that_was_broken_off_is_half_way_at_its_last_step(built):
+    built.path("dpo").mkdir()
+    rows = '{"phase": "warmup", "step": 10}\n{"phase": "dpo", "step": 1}\n{"phase": "dpo", "step": 2}\n{"phase": "d'
+    built.path("dpo/metrics.jsonl").write_text(rows)
+    found = status(config(built), built)["stages"]
+    assert [(found[name]["state"], found[name]["rows"]) for name in ("sft", "warmup", "dpo")] == [
+        ("not_begun", None),
+        ("half_way", 10),
+        ("half_way", 2),
+    ]
+
+
+def test_imported_rows_and_an_imported_adapter_are_done_beside_templates_of_ours(built):
+    built.replace("attempts.jsonl", [Attempt(id="p1", sample=0, trace=TRACE, answer="2", correct=False)])
+    built.replace("reviews.jsonl", [Review(id="p1", sample=0, step=1, trace=TRACE)])
+    adapter(built, "sft/adapter")
+    found = status(config(built), built)["stages"]
+    assert [
+        (found[name]["state"], found[name]["counts"]["imported"])
+        for name in ("sft", "attempts", "corrections")
+    ] == [("done", 1)] * 3
+    for mark in ("sft", "attempts", "corrections"):
+        built.begin(mark)
+    found = states(built)
+    assert [found[name] for name in ("sft", "attempts", "corrections")] == [
+        "not_begun",
+        "half_way",
+        "half_way",
+    ]
+
+
+def test_damaged_rows_are_said_and_the_command_that_makes_them_again_is_named(trained):
+    from sclite.records import ROWS
+
+    rows = {name: len(trained.read(name, ROWS[name])) for name in ("templates.jsonl", "reviews.jsonl")}
+    for stage, name in (("templates", "templates.jsonl"), ("corrections", "reviews.jsonl")):
+        manifest = trained.finished(stage)
+        trained.sign(stage, manifest["inputs"], Report.of(manifest), {name: rows[name]})
+    trained.path("reviews.jsonl").write_bytes(b"{}\n")
+    found = status(config(trained), trained)
+    assert "0 of 1 rows are whole" in found["stages"]["corrections"]["why"][0]
+    assert found["next"].startswith("sclite train --run")
+    trained.path("templates.jsonl").write_bytes(b"\0\n")
+    found = status(config(trained), trained)
+    assert "0 of 7 rows are whole" in found["stages"]["templates"]["why"][0]
+    assert found["next"].startswith("sclite build-data --run")
+
+
+def evaluated(run: Run, content: bytes = b"one", **more) -> None:
+    run.path("export").mkdir()
+    run.path("export/sft-q4_k_m.gguf").write_bytes(content)
+    made = export.made_from(config(run), run, "sft")
+    figures = {"file": "sft-q4_k_m.gguf", "bytes": len(content), "made_from": made, **more}
+    run.write_json("eval/a/summary.json", {"models": {"sft": figures}, "n": 300, "folder": "eval/a"})
+
+
+def test_an_evaluation_of_another_gguf_is_stale(built):
+    evaluated(built)
+    older = {"models": {"sft": {"file": "x.gguf", "bytes": 1, "made_from": ""}}, "n": 20, "folder": "eval/b"}
+    built.write_json("eval/b/summary.json", older)
+    os.utime(built.path("eval/b/summary.json"), (1, 1))
+    stage = status(config(built), built)["stages"]["eval"]
+    assert stage["state"] == "done"
+    assert stage["counts"] == {"problems in eval/a": 300, "problems in eval/b": 20, "thresholds": 0}
+    built.path("export/sft-q4_k_m.gguf").write_bytes(b"another")
+    assert states(built)["eval"] == "stale"
+    built.path("export/sft-q4_k_m.gguf").write_bytes(b"one")
+    adapter(built, "sft/adapter", b"trained again")
+    assert states(built)["eval"] == "stale"
+
+
+def test_no_gguf_is_read_for_a_line(built, monkeypatch):
+    adapter(built, "sft/adapter")
+    evaluated(built)
+    read = []
+    digest = files._digest
+    monkeypatch.setattr(
+        files, "_digest", lambda path, *stat: (read.append(path.name), digest(path, *stat))[1]
+    )
+    assert states(built)["eval"] == "done"
+    assert "adapter_model.safetensors" in read
+    assert not [name for name in read if name.endswith(".gguf")]
+
+
+# -- reading only --------------------------------------------------------------------------------------------------
+
+
+def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {str(p): (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
+
+
+def test_nothing_in_the_run_is_changed_or_added(trained):
+    before = snapshot(trained.folder)
+    status(config(trained, "seed=5"), trained)
+    assert snapshot(trained.folder) == before
+
+
+def test_it_reads_while_another_process_holds_the_run_and_writes_the_ledger(built):
+    with built.hold(), Ledger(built.path("ledger.sqlite")) as ledger:
+        ledger.sent("new", "templates", "m")
+        ledger.put("new", Entry("text", "stop", 100, 20, 0.5, 1.0)).result()
+        found = status(config(built), built)
+        assert found["busy"] is True
+        assert (found["ledger"]["requests"], found["ledger"]["cost_usd"]) == (3, 0.75)
+        ledger.sent("newer", "templates", "m")
+        ledger.put("newer", Entry("text", "stop", 100, 20, 0.5, 1.0)).result()
+    assert status(config(built), built)["busy"] is False
+
+
+def test_a_run_that_may_only_be_read_is_read(built):
+    if os.getuid() == 0:
+        pytest.skip("root may write anywhere")
+    built.folder.chmod(0o555)
+    try:
+        assert status(config(built), built)["ledger"]["requests"] == 2
+    finally:
+        built.folder.chmod(0o755)
+
+
+# -- what to type next ---------------------------------------------------------------------------------------------
+
+
+def test_the_next_command_takes_the_first_unfinished_stage_on(run, trained):
+    def following(*more: str) -> str:
+        words = status(config(trained, *more), trained)["next"]
+        assert words.endswith(f" --run {trained.folder}")
+        return words.removesuffix(f" --run {trained.folder}")
+
+    assert following() == "sclite train"
+    assert following("teacher.model=openai/other") == "sclite build-data --fresh"
+    assert following("seed=1") == "sclite build-data"
+    trained.path("done/sft.json").unlink()
+    assert status(config(trained, "student.model="), trained)["next"] == "sclite init"
+    Path("sclite.toml").write_text("")
+    needed = status(config(trained, "student.model="), trained)["next"]
+    assert needed == "set student.model in sclite.toml"
+
+
+def test_at_the_beginning_a_configuration_is_asked_for_and_then_problems_and_teacher(run):
+    run.folder.mkdir()
+    assert status(config(run, "teacher.model="), run)["next"] == "sclite init"
+    Path("sclite.toml").write_text("")
+    needed = status(config(run, "teacher.model="), run)["next"]
+    assert needed == "set problems.source and teacher.model in sclite.toml"
+    assert status(config(run, "problems.source=p.jsonl"), run)["next"].startswith("sclite build-data --run")
+
+
+def test_without_problems_for_an_evaluation_it_is_not_named_and_a_student_without_threshold_just_talks(
+    trained,
+):
+    adapter(trained, "dpo/adapter")
+    stages = {name: Stage("done") for name in ("problems", *OUTPUTS, "export-dpo")} | {"eval": Stage()}
+
+    def following(*more: str) -> str:
+        return next_command(config(trained, *more), stages).partition(" --run")[0]
+
+    assert following() == "sclite chat"
+    assert following("eval.source=gone.jsonl") == "sclite chat"
+    Path("there.jsonl").write_text("{}")
+    assert following("eval.source=there.jsonl") == "sclite eval"
+    assert following("eval.source=openai/gsm8k") == "sclite eval"
+    assert following("review.threshold=1") == "sclite chat --self-correct"
+    stages["eval"] = Stage("done", counts={"problems": 300, "thresholds": 1})
+    assert following() == "sclite chat --self-correct"
+
+
+def test_where_training_would_be_refused_the_command_trains_afresh(trained):
+    assert status(config(trained, "sft.num_train_epochs=7"), trained)["next"].startswith(
+        "sclite train --fresh --run"
+    )
+
+
+def test_brought_along_attempts_at_any_problem_are_not_stale_and_need_no_training(built):
+    source = Path("tries.jsonl")
+    source.write_text("{}")
+    named = f"attempts.source={source}"
+    made = config(built, named)
+    rows = [Attempt(id=p.id, sample=0, trace=TRACE, answer="2", correct=False) for p in PROBLEMS]
+    built.replace("attempts.jsonl", rows)
+    built.sign(
+        "attempts", attempts.inputs_of(made, built, [*SIDES[0], *SIDES[1]]), Report("attempts", {"wrong": 8})
+    )
+    assert states(built, named)["attempts"] == "done"
+    assert status(made, built)["next"].startswith("sclite build-data --only corrections --run")
+    built.replace("reviews.jsonl", [Review(id=SIDES[1][0].id, sample=0, step=1, trace=TRACE)])
+    built.sign("corrections", corrections.inputs_of(made, built), Report("corrections", {"corrected": 1}))
+    assert status(made, built)["next"].startswith("sclite train")

@@ -1,0 +1,416 @@
+"""The batched llama.cpp student, on a real GGUF, against transformers."""
+
+import random
+import threading
+
+import numpy as np
+import pytest
+
+from sclite.errors import DataFault, UsageFault
+from sclite.student.base import Request, ScoreRequest
+from sclite.student.chat_template import merge_system, render_chat
+from sclite.student.hf_model import Trainable
+from sclite.student.llama_cpp.engine import Engine
+from sclite.student.self_correction import score_request
+from sclite.trace import Step, Trace
+from tests.tiny import sample_texts, tiny_gguf, tiny_llama
+
+PIECES = ("<Step1>Add 17 and 25.\n", "</Step1>\n", "<Step2>It is  42 €.\n")
+OPTIONS = ("<Cause>", "</Step")
+
+
+def chat(question, system="Solve in steps."):
+    return ({"role": "system", "content": system}, {"role": "user", "content": question})
+
+
+def questions(count):
+    return [text.split("\n")[0] for text in sample_texts(count, seed=3)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def gguf(folder):
+    return tiny_gguf(folder, folder / "tiny.gguf")
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    """Transformers' model and tokenizer of the same folder."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.set_num_threads(1)
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["own-caches", "one-cache"])
+def engine(request, gguf):
+    with Engine(gguf, parallel=4, context=1024, unified=request.param, exact=True) as engine:
+        yield engine
+
+
+def ids_of(tokenizer, messages, pieces=()):
+    text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    for piece in pieces:
+        ids = ids + tokenizer(piece, add_special_tokens=False).input_ids
+    return ids
+
+
+def log_probabilities(model, ids):
+    import torch
+
+    with torch.inference_mode():
+        return model(torch.tensor([ids])).logits[0].double().log_softmax(-1).numpy()
+
+
+def test_the_ids_of_any_text_are_those_of_transformers_and_sentencepiece(engine, folder, trained):
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    draw = random.Random(0)
+    letters = "abcdefgnopst 0123456789\n\n  <>/StepCauseKeynumber.,+=éß漢😀\taaAA"
+    texts = ["".join(draw.choices(letters, k=draw.randint(0, 60))) for _ in range(300)]
+    texts += ["</Step1>\n<Cause>", "  two  spaces ", "<|im_end|x", *sample_texts(30, seed=9)]
+    for text in texts:
+        ids = engine.token_ids(text)
+        assert ids == model.encode(text) == trained[1](text, add_special_tokens=False).input_ids, text
+        assert b"".join(engine.vocabulary.piece(token) for token in ids).decode() == text
+
+
+def test_control_tokens_in_a_piece_are_plain_text_and_in_a_prompt_they_are_not(engine):
+    assert engine.token_ids("<|im_end|>", special=True) == [2]
+    assert 2 not in engine.token_ids("<|im_end|>")
+
+
+def test_greedy_replies_are_those_of_transformers(engine, trained):
+    import torch
+
+    model, tokenizer = trained
+    requests = [Request(chat(q), pieces=PIECES[: i % 4], max_tokens=24) for i, q in enumerate(questions(12))]
+    replies = {reply.index: reply for reply in engine.generate(requests)}
+    assert sorted(replies) == list(range(12))
+    for index, request in enumerate(requests):
+        ids = ids_of(tokenizer, request.messages, request.pieces)
+        wanted = model.generate(
+            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=24, do_sample=False
+        )
+        new = wanted[0, len(ids) :].tolist()
+        reply = replies[index]
+        assert reply.prompt_tokens == len(ids)
+        text = b"".join(engine.vocabulary.piece(token) for token in new).decode("utf-8", "replace")
+        assert (reply.text, reply.tokens) == (text, len(new))
+        assert reply.finish == ("stop" if new[-1] == 2 else "length")
+
+
+def test_scores_are_the_log_odds_of_transformers(engine, trained):
+    model, tokenizer = trained
+    requests = [ScoreRequest(chat(q), PIECES, (2, 0), (OPTIONS, OPTIONS)) for q in questions(9)]
+    scores = {score.index: score for score in engine.score(requests)}
+    first, second = (tokenizer(option, add_special_tokens=False).input_ids[0] for option in OPTIONS)
+    assert first != second
+    for index, request in enumerate(requests):
+        for mark, found in zip(request.marks, scores[index].log_odds, strict=True):
+            ids = ids_of(tokenizer, request.messages, request.pieces[: mark + 1])
+            row = log_probabilities(model, ids)[-1]
+            assert found == pytest.approx(row[first] - row[second], abs=1e-3)
+
+
+def test_options_that_begin_alike_are_scored_whole(engine, trained):
+    model, tokenizer = trained
+    options = ("</Step1>", "</Answer>")
+    ids = [tokenizer(option, add_special_tokens=False).input_ids for option in options]
+    assert ids[0][0] == ids[1][0]
+    (score,) = engine.score([ScoreRequest(chat("2 + 2?"), PIECES, (0, 1), (options, options))])
+    for mark, found in zip((0, 1), score.log_odds, strict=True):
+        context = ids_of(tokenizer, chat("2 + 2?"), PIECES[: mark + 1])
+        sums = []
+        for option in ids:
+            rows = log_probabilities(model, context + option)[len(context) - 1 :]
+            sums.append(sum(rows[i, token] for i, token in enumerate(option)))
+        assert found == pytest.approx(sums[0] - sums[1], abs=1e-3)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["engine", "trainable"])
+def test_decisions_are_scored_whole_where_another_tag_begins_like_one_of_them(engine, trained, own):
+    """`<Cause>` and `<Key>` share their first token in this vocabulary; against one forward pass for each option."""
+    model, tokenizer = trained
+    student = Trainable(model, tokenizer, 4) if own else engine
+    request = score_request(
+        "2 + 2?", Trace((Step("2 + 2 = 4", "Count."), Step("4 = 5"), Step("So 5.")), None, "5")
+    )
+    heads = {tokenizer(text, add_special_tokens=False).input_ids[0] for text in ("<Cause>", "<Key>")}
+    assert len(heads) == 1
+    (score,) = student.score([request])
+    for number, found in enumerate(score.log_odds, 1):
+        context = ids_of(tokenizer, request.messages, request.pieces[: 2 * number - 1])
+        sums = []
+        for text in ("<Cause>", f"</Step{number}>\n"):
+            option = tokenizer(text, add_special_tokens=False).input_ids
+            rows = log_probabilities(model, context + option)[len(context) - 1 :]
+            sums.append(sum(rows[i, token] for i, token in enumerate(option)))
+        assert found == pytest.approx(sums[0] - sums[1], abs=1e-3)
+    assert len(score.log_odds) == 3
+
+
+def test_log_probabilities_of_every_position_are_those_of_transformers(engine, trained):
+    ids = ids_of(trained[1], chat("3 + 4?"), PIECES)
+    assert np.abs(engine.log_probabilities(ids) - log_probabilities(trained[0], ids)).max() < 1e-3
+
+
+def test_the_fast_cache_stays_within_a_hundredth_of_a_nat_on_average(gguf, trained):
+    ids = ids_of(trained[1], chat("3 + 4?"), PIECES)
+    with Engine(gguf, parallel=2, context=512) as engine:
+        assert np.abs(engine.log_probabilities(ids) - log_probabilities(trained[0], ids)).mean() < 1e-2
+
+
+def test_a_finished_sequence_gives_its_slot_to_the_next(gguf):
+    with Engine(gguf, parallel=2, context=512) as engine:
+        lengths = [40, 4, 4, 4, 4, 4, 4, 4, 4]
+        requests = [Request(chat(q), max_tokens=n) for q, n in zip(questions(9), lengths, strict=True)]
+        order = [reply.index for reply in engine.generate(requests)]
+        assert order == [1, 2, 3, 4, 5, 6, 7, 8, 0]
+        assert engine.scheduler.steps < 50  # the long one sets the pace: 40, and not 4 * 8 more
+
+
+def test_sequences_that_decode_together_stand_in_order_of_their_slots(gguf, monkeypatch):
+    """llama.cpp computes sequences with caches of their own in one go only where their numbers follow each other."""
+    lengths = [9, 3, 12, 5, 7, 4, 11, 6, 8, 3, 10, 5]
+    requests = [Request(chat(q), max_tokens=n) for q, n in zip(questions(12), lengths, strict=True)]
+    with Engine(gguf, parallel=4, context=512) as engine:
+        scheduler, seen = engine.scheduler, []
+        fill = scheduler._fill
+
+        def watched():
+            spans = fill()
+            decoding = [slot.number for slot, stop, _ in spans if stop - slot.sequence.fed == 1]
+            seen.append((decoding, scheduler.owners[: len(decoding)].tolist()))
+            return spans
+
+        monkeypatch.setattr(scheduler, "_fill", watched)
+        assert len(list(engine.generate(requests))) == 12
+    assert any(len(decoding) == 4 for decoding, _ in seen)
+    for decoding, owners in seen:
+        assert owners == decoding == sorted(decoding)
+
+
+@pytest.mark.parametrize("unified", [False, True])
+def test_a_common_beginning_is_computed_once_and_changes_no_reply(gguf, unified):
+    requests = [Request(chat(q, system="Solve in steps. " * 12), max_tokens=16) for q in questions(8)]
+    requests += requests[:3]
+    with Engine(gguf, parallel=4, context=512, unified=unified, exact=True) as engine:
+        common = len(engine.token_ids("<|im_start|>system\n" + "Solve in steps. " * 12, special=True))
+        shared = {reply.index: reply.text for reply in engine.generate(requests)}
+        assert common > 80
+        assert engine.scheduler.shared_tokens >= 10 * common
+    for index, request in enumerate(requests):
+        with Engine(gguf, parallel=1, context=512, exact=True) as alone:
+            (reply,) = alone.generate([request])
+        assert alone.scheduler.shared_tokens == 0
+        assert shared[index] == reply.text
+
+
+def test_an_end_token_ends_the_reply_and_is_counted_but_not_written(gguf):
+    wild = [Request(chat("1 + 1?"), max_tokens=700, temperature=50.0, seed=seed) for seed in range(8)]
+    with Engine(gguf, parallel=8, context=1024) as engine:
+        ended = [reply for reply in engine.generate(wild) if reply.finish == "stop"]
+        assert ended
+        for reply in ended:
+            assert reply.tokens < 700
+            assert "<|im_end|>" not in reply.text
+
+
+def test_the_next_round_on_the_same_prefix_starts_from_the_cache(engine):
+    (first,) = engine.generate([Request(chat("How many apples?"), max_tokens=30)])
+    before = engine.scheduler.shared_tokens
+    (second,) = engine.generate([Request(chat("How many apples?"), pieces=PIECES, max_tokens=3)])
+    assert engine.scheduler.shared_tokens - before >= first.prompt_tokens - 1
+    assert second.prompt_tokens > first.prompt_tokens
+
+
+def test_a_stop_string_ends_the_reply_which_includes_it(engine):
+    (whole,) = engine.generate([Request(chat("1 + 1?"), max_tokens=30)])
+    stop = whole.text[9:13]
+    (reply,) = engine.generate([Request(chat("1 + 1?"), max_tokens=30, stop=("never", stop))])
+    assert reply.text == whole.text[: whole.text.index(stop) + len(stop)]
+    assert (reply.finish, whole.finish) == ("stop", "length")
+
+
+def test_characters_of_several_tokens_come_whole():
+    from sclite.student.llama_cpp.sequence import Sequence
+
+    class Bytes:
+        ends = frozenset()
+
+        def piece(self, token):
+            return bytes([token])
+
+    sequence = Sequence([1], request=Request((), stop=("😀",)), limit=99)
+    for token in "é漢😀x".encode()[:-1]:
+        sequence._append(token, Bytes())
+    assert sequence.text.decode() == "é漢😀"
+    assert sequence.finish == "stop"
+
+
+def test_sampling_depends_on_the_seed_and_not_on_the_company(gguf):
+    def sampled(seed):
+        return Request(chat("5 + 6?"), max_tokens=12, temperature=0.9, top_p=0.95, seed=seed)
+
+    with Engine(gguf, parallel=8, context=512) as engine:
+        together = {
+            reply.index: reply.text for reply in engine.generate([sampled(seed) for seed in range(8)])
+        }
+    with Engine(gguf, parallel=1, context=512) as engine:
+        alone = {seed: next(engine.generate([sampled(seed)])).text for seed in range(8)}
+    # numbers round otherwise in company, so that a draw at the edge of two tokens may fall to the other side
+    assert sum(alone[seed] == together[seed] for seed in range(8)) >= 6
+    assert len(set(together.values())) > 4
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 1.0])
+def test_samples_follow_the_probabilities_of_the_nucleus(top_p):
+    from sclite.student.llama_cpp.sequence import sample
+
+    logits = np.log(np.array([0.05, 0.5, 0.15, 0.3], dtype=np.float32))
+    request = Request((), temperature=1.0, top_p=top_p)
+    wanted = {0.3: [0, 1, 0, 0], 0.9: [0, 0.526, 0.158, 0.316], 1.0: [0.05, 0.5, 0.15, 0.3]}[top_p]
+    draw = np.random.default_rng(0)
+    found = np.bincount([sample(logits, request, draw) for _ in range(4000)], minlength=4) / 4000
+    assert np.abs(found - wanted).max() < 0.03
+
+
+def test_a_token_that_has_the_mass_by_itself_is_chosen_and_takes_one_draw():
+    from sclite.student.llama_cpp.sequence import sample
+
+    request, draw, other = Request((), temperature=0.5, top_p=0.9), *map(np.random.default_rng, (7, 7))
+    sure, open_ = np.array([0.0, 5.0, 1.0], np.float32), np.array([1.0, 1.1, 0.9], np.float32)
+    assert [sample(sure, request, draw) for _ in range(5)] == [1] * 5
+    for _ in range(5):
+        other.random()
+    assert sample(open_, request, draw) == sample(open_, request, other)
+
+
+def test_a_flat_nucleus_wider_than_the_candidates_is_kept_whole():
+    from sclite.student.llama_cpp.sequence import sample
+
+    logits = np.zeros(5000, dtype=np.float32)
+    logits[0] = 12.0  # the others lie under a ten-thousandth of it, and hold 3 % of the mass
+    request, draw = Request((), temperature=1.0, top_p=0.999), np.random.default_rng(0)
+    assert len({sample(logits, request, draw) for _ in range(2000)}) > 20
+
+
+def test_a_prompt_that_does_not_fit_is_an_error_and_the_others_go_on(engine):
+    requests = [Request(chat("word " * 2000), max_tokens=5), Request(chat("1 + 1?"), max_tokens=5)]
+    replies = {reply.index: reply for reply in engine.generate(requests)}
+    assert replies[0].finish == "error"
+    assert "context" in replies[0].error
+    assert replies[1].tokens == 5
+    (score,) = engine.score([ScoreRequest(chat("word " * 2000), PIECES, (0,), (OPTIONS,))])
+    assert np.isnan(score.log_odds[0])
+
+
+def test_a_reply_that_reaches_the_end_of_the_context_is_cut(gguf):
+    with Engine(gguf, parallel=2, context=256) as engine:
+        (reply,) = engine.generate([Request(chat("1 + 1?"), max_tokens=100_000)])
+    assert reply.finish == "length"
+    assert reply.prompt_tokens + reply.tokens == 256
+
+
+def test_a_full_cache_makes_sequences_wait_and_changes_no_reply(gguf):
+    requests = [Request(chat(q), max_tokens=120) for q in questions(8)]
+    with Engine(gguf, parallel=8, context=256, unified=True, cache_gb=0.0011, exact=True) as small:
+        assert small.cells == 256
+        few = {reply.index: reply for reply in small.generate(requests)}
+        assert small.scheduler.preempted > 0
+    with Engine(gguf, parallel=8, context=256, exact=True) as large:
+        many = {reply.index: reply for reply in large.generate(requests)}
+    assert few == many
+
+
+def test_scores_may_be_asked_for_while_replies_are_still_coming(engine):
+    requests = [Request(chat(q), max_tokens=8 + i) for i, q in enumerate(questions(8))]
+    seen = []
+    for reply in engine.generate(requests):
+        (score,) = engine.score([ScoreRequest(requests[reply.index].messages, PIECES, (1,), (OPTIONS,))])
+        seen.append((reply.index, score.log_odds))
+    assert sorted(index for index, _ in seen) == list(range(8))
+
+
+def test_threads_share_the_batches_of_one_engine(engine):
+    alone = [next(engine.generate([Request(chat(q), max_tokens=10)])).text for q in questions(6)]
+    found = {}
+
+    def ask(index, question):
+        found[index] = next(engine.generate([Request(chat(question), max_tokens=10)])).text
+
+    threads = [threading.Thread(target=ask, args=pair) for pair in enumerate(questions(6))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[index] for index in range(6)] == alone
+
+
+def test_an_abandoned_run_leaves_its_slots_to_others(engine):
+    requests = [Request(chat(q), max_tokens=30) for q in questions(9)]
+    run = engine.generate(requests)
+    next(run)
+    run.close()
+    assert not engine.scheduler.active
+    assert not engine.scheduler.waiting
+    assert len(list(engine.generate(requests))) == 9
+
+
+def test_what_is_no_gguf_is_refused_with_a_remedy(tmp_path, gguf):
+    with pytest.raises(DataFault, match="does not exist"):
+        Engine(tmp_path / "absent.gguf")
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(gguf.read_bytes()[:5000])
+    with pytest.raises(DataFault, match="cannot load") as fault:
+        Engine(broken)
+    assert "sclite export" in fault.value.hint
+    with pytest.raises(UsageFault):
+        Engine(gguf, parallel=0)
+    with pytest.raises(DataFault, match="adapter"):
+        Engine(gguf, parallel=1, context=256, lora=broken)
+
+
+def test_llama_cpp_is_silent_when_it_loads(gguf, capfd):
+    with Engine(gguf, parallel=2, context=256) as engine:
+        assert engine.vocabulary_size == 512
+        assert engine.offloaded is False or engine.offloaded is True
+        assert "llama" in engine.description
+        assert "?" not in engine.description
+    captured = capfd.readouterr()
+    assert captured.err == captured.out == ""
+
+
+def test_a_template_without_a_system_role_gets_the_text_in_the_user_turn():
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    drops = "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% endif %}{% endfor %}"
+    for template in (refuses + drops, drops):
+        assert render_chat(template, chat("2 + 2?", system="Be brief.")) == "[Be brief.\n\n2 + 2?]"
+    assert merge_system(chat("2 + 2?")) == ({"role": "user", "content": "Solve in steps.\n\n2 + 2?"},)
+
+
+def test_a_template_renders_as_in_transformers(trained):
+    template = (
+        "{{ bos_token }}{% for m in messages %}\n  {% if m.role == 'user' %}\n{{ m.content | trim }}\n{% elif m.role == "
+        "'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}A:{% if enable_thinking is defined and enable_thinking is false %}<think></think>"
+        "{% endif %}{% endif %}{{ messages | tojson }}"
+    )
+    messages = [{"role": "user", "content": " 1 <b>é "}, {"role": "assistant", "content": "x"}]
+    wanted = trained[1].apply_chat_template(
+        messages, chat_template=template, add_generation_prompt=True, tokenize=False, enable_thinking=False
+    )
+    assert render_chat(template, tuple(messages), eos_token="<|im_end|>") == wanted
+
+
+def test_a_template_that_cannot_render_is_a_fault_of_the_data():
+    with pytest.raises(DataFault, match="no roles"):
+        render_chat("{{ raise_exception('no roles') }}", chat("x"))

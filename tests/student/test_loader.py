@@ -1,0 +1,71 @@
+"""Loading the student: which card is seen, which rows may go end to end, and adapters that are not its own."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from sclite.config import Sft
+from sclite.errors import DataFault
+from sclite.student.adapters import new_shape, put_adapter, with_new_adapter
+from sclite.student.loader import choose_card, end_to_end, load_student
+from tests.tiny import tiny_llama
+from tests.train.test_sft import config_of
+
+
+def shaped(*kinds):
+    """A model of which only the kinds of its layers are known."""
+    shape = SimpleNamespace(layer_types=list(kinds) or None, model_type="qwen3_5_text")
+    return SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: shape))
+
+
+def test_rows_go_end_to_end_only_where_no_layer_carries_a_state_along():
+    asked = Sft(padding_free=True)
+    assert end_to_end(shaped("full_attention", "sliding_attention"), Sft(), "unsloth")
+    assert end_to_end(shaped(), asked, "plain")
+    assert not end_to_end(shaped(), Sft(), "plain")
+    assert not end_to_end(shaped("linear_attention", "full_attention"), Sft(), "unsloth")
+    with pytest.raises(DataFault, match="would mix the rows"):
+        end_to_end(shaped("linear_attention"), asked, "unsloth")
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "0"), ("3,1", "3"), ("", "")])
+def test_without_gpu_the_first_visible_card_is_the_only_one(monkeypatch, before, after):
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if before is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
+    choose_card(None)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == after
+
+
+def test_attention_that_plans_for_every_length_is_left_out(tmp_path):
+    import torch
+
+    config = config_of(tiny_llama(tmp_path / "student"))
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    load_student(config, "sft")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_an_adapter_of_another_shape_is_refused_by_name(tmp_path):
+    folder = tiny_llama(tmp_path / "student")
+    config = config_of(folder)
+    other, _ = load_student(config, "sft", train=True)
+    other.save_pretrained(tmp_path / "whole")
+    put_adapter(other, tmp_path / "whole")
+
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(tmp_path / "whole/adapter_model.safetensors")
+    (tmp_path / "part").mkdir()
+    save_file(dict(list(weights.items())[2:]), tmp_path / "part/adapter_model.safetensors")
+    with pytest.raises(DataFault, match="does not fit the student"):
+        put_adapter(other, tmp_path / "part")
+    shape = new_shape(config.sft, other.config)
+    renamed = {f"{name.replace('layers.0', 'layers.99')}": value for name, value in weights.items()}
+    (tmp_path / "other").mkdir()
+    save_file(renamed, tmp_path / "other/adapter_model.safetensors")
+    with pytest.raises(DataFault, match="does not fit the student"):
+        put_adapter(with_new_adapter(other.get_base_model(), shape, 0), tmp_path / "other")

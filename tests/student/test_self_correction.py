@@ -1,0 +1,355 @@
+"""Self-correction with a scripted student: which step is accused, how it is mended, and when the first answer stands."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from sclite.student.base import Reply, Request, Scores
+from sclite.student.self_correction import (
+    SAME_RESULT,
+    Settings,
+    free,
+    guided,
+    mend,
+    read_correction,
+    same_result,
+    score_request,
+    scores_of,
+)
+from sclite.trace import CAUSE, Step, Trace, open_piece, parse, render
+
+QUESTION = "Anna has 48 apples, buys 24, gives half away and finds 5. How many?"
+RIGHT = Trace(
+    (Step("48 + 24 = 72", "Carry."), Step("72 / 2 = 36"), Step("36 + 5 = 41")), "Add, share, add.", "41"
+)
+WRONG = Trace(
+    (Step("48 + 24 = 72", "Carry."), Step("72 / 2 = 38"), Step("38 + 5 = 43")), "Add, share, add.", "43"
+)
+CORRECTION = "72 is not twice 38.</Cause>\n<Correction>72 / 2 = 36</Correction>"
+REST = "<Step3>36 + 5 = 41\n</Step3>\n<Generalized>Add, share, add.</Generalized>\n<Answer>41</Answer>"
+
+
+@dataclass
+class Scripted:
+    """A student that scores and says what it is told to; every request is kept. Replies come last one first."""
+
+    odds: Callable[[str], tuple[float, ...]] = lambda work: ()
+    corrections: list[str] = field(default_factory=list)
+    rest: str = REST
+    finish: str = "stop"
+    requests: list[Request] = field(default_factory=list)
+    scored: list = field(default_factory=list)
+
+    def score(self, requests):
+        self.scored += requests
+        for index in reversed(range(len(requests))):
+            work = requests[index].messages[-1]["content"].partition("Work to check:\n")[2]
+            yield Scores(index, self.odds(work), 10)
+
+    def generate(self, requests):
+        self.requests += requests
+        replies = []
+        for index, request in enumerate(requests):
+            text = self.corrections.pop(0) if request.pieces and request.pieces[-1] == CAUSE else self.rest
+            replies.append(Reply(index, text, 10, 20, self.finish))
+        yield from reversed(replies)
+
+
+def accuse_38(work: str) -> tuple[float, ...]:
+    return tuple(3.0 if "= 38" in step.text else -4.0 for step in parse(work).trace.steps)
+
+
+# -- scores --------------------------------------------------------------------------------------------------------
+
+
+def test_one_request_asks_for_the_odds_after_every_steps_text():
+    request = score_request(QUESTION, WRONG)
+    assert request.options == tuple((CAUSE, f"</Step{n}>\n") for n in range(1, len(WRONG.steps) + 1))
+    assert request.others == ("<Key>", "<Correction>")
+    assert [request.pieces[mark] for mark in request.marks] == [
+        open_piece(n, step) for n, step in enumerate(WRONG.steps, 1)
+    ]
+    assert [closer for _, closer in request.options] == list(request.pieces[1::2])
+    assert render(WRONG) in request.messages[-1]["content"]
+    assert request.messages[0]["role"] == "system"
+
+
+def test_scores_come_back_to_their_own_trace_in_whatever_order():
+    student = Scripted(odds=accuse_38)
+    found = scores_of(student, [QUESTION] * 3, [WRONG, Trace(), RIGHT])
+    assert found == [(-4.0, 3.0, -4.0), (), (-4.0, -4.0, -4.0)]
+    assert len(student.scored) == 2
+
+
+# -- guided --------------------------------------------------------------------------------------------------------
+
+
+def test_the_wrong_step_is_accused_mended_and_solved_on_from():
+    student = Scripted(odds=accuse_38, corrections=[CORRECTION])
+    (got,) = guided(student, [QUESTION], [render(WRONG)], Settings(threshold=0.0))
+    assert got.accused == 2
+    assert got.scores == (-4.0, 3.0, -4.0)
+    assert (got.cause, got.correction) == ("72 is not twice 38.", "72 / 2 = 36")
+    assert parse(got.text).trace == RIGHT
+    assert got.tokens == 20
+    assert got.note == ""
+
+
+def test_right_work_is_left_as_it_is_word_for_word():
+    text = "Sure!\n" + render(RIGHT).replace("\n</Step1>", "</Step 1 >")
+    (got,) = guided(Scripted(odds=accuse_38), [QUESTION], [text], Settings())
+    assert got.text == text
+    assert (got.accused, got.tokens, got.note) == (None, 0, "")
+    assert got.scores == (-4.0, -4.0, -4.0)
+
+
+@pytest.mark.parametrize(("threshold", "accused"), [(-2.0, 1), (0.0, 2), (2.0, 3), (5.0, None), (4.0, None)])
+def test_the_first_step_past_the_threshold_is_accused_not_the_highest(threshold, accused):
+    student = Scripted(odds=lambda _: (-1.0, 1.0, 4.0), corrections=[CORRECTION], rest=f"{REST}")
+    (got,) = guided(student, [QUESTION], [render(WRONG)], Settings(threshold=threshold))
+    assert got.accused == accused
+
+
+def test_cause_and_correction_are_asked_in_the_review_context_from_the_accusation_on():
+    student = Scripted(odds=accuse_38, corrections=[CORRECTION])
+    guided(student, [QUESTION], [render(WRONG)], Settings(max_tokens=77))
+    first = student.requests[0]
+    assert "".join(first.pieces) == "".join(score_request(QUESTION, WRONG).pieces[:3]) + CAUSE
+    assert first.pieces[:3] == score_request(QUESTION, WRONG).pieces[:3]
+    assert "Work to check:" in first.messages[-1]["content"]
+    assert first.stop == ("</Correction>",)
+    assert first.max_tokens == 77
+
+
+def test_the_solution_goes_on_in_the_solve_context_without_the_wrong_tail():
+    student = Scripted(odds=accuse_38, corrections=[CORRECTION])
+    guided(student, [QUESTION], [render(WRONG)], Settings())
+    second = student.requests[1]
+    assert second.pieces == (
+        open_piece(1, WRONG.steps[0]),
+        "</Step1>\n",
+        "<Step2>72 / 2 = 36\n",
+        "</Step2>\n",
+    )
+    asked = "".join(m["content"] for m in second.messages)
+    assert QUESTION in asked
+    assert "38" not in asked
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 2, 5])
+def test_rounds_are_bounded_even_for_a_student_that_always_accuses(rounds):
+    changing = [CORRECTION.replace("= 36", f"= {36 + number}") for number in range(9)]
+    student = Scripted(odds=lambda work: (-1.0, 9.0, 9.0), corrections=changing)
+    (got,) = guided(student, [QUESTION], [render(WRONG)], Settings(rounds=rounds))
+    assert len(student.requests) == 2 * rounds
+    assert len(student.scored) == rounds
+    assert got.tokens == 20 * rounds
+    assert (got.accused is None) == (rounds == 0)
+
+
+def test_a_second_round_looks_at_the_mended_work_and_stops_when_it_is_content():
+    student = Scripted(odds=accuse_38, corrections=[CORRECTION])
+    (got,) = guided(student, [QUESTION], [render(WRONG)], Settings(rounds=5))
+    assert len(student.scored) == 2
+    assert render(RIGHT) in student.scored[1].messages[-1]["content"]
+    assert got.accused == 2
+    assert got.scores == (-4.0, 3.0, -4.0)  # of the first answer
+
+
+@pytest.mark.parametrize(
+    ("correction", "rest", "finish", "note"),
+    [
+        ("no tags at all", REST, "stop", "the review could not be read"),
+        ("only a cause</Cause>", REST, "stop", "the review could not be read"),
+        ("</Cause>\n<Correction>72 / 2 = 36</Correction>", REST, "stop", "the review could not be read"),
+        ("", REST, "stop", "the review could not be read"),
+        (CORRECTION, "<Step3>36 + 5 = 41\n</Step3>\n", "stop", "no answer after the correction"),
+        (CORRECTION, REST, "error", "the review could not be read"),
+    ],
+)
+def test_an_unreadable_review_keeps_the_first_answer_and_says_so(correction, rest, finish, note):
+    student = Scripted(odds=accuse_38, corrections=[correction], rest=rest, finish=finish)
+    first = "Well.\n" + render(WRONG)
+    (got,) = guided(student, [QUESTION], [first], Settings())
+    assert got.text == first
+    assert got.accused is None
+    assert got.note == note
+    assert got.scores == (-4.0, 3.0, -4.0)
+    assert got.tokens > 0
+
+
+def test_what_the_student_has_corrected_while_solving_is_reviewed_as_corrected():
+    steps = (WRONG.steps[0], Step("72 / 2 = 38", None, "Too many.", "72 / 2 = 36"), Step("36 + 5 = 41"))
+    text = render(Trace(steps, None, "41"))
+    student = Scripted(odds=accuse_38)
+    (got,) = guided(student, [QUESTION], [text], Settings())
+    assert (got.text, got.accused, got.note) == (text, None, "")
+    assert got.scores == (-4.0, -4.0, -4.0)
+    (request,) = student.scored
+    assert "= 38" not in request.messages[-1]["content"] + "".join(request.pieces)
+    assert "72 / 2 = 36" in "".join(request.pieces)
+
+
+AGAIN = "The halves fit not.</Cause>\n<Correction>Half of 72: 70 / 2 = 35, 2 / 2 = 1, so 72 / 2 = 38.</Correction>"
+
+
+def test_a_correction_to_the_same_result_mends_nothing_and_is_not_solved_on_from():
+    student = Scripted(odds=accuse_38, corrections=[AGAIN])
+    (got,) = guided(student, [QUESTION], [render(WRONG)], Settings(rounds=3))
+    assert (got.text, got.accused, got.note, got.tokens) == (render(WRONG), None, SAME_RESULT, 10)
+    assert len(student.requests) == 1
+    (mended,) = mend(Scripted(corrections=[AGAIN]), [(QUESTION, WRONG, 2)], Settings())
+    assert (mended.accused, mended.note, mended.text) == (2, SAME_RESULT, render(WRONG))
+    assert mended.correction.endswith("72 / 2 = 38.")  # as a wrong one of its own it can still be trained on
+
+
+@pytest.mark.parametrize(
+    ("step", "correction", "same"),
+    [
+        ("2 + 2 = 5 nuts.", "units 2 + 2 = 5, so 2 + 2 = 5 nuts", True),
+        ("2 + 2 = 5 nuts.", "2 + 2 = 4 nuts.", False),
+        (r"so $x = \frac{3}{4}$.", r"so $x = \frac{5}{4}$.", False),
+        ("5 nuts", "5 nuts", False),
+        ("After 3 days, 2 * 3 = 6.", "3 * 2 = 6", True),
+        ("x^2 - 5x + 6 = 0", "x^2 - 5x - 6 = 0", False),
+        ("x + 6 = 0", "x + 7 = 0", False),
+        ("3 <= 5", "3 >= 5", False),
+        ("a = 3, c = 5", "a = 2, c = 5", False),
+        ("2 + 2 =", "2 + 3 =", False),
+        ("5 nuts", "2 + 2 = 5 nuts", False),
+    ],
+)
+def test_results_are_what_stands_after_the_last_equals_sign(step, correction, same):
+    assert same_result(step, correction) is same
+
+
+def test_when_the_second_round_cannot_be_read_the_first_rounds_text_stands():
+    student = Scripted(odds=lambda _: (-1.0, 2.0, -1.0), corrections=[CORRECTION, "nothing"])
+    (got,) = guided(student, [QUESTION], [render(WRONG)], Settings(rounds=2))
+    assert parse(got.text).trace == RIGHT
+    assert got.accused == 2
+    assert got.note == "the review could not be read"
+
+
+def test_an_answer_without_steps_is_left_alone_and_it_is_said():
+    student = Scripted(odds=accuse_38)
+    (got,) = guided(student, [QUESTION], ["It is 41."], Settings())
+    assert (got.text, got.note, got.accused) == ("It is 41.", "no steps to review", None)
+    assert student.scored == []
+
+
+def test_many_attempts_keep_apart():
+    student = Scripted(odds=accuse_38, corrections=[CORRECTION, "junk"])
+    texts = [render(RIGHT), render(WRONG), "none", render(WRONG)]
+    got = guided(student, [QUESTION] * 4, texts, Settings())
+    assert [g.accused for g in got] == [None, 2, None, None]
+    assert [g.note for g in got] == ["", "", "no steps to review", "the review could not be read"]
+    assert [parse(g.text).trace.answer for g in got] == ["41", "41", None, "43"]
+
+
+def test_nothing_that_the_student_is_asked_holds_the_gold_answer():
+    """The review has no way to know it: neither function takes one, and no request mentions it."""
+    student = Scripted(
+        odds=accuse_38, corrections=[CORRECTION.replace("36", "30")], rest=REST.replace("41", "35")
+    )
+    (got,) = guided(student, [QUESTION], [render(WRONG)], Settings())
+    assert parse(got.text).trace.answer == "35"  # wrong still, and it stands
+    asked = "".join(m["content"] for r in [*student.requests, *student.scored] for m in r.messages)
+    assert "41" not in asked
+    assert not {"gold", "answer", "problem"} & set(guided.__annotations__)
+    assert not {"gold", "answer", "problem"} & set(free.__annotations__)
+
+
+# -- mending a given step ------------------------------------------------------------------------------------------
+
+
+def test_several_samples_of_one_correction_have_seeds_of_their_own():
+    student = Scripted(corrections=[CORRECTION] * 3)
+    mend(student, [(QUESTION, WRONG, 2)] * 3, Settings(temperature=0.8, seed=5))
+    asked = [r for r in student.requests if r.pieces[-1] == CAUSE]
+    assert [r.seed for r in asked] == [5, 6, 7]
+    assert {r.temperature for r in asked} == {0.8}
+    assert {r.temperature for r in student.requests if r.pieces[-1] != CAUSE} == {0.0}
+
+
+def test_a_reply_that_never_comes_is_no_correction():
+    class Silent(Scripted):
+        def generate(self, requests):
+            return iter(())
+
+    (got,) = mend(Silent(), [(QUESTION, WRONG, 2)], Settings())
+    assert got.accused is None
+    assert got.text == render(WRONG)
+    assert got.note
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        (CORRECTION, ("72 is not twice 38.", "72 / 2 = 36")),
+        ("a</cause> <CORRECTION: >b", ("a", "b")),
+        ("a\n<Correction>b</Correction>", ("a", "b")),
+        ("a</Cause>", None),
+        ("<Correction>b</Correction>", None),
+        ("", None),
+    ],
+)
+def test_what_follows_the_accusation_is_read_as_forgivingly_as_a_trace(text, read):
+    assert read_correction(text) == read
+
+
+# -- free ----------------------------------------------------------------------------------------------------------
+
+
+def reviewed(cause: str | None, correction: str | None) -> str:
+    steps = (RIGHT.steps[0], Step(WRONG.steps[1].text, None, cause, correction), RIGHT.steps[2])
+    return render(Trace(steps, None, "41"))
+
+
+def test_free_review_takes_over_the_corrected_solution():
+    student = Scripted(rest=reviewed("72 is not twice 38.", "72 / 2 = 36"))
+    (got,) = free(student, [QUESTION], [render(WRONG)], Settings(max_tokens=50))
+    assert got.accused == 2
+    assert [s.text for s in parse(got.text).trace.steps] == [s.text for s in RIGHT.steps]
+    assert parse(got.text).trace.answer == "41"
+    assert "<Cause>" not in got.text
+    assert (got.tokens, got.scores) == (10, ())
+    assert student.requests[0].pieces == ()
+    assert student.requests[0].max_tokens == 100  # it writes the steps again, and new ones
+
+
+def test_a_free_review_that_accuses_nothing_changes_nothing():
+    (got,) = free(Scripted(rest=render(RIGHT)), [QUESTION], [render(WRONG)], Settings())
+    assert (got.text, got.accused, got.note) == (render(WRONG), None, "")
+
+
+@pytest.mark.parametrize("text", ["gibberish", "", "<Step1>a</Step1>", "<Answer>41</Answer>"])
+def test_an_unreadable_free_review_keeps_the_first_answer_and_says_so(text):
+    (got,) = free(Scripted(rest=text), [QUESTION], [render(WRONG)], Settings())
+    assert (got.text, got.accused, got.note) == (render(WRONG), None, "the review could not be read")
+    assert got.tokens == 10
+
+
+def test_free_review_asks_only_about_work_with_steps():
+    student = Scripted(rest=render(RIGHT))
+    got = free(student, [QUESTION] * 2, ["It is 41.", render(WRONG)], Settings())
+    assert [g.note for g in got] == ["no steps to review", ""]
+    assert len(student.requests) == 1
+
+
+def test_free_review_sees_what_the_student_has_corrected_while_solving_as_corrected():
+    steps = (WRONG.steps[0], Step("72 / 2 = 38", None, "Too many.", "72 / 2 = 36"), Step("36 + 5 = 41"))
+    student = Scripted(rest=render(RIGHT))
+    (got,) = free(student, [QUESTION], [render(Trace(steps, None, "41"))], Settings())
+    assert got.accused is None
+    assert "= 38" not in student.requests[0].messages[-1]["content"]
+
+
+def test_a_second_round_sees_the_continuation_as_its_own_corrections_left_it():
+    rest = "<Step3>36 + 5 = 38\n<Cause>Too few.</Cause>\n<Correction>36 + 5 = 41</Correction>\n</Step3>\n<Answer>41</Answer>"
+    student = Scripted(odds=accuse_38, corrections=[CORRECTION], rest=rest)
+    (got,) = guided(student, [QUESTION], [render(WRONG)], Settings(rounds=2))
+    assert got.accused == 2
+    assert len(student.scored) == 2
+    assert len(student.requests) == 2

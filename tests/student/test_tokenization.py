@@ -1,0 +1,204 @@
+"""Token ids of prompts and pieces, with a real tokenizer: what is joined, what carries loss, where decisions stand."""
+
+import pytest
+from transformers import AutoTokenizer
+
+from sclite import prompts
+from sclite.errors import DataFault
+from sclite.student.base import compared
+from sclite.student.chat_template import merge_system
+from sclite.student.self_correction import Settings, continue_request
+from sclite.student.tokenization import (
+    decision_ids,
+    encode_closing,
+    encode_continuation,
+    encode_review,
+    encode_solution,
+    end_id,
+    piece_ids,
+    prompt_ids,
+    prompt_text,
+)
+from sclite.trace import CAUSE, Step, Trace, all_pieces, open_piece, render, step_pieces
+from tests.tiny import CHATML, sample_texts, write_tokenizer
+
+SOLVE = prompts.solve_messages("Anna has 3 apples and buys 4. How many?")
+TRACE = Trace((Step("3 + 4 = 7", "Count."), Step("7 + 0 = 7")), "Add.", "7")
+REVIEW = Trace(
+    (Step("3 + 4 = 7"), Step("7 + 1 = 9", None, "Too many.", "7 + 1 = 8"), Step("8 = 8")), None, "8"
+)
+
+NO_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    + CHATML
+)
+THINKING = (
+    CHATML + "{% if add_generation_prompt and enable_thinking is not defined %}{{ '<think>' }}{% endif %}"
+)
+PLAIN = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(made, sample_texts(), vocab_size=512)
+    return made
+
+
+@pytest.fixture
+def tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def with_template(folder, template):
+    made = AutoTokenizer.from_pretrained(folder)
+    made.chat_template = template
+    return made
+
+
+def flat(rows):
+    return [i for row in rows for i in row]
+
+
+# -- prompts -------------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_ends_where_the_assistant_begins(tokenizer):
+    text = prompt_text(tokenizer, SOLVE)
+    assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    assert text.startswith(f"<|im_start|>system\n{SOLVE[0]['content']}<|im_end|>")
+    assert tokenizer.decode(prompt_ids(tokenizer, SOLVE)) == text
+
+
+def test_where_a_template_has_no_system_role_its_text_goes_before_the_users(folder):
+    text = prompt_text(with_template(folder, NO_SYSTEM), SOLVE)
+    assert text.count("<|im_start|>") == 2
+    assert f"<|im_start|>user\n{SOLVE[0]['content']}\n\n{SOLVE[1]['content']}<|im_end|>" in text
+    assert merge_system(SOLVE[1:]) == SOLVE[1:]
+
+
+def test_thinking_is_switched_off_where_the_template_has_a_switch(folder):
+    assert not prompt_text(with_template(folder, THINKING), SOLVE).endswith("<think>")
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(folder):
+    with pytest.raises(DataFault, match="no chat template") as fault:
+        prompt_text(with_template(folder, None), SOLVE)
+    assert fault.value.hint == "choose an instruct model"
+
+
+def test_the_end_of_turn_is_what_the_template_writes_after_an_answer(folder, tokenizer):
+    assert end_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    other = with_template(folder, CHATML.replace("<|im_end|>", "<|im_start|>"))
+    assert end_id(other) == tokenizer.convert_tokens_to_ids(
+        "<|im_start|>"
+    )  # not the tokenizer's own end token
+    assert other.eos_token_id != end_id(other)
+    assert end_id(with_template(folder, PLAIN)) == tokenizer.eos_token_id
+
+
+def test_a_tokenizer_without_any_end_token_is_refused(folder):
+    endless = with_template(folder, PLAIN)
+    endless.eos_token = None
+    with pytest.raises(DataFault, match="no end-of-turn token") as fault:
+        end_id(endless)
+    assert fault.value.hint
+
+
+# -- wholes and parts ----------------------------------------------------------------------------------------------
+
+
+def test_the_ids_of_a_whole_are_those_of_the_prompt_and_of_each_piece(tokenizer):
+    row = encode_solution(tokenizer, SOLVE, TRACE)
+    before = prompt_ids(tokenizer, SOLVE)
+    alone = flat(tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in all_pieces(TRACE))
+    assert row.ids == [*before, *alone, end_id(tokenizer)]
+    assert row.weights == [0.0] * len(before) + [1.0] * (len(alone) + 1)
+    assert tokenizer.decode(row.ids) == prompt_text(tokenizer, SOLVE) + render(TRACE) + "<|im_end|>"
+
+
+def test_a_review_and_a_solution_of_the_same_trace_have_the_same_ids(tokenizer):
+    assert encode_review(tokenizer, SOLVE, TRACE).ids == encode_solution(tokenizer, SOLVE, TRACE).ids
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_continuation_carries_loss_on_what_comes_after_the_step_and_on_its_end(tokenizer, step):
+    asked = continue_request(
+        "Anna has 3 apples and buys 4. How many?", TRACE, step, TRACE.steps[step - 1].text, Settings()
+    )
+    given = [
+        *prompt_ids(tokenizer, asked.messages),
+        *(i for ids in piece_ids(tokenizer, asked.pieces) for i in ids),
+    ]
+    plain = Trace(
+        (*TRACE.steps[: step - 1], Step(TRACE.steps[step - 1].text), *TRACE.steps[step:]), "Add.", "7"
+    )
+    row = encode_continuation(tokenizer, SOLVE, plain, step)
+    assert row.ids == encode_solution(tokenizer, SOLVE, plain).ids
+    assert row.ids[: len(given)] == given  # as guided review asks for it
+    assert row.weights == [0.0] * len(given) + [1.0] * (len(row.ids) - len(given))
+
+
+def test_closed_work_carries_loss_on_its_closers_and_its_end_alone(tokenizer):
+    work = Trace(tuple(Step(step.text, step.key) for step in REVIEW.steps), None, "8")
+    row = encode_closing(tokenizer, SOLVE, work, 2, 3.0)
+    assert row.ids == encode_solution(tokenizer, SOLVE, work).ids
+    _, close = decision_ids(tokenizer)
+    heard = [(i, w) for i, w in zip(row.ids, row.weights, strict=True) if w]
+    assert heard == [(close, 1.0), (close, 4.0), (close, 1.0), (end_id(tokenizer), 1.0)]
+
+
+def test_a_prefix_in_training_is_a_prefix_of_the_whole(tokenizer):
+    """At every place where text is forced in use, the ids so far are those of training."""
+    whole = encode_review(tokenizer, SOLVE, REVIEW).ids
+    pieces = [*step_pieces(REVIEW.steps[:1]), open_piece(2, REVIEW.steps[1]), CAUSE]
+    for count in range(1, len(pieces) + 1):
+        part = prompt_ids(tokenizer, SOLVE) + flat(piece_ids(tokenizer, pieces[:count]))
+        assert whole[: len(part)] == part
+
+
+def test_no_pieces_are_no_ids(tokenizer):
+    assert piece_ids(tokenizer, []) == []
+
+
+# -- decisions -----------------------------------------------------------------------------------------------------
+
+
+def test_decisions_stand_after_each_steps_text_up_to_the_accused_one(tokenizer):
+    row = encode_review(tokenizer, SOLVE, REVIEW, decision_weight=4.0)
+    assert row.accused == (False, True)
+    accuse, close = decision_ids(tokenizer)
+    assert [row.ids[mark + 1] for mark in row.marks] == [close, accuse]
+    for number, mark in enumerate(row.marks, 1):
+        assert tokenizer.decode(row.ids[: mark + 1]).endswith(open_piece(number, REVIEW.steps[number - 1]))
+    assert [w for w in row.weights if w > 1] == [5.0, 5.0]
+    assert row.weights[-1] == 1.0
+
+
+def test_a_review_that_accuses_nothing_has_a_decision_at_every_step(tokenizer):
+    row = encode_review(tokenizer, SOLVE, TRACE)
+    assert row.accused == (False, False)
+    assert set(row.weights) == {0.0, 1.0}
+    assert row.weights[row.marks[0] + 1] == 1.0
+
+
+def test_accusing_and_closing_begin_with_different_tokens(tokenizer):
+    accuse, close = decision_ids(tokenizer)
+    assert accuse != close
+    assert {piece_ids(tokenizer, [f"</Step{n}>\n"])[0][0] for n in range(1, 20)} == {close}
+
+
+def test_a_vocabulary_that_begins_both_alike_is_refused():
+    def letters(pieces, **_):
+        return {"input_ids": [[ord(letter) for letter in piece] for piece in pieces]}
+
+    with pytest.raises(DataFault, match="same first token") as fault:
+        decision_ids(letters)
+    assert fault.value.hint
+
+
+def test_first_tokens_are_compared_where_they_tell_all_tags_apart():
+    assert compared([1, 2], [3, 4], [[5], [6]]) == ([1], [3])
+    assert compared([1, 2], [3, 4], [[5], [3, 9]]) == ([1, 2], [3, 4])
+    assert compared([1, 2], [1, 4], []) == ([1, 2], [1, 4])
+    assert compared([1, 2], [3, 4], [[5], [5]]) == ([1], [3])

@@ -1,0 +1,90 @@
+"""Calls in flight halve on complaints and grow on success; limits per minute hold."""
+
+import asyncio
+import time
+
+import pytest
+
+from sclite.teacher import limits as pacing
+from sclite.teacher.limits import Limit, Pace
+
+
+def test_a_complaint_halves_the_room_and_success_makes_it_grow_again():
+    async def story():
+        pace = Pace(16)
+        pace.flying = 16
+        now = time.monotonic()
+        pace.complained(now)
+        assert pace.room == 8
+        pace.complained(now)  # began before the last halving: it is the same complaint
+        assert pace.room == 8
+        pace.complained(time.monotonic() + 1)
+        assert pace.room == 4
+        for _ in range(20):
+            pace.succeeded()
+        return pace.room
+
+    assert asyncio.run(story()) == 16
+
+
+def test_the_room_never_falls_below_one_call():
+    async def story():
+        pace = Pace(2)
+        for second in range(5):
+            pace.complained(time.monotonic() + second)
+        async with pace.call():
+            return pace.flying
+
+    assert asyncio.run(story()) == 1
+
+
+@pytest.mark.parametrize("room", [1, 3])
+def test_no_more_calls_are_in_flight_than_there_is_room(room):
+    most = 0
+
+    async def story():
+        pace = Pace(8)
+        pace.room = float(room)
+
+        async def call():
+            nonlocal most
+            async with pace.call():
+                most = max(most, pace.flying)
+                await asyncio.sleep(0.001)
+
+        await asyncio.gather(*(call() for _ in range(12)))
+        assert pace.flying == 0
+
+    asyncio.run(story())
+    assert most == room
+
+
+def test_a_minute_never_holds_more_than_the_limit(monkeypatch):
+    monkeypatch.setattr(pacing, "MINUTE_SECONDS", 0.2)
+    times = []
+
+    async def story():
+        limit = Limit(5)
+
+        async def take():
+            await limit.take(1)
+            times.append(time.monotonic())
+
+        await asyncio.gather(*(take() for _ in range(12)))
+
+    asyncio.run(story())
+    for i in range(len(times) - 5):
+        assert times[i + 5] - times[i] >= 0.19
+    assert len(times) == 12
+
+
+def test_one_amount_above_the_limit_goes_alone_and_does_not_wait_for_ever(monkeypatch):
+    monkeypatch.setattr(pacing, "MINUTE_SECONDS", 0.05)
+
+    async def story():
+        limit = Limit(10)
+        await limit.take(3)
+        await limit.take(50)
+        await limit.take(1)
+
+    asyncio.run(asyncio.wait_for(story(), 5))

@@ -1,0 +1,244 @@
+"""Work in a process of its own: what comes back from it, and that it does not outlive who waits for it."""
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+
+import pytest
+
+from sclite.errors import DataFault, DeviceFault, MemoryFault, ScliteError
+from sclite.isolation import apart
+
+
+def counts(upto, *, progress):
+    for number in range(1, upto + 1):
+        progress(number, upto, note=f"number {number}")
+    progress(0, 0, warning="that was all")
+    return {"sum": sum(range(upto + 1)), "process": os.getpid()}
+
+
+def fails(*, progress):
+    raise DataFault("row 7 is broken", "mend it")
+
+
+def runs_out_of_memory(*, progress):
+    raise MemoryFault("warmup", 4)
+
+
+def is_interrupted(*, progress):
+    raise KeyboardInterrupt
+
+
+def dies(*, progress):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def sleeps(path, *, progress):
+    with open(path, "w") as file:
+        file.write(str(os.getpid()))
+    time.sleep(60)
+
+
+def counts_interrupts(path, *, progress):
+    """Write how often Ctrl-C has come in a second after the first time, and whether the terminal could have sent it."""
+    times = []
+    signal.signal(signal.SIGINT, lambda *_: times.append(1))
+    _write(path, "listening")
+    while not times:
+        time.sleep(0.01)
+    time.sleep(1)
+    _write(path, f"{len(times)} times, {'not ' * (os.getpgrp() == os.getpid())}in the terminal's group")
+    raise KeyboardInterrupt
+
+
+def dies_of_an_interrupt(path, *, progress):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    _write(path, "listening")
+    time.sleep(60)
+
+
+def is_deaf(path, *, progress):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _write(path, str(os.getpid()))
+    time.sleep(60)
+
+
+def dies_and_leaves_a_child(*, progress):
+    if os.fork() == 0:
+        time.sleep(20)
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class DiesWhenRead:
+    """An argument at which the new process ends before it does anything."""
+
+    def __init__(self, code):
+        self.code = code
+
+    def __reduce__(self):
+        return os._exit, (self.code,)
+
+
+def _write(path, text):
+    with open(f"{path}.new", "w") as file:
+        file.write(text)
+    os.replace(f"{path}.new", path)
+
+
+def talks_and_breaks(*, progress):
+    print("a banner")
+    raise ZeroDivisionError("broken")
+
+
+def nothing(*_, **__):
+    pass
+
+
+def test_result_progress_and_warnings_come_from_another_process(tmp_path):
+    seen = []
+    result = apart(
+        counts, 3, progress=lambda *values, **named: seen.append((values, named)), log=tmp_path / "log"
+    )
+    assert result["sum"] == 6
+    assert result["process"] != os.getpid()
+    assert seen[0] == ((1, 3), {"note": "number 1"})
+    assert seen[-1] == ((0, 0), {"warning": "that was all"})
+    assert len(seen) == 4
+
+
+def test_faults_come_back_whole(tmp_path):
+    with pytest.raises(DataFault, match="row 7 is broken") as fault:
+        apart(fails, progress=nothing, log=tmp_path / "log")
+    assert fault.value.hint == "mend it"
+    with pytest.raises(MemoryFault, match="4 rows at once") as fault:
+        apart(runs_out_of_memory, progress=nothing, log=tmp_path / "log")
+    assert (fault.value.stage, fault.value.micro_batch, fault.value.code) == ("warmup", 4, 5)
+    with pytest.raises(KeyboardInterrupt):
+        apart(is_interrupted, progress=nothing, log=tmp_path / "log")
+
+
+def test_what_a_library_prints_goes_to_the_log_and_a_crash_is_named(tmp_path, capfd):
+    with pytest.raises(ScliteError, match="ZeroDivisionError: broken") as fault:
+        apart(talks_and_breaks, progress=nothing, log=tmp_path / "log")
+    assert str(tmp_path / "log") in fault.value.hint
+    text = (tmp_path / "log").read_text()
+    assert "a banner" in text
+    assert "Traceback" in text
+    assert capfd.readouterr().out == ""
+
+
+def test_a_process_that_the_system_kills_is_a_fault_with_its_code(tmp_path):
+    with pytest.raises(DeviceFault, match=r"ended by itself \(code -9\)"):
+        apart(dies, progress=nothing, log=tmp_path / "log")
+
+
+def test_one_that_ends_before_it_has_opened_its_log_is_a_fault_too(tmp_path):
+    log = tmp_path / "run" / "log"
+    with pytest.raises(DeviceFault, match=r"ended by itself \(code 7\)"):
+        apart(fails, DiesWhenRead(7), progress=nothing, log=log)
+    assert log.read_text() == ""
+
+
+def test_an_old_traceback_in_the_log_is_not_taken_for_what_happened_now(tmp_path):
+    (tmp_path / "log").write_text("ZeroDivisionError: of yesterday\n")
+    with pytest.raises(DeviceFault, match=r"ended by itself \(code 1\)"):
+        apart(fails, DiesWhenRead(1), progress=nothing, log=tmp_path / "log")
+
+
+def test_one_that_is_gone_is_noticed_though_its_own_child_holds_the_pipe(tmp_path):
+    began = time.monotonic()
+    with pytest.raises(DeviceFault, match=r"code -9"):
+        apart(dies_and_leaves_a_child, progress=nothing, log=tmp_path / "log")
+    assert time.monotonic() - began < 15
+
+
+# -- Ctrl-C --------------------------------------------------------------------------------------------------------
+
+
+def pressing(path, times: int = 1):
+    """Press Ctrl-C so often, once the work has said in `path` that it listens."""
+
+    def press():
+        deadline = time.monotonic() + 60
+        while not os.path.exists(path) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+
+    threading.Thread(target=press, daemon=True).start()
+
+
+def test_ctrl_c_in_a_terminal_reaches_the_work_once(tmp_path):
+    path, script = tmp_path / "said", tmp_path / "script.py"
+    script.write_text(
+        "import sys; from pathlib import Path; from sclite.isolation import apart\n"
+        "from tests.test_isolation import counts_interrupts, nothing\n"
+        "if __name__ == '__main__':\n"
+        "    try: apart(counts_interrupts, sys.argv[1], progress=nothing, log=Path(sys.argv[1] + '.log'))\n"
+        "    except KeyboardInterrupt: sys.exit(130)\n"
+    )
+    pid, terminal = pty.fork()
+    if pid == 0:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        os.execve(sys.executable, [sys.executable, str(script), str(path)], environment)
+    deadline = time.monotonic() + 60
+    while not path.is_file() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.write(terminal, b"\x03")
+    with suppress(OSError):  # the terminal's end
+        while os.read(terminal, 1000):
+            pass
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+    assert path.read_text() == "1 times, not in the terminal's group"
+
+
+def test_ctrl_c_before_the_work_has_begun_ends_it_without_a_word_on_the_terminal(tmp_path, capfd):
+    threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        apart(sleeps, str(tmp_path / "pid"), progress=nothing, log=tmp_path / "log")
+    assert capfd.readouterr() == ("", "")
+    assert (tmp_path / "log").read_text() == ""
+
+
+def test_one_that_dies_of_ctrl_c_is_interrupted_and_has_not_failed(tmp_path):
+    pressing(tmp_path / "said")
+    with pytest.raises(KeyboardInterrupt):
+        apart(dies_of_an_interrupt, str(tmp_path / "said"), progress=nothing, log=tmp_path / "log")
+
+
+def test_the_third_ctrl_c_kills_what_does_not_listen(tmp_path):
+    pressing(tmp_path / "said", times=3)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        apart(is_deaf, str(tmp_path / "said"), progress=nothing, log=tmp_path / "log")
+    assert time.monotonic() - began < 15
+    assert not os.path.exists(f"/proc/{(tmp_path / 'said').read_text()}")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_it_ends_when_who_waits_for_it_is_killed(tmp_path):
+    path = tmp_path / "pid"
+    code = (
+        "import sys; from pathlib import Path; from sclite.isolation import apart; from tests.test_isolation import sleeps, nothing\n"
+        "if __name__ == '__main__': apart(sleeps, sys.argv[1], progress=nothing, log=Path(sys.argv[1] + 'log'))"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    waiting = subprocess.Popen([sys.executable, str(script), str(path)], env=environment)
+    deadline = time.monotonic() + 60
+    while not (path.is_file() and path.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    working = int(path.read_text())
+    waiting.kill()
+    waiting.wait()
+    while os.path.exists(f"/proc/{working}") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not os.path.exists(f"/proc/{working}")

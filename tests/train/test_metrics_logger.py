@@ -1,0 +1,121 @@
+"""What is seen of a training: warnings that say what to do, and the best weights by the evaluation loss."""
+
+import math
+
+import pytest
+
+from sclite.run import Run
+from sclite.train.metrics_logger import (
+    ADVICE,
+    EXPLODING,
+    FALLING,
+    FLAT,
+    NOT_A_NUMBER,
+    Watch,
+    live_line,
+    read_metrics,
+    trouble,
+)
+from sclite.train.sft import train_sft
+from sclite.train.trainer import held_out_rows
+from tests.tiny import tiny_llama
+from tests.train.test_sft import config_of, write_toy
+
+
+def steps(count: int, **figures) -> list[dict]:
+    healthy = {"loss": 1.0, "grad_norm": 1.0, "dpo_loss": 0.5, "margin": 0.4, "chosen_shift": 0.1}
+    return [{"step": i, **healthy, **figures} for i in range(1, count + 1)]
+
+
+def test_a_healthy_training_is_left_in_peace():
+    assert trouble(steps(40)) == []
+    assert trouble([]) == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind"),
+    [
+        (steps(25, margin=0.0, dpo_loss=math.log(2)), FLAT),
+        (steps(25, chosen_shift=-3.0), FALLING),
+        ([*steps(30), *steps(1, grad_norm=25.0)], EXPLODING),
+        (steps(1, loss=math.nan), NOT_A_NUMBER),
+        (steps(1, grad_norm=math.inf), NOT_A_NUMBER),
+    ],
+)
+def test_trouble_is_named(rows, kind):
+    assert trouble(rows) == [kind]
+    assert ADVICE[kind]
+
+
+def test_the_first_steps_of_dpo_are_no_flat_margin():
+    assert trouble(steps(5, margin=0.0, dpo_loss=math.log(2))) == []
+
+
+def test_a_warning_is_said_once_and_names_its_step(tmp_path):
+    said = []
+    watch = Watch(tmp_path / "metrics.jsonl", "dpo", lambda *_, warning="", **__: said.append(warning))
+    for step in range(1, 31):
+        watch.add({"margin": 0.0, "dpo_loss": math.log(2), "chosen_shift": 0.0}, 10)
+        watch.row({"loss": 1.0, "grad_norm": 0.1}, step, 30)
+    assert [text for text in said if text] == [f"step 21: {ADVICE[FLAT]}"]
+    assert watch.warnings == [ADVICE[FLAT]]
+
+
+def test_figures_of_micro_batches_add_up_and_maxima_are_the_largest(tmp_path):
+    watch = Watch(tmp_path / "metrics.jsonl", "dpo")
+    watch.add({"margin": 0.25, "margin_max": [3.0]}, 100)
+    watch.add({"margin": 0.5, "margin_max": [2.0]}, 50)
+    watch.row({"loss": 0.7}, 1, 9)
+    row = read_metrics(tmp_path / "metrics.jsonl")[0]
+    assert (row["margin"], row["margin_max"], row["tokens"], row["phase"]) == (0.75, 3.0, 150, "dpo")
+    assert row["tokens_per_second"] > 0
+
+
+def test_the_live_line_tells_loss_margin_speed_and_memory():
+    row = {"loss": 0.4123, "margin": 0.31, "accuracy": 0.74, "tokens_per_second": 3204.4, "memory_gb": 9.84}
+    assert live_line(row) == "loss 0.412, margin 0.31, accuracy 74 %, 3,204 tokens/s, 9.8 GB"
+    assert live_line({"eval_loss": 0.5}) == "evaluation loss 0.500"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("student"))
+
+
+def test_the_weights_of_the_best_evaluation_are_kept_and_training_stops_early(folder, tmp_path):
+    """At a rate this high the evaluation loss soon rises; the adapter is that of its lowest step."""
+    from sclite.student.loader import load_student
+    from sclite.train.sft import negative_log_likelihood, solve_rows, supervised
+
+    run = Run(tmp_path)
+    write_toy(run, 12)
+    settings = {
+        "learning_rate": 3e-2,
+        "num_train_epochs": 20,
+        "eval_share": 0.34,
+        "early_stopping_patience": 3,
+        "checkpoints": 30,
+    }
+    config = config_of(folder, sft=settings)
+    report = train_sft(config, run)
+    rows = read_metrics(run.path("sft/metrics.jsonl"))
+    losses = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
+    best = min(losses, key=losses.get)
+    assert report.figures["best_step"] == best
+    assert report.counts["steps"] == max(losses) < 40
+    assert losses[max(losses)] > losses[best]
+    from sclite.records import Template
+
+    model, tokenizer = load_student(config, "sft", run.path("sft/adapter"))
+    encoded = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")
+    lesson = supervised("sft", encoded, tokenizer.pad_token_id, 0.34, config.seed)
+    part = negative_log_likelihood(model.eval(), lesson.collate(lesson.held_out))["nll"]
+    tokens = sum(lesson.counts[i]["tokens"] for i in lesson.held_out)
+    assert part.total.item() / tokens == pytest.approx(losses[best], rel=1e-4)
+
+
+def test_rows_are_held_out_only_where_they_can_tell_something():
+    assert held_out_rows(100, 0.02, 0) == []
+    assert len(held_out_rows(1000, 0.02, 0)) == 20
+    assert len(held_out_rows(100_000, 0.02, 0)) == 200
+    assert held_out_rows(1000, 0.02, 0) == held_out_rows(1000, 0.02, 0) != held_out_rows(1000, 0.02, 1)
