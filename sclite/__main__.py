@@ -47,10 +47,10 @@ def _run(arguments: list[str]) -> int:
     except typer.Exit as ended:
         code = ended.exit_code
     except ScliteError as error:
-        console.fault(error, _as_json())
+        console.error(error, _as_json())
         return error.code
     except typer.TyperException as error:
-        console.fault(_usage_error(error), _as_json())
+        console.error(_usage_error(error), _as_json())
         return USAGE
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
@@ -69,12 +69,12 @@ def _system_failed(error: OSError) -> int:
     failed = of_system(error)
     if error.filename != console.OUTPUT:
         with suppress(OSError):
-            console.fault(failed, _as_json())
+            console.error(failed, _as_json())
         return failed.code
     console.discard_output()
     if isinstance(error, BrokenPipeError):  # the reader has seen enough
         return DONE
-    console.fault(failed)
+    console.error(failed)
     return failed.code
 
 
@@ -84,12 +84,12 @@ def _as_json() -> bool:
 
 def _usage_error(error):
     """The parser's error as one of ours: its own come with the usage line and no exit code of their class."""
-    from sclite.errors import UsageFault
+    from sclite.errors import UsageError
 
     context = getattr(error, "ctx", None)
     message = error.format_message()
     command = context.command_path if context else "sclite"
-    return UsageFault(
+    return UsageError(
         message[:1].lower() + message[1:].rstrip("."), f"`{command} --help` lists what it takes"
     )
 
@@ -112,7 +112,7 @@ def _unexpected(kind: type[BaseException], value: BaseException, trace: Tracebac
     except OSError:
         where = "SCLITE_DEBUG=1 prints the traceback"
     advice = "`sclite doctor` checks the installation" if issubclass(kind, ImportError) else "this is a bug"
-    console.fault(ScliteError(f"unexpected {kind.__name__}: {said}", f"{advice}; {where}"), _as_json())
+    console.error(ScliteError(f"unexpected {kind.__name__}: {said}", f"{advice}; {where}"), _as_json())
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from sclite import console
-from sclite.errors import DATA, FAILED, UsageFault
+from sclite.errors import DATA, FAILED, UsageError
 from sclite.options import Common, ConfigOption, JsonOption, common_options, held
 
 app = typer.Typer(
@@ -143,28 +143,28 @@ def build_data(
     from sclite.inspect import summaries
 
     if only not in (None, "templates", "corrections"):
-        raise UsageFault(f"--only {only}: no such part", "use --only templates or --only corrections")
+        raise UsageError(f"--only {only}: no such part", "use --only templates or --only corrections")
     chosen = {"problems.source": problems, "problems.limit": limit, "teacher.max_cost": max_cost}
-    world = common.world(chosen)
-    pipeline.check_sources(world)
+    context = common.context(chosen)
+    pipeline.check_sources(context)
     if dry_run:
-        world.dry = True
-        reckon = pipeline.forecast_corrections if only == "corrections" else pipeline.reckon_templates
-        summaries.dry_run(reckon(world), common.json)
+        context.dry = True
+        forecast = pipeline.forecast_corrections if only == "corrections" else pipeline.forecast_templates
+        summaries.dry_run(forecast(context), common.json)
         return
-    world.ask_before_paying = not yes
-    with held(world.run, world.config):
+    context.ask_before_paying = not yes
+    with held(context.run, context.config):
         pipeline.read_problems(
-            world, reread=only != "corrections" or problems is not None or limit is not None
+            context, reread=only != "corrections" or problems is not None or limit is not None
         )
         if only != "corrections":
-            pipeline.build_templates(world, fresh)
-        trained = world.run.path("sft/adapter/adapter_model.safetensors").is_file()
-        if only == "corrections" or (only is None and (trained or world.config.attempts.student)):
-            pipeline.build_corrections(world)
-            if pipeline.can_build_pairs(world):
-                pipeline.build_pairs(world)
-    summaries.built(world, only, common.json)
+            pipeline.build_templates(context, fresh)
+        trained = context.run.path("sft/adapter/adapter_model.safetensors").is_file()
+        if only == "corrections" or (only is None and (trained or context.config.attempts.student)):
+            pipeline.build_corrections(context)
+            if pipeline.can_build_pairs(context):
+                pipeline.build_pairs(context)
+    summaries.built(context, only, common.json)
 
 
 @app.command()
@@ -193,15 +193,15 @@ def train(
     from sclite.inspect import summaries
     from sclite.student.loader import choose_card, model_name
 
-    world = common.world()
-    model_name(world.config.student)
+    context = common.context()
+    model_name(context.config.student)
     choose_card(gpu)
     if plan:
-        summaries.plan(training.plan(world), common.json)
+        summaries.plan(training.plan(context), common.json)
         return
-    with held(world.run, world.config):
-        training.train(world, only, fresh)
-    summaries.trained(world, only, common.json)
+    with held(context.run, context.config):
+        training.train(context, only, fresh)
+    summaries.trained(context, only, common.json)
 
 
 @app.command()
@@ -222,25 +222,25 @@ def export(
     from sclite.inspect import summaries
 
     if form not in ("gguf", "lora", "data"):
-        raise UsageFault(f"--format {form}: no such format", "use --format gguf, lora or data")
-    world = common.world({"export.quant": quant, "export.ollama": ollama})
-    with world.run.hold():
+        raise UsageError(f"--format {form}: no such format", "use --format gguf, lora or data")
+    context = common.context({"export.quant": quant, "export.ollama": ollama})
+    with context.run.hold():
         if form == "lora":
-            summaries.exported_lora(pipeline.export_lora(world), common.json)
+            summaries.exported_lora(pipeline.export_lora(context), common.json)
             return
         if form == "data":
-            summaries.datasets(pipeline.export_data(world), common.json)
+            summaries.datasets(pipeline.export_data(context), common.json)
             return
-        report = pipeline.export(world)[0]
+        report = pipeline.export(context)[0]
         created = None
-        if world.config.export.ollama:
+        if context.config.export.ollama:
             from sclite.export.ollama import create
 
-            created = create(world.config.export.ollama, world.run.path("export/Modelfile"))
-    fitted = world.config.review.threshold is not None
+            created = create(context.config.export.ollama, context.run.path("export/Modelfile"))
+    fitted = context.config.review.threshold is not None
     if not fitted and created is None and not common.json:  # a large file is read as a whole for this
-        fitted = measure.stored_threshold(world, Path(report.figures["gguf"])) is not None
-    summaries.exported(world, report, created, fitted, common.json)
+        fitted = measure.stored_threshold(context, Path(report.figures["gguf"])) is not None
+    summaries.exported(context, report, created, fitted, common.json)
 
 
 @app.command("eval")
@@ -262,26 +262,28 @@ def evaluate(
     from sclite import measure, pipeline
     from sclite.evaluate import table
 
-    world = common.world({"eval.source": problems, "eval.limit": limit})
+    context = common.context({"eval.source": problems, "eval.limit": limit})
     names = (
-        [name.strip() for name in models.split(",") if name.strip()] if models else pipeline.available(world)
+        [name.strip() for name in models.split(",") if name.strip()]
+        if models
+        else pipeline.available(context)
     )
     unknown = [name for name in names if name not in pipeline.NAMES]
     if unknown:
-        raise UsageFault(
+        raise UsageError(
             f"--models {','.join(unknown)}: no such student", f"use any of {', '.join(pipeline.NAMES)}"
         )
-    with world.run.hold():
-        held_out, fitting, dropped = measure.held_out(world)
-        pipeline.export(world, names)
-        folder, dataset = measure.result_folder(world)
-        named = {"folder": folder, "dataset": dataset, "source": world.config.eval.source}
-        summary = measure.evaluate(world, names, held_out, fitting, dropped=dropped, **named)
+    with context.run.hold():
+        held_out, fitting, dropped = measure.held_out(context)
+        pipeline.export(context, names)
+        folder, dataset = measure.result_folder(context)
+        named = {"folder": folder, "dataset": dataset, "source": context.config.eval.source}
+        summary = measure.evaluate(context, names, held_out, fitting, dropped=dropped, **named)
     if common.json:
         console.print_json(summary)
         return
     table.table(summary)
-    console.say(f"Report: {console.plain(str(world.run.path(folder) / 'report.html'))}", whole=True)
+    console.say(f"Report: {console.plain(str(context.run.path(folder) / 'report.html'))}", whole=True)
 
 
 @app.command()
@@ -305,22 +307,22 @@ def chat(
     from sclite.chat.repl import talk
 
     if question is not None and not question.strip():
-        raise UsageFault("the question is empty", "`sclite chat` alone lets you type several")
+        raise UsageError("the question is empty", "`sclite chat` alone lets you type several")
     if common.json and question is None:
-        raise UsageFault("--json needs a question", "sclite chat --json 'What is 17 + 25?'")
-    world = common.world()
-    unnamed = world.config.run == type(world.config)().run
-    if unnamed and not world.run.folder.is_dir() and Path("runs/quickstart").is_dir():
-        world = replace(common, run=Path("runs/quickstart")).world()
-    path, threshold = measure.for_chat(world, model, self_correct)
+        raise UsageError("--json needs a question", "sclite chat --json 'What is 17 + 25?'")
+    context = common.context()
+    unnamed = context.config.run == type(context.config)().run
+    if unnamed and not context.run.folder.is_dir() and Path("runs/quickstart").is_dir():
+        context = replace(common, run=Path("runs/quickstart")).context()
+    path, threshold = measure.for_chat(context, model, self_correct)
     known = {}
-    if world.config.teacher.embedded and model is None:
+    if context.config.teacher.embedded and model is None:
         from sclite.quickstart.problem_sets import test_problems
         from sclite.quickstart.stories import within
 
         known = {"example": test_problems(1)[0].question, "familiar": within}
     asked = {"self_correct": self_correct, "question": question, "as_json": common.json}
-    if not talk(path, world.config, threshold, **asked, **known):
+    if not talk(path, context.config, threshold, **asked, **known):
         raise typer.Exit(DATA)
 
 

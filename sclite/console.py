@@ -201,7 +201,7 @@ def note(text: str) -> None:
     put(terminal(stderr=True), text)
 
 
-def fault(error: ScliteError, as_json: bool = False) -> None:
+def error(error: ScliteError, as_json: bool = False) -> None:
     """What is wrong and what to do, on stderr; with `as_json` also as the one object on stdout."""
     if as_json:
         print_json({"error": error.message, "hint": error.hint, "exit_code": error.code, **error.details})

@@ -12,8 +12,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from sclite.config import Config, Teacher
-from sclite.errors import DataFault
-from sclite.progress import Screen
+from sclite.errors import DataError
+from sclite.progress import ProgressDisplay
 from sclite.records import Problem
 from sclite.run import Report, Run
 
@@ -21,12 +21,12 @@ LIBRARIES = "libraries.log"  # what the libraries print in processes of their ow
 
 
 @dataclass
-class World:
+class Context:
     """What a command works with. `prepare` registers a teacher of one's own with LiteLLM before the first call."""
 
     config: Config
     run: Run
-    screen: Screen
+    display: ProgressDisplay
     prepare: Callable[[], None] | None = None
     problems: tuple[list[Problem], list[Problem]] | None = (
         None  # (for SFT, kept for stage 2) where a caller has them
@@ -74,7 +74,7 @@ class World:
         """Show what the rest will cost and ask whether to go on; without a question asked, go on."""
         cost = "an unknown sum" if forecast.cost_usd is None else f"about ${forecast.cost_usd:.2f}"
         spent = "" if forecast.spent_usd is None else f" for ${forecast.spent_usd:.4f}"
-        return self.screen.confirm(
+        return self.display.confirm(
             f"{forecast.rows} rows are done{spent}. The other {forecast.rows_left} will cost {cost}. Go on?"
         )
 
@@ -94,7 +94,7 @@ class World:
 
             path = Path(settings.student)
             if not path.is_file():
-                raise DataFault(
+                raise DataError(
                     f"attempts.student: {path} does not exist",
                     "give the path of a GGUF file, or a LiteLLM model name",
                 )
@@ -165,5 +165,5 @@ class World:
 
     def add(self, report: Report, text: str) -> Report:
         self.reports.append(report)
-        self.screen.done(report.stage, text, report.skipped)
+        self.display.done(report.stage, text, report.skipped)
         return report

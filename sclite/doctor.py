@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sclite import config as configuration
-from sclite.errors import UsageFault
+from sclite.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,7 @@ def write_configuration(path: Path, memory_gb: float | None) -> None:
     Raises UsageFault where the file exists or cannot be written.
     """
     if path.exists():
-        raise UsageFault(f"{path} exists", "remove it first, or edit it")
+        raise UsageError(f"{path} exists", "remove it first, or edit it")
     chosen = starting_values(memory_gb)
     sections: dict[str, list[str]] = {}
     for key, field in configuration.keys().items():
@@ -301,7 +301,7 @@ def write_configuration(path: Path, memory_gb: float | None) -> None:
     try:
         path.write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
     except OSError as error:
-        raise UsageFault(
+        raise UsageError(
             f"{path} cannot be written: {error.strerror}", "name another file with --config"
         ) from error
 

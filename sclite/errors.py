@@ -23,31 +23,31 @@ class ScliteError(Exception):
         self.hint = hint
 
 
-class UsageFault(ScliteError):
+class UsageError(ScliteError):
     """A wrong option or configuration key (exit code 2)."""
 
     code = USAGE
 
 
-class DataFault(ScliteError):
+class DataError(ScliteError):
     """A missing, empty or malformed file, or rows that cannot be used (exit code 3)."""
 
     code = DATA
 
 
-class BudgetFault(ScliteError):
+class BudgetError(ScliteError):
     """A spending limit was reached (exit code 4)."""
 
     code = BUDGET
 
 
-class DeviceFault(ScliteError):
+class DeviceError(ScliteError):
     """No such card, not enough memory, or a missing GPU package (exit code 5)."""
 
     code = DEVICE
 
 
-class MemoryFault(DeviceFault):
+class GpuMemoryError(DeviceError):
     """The card has too little memory for so many rows in one forward pass (exit code 5)."""
 
     def __init__(self, stage: str, micro_batch: int):
@@ -58,16 +58,16 @@ class MemoryFault(DeviceFault):
         self.stage, self.micro_batch = stage, micro_batch
 
     def __reduce__(self):  # so that it comes whole from another process
-        return MemoryFault, (self.stage, self.micro_batch)
+        return GpuMemoryError, (self.stage, self.micro_batch)
 
 
-class NetworkFault(ScliteError):
+class NetworkError(ScliteError):
     """A hub, teacher or endpoint that cannot be reached (exit code 6)."""
 
     code = NETWORK
 
 
-class TeacherFault(NetworkFault):
+class TeacherError(NetworkError):
     """A teacher or endpoint that cannot be reached or refuses (exit code 6)."""
 
 
@@ -78,7 +78,7 @@ def of_system(error: OSError) -> ScliteError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return ScliteError(message, "make room and run the same command again: it resumes")
     if error.errno == errno.ENAMETOOLONG:
-        return UsageFault(message, "use a shorter name")
+        return UsageError(message, "use a shorter name")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return UsageFault(message, "check its permissions, or name another folder with --run")
+        return UsageError(message, "check its permissions, or name another folder with --run")
     return ScliteError(message, "run the same command again: it resumes")

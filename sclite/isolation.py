@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from sclite.errors import DeviceFault, ScliteError
+from sclite.errors import DeviceError, ScliteError
 
 Progress = Callable[..., None]
 READY, PROGRESS, RESULT, FAULT, INTERRUPT = "ready", "progress", "result", "fault", "interrupt"
@@ -133,7 +133,7 @@ def _ended(code: int, log: Path, begin: int) -> ScliteError:
     lines = [line for line in text.splitlines() if line.strip()]
     if code == 1 and lines:  # Python's own code after an exception that nobody has caught
         return ScliteError(lines[-1].strip(), f"the whole traceback stands at the end of {log}")
-    return DeviceFault(
+    return DeviceError(
         f"the process that did the work ended by itself (code {code})",
         f"its last words stand in {log}; -9 means that the system was out of memory. The same command goes on",
     )
@@ -157,8 +157,8 @@ def _work(there: Connection, work: Callable[..., Any], arguments: tuple[Any, ...
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         there.send((READY, None))
         there.send((RESULT, work(*arguments, progress=progress)))
-    except ScliteError as fault:
-        there.send((FAULT, fault))
+    except ScliteError as error:
+        there.send((FAULT, error))
     except KeyboardInterrupt:
         there.send((INTERRUPT, None))
 

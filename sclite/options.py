@@ -43,20 +43,20 @@ class Common:
             self.config, [*(self.settings or []), *settings], defaults=defaults, own_file=defaults is None
         )
 
-    def world(self, chosen: Mapping[str, Any] | None = None) -> Any:
+    def context(self, chosen: Mapping[str, Any] | None = None) -> Any:
         """What a command on a run works with."""
-        from sclite.context import World
+        from sclite.context import Context
         from sclite.doctor import may_have_card
-        from sclite.progress import Screen
+        from sclite.progress import ProgressDisplay
         from sclite.run import Run
 
         config = self.load(chosen)
-        world = World(config, Run(config.run), Screen(), apart=may_have_card())
+        context = Context(config, Run(config.run), ProgressDisplay(), apart=may_have_card())
         if config.teacher.embedded:
             from sclite.quickstart.tutor_provider import register
 
-            world.prepare = register
-        return world
+            context.prepare = register
+        return context
 
 
 def common_options(command: Callable[..., None]) -> Callable[..., None]:

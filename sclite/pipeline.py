@@ -9,34 +9,34 @@ from pathlib import Path
 from typing import Any
 
 from sclite.config import Config
-from sclite.context import World
-from sclite.errors import DataFault
-from sclite.progress import Screen
+from sclite.context import Context
+from sclite.errors import DataError
+from sclite.progress import ProgressDisplay
 from sclite.records import Problem
 from sclite.run import Report, Run
 
 NAMES = ("base", "sft", "dpo")
 
 
-def sides(world: World, reread: bool = False) -> tuple[list[Problem], list[Problem]]:
+def sides(context: Context, reread: bool = False) -> tuple[list[Problem], list[Problem]]:
     """(problems for SFT, problems kept for stage 2), gathered into problems.jsonl where no caller has given them.
 
     The source is read where the run has no problems of it yet, or is to be `reread`, as `build-data` does.
     """
-    if world.problems is None:
+    if context.problems is None:
         from sclite.data.problems import divide, gather_problems
 
         report = Report("problems")
-        found = gather_problems(world.config, world.run, report, reread=reread, keep=not world.dry)
-        world.add(report, f"problems: {len(found)}{_which(world.config, report)}{drops(report)}")
-        world.problems = divide(world.config, found)
-    return world.problems
+        found = gather_problems(context.config, context.run, report, reread=reread, keep=not context.dry)
+        context.add(report, f"problems: {len(found)}{_which(context.config, report)}{drops(report)}")
+        context.problems = divide(context.config, found)
+    return context.problems
 
 
-def read_problems(world: World, reread: bool) -> None:
+def read_problems(context: Context, reread: bool) -> None:
     """Gather the run's problems where it has any; templates that were imported need none."""
-    if _has_problems(world):
-        sides(world, reread)
+    if _has_problems(context):
+        sides(context, reread)
 
 
 def _which(config: Config, report: Report) -> str:
@@ -51,74 +51,74 @@ def _which(config: Config, report: Report) -> str:
     return f" (all rows of {source})"
 
 
-def unseen(world: World) -> frozenset[str]:
+def unseen(context: Context) -> frozenset[str]:
     """The ids of the problems that are kept for stage 2; none where templates were brought along without problems."""
-    return frozenset(problem.id for problem in sides(world)[1]) if _has_problems(world) else frozenset()
+    return frozenset(problem.id for problem in sides(context)[1]) if _has_problems(context) else frozenset()
 
 
-def _has_problems(world: World) -> bool:
-    given = world.config.problems.source or world.run.path("problems.jsonl").is_file()
-    return world.problems is not None or bool(given)
+def _has_problems(context: Context) -> bool:
+    given = context.config.problems.source or context.run.path("problems.jsonl").is_file()
+    return context.problems is not None or bool(given)
 
 
 # -- build-data ----------------------------------------------------------------------------------------------------
 
 
-def build_templates(world: World, fresh: bool = False) -> Report:
+def build_templates(context: Context, fresh: bool = False) -> Report:
     """Templates for all problems: SFT learns those of its side, stage 2 replays the others."""
-    from sclite.data.templates import brought_along
     from sclite.data.templates import build_templates as stage
+    from sclite.data.templates import is_imported
     from sclite.grading.worker import Grader
 
-    brought = brought_along(world.run)
-    problems = [] if brought and not _has_problems(world) else [p for side in sides(world) for p in side]
+    brought = is_imported(context.run)
+    problems = [] if brought and not _has_problems(context) else [p for side in sides(context) for p in side]
     with (
-        world.screen.stage("templates", "templates: the teacher writes thought traces") as progress,
+        context.display.stage("templates", "templates: the teacher writes thought traces") as progress,
         Grader() as grader,
-        world.teacher() as teacher,
+        context.teacher() as teacher,
     ):
         report = stage(
-            world.config,
-            world.run,
+            context.config,
+            context.run,
             teacher=teacher,
             grader=grader,
             problems=problems,
             fresh=fresh,
-            confirm=world.confirm if world.ask_before_paying else None,
+            confirm=context.confirm if context.ask_before_paying else None,
             progress=progress,
         )
-    return world.add(report, f"templates: {report.counts.get('templates', 0)} kept{drops(report)}")
+    return context.add(report, f"templates: {report.counts.get('templates', 0)} kept{drops(report)}")
 
 
-def check_sources(world: World) -> None:
+def check_sources(context: Context) -> None:
     """Raises DataFault for an `attempts.source` that is not there, before anything is paid for."""
-    source = world.config.attempts.source
-    if source and not Path(source).is_file() and world.run.finished("attempts") is None:
-        raise DataFault(
+    source = context.config.attempts.source
+    if source and not Path(source).is_file() and context.run.finished("attempts") is None:
+        raise DataError(
             f"attempts.source: {source} does not exist", "check the path; --set attempts.source= takes it out"
         )
 
 
-def reckon_templates(world: World) -> dict[str, Any]:
+def forecast_templates(context: Context) -> dict[str, Any]:
     """What build_templates would send first and what it would cost; the teacher is not asked."""
-    from sclite.data.templates import reckon_templates as reckon
+    from sclite.data.templates import forecast_templates as forecast
     from sclite.grading.worker import Grader
 
-    problems = [problem for side in sides(world, reread=True) for problem in side]
-    with Grader() as grader, world.teacher() as teacher:
-        return reckon(world.config, world.run, teacher=teacher, grader=grader, problems=problems)
+    problems = [problem for side in sides(context, reread=True) for problem in side]
+    with Grader() as grader, context.teacher() as teacher:
+        return forecast(context.config, context.run, teacher=teacher, grader=grader, problems=problems)
 
 
-def forecast_corrections(world: World) -> dict[str, Any]:
+def forecast_corrections(context: Context) -> dict[str, Any]:
     """What build_corrections would send first and what it would cost; the teacher is not asked."""
     from sclite.data.corrections import forecast_corrections as forecast
     from sclite.grading.worker import Grader
 
-    with Grader() as grader, world.teacher() as teacher:
-        return forecast(world.config, world.run, teacher, grader)
+    with Grader() as grader, context.teacher() as teacher:
+        return forecast(context.config, context.run, teacher, grader)
 
 
-def build_corrections(world: World) -> Report:
+def build_corrections(context: Context) -> Report:
     """Attempts of the student at the problems of stage 2, and the teacher's corrections of them.
 
     Attempts that are brought along may be at any problem of the run, and need no student.
@@ -128,45 +128,45 @@ def build_corrections(world: World) -> Report:
     from sclite.data.corrections import build_corrections as stage
     from sclite.grading.worker import Grader
 
-    learned, kept = sides(world)
-    if needs_no_student(world.config, world.run):
+    learned, kept = sides(context)
+    if needs_no_student(context.config, context.run):
         kept = [*learned, *kept]
     if not kept:
-        raise DataFault(
+        raise DataError(
             "no problems are kept for stage 2", "raise problems.correction_share or problems.limit"
         )
-    if not world.run.brought_along(STAGE, FILE):
-        _sample(world, kept)
+    if not context.run.is_imported(STAGE, FILE):
+        _sample(context, kept)
     with (
         Grader() as grader,
-        world.screen.stage(
+        context.display.stage(
             "corrections", "corrections: the teacher finds the first wrong step and mends it"
         ) as progress,
-        world.teacher() as teacher,
+        context.teacher() as teacher,
     ):
-        confirm = world.confirm if world.ask_before_paying else None
+        confirm = context.confirm if context.ask_before_paying else None
         report = stage(
-            world.config, world.run, teacher=teacher, grader=grader, confirm=confirm, progress=progress
+            context.config, context.run, teacher=teacher, grader=grader, confirm=confirm, progress=progress
         )
     counts = report.counts
     text = f"corrections: {counts.get('corrected', 0)} corrected, {counts.get('confirmed', 0)} confirmed{drops(report)}"
-    return world.add(report, text)
+    return context.add(report, text)
 
 
-def _sample(world: World, problems: Sequence[Problem]) -> None:
+def _sample(context: Context, problems: Sequence[Problem]) -> None:
     from sclite.data.attempts import inputs_of, needs_no_student
 
-    brought = needs_no_student(world.config, world.run)
+    brought = needs_no_student(context.config, context.run)
     doing = "they are brought along" if brought else f"the student tries {len(problems)} unseen problems"
-    with world.screen.stage("attempts", f"attempts: {doing}") as progress:
-        nobody = brought or world.run.done("attempts", inputs_of(world.config, world.run, problems))
-        if not nobody and world.config.attempts.kind == "trained":
-            require_sft(world)
-        report = world.on_card(attempts_stage, problems, not nobody, progress=progress)
+    with context.display.stage("attempts", f"attempts: {doing}") as progress:
+        nobody = brought or context.run.done("attempts", inputs_of(context.config, context.run, problems))
+        if not nobody and context.config.attempts.kind == "trained":
+            require_sft(context)
+        report = context.on_card(attempts_stage, problems, not nobody, progress=progress)
     counts = report.counts
     unknown = f", {counts['unknown']} unknown" if counts.get("unknown") else ""
     told = f"{counts.get('right', 0)} right, {counts.get('wrong', 0)} wrong{unknown}{drops(report)}"
-    world.add(report, f"attempts: {told}")
+    context.add(report, f"attempts: {told}")
 
 
 def attempts_stage(
@@ -196,24 +196,26 @@ def _student(config: Config, run: Run, adapter: str, stage: str, asked: bool) ->
     if not asked:
         yield None
         return
-    with World(config, run, Screen(quiet=True)).student(adapter, stage) as student:
+    with Context(config, run, ProgressDisplay(quiet=True)).student(adapter, stage) as student:
         yield student
 
 
-def can_build_pairs(world: World) -> bool:
+def can_build_pairs(context: Context) -> bool:
     """Whether pairs can follow the corrections at once: not where they wait for the trained student's warm-up.
 
     They need not where `attempts.student` names somebody else, nor where attempts were brought along and nobody has been
     trained (there are then decisions alone).
     """
-    attempts = world.config.attempts
-    return attempts.kind != "trained" or (bool(attempts.source) and available(world) == ["base"])
+    attempts = context.config.attempts
+    return attempts.kind != "trained" or (bool(attempts.source) and available(context) == ["base"])
 
 
-def require_sft(world: World) -> None:
+def require_sft(context: Context) -> None:
     """Raise DataFault where the run has no SFT adapter."""
-    if not world.run.path("sft/adapter/adapter_model.safetensors").is_file():
-        raise DataFault(f"{world.run.path('sft/adapter')} is missing", "run `sclite train --only sft` first")
+    if not context.run.path("sft/adapter/adapter_model.safetensors").is_file():
+        raise DataError(
+            f"{context.run.path('sft/adapter')} is missing", "run `sclite train --only sft` first"
+        )
 
 
 def drops(report: Report) -> str:
@@ -226,25 +228,27 @@ def drops(report: Report) -> str:
 # -- between the stages of training --------------------------------------------------------------------------------
 
 
-def pairs_brought(world: World) -> bool:
+def pairs_brought(context: Context) -> bool:
     """Whether a pairs.jsonl was put into the run."""
     from sclite.data.pairs import FILE, STAGE
 
-    return world.run.brought_along(STAGE, FILE)
+    return context.run.is_imported(STAGE, FILE)
 
 
-def build_pairs(world: World) -> Report:
+def build_pairs(context: Context) -> Report:
     from sclite.data.pairs import inputs_of
 
     nobody = (
-        world.config.attempts.kind == "trained"
-        and not world.run.path("warmup/adapter/adapter_model.safetensors").is_file()
+        context.config.attempts.kind == "trained"
+        and not context.run.path("warmup/adapter/adapter_model.safetensors").is_file()
     )
-    ready = pairs_brought(world) or world.run.done("pairs", inputs_of(world.config, world.run))
-    with world.screen.stage("pairs", "pairs: the student's own corrections against right ones") as progress:
-        report = world.on_card(pairs_stage, not (nobody or ready), progress=progress)
+    ready = pairs_brought(context) or context.run.done("pairs", inputs_of(context.config, context.run))
+    with context.display.stage(
+        "pairs", "pairs: the student's own corrections against right ones"
+    ) as progress:
+        report = context.on_card(pairs_stage, not (nobody or ready), progress=progress)
     counts = report.counts
-    return world.add(
+    return context.add(
         report,
         f"pairs: {counts.get('decision', 0)} decisions, {counts.get('content', 0)} contents{drops(report)}",
     )
@@ -253,52 +257,52 @@ def build_pairs(world: World) -> Report:
 # -- export and evaluation -----------------------------------------------------------------------------------------
 
 
-def available(world: World) -> list[str]:
+def available(context: Context) -> list[str]:
     """The students that the run holds, the base model among them, in the order of training."""
-    return [name for name in NAMES if name == "base" or _adapter(world, name).is_file()]
+    return [name for name in NAMES if name == "base" or _adapter(context, name).is_file()]
 
 
-def _adapter(world: World, name: str) -> Path:
-    return world.run.path(f"{name}/adapter/adapter_model.safetensors")
+def _adapter(context: Context, name: str) -> Path:
+    return context.run.path(f"{name}/adapter/adapter_model.safetensors")
 
 
-def export(world: World, names: Sequence[str] = ()) -> list[Report]:
+def export(context: Context, names: Sequence[str] = ()) -> list[Report]:
     """GGUF files of the named students, of the furthest trained one without names; the Modelfile is the last one's."""
     from sclite.export.stage import export_model, write_modelfile
     from sclite.train.common import quiet
 
-    chosen = list(names) or available(world)[-1:]
-    missing = [name for name in chosen if name not in available(world)]
+    chosen = list(names) or available(context)[-1:]
+    missing = [name for name in chosen if name not in available(context)]
     if missing:
-        raise DataFault(f"{_adapter(world, missing[0])} is missing", "run `sclite train` first")
+        raise DataError(f"{_adapter(context, missing[0])} is missing", "run `sclite train` first")
     quiet()
     made = []
-    with world.screen.stage("export", "export: merged, written as GGUF, quantised") as progress:
+    with context.display.stage("export", "export: merged, written as GGUF, quantised") as progress:
         for number, name in enumerate(chosen, 1):
-            made.append(export_model(world.config, world.run, name))
+            made.append(export_model(context.config, context.run, name))
             progress(number, len(chosen))
-        path, warnings = write_modelfile(world.run, world.config, chosen[-1])
+        path, warnings = write_modelfile(context.run, context.config, chosen[-1])
         made[-1].figures |= {"modelfile": str(path), "warnings": list(warnings)}
     sizes = ", ".join(f"{report.figures['megabytes']:g} MB" for report in made)
-    world.screen.done("export", f"export: {len(made)} GGUF ({sizes})", all(r.skipped for r in made))
+    context.display.done("export", f"export: {len(made)} GGUF ({sizes})", all(r.skipped for r in made))
     return made
 
 
-def export_lora(world: World) -> Path:
+def export_lora(context: Context) -> Path:
     """The furthest trained adapter alone as a GGUF, for llama.cpp's --lora."""
     from sclite.export.gguf import convert_lora
     from sclite.student.loader import local_folder
 
-    name = available(world)[-1]
+    name = available(context)[-1]
     if name == "base":
-        raise DataFault(f"{_adapter(world, 'sft')} is missing", "run `sclite train` first")
-    out = world.run.path(f"export/{name}-lora.gguf")
+        raise DataError(f"{_adapter(context, 'sft')} is missing", "run `sclite train` first")
+    out = context.run.path(f"export/{name}-lora.gguf")
     out.parent.mkdir(parents=True, exist_ok=True)
-    return convert_lora(_adapter(world, name).parent, local_folder(world.config.student), out)
+    return convert_lora(_adapter(context, name).parent, local_folder(context.config.student), out)
 
 
-def export_data(world: World) -> Report:
+def export_data(context: Context) -> Report:
     """Templates, reviews and pairs in the forms that TRL, Axolotl and LLaMA-Factory read, with a data card."""
     from sclite.export.datasets import export_data as stage
 
-    return stage(world.config, world.run)
+    return stage(context.config, context.run)

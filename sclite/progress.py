@@ -48,7 +48,7 @@ class Rate:
         return f"{rows / seconds:.1f}/s, {money}{duration(left * seconds / rows)} left"
 
 
-class Screen:
+class ProgressDisplay:
     """Progress over the stages of a command.
 
     `plan` maps stages to their usual seconds on a common machine; what they take here scales the time that is left.

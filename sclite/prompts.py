@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from sclite.errors import DataFault
+from sclite.errors import DataError
 
 NAMES = (
     "student_system",
@@ -37,7 +37,7 @@ def shipped_folder() -> Path:
 @cache
 def _source(name: str, folder: str) -> str:
     if folder and not Path(folder).is_dir():
-        raise DataFault(
+        raise DataError(
             f"prompts.folder: {folder} is not a folder", "check the path; --set prompts.folder= unsets it"
         )
     own = Path(folder) / f"{name}.txt"
@@ -46,7 +46,7 @@ def _source(name: str, folder: str) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         hint = "save it as UTF-8 text" if path == own else "reinstall sclite"
-        raise DataFault(f"the prompt {path} cannot be read: {error}", hint) from error
+        raise DataError(f"the prompt {path} cannot be read: {error}", hint) from error
 
 
 @cache
@@ -58,7 +58,7 @@ def _template(name: str, folder: str) -> jinja2.Template:
     try:
         return environment.from_string(_source(name, folder))
     except jinja2.TemplateSyntaxError as error:
-        raise DataFault(
+        raise DataError(
             f"the prompt {name}.txt, line {error.lineno}: {error.message}", f"fix it in {folder}"
         ) from error
 
@@ -68,12 +68,12 @@ def render(name: str, folder: str = "", **values: str) -> str:
     try:
         return _template(name, folder).render(**values).strip()
     except jinja2.UndefinedError as error:
-        raise DataFault(
+        raise DataError(
             f"the prompt {name}.txt asks for a value that does not exist: {error}",
             f"it may use {', '.join(values) or 'no values'}",
         ) from error
     except _TEMPLATE_ERRORS as error:
-        raise DataFault(
+        raise DataError(
             f"the prompt {name}.txt cannot be rendered: {error}", f"fix it in {folder}"
         ) from error
 
@@ -101,19 +101,19 @@ def review_messages(question: str, work: str, folder: str = "") -> tuple[dict[st
     )
 
 
-def template_messages(question: str, solution: str, answer: str, fault: str = "", folder: str = ""):
+def template_messages(question: str, solution: str, answer: str, error: str = "", folder: str = ""):
     """What the teacher sees when it turns a gold solution into a thought trace."""
     text = render(
-        "teacher_template", folder, question=question, solution=solution, answer=answer, fault=fault
+        "teacher_template", folder, question=question, solution=solution, answer=answer, error=error
     )
     return _chat(_system("teacher_system", folder), text)
 
 
 def correction_messages(
-    question: str, solution: str, answer: str, work: str, fault: str = "", folder: str = ""
+    question: str, solution: str, answer: str, work: str, error: str = "", folder: str = ""
 ):
     """What the teacher sees when it corrects an attempt; the work stands last."""
-    values = {"question": question, "solution": solution, "answer": answer, "work": work, "fault": fault}
+    values = {"question": question, "solution": solution, "answer": answer, "work": work, "error": error}
     return _chat(_system("teacher_system", folder), render("teacher_correction", folder, **values))
 
 

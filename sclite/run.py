@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from sclite import __version__, console
 from sclite.config import Config
-from sclite.errors import DataFault, ScliteError, UsageFault
+from sclite.errors import DataError, ScliteError, UsageError
 from sclite.files import end_last_line, file_digest, line_at
 from sclite.files import sync as sync
 from sclite.files import write_text as write_text
@@ -81,14 +81,14 @@ class Run:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 file = open(self.path(".lock"), "w")  # noqa: SIM115 - closed by `hold`, and by the system after a kill
             except OSError as error:
-                raise UsageFault(
+                raise UsageError(
                     f"{self.folder} cannot be written: {error.strerror}", "name another with --run"
                 ) from error
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 file.close()
-                raise UsageFault(
+                raise UsageError(
                     f"another sclite process is at work on {self.folder}",
                     "wait for it, or name another folder with --run",
                 ) from None
@@ -201,7 +201,7 @@ class Run:
                         first = error.errors()[0]
                         where = ".".join(str(p) for p in first["loc"])
                         message = f"{path}, line {number}: {where or 'not a row'}: {first['msg']}"
-                        raise DataFault(message, self._remedy(name)) from None
+                        raise DataError(message, self._remedy(name)) from None
                     damaged.append(number)
                     continue
                 yield begin, row
@@ -242,7 +242,7 @@ class Run:
         """The rows of a file that a stage needs; raises DataFault with `hint` where there are none."""
         rows = self.read(name, kind)
         if not rows:
-            raise DataFault(f"{self.path(name)} is missing or empty", hint)
+            raise DataError(f"{self.path(name)} is missing or empty", hint)
         return rows
 
     def replace_drops(self, stages: Iterable[str], drops: Iterable[Drop]) -> None:
@@ -304,7 +304,7 @@ class Run:
         for place in (path, path.with_name(f".{path.name}")):
             with suppress(ValidationError, FileNotFoundError):
                 return Manifest.model_validate_json(place.read_bytes()).model_dump()
-        raise DataFault(
+        raise DataError(
             f"{path} and its copy are damaged",
             f"remove {path} and run the same command again: it repeats {stage}",
         )
@@ -324,7 +324,7 @@ class Run:
         signed: dict[str, dict[str, Any]] = {}
         for name, rows in (outputs or {}).items():
             if rows is not None and (there := self._count(name)) != rows:
-                raise DataFault(
+                raise DataError(
                     f"{self.path(name)} holds {there} of {rows} rows: another process has written to the run",
                     "run the same command again, one at a time; replies that were paid for come from the ledger",
                 )
@@ -345,7 +345,7 @@ class Run:
         """Note that a stage writes its files now, so that they are not taken for ones that were brought along."""
         self.write_json(f"{stage}.begun.json", {"sclite": __version__})
 
-    def brought_along(self, stage: str, name: str) -> bool:
+    def is_imported(self, stage: str, name: str) -> bool:
         """Whether the stage's output lies there and was put there by the user: no stage of ours has begun or ended it."""
         path = self.path(name)
         ours = self.path(f"done/{stage}.json").exists() or self.path(f"{stage}.begun.json").exists()

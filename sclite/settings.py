@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sclite.config import Config, keys
-from sclite.errors import DataFault, UsageFault
+from sclite.errors import DataError, UsageError
 
 FILE = "sclite.toml"
 RUN_FILE = "run.toml"
@@ -38,7 +38,7 @@ def load(
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
-            raise UsageFault(
+            raise UsageError(
                 f"--set {setting}: no value",
                 "write --set KEY=VALUE, for example --set sft.num_train_epochs=2; --set KEY= goes back to the default",
             )
@@ -51,7 +51,7 @@ def load(
     try:
         return Config.model_validate(_merge(_merge({}, defaults or {}), tree))
     except ValidationError as error:
-        raise UsageFault(*_explain(error)) from None
+        raise UsageError(*_explain(error)) from None
 
 
 def _variables(environment: Mapping[str, str]) -> dict[str, Any]:
@@ -77,11 +77,11 @@ def _remembered(path: Path) -> dict[str, Any]:
     try:
         tree = _read_file(path)
         Config.model_validate(tree)
-    except UsageFault as fault:
-        raise DataFault(fault.message, remedy) from fault
+    except UsageError as failure:
+        raise DataError(failure.message, remedy) from failure
     except ValidationError as error:
         message, hint = _explain(error)
-        raise DataFault(f"{path}: {message}", f"{hint} {remedy}") from None
+        raise DataError(f"{path}: {message}", f"{hint} {remedy}") from None
     return tree
 
 
@@ -92,11 +92,11 @@ def _read_file(path: Path | None) -> dict[str, Any]:
     try:
         return tomllib.loads(found.read_text(encoding="utf-8-sig"))  # editors on Windows write a BOM
     except OSError as error:
-        raise UsageFault(
+        raise UsageError(
             f"the configuration {found} cannot be read: {error.strerror}", "check --config"
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageFault(f"{found}: {error}", "fix this line; the file is TOML") from error
+        raise UsageError(f"{found}: {error}", "fix this line; the file is TOML") from error
 
 
 def _merge(tree: dict[str, Any], other: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -164,15 +164,15 @@ def _explain(error: ValidationError) -> tuple[str, str]:
     """One message for all faults, and the nearest known key for each unknown one."""
     known, lines, hints, meanings = keys(), [], [], []
     sections = {key.split(".")[0] for key in known}
-    for fault in error.errors():
-        key = ".".join(str(part) for part in fault["loc"])
-        if fault["type"] == "extra_forbidden":
-            inner = list(fault["input"]) if isinstance(fault["input"], dict) else []
+    for failure in error.errors():
+        key = ".".join(str(part) for part in failure["loc"])
+        if failure["type"] == "extra_forbidden":
+            inner = list(failure["input"]) if isinstance(failure["input"], dict) else []
             for each in [f"{key}.{name}" for name in inner] or [key]:
                 lines.append(f"unknown key {each}")
                 hints.append(_nearest(each, list(known), sections))
         else:
-            lines.append(f"{key} = {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}")
+            lines.append(f"{key} = {failure['input']!r}: {failure['msg'][0].lower()}{failure['msg'][1:]}")
             if (field := known.get(key)) is not None and field.description:
                 meanings.append(f"{key}: {field.description}.")
     remedy = [hint for hint in hints if hint] or ["`sclite init` writes every key with its meaning"]

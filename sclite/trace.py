@@ -56,7 +56,7 @@ class Trace:
 
 
 @dataclass(frozen=True)
-class Fault:
+class Issue:
     """What is wrong with a text and where: `name` is one of the words in `parse`'s docstring."""
 
     name: str
@@ -71,7 +71,7 @@ class Parsed:
     """What could be read, and the faults met on the way, in order of their place."""
 
     trace: Trace
-    faults: tuple[Fault, ...]
+    issues: tuple[Issue, ...]
 
 
 def _check(name: str, text: str | None, empty: bool = False) -> None:
@@ -188,7 +188,7 @@ class _Reader:
         self.text = text
         self.steps: list[dict[str, list[str]]] = []  # by slot, the pieces of its text
         self.outer: dict[str, list[str]] = {}
-        self.faults: list[Fault] = []
+        self.issues: list[Issue] = []
         self.step: dict[str, list[str]] | None = None  # the open step
         self.tag: str | None = None  # the open tag inside a step, or generalized, or answer
         self.number = 0  # the number that the open step carries
@@ -197,8 +197,8 @@ class _Reader:
         where = f"step {len(self.steps)}" if self.step is not None else self.tag or "the top level"
         return f"{where}, character {offset}"
 
-    def fault(self, name: str, offset: int) -> None:
-        self.faults.append(Fault(name, self.place(offset)))
+    def error(self, name: str, offset: int) -> None:
+        self.issues.append(Issue(name, self.place(offset)))
 
     def take(self, text: str, offset: int) -> None:
         """Put the text between two tags where it belongs."""
@@ -207,78 +207,78 @@ class _Reader:
         elif self.step is not None:
             _add(self.step, self.tag or "text", text)
         elif not _DECORATION.fullmatch(text) and self.steps and "answer" not in self.outer:
-            self.fault(
+            self.error(
                 "text_between_tags", offset
             )  # a greeting before the first step or after the answer is harmless
 
     def close_tag(self, offset: int, closed: bool) -> None:
         if self.tag is not None and not closed:
-            self.fault("missing_closer", offset)
+            self.error("missing_closer", offset)
         self.tag = None
 
     def close_step(self, offset: int, closed: bool) -> None:
         if self.step is not None:
             self.close_tag(offset, closed=self.tag is None)
             if not closed:
-                self.fault("missing_closer", offset)
+                self.error("missing_closer", offset)
             self.step = None
 
     def on_step(self, closing: bool, number: int | None, offset: int) -> None:
         if self.tag in OUTER:
             self.close_tag(offset, closed=False)
         if self.step is not None and not closing and number == self.number and self.step.get("text"):
-            self.fault("opener_as_closer", offset)
+            self.error("opener_as_closer", offset)
             closing = True
         if closing:
             if self.step is None:
-                self.fault("stray_closer", offset)
+                self.error("stray_closer", offset)
             elif number not in (None, self.number):
-                self.fault("wrong_step_number", offset)
+                self.error("wrong_step_number", offset)
             self.close_step(offset, closed=True)
             return
         self.close_step(offset, closed=False)
         if "answer" in self.outer or "generalized" in self.outer:
-            self.fault("step_after_the_end", offset)
+            self.error("step_after_the_end", offset)
         self.step = {}
         self.steps.append(self.step)
         self.number = number if number is not None else len(self.steps)
         if self.number != len(self.steps):
-            self.fault("wrong_step_number", offset)
+            self.error("wrong_step_number", offset)
 
     def on_inner(self, name: str, closing: bool, offset: int) -> None:
         if self.step is None:
-            self.fault("stray_closer" if closing else "tag_outside_a_step", offset)
+            self.error("stray_closer" if closing else "tag_outside_a_step", offset)
             return
         if not closing and self.tag == name and self.step.get(name):
-            self.fault("opener_as_closer", offset)
+            self.error("opener_as_closer", offset)
             closing = True
         if closing:
             if self.tag != name:
-                self.fault("stray_closer", offset)
+                self.error("stray_closer", offset)
             self.tag = None
             return
         self.close_tag(offset, closed=self.tag is None)
         if name in self.step:
-            self.fault(f"second_{name}", offset)
+            self.error(f"second_{name}", offset)
         self.tag = name
 
     def on_outer(self, name: str, closing: bool, offset: int) -> None:
         if not closing and self.tag == name and self.outer.get(name):
-            self.fault("opener_as_closer", offset)
+            self.error("opener_as_closer", offset)
             closing = True
         if closing:
             if self.tag != name:
-                self.fault("stray_closer", offset)
+                self.error("stray_closer", offset)
             else:
                 self.tag = None
             return
         self.close_step(offset, closed=False)
         self.close_tag(offset, closed=self.tag is None)
         if name in self.outer:
-            self.fault(f"second_{name}", offset)
+            self.error(f"second_{name}", offset)
             self.outer[name] = []  # the last one counts
         if name == "generalized" and "answer" in self.outer:
-            self.fault("generalized_after_the_answer", offset)
+            self.error("generalized_after_the_answer", offset)
         self.tag = name
 
     def read(self) -> Parsed:
@@ -305,13 +305,13 @@ class _Reader:
         )
         for number, step in enumerate(steps, 1):
             if not step.text:
-                self.faults.append(Fault("empty_step", f"step {number}"))
+                self.issues.append(Issue("empty_step", f"step {number}"))
         outer = {name: _joined(self.outer, name) or None for name in OUTER}
         if not steps:
-            self.faults.append(Fault("no_steps", "the top level"))
+            self.issues.append(Issue("no_steps", "the top level"))
         if outer["answer"] is None:
-            self.faults.append(Fault("no_answer", f"the end, character {end}"))
-        return Parsed(Trace(steps, **outer), tuple(self.faults))
+            self.issues.append(Issue("no_answer", f"the end, character {end}"))
+        return Parsed(Trace(steps, **outer), tuple(self.issues))
 
 
 def tag_name(written: str) -> str:

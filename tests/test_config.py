@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from sclite.config import Config, Dpo, keys
-from sclite.errors import UsageFault
+from sclite.errors import UsageError
 from sclite.settings import load
 
 
@@ -85,9 +85,9 @@ def test_a_seed_of_zero_and_no_threshold_are_values_of_their_own():
 
 
 def test_all_faults_are_told_at_once():
-    with pytest.raises(UsageFault) as fault:
+    with pytest.raises(UsageError) as error:
         load(None, ["sft.epoch=1", "dpo.beta=-1", "models=x", "eval.limit=none"], {})
-    message, hint = fault.value.message, fault.value.hint
+    message, hint = error.value.message, error.value.hint
     for part in ("unknown key sft.epoch", "dpo.beta = -1", "unknown key models", "eval.limit = 'none'"):
         assert part in message
     assert "did you mean sft.num_train_epochs?" in hint
@@ -104,22 +104,22 @@ def test_all_faults_are_told_at_once():
     ],
 )
 def test_an_unknown_key_gets_the_nearest_known_one(wrong, meant):
-    with pytest.raises(UsageFault) as fault:
+    with pytest.raises(UsageError) as error:
         load(None, [wrong], {})
-    assert fault.value.message == f"configuration: unknown key {wrong.partition('=')[0]}"
-    assert fault.value.hint == f"did you mean {meant}?"
+    assert error.value.message == f"configuration: unknown key {wrong.partition('=')[0]}"
+    assert error.value.hint == f"did you mean {meant}?"
 
 
 def test_every_key_of_an_unknown_section_is_named():
-    with pytest.raises(UsageFault) as fault:
+    with pytest.raises(UsageError) as error:
         load(None, ["studnt.model=x", "studnt.batch=2"], {})
-    assert fault.value.message == "configuration: unknown key studnt.model; unknown key studnt.batch"
-    assert fault.value.hint == "did you mean student.model? did you mean student.batch?"
+    assert error.value.message == "configuration: unknown key studnt.model; unknown key studnt.batch"
+    assert error.value.hint == "did you mean student.model? did you mean student.batch?"
 
 
 @pytest.mark.parametrize("setting", ["sft=3", "=3", "sft.=3", ".seed=1", "sft.num_train_epochs.more=1"])
 def test_odd_settings_are_usage_faults_and_no_tracebacks(setting):
-    with pytest.raises(UsageFault):
+    with pytest.raises(UsageError):
         load(None, [setting], {})
 
 
@@ -141,16 +141,16 @@ def test_every_key_that_people_type_most_exists():
     ["dpo.num_train_epochs=0", "sft.num_train_epochs=0", "sft.num_train_epochs=inf", "dpo.learning_rate=nan"],
 )
 def test_a_number_that_cannot_be_is_refused_with_its_key(setting):
-    with pytest.raises(UsageFault, match=setting.partition("=")[0].replace(".", r"\.")):
+    with pytest.raises(UsageError, match=setting.partition("=")[0].replace(".", r"\.")):
         load(None, [setting], {})
 
 
 def test_no_epochs_of_dpo_has_a_remedy():
     with pytest.raises(
-        UsageFault, match=r"dpo\.num_train_epochs = 0: input should be greater than 0"
-    ) as fault:
+        UsageError, match=r"dpo\.num_train_epochs = 0: input should be greater than 0"
+    ) as error:
         load(None, ["dpo.num_train_epochs=0"], {})
-    assert "train --only sft" in fault.value.hint
+    assert "train --only sft" in error.value.hint
 
 
 def test_settings_that_decide_nothing_of_the_result_are_not_signed():

@@ -8,8 +8,8 @@ import pytest
 
 from sclite import measure
 from sclite.config import Config
-from sclite.context import World
-from sclite.errors import DataFault
+from sclite.context import Context
+from sclite.errors import DataError
 from sclite.records import Drop, Problem, Template
 from sclite.run import Report
 from tests.damages import damages, survive
@@ -27,7 +27,7 @@ def problem(number: int) -> Problem:
 
 def test_a_stage_is_not_signed_while_rows_are_missing(run):
     run.replace("problems.jsonl", map(problem, range(56)))
-    with pytest.raises(DataFault, match=r"problems\.jsonl holds 56 of 64 rows"):
+    with pytest.raises(DataError, match=r"problems\.jsonl holds 56 of 64 rows"):
         run.sign("problems", {}, Report("problems"), {"problems.jsonl": 64})
     assert run.finished("problems") is None
     run.replace("problems.jsonl", map(problem, range(64)))
@@ -77,9 +77,9 @@ def test_a_damaged_manifest_is_read_from_its_copy_and_without_one_the_remedy_wor
     path.write_bytes(DAMAGES[damage](path.read_bytes()))
     assert run.finished("sft") == before
     run.path("done/.sft.json").write_bytes(path.read_bytes())
-    with pytest.raises(DataFault, match="and its copy are damaged") as fault:
+    with pytest.raises(DataError, match="and its copy are damaged") as error:
         run.done("sft", {"seed": 0})
-    assert f"remove {path}" in fault.value.hint
+    assert f"remove {path}" in error.value.hint
     path.unlink()
     assert run.done("sft", {"seed": 0}) is None
 
@@ -174,16 +174,16 @@ def test_templates_of_a_process_that_writes_beside_are_missed_when_signing(built
     ["", "{", "[]", '{"a": 3}', '{"a": {"threshold": "x", "n": 1, "max_harm": 0, "prompts": ""}}', "\0"],
 )
 def test_a_damaged_threshold_file_is_no_threshold_and_the_next_evaluation_writes_it_again(run, text, capsys):
-    world = World(Config(), run, None)
+    context = Context(Config(), run, None)
     run.path("export").mkdir(parents=True)
     gguf = run.path("export/dpo-q8_0.gguf")
     gguf.write_bytes(b"GGUF")
     run.path(measure.THRESHOLDS).write_text(text)
-    assert measure.stored_threshold(world, gguf) is None
+    assert measure.stored_threshold(context, gguf) is None
     assert "review.json is damaged" in capsys.readouterr().err
     found = {"dpo": {"gguf": run.file_digest(str(gguf)), "threshold": 1.5, "fitted": {"n": 60}}}
-    measure.keep_thresholds(world, found)
-    assert measure.stored_threshold(world, gguf) == 1.5
+    measure.keep_thresholds(context, found)
+    assert measure.stored_threshold(context, gguf) == 1.5
 
 
 def test_a_locked_ledger_is_not_to_be_moved_away(built, sclite):

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from sclite import doctor
-from sclite.errors import DeviceFault, UsageFault
+from sclite.errors import DeviceError, UsageError
 from sclite.options import Common
 from sclite.student.loader import choose_card
 
@@ -57,9 +57,9 @@ def test_a_container_or_windows_without_nvidia_smi_has_a_card_by_its_driver(tmp_
     monkeypatch.setenv("PATH", "")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(doctor, "DRIVERS", (str(tmp_path / "nvidiactl"), str(tmp_path / "dxg")))
-    assert Common().world().apart is False
+    assert Common().context().apart is False
     (tmp_path / "dxg").touch()
-    assert Common().world().apart is True
+    assert Common().context().apart is True
 
 
 @pytest.fixture
@@ -82,11 +82,11 @@ def test_gpu_counts_within_the_cards_that_are_visible_already(torch_with_cards):
     choose_card(1)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-5f3a"
     assert "CUDA_DEVICE_ORDER" not in os.environ  # the numbers are in the order that their writer had
-    with pytest.raises(DeviceFault, match="CUDA_VISIBLE_DEVICES=GPU-5f3a shows 1 cards") as fault:
+    with pytest.raises(DeviceError, match="CUDA_VISIBLE_DEVICES=GPU-5f3a shows 1 cards") as error:
         choose_card(1)
-    assert "unset CUDA_VISIBLE_DEVICES" in fault.value.hint
+    assert "unset CUDA_VISIBLE_DEVICES" in error.value.hint
 
 
 def test_a_configuration_that_cannot_be_written_is_a_usage_fault(tmp_path):
-    with pytest.raises(UsageFault, match="cannot be written: No such file or directory"):
+    with pytest.raises(UsageError, match="cannot be written: No such file or directory"):
         doctor.write_configuration(tmp_path / "nowhere/sclite.toml", None)

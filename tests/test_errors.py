@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sclite import config, console, doctor, settings
-from sclite.errors import DataFault
+from sclite.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -81,9 +81,9 @@ def test_an_error_under_json_is_one_object(tmp_path, arguments, code, exit_code,
 def test_rows_that_cannot_all_be_read_leave_no_half_object(capsys):
     def rows():
         yield {"id": "a"}
-        raise DataFault("line 2 is damaged")
+        raise DataError("line 2 is damaged")
 
-    with pytest.raises(DataFault):
+    with pytest.raises(DataError):
         console.print_json_rows({"what": "drops"}, rows())
     assert capsys.readouterr().out == ""
 
@@ -123,9 +123,9 @@ HOSTILE = "\x1b]0;title\x07\x9b31m\u202e[/red][bold]:apple:\ud800\x7f"
 
 def test_no_control_character_reaches_the_terminal_and_no_markup_is_read(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    error = DataFault(HOSTILE, HOSTILE)
+    error = DataError(HOSTILE, HOSTILE)
     error.details = {"raw": HOSTILE}
-    console.fault(error, as_json=True)
+    console.error(error, as_json=True)
     console.say(console.plain(HOSTILE))
     console.table(HOSTILE, ("a", "b"), [(console.plain(HOSTILE), "1")])
     out, err = capsys.readouterr()

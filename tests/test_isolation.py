@@ -11,7 +11,7 @@ from contextlib import suppress
 
 import pytest
 
-from sclite.errors import DataFault, DeviceFault, MemoryFault, ScliteError
+from sclite.errors import DataError, DeviceError, GpuMemoryError, ScliteError
 from sclite.isolation import apart
 
 
@@ -23,11 +23,11 @@ def counts(upto, *, progress):
 
 
 def fails(*, progress):
-    raise DataFault("row 7 is broken", "mend it")
+    raise DataError("row 7 is broken", "mend it")
 
 
 def runs_out_of_memory(*, progress):
-    raise MemoryFault("warmup", 4)
+    raise GpuMemoryError("warmup", 4)
 
 
 def is_interrupted(*, progress):
@@ -113,20 +113,20 @@ def test_result_progress_and_warnings_come_from_another_process(tmp_path):
 
 
 def test_faults_come_back_whole(tmp_path):
-    with pytest.raises(DataFault, match="row 7 is broken") as fault:
+    with pytest.raises(DataError, match="row 7 is broken") as error:
         apart(fails, progress=nothing, log=tmp_path / "log")
-    assert fault.value.hint == "mend it"
-    with pytest.raises(MemoryFault, match="4 rows at once") as fault:
+    assert error.value.hint == "mend it"
+    with pytest.raises(GpuMemoryError, match="4 rows at once") as error:
         apart(runs_out_of_memory, progress=nothing, log=tmp_path / "log")
-    assert (fault.value.stage, fault.value.micro_batch, fault.value.code) == ("warmup", 4, 5)
+    assert (error.value.stage, error.value.micro_batch, error.value.code) == ("warmup", 4, 5)
     with pytest.raises(KeyboardInterrupt):
         apart(is_interrupted, progress=nothing, log=tmp_path / "log")
 
 
 def test_what_a_library_prints_goes_to_the_log_and_a_crash_is_named(tmp_path, capfd):
-    with pytest.raises(ScliteError, match="ZeroDivisionError: broken") as fault:
+    with pytest.raises(ScliteError, match="ZeroDivisionError: broken") as error:
         apart(talks_and_breaks, progress=nothing, log=tmp_path / "log")
-    assert str(tmp_path / "log") in fault.value.hint
+    assert str(tmp_path / "log") in error.value.hint
     text = (tmp_path / "log").read_text()
     assert "a banner" in text
     assert "Traceback" in text
@@ -134,26 +134,26 @@ def test_what_a_library_prints_goes_to_the_log_and_a_crash_is_named(tmp_path, ca
 
 
 def test_a_process_that_the_system_kills_is_a_fault_with_its_code(tmp_path):
-    with pytest.raises(DeviceFault, match=r"ended by itself \(code -9\)"):
+    with pytest.raises(DeviceError, match=r"ended by itself \(code -9\)"):
         apart(dies, progress=nothing, log=tmp_path / "log")
 
 
 def test_one_that_ends_before_it_has_opened_its_log_is_a_fault_too(tmp_path):
     log = tmp_path / "run" / "log"
-    with pytest.raises(DeviceFault, match=r"ended by itself \(code 7\)"):
+    with pytest.raises(DeviceError, match=r"ended by itself \(code 7\)"):
         apart(fails, DiesWhenRead(7), progress=nothing, log=log)
     assert log.read_text() == ""
 
 
 def test_an_old_traceback_in_the_log_is_not_taken_for_what_happened_now(tmp_path):
     (tmp_path / "log").write_text("ZeroDivisionError: of yesterday\n")
-    with pytest.raises(DeviceFault, match=r"ended by itself \(code 1\)"):
+    with pytest.raises(DeviceError, match=r"ended by itself \(code 1\)"):
         apart(fails, DiesWhenRead(1), progress=nothing, log=tmp_path / "log")
 
 
 def test_one_that_is_gone_is_noticed_though_its_own_child_holds_the_pipe(tmp_path):
     began = time.monotonic()
-    with pytest.raises(DeviceFault, match=r"code -9"):
+    with pytest.raises(DeviceError, match=r"code -9"):
         apart(dies_and_leaves_a_child, progress=nothing, log=tmp_path / "log")
     assert time.monotonic() - began < 15
 

@@ -6,10 +6,10 @@ import pytest
 
 from sclite import measure
 from sclite.config import Config
-from sclite.context import World
-from sclite.errors import DataFault
+from sclite.context import Context
+from sclite.errors import DataError
 from sclite.measure import FEW_TO_FIT, THRESHOLDS, cut_note, fit_note, keep_thresholds
-from sclite.progress import Screen
+from sclite.progress import ProgressDisplay
 from sclite.run import Run
 
 
@@ -36,27 +36,27 @@ def test_a_threshold_fitted_on_few_problems_is_told_of():
 def test_a_file_that_is_no_gguf_is_refused_by_name(tmp_path):
     path = tmp_path / "student.gguf"
     path.write_bytes(b"GGML and more")
-    with pytest.raises(DataFault, match=r"student\.gguf is no GGUF file"):
+    with pytest.raises(DataError, match=r"student\.gguf is no GGUF file"):
         measure.find_gguf(None, path)
     path.write_bytes(b"GGUF and more")
     assert measure.find_gguf(None, path) == path
 
 
 def test_chat_takes_the_configured_quantization_else_the_newest_of_the_furthest_student(tmp_path):
-    world = world_of(tmp_path)
-    world.run.path("export").mkdir()
+    context = world_of(tmp_path)
+    context.run.path("export").mkdir()
     for second, name in enumerate(("dpo-q8_0", "dpo-f16", "sft-q4_k_m", "dpo-lora", "dpo-full")):
-        path = world.run.path(f"export/{name}.gguf")
+        path = context.run.path(f"export/{name}.gguf")
         path.write_bytes(b"GGUF")
         os.utime(path, (second, second))
-    assert measure.find_gguf(world, None).name == "dpo-f16.gguf"
-    world.run.path("export/dpo-q4_k_m.gguf").write_bytes(b"GGUF")
-    os.utime(world.run.path("export/dpo-q4_k_m.gguf"), (0, 0))
-    assert measure.find_gguf(world, None).name == "dpo-q4_k_m.gguf"
+    assert measure.find_gguf(context, None).name == "dpo-f16.gguf"
+    context.run.path("export/dpo-q4_k_m.gguf").write_bytes(b"GGUF")
+    os.utime(context.run.path("export/dpo-q4_k_m.gguf"), (0, 0))
+    assert measure.find_gguf(context, None).name == "dpo-q4_k_m.gguf"
 
 
 def world_of(folder, **review):
-    return World(Config.model_validate({"review": review}), Run(folder), None)
+    return Context(Config.model_validate({"review": review}), Run(folder), None)
 
 
 def fitted(threshold, count):
@@ -67,35 +67,35 @@ def fitted(threshold, count):
 
 
 def test_a_threshold_is_replaced_by_one_that_as_many_problems_have_fitted_and_not_by_one_of_fewer(tmp_path):
-    world = world_of(tmp_path)
+    context = world_of(tmp_path)
 
     def kept():
-        return world.run.read_json(THRESHOLDS)["abc"]["threshold"]
+        return context.run.read_json(THRESHOLDS)["abc"]["threshold"]
 
-    assert keep_thresholds(world, fitted(-1.5, 400)) == []
-    assert keep_thresholds(world, fitted(2.0, 399)) == [
+    assert keep_thresholds(context, fitted(-1.5, 400)) == []
+    assert keep_thresholds(context, fitted(2.0, 399)) == [
         "chat keeps the threshold that 400 other problems have fitted before; --set review.threshold=2 takes this one"
     ]
     assert kept() == -1.5
-    assert keep_thresholds(world, fitted(0.5, 400)) == []
+    assert keep_thresholds(context, fitted(0.5, 400)) == []
     assert kept() == 0.5
 
 
 def test_a_threshold_that_the_user_has_set_is_not_stored_as_fitted(tmp_path):
-    world = world_of(tmp_path, threshold=0.0)
-    assert keep_thresholds(world, {"dpo": {"gguf": "abc", "threshold": 0.0, "fitted": None}}) == []
-    assert world.run.read_json(THRESHOLDS) is None
+    context = world_of(tmp_path, threshold=0.0)
+    assert keep_thresholds(context, {"dpo": {"gguf": "abc", "threshold": 0.0, "fitted": None}}) == []
+    assert context.run.read_json(THRESHOLDS) is None
 
 
 def test_a_threshold_of_another_harm_or_an_older_sclite_is_replaced(tmp_path):
     keep_thresholds(world_of(tmp_path), fitted(-1.5, 400))
-    world = world_of(tmp_path, max_harm=0.02)
-    assert keep_thresholds(world, fitted(2.0, 10)) == []
-    assert world.run.read_json(THRESHOLDS)["abc"]["threshold"] == 2.0
-    older = world.run.read_json(THRESHOLDS)["abc"]
-    world.run.write_json(THRESHOLDS, {"abc": {name: older[name] for name in ("threshold", "prompts")}})
-    assert keep_thresholds(world, fitted(3.0, 10)) == []
-    assert world.run.read_json(THRESHOLDS)["abc"]["threshold"] == 3.0
+    context = world_of(tmp_path, max_harm=0.02)
+    assert keep_thresholds(context, fitted(2.0, 10)) == []
+    assert context.run.read_json(THRESHOLDS)["abc"]["threshold"] == 2.0
+    older = context.run.read_json(THRESHOLDS)["abc"]
+    context.run.write_json(THRESHOLDS, {"abc": {name: older[name] for name in ("threshold", "prompts")}})
+    assert keep_thresholds(context, fitted(3.0, 10)) == []
+    assert context.run.read_json(THRESHOLDS)["abc"]["threshold"] == 3.0
 
 
 def test_a_threshold_is_found_beside_the_file_and_the_largest_measured_file_stands_in_for_another(tmp_path):
@@ -113,7 +113,7 @@ def test_a_threshold_is_found_beside_the_file_and_the_largest_measured_file_stan
     assert measure.stored_threshold(here, folder / "dpo-q2_k.gguf") is None
     assert measure.measured_gguf(home, folder / "dpo-q2_k.gguf") == folder / "dpo-q8_0.gguf"
     assert measure.measured_gguf(here, tmp_path / "b/export/dpo-q2_k.gguf") is None
-    run = World(Config.model_validate({"export": {"quant": "q2_k"}}), home.run, Screen(quiet=True))
+    run = Context(Config.model_validate({"export": {"quant": "q2_k"}}), home.run, ProgressDisplay(quiet=True))
     assert measure.for_chat(run, None, self_correct=True) == (folder / "dpo-q8_0.gguf", 1.0)
     assert measure.for_chat(run, None, self_correct=False) == (folder / "dpo-q2_k.gguf", None)
     assert measure.for_chat(run, folder / "dpo-q2_k.gguf", self_correct=True)[1] is None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sclite.errors import DataFault, UsageFault
+from sclite.errors import DataError, UsageError
 from sclite.records import Problem
 from sclite.run import Run
 from sclite.settings import load
@@ -129,7 +129,7 @@ def test_an_empty_value_of_the_quickstart_is_the_quickstarts_own_default(tmp_pat
 
 
 def test_an_empty_value_of_an_unknown_key_is_refused_as_any_other():
-    with pytest.raises(UsageFault, match=r"unknown key sft\.epoch"):
+    with pytest.raises(UsageError, match=r"unknown key sft\.epoch"):
         load(None, ["sft.epoch="], {}, own_file=False)
 
 
@@ -144,12 +144,12 @@ def test_seed_and_run_come_from_the_environment_too(tmp_path):
 
 def test_a_variable_that_is_spelled_like_a_key_is_refused_with_its_right_name():
     given = {"SCLITE_SFT_NUM_TRAIN_EPOCHS": "5", "SCLITE_SFT__EPOCH": "5", "SCLITE_SEDE": "1"}
-    with pytest.raises(UsageFault) as fault:
+    with pytest.raises(UsageError) as error:
         load(None, (), given, own_file=False)
     for name in ("sft_num_train_epochs", "sft.epoch", "sede"):
-        assert f"unknown key {name}" in fault.value.message
-    assert fault.value.hint.count("did you mean sft.num_train_epochs?") == 2
-    assert "did you mean seed?" in fault.value.hint
+        assert f"unknown key {name}" in error.value.message
+    assert error.value.hint.count("did you mean sft.num_train_epochs?") == 2
+    assert "did you mean seed?" in error.value.hint
 
 
 # -- a damaged run.toml --------------------------------------------------------------------------------------------
@@ -159,9 +159,9 @@ def test_a_variable_that_is_spelled_like_a_key_is_refused_with_its_right_name():
 def test_a_damaged_run_toml_is_named_and_removing_it_helps(tmp_path, text):
     path = tmp_path / "run.toml"
     path.write_text(text)
-    with pytest.raises(DataFault, match=str(path)) as fault:
+    with pytest.raises(DataError, match=str(path)) as error:
         load(None, [f"run={tmp_path}"], {}, own_file=False)
-    assert f"remove {path}" in fault.value.hint
+    assert f"remove {path}" in error.value.hint
     path.unlink()
     load(None, [f"run={tmp_path}"], {}, own_file=False)
 

@@ -9,9 +9,9 @@ import pytest
 
 from sclite import pipeline, prompts
 from sclite.__main__ import main
-from sclite.context import World
-from sclite.errors import DataFault
-from sclite.progress import Screen
+from sclite.context import Context
+from sclite.errors import DataError
+from sclite.progress import ProgressDisplay
 from sclite.records import Attempt, Drop, Pair, Review
 from sclite.settings import load
 from sclite.student.tokenization import piece_ids, prompt_ids
@@ -65,7 +65,7 @@ def settings(url, **more):
 
 def world_of(run, url, **more):
     config = load(None, [f"run={run.folder}", *settings(url, **more)], {}, own_file=False)
-    return World(config, run, Screen(quiet=True))
+    return Context(config, run, ProgressDisplay(quiet=True))
 
 
 def call(monkeypatch, capsys, *arguments):
@@ -108,9 +108,9 @@ def test_another_endpoint_asks_anew_and_the_teacher_only_about_what_it_has_not_s
     with Teaching(model) as server:
         for name in ("student", "other"):
             own = {"attempts.student": f"openai/{name}", "attempts.api_base": server.url}
-            world = world_of(run, server.url, **own)
-            pipeline.build_corrections(world)
-            assert pipeline.can_build_pairs(world)
+            context = world_of(run, server.url, **own)
+            pipeline.build_corrections(context)
+            assert pipeline.can_build_pairs(context)
         asked = [body["model"] for body in server.requests]
     assert asked.count("student") == asked.count("other") > 0
     assert asked.count("teacher") == len({r.id for r in run.read("reviews.jsonl", Review) if r.step})
@@ -167,11 +167,11 @@ def gguf(tmp_path_factory):
 def test_a_gguf_gives_attempts_and_its_own_corrections_of_them(run, gguf):
     problems(Path("mine.jsonl"), 4)
     with Teaching(model) as server:
-        world = world_of(run, server.url, **{"attempts.student": gguf, "attempts.temperature": 0})
-        pipeline.build_corrections(world)
-        report = pipeline.build_pairs(world)
+        context = world_of(run, server.url, **{"attempts.student": gguf, "attempts.temperature": 0})
+        pipeline.build_corrections(context)
+        report = pipeline.build_pairs(context)
         assert {body["model"] for body in server.requests} == {"teacher"}
-        assert [r.skipped for r in (pipeline.build_corrections(world), pipeline.build_pairs(world))] == [
+        assert [r.skipped for r in (pipeline.build_corrections(context), pipeline.build_pairs(context))] == [
             True
         ] * 2
     attempts = run.read("attempts.jsonl", Attempt)
@@ -183,9 +183,9 @@ def test_a_gguf_gives_attempts_and_its_own_corrections_of_them(run, gguf):
 
 def test_a_gguf_that_is_not_there_is_named(run):
     problems(Path("mine.jsonl"), 4)
-    world = world_of(run, "http://127.0.0.1:9/v1", **{"attempts.student": "none.gguf"})
-    with pytest.raises(DataFault, match=r"attempts\.student: none\.gguf does not exist"):
-        pipeline.build_corrections(world)
+    context = world_of(run, "http://127.0.0.1:9/v1", **{"attempts.student": "none.gguf"})
+    with pytest.raises(DataError, match=r"attempts\.student: none\.gguf does not exist"):
+        pipeline.build_corrections(context)
 
 
 # -- nobody --------------------------------------------------------------------------------------------------------
@@ -199,10 +199,10 @@ def test_attempts_brought_along_become_decisions_without_any_student(run):
     ]
     Path("tries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with Teaching(model) as server:
-        world = world_of(run, server.url, **{"attempts.source": "tries.jsonl"})
-        pipeline.build_corrections(world)
-        assert pipeline.can_build_pairs(world)
-        report = pipeline.build_pairs(world)
+        context = world_of(run, server.url, **{"attempts.source": "tries.jsonl"})
+        pipeline.build_corrections(context)
+        assert pipeline.can_build_pairs(context)
+        report = pipeline.build_pairs(context)
     pairs = run.read("pairs.jsonl", Pair)
     assert {(p.step, p.chosen) for p in pairs} == {(1, "</Step1>\n"), (2, CAUSE)}
     assert set(report.dropped) == {"no_student_review"}
@@ -220,6 +220,6 @@ def test_a_student_that_does_not_write_steps_is_told_apart_from_one_that_needs_m
     problems(Path("mine.jsonl"), 8)
     with Teaching(lambda body, nth: say("I would say 80.")) as server:
         own = {"attempts.student": "openai/student", "attempts.api_base": server.url}
-        with pytest.raises(DataFault, match=r"attempt not readable") as fault:
+        with pytest.raises(DataError, match=r"attempt not readable") as error:
             pipeline.build_corrections(world_of(run, server.url, **own))
-    assert "attempts.student" in fault.value.hint
+    assert "attempts.student" in error.value.hint

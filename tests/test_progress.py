@@ -54,7 +54,7 @@ def test_before_there_are_two_rows_nothing_is_said(clock):
 
 
 def test_a_skipped_stage_tells_nothing_of_how_fast_the_machine_is(clock):
-    shown = progress.Screen({"a": 10, "b": 20, "c": 30}, quiet=True)
+    shown = progress.ProgressDisplay({"a": 10, "b": 20, "c": 30}, quiet=True)
     with shown.stage("a", "a"):
         clock.append(0.1)
     shown.done("a", "a", skipped=True)
@@ -66,7 +66,7 @@ def test_a_skipped_stage_tells_nothing_of_how_fast_the_machine_is(clock):
 
 
 def test_figures_of_the_moment_and_warnings_reach_a_log(clock, capsys):
-    with progress.Screen().stage("sft", "sft: the student learns") as report:
+    with progress.ProgressDisplay().stage("sft", "sft: the student learns") as report:
         clock.append(31.0)
         report(1, 9, note="loss 0.5")
         report(0, 0, warning="the margin [stays] at 0")
@@ -92,8 +92,8 @@ def test_what_matters_least_is_left_away_first_and_whole():
 
 SCRIPT = """
 import time
-from sclite.progress import Screen
-with Screen().stage("dpo", "dpo: the student prefers right reviews") as report:
+from sclite.progress import ProgressDisplay
+with ProgressDisplay().stage("dpo", "dpo: the student prefers right reviews") as report:
     for done in range(8):
         report(done, 1500, note="loss 0.412, margin 0.31, accuracy 74 %, evaluation loss 0.500, 3,204 tokens/s, 9.8 GB")
         time.sleep(0.15)
@@ -135,7 +135,7 @@ def test_in_a_real_terminal_the_stage_its_steps_and_the_time_left_can_always_be_
 )
 def test_in_a_log_a_stage_with_nothing_to_do_has_no_heading(seconds, warns, headed, monkeypatch, capsys):
     monkeypatch.setattr(progress, "MOMENT", 0.05)
-    with progress.Screen().stage("sft", "sft: the student learns") as report:
+    with progress.ProgressDisplay().stage("sft", "sft: the student learns") as report:
         time.sleep(seconds)
         if warns:
             report(1, 2, warning="the loss is falling too fast")

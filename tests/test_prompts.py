@@ -3,7 +3,7 @@
 import pytest
 
 from sclite import prompts
-from sclite.errors import DataFault
+from sclite.errors import DataError
 
 
 def text_of(messages) -> str:
@@ -71,16 +71,16 @@ def test_the_digest_changes_with_a_word_and_with_the_names(tmp_path):
 )
 def test_a_faulty_prompt_of_ones_own_is_named_with_its_line(tmp_path, source, said):
     (tmp_path / "student_solve.txt").write_text(source)
-    with pytest.raises(DataFault) as fault:
+    with pytest.raises(DataError) as error:
         prompts.solve_messages("How many?", str(tmp_path))
-    assert said in fault.value.message
+    assert said in error.value.message
 
 
 def test_a_prompt_cannot_reach_the_system(tmp_path):
     ran = tmp_path / "ran"
     call = "cycler.__init__.__globals__.os.system('touch " + str(ran) + "')"
     (tmp_path / "student_solve.txt").write_text("{{ " + call + " }}")
-    with pytest.raises(DataFault, match=r"student_solve\.txt cannot be rendered: access to attribute"):
+    with pytest.raises(DataError, match=r"student_solve\.txt cannot be rendered: access to attribute"):
         prompts.solve_messages("How many?", str(tmp_path))
     assert not ran.exists()
 
@@ -98,7 +98,7 @@ def test_a_prompt_cannot_reach_the_system(tmp_path):
 )
 def test_a_prompt_that_fails_is_named_with_the_reason(tmp_path, source, said):
     (tmp_path / "student_solve.txt").write_text(source)
-    with pytest.raises(DataFault) as error:
+    with pytest.raises(DataError) as error:
         prompts.solve_messages("How many?", str(tmp_path))
     assert "student_solve.txt" in error.value.message
     assert said.lower() in error.value.message.lower()
@@ -107,8 +107,8 @@ def test_a_prompt_that_fails_is_named_with_the_reason(tmp_path, source, said):
 
 def test_a_prompt_in_another_encoding_and_a_missing_folder_are_named(tmp_path):
     (tmp_path / "student_solve.txt").write_bytes(b"Caf\xe9: {{ question }}")
-    with pytest.raises(DataFault, match=r"student_solve\.txt cannot be read: 'utf-8' codec") as error:
+    with pytest.raises(DataError, match=r"student_solve\.txt cannot be read: 'utf-8' codec") as error:
         prompts.solve_messages("How many?", str(tmp_path))
     assert "UTF-8" in error.value.hint
-    with pytest.raises(DataFault, match=r"prompts\.folder: .*nowhere is not a folder"):
+    with pytest.raises(DataError, match=r"prompts\.folder: .*nowhere is not a folder"):
         prompts.solve_messages("How many?", str(tmp_path / "nowhere"))

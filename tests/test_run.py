@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from sclite.config import Config
-from sclite.errors import DataFault, UsageFault
+from sclite.errors import DataError, UsageError
 from sclite.records import Attempt, Drop, Problem
 from sclite.run import Report, Run, timed, write_text
 from sclite.signature import differences, digest, digest_rows
@@ -85,15 +85,15 @@ def test_a_damaged_line_that_is_not_the_last_is_named_with_file_and_line(run, li
     with open(run.path("problems.jsonl"), "a") as file:
         file.write(line + "\n")
     run.append("problems.jsonl", [problem(3)])
-    with pytest.raises(DataFault, match=r"problems\.jsonl, line 2: ") as fault:
+    with pytest.raises(DataError, match=r"problems\.jsonl, line 2: ") as error:
         run.read("problems.jsonl", Problem)
-    assert fault.value.hint
+    assert error.value.hint
 
 
 def test_rows_that_a_stage_needs_and_are_not_there_are_asked_for(run):
-    with pytest.raises(DataFault, match=r"problems\.jsonl is missing or empty") as fault:
+    with pytest.raises(DataError, match=r"problems\.jsonl is missing or empty") as error:
         run.require("problems.jsonl", Problem, "type this")
-    assert fault.value.hint == "type this"
+    assert error.value.hint == "type this"
 
 
 def test_drops_of_one_stage_are_exchanged_and_those_of_others_stay(run):
@@ -108,7 +108,7 @@ def test_rows_are_read_one_at_a_time_with_the_byte_at_which_each_begins(run):
         file.write("\nno JSON\n")
     rows = run.rows("problems.jsonl", Problem)
     assert [next(rows), next(rows)] == [problem(1, "½"), problem(2)]
-    with pytest.raises(DataFault, match="line 4"):
+    with pytest.raises(DataError, match="line 4"):
         next(rows)
     located = run.located("problems.jsonl", Problem)
     content = run.path("problems.jsonl").read_bytes()
@@ -178,11 +178,11 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_a_second_holder_is_told_and_the_third_may_when_the_first_is_done(run):
     with (
         run.hold(),
-        pytest.raises(UsageFault, match="another sclite process is at work") as fault,
+        pytest.raises(UsageError, match="another sclite process is at work") as error,
         Run(run.folder).hold(),
     ):
         pass
-    assert "--run" in fault.value.hint
+    assert "--run" in error.value.hint
     with run.hold():
         pass
 
@@ -198,7 +198,7 @@ def test_whether_a_run_is_held_is_asked_without_holding_it(run):
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageFault, match="file/run cannot be written"), Run(tmp_path / "file/run").hold():
+    with pytest.raises(UsageError, match="file/run cannot be written"), Run(tmp_path / "file/run").hold():
         pass
 
 
@@ -220,9 +220,9 @@ def test_a_stage_is_done_only_for_the_inputs_that_it_was_made_from(run):
 def test_a_broken_manifest_is_named_with_its_remedy(run):
     run.write_json("done/sft.json", {})
     run.path("done/sft.json").write_text('{"stage": ')
-    with pytest.raises(DataFault, match=r"done/sft\.json") as fault:
+    with pytest.raises(DataError, match=r"done/sft\.json") as error:
         run.done("sft", {})
-    assert fault.value.hint
+    assert error.value.hint
 
 
 def test_digests_follow_content_and_not_the_order_of_keys(run):
@@ -271,27 +271,27 @@ def test_a_mistyped_value_is_not_remembered(run):
         pass
     kept = run.path("run.toml").read_text()
     assert "seed = 1" in kept
-    with pytest.raises(UsageFault), run.remembering(Config(seed=2)):
-        raise UsageFault("unknown quantisation", "use another")
+    with pytest.raises(UsageError), run.remembering(Config(seed=2)):
+        raise UsageError("unknown quantisation", "use another")
     assert run.path("run.toml").read_text() == kept
-    with pytest.raises(DataFault), run.remembering(Config(seed=3)):
-        raise DataFault("no such file", "give another")
+    with pytest.raises(DataError), run.remembering(Config(seed=3)):
+        raise DataError("no such file", "give another")
     assert run.path("run.toml").read_text() == kept
-    with suppress(DataFault), run.remembering(Config(seed=3)):
+    with suppress(DataError), run.remembering(Config(seed=3)):
         run.begin("templates")
         run.replace("problems.jsonl", [Problem(id="a", question="1 + 1?", answer="2")])
-        raise DataFault("no reply", "check the key")
+        raise DataError("no reply", "check the key")
     assert run.path("run.toml").read_text() == kept
-    with suppress(UsageFault), run.remembering(Config(seed=3)):
+    with suppress(UsageError), run.remembering(Config(seed=3)):
         run.write_json("done/templates.json", {})
-        raise UsageFault("no student is configured", "name one")
+        raise UsageError("no student is configured", "name one")
     assert "seed = 3" in run.path("run.toml").read_text()
 
 
 def test_where_no_folder_can_be_made_the_fault_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     for place in (Path("/proc/sclite"), tmp_path / "file/run"):
-        with pytest.raises(UsageFault, match="cannot be written"), Run(place).hold():
+        with pytest.raises(UsageError, match="cannot be written"), Run(place).hold():
             pass
 
 
@@ -315,14 +315,14 @@ def test_a_lock_that_was_taken_away_in_between_is_made_anew(tmp_path, monkeypatc
     monkeypatch.setattr(fcntl, "flock", taken_away)
     with run.hold():
         assert run.busy()
-        with pytest.raises(UsageFault, match="another sclite process"), Run(run.folder).hold():
+        with pytest.raises(UsageError, match="another sclite process"), Run(run.folder).hold():
             pass
 
 
 def test_a_folder_in_which_nothing_was_made_goes_again(tmp_path):
     new = Run(tmp_path / "new")
-    with pytest.raises(DataFault), new.hold(), new.remembering(Config()):
-        raise DataFault("no such file", "give another")
+    with pytest.raises(DataError), new.hold(), new.remembering(Config()):
+        raise DataError("no such file", "give another")
     assert not new.folder.exists()
     assert tmp_path.is_dir()
     within = Run(tmp_path / "runs/new")
@@ -340,8 +340,8 @@ def test_a_folder_in_which_nothing_was_made_goes_again(tmp_path):
 
 
 def test_a_run_that_begins_with_a_mistyped_value_remembers_nothing(run):
-    with pytest.raises(UsageFault), run.remembering(Config()):
-        raise UsageFault("unknown quantisation", "use another")
+    with pytest.raises(UsageError), run.remembering(Config()):
+        raise UsageError("unknown quantisation", "use another")
     assert not run.path("run.toml").exists()
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sclite.trace import (
     CAUSE,
-    Fault,
+    Issue,
     Parsed,
     Step,
     Trace,
@@ -55,7 +55,7 @@ quickly = settings(deadline=None, suppress_health_check=list(HealthCheck), datab
 
 
 def names(text: str) -> list[str]:
-    return [fault.name for fault in parse(text).faults]
+    return [error.name for error in parse(text).issues]
 
 
 # -- one form, both ways -------------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ def test_reading_what_was_written_gives_the_same_trace(trace):
     parsed = parse(render(trace))
     assert parsed.trace == trace
     expected = {"empty_step", "no_steps", "no_answer"}
-    assert {fault.name for fault in parsed.faults} <= expected
+    assert {error.name for error in parsed.issues} <= expected
 
 
 @settings(quickly, max_examples=300)
@@ -93,7 +93,7 @@ def test_the_canonical_text_is_that_of_the_method():
         (Step("48 + 24 = 62", None, "The carry is lost.", "It is 72."), Step("72 / 2 = 36")), None, "36"
     )
     assert render(review) == REVIEW
-    assert parse(WHOLE).faults == parse(REVIEW).faults == ()
+    assert parse(WHOLE).issues == parse(REVIEW).issues == ()
 
 
 @pytest.mark.parametrize("text", [" padded", "padded\n", "a <Step2> inside", "</key>", "< ANSWER : >"])
@@ -172,7 +172,7 @@ def test_damage_that_changes_the_reading_is_a_fault_or_harmless():
     for whole in (WHOLE, REVIEW):
         for tag in {piece[: piece.index(">") + 1] for piece in ("<" + p for p in whole.split("<")[1:])}:
             damaged = parse(whole.replace(tag, "", 1))
-            assert damaged.faults or damaged.trace != parse(whole).trace, tag
+            assert damaged.issues or damaged.trace != parse(whole).trace, tag
 
 
 HOSTILE = {
@@ -224,14 +224,14 @@ FORGIVEN = {
 @pytest.mark.parametrize("text", FORGIVEN.values(), ids=FORGIVEN)
 def test_forms_that_models_write_are_read_like_the_canonical_one(text):
     parsed = parse(text)
-    assert parsed.faults == ()
+    assert parsed.issues == ()
     assert [s.text for s in parsed.trace.steps] == ["48 + 24 = 72", "72 / 2 = 36"]
     assert parsed.trace.steps[0].key == "Carry the ten."
     assert (parsed.trace.generalized, parsed.trace.answer) == ("Add, then share.", "36")
 
 
 @pytest.mark.parametrize(
-    ("text", "fault", "place"),
+    ("text", "error", "place"),
     [
         ("<Step1>a\n<Step2>b\n</Step2>\n<Answer>1</Answer>", "missing_closer", "step 1, character 9"),
         ("<Step1>a\n<Key>k\n</Step1>\n<Answer>1</Answer>", "missing_closer", "step 1, character 16"),
@@ -288,23 +288,23 @@ def test_forms_that_models_write_are_read_like_the_canonical_one(text):
         ("<Step1>a</Step1><Answer> </Answer>", "no_answer", "the end, character 34"),
     ],
 )
-def test_each_fault_is_told_by_name_and_place(text, fault, place):
-    faults = parse(text).faults
-    assert Fault(fault, place) in faults
-    assert str(Fault(fault, place)) == f"{fault.replace('_', ' ')} at {place}"
+def test_each_fault_is_told_by_name_and_place(text, error, place):
+    issues = parse(text).issues
+    assert Issue(error, place) in issues
+    assert str(Issue(error, place)) == f"{error.replace('_', ' ')} at {place}"
 
 
 def test_a_missing_closer_is_recovered_at_the_next_step():
     parsed = parse("<Step1>one\n<Step2>two\n</Step2>\n<Answer>3</Answer>")
     assert [s.text for s in parsed.trace.steps] == ["one", "two"]
-    assert [f.name for f in parsed.faults] == ["missing_closer"]
+    assert [f.name for f in parsed.issues] == ["missing_closer"]
 
 
 def test_an_opener_used_as_a_closer_does_not_begin_another_step():
     parsed = parse("<Step1>one<Step1>\n<Step2>two<Step2>\n<Answer>3<Answer>")
     assert [s.text for s in parsed.trace.steps] == ["one", "two"]
     assert parsed.trace.answer == "3"
-    assert {f.name for f in parsed.faults} == {"opener_as_closer"}
+    assert {f.name for f in parsed.issues} == {"opener_as_closer"}
 
 
 def test_of_two_answers_the_last_one_counts():
@@ -314,7 +314,7 @@ def test_of_two_answers_the_last_one_counts():
 def test_comparisons_and_latex_with_angle_brackets_are_text():
     body = r"if $a<b$ and $c>d$ then $\langle x,y\rangle$, so <x> is < 5 and \(2<3>1\)"
     parsed = parse(f"<Step1>{body}\n</Step1>\n<Answer>$x<5$</Answer>")
-    assert parsed.faults == ()
+    assert parsed.issues == ()
     assert parsed.trace.steps[0].text == body
     assert parsed.trace.answer == "$x<5$"
 
@@ -325,9 +325,9 @@ def test_an_answer_that_is_a_sentence_is_kept_whole():
 
 
 def test_a_think_block_counts_only_at_the_beginning_and_when_it_ends():
-    assert parse(f"<think>{WHOLE}</think>").faults == (
-        Fault("no_steps", "the top level"),
-        Fault("no_answer", f"the end, character {len(WHOLE) + 15}"),
+    assert parse(f"<think>{WHOLE}</think>").issues == (
+        Issue("no_steps", "the top level"),
+        Issue("no_answer", f"the end, character {len(WHOLE) + 15}"),
     )
     assert parse(f"<think>{WHOLE}").trace == parse(WHOLE).trace
     assert "<think>" in parse("<Step1>a <think>b</think></Step1><Answer>1</Answer>").trace.steps[0].text
@@ -384,7 +384,7 @@ def test_every_real_solution_survives_as_steps_of_a_trace():
         trace = Trace(tuple(Step(clean(line)) for line in lines if clean(line)), None, answer)
         parsed = parse(render(trace))
         assert parsed.trace == trace
-        assert not {f.name for f in parsed.faults} - {"no_steps"}
+        assert not {f.name for f in parsed.issues} - {"no_steps"}
         parse("\n".join(lines))
         count += 1
     assert count > 4000

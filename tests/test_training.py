@@ -5,9 +5,9 @@ from contextlib import contextmanager
 import pytest
 
 from sclite import pipeline, training
-from sclite.context import World
-from sclite.errors import DeviceFault
-from sclite.progress import Screen
+from sclite.context import Context
+from sclite.errors import DeviceError
+from sclite.progress import ProgressDisplay
 from sclite.records import Template
 from sclite.run import Run
 from sclite.student.loader import load_tokenizer
@@ -17,7 +17,7 @@ from tests.tiny import tiny_llama
 from tests.train.test_sft import config_of, write_toy
 
 
-class Recorder(Screen):
+class Recorder(ProgressDisplay):
     """A screen that remembers what it was told."""
 
     def __init__(self):
@@ -37,11 +37,11 @@ def folder(tmp_path_factory):
     return tiny_llama(tmp_path_factory.mktemp("student"))
 
 
-def world_of(folder, path, apart=False, **settings) -> World:
+def world_of(folder, path, apart=False, **settings) -> Context:
     run = Run(path)
     write_toy(run, 12)
     config = config_of(folder, **settings).model_copy(update={"run": str(path)})
-    return World(config, run, Recorder(), apart=apart)
+    return Context(config, run, Recorder(), apart=apart)
 
 
 def small_card(monkeypatch, rows: int, from_step: int = 0) -> list[int]:
@@ -66,36 +66,36 @@ def test_out_of_memory_halves_the_rows_at_once_and_goes_on_from_the_last_checkpo
     settings = {"sft": {"per_device_train_batch_size": 4, "num_train_epochs": 6, "checkpoints": 9}}
     whole = world_of(folder, tmp_path / "whole", **settings)
     training.train_sft(whole)
-    world = world_of(folder, tmp_path / "small", **settings)
+    context = world_of(folder, tmp_path / "small", **settings)
     tried = small_card(monkeypatch, rows=2, from_step=4)
-    training.train_sft(world)
-    warnings = [text for text in world.screen.warnings if "optimizer steps" not in text]
+    training.train_sft(context)
+    warnings = [text for text in context.display.warnings if "optimizer steps" not in text]
     assert warnings == ["out of memory with 4 rows at once: sft goes on with 2"]
     assert max(tried[5:]) == 2
-    rows, expected = (read_metrics(w.run.path("sft/metrics.jsonl")) for w in (world, whole))
+    rows, expected = (read_metrics(w.run.path("sft/metrics.jsonl")) for w in (context, whole))
     assert [row["step"] for row in rows] == [row["step"] for row in expected]
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=1e-4)
 
 
 def test_when_not_even_one_row_fits_it_ends_with_exit_5_and_what_to_lower(folder, tmp_path, monkeypatch):
-    world = world_of(folder, tmp_path, sft={"per_device_train_batch_size": 2})
+    context = world_of(folder, tmp_path, sft={"per_device_train_batch_size": 2})
     small_card(monkeypatch, rows=0)
-    with pytest.raises(DeviceFault, match="sft: the card has too little memory for 1 row at once") as fault:
-        training.train_sft(world)
-    assert fault.value.code == 5
-    assert "sft.max_length" in fault.value.hint
-    assert world.run.finished("sft") is None
+    with pytest.raises(DeviceError, match="sft: the card has too little memory for 1 row at once") as error:
+        training.train_sft(context)
+    assert error.value.code == 5
+    assert "sft.max_length" in error.value.hint
+    assert context.run.finished("sft") is None
 
 
 def test_another_error_is_not_taken_for_one_of_memory(folder, tmp_path, monkeypatch):
-    world = world_of(folder, tmp_path)
+    context = world_of(folder, tmp_path)
 
     def broken(model, batch):
         raise RuntimeError("shapes do not fit")
 
     monkeypatch.setattr(sft, "negative_log_likelihood", broken)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        training.train_sft(world)
+        training.train_sft(context)
 
 
 def test_in_a_process_of_its_own_a_stage_trains_the_same_and_tells_of_each_step(folder, tmp_path):
@@ -103,8 +103,8 @@ def test_in_a_process_of_its_own_a_stage_trains_the_same_and_tells_of_each_step(
     training.train_sft(here)
     report = training.train_sft(there)
     assert report.counts == here.reports[-1].counts
-    assert [note[:2] for note in there.screen.notes] == [note[:2] for note in here.screen.notes]
-    assert there.screen.notes[-1][2].startswith("loss ")
+    assert [note[:2] for note in there.display.notes] == [note[:2] for note in here.display.notes]
+    assert there.display.notes[-1][2].startswith("loss ")
     one, other = (w.run.path("sft/adapter/adapter_model.safetensors").read_bytes() for w in (here, there))
     assert one == other
 
@@ -112,26 +112,26 @@ def test_in_a_process_of_its_own_a_stage_trains_the_same_and_tells_of_each_step(
 def test_rows_that_are_too_long_are_told_of_before_the_first_step_and_in_the_line_of_the_stage(
     folder, tmp_path
 ):
-    world = world_of(folder, tmp_path)
-    lengths = sorted(_tokens(world))
+    context = world_of(folder, tmp_path)
+    lengths = sorted(_tokens(context))
     limit = lengths[-1] - 1
-    config = world.config.model_copy(
-        update={"sft": world.config.sft.model_copy(update={"max_length": limit})}
+    config = context.config.model_copy(
+        update={"sft": context.config.sft.model_copy(update={"max_length": limit})}
     )
-    screen = Ordered()
-    report = training.train_sft(World(config, world.run, screen))
+    display = Ordered()
+    report = training.train_sft(Context(config, context.run, display))
     left = report.dropped["longer_than_max_length"]
-    assert screen.said[0] == (
+    assert display.said[0] == (
         f"{left} of {len(lengths)} rows have more than {limit} tokens and are left out (the longest has "
         f"{lengths[-1]}): raise sft.max_length"
     )
-    assert len(screen.said) > 2
-    assert "only 4 optimizer steps" in screen.said[1]
-    assert screen.said[2].startswith("step 1 of")
-    assert f"steps, {left} longer than max length" in screen.line
+    assert len(display.said) > 2
+    assert "only 4 optimizer steps" in display.said[1]
+    assert display.said[2].startswith("step 1 of")
+    assert f"steps, {left} longer than max length" in display.line
 
 
-class Ordered(Screen):
+class Ordered(ProgressDisplay):
     """A screen that keeps warnings and steps in the order in which they come."""
 
     def __init__(self):
@@ -149,10 +149,10 @@ class Ordered(Screen):
         self.line = text
 
 
-def _tokens(world) -> list[int]:
+def _tokens(context) -> list[int]:
     """The lengths of the rows of SFT, in tokens."""
-    tokenizer, unseen = load_tokenizer(world.config.student.model), pipeline.unseen(world)
-    rows = [row for row in world.run.read("templates.jsonl", Template) if row.id not in unseen]
+    tokenizer, unseen = load_tokenizer(context.config.student.model), pipeline.unseen(context)
+    rows = [row for row in context.run.read("templates.jsonl", Template) if row.id not in unseen]
     return [len(row.ids) for row in sft.solve_rows(tokenizer, rows, "")]
 
 
@@ -186,7 +186,7 @@ def test_attempts_that_do_not_fit_at_once_are_sampled_in_halves(folder, monkeypa
 def test_tensorboard_that_is_not_installed_is_said_before_the_first_step(folder, tmp_path, monkeypatch):
     import importlib.util
 
-    from sclite.errors import UsageFault
+    from sclite.errors import UsageError
 
     real = importlib.util.find_spec
     monkeypatch.setattr(
@@ -194,10 +194,10 @@ def test_tensorboard_that_is_not_installed_is_said_before_the_first_step(folder,
         "find_spec",
         lambda name, *a: None if name.startswith("tensorboard") else real(name, *a),
     )
-    world = world_of(folder, tmp_path, sft={"tensorboard": True})
-    with pytest.raises(UsageFault, match="TensorBoard is asked for") as fault:
-        training.train_sft(world)
-    assert "pip install tensorboard" in fault.value.hint
+    context = world_of(folder, tmp_path, sft={"tensorboard": True})
+    with pytest.raises(UsageError, match="TensorBoard is asked for") as error:
+        training.train_sft(context)
+    assert "pip install tensorboard" in error.value.hint
 
 
 def test_the_plan_of_a_run_says_what_each_stage_takes(folder, tmp_path):
@@ -218,13 +218,13 @@ def test_the_plan_has_the_steps_rows_and_rows_at_once_of_the_training_that_follo
         "num_train_epochs": 2.5,
         "eval_share": 0.4,
     }
-    world = world_of(
+    context = world_of(
         folder,
         tmp_path,
         sft=settings,
         warmup={**settings, "per_device_train_batch_size": 3, "num_train_epochs": 1},
     )
-    stages = training.plan(world)["stages"]
+    stages = training.plan(context)["stages"]
     sizes = []
     real = sft.train_adapter
     for stage in (sft, warmup):
@@ -233,7 +233,7 @@ def test_the_plan_has_the_steps_rows_and_rows_at_once_of_the_training_that_follo
             "train_adapter",
             lambda *a, **named: sizes.append(named["micro_batch"]) or real(*a, **named),
         )
-    for report in (training.train_sft(world), training.train_warmup(world)):
+    for report in (training.train_sft(context), training.train_warmup(context)):
         planned = stages[report.stage]
         assert (planned["rows"], planned["steps"]) == (report.counts["rows"], report.counts["steps"])
         assert planned["micro_batch"] == sizes.pop(0)
@@ -245,10 +245,10 @@ def test_a_plan_that_does_not_fit_ends_with_exit_5_as_json_too(capsys):
     from sclite import console
     from sclite.inspect import summaries
 
-    with pytest.raises(DeviceFault) as fault:
+    with pytest.raises(DeviceError) as error:
         summaries.plan({"stages": {"sft": {"fits": False}}}, json=True)
-    assert fault.value.code == 5
-    console.fault(fault.value, as_json=True)  # as the command line does
+    assert error.value.code == 5
+    console.error(error.value, as_json=True)  # as the command line does
     shown = json.loads(capsys.readouterr().out)
     assert (shown["stages"]["sft"]["fits"], shown["exit_code"]) == (False, 5)
 
@@ -256,7 +256,7 @@ def test_a_plan_that_does_not_fit_ends_with_exit_5_as_json_too(capsys):
 # -- what the teacher will cost ------------------------------------------------------------------------------------
 
 
-def told_before_sft(world, monkeypatch, capsys) -> str:
+def told_before_sft(context, monkeypatch, capsys) -> str:
     """What stands on stderr when SFT begins."""
 
     class Begun(Exception):
@@ -266,11 +266,11 @@ def told_before_sft(world, monkeypatch, capsys) -> str:
         raise Begun
 
     monkeypatch.setattr(training, "train_sft", begin)
-    world.screen.quiet = False
+    context.display.quiet = False
     for name in ("attempts.jsonl", "reviews.jsonl"):
-        world.run.path(name).unlink()
+        context.run.path(name).unlink()
     with pytest.raises(Begun):
-        training.train(world)
+        training.train(context)
     return capsys.readouterr().err
 
 
@@ -280,9 +280,9 @@ TEACHER = {"model": "openai/teacher", "api_base": "http://127.0.0.1:9/v1"}
 def test_train_says_in_one_line_what_the_corrections_will_cost(folder, tmp_path, monkeypatch, capsys):
     from tests.train.test_plan import paid
 
-    world = world_of(folder, tmp_path, teacher={**TEACHER, "max_cost": 0.5}, attempts={"samples": 2})
-    paid(world.run, "templates", *[0.02] * 12)
-    said = told_before_sft(world, monkeypatch, capsys)
+    context = world_of(folder, tmp_path, teacher={**TEACHER, "max_cost": 0.5}, attempts={"samples": 2})
+    paid(context.run, "templates", *[0.02] * 12)
+    said = told_before_sft(context, monkeypatch, capsys)
     line = (
         "corrections after SFT: at most 10 by openai/teacher, about $0.20"  # five problems, two samples each
     )
@@ -294,9 +294,9 @@ def test_a_limit_that_the_corrections_would_reach_is_told_with_their_cost(
 ):
     from tests.train.test_plan import paid
 
-    world = world_of(folder, tmp_path, teacher={**TEACHER, "max_cost": 0.4}, attempts={"samples": 2})
-    paid(world.run, "templates", *[0.02] * 12)
-    said = told_before_sft(world, monkeypatch, capsys)
+    context = world_of(folder, tmp_path, teacher={**TEACHER, "max_cost": 0.4}, attempts={"samples": 2})
+    paid(context.run, "templates", *[0.02] * 12)
+    said = told_before_sft(context, monkeypatch, capsys)
     assert said.endswith("about $0.20; teacher.max_cost is $0.4, $0.24 is spent\n")
 
 

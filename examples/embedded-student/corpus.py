@@ -161,15 +161,15 @@ def homework(question: str, solution, draw: random.Random, part: int = 1) -> str
     row, marks = draw.choice(ROWS), two_marks(draw, part)
     wrong_at = draw.randrange(len(solution.operations)) if draw.random() < 0.6 else None
     numbers = [n for op in solution.operations for n in (op.left, op.right)] if part > 5 else []
-    fault = a_fault(solution.operations[wrong_at], draw, numbers) if wrong_at is not None else None
+    error = a_fault(solution.operations[wrong_at], draw, numbers) if wrong_at is not None else None
     shown = "\n".join(
-        marked(op, solution.item, (f"{row}{i + 1}", *marks), fault if i == wrong_at else None)
+        marked(op, solution.item, (f"{row}{i + 1}", *marks), error if i == wrong_at else None)
         for i, op in enumerate(solution.operations)
     )
     shown = f"{shown}\n<Result>{solution.answer}</Result>"
     head = draw.choice(("Homework, checked.", "The teacher looked at each line.", "Corrected work:"))
     if part > 5 and draw.random() < 0.7:
-        work = unmarked(solution, row, wrong_at, fault)
+        work = unmarked(solution, row, wrong_at, error)
         if draw.random() < 0.5:
             return chat(f"{question}\n\nWork:\n{work}", shown, draw)
         return f"{question}\n{work}\n{head}\n{shown}"

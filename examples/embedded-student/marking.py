@@ -56,7 +56,7 @@ def misread(operation, numbers: list[int], draw: random.Random) -> tuple[int, in
 
 
 @dataclass(frozen=True)
-class Fault:
+class Issue:
     """What somebody wrote instead of an operation, and why it is wrong."""
 
     left: int
@@ -65,36 +65,36 @@ class Fault:
     why: str
 
 
-def a_fault(operation, draw: random.Random, elsewhere: list[int]) -> Fault:
+def a_fault(operation, draw: random.Random, elsewhere: list[int]) -> Issue:
     """A wrong result; or a number misread, or taken from `elsewhere` in the work."""
     left, sign, right = operation.left, operation.sign, operation.right
     one, other = misread(operation, elsewhere, draw) if elsewhere else (left, slip(right, draw))
     found = result_of(one, sign, other)
     given = slip(operation.result, draw)
     if draw.random() < (0.3 if elsewhere else 0.2) and found is not None and 0 <= found != operation.result:
-        return Fault(one, other, found, f"The sum to do is {operation.sum.split(' = ')[0]}.")
-    return Fault(left, right, given, why_wrong(left, sign, right, given))
+        return Issue(one, other, found, f"The sum to do is {operation.sum.split(' = ')[0]}.")
+    return Issue(left, right, given, why_wrong(left, sign, right, given))
 
 
-def marked(operation, item: str, tags: tuple[str, str, str], fault: Fault | None) -> str:
+def marked(operation, item: str, tags: tuple[str, str, str], error: Issue | None) -> str:
     """One line of somebody's work in a tag; a wrong one with the teacher's marks inside."""
     (row, mistake, mended), what, sign = tags, operation.what, operation.sign
-    if fault is None:
+    if error is None:
         return f"<{row}>{what} {operation.sum} {item}.\n{RIGHT_HERE}</{row}>"
     better = f"{what} {apart(operation.left, sign, operation.right)} {item}."
-    notes = f"<{mistake}>{fault.why}</{mistake}>\n<{mended}>{better}</{mended}>"
-    line = f"{what} {fault.left} {sign} {fault.right} = {fault.given} {item}."
+    notes = f"<{mistake}>{error.why}</{mistake}>\n<{mended}>{better}</{mended}>"
+    line = f"{what} {error.left} {sign} {error.right} = {error.given} {item}."
     return f"<{row}>{line}\n{WRONG_HERE}{notes}\n</{row}>"
 
 
-def unmarked(solution, row: str, wrong_at: int | None, fault: Fault | None) -> str:
+def unmarked(solution, row: str, wrong_at: int | None, error: Issue | None) -> str:
     """The work as it was handed in: what follows a wrong line goes on with its result."""
     lines, instead = [], {}
     for i, op in enumerate(solution.operations):
         left, right = instead.get(op.left, op.left), instead.get(op.right, op.right)
         result = result_of(left, op.sign, right)
         if i == wrong_at:
-            left, right, result = fault.left, fault.right, fault.given
+            left, right, result = error.left, error.right, error.given
         elif result is None or result < 0:
             left, right, result = op.left, op.right, op.result
         if result != op.result:

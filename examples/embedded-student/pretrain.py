@@ -112,7 +112,7 @@ def grow(model: LlamaForCausalLM, layers: int) -> LlamaForCausalLM:
 
 
 @dataclass
-class Watch:
+class MetricsLogger:
     """What is read off since the last line of the log: losses, and how well lines are judged."""
 
     losses: list[float] = field(default_factory=list)
@@ -125,7 +125,7 @@ class Watch:
         return f"step {step} loss {np.mean(self.losses):.4f}{checks} {time.time() - began:.0f} s"
 
 
-def backward(model, half, block, tags: tuple[int, int], watch: Watch) -> None:
+def backward(model, half, block, tags: tuple[int, int], logger: MetricsLogger) -> None:
     """One pass in bfloat16 through the copy `half`; the gradients land on the float32 weights of `model`.
 
     `block` is (rows, LENGTH, 2): token ids and judgements. `tags` are the tokens of an opening and of a closing tag.
@@ -142,9 +142,9 @@ def backward(model, half, block, tags: tuple[int, int], watch: Watch) -> None:
     for copied, master in zip(half.parameters(), model.parameters(), strict=True):
         master.grad = copied.grad.float()
     with torch.no_grad():
-        watch.losses.append(nll.mean().item())
-        watch.scores += (logits[..., tags[0]] - logits[..., tags[1]])[judged >= 0].tolist()
-        watch.wrong += judged[judged >= 0].tolist()
+        logger.losses.append(nll.mean().item())
+        logger.scores += (logits[..., tags[0]] - logits[..., tags[1]])[judged >= 0].tolist()
+        logger.wrong += judged[judged >= 0].tolist()
 
 
 def main() -> None:
@@ -183,17 +183,17 @@ def main() -> None:
     half = copy.deepcopy(model).bfloat16()
     stream = token_stream(tokenizer, options.part, held_out_questions(), options.part)
     tags = tuple(tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in ("<Row", "</Row"))
-    began, watch = time.time(), Watch()
+    began, logger = time.time(), MetricsLogger()
     for step in range(1, options.steps + 1):
         block = torch.from_numpy(np.array(list(itertools.islice(stream, options.batch))))
-        backward(model, half, block, tags, watch)
+        backward(model, half, block, tags, logger)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for part in (*optimizers, *schedules):
             part.step()
         model.zero_grad(set_to_none=True)
         if step % 25 == 0:
-            print(watch.line(step, began), flush=True)
-            watch = Watch()
+            print(logger.line(step, began), flush=True)
+            logger = MetricsLogger()
         if step in options.save_at:
             save(model, tokenizer, options, Path(f"{options.out}-{step}"))
     save(model, tokenizer, options, options.out)

@@ -7,7 +7,7 @@ from pathlib import Path
 from sclite import console, prompts
 from sclite.config import Config
 from sclite.console import plain
-from sclite.errors import DataFault, ScliteError
+from sclite.errors import DataError, ScliteError
 from sclite.student.base import Request
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.llama_cpp.probe import check_gguf
@@ -64,7 +64,7 @@ def talk(
                 found = answer(typed)
                 show(found) if interactive else console.say(plain(" ".join(found.result.split())))
             except ScliteError as error:
-                console.fault(error)
+                console.error(error)
                 answered = False
                 if not interactive:
                     console.say()
@@ -122,7 +122,7 @@ def _answer(
     if reply.finish == "error":
         longer = f"shorten the question, or use --set eval.context={2 * engine.context}"
         hint = longer if engine.context < engine.trained_context else "shorten the question"
-        raise DataFault(f"the question cannot be answered: {reply.error}", hint)
+        raise DataError(f"the question cannot be answered: {reply.error}", hint)
     trace, cut = parse(reply.text).trace, reply.finish == "length"
     review, doubt = None, ""
     if not off and trace.steps:

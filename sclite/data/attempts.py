@@ -83,7 +83,7 @@ def sample_attempts(
     """
     if needs_no_student(config, run) and not config.attempts.source:
         rows = adopt_attempts(run, problems)
-        return Report(STAGE, count(rows) | {"brought_along": len(rows)}, skipped=True)
+        return Report(STAGE, count(rows) | {"imported": len(rows)}, skipped=True)
     inputs, report = inputs_of(config, run, problems), Report(STAGE)
     if manifest := run.done(STAGE, inputs, FILE):
         return Report.of(manifest)
@@ -123,9 +123,9 @@ def warn(report: Report, progress: Callable[..., None] | None, text: str) -> Non
 def _unreadable(config: Config, rows: Sequence[Attempt]) -> str:
     """A warning where most attempts have no steps that can be told from each other; else empty."""
     said = [row for row in rows if not failed(row)]
-    faults = [next((f.name for f in parse(row.trace).faults if f.name in UNCLEAR), None) for row in said]
-    common = Counter(filter(None, faults)).most_common(1)
-    unreadable = sum(fault is not None for fault in faults)
+    issues = [next((f.name for f in parse(row.trace).issues if f.name in UNCLEAR), None) for row in said]
+    common = Counter(filter(None, issues)).most_common(1)
+    unreadable = sum(error is not None for error in issues)
     if 2 * unreadable <= len(said):
         return ""
     remedy = (
@@ -139,7 +139,7 @@ def _unreadable(config: Config, rows: Sequence[Attempt]) -> str:
 
 def needs_no_student(config: Config, run: Run) -> bool:
     """Whether attempts are brought along: in a file that the configuration names, or as the run's own attempts.jsonl."""
-    return bool(config.attempts.source) or run.brought_along(STAGE, FILE)
+    return bool(config.attempts.source) or run.is_imported(STAGE, FILE)
 
 
 def count(rows: Sequence[Attempt]) -> dict[str, int]:

@@ -11,14 +11,14 @@ from sclite import prompts
 from sclite.config import Config, without_password
 from sclite.data.attempts import UNCLEAR, distinct, warn
 from sclite.data.imported import refuse
-from sclite.data.review_check import review_flaw, step_flaw
-from sclite.errors import DataFault
+from sclite.data.review_check import review_rejection, step_rejection
+from sclite.errors import DataError
 from sclite.grading.worker import Grader
 from sclite.records import Attempt, Drop, Problem, Review, Template
 from sclite.run import Report, Run, timed
 from sclite.signature import digest
 from sclite.teacher.client import Job, Teacher, count_unanswered
-from sclite.teacher.forecast import CHARACTERS_PER_TOKEN, Forecast, ask_after_pilot, reckon
+from sclite.teacher.forecast import CHARACTERS_PER_TOKEN, Forecast, ask_after_pilot, forecast
 from sclite.trace import Trace, first_corrected, parse, render, work_of
 
 STAGE, FILE = "corrections", "reviews.jsonl"
@@ -61,7 +61,7 @@ def build_corrections(
 
     A reviews.jsonl that no such stage wrote takes its place, once each row fits its attempt.
     """
-    if run.brought_along(STAGE, FILE):
+    if run.is_imported(STAGE, FILE):
         return _adopt(run)
     inputs, report = inputs_of(config, run), Report(STAGE)
     if manifest := run.done(STAGE, inputs, FILE):
@@ -83,7 +83,7 @@ def build_corrections(
                 if trained
                 else "name an attempts.student that writes <Step1> .."
             )
-            raise DataFault(
+            raise DataError(
                 f"no wrong attempt could be corrected: {reasons or 'there is none'}",
                 f"look into {run.path('dropped.jsonl')}; take more problems or samples (attempts.samples), or {other}",
             )
@@ -116,7 +116,7 @@ def left_to_ask(config: Config, run: Run) -> int | None:
     None are left where this stage is done, or where its rows or those made from them were brought along. While it is
     half-way, replies that lie in the ledger are still among them.
     """
-    brought = run.brought_along(STAGE, FILE) or run.brought_along("pairs", "pairs.jsonl")
+    brought = run.is_imported(STAGE, FILE) or run.is_imported("pairs", "pairs.jsonl")
     if brought or run.done(STAGE, inputs_of(config, run), FILE):
         return 0
     attempts = distinct(run.read("attempts.jsonl", Attempt))
@@ -159,18 +159,18 @@ def _adopt(run: Run) -> Report:
                 f"attempts.jsonl has no attempt of this id and sample {row.sample}",
                 remedy,
             )
-        if parsed.faults:
-            refuse(run, FILE, number, row, str(parsed.faults[0]))
+        if parsed.issues:
+            refuse(run, FILE, number, row, str(parsed.issues[0]))
         if row.step != first_corrected(parsed.trace):
             said = first_corrected(parsed.trace)
             refuse(run, FILE, number, row, f"step is {row.step}, but its trace corrects {said or 'none'}")
-        flaw = step_flaw(work_of(attempt.trace), parsed.trace, None) if row.step else None
-        if flaw is not None:
-            refuse(run, FILE, number, row, flaw.text)
+        rejection = step_rejection(work_of(attempt.trace), parsed.trace, None) if row.step else None
+        if rejection is not None:
+            refuse(run, FILE, number, row, rejection.text)
         if row.step and (row.cause is None or row.correction is None):
             refuse(run, FILE, number, row, "cause or correction is missing")
     corrected = sum(row.step is not None for row in reviews)
-    counts = {"corrected": corrected, "confirmed": len(reviews) - corrected, "brought_along": len(reviews)}
+    counts = {"corrected": corrected, "confirmed": len(reviews) - corrected, "imported": len(reviews)}
     return Report(STAGE, counts, skipped=True)
 
 
@@ -184,7 +184,7 @@ def _usable(attempts: Iterable[Attempt]) -> tuple[list[Attempt], list[Drop]]:
     for attempt in attempts:
         if attempt.correct is True:
             continue
-        unclear = [fault for fault in parse(attempt.trace).faults if fault.name in UNCLEAR]
+        unclear = [error for error in parse(attempt.trace).issues if error.name in UNCLEAR]
         if attempt.correct is None:
             drops.append(_drop(attempt, "outcome_unknown", ""))
         elif unclear:
@@ -214,7 +214,7 @@ def forecast_corrections(config: Config, run: Run, teacher: Teacher, grader: Gra
     wrong = _usable(attempts)[0] if left_to_ask(config, run) else []
     problems = {problem.id: problem for problem in run.read("problems.jsonl", Problem)}
     written = 1.5 * sum(len(attempt.trace) for attempt in wrong) / max(1, len(wrong)) / CHARACTERS_PER_TOKEN
-    return reckon(teacher, _jobs(config, grader, wrong, problems), written, STAGE)
+    return forecast(teacher, _jobs(config, grader, wrong, problems), written, STAGE)
 
 
 def _jobs(
@@ -227,9 +227,9 @@ def _jobs(
         solution = problem.solution or problem.answer
         work = render(work_of(attempt.trace))
 
-        def messages(fault: str):
+        def messages(error: str):
             return prompts.correction_messages(
-                problem.question, solution, problem.answer, work, fault, config.prompts.folder
+                problem.question, solution, problem.answer, work, error, config.prompts.folder
             )
 
         def inspect(text: str):
@@ -243,7 +243,7 @@ def _jobs(
             )
 
         def check(text: str):
-            return review_flaw(text, attempt, problem, grader)
+            return review_rejection(text, attempt, problem, grader)
 
         return Job(_name(attempt), messages, check, attempt.sample, inspect=inspect)
 
@@ -261,8 +261,8 @@ def _ask(config, teacher, grader, wrong, problems, confirm, progress) -> tuple[l
     jobs = _jobs(config, grader, wrong, problems)
     for done, result in enumerate(ask_after_pilot(teacher, jobs, len(wrong), STAGE, confirm), 1):
         attempt = by_key[result.id]
-        if result.flaw is not None:
-            drops.append(_drop(attempt, result.flaw.reason, result.flaw.text, result.raw))
+        if result.rejection is not None:
+            drops.append(_drop(attempt, result.rejection.reason, result.rejection.text, result.raw))
         else:
             reviews.append(_review(attempt, parse(result.text).trace, result.requests))
         if progress is not None:
@@ -290,7 +290,7 @@ def _review(attempt: Attempt, trace: Trace, requests: int) -> Review:
 
 def _confirmations(attempts: Sequence[Attempt], corrected: int, config: Config) -> list[Review]:
     """Right attempts as reviews that change nothing, as many as `attempts.confirmation_share` asks for."""
-    right = [a for a in attempts if a.correct is True and not parse(a.trace).faults]
+    right = [a for a in attempts if a.correct is True and not parse(a.trace).issues]
     wanted = min(len(right), _confirmations_wanted(corrected, config))
     picked = random.Random(config.seed).sample(right, wanted)
     return [

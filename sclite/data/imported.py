@@ -14,7 +14,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from sclite.data.problems import same_question
 from sclite.data.sources import clean as storable
 from sclite.data.sources import lines_of, not_utf8
-from sclite.errors import DataFault
+from sclite.errors import DataError
 from sclite.grading.extract import extract
 from sclite.grading.worker import Grader
 from sclite.records import Attempt, Drop, Problem, Row
@@ -44,7 +44,7 @@ def bring(
     (all right, but with a wrong answer). Raises DataFault where no row is left.
     """
     if not path.is_file():
-        raise DataFault(f"attempts.source: {path} does not exist", "check the path")
+        raise DataError(f"attempts.source: {path} does not exist", "check the path")
     noted = [] if drops is None else drops
     by_question = {same_question(problem.question): problem for problem in problems}
     found: list[tuple[Problem, Work, Drop]] = []  # the drop that the row would become
@@ -64,7 +64,7 @@ def bring(
             found.append((problem, work, drop))
     rows = _graded(found, grader, noted)
     if not rows:
-        raise DataFault(*_nothing_left(path, noted))
+        raise DataError(*_nothing_left(path, noted))
     order = {problem.id: number for number, problem in enumerate(problems)}
     return sorted(rows, key=lambda row: order[row.id])
 
@@ -146,7 +146,7 @@ def refuse(
     run: Run, name: str, number: int, row: Row, why: str, remedy: str = "mend or remove it"
 ) -> NoReturn:
     """Raise the DataFault of a row that was brought along: its file, number, id, what is wrong, and the remedy."""
-    raise DataFault(f"{run.path(name)}, row {number} ({row.id}): {why}", remedy)
+    raise DataError(f"{run.path(name)}, row {number} ({row.id}): {why}", remedy)
 
 
 def adopt_attempts(run: Run, problems: Sequence[Problem]) -> list[Attempt]:

@@ -58,7 +58,7 @@ def build_pairs(
 
     A pairs.jsonl that no such stage wrote takes its place, once each row fits the attempt that it holds.
     """
-    if run.brought_along(STAGE, FILE):
+    if run.is_imported(STAGE, FILE):
         return _adopt(run)
     inputs, report = inputs_of(config, run), Report(STAGE)
     if manifest := run.done(STAGE, inputs, FILE):
@@ -127,8 +127,8 @@ def _adopt(run: Run) -> Report:
     for number, pair in enumerate(pairs, 1):
         if pair.id not in known:
             refuse(run, FILE, number, pair, "no problem has this id", "use the ids of problems.jsonl")
-        if flaw := pair_flaw(pair):
-            refuse(run, FILE, number, pair, flaw)
+        if rejection := pair_rejection(pair):
+            refuse(run, FILE, number, pair, rejection)
         if pair.kind == "content":
             if (pair.id, pair.sample) in contents:
                 refuse(run, FILE, number, pair, f"a second content for sample {pair.sample}")
@@ -138,10 +138,10 @@ def _adopt(run: Run) -> Report:
         if (pair.id, pair.sample) not in decided:
             refuse(run, FILE, number, pair, "its attempt has no decision", "add a decision at its step")
     counts = Counter(pair.kind for pair in pairs)
-    return Report(STAGE, {**counts, "brought_along": len(pairs)}, skipped=True)
+    return Report(STAGE, {**counts, "imported": len(pairs)}, skipped=True)
 
 
-def pair_flaw(pair: Pair) -> str | None:
+def pair_rejection(pair: Pair) -> str | None:
     """Why a pair cannot be trained on: its prefix is not its attempt up to its step, or a side is not of its kind."""
     work = parse(pair.attempt).trace
     if not 1 <= pair.step <= len(work.steps):
@@ -237,7 +237,7 @@ def free_corrections(
             (answer_of(own.text), problems[r.id].answer) for own, r in zip(written, reviews, strict=True)
         )
         for review, work, own, right in zip(reviews, works, written, verdicts, strict=True):
-            reason, key = free_flaw(review, work, own), (review.id, review.sample)
+            reason, key = free_rejection(review, work, own), (review.id, review.sample)
             if reason is None:
                 found.setdefault(key, []).append((continuation(own), right))
             else:
@@ -245,7 +245,7 @@ def free_corrections(
     return found, reasons
 
 
-def free_flaw(review: Review, work: Trace, own: Reviewed) -> str | None:
+def free_rejection(review: Review, work: Trace, own: Reviewed) -> str | None:
     """Why a student's free review of `work` says nothing about the step that `review` accuses; None where it does."""
     if own.note:
         return UNANSWERED if own.note == NO_REPLY else UNREADABLE

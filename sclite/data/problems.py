@@ -9,7 +9,7 @@ from sclite import config
 from sclite.data.contamination import SPAN, Question, index_of, overlap
 from sclite.data.problem_rows import FORMS, read_problem, read_question
 from sclite.data.sources import BadRow, Rows, is_local, rows_of
-from sclite.errors import DataFault, NetworkFault, UsageFault
+from sclite.errors import DataError, NetworkError, UsageError
 from sclite.records import Drop, Problem
 from sclite.run import Report, Run, timed
 from sclite.signature import digest
@@ -38,7 +38,7 @@ def load_problems(
     `key` is the configuration's name for the source.
     """
     if not source:
-        raise UsageFault(f"{key} is not set", f"name a file, as in --set {key}=train.jsonl, with {FORMS}")
+        raise UsageError(f"{key} is not set", f"name a file, as in --set {key}=train.jsonl, with {FORMS}")
     rows = rows_of(source, subset, split, key)
     noted = [] if drops is None else drops
     return _collect(source, rows, limit, noted, columns or {}, avoid or {})
@@ -89,7 +89,7 @@ def _as_before(
     problems = [row for row in run.rows(FILE, Problem) if whole or row.id not in overlapping]
     limit = settings.problems.limit
     if gone and limit is not None and limit < len(problems):
-        raise UsageFault(
+        raise UsageError(
             f"{settings.problems.source} does not exist, and the run's own {len(problems)} problems are used whole",
             "remove --limit (problems.limit)",
         )
@@ -159,11 +159,11 @@ def _questions(source: config.Source, key: str, way_out: str) -> Iterator[Questi
                 found = True
                 yield f"{id_} of {source.source}", question
         if first and not found:
-            raise DataFault(f"{source.source}: no row has a question; {first}", f"it needs rows with {FORMS}")
-    except (DataFault, NetworkFault) as fault:
-        raise type(fault)(
-            f"{key}, whose questions must not be trained on: {fault.message}", f"{fault.hint}; {way_out}"
-        ) from fault
+            raise DataError(f"{source.source}: no row has a question; {first}", f"it needs rows with {FORMS}")
+    except (DataError, NetworkError) as failure:
+        raise type(failure)(
+            f"{key}, whose questions must not be trained on: {failure.message}", f"{failure.hint}; {way_out}"
+        ) from failure
 
 
 def _put_there(run: Run, avoid: Mapping[int, str], drops: list[Drop]) -> list[Problem]:
@@ -173,7 +173,7 @@ def _put_there(run: Run, avoid: Mapping[int, str], drops: list[Drop]) -> list[Pr
     problems = []
     for number, problem in enumerate(rows, 1):
         if problem.id in numbers:
-            raise DataFault(
+            raise DataError(
                 f"{run.path(FILE)}, row {number}: the id {problem.id} stands at row {numbers[problem.id]} already",
                 "give each row an id of its own",
             )
@@ -183,7 +183,7 @@ def _put_there(run: Run, avoid: Mapping[int, str], drops: list[Drop]) -> list[Pr
         else:
             problems.append(problem)
     if not problems:
-        raise DataFault(*_all_overlap(str(run.path(FILE))))
+        raise DataError(*_all_overlap(str(run.path(FILE))))
     return problems
 
 
@@ -241,13 +241,13 @@ def _collect(
         if len(problems) == limit:
             break
     if empty:
-        raise DataFault(f"{source} is empty", f"it needs rows with {FORMS}")
+        raise DataError(f"{source} is empty", f"it needs rows with {FORMS}")
     if not problems and first is None:
-        raise DataFault(*_all_overlap(source))
+        raise DataError(*_all_overlap(source))
     if not problems:
         place, error = first
         counts = Counter(drop.reason.replace("_", " ") for drop in drops)
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
         hint = error.hint or f"it needs rows with {FORMS}"
-        raise DataFault(f"{source}: no row can be used ({reasons}); {place}: {error.message}", hint)
+        raise DataError(f"{source}: no row can be used ({reasons}); {place}: {error.message}", hint)
     return problems

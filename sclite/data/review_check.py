@@ -3,45 +3,47 @@
 from sclite.data.templates import broken_text, mentions_the_solution
 from sclite.grading.worker import Grader
 from sclite.records import Attempt, Problem
-from sclite.teacher.client import Flaw
+from sclite.teacher.client import Rejection
 from sclite.trace import Trace, first_corrected, parse, render, work_of
 
 
-def review_flaw(text: str, attempt: Attempt, problem: Problem, grader: Grader) -> Flaw | None:
+def review_rejection(text: str, attempt: Attempt, problem: Problem, grader: Grader) -> Rejection | None:
     """Why a teacher's review of an attempt cannot be used; None where it can."""
     parsed = parse(text)
-    if parsed.faults:
-        return Flaw("not_readable", str(parsed.faults[0]))
+    if parsed.issues:
+        return Rejection("not_readable", str(parsed.issues[0]))
     review = parsed.trace
-    flaw = broken_text(text) or step_flaw(work_of(attempt.trace), review, attempt.first_error)
-    if flaw is not None:
-        return flaw
+    rejection = broken_text(text) or step_rejection(work_of(attempt.trace), review, attempt.first_error)
+    if rejection is not None:
+        return rejection
     if mentions_the_solution(render(review)):
-        return Flaw("leak", "the text mentions a given solution or answer")
+        return Rejection("leak", "the text mentions a given solution or answer")
     right = grader.equal(review.answer, problem.answer)
     if right is None:
-        return Flaw("grader_unknown", "the answer could not be compared")
-    return None if right else Flaw("wrong_answer", f"{review.answer} is not the right final answer")
+        return Rejection("grader_unknown", "the answer could not be compared")
+    return None if right else Rejection("wrong_answer", f"{review.answer} is not the right final answer")
 
 
-def step_flaw(work: Trace, review: Trace, label: int | None) -> Flaw | None:
+def step_rejection(work: Trace, review: Trace, label: int | None) -> Rejection | None:
     """Whether the review accuses one step, with cause and correction, and leaves all text up to it as it was."""
     step = first_corrected(review)
     if step is None:
-        return Flaw(
+        return Rejection(
             "no_error_found", "no step carries <Cause> and <Correction>, but the answer of this work is wrong"
         )
     if step > len(work.steps):
-        return Flaw(
+        return Rejection(
             "step_out_of_range", f"the work has {len(work.steps)} steps, the cause stands in step {step}"
         )
     if label is not None and step != label:
-        return Flaw("other_step_than_label", f"step {step} is not the first wrong one")
+        return Rejection("other_step_than_label", f"step {step} is not the first wrong one")
     if review.steps[step - 1].cause is None or review.steps[step - 1].correction is None:
-        return Flaw("cause_or_correction_missing", f"step {step} needs both <Cause> and <Correction>")
+        return Rejection("cause_or_correction_missing", f"step {step} needs both <Cause> and <Correction>")
     if any(s.cause or s.correction for s in review.steps[step:]):
-        return Flaw("several_steps_corrected", "only the first wrong step carries <Cause> and <Correction>")
+        return Rejection(
+            "several_steps_corrected", "only the first wrong step carries <Cause> and <Correction>"
+        )
     for number, (new, old) in enumerate(zip(review.steps[:step], work.steps, strict=False), 1):
         if new.text.split() != old.text.split():
-            return Flaw("steps_changed", f"step {number} must stand as the student wrote it")
+            return Rejection("steps_changed", f"step {number} must stand as the student wrote it")
     return None

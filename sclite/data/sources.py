@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sclite.errors import DataFault, NetworkFault
+from sclite.errors import DataError, NetworkError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 OTHER_SUFFIXES = (
@@ -33,7 +33,7 @@ OTHER_SUFFIXES = (
 FORMATS = "give a .jsonl, .json, .csv, .tsv (each also as .gz) or .parquet file"
 
 
-class BadRow(DataFault):
+class BadRow(DataError):
     """A row that cannot be used. It is counted by its `reason` and skipped; the rest of the file is read."""
 
     def __init__(self, reason: str, message: str, hint: str = "", raw: str = ""):
@@ -62,18 +62,18 @@ def rows_of(source: str, subset: str = "", split: str = "train", key: str = "pro
     path = Path(source).expanduser()
     if source == "-" or path.is_fifo() or path.is_char_device():
         name = "standard input" if source == "-" else str(path)
-        raise DataFault(
+        raise DataError(
             f"{name} cannot be {key}: later commands read it again", "save the rows to a file and give that"
         )
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "does not exist"
-        raise DataFault(f"{path} {found}", f"{FORMATS} as {key}")
+        raise DataError(f"{path} {found}", f"{FORMATS} as {key}")
     suffixes = [suffix.lower() for suffix in path.suffixes]
     suffix = "".join(suffixes[-2:] if suffixes[-1:] == [".gz"] else suffixes[-1:]).removesuffix(".gz")
     if suffix == ".parquet" and suffixes[-1] != ".gz":
         return _parquet_rows(path)
     if suffix == ".parquet" or suffix in OTHER_SUFFIXES[1:]:
-        raise DataFault(f"{path}: a {suffixes[-1]} file cannot be read", f"{FORMATS} as {key}")
+        raise DataError(f"{path}: a {suffixes[-1]} file cannot be read", f"{FORMATS} as {key}")
     if suffix in (".csv", ".tsv"):
         return _csv_rows(path, "\t" if suffix == ".tsv" else ",")
     return _json_rows(path) if suffix == ".json" else _jsonl_rows(path)
@@ -91,11 +91,11 @@ def lines_of(path: Path) -> Iterator[tuple[int, str]]:
             encoding = "utf-16" if wide else "utf-8-sig"
             yield from enumerate(io.TextIOWrapper(file, encoding, "surrogateescape", newline=""), 1)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataFault(f"{path} is a damaged gzip file: {error}", "download or compress it again") from error
+        raise DataError(f"{path} is a damaged gzip file: {error}", "download or compress it again") from error
     except OSError as error:
-        raise DataFault(f"{path} cannot be read: {error.strerror}", "check its permissions") from error
+        raise DataError(f"{path} cannot be read: {error.strerror}", "check its permissions") from error
     except UnicodeError as error:
-        raise DataFault(f"{path} is not valid UTF-16: {error}", "save it as UTF-8") from error
+        raise DataError(f"{path} is not valid UTF-16: {error}", "save it as UTF-8") from error
 
 
 def not_utf8(text: str) -> bool:
@@ -138,17 +138,17 @@ def _object(line: str) -> Mapping[str, Any] | BadRow:
 def _json_rows(path: Path) -> Rows:
     text = "".join(line for _, line in lines_of(path))
     if not_utf8(text):
-        raise DataFault(f"{path}: {_ENCODING[0]}", _ENCODING[1])
+        raise DataError(f"{path}: {_ENCODING[0]}", _ENCODING[1])
     try:
         rows: Any = json.loads(text) if text.strip() else []
     except json.JSONDecodeError as error:
         place = f"{path}, line {error.lineno}, column {error.colno}"
         hint = "fix this line; a file with one object on each line is named .jsonl"
-        raise DataFault(f"{place}: not JSON: {error.msg}", hint) from error
+        raise DataError(f"{place}: not JSON: {error.msg}", hint) from error
     except (ValueError, RecursionError) as error:
-        raise DataFault(f"{path}: not JSON: {error}", "it is a list of objects: [{..}, {..}]") from error
+        raise DataError(f"{path}: not JSON: {error}", "it is a list of objects: [{..}, {..}]") from error
     if not isinstance(rows, list):
-        raise DataFault(
+        raise DataError(
             f"{path}: not a list of objects", "write [{..}, {..}], or one object per line as .jsonl"
         )
     for number, row in enumerate(rows, 1):
@@ -172,7 +172,7 @@ def _csv_rows(path: Path, delimiter: str) -> Rows:
                 names is None or rows.line_num > begin
             ):  # an open quote may have taken any number of rows with it
                 lines = f"{path}, {where} to {rows.line_num}" if rows.line_num > begin else f"{path}, {where}"
-                raise DataFault(f"{lines}: not CSV: {error}", hint) from error
+                raise DataError(f"{lines}: not CSV: {error}", hint) from error
             yield where, BadRow("row_not_readable", f"not CSV: {error}", hint)
             continue
         if fields is None:
@@ -202,7 +202,7 @@ def _parquet_rows(path: Path) -> Rows:
         for number, row in enumerate(found, 1):
             yield f"row {number}", row
     except (OSError, ValueError, RuntimeError) as error:
-        raise DataFault(f"{path} cannot be read: {_line(error)}", "it must be a Parquet file") from error
+        raise DataError(f"{path} cannot be read: {_line(error)}", "it must be a Parquet file") from error
 
 
 def _hub_rows(source: str, subset: str, split: str, key: str) -> Rows:
@@ -212,15 +212,15 @@ def _hub_rows(source: str, subset: str, split: str, key: str) -> Rows:
     try:
         found = datasets.load_dataset(source, subset or None, split=split)
     except datasets.exceptions.DatasetNotFoundError as error:
-        raise DataFault(
+        raise DataError(
             f"{source} is neither a file here nor a dataset on the Hub", f"check {key}"
         ) from error
     except OSError as error:
         if error.errno is not None and not isinstance(error, ConnectionError):  # this disk, not the network
-            raise DataFault(f"the dataset {source}: {_line(error)}", remedy) from error
-        raise NetworkFault(f"the dataset {source} cannot be reached: {_line(error)}", remedy) from error
+            raise DataError(f"the dataset {source}: {_line(error)}", remedy) from error
+        raise NetworkError(f"the dataset {source} cannot be reached: {_line(error)}", remedy) from error
     except (ValueError, RuntimeError) as error:
-        raise DataFault(
+        raise DataError(
             f"the dataset {source}: {_line(error)}", f"check {section}.subset and {section}.split"
         ) from error
     return ((f"row {number}", row) for number, row in enumerate(found, 1))

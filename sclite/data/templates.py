@@ -10,13 +10,13 @@ from typing import Any
 from sclite import prompts, trace
 from sclite.config import Config
 from sclite.data.problems import divide, gather_problems
-from sclite.errors import DataFault, UsageFault
+from sclite.errors import DataError, UsageError
 from sclite.grading.worker import Grader
 from sclite.records import Drop, Problem, Template
 from sclite.run import Report, Run, timed
 from sclite.signature import digest_rows
-from sclite.teacher.client import Flaw, Job, Result, Teacher, count_unanswered, identity
-from sclite.teacher.forecast import CHARACTERS_PER_TOKEN, Forecast, ask_after_pilot, reckon
+from sclite.teacher.client import Job, Rejection, Result, Teacher, count_unanswered, identity
+from sclite.teacher.forecast import CHARACTERS_PER_TOKEN, Forecast, ask_after_pilot, forecast
 
 STAGE, FILE = "templates", "templates.jsonl"
 BEGUN = ".templates.json"  # what the rows of an unfinished file are made from
@@ -56,7 +56,7 @@ def build_templates(
     """
     report = Report(STAGE)
     with timed(report):
-        if brought_along(run):
+        if is_imported(run):
             return _adopt(run, report)
         if problems is None:
             problems = divide(settings, gather_problems(settings, run))[0]
@@ -74,7 +74,7 @@ def build_templates(
     return report
 
 
-def reckon_templates(
+def forecast_templates(
     settings: Config, run: Run, *, teacher: Teacher, grader: Grader, problems: Sequence[Problem]
 ) -> dict[str, Any]:
     """What build_templates would send first, and what it would cost; sends and writes nothing."""
@@ -82,43 +82,45 @@ def reckon_templates(
     missing = [problem for problem in problems if problem.id not in there]
     solutions = sum(len(problem.solution or problem.answer) for problem in missing)
     guess = 120 + 1.5 * solutions / CHARACTERS_PER_TOKEN / max(1, len(missing))
-    return reckon(teacher, _jobs(settings, iter(missing), grader), guess, STAGE)
+    return forecast(teacher, _jobs(settings, iter(missing), grader), guess, STAGE)
 
 
-def check_template(reply: str, problem: Problem, grader: Grader) -> Flaw | None:
+def check_template(reply: str, problem: Problem, grader: Grader) -> Rejection | None:
     """What is wrong with a teacher's reply as a template for this problem; None where nothing is."""
     parsed, text = _read(reply)
-    if parsed.faults:
-        named = "; ".join(str(fault) for fault in parsed.faults[:3])
-        return Flaw(parsed.faults[0].name, f"its tags are not in order: {named}")
+    if parsed.issues:
+        named = "; ".join(str(error) for error in parsed.issues[:3])
+        return Rejection(parsed.issues[0].name, f"its tags are not in order: {named}")
     found = parsed.trace
     if not_text := broken_text(text):
         return not_text
     if trace.first_corrected(found) is not None:
-        return Flaw("correction_in_template", "it has a <Cause> or <Correction>, which do not belong here")
+        return Rejection(
+            "correction_in_template", "it has a <Cause> or <Correction>, which do not belong here"
+        )
     if found.generalized is None:
-        return Flaw("no_generalized", "<Generalized> is missing")
+        return Rejection("no_generalized", "<Generalized> is missing")
     mention = mentions_the_solution(text)
     if mention:
-        return Flaw("leak", f'it says "{mention}", as if a solution had been given')
+        return Rejection("leak", f'it says "{mention}", as if a solution had been given')
     equal = grader.equal(found.answer, problem.answer)
     if equal is None:
-        return Flaw("grader_unknown", f"its answer cannot be compared, write exactly: {problem.answer}")
+        return Rejection("grader_unknown", f"its answer cannot be compared, write exactly: {problem.answer}")
     if not equal:
-        return Flaw("wrong_answer", f"its answer is {found.answer}, not {problem.answer}")
+        return Rejection("wrong_answer", f"its answer is {found.answer}, not {problem.answer}")
     return None
 
 
-def broken_text(text: str) -> Flaw | None:
+def broken_text(text: str) -> Rejection | None:
     """A flaw where characters were lost on the way, which reading has replaced by U+FFFD."""
-    return Flaw("broken_text", "it has characters that are no text") if "\ufffd" in text else None
+    return Rejection("broken_text", "it has characters that are no text") if "\ufffd" in text else None
 
 
 @lru_cache(maxsize=512)  # a reply is read for its check, and soon after for its row
 def _read(reply: str) -> tuple[trace.Parsed, str]:
     """A reply as a trace, and its canonical text where it has no faults."""
     parsed = trace.parse(reply)
-    return parsed, "" if parsed.faults else trace.render(parsed.trace)
+    return parsed, "" if parsed.issues else trace.render(parsed.trace)
 
 
 def mentions_the_solution(text: str) -> str | None:
@@ -147,7 +149,7 @@ def _basis(inputs: dict[str, Any]) -> dict[str, Any]:
     return {"prompts": inputs["prompts"], "teacher": inputs["teacher"]}
 
 
-def brought_along(run: Run) -> bool:
+def is_imported(run: Run) -> bool:
     """Whether templates.jsonl was put into the run by the user."""
     return not run.path(BEGUN).is_file() and any(True for _ in run.rows(FILE, Template))
 
@@ -155,10 +157,10 @@ def brought_along(run: Run) -> bool:
 def _adopt(run: Run, report: Report) -> Report:
     rows = run.read(FILE, Template)
     for number, row in enumerate(rows, 1):
-        faults = trace.parse(row.trace).faults
-        if faults:
-            raise DataFault(f"{run.path(FILE)}, row {number} ({row.id}): {faults[0]}", "mend or remove it")
-    report.counts = {"templates": len(rows), "brought_along": len(rows)}
+        issues = trace.parse(row.trace).issues
+        if issues:
+            raise DataError(f"{run.path(FILE)}, row {number} ({row.id}): {issues[0]}", "mend or remove it")
+    report.counts = {"templates": len(rows), "imported": len(rows)}
     report.skipped = True
     return report
 
@@ -172,7 +174,7 @@ def _kept(run: Run, inputs: dict[str, Any], problems: Sequence[Problem], fresh: 
         changed = [
             f"{name} {before.get(name)} -> {basis[name]}" for name in basis if before.get(name) != basis[name]
         ]
-        raise UsageFault(
+        raise UsageError(
             f"{run.path(FILE)} was made otherwise: {'; '.join(changed)}",
             "--fresh makes it anew (and pays for it), or put the old setting back",
         )
@@ -218,10 +220,10 @@ def _jobs(settings: Config, problems: Iterator[Problem], grader: Grader) -> Iter
     for problem in problems:
         solution = problem.solution or problem.answer
 
-        def messages(fault: str, problem: Problem = problem, solution: str = solution):
-            return prompts.template_messages(problem.question, solution, problem.answer, fault, folder)
+        def messages(error: str, problem: Problem = problem, solution: str = solution):
+            return prompts.template_messages(problem.question, solution, problem.answer, error, folder)
 
-        def check(reply: str, problem: Problem = problem) -> Flaw | None:
+        def check(reply: str, problem: Problem = problem) -> Rejection | None:
             return check_template(reply, problem, grader)
 
         def inspect(reply: str, problem: Problem = problem, solution: str = solution):
@@ -238,7 +240,13 @@ def _template(problem: Problem, result: Result) -> Template:
 
 
 def _drop(result: Result) -> Drop:
-    return Drop(stage=STAGE, id=result.id, reason=result.flaw.reason, detail=result.flaw.text, raw=result.raw)
+    return Drop(
+        stage=STAGE,
+        id=result.id,
+        reason=result.rejection.reason,
+        detail=result.rejection.text,
+        raw=result.raw,
+    )
 
 
 def _finish(
@@ -256,7 +264,7 @@ def _finish(
     if not requests:
         why = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items()) or "no problems"
         first = next((drop.detail for drop in drops.values()), "")
-        raise DataFault(
+        raise DataError(
             f"no template came out of {len(problems)} problems: {why}; the first: {first}",
             f"see {run.path('dropped.jsonl')}",
         )

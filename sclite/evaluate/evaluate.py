@@ -197,7 +197,7 @@ def _outcome(first: First, i: int, review: Reviewed, verdict: bool | None, judge
         true_known=known,
         step_scores=tuple(round(score, 4) for score in review.scores),
         step_labels=labels,
-        format_ok=not parse(reply.text).faults,
+        format_ok=not parse(reply.text).issues,
         cut=reply.finish == "length",
         tokens1=reply.tokens,
         tokens2=review.tokens,

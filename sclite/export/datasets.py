@@ -10,7 +10,7 @@ from typing import Any
 
 from sclite import prompts
 from sclite.config import Config
-from sclite.errors import DataFault
+from sclite.errors import DataError
 from sclite.export import dataset_card
 from sclite.records import Attempt, Pair, Problem, Review, Template
 from sclite.run import Report, Run, timed, write_text
@@ -45,7 +45,7 @@ def export_data(config: Config, run: Run) -> Report:
             run.read(PAIRS, Pair),
         )
         if not templates and not pairs:
-            raise DataFault(
+            raise DataError(
                 f"{run.folder} has neither templates nor pairs to export", "run `sclite build-data` first"
             )
         problems = {problem.id: problem for problem in run.read("problems.jsonl", Problem)}
@@ -103,7 +103,7 @@ def review_rows(
     for row in reviews:
         attempt = attempts.get((row.id, row.sample))
         if attempt is None:
-            raise DataFault(
+            raise DataError(
                 f"reviews.jsonl, {row.id}/{row.sample}: no such row in attempts.jsonl",
                 "put the attempts that were reviewed back, or remove this review",
             )
@@ -123,7 +123,7 @@ def _canonical(trace: str) -> str:
 
 def _problem(row: Pair | Review, problems: dict[str, Problem]) -> Problem:
     if row.id not in problems:
-        raise DataFault(
+        raise DataError(
             f"problems.jsonl has no problem {row.id}, which {type(row).__name__.lower()} {row.id}/{row.sample} is about",
             "put its problem there, or remove the row",
         )

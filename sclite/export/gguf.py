@@ -15,7 +15,7 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 
-from sclite.errors import DataFault, NetworkFault, ScliteError, UsageFault
+from sclite.errors import DataError, NetworkError, ScliteError, UsageError
 from sclite.export import gguf_writer
 from sclite.export.merge import Adapter, BaseWeights, copy_settings
 from sclite.export.tensors import Tensors
@@ -34,14 +34,14 @@ def convert(folder: Path, out: Path, *, outtype: str = "f16") -> Path:
     Raises UsageFault (outtype), DataFault (the converter refuses the model), NetworkFault (no converter and no network).
     """
     if outtype not in OUTTYPES:
-        raise UsageFault(f"outtype is {outtype!r}", f"use one of {', '.join(OUTTYPES)}")
+        raise UsageError(f"outtype is {outtype!r}", f"use one of {', '.join(OUTTYPES)}")
     simple = gguf_writer.can_write(folder)
     tensors = Tensors(folder)
     if simple and sum(math.prod(tensors.shape(name)) for name in tensors) < SMALL:
         return gguf_writer.write(folder, out, outtype=outtype)
     try:
         source = converter()
-    except NetworkFault:
+    except NetworkError:
         if not simple:
             raise
         return gguf_writer.write(folder, out, outtype=outtype)
@@ -82,7 +82,7 @@ def _run(source: Path, script: str, arguments: list[str], out: Path, what: str) 
         reason = lines[-1] if lines else "no reason given"
         if reason == "AssertionError":
             reason = lines[-2]
-        raise DataFault(
+        raise DataError(
             f"llama.cpp's converter cannot convert {what}: {reason}",
             f"see it fail: PYTHONPATH={source / 'gguf-py'} {shlex.join(command)}",
         )
@@ -97,7 +97,7 @@ def converter() -> Path:
     named = os.environ.get("SCLITE_LLAMA_CPP")
     if named:
         if not (Path(named) / SCRIPT).is_file():
-            raise UsageFault(
+            raise UsageError(
                 f"SCLITE_LLAMA_CPP is {named}, where there is no {SCRIPT}", "name a llama.cpp checkout"
             )
         return Path(named)
@@ -122,7 +122,7 @@ def _fetch(folder: Path) -> None:
         found = sorted(Path(place).glob("*.tar.gz"))
         if done.returncode != 0 or not found:
             lines = [line for line in done.stderr.splitlines() if line.strip()]
-            raise NetworkFault(
+            raise NetworkError(
                 f"cannot fetch llama.cpp's converter: {lines[-1] if lines else 'pip gave no reason'}",
                 f"on a machine with a network: pip {' '.join(arguments)}; unpack it here and set SCLITE_LLAMA_CPP to "
                 "its folder vendor/llama.cpp (any llama.cpp checkout will do)",

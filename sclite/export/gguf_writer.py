@@ -5,7 +5,7 @@ Does what llama.cpp's convert_hf_to_gguf.py does for such a folder (a test compa
 
 from pathlib import Path
 
-from sclite.errors import DataFault, UsageFault
+from sclite.errors import DataError, UsageError
 from sclite.export.tensors import Tensors, read_json
 
 NAMES = {
@@ -56,10 +56,10 @@ def write(folder: Path, out: Path, *, outtype: str = "f16", name: str | None = N
     import gguf
 
     if outtype not in FILE_TYPES:
-        raise UsageFault(f"outtype is {outtype!r}", f"use one of {', '.join(FILE_TYPES)}")
+        raise UsageError(f"outtype is {outtype!r}", f"use one of {', '.join(FILE_TYPES)}")
     obstacle = _obstacle(folder)
     if obstacle:
-        raise DataFault(
+        raise DataError(
             f"cannot write {folder} directly: {obstacle}", "use llama.cpp's converter (SCLITE_LLAMA_CPP)"
         )
     shape = read_json(folder / "config.json")
@@ -171,7 +171,7 @@ def _add_tensor(writer, name: str, tensor, shape: dict, outtype: str) -> None:
         if inner not in NAMES:
             if inner.endswith("rotary_emb.inv_freq"):
                 return
-            raise DataFault(f"unknown tensor {name}", "use llama.cpp's converter (SCLITE_LLAMA_CPP)")
+            raise DataError(f"unknown tensor {name}", "use llama.cpp's converter (SCLITE_LLAMA_CPP)")
         target = f"blk.{layer}.{NAMES[inner]}"
     if module.endswith(("q_proj", "k_proj")):
         groups = shape.get("num_key_value_heads") or heads

@@ -6,7 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
-from sclite.errors import DataFault, ScliteError
+from sclite.errors import DataError, ScliteError
 from sclite.export.tensors import Tensors, read_json
 from sclite.student.origin import Origin, fingerprint, nf4_round_trip, read_origin
 
@@ -26,7 +26,7 @@ def merge(base_folder: Path, adapter_folder: Path | None, out_folder: Path, *, o
     merge. Raises DataError for what PEFT would load differently, adapters of another base, and damaged files.
     """
     if out_folder.exists() and any(out_folder.iterdir()) and not (out_folder / RECORD).exists():
-        raise DataFault(
+        raise DataError(
             f"{out_folder} is not empty and no earlier merge", "name another folder, or empty this one"
         )
     weights = BaseWeights(base_folder, adapter_folder)
@@ -89,7 +89,7 @@ class BaseWeights:
         if quantized and not (
             quantized.get("quant_method") == "bitsandbytes" and quantized.get("load_in_4bit")
         ):
-            raise DataFault(
+            raise DataError(
                 f"the weights of {folder} are quantized ({quantized.get('quant_method')})",
                 "set student.model to the unquantized model that this was made from",
             )
@@ -102,7 +102,7 @@ class BaseWeights:
         self.tied = bool(config.get("tie_word_embeddings")) or "lm_head.weight" not in self
         self._origin = read_origin(adapter) if adapter else Origin()
         if self._origin.weights and self._origin.weights != fingerprint(folder):
-            raise DataFault(
+            raise DataError(
                 f"the adapter {adapter} was trained on other weights than those in {folder}",
                 "set student.model to the model that it was trained on, or train again with `sclite train --fresh`",
             )
@@ -142,7 +142,7 @@ class BaseWeights:
         alike = [other for other in self if other.endswith("." + tail) and "vision" not in other]
         if len(alike) == 1:
             return alike[0]
-        raise DataFault(
+        raise DataError(
             f"{who} changes {name}, which {self.folder} does not have",
             "set student.model to the model that the adapter was trained on",
         )
@@ -156,7 +156,7 @@ class Adapter:
         self._refuse_unknown_kinds()
         path = folder / "adapter_model.safetensors"
         if not path.is_file():
-            raise DataFault(
+            raise DataError(
                 f"{path} is missing", "save the adapter with safe_serialization, or train it again"
             )
         self._tensors = Tensors.open(path, f"delete {folder} and run `sclite train` again")
@@ -167,7 +167,7 @@ class Adapter:
             self._place(key, base, keys)
         self.additions = [name for name in self._whole if name not in base]
         if not self._pairs and not self._whole:
-            raise DataFault(f"{path} holds no tensors", "train the adapter again")
+            raise DataError(f"{path} holds no tensors", "train the adapter again")
         names = (*self._pairs, *self._whole)
         embeddings = [
             name for name in names if re.search(r"(embed_tokens|wte|word_embeddings|embed_in)\.", name)
@@ -176,7 +176,7 @@ class Adapter:
             self._refuse(f"changes {embeddings[0]}, which {base.folder} shares with its output layer")
 
     def _refuse(self, reason: str) -> None:
-        raise DataFault(
+        raise DataError(
             f"the adapter {self.folder} {reason}; it cannot be merged tensor by tensor",
             "merge it with PEFT, PeftModel.from_pretrained(..).merge_and_unload().save_pretrained(FOLDER), then export "
             "FOLDER: sclite export --run NEW --set student.model=FOLDER",
@@ -203,7 +203,7 @@ class Adapter:
             stem = f"lora_{low_rank[2] or ''}"
             other = key.replace(f"{stem}{side}", f"{stem}{'B' if side == 'A' else 'A'}")
             if other not in keys:
-                raise DataFault(
+                raise DataError(
                     f"{self.folder} holds {key} without {other}", "save or train the adapter again"
                 )
             if side == "A":
@@ -224,7 +224,7 @@ class Adapter:
                 break
         if not isinstance(alpha, (int, float)):
             path = self.folder / "adapter_config.json"
-            raise DataFault(f"{path}: lora_alpha is {alpha!r}", f"restore {path}, or train the adapter again")
+            raise DataError(f"{path}: lora_alpha is {alpha!r}", f"restore {path}, or train the adapter again")
         return alpha / math.sqrt(rank) if self.settings.get("use_rslora") else alpha / rank
 
     def apply(self, name: str, weight, outtype: str):
@@ -249,7 +249,7 @@ class Adapter:
 
     def _check_shape(self, name: str, found, weight) -> None:
         if weight is not None and found.shape != weight.shape:
-            raise DataFault(
+            raise DataError(
                 f"{name} is {tuple(weight.shape)} in the base and {tuple(found.shape)} in {self.folder}",
                 f"name the base it was trained on: {self.settings.get('base_model_name_or_path')}",
             )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
-from sclite.errors import DataFault, ScliteError, UsageFault
+from sclite.errors import DataError, ScliteError, UsageError
 from sclite.student.base import Messages
 from sclite.student.chat_template import render_chat
 
@@ -147,7 +147,7 @@ def detect_family(chat_template: str, *, bos: str = "", eos: str = "") -> Family
     """The family that writes the probe chats exactly as the Jinja template does, or None."""
     try:
         texts = [render_chat(chat_template, probe, bos_token=bos, eos_token=eos) for probe in PROBES]
-    except DataFault:
+    except DataError:
         return None
     texts = [text.removeprefix(bos) for text in texts]
     for family in families(eos):
@@ -187,7 +187,7 @@ def modelfile(
     family, the model's end token and `stop`. For a template of no known family TEMPLATE is left out, with a warning.
     """
     if '"""' in system or system.endswith('"'):
-        raise DataFault(
+        raise DataError(
             'the system prompt holds """ or ends in ", which a Modelfile cannot',
             "change prompts/student_system",
         )
@@ -222,7 +222,7 @@ def modelfile(
 
 def _quoted(text: str) -> str:
     if '"' in text or "\n" in text:
-        raise DataFault(
+        raise DataError(
             f"the stop {text!r} holds a quote or a newline, which a Modelfile cannot", "use another stop"
         )
     return f'"{text}"'
@@ -231,7 +231,7 @@ def _quoted(text: str) -> str:
 def create(name: str, modelfile_path: Path) -> str:
     """Run `ollama create NAME -f MODELFILE`; returns what it printed. ScliteError when ollama is missing or refuses."""
     if not re.fullmatch(r"[A-Za-z0-9][\w./:-]*", name):
-        raise UsageFault(
+        raise UsageError(
             f"export.ollama = {name!r} is not a name for a model",
             "use letters, digits and . _ - / : as in my-model:v1",
         )

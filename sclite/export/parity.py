@@ -125,7 +125,7 @@ def compare(expected: Sequence[Reference], gguf: Path, threads: int | None = Non
     }
 
 
-def faults(result: dict[str, Any]) -> list[str]:
+def issues(result: dict[str, Any]) -> list[str]:
     """What of the figures in parity.json passes its bound, in words."""
     found = []
     if result["tokens_equal"] < result["tokens_compared"]:

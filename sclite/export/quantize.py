@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from sclite.errors import DataFault, UsageFault
+from sclite.errors import DataError, UsageError
 from sclite.student.llama_cpp.engine import last_words, llama
 
 
@@ -24,7 +24,7 @@ def known_quantisation(name: str) -> int:
     known = quantisations()
     number = known.get(name.lower())
     if number is None:
-        raise UsageFault(f"unknown quantisation {name!r}", f"use one of {', '.join(sorted(known))}")
+        raise UsageError(f"unknown quantisation {name!r}", f"use one of {', '.join(sorted(known))}")
     return number
 
 
@@ -37,7 +37,7 @@ def quantize(source: Path, out: Path, name: str, *, threads: int | None = None) 
     """
     number = known_quantisation(name)
     if not source.is_file():
-        raise DataFault(f"{source} does not exist", "run `sclite export` first")
+        raise DataError(f"{source} does not exist", "run `sclite export` first")
     part = out.with_name(out.name + ".part")
     if _file_type(source) == number:
         shutil.copyfile(source, part)
@@ -48,7 +48,7 @@ def quantize(source: Path, out: Path, name: str, *, threads: int | None = None) 
     code = api.llama_model_quantize(os.fsencode(source), os.fsencode(part), parameters)
     if code != 0:
         part.unlink(missing_ok=True)
-        raise DataFault(
+        raise DataError(
             f"llama.cpp cannot quantise {source} to {name}: {last_words()}",
             "check the free disk space, or choose another --quant",
         )
@@ -61,8 +61,8 @@ def _file_type(path: Path) -> int | None:
 
     try:
         field = GGUFReader(path).get_field("general.file_type")
-    except ValueError as fault:
-        raise DataFault(
-            f"{path} is not a GGUF file: {fault}", "write it again with `sclite export`"
-        ) from fault
+    except ValueError as error:
+        raise DataError(
+            f"{path} is not a GGUF file: {error}", "write it again with `sclite export`"
+        ) from error
     return int(field.contents()) if field else None

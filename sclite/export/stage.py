@@ -8,7 +8,7 @@ from typing import Any
 
 from sclite import prompts
 from sclite.config import Config
-from sclite.errors import DataFault, ScliteError
+from sclite.errors import DataError, ScliteError
 from sclite.export import ollama, parity
 from sclite.export.gguf import convert
 from sclite.export.merge import BaseWeights, merge
@@ -57,7 +57,7 @@ def export_model(config: Config, run: Run, name: str) -> Report:
     stage, report = f"export-{name}", Report(f"export-{name}")
     adapter = run.path(ADAPTERS[name]) if ADAPTERS[name] else None
     if adapter is not None and not (adapter / "adapter_model.safetensors").is_file():
-        raise DataFault(f"{adapter} is missing", "run `sclite train` first")
+        raise DataError(f"{adapter} is missing", "run `sclite train` first")
     out = gguf_path(run, name, config)
     inputs = inputs_of(config, run, name)
     known_quantisation(config.export.quant)
@@ -80,7 +80,7 @@ def export_model(config: Config, run: Run, name: str) -> Report:
             check_gguf(made)
             result = _parity(config, tokenizer, base, adapter, full, made)
             run.write_json("export/parity.json", result)
-            if different := parity.faults(result):
+            if different := parity.issues(result):
                 out.unlink(missing_ok=True)
                 raise ScliteError(
                     f"{out.name} is not the model that was trained: {'; '.join(different)}",

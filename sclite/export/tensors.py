@@ -4,19 +4,19 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from sclite.errors import DataFault
+from sclite.errors import DataError
 
 
 def read_json(path: Path) -> dict:
     """A JSON object from a file; DataFault when it is missing or malformed."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as fault:
-        raise DataFault(f"{path} is missing", "give the folder of a whole model") from fault
-    except ValueError as fault:
-        raise DataFault(f"{path} is not JSON: {fault}", "copy or download the folder again") from fault
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing", "give the folder of a whole model") from error
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}", "copy or download the folder again") from error
     if not isinstance(found, dict):
-        raise DataFault(f"{path} holds no JSON object", "copy or download the folder again")
+        raise DataError(f"{path} holds no JSON object", "copy or download the folder again")
     return found
 
 
@@ -31,16 +31,16 @@ class Tensors:
         if index.is_file():
             places = read_json(index).get("weight_map")
             if not isinstance(places, dict):
-                raise DataFault(f"{index} has no weight_map", "download the model again")
+                raise DataError(f"{index} has no weight_map", "download the model again")
             self._file = {name: folder / str(file) for name, file in places.items()}
             missing = sorted({path.name for path in self._file.values() if not path.is_file()})
             if missing:
-                raise DataFault(f"{folder} lacks {', '.join(missing)}", "download the model again")
+                raise DataError(f"{folder} lacks {', '.join(missing)}", "download the model again")
         elif single.is_file():
             with self.open(single) as weights:
                 self._file = dict.fromkeys(weights.keys(), single)
         else:
-            raise DataFault(
+            raise DataError(
                 f"{folder} has no model.safetensors",
                 "load the model with transformers and save_pretrained() it, which writes safetensors",
             )
@@ -52,8 +52,8 @@ class Tensors:
 
         try:
             return safe_open(path, framework="pt")
-        except SafetensorError as fault:
-            raise DataFault(f"{path} is damaged: {fault}", hint) from fault
+        except SafetensorError as error:
+            raise DataError(f"{path} is damaged: {error}", hint) from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file)

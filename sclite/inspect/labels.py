@@ -9,7 +9,7 @@ from rich.text import Text
 from sclite import prompts
 from sclite.config import Config
 from sclite.console import visible
-from sclite.errors import UsageFault
+from sclite.errors import UsageError
 from sclite.inspect.rows import Problems
 from sclite.records import Attempt, Pair, Review, Template
 from sclite.run import Run
@@ -33,7 +33,7 @@ class Labels:
 
     def __init__(self, config: Config, run: Run, what: str):
         if what not in SHOWN:
-            raise UsageFault(f"--labels: {what} are not trained on", f"show any of {', '.join(SHOWN)}")
+            raise UsageError(f"--labels: {what} are not trained on", f"show any of {', '.join(SHOWN)}")
         self.config = config
         self.tokenizer = load_tokenizer(str(local_folder(config.student)))
         self.end = end_id(self.tokenizer)

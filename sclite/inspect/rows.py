@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sclite.errors import DataFault, UsageFault
+from sclite.errors import DataError, UsageError
 from sclite.records import Attempt, Drop, Pair, Problem, Review, Row, Template
 from sclite.run import Run
 from sclite.settings import RUN_FILE
@@ -61,7 +61,7 @@ def require_folder(run: Run) -> None:
         if runs
         else "`sclite build-data` starts one, `sclite quickstart` a finished one"
     )
-    raise DataFault(f"the run {run.folder} does not exist", remedy)
+    raise DataError(f"the run {run.folder} does not exist", remedy)
 
 
 def choose(run: Run, choice: Choice) -> tuple[int, Iterator[tuple[int, Any]]]:
@@ -72,7 +72,7 @@ def choose(run: Run, choice: Choice) -> tuple[int, Iterator[tuple[int, Any]]]:
     """
     require_folder(run)
     if choice.what not in FILES:
-        raise UsageFault(f"{choice.what}: there is no such thing to show", f"show any of {', '.join(FILES)}")
+        raise UsageError(f"{choice.what}: there is no such thing to show", f"show any of {', '.join(FILES)}")
     _check(choice)
     total = sum(1 for _ in _fitting(run, choice))
     if not total:
@@ -129,11 +129,11 @@ def _fitting(run: Run, choice: Choice) -> Iterator[Any]:
 
 def _check(choice: Choice) -> None:
     if choice.reason is not None and choice.what != "drops":
-        raise UsageFault(
+        raise UsageError(
             f"--reason goes with drops, not with {choice.what}", "sclite show drops --reason REASON"
         )
     if choice.kind is not None and choice.what not in KINDS:
-        raise UsageFault(f"--kind: {choice.what} are all of one kind", f"it goes with {', '.join(KINDS)}")
+        raise UsageError(f"--kind: {choice.what} are all of one kind", f"it goes with {', '.join(KINDS)}")
 
 
 def _explain_nothing(run: Run, choice: Choice) -> None:
@@ -147,7 +147,7 @@ def _explain_nothing(run: Run, choice: Choice) -> None:
         there = Counter(name(row) for row in _rows(run, choice.what))
         if asked not in there:
             counted = ", ".join(f"{other} ({count})" for other, count in there.most_common())
-            raise UsageFault(
+            raise UsageError(
                 f"{option} {asked}: no such {choice.what}",
                 f"there is: {counted}" if there else "there are none",
             )

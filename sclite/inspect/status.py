@@ -17,7 +17,7 @@ from sclite.config import Config
 from sclite.data import attempts, corrections, pairs, templates
 from sclite.data.problems import divide
 from sclite.data.sources import is_local
-from sclite.errors import DataFault, ScliteError
+from sclite.errors import DataError, ScliteError
 from sclite.evaluate.results import summaries
 from sclite.export import stage as export
 from sclite.inspect.rows import require_folder
@@ -93,8 +93,8 @@ def _ledger(run: Run) -> dict[str, Any] | None:
         with Ledger.reading(run.path(LEDGER)) as ledger:
             by_stage = {name: ledger.totals(name) for name in (templates.STAGE, corrections.STAGE)}
             return {**ledger.totals(), "stages": {name: t for name, t in by_stage.items() if t["requests"]}}
-    except DataFault as fault:
-        run.warn(f"{fault.message}; {fault.hint}")
+    except DataError as error:
+        run.warn(f"{error.message}; {error.hint}")
         return None
 
 
@@ -106,8 +106,8 @@ def _stages(config: Config, run: Run, paid: Mapping[str, Any] | None) -> dict[st
     try:
         problems = run.read("problems.jsonl", Problem)
         first = Stage(DONE, counts={"problems": len(problems)}) if problems else Stage()
-    except DataFault as fault:
-        first = Stage(STALE, [fault.message])
+    except DataError as error:
+        first = Stage(STALE, [error.message])
     sides, found = divide(config, problems), {"problems": first}
     expected = _expected(config, run, sides)
     totals = {"templates": len(problems), "attempts": len(sides[1]) * config.attempts.samples}
@@ -159,8 +159,8 @@ def _signed(config: Config, run: Run, name: str, output: str, expected: Callable
         stage.state, stage.why = HALF_WAY, [f"{unanswered} without a reply"]
     try:
         wanted = expected()
-    except ScliteError as fault:  # such as a prompt file that is gone: the stage itself would stop at it
-        stage.why.append(fault.message)
+    except ScliteError as error:  # such as a prompt file that is gone: the stage itself would stop at it
+        stage.why.append(error.message)
     else:
         signed = (held, wanted)
         before, now = ({k: v for k, v in d.items() if k in wanted} for d in signed)

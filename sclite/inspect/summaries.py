@@ -6,7 +6,7 @@ from shlex import quote
 from typing import Any
 
 from sclite import console
-from sclite.errors import DeviceFault
+from sclite.errors import DeviceError
 from sclite.run import Report
 
 
@@ -30,9 +30,9 @@ def dry_run(found: Mapping[str, Any], json: bool) -> None:
     )
 
 
-def built(world: Any, only: str | None, json: bool) -> None:
+def built(context: Any, only: str | None, json: bool) -> None:
     """What build-data has made, what it left out, and what to type next."""
-    run, reports = world.run, world.reports
+    run, reports = context.run, context.reports
     figures = data_figures(reports)
     if json:
         console.print_json(figures)
@@ -49,7 +49,7 @@ def built(world: Any, only: str | None, json: bool) -> None:
         console.say(
             f"Look at them: {_command(f'sclite show drops --run {quote(str(run.folder))}')}", whole=True
         )
-    _next(world)
+    _next(context)
 
 
 def data_figures(reports: Sequence[Report]) -> dict[str, Any]:
@@ -70,21 +70,21 @@ def data_figures(reports: Sequence[Report]) -> dict[str, Any]:
     }
 
 
-def trained(world: Any, only: str | None, json: bool) -> None:
+def trained(context: Any, only: str | None, json: bool) -> None:
     """Where the adapter is, and what to type next."""
     if json:
-        console.print_json({report.stage: report.as_dict() for report in world.reports})
+        console.print_json({report.stage: report.as_dict() for report in context.reports})
         return
-    adapter = world.run.path("sft/adapter" if only == "sft" else "dpo/adapter")
+    adapter = context.run.path("sft/adapter" if only == "sft" else "dpo/adapter")
     console.say(f"The adapter is in {console.plain(str(adapter))}")
-    _next(world)
+    _next(context)
 
 
-def _next(world: Any) -> None:
+def _next(context: Any) -> None:
     """The command that takes the run on, as `sclite status` has it."""
     from sclite.inspect.status import status
 
-    console.say(f"Next: {_command(status(world.config, world.run)['next'])}", whole=True)
+    console.say(f"Next: {_command(status(context.config, context.run)['next'])}", whole=True)
 
 
 def _command(text: str) -> str:
@@ -101,21 +101,21 @@ def plan(found: Mapping[str, Any], json: bool) -> None:
     elif fits:
         console.print_json(found)
     if not fits:
-        error = DeviceFault(
+        error = DeviceError(
             "not every stage fits on this GPU", "use the settings that the plan says would fit"
         )
         error.details = found
         raise error
 
 
-def exported(world: Any, report: Report, created: Any, fitted: bool, json: bool) -> None:
+def exported(context: Any, report: Report, created: Any, fitted: bool, json: bool) -> None:
     """The GGUF, and the next command.
 
     `created`: what `ollama create` gave, None where it was not asked for; `fitted`: there is a threshold for its reviews.
     """
     from sclite.export.parity import summary
 
-    ollama, figures = world.config.export.ollama, report.figures
+    ollama, figures = context.config.export.ollama, report.figures
     if json:
         console.print_json({**figures, "ollama": ollama if created is not None else None})
         return
@@ -125,13 +125,13 @@ def exported(world: Any, report: Report, created: Any, fitted: bool, json: bool)
     (console.note if skipped else console.say)(f"[yellow]{line}[/]" if skipped else line)
     for warning in figures.get("warnings", []):
         console.note(f"[yellow]note:[/] {console.plain(warning)}")
-    run = quote(str(world.run.folder))
+    run = quote(str(context.run.folder))
     if created is not None:
         console.say(f"Next: {_command(f'ollama run {quote(ollama)}')}", whole=True)
     elif fitted:
         console.say(f"Next: {_command(f'sclite chat --self-correct --run {run}')}", whole=True)
-    elif world.config.teacher.embedded or world.config.eval.source:
-        command = "quickstart" if world.config.teacher.embedded else "eval"
+    elif context.config.teacher.embedded or context.config.eval.source:
+        command = "quickstart" if context.config.teacher.embedded else "eval"
         console.say(
             f"Next: {_command(f'sclite {command} --run {run}')}, which fits the review's threshold",
             whole=True,

@@ -5,7 +5,7 @@ from typing import Any
 
 from sclite import console
 from sclite.config import Config
-from sclite.errors import UsageFault
+from sclite.errors import UsageError
 from sclite.inspect import rows
 from sclite.inspect.rows import Choice
 from sclite.run import Run
@@ -22,7 +22,7 @@ def show(run: Run, choice: Choice, as_json: bool) -> None:
         console.say(f"No such {choice.what} in {console.plain(str(run.folder))}.")
         return
     if choice.first > total:
-        raise UsageFault(f"--from {choice.first}: {total} {choice.what} fit", f"--from goes up to {total}")
+        raise UsageError(f"--from {choice.first}: {total} {choice.what} fit", f"--from goes up to {total}")
     from sclite.inspect.row_text import page
 
     problems = rows.Problems(run)

@@ -7,11 +7,11 @@ from typing import Any
 
 from sclite import measure, pipeline, training
 from sclite.config import Config
-from sclite.context import World
+from sclite.context import Context
 from sclite.data.problems import divide
 from sclite.evaluate.evaluate import best_example
 from sclite.evaluate.results import result_folder
-from sclite.progress import Screen
+from sclite.progress import ProgressDisplay
 from sclite.quickstart.grammar import solve
 from sclite.quickstart.problem_sets import test_problems, threshold_problems, train_problems
 from sclite.quickstart.tutor import judge as judge_steps
@@ -70,13 +70,13 @@ def quickstart(
     run = Run(config.run)
     problems = _problems(config, run)
     run.replace("problems.jsonl", [*problems[0], *problems[1]])
-    world = World(config, run, Screen(PLAN, quiet), prepare=register, problems=problems)
-    pipeline.build_templates(world, fresh)
-    training.train(world, fresh=fresh)
-    pipeline.export(world, pipeline.NAMES)
+    context = Context(config, run, ProgressDisplay(PLAN, quiet), prepare=register, problems=problems)
+    pipeline.build_templates(context, fresh)
+    training.train(context, fresh=fresh)
+    pipeline.export(context, pipeline.NAMES)
     count = config.eval.limit or 300
     summary = measure.evaluate(
-        world,
+        context,
         pipeline.NAMES,
         test_problems(count),
         threshold_problems(4 * count // 3),  # of half as many, one spoilt answer in a hundred would be two

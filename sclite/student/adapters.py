@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sclite.config import Lora
-from sclite.errors import DataFault, UsageFault
+from sclite.errors import DataError, UsageError
 
 
 def meta_model(kind: Any) -> Any:
@@ -44,7 +44,7 @@ def lora_targets(model: Any, wanted: Sequence[str] = ()) -> list[str]:
             found.setdefault(last, []).append(name)
     all_paths = [path for paths in found.values() for path in paths]
     if unknown := [name for name in wanted if not any(_names(name, path) for path in all_paths)]:
-        raise UsageFault(
+        raise UsageError(
             f"lora.target_modules: {model.config.model_type} has no linear layer named {', '.join(unknown)}",
             f"choose from {', '.join(found)}, or leave target_modules empty for all of them",
         )
@@ -97,8 +97,8 @@ def check_adapter(folder: Path) -> dict[str, Any]:
     return kept
 
 
-def _damaged(folder: Path, reason: str) -> DataFault:
-    return DataFault(
+def _damaged(folder: Path, reason: str) -> DataError:
+    return DataError(
         f"the adapter in {folder} cannot be read: {reason}",
         "restore it from a copy, or remove the folder and train its stage again with --fresh",
     )
@@ -119,10 +119,10 @@ def put_adapter(model: Any, folder: Path) -> None:
     try:
         found = set_peft_model_state_dict(model, weights)
     except RuntimeError as error:  # a size mismatch; names every tensor, a line each
-        raise DataFault(f"{wrong_shape}: {str(error).splitlines()[1].strip()}", hint) from error
+        raise DataError(f"{wrong_shape}: {str(error).splitlines()[1].strip()}", hint) from error
     missing = [name for name in found.missing_keys if ".lora_" in name]
     if wrong := [*found.unexpected_keys, *missing]:
-        raise DataFault(f"{wrong_shape}: {wrong[0]} and {len(wrong) - 1} more differ", hint)
+        raise DataError(f"{wrong_shape}: {wrong[0]} and {len(wrong) - 1} more differ", hint)
 
 
 def shape_of(adapter: Path) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def shape_of(adapter: Path) -> dict[str, Any]:
     kept = check_adapter(adapter)
     for unlike in ("rank_pattern", "alpha_pattern", "use_dora"):
         if kept.get(unlike):
-            raise DataFault(
+            raise DataError(
                 f"the adapter in {adapter} has {unlike}, which is not trained on here",
                 "put a plain LoRA there; or use it through --set student.backend=plain",
             )

@@ -18,7 +18,7 @@ from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from sclite.errors import DataFault
+from sclite.errors import DataError
 from sclite.student.base import Messages
 
 SECONDS, STARTING, BYTES, CHARACTERS = 10, 60, 1 << 30, 4_000_000
@@ -72,12 +72,12 @@ def render_whole(messages: Messages, render: Callable[[Messages], str]) -> str:
     for these in (messages, merge_system(messages)):
         try:
             text = render(these)
-        except (TemplateError, TypeError) as fault:
-            reason = str(fault)
+        except (TemplateError, TypeError) as error:
+            reason = str(error)
             continue
         if all(message["content"].strip() in text for message in these if message["role"] == "system"):
             return text
-    raise DataFault(
+    raise DataError(
         f"the chat template cannot render the messages: {reason}",
         "use another base model, or correct its chat template",
     )
@@ -150,7 +150,7 @@ class _Renderer:
                 self.process.kill()
                 self.process.wait()
                 reason = "its process ended" if ready else f"it took more than {seconds} seconds"
-                raise DataFault(
+                raise DataError(
                     f"the chat template cannot be rendered: {reason}",
                     "use another base model, or correct its chat template",
                 )

@@ -6,7 +6,7 @@ Its replies go through the client and the ledger of the teacher, so they too are
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sclite.errors import TeacherFault, UsageFault
+from sclite.errors import TeacherError, UsageError
 from sclite.student.base import Reply, Request, ScoreRequest, Scores
 from sclite.teacher.client import EMPTY_REPLY, Job, Result, Teacher
 
@@ -29,7 +29,7 @@ class Endpoint:
         does not promise to go on from them; TeacherFault where no further request can succeed.
         """
         if any(request.pieces for request in requests):
-            raise UsageFault(
+            raise UsageError(
                 f"{self.teacher.settings.model} is an endpoint: it cannot go on from a given beginning",
                 "use free review (review.mode=free), or a GGUF of this model",
             )
@@ -37,8 +37,8 @@ class Endpoint:
         try:
             for result in self.teacher.ask_all(jobs, self.stage):
                 yield _reply(result, requests[int(result.id)])
-        except TeacherFault as fault:
-            raise TeacherFault(_of_the_student(fault.message), _of_the_student(fault.hint)) from None
+        except TeacherError as error:
+            raise TeacherError(_of_the_student(error.message), _of_the_student(error.hint)) from None
 
     def score(self, requests: Sequence[ScoreRequest]) -> Iterator[Scores]:
         """Endpoints cannot weigh two given continuations: NotImplementedError, always."""
@@ -54,16 +54,16 @@ def _job(index: int, request: Request) -> Job:
     }
     if request.top_p < 1:
         parameters["top_p"] = request.top_p
-    return Job(str(index), lambda fault: request.messages, lambda text: None, parameters=parameters)
+    return Job(str(index), lambda error: request.messages, lambda text: None, parameters=parameters)
 
 
 def _reply(result: Result, request: Request) -> Reply:
     """The client's result as a student's reply; token counts are 0 where the endpoint does not tell them."""
-    entry, flaw = result.entry, result.flaw
-    if entry is None or (flaw is not None and flaw.reason not in (CUT_OFF, EMPTY_REPLY)):
-        said = f"{flaw.reason}: {flaw.text}" if flaw is not None else "no reply"
+    entry, rejection = result.entry, result.rejection
+    if entry is None or (rejection is not None and rejection.reason not in (CUT_OFF, EMPTY_REPLY)):
+        said = f"{rejection.reason}: {rejection.text}" if rejection is not None else "no reply"
         return Reply(int(result.id), "", 0, 0, "error", said)
-    text, finish = entry.text, "length" if flaw is not None and flaw.reason == CUT_OFF else "stop"
+    text, finish = entry.text, "length" if rejection is not None and rejection.reason == CUT_OFF else "stop"
     for stop in request.stop:
         if stop in text:
             text, finish = text[: text.index(stop) + len(stop)], "stop"

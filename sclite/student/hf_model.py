@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sclite.errors import DataFault
+from sclite.errors import DataError
 from sclite.signature import digest
 from sclite.student.base import Reply, Request, ScoreRequest, Scores, compared
 from sclite.student.cuda_memory import free_memory, out_of_memory
@@ -59,7 +59,7 @@ class Trainable:
         ids, mask = self._pad(prompts)
         longest = ids.shape[1] + max(request.max_tokens for request in block)
         if longest > self.positions:
-            raise DataFault(
+            raise DataError(
                 f"a prompt of {ids.shape[1]} tokens and an answer: {longest} in all, the student has {self.positions}",
                 "lower attempts.max_tokens",
             )

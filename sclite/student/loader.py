@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sclite.config import Config, Student, TrainingStage
-from sclite.errors import DataFault, DeviceFault, NetworkFault, ScliteError, UsageFault
+from sclite.errors import DataError, DeviceError, NetworkError, ScliteError, UsageError
 from sclite.student.adapters import check_adapter, new_shape, put_adapter, shape_of, with_new_adapter
 from sclite.student.cuda_memory import out_of_memory
 
@@ -26,7 +26,7 @@ def embedded_folder() -> Path:
 def model_name(student: Student) -> str:
     """The hub name or folder of the base model; raises UsageFault where none is configured, DataFault where a folder is missing."""
     if not student.model:
-        raise UsageFault(
+        raise UsageError(
             "no student is configured",
             "add a Hub ID or a folder, as in --set student.model=Qwen/Qwen2.5-1.5B-Instruct",
         )
@@ -34,7 +34,7 @@ def model_name(student: Student) -> str:
         return str(embedded_folder())
     path = Path(student.model).expanduser()
     if student.model.startswith((".", "/", "~")) and not (path / "config.json").is_file():
-        raise DataFault(
+        raise DataError(
             f"student.model: {path} holds no config.json",
             "give a folder with a Hugging Face model, or a hub name",
         )
@@ -70,10 +70,10 @@ def no_model(what: str, error: BaseException) -> ScliteError:
         unreached = isinstance(cause, (LocalEntryNotFoundError, ConnectionError))
         cause = cause.__cause__ or cause.__context__
     if unreached:
-        return NetworkFault(
+        return NetworkError(
             message, "check the connection, or name a folder that holds the model as student.model"
         )
-    return DataFault(message, "check student.model")
+    return DataError(message, "check student.model")
 
 
 def choose_card(gpu: int | None) -> None:
@@ -89,7 +89,7 @@ def choose_card(gpu: int | None) -> None:
     elif number < len(cards):
         os.environ["CUDA_VISIBLE_DEVICES"] = cards[number]
     elif gpu is not None:
-        raise DeviceFault(
+        raise DeviceError(
             f"--gpu {gpu}: CUDA_VISIBLE_DEVICES={visible} shows {len(cards)} cards, counted from 0",
             "unset CUDA_VISIBLE_DEVICES, or leave --gpu out",
         )
@@ -99,7 +99,7 @@ def choose_card(gpu: int | None) -> None:
 
     if not torch.cuda.is_available():
         build = "" if torch.version.cuda else "; this torch is a CPU build"
-        raise DeviceFault(
+        raise DeviceError(
             f"there is no CUDA card {gpu} here{build}",
             "leave --gpu out to train on the CPU, which suits small students only; `sclite doctor` tells more",
         )
@@ -112,11 +112,11 @@ def backend(student: Student) -> str:
     if student.backend == "plain" or (student.backend == "auto" and not torch.cuda.is_available()):
         return "plain"
     if not torch.cuda.is_available():
-        raise DeviceFault(
+        raise DeviceError(
             "student.backend = unsloth needs a CUDA card", "use --set student.backend=plain on a CPU"
         )
     if importlib.util.find_spec("unsloth") is None:
-        raise DeviceFault(
+        raise DeviceError(
             "Unsloth is not installed",
             "pip install -e '.[cuda]' in sclite's checkout; or --set student.backend=plain, which is slower",
         )
@@ -165,7 +165,7 @@ def check_vocabulary(tokenizer: Any, kind: Any, name: str) -> None:
         used.update(prompt_ids(tokenizer, prompts.solve_messages("1 + 1 = ?")))
         used.update(prompt_ids(tokenizer, prompts.review_messages("1 + 1 = ?", TAGS)))
     if wrong := sorted(i for i in beyond if i not in special or i in used):
-        raise DataFault(
+        raise DataError(
             f"the tokenizer of {name} has ids up to {max(beyond)} ({beyond[wrong[0]]!r} is {wrong[0]}), the model's "
             f"embedding {size} rows",
             "use the tokenizer that was published with the model; or resize the model once with "
@@ -198,7 +198,7 @@ def load_student(
         raise no_model(f"the student {name} cannot be loaded", error) from error
     except (RuntimeError, ValueError) as error:
         if out_of_memory(error) or "dispatched on the CPU" in str(error):
-            raise DeviceFault(
+            raise DeviceError(
                 f"the student {name} does not fit on this card",
                 "close what else holds its memory (`sclite train --plan` tells), or choose a smaller student",
             ) from error
@@ -218,7 +218,7 @@ def end_to_end(model: Any, settings: TrainingStage, backend: str) -> bool:
     shape = model.config.get_text_config()
     carries = any(kind not in ATTENTION for kind in getattr(shape, "layer_types", None) or ())
     if carries and settings.padding_free:
-        raise DataFault(
+        raise DataError(
             f"padding_free = true: layers of {shape.model_type} would mix the rows", "leave padding_free out"
         )
     return not carries and (backend == "unsloth" if settings.padding_free is None else settings.padding_free)
@@ -263,7 +263,7 @@ def positions(kind: Any) -> int:
 def _check_length(kind: Any, settings: TrainingStage) -> None:
     most = positions(kind)
     if settings.max_length > most:
-        raise DataFault(
+        raise DataError(
             f"max_length = {settings.max_length}: the student has {most} positions",
             f"set max_length of [sft], [warmup] and [dpo] to {most} at most",
         )

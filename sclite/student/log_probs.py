@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from sclite.errors import DataFault
+from sclite.errors import DataError
 from sclite.student.tokenization import Encoded
 
 
@@ -78,7 +78,7 @@ def hidden_states(model: Any, batch: Padded) -> Hidden:
 
 def _refuse_cut(found: int, given: int) -> None:
     if found != given:
-        raise DataFault(
+        raise DataError(
             f"rows of {given} tokens were cut to {found}", "lower max_length: the student has no more"
         )
 

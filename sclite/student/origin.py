@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sclite.errors import DataFault
+from sclite.errors import DataError
 
 FILE = "trained_on.json"
 SAMPLE = 4096
@@ -41,7 +41,7 @@ def fingerprint(folder: Path) -> str:
                     sample = hashlib.sha256(file.read(min(SAMPLE, end - begin))).hexdigest()
                     found[name] = f"{tensor['dtype']} {tensor['shape']} {sample}"
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataFault(f"{path} is damaged: {error}", "download or save the model again") from error
+            raise DataError(f"{path} is damaged: {error}", "download or save the model again") from error
     return hashlib.sha256(json.dumps(sorted(found.items())).encode()).hexdigest()[:16] if found else ""
 
 
@@ -67,7 +67,7 @@ def read_origin(adapter: Path) -> Origin:
         kept = json.loads(path.read_text(encoding="utf-8"))
         found = Origin(str(kept["weights"]), tuple(map(str, kept["nf4"])), str(kept["dtype"]))
     except (ValueError, KeyError, TypeError) as error:
-        raise DataFault(
+        raise DataError(
             f"{path} is damaged: {error}",
             f"delete {adapter} and run `sclite train` again",
         ) from error

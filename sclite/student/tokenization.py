@@ -6,7 +6,7 @@ Ids of a whole = ids of the generation prompt + ids of each piece by itself (MET
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sclite.errors import DataFault
+from sclite.errors import DataError
 from sclite.student.base import Messages
 from sclite.student.chat_template import render_chat
 from sclite.trace import CAUSE, Trace, all_pieces
@@ -28,7 +28,7 @@ class Encoded:
 def prompt_text(tokenizer, messages: Messages, generation_prompt: bool = True) -> str:
     """The chat as the template writes it, up to where the assistant begins; thinking off where there is a switch."""
     if not tokenizer.chat_template:
-        raise DataFault("the student's tokenizer has no chat template", "choose an instruct model")
+        raise DataError("the student's tokenizer has no chat template", "choose an instruct model")
     tokens = tokenizer.special_tokens_map
     return render_chat(tokenizer.get_chat_template(), messages, generation_prompt=generation_prompt, **tokens)
 
@@ -54,7 +54,7 @@ def end_id(tokenizer) -> int:
     special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     found = next((i for i in after if i in special), tokenizer.eos_token_id)
     if found is None:
-        raise DataFault("the student's tokenizer has no end-of-turn token", "choose an instruct model")
+        raise DataError("the student's tokenizer has no end-of-turn token", "choose an instruct model")
     return found
 
 
@@ -66,7 +66,7 @@ def decision_ids(tokenizer) -> tuple[int, int]:
     """
     cause, close = (ids[0] for ids in piece_ids(tokenizer, [CAUSE, "</Step1>\n"]))
     if cause == close:
-        raise DataFault(
+        raise DataError(
             "the student's vocabulary writes <Cause> and </Step with the same first token",
             "choose another student",
         )

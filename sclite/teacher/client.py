@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sclite import config
-from sclite.errors import BudgetFault, UsageFault
+from sclite.errors import BudgetError, UsageError
 from sclite.teacher.cost import Budget, Price
 from sclite.teacher.ledger import Entry, Ledger
 from sclite.teacher.loop import Loop
@@ -21,7 +21,7 @@ _REASON = re.compile(r"<\s*reason\s*>(.*?)(?:</\s*reason\s*>|\Z)", re.I | re.S)
 
 
 @dataclass(frozen=True)
-class Flaw:
+class Rejection:
     """Why a reply cannot be used: `reason` is a name that is counted, `text` says it to the teacher and the user."""
 
     reason: str
@@ -39,7 +39,7 @@ class Job:
 
     id: str
     messages: Callable[[str], Messages]
-    check: Callable[[str], Flaw | None]
+    check: Callable[[str], Rejection | None]
     sample: int = 0
     parameters: Mapping[str, Any] = field(default_factory=dict)
     inspect: Callable[[str], Messages] | None = None
@@ -56,7 +56,7 @@ class Result:
     id: str
     sample: int
     text: str | None
-    flaw: Flaw | None
+    rejection: Rejection | None
     raw: str
     requests: int
     entry: Entry | None = None
@@ -126,14 +126,14 @@ class Teacher:
         Leaving the iterator early cancels the rest too. `stage` names the ledger's rows.
         """
         if not self.settings.model:
-            raise UsageFault(
+            raise UsageError(
                 "teacher.model is not set",
                 "add a LiteLLM model, as in --set teacher.model=openai/gpt-4.1, or set it in sclite.toml",
             )
         waiting, done, flying = iter(jobs), queue.SimpleQueue[asyncio.Task](), 0
         tasks = self._loop.group(done.put)
         room = 2 * self.settings.concurrency  # jobs that wait before another try leave their calls to others
-        reached: BudgetFault | None = None
+        reached: BudgetError | None = None
         try:
             while True:
                 while reached is None and flying < room and (job := next(waiting, None)) is not None:
@@ -143,7 +143,7 @@ class Teacher:
                     break
                 task = done.get()
                 flying -= 1
-                if isinstance(task.exception(), BudgetFault):
+                if isinstance(task.exception(), BudgetError):
                     reached = task.exception()
                 else:
                     yield task.result()
@@ -154,64 +154,64 @@ class Teacher:
         self._sender.blame_refusals(SEVERAL)
 
     async def _work(self, job: Job, stage: str) -> Result:
-        flaw, fault, raw, entry = None, "", "", None
+        rejection, error, raw, entry = None, "", "", None
         for repair in range(self.settings.repairs + 1):
             try:
                 entry = await self._sender.reply(
-                    job.messages(fault), job.sample, repair, stage, job.parameters
+                    job.messages(error), job.sample, repair, stage, job.parameters
                 )
                 raw = entry.text
-                flaw = await self._flaw(job, raw, entry.finish_reason, stage)
+                rejection = await self._flaw(job, raw, entry.finish_reason, stage)
             except NoReply as silence:
                 return Result(
-                    job.id, job.sample, None, Flaw(silence.reason, str(silence)), raw, repair, entry
+                    job.id, job.sample, None, Rejection(silence.reason, str(silence)), raw, repair, entry
                 )
-            if flaw is None:
+            if rejection is None:
                 return Result(job.id, job.sample, raw, None, raw, repair + 1, entry)
-            again = fault.startswith(flaw.text)  # the same words would bring the same reply
-            fault = f"{flaw.text} (still so in reply {repair + 1})" if again else flaw.text
-        return Result(job.id, job.sample, None, flaw, raw, self.settings.repairs + 1, entry)
+            again = error.startswith(rejection.text)  # the same words would bring the same reply
+            error = f"{rejection.text} (still so in reply {repair + 1})" if again else rejection.text
+        return Result(job.id, job.sample, None, rejection, raw, self.settings.repairs + 1, entry)
 
-    async def _flaw(self, job: Job, text: str, finish_reason: str, stage: str) -> Flaw | None:
+    async def _flaw(self, job: Job, text: str, finish_reason: str, stage: str) -> Rejection | None:
         """What is wrong with a reply: its end, then the job's own check, then what the inspector says."""
-        flaw = _unfinished(finish_reason, text) or await self._loop.in_thread(job.check, text)
-        if flaw is not None or self._inspector is None or job.inspect is None:
-            return flaw
+        rejection = _unfinished(finish_reason, text) or await self._loop.in_thread(job.check, text)
+        if rejection is not None or self._inspector is None or job.inspect is None:
+            return rejection
         said = await self._inspector.reply(job.inspect(text), job.sample, 0, f"{stage} inspection")
         return _judged(said.text)
 
 
-def _judged(text: str) -> Flaw | None:
+def _judged(text: str) -> Rejection | None:
     """What the inspector's reply says of the work: None where it accepts."""
     verdict = _VERDICT.search(text)
     if verdict is None:
-        return Flaw("inspector_not_readable", "the inspector gave no verdict")
+        return Rejection("inspector_not_readable", "the inspector gave no verdict")
     if verdict[1].lower() == "accept":
         return None
     reason = _REASON.search(text)
-    return Flaw(
+    return Rejection(
         "rejected_by_inspector", " ".join(reason[1].split()) if reason else "the inspector rejects it"
     )
 
 
-def _unfinished(finish_reason: str, text: str) -> Flaw | None:
+def _unfinished(finish_reason: str, text: str) -> Rejection | None:
     if finish_reason == "stop":
         return None
     if finish_reason == "length":
         if text.strip():
-            return Flaw("cut_off", "it was cut off before its end, so write it shorter")
-        return Flaw(
+            return Rejection("cut_off", "it was cut off before its end, so write it shorter")
+        return Rejection(
             "cut_off", "it was cut off before its first word: think less, or raise teacher.max_tokens"
         )
     if finish_reason == "content_filter":
-        return Flaw("filtered", "a content filter stopped it")
+        return Rejection("filtered", "a content filter stopped it")
     if finish_reason == REFUSAL:
-        return Flaw("refused_by_teacher", f"it declines: {' '.join(text.split())[:200]}")
+        return Rejection("refused_by_teacher", f"it declines: {' '.join(text.split())[:200]}")
     if finish_reason == ONLY_REASONING:
-        return Flaw("only_reasoning", "there is reasoning but no reply after it")
+        return Rejection("only_reasoning", "there is reasoning but no reply after it")
     if finish_reason == EMPTY:
-        return Flaw(EMPTY_REPLY, "the reply is empty")
-    return Flaw(f"finish_{finish_reason}", f"it ended with {finish_reason} and not by itself")
+        return Rejection(EMPTY_REPLY, "the reply is empty")
+    return Rejection(f"finish_{finish_reason}", f"it ended with {finish_reason} and not by itself")
 
 
 def count_unanswered(dropped: Mapping[str, int]) -> int:

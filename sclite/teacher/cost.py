@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from sclite.errors import BudgetFault
+from sclite.errors import BudgetError
 from sclite.teacher.ledger import Ledger
 
 _PLAUSIBLE_BYTES_PER_TOKEN = (
@@ -95,8 +95,8 @@ class Budget:
     def _fits(self, most_usd: float) -> bool:
         return self.ledger.spent_usd + self._reserved_usd + most_usd <= self.limit_usd
 
-    def _reached(self, most_usd: float) -> BudgetFault:
-        return BudgetFault(
+    def _reached(self, most_usd: float) -> BudgetError:
+        return BudgetError(
             f"the limit of {dollars(self.limit_usd)} is reached: {dollars(self.ledger.spent_usd)} is spent, and the next "
             f"request may cost up to {dollars(most_usd)}",
             "what was paid for is kept: type the same again with a higher --max-cost, or lower teacher.max_tokens",

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from email.utils import parsedate_to_datetime
 
 from sclite.config import without_password
-from sclite.errors import TeacherFault
+from sclite.errors import TeacherError
 from sclite.teacher.reply import ErrorReply, UnreadableReply, clean
 
 RETRY, REFUSED, STOP = "retry", "refused", "stop"
@@ -146,35 +146,35 @@ def message(error: BaseException) -> str:
     return said if len(said) <= 200 else said[:200] + ".."
 
 
-def stop(error: BaseException, model: str, api_base: str, key_variable: str) -> TeacherFault:
+def stop(error: BaseException, model: str, api_base: str, key_variable: str) -> TeacherError:
     """The fault that ends the stage: which model, where, and what to do about it."""
     where, code = _where(model, api_base), status(error)
     if code == 401 or _NO_KEY.search(str(error)):
         said = "has no key" if _NO_KEY.search(str(error)) else "refuses the key (HTTP 401)"
-        return TeacherFault(f"{where} {said}", f"the key comes from {key_variable}: export {key_variable}=..")
+        return TeacherError(f"{where} {said}", f"the key comes from {key_variable}: export {key_variable}=..")
     if code in (402, 429):
-        return TeacherFault(
+        return TeacherError(
             f"{where} has no credit left: {message(error)}", "add credit, then type the same again"
         )
     if code is not None and 300 <= code < 400:
         moved = scrub(headers(error).get("location", "")) or "another address"
-        return TeacherFault(
+        return TeacherError(
             f"{where} redirects to {moved} (HTTP {code})", "set teacher.api_base to the address that answers"
         )
     return refusing(message(error), model, api_base, key_variable)
 
 
-def refusing(said: str, model: str, api_base: str, key_variable: str) -> TeacherFault:
+def refusing(said: str, model: str, api_base: str, key_variable: str) -> TeacherError:
     """The fault for an endpoint that refuses whatever it is asked."""
-    return TeacherFault(
+    return TeacherError(
         f"{_where(model, api_base)} says: {said}",
         f"check teacher.model and teacher.api_base; the key comes from {key_variable}",
     )
 
 
-def silent(error: BaseException, model: str, api_base: str, attempts: int) -> TeacherFault:
+def silent(error: BaseException, model: str, api_base: str, attempts: int) -> TeacherError:
     """The fault for an endpoint that does not answer, however often it is asked."""
-    return TeacherFault(
+    return TeacherError(
         f"{_where(model, api_base)} does not answer after {attempts} {'try' if attempts == 1 else 'tries'}: "
         f"{message(error)}",
         "see that it runs and that teacher.api_base is right; what was paid for is kept, type the same again",

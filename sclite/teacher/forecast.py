@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from sclite.errors import BudgetFault
+from sclite.errors import BudgetError
 from sclite.teacher.client import Job, Result, Teacher
 
 PILOT = 8  # rows
@@ -48,7 +48,7 @@ def ask_after_pilot(
     if confirm is not None and done < total and asked:
         forecast = _at_this_rate(before, after, len(pilot), total - done, seconds)
         if forecast.cost_usd != 0 and not confirm(forecast):
-            raise BudgetFault(
+            raise BudgetError(
                 f"stopped after {done} of {total} rows, as you said",
                 "what was paid for is kept; type the same again to go on, with --yes to skip the question",
             )
@@ -63,7 +63,7 @@ def _at_this_rate(before: dict, after: dict, rows: int, left: int, seconds: floa
     )
 
 
-def reckon(teacher: Teacher, jobs: Iterable[Job], completion_tokens: float, stage: str) -> dict[str, Any]:
+def forecast(teacher: Teacher, jobs: Iterable[Job], completion_tokens: float, stage: str) -> dict[str, Any]:
     """What asking these jobs would send and cost, without sending anything.
 
     `first_request` is the very first one (None where the ledger holds all replies); `completion_tokens` is a guess for

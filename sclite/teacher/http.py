@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from sclite.errors import UsageFault
+from sclite.errors import UsageError
 
 if TYPE_CHECKING:
     import httpx
@@ -120,7 +120,7 @@ def check_certificates() -> None:
         ssl.create_default_context(cafile=path)
     except OSError as error:  # ssl.SSLError among them
         why = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
-        raise UsageFault(
+        raise UsageError(
             f"SSL_CERT_FILE={path} {why}",
             "correct it, or unset SSL_CERT_FILE to use the system's certificates",
         ) from None
@@ -133,7 +133,7 @@ def allow_connections(count: int, setting: str = "teacher.concurrency") -> None:
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
-        raise UsageFault(
+        raise UsageError(
             f"{setting} = {count} needs {needed} open files, and this system allows {hard}",
             f"lower it with --set {setting}={max(1, hard - _OTHER_FILES)}, or raise the limit (ulimit -Hn)",
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sclite import console
-from sclite.errors import DataFault
+from sclite.errors import DataError
 from sclite.signature import digest
 
 FILE = "ledger.sqlite"
@@ -142,9 +142,9 @@ class Ledger:
                 _salvage(self.path, str(error))
                 self._open()
         except _UNREADABLE as error:
-            raise DataFault(f"{self.path} cannot be opened: {error}", _remedy(error, self.path)) from error
+            raise DataError(f"{self.path} cannot be opened: {error}", _remedy(error, self.path)) from error
         self._waiting: deque[tuple[str, tuple]] = deque()
-        self._fault: DataFault | None = None
+        self._fault: DataError | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="ledger")
         totals = self.totals()
         self.spent_usd: float = totals["cost_usd"] + totals["lost_usd"]
@@ -199,7 +199,7 @@ class Ledger:
         try:
             return self._reader.execute(statement, values).fetchone()
         except _UNREADABLE as error:
-            raise DataFault(f"{self.path} cannot be read: {error}", _remedy(error, self.path)) from error
+            raise DataError(f"{self.path} cannot be read: {error}", _remedy(error, self.path)) from error
 
     def totals(self, stage: str | None = None) -> dict[str, Any]:
         """What one stage or all have asked for.
@@ -233,7 +233,7 @@ class Ledger:
             )
             ledger.totals()
         except _UNREADABLE as error:
-            raise DataFault(f"{ledger.path} cannot be read: {error}", _remedy(error, ledger.path)) from error
+            raise DataError(f"{ledger.path} cannot be read: {error}", _remedy(error, ledger.path)) from error
         return ledger
 
     # -- writing ---------------------------------------------------------------------------------------------------
@@ -290,8 +290,8 @@ class Ledger:
             for statement, values in orders:
                 self._database.execute(statement, values)
 
-    def _unwritable(self, why: object) -> DataFault:
-        return DataFault(
+    def _unwritable(self, why: object) -> DataError:
+        return DataError(
             f"{self.path} cannot be written: {why}",
             "check that its disk has space and that nothing else holds it; what was written is kept, re-run to resume",
         )

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from sclite import config
-from sclite.errors import UsageFault
+from sclite.errors import UsageError
 from sclite.teacher.cost import FREE, Price
 from sclite.teacher.http import allow_connections, bound_litellm, check_certificates
 from sclite.teacher.openai_client import Direct, find
@@ -89,7 +89,7 @@ def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None)
     """
     if settings.api_base and not is_address(settings.api_base):
         shown = re.sub(r"^(\w+://)?.*@", r"\1", settings.api_base)  # without a password
-        raise UsageFault(
+        raise UsageError(
             f"the api_base {shown} of {settings.model} is no address", "write http://HOST:PORT/v1"
         )
     check_certificates()
@@ -101,7 +101,7 @@ def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None)
     try:
         name = litellm.get_llm_provider(settings.model, api_base=settings.api_base or None)[1]
     except litellm.exceptions.BadRequestError:
-        raise UsageFault(
+        raise UsageError(
             f"teacher.model {settings.model} names no provider that LiteLLM knows",
             "write PROVIDER/NAME: anthropic/NAME, ollama_chat/NAME, openai/NAME for any OpenAI-compatible endpoint",
         ) from None
@@ -116,7 +116,7 @@ def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None)
             options["api_key"] = "none"
     price = _price(litellm, settings, name)
     if price is None and settings.max_cost is not None:
-        raise UsageFault(
+        raise UsageError(
             f"a spending limit is set, but nobody knows what {settings.model} costs",
             "add --set 'teacher.price=[0.5, 1.5]', US dollars per million tokens sent and written (attempts.price for a "
             "student behind an endpoint)",
@@ -163,7 +163,7 @@ def _tidy_keys() -> None:
 def _check_key(variable: str) -> None:
     """Raises UsageFault for a key that no HTTP header can hold."""
     if not re.fullmatch("[!-~]*", os.environ.get(variable, "")):
-        raise UsageFault(
+        raise UsageError(
             f"the key in {variable} holds a space, a line break or a character that is not ASCII",
             f"export {variable}=.. again, copied whole",
         )

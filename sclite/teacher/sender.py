@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from sclite import config
-from sclite.errors import TeacherFault
+from sclite.errors import TeacherError
 from sclite.teacher import failures
 from sclite.teacher.cost import Budget, charge, is_plausible, most_prompt_tokens
 from sclite.teacher.ledger import REFUSED, Entry, Ledger, request_key
@@ -100,12 +100,12 @@ class Sender:
     async def _call(self, key: str, messages: Messages, stage: str, parameters: dict[str, Any]) -> Entry:
         """Send until there is a reply, which is in the ledger before anybody sees it."""
         litellm = self.connect().litellm
-        faults = (litellm.exceptions.openai.OpenAIError, litellm.exceptions.httpx.HTTPError, OSError)
+        issues = (litellm.exceptions.openai.OpenAIError, litellm.exceptions.httpx.HTTPError, OSError)
         for attempt in range(1, self.settings.attempts_per_call + 1):
             try:
-                entry = await self._send(key, messages, stage, parameters, faults)
-            except faults as fault:
-                error = fault
+                entry = await self._send(key, messages, stage, parameters, issues)
+            except issues as failure:
+                error = failure
             else:
                 self._answered = self._succeeded = True
                 self._unanswered = 0
@@ -129,7 +129,7 @@ class Sender:
         raise NoReply("no_reply", failures.message(error))
 
     async def _send(
-        self, key: str, messages: Messages, stage: str, parameters: dict[str, Any], faults: tuple
+        self, key: str, messages: Messages, stage: str, parameters: dict[str, Any], issues: tuple
     ) -> Entry:
         """Send once, when pace and budget allow it. What went out is in the ledger before it does."""
         most = (most_prompt_tokens(messages), parameters.get("max_tokens", self.settings.max_tokens))
@@ -142,13 +142,13 @@ class Sender:
             except asyncio.CancelledError:
                 self.ledger.given_up(key, "cancelled", most_usd)
                 raise
-            except faults as fault:
-                if failures.overloaded(fault):
+            except issues as failure:
+                if failures.overloaded(failure):
                     self.pace.complained(began)
-                if failures.unpaid(fault):
-                    self.ledger.failed(key, failures.message(fault))
+                if failures.unpaid(failure):
+                    self.ledger.failed(key, failures.message(failure))
                 else:
-                    self.ledger.given_up(key, failures.message(fault), most_usd)
+                    self.ledger.given_up(key, failures.message(failure), most_usd)
                 raise
             self.pace.succeeded()
             entry = self._entry(said, most, round(time.monotonic() - began, 3))
@@ -190,7 +190,7 @@ class Sender:
             why = failures.message(error) if error else next(iter(self._refused.values()))
             raise failures.refusing(why, self.settings.model, self.settings.api_base, self._key_variable())
 
-    def _stop(self, error: BaseException) -> TeacherFault:
+    def _stop(self, error: BaseException) -> TeacherError:
         return failures.stop(error, self.settings.model, self.settings.api_base, self._key_variable())
 
     def _key_variable(self) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sclite.config import TrainingStage
-from sclite.errors import UsageFault
+from sclite.errors import UsageError
 
 
 def arguments(
@@ -58,7 +58,7 @@ def _listeners(settings: TrainingStage, folder: Path) -> list[str]:
     if not settings.tensorboard:
         return []
     if not any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")):
-        raise UsageFault(
+        raise UsageError(
             "TensorBoard is asked for and is not installed",
             "pip install tensorboard; or leave tensorboard out, metrics.jsonl is written all the same",
         )

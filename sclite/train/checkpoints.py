@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sclite.errors import UsageFault
+from sclite.errors import UsageError
 from sclite.run import Run, sync, write_text
 from sclite.signature import differences
 from sclite.train.metrics_logger import Progress
@@ -144,7 +144,7 @@ def refuse_other_inputs(run: Run, stage: str, folder: Path, inputs: Mapping[str,
         before, what = begun.begun_from(), "begun"
     if before is not None and before != inputs:
         changes = "; ".join(differences(before, inputs))
-        raise UsageFault(
+        raise UsageError(
             f"{stage} was {what} from other inputs: {changes}",
             f"set them back to go on with what is there, or add --fresh to train {stage} anew",
         )

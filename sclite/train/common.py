@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sclite.config import Config, Student
-from sclite.errors import DataFault
+from sclite.errors import DataError
 from sclite.run import Run
 from sclite.student.loader import EMBEDDED, backend, folder_of, model_name
 from sclite.student.origin import record_origin
@@ -42,7 +42,7 @@ def done(run: Run, stage: str, inputs: dict[str, Any], adapter: str, fresh: bool
         return manifest
     if fresh:
         return None
-    raise DataFault(
+    raise DataError(
         f"{run.path(adapter)} is not the adapter that {stage} wrote: it is damaged, or was replaced",
         "restore it from a copy, or train it again with --fresh",
     )

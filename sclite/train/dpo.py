@@ -10,7 +10,7 @@ from typing import Any
 
 from sclite import prompts
 from sclite.config import Config, Dpo
-from sclite.errors import DataFault
+from sclite.errors import DataError
 from sclite.records import Drop, Pair, Problem, Template
 from sclite.run import Report, Run, timed
 from sclite.signature import digest
@@ -122,7 +122,7 @@ def fitting_bundles(
         )
     run.replace_drops({STAGE}, drops)
     if not fit:
-        raise DataFault(f"no pair fits into dpo.max_length = {limit} tokens", "raise dpo.max_length")
+        raise DataError(f"no pair fits into dpo.max_length = {limit} tokens", "raise dpo.max_length")
     if drops:
         report.dropped["longer_than_max_length"] = len(drops)
     return fit

@@ -5,7 +5,7 @@ from typing import Any
 
 from sclite import prompts
 from sclite.config import Student
-from sclite.errors import DataFault
+from sclite.errors import DataError
 from sclite.records import Drop, Template
 from sclite.run import Run
 from sclite.student.chat_template import opens_thinking
@@ -34,7 +34,7 @@ def rows_of_sft(rows: Sequence[Template], unseen: frozenset[str]) -> list[Templa
     """The templates of problems that are not kept for stage 2; raises DataFault where that leaves none."""
     found = [row for row in rows if row.id not in unseen]
     if not found:
-        raise DataFault(
+        raise DataError(
             f"all {len(rows)} templates are of problems that are kept for stage 2: SFT has none to learn from",
             "`sclite build-data` writes those of the other problems; problems.correction_share says how many are kept",
         )
@@ -48,17 +48,17 @@ def check_labels(rows: Sequence[Encoded], end: int, names: Sequence[str] = ()) -
     `names` say which row is meant. Raises DataFault.
     """
     if not rows:
-        raise DataFault(
+        raise DataError(
             "there is nothing to train on: no row is left", "dropped.jsonl in the run folder tells why"
         )
     for number, row in enumerate(rows, 1):
         where = f"training row {number}" + (f" ({names[number - 1]})" if names else "")
         if not any(row.weights):
-            raise DataFault(f"{where}: every label is masked", "this row would teach nothing; report it")
+            raise DataError(f"{where}: every label is masked", "this row would teach nothing; report it")
         if row.weights[0]:
-            raise DataFault(f"{where}: the prompt carries loss", "check the chat template of the student")
+            raise DataError(f"{where}: the prompt carries loss", "check the chat template of the student")
         if row.ids[-1] != end or not row.weights[-1]:
-            raise DataFault(
+            raise DataError(
                 f"{where}: the end-of-turn token carries no loss", "check the chat template of the student"
             )
     tokens = sum(len(row.ids) for row in rows)
@@ -75,21 +75,21 @@ def check_bundles(bundles: Sequence[Bundle], decisions: tuple[int, int]) -> None
     for bundle in bundles:
         where, review, other = f"the pairs of {bundle.key}", bundle.review, bundle.rejected
         if not review.marks and other is None:
-            raise DataFault(f"{where}: no decision and no content", "they would teach nothing; report it")
+            raise DataError(f"{where}: no decision and no content", "they would teach nothing; report it")
         for mark, accused in zip(review.marks, review.accused, strict=True):
             after = review.ids[mark + 1 : mark + 2]
             if after and after[0] != decisions[0 if accused else 1]:
-                raise DataFault(
+                raise DataError(
                     f"{where}: another token follows than the decision that is chosen",
                     "check pairs.jsonl and the tokenizer of the student",
                 )
         for side in (review, other) if other is not None else ():
             if not any(side.weights):
-                raise DataFault(f"{where}: a content is empty", "it would teach nothing; remove the pair")
+                raise DataError(f"{where}: a content is empty", "it would teach nothing; remove the pair")
             if side.weights[0]:
-                raise DataFault(f"{where}: the prompt carries loss", "check the chat template of the student")
+                raise DataError(f"{where}: the prompt carries loss", "check the chat template of the student")
         if other is not None and review.ids == other.ids:
-            raise DataFault(
+            raise DataError(
                 f"{where}: both contents are the same tokens", "remove this pair from pairs.jsonl"
             )
 
@@ -103,15 +103,15 @@ def check_tokenizer(tokenizer: Any) -> None:
     messages = prompts.solve_messages("1 + 1 = ?")
     text = prompt_text(tokenizer, messages)
     if "1 + 1 = ?" not in text:
-        raise DataFault("the student's chat template leaves the question out", "choose an instruct model")
+        raise DataError("the student's chat template leaves the question out", "choose an instruct model")
     unknown = tokenizer.unk_token_id
     if unknown is not None and unknown in prompt_ids(tokenizer, messages):
-        raise DataFault(
+        raise DataError(
             "the student's chat template writes a token that its vocabulary lacks",
             "check chat_template and added tokens of the student",
         )
     if end_id(tokenizer) == unknown:
-        raise DataFault(
+        raise DataError(
             "the student's end-of-turn token is unknown to its vocabulary", "choose an instruct model"
         )
 

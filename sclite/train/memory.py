@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sclite.config import Config, Student
-from sclite.errors import DataFault, NetworkFault
+from sclite.errors import DataError, NetworkError
 from sclite.student.adapters import lora_targets, meta_model
 from sclite.student.loader import backend, model_name, read_config
 from sclite.student.log_probs import chunk_of
@@ -117,7 +117,7 @@ def architecture(config: Any, targets: Sequence[str] = ()) -> Architecture:
 
     text = config.get_text_config()
     if experts := next((key for key in EXPERTS if getattr(text, key, None)), None):
-        raise DataFault(
+        raise DataError(
             f"{text.model_type}: the memory of a mixture of experts ({experts} = {getattr(text, experts)}) cannot be estimated",
             "use a dense student, or train without --plan",
         )
@@ -428,7 +428,7 @@ def what_fits(config: Config, stage: str) -> str:
 def _choice(config: Config, stage: str, free: int) -> Choice | None:
     try:
         model = read_architecture(config.student, config.lora.target_modules)
-    except (DataFault, NetworkFault):
+    except (DataError, NetworkError):
         return None
     wanted = wanted_setting(config, stage, backend(config.student))
     return choose(model, wanted, config.stage(stage).batch_size, free)

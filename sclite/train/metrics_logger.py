@@ -27,7 +27,7 @@ ADVICE = {
 PATIENCE = 20  # steps before anything is said
 
 
-class Watch:
+class MetricsLogger:
     """The figures of one training. `add` after each micro-batch, `row` after each optimizer step."""
 
     def __init__(self, path: Path, phase: str, progress: Progress | None = None):

@@ -53,7 +53,7 @@ def train_sft(
     An adapter in sft/adapter that no such stage wrote takes its place. Raises DataFault where there are no templates or
     the labels are not as they should be, UsageFault where it was trained from other inputs and is not to be `fresh`.
     """
-    if run.brought_along(STAGE, ADAPTER):
+    if run.is_imported(STAGE, ADAPTER):
         return _adopt(run)
     inputs = inputs_of(config, run, unseen)
     report = Report(STAGE)
@@ -99,7 +99,7 @@ def train_sft(
 def _adopt(run: Run) -> Report:
     """The report of an adapter that was put into the run, with PEFT's configuration beside it."""
     check_adapter(run.path("sft/adapter"))
-    return Report(STAGE, {"brought_along": 1}, skipped=True)
+    return Report(STAGE, {"imported": 1}, skipped=True)
 
 
 def replay_templates(templates: Sequence[Template], unseen: frozenset[str]) -> list[Template]:

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from sclite.config import TrainingStage
-from sclite.errors import MemoryFault, ScliteError
+from sclite.errors import GpuMemoryError, ScliteError
 from sclite.student.cuda_memory import out_of_memory
 from sclite.train.arguments import arguments
 from sclite.train.checkpoints import Checkpoints
-from sclite.train.metrics_logger import Progress, Watch
+from sclite.train.metrics_logger import MetricsLogger, Progress
 from sclite.train.order import training_order
 
 FEW_STEPS = 20
@@ -93,30 +93,30 @@ def train_adapter(
             [lesson.lengths[i] for i in rows], settings.batch_size, settings.num_train_epochs, seed
         )
     ]
-    watch = Watch(metrics, lesson.phase, progress)
-    watch.resume(checkpoints.step())
+    logger = MetricsLogger(metrics, lesson.phase, progress)
+    logger.resume(checkpoints.step())
     given = arguments(checkpoints.folder, settings, seed, micro_batch, len(order), bool(kept))
     trainer = _build(model, tokenizer, lesson, given, numbered(order, settings.batch_size))
-    trainer.lesson, trainer.watch, trainer.held_out = lesson, watch, sorted(kept)
+    trainer.lesson, trainer.logger, trainer.held_out = lesson, logger, sorted(kept)
     trainer.totals = [
         _total(lesson, order[s : s + settings.batch_size]) for s in range(0, len(order), settings.batch_size)
     ]
-    for callback in _callbacks(checkpoints, watch, settings.early_stopping_patience if kept else 0):
+    for callback in _callbacks(checkpoints, logger, settings.early_stopping_patience if kept else 0):
         trainer.add_callback(callback)
     steps = len(trainer.totals)
     if steps < FEW_STEPS:
-        watch.warn(_few_steps(lesson.phase, steps))
+        logger.warn(_few_steps(lesson.phase, steps))
     before = _fingerprint(model)
-    with memory_told(lesson.phase, micro_batch), watch.interruptions():
+    with memory_told(lesson.phase, micro_batch), logger.interruptions():
         trainer.train(resume_from_checkpoint=checkpoints.last())
-    if watch.interrupted:
+    if logger.interrupted:
         raise KeyboardInterrupt
     best = trainer.state.best_global_step if kept else None
     if best and best != trainer.state.global_step and not checkpoints.load(best, model):
-        watch.warn(f"the checkpoint of step {best}, the best one, was damaged: the last step is kept")
+        logger.warn(f"the checkpoint of step {best}, the best one, was damaged: the last step is kept")
         best = trainer.state.global_step
     _refuse_untrained(model, before, lesson.phase, settings.learning_rate, checkpoints)
-    return Outcome(trainer.state.global_step, best or None, watch.warnings)
+    return Outcome(trainer.state.global_step, best or None, logger.warnings)
 
 
 def _few_steps(phase: str, steps: int) -> str:
@@ -154,7 +154,7 @@ def memory_told(phase: str, micro_batch: int) -> Iterator[None]:
         yield
     except RuntimeError as error:
         if out_of_memory(error):
-            raise MemoryFault(phase, micro_batch) from error
+            raise GpuMemoryError(phase, micro_batch) from error
         raise
 
 
@@ -165,13 +165,13 @@ def _total(lesson: Lesson, numbers: Sequence[int]) -> Counter[str]:
     return total
 
 
-def _callbacks(checkpoints: Checkpoints, watch: Watch, patience: int) -> list[Any]:
+def _callbacks(checkpoints: Checkpoints, logger: MetricsLogger, patience: int) -> list[Any]:
     """What the trainer tells of: a step that may be the last, and a checkpoint that is whole."""
     from transformers import EarlyStoppingCallback, TrainerCallback
 
     class Keeper(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
-            if watch.interrupted:
+            if logger.interrupted:
                 control.should_save = control.should_training_stop = True
             elif state.global_step >= state.max_steps and args.eval_strategy != "no":
                 control.should_evaluate = True
@@ -241,7 +241,7 @@ def _trainer_class(base: type) -> type:
 
     class AdapterTrainer(base):
         lesson: Lesson
-        watch: Watch
+        logger: MetricsLogger
         held_out: Sequence[int]
         totals: Sequence[Mapping[str, int]]
 
@@ -268,7 +268,7 @@ def _trainer_class(base: type) -> type:
             model.train()
             loss, figures = self._loss(model, inputs["batch"], self.totals[inputs["step"]])
             self.accelerator.backward(loss)
-            self.watch.add(figures, inputs["tokens"])
+            self.logger.add(figures, inputs["tokens"])
             return loss.detach()
 
         def _loss(self, model, batch, totals):
@@ -290,7 +290,7 @@ def _trainer_class(base: type) -> type:
             return dict(found)
 
         def log(self, logs, start_time=None):
-            Trainer.log(self, self.watch.row(logs, self.state.global_step, self.state.max_steps))
+            Trainer.log(self, self.logger.row(logs, self.state.global_step, self.state.max_steps))
 
         def _save_checkpoint(self, model, trial):
             Trainer._save_checkpoint(self, model, trial)

@@ -117,7 +117,7 @@ class Stepped:
                 thrown = error
 
 
-def watch(owner, name: str, book: Counter) -> None:
+def logger(owner, name: str, book: Counter) -> None:
     """Let a coroutine function note the CPU seconds of its steps."""
     function = getattr(owner, name)
 
@@ -130,8 +130,8 @@ def watch(owner, name: str, book: Counter) -> None:
 def split(options, problems, count: int = 1000) -> None:
     """CPU time of a call, our code and the library's told apart, with and without LiteLLM in between."""
     book: Counter = Counter()
-    watch(Teacher, "_work", book)
-    watch(Provider, "ask", book)
+    logger(Teacher, "_work", book)
+    logger(Provider, "ask", book)
     litellm = used_by_a_call(options, problems, count, book, "false")
     direct = used_by_a_call(options, problems, count, book, "true")
     theirs = told("LiteLLM", litellm)

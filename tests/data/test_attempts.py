@@ -12,7 +12,7 @@ from sclite import config
 from sclite.config import Config
 from sclite.data.attempts import distinct, in_blocks, inputs_of, sample_attempts
 from sclite.data.imported import bring
-from sclite.errors import DataFault
+from sclite.errors import DataError
 from sclite.grading.worker import Grader
 from sclite.records import Attempt, Drop, Problem
 from sclite.run import Run
@@ -243,7 +243,7 @@ def test_a_row_that_cannot_be_used_is_left_out_and_named_with_file_and_line(run,
     assert (drop.stage, drop.id, drop.raw) == ("attempts", "line 3", row)
     assert "mine.jsonl, line 3: " in drop.detail
     path.write_text(row + "\n")
-    with pytest.raises(DataFault, match=r"no row can be used: 1 row_not_readable; .*mine\.jsonl, line 1: "):
+    with pytest.raises(DataError, match=r"no row can be used: 1 row_not_readable; .*mine\.jsonl, line 1: "):
         bring(path, PROBLEMS, grader)
 
 
@@ -278,7 +278,7 @@ def test_a_label_that_says_all_is_right_keeps_the_attempt_right(grader, tmp_path
         (0, True, None, "2"),  # no answer can be read in it, so that it has the right one
         (1, True, None, "2"),
     ]
-    assert not parse(found[0].trace).faults
+    assert not parse(found[0].trace).issues
     assert [(d.id, d.reason) for d in drops] == [("line 3", "label_contradicts_answer")]
 
 
@@ -290,15 +290,15 @@ def test_a_labelled_step_makes_an_attempt_wrong_whatever_its_answer(grader, tmp_
 
 def test_a_label_of_another_name_is_not_passed_over(grader, tmp_path):
     source = write(tmp_path / "mine.jsonl", {"problem": "What is 1 + 1?", "steps": ["3"], "label": 0})
-    with pytest.raises(DataFault, match=r"a label, but no first_error_step: .* add 1"):
+    with pytest.raises(DataError, match=r"a label, but no first_error_step: .* add 1"):
         bring(source, PROBLEMS, grader)
 
 
 def test_a_missing_file_and_one_about_other_problems_are_told_apart(grader, tmp_path):
-    with pytest.raises(DataFault, match="does not exist"):
+    with pytest.raises(DataError, match="does not exist"):
         bring(tmp_path / "none.jsonl", PROBLEMS, grader)
     other = write(tmp_path / "other.jsonl", {"question": "Something else?", "steps": ["x"]})
-    with pytest.raises(DataFault, match="no row's question is among the problems of the run"):
+    with pytest.raises(DataError, match="no row's question is among the problems of the run"):
         bring(other, PROBLEMS, grader)
 
 

@@ -5,12 +5,12 @@ import json
 import pytest
 
 from sclite.config import Config
-from sclite.context import World
+from sclite.context import Context
 from sclite.data.contamination import index_of, overlap, trained_on
 from sclite.data.problems import gather_problems
-from sclite.errors import DataFault, NetworkFault
+from sclite.errors import DataError, NetworkError
 from sclite.measure import held_out
-from sclite.progress import Screen
+from sclite.progress import ProgressDisplay
 from sclite.records import Drop, Problem, Template
 from sclite.run import Report
 from sclite.settings import load
@@ -114,9 +114,9 @@ def test_one_file_for_training_and_evaluation_is_divided_by_the_evaluation(tmp_p
 
 def test_when_every_problem_overlaps_it_is_said(tmp_path, run):
     source, measured = (write(tmp_path / name, plain("First?")) for name in ("p.jsonl", "e.jsonl"))
-    with pytest.raises(DataFault, match="every problem overlaps") as fault:
+    with pytest.raises(DataError, match="every problem overlaps") as error:
         gather_problems(settings(f"problems.source={source}", f"eval.source={measured}"), run)
-    assert fault.value.hint
+    assert error.value.hint
 
 
 def test_an_evaluation_set_out_of_reach_is_a_fault_with_a_way_out(tmp_path, run, monkeypatch):
@@ -127,11 +127,11 @@ def test_an_evaluation_set_out_of_reach_is_a_fault_with_a_way_out(tmp_path, run,
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     source = write(tmp_path / "p.jsonl", plain("First?"))
-    with pytest.raises(NetworkFault, match=r"eval\.source, whose .* some/set cannot be reached") as fault:
+    with pytest.raises(NetworkError, match=r"eval\.source, whose .* some/set cannot be reached") as error:
         gather_problems(settings(f"problems.source={source}", "eval.source=some/set"), run)
-    assert "as eval.source" in fault.value.hint
-    assert "--set eval.source= leaves" in fault.value.hint
-    with pytest.raises(DataFault, match=r"problems\.avoid, whose .*none\.jsonl does not exist"):
+    assert "as eval.source" in error.value.hint
+    assert "--set eval.source= leaves" in error.value.hint
+    with pytest.raises(DataError, match=r"problems\.avoid, whose .*none\.jsonl does not exist"):
         gather_problems(settings(f"problems.source={source}", "problems.avoid=none.jsonl"), run)
 
 
@@ -144,8 +144,10 @@ def test_evaluation_problems_that_overlap_what_was_trained_on_are_left_out_and_t
     run.replace("problems.jsonl", [Problem(id="t1", question=f"Well. {LONG}", answer="1")])
     trace = "<Step1>x\n</Step1>\n<Answer>1</Answer>"
     run.replace("templates.jsonl", [Template(id="t2", question="own", answer="1", trace=trace)])
-    world = World(settings(f"eval.source={write(tmp_path / 'e.jsonl', *rows)}"), run, Screen(quiet=True))
-    tested, fitted, dropped = held_out(world)
+    context = Context(
+        settings(f"eval.source={write(tmp_path / 'e.jsonl', *rows)}"), run, ProgressDisplay(quiet=True)
+    )
+    tested, fitted, dropped = held_out(context)
     assert {p.id for p in [*tested, *fitted]} == {f"e{i}" for i in range(60)}
     assert dropped == {"overlaps_training": 2}
     drops = {d.id: d for d in run.read("dropped.jsonl", Drop)}
@@ -161,4 +163,4 @@ def test_what_training_left_out_may_be_evaluated(tmp_path, run):
     )
     chosen = settings(f"eval.source={write(tmp_path / 'e.jsonl', *rows)}")
     assert len(gather_problems(chosen, run)) == 1
-    assert held_out(World(chosen, run, Screen(quiet=True)))[2] == {}
+    assert held_out(Context(chosen, run, ProgressDisplay(quiet=True)))[2] == {}

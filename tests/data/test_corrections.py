@@ -4,8 +4,8 @@ import pytest
 
 from sclite.config import Config
 from sclite.data.corrections import build_corrections
-from sclite.data.review_check import review_flaw
-from sclite.errors import DataFault
+from sclite.data.review_check import review_rejection
+from sclite.errors import DataError
 from sclite.grading.worker import Grader
 from sclite.records import Attempt, Drop, Problem, Review
 from sclite.teacher.client import Teacher
@@ -62,7 +62,7 @@ def fill(run, wrong=1, right=0, others=()):
 
 
 def test_a_review_that_changes_the_first_wrong_step_and_ends_right_is_kept(grader):
-    assert review_flaw(GOOD, ATTEMPT, PROBLEM, grader) is None
+    assert review_rejection(GOOD, ATTEMPT, PROBLEM, grader) is None
 
 
 @pytest.mark.parametrize(
@@ -91,19 +91,19 @@ def test_a_review_that_changes_the_first_wrong_step_and_ends_right_is_kept(grade
     ],
 )
 def test_each_flaw_of_a_review_has_its_reason(grader, text, reason):
-    flaw = review_flaw(text, ATTEMPT, PROBLEM, grader)
-    assert flaw.reason == reason
-    assert flaw.text
+    rejection = review_rejection(text, ATTEMPT, PROBLEM, grader)
+    assert rejection.reason == reason
+    assert rejection.text
 
 
 def test_a_label_that_was_brought_along_decides_on_the_step(grader):
     for label, reason in ((2, None), (1, "other_step_than_label"), (3, "other_step_than_label")):
-        flaw = review_flaw(GOOD, ATTEMPT.model_copy(update={"first_error": label}), PROBLEM, grader)
-        assert (flaw.reason if flaw else None) == reason
+        rejection = review_rejection(GOOD, ATTEMPT.model_copy(update={"first_error": label}), PROBLEM, grader)
+        assert (rejection.reason if rejection else None) == reason
 
 
 def test_blanks_are_no_change_of_a_step(grader):
-    assert review_flaw(GOOD.replace("48 + 24 = 72", "48 +  24 =\n72"), ATTEMPT, PROBLEM, grader) is None
+    assert review_rejection(GOOD.replace("48 + 24 = 72", "48 +  24 =\n72"), ATTEMPT, PROBLEM, grader) is None
 
 
 def test_a_grader_that_does_not_know_is_no_wrong_answer():
@@ -111,7 +111,7 @@ def test_a_grader_that_does_not_know_is_no_wrong_answer():
         def equal(self, given, gold):
             return None
 
-    assert review_flaw(GOOD, ATTEMPT, PROBLEM, Unsure()).reason == "grader_unknown"
+    assert review_rejection(GOOD, ATTEMPT, PROBLEM, Unsure()).reason == "grader_unknown"
 
 
 # -- the stage -----------------------------------------------------------------------------------------------------
@@ -227,10 +227,10 @@ def test_when_no_correction_is_left_the_reasons_are_told(run, grader):
     fill(run, wrong=2)
     with (
         Teaching(lambda request, nth: say("All good!")) as server,
-        pytest.raises(DataFault, match="no wrong attempt could be corrected: 2 not readable") as fault,
+        pytest.raises(DataError, match="no wrong attempt could be corrected: 2 not readable") as error,
     ):
         build(run, server.url, grader)
-    assert "dropped.jsonl" in fault.value.hint
+    assert "dropped.jsonl" in error.value.hint
     assert run.finished("corrections") is None
     assert len(run.read("dropped.jsonl", Drop)) == 2
 
@@ -268,6 +268,6 @@ def test_a_row_that_got_no_reply_is_asked_for_again_next_time(run, grader):
 
 
 def test_without_attempts_the_next_command_is_named(run, grader):
-    with pytest.raises(DataFault, match=r"attempts\.jsonl is missing or empty") as fault:
+    with pytest.raises(DataError, match=r"attempts\.jsonl is missing or empty") as error:
         build(run, "http://127.0.0.1:9/v1", grader)
-    assert "sclite train" in fault.value.hint
+    assert "sclite train" in error.value.hint

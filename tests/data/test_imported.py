@@ -7,11 +7,11 @@ import pytest
 from safetensors.numpy import save
 
 from sclite import config, pipeline
-from sclite.context import World
+from sclite.context import Context
 from sclite.data.pairs import build_pairs
-from sclite.errors import DataFault
+from sclite.errors import DataError
 from sclite.grading.worker import Grader
-from sclite.progress import Screen
+from sclite.progress import ProgressDisplay
 from sclite.records import Attempt, Pair, Problem, Review, Template
 from sclite.settings import load
 from sclite.student.base import Reply
@@ -67,8 +67,8 @@ class Student:
             yield Reply(index, text, 8, 30, "stop")
 
 
-def world_of(run, *given: str) -> World:
-    return World(load(None, given, {}, own_file=False), run, Screen(quiet=True))
+def world_of(run, *given: str) -> Context:
+    return Context(load(None, given, {}, own_file=False), run, ProgressDisplay(quiet=True))
 
 
 def write(path, rows):
@@ -84,12 +84,12 @@ def test_labelled_work_is_corrected_at_its_label_without_a_student_and_no_pair_e
     mine = write(tmp_path / "mine.jsonl", map(labelled, range(COUNT)))
     with Teaching(teach) as server:
         given = (f"problems.source={source}", f"attempts.source={mine}", "teacher.model=openai/replay")
-        world = world_of(run, *given, f"teacher.api_base={server.url}", "teacher.repairs=1")
-        report = pipeline.build_corrections(world)
+        context = world_of(run, *given, f"teacher.api_base={server.url}", "teacher.repairs=1")
+        report = pipeline.build_corrections(context)
     assert report.dropped == {"wrong_answer": 1}  # task 5; task 3 was asked twice
     assert report.counts["corrected"] == COUNT - 1  # problems of both stages, not only of the second
     with Grader() as grader:
-        build_pairs(world.config, run, student=Student(), grader=grader)
+        build_pairs(context.config, run, student=Student(), grader=grader)
         tasks = {p.id: int(p.question.split()[1][:-1]) for p in run.read("problems.jsonl", Problem)}
         pairs = run.read("pairs.jsonl", Pair)
         assert {p.kind for p in pairs} == {"decision", "content"}
@@ -120,9 +120,9 @@ def test_where_problems_and_attempts_are_gone_since_the_run_continues_without_th
         asked = len(server.requests)
         source.unlink()
         mine.unlink()
-        world = world_of(run, *given)
-        pipeline.check_sources(world)
-        again = pipeline.build_corrections(world)
+        context = world_of(run, *given)
+        pipeline.check_sources(context)
+        again = pipeline.build_corrections(context)
         assert len(server.requests) == asked
     assert again.skipped
     assert again.counts == made.counts
@@ -161,7 +161,7 @@ def test_attempts_and_reviews_in_the_run_need_neither_student_nor_teacher(filled
     filled.replace("reviews.jsonl", [REVIEW])
     report = pipeline.build_corrections(world_of(filled))
     assert report.skipped
-    assert report.counts == {"corrected": 1, "confirmed": 0, "brought_along": 1}
+    assert report.counts == {"corrected": 1, "confirmed": 0, "imported": 1}
     assert filled.read("reviews.jsonl", Review) == [REVIEW]
 
 
@@ -169,12 +169,12 @@ def test_attempts_in_the_run_are_corrected(filled, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
     before = filled.path("attempts.jsonl").read_bytes()
     with Teaching(lambda request, nth: say(render(NOTED))) as server:
-        world = world_of(filled, "teacher.model=openai/replay", f"teacher.api_base={server.url}")
-        report = pipeline.build_corrections(world)
+        context = world_of(filled, "teacher.model=openai/replay", f"teacher.api_base={server.url}")
+        report = pipeline.build_corrections(context)
     assert report.counts["corrected"] == 1
     assert filled.path("attempts.jsonl").read_bytes() == before
     filled.path("done/corrections.json").unlink()  # as after a kill before the signature
-    assert not filled.brought_along("corrections", "reviews.jsonl")
+    assert not filled.is_imported("corrections", "reviews.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -189,9 +189,9 @@ def test_attempts_in_the_run_are_corrected(filled, monkeypatch):
 )
 def test_an_attempt_in_the_run_that_does_not_fit_is_named(filled, change, said):
     filled.replace("attempts.jsonl", [ATTEMPT, ATTEMPT.model_copy(update={"sample": 1, **change})])
-    with pytest.raises(DataFault, match=r"attempts\.jsonl, row 2 \(p\d\): " + said) as fault:
+    with pytest.raises(DataError, match=r"attempts\.jsonl, row 2 \(p\d\): " + said) as error:
         pipeline.build_corrections(world_of(filled))
-    assert fault.value.hint
+    assert error.value.hint
 
 
 @pytest.mark.parametrize(
@@ -207,16 +207,16 @@ def test_an_attempt_in_the_run_that_does_not_fit_is_named(filled, change, said):
 )
 def test_a_review_in_the_run_that_does_not_fit_is_named(filled, change, said):
     filled.replace("reviews.jsonl", [REVIEW.model_copy(update=change)])
-    with pytest.raises(DataFault, match=r"reviews\.jsonl, row 1 \(p0\): " + said) as fault:
+    with pytest.raises(DataError, match=r"reviews\.jsonl, row 1 \(p0\): " + said) as error:
         pipeline.build_corrections(world_of(filled))
-    assert fault.value.hint
+    assert error.value.hint
 
 
 def test_pairs_in_the_run_take_the_place_of_the_stage(filled):
     filled.replace("pairs.jsonl", [DECISION, CONTENT])
     report = pipeline.build_pairs(world_of(filled))
     assert report.skipped
-    assert report.counts == {"decision": 1, "content": 1, "brought_along": 2}
+    assert report.counts == {"decision": 1, "content": 1, "imported": 2}
 
 
 @pytest.mark.parametrize(
@@ -238,9 +238,9 @@ def test_pairs_in_the_run_take_the_place_of_the_stage(filled):
 )
 def test_a_pair_in_the_run_that_cannot_be_trained_on_is_named(filled, rows, said):
     filled.replace("pairs.jsonl", rows)
-    with pytest.raises(DataFault, match=said) as fault:
+    with pytest.raises(DataError, match=said) as error:
         pipeline.build_pairs(world_of(filled))
-    assert fault.value.hint
+    assert error.value.hint
 
 
 def test_pairs_that_this_program_wrote_are_not_taken_for_ones_brought_along(filled):
@@ -249,13 +249,13 @@ def test_pairs_that_this_program_wrote_are_not_taken_for_ones_brought_along(fill
     with Grader() as grader:
         build_pairs(config.Config(), filled, student=Student(), grader=grader)
     filled.path("done/pairs.json").unlink()
-    assert not filled.brought_along("pairs", "pairs.jsonl")
+    assert not filled.is_imported("pairs", "pairs.jsonl")
 
 
 def test_templates_in_the_run_need_no_problems(run):
     trace = "<Step1>x\n</Step1>\n<Generalized>g</Generalized>\n<Answer>1</Answer>"
     run.replace("templates.jsonl", [Template(id="t", question="q", answer="1", trace=trace)])
-    assert pipeline.build_templates(world_of(run)).counts == {"templates": 1, "brought_along": 1}
+    assert pipeline.build_templates(world_of(run)).counts == {"templates": 1, "imported": 1}
 
 
 # -- an adapter ----------------------------------------------------------------------------------------------------
@@ -274,25 +274,25 @@ def test_an_adapter_in_the_run_takes_the_place_of_sft(run):
     put_adapter(run)
     report = train_sft(config.Config(), run)
     assert report.skipped
-    assert report.counts == {"brought_along": 1}
+    assert report.counts == {"imported": 1}
     assert run.path("sft/adapter/adapter_model.safetensors").read_bytes() == WEIGHTS
 
 
 def test_an_adapter_without_its_configuration_is_named(run):
     put_adapter(run, "IA3")
-    with pytest.raises(DataFault, match="describes no LoRA"):
+    with pytest.raises(DataError, match="describes no LoRA"):
         train_sft(config.Config(), run)
     run.path("sft/adapter/adapter_config.json").unlink()
-    with pytest.raises(DataFault, match=r"adapter_config\.json") as fault:
+    with pytest.raises(DataError, match=r"adapter_config\.json") as error:
         train_sft(config.Config(), run)
-    assert "--fresh" in fault.value.hint
+    assert "--fresh" in error.value.hint
 
 
 def test_without_warm_up_epochs_the_adapter_is_taken_over_and_no_reviews_are_needed(run):
     put_adapter(run)
-    with pytest.raises(DataFault, match=r"reviews\.jsonl is missing") as fault:
+    with pytest.raises(DataError, match=r"reviews\.jsonl is missing") as error:
         train_warmup(load(None, ["student.model=embedded"], {}, own_file=False), run)
-    assert "warmup.num_train_epochs=0" in fault.value.hint
+    assert "warmup.num_train_epochs=0" in error.value.hint
     chosen = load(None, ["student.model=embedded", "warmup.num_train_epochs=0"], {}, own_file=False)
     train_warmup(chosen, run)
     assert run.path("warmup/adapter/adapter_model.safetensors").read_bytes() == WEIGHTS

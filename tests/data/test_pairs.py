@@ -6,7 +6,7 @@ import pytest
 
 from sclite.config import Config
 from sclite.data.pairs import build_pairs, content_pair, continuation, decision_pairs
-from sclite.errors import DataFault
+from sclite.errors import DataError
 from sclite.grading.worker import Grader
 from sclite.records import Attempt, Drop, Pair, Problem, Review
 from sclite.student.base import Reply
@@ -197,9 +197,9 @@ def test_a_finished_stage_asks_no_student(run, grader):
 
 
 def test_without_reviews_the_next_command_is_named(run, grader):
-    with pytest.raises(DataFault, match=r"reviews\.jsonl is missing or empty") as fault:
+    with pytest.raises(DataError, match=r"reviews\.jsonl is missing or empty") as error:
         build_pairs(CONFIG, run, student=None, grader=grader)
-    assert "sclite build-data" in fault.value.hint
+    assert "sclite build-data" in error.value.hint
 
 
 # -- free reviews of an endpoint -----------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 
 from sclite import config
 from sclite.data.problems import divide, gather_problems, load_problems, split_for_stages
-from sclite.errors import DataFault, NetworkFault, UsageFault
+from sclite.errors import DataError, NetworkError, UsageError
 from sclite.records import Drop, Problem
 from sclite.settings import load
 
@@ -32,8 +32,8 @@ def plain(number):
     return {"question": f"What is {number} + 1?", "answer": str(number + 1)}
 
 
-def fault(source, **options) -> DataFault:
-    with pytest.raises(DataFault) as caught:
+def error(source, **options) -> DataError:
+    with pytest.raises(DataError) as caught:
         load_problems(source, **options)
     assert caught.value.code == 3
     assert caught.value.hint
@@ -107,18 +107,18 @@ def test_limit_counts_different_problems_and_reads_no_further(tmp_path):
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path):
-    assert "nothing.jsonl does not exist" in fault(str(tmp_path / "nothing.jsonl")).message
+    assert "nothing.jsonl does not exist" in error(str(tmp_path / "nothing.jsonl")).message
     for name in ("nothing.txt", "nothing.jsonl.gz", "./nothing"):
-        assert f"{Path(name)} does not exist" in fault(name).message
-    assert "is a folder" in fault(str(tmp_path)).message
-    with pytest.raises(UsageFault, match=r"problems\.source"):
+        assert f"{Path(name)} does not exist" in error(name).message
+    assert "is a folder" in error(str(tmp_path)).message
+    with pytest.raises(UsageError, match=r"problems\.source"):
         load_problems("")
 
 
 @pytest.mark.parametrize("name", ["p.jsonl", "p.json", "p.csv"])
 def test_an_empty_file_is_named(tmp_path, name):
     (tmp_path / name).write_text("\n" if name == "p.jsonl" else "")
-    assert f"{name} is empty" in fault(str(tmp_path / name)).message
+    assert f"{name} is empty" in error(str(tmp_path / name)).message
 
 
 def test_a_line_that_is_no_json_is_named(tmp_path):
@@ -131,14 +131,14 @@ def test_a_line_that_is_no_json_is_named(tmp_path):
     assert (drop.reason, drop.raw) == ("row_not_readable", '{"question": "half')
     assert "p.jsonl, line 7: column 14: not JSON: Unterminated string" in drop.detail
     (tmp_path / "p.json").write_text('[\n{"question": "q", "answer": "1"},\n{]')
-    assert "p.json, line 3, column 2: not JSON" in fault(str(tmp_path / "p.json")).message
+    assert "p.json, line 3, column 2: not JSON" in error(str(tmp_path / "p.json")).message
 
 
 def test_rows_that_are_no_objects_are_named(tmp_path):
     (tmp_path / "p.jsonl").write_text("[1, 2]\n")
-    assert "line 1: not a JSON object" in fault(str(tmp_path / "p.jsonl")).message
+    assert "line 1: not a JSON object" in error(str(tmp_path / "p.jsonl")).message
     (tmp_path / "p.json").write_text('{"rows": []}')
-    assert "not a list of objects" in fault(str(tmp_path / "p.json")).message
+    assert "not a list of objects" in error(str(tmp_path / "p.json")).message
 
 
 @pytest.mark.parametrize(
@@ -157,18 +157,18 @@ def test_a_row_without_answer_is_counted_and_named_and_the_others_are_read(tmp_p
     (drop,) = drops
     assert drop.reason == "no_answer"
     assert "p.jsonl, line 2: no answer" in drop.detail
-    found = fault(write(tmp_path / "q.jsonl", [row]))
+    found = error(write(tmp_path / "q.jsonl", [row]))
     assert "q.jsonl: no row can be used (1 no answer); line 1: no answer" in found.message
     assert "####" in found.message + found.hint
 
 
 def test_an_empty_question_is_named(tmp_path):
-    found = fault(write(tmp_path / "p.jsonl", [{**plain(1), "question": " "}]))
+    found = error(write(tmp_path / "p.jsonl", [{**plain(1), "question": " "}]))
     assert "(1 no question); line 1: the question is empty" in found.message
 
 
 def test_unknown_columns_are_told_with_those_that_are_known(tmp_path):
-    found = fault(write(tmp_path / "p.jsonl", [{"prompt": "q", "target": "a"}]))
+    found = error(write(tmp_path / "p.jsonl", [{"prompt": "q", "target": "a"}]))
     assert "only: prompt, target" in found.message
     assert "question and answer" in found.hint
 
@@ -194,10 +194,10 @@ def test_columns_of_any_name_are_read_from_every_form(tmp_path, monkeypatch):
 
 def test_a_named_column_that_is_not_there_is_told_with_those_that_are(tmp_path):
     source = write(tmp_path / "p.jsonl", [{"query": "q", "gold": "1"}])
-    found = fault(source, columns={"question": "query", "answer": "golden"})
+    found = error(source, columns={"question": "query", "answer": "golden"})
     assert found.message.endswith("(1 columns missing); line 1: no column golden, only: query, gold")
     assert "answer_column" in found.hint
-    assert "no known columns" in fault(source, columns={"question": "query"}).message
+    assert "no known columns" in error(source, columns={"question": "query"}).message
     (kept,) = load_problems(source, columns={"question": "query", "answer": "gold"})
     assert kept.answer == "1"
 
@@ -236,12 +236,12 @@ def test_a_faulty_row_of_a_csv_is_counted_and_named_with_the_line_where_it_begin
 def test_a_quote_that_is_never_closed_stops_the_file_because_it_takes_the_rows_after_it_along(tmp_path):
     path = tmp_path / "p.csv"
     path.write_text('question,answer\nq,1\n"open,2\nr,3\n')
-    assert "p.csv, line 3 to 4: not CSV: unexpected end of data" in fault(str(path)).message
+    assert "p.csv, line 3 to 4: not CSV: unexpected end of data" in error(str(path)).message
 
 
 def test_a_parquet_file_that_is_none_is_named(tmp_path):
     (tmp_path / "p.parquet").write_bytes(b"PAR1 but not really")
-    assert "p.parquet cannot be read" in fault(str(tmp_path / "p.parquet")).message
+    assert "p.parquet cannot be read" in error(str(tmp_path / "p.parquet")).message
 
 
 def test_an_answer_may_stand_in_the_last_line_of_a_solution(tmp_path):
@@ -251,7 +251,7 @@ def test_an_answer_may_stand_in_the_last_line_of_a_solution(tmp_path):
     ]
     assert [p.answer for p in load_problems(write(tmp_path / "p.jsonl", rows))] == ["72", "6"]
     rows = [{"problem": "c", "solution": "The answer is 5, I think.\nOr not."}]
-    assert "no answer" in fault(write(tmp_path / "p.jsonl", rows)).message
+    assert "no answer" in error(write(tmp_path / "p.jsonl", rows)).message
 
 
 def test_the_second_row_of_an_id_is_counted_and_named(tmp_path):
@@ -274,7 +274,7 @@ def test_a_row_that_is_not_utf8_is_counted_and_named(tmp_path, name):
     assert [p.question for p in load_problems(str(tmp_path / name), drops=drops)] == ["one", "two"]
     assert "the text is not UTF-8 (convert the file: iconv" in drops[0].detail
     (tmp_path / "p.json").write_bytes(b'[{"question": "caf\xe9"}]')
-    assert "not UTF-8" in fault(str(tmp_path / "p.json")).message
+    assert "not UTF-8" in error(str(tmp_path / "p.json")).message
 
 
 def test_a_data_set_out_of_reach_has_a_remedy(monkeypatch):
@@ -284,7 +284,7 @@ def test_a_data_set_out_of_reach_has_a_remedy(monkeypatch):
         raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub (LocalEntryNotFoundError)\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(NetworkFault, match="openai/gsm8k cannot be reached") as found:
+    with pytest.raises(NetworkError, match="openai/gsm8k cannot be reached") as found:
         load_problems("openai/gsm8k", subset="main")
     assert "JSONL" in found.value.hint
 
@@ -296,7 +296,7 @@ def test_a_data_set_that_this_disk_cannot_hold_is_no_network_fault(monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert "No space left" in fault("openai/gsm8k").message
+    assert "No space left" in error("openai/gsm8k").message
 
 
 def test_hub_rows_without_answer_are_left_out_because_nobody_can_mend_them(monkeypatch):
@@ -331,7 +331,7 @@ def test_the_problems_of_a_run_are_written_into_it_or_were_put_there(tmp_path, r
 
 
 def test_a_run_without_problems_says_what_to_type(run):
-    with pytest.raises(DataFault) as caught:
+    with pytest.raises(DataError) as caught:
         gather_problems(config.Config(), run)
     assert "problems.source" in caught.value.hint
 

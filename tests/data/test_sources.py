@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sclite.data.problems import load_problems
-from sclite.errors import DataFault, ScliteError
+from sclite.errors import DataError, ScliteError
 from sclite.records import Problem
 
 ROWS = [{"question": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(3)]
@@ -44,8 +44,8 @@ def test_texts_are_read_packed_or_not_with_any_line_end_and_byte_order_mark(
     assert answers(tmp_path / f"also-{name}", gzip.compress(content)) == ["1", "2", "3"]
 
 
-def refused(source) -> DataFault:
-    with pytest.raises(DataFault) as caught:
+def refused(source) -> DataError:
+    with pytest.raises(DataError) as caught:
         load_problems(str(source))
     assert caught.value.code == 3
     assert caught.value.hint

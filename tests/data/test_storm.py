@@ -50,12 +50,13 @@ def number_of(request):
 def storm(request, nth):
     """A third of the first requests fail, each in its own way; asked again they succeed."""
     answer = number_of(request) + 1
-    faults = (
+    issues = (
         fail(429, retry_after="0"), fail(500), BROKEN, HTML, say("Sure! Let me think."), say(reply(answer)[:40], "length"),
         say(reply(-12345)), say(reply(answer, "As the reference solution shows, count on.")), say("late", seconds=1.5),
     )  # fmt: skip
     draw = int(hashlib.sha256(str(request["messages"]).encode()).hexdigest(), 16) % 27
-    return faults[draw] if nth == 1 and draw < len(faults) else say(reply(answer))
+    again = nth > 1 or "could not be used" in request["messages"][1]["content"]
+    return say(reply(answer)) if again or draw >= len(issues) else issues[draw]
 
 
 def chosen(url, *more):

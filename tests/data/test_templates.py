@@ -11,7 +11,7 @@ import pytest
 
 from sclite import prompts, trace
 from sclite.data.templates import build_templates, check_template, mentions_the_solution
-from sclite.errors import DataFault, TeacherFault, UsageFault
+from sclite.errors import DataError, TeacherError, UsageError
 from sclite.grading.worker import Grader
 from sclite.records import Drop, Problem, Template
 from sclite.run import Run
@@ -95,9 +95,9 @@ def test_a_grader_that_does_not_know_is_not_a_wrong_answer():
         def equal(self, given, gold):
             return None
 
-    flaw = check_template(reply("3"), problem(2), Unsure())
-    assert flaw.reason == "grader_unknown"
-    assert "3" in flaw.text
+    rejection = check_template(reply("3"), problem(2), Unsure())
+    assert rejection.reason == "grader_unknown"
+    assert "3" in rejection.text
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_a_changed_problem_is_asked_again(run, grader):
 def test_rows_of_another_teacher_are_refused_and_fresh_makes_them_anew(run, grader):
     with Teaching(right) as server:
         build(run, server.url, grader)
-        with pytest.raises(UsageFault, match="max_tokens") as caught:
+        with pytest.raises(UsageError, match="max_tokens") as caught:
             build(run, server.url, grader, settings=["teacher.max_tokens=77"])
         assert "--fresh" in caught.value.hint
         assert len(run.read("templates.jsonl", Template)) == 8
@@ -244,7 +244,7 @@ def test_a_changed_sentence_of_the_prompt_asks_all_anew_and_a_learning_rate_noth
         build(run, server.url, grader)
         assert build(run, server.url, grader, settings=["sft.learning_rate=3e-4"]).skipped
         assert len(server.requests) == 8
-        with pytest.raises(UsageFault, match="prompts"):
+        with pytest.raises(UsageError, match="prompts"):
             build(run, server.url, grader, settings=other)
         assert len(server.requests) == 8
         build(run, server.url, grader, settings=other, fresh=True)
@@ -260,19 +260,19 @@ def test_templates_that_were_brought_along_take_the_place_of_the_stage(run, grad
     with Teaching(right) as server:
         report = build(run, server.url, grader)
     assert report.skipped
-    assert report.counts == {"templates": 1, "brought_along": 1}
+    assert report.counts == {"templates": 1, "imported": 1}
     assert not server.requests
     assert run.read("templates.jsonl", Template) == rows
     run.replace("templates.jsonl", [rows[0].model_copy(update={"trace": "<Step1>open"})])
-    with pytest.raises(DataFault, match=r"row 1 \(mine\): missing closer"):
+    with pytest.raises(DataError, match=r"row 1 \(mine\): missing closer"):
         build(run, server.url, grader)
 
 
 def test_a_teacher_that_never_answered_leaves_the_place_free_for_own_templates(run, grader):
-    with pytest.raises(TeacherFault):
+    with pytest.raises(TeacherError):
         build(run, "http://127.0.0.1:9/v1", grader)
     run.replace("templates.jsonl", [Template(id="mine", question="q", answer="1", trace=reply(1))])
-    assert build(run, "http://127.0.0.1:9/v1", grader).counts["brought_along"] == 1
+    assert build(run, "http://127.0.0.1:9/v1", grader).counts["imported"] == 1
 
 
 def test_the_same_teacher_may_move_to_another_address(run, grader):
@@ -299,7 +299,7 @@ def test_a_row_lost_to_the_network_is_asked_again_next_time(run, grader):
 
 
 def test_when_nothing_came_out_it_is_said_why(run, grader):
-    expected = pytest.raises(DataFault, match="no template came out of 8 problems: 8 no_steps")
+    expected = pytest.raises(DataError, match="no template came out of 8 problems: 8 no_steps")
     with Teaching(lambda request, nth: say("Sure!")) as server, expected:
         build(run, server.url, grader)
     assert len(run.read("dropped.jsonl", Drop)) == 8

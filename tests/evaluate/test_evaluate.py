@@ -229,7 +229,8 @@ def test_the_example_shown_had_an_answer_and_its_wrong_step_was_found(capsys):
     assert "corrected  2 + 2 = 4" in shown
 
 
-def test_the_table_of_answers_that_could_not_be_graded_has_dashes(capsys):
+def test_the_table_of_answers_that_could_not_be_graded_has_dashes(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     from sclite.evaluate.metrics import Outcome, summarise
     from sclite.evaluate.table import table
 

@@ -11,7 +11,7 @@ import typer
 
 from sclite.cli import app
 from sclite.config import keys
-from sclite.errors import UsageFault
+from sclite.errors import UsageError
 from sclite.inspect.plan import STAGES
 from sclite.settings import load
 from sclite.train.memory import choose, estimate, wanted_setting
@@ -44,7 +44,7 @@ def test_each_recipe_loads_and_every_key_is_known(name, tmp_path):
     assert given <= set(keys())
     wrong = tmp_path / "wrong.toml"
     wrong.write_text((FOLDER / f"{name}.toml").read_text().replace("[sft]", "[sft]\nlearning_rat = 1.0"))
-    with pytest.raises(UsageFault, match="learning_rat"):
+    with pytest.raises(UsageError, match="learning_rat"):
         load(wrong, [], {})
 
 

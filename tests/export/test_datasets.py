@@ -7,7 +7,7 @@ import pytest
 
 from sclite import prompts
 from sclite.config import Config
-from sclite.errors import DataFault
+from sclite.errors import DataError
 from sclite.export.dataset_card import source_name
 from sclite.export.datasets import FOLDER, export_data
 from sclite.records import Attempt, Drop, Pair, Problem, Review, Template
@@ -190,7 +190,7 @@ def test_a_run_without_pairs_needs_no_student_and_leaves_no_old_pairs_behind(stu
 
 
 def test_an_empty_run_names_the_command_that_fills_it(student, tmp_path):
-    with pytest.raises(DataFault, match="neither templates nor pairs") as caught:
+    with pytest.raises(DataError, match="neither templates nor pairs") as caught:
         export_data(config_of(student), Run(tmp_path / "run"))
     assert "sclite build-data" in caught.value.hint
 
@@ -199,14 +199,14 @@ def test_a_pair_whose_problem_is_gone_is_named(student, tmp_path):
     run = filled(tmp_path / "run")
     run.replace("reviews.jsonl", [])
     run.replace("problems.jsonl", [p for p in run.read("problems.jsonl", Problem) if p.id != "p1"])
-    with pytest.raises(DataFault, match=r"problems.jsonl has no problem p1, which pair p1/0 is about"):
+    with pytest.raises(DataError, match=r"problems.jsonl has no problem p1, which pair p1/0 is about"):
         export_data(config_of(student), run)
 
 
 def test_a_review_whose_attempt_is_gone_is_named(student, tmp_path):
     run = filled(tmp_path / "run")
     run.replace("attempts.jsonl", run.read("attempts.jsonl", Attempt)[1:])
-    with pytest.raises(DataFault, match=r"p0/0: no such row in attempts.jsonl"):
+    with pytest.raises(DataError, match=r"p0/0: no such row in attempts.jsonl"):
         export_data(config_of(student), run)
 
 

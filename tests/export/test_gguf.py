@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sclite.errors import DataFault, NetworkFault, UsageFault
+from sclite.errors import DataError, NetworkError, UsageError
+from sclite.export import gguf as conversion
 from sclite.export import gguf_writer, parity
 from sclite.export.quantize import quantisations, quantize
 from sclite.student.base import Request
@@ -35,7 +36,7 @@ def gguf(folder):
 def converter(tmp_path_factory):
     """llama.cpp's converter, where it is on this machine already: nothing is downloaded for a test."""
     cached = conversion.cache_folder()
-    if (cached / gguf.SCRIPT).is_file():
+    if (cached / conversion.SCRIPT).is_file():
         return cached
     sdists = sorted(Path("/tmp/sdist").glob("llama_cpp_python-*.tar.gz"))
     if not sdists:
@@ -120,31 +121,31 @@ def test_without_network_and_cache_the_command_to_run_elsewhere_is_named(folder,
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name, value in (("PIP_NO_INDEX", "1"), ("PIP_FIND_LINKS", ""), ("PIP_CONFIG_FILE", "/dev/null")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(NetworkFault, match="cannot fetch") as fault:
+    with pytest.raises(NetworkError, match="cannot fetch") as error:
         conversion.converter()
-    assert "pip download --no-deps --no-binary llama-cpp-python" in fault.value.hint
-    assert "SCLITE_LLAMA_CPP" in fault.value.hint
+    assert "pip download --no-deps --no-binary llama-cpp-python" in error.value.hint
+    assert "SCLITE_LLAMA_CPP" in error.value.hint
     monkeypatch.setattr(conversion, "SMALL", 0)
     conversion.convert(folder, tmp_path / "all-the-same.gguf")  # what can be written directly still is
     other = tmp_path / "qwen"
     shutil.copytree(folder, other, ignore=shutil.ignore_patterns("*.gguf"))
     shape = json.loads((other / "config.json").read_text()) | {"architectures": ["Qwen2ForCausalLM"]}
     (other / "config.json").write_text(json.dumps(shape))
-    with pytest.raises(NetworkFault):
+    with pytest.raises(NetworkError):
         conversion.convert(other, tmp_path / "other.gguf")
 
 
 def test_a_checkout_that_is_none_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("SCLITE_LLAMA_CPP", str(tmp_path))
-    with pytest.raises(UsageFault, match="convert_hf_to_gguf"):
+    with pytest.raises(UsageError, match="convert_hf_to_gguf"):
         conversion.converter()
 
 
 def test_a_model_that_the_converter_refuses_leaves_no_file_and_the_reason(folder, tmp_path):
-    (tmp_path / gguf.SCRIPT).write_text("import sys; sys.exit('Model Foo is not supported')")
-    with pytest.raises(DataFault, match="Model Foo is not supported") as fault:
+    (tmp_path / conversion.SCRIPT).write_text("import sys; sys.exit('Model Foo is not supported')")
+    with pytest.raises(DataError, match="Model Foo is not supported") as error:
         conversion.run_converter(tmp_path, folder, tmp_path / "out.gguf")
-    assert sys.executable in fault.value.hint
+    assert sys.executable in error.value.hint
     assert not (tmp_path / "out.gguf").exists()
 
 
@@ -163,9 +164,9 @@ def test_a_file_that_has_the_type_already_is_copied(gguf, tmp_path):
 
 
 def test_an_unknown_quantisation_is_refused_with_the_list(gguf, tmp_path):
-    with pytest.raises(UsageFault, match="q4_k_x") as fault:
+    with pytest.raises(UsageError, match="q4_k_x") as error:
         quantize(gguf, tmp_path / "x.gguf", "q4_k_x")
-    assert "q4_k_m" in fault.value.hint
+    assert "q4_k_m" in error.value.hint
     assert {"f32", "f16", "bf16", "q4_k_m", "q5_k_m", "q6_k", "q8_0", "q4_0"} <= set(quantisations())
 
 
@@ -173,7 +174,7 @@ def test_a_broken_file_is_refused_and_leaves_nothing(gguf, tmp_path):
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(gguf.read_bytes()[:100_000])
     for path in (broken, tmp_path / "absent.gguf"):
-        with pytest.raises(DataFault):
+        with pytest.raises(DataError):
             quantize(path, tmp_path / "x.gguf", "q8_0")
     assert not list(tmp_path.glob("x.gguf*"))
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from sclite.errors import DataFault
+from sclite.errors import DataError
 from sclite.export.merge import merge
 from tests.tiny import tiny_llama
 
@@ -151,17 +151,17 @@ def test_four_bit_weights_are_dequantised(base, tmp_path):
 
 def test_what_cannot_be_merged_is_refused_with_a_remedy(base, tmp_path):
     train(base, tmp_path / "dora", r=2, target_modules=["q_proj"], use_dora=True)
-    with pytest.raises(DataFault, match="DoRA") as fault:
+    with pytest.raises(DataError, match="DoRA") as error:
         merge(base, tmp_path / "dora", tmp_path / "merged")
-    assert "merge_and_unload" in fault.value.hint
+    assert "merge_and_unload" in error.value.hint
 
     shutil.copytree(base, tmp_path / "gptq")
     shape = json.loads((base / "config.json").read_text())
     shape["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (tmp_path / "gptq" / "config.json").write_text(json.dumps(shape))
-    with pytest.raises(DataFault, match="gptq") as fault:
+    with pytest.raises(DataError, match="gptq") as error:
         merge(tmp_path / "gptq", None, tmp_path / "merged")
-    assert "unquantized" in fault.value.hint
+    assert "unquantized" in error.value.hint
     assert not (tmp_path / "merged").exists()
 
 
@@ -178,9 +178,9 @@ def test_what_cannot_be_merged_is_refused_with_a_remedy(base, tmp_path):
 )
 def test_adapter_that_peft_would_reload_differently_is_refused(base, tmp_path, settings, reason):
     train(base, tmp_path / "adapter", **{"r": 2, "target_modules": ["v_proj"], **settings})
-    with pytest.raises(DataFault, match=reason) as fault:
+    with pytest.raises(DataError, match=reason) as error:
         merge(base, tmp_path / "adapter", tmp_path / "merged")
-    assert "merge_and_unload" in fault.value.hint
+    assert "merge_and_unload" in error.value.hint
     assert not (tmp_path / "merged").exists()
 
 
@@ -223,7 +223,7 @@ def test_adapter_trained_on_other_weights_of_the_same_shapes_is_refused(base, tm
     shutil.copy(base / "config.json", tmp_path / "sharded")
     merge(tmp_path / "sharded", tmp_path / "adapter", tmp_path / "merged")  # the same weights in other files
     other = tiny_llama(tmp_path / "other", seed=5)
-    with pytest.raises(DataFault, match="trained on other weights"):
+    with pytest.raises(DataError, match="trained on other weights"):
         merge(other, tmp_path / "adapter", tmp_path / "merged")
 
 
@@ -233,13 +233,13 @@ def test_damaged_adapter_names_the_file_and_a_remedy(base, tmp_path):
     whole = path.read_bytes()
     for damaged in (whole[: len(whole) // 2], b"", whole[:4], b"\xff" * 64):
         path.write_bytes(damaged)
-        with pytest.raises(DataFault, match=r"adapter_model\.safetensors is damaged") as fault:
+        with pytest.raises(DataError, match=r"adapter_model\.safetensors is damaged") as error:
             merge(base, tmp_path / "adapter", tmp_path / "merged")
-        assert fault.value.hint == f"delete {path.parent} and run `sclite train` again"
+        assert error.value.hint == f"delete {path.parent} and run `sclite train` again"
     path.write_bytes(whole)
     for settings in ("{", "[]", '{"peft_type": "LORA"}', '{"peft_type": "LORA", "lora_alpha": "x"}'):
         (tmp_path / "adapter" / "adapter_config.json").write_text(settings)
-        with pytest.raises(DataFault, match=r"adapter_config\.json"):
+        with pytest.raises(DataError, match=r"adapter_config\.json"):
             merge(base, tmp_path / "adapter", tmp_path / "merged")
 
 
@@ -268,16 +268,16 @@ def test_an_adapter_of_another_base_is_refused(base, tmp_path):
     renamed = {key.replace("layers.1", "layers.7"): tensor for key, tensor in tensors.items()}
     save_file(renamed, tmp_path / "other" / "adapter_model.safetensors")
     (tmp_path / "other" / "adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(DataFault, match=r"layers\.7.*does not have"):
+    with pytest.raises(DataError, match=r"layers\.7.*does not have"):
         merge(base, tmp_path / "other", tmp_path / "merged")
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(base, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
-    with pytest.raises(DataFault, match="not empty"):
+    with pytest.raises(DataError, match="not empty"):
         merge(base, None, tmp_path / "mine")
     merge(base, None, tmp_path / "merged")
     merge(base, None, tmp_path / "merged")  # an earlier merge is replaced
-    with pytest.raises(DataFault, match="has no model"):
+    with pytest.raises(DataError, match="has no model"):
         merge(tmp_path / "absent", None, tmp_path / "merged")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sclite.errors import DataFault, ScliteError, UsageFault
+from sclite.errors import DataError, ScliteError, UsageError
 from sclite.export.ollama import PROBES, create, detect_family, modelfile
 from sclite.student.chat_template import render_chat
 from tests.tiny import CHATML
@@ -144,9 +144,9 @@ def test_an_unknown_template_is_left_to_ollama_with_a_warning():
 
 def test_text_that_a_modelfile_cannot_hold_is_refused():
     for system in ('say """', 'say "stop"'):
-        with pytest.raises(DataFault):
+        with pytest.raises(DataError):
             modelfile("m.gguf", CHATML, system=system)
-    with pytest.raises(DataFault):
+    with pytest.raises(DataError):
         modelfile("m.gguf", CHATML, stop=('"',))
 
 
@@ -165,7 +165,7 @@ def test_template_that_would_end_or_run_in_the_modelfile_is_left_out(injected):
 
 @pytest.mark.parametrize("name", ["-f", "--help", "a\nb", "a b", ""])
 def test_name_that_ollama_would_take_for_an_option_is_refused(name, tmp_path):
-    with pytest.raises(UsageFault, match="not a name for a model"):
+    with pytest.raises(UsageError, match="not a name for a model"):
         create(name, tmp_path / "Modelfile")
 
 
@@ -192,9 +192,9 @@ def test_real_templates_of_llama_cpp_are_recognised():
 
 def test_a_missing_ollama_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ScliteError, match="not installed") as fault:
+    with pytest.raises(ScliteError, match="not installed") as error:
         create("mine", tmp_path / "Modelfile")
-    assert "ollama.com/install" in fault.value.hint
+    assert "ollama.com/install" in error.value.hint
 
 
 def test_ollama_create_is_run_and_its_refusal_is_told(tmp_path, monkeypatch):

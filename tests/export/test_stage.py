@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from sclite.config import Config
-from sclite.errors import FAILED, DataFault, ScliteError
+from sclite.errors import FAILED, DataError, ScliteError
 from sclite.export import gguf, parity, stage
 from sclite.run import Run
 from sclite.student.llama_cpp.engine import Engine
@@ -95,8 +95,8 @@ def not_merged(tensors, before):
     return before
 
 
-@pytest.mark.parametrize("fault", [rounded, scaled, merged_twice, not_merged])
-def test_faulty_merge_fails_the_export(base, run, monkeypatch, fault):
+@pytest.mark.parametrize("failure", [rounded, scaled, merged_twice, not_merged])
+def test_faulty_merge_fails_the_export(base, run, monkeypatch, failure):
     from safetensors.torch import load_file, save_file
 
     merge = stage.merge
@@ -104,7 +104,7 @@ def test_faulty_merge_fails_the_export(base, run, monkeypatch, fault):
     def faulty(*given, **named):
         path = merge(*given, **named) / "model.safetensors"
         before = load_file(base / "model.safetensors")
-        save_file(fault(load_file(path), before), path, metadata={"format": "pt"})
+        save_file(failure(load_file(path), before), path, metadata={"format": "pt"})
         return path.parent
 
     monkeypatch.setattr(stage, "merge", faulty)
@@ -144,7 +144,7 @@ def test_damaged_gguf_is_written_again_and_an_unchanged_one_is_not(base, run):
     path = run.path("export/sft-q8_0.gguf")
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataFault, match=r"llama\.cpp cannot load") as error:
+    with pytest.raises(DataError, match=r"llama\.cpp cannot load") as error:
         check_gguf(path)
     assert "sclite export" in error.value.hint
     assert not stage.export_model(config, run, "sft").skipped
@@ -154,15 +154,15 @@ def test_damaged_gguf_is_written_again_and_an_unchanged_one_is_not(base, run):
 
 def test_unfinished_file_is_not_picked_up(run):
     from sclite import measure
-    from sclite.context import World
-    from sclite.progress import Screen
+    from sclite.context import Context
+    from sclite.progress import ProgressDisplay
 
     run.path(stage.UNFINISHED).mkdir(parents=True)
     run.path(f"{stage.UNFINISHED}/sft-q4_k_m.gguf").write_bytes(b"GGUF")
-    world = World(Config(), run, Screen(quiet=True))
-    with pytest.raises(DataFault, match="holds no GGUF"):
-        measure.find_gguf(world, None)
-    assert measure.measured_gguf(world, run.path("export/sft-q8_0.gguf")) is None
+    context = Context(Config(), run, ProgressDisplay(quiet=True))
+    with pytest.raises(DataError, match="holds no GGUF"):
+        measure.find_gguf(context, None)
+    assert measure.measured_gguf(context, run.path("export/sft-q8_0.gguf")) is None
 
 
 def test_adapter_of_unknown_weights_that_names_another_base_is_said(base, run):
@@ -201,7 +201,7 @@ def test_tokenizer_that_aborts_llama_cpp_is_an_error_and_leaves_no_gguf(base, ru
         "add_token_list",
         lambda self, tokens: add(self, [token.replace("<0x", "<1x") for token in tokens]),
     )
-    with pytest.raises(DataFault, match=r"llama.cpp cannot read .*signal 6") as error:
+    with pytest.raises(DataError, match=r"llama.cpp cannot read .*signal 6") as error:
         stage.export_model(config_of(base), run, "sft")
     assert "another base model" in error.value.hint
     assert list(run.path("export").iterdir()) == []
@@ -214,7 +214,7 @@ def test_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_refused(base,
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "more")
     tokenizer.add_tokens(["<Cause>"])
     tokenizer.save_pretrained(tmp_path / "more")
-    with pytest.raises(DataFault, match=r"ids up to 512 .* embedding 512 rows") as error:
+    with pytest.raises(DataError, match=r"ids up to 512 .* embedding 512 rows") as error:
         stage.export_model(config_of(tmp_path / "more"), run, "sft")
     assert "resize_token_embeddings" in error.value.hint
 
@@ -245,7 +245,7 @@ def test_probabilities_that_do_not_fit_into_memory_are_skipped_and_said(base, ru
     result = stage.export_model(config_of(base), run, "sft").figures["parity"]
     assert "GB of RAM needed" in result["skipped"]
     assert "probabilities not compared" in parity.summary(result)
-    assert parity.faults(result) == []
+    assert parity.issues(result) == []
 
 
 def test_code_in_a_model_folder_does_not_run(base, run, tmp_path, monkeypatch):
@@ -266,10 +266,10 @@ def test_code_in_a_model_folder_does_not_run(base, run, tmp_path, monkeypatch):
     ):
         found = json.loads((folder / name).read_text()) | settings
         (folder / name).write_text(json.dumps(found))
-    with pytest.raises(DataFault, match="converter cannot convert"):  # it is no Dream model
+    with pytest.raises(DataError, match="converter cannot convert"):  # it is no Dream model
         stage.export_model(config_of(folder), run, "sft")
     assert not ran.exists()
-    with pytest.raises(DataFault):
+    with pytest.raises(DataError):
         gguf.run_converter(source, folder, tmp_path / "out.gguf")
     assert ran.exists()  # the folder as it is does run there
 

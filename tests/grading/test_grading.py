@@ -259,9 +259,9 @@ def test_a_worker_that_died_between_two_comparisons_is_replaced(grader):
 def test_a_grader_without_math_verify_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "math_verify.py").write_text("raise ImportError('no math_verify here')")
     monkeypatch.syspath_prepend(tmp_path)
-    with Grader() as grader, pytest.raises(ScliteError, match="no math_verify here") as fault:
+    with Grader() as grader, pytest.raises(ScliteError, match="no math_verify here") as error:
         grader.equal(r"\sqrt{8}", r"2\sqrt{2}")
-    assert "pip install" in fault.value.hint
+    assert "pip install" in error.value.hint
 
 
 def test_many_threads_share_one_grader(grader):

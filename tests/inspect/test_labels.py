@@ -3,7 +3,7 @@
 import pytest
 
 from sclite.data.pairs import content_pair, continuation, decision_pairs
-from sclite.errors import UsageFault
+from sclite.errors import UsageError
 from sclite.inspect.labels import Labels
 from sclite.records import Review, Template
 from sclite.run import Run
@@ -13,7 +13,7 @@ from tests.train.test_sft import config_of, toy_problems, toy_trace, write_toy
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def context(tmp_path_factory):
     """(configuration, run) of a toy run and its tiny student."""
     run = Run(tmp_path_factory.mktemp("run"))
     write_toy(run)
@@ -24,15 +24,15 @@ def told(found: list[dict], weighted=bool) -> str:
     return "".join(token["text"] for token in found if weighted(token["weight"]))
 
 
-def test_a_template_carries_loss_on_its_trace_and_its_end(world):
-    config, run = world
+def test_a_template_carries_loss_on_its_trace_and_its_end(context):
+    config, run = context
     made = Labels(config, run, "templates").as_json(run.read("templates.jsonl", Template)[0])
     assert made["end_of_turn"] == "<|im_end|>"
     assert told(made["sequences"]["sft"]) == render(toy_trace(0)) + "<|im_end|>"
 
 
-def test_a_correction_is_shown_as_review_as_continued_and_as_closed_row(world):
-    config, run = world
+def test_a_correction_is_shown_as_review_as_continued_and_as_closed_row(context):
+    config, run = context
     review = run.read("reviews.jsonl", Review)[1]
     made = Labels(config, run, "reviews").as_json(review)["sequences"]
     assert list(made) == ["review", "continued", "closed"]
@@ -42,15 +42,15 @@ def test_a_correction_is_shown_as_review_as_continued_and_as_closed_row(world):
     assert "Correction" not in told(made["closed"])
 
 
-def test_a_confirmation_is_a_review_alone(world):
-    config, run = world
+def test_a_confirmation_is_a_review_alone(context):
+    config, run = context
     assert list(
         Labels(config, run, "reviews").as_json(run.read("reviews.jsonl", Review)[0])["sequences"]
     ) == ["review"]
 
 
-def test_both_sides_of_a_pair_are_shown(world):
-    config, run = world
+def test_both_sides_of_a_pair_are_shown(context):
+    config, run = context
     review = run.read("reviews.jsonl", Review)[1]
     work = parse(render(toy_trace(1, 1))).trace
     wrong = review.model_copy(update={"correction": "12 + 31 = 44"})
@@ -64,8 +64,8 @@ def test_both_sides_of_a_pair_are_shown(world):
     assert marked["weight"] == 0
 
 
-def test_a_page_says_how_many_tokens_carry_loss_and_marks_the_heavy_ones(world):
-    config, run = world
+def test_a_page_says_how_many_tokens_carry_loss_and_marks_the_heavy_ones(context):
+    config, run = context
     row = run.read("reviews.jsonl", Review)[1]
     page = Labels(config, run, "reviews").page(row, 2, 6).plain
     assert page.startswith("2/6  p1")
@@ -76,8 +76,8 @@ def test_a_page_says_how_many_tokens_carry_loss_and_marks_the_heavy_ones(world):
     assert "\n▸  " in page
 
 
-def test_a_page_of_a_decision_says_that_there_is_one_and_where(world):
-    config, run = world
+def test_a_page_of_a_decision_says_that_there_is_one_and_where(context):
+    config, run = context
     review, work = run.read("reviews.jsonl", Review)[1], parse(render(toy_trace(1, 1))).trace
     page = Labels(config, run, "pairs").page(decision_pairs(review, work)[0], 1, 1).plain
     assert "0 with loss, 1 decision, ends with" in page
@@ -86,7 +86,7 @@ def test_a_page_of_a_decision_says_that_there_is_one_and_where(world):
     assert "▸" not in page
 
 
-def test_rows_that_are_not_trained_on_are_refused_with_those_that_are(world):
-    with pytest.raises(UsageFault, match="attempts are not trained on") as fault:
-        Labels(*world, "attempts")
-    assert "templates, reviews, pairs" in fault.value.hint
+def test_rows_that_are_not_trained_on_are_refused_with_those_that_are(context):
+    with pytest.raises(UsageError, match="attempts are not trained on") as error:
+        Labels(*context, "attempts")
+    assert "templates, reviews, pairs" in error.value.hint

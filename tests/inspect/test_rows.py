@@ -4,7 +4,7 @@ import tracemalloc
 
 import pytest
 
-from sclite.errors import DataFault, UsageFault
+from sclite.errors import DataError, UsageError
 from sclite.inspect.rows import FILES, Choice, Problems, choose, overview
 from sclite.records import Attempt, Drop, Pair, Problem, Review, Template
 from sclite.run import Run
@@ -78,9 +78,9 @@ def test_the_first_row_and_the_limit_count_rows_that_fit(full):
     ],
 )
 def test_what_is_not_there_is_answered_with_what_is(full, choice, said, there):
-    with pytest.raises(UsageFault, match=said) as fault:
+    with pytest.raises(UsageError, match=said) as error:
         choose(full, choice)
-    assert there in fault.value.hint
+    assert there in error.value.hint
 
 
 def test_nothing_of_a_kind_that_exists_is_no_fault(full):
@@ -89,18 +89,18 @@ def test_nothing_of_a_kind_that_exists_is_no_fault(full):
 
 def test_a_run_that_does_not_exist_is_answered_with_those_beside_it(full):
     full.write_json("run.toml", {})
-    with pytest.raises(DataFault, match="nowhere does not exist") as fault:
+    with pytest.raises(DataError, match="nowhere does not exist") as error:
         overview(Run(full.folder.parent / "nowhere"))
-    assert str(full.folder) in fault.value.hint
-    with pytest.raises(DataFault) as fault:
+    assert str(full.folder) in error.value.hint
+    with pytest.raises(DataError) as error:
         overview(Run(full.folder / "deeper/nowhere"))
-    assert "sclite build-data" in fault.value.hint
+    assert "sclite build-data" in error.value.hint
 
 
 def test_a_damaged_row_is_named_before_the_first_is_given(full):
     with open(full.path("problems.jsonl"), "a") as file:
         file.write("no JSON\n")
-    with pytest.raises(DataFault, match=r"problems\.jsonl, line 5"):
+    with pytest.raises(DataError, match=r"problems\.jsonl, line 5"):
         choose(full, Choice("problems"))
 
 

@@ -9,7 +9,7 @@ import pytest
 from sclite import files, prompts
 from sclite.data import attempts, corrections, templates
 from sclite.data.problems import split_for_stages
-from sclite.errors import DataFault
+from sclite.errors import DataError
 from sclite.export import stage as export
 from sclite.inspect.status import OUTPUTS, Stage, next_command, status
 from sclite.records import Attempt, Drop, Problem, Review, Template
@@ -84,7 +84,7 @@ def states(run: Run, *more: str) -> dict[str, str]:
 
 
 def test_a_run_that_does_not_exist_is_a_data_fault_and_is_not_made(run):
-    with pytest.raises(DataFault, match="does not exist"):
+    with pytest.raises(DataError, match="does not exist"):
         status(config(run), run)
     assert not run.folder.exists()
 
@@ -193,9 +193,10 @@ def test_requests_that_went_unanswered_leave_their_stage_half_way(built):
 
 
 def test_training_that_was_broken_off_is_half_way_at_its_last_step(built):
-    built.path("dpo").mkdir()
-    rows = '{"phase": "warmup", "step": 10}\n{"phase": "dpo", "step": 1}\n{"phase": "dpo", "step": 2}\n{"phase": "d'
-    built.path("dpo/metrics.jsonl").write_text(rows)
+    dpo = '{"phase": "dpo", "step": 1}\n{"phase": "dpo", "step": 2}\n{"phase": "d'
+    for name, rows in (("warmup", '{"phase": "warmup", "step": 10}\n'), ("dpo", dpo)):
+        built.path(name).mkdir()
+        built.path(f"{name}/metrics.jsonl").write_text(rows)
     found = status(config(built), built)["stages"]
     assert [(found[name]["state"], found[name]["rows"]) for name in ("sft", "warmup", "dpo")] == [
         ("not_begun", None),

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from sclite import prompts
-from sclite.data.review_check import review_flaw
+from sclite.data.review_check import review_rejection
 from sclite.data.templates import check_template
 from sclite.grading.worker import Grader
 from sclite.quickstart import tutor
@@ -70,7 +70,7 @@ def test_every_correction_of_the_tutor_passes_the_filters(grader):
         row = Attempt(id=problem.id, sample=0, trace=render(attempt), answer=attempt.answer, correct=False)
         messages = prompts.correction_messages(problem.question, problem.solution, problem.answer, row.trace)
         reply = tutor.reply(list(messages))
-        assert review_flaw(reply, row, problem, grader) is None, reply
+        assert review_rejection(reply, row, problem, grader) is None, reply
         assert first_corrected(parse(reply).trace) == wrong
 
 

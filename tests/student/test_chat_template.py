@@ -2,7 +2,7 @@
 
 import pytest
 
-from sclite.errors import DataFault
+from sclite.errors import DataError
 from sclite.student import chat_template
 from sclite.student.chat_template import opens_thinking, render_chat
 from tests.tiny import CHATML
@@ -30,9 +30,9 @@ R1 = (  # the end of DeepSeek-R1-Distill's template
 )
 def test_a_hostile_template_ends_in_an_error_and_the_next_one_renders(monkeypatch, template, reason):
     monkeypatch.setattr(chat_template, "SECONDS", 2)
-    with pytest.raises(DataFault, match=reason) as fault:
+    with pytest.raises(DataError, match=reason) as error:
         render_chat(template, CHAT)
-    assert "chat template" in fault.value.hint
+    assert "chat template" in error.value.hint
     assert render_chat("{{ messages[0].content }}", CHAT) == "2 + 2?"
 
 

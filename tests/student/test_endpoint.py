@@ -3,7 +3,7 @@
 import pytest
 
 from sclite import config
-from sclite.errors import TeacherFault, UsageFault
+from sclite.errors import TeacherError, UsageError
 from sclite.student.base import Request, ScoreRequest
 from sclite.student.endpoint import Endpoint
 from sclite.teacher.client import Teacher
@@ -101,10 +101,10 @@ def test_a_reply_ends_with_the_stop_string_that_it_meets(run):
 
 def test_a_request_with_a_beginning_is_refused_before_anything_is_asked(run):
     with Teaching(lambda body, nth: say(TRACE)) as server:
-        with pytest.raises(UsageFault, match="openai/small is an endpoint") as fault:
+        with pytest.raises(UsageError, match="openai/small is an endpoint") as error:
             ask(run, server.url, [request("1?"), request("2?", pieces=("<Step1>x\n",))])
         assert server.requests == []
-    assert "free review" in fault.value.hint
+    assert "free review" in error.value.hint
 
 
 def test_an_endpoint_does_not_score(run):
@@ -139,12 +139,12 @@ def test_other_sampling_is_asked_for_anew(run, temperature, max_tokens, asked):
 
 def test_a_fault_of_the_endpoint_names_the_student_and_never_the_key(run):
     with Teaching(lambda body, nth: fail(401, "bad key sk-secret-123456")) as server:
-        with pytest.raises(TeacherFault) as fault:
+        with pytest.raises(TeacherError) as error:
             ask(run, server.url, [request("1?")])
-        said = f"{fault.value.message} {fault.value.hint}"
+        said = f"{error.value.message} {error.value.hint}"
         assert f"student openai/small at {server.url} refuses the key" in said
     assert "sk-secret" not in said
-    with pytest.raises(TeacherFault) as fault:
+    with pytest.raises(TeacherError) as error:
         ask(run, "http://127.0.0.1:9/v1", [request("1?")])
-    assert "attempts.api_base" in fault.value.hint
-    assert "teacher" not in f"{fault.value.message} {fault.value.hint}"
+    assert "attempts.api_base" in error.value.hint
+    assert "teacher" not in f"{error.value.message} {error.value.hint}"

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from sclite.config import Sft
-from sclite.errors import DataFault
+from sclite.errors import DataError
 from sclite.student.adapters import new_shape, put_adapter, with_new_adapter
 from sclite.student.loader import choose_card, end_to_end, load_student
 from tests.tiny import tiny_llama
@@ -25,7 +25,7 @@ def test_rows_go_end_to_end_only_where_no_layer_carries_a_state_along():
     assert end_to_end(shaped(), asked, "plain")
     assert not end_to_end(shaped(), Sft(), "plain")
     assert not end_to_end(shaped("linear_attention", "full_attention"), Sft(), "unsloth")
-    with pytest.raises(DataFault, match="would mix the rows"):
+    with pytest.raises(DataError, match="would mix the rows"):
         end_to_end(shaped("linear_attention"), asked, "unsloth")
 
 
@@ -61,11 +61,11 @@ def test_an_adapter_of_another_shape_is_refused_by_name(tmp_path):
     weights = load_file(tmp_path / "whole/adapter_model.safetensors")
     (tmp_path / "part").mkdir()
     save_file(dict(list(weights.items())[2:]), tmp_path / "part/adapter_model.safetensors")
-    with pytest.raises(DataFault, match="does not fit the student"):
+    with pytest.raises(DataError, match="does not fit the student"):
         put_adapter(other, tmp_path / "part")
-    shape = new_shape(config.sft, other.config)
+    shape = new_shape(config.lora, other.config)
     renamed = {f"{name.replace('layers.0', 'layers.99')}": value for name, value in weights.items()}
     (tmp_path / "other").mkdir()
     save_file(renamed, tmp_path / "other/adapter_model.safetensors")
-    with pytest.raises(DataFault, match="does not fit the student"):
+    with pytest.raises(DataError, match="does not fit the student"):
         put_adapter(with_new_adapter(other.get_base_model(), shape, 0), tmp_path / "other")

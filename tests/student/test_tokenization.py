@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from sclite import prompts
-from sclite.errors import DataFault
+from sclite.errors import DataError
 from sclite.student.base import compared
 from sclite.student.chat_template import merge_system
 from sclite.student.self_correction import Settings, continue_request
@@ -82,9 +82,9 @@ def test_thinking_is_switched_off_where_the_template_has_a_switch(folder):
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(folder):
-    with pytest.raises(DataFault, match="no chat template") as fault:
+    with pytest.raises(DataError, match="no chat template") as error:
         prompt_text(with_template(folder, None), SOLVE)
-    assert fault.value.hint == "choose an instruct model"
+    assert error.value.hint == "choose an instruct model"
 
 
 def test_the_end_of_turn_is_what_the_template_writes_after_an_answer(folder, tokenizer):
@@ -100,9 +100,9 @@ def test_the_end_of_turn_is_what_the_template_writes_after_an_answer(folder, tok
 def test_a_tokenizer_without_any_end_token_is_refused(folder):
     endless = with_template(folder, PLAIN)
     endless.eos_token = None
-    with pytest.raises(DataFault, match="no end-of-turn token") as fault:
+    with pytest.raises(DataError, match="no end-of-turn token") as error:
         end_id(endless)
-    assert fault.value.hint
+    assert error.value.hint
 
 
 # -- wholes and parts ----------------------------------------------------------------------------------------------
@@ -192,9 +192,9 @@ def test_a_vocabulary_that_begins_both_alike_is_refused():
     def letters(pieces, **_):
         return {"input_ids": [[ord(letter) for letter in piece] for piece in pieces]}
 
-    with pytest.raises(DataFault, match="same first token") as fault:
+    with pytest.raises(DataError, match="same first token") as error:
         decision_ids(letters)
-    assert fault.value.hint
+    assert error.value.hint
 
 
 def test_first_tokens_are_compared_where_they_tell_all_tags_apart():

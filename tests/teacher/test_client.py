@@ -5,8 +5,8 @@ import time
 import pytest
 
 from sclite import config
-from sclite.errors import TeacherFault, UsageFault
-from sclite.teacher.client import Flaw, Job, Teacher
+from sclite.errors import TeacherError, UsageError
+from sclite.teacher.client import Job, Rejection, Teacher
 from sclite.teacher.ledger import Ledger
 from tests.replay import BROKEN, HTML, Teaching, fail, say
 
@@ -17,14 +17,14 @@ def _key(monkeypatch):
 
 
 def job(number, check=lambda reply: None, sample=0):
-    def messages(fault):
-        return [{"role": "user", "content": f"question {number}. {fault}".strip()}]
+    def messages(error):
+        return [{"role": "user", "content": f"question {number}. {error}".strip()}]
 
     return Job(str(number), messages, check, sample)
 
 
 def good(reply):
-    return None if reply.startswith("good") else Flaw("not_good", f"it says {reply}")
+    return None if reply.startswith("good") else Rejection("not_good", f"it says {reply}")
 
 
 def ask(server, jobs, path, url=None, **settings):
@@ -89,7 +89,7 @@ def test_after_three_repairs_the_job_fails_with_its_last_fault_and_reply(tmp_pat
     with Teaching(lambda request, nth: say(f"bad {len(server.requests)}")) as server:
         results, _ = ask(server, [job(1, good)], tmp_path)
     assert results[0].text is None
-    assert results[0].flaw == Flaw("not_good", "it says bad 4")
+    assert results[0].rejection == Rejection("not_good", "it says bad 4")
     assert (results[0].raw, results[0].requests, len(server.requests)) == ("bad 4", 4, 4)
 
 
@@ -107,7 +107,7 @@ def test_a_reply_that_was_cut_off_is_a_fault_of_its_own(tmp_path):
         results, _ = ask(server, [job(1)], tmp_path)
         assert (results[0].text, results[0].requests) == ("good", 2)
         results, _ = ask(server, [job(2)], tmp_path, repairs=0)
-    assert (results[0].flaw.reason, results[0].raw) == ("cut_off", "good but hal")
+    assert (results[0].rejection.reason, results[0].raw) == ("cut_off", "good but hal")
 
 
 def test_faults_of_the_network_are_tried_again(tmp_path):
@@ -130,7 +130,7 @@ def test_litellm_does_not_retry_on_its_own(tmp_path):
 
     with Teaching(answer) as server:
         results, _ = ask(server, [job(1), job(2)], tmp_path, attempts_per_call=2)
-    assert results[1].flaw.reason == "no_reply"
+    assert results[1].rejection.reason == "no_reply"
     assert len(server.requests) == 3
 
 
@@ -212,16 +212,16 @@ def test_leaving_early_cancels_what_is_under_way_and_the_teacher_stays_usable(tm
 
 def test_a_bad_key_stops_everything_at_once_and_is_not_shown(tmp_path):
     with Teaching(lambda request, nth: fail(401, "Incorrect API key provided: sk-test-secret")) as server:
-        with pytest.raises(TeacherFault) as caught:
+        with pytest.raises(TeacherError) as caught:
             ask(server, map(job, range(10**6)), tmp_path)
         assert len(server.requests) <= 32
-    fault = caught.value
-    assert fault.code == 6
-    assert "openai/replay" in fault.message
-    assert server.url in fault.message
-    assert "OPENAI_API_KEY" in fault.hint
-    assert "\n" not in fault.message
-    assert "secret" not in fault.message + fault.hint
+    error = caught.value
+    assert error.code == 6
+    assert "openai/replay" in error.message
+    assert server.url in error.message
+    assert "OPENAI_API_KEY" in error.hint
+    assert "\n" not in error.message
+    assert "secret" not in error.message + error.hint
 
 
 def test_no_key_is_needed_where_the_endpoint_wants_none(tmp_path, monkeypatch):
@@ -234,29 +234,29 @@ def test_no_key_is_needed_where_the_endpoint_wants_none(tmp_path, monkeypatch):
 
 def test_a_missing_key_for_the_real_service_is_told_at_once(tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
-    with pytest.raises(TeacherFault, match=r"gpt-4\.1 has no key") as caught:
+    with pytest.raises(TeacherError, match=r"gpt-4\.1 has no key") as caught:
         ask(None, [job(1)], tmp_path, model="openai/gpt-4.1")
     assert "OPENAI_API_KEY" in caught.value.hint
 
 
 def test_an_unknown_model_stops_everything(tmp_path):
     answer = fail(404, "The model `replay` does not exist")
-    with Teaching(lambda *_: answer) as server, pytest.raises(TeacherFault, match="does not exist"):
+    with Teaching(lambda *_: answer) as server, pytest.raises(TeacherError, match="does not exist"):
         ask(server, map(job, range(10**6)), tmp_path)
     assert len(server.requests) <= 32
 
 
 def test_a_model_without_provider_is_told_before_any_call(tmp_path):
     with Teaching(lambda request, nth: say("good")) as server:
-        with pytest.raises(UsageFault, match="no provider"):
+        with pytest.raises(UsageError, match="no provider"):
             ask(server, [job(1)], tmp_path, model="something")
-        with pytest.raises(UsageFault, match=r"teacher\.model is not set"):
+        with pytest.raises(UsageError, match=r"teacher\.model is not set"):
             ask(server, [job(1)], tmp_path, model="")
     assert not server.requests
 
 
 def test_nobody_there_stops_everything_after_the_tries(tmp_path):
-    with pytest.raises(TeacherFault, match="does not answer after 3 tries") as caught:
+    with pytest.raises(TeacherError, match="does not answer after 3 tries") as caught:
         ask(None, map(job, range(10**6)), tmp_path, "http://127.0.0.1:9/v1", attempts_per_call=3)
     assert "http://127.0.0.1:9/v1" in caught.value.message
 
@@ -273,17 +273,17 @@ def test_a_refused_question_is_left_out_and_the_others_go_on(tmp_path):
         results, _ = ask(server, [job(i) for i in range(20)], tmp_path)
         alone, _ = ask(server, [job(21)], tmp_path)
     assert [r.text for r in results] == ["good", None] * 10
-    assert results[1].flaw == Flaw("refused_by_teacher", "no known question in this request")
-    assert alone[0].flaw.reason == "refused_by_teacher"
+    assert results[1].rejection == Rejection("refused_by_teacher", "no known question in this request")
+    assert alone[0].rejection.reason == "refused_by_teacher"
     assert len(server.requests) == 21
 
 
 def test_when_all_are_refused_the_teacher_is_to_blame(tmp_path):
     with Teaching(lambda request, nth: fail(400, "max_tokens is too large")) as server:
-        with pytest.raises(TeacherFault, match="max_tokens is too large"):
+        with pytest.raises(TeacherError, match="max_tokens is too large"):
             ask(server, map(job, range(10**6)), tmp_path)
         assert len(server.requests) <= 48
-        with pytest.raises(TeacherFault, match="max_tokens is too large"):
+        with pytest.raises(TeacherError, match="max_tokens is too large"):
             ask(server, map(job, range(6)), tmp_path)
 
 
@@ -292,7 +292,7 @@ def test_a_teacher_that_falls_silent_is_given_up_and_what_came_is_kept(tmp_path)
         return say("good") if int(asked(request).split()[1][:-1]) < 10 else BROKEN
 
     with Teaching(answer) as server:
-        with pytest.raises(TeacherFault, match="does not answer"):
+        with pytest.raises(TeacherError, match="does not answer"):
             ask(server, [job(i) for i in range(10**4)], tmp_path, attempts_per_call=2, concurrency=4)
         assert len(server.requests) < 60
     with Ledger(tmp_path / "ledger.sqlite") as ledger:

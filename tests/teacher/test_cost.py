@@ -5,12 +5,12 @@ from contextlib import suppress
 import pytest
 
 from sclite import config
-from sclite.errors import BudgetFault, TeacherFault, UsageFault
+from sclite.errors import BudgetError, TeacherError, UsageError
 from sclite.settings import load
-from sclite.teacher.client import Flaw, Job, Teacher
+from sclite.teacher.client import Job, Rejection, Teacher
 from sclite.teacher.cost import dollars, most_prompt_tokens
 from sclite.teacher.failures import silent
-from sclite.teacher.forecast import PILOT, ask_after_pilot, reckon
+from sclite.teacher.forecast import PILOT, ask_after_pilot, forecast
 from sclite.teacher.ledger import Ledger
 from tests.replay import BROKEN, Answer, Teaching, fail, say
 
@@ -22,7 +22,7 @@ def _key(monkeypatch):
 
 def job(number, inspect=None):
     return Job(
-        str(number), lambda fault: [{"role": "user", "content": f"q{number} {fault}"}], lambda _: None,
+        str(number), lambda error: [{"role": "user", "content": f"q{number} {error}"}], lambda _: None,
         inspect=inspect,
     )  # fmt: skip
 
@@ -39,7 +39,7 @@ def cheap(request, nth):
 def test_the_limit_is_never_passed_and_what_was_under_way_is_given(tmp_path):
     results = []
     with Teaching(cheap) as server, Ledger(tmp_path / "l") as ledger:
-        with teacher_of(ledger, server, max_cost=0.01) as teacher, pytest.raises(BudgetFault) as caught:
+        with teacher_of(ledger, server, max_cost=0.01) as teacher, pytest.raises(BudgetError) as caught:
             results.extend(teacher.ask_all(map(job, range(500)), "templates"))
         spent = ledger.totals()["cost_usd"]
         assert spent == pytest.approx(0.00011 * len(server.requests))
@@ -52,7 +52,7 @@ def test_the_limit_is_never_passed_and_what_was_under_way_is_given(tmp_path):
 
 def test_a_higher_limit_goes_on_where_it_stopped(tmp_path):
     with Teaching(cheap) as server, Ledger(tmp_path / "l") as ledger:
-        with teacher_of(ledger, server, max_cost=0.002) as teacher, pytest.raises(BudgetFault):
+        with teacher_of(ledger, server, max_cost=0.002) as teacher, pytest.raises(BudgetError):
             list(teacher.ask_all(map(job, range(20))))
         asked = len(server.requests)
         assert 0 < asked < 20
@@ -104,7 +104,7 @@ def test_counts_that_cannot_be_cost_what_was_reserved(tmp_path, usage, direct):
             if direct:
                 assert [r.text for r in teacher.ask_all([job(1)])] == ["good"]
             else:
-                with suppress(TeacherFault):  # LiteLLM raises over some of them
+                with suppress(TeacherError):  # LiteLLM raises over some of them
                     list(teacher.ask_all([job(1)]))
         totals = ledger.totals()
     if (
@@ -132,7 +132,7 @@ def test_a_connection_that_breaks_in_the_body_costs_what_was_reserved_and_one_th
         for url in (server.url, "http://127.0.0.1:9/v1"):
             with (
                 teacher_of(ledger, server, api_base=url, direct=direct, attempts_per_call=1) as teacher,
-                pytest.raises(TeacherFault, match="does not answer"),
+                pytest.raises(TeacherError, match="does not answer"),
             ):
                 list(teacher.ask_all([job(1)]))
             assert ledger.totals()["lost_usd"] == pytest.approx(RESERVED)
@@ -142,7 +142,7 @@ def test_a_connection_that_breaks_in_the_body_costs_what_was_reserved_and_one_th
 @pytest.mark.parametrize("price", ["[-1000, 2]", "[1, -0.1]", "[nan, 1]", "[inf, 1]"])
 @pytest.mark.parametrize("section", ["teacher", "attempts"])
 def test_a_price_is_not_negative(section, price):
-    with pytest.raises(UsageFault, match=f"{section}.price"):
+    with pytest.raises(UsageError, match=f"{section}.price"):
         load(None, [f"{section}.price={price}"], {}, own_file=False)
 
 
@@ -170,7 +170,7 @@ def test_a_limit_without_a_price_is_refused_before_any_call(tmp_path):
         url = server.url.replace("127.0.0.1", "teacher.example")
         with (
             teacher_of(ledger, server, api_base=url, price=None, max_cost=1) as teacher,
-            pytest.raises(UsageFault, match="nobody knows what") as caught,
+            pytest.raises(UsageError, match="nobody knows what") as caught,
         ):
             list(teacher.ask_all([job(1)]))
         assert "teacher.price" in caught.value.hint
@@ -185,7 +185,7 @@ def test_the_rest_is_asked_for_only_if_the_forecast_is_agreed_to(tmp_path):
         return False
 
     with Teaching(cheap) as server, Ledger(tmp_path / "l") as ledger, teacher_of(ledger, server) as teacher:
-        with pytest.raises(BudgetFault, match=f"stopped after {PILOT} of 30 rows"):
+        with pytest.raises(BudgetError, match=f"stopped after {PILOT} of 30 rows"):
             list(ask_after_pilot(teacher, map(job, range(30)), 30, "templates", confirm))
         assert len(server.requests) == PILOT
         assert seen[0].rows_left == 30 - PILOT
@@ -208,7 +208,7 @@ def test_nobody_is_asked_where_all_is_known_or_free(tmp_path):
 
 def test_a_forecast_sends_nothing_and_says_the_first_request_exactly(tmp_path):
     with Teaching(cheap) as server, Ledger(tmp_path / "l") as ledger, teacher_of(ledger, server) as teacher:
-        found = reckon(teacher, map(job, range(10)), 50, "templates")
+        found = forecast(teacher, map(job, range(10)), 50, "templates")
         assert not server.requests
         list(teacher.ask_all([job(0)], "templates"))
         sent = server.requests[0]
@@ -216,7 +216,7 @@ def test_a_forecast_sends_nothing_and_says_the_first_request_exactly(tmp_path):
             k: found["first_request"][k] for k in ("messages", "max_tokens")
         }
         assert (found["requests"], found["completion_tokens"]) == (10, 500)
-        after = reckon(teacher, map(job, range(10)), 50, "templates")
+        after = forecast(teacher, map(job, range(10)), 50, "templates")
         assert (after["requests"], after["completion_tokens"]) == (9, 90)  # ten tokens a reply, as it was
 
 
@@ -229,7 +229,7 @@ def test_a_refusal_is_remembered_once_others_were_answered(tmp_path):
             with teacher_of(ledger, server) as teacher:
                 list(teacher.ask_all([job(0)]))
                 (refused,) = teacher.ask_all([job(1)])
-            assert refused.flaw == Flaw("refused_by_teacher", "not this one")
+            assert refused.rejection == Rejection("refused_by_teacher", "not this one")
         assert len(server.requests) == 2
 
 
@@ -265,7 +265,7 @@ def test_an_inspector_that_never_accepts_ends_the_job_after_three_rounds(tmp_pat
         named = {"inspector": "openai/judge", "inspector_api_base": server.url}
         with teacher_of(ledger, server, **named) as teacher:
             (result,) = teacher.ask_all([job(1, inspect)])
-    assert result.flaw.reason == "rejected_by_inspector"
+    assert result.rejection.reason == "rejected_by_inspector"
     assert result.requests == 4
 
 

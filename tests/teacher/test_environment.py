@@ -9,14 +9,14 @@ import pytest
 
 from sclite import config
 from sclite.config import Config, without_password
-from sclite.errors import UsageFault
+from sclite.errors import UsageError
 from sclite.run import Run
 from sclite.teacher import provider
 from sclite.teacher.client import Job, Teacher
 from sclite.teacher.ledger import Ledger
 from tests.replay import Teaching, fail, say
 
-JOB = Job("1", lambda fault: [{"role": "user", "content": "q"}], lambda reply: None)
+JOB = Job("1", lambda error: [{"role": "user", "content": "q"}], lambda reply: None)
 
 
 @pytest.mark.parametrize("direct", [True, False])
@@ -32,7 +32,7 @@ def test_a_key_with_a_windows_line_end_works(tmp_path, monkeypatch, direct):
 @pytest.mark.parametrize("key", ["sk-sec\rret", "sk-sec ret", "sk-secrét", "sk-sec\nret"])
 def test_a_key_that_no_header_can_hold_is_named_and_not_shown(monkeypatch, key):
     monkeypatch.setenv("OPENAI_API_KEY", key)
-    with pytest.raises(UsageFault, match="OPENAI_API_KEY") as caught:
+    with pytest.raises(UsageError, match="OPENAI_API_KEY") as caught:
         provider.connect(config.Teacher(model="openai/replay", api_base="http://127.0.0.1:9/v1"))
     assert "sk-" not in caught.value.message + caught.value.hint
 
@@ -42,7 +42,7 @@ def test_certificates_that_are_not_there_are_named_before_anything_is_asked(tmp_
     (tmp_path / "text.pem").write_text("no certificate")
     for name, why in (("none.pem", "does not exist"), ("text.pem", "cannot be read")):
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / name))
-        with pytest.raises(UsageFault, match=f"SSL_CERT_FILE=.*{name} {why}"):
+        with pytest.raises(UsageError, match=f"SSL_CERT_FILE=.*{name} {why}"):
             provider.connect(settings)
 
 

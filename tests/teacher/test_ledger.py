@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from sclite.errors import DataFault
+from sclite.errors import DataError
 from sclite.teacher.ledger import Entry, Ledger, request_key
 
 ENTRY = Entry("hello", "stop", 10, 3, 0.25, 1.5)
@@ -95,14 +95,14 @@ def test_a_killed_process_loses_nothing_that_it_had_put(tmp_path):
 def test_a_file_that_is_no_ledger_is_named(tmp_path):
     path = tmp_path / "ledger.sqlite"
     path.write_text("this is no database, whatever its name says" * 50)
-    with pytest.raises(DataFault, match=r"ledger\.sqlite cannot be opened"):
+    with pytest.raises(DataError, match=r"ledger\.sqlite cannot be opened"):
         Ledger(path)
 
 
 def test_a_reply_that_cannot_be_written_is_a_fault_and_no_silence(tmp_path):
     ledger = Ledger(tmp_path / "ledger.sqlite")
     ledger.close()
-    with pytest.raises(DataFault, match="cannot be written"):
+    with pytest.raises(DataError, match="cannot be written"):
         ledger.put("k", ENTRY).result()
 
 
@@ -115,7 +115,7 @@ def test_an_event_loop_waits_for_the_disk_too_and_is_told_of_its_faults(tmp_path
     ledger = Ledger(tmp_path / "ledger.sqlite")
     assert asyncio.run(put(ledger)) == ENTRY
     ledger.close()
-    with pytest.raises(DataFault, match="cannot be written"):
+    with pytest.raises(DataError, match="cannot be written"):
         asyncio.run(put(ledger))
 
 
@@ -147,10 +147,10 @@ def test_a_ledger_is_read_while_another_process_writes_it_and_nothing_is_left_be
 
 
 def test_a_ledger_that_is_not_there_is_not_made_by_reading(tmp_path):
-    with pytest.raises(DataFault, match="cannot be read"):
+    with pytest.raises(DataError, match="cannot be read"):
         Ledger.reading(tmp_path / "ledger.sqlite")
     (tmp_path / "text").write_text("no ledger at all" * 99)
-    with pytest.raises(DataFault, match="cannot be read"):
+    with pytest.raises(DataError, match="cannot be read"):
         Ledger.reading(tmp_path / "text")
     assert [p.name for p in tmp_path.iterdir()] == ["text"]
 
@@ -201,11 +201,11 @@ def test_a_row_that_cannot_be_written_fails_and_loses_none_of_the_others(tmp_pat
     ledger._writer.submit(busy.wait)  # so that the three are written together
     written = [ledger.put(key, entry) for key, entry in zip("abc", (ENTRY, bad, ENTRY), strict=True)]
     busy.set()
-    with pytest.raises(DataFault, match="cannot be written"):
+    with pytest.raises(DataError, match="cannot be written"):
         written[0].result(10)
-    with pytest.raises(DataFault, match="cannot be written"):
+    with pytest.raises(DataError, match="cannot be written"):
         ledger.sent("d", "templates", "m").result(10)
-    with pytest.raises(DataFault, match="cannot be written"):
+    with pytest.raises(DataError, match="cannot be written"):
         ledger.close()
     with Ledger.reading(path) as reader:
         assert [reader.get(key) for key in "abc"] == [ENTRY, None, ENTRY]

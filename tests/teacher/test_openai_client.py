@@ -10,7 +10,7 @@ import time
 import pytest
 
 from sclite import config
-from sclite.errors import UsageFault
+from sclite.errors import UsageError
 from sclite.teacher import failures, provider
 from tests.replay import BROKEN, HTML, Answer, Teaching, fail, say
 
@@ -42,15 +42,15 @@ async def outcome(made, seconds=1.0):
         said = await made.ask(MESSAGES, PARAMETERS, seconds)
         return said.text, said.finish_reason, said.tokens, said.listed_usd
     except OSError as error:
-        fault = error
+        failure = error
     except made.litellm.exceptions.openai.OpenAIError as error:
-        fault = error
+        failure = error
     finally:
         await made.close()
-    wait = failures.wait_seconds(fault, 1, 0.0)
+    wait = failures.wait_seconds(failure, 1, 0.0)
     return (
-        failures.verdict(fault), failures.timed_out(fault), failures.overloaded(fault), round(wait, -1 if wait > 99 else 3),
-        bool(failures.headers(fault)), failures.unpaid(fault), failures.message(fault) if failures.headers(fault) else "",
+        failures.verdict(failure), failures.timed_out(failure), failures.overloaded(failure), round(wait, -1 if wait > 99 else 3),
+        bool(failures.headers(failure)), failures.unpaid(failure), failures.message(failure) if failures.headers(failure) else "",
     )  # fmt: skip
 
 
@@ -131,14 +131,14 @@ def test_both_ways_meet_the_same_fault(name):
     ],
 )
 def test_an_error_or_a_page_with_status_200_is_free_and_asked_again(answer, said):
-    async def fault(made):
+    async def failure(made):
         with pytest.raises(ConnectionError) as caught:
             await made.ask(MESSAGES, {}, 5)
         await made.close()
         return caught.value
 
     with Teaching(lambda request, nth: answer) as server:
-        found = asyncio.run(fault(way(server.url)))
+        found = asyncio.run(failure(way(server.url)))
     assert (failures.verdict(found), failures.unpaid(found), failures.message(found)) == (
         failures.RETRY,
         True,
@@ -264,7 +264,7 @@ def test_a_proxy_of_the_environment_is_used_and_its_password_never_said(monkeypa
     ],
 )
 def test_an_api_base_that_is_no_address_is_told_before_anything_is_asked(address):
-    with pytest.raises(UsageFault, match="is no address") as fault:
+    with pytest.raises(UsageError, match="is no address") as failure:
         provider.connect(config.Teacher(model="openai/replay", api_base=address))
-    assert "http://HOST:PORT/v1" in fault.value.hint
-    assert "secret" not in str(fault.value)
+    assert "http://HOST:PORT/v1" in failure.value.hint
+    assert "secret" not in str(failure.value)

@@ -5,7 +5,7 @@ import sys
 
 from sclite import config, prompts
 from sclite.quickstart import stories, tutor, tutor_provider
-from sclite.teacher.client import Flaw, Job, Teacher
+from sclite.teacher.client import Job, Rejection, Teacher
 from sclite.teacher.ledger import Ledger
 
 
@@ -13,10 +13,10 @@ def test_the_tutor_is_reached_through_litellm_for_nothing(tmp_path):
     problems = stories.generate(12, 5)
 
     def job(problem):
-        def messages(fault):
-            return prompts.template_messages(problem.question, problem.solution, problem.answer, fault)
+        def messages(error):
+            return prompts.template_messages(problem.question, problem.solution, problem.answer, error)
 
-        return Job(problem.id, messages, lambda reply: None if "<Answer>" in reply else Flaw("x", reply))
+        return Job(problem.id, messages, lambda reply: None if "<Answer>" in reply else Rejection("x", reply))
 
     settings = config.Teacher(model=tutor_provider.MODEL)
     with (

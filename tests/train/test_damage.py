@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sclite.errors import DataFault
+from sclite.errors import DataError
 from sclite.run import Run
 from sclite.train.checkpoints import Checkpoints
 from sclite.train.dpo import train_dpo
@@ -146,9 +146,9 @@ def test_an_adapter_damaged_after_its_stage_is_refused_and_fresh_trains_it_again
     path = run.path(f"{name}/adapter_model.safetensors")
     before = path.read_bytes()
     harm(path)
-    with pytest.raises(DataFault, match=f"is not the adapter that {stage} wrote") as fault:
+    with pytest.raises(DataError, match=f"is not the adapter that {stage} wrote") as error:
         train(config, run)
-    assert "--fresh" in fault.value.hint
+    assert "--fresh" in error.value.hint
     if harm is flip:
         assert not train(config, run, fresh=True).skipped
         assert path.read_bytes() == before  # training is deterministic

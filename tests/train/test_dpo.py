@@ -7,7 +7,7 @@ import pytest
 
 from sclite import prompts
 from sclite.data.pairs import content_pair, continuation, decision_pairs
-from sclite.errors import DataFault
+from sclite.errors import DataError
 from sclite.records import Attempt, Pair, Problem, Review, Template
 from sclite.run import Run
 from sclite.student import tokenization
@@ -164,9 +164,9 @@ def test_pairs_that_are_too_long_are_counted_and_when_none_fits_it_is_said(start
     assert left >= 1
     assert report.counts["bundles"] == 6 - left
     shorter = config.dpo.model_copy(update={"max_length": 64})
-    with pytest.raises(DataFault, match=r"no pair fits into dpo\.max_length = 64 tokens") as fault:
+    with pytest.raises(DataError, match=r"no pair fits into dpo\.max_length = 64 tokens") as error:
         train_dpo(config.model_copy(update={"dpo": shorter}), other, fresh=True)
-    assert "max_length" in fault.value.hint
+    assert "max_length" in error.value.hint
 
 
 @pytest.mark.parametrize(
@@ -177,9 +177,9 @@ def test_without_its_rows_dpo_names_the_next_command(started, tmp_path, name, ne
     other = Run(tmp_path)
     for kept in {"pairs", "templates"} - {name}:
         other.path(f"{kept}.jsonl").write_bytes(run.path(f"{kept}.jsonl").read_bytes())
-    with pytest.raises(DataFault, match=rf"{name}\.jsonl is missing or empty") as fault:
+    with pytest.raises(DataError, match=rf"{name}\.jsonl is missing or empty") as error:
         train_dpo(config, other)
-    assert next_command in fault.value.hint
+    assert next_command in error.value.hint
 
 
 def test_replay_rows_are_given_in_the_asked_share(started):
@@ -203,9 +203,9 @@ def test_the_first_tokens_of_accusing_and_closing_differ_or_the_student_is_refus
     for number in (1, 9, 10):
         assert piece_ids(tokenizer, [close_piece(number)])[0][0] == close
     monkeypatch.setattr(tokenization, "CAUSE", "</Cause>")
-    with pytest.raises(DataFault, match="same first token") as fault:
+    with pytest.raises(DataError, match="same first token") as error:
         decision_ids(tokenizer)
-    assert fault.value.hint == "choose another student"
+    assert error.value.hint == "choose another student"
 
 
 def test_marks_stand_on_the_last_token_of_each_steps_text(started):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sclite.errors import MemoryFault
+from sclite.errors import GpuMemoryError
 from sclite.train import memory
 from sclite.train.memory import divisor, micro_batch, what_fits
 from sclite.training import halved
@@ -27,9 +27,9 @@ def test_half_of_the_rows_divide_the_batch_too():
         sft={"batch_size": 15, "per_device_train_batch_size": 15},
         warmup={"batch_size": 8, "per_device_train_batch_size": 8},
     )
-    assert halved(chosen, MemoryFault("sft", 15)).sft.per_device_train_batch_size == 5
-    assert halved(chosen, MemoryFault("warmup", 8)).warmup.per_device_train_batch_size == 4
-    assert halved(chosen, MemoryFault("warmup", 8)).sft == chosen.sft
+    assert halved(chosen, GpuMemoryError("sft", 15)).sft.per_device_train_batch_size == 5
+    assert halved(chosen, GpuMemoryError("warmup", 8)).warmup.per_device_train_batch_size == 4
+    assert halved(chosen, GpuMemoryError("warmup", 8)).sft == chosen.sft
 
 
 def test_a_student_whose_memory_cannot_be_reckoned_begins_with_one_row(tmp_path, monkeypatch):

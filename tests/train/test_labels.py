@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from sclite.errors import DataFault
+from sclite.errors import DataError
 from sclite.records import Pair, Problem, Template
 from sclite.run import Run
 from sclite.student.loader import load_tokenizer
@@ -52,7 +52,7 @@ def test_a_chat_template_that_leaves_the_question_out_is_told_before_the_student
     template = folder / "chat_template.jinja"
     template.write_text("{% for message in messages %}<|im_start|>hello<|im_end|>{% endfor %}")
     try:
-        with pytest.raises(DataFault, match="leaves the question out"):
+        with pytest.raises(DataError, match="leaves the question out"):
             STAGES[stage](config, run)
     finally:
         template.write_text(CHATML)
@@ -64,7 +64,7 @@ def test_rows_that_are_all_too_long_are_told_before_the_student_is_loaded(prepar
     section = stage
     short = getattr(config, section).model_copy(update={"max_length": 64})
     said = []
-    with pytest.raises(DataFault, match=r"nothing to train on|no pair fits"):
+    with pytest.raises(DataError, match=r"nothing to train on|no pair fits"):
         STAGES[stage](
             config.model_copy(update={section: short}), run, progress=lambda *_, warning: said.append(warning)
         )
@@ -75,9 +75,9 @@ def test_rows_that_are_all_too_long_are_told_before_the_student_is_loaded(prepar
 def test_templates_that_are_all_kept_for_stage_2_are_named_as_such(prepared):
     config, run = prepared
     ids = frozenset(row.id for row in run.read("templates.jsonl", Template))
-    with pytest.raises(DataFault, match=f"all {len(ids)} templates are of problems that are kept") as fault:
+    with pytest.raises(DataError, match=f"all {len(ids)} templates are of problems that are kept") as error:
         sft.train_sft(config, run, unseen=ids)
-    assert "problems.correction_share" in fault.value.hint
+    assert "problems.correction_share" in error.value.hint
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_pairs_that_would_teach_nothing_or_something_else_are_refused(bundles):
         ),
     }
     for message, bundle in wrong.items():
-        with pytest.raises(DataFault, match=f"the pairs of {whole.key}: {message}"):
+        with pytest.raises(DataError, match=f"the pairs of {whole.key}: {message}"):
             check_bundles([bundle], decisions)
 
 
@@ -118,7 +118,7 @@ def test_dpo_checks_its_pairs_before_the_student_is_loaded(prepared):
     rows = run.read("pairs.jsonl", Pair)
     same = [row.model_copy(update={"rejected": row.chosen}) if row.kind == "content" else row for row in rows]
     run.replace("pairs.jsonl", same)
-    with pytest.raises(DataFault, match="both contents are the same tokens"):
+    with pytest.raises(DataError, match="both contents are the same tokens"):
         dpo.train_dpo(config, run)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sclite.errors import DataFault
+from sclite.errors import DataError
 from sclite.student.adapters import lora_targets
 from sclite.student.log_probs import Padded, chunk_of, hidden_states, token_log_probs, vocabulary_log_probs
 from sclite.train.memory import (
@@ -142,7 +142,7 @@ def test_8_bit_states_are_those_that_bitsandbytes_keeps():
 # -- moments, against what torch holds -----------------------------------------------------------------------------
 
 
-class Watch(TorchDispatchMode):
+class MetricsLogger(TorchDispatchMode):
     """The most bytes that were alive at once in tensors made inside; `before` are those that were there."""
 
     def __init__(self, before=()):
@@ -178,13 +178,13 @@ def test_the_head_holds_so_many_bytes_per_position_and_vocabulary_entry_as_is_co
     model = LlamaForCausalLM(LlamaConfig(**shape)).bfloat16().requires_grad_(False)
     hidden = torch.randn(96, 128, dtype=torch.bfloat16, requires_grad=True)
     target = torch.randint(0, 32768, (96, 1))
-    with Watch([*model.parameters(), hidden]) as watch:
+    with MetricsLogger([*model.parameters(), hidden]) as logger:
         log_probs = vocabulary_log_probs(model, hidden).gather(1, target)
-        kept = watch.alive
+        kept = logger.alive
         (-log_probs.mean()).backward()
     entries = 96 * 32768
     assert kept / entries == pytest.approx(KEPT, rel=0.02)
-    assert watch.most / entries == pytest.approx(KEPT + BACKWARD, rel=0.02)
+    assert logger.most / entries == pytest.approx(KEPT + BACKWARD, rel=0.02)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -209,12 +209,12 @@ def test_a_whole_step_on_the_plain_path_holds_what_is_estimated(family, middle):
     mask[0, -9:], weights[:, 200:204] = 0, 1.0
     batch = Padded(ids, mask, weights)
     before = [*model.parameters(), *model.buffers(), ids, mask, weights]
-    with Watch(before) as watch, torch.autocast("cpu", torch.bfloat16):
+    with MetricsLogger(before) as logger, torch.autocast("cpu", torch.bfloat16):
         log_probs, _ = token_log_probs(model, hidden_states(model, batch), batch)
         (-log_probs.mean()).backward()
     reckoned, _ = peak(found, [(512, 8)], four_bit=False, backend="plain")
     made = 4 * sum(found.lora_tensors(2))  # the gradients
-    assert watch.most == pytest.approx(sum(reckoned.values()) + made, rel=0.05)
+    assert logger.most == pytest.approx(sum(reckoned.values()) + made, rel=0.05)
 
 
 # -- architectures -------------------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def test_layers_that_a_checkpoint_keeps_in_16_bits_make_it_rough():
 
 
 def test_a_mixture_of_experts_is_refused_by_name():
-    with pytest.raises(DataFault, match="num_experts = 128") as error:
+    with pytest.raises(DataError, match="num_experts = 128") as error:
         architecture(config_of({"model_type": "qwen3_moe", "num_experts": 128, **SMALL}))
     assert error.value.hint
 

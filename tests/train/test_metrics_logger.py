@@ -11,7 +11,7 @@ from sclite.train.metrics_logger import (
     FALLING,
     FLAT,
     NOT_A_NUMBER,
-    Watch,
+    MetricsLogger,
     live_line,
     read_metrics,
     trouble,
@@ -53,19 +53,21 @@ def test_the_first_steps_of_dpo_are_no_flat_margin():
 
 def test_a_warning_is_said_once_and_names_its_step(tmp_path):
     said = []
-    watch = Watch(tmp_path / "metrics.jsonl", "dpo", lambda *_, warning="", **__: said.append(warning))
+    logger = MetricsLogger(
+        tmp_path / "metrics.jsonl", "dpo", lambda *_, warning="", **__: said.append(warning)
+    )
     for step in range(1, 31):
-        watch.add({"margin": 0.0, "dpo_loss": math.log(2), "chosen_shift": 0.0}, 10)
-        watch.row({"loss": 1.0, "grad_norm": 0.1}, step, 30)
+        logger.add({"margin": 0.0, "dpo_loss": math.log(2), "chosen_shift": 0.0}, 10)
+        logger.row({"loss": 1.0, "grad_norm": 0.1}, step, 30)
     assert [text for text in said if text] == [f"step 21: {ADVICE[FLAT]}"]
-    assert watch.warnings == [ADVICE[FLAT]]
+    assert logger.warnings == [ADVICE[FLAT]]
 
 
 def test_figures_of_micro_batches_add_up_and_maxima_are_the_largest(tmp_path):
-    watch = Watch(tmp_path / "metrics.jsonl", "dpo")
-    watch.add({"margin": 0.25, "margin_max": [3.0]}, 100)
-    watch.add({"margin": 0.5, "margin_max": [2.0]}, 50)
-    watch.row({"loss": 0.7}, 1, 9)
+    logger = MetricsLogger(tmp_path / "metrics.jsonl", "dpo")
+    logger.add({"margin": 0.25, "margin_max": [3.0]}, 100)
+    logger.add({"margin": 0.5, "margin_max": [2.0]}, 50)
+    logger.row({"loss": 0.7}, 1, 9)
     row = read_metrics(tmp_path / "metrics.jsonl")[0]
     assert (row["margin"], row["margin_max"], row["tokens"], row["phase"]) == (0.75, 3.0, 150, "dpo")
     assert row["tokens_per_second"] > 0

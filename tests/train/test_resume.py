@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sclite.config import Config
-from sclite.errors import UsageFault
+from sclite.errors import UsageError
 from sclite.run import Run
 from sclite.signature import differences
 from sclite.train.checkpoints import Checkpoints
@@ -172,13 +172,13 @@ def test_a_changed_setting_that_matters_is_refused_with_the_difference(whole, tm
         }
     )
     with pytest.raises(
-        UsageFault, match=r"sft was trained from other inputs: sft\.learning_rate: 0\.003 before, 0\.002 now$"
-    ) as fault:
+        UsageError, match=r"sft was trained from other inputs: sft\.learning_rate: 0\.003 before, 0\.002 now$"
+    ) as error:
         train_sft(other, unbroken)
-    assert "--fresh" in fault.value.hint
+    assert "--fresh" in error.value.hint
     run = part_of(unbroken, tmp_path, "sft")
     broken_off(config, run, "sft", signal.SIGKILL)
-    with pytest.raises(UsageFault, match=r"sft was begun from other inputs"):
+    with pytest.raises(UsageError, match=r"sft was begun from other inputs"):
         train_sft(other, run)
     assert checkpoints_of(run, "sft").step() > 0
     assert train_sft(other, run, fresh=True).counts["steps"] == len(metrics_of(unbroken, "sft"))

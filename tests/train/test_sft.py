@@ -8,7 +8,7 @@ import pytest
 
 from sclite import prompts
 from sclite.config import Config
-from sclite.errors import DataFault
+from sclite.errors import DataError
 from sclite.records import Attempt, Problem, Review, Template
 from sclite.run import Run
 from sclite.student.loader import load_student, load_tokenizer
@@ -169,19 +169,19 @@ def test_the_report_says_which_share_of_the_tokens_is_trained(trained):
 
 def test_rows_that_teach_nothing_are_refused_with_place_and_remedy():
     good = Encoded([5, 6, 2], [0.0, 1.0, 1.0])
-    with pytest.raises(DataFault, match="no row is left") as fault:
+    with pytest.raises(DataError, match="no row is left") as error:
         check_labels([], 2)
-    assert fault.value.hint
-    with pytest.raises(DataFault, match="row 2: every label is masked") as fault:
+    assert error.value.hint
+    with pytest.raises(DataError, match="row 2: every label is masked") as error:
         check_labels([good, Encoded([5, 6, 2], [0.0, 0.0, 0.0])], 2)
-    assert fault.value.hint
-    with pytest.raises(DataFault, match="row 1: the prompt carries loss") as fault:
+    assert error.value.hint
+    with pytest.raises(DataError, match="row 1: the prompt carries loss") as error:
         check_labels([Encoded([5, 6, 2], [1.0, 1.0, 1.0])], 2)
-    assert fault.value.hint
+    assert error.value.hint
     for ended in (Encoded([5, 6, 7], [0.0, 1.0, 1.0]), Encoded([5, 6, 2], [0.0, 1.0, 0.0])):
-        with pytest.raises(DataFault, match="row 2: the end-of-turn token carries no loss") as fault:
+        with pytest.raises(DataError, match="row 2: the end-of-turn token carries no loss") as error:
             check_labels([good, ended], 2)
-        assert fault.value.hint
+        assert error.value.hint
     assert check_labels([good], 2) == {"rows": 1, "tokens": 3, "trained_share": 0.6667}
 
 
@@ -283,16 +283,16 @@ def toy_long() -> Trace:
 def test_when_every_row_is_too_long_nothing_is_trained_and_it_is_said(folder, tmp_path):
     run = Run(tmp_path)
     write_toy(run, 2)
-    with pytest.raises(DataFault, match="nothing to train on"):
+    with pytest.raises(DataError, match="nothing to train on"):
         train_sft(config_of(folder, sft={"max_length": 64}), run)
     assert not run.path("sft/adapter").exists()
     assert run.finished("sft") is None
 
 
 def test_without_templates_the_next_command_is_named(folder, tmp_path):
-    with pytest.raises(DataFault, match=r"templates\.jsonl is missing or empty") as fault:
+    with pytest.raises(DataError, match=r"templates\.jsonl is missing or empty") as error:
         train_sft(config_of(folder), Run(tmp_path))
-    assert "sclite build-data" in fault.value.hint
+    assert "sclite build-data" in error.value.hint
 
 
 # -- the warm-up ---------------------------------------------------------------------------------------------------

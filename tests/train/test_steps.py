@@ -99,10 +99,10 @@ def test_a_stage_that_learned_nothing_is_an_error(run, folder, monkeypatch, fact
 
     monkeypatch.setattr(trainer, "weigh", spoiled)
     write_toy(run)
-    with pytest.raises(ScliteError, match=message) as fault:
+    with pytest.raises(ScliteError, match=message) as error:
         train_sft(config_of(folder, sft={"num_train_epochs": 1}), run)
-    assert fault.value.code == 1
-    assert "sft.learning_rate (now 0.003)" in fault.value.hint
+    assert error.value.code == 1
+    assert "sft.learning_rate (now 0.003)" in error.value.hint
     assert run.finished("sft") is None
     monkeypatch.undo()
     assert train_sft(config_of(folder, sft={"num_train_epochs": 1}), run).counts["steps"] == 2

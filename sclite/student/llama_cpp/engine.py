@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sclite.errors import DataFault, DeviceFault, UsageFault
+from sclite.errors import DataError, DeviceError, UsageError
 from sclite.student.base import Messages, Reply, Request, ScoreRequest, Scores, compared
 from sclite.student.chat_template import render_chat
 from sclite.student.llama_cpp.scheduler import Scheduler
@@ -43,8 +43,8 @@ def llama():
 def last_words() -> str:
     """What llama.cpp said about its failure."""
     lines = [line.strip() for line in "".join(_log).splitlines()]
-    faults = [line for line in lines if "error" in line.lower() or "fail" in line.lower()]
-    return "; ".join(faults[-3:]) or "no reason given"
+    issues = [line for line in lines if "error" in line.lower() or "fail" in line.lower()]
+    return "; ".join(issues[-3:]) or "no reason given"
 
 
 class Engine:
@@ -80,7 +80,7 @@ class Engine:
         self._api = api = llama()
         self._model = self._context = self._adapter = None
         if parallel is not None and not 1 <= parallel <= api.llama_max_parallel_sequences():
-            raise UsageFault(f"parallel is {parallel}", f"use 1 to {api.llama_max_parallel_sequences()}")
+            raise UsageError(f"parallel is {parallel}", f"use 1 to {api.llama_max_parallel_sequences()}")
         self._model = self._load_model(Path(path), gpu_layers)
         self.path = Path(path)
         self.offloaded: bool = bool(api.llama_supports_gpu_offload()) and gpu_layers != 0
@@ -107,13 +107,13 @@ class Engine:
 
     def _load_model(self, path: Path, gpu_layers: int):
         if not path.is_file():
-            raise DataFault(f"{path} does not exist", "run `sclite export` first")
+            raise DataError(f"{path} does not exist", "run `sclite export` first")
         _log.clear()
         parameters = self._api.llama_model_default_params()
         parameters.n_gpu_layers = gpu_layers
         model = self._api.llama_model_load_from_file(os.fsencode(path), parameters)
         if not model:
-            raise DataFault(
+            raise DataError(
                 f"llama.cpp cannot load {path}: {last_words()}",
                 "write it again with `sclite export`, or copy it again",
             )
@@ -158,7 +158,7 @@ class Engine:
         self._context = api.llama_init_from_model(self._model, parameters)
         if not self._context:
             self.close()
-            raise DeviceFault(
+            raise DeviceError(
                 f"llama.cpp cannot open {self.path} with a cache of {self.cells} tokens: {last_words()}",
                 "use fewer parallel sequences, a shorter context, or fewer GPU layers",
             )
@@ -181,7 +181,7 @@ class Engine:
         if not adapter:
             self.close()
             reason = last_words() if path.is_file() else "no such file"
-            raise DataFault(
+            raise DataError(
                 f"cannot load the LoRA adapter {path}: {reason}", "make it with: sclite export --format lora"
             )
         adapters = (self._api.llama_adapter_lora_p_ctypes * 1)(adapter)
@@ -210,7 +210,7 @@ class Engine:
     def chat_ids(self, messages: Messages) -> list[int]:
         """Prompt ids: the chat template's text up to where the assistant begins. DataFault without a template."""
         if not self.chat_template:
-            raise DataFault(f"{self.path} has no chat template", "export it from a chat (instruct) model")
+            raise DataError(f"{self.path} has no chat template", "export it from a chat (instruct) model")
         return self.token_ids(render_chat(self.chat_template, messages, **self.special_tokens), special=True)
 
     def _ids(self, messages: Messages, pieces: Sequence[str]) -> tuple[list[int], list[int]]:
@@ -279,7 +279,7 @@ class Engine:
         for mark, texts in zip(request.marks, request.options, strict=True):
             first, second = (self.token_ids(option) for option in texts)
             if not first or not second:
-                raise UsageFault(f"an empty option in {texts}", "both options need text")
+                raise UsageError(f"an empty option in {texts}", "both options need text")
             at = ends[mark] - 1
             found.append(tuple(_option(whole, at, option) for option in compared(first, second, others)))
         whole.reads = dict(sorted(whole.reads.items()))

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sclite.errors import DataFault, ScliteError
+from sclite.errors import DataError, ScliteError
 
 TEXT = "<Step1>2 + 3 = 5 €\n</Step1>\n<Cause>"
 
@@ -38,11 +38,11 @@ def check_gguf(path: Path) -> None:
         why = [line for line in lines if "what():" in line or "failed" in line.lower()] or lines
         ended = f"signal {-done.returncode}" if done.returncode < 0 else f"code {done.returncode}"
         reason = f"it ends with {ended}: {why[-1] if why else 'no reason given'}"
-        raise DataFault(
+        raise DataError(
             f"llama.cpp cannot read {path}; {reason}",
             "its tokenizer or header is not as llama.cpp expects: use another base model, or another copy of the file",
         ) from None
-    raise DataFault(told["message"], told["hint"])
+    raise DataError(told["message"], told["hint"])
 
 
 def _load(path: str) -> None:

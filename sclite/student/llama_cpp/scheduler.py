@@ -13,7 +13,7 @@ from threading import RLock
 
 import numpy as np
 
-from sclite.errors import DeviceFault
+from sclite.errors import DeviceError
 from sclite.student.llama_cpp.sequence import Sequence
 
 WORTH_SHARING = 16
@@ -83,7 +83,7 @@ class Scheduler:
             return
         if code != 0:
             self.clear()
-            raise DeviceFault(
+            raise DeviceError(
                 f"llama.cpp could not compute a batch of {self.batch.n_tokens} tokens (code {code})",
                 "use fewer parallel sequences, a shorter context, or fewer GPU layers",
             )

@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 
-from sclite.errors import DataFault, UsageFault
+from sclite.errors import DataError, UsageError
 from sclite.student.base import Request, ScoreRequest
 from sclite.student.chat_template import merge_system, render_chat
 from sclite.student.hf_model import Trainable
@@ -366,16 +366,16 @@ def test_an_abandoned_run_leaves_its_slots_to_others(engine):
 
 
 def test_what_is_no_gguf_is_refused_with_a_remedy(tmp_path, gguf):
-    with pytest.raises(DataFault, match="does not exist"):
+    with pytest.raises(DataError, match="does not exist"):
         Engine(tmp_path / "absent.gguf")
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(gguf.read_bytes()[:5000])
-    with pytest.raises(DataFault, match="cannot load") as fault:
+    with pytest.raises(DataError, match="cannot load") as error:
         Engine(broken)
-    assert "sclite export" in fault.value.hint
-    with pytest.raises(UsageFault):
+    assert "sclite export" in error.value.hint
+    with pytest.raises(UsageError):
         Engine(gguf, parallel=0)
-    with pytest.raises(DataFault, match="adapter"):
+    with pytest.raises(DataError, match="adapter"):
         Engine(gguf, parallel=1, context=256, lora=broken)
 
 
@@ -412,5 +412,5 @@ def test_a_template_renders_as_in_transformers(trained):
 
 
 def test_a_template_that_cannot_render_is_a_fault_of_the_data():
-    with pytest.raises(DataFault, match="no roles"):
+    with pytest.raises(DataError, match="no roles"):
         render_chat("{{ raise_exception('no roles') }}", chat("x"))
