@@ -43,9 +43,9 @@ class Context:
         """
         given = (self.config, self.run, *arguments)
         if self.apart and self.config.attempts.kind != "endpoint":
-            from sclite.isolation import apart
+            from sclite.isolation import run_isolated
 
-            return apart(work, *given, progress=progress, log=self.run.path(LIBRARIES))
+            return run_isolated(work, *given, progress=progress, log=self.run.path(LIBRARIES))
         return work(*given, progress=progress)
 
     @contextmanager

@@ -1,8 +1,8 @@
-"""Work in a process of its own, so that what it held on the card is free again when it ends.
+"""Run a function in a separate process, so that its GPU memory is free again when it ends.
 
-The process that waits never touches CUDA. Progress, warnings and faults come back as if the work were done here; when
-the waiting process is gone, even by a SIGKILL, the working one ends too and holds neither the card nor the run. Ctrl-C
-reaches the work once: it is in a process group of its own, and who waits passes the signal on.
+The parent never touches CUDA. Progress, warnings and errors come back as if the function had run here. If the parent dies,
+even by SIGKILL, the child exits too and releases the GPU and the run. Ctrl-C reaches the child once: it has its own
+process group, and the parent forwards the signal.
 """
 
 import multiprocessing
@@ -14,91 +14,94 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from sclite.errors import DeviceError, ScliteError
 
 Progress = Callable[..., None]
-READY, PROGRESS, RESULT, FAULT, INTERRUPT = "ready", "progress", "result", "fault", "interrupt"
-PATIENCE = 2  # times that Ctrl-C is passed on: the first asks the work to save, the second to stop; the third kills it
-SECONDS = 60  # for a process that has told its result to end
+READY, PROGRESS, RESULT, ERROR, INTERRUPT = "ready", "progress", "result", "error", "interrupt"
+FORWARDED = (
+    2  # Ctrl-C presses that the child gets: the first asks it to save, the second to stop; the third kills it
+)
+SECONDS = 60  # for a child that has sent its result to exit
 
 
-def apart(work: Callable[..., Any], *arguments: Any, progress: Progress, log: Path) -> Any:
-    """What `work(*arguments, progress=..)` returns, done in a new process. `work` is a function of a module.
+def run_isolated(function: Callable[..., Any], *arguments: Any, progress: Progress, log: Path) -> Any:
+    """Return `function(*arguments, progress=..)`, computed in a new process. `function` is a module-level function.
 
-    What the process prints goes to the end of `log`. Raises the ScliteError that the work raises; KeyboardInterrupt after
-    Ctrl-C, however the process ends then; ScliteError for any other exception, whose traceback stands in the log;
-    DeviceFault where the process ends without a word, as one does that the system has killed.
+    Everything the child prints is appended to `log`. Raises the ScliteError that the function raises; KeyboardInterrupt
+    after Ctrl-C, however the child ends then; ScliteError for any other exception, whose traceback is in the log;
+    DeviceError if the child ends without a result, as one that the system has killed does.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     log.touch()
     begin = log.stat().st_size
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=_work, args=(there, work, arguments, str(log)))
-    with _passing_on(process) as pressed:
+    process = context.Process(target=_run_child, args=(there, function, arguments, str(log)))
+    with _forwarded_interrupts(process) as interrupts:
         _start(process)
         there.close()
         try:
-            kind, value = _listen(here, process, progress, pressed)
+            kind, value = _receive(here, process, progress, interrupts)
             process.join(SECONDS)
         finally:
             here.close()
             process.kill()
             process.join()
-    if kind == INTERRUPT or (pressed.times and kind != FAULT):
+    if kind == INTERRUPT or (interrupts.count and kind != ERROR):
         raise KeyboardInterrupt
-    if kind == FAULT:
+    if kind == ERROR:
         raise value
     if kind is None:
-        raise _ended(process.exitcode, log, begin)
+        raise _error_without_result(process.exitcode, log, begin)
     return value
 
 
-# -- who waits -----------------------------------------------------------------------------------------------------
+# -- parent --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class _Pressed:
-    """How often Ctrl-C was pressed, and whether the process can be told of it yet."""
+class _Interrupts:
+    """How often Ctrl-C was pressed, and whether the child can receive it yet."""
 
-    process: Any
-    times: int = 0
+    process: BaseProcess
+    count: int = 0
     ready: bool = False
 
-    def again(self, *_: Any) -> None:
-        self.times += 1
-        if self.times > PATIENCE:
+    def press(self, *_: object) -> None:
+        self.count += 1
+        if self.count > FORWARDED:
             raise KeyboardInterrupt
         if self.ready:
             os.kill(self.process.pid, signal.SIGINT)
 
-    def now_ready(self) -> None:
+    def set_ready(self) -> None:
         self.ready = True
-        if self.times:
+        if self.count:
             os.kill(self.process.pid, signal.SIGINT)
 
 
 @contextmanager
-def _passing_on(process: Any) -> Iterator[_Pressed]:
-    """Ctrl-C goes to the process and breaks nothing off here, such as a message that is half read."""
-    pressed = _Pressed(process)
+def _forwarded_interrupts(process: BaseProcess) -> Iterator[_Interrupts]:
+    """Forward Ctrl-C to the child; nothing here is interrupted by it, such as a half-read message."""
+    interrupts = _Interrupts(process)
     try:
-        before = signal.signal(signal.SIGINT, pressed.again)
-    except ValueError:  # not in the main thread: then Ctrl-C comes to somebody else
-        yield pressed
+        before = signal.signal(signal.SIGINT, interrupts.press)
+    except ValueError:  # not the main thread, which is the one that gets Ctrl-C
+        yield interrupts
         return
     try:
-        yield pressed
+        yield interrupts
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-def _start(process: Any) -> None:
-    """Start it with Ctrl-C held back, so that none breaks into its imports and speaks to the terminal."""
-    resource_tracker.ensure_running()  # starting this helper ends by letting the signal through
+def _start(process: BaseProcess) -> None:
+    """Start the child with SIGINT blocked, so that Ctrl-C during its imports prints no traceback."""
+    resource_tracker.ensure_running()  # starting this helper ends by unblocking the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         process.start()
@@ -106,11 +109,13 @@ def _start(process: Any) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _listen(here: Connection, process: Any, progress: Progress, pressed: _Pressed) -> tuple[str | None, Any]:
-    """Pass progress on until the work has ended; how it did, and with what. (None, None): without a word."""
+def _receive(
+    here: Connection, process: BaseProcess, progress: Progress, interrupts: _Interrupts
+) -> tuple[str | None, Any]:
+    """Forward progress until the child is done; return its last message, (None, None) if it ended without one."""
     while True:
         if not wait([here], 1):
-            # it may be gone and the pipe still open, in a process that it has started
+            # a child that is gone can leave the pipe open in a process that it started
             if process.exitcode is None or here.poll():
                 continue
             return None, None
@@ -120,49 +125,49 @@ def _listen(here: Connection, process: Any, progress: Progress, pressed: _Presse
             process.join(SECONDS)
             return None, None
         if kind == READY:
-            pressed.now_ready()
+            interrupts.set_ready()
         elif kind == PROGRESS:
             progress(*value[0], **value[1])
         else:
             return kind, value
 
 
-def _ended(code: int, log: Path, begin: int) -> ScliteError:
-    """The fault of a process that has sent no result; what it printed stands in the log from `begin` on."""
+def _error_without_result(code: int, log: Path, begin: int) -> ScliteError:
+    """The error for a child that sent no result; its output starts at `begin` in the log."""
     text = log.read_bytes()[begin:].decode("utf-8", errors="replace")
     lines = [line for line in text.splitlines() if line.strip()]
-    if code == 1 and lines:  # Python's own code after an exception that nobody has caught
-        return ScliteError(lines[-1].strip(), f"the whole traceback stands at the end of {log}")
+    if code == 1 and lines:  # Python's own exit code after an uncaught exception
+        return ScliteError(lines[-1].strip(), f"see the end of {log} for the traceback")
     return DeviceError(
-        f"the process that did the work ended by itself (code {code})",
-        f"its last words stand in {log}; -9 means that the system was out of memory. The same command goes on",
+        f"the worker process exited unexpectedly (code {code})",
+        f"see the end of {log}; code -9 means that the system ran out of memory. Re-run to resume",
     )
 
 
-# -- who works -----------------------------------------------------------------------------------------------------
+# -- child ---------------------------------------------------------------------------------------------------------
 
 
-def _work(there: Connection, work: Callable[..., Any], arguments: tuple[Any, ...], log: str) -> None:
+def _run_child(there: Connection, function: Callable[..., Any], arguments: tuple[Any, ...], log: str) -> None:
     os.setpgrp()
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    threading.Thread(target=_exit_with, args=(multiprocessing.parent_process(),), daemon=True).start()
 
     def progress(*values: Any, **named: Any) -> None:
         there.send((PROGRESS, (values, named)))
 
     try:
-        signal.sigtimedwait({signal.SIGINT}, 0)  # one from the terminal, before: who waits has had it too
+        signal.sigtimedwait({signal.SIGINT}, 0)  # drop one from the terminal: the parent got it too
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         there.send((READY, None))
-        there.send((RESULT, work(*arguments, progress=progress)))
+        there.send((RESULT, function(*arguments, progress=progress)))
     except ScliteError as error:
-        there.send((FAULT, error))
+        there.send((ERROR, error))
     except KeyboardInterrupt:
         there.send((INTERRUPT, None))
 
 
-def _end_with(parent: Any) -> None:
+def _exit_with(parent: BaseProcess) -> None:
     parent.join()
     os._exit(1)

@@ -11,7 +11,7 @@ from sclite import pipeline
 from sclite.config import Config
 from sclite.context import LIBRARIES, Context
 from sclite.errors import DataError, DeviceError, GpuMemoryError, NetworkError, UsageError
-from sclite.isolation import apart
+from sclite.isolation import run_isolated
 from sclite.run import Report, Run
 from sclite.student.cuda_memory import free_memory
 from sclite.train.memory import divisor, micro_batch, what_fits
@@ -137,7 +137,7 @@ def _stage(context: Context, name: str, text: str, stage: Stage, fresh: bool) ->
             given = (config, context.run, unseen, fresh)
             try:
                 if context.apart:
-                    report = apart(stage, *given, progress=progress, log=context.run.path(LIBRARIES))
+                    report = run_isolated(stage, *given, progress=progress, log=context.run.path(LIBRARIES))
                 else:
                     report = stage(*given, progress=progress)
             except GpuMemoryError as error:

@@ -1,4 +1,4 @@
-"""Work in a process of its own: what comes back from it, and that it does not outlive who waits for it."""
+"""A function in a separate process: what comes back, and that the process never outlives its parent."""
 
 import os
 import pty
@@ -12,7 +12,7 @@ from contextlib import suppress
 import pytest
 
 from sclite.errors import DataError, DeviceError, GpuMemoryError, ScliteError
-from sclite.isolation import apart
+from sclite.isolation import run_isolated
 
 
 def counts(upto, *, progress):
@@ -23,7 +23,7 @@ def counts(upto, *, progress):
 
 
 def fails(*, progress):
-    raise DataError("row 7 is broken", "mend it")
+    raise DataError("row 7 is broken", "fix it")
 
 
 def runs_out_of_memory(*, progress):
@@ -45,7 +45,7 @@ def sleeps(path, *, progress):
 
 
 def counts_interrupts(path, *, progress):
-    """Write how often Ctrl-C has come in a second after the first time, and whether the terminal could have sent it."""
+    """Write how often Ctrl-C came within a second of the first, and whether the terminal could have sent it."""
     times = []
     signal.signal(signal.SIGINT, lambda *_: times.append(1))
     _write(path, "listening")
@@ -56,13 +56,13 @@ def counts_interrupts(path, *, progress):
     raise KeyboardInterrupt
 
 
-def dies_of_an_interrupt(path, *, progress):
+def dies_of_interrupt(path, *, progress):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     _write(path, "listening")
     time.sleep(60)
 
 
-def is_deaf(path, *, progress):
+def ignores_interrupts(path, *, progress):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _write(path, str(os.getpid()))
     time.sleep(60)
@@ -75,8 +75,8 @@ def dies_and_leaves_a_child(*, progress):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-class DiesWhenRead:
-    """An argument at which the new process ends before it does anything."""
+class ExitsWhenUnpickled:
+    """An argument that ends the new process while it is unpickled."""
 
     def __init__(self, code):
         self.code = code
@@ -91,7 +91,7 @@ def _write(path, text):
     os.replace(f"{path}.new", path)
 
 
-def talks_and_breaks(*, progress):
+def prints_and_fails(*, progress):
     print("a banner")
     raise ZeroDivisionError("broken")
 
@@ -100,9 +100,9 @@ def nothing(*_, **__):
     pass
 
 
-def test_result_progress_and_warnings_come_from_another_process(tmp_path):
+def test_result_progress_and_warnings_come_from_the_child(tmp_path):
     seen = []
-    result = apart(
+    result = run_isolated(
         counts, 3, progress=lambda *values, **named: seen.append((values, named)), log=tmp_path / "log"
     )
     assert result["sum"] == 6
@@ -112,20 +112,20 @@ def test_result_progress_and_warnings_come_from_another_process(tmp_path):
     assert len(seen) == 4
 
 
-def test_faults_come_back_whole(tmp_path):
+def test_errors_keep_their_type_and_fields(tmp_path):
     with pytest.raises(DataError, match="row 7 is broken") as error:
-        apart(fails, progress=nothing, log=tmp_path / "log")
-    assert error.value.hint == "mend it"
+        run_isolated(fails, progress=nothing, log=tmp_path / "log")
+    assert error.value.hint == "fix it"
     with pytest.raises(GpuMemoryError, match="4 rows at once") as error:
-        apart(runs_out_of_memory, progress=nothing, log=tmp_path / "log")
+        run_isolated(runs_out_of_memory, progress=nothing, log=tmp_path / "log")
     assert (error.value.stage, error.value.micro_batch, error.value.code) == ("warmup", 4, 5)
     with pytest.raises(KeyboardInterrupt):
-        apart(is_interrupted, progress=nothing, log=tmp_path / "log")
+        run_isolated(is_interrupted, progress=nothing, log=tmp_path / "log")
 
 
-def test_what_a_library_prints_goes_to_the_log_and_a_crash_is_named(tmp_path, capfd):
+def test_output_goes_to_the_log_and_a_crash_is_reported(tmp_path, capfd):
     with pytest.raises(ScliteError, match="ZeroDivisionError: broken") as error:
-        apart(talks_and_breaks, progress=nothing, log=tmp_path / "log")
+        run_isolated(prints_and_fails, progress=nothing, log=tmp_path / "log")
     assert str(tmp_path / "log") in error.value.hint
     text = (tmp_path / "log").read_text()
     assert "a banner" in text
@@ -133,36 +133,36 @@ def test_what_a_library_prints_goes_to_the_log_and_a_crash_is_named(tmp_path, ca
     assert capfd.readouterr().out == ""
 
 
-def test_a_process_that_the_system_kills_is_a_fault_with_its_code(tmp_path):
-    with pytest.raises(DeviceError, match=r"ended by itself \(code -9\)"):
-        apart(dies, progress=nothing, log=tmp_path / "log")
+def test_a_killed_process_is_an_error_with_its_exit_code(tmp_path):
+    with pytest.raises(DeviceError, match=r"exited unexpectedly \(code -9\)"):
+        run_isolated(dies, progress=nothing, log=tmp_path / "log")
 
 
-def test_one_that_ends_before_it_has_opened_its_log_is_a_fault_too(tmp_path):
+def test_an_exit_before_the_log_is_opened_is_an_error(tmp_path):
     log = tmp_path / "run" / "log"
-    with pytest.raises(DeviceError, match=r"ended by itself \(code 7\)"):
-        apart(fails, DiesWhenRead(7), progress=nothing, log=log)
+    with pytest.raises(DeviceError, match=r"exited unexpectedly \(code 7\)"):
+        run_isolated(fails, ExitsWhenUnpickled(7), progress=nothing, log=log)
     assert log.read_text() == ""
 
 
-def test_an_old_traceback_in_the_log_is_not_taken_for_what_happened_now(tmp_path):
+def test_an_old_traceback_in_the_log_is_not_reported_again(tmp_path):
     (tmp_path / "log").write_text("ZeroDivisionError: of yesterday\n")
-    with pytest.raises(DeviceError, match=r"ended by itself \(code 1\)"):
-        apart(fails, DiesWhenRead(1), progress=nothing, log=tmp_path / "log")
+    with pytest.raises(DeviceError, match=r"exited unexpectedly \(code 1\)"):
+        run_isolated(fails, ExitsWhenUnpickled(1), progress=nothing, log=tmp_path / "log")
 
 
-def test_one_that_is_gone_is_noticed_though_its_own_child_holds_the_pipe(tmp_path):
+def test_a_dead_process_is_noticed_though_a_grandchild_holds_the_pipe(tmp_path):
     began = time.monotonic()
     with pytest.raises(DeviceError, match=r"code -9"):
-        apart(dies_and_leaves_a_child, progress=nothing, log=tmp_path / "log")
+        run_isolated(dies_and_leaves_a_child, progress=nothing, log=tmp_path / "log")
     assert time.monotonic() - began < 15
 
 
 # -- Ctrl-C --------------------------------------------------------------------------------------------------------
 
 
-def pressing(path, times: int = 1):
-    """Press Ctrl-C so often, once the work has said in `path` that it listens."""
+def press_ctrl_c(path, times: int = 1):
+    """Press Ctrl-C `times` times once `path` exists: the child is listening."""
 
     def press():
         deadline = time.monotonic() + 60
@@ -175,13 +175,13 @@ def pressing(path, times: int = 1):
     threading.Thread(target=press, daemon=True).start()
 
 
-def test_ctrl_c_in_a_terminal_reaches_the_work_once(tmp_path):
-    path, script = tmp_path / "said", tmp_path / "script.py"
+def test_ctrl_c_in_a_terminal_reaches_the_child_once(tmp_path):
+    path, script = tmp_path / "signal", tmp_path / "script.py"
     script.write_text(
-        "import sys; from pathlib import Path; from sclite.isolation import apart\n"
+        "import sys; from pathlib import Path; from sclite.isolation import run_isolated\n"
         "from tests.test_isolation import counts_interrupts, nothing\n"
         "if __name__ == '__main__':\n"
-        "    try: apart(counts_interrupts, sys.argv[1], progress=nothing, log=Path(sys.argv[1] + '.log'))\n"
+        "    try: run_isolated(counts_interrupts, sys.argv[1], progress=nothing, log=Path(sys.argv[1] + '.log'))\n"
         "    except KeyboardInterrupt: sys.exit(130)\n"
     )
     pid, terminal = pty.fork()
@@ -199,35 +199,35 @@ def test_ctrl_c_in_a_terminal_reaches_the_work_once(tmp_path):
     assert path.read_text() == "1 times, not in the terminal's group"
 
 
-def test_ctrl_c_before_the_work_has_begun_ends_it_without_a_word_on_the_terminal(tmp_path, capfd):
+def test_ctrl_c_during_startup_prints_nothing(tmp_path, capfd):
     threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
-        apart(sleeps, str(tmp_path / "pid"), progress=nothing, log=tmp_path / "log")
+        run_isolated(sleeps, str(tmp_path / "pid"), progress=nothing, log=tmp_path / "log")
     assert capfd.readouterr() == ("", "")
     assert (tmp_path / "log").read_text() == ""
 
 
-def test_one_that_dies_of_ctrl_c_is_interrupted_and_has_not_failed(tmp_path):
-    pressing(tmp_path / "said")
+def test_a_child_killed_by_ctrl_c_counts_as_interrupted(tmp_path):
+    press_ctrl_c(tmp_path / "signal")
     with pytest.raises(KeyboardInterrupt):
-        apart(dies_of_an_interrupt, str(tmp_path / "said"), progress=nothing, log=tmp_path / "log")
+        run_isolated(dies_of_interrupt, str(tmp_path / "signal"), progress=nothing, log=tmp_path / "log")
 
 
-def test_the_third_ctrl_c_kills_what_does_not_listen(tmp_path):
-    pressing(tmp_path / "said", times=3)
+def test_the_third_ctrl_c_kills_a_child_that_ignores_it(tmp_path):
+    press_ctrl_c(tmp_path / "signal", times=3)
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        apart(is_deaf, str(tmp_path / "said"), progress=nothing, log=tmp_path / "log")
+        run_isolated(ignores_interrupts, str(tmp_path / "signal"), progress=nothing, log=tmp_path / "log")
     assert time.monotonic() - began < 15
-    assert not os.path.exists(f"/proc/{(tmp_path / 'said').read_text()}")
+    assert not os.path.exists(f"/proc/{(tmp_path / 'signal').read_text()}")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_it_ends_when_who_waits_for_it_is_killed(tmp_path):
+def test_the_child_ends_when_its_parent_is_killed(tmp_path):
     path = tmp_path / "pid"
     code = (
-        "import sys; from pathlib import Path; from sclite.isolation import apart; from tests.test_isolation import sleeps, nothing\n"
-        "if __name__ == '__main__': apart(sleeps, sys.argv[1], progress=nothing, log=Path(sys.argv[1] + 'log'))"
+        "import sys; from pathlib import Path; from sclite.isolation import run_isolated; from tests.test_isolation import sleeps, nothing\n"
+        "if __name__ == '__main__': run_isolated(sleeps, sys.argv[1], progress=nothing, log=Path(sys.argv[1] + 'log'))"
     )
     script = tmp_path / "script.py"
     script.write_text(code)
