@@ -191,11 +191,11 @@ def train(
     """SFT, attempts, corrections and DPO."""
     from sclite import training
     from sclite.inspect import summaries
-    from sclite.student.loader import choose_card, model_name
+    from sclite.student.loader import model_name, select_gpu
 
     context = common.context()
     model_name(context.config.student)
-    choose_card(gpu)
+    select_gpu(gpu)
     if plan:
         summaries.plan(training.plan(context), common.json)
         return

@@ -126,20 +126,20 @@ class Context:
 
         from sclite.export import gguf_writer
         from sclite.student.cuda_memory import free_memory
-        from sclite.student.loader import local_folder
+        from sclite.student.loader import fetch_base_model
         from sclite.train.common import quiet
 
         quiet(self.config.student)
-        if not torch.cuda.is_available() and gguf_writer.can_write(local_folder(self.config.student)):
+        if not torch.cuda.is_available() and gguf_writer.can_write(fetch_base_model(self.config.student)):
             with self._as_gguf(adapter) as student:
                 yield student
             return
-        from sclite.student.hf_model import Trainable
+        from sclite.student.hf_model import HFModel
         from sclite.student.loader import load_student
 
         model, tokenizer = load_student(self.config, "sft", self.run.path(adapter))
         try:
-            yield Trainable(model, tokenizer, self.config.student.batch)
+            yield HFModel(model, tokenizer, self.config.student.batch)
         finally:
             del model
             free_memory()
@@ -150,11 +150,11 @@ class Context:
         from sclite.export.merge import merge
         from sclite.student.llama_cpp.engine import Engine
         from sclite.student.llama_cpp.probe import check_gguf
-        from sclite.student.loader import local_folder
+        from sclite.student.loader import fetch_base_model
 
         merged, gguf = self.run.path("export/sampling-merged"), self.run.path("export/sampling.gguf")
         try:
-            merge(local_folder(self.config.student), self.run.path(adapter), merged, outtype="f16")
+            merge(fetch_base_model(self.config.student), self.run.path(adapter), merged, outtype="f16")
             convert(merged, gguf, outtype="f16")
             check_gguf(gguf)
             with Engine(gguf, context=self.config.eval.context) as student:

@@ -291,14 +291,14 @@ def export(context: Context, names: Sequence[str] = ()) -> list[Report]:
 def export_lora(context: Context) -> Path:
     """The furthest trained adapter alone as a GGUF, for llama.cpp's --lora."""
     from sclite.export.gguf import convert_lora
-    from sclite.student.loader import local_folder
+    from sclite.student.loader import fetch_base_model
 
     name = available(context)[-1]
     if name == "base":
         raise DataError(f"{_adapter(context, 'sft')} is missing", "run `sclite train` first")
     out = context.run.path(f"export/{name}-lora.gguf")
     out.parent.mkdir(parents=True, exist_ok=True)
-    return convert_lora(_adapter(context, name).parent, local_folder(context.config.student), out)
+    return convert_lora(_adapter(context, name).parent, fetch_base_model(context.config.student), out)
 
 
 def export_data(context: Context) -> Report:

@@ -7,7 +7,7 @@ import pytest
 from sclite import doctor
 from sclite.errors import DeviceError, UsageError
 from sclite.options import Common
-from sclite.student.loader import choose_card
+from sclite.student.loader import select_gpu
 
 
 def test_processes_are_read_largest_first_and_a_name_may_hold_commas():
@@ -73,17 +73,17 @@ def torch_with_cards(monkeypatch):
 
 
 def test_gpu_counts_the_cards_of_the_bus(torch_with_cards):
-    choose_card(1)
+    select_gpu(1)
     assert (os.environ["CUDA_VISIBLE_DEVICES"], os.environ["CUDA_DEVICE_ORDER"]) == ("1", "PCI_BUS_ID")
 
 
 def test_gpu_counts_within_the_cards_that_are_visible_already(torch_with_cards):
     os.environ["CUDA_VISIBLE_DEVICES"] = "2, GPU-5f3a"
-    choose_card(1)
+    select_gpu(1)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-5f3a"
     assert "CUDA_DEVICE_ORDER" not in os.environ  # the numbers are in the order that their writer had
     with pytest.raises(DeviceError, match="CUDA_VISIBLE_DEVICES=GPU-5f3a shows 1 cards") as error:
-        choose_card(1)
+        select_gpu(1)
     assert "unset CUDA_VISIBLE_DEVICES" in error.value.hint
 
 

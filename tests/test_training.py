@@ -161,7 +161,7 @@ def test_attempts_that_do_not_fit_at_once_are_sampled_in_halves(folder, monkeypa
 
     from sclite import prompts
     from sclite.student.base import Request
-    from sclite.student.hf_model import Trainable
+    from sclite.student.hf_model import HFModel
     from sclite.student.loader import load_student
 
     config = config_of(folder)
@@ -175,9 +175,9 @@ def test_attempts_that_do_not_fit_at_once_are_sampled_in_halves(folder, monkeypa
         return real(input_ids=input_ids, **settings)
 
     requests = [Request(prompts.solve_messages(f"What is {n} + 1?"), max_tokens=4) for n in range(9)]
-    expected = [reply.text for reply in Trainable(model, tokenizer, 8).generate(requests)]
+    expected = [reply.text for reply in HFModel(model, tokenizer, 8).generate(requests)]
     monkeypatch.setattr(model, "generate", limited)
-    replies = list(Trainable(model, tokenizer, 8).generate(requests))
+    replies = list(HFModel(model, tokenizer, 8).generate(requests))
     assert [reply.index for reply in replies] == list(range(9))
     assert [reply.text for reply in replies] == expected
     assert sizes == [8, 4, 2, 2, 2, 2, 1]

@@ -11,7 +11,14 @@ from sclite.errors import DataError, ScliteError
 from sclite.student.base import Request
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.llama_cpp.probe import check_gguf
-from sclite.student.self_correction import NEVER, SAME_RESULT, Reviewed, Settings, free, guided
+from sclite.student.self_correction import (
+    NEVER,
+    SAME_RESULT,
+    Reviewed,
+    ReviewSettings,
+    review_free,
+    review_guided,
+)
 from sclite.trace import Step, parse
 
 RIGHT, WRONG, UNREVIEWED = "[green]✓[/]", "[red]✗[/]", "[dim]·[/]"
@@ -42,7 +49,7 @@ def talk(
             console.note(f"[dim]{plain(path.name)}: {plain(engine.description)}, {where}[/]")
         if off and not as_json:
             console.note(f"[dim]{plain(off)}[/]")
-        settings = Settings(
+        settings = ReviewSettings(
             threshold or 0.0, max(1, config.review.rounds), config.eval.max_tokens, config.prompts.folder
         )
 
@@ -115,7 +122,7 @@ class Answer:
 
 
 def _answer(
-    engine: Engine, question: str, config: Config, settings: Settings, off: str, familiar: bool
+    engine: Engine, question: str, config: Config, settings: ReviewSettings, off: str, familiar: bool
 ) -> Answer:
     request = Request(prompts.solve_messages(question, config.prompts.folder), max_tokens=settings.max_tokens)
     reply = next(engine.generate([request]))
@@ -126,7 +133,7 @@ def _answer(
     trace, cut = parse(reply.text).trace, reply.finish == "length"
     review, doubt = None, ""
     if not off and trace.steps:
-        method = guided if config.review.mode == "guided" else free
+        method = review_guided if config.review.mode == "guided" else review_free
         (review,) = method(engine, [question], [reply.text], settings)
         doubt = "" if review.note == SAME_RESULT else review.note
     if not trace.steps:

@@ -25,7 +25,7 @@ from sclite.records import Attempt, Drop, Pair, Problem, Review
 from sclite.run import Report, Run, timed
 from sclite.signature import digest
 from sclite.student.base import Student
-from sclite.student.self_correction import NO_REPLY, Reviewed, Settings, free, mend
+from sclite.student.self_correction import NO_REPLY, Reviewed, ReviewSettings, correct_steps, review_free
 from sclite.trace import CAUSE, Trace, close_piece, open_piece, parse, render, step_pieces, work_of
 
 STAGE, FILE = "pairs", "pairs.jsonl"
@@ -185,7 +185,7 @@ def own_corrections(
     for start in range(0, len(cases), size):
         block = cases[start : start + size]
         asked = [(problems[r.id].question, work_of(attempts[r.id, r.sample].trace), r.step) for r, _ in block]
-        mended = mend(student, asked, replace(settings, seed=config.seed + start))
+        mended = correct_steps(student, asked, replace(settings, seed=config.seed + start))
         verdicts = grader.equal_many(
             (answer_of(m.text) if m.accused is not None else None, problems[r.id].answer)
             for m, (r, _) in zip(mended, block, strict=True)
@@ -198,8 +198,8 @@ def own_corrections(
     return found
 
 
-def _settings(config: Config) -> Settings:
-    return Settings(
+def _settings(config: Config) -> ReviewSettings:
+    return ReviewSettings(
         max_tokens=config.attempts.max_tokens,
         temperature=config.attempts.temperature,
         prompt_folder=config.prompts.folder,
@@ -232,7 +232,7 @@ def free_corrections(
                 progress(before + done, total)
 
         settings = replace(_settings(config), seed=config.seed + sample)
-        written = free(student, questions, texts, settings, step_on)
+        written = review_free(student, questions, texts, settings, step_on)
         verdicts = grader.equal_many(
             (answer_of(own.text), problems[r.id].answer) for own, r in zip(written, reviews, strict=True)
         )

@@ -19,7 +19,15 @@ from sclite.records import Problem
 from sclite.run import Run
 from sclite.signature import digest
 from sclite.student.base import Reply, Request, Student
-from sclite.student.self_correction import NEVER, Reviewed, Settings, changed, free, guided, mend, scores_of
+from sclite.student.self_correction import (
+    NEVER,
+    Reviewed,
+    ReviewSettings,
+    correct_steps,
+    review_free,
+    review_guided,
+    score_traces,
+)
 from sclite.trace import Trace, parse, work_of
 
 Judge = Callable[[str, Trace], int | None]
@@ -57,8 +65,8 @@ def grade(grader: Grader, texts: Sequence[str], problems: Sequence[Problem]) -> 
     return grader.equal_many((answer_of(text), p.answer) for text, p in zip(texts, problems, strict=True))
 
 
-def review_settings(config: Config, threshold: float) -> Settings:
-    return Settings(threshold, config.review.rounds, config.eval.max_tokens, config.prompts.folder)
+def review_settings(config: Config, threshold: float) -> ReviewSettings:
+    return ReviewSettings(threshold, config.review.rounds, config.eval.max_tokens, config.prompts.folder)
 
 
 def fit(student: Student, problems: Sequence[Problem], config: Config, grader: Grader) -> dict[str, Any]:
@@ -92,7 +100,7 @@ class Trials:
         """Let the student solve further problems and score its steps."""
         first = solve(self.student, problems, self.config, self.grader)
         questions = [problem.question for problem in problems]
-        self.scores += scores_of(self.student, questions, first.traces, self.config.prompts.folder)
+        self.scores += score_traces(self.student, questions, first.traces, self.config.prompts.folder)
         self.problems += first.problems
         self.traces += first.traces
         self.correct += first.correct
@@ -142,10 +150,10 @@ class Trials:
         """Correct these steps, (problem, step), as far as that was not done before."""
         new = [place for place in places if place not in self.results]
         cases = [(self.problems[i].question, self.traces[i], step) for i, step in new]
-        mended = mend(self.student, cases, review_settings(self.config, 0.0))
+        mended = correct_steps(self.student, cases, review_settings(self.config, 0.0))
         verdicts = grade(self.grader, [m.text for m in mended], [self.problems[i] for i, _ in new])
         for (i, step), outcome, verdict in zip(new, mended, verdicts, strict=True):
-            self.results[i, step] = verdict if changed(outcome) else self.correct[i]
+            self.results[i, step] = verdict if outcome.changed else self.correct[i]
 
 
 def _could_be_accused(scores: Sequence[float], floor: float) -> Iterator[int]:
@@ -169,7 +177,7 @@ def outcomes(
     """Turn 2: review each first answer and grade what comes of it."""
     questions, texts = [p.question for p in first.problems], [reply.text for reply in first.replies]
     settings = review_settings(config, threshold)
-    reviewed = (guided if mode == "guided" else free)(student, questions, texts, settings)
+    reviewed = (review_guided if mode == "guided" else review_free)(student, questions, texts, settings)
     second = grade(grader, [r.text for r in reviewed], first.problems)
     rows = [
         _outcome(first, i, review, verdict, judge)
@@ -183,7 +191,7 @@ def _outcome(first: First, i: int, review: Reviewed, verdict: bool | None, judge
     truth = judge(problem.question, trace) if judge is not None and trace.steps else None
     known = judge is not None and bool(trace.steps)
     labels = tuple(step == truth for step in range(1, (truth or len(trace.steps)) + 1)) if known else ()
-    mended = changed(review)
+    mended = review.changed
     return Outcome(
         id=problem.id,
         question=problem.question,
@@ -215,9 +223,9 @@ def located_correction_rate(
     if not cases:
         return None
     asked = [(o.question, work_of(o.first), o.true_step) for o, _ in cases]
-    mended = mend(student, asked, review_settings(config, 0.0))
+    mended = correct_steps(student, asked, review_settings(config, 0.0))
     verdicts = grade(grader, [m.text for m in mended], [p for _, p in cases])
-    known = [bool(v) and changed(m) for v, m in zip(verdicts, mended, strict=True) if v is not None]
+    known = [bool(v) and m.changed for v, m in zip(verdicts, mended, strict=True) if v is not None]
     return round(sum(known) / len(known), 4) if known else None
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from sclite.student.base import Messages
 from sclite.student.llama_cpp.engine import Engine
-from sclite.student.loader import four_bits
+from sclite.student.loader import nf4_config
 from sclite.student.origin import read_origin
 from sclite.student.tokenization import piece_ids, prompt_ids
 
@@ -85,7 +85,7 @@ def trained_model(base: Path, adapter: Path | None) -> Any:
     origin = read_origin(adapter) if adapter else None
     settings: dict[str, Any] = {"trust_remote_code": False, "device_map": {"": "cpu"}, "dtype": torch.float32}
     if origin and origin.nf4:
-        settings |= {"dtype": getattr(torch, origin.dtype), "quantization_config": four_bits()}
+        settings |= {"dtype": getattr(torch, origin.dtype), "quantization_config": nf4_config()}
     config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(base, **settings)
     if "quantization_config" in settings or getattr(config, "quantization_config", None):

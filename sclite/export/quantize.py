@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from sclite.errors import DataError, UsageError
-from sclite.student.llama_cpp.engine import last_words, llama
+from sclite.student.llama_cpp.engine import last_errors, llama
 
 
 def quantisations() -> dict[str, int]:
@@ -49,7 +49,7 @@ def quantize(source: Path, out: Path, name: str, *, threads: int | None = None) 
     if code != 0:
         part.unlink(missing_ok=True)
         raise DataError(
-            f"llama.cpp cannot quantise {source} to {name}: {last_words()}",
+            f"llama.cpp cannot quantise {source} to {name}: {last_errors()}",
             "check the free disk space, or choose another --quant",
         )
     return part.replace(out)

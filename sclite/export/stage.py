@@ -18,7 +18,7 @@ from sclite.run import Report, Run, timed, write_text
 from sclite.signature import digest
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.llama_cpp.probe import check_gguf
-from sclite.student.loader import check_vocabulary, load_tokenizer, local_folder, read_config
+from sclite.student.loader import check_vocabulary, fetch_base_model, load_tokenizer, read_config
 from sclite.student.origin import read_origin
 from sclite.student.tokenization import piece_ids, prompt_ids
 from sclite.trace import Step, Trace, all_pieces
@@ -69,7 +69,7 @@ def export_model(config: Config, run: Run, name: str) -> Report:
     with timed(report):
         try:
             made, full = work / out.name, work / "full.gguf"
-            base = local_folder(config.student)
+            base = fetch_base_model(config.student)
             tokenizer = load_tokenizer(str(base))
             check_vocabulary(tokenizer, read_config(str(base)), str(base))
             outtype = "f32" if config.export.quant == "f32" else "f16"

@@ -59,13 +59,13 @@ def _names(name: str, path: str) -> bool:
     return path == name or path.endswith(f".{name}")
 
 
-def new_shape(lora: Lora, kind: Any) -> dict[str, Any]:
+def new_lora_shape(lora: Lora, kind: Any) -> dict[str, Any]:
     """What decides the shape of a new LoRA on a model of this configuration."""
     targets = lora_targets(meta_model(kind), lora.target_modules)
     return {"r": lora.r, "lora_alpha": lora.lora_alpha, "target_modules": targets, "lora_dropout": 0.0}
 
 
-def with_new_adapter(model: Any, shape: dict[str, Any], seed: int) -> Any:
+def add_adapter(model: Any, shape: dict[str, Any], seed: int) -> Any:
     """The model with a new LoRA; the seed decides its random factors."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -74,7 +74,7 @@ def with_new_adapter(model: Any, shape: dict[str, Any], seed: int) -> Any:
     return get_peft_model(model, LoraConfig(**shape, task_type="CAUSAL_LM"))
 
 
-def adapted(model: Any) -> list[str]:
+def adapted_layers(model: Any) -> list[str]:
     """The layers that have a LoRA, by the last part of their names."""
     from peft.tuners.lora import LoraLayer
 
@@ -104,7 +104,7 @@ def _damaged(folder: Path, reason: str) -> DataError:
     )
 
 
-def put_adapter(model: Any, folder: Path) -> None:
+def load_adapter(model: Any, folder: Path) -> None:
     """Give the weights in a folder to the model's adapter; raises DataFault where they are damaged or of another shape."""
     from peft import set_peft_model_state_dict
     from safetensors import SafetensorError
@@ -125,7 +125,7 @@ def put_adapter(model: Any, folder: Path) -> None:
         raise DataError(f"{wrong_shape}: {wrong[0]} and {len(wrong) - 1} more differ", hint)
 
 
-def shape_of(adapter: Path) -> dict[str, Any]:
+def read_lora_shape(adapter: Path) -> dict[str, Any]:
     """What decides the shape of the LoRA in a folder, from its own configuration."""
     kept = check_adapter(adapter)
     for unlike in ("rank_pattern", "alpha_pattern", "use_dora"):

@@ -62,7 +62,9 @@ class Scores:
     prompt_tokens: int
 
 
-def compared(first: list[int], second: list[int], others: Sequence[list[int]]) -> tuple[list[int], list[int]]:
+def tokens_to_compare(
+    first: list[int], second: list[int], others: Sequence[list[int]]
+) -> tuple[list[int], list[int]]:
     """The tokens by which two options are compared; see `ScoreRequest`."""
     heads = [option[0] for option in (first, second, *others)]
     alike = any(heads.count(option[0]) > 1 for option in (first, second))

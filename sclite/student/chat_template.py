@@ -31,7 +31,7 @@ def render_chat(template: str, messages: Messages, *, generation_prompt: bool = 
 
     A model file brings the template, so it is rendered in a process of its own with limits on time, memory and length. A
     prompt that leaves `<think>` open gets an empty block. A system message for which there is no place, and DataFault: as
-    in `render_whole`.
+    in `render_complete`.
     """
 
     def render(these: Messages) -> str:
@@ -44,7 +44,7 @@ def render_chat(template: str, messages: Messages, *, generation_prompt: bool = 
         }
         return _in_process({"template": template, "values": values | tokens})
 
-    text = render_whole(messages, render)
+    text = render_complete(messages, render)
     return (
         f"{text.rstrip()}\n\n</{opened[1]}>\n\n"
         if generation_prompt and (opened := _OPEN.search(text))
@@ -62,7 +62,7 @@ def opens_thinking(template: str, **tokens: Any) -> bool:
     return bool(_OPEN.search(_in_process({"template": template, "values": values | tokens})))
 
 
-def render_whole(messages: Messages, render: Callable[[Messages], str]) -> str:
+def render_complete(messages: Messages, render: Callable[[Messages], str]) -> str:
     """What `render` makes of the messages, with nothing left out.
 
     Where it refuses or leaves out a system message, its text goes before the first user message, with an empty line

@@ -1,7 +1,7 @@
 """The card's memory: whether an error says that it is used up, and giving back what a model has left behind."""
 
 
-def out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that the card's memory is used up: PyTorch has a class for it, other libraries only words."""
     import torch
 

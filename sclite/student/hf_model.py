@@ -5,9 +5,9 @@ from typing import Any
 
 from sclite.errors import DataError
 from sclite.signature import digest
-from sclite.student.base import Reply, Request, ScoreRequest, Scores, compared
-from sclite.student.cuda_memory import free_memory, out_of_memory
-from sclite.student.log_probs import autocast, hidden_states, log_probs_of, pad
+from sclite.student.base import Reply, Request, ScoreRequest, Scores, tokens_to_compare
+from sclite.student.cuda_memory import free_memory, is_out_of_memory
+from sclite.student.log_probs import autocast, hidden_states, log_probs_at, pad
 from sclite.student.tokenization import Encoded, end_id, piece_ids, prompt_ids
 
 Read = tuple[int, int, int]
@@ -15,7 +15,7 @@ Read = tuple[int, int, int]
 SCORED_TOKENS = 16_384  # of a forward pass that only reads odds
 
 
-class Trainable:
+class HFModel:
     """A transformers model with its tokenizer. Sampling is seeded block by block: `batch` requests share one seed."""
 
     def __init__(self, model: Any, tokenizer: Any, batch: int = 64):
@@ -43,7 +43,7 @@ class Trainable:
                 try:
                     replies = list(self._block(block[begin : begin + size], start + begin))
                 except RuntimeError as error:
-                    if size == 1 or not out_of_memory(error):
+                    if size == 1 or not is_out_of_memory(error):
                         raise
                     self.at_once = size // 2
                     free_memory()
@@ -147,7 +147,7 @@ class Trainable:
         others = piece_ids(self.tokenizer, request.others)
         for mark, texts in zip(request.marks, request.options, strict=True):
             at = ends[mark] - 1
-            for tokens in compared(*piece_ids(self.tokenizer, texts), others):
+            for tokens in tokens_to_compare(*piece_ids(self.tokenizer, texts), others):
                 row = 0
                 if ids[at + 1 : at + len(tokens)] != tokens[:-1]:
                     row = len(rows)
@@ -171,7 +171,7 @@ class Trainable:
             with torch.inference_mode(), autocast(self.model):
                 hidden = hidden_states(self.model, pad(block, self.tokenizer.pad_token_id))
                 states = hidden.at([number - start for number in numbers], list(places))
-                values = log_probs_of(self.model, states, torch.tensor(tokens))
+                values = log_probs_at(self.model, states, torch.tensor(tokens))
             found.update(zip(reads, values.tolist(), strict=True))
         return found
 

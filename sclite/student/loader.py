@@ -7,8 +7,8 @@ from typing import Any
 
 from sclite.config import Config, Student, TrainingStage
 from sclite.errors import DataError, DeviceError, NetworkError, ScliteError, UsageError
-from sclite.student.adapters import check_adapter, new_shape, put_adapter, shape_of, with_new_adapter
-from sclite.student.cuda_memory import out_of_memory
+from sclite.student.adapters import add_adapter, check_adapter, load_adapter, new_lora_shape, read_lora_shape
+from sclite.student.cuda_memory import is_out_of_memory
 
 EMBEDDED = "embedded"
 TAGS = (
@@ -41,13 +41,13 @@ def model_name(student: Student) -> str:
     return str(path) if (path / "config.json").is_file() else student.model
 
 
-def local_folder(student: Student) -> Path:
+def fetch_base_model(student: Student) -> Path:
     """The base model's folder on this disk; a hub model is fetched into the hub's own cache."""
-    return folder_of(model_name(student))
+    return fetch_model(model_name(student))
 
 
-def folder_of(name: str) -> Path:
-    """The folder of a model by path or Hub ID; as `local_folder`."""
+def fetch_model(name: str) -> Path:
+    """The folder of a model by path or Hub ID; as `fetch_base_model`."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
@@ -58,10 +58,10 @@ def folder_of(name: str) -> Path:
             snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"])
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
-        raise no_model(f"the student {name} cannot be fetched", error) from error
+        raise model_error(f"the student {name} cannot be fetched", error) from error
 
 
-def no_model(what: str, error: BaseException) -> ScliteError:
+def model_error(what: str, error: BaseException) -> ScliteError:
     """The fault for a model that cannot be had: NetworkFault where the hub is out of reach, else DataFault."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -76,7 +76,7 @@ def no_model(what: str, error: BaseException) -> ScliteError:
     return DataError(message, "check student.model")
 
 
-def choose_card(gpu: int | None) -> None:
+def select_gpu(gpu: int | None) -> None:
     """Make one card the only visible one, before anything of CUDA is touched; None is the first, where there is one.
 
     `gpu` counts the cards that CUDA_VISIBLE_DEVICES leaves visible. Raises DeviceFault where there is no such card.
@@ -105,7 +105,7 @@ def choose_card(gpu: int | None) -> None:
         )
 
 
-def backend(student: Student) -> str:
+def select_backend(student: Student) -> str:
     """unsloth or plain. On a CUDA machine a missing Unsloth is an error, never a silent slow run."""
     import torch
 
@@ -130,7 +130,7 @@ def load_tokenizer(name: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise no_model(f"the student {name} cannot be loaded", error) from error
+        raise model_error(f"the student {name} cannot be loaded", error) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
@@ -144,7 +144,7 @@ def read_config(name: str) -> Any:
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise no_model(f"the student {name} cannot be loaded", error) from error
+        raise model_error(f"the student {name} cannot be loaded", error) from error
 
 
 def check_vocabulary(tokenizer: Any, kind: Any, name: str) -> None:
@@ -184,20 +184,20 @@ def load_student(
     the stage's `max_length`, DeviceFault where it does not fit on the GPU.
     """
     student, settings, name = config.student, config.stage(stage), model_name(config.student)
-    tokenizer, kind, found = load_tokenizer(name), read_config(name), backend(student)
+    tokenizer, kind, found = load_tokenizer(name), read_config(name), select_backend(student)
     _check_length(kind, settings)
     check_vocabulary(tokenizer, kind, name)
     if adapter is not None:
         check_adapter(adapter)
-    without_cudnn_attention()
+    disable_cudnn_attention()
     load = load_unsloth if found == "unsloth" else _load_plain
     try:
-        shape = new_shape(config.lora, kind) if train and adapter is None else None
+        shape = new_lora_shape(config.lora, kind) if train and adapter is None else None
         model = load(name, kind, student, settings, adapter, shape, train, config.seed)
     except OSError as error:
-        raise no_model(f"the student {name} cannot be loaded", error) from error
+        raise model_error(f"the student {name} cannot be loaded", error) from error
     except (RuntimeError, ValueError) as error:
-        if out_of_memory(error) or "dispatched on the CPU" in str(error):
+        if is_out_of_memory(error) or "dispatched on the CPU" in str(error):
             raise DeviceError(
                 f"the student {name} does not fit on this card",
                 "close what else holds its memory (`sclite train --plan` tells), or choose a smaller student",
@@ -206,11 +206,11 @@ def load_student(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    model.padding_free = end_to_end(model, settings, found)
+    model.padding_free = is_padding_free(model, settings, found)
     return model, tokenizer
 
 
-def end_to_end(model: Any, settings: TrainingStage, backend: str) -> bool:
+def is_padding_free(model: Any, settings: TrainingStage, backend: str) -> bool:
     """Whether rows go through the model one behind the other.
 
     Not where layers carry a state along the row, as linear attention does: it would leak from one row into the next.
@@ -239,29 +239,29 @@ def _load_plain(
     from transformers import AutoModelForCausalLM
 
     cuda = torch.cuda.is_available()
-    arguments: dict[str, Any] = {"dtype": half() if cuda else torch.float32, "trust_remote_code": False}
+    arguments: dict[str, Any] = {"dtype": half_dtype() if cuda else torch.float32, "trust_remote_code": False}
     if cuda:
         arguments["device_map"] = {"": 0}
         if student.load_in_4bit and getattr(kind, "quantization_config", None) is None:
-            arguments["quantization_config"] = four_bits()
+            arguments["quantization_config"] = nf4_config()
     model = AutoModelForCausalLM.from_pretrained(name, **arguments)
     if adapter is not None:
         own = PeftConfig.from_pretrained(str(adapter))
         own.inference_mode = not train
         model = get_peft_model(model, own)
-        put_adapter(model, adapter)
+        load_adapter(model, adapter)
     elif shape is not None:
-        model = with_new_adapter(model, shape, seed)
+        model = add_adapter(model, shape, seed)
     return model
 
 
-def positions(kind: Any) -> int:
+def max_positions(kind: Any) -> int:
     """The positions that a model has."""
     return getattr(kind.get_text_config(), "max_position_embeddings", None) or 1 << 20
 
 
 def _check_length(kind: Any, settings: TrainingStage) -> None:
-    most = positions(kind)
+    most = max_positions(kind)
     if settings.max_length > most:
         raise DataError(
             f"max_length = {settings.max_length}: the student has {most} positions",
@@ -269,7 +269,7 @@ def _check_length(kind: Any, settings: TrainingStage) -> None:
         )
 
 
-def without_cudnn_attention() -> None:
+def disable_cudnn_attention() -> None:
     """Leave cuDNN's attention out, which PyTorch prefers on Hopper and on Blackwell's data-centre cards.
 
     It plans anew for every length that it has not met, milliseconds of the CPU's time each: with rows of all lengths that
@@ -280,14 +280,14 @@ def without_cudnn_attention() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def half() -> Any:
+def half_dtype() -> Any:
     """The 16-bit type that this card computes in."""
     import torch
 
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
-def four_bits() -> Any:
+def nf4_config() -> Any:
     """NF4 with double quantisation, computing in 16 bits."""
     import torch
     from transformers import BitsAndBytesConfig
@@ -296,7 +296,7 @@ def four_bits() -> Any:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=half() if torch.cuda.is_available() else torch.bfloat16,
+        bnb_4bit_compute_dtype=half_dtype() if torch.cuda.is_available() else torch.bfloat16,
     )
 
 
@@ -320,7 +320,7 @@ def load_unsloth(
 
     model, _ = FastLanguageModel.from_pretrained(
         name,
-        max_seq_length=min(positions(kind), max(settings.max_length, 8192)),
+        max_seq_length=min(max_positions(kind), max(settings.max_length, 8192)),
         load_in_4bit=student.load_in_4bit,
         dtype=None,
         device_map={"": 0},
@@ -330,7 +330,7 @@ def load_unsloth(
         trust_remote_code=False,
     )
     if adapter is not None:
-        shape = shape_of(adapter)
+        shape = read_lora_shape(adapter)
     if shape is not None:
         model = FastLanguageModel.get_peft_model(
             model,
@@ -340,6 +340,6 @@ def load_unsloth(
             random_state=seed,
         )
     if adapter is not None:
-        put_adapter(model, adapter)
+        load_adapter(model, adapter)
     (FastLanguageModel.for_training if train else FastLanguageModel.for_inference)(model)
     return model

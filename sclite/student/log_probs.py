@@ -123,7 +123,7 @@ def vocabulary_log_probs(model: Any, hidden: Any) -> Any:
     return torch.log_softmax(_capped(causal, logits), dim=-1)
 
 
-def log_probs_of(model: Any, hidden: Any, tokens: Any) -> Any:
+def log_probs_at(model: Any, hidden: Any, tokens: Any) -> Any:
     """Float32 log-probabilities of one token after each hidden state [positions, width]: [positions].
 
     The head is read in parts: all its weights in float32 would take gigabytes.
@@ -157,7 +157,7 @@ LOGITS = 1 << 26
 """Numbers of a table of logits at the most: positions times vocabulary."""
 
 
-def chunk_of(vocabulary: int) -> int:
+def head_chunk_size(vocabulary: int) -> int:
     """How many positions go through the head at once."""
     return max(64, LOGITS // vocabulary)
 
@@ -176,7 +176,7 @@ def token_log_probs(model: Any, hidden: Hidden, batch: Padded) -> tuple[Any, Any
         return vocabulary_log_probs(model, states).gather(1, tokens.unsqueeze(1)).squeeze(1)
 
     head = _head(model)[1].weight
-    size = chunk_of(head.shape[0])
+    size = head_chunk_size(head.shape[0])
     if len(tokens) <= size:
         return chosen(states, tokens), rows
     assert not head.requires_grad, "the head of the student is frozen"

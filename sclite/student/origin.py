@@ -75,7 +75,7 @@ def read_origin(adapter: Path) -> Origin:
 
 
 def nf4_round_trip(weight: Any, dtype: str) -> Any:
-    """A weight [out, in] as NF4 training sees it: quantized as `four_bits` says, then dequantized to `dtype`."""
+    """A weight [out, in] as NF4 training sees it: quantized as `nf4_config` says, then dequantized to `dtype`."""
     import bitsandbytes.functional as bnb
     import torch
 

@@ -50,9 +50,14 @@ class Reviewed:
     tokens: int = 0
     note: str = ""
 
+    @property
+    def changed(self) -> bool:
+        """Whether the review changed the attempt."""
+        return self.accused is not None and self.note != SAME_RESULT
+
 
 @dataclass(frozen=True)
-class Settings:
+class ReviewSettings:
     """How to review: the threshold on the log-odds, rounds, and the longest text in tokens."""
 
     threshold: float = 0.0
@@ -63,11 +68,6 @@ class Settings:
     seed: int = 0
 
 
-def changed(reviewed: Reviewed) -> bool:
-    """Whether a review made another text of the attempt."""
-    return reviewed.accused is not None and reviewed.note != SAME_RESULT
-
-
 def score_request(question: str, trace: Trace, folder: str = "") -> ScoreRequest:
     """Ask for the log-odds of an error after each step of an attempt: one prefill for all of them."""
     pieces = tuple(step_pieces(trace.steps))
@@ -76,7 +76,7 @@ def score_request(question: str, trace: Trace, folder: str = "") -> ScoreRequest
     return ScoreRequest(messages, pieces, tuple(range(0, len(pieces), 2)), options, OTHER_TAGS)
 
 
-def scores_of(
+def score_traces(
     student: Student, questions: Sequence[str], traces: Sequence[Trace], folder: str = ""
 ) -> list[tuple[float, ...]]:
     """The log-odds of an error for each step of each trace; empty without steps, or where it is too long to review."""
@@ -90,7 +90,7 @@ def scores_of(
 
 
 def correction_request(
-    question: str, trace: Trace, step: int, settings: Settings, sample: int = 0
+    question: str, trace: Trace, step: int, settings: ReviewSettings, sample: int = 0
 ) -> Request:
     """Ask for cause and correction of a step, in the review context, from `<Cause>` on."""
     pieces = (*step_pieces(trace.steps[: step - 1]), open_piece(step, trace.steps[step - 1]), CAUSE)
@@ -127,7 +127,9 @@ def _result_of_sum(text: str) -> str | None:
     return right if equals and _BEGINS.match(numbers) and _BEGINS.match(right) else None
 
 
-def continue_request(question: str, trace: Trace, step: int, correction: str, settings: Settings) -> Request:
+def continuation_request(
+    question: str, trace: Trace, step: int, correction: str, settings: ReviewSettings
+) -> Request:
     """Go on in the solve context after the steps before `step` and the corrected step as a plain one."""
     pieces = step_pieces((*trace.steps[: step - 1], Step(clean(correction))))
     return Request(
@@ -137,7 +139,7 @@ def continue_request(question: str, trace: Trace, step: int, correction: str, se
     )
 
 
-def continued(trace: Trace, step: int, correction: str, text: str) -> Trace:
+def join_continuation(trace: Trace, step: int, correction: str, text: str) -> Trace:
     """The new solution: what was kept, the corrected step, and what the student wrote after it."""
     kept = (*trace.steps[: step - 1], Step(clean(correction)))
     return parse("".join(step_pieces(kept)) + text).trace
@@ -165,8 +167,8 @@ class _State:
     scores: tuple[float, ...] = field(default=())
 
 
-def guided(
-    student: Student, questions: Sequence[str], attempts: Sequence[str], settings: Settings
+def review_guided(
+    student: Student, questions: Sequence[str], attempts: Sequence[str], settings: ReviewSettings
 ) -> list[Reviewed]:
     """Guided review of each attempt, in at most `settings.rounds` rounds; METHOD section 5."""
     states = []
@@ -181,8 +183,8 @@ def guided(
     return [state.result for state in states]
 
 
-def _round(student: Student, states: list[_State], settings: Settings, first: bool) -> None:
-    scores = scores_of(
+def _round(student: Student, states: list[_State], settings: ReviewSettings, first: bool) -> None:
+    scores = score_traces(
         student, [s.question for s in states], [s.trace for s in states], settings.prompt_folder
     )
     accused = []
@@ -195,17 +197,19 @@ def _round(student: Student, states: list[_State], settings: Settings, first: bo
         state.open = step is not None
         if step is not None:
             accused.append((state, step))
-    mended = mend(student, [(s.question, s.trace, step) for s, step in accused], settings)
+    mended = correct_steps(student, [(s.question, s.trace, step) for s, step in accused], settings)
     for (state, _), outcome in zip(accused, mended, strict=True):
         tokens = state.result.tokens + outcome.tokens
-        if not changed(outcome):  # the last text stands
+        if not outcome.changed:  # the last text stands
             state.open, state.result = False, replace(state.result, tokens=tokens, note=outcome.note)
             continue
         state.trace = work_of(outcome.text)
         state.result = replace(outcome, scores=state.result.scores, tokens=tokens)
 
 
-def mend(student: Student, cases: Iterable[tuple[str, Trace, int]], settings: Settings) -> list[Reviewed]:
+def correct_steps(
+    student: Student, cases: Iterable[tuple[str, Trace, int]], settings: ReviewSettings
+) -> list[Reviewed]:
     """Correct the given step of each (question, trace, step) and solve on from there.
 
     `accused` is None in a result whose cause, correction or answer could not be read; `note` says which. Where the
@@ -228,12 +232,12 @@ def mend(student: Student, cases: Iterable[tuple[str, Trace, int]], settings: Se
                 results[i] = Reviewed(render(trace), (), step, *note, reply.tokens, SAME_RESULT)
             else:
                 going_on.append((i, *note))
-    requests = [continue_request(*cases[i], correction, settings) for i, _, correction in going_on]
+    requests = [continuation_request(*cases[i], correction, settings) for i, _, correction in going_on]
     for (i, cause, correction), reply in zip(going_on, _generate(student, requests), strict=True):
         if reply is None or reply.finish == "error":
             continue
         _, trace, step = cases[i]
-        solved = continued(trace, step, correction, reply.text)
+        solved = join_continuation(trace, step, correction, reply.text)
         tokens = results[i].tokens + reply.tokens
         if solved.answer is None:
             results[i] = replace(results[i], tokens=tokens, note="no answer after the correction")
@@ -242,11 +246,11 @@ def mend(student: Student, cases: Iterable[tuple[str, Trace, int]], settings: Se
     return results
 
 
-def free(
+def review_free(
     student: Student,
     questions: Sequence[str],
     attempts: Sequence[str],
-    settings: Settings,
+    settings: ReviewSettings,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Reviewed]:
     """Free review, the paper's protocol: one generation that repeats everything; an unreadable one changes nothing.

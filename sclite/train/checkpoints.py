@@ -74,12 +74,12 @@ class Checkpoints:
 
     def load(self, step: int, model: Any) -> bool:
         """Give the model the adapter weights of a step; False where there is no such checkpoint any more."""
-        from sclite.student.adapters import put_adapter
+        from sclite.student.adapters import load_adapter
 
         folder = self.folder / f"checkpoint-{step}"
         if not folder.is_dir():
             return False
-        put_adapter(model, folder)
+        load_adapter(model, folder)
         return True
 
     def forget(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from sclite.config import Config, Student
 from sclite.errors import DataError
 from sclite.run import Run
-from sclite.student.loader import EMBEDDED, backend, folder_of, model_name
+from sclite.student.loader import EMBEDDED, fetch_model, model_name, select_backend
 from sclite.student.origin import record_origin
 from sclite.train.checkpoints import sync_folder
 
@@ -25,7 +25,7 @@ def save_adapter(model: Any, run: Run, stage: str, name: str) -> None:
     beside = folder.with_name(f".{folder.name}")
     shutil.rmtree(beside, ignore_errors=True)
     model.save_pretrained(beside)
-    record_origin(model, folder_of(model.config.name_or_path), beside)
+    record_origin(model, fetch_model(model.config.name_or_path), beside)
     sync_folder(beside)
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
@@ -61,7 +61,7 @@ def student_inputs(config: Config) -> dict[str, Any]:
 
 def quiet(student: Student | None = None) -> None:
     """Keep the libraries' own progress bars and notices off the terminal; import Unsloth first where it trains `student`."""
-    if student is not None and backend(student) == "unsloth":
+    if student is not None and select_backend(student) == "unsloth":
         os.environ.setdefault(
             "UNSLOTH_DISABLE_STATISTICS", "1"
         )  # it asks a server, and shortens every later time-out

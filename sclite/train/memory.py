@@ -15,8 +15,8 @@ from typing import Any
 from sclite.config import Config, Student
 from sclite.errors import DataError, NetworkError
 from sclite.student.adapters import lora_targets, meta_model
-from sclite.student.loader import backend, model_name, read_config
-from sclite.student.log_probs import chunk_of
+from sclite.student.loader import model_name, read_config, select_backend
+from sclite.student.log_probs import head_chunk_size
 
 Forward = tuple[int, int]
 """(tokens, tokens with loss) of one forward pass."""
@@ -36,7 +36,7 @@ DECISIONS = 8  # per attempt, in DPO
 
 KEPT, BACKWARD = 4, 8
 """Bytes per logit: float32 log-probabilities kept for the backward pass; there, their gradient and that of the logits. Above
-`chunk_of` positions the head runs in chunks, keeps nothing, and holds one chunk at a time."""
+`head_chunk_size` positions the head runs in chunks, keeps nothing, and holds one chunk at a time."""
 
 CONTEXT = 700_000_000
 """Bytes of the CUDA context, loaded kernels and cuBLAS workspace, from the totals of several processes."""
@@ -272,7 +272,7 @@ def peak(
     ]
     longest = max(tokens for tokens, _ in forwards)
     returning = min(3, model.layers) * one * longest if offloads else 0
-    chunk = chunk_of(model.vocabulary)
+    chunk = head_chunk_size(model.vocabulary)
     logits = [
         (2 if model.logit_cap else 1) * model.vocabulary * min(carried, chunk) for _, carried in forwards
     ]
@@ -430,7 +430,7 @@ def _choice(config: Config, stage: str, free: int) -> Choice | None:
         model = read_architecture(config.student, config.lora.target_modules)
     except (DataError, NetworkError):
         return None
-    wanted = wanted_setting(config, stage, backend(config.student))
+    wanted = wanted_setting(config, stage, select_backend(config.student))
     return choose(model, wanted, config.stage(stage).batch_size, free)
 
 

@@ -11,7 +11,7 @@ from sclite.config import Config
 from sclite.records import Template
 from sclite.run import Report, Run, timed
 from sclite.signature import digest
-from sclite.student.adapters import adapted, check_adapter
+from sclite.student.adapters import adapted_layers, check_adapter
 from sclite.student.loader import load_student
 from sclite.student.log_probs import Padded, hidden_states, pad, token_log_probs
 from sclite.student.tokenization import Encoded, encode_solution, end_id
@@ -89,7 +89,7 @@ def train_sft(
         )
         save_adapter(model, run, STAGE, "sft/adapter")
     report.counts |= {"rows": len(encoded), "steps": outcome.steps}
-    report.figures |= {"best_step": outcome.best, "warnings": outcome.warnings, "lora": adapted(model)}
+    report.figures |= {"best_step": outcome.best, "warnings": outcome.warnings, "lora": adapted_layers(model)}
     report.figures |= written(run, ADAPTER)
     run.sign(STAGE, inputs, report)
     checkpoints.forget()

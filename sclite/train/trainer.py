@@ -17,7 +17,7 @@ from typing import Any
 
 from sclite.config import TrainingStage
 from sclite.errors import GpuMemoryError, ScliteError
-from sclite.student.cuda_memory import out_of_memory
+from sclite.student.cuda_memory import is_out_of_memory
 from sclite.train.arguments import arguments
 from sclite.train.checkpoints import Checkpoints
 from sclite.train.metrics_logger import MetricsLogger, Progress
@@ -153,7 +153,7 @@ def memory_told(phase: str, micro_batch: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if out_of_memory(error):
+        if is_out_of_memory(error):
             raise GpuMemoryError(phase, micro_batch) from error
         raise
 

@@ -37,9 +37,9 @@ class Known:
         self.solved = 0
         monkeypatch.setattr(evaluate, "solve", self.solve)
         monkeypatch.setattr(
-            evaluate, "scores_of", lambda _, asked, *__: [self.scores[n] for n in map(number_of, asked)]
+            evaluate, "score_traces", lambda _, asked, *__: [self.scores[n] for n in map(number_of, asked)]
         )
-        monkeypatch.setattr(evaluate, "mend", self.mend)
+        monkeypatch.setattr(evaluate, "correct_steps", self.correct_steps)
         monkeypatch.setattr(evaluate, "grade", lambda _, texts, __: [text == "right" for text in texts])
 
     def solve(self, _, problems, *__):
@@ -50,7 +50,7 @@ class Known:
     def mended(self, number: int, step: int) -> bool:
         return self.wrong_step[number] == step - 1
 
-    def mend(self, _, cases, __):
+    def correct_steps(self, _, cases, __):
         found = []
         for question, _, step in cases:
             self.tried.append((question, step))
@@ -277,6 +277,8 @@ def test_a_correction_that_changes_nothing_neither_spoils_nor_mends(monkeypatch)
         Reviewed("wrong", accused=1, note=SAME_RESULT),
         Reviewed("right", note="no answer after the correction"),
     ]
-    monkeypatch.setattr(evaluate, "mend", lambda _, cases, __: [same[i % 2] for i in range(len(cases))])
+    monkeypatch.setattr(
+        evaluate, "correct_steps", lambda _, cases, __: [same[i % 2] for i in range(len(cases))]
+    )
     found = student.fit(max_harm=0.01)
     assert (found["threshold"], found["wrong_to_right"], found["right_to_wrong"]) == (NEVER, 0.0, 0.0)

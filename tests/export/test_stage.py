@@ -120,9 +120,9 @@ def test_adapter_trained_in_nf4_is_merged_into_the_weights_that_it_was_trained_o
     import torch
     from transformers import AutoModelForCausalLM
 
-    from sclite.student.loader import four_bits
+    from sclite.student.loader import nf4_config
 
-    settings = {"quantization_config": four_bits(), "dtype": torch.bfloat16, "device_map": {"": "cpu"}}
+    settings = {"quantization_config": nf4_config(), "dtype": torch.bfloat16, "device_map": {"": "cpu"}}
     folder = run.path("sft/adapter")
     save_adapter(AutoModelForCausalLM.from_pretrained(base, **settings), base, folder)
     kept = json.loads((folder / "trained_on.json").read_text())

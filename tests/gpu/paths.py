@@ -72,7 +72,7 @@ def hidden_gaps(backend: str, run: Run) -> dict[str, float]:
 
 def odds(backend: str, run: Run) -> list[float]:
     """Log-odds of accusing at every step of every attempt, by the DPO student in use."""
-    from sclite.student.hf_model import Trainable
+    from sclite.student.hf_model import HFModel
 
     config = config_of(backend)
     quiet(config.student)
@@ -80,19 +80,19 @@ def odds(backend: str, run: Run) -> list[float]:
     works = {a.id: parse(a.trace).trace for a in run.read("attempts.jsonl", Attempt)}
     requests = [score_request(questions[id], work) for id, work in works.items()]
     model, tokenizer = load_student(config, "sft", run.path("dpo/adapter"))
-    return [value for scores in Trainable(model, tokenizer, 4).score(requests) for value in scores.log_odds]
+    return [value for scores in HFModel(model, tokenizer, 4).score(requests) for value in scores.log_odds]
 
 
 def attempts(backend: str, run: Run) -> list[str]:
     """Greedy attempts by the SFT student, 32 at once."""
-    from sclite.student.hf_model import Trainable
+    from sclite.student.hf_model import HFModel
 
     config = config_of(backend)
     quiet(config.student)
     problems = run.read("problems.jsonl", Problem) * 4
     requests = [Request(prompts.solve_messages(p.question), max_tokens=48) for p in problems]
     model, tokenizer = load_student(config, "sft", run.path("sft/adapter"))
-    return [reply.text for reply in Trainable(model, tokenizer, 32).generate(requests)]
+    return [reply.text for reply in HFModel(model, tokenizer, 32).generate(requests)]
 
 
 FIGURES = {function.__name__: function for function in (hidden_gaps, odds, attempts)}

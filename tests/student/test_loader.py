@@ -7,8 +7,8 @@ import pytest
 
 from sclite.config import Sft
 from sclite.errors import DataError
-from sclite.student.adapters import new_shape, put_adapter, with_new_adapter
-from sclite.student.loader import choose_card, end_to_end, load_student
+from sclite.student.adapters import add_adapter, load_adapter, new_lora_shape
+from sclite.student.loader import is_padding_free, load_student, select_gpu
 from tests.tiny import tiny_llama
 from tests.train.test_sft import config_of
 
@@ -21,12 +21,12 @@ def shaped(*kinds):
 
 def test_rows_go_end_to_end_only_where_no_layer_carries_a_state_along():
     asked = Sft(padding_free=True)
-    assert end_to_end(shaped("full_attention", "sliding_attention"), Sft(), "unsloth")
-    assert end_to_end(shaped(), asked, "plain")
-    assert not end_to_end(shaped(), Sft(), "plain")
-    assert not end_to_end(shaped("linear_attention", "full_attention"), Sft(), "unsloth")
+    assert is_padding_free(shaped("full_attention", "sliding_attention"), Sft(), "unsloth")
+    assert is_padding_free(shaped(), asked, "plain")
+    assert not is_padding_free(shaped(), Sft(), "plain")
+    assert not is_padding_free(shaped("linear_attention", "full_attention"), Sft(), "unsloth")
     with pytest.raises(DataError, match="would mix the rows"):
-        end_to_end(shaped("linear_attention"), asked, "unsloth")
+        is_padding_free(shaped("linear_attention"), asked, "unsloth")
 
 
 @pytest.mark.parametrize(("before", "after"), [(None, "0"), ("3,1", "3"), ("", "")])
@@ -35,7 +35,7 @@ def test_without_gpu_the_first_visible_card_is_the_only_one(monkeypatch, before,
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if before is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
-    choose_card(None)
+    select_gpu(None)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == after
 
 
@@ -54,7 +54,7 @@ def test_an_adapter_of_another_shape_is_refused_by_name(tmp_path):
     config = config_of(folder)
     other, _ = load_student(config, "sft", train=True)
     other.save_pretrained(tmp_path / "whole")
-    put_adapter(other, tmp_path / "whole")
+    load_adapter(other, tmp_path / "whole")
 
     from safetensors.torch import load_file, save_file
 
@@ -62,10 +62,10 @@ def test_an_adapter_of_another_shape_is_refused_by_name(tmp_path):
     (tmp_path / "part").mkdir()
     save_file(dict(list(weights.items())[2:]), tmp_path / "part/adapter_model.safetensors")
     with pytest.raises(DataError, match="does not fit the student"):
-        put_adapter(other, tmp_path / "part")
-    shape = new_shape(config.lora, other.config)
+        load_adapter(other, tmp_path / "part")
+    shape = new_lora_shape(config.lora, other.config)
     renamed = {f"{name.replace('layers.0', 'layers.99')}": value for name, value in weights.items()}
     (tmp_path / "other").mkdir()
     save_file(renamed, tmp_path / "other/adapter_model.safetensors")
     with pytest.raises(DataError, match="does not fit the student"):
-        put_adapter(with_new_adapter(other.get_base_model(), shape, 0), tmp_path / "other")
+        load_adapter(add_adapter(other.get_base_model(), shape, 0), tmp_path / "other")

@@ -8,14 +8,14 @@ import pytest
 from sclite.student.base import Reply, Request, Scores
 from sclite.student.self_correction import (
     SAME_RESULT,
-    Settings,
-    free,
-    guided,
-    mend,
+    ReviewSettings,
+    correct_steps,
     read_correction,
+    review_free,
+    review_guided,
     same_result,
     score_request,
-    scores_of,
+    score_traces,
 )
 from sclite.trace import CAUSE, Step, Trace, open_piece, parse, render
 
@@ -77,7 +77,7 @@ def test_one_request_asks_for_the_odds_after_every_steps_text():
 
 def test_scores_come_back_to_their_own_trace_in_whatever_order():
     student = Scripted(odds=accuse_38)
-    found = scores_of(student, [QUESTION] * 3, [WRONG, Trace(), RIGHT])
+    found = score_traces(student, [QUESTION] * 3, [WRONG, Trace(), RIGHT])
     assert found == [(-4.0, 3.0, -4.0), (), (-4.0, -4.0, -4.0)]
     assert len(student.scored) == 2
 
@@ -87,7 +87,7 @@ def test_scores_come_back_to_their_own_trace_in_whatever_order():
 
 def test_the_wrong_step_is_accused_mended_and_solved_on_from():
     student = Scripted(odds=accuse_38, corrections=[CORRECTION])
-    (got,) = guided(student, [QUESTION], [render(WRONG)], Settings(threshold=0.0))
+    (got,) = review_guided(student, [QUESTION], [render(WRONG)], ReviewSettings(threshold=0.0))
     assert got.accused == 2
     assert got.scores == (-4.0, 3.0, -4.0)
     assert (got.cause, got.correction) == ("72 is not twice 38.", "72 / 2 = 36")
@@ -98,7 +98,7 @@ def test_the_wrong_step_is_accused_mended_and_solved_on_from():
 
 def test_right_work_is_left_as_it_is_word_for_word():
     text = "Sure!\n" + render(RIGHT).replace("\n</Step1>", "</Step 1 >")
-    (got,) = guided(Scripted(odds=accuse_38), [QUESTION], [text], Settings())
+    (got,) = review_guided(Scripted(odds=accuse_38), [QUESTION], [text], ReviewSettings())
     assert got.text == text
     assert (got.accused, got.tokens, got.note) == (None, 0, "")
     assert got.scores == (-4.0, -4.0, -4.0)
@@ -107,13 +107,13 @@ def test_right_work_is_left_as_it_is_word_for_word():
 @pytest.mark.parametrize(("threshold", "accused"), [(-2.0, 1), (0.0, 2), (2.0, 3), (5.0, None), (4.0, None)])
 def test_the_first_step_past_the_threshold_is_accused_not_the_highest(threshold, accused):
     student = Scripted(odds=lambda _: (-1.0, 1.0, 4.0), corrections=[CORRECTION], rest=f"{REST}")
-    (got,) = guided(student, [QUESTION], [render(WRONG)], Settings(threshold=threshold))
+    (got,) = review_guided(student, [QUESTION], [render(WRONG)], ReviewSettings(threshold=threshold))
     assert got.accused == accused
 
 
 def test_cause_and_correction_are_asked_in_the_review_context_from_the_accusation_on():
     student = Scripted(odds=accuse_38, corrections=[CORRECTION])
-    guided(student, [QUESTION], [render(WRONG)], Settings(max_tokens=77))
+    review_guided(student, [QUESTION], [render(WRONG)], ReviewSettings(max_tokens=77))
     first = student.requests[0]
     assert "".join(first.pieces) == "".join(score_request(QUESTION, WRONG).pieces[:3]) + CAUSE
     assert first.pieces[:3] == score_request(QUESTION, WRONG).pieces[:3]
@@ -124,7 +124,7 @@ def test_cause_and_correction_are_asked_in_the_review_context_from_the_accusatio
 
 def test_the_solution_goes_on_in_the_solve_context_without_the_wrong_tail():
     student = Scripted(odds=accuse_38, corrections=[CORRECTION])
-    guided(student, [QUESTION], [render(WRONG)], Settings())
+    review_guided(student, [QUESTION], [render(WRONG)], ReviewSettings())
     second = student.requests[1]
     assert second.pieces == (
         open_piece(1, WRONG.steps[0]),
@@ -141,7 +141,7 @@ def test_the_solution_goes_on_in_the_solve_context_without_the_wrong_tail():
 def test_rounds_are_bounded_even_for_a_student_that_always_accuses(rounds):
     changing = [CORRECTION.replace("= 36", f"= {36 + number}") for number in range(9)]
     student = Scripted(odds=lambda work: (-1.0, 9.0, 9.0), corrections=changing)
-    (got,) = guided(student, [QUESTION], [render(WRONG)], Settings(rounds=rounds))
+    (got,) = review_guided(student, [QUESTION], [render(WRONG)], ReviewSettings(rounds=rounds))
     assert len(student.requests) == 2 * rounds
     assert len(student.scored) == rounds
     assert got.tokens == 20 * rounds
@@ -150,7 +150,7 @@ def test_rounds_are_bounded_even_for_a_student_that_always_accuses(rounds):
 
 def test_a_second_round_looks_at_the_mended_work_and_stops_when_it_is_content():
     student = Scripted(odds=accuse_38, corrections=[CORRECTION])
-    (got,) = guided(student, [QUESTION], [render(WRONG)], Settings(rounds=5))
+    (got,) = review_guided(student, [QUESTION], [render(WRONG)], ReviewSettings(rounds=5))
     assert len(student.scored) == 2
     assert render(RIGHT) in student.scored[1].messages[-1]["content"]
     assert got.accused == 2
@@ -171,7 +171,7 @@ def test_a_second_round_looks_at_the_mended_work_and_stops_when_it_is_content():
 def test_an_unreadable_review_keeps_the_first_answer_and_says_so(correction, rest, finish, note):
     student = Scripted(odds=accuse_38, corrections=[correction], rest=rest, finish=finish)
     first = "Well.\n" + render(WRONG)
-    (got,) = guided(student, [QUESTION], [first], Settings())
+    (got,) = review_guided(student, [QUESTION], [first], ReviewSettings())
     assert got.text == first
     assert got.accused is None
     assert got.note == note
@@ -183,7 +183,7 @@ def test_what_the_student_has_corrected_while_solving_is_reviewed_as_corrected()
     steps = (WRONG.steps[0], Step("72 / 2 = 38", None, "Too many.", "72 / 2 = 36"), Step("36 + 5 = 41"))
     text = render(Trace(steps, None, "41"))
     student = Scripted(odds=accuse_38)
-    (got,) = guided(student, [QUESTION], [text], Settings())
+    (got,) = review_guided(student, [QUESTION], [text], ReviewSettings())
     assert (got.text, got.accused, got.note) == (text, None, "")
     assert got.scores == (-4.0, -4.0, -4.0)
     (request,) = student.scored
@@ -196,10 +196,10 @@ AGAIN = "The halves fit not.</Cause>\n<Correction>Half of 72: 70 / 2 = 35, 2 / 2
 
 def test_a_correction_to_the_same_result_mends_nothing_and_is_not_solved_on_from():
     student = Scripted(odds=accuse_38, corrections=[AGAIN])
-    (got,) = guided(student, [QUESTION], [render(WRONG)], Settings(rounds=3))
+    (got,) = review_guided(student, [QUESTION], [render(WRONG)], ReviewSettings(rounds=3))
     assert (got.text, got.accused, got.note, got.tokens) == (render(WRONG), None, SAME_RESULT, 10)
     assert len(student.requests) == 1
-    (mended,) = mend(Scripted(corrections=[AGAIN]), [(QUESTION, WRONG, 2)], Settings())
+    (mended,) = correct_steps(Scripted(corrections=[AGAIN]), [(QUESTION, WRONG, 2)], ReviewSettings())
     assert (mended.accused, mended.note, mended.text) == (2, SAME_RESULT, render(WRONG))
     assert mended.correction.endswith("72 / 2 = 38.")  # as a wrong one of its own it can still be trained on
 
@@ -226,7 +226,7 @@ def test_results_are_what_stands_after_the_last_equals_sign(step, correction, sa
 
 def test_when_the_second_round_cannot_be_read_the_first_rounds_text_stands():
     student = Scripted(odds=lambda _: (-1.0, 2.0, -1.0), corrections=[CORRECTION, "nothing"])
-    (got,) = guided(student, [QUESTION], [render(WRONG)], Settings(rounds=2))
+    (got,) = review_guided(student, [QUESTION], [render(WRONG)], ReviewSettings(rounds=2))
     assert parse(got.text).trace == RIGHT
     assert got.accused == 2
     assert got.note == "the review could not be read"
@@ -234,7 +234,7 @@ def test_when_the_second_round_cannot_be_read_the_first_rounds_text_stands():
 
 def test_an_answer_without_steps_is_left_alone_and_it_is_said():
     student = Scripted(odds=accuse_38)
-    (got,) = guided(student, [QUESTION], ["It is 41."], Settings())
+    (got,) = review_guided(student, [QUESTION], ["It is 41."], ReviewSettings())
     assert (got.text, got.note, got.accused) == ("It is 41.", "no steps to review", None)
     assert student.scored == []
 
@@ -242,7 +242,7 @@ def test_an_answer_without_steps_is_left_alone_and_it_is_said():
 def test_many_attempts_keep_apart():
     student = Scripted(odds=accuse_38, corrections=[CORRECTION, "junk"])
     texts = [render(RIGHT), render(WRONG), "none", render(WRONG)]
-    got = guided(student, [QUESTION] * 4, texts, Settings())
+    got = review_guided(student, [QUESTION] * 4, texts, ReviewSettings())
     assert [g.accused for g in got] == [None, 2, None, None]
     assert [g.note for g in got] == ["", "", "no steps to review", "the review could not be read"]
     assert [parse(g.text).trace.answer for g in got] == ["41", "41", None, "43"]
@@ -253,12 +253,12 @@ def test_nothing_that_the_student_is_asked_holds_the_gold_answer():
     student = Scripted(
         odds=accuse_38, corrections=[CORRECTION.replace("36", "30")], rest=REST.replace("41", "35")
     )
-    (got,) = guided(student, [QUESTION], [render(WRONG)], Settings())
+    (got,) = review_guided(student, [QUESTION], [render(WRONG)], ReviewSettings())
     assert parse(got.text).trace.answer == "35"  # wrong still, and it stands
     asked = "".join(m["content"] for r in [*student.requests, *student.scored] for m in r.messages)
     assert "41" not in asked
-    assert not {"gold", "answer", "problem"} & set(guided.__annotations__)
-    assert not {"gold", "answer", "problem"} & set(free.__annotations__)
+    assert not {"gold", "answer", "problem"} & set(review_guided.__annotations__)
+    assert not {"gold", "answer", "problem"} & set(review_free.__annotations__)
 
 
 # -- mending a given step ------------------------------------------------------------------------------------------
@@ -266,7 +266,7 @@ def test_nothing_that_the_student_is_asked_holds_the_gold_answer():
 
 def test_several_samples_of_one_correction_have_seeds_of_their_own():
     student = Scripted(corrections=[CORRECTION] * 3)
-    mend(student, [(QUESTION, WRONG, 2)] * 3, Settings(temperature=0.8, seed=5))
+    correct_steps(student, [(QUESTION, WRONG, 2)] * 3, ReviewSettings(temperature=0.8, seed=5))
     asked = [r for r in student.requests if r.pieces[-1] == CAUSE]
     assert [r.seed for r in asked] == [5, 6, 7]
     assert {r.temperature for r in asked} == {0.8}
@@ -278,7 +278,7 @@ def test_a_reply_that_never_comes_is_no_correction():
         def generate(self, requests):
             return iter(())
 
-    (got,) = mend(Silent(), [(QUESTION, WRONG, 2)], Settings())
+    (got,) = correct_steps(Silent(), [(QUESTION, WRONG, 2)], ReviewSettings())
     assert got.accused is None
     assert got.text == render(WRONG)
     assert got.note
@@ -309,7 +309,7 @@ def reviewed(cause: str | None, correction: str | None) -> str:
 
 def test_free_review_takes_over_the_corrected_solution():
     student = Scripted(rest=reviewed("72 is not twice 38.", "72 / 2 = 36"))
-    (got,) = free(student, [QUESTION], [render(WRONG)], Settings(max_tokens=50))
+    (got,) = review_free(student, [QUESTION], [render(WRONG)], ReviewSettings(max_tokens=50))
     assert got.accused == 2
     assert [s.text for s in parse(got.text).trace.steps] == [s.text for s in RIGHT.steps]
     assert parse(got.text).trace.answer == "41"
@@ -320,20 +320,20 @@ def test_free_review_takes_over_the_corrected_solution():
 
 
 def test_a_free_review_that_accuses_nothing_changes_nothing():
-    (got,) = free(Scripted(rest=render(RIGHT)), [QUESTION], [render(WRONG)], Settings())
+    (got,) = review_free(Scripted(rest=render(RIGHT)), [QUESTION], [render(WRONG)], ReviewSettings())
     assert (got.text, got.accused, got.note) == (render(WRONG), None, "")
 
 
 @pytest.mark.parametrize("text", ["gibberish", "", "<Step1>a</Step1>", "<Answer>41</Answer>"])
 def test_an_unreadable_free_review_keeps_the_first_answer_and_says_so(text):
-    (got,) = free(Scripted(rest=text), [QUESTION], [render(WRONG)], Settings())
+    (got,) = review_free(Scripted(rest=text), [QUESTION], [render(WRONG)], ReviewSettings())
     assert (got.text, got.accused, got.note) == (render(WRONG), None, "the review could not be read")
     assert got.tokens == 10
 
 
 def test_free_review_asks_only_about_work_with_steps():
     student = Scripted(rest=render(RIGHT))
-    got = free(student, [QUESTION] * 2, ["It is 41.", render(WRONG)], Settings())
+    got = review_free(student, [QUESTION] * 2, ["It is 41.", render(WRONG)], ReviewSettings())
     assert [g.note for g in got] == ["no steps to review", ""]
     assert len(student.requests) == 1
 
@@ -341,7 +341,7 @@ def test_free_review_asks_only_about_work_with_steps():
 def test_free_review_sees_what_the_student_has_corrected_while_solving_as_corrected():
     steps = (WRONG.steps[0], Step("72 / 2 = 38", None, "Too many.", "72 / 2 = 36"), Step("36 + 5 = 41"))
     student = Scripted(rest=render(RIGHT))
-    (got,) = free(student, [QUESTION], [render(Trace(steps, None, "41"))], Settings())
+    (got,) = review_free(student, [QUESTION], [render(Trace(steps, None, "41"))], ReviewSettings())
     assert got.accused is None
     assert "= 38" not in student.requests[0].messages[-1]["content"]
 
@@ -349,7 +349,7 @@ def test_free_review_sees_what_the_student_has_corrected_while_solving_as_correc
 def test_a_second_round_sees_the_continuation_as_its_own_corrections_left_it():
     rest = "<Step3>36 + 5 = 38\n<Cause>Too few.</Cause>\n<Correction>36 + 5 = 41</Correction>\n</Step3>\n<Answer>41</Answer>"
     student = Scripted(odds=accuse_38, corrections=[CORRECTION], rest=rest)
-    (got,) = guided(student, [QUESTION], [render(WRONG)], Settings(rounds=2))
+    (got,) = review_guided(student, [QUESTION], [render(WRONG)], ReviewSettings(rounds=2))
     assert got.accused == 2
     assert len(student.scored) == 2
     assert len(student.requests) == 2

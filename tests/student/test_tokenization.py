@@ -5,9 +5,9 @@ from transformers import AutoTokenizer
 
 from sclite import prompts
 from sclite.errors import DataError
-from sclite.student.base import compared
+from sclite.student.base import tokens_to_compare
 from sclite.student.chat_template import merge_system
-from sclite.student.self_correction import Settings, continue_request
+from sclite.student.self_correction import ReviewSettings, continuation_request
 from sclite.student.tokenization import (
     decision_ids,
     encode_closing,
@@ -123,8 +123,8 @@ def test_a_review_and_a_solution_of_the_same_trace_have_the_same_ids(tokenizer):
 
 @pytest.mark.parametrize("step", [1, 2])
 def test_a_continuation_carries_loss_on_what_comes_after_the_step_and_on_its_end(tokenizer, step):
-    asked = continue_request(
-        "Anna has 3 apples and buys 4. How many?", TRACE, step, TRACE.steps[step - 1].text, Settings()
+    asked = continuation_request(
+        "Anna has 3 apples and buys 4. How many?", TRACE, step, TRACE.steps[step - 1].text, ReviewSettings()
     )
     given = [
         *prompt_ids(tokenizer, asked.messages),
@@ -198,7 +198,7 @@ def test_a_vocabulary_that_begins_both_alike_is_refused():
 
 
 def test_first_tokens_are_compared_where_they_tell_all_tags_apart():
-    assert compared([1, 2], [3, 4], [[5], [6]]) == ([1], [3])
-    assert compared([1, 2], [3, 4], [[5], [3, 9]]) == ([1, 2], [3, 4])
-    assert compared([1, 2], [1, 4], []) == ([1, 2], [1, 4])
-    assert compared([1, 2], [3, 4], [[5], [5]]) == ([1], [3])
+    assert tokens_to_compare([1, 2], [3, 4], [[5], [6]]) == ([1], [3])
+    assert tokens_to_compare([1, 2], [3, 4], [[5], [3, 9]]) == ([1, 2], [3, 4])
+    assert tokens_to_compare([1, 2], [1, 4], []) == ([1, 2], [1, 4])
+    assert tokens_to_compare([1, 2], [3, 4], [[5], [5]]) == ([1], [3])

@@ -11,7 +11,7 @@ from sclite.errors import DataError
 from sclite.records import Attempt, Pair, Problem, Review, Template
 from sclite.run import Run
 from sclite.student import tokenization
-from sclite.student.hf_model import Trainable
+from sclite.student.hf_model import HFModel
 from sclite.student.loader import load_student, load_tokenizer
 from sclite.student.log_probs import pad
 from sclite.student.self_correction import score_request
@@ -252,7 +252,7 @@ def test_partial_completions_carry_no_end_token(started):
 
 
 def test_decision_odds_in_training_are_the_scores_in_use(preferred):
-    """Trained and used on the same token positions: `Trainable.score` and the bundles say the same to 1e-4."""
+    """Trained and used on the same token positions: `HFModel.score` and the bundles say the same to 1e-4."""
     config, run, _ = preferred
     model, tokenizer = load_student(config, "dpo", run.path("dpo/adapter"))
     attempts = {f"{a.id}/{a.sample}": parse(a.trace).trace for a in run.read("attempts.jsonl", Attempt)}
@@ -260,7 +260,7 @@ def test_decision_odds_in_training_are_the_scores_in_use(preferred):
     bundles = bundles_of(config, run, tokenizer)
     requests = [score_request(questions[b.key.split("/")[0]], attempts[b.key]) for b in bundles]
     requests = [replace(request, others=()) for request in requests]  # first tokens, as they are trained
-    used = {bundles[s.index].key: s.log_odds for s in Trainable(model, tokenizer, 4).score(requests)}
+    used = {bundles[s.index].key: s.log_odds for s in HFModel(model, tokenizer, 4).score(requests)}
     got = likelihoods(model, collate(bundles, tokenizer.pad_token_id), decision_ids(tokenizer))
     signed = (got.decision_chosen - got.decision_rejected).tolist()
     trained: dict[str, list[float]] = {b.key: [] for b in bundles}

@@ -5,8 +5,8 @@ import pytest
 from sclite.config import Config
 from sclite.records import Template
 from sclite.run import Run
-from sclite.student.adapters import new_shape, with_new_adapter
-from sclite.student.loader import embedded_folder, four_bits, load_student, load_tokenizer
+from sclite.student.adapters import add_adapter, new_lora_shape
+from sclite.student.loader import embedded_folder, load_student, load_tokenizer, nf4_config
 from sclite.student.tokenization import Encoded
 from sclite.train.checkpoints import Checkpoints
 from sclite.train.sft import solve_rows, supervised
@@ -39,7 +39,7 @@ def moved(folder, path, settings: dict) -> tuple[float, set]:
             layer, Linear4bit
         ):  # else a no-grad forward pass repacks the weight in place on some machines
             layer.support_avx512bf16_for_cpu = False
-    model = with_new_adapter(model, new_shape(config.lora, model.config), seed=0)
+    model = add_adapter(model, new_lora_shape(config.lora, model.config), seed=0)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     row = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")[0]
     rows = [Encoded(row.ids[-24:], row.weights[-24:])]  # 4 bits are slow on a CPU; the steps are what counts
@@ -63,7 +63,7 @@ def test_in_small_steps_the_adapter_of_a_4_bit_base_goes_as_far_as_that_of_a_flo
     folder = tiny_llama(tmp_path / "student")
     whole, others = moved(folder, tmp_path / "float32", {"dtype": torch.float32})
     assert others == set()
-    settings = {"dtype": torch.float32, "quantization_config": four_bits()}
+    settings = {"dtype": torch.float32, "quantization_config": nf4_config()}
     quantised, others = moved(folder, tmp_path / "nf4", settings)
     assert others == set()
     assert quantised == pytest.approx(whole, rel=0.05)

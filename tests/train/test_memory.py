@@ -9,7 +9,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sclite.errors import DataError
 from sclite.student.adapters import lora_targets
-from sclite.student.log_probs import Padded, chunk_of, hidden_states, token_log_probs, vocabulary_log_probs
+from sclite.student.log_probs import (
+    Padded,
+    head_chunk_size,
+    hidden_states,
+    token_log_probs,
+    vocabulary_log_probs,
+)
 from sclite.train.memory import (
     BACKWARD,
     CACHED,
@@ -265,7 +271,7 @@ def test_logits_grow_with_the_loss_until_they_go_through_the_head_in_chunks():
     def logits(share):
         shown = Setting("sft", 1, 2048, 16, loss_share=share)
         return (KEPT + BACKWARD) * found.vocabulary * min(
-            round(2048 * share), chunk_of(found.vocabulary)
+            round(2048 * share), head_chunk_size(found.vocabulary)
         ), shown
 
     sizes = [logits(share)[0] for share in (0.05, 0.1, 0.5, 1.0)]
@@ -285,7 +291,7 @@ def test_in_chunks_or_at_once_log_probabilities_and_gradients_are_the_same(monke
     factor = model.requires_grad_(False).model.layers[0].mlp.up_proj.weight.requires_grad_()
     found = []
     for size in (10**6, 64):
-        monkeypatch.setattr(log_probs, "chunk_of", lambda _, size=size: size)
+        monkeypatch.setattr(log_probs, "head_chunk_size", lambda _, size=size: size)
         model.zero_grad()
         log_probs, rows = token_log_probs(model, hidden_states(model, batch), batch)
         (log_probs * carried).sum().backward()

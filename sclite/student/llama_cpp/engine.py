@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from sclite.errors import DataError, DeviceError, UsageError
-from sclite.student.base import Messages, Reply, Request, ScoreRequest, Scores, compared
+from sclite.student.base import Messages, Reply, Request, ScoreRequest, Scores, tokens_to_compare
 from sclite.student.chat_template import render_chat
 from sclite.student.llama_cpp.scheduler import Scheduler
 from sclite.student.llama_cpp.sequence import Sequence as Ids
@@ -40,7 +40,7 @@ def llama():
     return api
 
 
-def last_words() -> str:
+def last_errors() -> str:
     """What llama.cpp said about its failure."""
     lines = [line.strip() for line in "".join(_log).splitlines()]
     issues = [line for line in lines if "error" in line.lower() or "fail" in line.lower()]
@@ -114,7 +114,7 @@ class Engine:
         model = self._api.llama_model_load_from_file(os.fsencode(path), parameters)
         if not model:
             raise DataError(
-                f"llama.cpp cannot load {path}: {last_words()}",
+                f"llama.cpp cannot load {path}: {last_errors()}",
                 "write it again with `sclite export`, or copy it again",
             )
         return model
@@ -159,7 +159,7 @@ class Engine:
         if not self._context:
             self.close()
             raise DeviceError(
-                f"llama.cpp cannot open {self.path} with a cache of {self.cells} tokens: {last_words()}",
+                f"llama.cpp cannot open {self.path} with a cache of {self.cells} tokens: {last_errors()}",
                 "use fewer parallel sequences, a shorter context, or fewer GPU layers",
             )
         recurrent = api.llama_model_is_recurrent(self._model) or api.llama_model_is_hybrid(self._model)
@@ -180,7 +180,7 @@ class Engine:
         )
         if not adapter:
             self.close()
-            reason = last_words() if path.is_file() else "no such file"
+            reason = last_errors() if path.is_file() else "no such file"
             raise DataError(
                 f"cannot load the LoRA adapter {path}: {reason}", "make it with: sclite export --format lora"
             )
@@ -281,7 +281,9 @@ class Engine:
             if not first or not second:
                 raise UsageError(f"an empty option in {texts}", "both options need text")
             at = ends[mark] - 1
-            found.append(tuple(_option(whole, at, option) for option in compared(first, second, others)))
+            found.append(
+                tuple(_option(whole, at, option) for option in tokens_to_compare(first, second, others))
+            )
         whole.reads = dict(sorted(whole.reads.items()))
         latest = sorted((o for pair in found for o in pair), key=lambda option: -option[1][0][0])
         parts = dict.fromkeys([whole, *(sequence for sequence, _ in latest)])

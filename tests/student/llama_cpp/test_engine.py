@@ -9,7 +9,7 @@ import pytest
 from sclite.errors import DataError, UsageError
 from sclite.student.base import Request, ScoreRequest
 from sclite.student.chat_template import merge_system, render_chat
-from sclite.student.hf_model import Trainable
+from sclite.student.hf_model import HFModel
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.self_correction import score_request
 from sclite.trace import Step, Trace
@@ -139,7 +139,7 @@ def test_options_that_begin_alike_are_scored_whole(engine, trained):
 def test_decisions_are_scored_whole_where_another_tag_begins_like_one_of_them(engine, trained, own):
     """`<Cause>` and `<Key>` share their first token in this vocabulary; against one forward pass for each option."""
     model, tokenizer = trained
-    student = Trainable(model, tokenizer, 4) if own else engine
+    student = HFModel(model, tokenizer, 4) if own else engine
     request = score_request(
         "2 + 2?", Trace((Step("2 + 2 = 4", "Count."), Step("4 = 5"), Step("So 5.")), None, "5")
     )
