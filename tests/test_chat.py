@@ -171,7 +171,7 @@ import sys, time
 from pathlib import Path
 from sclite.chat import repl
 from sclite.config import Config
-from sclite.errors import DataFault
+from sclite.errors import DataError
 from tests.test_chat import Student
 
 def answer(engine, question, *_):
@@ -179,7 +179,7 @@ def answer(engine, question, *_):
         print("begun", flush=True)
         time.sleep(60)
     if question == "long":
-        raise DataFault("too long", "shorten it")
+        raise DataError("too long", "shorten it")
     return repl.Answer(question, f"read {len(question.splitlines())} lines: {question!r}", None)
 
 class Engine(Student):
