@@ -20,7 +20,7 @@ from sclite.manifest import Manifest
 from sclite.manifest import Report as Report
 from sclite.manifest import timed as timed
 from sclite.records import ROWS, Drop, Row
-from sclite.settings import FORGOTTEN, RUN_FILE
+from sclite.settings import NOT_SAVED, RUN_FILE
 
 R = TypeVar("R", bound=Row)
 BESIDES = frozenset(
@@ -116,12 +116,12 @@ class Run:
     def remember(self, config: Config) -> None:
         """Write the resolved configuration to run.toml, so that the next command on this run need not repeat it.
 
-        What filters or asks for one command is left out (`settings.FORGOTTEN`): `--limit`, `--ollama`.
+        What filters or asks for one command is left out (`settings.NOT_SAVED`): `--limit`, `--ollama`.
         """
         import tomlkit
 
         write_text(
-            self.path(RUN_FILE), tomlkit.dumps(config.model_dump(exclude_none=True, exclude=FORGOTTEN))
+            self.path(RUN_FILE), tomlkit.dumps(config.model_dump(exclude_none=True, exclude=NOT_SAVED))
         )
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""Where settings come from: defaults < run.toml < sclite.toml < environment < command line; every error at once."""
+"""Settings and their precedence: defaults < run.toml < sclite.toml < environment < command line."""
 
 import difflib
 import os
@@ -15,8 +15,8 @@ from sclite.errors import DataError, UsageError
 FILE = "sclite.toml"
 RUN_FILE = "run.toml"
 PREFIX = "SCLITE_"
-FORGOTTEN: dict[str, Any] = {"run": True, "problems": {"limit"}, "eval": {"limit"}, "export": {"ollama"}}
-"""What run.toml never holds, as pydantic's `exclude`: the run's own place, and what filters or asks for one command."""
+NOT_SAVED: dict[str, Any] = {"run": True, "problems": {"limit"}, "eval": {"limit"}, "export": {"ollama"}}
+"""What run.toml never holds, as pydantic's `exclude`: the run's path, and options that apply to one command only."""
 
 
 def load(
@@ -26,11 +26,11 @@ def load(
     defaults: Mapping[str, Any] | None = None,
     own_file: bool = True,
 ) -> Config:
-    """Read the configuration: `defaults` < run.toml of the run < file < environment < `settings`.
+    """Load the configuration: `defaults` < run.toml of the run < file < environment < `settings`.
 
-    `path` is a file that must exist; without it ./sclite.toml is read where there is one, unless `own_file` is False.
-    `settings` are KEY=VALUE from the command line. An empty value, wherever it stands, puts a key back to its default.
-    Raises UsageFault with every unknown key and wrong value in one message, DataFault where run.toml is damaged.
+    `path` must exist; without it ./sclite.toml is read if present, unless `own_file` is False. `settings` are KEY=VALUE
+    strings from the command line. An empty value on any level resets a key to its default. Raises UsageError with all
+    unknown keys and invalid values in one message, and DataError if run.toml is damaged.
     """
     file = _read_file(path) if path is not None or own_file else {}
     variables = _variables(os.environ if environment is None else environment)
@@ -40,12 +40,12 @@ def load(
         if not equals:
             raise UsageError(
                 f"--set {setting}: no value",
-                "write --set KEY=VALUE, for example --set sft.num_train_epochs=2; --set KEY= goes back to the default",
+                "write --set KEY=VALUE, for example --set sft.num_train_epochs=2; --set KEY= restores the default",
             )
-        _put(typed, key.strip().split("."), value.strip())
+        _assign(typed, key.strip().split("."), value.strip())
     layers = (file, variables, typed)
     named = [str(layer["run"]) for layer in (defaults or {}, *layers) if layer.get("run")]
-    tree = _remembered(Path(named[-1] if named else Config.model_fields["run"].default) / RUN_FILE)
+    tree = _read_run_file(Path(named[-1] if named else Config.model_fields["run"].default) / RUN_FILE)
     for layer in layers:
         _merge(tree, layer)
     try:
@@ -55,9 +55,9 @@ def load(
 
 
 def _variables(environment: Mapping[str, str]) -> dict[str, Any]:
-    """The settings among the environment variables: SCLITE_SEED, SCLITE_SFT__LEARNING_RATE.
+    """The settings in environment variables such as SCLITE_SEED and SCLITE_SFT__LEARNING_RATE.
 
-    A variable without `__` that is no key is somebody else's, unless it is spelled like one (SCLITE_SFT_LEARNING_RATE).
+    A variable that has no `__` and is not a key is ignored, unless it resembles a key (SCLITE_SFT_LEARNING_RATE).
     """
     found: dict[str, Any] = {}
     flat = [key.replace(".", "_") for key in keys()]
@@ -65,23 +65,23 @@ def _variables(environment: Mapping[str, str]) -> dict[str, Any]:
         path = name.removeprefix(PREFIX).lower().split("__")
         ours = len(path) > 1 or difflib.get_close_matches(path[0], flat, 1, 0.75)
         if name.startswith(PREFIX) and ours:
-            _put(found, path, value)
+            _assign(found, path, value)
     return found
 
 
-def _remembered(path: Path) -> dict[str, Any]:
-    """What earlier commands have noted in run.toml; raises DataFault, with a way on, where it cannot be used."""
+def _read_run_file(path: Path) -> dict[str, Any]:
+    """The settings that earlier commands saved in run.toml; raises DataError if it is unusable."""
     if not path.is_file():
         return {}
-    remedy = f"fix it, or remove {path}: settings then come from {FILE} and the command line alone"
+    advice = f"fix it, or remove {path}: settings then come only from {FILE} and the command line"
     try:
         tree = _read_file(path)
         Config.model_validate(tree)
     except UsageError as failure:
-        raise DataError(failure.message, remedy) from failure
+        raise DataError(failure.message, advice) from failure
     except ValidationError as error:
         message, hint = _explain(error)
-        raise DataError(f"{path}: {message}", f"{hint} {remedy}") from None
+        raise DataError(f"{path}: {message}", f"{hint} {advice}") from None
     return tree
 
 
@@ -93,14 +93,14 @@ def _read_file(path: Path | None) -> dict[str, Any]:
         return tomllib.loads(found.read_text(encoding="utf-8-sig"))  # editors on Windows write a BOM
     except OSError as error:
         raise UsageError(
-            f"the configuration {found} cannot be read: {error.strerror}", "check --config"
+            f"cannot read the configuration {found}: {error.strerror}", "check --config"
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{found}: {error}", "fix this line; the file is TOML") from error
 
 
 def _merge(tree: dict[str, Any], other: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Put `other` over `tree`, which is returned; an empty value takes a known key out."""
+    """Merge `other` into `tree` and return it; an empty value removes a known key."""
     for key, value in other.items():
         if isinstance(value, Mapping) and isinstance(tree.setdefault(key, {}), dict):
             _merge(tree[key], value, f"{prefix}{key}.")
@@ -111,13 +111,15 @@ def _merge(tree: dict[str, Any], other: Mapping[str, Any], prefix: str = "") -> 
     return tree
 
 
-def _put(tree: dict[str, Any], path: list[str], text: str) -> None:
+def _assign(tree: dict[str, Any], path: list[str], text: str) -> None:
+    """Set the key at `path`; `text` is read as a TOML value, else as a string."""
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    if not isinstance(value, str) and _is_text(path):
-        value = text
+    field = keys().get(".".join(path))
+    if field is not None and field.annotation is str and not isinstance(value, str):
+        value = text  # a model called 7, a run called 2026-11-23
     for key in path[:-1]:
         branch = tree.get(key)
         tree[key] = branch if isinstance(branch, dict) else {}
@@ -125,19 +127,8 @@ def _put(tree: dict[str, Any], path: list[str], text: str) -> None:
     tree[path[-1]] = value
 
 
-def _is_text(path: list[str]) -> bool:
-    """Whether the key wants a string, so that a model called 7 or a run called 2026-11-23 stays one."""
-    model: Any = Config
-    for key in path:
-        field = getattr(model, "model_fields", {}).get(key)
-        if field is None:
-            return False
-        model = field.annotation
-    return model is str
-
-
-def _nearest(key: str, known: Sequence[str], sections: Collection[str]) -> str:
-    """What an unknown key may have meant; of a known section else what it has."""
+def _suggest(key: str, known: Sequence[str], sections: Collection[str]) -> str:
+    """A suggestion for an unknown key: the most similar known key, else the keys of its section."""
     section, _, name = key.partition(".")
     if section not in sections:
         for like in difflib.get_close_matches(section, sections, 1, 0.6):
@@ -145,14 +136,10 @@ def _nearest(key: str, known: Sequence[str], sections: Collection[str]) -> str:
     own = [k.partition(".")[2] for k in known if k.startswith(f"{section}.")]
     near = [f"{section}.{n}" for n in difflib.get_close_matches(name, own, 1, 0.6)] if name and own else []
     last = key.split(".")[-1]
-    for candidates in ([f"{section}.{n}" for n in own], known):  # `epochs` means num_train_epochs
-        words = {k: k.split(".")[-1].split("_") for k in candidates}
-        near = (
-            near
-            or [k for k, parts in words.items() if k.endswith(f".{last}") or {last, f"{last}s"} & set(parts)][
-                :1
-            ]
-        )
+    for candidate in [*(f"{section}.{n}" for n in own), *known]:
+        words = candidate.split(".")[-1].split("_")  # `epochs` means num_train_epochs
+        if not near and (candidate.endswith(f".{last}") or last in words or f"{last}s" in words):
+            near = [candidate]
     if not near and not own:
         near = difflib.get_close_matches(key, [*known, *sections], 1, 0.6)
     if near:
@@ -161,19 +148,19 @@ def _nearest(key: str, known: Sequence[str], sections: Collection[str]) -> str:
 
 
 def _explain(error: ValidationError) -> tuple[str, str]:
-    """One message for all faults, and the nearest known key for each unknown one."""
+    """(message, hint): all errors in one message, and a suggestion for each unknown key."""
     known, lines, hints, meanings = keys(), [], [], []
     sections = {key.split(".")[0] for key in known}
     for failure in error.errors():
         key = ".".join(str(part) for part in failure["loc"])
         if failure["type"] == "extra_forbidden":
-            inner = list(failure["input"]) if isinstance(failure["input"], dict) else []
-            for each in [f"{key}.{name}" for name in inner] or [key]:
-                lines.append(f"unknown key {each}")
-                hints.append(_nearest(each, list(known), sections))
+            inner = failure["input"] if isinstance(failure["input"], dict) else {}
+            for unknown in [f"{key}.{name}" for name in inner] or [key]:
+                lines.append(f"unknown key {unknown}")
+                hints.append(_suggest(unknown, list(known), sections))
         else:
             lines.append(f"{key} = {failure['input']!r}: {failure['msg'][0].lower()}{failure['msg'][1:]}")
             if (field := known.get(key)) is not None and field.description:
                 meanings.append(f"{key}: {field.description}.")
-    remedy = [hint for hint in hints if hint] or ["`sclite init` writes every key with its meaning"]
-    return "configuration: " + "; ".join(lines), " ".join([*meanings, *remedy])
+    advice = [hint for hint in hints if hint] or ["`sclite init` writes a file that explains every key"]
+    return "configuration: " + "; ".join(lines), " ".join([*meanings, *advice])

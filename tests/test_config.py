@@ -1,4 +1,4 @@
-"""The configuration: what stands above what, how text becomes values, and all faults in one message."""
+"""Configuration: precedence, parsing of values, and errors that are reported together."""
 
 import pytest
 from pydantic import ValidationError
@@ -16,39 +16,31 @@ def _folder(tmp_path, monkeypatch):
 def test_defaults_then_file_then_environment_then_settings(tmp_path):
     (tmp_path / "sclite.toml").write_text("[sft]\nnum_train_epochs = 2\nbatch_size = 2\n[lora]\nr = 2\n")
     defaults = {"sft": {"num_train_epochs": 1, "batch_size": 1}, "lora": {"r": 1, "lora_alpha": 1}}
-    found = load(
-        None,
-        ["sft.num_train_epochs=4"],
-        {"SCLITE_SFT__NUM_TRAIN_EPOCHS": "3", "SCLITE_LORA__R": "3"},
-        defaults,
-    )
-    assert (found.lora.lora_alpha, found.sft.batch_size, found.lora.r, found.sft.num_train_epochs) == (
-        1,
-        2,
-        3,
-        4,
-    )
+    variables = {"SCLITE_SFT__NUM_TRAIN_EPOCHS": "3", "SCLITE_LORA__R": "3"}
+    found = load(None, ["sft.num_train_epochs=4"], variables, defaults)
+    values = (found.lora.lora_alpha, found.sft.batch_size, found.lora.r, found.sft.num_train_epochs)
+    assert values == (1, 2, 3, 4)
     assert found.sft.per_device_train_batch_size == Config().sft.per_device_train_batch_size
 
 
-def test_the_tree_of_defaults_is_not_changed_by_reading():
+def test_loading_does_not_change_the_defaults():
     defaults = {"sft": {"num_train_epochs": 1}}
     load(None, ["sft.num_train_epochs=4", "lora.r=2"], {}, defaults)
     assert defaults == {"sft": {"num_train_epochs": 1}}
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_a_file_may_begin_with_a_byte_order_mark_and_end_its_lines_in_any_way(tmp_path, end):
+def test_a_file_may_have_a_bom_and_any_line_ending(tmp_path, end):
     (tmp_path / "sclite.toml").write_bytes("\ufeffseed = 3\n[lora]\nr = 2\n".replace("\n", end).encode())
     found = load(None, (), {})
     assert (found.seed, found.lora.r) == (3, 2)
 
 
-def test_variables_that_are_no_keys_are_left_alone():
+def test_unrelated_variables_are_ignored():
     load(None, (), {"SCLITE_LLAMA_CPP": "/src/llama.cpp", "OTHER__THING": "1"})
 
 
-def test_a_named_file_takes_the_place_of_the_one_in_the_folder(tmp_path):
+def test_a_given_file_replaces_the_one_in_the_folder(tmp_path):
     (tmp_path / "sclite.toml").write_text("seed = 1\n")
     (tmp_path / "mine.toml").write_text("[lora]\nr = 4\n")
     found = load(tmp_path / "mine.toml", (), {})
@@ -71,7 +63,7 @@ def test_a_named_file_takes_the_place_of_the_one_in_the_folder(tmp_path):
         ("seed=0", "seed", 0),
     ],
 )
-def test_text_becomes_the_kind_of_value_that_its_key_wants(text, key, value):
+def test_text_is_converted_to_the_type_of_its_key(text, key, value):
     found = load(None, [text], {})
     for part in key.split("."):
         found = getattr(found, part)
@@ -79,12 +71,12 @@ def test_text_becomes_the_kind_of_value_that_its_key_wants(text, key, value):
     assert type(found) is type(value)
 
 
-def test_a_seed_of_zero_and_no_threshold_are_values_of_their_own():
+def test_threshold_zero_is_not_the_default():
     assert Config().review.threshold is None
     assert load(None, ["review.threshold=0"], {}).review.threshold == 0.0
 
 
-def test_all_faults_are_told_at_once():
+def test_all_errors_are_reported_together():
     with pytest.raises(UsageError) as error:
         load(None, ["sft.epoch=1", "dpo.beta=-1", "models=x", "eval.limit=none"], {})
     message, hint = error.value.message, error.value.hint
@@ -103,14 +95,14 @@ def test_all_faults_are_told_at_once():
         ("num_train_epochs=2", "sft.num_train_epochs"),
     ],
 )
-def test_an_unknown_key_gets_the_nearest_known_one(wrong, meant):
+def test_an_unknown_key_gets_a_suggestion(wrong, meant):
     with pytest.raises(UsageError) as error:
         load(None, [wrong], {})
     assert error.value.message == f"configuration: unknown key {wrong.partition('=')[0]}"
     assert error.value.hint == f"did you mean {meant}?"
 
 
-def test_every_key_of_an_unknown_section_is_named():
+def test_every_key_of_an_unknown_section_is_reported():
     with pytest.raises(UsageError) as error:
         load(None, ["studnt.model=x", "studnt.batch=2"], {})
     assert error.value.message == "configuration: unknown key studnt.model; unknown key studnt.batch"
@@ -118,17 +110,17 @@ def test_every_key_of_an_unknown_section_is_named():
 
 
 @pytest.mark.parametrize("setting", ["sft=3", "=3", "sft.=3", ".seed=1", "sft.num_train_epochs.more=1"])
-def test_odd_settings_are_usage_faults_and_no_tracebacks(setting):
+def test_malformed_settings_are_usage_errors(setting):
     with pytest.raises(UsageError):
         load(None, [setting], {})
 
 
-def test_a_configuration_cannot_be_changed():
+def test_a_configuration_is_immutable():
     with pytest.raises(ValidationError, match="frozen"):
         Config().sft.num_train_epochs = 2
 
 
-def test_every_key_that_people_type_most_exists():
+def test_common_keys_exist():
     typed = """problems.source problems.limit problems.correction_share attempts.source attempts.samples teacher.model
         teacher.api_base teacher.concurrency student.model student.backend export.quant export.ollama eval.source
         eval.limit review.mode review.threshold review.rounds sft.learning_rate sft.num_train_epochs sft.batch_size sft.max_length
@@ -140,12 +132,12 @@ def test_every_key_that_people_type_most_exists():
     "setting",
     ["dpo.num_train_epochs=0", "sft.num_train_epochs=0", "sft.num_train_epochs=inf", "dpo.learning_rate=nan"],
 )
-def test_a_number_that_cannot_be_is_refused_with_its_key(setting):
+def test_an_impossible_number_is_rejected(setting):
     with pytest.raises(UsageError, match=setting.partition("=")[0].replace(".", r"\.")):
         load(None, [setting], {})
 
 
-def test_no_epochs_of_dpo_has_a_remedy():
+def test_zero_epochs_of_dpo_gets_a_hint():
     with pytest.raises(
         UsageError, match=r"dpo\.num_train_epochs = 0: input should be greater than 0"
     ) as error:
@@ -153,6 +145,6 @@ def test_no_epochs_of_dpo_has_a_remedy():
     assert "train --only sft" in error.value.hint
 
 
-def test_settings_that_decide_nothing_of_the_result_are_not_signed():
-    assert Dpo(checkpoints=3, per_device_train_batch_size=2).deciding() == Dpo().deciding()
-    assert Dpo(beta=0.1).deciding() != Dpo().deciding()
+def test_settings_without_effect_on_the_result_are_not_signed():
+    assert Dpo(checkpoints=3, per_device_train_batch_size=2).signed_settings() == Dpo().signed_settings()
+    assert Dpo(beta=0.1).signed_settings() != Dpo().signed_settings()

@@ -35,7 +35,7 @@ def inputs_of(config: Config, run: Run, unseen: frozenset[str] = frozenset()) ->
         "pairs.jsonl": run.file_digest("pairs.jsonl"),
         "templates.jsonl": run.file_digest("templates.jsonl"),
         "warmup/adapter": run.file_digest("warmup/adapter/adapter_model.safetensors"),
-        "dpo": config.dpo.deciding(),
+        "dpo": config.dpo.signed_settings(),
         **student_inputs(config),
         "prompts": prompts.digest(
             "student_system", "student_solve", "student_review", folder=config.prompts.folder

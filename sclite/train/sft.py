@@ -32,7 +32,7 @@ def inputs_of(config: Config, run: Run, unseen: frozenset[str] = frozenset()) ->
         "problems kept for stage 2": digest(sorted(unseen)),
         "templates.jsonl": run.file_digest("templates.jsonl"),
         "lora": config.lora.model_dump(mode="json"),
-        "sft": config.sft.deciding(),
+        "sft": config.sft.signed_settings(),
         **student_inputs(config),
         "prompts": prompts.digest("student_system", "student_solve", folder=config.prompts.folder),
         "seed": config.seed,

@@ -34,7 +34,7 @@ def inputs_of(config: Config, run: Run, unseen: frozenset[str] = frozenset()) ->
         "attempts.jsonl": run.file_digest("attempts.jsonl"),
         "templates.jsonl": run.file_digest("templates.jsonl"),
         "sft/adapter": run.file_digest("sft/adapter/adapter_model.safetensors"),
-        "warmup": config.warmup.deciding(),
+        "warmup": config.warmup.signed_settings(),
         **student_inputs(config),
         "prompts": prompts.digest(
             "student_system", "student_solve", "student_review", folder=config.prompts.folder
