@@ -263,7 +263,7 @@ def test_an_unknown_format_of_an_export_is_told_with_the_known_ones(sclite):
 def test_data_without_any_rows_names_the_command_that_makes_them(sclite):
     ended = sclite("export", "--format", "data")
     assert ended.code == 3
-    assert "runs/default has neither templates nor pairs to export" in ended.error
+    assert "runs/default has no templates or pairs to export" in ended.error
     assert "sclite build-data" in ended.hint
 
 

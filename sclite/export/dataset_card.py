@@ -1,13 +1,12 @@
-"""The data card of an export: where the rows come from, what was left out, what they cost, and how each trainer reads them.
+"""The dataset card of an export: sources, skipped rows, teacher cost, and how each trainer reads the files.
 
-Every figure is read from the run; what the run does not know is said to be unknown.
+Every figure comes from the run; what the run does not record is written as unknown.
 """
 
 import re
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from sclite import __version__, prompts
 from sclite.config import Config
@@ -18,178 +17,164 @@ from sclite.teacher.ledger import Ledger
 
 UNKNOWN = "unknown"
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
-_HUB_NAME = re.compile(r"[\w.-]*\w/[\w.-]+(?<!\.jsonl)(?<!\.json)(?<!\.csv)(?<!\.parquet)")
-_STUDENT = ("student_system", "student_solve", "student_review")
-_WHAT = {
-    "templates": "`messages`: the student's prompt and the teacher's thought trace",
-    "reviews": "`messages`: work to check and its whole review, for the warm-up before DPO (sclite's own also shows wrong "
-    "work in the solving form, with loss on the ends of its steps alone, which no chat row can hold)",
+_HUB_ID = re.compile(r"[\w.-]*\w/[\w.-]+(?<!\.jsonl)(?<!\.json)(?<!\.csv)(?<!\.parquet)")
+_STUDENT_PROMPTS = ("student_system", "student_solve", "student_review")
+_FIELDS = {
+    "templates": "`messages`: the student's prompt and the teacher's thought template",
+    "reviews": "`messages`: an attempt and its review, for the warm-up before DPO (sclite's own warm-up also shows wrong "
+    "attempts in the solving format, with loss on the end of each step only, which a chat row cannot express)",
     "pairs": "`prompt`, `chosen`, `rejected` as text, and `prefix`",
     "step_dpo": "the pairs with the fields of Math-Step-DPO-10K",
 }
 
 
-def text(config: Config, run: Run, counts: dict[str, int]) -> str:
-    """The card as Markdown with the front matter of a Hugging Face data set; `counts` are rows by file."""
-    parts = [_front(counts), _introduction(), _files(counts), _origin(config, run), _left_out(run)]
-    return "\n".join([*parts, _cost(run), _reading(counts), _limits(counts)])
+def build_card(config: Config, run: Run, counts: dict[str, int]) -> str:
+    """The card as Markdown with Hugging Face front matter; `counts` holds the number of rows of each file."""
+    sections = [_front_matter(counts), _INTRODUCTION, _files(counts), _sources(config, run), _drops(run)]
+    return "\n".join([*sections, _cost(run), _loading(counts), _limitations(counts)])
 
 
 def source_name(config: Config) -> str:
-    """The problems' source as a card may show it."""
+    """The source of the problems as the card may show it."""
     if config.teacher.embedded:
-        return "the arithmetic stories that sclite's quickstart makes"
-    return _public(config.problems.source)
+        return "the arithmetic word problems of sclite's quickstart"
+    return _public_name(config.problems.source)
 
 
-def _public(name: str) -> str:
-    """A hub name as it is; of a file or folder the last part alone, because a path says more than a card should."""
-    return name if _HUB_NAME.fullmatch(name) else Path(name).name or UNKNOWN
+def _public_name(name: str) -> str:
+    """A Hub ID unchanged; only the last part of a path, because a path may reveal more than a card should."""
+    return name if _HUB_ID.fullmatch(name) else Path(name).name or UNKNOWN
 
 
-def _front(counts: dict[str, int]) -> str:
+def _front_matter(counts: dict[str, int]) -> str:
     size = next((name for limit, name in _SIZES if sum(counts.values()) < limit), "n>1M")
-    lines = ["---", "license: unknown # TO FILL IN before this is published: see Licence below"]
-    lines += [
-        "task_categories:",
-        "- text-generation",
-        "tags:",
-        "- sclite",
-        "- reasoning",
-        "- self-correction",
-    ]
-    lines += ["- dpo"] if counts["pairs"] else []
-    lines += ["size_categories:", f"- {size}", "configs:"]
-    for name, count in counts.items():
-        lines += [f"- config_name: {name}", f"  data_files: {name}.jsonl"] if count else []
-    return "\n".join([*lines, "---", ""])
+    tags = ["sclite", "reasoning", "self-correction", *(["dpo"] if counts["pairs"] else [])]
+    configs = "".join(
+        f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name, count in counts.items() if count
+    )
+    return f"""---
+license: unknown # TO FILL IN before publishing: see License below
+task_categories:
+- text-generation
+tags:
+{"".join(f"- {tag}" + chr(10) for tag in tags)}size_categories:
+- {size}
+configs:
+{configs}---
+"""
 
 
-def _introduction() -> str:
-    return f"""# Thought templates and corrections
+_INTRODUCTION = f"""# Thought templates and corrections
 
-Written by `sclite export --format data` (sclite {__version__}), after SuperCorrect (arXiv 2410.09008): a teacher turns worked
-solutions into numbered steps, and corrects a student's own wrong attempts at their first wrong step.
+Written by `sclite export --format data` (sclite {__version__}), following SuperCorrect (arXiv 2410.09008): a teacher rewrites
+worked solutions as numbered steps, and corrects a student's wrong attempts at their first wrong step.
 
-## Licence
+## License
 
-> **TO FILL IN.** The rows hold problems of the source and text of the models that are named below. Which licence that allows
-> is for you to find out: read the terms of all of them, then set `license` in the first lines of this file.
+> **TO FILL IN.** The rows contain problems from the source and text generated by the models named below. Check the terms of
+> each of them, then set `license` at the top of this file.
 """
 
 
 def _files(counts: dict[str, int]) -> str:
-    rows = [f"| {name}.jsonl | {count} | {_WHAT[name]} |" for name, count in counts.items() if count]
+    rows = [f"| {name}.jsonl | {count} | {_FIELDS[name]} |" for name, count in counts.items() if count]
     return "\n".join(["## Files", "", "| file | rows | fields |", "|---|---|---|", *rows, ""])
 
 
-def _origin(config: Config, run: Run) -> str:
-    signed = {stage: (run.finished(stage) or {}) for stage in ("templates", "corrections")}
+def _sources(config: Config, run: Run) -> str:
+    manifests = {stage: (run.finished(stage) or {}) for stage in ("templates", "corrections")}
     packages = ", ".join(f"{name} {version(name)}" for name in ("transformers", "litellm"))
     subset = " ".join(part for part in (config.problems.subset, config.problems.split) if part)
+    source, attempts, other = source_name(config), config.attempts.source, config.attempts.student
+    student = _public_name(config.student.model)
+    if attempts:
+        student += f"; the corrected attempts were imported from {_public_name(attempts)}"
+    elif other:
+        student += f"; the corrected attempts are by {_public_name(other)}"
     lines = [
-        "## Where the rows come from",
+        "## Sources",
         "",
-        f"- Problems: {source_name(config)}{f' ({subset})' if '/' in source_name(config) else ''}",
+        f"- Problems: {source}{f' ({subset})' if '/' in source else ''}",
         f"- Teacher: {config.teacher.model or UNKNOWN}",
-        f"- Student: {_public(config.student.model)}{_attempts(config)}",
-        *(
-            f"- Teacher's prompts for {stage}: {manifest.get('inputs', {}).get('prompts', UNKNOWN)}"
-            for stage, manifest in signed.items()
-        ),
-        *(f"- Prompt {name}: {prompts.digest(name, folder=config.prompts.folder)}" for name in _STUDENT),
-        *(
-            f"- Stage {stage}: sclite {manifest['sclite']}"
-            for stage, manifest in signed.items()
-            if "sclite" in manifest
-        ),
+        f"- Student: {student}",
+    ]
+    for stage, manifest in manifests.items():
+        lines.append(f"- Teacher prompts for {stage}: {manifest.get('inputs', {}).get('prompts', UNKNOWN)}")
+    for name in _STUDENT_PROMPTS:
+        lines.append(f"- Prompt {name}: {prompts.digest(name, folder=config.prompts.folder)}")
+    for stage, manifest in manifests.items():
+        if "sclite" in manifest:
+            lines.append(f"- Stage {stage}: sclite {manifest['sclite']}")
+    lines += [
         f"- Written with: {packages}",
         "",
-        "Prompts are named by the first 16 digits of a SHA-256. Rows that were brought along, and not made by this run, have",
-        "unknown prompts.",
+        "A prompt is identified by the first 16 digits of its SHA-256. The prompts of imported rows are unknown.",
         "",
     ]
     return "\n".join(lines)
 
 
-def _attempts(config: Config) -> str:
-    """Where the attempts that were corrected come from, where that is not the student itself."""
-    source, student = config.attempts.source, config.attempts.student
-    if source:
-        return f"; the attempts that were corrected were brought along ({_public(source)})"
-    return f"; the attempts that were corrected are those of {_public(student)}" if student else ""
-
-
-def _left_out(run: Run) -> str:
+def _drops(run: Run) -> str:
     drops = Counter((drop.stage, drop.reason) for drop in run.read("dropped.jsonl", Drop))
-    lines = ["## What was left out", ""]
-    if not drops:
-        return "\n".join([*lines, "Nothing.", ""])
-    table = [
-        f"| {stage} | {reason.replace('_', ' ')} | {n} |" for (stage, reason), n in sorted(drops.items())
-    ]
-    return "\n".join([*lines, "| stage | reason | rows |", "|---|---|---|", *table, ""])
+    rows = [f"| {stage} | {reason.replace('_', ' ')} | {n} |" for (stage, reason), n in sorted(drops.items())]
+    table = ["| stage | reason | rows |", "|---|---|---|", *rows] if rows else ["None."]
+    return "\n".join(["## Dropped rows", "", *table, ""])
 
 
 def _cost(run: Run) -> str:
-    lines = ["## What the teacher cost", ""]
+    heading = "## Teacher cost\n\n"
     if not run.path(LEDGER).is_file():
-        return "\n".join([*lines, "Unknown: the run has no ledger.", ""])
+        return f"{heading}Unknown: the run has no ledger.\n"
     with Ledger(run.path(LEDGER)) as ledger:
-        totals: dict[str, Any] = ledger.totals()
-    lines += [
-        f"- {totals['requests']} requests, {totals['prompt_tokens']} tokens read, {totals['completion_tokens']} written",
-        f"- {totals['cost_usd']:.6f} USD"
-        + (f"; {totals['unpriced']} requests have no known price" if totals["unpriced"] else ""),
-        "",
-    ]
-    return "\n".join(lines)
+        totals = ledger.totals()
+    unpriced = f"; {totals['unpriced']} requests have no known price" if totals["unpriced"] else ""
+    return (
+        f"{heading}- {totals['requests']} requests, {totals['prompt_tokens']} prompt tokens, "
+        f"{totals['completion_tokens']} completion tokens\n- {totals['cost_usd']:.6f} USD{unpriced}\n"
+    )
 
 
-def _reading(counts: dict[str, int]) -> str:
-    lines = ["## How trainers read it", "", "```python", "from datasets import load_dataset", ""]
+def _loading(counts: dict[str, int]) -> str:
+    lines = ["## Loading", "", "```python", "from datasets import load_dataset", ""]
     lines += [
         f'{name} = load_dataset(".", "{name}", split="train")' for name, count in counts.items() if count
     ]
     lines += ["```", ""]
     if counts["templates"] or counts["reviews"]:
         lines += [
-            "Chats: TRL's SFTTrainer reads `messages` (set `assistant_only_loss`, else the prompt is trained too), Axolotl as",
-            "`type: chat_template`, LLaMA-Factory as `sclite_templates` and `sclite_reviews` of dataset_info.json.",
+            "Chats: TRL's SFTTrainer reads `messages` (set `assistant_only_loss`, or the prompt is trained too), Axolotl as",
+            "`type: chat_template`, LLaMA-Factory as `sclite_templates` and `sclite_reviews` in dataset_info.json.",
             "",
         ]
     return "\n".join(lines) + ("\n" + _PAIRS if counts["pairs"] else "")
 
 
-_PAIRS = """Pairs: sclite trains a pair on `prompt` without loss, then on `chosen` against `rejected` without an end token, because both stop
-in mid-answer, and it tokenises each piece of `prefix` and each completion by itself. What others make of the same rows:
+_PAIRS = """Pairs: sclite computes no loss on `prompt`, then trains `chosen` against `rejected` without an end-of-turn token, because both
+stop mid-answer. It tokenizes each piece of `prefix` and each completion separately. Other trainers treat the same rows differently:
 
-| trainer | end token after the completion | tokenised |
+| trainer | end token after the completion | tokenization |
 |---|---|---|
-| LLaMA-Factory, `sclite_pairs` with `template: empty` | no | prompt and completion apart |
-| Step-DPO's own trainer on step_dpo.jsonl | no | joined; its prompt formats know neither this system prompt nor the review |
-| TRL's DPOTrainer | **yes, on both sides** | joined, and with a second start token where the tokenizer adds one |
-| Axolotl, `rl: dpo` (TRL inside) | **yes, on both sides** | joined |
+| LLaMA-Factory, `sclite_pairs` with `template: empty` | no | prompt and completion separately |
+| Step-DPO's own trainer on step_dpo.jsonl | no | jointly; its prompt formats have neither this system prompt nor the review |
+| TRL's DPOTrainer | **yes, on both sides** | jointly, with a second start token if the tokenizer adds one |
+| Axolotl, `rl: dpo` (uses TRL) | **yes, on both sides** | jointly |
 
-A student trained with the end token is taught to stop after `<Cause>`. sclite's examples/trl-multi-gpu and examples/axolotl hold a
-subclass of a few lines that leaves it away. `prompt` is text in the chat template of the student named above: for a student
-with another template export again with `--set student.model=NAME` (from a copy of the run, which remembers its settings).
-There is no conversational form of the pairs: the assistant's prefix would be closed, and a second turn opened after it.
+Training with the end token teaches the student to stop after `<Cause>`. sclite's examples/trl-multi-gpu and examples/axolotl contain
+a short subclass that omits it. `prompt` is rendered with the chat template of the student named above. For a student with another
+template, export again with `--set student.model=NAME` (from a copy of the run, because a run remembers its settings). Pairs have no
+conversational form: a trainer would close the assistant's prefix and open a second turn after it.
 """
 
 
-def _limits(counts: dict[str, int]) -> str:
-    lines = ["## What to know before training", ""]
-    lines += (
-        [
-            "- Pairs hold one student's own mistakes; for another student they are off-policy, and help less.",
-            "- DPO by itself does not teach a student to accuse a step that it gives no probability: train on reviews first.",
-            "- Decision pairs (`kind`) weigh one tag against another, content pairs two texts: keep both.",
+def _limitations(counts: dict[str, int]) -> str:
+    lines = ["## Before you train", ""]
+    if counts["pairs"]:
+        lines += [
+            "- Pairs contain the mistakes of one student. For another student they are off-policy and help less.",
+            "- DPO alone does not teach a student to flag a wrong step if it gives that no probability: train on reviews first.",
+            "- Decision pairs (`kind`) compare two tags, content pairs compare two texts: keep both.",
         ]
-        if counts["pairs"]
-        else []
+    lines.append(
+        "- Templates requested by this run reach the gold answer. The steps before the answer were not verified."
     )
-    lines += [
-        "- A template that this run asked for has the gold answer; the steps before it were checked by no one."
-    ]
     return "\n".join([*lines, ""])

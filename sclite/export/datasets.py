@@ -1,91 +1,76 @@
-"""The run's rows in the forms that other trainers read: chat messages, preference pairs, Step-DPO's fields, and a data card.
+"""The rows of a run in the formats of other trainers: chat messages, preference pairs, Step-DPO fields, and a dataset card.
 
-TRL, Axolotl and LLaMA-Factory read one folder. Nothing is left out and nothing is added: every row of templates.jsonl,
-reviews.jsonl and pairs.jsonl is one row here, in the same order, and the same run gives the same bytes.
+TRL, Axolotl and LLaMA-Factory all read the same folder. Each row of templates.jsonl, reviews.jsonl and pairs.jsonl becomes
+exactly one row here, in the same order, and the same run gives the same bytes.
 """
 
+from __future__ import annotations
+
 import json
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from sclite import prompts
 from sclite.config import Config
 from sclite.errors import DataError
-from sclite.export import dataset_card
+from sclite.export.dataset_card import build_card, source_name
 from sclite.records import Attempt, Pair, Problem, Review, Template
 from sclite.run import Report, Run, timed, write_text
 from sclite.student.loader import load_tokenizer, model_name
 from sclite.student.tokenization import prompt_text
 from sclite.trace import parse, render
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Rows = list[dict[str, Any]]
 FOLDER = "export/data"
 TEMPLATES, REVIEWS, PAIRS, STEP_DPO = "templates.jsonl", "reviews.jsonl", "pairs.jsonl", "step_dpo.jsonl"
-INFO, CARD = "dataset_info.json", "README.md"
-STAGE = "export-data"
-_ROLES = {
-    "role_tag": "role",
-    "content_tag": "content",
-    "user_tag": "user",
-    "assistant_tag": "assistant",
-    "system_tag": "system",
-}
 
 
 def export_data(config: Config, run: Run) -> Report:
-    """Write export/data: one JSONL for each kind of rows that the run has, dataset_info.json and the card README.md.
+    """Write export/data: one JSONL file per kind of row, dataset_info.json and the dataset card README.md.
 
-    The student's tokenizer is loaded where there are pairs: its chat template writes their prompts. Raises DataFault
-    where the run has neither templates nor pairs, or a row's problem is missing.
+    Pairs need the student's tokenizer, whose chat template renders their prompts. Raises DataError when the run has neither
+    templates nor pairs, or when the problem of a row is missing.
     """
-    report = Report(STAGE)
+    report = Report("export-data")
     with timed(report):
-        templates, reviews, pairs = (
-            run.read(TEMPLATES, Template),
-            run.read(REVIEWS, Review),
-            run.read(PAIRS, Pair),
-        )
+        templates, reviews = run.read(TEMPLATES, Template), run.read(REVIEWS, Review)
+        pairs = run.read(PAIRS, Pair)
         if not templates and not pairs:
             raise DataError(
-                f"{run.folder} has neither templates nor pairs to export", "run `sclite build-data` first"
+                f"{run.folder} has no templates or pairs to export", "run `sclite build-data` first"
             )
         problems = {problem.id: problem for problem in run.read("problems.jsonl", Problem)}
         attempts = {(a.id, a.sample): a for a in run.read("attempts.jsonl", Attempt)}
         folder = config.prompts.folder
-        rows = {
+        tokenizer = load_tokenizer(model_name(config.student)) if pairs else None
+        files = {
             TEMPLATES: template_rows(templates, folder),
             REVIEWS: review_rows(reviews, attempts, problems, folder),
-            PAIRS: preference_rows(load_tokenizer(model_name(config.student)), pairs, problems, folder)
-            if pairs
-            else [],
-            STEP_DPO: step_dpo_rows(pairs, reviews, problems, dataset_card.source_name(config), folder),
+            PAIRS: preference_rows(tokenizer, pairs, problems, folder),
+            STEP_DPO: step_dpo_rows(pairs, reviews, problems, source_name(config), folder),
         }
-        for name, lines in rows.items():
-            _write(run, name, lines)
-        report.counts = {name.removesuffix(".jsonl"): len(lines) for name, lines in rows.items()}
-        write_text(run.path(f"{FOLDER}/{INFO}"), _json(dataset_info(report.counts), indent=2) + "\n")
-        write_text(run.path(f"{FOLDER}/{CARD}"), dataset_card.text(config, run, report.counts))
+        for name, rows in files.items():
+            path = run.path(f"{FOLDER}/{name}")
+            if rows:
+                write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            else:
+                path.unlink(missing_ok=True)  # written by an earlier export
+        report.counts = {name.removesuffix(".jsonl"): len(rows) for name, rows in files.items()}
+        info = json.dumps(dataset_info(report.counts), ensure_ascii=False, indent=2)
+        write_text(run.path(f"{FOLDER}/dataset_info.json"), info + "\n")
+        write_text(run.path(f"{FOLDER}/README.md"), build_card(config, run, report.counts))
     report.figures = {"folder": str(run.path(FOLDER))}
     return report
-
-
-def _write(run: Run, name: str, rows: Sequence[dict[str, Any]]) -> None:
-    """A file of rows; where there are none, no file of an earlier export stays behind."""
-    path = run.path(f"{FOLDER}/{name}")
-    if rows:
-        write_text(path, "".join(_json(row) + "\n" for row in rows))
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
 # -- chats ---------------------------------------------------------------------------------------------------------
 
 
-def template_rows(templates: Iterable[Template], folder: str = "") -> list[dict[str, Any]]:
-    """Each template as {"id", "messages"}: the student's solving prompt, and the trace as the assistant's turn."""
+def template_rows(templates: Iterable[Template], folder: str = "") -> Rows:
+    """Each template as {"id", "messages"}: the solving prompt, and the trace as the assistant's turn."""
     return [
         {"id": row.id, "messages": _chat(prompts.solve_messages(row.question, folder), row.trace)}
         for row in templates
@@ -97,35 +82,36 @@ def review_rows(
     attempts: dict[tuple[str, int], Attempt],
     problems: dict[str, Problem],
     folder: str = "",
-) -> list[dict[str, Any]]:
-    """Each review as {"id", "sample", "step", "messages"}: what the warm-up before DPO learns (METHOD section 4.5)."""
+) -> Rows:
+    """Each review as {"id", "sample", "step", "messages"}, as in the warm-up before DPO (METHOD section 4.5)."""
     rows = []
     for row in reviews:
         attempt = attempts.get((row.id, row.sample))
         if attempt is None:
             raise DataError(
                 f"reviews.jsonl, {row.id}/{row.sample}: no such row in attempts.jsonl",
-                "put the attempts that were reviewed back, or remove this review",
+                "restore the attempt, or remove the review",
             )
-        asked = prompts.review_messages(_problem(row, problems).question, _canonical(attempt.trace), folder)
-        step = {"id": row.id, "sample": row.sample, "step": row.step}
-        rows.append({**step, "messages": _chat(asked, row.trace)})
+        prompt = prompts.review_messages(_problem(row, problems).question, _normalize(attempt.trace), folder)
+        messages = _chat(prompt, row.trace)
+        rows.append({"id": row.id, "sample": row.sample, "step": row.step, "messages": messages})
     return rows
 
 
-def _chat(asked: Iterable[dict[str, str]], trace: str) -> list[dict[str, str]]:
-    return [*asked, {"role": "assistant", "content": _canonical(trace)}]
+def _chat(prompt: Iterable[dict[str, str]], trace: str) -> list[dict[str, str]]:
+    return [*prompt, {"role": "assistant", "content": _normalize(trace)}]
 
 
-def _canonical(trace: str) -> str:
+def _normalize(trace: str) -> str:
     return render(parse(trace).trace)
 
 
 def _problem(row: Pair | Review, problems: dict[str, Problem]) -> Problem:
     if row.id not in problems:
+        kind = type(row).__name__.lower()
         raise DataError(
-            f"problems.jsonl has no problem {row.id}, which {type(row).__name__.lower()} {row.id}/{row.sample} is about",
-            "put its problem there, or remove the row",
+            f"problems.jsonl has no problem {row.id}, required by {kind} {row.id}/{row.sample}",
+            f"restore the problem, or remove the {kind}",
         )
     return problems[row.id]
 
@@ -134,28 +120,27 @@ def _problem(row: Pair | Review, problems: dict[str, Problem]) -> Problem:
 
 
 def preference_rows(
-    tokenizer: Any, pairs: Iterable[Pair], problems: dict[str, Problem], folder: str = ""
-) -> list[dict[str, Any]]:
-    """Each pair in TRL's standard form, prompt, chosen and rejected as text, with `prefix` and what names the pair.
+    tokenizer: PreTrainedTokenizerBase | None,
+    pairs: Iterable[Pair],
+    problems: dict[str, Problem],
+    folder: str = "",
+) -> Rows:
+    """Each pair in TRL's standard format: prompt, chosen and rejected as text, with `prefix` and the keys of the pair.
 
-    `prompt` is the review chat as the student's chat template writes it, up to where the assistant begins, and then
-    the assistant's pieces in `prefix`, joined. A conversational prompt cannot say this: trainers would open a second
-    assistant turn after the prefix.
+    `prompt` is the review chat rendered with the chat template, followed by the assistant's pieces in `prefix`. It cannot be
+    conversational: trainers would open a second assistant turn after the prefix.
     """
-    rows = []
-    for pair in pairs:
-        context = prompt_text(tokenizer, _asked(pair, problems, folder))
-        rows.append(
-            {
-                **_name(pair),
-                "origin": pair.origin,
-                "prompt": context + "".join(pair.prefix),
-                "chosen": pair.chosen,
-                "rejected": pair.rejected,
-                "prefix": list(pair.prefix),
-            }
-        )
-    return rows
+    return [
+        _keys(pair)
+        | {
+            "origin": pair.origin,
+            "prompt": prompt_text(tokenizer, _review_prompt(pair, problems, folder)) + "".join(pair.prefix),
+            "chosen": pair.chosen,
+            "rejected": pair.rejected,
+            "prefix": list(pair.prefix),
+        }
+        for pair in pairs
+    ]
 
 
 def step_dpo_rows(
@@ -164,59 +149,60 @@ def step_dpo_rows(
     problems: dict[str, Problem],
     source: str,
     folder: str = "",
-) -> list[dict[str, Any]]:
+) -> Rows:
     """Each pair with the fields of Math-Step-DPO-10K: `initial_reason_steps` is the assistant's prefix.
 
-    `prompt` is the user turn and `system` the system prompt, both without a chat template. `full_chosen` and
-    `full_rejected` go on to the end where the run knows how: the teacher's review, the attempt as it stood. Elsewhere
-    they equal `chosen` and `rejected`.
+    `prompt` is the user turn and `system` the system prompt, both without a chat template. `full_chosen` and `full_rejected`
+    continue to the end of the teacher's review and of the original attempt if these begin with the pair; otherwise they
+    equal `chosen` and `rejected`.
     """
-    whole = {(row.id, row.sample): _canonical(row.trace) for row in reviews}
+    traces = {(row.id, row.sample): _normalize(row.trace) for row in reviews}
     rows = []
     for pair in pairs:
-        system, user = _asked(pair, problems, folder)
-        begun = "".join(pair.prefix)
+        system, user = _review_prompt(pair, problems, folder)
+        prefix = "".join(pair.prefix)
+        review, attempt = traces.get((pair.id, pair.sample), ""), _normalize(pair.attempt)
         rows.append(
-            {
-                **_name(pair),
+            _keys(pair)
+            | {
                 "dataset": source,
                 "system": system["content"],
                 "prompt": user["content"],
-                "initial_reason_steps": begun,
+                "initial_reason_steps": prefix,
                 "chosen": pair.chosen,
                 "rejected": pair.rejected,
-                "full_chosen": _to_the_end(whole.get((pair.id, pair.sample), ""), begun, pair.chosen),
-                "full_rejected": _to_the_end(_canonical(pair.attempt), begun, pair.rejected),
+                "full_chosen": _continue(prefix, pair.chosen, review),
+                "full_rejected": _continue(prefix, pair.rejected, attempt),
                 "answer": _problem(pair, problems).answer,
             }
         )
     return rows
 
 
-def _name(pair: Pair) -> dict[str, Any]:
+def _keys(pair: Pair) -> dict[str, Any]:
     return {"id": pair.id, "sample": pair.sample, "step": pair.step, "kind": pair.kind}
 
 
-def _asked(pair: Pair, problems: dict[str, Problem], folder: str) -> tuple[dict[str, str], ...]:
-    return prompts.review_messages(_problem(pair, problems).question, _canonical(pair.attempt), folder)
+def _review_prompt(pair: Pair, problems: dict[str, Problem], folder: str) -> tuple[dict[str, str], ...]:
+    return prompts.review_messages(_problem(pair, problems).question, _normalize(pair.attempt), folder)
 
 
-def _to_the_end(whole: str, begun: str, piece: str) -> str:
-    """What `whole` says after `begun`, where it goes on with `piece`; the piece alone where it does not."""
-    said = begun + piece
-    return whole[len(begun) :] if whole.startswith(said) else piece
+def _continue(prefix: str, completion: str, trace: str) -> str:
+    """The completion, continued to the end of `trace` if that begins with prefix and completion."""
+    return trace[len(prefix) :] if trace.startswith(prefix + completion) else completion
 
 
 # -- LLaMA-Factory -------------------------------------------------------------------------------------------------
 
 
 def dataset_info(counts: dict[str, int]) -> dict[str, Any]:
-    """LLaMA-Factory's description of the files that were written, by data set name."""
-    chat = {"formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": _ROLES}
-    columns = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
-    known = {
+    """LLaMA-Factory's description of the written files, by dataset name."""
+    roles = {f"{role}_tag": role for role in ("role", "content", "user", "assistant", "system")}
+    chat = {"formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": roles}
+    columns = {name: name for name in ("prompt", "chosen", "rejected")}
+    datasets = {
         "sclite_templates": {"file_name": TEMPLATES, **chat},
         "sclite_reviews": {"file_name": REVIEWS, **chat},
         "sclite_pairs": {"file_name": PAIRS, "ranking": True, "columns": columns},
     }
-    return {name: entry for name, entry in known.items() if counts[name.removeprefix("sclite_")]}
+    return {name: entry for name, entry in datasets.items() if counts[name.removeprefix("sclite_")]}

@@ -16,7 +16,7 @@ from sclite.export.datasets import FOLDER
 from sclite.records import Pair, Problem
 from sclite.student.loader import load_tokenizer
 from sclite.train.bundle import build_bundles
-from tests.export.test_datasets import config_of, filled
+from tests.export.test_datasets import config_of, make_run
 from tests.tiny import CHATML, tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,7 +41,7 @@ def exported(tmp_path_factory):
 
     student = tiny_llama(tmp_path_factory.mktemp("student"))
     (student / "chat_template.jinja").write_text(GENERATION)
-    run = filled(tmp_path_factory.mktemp("work") / "runs/default")
+    run = make_run(tmp_path_factory.mktemp("work") / "runs/default")
     export_data(config_of(student), run)
     return student, run
 

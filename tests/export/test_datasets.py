@@ -1,4 +1,4 @@
-"""The exported data: as many rows as the run has, as the student is trained, in forms that other trainers accept."""
+"""Exported data: one row per row of the run, as the student is trained, in formats that other trainers accept."""
 
 import json
 from types import SimpleNamespace
@@ -30,8 +30,8 @@ def student(tmp_path_factory):
     return tiny_llama(tmp_path_factory.mktemp("student"))
 
 
-def filled(folder) -> Run:
-    """A run with templates, attempts, reviews, pairs, drops of two reasons and two paid replies."""
+def make_run(folder) -> Run:
+    """A run with templates, attempts, reviews, pairs, drops with two reasons and two paid replies."""
     run = Run(folder)
     write_toy(run)
     write_pairs(run)
@@ -57,8 +57,8 @@ def config_of(student, **sections) -> Config:
 
 @pytest.fixture(scope="module")
 def exported(student, tmp_path_factory):
-    """(config, run, report) after an export."""
-    run = filled(tmp_path_factory.mktemp("run"))
+    """The config, run and report of an export."""
+    run = make_run(tmp_path_factory.mktemp("run"))
     config = config_of(student)
     return config, run, export_data(config, run)
 
@@ -71,11 +71,11 @@ def questions(run: Run) -> dict[str, str]:
     return {problem.id: problem.question for problem in run.read("problems.jsonl", Problem)}
 
 
-# -- what is in the rows -------------------------------------------------------------------------------------------
+# -- rows ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_every_row_of_the_run_is_one_row_of_the_export_in_the_same_order(exported, name):
+def test_every_row_is_exported_once_in_the_same_order(exported, name):
     _, run, report = exported
     kept = run.read(f"{name}.jsonl", KINDS[name])
     assert len(kept) > 3
@@ -83,44 +83,41 @@ def test_every_row_of_the_run_is_one_row_of_the_export_in_the_same_order(exporte
     assert report.counts[name] == len(kept)
 
 
-def test_a_templates_chat_is_what_the_student_is_trained_on(exported):
+def test_template_chat_is_what_the_student_is_trained_on(exported):
     _, run, _ = exported
     for row, template in zip(rows_of(run, "templates"), run.read("templates.jsonl", Template), strict=True):
         assert row["messages"][:2] == list(prompts.solve_messages(template.question))
         assert row["messages"][2] == {"role": "assistant", "content": template.trace}
 
 
-def test_a_reviews_chat_shows_the_attempt_as_work_to_check(exported):
+def test_review_chat_contains_the_attempt(exported):
     _, run, _ = exported
     attempts = {a.id: a for a in run.read("attempts.jsonl", Attempt)}
     for row, review in zip(rows_of(run, "reviews"), run.read("reviews.jsonl", Review), strict=True):
-        work = render(parse(attempts[review.id].trace).trace)
-        assert row["messages"][:2] == list(prompts.review_messages(questions(run)[review.id], work))
+        attempt = render(parse(attempts[review.id].trace).trace)
+        assert row["messages"][:2] == list(prompts.review_messages(questions(run)[review.id], attempt))
         assert row["messages"][2]["content"] == review.trace
 
 
-def test_a_pairs_prompt_is_the_review_chat_and_then_the_assistants_prefix(exported, student):
+def test_pair_prompt_is_the_review_chat_and_the_assistant_prefix(exported, student):
     _, run, _ = exported
     tokenizer = load_tokenizer(str(student))
     for row, pair in zip(rows_of(run, "pairs"), run.read("pairs.jsonl", Pair), strict=True):
         chat = prompt_text(tokenizer, prompts.review_messages(questions(run)[pair.id], pair.attempt))
         assert row["prompt"] == chat + "".join(pair.prefix)
-        assert (row["chosen"], row["rejected"], row["prefix"]) == (
-            pair.chosen,
-            pair.rejected,
-            list(pair.prefix),
-        )
+        assert (row["chosen"], row["rejected"]) == (pair.chosen, pair.rejected)
+        assert row["prefix"] == list(pair.prefix)
 
 
-def test_prompts_of_ones_own_are_those_in_the_export(student, tmp_path):
-    run, own = filled(tmp_path / "run"), tmp_path / "own"
+def test_custom_prompts_are_exported(student, tmp_path):
+    run, own = make_run(tmp_path / "run"), tmp_path / "own"
     own.mkdir()
     (own / "student_solve.txt").write_text("Do this sum: {{ question }}")
     export_data(config_of(student, prompts={"folder": str(own)}), run)
     assert rows_of(run, "templates")[0]["messages"][1]["content"].startswith("Do this sum: Anna")
 
 
-def test_step_dpo_rows_have_its_fields_and_the_pairs_own_prefix(exported):
+def test_step_dpo_rows_have_its_fields_and_the_pair_prefix(exported):
     _, run, _ = exported
     answers = {problem.id: problem.answer for problem in run.read("problems.jsonl", Problem)}
     for row, pair in zip(rows_of(run, "step_dpo"), run.read("pairs.jsonl", Pair), strict=True):
@@ -132,13 +129,13 @@ def test_step_dpo_rows_have_its_fields_and_the_pairs_own_prefix(exported):
         assert row["full_rejected"].startswith(row["rejected"])
 
 
-def test_full_sides_go_on_to_the_end_where_the_run_knows_how(exported):
+def test_full_sides_continue_to_the_end_if_known(exported):
     _, run, _ = exported
     reviews = {r.id: r for r in run.read("reviews.jsonl", Review)}
     attempts = {a.id: a for a in run.read("attempts.jsonl", Attempt)}
-    accused = [row for row in rows_of(run, "step_dpo") if row["chosen"] == CAUSE]
-    assert accused
-    for row in accused:
+    flagged = [row for row in rows_of(run, "step_dpo") if row["chosen"] == CAUSE]
+    assert flagged
+    for row in flagged:
         assert row["initial_reason_steps"] + row["full_chosen"] == reviews[row["id"]].trace
         assert row["initial_reason_steps"] + row["full_rejected"] == attempts[row["id"]].trace
     contents = [row for row in rows_of(run, "step_dpo") if row["kind"] == "content"]
@@ -146,28 +143,22 @@ def test_full_sides_go_on_to_the_end_where_the_run_knows_how(exported):
     assert all(row["full_rejected"] == row["rejected"] for row in contents)
 
 
-# -- what becomes of them ------------------------------------------------------------------------------------------
+# -- files ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_same_run_gives_the_same_bytes(exported, student, tmp_path):
+def test_same_run_gives_the_same_bytes(exported, student, tmp_path):
     _, run, _ = exported
-    again = filled(tmp_path / "again")
+    again = make_run(tmp_path / "again")
     export_data(config_of(student), again)
     names = sorted(path.name for path in run.path(FOLDER).iterdir())
-    assert names == [
-        "README.md",
-        "dataset_info.json",
-        "pairs.jsonl",
-        "reviews.jsonl",
-        "step_dpo.jsonl",
-        "templates.jsonl",
-    ]
+    rows = ["pairs.jsonl", "reviews.jsonl", "step_dpo.jsonl", "templates.jsonl"]
+    assert names == ["README.md", "dataset_info.json", *rows]
     for name in names:
         assert again.path(f"{FOLDER}/{name}").read_bytes() == run.path(f"{FOLDER}/{name}").read_bytes(), name
 
 
 @pytest.mark.parametrize("name", [*KINDS, "step_dpo"])
-def test_datasets_reads_every_file_alone_and_by_the_cards_configuration(exported, tmp_path, name):
+def test_datasets_loads_each_file_by_path_and_by_configuration(exported, tmp_path, name):
     from datasets import load_dataset
 
     _, run, _ = exported
@@ -177,8 +168,8 @@ def test_datasets_reads_every_file_alone_and_by_the_cards_configuration(exported
     assert alone.to_list() == named.to_list() == rows_of(run, name)
 
 
-def test_a_run_without_pairs_needs_no_student_and_leaves_no_old_pairs_behind(student, tmp_path):
-    run = filled(tmp_path / "run")
+def test_run_without_pairs_needs_no_student_and_removes_old_pairs(student, tmp_path):
+    run = make_run(tmp_path / "run")
     export_data(config_of(student), run)
     run.replace("pairs.jsonl", [])
     report = export_data(config_of(""), run)
@@ -189,59 +180,59 @@ def test_a_run_without_pairs_needs_no_student_and_leaves_no_old_pairs_behind(stu
     assert "pairs.jsonl" not in run.path(f"{FOLDER}/README.md").read_text()
 
 
-def test_an_empty_run_names_the_command_that_fills_it(student, tmp_path):
-    with pytest.raises(DataError, match="neither templates nor pairs") as caught:
+def test_empty_run_suggests_build_data(student, tmp_path):
+    with pytest.raises(DataError, match="no templates or pairs") as caught:
         export_data(config_of(student), Run(tmp_path / "run"))
     assert "sclite build-data" in caught.value.hint
 
 
-def test_a_pair_whose_problem_is_gone_is_named(student, tmp_path):
-    run = filled(tmp_path / "run")
+def test_pair_without_its_problem_is_an_error(student, tmp_path):
+    run = make_run(tmp_path / "run")
     run.replace("reviews.jsonl", [])
     run.replace("problems.jsonl", [p for p in run.read("problems.jsonl", Problem) if p.id != "p1"])
-    with pytest.raises(DataError, match=r"problems.jsonl has no problem p1, which pair p1/0 is about"):
+    with pytest.raises(DataError, match=r"problems.jsonl has no problem p1, required by pair p1/0"):
         export_data(config_of(student), run)
 
 
-def test_a_review_whose_attempt_is_gone_is_named(student, tmp_path):
-    run = filled(tmp_path / "run")
+def test_review_without_its_attempt_is_an_error(student, tmp_path):
+    run = make_run(tmp_path / "run")
     run.replace("attempts.jsonl", run.read("attempts.jsonl", Attempt)[1:])
     with pytest.raises(DataError, match=r"p0/0: no such row in attempts.jsonl"):
         export_data(config_of(student), run)
 
 
-# -- the card ------------------------------------------------------------------------------------------------------
+# -- dataset card --------------------------------------------------------------------------------------------------
 
 
-def test_the_card_of_a_quickstart_names_its_stories():
+def test_card_of_the_quickstart_names_its_word_problems():
     config = Config.model_validate({"teacher": {"model": "embedded/tutor"}})
-    assert source_name(config) == "the arithmetic stories that sclite's quickstart makes"
+    assert source_name(config) == "the arithmetic word problems of sclite's quickstart"
 
 
-def test_the_card_tells_source_models_prompts_counts_drops_and_cost(exported):
+def test_card_lists_source_models_prompts_counts_drops_and_cost(exported):
     _, run, report = exported
     card = run.path(f"{FOLDER}/README.md").read_text("utf-8")
     assert "- Problems: sums.jsonl" in card
     assert "- Teacher: openai/large" in card
-    assert "- Teacher's prompts for templates: 0123456789abcdef" in card
-    assert "- Teacher's prompts for corrections: unknown" in card
+    assert "- Teacher prompts for templates: 0123456789abcdef" in card
+    assert "- Teacher prompts for corrections: unknown" in card
     assert f"- Prompt student_review: {prompts.digest('student_review')}" in card
     assert f"| pairs.jsonl | {report.counts['pairs']} |" in card
     assert "| templates | wrong answer | 3 |" in card
     assert "| pairs | both sides alike | 1 |" in card
-    assert "- 2 requests, 110 tokens read, 44 written" in card
+    assert "- 2 requests, 110 prompt tokens, 44 completion tokens" in card
     assert "- 0.250000 USD; 1 requests have no known price" in card
 
 
-def test_the_card_names_another_student_of_stage_2(tmp_path, student):
+def test_card_names_the_model_behind_the_attempts(tmp_path, student):
     other = config_of(student, attempts={"student": "openai/small", "api_base": "http://here/v1"})
-    export_data(other, run := filled(tmp_path / "run"))
+    export_data(other, run := make_run(tmp_path / "run"))
     card = run.path(f"{FOLDER}/README.md").read_text()
-    assert "the attempts that were corrected are those of openai/small" in card
+    assert "the corrected attempts are by openai/small" in card
     assert "here/v1" not in card
 
 
-def test_the_card_shows_neither_folders_nor_addresses(exported, student):
+def test_card_shows_no_folders_and_no_addresses(exported, student):
     _, run, _ = exported
     card = run.path(f"{FOLDER}/README.md").read_text("utf-8")
     assert "/home/somebody" not in card
@@ -259,21 +250,21 @@ def test_the_card_shows_neither_folders_nor_addresses(exported, student):
         ("", "unknown"),
     ],
 )
-def test_a_hub_name_is_shown_whole_and_a_path_by_its_last_part(student, tmp_path, source, shown):
-    run = filled(tmp_path / "run")
+def test_card_shows_the_whole_hub_id_but_only_the_last_part_of_a_path(student, tmp_path, source, shown):
+    run = make_run(tmp_path / "run")
     run.replace("pairs.jsonl", [])
     export_data(config_of(student, problems={"source": source, "subset": "main"}), run)
     assert f"- Problems: {shown}\n" in run.path(f"{FOLDER}/README.md").read_text("utf-8")
 
 
-def test_attempts_that_were_brought_along_are_not_said_to_be_the_students(student, tmp_path):
-    run = filled(tmp_path / "run")
+def test_card_names_the_source_of_imported_attempts(student, tmp_path):
+    run = make_run(tmp_path / "run")
     export_data(config_of(student, attempts={"source": "/home/somebody/wrong.jsonl"}), run)
     card = run.path(f"{FOLDER}/README.md").read_text("utf-8")
-    assert "the attempts that were corrected were brought along (wrong.jsonl)" in card
+    assert "the corrected attempts were imported from wrong.jsonl" in card
 
 
-def test_the_licence_is_left_open_and_says_so(exported):
+def test_card_leaves_the_license_to_fill_in(exported):
     _, run, _ = exported
     card = run.path(f"{FOLDER}/README.md").read_text("utf-8")
     front = card.split("---\n")[1]
@@ -281,7 +272,7 @@ def test_the_licence_is_left_open_and_says_so(exported):
     assert "> **TO FILL IN.**" in card
 
 
-def test_the_hub_reads_the_cards_front_matter(exported):
+def test_hub_reads_the_front_matter_of_the_card(exported):
     from huggingface_hub import DatasetCard
 
     _, run, report = exported
@@ -295,7 +286,7 @@ def test_the_hub_reads_the_cards_front_matter(exported):
 
 
 def prepared_by_trl(tokenizer, rows: list[dict]):
-    """The rows as TRL's own DPOTrainer prepares them."""
+    """The rows as TRL's DPOTrainer prepares them."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
@@ -305,7 +296,7 @@ def prepared_by_trl(tokenizer, rows: list[dict]):
     )
 
 
-def test_trl_takes_chats_for_conversations_and_pairs_for_text(exported, student):
+def test_trl_reads_chats_as_conversations_and_pairs_as_text(exported, student):
     from trl.data_utils import is_conversational, maybe_apply_chat_template, maybe_extract_prompt
 
     _, run, _ = exported
@@ -321,7 +312,7 @@ def test_trl_takes_chats_for_conversations_and_pairs_for_text(exported, student)
         assert maybe_apply_chat_template(row, tokenizer) == row
 
 
-def test_trl_by_itself_puts_an_end_token_after_both_sides_as_the_card_says(exported, student):
+def test_trl_appends_an_end_token_to_both_sides_as_the_card_says(exported, student):
     _, run, _ = exported
     tokenizer = load_tokenizer(str(student))
     for row in prepared_by_trl(tokenizer, rows_of(run, "pairs")):
@@ -329,14 +320,14 @@ def test_trl_by_itself_puts_an_end_token_after_both_sides_as_the_card_says(expor
     assert "**yes, on both sides**" in run.path(f"{FOLDER}/README.md").read_text("utf-8")
 
 
-def test_a_conversational_prefix_would_be_closed_and_a_second_turn_opened(exported, student):
-    """Why pairs are exported as text alone."""
+def test_trl_would_close_a_conversational_prefix_and_open_a_new_turn(exported, student):
+    """The reason why pairs are exported as text only."""
     _, run, _ = exported
     tokenizer = load_tokenizer(str(student))
     pair = run.read("pairs.jsonl", Pair)[0]
-    asked = prompts.review_messages(questions(run)[pair.id], pair.attempt)
-    begun = [*asked, {"role": "assistant", "content": "".join(pair.prefix)}]
+    prompt = prompts.review_messages(questions(run)[pair.id], pair.attempt)
+    prefix = [*prompt, {"role": "assistant", "content": "".join(pair.prefix)}]
     sides = {side: [{"role": "assistant", "content": getattr(pair, side)}] for side in ("chosen", "rejected")}
-    row = prepared_by_trl(tokenizer, [{"prompt": begun, **sides}])[0]
+    row = prepared_by_trl(tokenizer, [{"prompt": prefix, **sides}])[0]
     text = tokenizer.decode(row["prompt_ids"] + row["chosen_ids"])
     assert text.count("<|im_start|>assistant") == 2
