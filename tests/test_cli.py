@@ -193,7 +193,7 @@ def test_a_teacher_that_refuses_the_key_stops_everything_and_never_shows_it(scli
     with Teaching(lambda request, nth: fail(401, "Incorrect API key provided: sk-secret-123456")) as server:
         ended = sclite("build-data", "mine.jsonl", *TEACHER, "--set", f"teacher.api_base={server.url}")
     assert ended.code == 6
-    assert f"teacher openai/replay at {server.url} refuses the key (HTTP 401)" in ended.error
+    assert f"teacher openai/replay at {server.url} rejects the key (HTTP 401)" in ended.error
     assert "export OPENAI_API_KEY=.." in ended.hint
     assert "sk-secret" not in ended.out + ended.err
 

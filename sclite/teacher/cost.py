@@ -1,4 +1,4 @@
-"""What requests cost: prices, the most that one request can cost, and a limit that is never passed."""
+"""What requests cost: prices, an upper bound for each request, and a spending limit that is never exceeded."""
 
 import asyncio
 import math
@@ -9,16 +9,14 @@ from dataclasses import dataclass
 from sclite.errors import BudgetError
 from sclite.teacher.ledger import Ledger
 
-_PLAUSIBLE_BYTES_PER_TOKEN = (
-    4  # of English text: what a reply without a count is charged as, where that is more
-)
+_BYTES_PER_TOKEN = 4  # of English text; bounds the charge for a reply that is longer than max_tokens
 _LONGEST_TOKEN_BYTES = 128  # no vocabulary in use has a longer one
-_FRAME_TOKENS = 16  # what a chat template puts around a message
+_TEMPLATE_TOKENS = 16  # that a chat template adds to each message
 
 
 @dataclass(frozen=True)
 class Price:
-    """US dollars per token, for what is sent and for what is written."""
+    """US dollars per prompt token and per completion token."""
 
     prompt_usd: float
     completion_usd: float
@@ -30,43 +28,42 @@ class Price:
 FREE = Price(0.0, 0.0)
 
 
-def dollars(amount: float) -> str:
-    """ "$0.0473": four decimals, and as many as it takes to show two figures of less than a cent; never an exponent."""
+def format_usd(amount: float) -> str:
+    """ "$0.0473": four decimals, or two significant digits for less than a cent; never an exponent."""
     places = 4 if amount == 0 or amount >= 0.01 else 1 - math.floor(math.log10(amount))
     return f"${amount:.{max(4, places)}f}"
 
 
-def most_prompt_tokens(messages: Sequence[Mapping[str, str]]) -> int:
-    """An upper bound of the tokens in a prompt, without its tokenizer: one for each byte, as digits and LaTeX can take."""
-    return sum(_FRAME_TOKENS + len(m["content"].encode(errors="surrogatepass")) for m in messages)
+def max_prompt_tokens(messages: Sequence[Mapping[str, str]]) -> int:
+    """An upper bound on the tokens of a prompt for any tokenizer: one per byte, which digits and LaTeX can reach."""
+    return sum(_TEMPLATE_TOKENS + len(m["content"].encode(errors="surrogatepass")) for m in messages)
 
 
-def is_plausible(tokens: tuple[int | None, int | None], most: tuple[int, int], written_bytes: int) -> bool:
-    """Whether these counts (sent, written) can be those of a request of at most `most` and a reply of so many bytes."""
-    sent, written = tokens
-    if sent is None or written is None:
+def is_plausible(tokens: tuple[int | None, int | None], limits: tuple[int, int], reply_bytes: int) -> bool:
+    """Whether the reported (prompt, completion) counts respect the request's limits and fit the length of the reply."""
+    prompt, completion = tokens
+    if prompt is None or completion is None:
         return False
-    least = -(-written_bytes // _LONGEST_TOKEN_BYTES)
-    return 1 <= sent <= most[0] and least <= written <= most[1]
+    return 1 <= prompt <= limits[0] and -(-reply_bytes // _LONGEST_TOKEN_BYTES) <= completion <= limits[1]
 
 
 def charge(
-    price: Price, tokens: tuple[int | None, int | None], most: tuple[int, int], written_bytes: int
+    price: Price, tokens: tuple[int | None, int | None], limits: tuple[int, int], reply_bytes: int
 ) -> float:
-    """US dollars for a reply: by its counts where they are plausible, else what was reserved for it.
+    """US dollars for a reply: by its token counts if they are plausible, else the amount reserved for it.
 
-    A reply that is evidently longer than it was allowed to be costs as many tokens as its length makes plausible.
+    A reply that is clearly longer than max_tokens costs as many tokens as its length suggests.
     """
-    if is_plausible(tokens, most, written_bytes):
+    if is_plausible(tokens, limits, reply_bytes):
         return price.cost_usd(*tokens)
-    shown = max(written_bytes // _PLAUSIBLE_BYTES_PER_TOKEN, min(tokens[1] or 0, written_bytes))
-    return price.cost_usd(most[0], max(most[1], shown))
+    estimate = max(reply_bytes // _BYTES_PER_TOKEN, min(tokens[1] or 0, reply_bytes))
+    return price.cost_usd(limits[0], max(limits[1], estimate))
 
 
 class Budget:
-    """A hard limit on what the ledger holds: a request goes out only if it fits at its dearest, beside all others.
+    """A hard spending limit: a request is sent only if its maximum cost fits beside everything spent and reserved.
 
-    `reserve` waits while calls in flight may still turn out cheaper, and raises BudgetFault when none is left.
+    `reserve` waits while calls in flight may still turn out cheaper; if none is left, it raises BudgetError.
     """
 
     def __init__(self, ledger: Ledger, limit_usd: float | None):
@@ -75,29 +72,27 @@ class Budget:
         self._changed = asyncio.Condition()
 
     @asynccontextmanager
-    async def reserve(self, most_usd: float) -> AsyncIterator[None]:
-        """Hold `most_usd` until the block ends, in which the ledger is told what was really spent."""
-        if self.limit_usd is None or most_usd == 0:
+    async def reserve(self, max_usd: float) -> AsyncIterator[None]:
+        """Reserve `max_usd` until the block ends; the block records the actual cost in the ledger."""
+        if self.limit_usd is None or max_usd == 0:
             yield
             return
         async with self._changed:
-            await self._changed.wait_for(lambda: self._fits(most_usd) or self._reserved_usd <= 1e-12)
-            if not self._fits(most_usd):
-                raise self._reached(most_usd)
-            self._reserved_usd += most_usd
+            await self._changed.wait_for(lambda: self._fits(max_usd) or self._reserved_usd <= 1e-12)
+            if not self._fits(max_usd):
+                raise BudgetError(
+                    f"the spending limit of {format_usd(self.limit_usd)} is reached: "
+                    f"{format_usd(self.ledger.spent_usd)} is spent, and the next request may cost up to "
+                    f"{format_usd(max_usd)}",
+                    "paid replies are kept: raise --max-cost or lower teacher.max_tokens, then re-run to resume",
+                )
+            self._reserved_usd += max_usd
         try:
             yield
         finally:
-            self._reserved_usd -= most_usd
+            self._reserved_usd -= max_usd
             async with self._changed:
                 self._changed.notify_all()
 
-    def _fits(self, most_usd: float) -> bool:
-        return self.ledger.spent_usd + self._reserved_usd + most_usd <= self.limit_usd
-
-    def _reached(self, most_usd: float) -> BudgetError:
-        return BudgetError(
-            f"the limit of {dollars(self.limit_usd)} is reached: {dollars(self.ledger.spent_usd)} is spent, and the next "
-            f"request may cost up to {dollars(most_usd)}",
-            "what was paid for is kept: type the same again with a higher --max-cost, or lower teacher.max_tokens",
-        )
+    def _fits(self, max_usd: float) -> bool:
+        return self.ledger.spent_usd + self._reserved_usd + max_usd <= self.limit_usd

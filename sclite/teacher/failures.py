@@ -1,4 +1,4 @@
-"""What a failed call means: try again, leave this request out, or stop everything. Nothing here names a key."""
+"""What a failed call means: retry it, drop the request, or stop. No message here contains a key."""
 
 import math
 import os
@@ -12,33 +12,33 @@ from sclite.errors import TeacherError
 from sclite.teacher.reply import ErrorReply, UnreadableReply, clean
 
 RETRY, REFUSED, STOP = "retry", "refused", "stop"
-LONGEST_WAIT_SECONDS = 300.0  # a server that wants a longer pause counts as one that does not answer
+LONGEST_WAIT_SECONDS = 300.0  # a server that asks for a longer wait counts as not answering
 _BACKOFF_SECONDS, _LONGEST_BACKOFF_SECONDS = 0.5, 60.0
 _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.I)
 _PROVIDER_PREFIX = re.compile(r"^(?:(?:litellm\.)?\w*(?:Error|Exception|Timeout)\b(?:\s+-)?[:\s]+|-\s+)+")
 _NO_KEY = re.compile(r"missing credentials|missing \w* ?api.?key|api_key client option must be set", re.I)
 _NO_CREDIT = re.compile(r"insufficient_quota|exceeded your current quota", re.I)
+_NO_MODEL = re.compile(r"\bmodels?\b", re.I)
 _PASSWORD = re.compile(r"(?<=://)[^/\s@]*(?:@[^/\s@]*)*@")
 _UNREACHED = ("ConnectError", "ConnectTimeout", "ProxyError", "UnsupportedProtocol", "ClientConnectorError")
-"""Classes of httpx and aiohttp for a request that never reached the endpoint."""
-_NO_MODEL = re.compile(r"\bmodels?\b", re.I)
+"""Errors of httpx and aiohttp for a request that never reached the endpoint."""
 
 
 def status(error: BaseException) -> int | None:
-    """The HTTP status of a failed call, None where no reply came."""
+    """The HTTP status of a failed call, None if there was no response."""
     code = getattr(error, "status_code", None)
     return code if isinstance(code, int) else None
 
 
 def headers(error: BaseException) -> Mapping[str, str]:
-    """The headers of the reply that says so; empty where no reply came."""
+    """The headers of the error response; empty if there was no response."""
     response = getattr(error, "response", None)
     return getattr(error, "litellm_response_headers", None) or getattr(response, "headers", None) or {}
 
 
-def verdict(error: BaseException) -> str:
-    """RETRY for what may pass (rate limits, server errors, time-outs, lost connections, HTML instead of JSON), STOP
-    for what no other request can escape (a bad key, an unknown model, no credit), REFUSED for this request alone."""
+def classify(error: BaseException) -> str:
+    """RETRY for transient errors (rate limits, server errors, timeouts, lost connections, HTML instead of JSON), STOP
+    for errors that every request would meet (bad key, unknown model, no credit), REFUSED for this request alone."""
     code, text = status(error), str(error)
     if code in (401, 402) or _NO_KEY.search(text) or _NO_CREDIT.search(text):
         return STOP
@@ -51,25 +51,25 @@ def verdict(error: BaseException) -> str:
     return REFUSED
 
 
-def timed_out(error: BaseException) -> bool:
-    """Whether the time limit of a call has passed; its reply may be written, and paid for, all the same."""
+def is_timeout(error: BaseException) -> bool:
+    """Whether the call timed out; the reply may have been generated, and charged for, all the same."""
     return isinstance(error, TimeoutError) or status(error) == 408
 
 
-def unreadable(error: BaseException) -> bool:
-    """Whether the endpoint has answered, but with something that is no chat completion."""
+def is_unreadable(error: BaseException) -> bool:
+    """Whether the endpoint sent something that is not a chat completion."""
     return any(isinstance(link, UnreadableReply) for link in _chain(error))
 
 
-def answered(error: BaseException) -> bool:
-    """Whether the endpoint has said so itself; LiteLLM gives a status to connections that broke, too."""
+def is_response(error: BaseException) -> bool:
+    """Whether the endpoint itself sent this error; LiteLLM gives a status to broken connections, too."""
     return bool(headers(error)) or isinstance(error, ErrorReply)
 
 
-def unpaid(error: BaseException) -> bool:
-    """Whether a failed request costs nothing: it never reached the endpoint, or came back with an error status.
+def is_free(error: BaseException) -> bool:
+    """Whether a failed request costs nothing: it never reached the endpoint, or an error status came back.
 
-    All others may have been written, and charged for: a connection that broke, a body that is no reply.
+    After any other failure (a connection that broke, a body that is not a reply) the reply may have been charged for.
     """
     for link in _chain(error):
         if isinstance(link, UnreadableReply):
@@ -80,11 +80,11 @@ def unpaid(error: BaseException) -> bool:
             return True
         if type(link).__name__ in _UNREACHED or isinstance(link, ConnectionRefusedError):
             return True
-    return answered(error) and (status(error) or 0) >= 300
+    return is_response(error) and (status(error) or 0) >= 300
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what caused it, the outermost first."""
+    """An error and its causes, outermost first."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -92,17 +92,19 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def overloaded(error: BaseException) -> bool:
-    """Whether fewer calls at once would help."""
-    return timed_out(error) or status(error) in (429, 529) or "rate limit" in str(error).lower()
+def is_overload(error: BaseException) -> bool:
+    """Whether fewer concurrent calls would help."""
+    return is_timeout(error) or status(error) in (429, 529) or "rate limit" in str(error).lower()
 
 
 def wait_seconds(error: BaseException, attempt: int, draw: float) -> float:
-    """How long to wait after failed attempt `attempt` (from 1): what Retry-After says, else an exponential back-off
-    of which `draw` (0 to 1) takes up to a half away, so that workers do not return all at once."""
-    asked = _retry_after(headers(error))
+    """How long to wait after failed attempt `attempt` (from 1): Retry-After if sent, else exponential backoff.
+
+    `draw` (0 to 1) shortens the backoff by up to half, so that workers do not all come back at once.
+    """
+    requested = _retry_after(headers(error))
     backoff = min(_LONGEST_BACKOFF_SECONDS, _BACKOFF_SECONDS * 2 ** (attempt - 1))
-    return backoff * (1 - draw / 2) if asked is None else asked * (1 + draw / 10)
+    return backoff * (1 - draw / 2) if requested is None else requested * (1 + draw / 10)
 
 
 def _retry_after(found: Mapping[str, str]) -> float | None:
@@ -122,11 +124,11 @@ def _retry_after(found: Mapping[str, str]) -> float | None:
     return None
 
 
-# -- words ---------------------------------------------------------------------------------------------------------
+# -- messages ------------------------------------------------------------------------------------------------------
 
 
-def scrub(text: str) -> str:
-    """The text without passwords in URLs, and without any value of an environment variable named like a secret."""
+def redact(text: str) -> str:
+    """The text without passwords in URLs and without the value of any environment variable named like a secret."""
     text = _PASSWORD.sub("", text)
     for name, value in os.environ.items():
         if len(value) >= 6 and _SECRET_NAME.search(name):
@@ -135,49 +137,50 @@ def scrub(text: str) -> str:
 
 
 def message(error: BaseException) -> str:
-    """What the endpoint said, in one line without LiteLLM's wrapping and without secrets."""
+    """The endpoint's error message in one line, without LiteLLM's prefixes and without secrets."""
     body = getattr(error, "body", None)
-    said = body.get("message") if isinstance(body, Mapping) else None
-    if not isinstance(said, str) or not said:
+    text = body.get("message") if isinstance(body, Mapping) else None
+    if not isinstance(text, str) or not text:
         named = [link for link in _chain(error) if str(link) not in ("", "Connection error.")]
-        said = str(named[0]) if named else ""
-    lines = clean(scrub(said)).partition("Traceback (most recent")[0].strip().splitlines()
-    said = _PROVIDER_PREFIX.sub("", lines[0] if lines else "").strip() or type(error).__name__
-    return said if len(said) <= 200 else said[:200] + ".."
+        text = str(named[0]) if named else ""
+    lines = clean(redact(text)).partition("Traceback (most recent")[0].strip().splitlines()
+    text = _PROVIDER_PREFIX.sub("", lines[0] if lines else "").strip() or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + ".."
 
 
-def stop(error: BaseException, model: str, api_base: str, key_variable: str) -> TeacherError:
-    """The fault that ends the stage: which model, where, and what to do about it."""
+def stop_error(error: BaseException, model: str, api_base: str, key_variable: str) -> TeacherError:
+    """The error that ends the stage after a STOP: which model, where, and how to fix it."""
     where, code = _where(model, api_base), status(error)
     if code == 401 or _NO_KEY.search(str(error)):
-        said = "has no key" if _NO_KEY.search(str(error)) else "refuses the key (HTTP 401)"
-        return TeacherError(f"{where} {said}", f"the key comes from {key_variable}: export {key_variable}=..")
+        problem = "has no key" if _NO_KEY.search(str(error)) else "rejects the key (HTTP 401)"
+        return TeacherError(
+            f"{where} {problem}", f"the key comes from {key_variable}: export {key_variable}=.."
+        )
     if code in (402, 429):
         return TeacherError(
-            f"{where} has no credit left: {message(error)}", "add credit, then type the same again"
+            f"{where} has no credit left: {message(error)}", "add credit, then re-run to resume"
         )
     if code is not None and 300 <= code < 400:
-        moved = scrub(headers(error).get("location", "")) or "another address"
+        location = redact(headers(error).get("location", "")) or "another address"
         return TeacherError(
-            f"{where} redirects to {moved} (HTTP {code})", "set teacher.api_base to the address that answers"
+            f"{where} redirects to {location} (HTTP {code})", "set teacher.api_base to the final address"
         )
-    return refusing(message(error), model, api_base, key_variable)
+    return refusal_error(message(error), model, api_base, key_variable)
 
 
-def refusing(said: str, model: str, api_base: str, key_variable: str) -> TeacherError:
-    """The fault for an endpoint that refuses whatever it is asked."""
+def refusal_error(reason: str, model: str, api_base: str, key_variable: str) -> TeacherError:
+    """The error for an endpoint that refuses every request."""
     return TeacherError(
-        f"{_where(model, api_base)} says: {said}",
+        f"{_where(model, api_base)} refuses the request: {reason}",
         f"check teacher.model and teacher.api_base; the key comes from {key_variable}",
     )
 
 
-def silent(error: BaseException, model: str, api_base: str, attempts: int) -> TeacherError:
-    """The fault for an endpoint that does not answer, however often it is asked."""
+def no_answer_error(error: BaseException, model: str, api_base: str, attempts: int) -> TeacherError:
+    """The error for an endpoint that does not answer, even after retries."""
     return TeacherError(
-        f"{_where(model, api_base)} does not answer after {attempts} {'try' if attempts == 1 else 'tries'}: "
-        f"{message(error)}",
-        "see that it runs and that teacher.api_base is right; what was paid for is kept, type the same again",
+        f"{_where(model, api_base)} does not answer after {attempts} attempt{'s' * (attempts != 1)}: {message(error)}",
+        "check that it is running and that teacher.api_base is correct; paid replies are kept, re-run to resume",
     )
 
 

@@ -1,4 +1,4 @@
-"""HTTP clients of limited trust: replies of bounded size, uncompressed, and from the very address that was asked."""
+"""HTTP clients that do not trust the server: bounded, uncompressed replies, and no redirects."""
 
 import os
 import resource
@@ -13,18 +13,18 @@ from sclite.errors import UsageError
 if TYPE_CHECKING:
     import httpx
 
-MOST_BYTES = 4 * 2**20
-"""Of a reply's body: 128,000 tokens as JSON take less than 1 MiB, 3 MiB with every character escaped."""
-_KEEP_ALIVE_SECONDS = 4.0  # less than the 5 after which uvicorn, and so vLLM, closes an idle connection
-_OTHER_FILES = 128  # that a process has open beside its connections
+MAX_BODY_BYTES = 4 * 2**20
+"""128,000 tokens as JSON take less than 1 MiB, 3 MiB with every character escaped."""
+_KEEP_ALIVE_SECONDS = 4.0  # uvicorn, and so vLLM, closes idle connections after 5
+_OTHER_FILES = 128  # open files other than connections
 
 
 def open_client() -> "httpx.AsyncClient":
-    """A client for one call at a time: httpcore's pool takes time quadratic in its connections for each request."""
+    """A client for one call at a time: each request costs httpcore's pool time quadratic in its connections."""
     import httpx
 
     limits = httpx.Limits(keepalive_expiry=_KEEP_ALIVE_SECONDS)
-    return bounded(httpx.AsyncClient(limits=limits, timeout=None, verify=_certificates()))
+    return bound_client(httpx.AsyncClient(limits=limits, timeout=None, verify=_certificates()))
 
 
 @cache
@@ -34,15 +34,15 @@ def _certificates() -> "ssl.SSLContext | str | bool":
     return get_ssl_configuration()
 
 
-def bounded(client: "httpx.AsyncClient") -> "httpx.AsyncClient":
-    """The same client, with limits on what it accepts."""
-    client.follow_redirects = False  # 301 to 303 would ask again with GET, and others elsewhere
-    client.event_hooks = {"request": [_ask_for_plain_bytes], "response": [_bound_body]}
+def bound_client(client: "httpx.AsyncClient") -> "httpx.AsyncClient":
+    """Restrict what the client accepts, and return it."""
+    client.follow_redirects = False  # 301 to 303 would repeat the request as a GET, others elsewhere
+    client.event_hooks = {"request": [_request_identity], "response": [_bound_body]}
     return client
 
 
 def bound_litellm() -> None:
-    """Put the same limits on every client that LiteLLM makes for asynchronous calls. Twice does no harm."""
+    """Restrict every client that LiteLLM creates for asynchronous calls in the same way. Idempotent."""
     from litellm.llms.custom_httpx.http_handler import AsyncHTTPHandler
     from litellm.llms.openai.common_utils import BaseOpenAILLM
 
@@ -50,35 +50,40 @@ def bound_litellm() -> None:
         make = getattr(owner, name)
         if not hasattr(make, "bounds"):
             static = isinstance(owner.__dict__[name], staticmethod)
-            made = _bounding(make)
+            made = _wrap(make)
             setattr(owner, name, staticmethod(made) if static else made)
 
 
-def _bounding(make: Callable[..., Any]) -> Callable[..., Any]:
+def _wrap(make: Callable[..., Any]) -> Callable[..., Any]:
     def made(*arguments: Any, **named: Any) -> Any:
         client = make(*arguments, **named)
-        return client and bounded(client)
+        return client and bound_client(client)
 
     made.bounds = True
     return made
 
 
-async def _ask_for_plain_bytes(request: "httpx.Request") -> None:
+async def _request_identity(request: "httpx.Request") -> None:
     request.headers["Accept-Encoding"] = "identity"
 
 
 async def _bound_body(response: "httpx.Response") -> None:
     import httpx
 
-    _acknowledge(response)
+    # acknowledge the headers now: a server that sends the body separately waits for it, 40 ms if left to Linux
+    option = getattr(socket, "TCP_QUICKACK", None)  # Linux only
+    stream = response.extensions.get("network_stream")
+    found = stream and stream.get_extra_info("socket")
+    if option is not None and found is not None:
+        found.setsockopt(socket.IPPROTO_TCP, option, 1)
     encoding = response.headers.get("Content-Encoding", "identity")
     if encoding != "identity":  # 1 kB of gzip may hold 1 MB
-        raise httpx.DecodingError(f"a reply compressed with {encoding}, which was not asked for")
-    response.stream = _limited()(response.stream)
+        raise httpx.DecodingError(f"a reply compressed with {encoding}, which was not requested")
+    response.stream = _limited_stream()(response.stream)
 
 
 @cache
-def _limited() -> type:
+def _limited_stream() -> type:
     import httpx
 
     class Limited(httpx.AsyncByteStream):
@@ -89,8 +94,8 @@ def _limited() -> type:
             size = 0
             async for chunk in self.stream:
                 size += len(chunk)
-                if size > MOST_BYTES:
-                    raise httpx.ReadError(f"a reply of more than {MOST_BYTES >> 20} MiB")
+                if size > MAX_BODY_BYTES:
+                    raise httpx.ReadError(f"a reply of more than {MAX_BODY_BYTES >> 20} MiB")
                 yield chunk
 
         async def aclose(self) -> None:
@@ -99,20 +104,11 @@ def _limited() -> type:
     return Limited
 
 
-def _acknowledge(response: "httpx.Response") -> None:
-    """Acknowledge the headers now. A server that sends its body apart waits for that, 40 ms if left to Linux."""
-    option = getattr(socket, "TCP_QUICKACK", None)  # Linux alone has it
-    stream = response.extensions.get("network_stream")
-    found = stream and stream.get_extra_info("socket")
-    if option is not None and found is not None:
-        found.setsockopt(socket.IPPROTO_TCP, option, 1)
-
-
-# -- before anything is asked --------------------------------------------------------------------------------------
+# -- before the first request --------------------------------------------------------------------------------------
 
 
 def check_certificates() -> None:
-    """Raises UsageFault for an SSL_CERT_FILE that holds no certificates: every call would fail with it."""
+    """Raise UsageError if SSL_CERT_FILE holds no certificates: every call would fail."""
     path = os.environ.get("SSL_CERT_FILE")
     if not path:
         return
@@ -122,12 +118,12 @@ def check_certificates() -> None:
         why = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
         raise UsageError(
             f"SSL_CERT_FILE={path} {why}",
-            "correct it, or unset SSL_CERT_FILE to use the system's certificates",
+            "fix the path, or unset SSL_CERT_FILE to use the system's certificates",
         ) from None
 
 
 def allow_connections(count: int, setting: str = "teacher.concurrency") -> None:
-    """Raise the limit on open files to hold so many connections; raises UsageFault where the system forbids it."""
+    """Raise the limit on open files for this many connections; UsageError if the system forbids it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = count + _OTHER_FILES
     if soft == resource.RLIM_INFINITY or soft >= needed:

@@ -1,6 +1,7 @@
-"""How fast to ask: calls in flight that halve when the endpoint complains and grow while it does not, and its limits."""
+"""Flow control: concurrency that halves when the endpoint is overloaded and grows back, and limits per minute."""
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator
@@ -9,67 +10,66 @@ from contextlib import asynccontextmanager
 MINUTE_SECONDS = 60.0
 
 
-class Pace:
-    """Room for calls: at most `most` in flight, fewer after complaints; requests and tokens per minute where limited.
+class RateLimiter:
+    """At most `max_in_flight` calls at once, fewer while the endpoint is overloaded; optional limits per minute.
 
-    Additive increase, multiplicative decrease (Chiu and Jain 1989): every success makes room for one more call, a
-    complaint halves the room. Complaints about calls that began before the last halving do not count again.
+    Additive increase, multiplicative decrease (Chiu and Jain 1989): every success raises the limit by one call, an
+    overload halves it. Overloads of calls that began before the last halving do not count again.
     """
 
     def __init__(
-        self, most: int, requests_per_minute: float | None = None, tokens_per_minute: float | None = None
+        self,
+        max_in_flight: int,
+        requests_per_minute: float | None = None,
+        tokens_per_minute: float | None = None,
     ):
-        self.most = most
-        self.room = float(most)
-        self.flying = 0
+        self.max_in_flight = max_in_flight
+        self.limit = float(max_in_flight)
+        self.in_flight = 0
         self._halved_at = -1.0
         self._changed = asyncio.Condition()
-        self._limits = [
-            Limit(per_minute) if per_minute is not None else None
-            for per_minute in (requests_per_minute, tokens_per_minute)
-        ]
+        self._requests = Limit(requests_per_minute or math.inf)
+        self._tokens = Limit(tokens_per_minute or math.inf)
 
     @asynccontextmanager
     async def call(self, tokens: float = 0.0) -> AsyncIterator[float]:
-        """Wait for room, then hold it; gives the time at which the call began. `tokens` is what it will use."""
+        """Wait for a free slot and hold it; yields the time at which the call began. `tokens` is what it may use."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self.flying < max(1, int(self.room)))
-            self.flying += 1
+            await self._changed.wait_for(lambda: self.in_flight < max(1, int(self.limit)))
+            self.in_flight += 1
         try:
-            for limit, amount in zip(self._limits, (1.0, tokens), strict=True):
-                if limit is not None:
-                    await limit.take(amount)
+            await self._requests.take(1.0)
+            await self._tokens.take(tokens)
             yield time.monotonic()
         finally:
-            self.flying -= 1
-            await self._tell()
+            self.in_flight -= 1
+            async with self._changed:
+                self._changed.notify(max(1, int(self.limit) - self.in_flight))
 
-    def succeeded(self) -> None:
+    def record_success(self) -> None:
         """A reply came in time."""
-        self.room = min(float(self.most), self.room + 1.0)
+        self.limit = min(float(self.max_in_flight), self.limit + 1.0)
 
-    def complained(self, began: float) -> None:
-        """The endpoint said that it is too much, or did not answer in time; the call began at `began`."""
+    def record_overload(self, began: float) -> None:
+        """The call that began at `began` was rate-limited or timed out."""
         if began > self._halved_at:
-            self.room = max(1.0, min(self.room, self.flying) / 2)
+            self.limit = max(1.0, min(self.limit, self.in_flight) / 2)
             self._halved_at = time.monotonic()
-
-    async def _tell(self) -> None:
-        async with self._changed:
-            self._changed.notify(max(1, int(self.room) - self.flying))
 
 
 class Limit:
-    """So much per minute: what was taken in the last 60 seconds never exceeds it. A single larger amount goes alone."""
+    """A sliding window of 60 seconds that never exceeds `per_minute`; a single larger amount is admitted alone."""
 
     def __init__(self, per_minute: float):
         self.per_minute = per_minute
-        self._taken: deque[tuple[float, float]] = deque()  # (when, how much)
+        self._taken: deque[tuple[float, float]] = deque()  # (time, amount)
         self._sum = 0.0
         self._turn = asyncio.Lock()  # first come, first served
 
     async def take(self, amount: float) -> None:
-        """Wait until `amount` more stays within the limit, and take it."""
+        """Wait until `amount` fits within the limit, and take it."""
+        if self.per_minute == math.inf:
+            return
         async with self._turn:
             while (wait := self._wait_seconds(amount)) > 0:
                 await asyncio.sleep(wait)

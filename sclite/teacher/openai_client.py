@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from sclite.teacher.http import open_client
-from sclite.teacher.reply import Said, decode, read
+from sclite.teacher.reply import Completion, decode, read
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -54,7 +54,7 @@ class Direct:
 
     async def ask(
         self, messages: Sequence[Mapping[str, str]], parameters: Mapping[str, Any], seconds: float
-    ) -> Said:
+    ) -> Completion:
         """The reply to one request.
 
         Raises openai.APIError for an error status and a lost connection, TimeoutError after `seconds`, and what

@@ -19,7 +19,7 @@ from sclite.errors import UsageError
 from sclite.teacher.cost import FREE, Price
 from sclite.teacher.http import allow_connections, bound_litellm, check_certificates
 from sclite.teacher.openai_client import Direct, find
-from sclite.teacher.reply import Said, read
+from sclite.teacher.reply import Completion, read
 
 _LOCAL_PROVIDERS = ("ollama", "ollama_chat", "lm_studio", "llamafile")
 
@@ -41,7 +41,7 @@ class Provider:
 
     async def ask(
         self, messages: Sequence[Mapping[str, str]], parameters: Mapping[str, Any], seconds: float
-    ) -> Said:
+    ) -> Completion:
         """The reply to one request, sent once. Raises faults of LiteLLM, OpenAI, httpx, and OSError."""
         if self.direct is not None:
             return await self.direct.ask(messages, parameters, seconds)

@@ -1,4 +1,4 @@
-"""What a chat completion says, read from any body that came with status 200."""
+"""Parse a chat completion from any body with status 200."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from typing import Any
 from sclite.trace import without_thoughts
 
 EMPTY, REFUSAL, ONLY_REASONING = "empty", "refusal", "only_reasoning"
-"""Finish reasons of our own, for replies that say nothing, decline, or never get beyond their reasoning."""
+"""Our own finish reasons, for replies that are empty, decline, or end before the reasoning does."""
 
 _LENGTH = ("length", "max_tokens", "max_output_tokens", "model_length")
 _FILTERED = ("content_filter", "content_filtered", "safety")
@@ -17,11 +17,11 @@ _CALLS = ("tool_calls", "function_call", "tool_use")
 _LARGEST_COUNT = 2**40  # tokens; SQLite's integers end at 2**63
 _CONTROL = re.compile(
     r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"
-)  # not tab and line ends
+)  # but not tab and line ends
 
 
 class UnreadableReply(ConnectionError):
-    """A body with status 200 that is no chat completion. `paid`: the teacher may have written, and charged for, it."""
+    """A body with status 200 that is not a chat completion. `paid`: it may have been charged for."""
 
     def __init__(self, message: str, paid: bool = True):
         super().__init__(message)
@@ -29,7 +29,7 @@ class UnreadableReply(ConnectionError):
 
 
 class ErrorReply(ConnectionError):
-    """An error in a body with status 200; `status_code` is the one that it names, None where it names none."""
+    """An error in a body with status 200; `status_code` is the one in the body, None if there is none."""
 
     def __init__(self, message: str, status_code: int | None):
         super().__init__(message)
@@ -37,22 +37,22 @@ class ErrorReply(ConnectionError):
 
 
 @dataclass(frozen=True)
-class Said:
-    """A reply as it was read.
+class Completion:
+    """A parsed reply.
 
-    `tokens` (sent, written) are None where the endpoint does not count, or not in numbers. `written_bytes` counts the
-    text and the reasoning before it; `listed_usd` is what LiteLLM's price list makes of the reply.
+    `tokens` (prompt, completion) are None if the endpoint reports no valid counts. `reply_bytes` is the length of the
+    reasoning and the text; `listed_usd` is the cost by LiteLLM's price list.
     """
 
     text: str
     finish_reason: str
     tokens: tuple[int | None, int | None]
-    written_bytes: int = 0
+    reply_bytes: int = 0
     listed_usd: float | None = None
 
 
 def clean(text: str) -> str:
-    """The text with halves of surrogate pairs joined, lone ones as U+FFFD, and without control characters."""
+    """The text with surrogate pairs joined, lone surrogates as U+FFFD, and without control characters."""
     if text.isascii() and text.isprintable():
         return text
     whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -60,28 +60,28 @@ def clean(text: str) -> str:
 
 
 def decode(body: bytes) -> Any:
-    """The JSON of a body. Raises UnreadableReply where it is none, or nested deeper than Python reads."""
+    """Parse the JSON body. Raises UnreadableReply if it is invalid or nested too deep for Python."""
     try:
         return json.loads(body.decode("utf-8-sig", errors="replace"))
     except RecursionError:
-        raise UnreadableReply("a reply of JSON that is nested too deep") from None
+        raise UnreadableReply("the JSON of the reply is nested too deep") from None
     except ValueError:
-        said = " ".join(clean(body[:80].decode(errors="replace")).split())
-        html = said.startswith("<")
+        start = " ".join(clean(body[:80].decode(errors="replace")).split())
+        html = start.startswith("<")
         raise UnreadableReply(
-            f"a reply that is no JSON: {said}" if said else "an empty reply", paid=not html
+            f"the reply is not JSON: {start}" if start else "the reply is empty", paid=not html
         ) from None
 
 
-def read(body: Any, listed_usd: float | None = None) -> Said:
-    """The reply in a decoded body. Raises ErrorReply and UnreadableReply."""
+def read(body: Any, listed_usd: float | None = None) -> Completion:
+    """The reply in a parsed body. Raises ErrorReply and UnreadableReply."""
     if not isinstance(body, Mapping):
-        raise UnreadableReply("a reply that is no chat completion")
+        raise UnreadableReply("the reply is not a chat completion")
     _raise_error(body.get("error"))
     choice = _first_choice(body)
     message = choice.get("message") or choice.get("delta") or {"content": choice.get("text")}
     if not isinstance(message, Mapping):
-        raise UnreadableReply("a reply without a message")
+        raise UnreadableReply("the reply has no message")
     content = clean(_text(message.get("content")))
     reasoning = clean(_text(message.get("reasoning_content") or message.get("reasoning")))
     text, refusal = without_thoughts(content).strip(), message.get("refusal")
@@ -92,20 +92,22 @@ def read(body: Any, listed_usd: float | None = None) -> Said:
         finish = ONLY_REASONING if content.strip() or reasoning.strip() else EMPTY
         if isinstance(refusal, str) and refusal.strip():
             text, finish = clean(refusal), REFUSAL
-    written = len(content.encode()) + len(reasoning.encode())
-    return Said(text, finish, _tokens(body.get("usage")), written, listed_usd)
+    usage = body.get("usage")
+    counts = usage if isinstance(usage, Mapping) else {}
+    tokens = _count(counts.get("prompt_tokens")), _count(counts.get("completion_tokens"))
+    return Completion(text, finish, tokens, len(content.encode()) + len(reasoning.encode()), listed_usd)
 
 
 def _raise_error(error: Any) -> None:
-    """Some endpoints put an error into a body with status 200, some an empty one beside a good reply."""
+    """Some endpoints send an error with status 200, some an empty error beside a valid reply."""
     if isinstance(error, Mapping):
-        code, said = error.get("code"), error.get("message")
-        if not said and code is None:
+        code, text = error.get("code"), error.get("message")
+        if not text and code is None:
             return
         status = int(code) if isinstance(code, int) or (isinstance(code, str) and code.isdecimal()) else None
         if status is None and "rate_limit" in str(code):
             status = 429
-        raise ErrorReply(clean(str(said or f"error {code}")), status)
+        raise ErrorReply(clean(str(text or f"error {code}")), status)
     if error:
         raise ErrorReply(clean(str(error)), None)
 
@@ -114,12 +116,12 @@ def _first_choice(body: Mapping[str, Any]) -> Mapping[str, Any]:
     choices = body.get("choices")
     found = [c for c in choices if isinstance(c, Mapping)] if isinstance(choices, list) else []
     if not found:
-        raise UnreadableReply("a reply without any choice")
+        raise UnreadableReply("the reply has no choices")
     return next((c for c in found if c.get("index") == 0), found[0])
 
 
 def _text(content: Any) -> str:
-    """A content as text: of a list of parts (Mistral and others) those that are text, without the thinking ones."""
+    """The content as text. Mistral and others send a list of parts: the text parts count, the thinking parts do not."""
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else []
@@ -128,7 +130,7 @@ def _text(content: Any) -> str:
 
 
 def _finish(reason: Any) -> str:
-    """Why a reply ended, in OpenAI's words. A word that nobody knows is no reason against it: the reply is checked."""
+    """The finish reason in OpenAI's terms. An unknown one counts as stop, because the reply is checked anyway."""
     if not isinstance(reason, (str, type(None))):
         return "unreadable"
     name = (reason or "").strip().lower()
@@ -138,13 +140,7 @@ def _finish(reason: Any) -> str:
     return "stop"
 
 
-def _tokens(usage: Any) -> tuple[int | None, int | None]:
-    if not isinstance(usage, Mapping):
-        return None, None
-    return _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
-
-
 def _count(value: Any) -> int | None:
-    """A number of tokens; None for what is no whole number above 0, or absurd."""
+    """A token count; None unless it is a positive integer of plausible size."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return int(value) if number and 0 < value <= _LARGEST_COUNT and value == int(value) else None

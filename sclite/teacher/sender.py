@@ -12,11 +12,11 @@ from typing import Any
 from sclite import config
 from sclite.errors import TeacherError
 from sclite.teacher import failures
-from sclite.teacher.cost import Budget, charge, is_plausible, most_prompt_tokens
+from sclite.teacher.cost import Budget, charge, is_plausible, max_prompt_tokens
 from sclite.teacher.ledger import REFUSED, Entry, Ledger, request_key
-from sclite.teacher.limits import Pace
+from sclite.teacher.limits import RateLimiter
 from sclite.teacher.provider import Provider, connect
-from sclite.teacher.reply import Said
+from sclite.teacher.reply import Completion
 
 Messages = Sequence[Mapping[str, str]]
 SEVERAL = 5  # different requests that must fail alike before the teacher, and not they, is to blame
@@ -53,7 +53,9 @@ class Sender:
         self._prepare = prepare
         self.provider: Provider | None = None
         self.parameters = parameters_of(settings)
-        self.pace = Pace(settings.concurrency, settings.requests_per_minute, settings.tokens_per_minute)
+        self.limiter = RateLimiter(
+            settings.concurrency, settings.requests_per_minute, settings.tokens_per_minute
+        )
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._answered = self._succeeded = False  # any HTTP reply; any usable one
         self._refused: dict[str, str] = {}  # key -> why, those of this process
@@ -110,9 +112,9 @@ class Sender:
                 self._answered = self._succeeded = True
                 self._unanswered = 0
                 return entry
-            unreadable = failures.unreadable(error)
-            self._answered = self._answered or unreadable or failures.answered(error)
-            verdict = failures.verdict(error)
+            unreadable = failures.is_unreadable(error)
+            self._answered = self._answered or unreadable or failures.is_response(error)
+            verdict = failures.classify(error)
             if verdict == failures.STOP:
                 raise self._stop(error)
             if verdict == failures.REFUSED:
@@ -125,17 +127,17 @@ class Sender:
             raise NoReply("unreadable_reply", failures.message(error))
         self._unanswered += 1
         if self._unanswered >= max(SEVERAL, self.settings.concurrency) or not self._answered:
-            raise failures.silent(error, self.settings.model, self.settings.api_base, attempt)
+            raise failures.no_answer_error(error, self.settings.model, self.settings.api_base, attempt)
         raise NoReply("no_reply", failures.message(error))
 
     async def _send(
         self, key: str, messages: Messages, stage: str, parameters: dict[str, Any], issues: tuple
     ) -> Entry:
         """Send once, when pace and budget allow it. What went out is in the ledger before it does."""
-        most = (most_prompt_tokens(messages), parameters.get("max_tokens", self.settings.max_tokens))
+        most = (max_prompt_tokens(messages), parameters.get("max_tokens", self.settings.max_tokens))
         price = self.provider.price
         most_usd = price.cost_usd(*most) if price else 0.0
-        async with self.budget.reserve(most_usd), self.pace.call(sum(most)) as began:
+        async with self.budget.reserve(most_usd), self.limiter.call(sum(most)) as began:
             await asyncio.wrap_future(self.ledger.sent(key, stage, self.settings.model, most_usd))
             try:
                 said = await self.provider.ask(messages, parameters, self.settings.timeout_seconds)
@@ -143,25 +145,25 @@ class Sender:
                 self.ledger.given_up(key, "cancelled", most_usd)
                 raise
             except issues as failure:
-                if failures.overloaded(failure):
-                    self.pace.complained(began)
-                if failures.unpaid(failure):
+                if failures.is_overload(failure):
+                    self.limiter.record_overload(began)
+                if failures.is_free(failure):
                     self.ledger.failed(key, failures.message(failure))
                 else:
                     self.ledger.given_up(key, failures.message(failure), most_usd)
                 raise
-            self.pace.succeeded()
+            self.limiter.record_success()
             entry = self._entry(said, most, round(time.monotonic() - began, 3))
             written = self.ledger.put(key, entry)  # its cost counts from now on
         await asyncio.wrap_future(written)  # the disk takes its time, and the next call need not wait for it
         return entry
 
-    def _entry(self, said: Said, most: tuple[int, int], seconds: float) -> Entry:
+    def _entry(self, said: Completion, most: tuple[int, int], seconds: float) -> Entry:
         """The reply with its cost: by the user's own price, else as LiteLLM computes it (it knows of cached tokens)."""
         price, cost_usd = self.provider.price, None
-        known = is_plausible(said.tokens, most, said.written_bytes)
+        known = is_plausible(said.tokens, most, said.reply_bytes)
         if price is not None:
-            cost_usd = charge(price, said.tokens, most, said.written_bytes)
+            cost_usd = charge(price, said.tokens, most, said.reply_bytes)
         if (
             known
             and not self.provider.priced_by_user
@@ -188,10 +190,12 @@ class Sender:
         """Stop where several different requests were refused and none has ever succeeded."""
         if not self._succeeded and len(self._refused) >= enough:
             why = failures.message(error) if error else next(iter(self._refused.values()))
-            raise failures.refusing(why, self.settings.model, self.settings.api_base, self._key_variable())
+            raise failures.refusal_error(
+                why, self.settings.model, self.settings.api_base, self._key_variable()
+            )
 
     def _stop(self, error: BaseException) -> TeacherError:
-        return failures.stop(error, self.settings.model, self.settings.api_base, self._key_variable())
+        return failures.stop_error(error, self.settings.model, self.settings.api_base, self._key_variable())
 
     def _key_variable(self) -> str:
         return self.provider.key_variable if self.provider else "the environment"

@@ -142,7 +142,7 @@ def test_a_fault_of_the_endpoint_names_the_student_and_never_the_key(run):
         with pytest.raises(TeacherError) as error:
             ask(run, server.url, [request("1?")])
         said = f"{error.value.message} {error.value.hint}"
-        assert f"student openai/small at {server.url} refuses the key" in said
+        assert f"student openai/small at {server.url} rejects the key" in said
     assert "sk-secret" not in said
     with pytest.raises(TeacherError) as error:
         ask(run, "http://127.0.0.1:9/v1", [request("1?")])

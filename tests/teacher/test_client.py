@@ -256,7 +256,7 @@ def test_a_model_without_provider_is_told_before_any_call(tmp_path):
 
 
 def test_nobody_there_stops_everything_after_the_tries(tmp_path):
-    with pytest.raises(TeacherError, match="does not answer after 3 tries") as caught:
+    with pytest.raises(TeacherError, match="does not answer after 3 attempts") as caught:
         ask(None, map(job, range(10**6)), tmp_path, "http://127.0.0.1:9/v1", attempts_per_call=3)
     assert "http://127.0.0.1:9/v1" in caught.value.message
 

@@ -8,8 +8,8 @@ from sclite import config
 from sclite.errors import BudgetError, TeacherError, UsageError
 from sclite.settings import load
 from sclite.teacher.client import Job, Rejection, Teacher
-from sclite.teacher.cost import dollars, most_prompt_tokens
-from sclite.teacher.failures import silent
+from sclite.teacher.cost import format_usd, max_prompt_tokens
+from sclite.teacher.failures import no_answer_error
 from sclite.teacher.forecast import PILOT, ask_after_pilot, forecast
 from sclite.teacher.ledger import Ledger
 from tests.replay import BROKEN, Answer, Teaching, fail, say
@@ -149,7 +149,7 @@ def test_a_price_is_not_negative(section, price):
 @pytest.mark.parametrize("text", ["3141592653", r"\frac{1}{2}^{\alpha}", "数学", "plain words", "\ud83d"])
 def test_no_tokenizer_makes_more_tokens_than_the_bound(text):
     """A byte-level vocabulary without any merges makes one token of each byte."""
-    assert most_prompt_tokens([{"content": text}]) >= len(text.encode(errors="replace"))
+    assert max_prompt_tokens([{"content": text}]) >= len(text.encode(errors="replace"))
 
 
 def test_an_empty_reply_is_asked_for_again_by_the_next_run(tmp_path):
@@ -274,9 +274,9 @@ def test_an_inspector_that_never_accepts_ends_the_job_after_three_rounds(tmp_pat
     [(0, "$0.0000"), (12.5, "$12.5000"), (0.0473, "$0.0473"), (0.00123, "$0.0012"), (1e-5, "$0.000010")],
 )
 def test_a_small_sum_is_told_without_an_exponent(amount, told):
-    assert dollars(amount) == told
+    assert format_usd(amount) == told
 
 
-@pytest.mark.parametrize(("tries", "told"), [(1, "after 1 try: gone"), (6, "after 6 tries: gone")])
-def test_one_try_is_not_several(tries, told):
-    assert told in silent(ConnectionError("gone"), "m", "", tries).message
+@pytest.mark.parametrize(("attempts", "text"), [(1, "after 1 attempt: gone"), (6, "after 6 attempts: gone")])
+def test_number_of_attempts_has_the_right_plural(attempts, text):
+    assert text in no_answer_error(ConnectionError("gone"), "m", "", attempts).message

@@ -18,13 +18,13 @@ class Failed(Exception):
 
 @pytest.mark.parametrize("status", [None, 408, 429, 500, 502, 503, 504, 529])
 def test_what_may_pass_is_tried_again(status):
-    assert failures.verdict(Failed("later", status)) == failures.RETRY
+    assert failures.classify(Failed("later", status)) == failures.RETRY
 
 
 @pytest.mark.parametrize("status", [400, 403, 404, 413, 422])
 def test_a_refusal_concerns_one_request(status):
     assert (
-        failures.verdict(Failed("litellm.NotFoundError: OpenAIException - no such question", status))
+        failures.classify(Failed("litellm.NotFoundError: OpenAIException - no such question", status))
         == failures.REFUSED
     )
 
@@ -40,7 +40,7 @@ def test_a_refusal_concerns_one_request(status):
     ],
 )
 def test_no_further_request_can_escape_these(error):
-    assert failures.verdict(error) == failures.STOP
+    assert failures.classify(error) == failures.STOP
 
 
 def test_retry_after_is_obeyed_in_all_its_forms():

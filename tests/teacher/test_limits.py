@@ -6,34 +6,34 @@ import time
 import pytest
 
 from sclite.teacher import limits as pacing
-from sclite.teacher.limits import Limit, Pace
+from sclite.teacher.limits import Limit, RateLimiter
 
 
 def test_a_complaint_halves_the_room_and_success_makes_it_grow_again():
     async def story():
-        pace = Pace(16)
-        pace.flying = 16
+        limiter = RateLimiter(16)
+        limiter.in_flight = 16
         now = time.monotonic()
-        pace.complained(now)
-        assert pace.room == 8
-        pace.complained(now)  # began before the last halving: it is the same complaint
-        assert pace.room == 8
-        pace.complained(time.monotonic() + 1)
-        assert pace.room == 4
+        limiter.record_overload(now)
+        assert limiter.limit == 8
+        limiter.record_overload(now)  # began before the last halving: it is the same complaint
+        assert limiter.limit == 8
+        limiter.record_overload(time.monotonic() + 1)
+        assert limiter.limit == 4
         for _ in range(20):
-            pace.succeeded()
-        return pace.room
+            limiter.record_success()
+        return limiter.limit
 
     assert asyncio.run(story()) == 16
 
 
 def test_the_room_never_falls_below_one_call():
     async def story():
-        pace = Pace(2)
+        limiter = RateLimiter(2)
         for second in range(5):
-            pace.complained(time.monotonic() + second)
-        async with pace.call():
-            return pace.flying
+            limiter.record_overload(time.monotonic() + second)
+        async with limiter.call():
+            return limiter.in_flight
 
     assert asyncio.run(story()) == 1
 
@@ -43,17 +43,17 @@ def test_no_more_calls_are_in_flight_than_there_is_room(room):
     most = 0
 
     async def story():
-        pace = Pace(8)
-        pace.room = float(room)
+        limiter = RateLimiter(8)
+        limiter.limit = float(room)
 
         async def call():
             nonlocal most
-            async with pace.call():
-                most = max(most, pace.flying)
+            async with limiter.call():
+                most = max(most, limiter.in_flight)
                 await asyncio.sleep(0.001)
 
         await asyncio.gather(*(call() for _ in range(12)))
-        assert pace.flying == 0
+        assert limiter.in_flight == 0
 
     asyncio.run(story())
     assert most == room

@@ -49,8 +49,8 @@ async def outcome(made, seconds=1.0):
         await made.close()
     wait = failures.wait_seconds(failure, 1, 0.0)
     return (
-        failures.verdict(failure), failures.timed_out(failure), failures.overloaded(failure), round(wait, -1 if wait > 99 else 3),
-        bool(failures.headers(failure)), failures.unpaid(failure), failures.message(failure) if failures.headers(failure) else "",
+        failures.classify(failure), failures.is_timeout(failure), failures.is_overload(failure), round(wait, -1 if wait > 99 else 3),
+        bool(failures.headers(failure)), failures.is_free(failure), failures.message(failure) if failures.headers(failure) else "",
     )  # fmt: skip
 
 
@@ -127,7 +127,7 @@ def test_both_ways_meet_the_same_fault(name):
         (Answer(200, {"error": {"message": "busy", "code": 429}}), "busy"),
         (Answer(200, {"error": {"message": "busy", "code": "rate_limit_exceeded"}}), "busy"),
         (Answer(200, {"error": "model overloaded"}), "model overloaded"),
-        (HTML, "a reply that is no JSON: <html><body>Bad gateway</body></html>"),
+        (HTML, "the reply is not JSON: <html><body>Bad gateway</body></html>"),
     ],
 )
 def test_an_error_or_a_page_with_status_200_is_free_and_asked_again(answer, said):
@@ -139,7 +139,7 @@ def test_an_error_or_a_page_with_status_200_is_free_and_asked_again(answer, said
 
     with Teaching(lambda request, nth: answer) as server:
         found = asyncio.run(failure(way(server.url)))
-    assert (failures.verdict(found), failures.unpaid(found), failures.message(found)) == (
+    assert (failures.classify(found), failures.is_free(found), failures.message(found)) == (
         failures.RETRY,
         True,
         said,

@@ -125,16 +125,16 @@ def test_text_can_always_be_written_as_utf_8():
 @pytest.mark.parametrize(
     ("data", "said", "paid"),
     [
-        (b"", "an empty reply", True),
-        (b'{"choices": [', 'a reply that is no JSON: {"choices": [', True),
-        (b"<html>Bad gateway</html>", "a reply that is no JSON: <html>Bad gateway</html>", False),
-        (b"[" * 100_000, "a reply of JSON that is nested too deep", True),
-        (b"[1]", "a reply that is no chat completion", True),
-        (b'{"choices": []}', "a reply without any choice", True),
-        (b'{"choices": "x"}', "a reply without any choice", True),
-        (b'{"choices": [null]}', "a reply without any choice", True),
-        (b'{"choices": [{"message": "x"}]}', "a reply without a message", True),
-        (b'{"detail": "Not Found"}', "a reply without any choice", True),
+        (b"", "the reply is empty", True),
+        (b'{"choices": [', 'the reply is not JSON: {"choices": [', True),
+        (b"<html>Bad gateway</html>", "the reply is not JSON: <html>Bad gateway</html>", False),
+        (b"[" * 100_000, "the JSON of the reply is nested too deep", True),
+        (b"[1]", "the reply is not a chat completion", True),
+        (b'{"choices": []}', "the reply has no choices", True),
+        (b'{"choices": "x"}', "the reply has no choices", True),
+        (b'{"choices": [null]}', "the reply has no choices", True),
+        (b'{"choices": [{"message": "x"}]}', "the reply has no message", True),
+        (b'{"detail": "Not Found"}', "the reply has no choices", True),
     ],
 )
 def test_a_body_that_is_no_chat_completion_is_named(data, said, paid):
