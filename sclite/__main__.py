@@ -64,9 +64,9 @@ def _run(arguments: list[str]) -> int:
 def _system_failed(error: OSError) -> int:
     """What the system did not do: a full disk, no permission, an output that nobody reads; the exit code."""
     from sclite import console
-    from sclite.errors import DONE, of_system
+    from sclite.errors import DONE, from_os_error
 
-    failed = of_system(error)
+    failed = from_os_error(error)
     if error.filename != console.OUTPUT:
         with suppress(OSError):
             console.error(failed, _as_json())

@@ -24,7 +24,7 @@ def _tell_version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
 
-        console.say(f"sclite {version('sclite')}")
+        console.print(f"sclite {version('sclite')}")
         raise typer.Exit
 
 
@@ -69,11 +69,11 @@ def quickstart(
 
     table.table(summary)
     table.example(example)
-    console.say(
-        f"\nReport: {console.plain(str(Path(loaded.run) / summary['folder'] / 'report.html'))}\n\nNext:"
+    console.print(
+        f"\nReport: {console.escape(str(Path(loaded.run) / summary['folder'] / 'report.html'))}\n\nNext:"
     )
     for command, purpose in flow.next_commands(Path(loaded.run)):
-        console.say(f"  [bold cyan]{console.plain(command)}[/]  {purpose}", whole=True)
+        console.print(f"  [bold cyan]{console.escape(command)}[/]  {purpose}", wrap=False)
 
 
 @app.command()
@@ -81,16 +81,16 @@ def init(config: ConfigOption = None, json: JsonOption = False) -> None:
     """Write a commented sclite.toml for this machine."""
     from sclite import doctor, settings
 
-    found = doctor.gpus()
+    found = doctor.probe_gpus()
     path = config or Path(settings.FILE)
     doctor.write_configuration(path, max(total for _, total, _ in found) if found else None)
     if json:
         console.print_json({"config": str(path), "gpus": [name for name, _, _ in found]})
         return
     gpu = f"{found[0][0]}, {found[0][1]:.0f} GB" if found else "no CUDA GPU: the bundled student, on the CPU"
-    console.say(f"Wrote {console.plain(str(path))} for this machine ({console.plain(gpu)}).")
-    console.say(
-        "Set teacher.model and problems.source in it, then: [bold cyan]sclite build-data[/]", whole=True
+    console.print(f"Wrote {console.escape(str(path))} for this machine ({console.escape(gpu)}).")
+    console.print(
+        "Set teacher.model and problems.source in it, then: [bold cyan]sclite build-data[/]", wrap=False
     )
 
 
@@ -102,15 +102,15 @@ def doctor(json: JsonOption = False) -> None:
     """
     from sclite import doctor
 
-    checks = doctor.check_all()
+    checks = doctor.run_checks()
     broken = [check for check in checks if check.required and not check.works]
     if json:
         console.print_json({"checks": doctor.as_dicts(checks)})
     for check in () if json else checks:
         mark = "[green]✓[/]" if check.works else "[red]✗[/]" if check.required else "[yellow]![/]"
-        console.say(f"{mark} {check.name}: {console.plain(check.found)}")
+        console.print(f"{mark} {check.name}: {console.escape(check.found)}")
         if not check.works:
-            console.say(f"    [cyan]{console.plain(check.fix)}[/]", whole=True)
+            console.print(f"    [cyan]{console.escape(check.fix)}[/]", wrap=False)
     if broken:
         raise typer.Exit(FAILED)
 
@@ -150,7 +150,7 @@ def build_data(
     if dry_run:
         context.dry = True
         forecast = pipeline.forecast_corrections if only == "corrections" else pipeline.forecast_templates
-        summaries.dry_run(forecast(context), common.json)
+        summaries.print_dry_run(forecast(context), common.json)
         return
     context.ask_before_paying = not yes
     with held(context.run, context.config):
@@ -164,7 +164,7 @@ def build_data(
             pipeline.build_corrections(context)
             if pipeline.can_build_pairs(context):
                 pipeline.build_pairs(context)
-    summaries.built(context, only, common.json)
+    summaries.print_build_data(context, only, common.json)
 
 
 @app.command()
@@ -197,11 +197,11 @@ def train(
     model_name(context.config.student)
     select_gpu(gpu)
     if plan:
-        summaries.plan(training.plan(context), common.json)
+        summaries.print_plan(training.plan(context), common.json)
         return
     with held(context.run, context.config):
         training.train(context, only, fresh)
-    summaries.trained(context, only, common.json)
+    summaries.print_train(context, only, common.json)
 
 
 @app.command()
@@ -226,10 +226,10 @@ def export(
     context = common.context({"export.quant": quant, "export.ollama": ollama})
     with context.run.hold():
         if form == "lora":
-            summaries.exported_lora(pipeline.export_lora(context), common.json)
+            summaries.print_lora(pipeline.export_lora(context), common.json)
             return
         if form == "data":
-            summaries.datasets(pipeline.export_data(context), common.json)
+            summaries.print_datasets(pipeline.export_data(context), common.json)
             return
         report = pipeline.export(context)[0]
         created = None
@@ -240,7 +240,7 @@ def export(
     fitted = context.config.review.threshold is not None
     if not fitted and created is None and not common.json:  # a large file is read as a whole for this
         fitted = measure.stored_threshold(context, Path(report.figures["gguf"])) is not None
-    summaries.exported(context, report, created, fitted, common.json)
+    summaries.print_export(context, report, created, fitted, common.json)
 
 
 @app.command("eval")
@@ -283,7 +283,7 @@ def evaluate(
         console.print_json(summary)
         return
     table.table(summary)
-    console.say(f"Report: {console.plain(str(context.run.path(folder) / 'report.html'))}", whole=True)
+    console.print(f"Report: {console.escape(str(context.run.path(folder) / 'report.html'))}", wrap=False)
 
 
 @app.command()
@@ -304,7 +304,7 @@ def chat(
     Without a terminal: one question per line of stdin, one answer per line of stdout.
     """
     from sclite import measure
-    from sclite.chat.repl import talk
+    from sclite.chat.repl import run_chat
 
     if question is not None and not question.strip():
         raise UsageError("the question is empty", "`sclite chat` alone lets you type several")
@@ -322,7 +322,7 @@ def chat(
 
         known = {"example": test_problems(1)[0].question, "familiar": within}
     asked = {"self_correct": self_correct, "question": question, "as_json": common.json}
-    if not talk(path, context.config, threshold, **asked, **known):
+    if not run_chat(path, context.config, threshold, **asked, **known):
         raise typer.Exit(DATA)
 
 
@@ -353,27 +353,29 @@ def show(
     common: Common,
 ) -> None:
     """Show the rows of a run, and what was dropped and why."""
-    from sclite.inspect import tables as look
+    from sclite.inspect import tables
     from sclite.inspect.rows import Choice
     from sclite.run import Run
 
     config = common.load()
     run = Run(config.run)
     if labels:
-        look.labels(config, run, Choice(what or "templates", reason, kind, id, first, limit), common.json)
+        tables.print_labels(
+            config, run, Choice(what or "templates", reason, kind, id, first, limit), common.json
+        )
     elif what is None:
-        look.contents(run, common.json)
+        tables.print_overview(run, common.json)
     else:
-        look.show(run, Choice(what, reason, kind, id, first, limit), common.json)
+        tables.print_rows(run, Choice(what, reason, kind, id, first, limit), common.json)
 
 
 @app.command()
 @common_options
 def status(*, common: Common) -> None:
     """Progress of a run, its costs, and the next command."""
-    from sclite.inspect import tables as look
-    from sclite.inspect.status import status as standing
+    from sclite.inspect import tables
+    from sclite.inspect.status import status as read_status
     from sclite.run import Run
 
     config = common.load()
-    look.standing(standing(config, Run(config.run)), common.json)
+    tables.print_status(read_status(config, Run(config.run)), common.json)

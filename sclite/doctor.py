@@ -26,7 +26,7 @@ class Check:
     required: bool = False
 
 
-def check_all() -> list[Check]:
+def run_checks() -> list[Check]:
     """Every check. torch and llama.cpp are imported in processes of their own, which takes seconds."""
     torch, llama = _printed(_TORCH), _printed(_LLAMA)
     gpus = [] if isinstance(torch, str) else torch["gpus"]
@@ -44,14 +44,14 @@ def check_all() -> list[Check]:
 
 
 _TORCH = (
-    "import json, torch; from sclite.doctor import cards; "
-    "print(json.dumps({'version': torch.__version__, 'cuda': torch.version.cuda, 'gpus': cards()}))"
+    "import json, torch; from sclite.doctor import list_gpus; "
+    "print(json.dumps({'version': torch.__version__, 'cuda': torch.version.cuda, 'gpus': list_gpus()}))"
 )
 _LLAMA = "from sclite.student.llama_cpp.engine import llama; print(str(bool(llama().llama_supports_gpu_offload())).lower())"
 
 
-def gpus() -> list[tuple[str, float, float]]:
-    """As `cards`, asked in a process of its own; none where torch is missing or broken."""
+def probe_gpus() -> list[tuple[str, float, float]]:
+    """As `list_gpus`, asked in a process of its own; none where torch is missing or broken."""
     found = _printed(_TORCH)
     return [] if isinstance(found, str) else found["gpus"]
 
@@ -85,7 +85,7 @@ def as_dicts(checks: list[Check]) -> list[dict[str, Any]]:
     return [asdict(check) for check in checks]
 
 
-def cards() -> list[tuple[str, float, float]]:
+def list_gpus() -> list[tuple[str, float, float]]:
     """(name, GB in all, GB free) of each CUDA card."""
     import torch
 
@@ -101,7 +101,7 @@ def cards() -> list[tuple[str, float, float]]:
 DRIVERS = ("/dev/nvidiactl", "/dev/dxg")  # of Linux, and of Linux under Windows
 
 
-def may_have_card() -> bool:
+def has_nvidia_driver() -> bool:
     """Whether a driver of NVIDIA's is here, asked without touching CUDA. A container may lack nvidia-smi."""
     return shutil.which("nvidia-smi") is not None or any(Path(path).exists() for path in DRIVERS)
 
@@ -109,19 +109,19 @@ def may_have_card() -> bool:
 _PROCESSES = ("--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader,nounits")
 
 
-def card_facts(number: int = 0) -> dict[str, Any] | None:
+def describe_gpu(number: int = 0) -> dict[str, Any] | None:
     """{"name", "total_gb", "free_gb", "processes": [{"pid", "name", "gb"}] or None where nobody tells}; None: no such card.
 
     `number` counts the cards that CUDA shows, in the order of the bus.
     """
-    found = cards()
+    found = list_gpus()
     if number >= len(found):
         return None
     name, total, free = found[number]
-    return {"name": name, "total_gb": total, "free_gb": free, "processes": processes(number)}
+    return {"name": name, "total_gb": total, "free_gb": free, "processes": list_gpu_processes(number)}
 
 
-def processes(number: int = 0) -> list[dict[str, Any]] | None:
+def list_gpu_processes(number: int = 0) -> list[dict[str, Any]] | None:
     """Who holds memory on a card, largest first; None where nvidia-smi is missing or does not answer."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     physical = visible[number].strip() if number < len(visible) and visible[number].strip() else str(number)
@@ -253,7 +253,7 @@ def _disk() -> Check:
 # -- sclite init ---------------------------------------------------------------------------------------------------
 
 
-def starting_values(memory_gb: float | None) -> dict[str, Any]:
+def values_for_machine(memory_gb: float | None) -> dict[str, Any]:
     """The keys that depend on the machine, for a card with so many GB (None: no card)."""
     if memory_gb is None:
         return {"student.model": "embedded", "student.backend": "plain"}
@@ -283,7 +283,7 @@ def write_configuration(path: Path, memory_gb: float | None) -> None:
     """
     if path.exists():
         raise UsageError(f"{path} exists", "remove it first, or edit it")
-    chosen = starting_values(memory_gb)
+    chosen = values_for_machine(memory_gb)
     sections: dict[str, list[str]] = {}
     for key, field in configuration.keys().items():
         section, _, name = key.rpartition(".")

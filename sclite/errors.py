@@ -71,7 +71,7 @@ class TeacherError(NetworkError):
     """A teacher or endpoint that cannot be reached or refuses (exit code 6)."""
 
 
-def of_system(error: OSError) -> ScliteError:
+def from_os_error(error: OSError) -> ScliteError:
     """What the operating system refused, as an error with a hint."""
     what = f"{error.filename}: " if error.filename else ""
     message = f"{what}{error.strerror or error}"

@@ -275,7 +275,7 @@ def for_chat(context: Context, model: Path | None, self_correct: bool) -> tuple[
         threshold = stored_threshold(context, path)
     wanted = self_correct and context.config.review.mode == "guided" and model is None
     if threshold is None and wanted and (other := measured_gguf(context, path)):
-        context.display.tell(f"{path.name} has not been evaluated; this is {other.name}")
+        context.display.print(f"{path.name} has not been evaluated; this is {other.name}")
         return other, stored_threshold(context, other)
     return path, threshold
 

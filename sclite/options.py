@@ -46,12 +46,12 @@ class Common:
     def context(self, chosen: Mapping[str, Any] | None = None) -> Any:
         """What a command on a run works with."""
         from sclite.context import Context
-        from sclite.doctor import may_have_card
+        from sclite.doctor import has_nvidia_driver
         from sclite.progress import ProgressDisplay
         from sclite.run import Run
 
         config = self.load(chosen)
-        context = Context(config, Run(config.run), ProgressDisplay(), apart=may_have_card())
+        context = Context(config, Run(config.run), ProgressDisplay(), apart=has_nvidia_driver())
         if config.teacher.embedded:
             from sclite.quickstart.tutor_provider import register
 

@@ -7,12 +7,21 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from sclite.console import duration, interactive, note, plain, put, read_line, terminal, visible
+from sclite.console import (
+    escape,
+    format_duration,
+    is_interactive,
+    make_console,
+    note,
+    print_to,
+    read_line,
+    visible,
+)
 
 Progress = Callable[..., None]
 WIDE = 125  # columns that a line of progress takes with all its words
 LOG_SECONDS = 30.0  # between two lines of progress where there is no terminal
-MOMENT = 0.5  # seconds; a stage that ends within them has its closing line alone
+HEADING_DELAY = 0.5  # seconds; a stage that ends within them has its closing line alone
 
 
 class Rate:
@@ -28,7 +37,7 @@ class Rate:
         self.begin: int | None = None
         self.first: tuple[float, int, float] | None = None
 
-    def tell(self, done: int, spent_usd: float | None) -> None:
+    def update(self, done: int, spent_usd: float | None) -> None:
         """At the start and after each row: how many are done, and what the whole run has cost (None: it costs nothing)."""
         self.priced = self.priced or bool(spent_usd)
         self.now = (time.monotonic(), done, spent_usd or 0.0)
@@ -45,7 +54,7 @@ class Rate:
         money = (
             f"${self.now[2]:.4f} of about ${self.now[2] + dollars / rows * left:.2f}, " if self.priced else ""
         )
-        return f"{rows / seconds:.1f}/s, {money}{duration(left * seconds / rows)} left"
+        return f"{rows / seconds:.1f}/s, {money}{format_duration(left * seconds / rows)} left"
 
 
 class ProgressDisplay:
@@ -61,7 +70,7 @@ class ProgressDisplay:
         self._bars: Any = None
         self._rate = Rate()
 
-    def left(self, stage: str, share: float) -> float | None:
+    def seconds_left(self, stage: str, share: float) -> float | None:
         """Seconds left in all, when `share` of this stage is done; None without a plan."""
         if stage not in self.plan:
             return None
@@ -92,12 +101,12 @@ class ProgressDisplay:
         from rich.progress import Progress as Bars
 
         text = visible(text)
-        console = terminal(stderr=True)
+        console = make_console(stderr=True)
         rate = self._rate = Rate()
         if not console.is_terminal:
-            left = self.left(name, 0.0)
-            told = f"{text}{f' (about {duration(left)} left in all)' if left else ''}"
-            with _heading(lambda: note(plain(told))) as head:
+            left = self.seconds_left(name, 0.0)
+            told = f"{text}{f' (about {format_duration(left)} left in all)' if left else ''}"
+            with _heading(lambda: note(escape(told))) as head:
                 yield self._lines(rate, head, silent=left is not None)
             return
         wide = console.width >= WIDE
@@ -115,14 +124,14 @@ class ProgressDisplay:
                 done: int, total: int, spent_usd: float | None = None, *, note: str = "", warning: str = ""
             ) -> None:
                 if warning:
-                    put(console, f"[yellow]warning:[/] {plain(warning)}")
+                    print_to(console, f"[yellow]warning:[/] {escape(warning)}")
                     return
-                rate.tell(done, spent_usd)
-                seconds = self.left(name, done / max(1, total))
-                told = rate.line(total) if seconds is None else f"{duration(seconds)} left"
+                rate.update(done, spent_usd)
+                seconds = self.seconds_left(name, done / max(1, total))
+                told = rate.line(total) if seconds is None else f"{format_duration(seconds)} left"
                 room = console.width - len(shown) - (24 if wide else 10) - 2 * len(str(total)) - 5
                 self._bars.update(
-                    task, completed=done, total=total, left=fitted(visible(_joined(note, told)), room)
+                    task, completed=done, total=total, left=fit_to_width(visible(_joined(note, told)), room)
                 )
 
             yield progress
@@ -139,24 +148,24 @@ class ProgressDisplay:
             nonlocal told
             if warning:
                 head()
-                write(f"[yellow]warning:[/] {plain(warning)}")
+                write(f"[yellow]warning:[/] {escape(warning)}")
                 return
-            rate.tell(done, spent_usd)
+            rate.update(done, spent_usd)
             if not silent and time.monotonic() - told >= LOG_SECONDS:
                 told = time.monotonic()
                 head()
-                write(plain(f"  {done} of {total} {_joined(note, rate.line(total))}"))
+                write(escape(f"  {done} of {total} {_joined(note, rate.line(total))}"))
 
         return progress
 
-    def tell(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """A line beside the result, between two stages."""
         if not self.quiet:
-            note(plain(text))
+            note(escape(text))
 
     def confirm(self, question: str) -> bool:
         """Ask yes or no on the terminal; the bar pauses. Yes where there is no terminal to ask on."""
-        if self.quiet or not interactive():
+        if self.quiet or not is_interactive():
             return True
         if self._bars is not None:
             self._bars.stop()
@@ -173,8 +182,8 @@ class ProgressDisplay:
         if skipped:
             self.skipped.add(name)
         if not self.quiet:
-            seconds = "as it was" if skipped else duration(self.finished.get(name, 0.0))
-            note(f"[green]✓[/] {plain(text)} [dim]{seconds}[/]")
+            seconds = "as it was" if skipped else format_duration(self.finished.get(name, 0.0))
+            note(f"[green]✓[/] {escape(text)} [dim]{seconds}[/]")
 
 
 @contextmanager
@@ -190,7 +199,7 @@ def _heading(say_it: Callable[[], None]) -> Iterator[Callable[[], None]]:
                 said = True
                 say_it()
 
-    timer = threading.Timer(MOMENT, head)
+    timer = threading.Timer(HEADING_DELAY, head)
     timer.daemon = True
     timer.start()
     try:
@@ -201,7 +210,7 @@ def _heading(say_it: Callable[[], None]) -> Iterator[Callable[[], None]]:
             said = True
 
 
-def fitted(figures: str, room: int) -> str:
+def fit_to_width(figures: str, room: int) -> str:
     """The figures of the moment in so many columns: those that matter least are left away whole, the time left never.
 
     First to go are the two rates and the memory, then what stands last; money only before the time.

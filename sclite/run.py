@@ -51,7 +51,7 @@ class Run:
         """Say once on stderr what was found damaged."""
         if text not in self._said:
             self._said.add(text)
-            console.note(f"[yellow]warning:[/] {console.plain(text)}")
+            console.note(f"[yellow]warning:[/] {console.escape(text)}")
 
     def path(self, name: str) -> Path:
         return self.folder / name

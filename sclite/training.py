@@ -61,13 +61,13 @@ def _tell_corrections(context: Context) -> None:
     text = f"corrections after SFT: {most}{found['requests']:,} by {config.teacher.model}, about ${cost:.2f}"
     limit, spent = config.teacher.max_cost, found["spent_usd"] or 0.0
     over = limit is not None and spent + cost > limit
-    context.display.tell(f"{text}; teacher.max_cost is ${limit:g}, ${spent:.2f} is spent" if over else text)
+    context.display.print(f"{text}; teacher.max_cost is ${limit:g}, ${spent:.2f} is spent" if over else text)
 
 
 def plan(context: Context) -> dict[str, Any]:
     """The plan of a training, from the configuration, the GPU and the run's files; nothing is started or written."""
     from sclite.data.problems import divide
-    from sclite.doctor import card_facts
+    from sclite.doctor import describe_gpu
     from sclite.inspect import plan as look
     from sclite.records import Problem
     from sclite.student.loader import load_tokenizer, model_name
@@ -81,7 +81,7 @@ def plan(context: Context) -> dict[str, Any]:
     return look.plan(
         config,
         context.run,
-        gpu=card_facts(),
+        gpu=describe_gpu(),
         tokenizer=tokenizer,
         unseen=frozenset(p.id for p in divide(config, found)[1]) if found else None,
         micro_batches={stage: micro_batch(config, stage) for stage in look.STAGES},

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sclite.chat import repl
-from sclite.chat.repl import Answer, show, why_off
+from sclite.chat.repl import Answer, review_off_reason, show
 from sclite.config import Config
 from sclite.student.base import Reply, Scores
 from sclite.student.self_correction import NEVER, SAME_RESULT, Reviewed
@@ -78,7 +78,7 @@ def chatted(monkeypatch, student, threshold=0.0, lines=("How many?",), **options
     monkeypatch.setattr(repl, "check_gguf", lambda path: None)
     monkeypatch.setattr(repl, "Engine", lambda *_, **__: student)
     monkeypatch.setattr("sys.stdin", iter_lines(lines))
-    return repl.talk(Path("x.gguf"), Config(), threshold, self_correct=True, **options)
+    return repl.run_chat(Path("x.gguf"), Config(), threshold, self_correct=True, **options)
 
 
 def iter_lines(lines):
@@ -118,9 +118,9 @@ def test_what_the_review_found_no_error_in_is_marked(monkeypatch, capsys):
 
 
 def test_without_self_correct_it_says_how_to_turn_the_review_on():
-    assert "--self-correct turns it on" in why_off(Path("x.gguf"), Config(), 0.0, False)
+    assert "--self-correct turns it on" in review_off_reason(Path("x.gguf"), Config(), 0.0, False)
     free = Config().model_copy(update={"review": Config().review.model_copy(update={"mode": "free"})})
-    assert why_off(Path("x.gguf"), free, None, True) == ""
+    assert review_off_reason(Path("x.gguf"), free, None, True) == ""
 
 
 def test_a_pipe_gets_one_answer_for_each_question_and_goes_on_after_an_error(monkeypatch, capsys):
@@ -186,7 +186,7 @@ class Engine(Student):
     scheduler = type("Scheduler", (), {"clear": lambda self: print("cleared", flush=True)})()
 
 repl.check_gguf, repl.Engine, repl._answer = (lambda path: None), (lambda *_, **__: Engine()), answer
-repl.talk(Path("x.gguf"), Config(), None, self_correct=False)
+repl.run_chat(Path("x.gguf"), Config(), None, self_correct=False)
 print("left")
 """
 
@@ -252,7 +252,7 @@ def test_a_session_takes_a_paste_whole_and_survives_empty_lines_errors_and_ctrl_
     terminal.wait("cleared")
     terminal.wait("\x1b[?2004h")
     terminal.send("half a line\x03")
-    terminal.wait("/bye or Ctrl-D leaves")
+    terminal.wait("Use Ctrl-D or /bye to exit")
     terminal.send("still here?\r")
     terminal.wait("read 1 lines: 'still here?'")
     terminal.wait("\x1b[?2004h")

@@ -316,12 +316,12 @@ def _interrupt():
 
 
 def test_ctrl_c_leaves_130(sclite, monkeypatch):
-    monkeypatch.setattr(doctor, "check_all", _interrupt)
+    monkeypatch.setattr(doctor, "run_checks", _interrupt)
     assert sclite("doctor").code == 130
 
 
 def test_ctrl_c_says_how_to_resume(sclite, monkeypatch):
-    monkeypatch.setattr(doctor, "check_all", _interrupt)
+    monkeypatch.setattr(doctor, "run_checks", _interrupt)
     assert "interrupted; re-run to resume" in sclite("doctor").err
 
 

@@ -14,7 +14,7 @@ def test_a_table_too_wide_for_the_terminal_lies_on_its_side(width, lying, monkey
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", str(width))
     header = ("student", "first answer", "after review", "mended")
-    console.table("", header, [("sft", "82.7", "82.7", "0.0"), ("dpo", "85.3", "91.7", "62.8")])
+    console.print_table("", header, [("sft", "82.7", "82.7", "0.0"), ("dpo", "85.3", "91.7", "62.8")])
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).split() for line in capsys.readouterr().out.splitlines()]
     assert (["after", "review", "82.7", "91.7"] in lines) == lying
     assert (["dpo", "85.3", "91.7", "62.8"] in lines) != lying
@@ -23,23 +23,23 @@ def test_a_table_too_wide_for_the_terminal_lies_on_its_side(width, lying, monkey
 def test_what_is_typed_in_another_encoding_is_read_as_replacement_characters(monkeypatch):
     typed = io.TextIOWrapper(io.BytesIO(b"caf\xe9 3\n\n"), encoding="utf-8", errors="surrogateescape")
     monkeypatch.setattr(sys, "stdin", typed)
-    (line,) = console.inputs("")
+    (line,) = console.read_inputs("")
     assert line == "caf\ufffd 3"
     line.encode()
 
 
 def test_empty_lines_of_a_pipe_are_skipped_and_a_closed_stdin_has_none(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("first\n\n  \nsecond\n" + "x" * 100_000))
-    assert list(console.inputs("")) == ["first", "second", "x" * 100_000]
+    assert list(console.read_inputs("")) == ["first", "second", "x" * 100_000]
     monkeypatch.setattr(sys, "stdin", None)
-    assert list(console.inputs("")) == []
+    assert list(console.read_inputs("")) == []
 
 
 def test_the_last_of_several_text_columns_wraps_and_no_other(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "50")
     what = "640 attempts, 503 right, 137 wrong, 0 unknown"
-    console.table("", ("stage", "what", "seconds"), [("corrections", what, "9.2")], texts=2)
+    console.print_table("", ("stage", "what", "seconds"), [("corrections", what, "9.2")], texts=2)
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in capsys.readouterr().out.splitlines()]
     assert max(map(len, lines)) <= 50
     words = " ".join(lines).split()
@@ -54,8 +54,8 @@ def test_prose_wraps_at_words_in_a_terminal_and_a_command_stays_whole(monkeypatc
         "46 student review already right, 35 not readable",
         "sclite eval PROBLEMS --run runs/default",
     )
-    console.say(prose)
-    console.say(f"Next: [bold cyan]{command}[/]", whole=True)
+    console.print(prose)
+    console.print(f"Next: [bold cyan]{command}[/]", wrap=False)
     *lines, last = (re.sub(r"\x1b\[[0-9;]*m", "", line) for line in capsys.readouterr().out.splitlines())
     assert max(map(len, lines)) <= 30
     assert " ".join(line.strip() for line in lines) == prose
@@ -66,10 +66,10 @@ def test_a_long_name_is_not_broken_in_prose_and_is_whole_in_a_table(monkeypatch,
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "40")
     path = "/home/somebody/runs/default/prompts/student_review.txt"
-    console.say(f"The file {path} is gone, so it cannot be read.")
+    console.print(f"The file {path} is gone, so it cannot be read.")
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in capsys.readouterr().out.splitlines()]
     assert lines == ["The file", path, "is gone, so it cannot be read."]
-    console.table("", ("stage", "what"), [("sft", f"{path} is gone")], texts=2)
+    console.print_table("", ("stage", "what"), [("sft", f"{path} is gone")], texts=2)
     shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
     assert f"sft{path}isgone" in re.sub(r"[\s─]", "", shown)
 
@@ -78,7 +78,9 @@ def test_a_table_in_a_pipe_has_no_blanks_at_its_line_ends_and_keeps_to_the_colum
     monkeypatch, capsys
 ):
     monkeypatch.setenv("COLUMNS", "40")
-    console.table("", ("stage", "what"), [("sft", "320 rows, 60 steps, and more words than fit")], texts=2)
+    console.print_table(
+        "", ("stage", "what"), [("sft", "320 rows, 60 steps, and more words than fit")], texts=2
+    )
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 40
     assert lines == [line.rstrip() for line in lines]

@@ -31,7 +31,7 @@ def test_lines_that_are_no_process_are_left_out():
 
 def test_without_nvidia_smi_nobody_tells(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert doctor.processes() is None
+    assert doctor.list_gpu_processes() is None
 
 
 def test_the_card_is_asked_for_by_its_number_on_the_bus(tmp_path, monkeypatch):
@@ -41,16 +41,16 @@ def test_the_card_is_asked_for_by_its_number_on_the_bus(tmp_path, monkeypatch):
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    assert doctor.processes(0)[0]["pid"] == 3
+    assert doctor.list_gpu_processes(0)[0]["pid"] == 3
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert doctor.processes(1)[0]["pid"] == 1
+    assert doctor.list_gpu_processes(1)[0]["pid"] == 1
 
 
 def test_a_card_that_is_not_there_has_no_facts(monkeypatch):
-    monkeypatch.setattr(doctor, "cards", lambda: [("Card", 24.0, 20.0)])
-    monkeypatch.setattr(doctor, "processes", lambda number: None)
-    assert doctor.card_facts(0) == {"name": "Card", "total_gb": 24.0, "free_gb": 20.0, "processes": None}
-    assert doctor.card_facts(1) is None
+    monkeypatch.setattr(doctor, "list_gpus", lambda: [("Card", 24.0, 20.0)])
+    monkeypatch.setattr(doctor, "list_gpu_processes", lambda number: None)
+    assert doctor.describe_gpu(0) == {"name": "Card", "total_gb": 24.0, "free_gb": 20.0, "processes": None}
+    assert doctor.describe_gpu(1) is None
 
 
 def test_a_container_or_windows_without_nvidia_smi_has_a_card_by_its_driver(tmp_path, monkeypatch):

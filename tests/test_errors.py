@@ -37,7 +37,7 @@ def sclite(folder: Path, *arguments: str, code: str = "", path: str = "", **envi
 FAILING = r"""
 import sclite.doctor as m
 def fail(): raise ZeroDivisionError('no\n\x1b[31m[/red]')
-m.check_all = fail
+m.run_checks = fail
 """
 
 
@@ -126,8 +126,8 @@ def test_no_control_character_reaches_the_terminal_and_no_markup_is_read(monkeyp
     error = DataError(HOSTILE, HOSTILE)
     error.details = {"raw": HOSTILE}
     console.error(error, as_json=True)
-    console.say(console.plain(HOSTILE))
-    console.table(HOSTILE, ("a", "b"), [(console.plain(HOSTILE), "1")])
+    console.print(console.escape(HOSTILE))
+    console.print_table(HOSTILE, ("a", "b"), [(console.escape(HOSTILE), "1")])
     out, err = capsys.readouterr()
     colours = re.compile(r"\x1b\[[0-9;]*m")
     for text in (colours.sub("", out), colours.sub("", err)):

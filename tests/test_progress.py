@@ -25,10 +25,10 @@ def clock(monkeypatch):
 
 def test_the_rate_counts_from_the_first_row_and_not_from_the_start(clock):
     rate = progress.Rate()
-    rate.tell(100, 0.5)
+    rate.update(100, 0.5)
     for number in range(1, 12):
         clock.append(60.0 + number)  # a minute passes before the first row: LiteLLM is imported, rows are few
-        rate.tell(100 + number, 0.5 + 0.01 * number)
+        rate.update(100 + number, 0.5 + 0.01 * number)
     assert rate.line(121) == "1.0/s, $0.6100 of about $0.71, 10 s left"
 
 
@@ -36,20 +36,20 @@ def test_the_time_that_a_question_takes_is_no_work(clock):
     rate = progress.Rate()
     for number in range(8):
         clock.append(float(number))
-        rate.tell(number, None)
+        rate.update(number, None)
     clock.append(1000.0)
     rate.restart()
     for number in range(8, 13):
         clock.append(1000.0 + number / 2)
-        rate.tell(number, None)
+        rate.update(number, None)
     assert rate.line(22) == "2.0/s, 5 s left"
 
 
 def test_before_there_are_two_rows_nothing_is_said(clock):
     rate = progress.Rate()
-    rate.tell(0, None)
+    rate.update(0, None)
     clock.append(1.0)
-    rate.tell(1, None)
+    rate.update(1, None)
     assert rate.line(10) == ""
 
 
@@ -58,11 +58,11 @@ def test_a_skipped_stage_tells_nothing_of_how_fast_the_machine_is(clock):
     with shown.stage("a", "a"):
         clock.append(0.1)
     shown.done("a", "a", skipped=True)
-    assert shown.left("b", 0.5) == 40
+    assert shown.seconds_left("b", 0.5) == 40
     with shown.stage("b", "b"):
         clock.append(40.1)
     shown.done("b", "b")
-    assert shown.left("c", 0.0) == 60
+    assert shown.seconds_left("c", 0.0) == 60
 
 
 def test_figures_of_the_moment_and_warnings_reach_a_log(clock, capsys):
@@ -81,13 +81,15 @@ FIGURES = "loss 0.412, margin 0.31, accuracy 74 %, 3,204 tokens/s, 9.8 GB, 0.3/s
 
 
 def test_what_matters_least_is_left_away_first_and_whole():
-    assert progress.fitted(FIGURES, 200) == FIGURES
+    assert progress.fit_to_width(FIGURES, 200) == FIGURES
     shorter = FIGURES.replace("0.3/s, ", "")
-    assert progress.fitted(FIGURES, len(FIGURES) - 1) == shorter
-    assert progress.fitted(FIGURES, len(shorter) - 1) == shorter.replace("3,204 tokens/s, ", "")
-    assert progress.fitted(FIGURES, 62) == "loss 0.412, margin 0.31, $0.12 of about $1.40, 4 min 2 s left"
-    assert progress.fitted(FIGURES, 5) == "4 min 2 s left"
-    assert progress.fitted("", 5) == ""
+    assert progress.fit_to_width(FIGURES, len(FIGURES) - 1) == shorter
+    assert progress.fit_to_width(FIGURES, len(shorter) - 1) == shorter.replace("3,204 tokens/s, ", "")
+    assert (
+        progress.fit_to_width(FIGURES, 62) == "loss 0.412, margin 0.31, $0.12 of about $1.40, 4 min 2 s left"
+    )
+    assert progress.fit_to_width(FIGURES, 5) == "4 min 2 s left"
+    assert progress.fit_to_width("", 5) == ""
 
 
 SCRIPT = """
@@ -134,7 +136,7 @@ def test_in_a_real_terminal_the_stage_its_steps_and_the_time_left_can_always_be_
     ("seconds", "warns", "headed"), [(0.0, False, False), (0.0, True, True), (0.2, False, True)]
 )
 def test_in_a_log_a_stage_with_nothing_to_do_has_no_heading(seconds, warns, headed, monkeypatch, capsys):
-    monkeypatch.setattr(progress, "MOMENT", 0.05)
+    monkeypatch.setattr(progress, "HEADING_DELAY", 0.05)
     with progress.ProgressDisplay().stage("sft", "sft: the student learns") as report:
         time.sleep(seconds)
         if warns:
@@ -147,7 +149,7 @@ def test_in_a_log_a_stage_with_nothing_to_do_has_no_heading(seconds, warns, head
 
 
 def test_a_heading_never_comes_after_its_stage(monkeypatch):
-    monkeypatch.setattr(progress, "MOMENT", 0.01)
+    monkeypatch.setattr(progress, "HEADING_DELAY", 0.01)
     said = []
 
     def slowly():

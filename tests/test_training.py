@@ -246,7 +246,7 @@ def test_a_plan_that_does_not_fit_ends_with_exit_5_as_json_too(capsys):
     from sclite.inspect import summaries
 
     with pytest.raises(DeviceError) as error:
-        summaries.plan({"stages": {"sft": {"fits": False}}}, json=True)
+        summaries.print_plan({"stages": {"sft": {"fits": False}}}, json=True)
     assert error.value.code == 5
     console.error(error.value, as_json=True)  # as the command line does
     shown = json.loads(capsys.readouterr().out)

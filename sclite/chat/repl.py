@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sclite import console, prompts
 from sclite.config import Config
-from sclite.console import plain
+from sclite.console import escape
 from sclite.errors import DataError, ScliteError
 from sclite.student.base import Request
 from sclite.student.llama_cpp.engine import Engine
@@ -25,7 +25,7 @@ RIGHT, WRONG, UNREVIEWED = "[green]✓[/]", "[red]✗[/]", "[dim]·[/]"
 LEGEND = "✓ the review found no error, ✗ it did, · not reviewed"
 
 
-def talk(
+def run_chat(
     path: Path,
     config: Config,
     threshold: float | None,
@@ -41,14 +41,14 @@ def talk(
     A student that knows one kind of problems alone has an `example` of them; where one is not `familiar`, that is said.
     An error, or Ctrl-C during an answer, ends that answer and not the session.
     """
-    off = why_off(path, config, threshold, self_correct)
+    off = review_off_reason(path, config, threshold, self_correct)
     check_gguf(path)
     with Engine(path, parallel=1, context=config.eval.context) as engine:
         if not as_json:
             where = "with layers on the GPU" if engine.offloaded else "on the CPU (nothing is offloaded)"
-            console.note(f"[dim]{plain(path.name)}: {plain(engine.description)}, {where}[/]")
+            console.note(f"[dim]{escape(path.name)}: {escape(engine.description)}, {where}[/]")
         if off and not as_json:
-            console.note(f"[dim]{plain(off)}[/]")
+            console.note(f"[dim]{escape(off)}[/]")
         settings = ReviewSettings(
             threshold or 0.0, max(1, config.review.rounds), config.eval.max_tokens, config.prompts.folder
         )
@@ -65,25 +65,25 @@ def talk(
             found = answer(question)
             console.print_json(_as_json(found, off if self_correct else "")) if as_json else show(found)
             return True
-        interactive, answered = console.interactive(), True
-        for typed in console.inputs(_invitation(example, reviews=not off)):
+        interactive, answered = console.is_interactive(), True
+        for typed in console.read_inputs(_invitation(example, reviews=not off)):
             try:
                 found = answer(typed)
-                show(found) if interactive else console.say(plain(" ".join(found.result.split())))
+                show(found) if interactive else console.print(escape(" ".join(found.result.split())))
             except ScliteError as error:
                 console.error(error)
                 answered = False
                 if not interactive:
-                    console.say()
+                    console.print()
             except KeyboardInterrupt:
                 if not interactive:
                     raise
                 engine.scheduler.clear()
-                console.note("interrupted; /bye or Ctrl-D leaves")
+                console.note("interrupted; use Ctrl-D or /bye to exit")
         return answered or interactive
 
 
-def why_off(path: Path, config: Config, threshold: float | None, self_correct: bool) -> str:
+def review_off_reason(path: Path, config: Config, threshold: float | None, self_correct: bool) -> str:
     """Why answers are not reviewed; "" where they are."""
     if not self_correct:
         return "review is off: --self-correct turns it on"
@@ -101,7 +101,7 @@ def why_off(path: Path, config: Config, threshold: float | None, self_correct: b
 
 def _invitation(example: str, reviews: bool) -> str:
     legend = f" {LEGEND}." if reviews else ""
-    known = f"\nThis student knows only problems such as:\n{plain(example)}" if example else ""
+    known = f"\nThis student knows only problems such as:\n{escape(example)}" if example else ""
     return f"Type or paste a problem; /bye leaves.{legend}{known}"
 
 
@@ -167,7 +167,7 @@ def show(found: Answer) -> None:
     trace, review = parse(found.first).trace, found.review
     vouched = RIGHT if review is not None and not found.doubt else UNREVIEWED
     if not trace.steps:
-        console.say(plain(found.first))
+        console.print(escape(found.first))
     for number, step in enumerate(trace.steps, 1):
         accused = review is not None and number == review.accused
         corrected = step.correction is not None  # while it was solving, without being asked
@@ -183,21 +183,23 @@ def show(found: Answer) -> None:
             _line(UNREVIEWED if step.correction is None else WRONG, number, step)
             if step.correction is not None:
                 _correction(step.cause, step.correction)
-        console.say(f"\n  answer {plain(trace.answer or '–')} → [bold green]{plain(final.answer or '–')}[/]")
+        console.print(
+            f"\n  answer {escape(trace.answer or '–')} → [bold green]{escape(final.answer or '–')}[/]"
+        )
     elif trace.steps:
-        console.say(f"\n  answer [bold]{plain(trace.answer or '–')}[/]")
+        console.print(f"\n  answer [bold]{escape(trace.answer or '–')}[/]")
     note = found.doubt or (review.note if review is not None else "")
     if note:
-        console.note(f"[yellow]note:[/] {plain(note)}")
+        console.note(f"[yellow]note:[/] {escape(note)}")
 
 
 def _correction(cause: str | None, correction: str | None) -> None:
     if cause:
-        console.say(f"      [red]why wrong[/]  {plain(cause)}")
-    console.say(f"      [green]corrected[/]  {plain(correction or '')}")
+        console.print(f"      [red]why wrong[/]  {escape(cause)}")
+    console.print(f"      [green]corrected[/]  {escape(correction or '')}")
 
 
 def _line(mark: str, number: int, step: Step) -> None:
-    console.say(f"  {mark} [dim]{number}[/] {plain(step.text)}")
+    console.print(f"  {mark} [dim]{number}[/] {escape(step.text)}")
     if step.key:
-        console.say(f"      [cyan]key[/]  {plain(step.key)}")
+        console.print(f"      [cyan]key[/]  {escape(step.key)}")

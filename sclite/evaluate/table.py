@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sclite import console
-from sclite.console import percent
+from sclite.console import format_percent
 from sclite.trace import parse, work_of
 
 HEADER = (
@@ -28,44 +28,44 @@ def table(summary: Mapping[str, Any]) -> None:
         rows.append(
             (
                 name,
-                percent(figures["acc_t1"], figures["acc_t1_interval"]),
-                percent(figures["acc_t2"], figures["acc_t2_interval"]),
-                percent(figures["wrong_to_right"]),
-                percent(figures["right_to_wrong"]),
+                format_percent(figures["acc_t1"], figures["acc_t1_interval"]),
+                format_percent(figures["acc_t2"], figures["acc_t2_interval"]),
+                format_percent(figures["wrong_to_right"]),
+                format_percent(figures["right_to_wrong"]),
                 "–" if auc is None else f"{auc:.3f}",
-                percent(figures["location"]),
-                percent(figures["correction_rate_given_location"]),
+                format_percent(figures["location"]),
+                format_percent(figures["correction_rate_given_location"]),
                 "–" if figures["tokens"] is None else f"{figures['tokens']:.0f}",
             )
         )
-    console.table(f"{summary['n']} held-out problems", HEADER, rows)
+    console.print_table(f"{summary['n']} held-out problems", HEADER, rows)
     unknown = sum(figures["unknown"] for figures in summary["models"].values())
     if unknown:
-        console.say(f"{unknown} answers could not be graded; they are left out")
+        console.print(f"{unknown} answers could not be graded; they are left out")
     for note in summary["notes"]:
-        console.say(console.plain(note))
+        console.print(console.escape(note))
 
 
 def example(shown: Mapping[str, Any] | None) -> None:
     """The problem, the first answer with its wrong step, cause and correction, and the answer after it."""
     if shown is None:
-        console.say("No answer was mended in this evaluation.")
+        console.print("No answer was mended in this evaluation.")
         return
     from rich.markup import escape
 
-    console.say(f"[bold]One answer that mended itself[/]\n\n  {escape(shown['question'])}\n")
+    console.print(f"[bold]One answer that mended itself[/]\n\n  {escape(shown['question'])}\n")
     for number, step in enumerate(work_of(shown["first"]).steps, 1):
         wrong = number == shown["accused"]
-        console.say(f"  {'[red]✗' if wrong else '[green]✓'} {number}[/] {escape(step.text)}")
+        console.print(f"  {'[red]✗' if wrong else '[green]✓'} {number}[/] {escape(step.text)}")
         if wrong:
             for label, name in (("[red]why wrong[/]", "cause"), ("[green]corrected[/]", "correction")):
                 if shown[name]:
-                    console.say(f"      {label}  {escape(shown[name])}")
+                    console.print(f"      {label}  {escape(shown[name])}")
             break
     second = parse(shown["second"]).trace
     for number, step in enumerate(second.steps[shown["accused"] :], shown["accused"] + 1):
-        console.say(f"  [green]✓ {number}[/] {escape(step.text)}")
+        console.print(f"  [green]✓ {number}[/] {escape(step.text)}")
     first = parse(shown["first"]).trace.answer
-    console.say(
+    console.print(
         f"\n  answer {escape(first or '–')} → [bold green]{escape(str(second.answer))}[/] (right: {escape(shown['gold'])})"
     )

@@ -66,7 +66,7 @@ def plan(
     unseen: frozenset[str] | None = None,
     micro_batches: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """The plan as JSON values. `gpu` is from `machine.card_facts`; None: no GPU, `fits` stays unknown.
+    """The plan as JSON values. `gpu` is from `machine.describe_gpu`; None: no GPU, `fits` stays unknown.
 
     `unseen` are ids of the problems kept for stage 2 (None: unknown), `micro_batches` the rows of a forward pass by stage
     (default: as configured). Without a tokenizer the forecast is unknown.
@@ -241,21 +241,21 @@ def _cost_so_far(run: Run) -> tuple[float | None, float | None]:
 # -- the terminal --------------------------------------------------------------------------------------------------
 
 
-def show_plan(plan: Mapping[str, Any]) -> None:
+def print_plan_tables(plan: Mapping[str, Any]) -> None:
     """The plan as tables on stdout."""
     size, stages = plan["parameters"], plan["stages"]
     count = f"{size / 1e9:.2f}B" if size >= 5e8 else f"{size / 1e6:.1f}M"
-    console.say(
-        console.plain(f"{plan['student']}: {count} parameters in {plan['bits']} bits, {plan['backend']}")
+    console.print(
+        console.escape(f"{plan['student']}: {count} parameters in {plan['bits']} bits, {plan['backend']}")
     )
     if plan["rough"]:
-        console.say(f"[yellow]Rough estimate:[/] {console.plain(plan['rough'])}")
+        console.print(f"[yellow]Rough estimate:[/] {console.escape(plan['rough'])}")
     _show_gpu(plan["gpu"])
     memory = [
         (name, *(f"{stage['memory_gb'][part]:.2f}" for part in PARTS), f"{stage['total_gb']:.2f}", f"{stage['host_gb']:.2f}")
         for name, stage in stages.items()
     ]  # fmt: skip
-    console.table("Memory at the peak of a step, GB", ("stage", *PARTS, "total", "host RAM"), memory)
+    console.print_table("Memory at the peak of a step, GB", ("stage", *PARTS, "total", "host RAM"), memory)
     fits = {True: "[green]yes[/]", False: "[red]no[/]", None: "unknown"}
     columns = ("batch", "micro_batch", "accumulation", "length", "largest_length", "rank")
     rows = [
@@ -272,36 +272,36 @@ def show_plan(plan: Mapping[str, Any]) -> None:
         "longest that fits",
         "rank",
     )
-    console.table("Settings", header, rows, texts=2)
+    console.print_table("Settings", header, rows, texts=2)
     for name, stage in stages.items():
         if stage["fits"] is False:
-            console.say(f"[red]{name} does not fit:[/] {console.plain(stage['verdict'])}")
+            console.print(f"[red]{name} does not fit:[/] {console.escape(stage['verdict'])}")
     keys = ("rows", "too_long", "epochs", "tokens", "steps", "tokens_per_second")
     header = ("stage", "rows", "too long", "epochs", "tokens", "steps", "tokens/s", "time")
     rows = [
         (name, *(_number(stage[key]) for key in keys), _time(stage["hours"]) or "–")
         for name, stage in stages.items()
     ]
-    console.table("Forecast", header, rows)
-    console.say(f"Training time: {_time(plan['hours']) or 'unknown until this run has timed a step'}")
+    console.print_table("Forecast", header, rows)
+    console.print(f"Training time: {_time(plan['hours']) or 'unknown until this run has timed a step'}")
     disk = plan["disk_gb"]
     parts = [
         f"{name.replace('_', ' ')} {'?' if size is None else _size(size)}" for name, size in disk.items()
     ]
-    console.say(f"Disk: about {_size(disk['total'])} ({', '.join(parts[:-1])})")
-    console.say(f"Corrections by the teacher: {_corrections(plan['teacher'])}")
+    console.print(f"Disk: about {_size(disk['total'])} ({', '.join(parts[:-1])})")
+    console.print(f"Corrections by the teacher: {_corrections(plan['teacher'])}")
 
 
 def _show_gpu(gpu: Mapping[str, Any] | None) -> None:
     if gpu is None:
-        console.say("No CUDA GPU: memory is host RAM, a rough estimate.")
+        console.print("No CUDA GPU: memory is host RAM, a rough estimate.")
         return
-    console.say(f"{console.plain(gpu['name'])}: {gpu['free_gb']:.1f} of {gpu['total_gb']:.1f} GB free")
+    console.print(f"{console.escape(gpu['name'])}: {gpu['free_gb']:.1f} of {gpu['total_gb']:.1f} GB free")
     if gpu["processes"] is None:
-        console.say("  other processes unknown: nvidia-smi does not answer")
+        console.print("  other processes unknown: nvidia-smi does not answer")
     for process in gpu["processes"] or ():
         size = "an unknown amount" if process["gb"] is None else f"{process['gb']:.1f} GB"
-        console.say(f"  {size} used by {console.plain(process['name'])} (PID {process['pid']})")
+        console.print(f"  {size} used by {console.escape(process['name'])} (PID {process['pid']})")
 
 
 def _corrections(teacher: Mapping[str, Any]) -> str:
@@ -316,7 +316,7 @@ def _corrections(teacher: Mapping[str, Any]) -> str:
 
 
 def _time(hours: float | None) -> str:
-    return "" if hours is None else f"about {console.duration(3600 * hours)}"
+    return "" if hours is None else f"about {console.format_duration(3600 * hours)}"
 
 
 def _number(value: float | None) -> str:

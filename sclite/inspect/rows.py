@@ -50,7 +50,7 @@ class Choice:
         )
 
 
-def require_folder(run: Run) -> None:
+def require_run(run: Run) -> None:
     """Raise DataFault where the run folder does not exist, naming its neighbours."""
     if run.folder.is_dir():
         return
@@ -70,7 +70,7 @@ def choose(run: Run, choice: Choice) -> tuple[int, Iterator[tuple[int, Any]]]:
     Every row is checked before the first is given. Raises UsageFault, which says what there is, for an unknown `what`,
     reason or kind; DataFault for a damaged row.
     """
-    require_folder(run)
+    require_run(run)
     if choice.what not in FILES:
         raise UsageError(f"{choice.what}: there is no such thing to show", f"show any of {', '.join(FILES)}")
     _check(choice)
@@ -84,7 +84,7 @@ def choose(run: Run, choice: Choice) -> tuple[int, Iterator[tuple[int, Any]]]:
 
 def overview(run: Run) -> list[dict[str, Any]]:
     """For each thing to look at: {"what", "rows", "kinds": {kind: rows}, "reasons": {reason: rows}}."""
-    require_folder(run)
+    require_run(run)
     found = []
     for what in FILES:
         kinds, reasons, total = Counter(), Counter(), 0

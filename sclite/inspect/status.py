@@ -20,7 +20,7 @@ from sclite.data.sources import is_local
 from sclite.errors import DataError, ScliteError
 from sclite.evaluate.results import summaries
 from sclite.export import stage as export
-from sclite.inspect.rows import require_folder
+from sclite.inspect.rows import require_run
 from sclite.records import Drop, Problem
 from sclite.run import Run
 from sclite.settings import FILE as SETTINGS
@@ -64,7 +64,7 @@ def status(config: Config, run: Run) -> dict[str, Any]:
     "ledger" is None where nothing was asked, else its totals, and those of each stage under "stages". Raises DataFault
     where the run folder does not exist.
     """
-    require_folder(run)
+    require_run(run)
     dropped: dict[str, Counter[str]] = {}
     for drop in run.rows("dropped.jsonl", Drop):
         dropped.setdefault(drop.stage, Counter())[drop.reason] += 1

@@ -11,7 +11,7 @@ from sclite.inspect.rows import Choice
 from sclite.run import Run
 
 
-def show(run: Run, choice: Choice, as_json: bool) -> None:
+def print_rows(run: Run, choice: Choice, as_json: bool) -> None:
     """The chosen rows, paged in a terminal; as JSON one object {"what", "total", "rows"}."""
     total, chosen = rows.choose(run, choice)
     if as_json:
@@ -19,7 +19,7 @@ def show(run: Run, choice: Choice, as_json: bool) -> None:
         console.print_json_rows(head, (row.model_dump(mode="json") for _, row in chosen))
         return
     if not total:
-        console.say(f"No such {choice.what} in {console.plain(str(run.folder))}.")
+        console.print(f"No such {choice.what} in {console.escape(str(run.folder))}.")
         return
     if choice.first > total:
         raise UsageError(f"--from {choice.first}: {total} {choice.what} fit", f"--from goes up to {total}")
@@ -29,7 +29,7 @@ def show(run: Run, choice: Choice, as_json: bool) -> None:
     console.page(page(row, number, total, problems) for number, row in chosen)
 
 
-def labels(config: Config, run: Run, choice: Choice, as_json: bool) -> None:
+def print_labels(config: Config, run: Run, choice: Choice, as_json: bool) -> None:
     """The chosen rows as the trainer sees them, token by token; the first one where nothing else is asked for."""
     from dataclasses import replace
 
@@ -46,7 +46,7 @@ def labels(config: Config, run: Run, choice: Choice, as_json: bool) -> None:
     console.page(made.page(row, number, total) for number, row in chosen)
 
 
-def contents(run: Run, as_json: bool) -> None:
+def print_overview(run: Run, as_json: bool) -> None:
     """What there is to look at, with counts."""
     found = rows.overview(run)
     if as_json:
@@ -56,25 +56,25 @@ def contents(run: Run, as_json: bool) -> None:
         (f"sclite show {each['what']}", _counted(each["reasons"] or each["kinds"]), f"{each['rows']:,}")
         for each in found
     ]
-    console.table(str(run.folder), ("what to look at", "of which", "rows"), lines, texts=2)
+    console.print_table(str(run.folder), ("what to look at", "of which", "rows"), lines, texts=2)
 
 
-def standing(figures: Mapping[str, Any], as_json: bool) -> None:
+def print_status(figures: Mapping[str, Any], as_json: bool) -> None:
     """Where a run stands."""
     if as_json:
         console.print_json(figures)
         return
     lines = [_stage_line(name, stage) for name, stage in figures["stages"].items()]
     title = f"{figures['run']}{': a sclite process is at work on it' if figures['busy'] else ''}"
-    console.table(title, ("stage", "state", "what", "left out", "seconds", "$"), lines, texts=3)
+    console.print_table(title, ("stage", "state", "what", "left out", "seconds", "$"), lines, texts=3)
     if figures["dropped"]:
-        console.say(f"Left out: {_counted(figures['dropped'])} (`sclite show drops`)")
+        console.print(f"Left out: {_counted(figures['dropped'])} (`sclite show drops`)")
     if paid := figures["ledger"]:
         unknown = f", {paid['unpriced']:,} of unknown price" if paid["unpriced"] else ""
         tokens = f"{paid['prompt_tokens']:,} tokens in, {paid['completion_tokens']:,} out"
-        console.say(f"Paid for: {paid['requests']:,} requests, {tokens}, ${paid['cost_usd']:.4f}{unknown}")
+        console.print(f"Paid for: {paid['requests']:,} requests, {tokens}, ${paid['cost_usd']:.4f}{unknown}")
     when = " when that process has ended" if figures["busy"] else ""
-    console.say(f"Next{when}: [bold cyan]{console.plain(figures['next'])}[/]", whole=True)
+    console.print(f"Next{when}: [bold cyan]{console.escape(figures['next'])}[/]", wrap=False)
 
 
 def _stage_line(name: str, stage: Mapping[str, Any]) -> tuple[str, ...]:
@@ -85,7 +85,7 @@ def _stage_line(name: str, stage: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         name,
         f"[{colour}]{stage['state'].replace('_', '-' if stage['state'] == 'half_way' else ' ')}[/]",
-        console.plain("; ".join([*stage["why"], *so_far, ", ".join(counts)]).strip("; ")),
+        console.escape("; ".join([*stage["why"], *so_far, ", ".join(counts)]).strip("; ")),
         f"{sum(stage['dropped'].values()):,}" if stage["dropped"] else "",
         "" if stage["seconds"] is None else f"{stage['seconds']:,.1f}",
         "" if stage["cost_usd"] is None else f"{stage['cost_usd']:.4f}",
@@ -93,4 +93,4 @@ def _stage_line(name: str, stage: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _counted(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count:,} {console.plain(name.replace('_', ' '))}" for name, count in counts.items())
+    return ", ".join(f"{count:,} {console.escape(name.replace('_', ' '))}" for name, count in counts.items())

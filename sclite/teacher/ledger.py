@@ -73,7 +73,7 @@ def _salvage(path: Path, why: str) -> None:
         new.commit()
         kept = new.execute("SELECT COUNT(*) FROM requests").fetchone()[0]
     text = f"{path} was damaged ({why}): {kept} requests could be read and are kept; the file is in {aside}"
-    console.note(f"[yellow]warning:[/] {console.plain(text)}")
+    console.note(f"[yellow]warning:[/] {console.escape(text)}")
 
 
 def _remedy(error: Exception, path: Path) -> str:

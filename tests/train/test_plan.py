@@ -7,7 +7,7 @@ import pytest
 from sclite.config import Config, Student
 from sclite.data import corrections
 from sclite.errors import DataError, NetworkError
-from sclite.inspect.plan import plan, show_plan
+from sclite.inspect.plan import plan, print_plan_tables
 from sclite.records import Attempt, Pair, Template
 from sclite.run import Report
 from sclite.student.loader import load_tokenizer
@@ -239,7 +239,7 @@ def test_when_corrections_are_done_or_brought_along_none_are_left_to_pay(run, ca
     run.sign("corrections", corrections.inputs_of(config(run), run), Report("corrections"))
     found = planned(run)
     assert (found["teacher"]["requests"], found["teacher"]["cost_usd"]) == (0, 0.0)
-    show_plan(found)
+    print_plan_tables(found)
     assert "none left to request; the run has cost $0.12" in capsys.readouterr().out
 
 
@@ -248,7 +248,7 @@ def test_minutes_and_megabytes_are_not_told_as_nothing(run, capsys):
     found["hours"] = 0.02
     found["stages"]["sft"]["hours"] = 0.006
     found["disk_gb"] = {"adapters": 0.004, "total": 0.07}
-    show_plan(found)
+    print_plan_tables(found)
     told = capsys.readouterr().out
     assert "22 s" in told
     assert "Training time: about 1 min 12 s" in told
@@ -291,12 +291,12 @@ def test_a_configuration_that_cannot_be_read_is_an_error_with_a_hint(tmp_path, m
 def test_the_terminal_tells_what_fits_who_holds_memory_and_what_is_unknown(run, capsys):
     write_toy(run)
     holder = {"pid": 4242, "name": "python [serve]", "gb": 12.4}
-    show_plan(planned(run, {**GPU, "free_gb": 7.8, "processes": [holder]}))
+    print_plan_tables(planned(run, {**GPU, "free_gb": 7.8, "processes": [holder]}))
     said = " ".join(capsys.readouterr().out.split())
     assert "12.4 GB used by python [serve] (PID 4242)" in said
     assert "sft does not fit" in said
     assert "unknown until this run has timed a step" in said
-    show_plan(planned(run, gpu=None))
+    print_plan_tables(planned(run, gpu=None))
     said = capsys.readouterr().out
     assert "No CUDA GPU" in said
     assert max(map(len, said.splitlines()[1:])) <= 120  # the first line holds a path
