@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from sclite import prompts
+from sclite import config, prompts, settings
 from sclite.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,7 +137,9 @@ def test_help_waits_for_neither_pydantic_nor_rich():
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "set()\n"
 
 
-# -- README --------------------------------------------------------------------------------------------------------
+# -- documentation -------------------------------------------------------------------------------------------------
+
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")])
 
 
 def command_lines(text: str) -> list[str]:
@@ -145,13 +147,15 @@ def command_lines(text: str) -> list[str]:
     blocks = re.findall(r"^```[^\n]*\n(.*?)^```", text, re.S | re.M)
     spans = re.findall(r"`(sclite [^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M))
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    found = [m[1] for line in lines for m in re.finditer(r"(?:^|[$/&;] ?)(sclite [^&;|#\n]+)", line)]
+    found = [m[1] for line in lines for m in re.finditer(r"(?:^|[$/&;] ?)(sclite [^&;|#<\n]+)", line)]
     return [line.strip() for line in [*found, *spans]]
 
 
-def test_every_command_line_in_the_readme_parses():
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_every_command_line_in_the_documentation_parses(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # no sclite.toml, no run
     group = typer.main.get_command(app)
-    for line in command_lines((ROOT / "README.md").read_text(encoding="utf-8")):
+    for line in command_lines(page.read_text(encoding="utf-8")):
         _, name, *arguments = shlex.split(line)
         if name.startswith("-") or name == "..":
             continue
@@ -159,9 +163,18 @@ def test_every_command_line_in_the_readme_parses():
         if "--help" in arguments or ".." in arguments:
             continue
         try:
-            group.commands[name].make_context(name, list(arguments))
-        except Exception as error:  # noqa: BLE001 - the parser's own fault classes belong to no public module
+            given = group.commands[name].make_context(name, list(arguments)).params
+        except Exception as error:  # noqa: BLE001 - the parser's own error classes belong to no public module
             pytest.fail(f"{line}: {type(error).__name__}: {error}")
+        settings.load(None, given.get("settings") or [], {})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_every_setting_in_the_documentation_exists(page):
+    known = set(config.keys())
+    sections = "|".join({key.partition(".")[0] for key in known if "." in key})
+    named = re.findall(rf"`((?:{sections})\.[a-z]\w*)(?:=[^`]*)?`", page.read_text(encoding="utf-8"))
+    assert {key for key in named if not key.endswith((".jsonl", ".yaml", ".py"))} <= known
 
 
 def test_command_lines_are_found_where_they_stand():
