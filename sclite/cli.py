@@ -224,7 +224,7 @@ def export(
     if form not in ("gguf", "lora", "data"):
         raise UsageError(f"--format {form}: no such format", "use --format gguf, lora or data")
     context = common.context({"export.quant": quant, "export.ollama": ollama})
-    with context.run.hold():
+    with context.run.lock():
         if form == "lora":
             summaries.print_lora(pipeline.export_lora(context), common.json)
             return
@@ -273,7 +273,7 @@ def evaluate(
         raise UsageError(
             f"--models {','.join(unknown)}: no such student", f"use any of {', '.join(pipeline.NAMES)}"
         )
-    with context.run.hold():
+    with context.run.lock():
         held_out, fitting, dropped = measure.held_out(context)
         pipeline.export(context, names)
         folder, dataset = measure.result_folder(context)

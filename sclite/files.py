@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever happens meanwhile, and their hashes."""
+"""Atomic writes and file hashes."""
 
 import hashlib
 import json
@@ -10,23 +10,23 @@ from typing import BinaryIO
 
 
 def write_text(path: Path, text: str | Iterable[str]) -> None:
-    """Write a text, whole or in pieces, beside, force to disk, rename: a reader sees the old file or the new one."""
+    """Write a text, whole or in pieces, to a temporary file, sync it, and rename it: readers see the old file or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name[:50]}.{os.getpid()}.new")  # as long as fits, whatever the name
+    temporary = path.with_name(f".{path.name[:50]}.{os.getpid()}.new")  # cut, so that any name fits
     try:
-        with open(beside, "w", encoding="utf-8") as file:
+        with open(temporary, "w", encoding="utf-8") as file:
             file.writelines([text] if isinstance(text, str) else text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
 
 
 def sync(path: Path) -> None:
-    """Force a file, or the names in a folder, to disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -35,7 +35,7 @@ def sync(path: Path) -> None:
 
 
 def file_digest(path: Path) -> str:
-    """A short hash of a file's bytes; empty where it is absent. A file that has not changed is read once."""
+    """A short hash of a file's bytes, cached while the file is unchanged; empty if the file is missing."""
     if not path.is_file():
         return ""
     found = path.stat()
@@ -48,13 +48,8 @@ def _digest(path: Path, *_: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def line_at(file: BinaryIO, begin: int) -> bytes:
-    file.seek(begin)
-    return file.readline()
-
-
-def end_last_line(file: BinaryIO) -> None:
-    """Cut a half-written last line off; a whole one, as an editor may leave it, gets its newline."""
+def repair_last_line(file: BinaryIO) -> None:
+    """Remove an incomplete last line; add the newline that a complete one lacks, as some editors leave it."""
     file.seek(0)
     content = file.read()
     begin = content.rfind(b"\n") + 1

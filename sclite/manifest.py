@@ -1,4 +1,4 @@
-"""What a stage reports of itself, and the manifest that it leaves in done/<stage>.json."""
+"""The report of a stage, and the manifest that it leaves in done/<stage>.json."""
 
 import time
 from collections.abc import Iterator
@@ -10,14 +10,14 @@ from pydantic import BaseModel
 
 
 class Output(BaseModel):
-    """A file that a manifest vouches for; `rows` is None where it holds no rows."""
+    """A file that a manifest vouches for; `rows` is None for a file without rows."""
 
     digest: str
     rows: int | None
 
 
 class Manifest(BaseModel):
-    """A finished stage: its report, and what it was made from."""
+    """A finished stage: its report, its inputs and its outputs."""
 
     stage: str
     sclite: str
@@ -32,7 +32,7 @@ class Manifest(BaseModel):
 
 @dataclass
 class Report:
-    """What a stage has done: counts, drops by reason, seconds, cost; `figures` holds what is particular to it."""
+    """The result of a stage: counts, drops by reason, seconds, cost; `figures` holds stage-specific values."""
 
     stage: str
     counts: dict[str, int] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class Report:
 
     @classmethod
     def of(cls, manifest: dict[str, Any]) -> "Report":
-        """The report that a finished stage has left in its manifest."""
+        """The report of a stage that was already done, from its manifest."""
         names = ("stage", "counts", "dropped", "seconds", "cost_usd", "figures")
         return cls(**{name: manifest[name] for name in names}, skipped=True)
 
@@ -54,7 +54,7 @@ class Report:
 
 @contextmanager
 def timed(report: Report) -> Iterator[None]:
-    """Add the seconds that the block takes to the report."""
+    """Add the duration of the block to the report."""
     began = time.monotonic()
     try:
         yield

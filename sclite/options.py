@@ -88,5 +88,5 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
 @contextmanager
 def held(run: Any, config: Any) -> Iterator[None]:
     """Keep other processes off the run, and note the settings of this command, which makes its data or models."""
-    with run.hold(), run.remembering(config):
+    with run.lock(), run.recording(config):
         yield

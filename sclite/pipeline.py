@@ -93,7 +93,7 @@ def build_templates(context: Context, fresh: bool = False) -> Report:
 def check_sources(context: Context) -> None:
     """Raises DataFault for an `attempts.source` that is not there, before anything is paid for."""
     source = context.config.attempts.source
-    if source and not Path(source).is_file() and context.run.finished("attempts") is None:
+    if source and not Path(source).is_file() and context.run.manifest("attempts") is None:
         raise DataError(
             f"attempts.source: {source} does not exist", "check the path; --set attempts.source= takes it out"
         )

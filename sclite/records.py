@@ -1,4 +1,4 @@
-"""The rows of a run: what each JSONL file holds, typed and checked at the edges. Steps count from 1."""
+"""The row types of the JSONL files in a run folder. Steps count from 1."""
 
 from typing import Literal
 
@@ -6,13 +6,13 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Row(BaseModel):
-    """One line of a file in the run folder: immutable, unknown fields refused."""
+    """One line of a JSONL file: immutable; rejects unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Problem(Row):
-    """A question with its gold answer, and the gold solution where there is one."""
+    """A question with its gold answer and, if known, its gold solution."""
 
     id: str
     question: str
@@ -21,7 +21,7 @@ class Problem(Row):
 
 
 class Template(Row):
-    """The teacher's thought trace for one problem, in canonical form; its answer equals the gold answer."""
+    """The teacher's trace for one problem, in canonical form; its answer equals the gold answer."""
 
     id: str
     question: str
@@ -31,7 +31,7 @@ class Template(Row):
 
 
 class Attempt(Row):
-    """What a student made of a problem. `correct` None means unknown; `first_error` is a label brought along."""
+    """A student's attempt at a problem. `correct` None means unknown; `first_error` is an imported label."""
 
     id: str
     sample: int
@@ -42,9 +42,9 @@ class Attempt(Row):
 
 
 class Review(Row):
-    """The teacher's walk over one attempt: the first wrong step (None: all are right), why, and the step made right.
+    """The teacher's review of one attempt: the first wrong step (None: all are right), the cause and the correction.
 
-    `trace` is the whole review as a trace: the steps up to `step` unchanged, then solved anew.
+    `trace` is the complete review: the steps up to `step` unchanged, then a new solution from there.
     """
 
     id: str
@@ -59,8 +59,8 @@ class Review(Row):
 class Pair(Row):
     """A preference: after `prefix` (the assistant's text so far, in pieces) `chosen` is better than `rejected`.
 
-    `kind` decision weighs `<Cause>` against the step's closer, content weighs two causes with corrections. `origin`
-    says who wrote the chosen content: teacher or student.
+    A pair of `kind` decision compares `<Cause>` with the step's closing tag; content compares two causes with corrections.
+    `origin` says who wrote the chosen content: teacher, student, or label for a decision.
     """
 
     id: str
@@ -75,7 +75,7 @@ class Pair(Row):
 
 
 class Drop(Row):
-    """A row that was left out: where, why, and the raw text that shows it."""
+    """A skipped row: at which stage, why, and the raw text."""
 
     stage: str
     id: str
@@ -93,4 +93,4 @@ ROWS: dict[str, type[Row]] = {
     "pairs.jsonl": Pair,
     "dropped.jsonl": Drop,
 }
-"""What each file of rows in a run folder holds."""
+"""The row type of each JSONL file in a run folder."""

@@ -1,4 +1,4 @@
-"""Signatures: short hashes of what a stage is made from, and in words what has changed between two of them."""
+"""Signatures: short hashes of a stage's inputs, and the differences between two sets of inputs."""
 
 import hashlib
 import json
@@ -12,13 +12,13 @@ HASH = re.compile("[0-9a-f]{16}")
 
 
 def digest(value: Any) -> str:
-    """A short hash of anything that can be written as JSON; keys in any order."""
+    """A short hash of any JSON-serializable value, independent of the order of keys."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """One line for each input that is not as it was: `sft.learning_rate: 0.0001 before, 0.0002 now`."""
+    """One line per changed input: `sft.learning_rate: 0.0001 before, 0.0002 now`."""
     found = []
     for key in sorted(before.keys() | now.keys()):
         old, new, name = before.get(key), now.get(key), f"{prefix}{key}"
@@ -35,7 +35,7 @@ def _shown(value: Any) -> str:
 
 
 def digest_rows(rows: Iterable[Row]) -> str:
-    """`digest` of the list of these rows, of which one at a time is in memory."""
+    """`digest` of a list of rows, with one row in memory at a time."""
     found = hashlib.sha256(b"[")
     for number, row in enumerate(rows):
         text = json.dumps(row.model_dump(), sort_keys=True, ensure_ascii=False, default=str)

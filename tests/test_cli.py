@@ -251,7 +251,7 @@ def test_a_row_of_the_run_that_was_damaged_by_hand_is_named(sclite):
     ended = sclite("train", "--only", "sft", "--set", "student.model=embedded")
     assert ended.code == 3
     assert "templates.jsonl, line 2: trace: Field required" in ended.error
-    assert ended.hint == "try: fix or remove the line, or run the command again that made the file"
+    assert ended.hint == "try: fix or remove the line, or re-run the command that wrote the file"
 
 
 def test_an_unknown_format_of_an_export_is_told_with_the_known_ones(sclite):
@@ -301,13 +301,13 @@ def test_a_run_folder_that_cannot_be_written_is_named(sclite):
 def test_a_second_process_on_one_run_is_told_and_stops(tmp_path):
     command = [sys.executable, "-m", "sclite", "build-data", "mine.jsonl", "--run", str(tmp_path / "run")]
     root = Path(__file__).resolve().parents[1]
-    with Run(tmp_path / "run").hold():
+    with Run(tmp_path / "run").lock():
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.splitlines() == [
-        f"error: another sclite process is at work on {tmp_path / 'run'}",
-        "try: wait for it, or name another folder with --run",
+        f"error: another sclite process is using {tmp_path / 'run'}",
+        "try: wait for it, or choose another folder with --run",
     ]
 
 

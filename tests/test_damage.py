@@ -1,4 +1,4 @@
-"""Damaged files of a run: the last whole state is used, what is lost is said, and the remedy that is named works."""
+"""Damaged files of a run: the last intact state is used, losses are reported, and the suggested fix works."""
 
 import json
 import sqlite3
@@ -29,13 +29,13 @@ def test_a_stage_is_not_signed_while_rows_are_missing(run):
     run.replace("problems.jsonl", map(problem, range(56)))
     with pytest.raises(DataError, match=r"problems\.jsonl holds 56 of 64 rows"):
         run.sign("problems", {}, Report("problems"), {"problems.jsonl": 64})
-    assert run.finished("problems") is None
+    assert run.manifest("problems") is None
     run.replace("problems.jsonl", map(problem, range(64)))
     run.sign("problems", {}, Report("problems"), {"problems.jsonl": 64})
     assert run.done("problems", {}) is not None
 
 
-def test_a_stage_whose_rows_were_lost_since_is_not_done_and_edited_rows_are_no_loss(run, capsys):
+def test_a_stage_with_edited_rows_is_done_and_with_lost_rows_is_not(run, capsys):
     run.replace("problems.jsonl", map(problem, range(3)))
     run.sign("problems", {}, Report("problems"), {"problems.jsonl": 3})
     lines = run.path("problems.jsonl").read_text().splitlines(keepends=True)
@@ -43,10 +43,10 @@ def test_a_stage_whose_rows_were_lost_since_is_not_done_and_edited_rows_are_no_l
     assert run.done("problems", {}) is not None
     run.path("problems.jsonl").write_text("".join(lines[:2]) + "{")
     assert run.done("problems", {}) is None
-    assert "2 of 3 rows are whole" in capsys.readouterr().err
+    assert "2 of 3 rows are intact" in capsys.readouterr().err
 
 
-def test_what_a_manifest_vouches_for_is_on_disk_before_it(run, monkeypatch):
+def test_outputs_are_synced_before_the_manifest(run, monkeypatch):
     import os
 
     forced, fsync = [], os.fsync
@@ -71,11 +71,11 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_manifest_is_read_from_its_copy_and_without_one_the_remedy_works(run, damage):
+def test_a_damaged_manifest_is_read_from_its_copy(run, damage):
     run.sign("sft", {"seed": 0}, Report("sft", {"rows": 2}))
-    before, path = run.finished("sft"), run.path("done/sft.json")
+    before, path = run.manifest("sft"), run.path("done/sft.json")
     path.write_bytes(DAMAGES[damage](path.read_bytes()))
-    assert run.finished("sft") == before
+    assert run.manifest("sft") == before
     run.path("done/.sft.json").write_bytes(path.read_bytes())
     with pytest.raises(DataError, match="and its copy are damaged") as error:
         run.done("sft", {"seed": 0})
@@ -84,10 +84,10 @@ def test_a_damaged_manifest_is_read_from_its_copy_and_without_one_the_remedy_wor
     assert run.done("sft", {"seed": 0}) is None
 
 
-def test_a_manifest_that_was_removed_is_not_brought_back_by_its_copy(run):
+def test_a_removed_manifest_is_not_restored_from_its_copy(run):
     run.sign("sft", {}, Report("sft"))
     run.path("done/sft.json").unlink()
-    assert run.finished("sft") is None
+    assert run.manifest("sft") is None
 
 
 # -- rows ----------------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def test_a_manifest_that_was_removed_is_not_brought_back_by_its_copy(run):
 
 @pytest.fixture
 def built(sclite, monkeypatch):
-    """`build-data` on twelve problems: (call it again, requests so far)."""
+    """`build-data` on twelve problems: (a function that re-runs it, the requests so far)."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
     rows = [{"question": problem(n).question, "answer": "2"} for n in range(12)]
     Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -112,7 +112,7 @@ def built(sclite, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["empty", "truncated", "binary", "a line", ".templates.json", "absent"])
-def test_damaged_templates_are_made_again_from_the_ledger_as_the_hint_says(built, sclite, damage):
+def test_damaged_templates_are_restored_from_the_ledger(built, sclite, damage):
     build, asked = built
     paid, path = len(asked), Path("runs/default/templates.jsonl")
     whole = path.read_bytes()
@@ -121,7 +121,7 @@ def test_damaged_templates_are_made_again_from_the_ledger_as_the_hint_says(built
         ended = sclite("train", "--only", "sft", "--set", "student.model=embedded")
         assert ended.code == 3
         assert "templates.jsonl, line 1" in ended.error
-        assert "`sclite build-data --run runs/default` makes its missing rows again" in ended.hint
+        assert "run `sclite build-data --run runs/default` to restore the missing rows" in ended.hint
     elif damage == ".templates.json":
         Path("runs/default/.templates.json").write_bytes(b"\0")
         path.write_bytes(whole[:-20])
@@ -134,7 +134,7 @@ def test_damaged_templates_are_made_again_from_the_ledger_as_the_hint_says(built
     assert len(asked) == paid
 
 
-def test_damaged_drops_are_skipped_and_said_and_do_not_stop_a_stage(run, capsys):
+def test_damaged_drops_are_skipped_with_a_warning(run, capsys):
     run.replace("dropped.jsonl", [Drop(stage="a", id=str(n), reason="x") for n in range(3)])
     lines = run.path("dropped.jsonl").read_bytes().splitlines(keepends=True)
     run.path("dropped.jsonl").write_bytes(lines[0] + b"\xff\xfe{\n" + lines[2])
@@ -143,8 +143,8 @@ def test_damaged_drops_are_skipped_and_said_and_do_not_stop_a_stage(run, capsys)
     assert "dropped.jsonl: line 2 damaged" in capsys.readouterr().err
 
 
-def test_templates_of_a_process_that_writes_beside_are_missed_when_signing(built, run):
-    """Its `.lock` was removed: two processes put the file in order, and each loses rows of the other."""
+def test_rows_lost_to_a_concurrent_process_are_noticed_when_signing(built, run):
+    """The lock was removed: two processes reorder the file, and each loses rows of the other."""
     from sclite.data import templates
 
     def lose(run, report, problems, drops, teacher, finish=templates._finish):
@@ -173,7 +173,7 @@ def test_templates_of_a_process_that_writes_beside_are_missed_when_signing(built
     "text",
     ["", "{", "[]", '{"a": 3}', '{"a": {"threshold": "x", "n": 1, "max_harm": 0, "prompts": ""}}', "\0"],
 )
-def test_a_damaged_threshold_file_is_no_threshold_and_the_next_evaluation_writes_it_again(run, text, capsys):
+def test_a_damaged_threshold_file_is_ignored_and_rewritten(run, text, capsys):
     context = Context(Config(), run, None)
     run.path("export").mkdir(parents=True)
     gguf = run.path("export/dpo-q8_0.gguf")
@@ -186,7 +186,7 @@ def test_a_damaged_threshold_file_is_no_threshold_and_the_next_evaluation_writes
     assert measure.stored_threshold(context, gguf) == 1.5
 
 
-def test_a_locked_ledger_is_not_to_be_moved_away(built, sclite):
+def test_a_locked_ledger_is_not_reported_as_damaged(built, sclite):
     Path("runs/default/done/templates.json").unlink()
     other = sqlite3.connect("runs/default/ledger.sqlite", isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
@@ -201,7 +201,7 @@ def test_a_locked_ledger_is_not_to_be_moved_away(built, sclite):
 
 
 @pytest.mark.parametrize("text", [b"no database " * 100, b"SQLite format 3\0" + b"\xff" * 5000])
-def test_a_damaged_ledger_is_named_and_what_is_finished_is_not_paid_for_again(built, sclite, text):
+def test_a_damaged_ledger_does_not_cost_finished_work(built, sclite, text):
     build, asked = built
     paid, ledger = len(asked), Path("runs/default/ledger.sqlite")
     ledger.write_bytes(text)
@@ -217,9 +217,7 @@ def test_a_damaged_ledger_is_named_and_what_is_finished_is_not_paid_for_again(bu
 # -- any file ------------------------------------------------------------------------------------------------------
 
 
-def test_whatever_file_of_a_small_run_is_damaged_no_command_crashes_and_nothing_is_paid_twice(
-    built, tmp_path, capsys, monkeypatch
-):
+def test_no_damaged_file_crashes_a_command_or_costs_money(built, tmp_path, capsys, monkeypatch):
     """A sample of tests/quickstart/test_fuzz.py on a run without a student."""
     _, asked = built
     commands = (("status",), ("show",), ("build-data", "--yes"), ("export", "--format", "data"))

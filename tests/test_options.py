@@ -116,7 +116,8 @@ def test_every_kind_of_value_can_be_put_back_to_its_default(tmp_path, key, other
             found = getattr(found, part)
         return found
 
-    Run(tmp_path).remember(load(None, [f"{key}={other}"], {}, own_file=False))
+    with Run(tmp_path).recording(load(None, [f"{key}={other}"], {}, own_file=False)):
+        pass
     assert value() != default
     assert value(f"{key}=") == default
     assert value(environment={f"SCLITE_{key.replace('.', '__').upper()}": ""}) == default

@@ -1,4 +1,4 @@
-"""The run folder: rows are whole or absent, files change by rename, one process at a time, stages are signed."""
+"""The run folder: atomic rows and files, one process at a time, manifests of finished stages."""
 
 import fcntl
 import os
@@ -28,7 +28,7 @@ def problem(number: int, question: str = "How many?") -> Problem:
 # -- rows ----------------------------------------------------------------------------------------------------------
 
 
-def test_rows_come_back_as_they_were(run):
+def test_rows_survive_a_round_trip(run):
     rows = [problem(1), problem(2, 'line one\nline two\u2028three \\ "quoted" ½ \U0001f600'), problem(3)]
     run.append("problems.jsonl", rows[:1])
     run.append("problems.jsonl", rows[1:])
@@ -44,14 +44,14 @@ def test_unknown_is_written_and_read_as_none(run):
     assert run.read("attempts.jsonl", Attempt) == [row]
 
 
-def test_an_absent_file_has_no_rows_and_nothing_appended_makes_none(run):
+def test_a_missing_file_has_no_rows(run):
     assert run.read("problems.jsonl", Problem) == []
     run.append("problems.jsonl", [])
     assert not run.path("problems.jsonl").exists()
 
 
 @pytest.mark.parametrize("cut", range(2, 60, 7))
-def test_a_half_written_last_line_is_dropped_and_the_next_row_is_whole(run, cut):
+def test_an_incomplete_last_line_is_dropped(run, cut):
     rows = [problem(1), problem(2, "½ and more"), problem(3)]
     run.append("problems.jsonl", rows)
     path = run.path("problems.jsonl")
@@ -62,8 +62,8 @@ def test_a_half_written_last_line_is_dropped_and_the_next_row_is_whole(run, cut)
     assert run.read("problems.jsonl", Problem) == [*rows[:2], problem(4)]
 
 
-def test_a_last_row_that_lacks_only_its_newline_is_a_row_and_stays_one(run):
-    """An editor may leave it so."""
+def test_a_last_row_without_a_newline_is_kept(run):
+    """Some editors write such files."""
     run.append("problems.jsonl", [problem(1), problem(2)])
     path = run.path("problems.jsonl")
     path.write_bytes(path.read_bytes().rstrip(b"\n"))
@@ -72,7 +72,7 @@ def test_a_last_row_that_lacks_only_its_newline_is_a_row_and_stays_one(run):
     assert run.read("problems.jsonl", Problem) == [problem(1), problem(2), problem(3)]
 
 
-def test_a_line_cut_inside_a_character_is_dropped_like_any_other(run):
+def test_a_line_cut_inside_a_character_is_dropped(run):
     run.append("problems.jsonl", [problem(1)])
     with open(run.path("problems.jsonl"), "ab") as file:
         file.write('{"id":"p2","question":"½'.encode()[:-1])
@@ -80,7 +80,7 @@ def test_a_line_cut_inside_a_character_is_dropped_like_any_other(run):
 
 
 @pytest.mark.parametrize("line", ['{"id": 7}', "no JSON", '{"id":"a","question":"q","answer":"1","extra":1}'])
-def test_a_damaged_line_that_is_not_the_last_is_named_with_file_and_line(run, line):
+def test_a_damaged_line_is_reported_with_file_and_line(run, line):
     run.append("problems.jsonl", [problem(1)])
     with open(run.path("problems.jsonl"), "a") as file:
         file.write(line + "\n")
@@ -90,19 +90,19 @@ def test_a_damaged_line_that_is_not_the_last_is_named_with_file_and_line(run, li
     assert error.value.hint
 
 
-def test_rows_that_a_stage_needs_and_are_not_there_are_asked_for(run):
+def test_missing_required_rows_are_an_error(run):
     with pytest.raises(DataError, match=r"problems\.jsonl is missing or empty") as error:
         run.require("problems.jsonl", Problem, "type this")
     assert error.value.hint == "type this"
 
 
-def test_drops_of_one_stage_are_exchanged_and_those_of_others_stay(run):
+def test_drops_are_replaced_stage_by_stage(run):
     run.replace_drops(["a"], [Drop(stage="a", id="1", reason="x"), Drop(stage="b", id="2", reason="y")])
     run.replace_drops({"a"}, [Drop(stage="a", id="3", reason="z")])
     assert [(d.stage, d.id) for d in run.read("dropped.jsonl", Drop)] == [("b", "2"), ("a", "3")]
 
 
-def test_rows_are_read_one_at_a_time_with_the_byte_at_which_each_begins(run):
+def test_rows_are_read_lazily_with_their_offsets(run):
     run.append("problems.jsonl", [problem(1, "½"), problem(2)])
     with open(run.path("problems.jsonl"), "a") as file:
         file.write("\nno JSON\n")
@@ -110,37 +110,37 @@ def test_rows_are_read_one_at_a_time_with_the_byte_at_which_each_begins(run):
     assert [next(rows), next(rows)] == [problem(1, "½"), problem(2)]
     with pytest.raises(DataError, match="line 4"):
         next(rows)
-    located = run.located("problems.jsonl", Problem)
+    located = run.rows_with_offsets("problems.jsonl", Problem)
     content = run.path("problems.jsonl").read_bytes()
     for offset, row in (next(located), next(located)):
         assert content[offset:].startswith(row.model_dump_json().encode())
 
 
-def test_rows_are_put_in_order_with_one_in_memory_at_a_time(run):
+def test_rows_are_reordered_with_one_in_memory(run):
     long = "x" * 100_000
     for number in (3, 1, 4, 2):
         run.append("problems.jsonl", [problem(number, f"{number}{long}")] * 50)
     run.append("problems.jsonl", [problem(1, "the last of its id")])
     tracemalloc.start()
-    run.arrange("problems.jsonl", Problem, ["p2", "absent", "p1", "p3"])
+    run.reorder("problems.jsonl", Problem, ["p2", "absent", "p1", "p3"])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     rows = run.read("problems.jsonl", Problem)
     assert rows == [problem(2, f"2{long}"), problem(1, "the last of its id"), problem(3, f"3{long}")]
     assert peak < 20 * len(long)
-    run.arrange("none.jsonl", Problem, ["p1"])
+    run.reorder("none.jsonl", Problem, ["p1"])
     assert run.read("none.jsonl", Problem) == []
 
 
 # -- kills ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_writer_that_is_killed_leaves_only_whole_rows_and_a_free_run(tmp_path):
+def test_a_killed_writer_leaves_whole_rows_and_no_lock(tmp_path):
     script = f"""
         from sclite.records import Problem
         from sclite.run import Run
         run = Run({str(tmp_path / "run")!r})
-        with run.hold():
+        with run.lock():
             for number in range(10**9):
                 run.append("problems.jsonl", [Problem(id=str(number), question="q" * 5000, answer="1")])
     """
@@ -154,7 +154,7 @@ def test_a_writer_that_is_killed_leaves_only_whole_rows_and_a_free_run(tmp_path)
     rows = run.read("problems.jsonl", Problem)
     assert [row.id for row in rows] == [str(n) for n in range(len(rows))]
     assert len(rows) >= 20
-    with run.hold():
+    with run.lock():
         run.append("problems.jsonl", [problem(1)])
     assert run.read("problems.jsonl", Problem) == [*rows, problem(1)]
 
@@ -175,37 +175,38 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 # -- one process at a time -----------------------------------------------------------------------------------------
 
 
-def test_a_second_holder_is_told_and_the_third_may_when_the_first_is_done(run):
+def test_a_locked_run_is_refused_until_it_is_released(run):
     with (
-        run.hold(),
-        pytest.raises(UsageError, match="another sclite process is at work") as error,
-        Run(run.folder).hold(),
+        run.lock(),
+        pytest.raises(UsageError, match="another sclite process is using") as error,
+        Run(run.folder).lock(),
     ):
         pass
     assert "--run" in error.value.hint
-    with run.hold():
+    with run.lock():
         pass
 
 
-def test_whether_a_run_is_held_is_asked_without_holding_it(run):
-    assert not run.busy()
-    with run.hold():
-        assert run.busy()
-    assert not run.busy()
-    with run.hold():
+def test_probing_the_lock_does_not_take_it(run):
+    assert not run.is_locked()
+    with run.lock():
+        assert run.is_locked()
+    assert not run.is_locked()
+    with run.lock():
         pass
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+def test_a_folder_that_cannot_be_created_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="file/run cannot be written"), Run(tmp_path / "file/run").hold():
-        pass
+    for place in (Path("/proc/sclite"), tmp_path / "file/run"):
+        with pytest.raises(UsageError, match="cannot be written"), Run(place).lock():
+            pass
 
 
-# -- signatures ----------------------------------------------------------------------------------------------------
+# -- manifests -----------------------------------------------------------------------------------------------------
 
 
-def test_a_stage_is_done_only_for_the_inputs_that_it_was_made_from(run):
+def test_a_stage_is_done_only_for_the_same_inputs(run):
     report = Report("sft", {"rows": 2}, {"too_long": 1}, 1.5, 0.25, {"share": 0.5})
     run.sign("sft", {"seed": 0, "data": "abc"}, report)
     manifest = run.done("sft", {"data": "abc", "seed": 0})
@@ -214,10 +215,10 @@ def test_a_stage_is_done_only_for_the_inputs_that_it_was_made_from(run):
     )
     assert run.done("sft", {"seed": 1, "data": "abc"}) is None
     assert run.done("dpo", {"seed": 0, "data": "abc"}) is None
-    assert run.finished("sft") == manifest
+    assert run.manifest("sft") == manifest
 
 
-def test_a_broken_manifest_is_named_with_its_remedy(run):
+def test_a_damaged_manifest_is_an_error_with_a_hint(run):
     run.write_json("done/sft.json", {})
     run.path("done/sft.json").write_text('{"stage": ')
     with pytest.raises(DataError, match=r"done/sft\.json") as error:
@@ -225,7 +226,7 @@ def test_a_broken_manifest_is_named_with_its_remedy(run):
     assert error.value.hint
 
 
-def test_digests_follow_content_and_not_the_order_of_keys(run):
+def test_digests_depend_on_content_and_not_on_key_order(run):
     assert digest({"a": 1, "b": [1, 2]}) == digest({"b": [1, 2], "a": 1}) != digest({"a": 1, "b": [2, 1]})
     rows = [problem(1, "½"), problem(2)]
     assert digest_rows(iter(rows)) == digest([row.model_dump() for row in rows]) != digest_rows(rows[:1])
@@ -239,7 +240,7 @@ def test_digests_follow_content_and_not_the_order_of_keys(run):
     assert run.file_digest("a.jsonl") != first
 
 
-def test_seconds_are_counted_even_when_the_block_fails():
+def test_time_is_counted_even_if_the_block_fails():
     report = Report("sft", seconds=1.0)
     block = timed(report)
     block.__enter__()
@@ -249,104 +250,98 @@ def test_seconds_are_counted_even_when_the_block_fails():
     assert 1.01 < report.seconds < 2
 
 
-# -- what was signed -----------------------------------------------------------------------------------------------
+# -- what is signed -----------------------------------------------------------------------------------------------------
 
 
-def test_a_value_of_sixteen_letters_that_is_no_hash_is_shown():
+def test_sixteen_letters_that_are_no_hash_are_shown():
     before, now = {"student.model": "qwen/qwen-4-mini"}, {"student.model": "qwen/qwen-5-mini"}
     assert differences(before, now) == ["student.model: qwen/qwen-4-mini before, qwen/qwen-5-mini now"]
     assert differences({"x": "0123456789abcdef"}, {"x": None}) == ["x changed"]
 
 
-def test_the_embedded_student_is_signed_by_its_name_and_not_by_its_folder(run):
+def test_the_embedded_student_is_signed_by_name(run):
     inputs = sft.inputs_of(Config.model_validate({"student": {"model": "embedded"}}), run)
     assert inputs["student.model"] == "embedded"
 
 
-# -- what a command was told ---------------------------------------------------------------------------------------
+# -- saved settings -----------------------------------------------------------------------------------------------------
 
 
-def test_a_mistyped_value_is_not_remembered(run):
-    with run.remembering(Config(seed=1)):
+def test_a_mistyped_value_is_not_saved(run):
+    with run.recording(Config(seed=1)):
         pass
     kept = run.path("run.toml").read_text()
     assert "seed = 1" in kept
-    with pytest.raises(UsageError), run.remembering(Config(seed=2)):
+    with pytest.raises(UsageError), run.recording(Config(seed=2)):
         raise UsageError("unknown quantisation", "use another")
     assert run.path("run.toml").read_text() == kept
-    with pytest.raises(DataError), run.remembering(Config(seed=3)):
+    with pytest.raises(DataError), run.recording(Config(seed=3)):
         raise DataError("no such file", "give another")
     assert run.path("run.toml").read_text() == kept
-    with suppress(DataError), run.remembering(Config(seed=3)):
-        run.begin("templates")
+    with suppress(DataError), run.recording(Config(seed=3)):
+        run.mark_started("templates")
         run.replace("problems.jsonl", [Problem(id="a", question="1 + 1?", answer="2")])
         raise DataError("no reply", "check the key")
     assert run.path("run.toml").read_text() == kept
-    with suppress(UsageError), run.remembering(Config(seed=3)):
+    with suppress(UsageError), run.recording(Config(seed=3)):
         run.write_json("done/templates.json", {})
         raise UsageError("no student is configured", "name one")
     assert "seed = 3" in run.path("run.toml").read_text()
 
 
-def test_where_no_folder_can_be_made_the_fault_is_told(tmp_path):
-    (tmp_path / "file").write_text("")
-    for place in (Path("/proc/sclite"), tmp_path / "file/run"):
-        with pytest.raises(UsageError, match="cannot be written"), Run(place).hold():
-            pass
-
-
-def test_a_folder_that_goes_meanwhile_is_no_fault(tmp_path):
+def test_a_folder_that_disappears_is_no_error(tmp_path):
     run = Run(tmp_path / "run")
-    with run.hold():
+    with run.lock():
         run.path(".lock").unlink()
         run.folder.rmdir()
     assert not run.folder.exists()
 
 
-def test_a_lock_that_was_taken_away_in_between_is_made_anew(tmp_path, monkeypatch):
+def test_a_lock_that_disappears_is_recreated(tmp_path, monkeypatch):
     run, lock = Run(tmp_path / "run"), fcntl.flock
 
-    def taken_away(file, how):
+    def remove_lock(file, how):
         monkeypatch.setattr(fcntl, "flock", lock)
         run.path(".lock").unlink()
         run.folder.rmdir()
         lock(file, how)
 
-    monkeypatch.setattr(fcntl, "flock", taken_away)
-    with run.hold():
-        assert run.busy()
-        with pytest.raises(UsageError, match="another sclite process"), Run(run.folder).hold():
+    monkeypatch.setattr(fcntl, "flock", remove_lock)
+    with run.lock():
+        assert run.is_locked()
+        with pytest.raises(UsageError, match="another sclite process"), Run(run.folder).lock():
             pass
 
 
-def test_a_folder_in_which_nothing_was_made_goes_again(tmp_path):
+def test_an_unused_new_folder_is_removed(tmp_path):
     new = Run(tmp_path / "new")
-    with pytest.raises(DataError), new.hold(), new.remembering(Config()):
+    with pytest.raises(DataError), new.lock(), new.recording(Config()):
         raise DataError("no such file", "give another")
     assert not new.folder.exists()
     assert tmp_path.is_dir()
     within = Run(tmp_path / "runs/new")
-    with within.hold():
+    with within.lock():
         pass
     assert not (tmp_path / "runs").exists()
-    with new.hold():
-        new.begin("templates")
+    with new.lock():
+        new.mark_started("templates")
     assert new.folder.is_dir()
     kept = Run(tmp_path / "kept")
     kept.folder.mkdir()
-    with kept.hold():
+    with kept.lock():
         pass
     assert kept.folder.is_dir()
 
 
-def test_a_run_that_begins_with_a_mistyped_value_remembers_nothing(run):
-    with pytest.raises(UsageError), run.remembering(Config()):
+def test_a_new_run_with_a_mistyped_value_saves_nothing(run):
+    with pytest.raises(UsageError), run.recording(Config()):
         raise UsageError("unknown quantisation", "use another")
     assert not run.path("run.toml").exists()
 
 
-def test_ollamas_name_is_not_remembered(run):
-    run.remember(Config.model_validate({"export": {"ollama": "mystudent", "quant": "q8_0"}}))
+def test_the_ollama_name_is_not_saved(run):
+    with run.recording(Config.model_validate({"export": {"ollama": "mystudent", "quant": "q8_0"}})):
+        pass
     kept = run.path("run.toml").read_text()
     assert "mystudent" not in kept
     assert 'quant = "q8_0"' in kept

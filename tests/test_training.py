@@ -84,7 +84,7 @@ def test_when_not_even_one_row_fits_it_ends_with_exit_5_and_what_to_lower(folder
         training.train_sft(context)
     assert error.value.code == 5
     assert "sft.max_length" in error.value.hint
-    assert context.run.finished("sft") is None
+    assert context.run.manifest("sft") is None
 
 
 def test_another_error_is_not_taken_for_one_of_memory(folder, tmp_path, monkeypatch):

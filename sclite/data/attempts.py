@@ -31,7 +31,7 @@ _NOT_SAMPLING = {"reviews", "confirmation_share", "student", "api_base", "concur
 def inputs_of(config: Config, run: Run, problems: Sequence[Problem]) -> dict[str, Any]:
     """What decides the attempts: the student, the problems, how they are sampled."""
     source = config.attempts.source
-    if source and not Path(source).is_file() and (manifest := run.finished(STAGE)):
+    if source and not Path(source).is_file() and (manifest := run.manifest(STAGE)):
         read = manifest["inputs"].get("source", "")  # gone, or the run was moved: what was read of it counts
     else:
         read = run.file_digest(str(Path(source).resolve())) if source else ""

@@ -89,7 +89,7 @@ def build_corrections(
             )
         confirmed = _confirmations(attempts, len(reviews), config)
         order = {attempt_key(a): i for i, a in enumerate(attempts)}
-        run.begin(STAGE)
+        run.mark_started(STAGE)
         run.replace(FILE, sorted([*reviews, *confirmed], key=lambda r: order[attempt_key(r)]))
     report.counts |= {"wrong": len(wrong), "corrected": len(reviews), "confirmed": len(confirmed)}
     if not confirmed and _confirmations_wanted(len(reviews), config):

@@ -77,7 +77,7 @@ def build_pairs(
                 key = review.id, review.sample
                 made = content_pair(review, work, own.get(key, []), _telling(reasons.get(key, ())))
                 (drops if isinstance(made, Drop) else pairs).append(made)
-        run.begin(STAGE)
+        run.mark_started(STAGE)
         run.replace(FILE, pairs)
         run.replace_drops({STAGE}, drops)
     report.counts |= Counter(f"{pair.kind}" for pair in pairs)

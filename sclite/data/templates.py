@@ -184,7 +184,7 @@ def _kept(run: Run, inputs: dict[str, Any], problems: Sequence[Problem], fresh: 
         for row in run.rows(FILE, Template, whole=False)
         if row.id in asked and (row.question, row.answer) == (asked[row.id].question, asked[row.id].answer)
     }
-    run.arrange(FILE, Template, kept)
+    run.reorder(FILE, Template, kept)
     run.replace_drops([STAGE], [])
     return set(kept)
 
@@ -253,7 +253,7 @@ def _finish(
     run: Run, report: Report, problems: Sequence[Problem], drops: dict[str, Drop], teacher: Teacher
 ) -> None:
     """Put both files into the order of the problems and fill in the report."""
-    run.arrange(FILE, Template, (problem.id for problem in problems))
+    run.reorder(FILE, Template, (problem.id for problem in problems))
     run.replace_drops([STAGE], [drops[problem.id] for problem in problems if problem.id in drops])
     requests = [row.requests for row in run.rows(FILE, Template)]
     totals = teacher.ledger.totals(STAGE)

@@ -82,7 +82,7 @@ def _files(counts: dict[str, int]) -> str:
 
 
 def _sources(config: Config, run: Run) -> str:
-    manifests = {stage: (run.finished(stage) or {}) for stage in ("templates", "corrections")}
+    manifests = {stage: (run.manifest(stage) or {}) for stage in ("templates", "corrections")}
     packages = ", ".join(f"{name} {version(name)}" for name in ("transformers", "litellm"))
     subset = " ".join(part for part in (config.problems.subset, config.problems.split) if part)
     source, attempts, other = source_name(config), config.attempts.source, config.attempts.student

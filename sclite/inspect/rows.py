@@ -109,7 +109,7 @@ class Problems:
     def __init__(self, run: Run):
         name, kind = FILES["problems"]
         self._path = run.path(name)
-        self._offsets = {problem.id: offset for offset, problem in run.located(name, kind)}
+        self._offsets = {problem.id: offset for offset, problem in run.rows_with_offsets(name, kind)}
 
     def get(self, id: str) -> Problem | None:
         if id not in self._offsets:

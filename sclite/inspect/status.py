@@ -78,7 +78,7 @@ def status(config: Config, run: Run) -> dict[str, Any]:
             stage.cost_usd = paid["stages"][name]["cost_usd"]
     return {
         "run": str(run.folder),
-        "busy": run.busy(),
+        "busy": run.is_locked(),
         "stages": {name: dict(vars(stage)) for name, stage in stages.items()},
         "dropped": dict(sum(dropped.values(), Counter()).most_common()),
         "ledger": paid,
@@ -116,7 +116,7 @@ def _stages(config: Config, run: Run, paid: Mapping[str, Any] | None) -> dict[st
             run, name, paid, totals.get(name)
         )
     for name in export.ADAPTERS:
-        if (made := run.finished(f"export-{name}")) is not None:
+        if (made := run.manifest(f"export-{name}")) is not None:
             # `--quant` holds for one export: what lies there counts in the quantization that it has
             quant = config.export.model_copy(update={"quant": str(made["inputs"].get("quant"))})
             own = config.model_copy(update={"export": quant})
@@ -149,7 +149,7 @@ def _expected(
 
 def _signed(config: Config, run: Run, name: str, output: str, expected: Callable[[], dict]) -> Stage | None:
     """A stage that has its signature: done, stale, or half-way where requests went unanswered; None without one."""
-    manifest = run.finished(name)
+    manifest = run.manifest(name)
     if manifest is None:
         return None
     stage = Stage(DONE, counts=manifest["counts"], seconds=manifest["seconds"], cost_usd=manifest["cost_usd"])
@@ -165,7 +165,7 @@ def _signed(config: Config, run: Run, name: str, output: str, expected: Callable
         signed = (held, wanted)
         before, now = ({k: v for k, v in d.items() if k in wanted} for d in signed)
         stage.why += differences(before, now)
-    stage.why += run.damaged(manifest)
+    stage.why += run.damages(manifest)
     if not run.path(output).exists():
         stage.why.append(f"{output} is gone")
     if stage.why and not unanswered:

@@ -138,7 +138,7 @@ def refuse_other_inputs(run: Run, stage: str, folder: Path, inputs: Mapping[str,
     begun = Checkpoints(folder)
     if fresh or (begun.step() and begun.begun_from() == inputs):  # the second: begun afresh, and broken off
         return
-    manifest = run.finished(stage)
+    manifest = run.manifest(stage)
     before, what = (manifest["inputs"], "trained") if manifest else (None, "")
     if before is None and begun.step():
         before, what = begun.begun_from(), "begun"

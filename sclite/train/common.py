@@ -20,7 +20,7 @@ def save_adapter(model: Any, run: Run, stage: str, name: str) -> None:
     An older manifest of the stage goes first: it signs another adapter.
     """
     folder = run.path(name)
-    run.begin(stage)
+    run.mark_started(stage)
     run.path(f"done/{stage}.json").unlink(missing_ok=True)
     beside = folder.with_name(f".{folder.name}")
     shutil.rmtree(beside, ignore_errors=True)

@@ -257,7 +257,7 @@ def embedded(run_folder: Path, adapters: Path, backend: str) -> None:
     config = load(settings=settings, environment={}, own_file=False)
     problems = run.read("problems.jsonl", Problem)
     unseen = frozenset(p.id for p in problems[len(problems) // 2 :])  # as the quickstart divides them
-    inputs = Run(run_folder).finished("sft")["inputs"]
+    inputs = Run(run_folder).manifest("sft")["inputs"]
     assert inputs["problems kept for stage 2"] == digest(sorted(unseen))
     for stage in (train_sft, train_warmup, train_dpo):
         print(json.dumps(stage(config, run, unseen=unseen).as_dict()))

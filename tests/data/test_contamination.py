@@ -83,7 +83,7 @@ def test_a_row_that_overlaps_an_evaluation_question_is_left_out_and_listed(tmp_p
     assert (drop.stage, drop.id, drop.reason) == ("problems", "bad", "overlaps_evaluation")
     assert f"e1 of {measured}" in drop.detail
     assert report.dropped == {"overlaps_evaluation": 1}
-    assert run.finished("problems")["dropped"] == report.dropped
+    assert run.manifest("problems")["dropped"] == report.dropped
 
 
 def test_rows_to_avoid_need_no_answer_and_no_limit(tmp_path, run):

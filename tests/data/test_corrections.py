@@ -231,7 +231,7 @@ def test_when_no_correction_is_left_the_reasons_are_told(run, grader):
     ):
         build(run, server.url, grader)
     assert "dropped.jsonl" in error.value.hint
-    assert run.finished("corrections") is None
+    assert run.manifest("corrections") is None
     assert len(run.read("dropped.jsonl", Drop)) == 2
 
 

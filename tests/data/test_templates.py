@@ -303,7 +303,7 @@ def test_when_nothing_came_out_it_is_said_why(run, grader):
     with Teaching(lambda request, nth: say("Sure!")) as server, expected:
         build(run, server.url, grader)
     assert len(run.read("dropped.jsonl", Drop)) == 8
-    assert run.finished("templates") is None
+    assert run.manifest("templates") is None
 
 
 def test_without_a_list_the_stage_takes_its_own_share_of_the_configured_problems(tmp_path, run, grader):
@@ -332,7 +332,7 @@ from sclite.teacher.ledger import Ledger
 run, url = Run(sys.argv[1]), sys.argv[2]
 problems = [Problem(id=f"p{i}", question=f"What is {i} + 1?", answer=str(i + 1), solution="Count.") for i in range(60)]
 settings = load(None, ["teacher.model=openai/replay", f"teacher.api_base={url}", "teacher.concurrency=4"], {})
-with run.hold(), Grader() as grader, Ledger(run.path("ledger.sqlite")) as ledger:
+with run.lock(), Grader() as grader, Ledger(run.path("ledger.sqlite")) as ledger:
     with Teacher(settings.teacher, ledger) as teacher:
         build_templates(settings, run, teacher=teacher, grader=grader, problems=problems,
                         progress=lambda done, total, spent: print(done, flush=True))

@@ -112,7 +112,7 @@ def test_faulty_merge_fails_the_export(base, run, monkeypatch, failure):
         stage.export_model(config_of(base), run, "sft")
     assert error.value.code == FAILED
     assert [path.name for path in run.path("export").iterdir()] == ["parity.json"]
-    assert run.finished("export-sft") is None
+    assert run.manifest("export-sft") is None
 
 
 def test_adapter_trained_in_nf4_is_merged_into_the_weights_that_it_was_trained_on(base, run, tmp_path):

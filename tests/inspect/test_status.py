@@ -215,7 +215,7 @@ def test_imported_rows_and_an_imported_adapter_are_done_beside_templates_of_ours
         for name in ("sft", "attempts", "corrections")
     ] == [("done", 1)] * 3
     for mark in ("sft", "attempts", "corrections"):
-        built.begin(mark)
+        built.mark_started(mark)
     found = states(built)
     assert [found[name] for name in ("sft", "attempts", "corrections")] == [
         "not_begun",
@@ -229,15 +229,15 @@ def test_damaged_rows_are_said_and_the_command_that_makes_them_again_is_named(tr
 
     rows = {name: len(trained.read(name, ROWS[name])) for name in ("templates.jsonl", "reviews.jsonl")}
     for stage, name in (("templates", "templates.jsonl"), ("corrections", "reviews.jsonl")):
-        manifest = trained.finished(stage)
+        manifest = trained.manifest(stage)
         trained.sign(stage, manifest["inputs"], Report.of(manifest), {name: rows[name]})
     trained.path("reviews.jsonl").write_bytes(b"{}\n")
     found = status(config(trained), trained)
-    assert "0 of 1 rows are whole" in found["stages"]["corrections"]["why"][0]
+    assert "0 of 1 rows are intact" in found["stages"]["corrections"]["why"][0]
     assert found["next"].startswith("sclite train --run")
     trained.path("templates.jsonl").write_bytes(b"\0\n")
     found = status(config(trained), trained)
-    assert "0 of 7 rows are whole" in found["stages"]["templates"]["why"][0]
+    assert "0 of 7 rows are intact" in found["stages"]["templates"]["why"][0]
     assert found["next"].startswith("sclite build-data --run")
 
 
@@ -291,7 +291,7 @@ def test_nothing_in_the_run_is_changed_or_added(trained):
 
 
 def test_it_reads_while_another_process_holds_the_run_and_writes_the_ledger(built):
-    with built.hold(), Ledger(built.path("ledger.sqlite")) as ledger:
+    with built.lock(), Ledger(built.path("ledger.sqlite")) as ledger:
         ledger.sent("new", "templates", "m")
         ledger.put("new", Entry("text", "stop", 100, 20, 0.5, 1.0)).result()
         found = status(config(built), built)

@@ -81,7 +81,8 @@ def test_a_password_in_an_address_stands_in_no_dump_and_in_no_run(tmp_path):
     assert "hush" not in chosen.model_dump_json()
     assert chosen.teacher.api_base == address
     run = Run(tmp_path)
-    run.remember(chosen)
+    with run.recording(chosen):
+        pass
     assert "hush" not in run.path("run.toml").read_text()
     assert "http://host:8000/v1" in run.path("run.toml").read_text()
 

@@ -244,6 +244,6 @@ def test_a_manifest_never_signs_another_adapter(tmp_path, monkeypatch):
         broken.setattr(Run, "sign", die)
         with pytest.raises(RuntimeError, match="killed"):
             train_sft(config_of(folder, sft={"num_train_epochs": 2}), run, fresh=True)
-    assert run.finished("sft") is None
+    assert run.manifest("sft") is None
     first = config_of(folder, sft={"num_train_epochs": 1})
     assert not train_sft(first, run, fresh=True).skipped

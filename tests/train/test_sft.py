@@ -286,7 +286,7 @@ def test_when_every_row_is_too_long_nothing_is_trained_and_it_is_said(folder, tm
     with pytest.raises(DataError, match="nothing to train on"):
         train_sft(config_of(folder, sft={"max_length": 64}), run)
     assert not run.path("sft/adapter").exists()
-    assert run.finished("sft") is None
+    assert run.manifest("sft") is None
 
 
 def test_without_templates_the_next_command_is_named(folder, tmp_path):

@@ -103,6 +103,6 @@ def test_a_stage_that_learned_nothing_is_an_error(run, folder, monkeypatch, fact
         train_sft(config_of(folder, sft={"num_train_epochs": 1}), run)
     assert error.value.code == 1
     assert "sft.learning_rate (now 0.003)" in error.value.hint
-    assert run.finished("sft") is None
+    assert run.manifest("sft") is None
     monkeypatch.undo()
     assert train_sft(config_of(folder, sft={"num_train_epochs": 1}), run).counts["steps"] == 2
