@@ -124,13 +124,13 @@ class Context:
         """
         import torch
 
-        from sclite.export import gguf_writer
+        from sclite.export.gguf_writer import unsupported_feature
         from sclite.student.cuda_memory import free_memory
         from sclite.student.loader import fetch_base_model
         from sclite.train.common import quiet
 
         quiet(self.config.student)
-        if not torch.cuda.is_available() and gguf_writer.can_write(fetch_base_model(self.config.student)):
+        if not torch.cuda.is_available() and not unsupported_feature(fetch_base_model(self.config.student)):
             with self._as_gguf(adapter) as student:
                 yield student
             return
@@ -146,7 +146,7 @@ class Context:
 
     @contextmanager
     def _as_gguf(self, adapter: str) -> Iterator[Any]:
-        from sclite.export.gguf import convert
+        from sclite.export.gguf import convert_model
         from sclite.export.merge import merge
         from sclite.student.llama_cpp.engine import Engine
         from sclite.student.llama_cpp.probe import check_gguf
@@ -155,7 +155,7 @@ class Context:
         merged, gguf = self.run.path("export/sampling-merged"), self.run.path("export/sampling.gguf")
         try:
             merge(fetch_base_model(self.config.student), self.run.path(adapter), merged, outtype="f16")
-            convert(merged, gguf, outtype="f16")
+            convert_model(merged, gguf, outtype="f16")
             check_gguf(gguf)
             with Engine(gguf, context=self.config.eval.context) as student:
                 yield student

@@ -135,6 +135,6 @@ def tiny_llama(folder: Path, seed: int = 0) -> Path:
 
 def tiny_gguf(folder: Path, out: Path, *, outtype: str = "f32") -> Path:
     """The model in `folder` as a GGUF; returns `out`."""
-    from sclite.export.gguf_writer import write
+    from sclite.export.gguf_writer import write_gguf
 
-    return write(folder, out, outtype=outtype)
+    return write_gguf(folder, out, outtype=outtype)

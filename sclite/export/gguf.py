@@ -1,7 +1,7 @@
-"""A Hugging Face folder into a GGUF, with the converter of the very llama.cpp that will run it.
+"""Convert a Hugging Face folder to GGUF, with the converter that matches the installed llama.cpp.
 
-The converter lies in the source distribution of llama-cpp-python: it is fetched once, for the installed version, and kept
-in the cache folder. `SCLITE_LLAMA_CPP` points at a llama.cpp checkout instead.
+The converter is part of llama-cpp-python's source distribution: it is downloaded once per installed version and cached.
+`SCLITE_LLAMA_CPP` points at a llama.cpp checkout instead.
 """
 
 import math
@@ -16,56 +16,54 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 
 from sclite.errors import DataError, NetworkError, ScliteError, UsageError
-from sclite.export import gguf_writer
+from sclite.export.gguf_writer import unsupported_feature, write_gguf
 from sclite.export.merge import Adapter, BaseWeights, copy_settings
 from sclite.export.tensors import Tensors
 
 SCRIPT = "convert_hf_to_gguf.py"
-WANTED = (SCRIPT, "convert_lora_to_gguf.py", "conversion", "gguf-py", "LICENSE")
-OUTTYPES = ("f32", "f16", "bf16")
+EXTRACTED = (SCRIPT, "convert_lora_to_gguf.py", "conversion", "gguf-py", "LICENSE")
 SMALL = 50_000_000
-"""Models of fewer parameters, where `direct` knows them, need no converter."""
+"""Parameters below which a model that `write_gguf` supports is written without the converter."""
 
 
-def convert(folder: Path, out: Path, *, outtype: str = "f16") -> Path:
-    """Write the model in `folder` as the GGUF `out` (f32, f16 or bf16). Returns `out`, which appears whole or not at all.
+def convert_model(folder: Path, out: Path, *, outtype: str = "f16") -> Path:
+    """Write the model in `folder` as the GGUF `out` (f32, f16 or bf16). Returns `out`, which is complete or absent.
 
-    Small Llamas with a tokenizer.model are written directly, and larger ones too where the converter cannot be had.
-    Raises UsageFault (outtype), DataFault (the converter refuses the model), NetworkFault (no converter and no network).
+    Small Llamas with a tokenizer.model do not need the converter; larger ones are written without it if it cannot be
+    downloaded. Raises DataError (the converter rejects the model) or NetworkError (no converter and no network).
     """
-    if outtype not in OUTTYPES:
-        raise UsageError(f"outtype is {outtype!r}", f"use one of {', '.join(OUTTYPES)}")
-    simple = gguf_writer.can_write(folder)
-    tensors = Tensors(folder)
-    if simple and sum(math.prod(tensors.shape(name)) for name in tensors) < SMALL:
-        return gguf_writer.write(folder, out, outtype=outtype)
+    supported, tensors = not unsupported_feature(folder), Tensors(folder)
+    if supported and sum(math.prod(tensors.shape(name)) for name in tensors) < SMALL:
+        return write_gguf(folder, out, outtype=outtype)
     try:
         source = converter()
     except NetworkError:
-        if not simple:
+        if not supported:
             raise
-        return gguf_writer.write(folder, out, outtype=outtype)
+        return write_gguf(folder, out, outtype=outtype)
     return run_converter(source, folder, out, outtype=outtype)
 
 
 def run_converter(source: Path, folder: Path, out: Path, *, outtype: str = "f16") -> Path:
     """Run convert_hf_to_gguf.py of the llama.cpp sources in `source`. Returns `out`."""
-    return _run(source, SCRIPT, [str(folder), "--outtype", outtype], out, f"the model in {folder}")
+    return _run_script(source, SCRIPT, [str(folder), "--outtype", outtype], out, f"the model in {folder}")
 
 
 def convert_lora(adapter: Path, base: Path, out: Path, *, outtype: str = "f16") -> Path:
     """Write a PEFT LoRA folder as a GGUF adapter for the GGUF of `base` (a model folder). Returns `out`."""
-    Adapter(adapter, BaseWeights(base, adapter))  # refuses what PEFT would load differently
+    Adapter(adapter, BaseWeights(base, adapter))  # rejects adapters that PEFT would load differently
     with tempfile.TemporaryDirectory() as place:
         copy_settings(base, Path(place))  # the converter would run the code of a model folder
         arguments = [str(adapter), "--base", place, "--outtype", outtype]
-        return _run(converter(), "convert_lora_to_gguf.py", arguments, out, f"the adapter in {adapter}")
+        return _run_script(
+            converter(), "convert_lora_to_gguf.py", arguments, out, f"the adapter in {adapter}"
+        )
 
 
-def _run(source: Path, script: str, arguments: list[str], out: Path, what: str) -> Path:
+def _run_script(source: Path, script: str, arguments: list[str], out: Path, subject: str) -> Path:
     part = out.with_name(out.name + ".part")
     command = [sys.executable, str(source / script), *arguments, "--outfile", str(part)]
-    # nothing is fetched: a configuration could name code on the Hub
+    # offline, because a configuration could name code on the Hub
     environment = {**os.environ, "PYTHONPATH": str(source / "gguf-py"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         command,
@@ -83,51 +81,46 @@ def _run(source: Path, script: str, arguments: list[str], out: Path, what: str) 
         if reason == "AssertionError":
             reason = lines[-2]
         raise DataError(
-            f"llama.cpp's converter cannot convert {what}: {reason}",
-            f"see it fail: PYTHONPATH={source / 'gguf-py'} {shlex.join(command)}",
+            f"llama.cpp's converter cannot convert {subject}: {reason}",
+            f"for the full error: PYTHONPATH={source / 'gguf-py'} {shlex.join(command)}",
         )
     return part.replace(out)
 
 
 def converter() -> Path:
-    """Folder with convert_hf_to_gguf.py and its gguf-py; fetched on the first call.
+    """The folder with convert_hf_to_gguf.py and its gguf-py, downloaded on the first call.
 
-    Raises UsageFault when SCLITE_LLAMA_CPP points at something else, NetworkFault when it cannot be fetched.
+    Raises UsageError if SCLITE_LLAMA_CPP is not a llama.cpp checkout, NetworkError if the download fails.
     """
-    named = os.environ.get("SCLITE_LLAMA_CPP")
-    if named:
-        if not (Path(named) / SCRIPT).is_file():
+    if checkout := os.environ.get("SCLITE_LLAMA_CPP"):
+        if not (Path(checkout) / SCRIPT).is_file():
             raise UsageError(
-                f"SCLITE_LLAMA_CPP is {named}, where there is no {SCRIPT}", "name a llama.cpp checkout"
+                f"SCLITE_LLAMA_CPP is {checkout}, which has no {SCRIPT}", "set it to a llama.cpp checkout"
             )
-        return Path(named)
+        return Path(checkout)
     folder = cache_folder()
-    if not (folder / SCRIPT).is_file():
-        _fetch(folder)
-    return folder
-
-
-def cache_folder() -> Path:
-    """Where the converter for the installed llama-cpp-python is kept."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "sclite" / f"llama.cpp-{version('llama_cpp_python')}"
-
-
-def _fetch(folder: Path) -> None:
+    if (folder / SCRIPT).is_file():
+        return folder
     package = f"llama-cpp-python=={version('llama_cpp_python')}"
     arguments = ["download", "--no-deps", "--no-binary", "llama-cpp-python", package]
     with tempfile.TemporaryDirectory() as place:
         command = [sys.executable, "-m", "pip", *arguments, "--dest", place]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-        found = sorted(Path(place).glob("*.tar.gz"))
-        if done.returncode != 0 or not found:
+        archives = sorted(Path(place).glob("*.tar.gz"))
+        if done.returncode != 0 or not archives:
             lines = [line for line in done.stderr.splitlines() if line.strip()]
             raise NetworkError(
-                f"cannot fetch llama.cpp's converter: {lines[-1] if lines else 'pip gave no reason'}",
-                f"on a machine with a network: pip {' '.join(arguments)}; unpack it here and set SCLITE_LLAMA_CPP to "
-                "its folder vendor/llama.cpp (any llama.cpp checkout will do)",
+                f"cannot download llama.cpp's converter: {lines[-1] if lines else 'no reason given by pip'}",
+                f"on a machine with network access, run: pip {' '.join(arguments)}; unpack the archive here and set "
+                "SCLITE_LLAMA_CPP to its folder vendor/llama.cpp (any llama.cpp checkout works)",
             )
-        unpack(found[0], folder)
+        return unpack(archives[0], folder)
+
+
+def cache_folder() -> Path:
+    """The cache folder of the converter for the installed llama-cpp-python."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "sclite" / f"llama.cpp-{version('llama_cpp_python')}"
 
 
 def unpack(sdist: Path, folder: Path) -> Path:
@@ -138,15 +131,11 @@ def unpack(sdist: Path, folder: Path) -> Path:
     with tarfile.open(sdist) as archive:
         for member in archive:
             parts = PurePosixPath(member.name).parts  # <package>/vendor/llama.cpp/..
-            if (
-                member.isfile()
-                and parts[1:3] == ("vendor", "llama.cpp")
-                and len(parts) > 3
-                and parts[3] in WANTED
-            ):
+            inside = parts[1:3] == ("vendor", "llama.cpp") and len(parts) > 3 and parts[3] in EXTRACTED
+            if member.isfile() and inside:
                 member.name = "/".join(parts[3:])
                 archive.extract(member, part, filter="data")
     if not (part / SCRIPT).is_file():
-        raise ScliteError(f"{sdist} holds no {SCRIPT}", "set SCLITE_LLAMA_CPP to a llama.cpp checkout")
+        raise ScliteError(f"{sdist} has no {SCRIPT}", "set SCLITE_LLAMA_CPP to a llama.cpp checkout")
     shutil.rmtree(folder, ignore_errors=True)
     return part.replace(folder)

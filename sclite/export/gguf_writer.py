@@ -1,14 +1,21 @@
-"""GGUF from a Llama with a SentencePiece vocabulary, written here: no converter, no download.
+"""Write a Llama with a SentencePiece vocabulary as a GGUF, without llama.cpp's converter and without a download.
 
-Does what llama.cpp's convert_hf_to_gguf.py does for such a folder (a test compares the two); anything else is refused.
+The result equals that of convert_hf_to_gguf.py, which a test checks. Other models are not supported.
 """
 
-from pathlib import Path
+from __future__ import annotations
 
-from sclite.errors import DataError, UsageError
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sclite.errors import DataError
 from sclite.export.tensors import Tensors, read_json
 
-NAMES = {
+if TYPE_CHECKING:
+    import gguf
+    import torch
+
+LAYER_NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -19,59 +26,52 @@ NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
-TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+TOP_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32}
 
 
-def can_write(folder: Path) -> bool:
-    """Is this a plain Llama with tokenizer.model, which `write` knows?"""
-    return not _obstacle(folder)
-
-
-def _obstacle(folder: Path) -> str:
-    shape = read_json(folder / "config.json")
-    if shape.get("architectures") != ["LlamaForCausalLM"]:
-        return f"the architecture is {shape.get('architectures')}"
+def unsupported_feature(folder: Path) -> str:
+    """Why `write_gguf` cannot write this model; "" if it can."""
+    config = read_json(folder / "config.json")
+    if config.get("architectures") != ["LlamaForCausalLM"]:
+        return f"the architecture is {config.get('architectures')}"
     if not (folder / "tokenizer.model").is_file():
         return "there is no tokenizer.model"
-    if _rope(shape).get("rope_type", _rope(shape).get("type", "default")) != "default":
+    rope = _rope(config)
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
         return "its rotary embedding is scaled"
-    if shape.get("attention_bias") or shape.get("mlp_bias"):
+    if config.get("attention_bias") or config.get("mlp_bias"):
         return "it has biases"
     return ""
 
 
-def _rope(shape: dict) -> dict:
-    """Rotary settings, where transformers 5 (rope_parameters) and 4 (rope_theta, rope_scaling) keep them."""
-    old = {"rope_theta": shape.get("rope_theta", 10000.0), **(shape.get("rope_scaling") or {})}
-    return shape.get("rope_parameters") or old
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """The rotary settings of transformers 5 (rope_parameters) or 4 (rope_theta, rope_scaling)."""
+    old = {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {})}
+    return config.get("rope_parameters") or old
 
 
-def write(folder: Path, out: Path, *, outtype: str = "f16", name: str | None = None) -> Path:
+def write_gguf(folder: Path, out: Path, *, outtype: str = "f16") -> Path:
     """Write the model in `folder` to the GGUF `out` (f32, f16 or bf16; norms are always f32). Returns `out`.
 
-    The file appears whole or not at all. Raises DataFault when the folder is not a plain Llama with tokenizer.model,
-    UsageFault for another outtype.
+    `out` is complete or absent. Raises DataError for a model that is not a plain Llama with tokenizer.model.
     """
     import gguf
 
-    if outtype not in FILE_TYPES:
-        raise UsageError(f"outtype is {outtype!r}", f"use one of {', '.join(FILE_TYPES)}")
-    obstacle = _obstacle(folder)
-    if obstacle:
+    if reason := unsupported_feature(folder):
         raise DataError(
-            f"cannot write {folder} directly: {obstacle}", "use llama.cpp's converter (SCLITE_LLAMA_CPP)"
+            f"cannot write {folder} as GGUF: {reason}", "use llama.cpp's converter (SCLITE_LLAMA_CPP)"
         )
-    shape = read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     part = out.with_name(out.name + ".part")
     writer = gguf.GGUFWriter(part, "llama")
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(name or folder.resolve().name)
-    _add_shape(writer, shape, FILE_TYPES[outtype])
-    _add_vocabulary(writer, folder, shape["vocab_size"])
+    writer.add_name(folder.resolve().name)
+    _add_hyperparameters(writer, config, FILE_TYPES[outtype])
+    _add_vocabulary(writer, folder, config["vocab_size"])
     tensors = Tensors(folder)
-    for tensor in tensors:
-        _add_tensor(writer, tensor, tensors[tensor], shape, outtype)
+    for name in tensors:
+        _add_tensor(writer, name, tensors[name], config, outtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -79,44 +79,48 @@ def write(folder: Path, out: Path, *, outtype: str = "f16", name: str | None = N
     return part.replace(out)
 
 
-def _add_shape(writer, shape: dict, file_type: int) -> None:
+def _add_hyperparameters(writer: gguf.GGUFWriter, config: dict[str, Any], file_type: int) -> None:
     import gguf
 
-    heads = shape["num_attention_heads"]
-    head = shape.get("head_dim") or shape["hidden_size"] // heads
-    writer.add_block_count(shape["num_hidden_layers"])
-    writer.add_context_length(shape["max_position_embeddings"])
-    writer.add_embedding_length(shape["hidden_size"])
-    writer.add_feed_forward_length(shape["intermediate_size"])
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(heads)
-    writer.add_head_count_kv(shape.get("num_key_value_heads") or heads)
-    writer.add_rope_freq_base(_rope(shape)["rope_theta"])
-    writer.add_layer_norm_rms_eps(shape["rms_norm_eps"])
-    writer.add_key_length(head)
-    writer.add_value_length(head)
+    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
+    writer.add_rope_freq_base(_rope(config)["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
     writer.add_file_type(file_type)
-    writer.add_vocab_size(shape["vocab_size"])
-    writer.add_rope_dimension_count(head)
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_rope_dimension_count(head_dim)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def _add_vocabulary(writer, folder: Path, size: int) -> None:
-    """Tokens, scores and kinds from tokenizer.model; special ids and the chat template from the files beside it."""
+def _add_vocabulary(writer: gguf.GGUFWriter, folder: Path, size: int) -> None:
+    """Tokens, scores and types from tokenizer.model; special ids and the chat template from the files beside it."""
     import gguf
     import sentencepiece
 
     model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    kinds = gguf.TokenType
-    tokens = [model.id_to_piece(i) if i < model.get_piece_size() else f"[PAD{i}]" for i in range(size)]
-    scores = [model.get_score(i) if i < model.get_piece_size() else -10000.0 for i in range(size)]
-    types = [_kind(model, i, kinds) if i < model.get_piece_size() else kinds.UNUSED for i in range(size)]
+    tokens, scores = [f"[PAD{i}]" for i in range(size)], [-10000.0] * size
+    types = [gguf.TokenType.UNUSED] * size
+    checks = {"UNKNOWN": model.is_unknown, "CONTROL": model.is_control, "UNUSED": model.is_unused}
+    checks["BYTE"] = model.is_byte
+    for i in range(min(size, model.get_piece_size())):
+        tokens[i], scores[i] = model.id_to_piece(i), model.get_score(i)
+        types[i] = gguf.TokenType[next((name for name, check in checks.items() if check(i)), "NORMAL")]
     settings = read_json(folder / "tokenizer_config.json")
     for key, token in settings.get("added_tokens_decoder", {}).items():
         i, text = int(key), token["content"]
         if i < size:
             control = token.get("special") or (text.startswith("<|") and text.endswith("|>"))
             tokens[i] = text if control else text.replace("▁", " ")
-            scores[i], types[i] = -1000.0, kinds.CONTROL if control else kinds.USER_DEFINED
+            scores[i] = -1000.0
+            types[i] = gguf.TokenType.CONTROL if control else gguf.TokenType.USER_DEFINED
     if settings.get("add_prefix_space") is not None:
         writer.add_add_space_prefix(settings["add_prefix_space"])
     writer.add_tokenizer_model("llama")
@@ -124,74 +128,53 @@ def _add_vocabulary(writer, folder: Path, size: int) -> None:
     writer.add_token_list(tokens)
     writer.add_token_scores(scores)
     writer.add_token_types(types)
-    _add_special(writer, settings, {token: i for i, token in enumerate(tokens)})
-    template = folder / "chat_template.jinja"
-    source = template.read_text(encoding="utf-8") if template.is_file() else settings.get("chat_template")
-    if source:
-        writer.add_chat_template(source)
-
-
-def _kind(model, token: int, kinds):
-    if model.is_unknown(token):
-        return kinds.UNKNOWN
-    if model.is_control(token):
-        return kinds.CONTROL
-    if model.is_unused(token):
-        return kinds.UNUSED
-    return kinds.BYTE if model.is_byte(token) else kinds.NORMAL
-
-
-def _add_special(writer, settings: dict, ids: dict[str, int]) -> None:
-    adders = {
-        "bos": writer.add_bos_token_id,
-        "eos": writer.add_eos_token_id,
-        "unk": writer.add_unk_token_id,
-        "pad": writer.add_pad_token_id,
-    }
-    for kind, add in adders.items():
+    ids = {token: i for i, token in enumerate(tokens)}
+    for kind in ("bos", "eos", "unk", "pad"):
         token = settings.get(f"{kind}_token")
         token = token["content"] if isinstance(token, dict) else token
         if token in ids:
-            add(ids[token])
+            getattr(writer, f"add_{kind}_token_id")(ids[token])
     for kind, add in (("bos", writer.add_add_bos_token), ("eos", writer.add_add_eos_token)):
         if settings.get(f"add_{kind}_token") is not None:
             add(settings[f"add_{kind}_token"])
+    path = folder / "chat_template.jinja"
+    template = path.read_text(encoding="utf-8") if path.is_file() else settings.get("chat_template")
+    if template:
+        writer.add_chat_template(template)
 
 
-def _add_tensor(writer, name: str, tensor, shape: dict, outtype: str) -> None:
+def _add_tensor(
+    writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor, config: dict[str, Any], outtype: str
+) -> None:
     import gguf
     import torch
 
     module = name.removesuffix(".weight")
-    heads = shape["num_attention_heads"]
-    if module in TOP:
-        target = TOP[module]
-    else:
+    target = TOP_NAMES.get(module)
+    if target is None:
         layer, _, inner = module.removeprefix("model.layers.").partition(".")
-        if inner not in NAMES:
-            if inner.endswith("rotary_emb.inv_freq"):
-                return
+        if inner.endswith("rotary_emb.inv_freq"):
+            return
+        if inner not in LAYER_NAMES:
             raise DataError(f"unknown tensor {name}", "use llama.cpp's converter (SCLITE_LLAMA_CPP)")
-        target = f"blk.{layer}.{NAMES[inner]}"
-    if module.endswith(("q_proj", "k_proj")):
-        groups = shape.get("num_key_value_heads") or heads
-        tensor = interleave_rotary(tensor, heads if module.endswith("q_proj") else groups)
+        target = f"blk.{layer}.{LAYER_NAMES[inner]}"
+    heads = config["num_attention_heads"]
+    if module.endswith("q_proj"):
+        tensor = interleave_rotary(tensor, heads)
+    elif module.endswith("k_proj"):
+        tensor = interleave_rotary(tensor, config.get("num_key_value_heads") or heads)
     data = tensor.to(torch.float32).numpy()
     if data.ndim == 1 or outtype == "f32":
         writer.add_tensor(f"{target}.weight", data)
     elif outtype == "f16":
         writer.add_tensor(f"{target}.weight", data.astype("float16"))
     else:
-        kind = gguf.GGMLQuantizationType.BF16
-        writer.add_tensor(f"{target}.weight", gguf.quants.quantize(data, kind), raw_dtype=kind)
+        bf16 = gguf.GGMLQuantizationType.BF16
+        writer.add_tensor(f"{target}.weight", gguf.quants.quantize(data, bf16), raw_dtype=bf16)
 
 
-def interleave_rotary(tensor, heads: int):
-    """Rows of each head from the order of transformers (first halves, second halves) to llama.cpp's (pairs)."""
+def interleave_rotary(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """Reorder the rows of each head from transformers' layout (two halves) to llama.cpp's (pairs)."""
     rows, columns = tensor.shape
-    return (
-        tensor.reshape(heads, 2, rows // heads // 2, columns)
-        .swapaxes(1, 2)
-        .reshape(rows, columns)
-        .contiguous()
-    )
+    halves = tensor.reshape(heads, 2, rows // heads // 2, columns)
+    return halves.swapaxes(1, 2).reshape(rows, columns).contiguous()

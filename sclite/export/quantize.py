@@ -1,4 +1,4 @@
-"""A GGUF into a smaller one, by llama.cpp's own quantiser."""
+"""Quantize a GGUF with llama.cpp's own quantizer."""
 
 import os
 import shutil
@@ -8,34 +8,31 @@ from sclite.errors import DataError, UsageError
 from sclite.student.llama_cpp.engine import last_errors, llama
 
 
-def quantisations() -> dict[str, int]:
-    """Names that `quantize` knows (q4_k_m, q8_0, f16 ..) and llama.cpp's numbers for them."""
-    api = llama()
-    names = {}
+def quantization_types() -> dict[str, int]:
+    """The types that `quantize` supports (q4_k_m, q8_0, f16 ..), each with llama.cpp's number for it."""
+    api, types = llama(), {}
     for constant in dir(api):
         for prefix in ("LLAMA_FTYPE_MOSTLY_", "LLAMA_FTYPE_ALL_"):
             if constant.startswith(prefix):
-                names[constant.removeprefix(prefix).lower()] = getattr(api, constant)
-    return names
+                types[constant.removeprefix(prefix).lower()] = getattr(api, constant)
+    return types
 
 
-def known_quantisation(name: str) -> int:
-    """llama.cpp's number for a quantisation; raises UsageFault for an unknown name, with those that there are."""
-    known = quantisations()
-    number = known.get(name.lower())
-    if number is None:
-        raise UsageError(f"unknown quantisation {name!r}", f"use one of {', '.join(sorted(known))}")
-    return number
+def quantization_type(name: str) -> int:
+    """llama.cpp's number for a quantization type; raises UsageError for an unknown name and lists the known ones."""
+    types = quantization_types()
+    if name.lower() not in types:
+        raise UsageError(f"unknown quantization type {name!r}", f"use one of {', '.join(sorted(types))}")
+    return types[name.lower()]
 
 
 def quantize(source: Path, out: Path, name: str, *, threads: int | None = None) -> Path:
-    """Write the GGUF `source` (f32, f16 or bf16) as `out`, quantised as `name` says. Returns `out`.
+    """Write the GGUF `source` (f32, f16 or bf16) as `out`, quantized to the type `name`. Returns `out`.
 
-    A file that has that type already is copied. The result appears whole or not at all. K-quants need rows divisible by
-    256; llama.cpp takes a larger type where they are not. Raises UsageFault for an unknown name, DataFault when llama.cpp
-    refuses.
+    A file that already has that type is copied. `out` is complete or absent. K-quants need rows divisible by 256; llama.cpp
+    falls back to a larger type for other rows. Raises UsageError for an unknown name, DataError if llama.cpp fails.
     """
-    number = known_quantisation(name)
+    number = quantization_type(name)
     if not source.is_file():
         raise DataError(f"{source} does not exist", "run `sclite export` first")
     part = out.with_name(out.name + ".part")
@@ -49,20 +46,18 @@ def quantize(source: Path, out: Path, name: str, *, threads: int | None = None) 
     if code != 0:
         part.unlink(missing_ok=True)
         raise DataError(
-            f"llama.cpp cannot quantise {source} to {name}: {last_errors()}",
+            f"llama.cpp cannot quantize {source} to {name}: {last_errors()}",
             "check the free disk space, or choose another --quant",
         )
     return part.replace(out)
 
 
 def _file_type(path: Path) -> int | None:
-    """llama.cpp's number for the type of most tensors, as the file says."""
+    """llama.cpp's number for the type of most tensors, as stored in the file."""
     from gguf import GGUFReader
 
     try:
         field = GGUFReader(path).get_field("general.file_type")
     except ValueError as error:
-        raise DataError(
-            f"{path} is not a GGUF file: {error}", "write it again with `sclite export`"
-        ) from error
+        raise DataError(f"{path} is not a GGUF file: {error}", "run `sclite export` again") from error
     return int(field.contents()) if field else None

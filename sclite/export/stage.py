@@ -10,9 +10,9 @@ from sclite import prompts
 from sclite.config import Config
 from sclite.errors import DataError, ScliteError
 from sclite.export import ollama, parity
-from sclite.export.gguf import convert
+from sclite.export.gguf import convert_model
 from sclite.export.merge import BaseWeights, merge
-from sclite.export.quantize import known_quantisation, quantize
+from sclite.export.quantize import quantization_type, quantize
 from sclite.export.tensors import read_json
 from sclite.run import Report, Run, timed, write_text
 from sclite.signature import digest
@@ -60,7 +60,7 @@ def export_model(config: Config, run: Run, name: str) -> Report:
         raise DataError(f"{adapter} is missing", "run `sclite train` first")
     out = gguf_path(run, name, config)
     inputs = inputs_of(config, run, name)
-    known_quantisation(config.export.quant)
+    quantization_type(config.export.quant)
     if (manifest := run.done(stage, inputs)) and _is_whole(run, out, manifest):
         return Report.of(manifest)
     work = run.path(UNFINISHED)
@@ -73,7 +73,9 @@ def export_model(config: Config, run: Run, name: str) -> Report:
             tokenizer = load_tokenizer(str(base))
             check_vocabulary(tokenizer, read_config(str(base)), str(base))
             outtype = "f32" if config.export.quant == "f32" else "f16"
-            convert(merge(base, adapter, work / f"{name}-merged", outtype=outtype), full, outtype=outtype)
+            convert_model(
+                merge(base, adapter, work / f"{name}-merged", outtype=outtype), full, outtype=outtype
+            )
             shutil.rmtree(work / f"{name}-merged")
             check_gguf(full)
             quantize(full, made, config.export.quant)

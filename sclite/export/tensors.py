@@ -1,53 +1,58 @@
-"""The tensors of a Hugging Face model folder, one at a time."""
+"""Read the tensors of a Hugging Face model folder one at a time."""
+
+from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sclite.errors import DataError
 
+if TYPE_CHECKING:
+    import torch
+    from safetensors import safe_open
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; DataFault when it is missing or malformed."""
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises DataError if the file is missing or malformed."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise DataError(f"{path} is missing", "give the folder of a whole model") from error
+        raise DataError(f"{path} is missing", "use a complete model folder") from error
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}", "copy or download the folder again") from error
-    if not isinstance(found, dict):
-        raise DataError(f"{path} holds no JSON object", "copy or download the folder again")
-    return found
+    if not isinstance(content, dict):
+        raise DataError(f"{path} is not a JSON object", "copy or download the folder again")
+    return content
 
 
 class Tensors:
-    """Tensors by name from the safetensors files of a folder, sharded or not; each is read when it is asked for."""
+    """The tensors in a folder's safetensors files, sharded or not, by name. Each is read when it is accessed."""
 
     def __init__(self, folder: Path):
-        """Raises DataFault when the folder has no safetensors weights or a shard is missing."""
-        self.folder = folder
-        index = folder / "model.safetensors.index.json"
-        single = folder / "model.safetensors"
+        """Raises DataError if the folder has no safetensors weights or a shard is missing."""
+        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
         if index.is_file():
-            places = read_json(index).get("weight_map")
-            if not isinstance(places, dict):
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
                 raise DataError(f"{index} has no weight_map", "download the model again")
-            self._file = {name: folder / str(file) for name, file in places.items()}
+            self._file = {name: folder / str(file) for name, file in weight_map.items()}
             missing = sorted({path.name for path in self._file.values() if not path.is_file()})
             if missing:
-                raise DataError(f"{folder} lacks {', '.join(missing)}", "download the model again")
+                raise DataError(f"{', '.join(missing)} missing in {folder}", "download the model again")
         elif single.is_file():
             with self.open(single) as weights:
                 self._file = dict.fromkeys(weights.keys(), single)
         else:
             raise DataError(
                 f"{folder} has no model.safetensors",
-                "load the model with transformers and save_pretrained() it, which writes safetensors",
+                "load the model with transformers and call save_pretrained(), which writes safetensors",
             )
 
     @staticmethod
-    def open(path: Path, hint: str = "download or save it again"):
-        """A safetensors file to read from; raises DataFault with `hint` where it is damaged."""
+    def open(path: Path, hint: str = "download or save it again") -> safe_open:
+        """Open a safetensors file. Raises DataError with `hint` if it is damaged."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -61,12 +66,12 @@ class Tensors:
     def __contains__(self, name: str) -> bool:
         return name in self._file
 
-    def __getitem__(self, name: str):
-        """The tensor on the CPU, in the type it is stored in."""
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """The tensor on the CPU, in its stored type."""
         with self.open(self._file[name]) as weights:
             return weights.get_tensor(name)
 
     def shape(self, name: str) -> list[int]:
-        """The tensor's shape, without reading it."""
+        """The shape of a tensor, without reading the tensor."""
         with self.open(self._file[name]) as weights:
             return weights.get_slice(name).get_shape()

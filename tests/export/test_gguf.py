@@ -1,4 +1,4 @@
-"""From a model folder to a GGUF: written directly, by llama.cpp's converter, quantised, and compared with the original."""
+"""From a model folder to a GGUF: written by sclite or llama.cpp's converter, quantized, and compared with the original."""
 
 import json
 import shutil
@@ -10,8 +10,9 @@ import pytest
 
 from sclite.errors import DataError, NetworkError, UsageError
 from sclite.export import gguf as conversion
-from sclite.export import gguf_writer, parity
-from sclite.export.quantize import quantisations, quantize
+from sclite.export import parity
+from sclite.export.gguf_writer import write_gguf
+from sclite.export.quantize import quantization_types, quantize
 from sclite.student.base import Request
 from sclite.student.llama_cpp.engine import Engine
 from tests.tiny import sample_texts, tiny_gguf, tiny_llama
@@ -34,7 +35,7 @@ def gguf(folder):
 
 @pytest.fixture(scope="module")
 def converter(tmp_path_factory):
-    """llama.cpp's converter, where it is on this machine already: nothing is downloaded for a test."""
+    """llama.cpp's converter if it is already on this machine; tests download nothing."""
     cached = conversion.cache_folder()
     if (cached / conversion.SCRIPT).is_file():
         return cached
@@ -44,7 +45,7 @@ def converter(tmp_path_factory):
     return conversion.unpack(sdists[-1], tmp_path_factory.mktemp("cache") / "llama.cpp")
 
 
-def fields(path):
+def read_gguf(path):
     from gguf import GGUFReader
 
     reader = GGUFReader(path)
@@ -53,10 +54,10 @@ def fields(path):
 
 
 @pytest.mark.parametrize("outtype", ["f32", "f16", "bf16"])
-def test_written_directly_and_converted_by_llama_cpp_are_the_same(folder, converter, tmp_path, outtype):
-    ours = gguf_writer.write(folder, tmp_path / "ours.gguf", outtype=outtype)
+def test_writer_gives_the_same_file_as_llama_cpp(folder, converter, tmp_path, outtype):
+    ours = write_gguf(folder, tmp_path / "ours.gguf", outtype=outtype)
     theirs = conversion.run_converter(converter, folder, tmp_path / "theirs.gguf", outtype=outtype)
-    (our_values, our_tensors), (their_values, their_tensors) = fields(ours), fields(theirs)
+    (our_values, our_tensors), (their_values, their_tensors) = read_gguf(ours), read_gguf(theirs)
     for key in ("general.name", "general.size_label"):
         our_values.pop(key, None), their_values.pop(key, None)
     assert our_values == their_values
@@ -67,7 +68,7 @@ def test_written_directly_and_converted_by_llama_cpp_are_the_same(folder, conver
         assert np.array_equal(tensor.data, other.data), name
 
 
-def test_grouped_key_heads_and_an_untied_head_are_written_as_llama_cpp_does(folder, converter, tmp_path):
+def test_writer_matches_llama_cpp_for_grouped_heads_and_untied_head(folder, converter, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     other = tmp_path / "grouped"
@@ -75,21 +76,21 @@ def test_grouped_key_heads_and_an_untied_head_are_written_as_llama_cpp_does(fold
     shape = LlamaConfig.from_pretrained(folder)
     shape.num_key_value_heads, shape.tie_word_embeddings = 2, False
     LlamaForCausalLM(shape).save_pretrained(other)
-    _, ours = fields(gguf_writer.write(other, tmp_path / "ours.gguf", outtype="f32"))
-    _, theirs = fields(conversion.run_converter(converter, other, tmp_path / "theirs.gguf", outtype="f32"))
+    _, ours = read_gguf(write_gguf(other, tmp_path / "ours.gguf", outtype="f32"))
+    _, theirs = read_gguf(conversion.run_converter(converter, other, tmp_path / "theirs.gguf", outtype="f32"))
     assert "output.weight" in ours
     assert all(np.array_equal(ours[name].data, theirs[name].data) for name in theirs)
 
 
-def test_a_small_llama_needs_no_converter(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(conversion, "converter", lambda: pytest.fail("asked for the converter"))
-    conversion.convert(folder, tmp_path / "small.gguf")
+def test_small_llama_needs_no_converter(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(conversion, "converter", lambda: pytest.fail("called the converter"))
+    conversion.convert_model(folder, tmp_path / "small.gguf")
     with Engine(tmp_path / "small.gguf", parallel=1, context=256) as engine:
         (reply,) = engine.generate([Request(CHAT, max_tokens=3)])
     assert reply.tokens == 3
 
 
-def test_an_adapter_becomes_a_gguf_that_the_engine_applies(folder, gguf, converter, tmp_path, monkeypatch):
+def test_adapter_gguf_is_applied_by_the_engine(folder, gguf, converter, tmp_path, monkeypatch):
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -116,32 +117,32 @@ def test_an_adapter_becomes_a_gguf_that_the_engine_applies(folder, gguf, convert
         assert np.abs(found - plain.log_probabilities(ids)).max() > 0.1
 
 
-def test_without_network_and_cache_the_command_to_run_elsewhere_is_named(folder, tmp_path, monkeypatch):
+def test_missing_converter_is_a_network_error_with_instructions(folder, tmp_path, monkeypatch):
     monkeypatch.delenv("SCLITE_LLAMA_CPP", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name, value in (("PIP_NO_INDEX", "1"), ("PIP_FIND_LINKS", ""), ("PIP_CONFIG_FILE", "/dev/null")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(NetworkError, match="cannot fetch") as error:
+    with pytest.raises(NetworkError, match="cannot download") as error:
         conversion.converter()
     assert "pip download --no-deps --no-binary llama-cpp-python" in error.value.hint
     assert "SCLITE_LLAMA_CPP" in error.value.hint
     monkeypatch.setattr(conversion, "SMALL", 0)
-    conversion.convert(folder, tmp_path / "all-the-same.gguf")  # what can be written directly still is
+    conversion.convert_model(folder, tmp_path / "out.gguf")  # a supported model needs no converter
     other = tmp_path / "qwen"
     shutil.copytree(folder, other, ignore=shutil.ignore_patterns("*.gguf"))
     shape = json.loads((other / "config.json").read_text()) | {"architectures": ["Qwen2ForCausalLM"]}
     (other / "config.json").write_text(json.dumps(shape))
     with pytest.raises(NetworkError):
-        conversion.convert(other, tmp_path / "other.gguf")
+        conversion.convert_model(other, tmp_path / "other.gguf")
 
 
-def test_a_checkout_that_is_none_is_refused(tmp_path, monkeypatch):
+def test_folder_without_the_converter_is_a_usage_error(tmp_path, monkeypatch):
     monkeypatch.setenv("SCLITE_LLAMA_CPP", str(tmp_path))
     with pytest.raises(UsageError, match="convert_hf_to_gguf"):
         conversion.converter()
 
 
-def test_a_model_that_the_converter_refuses_leaves_no_file_and_the_reason(folder, tmp_path):
+def test_converter_failure_reports_the_reason_and_leaves_no_file(folder, tmp_path):
     (tmp_path / conversion.SCRIPT).write_text("import sys; sys.exit('Model Foo is not supported')")
     with pytest.raises(DataError, match="Model Foo is not supported") as error:
         conversion.run_converter(tmp_path, folder, tmp_path / "out.gguf")
@@ -150,7 +151,7 @@ def test_a_model_that_the_converter_refuses_leaves_no_file_and_the_reason(folder
 
 
 @pytest.mark.parametrize("name", ["q8_0", "q4_k_m", "Q6_K", "q4_0", "bf16"])
-def test_a_quantised_file_is_smaller_and_still_runs(gguf, tmp_path, name):
+def test_quantized_file_is_smaller_and_runs(gguf, tmp_path, name):
     out = quantize(gguf, tmp_path / "small.gguf", name)
     assert out.stat().st_size < 0.7 * gguf.stat().st_size
     with Engine(out, parallel=1, context=256) as engine:
@@ -159,18 +160,18 @@ def test_a_quantised_file_is_smaller_and_still_runs(gguf, tmp_path, name):
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_a_file_that_has_the_type_already_is_copied(gguf, tmp_path):
+def test_file_that_already_has_the_type_is_copied(gguf, tmp_path):
     assert quantize(gguf, tmp_path / "same.gguf", "f32").read_bytes() == gguf.read_bytes()
 
 
-def test_an_unknown_quantisation_is_refused_with_the_list(gguf, tmp_path):
+def test_unknown_quantization_type_lists_the_known_ones(gguf, tmp_path):
     with pytest.raises(UsageError, match="q4_k_x") as error:
         quantize(gguf, tmp_path / "x.gguf", "q4_k_x")
     assert "q4_k_m" in error.value.hint
-    assert {"f32", "f16", "bf16", "q4_k_m", "q5_k_m", "q6_k", "q8_0", "q4_0"} <= set(quantisations())
+    assert {"f32", "f16", "bf16", "q4_k_m", "q5_k_m", "q6_k", "q8_0", "q4_0"} <= set(quantization_types())
 
 
-def test_a_broken_file_is_refused_and_leaves_nothing(gguf, tmp_path):
+def test_damaged_file_is_an_error_and_leaves_nothing(gguf, tmp_path):
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(gguf.read_bytes()[:100_000])
     for path in (broken, tmp_path / "absent.gguf"):
@@ -195,7 +196,7 @@ def test_parity_of_a_float32_file_is_exact(folder, gguf):
     assert found["adapter_share"] is None
 
 
-def test_parity_finds_other_weights_and_another_tokenizer(folder, gguf, tmp_path):
+def test_parity_detects_other_weights_and_another_tokenizer(folder, gguf, tmp_path):
     from transformers import AutoTokenizer
 
     other = tiny_llama(tmp_path / "other", seed=1)
