@@ -1,4 +1,4 @@
-"""What every student can do: generate replies, and weigh two continuations against each other."""
+"""The student protocol: generate replies, and score one continuation against another."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ Messages = tuple[dict[str, str], ...]
 class Request:
     """One generation.
 
-    `pieces` is assistant text that stands before the first new token. Each piece is tokenised by itself and the ids are
+    `pieces` is assistant text that comes before the first new token. Each piece is tokenized on its own and the ids are
     concatenated (METHOD section 1), so that training and inference see the same tokens. `stop` strings end the reply;
-    the reply's text includes the one that was met.
+    the matched one is part of its text.
     """
 
     messages: Messages
@@ -28,7 +28,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of request number `index`; `text` holds only what is new. `finish` is stop, length or error."""
+    """The reply to request number `index`; `text` holds only what is new. `finish` is stop, length or error."""
 
     index: int
     text: str
@@ -42,8 +42,8 @@ class Reply:
 class ScoreRequest:
     """Which of two strings comes next, read after each piece whose number (from 0) is in `marks`.
 
-    `options` are two strings for each mark, `others` what else may stand there. Where no two of them all begin with the same
-    token, the first tokens of the options are compared, else the whole options.
+    `options` holds two strings per mark, `others` the strings that compete with them. If the options' first tokens are
+    unique among all of these, only the first tokens are compared, otherwise the whole options.
     """
 
     messages: Messages
@@ -67,15 +67,15 @@ def tokens_to_compare(
 ) -> tuple[list[int], list[int]]:
     """The tokens by which two options are compared; see `ScoreRequest`."""
     heads = [option[0] for option in (first, second, *others)]
-    alike = any(heads.count(option[0]) > 1 for option in (first, second))
-    return (first, second) if alike else (first[:1], second[:1])
+    ambiguous = any(heads.count(option[0]) > 1 for option in (first, second))
+    return (first, second) if ambiguous else (first[:1], second[:1])
 
 
 class Student(Protocol):
     """Anything that solves and reviews: the trainable model, a GGUF in the engine, an endpoint."""
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Reply]:
-        """Yield one reply for each request, as each is done, in any order."""
+        """Yield one reply per request as each finishes, in any order."""
         ...
 
     def score(self, requests: Sequence[ScoreRequest]) -> Iterator[Scores]:

@@ -1,4 +1,4 @@
-"""Chat templates in Jinja: messages to text as transformers renders them, and what to do about a system message."""
+"""Chat templates in Jinja: render messages as transformers does, whether or not the template takes a system message."""
 
 import functools
 import json
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -22,51 +22,34 @@ from sclite.errors import DataError
 from sclite.student.base import Messages
 
 SECONDS, STARTING, BYTES, CHARACTERS = 10, 60, 1 << 30, 4_000_000
-"""Of one rendering: seconds, seconds for its process to start, its memory, and the longest text."""
+"""Limits of one rendering: seconds, seconds for its process to start, memory, and length of the text."""
+_HINT = "use another base model, or fix its chat template"
 _OPEN = re.compile(r"<(think|thinking|thought)>\s*\Z")
 
 
-def render_chat(template: str, messages: Messages, *, generation_prompt: bool = True, **tokens: Any) -> str:
-    """The messages as the chat template writes them, as transformers renders it; `tokens` are bos_token, eos_token ..
+def render_chat(template: str, messages: Messages, *, generation_prompt: bool = True, **tokens: str) -> str:
+    """The messages in a chat template, rendered as transformers does; `tokens` are bos_token, eos_token ..
 
-    A model file brings the template, so it is rendered in a process of its own with limits on time, memory and length. A
-    prompt that leaves `<think>` open gets an empty block. A system message for which there is no place, and DataFault: as
-    in `render_complete`.
+    Templates come with model files, so they are rendered in a separate process with limits on time, memory and length.
+    A prompt that ends in an open `<think>` gets an empty block. For a template without a system role, and for
+    DataError, see `render_complete`.
     """
-
-    def render(these: Messages) -> str:
-        values = {
-            "messages": [dict(message) for message in these],
-            "tools": None,
-            "documents": None,
-            "add_generation_prompt": generation_prompt,
-            "enable_thinking": False,
-        }
-        return _in_process({"template": template, "values": values | tokens})
-
-    text = render_complete(messages, render)
-    return (
-        f"{text.rstrip()}\n\n</{opened[1]}>\n\n"
-        if generation_prompt and (opened := _OPEN.search(text))
-        else text
-    )
+    text = render_complete(messages, lambda these: _render(template, these, generation_prompt, tokens))
+    if generation_prompt and (opened := _OPEN.search(text)):
+        return f"{text.rstrip()}\n\n</{opened[1]}>\n\n"
+    return text
 
 
-def opens_thinking(template: str, **tokens: Any) -> bool:
+def opens_thinking(template: str, **tokens: str) -> bool:
     """Whether the template's own prompt ends in an open `<think>`, which `render_chat` closes."""
-    values = {
-        "messages": [{"role": "user", "content": "a"}],
-        "add_generation_prompt": True,
-        "enable_thinking": False,
-    }
-    return bool(_OPEN.search(_in_process({"template": template, "values": values | tokens})))
+    return bool(_OPEN.search(_render(template, ({"role": "user", "content": "a"},), True, tokens)))
 
 
 def render_complete(messages: Messages, render: Callable[[Messages], str]) -> str:
-    """What `render` makes of the messages, with nothing left out.
+    """What `render` makes of the messages, with nothing missing.
 
-    Where it refuses or leaves out a system message, its text goes before the first user message, with an empty line
-    between. Raises DataFault when the messages cannot be rendered at all.
+    If it refuses or drops a system message, the message is merged into the first user message (`merge_system`). Raises
+    DataError if the messages cannot be rendered at all.
     """
     reason = ""
     for these in (messages, merge_system(messages)):
@@ -77,14 +60,11 @@ def render_complete(messages: Messages, render: Callable[[Messages], str]) -> st
             continue
         if all(message["content"].strip() in text for message in these if message["role"] == "system"):
             return text
-    raise DataError(
-        f"the chat template cannot render the messages: {reason}",
-        "use another base model, or correct its chat template",
-    )
+    raise DataError(f"the chat template cannot render the messages: {reason}", _HINT)
 
 
 def merge_system(messages: Messages) -> Messages:
-    """The same chat without a system message: its text opens the first user message."""
+    """The same chat with its system message moved to the start of the first user message, before an empty line."""
     system = [message["content"] for message in messages if message["role"] == "system"]
     rest = [dict(message) for message in messages if message["role"] != "system"]
     for message in rest:
@@ -94,37 +74,32 @@ def merge_system(messages: Messages) -> Messages:
     return tuple(rest)
 
 
-class _Generation(Extension):
-    """`{% generation %}` marks what is trained on; here it is nothing but its body."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body).set_lineno(line)
+# -- in this process: send a request to the renderer -------------------------------------------------------------------
 
 
-def _fail(message):
-    raise TemplateError(message)
-
-
-def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-# -- the process that renders ------------------------------------------------------------------------------------------
+def _render(template: str, messages: Messages, generation_prompt: bool, tokens: dict[str, str]) -> str:
+    values = {
+        "messages": messages,
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": generation_prompt,
+        "enable_thinking": False,
+    }
+    reply = json.loads(_renderer.send(json.dumps({"template": template, "values": values | tokens})))
+    if "error" in reply:
+        raise TemplateError(reply["error"])
+    return reply["text"]
 
 
 class _Renderer:
-    """The one process that renders; started when first needed, killed where a template exceeds its time."""
+    """The rendering process: started when first needed, killed if a template exceeds its time."""
 
     def __init__(self) -> None:
-        self.lock, self.process = threading.Lock(), None
+        self.lock = threading.Lock()
+        self.process: subprocess.Popen[bytes] | None = None
 
-    def ask(self, request: str) -> str:
+    def send(self, request: str) -> str:
+        """The reply to a request, one line each. Raises DataError if the process ends or takes too long."""
         with self.lock:
             if self.process is None or self.process.poll() is not None:
                 command = [sys.executable, "-c", "from sclite.student.chat_template import serve; serve()"]
@@ -135,25 +110,21 @@ class _Renderer:
                     stderr=subprocess.DEVNULL,
                     env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
                 )
-                self._line(STARTING)
+                self._read_line(self.process, STARTING)
             self.process.stdin.write(f"{request}\n".encode())
             self.process.stdin.flush()
-            return self._line(SECONDS)
+            return self._read_line(self.process, SECONDS)
 
-    def _line(self, seconds: float) -> str:
-        """The next line of the process; kills it and raises DataFault where none comes."""
-        end, line, out = time.monotonic() + seconds, b"", self.process.stdout.fileno()
+    def _read_line(self, process: "subprocess.Popen[bytes]", seconds: float) -> str:
+        end, line, out = time.monotonic() + seconds, b"", process.stdout.fileno()
         while not line.endswith(b"\n"):
             ready = select.select([out], [], [], max(0.0, end - time.monotonic()))[0]
             part = os.read(out, 1 << 16) if ready else b""
             if not part:
-                self.process.kill()
-                self.process.wait()
+                process.kill()
+                process.wait()
                 reason = "its process ended" if ready else f"it took more than {seconds} seconds"
-                raise DataError(
-                    f"the chat template cannot be rendered: {reason}",
-                    "use another base model, or correct its chat template",
-                )
+                raise DataError(f"the chat template cannot be rendered: {reason}", _HINT)
             line += part
         return line.decode()
 
@@ -161,52 +132,65 @@ class _Renderer:
 _renderer = _Renderer()
 
 
-def _in_process(request: dict[str, Any]) -> str:
-    answer = json.loads(_renderer.ask(json.dumps(request)))
-    if "error" in answer:
-        raise TemplateError(answer["error"])
-    return answer["text"]
-
-
-def serve() -> None:
-    """Render what comes on standard input, a JSON object a line, until it ends."""
-    resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
-    with open(0, encoding="utf-8") as requests, open(1, "w", encoding="utf-8") as answers:
-        answers.write("ready\n")
-        answers.flush()
-        for line in requests:
-            request = json.loads(line)
-            try:
-                answer = {"text": _rendered(request["template"], request["values"])}
-            except MemoryError:
-                answer = {"error": f"it takes more than {BYTES >> 20} MB"}
-            except _FAILURES as error:
-                answer = {"error": str(error) or type(error).__name__}
-            answers.write(json.dumps(answer) + "\n")
-            answers.flush()
-
+# -- in the rendering process ------------------------------------------------------------------------------------------
 
 _FAILURES = (
     *(TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError),
 )
 
 
-def _rendered(template: str, values: dict[str, Any]) -> str:
-    parts, length = [], 0
-    for part in _template(template).generate(**values):
-        parts.append(part)
-        length += len(part)
-        if length > CHARACTERS:
-            raise ValueError(f"it writes more than {CHARACTERS:,} characters")
-    return "".join(parts)
+def serve() -> None:
+    """Render requests from standard input, one JSON object per line, until it closes."""
+    resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+    with open(0, encoding="utf-8") as requests, open(1, "w", encoding="utf-8") as replies:
+        replies.write("ready\n")
+        replies.flush()
+        for line in requests:
+            request = json.loads(line)
+            try:
+                parts, length = [], 0
+                for part in _compile(request["template"]).generate(**request["values"]):
+                    parts.append(part)
+                    length += len(part)
+                    if length > CHARACTERS:
+                        raise ValueError(f"it writes more than {CHARACTERS:,} characters")
+                reply = {"text": "".join(parts)}
+            except MemoryError:
+                reply = {"error": f"it takes more than {BYTES >> 20} MB"}
+            except _FAILURES as error:
+                reply = {"error": str(error) or type(error).__name__}
+            replies.write(json.dumps(reply) + "\n")
+            replies.flush()
 
 
 @functools.cache
-def _template(source: str):
-    """The compiled chat template, in the environment that transformers gives it."""
+def _compile(source: str) -> Template:
+    """The compiled chat template, in the same environment as in transformers."""
+
+    def tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+        return json.dumps(
+            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
-    environment.filters["tojson"] = _tojson
-    environment.globals.update(raise_exception=_fail, strftime_now=lambda form: datetime.now().strftime(form))
+    environment.filters["tojson"] = tojson
+    environment.globals.update(
+        raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form)
+    )
     return environment.from_string(source)
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks the text to train on; here it renders its body."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body).set_lineno(line)

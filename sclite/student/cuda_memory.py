@@ -1,8 +1,8 @@
-"""The card's memory: whether an error says that it is used up, and giving back what a model has left behind."""
+"""GPU memory: recognize out-of-memory errors, and release what a model leaves behind."""
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that the card's memory is used up: PyTorch has a class for it, other libraries only words."""
+    """Whether an error means that GPU memory ran out. PyTorch has a class for it; other libraries only say so."""
     import torch
 
     words = (
@@ -13,7 +13,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def free_memory() -> None:
-    """Give back what a model has left behind, on the card too."""
+    """Release the memory of models that are no longer referenced, on the GPU too."""
     import gc
 
     import torch

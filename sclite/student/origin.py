@@ -4,9 +4,12 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sclite.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
 
 FILE = "trained_on.json"
 SAMPLE = 4096
@@ -15,7 +18,7 @@ SAMPLE = 4096
 
 @dataclass(frozen=True)
 class Origin:
-    """`weights`: fingerprint of the base, "" when unknown; `nf4`: modules that training held in NF4; `dtype`: their type."""
+    """`weights`: fingerprint of the base, "" if unknown; `nf4`: modules held in NF4 during training; `dtype`: their type."""
 
     weights: str = ""
     nf4: tuple[str, ...] = ()
@@ -23,11 +26,11 @@ class Origin:
 
 
 def fingerprint(folder: Path) -> str:
-    """Hash of every tensor's name, type, shape and middle bytes; "" where the folder has no safetensors.
+    """Hash of every tensor's name, type, shape and middle bytes; "" if the folder has no safetensors.
 
-    Independent of sharding, and cheap: a few kilobytes are read per tensor. Raises DataFault for a damaged file.
+    Independent of sharding, and cheap: it reads a few kilobytes per tensor. Raises DataError for a damaged file.
     """
-    found: dict[str, str] = {}
+    tensors: dict[str, str] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with open(path, "rb") as file:
@@ -39,14 +42,14 @@ def fingerprint(folder: Path) -> str:
                     begin, end = tensor["data_offsets"]
                     file.seek(8 + size + begin + max(0, (end - begin - SAMPLE) // 2))
                     sample = hashlib.sha256(file.read(min(SAMPLE, end - begin))).hexdigest()
-                    found[name] = f"{tensor['dtype']} {tensor['shape']} {sample}"
+                    tensors[name] = f"{tensor['dtype']} {tensor['shape']} {sample}"
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is damaged: {error}", "download or save the model again") from error
-    return hashlib.sha256(json.dumps(sorted(found.items())).encode()).hexdigest()[:16] if found else ""
+    return hashlib.sha256(json.dumps(sorted(tensors.items())).encode()).hexdigest()[:16] if tensors else ""
 
 
-def record_origin(model: Any, base: Path, adapter: Path) -> None:
-    """Write what `model`, loaded from the folder `base`, was trained on beside its adapter."""
+def record_origin(model: "torch.nn.Module", base: Path, adapter: Path) -> None:
+    """Write next to the adapter what `model`, loaded from the folder `base`, was trained on."""
     layers = {
         name.removeprefix("base_model.model.").removesuffix(".base_layer"): module.weight
         for name, module in model.named_modules()
@@ -54,32 +57,30 @@ def record_origin(model: Any, base: Path, adapter: Path) -> None:
     }
     state = next((weight.quant_state for weight in layers.values()), None)
     dtype = "bfloat16" if state is None else str(state.dtype).removeprefix("torch.")
-    kept = {"weights": fingerprint(base), "nf4": sorted(layers), "dtype": dtype}
-    (adapter / FILE).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    record = {"weights": fingerprint(base), "nf4": sorted(layers), "dtype": dtype}
+    (adapter / FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def read_origin(adapter: Path) -> Origin:
-    """What an adapter was trained on; an adapter from elsewhere has no record. Raises DataFault for a damaged record."""
+    """What an adapter was trained on; an imported adapter has no record. Raises DataError for a damaged record."""
     path = adapter / FILE
     if not path.is_file():
         return Origin()
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        found = Origin(str(kept["weights"]), tuple(map(str, kept["nf4"])), str(kept["dtype"]))
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return Origin(str(record["weights"]), tuple(map(str, record["nf4"])), str(record["dtype"]))
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path} is damaged: {error}",
-            f"delete {adapter} and run `sclite train` again",
-        ) from error
-    return found
+        hint = f"delete {adapter} and run `sclite train` again"
+        raise DataError(f"{path} is damaged: {error}", hint) from error
 
 
-def nf4_round_trip(weight: Any, dtype: str) -> Any:
-    """A weight [out, in] as NF4 training sees it: quantized as `nf4_config` says, then dequantized to `dtype`."""
+def nf4_round_trip(weight: "torch.Tensor", dtype: str) -> "torch.Tensor":
+    """A weight [out, in] as NF4 training sees it: quantized as in `nf4_config`, then dequantized to `dtype`."""
     import bitsandbytes.functional as bnb
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    given = weight.to(device, getattr(torch, dtype))
-    packed, state = bnb.quantize_4bit(given, quant_type="nf4", compress_statistics=True)
+    packed, state = bnb.quantize_4bit(
+        weight.to(device, getattr(torch, dtype)), quant_type="nf4", compress_statistics=True
+    )
     return bnb.dequantize_4bit(packed, state).cpu()

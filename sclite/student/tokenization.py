@@ -1,20 +1,26 @@
-"""From messages and pieces to token ids, labels and decision marks: the one place where training text is tokenised.
+"""Messages and pieces to token ids, loss weights and decision marks: the only place where training text is tokenized.
 
-Ids of a whole = ids of the generation prompt + ids of each piece by itself (METHOD section 1), in training as in use.
+The ids of a sequence are those of the generation prompt, then of each piece on its own (METHOD section 1), in training
+and in use.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING
 
 from sclite.errors import DataError
 from sclite.student.base import Messages
 from sclite.student.chat_template import render_chat
 from sclite.trace import CAUSE, Trace, all_pieces
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
 
 @dataclass(frozen=True)
 class Encoded:
-    """One training sequence: `ids`, and for each id the weight of its loss (0 in the prompt).
+    """One training sequence: `ids`, and the loss weight of each id (0 in the prompt).
 
     `marks` are the positions whose next token is a decision: accuse the step (`<Cause>`) or close it.
     """
@@ -25,44 +31,45 @@ class Encoded:
     accused: tuple[bool, ...] = ()
 
 
-def prompt_text(tokenizer, messages: Messages, generation_prompt: bool = True) -> str:
-    """The chat as the template writes it, up to where the assistant begins; thinking off where there is a switch."""
+def prompt_text(tokenizer: "Tokenizer", messages: Messages, generation_prompt: bool = True) -> str:
+    """The chat in the model's template, up to where the assistant begins; thinking is off if the template has a switch."""
     if not tokenizer.chat_template:
         raise DataError("the student's tokenizer has no chat template", "choose an instruct model")
     tokens = tokenizer.special_tokens_map
     return render_chat(tokenizer.get_chat_template(), messages, generation_prompt=generation_prompt, **tokens)
 
 
-def prompt_ids(tokenizer, messages: Messages) -> list[int]:
+def prompt_ids(tokenizer: "Tokenizer", messages: Messages) -> list[int]:
+    """The ids of `prompt_text`."""
     return tokenizer(prompt_text(tokenizer, messages), add_special_tokens=False)["input_ids"]
 
 
-def piece_ids(tokenizer, pieces: Iterable[str]) -> list[list[int]]:
-    """The ids of each piece, tokenised by itself."""
+def piece_ids(tokenizer: "Tokenizer", pieces: Iterable[str]) -> list[list[int]]:
+    """The ids of each piece, tokenized on its own."""
     pieces = list(pieces)
     return tokenizer(pieces, add_special_tokens=False)["input_ids"] if pieces else []
 
 
-def end_id(tokenizer) -> int:
+def end_id(tokenizer: "Tokenizer") -> int:
     """The token that ends an assistant's turn in this chat template; not always the tokenizer's own end token."""
     chat = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "QQQ"})
     text = prompt_text(tokenizer, chat, generation_prompt=False)
     after = tokenizer(text.rpartition("QQQ")[2], add_special_tokens=False)["input_ids"]
-    special = set(
-        tokenizer.all_special_ids
-    )  # leaves out <|end|> and the like where the tokenizer's end is another
+    # all_special_ids lacks <|end|> and the like if the tokenizer's own end token is another
+    special = set(tokenizer.all_special_ids)
     special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    found = next((i for i in after if i in special), tokenizer.eos_token_id)
-    if found is None:
+    end = next((i for i in after if i in special), tokenizer.eos_token_id)
+    if end is None:
         raise DataError("the student's tokenizer has no end-of-turn token", "choose an instruct model")
-    return found
+    return end
 
 
-def decision_ids(tokenizer) -> tuple[int, int]:
-    """The first tokens of `<Cause>` and of a step's closer, by which decisions are trained. They must differ.
+def decision_ids(tokenizer: "Tokenizer") -> tuple[int, int]:
+    """The first tokens of `<Cause>` and of a step's closer, on which decisions are trained. They must differ.
 
-    In use whole tags are compared where others begin alike (`ScoreRequest`). Training on whole tags was tried: DPO then
-    raised `Cause` after `<` everywhere, and the quickstart's student accused itself while solving in 44 of 300 answers.
+    In use, whole tags are compared if others begin with the same token (`ScoreRequest`). Training on whole tags was
+    tried: DPO then raised `Cause` after `<` everywhere, and the quickstart's student accused itself while solving in 44
+    of 300 answers.
     """
     cause, close = (ids[0] for ids in piece_ids(tokenizer, [CAUSE, "</Step1>\n"]))
     if cause == close:
@@ -73,26 +80,24 @@ def decision_ids(tokenizer) -> tuple[int, int]:
     return cause, close
 
 
-def encode_solution(tokenizer, messages: Messages, trace: Trace) -> Encoded:
-    """A whole trace as an answer to `messages`: loss on the trace and its end token, none on the prompt."""
-    prompt = prompt_ids(tokenizer, messages)
-    answer = [i for ids in piece_ids(tokenizer, all_pieces(trace)) for i in ids] + [end_id(tokenizer)]
-    return Encoded(prompt + answer, [0.0] * len(prompt) + [1.0] * len(answer))
+def encode_solution(tokenizer: "Tokenizer", messages: Messages, trace: Trace) -> Encoded:
+    """A whole trace as an answer to `messages`, with loss on the trace and its end token but not on the prompt."""
+    return encode_continuation(tokenizer, messages, trace, 0)
 
 
-def encode_continuation(tokenizer, messages: Messages, trace: Trace, step: int) -> Encoded:
-    """How a trace goes on after `step`: loss on the rest and its end token, none on what stands before."""
+def encode_continuation(tokenizer: "Tokenizer", messages: Messages, trace: Trace, step: int) -> Encoded:
+    """A trace with loss on what follows `step` and on its end token, none on what comes before."""
     pieces = piece_ids(tokenizer, all_pieces(trace))
-    kept, rest = pieces[: 2 * step], pieces[2 * step :]  # a step without notes is two pieces
-    given = prompt_ids(tokenizer, messages) + [i for ids in kept for i in ids]
-    answer = [i for ids in rest for i in ids] + [end_id(tokenizer)]
-    return Encoded(given + answer, [0.0] * len(given) + [1.0] * len(answer))
+    cut = 2 * step  # a step without notes is two pieces
+    context = [*prompt_ids(tokenizer, messages), *chain(*pieces[:cut])]
+    answer = [*chain(*pieces[cut:]), end_id(tokenizer)]
+    return Encoded(context + answer, [0.0] * len(context) + [1.0] * len(answer))
 
 
 def encode_closing(
-    tokenizer, messages: Messages, work: Trace, step: int, decision_weight: float = 0.0
+    tokenizer: "Tokenizer", messages: Messages, work: Trace, step: int, decision_weight: float = 0.0
 ) -> Encoded:
-    """Work in which `step` is wrong, every step closed: loss on the first tokens of the closers and on the end token.
+    """Work in which `step` is wrong, every step closed: loss on the first token of each closer and on the end token.
 
     The closer of the wrong step weighs `1 + decision_weight`, as the decision in a review does.
     """
@@ -108,11 +113,13 @@ def encode_closing(
     return Encoded([*ids, end_id(tokenizer)], [*weights, 1.0])
 
 
-def encode_review(tokenizer, messages: Messages, review: Trace, decision_weight: float = 0.0) -> Encoded:
+def encode_review(
+    tokenizer: "Tokenizer", messages: Messages, review: Trace, decision_weight: float = 0.0
+) -> Encoded:
     """A whole review with its decisions marked.
 
-    A decision stands after the text of every step up to the first wrong one. Its token's loss weighs
-    `1 + decision_weight`, else one token among hundreds would go unheard.
+    A decision follows the text of every step up to the first wrong one. The loss of its token weighs
+    `1 + decision_weight`; otherwise one token among hundreds would hardly count.
     """
     pieces = all_pieces(review)
     ids = prompt_ids(tokenizer, messages)
