@@ -234,9 +234,9 @@ def export(
         report = pipeline.export(context)[0]
         created = None
         if context.config.export.ollama:
-            from sclite.export.ollama import create
+            from sclite.export.ollama import create_model
 
-            created = create(context.config.export.ollama, context.run.path("export/Modelfile"))
+            created = create_model(context.config.export.ollama, context.run.path("export/Modelfile"))
     fitted = context.config.review.threshold is not None
     if not fitted and created is None and not common.json:  # a large file is read as a whole for this
         fitted = measure.stored_threshold(context, Path(report.figures["gguf"])) is not None

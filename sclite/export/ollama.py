@@ -1,7 +1,7 @@
-"""The Modelfile, and `ollama create`.
+"""Write a Modelfile, and run `ollama create`.
 
-Ollama renders chats with a Go template of its own; what the GGUF's Jinja says is ignored by some versions. So the Jinja is
-compared with what known families of templates would write, and the Go template of the one that agrees is written out.
+Ollama renders chats with a Go template, and some versions ignore the Jinja template in the GGUF. So the Jinja template is
+compared with known chat formats, and the Go template of the matching one is written.
 """
 
 import re
@@ -15,65 +15,61 @@ from sclite.errors import DataError, ScliteError, UsageError
 from sclite.student.base import Messages
 from sclite.student.chat_template import render_chat
 
-Around = tuple[str, str]
-"""What stands before and after a message's text."""
+Affixes = tuple[str, str]
+"""The text before and after the content of a message."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """A chat format. `system_in`: the system text is a message of its own ("own"), or opens the "first" or "last" user's."""
+    """A chat format. `system_in`: the system text is a message of its own ("own") or starts the "first" or "last" user turn."""
 
     name: str
-    user: Around
-    assistant: Around
+    user: Affixes
+    assistant: Affixes
     opening: str
     stops: tuple[str, ...]
-    system: Around = ("", "")
+    system: Affixes = ("", "")
     system_in: str = "own"
 
     def render(self, messages: Messages) -> str:
-        """The chat as this format writes it, up to where the assistant begins. BOS is left to the runtime."""
+        """The chat in this format, up to where the assistant begins, without BOS, which the runtime adds."""
         system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
         users = [i for i, m in enumerate(messages) if m["role"] == "user"]
         host = {"own": -1, "first": users[0], "last": users[-1]}[self.system_in]
         text = ""
         for i, message in enumerate(messages):
+            if message["role"] == "system" and self.system_in != "own":
+                continue
             before, after = getattr(self, message["role"])
-            content = message["content"]
-            if message["role"] == "system":
-                text += before + content + after if self.system_in == "own" else ""
-            else:
-                text += before + (f"{system}\n\n" if i == host and system else "") + content + after
+            text += before + (f"{system}\n\n" if i == host and system else "") + message["content"] + after
         return text + self.opening
 
     def go_template(self) -> str:
-        """The same as a Go template for Ollama. An assistant's text that comes last follows the opening, to be continued."""
-        merged = {
+        """The same format as a Go template for Ollama. A final assistant message follows the opening, to be continued."""
+        inline = {
             "own": "",
             "first": '{{ if $system }}{{ $system }}\n\n{{ $system = "" }}{{ end }}',
             "last": "{{ if and $last $system }}{{ $system }}\n\n{{ end }}",
         }[self.system_in]
-        opening = f"{{{{ if $last }}}}{self.opening}{{{{ end }}}}"
-        system = (
-            f'{{{{ if eq .Role "system" }}}}{self.system[0]}{{{{ .Content }}}}{self.system[1]}{{{{ else }}}}'
+        system, user, assistant = (
+            f"{before}{{{{ .Content }}}}{after}"
+            for before, after in (self.system, (self.user[0] + inline, self.user[1]), self.assistant)
         )
-        own = self.system_in == "own"
+        turns = (
+            f'{{{{ if eq .Role "user" }}}}{user}{{{{ if $last }}}}{self.opening}{{{{ end }}}}'
+            f'{{{{ else if eq .Role "assistant" }}}}{{{{ if $last }}}}{self.opening}{{{{ .Content }}}}'
+            f"{{{{ else }}}}{assistant}{{{{ end }}}}{{{{ end }}}}"
+        )
+        if self.system_in == "own":
+            turns = f'{{{{ if eq .Role "system" }}}}{system}{{{{ else }}}}{turns}{{{{ end }}}}'
+        loop = "{{- range $i, $_ := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}"
         return (
-            ("" if own else "{{- $system := .System }}")
-            + "{{- range $i, $_ := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}"
-            + (system if own else "")
-            + '{{ if eq .Role "user" }}'
-            + f"{self.user[0]}{merged}{{{{ .Content }}}}{self.user[1]}{opening}"
-            + '{{ else if eq .Role "assistant" }}'
-            + f"{{{{ if $last }}}}{self.opening}{{{{ .Content }}}}"
-            + f"{{{{ else }}}}{self.assistant[0]}{{{{ .Content }}}}{self.assistant[1]}{{{{ end }}}}"
-            + ("{{ end }}" if not own else "{{ end }}{{ end }}")
-            + "{{ end }}"
-        )
+            "" if self.system_in == "own" else "{{- $system := .System }}"
+        ) + f"{loop}{turns}{{{{ end }}}}"
 
 
 def families(eos: str = "</s>") -> list[Family]:
-    """The formats we know; `eos` is the model's end token, which some of them write after an answer."""
+    """The known chat formats; `eos` is the model's end token, which some of them put after an answer."""
     found = [
         Family(
             "chatml",
@@ -118,14 +114,10 @@ def families(eos: str = "</s>") -> list[Family]:
     ]
     mistral = product(("[INST] ", "[INST]"), (" [/INST]", "[/INST]"), (" ", ""), ("first", "last"))
     for before, after, space, place in mistral:
-        answer = (space, eos)
-        found.append(Family("mistral", (before, after), answer, "", (eos,), system_in=place))
-    v7 = ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")
-    for space in (" ", ""):
-        system = (v7[0] + space, v7[1])
-        found.append(
-            Family("mistral", ("[INST]" + space, "[/INST]"), (space, eos), "", (eos,), system=system)
-        )
+        found.append(Family("mistral", (before, after), (space, eos), "", (eos,), system_in=place))
+    for space in (" ", ""):  # v7, with a system message of its own
+        user, system = ("[INST]" + space, "[/INST]"), ("[SYSTEM_PROMPT]" + space, "[/SYSTEM_PROMPT]")
+        found.append(Family("mistral", user, (space, eos), "", (eos,), system=system))
     return found
 
 
@@ -144,51 +136,46 @@ PROBES: tuple[Messages, ...] = (
 
 
 def detect_family(chat_template: str, *, bos: str = "", eos: str = "") -> Family | None:
-    """The family that writes the probe chats exactly as the Jinja template does, or None."""
+    """The family that renders the probe chats exactly as the Jinja template does, or None."""
     try:
         texts = [render_chat(chat_template, probe, bos_token=bos, eos_token=eos) for probe in PROBES]
     except DataError:
         return None
     texts = [text.removeprefix(bos) for text in texts]
+    # with thinking off, the prompt of a thinking model ends in an empty block
+    empty_thought = re.search(r"(<think>\s*</think>\s*)?$", texts[0])[0]
     for family in families(eos):
-        family = replace(family, opening=family.opening + _empty_thought(texts[0]))
+        family = replace(family, opening=family.opening + empty_thought)
         candidates = [family]
         head, found, _ = texts[0].partition(PROBES[0][0]["content"])
         if found and family.system_in == "own" and family.system[0] and head.startswith(family.system[0]):
             candidates.append(replace(family, system=(head, family.system[1])))  # Llama 3.1 puts dates there
         for candidate in candidates:
-            written = "".join((*candidate.system, *candidate.user, *candidate.assistant, candidate.opening))
-            if '"""' in written or "{{" in written:
-                continue  # it would end TEMPLATE, or be run by Ollama
+            literals = "".join((*candidate.system, *candidate.user, *candidate.assistant, candidate.opening))
+            if '"""' in literals or "{{" in literals:
+                continue  # it would end TEMPLATE, or Ollama would execute it
             if texts == [candidate.render(probe) for probe in PROBES]:
                 return candidate
     return None
 
 
-def _empty_thought(text: str) -> str:
-    """The empty think block that thinking models are given when they shall not think, at the end of a prompt."""
-    found = re.search(r"<think>\s*</think>\s*$", text)
-    return found[0] if found else ""
-
-
-def modelfile(
+def build_modelfile(
     gguf_name: str,
     chat_template: str,
     *,
     system: str = "",
-    stop: tuple[str, ...] = (),
     num_ctx: int = 8192,
     bos: str = "",
     eos: str = "",
 ) -> tuple[str, list[str]]:
-    """The text of a Modelfile for a GGUF that lies beside it, and warnings.
+    """The text of a Modelfile for a GGUF in the same folder, and warnings.
 
-    `chat_template` is the model's Jinja, `bos` and `eos` its tokens as text, `num_ctx` in tokens. Stops are those of the
-    family, the model's end token and `stop`. For a template of no known family TEMPLATE is left out, with a warning.
+    `chat_template` is the model's Jinja template, `bos` and `eos` are its tokens as text, `num_ctx` is in tokens. Stops are
+    those of the family and the model's end token. Without a matching family there is a warning instead of a TEMPLATE.
     """
     if '"""' in system or system.endswith('"'):
         raise DataError(
-            'the system prompt holds """ or ends in ", which a Modelfile cannot',
+            'a Modelfile cannot hold a system prompt that contains """ or ends in "',
             "change prompts/student_system",
         )
     warnings = []
@@ -196,43 +183,39 @@ def modelfile(
     lines = [f"FROM ./{gguf_name}"]
     if family:
         lines.append(f'TEMPLATE """{family.go_template()}"""')
-        plain = (PROBES[0][1],)
-        if render_chat(chat_template, plain, bos_token=bos, eos_token=eos).removeprefix(bos) != family.render(
-            plain
-        ):
+        question = (PROBES[0][1],)
+        text = render_chat(chat_template, question, bos_token=bos, eos_token=eos)
+        if text.removeprefix(bos) != family.render(question):
             warnings.append(
-                "without a system prompt the model's own template writes one; in Ollama always give one"
+                "the chat template adds a default system prompt, which Ollama does not: always set one in Ollama"
             )
         if re.search(r"Date.*\d{4}", family.system[0]):
             warnings.append(
-                "the model's own template writes a date before the system prompt; here it is fixed"
+                "the chat template adds the current date to the system prompt; the Modelfile has a fixed date"
             )
     else:
         warnings.append(
-            "the chat template is of no family we know: TEMPLATE is left out, and Ollama uses the one inside the GGUF "
-            "or guesses; compare `ollama show --template` with it"
+            "the chat template matches no known family, so the Modelfile has no TEMPLATE: Ollama uses the template in the "
+            "GGUF or guesses one; check it with `ollama show --template`"
         )
     if system:
         lines.append(f'SYSTEM """{system}"""')
-    stops = dict.fromkeys([*(family.stops if family else ()), *([eos] if eos else []), *stop])
-    lines += [f"PARAMETER stop {_quoted(text)}" for text in stops if text]
+    for stop in dict.fromkeys([*(family.stops if family else ()), eos]):
+        if '"' in stop or "\n" in stop:
+            raise DataError(
+                f"a Modelfile cannot hold the stop {stop!r}, which contains a quote or a newline",
+                "use a student with another end token",
+            )
+        lines += [f'PARAMETER stop "{stop}"'] if stop else []
     lines += [f"PARAMETER num_ctx {num_ctx}", "PARAMETER temperature 0"]
     return "\n".join(lines) + "\n", warnings
 
 
-def _quoted(text: str) -> str:
-    if '"' in text or "\n" in text:
-        raise DataError(
-            f"the stop {text!r} holds a quote or a newline, which a Modelfile cannot", "use another stop"
-        )
-    return f'"{text}"'
-
-
-def create(name: str, modelfile_path: Path) -> str:
-    """Run `ollama create NAME -f MODELFILE`; returns what it printed. ScliteError when ollama is missing or refuses."""
+def create_model(name: str, modelfile_path: Path) -> str:
+    """Run `ollama create NAME -f MODELFILE` and return its output. Raises ScliteError if ollama is missing or fails."""
     if not re.fullmatch(r"[A-Za-z0-9][\w./:-]*", name):
         raise UsageError(
-            f"export.ollama = {name!r} is not a name for a model",
+            f"export.ollama = {name!r} is not a valid model name",
             "use letters, digits and . _ - / : as in my-model:v1",
         )
     program = shutil.which("ollama")

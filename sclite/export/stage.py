@@ -9,9 +9,10 @@ from typing import Any
 from sclite import prompts
 from sclite.config import Config
 from sclite.errors import DataError, ScliteError
-from sclite.export import ollama, parity
+from sclite.export import parity
 from sclite.export.gguf import convert_model
 from sclite.export.merge import BaseWeights, merge
+from sclite.export.ollama import build_modelfile
 from sclite.export.quantize import quantization_type, quantize
 from sclite.export.tensors import read_json
 from sclite.run import Report, Run, timed, write_text
@@ -161,7 +162,7 @@ def write_modelfile(run: Run, config: Config, name: str) -> tuple[Path, Sequence
     with Engine(out, parallel=1, context=512, gpu_layers=0, cache_gb=0.1) as engine:
         template, special, longest = engine.chat_template, engine.special_tokens, engine.trained_context
     system = prompts.render("student_system", config.prompts.folder)
-    text, warnings = ollama.modelfile(
+    text, warnings = build_modelfile(
         out.name,
         template,
         system=system,

