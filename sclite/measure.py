@@ -39,7 +39,7 @@ def held_out(context: Context) -> tuple[list[Problem], list[Problem], dict[str, 
     Skipped are rows that cannot be used, and problems that overlap what the run trains on, which would measure memory;
     dropped.jsonl names them.
     """
-    from sclite.data.contamination import trained_on
+    from sclite.data.contamination import find_contaminated
     from sclite.data.problems import load_problems, split_for_stages
 
     source = context.config.eval
@@ -56,7 +56,7 @@ def held_out(context: Context) -> tuple[list[Problem], list[Problem], dict[str, 
     place = (source.source, source.subset, source.split, source.limit)
     drops: list[Drop] = []
     found = load_problems(*place, drops, columns=source.columns(), key="eval.source")
-    known = trained_on(found, _training_questions(context))
+    known = find_contaminated(found, _training_questions(context))
     drops = [drop.model_copy(update={"stage": "eval"}) for drop in drops]
     drops += [_overlap_drop(p, known[p.id]) for p in found if p.id in known]
     context.run.replace_drops(["eval"], drops)
@@ -95,7 +95,7 @@ def _training_questions(context: Context) -> Iterator[tuple[str, str]]:
 
 
 def _overlap_drop(problem: Problem, name: str) -> Drop:
-    detail = f"13 words in a row, or all of it, stand in the training problem {name}"
+    detail = f"shares 13 words in a row, or the whole question, with the training problem {name}"
     return Drop(stage="eval", id=problem.id, reason="overlaps_training", detail=detail, raw=problem.question)
 
 

@@ -24,12 +24,12 @@ def sides(context: Context, reread: bool = False) -> tuple[list[Problem], list[P
     The source is read where the run has no problems of it yet, or is to be `reread`, as `build-data` does.
     """
     if context.problems is None:
-        from sclite.data.problems import divide, gather_problems
+        from sclite.data.problems import gather_problems, split_problems
 
         report = Report("problems")
         found = gather_problems(context.config, context.run, report, reread=reread, keep=not context.dry)
         context.add(report, f"problems: {len(found)}{_which(context.config, report)}{drops(report)}")
-        context.problems = divide(context.config, found)
+        context.problems = split_problems(context.config, found)
     return context.problems
 
 

@@ -46,15 +46,15 @@ def train(context: Context, only: str | None = None, fresh: bool = False) -> lis
 
 def _tell_corrections(context: Context) -> None:
     """One line on what the teacher's corrections will cost, where that is known and not nothing."""
-    from sclite.data.corrections import left_to_ask, reckon_corrections
+    from sclite.data.corrections import count_pending_corrections, estimate_corrections_usd
     from sclite.inspect.plan import corrections_cost
 
     config, run = context.config, context.run
-    found = corrections_cost(config, run, pipeline.unseen(context), left_to_ask(config, run))
+    found = corrections_cost(config, run, pipeline.unseen(context), count_pending_corrections(config, run))
     cost = found["cost_usd"]
     if cost is None and found["requests"]:
         with context.teacher() as teacher:
-            cost = reckon_corrections(config, run, teacher, found["requests"])
+            cost = estimate_corrections_usd(config, run, teacher, found["requests"])
     if not cost:
         return
     most = "at most " if found["at_most"] else ""
@@ -66,7 +66,7 @@ def _tell_corrections(context: Context) -> None:
 
 def plan(context: Context) -> dict[str, Any]:
     """The plan of a training, from the configuration, the GPU and the run's files; nothing is started or written."""
-    from sclite.data.problems import divide
+    from sclite.data.problems import split_problems
     from sclite.doctor import describe_gpu
     from sclite.inspect import plan as look
     from sclite.records import Problem
@@ -83,7 +83,7 @@ def plan(context: Context) -> dict[str, Any]:
         context.run,
         gpu=describe_gpu(),
         tokenizer=tokenizer,
-        unseen=frozenset(p.id for p in divide(config, found)[1]) if found else None,
+        unseen=frozenset(p.id for p in split_problems(config, found)[1]) if found else None,
         micro_batches={stage: micro_batch(config, stage) for stage in look.STAGES},
     )
 

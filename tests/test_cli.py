@@ -35,11 +35,11 @@ def write(name: str, *rows: object) -> str:
         ((), "mine.jsonl is empty"),
         (
             ('{"question": "x',),
-            "mine.jsonl: no row can be used (1 row not readable); line 1: column 14: not JSON",
+            "mine.jsonl: no usable row (1 row not readable); line 1: column 14: not JSON",
         ),
         (
             ({"question": "How?", "answer": ""},),
-            "mine.jsonl: no row can be used (1 no answer); line 1: no answer",
+            "mine.jsonl: no usable row (1 no answer); line 1: no answer",
         ),
         (({"task": "How?"}, "[1, 2]"), "line 1: no known columns, only: task"),
     ],
@@ -81,7 +81,7 @@ def test_a_dry_run_of_corrections_shows_theirs_and_says_when_attempts_are_missin
     ended = sclite(*asked)
     assert ended.code == 3
     assert "attempts.jsonl" in ended.error
-    assert "leave --dry-run out" in ended.hint
+    assert "run without --dry-run" in ended.hint
     trace = "<Step1>2 + 2 = 5\n</Step1>\n<Answer>5</Answer>"
     write(run / "attempts.jsonl", {"id": "p0", "sample": 0, "trace": trace, "answer": "5", "correct": False})
     ended = sclite(*asked, "--json")

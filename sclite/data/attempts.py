@@ -1,16 +1,17 @@
-"""A student's attempts at problems that SFT has not seen: sampled in fixed blocks, graded, appended as they come.
+"""A student's attempts at problems that SFT has not seen: sampled in blocks, graded, appended block by block.
 
-The student is the one that is trained, unless `attempts.student` names a GGUF or an endpoint.
+The student is the trained one, unless `attempts.student` names a GGUF or an endpoint.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from sclite import prompts
 from sclite.config import Config, without_password
-from sclite.data.imported import adopt_attempts, bring
+from sclite.data.imported import import_attempts, read_imported_attempts
 from sclite.grading.extract import answer_of
 from sclite.grading.worker import Grader
 from sclite.records import Attempt, Drop, Problem
@@ -23,21 +24,24 @@ from sclite.trace import parse, render, work_of
 
 STAGE = "attempts"
 FILE = "attempts.jsonl"
-
-
 _NOT_SAMPLING = {"reviews", "confirmation_share", "student", "api_base", "concurrency", "price"}
+FATAL_ISSUES = ("no_steps", "no_answer", "empty_step", "wrong_step_number", "step_after_the_end")
+"""Issues after which the steps are ambiguous. The parser repairs the others (a missing or stray closing tag), and such
+attempts are worth the most: a student that doubts its own step often closes it wrongly."""
 
 
 def inputs_of(config: Config, run: Run, problems: Sequence[Problem]) -> dict[str, Any]:
-    """What decides the attempts: the student, the problems, how they are sampled."""
+    """The inputs that decide the attempts: student, problems, sampling settings."""
     source = config.attempts.source
     if source and not Path(source).is_file() and (manifest := run.manifest(STAGE)):
-        read = manifest["inputs"].get("source", "")  # gone, or the run was moved: what was read of it counts
+        # deleted, or the run was moved: keep the digest of what was read
+        read = manifest["inputs"].get("source", "")
     else:
         read = run.file_digest(str(Path(source).resolve())) if source else ""
     return {
         "problems": digest([p.model_dump() for p in problems]),
-        "student": other_student(config) or run.file_digest("sft/adapter/adapter_model.safetensors"),
+        "student": external_student_digest(config)
+        or run.file_digest("sft/adapter/adapter_model.safetensors"),
         # not student.batch: each request has its own seed, and replacing attempts means paying for corrections again
         "sampling": digest([config.attempts.model_dump(exclude=_NOT_SAMPLING), config.seed]),
         "source": read,
@@ -45,8 +49,8 @@ def inputs_of(config: Config, run: Run, problems: Sequence[Problem]) -> dict[str
     }
 
 
-def other_student(config: Config) -> str:
-    """A signature of who `attempts.student` names: an endpoint's model and address, a GGUF's bytes; "" for nobody."""
+def external_student_digest(config: Config) -> str:
+    """A digest of `attempts.student`: an endpoint's model and address, or a GGUF's bytes; "" if unset."""
     settings = config.attempts
     if settings.kind == "endpoint":
         return digest([settings.student, without_password(settings.api_base).rstrip("/")])
@@ -56,8 +60,8 @@ def other_student(config: Config) -> str:
     return Run(path.parent).file_digest(path.name)
 
 
-def cost_usd(run: Run, stage: str) -> float:
-    """What the replies of a student behind an endpoint have cost in this stage; 0 for one that runs here."""
+def endpoint_cost_usd(run: Run, stage: str) -> float:
+    """Cost of the endpoint student's replies in this stage; 0 for a local student."""
     if not run.path(LEDGER).is_file():
         return 0.0
     with Ledger.reading(run.path(LEDGER)) as ledger:
@@ -73,17 +77,17 @@ def sample_attempts(
     grader: Grader,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Let the student solve each problem `attempts.samples` times, or read `attempts.source`; writes attempts.jsonl.
+    """Sample `attempts.samples` attempts per problem, or import `attempts.source`; writes attempts.jsonl.
 
-    Rows come in blocks of `student.batch`; after a kill whole blocks are kept, a broken one is sampled again, so the
-    file is the same as that of an unbroken run. An attempts.jsonl that no such stage wrote takes its place. Rows of
-    `attempts.source` that cannot be used stand in dropped.jsonl with their reason. An endpoint is asked without a pause
-    between blocks, and what it has said before comes from the ledger. A call to it that failed leaves an attempt of
-    unknown outcome, and the next start asks it again.
+    Rows are written in blocks of `student.batch`. A resumed run keeps the complete blocks and samples the rest, so the
+    file equals that of an uninterrupted run. An imported attempts.jsonl replaces the stage. Unusable rows of
+    `attempts.source` go to dropped.jsonl with a reason. An endpoint gets all requests without a pause between blocks,
+    and repeated requests are answered from the ledger. A failed call leaves an attempt with unknown outcome, which the
+    next run requests again.
     """
     if needs_no_student(config, run) and not config.attempts.source:
-        rows = adopt_attempts(run, problems)
-        return Report(STAGE, count(rows) | {"imported": len(rows)}, skipped=True)
+        rows = read_imported_attempts(run, problems)
+        return Report(STAGE, count_outcomes(rows) | {"imported": len(rows)}, skipped=True)
     inputs, report = inputs_of(config, run, problems), Report(STAGE)
     if manifest := run.done(STAGE, inputs, FILE):
         return Report.of(manifest)
@@ -91,59 +95,55 @@ def sample_attempts(
     with timed(report):
         if config.attempts.source:
             try:
-                rows = bring(Path(config.attempts.source), problems, grader, drops)
+                rows = import_attempts(Path(config.attempts.source), problems, grader, drops)
             finally:
                 run.replace_drops([STAGE], drops)
         else:
             rows = _sample(config, run, inputs, problems, student, grader, progress)
         run.replace(FILE, rows)
-    report.counts |= count(rows)
-    warn(report, progress, _unreadable(config, rows))
+    report.counts |= count_outcomes(rows)
+    add_warning(report, progress, _unreadable_warning(config, rows))
     report.dropped = dict(Counter(drop.reason for drop in drops))
-    report.cost_usd = cost_usd(run, STAGE)
-    unanswered = sum(map(failed, rows)) if config.attempts.kind == "endpoint" else 0
-    # a network fault is no verdict on a row: the signature then fits no inputs, and the next call asks again
+    report.cost_usd = endpoint_cost_usd(run, STAGE)
+    unanswered = sum(map(call_failed, rows)) if config.attempts.kind == "endpoint" else 0
+    # failed calls: this signature matches no inputs, so the next run requests them again
     run.sign(STAGE, {**inputs, "unanswered": unanswered} if unanswered else inputs, report, {FILE: len(rows)})
     return report
 
 
-UNCLEAR = ("no_steps", "no_answer", "empty_step", "wrong_step_number", "step_after_the_end")
-"""Faults that leave open which steps there are. Others (a closer that is missing or strays) are fixed in reading, and such
-an attempt is worth the most: a student that doubts its own step often closes it wrongly."""
-
-
-def warn(report: Report, progress: Callable[..., None] | None, text: str) -> None:
-    """Show a warning, unless it is empty, and keep it in the report."""
+def add_warning(report: Report, progress: Callable[..., None] | None, text: str) -> None:
+    """Show a warning and keep it in the report; does nothing if `text` is empty."""
     if text:
         report.figures["warnings"] = [text]
         if progress is not None:
             progress(0, 0, warning=text)
 
 
-def _unreadable(config: Config, rows: Sequence[Attempt]) -> str:
-    """A warning where most attempts have no steps that can be told from each other; else empty."""
-    said = [row for row in rows if not failed(row)]
-    issues = [next((f.name for f in parse(row.trace).issues if f.name in UNCLEAR), None) for row in said]
-    common = Counter(filter(None, issues)).most_common(1)
-    unreadable = sum(error is not None for error in issues)
-    if 2 * unreadable <= len(said):
-        return ""
-    remedy = (
-        "train SFT for longer (sft.num_train_epochs), or raise attempts.max_tokens where they are cut off"
+def _unreadable_warning(config: Config, rows: Sequence[Attempt]) -> str:
+    """A warning if most attempts cannot be parsed into steps, else an empty string."""
+    replies = [row for row in rows if not call_failed(row)]
+    fatal = (
+        next((i.name for i in parse(row.trace).issues if i.name in FATAL_ISSUES), None) for row in replies
     )
+    reasons = Counter(filter(None, fatal))
+    if 2 * reasons.total() <= len(replies):
+        return ""
+    remedy = "train SFT for longer (sft.num_train_epochs), or raise attempts.max_tokens if they are cut off"
     if config.attempts.student or config.attempts.source:
-        remedy = "they need the form of prompts/student_system.txt: <Step1> .. </Step1> <Answer> .. </Answer>"
-    reason = common[0][0].replace("_", " ")
-    return f"{unreadable} of {len(said)} attempts cannot be read as steps, most often: {reason}; {remedy}"
+        remedy = "they must follow prompts/student_system.txt: <Step1> .. </Step1> <Answer> .. </Answer>"
+    reason = reasons.most_common(1)[0][0].replace("_", " ")
+    return (
+        f"{reasons.total()} of {len(replies)} attempts have no readable steps, most often: {reason}; {remedy}"
+    )
 
 
 def needs_no_student(config: Config, run: Run) -> bool:
-    """Whether attempts are brought along: in a file that the configuration names, or as the run's own attempts.jsonl."""
+    """Whether attempts are imported: from `attempts.source`, or as an attempts.jsonl put into the run folder."""
     return bool(config.attempts.source) or run.is_imported(STAGE, FILE)
 
 
-def count(rows: Sequence[Attempt]) -> dict[str, int]:
-    """How many attempts there are, right, wrong, and of unknown outcome."""
+def count_outcomes(rows: Sequence[Attempt]) -> dict[str, int]:
+    """The number of attempts, and of right, wrong and unknown ones among them."""
     return {
         "attempts": len(rows),
         "right": sum(row.correct is True for row in rows),
@@ -152,25 +152,42 @@ def count(rows: Sequence[Attempt]) -> dict[str, int]:
     }
 
 
-def _sample(config, run, inputs, problems, student, grader, progress) -> list[Attempt]:
+def _sample(
+    config: Config,
+    run: Run,
+    inputs: dict[str, Any],
+    problems: Sequence[Problem],
+    student: Student,
+    grader: Grader,
+    progress: Callable[[int, int], None] | None,
+) -> list[Attempt]:
     jobs = [(problem, sample) for problem in problems for sample in range(config.attempts.samples)]
     size, endpoint = config.student.batch, config.attempts.kind == "endpoint"
-    rows = _kept(run, inputs, jobs, size, complete=endpoint)
-    at_once = max(1, len(jobs) - len(rows)) if endpoint else size
-    for start in range(len(rows), len(jobs), at_once):
-        asked = jobs[start : start + at_once]
-        replies = student.generate([_request(problem, sample, config) for problem, sample in asked])
-        for begin, block in in_blocks(replies, len(asked), size):
-            found = graded(asked[begin : begin + size], block, grader)
-            run.append(FILE, found)
-            rows += found
+    rows = _completed_rows(run, inputs, jobs, size, endpoint)
+    batch = max(1, len(jobs) - len(rows)) if endpoint else size
+    for start in range(len(rows), len(jobs), batch):
+        pending = jobs[start : start + batch]
+        requests = [
+            Request(
+                prompts.solve_messages(problem.question, config.prompts.folder),
+                max_tokens=config.attempts.max_tokens,
+                temperature=config.attempts.temperature,
+                top_p=config.attempts.top_p,
+                seed=int(digest([config.seed, problem.id, sample]), 16) % 2**31,
+            )
+            for problem, sample in pending
+        ]
+        for begin, block in group_into_blocks(student.generate(requests), len(pending), size):
+            attempts = grade_replies(pending[begin : begin + size], block, grader)
+            run.append(FILE, attempts)
+            rows += attempts
             if progress is not None:
                 progress(len(rows), len(jobs))
     return rows
 
 
-def in_blocks(replies: Iterable[Reply], count: int, size: int) -> Iterator[tuple[int, list[Reply]]]:
-    """(number of its first request, `size` replies in the order of their requests), each block once it is whole."""
+def group_into_blocks(replies: Iterable[Reply], count: int, size: int) -> Iterator[tuple[int, list[Reply]]]:
+    """Yield (index of the first request, replies in request order) for each block of `size` once it is complete."""
     waiting, begin = defaultdict(list), 0
     for reply in replies:
         waiting[reply.index // size * size].append(reply)
@@ -179,43 +196,35 @@ def in_blocks(replies: Iterable[Reply], count: int, size: int) -> Iterator[tuple
             begin += size
 
 
-def failed(attempt: Attempt) -> bool:
-    """Whether the call for this attempt failed, so that nothing was said and nothing is known."""
+def call_failed(attempt: Attempt) -> bool:
+    """Whether the call for this attempt failed: there is no text, and the outcome is unknown."""
     return attempt.correct is None and not attempt.trace
 
 
-def _kept(
-    run: Run, inputs: dict[str, Any], jobs: Sequence[tuple[Problem, int]], size: int, complete: bool
+def _completed_rows(
+    run: Run, inputs: dict[str, Any], jobs: Sequence[tuple[Problem, int]], size: int, endpoint: bool
 ) -> list[Attempt]:
-    """The whole blocks that an interrupted run with the same inputs has left; `complete`: up to the first failed call."""
+    """The complete blocks left by an interrupted run with the same inputs; for an endpoint, up to the first failed call."""
     if run.read_json("attempts.begun.json") != inputs:
         run.replace(FILE, [])
         run.write_json("attempts.begun.json", inputs)
         return []
     rows = []
     for row, (problem, sample) in zip(run.rows(FILE, Attempt, whole=False), jobs, strict=False):
-        if (row.id, row.sample) != (problem.id, sample):  # rows before it were damaged
+        if (row.id, row.sample) != (problem.id, sample):  # earlier rows were damaged
             break
         rows.append(row)
-    if complete:
-        rows = rows[: next((i for i, row in enumerate(rows) if failed(row)), len(rows))]
+    if endpoint:
+        rows = list(takewhile(lambda row: not call_failed(row), rows))
     rows = rows[: len(rows) // size * size]
     run.replace(FILE, rows)
     return rows
 
 
-def _request(problem: Problem, sample: int, config: Config) -> Request:
-    return Request(
-        prompts.solve_messages(problem.question, config.prompts.folder),
-        max_tokens=config.attempts.max_tokens,
-        temperature=config.attempts.temperature,
-        top_p=config.attempts.top_p,
-        seed=int(digest([config.seed, problem.id, sample]), 16) % 2**31,
-    )
-
-
-def graded(block: Sequence[tuple[Problem, int]], replies: Sequence[Reply], grader: Grader) -> list[Attempt]:
-    """Replies as attempts, each with its answer compared to gold; a failed call leaves the outcome unknown."""
+def grade_replies(
+    block: Sequence[tuple[Problem, int]], replies: Sequence[Reply], grader: Grader
+) -> list[Attempt]:
+    """Turn replies into attempts graded against gold; a failed call leaves the outcome unknown."""
     answers = [answer_of(reply.text) for reply in replies]
     verdicts = grader.equal_many(
         (answer, problem.answer) for answer, (problem, _) in zip(answers, block, strict=True)
@@ -232,13 +241,9 @@ def graded(block: Sequence[tuple[Problem, int]], replies: Sequence[Reply], grade
     ]
 
 
-def distinct(attempts: Sequence[Attempt]) -> list[Attempt]:
-    """The attempts in their order, without those that say the same about a problem as an earlier one, steps and answer."""
-    seen: set[tuple[str, str]] = set()
-    kept = []
+def deduplicate(attempts: Sequence[Attempt]) -> list[Attempt]:
+    """The first attempt of each distinct text (steps and answer) per problem, in order."""
+    first: dict[tuple[str, str], Attempt] = {}
     for attempt in attempts:
-        said = attempt.id, render(work_of(attempt.trace)) or attempt.trace
-        if said not in seen:
-            seen.add(said)
-            kept.append(attempt)
-    return kept
+        first.setdefault((attempt.id, render(work_of(attempt.trace)) or attempt.trace), attempt)
+    return list(first.values())

@@ -1,7 +1,7 @@
-"""Overlap of training and evaluation problems: 13 words in a row that stand in both (METHOD section 6).
+"""Contamination check: training and evaluation problems overlap if they share 13 words in a row (METHOD section 6).
 
-A question of fewer words overlaps only with one that says the same as a whole, signs included: `What is 2 + 1?` is
-not `What is 2 - 1?`. The measure is that of GPT-3's report (Brown et al. 2020, appendix C).
+A shorter question overlaps only with an identical one, signs included: `What is 2 + 1?` is not `What is 2 - 1?`.
+The 13-gram criterion is that of GPT-3 (Brown et al. 2020, appendix C).
 """
 
 import re
@@ -10,47 +10,44 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from sclite.records import Problem
 
-SPAN = 13
-"""Words in a row."""
+NGRAM = 13
 _WORD = re.compile(r"\w+")
 _SIGN = re.compile(r"\w+|[^\w\s.,;:!?\"'`’‘“”$]")
 Question = tuple[str, str]
-"""(the name under which an overlap is told, the text)."""
+"""(the name that reports use, the text)."""
 
 
-def spans(question: str) -> Iterator[int]:
-    """A hash, good for this process alone, of every 13 words in a row; of all of a question that has fewer."""
+def ngram_hashes(question: str) -> Iterator[int]:
+    """A hash of every 13-gram, or of the whole question if it is shorter; valid within this process only."""
     text = unicodedata.normalize("NFKC", question).lower()
     words = _WORD.findall(text)
-    if len(words) < SPAN:
+    if len(words) < NGRAM:
         yield hash(tuple(_SIGN.findall(text)))
-    for start in range(len(words) - SPAN + 1):
-        yield hash(tuple(words[start : start + SPAN]))
+    for start in range(len(words) - NGRAM + 1):
+        yield hash(tuple(words[start : start + NGRAM]))
 
 
-def index_of(questions: Iterable[Question]) -> dict[int, str]:
-    """For each span the name of the first question that has it."""
+def build_index(questions: Iterable[Question]) -> dict[int, str]:
+    """{n-gram hash: name of the first question that contains it}."""
     index: dict[int, str] = {}
     for name, question in questions:
-        for span in spans(question):
-            index.setdefault(span, name)
+        for ngram in ngram_hashes(question):
+            index.setdefault(ngram, name)
     return index
 
 
-def overlap(question: str, index: Mapping[int, str]) -> str | None:
-    """The name of an indexed question that this one overlaps, None where there is none."""
-    if not index:
-        return None
-    return next((index[span] for span in spans(question) if span in index), None)
+def find_overlap(question: str, index: Mapping[int, str]) -> str | None:
+    """The name of an indexed question that overlaps this one, or None."""
+    return next((index[ngram] for ngram in ngram_hashes(question) if ngram in index), None) if index else None
 
 
-def trained_on(problems: Sequence[Problem], training: Iterable[Question]) -> dict[str, str]:
-    """{id of a problem: name of a training question that it overlaps}; memory grows with the problems alone."""
-    wanted = {span for problem in problems for span in spans(problem.question)}
-    held: dict[int, str] = {}
+def find_contaminated(problems: Sequence[Problem], training: Iterable[Question]) -> dict[str, str]:
+    """{problem id: name of an overlapping training question}; memory grows with `problems`, not with `training`."""
+    wanted = {ngram for problem in problems for ngram in ngram_hashes(problem.question)}
+    index: dict[int, str] = {}
     for name, question in training:
-        for span in spans(question):
-            if span in wanted:
-                held.setdefault(span, name)
-    found = ((problem.id, overlap(problem.question, held)) for problem in problems)
-    return {id_: name for id_, name in found if name is not None}
+        for ngram in ngram_hashes(question):
+            if ngram in wanted:
+                index.setdefault(ngram, name)
+    found = {problem.id: find_overlap(problem.question, index) for problem in problems}
+    return {id_: name for id_, name in found.items() if name is not None}

@@ -1,4 +1,4 @@
-"""From wrong attempts to pairs: the teacher's reviews, the student's own, and the filters between (METHOD section 4)."""
+"""The teacher's reviews of wrong attempts, checked, plus confirmations of right ones (METHOD section 4)."""
 
 import random
 from collections import Counter
@@ -9,8 +9,8 @@ from typing import Any
 
 from sclite import prompts
 from sclite.config import Config, without_password
-from sclite.data.attempts import UNCLEAR, distinct, warn
-from sclite.data.imported import refuse
+from sclite.data.attempts import FATAL_ISSUES, add_warning, deduplicate
+from sclite.data.imported import reject_row
 from sclite.data.review_check import review_rejection, step_rejection
 from sclite.errors import DataError
 from sclite.grading.worker import Grader
@@ -22,14 +22,14 @@ from sclite.teacher.forecast import CHARACTERS_PER_TOKEN, Forecast, ask_after_pi
 from sclite.trace import Trace, first_corrected, parse, render, work_of
 
 STAGE, FILE = "corrections", "reviews.jsonl"
-SAMPLED = 50  # templates that tell how long a correction will be
+SAMPLED = 50  # templates from which the length of a correction is estimated
 
 
 def inputs_of(config: Config, run: Run) -> dict[str, Any]:
-    """What decides the teacher's reviews."""
+    """The inputs that decide the teacher's reviews."""
     teacher = config.teacher
-    named = ["teacher_system", "teacher_correction"]
-    named += ["inspector_correction"] if teacher.inspector else []
+    used = ["teacher_system", "teacher_correction"]
+    used += ["inspector_correction"] if teacher.inspector else []
     return {
         "attempts": run.file_digest("attempts.jsonl"),
         "teacher": digest(
@@ -44,7 +44,7 @@ def inputs_of(config: Config, run: Run) -> dict[str, Any]:
         ),
         "confirmations": config.attempts.confirmation_share,
         "seed": config.seed,
-        "prompts": prompts.digest(*named, folder=config.prompts.folder),
+        "prompts": prompts.digest(*used, folder=config.prompts.folder),
     }
 
 
@@ -57,76 +57,71 @@ def build_corrections(
     confirm: Callable[[Forecast], bool] | None = None,
     progress: Callable[[int, int, float | None], None] | None = None,
 ) -> Report:
-    """Have the teacher correct every different wrong attempt; add confirmations of right ones; writes reviews.jsonl.
+    """Have the teacher correct every distinct wrong attempt, and confirm right ones; writes reviews.jsonl.
 
-    A reviews.jsonl that no such stage wrote takes its place, once each row fits its attempt.
+    An imported reviews.jsonl replaces the stage, once each row has been checked against its attempt.
     """
     if run.is_imported(STAGE, FILE):
-        return _adopt(run)
+        return _validate_imported(run)
     inputs, report = inputs_of(config, run), Report(STAGE)
     if manifest := run.done(STAGE, inputs, FILE):
         return Report.of(manifest)
     with timed(report):
         problems = {problem.id: problem for problem in run.read("problems.jsonl", Problem)}
-        made = run.require("attempts.jsonl", Attempt, "run `sclite train`: SFT first, then its attempts")
-        attempts = distinct(made)
-        wrong, drops = _usable(attempts)
-        reviews, refused = _ask(config, teacher, grader, wrong, problems, confirm, progress)
+        every = run.require(
+            "attempts.jsonl", Attempt, "run `sclite train`: it trains SFT, then samples attempts"
+        )
+        attempts = deduplicate(every)
+        wrong, drops = _split_usable(attempts)
+        reviews, rejected = _request_reviews(config, teacher, grader, wrong, problems, confirm, progress)
         report.cost_usd = teacher.ledger.totals(STAGE)["cost_usd"]
-        run.replace_drops({STAGE}, [*drops, *refused])
-        report.dropped = dict(Counter(drop.reason for drop in [*drops, *refused]))
+        drops += rejected
+        run.replace_drops({STAGE}, drops)
+        report.dropped = dict(Counter(drop.reason for drop in drops))
         if not reviews:
             reasons = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in report.dropped.items())
-            trained = config.attempts.kind == "trained"
-            other = (
-                "train SFT for longer (--fresh)"
-                if trained
-                else "name an attempts.student that writes <Step1> .."
-            )
+            other = "use an attempts.student that writes <Step1> .."
+            if config.attempts.kind == "trained":
+                other = "train SFT for longer (--fresh)"
             raise DataError(
-                f"no wrong attempt could be corrected: {reasons or 'there is none'}",
-                f"look into {run.path('dropped.jsonl')}; take more problems or samples (attempts.samples), or {other}",
+                f"no wrong attempt could be corrected: {reasons or 'there are none'}",
+                f"see {run.path('dropped.jsonl')}; add problems or samples (attempts.samples), or {other}",
             )
-        confirmed = _confirmations(attempts, len(reviews), config)
-        order = {attempt_key(a): i for i, a in enumerate(attempts)}
+        confirmed = _sample_confirmations(attempts, len(reviews), config)
+        order = {(a.id, a.sample): i for i, a in enumerate(attempts)}
         run.mark_started(STAGE)
-        run.replace(FILE, sorted([*reviews, *confirmed], key=lambda r: order[attempt_key(r)]))
+        run.replace(FILE, sorted([*reviews, *confirmed], key=lambda r: order[r.id, r.sample]))
     report.counts |= {"wrong": len(wrong), "corrected": len(reviews), "confirmed": len(confirmed)}
     if not confirmed and _confirmations_wanted(len(reviews), config):
-        text = "no attempt is right and well-formed, so there are no confirmations and the student learns to accuse every step"
-        warn(report, progress, f"{text}; add easier problems, or raise attempts.samples")
-    if again := _not_right(made) - _not_right(attempts):
-        report.counts["wrong_in_the_same_words"] = (
-            again  # as another attempt at the problem; asked about once
-        )
+        text = "no attempt is right and well-formed: without confirmations the student learns to accuse every step"
+        add_warning(report, progress, f"{text}; add easier problems, or raise attempts.samples")
+    # duplicates of another wrong attempt at the same problem, sent to the teacher once
+    if repeated := sum(a.correct is not True for a in every) - sum(a.correct is not True for a in attempts):
+        report.counts["wrong_in_the_same_words"] = repeated
     unanswered = count_unanswered(report.dropped)
-    # the signature then fits no inputs, and the next call asks again
+    # failed calls: this signature matches no inputs, so the next run requests them again
     signed = {**inputs, "unanswered": unanswered} if unanswered else inputs
     run.sign(STAGE, signed, report, {FILE: len(reviews) + len(confirmed)})
     return report
 
 
-def _not_right(attempts: Sequence[Attempt]) -> int:
-    return sum(attempt.correct is not True for attempt in attempts)
+def count_pending_corrections(config: Config, run: Run) -> int | None:
+    """The number of wrong attempts that still need a review; None before there are attempts.
 
-
-def left_to_ask(config: Config, run: Run) -> int | None:
-    """How many wrong attempts the teacher has not been asked about; None before there are attempts.
-
-    None are left where this stage is done, or where its rows or those made from them were brought along. While it is
-    half-way, replies that lie in the ledger are still among them.
+    0 if the stage is done, or if reviews or pairs are imported. In an unfinished stage, attempts whose reply is already
+    in the ledger still count.
     """
-    brought = run.is_imported(STAGE, FILE) or run.is_imported("pairs", "pairs.jsonl")
-    if brought or run.done(STAGE, inputs_of(config, run), FILE):
+    imported = run.is_imported(STAGE, FILE) or run.is_imported("pairs", "pairs.jsonl")
+    if imported or run.done(STAGE, inputs_of(config, run), FILE):
         return 0
-    attempts = distinct(run.read("attempts.jsonl", Attempt))
-    return len(_usable(attempts)[0]) if attempts else None
+    attempts = deduplicate(run.read("attempts.jsonl", Attempt))
+    return len(_split_usable(attempts)[0]) if attempts else None
 
 
-def reckon_corrections(config: Config, run: Run, teacher: Teacher, count: int) -> float | None:
-    """US dollars for so many corrections, from the lengths of the run's templates; None where prices are unknown.
+def estimate_corrections_usd(config: Config, run: Run, teacher: Teacher, count: int) -> float | None:
+    """Estimated US dollars for `count` corrections; None if prices are unknown or there are no templates. Sends nothing.
 
-    A correction says over again what an attempt says, which is about as long as a template. Nothing is sent.
+    A correction repeats an attempt, which is about as long as a template.
     """
     sample = list(islice(run.rows("templates.jsonl", Template), SAMPLED))
     price = teacher.price() if sample else None
@@ -143,52 +138,44 @@ def reckon_corrections(config: Config, run: Run, teacher: Teacher, count: int) -
     return count * each
 
 
-def _adopt(run: Run) -> Report:
-    """The report of a reviews.jsonl that was put into the run, each row checked against its attempt."""
-    attempts = {attempt_key(attempt): attempt for attempt in run.read("attempts.jsonl", Attempt)}
+def _validate_imported(run: Run) -> Report:
+    """The report of an imported reviews.jsonl, each row checked against its attempt."""
+    attempts = {(attempt.id, attempt.sample): attempt for attempt in run.read("attempts.jsonl", Attempt)}
     reviews = run.read(FILE, Review)
     for number, row in enumerate(reviews, 1):
-        parsed, attempt = parse(row.trace), attempts.get(attempt_key(row))
+        parsed, attempt = parse(row.trace), attempts.get((row.id, row.sample))
         if attempt is None:
-            remedy = "put that attempt into attempts.jsonl, or remove the review"
-            refuse(
-                run,
-                FILE,
-                number,
-                row,
-                f"attempts.jsonl has no attempt of this id and sample {row.sample}",
-                remedy,
+            problem = f"attempts.jsonl has no attempt with this id and sample {row.sample}"
+            reject_row(
+                run, FILE, number, row, problem, "add the attempt to attempts.jsonl, or remove the review"
             )
         if parsed.issues:
-            refuse(run, FILE, number, row, str(parsed.issues[0]))
-        if row.step != first_corrected(parsed.trace):
-            said = first_corrected(parsed.trace)
-            refuse(run, FILE, number, row, f"step is {row.step}, but its trace corrects {said or 'none'}")
-        rejection = step_rejection(work_of(attempt.trace), parsed.trace, None) if row.step else None
-        if rejection is not None:
-            refuse(run, FILE, number, row, rejection.text)
-        if row.step and (row.cause is None or row.correction is None):
-            refuse(run, FILE, number, row, "cause or correction is missing")
+            reject_row(run, FILE, number, row, str(parsed.issues[0]))
+        corrected = first_corrected(parsed.trace)
+        if row.step != corrected:
+            problem = f"step is {row.step}, but its trace corrects {corrected or 'none'}"
+            reject_row(run, FILE, number, row, problem)
+        if row.step:
+            if rejection := step_rejection(work_of(attempt.trace), parsed.trace, None):
+                reject_row(run, FILE, number, row, rejection.text)
+            if row.cause is None or row.correction is None:
+                reject_row(run, FILE, number, row, "cause or correction is missing")
     corrected = sum(row.step is not None for row in reviews)
     counts = {"corrected": corrected, "confirmed": len(reviews) - corrected, "imported": len(reviews)}
     return Report(STAGE, counts, skipped=True)
 
 
-def attempt_key(row: Any) -> tuple[str, int]:
-    return row.id, row.sample
-
-
-def _usable(attempts: Iterable[Attempt]) -> tuple[list[Attempt], list[Drop]]:
-    """The wrong attempts that have steps, and drops for the others that are not right."""
+def _split_usable(attempts: Iterable[Attempt]) -> tuple[list[Attempt], list[Drop]]:
+    """(wrong attempts with readable steps, drops for the others that are not right)."""
     wrong, drops = [], []
     for attempt in attempts:
         if attempt.correct is True:
             continue
-        unclear = [error for error in parse(attempt.trace).issues if error.name in UNCLEAR]
+        fatal = [issue for issue in parse(attempt.trace).issues if issue.name in FATAL_ISSUES]
         if attempt.correct is None:
             drops.append(_drop(attempt, "outcome_unknown", ""))
-        elif unclear:
-            drops.append(_drop(attempt, "attempt_not_readable", str(unclear[0])))
+        elif fatal:
+            drops.append(_drop(attempt, "attempt_not_readable", str(fatal[0])))
         else:
             wrong.append(attempt)
     return wrong, drops
@@ -200,18 +187,13 @@ def _drop(attempt: Attempt, reason: str, detail: str, raw: str | None = None) ->
 
 
 def forecast_corrections(config: Config, run: Run, teacher: Teacher, grader: Grader) -> dict[str, Any]:
-    """What `build_corrections` would send first and what it would cost (`forecast.reckon`); nothing is sent.
+    """The first request of `build_corrections` and the estimated cost (see `forecast`); sends nothing.
 
-    Raises DataFault before there are attempts: which of them are wrong decides what is asked.
+    Raises DataError before there are attempts: the wrong ones decide what is sent.
     """
-    attempts = distinct(
-        run.require(
-            "attempts.jsonl",
-            Attempt,
-            "leave --dry-run out: the attempts are made first, and then you are shown what the rest will cost",
-        )
-    )
-    wrong = _usable(attempts)[0] if left_to_ask(config, run) else []
+    hint = "run without --dry-run: it samples the attempts first, then shows what the rest will cost"
+    attempts = deduplicate(run.require("attempts.jsonl", Attempt, hint))
+    wrong = _split_usable(attempts)[0] if count_pending_corrections(config, run) else []
     problems = {problem.id: problem for problem in run.read("problems.jsonl", Problem)}
     written = 1.5 * sum(len(attempt.trace) for attempt in wrong) / max(1, len(wrong)) / CHARACTERS_PER_TOKEN
     return forecast(teacher, _jobs(config, grader, wrong, problems), written, STAGE)
@@ -220,7 +202,8 @@ def forecast_corrections(config: Config, run: Run, teacher: Teacher, grader: Gra
 def _jobs(
     config: Config, grader: Grader, wrong: Iterable[Attempt], problems: Mapping[str, Problem]
 ) -> Iterator[Job]:
-    """A question to the teacher for each wrong attempt."""
+    """One teacher job per wrong attempt."""
+    folder = config.prompts.folder
 
     def job(attempt: Attempt) -> Job:
         problem = problems[attempt.id]
@@ -229,38 +212,37 @@ def _jobs(
 
         def messages(error: str):
             return prompts.correction_messages(
-                problem.question, solution, problem.answer, work, error, config.prompts.folder
+                problem.question, solution, problem.answer, work, error, folder
             )
 
         def inspect(text: str):
             return prompts.inspection_messages(
-                "inspector_correction",
-                problem.question,
-                solution,
-                problem.answer,
-                text,
-                config.prompts.folder,
+                "inspector_correction", problem.question, solution, problem.answer, text, folder
             )
 
         def check(text: str):
             return review_rejection(text, attempt, problem, grader)
 
-        return Job(_name(attempt), messages, check, attempt.sample, inspect=inspect)
+        return Job(f"{attempt.id}/{attempt.sample}", messages, check, attempt.sample, inspect=inspect)
 
     return map(job, wrong)
 
 
-def _name(attempt: Attempt) -> str:
-    return f"{attempt.id}/{attempt.sample}"
-
-
-def _ask(config, teacher, grader, wrong, problems, confirm, progress) -> tuple[list[Review], list[Drop]]:
-    """The teacher's reviews that pass every filter, and drops for the rest."""
-    by_key = {_name(attempt): attempt for attempt in wrong}
+def _request_reviews(
+    config: Config,
+    teacher: Teacher,
+    grader: Grader,
+    wrong: Sequence[Attempt],
+    problems: Mapping[str, Problem],
+    confirm: Callable[[Forecast], bool] | None,
+    progress: Callable[[int, int, float | None], None] | None,
+) -> tuple[list[Review], list[Drop]]:
+    """(the teacher's reviews that pass every filter, drops for the rest)."""
+    by_id = {f"{attempt.id}/{attempt.sample}": attempt for attempt in wrong}
     reviews, drops = [], []
     jobs = _jobs(config, grader, wrong, problems)
     for done, result in enumerate(ask_after_pilot(teacher, jobs, len(wrong), STAGE, confirm), 1):
-        attempt = by_key[result.id]
+        attempt = by_id[result.id]
         if result.rejection is not None:
             drops.append(_drop(attempt, result.rejection.reason, result.rejection.text, result.raw))
         else:
@@ -271,25 +253,25 @@ def _ask(config, teacher, grader, wrong, problems, confirm, progress) -> tuple[l
 
 
 def _review(attempt: Attempt, trace: Trace, requests: int) -> Review:
-    """A checked review as a row. Up to the wrong step it says what the attempt said, keys included."""
+    """A checked review as a row, with the attempt's own text (keys included) up to the wrong step."""
     step = first_corrected(trace)
-    noted = trace.steps[step - 1]
-    own = list(work_of(attempt.trace).steps[:step])
-    own[-1] = replace(own[-1], cause=noted.cause, correction=noted.correction)
-    trace = replace(trace, steps=(*own, *trace.steps[step:]))
+    accused = trace.steps[step - 1]
+    *before, wrong = work_of(attempt.trace).steps[:step]
+    wrong = replace(wrong, cause=accused.cause, correction=accused.correction)
+    trace = replace(trace, steps=(*before, wrong, *trace.steps[step:]))
     return Review(
         id=attempt.id,
         sample=attempt.sample,
         step=step,
-        cause=noted.cause,
-        correction=noted.correction,
+        cause=accused.cause,
+        correction=accused.correction,
         trace=render(trace),
         requests=requests,
     )
 
 
-def _confirmations(attempts: Sequence[Attempt], corrected: int, config: Config) -> list[Review]:
-    """Right attempts as reviews that change nothing, as many as `attempts.confirmation_share` asks for."""
+def _sample_confirmations(attempts: Sequence[Attempt], corrected: int, config: Config) -> list[Review]:
+    """Right attempts as reviews that change nothing; `attempts.confirmation_share` sets how many."""
     right = [a for a in attempts if a.correct is True and not parse(a.trace).issues]
     wanted = min(len(right), _confirmations_wanted(corrected, config))
     picked = random.Random(config.seed).sample(right, wanted)

@@ -1,7 +1,7 @@
-"""What a user brings along in place of a stage: labelled work from a file, and rows that were put into the run folder.
+"""Imported data that replaces a stage: labelled work from a file, and rows put into the run folder.
 
-Rows of a foreign file that cannot be used are left out and noted, each with its reason. Rows in the run folder claim to
-be ours: the first that is not stops the command, with its file, number and remedy.
+Unusable rows of a foreign file are skipped and recorded with a reason. Rows in the run folder must be valid: the first
+invalid one stops the command, with file, row number and hint.
 """
 
 from collections import Counter
@@ -11,9 +11,8 @@ from typing import Annotated, NoReturn
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
-from sclite.data.problems import same_question
-from sclite.data.sources import clean as storable
-from sclite.data.sources import lines_of, not_utf8
+from sclite.data.problems import normalize_question
+from sclite.data.sources import has_invalid_utf8, read_lines, replace_surrogates
 from sclite.errors import DataError
 from sclite.grading.extract import extract
 from sclite.grading.worker import Grader
@@ -22,8 +21,8 @@ from sclite.run import Run
 from sclite.trace import Step, Trace, clean, parse, render
 
 
-class Work(BaseModel):
-    """A row of `attempts.source`. The label counts from 1; 0 and -1 say that all steps are right; None says nothing."""
+class LabelledWork(BaseModel):
+    """A row of `attempts.source`. `first_error_step` counts from 1; 0 and -1 mean no error; None means no label."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
@@ -31,57 +30,62 @@ class Work(BaseModel):
     steps: Annotated[list[str | int | float], Field(min_length=1)]
     answer: str | int | float | None = None
     first_error_step: int | None = None
-    label: object = None  # another benchmark's, which may count from 0
+    label: object = None  # of another benchmark, may count from 0
 
 
-def bring(
+def import_attempts(
     path: Path, problems: Sequence[Problem], grader: Grader, drops: list[Drop] | None = None
 ) -> list[Attempt]:
-    """Attempts brought along: JSONL rows with `question`, `steps`, and an optional `answer` and `first_error_step`.
+    """Import attempts from JSONL rows with `question`, `steps`, and optionally `answer` and `first_error_step`.
 
-    The label counts from 1, 0 or -1 says all is right; it decides over the grader, which judges the rows without one.
-    Left out and noted in `drops`: row_not_readable, question_unknown (among `problems`), and label_contradicts_answer
-    (all right, but with a wrong answer). Raises DataFault where no row is left.
+    A label takes precedence over the grader, which judges only rows without one. Skipped rows go to `drops`:
+    row_not_readable, question_unknown (not among `problems`), and label_contradicts_answer (labelled right, but the
+    answer is wrong). Raises DataError if no row is usable.
     """
     if not path.is_file():
         raise DataError(f"attempts.source: {path} does not exist", "check the path")
     noted = [] if drops is None else drops
-    by_question = {same_question(problem.question): problem for problem in problems}
-    found: list[tuple[Problem, Work, Drop]] = []  # the drop that the row would become
-    for number, line in lines_of(path):
+    by_question = {normalize_question(problem.question): problem for problem in problems}
+    found: list[
+        tuple[Problem, LabelledWork, Drop]
+    ] = []  # with the drop that the row becomes if it is skipped
+    for number, line in read_lines(path):
         if not line.strip():
             continue
         drop = Drop(
-            stage="attempts", id=f"line {number}", reason="row_not_readable", raw=storable(line.strip())
+            stage="attempts",
+            id=f"line {number}",
+            reason="row_not_readable",
+            raw=replace_surrogates(line.strip()),
         )
-        work = _work(line)
+        work = _read_work(line)
         if isinstance(work, str):
             noted.append(drop.model_copy(update={"detail": f"{path}, line {number}: {work}"}))
-        elif (problem := by_question.get(same_question(work.question))) is None:
-            detail = f"{path}, line {number}: its question is not among the problems of the run"
+        elif (problem := by_question.get(normalize_question(work.question))) is None:
+            detail = f"{path}, line {number}: its question is not among the run's problems"
             noted.append(drop.model_copy(update={"reason": "question_unknown", "detail": detail}))
         else:
             found.append((problem, work, drop))
-    rows = _graded(found, grader, noted)
+    rows = _grade_work(found, grader, noted)
     if not rows:
-        raise DataError(*_nothing_left(path, noted))
+        _raise_no_rows(path, noted)
     order = {problem.id: number for number, problem in enumerate(problems)}
     return sorted(rows, key=lambda row: order[row.id])
 
 
-def _work(line: str) -> Work | str:
+def _read_work(line: str) -> LabelledWork | str:
     """The row, or what is wrong with it."""
-    if not_utf8(line):
+    if has_invalid_utf8(line):
         return "the text is not UTF-8"
     try:
-        work = Work.model_validate_json(line)
+        work = LabelledWork.model_validate_json(line)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"][:2])
         return f"{where}: {first['msg']}" if where else first["msg"]
     if work.first_error_step is None and isinstance(work.label, int):
         return (
-            "it has a label, but no first_error_step: rename it and count from 1 "
+            "it has `label` but no `first_error_step`: rename it and count from 1 "
             "(ProcessBench counts from 0: add 1)"
         )
     if empty := [i for i, step in enumerate(work.steps, 1) if not clean(str(step))]:
@@ -91,9 +95,12 @@ def _work(line: str) -> Work | str:
     return work
 
 
-def _graded(found: Sequence[tuple[Problem, Work, Drop]], grader: Grader, drops: list[Drop]) -> list[Attempt]:
-    """The rows as attempts; each is right or wrong by its label, without one by its answer."""
-    answers = [_answer(work) for _, work, _ in found]
+def _grade_work(
+    found: Sequence[tuple[Problem, LabelledWork, Drop]], grader: Grader, drops: list[Drop]
+) -> list[Attempt]:
+    """The rows as attempts, judged by their label, or by their answer if they have none."""
+    given = (extract(str(w.steps[-1])) if w.answer is None else str(w.answer) for _, w, _ in found)
+    answers = [clean(answer or "") or None for answer in given]
     verdicts = grader.equal_many(
         (answer, problem.answer) for answer, (problem, _, _) in zip(answers, found, strict=True)
     )
@@ -103,10 +110,10 @@ def _graded(found: Sequence[tuple[Problem, Work, Drop]], grader: Grader, drops: 
         label = work.first_error_step
         if label is not None and label < 1:
             if answer is not None and verdict is False:
-                detail = f"labelled all right, but its answer is {answer}, not {problem.answer}"
+                detail = f"labelled right, but its answer is {answer}, not {problem.answer}"
                 drops.append(drop.model_copy(update={"reason": "label_contradicts_answer", "detail": detail}))
                 continue
-            answer, verdict = answer or problem.answer, True  # work that is right ends in the right answer
+            answer, verdict = answer or problem.answer, True  # right work ends in the right answer
         wrong = label if label is not None and label > 0 else None
         trace = Trace(tuple(Step(clean(str(step))) for step in work.steps), None, answer)
         rows.append(
@@ -123,46 +130,42 @@ def _graded(found: Sequence[tuple[Problem, Work, Drop]], grader: Grader, drops: 
     return rows
 
 
-def _answer(work: Work) -> str | None:
-    given = str(work.answer) if work.answer is not None else extract(str(work.steps[-1]))
-    return clean(given or "") or None
-
-
-def _nothing_left(path: Path, drops: Sequence[Drop]) -> tuple[str, str]:
-    """(message, hint) where no row could be used."""
+def _raise_no_rows(path: Path, drops: Sequence[Drop]) -> NoReturn:
     if not drops:
-        return f"{path} is empty", "each row needs a question and its steps"
+        raise DataError(f"{path} is empty", "each row needs `question` and `steps`")
     reasons = Counter(drop.reason for drop in drops)
     if set(reasons) == {"question_unknown"}:
-        return f"{path}: no row's question is among the problems of the run", "check problems.source"
-    told = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-    return f"{path}: no row can be used: {told}; the first: {drops[0].detail}", "mend them, see dropped.jsonl"
+        raise DataError(f"{path}: none of its questions is among the run's problems", "check problems.source")
+    counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+    raise DataError(
+        f"{path}: no usable row: {counts}; the first: {drops[0].detail}", "fix them, see dropped.jsonl"
+    )
 
 
-# -- rows that were put into the run folder ------------------------------------------------------------------------
+# -- rows in the run folder ----------------------------------------------------------------------------------------
 
 
-def refuse(
-    run: Run, name: str, number: int, row: Row, why: str, remedy: str = "mend or remove it"
+def reject_row(
+    run: Run, name: str, number: int, row: Row, why: str, hint: str = "fix or remove it"
 ) -> NoReturn:
-    """Raise the DataFault of a row that was brought along: its file, number, id, what is wrong, and the remedy."""
-    raise DataError(f"{run.path(name)}, row {number} ({row.id}): {why}", remedy)
+    """Raise DataError for an invalid imported row."""
+    raise DataError(f"{run.path(name)}, row {number} ({row.id}): {why}", hint)
 
 
-def adopt_attempts(run: Run, problems: Sequence[Problem]) -> list[Attempt]:
-    """The rows of an attempts.jsonl that was put into the run, each checked against the problems."""
+def read_imported_attempts(run: Run, problems: Sequence[Problem]) -> list[Attempt]:
+    """The rows of an imported attempts.jsonl, each checked against the problems."""
     name, known = "attempts.jsonl", {problem.id for problem in problems}
     rows, seen = run.read(name, Attempt), set()
     for number, row in enumerate(rows, 1):
         if row.id not in known:
-            refuse(run, name, number, row, "no problem has this id", "use the ids of problems.jsonl")
+            reject_row(run, name, number, row, "no problem has this id", "use the ids of problems.jsonl")
         if (row.id, row.sample) in seen:
-            refuse(run, name, number, row, f"sample {row.sample} is there already", "number the samples")
+            reject_row(run, name, number, row, f"sample {row.sample} occurs twice", "number the samples")
         seen.add((row.id, row.sample))
         steps, label = len(parse(row.trace).trace.steps), row.first_error
         if label is not None and not -1 <= label <= steps:
-            refuse(run, name, number, row, f"first_error is {label}, but it has {steps} steps")
+            reject_row(run, name, number, row, f"first_error is {label}, but it has {steps} steps")
         if label is not None and row.correct is not (label < 1):
-            remedy = "a labelled step makes an attempt wrong; 0 and -1 say that all is right"
-            refuse(run, name, number, row, f"first_error is {label}, but correct is {row.correct}", remedy)
+            hint = "an attempt with a labelled step is wrong; 0 and -1 mean that it is right"
+            reject_row(run, name, number, row, f"first_error is {label}, but correct is {row.correct}", hint)
     return rows

@@ -1,4 +1,4 @@
-"""One row of a problem file, in any of the usual forms, as a problem."""
+"""Converts a row in any of the usual formats (GSM8K, MATH, plain) to a problem."""
 
 import hashlib
 import math
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Any
 
-from sclite.data.sources import BadRow, clean
+from sclite.data.sources import BadRow, replace_surrogates
 from sclite.grading.extract import boxed
 from sclite.records import Problem
 
@@ -26,47 +26,49 @@ _WORDS_OF_A_SENTENCE = 5
 
 
 def read_problem(row: Mapping[str, Any] | BadRow, columns: Mapping[str, str]) -> Problem:
-    """A row with named `columns` ({"question", "answer", "solution", "id": name}), else with those of the usual names.
+    """The problem in a row. `columns` maps question, answer, solution and id to column names (default: the usual names).
 
     Raises BadRow with reason columns_missing, not_text, no_question or no_answer.
     """
     cells = _cells(row, columns, ("question", "answer", "solution"))
-    question = _question(cells["question"])
-    marked, problem_with_answer = "", None
+    question = _read_question(cells["question"])
+    given, bad_answer = "", None
     try:
-        marked = text_of(cells["answer"], "the answer")
-    except BadRow as error:  # the solution may still hold it
-        problem_with_answer = error
-    solution = text_of(cells["solution"], "the solution")
-    gold, worked = _gold_in(marked) if "####" in marked or _is_worked(marked) else (marked, "")
-    own_gold, stripped = _gold_in(solution)
-    if not gold and not own_gold:
-        if problem_with_answer:
-            raise problem_with_answer
-        if marked:
-            why = f"no answer: {columns.get('answer', 'answer')} is worked text without {MARKS}"
+        given = to_text(cells["answer"], "the answer")
+    except BadRow as error:  # the solution may still have it
+        bad_answer = error
+    solution = to_text(cells["solution"], "the solution")
+    gold, worked = _extract_gold(given) if "####" in given or _is_worked(given) else (given, "")
+    solution_gold, stripped = _extract_gold(solution)
+    if not gold and not solution_gold:
+        if bad_answer:
+            raise bad_answer
+        if given:
+            why = f"no answer: {columns.get('answer', 'answer')} is a worked solution without {MARKS}"
             raise BadRow("no_answer", why, "set answer_column to the column of the final answer")
-        raise BadRow("no_answer", "no answer", f"add `answer`, or end the solution in {MARKS}")
-    return Problem.model_construct(  # all texts already; the set of fields in common is a tenth of a problem's memory
-        _FIELDS,
-        id=_id(row, question, columns),
-        question=question,
-        answer=gold or own_gold,
-        solution=_CALCULATOR.sub("", stripped or worked).strip() or None,
+        raise BadRow("no_answer", "no answer", f"add `answer`, or end the solution with {MARKS}")
+    return (
+        Problem.model_construct(  # already validated; sharing the set of fields saves a tenth of the memory
+            _FIELDS,
+            id=_id(row, question, columns),
+            question=question,
+            answer=gold or solution_gold,
+            solution=_CALCULATOR.sub("", stripped or worked).strip() or None,
+        )
     )
 
 
 def read_question(row: Mapping[str, Any] | BadRow, columns: Mapping[str, str]) -> tuple[str, str]:
     """(id, question) of a row, which needs no answer; raises BadRow."""
-    question = _question(_cells(row, columns, ("question",))["question"])
+    question = _read_question(_cells(row, columns, ("question",))["question"])
     return _id(row, question, columns), question
 
 
-def text_of(value: Any, name: str) -> str:
-    """A cell as text; empty where it is missing (None, NaN, an empty list).
+def to_text(value: Any, name: str) -> str:
+    """A cell as text; empty if it is missing (None, NaN, an empty list).
 
-    A list of one is read as its element. Raises BadRow (not_text) for anything else that is no text or number. A lone
-    surrogate, which no file can hold, becomes the replacement character.
+    A list of one is read as its element. Raises BadRow (not_text) for anything else but text and numbers. Lone
+    surrogates, which UTF-8 cannot encode, become U+FFFD.
     """
     if isinstance(value, list | tuple) and len(value) < 2:
         value = value[0] if value else None
@@ -83,38 +85,41 @@ def text_of(value: Any, name: str) -> str:
         value = int(value)
     if not isinstance(value, str | int | float | Decimal):
         kind = {"list": f"a list of {len(value)}", "dict": "an object"} if hasattr(value, "__len__") else {}
-        hint = f"write it as one text, or set {name.split()[-1]}_column to another column"
+        hint = f"write it as a string, or set {name.split()[-1]}_column to another column"
         raise BadRow("not_text", f"{name} is {kind.get(type(value).__name__, type(value).__name__)}", hint)
-    return clean(str(value)).strip()
+    return replace_surrogates(str(value)).strip()
 
 
 def _cells(
     row: Mapping[str, Any] | BadRow, columns: Mapping[str, str], wanted: Iterable[str]
 ) -> dict[str, Any]:
-    """{part: its cell, None where there is none} by the named columns, else the usual ones.
+    """{part: its cell or None} from the named columns, else the usual ones.
 
-    Raises BadRow that names the columns of the row where a named one is absent, or none is known.
+    Raises BadRow with the row's columns if a named one is absent, or none is known.
     """
     if isinstance(row, BadRow):
         raise row
-    present = clean(", ".join(map(str, row))) or "none"
+    present = replace_surrogates(", ".join(map(str, row))) or "none"
     for part, name in columns.items():
         if name not in row and part in (*wanted, "id"):
             raise BadRow(
-                "columns_missing", f"no column {name}, only: {present}", f"set {part}_column to one of them"
+                "columns_missing",
+                f"no column {name}, found: {present}",
+                f"set {part}_column to one of them",
             )
     names = {part: [columns[part]] if part in columns else _USUAL[part] for part in wanted}
     known = {part for part, usual in names.items() if any(name in row for name in usual)}
-    golden = {"answer", "solution"} & names.keys()
-    if "question" not in known or (golden and not golden & known):
-        hint = f"name them by question_column, answer_column and solution_column, or rename them: {FORMS}"
-        raise BadRow("columns_missing", f"no known columns, only: {present}", hint)
+    gold = {"answer", "solution"} & names.keys()
+    if "question" not in known or (gold and not gold & known):
+        hint = f"set question_column, answer_column and solution_column, or rename the columns: {FORMS}"
+        raise BadRow("columns_missing", f"no known columns, found: {present}", hint)
     return {
-        part: next((row[n] for n in usual if not _missing(row.get(n))), None) for part, usual in names.items()
+        part: next((row[n] for n in usual if not _is_missing(row.get(n))), None)
+        for part, usual in names.items()
     }
 
 
-def _missing(cell: Any) -> bool:
+def _is_missing(cell: Any) -> bool:
     return (
         cell is None
         or (isinstance(cell, float) and math.isnan(cell))
@@ -122,34 +127,34 @@ def _missing(cell: Any) -> bool:
     )
 
 
-def _question(cell: Any) -> str:
-    question = text_of(cell, "the question")
+def _read_question(cell: Any) -> str:
+    question = to_text(cell, "the question")
     if not question:
         raise BadRow("no_question", "the question is empty", "fill it in or remove the row")
     return question
 
 
 def _id(row: Mapping[str, Any], question: str, columns: Mapping[str, str]) -> str:
-    """The row's own id where it has one that is a text or a number, else a hash of the question."""
+    """The row's own id if it is a string or a number, else a hash of the question."""
     for name in [columns["id"]] if "id" in columns else _USUAL_IDS:
         value = row.get(name)
-        if isinstance(value, str | int | float) and (own := text_of(value, "the id")):
+        if isinstance(value, str | int | float) and (own := to_text(value, "the id")):
             return own
     return hashlib.sha256(question.encode()).hexdigest()[:12]
 
 
-# -- the answer in a worked text -----------------------------------------------------------------------------------
+# -- the answer in a worked solution -------------------------------------------------------------------------------
 
 
 def _is_worked(text: str) -> bool:
-    """Whether a text is sentences rather than an answer."""
+    """Whether a text consists of sentences rather than an answer."""
     words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", text)
     return len(words) >= _WORDS_OF_A_SENTENCE and _SENTENCE.search(text) is not None
 
 
-def _gold_in(text: str) -> tuple[str, str]:
-    """(answer, text without its mark) of a worked text: after its `####`, in its last box, or in a last line that says so."""
-    gold, worked = _marked(text)
+def _extract_gold(text: str) -> tuple[str, str]:
+    """(answer, text without its mark) of a worked solution: after `####`, in its last box, or from its last line."""
+    gold, worked = _extract_gsm8k(text)
     if gold:
         return gold, worked
     if gold := boxed(text):
@@ -161,10 +166,10 @@ def _gold_in(text: str) -> tuple[str, str]:
     return re.split(r"\.(?=\s|$)", answer, maxsplit=1)[0].strip(), text
 
 
-def _marked(text: str) -> tuple[str, str]:
-    """(answer, text before it) of GSM8K's mark, `#### 72` at the end; ("", text) where `####` begins a Markdown heading.
+def _extract_gsm8k(text: str) -> tuple[str, str]:
+    """(answer, text before it) of GSM8K's final `#### 72`; ("", text) if `####` starts a Markdown heading.
 
-    MetaMath has a last line `The answer is: 72` after it. An answer that is no number stands on a line of its own.
+    MetaMath adds a last line `The answer is: 72`. An answer that is not a number has a line of its own.
     """
     before, mark, after = text.rpartition("####")
     answer, *rest = [line.strip() for line in after.strip().splitlines()] or [""]

@@ -1,4 +1,4 @@
-"""The problems of a run: read from a file or the hub in any of the usual forms, and divided between the two stages."""
+"""The problems of a run: read from a file or the Hub, deduplicated, decontaminated, and split between the two stages."""
 
 import hashlib
 from collections import Counter
@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from sclite import config
-from sclite.data.contamination import SPAN, Question, index_of, overlap
+from sclite.data.contamination import NGRAM, Question, build_index, find_overlap
 from sclite.data.problem_rows import FORMS, read_problem, read_question
-from sclite.data.sources import BadRow, Rows, is_local, rows_of
+from sclite.data.sources import BadRow, is_local, read_rows
 from sclite.errors import DataError, NetworkError, UsageError
 from sclite.records import Drop, Problem
 from sclite.run import Report, Run, timed
@@ -29,45 +29,85 @@ def load_problems(
     avoid: Mapping[int, str] | None = None,
     key: str = "problems.source",
 ) -> list[Problem]:
-    """The first `limit` different problems of a local file (see sources) or of a Hub dataset.
+    """The first `limit` distinct problems of a local file (see sources) or of a Hub dataset.
 
-    `columns` names the columns of question, answer, solution and id; without them the usual names are known. Skipped and
-    noted in `drops`, with file and line, is a row that cannot be used, that repeats a question (but for case and blanks) or
-    an id, or that overlaps one of the index `avoid` (see contamination). Ids are the rows' own, else a hash of the
-    question: other rows do not change them. Raises DataFault where the file cannot be read, or no row of it can be used.
-    `key` is the configuration's name for the source.
+    `columns` names the columns of question, answer, solution and id (default: the usual names). A row is skipped and
+    recorded in `drops`, with file and line, if it is unusable, repeats an id or a question (ignoring case and white
+    space), or overlaps the index `avoid` (see contamination). Ids are the rows' own, else a hash of the question, so
+    other rows do not change them. Raises DataError if the file is unreadable or has no usable row. `key` is the
+    configuration key of the source.
     """
     if not source:
-        raise UsageError(f"{key} is not set", f"name a file, as in --set {key}=train.jsonl, with {FORMS}")
-    rows = rows_of(source, subset, split, key)
-    noted = [] if drops is None else drops
-    return _collect(source, rows, limit, noted, columns or {}, avoid or {})
+        raise UsageError(
+            f"{key} is not set", f"set it, as in --set {key}=train.jsonl, to a file with {FORMS}"
+        )
+    drops = [] if drops is None else drops
+    problems: list[Problem] = []
+    questions: dict[int, str] = {}  # hash of a question -> id
+    ids: dict[str, str] = {}  # id -> place
+    empty, first = True, None
+    for place, row in read_rows(source, subset, split, key):
+        empty = False
+        where = f"{source}, {place}"
+        try:
+            problem = read_problem(row, columns or {})
+        except BadRow as error:
+            first = first or (place, error)
+            detail = f"{where}: {error.message}{f' ({error.hint})' if error.hint else ''}"
+            drops.append(Drop(stage=STAGE, id=place, reason=error.reason, detail=detail, raw=error.raw))
+            continue
+        normalized = hash(normalize_question(problem.question))
+        if normalized in questions:
+            reason, detail = "duplicate_question", f"{where}: same question as {questions[normalized]}"
+        elif name := find_overlap(problem.question, avoid or {}):
+            reason, detail = OVERLAPS, _overlap_detail(where, name)
+        elif problem.id in ids:
+            reason = "duplicate_id"
+            detail = f"{where}: same id as {ids[problem.id]} (make ids unique, or remove them)"
+        else:
+            questions[normalized], ids[problem.id] = problem.id, place
+            problems.append(problem)
+            if len(problems) == limit:
+                break
+            continue
+        drops.append(Drop(stage=STAGE, id=problem.id, reason=reason, detail=detail, raw=problem.question))
+    if empty:
+        raise DataError(f"{source} is empty", f"it needs rows with {FORMS}")
+    if not problems and first is None:
+        raise DataError(*_all_overlap(source))
+    if not problems:
+        place, error = first
+        counts = Counter(drop.reason.replace("_", " ") for drop in drops)
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
+        hint = error.hint or f"it needs rows with {FORMS}"
+        raise DataError(f"{source}: no usable row ({reasons}); {place}: {error.message}", hint)
+    return problems
 
 
 def gather_problems(
     settings: config.Config, run: Run, report: Report | None = None, *, reread: bool = True, keep: bool = True
 ) -> list[Problem]:
-    """All problems of the run: read from problems.source and written to problems.jsonl, else those that lie there.
+    """All problems of the run: from problems.source (written to problems.jsonl), else from an imported problems.jsonl.
 
-    Those that overlap a question of eval.source or of a file in problems.avoid are left out. What is left out stands in
-    dropped.jsonl with its reason, and is counted in `report`. Problems that came from the same source before are taken
-    from the run where the source is gone, or where it is not to be `reread`. Without `keep` nothing is written.
+    Problems that overlap a question of eval.source or problems.avoid are skipped. Skipped rows go to dropped.jsonl with
+    a reason and are counted in `report`. Problems already gathered from the same source are read from the run if the
+    source no longer exists or `reread` is false. Nothing is written unless `keep`.
     """
     chosen, drops = settings.problems, []
     report = report or Report(STAGE)
-    # by their names, as a run that was moved still has them
+    # digests of names, not contents: they still match after the run has been moved
     sources = ((each.source, each.subset, each.split, each.columns()) for each in (chosen, settings.eval))
     inputs = {"source": digest(next(sources)), "avoid": digest([next(sources), chosen.avoid])}
     gone = is_local(chosen.source) and not Path(chosen.source).expanduser().exists()
     if (not reread or gone) and (manifest := run.done(STAGE, {**inputs, "problems": run.file_digest(FILE)})):
-        return _as_before(settings, run, Report.of(manifest), report, gone)
+        return _read_gathered(settings, run, Report.of(manifest), report, gone)
     with timed(report):
-        avoid = index_of(_avoided(settings))
+        avoid = build_index(_questions_to_avoid(settings))
         if chosen.source:
-            given = (chosen.source, chosen.subset, chosen.split, chosen.limit, drops)
-            problems = load_problems(*given, columns=chosen.columns(), avoid=avoid)
+            source = chosen.source, chosen.subset, chosen.split, chosen.limit, drops
+            problems = load_problems(*source, columns=chosen.columns(), avoid=avoid)
         else:
-            problems = _put_there(run, avoid, drops)
+            problems = _read_imported(run, avoid, drops)
     report.counts = {"problems": len(problems)}
     report.dropped = dict(Counter(drop.reason for drop in drops))
     if keep:
@@ -78,19 +118,19 @@ def gather_problems(
     return problems
 
 
-def _as_before(
+def _read_gathered(
     settings: config.Config, run: Run, before: Report, report: Report, gone: bool
 ) -> list[Problem]:
-    """The run's problems without those that overlapped when they were gathered."""
+    """The problems that an earlier command has gathered, without those that overlapped then."""
     overlapping = {
         drop.id for drop in run.rows("dropped.jsonl", Drop) if drop.stage == STAGE and drop.reason == OVERLAPS
     }
-    whole = settings.problems.source  # else the file is the user's own, and holds what was left out too
-    problems = [row for row in run.rows(FILE, Problem) if whole or row.id not in overlapping]
+    filtered = settings.problems.source  # an imported problems.jsonl still holds the overlapping rows
+    problems = [row for row in run.rows(FILE, Problem) if filtered or row.id not in overlapping]
     limit = settings.problems.limit
     if gone and limit is not None and limit < len(problems):
         raise UsageError(
-            f"{settings.problems.source} does not exist, and the run's own {len(problems)} problems are used whole",
+            f"{settings.problems.source} does not exist, so a limit below the run's {len(problems)} problems is not possible",
             "remove --limit (problems.limit)",
         )
     report.counts, report.dropped, report.skipped = before.counts, before.dropped, True
@@ -98,17 +138,17 @@ def _as_before(
     return problems
 
 
-def same_question(text: str) -> str:
-    """A question in the form in which two are compared: case and blanks do not matter."""
+def normalize_question(text: str) -> str:
+    """A question without case and white space differences, for comparison."""
     return " ".join(text.split()).casefold()
 
 
 def split_for_stages(
     problems: Iterable[Problem], share: float, seed: int
 ) -> tuple[list[Problem], list[Problem]]:
-    """(problems for SFT, problems kept for stage 2), about `share` of them in the second.
+    """(problems for SFT, problems for stage 2), with about `share` of them in the second.
 
-    Each problem is placed by a hash of its id and the seed, so that a new one moves no other.
+    Each problem is assigned by a hash of its id and the seed, so a new one moves no other.
     """
     sides: tuple[list[Problem], list[Problem]] = ([], [])
     for problem in problems:
@@ -117,8 +157,10 @@ def split_for_stages(
     return sides
 
 
-def divide(settings: config.Config, problems: Iterable[Problem]) -> tuple[list[Problem], list[Problem]]:
-    """(for SFT, kept for stage 2) of a run's problems: by `split_for_stages`, those of the quickstart by their place."""
+def split_problems(
+    settings: config.Config, problems: Iterable[Problem]
+) -> tuple[list[Problem], list[Problem]]:
+    """(problems for SFT, problems for stage 2): by `split_for_stages`, or by position in the quickstart."""
     found, share = list(problems), settings.problems.correction_share
     if not settings.teacher.embedded:
         return split_for_stages(found, share, settings.seed)
@@ -126,31 +168,33 @@ def divide(settings: config.Config, problems: Iterable[Problem]) -> tuple[list[P
     return found[: len(found) - kept], found[len(found) - kept :]
 
 
-# -- what must not be trained on -----------------------------------------------------------------------------------
+# -- questions that must not be trained on -------------------------------------------------------------------------
 
 
-def _avoided(settings: config.Config) -> Iterator[Question]:
-    """The questions of eval.source and of every file in problems.avoid, each under its id and its file.
+def _questions_to_avoid(settings: config.Config) -> Iterator[Question]:
+    """The questions of eval.source and of every source in problems.avoid, named by id and file.
 
-    Where evaluation and training share one source, evaluation itself leaves out what was trained on.
+    If training and evaluation share one source, the evaluation skips the problems that were trained on instead.
     """
-    if settings.eval.source and _place(settings.eval) != _place(settings.problems):
-        yield from _questions(settings.eval, "eval.source", "--set eval.source= leaves this check out")
+    if settings.eval.source and _location(settings.eval) != _location(settings.problems):
+        yield from _read_questions(settings.eval, "eval.source", "--set eval.source= skips this check")
     for source in settings.problems.avoid:
-        yield from _questions(config.Source(source=source), "problems.avoid", "or take it out of the list")
+        yield from _read_questions(
+            config.Source(source=source), "problems.avoid", "or remove it from the list"
+        )
 
 
-def _place(source: config.Source) -> tuple[str, ...]:
+def _location(source: config.Source) -> tuple[str, ...]:
     if is_local(source.source):
         return (str(Path(source.source).expanduser().resolve()),)
     return source.source, source.subset, source.split
 
 
-def _questions(source: config.Source, key: str, way_out: str) -> Iterator[Question]:
-    """Every question of a source, also of rows without an answer."""
+def _read_questions(source: config.Source, key: str, alternative: str) -> Iterator[Question]:
+    """Every question of a source, including rows without an answer."""
     columns, first, found = source.columns(), "", False
     try:
-        for place, row in rows_of(source.source, source.subset, source.split, key):
+        for place, row in read_rows(source.source, source.subset, source.split, key):
             try:
                 id_, question = read_question(row, columns)
             except BadRow as error:
@@ -160,26 +204,30 @@ def _questions(source: config.Source, key: str, way_out: str) -> Iterator[Questi
                 yield f"{id_} of {source.source}", question
         if first and not found:
             raise DataError(f"{source.source}: no row has a question; {first}", f"it needs rows with {FORMS}")
-    except (DataError, NetworkError) as failure:
-        raise type(failure)(
-            f"{key}, whose questions must not be trained on: {failure.message}", f"{failure.hint}; {way_out}"
-        ) from failure
+    except (DataError, NetworkError) as error:
+        raise type(error)(
+            f"{key}, whose questions must not be trained on: {error.message}", f"{error.hint}; {alternative}"
+        ) from error
 
 
-def _put_there(run: Run, avoid: Mapping[int, str], drops: list[Drop]) -> list[Problem]:
-    """The rows of a problems.jsonl that was put into the run; the file stays as it is."""
-    rows = run.require(FILE, Problem, f"name a file, as in --set problems.source=train.jsonl, with {FORMS}")
+def _read_imported(run: Run, avoid: Mapping[int, str], drops: list[Drop]) -> list[Problem]:
+    """The rows of an imported problems.jsonl; the file is not changed."""
+    hint = f"set problems.source, as in --set problems.source=train.jsonl, to a file with {FORMS}"
+    rows = run.require(FILE, Problem, hint)
     numbers: dict[str, int] = {}
     problems = []
     for number, problem in enumerate(rows, 1):
         if problem.id in numbers:
             raise DataError(
-                f"{run.path(FILE)}, row {number}: the id {problem.id} stands at row {numbers[problem.id]} already",
-                "give each row an id of its own",
+                f"{run.path(FILE)}, row {number}: same id {problem.id} as row {numbers[problem.id]}",
+                "make ids unique",
             )
         numbers[problem.id] = number
-        if name := overlap(problem.question, avoid):
-            drops.append(_overlap_drop(problem, f"{run.path(FILE)}, row {number}", name))
+        if name := find_overlap(problem.question, avoid):
+            detail = _overlap_detail(f"{run.path(FILE)}, row {number}", name)
+            drops.append(
+                Drop(stage=STAGE, id=problem.id, reason=OVERLAPS, detail=detail, raw=problem.question)
+            )
         else:
             problems.append(problem)
     if not problems:
@@ -187,67 +235,10 @@ def _put_there(run: Run, avoid: Mapping[int, str], drops: list[Drop]) -> list[Pr
     return problems
 
 
-def _overlap_drop(problem: Problem, where: str, name: str) -> Drop:
-    detail = f"{where}: {SPAN} words in a row, or all of it, stand in {name}"
-    return Drop(stage=STAGE, id=problem.id, reason=OVERLAPS, detail=detail, raw=problem.question)
+def _overlap_detail(where: str, name: str) -> str:
+    return f"{where}: shares {NGRAM} words in a row, or the whole question, with {name}"
 
 
 def _all_overlap(source: str) -> tuple[str, str]:
-    message = f"{source}: every problem overlaps those of the evaluation"
+    message = f"{source}: every problem overlaps an evaluation problem"
     return message, "train and evaluate on different problems"
-
-
-# -- rows into problems --------------------------------------------------------------------------------------------
-
-
-def _collect(
-    source: str,
-    rows: Rows,
-    limit: int | None,
-    drops: list[Drop],
-    columns: Mapping[str, str],
-    avoid: Mapping[int, str],
-) -> list[Problem]:
-    problems: list[Problem] = []
-    questions: dict[int, str] = {}  # hash of a question -> id
-    ids: dict[str, str] = {}  # id -> place
-    empty, first = True, None
-    for place, row in rows:
-        empty = False
-        where = f"{source}, {place}"
-        try:
-            problem = read_problem(row, columns)
-        except BadRow as error:
-            first = first or (place, error)
-            detail = f"{where}: {error.message}{f' ({error.hint})' if error.hint else ''}"
-            drops.append(Drop(stage=STAGE, id=place, reason=error.reason, detail=detail, raw=error.raw))
-            continue
-        alike = hash(same_question(problem.question))
-        if alike in questions:
-            detail = f"{where}: the question of {questions[alike]} again"
-            given = {"id": problem.id, "reason": "duplicate_question", "raw": problem.question}
-            drops.append(Drop(stage=STAGE, detail=detail, **given))
-            continue
-        if name := overlap(problem.question, avoid):
-            drops.append(_overlap_drop(problem, where, name))
-            continue
-        if problem.id in ids:
-            detail = f"{where}: the id of {ids[problem.id]} again (give each row an id of its own, or none)"
-            given = {"id": problem.id, "reason": "duplicate_id", "raw": problem.question}
-            drops.append(Drop(stage=STAGE, detail=detail, **given))
-            continue
-        questions[alike], ids[problem.id] = problem.id, place
-        problems.append(problem)
-        if len(problems) == limit:
-            break
-    if empty:
-        raise DataError(f"{source} is empty", f"it needs rows with {FORMS}")
-    if not problems and first is None:
-        raise DataError(*_all_overlap(source))
-    if not problems:
-        place, error = first
-        counts = Counter(drop.reason.replace("_", " ") for drop in drops)
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
-        hint = error.hint or f"it needs rows with {FORMS}"
-        raise DataError(f"{source}: no row can be used ({reasons}); {place}: {error.message}", hint)
-    return problems

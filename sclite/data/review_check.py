@@ -1,6 +1,6 @@
-"""Whether a teacher's review of a wrong attempt can be used: it must keep the work, and mend its first wrong step."""
+"""Checks a teacher's review of a wrong attempt: it must keep the work and correct its first wrong step."""
 
-from sclite.data.templates import broken_text, mentions_the_solution
+from sclite.data.templates import broken_text_rejection, find_leak
 from sclite.grading.worker import Grader
 from sclite.records import Attempt, Problem
 from sclite.teacher.client import Rejection
@@ -8,15 +8,15 @@ from sclite.trace import Trace, first_corrected, parse, render, work_of
 
 
 def review_rejection(text: str, attempt: Attempt, problem: Problem, grader: Grader) -> Rejection | None:
-    """Why a teacher's review of an attempt cannot be used; None where it can."""
+    """Why a teacher's review of an attempt is unusable, or None if it is usable."""
     parsed = parse(text)
     if parsed.issues:
         return Rejection("not_readable", str(parsed.issues[0]))
     review = parsed.trace
-    rejection = broken_text(text) or step_rejection(work_of(attempt.trace), review, attempt.first_error)
-    if rejection is not None:
+    rejection = broken_text_rejection(text)
+    if rejection := rejection or step_rejection(work_of(attempt.trace), review, attempt.first_error):
         return rejection
-    if mentions_the_solution(render(review)):
+    if find_leak(render(review)):
         return Rejection("leak", "the text mentions a given solution or answer")
     right = grader.equal(review.answer, problem.answer)
     if right is None:
@@ -25,7 +25,7 @@ def review_rejection(text: str, attempt: Attempt, problem: Problem, grader: Grad
 
 
 def step_rejection(work: Trace, review: Trace, label: int | None) -> Rejection | None:
-    """Whether the review accuses one step, with cause and correction, and leaves all text up to it as it was."""
+    """Why a review does not accuse exactly one step, with cause and correction, and keep the text up to it; else None."""
     step = first_corrected(review)
     if step is None:
         return Rejection(

@@ -1,4 +1,4 @@
-"""Stage 1's data: the teacher turns each gold solution into a thought trace, which is kept only if it holds (METHOD 3)."""
+"""Thought templates: the teacher turns each gold solution into a trace, which is kept if it passes the checks (METHOD 3)."""
 
 import re
 from collections import Counter
@@ -9,24 +9,24 @@ from typing import Any
 
 from sclite import prompts, trace
 from sclite.config import Config
-from sclite.data.problems import divide, gather_problems
+from sclite.data.problems import gather_problems, split_problems
 from sclite.errors import DataError, UsageError
 from sclite.grading.worker import Grader
 from sclite.records import Drop, Problem, Template
 from sclite.run import Report, Run, timed
 from sclite.signature import digest_rows
-from sclite.teacher.client import Job, Rejection, Result, Teacher, count_unanswered, identity
+from sclite.teacher.client import Job, Rejection, Teacher, count_unanswered, identity
 from sclite.teacher.forecast import CHARACTERS_PER_TOKEN, Forecast, ask_after_pilot, forecast
 
 STAGE, FILE = "templates", "templates.jsonl"
-BEGUN = ".templates.json"  # what the rows of an unfinished file are made from
+BEGUN = ".templates.json"  # teacher and prompts of the rows in an unfinished file
 Progress = Callable[[int, int, float], None]
 """(done, total, spent_usd) after each row."""
 
 _GIVEN = r"(?:given|provided|supplied|official|model|reference|gold(?:en)?|ground[- ]truth)"
 _NUMBER = r"\$?\d+(?:[.,/]\d+)*\$?\s*"
 _MIXTURE = rf"\s+set\b|\s+of\s+{_NUMBER}(?:\\?%|[a-z])|(?:\s+\w+){{1,4}}\s+{_NUMBER}(?:\\?%|percent)"
-"""What follows where the word means a set of numbers or a liquid: `the given solution of 2 litres`, `contains 20%`."""
+"""What follows a `solution` that is a solution set or a liquid: `the given solution of 2 litres`, `contains 20%`."""
 _MENTIONS = re.compile(
     rf"\b(?:the|this|that|your)\s+{_GIVEN}\s+(?:(?:written|worked|final)\s+)?(?:answers?\b|solutions?\b(?!{_MIXTURE}))"
     r"|\b(?:reference|gold(?:en)?|ground[- ]truth)[- ](?:solution|answer)s?\b"
@@ -47,28 +47,37 @@ def build_templates(
     confirm: Callable[[Forecast], bool] | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Write templates.jsonl: one checked thought trace for each problem of stage 1, or for each of `problems`.
+    """Write templates.jsonl: one checked trace for each problem of stage 1, or for each of `problems`.
 
-    What is left out stands in dropped.jsonl with its reason and the last reply. Unfinished work is taken up again, and
-    nothing happens where the stage was finished from the same inputs. A templates.jsonl that no such stage wrote takes
-    its place. `confirm` decides after a few rows whether the rest is worth its price. Raises UsageFault where rows by another teacher or prompt lie there (`fresh` makes them anew), DataFault
-    where not one template came out.
+    Failed problems go to dropped.jsonl with a reason and the last reply. Resumes unfinished work; does nothing if the
+    stage is done with the same inputs. An imported templates.jsonl replaces the stage. After a few rows, `confirm`
+    decides whether to pay for the rest. Raises UsageError if existing rows come from another teacher or prompt
+    (`fresh` discards them), DataError if no template passes.
     """
     report = Report(STAGE)
     with timed(report):
         if is_imported(run):
-            return _adopt(run, report)
+            rows = run.read(FILE, Template)
+            for number, row in enumerate(rows, 1):
+                if issues := trace.parse(row.trace).issues:
+                    raise DataError(
+                        f"{run.path(FILE)}, row {number} ({row.id}): {issues[0]}", "fix or remove it"
+                    )
+            report.counts = {"templates": len(rows), "imported": len(rows)}
+            report.skipped = True
+            return report
         if problems is None:
-            problems = divide(settings, gather_problems(settings, run))[0]
+            problems = split_problems(settings, gather_problems(settings, run))[0]
         inputs = inputs_of(settings, problems)
         manifest = run.done(STAGE, inputs, FILE)
         if manifest is not None and not fresh:
             return Report.of(manifest)
-        kept = _kept(run, inputs, problems, fresh)
-        drops = _ask(settings, run, teacher, grader, problems, kept, _basis(inputs), confirm, progress)
+        basis = {"prompts": inputs["prompts"], "teacher": inputs["teacher"]}
+        kept = _keep_valid_rows(run, basis, problems, fresh)
+        drops = _request_missing(settings, run, teacher, grader, problems, kept, basis, confirm, progress)
         _finish(run, report, problems, drops, teacher)
     unanswered = count_unanswered(report.dropped)
-    # the signature then fits no inputs, and the next call asks again
+    # failed calls: this signature matches no inputs, so the next run requests them again
     signed = {**inputs, "unanswered": unanswered} if unanswered else inputs
     run.sign(STAGE, signed, report, {FILE: len(problems) - len(drops)})
     return report
@@ -77,32 +86,31 @@ def build_templates(
 def forecast_templates(
     settings: Config, run: Run, *, teacher: Teacher, grader: Grader, problems: Sequence[Problem]
 ) -> dict[str, Any]:
-    """What build_templates would send first, and what it would cost; sends and writes nothing."""
-    there = {row.id for row in run.rows(FILE, Template, whole=False)}
-    missing = [problem for problem in problems if problem.id not in there]
+    """The first request of build_templates and the estimated cost; sends and writes nothing."""
+    existing = {row.id for row in run.rows(FILE, Template, whole=False)}
+    missing = [problem for problem in problems if problem.id not in existing]
     solutions = sum(len(problem.solution or problem.answer) for problem in missing)
     guess = 120 + 1.5 * solutions / CHARACTERS_PER_TOKEN / max(1, len(missing))
     return forecast(teacher, _jobs(settings, iter(missing), grader), guess, STAGE)
 
 
 def check_template(reply: str, problem: Problem, grader: Grader) -> Rejection | None:
-    """What is wrong with a teacher's reply as a template for this problem; None where nothing is."""
-    parsed, text = _read(reply)
+    """Why a teacher's reply is not a valid template for this problem, or None if it is."""
+    parsed, text = _parse_reply(reply)
     if parsed.issues:
         named = "; ".join(str(error) for error in parsed.issues[:3])
         return Rejection(parsed.issues[0].name, f"its tags are not in order: {named}")
     found = parsed.trace
-    if not_text := broken_text(text):
-        return not_text
+    if rejection := broken_text_rejection(text):
+        return rejection
     if trace.first_corrected(found) is not None:
         return Rejection(
             "correction_in_template", "it has a <Cause> or <Correction>, which do not belong here"
         )
     if found.generalized is None:
         return Rejection("no_generalized", "<Generalized> is missing")
-    mention = mentions_the_solution(text)
-    if mention:
-        return Rejection("leak", f'it says "{mention}", as if a solution had been given')
+    if leak := find_leak(text):
+        return Rejection("leak", f'it says "{leak}", as if a solution had been given')
     equal = grader.equal(found.answer, problem.answer)
     if equal is None:
         return Rejection("grader_unknown", f"its answer cannot be compared, write exactly: {problem.answer}")
@@ -111,42 +119,34 @@ def check_template(reply: str, problem: Problem, grader: Grader) -> Rejection | 
     return None
 
 
-def broken_text(text: str) -> Rejection | None:
-    """A flaw where characters were lost on the way, which reading has replaced by U+FFFD."""
+def broken_text_rejection(text: str) -> Rejection | None:
+    """A rejection if decoding has replaced characters with U+FFFD."""
     return Rejection("broken_text", "it has characters that are no text") if "\ufffd" in text else None
 
 
-@lru_cache(maxsize=512)  # a reply is read for its check, and soon after for its row
-def _read(reply: str) -> tuple[trace.Parsed, str]:
-    """A reply as a trace, and its canonical text where it has no faults."""
+@lru_cache(maxsize=512)  # a reply is parsed for its check, and soon after for its row
+def _parse_reply(reply: str) -> tuple[trace.Parsed, str]:
+    """(parsed reply, its canonical text or "" if it has issues)."""
     parsed = trace.parse(reply)
     return parsed, "" if parsed.issues else trace.render(parsed.trace)
 
 
-def mentions_the_solution(text: str) -> str | None:
-    """The words by which a text betrays that a solution was given; None where there are none."""
+def find_leak(text: str) -> str | None:
+    """The words that reveal that the teacher saw a solution, or None."""
     found = _MENTIONS.search(text)
     return found[0] if found else None
 
 
-# -- the stage's parts ---------------------------------------------------------------------------------------------
-
-
 def inputs_of(settings: Config, problems: Sequence[Problem]) -> dict[str, Any]:
-    """What decides the templates of these problems."""
-    named = ["teacher_system", "teacher_template"]
-    named += ["inspector_template"] if settings.teacher.inspector else []
+    """The inputs that decide the templates of these problems."""
+    used = ["teacher_system", "teacher_template"]
+    used += ["inspector_template"] if settings.teacher.inspector else []
     return {
         "problems": digest_rows(problems),
-        "prompts": prompts.digest(*named, folder=settings.prompts.folder),
+        "prompts": prompts.digest(*used, folder=settings.prompts.folder),
         "teacher": identity(settings.teacher),
         "repairs": settings.teacher.repairs,
     }
-
-
-def _basis(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The part of the inputs that all rows have in common."""
-    return {"prompts": inputs["prompts"], "teacher": inputs["teacher"]}
 
 
 def is_imported(run: Run) -> bool:
@@ -154,61 +154,70 @@ def is_imported(run: Run) -> bool:
     return not run.path(BEGUN).is_file() and any(True for _ in run.rows(FILE, Template))
 
 
-def _adopt(run: Run, report: Report) -> Report:
-    rows = run.read(FILE, Template)
-    for number, row in enumerate(rows, 1):
-        issues = trace.parse(row.trace).issues
-        if issues:
-            raise DataError(f"{run.path(FILE)}, row {number} ({row.id}): {issues[0]}", "mend or remove it")
-    report.counts = {"templates": len(rows), "imported": len(rows)}
-    report.skipped = True
-    return report
+def _keep_valid_rows(run: Run, basis: dict[str, Any], problems: Sequence[Problem], fresh: bool) -> set[str]:
+    """Remove the rows of earlier runs that are no longer valid; returns the ids of the others.
 
-
-def _kept(run: Run, inputs: dict[str, Any], problems: Sequence[Problem], fresh: bool) -> set[str]:
-    """The ids of the rows that an earlier call left and that still hold; the others are taken out."""
-    basis, before = _basis(inputs), run.read_json(BEGUN, dict[str, Any])
-    if fresh or (before is None and run.path(BEGUN).is_file()):  # damaged: the ledger has what was paid for
+    `basis` holds what all rows depend on: prompts and teacher.
+    """
+    before = run.read_json(BEGUN, dict[str, Any])
+    if fresh or (before is None and run.path(BEGUN).is_file()):  # damaged: paid replies are in the ledger
         run.replace(FILE, [])
     elif before != basis and any(True for _ in run.rows(FILE, Template, whole=False)):
         changed = [
             f"{name} {before.get(name)} -> {basis[name]}" for name in basis if before.get(name) != basis[name]
         ]
         raise UsageError(
-            f"{run.path(FILE)} was made otherwise: {'; '.join(changed)}",
-            "--fresh makes it anew (and pays for it), or put the old setting back",
+            f"{run.path(FILE)} was made with other settings: {'; '.join(changed)}",
+            "pass --fresh to discard and pay for them again, or restore the old settings",
         )
-    asked = {problem.id: problem for problem in problems}
-    kept = {
+    wanted = {problem.id: (problem.question, problem.answer) for problem in problems}
+    kept = {  # in order
         row.id: None
         for row in run.rows(FILE, Template, whole=False)
-        if row.id in asked and (row.question, row.answer) == (asked[row.id].question, asked[row.id].answer)
+        if wanted.get(row.id) == (row.question, row.answer)
     }
     run.reorder(FILE, Template, kept)
     run.replace_drops([STAGE], [])
     return set(kept)
 
 
-def _ask(settings, run, teacher, grader, problems, kept, basis, confirm, progress) -> dict[str, Drop]:
-    """Ask for what is missing; each row is in its file before the next is looked at. Gives the drops by id."""
-    under_way: dict[str, Problem] = {}
+def _request_missing(
+    settings: Config,
+    run: Run,
+    teacher: Teacher,
+    grader: Grader,
+    problems: Sequence[Problem],
+    kept: set[str],
+    basis: dict[str, Any],
+    confirm: Callable[[Forecast], bool] | None,
+    progress: Progress | None,
+) -> dict[str, Drop]:
+    """Request the missing templates, writing each row before the next result is handled; returns the drops by id."""
+    in_flight: dict[str, Problem] = {}
     drops: dict[str, Drop] = {}
     done, add = len(kept), None
-    waiting = (under_way.setdefault(p.id, p) for p in problems if p.id not in kept)
-    jobs = _jobs(settings, waiting, grader)
+    pending = (in_flight.setdefault(p.id, p) for p in problems if p.id not in kept)
+    jobs = _jobs(settings, pending, grader)
     if progress is not None:
         progress(done, len(problems), teacher.ledger.spent_usd)
     with ExitStack() as open_files:
         for result in ask_after_pilot(teacher, jobs, len(problems) - len(kept), STAGE, confirm):
-            problem = under_way.pop(result.id)
+            problem = in_flight.pop(result.id)
             if result.text is None:
-                drops[result.id] = _drop(result)
+                drops[result.id] = Drop(
+                    stage=STAGE,
+                    id=result.id,
+                    reason=result.rejection.reason,
+                    detail=result.rejection.text,
+                    raw=result.raw,
+                )
                 run.append("dropped.jsonl", [drops[result.id]])
             else:
                 if add is None:
                     run.write_json(BEGUN, basis)
                     add = open_files.enter_context(run.appending(FILE))
-                add([_template(problem, result)])
+                given = problem.model_dump(include={"id", "question", "answer"})
+                add([Template(**given, trace=_parse_reply(result.text)[1], requests=result.requests)])
             done += 1
             if progress is not None:
                 progress(done, len(problems), teacher.ledger.spent_usd)
@@ -234,25 +243,10 @@ def _jobs(settings: Config, problems: Iterator[Problem], grader: Grader) -> Iter
         yield Job(problem.id, messages, check, inspect=inspect)
 
 
-def _template(problem: Problem, result: Result) -> Template:
-    given = {"id": problem.id, "question": problem.question, "answer": problem.answer}
-    return Template(**given, trace=_read(result.text)[1], requests=result.requests)
-
-
-def _drop(result: Result) -> Drop:
-    return Drop(
-        stage=STAGE,
-        id=result.id,
-        reason=result.rejection.reason,
-        detail=result.rejection.text,
-        raw=result.raw,
-    )
-
-
 def _finish(
     run: Run, report: Report, problems: Sequence[Problem], drops: dict[str, Drop], teacher: Teacher
 ) -> None:
-    """Put both files into the order of the problems and fill in the report."""
+    """Sort both files in the order of the problems and fill in the report."""
     run.reorder(FILE, Template, (problem.id for problem in problems))
     run.replace_drops([STAGE], [drops[problem.id] for problem in problems if problem.id in drops])
     requests = [row.requests for row in run.rows(FILE, Template)]
@@ -265,6 +259,6 @@ def _finish(
         why = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items()) or "no problems"
         first = next((drop.detail for drop in drops.values()), "")
         raise DataError(
-            f"no template came out of {len(problems)} problems: {why}; the first: {first}",
+            f"none of the {len(problems)} problems gave a template: {why}; the first: {first}",
             f"see {run.path('dropped.jsonl')}",
         )

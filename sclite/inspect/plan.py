@@ -12,7 +12,7 @@ from typing import Any
 
 from sclite import console
 from sclite.config import Config
-from sclite.data.corrections import left_to_ask
+from sclite.data.corrections import count_pending_corrections
 from sclite.records import Pair, Problem, Review, Template
 from sclite.run import Run
 from sclite.student.loader import model_name
@@ -90,7 +90,7 @@ def plan(
         "stages": stages,
         "hours": None if None in hours else round(sum(hours), 2),
         "disk_gb": _disk(config, model),
-        "teacher": corrections_cost(config, run, unseen, left_to_ask(config, run)),
+        "teacher": corrections_cost(config, run, unseen, count_pending_corrections(config, run)),
     }
 
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from sclite.config import Config
 from sclite.data import attempts, corrections, pairs, templates
-from sclite.data.problems import divide
+from sclite.data.problems import split_problems
 from sclite.data.sources import is_local
 from sclite.errors import DataError, ScliteError
 from sclite.evaluate.results import summaries
@@ -108,7 +108,7 @@ def _stages(config: Config, run: Run, paid: Mapping[str, Any] | None) -> dict[st
         first = Stage(DONE, counts={"problems": len(problems)}) if problems else Stage()
     except DataError as error:
         first = Stage(STALE, [error.message])
-    sides, found = divide(config, problems), {"problems": first}
+    sides, found = split_problems(config, problems), {"problems": first}
     expected = _expected(config, run, sides)
     totals = {"templates": len(problems), "attempts": len(sides[1]) * config.attempts.samples}
     for name, output in OUTPUTS.items():

@@ -8,7 +8,7 @@ from typing import Any
 from sclite import measure, pipeline, training
 from sclite.config import Config
 from sclite.context import Context
-from sclite.data.problems import divide
+from sclite.data.problems import split_problems
 from sclite.evaluate.evaluate import best_example
 from sclite.evaluate.results import result_folder
 from sclite.progress import ProgressDisplay
@@ -93,7 +93,7 @@ def _problems(config: Config, run: Run):
     count = (
         config.problems.limit or sum(1 for _ in run.rows("problems.jsonl", Problem, whole=False)) or PROBLEMS
     )
-    return divide(config, train_problems(count))
+    return split_problems(config, train_problems(count))
 
 
 def next_commands(run: Path) -> list[tuple[str, str]]:

@@ -10,8 +10,8 @@ import pytest
 
 from sclite import config
 from sclite.config import Config
-from sclite.data.attempts import distinct, in_blocks, inputs_of, sample_attempts
-from sclite.data.imported import bring
+from sclite.data.attempts import deduplicate, group_into_blocks, inputs_of, sample_attempts
+from sclite.data.imported import import_attempts
 from sclite.errors import DataError
 from sclite.grading.worker import Grader
 from sclite.records import Attempt, Drop, Problem
@@ -145,7 +145,7 @@ def test_attempts_that_say_the_same_count_once():
         Attempt(id=i, sample=s, trace=t, answer="1", correct=True)
         for i, s, t in (("p1", 0, text), ("p1", 1, same), ("p1", 2, other), ("p2", 0, text))
     ]
-    assert [(r.id, r.sample) for r in distinct(rows)] == [("p1", 0), ("p1", 2), ("p2", 0)]
+    assert [(r.id, r.sample) for r in deduplicate(rows)] == [("p1", 0), ("p1", 2), ("p2", 0)]
 
 
 @dataclass
@@ -174,9 +174,7 @@ def test_a_warning_says_that_most_attempts_are_unreadable_and_what_to_change(run
     assert report.figures.get("warnings", []) == said
     assert len(said) == warned
     if warned:
-        assert said[0].startswith(
-            "15 of 15 attempts cannot be read as steps, most often: no steps; train SFT"
-        )
+        assert said[0].startswith("15 of 15 attempts have no readable steps, most often: no steps; train SFT")
 
 
 # -- brought along -------------------------------------------------------------------------------------------------
@@ -211,7 +209,7 @@ def test_attempts_brought_along_keep_their_labels_and_get_a_verdict(run, grader,
 
 def test_a_line_separator_inside_a_text_is_no_end_of_line(grader, tmp_path):
     source = write(tmp_path / "mine.jsonl", {"question": "What is 1 + 1?", "steps": ["one\u2028two", "2"]})
-    assert len(bring(source, PROBLEMS, grader)) == 1
+    assert len(import_attempts(source, PROBLEMS, grader)) == 1
 
 
 @pytest.mark.parametrize(
@@ -243,8 +241,8 @@ def test_a_row_that_cannot_be_used_is_left_out_and_named_with_file_and_line(run,
     assert (drop.stage, drop.id, drop.raw) == ("attempts", "line 3", row)
     assert "mine.jsonl, line 3: " in drop.detail
     path.write_text(row + "\n")
-    with pytest.raises(DataError, match=r"no row can be used: 1 row_not_readable; .*mine\.jsonl, line 1: "):
-        bring(path, PROBLEMS, grader)
+    with pytest.raises(DataError, match=r"no usable row: 1 row_not_readable; .*mine\.jsonl, line 1: "):
+        import_attempts(path, PROBLEMS, grader)
 
 
 def test_imported_attempts_may_be_packed_and_a_line_that_is_not_utf8_is_left_out(run, grader, tmp_path):
@@ -273,7 +271,7 @@ def test_a_label_that_says_all_is_right_keeps_the_attempt_right(grader, tmp_path
         {"question": "What is 1 + 1?", "steps": ["so 3"], "first_error_step": label},
     ]
     drops: list[Drop] = []
-    found = bring(write(tmp_path / "mine.jsonl", *rows), PROBLEMS, grader, drops)
+    found = import_attempts(write(tmp_path / "mine.jsonl", *rows), PROBLEMS, grader, drops)
     assert [(r.sample, r.correct, r.first_error, r.answer) for r in found] == [
         (0, True, None, "2"),  # no answer can be read in it, so that it has the right one
         (1, True, None, "2"),
@@ -284,29 +282,29 @@ def test_a_label_that_says_all_is_right_keeps_the_attempt_right(grader, tmp_path
 
 def test_a_labelled_step_makes_an_attempt_wrong_whatever_its_answer(grader, tmp_path):
     row = {"question": "What is 1 + 1?", "steps": ["1 + 1 = 3", "so 2"], "first_error_step": 1}
-    (found,) = bring(write(tmp_path / "mine.jsonl", row), PROBLEMS, grader)
+    (found,) = import_attempts(write(tmp_path / "mine.jsonl", row), PROBLEMS, grader)
     assert (found.correct, found.first_error) == (False, 1)
 
 
 def test_a_label_of_another_name_is_not_passed_over(grader, tmp_path):
     source = write(tmp_path / "mine.jsonl", {"problem": "What is 1 + 1?", "steps": ["3"], "label": 0})
-    with pytest.raises(DataError, match=r"a label, but no first_error_step: .* add 1"):
-        bring(source, PROBLEMS, grader)
+    with pytest.raises(DataError, match=r"has `label` but no `first_error_step`: .* add 1"):
+        import_attempts(source, PROBLEMS, grader)
 
 
 def test_a_missing_file_and_one_about_other_problems_are_told_apart(grader, tmp_path):
     with pytest.raises(DataError, match="does not exist"):
-        bring(tmp_path / "none.jsonl", PROBLEMS, grader)
+        import_attempts(tmp_path / "none.jsonl", PROBLEMS, grader)
     other = write(tmp_path / "other.jsonl", {"question": "Something else?", "steps": ["x"]})
-    with pytest.raises(DataError, match="no row's question is among the problems of the run"):
-        bring(other, PROBLEMS, grader)
+    with pytest.raises(DataError, match="none of its questions is among the run's problems"):
+        import_attempts(other, PROBLEMS, grader)
 
 
 def test_a_brought_attempt_is_written_in_canonical_form(grader, tmp_path):
     source = write(
         tmp_path / "mine.jsonl", {"question": "What is 1 + 1?", "steps": ["a", "b"], "answer": "2"}
     )
-    (row,) = bring(source, PROBLEMS, grader)
+    (row,) = import_attempts(source, PROBLEMS, grader)
     assert row.trace == render(parse(row.trace).trace)
 
 
@@ -440,8 +438,8 @@ def test_a_block_comes_when_it_and_those_before_it_are_whole(order):
             come.append(index)
             yield Reply(index, str(index), 1, 1, "stop")
 
-    for begin, block in in_blocks(replies(), 5, 2):
+    for begin, block in group_into_blocks(replies(), 5, 2):
         assert [r.index for r in block] == list(range(begin, min(begin + 2, 5)))
         assert set(range(begin + len(block))) <= set(come)
     assert sorted(come) == [0, 1, 2, 3, 4]
-    assert [begin for begin, _ in in_blocks(replies(), 5, 2)] == [0, 2, 4]
+    assert [begin for begin, _ in group_into_blocks(replies(), 5, 2)] == [0, 2, 4]

@@ -6,7 +6,7 @@ import pytest
 
 from sclite.config import Config
 from sclite.context import Context
-from sclite.data.contamination import index_of, overlap, trained_on
+from sclite.data.contamination import build_index, find_contaminated, find_overlap
 from sclite.data.problems import gather_problems
 from sclite.errors import DataError, NetworkError
 from sclite.measure import held_out
@@ -20,7 +20,7 @@ WORDS = LONG.split()
 
 
 def overlaps(first: str, second: str) -> bool:
-    return overlap(first, index_of([("x", second)])) == "x"
+    return find_overlap(first, build_index([("x", second)])) == "x"
 
 
 def test_thirteen_words_in_a_row_are_an_overlap_and_twelve_are_none():
@@ -46,7 +46,7 @@ def test_a_short_question_with_another_sign_is_another_one():
 def test_each_problem_that_was_trained_on_is_told_with_the_question_it_overlaps():
     problems = [Problem(id=i, question=q, answer="1") for i, q in (("a", LONG), ("b", "Why?"), ("c", "Who?"))]
     training = iter([("t1", "What?"), ("t2", f"Once {LONG}"), ("t3", "WHY"), ("t4", LONG)])
-    assert trained_on(problems, training) == {"a": "t2", "b": "t3"}
+    assert find_contaminated(problems, training) == {"a": "t2", "b": "t3"}
 
 
 # -- in the training problems --------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def test_an_evaluation_set_out_of_reach_is_a_fault_with_a_way_out(tmp_path, run,
     with pytest.raises(NetworkError, match=r"eval\.source, whose .* some/set cannot be reached") as error:
         gather_problems(settings(f"problems.source={source}", "eval.source=some/set"), run)
     assert "as eval.source" in error.value.hint
-    assert "--set eval.source= leaves" in error.value.hint
+    assert "--set eval.source= skips" in error.value.hint
     with pytest.raises(DataError, match=r"problems\.avoid, whose .*none\.jsonl does not exist"):
         gather_problems(settings(f"problems.source={source}", "problems.avoid=none.jsonl"), run)
 

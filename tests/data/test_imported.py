@@ -181,7 +181,7 @@ def test_attempts_in_the_run_are_corrected(filled, monkeypatch):
     ("change", "said"),
     [
         ({"id": "p9"}, "no problem has this id"),
-        ({"sample": 0}, "sample 0 is there already"),
+        ({"sample": 0}, "sample 0 occurs twice"),
         ({"first_error": 3}, "first_error is 3, but it has 2 steps"),
         ({"correct": True}, "first_error is 2, but correct is True"),
         ({"first_error": 0}, "first_error is 0, but correct is False"),
@@ -197,7 +197,7 @@ def test_an_attempt_in_the_run_that_does_not_fit_is_named(filled, change, said):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"sample": 4}, "attempts.jsonl has no attempt of this id and sample 4"),
+        ({"sample": 4}, "attempts.jsonl has no attempt with this id and sample 4"),
         ({"step": 1}, "step is 1, but its trace corrects 2"),
         ({"step": None}, "step is None, but its trace corrects 2"),
         ({"trace": "<Step1>x"}, "missing closer"),
@@ -225,15 +225,18 @@ def test_pairs_in_the_run_take_the_place_of_the_stage(filled):
         ([DECISION.model_copy(update={"id": "p9"})], r"row 1 \(p9\): no problem has this id"),
         ([DECISION, CONTENT, CONTENT], r"row 3 \(p0\): a second content"),
         ([CONTENT], "its attempt has no decision"),
-        ([DECISION.model_copy(update={"step": 3})], "step 3 is not among the attempt's 2"),
+        ([DECISION.model_copy(update={"step": 3})], "step is 3, but the attempt has 2 steps"),
         ([DECISION.model_copy(update={"step": 1})], "prefix is not the attempt up to step 1"),
         (
             [DECISION.model_copy(update={"prefix": ("".join(PREFIX),)})],
             "prefix is not the attempt up to step 2",
         ),
-        ([DECISION.model_copy(update={"rejected": "</Step2>"})], "its sides are not"),
-        ([DECISION, CONTENT.model_copy(update={"rejected": CONTENT.chosen})], "both sides are alike"),
-        ([DECISION, CONTENT.model_copy(update={"chosen": "a</Cause>\nb\n"})], "chosen is not a cause"),
+        ([DECISION.model_copy(update={"rejected": "</Step2>"})], "chosen and rejected must be"),
+        (
+            [DECISION, CONTENT.model_copy(update={"rejected": CONTENT.chosen})],
+            "chosen and rejected are identical",
+        ),
+        ([DECISION, CONTENT.model_copy(update={"chosen": "a</Cause>\nb\n"})], "chosen must be a cause"),
     ],
 )
 def test_a_pair_in_the_run_that_cannot_be_trained_on_is_named(filled, rows, said):

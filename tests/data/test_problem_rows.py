@@ -91,7 +91,7 @@ def test_worked_text_in_the_answer_column_is_no_answer_unless_it_marks_one():
     sentence = "If Jungkook is in 5th place, then 4 people crossed the finish line faster than him."
     error = refused(answer=sentence)
     assert error.reason == "no_answer"
-    assert "answer is worked text without" in error.message
+    assert "answer is a worked solution without" in error.message
     assert "answer_column" in error.hint
     assert answer(answer=f"{sentence} The answer is 4.") == "4"
     assert answer(answer=f"{sentence}\n#### 4") == "4"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sclite import config
-from sclite.data.problems import divide, gather_problems, load_problems, split_for_stages
+from sclite.data.problems import gather_problems, load_problems, split_for_stages, split_problems
 from sclite.errors import DataError, NetworkError, UsageError
 from sclite.records import Drop, Problem
 from sclite.settings import load
@@ -158,7 +158,7 @@ def test_a_row_without_answer_is_counted_and_named_and_the_others_are_read(tmp_p
     assert drop.reason == "no_answer"
     assert "p.jsonl, line 2: no answer" in drop.detail
     found = error(write(tmp_path / "q.jsonl", [row]))
-    assert "q.jsonl: no row can be used (1 no answer); line 1: no answer" in found.message
+    assert "q.jsonl: no usable row (1 no answer); line 1: no answer" in found.message
     assert "####" in found.message + found.hint
 
 
@@ -169,7 +169,7 @@ def test_an_empty_question_is_named(tmp_path):
 
 def test_unknown_columns_are_told_with_those_that_are_known(tmp_path):
     found = error(write(tmp_path / "p.jsonl", [{"prompt": "q", "target": "a"}]))
-    assert "only: prompt, target" in found.message
+    assert "found: prompt, target" in found.message
     assert "question and answer" in found.hint
 
 
@@ -195,7 +195,7 @@ def test_columns_of_any_name_are_read_from_every_form(tmp_path, monkeypatch):
 def test_a_named_column_that_is_not_there_is_told_with_those_that_are(tmp_path):
     source = write(tmp_path / "p.jsonl", [{"query": "q", "gold": "1"}])
     found = error(source, columns={"question": "query", "answer": "golden"})
-    assert found.message.endswith("(1 columns missing); line 1: no column golden, only: query, gold")
+    assert found.message.endswith("(1 columns missing); line 1: no column golden, found: query, gold")
     assert "answer_column" in found.hint
     assert "no known columns" in error(source, columns={"question": "query"}).message
     (kept,) = load_problems(source, columns={"question": "query", "answer": "gold"})
@@ -222,7 +222,7 @@ def test_a_csv_may_have_a_byte_order_mark_and_newlines_and_quotes_in_its_texts(t
     [
         ('"a"b,2', "not CSV: ',' expected after '\"'"),
         ('"open,2', "not CSV: unexpected end of data"),
-        ("q, with a comma,2", "more fields than the first line has names"),
+        ("q, with a comma,2", "more fields than the header has names"),
         ("q,", "no answer"),
     ],
 )
@@ -259,7 +259,7 @@ def test_the_second_row_of_an_id_is_counted_and_named(tmp_path):
     drops: list[Drop] = []
     assert len(load_problems(source, drops=drops)) == 1
     assert [(drop.id, drop.reason) for drop in drops] == [("x", "duplicate_id")]
-    assert "p.jsonl, line 2: the id of line 1 again" in drops[0].detail
+    assert "p.jsonl, line 2: same id as line 1" in drops[0].detail
 
 
 @pytest.mark.parametrize("name", ["p.jsonl", "p.csv"])
@@ -340,6 +340,6 @@ def test_a_runs_problems_are_divided_by_their_ids_and_those_of_the_quickstart_by
     problems = [Problem(id=f"p{n}", question="?", answer="1") for n in range(10)]
     told = {"problems": {"correction_share": 0.3}}
     any_teacher = config.Config.model_validate({**told, "teacher": {"model": "openai/a"}})
-    assert divide(any_teacher, problems) == split_for_stages(problems, 0.3, any_teacher.seed)
+    assert split_problems(any_teacher, problems) == split_for_stages(problems, 0.3, any_teacher.seed)
     embedded = config.Config.model_validate({**told, "teacher": {"model": "embedded/tutor"}})
-    assert divide(embedded, problems) == (problems[:7], problems[7:])
+    assert split_problems(embedded, problems) == (problems[:7], problems[7:])

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from sclite import prompts, trace
-from sclite.data.templates import build_templates, check_template, mentions_the_solution
+from sclite.data.templates import build_templates, check_template, find_leak
 from sclite.errors import DataError, TeacherError, UsageError
 from sclite.grading.worker import Grader
 from sclite.records import Drop, Problem, Template
@@ -116,7 +116,7 @@ def test_a_grader_that_does_not_know_is_not_a_wrong_answer():
     ],
 )
 def test_a_mention_of_the_solution_is_seen(text):
-    assert mentions_the_solution(f"Well. {text} it is 3.")
+    assert find_leak(f"Well. {text} it is 3.")
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_a_mention_of_the_solution_is_seen(text):
     ],
 )
 def test_the_bare_word_solution_is_no_mention(text):
-    assert mentions_the_solution(text) is None
+    assert find_leak(text) is None
 
 
 # -- the stage -----------------------------------------------------------------------------------------------------
@@ -299,7 +299,7 @@ def test_a_row_lost_to_the_network_is_asked_again_next_time(run, grader):
 
 
 def test_when_nothing_came_out_it_is_said_why(run, grader):
-    expected = pytest.raises(DataError, match="no template came out of 8 problems: 8 no_steps")
+    expected = pytest.raises(DataError, match="none of the 8 problems gave a template: 8 no_steps")
     with Teaching(lambda request, nth: say("Sure!")) as server, expected:
         build(run, server.url, grader)
     assert len(run.read("dropped.jsonl", Drop)) == 8
