@@ -41,7 +41,7 @@ def write(name: str, *rows: object) -> str:
             ({"question": "How?", "answer": ""},),
             "mine.jsonl: no usable row (1 no answer); line 1: no answer",
         ),
-        (({"task": "How?"}, "[1, 2]"), "line 1: no known columns, only: task"),
+        (({"task": "How?"}, "[1, 2]"), "line 1: no known columns, found: task"),
     ],
 )
 def test_a_faulty_problems_file_is_named_with_its_line_and_a_remedy(sclite, rows, place):
