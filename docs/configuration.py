@@ -64,7 +64,7 @@ def row(key: str, field: Any) -> str:
     meaning = "; ".join(
         filter(None, [" or ".join(f"`{choice}`" for choice in choices), field.description or ""])
     )
-    return f"| `{key}` | {default(field.default)} | {meaning.replace('|', chr(92) + '|')} |"
+    return f"| `{key}` | {default(field.default)} | {meaning.replace('|', '&#124;').replace('<', '&lt;')} |"
 
 
 def default(value: Any) -> str:
