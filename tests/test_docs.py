@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from sclite.evaluate.table import HEADER
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")])
 LINK = re.compile(r"\]\((?!https?:)([^)\s#]*)(?:#([^)\s]+))?\)")
@@ -33,3 +35,14 @@ def test_every_link_leads_to_a_file_and_a_heading(page):
 
 def test_readme_has_at_most_150_lines():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_readme_shows_the_table_that_eval_prints():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert list(HEADER) in [re.split(r" {2,}", line.strip()) for line in lines]
+
+
+def test_every_column_of_the_table_is_explained():
+    text = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
+    explained = ", ".join(re.findall(r"^\| ([^|`]+) \|", text, re.M)).split(", ")
+    assert set(HEADER) - {"student"} <= set(explained)
