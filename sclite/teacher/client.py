@@ -1,4 +1,4 @@
-"""The teacher: many jobs at once, each reply checked, mended by asking again, and paid for once."""
+"""The teacher: many jobs at once; each reply is checked, repaired by further requests, and paid for once."""
 
 import asyncio
 import queue
@@ -13,7 +13,7 @@ from sclite.teacher.cost import Budget, Price
 from sclite.teacher.ledger import Entry, Ledger
 from sclite.teacher.loop import Loop
 from sclite.teacher.reply import EMPTY, ONLY_REASONING, REFUSAL
-from sclite.teacher.sender import SEVERAL, Messages, NoReply, Sender, parameters_of
+from sclite.teacher.sender import MIN_FAILURES, Messages, NoReply, Sender, parameters_of
 
 EMPTY_REPLY = "empty_reply"
 _VERDICT = re.compile(r"<\s*verdict\s*>\s*(accept|reject)\w*\b", re.I)
@@ -22,7 +22,7 @@ _REASON = re.compile(r"<\s*reason\s*>(.*?)(?:</\s*reason\s*>|\Z)", re.I | re.S)
 
 @dataclass(frozen=True)
 class Rejection:
-    """Why a reply cannot be used: `reason` is a name that is counted, `text` says it to the teacher and the user."""
+    """Why a reply cannot be used: `reason` is a code that is counted, `text` explains it to the teacher and the user."""
 
     reason: str
     text: str
@@ -30,10 +30,10 @@ class Rejection:
 
 @dataclass(frozen=True)
 class Job:
-    """One thing to ask. `messages(fault)` builds the chat; the fault is empty at first, then says what to mend.
+    """One request. `messages(error)` builds the chat; `error` is empty at first, then what the last reply got wrong.
 
-    `check(reply)` gives None for a good reply. It runs in a thread, several at once, and may take its time.
-    `parameters` (temperature, top_p, max_tokens ..) hold for this job alone, before the teacher's own.
+    `check(reply)` returns None for a good reply; it runs in a thread, several at once, and may be slow.
+    `parameters` (temperature, top_p, max_tokens ..) override the teacher's for this job.
     `inspect(reply)` builds the chat in which a second model accepts or rejects a reply that passed the check.
     """
 
@@ -47,10 +47,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a job: `text` passed its check, or is None and `flaw` is the last thing that was wrong.
+    """The outcome of a job: `text` passed its check, or is None and `rejection` says why the last reply did not.
 
-    `raw` is the last reply whatever it is worth, `requests` how many replies it took; `entry` is the last one as the
-    ledger has it, None where none came.
+    `raw` is the last reply in any case, `requests` the number of replies, `entry` the last one in the ledger (None if
+    there was none).
     """
 
     id: str
@@ -63,16 +63,16 @@ class Result:
 
 
 def identity(settings: config.Teacher) -> dict[str, Any]:
-    """What signs the rows made from its replies: the models and their parameters, wherever they run."""
+    """What identifies the origin of its replies: models and parameters, but not addresses."""
     named = {"model": settings.model, **parameters_of(settings)}
     return {**named, "inspector": settings.inspector} if settings.inspector else named
 
 
 class Teacher:
-    """A model behind LiteLLM, with the run's ledger, and an inspector where one is named. Use as a context manager.
+    """A LiteLLM model with the run's ledger, and an inspector if one is configured. Use as a context manager.
 
-    `prepare` is called once, after LiteLLM is imported and before the first call: a caller registers a provider of
-    its own there (quickstart.provider.register).
+    `prepare` is called once, after LiteLLM is imported and before the first request: the place to register a custom
+    provider (tutor_provider.register).
     """
 
     def __init__(self, settings: config.Teacher, ledger: Ledger, prepare: Callable[[], None] | None = None):
@@ -92,7 +92,7 @@ class Teacher:
         self.close()
 
     def close(self) -> None:
-        """Ends the calls under way and closes connections. The ledger stays open."""
+        """Cancel calls in flight and close connections. The ledger stays open."""
         self._loop.close(self._close_connections)
 
     async def _close_connections(self) -> None:
@@ -100,11 +100,8 @@ class Teacher:
             if sender is not None and sender.provider is not None:
                 await sender.provider.close()
 
-    def identity(self) -> dict[str, Any]:
-        return identity(self.settings)
-
     def first_request(self, job: Job) -> dict[str, Any]:
-        """What the first request of a job says, exactly; nothing is sent."""
+        """The first request of a job, in full; nothing is sent."""
         chat = [dict(message) for message in job.messages("")]
         return {"model": self.settings.model, "messages": chat, **self._sender.parameters, **job.parameters}
 
@@ -113,45 +110,45 @@ class Teacher:
         return self.ledger.get(self._sender.key(job.messages(""), job.sample, 0, job.parameters)) is not None
 
     def price(self) -> Price | None:
-        """US dollars per token; None where nobody knows. Imports LiteLLM, which takes seconds, and sends nothing."""
+        """US dollars per token; None if unknown. Imports LiteLLM, which takes seconds; sends nothing."""
         return self._sender.connect().price
 
-    # -- many jobs -------------------------------------------------------------------------------------------------
-
     def ask_all(self, jobs: Iterable[Job], stage: str = "") -> Iterator[Result]:
-        """The result of each job, as it is done. Jobs are taken when there is room for them.
+        """Yield each job's result as it completes. Jobs are taken from the iterable only when there is room for them.
 
-        Raises TeacherFault, and cancels the rest, where no further request can succeed: a bad key, an unknown model,
-        nobody there. At the spending limit what is under way is finished and given, then BudgetFault is raised.
-        Leaving the iterator early cancels the rest too. `stage` names the ledger's rows.
+        Raises TeacherError, and cancels the rest, if no further request can succeed: a bad key, an unknown model, no
+        server. At the spending limit, calls in flight are completed and yielded, then BudgetError is raised. Leaving the
+        iterator early cancels the rest. `stage` labels the ledger's rows.
         """
         if not self.settings.model:
             raise UsageError(
                 "teacher.model is not set",
                 "add a LiteLLM model, as in --set teacher.model=openai/gpt-4.1, or set it in sclite.toml",
             )
-        waiting, done, flying = iter(jobs), queue.SimpleQueue[asyncio.Task](), 0
-        tasks = self._loop.group(done.put)
-        room = 2 * self.settings.concurrency  # jobs that wait before another try leave their calls to others
-        reached: BudgetError | None = None
+        pending, done, active = iter(jobs), queue.SimpleQueue[asyncio.Task](), 0
+        tasks = self._loop.start_group(done.put)
+        max_active = 2 * self.settings.concurrency  # jobs that wait for a retry leave their slot to others
+        limit_error: BudgetError | None = None
         try:
             while True:
-                while reached is None and flying < room and (job := next(waiting, None)) is not None:
+                while (
+                    limit_error is None and active < max_active and (job := next(pending, None)) is not None
+                ):
                     tasks.start(self._work(job, stage))
-                    flying += 1
-                if not flying:
+                    active += 1
+                if not active:
                     break
                 task = done.get()
-                flying -= 1
+                active -= 1
                 if isinstance(task.exception(), BudgetError):
-                    reached = task.exception()
+                    limit_error = task.exception()
                 else:
                     yield task.result()
         finally:
             tasks.cancel()
-        if reached is not None:
-            raise reached
-        self._sender.blame_refusals(SEVERAL)
+        if limit_error is not None:
+            raise limit_error
+        self._sender.raise_if_all_refused(MIN_FAILURES)
 
     async def _work(self, job: Job, stage: str) -> Result:
         rejection, error, raw, entry = None, "", "", None
@@ -161,28 +158,27 @@ class Teacher:
                     job.messages(error), job.sample, repair, stage, job.parameters
                 )
                 raw = entry.text
-                rejection = await self._flaw(job, raw, entry.finish_reason, stage)
-            except NoReply as silence:
-                return Result(
-                    job.id, job.sample, None, Rejection(silence.reason, str(silence)), raw, repair, entry
-                )
+                rejection = await self._check(job, raw, entry.finish_reason, stage)
+            except NoReply as failure:
+                rejection = Rejection(failure.reason, str(failure))
+                return Result(job.id, job.sample, None, rejection, raw, repair, entry)
             if rejection is None:
                 return Result(job.id, job.sample, raw, None, raw, repair + 1, entry)
-            again = error.startswith(rejection.text)  # the same words would bring the same reply
-            error = f"{rejection.text} (still so in reply {repair + 1})" if again else rejection.text
+            repeated = error.startswith(rejection.text)  # the same messages would get the same reply
+            error = f"{rejection.text} (still so in reply {repair + 1})" if repeated else rejection.text
         return Result(job.id, job.sample, None, rejection, raw, self.settings.repairs + 1, entry)
 
-    async def _flaw(self, job: Job, text: str, finish_reason: str, stage: str) -> Rejection | None:
-        """What is wrong with a reply: its end, then the job's own check, then what the inspector says."""
-        rejection = _unfinished(finish_reason, text) or await self._loop.in_thread(job.check, text)
+    async def _check(self, job: Job, text: str, finish_reason: str, stage: str) -> Rejection | None:
+        """Why a reply is rejected: by its finish reason, the job's check or the inspector, in this order."""
+        rejection = _check_finish(finish_reason, text) or await self._loop.run_in_thread(job.check, text)
         if rejection is not None or self._inspector is None or job.inspect is None:
             return rejection
-        said = await self._inspector.reply(job.inspect(text), job.sample, 0, f"{stage} inspection")
-        return _judged(said.text)
+        entry = await self._inspector.reply(job.inspect(text), job.sample, 0, f"{stage} inspection")
+        return _read_verdict(entry.text)
 
 
-def _judged(text: str) -> Rejection | None:
-    """What the inspector's reply says of the work: None where it accepts."""
+def _read_verdict(text: str) -> Rejection | None:
+    """What the inspector's reply rejects; None if it accepts."""
     verdict = _VERDICT.search(text)
     if verdict is None:
         return Rejection("inspector_not_readable", "the inspector gave no verdict")
@@ -194,7 +190,7 @@ def _judged(text: str) -> Rejection | None:
     )
 
 
-def _unfinished(finish_reason: str, text: str) -> Rejection | None:
+def _check_finish(finish_reason: str, text: str) -> Rejection | None:
     if finish_reason == "stop":
         return None
     if finish_reason == "length":
@@ -215,5 +211,5 @@ def _unfinished(finish_reason: str, text: str) -> Rejection | None:
 
 
 def count_unanswered(dropped: Mapping[str, int]) -> int:
-    """How many drops are no verdict on their rows, so that the same command asks for them again."""
+    """How many drops are due to missing replies, so that re-running the command requests them again."""
     return sum(dropped.get(reason, 0) for reason in ("no_reply", "unreadable_reply", EMPTY_REPLY))

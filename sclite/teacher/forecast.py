@@ -1,4 +1,4 @@
-"""What asking the rest will cost: reckoned before the first request, or measured on the first few replies."""
+"""What the remaining requests will cost: estimated before the first one, or measured on a pilot."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +15,7 @@ CHARACTERS_PER_TOKEN = 4.0  # of English text and formulas, roughly
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a pilot of `rows` has cost, and what the `rows_left` will at that rate; None where prices are unknown."""
+    """What a pilot of `rows` cost, and the estimate for `rows_left`; None if prices are unknown."""
 
     rows: int
     spent_usd: float | None
@@ -31,43 +31,39 @@ def ask_after_pilot(
     stage: str,
     confirm: Callable[[Forecast], bool] | None,
 ) -> Iterator[Result]:
-    """The results of all jobs; where the first few cost money, the rest is asked for only if `confirm` agrees.
+    """The results of all jobs; if the pilot costs money, the rest is requested only if `confirm` agrees.
 
-    Without `confirm` nobody is asked. Raises BudgetFault where it says no; what came until then has been given.
+    `confirm` None agrees to everything. Raises BudgetError if it declines, after the pilot's results.
     """
-    waiting, done = iter(jobs), 0
+    pending, done = iter(jobs), 0
     while confirm is not None:
         before, began = teacher.ledger.totals(), time.monotonic()
-        pilot = list(islice(waiting, PILOT))
+        pilot = list(islice(pending, PILOT))
         yield from teacher.ask_all(pilot, stage)
         done += len(pilot)
         after, seconds = teacher.ledger.totals(), time.monotonic() - began
-        asked = after["sent"] > before["sent"]
-        if asked or not pilot:
+        sent = after["sent"] > before["sent"]
+        if sent or not pilot:
             break
-    if confirm is not None and done < total and asked:
-        forecast = _at_this_rate(before, after, len(pilot), total - done, seconds)
-        if forecast.cost_usd != 0 and not confirm(forecast):
+    if confirm is not None and done < total and sent:
+        rows, left = len(pilot), total - done
+        known = after["unpriced"] == before["unpriced"]
+        spent = after["cost_usd"] + after["lost_usd"] - before["cost_usd"] - before["lost_usd"]
+        cost_usd = spent / rows * left if known else None
+        forecast = Forecast(rows, spent if known else None, left, cost_usd, seconds / rows * left)
+        if cost_usd != 0 and not confirm(forecast):
             raise BudgetError(
-                f"stopped after {done} of {total} rows, as you said",
-                "what was paid for is kept; type the same again to go on, with --yes to skip the question",
+                f"stopped after {done} of {total} rows: the rest was not confirmed",
+                "paid replies are kept; re-run to resume, with --yes to skip the question",
             )
-    yield from teacher.ask_all(waiting, stage)
-
-
-def _at_this_rate(before: dict, after: dict, rows: int, left: int, seconds: float) -> Forecast:
-    spent = after["cost_usd"] + after["lost_usd"] - before["cost_usd"] - before["lost_usd"]
-    known = after["unpriced"] == before["unpriced"]
-    return Forecast(
-        rows, spent if known else None, left, spent / rows * left if known else None, seconds / rows * left
-    )
+    yield from teacher.ask_all(pending, stage)
 
 
 def forecast(teacher: Teacher, jobs: Iterable[Job], completion_tokens: float, stage: str) -> dict[str, Any]:
-    """What asking these jobs would send and cost, without sending anything.
+    """What these jobs would send and cost; nothing is sent.
 
-    `first_request` is the very first one (None where the ledger holds all replies); `completion_tokens` is a guess for
-    one reply, which gives way to the mean of the replies of this stage that the ledger holds.
+    `first_request` is the first one in full (None if the ledger holds all replies). `completion_tokens` is a guess per
+    reply, used until the ledger holds replies of this stage, whose mean then replaces it.
     """
     first, requests, characters = None, 0, 0
     for job in jobs:

@@ -1,6 +1,6 @@
-"""Asking an OpenAI-compatible address through OpenAI's own SDK, which takes a fraction of LiteLLM's CPU per call.
+"""A client for OpenAI-compatible endpoints through OpenAI's SDK, which takes a fraction of LiteLLM's CPU per call.
 
-What is sent, what a reply says and what a failure means are as if LiteLLM had asked; tests hold the two together.
+Requests, replies and errors are the same as through LiteLLM; tests compare the two.
 """
 
 import asyncio
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 _PLAIN = ("OpenAIGPTConfig", "OpenAIUnknownModelConfig", "HostedVLLMChatConfig")
-"""LiteLLM's names for models whose requests it passes on as they are (it rewrites those to gpt-5, o3 ..)."""
+"""LiteLLM's configurations that pass requests on unchanged (those of gpt-5, o3 .. rewrite them)."""
 
 
 @dataclass
-class Direct:
-    """One address and the model there. All methods belong to the event loop.
+class OpenAIClient:
+    """One model at one address. All methods belong to the event loop.
 
-    `listed` says that LiteLLM's price list decides the cost of a reply.
+    `listed`: LiteLLM's price list decides the cost of a reply.
     """
 
     litellm: ModuleType
@@ -36,7 +36,7 @@ class Direct:
     url: str
     key: str
     listed: bool = False
-    _idle: list["AsyncOpenAI"] = field(default_factory=list)  # each with a connection of its own
+    _idle: list["AsyncOpenAI"] = field(default_factory=list)  # each with its own connection
 
     def _open(self) -> "AsyncOpenAI":
         from openai import AsyncOpenAI
@@ -48,26 +48,26 @@ class Direct:
         )  # fmt: skip
 
     async def close(self) -> None:
-        """Close the connections; the next question opens new ones."""
+        """Close the connections; the next request opens new ones."""
         while self._idle:
             await self._idle.pop().close()
 
-    async def ask(
+    async def complete(
         self, messages: Sequence[Mapping[str, str]], parameters: Mapping[str, Any], seconds: float
     ) -> Completion:
         """The reply to one request.
 
-        Raises openai.APIError for an error status and a lost connection, TimeoutError after `seconds`, and what
-        `reply.read` raises.
+        Raises openai.APIError for an error status or a lost connection, TimeoutError after `seconds`, and the errors of
+        `reply.read`.
         """
         import httpx
 
-        asked = {"model": self.model, "messages": list(map(dict, messages)), **parameters}
-        asked.pop("drop_params", None)  # LiteLLM's own: it passes all the others to such an address
+        request = {"model": self.model, "messages": list(map(dict, messages)), **parameters}
+        request.pop("drop_params", None)  # LiteLLM's own; it passes on all others
         client = self._idle.pop() if self._idle else self._open()
         try:
             async with asyncio.timeout(seconds):
-                response = await client.post(self.url, cast_to=httpx.Response, body=asked)
+                response = await client.post(self.url, cast_to=httpx.Response, body=request)
         except TimeoutError:
             raise TimeoutError(f"no reply within {seconds:g} s") from None
         finally:
@@ -75,8 +75,8 @@ class Direct:
         body = decode(response.content)
         return read(body, self._listed_usd(body))
 
-    def _listed_usd(self, body: Any) -> float | None:
-        """What LiteLLM's list makes of a reply (it knows of cached tokens and service tiers); None where it is silent."""
+    def _listed_usd(self, body: object) -> float | None:
+        """The cost by LiteLLM's price list, which knows cached tokens and service tiers; None if the model is not listed."""
         if not self.listed or not isinstance(body, Mapping):
             return None
         name = f"{self.provider}/{self.model}"
@@ -84,15 +84,17 @@ class Direct:
         if not any(isinstance(name, str) and name in self.litellm.model_cost for name in names):
             return None
         known = {name: body[name] for name in ("model", "usage", "service_tier") if name in body}
-        with contextlib.suppress(ValueError, TypeError, AttributeError):  # counts that are none
+        with contextlib.suppress(ValueError, TypeError, AttributeError):  # invalid counts
             return self.litellm.completion_cost(self.litellm.ModelResponse(**known), model=name)
         return None
 
 
-def find(litellm: ModuleType, model: str, api_base: str, api_key: str | None, listed: bool) -> Direct | None:
-    """The direct way to a model; None where only LiteLLM knows the way.
+def find_client(
+    litellm: ModuleType, model: str, api_base: str, api_key: str | None, listed: bool
+) -> OpenAIClient | None:
+    """A client that bypasses LiteLLM; None for models that only LiteLLM can reach.
 
-    `api_key` None stands for the variable in which LiteLLM would look.
+    `api_key` None: the environment variable that LiteLLM would read.
     """
     name, provider, found, _ = litellm.get_llm_provider(model, api_base=api_base or None, api_key=api_key)
     if not _is_plain(litellm, name, provider, api_base):
@@ -100,22 +102,22 @@ def find(litellm: ModuleType, model: str, api_base: str, api_key: str | None, li
     proxies = {} if proxy_bypass(urlsplit(api_base).hostname) else getproxies()
     proxy = proxies.get(urlsplit(api_base).scheme) or proxies.get("all") or "http:"
     if urlsplit(proxy).scheme not in ("http", "https"):
-        return None  # httpx needs another package for SOCKS
+        return None  # httpx needs an extra package for SOCKS
     key = api_key or found or os.environ.get("OPENAI_API_KEY")
     if not key:
         return None
     url = api_base.rstrip("/")
     if provider != "hosted_vllm" or not url.endswith("/chat/completions"):
         url += "/chat/completions"
-    return Direct(litellm, provider, name, url, key, listed)
+    return OpenAIClient(litellm, provider, name, url, key, listed)
 
 
 def _is_plain(litellm: ModuleType, name: str, provider: str, api_base: str) -> bool:
-    """Whether LiteLLM would post the request as it is to this address."""
-    where = urlsplit(api_base)
-    if provider not in ("openai", "hosted_vllm") or where.scheme not in ("http", "https"):
+    """Whether LiteLLM would post the request unchanged to this address."""
+    url = urlsplit(api_base)
+    if provider not in ("openai", "hosted_vllm") or url.scheme not in ("http", "https"):
         return False
-    if not where.hostname or where.query:
+    if not url.hostname or url.query:
         return False
     listed = litellm.model_cost.get(name) or {}
     if name.startswith("responses/") or listed.get("mode", "chat") != "chat":

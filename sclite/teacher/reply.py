@@ -59,7 +59,7 @@ def clean(text: str) -> str:
     return _CONTROL.sub("", whole)
 
 
-def decode(body: bytes) -> Any:
+def decode(body: bytes) -> object:
     """Parse the JSON body. Raises UnreadableReply if it is invalid or nested too deep for Python."""
     try:
         return json.loads(body.decode("utf-8-sig", errors="replace"))
@@ -73,7 +73,7 @@ def decode(body: bytes) -> Any:
         ) from None
 
 
-def read(body: Any, listed_usd: float | None = None) -> Completion:
+def read(body: object, listed_usd: float | None = None) -> Completion:
     """The reply in a parsed body. Raises ErrorReply and UnreadableReply."""
     if not isinstance(body, Mapping):
         raise UnreadableReply("the reply is not a chat completion")
@@ -98,7 +98,7 @@ def read(body: Any, listed_usd: float | None = None) -> Completion:
     return Completion(text, finish, tokens, len(content.encode()) + len(reasoning.encode()), listed_usd)
 
 
-def _raise_error(error: Any) -> None:
+def _raise_error(error: object) -> None:
     """Some endpoints send an error with status 200, some an empty error beside a valid reply."""
     if isinstance(error, Mapping):
         code, text = error.get("code"), error.get("message")
@@ -120,7 +120,7 @@ def _first_choice(body: Mapping[str, Any]) -> Mapping[str, Any]:
     return next((c for c in found if c.get("index") == 0), found[0])
 
 
-def _text(content: Any) -> str:
+def _text(content: object) -> str:
     """The content as text. Mistral and others send a list of parts: the text parts count, the thinking parts do not."""
     if isinstance(content, str):
         return content
@@ -129,7 +129,7 @@ def _text(content: Any) -> str:
     return "".join(text for text in texts if isinstance(text, str))
 
 
-def _finish(reason: Any) -> str:
+def _finish(reason: object) -> str:
     """The finish reason in OpenAI's terms. An unknown one counts as stop, because the reply is checked anyway."""
     if not isinstance(reason, (str, type(None))):
         return "unreadable"
@@ -140,7 +140,7 @@ def _finish(reason: Any) -> str:
     return "stop"
 
 
-def _count(value: Any) -> int | None:
+def _count(value: object) -> int | None:
     """A token count; None unless it is a positive integer of plausible size."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return int(value) if number and 0 < value <= _LARGEST_COUNT and value == int(value) else None

@@ -1,4 +1,4 @@
-"""One request at a time, until there is a reply: from the ledger, else over the net, paced, priced and tried again."""
+"""One request until its reply: from the ledger, else from the endpoint, with rate limits, a budget and retries."""
 
 import asyncio
 import math
@@ -10,7 +10,6 @@ from types import MappingProxyType
 from typing import Any
 
 from sclite import config
-from sclite.errors import TeacherError
 from sclite.teacher import failures
 from sclite.teacher.cost import Budget, charge, is_plausible, max_prompt_tokens
 from sclite.teacher.ledger import REFUSED, Entry, Ledger, request_key
@@ -19,11 +18,11 @@ from sclite.teacher.provider import Provider, connect
 from sclite.teacher.reply import Completion
 
 Messages = Sequence[Mapping[str, str]]
-SEVERAL = 5  # different requests that must fail alike before the teacher, and not they, is to blame
+MIN_FAILURES = 5  # different requests that must fail before the teacher is to blame rather than the requests
 
 
 class NoReply(Exception):
-    """A request that was given up; `reason` is a name that is counted, the message says why."""
+    """A request that was given up; `reason` is a code that is counted, the message explains it."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
@@ -31,15 +30,15 @@ class NoReply(Exception):
 
 
 def parameters_of(settings: config.Teacher) -> dict[str, Any]:
-    """What is sent beside the messages and decides the reply."""
+    """The request parameters, beside the messages, that decide the reply."""
     chosen = {name: getattr(settings, name) for name in ("temperature", "max_tokens")}
     return {name: value for name, value in chosen.items() if value is not None}
 
 
 class Sender:
-    """Sends to one model. All methods but the constructor belong to the event loop.
+    """Sends requests to one model. All methods but the constructor and `key` belong to the event loop.
 
-    `prepare` is called once, after LiteLLM is imported and before the first call.
+    `prepare` is called once, after LiteLLM is imported and before the first request.
     """
 
     def __init__(
@@ -57,19 +56,19 @@ class Sender:
             settings.concurrency, settings.requests_per_minute, settings.tokens_per_minute
         )
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
-        self._answered = self._succeeded = False  # any HTTP reply; any usable one
-        self._refused: dict[str, str] = {}  # key -> why, those of this process
+        self._answered = self._succeeded = False  # any HTTP response; any usable reply
+        self._refused: dict[str, str] = {}  # key -> error message, in this process
         self._unanswered = 0  # requests given up since the last reply
 
     def key(self, messages: Messages, sample: int, repair: int, parameters: Mapping[str, Any]) -> str:
-        """What the ledger keeps this request under."""
+        """The ledger's key for this request."""
         settings, chosen = self.settings, {**self.parameters, **parameters}
         return request_key(
             settings.model, config.without_password(settings.api_base), messages, chosen, sample, repair
         )
 
     def connect(self) -> Provider:
-        """LiteLLM and what it needs for this model, found out once."""
+        """Import LiteLLM and resolve the model, once."""
         if self.provider is None:
             self.provider = connect(self.settings, self._prepare)
         return self.provider
@@ -84,9 +83,8 @@ class Sender:
     ) -> Entry:
         """The reply from the ledger, else from the endpoint; the same request in two jobs is sent once.
 
-        `parameters` come before the settings' own.
-
-        Raises NoReply for this request, TeacherFault where no other can succeed either, BudgetFault at the limit.
+        `parameters` override those of the settings. Raises NoReply if this request fails, TeacherError if no other
+        request can succeed either, BudgetError at the spending limit.
         """
         key = self.key(messages, sample, repair, parameters)
         lock = self._locks.setdefault(key, asyncio.Lock())
@@ -100,13 +98,13 @@ class Sender:
         return entry
 
     async def _call(self, key: str, messages: Messages, stage: str, parameters: dict[str, Any]) -> Entry:
-        """Send until there is a reply, which is in the ledger before anybody sees it."""
-        litellm = self.connect().litellm
-        issues = (litellm.exceptions.openai.OpenAIError, litellm.exceptions.httpx.HTTPError, OSError)
-        for attempt in range(1, self.settings.attempts_per_call + 1):
+        """Send until there is a reply; it is in the ledger before it is returned."""
+        litellm, settings = self.connect().litellm, self.settings
+        errors = (litellm.exceptions.openai.OpenAIError, litellm.exceptions.httpx.HTTPError, OSError)
+        for attempt in range(1, settings.attempts_per_call + 1):
             try:
-                entry = await self._send(key, messages, stage, parameters, issues)
-            except issues as failure:
+                entry = await self._send(key, messages, stage, parameters, errors)
+            except errors as failure:
                 error = failure
             else:
                 self._answered = self._succeeded = True
@@ -114,88 +112,80 @@ class Sender:
                 return entry
             unreadable = failures.is_unreadable(error)
             self._answered = self._answered or unreadable or failures.is_response(error)
-            verdict = failures.classify(error)
-            if verdict == failures.STOP:
-                raise self._stop(error)
-            if verdict == failures.REFUSED:
-                return await self._refusal(key, error)
+            action = failures.classify(error)
+            if action == failures.STOP:
+                key_variable = self.provider.key_variable
+                raise failures.stop_error(error, settings.model, settings.api_base, key_variable)
+            if action == failures.REFUSED:
+                return await self._refuse(key, failures.message(error))
             wait = failures.wait_seconds(error, attempt, random.random())
-            if attempt == self.settings.attempts_per_call or wait > failures.LONGEST_WAIT_SECONDS:
+            if attempt == settings.attempts_per_call or wait > failures.LONGEST_WAIT_SECONDS:
                 break
             await asyncio.sleep(wait)
-        if unreadable and self._succeeded:  # this request is to blame, not the endpoint
+        if unreadable and self._succeeded:  # the request is to blame, not the endpoint
             raise NoReply("unreadable_reply", failures.message(error))
         self._unanswered += 1
-        if self._unanswered >= max(SEVERAL, self.settings.concurrency) or not self._answered:
-            raise failures.no_answer_error(error, self.settings.model, self.settings.api_base, attempt)
+        if self._unanswered >= max(MIN_FAILURES, settings.concurrency) or not self._answered:
+            raise failures.no_answer_error(error, settings.model, settings.api_base, attempt)
         raise NoReply("no_reply", failures.message(error))
 
     async def _send(
-        self, key: str, messages: Messages, stage: str, parameters: dict[str, Any], issues: tuple
+        self,
+        key: str,
+        messages: Messages,
+        stage: str,
+        parameters: dict[str, Any],
+        errors: tuple[type[Exception], ...],
     ) -> Entry:
-        """Send once, when pace and budget allow it. What went out is in the ledger before it does."""
-        most = (max_prompt_tokens(messages), parameters.get("max_tokens", self.settings.max_tokens))
+        """Send once, when limits and budget allow it. The request is in the ledger before it goes out."""
+        limits = (max_prompt_tokens(messages), parameters.get("max_tokens", self.settings.max_tokens))
         price = self.provider.price
-        most_usd = price.cost_usd(*most) if price else 0.0
-        async with self.budget.reserve(most_usd), self.limiter.call(sum(most)) as began:
-            await asyncio.wrap_future(self.ledger.sent(key, stage, self.settings.model, most_usd))
+        max_usd = price.cost_usd(*limits) if price else 0.0
+        async with self.budget.reserve(max_usd), self.limiter.call(sum(limits)) as began:
+            await asyncio.wrap_future(self.ledger.sent(key, stage, self.settings.model, max_usd))
             try:
-                said = await self.provider.ask(messages, parameters, self.settings.timeout_seconds)
+                completion = await self.provider.complete(messages, parameters, self.settings.timeout_seconds)
             except asyncio.CancelledError:
-                self.ledger.given_up(key, "cancelled", most_usd)
+                self.ledger.given_up(key, "cancelled", max_usd)
                 raise
-            except issues as failure:
+            except errors as failure:
                 if failures.is_overload(failure):
                     self.limiter.record_overload(began)
                 if failures.is_free(failure):
                     self.ledger.failed(key, failures.message(failure))
                 else:
-                    self.ledger.given_up(key, failures.message(failure), most_usd)
+                    self.ledger.given_up(key, failures.message(failure), max_usd)
                 raise
             self.limiter.record_success()
-            entry = self._entry(said, most, round(time.monotonic() - began, 3))
+            entry = self._entry(completion, limits, round(time.monotonic() - began, 3))
             written = self.ledger.put(key, entry)  # its cost counts from now on
-        await asyncio.wrap_future(written)  # the disk takes its time, and the next call need not wait for it
+        await asyncio.wrap_future(written)  # outside the block: the next call need not wait for the disk
         return entry
 
-    def _entry(self, said: Completion, most: tuple[int, int], seconds: float) -> Entry:
-        """The reply with its cost: by the user's own price, else as LiteLLM computes it (it knows of cached tokens)."""
+    def _entry(self, completion: Completion, limits: tuple[int, int], seconds: float) -> Entry:
+        """The reply with its cost: by the user's price, else as LiteLLM computes it (it knows about cached tokens)."""
         price, cost_usd = self.provider.price, None
-        known = is_plausible(said.tokens, most, said.reply_bytes)
+        known = is_plausible(completion.tokens, limits, completion.reply_bytes)
         if price is not None:
-            cost_usd = charge(price, said.tokens, most, said.reply_bytes)
-        if (
-            known
-            and not self.provider.priced_by_user
-            and 0 < (said.listed_usd or 0) < math.inf
-            and cost_usd != 0
-        ):
-            cost_usd = said.listed_usd
-        tokens = said.tokens if known else (None, None)
-        return Entry(said.text, said.finish_reason, *tokens, cost_usd, seconds)
+            cost_usd = charge(price, completion.tokens, limits, completion.reply_bytes)
+        listed = 0 < (completion.listed_usd or 0) < math.inf
+        if known and listed and not self.provider.priced_by_user and cost_usd != 0:
+            cost_usd = completion.listed_usd
+        tokens = completion.tokens if known else (None, None)
+        return Entry(completion.text, completion.finish_reason, *tokens, cost_usd, seconds)
 
-    # -- giving up -------------------------------------------------------------------------------------------------
-
-    async def _refusal(self, key: str, error: BaseException) -> Entry:
-        """Keep what the endpoint will never answer, once it has answered others: then the request is to blame."""
-        why = failures.message(error)
-        self._refused[key] = why
-        self.blame_refusals(max(SEVERAL, self.settings.concurrency), error)
-        entry = Entry(why, REFUSED, None, None, None, 0.0)
+    async def _refuse(self, key: str, reason: str) -> Entry:
+        """The entry for a refused request, kept in the ledger if others were answered: then this one is to blame."""
+        self._refused[key] = reason
+        self.raise_if_all_refused(max(MIN_FAILURES, self.settings.concurrency), reason)
+        entry = Entry(reason, REFUSED, None, None, None, 0.0)
         if self._succeeded:
             await asyncio.wrap_future(self.ledger.put(key, entry))
         return entry
 
-    def blame_refusals(self, enough: int, error: BaseException | None = None) -> None:
-        """Stop where several different requests were refused and none has ever succeeded."""
-        if not self._succeeded and len(self._refused) >= enough:
-            why = failures.message(error) if error else next(iter(self._refused.values()))
-            raise failures.refusal_error(
-                why, self.settings.model, self.settings.api_base, self._key_variable()
-            )
-
-    def _stop(self, error: BaseException) -> TeacherError:
-        return failures.stop_error(error, self.settings.model, self.settings.api_base, self._key_variable())
-
-    def _key_variable(self) -> str:
-        return self.provider.key_variable if self.provider else "the environment"
+    def raise_if_all_refused(self, minimum: int, reason: str = "") -> None:
+        """Raise TeacherError if at least `minimum` different requests were refused and none has succeeded."""
+        if not self._succeeded and len(self._refused) >= minimum:
+            reason = reason or next(iter(self._refused.values()))
+            settings, key_variable = self.settings, self.provider.key_variable
+            raise failures.refusal_error(reason, settings.model, settings.api_base, key_variable)

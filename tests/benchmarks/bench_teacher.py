@@ -131,7 +131,7 @@ def split(options, problems, count: int = 1000) -> None:
     """CPU time of a call, our code and the library's told apart, with and without LiteLLM in between."""
     book: Counter = Counter()
     logger(Teacher, "_work", book)
-    logger(Provider, "ask", book)
+    logger(Provider, "complete", book)
     litellm = used_by_a_call(options, problems, count, book, "false")
     direct = used_by_a_call(options, problems, count, book, "true")
     theirs = told("LiteLLM", litellm)
@@ -154,7 +154,7 @@ def used_by_a_call(options, problems, count: int, book: Counter, direct: str) ->
 
 
 def ours(used: Counter) -> dict[str, float]:
-    asking = used["_work"] - used["ask"]
+    asking = used["_work"] - used["complete"]
     return {"asking": asking, "checks": used["check"], "ledger": used["ledger"], "rows": used["MainThread"]}
 
 

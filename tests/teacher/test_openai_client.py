@@ -39,7 +39,7 @@ def way(url, direct=True, model="openai/replay", **settings):
 async def outcome(made, seconds=1.0):
     """What the sender gets from a call: the reply, or what the fault means to it."""
     try:
-        said = await made.ask(MESSAGES, PARAMETERS, seconds)
+        said = await made.complete(MESSAGES, PARAMETERS, seconds)
         return said.text, said.finish_reason, said.tokens, said.listed_usd
     except OSError as error:
         failure = error
@@ -133,7 +133,7 @@ def test_both_ways_meet_the_same_fault(name):
 def test_an_error_or_a_page_with_status_200_is_free_and_asked_again(answer, said):
     async def failure(made):
         with pytest.raises(ConnectionError) as caught:
-            await made.ask(MESSAGES, {}, 5)
+            await made.complete(MESSAGES, {}, 5)
         await made.close()
         return caught.value
 
@@ -165,7 +165,7 @@ def test_connections_are_kept_and_no_more_than_needed():
 
             async def one():
                 async with room:
-                    await made.ask(MESSAGES, {}, 5)
+                    await made.complete(MESSAGES, {}, 5)
 
             await asyncio.gather(*(one() for _ in range(12)))
             await made.close()
@@ -190,7 +190,7 @@ def test_a_kept_connection_that_the_server_has_closed_costs_no_attempt():
 
     async def several(made):
         for _ in range(5):
-            assert (await made.ask(MESSAGES, {}, 5)).text == "good"
+            assert (await made.complete(MESSAGES, {}, 5)).text == "good"
             await asyncio.sleep(0.1)
         await made.close()
 
@@ -246,7 +246,7 @@ def test_a_proxy_of_the_environment_is_used_and_its_password_never_said(monkeypa
     monkeypatch.setenv("HTTP_PROXY", "http://me:pass-of-mine@127.0.0.1:9")
     made = way("http://far.example/v1")
     with pytest.raises(made.litellm.exceptions.openai.APIConnectionError) as caught:
-        asyncio.run(made.ask(MESSAGES, {}, 2))
+        asyncio.run(made.complete(MESSAGES, {}, 2))
     assert "pass-of-mine" not in failures.message(caught.value)
 
 
@@ -264,7 +264,7 @@ def test_a_proxy_of_the_environment_is_used_and_its_password_never_said(monkeypa
     ],
 )
 def test_an_api_base_that_is_no_address_is_told_before_anything_is_asked(address):
-    with pytest.raises(UsageError, match="is no address") as failure:
+    with pytest.raises(UsageError, match="is not a valid URL") as failure:
         provider.connect(config.Teacher(model="openai/replay", api_base=address))
     assert "http://HOST:PORT/v1" in failure.value.hint
     assert "secret" not in str(failure.value)
