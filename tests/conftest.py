@@ -1,4 +1,4 @@
-"""What every test stands on. Helpers lie beside it: `from tests.replay import Teaching, say`."""
+"""What every test stands on. Helpers lie beside it: `from tests.replay import TeacherServer, say`."""
 
 import signal
 import sys

@@ -1,9 +1,9 @@
-"""A teacher for tests: a real HTTP server with the chat completions of OpenAI, which says what a function tells it to.
+"""A teacher for tests: an HTTP server with OpenAI's chat completions, whose replies come from a function.
 
-    with Teaching(lambda request, nth: say("<Step1>..")) as server:
+    with TeacherServer(lambda request, nth: say("<Step1>..")) as server:
         server.url, server.requests, server.counts
 
-`request` is the decoded body, `nth` counts (from 1) how often these very messages were asked. Standard library only.
+`request` is the parsed body, `nth` counts (from 1) the requests with these messages. Standard library only.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Answer:
-    """What the server does: a status with a body, after a while, or a connection that breaks half way."""
+    """The response: a status with a body after `seconds`, or a connection that breaks in the middle of the body."""
 
     status: int = 200
     body: Any = None
@@ -29,7 +29,7 @@ class Answer:
 def say(
     text: str | None, finish_reason: str = "stop", seconds: float = 0.0, tokens: tuple[int, int] = (11, 7)
 ) -> Answer:
-    """A chat completion."""
+    """A chat completion with this text."""
     message = {"role": "assistant", "content": text}
     body = {
         "id": "chatcmpl-1",
@@ -59,25 +59,25 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_POST(self):
-        owner: Teaching = self.server.owner
+        owner: TeacherServer = self.server.owner
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with owner.lock:
             owner.requests.append(body)
-            asked = json.dumps(body["messages"])
-            owner.counts[asked] += 1
-            nth = owner.counts[asked]
+            messages = json.dumps(body["messages"])
+            owner.counts[messages] += 1
+            nth = owner.counts[messages]
             owner.keys.add(self.headers.get("Authorization", ""))
             owner.in_flight += 1
             owner.most_in_flight = max(owner.most_in_flight, owner.in_flight)
         try:
-            self.give(owner.answer(body, nth))
+            self.respond(owner.answer(body, nth))
         except (BrokenPipeError, ConnectionResetError):
             pass
         finally:
             with owner.lock:
                 owner.in_flight -= 1
 
-    def give(self, answer: Answer):
+    def respond(self, answer: Answer):
         time.sleep(answer.seconds)
         data = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
         self.send_response(answer.status)
@@ -94,14 +94,14 @@ class _Handler(BaseHTTPRequestHandler):
 class _Server(ThreadingHTTPServer):
     request_queue_size = 512
     daemon_threads = True
-    owner: "Teaching"
+    owner: "TeacherServer"
 
     def handle_error(self, request, client_address):
-        """Clients that hang up are part of the tests, and no traceback on their terminal."""
+        """No traceback when a client disconnects; tests do that on purpose."""
 
 
-class Teaching:
-    """The running server; a context manager. `requests` are the bodies, in the order in which they came."""
+class TeacherServer:
+    """The server, as a context manager. `requests` are the bodies in order of arrival."""
 
     def __init__(self, answer):
         self.answer = answer
@@ -111,7 +111,7 @@ class Teaching:
         self.in_flight = self.most_in_flight = 0
         self.lock = threading.Lock()
 
-    def __enter__(self) -> "Teaching":
+    def __enter__(self) -> "TeacherServer":
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.owner = self
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"

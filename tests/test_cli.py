@@ -13,7 +13,7 @@ from sclite import doctor
 from sclite.records import Drop, Problem
 from sclite.run import Run
 from sclite.settings import load
-from tests.replay import Teaching, fail
+from tests.replay import TeacherServer, fail
 
 PROBLEM = {"question": "What is 1 + 1?", "answer": "2"}
 TEACHER = ("--set", "teacher.model=openai/replay", "--set", "teacher.attempts_per_call=1")
@@ -190,7 +190,9 @@ def test_a_part_that_does_not_exist_is_answered_with_those_that_do(sclite, argum
 def test_a_teacher_that_refuses_the_key_stops_everything_and_never_shows_it(sclite, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123456")
     write("mine.jsonl", *[{**PROBLEM, "question": f"{i}?"} for i in range(6)])
-    with Teaching(lambda request, nth: fail(401, "Incorrect API key provided: sk-secret-123456")) as server:
+    with TeacherServer(
+        lambda request, nth: fail(401, "Incorrect API key provided: sk-secret-123456")
+    ) as server:
         ended = sclite("build-data", "mine.jsonl", *TEACHER, "--set", f"teacher.api_base={server.url}")
     assert ended.code == 6
     assert f"teacher openai/replay at {server.url} rejects the key (HTTP 401)" in ended.error

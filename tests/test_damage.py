@@ -13,7 +13,7 @@ from sclite.errors import DataError
 from sclite.records import Drop, Problem, Template
 from sclite.run import Report
 from tests.damages import damages, survive
-from tests.replay import Teaching, say
+from tests.replay import TeacherServer, say
 
 TRACE = "<Step1>Add: 1 + 1 = 2\n</Step1>\n<Generalized>Add.</Generalized>\n<Answer>2</Answer>"
 
@@ -99,7 +99,7 @@ def built(sclite, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
     rows = [{"question": problem(n).question, "answer": "2"} for n in range(12)]
     Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with Teaching(lambda request, nth: say(TRACE)) as server:
+    with TeacherServer(lambda request, nth: say(TRACE)) as server:
         named = ("--set", "teacher.model=openai/replay", "--set", f"teacher.api_base={server.url}")
 
         def call():

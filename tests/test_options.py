@@ -11,14 +11,14 @@ from sclite.errors import DataError, UsageError
 from sclite.records import Problem
 from sclite.run import Run
 from sclite.settings import load
-from tests.replay import Teaching, say
+from tests.replay import TeacherServer, say
 
 TRACE = "<Step1>Add: 1 + 1 = 2\n</Step1>\n<Generalized>Add.</Generalized>\n<Answer>2</Answer>"
 
 
 @pytest.fixture
 def teaching(monkeypatch):
-    with Teaching(lambda request, nth: say(TRACE)) as server:
+    with TeacherServer(lambda request, nth: say(TRACE)) as server:
         yield server
 
 

@@ -16,7 +16,7 @@ from sclite.records import Attempt, Drop, Pair, Review
 from sclite.settings import load
 from sclite.student.tokenization import piece_ids, prompt_ids
 from sclite.trace import CAUSE, Step, Trace, render, step_pieces
-from tests.replay import Teaching, say
+from tests.replay import TeacherServer, say
 from tests.tiny import tiny_gguf, tiny_llama
 
 STEPS = ("I look at both numbers.", "It is 90.")
@@ -80,7 +80,7 @@ def test_build_data_goes_from_problems_to_pairs_with_an_endpoint_and_no_trained_
     run, monkeypatch, capsys
 ):
     problems(Path("mine.jsonl"), 12)
-    with Teaching(model) as server:
+    with TeacherServer(model) as server:
         own = {"attempts.student": "openai/student", "attempts.api_base": server.url}
         chosen = [word for setting in settings(server.url, **own) for word in ("--set", setting)]
         command = ("build-data", "--only", "corrections", "--run", run.folder, "--json", *chosen)
@@ -105,7 +105,7 @@ def test_build_data_goes_from_problems_to_pairs_with_an_endpoint_and_no_trained_
 
 def test_another_endpoint_asks_anew_and_the_teacher_only_about_what_it_has_not_seen(run):
     problems(Path("mine.jsonl"), 8)
-    with Teaching(model) as server:
+    with TeacherServer(model) as server:
         for name in ("student", "other"):
             own = {"attempts.student": f"openai/{name}", "attempts.api_base": server.url}
             context = world_of(run, server.url, **own)
@@ -166,7 +166,7 @@ def gguf(tmp_path_factory):
 
 def test_a_gguf_gives_attempts_and_its_own_corrections_of_them(run, gguf):
     problems(Path("mine.jsonl"), 4)
-    with Teaching(model) as server:
+    with TeacherServer(model) as server:
         context = world_of(run, server.url, **{"attempts.student": gguf, "attempts.temperature": 0})
         pipeline.build_corrections(context)
         report = pipeline.build_pairs(context)
@@ -198,7 +198,7 @@ def test_attempts_brought_along_become_decisions_without_any_student(run):
         for n in range(1, 5)
     ]
     Path("tries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with Teaching(model) as server:
+    with TeacherServer(model) as server:
         context = world_of(run, server.url, **{"attempts.source": "tries.jsonl"})
         pipeline.build_corrections(context)
         assert pipeline.can_build_pairs(context)
@@ -218,7 +218,7 @@ def test_where_a_student_is_trained_the_pairs_wait_for_its_warm_up(run):
 
 def test_a_student_that_does_not_write_steps_is_told_apart_from_one_that_needs_more_training(run):
     problems(Path("mine.jsonl"), 8)
-    with Teaching(lambda body, nth: say("I would say 80.")) as server:
+    with TeacherServer(lambda body, nth: say("I would say 80.")) as server:
         own = {"attempts.student": "openai/student", "attempts.api_base": server.url}
         with pytest.raises(DataError, match=r"attempt not readable") as error:
             pipeline.build_corrections(world_of(run, server.url, **own))

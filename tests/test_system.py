@@ -11,7 +11,7 @@ import pytest
 
 from sclite.records import Problem
 from sclite.run import Run
-from tests.replay import Teaching, say
+from tests.replay import TeacherServer, say
 
 TRACE = "<Step1>Add: 1 + 1 = 2\n</Step1>\n<Generalized>Add.</Generalized>\n<Answer>2</Answer>"
 TRACEBACK = "Traceback"
@@ -133,7 +133,7 @@ def test_a_full_disk_stops_with_whole_files_and_the_same_command_resumes(tmp_pat
     problems, run = tmp_path / "mine.jsonl", Run(tmp_path / "run")
     rows = [{"question": f"What is 1 + 1, for the {n}th time{'?' * 2000}", "answer": "2"} for n in range(30)]
     problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with Teaching(lambda request, nth: say(TRACE)) as server:
+    with TeacherServer(lambda request, nth: say(TRACE)) as server:
         command = (
             "build-data",
             problems,

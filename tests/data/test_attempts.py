@@ -21,7 +21,7 @@ from sclite.student.endpoint import Endpoint
 from sclite.teacher.client import Teacher
 from sclite.teacher.ledger import Entry, Ledger
 from sclite.trace import Step, Trace, parse, render
-from tests.replay import Teaching, fail, say
+from tests.replay import TeacherServer, fail, say
 
 PROBLEMS = [Problem(id=f"p{i}", question=f"What is {i} + 1?", answer=str(i + 1)) for i in range(5)]
 
@@ -352,10 +352,10 @@ def test_an_interrupted_endpoint_is_paid_once_and_the_file_becomes_that_of_an_un
         if done >= rows:
             raise KeyboardInterrupt
 
-    with Teaching(solve_with_seed) as server:
+    with TeacherServer(solve_with_seed) as server:
         sample_endpoint(whole, grader, server.url)
         assert len(server.requests) == 15
-    with Teaching(solve_with_seed) as server:
+    with TeacherServer(solve_with_seed) as server:
         with pytest.raises(KeyboardInterrupt):
             sample_endpoint(broken, grader, server.url, interrupt)
         assert len(broken.read("attempts.jsonl", Attempt)) == rows
@@ -373,7 +373,7 @@ def test_an_interrupted_endpoint_is_paid_once_and_the_file_becomes_that_of_an_un
 
 @pytest.mark.usefixtures("_key")
 def test_an_endpoint_does_not_wait_for_the_end_of_a_block(run, grader):
-    with Teaching(lambda body, nth: say("<Answer>1</Answer>", seconds=0.3)) as server:
+    with TeacherServer(lambda body, nth: say("<Answer>1</Answer>", seconds=0.3)) as server:
         sample_endpoint(run, grader, server.url)
         assert server.most_in_flight > 4  # which is the size of a block here
     assert len(run.read("attempts.jsonl", Attempt)) == 15
@@ -387,7 +387,7 @@ def test_a_call_that_failed_is_made_again_by_the_next_start_and_no_other_is(run,
         lost = down[0] and "What is 3 " in body["messages"][-1]["content"]
         return fail(429, "not now", retry_after="900") if lost else solve_with_seed(body, nth)
 
-    with Teaching(answer) as server:
+    with TeacherServer(answer) as server:
         first = sample_endpoint(run, grader, server.url)
         assert first.counts["unknown"] == 3
         rows = run.read("attempts.jsonl", Attempt)

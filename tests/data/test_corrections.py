@@ -11,7 +11,7 @@ from sclite.records import Attempt, Drop, Problem, Review
 from sclite.teacher.client import Teacher
 from sclite.teacher.ledger import Ledger
 from sclite.trace import Step, Trace, parse, render
-from tests.replay import Teaching, fail, say
+from tests.replay import TeacherServer, fail, say
 
 PROBLEM = Problem(id="p0", question="What is 48 + 24, halved, plus 5?", answer="41", solution="72, 36, 41.")
 WORK = Trace((Step("48 + 24 = 72", "Carry."), Step("72 / 2 = 38"), Step("38 + 5 = 43")), "Go on.", "43")
@@ -119,7 +119,7 @@ def test_a_grader_that_does_not_know_is_no_wrong_answer():
 
 def test_the_teacher_sees_the_work_and_the_solution_and_its_review_becomes_a_row(run, grader):
     fill(run)
-    with Teaching(lambda request, nth: say(GOOD)) as server:
+    with TeacherServer(lambda request, nth: say(GOOD)) as server:
         report = build(run, server.url, grader)
     asked = server.requests[0]["messages"][-1]["content"]
     assert PROBLEM.solution in asked
@@ -138,7 +138,7 @@ def test_a_flaw_goes_back_to_the_teacher_and_then_the_row_is_dropped_with_its_re
     def answer(request, nth):
         return say(bad if "w0: " in request["messages"][-1]["content"] else GOOD)
 
-    with Teaching(answer) as server:
+    with TeacherServer(answer) as server:
         report = build(run, server.url, grader)
     asked = [r["messages"][-1]["content"] for r in server.requests]
     said = "Your last reply could not be used: 43 is not the right final answer"
@@ -161,7 +161,7 @@ def test_a_flaw_goes_back_to_the_teacher_and_then_the_row_is_dropped_with_its_re
 def test_confirmations_are_right_attempts_in_the_asked_share(run, grader, share, right, confirmed):
     """`share` of all reviews, as far as there are right attempts."""
     fill(run, wrong=4, right=right)
-    with Teaching(lambda request, nth: say(GOOD)) as server:
+    with TeacherServer(lambda request, nth: say(GOOD)) as server:
         report = build(run, server.url, grader, share=share)
     assert report.counts == {"wrong": 4, "corrected": 4, "confirmed": confirmed}
     rows = run.read("reviews.jsonl", Review)
@@ -182,7 +182,7 @@ def test_a_warning_says_that_there_are_no_confirmations(run, grader, right, shar
         said.extend([warning] if warning else [])
 
     fill(run, wrong=2, right=right)
-    with Teaching(lambda request, nth: say(GOOD)) as server:
+    with TeacherServer(lambda request, nth: say(GOOD)) as server:
         report = build(run, server.url, grader, share=share, progress=progress)
     assert report.figures.get("warnings", []) == said
     assert [text.startswith("no attempt is right and well-formed") for text in said] == [True] * warned
@@ -192,7 +192,7 @@ def test_what_an_attempt_corrected_itself_is_no_accusation_in_its_confirmation(r
     fill(run, wrong=1)
     noted = ATTEMPT.model_copy(update={"id": "n", "correct": True, "answer": "41", "trace": GOOD})
     run.replace("attempts.jsonl", [*run.read("attempts.jsonl", Attempt), noted])
-    with Teaching(lambda request, nth: say(GOOD)) as server:
+    with TeacherServer(lambda request, nth: say(GOOD)) as server:
         build(run, server.url, grader)
     (confirmed,) = [row for row in run.read("reviews.jsonl", Review) if row.step is None]
     assert confirmed.id == "n"
@@ -204,7 +204,7 @@ def test_attempts_that_cannot_be_used_are_counted_and_never_sent(run, grader):
     unknown = ATTEMPT.model_copy(update={"id": "u", "correct": None})
     torn = ATTEMPT.model_copy(update={"id": "t", "trace": "<Step1>cut in the mid"})
     fill(run, wrong=1, others=(unknown, torn))
-    with Teaching(lambda request, nth: say(GOOD)) as server:
+    with TeacherServer(lambda request, nth: say(GOOD)) as server:
         report = build(run, server.url, grader)
     assert report.dropped == {"outcome_unknown": 1, "attempt_not_readable": 1}
     assert len(server.requests) == 1
@@ -216,7 +216,7 @@ def test_attempts_that_cannot_be_used_are_counted_and_never_sent(run, grader):
 def test_two_attempts_that_say_the_same_are_corrected_once(run, grader):
     fill(run, others=(ATTEMPT.model_copy(update={"id": "w0", "sample": 1}),))
     run.replace("problems.jsonl", [PROBLEM.model_copy(update={"id": "w0"})])
-    with Teaching(lambda request, nth: say(GOOD)) as server:
+    with TeacherServer(lambda request, nth: say(GOOD)) as server:
         report = build(run, server.url, grader)
     assert len(server.requests) == 1
     assert report.counts["wrong"] == 1
@@ -226,7 +226,7 @@ def test_two_attempts_that_say_the_same_are_corrected_once(run, grader):
 def test_when_no_correction_is_left_the_reasons_are_told(run, grader):
     fill(run, wrong=2)
     with (
-        Teaching(lambda request, nth: say("All good!")) as server,
+        TeacherServer(lambda request, nth: say("All good!")) as server,
         pytest.raises(DataError, match="no wrong attempt could be corrected: 2 not readable") as error,
     ):
         build(run, server.url, grader)
@@ -237,7 +237,7 @@ def test_when_no_correction_is_left_the_reasons_are_told(run, grader):
 
 def test_a_second_run_asks_nobody_again(run, grader):
     fill(run, wrong=3, right=3)
-    with Teaching(lambda request, nth: say(GOOD)) as server:
+    with TeacherServer(lambda request, nth: say(GOOD)) as server:
         first = build(run, server.url, grader)
         before = run.path("reviews.jsonl").read_bytes()
         again = build(run, server.url, grader)
@@ -256,7 +256,7 @@ def test_a_row_that_got_no_reply_is_asked_for_again_next_time(run, grader):
     def answer(request, nth):
         return fail(503) if down[0] and len(server.requests) == 2 else say(GOOD)
 
-    with Teaching(answer) as server:
+    with TeacherServer(answer) as server:
         first = build(run, server.url, grader, concurrency=1)
         assert first.dropped == {"no_reply": 1}
         down[0] = False

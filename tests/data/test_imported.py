@@ -18,7 +18,7 @@ from sclite.student.base import Reply
 from sclite.trace import CAUSE, Step, Trace, parse, render
 from sclite.train.sft import train_sft
 from sclite.train.warmup import train_warmup
-from tests.replay import Teaching, say
+from tests.replay import TeacherServer, say
 
 STEPS = ("There are 4 boxes", "They hold 4 * 6 = 24", "24 + 9 = 33", "So 33 in all")
 COUNT = 12
@@ -82,7 +82,7 @@ def test_labelled_work_is_corrected_at_its_label_without_a_student_and_no_pair_e
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
     source = write(tmp_path / "p.jsonl", map(problem, range(COUNT)))
     mine = write(tmp_path / "mine.jsonl", map(labelled, range(COUNT)))
-    with Teaching(teach) as server:
+    with TeacherServer(teach) as server:
         given = (f"problems.source={source}", f"attempts.source={mine}", "teacher.model=openai/replay")
         context = world_of(run, *given, f"teacher.api_base={server.url}", "teacher.repairs=1")
         report = pipeline.build_corrections(context)
@@ -113,7 +113,7 @@ def test_where_problems_and_attempts_are_gone_since_the_run_continues_without_th
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
     source = write(tmp_path / "p.jsonl", map(problem, range(COUNT)))
     mine = write(tmp_path / "mine.jsonl", map(labelled, range(COUNT)))
-    with Teaching(teach) as server:
+    with TeacherServer(teach) as server:
         given = (f"problems.source={source}", f"attempts.source={mine}", "teacher.model=openai/replay")
         given = (*given, f"teacher.api_base={server.url}", "teacher.repairs=1")
         made = pipeline.build_corrections(world_of(run, *given))
@@ -168,7 +168,7 @@ def test_attempts_and_reviews_in_the_run_need_neither_student_nor_teacher(filled
 def test_attempts_in_the_run_are_corrected(filled, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
     before = filled.path("attempts.jsonl").read_bytes()
-    with Teaching(lambda request, nth: say(render(NOTED))) as server:
+    with TeacherServer(lambda request, nth: say(render(NOTED))) as server:
         context = world_of(filled, "teacher.model=openai/replay", f"teacher.api_base={server.url}")
         report = pipeline.build_corrections(context)
     assert report.counts["corrected"] == 1

@@ -19,7 +19,7 @@ from sclite.settings import load
 from sclite.teacher.client import Teacher
 from sclite.teacher.ledger import Ledger, request_key
 from sclite.teacher.sender import parameters_of
-from tests.replay import BROKEN, HTML, Teaching, fail, say
+from tests.replay import BROKEN, HTML, TeacherServer, fail, say
 
 KEY = "sk-storm-0123456789"
 PROBLEMS = [
@@ -75,7 +75,7 @@ def test_through_a_storm_every_problem_ends_with_a_valid_template_and_the_books_
     tmp_path, grader, direct
 ):
     run = Run(tmp_path / "run")
-    with Teaching(storm) as server:
+    with TeacherServer(storm) as server:
         settings = chosen(server.url, f"teacher.direct={direct}")
         report, totals = build(run, settings, grader)
         sent = len(server.requests)
@@ -92,7 +92,7 @@ def test_through_a_storm_every_problem_ends_with_a_valid_template_and_the_books_
 
 def test_the_key_stands_in_no_file_of_the_run(tmp_path, grader):
     run = Run(tmp_path / "run")
-    with Teaching(storm) as server:
+    with TeacherServer(storm) as server:
         build(run, chosen(server.url), grader, PROBLEMS[:40])
     files = [path for path in run.folder.rglob("*") if path.is_file()]
     assert len(files) >= 4
@@ -117,7 +117,7 @@ def test_killed_twenty_times_it_pays_again_only_for_what_was_in_flight(tmp_path,
     draw = random.Random(0)
     script, run = tmp_path / "build.py", Run(tmp_path / "run")
     script.write_text(CODE)
-    with Teaching(lambda request, _: say(reply(number_of(request) + 1), seconds=0.3)) as server:
+    with TeacherServer(lambda request, _: say(reply(number_of(request) + 1), seconds=0.3)) as server:
         settings = chosen(server.url)
         counts = []
         for _ in range(20):

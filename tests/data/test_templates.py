@@ -18,7 +18,7 @@ from sclite.run import Run
 from sclite.settings import load
 from sclite.teacher.client import Teacher
 from sclite.teacher.ledger import Ledger
-from tests.replay import Teaching, fail, say
+from tests.replay import TeacherServer, fail, say
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def test_every_template_is_canonical_right_and_in_the_order_of_the_problems(run,
         )
 
     seen = []
-    with Teaching(answer) as server:
+    with TeacherServer(answer) as server:
         report = build(run, server.url, grader, progress=lambda *given: seen.append(given))
     rows = run.read("templates.jsonl", Template)
     assert [row.id for row in rows] == [p.id for p in PROBLEMS]
@@ -169,7 +169,7 @@ def test_a_fault_goes_back_to_the_teacher_in_the_prompt(run, grader):
         mended = "its answer is 99, not" in request["messages"][1]["content"]
         return right(request, nth) if mended else say(reply("99"))
 
-    with Teaching(answer) as server:
+    with TeacherServer(answer) as server:
         report = build(run, server.url, grader)
     assert report.counts["templates"] == report.figures["repaired"] == 8
     assert {row.requests for row in run.read("templates.jsonl", Template)} == {2}
@@ -182,7 +182,7 @@ def test_what_is_dropped_stands_there_with_reason_and_raw_reply(run, grader):
             return fail(404, "no known question in this request")
         return say(reply(99)) if number == 5 else right(request, nth)
 
-    with Teaching(answer) as server:
+    with TeacherServer(answer) as server:
         report = build(run, server.url, grader)
     drops = run.read("dropped.jsonl", Drop)
     assert [(d.id, d.reason) for d in drops] == [("p3", "refused_by_teacher"), ("p5", "wrong_answer")]
@@ -193,7 +193,7 @@ def test_what_is_dropped_stands_there_with_reason_and_raw_reply(run, grader):
 
 
 def test_nothing_is_done_twice_and_a_new_problem_alone_is_asked(run, grader):
-    with Teaching(right) as server:
+    with TeacherServer(right) as server:
         first = build(run, server.url, grader, PROBLEMS[:5])
         again = build(run, server.url, grader, PROBLEMS[:5])
         assert again.skipped
@@ -210,7 +210,7 @@ def test_nothing_is_done_twice_and_a_new_problem_alone_is_asked(run, grader):
 
 
 def test_a_changed_problem_is_asked_again(run, grader):
-    with Teaching(right) as server:
+    with TeacherServer(right) as server:
         build(run, server.url, grader, PROBLEMS[:3])
         build(
             run,
@@ -223,7 +223,7 @@ def test_a_changed_problem_is_asked_again(run, grader):
 
 
 def test_rows_of_another_teacher_are_refused_and_fresh_makes_them_anew(run, grader):
-    with Teaching(right) as server:
+    with TeacherServer(right) as server:
         build(run, server.url, grader)
         with pytest.raises(UsageError, match="max_tokens") as caught:
             build(run, server.url, grader, settings=["teacher.max_tokens=77"])
@@ -240,7 +240,7 @@ def test_a_changed_sentence_of_the_prompt_asks_all_anew_and_a_learning_rate_noth
     (tmp_path / "prompts").mkdir()
     (tmp_path / "prompts/teacher_template.txt").write_text(text)
     other = [f"prompts.folder={tmp_path / 'prompts'}"]
-    with Teaching(right) as server:
+    with TeacherServer(right) as server:
         build(run, server.url, grader)
         assert build(run, server.url, grader, settings=["sft.learning_rate=3e-4"]).skipped
         assert len(server.requests) == 8
@@ -257,7 +257,7 @@ def test_a_changed_sentence_of_the_prompt_asks_all_anew_and_a_learning_rate_noth
 def test_templates_that_were_brought_along_take_the_place_of_the_stage(run, grader):
     rows = [Template(id="mine", question="q", answer="1", trace=reply(1))]
     run.replace("templates.jsonl", rows)
-    with Teaching(right) as server:
+    with TeacherServer(right) as server:
         report = build(run, server.url, grader)
     assert report.skipped
     assert report.counts == {"templates": 1, "imported": 1}
@@ -276,9 +276,9 @@ def test_a_teacher_that_never_answered_leaves_the_place_free_for_own_templates(r
 
 
 def test_the_same_teacher_may_move_to_another_address(run, grader):
-    with Teaching(right) as server:
+    with TeacherServer(right) as server:
         build(run, server.url, grader, PROBLEMS[:4])
-    with Teaching(right) as server:
+    with TeacherServer(right) as server:
         build(run, server.url, grader, PROBLEMS)
     assert len(server.requests) == 4
 
@@ -289,7 +289,7 @@ def test_a_row_lost_to_the_network_is_asked_again_next_time(run, grader):
     def answer(request, nth):
         return fail(503) if number_of(request) in lost else right(request, nth)
 
-    with Teaching(answer) as server:
+    with TeacherServer(answer) as server:
         assert build(run, server.url, grader).dropped == {"no_reply": 1}
         lost.clear()
         report = build(run, server.url, grader)
@@ -300,7 +300,7 @@ def test_a_row_lost_to_the_network_is_asked_again_next_time(run, grader):
 
 def test_when_nothing_came_out_it_is_said_why(run, grader):
     expected = pytest.raises(DataError, match="none of the 8 problems gave a template: 8 no_steps")
-    with Teaching(lambda request, nth: say("Sure!")) as server, expected:
+    with TeacherServer(lambda request, nth: say("Sure!")) as server, expected:
         build(run, server.url, grader)
     assert len(run.read("dropped.jsonl", Drop)) == 8
     assert run.manifest("templates") is None
@@ -311,7 +311,7 @@ def test_without_a_list_the_stage_takes_its_own_share_of_the_configured_problems
     source.write_text(
         "".join(json.dumps({"question": p.question, "answer": p.answer}) + "\n" for p in PROBLEMS)
     )
-    with Teaching(right) as server:
+    with TeacherServer(right) as server:
         report = build(run, server.url, grader, None, [f"problems.source={source}"])
     assert len(run.read("problems.jsonl", Problem)) == 8
     assert 0 < report.counts["problems"] < 8
@@ -352,7 +352,7 @@ def slowly(request, nth):
 
 
 def test_after_a_kill_nothing_that_reached_the_ledger_is_asked_again(run):
-    with Teaching(slowly) as server:
+    with TeacherServer(slowly) as server:
         process = start(run, server)
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
@@ -370,7 +370,7 @@ def test_after_a_kill_nothing_that_reached_the_ledger_is_asked_again(run):
 
 
 def test_an_interrupt_ends_it_at_once_and_without_noise(run):
-    with Teaching(
+    with TeacherServer(
         lambda request, nth: say(reply(number_of(request) + 1), seconds=0.05 if nth < 2 else 30)
     ) as server:
         process = start(run, server)

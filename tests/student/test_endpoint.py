@@ -8,7 +8,7 @@ from sclite.student.base import Request, ScoreRequest
 from sclite.student.endpoint import Endpoint
 from sclite.teacher.client import Teacher
 from sclite.teacher.ledger import Ledger
-from tests.replay import Answer, Teaching, fail, say
+from tests.replay import Answer, TeacherServer, fail, say
 
 TRACE = "<Step1>1 + 1 = 2\n</Step1>\n<Answer>2</Answer>"
 
@@ -37,7 +37,7 @@ def test_each_reply_belongs_to_its_request_with_its_tokens(run):
         number = int(body["messages"][-1]["content"])
         return say(f"I am {number}", seconds=0.02 * (number % 3), tokens=(10 + number, number))
 
-    with Teaching(answer) as server:
+    with TeacherServer(answer) as server:
         replies, totals = ask(run, server.url, [request(str(n)) for n in range(12)])
     assert [(r.index, r.text, r.finish, r.error) for r in replies] == [
         (n, f"I am {n}", "stop", None) for n in range(12)
@@ -47,7 +47,7 @@ def test_each_reply_belongs_to_its_request_with_its_tokens(run):
 
 
 def test_the_endpoint_is_asked_as_the_request_says(run):
-    with Teaching(lambda body, nth: say(TRACE)) as server:
+    with TeacherServer(lambda body, nth: say(TRACE)) as server:
         ask(run, server.url, [request("1?"), request("2?", temperature=0.0, top_p=1.0, stop=("</Step",))])
     first, second = sorted(server.requests, key=lambda body: body["messages"][-1]["content"])
     assert [m["content"] for m in first["messages"]] == ["Solve.", "1?"]
@@ -58,7 +58,7 @@ def test_the_endpoint_is_asked_as_the_request_says(run):
 
 
 def test_many_requests_are_in_flight_at_once(run):
-    with Teaching(lambda body, nth: say(TRACE, seconds=0.1)) as server:
+    with TeacherServer(lambda body, nth: say(TRACE, seconds=0.1)) as server:
         ask(run, server.url, [request(str(n)) for n in range(40)], concurrency=20)
     assert server.most_in_flight >= 15
 
@@ -67,7 +67,7 @@ def test_a_failed_call_is_an_error_with_its_reason_and_leaves_the_others_alone(r
     def answer(body, nth):
         return fail(400, "too long for me") if body["messages"][-1]["content"] == "2" else say(TRACE)
 
-    with Teaching(answer) as server:
+    with TeacherServer(answer) as server:
         replies, _ = ask(run, server.url, [request(str(n)) for n in range(4)])
     assert [r.finish for r in replies] == ["stop", "stop", "error", "stop"]
     assert "too long for me" in replies[2].error
@@ -79,7 +79,7 @@ def test_a_lost_connection_and_a_content_filter_are_errors_too(run):
         asked = body["messages"][-1]["content"]
         return {"lost": Answer(broken=True, body={}), "bad": say("no", "content_filter")}.get(asked, say("a"))
 
-    with Teaching(answer) as server:
+    with TeacherServer(answer) as server:
         replies, _ = ask(run, server.url, [request("good"), request("bad"), request("lost")], concurrency=1)
     assert [r.finish for r in replies] == ["stop", "error", "error"]
     assert replies[1].error.startswith("filtered: ")
@@ -87,20 +87,20 @@ def test_a_lost_connection_and_a_content_filter_are_errors_too(run):
 
 
 def test_a_reply_at_the_limit_keeps_its_text_and_says_length(run):
-    with Teaching(lambda body, nth: say("<Step1>and so", "length")) as server:
+    with TeacherServer(lambda body, nth: say("<Step1>and so", "length")) as server:
         (reply,), _ = ask(run, server.url, [request("1?")])
         assert (reply.text, reply.finish, reply.error) == ("<Step1>and so", "length", None)
         assert len(server.requests) == 1  # it is what the student said; nobody asks it to mend that
 
 
 def test_a_reply_ends_with_the_stop_string_that_it_meets(run):
-    with Teaching(lambda body, nth: say("a</Correction> and more", "length")) as server:
+    with TeacherServer(lambda body, nth: say("a</Correction> and more", "length")) as server:
         (reply,), _ = ask(run, server.url, [request("1?", stop=("</Correction>",))])
     assert (reply.text, reply.finish) == ("a</Correction>", "stop")
 
 
 def test_a_request_with_a_beginning_is_refused_before_anything_is_asked(run):
-    with Teaching(lambda body, nth: say(TRACE)) as server:
+    with TeacherServer(lambda body, nth: say(TRACE)) as server:
         with pytest.raises(UsageError, match="openai/small is an endpoint") as error:
             ask(run, server.url, [request("1?"), request("2?", pieces=("<Step1>x\n",))])
         assert server.requests == []
@@ -118,7 +118,7 @@ def test_an_endpoint_does_not_score(run):
 
 def test_a_second_start_pays_for_nothing_and_another_seed_is_another_sample(run):
     requests = [request("1?", seed=seed) for seed in (1, 2, 3)]
-    with Teaching(lambda body, nth: say(f"said {nth}")) as server:
+    with TeacherServer(lambda body, nth: say(f"said {nth}")) as server:
         first, _ = ask(run, server.url, requests)
         again, _ = ask(run, server.url, requests)
         assert len(server.requests) == 3
@@ -131,14 +131,14 @@ def test_a_second_start_pays_for_nothing_and_another_seed_is_another_sample(run)
 
 @pytest.mark.parametrize(("temperature", "max_tokens", "asked"), [(0.8, 77, 1), (0.7, 77, 2), (0.8, 78, 2)])
 def test_other_sampling_is_asked_for_anew(run, temperature, max_tokens, asked):
-    with Teaching(lambda body, nth: say(TRACE)) as server:
+    with TeacherServer(lambda body, nth: say(TRACE)) as server:
         ask(run, server.url, [request("1?")])
         ask(run, server.url, [request("1?", temperature=temperature, max_tokens=max_tokens)])
         assert len(server.requests) == asked
 
 
 def test_a_fault_of_the_endpoint_names_the_student_and_never_the_key(run):
-    with Teaching(lambda body, nth: fail(401, "bad key sk-secret-123456")) as server:
+    with TeacherServer(lambda body, nth: fail(401, "bad key sk-secret-123456")) as server:
         with pytest.raises(TeacherError) as error:
             ask(run, server.url, [request("1?")])
         said = f"{error.value.message} {error.value.hint}"

@@ -8,7 +8,7 @@ from sclite import config
 from sclite.errors import TeacherError, UsageError
 from sclite.teacher.client import Job, Rejection, Teacher
 from sclite.teacher.ledger import Ledger
-from tests.replay import BROKEN, HTML, Teaching, fail, say
+from tests.replay import BROKEN, HTML, TeacherServer, fail, say
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def asked(request):
 
 
 def test_every_job_has_its_own_result_and_the_book_is_kept(tmp_path):
-    with Teaching(lambda request, nth: say(f"good {asked(request)}")) as server:
+    with TeacherServer(lambda request, nth: say(f"good {asked(request)}")) as server:
         results, totals = ask(server, map(job, range(30)), tmp_path)
     assert [r.text for r in results] == [f"good question {i}." for i in range(30)]
     assert {r.requests for r in results} == {1}
@@ -54,7 +54,7 @@ def test_a_second_run_asks_nothing_not_even_repairs_and_needs_no_server(tmp_path
         return say("good" if "bad" in asked(request) or "1" in asked(request) else "bad")
 
     jobs = [job(i, good) for i in range(12)]
-    with Teaching(answer) as server:
+    with TeacherServer(answer) as server:
         first, totals = ask(server, jobs, tmp_path)
         calls = len(server.requests)
     assert calls == totals["requests"] == 12 + 9
@@ -65,20 +65,22 @@ def test_a_second_run_asks_nothing_not_even_repairs_and_needs_no_server(tmp_path
 
 
 def test_another_sample_is_another_request(tmp_path):
-    with Teaching(lambda request, nth: say(f"good {nth}")) as server:
+    with TeacherServer(lambda request, nth: say(f"good {nth}")) as server:
         results, _ = ask(server, [job(1, sample=0), job(1, sample=1)], tmp_path, concurrency=1)
     assert {r.text for r in results} == {"good 1", "good 2"}
 
 
 def test_the_same_request_in_two_jobs_is_paid_once(tmp_path):
-    with Teaching(lambda request, nth: say(f"good {nth}", seconds=0.1)) as server:
+    with TeacherServer(lambda request, nth: say(f"good {nth}", seconds=0.1)) as server:
         results, _ = ask(server, [job(1), job(1), job(1)], tmp_path)
     assert [r.text for r in results] == ["good 1"] * 3
     assert len(server.requests) == 1
 
 
 def test_a_reply_that_fails_its_check_is_asked_again_with_the_fault(tmp_path):
-    with Teaching(lambda request, nth: say("good" if "it says bad" in asked(request) else "bad")) as server:
+    with TeacherServer(
+        lambda request, nth: say("good" if "it says bad" in asked(request) else "bad")
+    ) as server:
         results, _ = ask(server, [job(1, good)], tmp_path)
     assert results[0].text == "good"
     assert results[0].requests == 2
@@ -86,7 +88,7 @@ def test_a_reply_that_fails_its_check_is_asked_again_with_the_fault(tmp_path):
 
 
 def test_after_three_repairs_the_job_fails_with_its_last_fault_and_reply(tmp_path):
-    with Teaching(lambda request, nth: say(f"bad {len(server.requests)}")) as server:
+    with TeacherServer(lambda request, nth: say(f"bad {len(server.requests)}")) as server:
         results, _ = ask(server, [job(1, good)], tmp_path)
     assert results[0].text is None
     assert results[0].rejection == Rejection("not_good", "it says bad 4")
@@ -94,7 +96,7 @@ def test_after_three_repairs_the_job_fails_with_its_last_fault_and_reply(tmp_pat
 
 
 def test_the_same_fault_again_is_said_in_other_words(tmp_path):
-    with Teaching(lambda request, nth: say("bad")) as server:
+    with TeacherServer(lambda request, nth: say("bad")) as server:
         ask(server, [job(1, good)], tmp_path)
     assert len(server.counts) == len(server.requests) == 4
 
@@ -103,7 +105,7 @@ def test_a_reply_that_was_cut_off_is_a_fault_of_its_own(tmp_path):
     def answer(request, nth):
         return say("good") if "shorter" in asked(request) else say("good but hal", "length")
 
-    with Teaching(answer) as server:
+    with TeacherServer(answer) as server:
         results, _ = ask(server, [job(1)], tmp_path)
         assert (results[0].text, results[0].requests) == ("good", 2)
         results, _ = ask(server, [job(2)], tmp_path, repairs=0)
@@ -116,7 +118,7 @@ def test_faults_of_the_network_are_tried_again(tmp_path):
     def answer(request, nth):
         return kinds[int(asked(request).split()[1][:-1]) % len(kinds)] if nth == 1 else say("good")
 
-    with Teaching(answer) as server:
+    with TeacherServer(answer) as server:
         results, totals = ask(server, [job(i, good) for i in range(12)], tmp_path, timeout_seconds=1)
     assert [r.text for r in results] == ["good"] * 12
     assert {r.requests for r in results} == {1}
@@ -128,7 +130,7 @@ def test_litellm_does_not_retry_on_its_own(tmp_path):
     def answer(request, nth):
         return fail(500) if "2." in asked(request) else say("good")
 
-    with Teaching(answer) as server:
+    with TeacherServer(answer) as server:
         results, _ = ask(server, [job(1), job(2)], tmp_path, attempts_per_call=2)
     assert results[1].rejection.reason == "no_reply"
     assert len(server.requests) == 3
@@ -141,7 +143,7 @@ def test_retry_after_is_waited_for(tmp_path):
         times.append(time.monotonic())
         return fail(429, retry_after="1") if nth == 1 else say("good")
 
-    with Teaching(answer) as server:
+    with TeacherServer(answer) as server:
         ask(server, [job(1)], tmp_path)
     assert 1.0 <= times[1] - times[0] < 2
 
@@ -153,7 +155,7 @@ def test_a_wait_does_not_hold_up_the_others(tmp_path):
         order.append(asked(request))
         return fail(429, retry_after="1") if nth == 1 and "question 0." in asked(request) else say("good")
 
-    with Teaching(answer) as server:
+    with TeacherServer(answer) as server:
         ask(server, [job(i) for i in range(4)], tmp_path, concurrency=1)
     assert order == ["question 0.", "question 1.", "question 2.", "question 3.", "question 0."]
 
@@ -163,7 +165,7 @@ def test_no_more_than_concurrency_requests_are_in_flight_and_no_batch_waits_for_
         return say("good", seconds=0.8 if "question 0." in asked(request) else 0.05)
 
     ask_warm(tmp_path)
-    with Teaching(answer) as server:
+    with TeacherServer(answer) as server:
         started = time.monotonic()
         ask(server, [job(i) for i in range(40)], tmp_path, concurrency=4)
         seconds = time.monotonic() - started
@@ -173,7 +175,7 @@ def test_no_more_than_concurrency_requests_are_in_flight_and_no_batch_waits_for_
 
 def ask_warm(path):
     """Import LiteLLM and let it build what it caches, so that times measured next are those of the calls."""
-    with Teaching(lambda request, nth: say("good")) as server:
+    with TeacherServer(lambda request, nth: say("good")) as server:
         ask(server, [job(99)], path)
 
 
@@ -185,7 +187,7 @@ def test_jobs_are_taken_as_there_is_room(tmp_path):
             taken.append(i)
             yield job(i)
 
-    with Teaching(lambda request, nth: say("good")) as server, Ledger(tmp_path / "l") as ledger:
+    with TeacherServer(lambda request, nth: say("good")) as server, Ledger(tmp_path / "l") as ledger:
         settings = config.Teacher(model="openai/replay", api_base=server.url, concurrency=3)
         with Teacher(settings, ledger) as teacher:
             results = teacher.ask_all(jobs())
@@ -199,7 +201,7 @@ def test_leaving_early_cancels_what_is_under_way_and_the_teacher_stays_usable(tm
     def answer(request, nth):
         return say("good", seconds=5 if "question 1." in asked(request) else 0)
 
-    with Teaching(answer) as server, Ledger(tmp_path / "l") as ledger:
+    with TeacherServer(answer) as server, Ledger(tmp_path / "l") as ledger:
         settings = config.Teacher(model="openai/replay", api_base=server.url, concurrency=1)
         with Teacher(settings, ledger) as teacher:
             results = teacher.ask_all(map(job, range(3)))
@@ -211,7 +213,9 @@ def test_leaving_early_cancels_what_is_under_way_and_the_teacher_stays_usable(tm
 
 
 def test_a_bad_key_stops_everything_at_once_and_is_not_shown(tmp_path):
-    with Teaching(lambda request, nth: fail(401, "Incorrect API key provided: sk-test-secret")) as server:
+    with TeacherServer(
+        lambda request, nth: fail(401, "Incorrect API key provided: sk-test-secret")
+    ) as server:
         with pytest.raises(TeacherError) as caught:
             ask(server, map(job, range(10**6)), tmp_path)
         assert len(server.requests) <= 32
@@ -226,7 +230,7 @@ def test_a_bad_key_stops_everything_at_once_and_is_not_shown(tmp_path):
 
 def test_no_key_is_needed_where_the_endpoint_wants_none(tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
-    with Teaching(lambda request, nth: say("good")) as server:
+    with TeacherServer(lambda request, nth: say("good")) as server:
         results, _ = ask(server, [job(1)], tmp_path)
     assert results[0].text == "good"
     assert server.keys == {"Bearer none"}
@@ -241,13 +245,13 @@ def test_a_missing_key_for_the_real_service_is_told_at_once(tmp_path, monkeypatc
 
 def test_an_unknown_model_stops_everything(tmp_path):
     answer = fail(404, "The model `replay` does not exist")
-    with Teaching(lambda *_: answer) as server, pytest.raises(TeacherError, match="does not exist"):
+    with TeacherServer(lambda *_: answer) as server, pytest.raises(TeacherError, match="does not exist"):
         ask(server, map(job, range(10**6)), tmp_path)
     assert len(server.requests) <= 32
 
 
 def test_a_model_without_provider_is_told_before_any_call(tmp_path):
-    with Teaching(lambda request, nth: say("good")) as server:
+    with TeacherServer(lambda request, nth: say("good")) as server:
         with pytest.raises(UsageError, match="no provider"):
             ask(server, [job(1)], tmp_path, model="something")
         with pytest.raises(UsageError, match=r"teacher\.model is not set"):
@@ -269,7 +273,7 @@ def test_a_refused_question_is_left_out_and_the_others_go_on(tmp_path):
             else say("good")
         )
 
-    with Teaching(answer) as server:
+    with TeacherServer(answer) as server:
         results, _ = ask(server, [job(i) for i in range(20)], tmp_path)
         alone, _ = ask(server, [job(21)], tmp_path)
     assert [r.text for r in results] == ["good", None] * 10
@@ -279,7 +283,7 @@ def test_a_refused_question_is_left_out_and_the_others_go_on(tmp_path):
 
 
 def test_when_all_are_refused_the_teacher_is_to_blame(tmp_path):
-    with Teaching(lambda request, nth: fail(400, "max_tokens is too large")) as server:
+    with TeacherServer(lambda request, nth: fail(400, "max_tokens is too large")) as server:
         with pytest.raises(TeacherError, match="max_tokens is too large"):
             ask(server, map(job, range(10**6)), tmp_path)
         assert len(server.requests) <= 48
@@ -291,7 +295,7 @@ def test_a_teacher_that_falls_silent_is_given_up_and_what_came_is_kept(tmp_path)
     def answer(request, nth):
         return say("good") if int(asked(request).split()[1][:-1]) < 10 else BROKEN
 
-    with Teaching(answer) as server:
+    with TeacherServer(answer) as server:
         with pytest.raises(TeacherError, match="does not answer"):
             ask(server, [job(i) for i in range(10**4)], tmp_path, attempts_per_call=2, concurrency=4)
         assert len(server.requests) < 60
@@ -307,7 +311,7 @@ def test_a_fault_in_a_check_or_in_the_jobs_is_raised_here(tmp_path):
         yield job(1)
         raise LookupError
 
-    with Teaching(lambda request, nth: say("good")) as server:
+    with TeacherServer(lambda request, nth: say("good")) as server:
         with pytest.raises(ZeroDivisionError):
             ask(server, [job(1, broken)], tmp_path)
         with pytest.raises(LookupError):
@@ -317,7 +321,7 @@ def test_a_fault_in_a_check_or_in_the_jobs_is_raised_here(tmp_path):
 def test_price_is_known_from_the_list_and_unknown_where_it_is_not(tmp_path, monkeypatch):
     import litellm
 
-    with Teaching(lambda request, nth: say("good", tokens=(10, 5))) as server:
+    with TeacherServer(lambda request, nth: say("good", tokens=(10, 5))) as server:
         monkeypatch.setattr("sclite.teacher.provider.is_local", lambda api_base: False)
         _, priced = ask(server, [job(1)], tmp_path, model="openai/gpt-4.1")
         _, both = ask(server, [job(1)], tmp_path, model="openai/nobody-knows")

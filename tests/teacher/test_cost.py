@@ -12,7 +12,7 @@ from sclite.teacher.cost import format_usd, max_prompt_tokens
 from sclite.teacher.failures import no_answer_error
 from sclite.teacher.forecast import PILOT, ask_after_pilot, forecast
 from sclite.teacher.ledger import Ledger
-from tests.replay import BROKEN, Answer, Teaching, fail, say
+from tests.replay import BROKEN, Answer, TeacherServer, fail, say
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def cheap(request, nth):
 
 def test_the_limit_is_never_passed_and_what_was_under_way_is_given(tmp_path):
     results = []
-    with Teaching(cheap) as server, Ledger(tmp_path / "l") as ledger:
+    with TeacherServer(cheap) as server, Ledger(tmp_path / "l") as ledger:
         with teacher_of(ledger, server, max_cost=0.01) as teacher, pytest.raises(BudgetError) as caught:
             results.extend(teacher.ask_all(map(job, range(500)), "templates"))
         spent = ledger.totals()["cost_usd"]
@@ -51,7 +51,7 @@ def test_the_limit_is_never_passed_and_what_was_under_way_is_given(tmp_path):
 
 
 def test_a_higher_limit_goes_on_where_it_stopped(tmp_path):
-    with Teaching(cheap) as server, Ledger(tmp_path / "l") as ledger:
+    with TeacherServer(cheap) as server, Ledger(tmp_path / "l") as ledger:
         with teacher_of(ledger, server, max_cost=0.002) as teacher, pytest.raises(BudgetError):
             list(teacher.ask_all(map(job, range(20))))
         asked = len(server.requests)
@@ -65,7 +65,7 @@ def test_a_reply_that_never_came_counts_at_its_dearest(tmp_path):
     def slow(request, nth):
         return say("late", seconds=3)
 
-    with Teaching(slow) as server, Ledger(tmp_path / "l") as ledger:
+    with TeacherServer(slow) as server, Ledger(tmp_path / "l") as ledger:
         settings = {"timeout_seconds": 0.2, "attempts_per_call": 1, "max_cost": 1, "repairs": 0}
         with (
             teacher_of(ledger, server, **settings) as teacher,
@@ -99,7 +99,7 @@ RESERVED = (
 )
 def test_counts_that_cannot_be_cost_what_was_reserved(tmp_path, usage, direct):
     answer = Answer(body={**say("good").body, "usage": usage})
-    with Teaching(lambda request, nth: answer) as server, Ledger(tmp_path / "l") as ledger:
+    with TeacherServer(lambda request, nth: answer) as server, Ledger(tmp_path / "l") as ledger:
         with teacher_of(ledger, server, direct=direct, attempts_per_call=1) as teacher:
             if direct:
                 assert [r.text for r in teacher.ask_all([job(1)])] == ["good"]
@@ -116,7 +116,7 @@ def test_counts_that_cannot_be_cost_what_was_reserved(tmp_path, usage, direct):
 def test_a_reply_longer_than_it_was_allowed_to_be_costs_what_it_shows(tmp_path):
     text = "word " * 500
     with (
-        Teaching(lambda request, nth: say(text, tokens=(10, 500))) as server,
+        TeacherServer(lambda request, nth: say(text, tokens=(10, 500))) as server,
         Ledger(tmp_path / "l") as ledger,
     ):
         with teacher_of(ledger, server) as teacher:
@@ -128,7 +128,7 @@ def test_a_reply_longer_than_it_was_allowed_to_be_costs_what_it_shows(tmp_path):
 def test_a_connection_that_breaks_in_the_body_costs_what_was_reserved_and_one_that_never_was_nothing(
     tmp_path, direct
 ):
-    with Teaching(lambda request, nth: BROKEN) as server, Ledger(tmp_path / "l") as ledger:
+    with TeacherServer(lambda request, nth: BROKEN) as server, Ledger(tmp_path / "l") as ledger:
         for url in (server.url, "http://127.0.0.1:9/v1"):
             with (
                 teacher_of(ledger, server, api_base=url, direct=direct, attempts_per_call=1) as teacher,
@@ -154,7 +154,7 @@ def test_no_tokenizer_makes_more_tokens_than_the_bound(text):
 
 def test_an_empty_reply_is_asked_for_again_by_the_next_run(tmp_path):
     with (
-        Teaching(lambda request, nth: say("" if nth == 1 else "good")) as server,
+        TeacherServer(lambda request, nth: say("" if nth == 1 else "good")) as server,
         Ledger(tmp_path / "l") as ledger,
     ):
         for expected in (None, "good"):
@@ -166,7 +166,7 @@ def test_an_empty_reply_is_asked_for_again_by_the_next_run(tmp_path):
 
 
 def test_a_limit_without_a_price_is_refused_before_any_call(tmp_path):
-    with Teaching(cheap) as server, Ledger(tmp_path / "l") as ledger:
+    with TeacherServer(cheap) as server, Ledger(tmp_path / "l") as ledger:
         url = server.url.replace("127.0.0.1", "teacher.example")
         with (
             teacher_of(ledger, server, api_base=url, price=None, max_cost=1) as teacher,
@@ -184,7 +184,11 @@ def test_the_rest_is_asked_for_only_if_the_forecast_is_agreed_to(tmp_path):
         seen.append(forecast)
         return False
 
-    with Teaching(cheap) as server, Ledger(tmp_path / "l") as ledger, teacher_of(ledger, server) as teacher:
+    with (
+        TeacherServer(cheap) as server,
+        Ledger(tmp_path / "l") as ledger,
+        teacher_of(ledger, server) as teacher,
+    ):
         with pytest.raises(BudgetError, match=f"stopped after {PILOT} of 30 rows"):
             list(ask_after_pilot(teacher, map(job, range(30)), 30, "templates", confirm))
         assert len(server.requests) == PILOT
@@ -198,7 +202,7 @@ def test_nobody_is_asked_where_all_is_known_or_free(tmp_path):
     def confirm(forecast):
         raise AssertionError
 
-    with Teaching(cheap) as server, Ledger(tmp_path / "l") as ledger:
+    with TeacherServer(cheap) as server, Ledger(tmp_path / "l") as ledger:
         with teacher_of(ledger, server, price=None) as teacher:
             assert len(list(ask_after_pilot(teacher, map(job, range(30)), 30, "", confirm))) == 30
         with teacher_of(ledger, server) as teacher:
@@ -207,7 +211,11 @@ def test_nobody_is_asked_where_all_is_known_or_free(tmp_path):
 
 
 def test_a_forecast_sends_nothing_and_says_the_first_request_exactly(tmp_path):
-    with Teaching(cheap) as server, Ledger(tmp_path / "l") as ledger, teacher_of(ledger, server) as teacher:
+    with (
+        TeacherServer(cheap) as server,
+        Ledger(tmp_path / "l") as ledger,
+        teacher_of(ledger, server) as teacher,
+    ):
         found = forecast(teacher, map(job, range(10)), 50, "templates")
         assert not server.requests
         list(teacher.ask_all([job(0)], "templates"))
@@ -224,7 +232,7 @@ def test_a_refusal_is_remembered_once_others_were_answered(tmp_path):
     def answer(request, nth):
         return fail(400, "not this one") if "q1 " in request["messages"][0]["content"] else say("good")
 
-    with Teaching(answer) as server, Ledger(tmp_path / "l") as ledger:
+    with TeacherServer(answer) as server, Ledger(tmp_path / "l") as ledger:
         for _ in range(2):
             with teacher_of(ledger, server) as teacher:
                 list(teacher.ask_all([job(0)]))
@@ -248,7 +256,7 @@ def test_what_the_inspector_rejects_is_asked_again_with_its_reason(tmp_path):
             return say(f"<Verdict>{verdict}</Reason>")
         return say("better" if "step 2 is wrong" in asked else "worse")
 
-    with Teaching(answer) as server, Ledger(tmp_path / "l") as ledger:
+    with TeacherServer(answer) as server, Ledger(tmp_path / "l") as ledger:
         named = {"inspector": "openai/judge", "inspector_api_base": server.url}
         with teacher_of(ledger, server, **named) as teacher:
             (result,) = teacher.ask_all([job(1, inspect)], "templates")
@@ -261,7 +269,7 @@ def test_an_inspector_that_never_accepts_ends_the_job_after_three_rounds(tmp_pat
         judging = request["model"] == "judge"
         return say("<Verdict>reject</Verdict>" if judging else f"try {len(server.requests)}")
 
-    with Teaching(answer) as server, Ledger(tmp_path / "l") as ledger:
+    with TeacherServer(answer) as server, Ledger(tmp_path / "l") as ledger:
         named = {"inspector": "openai/judge", "inspector_api_base": server.url}
         with teacher_of(ledger, server, **named) as teacher:
             (result,) = teacher.ask_all([job(1, inspect)])

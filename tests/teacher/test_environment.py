@@ -14,7 +14,7 @@ from sclite.run import Run
 from sclite.teacher import provider
 from sclite.teacher.client import Job, Teacher
 from sclite.teacher.ledger import Ledger
-from tests.replay import Teaching, fail, say
+from tests.replay import TeacherServer, fail, say
 
 JOB = Job("1", lambda error: [{"role": "user", "content": "q"}], lambda reply: None)
 
@@ -22,7 +22,7 @@ JOB = Job("1", lambda error: [{"role": "user", "content": "q"}], lambda reply: N
 @pytest.mark.parametrize("direct", [True, False])
 def test_a_key_with_a_windows_line_end_works(tmp_path, monkeypatch, direct):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test-secret\r\n")
-    with Teaching(lambda request, nth: say("good")) as server, Ledger(tmp_path / "l") as ledger:
+    with TeacherServer(lambda request, nth: say("good")) as server, Ledger(tmp_path / "l") as ledger:
         settings = config.Teacher(model="openai/replay", api_base=server.url, direct=direct)
         with Teacher(settings, ledger) as teacher:
             assert next(teacher.ask_all([JOB])).text == "good"
@@ -90,7 +90,7 @@ def test_a_password_in_an_address_stands_in_no_dump_and_in_no_run(tmp_path):
 @pytest.mark.parametrize("direct", [True, False])
 def test_a_password_in_an_address_is_sent_and_neither_said_nor_kept(tmp_path, direct, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-x")
-    with Teaching(lambda request, nth: say("good")) as server, Ledger(tmp_path / "l") as ledger:
+    with TeacherServer(lambda request, nth: say("good")) as server, Ledger(tmp_path / "l") as ledger:
         address = server.url.replace("http://", "http://me:hush@")
         for api_base in (address, server.url):
             settings = config.Teacher(model="openai/replay", api_base=api_base, direct=direct)
@@ -100,7 +100,7 @@ def test_a_password_in_an_address_is_sent_and_neither_said_nor_kept(tmp_path, di
     assert server.keys == {"Basic bWU6aHVzaA=="}
     assert b"hush" not in (tmp_path / "l").read_bytes()
     with (
-        Teaching(lambda request, nth: fail(404, f"no model at {address}")) as server,
+        TeacherServer(lambda request, nth: fail(404, f"no model at {address}")) as server,
         Ledger(tmp_path / "m") as ledger,
     ):
         settings = config.Teacher(model="openai/replay", api_base=address, direct=direct, attempts_per_call=1)

@@ -12,7 +12,7 @@ import pytest
 from sclite.records import Drop, Template
 from sclite.run import Run
 from sclite.teacher.ledger import Ledger
-from tests.replay import BROKEN, HTML, Answer, Teaching, fail, say
+from tests.replay import BROKEN, HTML, Answer, TeacherServer, fail, say
 
 IN_FLIGHT, LIMIT, MOST_TOKENS = 64, 0.05, 200
 PRICE = (1.0, 10.0)  # US dollars per million tokens
@@ -67,7 +67,7 @@ def test_the_limit_holds_against_a_hostile_server_and_every_row_is_accounted_for
         for i in range(100):
             row = {"id": f"p{i}", "question": f"What is {i} + 1?", "answer": f"{i + 1}"}
             file.write(json.dumps(row) + "\n")
-    with Teaching(lambda request, nth: hostile(request, nth, book, True)) as server:
+    with TeacherServer(lambda request, nth: hostile(request, nth, book, True)) as server:
         done = build(server, run, problems, direct, LIMIT)
         limited = list(book)
         assert done.returncode == 4, done.stderr
@@ -113,7 +113,7 @@ def test_a_redirect_is_no_reply(tmp_path):
     problems.write_text('{"question": "What is 1 + 1?", "answer": "2"}\n')
     for status in (301, 302, 303):
         answer = Answer(status, b"", {"Location": "http://me:secret@elsewhere/v1"})
-        with Teaching(lambda request, nth, answer=answer: answer) as server:
+        with TeacherServer(lambda request, nth, answer=answer: answer) as server:
             done = build(server, Run(tmp_path / "run"), problems, "true", 1)
         assert done.returncode == 6
         assert f"redirects to http://elsewhere/v1 (HTTP {status})" in done.stderr.replace("\n", " ")

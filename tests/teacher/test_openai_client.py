@@ -12,7 +12,7 @@ import pytest
 from sclite import config
 from sclite.errors import UsageError
 from sclite.teacher import failures, provider
-from tests.replay import BROKEN, HTML, Answer, Teaching, fail, say
+from tests.replay import BROKEN, HTML, Answer, TeacherServer, fail, say
 
 KEY = "sk-test-secret"
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 1 + 1?"}]
@@ -56,7 +56,7 @@ async def outcome(made, seconds=1.0):
 
 def both(answer, **settings):
     """(through LiteLLM, directly), and what the server was asked each time."""
-    with Teaching(lambda request, nth: answer) as server:
+    with TeacherServer(lambda request, nth: answer) as server:
         found = [asyncio.run(outcome(way(server.url, direct, **settings))) for direct in (False, True)]
     assert server.requests[0] == server.requests[-1]
     assert len(server.keys) == 1
@@ -137,7 +137,7 @@ def test_an_error_or_a_page_with_status_200_is_free_and_asked_again(answer, said
         await made.close()
         return caught.value
 
-    with Teaching(lambda request, nth: answer) as server:
+    with TeacherServer(lambda request, nth: answer) as server:
         found = asyncio.run(failure(way(server.url)))
     assert (failures.classify(found), failures.is_free(found), failures.message(found)) == (
         failures.RETRY,
@@ -149,12 +149,12 @@ def test_an_error_or_a_page_with_status_200_is_free_and_asked_again(answer, said
 def test_a_page_or_half_a_reply_is_asked_for_again_whatever_the_provider():
     """LiteLLM takes a vLLM server's HTML for a refusal."""
     for answer in (HTML, BROKEN, Answer(200, b"{")):
-        with Teaching(lambda request, nth, answer=answer: answer) as server:
+        with TeacherServer(lambda request, nth, answer=answer: answer) as server:
             assert asyncio.run(outcome(way(server.url, model="hosted_vllm/replay")))[0] == failures.RETRY
 
 
 def test_connections_are_kept_and_no_more_than_needed():
-    with Teaching(lambda request, nth: say("good", seconds=0.05)) as server:
+    with TeacherServer(lambda request, nth: say("good", seconds=0.05)) as server:
         opened = []
         accept = server._server.get_request
         server._server.get_request = lambda: opened.append(1) or accept()
@@ -223,7 +223,7 @@ def test_the_key_comes_from_the_providers_own_variable(direct, monkeypatch):
         if variable:
             monkeypatch.setenv(variable, "sk-of-mine")
         for model in ("openai/x", "hosted_vllm/x"):
-            with Teaching(lambda request, nth: say("good")) as server:
+            with TeacherServer(lambda request, nth: say("good")) as server:
                 asyncio.run(outcome(way(server.url, direct, model)))
             keys[variable, model.partition("/")[0]] = server.keys.pop()
         if variable:
@@ -236,7 +236,7 @@ def test_the_key_comes_from_the_providers_own_variable(direct, monkeypatch):
 
 
 def test_a_proxy_of_the_environment_is_used_and_its_password_never_said(monkeypatch):
-    with Teaching(lambda request, nth: say("good")) as server:
+    with TeacherServer(lambda request, nth: say("good")) as server:
         monkeypatch.setenv("HTTP_PROXY", server.url.replace("/v1", ""))
         monkeypatch.setenv("NO_PROXY", "near.example")
         assert asyncio.run(outcome(way("http://far.example/v1")))[0] == "good"
