@@ -189,7 +189,7 @@ def train(
     common: Common,
 ) -> None:
     """SFT, attempts, corrections and DPO."""
-    from sclite import training
+    from sclite import pipeline
     from sclite.inspect import summaries
     from sclite.student.loader import model_name, select_gpu
 
@@ -197,10 +197,10 @@ def train(
     model_name(context.config.student)
     select_gpu(gpu)
     if plan:
-        summaries.print_plan(training.plan(context), common.json)
+        summaries.print_plan(pipeline.plan_training(context), common.json)
         return
     with held(context.run, context.config):
-        training.train(context, only, fresh)
+        pipeline.train(context, only, fresh)
     summaries.print_train(context, only, common.json)
 
 
@@ -218,7 +218,7 @@ def export(
     common: Common,
 ) -> None:
     """Write a GGUF and a Modelfile for llama.cpp and Ollama."""
-    from sclite import measure, pipeline
+    from sclite import evaluation, pipeline
     from sclite.inspect import summaries
 
     if form not in ("gguf", "lora", "data"):
@@ -239,7 +239,7 @@ def export(
             created = create_model(context.config.export.ollama, context.run.path("export/Modelfile"))
     fitted = context.config.review.threshold is not None
     if not fitted and created is None and not common.json:  # a large file is read as a whole for this
-        fitted = measure.stored_threshold(context, Path(report.figures["gguf"])) is not None
+        fitted = evaluation.stored_threshold(context, Path(report.figures["gguf"])) is not None
     summaries.print_export(context, report, created, fitted, common.json)
 
 
@@ -259,7 +259,7 @@ def evaluate(
     common: Common,
 ) -> None:
     """Accuracy before and after review, with intervals."""
-    from sclite import measure, pipeline
+    from sclite import evaluation, pipeline
     from sclite.evaluate import table
 
     context = common.context({"eval.source": problems, "eval.limit": limit})
@@ -268,17 +268,17 @@ def evaluate(
         if models
         else pipeline.available(context)
     )
-    unknown = [name for name in names if name not in pipeline.NAMES]
+    unknown = [name for name in names if name not in pipeline.STUDENTS]
     if unknown:
         raise UsageError(
-            f"--models {','.join(unknown)}: no such student", f"use any of {', '.join(pipeline.NAMES)}"
+            f"--models {','.join(unknown)}: no such student", f"use any of {', '.join(pipeline.STUDENTS)}"
         )
     with context.run.lock():
-        held_out, fitting, dropped = measure.held_out(context)
+        held_out, fitting, dropped = evaluation.held_out(context)
         pipeline.export(context, names)
-        folder, dataset = measure.result_folder(context)
+        folder, dataset = evaluation.result_folder(context)
         named = {"folder": folder, "dataset": dataset, "source": context.config.eval.source}
-        summary = measure.evaluate(context, names, held_out, fitting, dropped=dropped, **named)
+        summary = evaluation.evaluate(context, names, held_out, fitting, dropped=dropped, **named)
     if common.json:
         console.print_json(summary)
         return
@@ -303,7 +303,7 @@ def chat(
 
     Without a terminal: one question per line of stdin, one answer per line of stdout.
     """
-    from sclite import measure
+    from sclite import evaluation
     from sclite.chat.repl import run_chat
 
     if question is not None and not question.strip():
@@ -314,7 +314,7 @@ def chat(
     unnamed = context.config.run == type(context.config)().run
     if unnamed and not context.run.folder.is_dir() and Path("runs/quickstart").is_dir():
         context = replace(common, run=Path("runs/quickstart")).context()
-    path, threshold = measure.for_chat(context, model, self_correct)
+    path, threshold = evaluation.for_chat(context, model, self_correct)
     known = {}
     if context.config.teacher.embedded and model is None:
         from sclite.quickstart.problem_sets import test_problems

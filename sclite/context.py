@@ -1,7 +1,4 @@
-"""What a command works with: configuration, run folder, screen, and how teacher and student are had.
-
-The outside world comes to the stages as arguments; here it is made.
-"""
+"""What a command works with: configuration, run folder, progress, and the teacher and student that its stages take."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,40 +14,41 @@ from sclite.progress import ProgressDisplay
 from sclite.records import Problem
 from sclite.run import Report, Run
 
-LIBRARIES = "libraries.log"  # what the libraries print in processes of their own
+LIBRARIES = "libraries.log"  # output of the libraries in isolated processes
 
 
 @dataclass
 class Context:
-    """What a command works with. `prepare` registers a teacher of one's own with LiteLLM before the first call."""
+    """What a command works with. `prepare` registers a custom teacher with LiteLLM before the first call."""
 
     config: Config
     run: Run
     display: ProgressDisplay
     prepare: Callable[[], None] | None = None
-    problems: tuple[list[Problem], list[Problem]] | None = (
-        None  # (for SFT, kept for stage 2) where a caller has them
-    )
+    problems: tuple[list[Problem], list[Problem]] | None = None  # (for SFT, kept for stage 2)
     ask_before_paying: bool = False
-    dry: bool = False  # nothing is written and nobody is asked
-    apart: bool = False  # each stage that needs the card in a process of its own
+    dry: bool = False  # write nothing, send nothing
+    isolated: bool = False  # each stage that needs the GPU runs in a process of its own
     reports: list[Report] = field(default_factory=list)
 
-    def on_card(self, work: Callable[..., Report], *arguments: Any, progress: Any) -> Report:
-        """What `work(config, run, *arguments, progress=..)` returns, in a process of its own where the world is `apart`.
+    def isolate(self, work: Callable[..., Report], config: Config, *arguments: Any, progress: Any) -> Report:
+        """`work(config, run, *arguments, progress=..)`, in a process of its own if the context is `isolated`."""
+        given = (config, self.run, *arguments)
+        if not self.isolated:
+            return work(*given, progress=progress)
+        from sclite.isolation import run_isolated
 
-        An endpoint needs no card.
-        """
-        given = (self.config, self.run, *arguments)
-        if self.apart and self.config.attempts.kind != "endpoint":
-            from sclite.isolation import run_isolated
+        return run_isolated(work, *given, progress=progress, log=self.run.path(LIBRARIES))
 
-            return run_isolated(work, *given, progress=progress, log=self.run.path(LIBRARIES))
-        return work(*given, progress=progress)
+    def on_gpu(self, work: Callable[..., Report], *arguments: Any, progress: Any) -> Report:
+        """As `isolate`; a student behind an endpoint needs no GPU, and no process."""
+        if self.config.attempts.kind == "endpoint":
+            return work(self.config, self.run, *arguments, progress=progress)
+        return self.isolate(work, self.config, *arguments, progress=progress)
 
     @contextmanager
     def teacher(self, settings: Teacher | None = None) -> Iterator[Any]:
-        """The teacher's client over the run's ledger; with `settings`, that of another model."""
+        """The teacher's client over the run's ledger (`settings`: of another model)."""
         from sclite.teacher.client import Teacher as Client
 
         with (
@@ -71,18 +69,18 @@ class Context:
                 yield ledger
 
     def confirm(self, forecast: Any) -> bool:
-        """Show what the rest will cost and ask whether to go on; without a question asked, go on."""
-        cost = "an unknown sum" if forecast.cost_usd is None else f"about ${forecast.cost_usd:.2f}"
+        """Show what the rest will cost and ask whether to continue; True without a terminal."""
+        cost = "an unknown amount" if forecast.cost_usd is None else f"about ${forecast.cost_usd:.2f}"
         spent = "" if forecast.spent_usd is None else f" for ${forecast.spent_usd:.4f}"
         return self.display.confirm(
-            f"{forecast.rows} rows are done{spent}. The other {forecast.rows_left} will cost {cost}. Go on?"
+            f"{forecast.rows} rows are done{spent}. The other {forecast.rows_left} will cost {cost}. Continue?"
         )
 
     @contextmanager
     def student(self, adapter: str, stage: str) -> Iterator[Any]:
-        """The student of stage 2: whom `attempts.student` names, else the trained one with an adapter of the run.
+        """The student of stage 2: the one that `attempts.student` names (default: the base with an adapter of the run).
 
-        `stage` names the rows in the ledger that an endpoint's replies become.
+        `stage` is the ledger's name for an endpoint's replies.
         """
         settings = self.config.attempts
         if settings.kind == "trained":
@@ -108,7 +106,7 @@ class Context:
                 yield Endpoint(client, stage)
 
     def _endpoint(self) -> Teacher:
-        """The client's settings for `attempts.student`: time limit and tries are the teacher's."""
+        """Client settings for `attempts.student`; timeout and retries are the teacher's."""
         settings = self.config.attempts
         own = {"model": settings.student, "api_base": settings.api_base, "concurrency": settings.concurrency}
         return self.config.teacher.model_copy(
@@ -117,10 +115,10 @@ class Context:
 
     @contextmanager
     def sampler(self, adapter: str) -> Iterator[Any]:
-        """The trained student with an adapter of the run, in the fastest form at hand, freed afterwards.
+        """The student with an adapter of the run, in the fastest form available.
 
-        On a card that is the trainable model in batches; without one llama.cpp is several times faster, where the
-        student can be written as GGUF without a converter.
+        On a GPU that is the model in transformers, in batches. On a CPU llama.cpp is several times faster, for students
+        that can be written as GGUF without a converter.
         """
         import torch
 

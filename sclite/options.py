@@ -51,7 +51,7 @@ class Common:
         from sclite.run import Run
 
         config = self.load(chosen)
-        context = Context(config, Run(config.run), ProgressDisplay(), apart=has_nvidia_driver())
+        context = Context(config, Run(config.run), ProgressDisplay(), isolated=has_nvidia_driver())
         if config.teacher.embedded:
             from sclite.quickstart.tutor_provider import register
 

@@ -1,46 +1,58 @@
-"""The stages in their order: builds the world that each of them is given (teacher, student, grader) and calls it.
+"""The stages in order. Each function here is what one command does: it makes the teacher, student and grader that a stage
+needs, runs the stage, and reports it.
 
-Commands and the quickstart are thin over this module; each function here is what one command does.
+On a CUDA GPU each stage that needs the GPU runs in a process of its own (`context.isolated`). A training stage that runs
+out of GPU memory resumes from its last checkpoint with half the micro-batch size.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from sclite.config import Config
 from sclite.context import Context
-from sclite.errors import DataError
+from sclite.errors import DataError, DeviceError, GpuMemoryError, NetworkError, UsageError
 from sclite.progress import ProgressDisplay
 from sclite.records import Problem
 from sclite.run import Report, Run
 
-NAMES = ("base", "sft", "dpo")
+STUDENTS = ("base", "sft", "dpo")
+TRAINING = {
+    "sft": ("sclite.train.sft", "train_sft", "sft: the student learns the templates"),
+    "warmup": ("sclite.train.warmup", "train_warmup", "warm-up: the student learns what a review looks like"),
+    "dpo": ("sclite.train.dpo", "train_dpo", "dpo: the student learns to prefer right reviews"),
+}
+"""The training stages: module, function, and what they do."""
 
 
-def sides(context: Context, reread: bool = False) -> tuple[list[Problem], list[Problem]]:
-    """(problems for SFT, problems kept for stage 2), gathered into problems.jsonl where no caller has given them.
+# -- problems ------------------------------------------------------------------------------------------------------
 
-    The source is read where the run has no problems of it yet, or is to be `reread`, as `build-data` does.
+
+def divided_problems(context: Context, reread: bool = False) -> tuple[list[Problem], list[Problem]]:
+    """(problems for SFT, problems kept for stage 2), gathered into problems.jsonl unless the caller has given them.
+
+    The source is read if the run has no problems of it yet, or with `reread`, as `build-data` does.
     """
     if context.problems is None:
         from sclite.data.problems import gather_problems, split_problems
 
         report = Report("problems")
         found = gather_problems(context.config, context.run, report, reread=reread, keep=not context.dry)
-        context.add(report, f"problems: {len(found)}{_which(context.config, report)}{drops(report)}")
+        context.add(report, f"problems: {len(found)}{_origin(context.config, report)}{drops(report)}")
         context.problems = split_problems(context.config, found)
     return context.problems
 
 
 def read_problems(context: Context, reread: bool) -> None:
-    """Gather the run's problems where it has any; templates that were imported need none."""
+    """Gather the run's problems, if it has any: imported templates need none."""
     if _has_problems(context):
-        sides(context, reread)
+        divided_problems(context, reread)
 
 
-def _which(config: Config, report: Report) -> str:
-    """In words where the problems are from: ` (the first 60 of gsm8k.jsonl)`."""
+def _origin(config: Config, report: Report) -> str:
+    """Where the problems come from: ` (the first 60 of gsm8k.jsonl)`."""
     source, limit = config.problems.source, config.problems.limit
     if report.figures.get("gone"):
         return f" in the run ({source} does not exist any more)"
@@ -52,8 +64,10 @@ def _which(config: Config, report: Report) -> str:
 
 
 def unseen(context: Context) -> frozenset[str]:
-    """The ids of the problems that are kept for stage 2; none where templates were brought along without problems."""
-    return frozenset(problem.id for problem in sides(context)[1]) if _has_problems(context) else frozenset()
+    """Ids of the problems kept for stage 2; empty if templates were imported without problems."""
+    if not _has_problems(context):
+        return frozenset()
+    return frozenset(problem.id for problem in divided_problems(context)[1])
 
 
 def _has_problems(context: Context) -> bool:
@@ -61,23 +75,36 @@ def _has_problems(context: Context) -> bool:
     return context.problems is not None or bool(given)
 
 
-# -- build-data ----------------------------------------------------------------------------------------------------
+def check_sources(context: Context) -> None:
+    """Raise DataError for a missing `attempts.source`, before anything is paid for."""
+    source = context.config.attempts.source
+    if source and not Path(source).is_file() and context.run.manifest("attempts") is None:
+        raise DataError(
+            f"attempts.source: {source} does not exist", "check the path, or unset it: --set attempts.source="
+        )
+
+
+def drops(report: Report) -> str:
+    """The dropped rows for a stage's line: `, 3 longer than max length`."""
+    return "".join(f", {n} {reason.replace('_', ' ')}" for reason, n in sorted(report.dropped.items()))
+
+
+# -- templates -----------------------------------------------------------------------------------------------------
 
 
 def build_templates(context: Context, fresh: bool = False) -> Report:
     """Templates for all problems: SFT learns those of its side, stage 2 replays the others."""
-    from sclite.data.templates import build_templates as stage
-    from sclite.data.templates import is_imported
+    from sclite.data import templates
     from sclite.grading.worker import Grader
 
-    brought = is_imported(context.run)
-    problems = [] if brought and not _has_problems(context) else [p for side in sides(context) for p in side]
+    imported = templates.is_imported(context.run) and not _has_problems(context)
+    problems = [] if imported else [p for side in divided_problems(context) for p in side]
     with (
         context.display.stage("templates", "templates: the teacher writes thought traces") as progress,
         Grader() as grader,
         context.teacher() as teacher,
     ):
-        report = stage(
+        report = templates.build_templates(
             context.config,
             context.run,
             teacher=teacher,
@@ -90,110 +117,104 @@ def build_templates(context: Context, fresh: bool = False) -> Report:
     return context.add(report, f"templates: {report.counts.get('templates', 0)} kept{drops(report)}")
 
 
-def check_sources(context: Context) -> None:
-    """Raises DataFault for an `attempts.source` that is not there, before anything is paid for."""
-    source = context.config.attempts.source
-    if source and not Path(source).is_file() and context.run.manifest("attempts") is None:
-        raise DataError(
-            f"attempts.source: {source} does not exist", "check the path; --set attempts.source= takes it out"
+def forecast_templates(context: Context) -> dict[str, Any]:
+    """The first request of build_templates and the cost of all; sends nothing."""
+    from sclite.data import templates
+    from sclite.grading.worker import Grader
+
+    problems = [problem for side in divided_problems(context, reread=True) for problem in side]
+    with Grader() as grader, context.teacher() as teacher:
+        return templates.forecast_templates(
+            context.config, context.run, teacher=teacher, grader=grader, problems=problems
         )
 
 
-def forecast_templates(context: Context) -> dict[str, Any]:
-    """What build_templates would send first and what it would cost; the teacher is not asked."""
-    from sclite.data.templates import forecast_templates as forecast
-    from sclite.grading.worker import Grader
-
-    problems = [problem for side in sides(context, reread=True) for problem in side]
-    with Grader() as grader, context.teacher() as teacher:
-        return forecast(context.config, context.run, teacher=teacher, grader=grader, problems=problems)
-
-
-def forecast_corrections(context: Context) -> dict[str, Any]:
-    """What build_corrections would send first and what it would cost; the teacher is not asked."""
-    from sclite.data.corrections import forecast_corrections as forecast
-    from sclite.grading.worker import Grader
-
-    with Grader() as grader, context.teacher() as teacher:
-        return forecast(context.config, context.run, teacher, grader)
+# -- attempts, corrections and pairs -------------------------------------------------------------------------------
 
 
 def build_corrections(context: Context) -> Report:
-    """Attempts of the student at the problems of stage 2, and the teacher's corrections of them.
+    """The student's attempts at the problems of stage 2, and the teacher's corrections of them.
 
-    Attempts that are brought along may be at any problem of the run, and need no student.
+    Imported attempts may be at any problem of the run, and need no student.
     """
-    from sclite.data.attempts import needs_no_student
-    from sclite.data.corrections import FILE, STAGE
-    from sclite.data.corrections import build_corrections as stage
+    from sclite.data import attempts, corrections
     from sclite.grading.worker import Grader
 
-    learned, kept = sides(context)
-    if needs_no_student(context.config, context.run):
+    learned, kept = divided_problems(context)
+    if attempts.needs_no_student(context.config, context.run):
         kept = [*learned, *kept]
     if not kept:
         raise DataError(
             "no problems are kept for stage 2", "raise problems.correction_share or problems.limit"
         )
-    if not context.run.is_imported(STAGE, FILE):
-        _sample(context, kept)
+    if not context.run.is_imported(corrections.STAGE, corrections.FILE):
+        _sample_attempts(context, kept)
+    text = "corrections: the teacher corrects the first wrong step"
     with (
         Grader() as grader,
-        context.display.stage(
-            "corrections", "corrections: the teacher finds the first wrong step and mends it"
-        ) as progress,
+        context.display.stage("corrections", text) as progress,
         context.teacher() as teacher,
     ):
         confirm = context.confirm if context.ask_before_paying else None
-        report = stage(
+        report = corrections.build_corrections(
             context.config, context.run, teacher=teacher, grader=grader, confirm=confirm, progress=progress
         )
-    counts = report.counts
-    text = f"corrections: {counts.get('corrected', 0)} corrected, {counts.get('confirmed', 0)} confirmed{drops(report)}"
+    corrected, confirmed = (report.counts.get(name, 0) for name in ("corrected", "confirmed"))
+    text = f"corrections: {corrected} corrected, {confirmed} confirmed{drops(report)}"
     return context.add(report, text)
 
 
-def _sample(context: Context, problems: Sequence[Problem]) -> None:
-    from sclite.data.attempts import inputs_of, needs_no_student
-
-    brought = needs_no_student(context.config, context.run)
-    doing = "they are brought along" if brought else f"the student tries {len(problems)} unseen problems"
-    with context.display.stage("attempts", f"attempts: {doing}") as progress:
-        nobody = brought or context.run.done("attempts", inputs_of(context.config, context.run, problems))
-        if not nobody and context.config.attempts.kind == "trained":
-            require_sft(context)
-        report = context.on_card(attempts_stage, problems, not nobody, progress=progress)
-    counts = report.counts
-    unknown = f", {counts['unknown']} unknown" if counts.get("unknown") else ""
-    told = f"{counts.get('right', 0)} right, {counts.get('wrong', 0)} wrong{unknown}{drops(report)}"
-    context.add(report, f"attempts: {told}")
-
-
-def attempts_stage(
-    config: Config, run: Run, problems: Sequence[Problem], asks: bool, *, progress: Any
-) -> Report:
-    """The stage of attempts with its student where it `asks` one; can be done in another process."""
-    from sclite.data.attempts import sample_attempts
+def forecast_corrections(context: Context) -> dict[str, Any]:
+    """The first request of build_corrections and the cost of all; sends nothing."""
+    from sclite.data import corrections
     from sclite.grading.worker import Grader
 
-    with Grader() as grader, _student(config, run, "sft/adapter", "attempts", asks) as student:
-        return sample_attempts(
+    with Grader() as grader, context.teacher() as teacher:
+        return corrections.forecast_corrections(context.config, context.run, teacher, grader)
+
+
+def _sample_attempts(context: Context, problems: Sequence[Problem]) -> None:
+    from sclite.data import attempts
+
+    config, run = context.config, context.run
+    imported = attempts.needs_no_student(config, run)
+    text = "imported" if imported else f"the student tries {len(problems)} unseen problems"
+    with context.display.stage("attempts", f"attempts: {text}") as progress:
+        ready = imported or run.done("attempts", attempts.inputs_of(config, run, problems))
+        if not ready and config.attempts.kind == "trained":
+            require_sft(context)
+        report = context.on_gpu(sample_attempts, problems, not ready, progress=progress)
+    counts = report.counts
+    unknown = f", {counts['unknown']} unknown" if counts.get("unknown") else ""
+    text = f"{counts.get('right', 0)} right, {counts.get('wrong', 0)} wrong{unknown}{drops(report)}"
+    context.add(report, f"attempts: {text}")
+
+
+def sample_attempts(
+    config: Config, run: Run, problems: Sequence[Problem], with_student: bool, *, progress: Any
+) -> Report:
+    """The attempts stage, with its student if one is needed. A function of this module: it may run in another process."""
+    from sclite.data import attempts
+    from sclite.grading.worker import Grader
+
+    with Grader() as grader, _student(config, run, "sft/adapter", "attempts", with_student) as student:
+        return attempts.sample_attempts(
             config, run, problems=problems, student=student, grader=grader, progress=progress
         )
 
 
-def pairs_stage(config: Config, run: Run, asks: bool, *, progress: Any) -> Report:
-    """The stage of pairs with its student where it `asks` one; can be done in another process."""
-    from sclite.data.pairs import build_pairs as stage
+def sample_pairs(config: Config, run: Run, with_student: bool, *, progress: Any) -> Report:
+    """The pairs stage, with its student if one is needed. A function of this module: it may run in another process."""
+    from sclite.data import pairs
     from sclite.grading.worker import Grader
 
-    with Grader() as grader, _student(config, run, "warmup/adapter", "pairs", asks) as student:
-        return stage(config, run, student=student, grader=grader, progress=progress)
+    with Grader() as grader, _student(config, run, "warmup/adapter", "pairs", with_student) as student:
+        return pairs.build_pairs(config, run, student=student, grader=grader, progress=progress)
 
 
 @contextmanager
-def _student(config: Config, run: Run, adapter: str, stage: str, asked: bool) -> Iterator[Any]:
-    if not asked:
+def _student(config: Config, run: Run, adapter: str, stage: str, wanted: bool) -> Iterator[Any]:
+    if not wanted:
         yield None
         return
     with Context(config, run, ProgressDisplay(quiet=True)).student(adapter, stage) as student:
@@ -201,83 +222,197 @@ def _student(config: Config, run: Run, adapter: str, stage: str, asked: bool) ->
 
 
 def can_build_pairs(context: Context) -> bool:
-    """Whether pairs can follow the corrections at once: not where they wait for the trained student's warm-up.
+    """Whether pairs can follow the corrections at once.
 
-    They need not where `attempts.student` names somebody else, nor where attempts were brought along and nobody has been
-    trained (there are then decisions alone).
+    Not if they need the trained student's warm-up. They do not if `attempts.student` names another student, or if attempts
+    were imported and nothing has been trained (then there are decisions alone).
     """
     attempts = context.config.attempts
     return attempts.kind != "trained" or (bool(attempts.source) and available(context) == ["base"])
 
 
+def has_imported_pairs(context: Context) -> bool:
+    """Whether the user has put a pairs.jsonl into the run."""
+    from sclite.data import pairs
+
+    return context.run.is_imported(pairs.STAGE, pairs.FILE)
+
+
+def build_pairs(context: Context) -> Report:
+    """Pairs of chosen and rejected continuations, with the student's own corrections."""
+    from sclite.data import pairs
+
+    config, run = context.config, context.run
+    untrained = config.attempts.kind == "trained" and not adapter_file(context, "warmup").is_file()
+    ready = has_imported_pairs(context) or run.done("pairs", pairs.inputs_of(config, run))
+    text = "pairs: the student's own corrections against right ones"
+    with context.display.stage("pairs", text) as progress:
+        report = context.on_gpu(sample_pairs, not (untrained or ready), progress=progress)
+    decisions, contents = (report.counts.get(name, 0) for name in ("decision", "content"))
+    return context.add(report, f"pairs: {decisions} decisions, {contents} contents{drops(report)}")
+
+
+# -- training ------------------------------------------------------------------------------------------------------
+
+
+def train(context: Context, only: str | None = None, fresh: bool = False) -> list[Report]:
+    """SFT and stage 2, or one of them (`only` sft or dpo). `fresh` retrains stages that were trained from other inputs."""
+    if only not in (None, "sft", "dpo"):
+        raise UsageError(f"--only {only}: no such stage", "use --only sft or --only dpo")
+    data = {name: context.run.path(f"{name}.jsonl").is_file() for name in ("templates", "reviews", "pairs")}
+    ready = data["templates"] and not (data["reviews"] or data["pairs"])
+    if only != "sft" and ready and not context.config.teacher.model:
+        raise UsageError(  # before hours of SFT, not after
+            "teacher.model is not set, and stage 2 needs a teacher for its corrections",
+            "set a LiteLLM model, for example --set teacher.model=openai/gpt-4.1, or use --only sft",
+        )
+    if only is None:
+        _report_correction_cost(context)
+    if only != "dpo":
+        train_stage(context, "sft", fresh)
+    if only != "sft":
+        require_sft(context)
+        if data["reviews"] or not has_imported_pairs(context):
+            build_corrections(context)
+        train_stage(context, "warmup", fresh)
+        build_pairs(context)
+        train_stage(context, "dpo", fresh)
+    return context.reports
+
+
+def _report_correction_cost(context: Context) -> None:
+    """One line on what the teacher's corrections will cost, if that is known and not nothing."""
+    from sclite.data import corrections
+    from sclite.inspect.plan import corrections_cost
+
+    config, run = context.config, context.run
+    found = corrections_cost(config, run, unseen(context), corrections.count_pending_corrections(config, run))
+    cost = found["cost_usd"]
+    if cost is None and found["requests"]:
+        with context.teacher() as teacher:
+            cost = corrections.estimate_corrections_usd(config, run, teacher, found["requests"])
+    if not cost:
+        return
+    most = "at most " if found["at_most"] else ""
+    text = f"corrections after SFT: {most}{found['requests']:,} by {config.teacher.model}, about ${cost:.2f}"
+    limit, spent = config.teacher.max_cost, found["spent_usd"] or 0.0
+    if limit is not None and spent + cost > limit:
+        text += f"; teacher.max_cost is ${limit:g}, ${spent:.2f} is spent"
+    context.display.print(text)
+
+
+def train_stage(context: Context, name: str, fresh: bool = False) -> Report:
+    """Run a training stage ("sft", "warmup" or "dpo"), with half the micro-batch size each time memory runs out."""
+    from sclite.student.cuda_memory import free_memory
+    from sclite.train.memory import what_fits
+
+    config, report, kept = context.config, None, unseen(context)
+    with context.display.stage(name, TRAINING[name][2]) as progress:
+        while report is None:
+            try:
+                report = context.isolate(run_training, config, name, kept, fresh, progress=progress)
+            except GpuMemoryError as error:
+                if error.micro_batch == 1:
+                    fits = what_fits(config, name)
+                    hint = f"{error.hint}{f'. By the memory estimate {fits}' if fits else ''}"
+                    raise DeviceError(error.message, hint) from error
+                config = halved(config, error)
+                now = config.stage(name).per_device_train_batch_size
+                text = f"out of memory at micro-batch size {error.micro_batch}: {name} resumes at {now}"
+                progress(0, 0, warning=text)
+            if report is None and not context.isolated:
+                free_memory()  # here, where no traceback holds the model any more
+    return context.add(report, _training_line(name, report))
+
+
+def run_training(
+    config: Config, run: Run, name: str, unseen: frozenset[str], fresh: bool, *, progress: Any
+) -> Report:
+    """One training stage. A function of this module: it may run in another process."""
+    module, function, _ = TRAINING[name]
+    train_one = getattr(import_module(module), function)
+    return train_one(config, run, unseen=unseen, fresh=fresh, progress=progress)
+
+
+def _training_line(name: str, report: Report) -> str:
+    if "imported" in report.counts:
+        return f"{name}: imported adapter"
+    rows = "pairs" if name == "dpo" else "rows"
+    label = TRAINING[name][2].partition(":")[0]
+    text = (
+        f"{label}: {report.counts.get(rows, 0)} {rows}, {report.counts.get('steps', 0)} steps{drops(report)}"
+    )
+    layers = report.figures.get("lora")
+    return f"{text}; LoRA on {', '.join(layers)}" if layers else text
+
+
+def halved(config: Config, error: GpuMemoryError) -> Config:
+    """The configuration with about half the micro-batch size for a stage; the accumulation follows."""
+    from sclite.train.memory import divisor
+
+    settings = config.stage(error.stage)
+    size = divisor(settings.batch_size, error.micro_batch // 2)
+    smaller = settings.model_copy(update={"per_device_train_batch_size": size})
+    return config.model_copy(update={error.stage: smaller})
+
+
+def plan_training(context: Context) -> dict[str, Any]:
+    """The plan of a training, from the configuration, the GPU and the run's files; starts and writes nothing."""
+    from sclite.data.problems import split_problems
+    from sclite.doctor import describe_gpu
+    from sclite.inspect import plan
+    from sclite.student.loader import load_tokenizer, model_name
+    from sclite.train.memory import micro_batch
+
+    config = context.config
+    found = list(context.run.rows("problems.jsonl", Problem))
+    try:
+        tokenizer = load_tokenizer(model_name(config.student))
+    except (DataError, NetworkError):
+        tokenizer = None
+    return plan.plan(
+        config,
+        context.run,
+        gpu=describe_gpu(),
+        tokenizer=tokenizer,
+        unseen=frozenset(p.id for p in split_problems(config, found)[1]) if found else None,
+        micro_batches={stage: micro_batch(config, stage) for stage in plan.STAGES},
+    )
+
+
+# -- export --------------------------------------------------------------------------------------------------------
+
+
+def available(context: Context) -> list[str]:
+    """The students in the run, the base model first, in the order of training."""
+    return [name for name in STUDENTS if name == "base" or adapter_file(context, name).is_file()]
+
+
+def adapter_file(context: Context, name: str) -> Path:
+    """Where the adapter of a training stage lies."""
+    return context.run.path(f"{name}/adapter/adapter_model.safetensors")
+
+
 def require_sft(context: Context) -> None:
-    """Raise DataFault where the run has no SFT adapter."""
-    if not context.run.path("sft/adapter/adapter_model.safetensors").is_file():
+    """Raise DataError if the run has no SFT adapter."""
+    if not adapter_file(context, "sft").is_file():
         raise DataError(
             f"{context.run.path('sft/adapter')} is missing", "run `sclite train --only sft` first"
         )
 
 
-def drops(report: Report) -> str:
-    """In words for the line of a stage: `, 3 longer than max length`."""
-    return "".join(
-        f", {count} {reason.replace('_', ' ')}" for reason, count in sorted(report.dropped.items())
-    )
-
-
-# -- between the stages of training --------------------------------------------------------------------------------
-
-
-def pairs_brought(context: Context) -> bool:
-    """Whether a pairs.jsonl was put into the run."""
-    from sclite.data.pairs import FILE, STAGE
-
-    return context.run.is_imported(STAGE, FILE)
-
-
-def build_pairs(context: Context) -> Report:
-    from sclite.data.pairs import inputs_of
-
-    nobody = (
-        context.config.attempts.kind == "trained"
-        and not context.run.path("warmup/adapter/adapter_model.safetensors").is_file()
-    )
-    ready = pairs_brought(context) or context.run.done("pairs", inputs_of(context.config, context.run))
-    with context.display.stage(
-        "pairs", "pairs: the student's own corrections against right ones"
-    ) as progress:
-        report = context.on_card(pairs_stage, not (nobody or ready), progress=progress)
-    counts = report.counts
-    return context.add(
-        report,
-        f"pairs: {counts.get('decision', 0)} decisions, {counts.get('content', 0)} contents{drops(report)}",
-    )
-
-
-# -- export and evaluation -----------------------------------------------------------------------------------------
-
-
-def available(context: Context) -> list[str]:
-    """The students that the run holds, the base model among them, in the order of training."""
-    return [name for name in NAMES if name == "base" or _adapter(context, name).is_file()]
-
-
-def _adapter(context: Context, name: str) -> Path:
-    return context.run.path(f"{name}/adapter/adapter_model.safetensors")
-
-
 def export(context: Context, names: Sequence[str] = ()) -> list[Report]:
-    """GGUF files of the named students, of the furthest trained one without names; the Modelfile is the last one's."""
+    """GGUF files of the named students (default: the last one trained); the Modelfile is for the last one."""
     from sclite.export.stage import export_model, write_modelfile
     from sclite.train.common import quiet
 
     chosen = list(names) or available(context)[-1:]
     missing = [name for name in chosen if name not in available(context)]
     if missing:
-        raise DataError(f"{_adapter(context, missing[0])} is missing", "run `sclite train` first")
+        raise DataError(f"{adapter_file(context, missing[0])} is missing", "run `sclite train` first")
     quiet()
     made = []
-    with context.display.stage("export", "export: merged, written as GGUF, quantised") as progress:
+    with context.display.stage("export", "export: merge, write GGUF, quantize") as progress:
         for number, name in enumerate(chosen, 1):
             made.append(export_model(context.config, context.run, name))
             progress(number, len(chosen))
@@ -289,20 +424,20 @@ def export(context: Context, names: Sequence[str] = ()) -> list[Report]:
 
 
 def export_lora(context: Context) -> Path:
-    """The furthest trained adapter alone as a GGUF, for llama.cpp's --lora."""
+    """The last trained adapter alone as a GGUF, for llama.cpp's --lora."""
     from sclite.export.gguf import convert_lora
     from sclite.student.loader import fetch_base_model
 
     name = available(context)[-1]
     if name == "base":
-        raise DataError(f"{_adapter(context, 'sft')} is missing", "run `sclite train` first")
+        raise DataError(f"{adapter_file(context, 'sft')} is missing", "run `sclite train` first")
     out = context.run.path(f"export/{name}-lora.gguf")
     out.parent.mkdir(parents=True, exist_ok=True)
-    return convert_lora(_adapter(context, name).parent, fetch_base_model(context.config.student), out)
+    return convert_lora(adapter_file(context, name).parent, fetch_base_model(context.config.student), out)
 
 
 def export_data(context: Context) -> Report:
-    """Templates, reviews and pairs in the forms that TRL, Axolotl and LLaMA-Factory read, with a data card."""
-    from sclite.export.datasets import export_data as stage
+    """Templates, reviews and pairs in the formats of TRL, Axolotl and LLaMA-Factory, with a dataset card."""
+    from sclite.export import datasets
 
-    return stage(context.config, context.run)
+    return datasets.export_data(context.config, context.run)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sclite import measure
+from sclite import evaluation
 from sclite.config import Config
 from sclite.context import Context
 from sclite.errors import DataError
@@ -178,12 +178,12 @@ def test_a_damaged_threshold_file_is_ignored_and_rewritten(run, text, capsys):
     run.path("export").mkdir(parents=True)
     gguf = run.path("export/dpo-q8_0.gguf")
     gguf.write_bytes(b"GGUF")
-    run.path(measure.THRESHOLDS).write_text(text)
-    assert measure.stored_threshold(context, gguf) is None
+    run.path(evaluation.THRESHOLDS).write_text(text)
+    assert evaluation.stored_threshold(context, gguf) is None
     assert "review.json is damaged" in capsys.readouterr().err
     found = {"dpo": {"gguf": run.file_digest(str(gguf)), "threshold": 1.5, "fitted": {"n": 60}}}
-    measure.keep_thresholds(context, found)
-    assert measure.stored_threshold(context, gguf) == 1.5
+    evaluation.keep_thresholds(context, found)
+    assert evaluation.stored_threshold(context, gguf) == 1.5
 
 
 def test_a_locked_ledger_is_not_reported_as_damaged(built, sclite):

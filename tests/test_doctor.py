@@ -57,9 +57,9 @@ def test_a_container_or_windows_without_nvidia_smi_has_a_card_by_its_driver(tmp_
     monkeypatch.setenv("PATH", "")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(doctor, "DRIVERS", (str(tmp_path / "nvidiactl"), str(tmp_path / "dxg")))
-    assert Common().context().apart is False
+    assert Common().context().isolated is False
     (tmp_path / "dxg").touch()
-    assert Common().context().apart is True
+    assert Common().context().isolated is True
 
 
 @pytest.fixture

@@ -27,11 +27,11 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 LAYERS = {
-    "sclite.__main__": 9,
-    "sclite.cli": 8,
-    **dict.fromkeys(("sclite.quickstart.flow", "sclite.options"), 7),
-    "sclite.training": 6.5,
-    **dict.fromkeys(("sclite.pipeline", "sclite.measure", "sclite.inspect"), 6),
+    "sclite.__main__": 10,
+    "sclite.cli": 9,
+    **dict.fromkeys(("sclite.quickstart.flow", "sclite.options"), 8),
+    "sclite.pipeline": 7,
+    **dict.fromkeys(("sclite.evaluation", "sclite.inspect"), 6),
     **dict.fromkeys(("sclite.context", "sclite.doctor"), 5),
     **dict.fromkeys(("sclite.data", "sclite.train", "sclite.export", "sclite.evaluate"), 4),
     **dict.fromkeys(("sclite.chat", "sclite.quickstart"), 4),

@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from sclite import pipeline, training
+from sclite import pipeline
 from sclite.context import Context
 from sclite.errors import DeviceError
 from sclite.progress import ProgressDisplay
@@ -37,11 +37,15 @@ def folder(tmp_path_factory):
     return tiny_llama(tmp_path_factory.mktemp("student"))
 
 
-def world_of(folder, path, apart=False, **settings) -> Context:
+def train_sft(context: Context):
+    return pipeline.train_stage(context, "sft")
+
+
+def world_of(folder, path, isolated=False, **settings) -> Context:
     run = Run(path)
     write_toy(run, 12)
     config = config_of(folder, **settings).model_copy(update={"run": str(path)})
-    return Context(config, run, Recorder(), apart=apart)
+    return Context(config, run, Recorder(), isolated=isolated)
 
 
 def small_card(monkeypatch, rows: int, from_step: int = 0) -> list[int]:
@@ -65,12 +69,12 @@ def test_out_of_memory_halves_the_rows_at_once_and_goes_on_from_the_last_checkpo
 ):
     settings = {"sft": {"per_device_train_batch_size": 4, "num_train_epochs": 6, "checkpoints": 9}}
     whole = world_of(folder, tmp_path / "whole", **settings)
-    training.train_sft(whole)
+    train_sft(whole)
     context = world_of(folder, tmp_path / "small", **settings)
     tried = small_card(monkeypatch, rows=2, from_step=4)
-    training.train_sft(context)
+    train_sft(context)
     warnings = [text for text in context.display.warnings if "optimizer steps" not in text]
-    assert warnings == ["out of memory with 4 rows at once: sft goes on with 2"]
+    assert warnings == ["out of memory at micro-batch size 4: sft resumes at 2"]
     assert max(tried[5:]) == 2
     rows, expected = (read_metrics(w.run.path("sft/metrics.jsonl")) for w in (context, whole))
     assert [row["step"] for row in rows] == [row["step"] for row in expected]
@@ -81,7 +85,7 @@ def test_when_not_even_one_row_fits_it_ends_with_exit_5_and_what_to_lower(folder
     context = world_of(folder, tmp_path, sft={"per_device_train_batch_size": 2})
     small_card(monkeypatch, rows=0)
     with pytest.raises(DeviceError, match="sft: the card has too little memory for 1 row at once") as error:
-        training.train_sft(context)
+        train_sft(context)
     assert error.value.code == 5
     assert "sft.max_length" in error.value.hint
     assert context.run.manifest("sft") is None
@@ -95,13 +99,13 @@ def test_another_error_is_not_taken_for_one_of_memory(folder, tmp_path, monkeypa
 
     monkeypatch.setattr(sft, "negative_log_likelihood", broken)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        training.train_sft(context)
+        train_sft(context)
 
 
 def test_in_a_process_of_its_own_a_stage_trains_the_same_and_tells_of_each_step(folder, tmp_path):
-    here, there = world_of(folder, tmp_path / "here"), world_of(folder, tmp_path / "there", apart=True)
-    training.train_sft(here)
-    report = training.train_sft(there)
+    here, there = world_of(folder, tmp_path / "here"), world_of(folder, tmp_path / "there", isolated=True)
+    train_sft(here)
+    report = train_sft(there)
     assert report.counts == here.reports[-1].counts
     assert [note[:2] for note in there.display.notes] == [note[:2] for note in here.display.notes]
     assert there.display.notes[-1][2].startswith("loss ")
@@ -119,7 +123,7 @@ def test_rows_that_are_too_long_are_told_of_before_the_first_step_and_in_the_lin
         update={"sft": context.config.sft.model_copy(update={"max_length": limit})}
     )
     display = Ordered()
-    report = training.train_sft(Context(config, context.run, display))
+    report = train_sft(Context(config, context.run, display))
     left = report.dropped["longer_than_max_length"]
     assert display.said[0] == (
         f"{left} of {len(lengths)} rows have more than {limit} tokens and are left out (the longest has "
@@ -196,12 +200,12 @@ def test_tensorboard_that_is_not_installed_is_said_before_the_first_step(folder,
     )
     context = world_of(folder, tmp_path, sft={"tensorboard": True})
     with pytest.raises(UsageError, match="TensorBoard is asked for") as error:
-        training.train_sft(context)
+        train_sft(context)
     assert "pip install tensorboard" in error.value.hint
 
 
 def test_the_plan_of_a_run_says_what_each_stage_takes(folder, tmp_path):
-    found = training.plan(world_of(folder, tmp_path))
+    found = pipeline.plan_training(world_of(folder, tmp_path))
     assert list(found["stages"]) == ["sft", "warmup", "dpo"]
     assert found["gpu"] is None
     assert found["stages"]["sft"]["rows"] > 0
@@ -224,7 +228,7 @@ def test_the_plan_has_the_steps_rows_and_rows_at_once_of_the_training_that_follo
         sft=settings,
         warmup={**settings, "per_device_train_batch_size": 3, "num_train_epochs": 1},
     )
-    stages = training.plan(context)["stages"]
+    stages = pipeline.plan_training(context)["stages"]
     sizes = []
     real = sft.train_adapter
     for stage in (sft, warmup):
@@ -233,7 +237,7 @@ def test_the_plan_has_the_steps_rows_and_rows_at_once_of_the_training_that_follo
             "train_adapter",
             lambda *a, **named: sizes.append(named["micro_batch"]) or real(*a, **named),
         )
-    for report in (training.train_sft(context), training.train_warmup(context)):
+    for report in (train_sft(context), pipeline.train_stage(context, "warmup")):
         planned = stages[report.stage]
         assert (planned["rows"], planned["steps"]) == (report.counts["rows"], report.counts["steps"])
         assert planned["micro_batch"] == sizes.pop(0)
@@ -265,12 +269,12 @@ def told_before_sft(context, monkeypatch, capsys) -> str:
     def begin(*_):
         raise Begun
 
-    monkeypatch.setattr(training, "train_sft", begin)
+    monkeypatch.setattr(pipeline, "train_stage", begin)
     context.display.quiet = False
     for name in ("attempts.jsonl", "reviews.jsonl"):
         context.run.path(name).unlink()
     with pytest.raises(Begun):
-        training.train(context)
+        pipeline.train(context)
     return capsys.readouterr().err
 
 

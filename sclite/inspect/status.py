@@ -204,7 +204,7 @@ def _count(run: Run, name: str) -> int:
 
 
 class Measured(BaseModel):
-    """Of a student's figures, what tells whether its GGUF is still the one that was evaluated (see measure.evaluate)."""
+    """Of a student's figures, what tells whether its GGUF is still the one that was evaluated (see evaluation.evaluate)."""
 
     file: str
     bytes: int

@@ -5,7 +5,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from sclite import measure, pipeline, training
+from sclite import evaluation, pipeline
 from sclite.config import Config
 from sclite.context import Context
 from sclite.data.problems import split_problems
@@ -72,12 +72,12 @@ def quickstart(
     run.replace("problems.jsonl", [*problems[0], *problems[1]])
     context = Context(config, run, ProgressDisplay(PLAN, quiet), prepare=register, problems=problems)
     pipeline.build_templates(context, fresh)
-    training.train(context, fresh=fresh)
-    pipeline.export(context, pipeline.NAMES)
+    pipeline.train(context, fresh=fresh)
+    pipeline.export(context, pipeline.STUDENTS)
     count = config.eval.limit or 300
-    summary = measure.evaluate(
+    summary = evaluation.evaluate(
         context,
-        pipeline.NAMES,
+        pipeline.STUDENTS,
         test_problems(count),
         threshold_problems(4 * count // 3),  # of half as many, one spoilt answer in a hundred would be two
         judge,

@@ -9,7 +9,7 @@ from sclite.context import Context
 from sclite.data.contamination import build_index, find_contaminated, find_overlap
 from sclite.data.problems import gather_problems
 from sclite.errors import DataError, NetworkError
-from sclite.measure import held_out
+from sclite.evaluation import held_out
 from sclite.progress import ProgressDisplay
 from sclite.records import Drop, Problem, Template
 from sclite.run import Report

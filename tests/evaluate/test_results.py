@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from sclite import measure
+from sclite import evaluation
 from sclite.config import Config
 from sclite.context import Context
 from sclite.evaluate.results import dataset_of, result_folder, summaries
@@ -24,7 +24,7 @@ from sclite.evaluate.results import dataset_of, result_folder, summaries
 )
 def test_a_dataset_and_its_limit_name_the_folder(run, settings, folder):
     config = Config.model_validate({"eval": settings})
-    assert measure.result_folder(Context(config, run, None))[0] == folder
+    assert evaluation.result_folder(Context(config, run, None))[0] == folder
 
 
 def test_another_dataset_of_the_same_name_gets_a_folder_of_its_own(run, tmp_path):

@@ -153,7 +153,7 @@ def test_damaged_gguf_is_written_again_and_an_unchanged_one_is_not(base, run):
 
 
 def test_unfinished_file_is_not_picked_up(run):
-    from sclite import measure
+    from sclite import evaluation
     from sclite.context import Context
     from sclite.progress import ProgressDisplay
 
@@ -161,8 +161,8 @@ def test_unfinished_file_is_not_picked_up(run):
     run.path(f"{stage.UNFINISHED}/sft-q4_k_m.gguf").write_bytes(b"GGUF")
     context = Context(Config(), run, ProgressDisplay(quiet=True))
     with pytest.raises(DataError, match="holds no GGUF"):
-        measure.find_gguf(context, None)
-    assert measure.measured_gguf(context, run.path("export/sft-q8_0.gguf")) is None
+        evaluation.find_gguf(context, None)
+    assert evaluation.measured_gguf(context, run.path("export/sft-q8_0.gguf")) is None
 
 
 def test_adapter_of_unknown_weights_that_names_another_base_is_said(base, run):

@@ -3,9 +3,9 @@
 import pytest
 
 from sclite.errors import GpuMemoryError
+from sclite.pipeline import halved
 from sclite.train import memory
 from sclite.train.memory import divisor, micro_batch, what_fits
-from sclite.training import halved
 from tests.train.test_sft import config_of
 
 

@@ -4,11 +4,11 @@ import os
 
 import pytest
 
-from sclite import measure
+from sclite import evaluation
 from sclite.config import Config
 from sclite.context import Context
 from sclite.errors import DataError
-from sclite.measure import FEW_TO_FIT, THRESHOLDS, cut_note, fit_note, keep_thresholds
+from sclite.evaluation import FEW_TO_FIT, THRESHOLDS, cut_note, fit_note, keep_thresholds
 from sclite.progress import ProgressDisplay
 from sclite.run import Run
 
@@ -37,9 +37,9 @@ def test_a_file_that_is_no_gguf_is_refused_by_name(tmp_path):
     path = tmp_path / "student.gguf"
     path.write_bytes(b"GGML and more")
     with pytest.raises(DataError, match=r"student\.gguf is no GGUF file"):
-        measure.find_gguf(None, path)
+        evaluation.find_gguf(None, path)
     path.write_bytes(b"GGUF and more")
-    assert measure.find_gguf(None, path) == path
+    assert evaluation.find_gguf(None, path) == path
 
 
 def test_chat_takes_the_configured_quantization_else_the_newest_of_the_furthest_student(tmp_path):
@@ -49,10 +49,10 @@ def test_chat_takes_the_configured_quantization_else_the_newest_of_the_furthest_
         path = context.run.path(f"export/{name}.gguf")
         path.write_bytes(b"GGUF")
         os.utime(path, (second, second))
-    assert measure.find_gguf(context, None).name == "dpo-f16.gguf"
+    assert evaluation.find_gguf(context, None).name == "dpo-f16.gguf"
     context.run.path("export/dpo-q4_k_m.gguf").write_bytes(b"GGUF")
     os.utime(context.run.path("export/dpo-q4_k_m.gguf"), (0, 0))
-    assert measure.find_gguf(context, None).name == "dpo-q4_k_m.gguf"
+    assert evaluation.find_gguf(context, None).name == "dpo-q4_k_m.gguf"
 
 
 def world_of(folder, **review):
@@ -109,11 +109,11 @@ def test_a_threshold_is_found_beside_the_file_and_the_largest_measured_file_stan
         for name in ("dpo-q4_k_m", "dpo-q8_0", "sft-q8_0")
     }
     keep_thresholds(home, figures)
-    assert measure.stored_threshold(here, folder / "dpo-q8_0.gguf") == 1.0
-    assert measure.stored_threshold(here, folder / "dpo-q2_k.gguf") is None
-    assert measure.measured_gguf(home, folder / "dpo-q2_k.gguf") == folder / "dpo-q8_0.gguf"
-    assert measure.measured_gguf(here, tmp_path / "b/export/dpo-q2_k.gguf") is None
+    assert evaluation.stored_threshold(here, folder / "dpo-q8_0.gguf") == 1.0
+    assert evaluation.stored_threshold(here, folder / "dpo-q2_k.gguf") is None
+    assert evaluation.measured_gguf(home, folder / "dpo-q2_k.gguf") == folder / "dpo-q8_0.gguf"
+    assert evaluation.measured_gguf(here, tmp_path / "b/export/dpo-q2_k.gguf") is None
     run = Context(Config.model_validate({"export": {"quant": "q2_k"}}), home.run, ProgressDisplay(quiet=True))
-    assert measure.for_chat(run, None, self_correct=True) == (folder / "dpo-q8_0.gguf", 1.0)
-    assert measure.for_chat(run, None, self_correct=False) == (folder / "dpo-q2_k.gguf", None)
-    assert measure.for_chat(run, folder / "dpo-q2_k.gguf", self_correct=True)[1] is None
+    assert evaluation.for_chat(run, None, self_correct=True) == (folder / "dpo-q8_0.gguf", 1.0)
+    assert evaluation.for_chat(run, None, self_correct=False) == (folder / "dpo-q2_k.gguf", None)
+    assert evaluation.for_chat(run, folder / "dpo-q2_k.gguf", self_correct=True)[1] is None
