@@ -125,9 +125,9 @@ class Context:
         from sclite.export.gguf_writer import unsupported_feature
         from sclite.student.cuda_memory import free_memory
         from sclite.student.loader import fetch_base_model
-        from sclite.train.common import quiet
+        from sclite.train.stage import quiet_libraries
 
-        quiet(self.config.student)
+        quiet_libraries(self.config.student)
         if not torch.cuda.is_available() and not unsupported_feature(fetch_base_model(self.config.student)):
             with self._as_gguf(adapter) as student:
                 yield student

@@ -404,13 +404,13 @@ def require_sft(context: Context) -> None:
 def export(context: Context, names: Sequence[str] = ()) -> list[Report]:
     """GGUF files of the named students (default: the last one trained); the Modelfile is for the last one."""
     from sclite.export.stage import export_model, write_modelfile
-    from sclite.train.common import quiet
+    from sclite.train.stage import quiet_libraries
 
     chosen = list(names) or available(context)[-1:]
     missing = [name for name in chosen if name not in available(context)]
     if missing:
         raise DataError(f"{adapter_file(context, missing[0])} is missing", "run `sclite train` first")
-    quiet()
+    quiet_libraries()
     made = []
     with context.display.stage("export", "export: merge, write GGUF, quantize") as progress:
         for number, name in enumerate(chosen, 1):

@@ -11,7 +11,7 @@ from sclite.progress import ProgressDisplay
 from sclite.records import Template
 from sclite.run import Run
 from sclite.student.loader import load_tokenizer
-from sclite.train import sft, warmup
+from sclite.train import sft, stage
 from sclite.train.metrics_logger import read_metrics
 from tests.tiny import tiny_llama
 from tests.train.test_sft import config_of, write_toy
@@ -126,7 +126,7 @@ def test_rows_that_are_too_long_are_told_of_before_the_first_step_and_in_the_lin
     report = train_sft(Context(config, context.run, display))
     left = report.dropped["longer_than_max_length"]
     assert display.said[0] == (
-        f"{left} of {len(lengths)} rows have more than {limit} tokens and are left out (the longest has "
+        f"{left} of {len(lengths)} rows have more than {limit} tokens and are skipped (the longest has "
         f"{lengths[-1]}): raise sft.max_length"
     )
     assert len(display.said) > 2
@@ -230,13 +230,12 @@ def test_the_plan_has_the_steps_rows_and_rows_at_once_of_the_training_that_follo
     )
     stages = pipeline.plan_training(context)["stages"]
     sizes = []
-    real = sft.train_adapter
-    for stage in (sft, warmup):
-        monkeypatch.setattr(
-            stage,
-            "train_adapter",
-            lambda *a, **named: sizes.append(named["micro_batch"]) or real(*a, **named),
-        )
+    real = stage.train_adapter
+    monkeypatch.setattr(
+        stage,
+        "train_adapter",
+        lambda *a, **named: sizes.append(named["micro_batch"]) or real(*a, **named),
+    )
     for report in (train_sft(context), pipeline.train_stage(context, "warmup")):
         planned = stages[report.stage]
         assert (planned["rows"], planned["steps"]) == (report.counts["rows"], report.counts["steps"])

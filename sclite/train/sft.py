@@ -1,33 +1,44 @@
-"""Supervised fine-tuning: stage 1 on templates, and what the warm-up of stage 2 shares with it.
+"""Supervised fine-tuning: stage 1 on templates, and the row checks and lesson that the warm-up shares.
 
-The loss is on the trace and its end of turn alone. Source: METHOD sections 3 and 4.5.
+Only the trace and its end of turn carry loss. Source: METHOD sections 3 and 4.5.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sclite import prompts
-from sclite.config import Config
+from sclite.config import Config, TrainingStage
+from sclite.errors import DataError
 from sclite.records import Template
-from sclite.run import Report, Run, timed
+from sclite.run import Report, Run
 from sclite.signature import digest
-from sclite.student.adapters import adapted_layers, check_adapter
-from sclite.student.loader import load_student
-from sclite.student.log_probs import Padded, hidden_states, pad, token_log_probs
+from sclite.student.adapters import check_adapter
+from sclite.student.chat_template import opens_thinking
+from sclite.student.log_probs import pad
 from sclite.student.tokenization import Encoded, encode_solution, end_id
 from sclite.trace import parse
-from sclite.train.checkpoints import Checkpoints, refuse_other_inputs
-from sclite.train.common import done, quiet, save_adapter, student_inputs, written
-from sclite.train.label_checks import check_labels, checked_tokenizer, left_out, rows_of_sft, tell_left_out
-from sclite.train.memory import micro_batch
+from sclite.train.label_checks import check_labels, drop_long_rows
+from sclite.train.losses import negative_log_likelihood
 from sclite.train.metrics_logger import Progress
-from sclite.train.trainer import Lesson, Part, held_out_rows, train_adapter
+from sclite.train.stage import (
+    BuildLesson,
+    adapter_weights,
+    finished_report,
+    run_training_stage,
+    student_inputs,
+)
+from sclite.train.trainer import Lesson, held_out_rows
 
-STAGE, ADAPTER = "sft", "sft/adapter/adapter_model.safetensors"
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+STAGE = "sft"
 
 
 def inputs_of(config: Config, run: Run, unseen: frozenset[str] = frozenset()) -> dict[str, Any]:
-    """What decides the result of the SFT stage."""
+    """Everything that decides the result of the SFT stage."""
     return {
         "problems kept for stage 2": digest(sorted(unseen)),
         "templates.jsonl": run.file_digest("templates.jsonl"),
@@ -47,67 +58,50 @@ def train_sft(
     fresh: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Stage 1. Reads templates.jsonl; writes sft/adapter and sft/metrics.jsonl; goes on where it was broken off.
+    """Stage 1: train on templates.jsonl; writes sft/adapter and sft/metrics.jsonl. Resumes if it was interrupted.
 
-    Problems whose ids are in `unseen` are kept for stage 2: the student must make its own mistakes on them first.
-    An adapter in sft/adapter that no such stage wrote takes its place. Raises DataFault where there are no templates or
-    the labels are not as they should be, UsageFault where it was trained from other inputs and is not to be `fresh`.
+    Problems whose ids are in `unseen` are reserved for stage 2: the student must make its own mistakes on them first.
+    An adapter that the user put into sft/adapter replaces the stage. Raises DataError if there are no templates or the
+    labels are wrong, UsageError if it was trained with other inputs and `fresh` is not set.
     """
-    if run.is_imported(STAGE, ADAPTER):
-        return _adopt(run)
-    inputs = inputs_of(config, run, unseen)
-    report = Report(STAGE)
-    if manifest := done(run, STAGE, inputs, ADAPTER, fresh):
-        return Report.of(manifest)
-    rows = run.require(
-        "templates.jsonl", Template, "run `sclite build-data` first, or put your own templates there"
-    )
-    folder = run.path("sft")
-    refuse_other_inputs(run, STAGE, folder / "checkpoints", inputs, fresh)
-    rows = rows_of_sft(rows, unseen)
-    with timed(report):
-        quiet(config.student)
-        checkpoints = Checkpoints(folder / "checkpoints")
-        checkpoints.begin(inputs, progress)
-        tokenizer = checked_tokenizer(config.student, progress)
-        encoded = fitting_rows(
-            run, report, [row.id for row in rows], solve_rows(tokenizer, rows, config.prompts.folder),
-            config.sft.max_length, end_id(tokenizer), progress,
-        )  # fmt: skip
-        at_once = micro_batch(config, STAGE)
-        model, tokenizer = load_student(config, STAGE, train=True)
-        outcome = train_adapter(
-            model,
-            tokenizer,
-            supervised(STAGE, encoded, tokenizer.pad_token_id, config.sft.eval_share, config.seed),
-            config.sft,
-            checkpoints,
-            folder / "metrics.jsonl",
-            seed=config.seed,
-            micro_batch=at_once,
-            progress=progress,
+    if run.is_imported(STAGE, adapter_weights(STAGE)):
+        check_adapter(run.path("sft/adapter"))
+        return Report(STAGE, {"imported": 1}, skipped=True)
+    inputs, report = inputs_of(config, run, unseen), Report(STAGE)
+    if finished := finished_report(run, STAGE, inputs, fresh):
+        return finished
+    hint = "run `sclite build-data` first, or put your own templates there"
+    templates = run.require("templates.jsonl", Template, hint)
+    rows = [row for row in templates if row.id not in unseen]
+    if not rows:
+        raise DataError(
+            f"all {len(templates)} templates belong to problems reserved for stage 2: SFT has no rows to train on",
+            "`sclite build-data` writes those of the other problems; problems.correction_share sets the reserved share",
         )
-        save_adapter(model, run, STAGE, "sft/adapter")
-    report.counts |= {"rows": len(encoded), "steps": outcome.steps}
-    report.figures |= {"best_step": outcome.best, "warnings": outcome.warnings, "lora": adapted_layers(model)}
-    report.figures |= written(run, ADAPTER)
-    run.sign(STAGE, inputs, report)
-    checkpoints.forget()
-    return report
 
+    def prepare(tokenizer: PreTrainedTokenizerBase) -> BuildLesson:
+        if progress is not None and opens_thinking(
+            tokenizer.get_chat_template(), **tokenizer.special_tokens_map
+        ):
+            empty = "the student's chat template opens a <think> block: sclite trains and uses it with an empty one"
+            progress(0, 0, warning=f"{empty}; other programs have to send the closing tag themselves")
+        encoded = solve_rows(tokenizer, rows, config.prompts.folder)
+        kept = fitting_rows(run, report, [row.id for row in rows], encoded, config.sft, tokenizer, progress)
+        return lambda *_: supervised(STAGE, kept, tokenizer.pad_token_id, config.sft.eval_share, config.seed)
 
-def _adopt(run: Run) -> Report:
-    """The report of an adapter that was put into the run, with PEFT's configuration beside it."""
-    check_adapter(run.path("sft/adapter"))
-    return Report(STAGE, {"imported": 1}, skipped=True)
+    return run_training_stage(
+        config, run, report, inputs, prepare, start_from=None, fresh=fresh, progress=progress
+    )
 
 
 def replay_templates(templates: Sequence[Template], unseen: frozenset[str]) -> list[Template]:
-    """The templates for replay in stage 2: those that SFT has not seen, where there are any."""
+    """The templates for replay in stage 2: those that SFT has not seen, or all if there are none."""
     return [row for row in templates if row.id in unseen] or list(templates)
 
 
-def solve_rows(tokenizer: Any, templates: Sequence[Template], folder: str) -> list[Encoded]:
+def solve_rows(
+    tokenizer: PreTrainedTokenizerBase, templates: Sequence[Template], folder: str
+) -> list[Encoded]:
     """Each template as (student prompt, problem) -> trace."""
     return [
         encode_solution(tokenizer, prompts.solve_messages(row.question, folder), parse(row.trace).trace)
@@ -120,36 +114,28 @@ def fitting_rows(
     report: Report,
     names: Sequence[str],
     rows: Sequence[Encoded],
-    limit: int,
-    end: int,
-    progress: Progress | None = None,
+    settings: TrainingStage,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Progress | None,
 ) -> list[Encoded]:
-    """The rows of at most `limit` tokens, their labels checked; the others are counted, named and told of."""
-    tell_left_out(progress, report.stage, "rows", [len(row.ids) for row in rows], limit)
-    long = set(left_out(run, report.stage, names, rows, limit))
-    if long:
-        report.dropped["longer_than_max_length"] = len(long)
-    kept = [i for i in range(len(rows)) if i not in long]
-    report.figures["labels"] = check_labels([rows[i] for i in kept], end, [names[i] for i in kept])
-    return [rows[i] for i in kept]
+    """The rows that fit in max_length, with their labels checked and counted in the report."""
+    lengths = [len(row.ids) for row in rows]
+    kept = drop_long_rows(
+        run, report, [(name, None) for name in names], lengths, settings.max_length, progress
+    )
+    fitting = [rows[i] for i in kept]
+    report.figures["labels"] = check_labels(fitting, end_id(tokenizer), [names[i] for i in kept])
+    report.counts["rows"] = len(fitting)
+    return fitting
 
 
 def supervised(phase: str, rows: Sequence[Encoded], pad_id: int, eval_share: float, seed: int) -> Lesson:
-    """A supervised stage: the mean over all tokens with loss in an optimizer step, each by its weight."""
+    """A supervised lesson: the mean over all tokens with loss in an optimizer step, each by its weight."""
     return Lesson(
         phase=phase,
         lengths=[len(row.ids) for row in rows],
         counts=[{"tokens": sum(weight > 0 for weight in row.weights)} for row in rows],
         collate=lambda numbers: pad([rows[number] for number in numbers], pad_id),
-        parts=lambda model, batch: negative_log_likelihood(model, batch),
+        losses=negative_log_likelihood,
         held_out=held_out_rows(len(rows), eval_share, seed),
     )
-
-
-def negative_log_likelihood(model: Any, batch: Padded) -> dict[str, Part]:
-    """The weighted negative log-likelihood of the tokens with loss, in nats."""
-    hidden = hidden_states(model, batch)
-    log_probs, _ = token_log_probs(model, hidden, batch)
-    weights = batch.weights[:, 1:]
-    carried = weights[weights > 0].to(log_probs.device)
-    return {"nll": Part(-(log_probs * carried).sum(), "tokens", 1.0)}

@@ -20,6 +20,7 @@ from sclite.errors import GpuMemoryError, ScliteError
 from sclite.student.cuda_memory import is_out_of_memory
 from sclite.train.arguments import arguments
 from sclite.train.checkpoints import Checkpoints
+from sclite.train.losses import LossTerm, weighted_loss
 from sclite.train.metrics_logger import MetricsLogger, Progress
 from sclite.train.order import training_order
 
@@ -28,26 +29,17 @@ EVAL_ROWS = 200  # at most; more would tell little more
 
 
 @dataclass(frozen=True)
-class Part:
-    """One term of a loss: a sum over rows, divided by the count named `per`; `weight` 0 makes it a mere figure.
-
-    With `per` empty it is a maximum over the micro-batches of a step, and a mere figure too.
-    """
-
-    total: Any
-    per: str
-    weight: float = 0.0
-
-
-@dataclass(frozen=True)
 class Lesson:
-    """What a stage trains on. `lengths` are tokens a row, `counts` what each row adds to the denominators by name."""
+    """What a stage trains on. `lengths` are tokens per row, `counts` what each row adds to the denominators, by name.
+
+    `held_out` are the numbers of the rows for the evaluation loss.
+    """
 
     phase: str
     lengths: Sequence[int]
     counts: Sequence[Mapping[str, int]]
     collate: Callable[[Sequence[int]], Any]
-    parts: Callable[[Any, Any], dict[str, Part]]
+    losses: Callable[[Any, Any], dict[str, LossTerm]]
     held_out: Sequence[int] = ()
 
 
@@ -107,7 +99,7 @@ def train_adapter(
     if steps < FEW_STEPS:
         logger.warn(_few_steps(lesson.phase, steps))
     before = _fingerprint(model)
-    with memory_told(lesson.phase, micro_batch), logger.interruptions():
+    with catch_out_of_memory(lesson.phase, micro_batch), logger.interruptions():
         trainer.train(resume_from_checkpoint=checkpoints.last())
     if logger.interrupted:
         raise KeyboardInterrupt
@@ -148,7 +140,7 @@ def _refuse_untrained(model: Any, before: str, phase: str, rate: float, checkpoi
 
 
 @contextmanager
-def memory_told(phase: str, micro_batch: int) -> Iterator[None]:
+def catch_out_of_memory(phase: str, micro_batch: int) -> Iterator[None]:
     """Turn what libraries raise when the card's memory is used up into a MemoryFault."""
     try:
         yield
@@ -273,7 +265,7 @@ def _trainer_class(base: type) -> type:
 
         def _loss(self, model, batch, totals):
             with self.accelerator.autocast():
-                return weigh(self.lesson.parts(model, batch), totals)
+                return weighted_loss(self.lesson.losses(model, batch), totals)
 
         def evaluate(self, *_, **__):
             model, size = self.model, self.args.per_device_train_batch_size
@@ -296,15 +288,3 @@ def _trainer_class(base: type) -> type:
             Trainer._save_checkpoint(self, model, trial)
 
     return AdapterTrainer
-
-
-def weigh(parts: Mapping[str, Part], totals: Mapping[str, int]) -> tuple[Any, dict[str, Any]]:
-    """(the loss, the figures by name): each part over its count in `totals`; a maximum stands in a list."""
-    loss, figures = 0.0, {}
-    for name, part in parts.items():
-        value = part.total / max(1, totals[part.per]) if part.per else part.total
-        if part.weight:
-            loss = loss + part.weight * value
-        if len(parts) > 1:  # a single one is the loss itself
-            figures[name] = value.detach() if part.per else [value.detach()]
-    return loss, figures

@@ -101,10 +101,10 @@ def session(
     torch.cuda.set_per_process_memory_fraction(min(1.0, CAP_BYTES / torch.cuda.mem_get_info()[1]))
     began = time.monotonic()
     from sclite.config import Config
-    from sclite.train.common import quiet
+    from sclite.train.stage import quiet_libraries
 
     config = Config.model_validate({"student": {"model": str(folder), "backend": backend}})
-    quiet(config.student)
+    quiet_libraries(config.student)
     students: dict[bool, Any] = {}
     for case in cases:
         by_script = case.side == "script"
@@ -152,9 +152,9 @@ def load_ours(config: Any, case: Case) -> tuple[Any, Any]:
 
 def ours(model: Any, tokenizer: Any, config: Any, case: Case, turn: "Turn | None" = None) -> dict[str, Any]:
     """Our trainer, through Unsloth or on the plain path."""
-    from sclite.train.bundle import reference_log_probs
     from sclite.train.checkpoints import Checkpoints
     from sclite.train.dpo import preferences
+    from sclite.train.losses import reference_log_probs
     from sclite.train.metrics_logger import read_metrics
     from sclite.train.sft import supervised
     from sclite.train.trainer import train_adapter

@@ -13,7 +13,7 @@ from sclite.student.base import Request
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.loader import load_student, load_tokenizer
 from sclite.student.tokenization import prompt_ids
-from sclite.train.common import save_adapter
+from sclite.train.stage import save_adapter
 from tests.smollm2 import smollm2
 from tests.tiny import sample_texts
 
@@ -51,7 +51,7 @@ def trained(tmp_path_factory):
         model(torch.tensor([ids]), labels=torch.tensor([labels])).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    save_adapter(model, run, "sft", "sft/adapter")
+    save_adapter(model, run, "sft")
     return base, run
 
 

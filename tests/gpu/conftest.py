@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 
 from sclite.config import Student
-from sclite.train.common import quiet
+from sclite.train.stage import quiet_libraries
 
 CAP_BYTES = 24e9
 
@@ -18,5 +18,5 @@ def card():
         pytest.skip("no CUDA card here; on one: pip install -e '.[cuda,test]' && python -m pytest -m gpu")
     if importlib.util.find_spec("unsloth") is None:
         pytest.skip("Unsloth is missing: pip install -e '.[cuda]'")
-    quiet(Student(model="embedded", backend="unsloth"))  # Unsloth comes before what it patches
+    quiet_libraries(Student(model="embedded", backend="unsloth"))  # Unsloth comes before what it patches
     torch.cuda.set_per_process_memory_fraction(min(1.0, CAP_BYTES / torch.cuda.mem_get_info()[1]))

@@ -17,7 +17,7 @@ from sclite.student.base import Request
 from sclite.student.loader import load_student
 from sclite.student.self_correction import score_request
 from sclite.trace import parse
-from sclite.train.common import quiet
+from sclite.train.stage import quiet_libraries
 
 STAGE = {"batch_size": 4, "per_device_train_batch_size": 2, "max_length": 1024, "eval_share": 0}
 
@@ -54,7 +54,7 @@ def hidden_gaps(backend: str, run: Run) -> dict[str, float]:
     from sclite.train.sft import solve_rows
 
     config = config_of(backend)
-    quiet(config.student)
+    quiet_libraries(config.student)
     model, tokenizer = load_student(config, "sft", run.path("sft/adapter"), train=True)
     rows = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")[:3]
     rows[1] = type(rows[1])(rows[1].ids[:70], rows[1].weights[:70])
@@ -75,7 +75,7 @@ def odds(backend: str, run: Run) -> list[float]:
     from sclite.student.hf_model import HFModel
 
     config = config_of(backend)
-    quiet(config.student)
+    quiet_libraries(config.student)
     questions = {p.id: p.question for p in run.read("problems.jsonl", Problem)}
     works = {a.id: parse(a.trace).trace for a in run.read("attempts.jsonl", Attempt)}
     requests = [score_request(questions[id], work) for id, work in works.items()]
@@ -88,7 +88,7 @@ def attempts(backend: str, run: Run) -> list[str]:
     from sclite.student.hf_model import HFModel
 
     config = config_of(backend)
-    quiet(config.student)
+    quiet_libraries(config.student)
     problems = run.read("problems.jsonl", Problem) * 4
     requests = [Request(prompts.solve_messages(p.question), max_tokens=48) for p in problems]
     model, tokenizer = load_student(config, "sft", run.path("sft/adapter"))

@@ -111,7 +111,7 @@ def test_a_damaged_reference_is_computed_again_and_is_the_same(whole, tmp_path, 
     next(iter(kept["log_probs"].values()))["decisions"][0][0] += 1.0
     path.write_text({"digit": json.dumps(kept), "cut": path.read_text()[:-40], "shape": "[]"}[harm])
     train_dpo(config, run, progress=lambda *_, warning="", **__: said.append(warning))
-    assert "reference.json is damaged: the reference is computed again" in " ".join(said)
+    assert "reference.json is damaged: recomputing the reference" in " ".join(said)
     now, before = (r.read_json("dpo/reference.json")["log_probs"] for r in (run, unbroken))
     assert now == before
     assert same_weights(run, unbroken, "dpo")

@@ -17,8 +17,9 @@ from sclite.student.log_probs import pad
 from sclite.student.self_correction import score_request
 from sclite.student.tokenization import Encoded, decision_ids, piece_ids, prompt_ids
 from sclite.trace import CAUSE, close_piece, open_piece, parse, render
-from sclite.train.bundle import build_bundles, collate, likelihoods, reference_log_probs
-from sclite.train.dpo import PairLoss, train_dpo, with_replay
+from sclite.train.bundle import build_bundles, collate
+from sclite.train.dpo import train_dpo, with_replay
+from sclite.train.losses import DpoLoss, pair_log_probs, reference_log_probs
 from sclite.train.sft import solve_rows, train_sft
 from sclite.train.warmup import train_warmup
 from tests.tiny import tiny_llama
@@ -87,7 +88,7 @@ def test_a_reference_that_is_the_base_model_would_be_noticed(preferred):
     bundles = bundles_of(config, run, tokenizer)
     with model.disable_adapter():
         base = reference_log_probs(model, bundles, tokenizer)
-    loss = PairLoss(config.dpo, base, decision_ids(tokenizer))
+    loss = DpoLoss(config.dpo, base, decision_ids(tokenizer))
     parts = loss(model, collate(bundles, tokenizer.pad_token_id))
     pairs = len(run.read("pairs.jsonl", Pair))
     assert abs(parts["dpo_loss"].total.item() / pairs - math.log(2)) > 0.01
@@ -164,7 +165,7 @@ def test_pairs_that_are_too_long_are_counted_and_when_none_fits_it_is_said(start
     assert left >= 1
     assert report.counts["bundles"] == 6 - left
     shorter = config.dpo.model_copy(update={"max_length": 64})
-    with pytest.raises(DataError, match=r"no pair fits into dpo\.max_length = 64 tokens") as error:
+    with pytest.raises(DataError, match=r"no pair fits in dpo\.max_length = 64 tokens") as error:
         train_dpo(config.model_copy(update={"dpo": shorter}), other, fresh=True)
     assert "max_length" in error.value.hint
 
@@ -261,7 +262,7 @@ def test_decision_odds_in_training_are_the_scores_in_use(preferred):
     requests = [score_request(questions[b.key.split("/")[0]], attempts[b.key]) for b in bundles]
     requests = [replace(request, others=()) for request in requests]  # first tokens, as they are trained
     used = {bundles[s.index].key: s.log_odds for s in HFModel(model, tokenizer, 4).score(requests)}
-    got = likelihoods(model, collate(bundles, tokenizer.pad_token_id), decision_ids(tokenizer))
+    got = pair_log_probs(model, collate(bundles, tokenizer.pad_token_id), decision_ids(tokenizer))
     signed = (got.decision_chosen - got.decision_rejected).tolist()
     trained: dict[str, list[float]] = {b.key: [] for b in bundles}
     for bundle in bundles:
@@ -280,7 +281,7 @@ def test_the_log_probability_of_a_side_is_the_sum_over_its_own_tokens(started):
     model, tokenizer = load_student(config, "dpo", run.path("warmup/adapter"))
     bundles = [b for b in bundles_of(config, run, tokenizer) if b.rejected is not None]
     with torch.no_grad():
-        got = likelihoods(model, collate(bundles, tokenizer.pad_token_id), decision_ids(tokenizer))
+        got = pair_log_probs(model, collate(bundles, tokenizer.pad_token_id), decision_ids(tokenizer))
         for number, bundle in enumerate(bundles):
             for side, found in ((bundle.review, got.content_chosen), (bundle.rejected, got.content_rejected)):
                 logits = model(input_ids=torch.tensor([side.ids])).logits[0].log_softmax(-1)
@@ -308,7 +309,7 @@ def test_rows_end_to_end_give_the_log_probabilities_and_gradients_of_padded_ones
         model, tokenizer = load_student(changed, "dpo", run.path("warmup/adapter"), train=True)
         assert model.padding_free is padding_free
         bundles = bundles_of(config, run, tokenizer)
-        got = likelihoods(model, collate(bundles, tokenizer.pad_token_id), decision_ids(tokenizer))
+        got = pair_log_probs(model, collate(bundles, tokenizer.pad_token_id), decision_ids(tokenizer))
         sides = [got.decision_chosen, got.decision_rejected, got.content_chosen, got.content_rejected]
         sum(side.sum() for side in sides).backward()
         found.append(

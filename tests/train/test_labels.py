@@ -9,7 +9,7 @@ from sclite.records import Pair, Problem, Template
 from sclite.run import Run
 from sclite.student.loader import load_tokenizer
 from sclite.student.tokenization import Encoded, decision_ids
-from sclite.train import dpo, sft, warmup
+from sclite.train import dpo, sft, stage, warmup
 from sclite.train.bundle import build_bundles
 from sclite.train.label_checks import check_bundles
 from tests.tiny import CHATML, sample_texts, write_tokenizer
@@ -33,8 +33,7 @@ def prepared(tmp_path, folder, monkeypatch):
     def loaded(*_, **__):
         raise AssertionError("the student was loaded")
 
-    for stage in (sft, warmup, dpo):
-        monkeypatch.setattr(stage, "load_student", loaded)
+    monkeypatch.setattr(stage, "load_student", loaded)
     run = Run(tmp_path / "run")
     write_toy(run)
     write_pairs(run)
@@ -52,7 +51,7 @@ def test_a_chat_template_that_leaves_the_question_out_is_told_before_the_student
     template = folder / "chat_template.jinja"
     template.write_text("{% for message in messages %}<|im_start|>hello<|im_end|>{% endfor %}")
     try:
-        with pytest.raises(DataError, match="leaves the question out"):
+        with pytest.raises(DataError, match="drops the question"):
             STAGES[stage](config, run)
     finally:
         template.write_text(CHATML)
@@ -68,14 +67,14 @@ def test_rows_that_are_all_too_long_are_told_before_the_student_is_loaded(prepar
         STAGES[stage](
             config.model_copy(update={section: short}), run, progress=lambda *_, warning: said.append(warning)
         )
-    assert "rows have more than 64 tokens and are left out" in said[-1]
+    assert "rows have more than 64 tokens and are skipped" in said[-1]
     assert said[-1].endswith(f"raise {section}.max_length")
 
 
 def test_templates_that_are_all_kept_for_stage_2_are_named_as_such(prepared):
     config, run = prepared
     ids = frozenset(row.id for row in run.read("templates.jsonl", Template))
-    with pytest.raises(DataError, match=f"all {len(ids)} templates are of problems that are kept") as error:
+    with pytest.raises(DataError, match=f"all {len(ids)} templates belong to problems reserved") as error:
         sft.train_sft(config, run, unseen=ids)
     assert "problems.correction_share" in error.value.hint
 
@@ -100,11 +99,11 @@ def test_pairs_that_would_teach_nothing_or_something_else_are_refused(bundles):
     whole = next(bundle for bundle in made if bundle.rejected is not None)
     ids, weights = whole.rejected.ids, whole.rejected.weights
     wrong = {
-        "both contents are the same": replace(whole, rejected=whole.review),
-        "a content is empty": replace(whole, rejected=Encoded(ids, [0.0] * len(ids))),
-        "the prompt carries loss": replace(whole, rejected=Encoded(ids, [1.0, *weights[1:]])),
-        "no decision and no content": replace(whole, rejected=None, review=Encoded(ids, weights)),
-        "another token follows": replace(
+        "both sides of the content pair are the same": replace(whole, rejected=whole.review),
+        "one side of the content pair is empty": replace(whole, rejected=Encoded(ids, [0.0] * len(ids))),
+        "the prompt is not masked": replace(whole, rejected=Encoded(ids, [1.0, *weights[1:]])),
+        "neither a decision nor a content pair": replace(whole, rejected=None, review=Encoded(ids, weights)),
+        "the next token is not the chosen decision": replace(
             whole, review=replace(whole.review, accused=tuple(not a for a in whole.review.accused))
         ),
     }
@@ -118,7 +117,7 @@ def test_dpo_checks_its_pairs_before_the_student_is_loaded(prepared):
     rows = run.read("pairs.jsonl", Pair)
     same = [row.model_copy(update={"rejected": row.chosen}) if row.kind == "content" else row for row in rows]
     run.replace("pairs.jsonl", same)
-    with pytest.raises(DataError, match="both contents are the same tokens"):
+    with pytest.raises(DataError, match="both sides of the content pair are the same tokens"):
         dpo.train_dpo(config, run)
 
 
@@ -132,4 +131,4 @@ def test_open_thoughts_are_closed_and_sft_says_so(prepared, folder):
             sft.train_sft(config, run, progress=lambda *_, warning: said.append(warning))
     finally:
         template.write_text(CHATML)
-    assert ["opens a block of thoughts" in text for text in said] == [True]
+    assert ["opens a <think> block" in text for text in said] == [True]

@@ -87,7 +87,8 @@ def folder(tmp_path_factory):
 def test_the_weights_of_the_best_evaluation_are_kept_and_training_stops_early(folder, tmp_path):
     """At a rate this high the evaluation loss soon rises; the adapter is that of its lowest step."""
     from sclite.student.loader import load_student
-    from sclite.train.sft import negative_log_likelihood, solve_rows, supervised
+    from sclite.train.losses import negative_log_likelihood
+    from sclite.train.sft import solve_rows, supervised
 
     run = Run(tmp_path)
     write_toy(run, 12)

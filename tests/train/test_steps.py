@@ -91,13 +91,13 @@ def test_a_stage_of_twenty_steps_does_not_warn(run, folder):
     ("factor", "message"), [(0.0, "no weight of the adapter"), (math.nan, "not numbers")]
 )
 def test_a_stage_that_learned_nothing_is_an_error(run, folder, monkeypatch, factor, message):
-    whole = trainer.weigh
+    whole = trainer.weighted_loss
 
     def spoiled(parts, totals):
         loss, figures = whole(parts, totals)
         return loss * factor, figures
 
-    monkeypatch.setattr(trainer, "weigh", spoiled)
+    monkeypatch.setattr(trainer, "weighted_loss", spoiled)
     write_toy(run)
     with pytest.raises(ScliteError, match=message) as error:
         train_sft(config_of(folder, sft={"num_train_epochs": 1}), run)
