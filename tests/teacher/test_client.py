@@ -1,4 +1,4 @@
-"""The teacher client against a real HTTP server."""
+"""The teacher client with a real HTTP server."""
 
 import time
 
@@ -34,12 +34,12 @@ def ask(server, jobs, path, url=None, **settings):
         return sorted(teacher.ask_all(jobs, "templates"), key=lambda r: int(r.id)), ledger.totals()
 
 
-def asked(request):
+def question(request):
     return request["messages"][0]["content"]
 
 
-def test_every_job_has_its_own_result_and_the_book_is_kept(tmp_path):
-    with TeacherServer(lambda request, nth: say(f"good {asked(request)}")) as server:
+def test_each_job_has_a_result_and_the_ledger_counts_all_requests(tmp_path):
+    with TeacherServer(lambda request, nth: say(f"good {question(request)}")) as server:
         results, totals = ask(server, map(job, range(30)), tmp_path)
     assert [r.text for r in results] == [f"good question {i}." for i in range(30)]
     assert {r.requests for r in results} == {1}
@@ -49,9 +49,9 @@ def test_every_job_has_its_own_result_and_the_book_is_kept(tmp_path):
     }  # fmt: skip
 
 
-def test_a_second_run_asks_nothing_not_even_repairs_and_needs_no_server(tmp_path):
+def test_second_run_sends_nothing_and_needs_no_server(tmp_path):
     def answer(request, nth):
-        return say("good" if "bad" in asked(request) or "1" in asked(request) else "bad")
+        return say("good" if "bad" in question(request) or "1" in question(request) else "bad")
 
     jobs = [job(i, good) for i in range(12)]
     with TeacherServer(answer) as server:
@@ -70,24 +70,24 @@ def test_another_sample_is_another_request(tmp_path):
     assert {r.text for r in results} == {"good 1", "good 2"}
 
 
-def test_the_same_request_in_two_jobs_is_paid_once(tmp_path):
+def test_same_request_in_several_jobs_is_paid_once(tmp_path):
     with TeacherServer(lambda request, nth: say(f"good {nth}", seconds=0.1)) as server:
         results, _ = ask(server, [job(1), job(1), job(1)], tmp_path)
     assert [r.text for r in results] == ["good 1"] * 3
     assert len(server.requests) == 1
 
 
-def test_a_reply_that_fails_its_check_is_asked_again_with_the_fault(tmp_path):
+def test_failed_check_is_repaired_with_its_error_in_the_request(tmp_path):
     with TeacherServer(
-        lambda request, nth: say("good" if "it says bad" in asked(request) else "bad")
+        lambda request, nth: say("good" if "it says bad" in question(request) else "bad")
     ) as server:
         results, _ = ask(server, [job(1, good)], tmp_path)
     assert results[0].text == "good"
     assert results[0].requests == 2
-    assert [asked(r) for r in server.requests] == ["question 1.", "question 1. it says bad"]
+    assert [question(r) for r in server.requests] == ["question 1.", "question 1. it says bad"]
 
 
-def test_after_three_repairs_the_job_fails_with_its_last_fault_and_reply(tmp_path):
+def test_job_fails_after_three_repairs_with_its_last_error_and_reply(tmp_path):
     with TeacherServer(lambda request, nth: say(f"bad {len(server.requests)}")) as server:
         results, _ = ask(server, [job(1, good)], tmp_path)
     assert results[0].text is None
@@ -95,15 +95,15 @@ def test_after_three_repairs_the_job_fails_with_its_last_fault_and_reply(tmp_pat
     assert (results[0].raw, results[0].requests, len(server.requests)) == ("bad 4", 4, 4)
 
 
-def test_the_same_fault_again_is_said_in_other_words(tmp_path):
+def test_repeated_error_changes_the_request(tmp_path):
     with TeacherServer(lambda request, nth: say("bad")) as server:
         ask(server, [job(1, good)], tmp_path)
     assert len(server.counts) == len(server.requests) == 4
 
 
-def test_a_reply_that_was_cut_off_is_a_fault_of_its_own(tmp_path):
+def test_truncated_reply_is_rejected_as_cut_off(tmp_path):
     def answer(request, nth):
-        return say("good") if "shorter" in asked(request) else say("good but hal", "length")
+        return say("good") if "shorter" in question(request) else say("good but hal", "length")
 
     with TeacherServer(answer) as server:
         results, _ = ask(server, [job(1)], tmp_path)
@@ -112,11 +112,11 @@ def test_a_reply_that_was_cut_off_is_a_fault_of_its_own(tmp_path):
     assert (results[0].rejection.reason, results[0].raw) == ("cut_off", "good but hal")
 
 
-def test_faults_of_the_network_are_tried_again(tmp_path):
+def test_network_errors_are_retried(tmp_path):
     kinds = [fail(429, retry_after="0"), fail(500), fail(503), HTML, BROKEN, say("late", seconds=1.5)]
 
     def answer(request, nth):
-        return kinds[int(asked(request).split()[1][:-1]) % len(kinds)] if nth == 1 else say("good")
+        return kinds[int(question(request).split()[1][:-1]) % len(kinds)] if nth == 1 else say("good")
 
     with TeacherServer(answer) as server:
         results, totals = ask(server, [job(i, good) for i in range(12)], tmp_path, timeout_seconds=1)
@@ -128,7 +128,7 @@ def test_faults_of_the_network_are_tried_again(tmp_path):
 
 def test_litellm_does_not_retry_on_its_own(tmp_path):
     def answer(request, nth):
-        return fail(500) if "2." in asked(request) else say("good")
+        return fail(500) if "2." in question(request) else say("good")
 
     with TeacherServer(answer) as server:
         results, _ = ask(server, [job(1), job(2)], tmp_path, attempts_per_call=2)
@@ -136,7 +136,7 @@ def test_litellm_does_not_retry_on_its_own(tmp_path):
     assert len(server.requests) == 3
 
 
-def test_retry_after_is_waited_for(tmp_path):
+def test_client_waits_for_retry_after(tmp_path):
     times = []
 
     def answer(request, nth):
@@ -148,38 +148,38 @@ def test_retry_after_is_waited_for(tmp_path):
     assert 1.0 <= times[1] - times[0] < 2
 
 
-def test_a_wait_does_not_hold_up_the_others(tmp_path):
+def test_waiting_job_does_not_block_the_others(tmp_path):
     order = []
 
     def answer(request, nth):
-        order.append(asked(request))
-        return fail(429, retry_after="1") if nth == 1 and "question 0." in asked(request) else say("good")
+        order.append(question(request))
+        return fail(429, retry_after="1") if nth == 1 and "question 0." in question(request) else say("good")
 
     with TeacherServer(answer) as server:
         ask(server, [job(i) for i in range(4)], tmp_path, concurrency=1)
     assert order == ["question 0.", "question 1.", "question 2.", "question 3.", "question 0."]
 
 
-def test_no_more_than_concurrency_requests_are_in_flight_and_no_batch_waits_for_its_slowest(tmp_path):
+def test_concurrency_is_never_exceeded_and_slots_are_refilled_at_once(tmp_path):
     def answer(request, nth):
-        return say("good", seconds=0.8 if "question 0." in asked(request) else 0.05)
+        return say("good", seconds=0.8 if "question 0." in question(request) else 0.05)
 
-    ask_warm(tmp_path)
+    warm_up(tmp_path)
     with TeacherServer(answer) as server:
         started = time.monotonic()
         ask(server, [job(i) for i in range(40)], tmp_path, concurrency=4)
         seconds = time.monotonic() - started
     assert server.most_in_flight == 4
-    assert seconds < 1.7  # 0.8 beside 39 * 0.05 / 3; one after the other it would be 2.75
+    assert seconds < 1.7  # 0.8 beside 39 * 0.05 / 3; sequentially 2.75
 
 
-def ask_warm(path):
-    """Import LiteLLM and let it build what it caches, so that times measured next are those of the calls."""
+def warm_up(path):
+    """Import LiteLLM and fill its caches, so that only calls are timed next."""
     with TeacherServer(lambda request, nth: say("good")) as server:
         ask(server, [job(99)], path)
 
 
-def test_jobs_are_taken_as_there_is_room(tmp_path):
+def test_jobs_are_taken_only_when_there_is_room(tmp_path):
     taken = []
 
     def jobs():
@@ -197,9 +197,9 @@ def test_jobs_are_taken_as_there_is_room(tmp_path):
             assert len(taken) == 7
 
 
-def test_leaving_early_cancels_what_is_under_way_and_the_teacher_stays_usable(tmp_path):
+def test_leaving_early_cancels_calls_and_the_teacher_stays_usable(tmp_path):
     def answer(request, nth):
-        return say("good", seconds=5 if "question 1." in asked(request) else 0)
+        return say("good", seconds=5 if "question 1." in question(request) else 0)
 
     with TeacherServer(answer) as server, Ledger(tmp_path / "l") as ledger:
         settings = config.Teacher(model="openai/replay", api_base=server.url, concurrency=1)
@@ -212,7 +212,7 @@ def test_leaving_early_cancels_what_is_under_way_and_the_teacher_stays_usable(tm
             assert time.monotonic() - began < 2
 
 
-def test_a_bad_key_stops_everything_at_once_and_is_not_shown(tmp_path):
+def test_bad_key_stops_at_once_and_is_not_shown(tmp_path):
     with TeacherServer(
         lambda request, nth: fail(401, "Incorrect API key provided: sk-test-secret")
     ) as server:
@@ -228,7 +228,7 @@ def test_a_bad_key_stops_everything_at_once_and_is_not_shown(tmp_path):
     assert "secret" not in error.message + error.hint
 
 
-def test_no_key_is_needed_where_the_endpoint_wants_none(tmp_path, monkeypatch):
+def test_no_key_is_needed_if_the_endpoint_wants_none(tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     with TeacherServer(lambda request, nth: say("good")) as server:
         results, _ = ask(server, [job(1)], tmp_path)
@@ -236,21 +236,21 @@ def test_no_key_is_needed_where_the_endpoint_wants_none(tmp_path, monkeypatch):
     assert server.keys == {"Bearer none"}
 
 
-def test_a_missing_key_for_the_real_service_is_told_at_once(tmp_path, monkeypatch):
+def test_missing_key_is_reported_at_once(tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(TeacherError, match=r"gpt-4\.1 has no key") as caught:
         ask(None, [job(1)], tmp_path, model="openai/gpt-4.1")
     assert "OPENAI_API_KEY" in caught.value.hint
 
 
-def test_an_unknown_model_stops_everything(tmp_path):
+def test_unknown_model_stops_everything(tmp_path):
     answer = fail(404, "The model `replay` does not exist")
     with TeacherServer(lambda *_: answer) as server, pytest.raises(TeacherError, match="does not exist"):
         ask(server, map(job, range(10**6)), tmp_path)
     assert len(server.requests) <= 32
 
 
-def test_a_model_without_provider_is_told_before_any_call(tmp_path):
+def test_model_without_provider_is_reported_before_any_call(tmp_path):
     with TeacherServer(lambda request, nth: say("good")) as server:
         with pytest.raises(UsageError, match="no provider"):
             ask(server, [job(1)], tmp_path, model="something")
@@ -259,17 +259,17 @@ def test_a_model_without_provider_is_told_before_any_call(tmp_path):
     assert not server.requests
 
 
-def test_nobody_there_stops_everything_after_the_tries(tmp_path):
+def test_missing_server_stops_everything_after_the_retries(tmp_path):
     with pytest.raises(TeacherError, match="does not answer after 3 attempts") as caught:
         ask(None, map(job, range(10**6)), tmp_path, "http://127.0.0.1:9/v1", attempts_per_call=3)
     assert "http://127.0.0.1:9/v1" in caught.value.message
 
 
-def test_a_refused_question_is_left_out_and_the_others_go_on(tmp_path):
+def test_refused_request_is_skipped_and_the_others_continue(tmp_path):
     def answer(request, nth):
         return (
             fail(404, "no known question in this request")
-            if int(asked(request).split()[1][:-1]) % 2
+            if int(question(request).split()[1][:-1]) % 2
             else say("good")
         )
 
@@ -282,7 +282,7 @@ def test_a_refused_question_is_left_out_and_the_others_go_on(tmp_path):
     assert len(server.requests) == 21
 
 
-def test_when_all_are_refused_the_teacher_is_to_blame(tmp_path):
+def test_teacher_that_refuses_everything_stops_the_stage(tmp_path):
     with TeacherServer(lambda request, nth: fail(400, "max_tokens is too large")) as server:
         with pytest.raises(TeacherError, match="max_tokens is too large"):
             ask(server, map(job, range(10**6)), tmp_path)
@@ -291,9 +291,9 @@ def test_when_all_are_refused_the_teacher_is_to_blame(tmp_path):
             ask(server, map(job, range(6)), tmp_path)
 
 
-def test_a_teacher_that_falls_silent_is_given_up_and_what_came_is_kept(tmp_path):
+def test_teacher_that_stops_answering_is_given_up_and_replies_are_kept(tmp_path):
     def answer(request, nth):
-        return say("good") if int(asked(request).split()[1][:-1]) < 10 else BROKEN
+        return say("good") if int(question(request).split()[1][:-1]) < 10 else BROKEN
 
     with TeacherServer(answer) as server:
         with pytest.raises(TeacherError, match="does not answer"):
@@ -303,7 +303,7 @@ def test_a_teacher_that_falls_silent_is_given_up_and_what_came_is_kept(tmp_path)
         assert ledger.totals()["requests"] == 10
 
 
-def test_a_fault_in_a_check_or_in_the_jobs_is_raised_here(tmp_path):
+def test_exceptions_in_a_check_or_the_jobs_reach_the_caller(tmp_path):
     def broken(reply):
         raise ZeroDivisionError
 
@@ -318,7 +318,7 @@ def test_a_fault_in_a_check_or_in_the_jobs_is_raised_here(tmp_path):
             ask(server, jobs(), tmp_path)
 
 
-def test_price_is_known_from_the_list_and_unknown_where_it_is_not(tmp_path, monkeypatch):
+def test_price_comes_from_the_list_or_is_unknown(tmp_path, monkeypatch):
     import litellm
 
     with TeacherServer(lambda request, nth: say("good", tokens=(10, 5))) as server:

@@ -1,4 +1,4 @@
-"""Money: a limit that is never passed, a pilot that is measured, a forecast that asks nothing, an inspector."""
+"""Costs: the spending limit, the pilot, the forecast; and the inspector."""
 
 from contextlib import suppress
 
@@ -36,7 +36,7 @@ def cheap(request, nth):
     return say("good", tokens=(10, 10))  # $0.00011
 
 
-def test_the_limit_is_never_passed_and_what_was_under_way_is_given(tmp_path):
+def test_limit_is_never_exceeded_and_calls_in_flight_are_completed(tmp_path):
     results = []
     with TeacherServer(cheap) as server, Ledger(tmp_path / "l") as ledger:
         with teacher_of(ledger, server, max_cost=0.01) as teacher, pytest.raises(BudgetError) as caught:
@@ -50,18 +50,17 @@ def test_the_limit_is_never_passed_and_what_was_under_way_is_given(tmp_path):
     assert "--max-cost" in caught.value.hint
 
 
-def test_a_higher_limit_goes_on_where_it_stopped(tmp_path):
+def test_run_resumes_with_a_higher_limit(tmp_path):
     with TeacherServer(cheap) as server, Ledger(tmp_path / "l") as ledger:
         with teacher_of(ledger, server, max_cost=0.002) as teacher, pytest.raises(BudgetError):
             list(teacher.ask_all(map(job, range(20))))
-        asked = len(server.requests)
-        assert 0 < asked < 20
+        assert 0 < len(server.requests) < 20
         with teacher_of(ledger, server, max_cost=1) as teacher:
             assert len(list(teacher.ask_all(map(job, range(20))))) == 20
         assert len(server.requests) == 20
 
 
-def test_a_reply_that_never_came_counts_at_its_dearest(tmp_path):
+def test_lost_reply_counts_at_its_maximum_cost(tmp_path):
     def slow(request, nth):
         return say("late", seconds=3)
 
@@ -77,9 +76,7 @@ def test_a_reply_that_never_came_counts_at_its_dearest(tmp_path):
     assert totals["lost_usd"] == pytest.approx(100 * 10 / 1e6 + (16 + len("q1 ")) * 1 / 1e6)
 
 
-RESERVED = (
-    100 * 10 + 16 + len("q1 ")
-) / 1e6  # US dollars for job 1: its longest reply, and a token for each byte sent
+RESERVED = (100 * 10 + 16 + len("q1 ")) / 1e6  # US dollars for job 1: max_tokens, and one token per byte sent
 
 
 @pytest.mark.parametrize("direct", [True, False])
@@ -97,23 +94,23 @@ RESERVED = (
         {"prompt_tokens": 2**64, "completion_tokens": 7, "total_tokens": 2**64},
     ],
 )
-def test_counts_that_cannot_be_cost_what_was_reserved(tmp_path, usage, direct):
+def test_implausible_counts_cost_what_was_reserved(tmp_path, usage, direct):
     answer = Answer(body={**say("good").body, "usage": usage})
     with TeacherServer(lambda request, nth: answer) as server, Ledger(tmp_path / "l") as ledger:
         with teacher_of(ledger, server, direct=direct, attempts_per_call=1) as teacher:
             if direct:
                 assert [r.text for r in teacher.ask_all([job(1)])] == ["good"]
             else:
-                with suppress(TeacherError):  # LiteLLM raises over some of them
+                with suppress(TeacherError):  # LiteLLM raises for some of them
                     list(teacher.ask_all([job(1)]))
         totals = ledger.totals()
     if (
         direct or not usage or usage["completion_tokens"] not in (True, "7")
-    ):  # which pydantic takes for 1 and 7
+    ):  # which pydantic converts to 1 and 7
         assert totals["cost_usd"] + totals["lost_usd"] == pytest.approx(RESERVED)
 
 
-def test_a_reply_longer_than_it_was_allowed_to_be_costs_what_it_shows(tmp_path):
+def test_reply_longer_than_max_tokens_costs_its_length(tmp_path):
     text = "word " * 500
     with (
         TeacherServer(lambda request, nth: say(text, tokens=(10, 500))) as server,
@@ -125,9 +122,7 @@ def test_a_reply_longer_than_it_was_allowed_to_be_costs_what_it_shows(tmp_path):
 
 
 @pytest.mark.parametrize("direct", [True, False])
-def test_a_connection_that_breaks_in_the_body_costs_what_was_reserved_and_one_that_never_was_nothing(
-    tmp_path, direct
-):
+def test_broken_connection_costs_the_reserve_and_a_refused_one_nothing(tmp_path, direct):
     with TeacherServer(lambda request, nth: BROKEN) as server, Ledger(tmp_path / "l") as ledger:
         for url in (server.url, "http://127.0.0.1:9/v1"):
             with (
@@ -141,18 +136,18 @@ def test_a_connection_that_breaks_in_the_body_costs_what_was_reserved_and_one_th
 
 @pytest.mark.parametrize("price", ["[-1000, 2]", "[1, -0.1]", "[nan, 1]", "[inf, 1]"])
 @pytest.mark.parametrize("section", ["teacher", "attempts"])
-def test_a_price_is_not_negative(section, price):
+def test_negative_price_is_refused(section, price):
     with pytest.raises(UsageError, match=f"{section}.price"):
         load(None, [f"{section}.price={price}"], {}, own_file=False)
 
 
 @pytest.mark.parametrize("text", ["3141592653", r"\frac{1}{2}^{\alpha}", "数学", "plain words", "\ud83d"])
-def test_no_tokenizer_makes_more_tokens_than_the_bound(text):
-    """A byte-level vocabulary without any merges makes one token of each byte."""
+def test_no_tokenizer_exceeds_the_bound_on_prompt_tokens(text):
+    """A byte-level vocabulary without merges has one token per byte."""
     assert max_prompt_tokens([{"content": text}]) >= len(text.encode(errors="replace"))
 
 
-def test_an_empty_reply_is_asked_for_again_by_the_next_run(tmp_path):
+def test_next_run_requests_an_empty_reply_again(tmp_path):
     with (
         TeacherServer(lambda request, nth: say("" if nth == 1 else "good")) as server,
         Ledger(tmp_path / "l") as ledger,
@@ -165,7 +160,7 @@ def test_an_empty_reply_is_asked_for_again_by_the_next_run(tmp_path):
         assert ledger.spent_usd == pytest.approx(2 * (11 * 1 + 7 * 10) / 1e6)
 
 
-def test_a_limit_without_a_price_is_refused_before_any_call(tmp_path):
+def test_limit_without_a_price_is_refused_before_any_call(tmp_path):
     with TeacherServer(cheap) as server, Ledger(tmp_path / "l") as ledger:
         url = server.url.replace("127.0.0.1", "teacher.example")
         with (
@@ -177,7 +172,7 @@ def test_a_limit_without_a_price_is_refused_before_any_call(tmp_path):
         assert not server.requests
 
 
-def test_the_rest_is_asked_for_only_if_the_forecast_is_agreed_to(tmp_path):
+def test_rest_is_requested_only_if_the_forecast_is_confirmed(tmp_path):
     seen = []
 
     def confirm(forecast):
@@ -198,7 +193,7 @@ def test_the_rest_is_asked_for_only_if_the_forecast_is_agreed_to(tmp_path):
         assert len(done) == len(server.requests) == 30
 
 
-def test_nobody_is_asked_where_all_is_known_or_free(tmp_path):
+def test_no_question_if_all_is_free_or_in_the_ledger(tmp_path):
     def confirm(forecast):
         raise AssertionError
 
@@ -210,7 +205,7 @@ def test_nobody_is_asked_where_all_is_known_or_free(tmp_path):
         assert len(server.requests) == 30
 
 
-def test_a_forecast_sends_nothing_and_says_the_first_request_exactly(tmp_path):
+def test_forecast_sends_nothing_and_shows_the_exact_first_request(tmp_path):
     with (
         TeacherServer(cheap) as server,
         Ledger(tmp_path / "l") as ledger,
@@ -225,10 +220,10 @@ def test_a_forecast_sends_nothing_and_says_the_first_request_exactly(tmp_path):
         }
         assert (found["requests"], found["completion_tokens"]) == (10, 500)
         after = forecast(teacher, map(job, range(10)), 50, "templates")
-        assert (after["requests"], after["completion_tokens"]) == (9, 90)  # ten tokens a reply, as it was
+        assert (after["requests"], after["completion_tokens"]) == (9, 90)  # ten tokens per reply, as measured
 
 
-def test_a_refusal_is_remembered_once_others_were_answered(tmp_path):
+def test_refusal_is_kept_once_others_were_answered(tmp_path):
     def answer(request, nth):
         return fail(400, "not this one") if "q1 " in request["messages"][0]["content"] else say("good")
 
@@ -248,13 +243,13 @@ def inspect(reply):
     return [{"role": "user", "content": f"INSPECT {reply}"}]
 
 
-def test_what_the_inspector_rejects_is_asked_again_with_its_reason(tmp_path):
+def test_rejection_by_the_inspector_is_repaired_with_its_reason(tmp_path):
     def answer(request, nth):
-        asked = request["messages"][0]["content"]
+        question = request["messages"][0]["content"]
         if request["model"] == "judge":
-            verdict = "accept" if "better" in asked else "reject</Verdict><Reason>step 2 is wrong"
+            verdict = "accept" if "better" in question else "reject</Verdict><Reason>step 2 is wrong"
             return say(f"<Verdict>{verdict}</Reason>")
-        return say("better" if "step 2 is wrong" in asked else "worse")
+        return say("better" if "step 2 is wrong" in question else "worse")
 
     with TeacherServer(answer) as server, Ledger(tmp_path / "l") as ledger:
         named = {"inspector": "openai/judge", "inspector_api_base": server.url}
@@ -264,7 +259,7 @@ def test_what_the_inspector_rejects_is_asked_again_with_its_reason(tmp_path):
         assert ledger.totals("templates inspection")["requests"] == 2
 
 
-def test_an_inspector_that_never_accepts_ends_the_job_after_three_rounds(tmp_path):
+def test_job_fails_after_three_rejections_by_the_inspector(tmp_path):
     def answer(request, nth):
         judging = request["model"] == "judge"
         return say("<Verdict>reject</Verdict>" if judging else f"try {len(server.requests)}")
@@ -278,11 +273,11 @@ def test_an_inspector_that_never_accepts_ends_the_job_after_three_rounds(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("amount", "told"),
+    ("amount", "text"),
     [(0, "$0.0000"), (12.5, "$12.5000"), (0.0473, "$0.0473"), (0.00123, "$0.0012"), (1e-5, "$0.000010")],
 )
-def test_a_small_sum_is_told_without_an_exponent(amount, told):
-    assert format_usd(amount) == told
+def test_small_amount_has_no_exponent(amount, text):
+    assert format_usd(amount) == text
 
 
 @pytest.mark.parametrize(("attempts", "text"), [(1, "after 1 attempt: gone"), (6, "after 6 attempts: gone")])

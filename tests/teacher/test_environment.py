@@ -1,4 +1,4 @@
-"""Keys, certificates, open files and passwords: what is wrong with them is said before anything is asked."""
+"""Keys, certificates, open files and passwords are checked before the first request."""
 
 import os
 import resource
@@ -20,7 +20,7 @@ JOB = Job("1", lambda error: [{"role": "user", "content": "q"}], lambda reply: N
 
 
 @pytest.mark.parametrize("direct", [True, False])
-def test_a_key_with_a_windows_line_end_works(tmp_path, monkeypatch, direct):
+def test_key_with_a_windows_line_end_works(tmp_path, monkeypatch, direct):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test-secret\r\n")
     with TeacherServer(lambda request, nth: say("good")) as server, Ledger(tmp_path / "l") as ledger:
         settings = config.Teacher(model="openai/replay", api_base=server.url, direct=direct)
@@ -30,14 +30,14 @@ def test_a_key_with_a_windows_line_end_works(tmp_path, monkeypatch, direct):
 
 
 @pytest.mark.parametrize("key", ["sk-sec\rret", "sk-sec ret", "sk-secrét", "sk-sec\nret"])
-def test_a_key_that_no_header_can_hold_is_named_and_not_shown(monkeypatch, key):
+def test_key_that_no_header_can_hold_is_reported_and_not_shown(monkeypatch, key):
     monkeypatch.setenv("OPENAI_API_KEY", key)
     with pytest.raises(UsageError, match="OPENAI_API_KEY") as caught:
         provider.connect(config.Teacher(model="openai/replay", api_base="http://127.0.0.1:9/v1"))
     assert "sk-" not in caught.value.message + caught.value.hint
 
 
-def test_certificates_that_are_not_there_are_named_before_anything_is_asked(tmp_path, monkeypatch):
+def test_missing_certificates_are_reported_before_any_request(tmp_path, monkeypatch):
     settings = config.Teacher(model="openai/replay", api_base="http://127.0.0.1:9/v1")
     (tmp_path / "text.pem").write_text("no certificate")
     for name, why in (("none.pem", "does not exist"), ("text.pem", "cannot be read")):
@@ -46,7 +46,7 @@ def test_certificates_that_are_not_there_are_named_before_anything_is_asked(tmp_
             provider.connect(settings)
 
 
-def test_the_limit_on_open_files_is_raised_or_the_setting_named():
+def test_limit_on_open_files_is_raised_or_the_setting_reported():
     code = (
         "import resource, sys; from sclite.teacher.http import allow_connections\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (256, int(sys.argv[1])))\n"
@@ -62,16 +62,16 @@ def test_the_limit_on_open_files_is_raised_or_the_setting_named():
         )
 
     assert int(outcome(1000)) >= 300
-    said = outcome(400)
-    assert "teacher.concurrency = 300 needs 428 open files, and this system allows 400" in said
-    assert "--set teacher.concurrency=272" in said
-    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 256  # of this process: untouched
+    message = outcome(400)
+    assert "teacher.concurrency = 300 needs 428 open files, and this system allows 400" in message
+    assert "--set teacher.concurrency=272" in message
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 256  # this process is unchanged
 
 
 # -- a password in api_base ----------------------------------------------------------------------------------------
 
 
-def test_a_password_in_an_address_stands_in_no_dump_and_in_no_run(tmp_path):
+def test_password_in_an_address_is_in_no_dump_and_no_run(tmp_path):
     address = "http://me:hush@hush@host:8000/v1"
     assert without_password(address) == "http://host:8000/v1"
     values = {"api_base": address, "model": "m"}
@@ -88,7 +88,7 @@ def test_a_password_in_an_address_stands_in_no_dump_and_in_no_run(tmp_path):
 
 
 @pytest.mark.parametrize("direct", [True, False])
-def test_a_password_in_an_address_is_sent_and_neither_said_nor_kept(tmp_path, direct, monkeypatch):
+def test_password_in_an_address_is_sent_but_neither_shown_nor_stored(tmp_path, direct, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-x")
     with TeacherServer(lambda request, nth: say("good")) as server, Ledger(tmp_path / "l") as ledger:
         address = server.url.replace("http://", "http://me:hush@")

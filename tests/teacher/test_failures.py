@@ -1,4 +1,4 @@
-"""What a failed call means, how long to wait, and what is never said."""
+"""What a failed call means, how long to wait, and what a message never contains."""
 
 import time
 from email.utils import formatdate
@@ -17,12 +17,12 @@ class Failed(Exception):
 
 
 @pytest.mark.parametrize("status", [None, 408, 429, 500, 502, 503, 504, 529])
-def test_what_may_pass_is_tried_again(status):
+def test_transient_errors_are_retried(status):
     assert failures.classify(Failed("later", status)) == failures.RETRY
 
 
 @pytest.mark.parametrize("status", [400, 403, 404, 413, 422])
-def test_a_refusal_concerns_one_request(status):
+def test_refusal_concerns_one_request(status):
     assert (
         failures.classify(Failed("litellm.NotFoundError: OpenAIException - no such question", status))
         == failures.REFUSED
@@ -39,11 +39,11 @@ def test_a_refusal_concerns_one_request(status):
         Failed("InternalServerError: OpenAIException - Missing credentials. Please pass an `api_key`", 500),
     ],
 )
-def test_no_further_request_can_escape_these(error):
+def test_errors_of_every_request_stop_the_stage(error):
     assert failures.classify(error) == failures.STOP
 
 
-def test_retry_after_is_obeyed_in_all_its_forms():
+def test_all_forms_of_retry_after_are_respected():
     assert failures.wait_seconds(Failed(headers={"retry-after": "7"}), 1, 0.0) == 7
     assert failures.wait_seconds(Failed(headers={"retry-after-ms": "250"}), 1, 0.0) == 0.25
     date = formatdate(time.time() + 20, usegmt=True)
@@ -51,14 +51,14 @@ def test_retry_after_is_obeyed_in_all_its_forms():
     assert failures.wait_seconds(Failed(headers={"retry-after": "soon"}), 1, 0.0) == 0.5
 
 
-def test_waits_grow_are_bounded_and_differ():
+def test_backoff_grows_is_bounded_and_has_jitter():
     waits = [failures.wait_seconds(Failed(), attempt, 0.0) for attempt in range(1, 12)]
     assert waits[:4] == [0.5, 1, 2, 4]
     assert max(waits) == 60
     assert failures.wait_seconds(Failed(), 4, 1.0) == 2
 
 
-def test_a_message_is_one_line_without_wrapping_and_without_the_key(monkeypatch):
+def test_message_is_one_line_without_prefixes_and_keys(monkeypatch):
     monkeypatch.setenv("SOME_API_KEY", "sk-very-secret")
     error = Failed(
         "litellm.RateLimitError: RateLimitError: OpenAIException - slow down, sk-very-secret\ntrace", 429
@@ -66,6 +66,6 @@ def test_a_message_is_one_line_without_wrapping_and_without_the_key(monkeypatch)
     assert failures.message(error) == "slow down, ***"
 
 
-def test_a_base_url_is_shown_without_its_password():
+def test_base_url_is_shown_without_its_password():
     assert without_password("https://me:secret@host:8000/v1") == "https://host:8000/v1"
     assert without_password("http://host/v1") == "http://host/v1"

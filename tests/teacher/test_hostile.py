@@ -1,4 +1,4 @@
-"""A hostile server: whatever it sends, the limit holds, nothing hangs, and every row is a template or a drop."""
+"""A hostile server: whatever it sends, the limit holds, nothing hangs, and every row becomes a template or a drop."""
 
 import gzip
 import json
@@ -14,7 +14,7 @@ from sclite.run import Run
 from sclite.teacher.ledger import Ledger
 from tests.replay import BROKEN, HTML, Answer, TeacherServer, fail, say
 
-IN_FLIGHT, LIMIT, MOST_TOKENS = 64, 0.05, 200
+IN_FLIGHT, LIMIT, MAX_TOKENS = 64, 0.05, 200
 PRICE = (1.0, 10.0)  # US dollars per million tokens
 GOOD = "<Step1>Count on.</Step1>\n<Generalized>Count.</Generalized>\n<Answer>{}</Answer>"
 BOMB = gzip.compress(b" " * 200_000_000)
@@ -25,13 +25,13 @@ def with_usage(text, usage, **more):
 
 
 def written(text, usage=None):
-    """A reply, and how many tokens the server says to itself that it wrote: a word each."""
+    """A reply, and how many tokens the server really generated: one per word."""
     return with_usage(text, usage), len(text.split())
 
 
 def kinds(text):
-    """What this server may do with a question: (answer, tokens that it has written for it)."""
-    long, surrogate = text + " and" * 2 * MOST_TOKENS, text.replace("Count on.", "Count \ud83d on.")
+    """What this server may do with a question: (answer, tokens generated for it)."""
+    long, surrogate = text + " and" * 2 * MAX_TOKENS, text.replace("Count on.", "Count \ud83d on.")
     count = {"prompt_tokens": 20, "completion_tokens": 30, "total_tokens": 50}
     deep = json.dumps(say(text).body)[:-1] + ', "x": ' + "[" * 100_000 + "]" * 100_000 + "}"
     return [
@@ -42,7 +42,7 @@ def kinds(text):
         written(text, {name: True for name in count}), written(text, [1]), written(long, count), written(long),
         (Answer(body=json.dumps(say(text).body).encode(), broken=True), len(text.split())),
         (Answer(body=BOMB, headers={"Content-Encoding": "gzip"}), 30), (Answer(body=deep.encode()), 30),
-        (Answer(body=b"[" * 100_000), 30), (Answer(body=b"x" * 20_000_000), MOST_TOKENS), (BROKEN, 30),
+        (Answer(body=b"[" * 100_000), 30), (Answer(body=b"x" * 20_000_000), MAX_TOKENS), (BROKEN, 30),
         (with_usage(text, count, choices=[{"finish_reason": ["stop"], "message": {"content": text}}]), 30),
         written("", {**count, "completion_tokens": 0}), (HTML, 0), (fail(500), 0), (fail(429, retry_after="0"), 0),
         (Answer(301, b"", {"Location": "/elsewhere"}), 0), (Answer(200, {"error": {"message": "busy", "code": 503}}), 0),
@@ -61,7 +61,7 @@ def hostile(request, nth, book, no_redirect):
 
 
 @pytest.mark.parametrize("direct", ["true", "false"])
-def test_the_limit_holds_against_a_hostile_server_and_every_row_is_accounted_for(tmp_path, direct):
+def test_limit_holds_against_a_hostile_server_and_no_row_is_lost(tmp_path, direct):
     problems, run, book = tmp_path / "p.jsonl", Run(tmp_path / "run"), []
     with open(problems, "w") as file:
         for i in range(100):
@@ -76,8 +76,8 @@ def test_the_limit_holds_against_a_hostile_server_and_every_row_is_accounted_for
         assert "Traceback" not in process.stderr
         assert process.returncode in (0, 4)
     assert last.returncode == 0, last.stderr
-    spent = sum(cost(sent, min(tokens, MOST_TOKENS)) for sent, tokens in limited)
-    beyond = IN_FLIGHT * cost(0, MOST_TOKENS)  # the long replies are three times as long as was promised
+    spent = sum(cost(sent, min(tokens, MAX_TOKENS)) for sent, tokens in limited)
+    beyond = IN_FLIGHT * cost(0, MAX_TOKENS)  # the long replies have three times max_tokens
     assert 0 < spent <= LIMIT
     assert sum(cost(*each) for each in limited) <= LIMIT + beyond
     with Ledger.reading(run.path("ledger.sqlite")) as ledger:
@@ -98,7 +98,7 @@ def cost(sent, tokens):
 def build(server, run, problems, direct, limit):
     chosen = {
         "model": "openai/replay", "api_base": server.url, "direct": direct, "price": list(PRICE),
-        "concurrency": IN_FLIGHT, "max_tokens": MOST_TOKENS, "max_cost": limit, "attempts_per_call": 2,
+        "concurrency": IN_FLIGHT, "max_tokens": MAX_TOKENS, "max_cost": limit, "attempts_per_call": 2,
         "timeout_seconds": 20,
     }  # fmt: skip
     command = [sys.executable, "-m", "sclite", "build-data", str(problems), "--run", str(run.folder), "--yes"]
@@ -108,7 +108,7 @@ def build(server, run, problems, direct, limit):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_a_redirect_is_no_reply(tmp_path):
+def test_redirect_is_not_a_reply(tmp_path):
     problems = tmp_path / "p.jsonl"
     problems.write_text('{"question": "What is 1 + 1?", "answer": "2"}\n')
     for status in (301, 302, 303):

@@ -1,4 +1,4 @@
-"""The ledger keeps what was paid for, through any end of the process."""
+"""The ledger keeps every paid reply, however the process ends."""
 
 import asyncio
 import os
@@ -21,7 +21,7 @@ def keep(ledger, key, entry, stage="templates"):
     ledger.put(key, entry).result()
 
 
-def test_what_was_put_comes_back_after_reopening(tmp_path):
+def test_reply_is_there_after_reopening(tmp_path):
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         keep(ledger, "k", ENTRY)
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
@@ -30,7 +30,7 @@ def test_what_was_put_comes_back_after_reopening(tmp_path):
         assert ledger.spent_usd == 0.25
 
 
-def test_unknown_cost_is_not_zero_but_counted(tmp_path):
+def test_unknown_cost_is_counted_and_not_zero(tmp_path):
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         keep(ledger, "a", ENTRY)
         keep(ledger, "b", Entry("x", "stop", None, None, None, 0.1))
@@ -50,7 +50,7 @@ def test_unknown_cost_is_not_zero_but_counted(tmp_path):
         assert ledger.totals("nothing")["cost_usd"] == 0.0
 
 
-def test_key_depends_on_everything_that_decides_a_reply_and_on_nothing_else():
+def test_key_depends_on_exactly_what_decides_a_reply():
     base = ("m", "http://h/v1", MESSAGES, {"max_tokens": 5, "temperature": 0.1}, 0, 0)
     key = request_key(*base)
     assert request_key("m", "http://h/v1/", MESSAGES, {"temperature": 0.1, "max_tokens": 5}, 0, 0) == key
@@ -59,7 +59,7 @@ def test_key_depends_on_everything_that_decides_a_reply_and_on_nothing_else():
         assert request_key(*base[:place], other, *base[place + 1 :]) != key
 
 
-def test_many_threads_share_one_ledger(tmp_path):
+def test_threads_share_one_ledger(tmp_path):
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
 
         def work(number):
@@ -74,7 +74,7 @@ def test_many_threads_share_one_ledger(tmp_path):
         assert ledger.spent_usd == 20.0
 
 
-def test_a_killed_process_loses_nothing_that_it_had_put(tmp_path):
+def test_killed_process_loses_no_written_reply(tmp_path):
     code = (
         "import sys; from sclite.teacher.ledger import *\n"
         "ledger = Ledger(sys.argv[1])\n"
@@ -84,29 +84,29 @@ def test_a_killed_process_loses_nothing_that_it_had_put(tmp_path):
     )
     path = tmp_path / "ledger.sqlite"
     process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
-    told = [int(process.stdout.readline()) for _ in range(30)]
+    printed = [int(process.stdout.readline()) for _ in range(30)]
     os.kill(process.pid, signal.SIGKILL)
-    told += [int(line) for line in process.stdout.read().split()]
+    printed += [int(line) for line in process.stdout.read().split()]
     process.wait()
     with Ledger(path) as ledger:
-        assert all(ledger.get(str(i)) for i in told)
+        assert all(ledger.get(str(i)) for i in printed)
 
 
-def test_a_file_that_is_no_ledger_is_named(tmp_path):
+def test_file_that_is_not_a_ledger_is_reported(tmp_path):
     path = tmp_path / "ledger.sqlite"
     path.write_text("this is no database, whatever its name says" * 50)
     with pytest.raises(DataError, match=r"ledger\.sqlite cannot be opened"):
         Ledger(path)
 
 
-def test_a_reply_that_cannot_be_written_is_a_fault_and_no_silence(tmp_path):
+def test_failed_write_is_an_error(tmp_path):
     ledger = Ledger(tmp_path / "ledger.sqlite")
     ledger.close()
     with pytest.raises(DataError, match="cannot be written"):
         ledger.put("k", ENTRY).result()
 
 
-def test_an_event_loop_waits_for_the_disk_too_and_is_told_of_its_faults(tmp_path):
+def test_event_loop_can_await_writes_and_their_errors(tmp_path):
     async def put(ledger):
         await asyncio.wrap_future(ledger.sent("k", "templates", "m"))
         await asyncio.wrap_future(ledger.put("k", ENTRY))
@@ -119,7 +119,7 @@ def test_an_event_loop_waits_for_the_disk_too_and_is_told_of_its_faults(tmp_path
         asyncio.run(put(ledger))
 
 
-def test_totals_count_what_was_noted_a_moment_ago(tmp_path):
+def test_totals_include_pending_writes(tmp_path):
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         for number in range(50):
             ledger.sent(str(number), "templates", "m")
@@ -127,10 +127,10 @@ def test_totals_count_what_was_noted_a_moment_ago(tmp_path):
             assert ledger.totals()["requests"] == number + 1
 
 
-# -- for reading alone ---------------------------------------------------------------------------------------------
+# -- read-only -----------------------------------------------------------------------------------------------------
 
 
-def test_a_ledger_is_read_while_another_process_writes_it_and_nothing_is_left_beside_it(tmp_path):
+def test_ledger_can_be_read_during_writes_and_no_files_are_left(tmp_path):
     path = tmp_path / "ledger.sqlite"
     with Ledger(path) as ledger:
         keep(ledger, "a", ENTRY)
@@ -146,7 +146,7 @@ def test_a_ledger_is_read_while_another_process_writes_it_and_nothing_is_left_be
     assert path.read_bytes() == before
 
 
-def test_a_ledger_that_is_not_there_is_not_made_by_reading(tmp_path):
+def test_reading_does_not_create_a_missing_ledger(tmp_path):
     with pytest.raises(DataError, match="cannot be read"):
         Ledger.reading(tmp_path / "ledger.sqlite")
     (tmp_path / "text").write_text("no ledger at all" * 99)
@@ -155,7 +155,7 @@ def test_a_ledger_that_is_not_there_is_not_made_by_reading(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["text"]
 
 
-def test_of_a_damaged_ledger_all_that_can_be_read_is_kept_and_the_rest_lies_aside(tmp_path, capsys):
+def test_damaged_ledger_is_recovered_and_moved_aside(tmp_path, capsys):
     path = tmp_path / "ledger.sqlite"
     with Ledger(path) as ledger:
         for number in range(400):
@@ -169,14 +169,14 @@ def test_of_a_damaged_ledger_all_that_can_be_read_is_kept_and_the_rest_lies_asid
         kept = ledger.totals()["requests"]
         assert ledger.get("000") is not None
         assert ledger.get("399") is not None
-    assert 300 < kept < 400  # the page may be one that others hang on
+    assert 300 < kept < 400  # the page may be a parent of others
     assert f"recovered {kept} requests" in " ".join(capsys.readouterr().err.split())
     assert path.with_name("ledger.sqlite.damaged").stat().st_size == len(whole)
     with Ledger(path) as ledger:
         assert ledger.totals()["requests"] == kept
 
 
-def test_a_reply_with_a_damaged_byte_is_read(tmp_path):
+def test_reply_with_a_damaged_byte_is_read(tmp_path):
     path = tmp_path / "ledger.sqlite"
     with Ledger(path) as ledger:
         ledger.sent("a", "templates", "m")
@@ -186,19 +186,19 @@ def test_a_reply_with_a_damaged_byte_is_read(tmp_path):
         assert ledger.get("a").text.startswith("one\ufffd")
 
 
-# -- a writer that cannot fail silently ----------------------------------------------------------------------------
+# -- writes never fail silently ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "bad", [Entry("a \ud83d", "stop", 1, 1, 0.1, 0.0), Entry("a", "stop", 2**63, 1, 0.1, 0.0)]
 )
-def test_a_row_that_cannot_be_written_fails_and_loses_none_of_the_others(tmp_path, bad):
+def test_row_that_cannot_be_written_fails_without_losing_others(tmp_path, bad):
     path = tmp_path / "ledger.sqlite"
     ledger = Ledger(path)
     for key in "abc":
         ledger.sent(key, "templates", "m").result(10)
     busy = threading.Event()
-    ledger._writer.submit(busy.wait)  # so that the three are written together
+    ledger._writer.submit(busy.wait)  # so that the three are written in one transaction
     written = [ledger.put(key, entry) for key, entry in zip("abc", (ENTRY, bad, ENTRY), strict=True)]
     busy.set()
     with pytest.raises(DataError, match="cannot be written"):
@@ -211,7 +211,7 @@ def test_a_row_that_cannot_be_written_fails_and_loses_none_of_the_others(tmp_pat
         assert [reader.get(key) for key in "abc"] == [ENTRY, None, ENTRY]
 
 
-def test_an_empty_reply_is_paid_for_and_asked_again(tmp_path):
+def test_empty_reply_is_paid_for_and_requested_again(tmp_path):
     empty = Entry("", "empty", 10, 1, 0.2, 1.0)
     with Ledger(tmp_path / "l") as ledger:
         keep(ledger, "k", empty)

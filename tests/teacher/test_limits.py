@@ -1,22 +1,22 @@
-"""Calls in flight halve on complaints and grow on success; limits per minute hold."""
+"""Concurrency halves on overload and grows on success; limits per minute hold."""
 
 import asyncio
 import time
 
 import pytest
 
-from sclite.teacher import limits as pacing
+from sclite.teacher import limits
 from sclite.teacher.limits import Limit, RateLimiter
 
 
-def test_a_complaint_halves_the_room_and_success_makes_it_grow_again():
-    async def story():
+def test_overload_halves_the_limit_and_successes_raise_it():
+    async def run():
         limiter = RateLimiter(16)
         limiter.in_flight = 16
         now = time.monotonic()
         limiter.record_overload(now)
         assert limiter.limit == 8
-        limiter.record_overload(now)  # began before the last halving: it is the same complaint
+        limiter.record_overload(now)  # began before the last halving: the same overload
         assert limiter.limit == 8
         limiter.record_overload(time.monotonic() + 1)
         assert limiter.limit == 4
@@ -24,27 +24,27 @@ def test_a_complaint_halves_the_room_and_success_makes_it_grow_again():
             limiter.record_success()
         return limiter.limit
 
-    assert asyncio.run(story()) == 16
+    assert asyncio.run(run()) == 16
 
 
-def test_the_room_never_falls_below_one_call():
-    async def story():
+def test_limit_never_falls_below_one_call():
+    async def run():
         limiter = RateLimiter(2)
         for second in range(5):
             limiter.record_overload(time.monotonic() + second)
         async with limiter.call():
             return limiter.in_flight
 
-    assert asyncio.run(story()) == 1
+    assert asyncio.run(run()) == 1
 
 
-@pytest.mark.parametrize("room", [1, 3])
-def test_no_more_calls_are_in_flight_than_there_is_room(room):
+@pytest.mark.parametrize("allowed", [1, 3])
+def test_calls_in_flight_never_exceed_the_limit(allowed):
     most = 0
 
-    async def story():
+    async def run():
         limiter = RateLimiter(8)
-        limiter.limit = float(room)
+        limiter.limit = float(allowed)
 
         async def call():
             nonlocal most
@@ -55,15 +55,15 @@ def test_no_more_calls_are_in_flight_than_there_is_room(room):
         await asyncio.gather(*(call() for _ in range(12)))
         assert limiter.in_flight == 0
 
-    asyncio.run(story())
-    assert most == room
+    asyncio.run(run())
+    assert most == allowed
 
 
-def test_a_minute_never_holds_more_than_the_limit(monkeypatch):
-    monkeypatch.setattr(pacing, "MINUTE_SECONDS", 0.2)
+def test_limit_per_minute_holds_in_every_window(monkeypatch):
+    monkeypatch.setattr(limits, "MINUTE_SECONDS", 0.2)
     times = []
 
-    async def story():
+    async def run():
         limit = Limit(5)
 
         async def take():
@@ -72,19 +72,19 @@ def test_a_minute_never_holds_more_than_the_limit(monkeypatch):
 
         await asyncio.gather(*(take() for _ in range(12)))
 
-    asyncio.run(story())
+    asyncio.run(run())
     for i in range(len(times) - 5):
         assert times[i + 5] - times[i] >= 0.19
     assert len(times) == 12
 
 
-def test_one_amount_above_the_limit_goes_alone_and_does_not_wait_for_ever(monkeypatch):
-    monkeypatch.setattr(pacing, "MINUTE_SECONDS", 0.05)
+def test_amount_above_the_limit_is_admitted_alone(monkeypatch):
+    monkeypatch.setattr(limits, "MINUTE_SECONDS", 0.05)
 
-    async def story():
+    async def run():
         limit = Limit(10)
         await limit.take(3)
         await limit.take(50)
         await limit.take(1)
 
-    asyncio.run(asyncio.wait_for(story(), 5))
+    asyncio.run(asyncio.wait_for(run(), 5))

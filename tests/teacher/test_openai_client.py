@@ -1,4 +1,4 @@
-"""OpenAI's SDK and LiteLLM: whatever a server does, both read the same reply from it or meet the same error."""
+"""OpenAI's SDK and LiteLLM read the same reply, or meet the same error, whatever a server does."""
 
 import asyncio
 import gzip
@@ -25,22 +25,22 @@ def _key(monkeypatch):
 
 
 @pytest.fixture
-def far_away(monkeypatch):
-    """Endpoints cost money, as those on this machine do not."""
+def remote(monkeypatch):
+    """Let endpoints cost money, which local ones do not."""
     monkeypatch.setattr(provider, "is_local", lambda api_base: False)
 
 
-def way(url, direct=True, model="openai/replay", **settings):
+def connect(url, direct=True, model="openai/replay", **settings):
     made = provider.connect(config.Teacher(model=model, api_base=url, direct=direct, **settings))
     assert (made.direct is not None) == direct
     return made
 
 
 async def outcome(made, seconds=1.0):
-    """What the sender gets from a call: the reply, or what the fault means to it."""
+    """What the sender gets from a call: the reply, or how it treats the error."""
     try:
-        said = await made.complete(MESSAGES, PARAMETERS, seconds)
-        return said.text, said.finish_reason, said.tokens, said.listed_usd
+        reply = await made.complete(MESSAGES, PARAMETERS, seconds)
+        return reply.text, reply.finish_reason, reply.tokens, reply.listed_usd
     except OSError as error:
         failure = error
     except made.litellm.exceptions.openai.OpenAIError as error:
@@ -55,9 +55,9 @@ async def outcome(made, seconds=1.0):
 
 
 def both(answer, **settings):
-    """(through LiteLLM, directly), and what the server was asked each time."""
+    """The outcomes (through LiteLLM, directly); the requests are the same."""
     with TeacherServer(lambda request, nth: answer) as server:
-        found = [asyncio.run(outcome(way(server.url, direct, **settings))) for direct in (False, True)]
+        found = [asyncio.run(outcome(connect(server.url, direct, **settings))) for direct in (False, True)]
     assert server.requests[0] == server.requests[-1]
     assert len(server.keys) == 1
     return found
@@ -75,17 +75,17 @@ def choice(finish_reason="stop", **message):
 TOKENS = {"prompt_tokens": 1000, "completion_tokens": 10, "total_tokens": 1010}
 CALLED = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
 REPLIES = {
-    "plain": say("good"), "cut off": say("good", "length"), "filtered": say("no", "content_filter"), "nothing": say(None),
-    "another word for stop": say("good", "eos"), "a reason of its own": say("good", "weary"), "no reason": choice(None),
+    "plain": say("good"), "cut off": say("good", "length"), "filtered": say("no", "content_filter"), "no content": say(None),
+    "another word for stop": say("good", "eos"), "an unknown reason": say("good", "weary"), "no reason": choice(None),
     "a think block": say("<think>so</think>\ngood"), "an open think block": say("<think>so"),
-    "thoughts apart": choice(reasoning_content="so", content="<think>a</think>b"), "reasoning": choice(reasoning="so"),
+    "separate reasoning": choice(reasoning_content="so", content="<think>a</think>b"), "reasoning": choice(reasoning="so"),
     "a tool": choice(tool_calls=CALLED), "no usage": body(usage=None), "usage without a sum": body(usage={"prompt_tokens": 3}),
     "half a usage": body(usage={**TOKENS, "completion_tokens": None}), "an empty error": body(error={"message": ""}),
     "cached tokens": body(usage={**TOKENS, "prompt_tokens_details": {"cached_tokens": 800}}),
     "another model's name": body(model="gpt-4.1-mini", usage=TOKENS),
-    "JSON called text": Answer(200, json.dumps(say("good").body).encode(), {"Content-Type": "text/plain"}),
+    "JSON as text/plain": Answer(200, json.dumps(say("good").body).encode(), {"Content-Type": "text/plain"}),
 }  # fmt: skip
-FAULTS = {
+ERRORS = {
     "rate limit": fail(429, "slow down", retry_after="7"), "in milliseconds": fail(429, "slow", retry_after_ms="250"),
     "until a date": fail(429, "slow", retry_after="Wed, 21 Oct 2045 07:28:00 GMT"),
     "no credit": fail(429, "You exceeded your current quota"), "pay": fail(402, "pay"), "bad key": fail(401, f"bad {KEY}"),
@@ -93,13 +93,13 @@ FAULTS = {
     "unknown question": fail(404, "no known question"), "no such page": Answer(404, b"404 page not found"),
     "bad request": fail(400, "max_tokens is too large"), "unprocessable": fail(422, '{"detail": [{"loc": ["body", "seed"]}]}'), "too large": fail(413, "too large"),
     "context": fail(400, "This model's maximum context length is 4096 tokens, you asked for 9000"), "conflict": fail(409),
-    "vLLM's own form": Answer(400, {"object": "error", "message": "maximum context length is 10 tokens", "code": 400}),
-    "a form unknown": Answer(404, {"detail": "Not Found"}), "an error of words": Answer(400, {"error": "too bad"}),
+    "vLLM's format": Answer(400, {"object": "error", "message": "maximum context length is 10 tokens", "code": 400}),
+    "an unknown format": Answer(404, {"detail": "Not Found"}), "an error string": Answer(400, {"error": "too bad"}),
     "server error": fail(500, "oops"), "limit as server error": fail(500, "Rate limit reached"), "slow": fail(408, "slow"),
     "bad gateway": Answer(502, b"<html>bad gateway</html>"), "unavailable": Answer(503, b""), "gateway": fail(504),
     "overloaded": fail(529, "overloaded"), "half a reply": BROKEN, "half of JSON": Answer(200, b'{"choices": ['), "no body": Answer(200, b""),
     "no choice": body(choices=[]), "choices null": body(choices=None), "other JSON": Answer(200, {"hello": 1}),
-    "a list": Answer(200, [1]), "silence": say("late", seconds=2.5),
+    "a list": Answer(200, [1]), "a timeout": say("late", seconds=2.5),
     "more than 4 MiB": Answer(200, json.dumps(say("good").body).encode() + b" " * 2**22),
     "gzip": Answer(200, gzip.compress(json.dumps(say("good").body).encode()), {"Content-Encoding": "gzip"}),
 }  # fmt: skip
@@ -107,22 +107,22 @@ FAULTS = {
 
 @pytest.mark.parametrize("name", REPLIES)
 @pytest.mark.parametrize("model", ["openai/replay", "openai/gpt-4.1", "hosted_vllm/replay"])
-def test_both_ways_read_the_same_reply(name, model, far_away):
+def test_both_clients_read_the_same_reply(name, model, remote):
     through, direct = both(REPLIES[name], model=model)
     assert len(direct) == 4
     assert direct == through
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_both_ways_meet_the_same_fault(name):
-    through, direct = both(FAULTS[name])
+@pytest.mark.parametrize("name", ERRORS)
+def test_both_clients_meet_the_same_error(name):
+    through, direct = both(ERRORS[name])
     assert direct[0] in (failures.RETRY, failures.REFUSED, failures.STOP)
     assert direct == through
     assert KEY not in str(direct)
 
 
 @pytest.mark.parametrize(
-    ("answer", "said"),
+    ("answer", "message"),
     [
         (Answer(200, {"error": {"message": "busy", "code": 429}}), "busy"),
         (Answer(200, {"error": {"message": "busy", "code": "rate_limit_exceeded"}}), "busy"),
@@ -130,7 +130,7 @@ def test_both_ways_meet_the_same_fault(name):
         (HTML, "the reply is not JSON: <html><body>Bad gateway</body></html>"),
     ],
 )
-def test_an_error_or_a_page_with_status_200_is_free_and_asked_again(answer, said):
+def test_error_or_html_with_status_200_is_free_and_retried(answer, message):
     async def failure(made):
         with pytest.raises(ConnectionError) as caught:
             await made.complete(MESSAGES, {}, 5)
@@ -138,27 +138,27 @@ def test_an_error_or_a_page_with_status_200_is_free_and_asked_again(answer, said
         return caught.value
 
     with TeacherServer(lambda request, nth: answer) as server:
-        found = asyncio.run(failure(way(server.url)))
+        found = asyncio.run(failure(connect(server.url)))
     assert (failures.classify(found), failures.is_free(found), failures.message(found)) == (
         failures.RETRY,
         True,
-        said,
+        message,
     )
 
 
-def test_a_page_or_half_a_reply_is_asked_for_again_whatever_the_provider():
-    """LiteLLM takes a vLLM server's HTML for a refusal."""
+def test_html_or_half_a_reply_is_retried_for_every_provider():
+    """LiteLLM treats HTML from a vLLM server as a refusal."""
     for answer in (HTML, BROKEN, Answer(200, b"{")):
         with TeacherServer(lambda request, nth, answer=answer: answer) as server:
-            assert asyncio.run(outcome(way(server.url, model="hosted_vllm/replay")))[0] == failures.RETRY
+            assert asyncio.run(outcome(connect(server.url, model="hosted_vllm/replay")))[0] == failures.RETRY
 
 
-def test_connections_are_kept_and_no_more_than_needed():
+def test_connections_are_reused():
     with TeacherServer(lambda request, nth: say("good", seconds=0.05)) as server:
         opened = []
         accept = server._server.get_request
         server._server.get_request = lambda: opened.append(1) or accept()
-        made = way(server.url, concurrency=3)
+        made = connect(server.url, concurrency=3)
 
         async def many():
             room = asyncio.Semaphore(3)
@@ -175,7 +175,7 @@ def test_connections_are_kept_and_no_more_than_needed():
     assert server.most_in_flight == 3
 
 
-def test_a_kept_connection_that_the_server_has_closed_costs_no_attempt():
+def test_idle_connection_closed_by_the_server_costs_no_attempt():
     def serve(listener):
         data = json.dumps(say("good").body).encode()
         while True:
@@ -186,7 +186,7 @@ def test_a_kept_connection_that_the_server_has_closed_costs_no_attempt():
             client.recv(65536)
             client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(data), data))
             time.sleep(0.05)
-            client.close()  # without having said so
+            client.close()  # without announcing it
 
     async def several(made):
         for _ in range(5):
@@ -196,13 +196,13 @@ def test_a_kept_connection_that_the_server_has_closed_costs_no_attempt():
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=serve, args=(listener,), daemon=True).start()
-        asyncio.run(several(way(f"http://127.0.0.1:{listener.getsockname()[1]}/v1")))
+        asyncio.run(several(connect(f"http://127.0.0.1:{listener.getsockname()[1]}/v1")))
 
 
-# -- which way -----------------------------------------------------------------------------------------------------
+# -- which client --------------------------------------------------------------------------------------------------
 
 
-def test_what_litellm_rewrites_or_finds_elsewhere_goes_through_it(monkeypatch):
+def test_models_that_litellm_rewrites_or_routes_go_through_it(monkeypatch):
     url = "http://127.0.0.1:1/v1"
     cases = {
         "openai/gpt-5": url, "openai/o3": url, "openai/responses/x": url, "anthropic/claude-3-5-haiku-latest": url,
@@ -210,13 +210,13 @@ def test_what_litellm_rewrites_or_finds_elsewhere_goes_through_it(monkeypatch):
     }  # fmt: skip
     for model, address in cases.items():
         assert provider.connect(config.Teacher(model=model, api_base=address)).direct is None, model
-    assert way(url, model="openai/Qwen/Qwen3-8B").direct.model == "Qwen/Qwen3-8B"
+    assert connect(url, model="openai/Qwen/Qwen3-8B").direct.model == "Qwen/Qwen3-8B"
     monkeypatch.setenv("HTTP_PROXY", "socks5://127.0.0.1:2")
     assert provider.connect(config.Teacher(model="openai/x", api_base="http://far.example/v1")).direct is None
 
 
 @pytest.mark.parametrize("direct", [True, False])
-def test_the_key_comes_from_the_providers_own_variable(direct, monkeypatch):
+def test_key_comes_from_the_variable_of_the_provider(direct, monkeypatch):
     keys = {}
     for variable in (None, "HOSTED_VLLM_API_KEY", "OPENAI_API_KEY"):
         monkeypatch.delenv("OPENAI_API_KEY", raising=False)
@@ -224,7 +224,7 @@ def test_the_key_comes_from_the_providers_own_variable(direct, monkeypatch):
             monkeypatch.setenv(variable, "sk-of-mine")
         for model in ("openai/x", "hosted_vllm/x"):
             with TeacherServer(lambda request, nth: say("good")) as server:
-                asyncio.run(outcome(way(server.url, direct, model)))
+                asyncio.run(outcome(connect(server.url, direct, model)))
             keys[variable, model.partition("/")[0]] = server.keys.pop()
         if variable:
             monkeypatch.delenv(variable)
@@ -235,16 +235,16 @@ def test_the_key_comes_from_the_providers_own_variable(direct, monkeypatch):
     }  # fmt: skip
 
 
-def test_a_proxy_of_the_environment_is_used_and_its_password_never_said(monkeypatch):
+def test_proxy_is_used_and_its_password_never_shown(monkeypatch):
     with TeacherServer(lambda request, nth: say("good")) as server:
         monkeypatch.setenv("HTTP_PROXY", server.url.replace("/v1", ""))
         monkeypatch.setenv("NO_PROXY", "near.example")
-        assert asyncio.run(outcome(way("http://far.example/v1")))[0] == "good"
+        assert asyncio.run(outcome(connect("http://far.example/v1")))[0] == "good"
         assert len(server.requests) == 1
-        assert asyncio.run(outcome(way("http://near.example/v1")))[0] == failures.RETRY
+        assert asyncio.run(outcome(connect("http://near.example/v1")))[0] == failures.RETRY
         assert len(server.requests) == 1
     monkeypatch.setenv("HTTP_PROXY", "http://me:pass-of-mine@127.0.0.1:9")
-    made = way("http://far.example/v1")
+    made = connect("http://far.example/v1")
     with pytest.raises(made.litellm.exceptions.openai.APIConnectionError) as caught:
         asyncio.run(made.complete(MESSAGES, {}, 2))
     assert "pass-of-mine" not in failures.message(caught.value)
@@ -263,7 +263,7 @@ def test_a_proxy_of_the_environment_is_used_and_its_password_never_said(monkeypa
         "ftp://me:a@secret@host",
     ],
 )
-def test_an_api_base_that_is_no_address_is_told_before_anything_is_asked(address):
+def test_invalid_api_base_is_reported_before_any_request(address):
     with pytest.raises(UsageError, match="is not a valid URL") as failure:
         provider.connect(config.Teacher(model="openai/replay", api_base=address))
     assert "http://HOST:PORT/v1" in failure.value.hint

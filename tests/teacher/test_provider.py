@@ -1,4 +1,4 @@
-"""The quickstart's tutor is a teacher like any other."""
+"""The quickstart's tutor as a teacher."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ from sclite.teacher.client import Job, Rejection, Teacher
 from sclite.teacher.ledger import Ledger
 
 
-def test_the_tutor_is_reached_through_litellm_for_nothing(tmp_path):
+def test_tutor_is_reached_through_litellm_free_of_charge(tmp_path):
     problems = stories.generate(12, 5)
 
     def job(problem):

@@ -1,4 +1,4 @@
-"""What a chat completion says: read where a fair reader would read it, else named for what it is."""
+"""Parsing chat completions: whatever can be read is read, anything else is reported."""
 
 import json
 
@@ -35,7 +35,7 @@ def says(content, **message):
         "go\x00o\x1b[31md\x07",
     ],
 )
-def test_a_reply_in_any_dress_is_read(content):
+def test_text_is_read_in_any_format(content):
     found = read(says(content))
     assert (found.text, found.finish_reason) == ("good", "stop")
 
@@ -50,12 +50,12 @@ def test_a_reply_in_any_dress_is_read(content):
         {"finish_reason": "end_turn", "message": {"content": "good"}},
     ],
 )
-def test_a_choice_in_another_form_is_read(choice):
+def test_choice_in_another_format_is_read(choice):
     found = read({"choices": [choice]})
     assert (found.text, found.finish_reason) == ("good", "stop")
 
 
-def test_of_several_choices_the_first_by_its_index_counts():
+def test_choice_with_index_0_counts():
     second = {"index": 1, "message": {"content": "bad"}}
     assert read({"choices": [second, {"index": 0, "message": {"content": "good"}}]}).text == "good"
 
@@ -75,7 +75,7 @@ def test_of_several_choices_the_first_by_its_index_counts():
         ({"content": None, "tool_calls": [{"id": "1"}]}, "tool_calls", ""),
     ],
 )
-def test_a_reply_that_says_nothing_is_named_for_what_it_is(message, finish_reason, text):
+def test_reply_without_text_has_its_own_finish_reason(message, finish_reason, text):
     found = read(body(message))
     assert (found.finish_reason, found.text) == (finish_reason, text)
 
@@ -92,7 +92,7 @@ def test_a_reply_that_says_nothing_is_named_for_what_it_is(message, finish_reaso
         (7, "unreadable"),
     ],
 )
-def test_a_reason_to_end_is_read_in_any_case_and_never_raises(reason, name):
+def test_finish_reason_is_read_in_any_case_and_never_raises(reason, name):
     assert read(body({"content": "good"}, reason)).finish_reason == name
 
 
@@ -110,11 +110,11 @@ def test_a_reason_to_end_is_read_in_any_case_and_never_raises(reason, name):
         ("30", (None, None)),
     ],
 )
-def test_counts_of_tokens_are_numbers_or_unknown(usage, tokens):
+def test_token_counts_are_numbers_or_unknown(usage, tokens):
     assert read(body({"content": "good"}, usage=usage)).tokens == tokens
 
 
-def test_text_can_always_be_written_as_utf_8():
+def test_text_can_always_be_encoded_as_utf_8():
     paired = json.loads(r'"\ud83d\ude42"') + "\ud83d"
     assert clean("\ud83d" + "\ude42") == "🙂"
     assert clean(paired) == "🙂\ufffd"
@@ -123,7 +123,7 @@ def test_text_can_always_be_written_as_utf_8():
 
 
 @pytest.mark.parametrize(
-    ("data", "said", "paid"),
+    ("data", "message", "paid"),
     [
         (b"", "the reply is empty", True),
         (b'{"choices": [', 'the reply is not JSON: {"choices": [', True),
@@ -137,13 +137,13 @@ def test_text_can_always_be_written_as_utf_8():
         (b'{"detail": "Not Found"}', "the reply has no choices", True),
     ],
 )
-def test_a_body_that_is_no_chat_completion_is_named(data, said, paid):
+def test_body_that_is_not_a_chat_completion_is_reported(data, message, paid):
     with pytest.raises(UnreadableReply) as caught:
         read(decode(data))
-    assert (str(caught.value), caught.value.paid) == (said, paid)
+    assert (str(caught.value), caught.value.paid) == (message, paid)
 
 
-def test_a_byte_order_mark_and_bytes_that_are_no_utf_8_are_read():
+def test_byte_order_mark_and_invalid_utf_8_are_read():
     assert read(decode(b"\xef\xbb\xbf" + json.dumps(says("good")).encode())).text == "good"
     assert read(decode(b'{"choices": [{"message": {"content": "a \xff"}}]}')).text == "a \ufffd"
 
@@ -158,12 +158,12 @@ def test_a_byte_order_mark_and_bytes_that_are_no_utf_8_are_read():
         ("busy", None),
     ],
 )
-def test_an_error_with_status_200_is_an_error(error, status):
+def test_error_with_status_200_is_an_error(error, status):
     with pytest.raises(ErrorReply, match="busy") as caught:
         read({**says("good"), "error": error})
     assert caught.value.status_code == status
 
 
 @pytest.mark.parametrize("error", [None, "", {}, {"message": ""}])
-def test_an_empty_error_beside_a_reply_is_none(error):
+def test_empty_error_beside_a_reply_is_ignored(error):
     assert read({**says("good"), "error": error}).text == "good"
