@@ -67,8 +67,8 @@ def quickstart(
         return
     from sclite.evaluate import table
 
-    table.table(summary)
-    table.example(example)
+    table.print_results(summary)
+    table.print_example(example)
     console.print(
         f"\nReport: {console.escape(str(Path(loaded.run) / summary['folder'] / 'report.html'))}\n\nNext:"
     )
@@ -282,7 +282,7 @@ def evaluate(
     if common.json:
         console.print_json(summary)
         return
-    table.table(summary)
+    table.print_results(summary)
     console.print(f"Report: {console.escape(str(context.run.path(folder) / 'report.html'))}", wrap=False)
 
 

@@ -1,7 +1,7 @@
-"""Evaluation: a student solves held-out problems, reviews its own work, and is measured (METHOD section 6).
+"""Evaluation: a student solves held-out problems and reviews its own answers (METHOD section 6).
 
-The threshold of the guided review is fitted first, on problems used nowhere else, with the very student that is
-measured. A gold answer is used for grading alone, never to decide when to stop.
+The threshold of the guided review is fitted first, for the same student, on problems used nowhere else. Gold answers
+are used for grading only, never to decide when to stop.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Any
 
 from sclite import prompts
 from sclite.config import Config
-from sclite.evaluate.metrics import Outcome, Scored, fit_threshold, summarise
+from sclite.evaluate.metrics import Outcome, Scored, fit_threshold, summarize
 from sclite.grading.extract import answer_of
 from sclite.grading.worker import Grader
 from sclite.records import Problem
@@ -31,17 +31,17 @@ from sclite.student.self_correction import (
 from sclite.trace import Trace, parse, work_of
 
 Judge = Callable[[str, Trace], int | None]
-"""Tells the first wrong step (from 1; None: all are right) of a trace for a question, where somebody can know it."""
+"""(question, trace) -> the first wrong step (from 1), or None if all are right."""
 
 FIT_SHARE, FIT_BLOCK = 0.6, 0.1
-"""Shares of the fitting problems: of those whose steps are tried at all, and of those that are tried at once."""
+"""Shares of the fitting problems: at most how many have steps corrected, and how many per block."""
 MANY_TO_FIT = 200
-"""So many fitting problems that half of them show whether a student's corrections mend anything."""
+"""From this number of fitting problems on, half of them show whether the student's corrections fix anything."""
 
 
 @dataclass(frozen=True)
-class First:
-    """A student's first answers to some problems: texts, traces, verdicts, tokens."""
+class FirstAnswers:
+    """A student's first answers to some problems: replies, traces, verdicts."""
 
     problems: Sequence[Problem]
     replies: list[Reply]
@@ -49,8 +49,8 @@ class First:
     correct: list[bool | None]
 
 
-def solve(student: Student, problems: Sequence[Problem], config: Config, grader: Grader) -> First:
-    """Turn 1: greedy answers to all problems, graded. A failed call leaves the verdict unknown."""
+def solve(student: Student, problems: Sequence[Problem], config: Config, grader: Grader) -> FirstAnswers:
+    """Turn 1: greedy answers to all problems, graded. The verdict of a failed call is None."""
     requests = [
         Request(prompts.solve_messages(p.question, config.prompts.folder), max_tokens=config.eval.max_tokens)
         for p in problems
@@ -58,7 +58,7 @@ def solve(student: Student, problems: Sequence[Problem], config: Config, grader:
     replies = sorted(student.generate(requests), key=lambda reply: reply.index)
     verdicts = grade(grader, [reply.text for reply in replies], problems)
     correct = [None if r.finish == "error" else v for r, v in zip(replies, verdicts, strict=True)]
-    return First(problems, replies, [work_of(reply.text) for reply in replies], correct)
+    return FirstAnswers(problems, replies, [work_of(reply.text) for reply in replies], correct)
 
 
 def grade(grader: Grader, texts: Sequence[str], problems: Sequence[Problem]) -> list[bool | None]:
@@ -69,24 +69,25 @@ def review_settings(config: Config, threshold: float) -> ReviewSettings:
     return ReviewSettings(threshold, config.review.rounds, config.eval.max_tokens, config.prompts.folder)
 
 
-def fit(student: Student, problems: Sequence[Problem], config: Config, grader: Grader) -> dict[str, Any]:
+def fit_review(
+    student: Student, problems: Sequence[Problem], config: Config, grader: Grader
+) -> dict[str, Any]:
     """Fit the threshold on problems that are used nowhere else; see `metrics.fit_threshold`.
 
-    Where they are many, every other one comes first, and the rest only where the student's corrections mend something in
-    those.
+    With many problems, every other one is used first, and the rest only if a correction fixed any of those.
     """
     trials = Trials(student, config, grader)
     many = len(problems) >= MANY_TO_FIT
     trials.add(problems[::2] if many else problems)
     found = trials.fit()
-    if many and trials.mended:
+    if many and trials.any_fixed:
         trials.add(problems[1::2])
         found = trials.fit()
     return found
 
 
 class Trials:
-    """A student's first answers to fitting problems, the scores of their steps, and what correcting some of them gave."""
+    """A student's first answers to fitting problems, their step scores, and the results of correcting some steps."""
 
     def __init__(self, student: Student, config: Config, grader: Grader):
         self.student, self.config, self.grader = student, config, grader
@@ -97,7 +98,7 @@ class Trials:
         self.results: dict[tuple[int, int], bool | None] = {}
 
     def add(self, problems: Sequence[Problem]) -> None:
-        """Let the student solve further problems and score its steps."""
+        """Have the student solve more problems and score its steps."""
         first = solve(self.student, problems, self.config, self.grader)
         questions = [problem.question for problem in problems]
         self.scores += score_traces(self.student, questions, first.traces, self.config.prompts.folder)
@@ -106,34 +107,33 @@ class Trials:
         self.correct += first.correct
 
     @property
-    def mended(self) -> bool:
+    def any_fixed(self) -> bool:
         """Whether a correction has made a wrong answer right."""
         return any(result and self.correct[i] is False for (i, _), result in self.results.items())
 
     def fit(self) -> dict[str, Any]:
-        """The threshold on all problems so far.
+        """Fit the threshold on all problems so far.
 
-        Corrections are tried only where they could decide: at steps that score above all before them, in a block of
-        problems after the other, those with the highest scores first, until accusing that far spoils twice as many
-        answers as are allowed, two blocks with wrong answers in a row mend none, or `FIT_SHARE` is reached. Elsewhere the
-        worse is assumed.
+        Only steps that score above all earlier ones can be accused, so only those are corrected. Problems are processed in
+        blocks, highest scores first, until twice as many answers as allowed are spoiled, two consecutive blocks with
+        wrong answers fix none, or `FIT_SHARE` is reached. Untried corrections count as the worse outcome.
         """
         scores, harm = self.scores, self.config.review.max_harm
         ranked = sorted((i for i, s in enumerate(scores) if s), key=lambda i: -max(scores[i]))
         most, size = round(FIT_SHARE * len(ranked)), max(1, round(FIT_BLOCK * len(ranked)))
-        barren, seen = 0, set()
+        futile_blocks, seen = 0, set()
         for end in range(size, most + size, size):
             chosen = ranked[: min(end, most)]
             floor = max(scores[chosen[-1]])
-            steps = {i: list(_could_be_accused(scores[i], floor)) for i in sorted(chosen)}
+            steps = {i: list(_accusable_steps(scores[i], floor)) for i in sorted(chosen)}
             newest = {(i, step) for i in steps for step in steps[i]} - seen
-            self._try(sorted(newest))
+            self._correct(sorted(newest))
             seen |= newest
             spoiled = [i for i in chosen if self.correct[i] and not self.results[i, steps[i][0]]]
             wrong = [place for place in newest if self.correct[place[0]] is False]
-            mends = any(self.results[place] for place in wrong)
-            barren = 0 if mends else barren + bool(wrong)
-            if len(spoiled) > 2 * harm * len(scores) or barren == 2:
+            fixed = any(self.results[place] for place in wrong)
+            futile_blocks = 0 if fixed else futile_blocks + bool(wrong)
+            if len(spoiled) > 2 * harm * len(scores) or futile_blocks == 2:
                 break
         rows = [
             Scored(
@@ -146,18 +146,18 @@ class Trials:
         ]
         return fit_threshold(rows, harm)
 
-    def _try(self, places: Sequence[tuple[int, int]]) -> None:
-        """Correct these steps, (problem, step), as far as that was not done before."""
+    def _correct(self, places: Sequence[tuple[int, int]]) -> None:
+        """Have the student correct these (problem, step) places, except those already tried."""
         new = [place for place in places if place not in self.results]
         cases = [(self.problems[i].question, self.traces[i], step) for i, step in new]
-        mended = correct_steps(self.student, cases, review_settings(self.config, 0.0))
-        verdicts = grade(self.grader, [m.text for m in mended], [self.problems[i] for i, _ in new])
-        for (i, step), outcome, verdict in zip(new, mended, verdicts, strict=True):
+        corrected = correct_steps(self.student, cases, review_settings(self.config, 0.0))
+        verdicts = grade(self.grader, [c.text for c in corrected], [self.problems[i] for i, _ in new])
+        for (i, step), outcome, verdict in zip(new, corrected, verdicts, strict=True):
             self.results[i, step] = verdict if outcome.changed else self.correct[i]
 
 
-def _could_be_accused(scores: Sequence[float], floor: float) -> Iterator[int]:
-    """The steps (from 1) that some threshold of at least `floor` accuses: those that score above all before them."""
+def _accusable_steps(scores: Sequence[float], floor: float) -> Iterator[int]:
+    """The steps (from 1) that some threshold >= `floor` accuses: those that score above all earlier ones."""
     highest = -math.inf
     for step, score in enumerate(scores, 1):
         if score >= floor and score > highest:
@@ -165,16 +165,16 @@ def _could_be_accused(scores: Sequence[float], floor: float) -> Iterator[int]:
         highest = max(highest, score)
 
 
-def outcomes(
+def review_answers(
     student: Student,
-    first: First,
+    first: FirstAnswers,
     config: Config,
     grader: Grader,
     threshold: float,
     judge: Judge | None = None,
     mode: str = "guided",
 ) -> tuple[list[Outcome], list[Reviewed]]:
-    """Turn 2: review each first answer and grade what comes of it."""
+    """Turn 2: review each first answer and grade the result."""
     questions, texts = [p.question for p in first.problems], [reply.text for reply in first.replies]
     settings = review_settings(config, threshold)
     reviewed = (review_guided if mode == "guided" else review_free)(student, questions, texts, settings)
@@ -186,20 +186,21 @@ def outcomes(
     return rows, reviewed
 
 
-def _outcome(first: First, i: int, review: Reviewed, verdict: bool | None, judge: Judge | None) -> Outcome:
+def _outcome(
+    first: FirstAnswers, i: int, review: Reviewed, verdict: bool | None, judge: Judge | None
+) -> Outcome:
     problem, reply, trace = first.problems[i], first.replies[i], first.traces[i]
     truth = judge(problem.question, trace) if judge is not None and trace.steps else None
     known = judge is not None and bool(trace.steps)
     labels = tuple(step == truth for step in range(1, (truth or len(trace.steps)) + 1)) if known else ()
-    mended = review.changed
     return Outcome(
         id=problem.id,
         question=problem.question,
         gold=problem.answer,
         first=reply.text,
-        second=review.text if mended else None,
+        second=review.text if review.changed else None,
         correct1=first.correct[i],
-        correct2=verdict if mended else first.correct[i],
+        correct2=verdict if review.changed else first.correct[i],
         accused=review.accused,
         true_step=truth,
         true_known=known,
@@ -216,16 +217,16 @@ def _outcome(first: First, i: int, review: Reviewed, verdict: bool | None, judge
 def located_correction_rate(
     student: Student, rows: Sequence[Outcome], problems: Sequence[Problem], config: Config, grader: Grader
 ) -> float | None:
-    """How often a wrong answer is mended when the true first wrong step is given; None where none is known."""
+    """The share of wrong answers that are corrected if the true first wrong step is given; None if none is known."""
     cases = [
         (o, p) for o, p in zip(rows, problems, strict=True) if o.true_step is not None and o.correct1 is False
     ]
     if not cases:
         return None
-    asked = [(o.question, work_of(o.first), o.true_step) for o, _ in cases]
-    mended = correct_steps(student, asked, review_settings(config, 0.0))
-    verdicts = grade(grader, [m.text for m in mended], [p for _, p in cases])
-    known = [bool(v) and m.changed for v, m in zip(verdicts, mended, strict=True) if v is not None]
+    steps = [(o.question, work_of(o.first), o.true_step) for o, _ in cases]
+    corrected = correct_steps(student, steps, review_settings(config, 0.0))
+    verdicts = grade(grader, [c.text for c in corrected], [p for _, p in cases])
+    known = [bool(v) and c.changed for v, c in zip(verdicts, corrected, strict=True) if v is not None]
     return round(sum(known) / len(known), 4) if known else None
 
 
@@ -242,10 +243,10 @@ def evaluate_model(
     identity: str = "",
     folder: str,
 ) -> dict[str, Any]:
-    """All figures of one student: one pass, and reviewed. Writes <name>.jsonl and <name>.json into `folder` of the run.
+    """Evaluate one student with and without review; writes <name>.jsonl and <name>.json into `folder` of the run.
 
     `fitting` are the problems for the threshold, unless `review.threshold` is set. `identity` is the digest of the
-    student's file; where nothing has changed the figures kept in the run are returned.
+    student's file. Returns the stored figures if nothing has changed.
     """
     signature = digest(
         [identity, config.eval.model_dump(), config.review.model_dump(), [p.model_dump() for p in problems], [p.model_dump() for p in fitting],
@@ -262,12 +263,14 @@ def evaluate_model(
     if threshold is None and config.review.mode == "guided":
         threshold = NEVER
         if reviewable:
-            fitted = fit(student, fitting, config, grader)
+            fitted = fit_review(student, fitting, config, grader)
             threshold = fitted["threshold"]
     reviewing = time.monotonic()
-    rows, reviewed = outcomes(student, first, config, grader, threshold or 0.0, judge, config.review.mode)
+    rows, reviewed = review_answers(
+        student, first, config, grader, threshold or 0.0, judge, config.review.mode
+    )
     ended = time.monotonic()
-    figures = summarise(rows, seed=config.seed)
+    figures = summarize(rows, seed=config.seed)
     figures |= {
         "signature": signature,
         "gguf": identity,
@@ -282,14 +285,18 @@ def evaluate_model(
     run.replace(f"{folder}/{name}.jsonl", rows)
     run.write_json(
         f"{folder}/{name}.reviews.json",
-        [_shown(o, r) for o, r in zip(rows, reviewed, strict=True) if r.accused],
+        [
+            {**o.model_dump(), "cause": r.cause, "correction": r.correction}
+            for o, r in zip(rows, reviewed, strict=True)
+            if r.accused
+        ],
     )
     run.write_json(f"{folder}/{name}.json", figures)
     return figures
 
 
 def _why_off(config: Config, threshold: float | None, fitted: dict[str, Any] | None, reviewable: bool) -> str:
-    """Why no answer can have been corrected; empty where one can."""
+    """Why review cannot have corrected any answer, or an empty string."""
     if not reviewable:
         return "its answers have no steps"
     if config.review.mode == "guided" and config.review.rounds == 0:
@@ -302,14 +309,9 @@ def _why_off(config: Config, threshold: float | None, fitted: dict[str, Any] | N
     return f"on {fitted['n']} fitting problems no threshold corrects more answers than it spoils; {harm}"
 
 
-def _shown(outcome: Outcome, reviewed: Reviewed) -> dict[str, Any]:
-    """An outcome with its cause and correction, for the terminal and the report."""
-    return {**outcome.model_dump(), "cause": reviewed.cause, "correction": reviewed.correction}
-
-
-def best_example(examples: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """One mended answer to show: with an answer before, located where that is known, and the shortest."""
-    mended = [e for e in examples if e["correct1"] is False and e["correct2"] is True]
-    answered = [e for e in mended if parse(e["first"]).trace.answer] or mended
+def choose_example(examples: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The shortest corrected answer, preferably with a first answer and with its true wrong step accused."""
+    corrected = [e for e in examples if e["correct1"] is False and e["correct2"] is True]
+    answered = [e for e in corrected if parse(e["first"]).trace.answer] or corrected
     located = [e for e in answered if e["accused"] == e["true_step"]] or answered
     return min(located, key=lambda e: len(e["question"]) + len(e["correction"] or ""), default=None)

@@ -1,4 +1,4 @@
-"""What an evaluation says: accuracies before and after review, the quality of the decision, and the threshold (METHOD section 6)."""
+"""Evaluation metrics: accuracy before and after review, quality of the step scores, and the threshold (METHOD section 6)."""
 
 import math
 from bisect import bisect_left
@@ -16,12 +16,12 @@ LogOdds = Annotated[float, Field(gt=-NEVER, lt=NEVER)]
 
 
 class Outcome(Row):
-    """One problem under one model and one protocol. None means unknown: a failed call, a time-out, a grader error.
+    """One model's result on one problem. None means unknown: a failed call, a timeout, a grader error.
 
-    Where a protocol has no second turn, or the review accused nothing, the first answer stands and `correct2` is
-    `correct1`. `true_step` None with `true_known` says that no step is wrong. `step_scores` are the log-odds of an
-    error in each step; `step_labels` say which steps are wrong, up to and including the first wrong one, since a step
-    that follows from a wrong one is neither right nor wrong. `cut` says that the first answer ended by length.
+    Without a review, or if it accuses nothing, the first answer stands and `correct2` is `correct1`. `true_step` None
+    with `true_known` means that no step is wrong. `step_scores` are the log-odds of an error in each step;
+    `step_labels` say which steps are wrong, up to the first wrong one, since a step that follows from a wrong one is
+    neither right nor wrong. `cut`: the first answer reached the token limit.
     """
 
     id: str
@@ -46,15 +46,14 @@ class Outcome(Row):
     @model_validator(mode="after")
     def _labels_end_at_the_first_wrong_step(self):
         if any(self.step_labels[:-1]):
-            raise ValueError("step_labels go on after the first wrong step")
+            raise ValueError("step_labels must end at the first wrong step")
         return self
 
 
 class Scored(Row):
-    """One problem on which the threshold is fitted: its first answer, and what correcting each step would lead to.
+    """One problem for fitting the threshold: its first answer, and the result of correcting each step.
 
-    `corrected[j]` says whether the final answer is right after step j + 1 was corrected; None where that was not
-    computed or could not be graded.
+    `corrected[j]`: whether the final answer is right after correcting step j + 1; None if not computed or not gradable.
     """
 
     id: str
@@ -72,25 +71,24 @@ class Scored(Row):
 # -- one model -----------------------------------------------------------------------------------------------------
 
 
-def summarise(outcomes: Sequence[Outcome], bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """All figures of one model under one protocol, ready for JSON.
+def summarize(outcomes: Sequence[Outcome], bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """All figures of one model, ready for JSON; undefined figures are None.
 
-    Outcomes with an unknown first or second answer are left out of everything and counted in `unknown`; `n` are the
-    rest, and `cut` those of them whose first answer ended by length.
-    Over n: acc_t1, acc_t2, difference, wrong_to_right, right_to_wrong, format_validity, and the means tokens
-    and seconds per problem. Over fewer: location (labelled wrong work whose accused step is the first wrong one),
-    acceptance (right work where nothing is accused), location_f1 (their harmonic mean: ProcessBench, arXiv
-    2412.06559), correction_rate_own (made right, among wrong answers whose step was located), auc. Step labels
-    decide what is wrong work where they are known: a lucky answer after a wrong step is wrong work.
+    Outcomes with an unknown first or second answer are excluded and counted in `unknown`; `n` counts the rest, and
+    `cut` those whose first answer reached the token limit.
+    Over n: acc_t1, acc_t2, difference, wrong_to_right, right_to_wrong, format_validity, and the means tokens and
+    seconds per problem. Over subsets: location (labelled wrong work whose first wrong step is accused), acceptance
+    (right work where nothing is accused), location_f1 (their harmonic mean: ProcessBench, arXiv 2412.06559),
+    correction_rate_own (corrected, among wrong answers whose step was located), auc. Known step labels decide what is
+    wrong work: a lucky answer after a wrong step is wrong work.
 
-    Every share has a 95 % interval in `<name>_interval`, [low, high]: percentiles over `bootstrap` resamples of the
-    problems. A share of exactly 0 or 1 cannot vary between resamples: it gets the exact binomial interval
-    (Clopper-Pearson). What is undefined is None. `mcnemar_p` is exact and two-sided, on wrong_to_right against
-    right_to_wrong.
+    Each share has a 95 % interval `<name>_interval`, [low, high]: percentiles over `bootstrap` resamples of the
+    problems. A share of exactly 0 or 1 cannot vary between resamples and gets the exact binomial interval
+    (Clopper-Pearson). `mcnemar_p` is exact and two-sided, on wrong_to_right against right_to_wrong.
     """
     known = [o for o in outcomes if o.correct1 is not None and o.correct2 is not None]
     n = len(known)
-    parts = _parts(known)
+    parts = _share_parts(known)
     first, second = parts["acc_t1"][0], parts["acc_t2"][0]
     gained, spoiled = int((second > first).sum()), int((first > second).sum())
     assert int(second.sum() - first.sum()) == gained - spoiled
@@ -107,17 +105,17 @@ def summarise(outcomes: Sequence[Outcome], bootstrap: int = 1000, seed: int = 0)
         )
     location, acceptance = figures["location"], figures["acceptance"]
     defined = location is not None and acceptance is not None
-    figures["location_f1"] = harmonic_mean(location, acceptance) if defined else None
-    figures["location_f1_interval"] = _interval(_harmonic(drawn["location"], drawn["acceptance"]))
+    figures["location_f1"] = float(harmonic_mean(location, acceptance)) if defined else None
+    figures["location_f1_interval"] = _interval(harmonic_mean(drawn["location"], drawn["acceptance"]))
     figures["mcnemar_p"] = mcnemar_p(gained, spoiled) if n else None
-    figures["auc"], figures["auc_interval"] = _auc_of(known, samples)
+    figures["auc"], figures["auc_interval"] = _auc_with_interval(known, samples)
     figures["tokens"] = _ratio(sum(o.tokens1 + o.tokens2 for o in known), n)
     figures["seconds"] = _ratio(sum(o.seconds for o in known), n)
     return figures
 
 
-def _parts(known: Sequence[Outcome]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Per share: what each problem adds to its numerator and to its denominator, two arrays of length n."""
+def _share_parts(known: Sequence[Outcome]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """{share: (what each problem adds to the numerator, to the denominator)}, arrays of length n."""
 
     def array(values: Iterable[bool]) -> np.ndarray:
         return np.fromiter(values, float, len(known))
@@ -126,7 +124,7 @@ def _parts(known: Sequence[Outcome]) -> dict[str, tuple[np.ndarray, np.ndarray]]
     labelled = array(o.true_known and o.true_step is not None for o in known)
     located = labelled * array(o.accused == o.true_step for o in known)
     right = first * (1 - labelled)
-    every, mendable = np.ones(len(known)), located * (1 - first)
+    every, correctable = np.ones(len(known)), located * (1 - first)
     return {
         "acc_t1": (first, every),
         "acc_t2": (second, every),
@@ -136,47 +134,7 @@ def _parts(known: Sequence[Outcome]) -> dict[str, tuple[np.ndarray, np.ndarray]]
         "format_validity": (array(o.format_ok for o in known), every),
         "location": (located, labelled),
         "acceptance": (right * array(o.accused is None for o in known), right),
-        "correction_rate_own": (mendable * second, mendable),
-    }
-
-
-# -- two models ----------------------------------------------------------------------------------------------------
-
-
-def compare(
-    a: Sequence[Outcome],
-    b: Sequence[Outcome],
-    turns: tuple[int, int] = (2, 2),
-    bootstrap: int = 1000,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """How much more often b is right than a on the same problems, paired by id.
-
-    `turns` says which answer of a and of b counts (1 or 2). Problems that are missing or unknown on either side are
-    left out and counted in `unknown`. Returns n, unknown, acc_a, acc_b, difference (b less a), difference_interval,
-    only_a and only_b (problems that one alone gets right), mcnemar_p. Raises ValueError where an id occurs twice.
-    """
-    left, right = (
-        {o.id: (o.correct1, o.correct2)[turn - 1] for o in rows}
-        for rows, turn in zip((a, b), turns, strict=True)
-    )
-    if len(left) != len(a) or len(right) != len(b):
-        raise ValueError("an id occurs twice in one of the two")
-    pairs = [(left[i], right[i]) for i in left if left[i] is not None and right.get(i) is not None]
-    verdicts = np.array(pairs, float).reshape(-1, 2)
-    n, gain = len(pairs), verdicts[:, 1] - verdicts[:, 0]
-    samples = _resample(n, bootstrap, seed)
-    only_a, only_b = int((gain < 0).sum()), int((gain > 0).sum())
-    return {
-        "n": n,
-        "unknown": len(left.keys() | right.keys()) - n,
-        "acc_a": _ratio(verdicts[:, 0].sum(), n),
-        "acc_b": _ratio(verdicts[:, 1].sum(), n),
-        "difference": _ratio(gain.sum(), n),
-        "difference_interval": _interval(_divide(samples @ gain, samples.sum(axis=1))),
-        "only_a": only_a,
-        "only_b": only_b,
-        "mcnemar_p": mcnemar_p(only_a, only_b) if n else None,
+        "correction_rate_own": (correctable * second, correctable),
     }
 
 
@@ -184,17 +142,17 @@ def compare(
 
 
 def fit_threshold(scored: Sequence[Scored], max_harm: float) -> dict[str, Any]:
-    """The threshold on the log-odds that gives the most Acc@t2 with right-to-wrong at most `max_harm` * n.
+    """The log-odds threshold that maximizes Acc@t2 with right-to-wrong at most `max_harm` * n.
 
-    The first step whose log-odds exceed the threshold is the accused one; where there is none, the first answer
-    stands. Candidates are the midpoints between neighbouring distinct log-odds, and one beyond each end (NEVER and
-    -NEVER); of equally good ones the highest is taken, which accuses least. Where an accused step's result is not
-    known, the worse is assumed: a right answer is spoiled, a wrong one stays wrong; `assumed` counts these at the
-    threshold returned. So a caller may compute corrections only where they could pay, and errs on the safe side.
+    The first step whose log-odds exceed the threshold is accused; if none does, the first answer stands. Candidates are
+    the midpoints between adjacent distinct log-odds, and one beyond each end (NEVER and -NEVER); among equally good
+    ones the highest wins, which accuses least. An unknown result of an accused step counts as the worse outcome: a
+    right answer is spoiled, a wrong one stays wrong. `assumed` counts these at the returned threshold. So a caller may
+    compute only the corrections that could matter, and stays on the safe side.
 
-    Problems with an unknown first answer are left out and counted in `unknown`. Returns threshold, n, unknown,
-    acc_t1, acc_t2, wrong_to_right, right_to_wrong (shares of n; None for n = 0), accused and assumed (problems),
-    candidates (how many were tried).
+    Problems with an unknown first answer are excluded and counted in `unknown`. Returns threshold, n, unknown, acc_t1,
+    acc_t2, wrong_to_right, right_to_wrong (shares of n; None for n = 0), accused and assumed (problems), candidates
+    (number tried).
     """
     known = [row for row in scored if row.correct1 is not None]
     n, right = len(known), sum(row.correct1 for row in known)
@@ -227,7 +185,7 @@ def fit_threshold(scored: Sequence[Scored], max_harm: float) -> dict[str, Any]:
 
 
 def _accusations(row: Scored) -> list[tuple[float, float, bool | None]]:
-    """The steps that some threshold accuses: it does for low <= threshold < high, with this result."""
+    """(low, high, result) of each step that some threshold accuses: low <= threshold < high."""
     highest = accumulate(row.step_scores, max, initial=-math.inf)
     steps = zip(highest, row.step_scores, row.corrected, strict=False)
     return [(before, score, result) for before, score, result in steps if score > before]
@@ -237,14 +195,14 @@ def _accusations(row: Scored) -> list[tuple[float, float, bool | None]]:
 
 
 def auc(scores: Sequence[float], wrong: Sequence[bool]) -> float | None:
-    """The chance that a wrong step scores above a right one, ties counting half; None where one kind is missing."""
+    """The probability that a wrong step scores above a right one, ties counting half; None if a class is missing."""
     weights = np.ones((1, len(scores)))
     value = _weighted_auc(np.array(scores, float), np.array(wrong, bool), weights)[0]
     return None if math.isnan(value) else float(value)
 
 
 def mcnemar_p(gained: int, spoiled: int) -> float:
-    """The exact two-sided binomial p-value of so uneven a split under even chances; 1.0 where nothing changed."""
+    """The exact two-sided McNemar (binomial) p-value; 1.0 if nothing changed."""
     total = gained + spoiled
     ways = tail = 1  # of choosing k out of total, and their sum so far
     for k in range(min(gained, spoiled)):
@@ -253,12 +211,8 @@ def mcnemar_p(gained: int, spoiled: int) -> float:
     return min(1.0, 2 * tail / 2**total)
 
 
-def harmonic_mean(a: float, b: float) -> float:
-    """2ab / (a + b), and 0 where both are 0."""
-    return float(_harmonic(np.array([a]), np.array([b]))[0])
-
-
-def _harmonic(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def harmonic_mean(a: float | np.ndarray, b: float | np.ndarray) -> np.ndarray:
+    """2ab / (a + b), elementwise; 0 if both are 0."""
     total = a + b
     return np.where(total == 0, 0.0, 2 * a * b / np.where(total == 0, 1, total))
 
@@ -272,14 +226,14 @@ def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
 
 
 def _resample(n: int, bootstrap: int, seed: int) -> np.ndarray:
-    """How often each problem is drawn in each resample: (bootstrap, n), each row adding up to n."""
+    """How often each resample draws each problem: shape (bootstrap, n), rows sum to n."""
     if n == 0:
         return np.zeros((bootstrap, 0))
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), bootstrap).astype(float)
 
 
 def _interval(values: np.ndarray) -> list[float] | None:
-    """The 2.5 and 97.5 percentiles of the resamples in which the figure is defined."""
+    """The 2.5 and 97.5 percentiles over the resamples in which the figure is defined."""
     values = values[~np.isnan(values)]
     return [float(v) for v in np.percentile(values, (2.5, 97.5))] if len(values) else None
 
@@ -288,13 +242,15 @@ def _share_interval(numerator: float, denominator: float, values: np.ndarray) ->
     if denominator and len(values) and numerator in (0, denominator):
         edge = 0.025 ** (
             1 / denominator
-        )  # all of them: the lower end; none of them: 1 less it is the upper end
+        )  # lower bound of a share of 1; upper bound of a share of 0 is 1 - edge
         return [float(edge), 1.0] if numerator else [0.0, float(1 - edge)]
     return _interval(values)
 
 
-def _auc_of(known: Sequence[Outcome], samples: np.ndarray) -> tuple[float | None, list[float] | None]:
-    """The AUC over all steps that have both a score and a label, and its interval; whole problems are resampled."""
+def _auc_with_interval(
+    known: Sequence[Outcome], samples: np.ndarray
+) -> tuple[float | None, list[float] | None]:
+    """The AUC over all steps with a score and a label, and its interval from resampled problems."""
     steps = [
         (row, score, wrong)
         for row, outcome in enumerate(known)
@@ -309,7 +265,7 @@ def _auc_of(known: Sequence[Outcome], samples: np.ndarray) -> tuple[float | None
 
 
 def _weighted_auc(scores: np.ndarray, wrong: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The AUC under each row of `weights` (resamples, steps); nan where a row has no wrong or no right step."""
+    """The AUC for each row of `weights` (resamples, steps); NaN if a row has no wrong or no right step."""
     if not len(scores):
         return np.full(len(weights), np.nan)
     order = np.argsort(scores, kind="stable")

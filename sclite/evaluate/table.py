@@ -1,4 +1,4 @@
-"""An evaluation in the terminal: the table, and one answer that was mended."""
+"""Prints an evaluation: the table of students, and one corrected answer."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,13 +15,13 @@ HEADER = (
     "right→wrong",
     "AUC",
     "located",
-    "mended",
+    "fixed",
     "tokens",
 )
 
 
-def table(summary: Mapping[str, Any]) -> None:
-    """One row for each model, shares in percent of the problems, with 95 % intervals."""
+def print_results(summary: Mapping[str, Any]) -> None:
+    """Print one row per student: shares of the problems in percent, with 95 % intervals."""
     rows = []
     for name, figures in summary["models"].items():
         auc = figures["auc"]
@@ -41,19 +41,19 @@ def table(summary: Mapping[str, Any]) -> None:
     console.print_table(f"{summary['n']} held-out problems", HEADER, rows)
     unknown = sum(figures["unknown"] for figures in summary["models"].values())
     if unknown:
-        console.print(f"{unknown} answers could not be graded; they are left out")
+        console.print(f"{unknown} answers could not be graded and are not counted")
     for note in summary["notes"]:
         console.print(console.escape(note))
 
 
-def example(shown: Mapping[str, Any] | None) -> None:
-    """The problem, the first answer with its wrong step, cause and correction, and the answer after it."""
+def print_example(shown: Mapping[str, Any] | None) -> None:
+    """Print a problem, the first answer with its wrong step, cause and correction, and the final answer."""
     if shown is None:
-        console.print("No answer was mended in this evaluation.")
+        console.print("No answer was corrected in this evaluation.")
         return
     from rich.markup import escape
 
-    console.print(f"[bold]One answer that mended itself[/]\n\n  {escape(shown['question'])}\n")
+    console.print(f"[bold]One self-corrected answer[/]\n\n  {escape(shown['question'])}\n")
     for number, step in enumerate(work_of(shown["first"]).steps, 1):
         wrong = number == shown["accused"]
         console.print(f"  {'[red]✗' if wrong else '[green]✓'} {number}[/] {escape(step.text)}")

@@ -9,7 +9,7 @@ from sclite import evaluation, pipeline
 from sclite.config import Config
 from sclite.context import Context
 from sclite.data.problems import split_problems
-from sclite.evaluate.evaluate import best_example
+from sclite.evaluate.evaluate import choose_example
 from sclite.evaluate.results import result_folder
 from sclite.progress import ProgressDisplay
 from sclite.quickstart.grammar import solve
@@ -63,7 +63,7 @@ def judge(question: str, trace: Trace) -> int | None:
 def quickstart(
     config: Config, quiet: bool = False, fresh: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Run every stage that is not done; returns (summary of the evaluation, one mended answer to show).
+    """Run every stage that is not done; returns (summary of the evaluation, one corrected answer to show).
 
     `fresh` lets stages be trained anew that were trained from other inputs.
     """
@@ -85,7 +85,7 @@ def quickstart(
         dataset=MODEL,
         source="the arithmetic stories of the quickstart",
     )
-    return summary, best_example(run.read_json(f"{summary['folder']}/dpo.reviews.json") or [])
+    return summary, choose_example(run.read_json(f"{summary['folder']}/dpo.reviews.json") or [])
 
 
 def _problems(config: Config, run: Run):

@@ -45,21 +45,21 @@ class Known:
     def solve(self, _, problems, *__):
         self.solved += len(problems)
         correct = [self.correct[number_of(problem.question)] for problem in problems]
-        return evaluate.First(problems, [], [Trace()] * len(problems), correct)
+        return evaluate.FirstAnswers(problems, [], [Trace()] * len(problems), correct)
 
-    def mended(self, number: int, step: int) -> bool:
+    def fixes(self, number: int, step: int) -> bool:
         return self.wrong_step[number] == step - 1
 
     def correct_steps(self, _, cases, __):
         found = []
         for question, _, step in cases:
             self.tried.append((question, step))
-            good = self.mended(number_of(question), step)
+            good = self.fixes(number_of(question), step)
             found.append(Reviewed("right" if good else "wrong", accused=step))
         return found
 
     def fit(self, **review):
-        return evaluate.fit(None, PROBLEMS, Config.model_validate({"review": review}), None)
+        return evaluate.fit_review(None, PROBLEMS, Config.model_validate({"review": review}), None)
 
     def by_trying_everything(self, max_harm: float):
         rows = [
@@ -67,7 +67,7 @@ class Known:
                 id=problem.id,
                 correct1=self.correct[i],
                 step_scores=self.scores[i],
-                corrected=tuple(self.mended(i, step) for step in (1, 2, 3)),
+                corrected=tuple(self.fixes(i, step) for step in (1, 2, 3)),
             )
             for i, problem in enumerate(PROBLEMS)
         ]
@@ -95,7 +95,7 @@ def test_a_student_that_spoils_what_it_reviews_is_asked_for_one_block_alone(monk
 
 def test_a_student_that_changes_nothing_is_asked_for_two_blocks(monkeypatch):
     known = Known(monkeypatch, lead=-1.0)
-    monkeypatch.setattr(known, "mended", lambda number, _: known.correct[number])
+    monkeypatch.setattr(known, "fixes", lambda number, _: known.correct[number])
     assert known.fit(max_harm=0.005)["accused"] == 0
     assert known.solved == len(PROBLEMS) // 2
     assert len({question for question, _ in known.tried}) == 2 * round(evaluate.FIT_BLOCK * known.solved)
@@ -204,7 +204,7 @@ def reviewed(first: str, correct2: bool, accused: int, true_step: int | None) ->
 
 
 def test_the_example_shown_had_an_answer_and_its_wrong_step_was_found(capsys):
-    from sclite.evaluate.table import example
+    from sclite.evaluate.table import print_example
 
     step = "<Step1>2 + 2 = 5</Step1>"
     whole = f"{step}\n<Answer>5</Answer>"
@@ -214,16 +214,18 @@ def test_the_example_shown_had_an_answer_and_its_wrong_step_was_found(capsys):
         reviewed(whole, False, 1, 1),
         reviewed(whole, True, 1, 1),
     )
-    assert evaluate.best_example([broken, astray, spoilt, best]) is best
-    assert evaluate.best_example([broken, astray, spoilt]) is astray
-    assert evaluate.best_example([broken, spoilt]) is broken
-    assert evaluate.best_example([spoilt]) is None
-    example(
+    assert evaluate.choose_example([broken, astray, spoilt, best]) is best
+    assert evaluate.choose_example([broken, astray, spoilt]) is astray
+    assert evaluate.choose_example([broken, spoilt]) is broken
+    assert evaluate.choose_example([spoilt]) is None
+    print_example(
         broken
         | {"cause": "2 + 2 is 4", "second": "<Step1>2 + 2 = 4</Step1>\n<Answer>4</Answer>", "gold": "4"}
     )
     assert "answer – → 4 (right: 4)" in capsys.readouterr().out
-    example(broken | {"cause": None, "second": "<Step1>2 + 2 = 4</Step1>\n<Answer>4</Answer>", "gold": "4"})
+    print_example(
+        broken | {"cause": None, "second": "<Step1>2 + 2 = 4</Step1>\n<Answer>4</Answer>", "gold": "4"}
+    )
     shown = capsys.readouterr().out
     assert "why wrong" not in shown
     assert "corrected  2 + 2 = 4" in shown
@@ -231,12 +233,14 @@ def test_the_example_shown_had_an_answer_and_its_wrong_step_was_found(capsys):
 
 def test_the_table_of_answers_that_could_not_be_graded_has_dashes(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
-    from sclite.evaluate.metrics import Outcome, summarise
-    from sclite.evaluate.table import table
+    from sclite.evaluate.metrics import Outcome, summarize
+    from sclite.evaluate.table import print_results
 
     row = {"question": "?", "gold": "1", "first": "x", "second": None, "correct1": None, "correct2": None}
-    figures = summarise([Outcome(id=str(i), format_ok=True, **row) for i in range(3)], bootstrap=10)
-    table({"models": {"sft": figures | {"correction_rate_given_location": None}}, "n": 3, "notes": []})
+    figures = summarize([Outcome(id=str(i), format_ok=True, **row) for i in range(3)], bootstrap=10)
+    print_results(
+        {"models": {"sft": figures | {"correction_rate_given_location": None}}, "n": 3, "notes": []}
+    )
     shown = capsys.readouterr().out
     assert shown.split("sft")[1].split("\n")[0].split() == ["–"] * 8
     assert "3 answers could not be graded" in shown
@@ -248,8 +252,8 @@ def test_blocks_without_a_wrong_answer_do_not_end_the_fit(monkeypatch):
     surest = [i for i, right in enumerate(student.correct) if right][::3]
     for i in surest:
         student.scores[i] = (20.0 + i / 1000, 0.0, 0.0)
-    mended = student.mended
-    student.mended = lambda number, step: number in surest or mended(number, step)
+    fixes = student.fixes
+    student.fixes = lambda number, step: number in surest or fixes(number, step)
     found, wanted = student.fit(max_harm=0.01), student.by_trying_everything(0.01)
     assert len(surest) > 2 * evaluate.FIT_BLOCK * len(PROBLEMS)
     assert found["wrong_to_right"] == wanted["wrong_to_right"] > 0.1

@@ -8,16 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sclite.evaluate.metrics import Outcome, compare, summarise
+from sclite.evaluate.metrics import Outcome, summarize
 from sclite.evaluate.plots import POINTS, accuracy_plot, curve_plots, ticks
 from sclite.evaluate.report import (
-    chance,
     decimal,
-    example,
+    example_parts,
     headline,
+    p_value,
     percent,
-    pieces,
-    table_rows,
+    split_at_tags,
     write_report,
 )
 from sclite.trace import Step, Trace, render
@@ -37,7 +36,7 @@ def outcome(correct1, correct2, number=0, **more):
 
 
 def figures(*verdicts):
-    return summarise([outcome(*pair, number=k) for k, pair in enumerate(verdicts)], bootstrap=50)
+    return summarize([outcome(*pair, number=k) for k, pair in enumerate(verdicts)], bootstrap=50)
 
 
 SUMMARY = {
@@ -103,14 +102,14 @@ def test_the_page_needs_nothing_from_outside(write):
 
 def test_the_headline_says_what_the_best_model_reaches(write):
     _, text, _ = write()
-    assert "dpo answers 100.0 % right after reviewing its own work, up from 50.0 %." in text
+    assert "dpo gets 100.0 % right after reviewing its own answers, up from 50.0 %." in text
     assert "base and dpo on 40 held-out problems" in text
 
 
 @pytest.mark.parametrize(
     ("row", "ending"),
     [
-        ({"acc_t1": 0.5, "acc_t2": 0.5, "difference": 0.0}, "work, as before it."),
+        ({"acc_t1": 0.5, "acc_t2": 0.5, "difference": 0.0}, "answers, unchanged."),
         (
             {"acc_t1": 0.5, "acc_t2": 0.52, "difference": 0.02, "difference_interval": [-0.01, 0.05]},
             "up from 50.0 %, which may be chance.",
@@ -119,32 +118,11 @@ def test_the_headline_says_what_the_best_model_reaches(write):
             {"acc_t1": 0.5, "acc_t2": 0.4, "difference": -0.1, "difference_interval": [-0.2, -0.05]},
             "down from 50.0 %.",
         ),
-        ({"acc_t1": None, "acc_t2": None}, "Nothing was measured."),
+        ({"acc_t1": None, "acc_t2": None}, "No results."),
     ],
 )
 def test_the_headline_claims_no_more_than_was_measured(row, ending):
-    summary = {"models": {"m": row}}
-    assert headline(summary, table_rows(summary)).endswith(ending)
-
-
-def test_the_headline_is_about_a_model_and_not_about_its_baselines():
-    vote = {"acc_t1": 0.5, "acc_t2": 0.9, "difference": 0.4}
-    summary = {
-        "models": {"m": {"acc_t1": 0.5, "acc_t2": 0.6, "difference": 0.1, "protocols": {"majority": vote}}}
-    }
-    assert headline(summary, table_rows(summary)).startswith("m answers 60.0 %")
-
-
-def test_every_model_and_protocol_has_a_row_with_its_figures(write):
-    model = SUMMARY["models"]["dpo"] | {
-        "protocol": "guided",
-        "protocols": {"free": {"acc_t1": 0.5, "acc_t2": 0.625}},
-    }
-    _, text, reader = write({"models": {"dpo": model}, "n": 40})
-    assert reader.tags.count("tr") == 3
-    assert "dpo, free" in text
-    assert "62.5" in text
-    assert "dpo guided 50.0" in text
+    assert headline([{**row, "name": "m"}]).endswith(ending)
 
 
 def test_it_has_the_figures_that_the_terminal_shows(write):
@@ -162,7 +140,7 @@ def test_unknown_outcomes_and_notes_are_shown(write):
 
 
 def test_an_undefined_figure_is_a_dash_and_not_a_zero(write):
-    assert percent(None) == decimal(None) == chance(None) == percent(math.nan) == "–"
+    assert percent(None) == decimal(None) == p_value(None) == percent(math.nan) == "–"
     assert percent(0.0) == "0.0"
     _, text, _ = write({"models": {"m": {"acc_t1": 0.25, "acc_t2": None}}})
     assert "m 25.0 –" in text
@@ -174,11 +152,11 @@ def test_numbers_have_real_minus_signs_and_no_negative_zero():
     assert percent(-0.00001, signed=True) == percent(0.00001, signed=True) == "0.0"
     assert percent(0.10, signed=True) == "+10.0"
     assert percent(-0.201, signed=True) == "−20.1"
-    assert chance(1e-9) == "< 0.001"
+    assert p_value(1e-9) == "< 0.001"
 
 
 def test_an_example_shows_the_wrong_step_its_cause_and_its_correction(write):
-    shown = example(EXAMPLE)
+    shown = example_parts(EXAMPLE)
     assert [(step["number"], step["text"], step["accused"]) for step in shown["steps"]] == [
         (1, "7 · 8 = 54", True),
         (2, "56 + 1 = 57", False),  # of the second answer: the first went on from the wrong step
@@ -193,7 +171,7 @@ def test_an_example_shows_the_wrong_step_its_cause_and_its_correction(write):
 
 
 def test_an_unknown_verdict_is_not_shown_as_wrong():
-    assert example(EXAMPLE | {"correct2": None})["after"]["verdict"] == "unknown"
+    assert example_parts(EXAMPLE | {"correct2": None})["after"]["verdict"] == "unknown"
 
 
 def test_an_example_without_a_review_or_without_steps_is_shown_all_the_same(write):
@@ -207,16 +185,15 @@ def test_no_text_of_a_model_becomes_markup(write):
     evil = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&"
     hostile = EXAMPLE | {"question": evil, "gold": evil, "first": f"<Step1>{evil}\n</Step1>", "note": evil}
     summary = {
-        "models": {evil: SUMMARY["models"]["dpo"] | {"protocol": evil}},
+        "models": {evil: SUMMARY["models"]["dpo"]},
         "notes": [evil],
         "source": evil,
     }
-    summary["comparisons"] = {evil: compare([outcome(True, True)], [outcome(True, True)])}
     curves = {evil: [{"step": k, evil: k} for k in range(3)]}
     _, text, reader = write(summary, [hostile | {"cause": evil, "correction": evil, "model": evil}], curves)
     assert not {"script", "img"} & set(reader.tags)
     assert "onerror" not in {name for name, _ in reader.attributes}
-    assert text.count("<script>alert(1)</script>") >= 8
+    assert text.count("<script>alert(1)</script>") >= 7
 
 
 @given(
@@ -224,7 +201,7 @@ def test_no_text_of_a_model_becomes_markup(write):
     | st.lists(st.sampled_from(["<Step1>", "</Step 12 >", "<Cause", "</cause>", "a < b", "\n"])).map("".join)
 )
 def test_pieces_join_to_the_text(text):
-    assert "".join(piece for _, piece in pieces(text)) == text
+    assert "".join(piece for _, piece in split_at_tags(text)) == text
 
 
 # -- plots ---------------------------------------------------------------------------------------------------------
@@ -257,7 +234,7 @@ def test_each_figure_of_training_is_a_curve_and_the_dpo_loss_comes_early():
         for k in range(3)
     ]
     plots = curve_plots({"dpo": rows})
-    assert [plot["name"] for plot in plots] == ["loss", "DPO loss", "margin, chosen less rejected"]
+    assert [plot["name"] for plot in plots] == ["loss", "DPO loss", "margin, chosen minus rejected"]
     assert [plot["level"] is not None for plot in plots] == [False, True, True]
 
 
@@ -286,7 +263,7 @@ def test_a_last_step_of_a_few_rows_is_not_part_of_the_curves():
 
 def test_a_report_of_outcomes_that_are_all_unknown_says_so(write):
     _, text, _ = write({"models": {"sft": figures((None, None), (None, None))}, "n": 2})
-    assert "Nothing was measured." in text
+    assert "No results." in text
     assert "sft: 2 of 2 outcomes are unknown" in text
 
 
