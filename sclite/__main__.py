@@ -1,4 +1,4 @@
-"""`sclite` and `python -m sclite`: every error ends in one line, a hint and an exit code, under --json in one object."""
+"""`sclite` and `python -m sclite`. Every error becomes one line, a hint and an exit code; with --json, one object."""
 
 import os
 import sys
@@ -7,6 +7,12 @@ import threading
 import traceback
 from contextlib import suppress
 from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import typer
+
+    from sclite.errors import UsageError
 
 
 def main() -> None:
@@ -19,19 +25,19 @@ def main() -> None:
 
     console.prepare_streams()
     if not os.environ.get("SCLITE_DEBUG"):
-        sys.excepthook = _unexpected
-        threading.excepthook = lambda thrown: _unexpected(*thrown[:3])
+        sys.excepthook = _report_bug
+        threading.excepthook = lambda thrown: _report_bug(*thrown[:3])
     arguments = sys.argv[1:]
     try:
         code = _run(arguments)
         sys.stdout.flush()
     except OSError as error:
-        code = _system_failed(error)
+        code = _report_os_error(error)
     sys.exit(code if arguments else 2)
 
 
 def _run(arguments: list[str]) -> int:
-    """Run a command line, and print its error if it has one; its exit code."""
+    """Run a command line and print its error, if any. Returns the exit code."""
     import typer
 
     from sclite import console
@@ -40,7 +46,7 @@ def _run(arguments: list[str]) -> int:
 
     code = DONE
     try:
-        # not app() itself, which ends the process by itself when nobody reads its output
+        # app() itself would exit when the reader of a pipe is gone
         command = typer.main.get_command(app)
         with command.make_context("sclite", [*arguments] or ["--help"]) as context:
             command.invoke(context)
@@ -61,47 +67,45 @@ def _run(arguments: list[str]) -> int:
     return code
 
 
-def _system_failed(error: OSError) -> int:
-    """What the system did not do: a full disk, no permission, an output that nobody reads; the exit code."""
+def _report_os_error(error: OSError) -> int:
+    """Print a full disk, a missing permission or a failed write to stdout. Returns the exit code."""
     from sclite import console
     from sclite.errors import DONE, from_os_error
 
-    failed = from_os_error(error)
+    reported = from_os_error(error)
     if error.filename != console.OUTPUT:
         with suppress(OSError):
-            console.error(failed, _as_json())
-        return failed.code
+            console.error(reported, _as_json())
+        return reported.code
     console.discard_output()
-    if isinstance(error, BrokenPipeError):  # the reader has seen enough
+    if isinstance(error, BrokenPipeError):  # such as `| head`
         return DONE
-    console.error(failed)
-    return failed.code
+    console.error(reported)
+    return reported.code
 
 
 def _as_json() -> bool:
     return "--json" in sys.argv
 
 
-def _usage_error(error):
-    """The parser's error as one of ours: its own come with the usage line and no exit code of their class."""
+def _usage_error(error: "typer.TyperException") -> "UsageError":
+    """Typer's error as a UsageError."""
     from sclite.errors import UsageError
 
     context = getattr(error, "ctx", None)
     message = error.format_message()
     command = context.command_path if context else "sclite"
-    return UsageError(
-        message[:1].lower() + message[1:].rstrip("."), f"`{command} --help` lists what it takes"
-    )
+    return UsageError(message[:1].lower() + message[1:].rstrip("."), f"run `{command} --help`")
 
 
-def _unexpected(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
-    """One line for an exception that nobody expected; its traceback goes to a file. Python then exits with code 1."""
+def _report_bug(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
+    """Print an unexpected exception as one line and save its traceback. Python then exits with code 1."""
     from sclite import console
     from sclite.errors import ScliteError
 
     if issubclass(kind, KeyboardInterrupt):
         return
-    said = next(iter(str(value).splitlines()), "")[:300]
+    first_line = next(iter(str(value).splitlines()), "")[:300]
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="sclite-", suffix=".log", delete=False, encoding="utf-8", errors="backslashreplace"
@@ -110,9 +114,9 @@ def _unexpected(kind: type[BaseException], value: BaseException, trace: Tracebac
             traceback.print_exception(kind, value, trace, file=file)
         where = f"the traceback is in {file.name}"
     except OSError:
-        where = "SCLITE_DEBUG=1 prints the traceback"
-    advice = "`sclite doctor` checks the installation" if issubclass(kind, ImportError) else "this is a bug"
-    console.error(ScliteError(f"unexpected {kind.__name__}: {said}", f"{advice}; {where}"), _as_json())
+        where = "set SCLITE_DEBUG=1 to see the traceback"
+    advice = "run `sclite doctor`" if issubclass(kind, ImportError) else "this is a bug, please report it"
+    console.error(ScliteError(f"unexpected {kind.__name__}: {first_line}", f"{advice}; {where}"), _as_json())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The commands: parse, call one stage, show its report. Nothing heavy is imported above a command's body."""
+"""The commands: each parses its options, calls one stage and prints its report.
+
+Everything heavy is imported inside a command, so that --help stays fast.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +11,9 @@ import typer
 
 from sclite import console
 from sclite.errors import DATA, FAILED, UsageError
-from sclite.options import Common, ConfigOption, JsonOption, common_options, held
+from sclite.options import Common, ConfigOption, JsonOption, common_options, hold_run
+
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Retrain if the inputs of a model have changed.")]
 
 app = typer.Typer(
     name="sclite",
@@ -16,12 +21,12 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Teach a small model to reason in steps and to correct itself, on one consumer GPU.",
+    help="Train a small model to reason in steps and correct itself, on one consumer GPU.",
 )
 
 
-def _tell_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         from importlib.metadata import version
 
         console.print(f"sclite {version('sclite')}")
@@ -29,9 +34,10 @@ def _tell_version(wanted: bool) -> None:
 
 
 @app.callback()
-def about(
+def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Show the version.")
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
     pass
@@ -43,24 +49,22 @@ def quickstart(
     problems: Annotated[
         int | None,
         typer.Option(
-            "--problems", min=200, help="Training problems to make (default: those of the run, else 640)."
+            "--problems", metavar="N", min=200, help="Training problems (default: those of the run, or 640)."
         ),
     ] = None,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Train anew what was trained from other inputs.")
-    ] = False,
+    fresh: FreshOption = False,
     *,
     common: Common,
 ) -> None:
-    """The full pipeline on a bundled student, on the CPU.
+    """Run the full pipeline with a bundled toy student, on the CPU.
 
-    No GPU, no API key, no download; it takes minutes.
+    Takes a few minutes. Needs no GPU, no API key and no download.
     """
     from sclite.quickstart import flow
     from sclite.run import Run
 
     loaded = common.load({"problems.limit": problems}, flow.DEFAULTS)
-    with held(Run(loaded.run), loaded):
+    with hold_run(Run(loaded.run), loaded):
         summary, example = flow.quickstart(loaded, fresh=fresh)
     if common.json:
         console.print_json(summary)
@@ -70,7 +74,7 @@ def quickstart(
     table.print_results(summary)
     table.print_example(example)
     console.print(
-        f"\nReport: {console.escape(str(Path(loaded.run) / summary['folder'] / 'report.html'))}\n\nNext:"
+        f"\nReport: {console.escape(str(Path(loaded.run) / summary['folder'] / 'report.html'))}\n\nNext steps:"
     )
     for command, purpose in flow.next_commands(Path(loaded.run)):
         console.print(f"  [bold cyan]{console.escape(command)}[/]  {purpose}", wrap=False)
@@ -87,10 +91,11 @@ def init(config: ConfigOption = None, json: JsonOption = False) -> None:
     if json:
         console.print_json({"config": str(path), "gpus": [name for name, _, _ in found]})
         return
-    gpu = f"{found[0][0]}, {found[0][1]:.0f} GB" if found else "no CUDA GPU: the bundled student, on the CPU"
-    console.print(f"Wrote {console.escape(str(path))} for this machine ({console.escape(gpu)}).")
+    gpu = f"{found[0][0]}, {found[0][1]:.0f} GB" if found else "no CUDA GPU, bundled student on the CPU"
+    console.print(f"Created {console.escape(str(path))} for this machine ({console.escape(gpu)}).")
     console.print(
-        "Set teacher.model and problems.source in it, then: [bold cyan]sclite build-data[/]", wrap=False
+        "Next: set teacher.model and problems.source in it, then run [bold cyan]sclite build-data[/]",
+        wrap=False,
     )
 
 
@@ -98,7 +103,7 @@ def init(config: ConfigOption = None, json: JsonOption = False) -> None:
 def doctor(json: JsonOption = False) -> None:
     """Check the environment and suggest fixes.
 
-    Exits with 1 where something that is required is missing or broken.
+    Exits with code 1 if something required is missing or broken.
     """
     from sclite import doctor
 
@@ -119,31 +124,39 @@ def doctor(json: JsonOption = False) -> None:
 @common_options
 def build_data(
     problems: Annotated[
-        str | None, typer.Argument(help="A file or a dataset's Hub ID (default: problems.source).")
+        str | None,
+        typer.Argument(metavar="PROBLEMS", help="A file or a Hub ID (default: problems.source)."),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Rows of PROBLEMS to use (default: all).")
+        int | None,
+        typer.Option("--limit", metavar="N", min=1, help="Use only the first N problems (default: all)."),
     ] = None,
-    only: Annotated[str | None, typer.Option("--only", help="templates or corrections")] = None,
+    only: Annotated[
+        str | None, typer.Option("--only", metavar="PART", help="Build only templates or corrections.")
+    ] = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Ask anew what another teacher or prompt has answered.")
+        bool, typer.Option("--fresh", help="Discard replies to another teacher model or prompt.")
     ] = False,
     max_cost: Annotated[
-        float | None, typer.Option("--max-cost", min=0, help="US dollars that the whole run may cost.")
+        float | None,
+        typer.Option("--max-cost", metavar="USD", min=0, help="Spending limit for the whole run."),
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask whether the forecast is all right.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask to confirm the cost.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the first request and the forecast; ask nothing.")
+        bool, typer.Option("--dry-run", help="Show the first request and the cost; send nothing.")
     ] = False,
     *,
     common: Common,
 ) -> None:
-    """Thought templates; corrections once there is a student."""
+    """Build thought templates and corrections with the teacher.
+
+    Corrections need a student after SFT, or attempts.student.
+    """
     from sclite import pipeline
     from sclite.inspect import summaries
 
     if only not in (None, "templates", "corrections"):
-        raise UsageError(f"--only {only}: no such part", "use --only templates or --only corrections")
+        raise UsageError(f"invalid value for --only: {only}", "use --only templates or --only corrections")
     chosen = {"problems.source": problems, "problems.limit": limit, "teacher.max_cost": max_cost}
     context = common.context(chosen)
     pipeline.check_sources(context)
@@ -153,7 +166,7 @@ def build_data(
         summaries.print_dry_run(forecast(context), common.json)
         return
     context.ask_before_paying = not yes
-    with held(context.run, context.config):
+    with hold_run(context.run, context.config):
         pipeline.read_problems(
             context, reread=only != "corrections" or problems is not None or limit is not None
         )
@@ -173,22 +186,18 @@ def train(
     gpu: Annotated[
         int | None,
         typer.Option(
-            "--gpu",
-            min=0,
-            help="The CUDA card to use. Without it: the first card, or the CPU where there is none.",
+            "--gpu", metavar="N", min=0, help="The CUDA GPU to use (default: the first, or the CPU if none)."
         ),
     ] = None,
-    only: Annotated[str | None, typer.Option("--only", help="sft or dpo")] = None,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Train anew what was trained from other inputs.")
-    ] = False,
+    only: Annotated[str | None, typer.Option("--only", metavar="STAGE", help="Run only sft or dpo.")] = None,
+    fresh: FreshOption = False,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Show what fits and what it will take; train nothing.")
+        bool, typer.Option("--plan", help="Show memory, time, disk and cost; train nothing.")
     ] = False,
     *,
     common: Common,
 ) -> None:
-    """SFT, attempts, corrections and DPO."""
+    """Train the student: SFT, attempts, corrections, DPO."""
     from sclite import pipeline
     from sclite.inspect import summaries
     from sclite.student.loader import model_name, select_gpu
@@ -199,7 +208,7 @@ def train(
     if plan:
         summaries.print_plan(pipeline.plan_training(context), common.json)
         return
-    with held(context.run, context.config):
+    with hold_run(context.run, context.config):
         pipeline.train(context, only, fresh)
     summaries.print_train(context, only, common.json)
 
@@ -207,28 +216,38 @@ def train(
 @app.command()
 @common_options
 def export(
-    quant: Annotated[str | None, typer.Option("--quant", help="q4_k_m, q5_k_m, q6_k, q8_0, f16 ..")] = None,
-    ollama: Annotated[
-        str | None, typer.Option("--ollama", metavar="NAME", help="Also run `ollama create NAME`.")
+    quant: Annotated[
+        str | None,
+        typer.Option(
+            "--quant", metavar="TYPE", help="q4_k_m, q5_k_m, q6_k, q8_0, f16, .. (default: q4_k_m)."
+        ),
     ] = None,
-    form: Annotated[
-        str, typer.Option("--format", help="gguf; lora for the adapter alone; data for other trainers.")
+    ollama: Annotated[
+        str | None, typer.Option("--ollama", metavar="NAME", help="Also create this model in Ollama.")
+    ] = None,
+    format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="gguf, lora (adapter only) or data (datasets for other trainers).",
+        ),
     ] = "gguf",
     *,
     common: Common,
 ) -> None:
-    """Write a GGUF and a Modelfile for llama.cpp and Ollama."""
+    """Export a GGUF and a Modelfile for llama.cpp and Ollama."""
     from sclite import evaluation, pipeline
     from sclite.inspect import summaries
 
-    if form not in ("gguf", "lora", "data"):
-        raise UsageError(f"--format {form}: no such format", "use --format gguf, lora or data")
+    if format not in ("gguf", "lora", "data"):
+        raise UsageError(f"invalid value for --format: {format}", "use --format gguf, lora or data")
     context = common.context({"export.quant": quant, "export.ollama": ollama})
     with context.run.lock():
-        if form == "lora":
+        if format == "lora":
             summaries.print_lora(pipeline.export_lora(context), common.json)
             return
-        if form == "data":
+        if format == "data":
             summaries.print_datasets(pipeline.export_data(context), common.json)
             return
         report = pipeline.export(context)[0]
@@ -238,7 +257,7 @@ def export(
 
             created = create_model(context.config.export.ollama, context.run.path("export/Modelfile"))
     fitted = context.config.review.threshold is not None
-    if not fitted and created is None and not common.json:  # a large file is read as a whole for this
+    if not fitted and created is None and not common.json:  # reads the whole GGUF
         fitted = evaluation.stored_threshold(context, Path(report.figures["gguf"])) is not None
     summaries.print_export(context, report, created, fitted, common.json)
 
@@ -248,17 +267,22 @@ def export(
 def evaluate(
     problems: Annotated[
         str | None,
-        typer.Argument(help="Held-out problems: a file or a dataset's Hub ID (default: eval.source)."),
+        typer.Argument(
+            metavar="PROBLEMS", help="Held-out problems: a file or a Hub ID (default: eval.source)."
+        ),
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=10, help="Rows to use.")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", metavar="N", min=10, help="Use only the first N problems (default: all)."),
+    ] = None,
     models: Annotated[
         str | None,
-        typer.Option("--models", help="base, sft, dpo, with commas between (default: all there are)."),
+        typer.Option("--models", metavar="LIST", help="Comma-separated: base, sft, dpo (default: all)."),
     ] = None,
     *,
     common: Common,
 ) -> None:
-    """Accuracy before and after review, with intervals."""
+    """Measure accuracy before and after self-correction."""
     from sclite import evaluation, pipeline
     from sclite.evaluate import table
 
@@ -271,7 +295,7 @@ def evaluate(
     unknown = [name for name in names if name not in pipeline.STUDENTS]
     if unknown:
         raise UsageError(
-            f"--models {','.join(unknown)}: no such student", f"use any of {', '.join(pipeline.STUDENTS)}"
+            f"invalid value for --models: {','.join(unknown)}", f"use any of {', '.join(pipeline.STUDENTS)}"
         )
     with context.run.lock():
         held_out, fitting, dropped = evaluation.held_out(context)
@@ -289,40 +313,42 @@ def evaluate(
 @app.command()
 @common_options
 def chat(
-    question: Annotated[str | None, typer.Argument(help="Ask this one thing and leave.")] = None,
+    question: Annotated[
+        str | None, typer.Argument(metavar="QUESTION", help="Answer this question and exit.")
+    ] = None,
     self_correct: Annotated[
-        bool, typer.Option("--self-correct", help="Let it review each answer and mend its wrong step.")
+        bool, typer.Option("--self-correct", help="Review each answer and correct its wrong step.")
     ] = False,
     model: Annotated[
-        Path | None, typer.Option("--model", help="A GGUF file; the run's own without it.")
+        Path | None, typer.Option("--model", metavar="FILE", help="A GGUF file (default: that of the run).")
     ] = None,
     *,
     common: Common,
 ) -> None:
-    """Chat with the trained model; it corrects its own steps.
+    """Chat with the trained model.
 
-    Without a terminal: one question per line of stdin, one answer per line of stdout.
+    In a pipe, reads one question per line and writes one answer per line.
     """
     from sclite import evaluation
     from sclite.chat.repl import run_chat
 
     if question is not None and not question.strip():
-        raise UsageError("the question is empty", "`sclite chat` alone lets you type several")
+        raise UsageError("the question is empty", "run `sclite chat` without a question to type it")
     if common.json and question is None:
         raise UsageError("--json needs a question", "sclite chat --json 'What is 17 + 25?'")
     context = common.context()
-    unnamed = context.config.run == type(context.config)().run
-    if unnamed and not context.run.folder.is_dir() and Path("runs/quickstart").is_dir():
+    default_run = context.config.run == type(context.config)().run
+    if default_run and not context.run.folder.is_dir() and Path("runs/quickstart").is_dir():
         context = replace(common, run=Path("runs/quickstart")).context()
     path, threshold = evaluation.for_chat(context, model, self_correct)
-    known = {}
+    known_problems = {}
     if context.config.teacher.embedded and model is None:
         from sclite.quickstart.problem_sets import test_problems
         from sclite.quickstart.stories import within
 
-        known = {"example": test_problems(1)[0].question, "familiar": within}
-    asked = {"self_correct": self_correct, "question": question, "as_json": common.json}
-    if not run_chat(path, context.config, threshold, **asked, **known):
+        known_problems = {"example": test_problems(1)[0].question, "familiar": within}
+    options = {"self_correct": self_correct, "question": question, "as_json": common.json}
+    if not run_chat(path, context.config, threshold, **options, **known_problems):
         raise typer.Exit(DATA)
 
 
@@ -332,49 +358,57 @@ def show(
     what: Annotated[
         str | None,
         typer.Argument(
-            help="problems, templates, attempts, reviews, pairs or drops; without it, what there is."
+            metavar="WHAT",
+            help="problems, templates, attempts, reviews, pairs or drops (default: an overview).",
         ),
     ] = None,
-    reason: Annotated[str | None, typer.Option("--reason", help="Drops of this reason alone.")] = None,
+    reason: Annotated[
+        str | None, typer.Option("--reason", metavar="REASON", help="Only drops with this reason.")
+    ] = None,
     kind: Annotated[
         str | None,
         typer.Option(
             "--kind",
-            help="right, wrong, unknown; correction, confirmation; decision, content; a drop's stage.",
+            metavar="KIND",
+            help="Only rows of this kind, such as wrong, correction or decision.",
         ),
     ] = None,
-    id: Annotated[str | None, typer.Option("--id", help="Rows whose id begins so.")] = None,
-    first: Annotated[int, typer.Option("--from", min=1, help="The first row to show, from 1.")] = 1,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Rows to show.")] = None,
+    id: Annotated[
+        str | None, typer.Option("--id", metavar="PREFIX", help="Only rows whose id starts with this.")
+    ] = None,
+    first: Annotated[int, typer.Option("--from", metavar="N", min=1, help="Start at row N.")] = 1,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", min=1, help="Show at most N rows (default: all).")
+    ] = None,
     labels: Annotated[
-        bool, typer.Option("--labels", help="Token by token, with what carries loss in training.")
+        bool, typer.Option("--labels", help="Show the tokens and which of them carry loss.")
     ] = False,
     *,
     common: Common,
 ) -> None:
-    """Show the rows of a run, and what was dropped and why."""
+    """Show the rows of a run, and why rows were dropped."""
     from sclite.inspect import tables
     from sclite.inspect.rows import Choice
     from sclite.run import Run
 
     config = common.load()
     run = Run(config.run)
-    if labels:
-        tables.print_labels(
-            config, run, Choice(what or "templates", reason, kind, id, first, limit), common.json
-        )
-    elif what is None:
+    if what is None and not labels:
         tables.print_overview(run, common.json)
+        return
+    choice = Choice(what or "templates", reason, kind, id, first, limit)
+    if labels:
+        tables.print_labels(config, run, choice, common.json)
     else:
-        tables.print_rows(run, Choice(what, reason, kind, id, first, limit), common.json)
+        tables.print_rows(run, choice, common.json)
 
 
 @app.command()
 @common_options
 def status(*, common: Common) -> None:
-    """Progress of a run, its costs, and the next command."""
+    """Show the progress of a run, its cost and the next command."""
     from sclite.inspect import tables
-    from sclite.inspect.status import status as read_status
+    from sclite.inspect.status import read_status
     from sclite.run import Run
 
     config = common.load()

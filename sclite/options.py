@@ -1,4 +1,4 @@
-"""The four options of every command that works on a run, and what they lead to: configuration, run folder, world."""
+"""The options that commands share, and the configuration, run and context that they lead to."""
 
 import functools
 import inspect
@@ -6,45 +6,56 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-RunOption = Annotated[Path | None, typer.Option("--run", help="The run folder.")]
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="A TOML file instead of ./sclite.toml.")]
+if TYPE_CHECKING:
+    from sclite.config import Config
+    from sclite.context import Context
+    from sclite.run import Run
+
+RunOption = Annotated[Path | None, typer.Option("--run", metavar="DIR", help="Use this run folder.")]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="Use this file instead of ./sclite.toml."),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="Set a key of the configuration; KEY= puts it back to its default."
+        "--set", metavar="KEY=VALUE", help="Override a setting; an empty VALUE restores its default."
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 
 
 @dataclass(frozen=True)
 class Common:
-    """What a command was told by --run, --config, --set and --json.
-
-    The methods take configuration keys that the command's own options set; those that are None were not given.
-    """
+    """The values of --run, --config, --set and --json."""
 
     run: Path | None = None
     config: Path | None = None
     settings: list[str] | None = None
     json: bool = False
 
-    def load(self, chosen: Mapping[str, Any] | None = None, defaults: Mapping[str, Any] | None = None) -> Any:
-        """The configuration; with `defaults` of its own a command does not read ./sclite.toml unasked."""
-        from sclite.settings import load  # pydantic takes longer than all of --help
+    def load(
+        self, chosen: Mapping[str, Any] | None = None, defaults: Mapping[str, Any] | None = None
+    ) -> "Config":
+        """The configuration.
 
-        own = {**(chosen or {}), "run": self.run}
-        settings = [f"{key}={value}" for key, value in own.items() if value is not None]
+        `chosen` are the keys that the command's own options set; a value of None means that the option was not given.
+        A command with `defaults` of its own does not read ./sclite.toml, only what --config names.
+        """
+        from sclite.settings import load  # pydantic takes longer to import than --help takes
+
+        given = {**(chosen or {}), "run": self.run}
+        settings = [f"{key}={value}" for key, value in given.items() if value is not None]
         return load(
             self.config, [*(self.settings or []), *settings], defaults=defaults, own_file=defaults is None
         )
 
-    def context(self, chosen: Mapping[str, Any] | None = None) -> Any:
-        """What a command on a run works with."""
+    def context(self, chosen: Mapping[str, Any] | None = None) -> "Context":
+        """The context of a command that works on a run; `chosen` as in `load`."""
         from sclite.context import Context
         from sclite.doctor import has_nvidia_driver
         from sclite.progress import ProgressDisplay
@@ -60,12 +71,12 @@ class Common:
 
 
 def common_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Let a command have its four common options as one argument, `common`, its last.
+    """Pass the four common options to a command as its last argument, `common`.
 
-    Typer reads the options off a function's signature: what it is shown has the four where the command has `common`.
+    Typer reads options from the signature, so the wrapper's signature has the four in place of `common`.
     """
     own = list(inspect.signature(command).parameters.values())[:-1]
-    shown = [
+    shared = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=option)
         for name, option, default in (
             ("run", RunOption, None),
@@ -76,17 +87,17 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
     ]
 
     @functools.wraps(command)
-    def called(**given: Any) -> None:
-        four = {parameter.name: given.pop(parameter.name) for parameter in shown}
-        command(**given, common=Common(**four))
+    def wrapper(**given: Any) -> None:
+        common = Common(**{parameter.name: given.pop(parameter.name) for parameter in shared})
+        command(**given, common=common)
 
-    called.__signature__ = inspect.Signature([*own, *shown])
-    called.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *shown]}
-    return called
+    wrapper.__signature__ = inspect.Signature([*own, *shared])
+    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *shared]}
+    return wrapper
 
 
 @contextmanager
-def held(run: Any, config: Any) -> Iterator[None]:
-    """Keep other processes off the run, and note the settings of this command, which makes its data or models."""
+def hold_run(run: "Run", config: "Config") -> Iterator[None]:
+    """Lock the run against other processes, and save the settings of this command in its run.toml."""
     with run.lock(), run.recording(config):
         yield

@@ -116,7 +116,7 @@ def test_errors_keep_their_type_and_fields(tmp_path):
     with pytest.raises(DataError, match="row 7 is broken") as error:
         run_isolated(fails, progress=nothing, log=tmp_path / "log")
     assert error.value.hint == "fix it"
-    with pytest.raises(GpuMemoryError, match="4 rows at once") as error:
+    with pytest.raises(GpuMemoryError, match="micro-batch size 4") as error:
         run_isolated(runs_out_of_memory, progress=nothing, log=tmp_path / "log")
     assert (error.value.stage, error.value.micro_batch, error.value.code) == ("warmup", 4, 5)
     with pytest.raises(KeyboardInterrupt):

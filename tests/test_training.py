@@ -84,7 +84,7 @@ def test_out_of_memory_halves_the_rows_at_once_and_goes_on_from_the_last_checkpo
 def test_when_not_even_one_row_fits_it_ends_with_exit_5_and_what_to_lower(folder, tmp_path, monkeypatch):
     context = world_of(folder, tmp_path, sft={"per_device_train_batch_size": 2})
     small_card(monkeypatch, rows=0)
-    with pytest.raises(DeviceError, match="sft: the card has too little memory for 1 row at once") as error:
+    with pytest.raises(DeviceError, match="sft: out of GPU memory at micro-batch size 1") as error:
         train_sft(context)
     assert error.value.code == 5
     assert "sft.max_length" in error.value.hint

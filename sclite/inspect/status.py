@@ -58,7 +58,7 @@ class Stage:
     cost_usd: float | None = None
 
 
-def status(config: Config, run: Run) -> dict[str, Any]:
+def read_status(config: Config, run: Run) -> dict[str, Any]:
     """{"run", "busy", "stages": {name: fields of Stage}, "dropped", "ledger", "next"}; reads only, whoever holds the run.
 
     "ledger" is None where nothing was asked, else its totals, and those of each stage under "stages". Raises DataFault

@@ -84,9 +84,9 @@ def print_train(context: Any, only: str | None, json: bool) -> None:
 
 def _next(context: Any) -> None:
     """The command that takes the run on, as `sclite status` has it."""
-    from sclite.inspect.status import status
+    from sclite.inspect.status import read_status
 
-    console.print(f"Next: {_command(status(context.config, context.run)['next'])}", wrap=False)
+    console.print(f"Next: {_command(read_status(context.config, context.run)['next'])}", wrap=False)
 
 
 def _command(text: str) -> str:
@@ -124,7 +124,7 @@ def print_export(context: Any, report: Report, created: Any, fitted: bool, json:
     console.print(f"{console.escape(figures['gguf'])}  {figures['megabytes']:g} MB")
     line = console.escape(summary(figures["parity"]))
     skipped = figures["parity"]["skipped"]
-    (console.note if skipped else console.say)(f"[yellow]{line}[/]" if skipped else line)
+    (console.note if skipped else console.print)(f"[yellow]{line}[/]" if skipped else line)
     for warning in figures.get("warnings", []):
         console.note(f"[yellow]note:[/] {console.escape(warning)}")
     run = quote(str(context.run.folder))

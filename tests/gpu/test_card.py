@@ -152,7 +152,7 @@ def test_a_card_that_is_too_small_is_a_memory_fault(tmp_path):
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 60e6) / total)
     try:
-        with pytest.raises(GpuMemoryError, match="too little memory"):
+        with pytest.raises(GpuMemoryError, match="out of GPU memory"):
             train_sft(config_of(batch_size=64, per_device_train_batch_size=64, num_train_epochs=16), run)
     finally:
         torch.cuda.set_per_process_memory_fraction(before)

@@ -11,7 +11,7 @@ from sclite.data import attempts, corrections, templates
 from sclite.data.problems import split_for_stages
 from sclite.errors import DataError
 from sclite.export import stage as export
-from sclite.inspect.status import OUTPUTS, Stage, next_command, status
+from sclite.inspect.status import OUTPUTS, Stage, next_command, read_status
 from sclite.records import Attempt, Drop, Problem, Review, Template
 from sclite.run import Report, Run
 from sclite.settings import load
@@ -80,24 +80,24 @@ def adapter(run: Run, name: str, weights: bytes = b"weights") -> None:
 
 
 def states(run: Run, *more: str) -> dict[str, str]:
-    return {name: stage["state"] for name, stage in status(config(run, *more), run)["stages"].items()}
+    return {name: stage["state"] for name, stage in read_status(config(run, *more), run)["stages"].items()}
 
 
 def test_a_run_that_does_not_exist_is_a_data_fault_and_is_not_made(run):
     with pytest.raises(DataError, match="does not exist"):
-        status(config(run), run)
+        read_status(config(run), run)
     assert not run.folder.exists()
 
 
 def test_an_empty_run_has_begun_nothing(run):
     run.folder.mkdir()
-    found = status(config(run), run)
+    found = read_status(config(run), run)
     assert set(states(run).values()) == {"not_begun"}
     assert (found["ledger"], found["dropped"], found["busy"]) == (None, {}, False)
 
 
 def test_a_finished_stage_shows_counts_drops_seconds_and_cost(built):
-    found = status(config(built), built)
+    found = read_status(config(built), built)
     stage = found["stages"]["templates"]
     assert (stage["state"], stage["why"]) == ("done", [])
     assert stage["counts"] == {"problems": 8, "templates": 7}
@@ -107,7 +107,7 @@ def test_a_finished_stage_shows_counts_drops_seconds_and_cost(built):
 
 
 def test_the_ledger_is_told_as_its_totals_with_unknown_prices_counted(built):
-    ledger = status(config(built), built)["ledger"]
+    ledger = read_status(config(built), built)["ledger"]
     by_stage = ledger.pop("stages")
     assert ledger["requests"] == 2
     assert (ledger["prompt_tokens"], ledger["completion_tokens"]) == (200, 40)
@@ -137,7 +137,7 @@ def test_a_changed_setting_makes_its_stage_and_what_follows_stale(trained, setti
     Path("mine").mkdir()
     shutil.copytree(prompts.shipped_folder(), "mine", dirs_exist_ok=True)
     Path("mine/teacher_system.txt").write_text("Otherwise.")
-    found = status(config(trained, setting), trained)["stages"]
+    found = read_status(config(trained, setting), trained)["stages"]
     assert found[stage]["state"] == "stale"
     assert why in "; ".join(found[stage]["why"])
     order = ["templates", "sft", "attempts", "corrections"]
@@ -146,13 +146,13 @@ def test_a_changed_setting_makes_its_stage_and_what_follows_stale(trained, setti
 
 
 def test_a_stage_that_cannot_be_signed_now_says_why(trained):
-    stage = status(config(trained, "student.model="), trained)["stages"]["sft"]
+    stage = read_status(config(trained, "student.model="), trained)["stages"]["sft"]
     assert (stage["state"], stage["why"]) == ("stale", ["no student is configured"])
 
 
 def test_an_output_that_is_gone_makes_its_stage_stale(trained):
     trained.path("sft/adapter/adapter_model.safetensors").unlink()
-    assert status(config(trained), trained)["stages"]["sft"]["why"][-1].endswith("safetensors is gone")
+    assert read_status(config(trained), trained)["stages"]["sft"]["why"][-1].endswith("safetensors is gone")
 
 
 def test_another_adapter_makes_the_attempts_stale(trained):
@@ -167,13 +167,13 @@ def test_an_unfinished_file_is_half_way_with_its_rows(run):
     run.append("templates.jsonl", map(template, PROBLEMS[:3]))
     with open(run.path("templates.jsonl"), "a") as file:
         file.write('{"id":"p')
-    stage = status(config(run), run)["stages"]["templates"]
+    stage = read_status(config(run), run)["stages"]["templates"]
     assert (stage["state"], stage["rows"], stage["total"]) == ("half_way", 3, 8)
 
 
 def test_templates_brought_along_are_done(run):
     run.append("templates.jsonl", map(template, PROBLEMS[:3]))
-    stage = status(config(run), run)["stages"]["templates"]
+    stage = read_status(config(run), run)["stages"]["templates"]
     assert (stage["state"], stage["counts"]) == ("done", {"templates": 3, "imported": 3})
 
 
@@ -181,14 +181,14 @@ def test_replies_without_rows_are_half_way_too(trained):
     trained.path("done/corrections.json").unlink()
     trained.path("reviews.jsonl").unlink()
     paid(trained, ("templates", 0.25), ("corrections", 0.5))
-    stage = status(config(trained), trained)["stages"]["corrections"]
+    stage = read_status(config(trained), trained)["stages"]["corrections"]
     assert (stage["state"], stage["why"], stage["cost_usd"]) == ("half_way", ["1 replies in the ledger"], 0.5)
 
 
 def test_requests_that_went_unanswered_leave_their_stage_half_way(built):
     inputs = templates.inputs_of(config(built), [*SIDES[0], *SIDES[1]])
     built.sign("templates", {**inputs, "unanswered": 2}, Report("templates", {"templates": 5}))
-    stage = status(config(built), built)["stages"]["templates"]
+    stage = read_status(config(built), built)["stages"]["templates"]
     assert (stage["state"], stage["why"]) == ("half_way", ["2 without a reply"])
 
 
@@ -197,7 +197,7 @@ def test_training_that_was_broken_off_is_half_way_at_its_last_step(built):
     for name, rows in (("warmup", '{"phase": "warmup", "step": 10}\n'), ("dpo", dpo)):
         built.path(name).mkdir()
         built.path(f"{name}/metrics.jsonl").write_text(rows)
-    found = status(config(built), built)["stages"]
+    found = read_status(config(built), built)["stages"]
     assert [(found[name]["state"], found[name]["rows"]) for name in ("sft", "warmup", "dpo")] == [
         ("not_begun", None),
         ("half_way", 10),
@@ -209,7 +209,7 @@ def test_imported_rows_and_an_imported_adapter_are_done_beside_templates_of_ours
     built.replace("attempts.jsonl", [Attempt(id="p1", sample=0, trace=TRACE, answer="2", correct=False)])
     built.replace("reviews.jsonl", [Review(id="p1", sample=0, step=1, trace=TRACE)])
     adapter(built, "sft/adapter")
-    found = status(config(built), built)["stages"]
+    found = read_status(config(built), built)["stages"]
     assert [
         (found[name]["state"], found[name]["counts"]["imported"])
         for name in ("sft", "attempts", "corrections")
@@ -232,11 +232,11 @@ def test_damaged_rows_are_said_and_the_command_that_makes_them_again_is_named(tr
         manifest = trained.manifest(stage)
         trained.sign(stage, manifest["inputs"], Report.of(manifest), {name: rows[name]})
     trained.path("reviews.jsonl").write_bytes(b"{}\n")
-    found = status(config(trained), trained)
+    found = read_status(config(trained), trained)
     assert "0 of 1 rows are intact" in found["stages"]["corrections"]["why"][0]
     assert found["next"].startswith("sclite train --run")
     trained.path("templates.jsonl").write_bytes(b"\0\n")
-    found = status(config(trained), trained)
+    found = read_status(config(trained), trained)
     assert "0 of 7 rows are intact" in found["stages"]["templates"]["why"][0]
     assert found["next"].startswith("sclite build-data --run")
 
@@ -254,7 +254,7 @@ def test_an_evaluation_of_another_gguf_is_stale(built):
     older = {"models": {"sft": {"file": "x.gguf", "bytes": 1, "made_from": ""}}, "n": 20, "folder": "eval/b"}
     built.write_json("eval/b/summary.json", older)
     os.utime(built.path("eval/b/summary.json"), (1, 1))
-    stage = status(config(built), built)["stages"]["eval"]
+    stage = read_status(config(built), built)["stages"]["eval"]
     assert stage["state"] == "done"
     assert stage["counts"] == {"problems in eval/a": 300, "problems in eval/b": 20, "thresholds": 0}
     built.path("export/sft-q4_k_m.gguf").write_bytes(b"another")
@@ -286,7 +286,7 @@ def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 def test_nothing_in_the_run_is_changed_or_added(trained):
     before = snapshot(trained.folder)
-    status(config(trained, "seed=5"), trained)
+    read_status(config(trained, "seed=5"), trained)
     assert snapshot(trained.folder) == before
 
 
@@ -294,12 +294,12 @@ def test_it_reads_while_another_process_holds_the_run_and_writes_the_ledger(buil
     with built.lock(), Ledger(built.path("ledger.sqlite")) as ledger:
         ledger.sent("new", "templates", "m")
         ledger.put("new", Entry("text", "stop", 100, 20, 0.5, 1.0)).result()
-        found = status(config(built), built)
+        found = read_status(config(built), built)
         assert found["busy"] is True
         assert (found["ledger"]["requests"], found["ledger"]["cost_usd"]) == (3, 0.75)
         ledger.sent("newer", "templates", "m")
         ledger.put("newer", Entry("text", "stop", 100, 20, 0.5, 1.0)).result()
-    assert status(config(built), built)["busy"] is False
+    assert read_status(config(built), built)["busy"] is False
 
 
 def test_a_run_that_may_only_be_read_is_read(built):
@@ -307,7 +307,7 @@ def test_a_run_that_may_only_be_read_is_read(built):
         pytest.skip("root may write anywhere")
     built.folder.chmod(0o555)
     try:
-        assert status(config(built), built)["ledger"]["requests"] == 2
+        assert read_status(config(built), built)["ledger"]["requests"] == 2
     finally:
         built.folder.chmod(0o755)
 
@@ -317,7 +317,7 @@ def test_a_run_that_may_only_be_read_is_read(built):
 
 def test_the_next_command_takes_the_first_unfinished_stage_on(run, trained):
     def following(*more: str) -> str:
-        words = status(config(trained, *more), trained)["next"]
+        words = read_status(config(trained, *more), trained)["next"]
         assert words.endswith(f" --run {trained.folder}")
         return words.removesuffix(f" --run {trained.folder}")
 
@@ -325,19 +325,21 @@ def test_the_next_command_takes_the_first_unfinished_stage_on(run, trained):
     assert following("teacher.model=openai/other") == "sclite build-data --fresh"
     assert following("seed=1") == "sclite build-data"
     trained.path("done/sft.json").unlink()
-    assert status(config(trained, "student.model="), trained)["next"] == "sclite init"
+    assert read_status(config(trained, "student.model="), trained)["next"] == "sclite init"
     Path("sclite.toml").write_text("")
-    needed = status(config(trained, "student.model="), trained)["next"]
+    needed = read_status(config(trained, "student.model="), trained)["next"]
     assert needed == "set student.model in sclite.toml"
 
 
 def test_at_the_beginning_a_configuration_is_asked_for_and_then_problems_and_teacher(run):
     run.folder.mkdir()
-    assert status(config(run, "teacher.model="), run)["next"] == "sclite init"
+    assert read_status(config(run, "teacher.model="), run)["next"] == "sclite init"
     Path("sclite.toml").write_text("")
-    needed = status(config(run, "teacher.model="), run)["next"]
+    needed = read_status(config(run, "teacher.model="), run)["next"]
     assert needed == "set problems.source and teacher.model in sclite.toml"
-    assert status(config(run, "problems.source=p.jsonl"), run)["next"].startswith("sclite build-data --run")
+    assert read_status(config(run, "problems.source=p.jsonl"), run)["next"].startswith(
+        "sclite build-data --run"
+    )
 
 
 def test_without_problems_for_an_evaluation_it_is_not_named_and_a_student_without_threshold_just_talks(
@@ -360,7 +362,7 @@ def test_without_problems_for_an_evaluation_it_is_not_named_and_a_student_withou
 
 
 def test_where_training_would_be_refused_the_command_trains_afresh(trained):
-    assert status(config(trained, "sft.num_train_epochs=7"), trained)["next"].startswith(
+    assert read_status(config(trained, "sft.num_train_epochs=7"), trained)["next"].startswith(
         "sclite train --fresh --run"
     )
 
@@ -376,7 +378,7 @@ def test_brought_along_attempts_at_any_problem_are_not_stale_and_need_no_trainin
         "attempts", attempts.inputs_of(made, built, [*SIDES[0], *SIDES[1]]), Report("attempts", {"wrong": 8})
     )
     assert states(built, named)["attempts"] == "done"
-    assert status(made, built)["next"].startswith("sclite build-data --only corrections --run")
+    assert read_status(made, built)["next"].startswith("sclite build-data --only corrections --run")
     built.replace("reviews.jsonl", [Review(id=SIDES[1][0].id, sample=0, step=1, trace=TRACE)])
     built.sign("corrections", corrections.inputs_of(made, built), Report("corrections", {"corrected": 1}))
-    assert status(made, built)["next"].startswith("sclite train")
+    assert read_status(made, built)["next"].startswith("sclite train")
