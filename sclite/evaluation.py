@@ -1,4 +1,4 @@
-"""Measuring exported students, and the thresholds that are fitted on the way: between the commands and the eval stage."""
+"""Evaluation of exported students, and the review thresholds that it fits: what `sclite eval` and `sclite chat` need."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,11 +16,11 @@ from sclite.export.stage import ADAPTERS
 from sclite.records import Drop, Problem, Template
 
 THRESHOLDS = "export/review.json"
-"""By the digest of a GGUF: the threshold fitted on it, on how many problems and for what harm, and the prompts' digest."""
+"""Fitted thresholds, by the digest of the GGUF."""
 
 
 class Fitted(BaseModel):
-    """A fitted threshold: on how many problems, for what harm, under which prompts."""
+    """A fitted threshold, with the number of problems, max_harm and the prompts' digest that it was fitted with."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=True)
     threshold: float
@@ -30,14 +30,14 @@ class Fitted(BaseModel):
 
 
 FEW_TO_FIT = 50
-"""With fewer problems one answer more or less moves the threshold far."""
+"""With fewer problems, a single answer moves the threshold far."""
 
 
 def held_out(context: Context) -> tuple[list[Problem], list[Problem], dict[str, int]]:
     """(test problems, problems for the threshold, skipped ones by reason) from eval.source.
 
-    Skipped are rows that cannot be used, and problems that overlap what the run trains on, which would measure memory;
-    dropped.jsonl names them.
+    Unusable rows are skipped, and problems that overlap the training data: they would measure memorization. dropped.jsonl
+    names both.
     """
     from sclite.data.contamination import find_contaminated
     from sclite.data.problems import load_problems, split_for_stages
@@ -65,7 +65,7 @@ def held_out(context: Context) -> tuple[list[Problem], list[Problem], dict[str, 
     if len(tested) < 5 or len(fitted) < 5:
         enough = ceil(8 / max(0.05, min(source.fit_share, 1 - source.fit_share)))
         raise DataError(
-            f"{source.source}: {len(fresh)} of {len(found)} problems were not trained on, which are too few",
+            f"{source.source}: too few problems, {len(fresh)} of {len(found)} were not trained on",
             f"evaluate on {enough} or more",
         )
     return tested, fitted, dict(Counter(drop.reason for drop in drops))
@@ -84,7 +84,7 @@ def result_folder(context: Context) -> tuple[str, str]:
 
 
 def _training_questions(context: Context) -> Iterator[tuple[str, str]]:
-    """(id, question) of all that the run trains on: its problems, and templates that were brought along."""
+    """(id, question) of all that the run trains on: its problems and its templates."""
     drops = context.run.read("dropped.jsonl", Drop)
     spared = {(drop.id, drop.raw) for drop in drops if drop.reason == "overlaps_evaluation"}
     for problem in context.run.read("problems.jsonl", Problem):
@@ -111,10 +111,9 @@ def evaluate(
     source: str = "",
     dropped: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """Measure the exported students; writes summary.json, report.html and the rows into `folder`, and the thresholds
-    beside the GGUFs.
+    """Evaluate the exported students; writes summary.json, report.html and the rows to `folder`, thresholds to export/.
 
-    `dataset` is the path or Hub ID behind `folder`, `source` how the report names it; `dropped` are its skipped rows.
+    `dataset` is the path or Hub ID behind `folder`, `source` its name in the report, `dropped` its skipped rows by reason.
     """
     from sclite.evaluate.evaluate import evaluate_model
     from sclite.export.stage import gguf_path, made_from
@@ -171,11 +170,11 @@ def evaluate(
 
 
 def keep_thresholds(context: Context, figures: Mapping[str, Any]) -> list[str]:
-    """Store the fitted thresholds for chat; a sentence where one stays that more problems have fitted.
+    """Store the fitted thresholds for chat, and return a note for each one that is kept because more problems fitted it.
 
-    One that was fitted under other prompts or for another harm is replaced all the same.
+    A threshold fitted with other prompts or for another max_harm is always replaced.
     """
-    if context.config.review.threshold is not None:  # the user's own, which no evaluation has fitted
+    if context.config.review.threshold is not None:  # set by the user
         return []
     kept, stays = context.run.read_json(THRESHOLDS, dict[str, Fitted]) or {}, {}
     kept = {digest: fitted.model_dump() for digest, fitted in kept.items()}
@@ -197,12 +196,12 @@ def keep_thresholds(context: Context, figures: Mapping[str, Any]) -> list[str]:
     context.run.write_json(THRESHOLDS, kept)
     if not stays:
         return []
-    other = f"--set review.threshold={stays['instead']:.4g} takes this one"
-    return [f"chat keeps the threshold that {stays['n']} other problems have fitted before; {other}"]
+    other = f"--set review.threshold={stays['instead']:.4g} overrides it"
+    return [f"chat keeps the threshold fitted earlier on {stays['n']} problems; {other}"]
 
 
 def cut_note(figures: Mapping[str, Any], limit: int) -> list[str]:
-    """A sentence on first answers that were cut off by length, where they are more than one in a hundred of a student's."""
+    """A note if more than 1 % of a student's first answers were truncated."""
     many = [
         f"{name} {each['cut']} of {each['n']}"
         for name, each in figures.items()
@@ -210,21 +209,19 @@ def cut_note(figures: Mapping[str, Any], limit: int) -> list[str]:
     ]
     if not many:
         return []
-    return [
-        f"first answers that were cut off: {', '.join(many)}; raise eval.max_tokens ({limit}) or eval.context"
-    ]
+    return [f"truncated first answers: {', '.join(many)}; raise eval.max_tokens ({limit}) or eval.context"]
 
 
 def fit_note(figures: Mapping[str, Any], count: int) -> list[str]:
-    """A sentence on a threshold that was fitted on few problems; none where none was fitted."""
+    """A note if the threshold was fitted on few problems."""
     if count >= FEW_TO_FIT or not any(each["fitted"] for each in figures.values()):
         return []
-    remedy = "give more problems, or set review.threshold"
-    return [f"{count} other problems of the source fitted the review's threshold: few; {remedy}"]
+    remedy = "use more problems, or set review.threshold"
+    return [f"the review threshold was fitted on only {count} problems; {remedy}"]
 
 
 def write_summary(context: Context, summary: dict[str, Any]) -> None:
-    """summary.json and report.html in the folder that the summary names."""
+    """Write summary.json and report.html to the folder that the summary names."""
     from sclite.evaluate.report import write_report
     from sclite.evaluate.results import REPORT, SUMMARY
     from sclite.train.metrics_logger import read_metrics
@@ -251,7 +248,7 @@ def _review_digest(context: Context) -> str:
 
 
 def stored_threshold(context: Context, gguf: Path) -> float | None:
-    """The threshold that was fitted on this very file under these prompts, here or in the run that it lies in; else None."""
+    """The threshold fitted on this very file with these prompts, in this run or beside the file; None if there is none."""
     beside = gguf.parent / Path(THRESHOLDS).name
     for name in dict.fromkeys((str(context.run.path(THRESHOLDS).resolve()), str(beside.resolve()))):
         known = context.run.read_json(name, dict[str, Fitted]) or {}
@@ -262,32 +259,32 @@ def stored_threshold(context: Context, gguf: Path) -> float | None:
 
 
 def measured_gguf(context: Context, path: Path) -> Path | None:
-    """Of the same student in other quantisations one that has a threshold, the largest; None where none has."""
+    """The largest file of the same student in another quantization that has a threshold; None if there is none."""
     student = path.name.partition("-")[0]
     others = sorted(path.parent.glob(f"{student}-*.gguf"), key=lambda other: -other.stat().st_size)
     return next((other for other in others if stored_threshold(context, other) is not None), None)
 
 
 def for_chat(context: Context, model: Path | None, self_correct: bool) -> tuple[Path, float | None]:
-    """(GGUF, threshold of its review): of a run whose newest file has none, the file in another quantisation that has one."""
+    """(GGUF, review threshold). If the newest file has no threshold, a file in another quantization that has one."""
     path, threshold = find_gguf(context, model), context.config.review.threshold
     if threshold is None:
         threshold = stored_threshold(context, path)
     wanted = self_correct and context.config.review.mode == "guided" and model is None
     if threshold is None and wanted and (other := measured_gguf(context, path)):
-        context.display.print(f"{path.name} has not been evaluated; this is {other.name}")
+        context.display.print(f"{path.name} has not been evaluated: using {other.name}")
         return other, stored_threshold(context, other)
     return path, threshold
 
 
 def find_gguf(context: Context, model: Path | None) -> Path:
-    """The GGUF to talk to: the one given, else the run's own furthest one; raises DataFault where it is none."""
+    """The GGUF to chat with: the one given, or the run's last trained student. Raises DataError if there is none."""
     if model is not None:
         if not model.is_file():
             raise DataError(f"{model} does not exist", "give the path of a GGUF file")
         with open(model, "rb") as file:
             if file.read(4) != b"GGUF":
-                raise DataError(f"{model} is no GGUF file", "give one that `sclite export` has written")
+                raise DataError(f"{model} is not a GGUF file", "give a file that `sclite export` wrote")
         return model
     from sclite.export.stage import gguf_path
 

@@ -148,7 +148,7 @@ def test_where_a_student_knows_one_kind_of_problems_others_are_named(monkeypatch
     [
         (lambda whole: whole[: len(whole) // 2], "llama.cpp cannot load"),
         (lambda whole: whole[:4], "llama.cpp cannot load"),
-        (lambda whole: b"", "is no GGUF file"),
+        (lambda whole: b"", "is not a GGUF file"),
         (None, "does not exist"),
     ],
 )

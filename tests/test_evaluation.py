@@ -13,37 +13,37 @@ from sclite.progress import ProgressDisplay
 from sclite.run import Run
 
 
-def test_where_many_first_answers_were_cut_off_the_remedy_is_told():
+def test_many_truncated_first_answers_are_reported_with_a_remedy():
     figures = {"base": {"n": 300, "cut": 0}, "sft": {"n": 20, "cut": 5}}
     (note,) = cut_note(figures, 320)
-    assert note == "first answers that were cut off: sft 5 of 20; raise eval.max_tokens (320) or eval.context"
+    assert note == "truncated first answers: sft 5 of 20; raise eval.max_tokens (320) or eval.context"
 
 
-def test_one_cut_answer_in_a_hundred_is_left_to_the_json():
+def test_one_truncated_answer_in_a_hundred_is_not_reported():
     assert cut_note({"sft": {"n": 300, "cut": 3}}, 320) == []
     assert len(cut_note({"sft": {"n": 300, "cut": 4}}, 320)) == 1
 
 
-def test_a_threshold_fitted_on_few_problems_is_told_of():
+def test_a_threshold_fitted_on_few_problems_is_reported():
     figures = {"base": {"fitted": None}, "dpo": {"fitted": {"n": 5}}}
     (note,) = fit_note(figures, 5)
-    assert "5 other problems" in note
+    assert "only 5 problems" in note
     assert "review.threshold" in note
     assert fit_note(figures, FEW_TO_FIT) == []
     assert fit_note({"base": {"fitted": None}}, 5) == []
 
 
-def test_a_file_that_is_no_gguf_is_refused_by_name(tmp_path):
+def test_a_file_that_is_not_a_gguf_is_refused(tmp_path):
     path = tmp_path / "student.gguf"
     path.write_bytes(b"GGML and more")
-    with pytest.raises(DataError, match=r"student\.gguf is no GGUF file"):
+    with pytest.raises(DataError, match=r"student\.gguf is not a GGUF file"):
         evaluation.find_gguf(None, path)
     path.write_bytes(b"GGUF and more")
     assert evaluation.find_gguf(None, path) == path
 
 
-def test_chat_takes_the_configured_quantization_else_the_newest_of_the_furthest_student(tmp_path):
-    context = world_of(tmp_path)
+def test_chat_uses_the_configured_quantization_or_the_newest_file(tmp_path):
+    context = context_of(tmp_path)
     context.run.path("export").mkdir()
     for second, name in enumerate(("dpo-q8_0", "dpo-f16", "sft-q4_k_m", "dpo-lora", "dpo-full")):
         path = context.run.path(f"export/{name}.gguf")
@@ -55,7 +55,7 @@ def test_chat_takes_the_configured_quantization_else_the_newest_of_the_furthest_
     assert evaluation.find_gguf(context, None).name == "dpo-q4_k_m.gguf"
 
 
-def world_of(folder, **review):
+def context_of(folder, **review):
     return Context(Config.model_validate({"review": review}), Run(folder), None)
 
 
@@ -67,14 +67,14 @@ def fitted(threshold, count):
 
 
 def test_a_threshold_is_replaced_by_one_that_as_many_problems_have_fitted_and_not_by_one_of_fewer(tmp_path):
-    context = world_of(tmp_path)
+    context = context_of(tmp_path)
 
     def kept():
         return context.run.read_json(THRESHOLDS)["abc"]["threshold"]
 
     assert keep_thresholds(context, fitted(-1.5, 400)) == []
     assert keep_thresholds(context, fitted(2.0, 399)) == [
-        "chat keeps the threshold that 400 other problems have fitted before; --set review.threshold=2 takes this one"
+        "chat keeps the threshold fitted earlier on 400 problems; --set review.threshold=2 overrides it"
     ]
     assert kept() == -1.5
     assert keep_thresholds(context, fitted(0.5, 400)) == []
@@ -82,14 +82,14 @@ def test_a_threshold_is_replaced_by_one_that_as_many_problems_have_fitted_and_no
 
 
 def test_a_threshold_that_the_user_has_set_is_not_stored_as_fitted(tmp_path):
-    context = world_of(tmp_path, threshold=0.0)
+    context = context_of(tmp_path, threshold=0.0)
     assert keep_thresholds(context, {"dpo": {"gguf": "abc", "threshold": 0.0, "fitted": None}}) == []
     assert context.run.read_json(THRESHOLDS) is None
 
 
 def test_a_threshold_of_another_harm_or_an_older_sclite_is_replaced(tmp_path):
-    keep_thresholds(world_of(tmp_path), fitted(-1.5, 400))
-    context = world_of(tmp_path, max_harm=0.02)
+    keep_thresholds(context_of(tmp_path), fitted(-1.5, 400))
+    context = context_of(tmp_path, max_harm=0.02)
     assert keep_thresholds(context, fitted(2.0, 10)) == []
     assert context.run.read_json(THRESHOLDS)["abc"]["threshold"] == 2.0
     older = context.run.read_json(THRESHOLDS)["abc"]
@@ -99,7 +99,7 @@ def test_a_threshold_of_another_harm_or_an_older_sclite_is_replaced(tmp_path):
 
 
 def test_a_threshold_is_found_beside_the_file_and_the_largest_measured_file_stands_in_for_another(tmp_path):
-    home, here = world_of(tmp_path / "a"), world_of(tmp_path / "b")
+    home, here = context_of(tmp_path / "a"), context_of(tmp_path / "b")
     folder = home.run.path("export")
     folder.mkdir(parents=True)
     for name, size in (("dpo-q2_k", 9), ("dpo-q4_k_m", 12), ("dpo-q8_0", 20), ("sft-q8_0", 30)):

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from sclite import prompts
-from sclite.config import Config, Sft, Student
+from sclite.config import Config
 from sclite.errors import FAILED, ScliteError
 from sclite.export import parity, stage
 from sclite.run import Run
@@ -40,8 +40,8 @@ def trained(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("smollm2")
     base, run = smollm2(folder / "base"), Run(folder / "run")
-    shape = Sft(rank=16, alpha=32)
-    model, tokenizer = load_student(Student(model=str(base)), shape, train=True)
+    tree = {"student": {"model": str(base), "backend": "plain"}, "lora": {"r": 16, "lora_alpha": 32}}
+    model, tokenizer = load_student(Config.model_validate(tree), "sft", train=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
     for text in sample_texts(STEPS):
         question, answer = text.split("\n", 1)
