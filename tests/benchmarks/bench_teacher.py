@@ -1,9 +1,10 @@
-"""How close build-data comes to the best that an endpoint allows, what a call costs, and how memory grows.
+"""build-data: throughput relative to the endpoint's maximum, CPU per call, and memory growth.
 
-    python tests/benchmarks/bench_teacher.py --teacher "replay-teacher --problems p.jsonl" --problems p.jsonl
-    python tests/benchmarks/bench_teacher.py --teacher .. --problems .. --memory
+    python -m tests.benchmarks.bench_teacher --teacher "replay-teacher --problems p.jsonl" --problems p.jsonl
+    python -m tests.benchmarks.bench_teacher --teacher .. --problems .. --memory
 
-`--teacher` is a command that serves OpenAI's chat completions and prints its port; `--port 0 --latency SECONDS` is added.
+`--teacher` is a command that serves OpenAI's chat completions and prints its port; it is run with `--port 0 --latency
+SECONDS`.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,11 +34,12 @@ from sclite.teacher.client import Teacher
 from sclite.teacher.ledger import Ledger
 from sclite.teacher.provider import Provider
 
-PILOT = 64
+WARM_UP = 64  # problems
 
 
 @contextmanager
-def serving(command: str, latency: float):
+def serve(command: str, latency: float) -> Iterator[str]:
+    """Run the teacher's command; yields its base URL."""
     process = subprocess.Popen(
         [*shlex.split(command), "--port", "0", "--latency", str(latency)],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
@@ -45,6 +48,7 @@ def serving(command: str, latency: float):
         yield f"http://127.0.0.1:{int(process.stdout.readline())}/v1"
     finally:
         process.terminate()
+        process.wait()
 
 
 def settings(url: str, in_flight: int, *more: str) -> config.Config:
@@ -57,15 +61,15 @@ def settings(url: str, in_flight: int, *more: str) -> config.Config:
     return load(None, chosen, {}, own_file=False)
 
 
-def seconds_for(chosen: config.Config, problems, folder: Path) -> tuple[float, int]:
-    """Seconds from the first request after the pilot to the last reply, and how many templates came."""
+def time_build(chosen: config.Config, problems, folder: Path) -> tuple[float, int]:
+    """Seconds from the first request after the warm-up to the last reply, and the number of templates."""
     run = Run(folder)
     with (
         Grader() as grader,
         Ledger(run.path("ledger.sqlite")) as ledger,
         Teacher(chosen.teacher, ledger) as teacher,
     ):
-        build_templates(chosen, run, teacher=teacher, grader=grader, problems=problems[:PILOT])
+        build_templates(chosen, run, teacher=teacher, grader=grader, problems=problems[:WARM_UP])
         began, last = time.monotonic(), 0.0
 
         def progress(*_):
@@ -75,30 +79,30 @@ def seconds_for(chosen: config.Config, problems, folder: Path) -> tuple[float, i
         report = build_templates(
             chosen, run, teacher=teacher, grader=grader, problems=problems, progress=progress
         )
-        return last - began, report.counts["templates"] - PILOT
+        return last - began, report.counts["templates"] - WARM_UP
 
 
-def throughput(options, problems) -> None:
+def measure_throughput(options, problems) -> None:
     for latency, count, runs in ((1.0, 1920, 1), (0.1, 1920, 3)):
         shares, rates = [], []
         for _ in range(runs):
-            with serving(options.teacher, latency) as url, tempfile.TemporaryDirectory() as folder:
-                taken, kept = seconds_for(
-                    settings(url, options.in_flight), problems[: PILOT + count], Path(folder)
+            with serve(options.teacher, latency) as url, tempfile.TemporaryDirectory() as folder:
+                seconds, kept = time_build(
+                    settings(url, options.in_flight), problems[: WARM_UP + count], Path(folder)
                 )
-            shares.append(count * latency / options.in_flight / taken)
-            rates.append(count / taken)
+            shares.append(count * latency / options.in_flight / seconds)
+            rates.append(count / seconds)
         print(
             f"latency {latency} s, {options.in_flight} in flight, {count} problems, {kept} kept: "
-            f"{statistics.median(rates):.1f}/s, {statistics.median(shares):.3f} of the ideal (median of {runs})"
+            f"{statistics.median(rates):.1f}/s, {statistics.median(shares):.3f} of the maximum (median of {runs})"
         )
 
 
-class Stepped:
-    """An awaitable that notes the CPU seconds of a coroutine's own steps, without those in which it waits."""
+class Timed:
+    """An awaitable that counts the CPU seconds of a coroutine's own steps, without its waits."""
 
-    def __init__(self, coroutine, book: Counter, name: str):
-        self.steps, self.book, self.name = coroutine.__await__(), book, name
+    def __init__(self, coroutine: Coroutine, cpu: Counter, name: str):
+        self.steps, self.cpu, self.name = coroutine.__await__(), cpu, name
 
     def __await__(self):
         value = thrown = None
@@ -109,47 +113,47 @@ class Stepped:
             except StopIteration as end:
                 return end.value
             finally:
-                self.book[self.name] += time.thread_time() - began
+                self.cpu[self.name] += time.thread_time() - began
             value = thrown = None
             try:
                 value = yield waiting
-            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - the coroutine is told, whatever it is
+            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - passed on to the coroutine
                 thrown = error
 
 
-def logger(owner, name: str, book: Counter) -> None:
-    """Let a coroutine function note the CPU seconds of its steps."""
-    function = getattr(owner, name)
+def count_cpu(owner: type, name: str, cpu: Counter) -> None:
+    """Let a coroutine method count the CPU seconds of its steps."""
+    method = getattr(owner, name)
 
-    async def stepped(*arguments, **named):
-        return await Stepped(function(*arguments, **named), book, name)
+    async def timed(*arguments, **named):
+        return await Timed(method(*arguments, **named), cpu, name)
 
-    setattr(owner, name, stepped)
+    setattr(owner, name, timed)
 
 
-def split(options, problems, count: int = 1000) -> None:
-    """CPU time of a call, our code and the library's told apart, with and without LiteLLM in between."""
-    book: Counter = Counter()
-    logger(Teacher, "_work", book)
-    logger(Provider, "complete", book)
-    litellm = used_by_a_call(options, problems, count, book, "false")
-    direct = used_by_a_call(options, problems, count, book, "true")
-    theirs = told("LiteLLM", litellm)
-    told("the OpenAI SDK", direct)
+def measure_cpu(options, problems, count: int = 1000) -> None:
+    """CPU time of a call, split into our code and the library, with and without LiteLLM."""
+    cpu: Counter = Counter()
+    count_cpu(Teacher, "_work", cpu)
+    count_cpu(Provider, "complete", cpu)
+    litellm = cpu_per_call(options, problems, count, cpu, "false")
+    direct = cpu_per_call(options, problems, count, cpu, "true")
+    theirs = print_cpu("LiteLLM", litellm)
+    print_cpu("the OpenAI SDK", direct)
     print(f"our code is {sum(ours(direct).values()) / theirs:.1%} of LiteLLM and its event loop")
 
 
-def used_by_a_call(options, problems, count: int, book: Counter, direct: str) -> Counter:
-    """CPU milliseconds of a call: by threads, and on the loop's thread by the steps of what is watched."""
-    with serving(options.teacher, 0.0) as url, tempfile.TemporaryDirectory() as folder:
+def cpu_per_call(options, problems, count: int, cpu: Counter, direct: str) -> Counter:
+    """CPU milliseconds of a call by thread, and by counted method in the loop's thread."""
+    with serve(options.teacher, 0.0) as url, tempfile.TemporaryDirectory() as folder:
         chosen, run = settings(url, options.in_flight, f"teacher.direct={direct}"), Run(folder)
         with Grader() as grader, Ledger(run.path("l")) as ledger, Teacher(chosen.teacher, ledger) as teacher:
-            build_templates(chosen, run, teacher=teacher, grader=grader, problems=problems[:PILOT])
-            before = book | cpu_seconds()
+            build_templates(chosen, run, teacher=teacher, grader=grader, problems=problems[:WARM_UP])
+            before = cpu | cpu_seconds()
             build_templates(
-                chosen, run, teacher=teacher, grader=grader, problems=problems[: PILOT + count], fresh=True
+                chosen, run, teacher=teacher, grader=grader, problems=problems[: WARM_UP + count], fresh=True
             )
-            spent = book | cpu_seconds()
+            spent = cpu | cpu_seconds()
     return Counter({name: 1e3 * (spent[name] - before[name]) / count for name in spent})
 
 
@@ -158,13 +162,13 @@ def ours(used: Counter) -> dict[str, float]:
     return {"asking": asking, "checks": used["check"], "ledger": used["ledger"], "rows": used["MainThread"]}
 
 
-def told(name: str, used: Counter) -> float:
-    """Prints the parts of a call; gives the library's and the event loop's."""
+def print_cpu(name: str, used: Counter) -> float:
+    """Print the parts of a call; return that of the library and the event loop."""
     mine = ours(used)
     others = used["teacher"] - mine["asking"] + used["asyncio"]
     parts = ", ".join(f"{part} {milliseconds:.2f}" for part, milliseconds in mine.items())
     print(
-        f"CPU per call: {others:.2f} ms in {name} and the event loop ({used['ask']:.2f} in its own steps); "
+        f"CPU per call: {others:.2f} ms in {name} and the event loop ({used['complete']:.2f} in its own steps); "
         f"{sum(mine.values()):.2f} ms in our code ({parts})"
     )
     return others
@@ -172,22 +176,21 @@ def told(name: str, used: Counter) -> float:
 
 def cpu_seconds() -> Counter:
     """CPU seconds of this process's threads, by the first word of their names."""
-    book: Counter = Counter()
+    cpu: Counter = Counter()
     for thread in threading.enumerate():
         clock = time.pthread_getcpuclockid(thread.ident)
-        book[thread.name.partition("_")[0]] += time.clock_gettime(clock)
-    return book
+        cpu[thread.name.partition("_")[0]] += time.clock_gettime(clock)
+    return cpu
 
 
-def memory(options) -> None:
-    """The peak of `sclite build-data` on 2,000 and on 20,000 problems: those given again and again, with a number before."""
-    with open(
-        options.problems, encoding="utf-8"
-    ) as file:  # splitlines would also split at what is inside a string
+def measure_memory(options) -> None:
+    """Peak memory of `sclite build-data` on 2,000 and 20,000 problems: the given ones, repeated with a number in front."""
+    # not splitlines, which would also split at line separators inside a string
+    with open(options.problems, encoding="utf-8") as file:
         known = [json.loads(line) for line in file]
     peaks = {}
     for count in (2000, 20000):
-        with serving(options.teacher, 0.0) as url, tempfile.TemporaryDirectory() as folder:
+        with serve(options.teacher, 0.0) as url, tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "problems.jsonl"
             with open(source, "w", encoding="utf-8") as file:
                 for number in range(count):
@@ -214,16 +217,16 @@ def main() -> None:
     parser.add_argument("--problems", required=True)
     parser.add_argument("--in-flight", type=int, default=64)
     parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--split", action="store_true", help="the CPU time of a call alone")
+    parser.add_argument("--cpu", action="store_true", help="only the CPU time of a call")
     options = parser.parse_args()
     os.environ.setdefault("OPENAI_API_KEY", "none")
     if options.memory:
-        memory(options)
+        measure_memory(options)
         return
     problems = load_problems(options.problems)
-    if not options.split:
-        throughput(options, problems)
-    split(options, problems)
+    if not options.cpu:
+        measure_throughput(options, problems)
+    measure_cpu(options, problems)
     print(f"peak of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
 
 

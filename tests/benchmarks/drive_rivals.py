@@ -1,11 +1,11 @@
-"""One tool asking one server for all templates: what bench_rivals starts, in the tool's own interpreter.
+"""Request all templates with one tool; bench_rivals runs this in the tool's own interpreter.
 
     python drive_rivals.py TOOL URL WORK IN_FLIGHT [MODEL]
 
-WORK holds problems.jsonl and requests.jsonl (`id`, `messages`: the same chats for every tool) and takes what the tool
-writes; MODEL is sclite's, a LiteLLM name. Of sclite nothing is imported but by its own driver. The last line printed is an object: `seconds` from the first
-connection to the last reply, `call_seconds` of the tool's call from beginning to end, its imports and set-up done, and
-`replies`, those with an answer in its tag.
+WORK holds problems.jsonl and requests.jsonl (`id`, `messages`: the same chats for every tool) and the tool's output;
+MODEL is a LiteLLM name, for sclite only. Only sclite's own driver imports sclite. The last line printed is a JSON object:
+`seconds` from the first connection to the last reply, `call_seconds` of the tool's call without imports and set-up, and
+`replies`, the number with an <Answer>.
 """
 
 import json
@@ -20,7 +20,7 @@ NO_LIMIT = 10**9  # per minute
 
 
 class Clock:
-    """When the server was first connected to, and when the last reply was had; the same for all tools."""
+    """The times of the first connection to the server and of the last reply, measured alike for all tools."""
 
     def __init__(self, url: str):
         self.port = urlsplit(url).port
@@ -28,7 +28,7 @@ class Clock:
         self.last = 0.0
 
     def start(self) -> None:
-        """Watch for the first connection from here on."""
+        """Start watching for the first connection."""
         sys.addaudithook(self._watch)
 
     def reply(self, *_: object) -> None:
@@ -39,18 +39,18 @@ class Clock:
             self.began = time.monotonic()
 
 
-def timed(clock: Clock, call: Callable[[], list[str]]) -> dict[str, float]:
-    """Make the call and print what it took."""
+def measure(clock: Clock, call: Callable[[], list[str]]) -> dict[str, float]:
+    """Time the call and count its replies."""
     clock.start()
     began = time.monotonic()
     replies = call()
     ended = time.monotonic()
-    right = sum("<Answer>" in reply for reply in replies)
-    return {"seconds": clock.last - clock.began, "call_seconds": ended - began, "replies": right}
+    answered = sum("<Answer>" in reply for reply in replies)
+    return {"seconds": clock.last - clock.began, "call_seconds": ended - began, "replies": answered}
 
 
 def sclite(url: str, work: Path, in_flight: int, model: str) -> dict[str, float]:
-    """build_templates, all of it: every reply in the ledger, parsed, graded against the gold answer, written."""
+    """build_templates in full: every reply is recorded in the ledger, parsed, graded against the gold answer, written."""
     from sclite.data.problems import load_problems
     from sclite.data.templates import FILE, build_templates
     from sclite.grading.worker import Grader
@@ -76,13 +76,13 @@ def sclite(url: str, work: Path, in_flight: int, model: str) -> dict[str, float]
             )
             return [row.trace for row in run.read(FILE, Template)]
 
-        return timed(clock, call)
+        return measure(clock, call)
 
 
 def curator(url: str, work: Path, in_flight: int, backend: str = "openai") -> dict[str, float]:
-    """curator.LLM over a list of rows, through the backend that it takes for OpenAI-compatible endpoints (aiohttp)."""
+    """curator.LLM on a list of rows, with its backend for OpenAI-compatible endpoints (aiohttp)."""
     from bespokelabs import curator
-    from litellm.litellm_core_utils import default_encoding  # noqa: F401 - tiktoken's file, else it is downloaded
+    from litellm.litellm_core_utils import default_encoding  # noqa: F401 - provides tiktoken's file, else it is downloaded
 
     clock = Clock(url)
 
@@ -105,34 +105,33 @@ def curator(url: str, work: Path, in_flight: int, backend: str = "openai") -> di
             "max_tokens_per_minute": NO_LIMIT,
         },
     )
-    if backend == "litellm":  # its test call says "hi", which a server that replays known questions refuses
+    if backend == "litellm":  # skip its test call "hi", which a server that replays known questions refuses
         teacher._request_processor._rate_limits_initialized = True
-    rows = requests(work)
+    rows = read_requests(work)
 
     def call() -> list[str]:
         found = teacher(rows, working_dir=str(work / "curator"))
         return list(found.dataset["reply"])
 
-    return timed(clock, call)
+    return measure(clock, call)
 
 
 def curator_litellm(url: str, work: Path, in_flight: int) -> dict[str, float]:
-    """The same through its LiteLLM backend, which reaches as many providers as sclite does."""
+    """curator.LLM with its LiteLLM backend, which supports as many providers as sclite."""
     return curator(url, work, in_flight, "litellm")
 
 
 def kit(url: str, work: Path, in_flight: int) -> dict[str, float]:
-    """The client under synthetic-data-kit's commands, in batches as large as the concurrency, without the half second
-    that it rests between two of them.
+    """The client of synthetic-data-kit's commands, in batches of `in_flight`, without its half second between batches.
 
-    The commands themselves take documents and make the messages; one that rewrites a given conversation
-    (`create --type cot-enhance`) sends one request after the other.
+    The commands themselves take documents and build the messages; the one that rewrites a given conversation
+    (`create --type cot-enhance`) sends one request at a time.
     """
     from synthetic_data_kit.models.llm_client import LLMClient
 
     teacher = LLMClient(provider="api-endpoint", api_base=url, api_key="none", model_name=MODEL)
     teacher.sleep_time = 0
-    chats, clock = [row["messages"] for row in requests(work)], Clock(url)
+    chats, clock = [row["messages"] for row in read_requests(work)], Clock(url)
 
     def call() -> list[str]:
         replies = teacher.batch_completion(chats, batch_size=in_flight)
@@ -140,10 +139,10 @@ def kit(url: str, work: Path, in_flight: int) -> dict[str, float]:
         (work / "kit.json").write_text(json.dumps(replies))
         return replies
 
-    return timed(clock, call)
+    return measure(clock, call)
 
 
-def requests(work: Path) -> list[dict]:
+def read_requests(work: Path) -> list[dict]:
     return [json.loads(line) for line in (work / "requests.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
