@@ -1,4 +1,4 @@
-"""What this machine can do: the checks of `sclite doctor`, and the configuration that `sclite init` writes for it."""
+"""What this machine can do: the checks of `sclite doctor`, and the configuration that `sclite init` writes."""
 
 import importlib.util
 import json
@@ -14,33 +14,92 @@ from typing import Any
 from sclite import config as configuration
 from sclite.errors import UsageError
 
+GPU = tuple[str, float, float]
+"""Name, total GB, free GB."""
+DRIVERS = ("/dev/nvidiactl", "/dev/dxg")  # Linux, and Linux under Windows
+
+# -- GPUs ----------------------------------------------------------------------------------------------------------
+
+
+def has_nvidia_driver() -> bool:
+    """Whether an NVIDIA driver is installed, without initializing CUDA. A container may lack nvidia-smi."""
+    return shutil.which("nvidia-smi") is not None or any(Path(path).exists() for path in DRIVERS)
+
+
+def list_gpus() -> list[GPU]:
+    """Every CUDA GPU. Imports torch and initializes CUDA."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    gpus = []
+    for number in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(number)
+        gpus.append((torch.cuda.get_device_name(number), total / 1e9, free / 1e9))
+    return gpus
+
+
+def probe_gpus() -> list[GPU]:
+    """Like `list_gpus`, in a subprocess; empty if torch is missing or broken."""
+    found = _run_python(_TORCH)
+    return [] if isinstance(found, str) else found["gpus"]
+
+
+def describe_gpu(number: int = 0) -> dict[str, Any] | None:
+    """{"name", "total_gb", "free_gb", "processes"} of a GPU, None if it does not exist.
+
+    `number` counts the GPUs that CUDA shows, in PCI bus order. "processes" is from `list_gpu_processes`.
+    """
+    gpus = list_gpus()
+    if number >= len(gpus):
+        return None
+    name, total, free = gpus[number]
+    return {"name": name, "total_gb": total, "free_gb": free, "processes": list_gpu_processes(number)}
+
+
+def list_gpu_processes(number: int = 0) -> list[dict[str, Any]] | None:
+    """The processes that hold memory on a GPU, largest first; None if nvidia-smi is missing or fails."""
+    # CUDA_VISIBLE_DEVICES renumbers the GPUs for CUDA, not for nvidia-smi
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    physical = visible[number].strip() if number < len(visible) and visible[number].strip() else str(number)
+    query = ("--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader,nounits")
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "-i", physical, *query], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return parse_gpu_processes(done.stdout)
+
+
+def parse_gpu_processes(text: str) -> list[dict[str, Any]]:
+    """Parse lines of `pid, name, MiB` to {"pid", "name", "gb"}, largest first; "gb" is None if the driver hides it.
+
+    A name may contain commas. Other lines, such as "No running processes found", are skipped.
+    """
+    processes = []
+    for line in text.splitlines():
+        pid, _, rest = line.partition(",")
+        name, _, used = rest.rpartition(",")
+        if not pid.strip().isdigit() or not name.strip():
+            continue
+        gb = round(int(used) * 2**20 / 1e9, 3) if used.strip().isdigit() else None
+        processes.append({"pid": int(pid), "name": name.strip(), "gb": gb})
+    return sorted(processes, key=lambda process: -(process["gb"] or 0.0))
+
+
+# -- sclite doctor -------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that works or does not, the command that fixes it, and whether anything works without it."""
+    """A check of the environment, with a fix if it fails. Nothing works without what is `required`."""
 
     name: str
     works: bool
     found: str
     fix: str = ""
     required: bool = False
-
-
-def run_checks() -> list[Check]:
-    """Every check. torch and llama.cpp are imported in processes of their own, which takes seconds."""
-    torch, llama = _printed(_TORCH), _printed(_LLAMA)
-    gpus = [] if isinstance(torch, str) else torch["gpus"]
-    return [
-        _python(),
-        _torch(torch),
-        _gpu(gpus),
-        _unsloth(gpus),
-        _compiler(gpus),
-        _llama_cpp(llama, gpus),
-        _converter(),
-        _ollama(),
-        _disk(),
-    ]
 
 
 _TORCH = (
@@ -50,14 +109,30 @@ _TORCH = (
 _LLAMA = "from sclite.student.llama_cpp.engine import llama; print(str(bool(llama().llama_supports_gpu_offload())).lower())"
 
 
-def probe_gpus() -> list[tuple[str, float, float]]:
-    """As `list_gpus`, asked in a process of its own; none where torch is missing or broken."""
-    found = _printed(_TORCH)
-    return [] if isinstance(found, str) else found["gpus"]
+def run_checks() -> list[Check]:
+    """Run every check. Takes seconds: torch and llama.cpp are imported in subprocesses."""
+    torch, llama = _run_python(_TORCH), _run_python(_LLAMA)
+    gpus = [] if isinstance(torch, str) else torch["gpus"]
+    python = sys.version.split()[0]
+    return [
+        Check("Python", sys.version_info >= (3, 11), python, "install Python 3.11 or later", required=True),
+        _check_torch(torch),
+        _check_gpu(gpus),
+        _check_unsloth(gpus),
+        _check_compiler(gpus),
+        _check_llama_cpp(llama, gpus),
+        _check_converter(),
+        _check_ollama(),
+        _check_disk(),
+    ]
 
 
-def _printed(code: str) -> Any:
-    """What Python code prints as JSON in a process of its own; the reason as a str where it fails or is killed."""
+def as_dicts(checks: list[Check]) -> list[dict[str, Any]]:
+    return [asdict(check) for check in checks]
+
+
+def _run_python(code: str) -> Any:
+    """Run Python code in a subprocess and parse the JSON that it prints; a str with the reason if it fails."""
     path = os.pathsep.join(folder for folder in sys.path if folder)
     try:
         done = subprocess.run(
@@ -70,88 +145,14 @@ def _printed(code: str) -> Any:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return "does not answer within 5 minutes"
+        return "no answer within 5 minutes"
     if done.returncode < 0:
-        return f"crashes when it is imported (signal {-done.returncode})"
-    last = [
-        line.strip() for line in (done.stdout, done.stderr)[done.returncode > 0].splitlines() if line.strip()
-    ]
+        return f"crashes on import (signal {-done.returncode})"
+    output = done.stderr if done.returncode else done.stdout
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
     if done.returncode:
-        return last[-1] if last else f"cannot be imported (exit code {done.returncode})"
-    return json.loads(last[-1])
-
-
-def as_dicts(checks: list[Check]) -> list[dict[str, Any]]:
-    return [asdict(check) for check in checks]
-
-
-def list_gpus() -> list[tuple[str, float, float]]:
-    """(name, GB in all, GB free) of each CUDA card."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return []
-    found = []
-    for number in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(number)
-        found.append((torch.cuda.get_device_name(number), total / 1e9, free / 1e9))
-    return found
-
-
-DRIVERS = ("/dev/nvidiactl", "/dev/dxg")  # of Linux, and of Linux under Windows
-
-
-def has_nvidia_driver() -> bool:
-    """Whether a driver of NVIDIA's is here, asked without touching CUDA. A container may lack nvidia-smi."""
-    return shutil.which("nvidia-smi") is not None or any(Path(path).exists() for path in DRIVERS)
-
-
-_PROCESSES = ("--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader,nounits")
-
-
-def describe_gpu(number: int = 0) -> dict[str, Any] | None:
-    """{"name", "total_gb", "free_gb", "processes": [{"pid", "name", "gb"}] or None where nobody tells}; None: no such card.
-
-    `number` counts the cards that CUDA shows, in the order of the bus.
-    """
-    found = list_gpus()
-    if number >= len(found):
-        return None
-    name, total, free = found[number]
-    return {"name": name, "total_gb": total, "free_gb": free, "processes": list_gpu_processes(number)}
-
-
-def list_gpu_processes(number: int = 0) -> list[dict[str, Any]] | None:
-    """Who holds memory on a card, largest first; None where nvidia-smi is missing or does not answer."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    physical = visible[number].strip() if number < len(visible) and visible[number].strip() else str(number)
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", "-i", physical, *_PROCESSES],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return parse_processes(done.stdout)
-
-
-def parse_processes(text: str) -> list[dict[str, Any]]:
-    """Lines of `pid, name, MiB` as {"pid", "name", "gb"}, largest first; "gb" is None where the driver does not say.
-
-    A name may hold commas. Lines of another form, such as "No running processes found", are left out.
-    """
-    found = []
-    for line in text.splitlines():
-        pid, _, rest = line.partition(",")
-        name, _, used = rest.rpartition(",")
-        if not pid.strip().isdigit() or not name.strip():
-            continue
-        size = int(used) * 2**20 / 1e9 if used.strip().isdigit() else None
-        found.append({"pid": int(pid), "name": name.strip(), "gb": None if size is None else round(size, 3)})
-    return sorted(found, key=lambda process: -(process["gb"] or 0.0))
+        return lines[-1] if lines else f"cannot be imported (exit code {done.returncode})"
+    return json.loads(lines[-1])
 
 
 def _version(package: str) -> str:
@@ -161,105 +162,74 @@ def _version(package: str) -> str:
         return ""
 
 
-def _python() -> Check:
-    return Check(
-        "Python",
-        sys.version_info >= (3, 11),
-        sys.version.split()[0],
-        "install Python 3.11 or later",
-        required=True,
-    )
+def _check_torch(torch: Any) -> Check:
+    if isinstance(torch, str):
+        fix = 'pip install --force-reinstall "torch>=2.11,<2.14"'
+        return Check("torch", False, torch, fix, required=True)
+    build = f"CUDA {torch['cuda']}" if torch["cuda"] else "CPU build"
+    return Check("torch", True, f"{torch['version']}, {build}", required=True)
 
 
-def _torch(found: Any) -> Check:
-    if isinstance(found, str):
-        return Check(
-            "torch", False, found, 'pip install --force-reinstall "torch>=2.11,<2.14"', required=True
-        )
-    kind = f"CUDA {found['cuda']}" if found["cuda"] else "CPU build"
-    return Check("torch", True, f"{found['version']}, {kind}", required=True)
-
-
-def _gpu(gpus: list) -> Check:
-    fix = "a GPU with 24 GB trains models of 7B and 8B"
+def _check_gpu(gpus: list[GPU]) -> Check:
+    fix = "use a GPU with 24 GB to train 7B and 8B models"
     if not gpus:
-        return Check("CUDA GPU", False, "none: training runs on the CPU", fix)
+        return Check("CUDA GPU", False, "not found, training runs on the CPU", fix)
     text = "; ".join(f"{name}, {total:.0f} GB, {free:.0f} GB free" for name, total, free in gpus)
     return Check("CUDA GPU", max(total for _, total, _ in gpus) > 11, text, fix)
 
 
-def _unsloth(gpus: list) -> Check:
+def _check_unsloth(gpus: list[GPU]) -> Check:
     found = importlib.util.find_spec("unsloth") is not None
     if not found and not gpus:
         return Check("Unsloth", True, "not installed, not needed without a GPU")
     return Check("Unsloth", found, _version("unsloth") or "not installed", "pip install -e '.[cuda]'")
 
 
-def _compiler(gpus: list) -> Check:
-    """Unsloth's kernels are compiled by Triton, which asks a C compiler for its launchers."""
+def _check_compiler(gpus: list[GPU]) -> Check:
+    """Triton, which compiles Unsloth's kernels, needs a C compiler for its launchers."""
     found = next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), "")
     if not gpus:
-        return Check("C compiler", True, f"{found or 'none'}, not needed without a GPU")
-    return Check("C compiler", bool(found), found or "none", "apt-get install gcc")
+        return Check("C compiler", True, f"{found or 'not found'}, not needed without a GPU")
+    return Check("C compiler", bool(found), found or "not found", "apt-get install gcc")
 
 
-def _llama_cpp(offload: Any, gpus: list) -> Check:
+def _check_llama_cpp(offload: Any, gpus: list[GPU]) -> Check:
     install = "pip install --force-reinstall --no-cache-dir llama-cpp-python"
     if isinstance(offload, str):
         return Check("llama.cpp", False, offload, install, required=True)
     text = f"llama-cpp-python {_version('llama-cpp-python')}, {'GPU' if offload else 'CPU'} build"
-    works = offload or not gpus  # a CPU build beside a GPU is slow, not broken
+    works = offload or not gpus  # a CPU build on a GPU machine is slow, not broken
     return Check("llama.cpp", works, text, f"CMAKE_ARGS=-DGGML_CUDA=on {install}", required=works)
 
 
-def _converter() -> Check:
+def _check_converter() -> Check:
     from sclite.export.gguf import cache_folder
 
+    name, checkout = "GGUF converter", os.environ.get("SCLITE_LLAMA_CPP")
     if not _version("llama-cpp-python"):
-        return Check(
-            "GGUF converter", False, "llama-cpp-python is not installed", "pip install llama-cpp-python"
-        )
-    checkout = os.environ.get("SCLITE_LLAMA_CPP")
+        return Check(name, False, "llama-cpp-python is not installed", "pip install llama-cpp-python")
     if checkout:
-        return Check(
-            "GGUF converter",
-            Path(checkout).is_dir(),
-            checkout,
-            "point SCLITE_LLAMA_CPP at a llama.cpp checkout",
-        )
-    kept = cache_folder().is_dir()
-    return Check(
-        "GGUF converter",
-        True,
-        str(cache_folder()) if kept else "fetched at the first export of a large model",
-    )
+        fix = "set SCLITE_LLAMA_CPP to a llama.cpp checkout"
+        return Check(name, Path(checkout).is_dir(), checkout, fix)
+    cached = cache_folder().is_dir()
+    return Check(name, True, str(cache_folder()) if cached else "downloaded when first needed")
 
 
-def _ollama() -> Check:
+def _check_ollama() -> Check:
     path = shutil.which("ollama")
-    return Check(
-        "Ollama", bool(path), path or "not installed", "curl -fsSL https://ollama.com/install.sh | sh"
-    )
+    fix = "curl -fsSL https://ollama.com/install.sh | sh"
+    return Check("Ollama", bool(path), path or "not installed", fix)
 
 
-def _disk() -> Check:
+def _check_disk() -> Check:
     try:
         free = shutil.disk_usage(".").free / 1e9
     except OSError as error:  # the working folder was removed
         return Check("disk", False, f"unknown: {error.strerror}", "cd to another folder")
-    return Check("disk", free > 40, f"{free:.0f} GB free here", "a run with an 8B model needs about 40 GB")
+    return Check("disk", free > 40, f"{free:.0f} GB free here", "free 40 GB for a run with an 8B model")
 
 
 # -- sclite init ---------------------------------------------------------------------------------------------------
-
-
-def values_for_machine(memory_gb: float | None) -> dict[str, Any]:
-    """The keys that depend on the machine, for a card with so many GB (None: no card)."""
-    if memory_gb is None:
-        return {"student.model": "embedded", "student.backend": "plain"}
-    name = "Qwen3-4B-Instruct-2507" if memory_gb < 15 else "Qwen2.5-Math-7B-Instruct"
-    return {"student.model": f"unsloth/{name}-bnb-4bit"}
-
 
 EXAMPLES: dict[str, Any] = {
     "problems.limit": 1000,
@@ -273,36 +243,41 @@ EXAMPLES: dict[str, Any] = {
     **{f"{stage}.padding_free": True for stage in ("sft", "warmup", "dpo")},
     "review.threshold": 0.0,
 }
-"""Values for the keys that have none, so that each line of sclite.toml can be taken as it stands."""
+"""Example values for keys without a default: every line of sclite.toml is valid when uncommented."""
 
 
 def write_configuration(path: Path, memory_gb: float | None) -> None:
-    """A commented sclite.toml with every key: those that fit this machine set, the others with their defaults in comments.
+    """Write a sclite.toml with every key: those that depend on the GPU are set, the others are commented defaults.
 
-    Raises UsageFault where the file exists or cannot be written.
+    `memory_gb` is the memory of the largest GPU, None without one. Raises UsageError if the file exists or cannot be
+    written.
     """
     if path.exists():
-        raise UsageError(f"{path} exists", "remove it first, or edit it")
-    chosen = values_for_machine(memory_gb)
+        raise UsageError(f"{path} already exists", "edit it, or remove it first")
+    if memory_gb is None:
+        chosen = {"student.model": "embedded", "student.backend": "plain"}
+    else:
+        name = "Qwen3-4B-Instruct-2507" if memory_gb < 15 else "Qwen2.5-Math-7B-Instruct"
+        chosen = {"student.model": f"unsloth/{name}-bnb-4bit"}
     sections: dict[str, list[str]] = {}
     for key, field in configuration.keys().items():
         section, _, name = key.rpartition(".")
         value = chosen.get(key, field.default)
-        meanings = [field.description] if field.description else []
+        comments = [field.description] if field.description else []
         if value is None:
             value = EXAMPLES[key]
-            meanings.append("an example: not set by default")
-        meaning = f"  # {'; '.join(meanings)}" if meanings else ""
-        off = "" if key in chosen else "# "
-        sections.setdefault(section, []).append(f"{off}{name} = {_toml(value)}{meaning}")
-    blocks = ["## Every key with its default. Remove the # before a key to change it."]
+            comments.append("example, not set by default")
+        comment = f"  # {'; '.join(comments)}" if comments else ""
+        prefix = "" if key in chosen else "# "
+        sections.setdefault(section, []).append(f"{prefix}{name} = {_toml(value)}{comment}")
+    blocks = ["## Every setting with its default. Uncomment a line to change it."]
     for section, lines in sections.items():
         blocks.append("\n".join([*([f"[{section}]"] if section else []), *lines]))
     try:
         path.write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
     except OSError as error:
         raise UsageError(
-            f"{path} cannot be written: {error.strerror}", "name another file with --config"
+            f"{path} cannot be written: {error.strerror}", "use another file with --config"
         ) from error
 
 

@@ -1,11 +1,11 @@
-"""Progress over the stages of a command: bars in a terminal, lines in a log, what it costs and how long it still takes."""
+"""Progress over the stages of a command: a bar in a terminal, lines in a log, with cost and time left."""
 
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sclite.console import (
     escape,
@@ -18,14 +18,17 @@ from sclite.console import (
     visible,
 )
 
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+
 Progress = Callable[..., None]
-WIDE = 125  # columns that a line of progress takes with all its words
-LOG_SECONDS = 30.0  # between two lines of progress where there is no terminal
-HEADING_DELAY = 0.5  # seconds; a stage that ends within them has its closing line alone
+WIDE = 125  # columns of a progress line with its full text
+LOG_SECONDS = 30.0  # between two progress lines without a terminal
+HEADING_DELAY = 0.5  # seconds; a shorter stage only prints its closing line
 
 
 class Rate:
-    """Rows per second since the first one that this command has made, what they cost, and what the rest will."""
+    """Rows per second since the first row of this command, their cost and the expected total."""
 
     def __init__(self):
         self.now: tuple[float, int, float] = (0.0, 0, 0.0)
@@ -33,12 +36,12 @@ class Rate:
         self.restart()
 
     def restart(self) -> None:
-        """Count from the next row on: what has passed until then, such as a question to the user, is no work."""
+        """Measure from the next row on, which excludes waiting time such as a question to the user."""
         self.begin: int | None = None
         self.first: tuple[float, int, float] | None = None
 
     def update(self, done: int, spent_usd: float | None) -> None:
-        """At the start and after each row: how many are done, and what the whole run has cost (None: it costs nothing)."""
+        """Call at the start and after each row, with the rows done and the cost of the run (None: free)."""
         self.priced = self.priced or bool(spent_usd)
         self.now = (time.monotonic(), done, spent_usd or 0.0)
         self.begin = done if self.begin is None else self.begin
@@ -50,28 +53,26 @@ class Rate:
         seconds, rows, dollars = (now - then for now, then in zip(self.now, self.first, strict=True))
         if rows <= 0 or seconds <= 0:
             return ""
-        left = total - self.now[1]
-        money = (
-            f"${self.now[2]:.4f} of about ${self.now[2] + dollars / rows * left:.2f}, " if self.priced else ""
-        )
-        return f"{rows / seconds:.1f}/s, {money}{format_duration(left * seconds / rows)} left"
+        left, spent = total - self.now[1], self.now[2]
+        cost = f"${spent:.4f} of about ${spent + dollars / rows * left:.2f}, " if self.priced else ""
+        return f"{rows / seconds:.1f}/s, {cost}{format_duration(left * seconds / rows)} left"
 
 
 class ProgressDisplay:
     """Progress over the stages of a command.
 
-    `plan` maps stages to their usual seconds on a common machine; what they take here scales the time that is left.
+    `plan` maps stages to their typical seconds; the time left is scaled by how long the finished ones took.
     """
 
     def __init__(self, plan: Mapping[str, float] | None = None, quiet: bool = False):
         self.plan, self.quiet = dict(plan or {}), quiet
         self.finished: dict[str, float] = {}
         self.skipped: set[str] = set()
-        self._bars: Any = None
+        self._bars: Bars | None = None
         self._rate = Rate()
 
     def seconds_left(self, stage: str, share: float) -> float | None:
-        """Seconds left in all, when `share` of this stage is done; None without a plan."""
+        """Seconds left in all stages when `share` of this one is done; None without a plan."""
         if stage not in self.plan:
             return None
         worked = {name: seconds for name, seconds in self.finished.items() if name not in self.skipped}
@@ -82,41 +83,39 @@ class ProgressDisplay:
 
     @contextmanager
     def stage(self, name: str, text: str) -> Iterator[Progress]:
-        """Show a stage while it runs; gives the callback `progress(done, total, spent_usd, note=, warning=)`.
+        """Show a stage while it runs. Yields a callback `progress(done, total, spent_usd, note=, warning=)`.
 
-        `note` holds the figures of the moment. A `warning` is said at once, in a line of its own that stays.
+        `note` holds current figures such as the loss. A `warning` is printed at once, on a line that stays.
         """
         number = f"{list(self.plan).index(name) + 1}/{len(self.plan)} " if name in self.plan else ""
-        began = time.monotonic()
+        text, began = visible(f"{number}{text}"), time.monotonic()
+        self._rate = Rate()
         if self.quiet:
             yield lambda *_, **__: None
-        else:
-            with self._bar(name, f"{number}{text}") as progress:
+        elif make_console(stderr=True).is_terminal:
+            with self._show_bar(name, text) as progress:
                 yield progress
+        else:
+            left = self.seconds_left(name, 0.0)
+            heading = f"{text}{f' (about {format_duration(left)} left in total)' if left else ''}"
+            with _delayed(lambda: note(escape(heading))) as print_heading:
+                yield self._log_lines(print_heading, warnings_only=left is not None)
         self.finished[name] = time.monotonic() - began
 
     @contextmanager
-    def _bar(self, name: str, text: str) -> Iterator[Progress]:
+    def _show_bar(self, name: str, text: str) -> Iterator[Progress]:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as Bars
 
-        text = visible(text)
-        console = make_console(stderr=True)
-        rate = self._rate = Rate()
-        if not console.is_terminal:
-            left = self.seconds_left(name, 0.0)
-            told = f"{text}{f' (about {format_duration(left)} left in all)' if left else ''}"
-            with _heading(lambda: note(escape(told))) as head:
-                yield self._lines(rate, head, silent=left is not None)
-            return
+        console, rate = make_console(stderr=True), self._rate
         wide = console.width >= WIDE
+        bar_width, shown = (24, text) if wide else (10, text.partition(":")[0])
         columns = (
             TextColumn("{task.description}", markup=False),
-            BarColumn(24 if wide else 10),
+            BarColumn(bar_width),
             MofNCompleteColumn(),
             TextColumn("{task.fields[left]}", style="dim", markup=False),
         )
-        shown = text if wide else text.partition(":")[0]
         with Bars(*columns, console=console, transient=True) as self._bars:
             task = self._bars.add_task(shown, total=None, left="")
 
@@ -128,105 +127,103 @@ class ProgressDisplay:
                     return
                 rate.update(done, spent_usd)
                 seconds = self.seconds_left(name, done / max(1, total))
-                told = rate.line(total) if seconds is None else f"{format_duration(seconds)} left"
-                room = console.width - len(shown) - (24 if wide else 10) - 2 * len(str(total)) - 5
-                self._bars.update(
-                    task, completed=done, total=total, left=fit_to_width(visible(_joined(note, told)), room)
-                )
+                timing = rate.line(total) if seconds is None else f"{format_duration(seconds)} left"
+                room = console.width - len(shown) - bar_width - 2 * len(str(total)) - 5
+                figures = fit_to_width(visible(_join(note, timing)), room)
+                self._bars.update(task, completed=done, total=total, left=figures)
 
             yield progress
         self._bars = None
 
-    def _lines(self, rate: "Rate", head: Callable[[], None], silent: bool) -> Progress:
-        """Progress for a log: a line now and then, unless `silent`, and each warning; `head` before any of them."""
-        told = time.monotonic()
-        write = note
+    def _log_lines(self, print_heading: Callable[[], None], warnings_only: bool) -> Progress:
+        """Progress for a log: warnings and, unless `warnings_only`, a line every LOG_SECONDS, below the heading."""
+        printed, rate = time.monotonic(), self._rate
+        print_line = note
 
         def progress(
             done: int, total: int, spent_usd: float | None = None, *, note: str = "", warning: str = ""
         ) -> None:
-            nonlocal told
+            nonlocal printed
             if warning:
-                head()
-                write(f"[yellow]warning:[/] {escape(warning)}")
+                print_heading()
+                print_line(f"[yellow]warning:[/] {escape(warning)}")
                 return
             rate.update(done, spent_usd)
-            if not silent and time.monotonic() - told >= LOG_SECONDS:
-                told = time.monotonic()
-                head()
-                write(escape(f"  {done} of {total} {_joined(note, rate.line(total))}"))
+            if not warnings_only and time.monotonic() - printed >= LOG_SECONDS:
+                printed = time.monotonic()
+                print_heading()
+                print_line(escape(f"  {done} of {total} {_join(note, rate.line(total))}"))
 
         return progress
 
     def print(self, text: str) -> None:
-        """A line beside the result, between two stages."""
+        """Print a line to stderr, between two stages."""
         if not self.quiet:
             note(escape(text))
 
     def confirm(self, question: str) -> bool:
-        """Ask yes or no on the terminal; the bar pauses. Yes where there is no terminal to ask on."""
+        """Ask yes or no on the terminal while the bar pauses. True without a terminal."""
         if self.quiet or not is_interactive():
             return True
         if self._bars is not None:
             self._bars.stop()
         sys.stderr.write(f"{question} [y/N] ")
         sys.stderr.flush()
-        said = read_line().strip().lower()
+        reply = read_line().strip().lower()
         self._rate.restart()
         if self._bars is not None:
             self._bars.start()
-        return said in ("y", "yes")
+        return reply in ("y", "yes")
 
     def done(self, name: str, text: str, skipped: bool = False) -> None:
-        """One line for a finished stage; one that was skipped tells nothing of how fast this machine is."""
+        """Print the closing line of a stage. The time of a skipped one is not used for the time left."""
         if skipped:
             self.skipped.add(name)
         if not self.quiet:
-            seconds = "as it was" if skipped else format_duration(self.finished.get(name, 0.0))
-            note(f"[green]✓[/] {escape(text)} [dim]{seconds}[/]")
+            suffix = "up to date, skipped" if skipped else format_duration(self.finished.get(name, 0.0))
+            note(f"[green]✓[/] {escape(text)} [dim]{suffix}[/]")
 
 
 @contextmanager
-def _heading(say_it: Callable[[], None]) -> Iterator[Callable[[], None]]:
-    """Say a stage's heading once: when the function that this gives is called, or after a moment, so that a stage with
-    nothing to do has none."""
-    said, lock = False, threading.Lock()
+def _delayed(action: Callable[[], None]) -> Iterator[Callable[[], None]]:
+    """Run an action once: when the yielded function is called, or after HEADING_DELAY; never after the block."""
+    finished, lock = False, threading.Lock()
 
-    def head() -> None:
-        nonlocal said
+    def run_once() -> None:
+        nonlocal finished
         with lock:
-            if not said:
-                said = True
-                say_it()
+            if not finished:
+                finished = True
+                action()
 
-    timer = threading.Timer(HEADING_DELAY, head)
+    timer = threading.Timer(HEADING_DELAY, run_once)
     timer.daemon = True
     timer.start()
     try:
-        yield head
+        yield run_once
     finally:
         timer.cancel()
-        with lock:  # a heading that is being said now comes before what follows the stage
-            said = True
+        with lock:  # waits for an action in progress, so that it precedes what follows the block
+            finished = True
 
 
 def fit_to_width(figures: str, room: int) -> str:
-    """The figures of the moment in so many columns: those that matter least are left away whole, the time left never.
+    """Drop whole figures, the least important first, until they fit `room` columns. The time left always stays.
 
-    First to go are the two rates and the memory, then what stands last; money only before the time.
+    First go rates and memory, then figures from the end, then the cost.
     """
     pieces = figures.split(", ")
 
-    def matters(place: int) -> tuple[bool, bool, int, int]:
+    def importance(place: int) -> tuple[bool, bool, int, int]:
         piece = pieces[place]
         minor = next((n for n, end in enumerate((" GB", " tokens/s", "/s"), 1) if piece.endswith(end)), 0)
         return (not piece.endswith(" left"), not piece.startswith("$"), minor, place)
 
-    kept = sorted(range(len(pieces)), key=matters)
+    kept = sorted(range(len(pieces)), key=importance)
     while len(kept) > 1 and len(", ".join(pieces[i] for i in kept)) > room:
         kept.pop()
     return ", ".join(pieces[i] for i in sorted(kept))
 
 
-def _joined(*texts: str) -> str:
+def _join(*texts: str) -> str:
     return ", ".join(filter(None, texts))

@@ -167,7 +167,7 @@ def test_a_run_may_be_named_like_markup(tmp_path):
     ("torch", "said"),
     [
         ("raise RuntimeError('libcudart.so.12: cannot open shared object file')", "libcudart.so.12"),
-        ("import os; os.abort()", "crashes when it is imported (signal 6)"),
+        ("import os; os.abort()", "crashes on import (signal 6)"),
         ("raise ImportError('torch is half installed')", "torch is half installed"),
         ("import sys; sys.exit(3)", "exit code 3"),
     ],
@@ -180,7 +180,7 @@ def test_the_doctor_survives_broken_libraries(tmp_path, torch, said):
     done = sclite(tmp_path, "doctor", path=str(broken))
     assert (done.returncode, done.stderr) == (1, "")
     assert re.search(rf"✗ torch: .*{re.escape(said)}", done.stdout)
-    assert "✗ llama.cpp: crashes when it is imported (signal 6)" in done.stdout
+    assert "✗ llama.cpp: crashes on import (signal 6)" in done.stdout
     assert "✓ Python" in done.stdout
     checks = {
         check["name"]: check

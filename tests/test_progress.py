@@ -1,4 +1,4 @@
-"""The live line: rows per second, money and time left, from what this command has done and nothing else."""
+"""Rates, costs and time left, the progress bar in a real terminal, and lines in a log."""
 
 import fcntl
 import os
@@ -17,22 +17,22 @@ from sclite import progress
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that a test turns on: `clock.append(seconds)`."""
+    """A fake clock: `clock.append(seconds)` sets the time."""
     times = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: times[-1])
     return times
 
 
-def test_the_rate_counts_from_the_first_row_and_not_from_the_start(clock):
+def test_the_rate_is_measured_from_the_first_row(clock):
     rate = progress.Rate()
     rate.update(100, 0.5)
     for number in range(1, 12):
-        clock.append(60.0 + number)  # a minute passes before the first row: LiteLLM is imported, rows are few
+        clock.append(60.0 + number)  # a minute before the first row, as when LiteLLM is imported
         rate.update(100 + number, 0.5 + 0.01 * number)
     assert rate.line(121) == "1.0/s, $0.6100 of about $0.71, 10 s left"
 
 
-def test_the_time_that_a_question_takes_is_no_work(clock):
+def test_time_spent_on_a_question_does_not_count(clock):
     rate = progress.Rate()
     for number in range(8):
         clock.append(float(number))
@@ -45,7 +45,7 @@ def test_the_time_that_a_question_takes_is_no_work(clock):
     assert rate.line(22) == "2.0/s, 5 s left"
 
 
-def test_before_there_are_two_rows_nothing_is_said(clock):
+def test_one_row_has_no_rate(clock):
     rate = progress.Rate()
     rate.update(0, None)
     clock.append(1.0)
@@ -53,7 +53,7 @@ def test_before_there_are_two_rows_nothing_is_said(clock):
     assert rate.line(10) == ""
 
 
-def test_a_skipped_stage_tells_nothing_of_how_fast_the_machine_is(clock):
+def test_skipped_stages_do_not_change_the_time_left(clock):
     shown = progress.ProgressDisplay({"a": 10, "b": 20, "c": 30}, quiet=True)
     with shown.stage("a", "a"):
         clock.append(0.1)
@@ -65,14 +65,14 @@ def test_a_skipped_stage_tells_nothing_of_how_fast_the_machine_is(clock):
     assert shown.seconds_left("c", 0.0) == 60
 
 
-def test_figures_of_the_moment_and_warnings_reach_a_log(clock, capsys):
+def test_notes_and_warnings_are_printed_to_a_log(clock, capsys):
     with progress.ProgressDisplay().stage("sft", "sft: the student learns") as report:
         clock.append(31.0)
         report(1, 9, note="loss 0.5")
         report(0, 0, warning="the margin [stays] at 0")
-    told = capsys.readouterr().err
-    assert "1 of 9 loss 0.5" in told
-    assert "warning: the margin [stays] at 0" in told
+    err = capsys.readouterr().err
+    assert "1 of 9 loss 0.5" in err
+    assert "warning: the margin [stays] at 0" in err
 
 
 # -- the width of the terminal -------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def test_figures_of_the_moment_and_warnings_reach_a_log(clock, capsys):
 FIGURES = "loss 0.412, margin 0.31, accuracy 74 %, 3,204 tokens/s, 9.8 GB, 0.3/s, $0.12 of about $1.40, 4 min 2 s left"
 
 
-def test_what_matters_least_is_left_away_first_and_whole():
+def test_the_least_important_figures_are_dropped_first():
     assert progress.fit_to_width(FIGURES, 200) == FIGURES
     shorter = FIGURES.replace("0.3/s, ", "")
     assert progress.fit_to_width(FIGURES, len(FIGURES) - 1) == shorter
@@ -103,7 +103,7 @@ with ProgressDisplay().stage("dpo", "dpo: the student prefers right reviews") as
 
 
 def frames(columns: int) -> list[str]:
-    """What a terminal of so many columns is sent, line by line, without its colours."""
+    """The lines that a terminal of this width receives, without colors."""
     pid, terminal = pty.fork()
     if pid == 0:
         fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
@@ -111,7 +111,7 @@ def frames(columns: int) -> list[str]:
         environment |= {"TERM": "xterm-256color", "PYTHONPATH": os.pathsep.join(sys.path)}
         os.execve(sys.executable, [sys.executable, "-c", SCRIPT], environment)
     sent = b""
-    with suppress(OSError):  # the terminal's end
+    with suppress(OSError):  # EIO when the program exits
         while piece := os.read(terminal, 4096):
             sent += piece
     os.waitpid(pid, 0)
@@ -121,7 +121,7 @@ def frames(columns: int) -> list[str]:
 
 
 @pytest.mark.parametrize("columns", [60, 80, 100, 140])
-def test_in_a_real_terminal_the_stage_its_steps_and_the_time_left_can_always_be_read(columns):
+def test_stage_step_and_time_left_fit_every_terminal(columns):
     timed = [line for line in frames(columns) if "/1500" in line][-1].rstrip()
     assert timed.startswith("dpo")
     assert re.search(r" [1-7]/1500 ", timed)
@@ -135,29 +135,29 @@ def test_in_a_real_terminal_the_stage_its_steps_and_the_time_left_can_always_be_
 @pytest.mark.parametrize(
     ("seconds", "warns", "headed"), [(0.0, False, False), (0.0, True, True), (0.2, False, True)]
 )
-def test_in_a_log_a_stage_with_nothing_to_do_has_no_heading(seconds, warns, headed, monkeypatch, capsys):
+def test_an_instant_stage_has_no_heading_in_a_log(seconds, warns, headed, monkeypatch, capsys):
     monkeypatch.setattr(progress, "HEADING_DELAY", 0.05)
     with progress.ProgressDisplay().stage("sft", "sft: the student learns") as report:
         time.sleep(seconds)
         if warns:
             report(1, 2, warning="the loss is falling too fast")
     time.sleep(0.1)
-    said = capsys.readouterr().err.splitlines()
-    assert ("sft: the student learns" in said) == headed
-    assert len(said) == headed + warns
-    assert not warns or "too fast" in said[-1]
+    lines = capsys.readouterr().err.splitlines()
+    assert ("sft: the student learns" in lines) == headed
+    assert len(lines) == headed + warns
+    assert not warns or "too fast" in lines[-1]
 
 
-def test_a_heading_never_comes_after_its_stage(monkeypatch):
+def test_a_heading_is_never_printed_after_its_stage(monkeypatch):
     monkeypatch.setattr(progress, "HEADING_DELAY", 0.01)
-    said = []
+    printed = []
 
     def slowly():
         time.sleep(0.1)
-        said.append("heading")
+        printed.append("heading")
 
-    with progress._heading(slowly):
+    with progress._delayed(slowly):
         time.sleep(0.03)
-    said.append("end")
+    printed.append("end")
     time.sleep(0.15)
-    assert said == ["heading", "end"]
+    assert printed == ["heading", "end"]

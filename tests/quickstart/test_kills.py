@@ -33,7 +33,7 @@ def table(run: Path) -> dict:
 def kill_during(stage: str, process: subprocess.Popen, after: float) -> None:
     """SIGKILL some seconds after the line that announces the stage."""
     for line in process.stderr:
-        if f" {stage}:" in line and "left in all" in line:
+        if f" {stage}:" in line and "left in total" in line:
             time.sleep(after)
             break
     process.send_signal(signal.SIGKILL)
