@@ -1,4 +1,4 @@
-"""The prompts: one Jinja file each, shipped in the wheel; `prompts.folder` in the configuration may replace any of them."""
+"""The prompts: one Jinja file each, shipped in the wheel; files in `prompts.folder` replace them one by one."""
 
 import hashlib
 from functools import cache
@@ -19,16 +19,17 @@ NAMES = (
     "inspector_template",
     "inspector_correction",
 )
+Messages = tuple[dict[str, str], ...]
 
 _TEMPLATE_ERRORS = (
     *(jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError),
     *(RecursionError, MemoryError),
 )
-"""What a template of a user's own may raise: a line of it is Python's in all but name."""
+"""What a user's template may raise: its expressions are Python in all but name."""
 
 
 def shipped_folder() -> Path:
-    """Where the prompt files lie: inside the installed package, or beside it in a checkout."""
+    """The folder of the shipped prompts: inside the installed package, or next to it in a checkout."""
     here = Path(__file__).resolve().parent
     installed = here / "_prompts"
     return installed if installed.is_dir() else here.parent / "prompts"
@@ -51,7 +52,7 @@ def _source(name: str, folder: str) -> str:
 
 @cache
 def _template(name: str, folder: str) -> jinja2.Template:
-    # prompts.folder may come with a run that somebody else made: its templates must not reach the system
+    # prompts.folder may come with somebody else's run: its templates must not reach the system
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -64,13 +65,13 @@ def _template(name: str, folder: str) -> jinja2.Template:
 
 
 def render(name: str, folder: str = "", **values: str) -> str:
-    """The text of a prompt with its values filled in, ends stripped."""
+    """Render a prompt with its values and strip it."""
     try:
         return _template(name, folder).render(**values).strip()
     except jinja2.UndefinedError as error:
         raise DataError(
-            f"the prompt {name}.txt asks for a value that does not exist: {error}",
-            f"it may use {', '.join(values) or 'no values'}",
+            f"the prompt {name}.txt uses an undefined value: {error}",
+            f"the available values are: {', '.join(values) or 'none'}",
         ) from error
     except _TEMPLATE_ERRORS as error:
         raise DataError(
@@ -78,50 +79,52 @@ def render(name: str, folder: str = "", **values: str) -> str:
         ) from error
 
 
-@cache
-def _system(name: str, folder: str) -> str:
-    """A prompt without values, filled in once for all chats."""
-    return render(name, folder)
-
-
 def digest(*names: str, folder: str = "") -> str:
-    """A short hash of the named prompts' sources; it changes when any word of them does."""
+    """A short hash of the sources of these prompts; it changes with every edit."""
     return hashlib.sha256("\0".join(_source(name, folder) for name in names).encode()).hexdigest()[:16]
 
 
-def solve_messages(question: str, folder: str = "") -> tuple[dict[str, str], ...]:
-    """What the student sees when it solves: in training, sampling, evaluation and chat alike."""
-    return _chat(_system("student_system", folder), render("student_solve", folder, question=question))
+def solve_messages(question: str, folder: str = "") -> Messages:
+    """The chat in which the student solves a problem, the same in training, sampling, evaluation and chat."""
+    return _messages("student_solve", folder, question=question)
 
 
-def review_messages(question: str, work: str, folder: str = "") -> tuple[dict[str, str], ...]:
-    """What the student sees when it reviews `work`, without any gold solution."""
-    return _chat(
-        _system("student_system", folder), render("student_review", folder, question=question, work=work)
-    )
+def review_messages(question: str, work: str, folder: str = "") -> Messages:
+    """The chat in which the student reviews `work`, without any gold solution."""
+    return _messages("student_review", folder, question=question, work=work)
 
 
-def template_messages(question: str, solution: str, answer: str, error: str = "", folder: str = ""):
-    """What the teacher sees when it turns a gold solution into a thought trace."""
-    text = render(
-        "teacher_template", folder, question=question, solution=solution, answer=answer, error=error
-    )
-    return _chat(_system("teacher_system", folder), text)
+def template_messages(
+    question: str, solution: str, answer: str, error: str = "", folder: str = ""
+) -> Messages:
+    """The chat in which the teacher rewrites a gold solution as a trace; `error` says why its last reply failed."""
+    values = {"question": question, "solution": solution, "answer": answer, "error": error}
+    return _messages("teacher_template", folder, **values)
 
 
 def correction_messages(
     question: str, solution: str, answer: str, work: str, error: str = "", folder: str = ""
-):
-    """What the teacher sees when it corrects an attempt; the work stands last."""
+) -> Messages:
+    """The chat in which the teacher corrects an attempt; the work comes last."""
     values = {"question": question, "solution": solution, "answer": answer, "work": work, "error": error}
-    return _chat(_system("teacher_system", folder), render("teacher_correction", folder, **values))
+    return _messages("teacher_correction", folder, **values)
 
 
-def inspection_messages(name: str, question: str, solution: str, answer: str, work: str, folder: str = ""):
-    """What the inspector sees: `name` is inspector_template or inspector_correction; the work stands last."""
-    values = {"question": question, "solution": solution, "answer": answer, "work": work}
-    return _chat(_system("teacher_system", folder), render(name, folder, **values))
+def inspection_messages(
+    name: str, question: str, solution: str, answer: str, work: str, folder: str = ""
+) -> Messages:
+    """The chat of the inspector: `name` is inspector_template or inspector_correction; the work comes last."""
+    return _messages(name, folder, question=question, solution=solution, answer=answer, work=work)
 
 
-def _chat(system: str, user: str) -> tuple[dict[str, str], ...]:
-    return ({"role": "system", "content": system}, {"role": "user", "content": user})
+def _messages(name: str, folder: str, **values: str) -> Messages:
+    system = _render_system("student_system" if name.startswith("student") else "teacher_system", folder)
+    return (
+        {"role": "system", "content": system},
+        {"role": "user", "content": render(name, folder, **values)},
+    )
+
+
+@cache
+def _render_system(name: str, folder: str) -> str:
+    return render(name, folder)

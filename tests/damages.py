@@ -1,4 +1,4 @@
-"""Damage to the files of a finished run, and the commands that must live with it: `for name, damage in damages(..)`."""
+"""Damage to the files of a finished run, and the commands that must survive it."""
 
 import json
 import random
@@ -12,7 +12,7 @@ from pathlib import Path
 from sclite.__main__ import main
 
 CODES = {0, 1, 2, 3, 4, 5, 6}
-"""The documented exit codes of a command that nobody interrupts."""
+"""The documented exit codes of a command that is not interrupted."""
 COMMANDS = (
     ("status",),
     ("show",),
@@ -25,19 +25,19 @@ COMMANDS = (
 )
 
 
-def _truncated(data: bytes, draw: random.Random) -> bytes:
+def _truncate(data: bytes, draw: random.Random) -> bytes:
     return data[: draw.randrange(len(data) or 1)]
 
 
-def _flipped(data: bytes, draw: random.Random) -> bytes:
+def _flip_bits(data: bytes, draw: random.Random) -> bytes:
     found = bytearray(data)
     for _ in range(draw.choice((1, 1, 5, 50)) if found else 0):
         found[draw.randrange(len(found))] ^= 1 << draw.randrange(8)
     return bytes(found)
 
 
-def _shape(data: bytes, draw: random.Random) -> bytes:
-    """JSON of another shape: a value of another kind in place of one that is there, or of the whole."""
+def _change_shape(data: bytes, draw: random.Random) -> bytes:
+    """JSON of the wrong shape: one value, or the whole document, has another type."""
     lines = data.splitlines() or [b"{}"]
     at = draw.randrange(len(lines))
     odd = draw.choice((None, [], {}, "x", -1, 1e400, [[[]]], {"a": {}}))
@@ -45,7 +45,7 @@ def _shape(data: bytes, draw: random.Random) -> bytes:
         whole = json.loads(data)
     except ValueError:
         whole = None
-    target = whole if whole is not None else _loaded(lines[at])
+    target = whole if whole is not None else _load(lines[at])
     if isinstance(target, dict) and target and draw.random() < 0.8:
         target[draw.choice(sorted(target))] = odd
     else:
@@ -54,7 +54,7 @@ def _shape(data: bytes, draw: random.Random) -> bytes:
     return text if whole is not None else b"\n".join([*lines[:at], text, *lines[at + 1 :], b""])
 
 
-def _loaded(line: bytes) -> object:
+def _load(line: bytes) -> object:
     try:
         return json.loads(line)
     except ValueError:
@@ -62,16 +62,16 @@ def _loaded(line: bytes) -> object:
 
 
 KINDS: dict[str, Callable[[bytes, random.Random], bytes]] = {
-    "truncated": _truncated,
-    "bits flipped": _flipped,
-    "another shape": _shape,
+    "truncated": _truncate,
+    "bits flipped": _flip_bits,
+    "another shape": _change_shape,
     "empty": lambda data, draw: b"",
     "binary": lambda data, draw: draw.randbytes(draw.choice((1, 100, 5000))),
 }
 
 
 def damages(run: Path, count: int, seed: int = 0) -> Iterator[tuple[str, str, bytes]]:
-    """(file, kind of damage, its bytes then) of a finished run; every file comes up before one comes again."""
+    """(file, kind of damage, damaged bytes) for the files of a finished run; each file once before any is repeated."""
     draw = random.Random(seed)
     files = sorted(str(p.relative_to(run)) for p in run.rglob("*") if p.is_file() and p.name != ".lock")
     texts = [name for name in files if not name.endswith((".gguf", ".safetensors", ".md", ".html"))]
@@ -82,7 +82,7 @@ def damages(run: Path, count: int, seed: int = 0) -> Iterator[tuple[str, str, by
         yield name, kind, KINDS[kind]((run / name).read_bytes(), draw)
 
 
-def paid(run: Path) -> set[str]:
+def paid_keys(run: Path) -> set[str]:
     """The keys of all replies in the ledger."""
     with closing(sqlite3.connect(run / "ledger.sqlite")) as ledger:
         return {key for (key,) in ledger.execute("SELECT key FROM requests WHERE state = 'replied'")}
@@ -91,12 +91,12 @@ def paid(run: Path) -> set[str]:
 def survive(
     whole: Path, name: str, content: bytes, folder: Path, capsys, monkeypatch, commands=COMMANDS
 ) -> list[str]:
-    """Damage a copy of the run in `folder` and call the commands there; what went wrong, a line each."""
+    """Damage a copy of the run in `folder` and run the commands on it; returns the problems, one line each."""
     run, wrong = folder / "run", []
     shutil.rmtree(run, ignore_errors=True)
     shutil.copytree(whole, run)
     (run / name).write_bytes(content)
-    keys = paid(whole)
+    keys = paid_keys(whole)
     for command in commands:
         monkeypatch.setattr(sys, "argv", ["sclite", *command, "--run", str(run)])
         try:
@@ -104,11 +104,11 @@ def survive(
             code = 0
         except SystemExit as left:
             code = left.code or 0
-        except Exception as error:  # noqa: BLE001 - whatever escapes is what this looks for
+        except Exception as error:  # noqa: BLE001 - this is what the test looks for
             code = f"{type(error).__name__}: {error}"
         said = "".join(capsys.readouterr())
         if code not in CODES or "Traceback" in said or "unexpected " in said:
             wrong.append(f"{' '.join(command)}: {code}: {said[-300:]}")
-    if name != "ledger.sqlite" and not keys <= paid(run):
-        wrong.append("replies that were paid for are gone")
+    if name != "ledger.sqlite" and not keys <= paid_keys(run):
+        wrong.append("paid replies are lost")
     return wrong

@@ -1,4 +1,4 @@
-"""The prompts: what each says, that a solution never reaches the student, and prompts of one's own."""
+"""Prompts: their values, the student never sees a solution, and custom prompts."""
 
 import pytest
 
@@ -10,7 +10,7 @@ def text_of(messages) -> str:
     return "\n".join(m["content"] for m in messages)
 
 
-def test_solving_and_reviewing_share_one_system_prompt_which_is_never_empty():
+def test_solving_and_reviewing_share_a_system_prompt():
     solve, review = (
         prompts.solve_messages("How many?"),
         prompts.review_messages("How many?", "<Step1>x</Step1>"),
@@ -20,13 +20,13 @@ def test_solving_and_reviewing_share_one_system_prompt_which_is_never_empty():
     assert solve[0]["content"].strip()
 
 
-def test_values_are_put_in_as_they_are_and_never_read_as_a_template():
+def test_values_are_inserted_verbatim():
     odd = "What is {{ 7 * 6 }} {% raise %} <b> & \\frac{1}{2}?"
     assert odd in text_of(prompts.solve_messages(odd))
     assert odd in text_of(prompts.template_messages(odd, odd, odd, odd))
 
 
-def test_the_teachers_correction_prompt_ends_in_the_work_and_tells_a_fault_only_where_there_is_one():
+def test_the_correction_prompt_ends_with_the_work():
     plain = prompts.correction_messages("Q?", "the way", "41", "<Step1>x\n</Step1>")
     assert plain[-1]["content"].endswith("The student's work:\n<Step1>x\n</Step1>")
     assert "could not be used" not in text_of(plain)
@@ -35,7 +35,7 @@ def test_the_teachers_correction_prompt_ends_in_the_work_and_tells_a_fault_only_
     assert "could not be used" not in text_of(prompts.template_messages("Q?", "the way", "41"))
 
 
-def test_the_teacher_sees_solution_and_answer_in_both_of_its_prompts():
+def test_the_teacher_sees_solution_and_answer():
     for messages in (
         prompts.template_messages("Q?", "the way", "41"),
         prompts.correction_messages("Q?", "the way", "41", "w"),
@@ -44,14 +44,14 @@ def test_the_teacher_sees_solution_and_answer_in_both_of_its_prompts():
         assert "41" in text_of(messages)
 
 
-def test_a_prompt_of_ones_own_takes_the_place_of_the_shipped_one_alone(tmp_path):
+def test_a_custom_prompt_replaces_only_the_shipped_one(tmp_path):
     (tmp_path / "student_solve.txt").write_text("Please: {{ question }}\n")
     mine = prompts.solve_messages("How many?", str(tmp_path))
     assert mine[1]["content"] == "Please: How many?"
     assert mine[0] == prompts.solve_messages("How many?")[0]
 
 
-def test_the_digest_changes_with_a_word_and_with_the_names(tmp_path):
+def test_the_digest_depends_on_the_text_and_the_names(tmp_path):
     before = prompts.digest("student_system", "student_solve")
     assert before == prompts.digest("student_system", "student_solve", folder=str(tmp_path))
     own = tmp_path / "own"
@@ -65,11 +65,11 @@ def test_the_digest_changes_with_a_word_and_with_the_names(tmp_path):
     ("source", "said"),
     [
         ("{{ question", "student_solve.txt, line 1: "),
-        ("Hi {{ name }}", "asks for a value that does not exist: 'name' is undefined"),
+        ("Hi {{ name }}", "uses an undefined value: 'name' is undefined"),
         ("{% if x %}", "student_solve.txt, line 1: "),
     ],
 )
-def test_a_faulty_prompt_of_ones_own_is_named_with_its_line(tmp_path, source, said):
+def test_an_invalid_custom_prompt_is_reported_with_its_line(tmp_path, source, said):
     (tmp_path / "student_solve.txt").write_text(source)
     with pytest.raises(DataError) as error:
         prompts.solve_messages("How many?", str(tmp_path))
@@ -96,7 +96,7 @@ def test_a_prompt_cannot_reach_the_system(tmp_path):
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "cannot be rendered: maximum recursion depth"),
     ],
 )
-def test_a_prompt_that_fails_is_named_with_the_reason(tmp_path, source, said):
+def test_a_failing_prompt_is_reported_with_the_reason(tmp_path, source, said):
     (tmp_path / "student_solve.txt").write_text(source)
     with pytest.raises(DataError) as error:
         prompts.solve_messages("How many?", str(tmp_path))
@@ -105,7 +105,7 @@ def test_a_prompt_that_fails_is_named_with_the_reason(tmp_path, source, said):
     assert str(tmp_path) in error.value.hint
 
 
-def test_a_prompt_in_another_encoding_and_a_missing_folder_are_named(tmp_path):
+def test_a_wrong_encoding_and_a_missing_folder_are_errors(tmp_path):
     (tmp_path / "student_solve.txt").write_bytes(b"Caf\xe9: {{ question }}")
     with pytest.raises(DataError, match=r"student_solve\.txt cannot be read: 'utf-8' codec") as error:
         prompts.solve_messages("How many?", str(tmp_path))

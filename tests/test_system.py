@@ -1,4 +1,4 @@
-"""Full disks, closed pipes, names that are too long, terminals that cannot show everything: one line and an exit code."""
+"""Full disks, closed pipes, long names and ASCII terminals end in one line and an exit code."""
 
 import json
 import os
@@ -19,7 +19,7 @@ TRACEBACK = "Traceback"
 
 @pytest.fixture
 def shown(tmp_path):
-    """A run with 4,000 problems whose texts are not all ASCII."""
+    """A run with 4,000 problems with non-ASCII text."""
     run = Run(tmp_path / "run")
     run.replace(
         "problems.jsonl",
@@ -51,7 +51,7 @@ def in_run(run: Run, command: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_a_full_stdout_is_one_line_and_exit_code_1(shown, command):
+def test_a_full_stdout_is_an_error_in_one_line(shown, command):
     with open("/dev/full", "w") as full:
         done = process(*in_run(shown, command), stdout=full)
     assert done.returncode == 1
@@ -60,7 +60,7 @@ def test_a_full_stdout_is_one_line_and_exit_code_1(shown, command):
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_a_reader_that_has_seen_enough_is_no_error(shown, command):
+def test_a_closed_pipe_is_no_error(shown, command):
     reading, writing = os.pipe()
     os.close(reading)
     try:
@@ -70,13 +70,13 @@ def test_a_reader_that_has_seen_enough_is_no_error(shown, command):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_closed_stdout_is_no_error_and_no_file_takes_its_place(shown):
+def test_a_closed_stdout_is_no_error(shown):
     done = process("show", "--run", shown.folder, stdout=None, preexec_fn=lambda: os.close(1))
     assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "ascii:strict"}])
-def test_a_terminal_of_ascii_gets_every_row_and_json_stays_whole(shown, environment):
+def test_an_ascii_terminal_gets_all_rows_and_valid_json(shown, environment):
     done = process("show", "problems", "--limit", "1", "--run", shown.folder, environment=environment)
     assert (done.returncode, done.stderr) == (0, "")
     assert "How much is ? of 0?" in done.stdout
@@ -112,7 +112,7 @@ def test_a_name_that_is_too_long_is_a_usage_error(sclite, command):
     assert ended.hint
 
 
-def test_a_run_that_may_not_be_written_is_a_usage_error_also_where_it_holds_rows(sclite, monkeypatch):
+def test_a_read_only_run_with_rows_is_a_usage_error(sclite, monkeypatch):
     import sclite.run as module
 
     def refused(*_):
@@ -128,22 +128,14 @@ def limited(size: int):
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-def test_a_full_disk_stops_with_whole_files_and_the_same_command_resumes(tmp_path):
-    """No file may grow beyond 40 kB: a row in its middle is the one that does not fit."""
+def test_a_full_disk_leaves_whole_files_and_a_rerun_resumes(tmp_path):
+    """Files are limited to 40 kB, so a row in the middle does not fit."""
     problems, run = tmp_path / "mine.jsonl", Run(tmp_path / "run")
     rows = [{"question": f"What is 1 + 1, for the {n}th time{'?' * 2000}", "answer": "2"} for n in range(30)]
     problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with TeacherServer(lambda request, nth: say(TRACE)) as server:
-        command = (
-            "build-data",
-            problems,
-            "--run",
-            run.folder,
-            "--yes",
-            "--set",
-            "teacher.model=openai/replay",
-        )
-        command = (*command, "--set", f"teacher.api_base={server.url}")
+        named = ("--set", "teacher.model=openai/replay", "--set", f"teacher.api_base={server.url}")
+        command = ("build-data", problems, "--run", run.folder, "--yes", *named)
         stopped = process(*command, preexec_fn=limited(40_000))
         assert stopped.returncode in (1, 3)
         assert TRACEBACK not in stopped.stderr
@@ -156,7 +148,7 @@ def test_a_full_disk_stops_with_whole_files_and_the_same_command_resumes(tmp_pat
     assert len(run.path("templates.jsonl").read_text().splitlines()) == 30
 
 
-def test_rows_that_do_not_fit_leave_the_file_as_it_was(tmp_path):
+def test_rows_that_do_not_fit_leave_the_file_unchanged(tmp_path):
     script = (
         "import resource, sys; from sclite.run import Run; from sclite.records import Problem\n"
         "run = Run(sys.argv[1]); row = lambda n: Problem(id=str(n), question='q' * 300, answer='1')\n"
