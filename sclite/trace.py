@@ -1,8 +1,8 @@
-"""The thought trace: numbered steps in tags, its one canonical text, and a reader that forgives (METHOD sections 1, 2).
+"""The thought trace: numbered steps in tags, its canonical text, and a tolerant parser (METHOD sections 1, 2).
 
-A template, an attempt and a review are all traces; a review carries a cause and a correction inside its first wrong
-step. `render` writes the canonical form, in which every inner tag and every step's closer starts a line, because a
-newline followed by `</` or `<C` is a clean token boundary. `parse` reads what models really write and never raises.
+Templates, attempts and reviews are all traces; a review has a cause and a correction inside its first wrong step.
+`render` writes the canonical form, in which every inner tag and every step's closing tag starts a line, because a
+newline followed by `</` or `<C` is a clean token boundary. `parse` reads what models actually write and never raises.
 """
 
 import html
@@ -14,9 +14,11 @@ TAG = re.compile(  # possessive (*+), so that a thousand blanks after a < are no
     r'[ \t]*+(?:(?<=[ \t])[\w-]++="[^"<>\n]{0,80}+"[ \t]*+)*+:?[ \t]*+>',
     re.I | re.A,
 )
-"""A tag as models write it: whether it closes, its name, the number that a step carries."""
+"""A tag as models write it; groups: the slash of a closing tag, the name, the number of a step."""
 _BOLD = re.compile(rf"\*\*[ \t]*+({TAG.pattern})[ \t]*+\*\*", re.I | re.A)
-_DECORATION = re.compile(r"(?:[\s*`]|\\n)*+")  # between tags: bold, fences, line ends that were escaped twice
+_DECORATION = re.compile(
+    r"(?:[\s*`]|\\n)*+"
+)  # between tags: bold, code fences, line ends that were escaped twice
 _WIDE = str.maketrans("＜＞／", "<>/")
 _NAMES = r"(?:think|thinking|thoughts?|reasoning|scratchpad|budget:thinking)"
 _THOUGHT = re.compile(rf"\s*+(?:<{_NAMES}\b[^>\n]{{0,80}}>|\[think\])", re.I)
@@ -29,7 +31,7 @@ OUTER = ("generalized", "answer")
 
 @dataclass(frozen=True)
 class Step:
-    """One step: its text, a reminder where it is tricky, and in a review why it is wrong and the step made right."""
+    """One step: its text, an optional reminder, and in a review the cause of its error and its correction."""
 
     text: str
     key: str | None = None
@@ -44,7 +46,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Trace:
-    """Steps (numbered from 1 by position), how to solve problems of this kind, and the final answer."""
+    """Steps (numbered from 1), how to solve problems of this kind, and the final answer."""
 
     steps: tuple[Step, ...] = ()
     generalized: str | None = None
@@ -57,7 +59,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Issue:
-    """What is wrong with a text and where: `name` is one of the words in `parse`'s docstring."""
+    """A formal error in a text and its place; `parse` lists the names."""
 
     name: str
     place: str
@@ -68,7 +70,7 @@ class Issue:
 
 @dataclass(frozen=True)
 class Parsed:
-    """What could be read, and the faults met on the way, in order of their place."""
+    """The trace that could be read, and the issues found, in order of their place."""
 
     trace: Trace
     issues: tuple[Issue, ...]
@@ -77,25 +79,25 @@ class Parsed:
 def _check(name: str, text: str | None, empty: bool = False) -> None:
     if text is None:
         return
-    # a look for "<" is a hundred times quicker than one for a tag, and most texts have neither
+    # searching for "<" is a hundred times faster than for a tag, and most texts have neither
     if text != text.strip() or ("<" in text and TAG.search(text)) or not (text or empty):
-        raise ValueError(f"the text of a {name} is stripped, free of tags and not empty: {text[:60]!r}")
+        raise ValueError(f"the text of a {name} must be stripped, free of tags and not empty: {text[:60]!r}")
 
 
 def clean(text: str) -> str:
-    """Make any text fit for a step: tags out, ends stripped."""
+    """Turn any text into a valid text of a step: remove tags and strip."""
     if "<" not in text:
         return text.strip()
     text = TAG.sub(" ", text)
-    if TAG.search(text):  # taking a tag out has joined its neighbours into another
+    if TAG.search(text):  # removing a tag has joined its neighbours into another
         text = text.replace("<", " ")
     return text.strip()
 
 
 def without_thoughts(text: str) -> str:
-    """What a model says after thinking aloud: `<think>..</think>` and its kin, a bare `</think>`, gpt-oss' channels.
+    """The text after a model's thoughts: `<think>..</think>` and variants, a bare `</think>`, gpt-oss' channels.
 
-    Thoughts that never end are text like any other.
+    Thoughts that never end are ordinary text.
     """
     start = thoughts_end(text)
     said = text[start:]
@@ -103,9 +105,9 @@ def without_thoughts(text: str) -> str:
 
 
 def thoughts_end(text: str) -> int:
-    """Where the thoughts at the beginning of a text end; 0 where it has none."""
+    """The offset at which the thoughts at the beginning of a text end; 0 if it has none."""
     if (tag := TAG.search(text)) and not text[: tag.start()].strip():
-        return 0  # a trace from its first word on
+        return 0  # the text begins with a trace
     if "|channel|" in text:
         channels = list(_CHANNEL.finditer(text))
         final = next((c for c in channels if c[1] == "final"), None)
@@ -116,7 +118,7 @@ def thoughts_end(text: str) -> int:
         if closed is None:
             break
         position = closed.end()
-    bare = text.rfind("</think>") if not position else -1  # where the chat template has opened it
+    bare = text.rfind("</think>") if not position else -1  # the chat template has opened it
     return bare + len("</think>") if bare >= 0 and text[bare + len("</think>") :].strip() else position
 
 
@@ -124,7 +126,7 @@ def thoughts_end(text: str) -> int:
 
 
 def open_piece(number: int, step: Step) -> str:
-    """`<Stepn>text` with its key and a closing newline: the text of s_n up to the decision point."""
+    """`<Stepn>text`, the key and a newline: step n up to the decision point."""
     key = f"\n<Key>{step.key}</Key>" if step.key else ""
     return f"<Step{number}>{step.text}{key}\n"
 
@@ -135,7 +137,7 @@ def close_piece(number: int) -> str:
 
 
 def step_pieces(steps: tuple[Step, ...], start: int = 1) -> list[str]:
-    """The steps as alternating open and close pieces, each tokenised by itself in training and inference."""
+    """The steps as alternating open and close pieces, each tokenized separately in training and inference."""
     pieces = []
     for number, step in enumerate(steps, start):
         pieces += [open_piece(number, step), close_piece(number)]
@@ -143,13 +145,13 @@ def step_pieces(steps: tuple[Step, ...], start: int = 1) -> list[str]:
 
 
 CAUSE = "<Cause>"
-"""The piece that accuses a step: it stands where the step's closer would."""
+"""The piece that marks a step as wrong, in place of the step's closing tag."""
 OTHER_TAGS = ("<Key>", "<Correction>")
-"""What a model may write there instead of either."""
+"""Other tags that a model may write in that place."""
 
 
 def note_pieces(step: Step) -> list[str]:
-    """What a review puts between a step's text and its closer: `<Cause>` by itself, then the rest."""
+    """What a review inserts before a step's closing tag: `<Cause>` as one piece, then the rest."""
     pieces = []
     if step.cause is not None:
         pieces += [CAUSE, f"{step.cause}</Cause>\n"]
@@ -159,7 +161,7 @@ def note_pieces(step: Step) -> list[str]:
 
 
 def all_pieces(trace: Trace) -> list[str]:
-    """A whole trace in the pieces in which it is tokenised; joined they are `render(trace)`."""
+    """A whole trace in the pieces in which it is tokenized; joined they equal `render(trace)`."""
     pieces = []
     for number, step in enumerate(trace.steps, 1):
         pieces += [open_piece(number, step), *note_pieces(step), close_piece(number)]
@@ -182,109 +184,105 @@ def render(trace: Trace) -> str:
 
 
 class _Reader:
-    """Walks over the tags of one text and builds the trace, noting faults instead of raising."""
+    """Walks over the tags of one text and builds the trace, recording issues instead of raising."""
 
     def __init__(self, text: str):
         self.text = text
-        self.steps: list[dict[str, list[str]]] = []  # by slot, the pieces of its text
+        self.steps: list[dict[str, list[str]]] = []  # for each tag, the pieces of its text
         self.outer: dict[str, list[str]] = {}
         self.issues: list[Issue] = []
         self.step: dict[str, list[str]] | None = None  # the open step
         self.tag: str | None = None  # the open tag inside a step, or generalized, or answer
-        self.number = 0  # the number that the open step carries
+        self.number = 0  # the number of the open step
 
-    def place(self, offset: int) -> str:
+    def report(self, name: str, offset: int) -> None:
         where = f"step {len(self.steps)}" if self.step is not None else self.tag or "the top level"
-        return f"{where}, character {offset}"
+        self.issues.append(Issue(name, f"{where}, character {offset}"))
 
-    def error(self, name: str, offset: int) -> None:
-        self.issues.append(Issue(name, self.place(offset)))
-
-    def take(self, text: str, offset: int) -> None:
-        """Put the text between two tags where it belongs."""
+    def add_text(self, text: str, offset: int) -> None:
+        """Add the text between two tags to the open one."""
         if self.tag in OUTER:
             _add(self.outer, self.tag, text)
         elif self.step is not None:
             _add(self.step, self.tag or "text", text)
         elif not _DECORATION.fullmatch(text) and self.steps and "answer" not in self.outer:
-            self.error(
-                "text_between_tags", offset
-            )  # a greeting before the first step or after the answer is harmless
+            # a greeting before the first step or after the answer is harmless
+            self.report("text_between_tags", offset)
 
-    def close_tag(self, offset: int, closed: bool) -> None:
-        if self.tag is not None and not closed:
-            self.error("missing_closer", offset)
+    def close_tag(self, offset: int) -> None:
+        if self.tag is not None:
+            self.report("missing_closer", offset)
         self.tag = None
 
     def close_step(self, offset: int, closed: bool) -> None:
         if self.step is not None:
-            self.close_tag(offset, closed=self.tag is None)
+            self.close_tag(offset)
             if not closed:
-                self.error("missing_closer", offset)
+                self.report("missing_closer", offset)
             self.step = None
 
     def on_step(self, closing: bool, number: int | None, offset: int) -> None:
         if self.tag in OUTER:
-            self.close_tag(offset, closed=False)
+            self.close_tag(offset)
         if self.step is not None and not closing and number == self.number and self.step.get("text"):
-            self.error("opener_as_closer", offset)
+            self.report("opener_as_closer", offset)
             closing = True
         if closing:
             if self.step is None:
-                self.error("stray_closer", offset)
+                self.report("stray_closer", offset)
             elif number not in (None, self.number):
-                self.error("wrong_step_number", offset)
+                self.report("wrong_step_number", offset)
             self.close_step(offset, closed=True)
             return
         self.close_step(offset, closed=False)
         if "answer" in self.outer or "generalized" in self.outer:
-            self.error("step_after_the_end", offset)
+            self.report("step_after_the_end", offset)
         self.step = {}
         self.steps.append(self.step)
         self.number = number if number is not None else len(self.steps)
         if self.number != len(self.steps):
-            self.error("wrong_step_number", offset)
+            self.report("wrong_step_number", offset)
 
     def on_inner(self, name: str, closing: bool, offset: int) -> None:
         if self.step is None:
-            self.error("stray_closer" if closing else "tag_outside_a_step", offset)
+            self.report("stray_closer" if closing else "tag_outside_a_step", offset)
             return
         if not closing and self.tag == name and self.step.get(name):
-            self.error("opener_as_closer", offset)
+            self.report("opener_as_closer", offset)
             closing = True
         if closing:
             if self.tag != name:
-                self.error("stray_closer", offset)
+                self.report("stray_closer", offset)
             self.tag = None
             return
-        self.close_tag(offset, closed=self.tag is None)
+        self.close_tag(offset)
         if name in self.step:
-            self.error(f"second_{name}", offset)
+            self.report(f"second_{name}", offset)
         self.tag = name
 
     def on_outer(self, name: str, closing: bool, offset: int) -> None:
         if not closing and self.tag == name and self.outer.get(name):
-            self.error("opener_as_closer", offset)
+            self.report("opener_as_closer", offset)
             closing = True
         if closing:
             if self.tag != name:
-                self.error("stray_closer", offset)
+                self.report("stray_closer", offset)
             else:
                 self.tag = None
             return
         self.close_step(offset, closed=False)
-        self.close_tag(offset, closed=self.tag is None)
+        self.close_tag(offset)
         if name in self.outer:
-            self.error(f"second_{name}", offset)
+            self.report(f"second_{name}", offset)
             self.outer[name] = []  # the last one counts
         if name == "generalized" and "answer" in self.outer:
-            self.error("generalized_after_the_answer", offset)
+            self.report("generalized_after_the_answer", offset)
         self.tag = name
 
     def read(self) -> Parsed:
         position = thoughts_end(self.text)
         for match in TAG.finditer(self.text, position):
-            self.take(self.text[position : match.start()], position)
+            self.add_text(self.text[position : match.start()], position)
             position = match.end()
             closing, name = bool(match[1]), tag_name(match[2])
             if name == "step":
@@ -293,13 +291,10 @@ class _Reader:
                 self.on_inner(name, closing, match.start())
             else:
                 self.on_outer(name, closing, match.start())
-        self.take(self.text[position:], position)
+        self.add_text(self.text[position:], position)
         end = len(self.text)
         self.close_step(end, closed=False)
-        self.close_tag(end, closed=self.tag is None)
-        return self.result(end)
-
-    def result(self, end: int) -> Parsed:
+        self.close_tag(end)
         steps = tuple(
             Step(_joined(s, "text"), *(_joined(s, name) or None for name in INNER)) for s in self.steps
         )
@@ -315,15 +310,15 @@ class _Reader:
 
 
 def tag_name(written: str) -> str:
-    """The canonical name of a tag: Generalization and FinalAnswer are other forms of two."""
+    """The canonical name of a tag: Generalization is generalized, FinalAnswer is answer."""
     written = written.lower()
     if written.startswith("generali"):
         return "generalized"
     return "answer" if written.endswith("answer") else written
 
 
-def _undressed(text: str) -> str:
-    """The text without bold markers around tags; tags that are HTML-escaped or in full-width signs become real ones."""
+def _normalize(text: str) -> str:
+    """Remove bold markers around tags, and convert HTML-escaped and full-width tags."""
     if ("&lt;" in text or "＜" in text) and not TAG.search(text):
         text = html.unescape(text).translate(_WIDE)
     return _BOLD.sub(r"\1", text) if "**" in text else text
@@ -340,18 +335,18 @@ def _joined(slots: dict[str, list[str]], name: str) -> str:
 
 
 def parse(text: str) -> Parsed:
-    """Read a trace from any text, in linear time, without ever raising.
+    """Parse any text as a trace, in linear time and without raising.
 
-    Case, blanks, attributes and a colon inside a tag do not matter, nor do bold markers around it, nor text before the first step or after the answer, nor a
-    leading think block. Faults: missing_closer, opener_as_closer, stray_closer, wrong_step_number, step_after_the_end,
-    tag_outside_a_step, second_key, second_cause, second_correction, second_generalized, second_answer,
-    generalized_after_the_answer, text_between_tags, empty_step, no_steps, no_answer.
+    Case, blanks, attributes and a colon inside a tag are ignored, and so are bold markers around it, text before the
+    first step or after the answer, and a leading think block. Issues: missing_closer, opener_as_closer, stray_closer,
+    wrong_step_number, step_after_the_end, tag_outside_a_step, second_key, second_cause, second_correction,
+    second_generalized, second_answer, generalized_after_the_answer, text_between_tags, empty_step, no_steps, no_answer.
     """
-    return _Reader(_undressed(text)).read()
+    return _Reader(_normalize(text)).read()
 
 
 def first_corrected(trace: Trace) -> int | None:
-    """The number (from 1) of the first step that carries a cause or a correction; None where nothing is accused."""
+    """The number (from 1) of the first step with a cause or a correction; None if there is none."""
     for number, step in enumerate(trace.steps, 1):
         if step.cause is not None or step.correction is not None:
             return number
@@ -359,10 +354,10 @@ def first_corrected(trace: Trace) -> int | None:
 
 
 def work_of(text: str) -> Trace:
-    """The work in a student's attempt: what it corrected itself while it solved counts as made."""
+    """The work in a student's attempt, with the corrections that it made while solving."""
     return corrected(parse(text).trace)
 
 
 def corrected(trace: Trace) -> Trace:
-    """A review as a plain solution: the corrected step takes the place of the wrong one, causes fall away."""
+    """A review as a plain solution: corrections replace the wrong steps, causes are removed."""
     return replace(trace, steps=tuple(Step(step.correction or step.text, step.key) for step in trace.steps))

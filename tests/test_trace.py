@@ -1,4 +1,4 @@
-"""Traces: written in one form, read in all those that models write, and never with an exception."""
+"""Traces: one canonical form, and a parser that reads whatever models write."""
 
 import json
 import random
@@ -63,7 +63,7 @@ def names(text: str) -> list[str]:
 
 @settings(quickly, max_examples=500)
 @given(traces)
-def test_reading_what_was_written_gives_the_same_trace(trace):
+def test_parsing_a_rendered_trace_gives_the_same_trace(trace):
     parsed = parse(render(trace))
     assert parsed.trace == trace
     expected = {"empty_step", "no_steps", "no_answer"}
@@ -72,13 +72,13 @@ def test_reading_what_was_written_gives_the_same_trace(trace):
 
 @settings(quickly, max_examples=300)
 @given(traces)
-def test_the_pieces_that_are_tokenised_make_up_the_whole_text(trace):
+def test_the_pieces_join_to_the_rendered_text(trace):
     assert "".join(all_pieces(trace)) == render(trace)
 
 
 @settings(quickly, max_examples=200)
 @given(traces)
-def test_every_accusation_and_every_closer_starts_a_line_and_a_piece(trace):
+def test_causes_and_closers_start_a_line_and_a_piece(trace):
     pieces = all_pieces(trace)
     for before, piece in pairwise(pieces):
         if piece == CAUSE or piece.startswith(("</Step", "<Correction")):
@@ -86,7 +86,7 @@ def test_every_accusation_and_every_closer_starts_a_line_and_a_piece(trace):
     assert sum(piece == CAUSE for piece in pieces) == sum(s.cause is not None for s in trace.steps)
 
 
-def test_the_canonical_text_is_that_of_the_method():
+def test_the_canonical_text_matches_the_method():
     trace = Trace((Step("48 + 24 = 72", "Carry the ten."), Step("72 / 2 = 36")), "Add, then share.", "36")
     assert render(trace) == WHOLE
     review = Trace(
@@ -97,12 +97,12 @@ def test_the_canonical_text_is_that_of_the_method():
 
 
 @pytest.mark.parametrize("text", [" padded", "padded\n", "a <Step2> inside", "</key>", "< ANSWER : >"])
-def test_text_that_could_not_be_read_back_is_refused_when_the_trace_is_made(text):
-    with pytest.raises(ValueError, match="stripped, free of tags"):
+def test_text_that_cannot_be_parsed_back_is_rejected(text):
+    with pytest.raises(ValueError, match="must be stripped, free of tags"):
         Step(text)
 
 
-def test_an_empty_key_cause_or_answer_is_none_or_nothing():
+def test_an_empty_key_or_answer_is_rejected():
     with pytest.raises(ValueError, match="key"):
         Step("x", "")
     with pytest.raises(ValueError, match="answer"):
@@ -111,12 +111,12 @@ def test_an_empty_key_cause_or_answer_is_none_or_nothing():
 
 @settings(quickly, max_examples=300)
 @given(st.text())
-def test_cleaned_text_is_always_fit_for_a_step(text):
+def test_cleaned_text_is_always_a_valid_step(text):
     Step(clean(text))
 
 
 @pytest.mark.parametrize("text", ["<<Key>Step1>", "<St<Key>ep1>", "<<Step1>/Step1>", "<K<Key><Key>ey>"])
-def test_tags_that_join_when_another_is_taken_out_do_not_survive(text):
+def test_tags_that_join_when_another_is_removed_are_removed(text):
     Step(clean(text))
 
 
@@ -125,7 +125,7 @@ def test_tags_that_join_when_another_is_taken_out_do_not_survive(text):
 
 @settings(quickly, max_examples=1500)
 @given(st.text() | _bits.map("".join))
-def test_no_text_whatever_makes_the_parser_raise(text):
+def test_no_text_makes_the_parser_raise(text):
     parsed = parse(text)
     assert parse(render(parsed.trace)).trace == parsed.trace
 
@@ -143,7 +143,7 @@ TAGS = [
 
 
 def _mutated(text: str, draw: random.Random) -> str:
-    """One to four deletions, doublings, turned letters, cut ends or tags put in."""
+    """One to four deletions, repetitions, changes of case, truncations or inserted tags."""
     for _ in range(draw.randint(1, 4)):
         a = draw.randrange(len(text) + 1)
         b = min(len(text), a + draw.randint(1, 20))
@@ -159,7 +159,7 @@ def _mutated(text: str, draw: random.Random) -> str:
     return text
 
 
-def test_eight_thousand_damaged_traces_are_read_without_an_exception_and_their_reading_is_stable():
+def test_parsing_eight_thousand_damaged_traces_is_stable():
     draw = random.Random(5)
     for _ in range(8000):
         text = _mutated(draw.choice((WHOLE, REVIEW)), draw)
@@ -167,8 +167,7 @@ def test_eight_thousand_damaged_traces_are_read_without_an_exception_and_their_r
         assert parse(render(trace)).trace == trace, text
 
 
-def test_damage_that_changes_the_reading_is_a_fault_or_harmless():
-    """Any one tag taken out of a valid trace is noticed: no tag is idle."""
+def test_every_missing_tag_is_noticed():
     for whole in (WHOLE, REVIEW):
         for tag in {piece[: piece.index(">") + 1] for piece in ("<" + p for p in whole.split("<")[1:])}:
             damaged = parse(whole.replace(tag, "", 1))
@@ -194,7 +193,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
-def test_a_hostile_megabyte_is_read_in_linear_time(text):
+def test_a_hostile_megabyte_is_parsed_in_linear_time(text):
     def seconds(part: str) -> float:
         began = time.process_time()
         parse(part)
@@ -222,7 +221,7 @@ FORGIVEN = {
 
 
 @pytest.mark.parametrize("text", FORGIVEN.values(), ids=FORGIVEN)
-def test_forms_that_models_write_are_read_like_the_canonical_one(text):
+def test_variants_are_parsed_like_the_canonical_form(text):
     parsed = parse(text)
     assert parsed.issues == ()
     assert [s.text for s in parsed.trace.steps] == ["48 + 24 = 72", "72 / 2 = 36"]
@@ -288,7 +287,7 @@ def test_forms_that_models_write_are_read_like_the_canonical_one(text):
         ("<Step1>a</Step1><Answer> </Answer>", "no_answer", "the end, character 34"),
     ],
 )
-def test_each_fault_is_told_by_name_and_place(text, error, place):
+def test_each_issue_has_a_name_and_a_place(text, error, place):
     issues = parse(text).issues
     assert Issue(error, place) in issues
     assert str(Issue(error, place)) == f"{error.replace('_', ' ')} at {place}"
@@ -300,14 +299,14 @@ def test_a_missing_closer_is_recovered_at_the_next_step():
     assert [f.name for f in parsed.issues] == ["missing_closer"]
 
 
-def test_an_opener_used_as_a_closer_does_not_begin_another_step():
+def test_an_opener_used_as_a_closer_starts_no_step():
     parsed = parse("<Step1>one<Step1>\n<Step2>two<Step2>\n<Answer>3<Answer>")
     assert [s.text for s in parsed.trace.steps] == ["one", "two"]
     assert parsed.trace.answer == "3"
     assert {f.name for f in parsed.issues} == {"opener_as_closer"}
 
 
-def test_of_two_answers_the_last_one_counts():
+def test_the_last_of_two_answers_counts():
     assert parse("<Step1>a</Step1><Answer>1</Answer><Answer>2</Answer>").trace.answer == "2"
 
 
@@ -319,12 +318,12 @@ def test_comparisons_and_latex_with_angle_brackets_are_text():
     assert parsed.trace.answer == "$x<5$"
 
 
-def test_an_answer_that_is_a_sentence_is_kept_whole():
+def test_a_sentence_as_an_answer_is_kept_whole():
     sentence = "Natalia sold 72 clips altogether, in April and May."
     assert parse(f"<Step1>a</Step1><Answer>\n{sentence}\n</Answer>").trace.answer == sentence
 
 
-def test_a_think_block_counts_only_at_the_beginning_and_when_it_ends():
+def test_a_think_block_must_come_first_and_end():
     assert parse(f"<think>{WHOLE}</think>").issues == (
         Issue("no_steps", "the top level"),
         Issue("no_answer", f"the end, character {len(WHOLE) + 15}"),
@@ -333,7 +332,7 @@ def test_a_think_block_counts_only_at_the_beginning_and_when_it_ends():
     assert "<think>" in parse("<Step1>a <think>b</think></Step1><Answer>1</Answer>").trace.steps[0].text
 
 
-def test_letters_that_only_look_like_a_tag_in_another_case_are_text():
+def test_lookalike_letters_do_not_make_a_tag():
     assert names("<Step1>a <cauſe> b</Step1><Answer>1</Answer>") == []  # a long s
     assert names("<Step1>a <Keу> b</Step1><Answer>1</Answer>") == []  # the last letter is Cyrillic
 
@@ -341,7 +340,7 @@ def test_letters_that_only_look_like_a_tag_in_another_case_are_text():
 # -- reviews -------------------------------------------------------------------------------------------------------
 
 
-def test_a_review_names_its_first_wrong_step_and_gives_the_solution_it_amounts_to():
+def test_a_review_yields_its_first_wrong_step_and_a_solution():
     trace = parse(REVIEW).trace
     assert first_corrected(trace) == 1
     assert first_corrected(parse(WHOLE).trace) is None
@@ -352,7 +351,7 @@ def test_a_review_names_its_first_wrong_step_and_gives_the_solution_it_amounts_t
     assert work_of(render(trace)) == plain
 
 
-def test_the_prefix_of_a_decision_ends_where_the_closer_or_the_cause_begins():
+def test_the_prefix_of_a_decision_ends_before_the_closer():
     step = Step("48 + 24 = 62", "Carry.")
     assert open_piece(2, step) == "<Step2>48 + 24 = 62\n<Key>Carry.</Key>\n"
     assert render(Trace((step,))) == "<Step1>48 + 24 = 62\n<Key>Carry.</Key>\n</Step1>"
@@ -377,8 +376,8 @@ def _solutions():
                     yield value["solution"].split("\n"), "1"
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="the shared sample data is not here")
-def test_every_real_solution_survives_as_steps_of_a_trace():
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs the shared sample data")
+def test_real_solutions_survive_a_round_trip():
     count = 0
     for lines, answer in _solutions():
         trace = Trace(tuple(Step(clean(line)) for line in lines if clean(line)), None, answer)
@@ -402,7 +401,7 @@ def test_every_real_solution_survives_as_steps_of_a_trace():
         '<Step1 title="Add">a < b</Step1>**<Answer>5</Answer>**',
     ],
 )
-def test_tags_in_another_dress_are_read(text):
+def test_escaped_and_decorated_tags_are_parsed(text):
     assert parse(text) == Parsed(Trace((Step("a < b"),), None, "5"), ())
 
 

@@ -1,1 +1,1 @@
-"""Answers: finding the final one in a text, and whether two say the same."""
+"""Answers: extracting the final one from a text, and deciding whether two are equal."""

@@ -1,19 +1,19 @@
-"""The final answer in a text: of a student's trace, of a published solution, of any model's prose."""
+"""Extraction of the final answer from a trace, a published solution or free text."""
 
 import re
 
 from sclite.trace import parse
 
 _BRACES = re.compile(
-    r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:\{|(?P<bare>"  # without braces up to the end of the formula, else one word
+    r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:\{|(?P<bare>"  # without braces: up to the end of the formula, else one word
     r"(?:[^$\n{}\\]|\\[^)\]\n]|\{[^{}\n]*\}){1,200}?(?=\$|\\[)\]]|\})|[^\s{}$]+))|\\.|[{}]",
     re.DOTALL,
 )
 _AND = re.compile(
     r"[\s$]*(?:[,;]|(?:[,;]\s*)?(?:\\text\{\s*)?(?:and|or)\b\s*\}?)[\s$]*(?:[A-Za-z]\w*\s*=\s*)?[\s$]*"
 )
-"""Between the boxes of an answer that has several: `$\\boxed{1}$ and $\\boxed{3}$`."""
-_FAR = 60  # characters between two boxes of one answer, at most
+"""What may separate several boxes of one answer: `$\\boxed{1}$ and $\\boxed{3}$`."""
+_MAX_GAP = 60  # characters between two boxes of one answer
 _HASHES = re.compile(r"^[ \t]*####[ \t]*(?![ \t])(?=[-+$]?[ \t]?[\d.])(?!\d+[.)][ \t]\D)(.+)$", re.MULTILINE)
 _TAG = re.compile(r"<[ \t]{0,9}answer[ \t]{0,9}:?[ \t]{0,9}>", re.IGNORECASE)
 _CLOSER = re.compile(r"<[ \t]{0,9}(?:/[ \t]{0,9}answer|answer[ \t]{0,9}/)", re.IGNORECASE)
@@ -24,10 +24,10 @@ _NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:¤|\$)?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?|(
 
 
 def extract(text: str) -> str | None:
-    r"""The final answer in a free text, None where there is none. Takes time linear in the text and never raises.
+    r"""The final answer in a free text, or None. Takes linear time and never raises.
 
-    The first of these that is there, and of several the last: `\boxed{..}`, GSM8K's `#### 72`, `<Answer>..</Answer>`
-    (its closer may be missing), "the answer is .." or "Answer: .." or a line "A: ..", a number.
+    Looks for, in this order: `\boxed{..}`, GSM8K's `#### 72`, `<Answer>..</Answer>` (the closing tag may be missing),
+    "the answer is .." or "Answer: .." or a line "A: ..", a number. The last occurrence counts.
     """
     found = boxed(text)
     if found is None and (hashes := _last(_HASHES, text)):
@@ -43,7 +43,7 @@ def extract(text: str) -> str | None:
 
 
 def answer_of(text: str) -> str | None:
-    """The final answer of whatever a student wrote: its trace's answer, else what else in it looks like one."""
+    """The final answer in a student's output: the answer of its trace, else whatever `extract` finds."""
     return parse(text).trace.answer or extract(text)
 
 
@@ -55,11 +55,11 @@ def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
 
 
 def boxed(text: str) -> str | None:
-    """The content of the last box that is closed, with those it is joined to by "and", "or" or a comma.
+    """The content of the last closed box, including boxes joined to it by "and", "or" or a comma.
 
-    A box that was cut off is no answer; one without braces (`\\boxed 2$`) is.
+    A truncated box does not count; one without braces (`\\boxed 2$`) does.
     """
-    boxes: list[tuple[int, int, str]] = []  # where each begins and ends, and what it holds
+    boxes: list[tuple[int, int, str]] = []  # (start, end, content)
     opened: list[tuple[int, int, bool]] = []
     for token in _BRACES.finditer(text):
         found = token.group()
@@ -76,7 +76,7 @@ def boxed(text: str) -> str | None:
     start, _, last = max(boxes)
     contents = [last]
     for begin, end, content in sorted(boxes, reverse=True)[1:]:
-        if not 0 <= start - end <= _FAR or not _AND.fullmatch(text, end, start):
+        if not 0 <= start - end <= _MAX_GAP or not _AND.fullmatch(text, end, start):
             break
         start = begin
         contents.append(content)

@@ -1,6 +1,6 @@
-"""The answer grader: whether an answer says the same as the gold answer, by math-verify in processes that can be killed.
+"""The answer grader: compares answers with gold answers, using math-verify in killable processes.
 
-Three verdicts: True, False, and None for unknown (a time-out or a failure of the grader), which is never counted as wrong.
+A verdict is True, False, or None for unknown (a timeout or a failure of the grader), which is never counted as wrong.
 """
 
 import contextlib
@@ -20,28 +20,27 @@ from sclite.grading.equality import Verdict, compare
 from sclite.grading.extract import boxed
 from sclite.grading.tidy import tidy
 
-LONGEST = 1000  # characters; sympy's parser takes minutes over longer texts
-MOST_PROCESSES = 16  # each holds 100 MB
-STARTUP_SECONDS = 120.0  # importing sympy takes under a second, on a machine that swaps a minute
-_ENDLESS = re.compile(r"(\.\d{100})\d+$")  # 0.3333.. of a model that cannot stop
+MAX_LENGTH = 1000  # characters; sympy's parser takes minutes for longer texts
+MAX_PROCESSES = 16  # each takes 100 MB
+STARTUP_SECONDS = 120.0  # importing sympy takes under a second, but a minute on a swapping machine
+_ENDLESS = re.compile(r"(\.\d{100})\d+$")  # 0.3333.. from a model that does not stop
 _DIGITS = re.compile(r"-?[0-9]+")
 
 
-def _quick(given: str | None, gold: str) -> tuple[bool | None, str, str]:
-    """The verdict where it takes no algebra, else None, and both answers tidied."""
+def _compare_quickly(given: str | None, gold: str) -> tuple[bool | None, str, str]:
+    """(verdict, given, gold): the verdict if it needs no algebra, else None and both normalized answers."""
     if given is None or not given.strip():
         return False, "", ""
     if given.strip() == gold.strip():
         return True, given, gold
     given, gold = (_ENDLESS.sub(r"\1", text) for text in (given, gold))
-    if max(len(given), len(gold)) > LONGEST:
+    if max(len(given), len(gold)) > MAX_LENGTH:
         return None, "", ""
     if _DIGITS.fullmatch(given) and _DIGITS.fullmatch(gold):
         return int(given) == int(gold), "", ""
     given, gold = (tidy(boxed(text) or text) for text in (given, gold))
-    if any(
-        text.count("{") != text.count("}") for text in (given, gold)
-    ):  # no formula, and math-verify's parser takes minutes to say so
+    # unbalanced braces are no formula, but math-verify's parser takes minutes to find out
+    if any(text.count("{") != text.count("}") for text in (given, gold)):
         return False, "", ""
     return compare(given, gold, lambda _given, _gold: None), given, gold
 
@@ -50,20 +49,17 @@ def _is_hard(found: tuple[bool | None, str, str]) -> bool:
     return found[0] is None and found[2] != ""
 
 
-# -- algebra, in a process that can be killed -------------------------------------------------------------------
-
-
 class Grader:
-    """Compares answers, the hard ones in worker processes; use it as a context manager. Safe to share among threads.
+    """Compares answers, the hard ones in worker processes. A thread-safe context manager.
 
-    `seconds` bounds one comparison: a worker that takes longer is killed, and the verdict is None. There are as many
-    workers as cores unless `processes` says otherwise. They start when first needed and end with this process, however it
-    ends. They are plain subprocesses, so the threads and the `__main__` of this one do not matter.
+    `seconds` is the timeout of one comparison: a slower worker is killed, and the verdict is None. There are as many
+    workers as cores, or `processes`. They start on demand and end with this process, however it ends. They are plain
+    subprocesses and so independent of the threads and the `__main__` of this process.
     """
 
     def __init__(self, seconds: float = 5.0, processes: int | None = None):
         self.seconds = seconds
-        self.processes = processes or min(os.cpu_count() or 1, MOST_PROCESSES)
+        self.processes = processes or min(os.cpu_count() or 1, MAX_PROCESSES)
         self._idle: queue.LifoQueue[subprocess.Popen | None] = queue.LifoQueue()
         for _ in range(self.processes):
             self._idle.put(None)
@@ -75,7 +71,7 @@ class Grader:
         self.close()
 
     def close(self) -> None:
-        """Ends the idle workers. The grader can be used again; it then starts new ones."""
+        """End the idle workers. The grader can still be used, and then starts new ones."""
         with contextlib.suppress(queue.Empty):
             workers = []
             while True:
@@ -85,13 +81,13 @@ class Grader:
             self._idle.put(None)
 
     def equal(self, given: str | None, gold: str) -> Verdict:
-        """Whether `given` says the same as `gold`; None when that could not be found out. No answer is a wrong answer."""
-        found = _quick(given, gold)
+        """Whether `given` equals `gold`; None if unknown. No answer is a wrong answer."""
+        found = _compare_quickly(given, gold)
         return self._ask(*found[1:]) if _is_hard(found) else found[0]
 
     def equal_many(self, pairs: Iterable[tuple[str | None, str]]) -> list[Verdict]:
-        """The verdict on each (given, gold), in order, on all workers at once."""
-        known = [_quick(*pair) for pair in pairs]
+        """The verdicts on all pairs (given, gold), in order, computed on all workers in parallel."""
+        known = [_compare_quickly(*pair) for pair in pairs]
         pool = ThreadPoolExecutor(self.processes)
         try:
             asked = pool.map(lambda pair: self._ask(*pair[1:]), [found for found in known if _is_hard(found)])
@@ -106,10 +102,10 @@ class Grader:
                 _end(worker)
                 worker = _start(self.seconds)
             reply = _exchange(worker, [given, gold], self.seconds)
-        except (
-            BaseException
-        ):  # an interrupted exchange leaves a reply in the pipe, which is not the next one's
-            _end(worker)
+        except BaseException:
+            _end(
+                worker
+            )  # an interrupted exchange may leave a reply in the pipe, which the next one would read
             worker = None
             raise
         else:
@@ -129,7 +125,7 @@ def _start(seconds: float) -> subprocess.Popen:
         _end(worker)
         why = reply["error"] if reply else f"its process ended with code {worker.returncode}"
         raise ScliteError(
-            f"the answer grader does not start: {why}", "pip install 'math-verify[antlr4_13_2]'"
+            f"the answer grader failed to start: {why}", "pip install 'math-verify[antlr4_13_2]'"
         )
     return worker
 
@@ -144,11 +140,11 @@ def _end(worker: subprocess.Popen | None) -> None:
 
 
 def _exchange(worker: subprocess.Popen, request: list[str] | None, seconds: float) -> dict | None:
-    """The worker's next reply, None when it died or was killed because its time was up."""
+    """The worker's next reply; None if it died or timed out and was killed."""
     late = threading.Event()
-    clock = threading.Timer(seconds, lambda: (late.set(), worker.kill()))
-    clock.daemon = True
-    clock.start()
+    timer = threading.Timer(seconds, lambda: (late.set(), worker.kill()))
+    timer.daemon = True
+    timer.start()
     line = b""
     try:
         if request is not None:
@@ -158,16 +154,16 @@ def _exchange(worker: subprocess.Popen, request: list[str] | None, seconds: floa
     except BrokenPipeError:
         pass
     finally:
-        clock.cancel()
-        clock.join()
+        timer.cancel()
+        timer.join()
     return None if late.is_set() or not line.endswith(b"\n") else json.loads(line)
 
 
 def _serve() -> None:
-    """The worker: a pair on each line of stdin, a verdict on each line of stdout, until stdin ends.
+    """The worker: reads one pair per line from stdin and writes one verdict per line to stdout.
 
-    Its parent may be gone while it hangs inside one long multiplication, where no Python code runs: so the kernel's
-    alarm ends it too.
+    If its parent dies while it hangs in one long multiplication, where no Python code runs, only the kernel's alarm
+    can end it.
     """
     seconds = float(sys.argv[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""The grader: a table of pairs with their verdicts, what it reads out of texts, and workers that hang, die or are orphaned."""
+"""The grader: a table of pairs with verdicts, extraction of answers, and workers that hang, die or are orphaned."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from sclite.grading.worker import Grader
 
 PAIRS = [json.loads(line) for line in (Path(__file__).parent / "answer_pairs.jsonl").read_text().splitlines()]
 SHARED = Path(os.environ.get("SCLITE_SHARED") or Path(__file__).resolve().parents[3] / "shared") / "data"
-TOWER = "9^{9^{9^{9}}}"  # has more digits than there are atoms; sympy tries to write them down
+TOWER = "9^{9^{9^{9}}}"  # has more digits than there are atoms; sympy tries to print them
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real problems at {SHARED}")
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 
@@ -49,7 +49,7 @@ def test_every_pair_of_the_table_gets_its_verdict(verdicts, kind):
     assert [(p["given"], p["gold"], v) for p, v in pairs if v is not p["equal"]] == []
 
 
-def test_the_table_is_large_balanced_and_varied():
+def test_the_table_is_large_and_balanced():
     kinds = Counter(pair["kind"] for pair in PAIRS)
     assert len(PAIRS) >= 1500
     assert 0.3 <= sum(pair["equal"] for pair in PAIRS) / len(PAIRS) <= 0.7
@@ -57,22 +57,24 @@ def test_the_table_is_large_balanced_and_varied():
     assert min(kinds.values()) >= 5
 
 
-def test_any_two_answers_of_the_table_compare_alike_both_ways_and_never_raise():
+def test_quick_comparison_is_symmetric_and_never_raises():
     dice = random.Random(1)
     texts = [
         p[side] for p in PAIRS if p["kind"] != "hostile" for side in ("given", "gold") if p[side].strip()
     ]
     pairs = [(dice.choice(texts), dice.choice(texts)) for _ in range(4000)] + [(t, t) for t in texts]
-    assert [p for p in pairs if grading._quick(*p)[0] != grading._quick(*reversed(p))[0]] == []
+    assert [
+        p for p in pairs if grading._compare_quickly(*p)[0] != grading._compare_quickly(*reversed(p))[0]
+    ] == []
 
 
-def test_every_verdict_of_the_table_is_the_same_the_other_way_round(grader, verdicts):
+def test_every_verdict_of_the_table_is_symmetric(grader, verdicts):
     turned = grader.equal_many([(p["gold"], p["given"]) for p in PAIRS])
     found = zip(PAIRS, verdicts, turned, strict=True)
     assert [(p["given"], p["gold"]) for p, v, t in found if v is not t and p["given"].strip(" $")] == []
 
 
-def test_every_gold_answer_of_the_table_equals_itself_in_dollars_and_in_a_box(grader):
+def test_every_gold_answer_equals_itself_in_dollars_and_boxed(grader):
     golds = sorted(
         {p["gold"] for p in PAIRS if p["kind"] != "hostile" and not re.search(r"\$|boxed|^'|<", p["gold"])}
     )
@@ -114,16 +116,16 @@ def test_every_gold_answer_of_the_table_equals_itself_in_dollars_and_in_a_box(gr
         (r"\boxed{}", None),
     ],
 )
-def test_the_final_answer_is_read_out_of_a_text(text, answer):
+def test_the_final_answer_is_extracted(text, answer):
     assert extract(text) == answer
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(alphabet="\\boxed{}<>/Answeris:# 19.,$-=*\n\u0000é", max_size=200))
-def test_any_text_is_read_and_graded_without_raising(text):
+def test_any_text_is_graded_without_raising(text):
     answer = extract(text)
     assert answer is None or answer.strip() == answer != ""
-    assert grading._quick(answer, "5")[0] in (True, False, None)
+    assert grading._compare_quickly(answer, "5")[0] in (True, False, None)
 
 
 @pytest.mark.parametrize(
@@ -138,13 +140,13 @@ def test_any_text_is_read_and_graded_without_raising(text):
     ],
     ids=lambda text: repr(text[:9]),
 )
-def test_hostile_texts_are_read_in_linear_time(text):
+def test_hostile_texts_take_linear_time(text):
     begin = time.perf_counter()
     extract(text)
     assert time.perf_counter() - begin < 2
 
 
-def test_an_answer_of_over_1000_characters_is_unknown_unless_it_is_the_gold_answer(grader):
+def test_an_answer_of_over_1000_characters_is_unknown(grader):
     assert grader.equal("(" * 100_000, "5") is None
     assert grader.equal("5" + " and so on" * 100, "5") is None
     assert grader.equal("7" * 100_000, "7" * 100_000) is True
@@ -169,12 +171,12 @@ def test_plain_numbers_never_start_a_worker(monkeypatch):
     assert Grader().equal_many(plain) == [True, False, True, True, True]
 
 
-def test_importing_the_grader_imports_no_algebra():
+def test_importing_the_grader_does_not_import_sympy():
     code = "import sys, sclite.grading.worker as g; g.Grader().equal('1/2', '0.5'); print(sorted({'sympy','math_verify'} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
-def test_a_hung_worker_is_killed_and_its_comparison_is_unknown():
+def test_a_hung_worker_is_killed_and_the_verdict_unknown():
     with Grader(seconds=1, processes=1) as grader:
         assert grader.equal(r"\sqrt{8}", r"2\sqrt{2}") is True
         first = grader._idle.queue[-1]
@@ -186,7 +188,7 @@ def test_a_hung_worker_is_killed_and_its_comparison_is_unknown():
         assert grader.equal(r"\sqrt{8}", r"2\sqrt{2}") is True
 
 
-def test_after_a_hung_worker_the_next_comparisons_are_graded():
+def test_comparisons_after_a_hung_worker_are_graded():
     with Grader(seconds=2, processes=2) as grader:
         pairs = [
             (r"\sqrt{8}", r"2\sqrt{2}"),
@@ -198,7 +200,7 @@ def test_after_a_hung_worker_the_next_comparisons_are_graded():
         assert grader.equal_many(pairs) == [True, None, False, True, False]
 
 
-def test_a_hung_comparison_holds_up_no_other():
+def test_a_hung_comparison_does_not_block_others():
     with Grader(seconds=4, processes=2) as grader, ThreadPoolExecutor(1) as pool:
         hung = pool.submit(grader.equal, TOWER, "5")
         assert (
@@ -208,11 +210,11 @@ def test_a_hung_comparison_holds_up_no_other():
         assert hung.result() is None
 
 
-def test_there_are_as_many_workers_as_cores_up_to_a_bound(monkeypatch):
+def test_there_is_one_worker_per_core_up_to_a_limit(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     assert Grader().processes == 3
     monkeypatch.setattr(os, "cpu_count", lambda: 500)
-    assert Grader().processes == grading.MOST_PROCESSES
+    assert Grader().processes == grading.MAX_PROCESSES
 
 
 def test_failed_grader_is_not_a_wrong_answer(monkeypatch):
@@ -225,7 +227,7 @@ def test_failed_grader_is_not_a_wrong_answer(monkeypatch):
     assert same_formula(r"\begin{pmatrix}1\end{pmatrix}", r"\begin{pmatrix}2\end{pmatrix}") is None
 
 
-def test_a_worker_that_dies_while_it_grades_is_not_a_wrong_answer(monkeypatch):
+def test_a_dying_worker_is_not_a_wrong_answer(monkeypatch):
     def start(_seconds):
         code = "input(); raise SystemExit(3)"
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -236,7 +238,7 @@ def test_a_worker_that_dies_while_it_grades_is_not_a_wrong_answer(monkeypatch):
         assert grader.equal(r"\sqrt{8}", r"2\sqrt{2}") is None
 
 
-def test_a_worker_that_never_replies_is_killed_from_outside(monkeypatch):
+def test_a_worker_that_never_replies_is_killed(monkeypatch):
     def start(_seconds):
         code = "import time; time.sleep(60)"
         return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -248,7 +250,7 @@ def test_a_worker_that_never_replies_is_killed_from_outside(monkeypatch):
     assert time.perf_counter() - begin < 10
 
 
-def test_a_worker_that_died_between_two_comparisons_is_replaced(grader):
+def test_a_dead_worker_is_replaced(grader):
     assert grader.equal(r"\sqrt{8}", r"2\sqrt{2}") is True
     worker = grader._idle.queue[-1]
     worker.kill()
@@ -256,7 +258,7 @@ def test_a_worker_that_died_between_two_comparisons_is_replaced(grader):
     assert grader.equal(r"\sqrt{8}", r"2\sqrt{2}") is True
 
 
-def test_a_grader_without_math_verify_says_what_to_install(tmp_path, monkeypatch):
+def test_missing_math_verify_is_reported_with_a_hint(tmp_path, monkeypatch):
     (tmp_path / "math_verify.py").write_text("raise ImportError('no math_verify here')")
     monkeypatch.syspath_prepend(tmp_path)
     with Grader() as grader, pytest.raises(ScliteError, match="no math_verify here") as error:
@@ -297,7 +299,7 @@ def _runs(pid: int) -> bool:
 @needs_proc
 @pytest.mark.parametrize("hung", [False, True], ids=["idle", "hung"])
 def test_a_worker_ends_when_its_parent_is_killed(hung):
-    """The script has no `if __name__ == "__main__"`, which a worker must not mind."""
+    """The script has no `if __name__ == "__main__"`; workers must not need it."""
     script = f"""
         import time, sclite.grading.worker as grader
         start = grader._start
@@ -326,7 +328,7 @@ def test_a_worker_ends_when_its_parent_is_killed(hung):
 
 
 @needs_shared
-def test_published_flags_of_1200_model_solutions_are_reproduced(grader):
+def test_published_labels_of_1200_solutions_are_reproduced(grader):
     rows = [json.loads(line) for line in (SHARED / "gsm8k-model-solutions.jsonl").read_text().splitlines()]
     solutions = [(row["ground_truth"], s) for row in rows for s in row.values() if isinstance(s, dict)]
     verdicts = grader.equal_many((extract(s["solution"]), extract(gold)) for gold, s in solutions)
@@ -335,18 +337,18 @@ def test_published_flags_of_1200_model_solutions_are_reproduced(grader):
 
 
 @needs_shared
-def test_gold_answers_of_300_real_problems_equal_themselves_written_otherwise(grader):
+def test_300_real_gold_answers_equal_their_variants(grader):
     rows = [json.loads(line) for line in (SHARED / "math-sample.jsonl").read_text().splitlines()]
     golds = [extract(row["solution"]) for row in rows]
-    pairs = [(new, gold) for gold in golds for new in _written_otherwise(gold)]
+    pairs = [(new, gold) for gold in golds for new in _variants(gold)]
     verdicts = grader.equal_many(pairs)
     assert len(golds) == 300
     assert [pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict is not True] == []
 
 
 @needs_shared
-def test_gold_answers_of_300_real_problems_do_not_equal_each_other(grader):
-    """Neighbours in the file and everyone with the tenth after it."""
+def test_300_real_gold_answers_differ_from_each_other(grader):
+    """Compares each with the next one and the tenth after it."""
     rows = [json.loads(line) for line in (SHARED / "math-sample.jsonl").read_text().splitlines()]
     golds = [extract(row["solution"]).replace("\\$", "") for row in rows]
     pairs = [(a, b) for a, b in [*pairwise(golds), *zip(golds, golds[10:], strict=False)] if a != b]
@@ -355,7 +357,7 @@ def test_gold_answers_of_300_real_problems_do_not_equal_each_other(grader):
     assert [pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict is not False] == []
 
 
-def _written_otherwise(gold: str) -> set[str]:
+def _variants(gold: str) -> set[str]:
     plain = gold.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
     spaced = gold if re.search(r"\d,(\\!)?\d{3}", gold) else re.sub(r"([-+=,/])", r" \1 ", gold)
     unsized = gold.replace("\\left", "").replace("\\right", "")
