@@ -1,4 +1,4 @@
-"""Attempts: sampled in blocks that survive a kill, graded, or brought along from a file."""
+"""Attempts: sampled in blocks that survive a kill, graded, or imported from a file."""
 
 import gzip
 import json
@@ -38,7 +38,7 @@ def config_of(**attempts) -> Config:
 
 @dataclass
 class Deterministic:
-    """A student whose reply depends on the request alone; it may break off after some blocks, as if killed."""
+    """A student whose reply depends only on the request; may stop after some blocks, as if killed."""
 
     blocks: int = 10**9
     finish: Callable[[int], str] = lambda seed: "stop"
@@ -64,7 +64,7 @@ def sample(run, grader, student, **attempts):
 # -- sampling ------------------------------------------------------------------------------------------------------
 
 
-def test_each_problem_is_tried_as_often_as_asked_each_time_with_a_seed_of_its_own(run, grader):
+def test_every_sample_of_a_problem_has_its_own_seed(run, grader):
     student = Deterministic()
     report = sample(run, grader, student)
     rows = run.read("attempts.jsonl", Attempt)
@@ -74,19 +74,19 @@ def test_each_problem_is_tried_as_often_as_asked_each_time_with_a_seed_of_its_ow
     assert len({r.seed for r in requests}) == 15
     assert {(r.temperature, r.top_p, r.max_tokens) for r in requests} == {(0.8, 0.95, 1024)}
     for row, request in zip(rows, requests, strict=True):
-        assert f"seed {request.seed}" in row.trace  # replies come in any order and end up with their request
+        assert f"seed {request.seed}" in row.trace  # replies come in any order
     assert report.counts["attempts"] == 15
     assert report.counts["right"] + report.counts["wrong"] == 15
 
 
-def test_an_attempt_is_right_when_its_answer_is_the_gold_one(run, grader):
+def test_attempt_is_right_if_its_answer_equals_gold(run, grader):
     sample(run, grader, Deterministic())
     for row in run.read("attempts.jsonl", Attempt):
         assert row.answer == parse(row.trace).trace.answer
         assert row.correct is (row.answer == str(int(row.id[1:]) + 1))
 
 
-def test_another_batch_size_keeps_the_attempts_and_so_what_was_paid_for_their_corrections(run, grader):
+def test_another_batch_size_keeps_the_attempts(run, grader):
     sample(run, grader, Deterministic())
     before = run.path("attempts.jsonl").read_bytes()
     other = Config.model_validate({"attempts": {"samples": 3}, "student": {"batch": 7}})
@@ -95,7 +95,7 @@ def test_another_batch_size_keeps_the_attempts_and_so_what_was_paid_for_their_co
     assert run.path("attempts.jsonl").read_bytes() == before
 
 
-def test_a_failed_call_leaves_the_outcome_unknown(run, grader):
+def test_failed_call_leaves_the_outcome_unknown(run, grader):
     report = sample(run, grader, Deterministic(finish=lambda seed: "error"))
     assert report.counts == {"attempts": 15, "right": 0, "wrong": 0, "unknown": 15}
     assert {row.correct for row in run.read("attempts.jsonl", Attempt)} == {None}
@@ -105,9 +105,7 @@ def test_a_failed_call_leaves_the_outcome_unknown(run, grader):
     "tail", ["", '{"id":"p2","sam', '{"id":"p2","sample":2,"trace":"x","answer":null,"correct":null}\n']
 )
 @pytest.mark.parametrize("blocks", [0, 1, 2, 3])
-def test_after_a_kill_in_the_middle_of_a_block_the_file_becomes_that_of_an_unbroken_run(
-    tmp_path, grader, blocks, tail
-):
+def test_resume_after_a_kill_gives_the_file_of_an_uninterrupted_run(tmp_path, grader, blocks, tail):
     whole, broken = Run(tmp_path / "whole"), Run(tmp_path / "broken")
     sample(whole, grader, Deterministic())
     with pytest.raises(KeyboardInterrupt):
@@ -117,10 +115,10 @@ def test_after_a_kill_in_the_middle_of_a_block_the_file_becomes_that_of_an_unbro
     student = Deterministic()
     sample(broken, grader, student)
     assert broken.path("attempts.jsonl").read_bytes() == whole.path("attempts.jsonl").read_bytes()
-    assert len(student.asked) == 4 - blocks  # what was whole is not sampled again
+    assert len(student.asked) == 4 - blocks  # complete blocks are not sampled again
 
 
-def test_rows_of_other_settings_are_not_taken_over(run, grader):
+def test_rows_made_with_other_settings_are_discarded(run, grader):
     with pytest.raises(KeyboardInterrupt):
         sample(run, grader, Deterministic(2))
     student = Deterministic()
@@ -128,14 +126,14 @@ def test_rows_of_other_settings_are_not_taken_over(run, grader):
     assert len(student.asked) == 4
 
 
-def test_a_finished_stage_asks_nobody(run, grader):
+def test_finished_stage_needs_no_student(run, grader):
     first = sample(run, grader, Deterministic())
     again = sample(run, grader, None)
     assert again.skipped
     assert again.counts == first.counts
 
 
-def test_attempts_that_say_the_same_count_once():
+def test_identical_attempts_count_once():
     text, same, other = (
         "<Step1>a\n</Step1>\n<Answer>1</Answer>",
         "<step 1>a</step 1><answer>1</answer>",
@@ -150,7 +148,7 @@ def test_attempts_that_say_the_same_count_once():
 
 @dataclass
 class Prose(Deterministic):
-    """Writes steps for some seeds alone."""
+    """Writes steps for some seeds only."""
 
     steps: Callable[[int], bool] = lambda seed: False
 
@@ -161,7 +159,7 @@ class Prose(Deterministic):
 
 
 @pytest.mark.parametrize(("share", "warned"), [(0, True), (1, False)])
-def test_a_warning_says_that_most_attempts_are_unreadable_and_what_to_change(run, grader, share, warned):
+def test_warning_if_most_attempts_are_unreadable(run, grader, share, warned):
     said = []
 
     def progress(done, total, spent=None, *, note="", warning=""):
@@ -177,7 +175,7 @@ def test_a_warning_says_that_most_attempts_are_unreadable_and_what_to_change(run
         assert said[0].startswith("15 of 15 attempts have no readable steps, most often: no steps; train SFT")
 
 
-# -- brought along -------------------------------------------------------------------------------------------------
+# -- imported ------------------------------------------------------------------------------------------------------
 
 
 def write(path, *rows):
@@ -185,7 +183,7 @@ def write(path, *rows):
     return path
 
 
-def test_attempts_brought_along_keep_their_labels_and_get_a_verdict(run, grader, tmp_path):
+def test_imported_attempts_keep_labels_and_get_a_verdict(run, grader, tmp_path):
     source = write(
         tmp_path / "mine.jsonl",
         {"question": "What  is 1 + 1?", "steps": ["1 + 1 = 3", "So 3"], "first_error_step": 1},
@@ -207,7 +205,7 @@ def test_attempts_brought_along_keep_their_labels_and_get_a_verdict(run, grader,
     assert report.counts == {"attempts": 4, "right": 2, "wrong": 2, "unknown": 0}
 
 
-def test_a_line_separator_inside_a_text_is_no_end_of_line(grader, tmp_path):
+def test_unicode_line_separator_does_not_end_a_line(grader, tmp_path):
     source = write(tmp_path / "mine.jsonl", {"question": "What is 1 + 1?", "steps": ["one\u2028two", "2"]})
     assert len(import_attempts(source, PROBLEMS, grader)) == 1
 
@@ -231,7 +229,7 @@ def test_a_line_separator_inside_a_text_is_no_end_of_line(grader, tmp_path):
         "not JSON",
     ],
 )
-def test_a_row_that_cannot_be_used_is_left_out_and_named_with_file_and_line(run, grader, tmp_path, row):
+def test_unusable_row_is_skipped_with_file_and_line(run, grader, tmp_path, row):
     path = tmp_path / "mine.jsonl"
     path.write_text('{"question": "What is 0 + 1?", "steps": ["1"]}\n\n' + row + "\n")
     report = sample(run, grader, None, source=str(path))
@@ -245,7 +243,7 @@ def test_a_row_that_cannot_be_used_is_left_out_and_named_with_file_and_line(run,
         import_attempts(path, PROBLEMS, grader)
 
 
-def test_imported_attempts_may_be_packed_and_a_line_that_is_not_utf8_is_left_out(run, grader, tmp_path):
+def test_gzipped_attempts_are_read_without_lines_that_are_not_utf8(run, grader, tmp_path):
     path = tmp_path / "mine.jsonl.gz"
     row = b'{"question": "What is 0 + 1?", "steps": ["1"]}\n'
     path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + row + row.replace(b'"1"', b'"caf\xe9"')))
@@ -254,17 +252,17 @@ def test_imported_attempts_may_be_packed_and_a_line_that_is_not_utf8_is_left_out
     assert drop.detail.endswith("line 2: the text is not UTF-8")
 
 
-def test_a_row_about_an_unknown_question_is_left_out_and_counted(run, grader, tmp_path):
+def test_row_with_an_unknown_question_is_skipped(run, grader, tmp_path):
     rows = [{"question": q, "steps": ["1"]} for q in ("what is  0 + 1?", "Something else?")]
     report = sample(run, grader, None, source=str(write(tmp_path / "mine.jsonl", *rows)))
-    assert [r.id for r in run.read("attempts.jsonl", Attempt)] == ["p0"]  # case and blanks do not matter
+    assert [r.id for r in run.read("attempts.jsonl", Attempt)] == ["p0"]  # ignoring case and white space
     assert report.dropped == {"question_unknown": 1}
     (drop,) = run.read("dropped.jsonl", Drop)
     assert json.loads(drop.raw) == rows[1]
 
 
 @pytest.mark.parametrize("label", [0, -1])
-def test_a_label_that_says_all_is_right_keeps_the_attempt_right(grader, tmp_path, label):
+def test_label_without_an_error_makes_the_attempt_right(grader, tmp_path, label):
     rows = [
         {"question": "What is 1 + 1?", "steps": ["two"], "first_error_step": label},
         {"question": "What is 1 + 1?", "steps": ["so 2"], "first_error_step": label},
@@ -273,26 +271,26 @@ def test_a_label_that_says_all_is_right_keeps_the_attempt_right(grader, tmp_path
     drops: list[Drop] = []
     found = import_attempts(write(tmp_path / "mine.jsonl", *rows), PROBLEMS, grader, drops)
     assert [(r.sample, r.correct, r.first_error, r.answer) for r in found] == [
-        (0, True, None, "2"),  # no answer can be read in it, so that it has the right one
+        (0, True, None, "2"),  # has no readable answer and gets the right one
         (1, True, None, "2"),
     ]
     assert not parse(found[0].trace).issues
     assert [(d.id, d.reason) for d in drops] == [("line 3", "label_contradicts_answer")]
 
 
-def test_a_labelled_step_makes_an_attempt_wrong_whatever_its_answer(grader, tmp_path):
+def test_labelled_step_makes_the_attempt_wrong_despite_its_answer(grader, tmp_path):
     row = {"question": "What is 1 + 1?", "steps": ["1 + 1 = 3", "so 2"], "first_error_step": 1}
     (found,) = import_attempts(write(tmp_path / "mine.jsonl", row), PROBLEMS, grader)
     assert (found.correct, found.first_error) == (False, 1)
 
 
-def test_a_label_of_another_name_is_not_passed_over(grader, tmp_path):
+def test_label_column_of_another_benchmark_is_rejected(grader, tmp_path):
     source = write(tmp_path / "mine.jsonl", {"problem": "What is 1 + 1?", "steps": ["3"], "label": 0})
     with pytest.raises(DataError, match=r"has `label` but no `first_error_step`: .* add 1"):
         import_attempts(source, PROBLEMS, grader)
 
 
-def test_a_missing_file_and_one_about_other_problems_are_told_apart(grader, tmp_path):
+def test_missing_file_and_unknown_questions_have_different_errors(grader, tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         import_attempts(tmp_path / "none.jsonl", PROBLEMS, grader)
     other = write(tmp_path / "other.jsonl", {"question": "Something else?", "steps": ["x"]})
@@ -300,7 +298,7 @@ def test_a_missing_file_and_one_about_other_problems_are_told_apart(grader, tmp_
         import_attempts(other, PROBLEMS, grader)
 
 
-def test_a_brought_attempt_is_written_in_canonical_form(grader, tmp_path):
+def test_imported_attempt_is_written_in_canonical_form(grader, tmp_path):
     source = write(
         tmp_path / "mine.jsonl", {"question": "What is 1 + 1?", "steps": ["a", "b"], "answer": "2"}
     )
@@ -312,7 +310,7 @@ def test_a_brought_attempt_is_written_in_canonical_form(grader, tmp_path):
 
 
 def solve_with_seed(body, nth):
-    """The reply of a model that samples: it follows from question and seed."""
+    """The reply of a sampling model, determined by question and seed."""
     number = int(body["messages"][-1]["content"].split("What is ")[1].split(" ")[0])
     said = number + 1 + (body["seed"] % 3 == 0)
     return say(f"<Step1>seed {body['seed']}\n</Step1>\n<Answer>{said}</Answer>", seconds=0.01 * (said % 3))
@@ -343,9 +341,7 @@ def _key(monkeypatch):
 
 @pytest.mark.usefixtures("_key")
 @pytest.mark.parametrize("rows", [4, 12])
-def test_an_interrupted_endpoint_is_paid_once_and_the_file_becomes_that_of_an_unbroken_run(
-    tmp_path, grader, rows
-):
+def test_interrupted_endpoint_run_resumes_without_paying_twice(tmp_path, grader, rows):
     whole, broken = Run(tmp_path / "whole"), Run(tmp_path / "broken")
 
     def interrupt(done, total):
@@ -372,15 +368,15 @@ def test_an_interrupted_endpoint_is_paid_once_and_the_file_becomes_that_of_an_un
 
 
 @pytest.mark.usefixtures("_key")
-def test_an_endpoint_does_not_wait_for_the_end_of_a_block(run, grader):
+def test_endpoint_does_not_wait_for_a_block_to_finish(run, grader):
     with TeacherServer(lambda body, nth: say("<Answer>1</Answer>", seconds=0.3)) as server:
         sample_endpoint(run, grader, server.url)
-        assert server.most_in_flight > 4  # which is the size of a block here
+        assert server.most_in_flight > 4  # the block size
     assert len(run.read("attempts.jsonl", Attempt)) == 15
 
 
 @pytest.mark.usefixtures("_key")
-def test_a_call_that_failed_is_made_again_by_the_next_start_and_no_other_is(run, grader):
+def test_next_run_repeats_only_the_failed_calls(run, grader):
     down = [True]
 
     def answer(body, nth):
@@ -400,7 +396,7 @@ def test_a_call_that_failed_is_made_again_by_the_next_start_and_no_other_is(run,
         assert sample_endpoint(run, grader, server.url).skipped
 
 
-def test_what_an_endpoint_has_cost_is_in_the_report_and_a_local_student_is_free(run, grader):
+def test_report_has_the_cost_of_an_endpoint_but_not_of_a_local_student(run, grader):
     assert sample(run, grader, Deterministic()).cost_usd == 0.0
     assert not run.path("ledger.sqlite").exists()
     with Ledger(run.path("ledger.sqlite")) as ledger:
@@ -411,7 +407,7 @@ def test_what_an_endpoint_has_cost_is_in_the_report_and_a_local_student_is_free(
     assert sample(run, grader, Deterministic(), temperature=0.5).cost_usd == 0.25
 
 
-def test_another_student_or_address_asks_anew_and_more_in_flight_does_not(run, tmp_path):
+def test_inputs_change_with_student_and_address_not_concurrency(run, tmp_path):
     def inputs(**attempts):
         return inputs_of(config_of(**attempts), run, PROBLEMS)
 
@@ -430,7 +426,7 @@ def test_another_student_or_address_asks_anew_and_more_in_flight_does_not(run, t
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [2, 0, 4, 1, 3]])
-def test_a_block_comes_when_it_and_those_before_it_are_whole(order):
+def test_blocks_are_yielded_in_order_once_complete(order):
     come = []
 
     def replies():

@@ -1,4 +1,4 @@
-"""Overlap of questions: 13 words in a row, or the whole of a shorter one; in training and in evaluation."""
+"""Overlap of questions in training and evaluation: 13 words in a row, or a whole shorter question."""
 
 import json
 
@@ -23,27 +23,27 @@ def overlaps(first: str, second: str) -> bool:
     return find_overlap(first, build_index([("x", second)])) == "x"
 
 
-def test_thirteen_words_in_a_row_are_an_overlap_and_twelve_are_none():
+def test_thirteen_shared_words_in_a_row_overlap_but_not_twelve():
     rest = " and then he goes home, to sleep. How many are left of them all on the next day?"
     assert overlaps("Ben says: " + " ".join(WORDS[2:15]) + rest, LONG)
     assert not overlaps("Ben says: " + " ".join(WORDS[3:15]) + rest, LONG)
 
 
-def test_case_signs_and_blanks_between_words_do_not_matter():
+def test_case_punctuation_and_white_space_are_ignored():
     assert overlaps(LONG.upper().replace(" ", ",\n "), LONG)
 
 
-def test_a_short_question_overlaps_only_as_a_whole():
+def test_short_question_overlaps_only_as_a_whole():
     assert overlaps("what is  2 + 1", "What is $2+1$?")
     assert not overlaps("What is 2 + 1", "What is 2 + 1 more than?")
     assert not overlaps(" ".join(WORDS[:6]), LONG)
 
 
-def test_a_short_question_with_another_sign_is_another_one():
+def test_short_question_with_another_sign_does_not_overlap():
     assert not overlaps("What is 2 - 1?", "What is 2 + 1?")
 
 
-def test_each_problem_that_was_trained_on_is_told_with_the_question_it_overlaps():
+def test_contaminated_problems_name_the_training_question():
     problems = [Problem(id=i, question=q, answer="1") for i, q in (("a", LONG), ("b", "Why?"), ("c", "Who?"))]
     training = iter([("t1", "What?"), ("t2", f"Once {LONG}"), ("t3", "WHY"), ("t4", LONG)])
     assert find_contaminated(problems, training) == {"a": "t2", "b": "t3"}
@@ -65,7 +65,7 @@ def settings(*given: str) -> Config:
     return load(None, given, {}, own_file=False)
 
 
-def test_a_row_that_overlaps_an_evaluation_question_is_left_out_and_listed(tmp_path, run):
+def test_training_row_that_overlaps_evaluation_is_dropped(tmp_path, run):
     source = write(
         tmp_path / "p.jsonl",
         plain("First?"),
@@ -77,7 +77,7 @@ def test_a_row_that_overlaps_an_evaluation_question_is_left_out_and_listed(tmp_p
     report = Report("problems")
     chosen = settings(f"problems.source={source}", f"eval.source={measured}", "problems.limit=2")
     problems = gather_problems(chosen, run, report)
-    assert [p.question for p in problems] == ["First?", "Second?"]  # the limit counts what is kept
+    assert [p.question for p in problems] == ["First?", "Second?"]  # the limit counts kept problems
     assert run.read("problems.jsonl", Problem) == problems
     (drop,) = run.read("dropped.jsonl", Drop)
     assert (drop.stage, drop.id, drop.reason) == ("problems", "bad", "overlaps_evaluation")
@@ -86,7 +86,7 @@ def test_a_row_that_overlaps_an_evaluation_question_is_left_out_and_listed(tmp_p
     assert run.manifest("problems")["dropped"] == report.dropped
 
 
-def test_rows_to_avoid_need_no_answer_and_no_limit(tmp_path, run):
+def test_rows_to_avoid_need_no_answer_and_ignore_the_limit(tmp_path, run):
     source = write(tmp_path / "p.jsonl", plain("First?"), plain("Second?"), plain("Third?"))
     one = write(tmp_path / "a.jsonl", {"question": "Nothing?"}, {"question": "third"})
     other = write(tmp_path / "b.jsonl", {"problem": "Second?"})
@@ -96,7 +96,7 @@ def test_rows_to_avoid_need_no_answer_and_no_limit(tmp_path, run):
     assert len(gather_problems(chosen, run)) == 2
 
 
-def test_problems_that_were_put_into_the_run_stay_in_their_file(tmp_path, run):
+def test_imported_problems_file_is_not_rewritten(tmp_path, run):
     rows = [Problem(id=i, question=q, answer="1") for i, q in (("a", "First?"), ("b", "Second?"))]
     run.replace("problems.jsonl", rows)
     chosen = settings(f"eval.source={write(tmp_path / 'e.jsonl', plain('second'))}")
@@ -106,20 +106,20 @@ def test_problems_that_were_put_into_the_run_stay_in_their_file(tmp_path, run):
         assert [d.id for d in run.read("dropped.jsonl", Drop)] == ["b"]
 
 
-def test_one_file_for_training_and_evaluation_is_divided_by_the_evaluation(tmp_path, run):
+def test_training_skips_no_problem_if_evaluation_has_the_same_source(tmp_path, run):
     source = write(tmp_path / "p.jsonl", plain("First?"), plain("Second?"))
     chosen = settings(f"problems.source={source}", f"eval.source={source}", "problems.limit=1")
     assert len(gather_problems(chosen, run)) == 1
 
 
-def test_when_every_problem_overlaps_it_is_said(tmp_path, run):
+def test_error_if_every_problem_overlaps(tmp_path, run):
     source, measured = (write(tmp_path / name, plain("First?")) for name in ("p.jsonl", "e.jsonl"))
     with pytest.raises(DataError, match="every problem overlaps") as error:
         gather_problems(settings(f"problems.source={source}", f"eval.source={measured}"), run)
     assert error.value.hint
 
 
-def test_an_evaluation_set_out_of_reach_is_a_fault_with_a_way_out(tmp_path, run, monkeypatch):
+def test_unreachable_evaluation_set_is_an_error_with_an_alternative(tmp_path, run, monkeypatch):
     import datasets
 
     def load_dataset(*args, **options):
@@ -138,7 +138,7 @@ def test_an_evaluation_set_out_of_reach_is_a_fault_with_a_way_out(tmp_path, run,
 # -- in the evaluation ---------------------------------------------------------------------------------------------
 
 
-def test_evaluation_problems_that_overlap_what_was_trained_on_are_left_out_and_told(tmp_path, run):
+def test_evaluation_skips_and_counts_problems_that_were_trained_on(tmp_path, run):
     rows = [plain(f"What is {i} + {i}?", id=f"e{i}") for i in range(60)]
     rows += [plain(f"{LONG}?", id="long"), plain("Own?", id="own")]
     run.replace("problems.jsonl", [Problem(id="t1", question=f"Well. {LONG}", answer="1")])
@@ -156,7 +156,7 @@ def test_evaluation_problems_that_overlap_what_was_trained_on_are_left_out_and_t
     assert drops["own"].detail.endswith("training problem t2")
 
 
-def test_what_training_left_out_may_be_evaluated(tmp_path, run):
+def test_problems_skipped_in_training_can_be_evaluated(tmp_path, run):
     rows = [plain(f"What is {i} + {i}?", id=f"e{i}") for i in range(60)]
     run.replace(
         "problems.jsonl", [Problem(id=i, question=f"What is {i} + {i}?", answer="1") for i in ("1", "99")]

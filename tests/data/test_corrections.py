@@ -1,4 +1,4 @@
-"""Corrections by a real HTTP teacher: which reviews are kept, and each reason for which one is not."""
+"""Corrections by a teacher over HTTP: which reviews are kept, and each reason to reject one."""
 
 import pytest
 
@@ -43,7 +43,7 @@ def build(run, url, grader, share=0.5, progress=None, **teacher):
 
 
 def fill(run, wrong=1, right=0, others=()):
-    """`wrong` wrong attempts and `right` right ones, each at a problem of its own."""
+    """`wrong` wrong attempts and `right` right ones, each at its own problem."""
     attempts = [ATTEMPT.model_copy(update={"id": f"w{i}"}) for i in range(wrong)]
     done = render(Trace((Step("48 + 24 = 72"), Step("72 / 2 + 5 = 41")), "Go on.", "41"))
     attempts += [Attempt(id=f"r{i}", sample=0, trace=done, answer="41", correct=True) for i in range(right)]
@@ -61,7 +61,7 @@ def fill(run, wrong=1, right=0, others=()):
 # -- one review ----------------------------------------------------------------------------------------------------
 
 
-def test_a_review_that_changes_the_first_wrong_step_and_ends_right_is_kept(grader):
+def test_review_that_corrects_the_first_wrong_step_is_kept(grader):
     assert review_rejection(GOOD, ATTEMPT, PROBLEM, grader) is None
 
 
@@ -90,23 +90,23 @@ def test_a_review_that_changes_the_first_wrong_step_and_ends_right_is_kept(grade
         (GOOD.replace("<Answer>41", "<Answer>43"), "wrong_answer"),
     ],
 )
-def test_each_flaw_of_a_review_has_its_reason(grader, text, reason):
+def test_each_invalid_review_has_a_reason(grader, text, reason):
     rejection = review_rejection(text, ATTEMPT, PROBLEM, grader)
     assert rejection.reason == reason
     assert rejection.text
 
 
-def test_a_label_that_was_brought_along_decides_on_the_step(grader):
+def test_imported_label_decides_which_step_is_accused(grader):
     for label, reason in ((2, None), (1, "other_step_than_label"), (3, "other_step_than_label")):
         rejection = review_rejection(GOOD, ATTEMPT.model_copy(update={"first_error": label}), PROBLEM, grader)
         assert (rejection.reason if rejection else None) == reason
 
 
-def test_blanks_are_no_change_of_a_step(grader):
+def test_white_space_does_not_change_a_step(grader):
     assert review_rejection(GOOD.replace("48 + 24 = 72", "48 +  24 =\n72"), ATTEMPT, PROBLEM, grader) is None
 
 
-def test_a_grader_that_does_not_know_is_no_wrong_answer():
+def test_unknown_grade_is_not_a_wrong_review():
     class Unsure:
         def equal(self, given, gold):
             return None
@@ -117,7 +117,7 @@ def test_a_grader_that_does_not_know_is_no_wrong_answer():
 # -- the stage -----------------------------------------------------------------------------------------------------
 
 
-def test_the_teacher_sees_the_work_and_the_solution_and_its_review_becomes_a_row(run, grader):
+def test_teacher_gets_work_and_solution_and_its_review_is_stored(run, grader):
     fill(run)
     with TeacherServer(lambda request, nth: say(GOOD)) as server:
         report = build(run, server.url, grader)
@@ -131,7 +131,7 @@ def test_the_teacher_sees_the_work_and_the_solution_and_its_review_becomes_a_row
     assert report.counts == {"wrong": 1, "corrected": 1, "confirmed": 0}
 
 
-def test_a_flaw_goes_back_to_the_teacher_and_then_the_row_is_dropped_with_its_reason(run, grader):
+def test_invalid_review_is_retried_with_the_reason_then_dropped(run, grader):
     fill(run, wrong=2)
     bad = GOOD.replace("<Answer>41", "<Answer>43")
 
@@ -158,8 +158,7 @@ def test_a_flaw_goes_back_to_the_teacher_and_then_the_row_is_dropped_with_its_re
 @pytest.mark.parametrize(
     ("share", "right", "confirmed"), [(0.5, 10, 4), (0.2, 10, 1), (0.0, 10, 0), (0.8, 10, 10), (0.5, 2, 2)]
 )
-def test_confirmations_are_right_attempts_in_the_asked_share(run, grader, share, right, confirmed):
-    """`share` of all reviews, as far as there are right attempts."""
+def test_confirmations_are_right_attempts_in_the_configured_share(run, grader, share, right, confirmed):
     fill(run, wrong=4, right=right)
     with TeacherServer(lambda request, nth: say(GOOD)) as server:
         report = build(run, server.url, grader, share=share)
@@ -170,12 +169,12 @@ def test_confirmations_are_right_attempts_in_the_asked_share(run, grader, share,
     for row in confirmations:
         assert row.id.startswith("r")
         assert (row.cause, row.correction, row.requests) == (None, None, 0)
-    assert len(server.requests) == 4  # nobody is paid for what is right
+    assert len(server.requests) == 4  # right attempts cost nothing
     assert "<Cause>" not in "".join(r.trace for r in confirmations)
 
 
 @pytest.mark.parametrize(("right", "share", "warned"), [(0, 0.5, True), (1, 0.5, False), (0, 0.0, False)])
-def test_a_warning_says_that_there_are_no_confirmations(run, grader, right, share, warned):
+def test_warning_if_there_are_no_confirmations(run, grader, right, share, warned):
     said = []
 
     def progress(done, total, spent=None, *, note="", warning=""):
@@ -188,7 +187,7 @@ def test_a_warning_says_that_there_are_no_confirmations(run, grader, right, shar
     assert [text.startswith("no attempt is right and well-formed") for text in said] == [True] * warned
 
 
-def test_what_an_attempt_corrected_itself_is_no_accusation_in_its_confirmation(run, grader):
+def test_confirmation_has_no_notes_of_a_self_corrected_attempt(run, grader):
     fill(run, wrong=1)
     noted = ATTEMPT.model_copy(update={"id": "n", "correct": True, "answer": "41", "trace": GOOD})
     run.replace("attempts.jsonl", [*run.read("attempts.jsonl", Attempt), noted])
@@ -200,7 +199,7 @@ def test_what_an_attempt_corrected_itself_is_no_accusation_in_its_confirmation(r
     assert "<Cause>" not in confirmed.trace
 
 
-def test_attempts_that_cannot_be_used_are_counted_and_never_sent(run, grader):
+def test_unusable_attempts_are_counted_and_not_sent(run, grader):
     unknown = ATTEMPT.model_copy(update={"id": "u", "correct": None})
     torn = ATTEMPT.model_copy(update={"id": "t", "trace": "<Step1>cut in the mid"})
     fill(run, wrong=1, others=(unknown, torn))
@@ -213,7 +212,7 @@ def test_attempts_that_cannot_be_used_are_counted_and_never_sent(run, grader):
     assert "no answer at the end" in drops["t"].detail
 
 
-def test_two_attempts_that_say_the_same_are_corrected_once(run, grader):
+def test_identical_attempts_are_corrected_once(run, grader):
     fill(run, others=(ATTEMPT.model_copy(update={"id": "w0", "sample": 1}),))
     run.replace("problems.jsonl", [PROBLEM.model_copy(update={"id": "w0"})])
     with TeacherServer(lambda request, nth: say(GOOD)) as server:
@@ -223,7 +222,7 @@ def test_two_attempts_that_say_the_same_are_corrected_once(run, grader):
     assert report.counts["wrong_in_the_same_words"] == 1
 
 
-def test_when_no_correction_is_left_the_reasons_are_told(run, grader):
+def test_error_with_reasons_if_no_correction_is_valid(run, grader):
     fill(run, wrong=2)
     with (
         TeacherServer(lambda request, nth: say("All good!")) as server,
@@ -235,7 +234,7 @@ def test_when_no_correction_is_left_the_reasons_are_told(run, grader):
     assert len(run.read("dropped.jsonl", Drop)) == 2
 
 
-def test_a_second_run_asks_nobody_again(run, grader):
+def test_second_run_sends_no_request(run, grader):
     fill(run, wrong=3, right=3)
     with TeacherServer(lambda request, nth: say(GOOD)) as server:
         first = build(run, server.url, grader)
@@ -249,7 +248,7 @@ def test_a_second_run_asks_nobody_again(run, grader):
     assert run.path("reviews.jsonl").read_bytes() == before
 
 
-def test_a_row_that_got_no_reply_is_asked_for_again_next_time(run, grader):
+def test_next_run_requests_unanswered_corrections_again(run, grader):
     fill(run, wrong=3)
     down = [True]
 
@@ -267,7 +266,7 @@ def test_a_row_that_got_no_reply_is_asked_for_again_next_time(run, grader):
     assert len(server.requests) == 4
 
 
-def test_without_attempts_the_next_command_is_named(run, grader):
+def test_missing_attempts_error_names_the_next_command(run, grader):
     with pytest.raises(DataError, match=r"attempts\.jsonl is missing or empty") as error:
         build(run, "http://127.0.0.1:9/v1", grader)
     assert "sclite train" in error.value.hint

@@ -1,4 +1,4 @@
-"""What is put into the run takes the place of its stage; labelled work becomes corrections without any student."""
+"""Files put into the run replace their stage; labelled work is corrected without a student."""
 
 import json
 
@@ -29,14 +29,14 @@ def problem(number: int) -> dict:
 
 
 def labelled(number: int) -> dict:
-    """Work whose first wrong step is 1, 2, 3 or 4; the steps after it follow from it."""
+    """Work whose first wrong step is 1, 2, 3 or 4; later steps follow from it."""
     label = number % 4 + 1
     steps = [*STEPS[: label - 1], *(f"{step} or so 9{number}" for step in STEPS[label - 1 :])]
     return {"question": problem(number)["question"], "steps": steps, "first_error_step": label}
 
 
 def teach(request, nth):
-    """Finds the first wrong step, once at another place, and once ends in a wrong answer."""
+    """Finds the first wrong step, except once, and once ends in a wrong answer."""
     asked = request["messages"][-1]["content"]
     number = int(asked.split("Task ")[1].split(":")[0])
     label = labelled(number)["first_error_step"]
@@ -51,7 +51,7 @@ def teach(request, nth):
 
 
 class Student:
-    """Its own corrections are wrong, but for every third, which is right."""
+    """Every third of its corrections is right."""
 
     def __init__(self):
         self.written = 0
@@ -67,7 +67,7 @@ class Student:
             yield Reply(index, text, 8, 30, "stop")
 
 
-def world_of(run, *given: str) -> Context:
+def context_of(run, *given: str) -> Context:
     return Context(load(None, given, {}, own_file=False), run, ProgressDisplay(quiet=True))
 
 
@@ -76,17 +76,15 @@ def write(path, rows):
     return path
 
 
-def test_labelled_work_is_corrected_at_its_label_without_a_student_and_no_pair_ends_wrong(
-    run, tmp_path, monkeypatch
-):
+def test_labelled_work_is_corrected_at_its_label_without_a_student(run, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
     source = write(tmp_path / "p.jsonl", map(problem, range(COUNT)))
     mine = write(tmp_path / "mine.jsonl", map(labelled, range(COUNT)))
     with TeacherServer(teach) as server:
         given = (f"problems.source={source}", f"attempts.source={mine}", "teacher.model=openai/replay")
-        context = world_of(run, *given, f"teacher.api_base={server.url}", "teacher.repairs=1")
+        context = context_of(run, *given, f"teacher.api_base={server.url}", "teacher.repairs=1")
         report = pipeline.build_corrections(context)
-    assert report.dropped == {"wrong_answer": 1}  # task 5; task 3 was asked twice
+    assert report.dropped == {"wrong_answer": 1}  # task 5; task 3 was retried
     assert report.counts["corrected"] == COUNT - 1  # problems of both stages, not only of the second
     with Grader() as grader:
         build_pairs(context.config, run, student=Student(), grader=grader)
@@ -107,20 +105,18 @@ def test_labelled_work_is_corrected_at_its_label_without_a_student_and_no_pair_e
             assert grader.equal(parse(review.trace).trace.answer, "33") is True
 
 
-def test_where_problems_and_attempts_are_gone_since_the_run_continues_without_them(
-    run, tmp_path, monkeypatch
-):
+def test_run_continues_if_its_source_files_are_deleted(run, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
     source = write(tmp_path / "p.jsonl", map(problem, range(COUNT)))
     mine = write(tmp_path / "mine.jsonl", map(labelled, range(COUNT)))
     with TeacherServer(teach) as server:
         given = (f"problems.source={source}", f"attempts.source={mine}", "teacher.model=openai/replay")
         given = (*given, f"teacher.api_base={server.url}", "teacher.repairs=1")
-        made = pipeline.build_corrections(world_of(run, *given))
+        made = pipeline.build_corrections(context_of(run, *given))
         asked = len(server.requests)
         source.unlink()
         mine.unlink()
-        context = world_of(run, *given)
+        context = context_of(run, *given)
         pipeline.check_sources(context)
         again = pipeline.build_corrections(context)
         assert len(server.requests) == asked
@@ -157,23 +153,23 @@ def filled(run):
     return run
 
 
-def test_attempts_and_reviews_in_the_run_need_neither_student_nor_teacher(filled):
+def test_imported_reviews_need_neither_student_nor_teacher(filled):
     filled.replace("reviews.jsonl", [REVIEW])
-    report = pipeline.build_corrections(world_of(filled))
+    report = pipeline.build_corrections(context_of(filled))
     assert report.skipped
     assert report.counts == {"corrected": 1, "confirmed": 0, "imported": 1}
     assert filled.read("reviews.jsonl", Review) == [REVIEW]
 
 
-def test_attempts_in_the_run_are_corrected(filled, monkeypatch):
+def test_imported_attempts_are_corrected(filled, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
     before = filled.path("attempts.jsonl").read_bytes()
     with TeacherServer(lambda request, nth: say(render(NOTED))) as server:
-        context = world_of(filled, "teacher.model=openai/replay", f"teacher.api_base={server.url}")
+        context = context_of(filled, "teacher.model=openai/replay", f"teacher.api_base={server.url}")
         report = pipeline.build_corrections(context)
     assert report.counts["corrected"] == 1
     assert filled.path("attempts.jsonl").read_bytes() == before
-    filled.path("done/corrections.json").unlink()  # as after a kill before the signature
+    filled.path("done/corrections.json").unlink()  # as after a kill before signing
     assert not filled.is_imported("corrections", "reviews.jsonl")
 
 
@@ -187,10 +183,10 @@ def test_attempts_in_the_run_are_corrected(filled, monkeypatch):
         ({"first_error": 0}, "first_error is 0, but correct is False"),
     ],
 )
-def test_an_attempt_in_the_run_that_does_not_fit_is_named(filled, change, said):
+def test_invalid_imported_attempt_is_reported(filled, change, said):
     filled.replace("attempts.jsonl", [ATTEMPT, ATTEMPT.model_copy(update={"sample": 1, **change})])
     with pytest.raises(DataError, match=r"attempts\.jsonl, row 2 \(p\d\): " + said) as error:
-        pipeline.build_corrections(world_of(filled))
+        pipeline.build_corrections(context_of(filled))
     assert error.value.hint
 
 
@@ -205,16 +201,16 @@ def test_an_attempt_in_the_run_that_does_not_fit_is_named(filled, change, said):
         ({"cause": None}, "cause or correction is missing"),
     ],
 )
-def test_a_review_in_the_run_that_does_not_fit_is_named(filled, change, said):
+def test_invalid_imported_review_is_reported(filled, change, said):
     filled.replace("reviews.jsonl", [REVIEW.model_copy(update=change)])
     with pytest.raises(DataError, match=r"reviews\.jsonl, row 1 \(p0\): " + said) as error:
-        pipeline.build_corrections(world_of(filled))
+        pipeline.build_corrections(context_of(filled))
     assert error.value.hint
 
 
-def test_pairs_in_the_run_take_the_place_of_the_stage(filled):
+def test_imported_pairs_replace_the_stage(filled):
     filled.replace("pairs.jsonl", [DECISION, CONTENT])
-    report = pipeline.build_pairs(world_of(filled))
+    report = pipeline.build_pairs(context_of(filled))
     assert report.skipped
     assert report.counts == {"decision": 1, "content": 1, "imported": 2}
 
@@ -239,15 +235,15 @@ def test_pairs_in_the_run_take_the_place_of_the_stage(filled):
         ([DECISION, CONTENT.model_copy(update={"chosen": "a</Cause>\nb\n"})], "chosen must be a cause"),
     ],
 )
-def test_a_pair_in_the_run_that_cannot_be_trained_on_is_named(filled, rows, said):
+def test_invalid_imported_pair_is_reported(filled, rows, said):
     filled.replace("pairs.jsonl", rows)
     with pytest.raises(DataError, match=said) as error:
-        pipeline.build_pairs(world_of(filled))
+        pipeline.build_pairs(context_of(filled))
     assert error.value.hint
 
 
-def test_pairs_that_this_program_wrote_are_not_taken_for_ones_brought_along(filled):
-    """A kill between the rows and the signature must not turn them into the user's."""
+def test_own_pairs_without_a_signature_do_not_count_as_imported(filled):
+    """As after a kill between writing the rows and signing the stage."""
     filled.replace("reviews.jsonl", [REVIEW])
     with Grader() as grader:
         build_pairs(config.Config(), filled, student=Student(), grader=grader)
@@ -255,10 +251,10 @@ def test_pairs_that_this_program_wrote_are_not_taken_for_ones_brought_along(fill
     assert not filled.is_imported("pairs", "pairs.jsonl")
 
 
-def test_templates_in_the_run_need_no_problems(run):
+def test_imported_templates_need_no_problems(run):
     trace = "<Step1>x\n</Step1>\n<Generalized>g</Generalized>\n<Answer>1</Answer>"
     run.replace("templates.jsonl", [Template(id="t", question="q", answer="1", trace=trace)])
-    assert pipeline.build_templates(world_of(run)).counts == {"templates": 1, "imported": 1}
+    assert pipeline.build_templates(context_of(run)).counts == {"templates": 1, "imported": 1}
 
 
 # -- an adapter ----------------------------------------------------------------------------------------------------
@@ -273,7 +269,7 @@ def put_adapter(run, kind: str = "LORA") -> None:
     run.path("sft/adapter/adapter_config.json").write_text(json.dumps({"peft_type": kind}))
 
 
-def test_an_adapter_in_the_run_takes_the_place_of_sft(run):
+def test_imported_adapter_replaces_sft(run):
     put_adapter(run)
     report = train_sft(config.Config(), run)
     assert report.skipped
@@ -281,7 +277,7 @@ def test_an_adapter_in_the_run_takes_the_place_of_sft(run):
     assert run.path("sft/adapter/adapter_model.safetensors").read_bytes() == WEIGHTS
 
 
-def test_an_adapter_without_its_configuration_is_named(run):
+def test_adapter_without_a_lora_configuration_is_reported(run):
     put_adapter(run, "IA3")
     with pytest.raises(DataError, match="describes no LoRA"):
         train_sft(config.Config(), run)
@@ -291,7 +287,7 @@ def test_an_adapter_without_its_configuration_is_named(run):
     assert "--fresh" in error.value.hint
 
 
-def test_without_warm_up_epochs_the_adapter_is_taken_over_and_no_reviews_are_needed(run):
+def test_without_warmup_epochs_the_adapter_is_copied_without_reviews(run):
     put_adapter(run)
     with pytest.raises(DataError, match=r"reviews\.jsonl is missing") as error:
         train_warmup(load(None, ["student.model=embedded"], {}, own_file=False), run)
@@ -301,4 +297,4 @@ def test_without_warm_up_epochs_the_adapter_is_taken_over_and_no_reviews_are_nee
     assert run.path("warmup/adapter/adapter_model.safetensors").read_bytes() == WEIGHTS
     assert train_warmup(chosen, run).skipped
     run.path("attempts.jsonl").write_text("other inputs\n")
-    assert not train_warmup(chosen, run).skipped  # a copy costs nothing: it is made again, and not refused
+    assert not train_warmup(chosen, run).skipped  # a copy costs nothing, so it is repeated and not refused

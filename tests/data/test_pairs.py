@@ -1,4 +1,4 @@
-"""Preference pairs: a decision at every judged step, contents from the student's own corrections, and what is dropped."""
+"""Preference pairs: decisions at every judged step, contents from the student's corrections, and drops."""
 
 from dataclasses import dataclass, field
 
@@ -29,7 +29,7 @@ def grader():
 # -- decisions -----------------------------------------------------------------------------------------------------
 
 
-def test_every_step_up_to_the_wrong_one_is_a_decision_with_the_right_side_chosen():
+def test_every_step_up_to_the_wrong_one_is_a_decision():
     pairs = decision_pairs(REVIEW, WORK)
     assert [(p.step, p.chosen, p.rejected) for p in pairs] == [
         (1, "</Step1>\n", CAUSE),
@@ -38,12 +38,12 @@ def test_every_step_up_to_the_wrong_one_is_a_decision_with_the_right_side_chosen
     assert {p.kind for p in pairs} == {"decision"}
 
 
-def test_a_confirmation_closes_every_step():
+def test_confirmation_closes_every_step():
     pairs = decision_pairs(CONFIRMED, WORK)
     assert [(p.step, p.chosen, p.rejected) for p in pairs] == [(n, f"</Step{n}>\n", CAUSE) for n in (1, 2, 3)]
 
 
-def test_the_prefix_of_a_decision_is_the_attempt_up_to_the_end_of_the_steps_text():
+def test_decision_prefix_is_the_attempt_up_to_the_step():
     for pair in [*decision_pairs(REVIEW, WORK), *decision_pairs(CONFIRMED, WORK)]:
         assert pair.attempt == render(WORK)
         assert "".join(pair.prefix) == render(WORK).partition(f"</Step{pair.step}>")[0]
@@ -54,14 +54,14 @@ def test_the_prefix_of_a_decision_is_the_attempt_up_to_the_end_of_the_steps_text
 # -- contents ------------------------------------------------------------------------------------------------------
 
 
-def test_the_teachers_correction_is_chosen_against_the_students_own_wrong_one():
+def test_teacher_correction_is_chosen_over_a_wrong_one_by_the_student():
     pair = content_pair(REVIEW, WORK, [(WRONG, False)])
     assert (pair.chosen, pair.rejected, pair.origin, pair.step) == (TEACHERS, WRONG, "teacher", 2)
     assert pair.prefix[-1] == CAUSE
     assert pair.prefix[:-1] == decision_pairs(REVIEW, WORK)[-1].prefix
 
 
-def test_the_students_own_right_correction_is_chosen_before_the_teachers():
+def test_right_correction_by_the_student_is_chosen_over_the_teachers():
     for own in ([(RIGHT, True), (WRONG, False)], [(WRONG, False), (RIGHT, True)]):
         pair = content_pair(REVIEW, WORK, own)
         assert (pair.chosen, pair.rejected, pair.origin) == (RIGHT, WRONG, "student")
@@ -78,19 +78,19 @@ def test_the_students_own_right_correction_is_chosen_before_the_teachers():
         ([(RIGHT, True), (RIGHT, False)], "both_sides_alike"),
     ],
 )
-def test_what_gives_no_pair_is_dropped_with_its_reason(own, reason):
+def test_review_without_a_pair_is_dropped_with_a_reason(own, reason):
     drop = content_pair(REVIEW, WORK, own)
     assert isinstance(drop, Drop)
     assert (drop.stage, drop.id, drop.sample, drop.reason) == ("pairs", "p0", 0, reason)
     assert drop.raw == (own[0][0] if own else "")
 
 
-def test_an_own_correction_of_unknown_outcome_is_neither_chosen_nor_rejected():
+def test_correction_with_unknown_outcome_is_not_used():
     pair = content_pair(REVIEW, WORK, [("odd", None), (WRONG, False), ("odder", None)])
     assert (pair.chosen, pair.rejected) == (TEACHERS, WRONG)
 
 
-def test_a_continuation_ends_before_the_steps_closer():
+def test_continuation_ends_before_the_closing_tag_of_the_step():
     assert continuation(REVIEW) == TEACHERS
     noted = Trace((Step("x", None, REVIEW.cause, REVIEW.correction),))
     assert render(noted) == f"<Step1>x\n{CAUSE}{TEACHERS}</Step1>"
@@ -101,7 +101,7 @@ def test_a_continuation_ends_before_the_steps_closer():
 
 @dataclass
 class Scripted:
-    """A student with a list of corrections for each problem; what it writes after one follows from it."""
+    """A student with a list of corrections per problem; what it writes next follows from them."""
 
     corrections: dict[str, list[str]]
     requests: list = field(default_factory=list)
@@ -133,7 +133,7 @@ def fill(run, count):
 CONFIG = Config.model_validate({"student": {"batch": 2}, "attempts": {"reviews": 2}})
 
 
-def test_the_students_corrections_are_followed_to_their_answers_and_become_pairs(run, grader):
+def test_student_corrections_become_pairs_by_their_answers(run, grader):
     fill(run, 4)
     student = Scripted(
         {
@@ -154,11 +154,11 @@ def test_the_students_corrections_are_followed_to_their_answers_and_become_pairs
     assert drops == {"p2": "student_review_already_right", "p3": "student_review_not_readable"}
     assert report.dropped == {"student_review_already_right": 1, "student_review_not_readable": 1}
     assert report.counts == {"decision": 4 * 2 + 3, "content": 2, "own_corrections_chosen": 1}
-    # a row without contents keeps its decisions
+    # a review without a content pair keeps its decisions
     assert [p.step for p in pairs if p.id == "p3"] == [1, 2]
 
 
-def test_each_wrong_attempt_is_corrected_as_often_as_asked_at_the_teachers_step(run, grader):
+def test_student_corrects_each_wrong_attempt_at_the_teachers_step(run, grader):
     fill(run, 3)
     student = Scripted({f"p{i}": [WRONG, WRONG] for i in range(3)})
     build_pairs(CONFIG, run, student=student, grader=grader)
@@ -168,11 +168,11 @@ def test_each_wrong_attempt_is_corrected_as_often_as_asked_at_the_teachers_step(
     assert {r.temperature for r in asked} == {0.8}
     for i in range(3):
         same = [r for r in asked if f"p{i}: What" in r.messages[-1]["content"]]
-        assert len({r.seed for r in same}) == 2  # two samples, not the same one twice
+        assert len({r.seed for r in same}) == 2  # two different samples
 
 
 @pytest.mark.parametrize(("dropped", "warned"), [(3, True), (2, False)])
-def test_a_warning_says_that_most_contents_were_dropped_and_why(run, grader, dropped, warned):
+def test_warning_if_most_content_pairs_were_dropped(run, grader, dropped, warned):
     said = []
 
     def progress(done, total, *, note="", warning=""):
@@ -188,7 +188,7 @@ def test_a_warning_says_that_most_contents_were_dropped_and_why(run, grader, dro
         assert said[0].startswith(start)
 
 
-def test_a_finished_stage_asks_no_student(run, grader):
+def test_finished_pairs_need_no_student(run, grader):
     fill(run, 1)
     first = build_pairs(CONFIG, run, student=Scripted({"p0": [WRONG, WRONG]}), grader=grader)
     again = build_pairs(CONFIG, run, student=None, grader=grader)
@@ -196,7 +196,7 @@ def test_a_finished_stage_asks_no_student(run, grader):
     assert again.counts == first.counts
 
 
-def test_without_reviews_the_next_command_is_named(run, grader):
+def test_missing_reviews_error_names_the_next_command(run, grader):
     with pytest.raises(DataError, match=r"reviews\.jsonl is missing or empty") as error:
         build_pairs(CONFIG, run, student=None, grader=grader)
     assert "sclite build-data" in error.value.hint
@@ -219,7 +219,7 @@ FREE = Config.model_validate({"attempts": {"reviews": 2, "student": "openai/smal
 
 @dataclass
 class Reviewer:
-    """An endpoint's student: what it says about each problem, by sample; it is never given a beginning."""
+    """An endpoint with one reply per problem and sample; it never gets a prefix to continue."""
 
     reviews: dict[str, list[str]]
     seen: list = field(default_factory=list)
@@ -234,7 +234,7 @@ class Reviewer:
             yield Reply(index, text, 8, 30, "stop" if text else "error", None if text else "no_reply")
 
 
-def test_the_own_review_that_accuses_the_right_step_gives_what_is_rejected_or_chosen(run, grader):
+def test_free_review_of_the_right_step_becomes_a_content_pair(run, grader):
     fill(run, 2)
     wrong = whole_review()
     right = whole_review(cause="Twice 38 is too much.", correction="72 / 2 = 36", answer="41")
@@ -264,7 +264,7 @@ def test_the_own_review_that_accuses_the_right_step_gives_what_is_rejected_or_ch
         ("", "student_did_not_reply"),
     ],
 )
-def test_an_own_review_that_says_nothing_about_the_step_is_counted_by_reason(run, grader, text, reason):
+def test_unusable_free_reviews_are_counted_by_reason(run, grader, text, reason):
     fill(run, 1)
     report = build_pairs(FREE, run, student=Reviewer({"p0": [text, text]}), grader=grader)
     assert report.dropped == {reason: 1}
@@ -274,8 +274,8 @@ def test_an_own_review_that_says_nothing_about_the_step_is_counted_by_reason(run
         assert report.figures["own_reviews"] == {reason: 2}
 
 
-def test_a_review_is_asked_for_by_what_it_is_about_so_that_another_row_changes_none(run, grader):
-    """Its place in the list does not enter: in the ledger it stays the same request."""
+def test_review_seed_does_not_depend_on_the_position_of_the_row(run, grader):
+    """Otherwise adding a row would change requests that the ledger already answers."""
     fill(run, 3)
     student = Reviewer({f"p{i}": [whole_review()] * 2 for i in range(3)})
     build_pairs(FREE, run, student=student, grader=grader)
@@ -286,7 +286,7 @@ def test_a_review_is_asked_for_by_what_it_is_about_so_that_another_row_changes_n
     assert {r.temperature for r in student.seen} == {0.8}
 
 
-def test_a_review_that_was_not_answered_is_asked_for_again_next_time(run, grader):
+def test_next_run_requests_unanswered_reviews_again(run, grader):
     fill(run, 1)
     first = build_pairs(FREE, run, student=Reviewer({"p0": ["", whole_review()]}), grader=grader)
     assert first.counts["content"] == 1
@@ -297,7 +297,7 @@ def test_a_review_that_was_not_answered_is_asked_for_again_next_time(run, grader
     assert build_pairs(FREE, run, student=None, grader=grader).skipped
 
 
-def test_without_any_student_there_are_decisions_alone(run, grader):
+def test_without_a_student_there_are_only_decision_pairs(run, grader):
     fill(run, 2)
     report = build_pairs(CONFIG, run, student=None, grader=grader)
     assert {p.kind for p in run.read("pairs.jsonl", Pair)} == {"decision"}

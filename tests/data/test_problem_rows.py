@@ -1,4 +1,4 @@
-"""What a row of a problem file says: which text is the answer, and which rows say nothing that can be used."""
+"""Rows of a problem file: which text is the answer, and which rows are unusable."""
 
 import math
 from datetime import date
@@ -20,12 +20,12 @@ def refused(**row) -> BadRow:
     return caught.value
 
 
-# -- the answer in a worked text -----------------------------------------------------------------------------------
+# -- the answer in a worked solution -------------------------------------------------------------------------------
 
 STEPS = "#### Step 1\nAdd 2 and 3.\n\n#### Step 2\n2 + 3 = 5, so the answer is $\\boxed{5}$."
 
 
-def test_a_markdown_heading_is_not_the_mark_of_gsm8k():
+def test_markdown_heading_is_not_a_gsm8k_answer():
     problem = read_problem({"question": "?", "solution": STEPS}, {})
     assert (problem.answer, problem.solution) == ("5", STEPS)
     problem = read_problem({"question": "?", "solution": STEPS, "answer": "5"}, {})
@@ -50,7 +50,7 @@ def test_a_markdown_heading_is_not_the_mark_of_gsm8k():
         ("so.\n#### 72\nThe answer is: 72", "72"),
     ],
 )
-def test_the_mark_of_gsm8k_is_read(text, gold):
+def test_gsm8k_answer_is_read(text, gold):
     assert answer(answer=text) == answer(solution=text) == gold
 
 
@@ -70,7 +70,7 @@ def test_the_mark_of_gsm8k_is_read(text, gold):
         ("So \\boxed{\\boxed{5}}", "5"),
     ],
 )
-def test_a_box_is_read_without_braces_and_several_that_are_joined_are_one_answer(text, gold):
+def test_box_is_read_without_braces_and_joined_boxes_are_one_answer(text, gold):
     assert answer(solution=text) == gold
 
 
@@ -83,11 +83,11 @@ def test_a_box_is_read_without_braces_and_several_that_are_joined_are_one_answer
         ("The answer is 4? No: the answer is 5.", "5"),
     ],
 )
-def test_an_answer_that_the_last_line_names_ends_with_its_sentence(text, gold):
+def test_answer_in_the_last_line_ends_with_its_sentence(text, gold):
     assert answer(solution=text) == gold
 
 
-def test_worked_text_in_the_answer_column_is_no_answer_unless_it_marks_one():
+def test_worked_solution_in_the_answer_column_needs_a_marked_answer():
     sentence = "If Jungkook is in 5th place, then 4 people crossed the finish line faster than him."
     error = refused(answer=sentence)
     assert error.reason == "no_answer"
@@ -105,11 +105,11 @@ def test_worked_text_in_the_answer_column_is_no_answer_unless_it_marks_one():
     ["12 square meters", "x = 3 or x = -3", "all real numbers except zero and one", "4 p.m. on Monday", "Yes.",
      "\\begin{pmatrix} 1 & 2 \\\\\n 3 & 4 \\end{pmatrix}"],
 )  # fmt: skip
-def test_an_answer_in_words_stays_an_answer(gold):
+def test_answer_in_words_is_an_answer(gold):
     assert answer(answer=gold) == gold
 
 
-# -- cells that are no text ----------------------------------------------------------------------------------------
+# -- cells that are not text ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_an_answer_in_words_stays_an_answer(gold):
         (10**20, "1" + "0" * 20),
     ],
 )
-def test_numbers_bytes_and_lists_of_one_are_read_as_their_text(cell, gold):
+def test_numbers_bytes_and_lists_of_one_are_read_as_text(cell, gold):
     assert answer(answer=cell) == gold
 
 
@@ -139,7 +139,7 @@ def test_numbers_bytes_and_lists_of_one_are_read_as_their_text(cell, gold):
         (date(2020, 1, 2), "the answer is date"),
     ],
 )
-def test_other_cells_are_refused_by_name_unless_the_solution_has_the_answer(cell, said):
+def test_other_types_are_rejected_unless_the_solution_has_the_answer(cell, said):
     error = refused(answer=cell)
     assert error.reason == "not_text"
     assert said in error.message
@@ -147,18 +147,18 @@ def test_other_cells_are_refused_by_name_unless_the_solution_has_the_answer(cell
 
 
 @pytest.mark.parametrize("cell", [None, "", " ", math.nan, [], [None], Decimal("NaN")])
-def test_missing_cells_are_no_answer(cell):
+def test_missing_cells_are_not_answers(cell):
     assert refused(answer=cell).reason == "no_answer"
     assert refused(question=cell, answer="1").reason == "no_question"
 
 
 @pytest.mark.parametrize("cell", [None, math.nan, " "])
-def test_where_one_usual_column_is_missing_the_other_is_read(cell):
+def test_other_usual_column_is_read_if_one_is_missing(cell):
     row = {"question": cell, "problem": "What is 1 + 1?", "answer": "2"}
     assert read_problem(row, {}).question == "What is 1 + 1?"
 
 
-def test_a_lone_surrogate_becomes_the_replacement_character():
+def test_lone_surrogate_becomes_the_replacement_character():
     problem = read_problem({"question": "What \ud83d is 1+1?", "answer": "2\udc00", "id": "\ud83d"}, {})
     assert (problem.id, problem.question, problem.answer) == ("\ufffd", "What \ufffd is 1+1?", "2\ufffd")
     assert problem.model_dump_json()

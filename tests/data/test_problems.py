@@ -1,4 +1,4 @@
-"""Problems from files of every form, and what is said about a file that cannot be used."""
+"""Problems from files of every format, and the errors for unusable files."""
 
 import csv
 import json
@@ -41,20 +41,20 @@ def error(source, **options) -> DataError:
     return caught.value
 
 
-def test_gsm8k_rows_lose_their_calculator_marks_and_give_their_answer(tmp_path):
+def test_gsm8k_answer_is_extracted_and_calculator_marks_removed(tmp_path):
     (problem,) = load_problems(write(tmp_path / "p.jsonl", [GSM8K]))
     assert problem.answer == "72"
     assert problem.solution == "She sold 48/2 = 24 in May.\nThat is 48+24 = 72."
 
 
-def test_math_rows_give_their_last_box_with_its_nested_braces(tmp_path):
+def test_math_answer_is_the_last_box_with_nested_braces(tmp_path):
     (problem,) = load_problems(write(tmp_path / "p.jsonl", [MATH]))
     assert problem.question == "Evaluate $x$."
     assert problem.answer == r"\frac{1}{\sqrt{2}}"
     assert problem.solution == MATH["solution"]
 
 
-def test_plain_rows_keep_their_id_and_may_have_a_solution(tmp_path):
+def test_plain_rows_keep_id_and_solution(tmp_path):
     rows = [{**plain(1), "id": 7}, {**plain(2), "solution": "Count on."}, {**MATH, "answer": "0.7"}]
     first, second, third = load_problems(write(tmp_path / "p.jsonl", rows))
     assert (first.id, first.answer, first.solution) == ("7", "2", None)
@@ -62,14 +62,14 @@ def test_plain_rows_keep_their_id_and_may_have_a_solution(tmp_path):
     assert third.answer == "0.7"
 
 
-def test_ids_and_texts_stay_when_rows_are_added_or_moved(tmp_path):
+def test_ids_do_not_change_if_rows_are_added_or_moved(tmp_path):
     before = load_problems(write(tmp_path / "a.jsonl", map(plain, range(5))))
     after = load_problems(write(tmp_path / "b.jsonl", map(plain, [9, 4, 3, 2, 1, 0])))
     assert len({p.id for p in after}) == 6
     assert set(before) < set(after)
 
 
-def test_csv_json_and_parquet_say_the_same_as_jsonl(tmp_path):
+def test_csv_json_and_parquet_give_the_same_problems_as_jsonl(tmp_path):
     import datasets
 
     rows = [plain(i) for i in range(4)]
@@ -83,7 +83,7 @@ def test_csv_json_and_parquet_say_the_same_as_jsonl(tmp_path):
         assert load_problems(str(tmp_path / f"p.{suffix}")) == expected
 
 
-def test_a_question_that_is_there_already_is_left_out_and_counted(tmp_path):
+def test_duplicate_question_is_dropped(tmp_path):
     drops: list[Drop] = []
     source = write(tmp_path / "p.jsonl", [plain(1), plain(2), {**plain(1), "answer": " 2"}])
     assert len(load_problems(source, drops=drops)) == 2
@@ -91,7 +91,7 @@ def test_a_question_that_is_there_already_is_left_out_and_counted(tmp_path):
     assert "line 3" in drops[0].detail
 
 
-def test_case_and_blanks_make_no_other_question(tmp_path):
+def test_duplicate_questions_ignore_case_and_white_space(tmp_path):
     drops: list[Drop] = []
     rows = [plain(1), {**plain(1), "question": "  what IS 1 +\n1?"}]
     (kept,) = load_problems(write(tmp_path / "p.jsonl", rows), drops=drops)
@@ -99,14 +99,14 @@ def test_case_and_blanks_make_no_other_question(tmp_path):
     assert [(d.reason, d.raw) for d in drops] == [("duplicate_question", "what IS 1 +\n1?")]
 
 
-def test_limit_counts_different_problems_and_reads_no_further(tmp_path):
+def test_limit_counts_distinct_problems_and_stops_reading(tmp_path):
     path = tmp_path / "p.jsonl"
     write(path, [plain(1), plain(1), plain(2)])
     path.write_text(path.read_text() + "not json\n")
     assert len(load_problems(str(path), limit=2)) == 2
 
 
-def test_a_missing_file_and_a_folder_are_named(tmp_path):
+def test_missing_file_and_folder_are_reported(tmp_path):
     assert "nothing.jsonl does not exist" in error(str(tmp_path / "nothing.jsonl")).message
     for name in ("nothing.txt", "nothing.jsonl.gz", "./nothing"):
         assert f"{Path(name)} does not exist" in error(name).message
@@ -116,12 +116,12 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["p.jsonl", "p.json", "p.csv"])
-def test_an_empty_file_is_named(tmp_path, name):
+def test_empty_file_is_reported(tmp_path, name):
     (tmp_path / name).write_text("\n" if name == "p.jsonl" else "")
     assert f"{name} is empty" in error(str(tmp_path / name)).message
 
 
-def test_a_line_that_is_no_json_is_named(tmp_path):
+def test_line_that_is_not_json_is_reported(tmp_path):
     path = tmp_path / "p.jsonl"
     write(path, map(plain, range(6)))
     path.write_text(path.read_text() + '{"question": "half\n' + json.dumps(plain(7)) + "\n")
@@ -134,7 +134,7 @@ def test_a_line_that_is_no_json_is_named(tmp_path):
     assert "p.json, line 3, column 2: not JSON" in error(str(tmp_path / "p.json")).message
 
 
-def test_rows_that_are_no_objects_are_named(tmp_path):
+def test_rows_that_are_not_objects_are_reported(tmp_path):
     (tmp_path / "p.jsonl").write_text("[1, 2]\n")
     assert "line 1: not a JSON object" in error(str(tmp_path / "p.jsonl")).message
     (tmp_path / "p.json").write_text('{"rows": []}')
@@ -150,7 +150,7 @@ def test_rows_that_are_no_objects_are_named(tmp_path):
         {"problem": "p", "solution": r"an open \boxed{5"},
     ],
 )
-def test_a_row_without_answer_is_counted_and_named_and_the_others_are_read(tmp_path, row):
+def test_row_without_an_answer_is_dropped(tmp_path, row):
     source = write(tmp_path / "p.jsonl", [plain(1), row, plain(2)])
     drops: list[Drop] = []
     assert [problem.answer for problem in load_problems(source, drops=drops)] == ["2", "3"]
@@ -162,18 +162,18 @@ def test_a_row_without_answer_is_counted_and_named_and_the_others_are_read(tmp_p
     assert "####" in found.message + found.hint
 
 
-def test_an_empty_question_is_named(tmp_path):
+def test_empty_question_is_reported(tmp_path):
     found = error(write(tmp_path / "p.jsonl", [{**plain(1), "question": " "}]))
     assert "(1 no question); line 1: the question is empty" in found.message
 
 
-def test_unknown_columns_are_told_with_those_that_are_known(tmp_path):
+def test_unknown_columns_are_reported_with_the_expected_names(tmp_path):
     found = error(write(tmp_path / "p.jsonl", [{"prompt": "q", "target": "a"}]))
     assert "found: prompt, target" in found.message
     assert "question and answer" in found.hint
 
 
-def test_columns_of_any_name_are_read_from_every_form(tmp_path, monkeypatch):
+def test_configured_columns_are_read_from_every_format(tmp_path, monkeypatch):
     import datasets
 
     rows = [{"n": f"x{i}", "query": f"{i}?", "gold": str(i), "work": f"so {i}\n#### {i}"} for i in range(3)]
@@ -192,7 +192,7 @@ def test_columns_of_any_name_are_read_from_every_form(tmp_path, monkeypatch):
     assert load_problems("some/set", columns=columns) == expected
 
 
-def test_a_named_column_that_is_not_there_is_told_with_those_that_are(tmp_path):
+def test_missing_column_is_reported_with_the_existing_ones(tmp_path):
     source = write(tmp_path / "p.jsonl", [{"query": "q", "gold": "1"}])
     found = error(source, columns={"question": "query", "answer": "golden"})
     assert found.message.endswith("(1 columns missing); line 1: no column golden, found: query, gold")
@@ -202,14 +202,14 @@ def test_a_named_column_that_is_not_there_is_told_with_those_that_are(tmp_path):
     assert kept.answer == "1"
 
 
-def test_the_columns_of_the_configuration_are_used(tmp_path, run):
+def test_columns_from_the_configuration_are_used(tmp_path, run):
     source = write(tmp_path / "p.jsonl", [{"query": "q", "gold": "1"}])
     names = ["problems.question_column=query", "problems.answer_column=gold"]
     (kept,) = gather_problems(load(None, [f"problems.source={source}", *names], {}), run)
     assert (kept.question, kept.answer) == ("q", "1")
 
 
-def test_a_csv_may_have_a_byte_order_mark_and_newlines_and_quotes_in_its_texts(tmp_path):
+def test_csv_with_bom_newlines_and_quotes_is_read(tmp_path):
     text = '\ufeffquestion,answer\r\n"How many,\r\n""in all""?",5\r\nOne\u2028line?,6\r\n'
     (tmp_path / "p.csv").write_bytes(text.encode())
     first, second = load_problems(str(tmp_path / "p.csv"))
@@ -226,25 +226,25 @@ def test_a_csv_may_have_a_byte_order_mark_and_newlines_and_quotes_in_its_texts(t
         ("q,", "no answer"),
     ],
 )
-def test_a_faulty_row_of_a_csv_is_counted_and_named_with_the_line_where_it_begins(tmp_path, line, said):
+def test_invalid_csv_row_is_dropped_with_its_first_line(tmp_path, line, said):
     path, drops = tmp_path / "p.csv", []
     path.write_text(f'question,answer\n"a\nb",1\n{line}\n')
     assert [problem.answer for problem in load_problems(str(path), drops=drops)] == ["1"]
     assert [f"p.csv, line 4: {said}" in drop.detail for drop in drops] == [True]
 
 
-def test_a_quote_that_is_never_closed_stops_the_file_because_it_takes_the_rows_after_it_along(tmp_path):
+def test_unclosed_csv_quote_over_several_lines_is_an_error(tmp_path):
     path = tmp_path / "p.csv"
     path.write_text('question,answer\nq,1\n"open,2\nr,3\n')
     assert "p.csv, line 3 to 4: not CSV: unexpected end of data" in error(str(path)).message
 
 
-def test_a_parquet_file_that_is_none_is_named(tmp_path):
+def test_invalid_parquet_file_is_reported(tmp_path):
     (tmp_path / "p.parquet").write_bytes(b"PAR1 but not really")
     assert "p.parquet cannot be read" in error(str(tmp_path / "p.parquet")).message
 
 
-def test_an_answer_may_stand_in_the_last_line_of_a_solution(tmp_path):
+def test_answer_is_read_from_the_last_line_of_a_solution(tmp_path):
     rows = [
         {"problem": "a", "solution": "so.\n#### 72\nThe answer is: 72"},
         {"problem": "b", "solution": "It is 3 twice. The answer is: 6."},
@@ -254,7 +254,7 @@ def test_an_answer_may_stand_in_the_last_line_of_a_solution(tmp_path):
     assert "no answer" in error(write(tmp_path / "p.jsonl", rows)).message
 
 
-def test_the_second_row_of_an_id_is_counted_and_named(tmp_path):
+def test_duplicate_id_is_dropped(tmp_path):
     source = write(tmp_path / "p.jsonl", [{**plain(1), "id": "x"}, {**plain(2), "id": "x"}])
     drops: list[Drop] = []
     assert len(load_problems(source, drops=drops)) == 1
@@ -263,7 +263,7 @@ def test_the_second_row_of_an_id_is_counted_and_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["p.jsonl", "p.csv"])
-def test_a_row_that_is_not_utf8_is_counted_and_named(tmp_path, name):
+def test_row_that_is_not_utf8_is_dropped(tmp_path, name):
     rows = b"question,answer\n" if name == "p.csv" else b""
     for question in (b"one", b"caf\xe9", b"two"):
         rows += (
@@ -277,7 +277,7 @@ def test_a_row_that_is_not_utf8_is_counted_and_named(tmp_path, name):
     assert "not UTF-8" in error(str(tmp_path / "p.json")).message
 
 
-def test_a_data_set_out_of_reach_has_a_remedy(monkeypatch):
+def test_unreachable_dataset_error_has_a_hint(monkeypatch):
     import datasets
 
     def load_dataset(*args, **options):
@@ -289,7 +289,7 @@ def test_a_data_set_out_of_reach_has_a_remedy(monkeypatch):
     assert "JSONL" in found.value.hint
 
 
-def test_a_data_set_that_this_disk_cannot_hold_is_no_network_fault(monkeypatch):
+def test_full_disk_is_not_a_network_error(monkeypatch):
     import datasets
 
     def load_dataset(*args, **options):
@@ -299,7 +299,7 @@ def test_a_data_set_that_this_disk_cannot_hold_is_no_network_fault(monkeypatch):
     assert "No space left" in error("openai/gsm8k").message
 
 
-def test_hub_rows_without_answer_are_left_out_because_nobody_can_mend_them(monkeypatch):
+def test_hub_row_without_an_answer_is_dropped(monkeypatch):
     import datasets
 
     rows = [MATH, {"problem": "Prove it.", "solution": "So it is."}]
@@ -309,7 +309,7 @@ def test_hub_rows_without_answer_are_left_out_because_nobody_can_mend_them(monke
     assert [(d.id, d.reason) for d in drops] == [("row 2", "no_answer")]
 
 
-def test_problems_are_divided_by_share_and_a_new_one_moves_no_other():
+def test_split_follows_the_share_and_new_problems_move_no_others():
     problems = [Problem(id=str(i), question=f"q{i}", answer="1") for i in range(2000)]
     first, second = split_for_stages(problems, 0.3, 0)
     assert 540 < len(second) < 660
@@ -322,7 +322,7 @@ def test_problems_are_divided_by_share_and_a_new_one_moves_no_other():
     assert set(smaller) < set(second)
 
 
-def test_the_problems_of_a_run_are_written_into_it_or_were_put_there(tmp_path, run):
+def test_problems_are_written_to_the_run_and_read_from_it(tmp_path, run):
     source = write(tmp_path / "p.jsonl", [plain(1), plain(2), plain(2)])
     problems = gather_problems(load(None, [f"problems.source={source}"], {}), run)
     assert run.read("problems.jsonl", Problem) == problems
@@ -330,16 +330,16 @@ def test_the_problems_of_a_run_are_written_into_it_or_were_put_there(tmp_path, r
     assert gather_problems(config.Config(), run) == problems
 
 
-def test_a_run_without_problems_says_what_to_type(run):
+def test_missing_problems_error_has_a_hint(run):
     with pytest.raises(DataError) as caught:
         gather_problems(config.Config(), run)
     assert "problems.source" in caught.value.hint
 
 
-def test_a_runs_problems_are_divided_by_their_ids_and_those_of_the_quickstart_by_their_place():
+def test_problems_are_split_by_id_and_by_position_in_the_quickstart():
     problems = [Problem(id=f"p{n}", question="?", answer="1") for n in range(10)]
-    told = {"problems": {"correction_share": 0.3}}
-    any_teacher = config.Config.model_validate({**told, "teacher": {"model": "openai/a"}})
+    shared = {"problems": {"correction_share": 0.3}}
+    any_teacher = config.Config.model_validate({**shared, "teacher": {"model": "openai/a"}})
     assert split_problems(any_teacher, problems) == split_for_stages(problems, 0.3, any_teacher.seed)
-    embedded = config.Config.model_validate({**told, "teacher": {"model": "embedded/tutor"}})
+    embedded = config.Config.model_validate({**shared, "teacher": {"model": "embedded/tutor"}})
     assert split_problems(embedded, problems) == (problems[:7], problems[7:])

@@ -1,4 +1,4 @@
-"""Files of every form, packed or not, with every line end; and that no bytes at all end in anything but our own errors."""
+"""Files of every format, gzipped or not, with every line ending; any bytes raise only our own errors."""
 
 import gzip
 import json
@@ -35,9 +35,7 @@ def answers(path, content: bytes) -> list[str]:
 )
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_texts_are_read_packed_or_not_with_any_line_end_and_byte_order_mark(
-    tmp_path, name, text, end, encoding
-):
+def test_files_are_read_gzipped_with_any_line_ending_and_bom(tmp_path, name, text, end, encoding):
     content = text.replace("\n", end).encode(encoding)
     assert answers(tmp_path / name, content) == ["1", "2", "3"]
     assert answers(tmp_path / f"{name}.gz", gzip.compress(content)) == ["1", "2", "3"]
@@ -52,7 +50,7 @@ def refused(source) -> DataError:
     return caught.value
 
 
-def test_standard_input_and_pipes_are_refused_because_a_run_reads_its_source_again(tmp_path):
+def test_standard_input_and_pipes_are_rejected(tmp_path):
     assert "standard input cannot be problems.source" in refused("-").message
     os.mkfifo(tmp_path / "pipe.jsonl")
     found = refused(tmp_path / "pipe.jsonl")
@@ -61,7 +59,7 @@ def test_standard_input_and_pipes_are_refused_because_a_run_reads_its_source_aga
 
 
 @pytest.mark.parametrize("name", ["p.xlsx", "p.zip", "p.yaml", "p.jsonl.zst", "p.parquet.gz"])
-def test_other_forms_are_refused_by_their_name(tmp_path, name):
+def test_unsupported_suffixes_are_rejected(tmp_path, name):
     (tmp_path / name).write_bytes(b"PK\x03\x04")
     found = refused(tmp_path / name)
     assert f"a .{name.rpartition('.')[2]} file cannot be read" in found.message
@@ -70,13 +68,13 @@ def test_other_forms_are_refused_by_their_name(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["p.jsonl", "p.json", "p.csv", "p.tsv"])
 @pytest.mark.parametrize("content", [b"", b"\n", b"\xef\xbb\xbf"])
-def test_empty_files_are_called_empty(tmp_path, name, content):
+def test_empty_files_are_reported_as_empty(tmp_path, name, content):
     for path, data in ((tmp_path / name, content), (tmp_path / f"{name}.gz", gzip.compress(content))):
         path.write_bytes(data)
         assert refused(path).message == f"{path} is empty"
 
 
-def test_an_empty_parquet_file_is_called_empty(tmp_path):
+def test_empty_parquet_file_is_reported_as_empty(tmp_path):
     import datasets
 
     path = tmp_path / "p.parquet"
@@ -86,7 +84,7 @@ def test_an_empty_parquet_file_is_called_empty(tmp_path):
     assert "p.parquet cannot be read" in refused(path).message
 
 
-def test_a_damaged_gzip_file_is_called_damaged(tmp_path):
+def test_damaged_gzip_file_is_reported_as_damaged(tmp_path):
     path = tmp_path / "p.jsonl.gz"
     whole = gzip.compress(os.urandom(4000).hex().encode())
     for content in (whole[:-9], whole[:200] + b"xxxx" + whole[204:]):
@@ -94,7 +92,7 @@ def test_a_damaged_gzip_file_is_called_damaged(tmp_path):
         assert "is a damaged gzip file" in refused(path).message
 
 
-def test_json_that_is_nested_too_deeply_is_one_row_that_cannot_be_used(tmp_path):
+def test_json_nested_too_deeply_is_one_unusable_row(tmp_path):
     drops = []
     (tmp_path / "p.jsonl").write_text("[" * 100_000 + "\n" + JSONL)
     assert len(load_problems(str(tmp_path / "p.jsonl"), drops=drops)) == 3
@@ -116,7 +114,7 @@ PIECES = st.sampled_from(
     st.booleans(),
     st.binary() | st.lists(PIECES | st.binary(max_size=4), max_size=30).map(b"".join),
 )
-def test_no_bytes_end_in_anything_but_our_own_errors(tmp_path_factory, suffix, packed, content):
+def test_any_bytes_raise_only_errors_of_our_own(tmp_path_factory, suffix, packed, content):
     path = tmp_path_factory.getbasetemp() / f"fuzz.{suffix}"
     path.write_bytes(gzip.compress(content) if packed and suffix != "parquet" else content)
     drops = []

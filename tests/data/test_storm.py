@@ -1,4 +1,4 @@
-"""Templates through a storm of faults, and killed again and again: nothing wrong gets in, nothing is paid twice."""
+"""Templates under a storm of errors and repeated kills: no invalid template, nothing paid twice."""
 
 import hashlib
 import json
@@ -48,7 +48,7 @@ def number_of(request):
 
 
 def storm(request, nth):
-    """A third of the first requests fail, each in its own way; asked again they succeed."""
+    """A third of the first requests fail, in various ways; retries succeed."""
     answer = number_of(request) + 1
     issues = (
         fail(429, retry_after="0"), fail(500), BROKEN, HTML, say("Sure! Let me think."), say(reply(answer)[:40], "length"),
@@ -71,9 +71,7 @@ def build(run, settings, grader, problems=PROBLEMS):
 
 
 @pytest.mark.parametrize("direct", ["true", "false"])
-def test_through_a_storm_every_problem_ends_with_a_valid_template_and_the_books_agree(
-    tmp_path, grader, direct
-):
+def test_storm_of_errors_ends_with_valid_templates_and_a_correct_ledger(tmp_path, grader, direct):
     run = Run(tmp_path / "run")
     with TeacherServer(storm) as server:
         settings = chosen(server.url, f"teacher.direct={direct}")
@@ -90,7 +88,7 @@ def test_through_a_storm_every_problem_ends_with_a_valid_template_and_the_books_
     assert report.figures["repaired"] > 0
 
 
-def test_the_key_stands_in_no_file_of_the_run(tmp_path, grader):
+def test_api_key_is_in_no_file_of_the_run(tmp_path, grader):
     run = Run(tmp_path / "run")
     with TeacherServer(storm) as server:
         build(run, chosen(server.url), grader, PROBLEMS[:40])
@@ -112,8 +110,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_killed_twenty_times_it_pays_again_only_for_what_was_in_flight(tmp_path, grader):
-    """What the ledger holds at a kill is never asked again; what it notes as under way is asked at most once more."""
+def test_twenty_kills_repeat_only_requests_in_flight(tmp_path, grader):
+    """Replies in the ledger are never requested again, requests in flight at most once more."""
     draw = random.Random(0)
     script, run = tmp_path / "build.py", Run(tmp_path / "run")
     script.write_text(CODE)
@@ -139,7 +137,7 @@ def test_killed_twenty_times_it_pays_again_only_for_what_was_in_flight(tmp_path,
 
 
 def killed_after(seconds, command, server):
-    """Start a build; kill -9 some seconds after its first request."""
+    """Start a build and kill it `seconds` after its first request."""
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     before, deadline = len(server.requests), time.monotonic() + 30
     while len(server.requests) == before and process.poll() is None and time.monotonic() < deadline:
@@ -150,7 +148,7 @@ def killed_after(seconds, command, server):
 
 
 def held_replies(run, server):
-    """The messages, as the server counts them, whose replies are in the ledger of a killed build."""
+    """The messages whose replies are in the ledger of a killed build, as the server counts them."""
     parameters = parameters_of(chosen(server.url).teacher)
     with Ledger.reading(run.path("ledger.sqlite")) as ledger:
         asked = {json.dumps(request["messages"]) for request in server.requests}

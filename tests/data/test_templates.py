@@ -1,4 +1,4 @@
-"""Templates against a real HTTP teacher: what is kept, what is dropped and why, and what happens after a kill."""
+"""Templates from a teacher over HTTP: which are kept, which are dropped and why, and resuming after a kill."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def build(run, url, grader, problems=PROBLEMS, settings=(), **options):
 
 
 @pytest.mark.parametrize("answer", ["3", "$3$", r"\boxed{3}", "The answer is 3.", "3.0"])
-def test_an_answer_that_says_the_same_is_good(answer, grader):
+def test_equal_answers_are_accepted(answer, grader):
     assert check_template(reply(answer), problem(2), grader) is None
 
 
@@ -86,11 +86,11 @@ def test_an_answer_that_says_the_same_is_good(answer, grader):
         (reply("3", step="As the reference solution shows, it is 3."), "leak"),
     ],
 )
-def test_what_is_wrong_with_a_reply_has_a_name(text, reason, grader):
+def test_each_invalid_reply_has_a_reason(text, reason, grader):
     assert check_template(text, problem(2), grader).reason == reason
 
 
-def test_a_grader_that_does_not_know_is_not_a_wrong_answer():
+def test_unknown_grade_is_not_a_wrong_template():
     class Unsure:
         def equal(self, given, gold):
             return None
@@ -115,7 +115,7 @@ def test_a_grader_that_does_not_know_is_not_a_wrong_answer():
         "the given solution of 5.",
     ],
 )
-def test_a_mention_of_the_solution_is_seen(text):
+def test_mention_of_the_given_solution_is_found(text):
     assert find_leak(f"Well. {text} it is 3.")
 
 
@@ -135,15 +135,15 @@ def test_a_mention_of_the_solution_is_seen(text):
         "Given the equation, its solutions are",
     ],
 )
-def test_the_bare_word_solution_is_no_mention(text):
+def test_other_uses_of_the_word_solution_are_no_leak(text):
     assert find_leak(text) is None
 
 
 # -- the stage -----------------------------------------------------------------------------------------------------
 
 
-def test_every_template_is_canonical_right_and_in_the_order_of_the_problems(run, grader):
-    def answer(request, nth):  # the first problems come last
+def test_templates_are_canonical_right_and_in_problem_order(run, grader):
+    def answer(request, nth):  # the first problems finish last
         return say(
             reply(f"That makes {number_of(request) + 1} apples."), seconds=0.2 - number_of(request) / 50
         )
@@ -164,10 +164,10 @@ def test_every_template_is_canonical_right_and_in_the_order_of_the_problems(run,
     assert "secret" not in run.path("done/templates.json").read_text()
 
 
-def test_a_fault_goes_back_to_the_teacher_in_the_prompt(run, grader):
+def test_retry_prompt_has_the_reason_of_the_rejection(run, grader):
     def answer(request, nth):
-        mended = "its answer is 99, not" in request["messages"][1]["content"]
-        return right(request, nth) if mended else say(reply("99"))
+        retried = "its answer is 99, not" in request["messages"][1]["content"]
+        return right(request, nth) if retried else say(reply("99"))
 
     with TeacherServer(answer) as server:
         report = build(run, server.url, grader)
@@ -175,7 +175,7 @@ def test_a_fault_goes_back_to_the_teacher_in_the_prompt(run, grader):
     assert {row.requests for row in run.read("templates.jsonl", Template)} == {2}
 
 
-def test_what_is_dropped_stands_there_with_reason_and_raw_reply(run, grader):
+def test_drops_have_a_reason_and_the_raw_reply(run, grader):
     def answer(request, nth):
         number = number_of(request)
         if number == 3:
@@ -192,7 +192,7 @@ def test_what_is_dropped_stands_there_with_reason_and_raw_reply(run, grader):
     assert report.counts["templates"] == 6
 
 
-def test_nothing_is_done_twice_and_a_new_problem_alone_is_asked(run, grader):
+def test_only_new_problems_are_requested(run, grader):
     with TeacherServer(right) as server:
         first = build(run, server.url, grader, PROBLEMS[:5])
         again = build(run, server.url, grader, PROBLEMS[:5])
@@ -209,7 +209,7 @@ def test_nothing_is_done_twice_and_a_new_problem_alone_is_asked(run, grader):
         assert len(server.requests) == 6
 
 
-def test_a_changed_problem_is_asked_again(run, grader):
+def test_changed_problem_is_requested_again(run, grader):
     with TeacherServer(right) as server:
         build(run, server.url, grader, PROBLEMS[:3])
         build(
@@ -222,7 +222,7 @@ def test_a_changed_problem_is_asked_again(run, grader):
     assert run.read("templates.jsonl", Template)[2].answer == "8"
 
 
-def test_rows_of_another_teacher_are_refused_and_fresh_makes_them_anew(run, grader):
+def test_rows_of_another_teacher_need_fresh(run, grader):
     with TeacherServer(right) as server:
         build(run, server.url, grader)
         with pytest.raises(UsageError, match="max_tokens") as caught:
@@ -234,7 +234,7 @@ def test_rows_of_another_teacher_are_refused_and_fresh_makes_them_anew(run, grad
         assert len(server.requests) == 16
 
 
-def test_a_changed_sentence_of_the_prompt_asks_all_anew_and_a_learning_rate_nothing(run, grader, tmp_path):
+def test_changed_prompt_needs_fresh_but_a_learning_rate_does_not(run, grader, tmp_path):
     prompt = prompts.shipped_folder() / "teacher_template.txt"
     text = prompt.read_text().replace("<Generalized>", "<Generalized>In one sentence: ", 1)
     (tmp_path / "prompts").mkdir()
@@ -250,11 +250,11 @@ def test_a_changed_sentence_of_the_prompt_asks_all_anew_and_a_learning_rate_noth
         build(run, server.url, grader, settings=other, fresh=True)
         assert sorted(map(number_of, server.requests[8:])) == list(range(8))
         assert all("In one sentence: " in r["messages"][1]["content"] for r in server.requests[8:])
-        build(run, server.url, grader, fresh=True)  # the old prompt's replies are paid for
+        build(run, server.url, grader, fresh=True)  # replies to the old prompt are in the ledger
         assert len(server.requests) == 16
 
 
-def test_templates_that_were_brought_along_take_the_place_of_the_stage(run, grader):
+def test_imported_templates_replace_the_stage(run, grader):
     rows = [Template(id="mine", question="q", answer="1", trace=reply(1))]
     run.replace("templates.jsonl", rows)
     with TeacherServer(right) as server:
@@ -268,14 +268,14 @@ def test_templates_that_were_brought_along_take_the_place_of_the_stage(run, grad
         build(run, server.url, grader)
 
 
-def test_a_teacher_that_never_answered_leaves_the_place_free_for_own_templates(run, grader):
+def test_templates_can_be_imported_after_a_teacher_never_replied(run, grader):
     with pytest.raises(TeacherError):
         build(run, "http://127.0.0.1:9/v1", grader)
     run.replace("templates.jsonl", [Template(id="mine", question="q", answer="1", trace=reply(1))])
     assert build(run, "http://127.0.0.1:9/v1", grader).counts["imported"] == 1
 
 
-def test_the_same_teacher_may_move_to_another_address(run, grader):
+def test_teacher_may_move_to_another_address(run, grader):
     with TeacherServer(right) as server:
         build(run, server.url, grader, PROBLEMS[:4])
     with TeacherServer(right) as server:
@@ -283,7 +283,7 @@ def test_the_same_teacher_may_move_to_another_address(run, grader):
     assert len(server.requests) == 4
 
 
-def test_a_row_lost_to_the_network_is_asked_again_next_time(run, grader):
+def test_next_run_requests_unanswered_templates_again(run, grader):
     lost = [2]
 
     def answer(request, nth):
@@ -298,7 +298,7 @@ def test_a_row_lost_to_the_network_is_asked_again_next_time(run, grader):
         assert build(run, server.url, grader).skipped
 
 
-def test_when_nothing_came_out_it_is_said_why(run, grader):
+def test_error_with_reasons_if_no_template_is_valid(run, grader):
     expected = pytest.raises(DataError, match="none of the 8 problems gave a template: 8 no_steps")
     with TeacherServer(lambda request, nth: say("Sure!")) as server, expected:
         build(run, server.url, grader)
@@ -306,7 +306,7 @@ def test_when_nothing_came_out_it_is_said_why(run, grader):
     assert run.manifest("templates") is None
 
 
-def test_without_a_list_the_stage_takes_its_own_share_of_the_configured_problems(tmp_path, run, grader):
+def test_default_problems_are_the_sft_share_of_the_source(tmp_path, run, grader):
     source = tmp_path / "p.jsonl"
     source.write_text(
         "".join(json.dumps({"question": p.question, "answer": p.answer}) + "\n" for p in PROBLEMS)
@@ -317,7 +317,7 @@ def test_without_a_list_the_stage_takes_its_own_share_of_the_configured_problems
     assert 0 < report.counts["problems"] < 8
 
 
-# -- ends that nobody planned --------------------------------------------------------------------------------------
+# -- kills and interrupts ------------------------------------------------------------------------------------------
 
 PROGRAM = """
 import sys
@@ -351,7 +351,7 @@ def slowly(request, nth):
     return say(reply(number_of(request) + 1), seconds=0.05)
 
 
-def test_after_a_kill_nothing_that_reached_the_ledger_is_asked_again(run):
+def test_after_a_kill_replies_in_the_ledger_are_not_requested_again(run):
     with TeacherServer(slowly) as server:
         process = start(run, server)
         os.kill(process.pid, signal.SIGKILL)
@@ -369,7 +369,7 @@ def test_after_a_kill_nothing_that_reached_the_ledger_is_asked_again(run):
     assert [row.id for row in rows] == [f"p{i}" for i in range(60)]
 
 
-def test_an_interrupt_ends_it_at_once_and_without_noise(run):
+def test_interrupt_stops_at_once_with_one_traceback(run):
     with TeacherServer(
         lambda request, nth: say(reply(number_of(request) + 1), seconds=0.05 if nth < 2 else 30)
     ) as server:
@@ -385,7 +385,7 @@ def test_an_interrupt_ends_it_at_once_and_without_noise(run):
     assert Run(run.folder).read("templates.jsonl", Template)
 
 
-def test_a_template_with_characters_that_were_lost_on_the_way_is_dropped(grader):
+def test_template_with_replacement_characters_is_rejected(grader):
     problem = Problem(id="p", question="What is 2 + 3?", answer="5")
     text = "<Step1>2 + 3 = 5{}</Step1><Generalized>Add.</Generalized><Answer>5</Answer>"
     assert check_template(text.format(""), problem, grader) is None

@@ -1,4 +1,4 @@
-"""The threshold's fit, with a student of whom everything is known: which corrections are tried, and what comes of them."""
+"""The threshold fit with a simulated student, and the evaluation of one model."""
 
 import random
 
@@ -21,9 +21,9 @@ def number_of(question: str) -> int:
 
 
 class Known:
-    """Stands for student, reviews and grader: scores of three steps for each problem, and what mending each brings.
+    """Simulates student, reviews and grader: three step scores per problem and the result of correcting each.
 
-    Wrong answers have a wrong step that scores `lead` above the others; mending it is right, mending another step wrong.
+    A wrong answer has one wrong step, which scores `lead` above the others; only correcting that step is right.
     """
 
     def __init__(self, monkeypatch, lead: float):
@@ -76,7 +76,7 @@ class Known:
 
 @pytest.mark.parametrize("lead", [1.5, 3.0, 5.0])
 @pytest.mark.parametrize("max_harm", [0.005, 0.03])
-def test_the_threshold_is_the_one_that_trying_every_step_would_give(monkeypatch, lead, max_harm):
+def test_threshold_equals_that_of_trying_every_step(monkeypatch, lead, max_harm):
     known = Known(monkeypatch, lead)
     found, expected = known.fit(max_harm=max_harm), known.by_trying_everything(max_harm)
     assert found == {**expected, "assumed": found["assumed"]}
@@ -85,7 +85,7 @@ def test_the_threshold_is_the_one_that_trying_every_step_would_give(monkeypatch,
     assert len(set(known.tried)) == len(known.tried)
 
 
-def test_a_student_that_spoils_what_it_reviews_is_asked_for_one_block_alone(monkeypatch):
+def test_fit_stops_after_one_block_if_corrections_spoil_answers(monkeypatch):
     known = Known(monkeypatch, lead=-1.0)
     found = known.fit(max_harm=0.005)
     assert found["accused"] == found["right_to_wrong"] == 0
@@ -93,7 +93,7 @@ def test_a_student_that_spoils_what_it_reviews_is_asked_for_one_block_alone(monk
     assert len({question for question, _ in known.tried}) == round(evaluate.FIT_BLOCK * known.solved)
 
 
-def test_a_student_that_changes_nothing_is_asked_for_two_blocks(monkeypatch):
+def test_fit_stops_after_two_blocks_if_nothing_is_fixed(monkeypatch):
     known = Known(monkeypatch, lead=-1.0)
     monkeypatch.setattr(known, "fixes", lambda number, _: known.correct[number])
     assert known.fit(max_harm=0.005)["accused"] == 0
@@ -101,7 +101,7 @@ def test_a_student_that_changes_nothing_is_asked_for_two_blocks(monkeypatch):
     assert len({question for question, _ in known.tried}) == 2 * round(evaluate.FIT_BLOCK * known.solved)
 
 
-def test_where_harm_is_no_matter_the_share_ends_it(monkeypatch):
+def test_fit_stops_at_its_share_if_harm_is_allowed(monkeypatch):
     known = Known(monkeypatch, lead=1.0)
     known.fit(max_harm=1.0)
     assert known.solved == len(PROBLEMS)
@@ -125,7 +125,7 @@ class Plain:
         raise AssertionError("nothing to review")
 
 
-def test_answers_without_steps_cost_no_fit(tmp_path, monkeypatch):
+def test_answers_without_steps_need_no_fit(tmp_path, monkeypatch):
     student = Plain()
     monkeypatch.setattr(evaluate, "grade", lambda _, texts, __: [True] * len(texts))
     figures = evaluate.evaluate_model(
@@ -145,7 +145,7 @@ def test_answers_without_steps_cost_no_fit(tmp_path, monkeypatch):
     assert figures["acc_t2"] == 1.0
 
 
-def test_first_answers_that_were_cut_off_are_counted(tmp_path, monkeypatch):
+def test_truncated_first_answers_are_counted(tmp_path, monkeypatch):
     class Rambling:
         def generate(self, requests):
             ends = ("length", "stop", "stop", "stop")
@@ -165,7 +165,7 @@ def test_first_answers_that_were_cut_off_are_counted(tmp_path, monkeypatch):
     assert (figures["n"], figures["cut"]) == (20, 5)
 
 
-def test_figures_are_kept_while_nothing_has_changed_and_each_folder_has_its_own(tmp_path, monkeypatch):
+def test_unchanged_figures_are_reused_and_folders_are_separate(tmp_path, monkeypatch):
     student = Plain()
     monkeypatch.setattr(evaluate, "grade", lambda _, texts, __: [True] * len(texts))
     run, given = Run(tmp_path), {"problems": PROBLEMS[:20], "fitting": [], "grader": None}
@@ -178,7 +178,7 @@ def test_figures_are_kept_while_nothing_has_changed_and_each_folder_has_its_own(
     assert run.path("eval/a/base.jsonl").read_bytes() == before
 
 
-def test_review_that_is_off_has_a_reason(tmp_path, monkeypatch):
+def test_disabled_review_has_a_reason(tmp_path, monkeypatch):
     step = "<Step1>1 + 1 = 3\n</Step1>\n<Answer>3</Answer>"
 
     class Stepping:
@@ -203,7 +203,7 @@ def reviewed(first: str, correct2: bool, accused: int, true_step: int | None) ->
     return shown | {"correct2": correct2, "accused": accused, "true_step": true_step}
 
 
-def test_the_example_shown_had_an_answer_and_its_wrong_step_was_found(capsys):
+def test_example_prefers_an_answer_and_a_located_step(capsys):
     from sclite.evaluate.table import print_example
 
     step = "<Step1>2 + 2 = 5</Step1>"
@@ -231,7 +231,7 @@ def test_the_example_shown_had_an_answer_and_its_wrong_step_was_found(capsys):
     assert "corrected  2 + 2 = 4" in shown
 
 
-def test_the_table_of_answers_that_could_not_be_graded_has_dashes(capsys, monkeypatch):
+def test_table_of_ungraded_answers_has_dashes(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     from sclite.evaluate.metrics import Outcome, summarize
     from sclite.evaluate.table import print_results
@@ -246,8 +246,8 @@ def test_the_table_of_answers_that_could_not_be_graded_has_dashes(capsys, monkey
     assert "3 answers could not be graded" in shown
 
 
-def test_blocks_without_a_wrong_answer_do_not_end_the_fit(monkeypatch):
-    """The highest scores are those of right answers that stay right: nothing can be mended there, nor is it spoiled."""
+def test_blocks_without_a_wrong_answer_do_not_stop_the_fit(monkeypatch):
+    """The highest scores are of right answers that stay right: nothing to fix there, and nothing spoiled."""
     student = Known(monkeypatch, lead=8.0)
     surest = [i for i, right in enumerate(student.correct) if right][::3]
     for i in surest:
@@ -259,7 +259,7 @@ def test_blocks_without_a_wrong_answer_do_not_end_the_fit(monkeypatch):
     assert found["wrong_to_right"] == wanted["wrong_to_right"] > 0.1
 
 
-def test_steps_that_a_first_answer_corrects_itself_count_as_corrected():
+def test_steps_corrected_in_the_first_answer_count_as_corrected():
     class Student:
         def generate(self, requests):
             own = Trace((Step("1 + 1 = 3", None, "Too many.", "1 + 1 = 2"),), None, "2")
@@ -275,7 +275,7 @@ def test_steps_that_a_first_answer_corrects_itself_count_as_corrected():
     assert first.correct == [True]
 
 
-def test_a_correction_that_changes_nothing_neither_spoils_nor_mends(monkeypatch):
+def test_correction_that_changes_nothing_neither_spoils_nor_fixes(monkeypatch):
     student = Known(monkeypatch, lead=8.0)
     same = [
         Reviewed("wrong", accused=1, note=SAME_RESULT),

@@ -1,4 +1,4 @@
-"""The figures of an evaluation: values computed by hand, and what must hold for any outcomes."""
+"""Evaluation metrics: values computed by hand, and properties of any outcomes."""
 
 import itertools
 import json
@@ -57,24 +57,24 @@ def test_gains_and_losses_are_shares_of_all_problems():
     assert figures["mcnemar_p"] == 1.0  # 2 against 1
 
 
-def test_an_unknown_outcome_is_not_a_wrong_answer():
+def test_unknown_outcome_is_not_a_wrong_answer():
     figures = summarize(outcomes((True, True), (None, True), (True, None), (None, None)))
     assert (figures["n"], figures["unknown"]) == (1, 3)
     assert figures["acc_t1"] == figures["acc_t2"] == 1.0
     assert figures["right_to_wrong"] == 0.0
 
 
-def test_answers_that_ended_by_length_are_counted_among_the_known():
+def test_truncated_answers_are_counted_among_the_known():
     rows = [outcome(False, False, 0, cut=True), outcome(True, True, 1, cut=True), outcome(True, True, 2)]
     assert summarize([*rows, outcome(None, None, 3, cut=True)])["cut"] == 2
 
 
-def test_a_failed_review_is_not_an_acceptance():
+def test_failed_review_is_not_an_acceptance():
     rows = [outcome(True, None, 0), outcome(True, False, 1, accused=1)]
     assert summarize(rows)["acceptance"] == 0.0
 
 
-def test_a_failed_call_costs_neither_tokens_nor_form():
+def test_failed_call_changes_neither_tokens_nor_format_validity():
     rows = [
         outcome(True, True, 0, tokens1=10, tokens2=4, seconds=2.0),
         outcome(None, None, 1, format_ok=False, tokens1=99, seconds=9.0),
@@ -83,7 +83,7 @@ def test_a_failed_call_costs_neither_tokens_nor_form():
     assert (figures["tokens"], figures["seconds"], figures["format_validity"]) == (14.0, 2.0, 1.0)
 
 
-def test_what_is_undefined_is_none_and_never_zero():
+def test_undefined_figures_are_none_and_not_zero():
     figures = summarize([])
     assert (figures.pop("n"), figures.pop("unknown"), figures.pop("cut")) == (0, 0, 0)
     assert set(figures.values()) == {None}
@@ -96,11 +96,11 @@ def test_what_is_undefined_is_none_and_never_zero():
 
 def test_location_acceptance_and_their_harmonic_mean():
     rows = [
-        outcome(False, True, 0, accused=2, true_step=2, true_known=True),  # located and mended
+        outcome(False, True, 0, accused=2, true_step=2, true_known=True),  # located and fixed
         outcome(False, False, 1, accused=3, true_step=3, true_known=True),  # located
-        outcome(False, True, 2, accused=1, true_step=2, true_known=True),  # mended, but elsewhere
+        outcome(False, True, 2, accused=1, true_step=2, true_known=True),  # fixed, but at another step
         outcome(False, False, 3, true_step=1, true_known=True),  # missed
-        outcome(False, False, 4, accused=1),  # nobody knows where the error is
+        outcome(False, False, 4, accused=1),  # the wrong step is unknown
         outcome(True, True, 5, true_known=True),  # accepted
         outcome(True, True, 6),  # accepted
         outcome(True, False, 7, accused=1),  # accused without cause
@@ -112,7 +112,7 @@ def test_location_acceptance_and_their_harmonic_mean():
     assert figures["correction_rate_own"] == pytest.approx(1 / 2)
 
 
-def test_a_lucky_answer_after_a_wrong_step_is_wrong_work():
+def test_lucky_answer_after_a_wrong_step_is_wrong_work():
     rows = [outcome(True, True, accused=2, true_step=2, true_known=True)]
     figures = summarize(rows)
     assert figures["location"] == 1.0
@@ -120,18 +120,18 @@ def test_a_lucky_answer_after_a_wrong_step_is_wrong_work():
     assert figures["correction_rate_own"] is None
 
 
-def test_a_wrong_answer_whose_steps_are_all_right_is_neither_located_nor_accepted():
+def test_wrong_answer_with_right_steps_is_not_located_nor_accepted():
     figures = summarize([outcome(False, False, true_known=True)])
     assert figures["location"] is None
     assert figures["acceptance"] is None
 
 
-def test_harmonic_mean_of_nothing_and_nothing_is_zero():
+def test_harmonic_mean_of_two_zeros_is_zero():
     assert harmonic_mean(0.0, 0.0) == 0.0
     assert harmonic_mean(0.5, 1.0) == pytest.approx(2 / 3)
 
 
-def test_auc_counts_scores_that_have_a_label():
+def test_auc_uses_only_scores_with_a_label():
     rows = [
         outcome(False, False, 0, step_scores=(-1.0, 2.0, 9.0), step_labels=(False, True)),
         outcome(True, True, 1, step_scores=(2.0, -3.0), step_labels=(False, False)),
@@ -145,32 +145,32 @@ def test_labels_end_at_the_first_wrong_step():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, NEVER, -NEVER])
-def test_a_score_is_a_finite_number(value):
+def test_scores_are_finite(value):
     with pytest.raises(ValidationError):
         outcome(True, True, step_scores=(value,))
 
 
-def test_the_interval_is_that_of_the_binomial():
+def test_interval_matches_the_binomial():
     figures = summarize(outcomes(*[(True, True)] * 300, *[(False, True)] * 200), bootstrap=2000)
     half = 1.96 * math.sqrt(0.6 * 0.4 / 500)
     assert figures["acc_t1_interval"] == pytest.approx([0.6 - half, 0.6 + half], abs=0.006)
     assert figures["difference_interval"] == pytest.approx([0.4 - half, 0.4 + half], abs=0.006)
 
 
-def test_no_loss_in_a_few_problems_does_not_prove_that_there_is_none():
+def test_zero_losses_have_an_interval_above_zero():
     figures = summarize(outcomes(*[(True, True)] * 20))
     assert figures["right_to_wrong"] == 0.0
     assert figures["right_to_wrong_interval"] == pytest.approx([0.0, 0.16843], abs=1e-5)  # Clopper-Pearson
     assert figures["acc_t2_interval"] == pytest.approx([0.83157, 1.0], abs=1e-5)
 
 
-def test_the_same_seed_gives_the_same_figures_and_seed_zero_is_a_seed():
+def test_same_seed_gives_same_figures_and_zero_is_a_seed():
     rows = outcomes(*[(True, True), (False, True), (False, False)] * 20)
     assert summarize(rows, seed=0) == summarize(rows, seed=0)
     assert summarize(rows, seed=0) != summarize(rows, seed=1)
 
 
-def test_without_a_bootstrap_there_are_figures_and_no_intervals():
+def test_without_bootstrap_there_are_no_intervals():
     figures = summarize(outcomes((True, True), (False, True)), bootstrap=0)
     assert figures["acc_t1"] == 0.5
     assert {v for k, v in figures.items() if k.endswith("_interval")} == {None}
@@ -178,7 +178,7 @@ def test_without_a_bootstrap_there_are_figures_and_no_intervals():
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(VERDICTS, VERDICTS), max_size=30))
-def test_the_difference_is_what_was_gained_less_what_was_spoiled(verdicts):
+def test_difference_is_gains_minus_losses(verdicts):
     figures = summarize(outcomes(*verdicts), bootstrap=20)
     assert figures["n"] + figures["unknown"] == len(verdicts)
     json.dumps(figures, allow_nan=False)
@@ -197,7 +197,7 @@ SPLIT = st.tuples(st.lists(st.integers(-9, 9), min_size=1), st.lists(st.integers
 
 
 @given(SPLIT)
-def test_auc_is_the_share_of_pairs_in_the_right_order(split):
+def test_auc_is_the_share_of_pairs_in_order(split):
     good, bad = split
     pairs = [(b > g) + (b == g) / 2 for b in bad for g in good]
     wrong = [False] * len(good) + [True] * len(bad)
@@ -214,11 +214,11 @@ def test_auc_of_perfect_inverted_and_constant_scores(split):
 
 
 @pytest.mark.parametrize("wrong", [[], [True, True], [False]])
-def test_auc_needs_both_kinds(wrong):
+def test_auc_needs_both_classes(wrong):
     assert auc([0.0] * len(wrong), wrong) is None
 
 
-def test_the_interval_of_the_auc_comes_from_resampled_problems():
+def test_auc_interval_comes_from_resampled_problems():
     pair = [(-1.0, False), (0.0, True), (1.0, False), (2.0, True)]
     rows = [
         outcome(not wrong, True, k, step_scores=(score,), step_labels=(wrong,))
@@ -230,7 +230,7 @@ def test_the_interval_of_the_auc_comes_from_resampled_problems():
     assert 0.6 < low < 0.72 < 0.78 < high < 0.9
 
 
-# -- McNemar, two models -------------------------------------------------------------------------------------------
+# -- McNemar -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_mcnemar_of_thousands_does_not_overflow():
 # -- the threshold -------------------------------------------------------------------------------------------------
 
 
-def test_the_threshold_lies_between_the_useful_and_the_harmful():
+def test_threshold_lies_between_useful_and_harmful_accusations():
     rows = [scored(False, (-2.0, 3.0), (None, True)), scored(True, (-1.0, 1.0), (None, None))]
     fit = fit_threshold(rows, max_harm=0.0)
     assert fit["threshold"] == 2.0
@@ -260,9 +260,9 @@ def test_the_threshold_lies_between_the_useful_and_the_harmful():
     assert (fit["n"], fit["accused"], fit["assumed"], fit["candidates"]) == (2, 1, 0, 5)
 
 
-def test_the_first_step_past_the_threshold_is_accused_not_the_highest():
+def test_first_step_above_the_threshold_is_accused_not_the_highest():
     rows = [scored(False, (2.0, 3.0), (False, True)), scored(False, (-5.0, 2.0), (None, True))]
-    assert fit_threshold(rows, 1.0)["threshold"] == 2.5  # lower ones mend the second and lose the first
+    assert fit_threshold(rows, 1.0)["threshold"] == 2.5  # lower ones fix the second and lose the first
     assert fit_threshold(rows, 1.0)["acc_t2"] == 0.5
 
 
@@ -275,36 +275,36 @@ def test_right_to_wrong_is_bounded_by_the_harm_limit():
     assert held["acc_t2"] == held["acc_t1"] == 0.4
 
 
-def test_a_harm_limit_is_not_missed_by_a_rounding_error():
+def test_harm_limit_allows_for_rounding_errors():
     rows = [scored(True, (2.0,), (False,), k) for k in range(29)]
     rows += [scored(False, (1.0,), (True,), k) for k in range(29, 100)]
     assert fit_threshold(rows, 0.29)["right_to_wrong"] == pytest.approx(0.29)
 
 
-def test_where_nothing_helps_nothing_is_accused():
+def test_nothing_is_accused_if_nothing_helps():
     fit = fit_threshold([scored(False, (4.0, 5.0), (False, None)), scored(True, (1.0,), (True,))], 1.0)
     assert fit["threshold"] == NEVER
     assert fit["accused"] == 0
 
 
-def test_an_untried_correction_of_right_work_is_harm_and_of_wrong_work_no_gain():
+def test_untried_corrections_count_as_the_worse_outcome():
     spoils = [scored(True, (9.0,), (None,)), scored(False, (5.0,), (True,)), scored(False, (5.0,), (True,))]
     fit = fit_threshold(spoils, 1.0)
     assert (fit["right_to_wrong"], fit["assumed"]) == (pytest.approx(1 / 3), 1)
     assert fit_threshold([scored(False, (5.0,), (None,))], 1.0)["threshold"] == NEVER
 
 
-def test_a_problem_with_an_unknown_first_answer_does_not_count():
+def test_problem_with_an_unknown_first_answer_does_not_count():
     fit = fit_threshold([scored(None, (1.0,), (True,)), scored(True, (), ())], 0.0)
     assert (fit["n"], fit["unknown"], fit["acc_t2"]) == (1, 1, 1.0)
 
 
-def test_without_problems_nothing_is_accused_and_nothing_is_claimed():
+def test_without_problems_nothing_is_accused():
     fit = fit_threshold([], 0.5)
     assert (fit["threshold"], fit["acc_t1"], fit["right_to_wrong"]) == (NEVER, None, None)
 
 
-def test_every_step_has_a_result_or_none():
+def test_scores_and_results_have_equal_length():
     with pytest.raises(ValidationError, match="2 step_scores, 1 corrected"):
         scored(True, (1.0, 2.0), (None,))
 
@@ -315,7 +315,7 @@ LIMIT = st.sampled_from([0.0, 0.15, 0.34, 1.0])
 
 
 def replay(rows, threshold):
-    """The policy, step by step: how many are right at turn 2, and how many were spoiled."""
+    """Apply the threshold step by step: (right at turn 2, spoiled)."""
     right = harm = 0
     for row in rows:
         verdict = row.correct1
@@ -330,7 +330,7 @@ def replay(rows, threshold):
 
 @settings(max_examples=300, deadline=None)
 @given(PROBLEMS, LIMIT)
-def test_the_fit_equals_brute_force_and_keeps_the_limit(problems, limit):
+def test_fit_equals_brute_force_and_keeps_the_limit(problems, limit):
     rows = [
         scored(right, *(zip(*steps, strict=True) if steps else ((), ())), k)
         for k, (right, steps) in enumerate(problems)
@@ -339,7 +339,11 @@ def test_the_fit_equals_brute_force_and_keeps_the_limit(problems, limit):
     known = [row for row in rows if row.correct1 is not None]
     if not known:
         return
-    halves = [-NEVER, *(k / 2 for k in range(-9, 10)), NEVER]  # scores are whole: this grid sees every policy
+    halves = [
+        -NEVER,
+        *(k / 2 for k in range(-9, 10)),
+        NEVER,
+    ]  # scores are integers: this grid covers every policy
     tried = {t: replay(known, t) for t in halves}
     best = max(right for right, harm in tried.values() if harm <= limit * len(known))
     assert fit["acc_t2"] == pytest.approx(best / len(known))
@@ -350,14 +354,14 @@ def test_the_fit_equals_brute_force_and_keeps_the_limit(problems, limit):
     accused = policy(known, fit["threshold"])
     for t in halves:
         if t > fit["threshold"] and tried[t][0] == best and tried[t][1] <= limit * len(known):
-            assert policy(known, t) == accused  # no other policy that is as good accuses less
+            assert policy(known, t) == accused  # no equally good policy accuses less
 
 
 def policy(rows, threshold):
     return [next((k for k, s in enumerate(row.step_scores) if s > threshold), None) for row in rows]
 
 
-def test_a_large_fit_is_quick():
+def test_large_fit_is_fast():
     rows = [
         scored(k % 2 == 0, tuple(math.sin(k * j + j) for j in range(1, 11)), tuple([None, True] * 5), k)
         for k in range(500)
@@ -367,7 +371,7 @@ def test_a_large_fit_is_quick():
     assert replay(rows, fit["threshold"])[0] == round(fit["acc_t2"] * 500)
 
 
-def test_a_midpoint_that_rounds_to_its_neighbour_is_judged_as_it_will_run():
+def test_midpoint_that_rounds_to_its_neighbour_is_judged_as_used():
     low = 1.0
     high = math.nextafter(low, 2)
     for first, second in itertools.permutations([low, high]):

@@ -1,4 +1,4 @@
-"""The HTML report: what it says, that it needs nothing from outside, and that no text of a model becomes markup."""
+"""The HTML report: its content, no external resources, and no model text as markup."""
 
 import math
 import re
@@ -51,7 +51,7 @@ EXAMPLE = outcome(False, True, accused=1, true_step=1, true_known=True).model_du
 
 
 class Reader(HTMLParser):
-    """Collects tags, attributes and visible text, and checks that every tag is closed in turn."""
+    """Collects tags, attributes and visible text, and checks that every tag is closed in order."""
 
     def __init__(self, page):
         super().__init__()
@@ -90,7 +90,7 @@ def write(tmp_path):
     return write
 
 
-def test_the_page_needs_nothing_from_outside(write):
+def test_page_has_no_external_resources(write):
     page, _, reader = write(
         examples=[EXAMPLE], curves={"sft": [{"step": k, "loss": 1 / (k + 1)} for k in range(9)]}
     )
@@ -100,7 +100,7 @@ def test_the_page_needs_nothing_from_outside(write):
     assert "default-src 'none'" in page
 
 
-def test_the_headline_says_what_the_best_model_reaches(write):
+def test_headline_has_the_accuracy_of_the_best_model(write):
     _, text, _ = write()
     assert "dpo gets 100.0 % right after reviewing its own answers, up from 50.0 %." in text
     assert "base and dpo on 40 held-out problems" in text
@@ -121,11 +121,11 @@ def test_the_headline_says_what_the_best_model_reaches(write):
         ({"acc_t1": None, "acc_t2": None}, "No results."),
     ],
 )
-def test_the_headline_claims_no_more_than_was_measured(row, ending):
+def test_headline_claims_no_more_than_was_measured(row, ending):
     assert headline([{**row, "name": "m"}]).endswith(ending)
 
 
-def test_it_has_the_figures_that_the_terminal_shows(write):
+def test_report_has_the_figures_of_the_terminal(write):
     model = SUMMARY["models"]["dpo"] | {"location": 0.591, "correction_rate_given_location": 0.628}
     _, text, _ = write({"models": {"dpo": model}, "n": 40})
     for shown in ("59.1", "62.8"):
@@ -139,14 +139,14 @@ def test_unknown_outcomes_and_notes_are_shown(write):
     assert "2 problems overlap the training set" in text
 
 
-def test_an_undefined_figure_is_a_dash_and_not_a_zero(write):
+def test_undefined_figure_is_a_dash_and_not_a_zero(write):
     assert percent(None) == decimal(None) == p_value(None) == percent(math.nan) == "–"
     assert percent(0.0) == "0.0"
     _, text, _ = write({"models": {"m": {"acc_t1": 0.25, "acc_t2": None}}})
     assert "m 25.0 –" in text
 
 
-def test_numbers_have_real_minus_signs_and_no_negative_zero():
+def test_numbers_have_typographic_minus_signs_and_no_negative_zero():
     assert percent(-0.034, signed=True) == "−3.4"
     assert percent(0.034, signed=True) == "+3.4"
     assert percent(-0.00001, signed=True) == percent(0.00001, signed=True) == "0.0"
@@ -155,11 +155,11 @@ def test_numbers_have_real_minus_signs_and_no_negative_zero():
     assert p_value(1e-9) == "< 0.001"
 
 
-def test_an_example_shows_the_wrong_step_its_cause_and_its_correction(write):
+def test_example_shows_the_wrong_step_its_cause_and_correction(write):
     shown = example_parts(EXAMPLE)
     assert [(step["number"], step["text"], step["accused"]) for step in shown["steps"]] == [
         (1, "7 · 8 = 54", True),
-        (2, "56 + 1 = 57", False),  # of the second answer: the first went on from the wrong step
+        (2, "56 + 1 = 57", False),  # of the second answer
     ]
     assert (shown["cause"], shown["correction"]) == ("7 · 8 is 56", "7 · 8 = 56")
     assert shown["before"] == {"text": "55", "verdict": "wrong"}
@@ -170,18 +170,18 @@ def test_an_example_shows_the_wrong_step_its_cause_and_its_correction(write):
     assert "dpo · p0" in text
 
 
-def test_an_unknown_verdict_is_not_shown_as_wrong():
+def test_unknown_verdict_is_not_shown_as_wrong():
     assert example_parts(EXAMPLE | {"correct2": None})["after"]["verdict"] == "unknown"
 
 
-def test_an_example_without_a_review_or_without_steps_is_shown_all_the_same(write):
+def test_example_without_review_or_steps_is_shown(write):
     _, text, _ = write(examples=[EXAMPLE | {"first": "fifty-five", "second": None, "accused": None}])
     assert "fifty-five" in text
     assert "no answer" in text
     assert "Second text" not in text
 
 
-def test_no_text_of_a_model_becomes_markup(write):
+def test_model_text_never_becomes_markup(write):
     evil = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&"
     hostile = EXAMPLE | {"question": evil, "gold": evil, "first": f"<Step1>{evil}\n</Step1>", "note": evil}
     summary = {
@@ -208,14 +208,14 @@ def test_pieces_join_to_the_text(text):
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
-def test_ticks_are_few_and_reach_around_the_values(low, span):
+def test_ticks_are_few_and_enclose_the_values(low, span):
     values = ticks(low, low + span)
     assert values[0] <= low + 1e-6 * span
     assert values[-1] >= low + span - 1e-6 * span
     assert 2 <= len(values) <= 7
 
 
-def test_the_dots_lie_where_their_values_are():
+def test_dots_are_at_their_values():
     plot = accuracy_plot([{"name": "m", "acc_t1": 0.5, "acc_t1_interval": [0.4, 0.6], "acc_t2": 0.8}])
     row, marks = plot["rows"][0], {mark["text"]: mark["at"] for mark in plot["marks"]}
     assert row["first"]["at"] == marks["50"]
@@ -223,12 +223,12 @@ def test_the_dots_lie_where_their_values_are():
     assert row["second"]["at"] == row["second"]["low"] == marks["80"]
 
 
-def test_a_model_without_a_second_answer_has_one_dot():
+def test_model_without_a_second_answer_has_one_dot():
     assert accuracy_plot([{"name": "m", "acc_t1": 0.5, "acc_t2": None}])["rows"][0]["second"] is None
     assert accuracy_plot([{"name": "m", "acc_t1": None}]) is None
 
 
-def test_each_figure_of_training_is_a_curve_and_the_dpo_loss_comes_early():
+def test_every_training_metric_has_a_curve_with_losses_first():
     rows = [
         {"step": k, "margin": k, "dpo_loss": 0.69, "loss": 2.0, "learning_rate": 1e-4, "kind": "x"}
         for k in range(3)
@@ -238,7 +238,7 @@ def test_each_figure_of_training_is_a_curve_and_the_dpo_loss_comes_early():
     assert [plot["level"] is not None for plot in plots] == [False, True, True]
 
 
-def test_gaps_in_the_metrics_are_left_out():
+def test_missing_metrics_are_skipped():
     rows = [
         {"step": 1, "loss": 1.0},
         {"step": 2, "loss": None},
@@ -250,7 +250,7 @@ def test_gaps_in_the_metrics_are_left_out():
     assert curve_plots({"sft": rows[:3]}) == []
 
 
-def test_a_last_step_of_a_few_rows_is_not_part_of_the_curves():
+def test_partial_last_batch_is_not_part_of_the_curves():
     steps = [{"step": k, "loss": 1.0 / (k + 1), "tokens": 4000.0 + k} for k in range(8)]
     last = {"step": 8, "loss": 9.0, "tokens": 250.0}
     (whole,), (plot,) = curve_plots({"sft": steps}), curve_plots({"sft": [*steps, last]})
@@ -261,19 +261,19 @@ def test_a_last_step_of_a_few_rows_is_not_part_of_the_curves():
     assert kept["last"] == "9"
 
 
-def test_a_report_of_outcomes_that_are_all_unknown_says_so(write):
+def test_report_of_unknown_outcomes_says_so(write):
     _, text, _ = write({"models": {"sft": figures((None, None), (None, None))}, "n": 2})
     assert "No results." in text
     assert "sft: 2 of 2 outcomes are unknown" in text
 
 
-def test_after_a_resume_the_later_row_of_a_step_counts():
+def test_after_a_resume_the_later_row_of_a_step_wins():
     rows = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 9.0}, {"step": 2, "loss": 0.5}]
     (plot,) = curve_plots({"sft": rows})
     assert plot["last"] == "0.5"
     assert len(plot["points"].split()) == 2
 
 
-def test_a_long_curve_is_thinned_and_a_flat_one_is_drawn():
+def test_long_curve_is_thinned_and_flat_curve_is_drawn():
     (plot,) = curve_plots({"sft": [{"step": k, "loss": 1.0} for k in range(5000)]})
     assert 100 < len(plot["points"].split()) <= POINTS

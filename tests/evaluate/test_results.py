@@ -1,4 +1,4 @@
-"""Results of each dataset and limit have a folder of their own, which no other evaluation replaces."""
+"""Each dataset and limit has its own result folder, which no other evaluation overwrites."""
 
 import os
 
@@ -22,12 +22,12 @@ from sclite.evaluate.results import dataset_of, result_folder, summaries
         ({"source": ".jsonl"}, "eval/problems"),
     ],
 )
-def test_a_dataset_and_its_limit_name_the_folder(run, settings, folder):
+def test_dataset_and_limit_name_the_folder(run, settings, folder):
     config = Config.model_validate({"eval": settings})
     assert evaluation.result_folder(Context(config, run, None))[0] == folder
 
 
-def test_another_dataset_of_the_same_name_gets_a_folder_of_its_own(run, tmp_path):
+def test_another_dataset_with_the_same_name_gets_its_own_folder(run, tmp_path):
     folders = []
     for place in ("a", "b", "a"):
         dataset, name = dataset_of(str(tmp_path / place / "test.jsonl"), local=True)
@@ -38,7 +38,7 @@ def test_another_dataset_of_the_same_name_gets_a_folder_of_its_own(run, tmp_path
     assert len(folders[1]) == len("eval/test-") + 6
 
 
-def test_the_newest_summary_comes_first_and_a_damaged_one_is_left_out(run):
+def test_newest_summary_comes_first_and_damaged_ones_are_skipped(run):
     for age, name in enumerate(("new", "old", "damaged")):
         run.write_json(f"eval/{name}/summary.json", {"n": age})
         os.utime(run.path(f"eval/{name}/summary.json"), (1000 - age, 1000 - age))
