@@ -1,4 +1,4 @@
-"""What Hugging Face's trainer is told, from the settings of a stage."""
+"""A stage's settings as the TrainingArguments of Hugging Face's trainer."""
 
 import importlib.util
 import os
@@ -9,10 +9,10 @@ from sclite.config import TrainingStage
 from sclite.errors import UsageError
 
 
-def arguments(
+def training_arguments(
     folder: Path, settings: TrainingStage, seed: int, micro_batch: int, rows: int, evaluates: bool
 ) -> dict[str, Any]:
-    """What the trainer is told; the card decides on bfloat16. `rows` are those of all epochs together."""
+    """Arguments for SFTConfig and DPOConfig. `rows` are those of all epochs together; the GPU decides on bfloat16."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -23,7 +23,7 @@ def arguments(
         "per_device_train_batch_size": micro_batch,
         "gradient_accumulation_steps": settings.batch_size // micro_batch,
         "learning_rate": settings.learning_rate,
-        "num_train_epochs": 1,  # all passes stand in the order already
+        "num_train_epochs": 1,  # the order contains all epochs already
         "train_sampling_strategy": "sequential",
         "warmup_steps": settings.warmup_ratio,
         "max_grad_norm": settings.max_grad_norm,
@@ -36,13 +36,13 @@ def arguments(
         "logging_steps": 1,
         "save_strategy": "steps",
         "save_steps": every,
-        "restore_callback_states_from_checkpoint": True,  # early stopping counts on
-        "save_total_limit": 2,  # the older one stays until the newer one is known to be whole
+        "restore_callback_states_from_checkpoint": True,  # the count of early stopping
+        "save_total_limit": 2,  # the older one stays until the newer one is known to be complete
         "eval_strategy": "steps" if evaluates else "no",
         "eval_steps": every if evaluates else None,
         "metric_for_best_model": "eval_loss" if evaluates else None,
         "greater_is_better": False,
-        "report_to": _listeners(settings, folder),
+        "report_to": _report_to(settings, folder),
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "dataloader_num_workers": 0,
@@ -53,14 +53,14 @@ def arguments(
     }
 
 
-def _listeners(settings: TrainingStage, folder: Path) -> list[str]:
-    """TensorBoard where it is asked for; its files lie in tensorboard/ beside the checkpoints."""
+def _report_to(settings: TrainingStage, folder: Path) -> list[str]:
+    """TensorBoard if it is enabled; its files go to tensorboard/ beside the checkpoints."""
     if not settings.tensorboard:
         return []
     if not any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")):
         raise UsageError(
-            "TensorBoard is asked for and is not installed",
-            "pip install tensorboard; or leave tensorboard out, metrics.jsonl is written all the same",
+            "tensorboard is enabled but not installed",
+            "pip install tensorboard, or disable it: metrics.jsonl is written either way",
         )
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder.with_name("tensorboard"))
     return ["tensorboard"]

@@ -1,23 +1,28 @@
-"""Where an interrupted training stage resumes: checkpoints that are known to be whole, and of the same inputs.
+"""Checkpoints that are known to be complete and to have the same inputs; an interrupted stage resumes from the last one.
 
 Hugging Face's trainer writes a checkpoint file by file, so a kill can leave a folder that only looks like one, and a disk
-can damage one later. Each whole checkpoint gets a mark, written last: its inputs and a hash of every file. One without a
-mark, or with other files, is removed and never resumed from.
+can damage one later. Each complete checkpoint gets a mark, written last: its inputs and a hash of every file. A checkpoint
+without a mark, or with other files, is removed and never resumed from.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sclite.errors import UsageError
 from sclite.run import Run, sync, write_text
 from sclite.signature import differences
 from sclite.train.metrics_logger import Progress
 
-WHOLE = "whole.json"
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+MARK = "whole.json"
 
 
 class Checkpoints:
@@ -27,28 +32,27 @@ class Checkpoints:
         self.folder = folder
         self.inputs: Mapping[str, Any] = {}
 
-    def begin(self, inputs: Mapping[str, Any], progress: Progress | None = None) -> None:
-        """Remove checkpoints that are unfinished, damaged or of other inputs; damaged ones are named as a warning."""
+    def prepare(self, inputs: Mapping[str, Any], progress: Progress | None = None) -> None:
+        """Remove checkpoints that are incomplete, damaged or of other inputs; warn of the damaged ones."""
         self.inputs = inputs
-        begun = self.begun_from()
-        if begun is not None and begun != inputs:
-            self.forget()
+        recorded = self.recorded_inputs()
+        if recorded is not None and recorded != inputs:
+            self.delete()
         damaged = []
         for found in self._folders():
-            marked, reason = (found / WHOLE).is_file(), _damage(found)
+            marked, reason = (found / MARK).is_file(), _damage(found)
             if reason:
                 shutil.rmtree(found)
             if reason and marked:
                 damaged.append(f"{found.name} ({reason})")
         if damaged and progress is not None:
             step = self.step()
-            start = f"training resumes from step {step}" if step else "training starts from its first step"
-            lost = f"damaged in {self.folder}: {', '.join(damaged)}; {start}"
-            progress(0, 0, warning=lost)
+            start = f"training resumes from step {step}" if step else "training starts over"
+            progress(0, 0, warning=f"damaged in {self.folder}: {', '.join(damaged)}; {start}")
 
-    def begun_from(self) -> dict[str, Any] | None:
-        """The inputs of the training that was begun here; None where there is no checkpoint."""
-        marks = (_mark_of(found) for found in self._folders())
+    def recorded_inputs(self) -> dict[str, Any] | None:
+        """The inputs of the training that these checkpoints belong to; None without a checkpoint."""
+        marks = (_read_mark(found) for found in self._folders())
         return next((mark["inputs"] for mark in marks if mark is not None), None)
 
     def _folders(self) -> list[Path]:
@@ -58,7 +62,7 @@ class Checkpoints:
 
     def step(self) -> int:
         """The step of the last checkpoint with a mark, 0 without one."""
-        return next((_step_of(found) for found in self._folders() if _mark_of(found) is not None), 0)
+        return next((_step_of(found) for found in self._folders() if _read_mark(found) is not None), 0)
 
     def last(self) -> str | None:
         """The folder of the last checkpoint with a mark."""
@@ -66,14 +70,14 @@ class Checkpoints:
         return str(self.folder / f"checkpoint-{step}") if step else None
 
     def mark(self, step: int) -> None:
-        """Note that the checkpoint of this step is whole; its files are forced to disk first."""
+        """Record that the checkpoint of this step is complete, once its files are on disk."""
         folder = self.folder / f"checkpoint-{step}"
         sync_folder(folder)
         content = {"step": step, "inputs": self.inputs, "files": _hashes(folder)}
-        write_text(folder / WHOLE, json.dumps(content) + "\n")
+        write_text(folder / MARK, json.dumps(content) + "\n")
 
-    def load(self, step: int, model: Any) -> bool:
-        """Give the model the adapter weights of a step; False where there is no such checkpoint any more."""
+    def load(self, step: int, model: PeftModel) -> bool:
+        """Load the adapter weights of a step into the model; False if that checkpoint is gone."""
         from sclite.student.adapters import load_adapter
 
         folder = self.folder / f"checkpoint-{step}"
@@ -82,28 +86,28 @@ class Checkpoints:
         load_adapter(model, folder)
         return True
 
-    def forget(self) -> None:
-        """Remove them all."""
+    def delete(self) -> None:
+        """Remove all checkpoints."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _damage(folder: Path) -> str:
-    """Why a checkpoint cannot be used; empty where it can."""
-    mark = _mark_of(folder)
+    """Why a checkpoint cannot be used; empty if it can."""
+    mark = _read_mark(folder)
     if mark is None:
-        return f"{WHOLE} is damaged" if (folder / WHOLE).is_file() else "unfinished"
+        return f"{MARK} is damaged" if (folder / MARK).is_file() else "incomplete"
     now = _hashes(folder)
     wrong = [name for name, value in mark["files"].items() if now.get(name) != value]
     return f"{wrong[0]} is {'damaged' if wrong[0] in now else 'missing'}" if wrong else ""
 
 
-def _mark_of(folder: Path) -> dict[str, Any] | None:
+def _read_mark(folder: Path) -> dict[str, Any] | None:
     try:
-        mark = json.loads((folder / WHOLE).read_text(encoding="utf-8"))
+        mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    whole = isinstance(mark, dict) and all(isinstance(mark.get(key), dict) for key in ("inputs", "files"))
-    return mark if whole else None
+    valid = isinstance(mark, dict) and all(isinstance(mark.get(key), dict) for key in ("inputs", "files"))
+    return mark if valid else None
 
 
 def _step_of(folder: Path) -> int:
@@ -111,17 +115,13 @@ def _step_of(folder: Path) -> int:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hash_of(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != WHOLE
-    }
-
-
-def hash_of(path: Path) -> str:
-    """The SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """The SHA-256 of every file but the mark, by relative path."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != MARK:
+            with open(path, "rb") as file:
+                found[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def sync_folder(folder: Path) -> None:
@@ -131,20 +131,18 @@ def sync_folder(folder: Path) -> None:
 
 
 def refuse_other_inputs(run: Run, stage: str, folder: Path, inputs: Mapping[str, Any], fresh: bool) -> None:
-    """Raise UsageFault where this stage was trained, or begun, from other inputs and `fresh` does not allow a new start.
+    """Raise UsageError if this stage was trained, or started, with other inputs and `fresh` is not set.
 
-    Training costs hours: nothing that it has made is thrown away unasked.
+    Training takes hours: its results are never thrown away without being asked to.
     """
-    begun = Checkpoints(folder)
-    if fresh or (begun.step() and begun.begun_from() == inputs):  # the second: begun afresh, and broken off
+    checkpoints = Checkpoints(folder)
+    recorded = checkpoints.recorded_inputs() if checkpoints.step() else None
+    if fresh or recorded == inputs:  # the second: started with --fresh, then interrupted
         return
     manifest = run.manifest(stage)
-    before, what = (manifest["inputs"], "trained") if manifest else (None, "")
-    if before is None and begun.step():
-        before, what = begun.begun_from(), "begun"
+    before, what = (manifest["inputs"], "trained") if manifest else (recorded, "started")
     if before is not None and before != inputs:
-        changes = "; ".join(differences(before, inputs))
         raise UsageError(
-            f"{stage} was {what} from other inputs: {changes}",
-            f"set them back to go on with what is there, or add --fresh to train {stage} anew",
+            f"{stage} was {what} with other inputs: {'; '.join(differences(before, inputs))}",
+            f"restore them to keep what is there, or add --fresh to train {stage} again",
         )

@@ -1,4 +1,4 @@
-"""What is seen of a training: metrics.jsonl, the live line, warnings that say what to do, and a Ctrl-C that saves first."""
+"""What a training reports: metrics.jsonl, the progress line and warnings with advice; and a Ctrl-C that saves first."""
 
 import json
 import math
@@ -13,22 +13,22 @@ from typing import Any
 from sclite.run import write_text
 
 Progress = Callable[..., None]
-"""progress(done, total, note=figures as text, warning=text or None)."""
+"""progress(done, total, note=.., warning=..)."""
 
 FLAT, FALLING, EXPLODING, NOT_A_NUMBER = "margin_flat", "chosen_falling", "gradient_exploding", "not_a_number"
 ADVICE = {
-    FLAT: "the margin stays at 0 and dpo_loss at 0.693: nothing is learned; raise dpo.learning_rate, or look at "
-    "`sclite show pairs` for pairs whose two sides are alike",
-    FALLING: "chosen texts become less likely, not only the rejected ones: raise dpo.nll_weight or lower "
+    FLAT: "the margin stays at 0 and dpo_loss at 0.693: the model learns nothing; raise dpo.learning_rate, or check "
+    "`sclite show pairs` for pairs with similar sides",
+    FALLING: "chosen texts become less likely, not only rejected ones: raise dpo.nll_weight or lower "
     "dpo.learning_rate",
-    EXPLODING: "the gradient's norm is more than ten times what it was: lower the learning rate, or raise warmup_ratio",
-    NOT_A_NUMBER: "the loss is not a number: lower the learning rate, and start this stage again with --fresh",
+    EXPLODING: "the gradient norm is more than ten times its median: lower the learning rate, or raise warmup_ratio",
+    NOT_A_NUMBER: "the loss or the gradient is NaN or infinite: lower the learning rate and restart this stage with --fresh",
 }
-PATIENCE = 20  # steps before anything is said
+PATIENCE = 20  # steps before the first warning
 
 
 class MetricsLogger:
-    """The figures of one training. `add` after each micro-batch, `row` after each optimizer step."""
+    """Logs one training: call `add` after each micro-batch and `log_step` after each optimizer step."""
 
     def __init__(self, path: Path, phase: str, progress: Progress | None = None):
         self.path, self.phase, self.progress = path, phase, progress
@@ -41,10 +41,12 @@ class MetricsLogger:
     # -- metrics.jsonl ---------------------------------------------------------------------------------------------
 
     def resume(self, step: int) -> None:
-        """Take out of metrics.jsonl what this phase has written after `step`; 0 takes out all of it."""
+        """Remove this phase's rows after `step` from metrics.jsonl; 0 removes all of them."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         found = read_metrics(self.path)
-        if (lost := _lines(self.path) - len(found)) > 0:
+        # every complete line; the last one may be half-written
+        lines = self.path.read_bytes().count(b"\n") if self.path.is_file() else 0
+        if (lost := lines - len(found)) > 0:
             self.warn(
                 f"{self.path}: {lost} damaged line{'s' * (lost > 1)} removed; the curves lack those steps"
             )
@@ -53,7 +55,7 @@ class MetricsLogger:
         write_text(self.path, (json.dumps(row) + "\n" for row in kept))
 
     def add(self, figures: Mapping[str, Any], tokens: int) -> None:
-        """The figures of a micro-batch: shares of the step's means are added up, lists hold maxima."""
+        """Add the figures of a micro-batch: its share of the step's means, or its maxima in lists."""
         for name, value in figures.items():
             if isinstance(value, list):
                 value = [*self._sums.get(name, []), *value]
@@ -62,8 +64,8 @@ class MetricsLogger:
             self._sums[name] = value
         self._tokens += tokens
 
-    def row(self, logs: Mapping[str, Any], step: int, total: int) -> dict[str, Any]:
-        """Write down what the trainer logs at a step; returns it, with our figures, for whoever else listens."""
+    def log_step(self, logs: Mapping[str, Any], step: int, total: int) -> dict[str, Any]:
+        """Append what the trainer logs at a step, with our figures, to metrics.jsonl; return both for other loggers."""
         figures = {k: float(max(v) if isinstance(v, list) else v) for k, v in self._sums.items()}
         found = {k: float(v) for k, v in logs.items() if isinstance(v, int | float)}
         if "loss" in logs:
@@ -80,18 +82,15 @@ class MetricsLogger:
             self.rows.append(row)
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-            self._tell(row, step, total)
+            for kind in diagnose(self.rows):
+                if ADVICE[kind] not in self.warnings:
+                    self.warn(f"step {step}: {ADVICE[kind]}", ADVICE[kind])
+            if self.progress is not None:
+                self.progress(step, total, note=format_step(row))
         return found
 
-    def _tell(self, row: Mapping[str, Any], step: int, total: int) -> None:
-        for kind in trouble(self.rows):
-            if ADVICE[kind] not in self.warnings:
-                self.warn(f"step {step}: {ADVICE[kind]}", ADVICE[kind])
-        if self.progress is not None:
-            self.progress(step, total, note=live_line(row))
-
     def warn(self, text: str, key: str = "") -> None:
-        """Say something now and in the report."""
+        """Show a warning now and keep it (or `key`) for the report."""
         self.warnings.append(key or text)
         if self.progress is not None:
             self.progress(0, 0, warning=text)
@@ -99,17 +98,17 @@ class MetricsLogger:
     # -- Ctrl-C ----------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def interruptions(self) -> Iterator[None]:
-        """The first Ctrl-C only asks the training to save and stop; a second one stops it at once."""
+    def handle_interrupts(self) -> Iterator[None]:
+        """The first Ctrl-C makes the training save and stop; a second one stops it at once."""
 
-        def asked(*_: Any) -> None:
+        def interrupt(*_: object) -> None:
             self.interrupted = True
             signal.signal(signal.SIGINT, before)
-            self.warn("Ctrl-C: a checkpoint is saved after this step; once more stops at once")
+            self.warn("Ctrl-C: saving a checkpoint after this step; press it again to stop at once")
 
         try:
-            before = signal.signal(signal.SIGINT, asked)
-        except ValueError:  # not in the main thread: then Ctrl-C comes to somebody else
+            before = signal.signal(signal.SIGINT, interrupt)
+        except ValueError:  # not the main thread, which is the one that gets Ctrl-C
             yield
             return
         try:
@@ -119,7 +118,7 @@ class MetricsLogger:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; none where it is absent. Lines that are no row, such as a half-written one, are skipped."""
+    """The rows of a metrics.jsonl, none if there is no such file. Invalid lines, such as a half-written one, are skipped."""
     if not path.is_file():
         return []
     rows = []
@@ -136,31 +135,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _lines(path: Path) -> int:
-    """The lines of a file that end, 0 where it is absent: the last one may be half-written."""
-    return path.read_bytes().count(b"\n") if path.is_file() else 0
+def format_step(row: Mapping[str, Any]) -> str:
+    """A step on the progress line: loss 0.412, margin 0.31, accuracy 74 %, 3,204 tokens/s, 9.8 GB."""
+    texts = {
+        "loss": "loss {:.3f}",
+        "margin": "margin {:.2f}",
+        "accuracy": "accuracy {:.0%}",
+        "eval_loss": "evaluation loss {:.3f}",
+        "tokens_per_second": "{:,.0f} tokens/s",
+        "memory_gb": "{:.1f} GB",
+    }
+    return ", ".join(text.format(row[name]) for name, text in texts.items() if name in row).replace("%", " %")
 
 
-def live_line(row: Mapping[str, Any]) -> str:
-    """What the terminal shows of a step: loss 0.412, margin 0.31, accuracy 74 %, 3,204 tokens/s, 9.8 GB."""
-    told = []
-    if "loss" in row:
-        told.append(f"loss {row['loss']:.3f}")
-    if "margin" in row:
-        told.append(f"margin {row['margin']:.2f}")
-    if "accuracy" in row:
-        told.append(f"accuracy {100 * row['accuracy']:.0f} %")
-    if "eval_loss" in row:
-        told.append(f"evaluation loss {row['eval_loss']:.3f}")
-    if "tokens_per_second" in row:
-        told.append(f"{row['tokens_per_second']:,.0f} tokens/s")
-    if "memory_gb" in row:
-        told.append(f"{row['memory_gb']:.1f} GB")
-    return ", ".join(told)
-
-
-def trouble(rows: list[dict[str, Any]]) -> list[str]:
-    """What is wrong with a training so far, by name; `rows` are those of its metrics.jsonl, in order."""
+def diagnose(rows: list[dict[str, Any]]) -> list[str]:
+    """What is wrong with a training so far, as keys of ADVICE; `rows` are those of its metrics.jsonl, in order."""
     steps = [row for row in rows if "loss" in row]
     if not steps:
         return []
@@ -182,7 +171,7 @@ def trouble(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _peak_gb() -> float | None:
-    """The most that torch has held on the card since the last call; None without one."""
+    """Peak GPU memory that torch has allocated since the last call; None without a GPU."""
     import torch
 
     if not torch.cuda.is_available():

@@ -1,20 +1,20 @@
-"""The order in which rows are trained: one list for a whole stage, made from the seed alone.
+"""The order in which rows are trained: one list for a whole stage, which depends on the seed alone.
 
-Because it is a list, an optimizer step holds the same rows whatever the micro-batch, and a resumed training goes on at
-the very row where the broken one stopped.
+Because it is a list, an optimizer step has the same rows whatever the micro-batch, and a resumed training continues at
+the very row where the interrupted one stopped.
 """
 
 import random
 from collections.abc import Sequence
 
-WINDOW = 50  # optimizer steps among whose rows like lengths are brought together
+WINDOW = 50  # optimizer steps whose rows are sorted by length together
 
 
 def training_order(lengths: Sequence[int], batch: int, epochs: float, seed: int) -> list[int]:
-    """Numbers of rows, `batch` for each optimizer step, over `epochs` passes; the last step may be smaller.
+    """Row numbers, `batch` for each optimizer step, over `epochs` epochs; the last step may be smaller.
 
-    `lengths` are in tokens. Rows of like length share a step, so that little is padded, and the step that holds the
-    longest row comes first: what does not fit into memory is found out at once and not after an hour.
+    `lengths` are in tokens. Rows of similar length share a step, so that little is padded. The step with the longest row
+    comes first: running out of memory shows at once and not after an hour.
     """
     draw = random.Random(seed)
     wanted = max(1, round(epochs * len(lengths))) if lengths and epochs > 0 else 0
@@ -32,6 +32,6 @@ def training_order(lengths: Sequence[int], batch: int, epochs: float, seed: int)
         draw.shuffle(cut)
         steps += [*cut, *partial]
     if len(steps) > 1:
-        whole = range(len(steps) - (len(steps[-1]) < batch))
-        steps.insert(0, steps.pop(max(whole, key=lambda s: lengths[steps[s][0]])))
+        full = range(len(steps) - (len(steps[-1]) < batch))
+        steps.insert(0, steps.pop(max(full, key=lambda s: lengths[steps[s][0]])))
     return [number for step in steps for number in step]

@@ -60,7 +60,7 @@ def run_training_stage(
     refuse_other_inputs(run, stage, checkpoints.folder, inputs, fresh)
     with timed(report):
         quiet_libraries(config.student)
-        checkpoints.begin(inputs, progress)
+        checkpoints.prepare(inputs, progress)
         tokenizer = load_tokenizer(model_name(config.student))
         check_tokenizer(tokenizer)
         build_lesson = prepare(tokenizer)
@@ -84,7 +84,7 @@ def run_training_stage(
     if adapter is None:
         report.figures["lora"] = adapted_layers(model)
     sign_adapter(run, report, inputs)
-    checkpoints.forget()
+    checkpoints.delete()
     return report
 
 

@@ -1,38 +1,47 @@
-"""Training an adapter: Hugging Face's trainer over rows in a fixed order, with losses that no micro-batch changes.
+"""Train an adapter: Hugging Face's trainer over rows in a fixed order, with losses that do not depend on the micro-batch.
 
-The trainer brings the optimizer, its schedule, gradient clipping, mixed precision and checkpoints. What a stage brings is
-a `Lesson`. The denominators of its loss are those of the whole optimizer step, known from the order beforehand, so that
-halving the micro-batch and doubling the accumulation leaves every gradient as it was.
+The trainer provides the optimizer, its schedule, gradient clipping, mixed precision and checkpoints; a stage provides a
+`Lesson`. The denominators of its loss are those of the whole optimizer step, known from the order in advance, so that
+halving the micro-batch and doubling the accumulation leaves every gradient the same.
 """
+
+from __future__ import annotations
 
 import hashlib
 import math
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sclite.config import TrainingStage
 from sclite.errors import GpuMemoryError, ScliteError
 from sclite.student.cuda_memory import is_out_of_memory
-from sclite.train.arguments import arguments
+from sclite.train.arguments import training_arguments
 from sclite.train.checkpoints import Checkpoints
 from sclite.train.losses import LossTerm, weighted_loss
 from sclite.train.metrics_logger import MetricsLogger, Progress
 from sclite.train.order import training_order
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+
 FEW_STEPS = 20
-EVAL_ROWS = 200  # at most; more would tell little more
+EVAL_ROWS = 200  # at most; more would add little
 
 
 @dataclass(frozen=True)
 class Lesson:
     """What a stage trains on. `lengths` are tokens per row, `counts` what each row adds to the denominators, by name.
 
-    `held_out` are the numbers of the rows for the evaluation loss.
+    `collate` makes a batch of row numbers, `losses` are computed from the model and a batch, and `held_out` are the
+    numbers of the rows for the evaluation loss.
     """
 
     phase: str
@@ -42,10 +51,17 @@ class Lesson:
     losses: Callable[[Any, Any], dict[str, LossTerm]]
     held_out: Sequence[int] = ()
 
+    def totals(self, numbers: Sequence[int]) -> Counter[str]:
+        """The denominators of these rows together."""
+        total: Counter[str] = Counter()
+        for number in numbers:
+            total.update(self.counts[number])
+        return total
+
 
 @dataclass
 class Outcome:
-    """How a training went. `best` is the step whose weights are kept, None where no evaluation chose it."""
+    """The result of a training. `best` is the step whose weights are kept, None without an evaluation."""
 
     steps: int
     best: int | None = None
@@ -53,16 +69,14 @@ class Outcome:
 
 
 def held_out_rows(count: int, share: float, seed: int) -> list[int]:
-    """Numbers of the rows that are kept for the evaluation loss: none where the share makes fewer than four."""
-    import random
-
+    """Numbers of the rows that are kept for the evaluation loss: none if there would be fewer than four."""
     wanted = min(EVAL_ROWS, int(share * count))
     return sorted(random.Random(seed).sample(range(count), wanted)) if wanted >= 4 else []
 
 
 def train_adapter(
-    model: Any,
-    tokenizer: Any,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
     lesson: Lesson,
     settings: TrainingStage,
     checkpoints: Checkpoints,
@@ -72,51 +86,45 @@ def train_adapter(
     micro_batch: int,
     progress: Progress | None = None,
 ) -> Outcome:
-    """Train the model's adapter in place, from its last whole checkpoint where there is one.
+    """Train the model's adapter in place, from its last complete checkpoint if there is one.
 
-    Figures of each step are appended to `metrics`. Raises MemoryFault where the card has too little memory,
+    Appends the figures of each step to `metrics`. Raises GpuMemoryError if the GPU runs out of memory,
     KeyboardInterrupt after Ctrl-C, once a checkpoint is saved.
     """
-    kept = set(lesson.held_out)
-    rows = [i for i in range(len(lesson.lengths)) if i not in kept]
-    order = [
-        rows[i]
-        for i in training_order(
-            [lesson.lengths[i] for i in rows], settings.batch_size, settings.num_train_epochs, seed
-        )
-    ]
-    logger = MetricsLogger(metrics, lesson.phase, progress)
+    phase, size, held_out = lesson.phase, settings.batch_size, set(lesson.held_out)
+    rows = [i for i in range(len(lesson.lengths)) if i not in held_out]
+    lengths = [lesson.lengths[i] for i in rows]
+    order = [rows[i] for i in training_order(lengths, size, settings.num_train_epochs, seed)]
+    logger = MetricsLogger(metrics, phase, progress)
     logger.resume(checkpoints.step())
-    given = arguments(checkpoints.folder, settings, seed, micro_batch, len(order), bool(kept))
-    trainer = _build(model, tokenizer, lesson, given, numbered(order, settings.batch_size))
-    trainer.lesson, trainer.logger, trainer.held_out = lesson, logger, sorted(kept)
-    trainer.totals = [
-        _total(lesson, order[s : s + settings.batch_size]) for s in range(0, len(order), settings.batch_size)
-    ]
-    for callback in _callbacks(checkpoints, logger, settings.early_stopping_patience if kept else 0):
+    arguments = training_arguments(
+        checkpoints.folder, settings, seed, micro_batch, len(order), bool(held_out)
+    )
+    trainer = build_trainer(model, tokenizer, lesson, arguments, row_dataset(order, size))
+    trainer.lesson, trainer.logger, trainer.held_out = lesson, logger, sorted(held_out)
+    trainer.totals = [lesson.totals(order[start : start + size]) for start in range(0, len(order), size)]
+    for callback in _callbacks(checkpoints, logger, settings.early_stopping_patience if held_out else 0):
         trainer.add_callback(callback)
     steps = len(trainer.totals)
     if steps < FEW_STEPS:
-        logger.warn(_few_steps(lesson.phase, steps))
-    before = _fingerprint(model)
-    with catch_out_of_memory(lesson.phase, micro_batch), logger.interruptions():
+        remedy = f"raise {phase}.num_train_epochs, lower {phase}.batch_size, or add problems"
+        logger.warn(
+            f"{phase}: only {steps} optimizer step{'s' * (steps != 1)}, too few to learn much: {remedy}"
+        )
+    before = _weights_hash(model)
+    with catch_out_of_memory(phase, micro_batch), logger.handle_interrupts():
         trainer.train(resume_from_checkpoint=checkpoints.last())
     if logger.interrupted:
         raise KeyboardInterrupt
-    best = trainer.state.best_global_step if kept else None
+    best = trainer.state.best_global_step if held_out else None
     if best and best != trainer.state.global_step and not checkpoints.load(best, model):
-        logger.warn(f"the checkpoint of step {best}, the best one, was damaged: the last step is kept")
+        logger.warn(f"the best checkpoint (step {best}) was damaged: keeping the last step")
         best = trainer.state.global_step
-    _refuse_untrained(model, before, lesson.phase, settings.learning_rate, checkpoints)
+    _check_trained(model, before, phase, settings.learning_rate, checkpoints)
     return Outcome(trainer.state.global_step, best or None, logger.warnings)
 
 
-def _few_steps(phase: str, steps: int) -> str:
-    times = f"only {steps} optimizer step{'s' * (steps != 1)}"
-    return f"{phase}: {times}, which teaches little: raise {phase}.num_train_epochs, lower {phase}.batch_size, or add problems"
-
-
-def _fingerprint(model: Any) -> str:
+def _weights_hash(model: PeftModel) -> str:
     """A hash of the trainable weights."""
     found = hashlib.sha256()
     for parameter in model.parameters():
@@ -125,23 +133,25 @@ def _fingerprint(model: Any) -> str:
     return found.hexdigest()
 
 
-def _refuse_untrained(model: Any, before: str, phase: str, rate: float, checkpoints: Checkpoints) -> None:
-    """Raise ScliteError where training has left the adapter as it was, or with weights that are not numbers."""
+def _check_trained(
+    model: PeftModel, before: str, phase: str, learning_rate: float, checkpoints: Checkpoints
+) -> None:
+    """Raise ScliteError if training did not change the adapter, or left weights that are not finite."""
     if not all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
-        reason, change = "weights of the adapter are not numbers after the last step", "lower"
-    elif _fingerprint(model) == before:
-        reason, change = "no weight of the adapter has changed in training", "raise"
+        reason, change = "weights of the adapter are NaN or infinite after the last step", "lower"
+    elif _weights_hash(model) == before:
+        reason, change = "training did not change the adapter", "raise"
     else:
         return
-    checkpoints.forget()  # they are as useless, and the next run would resume from them
+    checkpoints.delete()  # they are just as useless, and the next run would resume from them
     raise ScliteError(
-        f"{phase}: {reason}", f"{change} {phase}.learning_rate (now {rate:g}) and run the command again"
+        f"{phase}: {reason}", f"{change} {phase}.learning_rate (now {learning_rate:g}) and re-run"
     )
 
 
 @contextmanager
 def catch_out_of_memory(phase: str, micro_batch: int) -> Iterator[None]:
-    """Turn what libraries raise when the card's memory is used up into a MemoryFault."""
+    """Raise GpuMemoryError for whatever the libraries raise when the GPU runs out of memory."""
     try:
         yield
     except RuntimeError as error:
@@ -150,18 +160,11 @@ def catch_out_of_memory(phase: str, micro_batch: int) -> Iterator[None]:
         raise
 
 
-def _total(lesson: Lesson, numbers: Sequence[int]) -> Counter[str]:
-    total: Counter[str] = Counter()
-    for number in numbers:
-        total.update(lesson.counts[number])
-    return total
-
-
-def _callbacks(checkpoints: Checkpoints, logger: MetricsLogger, patience: int) -> list[Any]:
-    """What the trainer tells of: a step that may be the last, and a checkpoint that is whole."""
+def _callbacks(checkpoints: Checkpoints, logger: MetricsLogger, patience: int) -> list[TrainerCallback]:
+    """Save and stop on Ctrl-C, evaluate the last step, mark complete checkpoints, and stop early."""
     from transformers import EarlyStoppingCallback, TrainerCallback
 
-    class Keeper(TrainerCallback):
+    class CheckpointCallback(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
             if logger.interrupted:
                 control.should_save = control.should_training_stop = True
@@ -171,26 +174,40 @@ def _callbacks(checkpoints: Checkpoints, logger: MetricsLogger, patience: int) -
         def on_save(self, args, state, control, **_):
             checkpoints.mark(state.global_step)
 
-    return [Keeper(), *([EarlyStoppingCallback(patience)] if patience else [])]
+    return [CheckpointCallback(), *([EarlyStoppingCallback(patience)] if patience else [])]
 
 
-def _build(model: Any, tokenizer: Any, lesson: Lesson, settings: dict[str, Any], order: Any) -> Any:
-    """TRL's trainer of the stage, with what its making changes in the model undone."""
+def build_trainer(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    lesson: Lesson,
+    arguments: dict[str, Any],
+    dataset: Dataset,
+) -> Trainer:
+    """TRL's trainer for the stage, with the changes that building it makes to the model undone."""
     from transformers import PrinterCallback
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-    prefers = lesson.phase == "dpo"
-    base, config = (DPOTrainer, DPOConfig) if prefers else (SFTTrainer, SFTConfig)
-    with trainable_as_they_are(model):
+    def collate(items: Sequence[Mapping[str, int]]) -> dict[str, Any]:
+        """From items of `row_dataset` to a micro-batch, its optimizer step, and its tokens without padding."""
+        numbers = [item["number"] for item in items]
+        tokens = sum(lesson.lengths[number] for number in numbers)
+        return {"batch": lesson.collate(numbers), "step": items[0]["step"], "tokens": tokens}
+
+    if lesson.phase == "dpo":
+        base, config = DPOTrainer, DPOConfig(**arguments)
+    else:
+        base, config = SFTTrainer, SFTConfig(**arguments, loss_type="nll")
+    with _keep_trainable_weights(model):
         trainer = _trainer_class(base)(
             model=model,
-            args=config(**settings, **({} if prefers else {"loss_type": "nll"})),
-            train_dataset=order,
-            eval_dataset=order if settings["eval_strategy"] != "no" else None,
-            data_collator=_collator(lesson),
+            args=config,
+            train_dataset=dataset,
+            eval_dataset=dataset if arguments["eval_strategy"] != "no" else None,
+            data_collator=collate,
             processing_class=tokenizer,
         )
-    trainer.args._n_gpu = 1  # else the trainer splits every micro-batch over all cards it sees
+    trainer.args._n_gpu = 1  # else the trainer splits every micro-batch over all GPUs it sees
     trainer.remove_callback(PrinterCallback)
     if "ref" in model.peft_config:  # TRL's copy of the adapter; our reference is kept in the run
         model.delete_adapter("ref")
@@ -198,8 +215,8 @@ def _build(model: Any, tokenizer: Any, lesson: Lesson, settings: dict[str, Any],
 
 
 @contextmanager
-def trainable_as_they_are(model: Any) -> Iterator[None]:
-    """Undo what building a trainer does to trainable weights: trl rounds them to bfloat16 on 4-bit models."""
+def _keep_trainable_weights(model: PeftModel) -> Iterator[None]:
+    """Undo what building a trainer does to trainable weights: TRL rounds them to bfloat16 on 4-bit models."""
     kept = {name: p.detach().clone().float() for name, p in model.named_parameters() if p.requires_grad}
     yield
     for name, parameter in model.named_parameters():
@@ -207,27 +224,16 @@ def trainable_as_they_are(model: Any) -> Iterator[None]:
             parameter.data = kept[name]
 
 
-def numbered(order: Sequence[int], batch: int) -> Any:
-    """A data set of row numbers and optimizer steps: TRL wants one of its own kind, our rows are tokenised already."""
+def row_dataset(order: Sequence[int], batch: int) -> Dataset:
+    """A dataset of row numbers and optimizer steps: TRL wants one of its own kind, our rows are tokenized already."""
     import datasets
 
     steps = [place // batch for place in range(len(order))]
     return datasets.Dataset.from_dict({"number": list(order), "step": steps})
 
 
-def _collator(lesson: Lesson) -> Callable[[Sequence[Mapping[str, int]]], dict[str, Any]]:
-    """From items of `numbered` to a micro-batch, its optimizer step, and its tokens without padding."""
-
-    def collate(items: Sequence[Mapping[str, int]]) -> dict[str, Any]:
-        numbers = [item["number"] for item in items]
-        tokens = sum(lesson.lengths[number] for number in numbers)
-        return {"batch": lesson.collate(numbers), "step": items[0]["step"], "tokens": tokens}
-
-    return collate
-
-
 def _trainer_class(base: type) -> type:
-    """A trainer of TRL's that knows nothing of rows, losses and order but what its lesson says."""
+    """A subclass of TRL's trainer whose rows, losses and order come from a lesson."""
     import torch
     from transformers import Trainer
 
@@ -238,10 +244,10 @@ def _trainer_class(base: type) -> type:
         totals: Sequence[Mapping[str, int]]
 
         def _prepare_dataset(self, dataset, *_, **__):
-            return dataset
+            return dataset  # TRL would tokenize it
 
         def create_scheduler(self, num_training_steps, optimizer=None):
-            """Cosine with warm-up as transformers has it, but warm-up counts from 1: no step has a rate of 0."""
+            """transformers' cosine with warm-up, but the warm-up counts from 1: no step has a rate of 0."""
             warmup = self.args.get_warmup_steps(num_training_steps)
 
             def factor(step):
@@ -269,7 +275,7 @@ def _trainer_class(base: type) -> type:
 
         def evaluate(self, *_, **__):
             model, size = self.model, self.args.per_device_train_batch_size
-            totals, found = _total(self.lesson, self.held_out), Counter()
+            totals, found = self.lesson.totals(self.held_out), Counter()
             was_training = model.training
             model.eval()
             for start in range(0, len(self.held_out), size):
@@ -282,9 +288,9 @@ def _trainer_class(base: type) -> type:
             return dict(found)
 
         def log(self, logs, start_time=None):
-            Trainer.log(self, self.logger.row(logs, self.state.global_step, self.state.max_steps))
+            Trainer.log(self, self.logger.log_step(logs, self.state.global_step, self.state.max_steps))
 
         def _save_checkpoint(self, model, trial):
-            Trainer._save_checkpoint(self, model, trial)
+            Trainer._save_checkpoint(self, model, trial)  # without the model card that TRL adds
 
     return AdapterTrainer

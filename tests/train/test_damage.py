@@ -97,7 +97,7 @@ def test_where_every_checkpoint_is_damaged_training_starts_over_and_says_so(whol
     (checkpoints.folder / "checkpoint-3/optimizer.pt").unlink()
     train_sft(config, run, progress=lambda *_, warning="", **__: said.append(warning))
     assert "checkpoint-4 (whole.json is damaged), checkpoint-3 (optimizer.pt is missing)" in said[0]
-    assert said[0].endswith("training starts from its first step")
+    assert said[0].endswith("training starts over")
     assert same_weights(run, unbroken, "sft")
 
 

@@ -12,9 +12,9 @@ from sclite.train.metrics_logger import (
     FLAT,
     NOT_A_NUMBER,
     MetricsLogger,
-    live_line,
+    diagnose,
+    format_step,
     read_metrics,
-    trouble,
 )
 from sclite.train.sft import train_sft
 from sclite.train.trainer import held_out_rows
@@ -28,8 +28,8 @@ def steps(count: int, **figures) -> list[dict]:
 
 
 def test_a_healthy_training_is_left_in_peace():
-    assert trouble(steps(40)) == []
-    assert trouble([]) == []
+    assert diagnose(steps(40)) == []
+    assert diagnose([]) == []
 
 
 @pytest.mark.parametrize(
@@ -43,12 +43,12 @@ def test_a_healthy_training_is_left_in_peace():
     ],
 )
 def test_trouble_is_named(rows, kind):
-    assert trouble(rows) == [kind]
+    assert diagnose(rows) == [kind]
     assert ADVICE[kind]
 
 
 def test_the_first_steps_of_dpo_are_no_flat_margin():
-    assert trouble(steps(5, margin=0.0, dpo_loss=math.log(2))) == []
+    assert diagnose(steps(5, margin=0.0, dpo_loss=math.log(2))) == []
 
 
 def test_a_warning_is_said_once_and_names_its_step(tmp_path):
@@ -58,7 +58,7 @@ def test_a_warning_is_said_once_and_names_its_step(tmp_path):
     )
     for step in range(1, 31):
         logger.add({"margin": 0.0, "dpo_loss": math.log(2), "chosen_shift": 0.0}, 10)
-        logger.row({"loss": 1.0, "grad_norm": 0.1}, step, 30)
+        logger.log_step({"loss": 1.0, "grad_norm": 0.1}, step, 30)
     assert [text for text in said if text] == [f"step 21: {ADVICE[FLAT]}"]
     assert logger.warnings == [ADVICE[FLAT]]
 
@@ -67,7 +67,7 @@ def test_figures_of_micro_batches_add_up_and_maxima_are_the_largest(tmp_path):
     logger = MetricsLogger(tmp_path / "metrics.jsonl", "dpo")
     logger.add({"margin": 0.25, "margin_max": [3.0]}, 100)
     logger.add({"margin": 0.5, "margin_max": [2.0]}, 50)
-    logger.row({"loss": 0.7}, 1, 9)
+    logger.log_step({"loss": 0.7}, 1, 9)
     row = read_metrics(tmp_path / "metrics.jsonl")[0]
     assert (row["margin"], row["margin_max"], row["tokens"], row["phase"]) == (0.75, 3.0, 150, "dpo")
     assert row["tokens_per_second"] > 0
@@ -75,8 +75,8 @@ def test_figures_of_micro_batches_add_up_and_maxima_are_the_largest(tmp_path):
 
 def test_the_live_line_tells_loss_margin_speed_and_memory():
     row = {"loss": 0.4123, "margin": 0.31, "accuracy": 0.74, "tokens_per_second": 3204.4, "memory_gb": 9.84}
-    assert live_line(row) == "loss 0.412, margin 0.31, accuracy 74 %, 3,204 tokens/s, 9.8 GB"
-    assert live_line({"eval_loss": 0.5}) == "evaluation loss 0.500"
+    assert format_step(row) == "loss 0.412, margin 0.31, accuracy 74 %, 3,204 tokens/s, 9.8 GB"
+    assert format_step({"eval_loss": 0.5}) == "evaluation loss 0.500"
 
 
 @pytest.fixture(scope="module")

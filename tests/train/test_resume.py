@@ -152,15 +152,15 @@ def test_ctrl_c_saves_a_checkpoint_of_the_step_it_came_in(whole, tmp_path):
 def test_a_checkpoint_that_a_kill_left_half_written_is_not_resumed_from(tmp_path):
     inputs = {"seed": 0}
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.begin(inputs)
+    checkpoints.prepare(inputs)
     for step in (3, 6):
         (tmp_path / f"checkpoint-{step}").mkdir()
     checkpoints.mark(3)
     assert checkpoints.last() == str(tmp_path / "checkpoint-3")
-    checkpoints.begin(inputs)
+    checkpoints.prepare(inputs)
     assert not (tmp_path / "checkpoint-6").exists()
     assert checkpoints.step() == 3
-    checkpoints.begin({"seed": 1})
+    checkpoints.prepare({"seed": 1})
     assert checkpoints.step() == 0
 
 
@@ -172,13 +172,13 @@ def test_a_changed_setting_that_matters_is_refused_with_the_difference(whole, tm
         }
     )
     with pytest.raises(
-        UsageError, match=r"sft was trained from other inputs: sft\.learning_rate: 0\.003 before, 0\.002 now$"
+        UsageError, match=r"sft was trained with other inputs: sft\.learning_rate: 0\.003 before, 0\.002 now$"
     ) as error:
         train_sft(other, unbroken)
     assert "--fresh" in error.value.hint
     run = part_of(unbroken, tmp_path, "sft")
     broken_off(config, run, "sft", signal.SIGKILL)
-    with pytest.raises(UsageError, match=r"sft was begun from other inputs"):
+    with pytest.raises(UsageError, match=r"sft was started with other inputs"):
         train_sft(other, run)
     assert checkpoints_of(run, "sft").step() > 0
     assert train_sft(other, run, fresh=True).counts["steps"] == len(metrics_of(unbroken, "sft"))

@@ -14,12 +14,12 @@ from sclite.run import Run
 from sclite.student.loader import load_student, load_tokenizer
 from sclite.student.tokenization import Encoded, encode_solution, end_id
 from sclite.trace import Step, Trace, render
-from sclite.train.arguments import arguments
+from sclite.train.arguments import training_arguments
 from sclite.train.checkpoints import Checkpoints
 from sclite.train.label_checks import check_labels
 from sclite.train.metrics_logger import read_metrics
 from sclite.train.sft import solve_rows, supervised, train_sft
-from sclite.train.trainer import _build, numbered, train_adapter
+from sclite.train.trainer import build_trainer, row_dataset, train_adapter
 from sclite.train.warmup import train_warmup
 from tests.tiny import tiny_llama
 
@@ -141,8 +141,8 @@ def test_on_the_trainers_own_labels_the_prompt_carries_none_and_trace_and_end_al
     problem, trace = toy_problems(1)[0], toy_trace(0)
     rows = [encode_solution(tokenizer, prompts.solve_messages(problem.question), trace)] * 3
     lesson = supervised("sft", rows, tokenizer.pad_token_id, 0, 0)
-    settings = arguments(tmp_path, config.sft, 0, 2, 3, False)
-    trainer = _build(model, tokenizer, lesson, settings, numbered([0, 1, 2], 4))
+    settings = training_arguments(tmp_path, config.sft, 0, 2, 3, False)
+    trainer = build_trainer(model, tokenizer, lesson, settings, row_dataset([0, 1, 2], 4))
     for batch in trainer.get_train_dataloader():
         for ids, weights in zip(batch["batch"].ids, batch["batch"].weights, strict=True):
             carried = weights > 0

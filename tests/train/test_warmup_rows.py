@@ -8,8 +8,7 @@ from sclite.run import Run
 from sclite.student.loader import load_tokenizer
 from sclite.student.tokenization import Encoded, decision_ids, encode_solution, end_id
 from sclite.trace import parse, render
-from sclite.train.mixture import in_turn, mix
-from sclite.train.warmup_rows import mixed_rows
+from sclite.train.warmup_rows import mix, mixed_rows
 from tests.tiny import tiny_llama
 from tests.train.test_sft import config_of, toy_problems, toy_trace, write_toy
 
@@ -74,10 +73,11 @@ def test_without_anything_solved_there_are_reviews_alone():
     assert sorted(mixed(solved=[], continued=[])) == list(REVIEWED)
 
 
-def test_kinds_of_rows_stand_in_turn_until_the_longest_is_used_up():
-    assert in_turn([1, 2, 3], [10]) == [1, 10, 2, 3]
-    assert in_turn([1], [10, 20]) == [1, 10, 20]
-    assert in_turn([1, 2], []) == [1, 2]
+def test_solved_and_continued_rows_alternate_until_both_are_used_up():
+    solving = {"solved": [100], "continued": [200, 201, 202]}
+    assert sorted(mixed(0.2, **solving)) == [*REVIEWED, 100, 200]
+    assert sorted(mixed(0.3, **solving)) == [*REVIEWED, 100, 200, 201]
+    assert sum(row >= 200 for row in mixed(0.3, solved=SOLVED, continued=[200])) == 1
 
 
 # -- the kinds -----------------------------------------------------------------------------------------------------
