@@ -12,7 +12,7 @@ from sclite import prompts
 from sclite.config import Eval
 from sclite.context import Context
 from sclite.errors import DataError, UsageError
-from sclite.export.stage import ADAPTERS
+from sclite.export.model import ADAPTERS
 from sclite.records import Drop, Problem, Template
 
 THRESHOLDS = "export/review.json"
@@ -116,7 +116,7 @@ def evaluate(
     `dataset` is the path or Hub ID behind `folder`, `source` its name in the report, `dropped` its skipped rows by reason.
     """
     from sclite.evaluate.evaluate import evaluate_model
-    from sclite.export.stage import gguf_path, made_from
+    from sclite.export.model import gguf_path, source_digest
     from sclite.grading.worker import Grader
     from sclite.student.llama_cpp.engine import Engine
 
@@ -147,7 +147,7 @@ def evaluate(
             figures[name] |= {
                 "file": path.name,
                 "bytes": path.stat().st_size,
-                "made_from": made_from(context.config, context.run, name),
+                "made_from": source_digest(context.config, context.run, name),
             }
         progress(len(names), len(names))
     context.display.done("eval", f"eval: {', '.join(names)}")
@@ -286,7 +286,7 @@ def find_gguf(context: Context, model: Path | None) -> Path:
             if file.read(4) != b"GGUF":
                 raise DataError(f"{model} is not a GGUF file", "give a file that `sclite export` wrote")
         return model
-    from sclite.export.stage import gguf_path
+    from sclite.export.model import gguf_path
 
     for name in reversed(ADAPTERS):
         chosen = gguf_path(context.run, name, context.config)

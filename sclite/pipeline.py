@@ -403,7 +403,7 @@ def require_sft(context: Context) -> None:
 
 def export(context: Context, names: Sequence[str] = ()) -> list[Report]:
     """GGUF files of the named students (default: the last one trained); the Modelfile is for the last one."""
-    from sclite.export.stage import export_model, write_modelfile
+    from sclite.export.model import export_model, write_modelfile
     from sclite.train.stage import quiet_libraries
 
     chosen = list(names) or available(context)[-1:]

@@ -19,7 +19,7 @@ from sclite.data.problems import split_problems
 from sclite.data.sources import is_local
 from sclite.errors import DataError, ScliteError
 from sclite.evaluate.results import summaries
-from sclite.export import stage as export
+from sclite.export import model as export
 from sclite.inspect.rows import require_run
 from sclite.records import Drop, Problem
 from sclite.run import Run
@@ -228,7 +228,7 @@ def _evaluation(config: Config, run: Run) -> Stage:
     others = [
         name
         for name, measured in found[0].models.items()
-        if measured.made_from != export.made_from(config, run, name)
+        if measured.made_from != export.source_digest(config, run, name)
         or not (path := run.path(f"export/{measured.file}")).is_file()
         or path.stat().st_size != measured.bytes
     ]

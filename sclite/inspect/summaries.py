@@ -115,14 +115,14 @@ def print_export(context: Any, report: Report, created: Any, fitted: bool, json:
 
     `created`: what `ollama create` gave, None where it was not asked for; `fitted`: there is a threshold for its reviews.
     """
-    from sclite.export.parity import summary
+    from sclite.export.parity import summarize
 
     ollama, figures = context.config.export.ollama, report.figures
     if json:
         console.print_json({**figures, "ollama": ollama if created is not None else None})
         return
     console.print(f"{console.escape(figures['gguf'])}  {figures['megabytes']:g} MB")
-    line = console.escape(summary(figures["parity"]))
+    line = console.escape(summarize(figures["parity"]))
     skipped = figures["parity"]["skipped"]
     (console.note if skipped else console.print)(f"[yellow]{line}[/]" if skipped else line)
     for warning in figures.get("warnings", []):

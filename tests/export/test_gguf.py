@@ -185,10 +185,10 @@ def test_parity_of_a_float32_file_is_exact(folder, gguf):
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = ["</Step1>\n<Cause>", "  12 €\n\n", *sample_texts(4)]
-    found = parity.check_tokens(tokenizer, gguf, texts, [CHAT])
+    found = parity.compare_tokens(tokenizer, gguf, texts, [CHAT])
     assert (found["tokens_equal"], found["tokens_compared"], found["differences"]) == (7, 7, [])
-    expected = parity.references(folder, None, [tokenizer(text).input_ids for text in texts[2:]])
-    found = parity.compare(expected, gguf)
+    expected = parity.compute_references(folder, None, [tokenizer(text).input_ids for text in texts[2:]])
+    found = parity.compare_probabilities(expected, gguf)
     assert json.loads(json.dumps(found)) == found
     assert found["positions"] > 200
     assert found["top1_agreement"] > 0.99
@@ -200,11 +200,11 @@ def test_parity_detects_other_weights_and_another_tokenizer(folder, gguf, tmp_pa
     from transformers import AutoTokenizer
 
     other = tiny_llama(tmp_path / "other", seed=1)
-    expected = parity.references(other, None, [[1, 300, 301, 302, 303]])
-    assert parity.compare(expected, gguf)["mean_abs_logprob_diff"] > 0.1
+    expected = parity.compute_references(other, None, [[1, 300, 301, 302, 303]])
+    assert parity.compare_probabilities(expected, gguf)["mean_abs_logprob_diff"] > 0.1
     settings = json.loads((other / "tokenizer.json").read_text(encoding="utf-8"))
     settings["pre_tokenizer"]["prepend_scheme"] = "first"
     (other / "tokenizer.json").write_text(json.dumps(settings), encoding="utf-8")
-    found = parity.check_tokens(AutoTokenizer.from_pretrained(other), gguf, ["<Step1>", "Add"], [])
+    found = parity.compare_tokens(AutoTokenizer.from_pretrained(other), gguf, ["<Step1>", "Add"], [])
     assert found["tokens_equal"] == 0
     assert found["differences"][0]["text"] == "Add"

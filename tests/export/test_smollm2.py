@@ -1,4 +1,4 @@
-"""Export of a real model with a trained LoRA: SmolLM2-135M-Instruct, thirty steps, against transformers."""
+"""Export of SmolLM2-135M-Instruct with a LoRA trained for thirty steps, compared with transformers."""
 
 import shutil
 
@@ -7,7 +7,8 @@ import pytest
 from sclite import prompts
 from sclite.config import Config
 from sclite.errors import FAILED, ScliteError
-from sclite.export import parity, stage
+from sclite.export import model as export
+from sclite.export import parity
 from sclite.run import Run
 from sclite.student.base import Request
 from sclite.student.llama_cpp.engine import Engine
@@ -35,7 +36,7 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """(base folder, run with an SFT adapter of thirty steps)."""
+    """The base folder, and a run with an SFT adapter."""
     import torch
 
     folder = tmp_path_factory.mktemp("smollm2")
@@ -57,11 +58,11 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def answers(trained):
-    """(messages, prompt ids, ids of the greedy answer) of each question, by transformers in float32."""
+    """Messages, prompt ids and greedy answer ids of each question, from transformers in float32."""
     import torch
 
     base, run = trained
-    model = parity.trained_model(base, run.path("sft/adapter"))
+    model = parity.load_trained_model(base, run.path("sft/adapter"))
     tokenizer = load_tokenizer(str(base))
     found = []
     for question in QUESTIONS:
@@ -76,23 +77,25 @@ def config_of(base, quant):
     return Config.model_validate({"student": {"model": str(base)}, "export": {"quant": quant}})
 
 
-def measure(base, run, answers, quant):
-    """(how many greedy answers are the same text, teacher-forced figures over the answers)."""
-    stage.export_model(config_of(base, quant), run, "sft")
+def evaluate(base, run, answers, quant):
+    """The number of identical greedy answers, and the parity figures over all answers."""
+    export.export_model(config_of(base, quant), run, "sft")
     path, tokenizer = run.path(f"export/sft-{quant}.gguf"), load_tokenizer(str(base))
     with Engine(path, parallel=1, context=1024, gpu_layers=0, exact=True) as engine:
         replies = engine.generate([Request(messages, max_tokens=TOKENS) for messages, _, _ in answers])
         texts = {reply.index: reply.text for reply in replies}
-    wanted = [tokenizer.decode(answer, skip_special_tokens=True) for _, _, answer in answers]
-    same = sum(texts[number] == text for number, text in enumerate(wanted))
-    expected = parity.references(base, run.path("sft/adapter"), [ids + answer for _, ids, answer in answers])
-    figures = parity.compare(expected, path)
+    expected = [tokenizer.decode(answer, skip_special_tokens=True) for _, _, answer in answers]
+    same = sum(texts[number] == text for number, text in enumerate(expected))
+    references = parity.compute_references(
+        base, run.path("sft/adapter"), [ids + answer for _, ids, answer in answers]
+    )
+    figures = parity.compare_probabilities(references, path)
     print(f"\n{quant}: {same} of {len(answers)} greedy answers equal, {figures}")
     return same, figures
 
 
-def test_f16_is_the_trained_model(trained, answers):
-    same, figures = measure(*trained, answers, "f16")
+def test_f16_export_matches_the_trained_model(trained, answers):
+    same, figures = evaluate(*trained, answers, "f16")
     assert sum(len(answer) for _, _, answer in answers) > 5 * TOKENS
     assert same == len(QUESTIONS)
     assert figures["top1_agreement"] >= 0.999
@@ -100,9 +103,9 @@ def test_f16_is_the_trained_model(trained, answers):
 
 
 @pytest.mark.parametrize("quant", ["q8_0", "q4_k_m"])
-def test_quantized_exports_pass_their_bounds(trained, answers, quant):
-    _, figures = measure(*trained, answers, quant)
-    assert figures["mean_abs_logprob_diff"] < parity.bound_of(quant)
+def test_quantized_exports_are_within_their_bounds(trained, answers, quant):
+    _, figures = evaluate(*trained, answers, quant)
+    assert figures["mean_abs_logprob_diff"] < parity.max_difference(quant)
     assert figures["adapter_share"] == pytest.approx(1, abs=0.3)
 
 
@@ -111,7 +114,7 @@ def test_merge_rounded_to_bfloat16_fails_the_export(trained, tmp_path, monkeypat
 
     base, run = trained
     shutil.copytree(run.path("sft/adapter"), tmp_path / "run/sft/adapter")
-    merge = stage.merge
+    merge = export.merge
 
     def rounded(*given, **named):
         path = merge(*given, **named) / "model.safetensors"
@@ -119,9 +122,9 @@ def test_merge_rounded_to_bfloat16_fails_the_export(trained, tmp_path, monkeypat
         save_file(tensors, path, metadata={"format": "pt"})
         return path.parent
 
-    monkeypatch.setattr(stage, "merge", rounded)
-    with pytest.raises(ScliteError, match="is not the model that was trained") as error:
-        stage.export_model(config_of(base, "f16"), Run(tmp_path / "run"), "sft")
+    monkeypatch.setattr(export, "merge", rounded)
+    with pytest.raises(ScliteError, match="does not match the trained model") as error:
+        export.export_model(config_of(base, "f16"), Run(tmp_path / "run"), "sft")
     print(f"\n{error.value.message}")
     assert error.value.code == FAILED
     assert not list((tmp_path / "run/export").glob("*.gguf"))

@@ -10,7 +10,7 @@ from sclite import files, prompts
 from sclite.data import attempts, corrections, templates
 from sclite.data.problems import split_for_stages
 from sclite.errors import DataError
-from sclite.export import stage as export
+from sclite.export import model as export
 from sclite.inspect.status import OUTPUTS, Stage, next_command, read_status
 from sclite.records import Attempt, Drop, Problem, Review, Template
 from sclite.run import Report, Run
@@ -244,7 +244,7 @@ def test_damaged_rows_are_said_and_the_command_that_makes_them_again_is_named(tr
 def evaluated(run: Run, content: bytes = b"one", **more) -> None:
     run.path("export").mkdir()
     run.path("export/sft-q4_k_m.gguf").write_bytes(content)
-    made = export.made_from(config(run), run, "sft")
+    made = export.source_digest(config(run), run, "sft")
     figures = {"file": "sft-q4_k_m.gguf", "bytes": len(content), "made_from": made, **more}
     run.write_json("eval/a/summary.json", {"models": {"sft": figures}, "n": 300, "folder": "eval/a"})
 

@@ -1,4 +1,4 @@
-"""The export stage: the GGUF that gets its name is the model that was trained, and nothing else does."""
+"""The export stage: a GGUF is published only if it matches the trained model."""
 
 import json
 import shutil
@@ -7,7 +7,8 @@ import pytest
 
 from sclite.config import Config
 from sclite.errors import FAILED, DataError, ScliteError
-from sclite.export import gguf, parity, stage
+from sclite.export import gguf, parity
+from sclite.export import model as export
 from sclite.run import Run
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.llama_cpp.probe import check_gguf
@@ -19,7 +20,7 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A small Llama in bfloat16, as models come from the Hub."""
+    """A small Llama in bfloat16, like most models on the Hub."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -30,7 +31,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapter(base, tmp_path_factory):
-    """A LoRA that changes weights by about as much as bfloat16 rounds them."""
+    """A LoRA whose changes are about as large as bfloat16 rounding."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -62,15 +63,15 @@ def config_of(base, quant="q8_0"):
     return Config.model_validate({"student": {"model": str(base)}, "export": {"quant": quant}})
 
 
-def test_parity_names_the_file_and_the_quantization_that_are_shipped(base, run):
-    report = stage.export_model(config_of(base), run, "sft")
+def test_parity_describes_the_exported_file(base, run):
+    report = export.export_model(config_of(base), run, "sft")
     kept = json.loads(run.path("export/parity.json").read_text())
     assert kept == report.figures["parity"]
     assert (kept["file"], kept["quantization"], kept["skipped"]) == ("sft-q8_0.gguf", "q8_0", None)
     assert kept["tokens_equal"] == kept["tokens_compared"] > 5
     assert kept["unquantized"]["mean_abs_logprob_diff"] < kept["quantized"]["mean_abs_logprob_diff"]
     assert kept["unquantized"]["adapter_share"] == pytest.approx(1, abs=0.05)
-    line = parity.summary(kept)
+    line = parity.summarize(kept)
     assert line.startswith("parity of sft-q8_0.gguf: tokens ")
     assert "\n" not in line
     assert sorted(path.name for path in run.path("export").iterdir()) == ["parity.json", "sft-q8_0.gguf"]
@@ -96,26 +97,26 @@ def not_merged(tensors, before):
 
 
 @pytest.mark.parametrize("failure", [rounded, scaled, merged_twice, not_merged])
-def test_faulty_merge_fails_the_export(base, run, monkeypatch, failure):
+def test_wrong_merge_fails_the_export(base, run, monkeypatch, failure):
     from safetensors.torch import load_file, save_file
 
-    merge = stage.merge
+    merge = export.merge
 
-    def faulty(*given, **named):
+    def merge_wrongly(*given, **named):
         path = merge(*given, **named) / "model.safetensors"
         before = load_file(base / "model.safetensors")
         save_file(failure(load_file(path), before), path, metadata={"format": "pt"})
         return path.parent
 
-    monkeypatch.setattr(stage, "merge", faulty)
-    with pytest.raises(ScliteError, match=r"sft-q8_0\.gguf is not the model that was trained") as error:
-        stage.export_model(config_of(base), run, "sft")
+    monkeypatch.setattr(export, "merge", merge_wrongly)
+    with pytest.raises(ScliteError, match=r"sft-q8_0\.gguf does not match the trained model") as error:
+        export.export_model(config_of(base), run, "sft")
     assert error.value.code == FAILED
     assert [path.name for path in run.path("export").iterdir()] == ["parity.json"]
     assert run.manifest("export-sft") is None
 
 
-def test_adapter_trained_in_nf4_is_merged_into_the_weights_that_it_was_trained_on(base, run, tmp_path):
+def test_adapter_trained_in_nf4_is_merged_into_nf4_weights(base, run, tmp_path):
     pytest.importorskip("bitsandbytes")
     import torch
     from transformers import AutoModelForCausalLM
@@ -127,72 +128,71 @@ def test_adapter_trained_in_nf4_is_merged_into_the_weights_that_it_was_trained_o
     save_adapter(AutoModelForCausalLM.from_pretrained(base, **settings), base, folder)
     kept = json.loads((folder / "trained_on.json").read_text())
     assert len(kept["nf4"]) == 2 * 7
-    figures = stage.export_model(config_of(base, "f16"), run, "sft").figures["parity"]["unquantized"]
+    figures = export.export_model(config_of(base, "f16"), run, "sft").figures["parity"]["unquantized"]
     other = kept | {"nf4": []}
     (folder / "trained_on.json").write_text(json.dumps(other))
-    sixteen = parity.compare(
-        parity.references(base, folder, [list(range(300, 400))]), run.path("export/sft-f16.gguf")
+    sixteen = parity.compare_probabilities(
+        parity.compute_references(base, folder, [list(range(300, 400))]), run.path("export/sft-f16.gguf")
     )
     assert figures["mean_abs_logprob_diff"] < 0.004
     assert sixteen["mean_abs_logprob_diff"] > 10 * figures["mean_abs_logprob_diff"]
 
 
-def test_damaged_gguf_is_written_again_and_an_unchanged_one_is_not(base, run):
+def test_damaged_gguf_is_exported_again_and_an_intact_one_is_skipped(base, run):
     config = config_of(base)
-    assert not stage.export_model(config, run, "sft").skipped
-    assert stage.export_model(config, run, "sft").skipped
+    assert not export.export_model(config, run, "sft").skipped
+    assert export.export_model(config, run, "sft").skipped
     path = run.path("export/sft-q8_0.gguf")
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"llama\.cpp cannot load") as error:
         check_gguf(path)
     assert "sclite export" in error.value.hint
-    assert not stage.export_model(config, run, "sft").skipped
+    assert not export.export_model(config, run, "sft").skipped
     with Engine(path, parallel=1, context=256) as engine:
         assert engine.vocabulary_size == 512
 
 
-def test_unfinished_file_is_not_picked_up(run):
+def test_unfinished_file_is_ignored(run):
     from sclite import evaluation
     from sclite.context import Context
     from sclite.progress import ProgressDisplay
 
-    run.path(stage.UNFINISHED).mkdir(parents=True)
-    run.path(f"{stage.UNFINISHED}/sft-q4_k_m.gguf").write_bytes(b"GGUF")
+    run.path(export.UNFINISHED).mkdir(parents=True)
+    run.path(f"{export.UNFINISHED}/sft-q4_k_m.gguf").write_bytes(b"GGUF")
     context = Context(Config(), run, ProgressDisplay(quiet=True))
     with pytest.raises(DataError, match="holds no GGUF"):
         evaluation.find_gguf(context, None)
     assert evaluation.measured_gguf(context, run.path("export/sft-q8_0.gguf")) is None
 
 
-def test_adapter_of_unknown_weights_that_names_another_base_is_said(base, run):
+def test_adapter_that_names_another_base_gives_a_warning(base, run):
     config = config_of(base)
-    stage.export_model(config, run, "sft")
-    assert stage.write_modelfile(run, config, "sft")[1] == []
+    export.export_model(config, run, "sft")
+    assert export.write_modelfile(run, config, "sft")[1] == []
     run.path("sft/adapter/trained_on.json").unlink()
     path = run.path("sft/adapter/adapter_config.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "org/other"}))
-    assert "names org/other as its base" in stage.write_modelfile(run, config, "sft")[1][0]
+    assert "was trained on org/other" in export.write_modelfile(run, config, "sft")[1][0]
 
 
-def test_full_disk_is_an_error_and_leaves_nothing(base, run):
+def test_full_disk_is_an_error_and_leaves_no_files(base, run):
     import resource
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (100_000, before[1])
-    )  # a write beyond it fails, as on a full disk
+    # a write beyond the limit fails, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
         with pytest.raises(ScliteError, match="cannot be written") as error:
-            stage.export_model(config_of(base), run, "sft")
+            export.export_model(config_of(base), run, "sft")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "disk space" in error.value.hint
     assert list(run.path("export").iterdir()) == []
 
 
-def test_tokenizer_that_aborts_llama_cpp_is_an_error_and_leaves_no_gguf(base, run, monkeypatch):
-    """Without byte tokens llama.cpp ends the process with an uncaught std::out_of_range."""
+def test_tokenizer_that_aborts_llama_cpp_is_an_error(base, run, monkeypatch):
+    """Without byte tokens llama.cpp aborts with an uncaught std::out_of_range."""
     import gguf
 
     add = gguf.GGUFWriter.add_token_list
@@ -202,12 +202,12 @@ def test_tokenizer_that_aborts_llama_cpp_is_an_error_and_leaves_no_gguf(base, ru
         lambda self, tokens: add(self, [token.replace("<0x", "<1x") for token in tokens]),
     )
     with pytest.raises(DataError, match=r"llama.cpp cannot read .*signal 6") as error:
-        stage.export_model(config_of(base), run, "sft")
+        export.export_model(config_of(base), run, "sft")
     assert "another base model" in error.value.hint
     assert list(run.path("export").iterdir()) == []
 
 
-def test_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_refused(base, run, tmp_path):
+def test_tokenizer_larger_than_the_embedding_is_an_error(base, run, tmp_path):
     from transformers import AutoTokenizer
 
     shutil.copytree(base, tmp_path / "more")
@@ -215,12 +215,12 @@ def test_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_refused(base,
     tokenizer.add_tokens(["<Cause>"])
     tokenizer.save_pretrained(tmp_path / "more")
     with pytest.raises(DataError, match=r"ids up to 512 .* embedding 512 rows") as error:
-        stage.export_model(config_of(tmp_path / "more"), run, "sft")
+        export.export_model(config_of(tmp_path / "more"), run, "sft")
     assert "resize_token_embeddings" in error.value.hint
 
 
-def test_token_that_the_gguf_splits_otherwise_fails_the_export(base, run, tmp_path):
-    """An added token that is in tokenizer.json alone: transformers finds it in text, the GGUF does not know it."""
+def test_token_that_the_gguf_splits_differently_fails_the_export(base, run, tmp_path):
+    """An added token that only tokenizer.json defines: transformers finds it in text, the GGUF does not."""
     folder = tmp_path / "added"
     shutil.copytree(base, folder)
     kept = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
@@ -234,29 +234,29 @@ def test_token_that_the_gguf_splits_otherwise_fails_the_export(base, run, tmp_pa
     kept["model"]["vocab"]["<Cause>"] = number
     kept["added_tokens"].append({"id": number, "content": "<Cause>", **settings})
     (folder / "tokenizer.json").write_text(json.dumps(kept), encoding="utf-8")
-    with pytest.raises(ScliteError, match=r"it splits .*<Cause>.* into tokens") as error:
-        stage.export_model(config_of(folder), run, "sft")
+    with pytest.raises(ScliteError, match=r"the GGUF splits .*<Cause>.* into tokens") as error:
+        export.export_model(config_of(folder), run, "sft")
     assert error.value.code == FAILED
     assert [path.name for path in run.path("export").iterdir()] == ["parity.json"]
 
 
-def test_probabilities_that_do_not_fit_into_memory_are_skipped_and_said(base, run, monkeypatch):
-    monkeypatch.setattr(stage, "free_memory", lambda: 1_000_000)
-    result = stage.export_model(config_of(base), run, "sft").figures["parity"]
+def test_probabilities_are_skipped_if_the_model_does_not_fit_in_memory(base, run, monkeypatch):
+    monkeypatch.setattr(export, "available_ram", lambda: 1_000_000)
+    result = export.export_model(config_of(base), run, "sft").figures["parity"]
     assert "GB of RAM needed" in result["skipped"]
-    assert "probabilities not compared" in parity.summary(result)
-    assert parity.issues(result) == []
+    assert "probabilities not compared" in parity.summarize(result)
+    assert parity.find_violations(result) == []
 
 
 def test_code_in_a_model_folder_does_not_run(base, run, tmp_path, monkeypatch):
-    """Neither in transformers nor in llama.cpp's converter, which loads tokenizers with trust_remote_code=True."""
+    """Not in transformers, and not in llama.cpp's converter, which loads tokenizers with trust_remote_code=True."""
     source = gguf.cache_folder()
     if not (source / gguf.SCRIPT).is_file():
-        pytest.skip("llama.cpp's converter is not on this machine; `sclite export` of a model fetches it")
+        pytest.skip("llama.cpp's converter is not on this machine; `sclite export` downloads it")
     ran = tmp_path / "ran"
     folder = tmp_path / "with-code"
     shutil.copytree(base, folder)
-    (folder / "tokenizer.model").unlink()  # else the converter does not ask transformers
+    (folder / "tokenizer.model").unlink()  # or the converter would not use transformers
     (folder / "own.py").write_text(
         f"open({str(ran)!r}, 'w').write('x')\nfrom transformers import PreTrainedTokenizerFast as T, LlamaConfig as C\n"
     )
@@ -266,18 +266,18 @@ def test_code_in_a_model_folder_does_not_run(base, run, tmp_path, monkeypatch):
     ):
         found = json.loads((folder / name).read_text()) | settings
         (folder / name).write_text(json.dumps(found))
-    with pytest.raises(DataError, match="converter cannot convert"):  # it is no Dream model
-        stage.export_model(config_of(folder), run, "sft")
+    with pytest.raises(DataError, match="converter cannot convert"):  # it is not a Dream model
+        export.export_model(config_of(folder), run, "sft")
     assert not ran.exists()
     with pytest.raises(DataError):
         gguf.run_converter(source, folder, tmp_path / "out.gguf")
-    assert ran.exists()  # the folder as it is does run there
+    assert ran.exists()  # the converter runs the code of the unmerged folder
 
 
-def test_trace_texts_split_alike(base, run):
-    stage.export_model(config_of(base, "f16"), run, "sft")
+def test_trace_texts_have_the_same_tokens(base, run):
+    export.export_model(config_of(base, "f16"), run, "sft")
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base)
-    found = parity.check_tokens(tokenizer, run.path("export/sft-f16.gguf"), sample_texts(20), [])
+    found = parity.compare_tokens(tokenizer, run.path("export/sft-f16.gguf"), sample_texts(20), [])
     assert (found["tokens_equal"], found["differences"]) == (20, [])
