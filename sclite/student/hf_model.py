@@ -1,149 +1,133 @@
-"""The student that is trained, as a student like any other: batched generation and scoring with transformers."""
+"""A transformers model as a student: batched generation and scoring with the model that is trained."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 from sclite.errors import DataError
 from sclite.signature import digest
-from sclite.student.base import Reply, Request, ScoreRequest, Scores, tokens_to_compare
+from sclite.student.base import Messages, Reply, Request, ScoreRequest, Scores, tokens_to_compare
 from sclite.student.cuda_memory import free_memory, is_out_of_memory
+from sclite.student.loader import max_positions
 from sclite.student.log_probs import autocast, hidden_states, log_probs_at, pad
 from sclite.student.tokenization import Encoded, end_id, piece_ids, prompt_ids
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 Read = tuple[int, int, int]
 """(row, position, token): the log-probability of this token after this position."""
-SCORED_TOKENS = 16_384  # of a forward pass that only reads odds
+SCORED_TOKENS = 16_384
+"""Tokens, padding included, of a forward pass that only reads scores."""
 
 
 class HFModel:
-    """A transformers model with its tokenizer. Sampling is seeded block by block: `batch` requests share one seed."""
+    """A transformers model with its tokenizer. Sampling is seeded per batch: `batch_size` requests share one seed."""
 
-    def __init__(self, model: Any, tokenizer: Any, batch: int = 64):
-        self.model, self.tokenizer, self.batch = model, tokenizer, batch
-        self.at_once = batch
-        shape = model.config.get_text_config()
-        self.positions = getattr(shape, "max_position_embeddings", None) or 1 << 20
+    def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch_size: int = 64):
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.fitting_size = batch_size
+        self.positions = max_positions(model.config)
         self.end = end_id(tokenizer)
 
-    def _ids(self, messages, pieces: Sequence[str]) -> list[int]:
-        return prompt_ids(self.tokenizer, messages) + [
-            i for ids in piece_ids(self.tokenizer, pieces) for i in ids
-        ]
+    def _ids(self, messages: Messages, pieces: Sequence[str]) -> list[int]:
+        return [*prompt_ids(self.tokenizer, messages), *chain(*piece_ids(self.tokenizer, pieces))]
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Reply]:
-        """Replies in blocks of `batch`. Requests of one block should ask for the same temperature and stop strings.
+        """Generate in batches. Requests of one batch should have the same temperature and stop strings.
 
-        Where a block does not fit into the card's memory, it goes on in halves, and so do those after it.
+        If a batch does not fit in GPU memory, the batch size is halved for this and all later batches.
         """
-        for start in range(0, len(requests), self.batch):
-            block = requests[start : start + self.batch]
+        for start in range(0, len(requests), self.batch_size):
+            batch = requests[start : start + self.batch_size]
             begin = 0
-            while begin < len(block):
-                size = min(self.at_once, len(block) - begin)
+            while begin < len(batch):
+                size = min(self.fitting_size, len(batch) - begin)
                 try:
-                    replies = list(self._block(block[begin : begin + size], start + begin))
+                    replies = list(self._generate(batch[begin : begin + size], start + begin))
                 except RuntimeError as error:
                     if size == 1 or not is_out_of_memory(error):
                         raise
-                    self.at_once = size // 2
+                    self.fitting_size = size // 2
                     free_memory()
                 else:
                     yield from replies
                     begin += size
 
-    def _block(self, block: Sequence[Request], start: int) -> Iterator[Reply]:
+    def _generate(self, batch: Sequence[Request], start: int) -> Iterator[Reply]:
         import torch
 
-        first = block[0]
-        prompts = [self._ids(r.messages, r.pieces) for r in block]
-        ids, mask = self._pad(prompts)
-        longest = ids.shape[1] + max(request.max_tokens for request in block)
-        if longest > self.positions:
+        first, tokenizer = batch[0], self.tokenizer
+        prompts = [self._ids(request.messages, request.pieces) for request in batch]
+        width, max_tokens = max(map(len, prompts)), max(request.max_tokens for request in batch)
+        if width + max_tokens > self.positions:
             raise DataError(
-                f"a prompt of {ids.shape[1]} tokens and an answer: {longest} in all, the student has {self.positions}",
+                f"a prompt of {width} tokens and an answer of {max_tokens} exceed the student's {self.positions} positions",
                 "lower attempts.max_tokens",
             )
         settings: dict[str, Any] = {"do_sample": first.temperature > 0}
         if first.temperature > 0:
             settings |= {"temperature": first.temperature, "top_p": first.top_p, "top_k": 0}
-            torch.manual_seed(int(digest([[r.seed for r in block], prompts[0]]), 16) % 2**63)
+            torch.manual_seed(int(digest([[r.seed for r in batch], prompts[0]]), 16) % 2**63)
         if first.stop:
-            settings |= {"stop_strings": list(first.stop), "tokenizer": self.tokenizer}
-        ends = [
-            self.end,
-            *([self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id not in (None, self.end) else []),
-        ]
+            settings |= {"stop_strings": list(first.stop), "tokenizer": tokenizer}
+        ends = [self.end]
+        if tokenizer.eos_token_id not in (None, self.end):
+            ends.append(tokenizer.eos_token_id)
+        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in prompts])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
         was_training = self.model.training
         self.model.eval()
         with torch.inference_mode(), autocast(self.model):
             out = self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max(r.max_tokens for r in block),
+                input_ids=ids.to(self.model.device),
+                attention_mask=mask.to(self.model.device),
+                max_new_tokens=max_tokens,
                 eos_token_id=ends,
-                pad_token_id=self.tokenizer.pad_token_id,
+                pad_token_id=tokenizer.pad_token_id,
                 **settings,
             )
         self.model.train(was_training)
-        for offset, (request, prompt, row) in enumerate(
-            zip(block, prompts, out[:, ids.shape[1] :].tolist(), strict=True)
-        ):
-            yield self._reply(start + offset, request, len(prompt), row, ends)
-
-    def _reply(
-        self, index: int, request: Request, prompt_tokens: int, row: list[int], ends: list[int]
-    ) -> Reply:
-        stop_at = next((i for i, token in enumerate(row) if token in ends), None)
-        new = row[:stop_at] if stop_at is not None else row
-        text = self.tokenizer.decode(new, skip_special_tokens=True)
-        finish = "stop" if stop_at is not None else "length"
-        for stop in request.stop:
-            if stop in text:
-                text, finish = text[: text.index(stop) + len(stop)], "stop"
-        return Reply(index, text, len(new), prompt_tokens, finish)
-
-    def _pad(self, rows: list[list[int]]):
-        """Left-padded (ids, mask), each [rows, longest]."""
-        import torch
-
-        width = max(map(len, rows))
-        pad = self.tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        return ids.to(self.model.device), mask.to(self.model.device)
+        new_rows = out[:, width:].tolist()
+        for index, (request, prompt, row) in enumerate(zip(batch, prompts, new_rows, strict=True), start):
+            stop_at = next((i for i, token in enumerate(row) if token in ends), None)
+            new = row[:stop_at]
+            text = tokenizer.decode(new, skip_special_tokens=True)
+            finish = "length" if stop_at is None else "stop"
+            for stop in request.stop:
+                if stop in text:
+                    text, finish = text[: text.index(stop) + len(stop)], "stop"
+            yield Reply(index, text, len(new), len(prompt), finish)
 
     def score(self, requests: Sequence[ScoreRequest]) -> Iterator[Scores]:
-        """Log-odds of the two options after each mark. One row for each request, and one for each option that does not stand
-        there.
+        """Yield the log-odds of the two options after each mark, from one row per request and one per absent option.
 
-        The vocabulary is looked at only there, in float32: a table of all positions would take tens of gigabytes.
+        Only the positions that are read go through the head, in float32: logits of all would take tens of gigabytes.
         """
         rows: list[list[int]] = []
-        found: list[
+        plans: list[
             tuple[int, list[list[Read]]]
-        ] = []  # of each request: its length, and what its options are read from
+        ] = []  # per request: its length, and the reads of each option
         for request in requests:
-            ids, options = self._options(request, len(rows))
-            found.append((len(ids[0]), options))
-            rows += ids
+            new_rows, reads = self._plan_reads(request, len(rows))
+            plans.append((len(new_rows[0]), reads))
+            rows += new_rows
         was_training = self.model.training
         self.model.eval()
-        log_prob = self._log_probs(
-            rows, {read for _, options in found for reads in options for read in reads}
-        )
+        log_probs = self._read(rows, {read for _, options in plans for reads in options for read in reads})
         self.model.train(was_training)
-        for index, (length, options) in enumerate(found):
-            sums = [sum(log_prob[read] for read in reads) for reads in options]
+        for index, (length, options) in enumerate(plans):
+            sums = [sum(log_probs[read] for read in reads) for reads in options]
             odds = tuple(first - second for first, second in zip(sums[::2], sums[1::2], strict=True))
             yield Scores(index, odds, length)
 
-    def _options(self, request: ScoreRequest, number: int) -> tuple[list[list[int]], list[list[Read]]]:
-        """(rows, what is read of them for each option of each mark); the first row has this number."""
+    def _plan_reads(self, request: ScoreRequest, first_row: int) -> tuple[list[list[int]], list[list[Read]]]:
+        """(rows, reads of each option of each mark); the rows are numbered from `first_row`."""
         ids, ends = self._ids(request.messages, ()), []
         for piece in piece_ids(self.tokenizer, request.pieces):
             ids = ids + piece
             ends.append(len(ids))
-        rows, found = [ids], []
+        rows, plan = [ids], []
         others = piece_ids(self.tokenizer, request.others)
         for mark, texts in zip(request.marks, request.options, strict=True):
             at = ends[mark] - 1
@@ -152,38 +136,40 @@ class HFModel:
                 if ids[at + 1 : at + len(tokens)] != tokens[:-1]:
                     row = len(rows)
                     rows.append(ids[: at + 1] + tokens[:-1])
-                found.append([(number + row, place, token) for place, token in enumerate(tokens, at)])
-        return rows, found
+                plan.append([(first_row + row, place, token) for place, token in enumerate(tokens, at)])
+        return rows, plan
 
-    def _log_probs(self, rows: Sequence[list[int]], wanted: set[Read]) -> dict[Read, float]:
+    def _read(self, rows: Sequence[list[int]], wanted: set[Read]) -> dict[Read, float]:
         import torch
 
-        found: dict[Read, float] = {}
+        log_probs: dict[Read, float] = {}
         of_row: dict[int, list[Read]] = {}
         for read in sorted(wanted):
             of_row.setdefault(read[0], []).append(read)
         encoded = [Encoded(ids, [0.0] * len(ids)) for ids in rows]
-        for start, block in _blocks(encoded, self.batch, SCORED_TOKENS):
-            reads = [read for row in range(start, start + len(block)) for read in of_row.get(row, ())]
+        for start, batch in _batches(encoded, self.batch_size, SCORED_TOKENS):
+            reads = [read for row in range(start, start + len(batch)) for read in of_row.get(row, ())]
             if not reads:
                 continue
             numbers, places, tokens = zip(*reads, strict=True)
             with torch.inference_mode(), autocast(self.model):
-                hidden = hidden_states(self.model, pad(block, self.tokenizer.pad_token_id))
-                states = hidden.at([number - start for number in numbers], list(places))
+                hidden = hidden_states(self.model, pad(batch, self.tokenizer.pad_token_id))
+                states = hidden.at([number - start for number in numbers], places)
                 values = log_probs_at(self.model, states, torch.tensor(tokens))
-            found.update(zip(reads, values.tolist(), strict=True))
-        return found
+            log_probs.update(zip(reads, values.tolist(), strict=True))
+        return log_probs
 
 
-def _blocks(rows: Sequence[Encoded], most: int, tokens: int) -> Iterator[tuple[int, Sequence[Encoded]]]:
-    """(number of the first, rows) of neighbouring rows, at most so many and so many tokens with their padding."""
+def _batches(
+    rows: Sequence[Encoded], max_rows: int, max_tokens: int
+) -> Iterator[tuple[int, Sequence[Encoded]]]:
+    """(number of the first row, consecutive rows), within both limits; tokens are counted with padding."""
     start = 0
     while start < len(rows):
         end, width = start, 0
-        while end < len(rows) and end - start < most:
+        while end < len(rows) and end - start < max_rows:
             width = max(width, len(rows[end].ids))
-            if end > start and width * (end - start + 1) > tokens:
+            if end > start and width * (end - start + 1) > max_tokens:
                 break
             end += 1
         yield start, rows[start:end]

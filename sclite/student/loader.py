@@ -1,14 +1,18 @@
-"""Loading the student that is trained: through Unsloth on a CUDA card, through plain transformers and peft elsewhere."""
+"""Load the trainable student: through Unsloth on a CUDA GPU, through plain transformers and PEFT elsewhere."""
 
 import importlib.util
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sclite.config import Config, Student, TrainingStage
 from sclite.errors import DataError, DeviceError, NetworkError, ScliteError, UsageError
 from sclite.student.adapters import add_adapter, check_adapter, load_adapter, new_lora_shape, read_lora_shape
 from sclite.student.cuda_memory import is_out_of_memory
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = "embedded"
 TAGS = (
@@ -24,84 +28,84 @@ def embedded_folder() -> Path:
 
 
 def model_name(student: Student) -> str:
-    """The hub name or folder of the base model; raises UsageFault where none is configured, DataFault where a folder is missing."""
+    """The Hub ID or folder of the base model. Raises UsageError if none is configured, DataError if a folder is missing."""
     if not student.model:
         raise UsageError(
             "no student is configured",
-            "add a Hub ID or a folder, as in --set student.model=Qwen/Qwen2.5-1.5B-Instruct",
+            "add a Hub ID or a folder, for example --set student.model=Qwen/Qwen2.5-1.5B-Instruct",
         )
     if student.model == EMBEDDED:
         return str(embedded_folder())
     path = Path(student.model).expanduser()
-    if student.model.startswith((".", "/", "~")) and not (path / "config.json").is_file():
+    if (path / "config.json").is_file():
+        return str(path)
+    if student.model.startswith((".", "/", "~")):
         raise DataError(
-            f"student.model: {path} holds no config.json",
-            "give a folder with a Hugging Face model, or a hub name",
+            f"student.model: {path} has no config.json",
+            "give the folder of a Hugging Face model, or a Hub ID",
         )
-    return str(path) if (path / "config.json").is_file() else student.model
+    return student.model
 
 
 def fetch_base_model(student: Student) -> Path:
-    """The base model's folder on this disk; a hub model is fetched into the hub's own cache."""
+    """The base model's local folder; a Hub model is downloaded into the Hub's own cache."""
     return fetch_model(model_name(student))
 
 
 def fetch_model(name: str) -> Path:
-    """The folder of a model by path or Hub ID; as `fetch_base_model`."""
+    """The local folder of a model by path or Hub ID, like `fetch_base_model`."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
     try:
-        return Path(
-            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"])
-        )
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
-        raise model_error(f"the student {name} cannot be fetched", error) from error
+        raise model_error(f"the student {name} cannot be downloaded", error) from error
 
 
 def model_error(what: str, error: BaseException) -> ScliteError:
-    """The fault for a model that cannot be had: NetworkFault where the hub is out of reach, else DataFault."""
+    """The error for a model that is not available: NetworkError if the Hub is unreachable, else DataError."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    message, cause, unreached = f"{what}: {str(error).splitlines()[0]}", error, False
-    while cause is not None and not unreached:
-        unreached = isinstance(cause, (LocalEntryNotFoundError, ConnectionError))
+    message = f"{what}: {str(error).splitlines()[0]}"
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, (LocalEntryNotFoundError, ConnectionError)):
+            hint = "check the connection, or set student.model to a folder that holds the model"
+            return NetworkError(message, hint)
         cause = cause.__cause__ or cause.__context__
-    if unreached:
-        return NetworkError(
-            message, "check the connection, or name a folder that holds the model as student.model"
-        )
     return DataError(message, "check student.model")
 
 
 def select_gpu(gpu: int | None) -> None:
-    """Make one card the only visible one, before anything of CUDA is touched; None is the first, where there is one.
+    """Make one GPU the only visible one, before CUDA is initialized; None selects the first, if any.
 
-    `gpu` counts the cards that CUDA_VISIBLE_DEVICES leaves visible. Raises DeviceFault where there is no such card.
+    `gpu` counts the GPUs that CUDA_VISIBLE_DEVICES leaves visible. Raises DeviceError if there is no such GPU.
     """
     visible, number = os.environ.get("CUDA_VISIBLE_DEVICES"), gpu or 0
-    cards = [card.strip() for card in (visible or "").split(",") if card.strip()]
+    devices = [device.strip() for device in (visible or "").split(",") if device.strip()]
     if visible is None:
         os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
         os.environ["CUDA_VISIBLE_DEVICES"] = str(number)
-    elif number < len(cards):
-        os.environ["CUDA_VISIBLE_DEVICES"] = cards[number]
+    elif number < len(devices):
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[number]
     elif gpu is not None:
         raise DeviceError(
-            f"--gpu {gpu}: CUDA_VISIBLE_DEVICES={visible} shows {len(cards)} cards, counted from 0",
-            "unset CUDA_VISIBLE_DEVICES, or leave --gpu out",
+            f"--gpu {gpu} is out of range for CUDA_VISIBLE_DEVICES={visible} (numbering starts at 0)",
+            "unset CUDA_VISIBLE_DEVICES, or omit --gpu",
         )
     if gpu is None:
         return
     import torch
 
     if not torch.cuda.is_available():
-        build = "" if torch.version.cuda else "; this torch is a CPU build"
+        build = "" if torch.version.cuda else "; this PyTorch is a CPU build"
         raise DeviceError(
-            f"there is no CUDA card {gpu} here{build}",
-            "leave --gpu out to train on the CPU, which suits small students only; `sclite doctor` tells more",
+            f"CUDA GPU {gpu} not found{build}",
+            "omit --gpu to train on the CPU (small students only); run `sclite doctor` for details",
         )
 
 
@@ -113,7 +117,7 @@ def select_backend(student: Student) -> str:
         return "plain"
     if not torch.cuda.is_available():
         raise DeviceError(
-            "student.backend = unsloth needs a CUDA card", "use --set student.backend=plain on a CPU"
+            "student.backend = unsloth needs a CUDA GPU", "use --set student.backend=plain on a CPU"
         )
     if importlib.util.find_spec("unsloth") is None:
         raise DeviceError(
@@ -123,8 +127,8 @@ def select_backend(student: Student) -> str:
     return "unsloth"
 
 
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a model; its pad token is its end token where it has none."""
+def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a model; the pad token defaults to the end token."""
     from transformers import AutoTokenizer
 
     try:
@@ -137,8 +141,8 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def read_config(name: str) -> Any:
-    """The transformers configuration of a model; raises DataFault where transformers has no such architecture."""
+def read_config(name: str) -> "PretrainedConfig":
+    """The transformers configuration of a model. Raises DataError if transformers does not know the architecture."""
     from transformers import AutoConfig
 
     try:
@@ -147,15 +151,18 @@ def read_config(name: str) -> Any:
         raise model_error(f"the student {name} cannot be loaded", error) from error
 
 
-def check_vocabulary(tokenizer: Any, kind: Any, name: str) -> None:
-    """Refuse a tokenizer that gives ids for which the model has no embedding.
+def check_vocabulary(
+    tokenizer: "PreTrainedTokenizerBase", model_config: "PretrainedConfig", name: str
+) -> None:
+    """Reject a tokenizer with ids for which the model has no embedding.
 
-    A special token that neither our prompts nor padding use may be there: Gemma 3's 1B has one for images. Raises DataFault.
+    A special token that neither our prompts nor padding use is allowed: Gemma 3's 1B has one for images. Raises
+    DataError.
     """
     from sclite import prompts
     from sclite.student.tokenization import prompt_ids
 
-    size = kind.get_text_config().vocab_size
+    size = model_config.get_text_config().vocab_size
     beyond = {i: token for token, i in tokenizer.get_vocab().items() if i >= size}
     if not beyond:
         return
@@ -169,126 +176,87 @@ def check_vocabulary(tokenizer: Any, kind: Any, name: str) -> None:
             f"the tokenizer of {name} has ids up to {max(beyond)} ({beyond[wrong[0]]!r} is {wrong[0]}), the model's "
             f"embedding {size} rows",
             "use the tokenizer that was published with the model; or resize the model once with "
-            "model.resize_token_embeddings(len(tokenizer)), save both, and name that folder as student.model",
+            "model.resize_token_embeddings(len(tokenizer)), save both, and set student.model to that folder",
         )
 
 
 def load_student(
     config: Config, stage: str, adapter: Path | None = None, train: bool = False
-) -> tuple[Any, Any]:
-    """(model, tokenizer): the base with `adapter` on it, or with a new LoRA when `train` is set without one.
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """(model, tokenizer): the base with `adapter`, or with a new LoRA if `train` is set and `adapter` is not.
 
-    Trainable weights are float32 whatever the base is kept in, because AdamW's small steps vanish in bfloat16. The
+    Trainable weights are float32 whatever the type of the base, because AdamW's small steps vanish in bfloat16. The
     tokenizer is the model's own under either backend, so that training, use and export have the same ids. Raises
-    DataFault where there is no such model (NetworkFault where the hub is out of reach) or it has fewer positions than
-    the stage's `max_length`, DeviceFault where it does not fit on the GPU.
+    DataError if there is no such model (NetworkError if the Hub is unreachable) or it has fewer positions than the
+    stage's `max_length`, DeviceError if it does not fit on the GPU.
     """
-    student, settings, name = config.student, config.stage(stage), model_name(config.student)
-    tokenizer, kind, found = load_tokenizer(name), read_config(name), select_backend(student)
-    _check_length(kind, settings)
-    check_vocabulary(tokenizer, kind, name)
+    import torch
+
+    settings, name = config.stage(stage), model_name(config.student)
+    tokenizer, model_config = load_tokenizer(name), read_config(name)
+    backend, most = select_backend(config.student), max_positions(model_config)
+    if settings.max_length > most:
+        raise DataError(
+            f"max_length = {settings.max_length}: the student supports {most} positions",
+            f"set max_length of [sft], [warmup] and [dpo] to {most} at most",
+        )
+    check_vocabulary(tokenizer, model_config, name)
     if adapter is not None:
         check_adapter(adapter)
-    disable_cudnn_attention()
-    load = load_unsloth if found == "unsloth" else _load_plain
+    # PyTorch prefers cuDNN attention on Hopper and on data-center Blackwell GPUs. It plans every length it has not seen,
+    # milliseconds of CPU time each: a third of a training step on an H200 with rows of all lengths. The flash kernel,
+    # which other GPUs use anyway, plans nothing.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     try:
-        shape = new_lora_shape(config.lora, kind) if train and adapter is None else None
-        model = load(name, kind, student, settings, adapter, shape, train, config.seed)
+        shape = new_lora_shape(config.lora, model_config) if train and adapter is None else None
+        load = _load_unsloth if backend == "unsloth" else _load_plain
+        model = load(name, config, settings, model_config, adapter, shape, train)
     except OSError as error:
         raise model_error(f"the student {name} cannot be loaded", error) from error
     except (RuntimeError, ValueError) as error:
         if is_out_of_memory(error) or "dispatched on the CPU" in str(error):
             raise DeviceError(
-                f"the student {name} does not fit on this card",
-                "close what else holds its memory (`sclite train --plan` tells), or choose a smaller student",
+                f"the student {name} does not fit in GPU memory",
+                "close other programs that use the GPU (`sclite train --plan` shows the memory needed), or choose a "
+                "smaller student",
             ) from error
         raise
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    model.padding_free = is_padding_free(model, settings, found)
+    model.padding_free = is_padding_free(model, settings, backend)
     return model, tokenizer
 
 
-def is_padding_free(model: Any, settings: TrainingStage, backend: str) -> bool:
-    """Whether rows go through the model one behind the other.
+def is_padding_free(model: "PreTrainedModel", settings: TrainingStage, backend: str) -> bool:
+    """Whether the rows of a batch are concatenated instead of padded.
 
-    Not where layers carry a state along the row, as linear attention does: it would leak from one row into the next.
+    Not for layers that carry a state along the row, such as linear attention: it would leak into the next row.
     """
-    shape = model.config.get_text_config()
-    carries = any(kind not in ATTENTION for kind in getattr(shape, "layer_types", None) or ())
-    if carries and settings.padding_free:
+    text_config = model.config.get_text_config()
+    stateful = any(kind not in ATTENTION for kind in getattr(text_config, "layer_types", None) or ())
+    if stateful and settings.padding_free:
         raise DataError(
-            f"padding_free = true: layers of {shape.model_type} would mix the rows", "leave padding_free out"
+            f"padding_free = true: layers of {text_config.model_type} would mix the rows",
+            "unset padding_free",
         )
-    return not carries and (backend == "unsloth" if settings.padding_free is None else settings.padding_free)
+    return not stateful and (backend == "unsloth" if settings.padding_free is None else settings.padding_free)
 
 
-def _load_plain(
-    name: str,
-    kind: Any,
-    student: Student,
-    settings: TrainingStage,
-    adapter: Path | None,
-    shape: dict[str, Any] | None,
-    train: bool,
-    seed: int,
-) -> Any:
-    import torch
-    from peft import PeftConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    cuda = torch.cuda.is_available()
-    arguments: dict[str, Any] = {"dtype": half_dtype() if cuda else torch.float32, "trust_remote_code": False}
-    if cuda:
-        arguments["device_map"] = {"": 0}
-        if student.load_in_4bit and getattr(kind, "quantization_config", None) is None:
-            arguments["quantization_config"] = nf4_config()
-    model = AutoModelForCausalLM.from_pretrained(name, **arguments)
-    if adapter is not None:
-        own = PeftConfig.from_pretrained(str(adapter))
-        own.inference_mode = not train
-        model = get_peft_model(model, own)
-        load_adapter(model, adapter)
-    elif shape is not None:
-        model = add_adapter(model, shape, seed)
-    return model
+def max_positions(model_config: "PretrainedConfig") -> int:
+    """The number of positions that a model supports."""
+    return getattr(model_config.get_text_config(), "max_position_embeddings", None) or 1 << 20
 
 
-def max_positions(kind: Any) -> int:
-    """The positions that a model has."""
-    return getattr(kind.get_text_config(), "max_position_embeddings", None) or 1 << 20
-
-
-def _check_length(kind: Any, settings: TrainingStage) -> None:
-    most = max_positions(kind)
-    if settings.max_length > most:
-        raise DataError(
-            f"max_length = {settings.max_length}: the student has {most} positions",
-            f"set max_length of [sft], [warmup] and [dpo] to {most} at most",
-        )
-
-
-def disable_cudnn_attention() -> None:
-    """Leave cuDNN's attention out, which PyTorch prefers on Hopper and on Blackwell's data-centre cards.
-
-    It plans anew for every length that it has not met, milliseconds of the CPU's time each: with rows of all lengths that
-    was a third of a training step on an H200. The flash kernel, which other cards use anyway, plans nothing.
-    """
-    import torch
-
-    torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-def half_dtype() -> Any:
-    """The 16-bit type that this card computes in."""
+def half_dtype() -> "torch.dtype":
+    """The 16-bit type for computing on this GPU."""
     import torch
 
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
-def nf4_config() -> Any:
-    """NF4 with double quantisation, computing in 16 bits."""
+def nf4_config() -> "BitsAndBytesConfig":
+    """NF4 with double quantization, computing in 16 bits."""
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -300,28 +268,57 @@ def nf4_config() -> Any:
     )
 
 
-def load_unsloth(
+def _load_plain(
     name: str,
-    kind: Any,
-    student: Student,
+    config: Config,
     settings: TrainingStage,
+    model_config: "PretrainedConfig",
     adapter: Path | None,
     shape: dict[str, Any] | None,
     train: bool,
-    seed: int,
-) -> Any:
-    """The model through Unsloth's kernels.
+) -> "PreTrainedModel":
+    import torch
+    from peft import PeftConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
 
-    Names are taken as they are, since Unsloth would exchange a base for its own copy of it; an adapter's weights go onto
-    a LoRA of its shape, so that its configuration may name a base that lies elsewhere now. Unsloth cuts what is longer
-    than its sequence length in silence, hence a length that no prompt reaches.
+    cuda = torch.cuda.is_available()
+    arguments: dict[str, Any] = {"dtype": half_dtype() if cuda else torch.float32, "trust_remote_code": False}
+    if cuda:
+        arguments["device_map"] = {"": 0}
+        if config.student.load_in_4bit and getattr(model_config, "quantization_config", None) is None:
+            arguments["quantization_config"] = nf4_config()
+    model = AutoModelForCausalLM.from_pretrained(name, **arguments)
+    if adapter is not None:
+        own = PeftConfig.from_pretrained(str(adapter))
+        own.inference_mode = not train
+        model = get_peft_model(model, own)
+        load_adapter(model, adapter)
+    elif shape is not None:
+        model = add_adapter(model, shape, config.seed)
+    return model
+
+
+def _load_unsloth(
+    name: str,
+    config: Config,
+    settings: TrainingStage,
+    model_config: "PretrainedConfig",
+    adapter: Path | None,
+    shape: dict[str, Any] | None,
+    train: bool,
+) -> "PreTrainedModel":
+    """The model with Unsloth's kernels.
+
+    `use_exact_model_name`: otherwise Unsloth replaces a base with its own copy. An adapter's weights go into a new LoRA of
+    the same shape, because its configuration may name a base that has moved. Unsloth silently truncates what exceeds
+    `max_seq_length`, so it is set to a length that no prompt reaches.
     """
     from unsloth import FastLanguageModel
 
     model, _ = FastLanguageModel.from_pretrained(
         name,
-        max_seq_length=min(max_positions(kind), max(settings.max_length, 8192)),
-        load_in_4bit=student.load_in_4bit,
+        max_seq_length=min(max_positions(model_config), max(settings.max_length, 8192)),
+        load_in_4bit=config.student.load_in_4bit,
         dtype=None,
         device_map={"": 0},
         use_exact_model_name=True,
@@ -337,7 +334,7 @@ def load_unsloth(
             **shape,
             bias="none",
             use_gradient_checkpointing="unsloth",
-            random_state=seed,
+            random_state=config.seed,
         )
     if adapter is not None:
         load_adapter(model, adapter)

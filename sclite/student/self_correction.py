@@ -1,13 +1,13 @@
-"""Self-correction: guided review (read an error score after every step, mend the first past the threshold), and free.
+"""Self-correction: guided review (score every step, correct the first above the threshold), and free review.
 
-METHOD section 5. Both work on many problems at once, because a student answers many requests at once. Neither ever
+METHOD section 5. Both review many problems together, because a student answers many requests at once. Neither ever
 sees a gold answer.
 """
 
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from sclite import prompts
 from sclite.student.base import Reply, Request, ScoreRequest, Student
@@ -28,18 +28,18 @@ from sclite.trace import (
 
 TOP_P = 0.95
 _NUMBERS, _BEGINS = re.compile(r"[\d\s.,:+\-*/×()$]*\Z"), re.compile(r"[(-]?\d")
-NO_REPLY, SAME_RESULT = "no reply", "the correction comes to the same result"
+NO_REPLY, UNREADABLE = "no reply", "the review could not be read"
+SAME_RESULT = "the correction comes to the same result"
 NEVER = 1e6  # as a threshold: no log-odds exceed it, so nothing is accused; JSON has no infinity
 
 
 @dataclass(frozen=True)
 class Reviewed:
-    """What a review made of one attempt.
+    """The result of reviewing one attempt.
 
-    `scores` are the log-odds (nats) that each step is wrong; `accused` the step that was mended, or with a note of
-    SAME_RESULT was to be (None: none was);
-    `text` the trace after the review, which is the attempt where nothing was changed; `note` says why a review was
-    given up; `tokens` counts what the review generated.
+    `scores` are the log-odds (nats) that each step is wrong; `accused` is the corrected step, or with the note
+    SAME_RESULT the step whose correction changed nothing (None: no step); `text` is the trace after the review, equal to
+    the attempt if nothing changed; `note` says why a review was abandoned; `tokens` counts what the review generated.
     """
 
     text: str
@@ -58,7 +58,7 @@ class Reviewed:
 
 @dataclass(frozen=True)
 class ReviewSettings:
-    """How to review: the threshold on the log-odds, rounds, and the longest text in tokens."""
+    """How to review: threshold on the log-odds, number of rounds, maximum length of a text in tokens."""
 
     threshold: float = 0.0
     rounds: int = 1
@@ -69,7 +69,7 @@ class ReviewSettings:
 
 
 def score_request(question: str, trace: Trace, folder: str = "") -> ScoreRequest:
-    """Ask for the log-odds of an error after each step of an attempt: one prefill for all of them."""
+    """Request the log-odds of an error after each step of an attempt, in a single prefill."""
     pieces = tuple(step_pieces(trace.steps))
     messages = prompts.review_messages(question, render(trace), folder)
     options = tuple((CAUSE, closer) for closer in pieces[1::2])
@@ -79,20 +79,20 @@ def score_request(question: str, trace: Trace, folder: str = "") -> ScoreRequest
 def score_traces(
     student: Student, questions: Sequence[str], traces: Sequence[Trace], folder: str = ""
 ) -> list[tuple[float, ...]]:
-    """The log-odds of an error for each step of each trace; empty without steps, or where it is too long to review."""
-    found: list[tuple[float, ...]] = [()] * len(traces)
-    asked = [i for i, trace in enumerate(traces) if trace.steps]
-    requests = [score_request(questions[i], traces[i], folder) for i in asked]
+    """The log-odds of an error for each step of each trace; empty if it has no steps or is too long to review."""
+    odds: list[tuple[float, ...]] = [()] * len(traces)
+    scored = [i for i, trace in enumerate(traces) if trace.steps]
+    requests = [score_request(questions[i], traces[i], folder) for i in scored]
     for scores in student.score(requests):
-        if not any(math.isnan(value) for value in scores.log_odds):  # the review did not fit into the context
-            found[asked[scores.index]] = scores.log_odds
-    return found
+        if not any(math.isnan(value) for value in scores.log_odds):  # NaN: the review exceeds the context
+            odds[scored[scores.index]] = scores.log_odds
+    return odds
 
 
 def correction_request(
     question: str, trace: Trace, step: int, settings: ReviewSettings, sample: int = 0
 ) -> Request:
-    """Ask for cause and correction of a step, in the review context, from `<Cause>` on."""
+    """Request the cause and correction of a step, in the review context, starting at `<Cause>`."""
     pieces = (*step_pieces(trace.steps[: step - 1]), open_piece(step, trace.steps[step - 1]), CAUSE)
     return Request(
         prompts.review_messages(question, render(trace), settings.prompt_folder),
@@ -106,21 +106,21 @@ def correction_request(
 
 
 def read_correction(text: str) -> tuple[str, str] | None:
-    """(cause, correction) from what follows `<Cause>`; None where either is missing."""
+    """(cause, correction) from the text after `<Cause>`; None if either is missing."""
     step = parse(f"<Step1>x\n{CAUSE}{text}").trace.steps[0]
     return (step.cause, step.correction) if step.cause and step.correction else None
 
 
 def same_result(step: str, correction: str) -> bool:
-    """Whether both end in a sum of plain numbers and in the same after its equals sign: then nothing is mended.
+    """Whether both end in arithmetic on plain numbers with the same right-hand side: then nothing is corrected.
 
-    An equation with letters says nothing by its right side, nor does an inequality.
+    Equations with letters and inequalities do not count: their right-hand side is not a result.
     """
-    ends = [_result_of_sum(text) for text in (step, correction)]
-    return ends[0] is not None and ends[0] == ends[1]
+    result = _arithmetic_result(step)
+    return result is not None and result == _arithmetic_result(correction)
 
 
-def _result_of_sum(text: str) -> str | None:
+def _arithmetic_result(text: str) -> str | None:
     left, equals, right = text.rpartition("=")
     numbers = _NUMBERS.search(left)[0].lstrip(" ,.:$")
     right = right.strip().rstrip(".").rstrip()
@@ -130,7 +130,7 @@ def _result_of_sum(text: str) -> str | None:
 def continuation_request(
     question: str, trace: Trace, step: int, correction: str, settings: ReviewSettings
 ) -> Request:
-    """Go on in the solve context after the steps before `step` and the corrected step as a plain one."""
+    """Continue in the solve context after the steps before `step` and the correction as a plain step."""
     pieces = step_pieces((*trace.steps[: step - 1], Step(clean(correction))))
     return Request(
         prompts.solve_messages(question, settings.prompt_folder),
@@ -140,7 +140,7 @@ def continuation_request(
 
 
 def join_continuation(trace: Trace, step: int, correction: str, text: str) -> Trace:
-    """The new solution: what was kept, the corrected step, and what the student wrote after it."""
+    """The new solution: the steps before `step`, the correction, and what the student wrote after it."""
     kept = (*trace.steps[: step - 1], Step(clean(correction)))
     return parse("".join(step_pieces(kept)) + text).trace
 
@@ -148,6 +148,7 @@ def join_continuation(trace: Trace, step: int, correction: str, text: str) -> Tr
 def _generate(
     student: Student, requests: list[Request], progress: Callable[[int, int], None] | None = None
 ) -> list[Reply | None]:
+    """The reply to each request, in order; None if it is missing."""
     replies: list[Reply | None] = [None] * len(requests)
     for done, reply in enumerate(student.generate(requests), 1):
         replies[reply.index] = reply
@@ -156,55 +157,41 @@ def _generate(
     return replies
 
 
-@dataclass
-class _State:
-    """One attempt on its way through the rounds."""
-
-    question: str
-    trace: Trace
-    result: Reviewed
-    open: bool = True
-    scores: tuple[float, ...] = field(default=())
-
-
 def review_guided(
     student: Student, questions: Sequence[str], attempts: Sequence[str], settings: ReviewSettings
 ) -> list[Reviewed]:
     """Guided review of each attempt, in at most `settings.rounds` rounds; METHOD section 5."""
-    states = []
-    for question, text in zip(questions, attempts, strict=True):
-        trace = work_of(text)
-        note = "" if trace.steps else "no steps to review"
-        states.append(_State(question, trace, Reviewed(text, note=note), open=bool(trace.steps)))
+    traces = [work_of(text) for text in attempts]
+    results = [
+        Reviewed(text, note="" if trace.steps else "no steps to review")
+        for text, trace in zip(attempts, traces, strict=True)
+    ]
+    active = [i for i, trace in enumerate(traces) if trace.steps]
     for round_number in range(settings.rounds):
-        active = [s for s in states if s.open]
-        if active:
-            _round(student, active, settings, first=round_number == 0)
-    return [state.result for state in states]
-
-
-def _round(student: Student, states: list[_State], settings: ReviewSettings, first: bool) -> None:
-    scores = score_traces(
-        student, [s.question for s in states], [s.trace for s in states], settings.prompt_folder
-    )
-    accused = []
-    for state, found in zip(states, scores, strict=True):
-        state.scores = found
-        if first:
-            note = "" if found else "too long to review"
-            state.result = replace(state.result, scores=found, note=note)
-        step = next((n for n, value in enumerate(found, 1) if value > settings.threshold), None)
-        state.open = step is not None
-        if step is not None:
-            accused.append((state, step))
-    mended = correct_steps(student, [(s.question, s.trace, step) for s, step in accused], settings)
-    for (state, _), outcome in zip(accused, mended, strict=True):
-        tokens = state.result.tokens + outcome.tokens
-        if not outcome.changed:  # the last text stands
-            state.open, state.result = False, replace(state.result, tokens=tokens, note=outcome.note)
-            continue
-        state.trace = work_of(outcome.text)
-        state.result = replace(outcome, scores=state.result.scores, tokens=tokens)
+        if not active:
+            break
+        odds = score_traces(
+            student, [questions[i] for i in active], [traces[i] for i in active], settings.prompt_folder
+        )
+        accused = []
+        for i, values in zip(active, odds, strict=True):
+            if round_number == 0:
+                note = "" if values else "too long to review"
+                results[i] = replace(results[i], scores=values, note=note)
+            step = next((n for n, value in enumerate(values, 1) if value > settings.threshold), None)
+            if step is not None:
+                accused.append((i, step))
+        outcomes = correct_steps(student, [(questions[i], traces[i], step) for i, step in accused], settings)
+        active = []
+        for (i, _), outcome in zip(accused, outcomes, strict=True):
+            tokens = results[i].tokens + outcome.tokens
+            if outcome.changed:
+                traces[i] = work_of(outcome.text)
+                results[i] = replace(outcome, scores=results[i].scores, tokens=tokens)
+                active.append(i)
+            else:  # keep the text of the round before
+                results[i] = replace(results[i], tokens=tokens, note=outcome.note)
+    return results
 
 
 def correct_steps(
@@ -212,37 +199,38 @@ def correct_steps(
 ) -> list[Reviewed]:
     """Correct the given step of each (question, trace, step) and solve on from there.
 
-    `accused` is None in a result whose cause, correction or answer could not be read; `note` says which. Where the
-    correction comes to the same result as the step, the attempt stands, and `note` is SAME_RESULT.
+    `accused` is None in a result whose cause, correction or answer could not be read; `note` says which. If the
+    correction comes to the same result as the step, the attempt is kept, and `note` is SAME_RESULT.
     """
     cases = list(cases)
-    replies = _generate(
-        student, [correction_request(q, t, k, settings, i) for i, (q, t, k) in enumerate(cases)]
-    )
-    results: list[Reviewed] = [Reviewed(render(trace), note=NO_REPLY) for _, trace, _ in cases]
-    going_on = []
-    for i, reply in enumerate(replies):
-        note = read_correction(reply.text) if reply is not None and reply.finish != "error" else None
-        results[i] = replace(
-            results[i], tokens=reply.tokens if reply else 0, note="the review could not be read"
-        )
-        if note is not None:
-            _, trace, step = cases[i]
-            if same_result(trace.steps[step - 1].text, note[1]):
-                results[i] = Reviewed(render(trace), (), step, *note, reply.tokens, SAME_RESULT)
+    requests = [correction_request(*case, settings, sample) for sample, case in enumerate(cases)]
+    results: list[Reviewed] = []
+    corrected_cases = []
+    for (question, trace, step), reply in zip(cases, _generate(student, requests), strict=True):
+        tokens = reply.tokens if reply is not None else 0
+        result = Reviewed(render(trace), tokens=tokens, note=UNREADABLE)
+        readable = reply is not None and reply.finish != "error"
+        if readable and (parts := read_correction(reply.text)) is not None:
+            cause, correction = parts
+            if same_result(trace.steps[step - 1].text, correction):
+                result = Reviewed(render(trace), (), step, cause, correction, tokens, SAME_RESULT)
             else:
-                going_on.append((i, *note))
-    requests = [continuation_request(*cases[i], correction, settings) for i, _, correction in going_on]
-    for (i, cause, correction), reply in zip(going_on, _generate(student, requests), strict=True):
+                corrected_cases.append((len(results), question, trace, step, cause, correction))
+        results.append(result)
+    requests = [
+        continuation_request(question, trace, step, correction, settings)
+        for _, question, trace, step, _, correction in corrected_cases
+    ]
+    replies = _generate(student, requests)
+    for (i, _, trace, step, cause, correction), reply in zip(corrected_cases, replies, strict=True):
         if reply is None or reply.finish == "error":
             continue
-        _, trace, step = cases[i]
         solved = join_continuation(trace, step, correction, reply.text)
         tokens = results[i].tokens + reply.tokens
         if solved.answer is None:
             results[i] = replace(results[i], tokens=tokens, note="no answer after the correction")
-            continue
-        results[i] = Reviewed(render(solved), (), step, cause, correction, tokens)
+        else:
+            results[i] = Reviewed(render(solved), (), step, cause, correction, tokens)
     return results
 
 
@@ -255,11 +243,11 @@ def review_free(
 ) -> list[Reviewed]:
     """Free review, the paper's protocol: one generation that repeats everything; an unreadable one changes nothing.
 
-    Every request has the seed of the settings, so that a request depends on nothing but its own question and attempt.
+    Every request has the seed of the settings, so that it depends only on its own question and attempt.
     """
     results = [Reviewed(text, note="no steps to review") for text in attempts]
     traces = [work_of(text) for text in attempts]
-    asked = [i for i, trace in enumerate(traces) if trace.steps]
+    reviewable = [i for i, trace in enumerate(traces) if trace.steps]
     requests = [
         Request(
             prompts.review_messages(questions[i], render(traces[i]), settings.prompt_folder),
@@ -268,16 +256,16 @@ def review_free(
             top_p=TOP_P if settings.temperature > 0 else 1.0,
             seed=settings.seed,
         )
-        for i in asked
+        for i in reviewable
     ]
-    for i, reply in zip(asked, _generate(student, requests, progress), strict=True):
+    for i, reply in zip(reviewable, _generate(student, requests, progress), strict=True):
         if reply is None or reply.finish == "error":
             results[i] = Reviewed(attempts[i], note=NO_REPLY)
             continue
         review, tokens = parse(reply.text).trace, reply.tokens
         step = first_corrected(review)
         if not review.steps or review.answer is None:
-            results[i] = Reviewed(attempts[i], tokens=tokens, note="the review could not be read")
+            results[i] = Reviewed(attempts[i], tokens=tokens, note=UNREADABLE)
         elif step is None:
             results[i] = Reviewed(attempts[i], tokens=tokens)
         else:

@@ -162,7 +162,7 @@ def test_a_card_that_is_not_there_is_exit_5():
     command = [sys.executable, "-m", "sclite", "train", "--gpu", "77", "--set", "student.model=embedded"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 5
-    assert "no CUDA card 77" in done.stderr
+    assert "CUDA GPU 77 not found" in done.stderr
 
 
 @pytest.mark.parametrize(

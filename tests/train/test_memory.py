@@ -293,11 +293,11 @@ def test_in_chunks_or_at_once_log_probabilities_and_gradients_are_the_same(monke
     for size in (10**6, 64):
         monkeypatch.setattr(log_probs, "head_chunk_size", lambda _, size=size: size)
         model.zero_grad()
-        log_probs, rows = token_log_probs(model, hidden_states(model, batch), batch)
-        (log_probs * carried).sum().backward()
+        values, rows = token_log_probs(model, hidden_states(model, batch), batch)
+        (values * carried).sum().backward()
         with torch.no_grad():
-            assert torch.equal(log_probs, token_log_probs(model, hidden_states(model, batch), batch)[0])
-        found.append((log_probs.detach(), rows, factor.grad.clone()))
+            assert torch.equal(values, token_log_probs(model, hidden_states(model, batch), batch)[0])
+        found.append((values.detach(), rows, factor.grad.clone()))
     (one, rows, gradient), (other, other_rows, other_gradient) = found
     assert len(one) == 178
     assert torch.allclose(one, other, atol=1e-5)
