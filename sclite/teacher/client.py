@@ -191,23 +191,22 @@ def _read_verdict(text: str) -> Rejection | None:
 
 
 def _check_finish(finish_reason: str, text: str) -> Rejection | None:
+    """Why a reply is rejected by its finish reason alone; None for one that ended by itself."""
     if finish_reason == "stop":
         return None
-    if finish_reason == "length":
-        if text.strip():
-            return Rejection("cut_off", "it was cut off before its end, so write it shorter")
+    rejections = {
+        "length": ("cut_off", "it was cut off before its end, so write it shorter"),
+        "content_filter": ("filtered", "a content filter stopped it"),
+        REFUSAL: ("refused_by_teacher", f"it declines: {' '.join(text.split())[:200]}"),
+        ONLY_REASONING: ("only_reasoning", "there is reasoning but no reply after it"),
+        EMPTY: (EMPTY_REPLY, "the reply is empty"),
+    }
+    if finish_reason == "length" and not text.strip():
         return Rejection(
             "cut_off", "it was cut off before its first word: think less, or raise teacher.max_tokens"
         )
-    if finish_reason == "content_filter":
-        return Rejection("filtered", "a content filter stopped it")
-    if finish_reason == REFUSAL:
-        return Rejection("refused_by_teacher", f"it declines: {' '.join(text.split())[:200]}")
-    if finish_reason == ONLY_REASONING:
-        return Rejection("only_reasoning", "there is reasoning but no reply after it")
-    if finish_reason == EMPTY:
-        return Rejection(EMPTY_REPLY, "the reply is empty")
-    return Rejection(f"finish_{finish_reason}", f"it ended with {finish_reason} and not by itself")
+    other = (f"finish_{finish_reason}", f"it ended with {finish_reason} and not by itself")
+    return Rejection(*rejections.get(finish_reason, other))
 
 
 def count_unanswered(dropped: Mapping[str, int]) -> int:

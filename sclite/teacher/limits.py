@@ -71,15 +71,12 @@ class Limit:
         if self.per_minute == math.inf:
             return
         async with self._turn:
-            while (wait := self._wait_seconds(amount)) > 0:
-                await asyncio.sleep(wait)
+            while True:
+                now = time.monotonic()
+                while self._taken and self._taken[0][0] <= now - MINUTE_SECONDS:
+                    self._sum -= self._taken.popleft()[1]
+                if not self._taken or self._sum + amount <= self.per_minute:
+                    break
+                await asyncio.sleep(self._taken[0][0] + MINUTE_SECONDS - now)
             self._taken.append((time.monotonic(), amount))
             self._sum += amount
-
-    def _wait_seconds(self, amount: float) -> float:
-        now = time.monotonic()
-        while self._taken and self._taken[0][0] <= now - MINUTE_SECONDS:
-            self._sum -= self._taken.popleft()[1]
-        if not self._taken or self._sum + amount <= self.per_minute:
-            return 0.0
-        return self._taken[0][0] + MINUTE_SECONDS - now

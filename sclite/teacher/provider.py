@@ -94,7 +94,10 @@ def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None)
         )
     check_certificates()
     allow_connections(settings.concurrency)
-    _strip_keys()
+    # strip keys: sourcing a file with Windows line ends leaves a carriage return in them
+    for variable, value in os.environ.items():
+        if variable.endswith("_API_KEY") and value != value.strip():
+            os.environ[variable] = value.strip()
     litellm = import_litellm()
     if prepare is not None:
         prepare()
@@ -111,7 +114,9 @@ def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None)
     if settings.api_base:
         options["api_base"] = config.without_password(settings.api_base)
         if options["api_base"] != settings.api_base:  # aiohttp refuses a password beside the SDK's own header
-            options["extra_headers"] = {"Authorization": _basic(settings.api_base)}
+            parts = urlsplit(settings.api_base)
+            login = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
+            options["extra_headers"] = {"Authorization": f"Basic {b64encode(login.encode()).decode()}"}
         if missing:  # a self-hosted endpoint often needs none, but LiteLLM insists
             options["api_key"] = "none"
     price = _price(litellm, settings, name)
@@ -122,7 +127,11 @@ def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None)
             "a student behind an endpoint)",
         )
     key_variable = missing[0] if missing else f"{name.upper()}_API_KEY"
-    _check_key(key_variable)
+    if not re.fullmatch("[!-~]*", os.environ.get(key_variable, "")):
+        raise UsageError(
+            f"the key in {key_variable} contains a space, a line break or a non-ASCII character",
+            f"copy the whole key and run: export {key_variable}=..",
+        )
     direct, priced_by_user = None, settings.price is not None
     if settings.direct:
         listed = not priced_by_user and price != FREE
@@ -142,29 +151,6 @@ def _price(litellm: ModuleType, settings: config.Teacher, provider: str) -> Pric
     if not listed or listed.get("input_cost_per_token") is None:
         return None
     return Price(listed["input_cost_per_token"], listed.get("output_cost_per_token") or 0.0)
-
-
-def _basic(address: str) -> str:
-    """The Authorization header for the name and password in an address."""
-    parts = urlsplit(address)
-    pair = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
-    return f"Basic {b64encode(pair.encode()).decode()}"
-
-
-def _strip_keys() -> None:
-    """Strip whitespace from the keys in the environment; a file with Windows line ends leaves some there."""
-    for name, value in os.environ.items():
-        if name.endswith("_API_KEY") and value != value.strip():
-            os.environ[name] = value.strip()
-
-
-def _check_key(variable: str) -> None:
-    """Raise UsageError for a key that cannot be sent in an HTTP header."""
-    if not re.fullmatch("[!-~]*", os.environ.get(variable, "")):
-        raise UsageError(
-            f"the key in {variable} contains a space, a line break or a non-ASCII character",
-            f"copy the whole key and run: export {variable}=..",
-        )
 
 
 def is_address(api_base: str) -> bool:

@@ -1,5 +1,6 @@
 """The teacher client with a real HTTP server."""
 
+import threading
 import time
 
 import pytest
@@ -58,10 +59,8 @@ def test_second_run_sends_nothing_and_needs_no_server(tmp_path):
         first, totals = ask(server, jobs, tmp_path)
         calls = len(server.requests)
     assert calls == totals["requests"] == 12 + 9
-    started = time.monotonic()
     second, after = ask(None, jobs, tmp_path, server.url)
     assert (second, after) == (first, totals)
-    assert time.monotonic() - started < 1
 
 
 def test_another_sample_is_another_request(tmp_path):
@@ -145,7 +144,7 @@ def test_client_waits_for_retry_after(tmp_path):
 
     with TeacherServer(answer) as server:
         ask(server, [job(1)], tmp_path)
-    assert 1.0 <= times[1] - times[0] < 2
+    assert times[1] - times[0] >= 1.0
 
 
 def test_waiting_job_does_not_block_the_others(tmp_path):
@@ -161,22 +160,18 @@ def test_waiting_job_does_not_block_the_others(tmp_path):
 
 
 def test_concurrency_is_never_exceeded_and_slots_are_refilled_at_once(tmp_path):
+    others = threading.Semaphore(0)
+
     def answer(request, nth):
-        return say("good", seconds=0.8 if "question 0." in question(request) else 0.05)
+        if "question 0." in question(request):  # the slowest: while it runs, 20 others are answered
+            return say("good" if all(others.acquire(timeout=10) for _ in range(20)) else "alone")
+        others.release()
+        return say("good", seconds=0.02)
 
-    warm_up(tmp_path)
     with TeacherServer(answer) as server:
-        started = time.monotonic()
-        ask(server, [job(i) for i in range(40)], tmp_path, concurrency=4)
-        seconds = time.monotonic() - started
+        results, _ = ask(server, [job(i, good) for i in range(40)], tmp_path, concurrency=4, repairs=0)
     assert server.most_in_flight == 4
-    assert seconds < 1.7  # 0.8 beside 39 * 0.05 / 3; sequentially 2.75
-
-
-def warm_up(path):
-    """Import LiteLLM and fill its caches, so that only calls are timed next."""
-    with TeacherServer(lambda request, nth: say("good")) as server:
-        ask(server, [job(99)], path)
+    assert {r.text for r in results} == {"good"}
 
 
 def test_jobs_are_taken_only_when_there_is_room(tmp_path):
@@ -198,8 +193,13 @@ def test_jobs_are_taken_only_when_there_is_room(tmp_path):
 
 
 def test_leaving_early_cancels_calls_and_the_teacher_stays_usable(tmp_path):
+    released, finished = threading.Event(), []
+
     def answer(request, nth):
-        return say("good", seconds=5 if "question 1." in question(request) else 0)
+        if "question 1." in question(request):
+            released.wait(10)
+            finished.append(1)
+        return say("good")
 
     with TeacherServer(answer) as server, Ledger(tmp_path / "l") as ledger:
         settings = config.Teacher(model="openai/replay", api_base=server.url, concurrency=1)
@@ -207,9 +207,9 @@ def test_leaving_early_cancels_calls_and_the_teacher_stays_usable(tmp_path):
             results = teacher.ask_all(map(job, range(3)))
             next(results)
             results.close()
-            began = time.monotonic()
             assert next(teacher.ask_all([job(7)])).text == "good"
-            assert time.monotonic() - began < 2
+            assert not finished
+        released.set()
 
 
 def test_bad_key_stops_at_once_and_is_not_shown(tmp_path):

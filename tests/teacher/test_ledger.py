@@ -37,15 +37,9 @@ def test_unknown_cost_is_counted_and_not_zero(tmp_path):
         keep(ledger, "c", ENTRY, "corrections")
         assert ledger.get("b").cost_usd is None
         assert ledger.totals("templates") == {
-            "requests": 2,
-            "sent": 2,
-            "given_up": 0,
-            "prompt_tokens": 10,
-            "completion_tokens": 3,
-            "cost_usd": 0.25,
-            "lost_usd": 0.0,
-            "unpriced": 1,
-        }
+            "requests": 2, "sent": 2, "given_up": 0, "prompt_tokens": 10, "completion_tokens": 3,
+            "cost_usd": 0.25, "lost_usd": 0.0, "unpriced": 1,
+        }  # fmt: skip
         assert ledger.totals()["cost_usd"] == 0.5
         assert ledger.totals("nothing")["cost_usd"] == 0.0
 

@@ -1,8 +1,5 @@
 """The quickstart's tutor as a teacher."""
 
-import subprocess
-import sys
-
 from sclite import config, prompts
 from sclite.quickstart import stories, tutor, tutor_provider
 from sclite.teacher.client import Job, Rejection, Teacher
@@ -30,9 +27,3 @@ def test_tutor_is_reached_through_litellm_free_of_charge(tmp_path):
     assert totals["requests"] == 12
     assert totals["completion_tokens"] > 200
     assert (totals["cost_usd"], totals["unpriced"]) == (0.0, 0)
-
-
-def test_importing_the_client_and_the_provider_loads_nothing_heavy():
-    code = "import sys, sclite.teacher.client, sclite.quickstart.tutor_provider, sclite.data.templates\n"
-    code += "print([m for m in ('litellm', 'datasets', 'torch', 'openai', 'pandas') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
