@@ -1,8 +1,8 @@
-r"""Comparing two formulas, read by math-verify's parser. Runs in a worker: it can take for ever, and imports sympy.
+r"""Comparison of two formulas, parsed by math-verify. Runs in a worker, because it imports sympy and may never end.
 
-Expressions are equal when they have the same values: exactly where they are rational, else to 100 digits, at a few points if
-they have variables. (math-verify rounds differences to 15 places, and so takes 1/2^98 for 1/2^99.) Equations are equal when
-the difference of their sides is the same but for a constant factor, inequalities also when they have the same solutions.
+Expressions are equal if they have the same values: exactly if they are rational, else to 100 digits, and at a few points
+if they have variables. (math-verify rounds differences to 15 places and so takes 1/2^98 for 1/2^99.) Equations are equal
+if the differences of their sides are the same up to a constant factor; inequalities also if they have the same solutions.
 """
 
 import functools
@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from sclite.grading.equality import Verdict
-from sclite.grading.numbers import close
+from sclite.grading.numbers import is_close
 
 _FIXES = [
     (r"\\frac ?(\\[a-z]+|\w)(?= ?[\\{\w])", r"\\frac{\1}"),
@@ -26,17 +26,17 @@ _FIXES = [
     (r"(?<![A-Za-z\\])lcm(?=\()", r"\\operatorname{lcm}"),
 ]
 _FIXES = [(re.compile(pattern), new) for pattern, new in _FIXES]
-# what the parser reads as something else: x' as x, 2 3 as their sum, 9^9^9 as (9^9)^9
+# the parser misreads these: x' as x, 2 3 as their sum, 9^9^9 as (9^9)^9
 _MISREAD = re.compile(r"'|(?<![_\d])\d+ \d|\^ ?(?:\\?\w+|\{[^{}]*\}) ?\^")
 
 
 def same_formula(given: str, gold: str) -> Verdict:
-    """Whether two formulas say the same; None when that failed. What cannot be read equals nothing."""
+    """Whether two formulas are equal; None if the comparison fails. Text that is no formula equals nothing."""
     from math_verify import verify
     from sympy import Expr, Set
 
     try:
-        a, b = _read(given), _read(gold)
+        a, b = _parse(given), _parse(gold)
         if a is None or b is None:
             return False
         if isinstance(a, Expr) and isinstance(b, Expr):
@@ -54,16 +54,16 @@ def same_formula(given: str, gold: str) -> Verdict:
         return None
 
 
-@functools.lru_cache(1024)  # gold answers come again with every attempt
-def _read(text: str) -> Any:
-    """The formula in sympy, `x < 1 or x > 3` as a set, i as the imaginary unit; None when it is no formula."""
+@functools.lru_cache(1024)  # gold answers recur with every attempt
+def _parse(text: str) -> Any:
+    """The formula in sympy, with `x < 1 or x > 3` as a set and i as the imaginary unit; None if it is no formula."""
     from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
     from sympy import Basic, Float, I, Rational, Symbol, Union
 
     sides = re.split(r",? or ", text)
     if len(sides) > 1:
-        read = [_read(side) for side in sides]
+        read = [_parse(side) for side in sides]
         return Union(*(side.as_set() for side in read)) if all(map(_is_relation, read)) else None
     for pattern, new in _FIXES:
         text = pattern.sub(new, text)
@@ -74,7 +74,7 @@ def _read(text: str) -> Any:
     try:
         read = latex2sympy(normalize_latex(text, normal), normalization_config=None, conversion_config=case)
     except Exception as error:
-        if type(error) is not Exception:  # the parser says with a bare one that this is no formula
+        if type(error) is not Exception:  # the parser raises a bare Exception if this is no formula
             raise
         return None
     if not isinstance(read, Basic):
@@ -94,7 +94,7 @@ def _is_relation(read: object) -> bool:
 
 
 def _solutions(read: Any, other: Any) -> Any:
-    """The solutions of a relation in one variable, or of several at once, if the other is a set or an inequality."""
+    """The solution set of relations in one variable, if `other` is a set or an inequality; else `read` itself."""
     from sympy import Eq, Intersection, Set
 
     parts = [read] if _is_relation(read) else list(getattr(read, "args", ()))
@@ -121,14 +121,14 @@ def _same_values(a: Any, b: Any, places: int | None) -> bool:
         if x is None or y is None:
             continue
         size = max(abs(x), abs(y))
-        if abs(x - y) > 1e-100 * size and not (places and close(x, y, places)):
+        if abs(x - y) > 1e-100 * size and not (places and is_close(x, y, places)):
             return bool(size < 1e-100) and simplify(a - b) == 0
         seen += 1
     return bool(seen) or simplify(a - b) == 0
 
 
 def _points(names: set[str]) -> list[dict[str, Any]]:
-    """A few values for the variables: all positive, all negative, then mixed."""
+    """Test points: values of the variables, all positive, all negative, then mixed."""
     from sympy import Rational
 
     dice = random.Random(0)
@@ -137,14 +137,14 @@ def _points(names: set[str]) -> list[dict[str, Any]]:
 
 
 def _value(read: Any, point: dict[str, Any]) -> Any:
-    """The value at a point to 120 digits; None where it has none."""
+    """The value at a point to 120 digits; None if it is undefined."""
     number = read.xreplace({s: point[s.name] for s in read.free_symbols}).evalf(120)
     parts = number.as_real_imag()
     return number if all(part.is_Number and part.is_finite for part in parts) else None
 
 
 def _same_relation(a: Any, b: Any) -> bool:
-    """Whether one relation is the other one times a constant."""
+    """Whether one relation is the other times a constant."""
     from sympy import Eq, Ge, Gt, Ne, fraction, together
 
     if a.free_symbols != b.free_symbols or not a.free_symbols:

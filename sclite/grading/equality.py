@@ -1,22 +1,22 @@
-r"""Whether two written answers say the same, as far as it takes no algebra.
+r"""Equality of two answers, as far as it needs no algebra.
 
-What is decided here and in sclite/grading/numbers.py, because graders differ on it:
+Graders differ on these cases; the rules here (for numbers and units: sclite/grading/numbers.py) are:
 
-- 1, 2 and \{1, 2\} are sets: order does not matter. (1, 2) is ordered, and so is a list compared with it. A column
+- 1, 2 and \{1, 2\} are sets: order does not matter. (1, 2) is ordered, and so is a list that is compared with it. A column
   vector equals the tuple of its entries. (1, 2], [1, 2] and (1, 2) all differ. "or", "and" and \pm make lists.
 - (C), C, "Option C" and "C. 12 apples" are the same choice, and "(C) 12" equals 12. 5:30 is a time; 4:6 is a ratio.
-- x = 5 equals 5, unless the other answer is named otherwise. A base (2516_8) may be missing on one side.
+- x = 5 equals 5, unless the other answer has another name. A base (2516_8) may be missing on one side.
 """
 
 import re
 from collections.abc import Callable, Iterable
 from fractions import Fraction
 
-from sclite.grading.numbers import quantity, said, without_unit
-from sclite.grading.tidy import SAME, split, squeeze
+from sclite.grading.normalization import SYNONYMS, split, squeeze
+from sclite.grading.numbers import number_in_sentence, parse_quantity, strip_unit
 
 Verdict = bool | None
-"""None is unknown (a time-out or a failure of the grader), which is never counted as wrong."""
+"""None is unknown (a timeout or a failure of the grader), which is never counted as wrong."""
 Leaf = Callable[[str, str], Verdict]
 
 _CHOICE = re.compile(
@@ -38,7 +38,7 @@ _RELATION = re.compile(r"[<>]|\\(?:le|ge|ne)(?![a-z])")
 
 
 def compare(given: str, gold: str, leaf: Leaf) -> Verdict:
-    """Compares two tidied answers part by part; what is neither number nor text nor made of parts goes to `leaf`."""
+    """Compare two normalized answers part by part; `leaf` decides on parts that are neither numbers nor text."""
     if squeeze(given) == squeeze(gold):
         return True
     if bool(_MOD.search(given)) != bool(_MOD.search(gold)):
@@ -51,9 +51,9 @@ def compare(given: str, gold: str, leaf: Leaf) -> Verdict:
         if label and label[4] and None in labels:  # (C) 12 against 12
             return compare(label[4], other, leaf)
     for one, other in ((given, gold), (gold, given)):
-        if len(rounded := split(one, ("\\approx",))) == 2:  # 1/3 \approx 0.33 is both
+        if len(rounded := split(one, ("\\approx",))) == 2:  # 1/3 \approx 0.33 matches both
             return _any(compare(side, other, leaf) for side in rounded)
-    (name, value), (gold_name, gold_value) = _named(given), _named(gold)
+    (name, value), (gold_name, gold_value) = _split_name(given), _split_name(gold)
     if (value, gold_value) != (given, gold) and not (name and gold_name and name != gold_name):
         return compare(value, gold_value, leaf)
     if name or gold_name:  # y = 2x against 2x = y: two equations
@@ -61,41 +61,30 @@ def compare(given: str, gold: str, leaf: Leaf) -> Verdict:
     decided = _compare_parts(_parts(given), _parts(gold), leaf)
     if decided is not None:
         return decided
-    (given, factor, unit), (gold, gold_factor, gold_unit) = without_unit(given), without_unit(gold)
+    (given, factor, unit), (gold, gold_factor, gold_unit) = strip_unit(given), strip_unit(gold)
     if unit and gold_unit and (unit != gold_unit or factor != gold_factor):
         return False
     return leaf(given, gold)
 
 
 def _compare_plain(given: str, gold: str) -> bool | None:
-    """Times, dates, numbers, choices, numbers in a base, sentences and words; None when it is none of them."""
+    """The verdict on times, dates, numbers, choices, numbers in a base, sentences and words; None for other answers."""
     clocks = _CLOCK.fullmatch(given), _CLOCK.fullmatch(gold)
     if all(clocks) and all(c[2] or c[4] for c in clocks):
         return _same_time(*(c.groups() for c in clocks))
     if any(c and c[2] for c in clocks):
-        return False if any(quantity(text) for text in (given, gold)) else None
-    ratios = [
-        [int(n) for n in text.split(":")]
-        for text in (given, gold)
-        if re.fullmatch(r"\d+(?: ?: ?\d+){2,}", text)
-    ]
-    if len(ratios) == 2:
-        return (
-            len(ratios[0]) == len(ratios[1])
-            and len({Fraction(a, b or 1) for a, b in zip(*ratios, strict=True)}) == 1
-        )
+        return False if any(parse_quantity(text) for text in (given, gold)) else None
+    if all(re.fullmatch(r"\d+(?: ?: ?\d+){2,}", text) for text in (given, gold)):  # 1:2:3
+        ratio, gold_ratio = ([int(n) for n in text.split(":")] for text in (given, gold))
+        if len(ratio) != len(gold_ratio):
+            return False
+        return len({Fraction(a, b or 1) for a, b in zip(ratio, gold_ratio, strict=True)}) == 1
     dates = _DATE.fullmatch(given), _DATE.fullmatch(gold)
     if all(dates):
-        return (
-            len(
-                {
-                    (SAME.get((d[3] or d[4]).casefold(), (d[3] or d[4]).casefold()), d[2] or d[5])
-                    for d in dates
-                }
-            )
-            == 1
-        )
-    numbers = quantity(given), quantity(gold)
+        months = [(date[3] or date[4]).casefold() for date in dates]
+        days = {date[2] or date[5] for date in dates}
+        return len({SYNONYMS.get(month, month) for month in months}) == len(days) == 1
+    numbers = parse_quantity(given), parse_quantity(gold)
     if all(numbers):
         return numbers[0].equals(numbers[1])
     labels = _CHOICE.fullmatch(given), _CHOICE.fullmatch(gold)
@@ -108,14 +97,14 @@ def _compare_plain(given: str, gold: str) -> bool | None:
     if any(numbers):
         number, other = (numbers[0], gold) if numbers[0] else (numbers[1], given)
         if re.search("[A-Za-z]{2}", other) and not re.search(r"[\\^_<>]", other):
-            sentence = said(other)
+            sentence = number_in_sentence(other)
             return sentence is not None and sentence.equals(number)
     listed = any(re.search(r"\b(?:and|or)\b", text) for text in (given, gold))
     return False if not listed and any(_WORDS.fullmatch(text) for text in (given, gold)) else None
 
 
 def _same_time(a: tuple[str | None, ...], b: tuple[str | None, ...]) -> bool:
-    """Hours, minutes, seconds and a or p: 14:30 is 2:30 pm, and 2:30 may be either half of the day."""
+    """Compare (hours, minutes, seconds, a or p): 14:30 is 2:30 pm, and 2:30 alone may be am or pm."""
 
     def times(
         hour: str, minute: str | None, second: str | None, half: str | None
@@ -130,11 +119,11 @@ def _same_time(a: tuple[str | None, ...], b: tuple[str | None, ...]) -> bool:
     )
 
 
-def _named(text: str) -> tuple[str, str]:
-    """("x", "5") for x = 5 and 5 = x, ("(x,y)", "(1, 2)") for x = 1, y = 2; the name is "=" for any other equation."""
-    listed = _listed(text)
+def _split_name(text: str) -> tuple[str, str]:
+    """(name, value): x and 5 for x = 5 and 5 = x, (x,y) and (1, 2) for x = 1, y = 2; for other equations the name is "="."""
+    listed = _split_list(text)
     if len(listed) > 1:
-        pairs = sorted(_named(part) for part in listed) if all("=" in part for part in listed) else []
+        pairs = sorted(_split_name(part) for part in listed) if all("=" in part for part in listed) else []
         names = [name for name, _ in pairs]
         if len(set(names)) < max(2, len(names)) or not all(re.fullmatch(_VARIABLE, name) for name in names):
             return "", text
@@ -147,7 +136,11 @@ def _named(text: str) -> tuple[str, str]:
     *names, value = sides
     if not all(_NAME.fullmatch(side) or not _LETTER.search(side) for side in names):
         return "=", text
-    if not any(_NAME.fullmatch(side) for side in names) and _LETTER.search(value) and not quantity(value):
+    if (
+        not any(_NAME.fullmatch(side) for side in names)
+        and _LETTER.search(value)
+        and not parse_quantity(value)
+    ):
         return "=", text
     return next((side.replace(" ", "") for side in names if _NAME.fullmatch(side)), ""), value
 
@@ -191,9 +184,9 @@ def _any(verdicts: Iterable[Verdict]) -> Verdict:
 
 
 def _parts(text: str) -> tuple[str, list[str]]:
-    """What an answer is made of: ("list" | "set" | "union" | "matrix RxC" | its two brackets | "", parts)."""
+    """(kind, parts); kind is "list", "set", "union", "matrix RxC", the two brackets, or "" for a single part."""
     if text.startswith("[[") and text.endswith("]]"):
-        rows = [row.strip(" []").replace(",", "&") for row in _listed(text[1:-1])]
+        rows = [row.strip(" []").replace(",", "&") for row in _split_list(text[1:-1])]
         text = "\\begin{matrix}" + "\\\\".join(rows) + "\\end{matrix}"
     if matrix := _MATRIX.fullmatch(text):
         rows = [row.split("&") for row in re.split(r"\\\\(?:\[\w+\])?", matrix[2]) if row.strip()]
@@ -203,7 +196,11 @@ def _parts(text: str) -> tuple[str, list[str]]:
     united = split(text, ("\\cup",))
     if len(united) > 1:
         return "union", united
-    listed = [new for part in ([text] if quantity(text) else _listed(text)) for new in _both_signs(part)]
+    listed = [
+        new
+        for part in ([text] if parse_quantity(text) else _split_list(text))
+        for new in _expand_plus_minus(part)
+    ]
     if len(listed) > 1:
         return "list", listed
     inner = re.fullmatch(r"(?:\\?(\{)|([(\[]))(.*?)(?:\\?\}|([)\]]))", text, re.DOTALL)
@@ -212,7 +209,7 @@ def _parts(text: str) -> tuple[str, list[str]]:
         and split(f"{text}=", ("=",)) == [text, ""]
         and split(f"{inner[3]}=", ("=",)) == [inner[3].strip(), ""]
     ):
-        inside = [new for part in split(inner[3], (",", ";")) for new in _both_signs(part)]
+        inside = [new for part in split(inner[3], (",", ";")) for new in _expand_plus_minus(part)]
         if len(inside) == 1:
             return "", [text]
         if inner[1]:
@@ -222,12 +219,12 @@ def _parts(text: str) -> tuple[str, list[str]]:
     return "", [text]
 
 
-def _listed(text: str) -> list[str]:
+def _split_list(text: str) -> list[str]:
     text = re.sub(r"\s*(?:[,;]\s*)?(?:\b(?:and|or)\b|(?<= )\\?&(?= ))\s*", ", ", text)
     return split(text, (";",) if ";" in text else (",",))
 
 
-def _both_signs(text: str) -> list[str]:
+def _expand_plus_minus(text: str) -> list[str]:
     if text.count("\\pm") != 1:
         return [text]
     return [re.sub(r"^\s*\+\s*", "", text.replace("\\pm", "+")), text.replace("\\pm", "-")]

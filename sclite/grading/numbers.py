@@ -1,10 +1,10 @@
-r"""Numbers in an answer, with their units: values, and which of them are the same.
+r"""Numbers in answers, with their units: parsing and equality.
 
-- A percent sign is a unit: 50% equals 50, and not 0.5. A unit may be missing on one side. Two units must agree: known ones
-  after conversion (150 minutes is 2.5 hours), other words when one side has all of the other's (12 red apples, 12 apples).
-- A decimal of six places or more equals a number from which it differs by at most a unit of its last place, if it has six
-  significant digits; shorter ones must be exact.
-- A sentence equals a number when that is the only one it can mean: "Natalia sold 72 clips." and "48 + 24 = 72 clips" equal
+- A percent sign is a unit: 50% equals 50, and not 0.5. A unit may be missing on one side. Two units must agree: known
+  units after conversion (150 minutes is 2.5 hours), other words if one side has all of the other's (12 red apples, 12 apples).
+- A decimal of six or more places equals a number from which it differs by at most a unit of its last place, if it has six
+  significant digits; shorter decimals must be exact.
+- A sentence equals a number if that is the only one it can mean: "Natalia sold 72 clips." and "48 + 24 = 72 clips" equal
   72; "5 apples and 3 pears", "5 or 6", "not 5" and "more than 5" equal nothing.
 """
 
@@ -14,7 +14,7 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
-MAX_DIGITS = 4000  # of a power that is written out; Python refuses to print integers much longer
+MAX_DIGITS = 4000  # of an evaluated power; Python refuses to print much longer integers
 
 # -- words ------------------------------------------------------------------------------------------------------
 
@@ -45,8 +45,8 @@ _AND_PARTS = re.compile(
 )
 
 
-def spelled_out(text: str) -> str:
-    """The text with number words as digits and "negative", "minus" before a number and "below zero" behind it as a sign."""
+def words_to_digits(text: str) -> str:
+    """Convert number words to digits, and "negative" or "minus" before a number and "below zero" after it to a sign."""
     if not re.search("[A-Za-z]{3}", text):
         return text
     text = re.sub(
@@ -81,7 +81,7 @@ def _as_digits(found: re.Match[str]) -> str:
 
 # -- units ------------------------------------------------------------------------------------------------------
 
-# a kind of unit on each line, then how many of the first each name stands for
+# one kind of unit per line, with the size of each unit relative to the first
 _KINDS = """%: 1 % percent pct percentage
 dollar: 1 ¤ $ dollar usd buck us¤; 1/100 ¢ cent
 pound: 1 £ pound lb gbp; 1/16 oz ounce
@@ -106,34 +106,30 @@ _UNITS = {
     for group in line.partition(":")[2].split(";")
     for name in group.split()[1:]
 }
-_ALIASES = {
-    "mph": "mi/h",
-    "kph": "km/h",
-    "kmh": "km/h",
-    "kmph": "km/h",
-    "per cent": "%",
-    "percentage points": "%",
-}
+_ALIASES = {"mph": "mi/h", "kph": "km/h", "kmh": "km/h", "kmph": "km/h"}
+_ALIASES |= {"per cent": "%", "percentage points": "%"}
 _ATTACHED = re.compile(r"(?:[A-Za-z]{2,}|[LVWJN]|[a-z](?=\^)|st|nd|rd|th)(?![A-Za-z])")
-_STOP = {
-    "of",
-    "the",
-    "a",
-    "an",
-    "in",
-    "each",
-    "total",
-    "all",
-    "old",
-    "altogether",
-    "is",
-    "are",
-    "for",
-    "at",
-    "on",
-}
+_STOP = frozenset(
+    [
+        "of",
+        "the",
+        "a",
+        "an",
+        "in",
+        "each",
+        "total",
+        "all",
+        "old",
+        "altogether",
+        "is",
+        "are",
+        "for",
+        "at",
+        "on",
+    ]
+)
 _SYMBOLS = {"a", "j", "n", "v", "w", "f", "hz", "hp"}
-# words that make of "5 .." or of a sentence with a 5 something other than five
+# words that change the meaning of a number: "not 5", "5 squared"
 _NEVER = (
     "up to|not|no|none|nobody|never|neither|nor|cannot|without|except|but|or|either|wrong|incorrect|almost|nearly|over|under|above|below|"
     "twice|double|triple|half|plus|minus|times|divided|factorial|root|mod|(?:more|less|fewer|greater|smaller|other|older|younger) than"
@@ -141,8 +137,8 @@ _NEVER = (
 _VETO = re.compile(rf"\b(?:{_NEVER}|and|to|than|by|if|when|squared|cubed|x|e)\b|[=<>+*(){{}}\d]")
 
 
-def _unit(text: str) -> tuple[Fraction, tuple[frozenset[str], ...]] | None:
-    """Factor and words of what stands behind a number, numerator and denominators; None when that is no unit."""
+def _parse_unit(text: str) -> tuple[Fraction, tuple[frozenset[str], ...]] | None:
+    """(factor, words of the numerator and of each denominator) of the text after a number; None if it is no unit."""
     bare = text.strip()
     if bare and (not re.search(r"[\w%¤€£¥₹'\"]", bare) or bare[0] == "^"):
         return None
@@ -197,7 +193,7 @@ _RATIO = re.compile(r"(\d+) ?(?::| to ) ?(\d+)")
 
 @dataclass(frozen=True)
 class Quantity:
-    """`value` as written, in units of which each is `factor` of its kind's first; `places` behind the decimal point."""
+    """`value` as written; `factor` converts its unit to the first of its kind; `places` is the number of decimals."""
 
     value: Fraction
     factor: Fraction = Fraction(1)
@@ -205,7 +201,7 @@ class Quantity:
     places: int | None = None
 
     def equals(self, other: "Quantity") -> bool:
-        """Whether both say the same, by the rules in the module's docstring."""
+        """Whether both are equal, by the rules in the module's docstring."""
         known = [q.places for q in (self, other) if q.places is not None] or [0]
         # 0.30000000000000004 is 0.3; 0.10000001 is not 0.1
         places = 10 if min(known) < 6 and max(known) > 10 else min(known)
@@ -217,18 +213,18 @@ class Quantity:
             if not all(x <= y or y <= x for x, y in zip(self.unit, other.unit, strict=True)):
                 return False
             a, b = a * self.factor, b * other.factor
-        return a == b or (places >= 6 and not exact and close(a, b, places))
+        return a == b or (places >= 6 and not exact and is_close(a, b, places))
 
 
-def close(a: Any, b: Any, places: int) -> bool:
-    """Whether a decimal of so many places is as near to a number as they can say; numbers of Python or of sympy."""
+def is_close(a: Any, b: Any, places: int) -> bool:
+    """Whether a decimal of so many places agrees with a number to its last place; for numbers of Python or sympy."""
     size = max(abs(a), abs(b))
     unit = max(Fraction(3, 2 * 10**places), size / 10**10)
     return bool(abs(a - b) <= min(unit, size / 500_000))
 
 
-def quantity(text: str) -> Quantity | None:
-    """What a tidied plain number says; None when the text is anything else."""
+def parse_quantity(text: str) -> Quantity | None:
+    """Parse a normalized number with its unit; None for any other text."""
     if len(text) > 120 or not any(c.isdigit() for c in text):
         return None
     if ratio := _RATIO.fullmatch(text):
@@ -241,9 +237,9 @@ def quantity(text: str) -> Quantity | None:
     places = _places(found)
     if found["dots"] and places is not None:
         return None
-    unit = _unit(tail)
+    unit = _parse_unit(tail)
     if unit is None:
-        return _compound(text)
+        return _parse_compound(text)
     factor, words = unit
     if found["money"]:
         money, _ = _UNITS[found["money"][-1]]
@@ -282,7 +278,7 @@ def _value(found: re.Match[str]) -> Fraction | None:
 
 
 def _decimal(digits: str, period: str) -> Fraction:
-    """A decimal in which the last digits, the period, come again for ever."""
+    """The value of a decimal whose last digits, the period, repeat forever."""
     if not period:
         return Fraction(digits)
     places = len(digits.partition(".")[2])
@@ -290,16 +286,16 @@ def _decimal(digits: str, period: str) -> Fraction:
 
 
 def _period(decimal: str) -> str | None:
-    """The digits that go on behind 0.1666.. or 0.3..; None where that cannot be seen."""
+    """The repeating digits in 0.1666.. or 0.3..; None if they are not recognizable."""
     behind = decimal.partition(".")[2]
     found = re.search(r"(\d+?)\1+$", behind)
     return found[1] if found else behind if len(behind) == 1 else None
 
 
-def _compound(text: str) -> Quantity | None:
-    """5 ft 3 in, 2 hours and 30 minutes: in the smallest of their units."""
+def _parse_compound(text: str) -> Quantity | None:
+    """Parse 5 ft 3 in or 2 hours and 30 minutes, in the smallest of the units."""
     parts = re.split(r"(?<=[A-Za-z'\"]),? ?(?:and )?(?=\d)", text)
-    found = [quantity(part) for part in parts] if 1 < len(parts) < 5 else [None]
+    found = [parse_quantity(part) for part in parts] if 1 < len(parts) < 5 else [None]
     if not all(q and len(q.unit) == 1 and q.unit == found[0].unit for q in found):
         return None
     smallest = found[0 if found[0].unit[0] == {"dollar"} else -1].factor
@@ -311,12 +307,12 @@ def _compound(text: str) -> Quantity | None:
 _TAIL = re.compile(r"(.*(?:[\d})!]|\\pi)) ?(%|[A-Za-z]{2}.*|L|(?<= )[msg])", re.DOTALL)
 
 
-def without_unit(text: str) -> tuple[str, Fraction, tuple[frozenset[str], ...]]:
-    """A tidied formula without the unit that ends it and without money signs; the unit's factor and words."""
+def strip_unit(text: str) -> tuple[str, Fraction, tuple[frozenset[str], ...]]:
+    """(text, factor, words): a normalized formula without its unit and currency signs, and the unit's factor and words."""
     text, found = text.replace("¤", ""), _TAIL.fullmatch(text.replace("¤", ""))
     if not found or (len(found[2]) == 1 and re.search(r"(?<![\\A-Za-z])[A-Za-z]", found[1])):
         return text, Fraction(1), ()
-    unit = _unit(f" {found[2]}")
+    unit = _parse_unit(f" {found[2]}")
     return (found[1], *unit) if unit else (text, Fraction(1), ())
 
 
@@ -335,8 +331,8 @@ _TOKEN = re.compile(
 _JOINED = re.compile(r"(?:[-+*/^(]|:(?!\s)|\d\s*,|\b(?:by|plus|minus|times|x)|\\[a-z]+)\s*$", re.IGNORECASE)
 
 
-def said(sentence: str) -> Quantity | None:
-    """The one number that a sentence gives, by the rule in the module's docstring; None when there is none."""
+def number_in_sentence(sentence: str) -> Quantity | None:
+    """The only number that a sentence can mean, by the rule in the module's docstring; else None."""
     words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", sentence)
     if len(sentence) > 500 or re.search(r"[\\^_|<>]", sentence) or not words:
         return None
@@ -348,7 +344,7 @@ def said(sentence: str) -> Quantity | None:
     main = [m for m in tokens if m["aside"] is None] or tokens
     if not main or _JOINED.search(tail[: main[0].start()]):
         return None
-    values = [quantity(m.group()[len(m["aside"] or "") :].strip()) for m in main]
+    values = [parse_quantity(m.group()[len(m["aside"] or "") :].strip()) for m in main]
     if None in values or len({q.value for q in values}) > 1:
         return None
-    return quantity(tail[main[-1].start() :]) or values[-1]
+    return parse_quantity(tail[main[-1].start() :]) or values[-1]

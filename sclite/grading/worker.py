@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from sclite.errors import ScliteError
 from sclite.grading.equality import Verdict, compare
 from sclite.grading.extract import boxed
-from sclite.grading.tidy import tidy
+from sclite.grading.normalization import normalize
 
 MAX_LENGTH = 1000  # characters; sympy's parser takes minutes for longer texts
 MAX_PROCESSES = 16  # each takes 100 MB
@@ -38,7 +38,7 @@ def _compare_quickly(given: str | None, gold: str) -> tuple[bool | None, str, st
         return None, "", ""
     if _DIGITS.fullmatch(given) and _DIGITS.fullmatch(gold):
         return int(given) == int(gold), "", ""
-    given, gold = (tidy(boxed(text) or text) for text in (given, gold))
+    given, gold = (normalize(boxed(text) or text) for text in (given, gold))
     # unbalanced braces are no formula, but math-verify's parser takes minutes to find out
     if any(text.count("{") != text.count("}") for text in (given, gold)):
         return False, "", ""

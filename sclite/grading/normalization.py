@@ -1,10 +1,10 @@
-"""One way of writing an answer: without what only concerns its looks."""
+"""Normalization of answers: removes differences of notation and formatting."""
 
 import functools
 import re
 import unicodedata
 
-from sclite.grading.numbers import spelled_out
+from sclite.grading.numbers import words_to_digits
 
 # fmt: off
 _SIGNS = str.maketrans({
@@ -84,7 +84,7 @@ _REWRITES = [
     (r"^(?:[=:\s]|\\approx(?![A-Za-z]))+", ""),
     (
         r"^([^()]*\d[^()]*) \(([a-z][a-z -]{2,})\)$",
-        lambda m: m[1] if spelled_out(m[2]).isdigit() and spelled_out(m[2]) in m[1] else m[0],
+        lambda m: m[1] if words_to_digits(m[2]).isdigit() and words_to_digits(m[2]) in m[1] else m[0],
     ),
 ]
 _REWRITES = [(re.compile(pattern, re.DOTALL), new) for pattern, new in _REWRITES]
@@ -97,14 +97,14 @@ _VULGAR = re.compile("[¼-¾⅐-⅞]")
 _BRACKETED = re.compile(r"(?:\\\{|[(\[]|\{(?=[^{}\\|]*\}$))(.+?)(?:\\\}|[)\]}])", re.DOTALL)
 
 
-@functools.lru_cache(4096)  # gold answers come again with every attempt
-def tidy(answer: str) -> str:
-    """The answer without what only concerns its looks: dollar signs of mathematics, spacing, fonts, a final period."""
+@functools.lru_cache(4096)  # gold answers recur with every attempt
+def normalize(answer: str) -> str:
+    """Normalize notation: remove math delimiters, spacing, fonts and the final period, and unify symbols and words."""
     if re.fullmatch(r"-?[\d,.]+", answer) and answer.isascii() and ".." not in answer:
         return answer.rstrip(".,")
-    text = (answer if answer.isascii() else _ascii(answer)).lstrip()
+    text = (answer if answer.isascii() else _to_ascii(answer)).lstrip()
     text = re.sub(r"(?<![.\\\s])\s*\.?\s*$", "", text)
-    # an escaped dollar sign is money, and so is a single one; two enclose mathematics
+    # an escaped or single dollar sign is money; a pair encloses mathematics
     text = text.replace("\\$", "¤")
     text = text.replace("$", "" if text.count("$") % 2 == 0 else "¤")
     for pattern, new in _REWRITES:
@@ -116,10 +116,10 @@ def tidy(answer: str) -> str:
         "",
     ]:
         text = inner[1].strip()
-    return spelled_out(text)
+    return words_to_digits(text)
 
 
-def _ascii(text: str) -> str:
+def _to_ascii(text: str) -> str:
     text = _RAISED.sub(
         lambda m: "^{" + unicodedata.normalize("NFKC", m.group()).replace("−", "-") + "}", text
     )
@@ -129,38 +129,18 @@ def _ascii(text: str) -> str:
     return "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text)
 
 
-SAME = {"yes": "true", "no": "false"} | {
-    short: full
-    for full in [
-        "monday",
-        "tuesday",
-        "wednesday",
-        "thursday",
-        "friday",
-        "saturday",
-        "sunday",
-        "january",
-        "february",
-        "march",
-        "april",
-        "june",
-        "july",
-        "august",
-        "september",
-        "october",
-        "november",
-        "december",
-    ]
-    for short in (full[:3], full[:4])
+_DAYS = "monday tuesday wednesday thursday friday saturday sunday"
+_MONTHS = "january february march april june july august september october november december"
+SYNONYMS = {"yes": "true", "no": "false", "dne": "does not exist"} | {
+    short: full for full in f"{_DAYS} {_MONTHS}".split() for short in (full[:3], full[:4])
 }
-SAME["dne"] = "does not exist"
 
 
 def squeeze(text: str) -> str:
-    """For comparing as plain text: articles and spaces beside signs do not count, nor does case where all are words."""
+    """Normalize for comparison as plain text: drop articles and spaces around signs, and the case of words."""
     if re.fullmatch(r"[A-Za-z][A-Za-z ',.-]*", text):
         text = re.sub(r"^(?:an?|the) (?=..)|(?<=^yes),.*|(?<=^no),.*", "", text.casefold())
-        text = SAME.get(text, text)
+        text = SYNONYMS.get(text, text)
     return re.sub(r" ?([^\w ,]) ?", r"\1", text)
 
 
@@ -168,7 +148,7 @@ _PIECES = re.compile(r"\\cup(?![A-Za-z])|\\[a-zA-Z]+|\\.|[()\[\]{},;=]")
 
 
 def split(text: str, marks: tuple[str, ...]) -> list[str]:
-    """The text cut at those marks that stand outside all brackets; uncut where brackets do not match."""
+    """Split the text at the marks outside all brackets; a text with unbalanced brackets is not split."""
     depth, start, parts = 0, 0, []
     for piece in _PIECES.finditer(text):
         mark = piece.group()
