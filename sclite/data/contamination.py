@@ -6,7 +6,7 @@ The 13-gram criterion is that of GPT-3 (Brown et al. 2020, appendix C).
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
 from sclite.records import Problem
 
@@ -27,12 +27,13 @@ def ngram_hashes(question: str) -> Iterator[int]:
         yield hash(tuple(words[start : start + NGRAM]))
 
 
-def build_index(questions: Iterable[Question]) -> dict[int, str]:
-    """{n-gram hash: name of the first question that contains it}."""
+def build_index(questions: Iterable[Question], wanted: Container[int] | None = None) -> dict[int, str]:
+    """{n-gram hash: name of the first question that contains it}, of the `wanted` hashes (default: all)."""
     index: dict[int, str] = {}
     for name, question in questions:
         for ngram in ngram_hashes(question):
-            index.setdefault(ngram, name)
+            if wanted is None or ngram in wanted:
+                index.setdefault(ngram, name)
     return index
 
 
@@ -43,11 +44,6 @@ def find_overlap(question: str, index: Mapping[int, str]) -> str | None:
 
 def find_contaminated(problems: Sequence[Problem], training: Iterable[Question]) -> dict[str, str]:
     """{problem id: name of an overlapping training question}; memory grows with `problems`, not with `training`."""
-    wanted = {ngram for problem in problems for ngram in ngram_hashes(problem.question)}
-    index: dict[int, str] = {}
-    for name, question in training:
-        for ngram in ngram_hashes(question):
-            if ngram in wanted:
-                index.setdefault(ngram, name)
+    index = build_index(training, {ngram for p in problems for ngram in ngram_hashes(p.question)})
     found = {problem.id: find_overlap(problem.question, index) for problem in problems}
     return {id_: name for id_, name in found.items() if name is not None}

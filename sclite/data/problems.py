@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from sclite import config
+from sclite.config import Config, Source
 from sclite.data.contamination import NGRAM, Question, build_index, find_overlap
 from sclite.data.problem_rows import FORMS, read_problem, read_question
 from sclite.data.sources import BadRow, is_local, read_rows
@@ -85,7 +85,7 @@ def load_problems(
 
 
 def gather_problems(
-    settings: config.Config, run: Run, report: Report | None = None, *, reread: bool = True, keep: bool = True
+    config: Config, run: Run, report: Report | None = None, *, reread: bool = True, keep: bool = True
 ) -> list[Problem]:
     """All problems of the run: from problems.source (written to problems.jsonl), else from an imported problems.jsonl.
 
@@ -93,16 +93,16 @@ def gather_problems(
     a reason and are counted in `report`. Problems already gathered from the same source are read from the run if the
     source no longer exists or `reread` is false. Nothing is written unless `keep`.
     """
-    chosen, drops = settings.problems, []
+    chosen, drops = config.problems, []
     report = report or Report(STAGE)
     # digests of names, not contents: they still match after the run has been moved
-    sources = ((each.source, each.subset, each.split, each.columns()) for each in (chosen, settings.eval))
+    sources = ((each.source, each.subset, each.split, each.columns()) for each in (chosen, config.eval))
     inputs = {"source": digest(next(sources)), "avoid": digest([next(sources), chosen.avoid])}
     gone = is_local(chosen.source) and not Path(chosen.source).expanduser().exists()
     if (not reread or gone) and (manifest := run.done(STAGE, {**inputs, "problems": run.file_digest(FILE)})):
-        return _read_gathered(settings, run, Report.of(manifest), report, gone)
+        return _read_gathered(config, run, Report.of(manifest), report, gone)
     with timed(report):
-        avoid = build_index(_questions_to_avoid(settings))
+        avoid = build_index(_questions_to_avoid(config))
         if chosen.source:
             source = chosen.source, chosen.subset, chosen.split, chosen.limit, drops
             problems = load_problems(*source, columns=chosen.columns(), avoid=avoid)
@@ -118,19 +118,17 @@ def gather_problems(
     return problems
 
 
-def _read_gathered(
-    settings: config.Config, run: Run, before: Report, report: Report, gone: bool
-) -> list[Problem]:
+def _read_gathered(config: Config, run: Run, before: Report, report: Report, gone: bool) -> list[Problem]:
     """The problems that an earlier command has gathered, without those that overlapped then."""
     overlapping = {
         drop.id for drop in run.rows("dropped.jsonl", Drop) if drop.stage == STAGE and drop.reason == OVERLAPS
     }
-    filtered = settings.problems.source  # an imported problems.jsonl still holds the overlapping rows
+    filtered = config.problems.source  # an imported problems.jsonl still holds the overlapping rows
     problems = [row for row in run.rows(FILE, Problem) if filtered or row.id not in overlapping]
-    limit = settings.problems.limit
+    limit = config.problems.limit
     if gone and limit is not None and limit < len(problems):
         raise UsageError(
-            f"{settings.problems.source} does not exist, so a limit below the run's {len(problems)} problems is not possible",
+            f"{config.problems.source} does not exist, and the run's {len(problems)} problems cannot be limited",
             "remove --limit (problems.limit)",
         )
     report.counts, report.dropped, report.skipped = before.counts, before.dropped, True
@@ -157,13 +155,11 @@ def split_for_stages(
     return sides
 
 
-def split_problems(
-    settings: config.Config, problems: Iterable[Problem]
-) -> tuple[list[Problem], list[Problem]]:
+def split_problems(config: Config, problems: Iterable[Problem]) -> tuple[list[Problem], list[Problem]]:
     """(problems for SFT, problems for stage 2): by `split_for_stages`, or by position in the quickstart."""
-    found, share = list(problems), settings.problems.correction_share
-    if not settings.teacher.embedded:
-        return split_for_stages(found, share, settings.seed)
+    found, share = list(problems), config.problems.correction_share
+    if not config.teacher.embedded:
+        return split_for_stages(found, share, config.seed)
     kept = round(len(found) * share)
     return found[: len(found) - kept], found[len(found) - kept :]
 
@@ -171,26 +167,24 @@ def split_problems(
 # -- questions that must not be trained on -------------------------------------------------------------------------
 
 
-def _questions_to_avoid(settings: config.Config) -> Iterator[Question]:
+def _questions_to_avoid(config: Config) -> Iterator[Question]:
     """The questions of eval.source and of every source in problems.avoid, named by id and file.
 
     If training and evaluation share one source, the evaluation skips the problems that were trained on instead.
     """
-    if settings.eval.source and _location(settings.eval) != _location(settings.problems):
-        yield from _read_questions(settings.eval, "eval.source", "--set eval.source= skips this check")
-    for source in settings.problems.avoid:
-        yield from _read_questions(
-            config.Source(source=source), "problems.avoid", "or remove it from the list"
-        )
+    if config.eval.source and _location(config.eval) != _location(config.problems):
+        yield from _read_questions(config.eval, "eval.source", "--set eval.source= skips this check")
+    for source in config.problems.avoid:
+        yield from _read_questions(Source(source=source), "problems.avoid", "or remove it from the list")
 
 
-def _location(source: config.Source) -> tuple[str, ...]:
+def _location(source: Source) -> tuple[str, ...]:
     if is_local(source.source):
         return (str(Path(source.source).expanduser().resolve()),)
     return source.source, source.subset, source.split
 
 
-def _read_questions(source: config.Source, key: str, alternative: str) -> Iterator[Question]:
+def _read_questions(source: Source, key: str, alternative: str) -> Iterator[Question]:
     """Every question of a source, including rows without an answer."""
     columns, first, found = source.columns(), "", False
     try:

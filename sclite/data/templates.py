@@ -37,7 +37,7 @@ _MENTIONS = re.compile(
 
 
 def build_templates(
-    settings: Config,
+    config: Config,
     run: Run,
     *,
     teacher: Teacher,
@@ -67,14 +67,14 @@ def build_templates(
             report.skipped = True
             return report
         if problems is None:
-            problems = split_problems(settings, gather_problems(settings, run))[0]
-        inputs = inputs_of(settings, problems)
+            problems = split_problems(config, gather_problems(config, run))[0]
+        inputs = inputs_of(config, problems)
         manifest = run.done(STAGE, inputs, FILE)
         if manifest is not None and not fresh:
             return Report.of(manifest)
         basis = {"prompts": inputs["prompts"], "teacher": inputs["teacher"]}
         kept = _keep_valid_rows(run, basis, problems, fresh)
-        drops = _request_missing(settings, run, teacher, grader, problems, kept, basis, confirm, progress)
+        drops = _request_missing(config, run, teacher, grader, problems, kept, basis, confirm, progress)
         _finish(run, report, problems, drops, teacher)
     unanswered = count_unanswered(report.dropped)
     # failed calls: this signature matches no inputs, so the next run requests them again
@@ -84,14 +84,14 @@ def build_templates(
 
 
 def forecast_templates(
-    settings: Config, run: Run, *, teacher: Teacher, grader: Grader, problems: Sequence[Problem]
+    config: Config, run: Run, *, teacher: Teacher, grader: Grader, problems: Sequence[Problem]
 ) -> dict[str, Any]:
     """The first request of build_templates and the estimated cost; sends and writes nothing."""
     existing = {row.id for row in run.rows(FILE, Template, whole=False)}
     missing = [problem for problem in problems if problem.id not in existing]
     solutions = sum(len(problem.solution or problem.answer) for problem in missing)
     guess = 120 + 1.5 * solutions / CHARACTERS_PER_TOKEN / max(1, len(missing))
-    return forecast(teacher, _jobs(settings, iter(missing), grader), guess, STAGE)
+    return forecast(teacher, _jobs(config, iter(missing), grader), guess, STAGE)
 
 
 def check_template(reply: str, problem: Problem, grader: Grader) -> Rejection | None:
@@ -137,15 +137,15 @@ def find_leak(text: str) -> str | None:
     return found[0] if found else None
 
 
-def inputs_of(settings: Config, problems: Sequence[Problem]) -> dict[str, Any]:
+def inputs_of(config: Config, problems: Sequence[Problem]) -> dict[str, Any]:
     """The inputs that decide the templates of these problems."""
     used = ["teacher_system", "teacher_template"]
-    used += ["inspector_template"] if settings.teacher.inspector else []
+    used += ["inspector_template"] if config.teacher.inspector else []
     return {
         "problems": digest_rows(problems),
-        "prompts": prompts.digest(*used, folder=settings.prompts.folder),
-        "teacher": identity(settings.teacher),
-        "repairs": settings.teacher.repairs,
+        "prompts": prompts.digest(*used, folder=config.prompts.folder),
+        "teacher": identity(config.teacher),
+        "repairs": config.teacher.repairs,
     }
 
 
@@ -182,7 +182,7 @@ def _keep_valid_rows(run: Run, basis: dict[str, Any], problems: Sequence[Problem
 
 
 def _request_missing(
-    settings: Config,
+    config: Config,
     run: Run,
     teacher: Teacher,
     grader: Grader,
@@ -197,7 +197,7 @@ def _request_missing(
     drops: dict[str, Drop] = {}
     done, add = len(kept), None
     pending = (in_flight.setdefault(p.id, p) for p in problems if p.id not in kept)
-    jobs = _jobs(settings, pending, grader)
+    jobs = _jobs(config, pending, grader)
     if progress is not None:
         progress(done, len(problems), teacher.ledger.spent_usd)
     with ExitStack() as open_files:
@@ -224,8 +224,8 @@ def _request_missing(
     return drops
 
 
-def _jobs(settings: Config, problems: Iterator[Problem], grader: Grader) -> Iterator[Job]:
-    folder = settings.prompts.folder
+def _jobs(config: Config, problems: Iterator[Problem], grader: Grader) -> Iterator[Job]:
+    folder = config.prompts.folder
     for problem in problems:
         solution = problem.solution or problem.answer
 

@@ -6,8 +6,9 @@ are used for grading only, never to decide when to stop.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from sclite import prompts
@@ -125,7 +126,7 @@ class Trials:
         for end in range(size, most + size, size):
             chosen = ranked[: min(end, most)]
             floor = max(scores[chosen[-1]])
-            steps = {i: list(_accusable_steps(scores[i], floor)) for i in sorted(chosen)}
+            steps = {i: _accusable_steps(scores[i], floor) for i in sorted(chosen)}
             newest = {(i, step) for i in steps for step in steps[i]} - seen
             self._correct(sorted(newest))
             seen |= newest
@@ -156,13 +157,11 @@ class Trials:
             self.results[i, step] = verdict if outcome.changed else self.correct[i]
 
 
-def _accusable_steps(scores: Sequence[float], floor: float) -> Iterator[int]:
+def _accusable_steps(scores: Sequence[float], floor: float) -> list[int]:
     """The steps (from 1) that some threshold >= `floor` accuses: those that score above all earlier ones."""
-    highest = -math.inf
-    for step, score in enumerate(scores, 1):
-        if score >= floor and score > highest:
-            yield step
-        highest = max(highest, score)
+    before = accumulate(scores, max, initial=-math.inf)
+    steps = enumerate(zip(scores, before, strict=False), 1)
+    return [step for step, (score, highest) in steps if score >= floor and score > highest]
 
 
 def review_answers(
@@ -179,39 +178,34 @@ def review_answers(
     settings = review_settings(config, threshold)
     reviewed = (review_guided if mode == "guided" else review_free)(student, questions, texts, settings)
     second = grade(grader, [r.text for r in reviewed], first.problems)
-    rows = [
-        _outcome(first, i, review, verdict, judge)
-        for i, (review, verdict) in enumerate(zip(reviewed, second, strict=True))
-    ]
+    rows = []
+    columns = first.problems, first.replies, first.traces, first.correct, reviewed, second
+    for problem, reply, trace, correct, review, verdict in zip(*columns, strict=True):
+        known = judge is not None and bool(trace.steps)
+        true_step = judge(problem.question, trace) if known else None
+        labelled = range(1, (true_step or len(trace.steps)) + 1) if known else ()
+        rows.append(
+            Outcome(
+                id=problem.id,
+                question=problem.question,
+                gold=problem.answer,
+                first=reply.text,
+                second=review.text if review.changed else None,
+                correct1=correct,
+                correct2=verdict if review.changed else correct,
+                accused=review.accused,
+                true_step=true_step,
+                true_known=known,
+                step_scores=tuple(round(score, 4) for score in review.scores),
+                step_labels=tuple(step == true_step for step in labelled),
+                format_ok=not parse(reply.text).issues,
+                cut=reply.finish == "length",
+                tokens1=reply.tokens,
+                tokens2=review.tokens,
+                note=review.note,
+            )
+        )
     return rows, reviewed
-
-
-def _outcome(
-    first: FirstAnswers, i: int, review: Reviewed, verdict: bool | None, judge: Judge | None
-) -> Outcome:
-    problem, reply, trace = first.problems[i], first.replies[i], first.traces[i]
-    truth = judge(problem.question, trace) if judge is not None and trace.steps else None
-    known = judge is not None and bool(trace.steps)
-    labels = tuple(step == truth for step in range(1, (truth or len(trace.steps)) + 1)) if known else ()
-    return Outcome(
-        id=problem.id,
-        question=problem.question,
-        gold=problem.answer,
-        first=reply.text,
-        second=review.text if review.changed else None,
-        correct1=first.correct[i],
-        correct2=verdict if review.changed else first.correct[i],
-        accused=review.accused,
-        true_step=truth,
-        true_known=known,
-        step_scores=tuple(round(score, 4) for score in review.scores),
-        step_labels=labels,
-        format_ok=not parse(reply.text).issues,
-        cut=reply.finish == "length",
-        tokens1=reply.tokens,
-        tokens2=review.tokens,
-        note=review.note,
-    )
 
 
 def located_correction_rate(

@@ -13,7 +13,6 @@ from sclite.config import Config
 from sclite.data.attempts import deduplicate, group_into_blocks, inputs_of, sample_attempts
 from sclite.data.imported import import_attempts
 from sclite.errors import DataError
-from sclite.grading.worker import Grader
 from sclite.records import Attempt, Drop, Problem
 from sclite.run import Run
 from sclite.student.base import Reply
@@ -24,12 +23,6 @@ from sclite.trace import Step, Trace, parse, render
 from tests.replay import TeacherServer, fail, say
 
 PROBLEMS = [Problem(id=f"p{i}", question=f"What is {i} + 1?", answer=str(i + 1)) for i in range(5)]
-
-
-@pytest.fixture(scope="module")
-def grader():
-    with Grader() as grader:
-        yield grader
 
 
 def config_of(**attempts) -> Config:
@@ -334,12 +327,6 @@ def sample_endpoint(run, grader, url, progress=None, **attempts):
         )
 
 
-@pytest.fixture
-def _key(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
-
-
-@pytest.mark.usefixtures("_key")
 @pytest.mark.parametrize("rows", [4, 12])
 def test_interrupted_endpoint_run_resumes_without_paying_twice(tmp_path, grader, rows):
     whole, broken = Run(tmp_path / "whole"), Run(tmp_path / "broken")
@@ -367,7 +354,6 @@ def test_interrupted_endpoint_run_resumes_without_paying_twice(tmp_path, grader,
     assert broken.path("attempts.jsonl").read_bytes() == whole.path("attempts.jsonl").read_bytes()
 
 
-@pytest.mark.usefixtures("_key")
 def test_endpoint_does_not_wait_for_a_block_to_finish(run, grader):
     with TeacherServer(lambda body, nth: say("<Answer>1</Answer>", seconds=0.3)) as server:
         sample_endpoint(run, grader, server.url)
@@ -375,7 +361,6 @@ def test_endpoint_does_not_wait_for_a_block_to_finish(run, grader):
     assert len(run.read("attempts.jsonl", Attempt)) == 15
 
 
-@pytest.mark.usefixtures("_key")
 def test_next_run_repeats_only_the_failed_calls(run, grader):
     down = [True]
 

@@ -6,7 +6,6 @@ from sclite.config import Config
 from sclite.data.corrections import build_corrections
 from sclite.data.review_check import review_rejection
 from sclite.errors import DataError
-from sclite.grading.worker import Grader
 from sclite.records import Attempt, Drop, Problem, Review
 from sclite.teacher.client import Teacher
 from sclite.teacher.ledger import Ledger
@@ -22,17 +21,6 @@ GOOD = (
     "<Step3>36 + 5 = 41\n</Step3>\n<Generalized>Go on.</Generalized>\n<Answer>41</Answer>"
 )
 NOTES = "<Cause>2 * 38 is 76.</Cause>\n<Correction>72 / 2 = 36</Correction>\n"
-
-
-@pytest.fixture(scope="module")
-def grader():
-    with Grader() as grader:
-        yield grader
-
-
-@pytest.fixture(autouse=True)
-def _key(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-test-secret")
 
 
 def build(run, url, grader, share=0.5, progress=None, **teacher):

@@ -76,8 +76,7 @@ def write(path, rows):
     return path
 
 
-def test_labelled_work_is_corrected_at_its_label_without_a_student(run, tmp_path, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+def test_labelled_work_is_corrected_at_its_label_without_a_student(run, tmp_path):
     source = write(tmp_path / "p.jsonl", map(problem, range(COUNT)))
     mine = write(tmp_path / "mine.jsonl", map(labelled, range(COUNT)))
     with TeacherServer(teach) as server:
@@ -105,8 +104,7 @@ def test_labelled_work_is_corrected_at_its_label_without_a_student(run, tmp_path
             assert grader.equal(parse(review.trace).trace.answer, "33") is True
 
 
-def test_run_continues_if_its_source_files_are_deleted(run, tmp_path, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+def test_run_continues_if_its_source_files_are_deleted(run, tmp_path):
     source = write(tmp_path / "p.jsonl", map(problem, range(COUNT)))
     mine = write(tmp_path / "mine.jsonl", map(labelled, range(COUNT)))
     with TeacherServer(teach) as server:
@@ -161,8 +159,7 @@ def test_imported_reviews_need_neither_student_nor_teacher(filled):
     assert filled.read("reviews.jsonl", Review) == [REVIEW]
 
 
-def test_imported_attempts_are_corrected(filled, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+def test_imported_attempts_are_corrected(filled):
     before = filled.path("attempts.jsonl").read_bytes()
     with TeacherServer(lambda request, nth: say(render(NOTED))) as server:
         context = context_of(filled, "teacher.model=openai/replay", f"teacher.api_base={server.url}")

@@ -7,7 +7,6 @@ import pytest
 from sclite.config import Config
 from sclite.data.pairs import build_pairs, content_pair, continuation, decision_pairs
 from sclite.errors import DataError
-from sclite.grading.worker import Grader
 from sclite.records import Attempt, Drop, Pair, Problem, Review
 from sclite.student.base import Reply
 from sclite.trace import CAUSE, Step, Trace, close_piece, open_piece, render
@@ -18,12 +17,6 @@ CONFIRMED = Review(id="p0", sample=0, step=None, trace="")
 TEACHERS = "2 * 38 is 76.</Cause>\n<Correction>72 / 2 = 36</Correction>\n"
 WRONG = "Hm.</Cause>\n<Correction>72 / 2 = 30</Correction>\n"
 RIGHT = "Twice 38 is too much.</Cause>\n<Correction>72 / 2 = 36</Correction>\n"
-
-
-@pytest.fixture(scope="module")
-def grader():
-    with Grader() as grader:
-        yield grader
 
 
 # -- decisions -----------------------------------------------------------------------------------------------------

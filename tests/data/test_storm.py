@@ -12,7 +12,6 @@ import time
 import pytest
 
 from sclite.data.templates import build_templates, check_template
-from sclite.grading.worker import Grader
 from sclite.records import Problem, Template
 from sclite.run import Run
 from sclite.settings import load
@@ -31,12 +30,6 @@ PROBLEMS = [
 @pytest.fixture(autouse=True)
 def _key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-
-
-@pytest.fixture(scope="module")
-def grader():
-    with Grader() as grader:
-        yield grader
 
 
 def reply(answer, rule="Count on."):

@@ -12,24 +12,12 @@ import pytest
 from sclite import prompts, trace
 from sclite.data.templates import build_templates, check_template, find_leak
 from sclite.errors import DataError, TeacherError, UsageError
-from sclite.grading.worker import Grader
 from sclite.records import Drop, Problem, Template
 from sclite.run import Run
 from sclite.settings import load
 from sclite.teacher.client import Teacher
 from sclite.teacher.ledger import Ledger
 from tests.replay import TeacherServer, fail, say
-
-
-@pytest.fixture(scope="module")
-def grader():
-    with Grader() as grader:
-        yield grader
-
-
-@pytest.fixture(autouse=True)
-def _key(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-test-secret")
 
 
 def problem(number):
