@@ -1,4 +1,4 @@
-"""Merging a LoRA adapter, against peft's own merge."""
+"""Merging a LoRA adapter, compared with PEFT's own merge."""
 
 import json
 import shutil
@@ -15,8 +15,8 @@ def base(tmp_path_factory):
     return tiny_llama(tmp_path_factory.mktemp("base"))
 
 
-def train(base, folder, **settings):
-    """A random adapter in `folder`, and the tensors after peft's own merge."""
+def save_random_adapter(base, folder, **settings):
+    """Save a random adapter in `folder`; return the tensors after PEFT's own merge."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -57,8 +57,8 @@ PATTERNS = {
     ],
     ids=["all-linear", "rank-stabilized", "patterns", "modules-to-save", "gaussian"],
 )
-def test_merge_equals_that_of_peft(base, tmp_path, settings):
-    wanted = train(base, tmp_path / "adapter", **settings)
+def test_merge_equals_the_merge_of_peft(base, tmp_path, settings):
+    wanted = save_random_adapter(base, tmp_path / "adapter", **settings)
     merge(base, tmp_path / "adapter", tmp_path / "merged", outtype="f32")
     found = read(tmp_path / "merged")
     before = read(base)
@@ -69,10 +69,10 @@ def test_merge_equals_that_of_peft(base, tmp_path, settings):
     assert any((found[name] - before[name]).abs().max() > 0.1 for name in found)
 
 
-def test_transformers_loads_the_merged_folder_with_the_same_tokenizer_bytes(base, tmp_path):
+def test_transformers_loads_the_merged_folder(base, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    wanted = train(base, tmp_path / "adapter", r=4, target_modules=["q_proj"])
+    wanted = save_random_adapter(base, tmp_path / "adapter", r=4, target_modules=["q_proj"])
     merge(base, tmp_path / "adapter", tmp_path / "merged")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     name = "model.layers.0.self_attn.q_proj.weight"
@@ -87,7 +87,7 @@ def test_transformers_loads_the_merged_folder_with_the_same_tokenizer_bytes(base
         assert (tmp_path / "merged" / file).read_bytes() == (base / file).read_bytes()
 
 
-def test_shards_are_read_and_written_with_an_index(base, tmp_path, monkeypatch):
+def test_sharded_models_are_read_and_written(base, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
     import sclite.export.merge as module
@@ -102,13 +102,13 @@ def test_shards_are_read_and_written_with_an_index(base, tmp_path, monkeypatch):
         assert tensor.equal(again[name])
 
 
-def test_bfloat16_base_is_merged_in_float32_and_kept_in_float16(base, tmp_path):
-    """The adapter changes weights by less than bfloat16 resolves: rounding to the base's type would lose it."""
+def test_bfloat16_base_is_merged_in_float32(base, tmp_path):
+    """The adapter changes weights by less than the precision of bfloat16."""
     import torch
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
 
-    train(base, tmp_path / "adapter", r=4, target_modules=["q_proj"])
+    save_random_adapter(base, tmp_path / "adapter", r=4, target_modules=["q_proj"])
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     small = {k: v * 0.01 if "lora_B" in k else v for k, v in load_file(path).items()}
     save_file(small, path)
@@ -125,7 +125,7 @@ def test_bfloat16_base_is_merged_in_float32_and_kept_in_float16(base, tmp_path):
     assert (wanted.bfloat16().float() - wanted).abs().max() > 5e-4
 
 
-def test_four_bit_weights_are_dequantised(base, tmp_path):
+def test_four_bit_weights_are_dequantized(base, tmp_path):
     bnb = pytest.importorskip("bitsandbytes")
     import torch
     from safetensors.torch import load_file, save_file
@@ -149,8 +149,8 @@ def test_four_bit_weights_are_dequantised(base, tmp_path):
     assert torch.corrcoef(torch.stack([found[name].flatten(), read(base)[name].flatten()]))[0, 1] > 0.99
 
 
-def test_what_cannot_be_merged_is_refused_with_a_remedy(base, tmp_path):
-    train(base, tmp_path / "dora", r=2, target_modules=["q_proj"], use_dora=True)
+def test_dora_and_gptq_are_rejected_with_a_hint(base, tmp_path):
+    save_random_adapter(base, tmp_path / "dora", r=2, target_modules=["q_proj"], use_dora=True)
     with pytest.raises(DataError, match="DoRA") as error:
         merge(base, tmp_path / "dora", tmp_path / "merged")
     assert "merge_and_unload" in error.value.hint
@@ -170,26 +170,28 @@ def test_what_cannot_be_merged_is_refused_with_a_remedy(base, tmp_path):
     [
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"init_lora_weights": "olora"}, "olora"),
-        ({"modules_to_save": ["embed_tokens"]}, "embed_tokens.weight, which .* shares with its output layer"),
-        ({"target_modules": ["v_proj", "embed_tokens"]}, "embed_tokens.weight, which .* shares"),
-        ({"target_modules": ["v_proj", "lm_head"]}, "lm_head, which .* shares"),
+        ({"modules_to_save": ["embed_tokens"]}, "embed_tokens.weight, which .* ties to its output layer"),
+        ({"target_modules": ["v_proj", "embed_tokens"]}, "embed_tokens.weight, which .* ties"),
+        ({"target_modules": ["v_proj", "lm_head"]}, "lm_head, which .* ties"),
     ],
     ids=["pissa", "olora", "saved-embedding", "lora-on-embedding", "lora-on-head"],
 )
-def test_adapter_that_peft_would_reload_differently_is_refused(base, tmp_path, settings, reason):
-    train(base, tmp_path / "adapter", **{"r": 2, "target_modules": ["v_proj"], **settings})
+def test_adapter_that_peft_would_reload_differently_is_rejected(base, tmp_path, settings, reason):
+    save_random_adapter(base, tmp_path / "adapter", **{"r": 2, "target_modules": ["v_proj"], **settings})
     with pytest.raises(DataError, match=reason) as error:
         merge(base, tmp_path / "adapter", tmp_path / "merged")
     assert "merge_and_unload" in error.value.hint
     assert not (tmp_path / "merged").exists()
 
 
-def test_saved_head_of_a_tied_model_is_written_beside_the_embedding_as_peft_reloads_it(base, tmp_path):
+def test_saved_head_of_a_tied_model_is_merged_as_peft_reloads_it(base, tmp_path):
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    train(base, tmp_path / "adapter", r=2, target_modules=["v_proj"], modules_to_save=["lm_head"])
+    save_random_adapter(
+        base, tmp_path / "adapter", r=2, target_modules=["v_proj"], modules_to_save=["lm_head"]
+    )
     merge(base, tmp_path / "adapter", tmp_path / "merged")
     model = AutoModelForCausalLM.from_pretrained(base)
     ids = torch.tensor([[1, 300, 301, 302]])
@@ -198,7 +200,7 @@ def test_saved_head_of_a_tied_model_is_written_beside_the_embedding_as_peft_relo
     assert (found - wanted).abs().max() < 1e-3 * wanted.abs().max()
 
 
-def test_embedding_of_an_untied_model_is_merged_as_peft_does(base, tmp_path):
+def test_embedding_of_an_untied_model_equals_the_merge_of_peft(base, tmp_path):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -206,29 +208,31 @@ def test_embedding_of_an_untied_model_is_merged_as_peft_does(base, tmp_path):
     shape.tie_word_embeddings = False
     torch.manual_seed(3)
     LlamaForCausalLM(shape).save_pretrained(tmp_path / "untied")
-    wanted = train(tmp_path / "untied", tmp_path / "adapter", r=4, target_modules=["v_proj", "embed_tokens"])
+    wanted = save_random_adapter(
+        tmp_path / "untied", tmp_path / "adapter", r=4, target_modules=["v_proj", "embed_tokens"]
+    )
     found = read(merge(tmp_path / "untied", tmp_path / "adapter", tmp_path / "merged"))
     assert all((found[name] - wanted[name]).abs().max() < 1e-6 for name in found)
 
 
-def test_adapter_trained_on_other_weights_of_the_same_shapes_is_refused(base, tmp_path):
+def test_adapter_trained_on_other_weights_is_rejected(base, tmp_path):
     from transformers import AutoModelForCausalLM
 
     from sclite.student.origin import record_origin
 
-    train(base, tmp_path / "adapter", r=2, target_modules=["q_proj"])
+    save_random_adapter(base, tmp_path / "adapter", r=2, target_modules=["q_proj"])
     record_origin(AutoModelForCausalLM.from_pretrained(base), base, tmp_path / "adapter")
     merge(base, tmp_path / "adapter", tmp_path / "merged")
     AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "sharded", max_shard_size="2MB")
     shutil.copy(base / "config.json", tmp_path / "sharded")
     merge(tmp_path / "sharded", tmp_path / "adapter", tmp_path / "merged")  # the same weights in other files
     other = tiny_llama(tmp_path / "other", seed=5)
-    with pytest.raises(DataError, match="trained on other weights"):
+    with pytest.raises(DataError, match="not trained on the weights"):
         merge(other, tmp_path / "adapter", tmp_path / "merged")
 
 
-def test_damaged_adapter_names_the_file_and_a_remedy(base, tmp_path):
-    train(base, tmp_path / "adapter", r=2, target_modules=["q_proj"])
+def test_damaged_adapter_error_names_the_file(base, tmp_path):
+    save_random_adapter(base, tmp_path / "adapter", r=2, target_modules=["q_proj"])
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     whole = path.read_bytes()
     for damaged in (whole[: len(whole) // 2], b"", whole[:4], b"\xff" * 64):
@@ -243,7 +247,7 @@ def test_damaged_adapter_names_the_file_and_a_remedy(base, tmp_path):
             merge(base, tmp_path / "adapter", tmp_path / "merged")
 
 
-def test_code_of_a_model_folder_is_not_copied(base, tmp_path):
+def test_code_in_a_model_folder_is_not_copied(base, tmp_path):
     folder = tmp_path / "with-code"
     shutil.copytree(base, folder)
     (folder / "tokenization_own.py").write_text("raise SystemExit")
@@ -258,8 +262,8 @@ def test_code_of_a_model_folder_is_not_copied(base, tmp_path):
         assert json.loads((tmp_path / "merged" / name).read_text()) == json.loads((base / name).read_text())
 
 
-def test_an_adapter_of_another_base_is_refused(base, tmp_path):
-    train(base, tmp_path / "adapter", r=2, target_modules=["q_proj"])
+def test_adapter_of_another_base_is_rejected(base, tmp_path):
+    save_random_adapter(base, tmp_path / "adapter", r=2, target_modules=["q_proj"])
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     from safetensors.torch import load_file, save_file
 
@@ -272,7 +276,7 @@ def test_an_adapter_of_another_base_is_refused(base, tmp_path):
         merge(base, tmp_path / "other", tmp_path / "merged")
 
 
-def test_a_folder_with_something_else_in_it_is_left_alone(base, tmp_path):
+def test_folder_with_other_files_is_not_replaced(base, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     with pytest.raises(DataError, match="not empty"):
