@@ -1,14 +1,14 @@
-"""Axolotl's DPO trainer on pairs whose completions stop in mid-answer; named by `trainer_cls` in dpo.yaml.
+"""Axolotl's DPO trainer for completions that stop mid-answer; dpo.yaml selects it with `trainer_cls`.
 
-TRL, which Axolotl builds on, puts an end token after every plain text completion and tokenises it joined with its prompt.
-Here each piece is tokenised by itself and ends where it ends, as the student will see it.
+TRL, which Axolotl uses, tokenizes prompt and completion jointly and appends an end token. Here each piece is tokenized
+separately and nothing is appended, as in inference.
 """
 
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 
 
 class Trainer(AxolotlDPOTrainer):
-    """Prepares rows of pairs.jsonl; all else is Axolotl's."""
+    """Encodes the rows of pairs.jsonl; everything else is Axolotl's."""
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         return dataset.map(
@@ -17,7 +17,7 @@ class Trainer(AxolotlDPOTrainer):
 
 
 def encode(row, tokenizer):
-    """The token ids of a pair: of the chat, of each piece of the assistant's prefix, of each side, with nothing added."""
+    """The token ids of a pair: chat, pieces of the prefix, and completions are tokenized separately, nothing is added."""
     chat = row["prompt"].removesuffix("".join(row["prefix"]))
     pieces = [chat, *row["prefix"], row["chosen"], row["rejected"]]
     *prompt, chosen, rejected = tokenizer(pieces, add_special_tokens=False)["input_ids"]

@@ -1,7 +1,7 @@
-"""DPO on the exported pairs, on one card or several: accelerate launch --config_file accelerate.yaml dpo.py --config dpo.yaml
+"""DPO on the exported pairs, on one or several GPUs: accelerate launch --config_file accelerate.yaml dpo.py --config dpo.yaml
 
-TRL's own `trl dpo` reads the same rows, but puts an end token after completions that stop in mid-answer, and tokenises
-prompt and completion joined. Here each piece is tokenised by itself and ends where it ends, as the student will see it.
+`trl dpo` reads the same rows, but tokenizes prompt and completion jointly and appends an end token to completions that
+stop mid-answer. Here each piece is tokenized separately and nothing is appended, as in inference.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ from trl import (
 
 
 class PartialCompletions(DPOTrainer):
-    """TRL's trainer on pairs whose completions are no whole answers."""
+    """TRL's trainer for completions that stop mid-answer."""
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         with args.main_process_first():
@@ -27,14 +27,14 @@ class PartialCompletions(DPOTrainer):
             encoded = dataset.map(encode, **settings)
             fitting = encoded.filter(lambda row: args.max_length is None or length(row) <= args.max_length)
         if len(fitting) == 0:
-            raise SystemExit(f"no pair fits into max_length = {args.max_length} tokens")
+            raise SystemExit(f"no pair fits in max_length = {args.max_length} tokens")
         if args.process_index == 0:
             print(f"{len(fitting)} pairs, {len(encoded) - len(fitting)} longer than max_length")
         return fitting
 
 
 def encode(row, tokenizer):
-    """The token ids of a pair: of the chat, of each piece of the assistant's prefix, of each side, with nothing added."""
+    """The token ids of a pair: chat, pieces of the prefix, and completions are tokenized separately, nothing is added."""
     chat = row["prompt"].removesuffix("".join(row["prefix"]))
     pieces = [chat, *row["prefix"], row["chosen"], row["rejected"]]
     *prompt, chosen, rejected = tokenizer(pieces, add_special_tokens=False)["input_ids"]
@@ -51,7 +51,7 @@ def main():
     training.model_init_kwargs = {"dtype": model.dtype, "attn_implementation": model.attn_implementation}
     if (Path(model.model_name_or_path) / "adapter_config.json").is_file():
         raise SystemExit(
-            f"{model.model_name_or_path} is an adapter, and DPO would take the bare base for its reference: merge.py first"
+            f"{model.model_name_or_path} is an adapter: run merge.py first, or DPO would use the original base as the reference"
         )
     trainer = PartialCompletions(
         model=model.model_name_or_path,

@@ -1,4 +1,4 @@
-"""A LoRA adapter merged into its base, with the tokenizer beside it: python merge.py ADAPTER OUT"""
+"""Merge a LoRA adapter into its base, and copy its tokenizer: python merge.py ADAPTER OUT"""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The recipes for other trainers: each file against the parser or schema of its tool, and TRL's run for a step on the CPU."""
+"""Recipes for other trainers: each file passes its tool's parser or schema, and the TRL recipe trains on the CPU."""
 
 import ast
 import importlib.util
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sclite.export.datasets import FOLDER
+from sclite.export.datasets import FOLDER, export_data
 from sclite.records import Pair, Problem
 from sclite.student.loader import load_tokenizer
 from sclite.train.bundle import build_bundles
@@ -22,9 +22,9 @@ from tests.tiny import CHATML, tiny_llama
 ROOT = Path(__file__).resolve().parents[2]
 TRL, AXOLOTL = ROOT / "examples/trl-multi-gpu", ROOT / "examples/axolotl"
 ON_CPU = ["--use_cpu", "true", "--bf16", "false"]
-WANTS_AXOLOTL = pytest.mark.skipif(
+requires_axolotl = pytest.mark.skipif(
     importlib.util.find_spec("axolotl") is None,
-    reason="Axolotl is not installed: pip install axolotl==0.19.0, in an environment of its own",
+    reason="Axolotl is not installed: pip install axolotl==0.19.0 in a separate environment",
 )
 GENERATION = CHATML.replace(
     "message['content'] + '<|im_end|>\n' }}",
@@ -36,9 +36,7 @@ GENERATION = CHATML.replace(
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """(student's folder, run) after an export; the chat template marks what the assistant says."""
-    from sclite.export.datasets import export_data
-
+    """The student folder and the run of an export; the chat template marks the assistant's text."""
     student = tiny_llama(tmp_path_factory.mktemp("student"))
     (student / "chat_template.jinja").write_text(GENERATION)
     run = make_run(tmp_path_factory.mktemp("work") / "runs/default")
@@ -46,18 +44,18 @@ def exported(tmp_path_factory):
     return student, run
 
 
-def module_at(path: Path):
-    found = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
+def load_module(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
 
 
 # -- parsers and schemas -------------------------------------------------------------------------------------------
 
 
-def parsed(classes, path: Path):
-    """The configuration as TRL's parser reads it; keys that it does not know raise."""
+def parse_config(classes, path: Path):
+    """Parse a configuration with TRL's parser, which raises for unknown keys."""
     from trl import TrlParser
 
     return TrlParser(classes).parse_args_and_config(
@@ -65,35 +63,35 @@ def parsed(classes, path: Path):
     )
 
 
-def test_trls_parser_takes_every_key_of_the_sft_recipe():
+def test_trl_parser_accepts_the_sft_recipe():
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
     classes = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)
-    _, training, model, data = parsed(classes, TRL / "sft.yaml")
+    _, training, model, data = parse_config(classes, TRL / "sft.yaml")
     assert training.assistant_only_loss
     assert model.use_peft
     assert [Path(entry.data_files).name for entry in data.datasets] == ["templates.jsonl", "reviews.jsonl"]
 
 
-def test_trls_parser_takes_every_key_of_the_dpo_recipe():
+def test_trl_parser_accepts_the_dpo_recipe():
     from trl import DPOConfig, ModelConfig, ScriptArguments
 
-    script, training, _ = parsed((ScriptArguments, DPOConfig, ModelConfig), TRL / "dpo.yaml")
+    script, training, _ = parse_config((ScriptArguments, DPOConfig, ModelConfig), TRL / "dpo.yaml")
     assert (script.dataset_name, script.dataset_config) == ("runs/default/export/data", "pairs")
     assert training.loss_type == ["sigmoid", "sft"]
 
 
 @pytest.mark.parametrize("name", ["sft.yaml", "dpo.yaml"])
-def test_trls_parser_would_notice_a_key_that_does_not_exist(name, tmp_path):
+def test_trl_parser_rejects_an_unknown_key(name, tmp_path):
     from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig
 
     (tmp_path / name).write_text((TRL / name).read_text() + "learning_rat: 1.0\n")
     settings = SFTConfig if name == "sft.yaml" else DPOConfig
     with pytest.raises(ValueError, match="learning_rat"):
-        parsed((ScriptArguments, settings, ModelConfig, DatasetMixtureConfig), tmp_path / name)
+        parse_config((ScriptArguments, settings, ModelConfig, DatasetMixtureConfig), tmp_path / name)
 
 
-def test_accelerates_own_configuration_class_takes_the_file(tmp_path):
+def test_accelerate_accepts_its_configuration(tmp_path):
     from accelerate.commands.config.config_args import load_config_from_file
 
     config = load_config_from_file(str(TRL / "accelerate.yaml"))
@@ -105,47 +103,45 @@ def test_accelerates_own_configuration_class_takes_the_file(tmp_path):
         load_config_from_file(str(wrong))
 
 
-@WANTS_AXOLOTL
+@requires_axolotl
 @pytest.mark.parametrize("name", ["sft.yaml", "dpo.yaml"])
-def test_axolotls_schema_takes_its_recipe(name):
+def test_axolotl_schema_accepts_the_recipe(name):
     from axolotl.utils.config import validate_config
     from axolotl.utils.dict import DictDefault
     from axolotl.utils.schemas.config import AxolotlInputConfig
 
     raw = yaml.safe_load((AXOLOTL / name).read_text())
     assert set(raw) <= set(AxolotlInputConfig.model_fields)
-    card = {"bf16": True, "fp8": False, "tf32": True, "n_gpu": 4, "n_node": 1, "compute_capability": "sm_90"}
-    config = validate_config(
-        DictDefault(raw), capabilities=card, env_capabilities={"torch_version": "2.11.0"}
-    )
+    gpu = {"bf16": True, "fp8": False, "tf32": True, "n_gpu": 4, "n_node": 1, "compute_capability": "sm_90"}
+    config = validate_config(DictDefault(raw), capabilities=gpu, env_capabilities={"torch_version": "2.11.0"})
     assert config.output_dir == raw["output_dir"]
 
 
-def test_each_second_stage_starts_where_the_first_ends():
-    assert recipe(TRL, "dpo")["model_name_or_path"] == f"{recipe(TRL, 'sft')['output_dir']}-merged"
-    assert recipe(AXOLOTL, "dpo")["base_model"] == f"{recipe(AXOLOTL, 'sft')['output_dir']}/merged"
+def test_dpo_starts_from_the_merged_sft_model():
+    assert load_recipe(TRL, "dpo")["model_name_or_path"] == f"{load_recipe(TRL, 'sft')['output_dir']}-merged"
+    assert load_recipe(AXOLOTL, "dpo")["base_model"] == f"{load_recipe(AXOLOTL, 'sft')['output_dir']}/merged"
 
 
-def test_both_recipes_name_files_that_an_export_writes(exported):
+def test_recipes_read_files_that_the_export_writes(exported):
     _, run = exported
     written = {f"runs/default/{FOLDER}/{path.name}" for path in run.path(FOLDER).iterdir()}
-    named = {entry["path"] for name in ("sft", "dpo") for entry in recipe(AXOLOTL, name)["datasets"]}
-    named |= {entry["data_files"] for entry in recipe(TRL, "sft")["datasets"]}
+    named = {entry["path"] for name in ("sft", "dpo") for entry in load_recipe(AXOLOTL, name)["datasets"]}
+    named |= {entry["data_files"] for entry in load_recipe(TRL, "sft")["datasets"]}
     assert named <= written
-    assert recipe(TRL, "dpo")["dataset_name"] == f"runs/default/{FOLDER}"
+    assert load_recipe(TRL, "dpo")["dataset_name"] == f"runs/default/{FOLDER}"
 
 
-def recipe(folder: Path, name: str) -> dict:
+def load_recipe(folder: Path, name: str) -> dict:
     return yaml.safe_load((folder / f"{name}.yaml").read_text())
 
 
-# -- what is trained -----------------------------------------------------------------------------------------------
+# -- training ------------------------------------------------------------------------------------------------------
 
 
-def test_the_recipes_token_ids_are_those_that_sclite_trains(exported):
+def test_recipe_has_the_token_ids_that_sclite_trains(exported):
     student, run = exported
     tokenizer = load_tokenizer(str(student))
-    encode = module_at(TRL / "dpo.py").encode
+    encode = load_module(TRL / "dpo.py").encode
     rows = [json.loads(line) for line in run.path(f"{FOLDER}/pairs.jsonl").read_text().splitlines()]
     questions = {problem.id: problem.question for problem in run.read("problems.jsonl", Problem)}
     bundles = {b.key: b for b in build_bundles(tokenizer, run.read("pairs.jsonl", Pair), questions)}
@@ -163,7 +159,7 @@ def test_the_recipes_token_ids_are_those_that_sclite_trains(exported):
             ]
 
 
-def test_axolotls_trainer_encodes_as_trls_does():
+def test_both_recipes_encode_pairs_alike():
     def source(path: Path) -> str:
         tree = ast.parse(path.read_text())
         return next(ast.unparse(node) for node in tree.body if getattr(node, "name", "") == "encode")
@@ -171,50 +167,48 @@ def test_axolotls_trainer_encodes_as_trls_does():
     assert source(AXOLOTL / "partial_completions.py") == source(TRL / "dpo.py")
 
 
-def launched(work: Path, *arguments: str) -> str:
-    """The output of a script on two processes without a GPU, in a folder that holds runs/; accelerate starts it alike."""
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        *arguments,
-    ]
+def launch(work: Path, *arguments: str) -> str:
+    """Run a script with accelerate on two processes without a GPU, in a folder with runs/; return its output."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=work, env=environment, capture_output=True, text=True, timeout=400, check=False
+        [*command, *arguments],
+        cwd=work,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
 @pytest.mark.slow
-def test_the_trl_recipe_trains_on_two_processes_and_dpo_starts_at_ln_2(exported, tmp_path):
-    """Both commands of the README with a tiny student on the CPU: the second merges what the first has trained."""
+def test_trl_recipe_trains_on_two_processes_and_starts_at_ln_2(exported, tmp_path):
+    """The commands of the README with a tiny student on the CPU."""
     student, run = exported
     shutil.copytree(run.folder.parents[1], tmp_path, dirs_exist_ok=True)
     short = [*ON_CPU, "--dtype", "float32", "--max_steps", "2", "--gradient_accumulation_steps", "1"]
     short += ["--logging_steps", "1", "--gradient_checkpointing", "false"]
     sft = importlib.util.find_spec("trl.scripts.sft").origin
-    launched(tmp_path, sft, "--config", str(TRL / "sft.yaml"), *short, "--model_name_or_path", str(student))
+    launch(tmp_path, sft, "--config", str(TRL / "sft.yaml"), *short, "--model_name_or_path", str(student))
     assert (tmp_path / "runs/default/trl-sft/adapter_model.safetensors").is_file()
     dpo = [str(TRL / "dpo.py"), "--config", str(TRL / "dpo.yaml"), *short]
-    refused = subprocess.run(
+    rejected_run = subprocess.run(
         [sys.executable, *dpo, "--model_name_or_path", "runs/default/trl-sft"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert "is an adapter" in refused.stderr
+    assert "is an adapter" in rejected_run.stderr
     folders = ["runs/default/trl-sft", "runs/default/trl-sft-merged"]
     subprocess.run([sys.executable, str(TRL / "merge.py"), *folders], cwd=tmp_path, check=True)
     only = ["--loss_type", "sigmoid", "--loss_weights", "1.0"]
-    said = launched(tmp_path, *dpo, *only)
-    assert f"{len(run.read('pairs.jsonl', Pair))} pairs, 0 longer than max_length" in said
-    assert said.count("longer than max_length") == 1  # two processes, one of which speaks
+    output = launch(tmp_path, *dpo, *only)
+    assert f"{len(run.read('pairs.jsonl', Pair))} pairs, 0 longer than max_length" in output
+    assert output.count("longer than max_length") == 1  # only one of the two processes prints
     state = max((tmp_path / "runs/default/trl-dpo").glob("checkpoint-*/trainer_state.json"))
     first = json.loads(state.read_text())["log_history"][0]
     assert first["loss"] == pytest.approx(0.6931, abs=1e-3)

@@ -1,4 +1,4 @@
-"""The recipes: each loads without an unknown key, fits its card, and the README's commands and figures are right."""
+"""The recipes: each loads without an unknown key and fits on its GPU; the README has the right commands and figures."""
 
 import re
 import shlex
@@ -19,29 +19,29 @@ from tests.train.architectures import RECIPES, recipe_architecture
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples/recipes"
 FREE = 22_800_000_000
-"""Bytes that a card of 24 GB has left beside a desktop."""
+"""Free bytes of a 24 GB GPU that also drives a desktop."""
 
 
-def recipe(name: str):
+def load_recipe(name: str):
     return load(FOLDER / f"{name}.toml", [], {})
 
 
-def test_there_is_a_recipe_for_each_geometry_and_no_other():
+def test_each_known_architecture_has_a_recipe():
     assert {path.stem for path in FOLDER.glob("*.toml")} == set(RECIPES)
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_each_recipe_loads_and_every_key_is_known(name, tmp_path):
-    config = recipe(name)
+def test_recipe_loads_and_has_no_unknown_key(name, tmp_path):
+    config = load_recipe(name)
     assert config.run == f"runs/{name}"
     assert config.student.model
     tree = tomllib.loads((FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
-    given = {
+    used = {
         f"{section}.{key}" if isinstance(value, dict) else section
         for section, value in tree.items()
         for key in (value if isinstance(value, dict) else [section])
     }
-    assert given <= set(keys())
+    assert used <= set(keys())
     wrong = tmp_path / "wrong.toml"
     wrong.write_text((FOLDER / f"{name}.toml").read_text().replace("[sft]", "[sft]\nlearning_rat = 1.0"))
     with pytest.raises(UsageError, match="learning_rat"):
@@ -49,8 +49,8 @@ def test_each_recipe_loads_and_every_key_is_known(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_each_stage_of_each_recipe_fits_a_card_of_24_gb(name):
-    config, found = recipe(name), recipe_architecture(name)
+def test_each_stage_of_a_recipe_fits_on_a_24_gb_gpu(name):
+    config, found = load_recipe(name), recipe_architecture(name)
     for stage in STAGES:
         for backend in ("unsloth", "plain"):
             two = replace(wanted_setting(config, stage, backend), micro_batch=2)
@@ -59,28 +59,28 @@ def test_each_stage_of_each_recipe_fits_a_card_of_24_gb(name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_no_recipe_asks_for_more_tokens_than_its_model_has_positions(name):
-    config, most = recipe(name), RECIPES[name]["max_position_embeddings"]
-    asked = (config.sft.max_length, config.dpo.max_length, config.export.num_ctx, config.eval.context)
-    assert max(asked) <= most
+def test_recipe_needs_no_more_tokens_than_its_model_has_positions(name):
+    config, limit = load_recipe(name), RECIPES[name]["max_position_embeddings"]
+    lengths = (config.sft.max_length, config.dpo.max_length, config.export.num_ctx, config.eval.context)
+    assert max(lengths) <= limit
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_alpha_is_once_to_twice_the_rank(name):
-    config = recipe(name)
+def test_alpha_is_one_to_two_times_the_rank(name):
+    config = load_recipe(name)
     assert config.lora.r <= config.lora.lora_alpha <= 2 * config.lora.r
 
 
-def test_the_readmes_figures_are_the_memory_models():
+def test_readme_has_the_figures_of_the_memory_estimate():
     text = (FOLDER / "README.md").read_text(encoding="utf-8")
     table = dict(re.findall(r"^\| `([\w.-]+)\.toml` \|[^|]+\| ([\d.]+ \| [\d.]+) \|$", text, re.M))
     for name in RECIPES:
-        one = [replace(wanted_setting(recipe(name), stage), micro_batch=1) for stage in ("sft", "dpo")]
+        one = [replace(wanted_setting(load_recipe(name), stage), micro_batch=1) for stage in ("sft", "dpo")]
         figures = [f"{estimate(recipe_architecture(name), setting).total / 1e9:.1f}" for setting in one]
         assert table[name] == " | ".join(figures)
 
 
-def test_every_command_in_the_recipes_parses_and_names_a_recipe_that_is_there():
+def test_every_command_in_the_recipes_parses_and_its_recipe_exists():
     group = typer.main.get_command(app)
     files = [*FOLDER.glob("*.toml"), FOLDER / "README.md"]
     commands = [m for path in files for m in re.findall(r"^#? *(sclite .+)$", path.read_text(), re.M)]
