@@ -46,18 +46,13 @@ def import_attempts(
         raise DataError(f"attempts.source: {path} does not exist", "check the path")
     noted = [] if drops is None else drops
     by_question = {normalize_question(problem.question): problem for problem in problems}
-    found: list[
-        tuple[Problem, LabelledWork, Drop]
-    ] = []  # with the drop that the row becomes if it is skipped
+    # with the drop that the row becomes if it is skipped
+    found: list[tuple[Problem, LabelledWork, Drop]] = []
     for number, line in read_lines(path):
         if not line.strip():
             continue
-        drop = Drop(
-            stage="attempts",
-            id=f"line {number}",
-            reason="row_not_readable",
-            raw=replace_surrogates(line.strip()),
-        )
+        raw = replace_surrogates(line.strip())
+        drop = Drop(stage="attempts", id=f"line {number}", reason="row_not_readable", raw=raw)
         work = _read_work(line)
         if isinstance(work, str):
             noted.append(drop.model_copy(update={"detail": f"{path}, line {number}: {work}"}))

@@ -10,6 +10,7 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from sclite.errors import DataError, NetworkError
@@ -213,7 +214,7 @@ def _hub_rows(source: str, subset: str, split: str, key: str) -> Rows:
     return ((f"row {number}", row) for number, row in enumerate(found, 1))
 
 
-def _datasets():
+def _datasets() -> ModuleType:
     """The library, imported on first use, without its progress bars and logged retries."""
     import datasets
 
