@@ -1,4 +1,4 @@
-"""Chat templates come with a model file: their time, memory and length are limited, and open thoughts are closed."""
+"""Chat templates from model files: limits on time, memory and length; an open <think> is closed."""
 
 import pytest
 
@@ -28,7 +28,7 @@ R1 = (  # the end of DeepSeek-R1-Distill's template
         ("{{ cycler.__init__.__globals__.os.system('true') }}", "unsafe"),
     ],
 )
-def test_a_hostile_template_ends_in_an_error_and_the_next_one_renders(monkeypatch, template, reason):
+def test_hostile_template_fails_and_the_next_one_renders(monkeypatch, template, reason):
     monkeypatch.setattr(chat_template, "SECONDS", 2)
     with pytest.raises(DataError, match=reason) as error:
         render_chat(template, CHAT)
@@ -36,7 +36,7 @@ def test_a_hostile_template_ends_in_an_error_and_the_next_one_renders(monkeypatc
     assert render_chat("{{ messages[0].content }}", CHAT) == "2 + 2?"
 
 
-def test_a_prompt_that_opens_thoughts_gets_an_empty_block():
+def test_open_think_tag_becomes_an_empty_block():
     assert render_chat(R1, CHAT) == "<|User|>2 + 2?<|Assistant|><think>\n\n</think>\n\n"
     assert render_chat(R1, CHAT, generation_prompt=False) == "<|User|>2 + 2?"
     assert opens_thinking(R1)

@@ -1,4 +1,4 @@
-"""A student behind a real HTTP endpoint: what is asked, what comes back, what it costs the second time."""
+"""A student behind a real HTTP endpoint: what is sent, what comes back, what a re-run costs."""
 
 import pytest
 
@@ -32,7 +32,7 @@ def ask(run, url, requests, **settings):
         return replies, ledger.totals("attempts")
 
 
-def test_each_reply_belongs_to_its_request_with_its_tokens(run):
+def test_replies_match_their_requests(run):
     def answer(body, nth):
         number = int(body["messages"][-1]["content"])
         return say(f"I am {number}", seconds=0.02 * (number % 3), tokens=(10 + number, number))
@@ -46,7 +46,7 @@ def test_each_reply_belongs_to_its_request_with_its_tokens(run):
     assert totals["requests"] == 12
 
 
-def test_the_endpoint_is_asked_as_the_request_says(run):
+def test_request_parameters_are_sent(run):
     with TeacherServer(lambda body, nth: say(TRACE)) as server:
         ask(run, server.url, [request("1?"), request("2?", temperature=0.0, top_p=1.0, stop=("</Step",))])
     first, second = sorted(server.requests, key=lambda body: body["messages"][-1]["content"])
@@ -57,13 +57,13 @@ def test_the_endpoint_is_asked_as_the_request_says(run):
     assert not {"top_p", "stop"} & set(second)
 
 
-def test_many_requests_are_in_flight_at_once(run):
+def test_many_requests_are_in_flight(run):
     with TeacherServer(lambda body, nth: say(TRACE, seconds=0.1)) as server:
         ask(run, server.url, [request(str(n)) for n in range(40)], concurrency=20)
     assert server.most_in_flight >= 15
 
 
-def test_a_failed_call_is_an_error_with_its_reason_and_leaves_the_others_alone(run):
+def test_failed_call_gives_its_reason_and_affects_no_other(run):
     def answer(body, nth):
         return fail(400, "too long for me") if body["messages"][-1]["content"] == "2" else say(TRACE)
 
@@ -74,7 +74,7 @@ def test_a_failed_call_is_an_error_with_its_reason_and_leaves_the_others_alone(r
     assert replies[2].text == ""
 
 
-def test_a_lost_connection_and_a_content_filter_are_errors_too(run):
+def test_lost_connection_and_content_filter_are_errors(run):
     def answer(body, nth):
         asked = body["messages"][-1]["content"]
         return {"lost": Answer(broken=True, body={}), "bad": say("no", "content_filter")}.get(asked, say("a"))
@@ -86,20 +86,20 @@ def test_a_lost_connection_and_a_content_filter_are_errors_too(run):
     assert replies[2].error.startswith("no_reply: ")
 
 
-def test_a_reply_at_the_limit_keeps_its_text_and_says_length(run):
+def test_truncated_reply_keeps_its_text(run):
     with TeacherServer(lambda body, nth: say("<Step1>and so", "length")) as server:
         (reply,), _ = ask(run, server.url, [request("1?")])
         assert (reply.text, reply.finish, reply.error) == ("<Step1>and so", "length", None)
-        assert len(server.requests) == 1  # it is what the student said; nobody asks it to mend that
+        assert len(server.requests) == 1  # no repair is requested: this is the student's reply
 
 
-def test_a_reply_ends_with_the_stop_string_that_it_meets(run):
+def test_reply_ends_with_the_matched_stop_string(run):
     with TeacherServer(lambda body, nth: say("a</Correction> and more", "length")) as server:
         (reply,), _ = ask(run, server.url, [request("1?", stop=("</Correction>",))])
     assert (reply.text, reply.finish) == ("a</Correction>", "stop")
 
 
-def test_a_request_with_a_beginning_is_refused_before_anything_is_asked(run):
+def test_request_with_pieces_is_rejected_before_any_call(run):
     with TeacherServer(lambda body, nth: say(TRACE)) as server:
         with pytest.raises(UsageError, match="openai/small is an endpoint") as error:
             ask(run, server.url, [request("1?"), request("2?", pieces=("<Step1>x\n",))])
@@ -107,7 +107,7 @@ def test_a_request_with_a_beginning_is_refused_before_anything_is_asked(run):
     assert "free review" in error.value.hint
 
 
-def test_an_endpoint_does_not_score(run):
+def test_endpoint_cannot_score(run):
     with (
         Ledger(run.path("ledger.sqlite")) as ledger,
         Teacher(config.Teacher(model="openai/small"), ledger) as c,
@@ -116,7 +116,7 @@ def test_an_endpoint_does_not_score(run):
         Endpoint(c, "pairs").score([ScoreRequest((), ("x",), (0,), (("a", "b"),))])
 
 
-def test_a_second_start_pays_for_nothing_and_another_seed_is_another_sample(run):
+def test_rerun_costs_nothing_and_a_new_seed_is_a_new_sample(run):
     requests = [request("1?", seed=seed) for seed in (1, 2, 3)]
     with TeacherServer(lambda body, nth: say(f"said {nth}")) as server:
         first, _ = ask(run, server.url, requests)
@@ -130,14 +130,14 @@ def test_a_second_start_pays_for_nothing_and_another_seed_is_another_sample(run)
 
 
 @pytest.mark.parametrize(("temperature", "max_tokens", "asked"), [(0.8, 77, 1), (0.7, 77, 2), (0.8, 78, 2)])
-def test_other_sampling_is_asked_for_anew(run, temperature, max_tokens, asked):
+def test_changed_sampling_parameters_are_requested_again(run, temperature, max_tokens, asked):
     with TeacherServer(lambda body, nth: say(TRACE)) as server:
         ask(run, server.url, [request("1?")])
         ask(run, server.url, [request("1?", temperature=temperature, max_tokens=max_tokens)])
         assert len(server.requests) == asked
 
 
-def test_a_fault_of_the_endpoint_names_the_student_and_never_the_key(run):
+def test_endpoint_error_names_the_student_and_never_the_key(run):
     with TeacherServer(lambda body, nth: fail(401, "bad key sk-secret-123456")) as server:
         with pytest.raises(TeacherError) as error:
             ask(run, server.url, [request("1?")])

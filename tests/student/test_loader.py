@@ -1,4 +1,4 @@
-"""Loading the student: which card is seen, which rows may go end to end, and adapters that are not its own."""
+"""Loading the student: which GPU is visible, when batches are padding-free, adapters that do not fit."""
 
 import os
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ def shaped(*kinds):
     return SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: shape))
 
 
-def test_rows_go_end_to_end_only_where_no_layer_carries_a_state_along():
+def test_stateful_layers_are_never_padding_free():
     asked = Sft(padding_free=True)
     assert is_padding_free(shaped("full_attention", "sliding_attention"), Sft(), "unsloth")
     assert is_padding_free(shaped(), asked, "plain")
@@ -30,7 +30,7 @@ def test_rows_go_end_to_end_only_where_no_layer_carries_a_state_along():
 
 
 @pytest.mark.parametrize(("before", "after"), [(None, "0"), ("3,1", "3"), ("", "")])
-def test_without_gpu_the_first_visible_card_is_the_only_one(monkeypatch, before, after):
+def test_default_is_the_first_visible_gpu(monkeypatch, before, after):
     monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if before is not None:
@@ -39,7 +39,7 @@ def test_without_gpu_the_first_visible_card_is_the_only_one(monkeypatch, before,
     assert os.environ["CUDA_VISIBLE_DEVICES"] == after
 
 
-def test_attention_that_plans_for_every_length_is_left_out(tmp_path):
+def test_cudnn_attention_is_disabled(tmp_path):
     import torch
 
     config = config_of(tiny_llama(tmp_path / "student"))
@@ -49,7 +49,7 @@ def test_attention_that_plans_for_every_length_is_left_out(tmp_path):
     assert torch.backends.cuda.flash_sdp_enabled()
 
 
-def test_an_adapter_of_another_shape_is_refused_by_name(tmp_path):
+def test_adapter_of_another_shape_is_rejected(tmp_path):
     folder = tiny_llama(tmp_path / "student")
     config = config_of(folder)
     other, _ = load_student(config, "sft", train=True)

@@ -1,4 +1,4 @@
-"""Self-correction with a scripted student: which step is accused, how it is mended, and when the first answer stands."""
+"""Self-correction with a scripted student: which step is accused, how it is corrected, when the first answer is kept."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,7 +32,7 @@ REST = "<Step3>36 + 5 = 41\n</Step3>\n<Generalized>Add, share, add.</Generalized
 
 @dataclass
 class Scripted:
-    """A student that scores and says what it is told to; every request is kept. Replies come last one first."""
+    """A student with scripted scores and replies; records every request. Replies arrive in reverse order."""
 
     odds: Callable[[str], tuple[float, ...]] = lambda work: ()
     corrections: list[str] = field(default_factory=list)
@@ -63,7 +63,7 @@ def accuse_38(work: str) -> tuple[float, ...]:
 # -- scores --------------------------------------------------------------------------------------------------------
 
 
-def test_one_request_asks_for_the_odds_after_every_steps_text():
+def test_score_request_covers_every_step():
     request = score_request(QUESTION, WRONG)
     assert request.options == tuple((CAUSE, f"</Step{n}>\n") for n in range(1, len(WRONG.steps) + 1))
     assert request.others == ("<Key>", "<Correction>")
@@ -75,7 +75,7 @@ def test_one_request_asks_for_the_odds_after_every_steps_text():
     assert request.messages[0]["role"] == "system"
 
 
-def test_scores_come_back_to_their_own_trace_in_whatever_order():
+def test_scores_match_their_traces_in_any_order():
     student = Scripted(odds=accuse_38)
     found = score_traces(student, [QUESTION] * 3, [WRONG, Trace(), RIGHT])
     assert found == [(-4.0, 3.0, -4.0), (), (-4.0, -4.0, -4.0)]
@@ -85,7 +85,7 @@ def test_scores_come_back_to_their_own_trace_in_whatever_order():
 # -- guided --------------------------------------------------------------------------------------------------------
 
 
-def test_the_wrong_step_is_accused_mended_and_solved_on_from():
+def test_wrong_step_is_accused_and_corrected():
     student = Scripted(odds=accuse_38, corrections=[CORRECTION])
     (got,) = review_guided(student, [QUESTION], [render(WRONG)], ReviewSettings(threshold=0.0))
     assert got.accused == 2
@@ -96,7 +96,7 @@ def test_the_wrong_step_is_accused_mended_and_solved_on_from():
     assert got.note == ""
 
 
-def test_right_work_is_left_as_it_is_word_for_word():
+def test_correct_work_is_unchanged():
     text = "Sure!\n" + render(RIGHT).replace("\n</Step1>", "</Step 1 >")
     (got,) = review_guided(Scripted(odds=accuse_38), [QUESTION], [text], ReviewSettings())
     assert got.text == text
@@ -105,13 +105,13 @@ def test_right_work_is_left_as_it_is_word_for_word():
 
 
 @pytest.mark.parametrize(("threshold", "accused"), [(-2.0, 1), (0.0, 2), (2.0, 3), (5.0, None), (4.0, None)])
-def test_the_first_step_past_the_threshold_is_accused_not_the_highest(threshold, accused):
+def test_first_step_above_the_threshold_is_accused(threshold, accused):
     student = Scripted(odds=lambda _: (-1.0, 1.0, 4.0), corrections=[CORRECTION], rest=f"{REST}")
     (got,) = review_guided(student, [QUESTION], [render(WRONG)], ReviewSettings(threshold=threshold))
     assert got.accused == accused
 
 
-def test_cause_and_correction_are_asked_in_the_review_context_from_the_accusation_on():
+def test_correction_request_continues_the_review_from_the_cause_tag():
     student = Scripted(odds=accuse_38, corrections=[CORRECTION])
     review_guided(student, [QUESTION], [render(WRONG)], ReviewSettings(max_tokens=77))
     first = student.requests[0]
@@ -122,7 +122,7 @@ def test_cause_and_correction_are_asked_in_the_review_context_from_the_accusatio
     assert first.max_tokens == 77
 
 
-def test_the_solution_goes_on_in_the_solve_context_without_the_wrong_tail():
+def test_continuation_drops_the_wrong_tail():
     student = Scripted(odds=accuse_38, corrections=[CORRECTION])
     review_guided(student, [QUESTION], [render(WRONG)], ReviewSettings())
     second = student.requests[1]
@@ -138,7 +138,7 @@ def test_the_solution_goes_on_in_the_solve_context_without_the_wrong_tail():
 
 
 @pytest.mark.parametrize("rounds", [0, 1, 2, 5])
-def test_rounds_are_bounded_even_for_a_student_that_always_accuses(rounds):
+def test_rounds_are_bounded(rounds):
     changing = [CORRECTION.replace("= 36", f"= {36 + number}") for number in range(9)]
     student = Scripted(odds=lambda work: (-1.0, 9.0, 9.0), corrections=changing)
     (got,) = review_guided(student, [QUESTION], [render(WRONG)], ReviewSettings(rounds=rounds))
@@ -148,7 +148,7 @@ def test_rounds_are_bounded_even_for_a_student_that_always_accuses(rounds):
     assert (got.accused is None) == (rounds == 0)
 
 
-def test_a_second_round_looks_at_the_mended_work_and_stops_when_it_is_content():
+def test_second_round_reviews_the_corrected_work():
     student = Scripted(odds=accuse_38, corrections=[CORRECTION])
     (got,) = review_guided(student, [QUESTION], [render(WRONG)], ReviewSettings(rounds=5))
     assert len(student.scored) == 2
@@ -168,7 +168,7 @@ def test_a_second_round_looks_at_the_mended_work_and_stops_when_it_is_content():
         (CORRECTION, REST, "error", "the review could not be read"),
     ],
 )
-def test_an_unreadable_review_keeps_the_first_answer_and_says_so(correction, rest, finish, note):
+def test_unreadable_review_keeps_the_first_answer(correction, rest, finish, note):
     student = Scripted(odds=accuse_38, corrections=[correction], rest=rest, finish=finish)
     first = "Well.\n" + render(WRONG)
     (got,) = review_guided(student, [QUESTION], [first], ReviewSettings())
@@ -179,7 +179,7 @@ def test_an_unreadable_review_keeps_the_first_answer_and_says_so(correction, res
     assert got.tokens > 0
 
 
-def test_what_the_student_has_corrected_while_solving_is_reviewed_as_corrected():
+def test_corrections_made_while_solving_are_applied_before_review():
     steps = (WRONG.steps[0], Step("72 / 2 = 38", None, "Too many.", "72 / 2 = 36"), Step("36 + 5 = 41"))
     text = render(Trace(steps, None, "41"))
     student = Scripted(odds=accuse_38)
@@ -194,14 +194,14 @@ def test_what_the_student_has_corrected_while_solving_is_reviewed_as_corrected()
 AGAIN = "The halves fit not.</Cause>\n<Correction>Half of 72: 70 / 2 = 35, 2 / 2 = 1, so 72 / 2 = 38.</Correction>"
 
 
-def test_a_correction_to_the_same_result_mends_nothing_and_is_not_solved_on_from():
+def test_correction_with_the_same_result_changes_nothing():
     student = Scripted(odds=accuse_38, corrections=[AGAIN])
     (got,) = review_guided(student, [QUESTION], [render(WRONG)], ReviewSettings(rounds=3))
     assert (got.text, got.accused, got.note, got.tokens) == (render(WRONG), None, SAME_RESULT, 10)
     assert len(student.requests) == 1
-    (mended,) = correct_steps(Scripted(corrections=[AGAIN]), [(QUESTION, WRONG, 2)], ReviewSettings())
-    assert (mended.accused, mended.note, mended.text) == (2, SAME_RESULT, render(WRONG))
-    assert mended.correction.endswith("72 / 2 = 38.")  # as a wrong one of its own it can still be trained on
+    (result,) = correct_steps(Scripted(corrections=[AGAIN]), [(QUESTION, WRONG, 2)], ReviewSettings())
+    assert (result.accused, result.note, result.text) == (2, SAME_RESULT, render(WRONG))
+    assert result.correction.endswith("72 / 2 = 38.")  # still usable for training as a wrong correction
 
 
 @pytest.mark.parametrize(
@@ -220,11 +220,11 @@ def test_a_correction_to_the_same_result_mends_nothing_and_is_not_solved_on_from
         ("5 nuts", "2 + 2 = 5 nuts", False),
     ],
 )
-def test_results_are_what_stands_after_the_last_equals_sign(step, correction, same):
+def test_result_follows_the_last_equals_sign(step, correction, same):
     assert same_result(step, correction) is same
 
 
-def test_when_the_second_round_cannot_be_read_the_first_rounds_text_stands():
+def test_unreadable_second_round_keeps_the_text_of_the_first():
     student = Scripted(odds=lambda _: (-1.0, 2.0, -1.0), corrections=[CORRECTION, "nothing"])
     (got,) = review_guided(student, [QUESTION], [render(WRONG)], ReviewSettings(rounds=2))
     assert parse(got.text).trace == RIGHT
@@ -232,14 +232,14 @@ def test_when_the_second_round_cannot_be_read_the_first_rounds_text_stands():
     assert got.note == "the review could not be read"
 
 
-def test_an_answer_without_steps_is_left_alone_and_it_is_said():
+def test_answer_without_steps_is_not_reviewed():
     student = Scripted(odds=accuse_38)
     (got,) = review_guided(student, [QUESTION], ["It is 41."], ReviewSettings())
     assert (got.text, got.note, got.accused) == ("It is 41.", "no steps to review", None)
     assert student.scored == []
 
 
-def test_many_attempts_keep_apart():
+def test_attempts_do_not_affect_each_other():
     student = Scripted(odds=accuse_38, corrections=[CORRECTION, "junk"])
     texts = [render(RIGHT), render(WRONG), "none", render(WRONG)]
     got = review_guided(student, [QUESTION] * 4, texts, ReviewSettings())
@@ -248,23 +248,23 @@ def test_many_attempts_keep_apart():
     assert [parse(g.text).trace.answer for g in got] == ["41", "41", None, "43"]
 
 
-def test_nothing_that_the_student_is_asked_holds_the_gold_answer():
+def test_student_never_sees_the_gold_answer():
     """The review has no way to know it: neither function takes one, and no request mentions it."""
     student = Scripted(
         odds=accuse_38, corrections=[CORRECTION.replace("36", "30")], rest=REST.replace("41", "35")
     )
     (got,) = review_guided(student, [QUESTION], [render(WRONG)], ReviewSettings())
-    assert parse(got.text).trace.answer == "35"  # wrong still, and it stands
+    assert parse(got.text).trace.answer == "35"  # still wrong, and kept
     asked = "".join(m["content"] for r in [*student.requests, *student.scored] for m in r.messages)
     assert "41" not in asked
     assert not {"gold", "answer", "problem"} & set(review_guided.__annotations__)
     assert not {"gold", "answer", "problem"} & set(review_free.__annotations__)
 
 
-# -- mending a given step ------------------------------------------------------------------------------------------
+# -- correcting a given step ---------------------------------------------------------------------------------------
 
 
-def test_several_samples_of_one_correction_have_seeds_of_their_own():
+def test_samples_of_one_correction_have_different_seeds():
     student = Scripted(corrections=[CORRECTION] * 3)
     correct_steps(student, [(QUESTION, WRONG, 2)] * 3, ReviewSettings(temperature=0.8, seed=5))
     asked = [r for r in student.requests if r.pieces[-1] == CAUSE]
@@ -273,7 +273,7 @@ def test_several_samples_of_one_correction_have_seeds_of_their_own():
     assert {r.temperature for r in student.requests if r.pieces[-1] != CAUSE} == {0.0}
 
 
-def test_a_reply_that_never_comes_is_no_correction():
+def test_missing_reply_is_no_correction():
     class Silent(Scripted):
         def generate(self, requests):
             return iter(())
@@ -295,7 +295,7 @@ def test_a_reply_that_never_comes_is_no_correction():
         ("", None),
     ],
 )
-def test_what_follows_the_accusation_is_read_as_forgivingly_as_a_trace(text, read):
+def test_corrections_are_parsed_leniently(text, read):
     assert read_correction(text) == read
 
 
@@ -307,7 +307,7 @@ def reviewed(cause: str | None, correction: str | None) -> str:
     return render(Trace(steps, None, "41"))
 
 
-def test_free_review_takes_over_the_corrected_solution():
+def test_free_review_returns_the_corrected_solution():
     student = Scripted(rest=reviewed("72 is not twice 38.", "72 / 2 = 36"))
     (got,) = review_free(student, [QUESTION], [render(WRONG)], ReviewSettings(max_tokens=50))
     assert got.accused == 2
@@ -316,29 +316,29 @@ def test_free_review_takes_over_the_corrected_solution():
     assert "<Cause>" not in got.text
     assert (got.tokens, got.scores) == (10, ())
     assert student.requests[0].pieces == ()
-    assert student.requests[0].max_tokens == 100  # it writes the steps again, and new ones
+    assert student.requests[0].max_tokens == 100  # it repeats the steps and adds new ones
 
 
-def test_a_free_review_that_accuses_nothing_changes_nothing():
+def test_free_review_without_accusation_changes_nothing():
     (got,) = review_free(Scripted(rest=render(RIGHT)), [QUESTION], [render(WRONG)], ReviewSettings())
     assert (got.text, got.accused, got.note) == (render(WRONG), None, "")
 
 
 @pytest.mark.parametrize("text", ["gibberish", "", "<Step1>a</Step1>", "<Answer>41</Answer>"])
-def test_an_unreadable_free_review_keeps_the_first_answer_and_says_so(text):
+def test_unreadable_free_review_keeps_the_first_answer(text):
     (got,) = review_free(Scripted(rest=text), [QUESTION], [render(WRONG)], ReviewSettings())
     assert (got.text, got.accused, got.note) == (render(WRONG), None, "the review could not be read")
     assert got.tokens == 10
 
 
-def test_free_review_asks_only_about_work_with_steps():
+def test_free_review_skips_answers_without_steps():
     student = Scripted(rest=render(RIGHT))
     got = review_free(student, [QUESTION] * 2, ["It is 41.", render(WRONG)], ReviewSettings())
     assert [g.note for g in got] == ["no steps to review", ""]
     assert len(student.requests) == 1
 
 
-def test_free_review_sees_what_the_student_has_corrected_while_solving_as_corrected():
+def test_free_review_sees_corrections_made_while_solving_as_applied():
     steps = (WRONG.steps[0], Step("72 / 2 = 38", None, "Too many.", "72 / 2 = 36"), Step("36 + 5 = 41"))
     student = Scripted(rest=render(RIGHT))
     (got,) = review_free(student, [QUESTION], [render(Trace(steps, None, "41"))], ReviewSettings())
@@ -346,7 +346,7 @@ def test_free_review_sees_what_the_student_has_corrected_while_solving_as_correc
     assert "= 38" not in student.requests[0].messages[-1]["content"]
 
 
-def test_a_second_round_sees_the_continuation_as_its_own_corrections_left_it():
+def test_second_round_applies_corrections_in_the_continuation():
     rest = "<Step3>36 + 5 = 38\n<Cause>Too few.</Cause>\n<Correction>36 + 5 = 41</Correction>\n</Step3>\n<Answer>41</Answer>"
     student = Scripted(odds=accuse_38, corrections=[CORRECTION], rest=rest)
     (got,) = review_guided(student, [QUESTION], [render(WRONG)], ReviewSettings(rounds=2))

@@ -1,4 +1,4 @@
-"""Which layers LoRA is put on, for the families that name their layers in their own ways."""
+"""Which layers get a LoRA, for model families with different layer names."""
 
 import json
 
@@ -63,11 +63,11 @@ def untouched(monkeypatch):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_targets_are_all_linear_layers_but_the_head(name):
+def test_default_targets_are_all_linear_layers_except_the_head(name):
     assert sorted(lora_targets(meta_model(kind_of(name)))) == sorted(FAMILIES[name][1])
 
 
-def test_a_vision_tower_whose_layers_have_the_same_names_has_no_lora():
+def test_vision_tower_gets_no_lora():
     kind = AutoConfig.for_model(
         "gemma3",
         text_config={**GROUPED, "head_dim": 16},
@@ -82,7 +82,7 @@ def test_a_vision_tower_whose_layers_have_the_same_names_has_no_lora():
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_every_family_trains_an_adapter_on_every_target(run, tmp_path, name):
+def test_every_family_trains_every_target(run, tmp_path, name):
     from transformers import AutoModelForCausalLM
 
     folder = tmp_path / name
@@ -97,7 +97,7 @@ def test_every_family_trains_an_adapter_on_every_target(run, tmp_path, name):
     assert moved == set(FAMILIES[name][1])
 
 
-def test_a_mistyped_target_is_refused_before_weights_are_read(tmp_path, untouched):
+def test_unknown_target_is_rejected_before_loading_weights(tmp_path, untouched):
     config = config_of(tiny_llama(tmp_path / "student"), lora={"target_modules": ["q_proj", "v_porj"]})
     with pytest.raises(
         UsageError, match=r"lora\.target_modules: llama has no linear layer named v_porj$"
@@ -106,7 +106,7 @@ def test_a_mistyped_target_is_refused_before_weights_are_read(tmp_path, untouche
     assert "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj" in error.value.hint
 
 
-def test_chosen_targets_are_the_only_ones():
+def test_only_configured_targets_are_used():
     assert lora_targets(meta_model(kind_of("phi3")), ["qkv_proj"]) == ["qkv_proj"]
     assert lora_targets(meta_model(kind_of("gpt2")), ["mlp.c_proj"]) == [
         "transformer.h.0.mlp.c_proj",
@@ -117,7 +117,7 @@ def test_chosen_targets_are_the_only_ones():
 # -- models that cannot be trained ------------------------------------------------------------------------------------
 
 
-def test_a_tokenizer_larger_than_the_embedding_is_refused_before_weights_are_read(tmp_path, untouched):
+def test_oversized_tokenizer_is_rejected_before_loading_weights(tmp_path, untouched):
     from transformers import AutoTokenizer
 
     config = config_of(tiny_llama(tmp_path / "student"))
@@ -132,7 +132,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused_before_weights_are_rea
         assert "resize_token_embeddings" in error.value.hint
 
 
-def test_padding_with_a_token_that_has_no_embedding_is_refused(tmp_path, untouched):
+def test_pad_token_without_embedding_is_rejected(tmp_path, untouched):
     from transformers import AutoTokenizer
 
     config = config_of(tiny_llama(tmp_path / "student"))
@@ -143,7 +143,7 @@ def test_padding_with_a_token_that_has_no_embedding_is_refused(tmp_path, untouch
         load_student(config, "sft")
 
 
-def test_a_special_token_for_images_that_no_prompt_has_may_lack_an_embedding(tmp_path):
+def test_unused_special_token_may_lack_an_embedding(tmp_path):
     from transformers import AutoTokenizer
 
     config = config_of(tiny_llama(tmp_path / "student"))
@@ -153,7 +153,7 @@ def test_a_special_token_for_images_that_no_prompt_has_may_lack_an_embedding(tmp
     assert load_student(config, "sft")[0].config.vocab_size == 512
 
 
-def test_code_in_a_model_folder_is_never_run(tmp_path):
+def test_code_in_a_model_folder_never_runs(tmp_path):
     folder, ran = tiny_llama(tmp_path / "student"), tmp_path / "ran"
     (folder / "own.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
     for file, kinds in (
@@ -171,7 +171,7 @@ def test_code_in_a_model_folder_is_never_run(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "header", "config", "missing"])
-def test_a_damaged_adapter_is_named_with_a_remedy(tmp_path, damage, untouched):
+def test_damaged_adapter_is_named_with_a_hint(tmp_path, damage, untouched):
     folder = tiny_llama(tmp_path / "student")
     config = config_of(folder)
     from safetensors.torch import save_file

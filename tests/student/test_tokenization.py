@@ -1,4 +1,4 @@
-"""Token ids of prompts and pieces, with a real tokenizer: what is joined, what carries loss, where decisions stand."""
+"""Token ids of prompts and pieces, with a real tokenizer: concatenation, loss weights, decision marks."""
 
 import pytest
 from transformers import AutoTokenizer
@@ -63,31 +63,31 @@ def flat(rows):
 # -- prompts -------------------------------------------------------------------------------------------------------
 
 
-def test_a_prompt_ends_where_the_assistant_begins(tokenizer):
+def test_prompt_ends_where_the_assistant_begins(tokenizer):
     text = prompt_text(tokenizer, SOLVE)
     assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
     assert text.startswith(f"<|im_start|>system\n{SOLVE[0]['content']}<|im_end|>")
     assert tokenizer.decode(prompt_ids(tokenizer, SOLVE)) == text
 
 
-def test_where_a_template_has_no_system_role_its_text_goes_before_the_users(folder):
+def test_system_text_moves_to_the_user_turn_if_the_role_is_missing(folder):
     text = prompt_text(with_template(folder, NO_SYSTEM), SOLVE)
     assert text.count("<|im_start|>") == 2
     assert f"<|im_start|>user\n{SOLVE[0]['content']}\n\n{SOLVE[1]['content']}<|im_end|>" in text
     assert merge_system(SOLVE[1:]) == SOLVE[1:]
 
 
-def test_thinking_is_switched_off_where_the_template_has_a_switch(folder):
+def test_thinking_is_off_if_the_template_has_a_switch(folder):
     assert not prompt_text(with_template(folder, THINKING), SOLVE).endswith("<think>")
 
 
-def test_a_tokenizer_without_a_chat_template_is_refused(folder):
+def test_tokenizer_without_chat_template_is_rejected(folder):
     with pytest.raises(DataError, match="no chat template") as error:
         prompt_text(with_template(folder, None), SOLVE)
     assert error.value.hint == "choose an instruct model"
 
 
-def test_the_end_of_turn_is_what_the_template_writes_after_an_answer(folder, tokenizer):
+def test_end_of_turn_comes_from_the_template(folder, tokenizer):
     assert end_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
     other = with_template(folder, CHATML.replace("<|im_end|>", "<|im_start|>"))
     assert end_id(other) == tokenizer.convert_tokens_to_ids(
@@ -97,7 +97,7 @@ def test_the_end_of_turn_is_what_the_template_writes_after_an_answer(folder, tok
     assert end_id(with_template(folder, PLAIN)) == tokenizer.eos_token_id
 
 
-def test_a_tokenizer_without_any_end_token_is_refused(folder):
+def test_tokenizer_without_end_token_is_rejected(folder):
     endless = with_template(folder, PLAIN)
     endless.eos_token = None
     with pytest.raises(DataError, match="no end-of-turn token") as error:
@@ -108,7 +108,7 @@ def test_a_tokenizer_without_any_end_token_is_refused(folder):
 # -- wholes and parts ----------------------------------------------------------------------------------------------
 
 
-def test_the_ids_of_a_whole_are_those_of_the_prompt_and_of_each_piece(tokenizer):
+def test_solution_ids_are_prompt_ids_plus_piece_ids(tokenizer):
     row = encode_solution(tokenizer, SOLVE, TRACE)
     before = prompt_ids(tokenizer, SOLVE)
     alone = flat(tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in all_pieces(TRACE))
@@ -117,12 +117,12 @@ def test_the_ids_of_a_whole_are_those_of_the_prompt_and_of_each_piece(tokenizer)
     assert tokenizer.decode(row.ids) == prompt_text(tokenizer, SOLVE) + render(TRACE) + "<|im_end|>"
 
 
-def test_a_review_and_a_solution_of_the_same_trace_have_the_same_ids(tokenizer):
+def test_review_and_solution_of_a_trace_have_the_same_ids(tokenizer):
     assert encode_review(tokenizer, SOLVE, TRACE).ids == encode_solution(tokenizer, SOLVE, TRACE).ids
 
 
 @pytest.mark.parametrize("step", [1, 2])
-def test_a_continuation_carries_loss_on_what_comes_after_the_step_and_on_its_end(tokenizer, step):
+def test_continuation_has_loss_only_after_the_step(tokenizer, step):
     asked = continuation_request(
         "Anna has 3 apples and buys 4. How many?", TRACE, step, TRACE.steps[step - 1].text, ReviewSettings()
     )
@@ -135,11 +135,11 @@ def test_a_continuation_carries_loss_on_what_comes_after_the_step_and_on_its_end
     )
     row = encode_continuation(tokenizer, SOLVE, plain, step)
     assert row.ids == encode_solution(tokenizer, SOLVE, plain).ids
-    assert row.ids[: len(given)] == given  # as guided review asks for it
+    assert row.ids[: len(given)] == given  # as guided review requests it
     assert row.weights == [0.0] * len(given) + [1.0] * (len(row.ids) - len(given))
 
 
-def test_closed_work_carries_loss_on_its_closers_and_its_end_alone(tokenizer):
+def test_closing_has_loss_only_on_closers_and_end_token(tokenizer):
     work = Trace(tuple(Step(step.text, step.key) for step in REVIEW.steps), None, "8")
     row = encode_closing(tokenizer, SOLVE, work, 2, 3.0)
     assert row.ids == encode_solution(tokenizer, SOLVE, work).ids
@@ -148,8 +148,8 @@ def test_closed_work_carries_loss_on_its_closers_and_its_end_alone(tokenizer):
     assert heard == [(close, 1.0), (close, 4.0), (close, 1.0), (end_id(tokenizer), 1.0)]
 
 
-def test_a_prefix_in_training_is_a_prefix_of_the_whole(tokenizer):
-    """At every place where text is forced in use, the ids so far are those of training."""
+def test_forced_prefixes_match_the_training_ids(tokenizer):
+    """Wherever text is forced in use, the ids up to there are those of training."""
     whole = encode_review(tokenizer, SOLVE, REVIEW).ids
     pieces = [*step_pieces(REVIEW.steps[:1]), open_piece(2, REVIEW.steps[1]), CAUSE]
     for count in range(1, len(pieces) + 1):
@@ -157,14 +157,14 @@ def test_a_prefix_in_training_is_a_prefix_of_the_whole(tokenizer):
         assert whole[: len(part)] == part
 
 
-def test_no_pieces_are_no_ids(tokenizer):
+def test_no_pieces_give_no_ids(tokenizer):
     assert piece_ids(tokenizer, []) == []
 
 
 # -- decisions -----------------------------------------------------------------------------------------------------
 
 
-def test_decisions_stand_after_each_steps_text_up_to_the_accused_one(tokenizer):
+def test_decisions_follow_each_step_up_to_the_accused_one(tokenizer):
     row = encode_review(tokenizer, SOLVE, REVIEW, decision_weight=4.0)
     assert row.accused == (False, True)
     accuse, close = decision_ids(tokenizer)
@@ -175,20 +175,20 @@ def test_decisions_stand_after_each_steps_text_up_to_the_accused_one(tokenizer):
     assert row.weights[-1] == 1.0
 
 
-def test_a_review_that_accuses_nothing_has_a_decision_at_every_step(tokenizer):
+def test_review_without_accusation_decides_at_every_step(tokenizer):
     row = encode_review(tokenizer, SOLVE, TRACE)
     assert row.accused == (False, False)
     assert set(row.weights) == {0.0, 1.0}
     assert row.weights[row.marks[0] + 1] == 1.0
 
 
-def test_accusing_and_closing_begin_with_different_tokens(tokenizer):
+def test_cause_and_closer_have_different_first_tokens(tokenizer):
     accuse, close = decision_ids(tokenizer)
     assert accuse != close
     assert {piece_ids(tokenizer, [f"</Step{n}>\n"])[0][0] for n in range(1, 20)} == {close}
 
 
-def test_a_vocabulary_that_begins_both_alike_is_refused():
+def test_vocabulary_with_the_same_first_token_is_rejected():
     def letters(pieces, **_):
         return {"input_ids": [[ord(letter) for letter in piece] for piece in pieces]}
 
@@ -197,7 +197,7 @@ def test_a_vocabulary_that_begins_both_alike_is_refused():
     assert error.value.hint
 
 
-def test_first_tokens_are_compared_where_they_tell_all_tags_apart():
+def test_first_tokens_are_compared_if_they_are_unique():
     assert tokens_to_compare([1, 2], [3, 4], [[5], [6]]) == ([1], [3])
     assert tokens_to_compare([1, 2], [3, 4], [[5], [3, 9]]) == ([1, 2], [3, 4])
     assert tokens_to_compare([1, 2], [1, 4], []) == ([1, 2], [1, 4])

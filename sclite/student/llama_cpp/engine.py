@@ -1,4 +1,4 @@
-"""A GGUF file in llama.cpp, many sequences at once."""
+"""A GGUF file in llama.cpp that decodes many sequences at once."""
 
 import ctypes
 import functools
@@ -13,35 +13,33 @@ from sclite.errors import DataError, DeviceError, UsageError
 from sclite.student.base import Messages, Reply, Request, ScoreRequest, Scores, tokens_to_compare
 from sclite.student.chat_template import render_chat
 from sclite.student.llama_cpp.scheduler import Scheduler
-from sclite.student.llama_cpp.sequence import Sequence as Ids
+from sclite.student.llama_cpp.sequence import TokenSequence
 from sclite.student.llama_cpp.vocabulary import Vocabulary
 from sclite.threads import wait_briefly
 
 _log: deque[str] = deque(maxlen=40)
-"""The last lines that llama.cpp wrote; shown only when it fails to load."""
-
-
+"""The last lines that llama.cpp logged; shown only if it fails."""
 SMALL = 20_000_000
-"""Parameters below which the weights stay in a CPU's cache: more threads or sequences at once then cost more than they gain."""
+"""Parameters below which the weights stay in a CPU's cache: more threads or parallel sequences then cost more than they gain."""
 
 
 @functools.cache
 def llama():
-    """llama.cpp's C functions, silenced."""
+    """llama.cpp's C functions, with logging silenced."""
     wait_briefly()
     import llama_cpp.llama_cpp as api
 
     def keep(level, text, _):
         _log.append(text.decode("utf-8", "replace"))
 
-    llama.keep = api.llama_log_callback(keep)  # ctypes calls it as long as the process lives
+    llama.keep = api.llama_log_callback(keep)  # ctypes calls it until the process ends
     api.llama_log_set(llama.keep, None)
     api.llama_backend_init()
     return api
 
 
 def last_errors() -> str:
-    """What llama.cpp said about its failure."""
+    """The errors among the last log lines of llama.cpp."""
     lines = [line.strip() for line in "".join(_log).splitlines()]
     issues = [line for line in lines if "error" in line.lower() or "fail" in line.lower()]
     return "; ".join(issues[-3:]) or "no reason given"
@@ -50,9 +48,8 @@ def last_errors() -> str:
 class Engine:
     """One GGUF file as a student (protocol of sclite/student/base.py).
 
-    Attributes: `vocabulary_size`; `description` (llama.cpp's words, such as "llama 7B Q4_K - Medium", with the size where
-    it says "?B"); `offloaded` (are
-    layers on a GPU); `chat_template` (Jinja, "" when the file has none); `parallel`, `context` (tokens, as granted).
+    Attributes: `vocabulary_size`; `description` (from llama.cpp, such as "llama 7B Q4_K - Medium"); `offloaded` (whether
+    layers are on a GPU); `chat_template` (Jinja, "" if the file has none); `parallel`; `context` (tokens).
     Threads may share an engine: their requests then share its batches.
     """
 
@@ -69,13 +66,13 @@ class Engine:
         unified: bool | None = None,
         exact: bool = False,
     ):
-        """Load the file. `context`: tokens of one sequence at the most (never more than the model was trained for).
+        """Load the file. `context`: maximum tokens of a sequence (capped at the length the model was trained for).
         `parallel`: sequences decoded at once (default: 32, or 4 for a model under 20M parameters on a CPU).
 
-        Each sequence has a cache of its own when `parallel` of them fit into `cache_gb` GB (twice as fast on a CPU with 32
-        sequences), else they share one of that size and wait where it is full; `unified` forces the one or the other.
+        Each sequence has its own cache if `parallel` of them fit in `cache_gb` GB (twice as fast on a CPU with 32
+        sequences); otherwise all share one of that size and wait while it is full. `unified` overrides the choice.
         `exact`: float32 cache and no flash attention, for comparisons (errors of 1e-5 instead of 1e-2 nats; slower).
-        Raises DataFault (no such file, not a GGUF), DeviceFault (not enough memory), UsageFault.
+        Raises DataError (no such file, not a GGUF), DeviceError (not enough memory), UsageError.
         """
         self._api = api = llama()
         self._model = self._context = self._adapter = None
@@ -84,13 +81,13 @@ class Engine:
         self._model = self._load_model(Path(path), gpu_layers)
         self.path = Path(path)
         self.offloaded: bool = bool(api.llama_supports_gpu_offload()) and gpu_layers != 0
-        small = api.llama_model_n_params(self._model) < SMALL and not self.offloaded
+        count = api.llama_model_n_params(self._model)
+        small = count < SMALL and not self.offloaded
         self.parallel = parallel or (4 if small else 32)
         self.vocabulary = Vocabulary(api, self._model)
         self.vocabulary_size = self.vocabulary.size
         buffer = ctypes.create_string_buffer(256)
         api.llama_model_desc(self._model, buffer, len(buffer))
-        count = api.llama_model_n_params(self._model)
         size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
         self.description: str = buffer.value.decode("utf-8", "replace").replace("?B", size)
         self.chat_template: str = (api.llama_model_chat_template(self._model, None) or b"").decode(
@@ -99,7 +96,7 @@ class Engine:
         self.special_tokens = self.vocabulary.special_tokens(self._metadata)
         self.trained_context: int = api.llama_model_n_ctx_train(self._model) or context
         self.context = -(-min(context, self.trained_context) // 256) * 256
-        self._open_context(threads, cache_gb, unified, exact)
+        self._open_context(threads or default_threads(count), cache_gb, unified, exact)
         if lora is not None:
             self._load_adapter(Path(lora))
 
@@ -115,18 +112,18 @@ class Engine:
         if not model:
             raise DataError(
                 f"llama.cpp cannot load {path}: {last_errors()}",
-                "write it again with `sclite export`, or copy it again",
+                "re-create it with `sclite export`, or copy it again",
             )
         return model
 
     def _metadata(self, key: str) -> str | None:
-        """A scalar of the GGUF as text, None when it is absent."""
+        """A scalar of the GGUF as text, None if absent."""
         buffer = ctypes.create_string_buffer(256)
         found = self._api.llama_model_meta_val_str(self._model, key.encode(), buffer, len(buffer))
         return buffer.value.decode("utf-8", "replace") if found >= 0 else None
 
     def _cell_bytes(self) -> int:
-        """Bytes of cache for one token: keys and values of every layer in float16."""
+        """Cache bytes per token: keys and values of every layer in float16."""
         api, model = self._api, self._model
         kind = self._metadata("general.architecture")
         head = api.llama_model_n_embd(model) // max(1, api.llama_model_n_head(model))
@@ -135,19 +132,15 @@ class Engine:
         )
         return 2 * api.llama_model_n_layer(model) * api.llama_model_n_head_kv(model) * lengths
 
-    def _open_context(self, threads: int | None, cache_gb: float, unified: bool | None, exact: bool) -> None:
+    def _open_context(self, threads: int, cache_gb: float, unified: bool | None, exact: bool) -> None:
         api = self._api
         affordable = int(cache_gb * 1e9) // max(1, self._cell_bytes() * (2 if exact else 1)) // 256 * 256
         wanted = self.parallel * self.context
         self.unified = wanted > affordable if unified is None else unified
         self.cells = max(self.context, min(wanted, affordable)) if self.unified else wanted
-        threads = threads or default_threads(api.llama_model_n_params(self._model))
         parameters = api.llama_context_default_params()
-        parameters.n_ctx, parameters.n_seq_max, parameters.kv_unified = (
-            self.cells,
-            self.parallel,
-            self.unified,
-        )
+        parameters.n_ctx, parameters.n_seq_max = self.cells, self.parallel
+        parameters.kv_unified = self.unified
         parameters.n_batch = 2048
         parameters.n_threads = parameters.n_threads_batch = threads
         parameters.swa_full = True  # a cache pruned to the window cannot be shared
@@ -182,13 +175,14 @@ class Engine:
             self.close()
             reason = last_errors() if path.is_file() else "no such file"
             raise DataError(
-                f"cannot load the LoRA adapter {path}: {reason}", "make it with: sclite export --format lora"
+                f"cannot load the LoRA adapter {path}: {reason}",
+                "create it with: sclite export --format lora",
             )
         adapters = (self._api.llama_adapter_lora_p_ctypes * 1)(adapter)
         self._api.llama_set_adapters_lora(self._context, adapters, 1, (ctypes.c_float * 1)(1.0))
 
     def close(self) -> None:
-        """Free the model's memory; the engine is unusable afterwards."""
+        """Free the model's memory; the engine cannot be used afterwards."""
         if self._context:
             self._api.llama_free(self._context)
         if self._model:
@@ -204,17 +198,17 @@ class Engine:
     # -- text and tokens
 
     def token_ids(self, text: str, special: bool = False) -> list[int]:
-        """Ids of the text by itself, without BOS; `special`: control tokens written in it count as such."""
+        """Ids of the text on its own, without BOS; `special`: parse control tokens in it."""
         return self.vocabulary.ids(text, special)
 
     def chat_ids(self, messages: Messages) -> list[int]:
-        """Prompt ids: the chat template's text up to where the assistant begins. DataFault without a template."""
+        """Prompt ids: the rendered chat template, up to where the assistant begins. DataError without a template."""
         if not self.chat_template:
             raise DataError(f"{self.path} has no chat template", "export it from a chat (instruct) model")
         return self.token_ids(render_chat(self.chat_template, messages, **self.special_tokens), special=True)
 
     def _ids(self, messages: Messages, pieces: Sequence[str]) -> tuple[list[int], list[int]]:
-        """Ids of prompt and pieces, and how many of them there are after each piece."""
+        """Ids of prompt and pieces, and their number after each piece."""
         ids, ends = self.chat_ids(messages), []
         for piece in pieces:
             ids = ids + self.token_ids(piece)
@@ -224,33 +218,35 @@ class Engine:
     # -- the student
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Reply]:
-        """Yield each reply when it is done. Greedy at temperature 0; `tokens` counts the end token too.
+        """Yield each reply as it finishes. Greedy at temperature 0; `tokens` includes the end token.
 
         A prompt that does not fit gives a reply with finish "error" and the reason; a reply that reaches the end of the
-        context has finish "length". Random choices depend on the request's seed alone.
+        context has finish "length". Sampling depends only on the request's seed.
         """
-        sequences: dict[Ids, int] = {}
+        sequences: dict[TokenSequence, int] = {}
         for index, request in enumerate(requests):
             ids, _ = self._ids(request.messages, request.pieces)
             room = self.context - len(ids)
             if room < 1 or not ids or request.max_tokens < 1:
-                reason = f"the prompt has {len(ids)} tokens, the context {self.context}: use a longer context"
+                reason = (
+                    f"the prompt has {len(ids)} tokens, the context only {self.context}: use a longer context"
+                )
                 finish = "length" if ids and room > 0 else "error"
                 yield Reply(index, "", 0, len(ids), finish, None if finish == "length" else reason)
                 continue
-            sequences[Ids(ids, request=request, limit=min(request.max_tokens, room))] = index
+            sequences[TokenSequence(ids, request=request, limit=min(request.max_tokens, room))] = index
         for done in self.scheduler.run(sequences):
             text = done.text.decode("utf-8", "replace")
             yield Reply(sequences[done], text, done.generated, len(done.prompt), done.finish, done.error)
 
     def score(self, requests: Sequence[ScoreRequest]) -> Iterator[Scores]:
-        """Yield the log-odds of the two options at each mark: one prefill for each request, and for each option that does
-        not stand there its own few tokens.
+        """Yield the log-odds of the two options at each mark, from one prefill per request plus the few tokens of each
+        option that is not in it.
 
         A request that does not fit gives NaN at every mark.
         """
         marks: dict[int, list[tuple[_Option, _Option]]] = {}
-        owner: dict[Ids, int] = {}
+        owner: dict[TokenSequence, int] = {}
         missing: dict[int, int] = {}
         lengths: dict[int, int] = {}
         for index, request in enumerate(requests):
@@ -267,43 +263,45 @@ class Engine:
                 odds = tuple(_log_prob(first) - _log_prob(second) for first, second in marks.pop(index))
                 yield Scores(index, odds, lengths[index])
 
-    def _score_parts(self, request: ScoreRequest) -> tuple[int, list[Ids], list[tuple["_Option", "_Option"]]]:
-        """Length of the prompt, the sequences to run, and where the two options of each mark are read.
+    def _score_parts(
+        self, request: ScoreRequest
+    ) -> tuple[int, list[TokenSequence], list[tuple["_Option", "_Option"]]]:
+        """Length of the prompt, the sequences to run, and where to read the two options of each mark.
 
-        Last marks first: each sequence then finds its beginning in the cache of the one before.
+        Last marks come first, so that each sequence finds its prefix in the cache of the one before.
         """
         ids, ends = self._ids(request.messages, request.pieces)
         others = [self.token_ids(option) for option in request.others]
-        whole = Ids(ids)
-        found = []
+        whole = TokenSequence(ids)
+        pairs = []
         for mark, texts in zip(request.marks, request.options, strict=True):
             first, second = (self.token_ids(option) for option in texts)
             if not first or not second:
-                raise UsageError(f"an empty option in {texts}", "both options need text")
+                raise UsageError(f"empty option in {texts}", "both options need text")
             at = ends[mark] - 1
-            found.append(
+            pairs.append(
                 tuple(_option(whole, at, option) for option in tokens_to_compare(first, second, others))
             )
         whole.reads = dict(sorted(whole.reads.items()))
-        latest = sorted((o for pair in found for o in pair), key=lambda option: -option[1][0][0])
+        latest = sorted((o for pair in pairs for o in pair), key=lambda option: -option[1][0][0])
         parts = dict.fromkeys([whole, *(sequence for sequence, _ in latest)])
-        return len(ids), [part for part in parts if part.reads], found
+        return len(ids), [part for part in parts if part.reads], pairs
 
     def log_probabilities(self, ids: Sequence[int]) -> np.ndarray:
         """log p of every token after each of the ids: float64 (len(ids), vocabulary_size)."""
-        sequence = Ids(list(ids), reads=dict.fromkeys(range(len(ids))))
+        sequence = TokenSequence(list(ids), reads=dict.fromkeys(range(len(ids))))
         (done,) = self.scheduler.run([sequence])
         return np.stack(done.read)
 
 
-_Option = tuple[Ids, list[tuple[int, int]]]
-"""A sequence, and the (position, token) of it whose log-probabilities are those of an option."""
+_Option = tuple[TokenSequence, list[tuple[int, int]]]
+"""A sequence, and the (position, token) pairs in it whose log-probabilities add up to that of an option."""
 
 
-def _option(whole: Ids, at: int, tokens: list[int]) -> _Option:
-    """Where an option after position `at` is read: in the whole sequence where it stands there, else in one of its own."""
-    stands = whole.ids[at + 1 : at + len(tokens)] == tokens[:-1]
-    sequence = whole if stands else Ids(whole.ids[: at + 1] + tokens[:-1])
+def _option(whole: TokenSequence, at: int, tokens: list[int]) -> _Option:
+    """Where to read an option after position `at`: in the whole sequence if it is there, else in a separate one."""
+    present = whole.ids[at + 1 : at + len(tokens)] == tokens[:-1]
+    sequence = whole if present else TokenSequence(whole.ids[: at + 1] + tokens[:-1])
     places = list(enumerate(tokens, at))
     for position, token in places:
         sequence.reads[position] = (*(sequence.reads.get(position) or ()), token)
@@ -311,7 +309,7 @@ def _option(whole: Ids, at: int, tokens: list[int]) -> _Option:
 
 
 def _log_prob(option: _Option) -> float:
-    """log p of an option, from a finished sequence; NaN when it could not run."""
+    """log p of an option, from a finished sequence; NaN if it could not run."""
     sequence, places = option
     if sequence.error:
         return float("nan")
@@ -320,9 +318,9 @@ def _log_prob(option: _Option) -> float:
 
 
 def default_threads(parameters: int) -> int:
-    """Threads for llama.cpp: 1 for models under 20M parameters, where waiting costs more than it brings.
+    """Threads for llama.cpp: 1 for models under 20M parameters, where synchronization costs more than it gains.
 
-    Else the cores that this process may use, half of them where they are more than 8 (hyperthreads).
+    Otherwise the cores that this process may use, or half of them if more than 8 (hyperthreads).
     """
     if parameters < SMALL:
         return 1

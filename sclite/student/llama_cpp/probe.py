@@ -1,4 +1,4 @@
-"""Load a GGUF for the first time in a process of its own: on some files llama.cpp aborts the process that loads them."""
+"""Check a new GGUF in a separate process: llama.cpp aborts the process that loads certain files."""
 
 import json
 import os
@@ -12,13 +12,13 @@ TEXT = "<Step1>2 + 3 = 5 €\n</Step1>\n<Cause>"
 
 
 def check_gguf(path: Path) -> None:
-    """Load the file, split a text and run it through the model, elsewhere. Raises DataFault where llama.cpp cannot."""
+    """Load the file, tokenize a text and run the model, in a child process. Raises DataError if llama.cpp cannot."""
     root = str(Path(__file__).resolve().parents[3])
     known = os.environ.get("PYTHONPATH")
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([root, known]) if known else root,
-        "GGML_NO_BACKTRACE": "1",  # else it starts a debugger
+        "GGML_NO_BACKTRACE": "1",  # otherwise it starts a debugger
     }
     done = subprocess.run(
         [sys.executable, "-m", "sclite.student.llama_cpp.probe", str(path)],
@@ -32,17 +32,17 @@ def check_gguf(path: Path) -> None:
     if done.returncode == 0:
         return
     try:
-        told = json.loads(done.stdout)
+        report = json.loads(done.stdout)
     except ValueError:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         why = [line for line in lines if "what():" in line or "failed" in line.lower()] or lines
         ended = f"signal {-done.returncode}" if done.returncode < 0 else f"code {done.returncode}"
-        reason = f"it ends with {ended}: {why[-1] if why else 'no reason given'}"
+        reason = f"it exits with {ended}: {why[-1] if why else 'no reason given'}"
         raise DataError(
-            f"llama.cpp cannot read {path}; {reason}",
-            "its tokenizer or header is not as llama.cpp expects: use another base model, or another copy of the file",
+            f"llama.cpp cannot read {path}: {reason}",
+            "llama.cpp does not support its tokenizer or header: use another base model, or another copy of the file",
         ) from None
-    raise DataError(told["message"], told["hint"])
+    raise DataError(report["message"], report["hint"])
 
 
 def _load(path: str) -> None:

@@ -1,8 +1,8 @@
 """Many sequences at once in one llama.cpp context: slots, mixed batches, shared prefixes.
 
-A sequence is fed from `fed` to the end of its ids; prefill and decoding are the same act. A finished sequence's slot goes
-to the next one in the queue before the next batch, so a batch is always as full as the queue allows. What a slot has in
-the cache stays there until it is needed, and a new sequence that begins like it copies that part instead of computing it.
+A sequence is fed from `fed` to the end of its ids; prefill and decoding are the same operation. A finished sequence's
+slot goes to the next one in the queue before the next batch, so a batch is always as full as the queue allows. The cache
+of a slot is kept until its space is needed, and a new sequence with the same prefix copies it instead of computing it.
 """
 
 import ctypes
@@ -14,44 +14,47 @@ from threading import RLock
 import numpy as np
 
 from sclite.errors import DeviceError
-from sclite.student.llama_cpp.sequence import Sequence
+from sclite.student.llama_cpp.sequence import TokenSequence
+from sclite.student.llama_cpp.vocabulary import Vocabulary
 
 WORTH_SHARING = 16
-"""A common beginning of fewer tokens is computed anew."""
+"""A shorter common prefix, in tokens, is recomputed."""
 
 
 @dataclass(eq=False)
 class _Slot:
     number: int
-    sequence: Sequence | None = None
+    sequence: TokenSequence | None = None
     kept: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     freed_at: int = 0
 
     def held(self) -> tuple[np.ndarray, int]:
-        """Ids of this slot and how many of them lie in the cache."""
+        """Ids of this slot and how many of them are in the cache."""
         if self.sequence is None:
             return self.kept, len(self.kept)
         return self.sequence.prompt, min(self.sequence.fed, len(self.sequence.prompt))
 
 
 class Scheduler:
-    """Feeds sequences to one llama.cpp context. Several runs may be under way at once, also from several threads."""
+    """Feeds sequences to one llama.cpp context. Several runs may overlap, also from several threads."""
 
-    def __init__(self, api, context, vocabulary, *, slots: int, cells: int, unified: bool, shares: bool):
-        """`cells` is the whole cache in tokens; `unified`: one cache for all slots, else an equal part for each."""
+    def __init__(
+        self, api, context, vocabulary: Vocabulary, *, slots: int, cells: int, unified: bool, shares: bool
+    ):
+        """`cells`: size of the whole cache in tokens; `unified`: one cache for all slots, else an equal part per slot."""
         self.api, self.context, self.vocabulary = api, context, vocabulary
         self.memory = api.llama_get_memory(context)
         self.cells, self.unified, self.shares = cells, unified, shares
         self.slots = [_Slot(number) for number in range(slots)]
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: deque[TokenSequence] = deque()
         self.active: list[_Slot] = []
         self.steps = self.fed_tokens = self.shared_tokens = self.preempted = 0
         self._lock = RLock()
         self._seen: tuple[int | None, int] = (None, 0)
         self._build_batch(api.llama_n_batch(context))
 
-    def run(self, sequences: Iterable[Sequence]) -> Iterator[Sequence]:
-        """Yield each sequence when it is finished. Sequences of the newest run go first."""
+    def run(self, sequences: Iterable[TokenSequence]) -> Iterator[TokenSequence]:
+        """Yield each sequence as it finishes. Sequences of the newest run go first."""
         sequences, done = list(sequences), deque()
         for sequence in sequences:
             sequence.done = done
@@ -65,14 +68,10 @@ class Scheduler:
                             self._step()
                 yield done.popleft()
         finally:
-            with self._lock:
-                self._abandon(done)
-
-    def _abandon(self, done: deque) -> None:
-        """Forget the unfinished sequences of a run whose reader went away."""
-        self.waiting = deque(sequence for sequence in self.waiting if sequence.done is not done)
-        for slot in [slot for slot in self.active if slot.sequence.done is done]:
-            self._release(slot)
+            with self._lock:  # drop what is unfinished if the caller stopped early
+                self.waiting = deque(sequence for sequence in self.waiting if sequence.done is not done)
+                for slot in [slot for slot in self.active if slot.sequence.done is done]:
+                    self._release(slot)
 
     def _step(self) -> None:
         self._admit()
@@ -92,7 +91,7 @@ class Scheduler:
         self._read(spans)
 
     def _read(self, spans: list) -> None:
-        """Give the logits of the last batch to their sequences, and free the slots of those that are finished."""
+        """Pass the logits of the last batch to their sequences, and free the slots of finished ones."""
         total = sum(len(positions) for _, _, positions in spans)
         if total:
             rows = self._logits(total)
@@ -109,7 +108,7 @@ class Scheduler:
                     self._finish(slot)
 
     def _logits(self, count: int) -> np.ndarray:
-        """The logits of the last batch, [count, vocabulary]. llama.cpp mostly keeps them at one place."""
+        """The logits of the last batch, [count, vocabulary]. Their address rarely changes, so the array is cached."""
         pointer = self.api.llama_get_logits(self.context)
         place = ctypes.cast(pointer, ctypes.c_void_p).value
         if (place, count) != self._seen:
@@ -124,25 +123,23 @@ class Scheduler:
         free = [slot for slot in self.slots if slot.sequence is None]
         while self.waiting and free:
             sequence = self.waiting[0]
-            source, common, ready = self._longest_beginning(sequence)
+            source, common, ready = self._longest_prefix(sequence)
             if common - ready >= WORTH_SHARING:
-                return  # the same beginning is being computed just now: a batch later it is a copy
-            if self.unified and self.active and self._planned() + len(sequence.ids) - ready + 32 > self.cells:
+                return  # the prefix is being computed now: after this batch it can be copied
+            needed = len(sequence.ids) - ready + 32  # cells, with room to decode
+            needed += sum(len(s.sequence.ids) - s.sequence.shared + 32 for s in self.active)
+            if self.unified and self.active and needed > self.cells:
                 return
             self.waiting.popleft()
             slot = source if source in free else min(free, key=lambda s: (len(s.kept) > 0, s.freed_at))
             free.remove(slot)
-            self._copy_beginning(source, slot, ready)
+            self._copy_prefix(source, slot, ready)
             slot.sequence, sequence.fed, sequence.shared = sequence, ready, ready
             self.shared_tokens += ready
             self.active.append(slot)
 
-    def _planned(self) -> int:
-        """Cells that the active sequences fill, with room to go on."""
-        return sum(len(slot.sequence.ids) - slot.sequence.shared + 32 for slot in self.active)
-
-    def _longest_beginning(self, sequence: Sequence) -> tuple[_Slot | None, int, int]:
-        """The slot that begins most like the sequence; tokens in common; how many of these are in its cache."""
+    def _longest_prefix(self, sequence: TokenSequence) -> tuple[_Slot | None, int, int]:
+        """The slot that shares the longest prefix with the sequence; its length; how much of it is in the cache."""
         source, common, ready = None, 0, 0
         if not self.shares:
             return source, common, ready
@@ -159,11 +156,11 @@ class Scheduler:
                 source, common, ready = slot, length, min(cached, length)
         return source, common, ready if ready >= WORTH_SHARING else 0
 
-    def _copy_beginning(self, source: _Slot | None, slot: _Slot, count: int) -> None:
-        """Make the cache of `slot` the first `count` tokens of `source`."""
+    def _copy_prefix(self, source: _Slot | None, slot: _Slot, count: int) -> None:
+        """Set the cache of `slot` to the first `count` tokens of `source`."""
         if not count or source is not slot:
             self.api.llama_memory_seq_rm(self.memory, slot.number, -1, -1)
-        if count and source is not slot:  # caches of one slot each can only be copied whole
+        if count and source is not slot:  # separate caches can only be copied whole
             end = count if self.unified else -1
             self.api.llama_memory_seq_cp(
                 self.memory, source.number, slot.number, 0 if self.unified else -1, end
@@ -187,7 +184,7 @@ class Scheduler:
         slot.kept = slot.kept[:0]
 
     def _make_room(self) -> None:
-        """The unified cache is full: drop what idle slots keep, else put the youngest sequence back into the queue."""
+        """The unified cache is full: clear the idle slots, or else put the newest sequence back into the queue."""
         idle = [slot for slot in self.slots if slot.sequence is None and len(slot.kept)]
         for slot in idle:
             self._forget(slot)
@@ -196,10 +193,8 @@ class Scheduler:
         slot = self.active[-1]
         sequence = slot.sequence
         if len(self.active) == 1:
-            sequence.finish, sequence.error = (
-                "error",
-                f"the cache of {self.cells} tokens is too small for this request",
-            )
+            sequence.finish = "error"
+            sequence.error = f"the cache of {self.cells} tokens is too small for this request"
             self._finish(slot)
         else:
             self._release(slot)
@@ -209,7 +204,7 @@ class Scheduler:
         self._forget(slot)
 
     def clear(self) -> None:
-        """Empty the cache; every sequence under way ends with an error."""
+        """Clear the cache; every active sequence ends with an error."""
         self.api.llama_memory_clear(self.memory, True)
         for slot in list(self.active):
             slot.sequence.finish, slot.sequence.error = "error", "llama.cpp could not compute the batch"
@@ -220,7 +215,7 @@ class Scheduler:
     # -- the batch
 
     def _build_batch(self, size: int) -> None:
-        """A llama_batch over numpy arrays, so that filling it costs slices and not a call for each token."""
+        """Build a llama_batch over numpy arrays, so that filling it takes slices instead of a call per token."""
         self.size = size
         self.tokens, self.positions, self.owners = (np.zeros(size, np.int32) for _ in range(3))
         self.outputs, counts = np.zeros(size, np.int8), np.ones(size, np.int32)
@@ -237,9 +232,9 @@ class Scheduler:
             setattr(self.batch, name, ctypes.cast(array.ctypes.data, kind))
 
     def _fill(self) -> list[tuple[_Slot, int, list[int]]]:
-        """Fill the batch: sequences that decode first, then prompts. Returns (slot, fed up to, positions read).
+        """Fill the batch: decoding sequences first, then prompts. Returns (slot, fed up to, positions read).
 
-        In order of slots: llama.cpp computes neighbours together, and others one after the other.
+        In order of slots: llama.cpp computes consecutive slots together, others one at a time.
         """
         count, spans = 0, []
         for slot in sorted(self.active, key=lambda s: (len(s.sequence.ids) - s.sequence.fed > 1, s.number)):

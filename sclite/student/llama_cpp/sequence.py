@@ -1,4 +1,4 @@
-"""One sequence on its way through the model: what is read, how tokens are chosen, when it ends."""
+"""One sequence of tokens: which logits are read, how tokens are sampled, when it ends."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -9,12 +9,12 @@ from sclite.student.base import Request
 
 
 @dataclass(eq=False)
-class Sequence:
-    """Ids that go through the model once, and what is read on the way.
+class TokenSequence:
+    """Ids that go through the model once, and the log-probabilities read along the way.
 
-    `reads` maps a position to the tokens whose log-probabilities after it are wanted, None for those of all tokens; they
-    come to `read`, float64 arrays in order of position. With a `request` the sequence also goes on: tokens are chosen and
-    appended to `ids` until an end token, a stop string or `limit` new tokens.
+    `reads` maps a position to the tokens whose log-probabilities after it are wanted (None: all tokens); results are
+    collected in `read`, float64 arrays in order of position. With a `request` the sequence is continued instead: sampled
+    tokens are appended to `ids` until an end token, a stop string or `limit` new tokens.
     """
 
     ids: list[int]
@@ -43,7 +43,7 @@ class Sequence:
 
     @property
     def generated(self) -> int:
-        """Tokens chosen so far."""
+        """Number of tokens generated so far."""
         return len(self.ids) - len(self.prompt)
 
     def wanted(self, start: int, stop: int) -> list[int]:
@@ -53,10 +53,10 @@ class Sequence:
         return [position for position in self.reads if start <= position < stop]
 
     def take(self, positions: list[int], rows: np.ndarray, best: np.ndarray, vocabulary) -> None:
-        """Use the logits `rows` (one for each position) and their argmax `best`; sets `finish` when this was all."""
+        """Process the logits `rows` (one per position) and their argmax `best`; sets `finish` at the end."""
         if self.request is not None:
             greedy = self.request.temperature <= 0
-            self._append(int(best[0]) if greedy else sample(rows[0], self.request, self._random), vocabulary)
+            self.append(int(best[0]) if greedy else sample(rows[0], self.request, self._random), vocabulary)
             return
         for position, row in zip(positions, rows, strict=True):
             row = row.astype(np.float64)
@@ -67,7 +67,8 @@ class Sequence:
         if len(self.read) == len(self.reads):
             self.finish = "stop"
 
-    def _append(self, token: int, vocabulary) -> None:
+    def append(self, token: int, vocabulary) -> None:
+        """Add a generated token; sets `finish` at an end token, a stop string or the limit."""
         self.ids.append(token)
         if token in vocabulary.ends:
             self.finish = "stop"
@@ -92,7 +93,7 @@ def sample(logits: np.ndarray, request: Request, random: np.random.Generator) ->
     if request.top_p >= 1:
         mass = np.cumsum(weights)
         return min(int(np.searchsorted(mass, random.random() * mass[-1], side="right")), len(mass) - 1)
-    if total <= 1 / request.top_p:  # the most probable token, whose weight is 1, has the mass by itself
+    if total <= 1 / request.top_p:  # the most probable token, whose weight is 1, suffices
         random.random()
         return int(scaled.argmax())
     for floor in (1e-4, 0.0):  # sorting a few candidates is a hundred times cheaper than sorting a vocabulary

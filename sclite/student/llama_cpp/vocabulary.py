@@ -1,6 +1,7 @@
 """The tokens of a GGUF, as llama.cpp reads them."""
 
 import ctypes
+from collections.abc import Callable
 
 
 class Vocabulary:
@@ -13,7 +14,7 @@ class Vocabulary:
         self._pieces: dict[int, bytes] = {}
 
     def ids(self, text: str, special: bool = False) -> list[int]:
-        """Token ids of the text by itself, no BOS. `special`: control tokens in the text count as such."""
+        """Token ids of the text on its own, without BOS. `special`: parse control tokens in the text."""
         data = text.encode("utf-8")
         room = len(data) + 8
         found = (self._api.llama_token * room)()
@@ -24,7 +25,7 @@ class Vocabulary:
         return found[:count]
 
     def piece(self, token: int) -> bytes:
-        """The bytes of a token (part of a character, perhaps); none for control tokens."""
+        """The bytes of a token (possibly part of a character); empty for control tokens."""
         if token not in self._pieces:
             room = ctypes.create_string_buffer(512)
             count = self._api.llama_token_to_piece(self._of, token, room, len(room), 0, False)
@@ -33,14 +34,11 @@ class Vocabulary:
 
     def name(self, token: int) -> str:
         """How a token is written in a chat template."""
-        return (
-            (self._api.llama_vocab_get_text(self._of, token) or b"").decode("utf-8", "replace")
-            if token >= 0
-            else ""
-        )
+        text = self._api.llama_vocab_get_text(self._of, token) if token >= 0 else b""
+        return (text or b"").decode("utf-8", "replace")
 
-    def special_tokens(self, has) -> dict[str, str]:
-        """bos_token, eos_token for the chat template; `has(key)`: llama.cpp invents ids that a file does not name."""
+    def special_tokens(self, has: Callable[[str], object]) -> dict[str, str]:
+        """bos_token, eos_token for the chat template; `has(key)` checks the file, since llama.cpp invents missing ids."""
         found = {"bos": self._api.llama_vocab_bos, "eos": self._api.llama_vocab_eos}
         return {
             f"{kind}_token": self.name(get(self._of)) if has(f"tokenizer.ggml.{kind}_token_id") else ""

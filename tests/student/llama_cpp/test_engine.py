@@ -68,7 +68,7 @@ def log_probabilities(model, ids):
         return model(torch.tensor([ids])).logits[0].double().log_softmax(-1).numpy()
 
 
-def test_the_ids_of_any_text_are_those_of_transformers_and_sentencepiece(engine, folder, trained):
+def test_ids_match_transformers_and_sentencepiece(engine, folder, trained):
     import sentencepiece
 
     model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
@@ -82,12 +82,12 @@ def test_the_ids_of_any_text_are_those_of_transformers_and_sentencepiece(engine,
         assert b"".join(engine.vocabulary.piece(token) for token in ids).decode() == text
 
 
-def test_control_tokens_in_a_piece_are_plain_text_and_in_a_prompt_they_are_not(engine):
+def test_control_tokens_are_parsed_in_prompts_but_not_in_pieces(engine):
     assert engine.token_ids("<|im_end|>", special=True) == [2]
     assert 2 not in engine.token_ids("<|im_end|>")
 
 
-def test_greedy_replies_are_those_of_transformers(engine, trained):
+def test_greedy_replies_match_transformers(engine, trained):
     import torch
 
     model, tokenizer = trained
@@ -107,7 +107,7 @@ def test_greedy_replies_are_those_of_transformers(engine, trained):
         assert reply.finish == ("stop" if new[-1] == 2 else "length")
 
 
-def test_scores_are_the_log_odds_of_transformers(engine, trained):
+def test_scores_match_transformers(engine, trained):
     model, tokenizer = trained
     requests = [ScoreRequest(chat(q), PIECES, (2, 0), (OPTIONS, OPTIONS)) for q in questions(9)]
     scores = {score.index: score for score in engine.score(requests)}
@@ -120,7 +120,7 @@ def test_scores_are_the_log_odds_of_transformers(engine, trained):
             assert found == pytest.approx(row[first] - row[second], abs=1e-3)
 
 
-def test_options_that_begin_alike_are_scored_whole(engine, trained):
+def test_options_with_the_same_first_token_are_scored_whole(engine, trained):
     model, tokenizer = trained
     options = ("</Step1>", "</Answer>")
     ids = [tokenizer(option, add_special_tokens=False).input_ids for option in options]
@@ -136,8 +136,8 @@ def test_options_that_begin_alike_are_scored_whole(engine, trained):
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["engine", "trainable"])
-def test_decisions_are_scored_whole_where_another_tag_begins_like_one_of_them(engine, trained, own):
-    """`<Cause>` and `<Key>` share their first token in this vocabulary; against one forward pass for each option."""
+def test_decisions_are_scored_whole_if_another_tag_shares_a_first_token(engine, trained, own):
+    """`<Cause>` and `<Key>` share their first token in this vocabulary; compared with one forward pass per option."""
     model, tokenizer = trained
     student = HFModel(model, tokenizer, 4) if own else engine
     request = score_request(
@@ -157,28 +157,28 @@ def test_decisions_are_scored_whole_where_another_tag_begins_like_one_of_them(en
     assert len(score.log_odds) == 3
 
 
-def test_log_probabilities_of_every_position_are_those_of_transformers(engine, trained):
+def test_log_probabilities_match_transformers(engine, trained):
     ids = ids_of(trained[1], chat("3 + 4?"), PIECES)
     assert np.abs(engine.log_probabilities(ids) - log_probabilities(trained[0], ids)).max() < 1e-3
 
 
-def test_the_fast_cache_stays_within_a_hundredth_of_a_nat_on_average(gguf, trained):
+def test_fast_cache_is_accurate_to_a_hundredth_of_a_nat(gguf, trained):
     ids = ids_of(trained[1], chat("3 + 4?"), PIECES)
     with Engine(gguf, parallel=2, context=512) as engine:
         assert np.abs(engine.log_probabilities(ids) - log_probabilities(trained[0], ids)).mean() < 1e-2
 
 
-def test_a_finished_sequence_gives_its_slot_to_the_next(gguf):
+def test_finished_sequence_frees_its_slot(gguf):
     with Engine(gguf, parallel=2, context=512) as engine:
         lengths = [40, 4, 4, 4, 4, 4, 4, 4, 4]
         requests = [Request(chat(q), max_tokens=n) for q, n in zip(questions(9), lengths, strict=True)]
         order = [reply.index for reply in engine.generate(requests)]
         assert order == [1, 2, 3, 4, 5, 6, 7, 8, 0]
-        assert engine.scheduler.steps < 50  # the long one sets the pace: 40, and not 4 * 8 more
+        assert engine.scheduler.steps < 50  # the long one dominates: 40 steps, not 4 * 8 more
 
 
-def test_sequences_that_decode_together_stand_in_order_of_their_slots(gguf, monkeypatch):
-    """llama.cpp computes sequences with caches of their own in one go only where their numbers follow each other."""
+def test_decoding_sequences_are_in_slot_order(gguf, monkeypatch):
+    """llama.cpp computes sequences with separate caches together only if their numbers are consecutive."""
     lengths = [9, 3, 12, 5, 7, 4, 11, 6, 8, 3, 10, 5]
     requests = [Request(chat(q), max_tokens=n) for q, n in zip(questions(12), lengths, strict=True)]
     with Engine(gguf, parallel=4, context=512) as engine:
@@ -199,7 +199,7 @@ def test_sequences_that_decode_together_stand_in_order_of_their_slots(gguf, monk
 
 
 @pytest.mark.parametrize("unified", [False, True])
-def test_a_common_beginning_is_computed_once_and_changes_no_reply(gguf, unified):
+def test_common_prefix_is_computed_once_and_changes_no_reply(gguf, unified):
     requests = [Request(chat(q, system="Solve in steps. " * 12), max_tokens=16) for q in questions(8)]
     requests += requests[:3]
     with Engine(gguf, parallel=4, context=512, unified=unified, exact=True) as engine:
@@ -214,7 +214,7 @@ def test_a_common_beginning_is_computed_once_and_changes_no_reply(gguf, unified)
         assert shared[index] == reply.text
 
 
-def test_an_end_token_ends_the_reply_and_is_counted_but_not_written(gguf):
+def test_end_token_is_counted_but_not_in_the_text(gguf):
     wild = [Request(chat("1 + 1?"), max_tokens=700, temperature=50.0, seed=seed) for seed in range(8)]
     with Engine(gguf, parallel=8, context=1024) as engine:
         ended = [reply for reply in engine.generate(wild) if reply.finish == "stop"]
@@ -224,7 +224,7 @@ def test_an_end_token_ends_the_reply_and_is_counted_but_not_written(gguf):
             assert "<|im_end|>" not in reply.text
 
 
-def test_the_next_round_on_the_same_prefix_starts_from_the_cache(engine):
+def test_next_request_with_the_same_prefix_uses_the_cache(engine):
     (first,) = engine.generate([Request(chat("How many apples?"), max_tokens=30)])
     before = engine.scheduler.shared_tokens
     (second,) = engine.generate([Request(chat("How many apples?"), pieces=PIECES, max_tokens=3)])
@@ -232,7 +232,7 @@ def test_the_next_round_on_the_same_prefix_starts_from_the_cache(engine):
     assert second.prompt_tokens > first.prompt_tokens
 
 
-def test_a_stop_string_ends_the_reply_which_includes_it(engine):
+def test_reply_includes_the_stop_string(engine):
     (whole,) = engine.generate([Request(chat("1 + 1?"), max_tokens=30)])
     stop = whole.text[9:13]
     (reply,) = engine.generate([Request(chat("1 + 1?"), max_tokens=30, stop=("never", stop))])
@@ -240,8 +240,8 @@ def test_a_stop_string_ends_the_reply_which_includes_it(engine):
     assert (reply.finish, whole.finish) == ("stop", "length")
 
 
-def test_characters_of_several_tokens_come_whole():
-    from sclite.student.llama_cpp.sequence import Sequence
+def test_multi_token_characters_are_decoded_whole():
+    from sclite.student.llama_cpp.sequence import TokenSequence
 
     class Bytes:
         ends = frozenset()
@@ -249,14 +249,14 @@ def test_characters_of_several_tokens_come_whole():
         def piece(self, token):
             return bytes([token])
 
-    sequence = Sequence([1], request=Request((), stop=("😀",)), limit=99)
+    sequence = TokenSequence([1], request=Request((), stop=("😀",)), limit=99)
     for token in "é漢😀x".encode()[:-1]:
-        sequence._append(token, Bytes())
+        sequence.append(token, Bytes())
     assert sequence.text.decode() == "é漢😀"
     assert sequence.finish == "stop"
 
 
-def test_sampling_depends_on_the_seed_and_not_on_the_company(gguf):
+def test_sampling_depends_on_the_seed_not_on_the_batch(gguf):
     def sampled(seed):
         return Request(chat("5 + 6?"), max_tokens=12, temperature=0.9, top_p=0.95, seed=seed)
 
@@ -266,13 +266,13 @@ def test_sampling_depends_on_the_seed_and_not_on_the_company(gguf):
         }
     with Engine(gguf, parallel=1, context=512) as engine:
         alone = {seed: next(engine.generate([sampled(seed)])).text for seed in range(8)}
-    # numbers round otherwise in company, so that a draw at the edge of two tokens may fall to the other side
+    # rounding differs between batches, so a draw at the boundary of two tokens may flip
     assert sum(alone[seed] == together[seed] for seed in range(8)) >= 6
     assert len(set(together.values())) > 4
 
 
 @pytest.mark.parametrize("top_p", [0.3, 0.9, 1.0])
-def test_samples_follow_the_probabilities_of_the_nucleus(top_p):
+def test_samples_follow_top_p_probabilities(top_p):
     from sclite.student.llama_cpp.sequence import sample
 
     logits = np.log(np.array([0.05, 0.5, 0.15, 0.3], dtype=np.float32))
@@ -283,7 +283,7 @@ def test_samples_follow_the_probabilities_of_the_nucleus(top_p):
     assert np.abs(found - wanted).max() < 0.03
 
 
-def test_a_token_that_has_the_mass_by_itself_is_chosen_and_takes_one_draw():
+def test_dominant_token_is_chosen_with_one_draw():
     from sclite.student.llama_cpp.sequence import sample
 
     request, draw, other = Request((), temperature=0.5, top_p=0.9), *map(np.random.default_rng, (7, 7))
@@ -294,16 +294,16 @@ def test_a_token_that_has_the_mass_by_itself_is_chosen_and_takes_one_draw():
     assert sample(open_, request, draw) == sample(open_, request, other)
 
 
-def test_a_flat_nucleus_wider_than_the_candidates_is_kept_whole():
+def test_wide_flat_nucleus_is_kept_whole():
     from sclite.student.llama_cpp.sequence import sample
 
     logits = np.zeros(5000, dtype=np.float32)
-    logits[0] = 12.0  # the others lie under a ten-thousandth of it, and hold 3 % of the mass
+    logits[0] = 12.0  # each of the others is below 1e-4 of it; together they hold 3 % of the mass
     request, draw = Request((), temperature=1.0, top_p=0.999), np.random.default_rng(0)
     assert len({sample(logits, request, draw) for _ in range(2000)}) > 20
 
 
-def test_a_prompt_that_does_not_fit_is_an_error_and_the_others_go_on(engine):
+def test_oversized_prompt_is_an_error_and_affects_no_other(engine):
     requests = [Request(chat("word " * 2000), max_tokens=5), Request(chat("1 + 1?"), max_tokens=5)]
     replies = {reply.index: reply for reply in engine.generate(requests)}
     assert replies[0].finish == "error"
@@ -313,14 +313,14 @@ def test_a_prompt_that_does_not_fit_is_an_error_and_the_others_go_on(engine):
     assert np.isnan(score.log_odds[0])
 
 
-def test_a_reply_that_reaches_the_end_of_the_context_is_cut(gguf):
+def test_reply_is_truncated_at_the_end_of_the_context(gguf):
     with Engine(gguf, parallel=2, context=256) as engine:
         (reply,) = engine.generate([Request(chat("1 + 1?"), max_tokens=100_000)])
     assert reply.finish == "length"
     assert reply.prompt_tokens + reply.tokens == 256
 
 
-def test_a_full_cache_makes_sequences_wait_and_changes_no_reply(gguf):
+def test_full_cache_makes_sequences_wait_and_changes_no_reply(gguf):
     requests = [Request(chat(q), max_tokens=120) for q in questions(8)]
     with Engine(gguf, parallel=8, context=256, unified=True, cache_gb=0.0011, exact=True) as small:
         assert small.cells == 256
@@ -331,7 +331,7 @@ def test_a_full_cache_makes_sequences_wait_and_changes_no_reply(gguf):
     assert few == many
 
 
-def test_scores_may_be_asked_for_while_replies_are_still_coming(engine):
+def test_scoring_works_during_generation(engine):
     requests = [Request(chat(q), max_tokens=8 + i) for i, q in enumerate(questions(8))]
     seen = []
     for reply in engine.generate(requests):
@@ -340,7 +340,7 @@ def test_scores_may_be_asked_for_while_replies_are_still_coming(engine):
     assert sorted(index for index, _ in seen) == list(range(8))
 
 
-def test_threads_share_the_batches_of_one_engine(engine):
+def test_threads_share_one_engine(engine):
     alone = [next(engine.generate([Request(chat(q), max_tokens=10)])).text for q in questions(6)]
     found = {}
 
@@ -355,7 +355,7 @@ def test_threads_share_the_batches_of_one_engine(engine):
     assert [found[index] for index in range(6)] == alone
 
 
-def test_an_abandoned_run_leaves_its_slots_to_others(engine):
+def test_abandoned_run_frees_its_slots(engine):
     requests = [Request(chat(q), max_tokens=30) for q in questions(9)]
     run = engine.generate(requests)
     next(run)
@@ -365,7 +365,7 @@ def test_an_abandoned_run_leaves_its_slots_to_others(engine):
     assert len(list(engine.generate(requests))) == 9
 
 
-def test_what_is_no_gguf_is_refused_with_a_remedy(tmp_path, gguf):
+def test_invalid_gguf_is_rejected_with_a_hint(tmp_path, gguf):
     with pytest.raises(DataError, match="does not exist"):
         Engine(tmp_path / "absent.gguf")
     broken = tmp_path / "broken.gguf"
@@ -379,7 +379,7 @@ def test_what_is_no_gguf_is_refused_with_a_remedy(tmp_path, gguf):
         Engine(gguf, parallel=1, context=256, lora=broken)
 
 
-def test_llama_cpp_is_silent_when_it_loads(gguf, capfd):
+def test_llama_cpp_loads_silently(gguf, capfd):
     with Engine(gguf, parallel=2, context=256) as engine:
         assert engine.vocabulary_size == 512
         assert engine.offloaded is False or engine.offloaded is True
@@ -389,7 +389,7 @@ def test_llama_cpp_is_silent_when_it_loads(gguf, capfd):
     assert captured.err == captured.out == ""
 
 
-def test_a_template_without_a_system_role_gets_the_text_in_the_user_turn():
+def test_dropped_system_message_is_merged_into_the_user_turn():
     refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     drops = "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% endif %}{% endfor %}"
     for template in (refuses + drops, drops):
@@ -397,7 +397,7 @@ def test_a_template_without_a_system_role_gets_the_text_in_the_user_turn():
     assert merge_system(chat("2 + 2?")) == ({"role": "user", "content": "Solve in steps.\n\n2 + 2?"},)
 
 
-def test_a_template_renders_as_in_transformers(trained):
+def test_template_renders_as_in_transformers(trained):
     template = (
         "{{ bos_token }}{% for m in messages %}\n  {% if m.role == 'user' %}\n{{ m.content | trim }}\n{% elif m.role == "
         "'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}\n{% endif %}{% endfor %}"
@@ -411,6 +411,6 @@ def test_a_template_renders_as_in_transformers(trained):
     assert render_chat(template, tuple(messages), eos_token="<|im_end|>") == wanted
 
 
-def test_a_template_that_cannot_render_is_a_fault_of_the_data():
+def test_template_that_cannot_render_is_a_data_error():
     with pytest.raises(DataError, match="no roles"):
         render_chat("{{ raise_exception('no roles') }}", chat("x"))
