@@ -304,7 +304,7 @@ def _report_correction_cost(context: Context) -> None:
 def train_stage(context: Context, name: str, fresh: bool = False) -> Report:
     """Run a training stage ("sft", "warmup" or "dpo"), with half the micro-batch size each time memory runs out."""
     from sclite.student.cuda_memory import free_memory
-    from sclite.train.memory import what_fits
+    from sclite.train.memory import suggest_setting
 
     config, report, kept = context.config, None, unseen(context)
     with context.display.stage(name, TRAINING[name][2]) as progress:
@@ -313,7 +313,7 @@ def train_stage(context: Context, name: str, fresh: bool = False) -> Report:
                 report = context.isolate(run_training, config, name, kept, fresh, progress=progress)
             except GpuMemoryError as error:
                 if error.micro_batch == 1:
-                    fits = what_fits(config, name)
+                    fits = suggest_setting(config, name)
                     hint = f"{error.hint}{f'. By the memory estimate {fits}' if fits else ''}"
                     raise DeviceError(error.message, hint) from error
                 config = halved(config, error)
@@ -348,10 +348,10 @@ def _training_line(name: str, report: Report) -> str:
 
 def halved(config: Config, error: GpuMemoryError) -> Config:
     """The configuration with about half the micro-batch size for a stage; the accumulation follows."""
-    from sclite.train.memory import divisor
+    from sclite.train.memory import largest_divisor
 
     settings = config.stage(error.stage)
-    size = divisor(settings.batch_size, error.micro_batch // 2)
+    size = largest_divisor(settings.batch_size, error.micro_batch // 2)
     smaller = settings.model_copy(update={"per_device_train_batch_size": size})
     return config.model_copy(update={error.stage: smaller})
 
@@ -362,7 +362,7 @@ def plan_training(context: Context) -> dict[str, Any]:
     from sclite.doctor import describe_gpu
     from sclite.inspect import plan
     from sclite.student.loader import load_tokenizer, model_name
-    from sclite.train.memory import micro_batch
+    from sclite.train.memory import choose_micro_batch
 
     config = context.config
     found = list(context.run.rows("problems.jsonl", Problem))
@@ -376,7 +376,7 @@ def plan_training(context: Context) -> dict[str, Any]:
         gpu=describe_gpu(),
         tokenizer=tokenizer,
         unseen=frozenset(p.id for p in split_problems(config, found)[1]) if found else None,
-        micro_batches={stage: micro_batch(config, stage) for stage in plan.STAGES},
+        micro_batches={stage: choose_micro_batch(config, stage) for stage in plan.STAGES},
     )
 
 

@@ -1,22 +1,27 @@
 """GPU memory of one training step: an estimate from the model's architecture and the settings, and the settings that fit.
 
-Weights, LoRA and optimizer states are exact. Activations follow what the code keeps: with gradient checkpointing the input
-of every layer plus one whole layer at a time, and logits only where tokens carry loss (student/hf_model.py). The peak is
+Weights, LoRA and optimizer states are exact. Activations follow the code: with gradient checkpointing it keeps the input
+of every layer plus one whole layer at a time, and logits only where tokens carry loss (student/log_probs.py). The peak is
 the larger of two moments: the backward pass through the head, and the one through the last layer. On an H100 and an H200
 the estimate was within 6 % of PyTorch's peak at thirteen settings: 7B and 8B models, SFT and DPO, one to four rows of
 2,048 and 4,096 tokens, one row of 76,032 and of 55,232, with Unsloth (-6 to +1 %) and without (-2 to +6 %).
 """
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sclite.config import Config, Student
 from sclite.errors import DataError, NetworkError
 from sclite.student.adapters import lora_targets, meta_model
 from sclite.student.loader import model_name, read_config, select_backend
 from sclite.student.log_probs import head_chunk_size
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 Forward = tuple[int, int]
 """(tokens, tokens with loss) of one forward pass."""
@@ -79,8 +84,8 @@ COPIES = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes of a model, counted on a copy without weights. `linears` counts (out, in) shapes of linear layers but the
-    head, `adapted` those with LoRA."""
+    """Sizes of a model, counted on the meta device. `linears` counts the (out, in) shapes of all linear layers but the
+    head, `adapted` those of the layers with LoRA."""
 
     hidden: int
     query: int
@@ -107,10 +112,10 @@ class Architecture:
         return [size for out, into in shapes for size in (rank * into, out * rank)]
 
 
-def architecture(config: Any, targets: Sequence[str] = ()) -> Architecture:
+def architecture(config: PretrainedConfig, targets: Sequence[str] = ()) -> Architecture:
     """The sizes of the model that a transformers configuration describes; LoRA on `targets` (default: all linear layers).
 
-    Raises DataFault for a mixture of experts.
+    Raises DataError for a mixture of experts.
     """
     from torch.nn import Linear
     from transformers.pytorch_utils import Conv1D
@@ -147,7 +152,7 @@ def architecture(config: Any, targets: Sequence[str] = ()) -> Architecture:
     )
 
 
-def _why_rough(config: Any, text: Any) -> str:
+def _why_rough(config: PretrainedConfig, text: PretrainedConfig) -> str:
     if "linear_attention" in (getattr(text, "layer_types", None) or ()):
         return "the working set of linear attention is a guess"
     if text.model_type not in KNOWN:
@@ -160,7 +165,7 @@ def _why_rough(config: Any, text: Any) -> str:
 def read_architecture(student: Student, targets: Sequence[str] = ()) -> Architecture:
     """The sizes of the configured student. Of a model on the Hub only config.json is downloaded.
 
-    Raises UsageFault if no student is configured, DataFault if its configuration cannot be read or estimated, NetworkFault
+    Raises UsageError if no student is configured, DataError if its configuration cannot be read or estimated, NetworkError
     if the Hub cannot be reached.
     """
     return architecture(read_config(model_name(student)), targets)
@@ -173,7 +178,7 @@ def read_architecture(student: Student, targets: Sequence[str] = ()) -> Architec
 class Setting:
     """One training stage: "sft", "warmup" or "dpo". `micro_batch` counts rows of a forward pass (DPO: bundles).
 
-    A `loss_share` of None is the stage's usual one. With `replay` a DPO step has a solved row beside each bundle.
+    A `loss_share` of None means LOSS_SHARE. With `replay` a DPO step has a solved row for each bundle.
     """
 
     stage: str
@@ -262,7 +267,7 @@ def peak(
     """({"activations", "logits", "layer"} in bytes at the peak of a step, bytes of host RAM).
 
     The passes run backward in reverse order; each frees what it kept while those before it still wait. Unsloth moves the
-    layers' inputs to host RAM and brings them back through two buffers that serve all passes of a step
+    layers' inputs to host RAM and reloads them through two buffers that all passes of a step share
     (unsloth_zoo.gradient_checkpointing); the last layer's input stays on the GPU.
     """
     offloads = backend == "unsloth"
@@ -289,7 +294,7 @@ def peak(
 
 
 def estimate(model: Architecture, setting: Setting) -> Estimate:
-    """The memory of one step of a stage on a GPU."""
+    """The GPU memory of one step of a stage."""
     tensors = model.lora_tensors(setting.rank)
     changing, host = peak(model, setting.forwards(), setting.four_bit, setting.backend)
     largest = 2 * setting.micro_batch * setting.length * model.intermediate
@@ -319,15 +324,16 @@ def estimate_on_cpu(model: Architecture, setting: Setting) -> Estimate:
 
 SHORTEST, STEP = 256, 64
 """Tokens: shorter rows are not worth training; lengths are reported in multiples of STEP."""
-ON_CPU = 4
-"""Micro-batch without a GPU, unless configured."""
+CPU_MICRO_BATCH = 4
+"""Micro-batch size without a GPU, unless configured."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The setting for the free memory. `fits` None: free memory is unknown, the wanted setting stands.
+    """The setting for the free memory.
 
-    `fits` False: `setting` is the largest one that would fit, None if none does.
+    `fits` is None if free memory is unknown; `setting` is then the wanted one. If `fits` is False, `setting` is the largest
+    one that would fit, None if none does.
     """
 
     fits: bool | None
@@ -336,7 +342,7 @@ class Choice:
 
 
 def wanted_setting(config: Config, stage: str, backend: str = "unsloth") -> Setting:
-    """A stage's setting as configured; the whole batch in one forward pass unless a micro-batch is set."""
+    """A stage's setting as configured: the micro-batch size if it is set, else the whole batch in one forward pass."""
     settings = config.stage(stage)
     return Setting(
         stage=stage,
@@ -349,8 +355,8 @@ def wanted_setting(config: Config, stage: str, backend: str = "unsloth") -> Sett
     )
 
 
-def divisor(batch: int, most: int) -> int:
-    """The largest divisor of a batch that is at most `most`."""
+def largest_divisor(batch: int, most: int) -> int:
+    """The largest divisor of a batch size that is at most `most`."""
     return next(size for size in range(min(batch, most), 0, -1) if batch % size == 0)
 
 
@@ -372,11 +378,12 @@ def largest_length(model: Architecture, setting: Setting, free: int) -> int | No
 def choose(model: Architecture, wanted: Setting, batch: int, free: int | None) -> Choice:
     """The largest micro-batch, up to the wanted one, that fits into `free` bytes and divides the batch.
 
-    If one row does not fit: the longest rows that do; if none do, the highest rank at which the shortest would.
+    If one row does not fit, it is one row of the largest length that does; if no length does, the highest rank that does
+    at the shortest length.
     """
     sizes = [size for size in range(wanted.micro_batch, 0, -1) if batch % size == 0]
     if free is None:
-        return Choice(None, replace(wanted, micro_batch=sizes[0]), "no GPU to fit on")
+        return Choice(None, replace(wanted, micro_batch=sizes[0]), "no GPU found")
     for size in sizes:
         if _fits(model, setting := replace(wanted, micro_batch=size), free):
             return Choice(True, setting, "fits")
@@ -401,28 +408,28 @@ def _fits(model: Architecture, setting: Setting, free: int) -> bool:
     return estimate(model, setting).total <= free
 
 
-def micro_batch(config: Config, stage: str) -> int:
-    """Rows of a forward pass in a stage ("sft", "warmup" or "dpo"), a divisor of its batch; call before loading the model.
+def choose_micro_batch(config: Config, stage: str) -> int:
+    """The micro-batch size of a stage ("sft", "warmup" or "dpo"), a divisor of its batch size; call before loading the model.
 
     A student whose memory cannot be estimated, or that should not fit, starts with one row: the GPU decides.
     """
     settings, free = config.stage(stage), free_bytes()
     if settings.per_device_train_batch_size or free is None:
-        return divisor(settings.batch_size, settings.per_device_train_batch_size or ON_CPU)
+        return largest_divisor(settings.batch_size, settings.per_device_train_batch_size or CPU_MICRO_BATCH)
     choice = _choice(config, stage, free)
     return choice.setting.micro_batch if choice and choice.fits and choice.setting else 1
 
 
-def what_fits(config: Config, stage: str) -> str:
-    """In words, the largest setting of a stage that would fit into the memory free now; empty if unknown.
+def suggest_setting(config: Config, stage: str) -> str:
+    """Advice after running out of memory: the largest setting that fits into the memory free now; empty if unknown.
 
-    Called after running out of memory: if the estimate says that the setting fits, half the length is worth a try.
+    If the estimate says that the configured setting fits, it suggests half the length.
     """
     free = free_bytes()
     choice = None if free is None else _choice(config, stage, free)
     if choice is None or not choice.fits:
         return choice.verdict if choice else ""
-    return f"it should have fitted; try max_length {config.stage(stage).max_length // 2}"
+    return f"the estimate says that it fits; try max_length {config.stage(stage).max_length // 2}"
 
 
 def _choice(config: Config, stage: str, free: int) -> Choice | None:
@@ -435,7 +442,7 @@ def _choice(config: Config, stage: str, free: int) -> Choice | None:
 
 
 def free_bytes() -> int | None:
-    """GPU memory that this process may still allocate; None without a GPU."""
+    """GPU memory that this process can still allocate; None without a GPU."""
     import torch
 
     if not torch.cuda.is_available():

@@ -26,7 +26,7 @@ from sclite.student.loader import (
 from sclite.student.origin import record_origin
 from sclite.train.checkpoints import Checkpoints, refuse_other_inputs, sync_folder
 from sclite.train.label_checks import check_tokenizer
-from sclite.train.memory import micro_batch
+from sclite.train.memory import choose_micro_batch
 from sclite.train.metrics_logger import Progress
 from sclite.train.trainer import Lesson, train_adapter
 
@@ -64,18 +64,18 @@ def run_training_stage(
         tokenizer = load_tokenizer(model_name(config.student))
         check_tokenizer(tokenizer)
         build_lesson = prepare(tokenizer)
-        rows_per_pass = micro_batch(config, stage)
+        micro_batch = choose_micro_batch(config, stage)
         adapter = run.path(start_from) if start_from else None
         model, tokenizer = load_student(config, stage, adapter, train=True)
         outcome = train_adapter(
             model,
             tokenizer,
-            build_lesson(model, rows_per_pass),
+            build_lesson(model, micro_batch),
             config.stage(stage),
             checkpoints,
             run.path(f"{stage}/metrics.jsonl"),
             seed=config.seed,
-            micro_batch=rows_per_pass,
+            micro_batch=micro_batch,
             progress=progress,
         )
         save_adapter(model, run, stage)

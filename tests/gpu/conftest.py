@@ -1,4 +1,4 @@
-"""Tests that need a CUDA card, all within 24 GB of its memory (`pytest -m gpu`)."""
+"""Tests that need a CUDA GPU; each fits in 24 GB (`pytest -m gpu`)."""
 
 import importlib.util
 
@@ -11,12 +11,12 @@ CAP_BYTES = 24e9
 
 
 @pytest.fixture(scope="session", autouse=True)
-def card():
-    """Keep the process within 24 GB; skip without a card or without Unsloth."""
+def gpu():
+    """Limit the process to 24 GB; skip without a GPU or Unsloth."""
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
-        pytest.skip("no CUDA card here; on one: pip install -e '.[cuda,test]' && python -m pytest -m gpu")
+        pytest.skip("no CUDA GPU; on one: pip install -e '.[cuda,test]' && python -m pytest -m gpu")
     if importlib.util.find_spec("unsloth") is None:
-        pytest.skip("Unsloth is missing: pip install -e '.[cuda]'")
-    quiet_libraries(Student(model="embedded", backend="unsloth"))  # Unsloth comes before what it patches
+        pytest.skip("Unsloth is not installed: pip install -e '.[cuda]'")
+    quiet_libraries(Student(model="embedded", backend="unsloth"))  # imports Unsloth before what it patches
     torch.cuda.set_per_process_memory_fraction(min(1.0, CAP_BYTES / torch.cuda.mem_get_info()[1]))

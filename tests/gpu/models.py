@@ -1,4 +1,4 @@
-"""Models of real geometry with random weights, already in 4 bits: memory and speed do not depend on the values."""
+"""Models of real size with random 4-bit weights: memory and speed do not depend on the values."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ SHARD_BYTES = 4_000_000_000
 
 
 def random_model(folder: Path, config: Mapping[str, Any], device: str) -> Path:
-    """A folder as a pre-quantised checkpoint has it: NF4 with double quantisation, everything else in bfloat16.
+    """Write a pre-quantized checkpoint: NF4 with double quantization, everything else in bfloat16.
 
     Weights of one shape are the same in every layer, so that a 7B model takes seconds. The tokenizer is the embedded
     student's, whose ids any larger vocabulary holds.
@@ -23,7 +23,7 @@ def random_model(folder: Path, config: Mapping[str, Any], device: str) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     folder.mkdir(parents=True, exist_ok=True)
-    quantisation = BitsAndBytesConfig(
+    quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
@@ -32,7 +32,7 @@ def random_model(folder: Path, config: Mapping[str, Any], device: str) -> Path:
     written = {
         **config,
         "torch_dtype": "bfloat16",
-        "quantization_config": quantisation.to_dict(),
+        "quantization_config": quantization.to_dict(),
         "pad_token_id": 2,
     }
     (folder / "config.json").write_text(json.dumps(written, indent=1))
@@ -62,18 +62,18 @@ def random_model(folder: Path, config: Mapping[str, Any], device: str) -> Path:
 
 
 def _tensors(name: str, shape: Any, device: str, made: dict[Any, dict[str, Any]]) -> dict[str, Any]:
-    """What a checkpoint holds of one parameter, by name."""
+    """The tensors of one parameter in a checkpoint, by name."""
     import torch
     from bitsandbytes.functional import quantize_4bit
 
-    quantised = ".layers." in name and name.endswith("proj.weight")
-    key = (tuple(shape), quantised, name.endswith("norm.weight"))
+    quantized = ".layers." in name and name.endswith("proj.weight")
+    key = (tuple(shape), quantized, name.endswith("norm.weight"))
     if key not in made:
         if name.endswith("norm.weight"):
             value = torch.ones(shape, dtype=torch.bfloat16)
         else:
             value = 0.02 * torch.randn(shape, dtype=torch.bfloat16, device=device)
-        if quantised:
+        if quantized:
             packed, state = quantize_4bit(value, compress_statistics=True, quant_type="nf4")
             made[key] = {"": packed.cpu()} | {f".{k}": v.cpu() for k, v in state.as_dict(packed=True).items()}
         else:

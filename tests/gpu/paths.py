@@ -1,6 +1,6 @@
-"""The same figures through Unsloth and on the plain path, which must not share a process: Unsloth patches transformers.
+"""The same figures with both backends, which cannot share a process: Unsloth patches transformers.
 
-python -m tests.gpu.paths NAME RUN      figures of the plain path, as JSON
+python -m tests.gpu.paths NAME RUN      figures of the plain backend, as JSON
 """
 
 import json
@@ -36,7 +36,7 @@ def config_of(backend: str = "unsloth", four_bit: bool = True, **sft: Any) -> Co
 
 
 def figures(name: str, backend: str, run: Run) -> Any:
-    """What a function of this module finds; the plain path's in a process of its own."""
+    """The result of a function of this module; with the plain backend, from a new process."""
     if backend == "unsloth":
         return FIGURES[name](backend, run)
     command = [sys.executable, "-m", "tests.gpu.paths", name, str(run.folder)]
@@ -47,7 +47,7 @@ def figures(name: str, backend: str, run: Run) -> Any:
 
 
 def hidden_gaps(backend: str, run: Run) -> dict[str, float]:
-    """How far rows end to end, and padded ones out of training, are from padded ones in it; as a share of their size."""
+    """Relative difference of hidden states from padded rows in training: padding-free ones, and padded ones in evaluation."""
     import torch
 
     from sclite.student.log_probs import autocast, hidden_states, pad
@@ -71,7 +71,7 @@ def hidden_gaps(backend: str, run: Run) -> dict[str, float]:
 
 
 def odds(backend: str, run: Run) -> list[float]:
-    """Log-odds of accusing at every step of every attempt, by the DPO student in use."""
+    """Log-odds of accusing at every step of every attempt, by the DPO student."""
     from sclite.student.hf_model import HFModel
 
     config = config_of(backend)
@@ -84,7 +84,7 @@ def odds(backend: str, run: Run) -> list[float]:
 
 
 def attempts(backend: str, run: Run) -> list[str]:
-    """Greedy attempts by the SFT student, 32 at once."""
+    """Greedy attempts by the SFT student, in batches of 32."""
     from sclite.student.hf_model import HFModel
 
     config = config_of(backend)

@@ -1,4 +1,4 @@
-"""Damaged checkpoints, adapters, metrics and reference figures: training resumes from the last whole one and says so."""
+"""Damaged checkpoints, adapters, metrics and references: training resumes from the last intact one, with a warning."""
 
 import json
 
@@ -20,12 +20,12 @@ FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_s
 
 
 class Stopped(Exception):
-    """What a test stops a training with."""
+    """Raised by a test to stop a training."""
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """(config, run) with every stage trained without a break."""
+    """(config, run) with every stage trained without interruption."""
     folder, run = tiny_llama(tmp_path_factory.mktemp("student")), Run(tmp_path_factory.mktemp("run"))
     write_toy(run)
     short = {**LONG, "num_train_epochs": 4}
@@ -40,7 +40,7 @@ def whole(tmp_path_factory):
 
 
 def stopped_at(config, run: Run, train, step: int, monkeypatch) -> Checkpoints:
-    """Train until the checkpoint of a step is whole, and no further."""
+    """Train until the checkpoint of a step is complete, then stop."""
     kept = []
     mark = Checkpoints.mark
 
@@ -75,9 +75,7 @@ def same_weights(run: Run, other: Run, stage: str) -> bool:
 
 @pytest.mark.parametrize("harm", [flip, cut])
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_resumed(
-    whole, tmp_path, monkeypatch, name, harm
-):
+def test_training_resumes_from_the_checkpoint_before_a_damaged_one(whole, tmp_path, monkeypatch, name, harm):
     config, unbroken = whole
     run, said = part_of(unbroken, tmp_path, "sft"), []
     checkpoints = stopped_at(config, run, train_sft, 4, monkeypatch)
@@ -89,7 +87,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_resumed(
     assert same_weights(run, unbroken, "sft")
 
 
-def test_where_every_checkpoint_is_damaged_training_starts_over_and_says_so(whole, tmp_path, monkeypatch):
+def test_if_every_checkpoint_is_damaged_training_starts_over(whole, tmp_path, monkeypatch):
     config, unbroken = whole
     run, said = part_of(unbroken, tmp_path, "sft"), []
     checkpoints = stopped_at(config, run, train_sft, 4, monkeypatch)
@@ -102,7 +100,7 @@ def test_where_every_checkpoint_is_damaged_training_starts_over_and_says_so(whol
 
 
 @pytest.mark.parametrize("harm", ["digit", "cut", "shape"])
-def test_a_damaged_reference_is_computed_again_and_is_the_same(whole, tmp_path, monkeypatch, harm):
+def test_a_damaged_reference_is_recomputed_to_the_same_values(whole, tmp_path, monkeypatch, harm):
     config, unbroken = whole
     run, said = part_of(unbroken, tmp_path, "dpo"), []
     stopped_at(config, run, train_dpo, 3, monkeypatch)
@@ -117,7 +115,7 @@ def test_a_damaged_reference_is_computed_again_and_is_the_same(whole, tmp_path, 
     assert same_weights(run, unbroken, "dpo")
 
 
-def test_a_damaged_line_of_metrics_costs_that_line_alone_and_is_counted(whole, tmp_path, monkeypatch):
+def test_damaged_lines_of_metrics_are_removed_and_counted(whole, tmp_path, monkeypatch):
     config, unbroken = whole
     run, said = part_of(unbroken, tmp_path, "sft"), []
     stopped_at(config, run, train_sft, 4, monkeypatch)
@@ -139,9 +137,7 @@ def test_a_damaged_line_of_metrics_costs_that_line_alone_and_is_counted(whole, t
     ],
 )
 @pytest.mark.parametrize("harm", [flip, cut])
-def test_an_adapter_damaged_after_its_stage_is_refused_and_fresh_trains_it_again(
-    whole, stage, train, name, harm
-):
+def test_a_damaged_adapter_is_refused_and_fresh_retrains_it(whole, stage, train, name, harm):
     config, run = whole
     path = run.path(f"{name}/adapter_model.safetensors")
     before = path.read_bytes()
@@ -156,7 +152,7 @@ def test_an_adapter_damaged_after_its_stage_is_refused_and_fresh_trains_it_again
     assert train(config, run).skipped
 
 
-def test_files_are_forced_to_disk_before_the_mark_that_vouches_for_them(whole, tmp_path, monkeypatch):
+def test_files_are_synced_before_the_mark_that_vouches_for_them(whole, tmp_path, monkeypatch):
     import os
 
     config, unbroken = whole

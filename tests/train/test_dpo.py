@@ -1,4 +1,4 @@
-"""DPO on the real trainer, from an adapter that is not zero: what it starts at, what it compares with, what it keeps."""
+"""DPO with the real trainer, from an adapter that is not zero: first loss, reference, and saved adapter."""
 
 import math
 from dataclasses import replace
@@ -71,7 +71,7 @@ def bundles_of(config, run, tokenizer):
 # -- what it starts from -------------------------------------------------------------------------------------------
 
 
-def test_at_step_zero_the_dpo_term_is_ln_2_and_every_margin_is_zero(preferred):
+def test_dpo_starts_at_ln_2_with_zero_margins(preferred):
     _, run, _ = preferred
     first = metrics(run, "dpo", "dpo")[0]
     assert first["step"] == 1
@@ -81,8 +81,8 @@ def test_at_step_zero_the_dpo_term_is_ln_2_and_every_margin_is_zero(preferred):
     assert first["loss"] > first["dpo_loss"]  # the likelihood terms are in the loss and not in dpo_loss
 
 
-def test_a_reference_that_is_the_base_model_would_be_noticed(preferred):
-    """The check above is worth something: without its adapter the model gives another term than ln 2."""
+def test_with_the_base_model_as_reference_dpo_does_not_start_at_ln_2(preferred):
+    """So the test above proves something."""
     config, run, _ = preferred
     model, tokenizer = load_student(config, "dpo", run.path("warmup/adapter"), train=True)
     bundles = bundles_of(config, run, tokenizer)
@@ -95,7 +95,7 @@ def test_a_reference_that_is_the_base_model_would_be_noticed(preferred):
     assert parts["margin_max"].total.item() > 0.1
 
 
-def test_the_reference_is_that_of_the_adapter_that_dpo_starts_from(preferred):
+def test_the_reference_is_the_adapter_that_dpo_starts_from(preferred):
     config, run, _ = preferred
     model, tokenizer = load_student(config, "dpo", run.path("warmup/adapter"))
     bundles = bundles_of(config, run, tokenizer)
@@ -114,7 +114,7 @@ def assert_same(one, other) -> None:
             assert side == pytest.approx(same, abs=1e-3)
 
 
-def test_no_copy_named_ref_is_left_in_the_saved_adapter(preferred):
+def test_the_saved_adapter_has_no_copy_named_ref(preferred):
     _, run, _ = preferred
     saved = sorted(path.name for path in run.path("dpo/adapter").iterdir())
     assert "adapter_model.safetensors" in saved
@@ -143,14 +143,14 @@ def test_dpo_learns_the_toy_pairs(preferred):
     assert report.counts["pairs"] == len(run.read("pairs.jsonl", Pair))
 
 
-def test_dpo_is_not_trained_again_where_nothing_changed(preferred):
+def test_unchanged_dpo_is_not_trained_again(preferred):
     config, run, report = preferred
     again = train_dpo(config, run)
     assert again.skipped
     assert again.counts == report.counts
 
 
-def test_pairs_that_are_too_long_are_counted_and_when_none_fits_it_is_said(started, tmp_path):
+def test_long_pairs_are_counted_and_dpo_fails_if_none_fits(started, tmp_path):
     config, run = started
     tokenizer = load_tokenizer(config.student.model)
     lengths = sorted(len(b.review.ids) for b in bundles_of(config, run, tokenizer))
@@ -173,7 +173,7 @@ def test_pairs_that_are_too_long_are_counted_and_when_none_fits_it_is_said(start
 @pytest.mark.parametrize(
     ("name", "next_command"), [("pairs", "sclite train"), ("templates", "sclite build-data")]
 )
-def test_without_its_rows_dpo_names_the_next_command(started, tmp_path, name, next_command):
+def test_without_rows_the_hint_names_the_next_command(started, tmp_path, name, next_command):
     config, run = started
     other = Run(tmp_path)
     for kept in {"pairs", "templates"} - {name}:
@@ -183,7 +183,7 @@ def test_without_its_rows_dpo_names_the_next_command(started, tmp_path, name, ne
     assert next_command in error.value.hint
 
 
-def test_replay_rows_are_given_in_the_asked_share(started):
+def test_replay_share_sets_the_number_of_replay_rows(started):
     config, run = started
     tokenizer = load_tokenizer(config.student.model)
     bundles = bundles_of(config, run, tokenizer)
@@ -195,7 +195,7 @@ def test_replay_rows_are_given_in_the_asked_share(started):
 # -- bundles -------------------------------------------------------------------------------------------------------
 
 
-def test_the_first_tokens_of_accusing_and_closing_differ_or_the_student_is_refused(started, monkeypatch):
+def test_a_student_with_the_same_token_for_both_decisions_is_refused(started, monkeypatch):
     config, _ = started
     tokenizer = load_tokenizer(config.student.model)
     accuse, close = decision_ids(tokenizer)
@@ -209,7 +209,7 @@ def test_the_first_tokens_of_accusing_and_closing_differ_or_the_student_is_refus
     assert error.value.hint == "choose another student"
 
 
-def test_marks_stand_on_the_last_token_of_each_steps_text(started):
+def test_marks_are_on_the_last_token_of_each_step(started):
     config, run = started
     tokenizer = load_tokenizer(config.student.model)
     attempts = {f"{a.id}/{a.sample}": a for a in run.read("attempts.jsonl", Attempt)}
@@ -224,7 +224,7 @@ def test_marks_stand_on_the_last_token_of_each_steps_text(started):
         assert len(bundle.review.marks) == judged
 
 
-def test_a_bundles_ids_are_those_of_the_prompt_and_of_each_piece(started):
+def test_bundle_ids_are_the_ids_of_prompt_and_pieces(started):
     config, run = started
     tokenizer = load_tokenizer(config.student.model)
     pairs = [p for p in run.read("pairs.jsonl", Pair) if p.kind == "content"]
@@ -252,8 +252,8 @@ def test_partial_completions_carry_no_end_token(started):
             assert side.ids[-1] != end
 
 
-def test_decision_odds_in_training_are_the_scores_in_use(preferred):
-    """Trained and used on the same token positions: `HFModel.score` and the bundles say the same to 1e-4."""
+def test_decision_odds_in_training_equal_the_scores_in_use(preferred):
+    """Trained and used on the same token positions: `HFModel.score` and the bundles agree to 1e-4."""
     config, run, _ = preferred
     model, tokenizer = load_student(config, "dpo", run.path("dpo/adapter"))
     attempts = {f"{a.id}/{a.sample}": parse(a.trace).trace for a in run.read("attempts.jsonl", Attempt)}
@@ -273,7 +273,7 @@ def test_decision_odds_in_training_are_the_scores_in_use(preferred):
         assert list(used[key][: len(odds)]) == pytest.approx(odds, abs=1e-4)
 
 
-def test_the_log_probability_of_a_side_is_the_sum_over_its_own_tokens(started):
+def test_log_probabilities_are_sums_over_a_sides_own_tokens(started):
     """Against a plain forward pass over the whole vocabulary, one sequence at a time."""
     import torch
 
@@ -300,7 +300,7 @@ def test_padding_changes_no_odds(started):
     assert_same(together, reference_log_probs(model, longer, tokenizer, size=1))
 
 
-def test_rows_end_to_end_give_the_log_probabilities_and_gradients_of_padded_ones(started):
+def test_padding_free_rows_give_the_same_gradients(started):
     config, run = started
     found = []
     for padding_free in (False, True):
@@ -322,14 +322,14 @@ def test_rows_end_to_end_give_the_log_probabilities_and_gradients_of_padded_ones
         assert float((gradient - other).abs().max()) < 1e-3 * max(1.0, float(gradient.abs().max()))
 
 
-def test_padding_carries_neither_attention_nor_weight():
+def test_padding_has_neither_attention_nor_weight():
     batch = pad([Encoded([4, 5, 6], [0.0, 1.0, 1.0]), Encoded([7], [0.0])], 2)
     assert batch.ids.tolist() == [[4, 5, 6], [7, 2, 2]]
     assert batch.mask.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch.weights.tolist() == [[0, 1, 1], [0, 0, 0]]
 
 
-def test_the_work_to_check_is_shown_in_canonical_form(started):
+def test_the_attempt_is_shown_in_canonical_form(started):
     config, run = started
     tokenizer = load_tokenizer(config.student.model)
     bundle = bundles_of(config, run, tokenizer)[0]

@@ -1,4 +1,4 @@
-"""A 4-bit base: small steps move its adapter as far as that of a float32 base, so nothing is rounded to bfloat16."""
+"""A 4-bit base: small steps move its adapter as far as on a float32 base, so nothing is rounded to bfloat16."""
 
 import pytest
 
@@ -19,7 +19,7 @@ STEPS, RATE = 100, 5e-6
 
 
 def moved(folder, path, settings: dict) -> tuple[float, set]:
-    """How far the adapter has gone in all those steps (the Euclidean norm), and the types of its weights."""
+    """The Euclidean distance that the adapter moved in STEPS steps, and the types of its weights other than float32."""
     import torch
     from bitsandbytes.nn import Linear4bit
     from transformers import AutoModelForCausalLM
@@ -57,7 +57,7 @@ def moved(folder, path, settings: dict) -> tuple[float, set]:
     return distance, {p.dtype for p in after.values()} - {torch.float32}
 
 
-def test_in_small_steps_the_adapter_of_a_4_bit_base_goes_as_far_as_that_of_a_float32_one(tmp_path):
+def test_small_steps_move_a_4_bit_student_as_far_as_a_float32_one(tmp_path):
     import torch
 
     folder = tiny_llama(tmp_path / "student")
@@ -85,7 +85,7 @@ LLAMA = {
 
 @pytest.fixture
 def quantised(tmp_path):
-    """A checkpoint as the tests on a card have it: random, of a real geometry, its weights in 4 bits already."""
+    """A random checkpoint with 4-bit weights, made as for the GPU tests."""
     import json
 
     import torch
@@ -99,7 +99,7 @@ def quantised(tmp_path):
     return random_model(tmp_path / "student", {**LLAMA, "vocab_size": vocabulary}, "cpu")
 
 
-def test_a_checkpoint_that_is_in_4_bits_already_loads_and_trains_on_the_plain_path(quantised):
+def test_a_4_bit_checkpoint_trains_with_the_plain_backend(quantised):
     import torch
     from bitsandbytes.nn import Linear4bit
 

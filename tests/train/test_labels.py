@@ -1,4 +1,4 @@
-"""The checks before the first step: made before the student is loaded, which takes a minute on a card."""
+"""The checks before the first step run before the student is loaded, which takes a minute on a GPU."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ from tests.train.test_sft import config_of, write_toy
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A student of which there is a tokenizer and a configuration, and no weights."""
+    """A student with a tokenizer and a configuration but no weights."""
     path = tmp_path_factory.mktemp("student")
     write_tokenizer(path, sample_texts())
     (path / "config.json").write_text('{"model_type": "llama"}')
@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def prepared(tmp_path, folder, monkeypatch):
-    """(config, run) with rows for every stage; loading the student is a mistake."""
+    """(config, run) with rows for every stage; loading the student fails the test."""
 
     def loaded(*_, **__):
         raise AssertionError("the student was loaded")
@@ -44,9 +44,7 @@ STAGES = {"sft": sft.train_sft, "warmup": warmup.train_warmup, "dpo": dpo.train_
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_chat_template_that_leaves_the_question_out_is_told_before_the_student_is_loaded(
-    prepared, folder, stage
-):
+def test_a_chat_template_without_the_question_fails_before_loading(prepared, folder, stage):
     config, run = prepared
     template = folder / "chat_template.jinja"
     template.write_text("{% for message in messages %}<|im_start|>hello<|im_end|>{% endfor %}")
@@ -58,7 +56,7 @@ def test_a_chat_template_that_leaves_the_question_out_is_told_before_the_student
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_rows_that_are_all_too_long_are_told_before_the_student_is_loaded(prepared, stage):
+def test_if_all_rows_are_too_long_training_fails_before_loading(prepared, stage):
     config, run = prepared
     section = stage
     short = getattr(config, section).model_copy(update={"max_length": 64})
@@ -71,7 +69,7 @@ def test_rows_that_are_all_too_long_are_told_before_the_student_is_loaded(prepar
     assert said[-1].endswith(f"raise {section}.max_length")
 
 
-def test_templates_that_are_all_kept_for_stage_2_are_named_as_such(prepared):
+def test_if_all_templates_are_reserved_for_stage_2_sft_fails(prepared):
     config, run = prepared
     ids = frozenset(row.id for row in run.read("templates.jsonl", Template))
     with pytest.raises(DataError, match=f"all {len(ids)} templates belong to problems reserved") as error:
@@ -88,13 +86,13 @@ def bundles(prepared):
     return made, decision_ids(tokenizer)
 
 
-def test_the_pairs_of_a_run_pass_their_check(bundles):
+def test_the_pairs_of_a_run_pass_the_check(bundles):
     made, decisions = bundles
     assert any(bundle.rejected is not None for bundle in made)
     check_bundles(made, decisions)
 
 
-def test_pairs_that_would_teach_nothing_or_something_else_are_refused(bundles):
+def test_invalid_pairs_are_refused(bundles):
     made, decisions = bundles
     whole = next(bundle for bundle in made if bundle.rejected is not None)
     ids, weights = whole.rejected.ids, whole.rejected.weights
@@ -112,7 +110,7 @@ def test_pairs_that_would_teach_nothing_or_something_else_are_refused(bundles):
             check_bundles([bundle], decisions)
 
 
-def test_dpo_checks_its_pairs_before_the_student_is_loaded(prepared):
+def test_dpo_checks_pairs_before_loading(prepared):
     config, run = prepared
     rows = run.read("pairs.jsonl", Pair)
     same = [row.model_copy(update={"rejected": row.chosen}) if row.kind == "content" else row for row in rows]
@@ -121,7 +119,7 @@ def test_dpo_checks_its_pairs_before_the_student_is_loaded(prepared):
         dpo.train_dpo(config, run)
 
 
-def test_open_thoughts_are_closed_and_sft_says_so(prepared, folder):
+def test_a_template_that_opens_thinking_gives_a_warning(prepared, folder):
     config, run = prepared
     said, template = [], folder / "chat_template.jinja"
     template.write_text(CHATML.replace("assistant\n'", "assistant\n<think>\n'"))

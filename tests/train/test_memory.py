@@ -1,4 +1,4 @@
-"""The memory model: its exact parts against torch, peft and bitsandbytes, its moments against what a real step holds."""
+"""The memory estimate: exact parts against torch, PEFT and bitsandbytes, peaks against real steps."""
 
 import weakref
 from dataclasses import replace
@@ -56,7 +56,7 @@ def built(shape: dict, device: str = "meta"):
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("rank", [8, 32])
-def test_lora_factors_are_those_that_peft_adds(name, rank):
+def test_lora_sizes_match_peft(name, rank):
     from peft import LoraConfig, get_peft_model
 
     with torch.device("meta"):
@@ -73,12 +73,12 @@ def test_lora_factors_are_those_that_peft_adds(name, rank):
     ("name", "parameters"),
     [(QWEN, 7_615_616_512), (LLAMA, 8_030_261_248), ("qwen3-8b", 8_190_735_360), ("qwen3-4b", 4_022_468_096)],
 )
-def test_parameters_are_those_that_the_model_cards_state(name, parameters):
+def test_parameter_counts_match_the_model_cards(name, parameters):
     assert recipe_architecture(name).parameters == parameters
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_four_bit_weights_are_those_of_every_linear_layer_but_the_head(name):
+def test_all_linear_layers_but_the_head_are_counted_in_four_bits(name):
     model = built(RECIPES[name])
     linears = {
         f"{key}.weight": module.weight
@@ -94,7 +94,7 @@ def test_four_bit_weights_are_those_of_every_linear_layer_but_the_head(name):
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (96, 48), (320, 128), (33, 65)])
-def test_nf4_takes_the_bytes_that_bitsandbytes_keeps(shape):
+def test_nf4_bytes_match_bitsandbytes(shape):
     from bitsandbytes.functional import quantize_4bit
 
     packed, state = quantize_4bit(torch.randn(shape), quant_type="nf4", compress_statistics=True)
@@ -115,18 +115,18 @@ def small_lora(rank: int):
     return adapted, [p for p in adapted.parameters() if p.requires_grad]
 
 
-def test_adamws_states_are_those_that_torch_keeps():
+def test_adamw_state_bytes_match_torch():
     model, factors = small_lora(8)
     optimizer = torch.optim.AdamW(factors, lr=1e-3)
     model(torch.randn(4, 640)).sum().backward()
     optimizer.step()
     states = [
         value for state in optimizer.state.values() for name, value in state.items() if name != "step"
-    ]  # the step's number stays on the CPU
+    ]  # the step number stays on the CPU
     assert optimizer_bytes([p.numel() for p in factors], 32) == sum(4 * value.numel() for value in states)
 
 
-def test_8_bit_states_are_those_that_bitsandbytes_keeps():
+def test_8_bit_state_bytes_match_bitsandbytes():
     from bitsandbytes.optim import AdamW8bit
 
     _, factors = small_lora(8)
@@ -145,11 +145,11 @@ def test_8_bit_states_are_those_that_bitsandbytes_keeps():
     assert STATE_TABLES == 2048
 
 
-# -- moments, against what torch holds -----------------------------------------------------------------------------
+# -- peaks, against what torch holds -----------------------------------------------------------------------------
 
 
-class MetricsLogger(TorchDispatchMode):
-    """The most bytes that were alive at once in tensors made inside; `before` are those that were there."""
+class PeakTracker(TorchDispatchMode):
+    """Peak bytes of the tensors made inside; those in `before` do not count."""
 
     def __init__(self, before=()):
         super().__init__()
@@ -176,7 +176,7 @@ class MetricsLogger(TorchDispatchMode):
         self.alive -= size
 
 
-def test_the_head_holds_so_many_bytes_per_position_and_vocabulary_entry_as_is_counted():
+def test_bytes_per_logit_match_what_torch_holds():
     """The backward pass through our own loss, on a head of which all else is small."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -184,18 +184,18 @@ def test_the_head_holds_so_many_bytes_per_position_and_vocabulary_entry_as_is_co
     model = LlamaForCausalLM(LlamaConfig(**shape)).bfloat16().requires_grad_(False)
     hidden = torch.randn(96, 128, dtype=torch.bfloat16, requires_grad=True)
     target = torch.randint(0, 32768, (96, 1))
-    with MetricsLogger([*model.parameters(), hidden]) as logger:
+    with PeakTracker([*model.parameters(), hidden]) as tracker:
         log_probs = vocabulary_log_probs(model, hidden).gather(1, target)
-        kept = logger.alive
+        kept = tracker.alive
         (-log_probs.mean()).backward()
     entries = 96 * 32768
     assert kept / entries == pytest.approx(KEPT, rel=0.02)
-    assert logger.most / entries == pytest.approx(KEPT + BACKWARD, rel=0.02)
+    assert tracker.most / entries == pytest.approx(KEPT + BACKWARD, rel=0.02)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("middle", [704, 1024, 1408])
-def test_a_whole_step_on_the_plain_path_holds_what_is_estimated(family, middle):
+def test_the_peak_of_a_plain_step_matches_the_estimate(family, middle):
     """Base in 16 bits, LoRA in float32, layers checkpointed: the peak of our own forward and backward pass."""
     from peft import LoraConfig, get_peft_model
 
@@ -215,24 +215,24 @@ def test_a_whole_step_on_the_plain_path_holds_what_is_estimated(family, middle):
     mask[0, -9:], weights[:, 200:204] = 0, 1.0
     batch = Padded(ids, mask, weights)
     before = [*model.parameters(), *model.buffers(), ids, mask, weights]
-    with MetricsLogger(before) as logger, torch.autocast("cpu", torch.bfloat16):
+    with PeakTracker(before) as tracker, torch.autocast("cpu", torch.bfloat16):
         log_probs, _ = token_log_probs(model, hidden_states(model, batch), batch)
         (-log_probs.mean()).backward()
-    reckoned, _ = peak(found, [(512, 8)], four_bit=False, backend="plain")
+    estimated, _ = peak(found, [(512, 8)], four_bit=False, backend="plain")
     made = 4 * sum(found.lora_tensors(2))  # the gradients
-    assert logger.most == pytest.approx(sum(reckoned.values()) + made, rel=0.05)
+    assert tracker.most == pytest.approx(sum(estimated.values()) + made, rel=0.05)
 
 
 # -- architectures -------------------------------------------------------------------------------------------------
 
 
-def test_an_architecture_that_was_not_checked_says_that_its_estimate_is_rough():
+def test_the_estimate_of_an_unchecked_architecture_is_marked_rough():
     shape = {"model_type": "phi3", "pad_token_id": 0, **SMALL}
     assert "as if it were Llama" in architecture(config_of(shape)).rough
     assert not any(recipe_architecture(name).rough for name in RECIPES)
 
 
-def test_layers_that_a_checkpoint_keeps_in_16_bits_make_it_rough():
+def test_layers_kept_in_16_bits_make_the_estimate_rough():
     config = config_of({"model_type": "llama", **SMALL})
     config.quantization_config = {"llm_int8_skip_modules": ["lm_head", "model.layers.1.mlp"]}
     assert "1 parts" in architecture(config).rough
@@ -240,7 +240,7 @@ def test_layers_that_a_checkpoint_keeps_in_16_bits_make_it_rough():
     assert not architecture(config).rough
 
 
-def test_a_mixture_of_experts_is_refused_by_name():
+def test_a_mixture_of_experts_is_refused():
     with pytest.raises(DataError, match="num_experts = 128") as error:
         architecture(config_of({"model_type": "qwen3_moe", "num_experts": 128, **SMALL}))
     assert error.value.hint
@@ -250,7 +250,7 @@ def test_a_mixture_of_experts_is_refused_by_name():
 
 
 @pytest.mark.parametrize("name", ["qwen2.5-math-7b", "deepseek-math-7b"])
-def test_a_7b_model_at_2048_tokens_stays_below_the_aims(name):
+def test_a_7b_model_at_2048_tokens_stays_below_its_targets(name):
     found = recipe_architecture(name)
     assert estimate(found, Setting("sft", 1, 2048, 32)).total < 12 * GB
     assert estimate(found, Setting("dpo", 1, 2048, 32)).total < 20 * GB
@@ -258,14 +258,14 @@ def test_a_7b_model_at_2048_tokens_stays_below_the_aims(name):
 
 @pytest.mark.parametrize("stage", ["sft", "warmup", "dpo"])
 @pytest.mark.parametrize("backend", ["unsloth", "plain"])
-def test_more_of_anything_takes_more(stage, backend):
+def test_larger_settings_need_more_memory(stage, backend):
     found, small = recipe_architecture(QWEN), Setting(stage, 1, 1024, 16, backend=backend)
     for change in ({"micro_batch": 2}, {"length": 2048}, {"rank": 32}, {"four_bit": False}):
         assert estimate(found, replace(small, **change)).total > estimate(found, small).total, change
     assert estimate(found, replace(small, optimizer_bits=32)).total > estimate(found, small).total
 
 
-def test_logits_grow_with_the_loss_until_they_go_through_the_head_in_chunks():
+def test_logits_grow_with_loss_tokens_up_to_one_chunk():
     found = recipe_architecture(QWEN)
 
     def logits(share):
@@ -279,7 +279,7 @@ def test_logits_grow_with_the_loss_until_they_go_through_the_head_in_chunks():
     assert estimate(found, logits(0.5)[1]).parts["logits"] in (0, sizes[2])
 
 
-def test_in_chunks_or_at_once_log_probabilities_and_gradients_are_the_same(monkeypatch):
+def test_chunks_change_neither_log_probabilities_nor_gradients(monkeypatch):
     import torch
 
     from sclite.student import log_probs
@@ -315,14 +315,14 @@ def tiny_model():
     return LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2, num_key_value_heads=2))
 
 
-def test_dpo_takes_more_than_one_pass_and_replay_more_than_none():
+def test_dpo_needs_more_than_sft_and_replay_more_again():
     found, one = recipe_architecture(QWEN), Setting("sft", 1, 2048, 32, loss_share=0.2)
     without = replace(one, stage="dpo", replay=False)
     assert estimate(found, one).total < estimate(found, without).total
     assert estimate(found, without).total < estimate(found, replace(without, replay=True)).total
 
 
-def test_unsloth_keeps_the_layers_inputs_in_the_hosts_memory():
+def test_unsloth_offloads_layer_inputs_to_host_ram():
     found = recipe_architecture(QWEN)
     ours, plain = (estimate(found, Setting("sft", 1, 2048, 32, backend=b)) for b in ("unsloth", "plain"))
     assert ours.host == 28 * 2048 * 3584 * 2
@@ -346,32 +346,32 @@ MEASURED = [
 
 
 @pytest.mark.parametrize(("name", "stage", "rows", "length", "peak_gb"), MEASURED)
-def test_the_estimate_is_near_what_a_card_showed(name, stage, rows, length, peak_gb):
+def test_the_estimate_is_within_6_percent_of_measured_peaks(name, stage, rows, length, peak_gb):
     found = estimate(recipe_architecture(name), Setting(stage, rows, length, 32))
     assert found.allocated / 1e9 == pytest.approx(peak_gb, rel=0.06)
 
 
-def test_the_buffers_that_bring_inputs_back_serve_all_passes_of_a_step():
+def test_all_passes_of_a_step_share_the_reload_buffers():
     found, one = recipe_architecture(LLAMA), 2 * 32_768 * 4096
     sft, dpo = (estimate(found, Setting(stage, 1, 32_768, 32)) for stage in ("sft", "dpo"))
     assert sft.parts["activations"] == (2 + 3) * one
     assert dpo.parts["activations"] == (3 * 2 + 3) * one  # chosen, rejected and the solved row
 
 
-def test_what_torch_will_report_leaves_the_allowance_out():
+def test_allocated_bytes_exclude_the_allowance():
     found = estimate(recipe_architecture(QWEN), Setting("sft", 1, 2048, 32))
     assert found.total == sum(found.parts.values())
     assert found.allocated == found.total - found.parts["allowance"] < found.total
 
 
-def test_the_allowance_grows_with_rows_that_fill_a_card():
+def test_the_allowance_grows_with_rows_that_fill_a_gpu():
     found = recipe_architecture(LLAMA)
     short, long = (estimate(found, Setting("sft", 1, length, 32)) for length in (2048, 65_536))
     assert short.parts["allowance"] == CONTEXT + CACHED
     assert long.parts["allowance"] == CONTEXT + 2 * 65_536 * 14_336
 
 
-def test_the_choice_takes_the_largest_micro_batch_that_fits_and_never_more_memory():
+def test_the_largest_micro_batch_that_fits_is_chosen():
     found, wanted = recipe_architecture(QWEN), Setting("sft", 16, 2048, 32)
     before = 0
     for free in range(6, 81):
@@ -396,7 +396,7 @@ def test_the_micro_batch_divides_the_batch():
     assert chosen.setting.micro_batch == 7
 
 
-def test_where_no_row_fits_the_longest_that_would_is_told():
+def test_if_no_row_fits_the_largest_length_is_suggested():
     found, wanted = recipe_architecture(QWEN), Setting("sft", 2, 4096, 32)
     free = estimate(found, replace(wanted, micro_batch=1, length=1024)).total
     chosen = choose(found, wanted, 16, free)
@@ -405,7 +405,7 @@ def test_where_no_row_fits_the_longest_that_would_is_told():
     assert "1024 tokens would fit, 4096 do not" in chosen.verdict
 
 
-def test_where_no_length_fits_the_rank_that_would_is_told_and_else_that_nothing_does():
+def test_if_no_length_fits_a_lower_rank_is_suggested_if_any_fits():
     found, wanted = recipe_architecture(QWEN), Setting("sft", 2, 2048, 64)
     free = estimate(found, replace(wanted, micro_batch=1, length=SHORTEST, rank=16)).total
     chosen = choose(found, wanted, 16, free)
@@ -415,11 +415,11 @@ def test_where_no_length_fits_the_rank_that_would_is_told_and_else_that_nothing_
     assert "nothing fits" in chosen.verdict
 
 
-def test_without_a_card_nothing_is_said_to_fit():
+def test_without_a_gpu_fits_is_unknown():
     chosen = choose(recipe_architecture(QWEN), Setting("sft", 2, 2048, 32), 16, None)
     assert (chosen.fits, chosen.setting.micro_batch) == (None, 2)
 
 
-def test_no_more_tokens_are_promised_than_the_model_has_positions():
+def test_the_largest_length_is_limited_by_the_models_positions():
     found = recipe_architecture(QWEN)
     assert largest_length(found, Setting("sft", 1, 2048, 32), 500 * GB) == 4096

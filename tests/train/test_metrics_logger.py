@@ -1,4 +1,4 @@
-"""What is seen of a training: warnings that say what to do, and the best weights by the evaluation loss."""
+"""Metrics, warnings with advice, and the best weights by evaluation loss."""
 
 import math
 
@@ -27,7 +27,7 @@ def steps(count: int, **figures) -> list[dict]:
     return [{"step": i, **healthy, **figures} for i in range(1, count + 1)]
 
 
-def test_a_healthy_training_is_left_in_peace():
+def test_healthy_training_gives_no_warning():
     assert diagnose(steps(40)) == []
     assert diagnose([]) == []
 
@@ -42,16 +42,16 @@ def test_a_healthy_training_is_left_in_peace():
         (steps(1, grad_norm=math.inf), NOT_A_NUMBER),
     ],
 )
-def test_trouble_is_named(rows, kind):
+def test_known_problems_are_recognized(rows, kind):
     assert diagnose(rows) == [kind]
     assert ADVICE[kind]
 
 
-def test_the_first_steps_of_dpo_are_no_flat_margin():
+def test_the_first_steps_of_dpo_give_no_flat_margin_warning():
     assert diagnose(steps(5, margin=0.0, dpo_loss=math.log(2))) == []
 
 
-def test_a_warning_is_said_once_and_names_its_step(tmp_path):
+def test_a_warning_is_shown_once_with_its_step(tmp_path):
     said = []
     logger = MetricsLogger(
         tmp_path / "metrics.jsonl", "dpo", lambda *_, warning="", **__: said.append(warning)
@@ -63,7 +63,7 @@ def test_a_warning_is_said_once_and_names_its_step(tmp_path):
     assert logger.warnings == [ADVICE[FLAT]]
 
 
-def test_figures_of_micro_batches_add_up_and_maxima_are_the_largest(tmp_path):
+def test_micro_batch_figures_are_summed_and_maxima_kept(tmp_path):
     logger = MetricsLogger(tmp_path / "metrics.jsonl", "dpo")
     logger.add({"margin": 0.25, "margin_max": [3.0]}, 100)
     logger.add({"margin": 0.5, "margin_max": [2.0]}, 50)
@@ -73,7 +73,7 @@ def test_figures_of_micro_batches_add_up_and_maxima_are_the_largest(tmp_path):
     assert row["tokens_per_second"] > 0
 
 
-def test_the_live_line_tells_loss_margin_speed_and_memory():
+def test_the_progress_line_shows_loss_margin_speed_and_memory():
     row = {"loss": 0.4123, "margin": 0.31, "accuracy": 0.74, "tokens_per_second": 3204.4, "memory_gb": 9.84}
     assert format_step(row) == "loss 0.412, margin 0.31, accuracy 74 %, 3,204 tokens/s, 9.8 GB"
     assert format_step({"eval_loss": 0.5}) == "evaluation loss 0.500"
@@ -84,8 +84,8 @@ def folder(tmp_path_factory):
     return tiny_llama(tmp_path_factory.mktemp("student"))
 
 
-def test_the_weights_of_the_best_evaluation_are_kept_and_training_stops_early(folder, tmp_path):
-    """At a rate this high the evaluation loss soon rises; the adapter is that of its lowest step."""
+def test_early_stopping_keeps_the_best_weights(folder, tmp_path):
+    """At a learning rate this high the evaluation loss soon rises; the adapter is from its lowest step."""
     from sclite.student.loader import load_student
     from sclite.train.losses import negative_log_likelihood
     from sclite.train.sft import solve_rows, supervised
@@ -117,7 +117,7 @@ def test_the_weights_of_the_best_evaluation_are_kept_and_training_stops_early(fo
     assert part.total.item() / tokens == pytest.approx(losses[best], rel=1e-4)
 
 
-def test_rows_are_held_out_only_where_they_can_tell_something():
+def test_rows_are_held_out_only_if_there_are_enough():
     assert held_out_rows(100, 0.02, 0) == []
     assert len(held_out_rows(1000, 0.02, 0)) == 20
     assert len(held_out_rows(100_000, 0.02, 0)) == 200

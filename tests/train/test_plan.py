@@ -1,4 +1,4 @@
-"""`sclite train --plan`: memory, tokens, steps, hours, disk and corrections of a toy run; what is unknown stays unknown."""
+"""`sclite train --plan`: memory, tokens, steps, hours, disk and corrections of a toy run; unknown values stay unknown."""
 
 import json
 
@@ -22,7 +22,7 @@ GPU = {"name": "GPU 24", "total_gb": 24.0, "free_gb": 23.4, "processes": []}
 
 
 def config(run, **sections) -> Config:
-    """A 7B student of which only the configuration is there; four rows a step, whatever else is asked for."""
+    """A 7B student with nothing but its configuration; four rows per step."""
     student = run.folder / "student-7b"
     student.mkdir(parents=True, exist_ok=True)
     (student / "config.json").write_text(json.dumps(QWEN_MATH_7B))
@@ -66,7 +66,7 @@ def pairs_of(run) -> None:
 # -- memory --------------------------------------------------------------------------------------------------------
 
 
-def test_the_settings_of_each_stage_are_what_fits_on_the_card(run):
+def test_each_stage_gets_the_settings_that_fit_the_gpu(run):
     stages = planned(run)["stages"]
     assert list(stages) == ["sft", "warmup", "dpo"]
     for name, stage in stages.items():
@@ -82,7 +82,7 @@ def test_the_settings_of_each_stage_are_what_fits_on_the_card(run):
         assert 2048 <= stage["largest_length"] <= 4096
 
 
-def test_what_others_hold_on_the_card_is_not_ours(run):
+def test_memory_of_other_processes_is_not_available(run):
     stage = planned(run, {**GPU, "free_gb": 8.9})["stages"]["sft"]
     assert (stage["fits"], stage["micro_batch"], stage["accumulation"]) == (True, 1, 4)
     stage = planned(run, {**GPU, "free_gb": 8.6})["stages"]["sft"]
@@ -92,14 +92,14 @@ def test_what_others_hold_on_the_card_is_not_ours(run):
     assert (stage["fits"], stage["largest_length"]) == (False, None)
 
 
-def test_without_a_card_nothing_is_said_to_fit(run):
+def test_without_a_gpu_fits_is_unknown(run):
     found = planned(run, gpu=None)
     assert found["gpu"] is None
     assert {stage["fits"] for stage in found["stages"].values()} == {None}
     assert {stage["largest_length"] for stage in found["stages"].values()} == {None}
 
 
-def test_a_step_holds_the_rows_at_once_that_training_takes(run):
+def test_the_plan_uses_the_micro_batch_of_training(run):
     settings = config(run, sft={"batch_size": 6, "per_device_train_batch_size": 3})
     made = {"sft": 3, "warmup": 2, "dpo": 1}
     stages = plan(settings, run, gpu=GPU, micro_batches=made)["stages"]
@@ -107,7 +107,7 @@ def test_a_step_holds_the_rows_at_once_that_training_takes(run):
     assert stages["sft"]["accumulation"] == 2
 
 
-def test_without_a_card_everything_is_float32_and_nothing_is_computed_again(run):
+def test_without_a_gpu_the_plan_is_float32_without_checkpointing(run):
     found, on_card = planned(run, gpu=None), planned(run)
     assert (found["bits"], on_card["bits"]) == (32, 4)
     memory = found["stages"]["sft"]["memory_gb"]
@@ -121,7 +121,7 @@ def test_without_a_card_everything_is_float32_and_nothing_is_computed_again(run)
 # -- the forecast --------------------------------------------------------------------------------------------------
 
 
-def test_an_empty_run_forecasts_nothing_and_invents_no_number(run):
+def test_the_forecast_of_an_empty_run_is_unknown(run):
     found = planned(run, unseen=None)
     for stage in found["stages"].values():
         assert [stage[key] for key in ("rows", "tokens", "steps", "hours", "tokens_per_second")] == [None] * 5
@@ -130,7 +130,7 @@ def test_an_empty_run_forecasts_nothing_and_invents_no_number(run):
     json.dumps(found)
 
 
-def test_tokens_are_those_that_the_stage_will_train_on(run, tokenizer):
+def test_planned_tokens_are_the_tokens_that_sft_trains_on(run, tokenizer):
     write_toy(run)
     stage = planned(run, tokenizer=tokenizer, unseen=frozenset({"p1"}))["stages"]["sft"]
     rows = solve_rows(tokenizer, [row for row in run.read("templates.jsonl", Template) if row.id != "p1"], "")
@@ -146,7 +146,7 @@ def test_without_a_tokenizer_rows_and_tokens_are_unknown(run):
     assert [stage[key] for key in ("rows", "tokens", "steps")] == [None] * 3
 
 
-def test_rows_that_are_too_long_are_counted_and_left_out(run, tokenizer):
+def test_rows_that_are_too_long_are_skipped_and_counted(run, tokenizer):
     write_toy(run)
     long = Template(id="long", question="How?", answer="2", trace="<Step1>" + "1 " * 9000 + "\n</Step1>")
     run.replace("templates.jsonl", [*run.read("templates.jsonl", Template), long])
@@ -154,7 +154,7 @@ def test_rows_that_are_too_long_are_counted_and_left_out(run, tokenizer):
     assert (stage["rows"], stage["too_long"]) == (6, 1)
 
 
-def test_the_warm_up_has_a_row_of_solving_beside_each_review_and_the_wrong_work_closed(run, tokenizer):
+def test_the_plan_of_the_warmup_has_solving_and_closed_rows(run, tokenizer):
     write_toy(run)
     one = planned(run, tokenizer=tokenizer, warmup={"batch_size": 4, "replay_share": 1.0})["stages"]["warmup"]
     none = planned(run, tokenizer=tokenizer, warmup={"batch_size": 4, "replay_share": 0.0})["stages"][
@@ -165,7 +165,7 @@ def test_the_warm_up_has_a_row_of_solving_beside_each_review_and_the_wrong_work_
     assert one["tokens"] > none["tokens"]
 
 
-def test_dpo_counts_both_sides_of_a_pair_and_the_replay(run, tokenizer):
+def test_the_plan_of_dpo_counts_both_sides_and_replay(run, tokenizer):
     write_toy(run)
     pairs_of(run)
     sections = {"dpo": {"batch_size": 4, "replay_share": 0.0, "num_train_epochs": 1}}
@@ -180,7 +180,7 @@ def test_dpo_counts_both_sides_of_a_pair_and_the_replay(run, tokenizer):
     assert replayed["tokens"] > without["tokens"]
 
 
-def test_hours_come_from_steps_that_this_run_has_timed(run, tokenizer):
+def test_hours_come_from_the_timed_steps_of_the_run(run, tokenizer):
     write_toy(run)
     assert planned(run, tokenizer=tokenizer)["stages"]["sft"]["hours"] is None
     lines = [
@@ -197,7 +197,7 @@ def test_hours_come_from_steps_that_this_run_has_timed(run, tokenizer):
     assert stages["dpo"]["tokens_per_second"] is None
 
 
-def test_disk_grows_with_rank_and_with_the_bits_of_the_quantisation(run):
+def test_disk_use_grows_with_rank_and_quantization_bits(run):
     small, large = (
         planned(run)["disk_gb"],
         planned(run, lora={"r": 64}, export={"quant": "q8_0"})["disk_gb"],
@@ -211,7 +211,7 @@ def test_disk_grows_with_rank_and_with_the_bits_of_the_quantisation(run):
 # -- the teacher ---------------------------------------------------------------------------------------------------
 
 
-def test_corrections_cost_what_a_template_has_cost_so_far(run):
+def test_corrections_are_priced_like_the_templates_so_far(run):
     write_toy(run)
     for name in ("attempts.jsonl", "reviews.jsonl"):
         run.path(name).unlink()
@@ -220,7 +220,7 @@ def test_corrections_cost_what_a_template_has_cost_so_far(run):
     assert teacher == {"requests": 8, "at_most": True, "cost_usd": 0.24, "spent_usd": 0.18}
 
 
-def test_once_there_are_attempts_the_different_wrong_ones_are_asked_for(run):
+def test_with_attempts_each_distinct_wrong_one_is_a_request(run):
     write_toy(run)
     run.path("reviews.jsonl").unlink()
     attempts = run.read("attempts.jsonl", Attempt)
@@ -230,12 +230,12 @@ def test_once_there_are_attempts_the_different_wrong_ones_are_asked_for(run):
     assert (teacher["requests"], teacher["at_most"], teacher["cost_usd"]) == (4, False, 0.08)
 
 
-def test_when_corrections_are_done_or_brought_along_none_are_left_to_pay(run, capsys):
-    write_toy(run)  # reviews that no stage has signed
+def test_finished_or_imported_corrections_cost_nothing(run, capsys):
+    write_toy(run)  # imported reviews
     paid(run, "templates", *[0.02] * 6)
     assert planned(run)["teacher"]["requests"] == 0
     run.write_json("corrections.begun.json", {})
-    assert planned(run)["teacher"]["requests"] == 4  # begun, and not ended
+    assert planned(run)["teacher"]["requests"] == 4  # started, not finished
     run.sign("corrections", corrections.inputs_of(config(run), run), Report("corrections"))
     found = planned(run)
     assert (found["teacher"]["requests"], found["teacher"]["cost_usd"]) == (0, 0.0)
@@ -243,7 +243,7 @@ def test_when_corrections_are_done_or_brought_along_none_are_left_to_pay(run, ca
     assert "none left to request; the run has cost $0.12" in capsys.readouterr().out
 
 
-def test_minutes_and_megabytes_are_not_told_as_nothing(run, capsys):
+def test_short_times_and_small_sizes_are_not_shown_as_zero(run, capsys):
     found = planned(run)
     found["hours"] = 0.02
     found["stages"]["sft"]["hours"] = 0.006
@@ -267,13 +267,13 @@ def test_an_unknown_price_stays_unknown(run):
 # -- the student's configuration -----------------------------------------------------------------------------------
 
 
-def test_the_architecture_of_a_folder_is_read_from_its_configuration(tmp_path):
+def test_the_architecture_is_read_from_config_json(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(QWEN_MATH_7B))
     assert read_architecture(Student(model=str(tmp_path))) == architecture(config_of(QWEN_MATH_7B))
     assert read_architecture(Student(model="embedded")).parameters < 10_000_000
 
 
-def test_a_configuration_that_cannot_be_read_is_an_error_with_a_hint(tmp_path, monkeypatch):
+def test_an_unreadable_config_json_is_an_error_with_a_hint(tmp_path, monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -288,7 +288,7 @@ def test_a_configuration_that_cannot_be_read_is_an_error_with_a_hint(tmp_path, m
 # -- the terminal --------------------------------------------------------------------------------------------------
 
 
-def test_the_terminal_tells_what_fits_who_holds_memory_and_what_is_unknown(run, capsys):
+def test_the_terminal_shows_fit_memory_holders_and_unknowns(run, capsys):
     write_toy(run)
     holder = {"pid": 4242, "name": "python [serve]", "gb": 12.4}
     print_plan_tables(planned(run, {**GPU, "free_gb": 7.8, "processes": [holder]}))

@@ -1,4 +1,4 @@
-"""A training that is killed goes on where it was: the same losses, the same weights, and nothing else than it began with."""
+"""A killed training resumes to the same losses and weights, and only with the inputs that it started with."""
 
 import json
 import math
@@ -32,7 +32,6 @@ CHILD = """
 import sys
 from sclite.config import Config
 from sclite.run import Run
-from sclite.signature import differences
 from sclite.train.{module} import train_{stage}
 train_{stage}(Config.model_validate_json(sys.argv[1]), Run(sys.argv[2]))
 """
@@ -40,7 +39,7 @@ train_{stage}(Config.model_validate_json(sys.argv[1]), Run(sys.argv[2]))
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """(config, run) with every stage trained without a break."""
+    """(config, run) with every stage trained without interruption."""
     folder, run = tiny_llama(tmp_path_factory.mktemp("student")), Run(tmp_path_factory.mktemp("run"))
     write_toy(run)
     config = config_of(
@@ -57,7 +56,7 @@ def whole(tmp_path_factory):
 
 
 def part_of(run: Run, folder: Path, stage: str) -> Run:
-    """A copy of a run up to a stage, which is not begun."""
+    """A copy of a run up to a stage that is not started."""
     names = ["problems.jsonl", "templates.jsonl", "attempts.jsonl", "reviews.jsonl", "pairs.jsonl"]
     before = list(STAGES)[: list(STAGES).index(stage)]
     for name in [
@@ -86,8 +85,8 @@ def start(config: Config, run: Run, stage: str) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", code, config.model_dump_json(), str(run.folder)])
 
 
-def broken_off(config: Config, run: Run, stage: str, how: int) -> int:
-    """Start a stage in a process of its own and send it a signal some steps after a checkpoint; the step it had reached."""
+def interrupt(config: Config, run: Run, stage: str, how: int) -> int:
+    """Start a stage in a new process, send it a signal after a checkpoint, and return the step that it reached."""
     process = start(config, run, stage)
     while process.poll() is None:
         rows = metrics_of(run, stage)
@@ -100,7 +99,7 @@ def broken_off(config: Config, run: Run, stage: str, how: int) -> int:
             break
         time.sleep(0.01)
     process.wait()
-    assert process.returncode != 0, "it ended before it could be broken off"
+    assert process.returncode != 0, "it ended before it could be interrupted"
     return metrics_of(run, stage)[-1]["step"]
 
 
@@ -113,12 +112,10 @@ def adapter(run: Run, stage: str) -> dict:
 @pytest.mark.parametrize(
     ("stage", "train"), [("sft", train_sft), ("warmup", train_warmup), ("dpo", train_dpo)]
 )
-def test_killed_in_the_middle_it_ends_with_the_losses_and_weights_of_an_unbroken_run(
-    whole, tmp_path, stage, train
-):
+def test_a_killed_stage_resumes_to_the_same_losses_and_weights(whole, tmp_path, stage, train):
     config, unbroken = whole
     run = part_of(unbroken, tmp_path, stage)
-    reached = broken_off(config, run, stage, signal.SIGKILL)
+    reached = interrupt(config, run, stage, signal.SIGKILL)
     resumed_from = checkpoints_of(run, stage).step()
     expected = metrics_of(unbroken, stage)
     assert 0 < resumed_from < reached <= len(expected)
@@ -131,17 +128,17 @@ def test_killed_in_the_middle_it_ends_with_the_losses_and_weights_of_an_unbroken
     assert weights.keys() == others.keys()
     assert max(float((weights[name] - others[name]).abs().max()) for name in weights) < 1e-6
     assert not checkpoints_of(run, stage).folder.exists()
-    if stage == "dpo":  # not from the SFT adapter again: that would show as ln 2 after the break
+    if stage == "dpo":  # resuming from the SFT adapter would show as ln 2
         assert rows[0]["dpo_loss"] == pytest.approx(math.log(2), abs=1e-3)
         assert rows[resumed_from]["dpo_loss"] < math.log(2) - 0.02
         kept, before = (r.read_json("dpo/reference.json")["log_probs"] for r in (run, unbroken))
         assert kept == before
 
 
-def test_ctrl_c_saves_a_checkpoint_of_the_step_it_came_in(whole, tmp_path):
+def test_ctrl_c_saves_a_checkpoint_of_the_current_step(whole, tmp_path):
     config, unbroken = whole
     run = part_of(unbroken, tmp_path, "sft")
-    reached = broken_off(config, run, "sft", signal.SIGINT)
+    reached = interrupt(config, run, "sft", signal.SIGINT)
     assert checkpoints_of(run, "sft").step() == reached
     train_sft(config, run)
     assert [row["step"] for row in metrics_of(run, "sft")] == [
@@ -149,7 +146,7 @@ def test_ctrl_c_saves_a_checkpoint_of_the_step_it_came_in(whole, tmp_path):
     ]
 
 
-def test_a_checkpoint_that_a_kill_left_half_written_is_not_resumed_from(tmp_path):
+def test_a_half_written_checkpoint_is_not_resumed_from(tmp_path):
     inputs = {"seed": 0}
     checkpoints = Checkpoints(tmp_path)
     checkpoints.prepare(inputs)
@@ -164,7 +161,7 @@ def test_a_checkpoint_that_a_kill_left_half_written_is_not_resumed_from(tmp_path
     assert checkpoints.step() == 0
 
 
-def test_a_changed_setting_that_matters_is_refused_with_the_difference(whole, tmp_path):
+def test_a_changed_setting_is_refused_with_the_difference(whole, tmp_path):
     config, unbroken = whole
     other = config.model_copy(
         update={
@@ -177,14 +174,14 @@ def test_a_changed_setting_that_matters_is_refused_with_the_difference(whole, tm
         train_sft(other, unbroken)
     assert "--fresh" in error.value.hint
     run = part_of(unbroken, tmp_path, "sft")
-    broken_off(config, run, "sft", signal.SIGKILL)
+    interrupt(config, run, "sft", signal.SIGKILL)
     with pytest.raises(UsageError, match=r"sft was started with other inputs"):
         train_sft(other, run)
     assert checkpoints_of(run, "sft").step() > 0
     assert train_sft(other, run, fresh=True).counts["steps"] == len(metrics_of(unbroken, "sft"))
 
 
-def test_a_setting_that_decides_nothing_is_not_refused(whole):
+def test_settings_that_do_not_change_the_result_may_change(whole):
     config, run = whole
     same = config.sft.model_copy(
         update={"per_device_train_batch_size": 4, "checkpoints": 2, "tensorboard": True}
@@ -209,7 +206,7 @@ def test_differences_name_the_setting_and_both_values():
     assert differences(before, before) == []
 
 
-def test_the_order_has_every_row_in_every_epoch_and_the_longest_first():
+def test_every_epoch_has_every_row_and_the_longest_comes_first():
     lengths = [10 + (7 * i) % 90 for i in range(203)]
     order = training_order(lengths, 8, 3, seed=1)
     assert len(order) == 609
@@ -224,7 +221,7 @@ def test_the_order_has_every_row_in_every_epoch_and_the_longest_first():
     assert len(training_order(lengths, 8, 0.5, seed=1)) == 102
 
 
-def test_metrics_of_a_broken_last_line_are_read(tmp_path):
+def test_metrics_with_a_half_written_last_line_are_read(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"phase": "sft", "step": 1}) + "\n" + '{"phase": "sf')
     assert read_metrics(path) == [{"phase": "sft", "step": 1}]

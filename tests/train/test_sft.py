@@ -1,4 +1,4 @@
-"""Supervised training on real trainers: what carries loss, what is refused, and that the loss falls."""
+"""Supervised training with the real trainer: loss masks, refused rows, and a falling loss."""
 
 import json
 import math
@@ -134,8 +134,8 @@ def trained(folder, tmp_path_factory):
 # -- labels --------------------------------------------------------------------------------------------------------
 
 
-def test_on_the_trainers_own_labels_the_prompt_carries_none_and_trace_and_end_all(folder, tmp_path):
-    """Read from the batches that the real trainer's data loader gives to the model."""
+def test_in_the_trainers_batches_the_prompt_alone_is_masked(folder, tmp_path):
+    """In the batches that the trainer's data loader gives to the model."""
     config = config_of(folder)
     model, tokenizer = load_student(config, "sft", train=True)
     problem, trace = toy_problems(1)[0], toy_trace(0)
@@ -154,7 +154,7 @@ def test_on_the_trainers_own_labels_the_prompt_carries_none_and_trace_and_end_al
             assert int(ids[carried][-1]) == end_id(tokenizer)
 
 
-def test_the_report_says_which_share_of_the_tokens_is_trained(trained):
+def test_the_report_has_the_share_of_trained_tokens(trained):
     config, run, report, _ = trained
     tokenizer = load_tokenizer(config.student.model)
     rows = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")
@@ -167,7 +167,7 @@ def test_the_report_says_which_share_of_the_tokens_is_trained(trained):
     assert 0.1 < report.figures["labels"]["trained_share"] < 0.9
 
 
-def test_rows_that_teach_nothing_are_refused_with_place_and_remedy():
+def test_rows_with_wrong_labels_are_refused_with_a_hint():
     good = Encoded([5, 6, 2], [0.0, 1.0, 1.0])
     with pytest.raises(DataError, match="no rows are left") as error:
         check_labels([], 2)
@@ -188,7 +188,7 @@ def test_rows_that_teach_nothing_are_refused_with_place_and_remedy():
 # -- the stage -----------------------------------------------------------------------------------------------------
 
 
-def test_the_loss_falls_and_each_step_is_written_down(trained):
+def test_the_loss_falls_and_each_step_is_logged(trained):
     _, run, report, _ = trained
     rows = metrics(run, "sft", "sft")
     assert [row["step"] for row in rows] == list(range(1, report.counts["steps"] + 1))
@@ -198,8 +198,8 @@ def test_the_loss_falls_and_each_step_is_written_down(trained):
     assert report.figures["seen"] == [warning, *((i, 6) for i in range(1, 7))]
 
 
-def test_losses_and_gradients_are_means_over_tokens_whatever_the_micro_batch(folder, trained, tmp_path):
-    """Four rows of unlike lengths, all in one optimizer step: one forward pass, two, or four say the same."""
+def test_the_micro_batch_changes_neither_losses_nor_gradients(folder, trained, tmp_path):
+    """Four rows of different lengths in one optimizer step: one, two or four forward passes give the same."""
     config, run, *_ = trained
     tokenizer = load_tokenizer(config.student.model)
     rows = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")[:3]
@@ -221,7 +221,7 @@ def test_losses_and_gradients_are_means_over_tokens_whatever_the_micro_batch(fol
             )
 
 
-def test_the_evaluation_loss_is_a_mean_over_tokens_whatever_the_rows_at_once(folder, tmp_path):
+def test_the_micro_batch_does_not_change_the_evaluation_loss(folder, tmp_path):
     run = Run(tmp_path / "run")
     write_toy(run, 10)
     made = config_of(folder, sft={"checkpoints": 1, "num_train_epochs": 1, "learning_rate": 1e-3})
@@ -262,7 +262,7 @@ def test_a_finished_stage_is_not_trained_again(trained):
     assert run.path("sft/adapter/adapter_model.safetensors").stat().st_mtime_ns == before
 
 
-def test_rows_that_are_too_long_are_left_out_and_counted(folder, tmp_path):
+def test_rows_that_are_too_long_are_dropped_and_counted(folder, tmp_path):
     run = Run(tmp_path)
     write_toy(run, 3)
     templates = run.read("templates.jsonl", Template)
@@ -279,7 +279,7 @@ def toy_long() -> Trace:
     return Trace((Step(("1 + 1 = 2 " * 300).strip()),), None, "2")
 
 
-def test_when_every_row_is_too_long_nothing_is_trained_and_it_is_said(folder, tmp_path):
+def test_if_every_row_is_too_long_nothing_is_trained(folder, tmp_path):
     run = Run(tmp_path)
     write_toy(run, 2)
     with pytest.raises(DataError, match="nothing to train on"):
@@ -288,7 +288,7 @@ def test_when_every_row_is_too_long_nothing_is_trained_and_it_is_said(folder, tm
     assert run.manifest("sft") is None
 
 
-def test_without_templates_the_next_command_is_named(folder, tmp_path):
+def test_without_templates_the_hint_names_the_command(folder, tmp_path):
     with pytest.raises(DataError, match=r"templates\.jsonl is missing or empty") as error:
         train_sft(config_of(folder), Run(tmp_path))
     assert "sclite build-data" in error.value.hint
@@ -297,12 +297,12 @@ def test_without_templates_the_next_command_is_named(folder, tmp_path):
 # -- the warm-up ---------------------------------------------------------------------------------------------------
 
 
-def test_the_warm_up_goes_on_from_the_sft_adapter_and_its_loss_falls(trained):
+def test_the_warmup_starts_from_the_sft_adapter_and_its_loss_falls(trained):
     _, run, _, report = trained
     rows = metrics(run, "warmup", "warmup")
     assert report.counts == {"rows": 16, "reviews": 6, "steps": 16}
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
     assert run.path("warmup/adapter/adapter_model.safetensors").is_file()
-    # a fresh adapter would begin where SFT began, at the loss of guessing
+    # a new adapter would start where SFT started, at the loss of guessing
     assert metrics(run, "sft", "sft")[0]["loss"] > math.log(512)
     assert rows[0]["loss"] < metrics(run, "sft", "sft")[0]["loss"] - 0.5

@@ -1,4 +1,4 @@
-"""Every optimizer step moves weights, from the first to the last; a stage that changes nothing is not signed as done."""
+"""Every optimizer step changes weights; a stage that changed none is an error and not finished."""
 
 import math
 
@@ -31,7 +31,7 @@ def largest_change(before: dict, after: dict) -> float:
     return max(float((after[name] - before[name]).abs().max()) for name in before)
 
 
-def test_each_stage_of_one_step_moves_weights_by_its_whole_learning_rate(run, folder):
+def test_the_first_step_moves_weights_by_the_full_learning_rate(run, folder):
     """AdamW's first step is the rate times the gradient's sign: g / (|g| + 1e-8)."""
     write_toy(run)
     once = {**ONE_STEP, "num_train_epochs": 1}
@@ -52,7 +52,7 @@ def test_each_stage_of_one_step_moves_weights_by_its_whole_learning_rate(run, fo
     )
 
 
-def test_the_rate_rises_from_the_first_step_and_then_follows_transformers_cosine(run, folder):
+def test_the_learning_rate_warms_up_from_step_1_then_follows_cosine(run, folder):
     write_toy(run)
     train_sft(config_of(folder, sft={"num_train_epochs": 8, "warmup_ratio": 0.2}), run)
     rates = [row["learning_rate"] / 3e-3 for row in metrics(run, "sft", "sft")]
@@ -63,7 +63,7 @@ def test_the_rate_rises_from_the_first_step_and_then_follows_transformers_cosine
     assert min(rates) > 0
 
 
-def test_a_stage_of_few_steps_says_so_and_what_to_raise(run, folder):
+def test_few_steps_give_a_warning_with_the_settings_to_change(run, folder):
     said = []
     write_toy(run)
     report = train_sft(
@@ -77,7 +77,7 @@ def test_a_stage_of_few_steps_says_so_and_what_to_raise(run, folder):
     assert "raise sft.num_train_epochs, lower sft.batch_size" in report.figures["warnings"][0]
 
 
-def test_a_stage_of_twenty_steps_does_not_warn(run, folder):
+def test_twenty_steps_give_no_warning(run, folder):
     write_toy(run)
     report = train_sft(
         config_of(folder, sft={"num_train_epochs": 10, "batch_size": 3, "per_device_train_batch_size": 3}),

@@ -1,4 +1,4 @@
-"""The rows of the warm-up: how they are mixed, and what carries loss in each kind."""
+"""The rows of the warm-up: how they are mixed, and the loss mask of each kind."""
 
 import pytest
 
@@ -43,33 +43,33 @@ def mixed(share=1.0, seed=0, closed=(), solved=SOLVED, continued=CONTINUED, revi
 
 
 @pytest.mark.parametrize(("share", "wanted"), [(0.0, 0), (0.5, 5), (1.0, 10), (2.5, 25)])
-def test_rows_of_solving_stand_between_the_reviews_in_the_asked_share(share, wanted):
+def test_replay_share_sets_the_number_of_solving_rows(share, wanted):
     rows = mixed(share)
     assert sorted(row for row in rows if row < 100) == list(REVIEWED)
     solving = [row for row in rows if row >= 100]
     assert len(solving) == wanted
-    assert sum(row >= 200 for row in solving) == wanted // 2  # every other one goes on from a correction
+    assert sum(row >= 200 for row in solving) == wanted // 2  # every other one continues after a correction
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_every_closed_row_is_trained_whatever_the_share(share):
+def test_every_closed_row_is_used_whatever_the_share(share):
     assert sorted(row for row in mixed(share, closed=CLOSED) if row >= 300) == list(CLOSED)
 
 
-def test_the_order_of_the_mixture_comes_from_the_seed_alone():
+def test_the_seed_alone_decides_the_order():
     first, same, other = (mixed(0.6, seed, CLOSED) for seed in (3, 3, 4))
     assert first == same != other
     assert first[:10] != list(REVIEWED)
 
 
-def test_solved_rows_are_drawn_and_not_always_the_first():
-    """DPO takes its replay from the first on: the warm-up would have it learn the same few twice."""
+def test_solved_rows_are_drawn_at_random():
+    """DPO replays from the first row on: otherwise the same few rows would be trained twice."""
     drawn = {row for seed in range(5) for row in mixed(0.4, seed) if row in SOLVED}
     assert len(drawn) > 4
-    assert sorted(row for row in mixed(2.0) if row >= 100) == [*SOLVED, *CONTINUED]  # none twice
+    assert sorted(row for row in mixed(2.0) if row >= 100) == [*SOLVED, *CONTINUED]  # no row twice
 
 
-def test_without_anything_solved_there_are_reviews_alone():
+def test_without_rows_of_solving_there_are_only_reviews():
     assert sorted(mixed(solved=[], continued=[])) == list(REVIEWED)
 
 
@@ -83,7 +83,7 @@ def test_solved_and_continued_rows_alternate_until_both_are_used_up():
 # -- the kinds -----------------------------------------------------------------------------------------------------
 
 
-def test_every_correction_gives_a_review_a_continued_and_a_closed_row(folder, tmp_path):
+def test_a_correction_gives_a_review_a_continued_and_a_closed_row(folder, tmp_path):
     _, rows = rows_of(folder, tmp_path, replay_share=4.0)
     wrong = [f"p{i}/0" for i in range(6) if i % 3]
     assert {name for name in rows if name.endswith("/closed")} == {f"{name}/closed" for name in wrong}
@@ -92,7 +92,7 @@ def test_every_correction_gives_a_review_a_continued_and_a_closed_row(folder, tm
     assert {name for name in rows if "/" not in name} == {f"p{i}" for i in range(6)}
 
 
-def test_a_review_weighs_its_decisions_more_than_its_other_tokens(folder, tmp_path):
+def test_decisions_of_a_review_weigh_more(folder, tmp_path):
     tokenizer, rows = rows_of(folder, tmp_path, decision_weight=8.0)
     accuse, close = decision_ids(tokenizer)
     for row in (row for name, row in rows.items() if name.endswith("/0")):
@@ -104,14 +104,14 @@ def test_a_review_weighs_its_decisions_more_than_its_other_tokens(folder, tmp_pa
         assert row.weights[-1] == 1.0
 
 
-def test_the_reviews_that_are_trained_end_in_the_right_answer(folder, tmp_path):
+def test_reviews_end_in_the_right_answer(folder, tmp_path):
     tokenizer, rows = rows_of(folder, tmp_path)
     for problem in toy_problems():
         text = carried(tokenizer, rows[f"{problem.id}/0"])
         assert parse(text.removesuffix("<|im_end|>")).trace.answer == problem.answer
 
 
-def test_a_continued_row_is_given_the_correction_and_not_why(folder, tmp_path):
+def test_a_continued_row_shows_the_correction_without_its_cause(folder, tmp_path):
     tokenizer, rows = rows_of(folder, tmp_path, replay_share=4.0)
     for number, step in ((1, 1), (2, 2), (4, 1), (5, 2)):
         row = rows[f"p{number}/0/continued"]
@@ -120,7 +120,7 @@ def test_a_continued_row_is_given_the_correction_and_not_why(folder, tmp_path):
         assert "The tens slip." not in given
 
 
-def test_wrong_work_is_closed_while_solving_with_loss_on_nothing_but_closers_and_end(folder, tmp_path):
+def test_closed_rows_have_loss_on_closing_tags_and_the_end_alone(folder, tmp_path):
     tokenizer, rows = rows_of(folder, tmp_path, decision_weight=8.0)
     _, close = decision_ids(tokenizer)
     for number, step in ((1, 1), (2, 2), (4, 1), (5, 2)):
@@ -157,7 +157,7 @@ def test_work_whose_review_is_too_long_is_not_closed(folder, tmp_path):
     assert gone
 
 
-def test_what_an_attempt_corrected_itself_counts_as_made(folder, tmp_path):
+def test_corrections_within_an_attempt_are_removed_from_its_work(folder, tmp_path):
     def noted(attempt):
         slip = "<Step1>1 + 1 = 3\n<Cause>It is 2.</Cause>\n<Correction>"
         return attempt.model_copy(

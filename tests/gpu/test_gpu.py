@@ -1,4 +1,4 @@
-"""The Unsloth path on a real card, with the embedded student: it learns, resumes, says what it uses, and fits."""
+"""Unsloth on a real GPU, with the embedded student: it learns, resumes, reports its memory, and fits."""
 
 import math
 import os
@@ -42,7 +42,7 @@ def phase(run: Run, name: str) -> list[dict]:
     return [row for row in read_metrics(run.path(file)) if row["phase"] == name]
 
 
-def test_every_stage_learns_and_every_factor_of_the_adapter_moves(trained):
+def test_every_stage_learns_and_changes_every_lora_matrix(trained):
     from safetensors.torch import load_file
 
     _, run = trained
@@ -65,24 +65,24 @@ def test_dpo_starts_at_ln_2_in_16_bits(trained):
 
 
 @pytest.mark.parametrize("backend", ["unsloth", "plain"])
-def test_rows_end_to_end_padded_and_alone_have_the_same_hidden_states(trained, backend):
+def test_padding_free_and_padded_rows_have_the_same_hidden_states(trained, backend):
     _, run = trained
     for name, gap in figures("hidden_gaps", backend, run).items():
         assert gap < 0.02, name
 
 
-def test_the_odds_in_use_are_those_that_were_trained(trained):
+def test_both_backends_give_the_same_decision_odds(trained):
     _, run = trained
     ours, plain = (figures("odds", backend, run) for backend in ("unsloth", "plain"))
     for one, other in zip(ours, plain, strict=True):
         assert one == pytest.approx(other, abs=0.25)
 
 
-def test_many_attempts_at_once_are_those_of_the_plain_path(trained):
+def test_both_backends_generate_the_same_attempts(trained):
     _, run = trained
     ours, plain = (figures("attempts", backend, run) for backend in ("unsloth", "plain"))
     same = sum(one == other for one, other in zip(ours, plain, strict=True))
-    assert same >= 0.75 * len(ours)  # near ties may fall either way in 16 bits
+    assert same >= 0.75 * len(ours)  # near ties can go either way in 16 bits
 
 
 CHILD = """
@@ -94,7 +94,7 @@ train_sft(Config.model_validate_json(sys.argv[1]), Run(sys.argv[2]))
 """
 
 
-def test_killed_on_the_card_it_goes_on_where_it_was(tmp_path):
+def test_killed_training_resumes_on_a_gpu(tmp_path):
     from sclite.train.sft import train_sft
 
     config = config_of(num_train_epochs=16, checkpoints=8)
@@ -113,7 +113,7 @@ def test_killed_on_the_card_it_goes_on_where_it_was(tmp_path):
     same_losses(broken, whole)
 
 
-def test_broken_off_by_ctrl_c_on_the_card_it_goes_on_where_it_was(tmp_path):
+def test_training_resumes_after_ctrl_c_on_a_gpu(tmp_path):
     from sclite.train.sft import train_sft
 
     config = config_of(num_train_epochs=8)
@@ -134,14 +134,14 @@ def test_broken_off_by_ctrl_c_on_the_card_it_goes_on_where_it_was(tmp_path):
 
 
 def same_losses(run: Run, other: Run) -> None:
-    """Step by step, as far as 16 bits repeat themselves."""
+    """Step by step, as far as 16 bits are reproducible."""
     rows, expected = phase(run, "sft"), phase(other, "sft")
     assert [row["step"] for row in rows] == [row["step"] for row in expected]
     for row, known in zip(rows, expected, strict=True):
         assert row["loss"] == pytest.approx(known["loss"], abs=0.02)
 
 
-def test_a_card_that_is_too_small_is_a_memory_fault(tmp_path):
+def test_running_out_of_gpu_memory_is_a_gpu_memory_error(tmp_path):
     import torch
 
     from sclite.train.sft import train_sft
@@ -158,7 +158,7 @@ def test_a_card_that_is_too_small_is_a_memory_fault(tmp_path):
         torch.cuda.set_per_process_memory_fraction(before)
 
 
-def test_a_card_that_is_not_there_is_exit_5():
+def test_a_missing_gpu_is_exit_5():
     command = [sys.executable, "-m", "sclite", "train", "--gpu", "77", "--set", "student.model=embedded"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 5
@@ -169,8 +169,8 @@ def test_a_card_that_is_not_there_is_exit_5():
     ("name", "most_gb"),
     [("qwen2.5-math-7b", {"sft": 12, "dpo": 20}), ("llama-3.1-8b", {"sft": 24, "dpo": 24})],
 )
-def test_seven_and_eight_billion_parameters_fit(name, most_gb, tmp_path):
-    """Rows of 2,048 tokens, rank 32, two at once; in a process of its own."""
+def test_7b_and_8b_models_fit(name, most_gb, tmp_path):
+    """Rows of 2,048 tokens, rank 32, micro-batch size 2; in a new process."""
     found = run_session(tmp_path, name, "unsloth", [peak("ours", stage, 2) for stage in most_gb])
     for row in found:
         assert "error" not in row
