@@ -291,6 +291,6 @@ def _trainer_class(base: type) -> type:
             Trainer.log(self, self.logger.log_step(logs, self.state.global_step, self.state.max_steps))
 
         def _save_checkpoint(self, model, trial):
-            Trainer._save_checkpoint(self, model, trial)  # without the model card that TRL adds
+            Trainer._save_checkpoint(self, model, trial)  # TRL would add a model card
 
     return AdapterTrainer

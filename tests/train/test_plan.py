@@ -249,10 +249,10 @@ def test_short_times_and_small_sizes_are_not_shown_as_zero(run, capsys):
     found["stages"]["sft"]["hours"] = 0.006
     found["disk_gb"] = {"adapters": 0.004, "total": 0.07}
     print_plan_tables(found)
-    told = capsys.readouterr().out
-    assert "22 s" in told
-    assert "Training time: about 1 min 12 s" in told
-    assert "Disk: about 70 MB (adapters 4 MB)" in told
+    shown = capsys.readouterr().out
+    assert "22 s" in shown
+    assert "Training time: about 1 min 12 s" in shown
+    assert "Disk: about 70 MB (adapters 4 MB)" in shown
 
 
 def test_an_unknown_price_stays_unknown(run):
