@@ -157,7 +157,12 @@ class Adapter:
 
     def __init__(self, folder: Path, base: BaseWeights):
         self.folder, self.settings = folder, read_json(folder / "adapter_config.json")
-        self._check_kind()
+        if (kind := self.settings.get("peft_type")) != "LORA":
+            self._reject(f"is {kind}, not LoRA")
+        if (initialized := self.settings.get("init_lora_weights")) not in KEEPS_BASE_WEIGHTS:
+            self._reject(f"was initialized by changing its base ({initialized})")
+        if used := next((name for name in UNSUPPORTED if self.settings.get(name)), None):
+            self._reject(f"uses {UNSUPPORTED[used]} ({used})")
         path = folder / "adapter_model.safetensors"
         if not path.is_file():
             raise DataError(f"{path} is missing", "save the adapter as safetensors, or train it again")
@@ -183,15 +188,6 @@ class Adapter:
             "merge it with PEFT: PeftModel.from_pretrained(..).merge_and_unload().save_pretrained(FOLDER); then run "
             "sclite export --run NEW --set student.model=FOLDER",
         )
-
-    def _check_kind(self) -> None:
-        found = self.settings
-        if found.get("peft_type") != "LORA":
-            self._reject(f"is {found.get('peft_type')}, not LoRA")
-        if found.get("init_lora_weights") not in KEEPS_BASE_WEIGHTS:
-            self._reject(f"was initialized by changing its base ({found['init_lora_weights']})")
-        if used := next((name for name in UNSUPPORTED if found.get(name)), None):
-            self._reject(f"uses {UNSUPPORTED[used]} ({used})")
 
     def _assign(self, key: str, base: BaseWeights, keys: Sequence[str]) -> None:
         """Assign an adapter tensor to its base tensor."""

@@ -67,6 +67,10 @@ def rows_of(run: Run, name: str) -> list[dict]:
     return [json.loads(line) for line in run.path(f"{FOLDER}/{name}.jsonl").read_text("utf-8").splitlines()]
 
 
+def read_card(run: Run) -> str:
+    return run.path(f"{FOLDER}/README.md").read_text("utf-8")
+
+
 def questions(run: Run) -> dict[str, str]:
     return {problem.id: problem.question for problem in run.read("problems.jsonl", Problem)}
 
@@ -177,7 +181,7 @@ def test_run_without_pairs_needs_no_student_and_removes_old_pairs(student, tmp_p
     assert not run.path(f"{FOLDER}/pairs.jsonl").exists()
     assert not run.path(f"{FOLDER}/step_dpo.jsonl").exists()
     assert "sclite_pairs" not in run.read_json(f"{FOLDER}/dataset_info.json")
-    assert "pairs.jsonl" not in run.path(f"{FOLDER}/README.md").read_text()
+    assert "pairs.jsonl" not in read_card(run)
 
 
 def test_empty_run_suggests_build_data(student, tmp_path):
@@ -211,7 +215,7 @@ def test_card_of_the_quickstart_names_its_word_problems():
 
 def test_card_lists_source_models_prompts_counts_drops_and_cost(exported):
     _, run, report = exported
-    card = run.path(f"{FOLDER}/README.md").read_text("utf-8")
+    card = read_card(run)
     assert "- Problems: sums.jsonl" in card
     assert "- Teacher: openai/large" in card
     assert "- Teacher prompts for templates: 0123456789abcdef" in card
@@ -227,14 +231,14 @@ def test_card_lists_source_models_prompts_counts_drops_and_cost(exported):
 def test_card_names_the_model_behind_the_attempts(tmp_path, student):
     other = config_of(student, attempts={"student": "openai/small", "api_base": "http://here/v1"})
     export_data(other, run := make_run(tmp_path / "run"))
-    card = run.path(f"{FOLDER}/README.md").read_text()
+    card = read_card(run)
     assert "the corrected attempts are by openai/small" in card
     assert "here/v1" not in card
 
 
 def test_card_shows_no_folders_and_no_addresses(exported, student):
     _, run, _ = exported
-    card = run.path(f"{FOLDER}/README.md").read_text("utf-8")
+    card = read_card(run)
     assert "/home/somebody" not in card
     assert "10.0.0.7" not in card
     assert str(student) not in card
@@ -254,19 +258,19 @@ def test_card_shows_the_whole_hub_id_but_only_the_last_part_of_a_path(student, t
     run = make_run(tmp_path / "run")
     run.replace("pairs.jsonl", [])
     export_data(config_of(student, problems={"source": source, "subset": "main"}), run)
-    assert f"- Problems: {shown}\n" in run.path(f"{FOLDER}/README.md").read_text("utf-8")
+    assert f"- Problems: {shown}\n" in read_card(run)
 
 
 def test_card_names_the_source_of_imported_attempts(student, tmp_path):
     run = make_run(tmp_path / "run")
     export_data(config_of(student, attempts={"source": "/home/somebody/wrong.jsonl"}), run)
-    card = run.path(f"{FOLDER}/README.md").read_text("utf-8")
+    card = read_card(run)
     assert "the corrected attempts were imported from wrong.jsonl" in card
 
 
 def test_card_leaves_the_license_to_fill_in(exported):
     _, run, _ = exported
-    card = run.path(f"{FOLDER}/README.md").read_text("utf-8")
+    card = read_card(run)
     front = card.split("---\n")[1]
     assert "license: unknown # TO FILL IN" in front
     assert "> **TO FILL IN.**" in card
@@ -317,7 +321,7 @@ def test_trl_appends_an_end_token_to_both_sides_as_the_card_says(exported, stude
     tokenizer = load_tokenizer(str(student))
     for row in prepared_by_trl(tokenizer, rows_of(run, "pairs")):
         assert row["chosen_ids"][-1] == row["rejected_ids"][-1] == end_id(tokenizer)
-    assert "**yes, on both sides**" in run.path(f"{FOLDER}/README.md").read_text("utf-8")
+    assert "**yes, on both sides**" in read_card(run)
 
 
 def test_trl_would_close_a_conversational_prefix_and_open_a_new_turn(exported, student):
