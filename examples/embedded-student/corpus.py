@@ -1,18 +1,18 @@
-"""The synthetic text that the embedded student is pre-trained on: what a real corpus has, in small.
+"""The synthetic corpus on which the embedded student is pre-trained.
 
-Stories with sums solved the short way in chats and the long way in a school-book, plain sums, sums taken apart, true
-and false statements with reasons, homework that somebody has checked, and tagged text of other kinds. The tags and
-prompts of sclite do not occur: the student has yet to learn its form.
+Stories solved briefly in chats and line by line in a textbook, plain and decomposed sums, true and false statements with
+reasons, checked homework, and other tagged text. The tags and prompts of sclite do not occur: the student has yet to
+learn its format.
 """
 
 import random
 from collections.abc import Iterator
 
-from marking import RIGHT_HERE, ROWS, WRONG_HERE, a_fault, marked, slip, two_marks, unmarked
+from marking import RIGHT_HERE, ROWS, WRONG_HERE, make_error, marked, slip, two_marks, unmarked
 
 from sclite.quickstart.grammar import ITEMS, solve
 from sclite.quickstart.stories import LARGE, SMALL, STORIES, TINY, Ranges, generate
-from sclite.quickstart.tutor import apart, result_of, why_wrong
+from sclite.quickstart.tutor import decompose, result_of, why_wrong
 
 CHAT = "<|im_start|>{role}\n{content}<|im_end|>\n"
 SYSTEMS = (
@@ -56,7 +56,7 @@ THINGS = (
 
 
 def a_sum(draw: random.Random, ranges: Ranges, part: int) -> tuple[int, str, int]:
-    """left, sign, right in the range that the stories use; part 6 divides more often."""
+    """(left, sign, right) in the ranges of the stories; divisions are more frequent from part 6 on."""
     sign = draw.choices("+-*/", weights=(42, 36, 17, 5) if part < 6 else (38, 33, 19, 10))[0]
     if sign == "*":
         return draw.randint(*ranges.packs), "*", draw.randint(*ranges.each)
@@ -84,7 +84,7 @@ def sums_apart(draw: random.Random, ranges: Ranges, part: int) -> str:
         a, s, b = a_sum(draw, ranges, part)
         lines.append(
             draw.choice(("{0} {1} {2}: {3}.", "What is {0} {1} {2}? {3}.", "{3}.")).format(
-                a, s, b, apart(a, s, b)
+                a, s, b, decompose(a, s, b)
             )
         )
     return "\n".join(lines)
@@ -103,22 +103,22 @@ def statements(draw: random.Random, ranges: Ranges, part: int) -> str:
             lines.append(f"{a} {s} {b} = {result}{between}{right}")
         else:
             given = slip(result, draw)
-            mend = f" {apart(a, s, b)}." if draw.random() < 0.6 else ""
-            lines.append(f"{a} {s} {b} = {given}{between}{wrong} {why_wrong(a, s, b, given)}{mend}")
+            correction = f" {decompose(a, s, b)}." if draw.random() < 0.6 else ""
+            lines.append(f"{a} {s} {b} = {given}{between}{wrong} {why_wrong(a, s, b, given)}{correction}")
     return "\n".join(lines)
 
 
 def chat(question: str, answer: str, draw: random.Random) -> str:
     messages = [("user", draw.choice(ASKS).format(q=question)), ("assistant", answer)]
     if draw.random() < 0.7:
-        advice = draw.sample(ADVICE, draw.choice((0, 0, 2, 4, 6)))  # that nobody in this corpus takes
+        advice = draw.sample(ADVICE, draw.choice((0, 0, 2, 4, 6)))  # never followed in this corpus
         text = " ".join(line.format(draw.choice(ROWS)) for line in advice)
         messages.insert(0, ("system", text or draw.choice(SYSTEMS)))
     return "".join(CHAT.format(role=role, content=content) for role, content in messages)
 
 
 def short_way(solution, draw: random.Random) -> str:
-    """As people answer in chats: up to two sums in one expression, the answer last."""
+    """A solution as in chats: up to two operations per expression, the answer last."""
     lines, expression, results = [], "", {}
     operations = solution.operations
     for i, op in enumerate(operations):
@@ -144,24 +144,24 @@ def short_way(solution, draw: random.Random) -> str:
 
 
 def long_way(solution, draw: random.Random, apart_share: float = 0.0) -> str:
-    """As school-books do it: one sum a line, with words; `apart_share` of the sums are taken apart."""
+    """A solution as in textbooks: one operation per line, with words; `apart_share` of them are decomposed."""
     form = draw.choice(("{i}. {what} {sum} {item}.", "{what} {sum} {item}.", "{sum}"))
     lines = []
     for i, op in enumerate(solution.operations, 1):
-        shown = apart(op.left, op.sign, op.right) if draw.random() < apart_share else op.sum
+        shown = decompose(op.left, op.sign, op.right) if draw.random() < apart_share else op.sum
         lines.append(form.format(i=i, what=op.what, sum=shown, item=solution.item))
     return "\n".join([*lines, f"Result: {solution.answer}"])
 
 
 def homework(question: str, solution, draw: random.Random, part: int = 1) -> str:
-    """Somebody's work and the marks that a teacher has put beside its lines, in tags of many names.
+    """Homework with a teacher's marks on its lines, in tags of many names.
 
-    From part 6 on mostly with the work as it was handed in before it, some of them as a chat.
+    From part 6 on it is mostly preceded by the work as handed in, sometimes as a chat.
     """
     row, marks = draw.choice(ROWS), two_marks(draw, part)
     wrong_at = draw.randrange(len(solution.operations)) if draw.random() < 0.6 else None
     numbers = [n for op in solution.operations for n in (op.left, op.right)] if part > 5 else []
-    error = a_fault(solution.operations[wrong_at], draw, numbers) if wrong_at is not None else None
+    error = make_error(solution.operations[wrong_at], draw, numbers) if wrong_at is not None else None
     shown = "\n".join(
         marked(op, solution.item, (f"{row}{i + 1}", *marks), error if i == wrong_at else None)
         for i, op in enumerate(solution.operations)
@@ -177,8 +177,8 @@ def homework(question: str, solution, draw: random.Random, part: int = 1) -> str
 
 
 def checks(draw: random.Random, ranges: Ranges, part: int) -> str:
-    """A page of sums, right and wrong, each judged: the densest lesson in checking."""
-    row, (mistake, mended) = draw.choice(ROWS), two_marks(draw, part)
+    """A page of right and wrong sums, each judged: the densest training for checking."""
+    row, (mistake, remedy) = draw.choice(ROWS), two_marks(draw, part)
     brief = draw.random() < (0.6 if part < 6 else 0.2)
     lines = []
     for i in range(1, draw.randint(6, 10)):
@@ -194,13 +194,13 @@ def checks(draw: random.Random, ranges: Ranges, part: int) -> str:
         given = slip(result, draw)
         notes = f"<{mistake}>{why_wrong(a, s, b, given)}</{mistake}>"
         if not brief:
-            notes += f"\n<{mended}>{what}{apart(a, s, b)} {item}.</{mended}>"
+            notes += f"\n<{remedy}>{what}{decompose(a, s, b)} {item}.</{remedy}>"
         lines.append(f"<{row}{i}>{what}{a} {s} {b} = {given} {item}.\n{WRONG_HERE}{notes}\n</{row}{i}>")
     return "\n".join(lines)
 
 
 def tagged(draw: random.Random, words: tuple[tuple[str, ...], ...] = FEW_TAGS) -> str:
-    """Lists of everyday things in tags; `words` are names for the outer, the inner and the last tags."""
+    """Lists of everyday things in tags; `words` are the names of the outer, inner and last tags."""
     tag, last = draw.choice(words[0]), draw.choice(words[2])
     lines = []
     for i in range(1, draw.randint(3, 6)):
@@ -228,13 +228,13 @@ WEIGHTS = {
 
 
 def documents(seed: int, avoid: frozenset[str] = frozenset(), part: int = 1) -> Iterator[str]:
-    """Documents without end, the same for the same seed; stories whose question is in `avoid` are left out.
+    """An endless stream of documents, determined by the seed; skips stories whose question is in `avoid`.
 
-    Part 1 of the corpus has small numbers; part 2 adds tags of more names and rules in its school-books; part 3 has
-    the numbers of the quickstart, and more statements and sums taken apart than plain sums; part 4 is mostly pages of judged sums,
-    part 5 has fewer of them and more homework. Part 6 has notes of many names, lines that take up a wrong number, and
-    school-books that take a sum apart here and there and go on from it. Part 7 is as part 6, with small numbers among the
-    large ones, as the quickstart's stories have them.
+    Part 1 has small numbers; part 2 adds more names of tags, and rules in its textbooks; part 3 has the numbers of the
+    quickstart, and more statements and decomposed sums than plain ones; part 4 is mostly pages of judged sums; part 5 has
+    fewer of them and more homework. Part 6 has notes with many names, lines that use a wrong number, and textbooks that
+    decompose some sums and continue from there. Part 7 is part 6 with small numbers among the large ones, as in the
+    quickstart's stories.
     """
     draw = random.Random(seed)
     kinds = ("short", "long", "homework", "sums", "apart", "statements", "tagged", "checks")

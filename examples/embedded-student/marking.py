@@ -1,19 +1,17 @@
-"""Wrong lines and the marks beside them: what slips people make, and how somebody's work looks before and after marking."""
+"""Wrong lines and their marks: typical slips, and homework before and after marking."""
 
 import random
 from dataclasses import dataclass
 
-from sclite.quickstart.tutor import apart, result_of, why_wrong
+from sclite.quickstart.tutor import decompose, result_of, why_wrong
 
-RIGHT_HERE, WRONG_HERE = (
-    "\x01",
-    "\x02",
-)  # stand before the token that passes judgement; pre-training weighs it
+# these precede the token that judges a line, which has a larger weight in pre-training
+RIGHT_HERE, WRONG_HERE = "\x01", "\x02"
 ROWS = ("Row", "Line", "Item", "Sum", "Part")
 
 
 def slip(result: int, draw: random.Random) -> int:
-    """A wrong result as people write them: a digit off, a carry lost, digits swapped."""
+    """A plausible wrong result: a wrong digit, a lost carry, swapped digits."""
     digits = list(str(result))
     kind = draw.random()
     if kind < 0.15 and len(digits) > 1:
@@ -38,9 +36,9 @@ REMEDIES = (
 
 
 def two_marks(draw: random.Random, part: int) -> tuple[str, str]:
-    """The names of the two notes beside a wrong line. Of few pairs a student learns the names, of many the form.
+    """The names of the two notes on a wrong line. From few pairs a student learns the names, from many the form.
 
-    Cause and Correction name such notes with others beside them, never both: that is sclite's own form.
+    Cause and Correction occur with other names, but never together: that is sclite's own format.
     """
     if part < 6:
         return draw.choice(MARKS)
@@ -49,7 +47,7 @@ def two_marks(draw: random.Random, part: int) -> tuple[str, str]:
 
 
 def misread(operation, numbers: list[int], draw: random.Random) -> tuple[int, int]:
-    """The operation's two numbers with one of them misread, or taken from elsewhere in the work."""
+    """The operation's two numbers, one of them misread or taken from another line of the work."""
     left, right = operation.left, operation.right
     other = draw.choice(numbers) if draw.random() < 0.5 else slip(draw.choice((left, right)), draw)
     return (other, right) if draw.random() < 0.5 else (left, other)
@@ -57,7 +55,7 @@ def misread(operation, numbers: list[int], draw: random.Random) -> tuple[int, in
 
 @dataclass(frozen=True)
 class Issue:
-    """What somebody wrote instead of an operation, and why it is wrong."""
+    """A wrong operation, and why it is wrong."""
 
     left: int
     right: int
@@ -65,8 +63,8 @@ class Issue:
     why: str
 
 
-def a_fault(operation, draw: random.Random, elsewhere: list[int]) -> Issue:
-    """A wrong result; or a number misread, or taken from `elsewhere` in the work."""
+def make_error(operation, draw: random.Random, elsewhere: list[int]) -> Issue:
+    """A wrong result, or a number that is misread or taken from `elsewhere` in the work."""
     left, sign, right = operation.left, operation.sign, operation.right
     one, other = misread(operation, elsewhere, draw) if elsewhere else (left, slip(right, draw))
     found = result_of(one, sign, other)
@@ -77,18 +75,18 @@ def a_fault(operation, draw: random.Random, elsewhere: list[int]) -> Issue:
 
 
 def marked(operation, item: str, tags: tuple[str, str, str], error: Issue | None) -> str:
-    """One line of somebody's work in a tag; a wrong one with the teacher's marks inside."""
-    (row, mistake, mended), what, sign = tags, operation.what, operation.sign
+    """One line of the work in a tag; a wrong one has the teacher's marks inside."""
+    (row, mistake, remedy), what, sign = tags, operation.what, operation.sign
     if error is None:
         return f"<{row}>{what} {operation.sum} {item}.\n{RIGHT_HERE}</{row}>"
-    better = f"{what} {apart(operation.left, sign, operation.right)} {item}."
-    notes = f"<{mistake}>{error.why}</{mistake}>\n<{mended}>{better}</{mended}>"
+    better = f"{what} {decompose(operation.left, sign, operation.right)} {item}."
+    notes = f"<{mistake}>{error.why}</{mistake}>\n<{remedy}>{better}</{remedy}>"
     line = f"{what} {error.left} {sign} {error.right} = {error.given} {item}."
     return f"<{row}>{line}\n{WRONG_HERE}{notes}\n</{row}>"
 
 
 def unmarked(solution, row: str, wrong_at: int | None, error: Issue | None) -> str:
-    """The work as it was handed in: what follows a wrong line goes on with its result."""
+    """The work as handed in: the lines after a wrong one use its result."""
     lines, instead = [], {}
     for i, op in enumerate(solution.operations):
         left, right = instead.get(op.left, op.left), instead.get(op.right, op.right)

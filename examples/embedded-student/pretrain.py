@@ -1,8 +1,8 @@
-"""Makes the embedded student from nothing: tokenizer, pre-training on the synthetic corpus, float16 weights.
+"""Train the embedded student from scratch: tokenizer, pre-training on the synthetic corpus, float16 weights.
 
     python examples/embedded-student/pretrain.py --part 1 --steps 2000 --save-at 800 --out one
 
-README.md beside this file has the three calls. The problems that the quickstart tests on are kept out of the corpus.
+README.md in this folder lists all calls. The corpus avoids the test and threshold problems of the quickstart.
 """
 
 import argparse
@@ -28,11 +28,13 @@ from sclite.quickstart.stories import generate
 from sclite.quickstart.tutor import template
 
 LENGTH = 512  # tokens in a training sequence
-JUDGEMENT_WEIGHT = 10.0  # of the one token in thirty that judges a line: at weight 1 nothing learns to check
+JUDGEMENT_WEIGHT = (
+    10.0  # of the one token in thirty that judges a line: at weight 1 the model does not learn to check
+)
 
 
 def vocabulary_texts() -> list[str]:
-    """Text for the tokenizer: the corpus, and sclite's own prompts and form so that they need few tokens."""
+    """Text for the tokenizer: the corpus, and sclite's prompts and format, so that they need few tokens."""
     texts = list(itertools.islice(corpus.documents(seed=7), 4000))
     for problem in generate(400, seed=8):
         work = trace.render(template(solve(problem.question)))
@@ -48,7 +50,7 @@ def vocabulary_texts() -> list[str]:
 
 
 def marked_tokens(tokenizer, text: str) -> tuple[list[int], list[int]]:
-    """Token ids of a document, and for each -1, or 0 and 1 where it judges a line to be right and wrong."""
+    """(token IDs, labels): 0 or 1 for a token that judges a line right or wrong, else -1."""
     plain, marks = [], {}
     for character in text:
         if character in (corpus.RIGHT_HERE, corpus.WRONG_HERE):
@@ -64,7 +66,7 @@ def marked_tokens(tokenizer, text: str) -> tuple[list[int], list[int]]:
 
 
 def token_stream(tokenizer, seed: int, avoid: frozenset[str], part: int):
-    """Endless blocks of LENGTH (token id, judgement) pairs, documents one after the other, end tokens between them."""
+    """Endless blocks of LENGTH (token ID, label) pairs: concatenated documents, separated by end tokens."""
     buffer: list[tuple[int, int]] = []
     for text in corpus.documents(seed, avoid, part):
         buffer += [*zip(*marked_tokens(tokenizer, text), strict=True), (tokenizer.eos_token_id, -1)]
@@ -94,12 +96,12 @@ def build_optimizers(model: LlamaForCausalLM, rate: float) -> list[torch.optim.O
 
 
 def rate(step: int, steps: int, warm: int = 60) -> float:
-    """Learning rate as a share of the highest: warm-up, level, then down to nothing over the last 40 percent."""
+    """Learning rate relative to the peak: warm-up, constant, then linear decay over the last 40 percent."""
     return min(1.0, (step + 1) / warm, max(0.02, (steps - step) / (0.4 * steps)))
 
 
 def grow(model: LlamaForCausalLM, layers: int) -> LlamaForCausalLM:
-    """More layers on top that change nothing yet: what they add to the residual stream begins at zero."""
+    """Add layers on top that change nothing yet: their output to the residual stream starts at zero."""
     shape = copy.deepcopy(model.config)
     shape.num_hidden_layers = layers
     shape.layer_types = None
@@ -113,7 +115,7 @@ def grow(model: LlamaForCausalLM, layers: int) -> LlamaForCausalLM:
 
 @dataclass
 class MetricsLogger:
-    """What is read off since the last line of the log: losses, and how well lines are judged."""
+    """Metrics since the last line of the log: losses, and how well lines are judged."""
 
     losses: list[float] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
@@ -152,7 +154,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--start", type=Path, help="go on from this student")
+    parser.add_argument("--start", type=Path, help="continue from this student")
     parser.add_argument("--part", type=int, choices=(1, 2, 3, 4, 5, 6, 7), default=1, help="of the corpus")
     parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--batch", type=int, default=12)
@@ -160,7 +162,7 @@ def main() -> None:
     parser.add_argument("--inner", type=int, default=512)
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument(
-        "--save-at", type=int, nargs="*", default=[], help="also keep these steps, in OUT-STEP"
+        "--save-at", type=int, nargs="*", default=[], help="also save these steps, in OUT-STEP"
     )
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -206,7 +208,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def save(model, tokenizer, options, folder: Path) -> None:
-    """Weights as float16; the tokenizer's files beside them, and how they were made."""
+    """Save float16 weights, the files of the tokenizer, and the settings of the training."""
     half = copy.deepcopy(model).half()
     half.save_pretrained(folder)
     if folder != options.out:

@@ -1,4 +1,4 @@
-"""The embedded student's SentencePiece vocabulary, written so that transformers and llama.cpp agree on every id."""
+"""The embedded student's SentencePiece vocabulary, with the same IDs in transformers and llama.cpp."""
 
 import json
 from collections.abc import Iterable
@@ -14,12 +14,12 @@ CONTROL = ("<|im_start|>", "<|im_end|>")
 def write_tokenizer(
     folder: Path, texts: Iterable[str], vocab_size: int = 512, template: str = CHATML
 ) -> None:
-    """Train a SentencePiece BPE vocabulary on `texts` and write every file transformers and llama.cpp read.
+    """Train a SentencePiece BPE vocabulary on `texts` and write all files that transformers and llama.cpp read.
 
-    The ids of SentencePiece, of `AutoTokenizer` and of the GGUF made from the folder are the same for any text. Ids:
-    0 <unk>, 1 <|im_start|>, 2 <|im_end|> (end of turn and padding), 3 newline, then 256 bytes, then the learned pieces.
-    tokenizer.model is the vocabulary; tokenizer.json is derived from it here, because what transformers derives by
-    itself depends on its version. `vocab_size` should be divisible by 256 (K-quants).
+    SentencePiece, `AutoTokenizer` and a GGUF converted from the folder give the same IDs for any text: 0 <unk>,
+    1 <|im_start|>, 2 <|im_end|> (end of turn and padding), 3 newline, then 256 bytes, then the learned pieces.
+    tokenizer.json is derived from tokenizer.model here, because the conversion of transformers depends on its version.
+    `vocab_size` should be divisible by 256 (K-quants).
     """
     import sentencepiece
 
@@ -57,9 +57,8 @@ def _write_fast_tokenizer(folder: Path, template: str) -> None:
     pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
     ids = {piece: i for i, piece in enumerate(pieces)}
     merges = []
-    for piece in pieces[
-        3:
-    ]:  # in order of falling score; <0x41> and the like split into nothing that is a piece
+    # in order of falling score; <0x41> and the like do not split into pieces
+    for piece in pieces[3:]:
         merges += [
             (piece[:cut], piece[cut:])
             for cut in range(1, len(piece))

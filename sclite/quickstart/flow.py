@@ -1,4 +1,4 @@
-"""The quickstart: the whole pipeline on embedded problems, tutor and student; no GPU, no key, no download."""
+"""The quickstart: the whole pipeline with bundled problems, teacher and student; no GPU, API key or download."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +27,7 @@ DEFAULTS: Mapping[str, Any] = {
     "student": {"model": "embedded", "backend": "plain", "batch": 64},
     "attempts": {"samples": 2, "max_tokens": 160, "reviews": 2, "confirmation_share": 0.4},
     "sft": {**STAGE, "learning_rate": 2e-3, "num_train_epochs": 3},
-    "warmup": {  # at 2e-3 solving suffers
+    "warmup": {  # at a learning rate of 2e-3 the student gets worse at solving
         **STAGE,
         "learning_rate": 1e-3,
         "num_train_epochs": 1.5,
@@ -37,7 +37,7 @@ DEFAULTS: Mapping[str, Any] = {
     "dpo": {**STAGE, "learning_rate": 3e-4, "num_train_epochs": 1, "replay_share": 0.6},
     "export": {"quant": "q8_0", "num_ctx": 2048},
     "eval": {"limit": 300, "max_tokens": 320, "context": 1024},
-    "review": {"max_harm": 0.01},  # half a per cent of 400 fitting problems are two: chance would decide
+    "review": {"max_harm": 0.01},  # half a percent of 400 problems are two: the fit would be chance
 }
 
 PROBLEMS = 640
@@ -52,23 +52,24 @@ PLAN = {
     "export": 1,
     "eval": 105,
 }
-"""About the seconds that the stages take on two cores, from runs on a shared host; they only foretell the time left."""
+"""Approximate duration of each stage in seconds, on two cores of a shared host; used only to estimate the time left."""
 
 
 def judge(question: str, trace: Trace) -> int | None:
-    """The first wrong step of a trace, as the tutor sees it."""
+    """The first wrong step of a trace according to the tutor; None if all are right."""
     return judge_steps(solve(question), trace).step
 
 
 def quickstart(
     config: Config, quiet: bool = False, fresh: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Run every stage that is not done; returns (summary of the evaluation, one corrected answer to show).
+    """Run all stages that are not done; returns (summary of the evaluation, an example of a corrected answer).
 
-    `fresh` lets stages be trained anew that were trained from other inputs.
+    `fresh` retrains stages that were trained from other inputs.
     """
     run = Run(config.run)
-    problems = _problems(config, run)
+    existing = sum(1 for _ in run.rows("problems.jsonl", Problem, whole=False))
+    problems = split_problems(config, train_problems(config.problems.limit or existing or PROBLEMS))
     run.replace("problems.jsonl", [*problems[0], *problems[1]])
     context = Context(config, run, ProgressDisplay(PLAN, quiet), prepare=register, problems=problems)
     pipeline.build_templates(context, fresh)
@@ -79,7 +80,9 @@ def quickstart(
         context,
         pipeline.STUDENTS,
         test_problems(count),
-        threshold_problems(4 * count // 3),  # of half as many, one spoilt answer in a hundred would be two
+        threshold_problems(
+            4 * count // 3
+        ),  # with half as many, one harmed answer in a hundred would be only two
         judge,
         folder=result_folder(run, MODEL, ["quickstart"], count, DEFAULTS["eval"]["limit"]),
         dataset=MODEL,
@@ -88,16 +91,8 @@ def quickstart(
     return summary, choose_example(run.read_json(f"{summary['folder']}/dpo.reviews.json") or [])
 
 
-def _problems(config: Config, run: Run):
-    """(for SFT, kept for stage 2): as many as `problems.limit` says in all, else as many as the run has already."""
-    count = (
-        config.problems.limit or sum(1 for _ in run.rows("problems.jsonl", Problem, whole=False)) or PROBLEMS
-    )
-    return split_problems(config, train_problems(count))
-
-
 def next_commands(run: Path) -> list[tuple[str, str]]:
-    """(command, purpose) of what to type after the quickstart."""
+    """(command, purpose) of the next steps after the quickstart."""
     return [
         (f"sclite chat --self-correct --run {quote(str(run))}", "talk to the student"),
         ("sclite init", "a configuration for your own problems"),

@@ -1,6 +1,6 @@
-"""The grammar of the arithmetic stories, and how a story is read back: `solve` gives the operations that a text asks for.
+"""The grammar of the arithmetic stories, and `solve`, which parses a story and computes its answer.
 
-Each sentence form is one line of a table: a text with slots, and what it does to the amount that the story follows.
+Each form of sentence is a text with slots and a change of the amount that the story is about.
 """
 
 import re
@@ -17,14 +17,14 @@ BOXES = ("boxes", "bags", "packs", "trays")
 
 @dataclass(frozen=True)
 class Operation:
-    """One step of a solution: `left sign right = result`, and what the result is, in words."""
+    """One step of a solution: `left sign right = result`, and in words what the result is."""
 
     left: int
     sign: str
     right: int
     result: int
     what: str
-    form: str  # which sentence of the grammar asks for it
+    form: str  # the form of the sentence that asks for it
 
     @property
     def sum(self) -> str:
@@ -33,7 +33,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class Solution:
-    """The operations in order; `parents[i]` are the earlier operations whose results operation i uses."""
+    """The operations in order; `parents[i]` are the operations whose results operation i uses."""
 
     operations: tuple[Operation, ...]
     parents: tuple[tuple[int, ...], ...]
@@ -78,7 +78,7 @@ _ASSOCIATIVE = {"+", "*"}
 
 @cache
 def _patterns() -> list[tuple[str, re.Pattern]]:
-    table = {**QUESTIONS, **EVENTS, **OPENINGS}  # a question may begin like an opening, so it is tried first
+    table = {**QUESTIONS, **EVENTS, **OPENINGS}  # questions first, because one may begin like an opening
     patterns = []
     for form, sentence in table.items():
         pattern = re.escape(sentence).replace(r"\{", "{").replace(r"\}", "}")
@@ -92,16 +92,24 @@ def _patterns() -> list[tuple[str, re.Pattern]]:
 
 
 class _Solver:
-    """Follows the amount of the story and notes each operation with the earlier ones that it needs."""
+    """Tracks the amount of the story and records each operation with its parents."""
 
     def __init__(self):
         self.operations: list[Operation] = []
         self.parents: list[tuple[int, ...]] = []
         self.amount = 0
-        self.source: int | None = None  # the operation that gave the amount
+        self.source: int | None = None  # the operation that produced the amount
         self.item = ""
 
-    def note(self, left, sign, right, what, form, parents=()) -> int:
+    def add(
+        self,
+        left: int,
+        sign: str,
+        right: int,
+        what: str,
+        form: str,
+        parents: tuple[int | None, ...] = (),
+    ) -> int:
         result = {
             "+": left + right,
             "-": left - right,
@@ -113,7 +121,7 @@ class _Solver:
         return len(self.operations) - 1
 
     def change(self, sign: str, value: int, what: str, form: str, packed: int | None = None) -> None:
-        self.source = self.note(self.amount, sign, value, what, form, (self.source, packed))
+        self.source = self.add(self.amount, sign, value, what, form, (self.source, packed))
         self.amount = self.operations[-1].result
 
     def sentence(self, form: str, slots: dict[str, str]) -> None:
@@ -123,10 +131,10 @@ class _Solver:
         if form == "has":
             self.amount = a
         elif form == "packed":
-            self.source = self.note(a, "*", b, f"The {slots['box']} hold", form)
+            self.source = self.add(a, "*", b, f"The {slots['box']} hold", form)
             self.amount = self.operations[-1].result
         elif form == "compared":
-            self.source = self.note(a, "+", b, f"{name} has", form)
+            self.source = self.add(a, "+", b, f"{name} has", form)
             self.amount = self.operations[-1].result
         elif form in ("buys", "finds", "gets"):
             self.change(
@@ -143,13 +151,13 @@ class _Solver:
                 form,
             )
         elif form == "buys packed":
-            packed = self.note(a, "*", b, f"The {slots['box']} hold", form)
+            packed = self.add(a, "*", b, f"The {slots['box']} hold", form)
             self.change("+", self.operations[-1].result, "With the new ones", form, packed)
         elif form == "gives each":
-            packed = self.note(a, "*", b, "The friends get", form)
+            packed = self.add(a, "*", b, "The friends get", form)
             self.change("-", self.operations[-1].result, "After giving", form, packed)
         elif form == "wants":
-            self.source = self.note(a, "-", self.amount, "Missing are", form, (self.source,))
+            self.source = self.add(a, "-", self.amount, "Missing are", form, (self.source,))
         elif form == "together":
             self.change("+", a, "Together they have", form)
         elif form == "shared":
@@ -157,7 +165,7 @@ class _Solver:
 
 
 def solve(question: str) -> Solution | None:
-    """Read a problem of this grammar and work it out; None for any other text."""
+    """Parse and solve a problem of this grammar; None for any other text."""
     solver = _Solver()
     for form, slots in sentences(question) or ():
         solver.sentence(form, slots)
@@ -167,7 +175,7 @@ def solve(question: str) -> Solution | None:
 
 
 def sentences(question: str) -> list[tuple[str, dict[str, str]]] | None:
-    """(form, slots) of each sentence; None where one is not of this grammar, or where not the last one alone asks."""
+    """(form, slots) of each sentence; None for other texts, or if not exactly the last sentence is a question."""
     text, position, found = question.strip(), 0, []
     while position < len(text):
         for form, pattern in _patterns():
@@ -183,9 +191,9 @@ def sentences(question: str) -> list[tuple[str, dict[str, str]]] | None:
 
 
 def same_operation(one: tuple[int, str, int], other: Operation) -> bool:
-    """Whether `left sign right` asks for the same as the operation; sums and products may be turned round."""
+    """Whether `left sign right` is this operation; sums and products may be swapped."""
     left, sign, right = one
     if sign != other.sign:
         return False
-    turned = sign in _ASSOCIATIVE and (right, left) == (other.left, other.right)
-    return (left, right) == (other.left, other.right) or turned
+    swapped = sign in _ASSOCIATIVE and (right, left) == (other.left, other.right)
+    return (left, right) == (other.left, other.right) or swapped

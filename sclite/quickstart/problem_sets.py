@@ -1,4 +1,4 @@
-"""The quickstart's problems: training, threshold and test sets, fixed by their seeds and without a common question."""
+"""The quickstart's training, threshold and test sets: fixed by seeds, without common questions."""
 
 from sclite.quickstart.stories import generate
 from sclite.records import Problem
@@ -13,16 +13,16 @@ def test_problems(count: int) -> list[Problem]:
 
 
 def threshold_problems(count: int) -> list[Problem]:
-    """Problems to fit the threshold on (at most 1000), none of them a test problem."""
+    """The first `count` (at most 1000) problems for fitting the threshold, none of them a test problem."""
     avoid = frozenset(p.question for p in generate(TEST_COUNT, TEST_SEED))
     return generate(THRESHOLD_COUNT, THRESHOLD_SEED, avoid)[:count]
 
 
 def held_out_questions() -> frozenset[str]:
-    """Every question of the test and threshold sets: kept out of training and of the student's pre-training."""
+    """All questions of the test and threshold sets, which training and the student's pre-training must avoid."""
     return frozenset(p.question for p in [*test_problems(TEST_COUNT), *threshold_problems(THRESHOLD_COUNT)])
 
 
 def train_problems(count: int) -> list[Problem]:
-    """`count` training problems, none of them held out."""
+    """`count` training problems, none of which is held out."""
     return generate(count, TRAIN_SEED, held_out_questions())

@@ -1,6 +1,6 @@
-"""Arithmetic word problems with one to four operations, written by the sentences of the grammar with random numbers.
+"""Generation of arithmetic word problems with one to four operations and random numbers.
 
-Nothing but the text passes between what writes a story (`generate`) and what reads it back (`grammar.solve`).
+`grammar.solve` sees only the text that `generate` writes.
 """
 
 import random
@@ -13,7 +13,7 @@ from sclite.records import Problem
 
 @dataclass(frozen=True)
 class Ranges:
-    """How large the numbers of the stories are, each as (least, most)."""
+    """The ranges of the numbers in stories, each as (minimum, maximum)."""
 
     start: tuple[int, int]
     second: tuple[int, int]
@@ -26,14 +26,14 @@ class Ranges:
 
 
 LENGTHS = (1, 2, 2, 3, 3, 4)
-"""How many operations a story asks for, each as often as it stands here."""
+"""Numbers of operations; repetitions are weights."""
 PARTS = (2, 6)
-"""Into how many boxes all is put."""
+"""Range of the number of boxes to share into."""
 TINY = Ranges((3, 30), (2, 20), (2, 20), (2, 9), (2, 12), (1, 99), (2, 30), (2, 30))
 SMALL = Ranges((14, 95), (11, 48), (11, 59), (2, 6), (3, 16), (5, 190), (11, 79), (12, 89))
 LARGE = Ranges((40, 480), (21, 240), (25, 290), (3, 7), (8, 36), (12, 980), (25, 290), (30, 390))
 STORIES = (TINY, LARGE, LARGE)
-"""The ranges of the quickstart's stories, each as often as it stands here."""
+"""The ranges of the quickstart's stories; repetitions are weights."""
 
 
 def _packed(draw: random.Random, ranges: Ranges) -> dict[str, int]:
@@ -41,7 +41,7 @@ def _packed(draw: random.Random, ranges: Ranges) -> dict[str, int]:
 
 
 def _opening(draw: random.Random, ranges: Ranges) -> tuple[str, dict[str, int], int]:
-    """The form of the first sentence, its numbers, and the amount that the story begins with."""
+    """(form, numbers, starting amount) of the first sentence."""
     opening = draw.choices(list(OPENINGS), weights=(5, 3, 2))[0]
     if opening == "packed":
         values = _packed(draw, ranges)
@@ -51,7 +51,7 @@ def _opening(draw: random.Random, ranges: Ranges) -> tuple[str, dict[str, int], 
 
 
 def _event(draw: random.Random, forms: list[str], ranges: Ranges) -> tuple[str, dict[str, int], int]:
-    """One change: its form, its numbers, and what it adds to the amount."""
+    """(form, numbers, change of the amount) of one event."""
     form = draw.choice(forms)
     sign = 1 if form in ("buys", "finds", "gets", "buys packed") else -1
     if " " in form:
@@ -62,7 +62,7 @@ def _event(draw: random.Random, forms: list[str], ranges: Ranges) -> tuple[str, 
 
 
 def _question(draw: random.Random, form: str, amount: int, ranges: Ranges) -> int | None:
-    """The number in the question; None where it does not come out."""
+    """The number in the question; None if no number fits."""
     if form == "wants":
         return amount + draw.randint(*ranges.wanted)
     if form == "together":
@@ -74,7 +74,7 @@ def _question(draw: random.Random, form: str, amount: int, ranges: Ranges) -> in
 
 
 def _story(draw: random.Random, operations: int, ranges: Ranges) -> str | None:
-    """One try at a story of just so many operations; None where the numbers do not come out."""
+    """Try to write a story with this number of operations; None if the numbers do not work out."""
     they = draw.choice(("She", "He"))
     everybody = [name for names in NAMES.values() for name in names]
     name = draw.choice(NAMES[they])
@@ -89,18 +89,18 @@ def _story(draw: random.Random, operations: int, ranges: Ranges) -> str | None:
     opening, values, amount = _opening(draw, ranges)
     sentences = [OPENINGS[opening].format(**words, **values)]
     question = draw.choices(list(QUESTIONS), weights=(5, 2, 2, 1))[0]
-    room = operations - (opening != "has") - (question != "left")
+    remaining = operations - (opening != "has") - (question != "left")
     previous = None
-    while room > 0:
-        forms = [f for f in EVENTS if f != previous and (room >= 2 or " " not in f)]
+    while remaining > 0:
+        forms = [f for f in EVENTS if f != previous and (remaining >= 2 or " " not in f)]
         previous, values, change = _event(draw, forms, ranges)
         amount += change
         if not ranges.amount[0] <= amount <= ranges.amount[1]:
             return None
         sentences.append(EVENTS[previous].format(**words, **values))
-        room -= 2 if " " in previous else 1
+        remaining -= 2 if " " in previous else 1
     number = _question(draw, question, amount, ranges)
-    if room < 0 or number is None:
+    if remaining < 0 or number is None:
         return None
     sentences.append(QUESTIONS[question].format(**words, a=number))
     return " ".join(sentences)
@@ -109,7 +109,7 @@ def _story(draw: random.Random, operations: int, ranges: Ranges) -> str | None:
 def generate(
     count: int, seed: int, avoid: frozenset[str] = frozenset(), ranges: Sequence[Ranges] = STORIES
 ) -> list[Problem]:
-    """`count` different problems, none of whose questions is in `avoid`; the same seed gives the same problems."""
+    """`count` different problems whose questions are not in `avoid`; the same seed gives the same problems."""
     draw = random.Random(seed)
     problems, seen = [], set(avoid)
     while len(problems) < count:
@@ -130,7 +130,7 @@ def generate(
 
 
 def within(question: str, ranges: Sequence[Ranges] = STORIES) -> bool:
-    """Whether this is a story of this grammar, as long and with numbers as large as `generate` writes them with `ranges`."""
+    """Whether this is a story of this grammar with a length and numbers that `generate` could have chosen."""
     return any(_within(question, each) for each in ranges)
 
 

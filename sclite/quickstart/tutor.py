@@ -1,7 +1,6 @@
-"""The embedded tutor: solves the arithmetic problems symbolically, writes templates, finds and corrects wrong steps.
+"""The bundled teacher: solves the arithmetic problems symbolically, writes templates and corrects wrong steps.
 
-It is a teacher like any other: it sees only the messages of a chat, in which it looks for a problem, and for a
-student's work where a correction is asked for.
+Like any teacher it sees only the messages of a chat, in which it looks for a problem and a student's work.
 """
 
 import re
@@ -11,7 +10,7 @@ from sclite import trace
 from sclite.quickstart.grammar import Operation, Solution, same_operation, solve
 from sclite.trace import Step, Trace
 
-# A sum that stands alone: in "4 + 7 + 1 = 12" neither "7 + 1 = 12" nor anything else is one.
+# A complete equation: "4 + 7 + 1 = 12" has none, and "7 + 1 = 12" must not match.
 _SUM = re.compile(r"(?<![-+*/] )(?<!\d)(\d+) ?([-+*/x×]) ?(\d+) ?= ?(\d+)(?!\d| ?[-+*/])")
 _PROBLEM = re.compile(r"Problem:\n(.+?)\n\n", re.S)
 _WORK = re.compile(r"The student's work:\n(.+)\Z", re.S)
@@ -19,7 +18,7 @@ _WORK = re.compile(r"The student's work:\n(.+)\Z", re.S)
 
 @dataclass(frozen=True)
 class Judgement:
-    """The first wrong step (from 1; None: all are right), why, and the operation that belongs there."""
+    """The first wrong step (from 1; None: all are right), the cause, and the operation that belongs there."""
 
     step: int | None
     cause: str = ""
@@ -31,7 +30,7 @@ class Judgement:
 
 
 def _key(operation: Operation) -> str | None:
-    """A reminder for the steps that are tricky: packs come before the change that they are part of."""
+    """A reminder: packs are multiplied before the change that they are part of."""
     packed = operation.form in ("buys packed", "gives each") and operation.sign == "*"
     return "Multiply first." if packed else None
 
@@ -59,14 +58,14 @@ def template(solution: Solution) -> Trace:
 
 
 def result_of(left: int, sign: str, right: int) -> int | None:
-    """What the sum gives; None where it gives no whole number."""
+    """The result of the operation; None if it is no integer."""
     if sign == "/":
         return left // right if right and left % right == 0 else None
     return {"+": left + right, "-": left - right, "*": left * right}[sign]
 
 
 def _columns(left: int, sign: str, right: int):
-    """Column by column from the units: (upper digit with what it borrowed or lost, lower digit, carried in, value)."""
+    """Column by column from the units: (upper digit after borrowing, lower digit, carry in, value)."""
     carry = 0
     for place in range(max(len(str(left)), len(str(right)))):
         upper, lower = left // 10**place % 10, right // 10**place % 10
@@ -85,15 +84,15 @@ _PLACES = ("units", "tens", "hundreds", "thousands", "ten thousands")
 
 
 def columns_in_words(left: int, sign: str, right: int) -> list[str]:
-    """units 8 + 5 = 13, tens 4 + 7 + 1 = 12 ..: one entry a column."""
+    """One entry per column: units 8 + 5 = 13, tens 4 + 7 + 1 = 12 .."""
     return [
         f"{place} {upper} {sign} {lower}{' + 1' if carry else ''} = {value}"
         for place, (upper, lower, carry, value) in zip(_PLACES, _columns(left, sign, right), strict=False)
     ]
 
 
-def apart(left: int, sign: str, right: int) -> str:
-    """The sum taken apart into ones that a beginner can do, ending in the whole."""
+def decompose(left: int, sign: str, right: int) -> str:
+    """The operation split into easy ones, ending with the whole."""
     whole = f"so {left} {sign} {right} = {result_of(left, sign, right)}"
     if sign in "+-" and left >= right * (sign == "-") and max(left, right) < 10**5:
         return ", ".join([*columns_in_words(left, sign, right), whole])
@@ -114,7 +113,7 @@ def apart(left: int, sign: str, right: int) -> str:
 
 
 def why_wrong(left: int, sign: str, right: int, given: int) -> str:
-    """The check that shows that `left sign right` is not `given`: the first column that does not fit."""
+    """The check that shows that `left sign right` is not `given`: the first column that is wrong."""
     result = result_of(left, sign, right)
     if result is None or result < 0:
         return f"{left} {sign} {right} does not come out here."
@@ -133,8 +132,8 @@ def why_wrong(left: int, sign: str, right: int, given: int) -> str:
 # -- corrections ---------------------------------------------------------------------------------------------------
 
 
-def sums(text: str) -> list[tuple[int, str, int, int]]:
-    """Every (left, sign, right, result) that a text claims."""
+def find_equations(text: str) -> list[tuple[int, str, int, int]]:
+    """All equations (left, sign, right, result) in a text."""
     return [
         (int(a), sign.replace("x", "*").replace("×", "*"), int(b), int(c))
         for a, sign, b, c in _SUM.findall(text)
@@ -144,12 +143,12 @@ def sums(text: str) -> list[tuple[int, str, int, int]]:
 def _judge_step(
     text: str, solution: Solution, done: frozenset[int]
 ) -> tuple[int | None, str, Operation | None]:
-    """Which operation a step does; or None, why it is wrong, and the operation that belongs there."""
+    """(operation, "", None) for a right step; (None, cause, the operation that belongs there) for a wrong one."""
     numbers = range(len(solution.operations))
     ready = [i for i in numbers if i not in done and all(p in done for p in solution.parents[i])]
     if not ready:
         return None, "The problem asks for no further sum.", None
-    claimed = sums(text)
+    claimed = find_equations(text)
     needed = solution.operations[ready[0]]
     if not claimed:
         return None, "No sum is worked out here.", needed
@@ -164,7 +163,7 @@ def _judge_step(
 
 
 def judge(solution: Solution, attempt: Trace) -> Judgement:
-    """Walk an attempt to its first wrong step. Steps may come in any order that the problem allows."""
+    """Find the first wrong step of an attempt. Steps may come in any order that the problem allows."""
     done: frozenset[int] = frozenset()
     for number, step in enumerate(attempt.steps, 1):
         match, cause, operation = _judge_step(step.text, solution, done)
@@ -175,7 +174,7 @@ def judge(solution: Solution, attempt: Trace) -> Judgement:
 
 
 def correct(solution: Solution, attempt: Trace) -> Trace:
-    """The review of an attempt: its first wrong step with cause and correction, the rest solved anew."""
+    """The review of an attempt: its first wrong step with cause and correction, then a new solution."""
     verdict = judge(solution, attempt)
     end = {"generalized": _generalized(solution), "answer": str(solution.answer)}
     if verdict.step is None:
@@ -187,7 +186,7 @@ def correct(solution: Solution, attempt: Trace) -> Trace:
     else:
         operation = verdict.operation
         correction = (
-            f"{operation.what} {apart(operation.left, operation.sign, operation.right)} {solution.item}."
+            f"{operation.what} {decompose(operation.left, operation.sign, operation.right)} {solution.item}."
         )
         done |= {solution.operations.index(operation)}
     rest = [_step(op, solution.item) for i, op in enumerate(solution.operations) if i not in done]
@@ -199,7 +198,7 @@ def correct(solution: Solution, attempt: Trace) -> Trace:
 
 
 def reply(messages: list[dict[str, str]]) -> str:
-    """What the tutor says to a chat: a template, a correction, or that it knows only its own kind of problem."""
+    """The tutor's reply to a chat: a template, a correction, or a refusal of other problems."""
     text = messages[-1]["content"]
     problem = _PROBLEM.search(text)
     solution = solve(problem[1]) if problem else None

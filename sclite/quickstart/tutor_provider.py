@@ -1,4 +1,4 @@
-"""The embedded tutor as a LiteLLM provider, so that the quickstart's teacher is reached like any other."""
+"""The bundled tutor as a LiteLLM provider, so that it is called like any other teacher."""
 
 from sclite.quickstart import tutor
 from sclite.teacher.provider import import_litellm
@@ -8,19 +8,23 @@ MODEL = f"{PROVIDER}/tutor"
 
 
 def register() -> None:
-    """Make `embedded/tutor` known to LiteLLM; give this to Teacher as `prepare`. Its replies are free and the same
-    each time."""
+    """Register `embedded/tutor` with LiteLLM; pass this to Teacher as `prepare`. Replies are free and deterministic."""
     litellm = import_litellm()
 
     class Tutor(litellm.CustomLLM):
         def completion(self, *args, messages, model, model_response, **options):
             text = tutor.reply(messages)
-            asked, said = sum(len(m["content"].split()) for m in messages), len(text.split())
+            prompt_tokens, completion_tokens = (
+                sum(len(m["content"].split()) for m in messages),
+                len(text.split()),
+            )
             model_response.model = model
             model_response.choices[0].message.content = text
             model_response.choices[0].finish_reason = "stop"
             model_response.usage = litellm.Usage(
-                prompt_tokens=asked, completion_tokens=said, total_tokens=asked + said
+                prompt_tokens=prompt_tokens,
+                completion_tokens=completion_tokens,
+                total_tokens=prompt_tokens + completion_tokens,
             )
             return model_response
 

@@ -1,4 +1,4 @@
-"""The whole way in small: one quickstart for all tests of this file, and what people do with its run."""
+"""End to end: one small quickstart, shared by all tests of this file, and commands on its run."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ SMALL = ("--set", "problems.limit=120", "--set", "sft.num_train_epochs=6", "--se
 
 
 def sclite(*arguments: str, folder: Path, text: str | None = None) -> subprocess.CompletedProcess:
-    """`sclite ARGUMENTS` in a process of its own."""
+    """Run `sclite ARGUMENTS` in a new process."""
     command = [sys.executable, "-m", "sclite", *arguments]
     return subprocess.run(command, cwd=folder, input=text, capture_output=True, text=True, check=False)
 
@@ -27,7 +27,7 @@ def quickstarted(tmp_path_factory):
     return folder, folder / "runs/quickstart", json.loads(done.stdout)
 
 
-def test_json_holds_the_table_and_nothing_else(quickstarted):
+def test_json_output_holds_the_table(quickstarted):
     _, _, summary = quickstarted
     assert set(summary["models"]) == {"base", "sft", "dpo"}
     for figures in summary["models"].values():
@@ -49,7 +49,7 @@ def test_dpo_starts_at_ln_2_from_the_warm_adapter(quickstarted):
     assert first["margin_max"] == pytest.approx(0, abs=1e-3)
 
 
-def test_gguf_says_what_the_trained_model_says(quickstarted):
+def test_the_gguf_agrees_with_the_trained_model(quickstarted):
     _, run, _ = quickstarted
     parity = json.loads((run / "export/parity.json").read_text())
     assert parity["tokens_equal"] == parity["tokens_compared"] > 0
@@ -69,7 +69,7 @@ def test_test_and_threshold_problems_were_never_trained_on(quickstarted):
     assert not trained & tested
 
 
-def test_second_quickstart_takes_seconds_and_says_the_same(quickstarted):
+def test_a_second_quickstart_is_fast_and_has_the_same_results(quickstarted):
     folder, _, summary = quickstarted
     began = time.monotonic()
     again = sclite("quickstart", *SMALL, "--json", folder=folder)
@@ -97,7 +97,7 @@ def test_chat_reads_questions_from_standard_input(quickstarted):
     assert "answer" in done.stdout
 
 
-def test_export_in_another_size_names_the_evaluation_that_fits_its_threshold(quickstarted, tmp_path):
+def test_export_suggests_the_command_that_fits_a_threshold(quickstarted, tmp_path):
     _, run, _ = quickstarted
     copy = shutil.copytree(run, tmp_path / "run")
     for quant, following in (("f16", "sclite quickstart --run"), ("q8_0", "sclite chat --self-correct")):
@@ -106,7 +106,7 @@ def test_export_in_another_size_names_the_evaluation_that_fits_its_threshold(qui
         assert f"Next: {following}" in done.stdout
 
 
-def test_closing_words_name_the_next_commands_without_a_placeholder(quickstarted):
+def test_the_next_commands_can_be_typed_as_they_are(quickstarted):
     folder, run, _ = quickstarted
     done = sclite("quickstart", *SMALL, folder=folder)
     assert done.returncode == 0, done.stderr
@@ -117,7 +117,7 @@ def test_closing_words_name_the_next_commands_without_a_placeholder(quickstarted
     ]
 
 
-def test_the_other_commands_divide_its_problems_as_the_quickstart_did(quickstarted):
+def test_other_commands_split_the_problems_alike(quickstarted):
     folder, run, _ = quickstarted
     before = {
         name: (run / name).read_bytes() for name in ("problems.jsonl", "attempts.jsonl", "reviews.jsonl")
@@ -132,9 +132,7 @@ def test_the_other_commands_divide_its_problems_as_the_quickstart_did(quickstart
     assert planned["stages"]["sft"]["rows"] == 60
 
 
-def test_eval_after_sft_alone_measures_what_is_there_and_each_dataset_keeps_its_results(
-    quickstarted, tmp_path
-):
+def test_eval_without_dpo_and_results_per_dataset(quickstarted, tmp_path):
     from sclite.quickstart.problem_sets import test_problems
 
     _, run, summary = quickstarted
@@ -160,7 +158,7 @@ def test_eval_after_sft_alone_measures_what_is_there_and_each_dataset_keeps_its_
     assert after[sft] == thresholds[sft]  # fitted on more problems
 
 
-def test_status_takes_a_broken_quickstart_on_with_the_quickstart(quickstarted, tmp_path):
+def test_status_of_an_unfinished_quickstart_suggests_it(quickstarted, tmp_path):
     folder, run, _ = quickstarted
     broken = shutil.copytree(run, tmp_path / "broken")
     (broken / "done/dpo.json").unlink()
@@ -168,7 +166,7 @@ def test_status_takes_a_broken_quickstart_on_with_the_quickstart(quickstarted, t
     assert f"Next: sclite quickstart --run {broken}" in done.stdout.replace("\n", " ")
 
 
-def test_changed_setting_is_refused_and_with_fresh_trains_anew_and_keeps_the_templates(quickstarted):
+def test_a_changed_setting_needs_fresh_and_keeps_the_templates(quickstarted):
     folder, run, _ = quickstarted
     before = (run / "templates.jsonl").read_bytes()
     adapter = (run / "sft/adapter/adapter_model.safetensors").read_bytes()

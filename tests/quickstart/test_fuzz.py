@@ -1,4 +1,4 @@
-"""Any file of a finished run may be damaged: no command ends in a traceback, and nothing that was paid for is lost."""
+"""Damage to any file of a finished run: no command ends in a traceback, and no paid reply is lost."""
 
 import json
 from pathlib import Path

@@ -24,14 +24,14 @@ def start(run: Path, *arguments: str) -> subprocess.Popen:
 
 
 def table(run: Path) -> dict:
-    """What the evaluation found, without what depends on the clock."""
+    """The results of the evaluation without timings."""
     (summary,) = run.glob("eval/*/summary.json")
     models = json.loads(summary.read_text())["models"]
     return {name: {k: v for k, v in figures.items() if k not in TIMED} for name, figures in models.items()}
 
 
 def kill_during(stage: str, process: subprocess.Popen, after: float) -> None:
-    """SIGKILL some seconds after the line that announces the stage."""
+    """Send SIGKILL some seconds after the line that announces the stage."""
     for line in process.stderr:
         if f" {stage}:" in line and "left in total" in line:
             time.sleep(after)
@@ -40,7 +40,7 @@ def kill_during(stage: str, process: subprocess.Popen, after: float) -> None:
     process.communicate()
 
 
-def test_killed_in_every_stage_it_ends_with_the_table_of_an_unbroken_run(tmp_path):
+def test_a_run_killed_in_every_stage_ends_with_the_same_results(tmp_path):
     whole = start(tmp_path / "whole", *SMALL)
     _, errors = whole.communicate()
     assert whole.returncode == 0, errors

@@ -1,4 +1,4 @@
-"""The arithmetic stories: what is written can be read back, and the sets have no question in common."""
+"""The arithmetic stories: they can be solved from their text, and the sets have no common question."""
 
 import re
 
@@ -19,14 +19,14 @@ def problems():
     return generate(1500, 7)
 
 
-def test_every_problem_is_read_back_from_its_text_alone(problems):
+def test_every_problem_is_solved_from_its_text(problems):
     for problem in problems:
         solution = solve(problem.question)
         assert str(solution.answer) == problem.answer
         assert 1 <= len(solution.operations) <= 4
 
 
-def test_every_operation_is_worked_out_right_and_comes_out_whole(problems):
+def test_every_result_is_right_and_an_integer(problems):
     for problem in problems:
         for operation in solve(problem.question).operations:
             assert CALCULATE[operation.sign](operation.left, operation.right) == operation.result
@@ -44,7 +44,7 @@ def test_an_operation_uses_the_results_of_its_parents(problems):
         assert all(p < i for i, parents in enumerate(solution.parents) for p in parents)
 
 
-def test_the_gold_solution_ends_in_the_answer(problems):
+def test_the_gold_solution_ends_with_the_answer(problems):
     for problem in problems[:300]:
         assert re.search(rf"= {problem.answer}\.$", problem.solution)
 
@@ -54,19 +54,19 @@ def test_every_sentence_of_the_grammar_is_used(problems):
     assert used >= {*EVENTS, *QUESTIONS, *OPENINGS} - {"has", "left"}  # these two ask for no sum
 
 
-def test_the_same_seed_gives_the_same_problems_and_another_seed_others():
+def test_the_seed_determines_the_problems():
     assert generate(50, 3) == generate(50, 3)
     assert generate(50, 3)[:20] == generate(20, 3)
     assert not {p.question for p in generate(50, 3)} & {p.question for p in generate(50, 4)}
 
 
-def test_no_question_stands_twice_or_is_one_to_avoid(problems):
+def test_questions_are_unique_and_not_avoided_ones(problems):
     assert len({p.question for p in problems}) == len({p.id for p in problems}) == 1500
     avoid = frozenset(p.question for p in generate(100, 3))
     assert not avoid & {p.question for p in generate(300, 3, avoid)}
 
 
-def test_training_threshold_and_test_sets_have_no_question_in_common():
+def test_the_sets_have_no_common_question():
     sets = [
         {p.question for p in made}
         for made in (held_out_problems(1000), threshold_problems(1000), train_problems(1200))
@@ -77,7 +77,7 @@ def test_training_threshold_and_test_sets_have_no_question_in_common():
 
 @settings(deadline=None, database=None, max_examples=300)
 @given(st.text())
-def test_any_other_text_is_no_problem_of_this_grammar(text):
+def test_other_texts_are_not_solved(text):
     assert solve(text) is None
 
 
@@ -91,18 +91,18 @@ def test_any_other_text_is_no_problem_of_this_grammar(text):
         lambda q: q[: len(q) // 2],
     ],
 )
-def test_a_question_that_was_changed_is_not_read_as_another(problems, change):
+def test_a_changed_question_is_not_solved_like_the_original(problems, change):
     for problem in problems[:100]:
         found = solve(change(problem.question))
         assert found is None or found != solve(problem.question)
 
 
-def test_blanks_around_a_question_do_not_matter(problems):
+def test_surrounding_whitespace_is_ignored(problems):
     question = problems[0].question
     assert solve(f"\n {question} \n") == solve(question)
 
 
-def test_sums_and_products_may_be_turned_round_and_nothing_else(problems):
+def test_only_sums_and_products_may_be_swapped(problems):
     operations = [o for p in problems[:300] for o in solve(p.question).operations if o.left != o.right]
     assert {o.sign for o in operations} == set("+-*/")
     for o in operations:
@@ -111,7 +111,7 @@ def test_sums_and_products_may_be_turned_round_and_nothing_else(problems):
         assert not same_operation((o.left + 1, o.sign, o.right), o)
 
 
-def test_what_is_written_is_within_its_ranges_and_other_numbers_and_other_texts_are_not(problems):
+def test_only_generated_stories_are_within_the_ranges(problems):
     assert all(within(problem.question) for problem in problems)
     assert not all(within(problem.question, [LARGE]) for problem in problems)
     assert within("Tom has 3 bags with 5 nuts each. He buys 7 more. How many nuts does Tom have now?")

@@ -1,4 +1,4 @@
-"""The embedded tutor: its templates hold, it finds the first wrong step, and its corrections pass the filters."""
+"""The bundled tutor: its templates and corrections pass the filters, and it finds the first wrong step."""
 
 import operator
 import random
@@ -28,7 +28,7 @@ def grader():
 
 
 def damaged(problem, draw):
-    """(trace, its first wrong step): one result of the right solution put wrong, what follows worked out from there."""
+    """(trace, its first wrong step): the right solution with one wrong result."""
     trace = tutor.template(solve(problem.question))
     step = draw.randrange(len(trace.steps))
     text = trace.steps[step].text
@@ -39,7 +39,7 @@ def damaged(problem, draw):
     return replace(trace, steps=tuple(steps), answer=str(int(trace.answer) + 1)), step + 1
 
 
-def test_every_template_of_the_tutor_passes_the_filters(grader):
+def test_every_template_passes_the_filters(grader):
     for problem in PROBLEMS:
         reply = tutor.reply(
             list(prompts.template_messages(problem.question, problem.solution, problem.answer))
@@ -48,13 +48,13 @@ def test_every_template_of_the_tutor_passes_the_filters(grader):
         assert reply == render(parse(reply).trace)
 
 
-def test_right_work_is_accepted_in_any_order_that_the_problem_allows():
+def test_right_work_is_accepted():
     for problem in PROBLEMS:
         solution = solve(problem.question)
         assert tutor.judge(solution, tutor.template(solution)).step is None
 
 
-def test_the_first_wrong_step_is_found_wherever_it_stands():
+def test_the_first_wrong_step_is_found():
     draw = random.Random(1)
     for problem in PROBLEMS:
         attempt, wrong = damaged(problem, draw)
@@ -63,7 +63,7 @@ def test_the_first_wrong_step_is_found_wherever_it_stands():
         assert verdict.cause
 
 
-def test_every_correction_of_the_tutor_passes_the_filters(grader):
+def test_every_correction_passes_the_filters(grader):
     draw = random.Random(2)
     for problem in PROBLEMS:
         attempt, wrong = damaged(problem, draw)
@@ -74,8 +74,7 @@ def test_every_correction_of_the_tutor_passes_the_filters(grader):
         assert first_corrected(parse(reply).trace) == wrong
 
 
-def test_what_a_correction_claims_is_true():
-    """Every sum in it comes out, in each column and in the whole."""
+def test_every_equation_in_a_correction_is_true():
     draw = random.Random(3)
     for problem in PROBLEMS:
         attempt, wrong = damaged(problem, draw)
@@ -86,7 +85,7 @@ def test_what_a_correction_claims_is_true():
             assert CALCULATE[sign](int(left), int(right)) + bool(carry) == int(result), noted.correction
 
 
-def test_a_step_that_is_missing_or_one_too_many_is_wrong():
+def test_missing_and_superfluous_steps_are_wrong():
     problem = next(p for p in PROBLEMS if len(solve(p.question).operations) == 3)
     solution = solve(problem.question)
     trace = tutor.template(solution)
@@ -108,8 +107,8 @@ def test_a_step_that_is_missing_or_one_too_many_is_wrong():
         ("3 * 4 = 12 + 1", []),
     ],
 )
-def test_only_sums_that_stand_alone_are_read(text, found):
-    assert tutor.sums(text) == found
+def test_only_complete_equations_are_found(text, found):
+    assert tutor.find_equations(text) == found
 
 
 @pytest.mark.parametrize(
@@ -121,8 +120,8 @@ def test_only_sums_that_stand_alone_are_read(text, found):
         ((3, "*", 5), "3 * 5 = 15"),
     ],
 )
-def test_a_sum_is_taken_apart_into_ones_that_a_beginner_can_do(asked, said):
-    assert tutor.apart(*asked) == said
+def test_an_operation_is_split_into_easy_ones(asked, said):
+    assert tutor.decompose(*asked) == said
 
 
 def test_other_problems_are_declined():
@@ -130,7 +129,7 @@ def test_other_problems_are_declined():
     assert tutor.reply(list(messages)) == "I only know arithmetic stories, and I see none here."
 
 
-def test_work_with_no_step_at_all_is_answered_without_an_exception():
+def test_work_without_steps_gets_a_reply():
     problem = PROBLEMS[0]
     for work in ("", "I do not know.", "<Step1>", "<Step1>9 / 0 = 0\n</Step1>", "<Answer>5</Answer>"):
         messages = prompts.correction_messages(problem.question, problem.solution, problem.answer, work)
