@@ -1,4 +1,4 @@
-"""The command line: each fault ends in one line that names the place, one that says what to do, and its exit code."""
+"""The command line: every error has one line with its place, a hint and an exit code."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def write(name: str, *rows: object) -> str:
         (({"task": "How?"}, "[1, 2]"), "line 1: no known columns, found: task"),
     ],
 )
-def test_a_faulty_problems_file_is_named_with_its_line_and_a_remedy(sclite, rows, place):
+def test_an_unusable_problems_file_is_reported_with_its_line(sclite, rows, place):
     if rows is not None:
         write("mine.jsonl", *rows)
     ended = sclite("build-data", "mine.jsonl", *TEACHER)
@@ -54,14 +54,14 @@ def test_a_faulty_problems_file_is_named_with_its_line_and_a_remedy(sclite, rows
     assert ended.out == ""
 
 
-def test_the_version_is_that_of_the_installed_package(sclite):
+def test_version_prints_the_installed_version(sclite):
     from importlib.metadata import version
 
     ended = sclite("--version")
     assert (ended.code, ended.out) == (0, f"sclite {version('sclite')}\n")
 
 
-def test_a_hub_out_of_reach_is_the_network_and_not_the_data(sclite, monkeypatch):
+def test_an_unreachable_hub_is_a_network_error(sclite, monkeypatch):
     import datasets
 
     def load_dataset(*args, **options):
@@ -73,7 +73,7 @@ def test_a_hub_out_of_reach_is_the_network_and_not_the_data(sclite, monkeypatch)
     assert "openai/gsm8k cannot be reached" in ended.error
 
 
-def test_a_dry_run_of_corrections_shows_theirs_and_says_when_attempts_are_missing(sclite):
+def test_a_dry_run_of_corrections_needs_attempts(sclite):
     run = Path("runs/default")
     asked = ("build-data", "--only", "corrections", "--dry-run", *TEACHER)
     run.mkdir(parents=True)
@@ -89,10 +89,10 @@ def test_a_dry_run_of_corrections_shows_theirs_and_says_when_attempts_are_missin
     assert found["requests"] == 1
     assert "2 + 2 = 5" in found["first_request"]["messages"][-1]["content"]
     write(run / "reviews.jsonl", {"id": "p0", "sample": 0, "step": None, "trace": trace})
-    assert json.loads(sclite(*asked, "--json").out)["requests"] == 0  # brought along: nothing is asked
+    assert json.loads(sclite(*asked, "--json").out)["requests"] == 0  # imported reviews: no requests
 
 
-def test_without_any_problems_it_says_how_to_give_them(sclite):
+def test_missing_problems_are_reported(sclite):
     ended = sclite("build-data", *TEACHER)
     assert ended.code == 3
     assert "problems.jsonl is missing or empty" in ended.error
@@ -102,7 +102,7 @@ def test_without_any_problems_it_says_how_to_give_them(sclite):
 # -- configuration -------------------------------------------------------------------------------------------------
 
 
-def test_an_unknown_key_in_the_file_gets_the_nearest_known_one(sclite):
+def test_an_unknown_key_in_the_file_suggests_the_nearest_one(sclite):
     Path("sclite.toml").write_text("[sft]\nlearning_rat = 1e-4\n")
     ended = sclite("train")
     assert ended.code == 2
@@ -111,7 +111,7 @@ def test_an_unknown_key_in_the_file_gets_the_nearest_known_one(sclite):
 
 
 @pytest.mark.parametrize(
-    ("setting", "said", "hint"),
+    ("setting", "message", "hint"),
     [
         ("sft.num_train_epochs", "--set sft.num_train_epochs: no value", "--set KEY=VALUE"),
         ("sft.epoch=2", "unknown key sft.epoch", "did you mean sft.num_train_epochs?"),
@@ -125,14 +125,14 @@ def test_an_unknown_key_in_the_file_gets_the_nearest_known_one(sclite):
         ("problems.correction_share=1.5", "problems.correction_share = 1.5: input should be less than 1", ""),
     ],
 )
-def test_a_wrong_setting_on_the_command_line_is_told(sclite, setting, said, hint):
+def test_a_wrong_setting_on_the_command_line_is_reported(sclite, setting, message, hint):
     ended = sclite("train", "--set", setting)
     assert ended.code == 2
-    assert said in ended.error
+    assert message in ended.error
     assert hint in ended.hint
 
 
-def test_a_configuration_that_is_no_toml_is_named_with_its_line(sclite):
+def test_invalid_toml_is_reported_with_its_line(sclite):
     Path("sclite.toml").write_text('run = "a"\n[sft\n')
     ended = sclite("train")
     assert ended.code == 2
@@ -140,7 +140,7 @@ def test_a_configuration_that_is_no_toml_is_named_with_its_line(sclite):
     assert "line 2" in ended.error
 
 
-def test_a_configuration_file_that_was_asked_for_must_exist(sclite):
+def test_a_configuration_file_named_with_config_must_exist(sclite):
     ended = sclite("train", "--config", "none.toml")
     assert ended.code == 2
     assert "none.toml: No such file or directory" in ended.error
@@ -153,7 +153,7 @@ def test_a_run_may_have_any_name(sclite, name):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("train", "--gp", "0"), "--gp"),
         (("trian",), "trian"),
@@ -162,15 +162,15 @@ def test_a_run_may_have_any_name(sclite, name):
         (("train", "--gpu", "-1"), "--gpu"),
     ],
 )
-def test_a_wrong_word_on_the_command_line_is_a_usage_fault(sclite, arguments, said):
+def test_a_wrong_command_line_is_a_usage_error(sclite, arguments, message):
     ended = sclite(*arguments)
     assert ended.code == 2
-    assert said in ended.err
+    assert message in ended.err
     assert ended.out == ""
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("build-data", "--only", "pairs"), "use --only templates or --only corrections"),
         (("train", "--only", "both", "--set", "student.model=embedded"), "use --only sft or --only dpo"),
@@ -178,16 +178,16 @@ def test_a_wrong_word_on_the_command_line_is_a_usage_fault(sclite, arguments, sa
         (("chat", "--json"), "sclite chat --json 'What is 17 + 25?'"),
     ],
 )
-def test_a_part_that_does_not_exist_is_answered_with_those_that_do(sclite, arguments, said):
+def test_an_invalid_value_names_the_valid_ones(sclite, arguments, message):
     ended = sclite(*arguments)
     assert ended.code == 2
-    assert said in ended.hint
+    assert message in ended.hint
 
 
 # -- teachers ------------------------------------------------------------------------------------------------------
 
 
-def test_a_teacher_that_refuses_the_key_stops_everything_and_never_shows_it(sclite, monkeypatch):
+def test_a_rejected_key_stops_the_command_and_is_never_printed(sclite, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123456")
     write("mine.jsonl", *[{**PROBLEM, "question": f"{i}?"} for i in range(6)])
     with TeacherServer(
@@ -200,7 +200,7 @@ def test_a_teacher_that_refuses_the_key_stops_everything_and_never_shows_it(scli
     assert "sk-secret" not in ended.out + ended.err
 
 
-def test_a_teacher_that_is_not_there_is_named(sclite):
+def test_an_unreachable_teacher_is_named(sclite):
     write("mine.jsonl", PROBLEM, {**PROBLEM, "question": "And 0 + 2?"}, {**PROBLEM, "question": "And 2 + 0?"})
     ended = sclite("build-data", "mine.jsonl", *TEACHER, "--set", "teacher.api_base=http://127.0.0.1:9/v1")
     assert ended.code == 6
@@ -208,7 +208,7 @@ def test_a_teacher_that_is_not_there_is_named(sclite):
     assert ended.hint
 
 
-def test_without_a_teacher_it_says_how_to_name_one(sclite):
+def test_a_missing_teacher_is_reported(sclite):
     write("mine.jsonl", PROBLEM, {**PROBLEM, "question": "And 0 + 2?"}, {**PROBLEM, "question": "And 2 + 0?"})
     ended = sclite("build-data", "mine.jsonl")
     assert ended.code == 2
@@ -216,21 +216,21 @@ def test_without_a_teacher_it_says_how_to_name_one(sclite):
     assert "--set teacher.model=openai/gpt-4.1" in ended.hint
 
 
-# -- cards, models, runs -------------------------------------------------------------------------------------------
+# -- GPUs, models, runs -------------------------------------------------------------------------------------------
 
 
-def test_training_on_a_card_that_is_not_there_says_how_to_use_the_cpu(sclite):
+def test_training_on_a_missing_gpu_suggests_the_cpu(sclite):
     import torch
 
     if torch.cuda.is_available():
-        pytest.skip("there is a card here")
+        pytest.skip("this machine has a GPU")
     ended = sclite("train", "--gpu", "0", "--set", "student.model=embedded")
     assert ended.code == 5
     assert "CUDA GPU 0 not found" in ended.error
     assert "omit --gpu to train on the CPU" in ended.hint
 
 
-def test_training_without_a_student_or_without_templates_says_what_is_missing(sclite):
+def test_training_reports_a_missing_student_or_missing_templates(sclite):
     ended = sclite("train")
     assert (ended.code, ended.error) == (2, "error: no student is configured")
     assert "--set student.model=Qwen/" in ended.hint
@@ -246,7 +246,7 @@ def test_training_without_a_student_or_without_templates_says_what_is_missing(sc
     assert "sclite train --only sft" in ended.hint
 
 
-def test_a_row_of_the_run_that_was_damaged_by_hand_is_named(sclite):
+def test_a_damaged_row_of_the_run_is_named(sclite):
     Path("runs/default").mkdir(parents=True)
     row = '{"id":"a","question":"q","answer":"1","trace":"<Step1>x\\n</Step1>\\n<Answer>1</Answer>","requests":1}'
     write("runs/default/templates.jsonl", row, row.replace('"trace"', '"trce"'), row)
@@ -256,20 +256,20 @@ def test_a_row_of_the_run_that_was_damaged_by_hand_is_named(sclite):
     assert ended.hint == "try: fix or remove the line, or re-run the command that wrote the file"
 
 
-def test_an_unknown_format_of_an_export_is_told_with_the_known_ones(sclite):
+def test_an_unknown_export_format_names_the_known_ones(sclite):
     ended = sclite("export", "--format", "onnx")
     assert ended.code == 2
     assert ended.hint == "try: use --format gguf, lora or data"
 
 
-def test_data_without_any_rows_names_the_command_that_makes_them(sclite):
+def test_exporting_data_without_rows_suggests_build_data(sclite):
     ended = sclite("export", "--format", "data")
     assert ended.code == 3
     assert "runs/default has no templates or pairs to export" in ended.error
     assert "sclite build-data" in ended.hint
 
 
-def test_chatting_without_a_gguf_names_the_command_that_makes_one(sclite):
+def test_chatting_without_a_gguf_suggests_export(sclite):
     ended = sclite("chat", "How many?")
     assert ended.code == 3
     assert "runs/default/export holds no GGUF" in ended.error
@@ -279,7 +279,7 @@ def test_chatting_without_a_gguf_names_the_command_that_makes_one(sclite):
     assert "none.gguf does not exist" in ended.error
 
 
-def test_evaluating_without_problems_says_how_to_give_them(sclite):
+def test_evaluating_without_problems_is_reported(sclite):
     ended = sclite("eval")
     assert ended.code == 2
     assert ended.error == "error: eval.source is not set"
@@ -287,12 +287,12 @@ def test_evaluating_without_problems_says_how_to_give_them(sclite):
     write("few.jsonl", PROBLEM)
     ended = sclite("eval", "few.jsonl")
     assert ended.code == 3
-    assert "few.jsonl: 1 of 1 problems were not trained on" in ended.error
-    remembered = Path("runs/default/run.toml")  # else the next build-data would look for it
-    assert not remembered.is_file() or "few.jsonl" not in remembered.read_text()
+    assert "few.jsonl: too few problems, 1 of 1 were not trained on" in ended.error
+    saved = Path("runs/default/run.toml")  # or the next build-data would look for it
+    assert not saved.is_file() or "few.jsonl" not in saved.read_text()
 
 
-def test_a_run_folder_that_cannot_be_written_is_named(sclite):
+def test_an_unwritable_run_folder_is_reported(sclite):
     Path("taken").write_text("a file")
     ended = sclite("build-data", "--run", "taken", *TEACHER)
     assert ended.code == 2
@@ -300,7 +300,7 @@ def test_a_run_folder_that_cannot_be_written_is_named(sclite):
     assert "--run" in ended.hint
 
 
-def test_a_second_process_on_one_run_is_told_and_stops(tmp_path):
+def test_a_second_process_on_one_run_is_refused(tmp_path):
     command = [sys.executable, "-m", "sclite", "build-data", "mine.jsonl", "--run", str(tmp_path / "run")]
     root = Path(__file__).resolve().parents[1]
     with Run(tmp_path / "run").lock():
@@ -317,20 +317,20 @@ def _interrupt():
     raise KeyboardInterrupt
 
 
-def test_ctrl_c_leaves_130(sclite, monkeypatch):
+def test_ctrl_c_exits_with_130(sclite, monkeypatch):
     monkeypatch.setattr(doctor, "run_checks", _interrupt)
     assert sclite("doctor").code == 130
 
 
-def test_ctrl_c_says_how_to_resume(sclite, monkeypatch):
+def test_ctrl_c_suggests_to_resume(sclite, monkeypatch):
     monkeypatch.setattr(doctor, "run_checks", _interrupt)
     assert "interrupted; re-run to resume" in sclite("doctor").err
 
 
-# -- what works ----------------------------------------------------------------------------------------------------
+# -- successful commands ----------------------------------------------------------------------------------------------------
 
 
-def test_every_command_explains_itself(sclite):
+def test_every_command_has_help(sclite):
     listed = sclite("--help")
     assert listed.code == 0
     for name in (
@@ -351,27 +351,27 @@ def test_every_command_explains_itself(sclite):
         assert "Usage" in ended.out
 
 
-def test_the_doctor_prints_one_json_object_and_nothing_else_on_stdout(sclite):
+def test_doctor_json_is_one_object(sclite):
     ended = sclite("doctor", "--json")
     assert ended.code == 0
     assert json.loads(ended.out)["checks"]
 
 
-def test_exported_data_is_told_as_one_json_object(sclite):
+def test_exported_data_is_printed_as_one_json_object(sclite):
     Path("runs/default").mkdir(parents=True)
     row = '{"id":"a","question":"q","answer":"1","trace":"<Step1>x\\n</Step1>\\n<Answer>1</Answer>","requests":1}'
     write("runs/default/templates.jsonl", row)
     ended = sclite("export", "--format", "data", "--json")
     assert ended.code == 0
-    told = json.loads(ended.out)
-    assert (told["templates"], told["pairs"]) == (1, 0)
-    assert (Path(told["folder"]) / "templates.jsonl").is_file()
-    said = sclite("export", "--format", "data").out
-    assert "1 rows in runs/default/export/data/templates.jsonl" in said
-    assert "no pairs" in said
+    found = json.loads(ended.out)
+    assert (found["templates"], found["pairs"]) == (1, 0)
+    assert (Path(found["folder"]) / "templates.jsonl").is_file()
+    printed = sclite("export", "--format", "data").out
+    assert "1 rows in runs/default/export/data/templates.jsonl" in printed
+    assert "no pairs" in printed
 
 
-def test_the_configuration_that_init_writes_is_read_without_a_fault(sclite):
+def test_the_configuration_from_init_is_valid_and_never_overwritten(sclite):
     assert sclite("init").code == 0
     assert load(None, (), {}) is not None
     before = Path("sclite.toml").read_bytes()
@@ -380,7 +380,7 @@ def test_the_configuration_that_init_writes_is_read_without_a_fault(sclite):
     assert Path("sclite.toml").read_bytes() == before
 
 
-# -- looking at a run ----------------------------------------------------------------------------------------------
+# -- show and status ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -395,13 +395,13 @@ def dropped(tmp_path):
     return run
 
 
-def test_what_is_shown_is_plain_where_it_is_piped(sclite, dropped):
+def test_show_prints_plain_text_to_a_pipe(sclite, dropped):
     ended = sclite("show", "drops", "--reason", "wrong_answer")
     assert (ended.code, ended.err) == (0, "")
     assert ended.out == "1/1  p1  templates  wrong_answer\nWhat is 1 + 1?\ngold answer 2\n[b]½\n\n"
 
 
-def test_showing_as_json_is_one_object_with_the_rows_as_they_are(sclite, dropped):
+def test_show_json_is_one_object_with_unchanged_rows(sclite, dropped):
     ended = sclite("show", "drops", "--from", "2", "--json")
     shown = json.loads(ended.out)
     assert (shown["what"], shown["total"]) == ("drops", 2)
@@ -409,7 +409,7 @@ def test_showing_as_json_is_one_object_with_the_rows_as_they_are(sclite, dropped
     assert json.loads(sclite("show", "pairs", "--json").out) == {"what": "pairs", "total": 0, "rows": []}
 
 
-def test_without_a_word_it_shows_what_there_is(sclite, dropped):
+def test_show_without_an_argument_is_an_overview(sclite, dropped):
     listed = sclite("show").out
     assert "sclite show drops" in listed
     assert "1 wrong answer, 1 no steps" in listed
@@ -421,27 +421,27 @@ def test_without_a_word_it_shows_what_there_is(sclite, dropped):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said", "hint"),
+    ("arguments", "code", "message", "hint"),
     [
-        (("show", "drop"), 2, "drop: there is no such thing to show", "problems, templates, attempts"),
+        (("show", "drop"), 2, "unknown kind of rows: drop", "problems, templates, attempts"),
         (("show", "drops", "--reason", "leak"), 2, "--reason leak", "wrong_answer (1), no_steps (1)"),
-        (("show", "drops", "--from", "3"), 2, "--from 3: 2 drops fit", "up to 2"),
+        (("show", "drops", "--from", "3"), 2, "--from 3: only 2 drops match", "1 to 2"),
         (("show", "--run", "none"), 3, "the run none does not exist", "sclite build-data"),
         (("status", "--run", "runs/none"), 3, "the run runs/none does not exist", "sclite build-data"),
     ],
 )
-def test_what_cannot_be_looked_at_is_answered_with_what_can(sclite, dropped, arguments, code, said, hint):
+def test_what_cannot_be_shown_names_what_can(sclite, dropped, arguments, code, message, hint):
     ended = sclite(*arguments)
     assert (ended.code, ended.out) == (code, "")
-    assert said in ended.error
+    assert message in ended.error
     assert hint in ended.hint
 
 
-def test_status_says_what_is_done_and_what_to_type_next(sclite, dropped):
+def test_status_shows_states_drops_and_the_next_command(sclite, dropped):
     ended = sclite("status")
     assert ended.code == 0
-    assert "half-way" in ended.out
-    assert "Left out: 1 wrong answer, 1 no steps" in ended.out
+    assert "incomplete" in ended.out
+    assert "Dropped: 1 wrong answer, 1 no steps" in ended.out
     assert ended.out.splitlines()[-1] == "Next: sclite init"
     figures = json.loads(sclite("status", "--json").out)
     assert figures["dropped"] == {"wrong_answer": 1, "no_steps": 1}
@@ -449,7 +449,7 @@ def test_status_says_what_is_done_and_what_to_type_next(sclite, dropped):
 
 
 def in_a_terminal(folder: Path, *arguments: str, **environment: str) -> tuple[int, str]:
-    """(exit code, all that a terminal was sent) of a command."""
+    """(exit code, output) of a command in a terminal."""
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "sclite", *arguments]
     paths = {"PYTHONPATH": str(Path(__file__).resolve().parents[1]), "TERM": "xterm-256color"}
@@ -462,7 +462,7 @@ def in_a_terminal(folder: Path, *arguments: str, **environment: str) -> tuple[in
     while True:
         try:
             block = os.read(ours, 1 << 16)
-        except OSError:  # Linux says so when the last writer is gone
+        except OSError:  # EIO on Linux when the last writer is gone
             break
         if not block:
             break
@@ -471,20 +471,20 @@ def in_a_terminal(folder: Path, *arguments: str, **environment: str) -> tuple[in
     return process.wait(timeout=60), sent.decode()
 
 
-def test_in_a_terminal_it_is_coloured_and_goes_through_the_pager(dropped, tmp_path):
+def test_show_is_colored_and_paged_in_a_terminal(dropped, tmp_path):
     code, sent = in_a_terminal(tmp_path, "show", "drops", PAGER="sed s/What/Which/")
     assert code == 0
     assert "\x1b[1;31mwrong_answer\x1b[0m" in sent
     assert "Which is 1 + 1?" in sent
 
 
-def test_a_pager_that_is_not_there_is_done_without(dropped, tmp_path):
+def test_a_missing_pager_is_skipped(dropped, tmp_path):
     code, sent = in_a_terminal(tmp_path, "show", "drops", PAGER="no-such-pager")
     assert code == 0
     assert "\x1b[1;31mwrong_answer\x1b[0m" in sent
 
 
-def test_a_pager_that_is_left_early_ends_without_a_fault(dropped, tmp_path):
+def test_quitting_the_pager_early_is_no_error(dropped, tmp_path):
     dropped.append(
         "dropped.jsonl", (Drop(stage="s", id=str(n), reason="r", raw="x" * 99) for n in range(5000))
     )
@@ -493,7 +493,7 @@ def test_a_pager_that_is_left_early_ends_without_a_fault(dropped, tmp_path):
 
 
 @pytest.mark.parametrize("form", [(), ("--json",)])
-def test_a_pipe_that_is_closed_early_ends_without_a_fault(dropped, tmp_path, form):
+def test_a_pipe_closed_early_is_no_error(dropped, tmp_path, form):
     dropped.append(
         "dropped.jsonl", (Drop(stage="s", id=str(n), reason="r", raw="x" * 99) for n in range(5000))
     )
@@ -505,13 +505,13 @@ def test_a_pipe_that_is_closed_early_ends_without_a_fault(dropped, tmp_path, for
     assert (done.returncode, done.stderr, len(done.stdout.splitlines())) == (0, "", 1)
 
 
-def test_an_attempts_source_that_is_not_there_is_told_before_anything_is_paid_for(sclite):
+def test_a_missing_attempts_source_is_reported_before_any_request(sclite):
     ended = sclite(
         "build-data", "p.jsonl", "--set", "attempts.source=nope.jsonl", "--set", "teacher.model=a/b"
     )
     assert ended.code == 3
     assert "attempts.source: nope.jsonl does not exist" in ended.error
-    assert "--set attempts.source= takes it out" in ended.hint
+    assert "unset it: --set attempts.source=" in ended.hint
 
 
 def test_an_empty_question_is_refused(sclite):

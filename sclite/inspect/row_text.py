@@ -1,102 +1,85 @@
-"""A row as it is read in the terminal: a coloured heading, the question, and the text with its tags told apart."""
+"""A row as text for the terminal: a colored heading, the question, and the row's text with highlighted tags."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from rich.text import Text
 
 from sclite.console import visible
-from sclite.inspect.rows import Problems
+from sclite.inspect.rows import AnyRow, Problems
 from sclite.records import Attempt, Drop, Pair, Problem, Review, Template
 from sclite.trace import TAG, tag_name
 
-COLOURS = {"key": "yellow", "cause": "red", "correction": "green", "generalized": "magenta", "answer": "bold"}
+COLORS = {"key": "yellow", "cause": "red", "correction": "green", "generalized": "magenta", "answer": "bold"}
 _OUTCOMES = {True: ("right", "green"), False: ("wrong", "red"), None: ("outcome unknown", "yellow")}
 
 
-def painted(text: str, wrong: int | None = None) -> Text:
-    """Any text with its tags dimmed and what they hold coloured; step number `wrong`, from 1, is red.
-
-    Control characters show as pictures, so that no reply can steer the terminal.
-    """
+def highlight(text: str, wrong: int | None = None) -> Text:
+    """Any text with dimmed tags and colored contents; step `wrong`, from 1, is red. Control characters are replaced."""
     shown = Text()
-    colour, inside, position = "", "", 0
+    step_color, inside, position = "", "", 0
     for match in TAG.finditer(text):
-        shown.append(visible(text[position : match.start()]), inside or colour)
+        shown.append(visible(text[position : match.start()]), inside or step_color)
         shown.append(match[0], "dim cyan")
         position = match.end()
         closes, name = bool(match[1]), tag_name(match[2])
         if name != "step":
-            inside = "" if closes else COLOURS[name]
+            inside = "" if closes else COLORS[name]
         else:
-            accused = not closes and match[3] and int(match[3]) == wrong
-            colour, inside = "red" if accused else "", ""
-    shown.append(visible(text[position:]), inside or colour)
+            is_wrong = not closes and match[3] and int(match[3]) == wrong
+            step_color, inside = "red" if is_wrong else "", ""
+    shown.append(visible(text[position:]), inside or step_color)
     return shown
 
 
-def page(row: Any, number: int, total: int, problems: Problems) -> Text:
-    """One row, an empty line after it. `number` of `total` heads it; its question comes from `problems`."""
+def page(row: AnyRow, number: int, total: int, problems: Problems) -> Text:
+    """Row `number` of `total`, followed by an empty line. Its question is looked up in `problems`."""
     lines = Text().append(f"{number}/{total}  ", "dim").append(visible(row.id), "bold cyan")
-    for part in (*_heading(row), *_body(row, problems)):
-        lines.append_text(part)
+    for text, style in _heading(row):
+        lines.append("  ").append(visible(text), style)
+    problem = row if isinstance(row, Problem | Template) else problems.get(row.id)
+    if problem is not None:
+        lines.append("\n").append(visible(problem.question.strip()), "italic")
+        lines.append("\ngold answer ", "dim").append(visible(problem.answer), "bold")
+    for part in _body(row):
+        part.rstrip()
+        if part:
+            lines.append("\n").append_text(part)
     return lines.append("\n\n")
 
 
-def _heading(row: Any) -> Iterator[Text]:
-    """What stands behind the id."""
+def _heading(row: AnyRow) -> Iterator[tuple[str, str]]:
+    """(text, style) of what follows the id."""
     match row:
         case Attempt():
-            yield _also(f"sample {row.sample}")
-            yield _also(*_OUTCOMES[row.correct])
+            yield f"sample {row.sample}", ""
+            yield _OUTCOMES[row.correct]
         case Review():
-            yield _also(f"sample {row.sample}")
-            yield _also(f"wrong at step {row.step}", "red") if row.step else _also("all steps right", "green")
+            yield f"sample {row.sample}", ""
+            yield (f"wrong at step {row.step}", "red") if row.step else ("all steps right", "green")
         case Pair():
-            yield _also(f"sample {row.sample}, {row.kind} at step {row.step}")
-            yield _also(f"chosen by {row.origin}", "green")
+            yield f"sample {row.sample}, {row.kind} at step {row.step}", ""
+            yield f"chosen by {row.origin}", "green"
         case Drop():
-            yield _also(row.stage if row.sample is None else f"{row.stage}, sample {row.sample}")
-            yield _also(row.reason, "bold red")
+            yield row.stage if row.sample is None else f"{row.stage}, sample {row.sample}", ""
+            yield row.reason, "bold red"
     if getattr(row, "requests", 1) > 1:
-        yield _also(f"{row.requests} requests", "yellow")
+        yield f"{row.requests} requests", "yellow"
 
 
-def _also(text: str, style: str = "") -> Text:
-    return Text("  ").append(visible(text), style)
-
-
-def _body(row: Any, problems: Problems) -> Iterator[Text]:
-    yield from _question(row if isinstance(row, Problem | Template) else problems.get(row.id))
+def _body(row: AnyRow) -> Iterator[Text]:
     match row:
         case Problem():
-            yield from _part(painted(row.solution or ""))
+            yield highlight(row.solution or "")
         case Template():
-            yield from _part(painted(row.trace))
+            yield highlight(row.trace)
         case Attempt():
-            yield from _part(painted(row.trace, row.first_error))
+            yield highlight(row.trace, row.first_error)
         case Review():
-            yield from _part(painted(row.trace, row.step))
+            yield highlight(row.trace, row.step)
         case Drop():
-            yield from _part(Text(visible(row.detail), "yellow"))
-            yield from _part(painted(row.raw))
+            yield Text(visible(row.detail), "yellow")
+            yield highlight(row.raw)
         case Pair():
-            yield from _pair(row)
-
-
-def _question(problem: Problem | Template | None) -> Iterator[Text]:
-    if problem is not None:
-        yield Text("\n").append(visible(problem.question.strip()), "italic")
-        yield Text("\n").append("gold answer ", "dim").append(visible(problem.answer), "bold")
-
-
-def _part(text: Text) -> Iterator[Text]:
-    text.rstrip()
-    if text:
-        yield Text("\n").append_text(text)
-
-
-def _pair(row: Pair) -> Iterator[Text]:
-    yield from _part(Text(visible("".join(row.prefix)), "dim"))
-    for name, text, colour in (("chosen", row.chosen, "green"), ("rejected", row.rejected, "red")):
-        yield Text("\n").append(f"{name:<9}", f"bold {colour}").append(visible(text.strip()), colour)
+            yield Text(visible("".join(row.prefix)), "dim")
+            for name, text, color in (("chosen", row.chosen, "green"), ("rejected", row.rejected, "red")):
+                yield Text().append(f"{name:<9}", f"bold {color}").append(visible(text.strip()), color)

@@ -1,4 +1,4 @@
-"""What there is to look at in a run: its rows by kind, chosen by reason, kind and id, read one at a time."""
+"""The rows of a run: counted by kind, or chosen by reason, kind and id and read one at a time."""
 
 import itertools
 from collections import Counter
@@ -19,21 +19,23 @@ FILES: dict[str, tuple[str, type[Row]]] = {
     "pairs": ("pairs.jsonl", Pair),
     "drops": ("dropped.jsonl", Drop),
 }
-"""By the word that `sclite show` takes: file and row."""
+"""The file and row type of each argument of `sclite show`."""
 
 _OUTCOMES = {True: "right", False: "wrong", None: "unknown"}
+AnyRow = Problem | Template | Attempt | Review | Pair | Drop
+
 KINDS: dict[str, Callable[[Any], str]] = {
     "attempts": lambda row: _OUTCOMES[row.correct],
     "reviews": lambda row: "confirmation" if row.step is None else "correction",
     "pairs": lambda row: row.kind,
     "drops": lambda row: row.stage,
 }
-"""What a row is among its like; --kind chooses by it."""
+"""The kind of a row, which --kind filters by."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which rows to show: `id` is the beginning of an id, `first` (from 1) and `limit` count the rows that fit the rest."""
+    """Which rows to show. `id` is a prefix; `first` (from 1) and `limit` count the matching rows."""
 
     what: str
     reason: str | None = None
@@ -42,7 +44,7 @@ class Choice:
     first: int = 1
     limit: int | None = None
 
-    def fits(self, row: Any) -> bool:
+    def matches(self, row: Any) -> bool:
         return (
             (self.reason is None or row.reason == self.reason)
             and (self.kind is None or KINDS[self.what](row) == self.kind)
@@ -51,60 +53,55 @@ class Choice:
 
 
 def require_run(run: Run) -> None:
-    """Raise DataFault where the run folder does not exist, naming its neighbours."""
+    """Raise DataError if the run folder does not exist, with the runs beside it as a hint."""
     if run.folder.is_dir():
         return
-    parent = run.folder.parent
-    runs = sorted(str(path.parent) for path in parent.glob(f"*/{RUN_FILE}"))
-    remedy = (
-        f"name one that is there with --run: {', '.join(runs[:8])}"
-        if runs
-        else "`sclite build-data` starts one, `sclite quickstart` a finished one"
-    )
-    raise DataError(f"the run {run.folder} does not exist", remedy)
+    runs = sorted(str(path.parent) for path in run.folder.parent.glob(f"*/{RUN_FILE}"))
+    hint = "start one with `sclite build-data` or `sclite quickstart`"
+    if runs:
+        hint = f"use --run with one of: {', '.join(runs[:8])}"
+    raise DataError(f"the run {run.folder} does not exist", hint)
 
 
 def choose(run: Run, choice: Choice) -> tuple[int, Iterator[tuple[int, Any]]]:
-    """(how many rows fit, those from `first` on with their numbers among them, each read when it is asked for).
+    """(number of matching rows, (number, row) from `first` on). Rows are read lazily.
 
-    Every row is checked before the first is given. Raises UsageFault, which says what there is, for an unknown `what`,
-    reason or kind; DataFault for a damaged row.
+    Every row is validated before the first is yielded. Raises UsageError with the known values for an unknown `what`,
+    reason or kind, and DataError for a damaged row.
     """
     require_run(run)
-    if choice.what not in FILES:
-        raise UsageError(f"{choice.what}: there is no such thing to show", f"show any of {', '.join(FILES)}")
-    _check(choice)
-    total = sum(1 for _ in _fitting(run, choice))
+    what = choice.what
+    if what not in FILES:
+        raise UsageError(f"unknown kind of rows: {what}", f"use one of {', '.join(FILES)}")
+    if choice.reason is not None and what != "drops":
+        raise UsageError(f"--reason applies to drops, not to {what}", "sclite show drops --reason REASON")
+    if choice.kind is not None and what not in KINDS:
+        raise UsageError(f"--kind does not apply to {what}", f"use it with {', '.join(KINDS)}")
+    total = sum(1 for _ in _matching(run, choice))
     if not total:
-        _explain_nothing(run, choice)
+        _check_filters(run, choice)
     last = total if choice.limit is None else min(total, choice.first - 1 + choice.limit)
-    numbered = enumerate(_fitting(run, choice), 1)
+    numbered = enumerate(_matching(run, choice), 1)
     return total, itertools.islice(numbered, choice.first - 1, max(last, choice.first - 1))
 
 
 def overview(run: Run) -> list[dict[str, Any]]:
-    """For each thing to look at: {"what", "rows", "kinds": {kind: rows}, "reasons": {reason: rows}}."""
+    """{"what", "rows", "kinds": {kind: rows}, "reasons": {reason: rows}} for each file of rows."""
     require_run(run)
     found = []
     for what in FILES:
         kinds, reasons, total = Counter(), Counter(), 0
-        for row in _rows(run, what):
+        for row in run.rows(*FILES[what]):
             total += 1
             kinds.update([KINDS[what](row)] if what in KINDS else [])
             reasons.update([row.reason] if isinstance(row, Drop) else [])
-        found.append(
-            {
-                "what": what,
-                "rows": total,
-                "kinds": dict(kinds.most_common()),
-                "reasons": dict(reasons.most_common()),
-            }
-        )
+        counts = {"kinds": dict(kinds.most_common()), "reasons": dict(reasons.most_common())}
+        found.append({"what": what, "rows": total, **counts})
     return found
 
 
 class Problems:
-    """The problems of a run by id, found again in the file by their offsets, so that none is held in memory."""
+    """The problems of a run by id. Only their offsets in the file are kept in memory."""
 
     def __init__(self, run: Run):
         name, kind = FILES["problems"]
@@ -119,35 +116,22 @@ class Problems:
             return Problem.model_validate_json(file.readline())
 
 
-def _rows(run: Run, what: str) -> Iterator[Any]:
-    return run.rows(*FILES[what])
+def _matching(run: Run, choice: Choice) -> Iterator[Any]:
+    return (row for row in run.rows(*FILES[choice.what]) if choice.matches(row))
 
 
-def _fitting(run: Run, choice: Choice) -> Iterator[Any]:
-    return (row for row in _rows(run, choice.what) if choice.fits(row))
-
-
-def _check(choice: Choice) -> None:
-    if choice.reason is not None and choice.what != "drops":
-        raise UsageError(
-            f"--reason goes with drops, not with {choice.what}", "sclite show drops --reason REASON"
-        )
-    if choice.kind is not None and choice.what not in KINDS:
-        raise UsageError(f"--kind: {choice.what} are all of one kind", f"it goes with {', '.join(KINDS)}")
-
-
-def _explain_nothing(run: Run, choice: Choice) -> None:
-    """Raise UsageFault where no row is of the reason or kind that was asked for, and rows of others are there."""
-    for option, asked, name in (
+def _check_filters(run: Run, choice: Choice) -> None:
+    """Raise UsageError if no row at all has the chosen reason or kind."""
+    for option, value, key in (
         ("--reason", choice.reason, lambda row: row.reason),
         ("--kind", choice.kind, KINDS.get(choice.what)),
     ):
-        if asked is None:
+        if value is None:
             continue
-        there = Counter(name(row) for row in _rows(run, choice.what))
-        if asked not in there:
-            counted = ", ".join(f"{other} ({count})" for other, count in there.most_common())
+        known = Counter(key(row) for row in run.rows(*FILES[choice.what]))
+        if value not in known:
+            counts = ", ".join(f"{other} ({count})" for other, count in known.most_common())
             raise UsageError(
-                f"{option} {asked}: no such {choice.what}",
-                f"there is: {counted}" if there else "there are none",
+                f"no {choice.what} with {option} {value}",
+                f"use one of {counts}" if known else f"the run has no {choice.what}",
             )

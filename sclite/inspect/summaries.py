@@ -1,57 +1,59 @@
-"""What the commands say of what they did or would do: one JSON object, or words and the next command."""
+"""The closing lines of the commands: what was done, and the next command; with --json one object."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sclite import console
 from sclite.errors import DeviceError
 from sclite.run import Report
 
+if TYPE_CHECKING:
+    from sclite.context import Context
 
-def print_dry_run(found: Mapping[str, Any], json: bool) -> None:
-    """The first request and the forecast."""
+
+def print_dry_run(forecast: Mapping[str, Any], json: bool) -> None:
+    """Print the first request and the expected cost."""
     if json:
-        console.print_json(found)
+        console.print_json(forecast)
         return
-    request = found["first_request"]
+    request = forecast["first_request"]
     if request is None:
-        console.print("Nothing is left to ask.")
+        console.print("No requests are left to send.")
         return
     settings = {name: value for name, value in request.items() if name != "messages"}
     console.print(console.escape(", ".join(f"{name} {value}" for name, value in settings.items())))
     for message in request["messages"]:
         console.print(f"\n[bold]{console.escape(message['role'])}[/]\n{console.escape(message['content'])}")
-    cost = "at an unknown price" if found["cost_usd"] is None else f"about ${found['cost_usd']:.4f}"
+    cost = "unknown cost" if forecast["cost_usd"] is None else f"about ${forecast['cost_usd']:.4f}"
     console.print(
-        f"\n{found['requests']} requests and their repairs, about {found['prompt_tokens']} tokens sent and "
-        f"{found['completion_tokens']} written, {cost}. Nothing was asked."
+        f"\n{forecast['requests']} requests plus repairs: about "
+        f"{forecast['prompt_tokens']} prompt tokens, {forecast['completion_tokens']} completion tokens, {cost}. "
+        "Nothing was sent."
     )
 
 
-def print_build_data(context: Any, only: str | None, json: bool) -> None:
-    """What build-data has made, what it left out, and what to type next."""
+def print_build_data(context: "Context", only: str | None, json: bool) -> None:
+    """Print the templates, pairs, cost and drops of build-data, and the next command."""
     run, reports = context.run, context.reports
-    figures = data_totals(reports)
+    totals = data_totals(reports)
     if json:
-        console.print_json(figures)
+        console.print_json(totals)
         return
     if only != "corrections":
         console.print(
-            f"{figures['templates']} templates in {console.escape(str(run.path('templates.jsonl')))}"
+            f"{totals['templates']} templates in {console.escape(str(run.path('templates.jsonl')))}"
         )
     if any(report.stage == "pairs" for report in reports):
-        console.print(f"{figures['pairs']} pairs in {console.escape(str(run.path('pairs.jsonl')))}")
-    if figures["cost_usd"]:
-        console.print(f"They cost ${figures['cost_usd']:.4f}.")
-    for reason, count in sorted(figures["dropped"].items()):
-        console.print(f"  {count} left out: {console.escape(reason.replace('_', ' '))}")
-    if figures["dropped"]:
-        console.print(
-            f"Look at them: {_command(f'sclite show drops --run {quote(str(run.folder))}')}", wrap=False
-        )
-    _next(context)
+        console.print(f"{totals['pairs']} pairs in {console.escape(str(run.path('pairs.jsonl')))}")
+    if totals["cost_usd"]:
+        console.print(f"Cost: ${totals['cost_usd']:.4f}")
+    for reason, count in sorted(totals["dropped"].items()):
+        console.print(f"  {count} dropped: {console.escape(reason.replace('_', ' '))}")
+    if totals["dropped"]:
+        _print_command("Show dropped rows", f"sclite show drops --run {quote(str(run.folder))}")
+    _print_next(context)
 
 
 def data_totals(reports: Sequence[Report]) -> dict[str, Any]:
@@ -72,48 +74,35 @@ def data_totals(reports: Sequence[Report]) -> dict[str, Any]:
     }
 
 
-def print_train(context: Any, only: str | None, json: bool) -> None:
-    """Where the adapter is, and what to type next."""
+def print_train(context: "Context", only: str | None, json: bool) -> None:
+    """Print where the adapter is, and the next command."""
     if json:
         console.print_json({report.stage: report.as_dict() for report in context.reports})
         return
     adapter = context.run.path("sft/adapter" if only == "sft" else "dpo/adapter")
-    console.print(f"The adapter is in {console.escape(str(adapter))}")
-    _next(context)
+    console.print(f"Adapter: {console.escape(str(adapter))}")
+    _print_next(context)
 
 
-def _next(context: Any) -> None:
-    """The command that takes the run on, as `sclite status` has it."""
-    from sclite.inspect.status import read_status
-
-    console.print(f"Next: {_command(read_status(context.config, context.run)['next'])}", wrap=False)
-
-
-def _command(text: str) -> str:
-    return f"[bold cyan]{console.escape(text)}[/]"
-
-
-def print_plan(found: Mapping[str, Any], json: bool) -> None:
-    """What will fit. Raises DeviceFault where a stage does not."""
+def print_plan(plan: Mapping[str, Any], json: bool) -> None:
+    """Print the plan of a training. Raises DeviceError if a stage does not fit."""
     from sclite.inspect.plan import print_plan_tables
 
-    fits = all(stage["fits"] is not False for stage in found["stages"].values())
+    fits = all(stage["fits"] is not False for stage in plan["stages"].values())
     if not json:
-        print_plan_tables(found)
+        print_plan_tables(plan)
     elif fits:
-        console.print_json(found)
+        console.print_json(plan)
     if not fits:
-        error = DeviceError(
-            "not every stage fits on this GPU", "use the settings that the plan says would fit"
-        )
-        error.details = found
+        error = DeviceError("not every stage fits on this GPU", "use the settings that the plan suggests")
+        error.details = plan
         raise error
 
 
-def print_export(context: Any, report: Report, created: Any, fitted: bool, json: bool) -> None:
-    """The GGUF, and the next command.
+def print_export(context: "Context", report: Report, created: Any, fitted: bool, json: bool) -> None:
+    """Print the GGUF, and the next command.
 
-    `created`: what `ollama create` gave, None where it was not asked for; `fitted`: there is a threshold for its reviews.
+    `created` is the result of `ollama create`, None if it did not run; `fitted` whether a review threshold is known.
     """
     from sclite.export.parity import summarize
 
@@ -122,29 +111,28 @@ def print_export(context: Any, report: Report, created: Any, fitted: bool, json:
         console.print_json({**figures, "ollama": ollama if created is not None else None})
         return
     console.print(f"{console.escape(figures['gguf'])}  {figures['megabytes']:g} MB")
-    line = console.escape(summarize(figures["parity"]))
-    skipped = figures["parity"]["skipped"]
-    (console.note if skipped else console.print)(f"[yellow]{line}[/]" if skipped else line)
+    parity = console.escape(summarize(figures["parity"]))
+    if figures["parity"]["skipped"]:
+        console.note(f"[yellow]{parity}[/]")
+    else:
+        console.print(parity)
     for warning in figures.get("warnings", []):
-        console.note(f"[yellow]note:[/] {console.escape(warning)}")
+        console.note(f"[yellow]warning:[/] {console.escape(warning)}")
     run = quote(str(context.run.folder))
     if created is not None:
-        console.print(f"Next: {_command(f'ollama run {quote(ollama)}')}", wrap=False)
+        _print_command("Next", f"ollama run {quote(ollama)}")
     elif fitted:
-        console.print(f"Next: {_command(f'sclite chat --self-correct --run {run}')}", wrap=False)
+        _print_command("Next", f"sclite chat --self-correct --run {run}")
     elif context.config.teacher.embedded or context.config.eval.source:
         command = "quickstart" if context.config.teacher.embedded else "eval"
-        console.print(
-            f"Next: {_command(f'sclite {command} --run {run}')}, which fits the review's threshold",
-            wrap=False,
-        )
+        _print_command("Next", f"sclite {command} --run {run}", " (fits the review threshold)")
     else:
-        console.print(f"Next: {_command(f'sclite chat --run {run}')}", wrap=False)
-        console.print("`sclite eval` with a file of held-out problems fits the threshold for --self-correct.")
+        _print_command("Next", f"sclite chat --run {run}")
+        console.print("For --self-correct, fit the review threshold with `sclite eval PROBLEMS`.")
 
 
 def print_lora(path: Path, json: bool) -> None:
-    """The adapter as a GGUF of its own."""
+    """Print the adapter that was exported as GGUF."""
     if json:
         console.print_json({"lora": str(path), "megabytes": round(path.stat().st_size / 1e6, 1)})
         return
@@ -152,11 +140,21 @@ def print_lora(path: Path, json: bool) -> None:
 
 
 def print_datasets(report: Report, json: bool) -> None:
-    """The data sets for other trainers."""
+    """Print the datasets that were exported for other trainers."""
     if json:
         console.print_json({**report.counts, **report.figures})
         return
     folder = console.escape(str(report.figures["folder"]))
     for name, count in report.counts.items():
         console.print(f"{count} rows in {folder}/{name}.jsonl" if count else f"no {name}")
-    console.print(f"Choose a licence in {folder}/README.md before you publish them.")
+    console.print(f"Choose a licence in {folder}/README.md before you publish the data.")
+
+
+def _print_next(context: "Context") -> None:
+    from sclite.inspect.status import read_status
+
+    _print_command("Next", read_status(context.config, context.run)["next"])
+
+
+def _print_command(label: str, command: str, remark: str = "") -> None:
+    console.print(f"{label}: [bold cyan]{console.escape(command)}[/]{remark}", wrap=False)

@@ -1,6 +1,7 @@
 """`sclite show` and `sclite status` in the terminal: tables, and pages of rows."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from sclite import console
@@ -10,19 +11,28 @@ from sclite.inspect import rows
 from sclite.inspect.rows import Choice
 from sclite.run import Run
 
+STATES = {
+    "done": "[green]done[/]",
+    "stale": "[yellow]stale[/]",
+    "half_way": "[yellow]incomplete[/]",
+    "not_begun": "[dim]not started[/]",
+}
+
 
 def print_rows(run: Run, choice: Choice, as_json: bool) -> None:
-    """The chosen rows, paged in a terminal; as JSON one object {"what", "total", "rows"}."""
+    """Print the chosen rows, in a terminal through a pager; as JSON one object {"what", "total", "rows"}."""
     total, chosen = rows.choose(run, choice)
     if as_json:
         head = {"what": choice.what, "total": total}
         console.print_json_rows(head, (row.model_dump(mode="json") for _, row in chosen))
         return
     if not total:
-        console.print(f"No such {choice.what} in {console.escape(str(run.folder))}.")
+        console.print(f"No matching {choice.what} in {console.escape(str(run.folder))}.")
         return
     if choice.first > total:
-        raise UsageError(f"--from {choice.first}: {total} {choice.what} fit", f"--from goes up to {total}")
+        raise UsageError(
+            f"--from {choice.first}: only {total} {choice.what} match", f"use --from 1 to {total}"
+        )
     from sclite.inspect.row_text import page
 
     problems = rows.Problems(run)
@@ -30,61 +40,59 @@ def print_rows(run: Run, choice: Choice, as_json: bool) -> None:
 
 
 def print_labels(config: Config, run: Run, choice: Choice, as_json: bool) -> None:
-    """The chosen rows as the trainer sees them, token by token; the first one where nothing else is asked for."""
-    from dataclasses import replace
-
+    """Print the tokens and loss weights of the chosen rows; without --id and --limit, of the first row only."""
     from sclite.inspect.labels import Labels
 
     if choice.limit is None and choice.id is None:
         choice = replace(choice, limit=1)
     total, chosen = rows.choose(run, choice)
-    made = Labels(config, run, choice.what)
+    labels = Labels(config, run, choice.what)
     if as_json:
         head = {"what": choice.what, "total": total}
-        console.print_json_rows(head, (made.as_json(row) for _, row in chosen))
+        console.print_json_rows(head, (labels.as_json(row) for _, row in chosen))
         return
-    console.page(made.page(row, number, total) for number, row in chosen)
+    console.page(labels.page(row, number, total) for number, row in chosen)
 
 
 def print_overview(run: Run, as_json: bool) -> None:
-    """What there is to look at, with counts."""
+    """Print which rows the run has, with counts."""
     found = rows.overview(run)
     if as_json:
         console.print_json({"what": None, "total": len(found), "rows": found})
         return
     lines = [
-        (f"sclite show {each['what']}", _counted(each["reasons"] or each["kinds"]), f"{each['rows']:,}")
+        (f"sclite show {each['what']}", _format_counts(each["reasons"] or each["kinds"]), f"{each['rows']:,}")
         for each in found
     ]
-    console.print_table(str(run.folder), ("what to look at", "of which", "rows"), lines, texts=2)
+    console.print_table(str(run.folder), ("command", "kinds", "rows"), lines, texts=2)
 
 
 def print_status(figures: Mapping[str, Any], as_json: bool) -> None:
-    """Where a run stands."""
+    """Print what `read_status` returns."""
     if as_json:
         console.print_json(figures)
         return
     lines = [_stage_line(name, stage) for name, stage in figures["stages"].items()]
-    title = f"{figures['run']}{': a sclite process is at work on it' if figures['busy'] else ''}"
-    console.print_table(title, ("stage", "state", "what", "left out", "seconds", "$"), lines, texts=3)
+    title = f"{figures['run']}{' (in use by another sclite process)' if figures['busy'] else ''}"
+    header = ("stage", "state", "details", "dropped", "seconds", "cost $")
+    console.print_table(title, header, lines, texts=3)
     if figures["dropped"]:
-        console.print(f"Left out: {_counted(figures['dropped'])} (`sclite show drops`)")
+        console.print(f"Dropped: {_format_counts(figures['dropped'])} (`sclite show drops`)")
     if paid := figures["ledger"]:
         unknown = f", {paid['unpriced']:,} of unknown price" if paid["unpriced"] else ""
         tokens = f"{paid['prompt_tokens']:,} tokens in, {paid['completion_tokens']:,} out"
-        console.print(f"Paid for: {paid['requests']:,} requests, {tokens}, ${paid['cost_usd']:.4f}{unknown}")
-    when = " when that process has ended" if figures["busy"] else ""
+        console.print(f"Requests: {paid['requests']:,}, {tokens}, ${paid['cost_usd']:.4f}{unknown}")
+    when = " when that process has finished" if figures["busy"] else ""
     console.print(f"Next{when}: [bold cyan]{console.escape(figures['next'])}[/]", wrap=False)
 
 
 def _stage_line(name: str, stage: Mapping[str, Any]) -> tuple[str, ...]:
-    colour = {"done": "green", "stale": "yellow", "half_way": "yellow", "not_begun": "dim"}[stage["state"]]
     total = f" of {stage['total']:,}" if stage["total"] else ""
     so_far = [f"{stage['rows']:,}{total} so far"] if stage["rows"] else []
     counts = [f"{count:,} {what.replace('_', ' ')}" for what, count in stage["counts"].items()]
     return (
         name,
-        f"[{colour}]{stage['state'].replace('_', '-' if stage['state'] == 'half_way' else ' ')}[/]",
+        STATES[stage["state"]],
         console.escape("; ".join([*stage["why"], *so_far, ", ".join(counts)]).strip("; ")),
         f"{sum(stage['dropped'].values()):,}" if stage["dropped"] else "",
         "" if stage["seconds"] is None else f"{stage['seconds']:,.1f}",
@@ -92,5 +100,5 @@ def _stage_line(name: str, stage: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _counted(counts: Mapping[str, int]) -> str:
+def _format_counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {console.escape(name.replace('_', ' '))}" for name, count in counts.items())

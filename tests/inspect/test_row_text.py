@@ -1,8 +1,8 @@
-"""A row in the terminal: what is coloured how, and that no reply steers the terminal."""
+"""A row in the terminal: its colors and headings; no reply can control the terminal."""
 
 import pytest
 
-from sclite.inspect.row_text import page, painted
+from sclite.inspect.row_text import highlight, page
 from sclite.inspect.rows import Problems
 from sclite.records import Attempt, Drop, Pair, Problem, Review, Template
 
@@ -21,14 +21,14 @@ def problems(run) -> Problems:
 
 
 def style(text, words: str) -> str:
-    """The style of some words in a painted text; they have one, throughout."""
+    """The style of these words in a highlighted text."""
     begin = text.plain.index(words)
     covering = [span for span in text.spans if span.start <= begin and begin + len(words) <= span.end]
     return str(covering[-1].style) if covering else ""
 
 
-def test_tags_and_what_they_hold_have_colours_of_their_own():
-    text = painted(REVIEW)
+def test_tags_and_their_contents_are_colored():
+    text = highlight(REVIEW)
     assert text.plain == REVIEW
     assert style(text, "<Step1>") == style(text, "</Cause>") == "dim cyan"
     assert style(text, "48 + 24 = 72") == ""
@@ -39,7 +39,7 @@ def test_tags_and_what_they_hold_have_colours_of_their_own():
 
 
 def test_the_wrong_step_is_red_and_the_others_are_not():
-    text = painted(REVIEW, wrong=2)
+    text = highlight(REVIEW, wrong=2)
     assert style(text, "72 / 2 = 38") == "red"
     assert style(text, "48 + 24 = 72") == ""
     assert style(text, "72 / 2 = 36") == "green"
@@ -48,16 +48,16 @@ def test_the_wrong_step_is_red_and_the_others_are_not():
 @pytest.mark.parametrize(
     "text", ["", "no tags < 5 > 3", "<Step", "<Cause>open", "</Key></Key>", "<Step9><Step1>"]
 )
-def test_any_text_is_shown_whole(text):
-    assert painted(text).plain == text
+def test_malformed_text_is_shown_unchanged(text):
+    assert highlight(text).plain == text
 
 
-def test_control_characters_become_pictures():
-    shown = painted("a\x1b[2J\x1b]0;title\x07\x9b1m\rb\r\nc\td").plain
+def test_control_characters_are_replaced():
+    shown = highlight("a\x1b[2J\x1b]0;title\x07\x9b1m\rb\r\nc\td").plain
     assert shown == "a␛[2J␛]0;title␇␡1m␍b\nc\td"
 
 
-def test_a_review_shows_its_question_and_its_wrong_step(problems):
+def test_a_review_shows_its_question_and_wrong_step(problems):
     row = Review(id="p1", sample=3, step=2, cause="c", correction="d", trace=REVIEW, requests=2)
     text = page(row, 5, 9, problems)
     assert text.plain.startswith(
@@ -80,22 +80,24 @@ def test_a_pair_shows_chosen_green_and_rejected_red(problems):
     assert style(text, "bad</Cause>") == "red"
 
 
-def test_a_drop_shows_stage_reason_detail_and_the_raw_reply(problems):
+def test_a_drop_shows_stage_reason_detail_and_raw_reply(problems):
     row = Drop(stage="templates", id="p7", reason="no_steps", detail="no tags", raw="Sure! [red]<html>")
     text = page(row, 1, 1, problems)
     assert text.plain == "1/1  p7  templates  no_steps\nno tags\nSure! [red]<html>\n\n"
     assert style(text, "no_steps") == "bold red"
 
 
-@pytest.mark.parametrize(("correct", "said"), [(True, "right"), (False, "wrong"), (None, "outcome unknown")])
-def test_an_attempt_says_what_became_of_it(problems, correct, said):
+@pytest.mark.parametrize(
+    ("correct", "outcome"), [(True, "right"), (False, "wrong"), (None, "outcome unknown")]
+)
+def test_an_attempt_shows_its_outcome(problems, correct, outcome):
     row = Attempt(id="p1", sample=0, trace=REVIEW, answer="36", correct=correct, first_error=2)
     text = page(row, 1, 1, problems)
-    assert text.plain.splitlines()[0] == f"1/1  p1  sample 0  {said}"
+    assert text.plain.splitlines()[0] == f"1/1  p1  sample 0  {outcome}"
     assert style(text, "72 / 2 = 38") == "red"
 
 
-def test_problems_and_templates_bring_their_own_question(problems):
+def test_problems_and_templates_show_their_own_question(problems):
     text = page(problems.get("p1"), 1, 1, problems).plain
     assert text == "1/1  p1\nHow many [bold]?\ngold answer 36\nIt is 36.\n\n"
     row = Template(id="p9", question="Its own?", answer="7", trace=REVIEW)

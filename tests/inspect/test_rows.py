@@ -1,4 +1,4 @@
-"""Looking at rows: which are chosen, what there is, and that a large file costs no memory."""
+"""Choosing and counting rows, and their errors; a large file is never held in memory."""
 
 import tracemalloc
 
@@ -38,7 +38,7 @@ def ids(run: Run, choice: Choice) -> list[str]:
     return [row.id for _, row in choose(run, choice)[1]]
 
 
-def test_what_there_is_to_look_at_comes_with_counts(full):
+def test_the_overview_counts_rows_kinds_and_reasons(full):
     found = {each.pop("what"): each for each in overview(full)}
     assert found["problems"] == {"rows": 4, "kinds": {}, "reasons": {}}
     assert found["attempts"] == {"rows": 4, "kinds": {"wrong": 2, "right": 1, "unknown": 1}, "reasons": {}}
@@ -51,7 +51,7 @@ def test_what_there_is_to_look_at_comes_with_counts(full):
     }
 
 
-def test_rows_are_chosen_by_reason_kind_and_the_beginning_of_their_id(full):
+def test_rows_are_chosen_by_reason_kind_and_id_prefix(full):
     assert choose(full, Choice("drops", reason="leak"))[0] == 2
     assert choose(full, Choice("drops", reason="leak", kind="corrections"))[0] == 1
     assert ids(full, Choice("attempts", kind="wrong")) == ["p1", "p3"]
@@ -60,7 +60,7 @@ def test_rows_are_chosen_by_reason_kind_and_the_beginning_of_their_id(full):
     assert ids(full, Choice("problems", id="3")) == []
 
 
-def test_the_first_row_and_the_limit_count_rows_that_fit(full):
+def test_first_and_limit_count_matching_rows(full):
     assert list(choose(full, Choice("attempts", kind="wrong", first=2))[1]) == [(2, attempt(3, False))]
     total, rows = choose(full, Choice("problems", first=2, limit=2))
     assert (total, [number for number, _ in rows]) == (4, [2, 3])
@@ -68,26 +68,30 @@ def test_the_first_row_and_the_limit_count_rows_that_fit(full):
 
 
 @pytest.mark.parametrize(
-    ("choice", "said", "there"),
+    ("choice", "message", "hint"),
     [
         (Choice("templats"), "templats", ", ".join(FILES)),
         (Choice("drops", reason="lek"), "--reason lek", "leak (2), no_steps (1)"),
         (Choice("attempts", kind="bad"), "--kind bad", "wrong (2), right (1), unknown (1)"),
-        (Choice("problems", kind="bad"), "problems are all of one kind", "attempts, reviews, pairs, drops"),
-        (Choice("pairs", reason="leak"), "--reason goes with drops", "sclite show drops"),
+        (
+            Choice("problems", kind="bad"),
+            "--kind does not apply to problems",
+            "attempts, reviews, pairs, drops",
+        ),
+        (Choice("pairs", reason="leak"), "--reason applies to drops", "sclite show drops"),
     ],
 )
-def test_what_is_not_there_is_answered_with_what_is(full, choice, said, there):
-    with pytest.raises(UsageError, match=said) as error:
+def test_an_unknown_choice_names_the_known_ones(full, choice, message, hint):
+    with pytest.raises(UsageError, match=message) as error:
         choose(full, choice)
-    assert there in error.value.hint
+    assert hint in error.value.hint
 
 
-def test_nothing_of_a_kind_that_exists_is_no_fault(full):
+def test_no_match_for_a_known_reason_is_no_error(full):
     assert ids(full, Choice("drops", reason="no_steps", id="p9")) == []
 
 
-def test_a_run_that_does_not_exist_is_answered_with_those_beside_it(full):
+def test_a_missing_run_names_the_runs_beside_it(full):
     full.write_json("run.toml", {})
     with pytest.raises(DataError, match="nowhere does not exist") as error:
         overview(Run(full.folder.parent / "nowhere"))
@@ -97,27 +101,27 @@ def test_a_run_that_does_not_exist_is_answered_with_those_beside_it(full):
     assert "sclite build-data" in error.value.hint
 
 
-def test_a_damaged_row_is_named_before_the_first_is_given(full):
+def test_a_damaged_row_is_reported_before_the_first_row(full):
     with open(full.path("problems.jsonl"), "a") as file:
         file.write("no JSON\n")
     with pytest.raises(DataError, match=r"problems\.jsonl, line 5"):
         choose(full, Choice("problems"))
 
 
-def test_rows_that_come_while_one_looks_are_left_for_the_next_time(full):
+def test_rows_added_while_reading_are_not_shown(full):
     total, rows = choose(full, Choice("problems"))
     full.append("problems.jsonl", [problem(9)])
     assert len(list(rows)) == total == 4
 
 
-def test_a_problem_is_found_by_its_id_among_many(full):
+def test_a_problem_is_found_by_its_id(full):
     problems = Problems(full)
     assert [problems.get(f"p{number}") for number in (3, 0, 2)] == [problem(3), problem(0), problem(2)]
     assert problems.get("p9") is None
     assert Problems(Run(full.folder / "none")).get("p0") is None
 
 
-def test_a_large_file_is_never_in_memory_as_a_whole(run):
+def test_a_large_file_is_never_held_in_memory(run):
     count = 5000
     run.append("dropped.jsonl", (Drop(stage="s", id=str(n), reason="r", raw="x" * 900) for n in range(count)))
     tracemalloc.start()
