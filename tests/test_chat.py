@@ -1,4 +1,4 @@
-"""What chat shows of an answer and of its review, and that a session goes on until the user leaves it."""
+"""What chat prints of an answer and its review; sessions in a pipe and in a terminal."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def lines_of(capsys) -> list[str]:
     return [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip()]
 
 
-def test_a_step_that_the_student_corrected_while_solving_is_shown_with_its_reason_and_correction(capsys):
+def test_a_step_corrected_while_solving_shows_cause_and_correction(capsys):
     show(Answer("?", render(OWN), None))
     assert lines_of(capsys) == [
         "✗ 1 2 + 2 = 5", "why wrong  The units end in 4.", "corrected  2 + 2 = 4",
@@ -40,7 +40,7 @@ def test_a_step_that_the_student_corrected_while_solving_is_shown_with_its_reaso
     ]  # fmt: skip
 
 
-def test_what_follows_a_correction_was_not_reviewed_and_has_a_neutral_mark(capsys):
+def test_steps_after_a_correction_are_marked_as_not_reviewed(capsys):
     first = render(Trace((Step("2 + 2 = 4"), Step("4 + 1 = 6"), Step("6 + 1 = 7")), None, "7"))
     final = Trace((Step("2 + 2 = 4"), Step("4 + 1 = 5"), Step("5 + 1 = 6")), None, "6")
     show(Answer("?", first, Reviewed(render(final), (-2.0, 3.0, -1.0), 2, "4 and 1 are 5.", "4 + 1 = 5")))
@@ -51,7 +51,7 @@ def test_what_follows_a_correction_was_not_reviewed_and_has_a_neutral_mark(capsy
 
 
 class Student:
-    """A student with one reply, whose reviews have the scores that are given, or none where it is too long."""
+    """A student with one reply and fixed review scores; too long questions have none."""
 
     context = trained_context = 512
     offloaded, description = False, ""
@@ -88,28 +88,26 @@ def iter_lines(lines):
 
 
 @pytest.mark.parametrize(
-    ("student", "threshold", "options", "said"),
+    ("student", "threshold", "options", "message"),
     [
-        (Student(), None, {}, "review is off: no threshold is fitted for x.gguf"),
-        (Student(), NEVER, {}, "review is off: the evaluation of x.gguf found no threshold"),
+        (Student(), None, {}, "review is off: x.gguf has no fitted threshold"),
+        (Student(), NEVER, {}, "review is off: no threshold improved the answers of x.gguf"),
         (Student(scores=()), 0.0, {}, "too long to review"),
         (Student(scores=(-3.0, 3.0)), 0.0, {}, "the review could not be read"),
-        (Student(finish="length"), 0.0, {}, "cut off at 1024 tokens; raise eval.max_tokens"),
-        (Student(text="<Step1>blue\n</Step1>", scores=(-3.0,)), 0.0, {}, "the steps lead to no answer"),
-        (Student(text="asdf"), 0.0, {}, "this answer has no steps to review"),
-        (Student(), 0.0, {"familiar": lambda _: False}, "trained on other problems"),
+        (Student(finish="length"), 0.0, {}, "cut off at 1024 tokens; increase eval.max_tokens"),
+        (Student(text="<Step1>blue\n</Step1>", scores=(-3.0,)), 0.0, {}, "the steps reach no answer"),
+        (Student(text="asdf"), 0.0, {}, "the answer has no steps to review"),
+        (Student(), 0.0, {"familiar": lambda _: False}, "not trained on this kind of problem"),
     ],
 )
-def test_nothing_is_marked_right_that_was_not_reviewed(
-    monkeypatch, capsys, student, threshold, options, said
-):
+def test_unreviewed_steps_are_never_marked_right(monkeypatch, capsys, student, threshold, options, message):
     assert chatted(monkeypatch, student, threshold, question="How many?", **options)
     out, err = capsys.readouterr()
     assert "✓" not in out
-    assert said in " ".join(err.split())
+    assert message in " ".join(err.split())
 
 
-def test_what_the_review_found_no_error_in_is_marked(monkeypatch, capsys):
+def test_steps_without_an_error_are_marked_right(monkeypatch, capsys):
     chatted(monkeypatch, Student(), question="How many?")
     assert lines_of(capsys) == ["✓ 1 2 + 2 = 4", "✓ 2 4 + 1 = 5", "answer 5"]
     same = Reviewed(PLAIN, (-3.0, 3.0), 2, "why", "4 + 1 = 5", 3, SAME_RESULT)
@@ -117,34 +115,34 @@ def test_what_the_review_found_no_error_in_is_marked(monkeypatch, capsys):
     assert "✓ 1 2 + 2 = 4" in capsys.readouterr().out
 
 
-def test_without_self_correct_it_says_how_to_turn_the_review_on():
-    assert "--self-correct turns it on" in review_off_reason(Path("x.gguf"), Config(), 0.0, False)
+def test_without_self_correct_a_note_says_how_to_turn_it_on():
+    assert "turn it on with --self-correct" in review_off_reason(Path("x.gguf"), Config(), 0.0, False)
     free = Config().model_copy(update={"review": Config().review.model_copy(update={"mode": "free"})})
     assert review_off_reason(Path("x.gguf"), free, None, True) == ""
 
 
-def test_a_pipe_gets_one_answer_for_each_question_and_goes_on_after_an_error(monkeypatch, capsys):
+def test_a_pipe_gets_one_answer_per_question_despite_errors(monkeypatch, capsys):
     lines = ("How many?", "", "   ", "word " * 100, "[/red] \x1b[2J?")
     assert not chatted(monkeypatch, Student(text=PLAIN.replace(">5<", ">5 [/red]\x1b[2J\n6<")), lines=lines)
     out, err = capsys.readouterr()
     assert out == "5 [/red]␛[2J 6\n\n5 [/red]␛[2J 6\n"
-    assert "error: the question cannot be answered" in err
+    assert "error: cannot answer the question" in err
 
 
-def test_an_answer_under_json_says_why_it_was_not_reviewed(monkeypatch, capsys):
+def test_a_json_answer_says_why_it_was_not_reviewed(monkeypatch, capsys):
     chatted(monkeypatch, Student(), None, question="How many?", as_json=True)
-    told = json.loads(capsys.readouterr().out)
-    assert told["answer"] == "5"
-    assert "no threshold is fitted" in told["note"]
+    found = json.loads(capsys.readouterr().out)
+    assert found["answer"] == "5"
+    assert "no fitted threshold" in found["note"]
 
 
-def test_where_a_student_knows_one_kind_of_problems_others_are_named(monkeypatch, capsys):
+def test_unfamiliar_problems_get_a_note(monkeypatch, capsys):
     chatted(monkeypatch, Student(), lines=("a story", "What?"), example="a story", familiar="a story".__eq__)
-    assert capsys.readouterr().err.count("trained on other problems") == 1
+    assert capsys.readouterr().err.count("not trained on this kind of problem") == 1
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (lambda whole: whole[: len(whole) // 2], "llama.cpp cannot load"),
         (lambda whole: whole[:4], "llama.cpp cannot load"),
@@ -152,7 +150,7 @@ def test_where_a_student_knows_one_kind_of_problems_others_are_named(monkeypatch
         (None, "does not exist"),
     ],
 )
-def test_a_damaged_or_missing_gguf_is_one_line_and_a_hint(sclite, tmp_path, damage, said):
+def test_a_damaged_or_missing_gguf_is_reported(sclite, tmp_path, damage, message):
     path = tmp_path / "small.gguf"
     if damage is not None:
         path.write_bytes(
@@ -160,7 +158,7 @@ def test_a_damaged_or_missing_gguf_is_one_line_and_a_hint(sclite, tmp_path, dama
         )
     ended = sclite("chat", "--model", path, "How many?")
     assert (ended.code, ended.out) == (3, "")
-    assert said in ended.error
+    assert message in ended.error
     assert ended.err.endswith(f"{ended.error}\n{ended.hint}\n")
 
 
@@ -192,7 +190,7 @@ print("left")
 
 
 class Terminal:
-    """A program in a terminal of its own: `send` what is typed, `wait` for what it writes."""
+    """A program in its own terminal: `send` input, `wait` for output."""
 
     def __init__(self, code: str):
         self.ours, theirs = pty.openpty()
@@ -214,7 +212,7 @@ class Terminal:
         os.write(self.ours, text.encode())
 
     def wait(self, text: str, seconds: float = 60) -> str:
-        """What was written up to this text, which must come; what follows is kept for the next call."""
+        """The output up to this text, which must come. What follows is kept for the next call."""
         end = time.monotonic() + seconds
         while text not in self.written:
             ready, _, _ = select.select([self.ours], [], [], max(0.0, end - time.monotonic()))
@@ -237,7 +235,7 @@ def terminal():
 
 
 @pytest.mark.parametrize("leave", ["/bye\r", "exit\r", "quit\r", "\x04"])
-def test_a_session_takes_a_paste_whole_and_survives_empty_lines_errors_and_ctrl_c(terminal, leave):
+def test_a_session_takes_pastes_and_survives_errors_and_ctrl_c(terminal, leave):
     terminal.wait("\x1b[?2004h")  # the terminal is asked to mark what is pasted
     terminal.send("\r  \r")
     terminal.send("\x1b[200~Emma has 4 apples.\rShe gets 2.\r\r; echo How many?\x1b[201~")

@@ -1,4 +1,4 @@
-"""Chat with a GGUF in the terminal: it solves, and with self-correction it finds and corrects its own wrong step."""
+"""Chat with a GGUF in the terminal. With self-correction the model finds and corrects its own wrong step."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from sclite.student.self_correction import (
 from sclite.trace import Step, parse
 
 RIGHT, WRONG, UNREVIEWED = "[green]✓[/]", "[red]✗[/]", "[dim]·[/]"
-LEGEND = "✓ the review found no error, ✗ it did, · not reviewed"
+LEGEND = "✓ no error found, ✗ error found, · not reviewed"
 
 
 def run_chat(
@@ -36,16 +36,16 @@ def run_chat(
     familiar: Callable[[str], bool] = lambda _: True,
     as_json: bool = False,
 ) -> bool:
-    """Answer one question, or those that are typed or piped in; whether each of them was answered.
+    """Answer one question, or those that are typed or piped in. Returns whether each was answered.
 
-    A student that knows one kind of problems alone has an `example` of them; where one is not `familiar`, that is said.
-    An error, or Ctrl-C during an answer, ends that answer and not the session.
+    `example` is for students that know only one kind of problem; a note says when a question is not `familiar`.
+    An error or Ctrl-C ends the answer, not the session.
     """
     off = review_off_reason(path, config, threshold, self_correct)
     check_gguf(path)
     with Engine(path, parallel=1, context=config.eval.context) as engine:
         if not as_json:
-            where = "with layers on the GPU" if engine.offloaded else "on the CPU (nothing is offloaded)"
+            where = "on the GPU" if engine.offloaded else "on the CPU"
             console.note(f"[dim]{escape(path.name)}: {escape(engine.description)}, {where}[/]")
         if off and not as_json:
             console.note(f"[dim]{escape(off)}[/]")
@@ -53,20 +53,20 @@ def run_chat(
             threshold or 0.0, max(1, config.review.rounds), config.eval.max_tokens, config.prompts.folder
         )
 
-        def answer(asked: str) -> Answer:
-            known = familiar(asked)
+        def answer(text: str) -> Answer:
+            known = familiar(text)
             if not known:
                 console.note(
-                    "[yellow]note:[/] it was trained on other problems than this one; its answer says little"
+                    "[yellow]note:[/] the model was not trained on this kind of problem; expect a wrong answer"
                 )
-            return _answer(engine, asked, config, settings, off, known)
+            return _answer(engine, text, config, settings, off, known)
 
         if question is not None:
             found = answer(question)
             console.print_json(_as_json(found, off if self_correct else "")) if as_json else show(found)
             return True
         interactive, answered = console.is_interactive(), True
-        for typed in console.read_inputs(_invitation(example, reviews=not off)):
+        for typed in console.read_inputs(_greeting(example, reviews=not off)):
             try:
                 found = answer(typed)
                 show(found) if interactive else console.print(escape(" ".join(found.result.split())))
@@ -84,30 +84,30 @@ def run_chat(
 
 
 def review_off_reason(path: Path, config: Config, threshold: float | None, self_correct: bool) -> str:
-    """Why answers are not reviewed; "" where they are."""
+    """Why answers are not reviewed; "" if they are."""
     if not self_correct:
-        return "review is off: --self-correct turns it on"
+        return "review is off; turn it on with --self-correct"
     if config.review.mode == "free":
         return ""
     if threshold is None:
         return (
-            f"review is off: no threshold is fitted for {path.name}. `sclite eval` on held-out problems fits one; "
-            "--set review.threshold=0 or --set review.mode=free does without"
+            f"review is off: {path.name} has no fitted threshold. Fit one with `sclite eval PROBLEMS`, or use "
+            "--set review.threshold=0 or --set review.mode=free"
         )
     if threshold >= NEVER:
-        return f"review is off: the evaluation of {path.name} found no threshold at which it helps"
+        return f"review is off: no threshold improved the answers of {path.name} in its evaluation"
     return ""
 
 
-def _invitation(example: str, reviews: bool) -> str:
+def _greeting(example: str, reviews: bool) -> str:
     legend = f" {LEGEND}." if reviews else ""
-    known = f"\nThis student knows only problems such as:\n{escape(example)}" if example else ""
-    return f"Type or paste a problem; /bye leaves.{legend}{known}"
+    known = f"\nThis model only knows problems like this one:\n{escape(example)}" if example else ""
+    return f"Type or paste a problem, /bye to exit.{legend}{known}"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A question's first answer and its review; `doubt` says why the review, if any, vouches for no step."""
+    """The first answer to a question and its review; `doubt` says why no step is marked right."""
 
     question: str
     first: str
@@ -116,7 +116,7 @@ class Answer:
 
     @property
     def result(self) -> str:
-        """The final answer; the whole text where it has none."""
+        """The final answer; the whole text if there is none."""
         text = self.review.text if self.review is not None else self.first
         return parse(text).trace.answer or text
 
@@ -127,9 +127,9 @@ def _answer(
     request = Request(prompts.solve_messages(question, config.prompts.folder), max_tokens=settings.max_tokens)
     reply = next(engine.generate([request]))
     if reply.finish == "error":
-        longer = f"shorten the question, or use --set eval.context={2 * engine.context}"
-        hint = longer if engine.context < engine.trained_context else "shorten the question"
-        raise DataError(f"the question cannot be answered: {reply.error}", hint)
+        longer_context = f"shorten the question, or use --set eval.context={2 * engine.context}"
+        hint = longer_context if engine.context < engine.trained_context else "shorten the question"
+        raise DataError(f"cannot answer the question: {reply.error}", hint)
     trace, cut = parse(reply.text).trace, reply.finish == "length"
     review, doubt = None, ""
     if not off and trace.steps:
@@ -137,11 +137,11 @@ def _answer(
         (review,) = method(engine, [question], [reply.text], settings)
         doubt = "" if review.note == SAME_RESULT else review.note
     if not trace.steps:
-        doubt = "this answer has no steps to review"
+        doubt = "the answer has no steps to review"
     elif cut:
-        doubt = f"the answer was cut off at {settings.max_tokens} tokens; raise eval.max_tokens"
+        doubt = f"the answer was cut off at {settings.max_tokens} tokens; increase eval.max_tokens"
     elif trace.answer is None:
-        doubt = doubt or "the steps lead to no answer"
+        doubt = doubt or "the steps reach no answer"
     elif not familiar:
         doubt = doubt or "unfamiliar problem"
     return Answer(question, reply.text, review, doubt)
@@ -163,26 +163,26 @@ def _as_json(found: Answer, off: str) -> dict:
 
 
 def show(found: Answer) -> None:
-    """The first answer step by step, with its marks; then what the review made of it."""
+    """Print the first answer step by step with its marks, then the corrected rest."""
     trace, review = parse(found.first).trace, found.review
-    vouched = RIGHT if review is not None and not found.doubt else UNREVIEWED
+    mark = RIGHT if review is not None and not found.doubt else UNREVIEWED
     if not trace.steps:
         console.print(escape(found.first))
     for number, step in enumerate(trace.steps, 1):
         accused = review is not None and number == review.accused
-        corrected = step.correction is not None  # while it was solving, without being asked
-        _line(WRONG if accused or corrected else vouched, number, step)
+        corrected = step.correction is not None  # corrected while solving, before any review
+        _print_step(WRONG if accused or corrected else mark, number, step)
         if corrected:
-            _correction(step.cause, step.correction)
+            _print_correction(step.cause, step.correction)
         if accused:
-            _correction(review.cause, review.correction)
+            _print_correction(review.cause, review.correction)
             break
     if review is not None and review.accused is not None:
         final = parse(review.text).trace
         for number, step in enumerate(final.steps[review.accused :], review.accused + 1):
-            _line(UNREVIEWED if step.correction is None else WRONG, number, step)
+            _print_step(UNREVIEWED if step.correction is None else WRONG, number, step)
             if step.correction is not None:
-                _correction(step.cause, step.correction)
+                _print_correction(step.cause, step.correction)
         console.print(
             f"\n  answer {escape(trace.answer or '–')} → [bold green]{escape(final.answer or '–')}[/]"
         )
@@ -193,13 +193,13 @@ def show(found: Answer) -> None:
         console.note(f"[yellow]note:[/] {escape(note)}")
 
 
-def _correction(cause: str | None, correction: str | None) -> None:
+def _print_correction(cause: str | None, correction: str | None) -> None:
     if cause:
         console.print(f"      [red]why wrong[/]  {escape(cause)}")
     console.print(f"      [green]corrected[/]  {escape(correction or '')}")
 
 
-def _line(mark: str, number: int, step: Step) -> None:
+def _print_step(mark: str, number: int, step: Step) -> None:
     console.print(f"  {mark} [dim]{number}[/] {escape(step.text)}")
     if step.key:
         console.print(f"      [cyan]key[/]  {escape(step.key)}")
