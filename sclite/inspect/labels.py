@@ -1,4 +1,4 @@
-"""What carries loss: rows of the run as the trainer sees them, token by token (`sclite show templates --labels`)."""
+"""The tokens and loss weights of rows, as the trainer sees them (`sclite show templates --labels`)."""
 
 from collections.abc import Iterator
 from itertools import groupby
@@ -21,15 +21,15 @@ from sclite.train.warmup_rows import closed_row, continued_row, is_closed, revie
 
 SHOWN = ("templates", "reviews", "pairs")
 LEGEND = {
-    "▸": "the tokens after it carry loss, up to the next dim ones",
-    "⟦": "tokens between ⟦ ⟧ weigh so many times",
-    "◆": "a decision comes next, to accuse the step or to close it; of pairs the odds of the two are trained",
+    "▸": "the following tokens carry loss, up to the next dim ones",
+    "⟦": "tokens between ⟦ ⟧ have this loss weight",
+    "◆": "a decision follows, to accuse the step or to close it; pairs train the odds of the two",
 }
-"""Signs of a row, and what they mean."""
+"""The signs in a row and their meaning."""
 
 
 class Labels:
-    """Rows as training sequences. Raises UsageFault for rows that are not trained on."""
+    """Rows as training sequences. Raises UsageError for rows that are not trained on."""
 
     def __init__(self, config: Config, run: Run, what: str):
         if what not in SHOWN:
@@ -43,7 +43,7 @@ class Labels:
         )
 
     def sequences(self, row: Any) -> Iterator[tuple[str, Encoded]]:
-        """(name of the sequence, its tokens with their weights) of a row: of a pair both sides, of a correction three."""
+        """(name, tokens with weights) of each training sequence of a row: two for a pair, three for a correction."""
         folder = self.config.prompts.folder
         match row:
             case Template():
@@ -70,7 +70,7 @@ class Labels:
         return problem.question if problem is not None else ""
 
     def tokens(self, encoded: Encoded) -> list[dict[str, Any]]:
-        """[{"id", "text", "weight"}] of every token; `decision` marks those after which a decision is read."""
+        """[{"id", "text", "weight"}] of every token; `decision` marks those that a decision follows."""
         texts = [self.tokenizer.decode([id]) for id in encoded.ids]
         marks = set(encoded.marks)
         return [
@@ -83,22 +83,24 @@ class Labels:
         return {"id": row.id, "end_of_turn": self.tokenizer.decode([self.end]), "sequences": found}
 
     def page(self, row: Any, number: int, total: int) -> Text:
-        """One row: what carries no loss dim, what does green, heavier tokens yellow, the end of turn on green; decisions cyan."""
+        """One row. Dim: no loss; green: loss; yellow: another loss weight; on green: the end of turn; cyan: decisions."""
         lines = Text().append(f"{number}/{total}  ", "dim").append(visible(row.id), "bold cyan")
         for name, encoded in self.sequences(row):
-            carried = sum(weight > 0 for weight in encoded.weights)
-            told = f"\n{name}: {len(encoded.ids)} tokens, {carried} with loss"
+            with_loss = sum(weight > 0 for weight in encoded.weights)
+            heading = f"\n{name}: {len(encoded.ids)} tokens, {with_loss} with loss"
             if encoded.marks:
-                told += f", {len(encoded.marks)} decision{'s' * (len(encoded.marks) > 1)}"
-            lines.append(told, "bold").append(f", ends with {self.tokenizer.decode([encoded.ids[-1]])!r}\n")
-            lines.append_text(self._painted(encoded))
+                heading += f", {len(encoded.marks)} decision{'s' * (len(encoded.marks) > 1)}"
+            lines.append(heading, "bold").append(
+                f", ends with {self.tokenizer.decode([encoded.ids[-1]])!r}\n"
+            )
+            lines.append_text(self._highlight(encoded))
         lines.append("\n")
         for sign, meaning in LEGEND.items():
             if sign in lines.plain:
                 lines.append(f"\n{sign}  {meaning}", "dim")
         return lines.append("\n\n")
 
-    def _painted(self, encoded: Encoded) -> Text:
+    def _highlight(self, encoded: Encoded) -> Text:
         shown, marks = Text(), set(encoded.marks)
         places = [
             (id, weight, place in marks)

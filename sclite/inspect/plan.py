@@ -1,7 +1,6 @@
 """`sclite train --plan`: memory of each stage, what fits, tokens, steps, hours, disk, and the cost of corrections.
 
-Values that cannot be known yet are None: lengths before there are rows, hours before this run has timed a step, costs
-before it has paid for a reply.
+Unknown values are None: lengths without rows, hours before the run has timed a step, costs before its first paid reply.
 """
 
 import statistics
@@ -66,7 +65,7 @@ def plan(
     unseen: frozenset[str] | None = None,
     micro_batches: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """The plan as JSON values. `gpu` is from `machine.describe_gpu`; None: no GPU, `fits` stays unknown.
+    """The plan as JSON values. `gpu` is from `doctor.describe_gpu`; without one (None) `fits` is unknown.
 
     `unseen` are ids of the problems kept for stage 2 (None: unknown), `micro_batches` the rows of a forward pass by stage
     (default: as configured). Without a tokenizer the forecast is unknown.
@@ -126,7 +125,7 @@ def _memory(
 def _sequences(
     config: Config, run: Run, stage: str, tokenizer: Any, unseen: frozenset[str]
 ) -> list[list[Encoded]] | None:
-    """The sequences of every row that a stage trains on; None if its files are not there yet."""
+    """The sequences of every row that a stage trains on; None if its files do not exist yet."""
     folder, templates = config.prompts.folder, run.read("templates.jsonl", Template)
     if stage == "sft":
         chosen = [row for row in templates if row.id not in unseen]
@@ -294,11 +293,11 @@ def print_plan_tables(plan: Mapping[str, Any]) -> None:
 
 def _show_gpu(gpu: Mapping[str, Any] | None) -> None:
     if gpu is None:
-        console.print("No CUDA GPU: memory is host RAM, a rough estimate.")
+        console.print("No CUDA GPU: the memory is host RAM, roughly estimated.")
         return
     console.print(f"{console.escape(gpu['name'])}: {gpu['free_gb']:.1f} of {gpu['total_gb']:.1f} GB free")
     if gpu["processes"] is None:
-        console.print("  other processes unknown: nvidia-smi does not answer")
+        console.print("  other processes: unknown, nvidia-smi is not available")
     for process in gpu["processes"] or ():
         size = "an unknown amount" if process["gb"] is None else f"{process['gb']:.1f} GB"
         console.print(f"  {size} used by {console.escape(process['name'])} (PID {process['pid']})")
@@ -306,7 +305,7 @@ def _show_gpu(gpu: Mapping[str, Any] | None) -> None:
 
 def _corrections(teacher: Mapping[str, Any]) -> str:
     if teacher["requests"] is None:
-        return "unknown before there are problems for stage 2"
+        return "unknown without problems for stage 2"
     if not teacher["requests"]:
         spent = f"; the run has cost ${teacher['spent_usd']:.2f}" if teacher["spent_usd"] else ""
         return f"none left to request{spent}"

@@ -1,7 +1,7 @@
-"""Where a run stands, read from its files alone: each stage's state, its counts, drops and cost, and what to type next.
+"""The status of a run, from its files alone: the state, counts, drops and cost of each stage, and the next command.
 
-A stage is done when its signature fits what lies in the run and the configuration now; that its problems have changed
-at their source is seen only by `build-data`, which reads them.
+A stage is done when its manifest matches the files of the run and the current configuration. Only `build-data` reads
+the source of the problems and notices that it has changed.
 """
 
 import shlex
@@ -40,13 +40,13 @@ OUTPUTS = {
     "pairs": "pairs.jsonl",
     "dpo": "dpo/adapter/adapter_model.safetensors",
 }
-"""The signed stages before export, in their order, and what each leaves in the run."""
+"""The stages before export, in their order, and the file that each writes."""
 TRAINED, IMPORTED, EVAL = ("sft", "warmup", "dpo"), ("templates", "attempts", "corrections", "pairs"), "eval"
 
 
 @dataclass
 class Stage:
-    """One stage of a run. `rows` are those of an unfinished file, of `total` where that is known."""
+    """One stage of a run. `rows` of an unfinished file, out of `total` if known."""
 
     state: str = NOT_BEGUN
     why: list[str] = field(default_factory=list)
@@ -59,10 +59,10 @@ class Stage:
 
 
 def read_status(config: Config, run: Run) -> dict[str, Any]:
-    """{"run", "busy", "stages": {name: fields of Stage}, "dropped", "ledger", "next"}; reads only, whoever holds the run.
+    """{"run", "busy", "stages": {name: fields of Stage}, "dropped", "ledger", "next"}. Never writes or waits for a lock.
 
-    "ledger" is None where nothing was asked, else its totals, and those of each stage under "stages". Raises DataFault
-    where the run folder does not exist.
+    "ledger" is None without requests, else its totals, and those of each stage under "stages". Raises DataError
+    if the run folder does not exist.
     """
     require_run(run)
     dropped: dict[str, Counter[str]] = {}
@@ -73,7 +73,7 @@ def read_status(config: Config, run: Run) -> dict[str, Any]:
     for name, stage in stages.items():
         stage.dropped = dict(dropped.get(name, Counter()).most_common())
         if stage.dropped and stage.state == NOT_BEGUN:
-            stage.state, stage.why = HALF_WAY, ["only drops so far"]
+            stage.state, stage.why = HALF_WAY, ["only dropped rows so far"]
         if paid and name in paid["stages"]:
             stage.cost_usd = paid["stages"][name]["cost_usd"]
     return {
@@ -117,7 +117,7 @@ def _stages(config: Config, run: Run, paid: Mapping[str, Any] | None) -> dict[st
         )
     for name in export.ADAPTERS:
         if (made := run.manifest(f"export-{name}")) is not None:
-            # `--quant` holds for one export: what lies there counts in the quantization that it has
+            # --quant applies to one export: compare with the quantization of the existing file
             quant = config.export.model_copy(update={"quant": str(made["inputs"].get("quant"))})
             own = config.model_copy(update={"export": quant})
             output = f"export/{export.gguf_path(run, name, own).name}"
@@ -126,16 +126,18 @@ def _stages(config: Config, run: Run, paid: Mapping[str, Any] | None) -> dict[st
     if not any(name.startswith("export-") for name in found):
         found["export"] = Stage()
     found[EVAL] = _evaluation(config, run)
-    _pass_on(found)
+    _mark_later_stages(found)
     return found
 
 
 def _expected(
     config: Config, run: Run, sides: tuple[list[Problem], list[Problem]]
 ) -> dict[str, Callable[[], dict]]:
-    """By stage, what its signature must hold now."""
+    """The inputs that each stage has now."""
     kept, all_of_them = frozenset(problem.id for problem in sides[1]), [*sides[0], *sides[1]]
-    tried = all_of_them if config.attempts.source else sides[1]  # brought along: at any problem of the run
+    tried = (
+        all_of_them if config.attempts.source else sides[1]
+    )  # imported attempts may use any problem of the run
     return {
         "templates": lambda: templates.inputs_of(config, all_of_them),
         "sft": lambda: sft.inputs_of(config, run, kept),
@@ -148,7 +150,7 @@ def _expected(
 
 
 def _signed(config: Config, run: Run, name: str, output: str, expected: Callable[[], dict]) -> Stage | None:
-    """A stage that has its signature: done, stale, or half-way where requests went unanswered; None without one."""
+    """A stage with a manifest: done, stale, or half-way if requests went unanswered; None without one."""
     manifest = run.manifest(name)
     if manifest is None:
         return None
@@ -156,10 +158,10 @@ def _signed(config: Config, run: Run, name: str, output: str, expected: Callable
     held = dict(manifest["inputs"])
     unanswered = held.pop("unanswered", 0)
     if unanswered:
-        stage.state, stage.why = HALF_WAY, [f"{unanswered} without a reply"]
+        stage.state, stage.why = HALF_WAY, [f"{unanswered} requests without a reply"]
     try:
         wanted = expected()
-    except ScliteError as error:  # such as a prompt file that is gone: the stage itself would stop at it
+    except ScliteError as error:  # such as a missing prompt file, which would stop the stage too
         stage.why.append(error.message)
     else:
         signed = (held, wanted)
@@ -167,14 +169,14 @@ def _signed(config: Config, run: Run, name: str, output: str, expected: Callable
         stage.why += differences(before, now)
     stage.why += run.damages(manifest)
     if not run.path(output).exists():
-        stage.why.append(f"{output} is gone")
+        stage.why.append(f"{output} is missing")
     if stage.why and not unanswered:
         stage.state = STALE
     return stage
 
 
 def _unsigned(run: Run, name: str, paid: Mapping[str, Any] | None, total: int | None) -> Stage:
-    """A stage without a signature: imported, half-way, or not begun."""
+    """A stage without a manifest: imported, half-way, or not begun."""
     begun = run.path(templates.BEGUN if name == "templates" else f"{name}.begun.json").is_file()
     if not begun and name == "sft" and run.path(OUTPUTS[name]).is_file():
         return Stage(DONE, counts={"imported": 1})
@@ -187,7 +189,7 @@ def _unsigned(run: Run, name: str, paid: Mapping[str, Any] | None, total: int | 
 
 
 def _rows_so_far(run: Run, name: str) -> int:
-    """Rows of a file that is being written; for a training stage the optimizer step that was logged last."""
+    """Rows of an unfinished file; for a training stage the last logged optimizer step."""
     if name not in TRAINED:
         return _count(run, OUTPUTS[name])
     rows = read_metrics(run.path(f"{name}/metrics.jsonl"))
@@ -195,7 +197,7 @@ def _rows_so_far(run: Run, name: str) -> int:
 
 
 def _count(run: Run, name: str) -> int:
-    """The whole lines of a file, 0 where it is absent."""
+    """The number of complete lines of a file, 0 if it does not exist."""
     path = run.path(name)
     if not path.is_file():
         return 0
@@ -204,7 +206,7 @@ def _count(run: Run, name: str) -> int:
 
 
 class Measured(BaseModel):
-    """Of a student's figures, what tells whether its GGUF is still the one that was evaluated (see evaluation.evaluate)."""
+    """The part of a student's figures that identifies the GGUF that was evaluated."""
 
     file: str
     bytes: int
@@ -213,7 +215,7 @@ class Measured(BaseModel):
 
 
 class Summary(BaseModel):
-    """Of the summary of an evaluation, what the status needs."""
+    """The part of an evaluation's summary that the status needs."""
 
     models: dict[str, Measured]
     n: int
@@ -221,7 +223,7 @@ class Summary(BaseModel):
 
 
 def _evaluation(config: Config, run: Run) -> Stage:
-    """Done when each student's GGUF is the one of its newest evaluation, by what it was made from and its size."""
+    """Done if each evaluated GGUF is unchanged, judged by its size and what it was made from."""
     found = summaries(run, Summary)
     if not found:
         return Stage()
@@ -232,31 +234,31 @@ def _evaluation(config: Config, run: Run) -> Stage:
         or not (path := run.path(f"export/{measured.file}")).is_file()
         or path.stat().st_size != measured.bytes
     ]
-    why = [f"{', '.join(others)}: another GGUF lies there now"] if others else []
+    why = [f"{', '.join(others)}: the GGUF has changed"] if others else []
     thresholds = sum(measured.threshold is not None for measured in found[0].models.values())
     counts = {f"problems in {each.folder}": each.n for each in found}
     return Stage(STALE if why else DONE, why, {**counts, "thresholds": thresholds})
 
 
-def _pass_on(stages: dict[str, Stage]) -> None:
-    """What was made from something stale is stale too."""
+def _mark_later_stages(stages: dict[str, Stage]) -> None:
+    """Mark finished stages after a stale one as stale."""
     before = None
     for name, stage in stages.items():
         if before and stage.state == DONE:
-            stage.state, stage.why = STALE, [f"{before} comes before it"]
+            stage.state, stage.why = STALE, [f"{before} is stale"]
         if stage.state == STALE and before is None:
             before = name
 
 
-# -- what to type next ---------------------------------------------------------------------------------------------
+# -- the next command ---------------------------------------------------------------------------------------------
 
 
 def next_command(config: Config, stages: Mapping[str, Stage]) -> str:
-    """The command that takes the run on from its first unfinished stage, or which keys it wants set first."""
+    """The command for the first unfinished stage, or the keys that must be set first."""
     name = next(
         (name for name, stage in stages.items() if stage.state != DONE and _possible(config, name)), None
     )
-    words, needed = _words(config, name, stages)
+    words, needed = _command(config, name, stages)
     if needed and not Path(SETTINGS).is_file():
         return "sclite init"
     if needed:
@@ -266,14 +268,14 @@ def next_command(config: Config, stages: Mapping[str, Stage]) -> str:
 
 
 def _possible(config: Config, name: str) -> bool:
-    """Whether a stage can be done at all: nothing is evaluated without problems for it."""
+    """Whether a stage can run: evaluation needs problems."""
     source = config.eval.source
     missing = is_local(source) and not Path(source).expanduser().is_file()
     return name != "eval" or config.teacher.embedded or (bool(source) and not missing)
 
 
-def _words(config: Config, name: str | None, stages: Mapping[str, Stage]) -> tuple[list[str], list[str]]:
-    """The command of a stage, and the keys that it needs and that have no value."""
+def _command(config: Config, name: str | None, stages: Mapping[str, Stage]) -> tuple[list[str], list[str]]:
+    """(the command that runs a stage, the unset keys that it needs)."""
     if name is None:
         reviews = config.review.mode == "free" or config.review.threshold is not None
         fitted = reviews or stages[EVAL].counts.get("thresholds")
@@ -298,7 +300,7 @@ def _words(config: Config, name: str | None, stages: Mapping[str, Stage]) -> tup
 
 
 def _corrects_others(config: Config, stages: Mapping[str, Stage]) -> bool:
-    """Whether the run has begun on the mistakes of another student than its own, which it need not train for."""
+    """Whether the attempts are those of another student, whose corrections need no training."""
     others = bool(config.attempts.source or config.attempts.student)
     begun = stages["attempts"].state != NOT_BEGUN and stages["sft"].state == NOT_BEGUN
     last = "corrections" if config.attempts.source else "pairs"

@@ -20,29 +20,29 @@ def context(tmp_path_factory):
     return config_of(tiny_llama(tmp_path_factory.mktemp("student")), warmup={"decision_weight": 8.0}), run
 
 
-def told(found: list[dict], weighted=bool) -> str:
+def weighted_text(found: list[dict], weighted=bool) -> str:
     return "".join(token["text"] for token in found if weighted(token["weight"]))
 
 
-def test_a_template_carries_loss_on_its_trace_and_its_end(context):
+def test_a_template_has_loss_on_its_trace_and_end(context):
     config, run = context
     made = Labels(config, run, "templates").as_json(run.read("templates.jsonl", Template)[0])
     assert made["end_of_turn"] == "<|im_end|>"
-    assert told(made["sequences"]["sft"]) == render(toy_trace(0)) + "<|im_end|>"
+    assert weighted_text(made["sequences"]["sft"]) == render(toy_trace(0)) + "<|im_end|>"
 
 
-def test_a_correction_is_shown_as_review_as_continued_and_as_closed_row(context):
+def test_a_correction_has_three_sequences(context):
     config, run = context
     review = run.read("reviews.jsonl", Review)[1]
     made = Labels(config, run, "reviews").as_json(review)["sequences"]
     assert list(made) == ["review", "continued", "closed"]
-    assert told(made["review"]) == review.trace + "<|im_end|>"
-    assert told(made["continued"]).endswith(f"<Answer>{toy_problems()[1].answer}</Answer><|im_end|>")
-    assert told(made["closed"], lambda weight: weight == 9.0).startswith("</")
-    assert "Correction" not in told(made["closed"])
+    assert weighted_text(made["review"]) == review.trace + "<|im_end|>"
+    assert weighted_text(made["continued"]).endswith(f"<Answer>{toy_problems()[1].answer}</Answer><|im_end|>")
+    assert weighted_text(made["closed"], lambda weight: weight == 9.0).startswith("</")
+    assert "Correction" not in weighted_text(made["closed"])
 
 
-def test_a_confirmation_is_a_review_alone(context):
+def test_a_confirmation_has_one_sequence(context):
     config, run = context
     assert list(
         Labels(config, run, "reviews").as_json(run.read("reviews.jsonl", Review)[0])["sequences"]
@@ -57,14 +57,14 @@ def test_both_sides_of_a_pair_are_shown(context):
     content = content_pair(review, work, [(continuation(wrong), False)])
     made = Labels(config, run, "pairs").as_json(content)["sequences"]
     assert list(made) == ["chosen", "rejected"]
-    assert review.correction in told(made["chosen"])
-    assert "12 + 31 = 44" in told(made["rejected"])
+    assert review.correction in weighted_text(made["chosen"])
+    assert "12 + 31 = 44" in weighted_text(made["rejected"])
     decision = Labels(config, run, "pairs").as_json(decision_pairs(review, work)[0])["sequences"]
     (marked,) = [token for token in decision["decision, to accuse chosen"] if "decision" in token]
     assert marked["weight"] == 0
 
 
-def test_a_page_says_how_many_tokens_carry_loss_and_marks_the_heavy_ones(context):
+def test_a_page_counts_loss_tokens_and_marks_weights(context):
     config, run = context
     row = run.read("reviews.jsonl", Review)[1]
     page = Labels(config, run, "reviews").page(row, 2, 6).plain
@@ -76,7 +76,7 @@ def test_a_page_says_how_many_tokens_carry_loss_and_marks_the_heavy_ones(context
     assert "\n▸  " in page
 
 
-def test_a_page_of_a_decision_says_that_there_is_one_and_where(context):
+def test_a_page_marks_decisions(context):
     config, run = context
     review, work = run.read("reviews.jsonl", Review)[1], parse(render(toy_trace(1, 1))).trace
     page = Labels(config, run, "pairs").page(decision_pairs(review, work)[0], 1, 1).plain
@@ -86,7 +86,7 @@ def test_a_page_of_a_decision_says_that_there_is_one_and_where(context):
     assert "▸" not in page
 
 
-def test_rows_that_are_not_trained_on_are_refused_with_those_that_are(context):
+def test_rows_that_are_not_trained_on_are_refused(context):
     with pytest.raises(UsageError, match="attempts are not trained on") as error:
         Labels(*context, "attempts")
     assert "templates, reviews, pairs" in error.value.hint

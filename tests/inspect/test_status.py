@@ -1,4 +1,4 @@
-"""Where a run stands: done, stale, half-way or not begun, read without a change to the run."""
+"""The status of a run: done, stale, half-way or not begun, read without changing the run."""
 
 import os
 import shutil
@@ -83,13 +83,13 @@ def states(run: Run, *more: str) -> dict[str, str]:
     return {name: stage["state"] for name, stage in read_status(config(run, *more), run)["stages"].items()}
 
 
-def test_a_run_that_does_not_exist_is_a_data_fault_and_is_not_made(run):
+def test_a_missing_run_is_a_data_error_and_is_not_created(run):
     with pytest.raises(DataError, match="does not exist"):
         read_status(config(run), run)
     assert not run.folder.exists()
 
 
-def test_an_empty_run_has_begun_nothing(run):
+def test_an_empty_run_has_no_stages_begun(run):
     run.folder.mkdir()
     found = read_status(config(run), run)
     assert set(states(run).values()) == {"not_begun"}
@@ -106,7 +106,7 @@ def test_a_finished_stage_shows_counts_drops_seconds_and_cost(built):
     assert states(built)["sft"] == "not_begun"
 
 
-def test_the_ledger_is_told_as_its_totals_with_unknown_prices_counted(built):
+def test_the_ledger_is_summed_and_unknown_prices_are_counted(built):
     ledger = read_status(config(built), built)["ledger"]
     by_stage = ledger.pop("stages")
     assert ledger["requests"] == 2
@@ -115,7 +115,7 @@ def test_the_ledger_is_told_as_its_totals_with_unknown_prices_counted(built):
     assert list(by_stage) == ["templates"]
 
 
-def test_all_that_is_signed_from_what_lies_there_is_done(trained):
+def test_stages_with_matching_manifests_are_done(trained):
     found = states(trained)
     assert [name for name, state in found.items() if state == "done"] == [
         *("problems", "templates", "sft", "attempts", "corrections")
@@ -133,7 +133,7 @@ def test_all_that_is_signed_from_what_lies_there_is_done(trained):
         ("prompts.folder=mine", "templates", "prompts changed"),
     ],
 )
-def test_a_changed_setting_makes_its_stage_and_what_follows_stale(trained, setting, stage, why):
+def test_a_changed_setting_makes_its_stage_and_later_ones_stale(trained, setting, stage, why):
     Path("mine").mkdir()
     shutil.copytree(prompts.shipped_folder(), "mine", dirs_exist_ok=True)
     Path("mine/teacher_system.txt").write_text("Otherwise.")
@@ -145,14 +145,16 @@ def test_a_changed_setting_makes_its_stage_and_what_follows_stale(trained, setti
         assert (found[name]["state"] == "stale") == (order.index(name) >= order.index(stage)), name
 
 
-def test_a_stage_that_cannot_be_signed_now_says_why(trained):
+def test_a_stage_whose_inputs_cannot_be_read_says_why(trained):
     stage = read_status(config(trained, "student.model="), trained)["stages"]["sft"]
     assert (stage["state"], stage["why"]) == ("stale", ["no student is configured"])
 
 
-def test_an_output_that_is_gone_makes_its_stage_stale(trained):
+def test_a_missing_output_makes_its_stage_stale(trained):
     trained.path("sft/adapter/adapter_model.safetensors").unlink()
-    assert read_status(config(trained), trained)["stages"]["sft"]["why"][-1].endswith("safetensors is gone")
+    assert read_status(config(trained), trained)["stages"]["sft"]["why"][-1].endswith(
+        "safetensors is missing"
+    )
 
 
 def test_another_adapter_makes_the_attempts_stale(trained):
@@ -161,7 +163,7 @@ def test_another_adapter_makes_the_attempts_stale(trained):
     assert states(trained)["attempts"] == "stale"
 
 
-def test_an_unfinished_file_is_half_way_with_its_rows(run):
+def test_an_unfinished_file_is_half_way(run):
     run.replace("problems.jsonl", PROBLEMS)
     run.write_json(templates.BEGUN, {})
     run.append("templates.jsonl", map(template, PROBLEMS[:3]))
@@ -171,13 +173,13 @@ def test_an_unfinished_file_is_half_way_with_its_rows(run):
     assert (stage["state"], stage["rows"], stage["total"]) == ("half_way", 3, 8)
 
 
-def test_templates_brought_along_are_done(run):
+def test_imported_templates_are_done(run):
     run.append("templates.jsonl", map(template, PROBLEMS[:3]))
     stage = read_status(config(run), run)["stages"]["templates"]
     assert (stage["state"], stage["counts"]) == ("done", {"templates": 3, "imported": 3})
 
 
-def test_replies_without_rows_are_half_way_too(trained):
+def test_replies_without_rows_are_half_way(trained):
     trained.path("done/corrections.json").unlink()
     trained.path("reviews.jsonl").unlink()
     paid(trained, ("templates", 0.25), ("corrections", 0.5))
@@ -185,14 +187,14 @@ def test_replies_without_rows_are_half_way_too(trained):
     assert (stage["state"], stage["why"], stage["cost_usd"]) == ("half_way", ["1 replies in the ledger"], 0.5)
 
 
-def test_requests_that_went_unanswered_leave_their_stage_half_way(built):
+def test_unanswered_requests_leave_a_stage_half_way(built):
     inputs = templates.inputs_of(config(built), [*SIDES[0], *SIDES[1]])
     built.sign("templates", {**inputs, "unanswered": 2}, Report("templates", {"templates": 5}))
     stage = read_status(config(built), built)["stages"]["templates"]
-    assert (stage["state"], stage["why"]) == ("half_way", ["2 without a reply"])
+    assert (stage["state"], stage["why"]) == ("half_way", ["2 requests without a reply"])
 
 
-def test_training_that_was_broken_off_is_half_way_at_its_last_step(built):
+def test_interrupted_training_is_half_way_at_its_last_step(built):
     dpo = '{"phase": "dpo", "step": 1}\n{"phase": "dpo", "step": 2}\n{"phase": "d'
     for name, rows in (("warmup", '{"phase": "warmup", "step": 10}\n'), ("dpo", dpo)):
         built.path(name).mkdir()
@@ -205,7 +207,7 @@ def test_training_that_was_broken_off_is_half_way_at_its_last_step(built):
     ]
 
 
-def test_imported_rows_and_an_imported_adapter_are_done_beside_templates_of_ours(built):
+def test_imported_rows_and_an_imported_adapter_are_done(built):
     built.replace("attempts.jsonl", [Attempt(id="p1", sample=0, trace=TRACE, answer="2", correct=False)])
     built.replace("reviews.jsonl", [Review(id="p1", sample=0, step=1, trace=TRACE)])
     adapter(built, "sft/adapter")
@@ -224,7 +226,7 @@ def test_imported_rows_and_an_imported_adapter_are_done_beside_templates_of_ours
     ]
 
 
-def test_damaged_rows_are_said_and_the_command_that_makes_them_again_is_named(trained):
+def test_damaged_rows_are_reported_with_the_command_that_repairs_them(trained):
     from sclite.records import ROWS
 
     rows = {name: len(trained.read(name, ROWS[name])) for name in ("templates.jsonl", "reviews.jsonl")}
@@ -264,7 +266,7 @@ def test_an_evaluation_of_another_gguf_is_stale(built):
     assert states(built)["eval"] == "stale"
 
 
-def test_no_gguf_is_read_for_a_line(built, monkeypatch):
+def test_status_reads_no_gguf(built, monkeypatch):
     adapter(built, "sft/adapter")
     evaluated(built)
     read = []
@@ -284,13 +286,13 @@ def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
     return {str(p): (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
 
 
-def test_nothing_in_the_run_is_changed_or_added(trained):
+def test_status_changes_no_file(trained):
     before = snapshot(trained.folder)
     read_status(config(trained, "seed=5"), trained)
     assert snapshot(trained.folder) == before
 
 
-def test_it_reads_while_another_process_holds_the_run_and_writes_the_ledger(built):
+def test_status_works_while_another_process_writes(built):
     with built.lock(), Ledger(built.path("ledger.sqlite")) as ledger:
         ledger.sent("new", "templates", "m")
         ledger.put("new", Entry("text", "stop", 100, 20, 0.5, 1.0)).result()
@@ -302,7 +304,7 @@ def test_it_reads_while_another_process_holds_the_run_and_writes_the_ledger(buil
     assert read_status(config(built), built)["busy"] is False
 
 
-def test_a_run_that_may_only_be_read_is_read(built):
+def test_status_works_on_a_read_only_run(built):
     if os.getuid() == 0:
         pytest.skip("root may write anywhere")
     built.folder.chmod(0o555)
@@ -312,10 +314,10 @@ def test_a_run_that_may_only_be_read_is_read(built):
         built.folder.chmod(0o755)
 
 
-# -- what to type next ---------------------------------------------------------------------------------------------
+# -- the next command ---------------------------------------------------------------------------------------------
 
 
-def test_the_next_command_takes_the_first_unfinished_stage_on(run, trained):
+def test_the_next_command_runs_the_first_unfinished_stage(run, trained):
     def following(*more: str) -> str:
         words = read_status(config(trained, *more), trained)["next"]
         assert words.endswith(f" --run {trained.folder}")
@@ -331,7 +333,7 @@ def test_the_next_command_takes_the_first_unfinished_stage_on(run, trained):
     assert needed == "set student.model in sclite.toml"
 
 
-def test_at_the_beginning_a_configuration_is_asked_for_and_then_problems_and_teacher(run):
+def test_a_new_run_needs_a_configuration_then_problems_and_a_teacher(run):
     run.folder.mkdir()
     assert read_status(config(run, "teacher.model="), run)["next"] == "sclite init"
     Path("sclite.toml").write_text("")
@@ -342,7 +344,7 @@ def test_at_the_beginning_a_configuration_is_asked_for_and_then_problems_and_tea
     )
 
 
-def test_without_problems_for_an_evaluation_it_is_not_named_and_a_student_without_threshold_just_talks(
+def test_eval_is_suggested_only_with_problems(
     trained,
 ):
     adapter(trained, "dpo/adapter")
@@ -361,13 +363,13 @@ def test_without_problems_for_an_evaluation_it_is_not_named_and_a_student_withou
     assert following() == "sclite chat --self-correct"
 
 
-def test_where_training_would_be_refused_the_command_trains_afresh(trained):
+def test_a_refused_training_is_suggested_with_fresh(trained):
     assert read_status(config(trained, "sft.num_train_epochs=7"), trained)["next"].startswith(
         "sclite train --fresh --run"
     )
 
 
-def test_brought_along_attempts_at_any_problem_are_not_stale_and_need_no_training(built):
+def test_imported_attempts_need_no_training(built):
     source = Path("tries.jsonl")
     source.write_text("{}")
     named = f"attempts.source={source}"
