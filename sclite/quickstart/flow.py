@@ -68,8 +68,8 @@ def quickstart(
     `fresh` retrains stages that were trained from other inputs.
     """
     run = Run(config.run)
-    existing = sum(1 for _ in run.rows("problems.jsonl", Problem, whole=False))
-    problems = split_problems(config, train_problems(config.problems.limit or existing or PROBLEMS))
+    count = config.problems.limit or sum(1 for _ in run.rows("problems.jsonl", Problem, whole=False))
+    problems = split_problems(config, train_problems(count or PROBLEMS))
     run.replace("problems.jsonl", [*problems[0], *problems[1]])
     context = Context(config, run, ProgressDisplay(PLAN, quiet), prepare=register, problems=problems)
     pipeline.build_templates(context, fresh)
