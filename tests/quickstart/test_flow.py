@@ -53,8 +53,8 @@ def test_the_gguf_agrees_with_the_trained_model(quickstarted):
     _, run, _ = quickstarted
     parity = json.loads((run / "export/parity.json").read_text())
     assert parity["tokens_equal"] == parity["tokens_compared"] > 0
-    assert parity["top1_agreement"] > 0.98
-    assert parity["mean_abs_logprob_diff"] < 0.02
+    assert parity["quantized"]["top1_agreement"] > 0.98
+    assert parity["unquantized"]["mean_abs_logprob_diff"] < 0.004
 
 
 def test_test_and_threshold_problems_were_never_trained_on(quickstarted):
@@ -82,7 +82,8 @@ def test_chat_reviews_its_own_answer(quickstarted):
     folder, run, summary = quickstarted
     measured = [json.loads(line) for line in (run / summary["folder"] / "dpo.jsonl").read_text().splitlines()]
     known = next(row for row in measured if row["correct1"] and row["step_scores"])
-    done = sclite("chat", "--self-correct", "--json", known["question"], folder=folder)
+    never = ("--set", "review.threshold=50")  # scored, and nothing flagged
+    done = sclite("chat", "--self-correct", "--json", known["question"], *never, folder=folder)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert len(answer["step_scores"]) == len(known["step_scores"])
@@ -94,7 +95,8 @@ def test_chat_reads_questions_from_standard_input(quickstarted):
     text = "Tom has 20 nuts. He buys 11 more. He sells 12 nuts. How many nuts does Tom have now?\n"
     done = sclite("chat", "--self-correct", folder=folder, text=text)
     assert done.returncode == 0, done.stderr
-    assert "answer" in done.stdout
+    assert len(done.stdout.splitlines()) == 1
+    assert done.stdout.strip().isdigit()
 
 
 def test_export_suggests_the_command_that_fits_a_threshold(quickstarted, tmp_path):

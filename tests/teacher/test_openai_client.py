@@ -24,6 +24,14 @@ def _key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _imported():
+    """LiteLLM's first call imports for seconds, which would count as a timeout."""
+    with pytest.MonkeyPatch.context() as patch, TeacherServer(lambda request, nth: say("good")) as server:
+        patch.setenv("OPENAI_API_KEY", KEY)
+        asyncio.run(outcome(connect(server.url, direct=False), seconds=60.0))
+
+
 @pytest.fixture
 def remote(monkeypatch):
     """Let endpoints cost money, which local ones do not."""

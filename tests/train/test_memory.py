@@ -282,8 +282,6 @@ def test_logits_grow_with_loss_tokens_up_to_one_chunk():
 def test_chunks_change_neither_log_probabilities_nor_gradients(monkeypatch):
     import torch
 
-    from sclite.student import log_probs
-
     model = tiny_model()
     ids = torch.randint(3, 500, (2, 90), generator=torch.Generator().manual_seed(0))
     batch = Padded(ids, torch.ones(2, 90, dtype=torch.long), torch.ones(2, 90))
@@ -291,7 +289,7 @@ def test_chunks_change_neither_log_probabilities_nor_gradients(monkeypatch):
     factor = model.requires_grad_(False).model.layers[0].mlp.up_proj.weight.requires_grad_()
     found = []
     for size in (10**6, 64):
-        monkeypatch.setattr(log_probs, "head_chunk_size", lambda _, size=size: size)
+        monkeypatch.setattr("sclite.student.log_probs.head_chunk_size", lambda _, size=size: size)
         model.zero_grad()
         values, rows = token_log_probs(model, hidden_states(model, batch), batch)
         (values * carried).sum().backward()

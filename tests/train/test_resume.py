@@ -70,14 +70,12 @@ def part_of(run: Run, folder: Path, stage: str) -> Run:
 
 
 def metrics_of(run: Run, stage: str) -> list[dict]:
-    rows = read_metrics(run.path("sft/metrics.jsonl" if stage == "sft" else "dpo/metrics.jsonl"))
+    rows = read_metrics(run.path(f"{stage}/metrics.jsonl"))
     return [row for row in rows if row["phase"] == stage]
 
 
 def checkpoints_of(run: Run, stage: str) -> Checkpoints:
-    return Checkpoints(
-        run.path({"sft": "sft/checkpoints", "warmup": "warmup/checkpoints", "dpo": "dpo/checkpoints"}[stage])
-    )
+    return Checkpoints(run.path(f"{stage}/checkpoints"))
 
 
 def start(config: Config, run: Run, stage: str) -> subprocess.Popen:
