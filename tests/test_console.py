@@ -10,7 +10,7 @@ from sclite import console
 
 
 @pytest.mark.parametrize(("width", "lying"), [(60, False), (30, True)])
-def test_a_table_too_wide_for_the_terminal_lies_on_its_side(width, lying, monkeypatch, capsys):
+def test_a_table_too_wide_for_the_terminal_is_transposed(width, lying, monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", str(width))
     header = ("student", "first answer", "after review", "mended")
@@ -20,7 +20,7 @@ def test_a_table_too_wide_for_the_terminal_lies_on_its_side(width, lying, monkey
     assert (["dpo", "85.3", "91.7", "62.8"] in lines) != lying
 
 
-def test_what_is_typed_in_another_encoding_is_read_as_replacement_characters(monkeypatch):
+def test_input_in_another_encoding_becomes_replacement_characters(monkeypatch):
     typed = io.TextIOWrapper(io.BytesIO(b"caf\xe9 3\n\n"), encoding="utf-8", errors="surrogateescape")
     monkeypatch.setattr(sys, "stdin", typed)
     (line,) = console.read_inputs("")
@@ -28,14 +28,14 @@ def test_what_is_typed_in_another_encoding_is_read_as_replacement_characters(mon
     line.encode()
 
 
-def test_empty_lines_of_a_pipe_are_skipped_and_a_closed_stdin_has_none(monkeypatch):
+def test_empty_lines_are_skipped_and_stdin_may_be_closed(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("first\n\n  \nsecond\n" + "x" * 100_000))
     assert list(console.read_inputs("")) == ["first", "second", "x" * 100_000]
     monkeypatch.setattr(sys, "stdin", None)
     assert list(console.read_inputs("")) == []
 
 
-def test_the_last_of_several_text_columns_wraps_and_no_other(monkeypatch, capsys):
+def test_only_the_last_text_column_wraps(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "50")
     what = "640 attempts, 503 right, 137 wrong, 0 unknown"
@@ -47,7 +47,7 @@ def test_the_last_of_several_text_columns_wraps_and_no_other(monkeypatch, capsys
     assert [word for word in words if word in what.split()] == what.split()
 
 
-def test_prose_wraps_at_words_in_a_terminal_and_a_command_stays_whole(monkeypatch, capsys):
+def test_prose_wraps_between_words_and_commands_do_not(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "30")
     prose, command = (
@@ -62,7 +62,7 @@ def test_prose_wraps_at_words_in_a_terminal_and_a_command_stays_whole(monkeypatc
     assert last == f"Next: {command}"
 
 
-def test_a_long_name_is_not_broken_in_prose_and_is_whole_in_a_table(monkeypatch, capsys):
+def test_a_long_path_is_not_broken(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "40")
     path = "/home/somebody/runs/default/prompts/student_review.txt"
@@ -74,9 +74,7 @@ def test_a_long_name_is_not_broken_in_prose_and_is_whole_in_a_table(monkeypatch,
     assert f"sft{path}isgone" in re.sub(r"[\s─]", "", shown)
 
 
-def test_a_table_in_a_pipe_has_no_blanks_at_its_line_ends_and_keeps_to_the_columns_that_are_named(
-    monkeypatch, capsys
-):
+def test_a_piped_table_fits_columns_without_trailing_blanks(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "40")
     console.print_table(
         "", ("stage", "what"), [("sft", "320 rows, 60 steps, and more words than fit")], texts=2

@@ -1,4 +1,4 @@
-"""How commands end: one line and a hint, one JSON object under --json, and never a traceback."""
+"""How commands fail: one line and a hint, one object with --json, never a traceback."""
 
 import json
 import os
@@ -41,7 +41,7 @@ m.run_checks = fail
 """
 
 
-def test_an_exception_that_nobody_expected_is_one_line_and_its_traceback_is_in_a_file(tmp_path):
+def test_an_unexpected_exception_is_one_line_with_a_traceback_file(tmp_path):
     done = sclite(tmp_path, "doctor", code=FAILING)
     assert (done.returncode, done.stdout) == (1, "")
     first, hint = done.stderr.splitlines()
@@ -69,16 +69,16 @@ def test_an_exception_that_nobody_expected_is_one_line_and_its_traceback_is_in_a
         (("export", "--json", "--format", "lora"), "", 3, "adapter"),
     ],
 )
-def test_an_error_under_json_is_one_object(tmp_path, arguments, code, exit_code, said):
+def test_an_error_with_json_is_one_object(tmp_path, arguments, code, exit_code, said):
     done = sclite(tmp_path, *arguments, code=code)
-    told = json.loads(done.stdout)
-    assert done.returncode == told["exit_code"] == exit_code
-    assert said in told["error"]
-    assert told["hint"]
+    found = json.loads(done.stdout)
+    assert done.returncode == found["exit_code"] == exit_code
+    assert said in found["error"]
+    assert found["hint"]
     assert "Traceback" not in done.stderr
 
 
-def test_rows_that_cannot_all_be_read_leave_no_half_object(capsys):
+def test_unreadable_rows_leave_no_partial_json_object(capsys):
     def rows():
         yield {"id": "a"}
         raise DataError("line 2 is damaged")
@@ -96,7 +96,7 @@ def test_rows_that_cannot_all_be_read_leave_no_half_object(capsys):
         (("show", "drops", "more"), "unexpected extra argument", "`sclite show --help`"),
     ],
 )
-def test_a_mistyped_word_is_answered_with_the_nearest(tmp_path, arguments, said, hint):
+def test_a_typo_suggests_the_nearest_word(tmp_path, arguments, said, hint):
     done = sclite(tmp_path, *arguments)
     first, second = done.stderr.splitlines()
     assert done.returncode == 2
@@ -121,7 +121,7 @@ def test_every_summary_in_the_help_fits_80_columns(tmp_path):
 HOSTILE = "\x1b]0;title\x07\x9b31m\u202e[/red][bold]:apple:\ud800\x7f"
 
 
-def test_no_control_character_reaches_the_terminal_and_no_markup_is_read(monkeypatch, capsys):
+def test_control_characters_and_markup_are_neutralized(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     error = DataError(HOSTILE, HOSTILE)
     error.details = {"raw": HOSTILE}
@@ -172,7 +172,7 @@ def test_a_run_may_be_named_like_markup(tmp_path):
         ("import sys; sys.exit(3)", "exit code 3"),
     ],
 )
-def test_the_doctor_survives_broken_libraries(tmp_path, torch, said):
+def test_doctor_survives_broken_libraries(tmp_path, torch, said):
     broken = tmp_path / "broken"
     (broken / "llama_cpp").mkdir(parents=True)
     (broken / "torch.py").write_text(torch)
@@ -197,7 +197,7 @@ def uncommented(lines: list[str], numbers) -> str:
 
 
 @pytest.mark.parametrize("memory_gb", [None, 12.0, 24.0])
-def test_each_line_that_init_writes_may_be_uncommented(tmp_path, memory_gb):
+def test_every_line_from_init_is_valid_when_uncommented(tmp_path, memory_gb):
     path = tmp_path / "sclite.toml"
     doctor.write_configuration(path, memory_gb)
     lines = path.read_text(encoding="utf-8").splitlines()
