@@ -51,7 +51,7 @@ def rows(name: str = "problems.jsonl") -> int:
 # -- filters of one command ----------------------------------------------------------------------------------------
 
 
-def test_a_limit_holds_for_one_command_and_without_it_all_rows_are_used_and_said(build):
+def test_a_limit_applies_to_one_command_only(build):
     problems(9)
     limited = build("mine.jsonl", "--limit", "6")
     assert limited.code == 0
@@ -63,7 +63,7 @@ def test_a_limit_holds_for_one_command_and_without_it_all_rows_are_used_and_said
     assert "limit" not in remembered()["problems"]
 
 
-def test_the_rest_of_the_run_works_on_what_was_built_and_not_on_the_whole_source(build, sclite):
+def test_training_uses_the_limited_problems(build, sclite):
     problems(9)
     build("mine.jsonl", "--limit", "6")
     ended = sclite("train", "--plan", "--json", "--set", "student.model=embedded")
@@ -73,7 +73,7 @@ def test_the_rest_of_the_run_works_on_what_was_built_and_not_on_the_whole_source
     assert planned < 6
 
 
-def test_what_eval_and_export_and_chat_are_given_is_not_remembered(sclite):
+def test_options_of_eval_export_and_chat_are_not_saved(sclite):
     problems(40)
     run = Run("runs/default")
     run.folder.mkdir(parents=True)
@@ -83,7 +83,7 @@ def test_what_eval_and_export_and_chat_are_given_is_not_remembered(sclite):
     assert not run.path("run.toml").exists()
 
 
-def test_what_decides_the_data_is_remembered_and_can_be_unset(build, sclite):
+def test_data_settings_are_saved_and_can_be_unset(build, sclite):
     problems(6)
     build("mine.jsonl", "--set", "seed=7", "--max-cost", "5", "--set", "teacher.price=[1, 2]")
     kept = remembered()
@@ -109,7 +109,7 @@ def test_what_decides_the_data_is_remembered_and_can_be_unset(build, sclite):
         ("student.load_in_4bit", "false", True),
     ],
 )
-def test_every_kind_of_value_can_be_put_back_to_its_default(tmp_path, key, other, default):
+def test_every_kind_of_value_can_be_reset_to_its_default(tmp_path, key, other, default):
     def value(*settings, environment=None):
         found = load(None, [f"run={tmp_path}", *settings], environment or {}, own_file=False)
         for part in key.split("."):
@@ -123,13 +123,13 @@ def test_every_kind_of_value_can_be_put_back_to_its_default(tmp_path, key, other
     assert value(environment={f"SCLITE_{key.replace('.', '__').upper()}": ""}) == default
 
 
-def test_an_empty_value_of_the_quickstart_is_the_quickstarts_own_default(tmp_path):
+def test_an_empty_value_restores_the_default_of_the_quickstart(tmp_path):
     (tmp_path / "run.toml").write_text("[sft]\nnum_train_epochs = 9\n")
     given = [f"run={tmp_path}", "sft.num_train_epochs="]
     assert load(None, given, {}, {"sft": {"num_train_epochs": 5}}, own_file=False).sft.num_train_epochs == 5
 
 
-def test_an_empty_value_of_an_unknown_key_is_refused_as_any_other():
+def test_an_empty_value_of_an_unknown_key_is_refused():
     with pytest.raises(UsageError, match=r"unknown key sft\.epoch"):
         load(None, ["sft.epoch="], {}, own_file=False)
 
@@ -137,13 +137,13 @@ def test_an_empty_value_of_an_unknown_key_is_refused_as_any_other():
 # -- the environment -----------------------------------------------------------------------------------------------
 
 
-def test_seed_and_run_come_from_the_environment_too(tmp_path):
+def test_seed_and_run_may_come_from_the_environment(tmp_path):
     (tmp_path / "run.toml").write_text("[sft]\nnum_train_epochs = 9\n")
     found = load(None, (), {"SCLITE_SEED": "5", "SCLITE_RUN": str(tmp_path)}, own_file=False)
     assert (found.seed, found.run, found.sft.num_train_epochs) == (5, str(tmp_path), 9)
 
 
-def test_a_variable_that_is_spelled_like_a_key_is_refused_with_its_right_name():
+def test_a_misspelled_environment_variable_is_refused():
     given = {"SCLITE_SFT_NUM_TRAIN_EPOCHS": "5", "SCLITE_SFT__EPOCH": "5", "SCLITE_SEDE": "1"}
     with pytest.raises(UsageError) as error:
         load(None, (), given, own_file=False)
@@ -157,7 +157,7 @@ def test_a_variable_that_is_spelled_like_a_key_is_refused_with_its_right_name():
 
 
 @pytest.mark.parametrize("text", ["[sft\n", "sft = 3\n", "[sft]\nepoch = 1\n", "[sft]\nepochs = 'x'\n"])
-def test_a_damaged_run_toml_is_named_and_removing_it_helps(tmp_path, text):
+def test_a_damaged_run_toml_is_reported(tmp_path, text):
     path = tmp_path / "run.toml"
     path.write_text(text)
     with pytest.raises(DataError, match=str(path)) as error:
@@ -170,7 +170,7 @@ def test_a_damaged_run_toml_is_named_and_removing_it_helps(tmp_path, text):
 # -- runs that move ------------------------------------------------------------------------------------------------
 
 
-def test_a_run_whose_problem_file_is_gone_continues_from_what_lies_in_it(build, teaching):
+def test_a_run_continues_without_its_problem_file(build, teaching):
     problems(6)
     assert build("mine.jsonl").code == 0
     asked = len(teaching.requests)
@@ -184,7 +184,7 @@ def test_a_run_whose_problem_file_is_gone_continues_from_what_lies_in_it(build, 
     assert build("other.jsonl").code == 3
 
 
-def test_a_run_that_was_moved_continues_where_it_is(build, sclite, monkeypatch):
+def test_a_moved_run_continues(build, sclite, monkeypatch):
     problems(6)
     problems(3, "measured.jsonl")
     build("mine.jsonl", "--set", "eval.source=measured.jsonl")
@@ -198,7 +198,7 @@ def test_a_run_that_was_moved_continues_where_it_is(build, sclite, monkeypatch):
     assert not Path("runs").exists()
 
 
-def test_problems_that_were_put_into_the_run_stay_as_they_are_where_some_overlap(build):
+def test_imported_problems_stay_unchanged_when_some_overlap(build):
     problems(3, "measured.jsonl")
     run = Run("runs/default")
     own = [Problem(id=f"p{n}", question=f"What is 1 + 1, for the {n}th time?", answer="2") for n in range(6)]
@@ -212,7 +212,7 @@ def test_problems_that_were_put_into_the_run_stay_as_they_are_where_some_overlap
 # -- dry runs ------------------------------------------------------------------------------------------------------
 
 
-def test_a_dry_run_writes_nothing_and_asks_nothing(build, teaching):
+def test_a_dry_run_writes_and_sends_nothing(build, teaching):
     problems(6)
     before = sorted(Path().rglob("*"))
     ended = build("mine.jsonl", "--dry-run", "--json")
