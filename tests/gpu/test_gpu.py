@@ -38,8 +38,7 @@ def trained(tmp_path_factory):
 
 
 def phase(run: Run, name: str) -> list[dict]:
-    file = "sft/metrics.jsonl" if name == "sft" else "dpo/metrics.jsonl"
-    return [row for row in read_metrics(run.path(file)) if row["phase"] == name]
+    return [row for row in read_metrics(run.path(f"{name}/metrics.jsonl")) if row["phase"] == name]
 
 
 def test_every_stage_learns_and_changes_every_lora_matrix(trained):
