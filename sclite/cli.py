@@ -273,7 +273,7 @@ def evaluate(
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option("--limit", metavar="N", min=10, help="Use only the first N problems (default: all)."),
+        typer.Option("--limit", metavar="N", min=10, help="Use only the first N problems (default: 500)."),
     ] = None,
     models: Annotated[
         str | None,
