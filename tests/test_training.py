@@ -187,7 +187,7 @@ def test_attempts_that_do_not_fit_at_once_are_sampled_in_halves(folder, monkeypa
     assert sizes == [8, 4, 2, 2, 2, 2, 1]
 
 
-def test_tensorboard_that_is_not_installed_is_said_before_the_first_step(folder, tmp_path, monkeypatch):
+def test_missing_tensorboard_is_an_error_before_the_first_step(folder, tmp_path, monkeypatch):
     import importlib.util
 
     from sclite.errors import UsageError
@@ -199,7 +199,7 @@ def test_tensorboard_that_is_not_installed_is_said_before_the_first_step(folder,
         lambda name, *a: None if name.startswith("tensorboard") else real(name, *a),
     )
     context = world_of(folder, tmp_path, sft={"tensorboard": True})
-    with pytest.raises(UsageError, match="TensorBoard is asked for") as error:
+    with pytest.raises(UsageError, match="tensorboard is enabled but not installed") as error:
         train_sft(context)
     assert "pip install tensorboard" in error.value.hint
 
