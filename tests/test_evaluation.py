@@ -1,4 +1,4 @@
-"""Between the commands and the evaluation: what is told of its figures."""
+"""Evaluation notes, stored thresholds, and the GGUF that chat uses."""
 
 import os
 
