@@ -52,6 +52,13 @@ class Problems(Source):
     correction_share: float = Field(
         0.5, gt=0, lt=1, description="share of problems reserved for stage 2, unseen by SFT"
     )
+    fit_share: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="share of problems kept out of training to fit the review threshold, at least 50 problems "
+        "if the run has 200; 0: none",
+    )
     avoid: tuple[str, ...] = Field(
         (),
         description='files with questions to keep out of training, besides eval.source, for example ["a.jsonl"]',

@@ -6,13 +6,15 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sclite.config import Config, Teacher
 from sclite.errors import DataError
 from sclite.progress import ProgressDisplay
-from sclite.records import Problem
 from sclite.run import Report, Run
+
+if TYPE_CHECKING:
+    from sclite.data.problems import Split
 
 LIBRARIES = "libraries.log"  # output of the libraries in isolated processes
 
@@ -25,7 +27,7 @@ class Context:
     run: Run
     display: ProgressDisplay
     prepare: Callable[[], None] | None = None
-    problems: tuple[list[Problem], list[Problem]] | None = None  # (for SFT, kept for stage 2)
+    problems: "Split | None" = None  # of the quickstart; else from problems.jsonl
     ask_before_paying: bool = False
     dry: bool = False  # write nothing, send nothing
     isolated: bool = False  # each stage that needs the GPU runs in a process of its own

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sclite.config import Config
 from sclite.context import Context
@@ -17,6 +17,9 @@ from sclite.errors import DataError, DeviceError, GpuMemoryError, NetworkError, 
 from sclite.progress import ProgressDisplay
 from sclite.records import Problem
 from sclite.run import Report, Run
+
+if TYPE_CHECKING:
+    from sclite.data.problems import Split
 
 STUDENTS = ("base", "sft", "dpo")
 TRAINING = {
@@ -30,8 +33,8 @@ TRAINING = {
 # -- problems ------------------------------------------------------------------------------------------------------
 
 
-def divided_problems(context: Context, reread: bool = False) -> tuple[list[Problem], list[Problem]]:
-    """(problems for SFT, problems kept for stage 2), gathered into problems.jsonl unless the caller has given them.
+def divided_problems(context: Context, reread: bool = False) -> "Split":
+    """The run's problems by their use, gathered into problems.jsonl unless the caller has given them.
 
     The source is read if the run has no problems of it yet, or with `reread`, as `build-data` does.
     """
@@ -63,11 +66,15 @@ def _origin(config: Config, report: Report) -> str:
     return f" (all rows of {source})"
 
 
-def unseen(context: Context) -> frozenset[str]:
-    """Ids of the problems kept for stage 2; empty if templates were imported without problems."""
+def unseen(context: Context, stage: str = "dpo") -> frozenset[str]:
+    """Ids of the problems that SFT does not learn: those of stage 2 and, for `stage` sft, those of the fit.
+
+    Empty if templates were imported without problems.
+    """
     if not _has_problems(context):
         return frozenset()
-    return frozenset(problem.id for problem in divided_problems(context)[1])
+    split = divided_problems(context)
+    return frozenset(problem.id for problem in (*split.stage2, *(split.fit if stage == "sft" else ())))
 
 
 def _has_problems(context: Context) -> bool:
@@ -93,12 +100,13 @@ def drops(report: Report) -> str:
 
 
 def build_templates(context: Context, fresh: bool = False) -> Report:
-    """Templates for all problems: SFT learns those of its side, stage 2 replays the others."""
+    """Templates for all problems but those of the fit: SFT learns those of its side, stage 2 replays the others."""
     from sclite.data import templates
     from sclite.grading.worker import Grader
 
     imported = templates.is_imported(context.run) and not _has_problems(context)
-    problems = [] if imported else [p for side in divided_problems(context) for p in side]
+    split = None if imported else divided_problems(context)
+    problems = [] if split is None else [*split.sft, *split.stage2]
     with (
         context.display.stage("templates", "templates: the teacher writes thought traces") as progress,
         Grader() as grader,
@@ -122,10 +130,10 @@ def forecast_templates(context: Context) -> dict[str, Any]:
     from sclite.data import templates
     from sclite.grading.worker import Grader
 
-    problems = [problem for side in divided_problems(context, reread=True) for problem in side]
+    split = divided_problems(context, reread=True)
     with Grader() as grader, context.teacher() as teacher:
         return templates.forecast_templates(
-            context.config, context.run, teacher=teacher, grader=grader, problems=problems
+            context.config, context.run, teacher=teacher, grader=grader, problems=[*split.sft, *split.stage2]
         )
 
 
@@ -140,9 +148,10 @@ def build_corrections(context: Context) -> Report:
     from sclite.data import attempts, corrections
     from sclite.grading.worker import Grader
 
-    learned, kept = divided_problems(context)
+    split = divided_problems(context)
+    kept = split.stage2
     if attempts.needs_no_student(context.config, context.run):
-        kept = [*learned, *kept]
+        kept = [*split.sft, *split.stage2, *split.fit]
     if not kept:
         raise DataError(
             "no problems are kept for stage 2", "raise problems.correction_share or problems.limit"
@@ -306,7 +315,7 @@ def train_stage(context: Context, name: str, fresh: bool = False) -> Report:
     from sclite.student.cuda_memory import free_memory
     from sclite.train.memory import suggest_setting
 
-    config, report, kept = context.config, None, unseen(context)
+    config, report, kept = context.config, None, unseen(context, name)
     with context.display.stage(name, TRAINING[name][2]) as progress:
         while report is None:
             try:
@@ -375,7 +384,7 @@ def plan_training(context: Context) -> dict[str, Any]:
         context.run,
         gpu=describe_gpu(),
         tokenizer=tokenizer,
-        unseen=frozenset(p.id for p in split_problems(config, found)[1]) if found else None,
+        unseen=frozenset(p.id for p in split_problems(config, found).stage2) if found else None,
         micro_batches={stage: choose_micro_batch(config, stage) for stage in plan.STAGES},
     )
 

@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from sclite.config import Config, Source
 from sclite.data.contamination import NGRAM, Question, build_index, find_overlap
@@ -16,6 +17,8 @@ from sclite.signature import digest
 
 FILE, STAGE = "problems.jsonl", "problems"
 OVERLAPS = "overlaps_evaluation"
+FIT_COUNT = 50
+"""With fewer problems, a single answer moves the review threshold far."""
 
 
 def load_problems(
@@ -142,26 +145,47 @@ def normalize_question(text: str) -> str:
 
 
 def split_for_stages(
-    problems: Iterable[Problem], share: float, seed: int
+    problems: Iterable[Problem], share: float, seed: int | str
 ) -> tuple[list[Problem], list[Problem]]:
-    """(problems for SFT, problems for stage 2), with about `share` of them in the second.
-
-    Each problem is assigned by a hash of its id and the seed, so a new one moves no other.
-    """
+    """(the rest, about `share` of the problems), by a hash of each id and the seed: a new problem moves no other."""
     sides: tuple[list[Problem], list[Problem]] = ([], [])
     for problem in problems:
-        drawn = hashlib.sha256(f"{seed}:{problem.id}".encode()).digest()
-        sides[int.from_bytes(drawn[:8]) < share * 2**64].append(problem)
+        sides[_draw(problem, seed) < share].append(problem)
     return sides
 
 
-def split_problems(config: Config, problems: Iterable[Problem]) -> tuple[list[Problem], list[Problem]]:
-    """(problems for SFT, problems for stage 2): by `split_for_stages`, or by position in the quickstart."""
-    found, share = list(problems), config.problems.correction_share
-    if not config.teacher.embedded:
-        return split_for_stages(found, share, config.seed)
-    kept = round(len(found) * share)
-    return found[: len(found) - kept], found[len(found) - kept :]
+def _draw(problem: Problem, seed: int | str) -> float:
+    """A number in [0, 1) that depends on the id and the seed alone."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{problem.id}".encode()).digest()[:8]) / 2**64
+
+
+class Split(NamedTuple):
+    """The problems of a run by their use. Each problem is in one list."""
+
+    sft: list[Problem]
+    stage2: list[Problem]
+    fit: list[Problem]
+    """Never trained on: the review threshold is fitted on them."""
+
+
+def split_problems(config: Config, problems: Iterable[Problem]) -> Split:
+    """Split by hashes of the ids, or by position in the quickstart.
+
+    `problems.fit_share` of the problems, at least `FIT_COUNT` if these are a quarter of all or less, are for the
+    threshold. Of the rest, `problems.correction_share` are for stage 2. A new problem never moves another one from
+    training to the fit.
+    """
+    found, settings = list(problems), config.problems
+    share = settings.fit_share if len(found) >= 4 * FIT_COUNT else 0
+    if config.teacher.embedded:
+        rest = len(found) - round(len(found) * share)
+        first = rest - round(rest * settings.correction_share)
+        return Split(found[:first], found[first:rest], found[rest:])
+    seed = f"fit:{config.seed}"
+    if share:  # the draw of number FIT_COUNT + 1 falls as problems are added, and takes none out of training
+        share = max(share, sorted(_draw(problem, seed) for problem in found)[FIT_COUNT])
+    rest, fit = split_for_stages(found, share, seed)
+    return Split(*split_for_stages(rest, settings.correction_share, config.seed), fit)
 
 
 # -- questions that must not be trained on -------------------------------------------------------------------------

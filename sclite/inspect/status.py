@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from sclite.config import Config
 from sclite.data import attempts, corrections, pairs, templates
-from sclite.data.problems import split_problems
+from sclite.data.problems import Split, split_problems
 from sclite.data.sources import is_local
 from sclite.errors import DataError, ScliteError
 from sclite.evaluate.results import summaries
@@ -108,9 +108,12 @@ def _stages(config: Config, run: Run, paid: Mapping[str, Any] | None) -> dict[st
         first = Stage(DONE, counts={"problems": len(problems)}) if problems else Stage()
     except DataError as error:
         first = Stage(STALE, [error.message])
-    sides, found = split_problems(config, problems), {"problems": first}
-    expected = _expected(config, run, sides)
-    totals = {"templates": len(problems), "attempts": len(sides[1]) * config.attempts.samples}
+    split, found = split_problems(config, problems), {"problems": first}
+    expected = _expected(config, run, split)
+    totals = {
+        "templates": len(split.sft) + len(split.stage2),
+        "attempts": len(split.stage2) * config.attempts.samples,
+    }
     for name, output in OUTPUTS.items():
         found[name] = _signed(config, run, name, output, expected[name]) or _unsigned(
             run, name, paid, totals.get(name)
@@ -130,17 +133,14 @@ def _stages(config: Config, run: Run, paid: Mapping[str, Any] | None) -> dict[st
     return found
 
 
-def _expected(
-    config: Config, run: Run, sides: tuple[list[Problem], list[Problem]]
-) -> dict[str, Callable[[], dict]]:
+def _expected(config: Config, run: Run, split: Split) -> dict[str, Callable[[], dict]]:
     """The inputs that each stage has now."""
-    kept, all_of_them = frozenset(problem.id for problem in sides[1]), [*sides[0], *sides[1]]
-    tried = (
-        all_of_them if config.attempts.source else sides[1]
-    )  # imported attempts may use any problem of the run
+    kept, taught = frozenset(problem.id for problem in split.stage2), [*split.sft, *split.stage2]
+    hidden = kept | {problem.id for problem in split.fit}
+    tried = [*taught, *split.fit] if config.attempts.source else split.stage2
     return {
-        "templates": lambda: templates.inputs_of(config, all_of_them),
-        "sft": lambda: sft.inputs_of(config, run, kept),
+        "templates": lambda: templates.inputs_of(config, taught),
+        "sft": lambda: sft.inputs_of(config, run, hidden),
         "attempts": lambda: attempts.inputs_of(config, run, tried),
         "corrections": lambda: corrections.inputs_of(config, run),
         "warmup": lambda: warmup.inputs_of(config, run, kept),

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -336,10 +337,41 @@ def test_missing_problems_error_has_a_hint(run):
     assert "problems.source" in caught.value.hint
 
 
+def numbered(count: int) -> list[Problem]:
+    return [Problem(id=f"p{n}", question="?", answer="1") for n in range(count)]
+
+
+def ids(problems: Iterable[Problem]) -> set[str]:
+    return {problem.id for problem in problems}
+
+
 def test_problems_are_split_by_id_and_by_position_in_the_quickstart():
-    problems = [Problem(id=f"p{n}", question="?", answer="1") for n in range(10)]
-    shared = {"problems": {"correction_share": 0.3}}
-    any_teacher = config.Config.model_validate({**shared, "teacher": {"model": "openai/a"}})
-    assert split_problems(any_teacher, problems) == split_for_stages(problems, 0.3, any_teacher.seed)
+    shared = {"problems": {"correction_share": 0.3, "fit_share": 0.25}}
     embedded = config.Config.model_validate({**shared, "teacher": {"model": "embedded/tutor"}})
-    assert split_problems(embedded, problems) == (problems[:7], problems[7:])
+    problems = numbered(400)
+    assert split_problems(embedded, problems) == (problems[:210], problems[210:300], problems[300:])
+    any_teacher = config.Config.model_validate({**shared, "teacher": {"model": "openai/a"}})
+    split = split_problems(any_teacher, problems)
+    assert ids(split.sft) | ids(split.stage2) | ids(split.fit) == ids(problems)
+    assert sum(map(len, split)) == 400
+    assert 80 < len(split.fit) < 120
+    assert 60 < len(split.stage2) < 120
+
+
+@pytest.mark.parametrize(
+    ("count", "least", "most"), [(199, 0, 0), (200, 50, 50), (400, 50, 50), (4000, 340, 460)]
+)
+def test_fit_keeps_50_problems_if_there_are_enough(count, least, most):
+    assert least <= len(split_problems(config.Config(), numbered(count)).fit) <= most
+
+
+def test_a_new_problem_never_moves_another_from_training_to_the_fit():
+    before: set[str] = set()
+    for count in range(200, 1500, 37):
+        split = split_problems(config.Config(), numbered(count))
+        assert not before & ids(split.fit)
+        before = ids(split.sft) | ids(split.stage2)
+
+
+def test_no_problems_are_kept_if_fit_share_is_zero():
+    assert split_problems(config.Config(problems=config.Problems(fit_share=0)), numbered(1000)).fit == []
