@@ -73,11 +73,11 @@ def held_out(context: Context) -> tuple[list[Problem], list[Problem], dict[str, 
 
 def result_folder(context: Context) -> tuple[str, str]:
     """(folder of the results, dataset) for eval.source and eval.limit."""
-    from sclite.data.sources import is_local
+    from sclite.data.sources import is_local_source
     from sclite.evaluate import results
 
     source = context.config.eval
-    local, usual = is_local(source.source), Eval.model_fields["limit"].default
+    local, usual = is_local_source(source.source), Eval.model_fields["limit"].default
     dataset, name = results.dataset_of(source.source, local)
     names = (name,) if local else (name, source.subset, source.split)
     return results.result_folder(context.run, dataset, names, source.limit, usual), dataset

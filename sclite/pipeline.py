@@ -112,7 +112,7 @@ def build_templates(context: Context, fresh: bool = False) -> Report:
         Grader() as grader,
         context.teacher() as teacher,
     ):
-        report = templates.build_templates(
+        report = templates.write_templates(
             context.config,
             context.run,
             teacher=teacher,
@@ -132,7 +132,7 @@ def forecast_templates(context: Context) -> dict[str, Any]:
 
     split = divided_problems(context, reread=True)
     with Grader() as grader, context.teacher() as teacher:
-        return templates.forecast_templates(
+        return templates.preview_templates(
             context.config, context.run, teacher=teacher, grader=grader, problems=[*split.sft, *split.stage2]
         )
 
@@ -156,7 +156,7 @@ def build_corrections(context: Context) -> Report:
         raise DataError(
             "no problems are kept for stage 2", "raise problems.correction_share or problems.limit"
         )
-    if not context.run.is_imported(corrections.STAGE, corrections.FILE):
+    if not context.run.is_imported("corrections", "reviews.jsonl"):
         _sample_attempts(context, kept)
     text = "corrections: the teacher corrects the first wrong step"
     with (
@@ -165,7 +165,7 @@ def build_corrections(context: Context) -> Report:
         context.teacher() as teacher,
     ):
         confirm = context.confirm if context.ask_before_paying else None
-        report = corrections.build_corrections(
+        report = corrections.write_corrections(
             context.config, context.run, teacher=teacher, grader=grader, confirm=confirm, progress=progress
         )
     corrected, confirmed = (report.counts.get(name, 0) for name in ("corrected", "confirmed"))
@@ -179,7 +179,7 @@ def forecast_corrections(context: Context) -> dict[str, Any]:
     from sclite.grading.worker import Grader
 
     with Grader() as grader, context.teacher() as teacher:
-        return corrections.forecast_corrections(context.config, context.run, teacher, grader)
+        return corrections.preview_corrections(context.config, context.run, teacher, grader)
 
 
 def _sample_attempts(context: Context, problems: Sequence[Problem]) -> None:
@@ -189,7 +189,7 @@ def _sample_attempts(context: Context, problems: Sequence[Problem]) -> None:
     imported = attempts.needs_no_student(config, run)
     text = "imported" if imported else f"the student tries {len(problems)} unseen problems"
     with context.display.stage("attempts", f"attempts: {text}") as progress:
-        ready = imported or run.done("attempts", attempts.inputs_of(config, run, problems))
+        ready = imported or run.done("attempts", attempts.attempts_inputs(config, run, problems))
         if not ready and config.attempts.kind == "trained":
             require_sft(context)
         report = context.on_gpu(sample_attempts, problems, not ready, progress=progress)
@@ -207,7 +207,7 @@ def sample_attempts(
     from sclite.grading.worker import Grader
 
     with Grader() as grader, _student(config, run, "sft/adapter", "attempts", with_student) as student:
-        return attempts.sample_attempts(
+        return attempts.write_attempts(
             config, run, problems=problems, student=student, grader=grader, progress=progress
         )
 
@@ -218,7 +218,7 @@ def sample_pairs(config: Config, run: Run, with_student: bool, *, progress: Any)
     from sclite.grading.worker import Grader
 
     with Grader() as grader, _student(config, run, "warmup/adapter", "pairs", with_student) as student:
-        return pairs.build_pairs(config, run, student=student, grader=grader, progress=progress)
+        return pairs.write_pairs(config, run, student=student, grader=grader, progress=progress)
 
 
 @contextmanager
@@ -242,9 +242,8 @@ def can_build_pairs(context: Context) -> bool:
 
 def has_imported_pairs(context: Context) -> bool:
     """Whether the user has put a pairs.jsonl into the run."""
-    from sclite.data import pairs
 
-    return context.run.is_imported(pairs.STAGE, pairs.FILE)
+    return context.run.is_imported("pairs", "pairs.jsonl")
 
 
 def build_pairs(context: Context) -> Report:
@@ -253,7 +252,7 @@ def build_pairs(context: Context) -> Report:
 
     config, run = context.config, context.run
     untrained = config.attempts.kind == "trained" and not adapter_file(context, "warmup").is_file()
-    ready = has_imported_pairs(context) or run.done("pairs", pairs.inputs_of(config, run))
+    ready = has_imported_pairs(context) or run.done("pairs", pairs.pairs_inputs(config, run))
     text = "pairs: the student's own corrections against right ones"
     with context.display.stage("pairs", text) as progress:
         report = context.on_gpu(sample_pairs, not (untrained or ready), progress=progress)

@@ -111,7 +111,9 @@ def built(sclite, monkeypatch):
         yield call, server.requests
 
 
-@pytest.mark.parametrize("damage", ["empty", "truncated", "binary", "a line", ".templates.json", "absent"])
+@pytest.mark.parametrize(
+    "damage", ["empty", "truncated", "binary", "a line", "templates.begun.json", "absent"]
+)
 def test_damaged_templates_are_restored_from_the_ledger(built, sclite, damage):
     build, asked = built
     paid, path = len(asked), Path("runs/default/templates.jsonl")
@@ -122,8 +124,8 @@ def test_damaged_templates_are_restored_from_the_ledger(built, sclite, damage):
         assert ended.code == 3
         assert "templates.jsonl, line 1" in ended.error
         assert "run `sclite build-data --run runs/default` to restore the missing rows" in ended.hint
-    elif damage == ".templates.json":
-        Path("runs/default/.templates.json").write_bytes(b"\0")
+    elif damage == "templates.begun.json":
+        Path("runs/default/templates.begun.json").write_bytes(b"\0")
         path.write_bytes(whole[:-20])
     elif damage == "absent":
         path.unlink()
@@ -149,7 +151,7 @@ def test_rows_lost_to_a_concurrent_process_are_noticed_when_signing(built, run):
 
     def lose(run, report, problems, drops, teacher, finish=templates._finish):
         finish(run, report, problems, drops, teacher)
-        run.replace(templates.FILE, run.read(templates.FILE, Template)[:8])
+        run.replace("templates.jsonl", run.read("templates.jsonl", Template)[:8])
 
     build, asked = built
     Path("runs/default/done/templates.json").unlink()

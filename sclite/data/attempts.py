@@ -22,18 +22,16 @@ from sclite.teacher.ledger import FILE as LEDGER
 from sclite.teacher.ledger import Ledger
 from sclite.trace import parse, render, work_of
 
-STAGE = "attempts"
-FILE = "attempts.jsonl"
 _NOT_SAMPLING = {"reviews", "confirmation_share", "student", "api_base", "concurrency", "price"}
 FATAL_ISSUES = ("no_steps", "no_answer", "empty_step", "wrong_step_number", "step_after_the_end")
 """Issues after which the steps are ambiguous. The parser repairs the others (a missing or stray closing tag), and such
 attempts are worth the most: a student that doubts its own step often closes it wrongly."""
 
 
-def inputs_of(config: Config, run: Run, problems: Sequence[Problem]) -> dict[str, Any]:
+def attempts_inputs(config: Config, run: Run, problems: Sequence[Problem]) -> dict[str, Any]:
     """The inputs that decide the attempts: student, problems, sampling settings."""
     source = config.attempts.source
-    if source and not Path(source).is_file() and (manifest := run.manifest(STAGE)):
+    if source and not Path(source).is_file() and (manifest := run.manifest("attempts")):
         # deleted, or the run was moved: keep the digest of what was read
         read = manifest["inputs"].get("source", "")
     else:
@@ -68,7 +66,7 @@ def endpoint_cost_usd(run: Run, stage: str) -> float:
         return ledger.totals(stage)["cost_usd"]
 
 
-def sample_attempts(
+def write_attempts(
     config: Config,
     run: Run,
     *,
@@ -87,9 +85,9 @@ def sample_attempts(
     """
     if needs_no_student(config, run) and not config.attempts.source:
         rows = read_imported_attempts(run, problems)
-        return Report(STAGE, count_outcomes(rows) | {"imported": len(rows)}, skipped=True)
-    inputs, report = inputs_of(config, run, problems), Report(STAGE)
-    if manifest := run.done(STAGE, inputs, FILE):
+        return Report("attempts", count_outcomes(rows) | {"imported": len(rows)}, skipped=True)
+    inputs, report = attempts_inputs(config, run, problems), Report("attempts")
+    if manifest := run.done("attempts", inputs, "attempts.jsonl"):
         return Report.of(manifest)
     drops: list[Drop] = []
     with timed(report):
@@ -97,17 +95,22 @@ def sample_attempts(
             try:
                 rows = import_attempts(Path(config.attempts.source), problems, grader, drops)
             finally:
-                run.replace_drops([STAGE], drops)
+                run.replace_drops(["attempts"], drops)
         else:
             rows = _sample(config, run, inputs, problems, student, grader, progress)
-        run.replace(FILE, rows)
+        run.replace("attempts.jsonl", rows)
     report.counts |= count_outcomes(rows)
     add_warning(report, progress, _unreadable_warning(config, rows))
     report.dropped = dict(Counter(drop.reason for drop in drops))
-    report.cost_usd = endpoint_cost_usd(run, STAGE)
+    report.cost_usd = endpoint_cost_usd(run, "attempts")
     unanswered = sum(map(call_failed, rows)) if config.attempts.kind == "endpoint" else 0
     # failed calls: this signature matches no inputs, so the next run requests them again
-    run.sign(STAGE, {**inputs, "unanswered": unanswered} if unanswered else inputs, report, {FILE: len(rows)})
+    run.sign(
+        "attempts",
+        {**inputs, "unanswered": unanswered} if unanswered else inputs,
+        report,
+        {"attempts.jsonl": len(rows)},
+    )
     return report
 
 
@@ -139,7 +142,7 @@ def _unreadable_warning(config: Config, rows: Sequence[Attempt]) -> str:
 
 def needs_no_student(config: Config, run: Run) -> bool:
     """Whether attempts are imported: from `attempts.source`, or as an attempts.jsonl put into the run folder."""
-    return bool(config.attempts.source) or run.is_imported(STAGE, FILE)
+    return bool(config.attempts.source) or run.is_imported("attempts", "attempts.jsonl")
 
 
 def count_outcomes(rows: Sequence[Attempt]) -> dict[str, int]:
@@ -179,7 +182,7 @@ def _sample(
         ]
         for begin, block in group_into_blocks(student.generate(requests), len(pending), size):
             attempts = grade_replies(pending[begin : begin + size], block, grader)
-            run.append(FILE, attempts)
+            run.append("attempts.jsonl", attempts)
             rows += attempts
             if progress is not None:
                 progress(len(rows), len(jobs))
@@ -206,18 +209,18 @@ def _completed_rows(
 ) -> list[Attempt]:
     """The complete blocks left by an interrupted run with the same inputs; for an endpoint, up to the first failed call."""
     if run.read_json("attempts.begun.json") != inputs:
-        run.replace(FILE, [])
+        run.replace("attempts.jsonl", [])
         run.write_json("attempts.begun.json", inputs)
         return []
     rows = []
-    for row, (problem, sample) in zip(run.rows(FILE, Attempt, whole=False), jobs, strict=False):
+    for row, (problem, sample) in zip(run.rows("attempts.jsonl", Attempt, whole=False), jobs, strict=False):
         if (row.id, row.sample) != (problem.id, sample):  # earlier rows were damaged
             break
         rows.append(row)
     if endpoint:
         rows = list(takewhile(lambda row: not call_failed(row), rows))
     rows = rows[: len(rows) // size * size]
-    run.replace(FILE, rows)
+    run.replace("attempts.jsonl", rows)
     return rows
 
 

@@ -21,11 +21,10 @@ from sclite.teacher.client import Job, Teacher, count_unanswered
 from sclite.teacher.forecast import CHARACTERS_PER_TOKEN, Forecast, ask_after_pilot, forecast
 from sclite.trace import Trace, first_corrected, parse, render, work_of
 
-STAGE, FILE = "corrections", "reviews.jsonl"
 SAMPLED = 50  # templates from which the length of a correction is estimated
 
 
-def inputs_of(config: Config, run: Run) -> dict[str, Any]:
+def corrections_inputs(config: Config, run: Run) -> dict[str, Any]:
     """The inputs that decide the teacher's reviews."""
     teacher = config.teacher
     used = ["teacher_system", "teacher_correction"]
@@ -48,7 +47,7 @@ def inputs_of(config: Config, run: Run) -> dict[str, Any]:
     }
 
 
-def build_corrections(
+def write_corrections(
     config: Config,
     run: Run,
     *,
@@ -61,10 +60,10 @@ def build_corrections(
 
     An imported reviews.jsonl replaces the stage, once each row has been checked against its attempt.
     """
-    if run.is_imported(STAGE, FILE):
+    if run.is_imported("corrections", "reviews.jsonl"):
         return _validate_imported(run)
-    inputs, report = inputs_of(config, run), Report(STAGE)
-    if manifest := run.done(STAGE, inputs, FILE):
+    inputs, report = corrections_inputs(config, run), Report("corrections")
+    if manifest := run.done("corrections", inputs, "reviews.jsonl"):
         return Report.of(manifest)
     with timed(report):
         problems = {problem.id: problem for problem in run.read("problems.jsonl", Problem)}
@@ -74,9 +73,9 @@ def build_corrections(
         attempts = deduplicate(every)
         wrong, drops = _split_usable(attempts)
         reviews, rejected = _request_reviews(config, teacher, grader, wrong, problems, confirm, progress)
-        report.cost_usd = teacher.ledger.totals(STAGE)["cost_usd"]
+        report.cost_usd = teacher.ledger.totals("corrections")["cost_usd"]
         drops += rejected
-        run.replace_drops({STAGE}, drops)
+        run.replace_drops({"corrections"}, drops)
         report.dropped = dict(Counter(drop.reason for drop in drops))
         if not reviews:
             reasons = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in report.dropped.items())
@@ -89,8 +88,8 @@ def build_corrections(
             )
         confirmed = _sample_confirmations(attempts, len(reviews), config)
         order = {(a.id, a.sample): i for i, a in enumerate(attempts)}
-        run.mark_started(STAGE)
-        run.replace(FILE, sorted([*reviews, *confirmed], key=lambda r: order[r.id, r.sample]))
+        run.mark_started("corrections")
+        run.replace("reviews.jsonl", sorted([*reviews, *confirmed], key=lambda r: order[r.id, r.sample]))
     report.counts |= {"wrong": len(wrong), "corrected": len(reviews), "confirmed": len(confirmed)}
     if not confirmed and _confirmations_wanted(len(reviews), config):
         text = "no attempt is right and well-formed: without confirmations the student learns to accuse every step"
@@ -101,7 +100,7 @@ def build_corrections(
     unanswered = count_unanswered(report.dropped)
     # failed calls: this signature matches no inputs, so the next run requests them again
     signed = {**inputs, "unanswered": unanswered} if unanswered else inputs
-    run.sign(STAGE, signed, report, {FILE: len(reviews) + len(confirmed)})
+    run.sign("corrections", signed, report, {"reviews.jsonl": len(reviews) + len(confirmed)})
     return report
 
 
@@ -111,8 +110,8 @@ def count_pending_corrections(config: Config, run: Run) -> int | None:
     0 if the stage is done, or if reviews or pairs are imported. In an unfinished stage, attempts whose reply is already
     in the ledger still count.
     """
-    imported = run.is_imported(STAGE, FILE) or run.is_imported("pairs", "pairs.jsonl")
-    if imported or run.done(STAGE, inputs_of(config, run), FILE):
+    imported = run.is_imported("corrections", "reviews.jsonl") or run.is_imported("pairs", "pairs.jsonl")
+    if imported or run.done("corrections", corrections_inputs(config, run), "reviews.jsonl"):
         return 0
     attempts = deduplicate(run.read("attempts.jsonl", Attempt))
     return len(_split_usable(attempts)[0]) if attempts else None
@@ -141,28 +140,33 @@ def estimate_corrections_usd(config: Config, run: Run, teacher: Teacher, count: 
 def _validate_imported(run: Run) -> Report:
     """The report of an imported reviews.jsonl, each row checked against its attempt."""
     attempts = {(attempt.id, attempt.sample): attempt for attempt in run.read("attempts.jsonl", Attempt)}
-    reviews = run.read(FILE, Review)
+    reviews = run.read("reviews.jsonl", Review)
     for number, row in enumerate(reviews, 1):
         parsed, attempt = parse(row.trace), attempts.get((row.id, row.sample))
         if attempt is None:
             problem = f"attempts.jsonl has no attempt with this id and sample {row.sample}"
             reject_row(
-                run, FILE, number, row, problem, "add the attempt to attempts.jsonl, or remove the review"
+                run,
+                "reviews.jsonl",
+                number,
+                row,
+                problem,
+                "add the attempt to attempts.jsonl, or remove the review",
             )
         if parsed.issues:
-            reject_row(run, FILE, number, row, str(parsed.issues[0]))
+            reject_row(run, "reviews.jsonl", number, row, str(parsed.issues[0]))
         corrected = first_corrected(parsed.trace)
         if row.step != corrected:
             problem = f"step is {row.step}, but its trace corrects {corrected or 'none'}"
-            reject_row(run, FILE, number, row, problem)
+            reject_row(run, "reviews.jsonl", number, row, problem)
         if row.step:
             if rejection := step_rejection(work_of(attempt.trace), parsed.trace, None):
-                reject_row(run, FILE, number, row, rejection.text)
+                reject_row(run, "reviews.jsonl", number, row, rejection.text)
             if row.cause is None or row.correction is None:
-                reject_row(run, FILE, number, row, "cause or correction is missing")
+                reject_row(run, "reviews.jsonl", number, row, "cause or correction is missing")
     corrected = sum(row.step is not None for row in reviews)
     counts = {"corrected": corrected, "confirmed": len(reviews) - corrected, "imported": len(reviews)}
-    return Report(STAGE, counts, skipped=True)
+    return Report("corrections", counts, skipped=True)
 
 
 def _split_usable(attempts: Iterable[Attempt]) -> tuple[list[Attempt], list[Drop]]:
@@ -183,11 +187,13 @@ def _split_usable(attempts: Iterable[Attempt]) -> tuple[list[Attempt], list[Drop
 
 def _drop(attempt: Attempt, reason: str, detail: str, raw: str | None = None) -> Drop:
     raw = attempt.trace if raw is None else raw
-    return Drop(stage=STAGE, id=attempt.id, sample=attempt.sample, reason=reason, detail=detail, raw=raw)
+    return Drop(
+        stage="corrections", id=attempt.id, sample=attempt.sample, reason=reason, detail=detail, raw=raw
+    )
 
 
-def forecast_corrections(config: Config, run: Run, teacher: Teacher, grader: Grader) -> dict[str, Any]:
-    """The first request of `build_corrections` and the estimated cost (see `forecast`); sends nothing.
+def preview_corrections(config: Config, run: Run, teacher: Teacher, grader: Grader) -> dict[str, Any]:
+    """The first request of `write_corrections` and the estimated cost (see `forecast`); sends nothing.
 
     Raises DataError before there are attempts: the wrong ones decide what is sent.
     """
@@ -196,7 +202,7 @@ def forecast_corrections(config: Config, run: Run, teacher: Teacher, grader: Gra
     wrong = _split_usable(attempts)[0] if count_pending_corrections(config, run) else []
     problems = {problem.id: problem for problem in run.read("problems.jsonl", Problem)}
     written = 1.5 * sum(len(attempt.trace) for attempt in wrong) / max(1, len(wrong)) / CHARACTERS_PER_TOKEN
-    return forecast(teacher, _jobs(config, grader, wrong, problems), written, STAGE)
+    return forecast(teacher, _jobs(config, grader, wrong, problems), written, "corrections")
 
 
 def _jobs(
@@ -241,7 +247,7 @@ def _request_reviews(
     by_id = {f"{attempt.id}/{attempt.sample}": attempt for attempt in wrong}
     reviews, drops = [], []
     jobs = _jobs(config, grader, wrong, problems)
-    for done, result in enumerate(ask_after_pilot(teacher, jobs, len(wrong), STAGE, confirm), 1):
+    for done, result in enumerate(ask_after_pilot(teacher, jobs, len(wrong), "corrections", confirm), 1):
         attempt = by_id[result.id]
         if result.rejection is not None:
             drops.append(_drop(attempt, result.rejection.reason, result.rejection.text, result.raw))

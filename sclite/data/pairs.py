@@ -27,7 +27,6 @@ from sclite.student.base import Student
 from sclite.student.self_correction import NO_REPLY, Reviewed, ReviewSettings, correct_steps, review_free
 from sclite.trace import CAUSE, Trace, close_piece, open_piece, parse, render, step_pieces, work_of
 
-STAGE, FILE = "pairs", "pairs.jsonl"
 Key = tuple[str, int]
 """(id, sample) of an attempt."""
 Own = tuple[str, bool | None]
@@ -37,7 +36,7 @@ Progress = Callable[[int, int], None]
 UNREADABLE, UNANSWERED = "student_review_not_readable", "student_did_not_reply"
 
 
-def inputs_of(config: Config, run: Run) -> dict[str, Any]:
+def pairs_inputs(config: Config, run: Run) -> dict[str, Any]:
     """The inputs that decide the pairs."""
     trained = config.attempts.kind == "trained"
     external = [external_student_digest(config), config.attempts.max_tokens]
@@ -51,7 +50,7 @@ def inputs_of(config: Config, run: Run) -> dict[str, Any]:
     }
 
 
-def build_pairs(
+def write_pairs(
     config: Config,
     run: Run,
     *,
@@ -63,10 +62,10 @@ def build_pairs(
 
     An imported pairs.jsonl replaces the stage, once each row has been checked against the attempt that it holds.
     """
-    if run.is_imported(STAGE, FILE):
+    if run.is_imported("pairs", "pairs.jsonl"):
         return _validate_imported(run)
-    inputs, report = inputs_of(config, run), Report(STAGE)
-    if manifest := run.done(STAGE, inputs, FILE):
+    inputs, report = pairs_inputs(config, run), Report("pairs")
+    if manifest := run.done("pairs", inputs, "pairs.jsonl"):
         return Report.of(manifest)
     with timed(report):
         reviews = run.require("reviews.jsonl", Review, "run `sclite build-data --only corrections` first")
@@ -92,9 +91,9 @@ def build_pairs(
                 common = Counter(reasons.get(key, [UNREADABLE])).most_common(1)[0][0]
                 made = content_pair(review, work, own.get(key, []), common)
                 (drops if isinstance(made, Drop) else pairs).append(made)
-        run.mark_started(STAGE)
-        run.replace(FILE, pairs)
-        run.replace_drops({STAGE}, drops)
+        run.mark_started("pairs")
+        run.replace("pairs.jsonl", pairs)
+        run.replace_drops({"pairs"}, drops)
     report.counts |= Counter(pair.kind for pair in pairs)
     report.counts["own_corrections_chosen"] = sum(pair.origin == "student" for pair in pairs)
     report.dropped = dict(Counter(drop.reason for drop in drops))
@@ -102,11 +101,11 @@ def build_pairs(
         add_warning(report, progress, _few_contents_warning(report))
     if config.attempts.kind == "endpoint":
         report.figures["own_reviews"] = dict(Counter(reason for each in reasons.values() for reason in each))
-        report.cost_usd = endpoint_cost_usd(run, STAGE)
+        report.cost_usd = endpoint_cost_usd(run, "pairs")
     unanswered = report.figures.get("own_reviews", {}).get(UNANSWERED, 0)
     # failed calls: this signature matches no inputs, so the next run requests them again
     signed = {**inputs, "unanswered": unanswered} if unanswered else inputs
-    run.sign(STAGE, signed, report, {FILE: len(pairs)})
+    run.sign("pairs", signed, report, {"pairs.jsonl": len(pairs)})
     return report
 
 
@@ -124,22 +123,28 @@ def _few_contents_warning(report: Report) -> str:
 def _validate_imported(run: Run) -> Report:
     """The report of an imported pairs.jsonl, each row checked."""
     known = {problem.id for problem in run.read("problems.jsonl", Problem)}
-    pairs, contents = run.read(FILE, Pair), set()
+    pairs, contents = run.read("pairs.jsonl", Pair), set()
     for number, pair in enumerate(pairs, 1):
         if pair.id not in known:
-            reject_row(run, FILE, number, pair, "no problem has this id", "use the ids of problems.jsonl")
+            reject_row(
+                run, "pairs.jsonl", number, pair, "no problem has this id", "use the ids of problems.jsonl"
+            )
         if rejection := pair_rejection(pair):
-            reject_row(run, FILE, number, pair, rejection)
+            reject_row(run, "pairs.jsonl", number, pair, rejection)
         if pair.kind == "content":
             if (pair.id, pair.sample) in contents:
-                reject_row(run, FILE, number, pair, f"a second content pair for sample {pair.sample}")
+                reject_row(
+                    run, "pairs.jsonl", number, pair, f"a second content pair for sample {pair.sample}"
+                )
             contents.add((pair.id, pair.sample))
     decided = {(pair.id, pair.sample) for pair in pairs if pair.kind == "decision"}
     for number, pair in enumerate(pairs, 1):
         if (pair.id, pair.sample) not in decided:
-            reject_row(run, FILE, number, pair, "its attempt has no decision pair", "add one at its step")
+            reject_row(
+                run, "pairs.jsonl", number, pair, "its attempt has no decision pair", "add one at its step"
+            )
     counts = Counter(pair.kind for pair in pairs)
-    return Report(STAGE, {**counts, "imported": len(pairs)}, skipped=True)
+    return Report("pairs", {**counts, "imported": len(pairs)}, skipped=True)
 
 
 def pair_rejection(pair: Pair) -> str | None:
@@ -298,7 +303,7 @@ def content_pair(review: Review, work: Trace, own: Sequence[Own], no_review: str
         reason = "both_sides_alike"
     if reason:
         raw = own[0][0] if own else ""
-        return Drop(stage=STAGE, id=review.id, sample=review.sample, reason=reason, raw=raw)
+        return Drop(stage="pairs", id=review.id, sample=review.sample, reason=reason, raw=raw)
     return Pair(
         id=review.id,
         sample=review.sample,

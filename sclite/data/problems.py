@@ -9,13 +9,12 @@ from typing import NamedTuple
 from sclite.config import Config, Source
 from sclite.data.contamination import NGRAM, Question, build_index, find_overlap
 from sclite.data.problem_rows import FORMS, read_problem, read_question
-from sclite.data.sources import BadRow, is_local, read_rows
+from sclite.data.sources import BadRow, is_local_source, read_rows
 from sclite.errors import DataError, NetworkError, UsageError
 from sclite.records import Drop, Problem
 from sclite.run import Report, Run, timed
 from sclite.signature import digest
 
-FILE, STAGE = "problems.jsonl", "problems"
 OVERLAPS = "overlaps_evaluation"
 FIT_COUNT = 50
 """With fewer problems, a single answer moves the review threshold far."""
@@ -57,7 +56,7 @@ def load_problems(
         except BadRow as error:
             first = first or (place, error)
             detail = f"{where}: {error.message}{f' ({error.hint})' if error.hint else ''}"
-            drops.append(Drop(stage=STAGE, id=place, reason=error.reason, detail=detail, raw=error.raw))
+            drops.append(Drop(stage="problems", id=place, reason=error.reason, detail=detail, raw=error.raw))
             continue
         normalized = hash(normalize_question(problem.question))
         if normalized in questions:
@@ -73,7 +72,9 @@ def load_problems(
             if len(problems) == limit:
                 break
             continue
-        drops.append(Drop(stage=STAGE, id=problem.id, reason=reason, detail=detail, raw=problem.question))
+        drops.append(
+            Drop(stage="problems", id=problem.id, reason=reason, detail=detail, raw=problem.question)
+        )
     if empty:
         raise DataError(f"{source} is empty", f"it needs rows with {FORMS}")
     if not problems and first is None:
@@ -97,12 +98,14 @@ def gather_problems(
     source no longer exists or `reread` is false. Nothing is written unless `keep`.
     """
     chosen, drops = config.problems, []
-    report = report or Report(STAGE)
+    report = report or Report("problems")
     # digests of names, not contents: they still match after the run has been moved
     sources = ((each.source, each.subset, each.split, each.columns()) for each in (chosen, config.eval))
     inputs = {"source": digest(next(sources)), "avoid": digest([next(sources), chosen.avoid])}
-    gone = is_local(chosen.source) and not Path(chosen.source).expanduser().exists()
-    if (not reread or gone) and (manifest := run.done(STAGE, {**inputs, "problems": run.file_digest(FILE)})):
+    gone = is_local_source(chosen.source) and not Path(chosen.source).expanduser().exists()
+    if (not reread or gone) and (
+        manifest := run.done("problems", {**inputs, "problems": run.file_digest("problems.jsonl")})
+    ):
         return _read_gathered(config, run, Report.of(manifest), report, gone)
     with timed(report):
         avoid = build_index(_questions_to_avoid(config))
@@ -115,19 +118,21 @@ def gather_problems(
     report.dropped = dict(Counter(drop.reason for drop in drops))
     if keep:
         if chosen.source:
-            run.replace(FILE, problems)
-        run.replace_drops([STAGE], drops)
-        run.sign(STAGE, {**inputs, "problems": run.file_digest(FILE)}, report)
+            run.replace("problems.jsonl", problems)
+        run.replace_drops(["problems"], drops)
+        run.sign("problems", {**inputs, "problems": run.file_digest("problems.jsonl")}, report)
     return problems
 
 
 def _read_gathered(config: Config, run: Run, before: Report, report: Report, gone: bool) -> list[Problem]:
     """The problems that an earlier command has gathered, without those that overlapped then."""
     overlapping = {
-        drop.id for drop in run.rows("dropped.jsonl", Drop) if drop.stage == STAGE and drop.reason == OVERLAPS
+        drop.id
+        for drop in run.rows("dropped.jsonl", Drop)
+        if drop.stage == "problems" and drop.reason == OVERLAPS
     }
     filtered = config.problems.source  # an imported problems.jsonl still holds the overlapping rows
-    problems = [row for row in run.rows(FILE, Problem) if filtered or row.id not in overlapping]
+    problems = [row for row in run.rows("problems.jsonl", Problem) if filtered or row.id not in overlapping]
     limit = config.problems.limit
     if gone and limit is not None and limit < len(problems):
         raise UsageError(
@@ -203,7 +208,7 @@ def _questions_to_avoid(config: Config) -> Iterator[Question]:
 
 
 def _location(source: Source) -> tuple[str, ...]:
-    if is_local(source.source):
+    if is_local_source(source.source):
         return (str(Path(source.source).expanduser().resolve()),)
     return source.source, source.subset, source.split
 
@@ -231,25 +236,25 @@ def _read_questions(source: Source, key: str, alternative: str) -> Iterator[Ques
 def _read_imported(run: Run, avoid: Mapping[int, str], drops: list[Drop]) -> list[Problem]:
     """The rows of an imported problems.jsonl; the file is not changed."""
     hint = f"set problems.source, as in --set problems.source=train.jsonl, to a file with {FORMS}"
-    rows = run.require(FILE, Problem, hint)
+    rows = run.require("problems.jsonl", Problem, hint)
     numbers: dict[str, int] = {}
     problems = []
     for number, problem in enumerate(rows, 1):
         if problem.id in numbers:
             raise DataError(
-                f"{run.path(FILE)}, row {number}: same id {problem.id} as row {numbers[problem.id]}",
+                f"{run.path('problems.jsonl')}, row {number}: same id {problem.id} as row {numbers[problem.id]}",
                 "make ids unique",
             )
         numbers[problem.id] = number
         if name := find_overlap(problem.question, avoid):
-            detail = _overlap_detail(f"{run.path(FILE)}, row {number}", name)
+            detail = _overlap_detail(f"{run.path('problems.jsonl')}, row {number}", name)
             drops.append(
-                Drop(stage=STAGE, id=problem.id, reason=OVERLAPS, detail=detail, raw=problem.question)
+                Drop(stage="problems", id=problem.id, reason=OVERLAPS, detail=detail, raw=problem.question)
             )
         else:
             problems.append(problem)
     if not problems:
-        raise DataError(*_all_overlap(str(run.path(FILE))))
+        raise DataError(*_all_overlap(str(run.path("problems.jsonl"))))
     return problems
 
 

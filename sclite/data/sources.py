@@ -35,7 +35,7 @@ Rows = Iterator[tuple[str, Mapping[str, Any] | BadRow]]
 """("line 7" or "row 7", the row or what is wrong with it)."""
 
 
-def is_local(source: str) -> bool:
+def is_local_source(source: str) -> bool:
     """Whether a source is a local file, by its name or because it exists, and not a Hub dataset."""
     named = source.lower().endswith((*SUFFIXES, *OTHER_SUFFIXES, ".gz")) or source.startswith((".", "/", "~"))
     return named or source == "-" or Path(source).expanduser().exists()
@@ -47,7 +47,7 @@ def read_rows(source: str, subset: str = "", split: str = "train", key: str = "p
     `key` is the configuration key of the source, for hints. Raises DataError with file, position and hint if the whole
     file is unreadable, NetworkError if the Hub is unreachable.
     """
-    if not is_local(source):
+    if not is_local_source(source):
         return _hub_rows(source, subset, split, key)
     path = Path(source).expanduser()
     if source == "-" or path.is_fifo() or path.is_char_device():

@@ -18,8 +18,6 @@ from sclite.signature import digest_rows
 from sclite.teacher.client import Job, Rejection, Teacher, count_unanswered, identity
 from sclite.teacher.forecast import CHARACTERS_PER_TOKEN, Forecast, ask_after_pilot, forecast
 
-STAGE, FILE = "templates", "templates.jsonl"
-BEGUN = ".templates.json"  # teacher and prompts of the rows in an unfinished file
 Progress = Callable[[int, int, float], None]
 """(done, total, spent_usd) after each row."""
 
@@ -36,7 +34,7 @@ _MENTIONS = re.compile(
 )
 
 
-def build_templates(
+def write_templates(
     config: Config,
     run: Run,
     *,
@@ -54,22 +52,23 @@ def build_templates(
     decides whether to pay for the rest. Raises UsageError if existing rows come from another teacher or prompt
     (`fresh` discards them), DataError if no template passes.
     """
-    report = Report(STAGE)
+    report = Report("templates")
     with timed(report):
         if is_imported(run):
-            rows = run.read(FILE, Template)
+            rows = run.read("templates.jsonl", Template)
             for number, row in enumerate(rows, 1):
                 if issues := trace.parse(row.trace).issues:
                     raise DataError(
-                        f"{run.path(FILE)}, row {number} ({row.id}): {issues[0]}", "fix or remove it"
+                        f"{run.path('templates.jsonl')}, row {number} ({row.id}): {issues[0]}",
+                        "fix or remove it",
                     )
             report.counts = {"templates": len(rows), "imported": len(rows)}
             report.skipped = True
             return report
         if problems is None:
             problems = split_problems(config, gather_problems(config, run))[0]
-        inputs = inputs_of(config, problems)
-        manifest = run.done(STAGE, inputs, FILE)
+        inputs = templates_inputs(config, problems)
+        manifest = run.done("templates", inputs, "templates.jsonl")
         if manifest is not None and not fresh:
             return Report.of(manifest)
         basis = {"prompts": inputs["prompts"], "teacher": inputs["teacher"]}
@@ -79,19 +78,19 @@ def build_templates(
     unanswered = count_unanswered(report.dropped)
     # failed calls: this signature matches no inputs, so the next run requests them again
     signed = {**inputs, "unanswered": unanswered} if unanswered else inputs
-    run.sign(STAGE, signed, report, {FILE: len(problems) - len(drops)})
+    run.sign("templates", signed, report, {"templates.jsonl": len(problems) - len(drops)})
     return report
 
 
-def forecast_templates(
+def preview_templates(
     config: Config, run: Run, *, teacher: Teacher, grader: Grader, problems: Sequence[Problem]
 ) -> dict[str, Any]:
-    """The first request of build_templates and the estimated cost; sends and writes nothing."""
-    existing = {row.id for row in run.rows(FILE, Template, whole=False)}
+    """The first request of write_templates and the estimated cost; sends and writes nothing."""
+    existing = {row.id for row in run.rows("templates.jsonl", Template, whole=False)}
     missing = [problem for problem in problems if problem.id not in existing]
     solutions = sum(len(problem.solution or problem.answer) for problem in missing)
     guess = 120 + 1.5 * solutions / CHARACTERS_PER_TOKEN / max(1, len(missing))
-    return forecast(teacher, _jobs(config, iter(missing), grader), guess, STAGE)
+    return forecast(teacher, _jobs(config, iter(missing), grader), guess, "templates")
 
 
 def check_template(reply: str, problem: Problem, grader: Grader) -> Rejection | None:
@@ -137,7 +136,7 @@ def find_leak(text: str) -> str | None:
     return found[0] if found else None
 
 
-def inputs_of(config: Config, problems: Sequence[Problem]) -> dict[str, Any]:
+def templates_inputs(config: Config, problems: Sequence[Problem]) -> dict[str, Any]:
     """The inputs that decide the templates of these problems."""
     used = ["teacher_system", "teacher_template"]
     used += ["inspector_template"] if config.teacher.inspector else []
@@ -151,7 +150,9 @@ def inputs_of(config: Config, problems: Sequence[Problem]) -> dict[str, Any]:
 
 def is_imported(run: Run) -> bool:
     """Whether templates.jsonl was put into the run by the user."""
-    return not run.path(BEGUN).is_file() and any(True for _ in run.rows(FILE, Template))
+    return not run.path("templates.begun.json").is_file() and any(
+        True for _ in run.rows("templates.jsonl", Template)
+    )
 
 
 def _keep_valid_rows(run: Run, basis: dict[str, Any], problems: Sequence[Problem], fresh: bool) -> set[str]:
@@ -159,25 +160,27 @@ def _keep_valid_rows(run: Run, basis: dict[str, Any], problems: Sequence[Problem
 
     `basis` holds what all rows depend on: prompts and teacher.
     """
-    before = run.read_json(BEGUN, dict[str, Any])
-    if fresh or (before is None and run.path(BEGUN).is_file()):  # damaged: paid replies are in the ledger
-        run.replace(FILE, [])
-    elif before != basis and any(True for _ in run.rows(FILE, Template, whole=False)):
+    before = run.read_json("templates.begun.json", dict[str, Any])
+    if fresh or (
+        before is None and run.path("templates.begun.json").is_file()
+    ):  # damaged: paid replies are in the ledger
+        run.replace("templates.jsonl", [])
+    elif before != basis and any(True for _ in run.rows("templates.jsonl", Template, whole=False)):
         changed = [
             f"{name} {before.get(name)} -> {basis[name]}" for name in basis if before.get(name) != basis[name]
         ]
         raise UsageError(
-            f"{run.path(FILE)} was made with other settings: {'; '.join(changed)}",
+            f"{run.path('templates.jsonl')} was made with other settings: {'; '.join(changed)}",
             "pass --fresh to discard and pay for them again, or restore the old settings",
         )
     wanted = {problem.id: (problem.question, problem.answer) for problem in problems}
     kept = {  # in order
         row.id: None
-        for row in run.rows(FILE, Template, whole=False)
+        for row in run.rows("templates.jsonl", Template, whole=False)
         if wanted.get(row.id) == (row.question, row.answer)
     }
-    run.reorder(FILE, Template, kept)
-    run.replace_drops([STAGE], [])
+    run.reorder("templates.jsonl", Template, kept)
+    run.replace_drops(["templates"], [])
     return set(kept)
 
 
@@ -201,11 +204,11 @@ def _request_missing(
     if progress is not None:
         progress(done, len(problems), teacher.ledger.spent_usd)
     with ExitStack() as open_files:
-        for result in ask_after_pilot(teacher, jobs, len(problems) - len(kept), STAGE, confirm):
+        for result in ask_after_pilot(teacher, jobs, len(problems) - len(kept), "templates", confirm):
             problem = in_flight.pop(result.id)
             if result.text is None:
                 drops[result.id] = Drop(
-                    stage=STAGE,
+                    stage="templates",
                     id=result.id,
                     reason=result.rejection.reason,
                     detail=result.rejection.text,
@@ -214,8 +217,8 @@ def _request_missing(
                 run.append("dropped.jsonl", [drops[result.id]])
             else:
                 if add is None:
-                    run.write_json(BEGUN, basis)
-                    add = open_files.enter_context(run.appending(FILE))
+                    run.write_json("templates.begun.json", basis)
+                    add = open_files.enter_context(run.appending("templates.jsonl"))
                 given = problem.model_dump(include={"id", "question", "answer"})
                 add([Template(**given, trace=_parse_reply(result.text)[1], requests=result.requests)])
             done += 1
@@ -247,10 +250,10 @@ def _finish(
     run: Run, report: Report, problems: Sequence[Problem], drops: dict[str, Drop], teacher: Teacher
 ) -> None:
     """Sort both files in the order of the problems and fill in the report."""
-    run.reorder(FILE, Template, (problem.id for problem in problems))
-    run.replace_drops([STAGE], [drops[problem.id] for problem in problems if problem.id in drops])
-    requests = [row.requests for row in run.rows(FILE, Template)]
-    totals = teacher.ledger.totals(STAGE)
+    run.reorder("templates.jsonl", Template, (problem.id for problem in problems))
+    run.replace_drops(["templates"], [drops[problem.id] for problem in problems if problem.id in drops])
+    requests = [row.requests for row in run.rows("templates.jsonl", Template)]
+    totals = teacher.ledger.totals("templates")
     report.counts = {"problems": len(problems), "templates": len(requests)}
     report.dropped = dict(Counter(drop.reason for drop in drops.values()).most_common())
     report.cost_usd = round(totals.pop("cost_usd"), 6)

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from sclite.config import Config
 from sclite.data import attempts, corrections, pairs, templates
 from sclite.data.problems import Split, split_problems
-from sclite.data.sources import is_local
+from sclite.data.sources import is_local_source
 from sclite.errors import DataError, ScliteError
 from sclite.evaluate.results import summaries
 from sclite.export import model as export
@@ -91,7 +91,7 @@ def _ledger(run: Run) -> dict[str, Any] | None:
         return None
     try:
         with Ledger.reading(run.path(LEDGER)) as ledger:
-            by_stage = {name: ledger.totals(name) for name in (templates.STAGE, corrections.STAGE)}
+            by_stage = {name: ledger.totals(name) for name in ("templates", "corrections")}
             return {**ledger.totals(), "stages": {name: t for name, t in by_stage.items() if t["requests"]}}
     except DataError as error:
         run.warn(f"{error.message}; {error.hint}")
@@ -139,12 +139,12 @@ def _expected(config: Config, run: Run, split: Split) -> dict[str, Callable[[], 
     hidden = kept | {problem.id for problem in split.fit}
     tried = [*taught, *split.fit] if config.attempts.source else split.stage2
     return {
-        "templates": lambda: templates.inputs_of(config, taught),
+        "templates": lambda: templates.templates_inputs(config, taught),
         "sft": lambda: sft.inputs_of(config, run, hidden),
-        "attempts": lambda: attempts.inputs_of(config, run, tried),
-        "corrections": lambda: corrections.inputs_of(config, run),
+        "attempts": lambda: attempts.attempts_inputs(config, run, tried),
+        "corrections": lambda: corrections.corrections_inputs(config, run),
         "warmup": lambda: warmup.inputs_of(config, run, kept),
-        "pairs": lambda: pairs.inputs_of(config, run),
+        "pairs": lambda: pairs.pairs_inputs(config, run),
         "dpo": lambda: dpo.inputs_of(config, run, kept),
     }
 
@@ -177,7 +177,7 @@ def _signed(config: Config, run: Run, name: str, output: str, expected: Callable
 
 def _unsigned(run: Run, name: str, paid: Mapping[str, Any] | None, total: int | None) -> Stage:
     """A stage without a manifest: imported, half-way, or not begun."""
-    begun = run.path(templates.BEGUN if name == "templates" else f"{name}.begun.json").is_file()
+    begun = run.path(f"{name}.begun.json").is_file()
     if not begun and name == "sft" and run.path(OUTPUTS[name]).is_file():
         return Stage(DONE, counts={"imported": 1})
     if not begun and name in IMPORTED and (rows := _count(run, OUTPUTS[name])):
@@ -270,7 +270,7 @@ def next_command(config: Config, stages: Mapping[str, Stage]) -> str:
 def _possible(config: Config, name: str) -> bool:
     """Whether a stage can run: evaluation needs problems."""
     source = config.eval.source
-    missing = is_local(source) and not Path(source).expanduser().is_file()
+    missing = is_local_source(source) and not Path(source).expanduser().is_file()
     return name != "eval" or config.teacher.embedded or (bool(source) and not missing)
 
 

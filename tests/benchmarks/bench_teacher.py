@@ -26,7 +26,7 @@ from pathlib import Path
 
 from sclite import config
 from sclite.data.problems import load_problems
-from sclite.data.templates import build_templates
+from sclite.data.templates import write_templates
 from sclite.grading.worker import Grader
 from sclite.run import Run
 from sclite.settings import load
@@ -69,14 +69,14 @@ def time_build(chosen: config.Config, problems, folder: Path) -> tuple[float, in
         Ledger(run.path("ledger.sqlite")) as ledger,
         Teacher(chosen.teacher, ledger) as teacher,
     ):
-        build_templates(chosen, run, teacher=teacher, grader=grader, problems=problems[:WARM_UP])
+        write_templates(chosen, run, teacher=teacher, grader=grader, problems=problems[:WARM_UP])
         began, last = time.monotonic(), 0.0
 
         def progress(*_):
             nonlocal last
             last = time.monotonic()
 
-        report = build_templates(
+        report = write_templates(
             chosen, run, teacher=teacher, grader=grader, problems=problems, progress=progress
         )
         return last - began, report.counts["templates"] - WARM_UP
@@ -148,9 +148,9 @@ def cpu_per_call(options, problems, count: int, cpu: Counter, direct: str) -> Co
     with serve(options.teacher, 0.0) as url, tempfile.TemporaryDirectory() as folder:
         chosen, run = settings(url, options.in_flight, f"teacher.direct={direct}"), Run(folder)
         with Grader() as grader, Ledger(run.path("l")) as ledger, Teacher(chosen.teacher, ledger) as teacher:
-            build_templates(chosen, run, teacher=teacher, grader=grader, problems=problems[:WARM_UP])
+            write_templates(chosen, run, teacher=teacher, grader=grader, problems=problems[:WARM_UP])
             before = cpu | cpu_seconds()
-            build_templates(
+            write_templates(
                 chosen, run, teacher=teacher, grader=grader, problems=problems[: WARM_UP + count], fresh=True
             )
             spent = cpu | cpu_seconds()

@@ -50,9 +50,9 @@ def measure(clock: Clock, call: Callable[[], list[str]]) -> dict[str, float]:
 
 
 def sclite(url: str, work: Path, in_flight: int, model: str) -> dict[str, float]:
-    """build_templates in full: every reply is recorded in the ledger, parsed, graded against the gold answer, written."""
+    """write_templates in full: every reply is recorded in the ledger, parsed, graded against the gold answer, written."""
     from sclite.data.problems import load_problems
-    from sclite.data.templates import FILE, build_templates
+    from sclite.data.templates import write_templates
     from sclite.grading.worker import Grader
     from sclite.records import Template
     from sclite.run import Run
@@ -71,10 +71,10 @@ def sclite(url: str, work: Path, in_flight: int, model: str) -> dict[str, float]
         teacher.price()  # imports LiteLLM
 
         def call() -> list[str]:
-            build_templates(
+            write_templates(
                 settings, run, teacher=teacher, grader=grader, problems=problems, progress=clock.reply
             )
-            return [row.trace for row in run.read(FILE, Template)]
+            return [row.trace for row in run.read("templates.jsonl", Template)]
 
         return measure(clock, call)
 

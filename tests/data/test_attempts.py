@@ -10,7 +10,7 @@ import pytest
 
 from sclite import config
 from sclite.config import Config
-from sclite.data.attempts import deduplicate, group_into_blocks, inputs_of, sample_attempts
+from sclite.data.attempts import attempts_inputs, deduplicate, group_into_blocks, write_attempts
 from sclite.data.imported import import_attempts
 from sclite.errors import DataError
 from sclite.records import Attempt, Drop, Problem
@@ -51,7 +51,7 @@ class Deterministic:
 
 def sample(run, grader, student, **attempts):
     config = config_of(**attempts)
-    return sample_attempts(config, run, problems=PROBLEMS, student=student, grader=grader)
+    return write_attempts(config, run, problems=PROBLEMS, student=student, grader=grader)
 
 
 # -- sampling ------------------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def test_another_batch_size_keeps_the_attempts(run, grader):
     sample(run, grader, Deterministic())
     before = run.path("attempts.jsonl").read_bytes()
     other = Config.model_validate({"attempts": {"samples": 3}, "student": {"batch": 7}})
-    report = sample_attempts(other, run, problems=PROBLEMS, student=None, grader=grader)
+    report = write_attempts(other, run, problems=PROBLEMS, student=None, grader=grader)
     assert report.skipped
     assert run.path("attempts.jsonl").read_bytes() == before
 
@@ -159,7 +159,7 @@ def test_warning_if_most_attempts_are_unreadable(run, grader, share, warned):
         said.extend([warning] if warning else [])
 
     student = Prose(steps=lambda seed: bool(share))
-    report = sample_attempts(
+    report = write_attempts(
         config_of(), run, problems=PROBLEMS, student=student, grader=grader, progress=progress
     )
     assert report.figures.get("warnings", []) == said
@@ -322,7 +322,7 @@ def endpoint(run, url, **settings):
 def sample_endpoint(run, grader, url, progress=None, **attempts):
     asked = config_of(student="openai/small", api_base=url, **attempts)
     with endpoint(run, url) as student:
-        return sample_attempts(
+        return write_attempts(
             asked, run, problems=PROBLEMS, student=student, grader=grader, progress=progress
         )
 
@@ -394,7 +394,7 @@ def test_report_has_the_cost_of_an_endpoint_but_not_of_a_local_student(run, grad
 
 def test_inputs_change_with_student_and_address_not_concurrency(run, tmp_path):
     def inputs(**attempts):
-        return inputs_of(config_of(**attempts), run, PROBLEMS)
+        return attempts_inputs(config_of(**attempts), run, PROBLEMS)
 
     here = {"student": "openai/small", "api_base": "http://here/v1"}
     assert inputs(**here) == inputs(**here | {"concurrency": 200, "api_base": "http://here/v1/"})

@@ -3,7 +3,7 @@
 import pytest
 
 from sclite.config import Config
-from sclite.data.corrections import build_corrections
+from sclite.data.corrections import write_corrections
 from sclite.data.review_check import review_rejection
 from sclite.errors import DataError
 from sclite.records import Attempt, Drop, Problem, Review
@@ -27,7 +27,7 @@ def build(run, url, grader, share=0.5, progress=None, **teacher):
     settings = {"model": "openai/replay", "api_base": url, "attempts_per_call": 1, "repairs": 1, **teacher}
     config = Config.model_validate({"teacher": settings, "attempts": {"confirmation_share": share}})
     with Ledger(run.path("ledger.sqlite")) as ledger, Teacher(config.teacher, ledger) as made:
-        return build_corrections(config, run, teacher=made, grader=grader, progress=progress)
+        return write_corrections(config, run, teacher=made, grader=grader, progress=progress)
 
 
 def fill(run, wrong=1, right=0, others=()):

@@ -8,7 +8,7 @@ from safetensors.numpy import save
 
 from sclite import config, pipeline
 from sclite.context import Context
-from sclite.data.pairs import build_pairs
+from sclite.data.pairs import write_pairs
 from sclite.errors import DataError
 from sclite.grading.worker import Grader
 from sclite.progress import ProgressDisplay
@@ -86,7 +86,7 @@ def test_labelled_work_is_corrected_at_its_label_without_a_student(run, tmp_path
     assert report.dropped == {"wrong_answer": 1}  # task 5; task 3 was retried
     assert report.counts["corrected"] == COUNT - 1  # problems of both stages, not only of the second
     with Grader() as grader:
-        build_pairs(context.config, run, student=Student(), grader=grader)
+        write_pairs(context.config, run, student=Student(), grader=grader)
         tasks = {p.id: int(p.question.split()[1][:-1]) for p in run.read("problems.jsonl", Problem)}
         pairs = run.read("pairs.jsonl", Pair)
         assert {p.kind for p in pairs} == {"decision", "content"}
@@ -243,7 +243,7 @@ def test_own_pairs_without_a_signature_do_not_count_as_imported(filled):
     """As after a kill between writing the rows and signing the stage."""
     filled.replace("reviews.jsonl", [REVIEW])
     with Grader() as grader:
-        build_pairs(config.Config(), filled, student=Student(), grader=grader)
+        write_pairs(config.Config(), filled, student=Student(), grader=grader)
     filled.path("done/pairs.json").unlink()
     assert not filled.is_imported("pairs", "pairs.jsonl")
 

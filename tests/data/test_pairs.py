@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from sclite.config import Config
-from sclite.data.pairs import build_pairs, content_pair, continuation, decision_pairs
+from sclite.data.pairs import content_pair, continuation, decision_pairs, write_pairs
 from sclite.errors import DataError
 from sclite.records import Attempt, Drop, Pair, Problem, Review
 from sclite.student.base import Reply
@@ -136,7 +136,7 @@ def test_student_corrections_become_pairs_by_their_answers(run, grader):
             "p3": ["no tags", "only a cause</Cause>"],
         }
     )
-    report = build_pairs(CONFIG, run, student=student, grader=grader)
+    report = write_pairs(CONFIG, run, student=student, grader=grader)
     pairs = run.read("pairs.jsonl", Pair)
     contents = {p.id: p for p in pairs if p.kind == "content"}
     assert {i: (p.chosen, p.rejected, p.origin) for i, p in contents.items()} == {
@@ -154,7 +154,7 @@ def test_student_corrections_become_pairs_by_their_answers(run, grader):
 def test_student_corrects_each_wrong_attempt_at_the_teachers_step(run, grader):
     fill(run, 3)
     student = Scripted({f"p{i}": [WRONG, WRONG] for i in range(3)})
-    build_pairs(CONFIG, run, student=student, grader=grader)
+    write_pairs(CONFIG, run, student=student, grader=grader)
     asked = [r for r in student.requests if r.pieces[-1] == CAUSE]
     assert len(asked) == 6
     assert {r.pieces[-2] for r in asked} == {"<Step2>72 / 2 = 38\n"}
@@ -173,7 +173,7 @@ def test_warning_if_most_content_pairs_were_dropped(run, grader, dropped, warned
 
     fill(run, 4)
     student = Scripted({f"p{i}": ["no tags"] * 2 if i < dropped else [WRONG] * 2 for i in range(4)})
-    report = build_pairs(CONFIG, run, student=student, grader=grader, progress=progress)
+    report = write_pairs(CONFIG, run, student=student, grader=grader, progress=progress)
     assert report.figures.get("warnings", []) == said
     assert len(said) == warned
     if warned:
@@ -183,15 +183,15 @@ def test_warning_if_most_content_pairs_were_dropped(run, grader, dropped, warned
 
 def test_finished_pairs_need_no_student(run, grader):
     fill(run, 1)
-    first = build_pairs(CONFIG, run, student=Scripted({"p0": [WRONG, WRONG]}), grader=grader)
-    again = build_pairs(CONFIG, run, student=None, grader=grader)
+    first = write_pairs(CONFIG, run, student=Scripted({"p0": [WRONG, WRONG]}), grader=grader)
+    again = write_pairs(CONFIG, run, student=None, grader=grader)
     assert again.skipped
     assert again.counts == first.counts
 
 
 def test_missing_reviews_error_names_the_next_command(run, grader):
     with pytest.raises(DataError, match=r"reviews\.jsonl is missing or empty") as error:
-        build_pairs(CONFIG, run, student=None, grader=grader)
+        write_pairs(CONFIG, run, student=None, grader=grader)
     assert "sclite build-data" in error.value.hint
 
 
@@ -231,7 +231,7 @@ def test_free_review_of_the_right_step_becomes_a_content_pair(run, grader):
     fill(run, 2)
     wrong = whole_review()
     right = whole_review(cause="Twice 38 is too much.", correction="72 / 2 = 36", answer="41")
-    report = build_pairs(
+    report = write_pairs(
         FREE, run, student=Reviewer({"p0": [wrong, wrong], "p1": [wrong, right]}), grader=grader
     )
     contents = {p.id: p for p in run.read("pairs.jsonl", Pair) if p.kind == "content"}
@@ -259,7 +259,7 @@ def test_free_review_of_the_right_step_becomes_a_content_pair(run, grader):
 )
 def test_unusable_free_reviews_are_counted_by_reason(run, grader, text, reason):
     fill(run, 1)
-    report = build_pairs(FREE, run, student=Reviewer({"p0": [text, text]}), grader=grader)
+    report = write_pairs(FREE, run, student=Reviewer({"p0": [text, text]}), grader=grader)
     assert report.dropped == {reason: 1}
     assert "content" not in report.counts
     assert report.counts["decision"] == 2 + 3
@@ -271,7 +271,7 @@ def test_review_seed_does_not_depend_on_the_position_of_the_row(run, grader):
     """Otherwise adding a row would change requests that the ledger already answers."""
     fill(run, 3)
     student = Reviewer({f"p{i}": [whole_review()] * 2 for i in range(3)})
-    build_pairs(FREE, run, student=student, grader=grader)
+    write_pairs(FREE, run, student=student, grader=grader)
     by_problem = {}
     for request in student.seen:
         by_problem.setdefault(request.messages[-1]["content"], []).append(request.seed)
@@ -281,21 +281,21 @@ def test_review_seed_does_not_depend_on_the_position_of_the_row(run, grader):
 
 def test_next_run_requests_unanswered_reviews_again(run, grader):
     fill(run, 1)
-    first = build_pairs(FREE, run, student=Reviewer({"p0": ["", whole_review()]}), grader=grader)
+    first = write_pairs(FREE, run, student=Reviewer({"p0": ["", whole_review()]}), grader=grader)
     assert first.counts["content"] == 1
     student = Reviewer({"p0": [whole_review(), whole_review()]})
-    second = build_pairs(FREE, run, student=student, grader=grader)
+    second = write_pairs(FREE, run, student=student, grader=grader)
     assert not second.skipped
     assert second.figures["own_reviews"] == {}
-    assert build_pairs(FREE, run, student=None, grader=grader).skipped
+    assert write_pairs(FREE, run, student=None, grader=grader).skipped
 
 
 def test_without_a_student_there_are_only_decision_pairs(run, grader):
     fill(run, 2)
-    report = build_pairs(CONFIG, run, student=None, grader=grader)
+    report = write_pairs(CONFIG, run, student=None, grader=grader)
     assert {p.kind for p in run.read("pairs.jsonl", Pair)} == {"decision"}
     assert report.dropped == {"no_student_review": 2}
     run.path("warmup/adapter").mkdir(parents=True)
     run.path("warmup/adapter/adapter_model.safetensors").write_bytes(b"trained")
     student = Scripted({"p0": [WRONG, WRONG], "p1": [WRONG, WRONG]})
-    assert build_pairs(CONFIG, run, student=student, grader=grader).counts["content"] == 2
+    assert write_pairs(CONFIG, run, student=student, grader=grader).counts["content"] == 2

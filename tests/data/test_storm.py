@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from sclite.data.templates import build_templates, check_template
+from sclite.data.templates import check_template, write_templates
 from sclite.records import Problem, Template
 from sclite.run import Run
 from sclite.settings import load
@@ -59,7 +59,7 @@ def chosen(url, *more):
 
 def build(run, settings, grader, problems=PROBLEMS):
     with Ledger(run.path("ledger.sqlite")) as ledger, Teacher(settings.teacher, ledger) as teacher:
-        report = build_templates(settings, run, teacher=teacher, grader=grader, problems=problems)
+        report = write_templates(settings, run, teacher=teacher, grader=grader, problems=problems)
         return report, ledger.totals()
 
 

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from sclite import prompts, trace
-from sclite.data.templates import build_templates, check_template, find_leak
+from sclite.data.templates import check_template, find_leak, write_templates
 from sclite.errors import DataError, TeacherError, UsageError
 from sclite.records import Drop, Problem, Template
 from sclite.run import Run
@@ -50,7 +50,7 @@ def build(run, url, grader, problems=PROBLEMS, settings=(), **options):
     ]
     chosen = load(None, settings, {})
     with Ledger(run.path("ledger.sqlite")) as ledger, Teacher(chosen.teacher, ledger) as teacher:
-        return build_templates(chosen, run, teacher=teacher, grader=grader, problems=problems, **options)
+        return write_templates(chosen, run, teacher=teacher, grader=grader, problems=problems, **options)
 
 
 # -- one reply -----------------------------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ PROGRAM = """
 import sys
 from sclite.settings import load
 from sclite.grading.worker import Grader
-from sclite.data.templates import build_templates
+from sclite.data.templates import write_templates
 from sclite.records import Problem
 from sclite.run import Run
 from sclite.teacher.client import Teacher
@@ -322,7 +322,7 @@ problems = [Problem(id=f"p{i}", question=f"What is {i} + 1?", answer=str(i + 1),
 settings = load(None, ["teacher.model=openai/replay", f"teacher.api_base={url}", "teacher.concurrency=4"], {})
 with run.lock(), Grader() as grader, Ledger(run.path("ledger.sqlite")) as ledger:
     with Teacher(settings.teacher, ledger) as teacher:
-        build_templates(settings, run, teacher=teacher, grader=grader, problems=problems,
+        write_templates(settings, run, teacher=teacher, grader=grader, problems=problems,
                         progress=lambda done, total, spent: print(done, flush=True))
 """
 

@@ -49,12 +49,12 @@ def built(run) -> Run:
     """A run whose templates are done, with one drop."""
     made = config(run)
     run.replace("problems.jsonl", PROBLEMS)
-    run.write_json(templates.BEGUN, {})
+    run.write_json("templates.begun.json", {})
     run.replace("templates.jsonl", map(template, PROBLEMS[:7]))
     run.replace_drops(["templates"], [Drop(stage="templates", id="p7", reason="no_steps")])
     paid(run, ("templates", 0.25), ("templates", None))
     report = Report("templates", {"problems": 8, "templates": 7}, {"no_steps": 1}, 2.5, 0.25)
-    run.sign("templates", templates.inputs_of(made, [*SIDES[0], *SIDES[1]]), report)
+    run.sign("templates", templates.templates_inputs(made, [*SIDES[0], *SIDES[1]]), report)
     return run
 
 
@@ -68,9 +68,11 @@ def trained(built) -> Run:
         "attempts.jsonl",
         [Attempt(id=p.id, sample=0, trace=TRACE, answer="2", correct=False) for p in SIDES[1]],
     )
-    built.sign("attempts", attempts.inputs_of(made, built, SIDES[1]), Report("attempts", {"wrong": 4}))
+    built.sign("attempts", attempts.attempts_inputs(made, built, SIDES[1]), Report("attempts", {"wrong": 4}))
     built.replace("reviews.jsonl", [Review(id=SIDES[1][0].id, sample=0, step=1, trace=TRACE)])
-    built.sign("corrections", corrections.inputs_of(made, built), Report("corrections", {"corrected": 1}))
+    built.sign(
+        "corrections", corrections.corrections_inputs(made, built), Report("corrections", {"corrected": 1})
+    )
     return built
 
 
@@ -165,7 +167,7 @@ def test_another_adapter_makes_the_attempts_stale(trained):
 
 def test_an_unfinished_file_is_half_way(run):
     run.replace("problems.jsonl", PROBLEMS)
-    run.write_json(templates.BEGUN, {})
+    run.write_json("templates.begun.json", {})
     run.append("templates.jsonl", map(template, PROBLEMS[:3]))
     with open(run.path("templates.jsonl"), "a") as file:
         file.write('{"id":"p')
@@ -188,7 +190,7 @@ def test_replies_without_rows_are_half_way(trained):
 
 
 def test_unanswered_requests_leave_a_stage_half_way(built):
-    inputs = templates.inputs_of(config(built), [*SIDES[0], *SIDES[1]])
+    inputs = templates.templates_inputs(config(built), [*SIDES[0], *SIDES[1]])
     built.sign("templates", {**inputs, "unanswered": 2}, Report("templates", {"templates": 5}))
     stage = read_status(config(built), built)["stages"]["templates"]
     assert (stage["state"], stage["why"]) == ("half_way", ["2 requests without a reply"])
@@ -377,10 +379,14 @@ def test_imported_attempts_need_no_training(built):
     rows = [Attempt(id=p.id, sample=0, trace=TRACE, answer="2", correct=False) for p in PROBLEMS]
     built.replace("attempts.jsonl", rows)
     built.sign(
-        "attempts", attempts.inputs_of(made, built, [*SIDES[0], *SIDES[1]]), Report("attempts", {"wrong": 8})
+        "attempts",
+        attempts.attempts_inputs(made, built, [*SIDES[0], *SIDES[1]]),
+        Report("attempts", {"wrong": 8}),
     )
     assert states(built, named)["attempts"] == "done"
     assert read_status(made, built)["next"].startswith("sclite build-data --only corrections --run")
     built.replace("reviews.jsonl", [Review(id=SIDES[1][0].id, sample=0, step=1, trace=TRACE)])
-    built.sign("corrections", corrections.inputs_of(made, built), Report("corrections", {"corrected": 1}))
+    built.sign(
+        "corrections", corrections.corrections_inputs(made, built), Report("corrections", {"corrected": 1})
+    )
     assert read_status(made, built)["next"].startswith("sclite train")

@@ -236,7 +236,7 @@ def test_finished_or_imported_corrections_cost_nothing(run, capsys):
     assert planned(run)["teacher"]["requests"] == 0
     run.write_json("corrections.begun.json", {})
     assert planned(run)["teacher"]["requests"] == 4  # started, not finished
-    run.sign("corrections", corrections.inputs_of(config(run), run), Report("corrections"))
+    run.sign("corrections", corrections.corrections_inputs(config(run), run), Report("corrections"))
     found = planned(run)
     assert (found["teacher"]["requests"], found["teacher"]["cost_usd"]) == (0, 0.0)
     print_plan_tables(found)
