@@ -180,10 +180,7 @@ def answer(engine, question, *_):
         raise DataError("too long", "shorten it")
     return repl.Answer(question, f"read {len(question.splitlines())} lines: {question!r}", None)
 
-class Engine(Student):
-    scheduler = type("Scheduler", (), {"clear": lambda self: print("cleared", flush=True)})()
-
-repl.check_gguf, repl.Engine, repl._answer = (lambda path: None), (lambda *_, **__: Engine()), answer
+repl.check_gguf, repl.Engine, repl._answer = (lambda path: None), (lambda *_, **__: Student()), answer
 repl.run_chat(Path("x.gguf"), Config(), None, self_correct=False)
 print("left")
 """
@@ -247,7 +244,7 @@ def test_a_session_takes_pastes_and_survives_errors_and_ctrl_c(terminal, leave):
     terminal.send("slow\r")
     terminal.wait("begun")
     terminal.send("\x03")
-    terminal.wait("cleared")
+    terminal.wait("interrupted")
     terminal.wait("\x1b[?2004h")
     terminal.send("half a line\x03")
     terminal.wait("Use Ctrl-D or /bye to exit")

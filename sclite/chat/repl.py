@@ -78,7 +78,6 @@ def run_chat(
             except KeyboardInterrupt:
                 if not interactive:
                     raise
-                engine.scheduler.clear()
                 console.note("interrupted; use Ctrl-D or /bye to exit")
         return answered or interactive
 

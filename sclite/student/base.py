@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from threading import Event
 from typing import Protocol
 
 Messages = tuple[dict[str, str], ...]
@@ -28,7 +29,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """The reply to request number `index`; `text` holds only what is new. `finish` is stop, length or error."""
+    """The reply to request number `index`; `text` holds only what is new. `finish` is stop, length, cancelled or error."""
 
     index: int
     text: str
@@ -81,3 +82,17 @@ class Student(Protocol):
     def score(self, requests: Sequence[ScoreRequest]) -> Iterator[Scores]:
         """Yield the scores of each request, in any order. Endpoints raise NotImplementedError."""
         ...
+
+    def stream(
+        self, ask: Request | ScoreRequest, cancel: Event | None = None
+    ) -> Iterator[str | Reply | Scores]:
+        """Yield the text of a reply as it is written, then the reply; or the scores.
+
+        Setting `cancel` from another thread ends it early, in students that can. The others yield the text at once.
+        """
+        if isinstance(ask, ScoreRequest):
+            yield from self.score([ask])
+            return
+        for reply in self.generate([ask]):
+            yield reply.text
+            yield reply

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sclite.errors import TeacherError, UsageError
-from sclite.student.base import Reply, Request, ScoreRequest, Scores
+from sclite.student.base import Reply, Request, ScoreRequest, Scores, Student
 from sclite.teacher.client import EMPTY_REPLY, Job, Result, Teacher
 
 CUT_OFF = "cut_off"  # the client's name for finish_reason length
@@ -19,7 +19,7 @@ RENAMED = (
 """What the client's messages call the endpoint, and what the configuration calls it."""
 
 
-class Endpoint:
+class Endpoint(Student):
     """`teacher` is a client with the endpoint's model and base URL (`repairs` 0); `stage` labels its ledger rows."""
 
     def __init__(self, teacher: Teacher, stage: str):

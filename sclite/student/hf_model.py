@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from sclite.errors import DataError
 from sclite.signature import digest
-from sclite.student.base import Messages, Reply, Request, ScoreRequest, Scores, tokens_to_compare
+from sclite.student.base import Messages, Reply, Request, ScoreRequest, Scores, Student, tokens_to_compare
 from sclite.student.cuda_memory import free_memory, is_out_of_memory
 from sclite.student.loader import max_positions
 from sclite.student.log_probs import autocast, hidden_states, log_probs_at, pad
@@ -21,7 +21,7 @@ SCORED_TOKENS = 16_384
 """Tokens, padding included, of a forward pass that only reads scores."""
 
 
-class HFModel:
+class HFModel(Student):
     """A transformers model with its tokenizer. Sampling is seeded per batch: `batch_size` requests share one seed."""
 
     def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch_size: int = 64):

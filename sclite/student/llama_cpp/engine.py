@@ -1,11 +1,13 @@
 """A GGUF file in llama.cpp that decodes many sequences at once."""
 
+import codecs
 import ctypes
 import functools
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 
@@ -184,6 +186,7 @@ class Engine:
     def close(self) -> None:
         """Free the model's memory; the engine cannot be used afterwards."""
         if self._context:
+            self.scheduler.close()
             self._api.llama_free(self._context)
         if self._model:
             self._api.llama_model_free(self._model)
@@ -223,27 +226,48 @@ class Engine:
         A prompt that does not fit gives a reply with finish "error" and the reason; a reply that reaches the end of the
         context has finish "length". Sampling depends only on the request's seed.
         """
-        sequences: dict[TokenSequence, int] = {}
-        for index, request in enumerate(requests):
-            ids, _ = self._ids(request.messages, request.pieces)
-            room = self.context - len(ids)
-            if room < 1 or not ids or request.max_tokens < 1:
-                reason = (
-                    f"the prompt has {len(ids)} tokens, the context only {self.context}: use a longer context"
-                )
-                finish = "length" if ids and room > 0 else "error"
-                yield Reply(index, "", 0, len(ids), finish, None if finish == "length" else reason)
-                continue
-            sequences[TokenSequence(ids, request=request, limit=min(request.max_tokens, room))] = index
+        sequences = {self._sequence(request): index for index, request in enumerate(requests)}
         for done in self.scheduler.run(sequences):
-            text = done.text.decode("utf-8", "replace")
-            yield Reply(sequences[done], text, done.generated, len(done.prompt), done.finish, done.error)
+            yield _reply(sequences[done], done)
 
-    def score(self, requests: Sequence[ScoreRequest]) -> Iterator[Scores]:
+    def stream(
+        self, ask: Request | ScoreRequest, cancel: Event | None = None
+    ) -> Iterator[str | Reply | Scores]:
+        """Yield the text of a reply as it is generated, then the reply; or the scores.
+
+        Setting `cancel` from another thread frees the slot before the next token: finish "cancelled", or NaN scores.
+        """
+        if isinstance(ask, ScoreRequest):
+            yield from self.score([ask], cancel)
+            return
+        sequence, sent = self._sequence(ask), 0
+        decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        for _ in self.scheduler.run([sequence], cancel, stream=True):
+            new = bytes(sequence.text[sent:])
+            sent += len(new)
+            if text := decode(new, final=bool(sequence.finish) and sent == len(sequence.text)):
+                yield text
+        yield _reply(0, sequence)
+
+    def _sequence(self, request: Request) -> TokenSequence:
+        """The sequence of a request; finished already if it does not fit."""
+        ids, _ = self._ids(request.messages, request.pieces)
+        room = self.context - len(ids)
+        sequence = TokenSequence(ids, request=request, limit=min(request.max_tokens, room))
+        if not ids or room < 1:
+            sequence.finish = "error"
+            sequence.error = (
+                f"the prompt has {len(ids)} tokens, the context only {self.context}: use a longer context"
+            )
+        elif request.max_tokens < 1:
+            sequence.finish = "length"
+        return sequence
+
+    def score(self, requests: Sequence[ScoreRequest], cancel: Event | None = None) -> Iterator[Scores]:
         """Yield the log-odds of the two options at each mark, from one prefill per request plus the few tokens of each
         option that is not in it.
 
-        A request that does not fit gives NaN at every mark.
+        A request that does not fit, or is cancelled, gives NaN at every mark.
         """
         marks: dict[int, list[tuple[_Option, _Option]]] = {}
         owner: dict[TokenSequence, int] = {}
@@ -256,7 +280,7 @@ class Engine:
                 yield Scores(index, (float("nan"),) * len(request.marks), lengths[index])
             else:
                 owner.update(dict.fromkeys(parts, index))
-        for done in self.scheduler.run(owner):
+        for done in self.scheduler.run(owner, cancel):
             index = owner[done]
             missing[index] -= 1
             if not missing[index]:
@@ -294,6 +318,11 @@ class Engine:
         return np.stack(done.read)
 
 
+def _reply(index: int, sequence: TokenSequence) -> Reply:
+    text = sequence.text.decode("utf-8", "replace")
+    return Reply(index, text, sequence.generated, len(sequence.prompt), sequence.finish, sequence.error)
+
+
 _Option = tuple[TokenSequence, list[tuple[int, int]]]
 """A sequence, and the (position, token) pairs in it whose log-probabilities add up to that of an option."""
 
@@ -311,7 +340,7 @@ def _option(whole: TokenSequence, at: int, tokens: list[int]) -> _Option:
 def _log_prob(option: _Option) -> float:
     """log p of an option, from a finished sequence; NaN if it could not run."""
     sequence, places = option
-    if sequence.error:
+    if sequence.finish != "stop":
         return float("nan")
     order = list(sequence.reads)
     return float(sum(sequence.read[order.index(at)][sequence.reads[at].index(token)] for at, token in places))

@@ -3,13 +3,15 @@
 A sequence is fed from `fed` to the end of its ids; prefill and decoding are the same operation. A finished sequence's
 slot goes to the next one in the queue before the next batch, so a batch is always as full as the queue allows. The cache
 of a slot is kept until its space is needed, and a new sequence with the same prefix copies it instead of computing it.
+Only the scheduler's own thread touches the context: callers wait for events, so Ctrl-C never stops it halfway.
 """
 
 import ctypes
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from threading import RLock
+from queue import Empty, SimpleQueue
+from threading import Event, Thread
 
 import numpy as np
 
@@ -35,6 +37,17 @@ class _Slot:
         return self.sequence.prompt, min(self.sequence.fed, len(self.sequence.prompt))
 
 
+@dataclass(eq=False)
+class _Run:
+    """The sequences of one call, and what has happened to them: (sequence, whether it is finished), or an error."""
+
+    cancel: Event
+    stream: bool
+    left: int
+    dropped: bool = False
+    events: SimpleQueue = field(default_factory=SimpleQueue)
+
+
 class Scheduler:
     """Feeds sequences to one llama.cpp context. Several runs may overlap, also from several threads."""
 
@@ -46,75 +59,148 @@ class Scheduler:
         self.memory = api.llama_get_memory(context)
         self.cells, self.unified, self.shares = cells, unified, shares
         self.slots = [_Slot(number) for number in range(slots)]
-        self.waiting: deque[TokenSequence] = deque()
-        self.active: list[_Slot] = []
+        self.waiting: deque[tuple[TokenSequence, _Run]] = deque()
+        self.active: dict[_Slot, _Run] = {}
         self.steps = self.fed_tokens = self.shared_tokens = self.preempted = 0
-        self._lock = RLock()
         self._seen: tuple[int | None, int] = (None, 0)
         self._build_batch(api.llama_n_batch(context))
+        self._inbox: SimpleQueue[tuple[list[TokenSequence], _Run] | None] = SimpleQueue()
+        self._runs: set[_Run] = set()
+        self._stopped = False
+        self._thread = Thread(target=self._work, name="llama.cpp", daemon=True)
+        self._thread.start()
 
-    def run(self, sequences: Iterable[TokenSequence]) -> Iterator[TokenSequence]:
-        """Yield each sequence as it finishes. Sequences of the newest run go first."""
-        sequences, done = list(sequences), deque()
-        for sequence in sequences:
-            sequence.done = done
-        with self._lock:
-            self.waiting.extendleft(reversed(sequences))
+    def run(
+        self, sequences: Iterable[TokenSequence], cancel: Event | None = None, stream: bool = False
+    ) -> Iterator[TokenSequence]:
+        """Yield each sequence as it finishes, with `stream` also when it has new text. The newest run goes first.
+
+        Closing the iterator, or setting `cancel` from any thread, frees the slots before the next batch; cancelled
+        sequences finish as "cancelled".
+        """
+        sequences = list(sequences)
+        run = _Run(cancel or Event(), stream, len(sequences))
+        self._inbox.put((sequences, run))
+        left = len(sequences)
         try:
-            for _ in sequences:
-                while not done:
-                    with self._lock:
-                        if not done:
-                            self._step()
-                yield done.popleft()
+            while left:
+                if self._stopped:  # it may have missed this run
+                    raise DeviceError("the llama.cpp engine is closed", "load the model again")
+                event = run.events.get()
+                if isinstance(event, Exception):
+                    raise event
+                sequence, finished = event
+                left -= finished
+                yield sequence
         finally:
-            with self._lock:  # drop what is unfinished if the caller stopped early
-                self.waiting = deque(sequence for sequence in self.waiting if sequence.done is not done)
-                for slot in [slot for slot in self.active if slot.sequence.done is done]:
-                    self._release(slot)
+            run.dropped = True
+
+    def close(self) -> None:
+        """Stop after the current batch."""
+        self._inbox.put(None)
+        self._thread.join()
+
+    # -- in the scheduler's thread ---------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        try:
+            while self._receive():
+                if self.waiting or self.active:
+                    self._step()
+        finally:
+            self._stopped = True
+            self._receive(wait=False)
+            self._fail(DeviceError("the llama.cpp engine stopped", "load the model again"))
+
+    def _receive(self, wait: bool = True) -> bool:
+        """Take new runs, waiting for one if there is nothing to do, and drop cancelled ones. False: close."""
+        wait = wait and not (self.waiting or self.active)
+        while True:
+            try:
+                new = self._inbox.get(block=wait)
+            except Empty:
+                break
+            if new is None:
+                return False
+            sequences, run = new
+            wait = False
+            self._runs.add(run)
+            self.waiting.extendleft((sequence, run) for sequence in reversed(sequences))
+        for run in [run for run in self._runs if run.dropped or run.cancel.is_set()]:
+            stopped = [sequence for sequence, owner in self.waiting if owner is run]
+            self.waiting = deque(entry for entry in self.waiting if entry[1] is not run)
+            for slot in [slot for slot, owner in self.active.items() if owner is run]:
+                stopped.append(slot.sequence)
+                self._release(slot)
+            for sequence in stopped:
+                sequence.finish = sequence.finish or "cancelled"
+                self._report(sequence, run)
+            self._runs.discard(run)
+        return True
+
+    def _report(self, sequence: TokenSequence, run: _Run) -> None:
+        run.events.put((sequence, True))
+        run.left -= 1
+        if not run.left:
+            self._runs.discard(run)
+
+    def _fail(self, error: DeviceError) -> None:
+        """End every run with an error, and clear the cache."""
+        for run in self._runs:
+            run.events.put(error)
+        self._runs.clear()
+        self.waiting.clear()
+        for slot in list(self.active):
+            self._release(slot)
+        for slot in self.slots:
+            slot.kept = slot.kept[:0]
+        self.api.llama_memory_clear(self.memory, True)
 
     def _step(self) -> None:
         self._admit()
         spans = self._fill()
+        if not spans:
+            return
         code = self.api.llama_decode(self.context, self.batch)
         if code == 1:
             self._make_room()
             return
         if code != 0:
-            self.clear()
-            raise DeviceError(
-                f"llama.cpp could not compute a batch of {self.batch.n_tokens} tokens (code {code})",
-                "use fewer parallel sequences, a shorter context, or fewer GPU layers",
+            self._fail(
+                DeviceError(
+                    f"llama.cpp could not compute a batch of {self.batch.n_tokens} tokens (code {code})",
+                    "use fewer parallel sequences, a shorter context, or fewer GPU layers",
+                )
             )
+            return
         self.steps += 1
         self.fed_tokens += self.batch.n_tokens
         self._read(spans)
 
-    def _read(self, spans: list) -> None:
+    def _read(self, spans: list[tuple[_Slot, int, list[int]]]) -> None:
         """Pass the logits of the last batch to their sequences, and free the slots of finished ones."""
         total = sum(len(positions) for _, _, positions in spans)
         if total:
-            rows = self._logits(total)
+            pointer = self.api.llama_get_logits(self.context)
+            place = ctypes.cast(pointer, ctypes.c_void_p).value
+            if (place, total) != self._seen:  # their address rarely changes, and making the array takes long
+                self._seen = place, total
+                self._rows = np.ctypeslib.as_array(pointer, (total, self.vocabulary.size))
+            rows = self._rows
             best = rows.argmax(axis=1)
         row = 0
         for slot, stop, positions in spans:
-            sequence = slot.sequence
+            sequence, run = slot.sequence, self.active[slot]
             sequence.fed = stop
             if positions:
                 end = row + len(positions)
                 sequence.take(positions, rows[row:end], best[row:end], self.vocabulary)
                 row = end
                 if sequence.finish:
-                    self._finish(slot)
-
-    def _logits(self, count: int) -> np.ndarray:
-        """The logits of the last batch, [count, vocabulary]. Their address rarely changes, so the array is cached."""
-        pointer = self.api.llama_get_logits(self.context)
-        place = ctypes.cast(pointer, ctypes.c_void_p).value
-        if (place, count) != self._seen:
-            self._seen = place, count
-            self._rows = np.ctypeslib.as_array(pointer, (count, self.vocabulary.size))
-        return self._rows
+                    self._release(slot)
+                    self._report(sequence, run)
+                elif run.stream:
+                    run.events.put((sequence, False))
 
     # -- slots
 
@@ -122,7 +208,11 @@ class Scheduler:
         """Put waiting sequences into free slots, as far as the cache has room."""
         free = [slot for slot in self.slots if slot.sequence is None]
         while self.waiting and free:
-            sequence = self.waiting[0]
+            sequence, run = self.waiting[0]
+            if sequence.finish:  # it could not even start
+                self.waiting.popleft()
+                self._report(sequence, run)
+                continue
             source, common, ready = self._longest_prefix(sequence)
             if common - ready >= WORTH_SHARING:
                 return  # the prefix is being computed now: after this batch it can be copied
@@ -131,12 +221,14 @@ class Scheduler:
             if self.unified and self.active and needed > self.cells:
                 return
             self.waiting.popleft()
-            slot = source if source in free else min(free, key=lambda s: (len(s.kept) > 0, s.freed_at))
+            slot = min(free, key=lambda s: (len(s.kept) > 0, s.freed_at))
+            if source in free and (len(slot.kept) or ready == len(source.kept)):
+                slot = source  # else the source's own end stays in the cache, such as the solution that is reviewed
             free.remove(slot)
             self._copy_prefix(source, slot, ready)
             slot.sequence, sequence.fed, sequence.shared = sequence, ready, ready
             self.shared_tokens += ready
-            self.active.append(slot)
+            self.active[slot] = run
 
     def _longest_prefix(self, sequence: TokenSequence) -> tuple[_Slot | None, int, int]:
         """The slot that shares the longest prefix with the sequence; its length; how much of it is in the cache."""
@@ -168,48 +260,31 @@ class Scheduler:
         if count:
             self.api.llama_memory_seq_rm(self.memory, slot.number, count, -1)
 
-    def _finish(self, slot: _Slot) -> None:
-        sequence = slot.sequence
-        self._release(slot)
-        sequence.done.append(sequence)
-
     def _release(self, slot: _Slot) -> None:
         sequence = slot.sequence
         slot.kept = np.array(sequence.ids[: sequence.fed], dtype=np.int32)
         slot.sequence, slot.freed_at = None, self.steps
-        self.active.remove(slot)
-
-    def _forget(self, slot: _Slot) -> None:
-        self.api.llama_memory_seq_rm(self.memory, slot.number, -1, -1)
-        slot.kept = slot.kept[:0]
+        del self.active[slot]
 
     def _make_room(self) -> None:
         """The unified cache is full: clear the idle slots, or else put the newest sequence back into the queue."""
-        idle = [slot for slot in self.slots if slot.sequence is None and len(slot.kept)]
-        for slot in idle:
-            self._forget(slot)
-        if idle:
-            return
-        slot = self.active[-1]
-        sequence = slot.sequence
-        if len(self.active) == 1:
-            sequence.finish = "error"
-            sequence.error = f"the cache of {self.cells} tokens is too small for this request"
-            self._finish(slot)
-        else:
+        cleared = [slot for slot in self.slots if slot.sequence is None and len(slot.kept)]
+        if not cleared:
+            slot, run = list(self.active.items())[-1]
+            sequence = slot.sequence
+            alone = len(self.active) == 1
             self._release(slot)
-            self.preempted += 1
-            sequence.read.clear()
-            self.waiting.appendleft(sequence)
-        self._forget(slot)
-
-    def clear(self) -> None:
-        """Clear the cache; every active sequence ends with an error."""
-        self.api.llama_memory_clear(self.memory, True)
-        for slot in list(self.active):
-            slot.sequence.finish, slot.sequence.error = "error", "llama.cpp could not compute the batch"
-            self._finish(slot)
-        for slot in self.slots:
+            if alone:
+                sequence.finish = "error"
+                sequence.error = f"the cache of {self.cells} tokens is too small for this request"
+                self._report(sequence, run)
+            else:
+                self.preempted += 1
+                sequence.read.clear()
+                self.waiting.appendleft((sequence, run))
+            cleared = [slot]
+        for slot in cleared:
+            self.api.llama_memory_seq_rm(self.memory, slot.number, -1, -1)
             slot.kept = slot.kept[:0]
 
     # -- the batch

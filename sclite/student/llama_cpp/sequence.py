@@ -1,6 +1,5 @@
 """One sequence of tokens: which logits are read, how tokens are sampled, when it ends."""
 
-from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,7 +28,6 @@ class TokenSequence:
     prompt: np.ndarray = field(init=False)
     fed: int = field(default=0, init=False)
     shared: int = field(default=0, init=False)
-    done: deque = field(default_factory=deque, init=False)
 
     def __post_init__(self):
         self.prompt = np.array(self.ids, dtype=np.int32)
@@ -74,13 +72,14 @@ class TokenSequence:
             self.finish = "stop"
             return
         piece = vocabulary.piece(token)
-        self.text += piece
         for stop in self._stops:
-            at = self.text.find(stop, max(0, len(self.text) - len(piece) - len(stop) + 1))
+            tail = self.text[max(0, len(self.text) - len(stop) + 1) :] if len(stop) > 1 else b""
+            at = (tail + piece).find(stop)
             if at >= 0:
-                del self.text[at + len(stop) :]
+                self.text += piece[: at + len(stop) - len(tail)]
                 self.finish = "stop"
                 return
+        self.text += piece  # complete at once: another thread may be reading it
         if self.generated >= self.limit:
             self.finish = "length"
 

@@ -2,11 +2,12 @@
 
 import random
 import threading
+import time
 
 import numpy as np
 import pytest
 
-from sclite.errors import DataError, UsageError
+from sclite.errors import DataError, DeviceError, UsageError
 from sclite.student.base import Request, ScoreRequest
 from sclite.student.chat_template import merge_system, render_chat
 from sclite.student.hf_model import HFModel
@@ -355,14 +356,110 @@ def test_threads_share_one_engine(engine):
     assert [found[index] for index in range(6)] == alone
 
 
+def wait_until(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
 def test_abandoned_run_frees_its_slots(engine):
     requests = [Request(chat(q), max_tokens=30) for q in questions(9)]
     run = engine.generate(requests)
     next(run)
     run.close()
-    assert not engine.scheduler.active
-    assert not engine.scheduler.waiting
+    wait_until(lambda: not engine.scheduler.active and not engine.scheduler.waiting)
     assert len(list(engine.generate(requests))) == 9
+
+
+# -- streaming -----------------------------------------------------------------------------------------------------
+
+
+def test_streamed_text_comes_in_pieces_and_adds_up_to_the_reply(engine):
+    request = Request(chat("1 + 1?"), max_tokens=40)
+    (whole,) = engine.generate([request])
+    *pieces, reply = engine.stream(request)
+    assert reply == whole
+    assert "".join(pieces) == whole.text
+    stop = whole.text[9:13]
+    *pieces, reply = engine.stream(Request(chat("1 + 1?"), max_tokens=40, stop=(stop,)))
+    assert "".join(pieces) == reply.text == whole.text[: whole.text.index(stop) + len(stop)]
+
+
+def test_first_text_comes_before_the_reply_is_finished(gguf, monkeypatch):
+    with Engine(gguf, parallel=1, context=1024) as engine:
+        seen, step = threading.Event(), engine.scheduler._step
+
+        def wait_for_the_reader():
+            if engine.scheduler.steps == 10:
+                assert seen.wait(60)
+            step()
+
+        monkeypatch.setattr(engine.scheduler, "_step", wait_for_the_reader)
+        pieces = []
+        for piece in engine.stream(Request(chat("1 + 1?"), max_tokens=30)):
+            pieces.append(piece)
+            seen.set()
+        assert len(pieces) > 2
+
+
+def test_streamed_scores_and_oversized_prompts(engine):
+    ask = ScoreRequest(chat("2 + 2?"), PIECES, (0,), (OPTIONS,))
+    assert list(engine.stream(ask)) == list(engine.score([ask]))
+    (reply,) = engine.stream(Request(chat("word " * 2000)))
+    assert reply.finish == "error"
+
+
+def test_cancelling_from_another_thread_frees_the_slot_and_keeps_the_text(gguf):
+    with Engine(gguf, parallel=1, context=1024) as engine:
+        cancel, seen = threading.Event(), []
+        ask = Request(chat("1 + 1?"), max_tokens=900, temperature=0.5)
+
+        def read():
+            seen.extend(engine.stream(ask, cancel))
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        wait_until(lambda: seen)
+        cancel.set()
+        (other,) = engine.generate([Request(chat("3 + 4?"), max_tokens=5)])
+        thread.join()
+        *pieces, reply = seen
+        assert reply.finish == "cancelled"
+        assert 0 < reply.tokens < 900
+        assert "".join(pieces) == reply.text
+        assert other.tokens == 5
+        (scores,) = engine.score([ScoreRequest(chat("2 + 2?"), PIECES, (0,), (OPTIONS,))], cancel)
+        assert np.isnan(scores.log_odds).all()
+
+
+def test_solution_stays_in_the_cache_while_it_is_reviewed(gguf):
+    solve, review = chat("1 + 1?", "Solve in steps. " * 9), chat("1 + 1? Check it.", "Solve in steps. " * 9)
+    with Engine(gguf, parallel=2, context=1024) as engine:
+        (first,) = engine.generate([Request(solve, max_tokens=30)])
+        list(engine.score([ScoreRequest(review, PIECES, (0,), (OPTIONS,))]))
+        before = engine.scheduler.shared_tokens
+        list(engine.generate([Request(solve, (first.text[:20],), max_tokens=3)]))
+        assert engine.scheduler.shared_tokens - before >= first.prompt_tokens
+
+
+def test_engine_that_is_closed_ends_its_runs(gguf):
+    engine = Engine(gguf, parallel=1, context=512)
+    text = engine.stream(Request(chat("1 + 1?"), max_tokens=400))
+    next(text)
+    engine.close()
+    with pytest.raises(DeviceError, match="engine"):
+        list(text)
+
+
+def test_batch_that_cannot_be_computed_ends_its_runs_only(gguf, monkeypatch):
+    with Engine(gguf, parallel=2, context=512) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.scheduler.api, "llama_decode", lambda *_: -3)
+            with pytest.raises(DeviceError, match="code -3"):
+                list(engine.generate([Request(chat("1 + 1?"), max_tokens=5)]))
+        (reply,) = engine.generate([Request(chat("1 + 1?"), max_tokens=5)])
+        assert reply.tokens == 5
 
 
 def test_invalid_gguf_is_rejected_with_a_hint(tmp_path, gguf):
