@@ -14,6 +14,24 @@ from sclite.errors import DATA, FAILED, UsageError
 from sclite.options import Common, ConfigOption, JsonOption, common_options, hold_run
 
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Retrain if the inputs of a model have changed.")]
+GpuOption = Annotated[
+    int | None,
+    typer.Option(
+        "--gpu", metavar="N", min=0, help="The CUDA GPU to use (default: the first, or the CPU if none)."
+    ),
+]
+ProblemsArgument = Annotated[
+    str | None, typer.Argument(metavar="PROBLEMS", help="A file or a Hub ID (default: problems.source).")
+]
+LimitOption = Annotated[
+    int | None,
+    typer.Option("--limit", metavar="N", min=1, help="Use only the first N problems (default: all)."),
+]
+MaxCostOption = Annotated[
+    float | None,
+    typer.Option("--max-cost", metavar="USD", min=0, help="Spending limit for the whole run."),
+]
+YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask to confirm the cost.")]
 
 app = typer.Typer(
     name="sclite",
@@ -123,25 +141,16 @@ def doctor(json: JsonOption = False) -> None:
 @app.command("build-data")
 @common_options
 def build_data(
-    problems: Annotated[
-        str | None,
-        typer.Argument(metavar="PROBLEMS", help="A file or a Hub ID (default: problems.source)."),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option("--limit", metavar="N", min=1, help="Use only the first N problems (default: all)."),
-    ] = None,
+    problems: ProblemsArgument = None,
+    limit: LimitOption = None,
     only: Annotated[
         str | None, typer.Option("--only", metavar="PART", help="Build only templates or corrections.")
     ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Discard replies to another teacher model or prompt.")
     ] = False,
-    max_cost: Annotated[
-        float | None,
-        typer.Option("--max-cost", metavar="USD", min=0, help="Spending limit for the whole run."),
-    ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask to confirm the cost.")] = False,
+    max_cost: MaxCostOption = None,
+    yes: YesOption = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the first request and the cost; send nothing.")
     ] = False,
@@ -183,12 +192,7 @@ def build_data(
 @app.command()
 @common_options
 def train(
-    gpu: Annotated[
-        int | None,
-        typer.Option(
-            "--gpu", metavar="N", min=0, help="The CUDA GPU to use (default: the first, or the CPU if none)."
-        ),
-    ] = None,
+    gpu: GpuOption = None,
     only: Annotated[str | None, typer.Option("--only", metavar="STAGE", help="Run only sft or dpo.")] = None,
     fresh: FreshOption = False,
     plan: Annotated[
@@ -211,6 +215,40 @@ def train(
     with hold_run(context.run, context.config):
         pipeline.train(context, only, fresh)
     summaries.print_train(context, only, common.json)
+
+
+@app.command()
+@common_options
+def run(
+    problems: ProblemsArgument = None,
+    limit: LimitOption = None,
+    gpu: GpuOption = None,
+    fresh: FreshOption = False,
+    max_cost: MaxCostOption = None,
+    yes: YesOption = False,
+    *,
+    common: Common,
+) -> None:
+    """Build data, train, export and evaluate.
+
+    Shows the plan first. Evaluates only if eval.source is set. Re-run to resume.
+    """
+    from sclite import pipeline
+    from sclite.inspect import summaries
+    from sclite.student.loader import model_name, select_gpu
+
+    context = common.context(
+        {"problems.source": problems, "problems.limit": limit, "teacher.max_cost": max_cost}
+    )
+    model_name(context.config.student)
+    pipeline.check_sources(context)
+    select_gpu(gpu)
+    pipeline.report_plan(context)
+    context.ask_before_paying = not yes
+    with hold_run(context.run, context.config):
+        pipeline.read_problems(context, reread=True)
+        summary = pipeline.run_all(context, fresh)
+    summaries.print_train(context, None, common.json, summary)
 
 
 @app.command()
@@ -283,7 +321,7 @@ def evaluate(
     common: Common,
 ) -> None:
     """Measure accuracy before and after self-correction."""
-    from sclite import evaluation, pipeline
+    from sclite import pipeline
     from sclite.evaluate import table
 
     context = common.context({"eval.source": problems, "eval.limit": limit})
@@ -298,16 +336,14 @@ def evaluate(
             f"invalid value for --models: {','.join(unknown)}", f"use any of {', '.join(pipeline.STUDENTS)}"
         )
     with context.run.lock():
-        held_out, fitting, dropped = evaluation.held_out(context)
-        pipeline.export(context, names)
-        folder, dataset = evaluation.result_folder(context)
-        named = {"folder": folder, "dataset": dataset, "source": context.config.eval.source}
-        summary = evaluation.evaluate(context, names, held_out, fitting, dropped=dropped, **named)
+        summary = pipeline.evaluate_students(context, names)
     if common.json:
         console.print_json(summary)
         return
     table.print_results(summary)
-    console.print(f"Report: {console.escape(str(context.run.path(folder) / 'report.html'))}", wrap=False)
+    console.print(
+        f"Report: {console.escape(str(context.run.path(summary['folder']) / 'report.html'))}", wrap=False
+    )
 
 
 @app.command()

@@ -7,6 +7,7 @@ out of GPU memory resumes from its last checkpoint with half the micro-batch siz
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -264,7 +265,10 @@ def build_pairs(context: Context) -> Report:
 
 
 def train(context: Context, only: str | None = None, fresh: bool = False) -> list[Report]:
-    """SFT and stage 2, or one of them (`only` sft or dpo). `fresh` retrains stages that were trained from other inputs."""
+    """SFT, stage 2 and the export, or one of the first two (`only` sft or dpo; the export follows dpo).
+
+    `fresh` retrains stages that were trained from other inputs.
+    """
     if only not in (None, "sft", "dpo"):
         raise UsageError(f"--only {only}: no such stage", "use --only sft or --only dpo")
     data = {name: context.run.path(f"{name}.jsonl").is_file() for name in ("templates", "reviews", "pairs")}
@@ -285,6 +289,7 @@ def train(context: Context, only: str | None = None, fresh: bool = False) -> lis
         train_stage(context, "warmup", fresh)
         build_pairs(context)
         train_stage(context, "dpo", fresh)
+        export(context)
     return context.reports
 
 
@@ -388,6 +393,28 @@ def plan_training(context: Context) -> dict[str, Any]:
     )
 
 
+def report_plan(context: Context) -> None:
+    """Print what a whole run will cost, take and need. Writes and sends nothing.
+
+    Raises DeviceError if a training stage does not fit in GPU memory.
+    """
+    config, display = context.config, context.display
+    plan = plan_training(context)
+    if misfits := [name for name, stage in plan["stages"].items() if stage["fits"] is False]:
+        raise DeviceError(
+            f"{', '.join(misfits)} will not fit in GPU memory",
+            "`sclite train --plan` shows settings that fit",
+        )
+    if not context.run.is_imported("templates", "templates.jsonl"):
+        found = forecast_templates(replace(context, dry=True, display=ProgressDisplay(quiet=True)))
+        cost = "unknown cost" if found["cost_usd"] is None else f"about ${found['cost_usd']:.2f}"
+        display.print(f"plan: {found['requests']:,} templates by {config.teacher.model}, {cost}")
+    needs = ", ".join(f"{name} {stage['total_gb']:.1f} GB" for name, stage in plan["stages"].items())
+    where = "host RAM" if plan["gpu"] is None else f"of {plan['gpu']['free_gb']:.0f} GB GPU memory"
+    hours = "unknown until the first steps" if plan["hours"] is None else f"about {plan['hours']:.1f} h"
+    display.print(f"plan: training needs {needs} ({where}); time {hours}")
+
+
 # -- export --------------------------------------------------------------------------------------------------------
 
 
@@ -429,6 +456,29 @@ def export(context: Context, names: Sequence[str] = ()) -> list[Report]:
     sizes = ", ".join(f"{report.figures['megabytes']:g} MB" for report in made)
     context.display.done("export", f"export: {len(made)} GGUF ({sizes})", all(r.skipped for r in made))
     return made
+
+
+def evaluate_students(context: Context, names: Sequence[str]) -> dict[str, Any]:
+    """Accuracy of the named students on eval.source, before and after review: the summary of the evaluation."""
+    from sclite import evaluation
+
+    held_out, fitting, dropped = evaluation.held_out(context)
+    export(context, names)
+    folder, dataset = evaluation.result_folder(context)
+    named = {"folder": folder, "dataset": dataset, "source": context.config.eval.source}
+    return evaluation.evaluate(context, names, held_out, fitting, dropped=dropped, **named)
+
+
+def run_all(context: Context, fresh: bool = False) -> dict[str, Any] | None:
+    """Data, training, export and, if eval.source is set, the evaluation, whose summary is returned.
+
+    `fresh` retrains stages that were trained from other inputs.
+    """
+    build_templates(context, fresh)
+    train(context, fresh=fresh)
+    if not context.config.eval.source:
+        return None
+    return evaluate_students(context, available(context))
 
 
 def export_lora(context: Context) -> Path:

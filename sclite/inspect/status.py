@@ -280,7 +280,7 @@ def _command(config: Config, name: str | None, stages: Mapping[str, Stage]) -> t
         reviews = config.review.mode == "free" or config.review.threshold is not None
         fitted = reviews or stages[EVAL].counts.get("thresholds")
         return ["sclite", "chat", *(["--self-correct"] if fitted else [])], []
-    if config.teacher.embedded:
+    if config.teacher.embedded and not config.problems.source:
         return ["sclite", "quickstart"], []
     teacher = [] if config.teacher.model else ["teacher.model"]
     if name in ("problems", "templates"):
@@ -296,7 +296,7 @@ def _command(config: Config, name: str | None, stages: Mapping[str, Stage]) -> t
         corrected = stages["corrections"].state == DONE or stages["pairs"].state == DONE
         fresh = ["--fresh"] if retrained else []
         return ["sclite", "train", *fresh], [*student, *([] if corrected else teacher)]
-    return ["sclite", "eval" if name == EVAL else "export"], []
+    return ["sclite", {EVAL: "eval", "export": "train"}.get(name, "export")], []
 
 
 def _corrects_others(config: Config, stages: Mapping[str, Stage]) -> bool:

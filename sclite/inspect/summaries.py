@@ -74,13 +74,23 @@ def data_totals(reports: Sequence[Report]) -> dict[str, Any]:
     }
 
 
-def print_train(context: "Context", only: str | None, json: bool) -> None:
-    """Print where the adapter is, and the next command."""
+def print_train(
+    context: "Context", only: str | None, json: bool, evaluation: Mapping[str, Any] | None = None
+) -> None:
+    """Print the results of the evaluation, if there was one, where the model is, and the next command."""
+    reports = {report.stage: report for report in context.reports}
     if json:
-        console.print_json({report.stage: report.as_dict() for report in context.reports})
+        found = {stage: report.as_dict() for stage, report in reports.items()}
+        console.print_json(found if evaluation is None else {**found, "eval": evaluation})
         return
-    adapter = context.run.path("sft/adapter" if only == "sft" else "dpo/adapter")
-    console.print(f"Adapter: {console.escape(str(adapter))}")
+    if evaluation is not None:
+        from sclite.evaluate.table import print_results
+
+        print_results(evaluation)
+        report = context.run.path(evaluation["folder"]) / "report.html"
+        console.print(f"Report: {console.escape(str(report))}", wrap=False)
+    elif only == "sft":
+        console.print(f"Adapter: {console.escape(str(context.run.path('sft/adapter')))}")
     _print_next(context)
 
 
