@@ -1,16 +1,19 @@
 """Self-correction: guided review (score every step, correct the first above the threshold), and free review.
 
-METHOD section 5. Both review many problems together, because a student answers many requests at once. Neither ever
-sees a gold answer.
+METHOD section 5. Each is a script for one attempt: it yields what to ask the student, is sent the reply, and yields events
+on the way. `run_together` runs many scripts at once, because a student answers many requests at once; `stream` runs one
+and shows what happens. Neither review ever sees a gold answer.
 """
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from threading import Event as Flag
+from typing import TypeVar
 
 from sclite import prompts
-from sclite.student.base import Reply, Request, ScoreRequest, Student
+from sclite.student.base import Reply, Request, ScoreRequest, Scores, Student
 from sclite.trace import (
     CAUSE,
     OTHER_TAGS,
@@ -68,6 +71,96 @@ class ReviewSettings:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Writing:
+    """The student begins to write a solution, a correction, a continuation or a (free) review."""
+
+    part: str
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The log-odds (nats) of an error of each step (empty: too long to review), and the accused step."""
+
+    scores: tuple[float, ...]
+    accused: int | None
+
+
+@dataclass(frozen=True)
+class Corrected:
+    """The student's correction of a step."""
+
+    step: int
+    cause: str
+    correction: str
+
+
+Ask = Request | ScoreRequest
+Event = Writing | Scored | Corrected
+T = TypeVar("T")
+Script = Generator[Ask | Event, Reply | Scores | None, T]
+"""Asks the student and yields events; is sent the reply (None after an event, or if there is no reply)."""
+
+
+def run_together(
+    student: Student, scripts: Sequence[Script[T]], progress: Callable[[int, int], None] | None = None
+) -> list[T]:
+    """Run scripts side by side: what they ask at the same time is one batch. `progress` counts the replies of a batch."""
+    results: dict[int, T] = {}
+    answers: dict[int, Reply | Scores | None] = dict.fromkeys(range(len(scripts)))
+    while answers:
+        asked: dict[int, Ask] = {}
+        for i, answer in answers.items():
+            try:
+                ask = scripts[i].send(answer)
+                while not isinstance(ask, Ask):
+                    ask = next(scripts[i])
+                asked[i] = ask
+            except StopIteration as end:
+                results[i] = end.value
+        answers = dict.fromkeys(asked)
+        scored = {i: ask for i, ask in asked.items() if isinstance(ask, ScoreRequest)}
+        written = {i: ask for i, ask in asked.items() if isinstance(ask, Request)}
+        if scored:
+            owners = list(scored)
+            answers |= {owners[found.index]: found for found in student.score(list(scored.values()))}
+        if written:
+            owners = list(written)
+            for done, reply in enumerate(student.generate(list(written.values())), 1):
+                answers[owners[reply.index]] = reply
+                if progress is not None:
+                    progress(done, len(written))
+    return [results[i] for i in range(len(scripts))]
+
+
+def stream(student: Student, script: Script[T], cancel: Flag | None = None) -> Iterator[str | Event | T]:
+    """Run one script: yields its events, the text that the student writes as it is written, and at last the result.
+
+    Setting `cancel` from another thread ends it early, without a result.
+    """
+    answer: Reply | Scores | None = None
+    while True:
+        try:
+            ask = script.send(answer)
+        except StopIteration as end:
+            yield end.value
+            return
+        answer = None
+        if not isinstance(ask, Ask):
+            yield ask
+            continue
+        for found in student.stream(ask, cancel):
+            if isinstance(found, str):
+                yield found
+            else:
+                answer = found
+        if cancel is not None and cancel.is_set():
+            return
+
+
+# -- guided ------------------------------------------------------------------------------------------------------------
+
+
 def score_request(question: str, trace: Trace, folder: str = "") -> ScoreRequest:
     """Request the log-odds of an error after each step of an attempt, in a single prefill."""
     pieces = tuple(step_pieces(trace.steps))
@@ -84,9 +177,14 @@ def score_traces(
     scored = [i for i, trace in enumerate(traces) if trace.steps]
     requests = [score_request(questions[i], traces[i], folder) for i in scored]
     for scores in student.score(requests):
-        if not any(math.isnan(value) for value in scores.log_odds):  # NaN: the review exceeds the context
-            odds[scored[scores.index]] = scores.log_odds
+        odds[scored[scores.index]] = _readable(scores)
     return odds
+
+
+def _readable(scores: Reply | Scores | None) -> tuple[float, ...]:
+    """The log-odds; empty if they are NaN, because the review exceeds the context."""
+    odds = scores.log_odds if isinstance(scores, Scores) else ()
+    return () if any(map(math.isnan, odds)) else odds
 
 
 def correction_request(
@@ -122,7 +220,8 @@ def same_result(step: str, correction: str) -> bool:
 
 def _arithmetic_result(text: str) -> str | None:
     left, equals, right = text.rpartition("=")
-    numbers = _NUMBERS.search(left)[0].lstrip(" ,.:$")
+    found = _NUMBERS.search(left)
+    numbers = found[0].lstrip(" ,.:$") if found else ""
     right = right.strip().rstrip(".").rstrip()
     return right if equals and _BEGINS.match(numbers) and _BEGINS.match(right) else None
 
@@ -145,93 +244,108 @@ def join_continuation(trace: Trace, step: int, correction: str, text: str) -> Tr
     return parse("".join(step_pieces(kept)) + text).trace
 
 
-def _generate(
-    student: Student, requests: list[Request], progress: Callable[[int, int], None] | None = None
-) -> list[Reply | None]:
-    """The reply to each request, in order; None if it is missing."""
-    replies: list[Reply | None] = [None] * len(requests)
-    for done, reply in enumerate(student.generate(requests), 1):
-        replies[reply.index] = reply
-        if progress is not None:
-            progress(done, len(requests))
-    return replies
+def guided(question: str, attempt: str, settings: ReviewSettings) -> Script[Reviewed]:
+    """Guided review of an attempt, in at most `settings.rounds` rounds; METHOD section 5."""
+    trace = work_of(attempt)
+    result = Reviewed(attempt, note="" if trace.steps else "no steps to review")
+    for round_number in range(settings.rounds if trace.steps else 0):
+        odds = _readable((yield score_request(question, trace, settings.prompt_folder)))
+        if round_number == 0:
+            result = replace(result, scores=odds, note="" if odds else "too long to review")
+        step = next((n for n, value in enumerate(odds, 1) if value > settings.threshold), None)
+        yield Scored(odds, step)
+        if step is None:
+            break
+        outcome = yield from correct_step(question, trace, step, settings)
+        tokens = result.tokens + outcome.tokens
+        if not outcome.changed:  # keep the text of the round before
+            return replace(result, tokens=tokens, note=outcome.note)
+        trace = work_of(outcome.text)
+        result = replace(outcome, scores=result.scores, tokens=tokens)
+    return result
+
+
+def correct_step(
+    question: str, trace: Trace, step: int, settings: ReviewSettings, sample: int = 0
+) -> Script[Reviewed]:
+    """Correct a step and solve on from there.
+
+    `accused` is None in a result whose cause, correction or answer could not be read; `note` says which. If the
+    correction comes to the same result as the step, the attempt is kept, and `note` is SAME_RESULT.
+    """
+    yield Writing("correction")
+    reply = yield correction_request(question, trace, step, settings, sample)
+    result = Reviewed(render(trace), tokens=_tokens(reply), note=UNREADABLE)
+    parts = read_correction(_text(reply) or "")
+    if parts is None:
+        return result
+    cause, correction = parts
+    yield Corrected(step, cause, correction)
+    if same_result(trace.steps[step - 1].text, correction):
+        return Reviewed(result.text, (), step, cause, correction, result.tokens, SAME_RESULT)
+    yield Writing("continuation")
+    reply = yield continuation_request(question, trace, step, correction, settings)
+    text = _text(reply)
+    if text is None:
+        return result
+    solved = join_continuation(trace, step, correction, text)
+    tokens = result.tokens + _tokens(reply)
+    if solved.answer is None:
+        return replace(result, tokens=tokens, note="no answer after the correction")
+    return Reviewed(render(solved), (), step, cause, correction, tokens)
+
+
+def _text(reply: Reply | Scores | None) -> str | None:
+    """The text of a reply; None if it failed or is missing."""
+    return reply.text if isinstance(reply, Reply) and reply.finish != "error" else None
+
+
+def _tokens(reply: Reply | Scores | None) -> int:
+    return reply.tokens if isinstance(reply, Reply) else 0
 
 
 def review_guided(
     student: Student, questions: Sequence[str], attempts: Sequence[str], settings: ReviewSettings
 ) -> list[Reviewed]:
-    """Guided review of each attempt, in at most `settings.rounds` rounds; METHOD section 5."""
-    traces = [work_of(text) for text in attempts]
-    results = [
-        Reviewed(text, note="" if trace.steps else "no steps to review")
-        for text, trace in zip(attempts, traces, strict=True)
-    ]
-    active = [i for i, trace in enumerate(traces) if trace.steps]
-    for round_number in range(settings.rounds):
-        if not active:
-            break
-        odds = score_traces(
-            student, [questions[i] for i in active], [traces[i] for i in active], settings.prompt_folder
-        )
-        accused = []
-        for i, values in zip(active, odds, strict=True):
-            if round_number == 0:
-                note = "" if values else "too long to review"
-                results[i] = replace(results[i], scores=values, note=note)
-            step = next((n for n, value in enumerate(values, 1) if value > settings.threshold), None)
-            if step is not None:
-                accused.append((i, step))
-        outcomes = correct_steps(student, [(questions[i], traces[i], step) for i, step in accused], settings)
-        active = []
-        for (i, _), outcome in zip(accused, outcomes, strict=True):
-            tokens = results[i].tokens + outcome.tokens
-            if outcome.changed:
-                traces[i] = work_of(outcome.text)
-                results[i] = replace(outcome, scores=results[i].scores, tokens=tokens)
-                active.append(i)
-            else:  # keep the text of the round before
-                results[i] = replace(results[i], tokens=tokens, note=outcome.note)
-    return results
+    """Guided review of each attempt."""
+    columns = zip(questions, attempts, strict=True)
+    return run_together(student, [guided(question, attempt, settings) for question, attempt in columns])
 
 
 def correct_steps(
     student: Student, cases: Iterable[tuple[str, Trace, int]], settings: ReviewSettings
 ) -> list[Reviewed]:
-    """Correct the given step of each (question, trace, step) and solve on from there.
+    """Correct the given step of each (question, trace, step); each case is a sample with a seed of its own."""
+    return run_together(student, [correct_step(*case, settings, n) for n, case in enumerate(cases)])
 
-    `accused` is None in a result whose cause, correction or answer could not be read; `note` says which. If the
-    correction comes to the same result as the step, the attempt is kept, and `note` is SAME_RESULT.
-    """
-    cases = list(cases)
-    requests = [correction_request(*case, settings, sample) for sample, case in enumerate(cases)]
-    results: list[Reviewed] = []
-    corrected_cases = []
-    for (question, trace, step), reply in zip(cases, _generate(student, requests), strict=True):
-        tokens = reply.tokens if reply is not None else 0
-        result = Reviewed(render(trace), tokens=tokens, note=UNREADABLE)
-        readable = reply is not None and reply.finish != "error"
-        if readable and (parts := read_correction(reply.text)) is not None:
-            cause, correction = parts
-            if same_result(trace.steps[step - 1].text, correction):
-                result = Reviewed(render(trace), (), step, cause, correction, tokens, SAME_RESULT)
-            else:
-                corrected_cases.append((len(results), question, trace, step, cause, correction))
-        results.append(result)
-    requests = [
-        continuation_request(question, trace, step, correction, settings)
-        for _, question, trace, step, _, correction in corrected_cases
-    ]
-    replies = _generate(student, requests)
-    for (i, _, trace, step, cause, correction), reply in zip(corrected_cases, replies, strict=True):
-        if reply is None or reply.finish == "error":
-            continue
-        solved = join_continuation(trace, step, correction, reply.text)
-        tokens = results[i].tokens + reply.tokens
-        if solved.answer is None:
-            results[i] = replace(results[i], tokens=tokens, note="no answer after the correction")
-        else:
-            results[i] = Reviewed(render(solved), (), step, cause, correction, tokens)
-    return results
+
+# -- free --------------------------------------------------------------------------------------------------------------
+
+
+def free(question: str, attempt: str, settings: ReviewSettings) -> Script[Reviewed]:
+    """Free review, the paper's protocol: one generation that repeats everything; an unreadable one changes nothing."""
+    trace = work_of(attempt)
+    if not trace.steps:
+        return Reviewed(attempt, note="no steps to review")
+    yield Writing("review")
+    reply = yield Request(
+        prompts.review_messages(question, render(trace), settings.prompt_folder),
+        max_tokens=2 * settings.max_tokens,
+        temperature=settings.temperature,
+        top_p=TOP_P if settings.temperature > 0 else 1.0,
+        seed=settings.seed,
+    )
+    text = _text(reply)
+    if text is None:
+        return Reviewed(attempt, note=NO_REPLY)
+    review, tokens = parse(text).trace, _tokens(reply)
+    step = first_corrected(review)
+    if not review.steps or review.answer is None:
+        return Reviewed(attempt, tokens=tokens, note=UNREADABLE)
+    if step is None:
+        return Reviewed(attempt, tokens=tokens)
+    wrong = review.steps[step - 1]
+    return Reviewed(render(corrected(review)), (), step, wrong.cause, wrong.correction, tokens)
 
 
 def review_free(
@@ -241,34 +355,7 @@ def review_free(
     settings: ReviewSettings,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Reviewed]:
-    """Free review, the paper's protocol: one generation that repeats everything; an unreadable one changes nothing.
-
-    Every request has the seed of the settings, so that it depends only on its own question and attempt.
-    """
-    results = [Reviewed(text, note="no steps to review") for text in attempts]
-    traces = [work_of(text) for text in attempts]
-    reviewable = [i for i, trace in enumerate(traces) if trace.steps]
-    requests = [
-        Request(
-            prompts.review_messages(questions[i], render(traces[i]), settings.prompt_folder),
-            max_tokens=2 * settings.max_tokens,
-            temperature=settings.temperature,
-            top_p=TOP_P if settings.temperature > 0 else 1.0,
-            seed=settings.seed,
-        )
-        for i in reviewable
-    ]
-    for i, reply in zip(reviewable, _generate(student, requests, progress), strict=True):
-        if reply is None or reply.finish == "error":
-            results[i] = Reviewed(attempts[i], note=NO_REPLY)
-            continue
-        review, tokens = parse(reply.text).trace, reply.tokens
-        step = first_corrected(review)
-        if not review.steps or review.answer is None:
-            results[i] = Reviewed(attempts[i], tokens=tokens, note=UNREADABLE)
-        elif step is None:
-            results[i] = Reviewed(attempts[i], tokens=tokens)
-        else:
-            wrong = review.steps[step - 1]
-            results[i] = Reviewed(render(corrected(review)), (), step, wrong.cause, wrong.correction, tokens)
-    return results
+    """Free review of each attempt. All have the seed of the settings, so that each depends only on its own attempt."""
+    columns = zip(questions, attempts, strict=True)
+    scripts = [free(question, attempt, settings) for question, attempt in columns]
+    return run_together(student, scripts, progress)

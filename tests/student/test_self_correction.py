@@ -1,21 +1,27 @@
 """Self-correction with a scripted student: which step is accused, how it is corrected, when the first answer is kept."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
 
-from sclite.student.base import Reply, Request, Scores
+from sclite.student.base import Reply, Request, ScoreRequest, Scores
 from sclite.student.self_correction import (
     SAME_RESULT,
+    Corrected,
     ReviewSettings,
+    Scored,
+    Writing,
     correct_steps,
+    guided,
     read_correction,
     review_free,
     review_guided,
     same_result,
     score_request,
     score_traces,
+    stream,
 )
 from sclite.trace import CAUSE, Step, Trace, open_piece, parse, render
 
@@ -259,6 +265,48 @@ def test_student_never_sees_the_gold_answer():
     assert "41" not in asked
     assert not {"gold", "answer", "problem"} & set(review_guided.__annotations__)
     assert not {"gold", "answer", "problem"} & set(review_free.__annotations__)
+
+
+# -- streaming -----------------------------------------------------------------------------------------------------
+
+
+class Streaming(Scripted):
+    """Streams its replies in pieces of seven characters."""
+
+    def stream(self, ask, cancel=None):
+        for found in self.score([ask]) if isinstance(ask, ScoreRequest) else self.generate([ask]):
+            text = getattr(found, "text", "")
+            yield from (text[at : at + 7] for at in range(0, len(text), 7))
+            yield found
+
+
+def test_streamed_review_yields_events_in_order_and_the_same_result():
+    student = Streaming(odds=accuse_38, corrections=[CORRECTION, CORRECTION])
+    (wanted,) = review_guided(student, [QUESTION], [render(WRONG)], ReviewSettings())
+    seen = list(stream(student, guided(QUESTION, render(WRONG), ReviewSettings())))
+    assert [event for event in seen if not isinstance(event, str)] == [
+        Scored((-4.0, 3.0, -4.0), 2),
+        Writing("correction"),
+        Corrected(2, "72 is not twice 38.", "72 / 2 = 36"),
+        Writing("continuation"),
+        wanted,
+    ]
+    texts = "".join(event if isinstance(event, str) else "|" for event in seen)
+    assert texts == f"||{CORRECTION}||{REST}|"
+    assert student.requests[:2] == student.requests[2:]
+
+
+def test_cancelled_review_ends_without_a_result():
+    cancel = threading.Event()
+    student = Streaming(odds=accuse_38, corrections=[CORRECTION])
+    seen = []
+    for event in stream(student, guided(QUESTION, render(WRONG), ReviewSettings()), cancel):
+        seen.append(event)
+        if isinstance(event, str):
+            cancel.set()
+    assert seen[0] == Scored((-4.0, 3.0, -4.0), 2)
+    assert isinstance(seen[-1], str)
+    assert len(student.requests) == 1
 
 
 # -- correcting a given step ---------------------------------------------------------------------------------------
