@@ -125,10 +125,10 @@ def doctor(json: JsonOption = False) -> None:
     """
     from sclite import doctor
 
-    checks = doctor.run_checks()
+    checks = list(doctor.run_checks())
     broken = [check for check in checks if check.required and not check.works]
     if json:
-        console.print_json({"checks": doctor.as_dicts(checks)})
+        console.print_json({"checks": [vars(check) for check in checks]})
     for check in () if json else checks:
         mark = "[green]✓[/]" if check.works else "[red]✗[/]" if check.required else "[yellow]![/]"
         console.print(f"{mark} {check.name}: {console.escape(check.found)}")

@@ -10,52 +10,49 @@ from sclite.options import Common
 from sclite.student.loader import select_gpu
 
 
-def test_gpu_processes_are_sorted_by_size():
-    text = "1201, /usr/bin/Xorg, 204\n4242, python, serve.py, 11822\n"
-    assert doctor.parse_gpu_processes(text) == [
-        {"pid": 4242, "name": "python, serve.py", "gb": 12.396},
-        {"pid": 1201, "name": "/usr/bin/Xorg", "gb": 0.214},
-    ]
-
-
-def test_a_size_hidden_by_the_driver_is_unknown():
-    assert doctor.parse_gpu_processes("77, [Not Found], [N/A]\n") == [
-        {"pid": 77, "name": "[Not Found]", "gb": None}
-    ]
-
-
-def test_other_lines_of_nvidia_smi_are_skipped():
-    assert doctor.parse_gpu_processes("No running processes found\n\n") == []
-    assert doctor.parse_gpu_processes("") == []
-
-
-def test_without_nvidia_smi_gpu_processes_are_unknown(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    assert doctor.list_gpu_processes() is None
-
-
-def test_nvidia_smi_gets_the_physical_gpu_number(tmp_path, monkeypatch):
-    """CUDA_VISIBLE_DEVICES renumbers the GPUs for CUDA, not for nvidia-smi."""
-    script = tmp_path / "nvidia-smi"
-    script.write_text('#!/bin/sh\necho "$2, python, 1000"\n')
-    script.chmod(0o755)
+@pytest.fixture
+def nvidia_smi(tmp_path, monkeypatch):
+    """Two GPUs, and an nvidia-smi that prints the given lines, in which {gpu} is the number it was asked for."""
+    monkeypatch.setattr(doctor, "list_gpus", lambda: [("RTX 4090", 24.0, 20.0), ("RTX 3090", 24.0, 4.0)])
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    assert doctor.list_gpu_processes(0)[0]["pid"] == 3
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert doctor.list_gpu_processes(1)[0]["pid"] == 1
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    script = tmp_path / "nvidia-smi"
+
+    def write(lines: str) -> None:
+        script.write_text(f"#!/bin/sh\ncat <<END\n{lines.replace('{gpu}', '$2')}\nEND\n")
+        script.chmod(0o755)
+
+    return write
 
 
-def test_a_missing_gpu_has_no_description(monkeypatch):
-    monkeypatch.setattr(doctor, "list_gpus", lambda: [("RTX 4090", 24.0, 20.0)])
-    monkeypatch.setattr(doctor, "list_gpu_processes", lambda number: None)
+def test_gpu_processes_are_sorted_by_size(nvidia_smi):
+    nvidia_smi("1201, /usr/bin/Xorg, 204\n4242, python, serve.py, 11822\n77, [Not Found], [N/A]")
     assert doctor.describe_gpu(0) == {
         "name": "RTX 4090",
         "total_gb": 24.0,
         "free_gb": 20.0,
-        "processes": None,
+        "processes": [
+            {"pid": 4242, "name": "python, serve.py", "gb": 12.396},
+            {"pid": 1201, "name": "/usr/bin/Xorg", "gb": 0.214},
+            {"pid": 77, "name": "[Not Found]", "gb": None},  # the driver hides the size
+        ],
     }
-    assert doctor.describe_gpu(1) is None
+    nvidia_smi("No running processes found\n")
+    assert doctor.describe_gpu(0)["processes"] == []
+    assert doctor.describe_gpu(2) is None
+
+
+def test_without_nvidia_smi_gpu_processes_are_unknown(nvidia_smi):
+    assert doctor.describe_gpu(1)["processes"] is None
+    nvidia_smi("END\nexit 9\n")
+    assert doctor.describe_gpu(1)["processes"] is None
+
+
+def test_nvidia_smi_gets_the_physical_gpu_number(nvidia_smi, monkeypatch):
+    nvidia_smi("{gpu}, python, 1000")
+    assert doctor.describe_gpu(1)["processes"][0]["pid"] == 1
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert doctor.describe_gpu(0)["processes"][0]["pid"] == 3
 
 
 def test_the_nvidia_driver_is_found_without_nvidia_smi(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The shape of the code (DESIGN): imports point down, importing is light, and what is shipped and said holds."""
+"""The shape of the code (DESIGN): imports point down, importing is light, functions are few and long, names are unique."""
 
 import ast
 import importlib.util
@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -25,6 +27,7 @@ FILES = {
 }
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 
 LAYERS = {
     "sclite.__main__": 10,
@@ -55,7 +58,7 @@ def layer(module: str) -> int:
     return LAYERS.get(part(module), BOTTOM)
 
 
-def imports(tree: ast.AST):
+def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """(line, dotted name) of every import, wherever it stands; `from a import b` gives a.b where that is a module."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -88,18 +91,24 @@ def test_imports_point_down():
     assert wrong == []
 
 
-def test_the_check_of_the_layers_knows_up_from_down():
-    assert upward("sclite.data.pairs", "sclite.train.sft")
-    assert upward("sclite.student.self_correction", "sclite.data.pairs")
-    assert upward("sclite.data.attempts", "sclite.student.endpoint")
-    assert upward("sclite.student.self_correction", "sclite.teacher.client")
-    assert not upward("sclite.student.endpoint", "sclite.teacher.client")
-    assert upward("sclite.trace", "sclite.run")
-    assert upward("sclite.pipeline", "sclite.cli")
-    assert upward("sclite.quickstart.tutor", "sclite.quickstart.flow")
-    assert not upward("sclite.quickstart.flow", "sclite.quickstart.tutor")
-    assert not upward("sclite.data.pairs", "sclite.student.self_correction")
-    assert not upward("sclite.data.pairs", "sclite.data.attempts")
+@pytest.mark.parametrize(
+    ("importer", "imported", "expected"),
+    [
+        ("data.pairs", "train.sft", True),
+        ("data.pairs", "data.attempts", False),
+        ("data.pairs", "student.self_correction", False),
+        ("student.self_correction", "data.pairs", True),
+        ("student.self_correction", "teacher.client", True),
+        ("student.endpoint", "teacher.client", False),
+        ("data.attempts", "student.endpoint", True),
+        ("trace", "run", True),
+        ("pipeline", "cli", True),
+        ("quickstart.tutor", "quickstart.flow", True),
+        ("quickstart.flow", "quickstart.tutor", False),
+    ],
+)
+def test_the_check_of_the_layers_knows_up_from_down(importer, imported, expected):
+    assert upward(f"sclite.{importer}", f"sclite.{imported}") == expected
 
 
 def test_the_language_of_the_method_has_no_circle():
@@ -135,6 +144,85 @@ def test_importing_any_module_loads_nothing_heavy():
 def test_help_waits_for_neither_pydantic_nor_rich():
     code = "import sys, sclite.__main__, sclite.cli; print({'pydantic', 'rich', 'numpy', 'jinja2'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "set()\n"
+
+
+# -- size and names ------------------------------------------------------------------------------------------------
+
+MOST_LINES, LEAST_MEAN_LENGTH, MOST_CALLED_ONCE = 19_500, 12.0, 385
+TWICE = {
+    "inputs_of",  # of each stage, always called as templates.inputs_of, sft.inputs_of ..
+    *("export_data", "result_folder", "status", "page", "solve", "summarize"),
+    *("choose", "render", "digest", "judge", "clean"),
+}
+"""Public functions that may share their name with another one. The commands in cli.py may too."""
+PRIVATE_ELSEWHERE = {
+    "evaluate/test_metrics.py _interval",
+    "export/test_datasets.py _prepare_dataset",  # of TRL
+    "grading/test_grading.py _compare_quickly",
+    "grading/test_grading.py _idle",
+    "inspect/test_status.py _digest",
+    "student/llama_cpp/test_engine.py _fill",
+    "student/llama_cpp/test_engine.py _step",
+    "teacher/test_ledger.py _writer",
+    "test_damage.py _finish",
+    "test_progress.py _delayed",
+}
+"""Private names that another module may use."""
+
+
+def test_functions_are_few_and_long():
+    """An interface of many functions of a few lines, each called once, is harder to read than the code inline."""
+    functions, words = [], Counter()
+    for tree in TREES.values():
+        for node in ast.walk(tree):
+            if isinstance(node, FUNCTION):
+                functions.append(node)
+            elif isinstance(node, ast.Name | ast.Attribute):
+                words[node.id if isinstance(node, ast.Name) else node.attr] += 1
+    mean = sum(node.end_lineno - node.lineno + 1 for node in functions) / len(functions)
+    called_once = [
+        node.name
+        for node in functions
+        if words[node.name] == 1 and not node.decorator_list and not node.name.startswith("__")
+    ]
+    lines = sum(path.read_text(encoding="utf-8").count("\n") for path in FILES.values())
+    assert lines <= MOST_LINES
+    assert mean >= LEAST_MEAN_LENGTH
+    assert len(called_once) <= MOST_CALLED_ONCE
+
+
+def test_no_two_modules_and_no_two_public_functions_share_a_name():
+    modules = Counter(path.stem for path in FILES.values() if path.stem != "__init__")
+    functions = Counter(
+        node.name
+        for module, tree in TREES.items()
+        for node in tree.body
+        if isinstance(node, FUNCTION) and not node.name.startswith("_") and module != "sclite.cli"
+    )
+    assert [name for name, count in modules.items() if count > 1] == []
+    assert {name for name, count in functions.items() if count > 1} - TWICE == set()
+
+
+def test_private_names_are_used_in_their_own_module_only():
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "tests").rglob("*.py")}
+    trees |= {FILES[module]: tree for module, tree in TREES.items()}
+    private, defined, used = re.compile("_[a-zA-Z]").match, defaultdict(set), set()
+    for path, tree in trees.items():
+        for node in ast.walk(tree):
+            name = getattr(node, "name", getattr(node, "id", getattr(node, "attr", "")))
+            if not isinstance(name, str) or not private(name):
+                continue
+            if isinstance(node, FUNCTION | ast.ClassDef) or isinstance(getattr(node, "ctx", None), ast.Store):
+                defined[name].add(path)
+            if isinstance(node, ast.alias | ast.Attribute):
+                used.add((path, name))
+    folders = (ROOT / "tests", ROOT / "sclite")
+    wrong = {
+        f"{path.relative_to(folders[folders[1] in path.parents])} {name}"
+        for path, name in used
+        if path not in defined[name] and any(folders[1] in other.parents for other in defined[name])
+    }
+    assert wrong - PRIVATE_ELSEWHERE == set()
 
 
 # -- documentation -------------------------------------------------------------------------------------------------
@@ -183,14 +271,11 @@ def test_command_lines_are_found_where_they_stand():
 
 
 def test_every_command_takes_the_four_common_options_and_at_most_six_more():
+    common = {"--run", "--config", "--set", "--json"}
     for name, command in typer.main.get_command(app).commands.items():
-        options = {option for p in command.params for option in p.opts if option.startswith("--")} - {
-            "--help"
-        }
-        more = options - {"--run", "--config", "--set", "--json"}
-        assert len(more) <= 6, name
-        if name not in ("doctor", "init"):
-            assert {"--run", "--config", "--set", "--json"} <= options, name
+        options = {option for p in command.params for option in p.opts if option.startswith("--")}
+        assert len(options - common - {"--help"}) <= 6, name
+        assert common <= options or name in ("doctor", "init"), name
 
 
 # -- what is shipped -----------------------------------------------------------------------------------------------
@@ -238,21 +323,9 @@ def test_nothing_that_is_shipped_is_ignored_by_git_or_the_wheel_would_leave_it_o
 
 @pytest.mark.skipif(importlib.util.find_spec("hatchling") is None, reason="hatchling is not installed")
 def test_the_wheel_holds_every_prompt_and_data_file(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "-q",
-        "-w",
-        tmp_path,
-        ROOT,
-    ]
-    subprocess.run(command, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    held = set(zipfile.ZipFile(wheel).namelist())
+    wheel = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path]
+    subprocess.run([*wheel, ROOT], check=True, capture_output=True)
+    held = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
     assert {f"sclite/_prompts/{name}.txt" for name in prompts.NAMES} <= held
     data = {str(p.relative_to(ROOT)) for p in (ROOT / "sclite").rglob("*") if p.is_file()}
     assert {name for name in data if "__pycache__" not in name} <= held
@@ -263,12 +336,10 @@ def test_the_wheel_holds_every_prompt_and_data_file(tmp_path):
 PRINTS = {"sclite.console", "sclite.progress", "sclite.__main__"}
 
 
-def test_only_console_and_screen_print():
+def test_only_console_and_progress_print():
     wrong = []
-    for module, tree in TREES.items():
-        for node in ast.walk(tree):
-            if module in PRINTS:
-                continue
+    for module in TREES.keys() - PRINTS:
+        for node in ast.walk(TREES[module]):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
                 elsewhere = any(k.arg == "file" and isinstance(k.value, ast.Name) for k in node.keywords)
                 wrong += [] if elsewhere else [f"{module}:{node.lineno} print"]
