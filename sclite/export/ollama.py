@@ -138,7 +138,7 @@ PROBES: tuple[Messages, ...] = (
 def detect_family(chat_template: str, *, bos: str = "", eos: str = "") -> Family | None:
     """The family that renders the probe chats exactly as the Jinja template does, or None."""
     try:
-        texts = [render_chat(chat_template, probe, bos_token=bos, eos_token=eos) for probe in PROBES]
+        texts = [render_chat(chat_template, probe, {"bos_token": bos, "eos_token": eos}) for probe in PROBES]
     except DataError:
         return None
     texts = [text.removeprefix(bos) for text in texts]
@@ -184,7 +184,7 @@ def build_modelfile(
     if family:
         lines.append(f'TEMPLATE """{family.go_template()}"""')
         question = (PROBES[0][1],)
-        text = render_chat(chat_template, question, bos_token=bos, eos_token=eos)
+        text = render_chat(chat_template, question, {"bos_token": bos, "eos_token": eos})
         if text.removeprefix(bos) != family.render(question):
             warnings.append(
                 "the chat template adds a default system prompt, which Ollama does not: always set one in Ollama"

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from threading import Event
 from typing import Protocol
 
-Messages = tuple[dict[str, str], ...]
-"""Chat messages, each {"role": ..., "content": ...}."""
+from sclite.prompts import Messages
 
 
 @dataclass(frozen=True)

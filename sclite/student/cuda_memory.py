@@ -1,15 +1,19 @@
 """GPU memory: recognize out-of-memory errors, and release what a model leaves behind."""
 
+WORDS = (
+    "out of memory",
+    "cudaErrorMemoryAllocation",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error means that GPU memory ran out. PyTorch has a class for it; other libraries only say so."""
     import torch
 
-    words = (
-        *("out of memory", "cudaErrorMemoryAllocation"),
-        *("CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_ALLOC_FAILED"),
-    )
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in WORDS)
 
 
 def free_memory() -> None:

@@ -4,11 +4,10 @@ Its calls go through the teacher's client and ledger, so each reply is requested
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from sclite.errors import TeacherError, UsageError
 from sclite.student.base import Reply, Request, ScoreRequest, Scores, Student
-from sclite.teacher.client import EMPTY_REPLY, Job, Result, Teacher
+from sclite.teacher.client import EMPTY_REPLY, Job, Teacher
 
 CUT_OFF = "cut_off"  # the client's name for finish_reason length
 RENAMED = (
@@ -28,21 +27,31 @@ class Endpoint(Student):
     def generate(self, requests: Sequence[Request]) -> Iterator[Reply]:
         """Yield each reply as it arrives, with as many requests in flight as the client allows.
 
-        The seed distinguishes samples: it is sent, and is part of the ledger's key. Parameters that a provider does not
-        support (seed, top_p, for some models temperature) are dropped from what is sent. Stop strings are applied here,
-        because endpoints remove them and do not say which one matched. A failed call gives a reply with finish "error"
-        and the reason. Raises UsageError for a request with `pieces`, which a chat endpoint may not continue;
-        TeacherError if no further request can succeed.
+        The seed distinguishes samples: it is sent, and is part of the ledger's key. Stop strings are applied here,
+        because endpoints remove them and do not say which one matched. Token counts are 0 if the endpoint does not
+        report them. A failed call gives a reply with finish "error" and the reason. Raises UsageError for a request with
+        `pieces`, which a chat endpoint may not continue; TeacherError if no further request can succeed.
         """
         if any(request.pieces for request in requests):
             raise UsageError(
                 f"{self.teacher.settings.model} is an endpoint: it cannot continue a given beginning",
                 "use free review (review.mode=free), or a GGUF of this model",
             )
-        jobs = (_job(index, request) for index, request in enumerate(requests))
         try:
-            for result in self.teacher.ask_all(jobs, self.stage):
-                yield _reply(result, requests[int(result.id)])
+            for result in self.teacher.ask_all(map(_job, range(len(requests)), requests), self.stage):
+                index, entry, rejection = int(result.id), result.entry, result.rejection
+                cut_off = rejection is not None and rejection.reason == CUT_OFF
+                if rejection is not None and not cut_off and rejection.reason != EMPTY_REPLY:
+                    yield Reply(index, "", 0, 0, "error", f"{rejection.reason}: {rejection.text}")
+                elif entry is None:
+                    yield Reply(index, "", 0, 0, "error", "no reply")
+                else:
+                    text, finish = entry.text, "length" if cut_off else "stop"
+                    for stop in requests[index].stop:
+                        if stop in text:
+                            text, finish = text[: text.index(stop) + len(stop)], "stop"
+                    counts = (entry.completion_tokens or 0, entry.prompt_tokens or 0)
+                    yield Reply(index, text, *counts, finish)
         except TeacherError as error:
             message, hint = error.message, error.hint
             for name, ours in RENAMED:
@@ -55,7 +64,7 @@ class Endpoint(Student):
 
 
 def _job(index: int, request: Request) -> Job:
-    parameters: dict[str, Any] = {
+    parameters = {
         "temperature": request.temperature,
         "max_tokens": request.max_tokens,
         "seed": request.seed,
@@ -64,16 +73,3 @@ def _job(index: int, request: Request) -> Job:
     if request.top_p < 1:
         parameters["top_p"] = request.top_p
     return Job(str(index), lambda error: request.messages, lambda text: None, parameters=parameters)
-
-
-def _reply(result: Result, request: Request) -> Reply:
-    """The client's result as a student's reply; token counts are 0 if the endpoint does not report them."""
-    entry, rejection = result.entry, result.rejection
-    if entry is None or (rejection is not None and rejection.reason not in (CUT_OFF, EMPTY_REPLY)):
-        reason = f"{rejection.reason}: {rejection.text}" if rejection is not None else "no reply"
-        return Reply(int(result.id), "", 0, 0, "error", reason)
-    text, finish = entry.text, "length" if rejection is not None and rejection.reason == CUT_OFF else "stop"
-    for stop in request.stop:
-        if stop in text:
-            text, finish = text[: text.index(stop) + len(stop)], "stop"
-    return Reply(int(result.id), text, entry.completion_tokens or 0, entry.prompt_tokens or 0, finish)

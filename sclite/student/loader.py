@@ -2,29 +2,31 @@
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from sclite import prompts
 from sclite.config import Config, Student, TrainingStage
-from sclite.errors import DataError, DeviceError, NetworkError, ScliteError, UsageError
-from sclite.student.adapters import add_adapter, check_adapter, load_adapter, new_lora_shape, read_lora_shape
+from sclite.errors import DataError, DeviceError, NetworkError, UsageError
+from sclite.student.adapters import check_adapter, load_adapter, new_lora, read_lora
 from sclite.student.cuda_memory import is_out_of_memory
+from sclite.student.tokenization import prompt_ids
 
 if TYPE_CHECKING:
     import torch
+    from peft import LoraConfig, PeftModel
     from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = "embedded"
+EMBEDDED_FOLDER = Path(__file__).resolve().parent.parent / "quickstart" / "student"
+"""The folder of the embedded student, shipped in the package."""
 TAGS = (
     "<Step1>1\n<Key>1</Key>\n<Cause>1</Cause>\n<Correction>1</Correction>\n</Step1>\n"
     "<Generalized>1</Generalized>\n<Answer>1</Answer>"
 )
 ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
-
-
-def embedded_folder() -> Path:
-    """The folder of the embedded student, shipped in the package."""
-    return Path(__file__).resolve().parent.parent / "quickstart" / "student"
 
 
 def model_name(student: Student) -> str:
@@ -35,7 +37,7 @@ def model_name(student: Student) -> str:
             "add a Hub ID or a folder, for example --set student.model=Qwen/Qwen2.5-1.5B-Instruct",
         )
     if student.model == EMBEDDED:
-        return str(embedded_folder())
+        return str(EMBEDDED_FOLDER)
     path = Path(student.model).expanduser()
     if (path / "config.json").is_file():
         return str(path)
@@ -57,27 +59,28 @@ def fetch_model(name: str) -> Path:
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
-    try:
+    with _model_errors(f"the student {name} cannot be downloaded", OSError):
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
-        raise model_error(f"the student {name} cannot be downloaded", error) from error
 
 
-def model_error(what: str, error: BaseException) -> ScliteError:
-    """The error for a model that is not available: NetworkError if the Hub is unreachable, else DataError."""
-    from huggingface_hub.errors import LocalEntryNotFoundError
+@contextmanager
+def _model_errors(what: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turn errors of these kinds into NetworkError if the Hub is unreachable, else into DataError."""
+    try:
+        yield
+    except kinds as error:
+        from huggingface_hub.errors import LocalEntryNotFoundError
 
-    message = f"{what}: {str(error).splitlines()[0]}"
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, (LocalEntryNotFoundError, ConnectionError)):
-            hint = "check the connection, or set student.model to a folder that holds the model"
-            return NetworkError(message, hint)
-        cause = cause.__cause__ or cause.__context__
-    return DataError(message, "check student.model")
+        message = f"{what}: {(str(error) or type(error).__name__).splitlines()[0]}"
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, (LocalEntryNotFoundError, ConnectionError)):
+                hint = "check the connection, or set student.model to a folder that holds the model"
+                raise NetworkError(message, hint) from error
+            cause = cause.__cause__ or cause.__context__
+        raise DataError(message, "check student.model") from error
 
 
 def select_gpu(gpu: int | None) -> None:
@@ -131,10 +134,8 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     """The tokenizer of a model; the pad token defaults to the end token."""
     from transformers import AutoTokenizer
 
-    try:
+    with _model_errors(f"the student {name} cannot be loaded", OSError, ValueError, KeyError):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise model_error(f"the student {name} cannot be loaded", error) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
@@ -145,10 +146,8 @@ def read_config(name: str) -> "PretrainedConfig":
     """The transformers configuration of a model. Raises DataError if transformers does not know the architecture."""
     from transformers import AutoConfig
 
-    try:
+    with _model_errors(f"the student {name} cannot be loaded", OSError, ValueError, KeyError):
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise model_error(f"the student {name} cannot be loaded", error) from error
 
 
 def check_vocabulary(
@@ -159,9 +158,6 @@ def check_vocabulary(
     A special token that neither our prompts nor padding use is allowed: Gemma 3's 1B has one for images. Raises
     DataError.
     """
-    from sclite import prompts
-    from sclite.student.tokenization import prompt_ids
-
     size = model_config.get_text_config().vocab_size
     beyond = {i: token for token, i in tokenizer.get_vocab().items() if i >= size}
     if not beyond:
@@ -201,6 +197,7 @@ def load_student(
             f"set max_length of [sft], [warmup] and [dpo] to {most} at most",
         )
     check_vocabulary(tokenizer, model_config, name)
+    padding_free = is_padding_free(model_config, settings, backend)
     if adapter is not None:
         check_adapter(adapter)
     # PyTorch prefers cuDNN attention on Hopper and on data-center Blackwell GPUs. It plans every length it has not seen,
@@ -208,11 +205,18 @@ def load_student(
     # which other GPUs use anyway, plans nothing.
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
-        shape = new_lora_shape(config.lora, model_config) if train and adapter is None else None
-        load = _load_unsloth if backend == "unsloth" else _load_plain
-        model = load(name, config, settings, model_config, adapter, shape, train)
-    except OSError as error:
-        raise model_error(f"the student {name} cannot be loaded", error) from error
+        with _model_errors(f"the student {name} cannot be loaded", OSError):
+            lora: LoraConfig | None = None
+            if adapter is not None:
+                lora = read_lora(adapter, train)
+            elif train:
+                lora = new_lora(config.lora, model_config)
+            if backend == "plain":
+                model = _load_plain(name, config, model_config, lora)
+            else:
+                model = _load_unsloth(name, config, min(most, max(settings.max_length, 8192)), lora)
+            if adapter is not None:
+                load_adapter(cast("PeftModel", model), adapter)
     except (RuntimeError, ValueError) as error:
         if is_out_of_memory(error) or "dispatched on the CPU" in str(error):
             raise DeviceError(
@@ -221,19 +225,23 @@ def load_student(
                 "smaller student",
             ) from error
         raise
+    if backend == "unsloth":
+        from unsloth import FastLanguageModel
+
+        (FastLanguageModel.for_training if train else FastLanguageModel.for_inference)(model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    model.padding_free = is_padding_free(model, settings, backend)
+    model.padding_free = padding_free  # type: ignore[assignment]  # read by `hidden_states`
     return model, tokenizer
 
 
-def is_padding_free(model: "PreTrainedModel", settings: TrainingStage, backend: str) -> bool:
+def is_padding_free(model_config: "PretrainedConfig", settings: TrainingStage, backend: str) -> bool:
     """Whether the rows of a batch are concatenated instead of padded.
 
     Not for layers that carry a state along the row, such as linear attention: it would leak into the next row.
     """
-    text_config = model.config.get_text_config()
+    text_config = model_config.get_text_config()
     stateful = any(kind not in ATTENTION for kind in getattr(text_config, "layer_types", None) or ())
     if stateful and settings.padding_free:
         raise DataError(
@@ -269,74 +277,56 @@ def nf4_config() -> "BitsAndBytesConfig":
 
 
 def _load_plain(
-    name: str,
-    config: Config,
-    settings: TrainingStage,
-    model_config: "PretrainedConfig",
-    adapter: Path | None,
-    shape: dict[str, Any] | None,
-    train: bool,
+    name: str, config: Config, model_config: "PretrainedConfig", lora: "LoraConfig | None"
 ) -> "PreTrainedModel":
     import torch
-    from peft import PeftConfig, get_peft_model
+    from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    cuda = torch.cuda.is_available()
-    arguments: dict[str, Any] = {"dtype": half_dtype() if cuda else torch.float32, "trust_remote_code": False}
-    if cuda:
-        arguments["device_map"] = {"": 0}
+    arguments: dict[str, Any] = {"dtype": torch.float32}
+    if torch.cuda.is_available():
+        arguments = {"dtype": half_dtype(), "device_map": {"": 0}}
         if config.student.load_in_4bit and getattr(model_config, "quantization_config", None) is None:
             arguments["quantization_config"] = nf4_config()
-    model = AutoModelForCausalLM.from_pretrained(name, **arguments)
-    if adapter is not None:
-        own = PeftConfig.from_pretrained(str(adapter))
-        own.inference_mode = not train
-        model = get_peft_model(model, own)
-        load_adapter(model, adapter)
-    elif shape is not None:
-        model = add_adapter(model, shape, config.seed)
-    return model
+    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **arguments)
+    if lora is None:
+        return model
+    torch.manual_seed(config.seed)
+    return cast("PreTrainedModel", get_peft_model(model, lora))
 
 
-def _load_unsloth(
-    name: str,
-    config: Config,
-    settings: TrainingStage,
-    model_config: "PretrainedConfig",
-    adapter: Path | None,
-    shape: dict[str, Any] | None,
-    train: bool,
-) -> "PreTrainedModel":
-    """The model with Unsloth's kernels.
-
-    `use_exact_model_name`: otherwise Unsloth replaces a base with its own copy. An adapter's weights go into a new LoRA of
-    the same shape, because its configuration may name a base that has moved. Unsloth silently truncates what exceeds
-    `max_seq_length`, so it is set to a length that no prompt reaches.
-    """
+def _load_unsloth(name: str, config: Config, max_length: int, lora: "LoraConfig | None") -> "PreTrainedModel":
+    """The model with Unsloth's kernels. It silently truncates longer rows than `max_length`, so no prompt may reach it."""
     from unsloth import FastLanguageModel
 
     model, _ = FastLanguageModel.from_pretrained(
         name,
-        max_seq_length=min(max_positions(model_config), max(settings.max_length, 8192)),
+        max_seq_length=max_length,
         load_in_4bit=config.student.load_in_4bit,
         dtype=None,
         device_map={"": 0},
-        use_exact_model_name=True,
+        use_exact_model_name=True,  # otherwise Unsloth replaces a base with its own copy
         offload_embedding=False,
         fix_tokenizer=False,
         trust_remote_code=False,
     )
-    if adapter is not None:
-        shape = read_lora_shape(adapter)
-    if shape is not None:
-        model = FastLanguageModel.get_peft_model(
-            model,
-            **shape,
-            bias="none",
-            use_gradient_checkpointing="unsloth",
-            random_state=config.seed,
-        )
-    if adapter is not None:
-        load_adapter(model, adapter)
-    (FastLanguageModel.for_training if train else FastLanguageModel.for_inference)(model)
-    return model
+    if lora is None:
+        return model
+    for unsupported in ("rank_pattern", "alpha_pattern", "use_dora"):
+        if getattr(lora, unsupported):
+            raise DataError(
+                f"the adapter of the run uses {unsupported}, which Unsloth training does not support",
+                "use a plain LoRA, or --set student.backend=plain",
+            )
+    targets = lora.target_modules or []
+    return FastLanguageModel.get_peft_model(
+        model,
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        target_modules=targets if isinstance(targets, str) else sorted(targets),
+        lora_dropout=lora.lora_dropout,
+        use_rslora=lora.use_rslora,
+        bias="none",
+        use_gradient_checkpointing="unsloth",
+        random_state=config.seed,
+    )

@@ -1,16 +1,18 @@
 """Log-probabilities at chosen positions: one pass through the decoder, the vocabulary only where it is needed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from sclite.errors import DataError
+from sclite.student.loader import half_dtype
 from sclite.student.tokenization import Encoded
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from transformers import PreTrainedModel
 
 HEAD_ROWS = 16_384
 """Rows of the head that are converted to float32 at a time."""
@@ -61,13 +63,12 @@ class Hidden:
         return self.flat.index_select(0, positions.to(self.flat.device))
 
 
-def autocast(model: "torch.nn.Module") -> AbstractContextManager:
+def autocast(model: "torch.nn.Module") -> AbstractContextManager[None]:
     """The mixed precision of the trainer on a GPU, for computations outside of it."""
     import torch
 
-    if next(model.parameters()).device.type != "cuda":
-        return nullcontext()
-    return torch.autocast("cuda", torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    return torch.autocast("cuda", half_dtype()) if on_gpu else nullcontext()
 
 
 def hidden_states(model: "torch.nn.Module", batch: Padded) -> Hidden:
@@ -102,18 +103,22 @@ def hidden_states(model: "torch.nn.Module", batch: Padded) -> Hidden:
     return Hidden(hidden.reshape(-1, hidden.shape[-1]), starts)
 
 
-def _head(model: "torch.nn.Module") -> tuple["torch.nn.Module", "torch.nn.Module"]:
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return causal, causal.get_output_embeddings()
+def _head(model: "torch.nn.Module") -> "tuple[PreTrainedModel, torch.nn.Linear]":
+    """The model without its adapter, and its output layer."""
+    causal = cast("PreTrainedModel", model.get_base_model() if hasattr(model, "get_base_model") else model)
+    return causal, cast("torch.nn.Linear", causal.get_output_embeddings())
+
+
+def _softcap(causal: "PreTrainedModel", logits: "Tensor") -> "Tensor":
+    cap = getattr(causal.config.get_text_config(), "final_logit_softcapping", None)
+    return (logits / cap).tanh() * cap if cap else logits
 
 
 def vocabulary_log_probs(model: "torch.nn.Module", hidden: "Tensor") -> "Tensor":
     """Float32 log-probabilities over the vocabulary for hidden states [positions, width]."""
-    import torch
-
     causal, head = _head(model)
     logits = head(hidden.to(head.weight.dtype)).float()
-    return torch.log_softmax(_softcap(causal, logits), dim=-1)
+    return _softcap(causal, logits).log_softmax(-1)
 
 
 def log_probs_at(model: "torch.nn.Module", hidden: "Tensor", tokens: "Tensor") -> "Tensor":
@@ -138,24 +143,19 @@ def log_probs_at(model: "torch.nn.Module", hidden: "Tensor", tokens: "Tensor") -
         return logits(unique).gather(1, places.unsqueeze(1)).squeeze(1) - norm
 
 
-def _softcap(causal: "torch.nn.Module", logits: "Tensor") -> "Tensor":
-    import torch
-
-    cap = getattr(causal.config.get_text_config(), "final_logit_softcapping", None)
-    return torch.tanh(logits / cap) * cap if cap else logits
-
-
 def head_chunk_size(vocabulary: int) -> int:
     """How many positions go through the head at a time."""
     return max(64, LOGITS // vocabulary)
 
 
-def token_log_probs(model: "torch.nn.Module", hidden: Hidden, batch: Padded) -> tuple["Tensor", "Tensor"]:
+def token_log_probs(model: "torch.nn.Module", hidden: Hidden, batch: Padded) -> "tuple[Tensor, Tensor]":
     """Log-probabilities of every token with a loss weight, and the row of each (on the CPU); both [tokens].
 
     The token at position t is predicted by the hidden state at t - 1. Many tokens go through the head in chunks: the
     logits of a whole batch would take gigabytes.
     """
+    import torch
+
     rows, columns = (batch.weights[:, 1:] > 0).nonzero(as_tuple=True)
     states = hidden.at(rows, columns)
     tokens = batch.ids[rows, columns + 1].to(states.device)
@@ -164,31 +164,24 @@ def token_log_probs(model: "torch.nn.Module", hidden: Hidden, batch: Padded) -> 
         return vocabulary_log_probs(model, states).gather(1, tokens.unsqueeze(1)).squeeze(1)
 
     head = _head(model)[1].weight
-    size = head_chunk_size(head.shape[0])
+    size = head_chunk_size(len(head))
     if len(tokens) <= size:
         return chosen(states, tokens), rows
+    chunks = [slice(start, start + size) for start in range(0, len(tokens), size)]
+    if not torch.is_grad_enabled() or not states.requires_grad:
+        return torch.cat([chosen(states[chunk], tokens[chunk]) for chunk in chunks]), rows
     assert not head.requires_grad, "the student's head is frozen"
-    return _apply_in_chunks(chosen, states, tokens, size), rows
 
-
-def _apply_in_chunks(
-    function: "Callable[[Tensor, Tensor], Tensor]", states: "Tensor", tokens: "Tensor", size: int
-) -> "Tensor":
-    """function(states, tokens), [tokens], one chunk at a time.
-
-    Each result depends on its own state alone, so the gradient has the size of the states: it is computed along with
-    the result, and logits are neither kept for the backward pass nor computed twice.
-    """
-    import torch
-
-    class Chunks(torch.autograd.Function):
+    class Chunked(torch.autograd.Function):
+        # Each result depends on its own state alone, so the gradient has the size of the states: it is computed along
+        # with the result, and logits are neither kept for the backward pass nor computed twice.
         @staticmethod
         def forward(ctx, states):
             values, gradients = [], []
-            for i in range(0, len(tokens), size):
+            for chunk in chunks:
                 with torch.enable_grad():
-                    part = states[i : i + size].detach().requires_grad_()
-                    result = function(part, tokens[i : i + size])
+                    part = states[chunk].detach().requires_grad_()
+                    result = chosen(part, tokens[chunk])
                     gradients.append(torch.autograd.grad(result.sum(), part)[0])
                 values.append(result.detach())
             ctx.save_for_backward(torch.cat(gradients))
@@ -199,7 +192,4 @@ def _apply_in_chunks(
             (gradients,) = ctx.saved_tensors
             return (upstream.unsqueeze(1) * gradients).to(gradients.dtype)
 
-    if torch.is_grad_enabled() and states.requires_grad:
-        return Chunks.apply(states)
-    parts = [function(states[i : i + size], tokens[i : i + size]) for i in range(0, len(tokens), size)]
-    return torch.cat(parts)
+    return Chunked.apply(states), rows

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from pydantic import BaseModel
 
 from sclite.errors import DataError
 
@@ -16,8 +17,7 @@ SAMPLE = 4096
 """Bytes of each tensor that enter the fingerprint."""
 
 
-@dataclass(frozen=True)
-class Origin:
+class Origin(BaseModel, frozen=True, extra="forbid"):
     """`weights`: fingerprint of the base, "" if unknown; `nf4`: modules held in NF4 during training; `dtype`: their type."""
 
     weights: str = ""
@@ -36,9 +36,8 @@ def fingerprint(folder: Path) -> str:
             with open(path, "rb") as file:
                 size = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(min(size, 1 << 28)))
+                header.pop("__metadata__", None)
                 for name, tensor in header.items():
-                    if name == "__metadata__":
-                        continue
                     begin, end = tensor["data_offsets"]
                     file.seek(8 + size + begin + max(0, (end - begin - SAMPLE) // 2))
                     sample = hashlib.sha256(file.read(min(SAMPLE, end - begin))).hexdigest()
@@ -57,8 +56,8 @@ def record_origin(model: "torch.nn.Module", base: Path, adapter: Path) -> None:
     }
     state = next((weight.quant_state for weight in layers.values()), None)
     dtype = "bfloat16" if state is None else str(state.dtype).removeprefix("torch.")
-    record = {"weights": fingerprint(base), "nf4": sorted(layers), "dtype": dtype}
-    (adapter / FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    origin = Origin(weights=fingerprint(base), nf4=tuple(sorted(layers)), dtype=dtype)
+    (adapter / FILE).write_text(origin.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 def read_origin(adapter: Path) -> Origin:
@@ -67,9 +66,8 @@ def read_origin(adapter: Path) -> Origin:
     if not path.is_file():
         return Origin()
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return Origin(str(record["weights"]), tuple(map(str, record["nf4"])), str(record["dtype"]))
-    except (ValueError, KeyError, TypeError) as error:
+        return Origin.model_validate_json(path.read_bytes())
+    except ValueError as error:
         hint = f"delete {adapter} and run `sclite train` again"
         raise DataError(f"{path} is damaged: {error}", hint) from error
 

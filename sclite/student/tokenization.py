@@ -4,13 +4,12 @@ The ids of a sequence are those of the generation prompt, then of each piece on 
 and in use.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING
 
 from sclite.errors import DataError
-from sclite.student.base import Messages
+from sclite.prompts import Messages
 from sclite.student.chat_template import render_chat
 from sclite.trace import CAUSE, Trace, all_pieces
 
@@ -35,8 +34,12 @@ def prompt_text(tokenizer: "Tokenizer", messages: Messages, generation_prompt: b
     """The chat in the model's template, up to where the assistant begins; thinking is off if the template has a switch."""
     if not tokenizer.chat_template:
         raise DataError("the student's tokenizer has no chat template", "choose an instruct model")
-    tokens = tokenizer.special_tokens_map
-    return render_chat(tokenizer.get_chat_template(), messages, generation_prompt=generation_prompt, **tokens)
+    return render_chat(
+        tokenizer.get_chat_template(),
+        messages,
+        tokenizer.special_tokens_map,
+        generation_prompt=generation_prompt,
+    )
 
 
 def prompt_ids(tokenizer: "Tokenizer", messages: Messages) -> list[int]:
@@ -80,6 +83,30 @@ def decision_ids(tokenizer: "Tokenizer") -> tuple[int, int]:
     return cause, close
 
 
+def _encode(
+    tokenizer: "Tokenizer",
+    messages: Messages,
+    pieces: Sequence[str],
+    weights: Sequence[tuple[float, float]],
+    accused: Sequence[bool | None] = (),
+) -> Encoded:
+    """A sequence with loss on its end token and, by `weights`, on the first token of each piece and on its others.
+
+    `accused` says for each piece whether its first token accuses a step, closes it, or decides nothing (None).
+    """
+    ids = prompt_ids(tokenizer, messages)
+    loss, starts = [0.0] * len(ids), []
+    for piece, (first, rest) in zip(piece_ids(tokenizer, pieces), weights, strict=True):
+        starts.append(len(ids))
+        ids = ids + piece
+        loss += [first] + [rest] * (len(piece) - 1)
+    decisions = [
+        (start - 1, wrong) for start, wrong in zip(starts, accused, strict=False) if wrong is not None
+    ]
+    marks, verdicts = tuple(mark for mark, _ in decisions), tuple(wrong for _, wrong in decisions)
+    return Encoded([*ids, end_id(tokenizer)], [*loss, 1.0], marks, verdicts)
+
+
 def encode_solution(tokenizer: "Tokenizer", messages: Messages, trace: Trace) -> Encoded:
     """A whole trace as an answer to `messages`, with loss on the trace and its end token but not on the prompt."""
     return encode_continuation(tokenizer, messages, trace, 0)
@@ -87,11 +114,9 @@ def encode_solution(tokenizer: "Tokenizer", messages: Messages, trace: Trace) ->
 
 def encode_continuation(tokenizer: "Tokenizer", messages: Messages, trace: Trace, step: int) -> Encoded:
     """A trace with loss on what follows `step` and on its end token, none on what comes before."""
-    pieces = piece_ids(tokenizer, all_pieces(trace))
+    pieces = all_pieces(trace)
     cut = 2 * step  # a step without notes is two pieces
-    context = [*prompt_ids(tokenizer, messages), *chain(*pieces[:cut])]
-    answer = [*chain(*pieces[cut:]), end_id(tokenizer)]
-    return Encoded(context + answer, [0.0] * len(context) + [1.0] * len(answer))
+    return _encode(tokenizer, messages, pieces, [(0.0, 0.0)] * cut + [(1.0, 1.0)] * (len(pieces) - cut))
 
 
 def encode_closing(
@@ -101,16 +126,10 @@ def encode_closing(
 
     The closer of the wrong step weighs `1 + decision_weight`, as the decision in a review does.
     """
-    ids = prompt_ids(tokenizer, messages)
-    weights = [0.0] * len(ids)
-    pieces, closers = all_pieces(work), 0
-    for text, piece in zip(pieces, piece_ids(tokenizer, pieces), strict=True):
-        ids = ids + piece
-        weights += [0.0] * len(piece)
-        if text.startswith("</Step"):
-            closers += 1
-            weights[-len(piece)] = 1.0 + (decision_weight if closers == step else 0.0)
-    return Encoded([*ids, end_id(tokenizer)], [*weights, 1.0])
+    pieces = all_pieces(work)
+    weights = [(float(piece.startswith("</Step")), 0.0) for piece in pieces]
+    weights[2 * step - 1] = (1.0 + decision_weight, 0.0)
+    return _encode(tokenizer, messages, pieces, weights)
 
 
 def encode_review(
@@ -122,14 +141,11 @@ def encode_review(
     `1 + decision_weight`; otherwise one token among hundreds would hardly count.
     """
     pieces = all_pieces(review)
-    ids = prompt_ids(tokenizer, messages)
-    weights = [0.0] * len(ids)
-    marks, accused = [], []
-    for text, before, piece in zip(pieces, ["", *pieces], piece_ids(tokenizer, pieces), strict=False):
-        decides = before.startswith("<Step") and not (accused and accused[-1])
-        if decides:
-            marks.append(len(ids) - 1)
-            accused.append(text == CAUSE)
-        ids = ids + piece
-        weights += [1.0 + decision_weight * decides] + [1.0] * (len(piece) - 1)
-    return Encoded([*ids, end_id(tokenizer)], [*weights, 1.0], tuple(marks), tuple(accused))
+    end = pieces.index(CAUSE) + 1 if CAUSE in pieces else len(pieces)
+    accused = [
+        piece == CAUSE if before.startswith("<Step") else None
+        for before, piece in zip(["", *pieces], pieces[:end], strict=False)
+    ]
+    accused += [None] * (len(pieces) - end)
+    weights = [(1.0 if wrong is None else 1.0 + decision_weight, 1.0) for wrong in accused]
+    return _encode(tokenizer, messages, pieces, weights, accused)

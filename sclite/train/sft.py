@@ -81,7 +81,7 @@ def train_sft(
 
     def prepare(tokenizer: PreTrainedTokenizerBase) -> BuildLesson:
         if progress is not None and opens_thinking(
-            tokenizer.get_chat_template(), **tokenizer.special_tokens_map
+            tokenizer.get_chat_template(), tokenizer.special_tokens_map
         ):
             empty = "the student's chat template opens a <think> block: sclite trains and uses it with an empty one"
             progress(0, 0, warning=f"{empty}; other programs have to send the closing tag themselves")

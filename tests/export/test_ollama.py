@@ -110,7 +110,9 @@ def go_render(tmp_path_factory):
 def test_go_template_renders_the_same_text_as_the_jinja_template(name, go_render):
     family = detect_family(KNOWN[name], bos="<s>", eos="</s>")
     for probe in PROBES:
-        wanted = render_chat(KNOWN[name], probe, bos_token="<s>", eos_token="</s>").removeprefix("<s>")
+        wanted = render_chat(KNOWN[name], probe, {"bos_token": "<s>", "eos_token": "</s>"}).removeprefix(
+            "<s>"
+        )
         assert go_render(family.go_template(), probe) == wanted
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sclite.student.loader import embedded_folder
+from sclite.student.loader import EMBEDDED_FOLDER
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 SHARD_BYTES = 4_000_000_000
@@ -37,7 +37,7 @@ def random_model(folder: Path, config: Mapping[str, Any], device: str) -> Path:
     }
     (folder / "config.json").write_text(json.dumps(written, indent=1))
     for name in TOKENIZER:
-        shutil.copy(embedded_folder() / name, folder / name)
+        shutil.copy(EMBEDDED_FOLDER / name, folder / name)
     with torch.device("meta"):
         shape = AutoConfig.for_model(**{k: v for k, v in written.items() if k != "quantization_config"})
         empty = AutoModelForCausalLM.from_config(shape)

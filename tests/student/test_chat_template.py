@@ -1,4 +1,4 @@
-"""Chat templates from model files: limits on time, memory and length; an open <think> is closed."""
+"""Chat templates from model files: system messages, thinking, and limits on time, memory and length."""
 
 import pytest
 
@@ -7,16 +7,39 @@ from sclite.student import chat_template
 from sclite.student.chat_template import opens_thinking, render_chat
 from tests.tiny import CHATML
 
-CHAT = ({"role": "user", "content": "2 + 2?"},)
+USER = ({"role": "user", "content": "2 + 2?"},)
+CHAT = ({"role": "system", "content": "Be brief."}, *USER)
 R1 = (  # the end of DeepSeek-R1-Distill's template
     "{% for m in messages %}<|User|>{{ m['content'].split('</think>')[-1] }}{% endfor %}"
     "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
 )
+REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+DROPS = "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [REFUSES + DROPS, DROPS])
+def test_missing_system_role_moves_the_text_to_the_user_turn(template):
+    assert render_chat(template, CHAT) == "[Be brief.\n\n2 + 2?]"
+    assert render_chat(template, USER) == "[2 + 2?]"
+
+
+def test_template_gets_what_transformers_gives_it():
+    template = (
+        "{{ bos_token }}{% for m in messages %}\n  {% if m.role == 'user' %}\n{{ m.content | trim }}\n{% elif m.role == "
+        "'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt and not enable_thinking %}A:<think></think>{% endif %}{{ messages | tojson }}"
+    )
+    chat = ({"role": "user", "content": " 1 <b>é "}, {"role": "assistant", "content": "x"})
+    assert render_chat(template, chat, {"eos_token": "<|im_end|>"}) == (
+        "1 <b>é\nx<|im_end|>A:<think></think>"
+        '[{"role": "user", "content": " 1 <b>é "}, {"role": "assistant", "content": "x"}]'
+    )
 
 
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
+        ("{{ raise_exception('no roles') }}", "no roles"),
         (
             "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
             "more than 2 seconds",
@@ -31,13 +54,13 @@ R1 = (  # the end of DeepSeek-R1-Distill's template
 def test_hostile_template_fails_and_the_next_one_renders(monkeypatch, template, reason):
     monkeypatch.setattr(chat_template, "SECONDS", 2)
     with pytest.raises(DataError, match=reason) as error:
-        render_chat(template, CHAT)
+        render_chat(template, USER)
     assert "chat template" in error.value.hint
-    assert render_chat("{{ messages[0].content }}", CHAT) == "2 + 2?"
+    assert render_chat("{{ messages[0].content }}", USER) == "2 + 2?"
 
 
 def test_open_think_tag_becomes_an_empty_block():
-    assert render_chat(R1, CHAT) == "<|User|>2 + 2?<|Assistant|><think>\n\n</think>\n\n"
-    assert render_chat(R1, CHAT, generation_prompt=False) == "<|User|>2 + 2?"
-    assert opens_thinking(R1)
-    assert not opens_thinking(CHATML)
+    assert render_chat(R1, USER) == "<|User|>2 + 2?<|Assistant|><think>\n\n</think>\n\n"
+    assert render_chat(R1, USER, generation_prompt=False) == "<|User|>2 + 2?"
+    assert opens_thinking(R1, {})
+    assert not opens_thinking(CHATML, {})

@@ -6,7 +6,6 @@ from transformers import AutoTokenizer
 from sclite import prompts
 from sclite.errors import DataError
 from sclite.student.base import tokens_to_compare
-from sclite.student.chat_template import merge_system
 from sclite.student.self_correction import ReviewSettings, continuation_request
 from sclite.student.tokenization import (
     decision_ids,
@@ -74,7 +73,6 @@ def test_system_text_moves_to_the_user_turn_if_the_role_is_missing(folder):
     text = prompt_text(with_template(folder, NO_SYSTEM), SOLVE)
     assert text.count("<|im_start|>") == 2
     assert f"<|im_start|>user\n{SOLVE[0]['content']}\n\n{SOLVE[1]['content']}<|im_end|>" in text
-    assert merge_system(SOLVE[1:]) == SOLVE[1:]
 
 
 def test_thinking_is_off_if_the_template_has_a_switch(folder):

@@ -5,8 +5,8 @@ import pytest
 from sclite.config import Config
 from sclite.records import Template
 from sclite.run import Run
-from sclite.student.adapters import add_adapter, new_lora_shape
-from sclite.student.loader import embedded_folder, load_student, load_tokenizer, nf4_config
+from sclite.student.adapters import new_lora
+from sclite.student.loader import EMBEDDED_FOLDER, load_student, load_tokenizer, nf4_config
 from sclite.student.tokenization import Encoded
 from sclite.train.checkpoints import Checkpoints
 from sclite.train.sft import solve_rows, supervised
@@ -22,6 +22,7 @@ def moved(folder, path, settings: dict) -> tuple[float, set]:
     """The Euclidean distance that the adapter moved in STEPS steps, and the types of its weights other than float32."""
     import torch
     from bitsandbytes.nn import Linear4bit
+    from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
     run, config = (
@@ -39,7 +40,8 @@ def moved(folder, path, settings: dict) -> tuple[float, set]:
             layer, Linear4bit
         ):  # else a no-grad forward pass repacks the weight in place on some machines
             layer.support_avx512bf16_for_cpu = False
-    model = add_adapter(model, new_lora_shape(config.lora, model.config), seed=0)
+    torch.manual_seed(0)
+    model = get_peft_model(model, new_lora(config.lora, model.config))
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     row = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")[0]
     rows = [Encoded(row.ids[-24:], row.weights[-24:])]  # 4 bits are slow on a CPU; the steps are what counts
@@ -95,7 +97,7 @@ def quantised(tmp_path):
         quantise(torch.ones(64, 64, dtype=torch.bfloat16), quant_type="nf4", compress_statistics=True)
     except (RuntimeError, NotImplementedError) as error:
         pytest.skip(f"bitsandbytes has no 4 bits here: {error}")
-    vocabulary = json.loads((embedded_folder() / "config.json").read_text())["vocab_size"]
+    vocabulary = json.loads((EMBEDDED_FOLDER / "config.json").read_text())["vocab_size"]
     return random_model(tmp_path / "student", {**LLAMA, "vocab_size": vocabulary}, "cpu")
 
 

@@ -208,7 +208,7 @@ class Engine:
         """Prompt ids: the rendered chat template, up to where the assistant begins. DataError without a template."""
         if not self.chat_template:
             raise DataError(f"{self.path} has no chat template", "export it from a chat (instruct) model")
-        return self.token_ids(render_chat(self.chat_template, messages, **self.special_tokens), special=True)
+        return self.token_ids(render_chat(self.chat_template, messages, self.special_tokens), special=True)
 
     def _ids(self, messages: Messages, pieces: Sequence[str]) -> tuple[list[int], list[int]]:
         """Ids of prompt and pieces, and their number after each piece."""

@@ -9,7 +9,6 @@ import pytest
 
 from sclite.errors import DataError, DeviceError, UsageError
 from sclite.student.base import Request, ScoreRequest
-from sclite.student.chat_template import merge_system, render_chat
 from sclite.student.hf_model import HFModel
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.self_correction import score_request
@@ -484,30 +483,3 @@ def test_llama_cpp_loads_silently(gguf, capfd):
         assert "?" not in engine.description
     captured = capfd.readouterr()
     assert captured.err == captured.out == ""
-
-
-def test_dropped_system_message_is_merged_into_the_user_turn():
-    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    drops = "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% endif %}{% endfor %}"
-    for template in (refuses + drops, drops):
-        assert render_chat(template, chat("2 + 2?", system="Be brief.")) == "[Be brief.\n\n2 + 2?]"
-    assert merge_system(chat("2 + 2?")) == ({"role": "user", "content": "Solve in steps.\n\n2 + 2?"},)
-
-
-def test_template_renders_as_in_transformers(trained):
-    template = (
-        "{{ bos_token }}{% for m in messages %}\n  {% if m.role == 'user' %}\n{{ m.content | trim }}\n{% elif m.role == "
-        "'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}\n{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}A:{% if enable_thinking is defined and enable_thinking is false %}<think></think>"
-        "{% endif %}{% endif %}{{ messages | tojson }}"
-    )
-    messages = [{"role": "user", "content": " 1 <b>é "}, {"role": "assistant", "content": "x"}]
-    wanted = trained[1].apply_chat_template(
-        messages, chat_template=template, add_generation_prompt=True, tokenize=False, enable_thinking=False
-    )
-    assert render_chat(template, tuple(messages), eos_token="<|im_end|>") == wanted
-
-
-def test_template_that_cannot_render_is_a_data_error():
-    with pytest.raises(DataError, match="no roles"):
-        render_chat("{{ raise_exception('no roles') }}", chat("x"))
