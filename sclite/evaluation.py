@@ -6,31 +6,13 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
-from sclite import prompts
 from sclite.config import Eval
 from sclite.context import Context
 from sclite.errors import DataError, UsageError
+from sclite.evaluate.threshold import Fitted, load_threshold
 from sclite.export.model import ADAPTERS
 from sclite.records import Drop, Problem, Template
-
-THRESHOLDS = "export/review.json"
-"""Fitted thresholds, by the digest of the GGUF."""
-
-
-class Fitted(BaseModel):
-    """A fitted threshold, with the number of problems, max_harm and the prompts' digest that it was fitted with."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=True)
-    threshold: float
-    n: int
-    max_harm: float
-    prompts: str
-
-
-FEW_TO_FIT = 50
-"""With fewer problems, a single answer moves the threshold far."""
+from sclite.student.self_correction import NEVER
 
 
 def held_out(context: Context) -> tuple[list[Problem], list[Problem], dict[str, int]]:
@@ -131,17 +113,16 @@ def evaluate(
             progress(number, len(names))
             path = gguf_path(context.run, name, context.config)
             with Engine(path, context=context.config.eval.context) as student:
-                digest = context.run.file_digest(str(path.resolve()))
                 figures[name] = evaluate_model(
                     context.config,
                     context.run,
                     name,
                     student,
+                    gguf=path,
                     problems=problems,
                     fitting=fitting,
                     grader=grader,
                     judge=judge,
-                    identity=digest,
                     folder=folder,
                 )
             figures[name] |= {
@@ -154,8 +135,7 @@ def evaluate(
     notes = [f"skipped {reason.replace('_', ' ')}: {count:,}" for reason, count in (dropped or {}).items()]
     notes += [f"review is off for {name}: {each['off']}" for name, each in figures.items() if each["off"]]
     notes += cut_note(figures, context.config.eval.max_tokens)
-    notes += fit_note(figures, len(fitting))
-    notes += keep_thresholds(context, figures)
+    notes += threshold_notes(figures, len(fitting))
     summary = {
         "models": figures,
         "n": len(problems),
@@ -167,37 +147,6 @@ def evaluate(
     }
     write_summary(context, summary)
     return summary
-
-
-def keep_thresholds(context: Context, figures: Mapping[str, Any]) -> list[str]:
-    """Store the fitted thresholds for chat, and return a note for each one that is kept because more problems fitted it.
-
-    A threshold fitted with other prompts or for another max_harm is always replaced.
-    """
-    if context.config.review.threshold is not None:  # set by the user
-        return []
-    kept, stays = context.run.read_json(THRESHOLDS, dict[str, Fitted]) or {}, {}
-    kept = {digest: fitted.model_dump() for digest, fitted in kept.items()}
-    for each in figures.values():
-        if each["threshold"] is None:
-            continue
-        made = {
-            "threshold": each["threshold"],
-            "n": (each["fitted"] or {}).get("n", 0),
-            "max_harm": context.config.review.max_harm,
-            "prompts": _review_digest(context),
-        }
-        before = kept.get(each["gguf"], {})
-        same = all(before.get(name) == made[name] for name in ("max_harm", "prompts"))
-        if same and before.get("n", 0) > made["n"]:
-            stays = {"n": before["n"], "instead": made["threshold"]}
-        else:
-            kept[each["gguf"]] = made
-    context.run.write_json(THRESHOLDS, kept)
-    if not stays:
-        return []
-    other = f"--set review.threshold={stays['instead']:.4g} overrides it"
-    return [f"chat keeps the threshold fitted earlier on {stays['n']} problems; {other}"]
 
 
 def cut_note(figures: Mapping[str, Any], limit: int) -> list[str]:
@@ -212,12 +161,14 @@ def cut_note(figures: Mapping[str, Any], limit: int) -> list[str]:
     return [f"truncated first answers: {', '.join(many)}; raise eval.max_tokens ({limit}) or eval.context"]
 
 
-def fit_note(figures: Mapping[str, Any], count: int) -> list[str]:
-    """A note if the threshold was fitted on few problems."""
-    if count >= FEW_TO_FIT or not any(each["fitted"] for each in figures.values()):
-        return []
-    remedy = "use more problems, or set review.threshold"
-    return [f"the review threshold was fitted on only {count} problems; {remedy}"]
+def threshold_notes(figures: Mapping[str, Any], count: int) -> list[str]:
+    """A note for each threshold that an earlier command fitted on more problems, or that the bound on harm makes worse."""
+    notes = []
+    for name, each in figures.items():
+        fitted = Fitted.model_validate(each["fitted"]) if each["fitted"] else None
+        if fitted and fitted.threshold is not None and (fitted.problems > count or fitted.given_up):
+            notes.append(f"review threshold of {name}: {fitted.summary}")
+    return notes
 
 
 def write_summary(context: Context, summary: dict[str, Any]) -> None:
@@ -241,21 +192,10 @@ def write_summary(context: Context, summary: dict[str, Any]) -> None:
     write_report(run.path(f"{folder}/{REPORT}"), summary, examples, curves)
 
 
-def _review_digest(context: Context) -> str:
-    return prompts.digest(
-        "student_system", "student_solve", "student_review", folder=context.config.prompts.folder
-    )
-
-
 def stored_threshold(context: Context, gguf: Path) -> float | None:
-    """The threshold fitted on this very file with these prompts, in this run or beside the file; None if there is none."""
-    beside = gguf.parent / Path(THRESHOLDS).name
-    for name in dict.fromkeys((str(context.run.path(THRESHOLDS).resolve()), str(beside.resolve()))):
-        known = context.run.read_json(name, dict[str, Fitted]) or {}
-        kept = known.get(context.run.file_digest(str(gguf.resolve()))) if known else None
-        if kept and kept.prompts == _review_digest(context):
-            return kept.threshold
-    return None
+    """The threshold stored for a GGUF, NEVER if review stays off for it; None if none was fitted."""
+    fitted = load_threshold(context.config, context.run, gguf)
+    return None if fitted is None else NEVER if fitted.threshold is None else fitted.threshold
 
 
 def measured_gguf(context: Context, path: Path) -> Path | None:

@@ -6,9 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from sclite import evaluation
-from sclite.config import Config
-from sclite.context import Context
 from sclite.errors import DataError
 from sclite.records import Drop, Problem, Template
 from sclite.run import Report
@@ -169,23 +166,6 @@ def test_rows_lost_to_a_concurrent_process_are_noticed_when_signing(built, run):
 
 
 # -- other files ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "{", "[]", '{"a": 3}', '{"a": {"threshold": "x", "n": 1, "max_harm": 0, "prompts": ""}}', "\0"],
-)
-def test_a_damaged_threshold_file_is_ignored_and_rewritten(run, text, capsys):
-    context = Context(Config(), run, None)
-    run.path("export").mkdir(parents=True)
-    gguf = run.path("export/dpo-q8_0.gguf")
-    gguf.write_bytes(b"GGUF")
-    run.path(evaluation.THRESHOLDS).write_text(text)
-    assert evaluation.stored_threshold(context, gguf) is None
-    assert "review.json is damaged" in capsys.readouterr().err
-    found = {"dpo": {"gguf": run.file_digest(str(gguf)), "threshold": 1.5, "fitted": {"n": 60}}}
-    evaluation.keep_thresholds(context, found)
-    assert evaluation.stored_threshold(context, gguf) == 1.5
 
 
 def test_a_locked_ledger_is_not_reported_as_damaged(built, sclite):

@@ -1,9 +1,7 @@
-"""Evaluation metrics: accuracy before and after review, quality of the step scores, and the threshold (METHOD section 6)."""
+"""Evaluation metrics: accuracy before and after review, and the quality of the step scores (METHOD section 6)."""
 
 import math
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
 from typing import Annotated, Any
 
 import numpy as np
@@ -47,24 +45,6 @@ class Outcome(Row):
     def _labels_end_at_the_first_wrong_step(self):
         if any(self.step_labels[:-1]):
             raise ValueError("step_labels must end at the first wrong step")
-        return self
-
-
-class Scored(Row):
-    """One problem for fitting the threshold: its first answer, and the result of correcting each step.
-
-    `corrected[j]`: whether the final answer is right after correcting step j + 1; None if not computed or not gradable.
-    """
-
-    id: str
-    correct1: bool | None
-    step_scores: tuple[LogOdds, ...]
-    corrected: tuple[bool | None, ...]
-
-    @model_validator(mode="after")
-    def _one_result_per_step(self):
-        if len(self.step_scores) != len(self.corrected):
-            raise ValueError(f"{len(self.step_scores)} step_scores, {len(self.corrected)} corrected")
         return self
 
 
@@ -136,59 +116,6 @@ def _share_parts(known: Sequence[Outcome]) -> dict[str, tuple[np.ndarray, np.nda
         "acceptance": (right * array(o.accused is None for o in known), right),
         "correction_rate_own": (correctable * second, correctable),
     }
-
-
-# -- the threshold -------------------------------------------------------------------------------------------------
-
-
-def fit_threshold(scored: Sequence[Scored], max_harm: float) -> dict[str, Any]:
-    """The log-odds threshold that maximizes Acc@t2 with right-to-wrong at most `max_harm` * n.
-
-    The first step whose log-odds exceed the threshold is accused; if none does, the first answer stands. Candidates are
-    the midpoints between adjacent distinct log-odds, and one beyond each end (NEVER and -NEVER); among equally good
-    ones the highest wins, which accuses least. An unknown result of an accused step counts as the worse outcome: a
-    right answer is spoiled, a wrong one stays wrong. `assumed` counts these at the returned threshold. So a caller may
-    compute only the corrections that could matter, and stays on the safe side.
-
-    Problems with an unknown first answer are excluded and counted in `unknown`. Returns threshold, n, unknown, acc_t1,
-    acc_t2, wrong_to_right, right_to_wrong (shares of n; None for n = 0), accused and assumed (problems), candidates
-    (number tried).
-    """
-    known = [row for row in scored if row.correct1 is not None]
-    n, right = len(known), sum(row.correct1 for row in known)
-    values = np.unique(np.array([s for row in known for s in row.step_scores], float))
-    candidates = np.concatenate(([-NEVER], (values[1:] + values[:-1]) / 2, [NEVER])).tolist()
-    # Row c of each column is the change against candidate c - 1: accused, assumed, gained, spoiled.
-    change = np.zeros((len(candidates) + 1, 4), int)
-    for row in known:
-        for low, high, result in _accusations(row):
-            spoiled = row.correct1 and result is not True
-            effect = (1, result is None, not row.correct1 and result is True, spoiled)
-            change[bisect_left(candidates, low)] += effect
-            change[bisect_left(candidates, high)] -= effect
-    accused, assumed, gained, spoiled = change.cumsum(axis=0)[:-1].T
-    allowed = spoiled <= max_harm * n + 1e-9  # 0.29 * 100 is a little less than 29
-    net = np.where(allowed, gained - spoiled, -n - 1)
-    best = len(net) - 1 - int(net[::-1].argmax())
-    return {
-        "threshold": candidates[best],
-        "n": n,
-        "unknown": len(scored) - n,
-        "acc_t1": _ratio(right, n),
-        "acc_t2": _ratio(right + net[best], n),
-        "wrong_to_right": _ratio(gained[best], n),
-        "right_to_wrong": _ratio(spoiled[best], n),
-        "accused": int(accused[best]),
-        "assumed": int(assumed[best]),
-        "candidates": len(candidates),
-    }
-
-
-def _accusations(row: Scored) -> list[tuple[float, float, bool | None]]:
-    """(low, high, result) of each step that some threshold accuses: low <= threshold < high."""
-    highest = accumulate(row.step_scores, max, initial=-math.inf)
-    steps = zip(highest, row.step_scores, row.corrected, strict=False)
-    return [(before, score, result) for before, score, result in steps if score > before]
 
 
 # -- statistics ----------------------------------------------------------------------------------------------------

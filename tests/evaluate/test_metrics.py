@@ -1,6 +1,5 @@
 """Evaluation metrics: values computed by hand, and properties of any outcomes."""
 
-import itertools
 import json
 import math
 
@@ -12,9 +11,7 @@ from pydantic import ValidationError
 from sclite.evaluate.metrics import (
     NEVER,
     Outcome,
-    Scored,
     auc,
-    fit_threshold,
     harmonic_mean,
     mcnemar_p,
     summarize,
@@ -37,10 +34,6 @@ def outcome(correct1, correct2, number=0, **more):
 
 def outcomes(*verdicts):
     return [outcome(*pair, number=k) for k, pair in enumerate(verdicts)]
-
-
-def scored(correct1, scores, corrected, number=0):
-    return Scored(id=f"p{number}", correct1=correct1, step_scores=scores, corrected=corrected)
 
 
 # -- summarize -----------------------------------------------------------------------------------------------------
@@ -242,139 +235,3 @@ def test_mcnemar_is_the_exact_binomial(gained, spoiled, p):
 
 def test_mcnemar_of_thousands_does_not_overflow():
     assert 0 < mcnemar_p(2100, 1900) < 0.01
-
-
-# -- the threshold -------------------------------------------------------------------------------------------------
-
-
-def test_threshold_lies_between_useful_and_harmful_accusations():
-    rows = [scored(False, (-2.0, 3.0), (None, True)), scored(True, (-1.0, 1.0), (None, None))]
-    fit = fit_threshold(rows, max_harm=0.0)
-    assert fit["threshold"] == 2.0
-    assert (fit["acc_t1"], fit["acc_t2"], fit["wrong_to_right"], fit["right_to_wrong"]) == (
-        0.5,
-        1.0,
-        0.5,
-        0.0,
-    )
-    assert (fit["n"], fit["accused"], fit["assumed"], fit["candidates"]) == (2, 1, 0, 5)
-
-
-def test_first_step_above_the_threshold_is_accused_not_the_highest():
-    rows = [scored(False, (2.0, 3.0), (False, True)), scored(False, (-5.0, 2.0), (None, True))]
-    assert fit_threshold(rows, 1.0)["threshold"] == 2.5  # lower ones fix the second and lose the first
-    assert fit_threshold(rows, 1.0)["acc_t2"] == 0.5
-
-
-def test_right_to_wrong_is_bounded_by_the_harm_limit():
-    rows = [scored(False, (1.0,), (True,), k) for k in range(60)]
-    rows += [scored(True, (2.0,), (False,), k) for k in range(60, 100)]
-    assert fit_threshold(rows, 0.4)["wrong_to_right"] == 0.6
-    held = fit_threshold(rows, 0.39)
-    assert held["threshold"] == NEVER
-    assert held["acc_t2"] == held["acc_t1"] == 0.4
-
-
-def test_harm_limit_allows_for_rounding_errors():
-    rows = [scored(True, (2.0,), (False,), k) for k in range(29)]
-    rows += [scored(False, (1.0,), (True,), k) for k in range(29, 100)]
-    assert fit_threshold(rows, 0.29)["right_to_wrong"] == pytest.approx(0.29)
-
-
-def test_nothing_is_accused_if_nothing_helps():
-    fit = fit_threshold([scored(False, (4.0, 5.0), (False, None)), scored(True, (1.0,), (True,))], 1.0)
-    assert fit["threshold"] == NEVER
-    assert fit["accused"] == 0
-
-
-def test_untried_corrections_count_as_the_worse_outcome():
-    spoils = [scored(True, (9.0,), (None,)), scored(False, (5.0,), (True,)), scored(False, (5.0,), (True,))]
-    fit = fit_threshold(spoils, 1.0)
-    assert (fit["right_to_wrong"], fit["assumed"]) == (pytest.approx(1 / 3), 1)
-    assert fit_threshold([scored(False, (5.0,), (None,))], 1.0)["threshold"] == NEVER
-
-
-def test_problem_with_an_unknown_first_answer_does_not_count():
-    fit = fit_threshold([scored(None, (1.0,), (True,)), scored(True, (), ())], 0.0)
-    assert (fit["n"], fit["unknown"], fit["acc_t2"]) == (1, 1, 1.0)
-
-
-def test_without_problems_nothing_is_accused():
-    fit = fit_threshold([], 0.5)
-    assert (fit["threshold"], fit["acc_t1"], fit["right_to_wrong"]) == (NEVER, None, None)
-
-
-def test_scores_and_results_have_equal_length():
-    with pytest.raises(ValidationError, match="2 step_scores, 1 corrected"):
-        scored(True, (1.0, 2.0), (None,))
-
-
-STEPS = st.lists(st.tuples(st.integers(-4, 4), VERDICTS), max_size=4)
-PROBLEMS = st.lists(st.tuples(VERDICTS, STEPS), max_size=7)
-LIMIT = st.sampled_from([0.0, 0.15, 0.34, 1.0])
-
-
-def replay(rows, threshold):
-    """Apply the threshold step by step: (right at turn 2, spoiled)."""
-    right = harm = 0
-    for row in rows:
-        verdict = row.correct1
-        for score, result in zip(row.step_scores, row.corrected, strict=True):
-            if score > threshold:
-                verdict = result is True
-                break
-        right += verdict
-        harm += row.correct1 and not verdict
-    return right, harm
-
-
-@settings(max_examples=300, deadline=None)
-@given(PROBLEMS, LIMIT)
-def test_fit_equals_brute_force_and_keeps_the_limit(problems, limit):
-    rows = [
-        scored(right, *(zip(*steps, strict=True) if steps else ((), ())), k)
-        for k, (right, steps) in enumerate(problems)
-    ]
-    fit = fit_threshold(rows, limit)
-    known = [row for row in rows if row.correct1 is not None]
-    if not known:
-        return
-    halves = [
-        -NEVER,
-        *(k / 2 for k in range(-9, 10)),
-        NEVER,
-    ]  # scores are integers: this grid covers every policy
-    tried = {t: replay(known, t) for t in halves}
-    best = max(right for right, harm in tried.values() if harm <= limit * len(known))
-    assert fit["acc_t2"] == pytest.approx(best / len(known))
-    right, harm = replay(known, fit["threshold"])
-    assert right == best
-    assert harm == round(fit["right_to_wrong"] * len(known))
-    assert harm <= limit * len(known)
-    accused = policy(known, fit["threshold"])
-    for t in halves:
-        if t > fit["threshold"] and tried[t][0] == best and tried[t][1] <= limit * len(known):
-            assert policy(known, t) == accused  # no equally good policy accuses less
-
-
-def policy(rows, threshold):
-    return [next((k for k, s in enumerate(row.step_scores) if s > threshold), None) for row in rows]
-
-
-def test_large_fit_is_fast():
-    rows = [
-        scored(k % 2 == 0, tuple(math.sin(k * j + j) for j in range(1, 11)), tuple([None, True] * 5), k)
-        for k in range(500)
-    ]
-    fit = fit_threshold(rows, 0.005)
-    assert fit["candidates"] == len({s for row in rows for s in row.step_scores}) + 1
-    assert replay(rows, fit["threshold"])[0] == round(fit["acc_t2"] * 500)
-
-
-def test_midpoint_that_rounds_to_its_neighbour_is_judged_as_used():
-    low = 1.0
-    high = math.nextafter(low, 2)
-    for first, second in itertools.permutations([low, high]):
-        rows = [scored(False, (first,), (True,), 0), scored(True, (second,), (False,), 1)]
-        fit = fit_threshold(rows, 0.0)
-        assert replay(rows, fit["threshold"]) == (round(fit["acc_t2"] * 2), 0)

@@ -141,7 +141,7 @@ def test_eval_without_dpo_and_results_per_dataset(quickstarted, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(copy / "dpo")
     first = {path: path.read_bytes() for path in (copy / summary["folder"]).iterdir()}
-    thresholds = json.loads((copy / "export/review.json").read_text())
+    thresholds = json.loads((copy / "export/threshold.json").read_text())
     rows = [json.dumps({"question": p.question, "answer": p.answer}) for p in test_problems(30)]
     (tmp_path / "other.jsonl").write_text("\n".join([*rows, "not JSON"]))
     done = sclite("eval", "other.jsonl", "--json", "--run", str(copy), folder=tmp_path)
@@ -155,7 +155,7 @@ def test_eval_without_dpo_and_results_per_dataset(quickstarted, tmp_path):
     assert "review is off for base: " in fewer.stdout
     assert {path: path.read_bytes() for path in first} == first
     assert (copy / "eval/other/sft.jsonl").is_file()
-    after = json.loads((copy / "export/review.json").read_text())
+    after = json.loads((copy / "export/threshold.json").read_text())
     sft = summary["models"]["sft"]["gguf"]
     assert after[sft] == thresholds[sft]  # fitted on more problems
 

@@ -1,0 +1,54 @@
+"""A student's answers to problems, graded."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from sclite import prompts
+from sclite.config import Config
+from sclite.grading.extract import answer_of
+from sclite.grading.worker import Grader
+from sclite.records import Problem
+from sclite.student.base import Reply, Request, Student
+from sclite.student.self_correction import ReviewSettings
+from sclite.trace import Trace, work_of
+
+
+@dataclass(frozen=True)
+class FirstAnswers:
+    """A student's first answers to some problems: replies, traces, verdicts (None: unknown)."""
+
+    problems: Sequence[Problem]
+    replies: list[Reply]
+    traces: list[Trace]
+    correct: list[bool | None]
+
+
+def solve(
+    student: Student,
+    problems: Sequence[Problem],
+    config: Config,
+    grader: Grader,
+    progress: Callable[[], None] = lambda: None,
+) -> FirstAnswers:
+    """Turn 1: greedy answers to all problems, graded. The verdict of a failed call is None. `progress` counts replies."""
+    requests = [
+        Request(prompts.solve_messages(p.question, config.prompts.folder), max_tokens=config.eval.max_tokens)
+        for p in problems
+    ]
+    replies = []
+    for reply in student.generate(requests):
+        replies.append(reply)
+        progress()
+    replies.sort(key=lambda reply: reply.index)
+    verdicts = grade(grader, [reply.text for reply in replies], problems)
+    correct = [None if r.finish == "error" else v for r, v in zip(replies, verdicts, strict=True)]
+    return FirstAnswers(problems, replies, [work_of(reply.text) for reply in replies], correct)
+
+
+def grade(grader: Grader, texts: Sequence[str], problems: Sequence[Problem]) -> list[bool | None]:
+    """Whether each text ends in the right answer of its problem; None if that could not be decided."""
+    return grader.equal_many((answer_of(text), p.answer) for text, p in zip(texts, problems, strict=True))
+
+
+def review_settings(config: Config, threshold: float) -> ReviewSettings:
+    return ReviewSettings(threshold, config.review.rounds, config.eval.max_tokens, config.prompts.folder)

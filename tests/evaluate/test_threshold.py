@@ -1,0 +1,392 @@
+"""The review threshold: its fit, which corrections are tried, and what is stored for a GGUF."""
+
+import itertools
+import json
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from sclite.config import Config
+from sclite.evaluate import threshold
+from sclite.evaluate.answers import FirstAnswers
+from sclite.evaluate.threshold import (
+    BLOCK,
+    FILE,
+    MAX_SHARE,
+    MIN_PROBLEMS,
+    Fitted,
+    Scored,
+    ensure_threshold,
+    fit_student,
+    fit_threshold,
+    load_threshold,
+    most_spoiled,
+    store_threshold,
+)
+from sclite.records import Problem
+from sclite.run import Run
+from sclite.student.base import Reply
+from sclite.student.self_correction import NEVER, SAME_RESULT, Reviewed
+from sclite.trace import Trace
+
+VERDICTS = st.sampled_from([True, False, None])
+
+
+def scored(correct1, scores, corrected, number=0):
+    return Scored(id=f"p{number}", correct1=correct1, step_scores=scores, corrected=corrected)
+
+
+# -- the bound on harm ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n", "max_harm", "count"),
+    [  # the largest k with scipy.stats.binom.sf(k - 1, n, max_harm) >= 0.05
+        (50, 0.005, 1),
+        (100, 0.005, 2),
+        (200, 0.005, 3),
+        (400, 0.005, 5),
+        (600, 0.005, 6),
+        (100, 0.01, 3),
+        (400, 0.01, 8),
+        (1000, 0.01, 15),
+        (5000, 0.3, 1553),
+        (100, 0, 0),
+        (100, 1, 100),
+    ],
+)
+def test_harm_is_bounded_by_an_exact_binomial_test(n, max_harm, count):
+    assert most_spoiled(n, max_harm) == count
+
+
+def rows_of(**counts):
+    """Rows of one step with the score 1: so many spoiled, fixed and untouched answers, with higher scores for the first."""
+    kinds = {"spoiled": (True, 2.0, False), "fixed": (False, 1.0, True), "right": (True, -1.0, True)}
+    rows = [kinds[kind] for kind, count in counts.items() for _ in range(count)]
+    return [scored(right, (score,), (result,), k) for k, (right, score, result) in enumerate(rows)]
+
+
+def test_a_threshold_may_spoil_as_many_as_the_bound_allows():
+    fitted = fit_threshold(rows_of(spoiled=5, fixed=40, right=355), 0.005)  # 5 of 400: p = 0.053
+    assert (fitted.threshold, fitted.right_to_wrong, fitted.wrong_to_right) == (0.0, 0.0125, 0.1)
+    assert fitted.given_up == ""
+
+
+def test_what_the_bound_gives_up_is_shown_beside_it():
+    surest = [scored(False, (3.0,), (True,), k) for k in range(1000, 1010)]
+    fitted = fit_threshold([*surest, *rows_of(spoiled=6, fixed=40, right=344)], 0.005)  # 6 of 400: p = 0.017
+    assert (fitted.threshold, fitted.acc_t2, fitted.right_to_wrong) == (2.5, 0.9, 0.0)
+    assert (fitted.best_threshold, fitted.best_right_to_wrong) == (0.0, 0.015)
+    assert fitted.best_acc_t2 == pytest.approx(0.985)
+    assert fitted.summary == (
+        "2.50 fitted on 400 problems: 87.5 → 90.0 % right, 0.0 % spoiled; 0.00 would reach 98.5 % and spoil 1.5 %, "
+        "more than review.max_harm (0.5 %) allows"
+    )
+
+
+def test_review_stays_off_if_only_too_harmful_thresholds_help():
+    fitted = fit_threshold(rows_of(spoiled=6, fixed=40, right=354), 0.005)
+    assert fitted.threshold is None
+    assert fitted.off == (
+        "on 400 fitting problems no threshold corrects more answers than it spoils, with at most 0.5 % spoiled "
+        "(review.max_harm)"
+    )
+    assert fitted.acc_t2 == fitted.acc_t1 == 0.9
+
+
+# -- the fit -------------------------------------------------------------------------------------------------------
+
+
+def test_threshold_lies_between_useful_and_harmful_accusations():
+    rows = [scored(False, (-2.0, 3.0), (None, True)), scored(True, (-1.0, 1.0), (None, None))]
+    fitted = fit_threshold(rows, max_harm=0.0)
+    assert (fitted.threshold, fitted.n, fitted.accused, fitted.assumed) == (2.0, 2, 1, 0)
+    assert (fitted.acc_t1, fitted.acc_t2) == (0.5, 1.0)
+    assert (fitted.wrong_to_right, fitted.right_to_wrong) == (0.5, 0.0)
+
+
+def test_first_step_above_the_threshold_is_accused_not_the_highest():
+    rows = [scored(False, (2.0, 3.0), (False, True)), scored(False, (-5.0, 2.0), (None, True))]
+    fitted = fit_threshold(rows, 1.0)
+    assert (fitted.threshold, fitted.acc_t2) == (2.5, 0.5)  # lower ones fix the second and lose the first
+
+
+def test_nothing_is_accused_if_nothing_helps():
+    fitted = fit_threshold([scored(False, (4.0, 5.0), (False, None)), scored(True, (1.0,), (True,))], 1.0)
+    assert (fitted.threshold, fitted.accused, fitted.best_threshold) == (None, 0, None)
+    assert fitted.off == "on 2 fitting problems no threshold corrects more answers than it spoils"
+
+
+def test_untried_corrections_count_as_the_worse_outcome():
+    spoils = [scored(True, (9.0,), (None,)), scored(False, (5.0,), (True,)), scored(False, (5.0,), (True,))]
+    fitted = fit_threshold(spoils, 1.0)
+    assert (fitted.right_to_wrong, fitted.assumed) == (pytest.approx(1 / 3), 1)
+    assert fit_threshold([scored(False, (5.0,), (None,))], 1.0).threshold is None
+
+
+def test_problem_with_an_unknown_first_answer_does_not_count():
+    fitted = fit_threshold([scored(None, (1.0,), (True,)), scored(True, (), ())], 0.0)
+    assert (fitted.problems, fitted.n, fitted.acc_t2) == (2, 1, 1.0)
+    fitted = fit_threshold([scored(None, (1.0,), (True,))], 0.5)
+    assert (fitted.threshold, fitted.acc_t1) == (None, None)
+    assert fitted.off == "no fitting problem has a known outcome"
+
+
+def test_scores_and_results_have_equal_length():
+    with pytest.raises(ValidationError, match="2 step_scores, 1 corrected"):
+        scored(True, (1.0, 2.0), (None,))
+
+
+def replay(rows, at):
+    """Apply a threshold step by step: (right at turn 2, spoiled, accused steps)."""
+    right = harm = 0
+    accused = [next((k for k, s in enumerate(row.step_scores) if s > at), None) for row in rows]
+    for row, step in zip(rows, accused, strict=True):
+        verdict = row.correct1 if step is None else row.corrected[step] is True
+        right += verdict
+        harm += row.correct1 and not verdict
+    return right, harm, accused
+
+
+STEPS = st.lists(st.tuples(st.integers(-4, 4), VERDICTS), max_size=4)
+PROBLEMS = st.lists(st.tuples(VERDICTS, STEPS), max_size=7)
+GRID = [-NEVER, *(k / 2 for k in range(-9, 10)), NEVER]  # the scores are integers: this covers every policy
+
+
+@settings(max_examples=300, deadline=None)
+@given(PROBLEMS, st.sampled_from([0.0, 0.05, 0.3, 1.0]))
+def test_fit_equals_brute_force_and_keeps_the_bound(problems, limit):
+    rows = [
+        scored(right, *(zip(*steps, strict=True) if steps else ((), ())), k)
+        for k, (right, steps) in enumerate(problems)
+    ]
+    fitted = fit_threshold(rows, limit)
+    known = [row for row in rows if row.correct1 is not None]
+    if not known:
+        return
+    tried = {at: replay(known, at) for at in GRID}
+    allowed = {at: each for at, each in tried.items() if each[1] <= most_spoiled(len(known), limit)}
+    best = max(right for right, _, _ in allowed.values())
+    assert fitted.acc_t2 == pytest.approx(best / len(known))
+    assert (fitted.best_acc_t2 or fitted.acc_t1) == pytest.approx(
+        max(r for r, _, _ in tried.values()) / len(known)
+    )
+    at = NEVER if fitted.threshold is None else fitted.threshold
+    right, harm, accused = replay(known, at)
+    assert (right, harm) == (best, round(fitted.right_to_wrong * len(known)))
+    for other, (same, _, more) in allowed.items():
+        if other > at and same == best:
+            assert more == accused  # no equally good policy accuses less
+    json.dumps(fitted.model_dump(), allow_nan=False)
+
+
+def test_midpoint_that_rounds_to_its_neighbour_is_judged_as_used():
+    low = 1.0
+    high = math.nextafter(low, 2)
+    for first, second in itertools.permutations([low, high]):
+        rows = [scored(False, (first,), (True,), 0), scored(True, (second,), (False,), 1)]
+        fitted = fit_threshold(rows, 0.0)
+        at = NEVER if fitted.threshold is None else fitted.threshold
+        assert replay(rows, at)[:2] == (round(fitted.acc_t2 * 2), 0)
+
+
+# -- the corrections that are tried --------------------------------------------------------------------------------
+
+MANY = [Problem(id=f"p{n}", question=f"question {n}", answer="1") for n in range(200)]
+
+
+class Known:
+    """Simulates student, reviews and grader: three step scores per problem and the result of correcting each.
+
+    A wrong answer has one wrong step, which scores `lead` above the others; only correcting that step is right.
+    """
+
+    def __init__(self, monkeypatch, lead: float):
+        draw = random.Random(0)
+        self.correct = [draw.random() < 0.7 for _ in MANY]
+        self.wrong_step = [None if right else draw.randrange(3) for right in self.correct]
+        self.scores = [
+            tuple(draw.gauss(0, 1) + lead * (step == wrong) for step in range(3)) for wrong in self.wrong_step
+        ]
+        self.tried: list[tuple[int, int]] = []
+        self.solved = 0
+        monkeypatch.setattr(threshold, "solve", self.solve)
+        monkeypatch.setattr(threshold, "score_traces", self.score)
+        monkeypatch.setattr(threshold, "correct_steps", self.correct_steps)
+        monkeypatch.setattr(threshold, "grade", lambda _, texts, __: [text == "right" for text in texts])
+
+    @staticmethod
+    def number(question: str) -> int:
+        return int(question.split()[1])
+
+    def solve(self, _, problems, *__):
+        self.solved += len(problems)
+        correct = [self.correct[self.number(problem.question)] for problem in problems]
+        return FirstAnswers(problems, [], [Trace()] * len(problems), correct)
+
+    def score(self, _, questions, *__):
+        return [self.scores[self.number(question)] for question in questions]
+
+    def fixes(self, number: int, step: int) -> bool:
+        return self.wrong_step[number] == step - 1
+
+    def correct_steps(self, _, cases, __):
+        found = []
+        for question, _, step in cases:
+            self.tried.append((self.number(question), step))
+            found.append(Reviewed("right" if self.fixes(*self.tried[-1]) else "wrong", accused=step))
+        return found
+
+    def fit(self, max_harm=0.005, problems=MANY) -> Fitted:
+        return fit_student(None, problems, Config.model_validate({"review": {"max_harm": max_harm}}), None)
+
+    def by_trying_everything(self, max_harm: float) -> Fitted:
+        results = [tuple(self.fixes(i, step) for step in (1, 2, 3)) for i in range(len(MANY))]
+        rows = zip(self.correct, self.scores, results, strict=True)
+        return fit_threshold([scored(*row, number=i) for i, row in enumerate(rows)], max_harm)
+
+    @property
+    def share_tried(self) -> float:
+        return len({number for number, _ in self.tried}) / self.solved
+
+
+@pytest.mark.parametrize("lead", [1.5, 3.0, 5.0])
+@pytest.mark.parametrize("max_harm", [0.005, 0.03])
+def test_threshold_equals_that_of_trying_every_step(monkeypatch, lead, max_harm):
+    known = Known(monkeypatch, lead)
+    assert known.fit(max_harm) == known.by_trying_everything(max_harm)
+    assert len(known.tried) < 0.75 * 3 * len(MANY)
+    assert len(set(known.tried)) == len(known.tried)
+
+
+@pytest.mark.parametrize("spoils", [True, False])
+def test_fit_stops_after_two_blocks_that_fix_no_more_than_they_spoil(monkeypatch, spoils):
+    known = Known(monkeypatch, lead=-1.0)
+    monkeypatch.setattr(known, "fixes", lambda number, _: known.correct[number] and not spoils)
+    assert known.fit().threshold is None
+    assert known.solved == len(MANY) // 2
+    assert known.share_tried == pytest.approx(2 * BLOCK)
+
+
+def test_fit_stops_at_its_share(monkeypatch):
+    known = Known(monkeypatch, lead=8.0)
+    known.correct = [False] * len(MANY)
+    known.wrong_step = [number % 3 for number in range(len(MANY))]
+    known.fit(max_harm=1.0)
+    assert known.solved == len(MANY)
+    assert MAX_SHARE <= known.share_tried < MAX_SHARE + BLOCK  # those of the first half alone too
+
+
+def test_blocks_without_a_wrong_answer_do_not_stop_the_fit(monkeypatch):
+    """The highest scores are of right answers that stay right: nothing to fix there, and nothing spoiled."""
+    known = Known(monkeypatch, lead=8.0)
+    surest = [i for i, right in enumerate(known.correct) if right][::3]
+    for i in surest:
+        known.scores[i] = (20.0 + i / 1000, 0.0, 0.0)
+    fixes = known.fixes
+    known.fixes = lambda number, step: number in surest or fixes(number, step)
+    assert len(surest) > 2 * BLOCK * len(MANY)
+    assert known.fit(0.01).wrong_to_right == known.by_trying_everything(0.01).wrong_to_right > 0.1
+
+
+def test_correction_that_changes_nothing_neither_spoils_nor_fixes(monkeypatch):
+    known = Known(monkeypatch, lead=8.0)
+    same = [
+        Reviewed("wrong", accused=1, note=SAME_RESULT),
+        Reviewed("right", note="no answer after the correction"),
+    ]
+    monkeypatch.setattr(
+        threshold, "correct_steps", lambda _, cases, __: [same[i % 2] for i in range(len(cases))]
+    )
+    fitted = known.fit(0.01)
+    assert (fitted.threshold, fitted.wrong_to_right, fitted.right_to_wrong) == (None, 0.0, 0.0)
+
+
+def test_too_few_problems_are_not_even_solved(monkeypatch):
+    known = Known(monkeypatch, lead=3.0)
+    few = known.fit(problems=MANY[: MIN_PROBLEMS - 1])
+    assert (few.threshold, few.problems, known.solved) == (None, 49, 0)
+    assert few.off == "49 problems are too few to fit its threshold, 50 are needed"
+    assert known.fit(problems=MANY[:MIN_PROBLEMS]).n == 50
+
+
+class Plain:
+    """A student that writes no steps."""
+
+    asked = 0
+
+    def generate(self, requests):
+        self.asked += len(requests)
+        return [Reply(i, "the answer is 1", 4, 9, "stop") for i in range(len(requests))]
+
+    def score(self, requests):
+        assert not list(requests), "nothing to review"
+        return []
+
+
+class Equal:
+    def equal_many(self, pairs):
+        return [given == gold for given, gold in pairs]
+
+
+def test_answers_without_steps_have_no_threshold():
+    student, seen = Plain(), []
+    fitted = fit_student(student, MANY[:60], Config(), Equal(), lambda *done: seen.append(done))
+    assert (fitted.threshold, fitted.off) == (None, "its answers have no steps")
+    assert seen == [(k, 60) for k in range(1, 61)]
+
+
+# -- the file ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gguf(run):
+    path = run.path("export/dpo-q8_0.gguf")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"GGUF")
+    return path
+
+
+def fitted_on(problems, at=1.0, max_harm=0.005):
+    return Fitted(threshold=at, problems=problems, max_harm=max_harm)
+
+
+@pytest.mark.parametrize(
+    ("problems", "max_harm", "kept"),
+    [(60, 0.005, True), (59, 0.005, False), (60, 0.02, False)],
+)
+def test_a_stored_fit_is_kept_if_as_many_problems_fitted_it(run, gguf, problems, max_harm, kept):
+    stored = store_threshold(Config(), run, gguf, fitted_on(problems, max_harm=max_harm))
+    student = Plain()
+    found = ensure_threshold(Config(), run, gguf, student, MANY[:60], grader=Equal())
+    assert (found == stored) is kept
+    assert student.asked == (0 if kept else 60)
+    assert load_threshold(Config(), run, gguf) == found
+
+
+def test_a_stored_fit_holds_for_one_file_and_one_set_of_prompts(run, gguf, tmp_path):
+    store_threshold(Config(), run, gguf, fitted_on(60))
+    other = gguf.with_name("dpo-q2_k.gguf")
+    other.write_bytes(b"GGUF2")
+    assert load_threshold(Config(), run, other) is None
+    assert (
+        load_threshold(Config(), Run(tmp_path / "elsewhere"), gguf).threshold == 1.0
+    )  # lies beside the file
+    (tmp_path / "student_review.txt").write_text("Review it.")
+    prompts = Config.model_validate({"prompts": {"folder": str(tmp_path)}})
+    assert load_threshold(prompts, run, gguf) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"a": 3}', '{"a": {"threshold": "x", "problems": 1, "max_harm": 0}}', "\0"]
+)
+def test_a_damaged_file_is_ignored_and_rewritten(run, gguf, text, capsys):
+    run.path(FILE).write_text(text)
+    assert load_threshold(Config(), run, gguf) is None
+    assert "threshold.json is damaged" in capsys.readouterr().err
+    store_threshold(Config(), run, gguf, fitted_on(60, at=1.5))
+    assert load_threshold(Config(), run, gguf).threshold == 1.5
