@@ -34,9 +34,16 @@ class Source(Section):
     )
     subset: str = Field("", description="subset of a Hub dataset, for example main")
     split: str = Field("train", description="split of a Hub dataset")
-    question_column: str = Field("", description="column of the question (default: question or problem)")
-    answer_column: str = Field("", description="column of the gold answer (default: answer)")
-    solution_column: str = Field("", description="column of the worked solution (default: solution)")
+    question_column: str = Field(
+        "", description="column of the question (default: question, problem or query)"
+    )
+    answer_column: str = Field(
+        "", description="column of the gold answer (default: answer, final_answer or expected_answer)"
+    )
+    solution_column: str = Field(
+        "",
+        description="column of the worked solution (default: solution, response, r1_solution_1 or generated_solution)",
+    )
     id_column: str = Field("", description="column of the ID (default: id or unique_id, else a hash)")
 
     def columns(self) -> dict[str, str]:

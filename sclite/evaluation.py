@@ -35,9 +35,8 @@ def held_out(context: Context) -> tuple[list[Problem], list[Problem], dict[str, 
             "eval.source is not set",
             f"name held-out problems, a file or a Hub dataset, as in `sclite eval test.jsonl`{own}",
         )
-    place = (source.source, source.subset, source.split, source.limit)
     drops: list[Drop] = []
-    found = load_problems(*place, drops, columns=source.columns(), key="eval.source")
+    found = load_problems(source, source.limit, drops, key="eval.source")
     known = find_contaminated(found, _training_questions(context))
     drops = [drop.model_copy(update={"stage": "eval"}) for drop in drops]
     drops += [_overlap_drop(p, known[p.id]) for p in found if p.id in known]

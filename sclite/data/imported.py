@@ -4,19 +4,22 @@ Unusable rows of a foreign file are skipped and recorded with a reason. Rows in 
 invalid one stops the command, with file, row number and hint.
 """
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
+from sclite.config import Source
 from sclite.data.problems import normalize_question
-from sclite.data.sources import has_invalid_utf8, read_lines, replace_surrogates
+from sclite.data.sources import BadRow, read_rows
 from sclite.errors import DataError
 from sclite.grading.extract import extract
 from sclite.grading.worker import Grader
-from sclite.records import Attempt, Drop, Problem, Row
+from sclite.records import Attempt, Drop, Pair, Problem, Review
 from sclite.run import Run
 from sclite.trace import Step, Trace, clean, parse, render
 
@@ -32,62 +35,68 @@ class LabelledWork(BaseModel):
     first_error_step: int | None = None
     label: object = None  # of another benchmark, may count from 0
 
+    @model_validator(mode="after")
+    def _check_steps_and_label(self) -> "LabelledWork":
+        why, label = "", self.first_error_step
+        if label is None and isinstance(self.label, int):
+            why = "it has `label` but no `first_error_step`: rename it and count from 1 (ProcessBench counts from 0: add 1)"
+        elif empty := [i for i, step in enumerate(self.steps, 1) if not clean(str(step))]:
+            why = f"step {empty[0]} is empty"
+        elif not -1 <= (label or 0) <= len(self.steps):
+            why = f"first_error_step is {label}, but there are {len(self.steps)} steps"
+        if why:
+            raise PydanticCustomError("work", "{why}", {"why": why})
+        return self
+
 
 def import_attempts(
     path: Path, problems: Sequence[Problem], grader: Grader, drops: list[Drop] | None = None
 ) -> list[Attempt]:
-    """Import attempts from JSONL rows with `question`, `steps`, and optionally `answer` and `first_error_step`.
+    """Import attempts from rows with `question`, `steps`, and optionally `answer` and `first_error_step`.
 
     A label takes precedence over the grader, which judges only rows without one. Skipped rows go to `drops`:
     row_not_readable, question_unknown (not among `problems`), and label_contradicts_answer (labelled right, but the
     answer is wrong). Raises DataError if no row is usable.
     """
-    if not path.is_file():
-        raise DataError(f"attempts.source: {path} does not exist", "check the path")
-    noted = [] if drops is None else drops
+    drops = [] if drops is None else drops
     by_question = {normalize_question(problem.question): problem for problem in problems}
     # with the drop that the row becomes if it is skipped
     found: list[tuple[Problem, LabelledWork, Drop]] = []
-    for number, line in read_lines(path):
-        if not line.strip():
-            continue
-        raw = replace_surrogates(line.strip())
-        drop = Drop(stage="attempts", id=f"line {number}", reason="row_not_readable", raw=raw)
-        work = _read_work(line)
-        if isinstance(work, str):
-            noted.append(drop.model_copy(update={"detail": f"{path}, line {number}: {work}"}))
-        elif (problem := by_question.get(normalize_question(work.question))) is None:
-            detail = f"{path}, line {number}: its question is not among the run's problems"
-            noted.append(drop.model_copy(update={"reason": "question_unknown", "detail": detail}))
+    for place, row in read_rows(Source(source=str(path)), "attempts.source"):
+        raw = row.raw if isinstance(row, BadRow) else json.dumps(row, default=str)
+        drop = Drop(stage="attempts", id=place, reason="row_not_readable", raw=raw)
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            work = LabelledWork.model_validate_json(
+                raw
+            )  # refuses lone surrogates, which model_validate does not
+        except BadRow as bad:
+            drops.append(drop.model_copy(update={"detail": f"{path}, {place}: {bad.message}"}))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"][:2])
+            why = f"{where}: {first['msg']}" if where else first["msg"]
+            drops.append(drop.model_copy(update={"detail": f"{path}, {place}: {why}"}))
         else:
-            found.append((problem, work, drop))
-    rows = _grade_work(found, grader, noted)
+            if problem := by_question.get(normalize_question(work.question)):
+                found.append((problem, work, drop))
+            else:
+                detail = f"{path}, {place}: its question is not among the run's problems"
+                drops.append(drop.model_copy(update={"reason": "question_unknown", "detail": detail}))
+    rows = _grade_work(found, grader, drops)
+    if not rows and not drops:
+        raise DataError(f"{path} is empty", "each row needs `question` and `steps`")
     if not rows:
-        _raise_no_rows(path, noted)
+        reasons = Counter(drop.reason for drop in drops)
+        if set(reasons) == {"question_unknown"}:
+            why = f"{path}: none of its questions is among the run's problems"
+            raise DataError(why, "check problems.source")
+        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        why = f"{path}: no usable row: {counts}; the first: {drops[0].detail}"
+        raise DataError(why, "fix them, see dropped.jsonl")
     order = {problem.id: number for number, problem in enumerate(problems)}
     return sorted(rows, key=lambda row: order[row.id])
-
-
-def _read_work(line: str) -> LabelledWork | str:
-    """The row, or what is wrong with it."""
-    if has_invalid_utf8(line):
-        return "the text is not UTF-8"
-    try:
-        work = LabelledWork.model_validate_json(line)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][:2])
-        return f"{where}: {first['msg']}" if where else first["msg"]
-    if work.first_error_step is None and isinstance(work.label, int):
-        return (
-            "it has `label` but no `first_error_step`: rename it and count from 1 "
-            "(ProcessBench counts from 0: add 1)"
-        )
-    if empty := [i for i, step in enumerate(work.steps, 1) if not clean(str(step))]:
-        return f"step {empty[0]} is empty"
-    if not -1 <= (work.first_error_step or 0) <= len(work.steps):
-        return f"first_error_step is {work.first_error_step}, but there are {len(work.steps)} steps"
-    return work
 
 
 def _grade_work(
@@ -97,7 +106,7 @@ def _grade_work(
     given = (extract(str(w.steps[-1])) if w.answer is None else str(w.answer) for _, w, _ in found)
     answers = [clean(answer or "") or None for answer in given]
     verdicts = grader.equal_many(
-        (answer, problem.answer) for answer, (problem, _, _) in zip(answers, found, strict=True)
+        (a, problem.answer) for a, (problem, _, _) in zip(answers, found, strict=True)
     )
     rows: list[Attempt] = []
     samples: Counter[str] = Counter()
@@ -110,12 +119,11 @@ def _grade_work(
                 continue
             answer, verdict = answer or problem.answer, True  # right work ends in the right answer
         wrong = label if label is not None and label > 0 else None
-        trace = Trace(tuple(Step(clean(str(step))) for step in work.steps), None, answer)
         rows.append(
             Attempt(
                 id=problem.id,
                 sample=samples[problem.id],
-                trace=render(trace),
+                trace=render(Trace(tuple(Step(clean(str(step))) for step in work.steps), None, answer)),
                 answer=answer,
                 correct=False if wrong else verdict,
                 first_error=wrong,
@@ -125,23 +133,11 @@ def _grade_work(
     return rows
 
 
-def _raise_no_rows(path: Path, drops: Sequence[Drop]) -> NoReturn:
-    if not drops:
-        raise DataError(f"{path} is empty", "each row needs `question` and `steps`")
-    reasons = Counter(drop.reason for drop in drops)
-    if set(reasons) == {"question_unknown"}:
-        raise DataError(f"{path}: none of its questions is among the run's problems", "check problems.source")
-    counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-    raise DataError(
-        f"{path}: no usable row: {counts}; the first: {drops[0].detail}", "fix them, see dropped.jsonl"
-    )
-
-
 # -- rows in the run folder ----------------------------------------------------------------------------------------
 
 
 def reject_row(
-    run: Run, name: str, number: int, row: Row, why: str, hint: str = "fix or remove it"
+    run: Run, name: str, number: int, row: Attempt | Review | Pair, why: str, hint: str = "fix or remove it"
 ) -> NoReturn:
     """Raise DataError for an invalid imported row."""
     raise DataError(f"{run.path(name)}, row {number} ({row.id}): {why}", hint)

@@ -1,10 +1,10 @@
-"""The problems of a run: read from a file or the Hub, deduplicated, decontaminated, and split between the two stages."""
+"""The problems of a run: read from a file or the Hub, deduplicated, decontaminated, and split between the stages."""
 
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from sclite.config import Config, Source
 from sclite.data.contamination import NGRAM, Question, build_index, find_overlap
@@ -21,48 +21,42 @@ FIT_COUNT = 50
 
 
 def load_problems(
-    source: str,
-    subset: str = "",
-    split: str = "train",
+    source: Source,
     limit: int | None = None,
     drops: list[Drop] | None = None,
-    *,
-    columns: Mapping[str, str] | None = None,
     avoid: Mapping[int, str] | None = None,
     key: str = "problems.source",
 ) -> list[Problem]:
     """The first `limit` distinct problems of a local file (see sources) or of a Hub dataset.
 
-    `columns` names the columns of question, answer, solution and id (default: the usual names). A row is skipped and
-    recorded in `drops`, with file and line, if it is unusable, repeats an id or a question (ignoring case and white
-    space), or overlaps the index `avoid` (see contamination). Ids are the rows' own, else a hash of the question, so
-    other rows do not change them. Raises DataError if the file is unreadable or has no usable row. `key` is the
-    configuration key of the source.
+    A row is skipped and recorded in `drops`, with file and line, if it is unusable, repeats an id or a question (ignoring
+    case and white space), or overlaps the index `avoid` (see contamination). Ids are the rows' own, else a hash of the
+    question, so other rows do not change them. Raises DataError if the file is unreadable or has no usable row. `key` is
+    the configuration key of the source.
     """
-    if not source:
-        raise UsageError(
-            f"{key} is not set", f"set it, as in --set {key}=train.jsonl, to a file with {FORMS}"
-        )
+    name, columns = source.source, source.columns()
+    if not name:
+        hint = f"set it, as in --set {key}=train.jsonl, to a file with {FORMS}"
+        raise UsageError(f"{key} is not set", hint)
     drops = [] if drops is None else drops
     problems: list[Problem] = []
     questions: dict[int, str] = {}  # hash of a question -> id
     ids: dict[str, str] = {}  # id -> place
-    empty, first = True, None
-    for place, row in read_rows(source, subset, split, key):
-        empty = False
-        where = f"{source}, {place}"
+    place, first = "", None
+    for place, row in read_rows(source, key):
+        where = f"{name}, {place}"
         try:
-            problem = read_problem(row, columns or {})
-        except BadRow as error:
-            first = first or (place, error)
-            detail = f"{where}: {error.message}{f' ({error.hint})' if error.hint else ''}"
-            drops.append(Drop(stage="problems", id=place, reason=error.reason, detail=detail, raw=error.raw))
+            problem = read_problem(row, columns)
+        except BadRow as bad:
+            first = first or (place, bad)
+            detail = f"{where}: {bad.message}{f' ({bad.hint})' if bad.hint else ''}"
+            drops.append(Drop(stage="problems", id=place, reason=bad.reason, detail=detail, raw=bad.raw))
             continue
         normalized = hash(normalize_question(problem.question))
         if normalized in questions:
             reason, detail = "duplicate_question", f"{where}: same question as {questions[normalized]}"
-        elif name := find_overlap(problem.question, avoid or {}):
-            reason, detail = OVERLAPS, _overlap_detail(where, name)
+        elif overlap := find_overlap(problem.question, avoid or {}):
+            reason, detail = OVERLAPS, _overlap_detail(where, overlap)
         elif problem.id in ids:
             reason = "duplicate_id"
             detail = f"{where}: same id as {ids[problem.id]} (make ids unique, or remove them)"
@@ -75,16 +69,10 @@ def load_problems(
         drops.append(
             Drop(stage="problems", id=problem.id, reason=reason, detail=detail, raw=problem.question)
         )
-    if empty:
-        raise DataError(f"{source} is empty", f"it needs rows with {FORMS}")
-    if not problems and first is None:
-        raise DataError(*_all_overlap(source))
+    if not place:
+        raise DataError(f"{name} is empty", f"it needs rows with {FORMS}")
     if not problems:
-        place, error = first
-        counts = Counter(drop.reason.replace("_", " ") for drop in drops)
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
-        hint = error.hint or f"it needs rows with {FORMS}"
-        raise DataError(f"{source}: no usable row ({reasons}); {place}: {error.message}", hint)
+        _raise_none_usable(name, drops, first)
     return problems
 
 
@@ -97,21 +85,29 @@ def gather_problems(
     a reason and are counted in `report`. Problems already gathered from the same source are read from the run if the
     source no longer exists or `reread` is false. Nothing is written unless `keep`.
     """
-    chosen, drops = config.problems, []
-    report = report or Report("problems")
+    chosen, report = config.problems, report or Report("problems")
+    drops: list[Drop] = []
     # digests of names, not contents: they still match after the run has been moved
     sources = ((each.source, each.subset, each.split, each.columns()) for each in (chosen, config.eval))
     inputs = {"source": digest(next(sources)), "avoid": digest([next(sources), chosen.avoid])}
     gone = is_local_source(chosen.source) and not Path(chosen.source).expanduser().exists()
-    if (not reread or gone) and (
-        manifest := run.done("problems", {**inputs, "problems": run.file_digest("problems.jsonl")})
-    ):
-        return _read_gathered(config, run, Report.of(manifest), report, gone)
+    gathered = {**inputs, "problems": run.file_digest("problems.jsonl")}
+    if (not reread or gone) and (manifest := run.done("problems", gathered)):
+        problems = run.read("problems.jsonl", Problem)
+        if not chosen.source:  # an imported problems.jsonl still holds the overlapping rows
+            found = (drop for drop in run.rows("dropped.jsonl", Drop) if drop.stage == "problems")
+            overlapping = {drop.id for drop in found if drop.reason == OVERLAPS}
+            problems = [problem for problem in problems if problem.id not in overlapping]
+        if gone and chosen.limit is not None and chosen.limit < len(problems):
+            why = f"the run's {len(problems)} problems cannot be limited"
+            raise UsageError(f"{chosen.source} does not exist, and {why}", "remove --limit (problems.limit)")
+        report.counts, report.dropped = manifest["counts"], manifest["dropped"]
+        report.skipped, report.figures["gone"] = True, gone
+        return problems
     with timed(report):
         avoid = build_index(_questions_to_avoid(config))
         if chosen.source:
-            source = chosen.source, chosen.subset, chosen.split, chosen.limit, drops
-            problems = load_problems(*source, columns=chosen.columns(), avoid=avoid)
+            problems = load_problems(chosen, chosen.limit, drops, avoid)
         else:
             problems = _read_imported(run, avoid, drops)
     report.counts = {"problems": len(problems)}
@@ -124,29 +120,12 @@ def gather_problems(
     return problems
 
 
-def _read_gathered(config: Config, run: Run, before: Report, report: Report, gone: bool) -> list[Problem]:
-    """The problems that an earlier command has gathered, without those that overlapped then."""
-    overlapping = {
-        drop.id
-        for drop in run.rows("dropped.jsonl", Drop)
-        if drop.stage == "problems" and drop.reason == OVERLAPS
-    }
-    filtered = config.problems.source  # an imported problems.jsonl still holds the overlapping rows
-    problems = [row for row in run.rows("problems.jsonl", Problem) if filtered or row.id not in overlapping]
-    limit = config.problems.limit
-    if gone and limit is not None and limit < len(problems):
-        raise UsageError(
-            f"{config.problems.source} does not exist, and the run's {len(problems)} problems cannot be limited",
-            "remove --limit (problems.limit)",
-        )
-    report.counts, report.dropped, report.skipped = before.counts, before.dropped, True
-    report.figures["gone"] = gone
-    return problems
-
-
 def normalize_question(text: str) -> str:
     """A question without case and white space differences, for comparison."""
     return " ".join(text.split()).casefold()
+
+
+# -- the stages' shares --------------------------------------------------------------------------------------------
 
 
 def split_for_stages(
@@ -189,8 +168,8 @@ def split_problems(config: Config, problems: Iterable[Problem]) -> Split:
     seed = f"fit:{config.seed}"
     if share:  # the draw of number FIT_COUNT + 1 falls as problems are added, and takes none out of training
         share = max(share, sorted(_draw(problem, seed) for problem in found)[FIT_COUNT])
-    rest, fit = split_for_stages(found, share, seed)
-    return Split(*split_for_stages(rest, settings.correction_share, config.seed), fit)
+    trained, fit = split_for_stages(found, share, seed)
+    return Split(*split_for_stages(trained, settings.correction_share, config.seed), fit)
 
 
 # -- questions that must not be trained on -------------------------------------------------------------------------
@@ -199,12 +178,31 @@ def split_problems(config: Config, problems: Iterable[Problem]) -> Split:
 def _questions_to_avoid(config: Config) -> Iterator[Question]:
     """The questions of eval.source and of every source in problems.avoid, named by id and file.
 
-    If training and evaluation share one source, the evaluation skips the problems that were trained on instead.
+    If training and evaluation share one source, the evaluation skips the problems that were trained on instead. Rows
+    need no answer.
     """
+    avoided: list[tuple[Source, str, str]] = []
     if config.eval.source and _location(config.eval) != _location(config.problems):
-        yield from _read_questions(config.eval, "eval.source", "--set eval.source= skips this check")
-    for source in config.problems.avoid:
-        yield from _read_questions(Source(source=source), "problems.avoid", "or remove it from the list")
+        avoided.append((config.eval, "eval.source", "--set eval.source= skips this check"))
+    for name in config.problems.avoid:
+        avoided.append((Source(source=name), "problems.avoid", "or remove it from the list"))
+    for source, key, alternative in avoided:
+        first, found = "", False
+        try:
+            for place, row in read_rows(source, key):
+                try:
+                    id_, question = read_question(row, source.columns())
+                except BadRow as bad:
+                    first = first or f"the first: {place}: {bad.message}"
+                else:
+                    found = True
+                    yield f"{id_} of {source.source}", question
+            if first and not found:
+                why = f"{source.source}: no row has a question; {first}"
+                raise DataError(why, f"it needs rows with {FORMS}")
+        except (DataError, NetworkError) as error:
+            why = f"{key}, whose questions must not be trained on: {error.message}"
+            raise type(error)(why, f"{error.hint}; {alternative}") from error
 
 
 def _location(source: Source) -> tuple[str, ...]:
@@ -213,48 +211,26 @@ def _location(source: Source) -> tuple[str, ...]:
     return source.source, source.subset, source.split
 
 
-def _read_questions(source: Source, key: str, alternative: str) -> Iterator[Question]:
-    """Every question of a source, including rows without an answer."""
-    columns, first, found = source.columns(), "", False
-    try:
-        for place, row in read_rows(source.source, source.subset, source.split, key):
-            try:
-                id_, question = read_question(row, columns)
-            except BadRow as error:
-                first = first or f"the first: {place}: {error.message}"
-            else:
-                found = True
-                yield f"{id_} of {source.source}", question
-        if first and not found:
-            raise DataError(f"{source.source}: no row has a question; {first}", f"it needs rows with {FORMS}")
-    except (DataError, NetworkError) as error:
-        raise type(error)(
-            f"{key}, whose questions must not be trained on: {error.message}", f"{error.hint}; {alternative}"
-        ) from error
-
-
 def _read_imported(run: Run, avoid: Mapping[int, str], drops: list[Drop]) -> list[Problem]:
     """The rows of an imported problems.jsonl; the file is not changed."""
     hint = f"set problems.source, as in --set problems.source=train.jsonl, to a file with {FORMS}"
-    rows = run.require("problems.jsonl", Problem, hint)
     numbers: dict[str, int] = {}
     problems = []
-    for number, problem in enumerate(rows, 1):
+    for number, problem in enumerate(run.require("problems.jsonl", Problem, hint), 1):
+        where = f"{run.path('problems.jsonl')}, row {number}"
         if problem.id in numbers:
-            raise DataError(
-                f"{run.path('problems.jsonl')}, row {number}: same id {problem.id} as row {numbers[problem.id]}",
-                "make ids unique",
-            )
+            why = f"same id {problem.id} as row {numbers[problem.id]}"
+            raise DataError(f"{where}: {why}", "make ids unique")
         numbers[problem.id] = number
-        if name := find_overlap(problem.question, avoid):
-            detail = _overlap_detail(f"{run.path('problems.jsonl')}, row {number}", name)
+        if overlap := find_overlap(problem.question, avoid):
+            detail = _overlap_detail(where, overlap)
             drops.append(
                 Drop(stage="problems", id=problem.id, reason=OVERLAPS, detail=detail, raw=problem.question)
             )
         else:
             problems.append(problem)
     if not problems:
-        raise DataError(*_all_overlap(str(run.path("problems.jsonl"))))
+        _raise_none_usable(str(run.path("problems.jsonl")), drops, None)
     return problems
 
 
@@ -262,6 +238,12 @@ def _overlap_detail(where: str, name: str) -> str:
     return f"{where}: shares {NGRAM} words in a row, or the whole question, with {name}"
 
 
-def _all_overlap(source: str) -> tuple[str, str]:
-    message = f"{source}: every problem overlaps an evaluation problem"
-    return message, "train and evaluate on different problems"
+def _raise_none_usable(name: str, drops: list[Drop], first: tuple[str, BadRow] | None) -> NoReturn:
+    if first is None:
+        why = f"{name}: every problem overlaps an evaluation problem"
+        raise DataError(why, "train and evaluate on different problems")
+    place, bad = first
+    counts = Counter(drop.reason.replace("_", " ") for drop in drops)
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
+    hint = bad.hint or f"it needs rows with {FORMS}"
+    raise DataError(f"{name}: no usable row ({reasons}); {place}: {bad.message}", hint)

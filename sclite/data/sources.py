@@ -1,4 +1,9 @@
-"""Reads the rows of a local file or a Hub dataset one by one, each with its line or row number."""
+"""Reads the rows of a local file or a Hub dataset one by one, each with its line or row number.
+
+`datasets` reads Parquet files and the Hub. CSV and JSON are left to the standard library: `datasets` infers one type per
+column, which makes 7.0 of the answer 007, nothing of None and NA, and "x" with its quotes of x beside a number; and one
+bad row makes the whole file unreadable.
+"""
 
 import codecs
 import csv
@@ -11,16 +16,18 @@ import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
+from sclite.config import Source
 from sclite.errors import DataError, NetworkError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-OTHER_SUFFIXES = tuple(
-    [".txt", ".md", ".xlsx", ".xls", ".ods", ".yaml", ".yml", ".arrow", ".zip", ".zst", ".xz", ".bz2"]
+OTHER_SUFFIXES = (
+    *(".txt", ".md", ".xlsx", ".xls", ".ods", ".yaml", ".yml", ".arrow", ".zip", ".zst", ".xz", ".bz2"),
 )
-"""A name with one of these suffixes, or .gz, is a file and not a Hub dataset."""
+"""A name with one of these suffixes, or .gz, is a file and not a Hub dataset. A .txt file is read as .jsonl."""
 FORMATS = "use a .jsonl, .json, .csv, .tsv (each also as .gz) or .parquet file"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_ENCODING = "the text is not UTF-8", "convert the file: iconv -f WINDOWS-1252 -t UTF-8"
 
 
 class BadRow(DataError):
@@ -31,7 +38,9 @@ class BadRow(DataError):
         self.reason, self.raw = reason, replace_surrogates(raw.strip())[:2000]
 
 
-Rows = Iterator[tuple[str, Mapping[str, Any] | BadRow]]
+Cells = Mapping[str, object]
+"""A row: its cells by column name."""
+NumberedRows = Iterator[tuple[str, Cells | BadRow]]
 """("line 7" or "row 7", the row or what is wrong with it)."""
 
 
@@ -41,17 +50,17 @@ def is_local_source(source: str) -> bool:
     return named or source == "-" or Path(source).expanduser().exists()
 
 
-def read_rows(source: str, subset: str = "", split: str = "train", key: str = "problems.source") -> Rows:
+def read_rows(source: Source, key: str = "problems.source") -> NumberedRows:
     """Iterate over the rows of a local file or a Hub dataset, reading lazily.
 
     `key` is the configuration key of the source, for hints. Raises DataError with file, position and hint if the whole
     file is unreadable, NetworkError if the Hub is unreachable.
     """
-    if not is_local_source(source):
-        return _hub_rows(source, subset, split, key)
-    path = Path(source).expanduser()
-    if source == "-" or path.is_fifo() or path.is_char_device():
-        name = "standard input" if source == "-" else str(path)
+    if not is_local_source(source.source):
+        return _hub_rows(source, key)
+    path = Path(source.source).expanduser()
+    if source.source == "-" or path.is_fifo() or path.is_char_device():
+        name = "standard input" if source.source == "-" else str(path)
         raise DataError(
             f"{name} cannot be {key}: later commands read it again", "save the rows to a file and use that"
         )
@@ -69,17 +78,18 @@ def read_rows(source: str, subset: str = "", split: str = "train", key: str = "p
     return _json_rows(path) if suffix == ".json" else _jsonl_rows(path)
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (number from 1, line with its ending) of a text file, gzipped or not: UTF-8, or UTF-16 with a BOM.
+def _read_lines(path: Path) -> Iterator[str]:
+    """The lines of a text file, gzipped or not, with their endings (LF, CR or CRLF): UTF-8, or UTF-16 with a BOM.
 
-    A line ends in LF, CR or CRLF. Invalid UTF-8 bytes become lone surrogates (see `has_invalid_utf8`).
+    Invalid UTF-8 bytes become lone surrogates (see `_has_invalid_utf8`).
     """
     try:
         with open(path, "rb") as raw:
             file = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
             wide = file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-            encoding = "utf-16" if wide else "utf-8-sig"
-            yield from enumerate(io.TextIOWrapper(file, encoding, "surrogateescape", newline=""), 1)
+            yield from io.TextIOWrapper(
+                file, "utf-16" if wide else "utf-8-sig", "surrogateescape", newline=""
+            )
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path} is a damaged gzip file: {error}", "download or compress it again") from error
     except OSError as error:
@@ -88,8 +98,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise DataError(f"{path} is not valid UTF-16: {error}", "save it as UTF-8") from error
 
 
-def has_invalid_utf8(text: str) -> bool:
-    """Whether a text from `read_lines` has bytes that are not UTF-8."""
+def _has_invalid_utf8(text: str) -> bool:
     return not text.isascii() and any("\udc80" <= character <= "\udcff" for character in text)
 
 
@@ -98,39 +107,32 @@ def replace_surrogates(text: str) -> str:
     return text if text.isascii() else _SURROGATE.sub("\ufffd", text)
 
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_ENCODING = "the text is not UTF-8", "convert the file: iconv -f WINDOWS-1252 -t UTF-8"
+def _jsonl_rows(path: Path) -> NumberedRows:
+    for number, line in enumerate(_read_lines(path), 1):
+        if not line.strip():
+            continue
+        row, why, hint = None, "not a JSON object", "each line must be one JSON object"
+        if _has_invalid_utf8(line):
+            why, hint = _ENCODING
+        else:
+            try:
+                row = json.loads(line.rstrip())
+            except json.JSONDecodeError as error:
+                why, hint = f"column {error.colno}: not JSON: {error.msg}", f"fix or remove this line; {hint}"
+            except (
+                ValueError,
+                RecursionError,
+            ) as error:  # a number with too many digits, or nesting too deep
+                why = f"not JSON: {error}"
+        yield f"line {number}", row if isinstance(row, dict) else BadRow("row_not_readable", why, hint, line)
 
 
-def _jsonl_rows(path: Path) -> Rows:
-    for number, line in read_lines(path):
-        if line.strip():
-            yield f"line {number}", _parse_object(line)
-
-
-def _parse_object(line: str) -> Mapping[str, Any] | BadRow:
-    """The JSON object of a line, or what is wrong with it."""
-    why, hint = "not a JSON object", "each line must be one JSON object"
-    if has_invalid_utf8(line):
-        why, hint = _ENCODING
-    else:
-        try:
-            row = json.loads(line.rstrip())
-            if isinstance(row, dict):
-                return row
-        except json.JSONDecodeError as error:
-            why, hint = f"column {error.colno}: not JSON: {error.msg}", f"fix or remove this line; {hint}"
-        except (ValueError, RecursionError) as error:  # a number with too many digits, or nesting too deep
-            why = f"not JSON: {error}"
-    return BadRow("row_not_readable", why, hint, line)
-
-
-def _json_rows(path: Path) -> Rows:
-    text = "".join(line for _, line in read_lines(path))
-    if has_invalid_utf8(text):
+def _json_rows(path: Path) -> NumberedRows:
+    text = "".join(_read_lines(path))
+    if _has_invalid_utf8(text):
         raise DataError(f"{path}: {_ENCODING[0]}", _ENCODING[1])
     try:
-        rows: Any = json.loads(text) if text.strip() else []
+        rows = json.loads(text) if text.strip() else []
     except json.JSONDecodeError as error:
         place = f"{path}, line {error.lineno}, column {error.colno}"
         hint = "fix this line; name a file with one object per line .jsonl"
@@ -138,83 +140,77 @@ def _json_rows(path: Path) -> Rows:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON: {error}", "it must be a list of objects: [{..}, {..}]") from error
     if not isinstance(rows, list):
-        raise DataError(
-            f"{path}: not a list of objects", "write [{..}, {..}], or one object per line as .jsonl"
-        )
+        hint = "write [{..}, {..}], or one object per line as .jsonl"
+        raise DataError(f"{path}: not a list of objects", hint)
     for number, row in enumerate(rows, 1):
         bad = BadRow("row_not_readable", "not a JSON object", "each row must be one JSON object", str(row))
         yield f"row {number}", row if isinstance(row, dict) else bad
 
 
-def _csv_rows(path: Path, delimiter: str) -> Rows:
+def _csv_rows(path: Path, delimiter: str) -> NumberedRows:
     """Rows of a CSV or TSV file with a header line; quoted fields may contain newlines."""
     csv.field_size_limit(1 << 30)  # a worked solution may exceed the default of 131,072 characters
-    rows = csv.reader((line for _, line in read_lines(path)), delimiter=delimiter, strict=True)
-    names: list[str] | None = None
+    rows = csv.reader(_read_lines(path), delimiter=delimiter, strict=True)
+    names: list[str] = []
     while True:
         begin = rows.line_num + 1
-        where = f"line {begin}"
+        bad = None
         try:
             fields = next(rows, None)
         except csv.Error as error:
-            hint = 'write a " inside a quoted field twice'
+            bad = BadRow("row_not_readable", f"not CSV: {error}", 'write a " inside a quoted field twice')
             # an open quote may have swallowed any number of rows
-            if names is None or rows.line_num > begin:
-                lines = f"{path}, {where} to {rows.line_num}" if rows.line_num > begin else f"{path}, {where}"
-                raise DataError(f"{lines}: not CSV: {error}", hint) from error
-            yield where, BadRow("row_not_readable", f"not CSV: {error}", hint)
-            continue
-        if fields is None:
-            return
-        if not fields:
-            continue
-        if names is None:
-            names = fields
-            continue
-        row = dict(zip(names, fields, strict=False))
-        if any(map(has_invalid_utf8, fields)):
-            yield where, BadRow("row_not_readable", *_ENCODING, str(row))
-        elif len(fields) > len(names):
-            why, hint = "more fields than the header has names", "put fields with commas into double quotes"
-            yield where, BadRow("row_not_readable", why, hint, str(fields))
+            if not names or rows.line_num > begin:
+                lines = f"line {begin}" + (f" to {rows.line_num}" if rows.line_num > begin else "")
+                raise DataError(f"{path}, {lines}: {bad.message}", bad.hint) from error
         else:
-            yield where, row
+            if fields is None:
+                return
+            if not fields or not names:
+                names = names or fields
+                continue
+            if any(map(_has_invalid_utf8, fields)):
+                bad = BadRow("row_not_readable", *_ENCODING, str(fields))
+            elif len(fields) > len(names):
+                why, hint = (
+                    "more fields than the header has names",
+                    "put fields with commas into double quotes",
+                )
+                bad = BadRow("row_not_readable", why, hint, str(fields))
+        yield f"line {begin}", bad or dict(zip(names, fields or [], strict=False))
 
 
-def _parquet_rows(path: Path) -> Rows:
-    datasets = _datasets()
+def _parquet_rows(path: Path) -> NumberedRows:
+    datasets = _import_datasets()
     try:  # streaming: no copy in the datasets cache, one batch of rows in memory
         found = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
         for number, row in enumerate(found, 1):
             yield f"row {number}", row
     except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(
-            f"{path} cannot be read: {_first_line(error)}", "it must be a Parquet file"
-        ) from error
+        raise DataError(f"{path} cannot be read: {_shorten(error)}", "it must be a Parquet file") from error
 
 
-def _hub_rows(source: str, subset: str, split: str, key: str) -> Rows:
-    datasets = _datasets()
-    section = key.partition(".")[0]
+def _hub_rows(source: Source, key: str) -> NumberedRows:
+    datasets = _import_datasets()
+    name, section = source.source, key.partition(".")[0]
     hint = f"download it as JSONL on a machine with network access, then use the file as {key}"
     try:
-        found = datasets.load_dataset(source, subset or None, split=split)
+        found = datasets.load_dataset(name, source.subset or None, split=source.split)
     except datasets.exceptions.DatasetNotFoundError as error:
-        raise DataError(
-            f"{source} is neither a local file nor a dataset on the Hub", f"check {key}"
-        ) from error
+        raise DataError(f"{name} is neither a local file nor a dataset on the Hub", f"check {key}") from error
     except OSError as error:
         if error.errno is not None and not isinstance(error, ConnectionError):  # this disk, not the network
-            raise DataError(f"the dataset {source}: {_first_line(error)}", hint) from error
-        raise NetworkError(f"the dataset {source} cannot be reached: {_first_line(error)}", hint) from error
+            raise DataError(f"the dataset {name}: {_shorten(error)}", hint) from error
+        raise NetworkError(f"the dataset {name} cannot be reached: {_shorten(error)}", hint) from error
     except (ValueError, RuntimeError) as error:
-        raise DataError(
-            f"the dataset {source}: {_first_line(error)}", f"check {section}.subset and {section}.split"
-        ) from error
+        # `datasets` lists the subsets on its second line
+        why = _shorten(error, 2 if "config" in str(error).lower() else 1)
+        hint = f"set {section}.subset or {section}.split, as in --set {section}.subset=main"
+        raise DataError(f"the dataset {name}: {why}", hint) from error
     return ((f"row {number}", row) for number, row in enumerate(found, 1))
 
 
-def _datasets() -> ModuleType:
+def _import_datasets() -> ModuleType:
     """The library, imported on first use, without its progress bars and logged retries."""
     import datasets
 
@@ -224,6 +220,6 @@ def _datasets() -> ModuleType:
     return datasets
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _shorten(error: BaseException, lines: int = 1) -> str:
+    """The first lines of an error's message, as one line."""
+    return " ".join(str(error).split("\n")[:lines]).strip() or type(error).__name__

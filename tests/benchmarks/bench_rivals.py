@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sclite import prompts
+from sclite.config import Source
 from sclite.data.problems import load_problems
 from sclite.records import Problem
 from tests.benchmarks.bench_teacher import WARM_UP, serve
@@ -153,7 +154,7 @@ def main() -> None:
         (options.kit_python, ("kit",)),
     ):
         tools |= dict.fromkeys(names, str(Path(python).absolute())) if python else {}
-    problems = load_problems(options.problems, limit=options.count)
+    problems = load_problems(Source(source=options.problems), options.count)
     for tool, python in tools.items():  # warm up bytecode and file cache
         run_tool(options, tool, python, problems[:WARM_UP], 0.0)
     for latency in options.latency:

@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sclite import config
+from sclite.config import Source
 from sclite.data.problems import load_problems
 from sclite.data.templates import write_templates
 from sclite.grading.worker import Grader
@@ -223,7 +224,7 @@ def main() -> None:
     if options.memory:
         measure_memory(options)
         return
-    problems = load_problems(options.problems)
+    problems = load_problems(Source(source=options.problems))
     if not options.cpu:
         measure_throughput(options, problems)
     measure_cpu(options, problems)

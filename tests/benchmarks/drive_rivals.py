@@ -51,6 +51,7 @@ def measure(clock: Clock, call: Callable[[], list[str]]) -> dict[str, float]:
 
 def sclite(url: str, work: Path, in_flight: int, model: str) -> dict[str, float]:
     """write_templates in full: every reply is recorded in the ledger, parsed, graded against the gold answer, written."""
+    from sclite.config import Source
     from sclite.data.problems import load_problems
     from sclite.data.templates import write_templates
     from sclite.grading.worker import Grader
@@ -62,7 +63,11 @@ def sclite(url: str, work: Path, in_flight: int, model: str) -> dict[str, float]
 
     chosen = [f"teacher.model={model}", f"teacher.api_base={url}", f"teacher.concurrency={in_flight}"]
     settings = load(None, chosen, {}, own_file=False)
-    problems, run, clock = load_problems(str(work / "problems.jsonl")), Run(work / "run"), Clock(url)
+    problems, run, clock = (
+        load_problems(Source(source=str(work / "problems.jsonl"))),
+        Run(work / "run"),
+        Clock(url),
+    )
     with (
         Grader() as grader,
         Ledger(run.path("ledger.sqlite")) as ledger,

@@ -1,4 +1,4 @@
-"""Rows of a problem file: which text is the answer, and which rows are unusable."""
+"""Rows of a problem file: which column and which text is the answer, and which rows are unusable."""
 
 import math
 from datetime import date
@@ -14,9 +14,9 @@ def answer(**row):
     return read_problem({"question": "?", **row}, {}).answer
 
 
-def refused(**row) -> BadRow:
+def refused(columns=None, **row) -> BadRow:
     with pytest.raises(BadRow) as caught:
-        read_problem({"question": "?", **row}, {})
+        read_problem({"question": "?", **row}, columns or {})
     return caught.value
 
 
@@ -26,10 +26,9 @@ STEPS = "#### Step 1\nAdd 2 and 3.\n\n#### Step 2\n2 + 3 = 5, so the answer is $
 
 
 def test_markdown_heading_is_not_a_gsm8k_answer():
-    problem = read_problem({"question": "?", "solution": STEPS}, {})
-    assert (problem.answer, problem.solution) == ("5", STEPS)
-    problem = read_problem({"question": "?", "solution": STEPS, "answer": "5"}, {})
-    assert (problem.answer, problem.solution) == ("5", STEPS)
+    for more in ({}, {"answer": "5"}):
+        problem = read_problem({"question": "?", "solution": STEPS, **more}, {})
+        assert (problem.answer, problem.solution) == ("5", STEPS)
     assert answer(solution="2+3 is \\boxed{5}. #### Remark: easy.") == "5"
     assert refused(solution="Add.\n#### Remark: easy.").reason == "no_answer"
     assert refused(solution="#### Step 1\nAdd.\n#### Step 2: 2 + 3 = 5").reason == "no_answer"
@@ -50,7 +49,7 @@ def test_markdown_heading_is_not_a_gsm8k_answer():
         ("so.\n#### 72\nThe answer is: 72", "72"),
     ],
 )
-def test_gsm8k_answer_is_read(text, gold):
+def test_gsm8k_answer_is_read_in_both_columns(text, gold):
     assert answer(answer=text) == answer(solution=text) == gold
 
 
@@ -64,27 +63,37 @@ def test_gsm8k_answer_is_read(text, gold):
         ("our answer is \\fbox 7 now", "7"),
         ("our answer is \\fbox{7}", "7"),
         ("so $\\boxed\\frac{1}{2}$", "\\frac{1}{2}"),
-        ("First $\\boxed{4}$ was tried, then $\\boxed{5}$.", "5"),
+        ("First $\\boxed{4}$, then $x = \\boxed{\\frac{1}{\\sqrt{2}}}$.", "\\frac{1}{\\sqrt{2}}"),
         ("The roots are $\\boxed{1}$ and $\\boxed{3}$.", "1, 3"),
         ("So $x = \\boxed{1}$, $x=\\boxed{2}$ or $x = \\boxed{3}$.", "1, 2, 3"),
         ("So \\boxed{\\boxed{5}}", "5"),
-    ],
-)
-def test_box_is_read_without_braces_and_joined_boxes_are_one_answer(text, gold):
-    assert answer(solution=text) == gold
-
-
-@pytest.mark.parametrize(
-    ("text", "gold"),
-    [
         ("The answer is 5. Check: 5-3=2.", "5"),
         ("It is 3 twice. The answer is: 6.", "6"),
         ("So the final answer is 2.5", "2.5"),
         ("The answer is 4? No: the answer is 5.", "5"),
+        ("so.\nThe answer is: \\frac{1}{2}", "\\frac{1}{2}"),
     ],
 )
-def test_answer_in_the_last_line_ends_with_its_sentence(text, gold):
+def test_answer_is_the_last_box_or_ends_the_last_line(text, gold):
     assert answer(solution=text) == gold
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"answer": None},
+        {"answer": "worked but #### "},
+        {"solution": "no box here 5"},
+        {"solution": r"an open \boxed{5"},
+        {"solution": "The answer is 5, I think.\nOr not."},
+        {"answer": "proof", "solution": "So it holds."},
+        {"answer": "notfound"},
+    ],
+)
+def test_row_without_an_answer_is_rejected(row):
+    error = refused(**row)
+    assert error.reason == "no_answer"
+    assert "####" in error.message + error.hint
 
 
 def test_worked_solution_in_the_answer_column_needs_a_marked_answer():
@@ -93,8 +102,7 @@ def test_worked_solution_in_the_answer_column_needs_a_marked_answer():
     assert error.reason == "no_answer"
     assert "answer is a worked solution without" in error.message
     assert "answer_column" in error.hint
-    assert answer(answer=f"{sentence} The answer is 4.") == "4"
-    assert answer(answer=f"{sentence}\n#### 4") == "4"
+    assert answer(answer=f"{sentence} The answer is 4.") == answer(answer=f"{sentence}\n#### 4") == "4"
     assert answer(answer=sentence, solution="So \\boxed{4}") == "4"
     problem = read_problem({"question": "?", "answer": f"{sentence} So \\boxed{{4}}."}, {})
     assert problem.solution == f"{sentence} So \\boxed{{4}}."
@@ -109,7 +117,37 @@ def test_answer_in_words_is_an_answer(gold):
     assert answer(answer=gold) == gold
 
 
-# -- cells that are not text ---------------------------------------------------------------------------------------
+def test_calculator_marks_are_removed_from_the_solution():
+    worked = "She sold 48/2 = <<48/2=24>>24 in May.\nThat is 48+24 = <<48+24=72>>72.\n#### 72"
+    problem = read_problem({"question": "How many clips?", "answer": worked}, {})
+    assert problem.answer == "72"
+    assert problem.solution == "She sold 48/2 = 24 in May.\nThat is 48+24 = 72."
+
+
+def test_thoughts_are_no_part_of_a_solution():
+    text = "Hm, maybe \\boxed{1}?\n</think>\nAdd them.\nSo it is \\boxed{3}."
+    for written in (text, f"<think>\n{text}"):
+        problem = read_problem({"problem": "?", "solution": written}, {})
+        assert (problem.answer, problem.solution) == ("3", "Add them.\nSo it is \\boxed{3}.")
+
+
+# -- columns and cells ---------------------------------------------------------------------------------------------
+
+
+def test_id_and_solution_of_a_row_are_kept():
+    assert read_problem({"question": "?", "answer": "2", "id": 7}, {}).id == "7"
+    assert read_problem({"question": "?", "answer": "2", "solution": "Count on."}, {}).solution == "Count on."
+    assert read_problem({"Question": "?", "ANSWER": "2"}, {}).answer == "2"
+
+
+def test_unknown_columns_are_reported_with_those_that_exist():
+    with pytest.raises(BadRow, match="no known columns, found: prompt, target") as caught:
+        read_problem({"prompt": "q", "target": "a"}, {})
+    assert "question and answer" in caught.value.hint
+    error = refused({"question": "question", "answer": "golden"}, gold="1")
+    assert error.message == "no column golden, found: question, gold"
+    assert "answer_column" in error.hint
+    assert "no known columns" in refused({"question": "question"}, gold="1").message
 
 
 @pytest.mark.parametrize(
@@ -147,19 +185,18 @@ def test_other_types_are_rejected_unless_the_solution_has_the_answer(cell, said)
 
 
 @pytest.mark.parametrize("cell", [None, "", " ", math.nan, [], [None], Decimal("NaN")])
-def test_missing_cells_are_not_answers(cell):
+def test_missing_cells_are_not_answers_and_another_column_is_read(cell):
     assert refused(answer=cell).reason == "no_answer"
     assert refused(question=cell, answer="1").reason == "no_question"
-
-
-@pytest.mark.parametrize("cell", [None, math.nan, " "])
-def test_other_usual_column_is_read_if_one_is_missing(cell):
-    row = {"question": cell, "problem": "What is 1 + 1?", "answer": "2"}
-    assert read_problem(row, {}).question == "What is 1 + 1?"
+    if not isinstance(cell, list):
+        row = {"question": cell, "problem": "What is 1 + 1?", "answer": "2"}
+        assert read_problem(row, {}).question == "What is 1 + 1?"
 
 
 def test_lone_surrogate_becomes_the_replacement_character():
     problem = read_problem({"question": "What \ud83d is 1+1?", "answer": "2\udc00", "id": "\ud83d"}, {})
     assert (problem.id, problem.question, problem.answer) == ("\ufffd", "What \ufffd is 1+1?", "2\ufffd")
     assert problem.model_dump_json()
-    assert refused(**{"\ud83d": 1}).message.encode()
+    with pytest.raises(BadRow) as caught:
+        read_problem({"\ud83d": 1}, {})
+    assert caught.value.message.encode()

@@ -1,25 +1,39 @@
 """Files of every format, gzipped or not, with every line ending; any bytes raise only our own errors."""
 
+import csv
 import gzip
 import json
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sclite.config import Source
 from sclite.data.problems import load_problems
-from sclite.errors import DataError, ScliteError
-from sclite.records import Problem
+from sclite.errors import DataError, ScliteError, UsageError
+from sclite.records import Drop, Problem
 
 ROWS = [{"question": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(3)]
 JSONL = "".join(json.dumps(row) + "\n" for row in ROWS)
 CSV = "question,answer\n" + "".join(f"{row['question']},{row['answer']}\n" for row in ROWS)
 
 
-def answers(path, content: bytes) -> list[str]:
-    path.write_bytes(content)
-    return [problem.answer for problem in load_problems(str(path))]
+def load(path, drops=None, **columns) -> list[Problem]:
+    return load_problems(Source(source=str(path), **columns), drops=drops)
+
+
+def refused(source) -> DataError:
+    with pytest.raises(DataError) as caught:
+        load(source)
+    assert caught.value.code == 3
+    assert caught.value.hint
+    assert "\n" not in caught.value.message
+    return caught.value
+
+
+# -- formats -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -37,25 +51,59 @@ def answers(path, content: bytes) -> list[str]:
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_files_are_read_gzipped_with_any_line_ending_and_bom(tmp_path, name, text, end, encoding):
     content = text.replace("\n", end).encode(encoding)
-    assert answers(tmp_path / name, content) == ["1", "2", "3"]
-    assert answers(tmp_path / f"{name}.gz", gzip.compress(content)) == ["1", "2", "3"]
-    assert answers(tmp_path / f"also-{name}", gzip.compress(content)) == ["1", "2", "3"]
+    files = {name: content, f"{name}.gz": gzip.compress(content), f"also-{name}": gzip.compress(content)}
+    for file, data in files.items():
+        (tmp_path / file).write_bytes(data)
+        assert [problem.answer for problem in load(tmp_path / file)] == ["1", "2", "3"]
 
 
-def refused(source) -> DataError:
-    with pytest.raises(DataError) as caught:
-        load_problems(str(source))
-    assert caught.value.code == 3
-    assert caught.value.hint
-    return caught.value
+def test_all_formats_give_the_same_problems_from_configured_columns(tmp_path):
+    import datasets
+
+    rows = [
+        {"n": f"x{i}", "say": f"{i}?", "gold": f"00{i}", "work": f"so {i}\n#### {i}"} for i in range(1, 4)
+    ]
+    columns = {
+        "question_column": "say",
+        "answer_column": "gold",
+        "solution_column": "work",
+        "id_column": "n",
+    }
+    expected = [
+        Problem(id=f"x{i}", question=f"{i}?", answer=f"00{i}", solution=f"so {i}") for i in range(1, 4)
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "p.json").write_text(json.dumps(rows))
+    with open(tmp_path / "p.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "p.parquet")
+    for suffix in ("jsonl", "json", "csv", "parquet"):
+        assert load(tmp_path / f"p.{suffix}", **columns) == expected
 
 
-def test_standard_input_and_pipes_are_rejected(tmp_path):
+def test_csv_with_bom_newlines_and_quotes_is_read(tmp_path):
+    text = '\ufeffquestion,answer\r\n"How many,\r\n""in all""?",5\r\nOne\u2028line?,NA\r\n'
+    (tmp_path / "p.csv").write_bytes(text.encode())
+    first, second = load(tmp_path / "p.csv")
+    assert (first.question, first.answer) == ('How many,\r\n"in all"?', "5")
+    assert (second.question, second.answer) == ("One\u2028line?", "NA")
+
+
+# -- files that cannot be read -------------------------------------------------------------------------------------
+
+
+def test_missing_file_folder_pipe_and_standard_input_are_rejected(tmp_path):
+    assert "nothing.jsonl does not exist" in refused(tmp_path / "nothing.jsonl").message
+    for name in ("nothing.txt", "nothing.jsonl.gz", "./nothing"):
+        assert f"{Path(name)} does not exist" in refused(name).message
+    assert "is a folder" in refused(tmp_path).message
     assert "standard input cannot be problems.source" in refused("-").message
     os.mkfifo(tmp_path / "pipe.jsonl")
-    found = refused(tmp_path / "pipe.jsonl")
-    assert "pipe.jsonl cannot be problems.source" in found.message
-    assert "save the rows to a file" in found.hint
+    assert "pipe.jsonl cannot be problems.source" in refused(tmp_path / "pipe.jsonl").message
+    with pytest.raises(UsageError, match=r"problems\.source"):
+        load("")
 
 
 @pytest.mark.parametrize("name", ["p.xlsx", "p.zip", "p.yaml", "p.jsonl.zst", "p.parquet.gz"])
@@ -74,14 +122,15 @@ def test_empty_files_are_reported_as_empty(tmp_path, name, content):
         assert refused(path).message == f"{path} is empty"
 
 
-def test_empty_parquet_file_is_reported_as_empty(tmp_path):
+def test_empty_and_damaged_parquet_files_are_reported(tmp_path):
     import datasets
 
     path = tmp_path / "p.parquet"
     datasets.Dataset.from_list(ROWS).select([]).to_parquet(path)
     assert refused(path).message == f"{path} is empty"
-    path.write_bytes(b"")
-    assert "p.parquet cannot be read" in refused(path).message
+    for content in (b"", b"PAR1 but not really"):
+        path.write_bytes(content)
+        assert "p.parquet cannot be read" in refused(path).message
 
 
 def test_damaged_gzip_file_is_reported_as_damaged(tmp_path):
@@ -92,13 +141,58 @@ def test_damaged_gzip_file_is_reported_as_damaged(tmp_path):
         assert "is a damaged gzip file" in refused(path).message
 
 
-def test_json_nested_too_deeply_is_one_unusable_row(tmp_path):
-    drops = []
-    (tmp_path / "p.jsonl").write_text("[" * 100_000 + "\n" + JSONL)
-    assert len(load_problems(str(tmp_path / "p.jsonl"), drops=drops)) == 3
-    assert [drop.reason for drop in drops] == ["row_not_readable"]
-    (tmp_path / "p.json").write_text("[" * 100_000)
-    assert "not JSON" in refused(tmp_path / "p.json").message
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('[\n{"question": "q", "answer": "1"},\n{]', "p.json, line 3, column 2: not JSON"),
+        ('{"rows": []}', "not a list of objects"),
+        ("[" * 100_000, "not JSON"),
+        ('[{"question": "caf\udce9"}]', "not UTF-8"),
+    ],
+)
+def test_json_file_that_is_no_list_of_objects_is_reported(tmp_path, text, said):
+    (tmp_path / "p.json").write_text(text, errors="surrogateescape")
+    assert said in refused(tmp_path / "p.json").message
+
+
+# -- rows that cannot be read --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "said"),
+    [
+        ("p.jsonl", '{"question": "half', "column 14: not JSON: Unterminated string"),
+        ("p.jsonl", "[1, 2]", "not a JSON object"),
+        ("p.jsonl", "[" * 100_000, "not JSON"),
+        (
+            "p.jsonl",
+            '{"question": "caf\udce9", "answer": 1}',
+            "the text is not UTF-8 (convert the file: iconv",
+        ),
+        ("p.csv", "caf\udce9,1", "the text is not UTF-8 (convert the file: iconv"),
+        ("p.csv", '"a"b,2', "not CSV: ',' expected after '\"'"),
+        ("p.csv", "q, with a comma,2", "more fields than the header has names"),
+        ("p.csv", "q,", "no answer"),
+    ],
+)
+def test_invalid_row_is_dropped_with_its_line_and_the_others_are_read(tmp_path, name, line, said):
+    drops: list[Drop] = []
+    before, after = ('question,answer\n"a\nb",1\n', "c,3\n") if name == "p.csv" else (JSONL, JSONL)
+    text = f"{before}{line}\n{after.replace('What', 'So what')}"
+    (tmp_path / name).write_text(text, errors="surrogateescape")
+    assert len(load(tmp_path / name, drops)) == (2 if name == "p.csv" else 6)
+    (drop,) = drops
+    assert f"{name}, line 4: {said}" in drop.detail
+    assert name == "p.csv" or drop.raw == line.replace("\udce9", "\ufffd")[:2000]
+
+
+def test_unclosed_csv_quote_drops_the_last_line_and_refuses_several(tmp_path):
+    path, drops = tmp_path / "p.csv", []
+    path.write_text('question,answer\nq,1\n"open,2\n')
+    assert len(load(path, drops)) == 1
+    assert "p.csv, line 3: not CSV: unexpected end of data" in drops[0].detail
+    path.write_text('question,answer\nq,1\n"open,2\nr,3\n')
+    assert "p.csv, line 3 to 4: not CSV: unexpected end of data" in refused(path).message
 
 
 PIECES = st.sampled_from(
@@ -117,9 +211,9 @@ PIECES = st.sampled_from(
 def test_any_bytes_raise_only_errors_of_our_own(tmp_path_factory, suffix, packed, content):
     path = tmp_path_factory.getbasetemp() / f"fuzz.{suffix}"
     path.write_bytes(gzip.compress(content) if packed and suffix != "parquet" else content)
-    drops = []
+    drops: list[Drop] = []
     try:
-        problems = load_problems(str(path), drops=drops)
+        problems = load(path, drops)
     except ScliteError as error:
         said, code = (error.message + error.hint).encode(), error.code
     else:
