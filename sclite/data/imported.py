@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
 
 from sclite.config import Source
 from sclite.data.problems import normalize_question
@@ -45,7 +44,7 @@ class LabelledWork(BaseModel):
         elif not -1 <= (label or 0) <= len(self.steps):
             why = f"first_error_step is {label}, but there are {len(self.steps)} steps"
         if why:
-            raise PydanticCustomError("work", "{why}", {"why": why})
+            raise ValueError(why)
         return self
 
 
@@ -76,7 +75,7 @@ def import_attempts(
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"][:2])
-            why = f"{where}: {first['msg']}" if where else first["msg"]
+            why = f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
             drops.append(drop.model_copy(update={"detail": f"{path}, {place}: {why}"}))
         else:
             if problem := by_question.get(normalize_question(work.question)):
