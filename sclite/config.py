@@ -1,5 +1,8 @@
 """The configuration: one frozen tree of sections. `settings.load` fills it."""
 
+import json
+import math
+import re
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
@@ -119,11 +122,22 @@ class Attempts(Section):
         return "gguf" if self.student.lower().endswith(".gguf") else "endpoint"
 
 
+OWN_PARAMETERS = {
+    "model": "teacher.model", "api_base": "teacher.api_base", "base_url": "teacher.api_base",
+    "temperature": "teacher.temperature", "max_tokens": "teacher.max_tokens",
+    "max_completion_tokens": "teacher.max_tokens", "timeout": "teacher.timeout_seconds",
+    "max_retries": "teacher.attempts_per_call", "num_retries": "teacher.attempts_per_call",
+    **dict.fromkeys(("messages", "n", "stream", "seed", "extra_headers", "extra_query", "headers", "fallbacks"), ""),
+}  # fmt: skip
+"""Parameters of a request that sclite sets itself, and the setting for each that has one."""
+SECRET_PARAMETER = re.compile(r"api_key|access_key|secret|password|credentials|(^|_)token$", re.I)
+
+
 class Teacher(Section):
     """The model that writes templates and corrections, called through LiteLLM."""
 
     model: str = Field(
-        "", description="LiteLLM model name, for example openai/gpt-4.1 or ollama_chat/qwen3:32b"
+        "", description="LiteLLM model name, for example openai/gpt-5.4-mini or ollama_chat/qwen3:32b"
     )
     api_base: Address = Field("", description="base URL of an OpenAI-compatible endpoint")
     direct: bool = Field(True, description="call an OpenAI-compatible api_base without LiteLLM")
@@ -150,8 +164,39 @@ class Teacher(Section):
         None,
         description="price in US dollars per million input and output tokens (default: LiteLLM's price list)",
     )
+    extra: dict[str, Any] = Field(
+        {},
+        description='further parameters of LiteLLM or OpenAI, for example {"reasoning_effort": "low"} (a TOML table or '
+        "a JSON object)",
+    )
     inspector: str = Field("", description="LiteLLM model name of a second model that checks each reply")
     inspector_api_base: Address = Field("", description="base URL of the inspector's endpoint")
+
+    @field_validator("extra", mode="before")
+    @classmethod
+    def _read_extra(cls, value: Any) -> Any:
+        """Parse a JSON object, and refuse what sclite sets itself, secrets, and null, which TOML cannot hold."""
+        if isinstance(value, str):
+            try:
+                value = json.loads(value) if value else {}
+            except ValueError as error:
+                raise ValueError(f"this is not a JSON object: {error}") from None
+        if not isinstance(value, dict):
+            raise ValueError('this is not an object such as {"reasoning_effort": "low"}')
+        value = {name: setting for name, setting in value.items() if setting != ""}
+        body = value.get("extra_body", {})
+        for name in [*value, *(body if isinstance(body, dict) else ())]:
+            if name in OWN_PARAMETERS:
+                instead = f", use {OWN_PARAMETERS[name]}" if OWN_PARAMETERS[name] else ""
+                raise ValueError(f"sclite sets {name} itself{instead}")
+            if SECRET_PARAMETER.search(name):
+                raise ValueError(f"{name} looks like a secret, which belongs into an environment variable")
+        pending: list[Any] = [value]
+        for item in pending:  # the inner ones are appended
+            pending += item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
+            if item is None or item in (math.inf, -math.inf) or item != item:
+                raise ValueError("null, NaN and Infinity are not allowed")
+        return value
 
     @property
     def embedded(self) -> bool:

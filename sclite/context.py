@@ -112,7 +112,14 @@ class Context:
         settings = self.config.attempts
         own = {"model": settings.student, "api_base": settings.api_base, "concurrency": settings.concurrency}
         return self.config.teacher.model_copy(
-            update={**own, "temperature": None, "repairs": 0, "inspector": "", "price": settings.price}
+            update={
+                **own,
+                "temperature": None,
+                "repairs": 0,
+                "inspector": "",
+                "price": settings.price,
+                "extra": {},
+            }
         )
 
     @contextmanager

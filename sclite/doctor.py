@@ -154,7 +154,8 @@ def run_checks() -> Iterator[Check]:
     else:
         found, works = f"llama-cpp-python {llama}, {'GPU' if offload else 'CPU'} build", offload or not gpus
         # a CPU build on a GPU machine is slow, not broken
-        yield Check("llama.cpp", works, found, f"CMAKE_ARGS=-DGGML_CUDA=on {fix}", required=works)
+        wheel = "--no-deps --index-url https://abetlen.github.io/llama-cpp-python/whl/cu130"  # cu118 to cu132
+        yield Check("llama.cpp", works, found, f"{fix} {wheel}", required=works)
     if not llama:
         yield Check(
             "GGUF converter", False, "llama-cpp-python is not installed", "pip install llama-cpp-python"
@@ -229,7 +230,7 @@ def write_configuration(path: Path, memory_gb: float | None) -> None:
         if value is None:
             value, comment = EXAMPLES[key], f"{comment}; example, not set by default"
         prefix, suffix = "" if key in chosen else "# ", f"  # {comment}" if comment else ""
-        lines.append(f"{prefix}{key.rpartition('.')[2]} = {tomlkit.item(value).as_string()}{suffix}")
+        lines.append(f"{prefix}{key.rpartition('.')[2]} = {tomlkit.item(value).as_string() or '{}'}{suffix}")
     try:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     except OSError as error:

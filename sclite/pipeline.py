@@ -276,7 +276,7 @@ def train(context: Context, only: str | None = None, fresh: bool = False) -> lis
     if only != "sft" and ready and not context.config.teacher.model:
         raise UsageError(  # before hours of SFT, not after
             "teacher.model is not set, and stage 2 needs a teacher for its corrections",
-            "set a LiteLLM model, for example --set teacher.model=openai/gpt-4.1, or use --only sft",
+            "set a LiteLLM model, for example --set teacher.model=openai/gpt-5.4-mini, or use --only sft",
         )
     if only is None:
         _report_correction_cost(context)

@@ -21,7 +21,7 @@ _DECORATION = re.compile(
 )  # between tags: bold, code fences, line ends that were escaped twice
 _WIDE = str.maketrans("＜＞／", "<>/")
 _NAMES = r"(?:think|thinking|thoughts?|reasoning|scratchpad|budget:thinking)"
-_THOUGHT = re.compile(rf"\s*+(?:<{_NAMES}\b[^>\n]{{0,80}}>|\[think\])", re.I)
+THOUGHT = re.compile(rf"\s*+(?:<{_NAMES}\b[^>\n]{{0,80}}>|\[think\])", re.I)
 _THOUGHT_END = re.compile(rf"(?:</{_NAMES}>|\[/think\])\s*", re.I)
 _CHANNEL = re.compile(r"<\|channel\|>(\w+)[^<]{0,80}<\|message\|>")
 _SPECIAL = re.compile(r"<\|(?:end|return|start|call)\|>")
@@ -113,7 +113,7 @@ def thoughts_end(text: str) -> int:
         final = next((c for c in channels if c[1] == "final"), None)
         return final.end() if final else 0
     position = 0
-    while opened := _THOUGHT.match(text, position):
+    while opened := THOUGHT.match(text, position):
         closed = _THOUGHT_END.search(text, opened.end())
         if closed is None:
             break

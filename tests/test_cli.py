@@ -213,7 +213,7 @@ def test_a_missing_teacher_is_reported(sclite):
     ended = sclite("build-data", "mine.jsonl")
     assert ended.code == 2
     assert ended.error == "error: teacher.model is not set"
-    assert "--set teacher.model=openai/gpt-4.1" in ended.hint
+    assert "--set teacher.model=openai/gpt-5.4-mini" in ended.hint
 
 
 # -- GPUs, models, runs -------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ def corrections_inputs(config: Config, run: Run) -> dict[str, Any]:
                 teacher.max_tokens,
                 teacher.repairs,
                 teacher.inspector,
+                teacher.extra,
             ]
         ),
         "confirmations": config.attempts.confirmation_share,

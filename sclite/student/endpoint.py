@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from sclite.errors import TeacherError, UsageError
 from sclite.student.base import Reply, Request, ScoreRequest, Scores, Student
-from sclite.teacher.client import EMPTY_REPLY, Job, Teacher
+from sclite.teacher.client import CUT_OFF, EMPTY_REPLY, REASONING_TOO_LONG, Job, Teacher
 
-CUT_OFF = "cut_off"  # the client's name for finish_reason length
 RENAMED = (
     ("teacher.model", "attempts.student"),
     ("teacher.api_base", "attempts.api_base"),
@@ -40,7 +39,7 @@ class Endpoint(Student):
         try:
             for result in self.teacher.ask_all(map(_job, range(len(requests)), requests), self.stage):
                 index, entry, rejection = int(result.id), result.entry, result.rejection
-                cut_off = rejection is not None and rejection.reason == CUT_OFF
+                cut_off = rejection is not None and rejection.reason in (CUT_OFF, REASONING_TOO_LONG)
                 if rejection is not None and not cut_off and rejection.reason != EMPTY_REPLY:
                     yield Reply(index, "", 0, 0, "error", f"{rejection.reason}: {rejection.text}")
                 elif entry is None:

@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sclite import config
+from sclite import config, console
 from sclite.errors import BudgetError, UsageError
 from sclite.teacher.cost import Budget, Price
 from sclite.teacher.ledger import Entry, Ledger
 from sclite.teacher.loop import Loop
-from sclite.teacher.reply import EMPTY, ONLY_REASONING, REFUSAL
+from sclite.teacher.reply import CUT_IN_REASONING, EMPTY, ONLY_REASONING, REFUSAL
 from sclite.teacher.sender import MIN_FAILURES, Messages, NoReply, Sender, parameters_of
 
-EMPTY_REPLY = "empty_reply"
+EMPTY_REPLY, CUT_OFF, REASONING_TOO_LONG = "empty_reply", "cut_off", "reasoning_too_long"
 _VERDICT = re.compile(r"<\s*verdict\s*>\s*(accept|reject)\w*\b", re.I)
 _REASON = re.compile(r"<\s*reason\s*>(.*?)(?:</\s*reason\s*>|\Z)", re.I | re.S)
 
@@ -80,9 +80,14 @@ class Teacher:
         self._loop = Loop()
         budget = Budget(ledger, settings.max_cost)
         self._sender = Sender(settings, ledger, budget, prepare)
-        self._inspector = None
+        self._inspector, self._enlarged = None, False
         if settings.inspector:
-            other = {"model": settings.inspector, "api_base": settings.inspector_api_base, "price": None}
+            other = {
+                "model": settings.inspector,
+                "api_base": settings.inspector_api_base,
+                "price": None,
+                "extra": {},
+            }
             self._inspector = Sender(settings.model_copy(update=other), ledger, budget, prepare)
 
     def __enter__(self) -> "Teacher":
@@ -123,7 +128,7 @@ class Teacher:
         if not self.settings.model:
             raise UsageError(
                 "teacher.model is not set",
-                "add a LiteLLM model, as in --set teacher.model=openai/gpt-4.1, or set it in sclite.toml",
+                "add a LiteLLM model, as in --set teacher.model=openai/gpt-5.4-mini, or set it in sclite.toml",
             )
         pending, done, active = iter(jobs), queue.SimpleQueue[asyncio.Task](), 0
         tasks = self._loop.start_group(done.put)
@@ -152,21 +157,45 @@ class Teacher:
 
     async def _work(self, job: Job, stage: str) -> Result:
         rejection, error, raw, entry = None, "", "", None
+        parameters, enlarged = dict(job.parameters), False
         for repair in range(self.settings.repairs + 1):
             try:
-                entry = await self._sender.reply(
-                    job.messages(error), job.sample, repair, stage, job.parameters
-                )
+                entry = await self._sender.reply(job.messages(error), job.sample, repair, stage, parameters)
                 raw = entry.text
+                if entry.finish_reason == CUT_IN_REASONING:
+                    budget = parameters.get("max_tokens", self.settings.max_tokens)
+                    rejection = Rejection(
+                        REASONING_TOO_LONG,
+                        f"its reasoning used up the budget of {budget} tokens: raise teacher.max_tokens, or make it think "
+                        "less, as in --set teacher.extra.reasoning_effort=low",
+                    )
+                    larger = self._sender.larger_budget(budget)
+                    if enlarged or larger <= budget or repair == self.settings.repairs:
+                        return Result(job.id, job.sample, None, rejection, raw, repair + 1, entry)
+                    parameters["max_tokens"], enlarged = larger, True
+                    self._report_enlarged(budget, larger)
+                    continue
                 rejection = await self._check(job, raw, entry.finish_reason, stage)
             except NoReply as failure:
-                rejection = Rejection(failure.reason, str(failure))
+                if (
+                    not enlarged or failure.reason != "refused_by_teacher"
+                ):  # by a model that has no larger budget
+                    rejection = Rejection(failure.reason, str(failure))
                 return Result(job.id, job.sample, None, rejection, raw, repair, entry)
             if rejection is None:
                 return Result(job.id, job.sample, raw, None, raw, repair + 1, entry)
             repeated = error.startswith(rejection.text)  # the same messages would get the same reply
             error = f"{rejection.text} (still so in reply {repair + 1})" if repeated else rejection.text
         return Result(job.id, job.sample, None, rejection, raw, self.settings.repairs + 1, entry)
+
+    def _report_enlarged(self, budget: int, larger: int) -> None:
+        """Warn once that requests are sent again with a larger budget, because it costs money."""
+        if not self._enlarged:
+            console.note(
+                f"[yellow]warning:[/] reasoning used up a reply's whole budget of {budget} tokens; such requests are sent "
+                f"once more with {larger}. To pay once, raise teacher.max_tokens or lower reasoning_effort in teacher.extra"
+            )
+        self._enlarged = True
 
     async def _check(self, job: Job, text: str, finish_reason: str, stage: str) -> Rejection | None:
         """Why a reply is rejected: by its finish reason, the job's check or the inspector, in this order."""
@@ -195,16 +224,12 @@ def _check_finish(finish_reason: str, text: str) -> Rejection | None:
     if finish_reason == "stop":
         return None
     rejections = {
-        "length": ("cut_off", "it was cut off before its end, so write it shorter"),
+        "length": (CUT_OFF, "it was cut off before its end, so write it shorter"),
         "content_filter": ("filtered", "a content filter stopped it"),
         REFUSAL: ("refused_by_teacher", f"it declines: {' '.join(text.split())[:200]}"),
         ONLY_REASONING: ("only_reasoning", "there is reasoning but no reply after it"),
         EMPTY: (EMPTY_REPLY, "the reply is empty"),
     }
-    if finish_reason == "length" and not text.strip():
-        return Rejection(
-            "cut_off", "it was cut off before its first word: think less, or raise teacher.max_tokens"
-        )
     other = (f"finish_{finish_reason}", f"it ended with {finish_reason} and not by itself")
     return Rejection(*rejections.get(finish_reason, other))
 

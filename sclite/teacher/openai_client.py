@@ -6,7 +6,7 @@ Requests, replies and errors are the same as through LiteLLM; tests compare the 
 import asyncio
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -64,6 +64,7 @@ class OpenAIClient:
 
         request = {"model": self.model, "messages": list(map(dict, messages)), **parameters}
         request.pop("drop_params", None)  # LiteLLM's own; it passes on all others
+        request |= request.pop("extra_body", {})
         client = self._idle.pop() if self._idle else self._open()
         try:
             async with asyncio.timeout(seconds):
@@ -90,12 +91,14 @@ class OpenAIClient:
 
 
 def find_client(
-    litellm: ModuleType, model: str, api_base: str, api_key: str | None, listed: bool
+    litellm: ModuleType, model: str, api_base: str, api_key: str | None, listed: bool, extra: Collection[str]
 ) -> OpenAIClient | None:
-    """A client that bypasses LiteLLM; None for models that only LiteLLM can reach.
+    """A client that bypasses LiteLLM; None for models and `extra` parameters that only LiteLLM knows.
 
     `api_key` None: the environment variable that LiteLLM would read.
     """
+    if set(extra) & set(litellm.types.utils.all_litellm_params):
+        return None
     name, provider, found, _ = litellm.get_llm_provider(model, api_base=api_base or None, api_key=api_key)
     if not _is_plain(litellm, name, provider, api_base):
         return None

@@ -119,6 +119,9 @@ def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None)
             options["extra_headers"] = {"Authorization": f"Basic {b64encode(login.encode()).decode()}"}
         if missing:  # a self-hosted endpoint often needs none, but LiteLLM insists
             options["api_key"] = "none"
+    known = litellm.get_supported_openai_params(settings.model, name) or ()
+    if new := [parameter for parameter in settings.extra if parameter not in known]:
+        options["allowed_openai_params"] = new  # LiteLLM refuses those that it does not know for this model
     price = _price(litellm, settings, name)
     if price is None and settings.max_cost is not None:
         raise UsageError(
@@ -135,7 +138,9 @@ def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None)
     direct, priced_by_user = None, settings.price is not None
     if settings.direct:
         listed = not priced_by_user and price != FREE
-        direct = find_client(litellm, settings.model, settings.api_base, options.get("api_key"), listed)
+        direct = find_client(
+            litellm, settings.model, settings.api_base, options.get("api_key"), listed, settings.extra
+        )
     return Provider(litellm, settings.model, options, key_variable, price, priced_by_user, direct)
 
 
@@ -150,7 +155,12 @@ def _price(litellm: ModuleType, settings: config.Teacher, provider: str) -> Pric
     )
     if not listed or listed.get("input_cost_per_token") is None:
         return None
-    return Price(listed["input_cost_per_token"], listed.get("output_cost_per_token") or 0.0)
+    tier = settings.extra.get("service_tier")
+    prices = (
+        [listed.get(name) or 0.0 for name in (f"{side}_cost_per_token", f"{side}_cost_per_token_{tier}")]
+        for side in ("input", "output")
+    )
+    return Price(*map(max, prices))  # a bound: endpoints may serve another tier than was requested
 
 
 def is_address(api_base: str) -> bool:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sclite.trace import without_thoughts
+from sclite.trace import THOUGHT, without_thoughts
 
-EMPTY, REFUSAL, ONLY_REASONING = "empty", "refusal", "only_reasoning"
-"""Our own finish reasons, for replies that are empty, decline, or end before the reasoning does."""
+EMPTY, REFUSAL, ONLY_REASONING, CUT_IN_REASONING = "empty", "refusal", "only_reasoning", "cut_in_reasoning"
+"""Our own finish reasons: nothing in it, a refusal, no reply after the reasoning, a token budget spent on reasoning."""
 
 _LENGTH = ("length", "max_tokens", "max_output_tokens", "model_length")
 _FILTERED = ("content_filter", "content_filtered", "safety")
@@ -85,6 +85,8 @@ def read(body: object, listed_usd: float | None = None) -> Completion:
     content = clean(_text(message.get("content")))
     reasoning = clean(_text(message.get("reasoning_content") or message.get("reasoning")))
     text, refusal = without_thoughts(content).strip(), message.get("refusal")
+    if THOUGHT.match(text) or text.startswith("<|channel|>"):  # reasoning that never ends is no reply
+        text = ""
     finish = _finish(choice.get("finish_reason"))
     if finish == "stop" and message.get("tool_calls"):
         finish = "tool_calls"
@@ -95,7 +97,14 @@ def read(body: object, listed_usd: float | None = None) -> Completion:
     usage = body.get("usage")
     counts = usage if isinstance(usage, Mapping) else {}
     tokens = _count(counts.get("prompt_tokens")), _count(counts.get("completion_tokens"))
-    return Completion(text, finish, tokens, len(content.encode()) + len(reasoning.encode()), listed_usd)
+    size, reply_bytes, written = len(text.encode()), len((content + reasoning).encode()), tokens[1] or 0
+    details = counts.get("completion_tokens_details")
+    reported = _count(details.get("reasoning_tokens")) if isinstance(details, Mapping) else None
+    # endpoints that hide the reasoning may not report it either, but a visible token has at least one byte
+    reasoned = max(reported or 0, written - size)
+    if finish == "length" and (not text or reply_bytes > 2 * size or 2 * reasoned > written):
+        finish = CUT_IN_REASONING
+    return Completion(text, finish, tokens, reply_bytes, listed_usd)
 
 
 def _raise_error(error: object) -> None:

@@ -18,6 +18,7 @@ from sclite.teacher.provider import Provider, connect
 from sclite.teacher.reply import Completion
 
 Messages = Sequence[Mapping[str, str]]
+LARGEST_BUDGET = 32_768  # tokens; a larger one is not chosen by itself
 MIN_FAILURES = 5  # different requests that must fail before the teacher is to blame rather than the requests
 
 
@@ -32,7 +33,7 @@ class NoReply(Exception):
 def parameters_of(settings: config.Teacher) -> dict[str, Any]:
     """The request parameters, beside the messages, that decide the reply."""
     chosen = {name: getattr(settings, name) for name in ("temperature", "max_tokens")}
-    return {name: value for name, value in chosen.items() if value is not None}
+    return {**{name: value for name, value in chosen.items() if value is not None}, **settings.extra}
 
 
 class Sender:
@@ -72,6 +73,15 @@ class Sender:
         if self.provider is None:
             self.provider = connect(self.settings, self._prepare)
         return self.provider
+
+    def larger_budget(self, tokens: int) -> int:
+        """Twice as many tokens, if the model can write as many."""
+        provider = self.connect()
+        listed = provider.litellm.model_cost.get(self.settings.model) or provider.litellm.model_cost.get(
+            self.settings.model.partition("/")[2], {}
+        )
+        most = listed.get("max_output_tokens") or math.inf
+        return max(tokens, min(2 * tokens, LARGEST_BUDGET, most))
 
     async def reply(
         self,
