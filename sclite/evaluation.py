@@ -9,16 +9,19 @@ from typing import Any
 from sclite.config import Eval
 from sclite.context import Context
 from sclite.errors import DataError, UsageError
-from sclite.evaluate.threshold import Fitted, load_threshold
+from sclite.evaluate.threshold import MIN_PROBLEMS, Fitted, load_threshold
 from sclite.export.model import ADAPTERS
 from sclite.records import Drop, Problem, Template
 from sclite.student.self_correction import NEVER
 
 
-def held_out(context: Context) -> tuple[list[Problem], list[Problem], dict[str, int]]:
+def held_out(
+    context: Context, untrained: Sequence[Problem] = ()
+) -> tuple[list[Problem], list[Problem], dict[str, int]]:
     """(test problems, problems for the threshold, skipped ones by reason) from eval.source.
 
-    Unusable rows are skipped, and problems that overlap the training data: they would measure memorization. dropped.jsonl
+    If the run has as many problems that nothing was trained on as `eval.fit_share` of these, the threshold is fitted on
+    those `untrained` ones and all of these are tested. Unusable rows are skipped, and problems that overlap the training data: they would measure memorization. dropped.jsonl
     names both.
     """
     from sclite.data.contamination import find_contaminated
@@ -43,6 +46,8 @@ def held_out(context: Context) -> tuple[list[Problem], list[Problem], dict[str, 
     context.run.replace_drops(["eval"], drops)
     fresh = [p for p in found if p.id not in known]
     tested, fitted = split_for_stages(fresh, source.fit_share, context.config.seed)
+    if len(untrained) >= max(MIN_PROBLEMS, len(fitted)):
+        tested, fitted = fresh, list(untrained)
     if len(tested) < 5 or len(fitted) < 5:
         enough = ceil(8 / max(0.05, min(source.fit_share, 1 - source.fit_share)))
         raise DataError(

@@ -9,26 +9,26 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sclite.errors import DeviceError, ScliteError
+from sclite.progress import Progress
 
-Progress = Callable[..., None]
+Result = TypeVar("Result")
 READY, PROGRESS, RESULT, ERROR, INTERRUPT = "ready", "progress", "result", "error", "interrupt"
-FORWARDED = (
-    2  # Ctrl-C presses that the child gets: the first asks it to save, the second to stop; the third kills it
-)
+# Ctrl-C presses that the child gets: the first asks it to save, the second to stop; the third kills it
+FORWARDED = 2
 SECONDS = 60  # for a child that has sent its result to exit
 
 
-def run_isolated(function: Callable[..., Any], *arguments: Any, progress: Progress, log: Path) -> Any:
+def run_isolated(
+    function: Callable[..., Result], *arguments: object, progress: Progress, log: Path
+) -> Result:
     """Return `function(*arguments, progress=..)`, computed in a new process. `function` is a module-level function.
 
     Everything the child prints is appended to `log`. Raises the ScliteError that the function raises; KeyboardInterrupt
@@ -41,8 +41,14 @@ def run_isolated(function: Callable[..., Any], *arguments: Any, progress: Progre
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_run_child, args=(there, function, arguments, str(log)))
-    with _forwarded_interrupts(process) as interrupts:
-        _start(process)
+    with _ForwardedInterrupts(process) as interrupts:
+        # Ctrl-C during the child's imports prints no traceback: it starts with SIGINT blocked
+        resource_tracker.ensure_running()  # starting this helper ends by unblocking the signal
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         there.close()
         try:
             kind, value = _receive(here, process, progress, interrupts)
@@ -55,62 +61,52 @@ def run_isolated(function: Callable[..., Any], *arguments: Any, progress: Progre
         raise KeyboardInterrupt
     if kind == ERROR:
         raise value
-    if kind is None:
-        raise _error_without_result(process.exitcode, log, begin)
-    return value
+    if kind == RESULT:
+        return value
+    output = log.read_bytes()[begin:].decode("utf-8", errors="replace").strip()
+    if process.exitcode == 1 and output:  # Python's own exit code after an uncaught exception
+        raise ScliteError(output.splitlines()[-1].strip(), f"see the end of {log} for the traceback")
+    raise DeviceError(
+        f"the worker process exited unexpectedly (code {process.exitcode})",
+        f"see the end of {log}; code -9 means that the system ran out of memory. Re-run to resume",
+    )
 
 
-# -- parent --------------------------------------------------------------------------------------------------------
+class _ForwardedInterrupts:
+    """Forwards Ctrl-C to the child once it is ready; nothing here is interrupted by it, such as a half-read message.
 
+    `count` is how often it was pressed.
+    """
 
-@dataclass
-class _Interrupts:
-    """How often Ctrl-C was pressed, and whether the child can receive it yet."""
+    def __init__(self, process: BaseProcess):
+        self.process, self.count, self.ready = process, 0, False
 
-    process: BaseProcess
-    count: int = 0
-    ready: bool = False
+    def __enter__(self) -> "_ForwardedInterrupts":
+        # only the main thread gets Ctrl-C, and only it may set a handler
+        self.on_main_thread = threading.current_thread() is threading.main_thread()
+        if self.on_main_thread:
+            self.before = signal.signal(signal.SIGINT, self.press)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.on_main_thread:
+            signal.signal(signal.SIGINT, self.before)
 
     def press(self, *_: object) -> None:
         self.count += 1
         if self.count > FORWARDED:
             raise KeyboardInterrupt
-        if self.ready:
+        if self.ready and self.process.pid is not None:
             os.kill(self.process.pid, signal.SIGINT)
 
     def set_ready(self) -> None:
         self.ready = True
-        if self.count:
+        if self.count and self.process.pid is not None:
             os.kill(self.process.pid, signal.SIGINT)
 
 
-@contextmanager
-def _forwarded_interrupts(process: BaseProcess) -> Iterator[_Interrupts]:
-    """Forward Ctrl-C to the child; nothing here is interrupted by it, such as a half-read message."""
-    interrupts = _Interrupts(process)
-    try:
-        before = signal.signal(signal.SIGINT, interrupts.press)
-    except ValueError:  # not the main thread, which is the one that gets Ctrl-C
-        yield interrupts
-        return
-    try:
-        yield interrupts
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _start(process: BaseProcess) -> None:
-    """Start the child with SIGINT blocked, so that Ctrl-C during its imports prints no traceback."""
-    resource_tracker.ensure_running()  # starting this helper ends by unblocking the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _receive(
-    here: Connection, process: BaseProcess, progress: Progress, interrupts: _Interrupts
+    here: Connection, process: BaseProcess, progress: Progress, interrupts: _ForwardedInterrupts
 ) -> tuple[str | None, Any]:
     """Forward progress until the child is done; return its last message, (None, None) if it ended without one."""
     while True:
@@ -132,29 +128,22 @@ def _receive(
             return kind, value
 
 
-def _error_without_result(code: int, log: Path, begin: int) -> ScliteError:
-    """The error for a child that sent no result; its output starts at `begin` in the log."""
-    text = log.read_bytes()[begin:].decode("utf-8", errors="replace")
-    lines = [line for line in text.splitlines() if line.strip()]
-    if code == 1 and lines:  # Python's own exit code after an uncaught exception
-        return ScliteError(lines[-1].strip(), f"see the end of {log} for the traceback")
-    return DeviceError(
-        f"the worker process exited unexpectedly (code {code})",
-        f"see the end of {log}; code -9 means that the system ran out of memory. Re-run to resume",
-    )
-
-
-# -- child ---------------------------------------------------------------------------------------------------------
-
-
-def _run_child(there: Connection, function: Callable[..., Any], arguments: tuple[Any, ...], log: str) -> None:
+def _run_child(
+    there: Connection, function: Callable[..., object], arguments: tuple[object, ...], log: str
+) -> None:
     os.setpgrp()
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    threading.Thread(target=_exit_with, args=(multiprocessing.parent_process(),), daemon=True).start()
 
-    def progress(*values: Any, **named: Any) -> None:
+    def exit_with_parent() -> None:
+        if (parent := multiprocessing.parent_process()) is not None:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+
+    def progress(*values: object, **named: object) -> None:
         there.send((PROGRESS, (values, named)))
 
     try:
@@ -166,8 +155,3 @@ def _run_child(there: Connection, function: Callable[..., Any], arguments: tuple
         there.send((ERROR, error))
     except KeyboardInterrupt:
         there.send((INTERRUPT, None))
-
-
-def _exit_with(parent: BaseProcess) -> None:
-    parent.join()
-    os._exit(1)

@@ -16,7 +16,7 @@ from sclite.config import Config
 from sclite.context import Context
 from sclite.errors import DataError, DeviceError, GpuMemoryError, NetworkError, UsageError
 from sclite.progress import ProgressDisplay
-from sclite.records import Problem
+from sclite.records import Problem, Review
 from sclite.run import Report, Run
 
 if TYPE_CHECKING:
@@ -265,7 +265,7 @@ def build_pairs(context: Context) -> Report:
 
 
 def train(context: Context, only: str | None = None, fresh: bool = False) -> list[Report]:
-    """SFT, stage 2 and the export, or one of the first two (`only` sft or dpo; the export follows dpo).
+    """SFT, stage 2, export and the fit of the review threshold; with `only` "sft" SFT alone, with "dpo" the others.
 
     `fresh` retrains stages that were trained from other inputs.
     """
@@ -290,6 +290,7 @@ def train(context: Context, only: str | None = None, fresh: bool = False) -> lis
         build_pairs(context)
         train_stage(context, "dpo", fresh)
         export(context)
+        fit_review_threshold(context)
     return context.reports
 
 
@@ -454,19 +455,69 @@ def export(context: Context, names: Sequence[str] = ()) -> list[Report]:
         path, warnings = write_modelfile(context.run, context.config, chosen[-1])
         made[-1].figures |= {"modelfile": str(path), "warnings": list(warnings)}
     sizes = ", ".join(f"{report.figures['megabytes']:g} MB" for report in made)
+    context.reports += made
     context.display.done("export", f"export: {len(made)} GGUF ({sizes})", all(r.skipped for r in made))
     return made
+
+
+def fit_review_threshold(context: Context) -> None:
+    """Fit the review threshold of the newest GGUF on the problems kept out of training.
+
+    Does nothing if reviews need no threshold, or if `review.threshold` is set.
+    """
+    from sclite.evaluate import threshold
+    from sclite.export.model import gguf_path
+    from sclite.grading.worker import Grader
+    from sclite.student.llama_cpp.engine import Engine
+
+    config, run, problems = context.config, context.run, untrained_problems(context)
+    if config.review.mode == "free" or config.review.threshold is not None:
+        return
+    path = gguf_path(run, available(context)[-1], config)
+    fitted = threshold.load_threshold(config, run, path)
+    skipped = threshold.is_current(config, fitted, len(problems))
+    if fitted is None or not skipped:
+        text = f"threshold: {len(problems)} problems kept out of training, solved and reviewed"
+        with (
+            context.display.stage("threshold", text) as progress,
+            Grader() as grader,
+            Engine(path, context=config.eval.context) as student,
+        ):
+            fitted = threshold.ensure_threshold(
+                config, run, path, student, problems, grader=grader, progress=progress
+            )
+    report = Report("threshold", {"problems": fitted.problems}, figures=fitted.model_dump(), skipped=skipped)
+    remedy = "; `sclite eval PROBLEMS` fits it on others" if fitted.problems < threshold.MIN_PROBLEMS else ""
+    context.add(report, f"threshold: {fitted.summary}{remedy}")
+
+
+def untrained_problems(context: Context) -> list[Problem]:
+    """The run's problems that nothing was trained on, for the review threshold."""
+    if not _has_problems(context):
+        return []
+    corrected = {
+        row.id for row in context.run.rows("reviews.jsonl", Review)
+    }  # imported attempts may be at any
+    return [problem for problem in divided_problems(context).fit if problem.id not in corrected]
 
 
 def evaluate_students(context: Context, names: Sequence[str]) -> dict[str, Any]:
     """Accuracy of the named students on eval.source, before and after review: the summary of the evaluation."""
     from sclite import evaluation
 
-    held_out, fitting, dropped = evaluation.held_out(context)
+    held_out, fitting, dropped = evaluation.held_out(context, untrained_problems(context))
     export(context, names)
     folder, dataset = evaluation.result_folder(context)
-    named = {"folder": folder, "dataset": dataset, "source": context.config.eval.source}
-    return evaluation.evaluate(context, names, held_out, fitting, dropped=dropped, **named)
+    return evaluation.evaluate(
+        context,
+        names,
+        held_out,
+        fitting,
+        folder=folder,
+        dataset=dataset,
+        source=context.config.eval.source,
+        dropped=dropped,
+    )
 
 
 def run_all(context: Context, fresh: bool = False) -> dict[str, Any] | None:

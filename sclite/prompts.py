@@ -20,6 +20,7 @@ NAMES = (
     "inspector_correction",
 )
 Messages = tuple[dict[str, str], ...]
+"""Chat messages, each {"role": ..., "content": ...}."""
 
 _TEMPLATE_ERRORS = (
     *(jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError),
@@ -56,32 +57,35 @@ def _template(name: str, folder: str) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    try:
-        return environment.from_string(_source(name, folder))
-    except jinja2.TemplateSyntaxError as error:
-        raise DataError(
-            f"the prompt {name}.txt, line {error.lineno}: {error.message}", f"fix it in {folder}"
-        ) from error
+    return environment.from_string(_source(name, folder))
 
 
-def render(name: str, folder: str = "", **values: str) -> str:
-    """Render a prompt with its values and strip it."""
+def _render(name: str, folder: str, values: dict[str, str]) -> str:
+    hint = f"fix it in {folder}"
     try:
         return _template(name, folder).render(**values).strip()
+    except jinja2.TemplateSyntaxError as error:
+        raise DataError(f"the prompt {name}.txt, line {error.lineno}: {error.message}", hint) from error
     except jinja2.UndefinedError as error:
         raise DataError(
             f"the prompt {name}.txt uses an undefined value: {error}",
             f"the available values are: {', '.join(values) or 'none'}",
         ) from error
     except _TEMPLATE_ERRORS as error:
-        raise DataError(
-            f"the prompt {name}.txt cannot be rendered: {error}", f"fix it in {folder}"
-        ) from error
+        raise DataError(f"the prompt {name}.txt cannot be rendered: {error}", hint) from error
 
 
 def digest(*names: str, folder: str = "") -> str:
     """A short hash of the sources of these prompts; it changes with every edit."""
     return hashlib.sha256("\0".join(_source(name, folder) for name in names).encode()).hexdigest()[:16]
+
+
+def _messages(name: str, folder: str, **values: str) -> Messages:
+    system = "student_system" if name.startswith("student") else "teacher_system"
+    return (
+        {"role": "system", "content": _render(system, folder, {})},
+        {"role": "user", "content": _render(name, folder, values)},
+    )
 
 
 def solve_messages(question: str, folder: str = "") -> Messages:
@@ -98,16 +102,16 @@ def template_messages(
     question: str, solution: str, answer: str, error: str = "", folder: str = ""
 ) -> Messages:
     """The chat in which the teacher rewrites a gold solution as a trace; `error` says why its last reply failed."""
-    values = {"question": question, "solution": solution, "answer": answer, "error": error}
-    return _messages("teacher_template", folder, **values)
+    given = {"question": question, "solution": solution, "answer": answer}
+    return _messages("teacher_template", folder, **given, error=error)
 
 
 def correction_messages(
     question: str, solution: str, answer: str, work: str, error: str = "", folder: str = ""
 ) -> Messages:
     """The chat in which the teacher corrects an attempt; the work comes last."""
-    values = {"question": question, "solution": solution, "answer": answer, "work": work, "error": error}
-    return _messages("teacher_correction", folder, **values)
+    given = {"question": question, "solution": solution, "answer": answer}
+    return _messages("teacher_correction", folder, **given, work=work, error=error)
 
 
 def inspection_messages(
@@ -115,16 +119,3 @@ def inspection_messages(
 ) -> Messages:
     """The chat of the inspector: `name` is inspector_template or inspector_correction; the work comes last."""
     return _messages(name, folder, question=question, solution=solution, answer=answer, work=work)
-
-
-def _messages(name: str, folder: str, **values: str) -> Messages:
-    system = _render_system("student_system" if name.startswith("student") else "teacher_system", folder)
-    return (
-        {"role": "system", "content": system},
-        {"role": "user", "content": render(name, folder, **values)},
-    )
-
-
-@cache
-def _render_system(name: str, folder: str) -> str:
-    return render(name, folder)

@@ -16,9 +16,8 @@ TAG = re.compile(  # possessive (*+), so that a thousand blanks after a < are no
 )
 """A tag as models write it; groups: the slash of a closing tag, the name, the number of a step."""
 _BOLD = re.compile(rf"\*\*[ \t]*+({TAG.pattern})[ \t]*+\*\*", re.I | re.A)
-_DECORATION = re.compile(
-    r"(?:[\s*`]|\\n)*+"
-)  # between tags: bold, code fences, line ends that were escaped twice
+_DECORATION = re.compile(r"(?:[\s*`]|\\n)*+")
+"""Harmless between tags: bold, code fences, line ends that were escaped twice."""
 _WIDE = str.maketrans("＜＞／", "<>/")
 _NAMES = r"(?:think|thinking|thoughts?|reasoning|scratchpad|budget:thinking)"
 THOUGHT = re.compile(rf"\s*+(?:<{_NAMES}\b[^>\n]{{0,80}}>|\[think\])", re.I)
@@ -184,10 +183,9 @@ def render(trace: Trace) -> str:
 
 
 class _Reader:
-    """Walks over the tags of one text and builds the trace, recording issues instead of raising."""
+    """Takes the tags of a text in order and builds the trace, recording issues instead of raising."""
 
-    def __init__(self, text: str):
-        self.text = text
+    def __init__(self) -> None:
         self.steps: list[dict[str, list[str]]] = []  # for each tag, the pieces of its text
         self.outer: dict[str, list[str]] = {}
         self.issues: list[Issue] = []
@@ -201,10 +199,11 @@ class _Reader:
 
     def add_text(self, text: str, offset: int) -> None:
         """Add the text between two tags to the open one."""
-        if self.tag in OUTER:
-            _add(self.outer, self.tag, text)
-        elif self.step is not None:
-            _add(self.step, self.tag or "text", text)
+        slots = self.outer if self.tag in OUTER else self.step
+        if slots is not None:
+            pieces = slots.setdefault(self.tag or "text", [])
+            if stripped := text.strip():
+                pieces.append(stripped)
         elif not _DECORATION.fullmatch(text) and self.steps and "answer" not in self.outer:
             # a greeting before the first step or after the answer is harmless
             self.report("text_between_tags", offset)
@@ -214,14 +213,14 @@ class _Reader:
             self.report("missing_closer", offset)
         self.tag = None
 
-    def close_step(self, offset: int, closed: bool) -> None:
+    def close_step(self, offset: int, closed: bool = False) -> None:
         if self.step is not None:
             self.close_tag(offset)
             if not closed:
                 self.report("missing_closer", offset)
             self.step = None
 
-    def on_step(self, closing: bool, number: int | None, offset: int) -> None:
+    def add_step_tag(self, closing: bool, number: int | None, offset: int) -> None:
         if self.tag in OUTER:
             self.close_tag(offset)
         if self.step is not None and not closing and number == self.number and self.step.get("text"):
@@ -234,8 +233,8 @@ class _Reader:
                 self.report("wrong_step_number", offset)
             self.close_step(offset, closed=True)
             return
-        self.close_step(offset, closed=False)
-        if "answer" in self.outer or "generalized" in self.outer:
+        self.close_step(offset)
+        if self.outer:
             self.report("step_after_the_end", offset)
         self.step = {}
         self.steps.append(self.step)
@@ -243,95 +242,32 @@ class _Reader:
         if self.number != len(self.steps):
             self.report("wrong_step_number", offset)
 
-    def on_inner(self, name: str, closing: bool, offset: int) -> None:
-        if self.step is None:
+    def add_tag(self, name: str, closing: bool, offset: int) -> None:
+        """A tag inside a step, or generalized or answer."""
+        inner = name in INNER
+        slots = self.step if inner else self.outer
+        if slots is None:
             self.report("stray_closer" if closing else "tag_outside_a_step", offset)
             return
-        if not closing and self.tag == name and self.step.get(name):
+        if not closing and self.tag == name and slots.get(name):
             self.report("opener_as_closer", offset)
             closing = True
         if closing:
             if self.tag != name:
                 self.report("stray_closer", offset)
-            self.tag = None
-            return
-        self.close_tag(offset)
-        if name in self.step:
-            self.report(f"second_{name}", offset)
-        self.tag = name
-
-    def on_outer(self, name: str, closing: bool, offset: int) -> None:
-        if not closing and self.tag == name and self.outer.get(name):
-            self.report("opener_as_closer", offset)
-            closing = True
-        if closing:
-            if self.tag != name:
-                self.report("stray_closer", offset)
-            else:
+            if self.tag == name or inner:
                 self.tag = None
             return
-        self.close_step(offset, closed=False)
+        if not inner:
+            self.close_step(offset)
         self.close_tag(offset)
-        if name in self.outer:
+        if name in slots:
             self.report(f"second_{name}", offset)
-            self.outer[name] = []  # the last one counts
-        if name == "generalized" and "answer" in self.outer:
+            if not inner:
+                slots[name] = []  # the last one counts
+        if name == "generalized" and "answer" in slots:
             self.report("generalized_after_the_answer", offset)
         self.tag = name
-
-    def read(self) -> Parsed:
-        position = thoughts_end(self.text)
-        for match in TAG.finditer(self.text, position):
-            self.add_text(self.text[position : match.start()], position)
-            position = match.end()
-            closing, name = bool(match[1]), tag_name(match[2])
-            if name == "step":
-                self.on_step(closing, int(match[3]) if match[3] else None, match.start())
-            elif name in INNER:
-                self.on_inner(name, closing, match.start())
-            else:
-                self.on_outer(name, closing, match.start())
-        self.add_text(self.text[position:], position)
-        end = len(self.text)
-        self.close_step(end, closed=False)
-        self.close_tag(end)
-        steps = tuple(
-            Step(_joined(s, "text"), *(_joined(s, name) or None for name in INNER)) for s in self.steps
-        )
-        for number, step in enumerate(steps, 1):
-            if not step.text:
-                self.issues.append(Issue("empty_step", f"step {number}"))
-        outer = {name: _joined(self.outer, name) or None for name in OUTER}
-        if not steps:
-            self.issues.append(Issue("no_steps", "the top level"))
-        if outer["answer"] is None:
-            self.issues.append(Issue("no_answer", f"the end, character {end}"))
-        return Parsed(Trace(steps, **outer), tuple(self.issues))
-
-
-def tag_name(written: str) -> str:
-    """The canonical name of a tag: Generalization is generalized, FinalAnswer is answer."""
-    written = written.lower()
-    if written.startswith("generali"):
-        return "generalized"
-    return "answer" if written.endswith("answer") else written
-
-
-def _normalize(text: str) -> str:
-    """Remove bold markers around tags, and convert HTML-escaped and full-width tags."""
-    if ("&lt;" in text or "＜" in text) and not TAG.search(text):
-        text = html.unescape(text).translate(_WIDE)
-    return _BOLD.sub(r"\1", text) if "**" in text else text
-
-
-def _add(slots: dict[str, list[str]], name: str, text: str) -> None:
-    pieces = slots.setdefault(name, [])
-    if stripped := text.strip():
-        pieces.append(stripped)
-
-
-def _joined(slots: dict[str, list[str]], name: str) -> str:
-    return clean(" ".join(slots.get(name, [])))
 
 
 def parse(text: str) -> Parsed:
@@ -342,7 +278,45 @@ def parse(text: str) -> Parsed:
     wrong_step_number, step_after_the_end, tag_outside_a_step, second_key, second_cause, second_correction,
     second_generalized, second_answer, generalized_after_the_answer, text_between_tags, empty_step, no_steps, no_answer.
     """
-    return _Reader(_normalize(text)).read()
+    if ("&lt;" in text or "＜" in text) and not TAG.search(text):
+        text = html.unescape(text).translate(_WIDE)
+    if "**" in text:
+        text = _BOLD.sub(r"\1", text)
+    reader, position, end = _Reader(), thoughts_end(text), len(text)
+    for match in TAG.finditer(text, position):
+        reader.add_text(text[position : match.start()], position)
+        position = match.end()
+        name = tag_name(match[2])
+        if name == "step":
+            reader.add_step_tag(bool(match[1]), int(match[3]) if match[3] else None, match.start())
+        else:
+            reader.add_tag(name, bool(match[1]), match.start())
+    reader.add_text(text[position:], position)
+    reader.close_step(end)
+    reader.close_tag(end)
+
+    def joined(slots: dict[str, list[str]], name: str) -> str:
+        return clean(" ".join(slots.get(name, [])))
+
+    steps = [Step(joined(s, "text"), *(joined(s, name) or None for name in INNER)) for s in reader.steps]
+    trace = Trace(tuple(steps), *(joined(reader.outer, name) or None for name in OUTER))
+    issues = [
+        *reader.issues,
+        *(Issue("empty_step", f"step {n}") for n, s in enumerate(steps, 1) if not s.text),
+    ]
+    if not steps:
+        issues.append(Issue("no_steps", "the top level"))
+    if trace.answer is None:
+        issues.append(Issue("no_answer", f"the end, character {end}"))
+    return Parsed(trace, tuple(issues))
+
+
+def tag_name(written: str) -> str:
+    """The canonical name of a tag: Generalization is generalized, FinalAnswer is answer."""
+    written = written.lower()
+    if written.startswith("generali"):
+        return "generalized"
+    return "answer" if written.endswith("answer") else written
 
 
 def first_corrected(trace: Trace) -> int | None:

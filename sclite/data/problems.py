@@ -162,7 +162,7 @@ def split_problems(config: Config, problems: Iterable[Problem]) -> Split:
     found, settings = list(problems), config.problems
     share = settings.fit_share if len(found) >= 4 * FIT_COUNT else 0
     if config.teacher.embedded:
-        rest = len(found) - round(len(found) * share)
+        rest = len(found) - (max(round(len(found) * share), FIT_COUNT) if share else 0)
         first = rest - round(rest * settings.correction_share)
         return Split(found[:first], found[first:rest], found[rest:])
     seed = f"fit:{config.seed}"

@@ -162,7 +162,7 @@ def write_modelfile(run: Run, config: Config, name: str) -> tuple[Path, list[str
     text, warnings = build_modelfile(
         out.name,
         template,
-        system=prompts.render("student_system", config.prompts.folder),
+        system=prompts.solve_messages("", config.prompts.folder)[0]["content"],
         num_ctx=min(config.export.num_ctx, max_context),
         bos=special.get("bos_token", ""),
         eos=special.get("eos_token", ""),

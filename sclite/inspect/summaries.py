@@ -80,7 +80,7 @@ def print_train(
     """Print the results of the evaluation, if there was one, where the model is, and the next command."""
     reports = {report.stage: report for report in context.reports}
     if json:
-        found = {stage: report.as_dict() for stage, report in reports.items()}
+        found = {stage: {**report.as_dict(), "skipped": report.skipped} for stage, report in reports.items()}
         console.print_json(found if evaluation is None else {**found, "eval": evaluation})
         return
     if evaluation is not None:

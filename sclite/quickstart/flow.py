@@ -24,6 +24,7 @@ STAGE = {"batch_size": 16, "per_device_train_batch_size": 8, "max_length": 1024,
 DEFAULTS: Mapping[str, Any] = {
     "run": "runs/quickstart",
     "teacher": {"model": MODEL, "concurrency": 8},
+    "problems": {"fit_share": 5 / 13},
     "student": {"model": "embedded", "backend": "plain", "batch": 64},
     "attempts": {"samples": 2, "max_tokens": 160, "reviews": 2, "confirmation_share": 0.4},
     "sft": {**STAGE, "learning_rate": 2e-3, "num_train_epochs": 3},
@@ -40,7 +41,7 @@ DEFAULTS: Mapping[str, Any] = {
     "review": {"max_harm": 0.01},  # half a percent of 400 problems are two: the fit would be chance
 }
 
-PROBLEMS = 640
+PROBLEMS = 640  # and 400 for the threshold
 PLAN = {
     "templates": 7,
     "sft": 65,
@@ -50,7 +51,8 @@ PLAN = {
     "pairs": 25,
     "dpo": 52,
     "export": 1,
-    "eval": 105,
+    "threshold": 15,
+    "eval": 90,
 }
 """Approximate duration of each stage in seconds, on two cores of a shared host; used only to estimate the time left."""
 
@@ -68,9 +70,12 @@ def quickstart(
     `fresh` retrains stages that were trained from other inputs.
     """
     run = Run(config.run)
-    count = config.problems.limit or sum(1 for _ in run.rows("problems.jsonl", Problem, whole=False))
-    problems = split_problems(config, train_problems(count or PROBLEMS))
-    run.replace("problems.jsonl", [*problems[0], *problems[1]])
+    share = config.problems.fit_share
+    known = sum(1 for _ in run.rows("problems.jsonl", Problem, whole=False))
+    count = config.problems.limit or round(known * (1 - share)) or PROBLEMS
+    found = [*train_problems(count), *threshold_problems(round(count * share / (1 - share)))]
+    run.replace("problems.jsonl", found)
+    problems = split_problems(config, found)
     context = Context(config, run, ProgressDisplay(PLAN, quiet), prepare=register, problems=problems)
     pipeline.build_templates(context, fresh)
     pipeline.train(context, fresh=fresh)
@@ -80,9 +85,7 @@ def quickstart(
         context,
         pipeline.STUDENTS,
         test_problems(count),
-        threshold_problems(
-            4 * count // 3
-        ),  # with half as many, one harmed answer in a hundred would be only two
+        problems.fit,
         judge,
         folder=result_folder(run, MODEL, ["quickstart"], count, DEFAULTS["eval"]["limit"]),
         dataset=MODEL,

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from sclite.config import Lora
 from sclite.errors import DataError, UsageError
@@ -112,11 +112,11 @@ def load_adapter(model: "PeftModel", folder: Path) -> None:
     check_adapter(folder)
     message = f"the adapter in {folder} does not fit the student"
     hint = "use an adapter that was trained from this student"
+    weights = load_file(folder / "adapter_model.safetensors")
     try:
-        missing, unexpected = set_peft_model_state_dict(
-            model, load_file(folder / "adapter_model.safetensors")
-        )
+        keys = cast("tuple[list[str], list[str]]", set_peft_model_state_dict(model, weights))
     except RuntimeError as error:  # a size mismatch; lists every tensor, one per line
         raise DataError(f"{message}: {str(error).splitlines()[1].strip()}", hint) from error
+    missing, unexpected = keys
     if wrong := [*unexpected, *(name for name in missing if ".lora_" in name)]:
         raise DataError(f"{message}: {wrong[0]} and {len(wrong) - 1} more differ", hint)

@@ -76,7 +76,7 @@ class HFModel(Student):
         was_training = self.model.training
         self.model.eval()
         with torch.inference_mode(), autocast(self.model):
-            out = self.model.generate(
+            out = self.model.generate(  # type: ignore[operator]  # torch.nn.Module hides its type
                 input_ids=ids.to(self.model.device),
                 attention_mask=mask.to(self.model.device),
                 max_new_tokens=max_tokens,

@@ -105,7 +105,7 @@ def hidden_states(model: "torch.nn.Module", batch: Padded) -> Hidden:
 
 def _head(model: "torch.nn.Module") -> "tuple[PreTrainedModel, torch.nn.Linear]":
     """The model without its adapter, and its output layer."""
-    causal = cast("PreTrainedModel", model.get_base_model() if hasattr(model, "get_base_model") else model)
+    causal = cast("PreTrainedModel", getattr(model, "get_base_model", lambda: model)())
     return causal, cast("torch.nn.Linear", causal.get_output_embeddings())
 
 

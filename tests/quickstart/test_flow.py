@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SMALL = ("--set", "problems.limit=120", "--set", "sft.num_train_epochs=6", "--set", "eval.limit=30")
+SMALL = ("--set", "problems.limit=160", "--set", "sft.num_train_epochs=6", "--set", "eval.limit=30")
 
 
 def sclite(*arguments: str, folder: Path, text: str | None = None) -> subprocess.CompletedProcess:
@@ -127,11 +127,15 @@ def test_other_commands_split_the_problems_alike(quickstarted):
     for command in (["build-data"], ["train"]):
         done = sclite(*command, "--run", str(run), folder=folder)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.splitlines()[-1] == f"Next: sclite chat --self-correct --run {run}"
+        fitted = [
+            each["threshold"] for each in json.loads((run / "export/threshold.json").read_text()).values()
+        ]
+        review = "" if set(fitted) == {None} else " --self-correct"
+        assert done.stdout.splitlines()[-1] == f"Next: sclite chat{review} --run {run}"
     assert "dpo: " in done.stderr
     assert before == {name: (run / name).read_bytes() for name in before}
     planned = json.loads(sclite("train", "--plan", "--json", "--run", str(run), folder=folder).stdout)
-    assert planned["stages"]["sft"]["rows"] == 60
+    assert planned["stages"]["sft"]["rows"] == 80
 
 
 def test_eval_without_dpo_and_results_per_dataset(quickstarted, tmp_path):
@@ -173,7 +177,7 @@ def test_a_changed_setting_needs_fresh_and_keeps_the_templates(quickstarted):
     before = (run / "templates.jsonl").read_bytes()
     adapter = (run / "sft/adapter/adapter_model.safetensors").read_bytes()
     command = ["train", "--only", "sft", "--json", "--run", str(run), "--set", "sft.num_train_epochs=0.1",
-               "--set", "student.model=embedded", "--set", "problems.limit=120"]  # fmt: skip
+               "--set", "student.model=embedded", "--set", "problems.limit=160"]  # fmt: skip
     refused = sclite(*command, folder=folder)
     assert refused.returncode == 2
     assert "sft.num_train_epochs: 6 before, 0.1 now" in refused.stderr
