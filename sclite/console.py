@@ -10,8 +10,8 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from typing import IO, TYPE_CHECKING, Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 from sclite.errors import ScliteError
 
@@ -80,12 +80,11 @@ def make_console(stderr: bool = False) -> "Console":
     """A rich console without automatic highlighting or emoji codes; a closed pipe raises BrokenPipeError."""
     from rich.console import Console
 
-    def fail() -> None:
-        raise
+    class Terminal(Console):
+        def on_broken_pipe(self) -> None:
+            raise
 
-    console = Console(stderr=stderr, highlight=False, emoji=False)
-    console.on_broken_pipe = fail
-    return console
+    return Terminal(stderr=stderr, highlight=False, emoji=False)
 
 
 def escape(text: str) -> str:
@@ -95,14 +94,21 @@ def escape(text: str) -> str:
     return markup.escape(text)
 
 
-def print(text: str = "", wrap: bool = True) -> None:
-    """Print rich markup to stdout. Use `wrap=False` for lines that are copied, such as commands."""
-    print_to(make_console(), text, wrap)
+def print(text: str = "", wrap: bool = True, console: "Console | None" = None) -> None:
+    """Print rich markup to stdout, or to another console.
+
+    Lines break between words to fit a terminal, unless a word such as a path would not fit. Use `wrap=False` for lines
+    that are copied, such as commands.
+    """
+    console = console or make_console()
+    text = visible(text)
+    fits = max(map(len, text.split()), default=0) <= console.width
+    console.print(text, soft_wrap=not (wrap and fits and console.is_terminal))
 
 
-def note(text: str) -> None:
+def note(text: str, wrap: bool = True) -> None:
     """Print rich markup to stderr."""
-    print_to(make_console(stderr=True), text)
+    print(text, wrap, make_console(stderr=True))
 
 
 def error(error: ScliteError, as_json: bool = False) -> None:
@@ -111,37 +117,10 @@ def error(error: ScliteError, as_json: bool = False) -> None:
         print_json({"error": error.message, "hint": error.hint, "exit_code": error.code, **error.details})
     note(f"[bold red]error:[/] {escape(error.message)}")
     if error.hint:
-        print_to(make_console(stderr=True), f"[cyan]try:[/] {escape(error.hint)}", wrap="`" not in error.hint)
+        note(f"[cyan]try:[/] {escape(error.hint)}", wrap="`" not in error.hint)
 
 
-def print_to(console: "Console", text: str, wrap: bool = True) -> None:
-    """Print rich markup to a console. A terminal's lines break between words; paths and names stay whole."""
-    from rich.text import Text
-
-    text = visible(text)
-    if not wrap or not console.is_terminal:
-        console.print(text, soft_wrap=True)
-        return
-    for line in Text.from_markup(text, emoji=False).split("\n", allow_blank=True):
-        for part in line.divide(_line_breaks(line.plain, console.width)):
-            part.rstrip()
-            console.print(part, soft_wrap=True)
-
-
-def _line_breaks(text: str, width: int) -> list[int]:
-    """Offsets of the words that start a new line."""
-    from rich.cells import cell_len
-
-    offsets, column = [], cell_len(text[: len(text) - len(text.lstrip())])
-    for word in re.finditer(r"\S+\s*", text):
-        if column and column + cell_len(word[0].rstrip()) > width:
-            offsets.append(word.start())
-            column = 0
-        column += cell_len(word[0])
-    return offsets
-
-
-# -- JSON ----------------------------------------------------------------------------------------------------------
+# -- JSON and pages ------------------------------------------------------------------------------------------------
 
 
 def print_json(value: Any) -> None:
@@ -157,7 +136,7 @@ def print_json_rows(head: Mapping[str, Any], rows: Iterable[Any]) -> None:
             file.write((",\n " if number else "\n ") + _json(row))
         file.write("\n]}\n")
         file.seek(0)
-        _write(file, sys.stdout)
+        sys.stdout.writelines(file)
 
 
 def _json(value: Any, indent: int | None = None) -> str:
@@ -166,59 +145,38 @@ def _json(value: Any, indent: int | None = None) -> str:
     return _CONTROLS.sub(lambda control: f"\\u{ord(control[0]):04x}", text)
 
 
-# -- pages ---------------------------------------------------------------------------------------------------------
-
-
 def page(pieces: Iterable["Text"]) -> None:
     """Show a long result: through $PAGER (default: less) in a terminal, as plain text in a pipe.
 
-    Pieces are rendered only when the pager reads them, so the first one appears at once.
+    Pieces are rendered only when the pager reads them, so the first one appears at once (rich's own pager first
+    renders all of them).
     """
-    console = make_console()
-
-    def render(piece: "Text") -> str:
-        if not console.is_terminal:
-            return piece.plain
-        with console.capture() as captured:
-            console.print(piece, end="")
-        return captured.get()
-
-    with _pager() if console.is_terminal else nullcontext() as pager:
-        _write(map(render, pieces), pager or sys.stdout)
-
-
-def _write(texts: Iterable[str], file: IO[str]) -> None:
-    """Write texts until the end, or until the reader closes its pipe."""
-    try:
-        for text in texts:
-            file.write(text)
-        file.flush()
-    except BrokenPipeError:
-        if file is sys.stdout:
-            discard_output()
-
-
-@contextmanager
-def _pager() -> Iterator[IO[str] | None]:
-    """The stdin of the user's pager, or None if it cannot be started; waits until the user quits it."""
     import shlex
     import signal
     import subprocess
 
+    console = make_console()
+    if not console.is_terminal:
+        sys.stdout.writelines(piece.plain for piece in pieces)
+        return
+
+    def render(piece: "Text") -> str:
+        with console.capture() as captured:
+            console.print(piece, end="")
+        return captured.get()
+
     command = shlex.split(os.environ.get("PAGER", "")) or ["less"]
     environment = {"LESS": "-RFX", **os.environ}  # F: exit at once if it fits on one screen
     try:
-        pager = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, text=True, encoding="utf-8")
-    except OSError:
-        yield None
+        pager = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, encoding="utf-8")
+    except OSError:  # there is no such pager
+        sys.stdout.writelines(map(render, pieces))
         return
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the pager
     try:
-        yield pager.stdin
+        with suppress(BrokenPipeError), pager:  # the user may quit before the end
+            pager.stdin.writelines(map(render, pieces))  # type: ignore[union-attr]
     finally:
-        with suppress(BrokenPipeError):
-            pager.stdin.close()
-        pager.wait()
         signal.signal(signal.SIGINT, before)
 
 
@@ -278,30 +236,32 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     from rich import box
     from rich.table import Table
 
+    def make_table(header: Sequence[str], *rows: Sequence[str]) -> Table:
+        table = Table(
+            title=escape(visible(title)), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold"
+        )
+        for i, name in enumerate(header):
+            wraps = 0 < i == texts - 1
+            table.add_column(
+                name, justify="left" if i < texts else "right", no_wrap=not wraps, overflow="fold"
+            )
+        for row in rows:
+            table.add_row(*map(visible, row))
+        return table
+
+    def width(table: Table) -> int:
+        return console.measure(table, options=console.options.update(width=10_000)).maximum
+
     console = make_console()
-    rows = [[visible(cell) for cell in row] for row in rows]
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 120
-    transposed = [list(line) for line in zip(header, *rows, strict=True)]
-    if texts == 1 and console.width < _table_width([header, *rows]) > _table_width(transposed):
-        header, rows = transposed[0], transposed[1:]
-    table = Table(title=escape(visible(title)), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
-    for i, name in enumerate(header):
-        justify, wraps = "left" if i < texts else "right", 0 < i == texts - 1
-        table.add_column(name, justify=justify, no_wrap=not wraps, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    if console.is_terminal:
-        console.print(table)
-        return
+    table = make_table(header, *rows)
+    if texts == 1 and width(table) > console.width:
+        transposed = make_table(*zip(header, *rows, strict=True))
+        table = min(table, transposed, key=width)
     with console.capture() as captured:
         console.print(table)
-    sys.stdout.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
-
-
-def _table_width(lines: Sequence[Sequence[str]]) -> int:
-    """Terminal columns of a table, with two blanks beside each cell."""
-    return sum(2 + max(map(len, column)) for column in zip(*lines, strict=True)) + len(lines[0]) + 1
+    sys.stdout.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
 
 
 def format_duration(seconds: float) -> str:

@@ -7,16 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from sclite.console import (
-    escape,
-    format_duration,
-    is_interactive,
-    make_console,
-    note,
-    print_to,
-    read_line,
-    visible,
-)
+from sclite import console
+from sclite.console import escape, format_duration, visible
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -30,22 +22,17 @@ HEADING_DELAY = 0.5  # seconds; a shorter stage only prints its closing line
 class Rate:
     """Rows per second since the first row of this command, their cost and the expected total."""
 
-    def __init__(self):
-        self.now: tuple[float, int, float] = (0.0, 0, 0.0)
-        self.priced = False
-        self.restart()
-
-    def restart(self) -> None:
-        """Measure from the next row on, which excludes waiting time such as a question to the user."""
-        self.begin: int | None = None
-        self.first: tuple[float, int, float] | None = None
+    def __init__(self) -> None:
+        self.begin: int | None = None  # rows done before
+        self.first = self.now = (0.0, 0, 0.0)  # seconds, rows, US dollars
 
     def update(self, done: int, spent_usd: float | None) -> None:
         """Call at the start and after each row, with the rows done and the cost of the run (None: free)."""
-        self.priced = self.priced or bool(spent_usd)
         self.now = (time.monotonic(), done, spent_usd or 0.0)
-        self.begin = done if self.begin is None else self.begin
-        if self.first is None or self.first[1] == self.begin:
+        if self.begin is None:
+            self.begin = done
+            self.first = self.now
+        elif self.first[1] == self.begin:  # loading a library may come before the first row
             self.first = self.now
 
     def line(self, total: int) -> str:
@@ -54,7 +41,7 @@ class Rate:
         if rows <= 0 or seconds <= 0:
             return ""
         left, spent = total - self.now[1], self.now[2]
-        cost = f"${spent:.4f} of about ${spent + dollars / rows * left:.2f}, " if self.priced else ""
+        cost = f"${spent:.4f} of about ${spent + dollars / rows * left:.2f}, " if spent else ""
         return f"{rows / seconds:.1f}/s, {cost}{format_duration(left * seconds / rows)} left"
 
 
@@ -92,53 +79,57 @@ class ProgressDisplay:
         self._rate = Rate()
         if self.quiet:
             yield lambda *_, **__: None
-        elif make_console(stderr=True).is_terminal:
-            with self._show_bar(name, text) as progress:
-                yield progress
         else:
-            left = self.seconds_left(name, 0.0)
-            heading = f"{text}{f' (about {format_duration(left)} left in total)' if left else ''}"
-            with _delayed(lambda: note(escape(heading))) as print_heading:
-                yield self._log_lines(print_heading, warnings_only=left is not None)
+            terminal = console.make_console(stderr=True).is_terminal
+            with (self._bar if terminal else self._log)(name, text) as progress:
+                yield progress
         self.finished[name] = time.monotonic() - began
 
     @contextmanager
-    def _show_bar(self, name: str, text: str) -> Iterator[Progress]:
+    def _bar(self, name: str, text: str) -> Iterator[Progress]:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as Bars
 
-        console, rate = make_console(stderr=True), self._rate
-        wide = console.width >= WIDE
-        bar_width, shown = (24, text) if wide else (10, text.partition(":")[0])
+        terminal = console.make_console(stderr=True)
+        bar_width, shown = (24, text) if terminal.width >= WIDE else (10, text.partition(":")[0])
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width),
             MofNCompleteColumn(),
             TextColumn("{task.fields[left]}", style="dim", markup=False),
         )
-        with Bars(*columns, console=console, transient=True) as self._bars:
-            task = self._bars.add_task(shown, total=None, left="")
+        with Bars(*columns, console=terminal, transient=True) as bars:
+            self._bars = bars
+            task = bars.add_task(shown, total=None, left="")
 
             def progress(
                 done: int, total: int, spent_usd: float | None = None, *, note: str = "", warning: str = ""
             ) -> None:
                 if warning:
-                    print_to(console, f"[yellow]warning:[/] {escape(warning)}")
+                    console.print(f"[yellow]warning:[/] {escape(warning)}", console=terminal)
                     return
-                rate.update(done, spent_usd)
+                self._rate.update(done, spent_usd)
                 seconds = self.seconds_left(name, done / max(1, total))
-                timing = rate.line(total) if seconds is None else f"{format_duration(seconds)} left"
-                room = console.width - len(shown) - bar_width - 2 * len(str(total)) - 5
-                figures = fit_to_width(visible(_join(note, timing)), room)
-                self._bars.update(task, completed=done, total=total, left=figures)
+                timing = self._rate.line(total) if seconds is None else f"{format_duration(seconds)} left"
+                room = terminal.width - len(shown) - bar_width - 2 * len(str(total)) - 5
+                figures = visible(", ".join(filter(None, (note, timing))))
+                bars.update(task, completed=done, total=total, left=fit_to_width(figures, room))
 
             yield progress
         self._bars = None
 
-    def _log_lines(self, print_heading: Callable[[], None], warnings_only: bool) -> Progress:
-        """Progress for a log: warnings and, unless `warnings_only`, a line every LOG_SECONDS, below the heading."""
-        printed, rate = time.monotonic(), self._rate
-        print_line = note
+    @contextmanager
+    def _log(self, name: str, text: str) -> Iterator[Progress]:
+        """A heading, after HEADING_DELAY or before the first line; warnings; without a plan, figures every LOG_SECONDS."""
+        left, lock, printed = self.seconds_left(name, 0.0), threading.Lock(), time.monotonic()
+        heading = f"{text} (about {format_duration(left)} left in total)" if left else text
+
+        def print_heading() -> None:
+            nonlocal heading
+            with lock:
+                if heading:
+                    console.note(escape(heading))
+                heading = ""
 
         def progress(
             done: int, total: int, spent_usd: float | None = None, *, note: str = "", warning: str = ""
@@ -146,31 +137,40 @@ class ProgressDisplay:
             nonlocal printed
             if warning:
                 print_heading()
-                print_line(f"[yellow]warning:[/] {escape(warning)}")
+                console.note(f"[yellow]warning:[/] {escape(warning)}")
                 return
-            rate.update(done, spent_usd)
-            if not warnings_only and time.monotonic() - printed >= LOG_SECONDS:
+            self._rate.update(done, spent_usd)
+            if left is None and time.monotonic() - printed >= LOG_SECONDS:
                 printed = time.monotonic()
                 print_heading()
-                print_line(escape(f"  {done} of {total} {_join(note, rate.line(total))}"))
+                figures = ", ".join(filter(None, (note, self._rate.line(total))))
+                console.note(escape(f"  {done} of {total} {figures}"))
 
-        return progress
+        timer = threading.Timer(HEADING_DELAY, print_heading)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield progress
+        finally:
+            timer.cancel()
+            with lock:  # waits for a heading that is being printed, so that it precedes what follows
+                heading = ""
 
     def print(self, text: str) -> None:
         """Print a line to stderr, between two stages."""
         if not self.quiet:
-            note(escape(text))
+            console.note(escape(text))
 
     def confirm(self, question: str) -> bool:
         """Ask yes or no on the terminal while the bar pauses. True without a terminal."""
-        if self.quiet or not is_interactive():
+        if self.quiet or not console.is_interactive():
             return True
         if self._bars is not None:
             self._bars.stop()
         sys.stderr.write(f"{question} [y/N] ")
         sys.stderr.flush()
-        reply = read_line().strip().lower()
-        self._rate.restart()
+        reply = console.read_line().strip().lower()
+        self._rate = Rate()  # the time spent on the question does not count
         if self._bars is not None:
             self._bars.start()
         return reply in ("y", "yes")
@@ -181,30 +181,7 @@ class ProgressDisplay:
             self.skipped.add(name)
         if not self.quiet:
             suffix = "up to date, skipped" if skipped else format_duration(self.finished.get(name, 0.0))
-            note(f"[green]✓[/] {escape(text)} [dim]{suffix}[/]")
-
-
-@contextmanager
-def _delayed(action: Callable[[], None]) -> Iterator[Callable[[], None]]:
-    """Run an action once: when the yielded function is called, or after HEADING_DELAY; never after the block."""
-    finished, lock = False, threading.Lock()
-
-    def run_once() -> None:
-        nonlocal finished
-        with lock:
-            if not finished:
-                finished = True
-                action()
-
-    timer = threading.Timer(HEADING_DELAY, run_once)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield run_once
-    finally:
-        timer.cancel()
-        with lock:  # waits for an action in progress, so that it precedes what follows the block
-            finished = True
+            console.note(f"[green]✓[/] {escape(text)} [dim]{suffix}[/]")
 
 
 def fit_to_width(figures: str, room: int) -> str:
@@ -223,7 +200,3 @@ def fit_to_width(figures: str, room: int) -> str:
     while len(kept) > 1 and len(", ".join(pieces[i] for i in kept)) > room:
         kept.pop()
     return ", ".join(pieces[i] for i in sorted(kept))
-
-
-def _join(*texts: str) -> str:
-    return ", ".join(filter(None, texts))

@@ -1,12 +1,11 @@
 """The run folder, the only state that stages share: rows, files replaced by rename, and manifests of finished stages."""
 
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -19,12 +18,13 @@ from sclite.files import write_text as write_text
 from sclite.manifest import Manifest
 from sclite.manifest import Report as Report
 from sclite.manifest import timed as timed
-from sclite.records import ROWS, Drop, Row
+from sclite.records import ROWS, Drop, Problem, Row, Template
 from sclite.settings import NOT_SAVED, RUN_FILE
 
 R = TypeVar("R", bound=Row)
+LOCK = ".lock"
 NOT_OUTPUTS = frozenset(
-    {RUN_FILE, ".lock", "problems.jsonl", "problems.json", "dropped.jsonl", "begun.json", "libraries.log"}
+    {RUN_FILE, LOCK, "problems.jsonl", "problems.json", "dropped.jsonl", "begun.json", "libraries.log"}
     | {f"ledger.sqlite{end}" for end in ("", "-wal", "-shm", "-journal")}
 )
 """Files that a command writes to a run before any stage has produced something."""
@@ -62,50 +62,39 @@ class Run:
 
         A folder that this created and that is still empty at the end is removed.
         """
+        from filelock import FileLock, Timeout
+
         new = [folder for folder in (self.folder, self.folder.parent) if not folder.exists()]
-        file = self._open_lock()
+        held = FileLock(self.path(LOCK), timeout=0.5)  # `is_locked` in another process takes it for a moment
+        elsewhere = "choose another folder with --run"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            held.acquire()
+        except Timeout:
+            message = f"another sclite process is using {self.folder}"
+            raise UsageError(message, f"wait for it, or {elsewhere}") from None
+        except OSError as error:
+            raise UsageError(f"{self.folder} cannot be written: {error.strerror}", elsewhere) from error
         try:
             yield
         finally:
             with suppress(OSError):  # another program may have put a file there, or removed the folder
-                if new and [path.name for path in self.folder.iterdir()] == [".lock"]:
-                    self.path(".lock").unlink()
+                if new and [path.name for path in self.folder.iterdir()] == [LOCK]:
+                    self.path(LOCK).unlink()
                     for folder in new:
                         folder.rmdir()
-            file.close()
-
-    def _open_lock(self) -> TextIO:
-        """The locked lock file; tries again if a process that was just ending removed it in between."""
-        while True:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                file = open(self.path(".lock"), "w")  # noqa: SIM115 - closed by `lock`, and by the system after a kill
-            except OSError as error:
-                raise UsageError(
-                    f"{self.folder} cannot be written: {error.strerror}", "choose another folder with --run"
-                ) from error
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                file.close()
-                raise UsageError(
-                    f"another sclite process is using {self.folder}",
-                    "wait for it, or choose another folder with --run",
-                ) from None
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(self.path(".lock"))):
-                    return file
-            file.close()
+            held.release()
 
     def is_locked(self) -> bool:
-        """Whether a process holds this run: probes with a shared lock, which is released at once."""
+        """Whether a process holds this run. False where only reading is allowed."""
+        from filelock import FileLock, Timeout
+
         try:
-            with open(self.path(".lock"), "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
+            with suppress(PermissionError):
+                if self.path(LOCK).is_file():
+                    FileLock(self.path(LOCK), timeout=0).acquire().lock.release()
+        except Timeout:
             return True
-        except FileNotFoundError:
-            return False
         return False
 
     @contextmanager
@@ -192,23 +181,18 @@ class Run:
                     if whole and kind is not Drop:
                         first = error.errors()[0]
                         where = ".".join(str(p) for p in first["loc"])
+                        stage, command = MADE_BY.get(name, ("", ""))
+                        hint = "fix or remove the line, or re-run the command that wrote the file"
+                        if stage and self.path(f"done/{stage}.json").is_file():
+                            hint = f"run `sclite {command} --run {self.folder}` to restore the missing rows; paid replies come from the ledger"
                         message = f"{path}, line {number}: {where or 'not a row'}: {first['msg']}"
-                        raise DataError(message, self._repair_hint(name)) from None
+                        raise DataError(message, hint) from None
                     damaged.append(number)
                     continue
                 yield begin, row
         if damaged:
             more = f" and {len(damaged) - 1} more" if damaged[1:] else ""
             self.warn(f"{path}: line {damaged[0]}{more} damaged, skipped")
-
-    def _repair_hint(self, name: str) -> str:
-        stage, command = MADE_BY.get(name, ("", ""))
-        if stage and self.path(f"done/{stage}.json").is_file():
-            return (
-                f"run `sclite {command} --run {self.folder}` to restore the missing rows; paid replies come "
-                "from the ledger"
-            )
-        return "fix or remove the line, or re-run the command that wrote the file"
 
     def read(self, name: str, kind: type[R]) -> list[R]:
         """All rows of a file, as a list."""
@@ -218,15 +202,14 @@ class Run:
         """Write a whole file of rows and rename it into place."""
         write_text(self.path(name), (row.model_dump_json(exclude_none=False) + "\n" for row in rows))
 
-    def reorder(self, name: str, kind: type[R], ids: Iterable[str]) -> None:
+    def reorder(self, name: str, kind: type[Problem | Template], ids: Iterable[str]) -> None:
         """Sort the rows of a file by this list of IDs, with one row in memory at a time.
 
         Rows with other IDs are removed; of several rows with one ID the last is kept.
         """
-        offsets = {row.id: offset for offset, row in self.rows_with_offsets(name, kind, whole=False)}
-        if not offsets:
+        if not self.path(name).is_file():
             self.replace(name, [])
-            return
+        offsets = {row.id: offset for offset, row in self.rows_with_offsets(name, kind, whole=False)}
         with open(self.path(name), "rb") as file:
             lines = ((file.seek(offsets[id]), file.readline())[1] for id in ids if id in offsets)
             self.replace(name, map(kind.model_validate_json, lines))
@@ -265,12 +248,10 @@ class Run:
         manifest = self.manifest(stage)
         if manifest is None or manifest["inputs"] != inputs:
             return None
-        if not all(self.path(name).exists() for name in outputs):
-            return None
         damages = self.damages(manifest)
         for damage in damages:
             self.warn(damage)
-        return None if damages else manifest
+        return None if damages or not all(self.path(name).exists() for name in outputs) else manifest
 
     def damages(self, manifest: dict[str, Any]) -> list[str]:
         """A message for each damaged output that the manifest lists. Rows may have been edited, but not lost."""
@@ -320,13 +301,8 @@ class Run:
             sync(self.path(name))
             sync(self.path(name).parent)
             signed[name] = {"digest": self.file_digest(name), "rows": rows}
-        manifest = {
-            "stage": stage,
-            "sclite": __version__,
-            "inputs": inputs,
-            **report.as_dict(),
-            "outputs": signed,
-        }
+        head = {"stage": stage, "sclite": __version__, "inputs": inputs}
+        manifest = {**head, **report.as_dict(), "outputs": signed}
         self.write_json(f"done/.{stage}.json", manifest)
         self.write_json(f"done/{stage}.json", manifest)
 

@@ -1,6 +1,7 @@
 """Rates, costs and time left, the progress bar in a real terminal, and lines in a log."""
 
 import fcntl
+import io
 import os
 import pty
 import re
@@ -32,17 +33,21 @@ def test_the_rate_is_measured_from_the_first_row(clock):
     assert rate.line(121) == "1.0/s, $0.6100 of about $0.71, 10 s left"
 
 
-def test_time_spent_on_a_question_does_not_count(clock):
-    rate = progress.Rate()
-    for number in range(8):
-        clock.append(float(number))
-        rate.update(number, None)
-    clock.append(1000.0)
-    rate.restart()
-    for number in range(8, 13):
-        clock.append(1000.0 + number / 2)
-        rate.update(number, None)
-    assert rate.line(22) == "2.0/s, 5 s left"
+def test_time_spent_on_a_question_does_not_count(clock, monkeypatch, capsys):
+    monkeypatch.setattr(progress.console, "is_interactive", lambda: True)
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Yes\n"))
+    display = progress.ProgressDisplay()
+    with display.stage("templates", "templates") as report:
+        for number in range(8):
+            clock.append(float(number))
+            report(number, 22)
+        clock.append(1000.0)
+        assert display.confirm("Continue?")
+        for number in range(8, 13):
+            clock.append(1000.0 + number / 2)
+            report(number, 22)
+    assert "12 of 22 2.0/s, 5 s left" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_one_row_has_no_rate(clock):
@@ -152,11 +157,12 @@ def test_a_heading_is_never_printed_after_its_stage(monkeypatch):
     monkeypatch.setattr(progress, "HEADING_DELAY", 0.01)
     printed = []
 
-    def slowly():
+    def slowly(text):
         time.sleep(0.1)
-        printed.append("heading")
+        printed.append(text)
 
-    with progress._delayed(slowly):
+    monkeypatch.setattr(progress.console, "note", slowly)
+    with progress.ProgressDisplay().stage("sft", "heading"):
         time.sleep(0.03)
     printed.append("end")
     time.sleep(0.15)

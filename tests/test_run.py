@@ -1,6 +1,5 @@
 """The run folder: atomic rows and files, one process at a time, manifests of finished stages."""
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -295,22 +294,6 @@ def test_a_folder_that_disappears_is_no_error(tmp_path):
         run.path(".lock").unlink()
         run.folder.rmdir()
     assert not run.folder.exists()
-
-
-def test_a_lock_that_disappears_is_recreated(tmp_path, monkeypatch):
-    run, lock = Run(tmp_path / "run"), fcntl.flock
-
-    def remove_lock(file, how):
-        monkeypatch.setattr(fcntl, "flock", lock)
-        run.path(".lock").unlink()
-        run.folder.rmdir()
-        lock(file, how)
-
-    monkeypatch.setattr(fcntl, "flock", remove_lock)
-    with run.lock():
-        assert run.is_locked()
-        with pytest.raises(UsageError, match="another sclite process"), Run(run.folder).lock():
-            pass
 
 
 def test_an_unused_new_folder_is_removed(tmp_path):

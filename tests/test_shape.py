@@ -165,7 +165,6 @@ PRIVATE_ELSEWHERE = {
     "student/llama_cpp/test_engine.py _step",
     "teacher/test_ledger.py _writer",
     "test_damage.py _finish",
-    "test_progress.py _delayed",
 }
 """Private names that another module may use."""
 
