@@ -42,47 +42,42 @@ class Labels:
             {(a.id, a.sample): a for a in run.rows("attempts.jsonl", Attempt)} if what == "reviews" else {}
         )
 
-    def sequences(self, row: Any) -> Iterator[tuple[str, Encoded]]:
+    def sequences(self, row: Template | Review | Pair) -> Iterator[tuple[str, Encoded]]:
         """(name, tokens with weights) of each training sequence of a row: two for a pair, three for a correction."""
         folder = self.config.prompts.folder
-        match row:
-            case Template():
-                messages = prompts.solve_messages(row.question, folder)
-                yield "sft", encode_solution(self.tokenizer, messages, parse(row.trace).trace)
-            case Review():
-                question, work = self._question(row.id), work_of(self.works[row.id, row.sample].trace)
-                yield "review", review_row(self.tokenizer, question, work, row, self.config)
-                if row.step is not None:
-                    yield "continued", continued_row(self.tokenizer, question, row, self.config)
-                if is_closed(work, row):
-                    yield "closed", closed_row(self.tokenizer, question, work, row, self.config)
-            case Pair():
-                bundle = build_bundles(self.tokenizer, [row], {row.id: self._question(row.id)}, folder)[0]
-                yield (
-                    ("chosen" if row.kind == "content" else f"decision, {_choice(row)} chosen"),
-                    bundle.review,
-                )
-                if bundle.rejected is not None:
-                    yield "rejected", bundle.rejected
+        if isinstance(row, Template):
+            messages = prompts.solve_messages(row.question, folder)
+            yield "sft", encode_solution(self.tokenizer, messages, parse(row.trace).trace)
+            return
+        problem = self.problems.get(row.id)
+        question = problem.question if problem is not None else ""
+        if isinstance(row, Review):
+            work = work_of(self.works[row.id, row.sample].trace)
+            yield "review", review_row(self.tokenizer, question, work, row, self.config)
+            if row.step is not None:
+                yield "continued", continued_row(self.tokenizer, question, row, self.config)
+            if is_closed(work, row):
+                yield "closed", closed_row(self.tokenizer, question, work, row, self.config)
+        else:
+            bundle = build_bundles(self.tokenizer, [row], {row.id: question}, folder)[0]
+            choice = "to accuse" if row.chosen == CAUSE else "to close the step"
+            yield "chosen" if row.kind == "content" else f"decision, {choice} chosen", bundle.review
+            if bundle.rejected is not None:
+                yield "rejected", bundle.rejected
 
-    def _question(self, id: str) -> str:
-        problem = self.problems.get(id)
-        return problem.question if problem is not None else ""
+    def as_json(self, row: Template | Review | Pair) -> dict[str, Any]:
+        """{"id", "end_of_turn", "sequences": {name: [{"id", "text", "weight"}]}}; "decision" marks tokens that one follows."""
+        found = {
+            name: [
+                {"id": id, "text": self.decode([id]), "weight": weight}
+                | ({"decision": True} if place in encoded.marks else {})
+                for place, (id, weight) in enumerate(zip(encoded.ids, encoded.weights, strict=True))
+            ]
+            for name, encoded in self.sequences(row)
+        }
+        return {"id": row.id, "end_of_turn": self.decode([self.end]), "sequences": found}
 
-    def tokens(self, encoded: Encoded) -> list[dict[str, Any]]:
-        """[{"id", "text", "weight"}] of every token; `decision` marks those that a decision follows."""
-        texts = [self.tokenizer.decode([id]) for id in encoded.ids]
-        marks = set(encoded.marks)
-        return [
-            {"id": id, "text": text, "weight": weight} | ({"decision": True} if place in marks else {})
-            for place, (id, text, weight) in enumerate(zip(encoded.ids, texts, encoded.weights, strict=True))
-        ]
-
-    def as_json(self, row: Any) -> dict[str, Any]:
-        found = {name: self.tokens(encoded) for name, encoded in self.sequences(row)}
-        return {"id": row.id, "end_of_turn": self.tokenizer.decode([self.end]), "sequences": found}
-
-    def page(self, row: Any, number: int, total: int) -> Text:
+    def format_row(self, row: Template | Review | Pair, number: int, total: int) -> Text:
         """One row. Dim: no loss; green: loss; yellow: another loss weight; on green: the end of turn; cyan: decisions."""
         lines = Text().append(f"{number}/{total}  ", "dim").append(visible(row.id), "bold cyan")
         for name, encoded in self.sequences(row):
@@ -90,37 +85,28 @@ class Labels:
             heading = f"\n{name}: {len(encoded.ids)} tokens, {with_loss} with loss"
             if encoded.marks:
                 heading += f", {len(encoded.marks)} decision{'s' * (len(encoded.marks) > 1)}"
-            lines.append(heading, "bold").append(
-                f", ends with {self.tokenizer.decode([encoded.ids[-1]])!r}\n"
-            )
-            lines.append_text(self._highlight(encoded))
+            lines.append(heading, "bold")
+            lines.append(f", ends with {self.decode([encoded.ids[-1]])!r}\n")
+            places = enumerate(zip(encoded.weights, encoded.ids, strict=True))
+            tokens = [(weight, place in encoded.marks, id) for place, (weight, id) in places]
+            for (weight, marked), group in groupby(tokens, key=lambda token: token[:2]):
+                ids = [id for *_, id in group]
+                last = ids.pop() if weight and ids[-1] == self.end else None
+                text = visible(self.decode(ids))
+                if weight not in (0.0, 1.0):
+                    text = f"⟦{text} ×{weight:g}⟧"
+                lines.append(text, "dim" if not weight else "green" if weight == 1 else "bold yellow")
+                if last is not None:
+                    lines.append(visible(self.decode([last])), "black on green")
+                if marked:
+                    lines.append("◆", "bold cyan")
+                elif not weight and with_loss:
+                    lines.append("▸", "bold cyan")
         lines.append("\n")
         for sign, meaning in LEGEND.items():
             if sign in lines.plain:
                 lines.append(f"\n{sign}  {meaning}", "dim")
         return lines.append("\n\n")
 
-    def _highlight(self, encoded: Encoded) -> Text:
-        shown, marks = Text(), set(encoded.marks)
-        places = [
-            (id, weight, place in marks)
-            for place, (id, weight) in enumerate(zip(encoded.ids, encoded.weights, strict=True))
-        ]
-        for (weight, marked), group in groupby(places, key=lambda place: place[1:]):
-            ids = [id for id, *_ in group]
-            last = ids.pop() if weight and ids[-1] == self.end else None
-            text = visible(self.tokenizer.decode(ids))
-            if weight not in (0.0, 1.0):
-                text = f"⟦{text} ×{weight:g}⟧"
-            shown.append(text, "dim" if not weight else "green" if weight == 1 else "bold yellow")
-            if last is not None:
-                shown.append(visible(self.tokenizer.decode([last])), "black on green")
-            if marked:
-                shown.append("◆", "bold cyan")
-            elif not weight and any(encoded.weights):
-                shown.append("▸", "bold cyan")
-        return shown
-
-
-def _choice(pair: Pair) -> str:
-    return "to accuse" if pair.chosen == CAUSE else "to close the step"
+    def decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids))

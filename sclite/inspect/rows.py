@@ -21,11 +21,9 @@ FILES: dict[str, tuple[str, type[Row]]] = {
 }
 """The file and row type of each argument of `sclite show`."""
 
-_OUTCOMES = {True: "right", False: "wrong", None: "unknown"}
 AnyRow = Problem | Template | Attempt | Review | Pair | Drop
-
 KINDS: dict[str, Callable[[Any], str]] = {
-    "attempts": lambda row: _OUTCOMES[row.correct],
+    "attempts": lambda row: {True: "right", False: "wrong", None: "unknown"}[row.correct],
     "reviews": lambda row: "confirmation" if row.step is None else "correction",
     "pairs": lambda row: row.kind,
     "drops": lambda row: row.stage,
@@ -44,13 +42,6 @@ class Choice:
     first: int = 1
     limit: int | None = None
 
-    def matches(self, row: Any) -> bool:
-        return (
-            (self.reason is None or row.reason == self.reason)
-            and (self.kind is None or KINDS[self.what](row) == self.kind)
-            and (self.id is None or row.id.startswith(self.id))
-        )
-
 
 def require_run(run: Run) -> None:
     """Raise DataError if the run folder does not exist, with the runs beside it as a hint."""
@@ -63,36 +54,56 @@ def require_run(run: Run) -> None:
     raise DataError(f"the run {run.folder} does not exist", hint)
 
 
-def choose(run: Run, choice: Choice) -> tuple[int, Iterator[tuple[int, Any]]]:
+def choose_rows(run: Run, choice: Choice) -> tuple[int, Iterator[tuple[int, Any]]]:
     """(number of matching rows, (number, row) from `first` on). Rows are read lazily.
 
     Every row is validated before the first is yielded. Raises UsageError with the known values for an unknown `what`,
     reason or kind, and DataError for a damaged row.
     """
     require_run(run)
-    what = choice.what
+    what, kind_of = choice.what, KINDS.get(choice.what)
     if what not in FILES:
         raise UsageError(f"unknown kind of rows: {what}", f"use one of {', '.join(FILES)}")
     if choice.reason is not None and what != "drops":
         raise UsageError(f"--reason applies to drops, not to {what}", "sclite show drops --reason REASON")
-    if choice.kind is not None and what not in KINDS:
+    if choice.kind is not None and kind_of is None:
         raise UsageError(f"--kind does not apply to {what}", f"use it with {', '.join(KINDS)}")
-    total = sum(1 for _ in _matching(run, choice))
-    if not total:
-        _check_filters(run, choice)
+    filters = [
+        (option, value, value_of)
+        for option, value, value_of in (
+            ("--reason", choice.reason, lambda row: row.reason),
+            ("--kind", choice.kind, kind_of),
+        )
+        if value is not None and value_of is not None
+    ]
+
+    def matching() -> Iterator[Any]:
+        row: Any
+        for row in run.rows(*FILES[what]):
+            fits = all(value_of(row) == value for _, value, value_of in filters)
+            if fits and (choice.id is None or row.id.startswith(choice.id)):
+                yield row
+
+    total = sum(1 for _ in matching())
+    for option, value, value_of in filters if not total else ():
+        known = Counter(value_of(row) for row in run.rows(*FILES[what]))
+        if value not in known:
+            counts = ", ".join(f"{other} ({count})" for other, count in known.most_common())
+            hint = f"use one of {counts}" if known else f"the run has no {what}"
+            raise UsageError(f"no {what} with {option} {value}", hint)
     last = total if choice.limit is None else min(total, choice.first - 1 + choice.limit)
-    numbered = enumerate(_matching(run, choice), 1)
-    return total, itertools.islice(numbered, choice.first - 1, max(last, choice.first - 1))
+    return total, itertools.islice(enumerate(matching(), 1), choice.first - 1, max(last, choice.first - 1))
 
 
-def overview(run: Run) -> list[dict[str, Any]]:
+def count_rows(run: Run) -> list[dict[str, Any]]:
     """{"what", "rows", "kinds": {kind: rows}, "reasons": {reason: rows}} for each file of rows."""
     require_run(run)
     found = []
-    for what in FILES:
-        kinds, reasons, total = Counter(), Counter(), 0
-        for row in run.rows(*FILES[what]):
-            total += 1
+    for what, (name, row_type) in FILES.items():
+        kinds: Counter[str] = Counter()
+        reasons: Counter[str] = Counter()
+        total = 0
+        for total, row in enumerate(run.rows(name, row_type), 1):  # noqa: B007 - the last one counts
             kinds.update([KINDS[what](row)] if what in KINDS else [])
             reasons.update([row.reason] if isinstance(row, Drop) else [])
         counts = {"kinds": dict(kinds.most_common()), "reasons": dict(reasons.most_common())}
@@ -104,9 +115,8 @@ class Problems:
     """The problems of a run by id. Only their offsets in the file are kept in memory."""
 
     def __init__(self, run: Run):
-        name, kind = FILES["problems"]
-        self._path = run.path(name)
-        self._offsets = {problem.id: offset for offset, problem in run.rows_with_offsets(name, kind)}
+        self._path = run.path("problems.jsonl")
+        self._offsets = {row.id: offset for offset, row in run.rows_with_offsets(self._path.name, Problem)}
 
     def get(self, id: str) -> Problem | None:
         if id not in self._offsets:
@@ -114,24 +124,3 @@ class Problems:
         with open(self._path, "rb") as file:
             file.seek(self._offsets[id])
             return Problem.model_validate_json(file.readline())
-
-
-def _matching(run: Run, choice: Choice) -> Iterator[Any]:
-    return (row for row in run.rows(*FILES[choice.what]) if choice.matches(row))
-
-
-def _check_filters(run: Run, choice: Choice) -> None:
-    """Raise UsageError if no row at all has the chosen reason or kind."""
-    for option, value, key in (
-        ("--reason", choice.reason, lambda row: row.reason),
-        ("--kind", choice.kind, KINDS.get(choice.what)),
-    ):
-        if value is None:
-            continue
-        known = Counter(key(row) for row in run.rows(*FILES[choice.what]))
-        if value not in known:
-            counts = ", ".join(f"{other} ({count})" for other, count in known.most_common())
-            raise UsageError(
-                f"no {choice.what} with {option} {value}",
-                f"use one of {counts}" if known else f"the run has no {choice.what}",
-            )

@@ -8,6 +8,7 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from pydantic import BaseModel
 
 from sclite.config import Config
 from sclite.data import attempts, corrections, pairs, templates
-from sclite.data.problems import Split, split_problems
+from sclite.data.problems import split_problems
 from sclite.data.sources import is_local_source
 from sclite.errors import DataError, ScliteError
 from sclite.evaluate.results import summaries
@@ -59,7 +60,7 @@ class Stage:
 
 
 def read_status(config: Config, run: Run) -> dict[str, Any]:
-    """{"run", "busy", "stages": {name: fields of Stage}, "dropped", "ledger", "next"}. Never writes or waits for a lock.
+    """{"run", "busy", "stages": {name: fields of Stage}, "dropped", "ledger", "next"}. Never writes.
 
     "ledger" is None without requests, else its totals, and those of each stage under "stages". Raises DataError
     if the run folder does not exist.
@@ -68,8 +69,15 @@ def read_status(config: Config, run: Run) -> dict[str, Any]:
     dropped: dict[str, Counter[str]] = {}
     for drop in run.rows("dropped.jsonl", Drop):
         dropped.setdefault(drop.stage, Counter())[drop.reason] += 1
-    paid = _ledger(run)
-    stages = _stages(config, run, paid)
+    paid: dict[str, Any] | None = None
+    if run.path(LEDGER).is_file():
+        try:
+            with Ledger.reading(run.path(LEDGER)) as ledger:
+                by_stage = {name: ledger.totals(name) for name in ("templates", "corrections")}
+                paid = {**ledger.totals(), "stages": {n: t for n, t in by_stage.items() if t["requests"]}}
+        except DataError as error:
+            run.warn(f"{error.message}; {error.hint}")
+    stages = _read_stages(config, run, paid["stages"] if paid else {})
     for name, stage in stages.items():
         stage.dropped = dict(dropped.get(name, Counter()).most_common())
         if stage.dropped and stage.state == NOT_BEGUN:
@@ -86,59 +94,22 @@ def read_status(config: Config, run: Run) -> dict[str, Any]:
     }
 
 
-def _ledger(run: Run) -> dict[str, Any] | None:
-    if not run.path(LEDGER).is_file():
-        return None
-    try:
-        with Ledger.reading(run.path(LEDGER)) as ledger:
-            by_stage = {name: ledger.totals(name) for name in ("templates", "corrections")}
-            return {**ledger.totals(), "stages": {name: t for name, t in by_stage.items() if t["requests"]}}
-    except DataError as error:
-        run.warn(f"{error.message}; {error.hint}")
-        return None
-
-
 # -- stages --------------------------------------------------------------------------------------------------------
 
 
-def _stages(config: Config, run: Run, paid: Mapping[str, Any] | None) -> dict[str, Stage]:
-    problems, first = [], Stage()
+def _read_stages(config: Config, run: Run, paid: Mapping[str, Any]) -> dict[str, Stage]:
+    """Every stage by its name. `paid` holds the ledger's totals of the stages that have sent requests."""
+    found, problems = {"problems": Stage()}, []
     try:
-        problems = run.read("problems.jsonl", Problem)
-        first = Stage(DONE, counts={"problems": len(problems)}) if problems else Stage()
+        if problems := run.read("problems.jsonl", Problem):
+            found["problems"] = Stage(DONE, counts={"problems": len(problems)})
     except DataError as error:
-        first = Stage(STALE, [error.message])
-    split, found = split_problems(config, problems), {"problems": first}
-    expected = _expected(config, run, split)
-    totals = {
-        "templates": len(split.sft) + len(split.stage2),
-        "attempts": len(split.stage2) * config.attempts.samples,
-    }
-    for name, output in OUTPUTS.items():
-        found[name] = _signed(config, run, name, output, expected[name]) or _unsigned(
-            run, name, paid, totals.get(name)
-        )
-    for name in export.ADAPTERS:
-        if (made := run.manifest(f"export-{name}")) is not None:
-            # --quant applies to one export: compare with the quantization of the existing file
-            quant = config.export.model_copy(update={"quant": str(made["inputs"].get("quant"))})
-            own = config.model_copy(update={"export": quant})
-            output = f"export/{export.gguf_path(run, name, own).name}"
-            inputs = lambda name=name, own=own: export.inputs_of(own, run, name)  # noqa: E731
-            found[f"export-{name}"] = _signed(config, run, f"export-{name}", output, inputs)
-    if not any(name.startswith("export-") for name in found):
-        found["export"] = Stage()
-    found[EVAL] = _evaluation(config, run)
-    _mark_later_stages(found)
-    return found
-
-
-def _expected(config: Config, run: Run, split: Split) -> dict[str, Callable[[], dict]]:
-    """The inputs that each stage has now."""
+        found["problems"] = Stage(STALE, [error.message])
+    split = split_problems(config, problems)
     kept, taught = frozenset(problem.id for problem in split.stage2), [*split.sft, *split.stage2]
     hidden = kept | {problem.id for problem in split.fit}
     tried = [*taught, *split.fit] if config.attempts.source else split.stage2
-    return {
+    inputs: dict[str, Callable[[], dict[str, Any]]] = {
         "templates": lambda: templates.templates_inputs(config, taught),
         "sft": lambda: sft.inputs_of(config, run, hidden),
         "attempts": lambda: attempts.attempts_inputs(config, run, tried),
@@ -147,26 +118,46 @@ def _expected(config: Config, run: Run, split: Split) -> dict[str, Callable[[], 
         "pairs": lambda: pairs.pairs_inputs(config, run),
         "dpo": lambda: dpo.inputs_of(config, run, kept),
     }
+    totals = {"templates": len(taught), "attempts": len(split.stage2) * config.attempts.samples}
+    for name, output in OUTPUTS.items():
+        found[name] = _signed(run, name, output, inputs[name]) or _unsigned(
+            run, name, paid.get(name), totals.get(name)
+        )
+    for student in export.ADAPTERS:
+        name = f"export-{student}"
+        if (made := run.manifest(name)) is not None:
+            # --quant applies to one export: compare with the quantization of the existing file
+            quant = config.export.model_copy(update={"quant": str(made["inputs"].get("quant"))})
+            own = config.model_copy(update={"export": quant})
+            output = f"export/{export.gguf_path(run, student, own).name}"
+            if signed := _signed(run, name, output, partial(export.inputs_of, own, run, student)):
+                found[name] = signed
+    if not any(name.startswith("export-") for name in found):
+        found["export"] = Stage()
+    found[EVAL] = _evaluation(config, run)
+
+    stale = ""
+    for name, stage in found.items():  # what follows a stale stage is stale too
+        if stale and stage.state == DONE:
+            stage.state, stage.why = STALE, [f"{stale} is stale"]
+        stale = stale or (name if stage.state == STALE else "")
+    return found
 
 
-def _signed(config: Config, run: Run, name: str, output: str, expected: Callable[[], dict]) -> Stage | None:
+def _signed(run: Run, name: str, output: str, inputs: Callable[[], dict[str, Any]]) -> Stage | None:
     """A stage with a manifest: done, stale, or half-way if requests went unanswered; None without one."""
     manifest = run.manifest(name)
     if manifest is None:
         return None
     stage = Stage(DONE, counts=manifest["counts"], seconds=manifest["seconds"], cost_usd=manifest["cost_usd"])
-    held = dict(manifest["inputs"])
-    unanswered = held.pop("unanswered", 0)
-    if unanswered:
+    before = dict(manifest["inputs"])
+    if unanswered := before.pop("unanswered", 0):
         stage.state, stage.why = HALF_WAY, [f"{unanswered} requests without a reply"]
     try:
-        wanted = expected()
+        now = inputs()
+        stage.why += differences({key: value for key, value in before.items() if key in now}, now)
     except ScliteError as error:  # such as a missing prompt file, which would stop the stage too
         stage.why.append(error.message)
-    else:
-        signed = (held, wanted)
-        before, now = ({k: v for k, v in d.items() if k in wanted} for d in signed)
-        stage.why += differences(before, now)
     stage.why += run.damages(manifest)
     if not run.path(output).exists():
         stage.why.append(f"{output} is missing")
@@ -177,32 +168,21 @@ def _signed(config: Config, run: Run, name: str, output: str, expected: Callable
 
 def _unsigned(run: Run, name: str, paid: Mapping[str, Any] | None, total: int | None) -> Stage:
     """A stage without a manifest: imported, half-way, or not begun."""
-    begun = run.path(f"{name}.begun.json").is_file()
-    if not begun and name == "sft" and run.path(OUTPUTS[name]).is_file():
-        return Stage(DONE, counts={"imported": 1})
-    if not begun and name in IMPORTED and (rows := _count(run, OUTPUTS[name])):
-        return Stage(DONE, counts={Path(OUTPUTS[name]).stem: rows, "imported": rows})
-    rows = _rows_so_far(run, name)
-    if not rows and name == "corrections" and paid and name in paid["stages"]:
-        return Stage(HALF_WAY, [f"{paid['stages'][name]['requests']} replies in the ledger"])
+    path, rows = run.path(OUTPUTS[name]), 0
+    if name in TRAINED:  # the last logged optimizer step
+        logged = read_metrics(run.path(f"{name}/metrics.jsonl"))
+        rows = max((row["step"] for row in logged if row["phase"] == name), default=0)
+    elif path.is_file():
+        with open(path, "rb") as file:  # the number of complete lines
+            rows = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+    if not run.path(f"{name}.begun.json").is_file():
+        if name == "sft" and path.is_file():
+            return Stage(DONE, counts={"imported": 1})
+        if name in IMPORTED and rows:
+            return Stage(DONE, counts={path.stem: rows, "imported": rows})
+    if not rows and name == "corrections" and paid:
+        return Stage(HALF_WAY, [f"{paid['requests']} replies in the ledger"])
     return Stage(HALF_WAY, rows=rows, total=total or None) if rows else Stage()
-
-
-def _rows_so_far(run: Run, name: str) -> int:
-    """Rows of an unfinished file; for a training stage the last logged optimizer step."""
-    if name not in TRAINED:
-        return _count(run, OUTPUTS[name])
-    rows = read_metrics(run.path(f"{name}/metrics.jsonl"))
-    return max((row["step"] for row in rows if row["phase"] == name), default=0)
-
-
-def _count(run: Run, name: str) -> int:
-    """The number of complete lines of a file, 0 if it does not exist."""
-    path = run.path(name)
-    if not path.is_file():
-        return 0
-    with open(path, "rb") as file:
-        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
 
 
 class Measured(BaseModel):
@@ -240,68 +220,44 @@ def _evaluation(config: Config, run: Run) -> Stage:
     return Stage(STALE if why else DONE, why, {**counts, "thresholds": thresholds})
 
 
-def _mark_later_stages(stages: dict[str, Stage]) -> None:
-    """Mark finished stages after a stale one as stale."""
-    before = None
-    for name, stage in stages.items():
-        if before and stage.state == DONE:
-            stage.state, stage.why = STALE, [f"{before} is stale"]
-        if stage.state == STALE and before is None:
-            before = name
-
-
 # -- the next command ---------------------------------------------------------------------------------------------
 
 
 def next_command(config: Config, stages: Mapping[str, Stage]) -> str:
     """The command for the first unfinished stage, or the keys that must be set first."""
-    name = next(
-        (name for name, stage in stages.items() if stage.state != DONE and _possible(config, name)), None
-    )
-    words, needed = _command(config, name, stages)
-    if needed and not Path(SETTINGS).is_file():
-        return "sclite init"
-    if needed:
-        return f"set {' and '.join(needed)} in {SETTINGS}"
-    named = ["--run", config.run] if config.run != Config.model_fields["run"].default else []
-    return shlex.join([*words, *named])
-
-
-def _possible(config: Config, name: str) -> bool:
-    """Whether a stage can run: evaluation needs problems."""
-    source = config.eval.source
-    missing = is_local_source(source) and not Path(source).expanduser().is_file()
-    return name != "eval" or config.teacher.embedded or (bool(source) and not missing)
-
-
-def _command(config: Config, name: str | None, stages: Mapping[str, Stage]) -> tuple[list[str], list[str]]:
-    """(the command that runs a stage, the unset keys that it needs)."""
-    if name is None:
-        reviews = config.review.mode == "free" or config.review.threshold is not None
-        fitted = reviews or stages[EVAL].counts.get("thresholds")
-        return ["sclite", "chat", *(["--self-correct"] if fitted else [])], []
-    if config.teacher.embedded and not config.problems.source:
-        return ["sclite", "quickstart"], []
+    held_out = config.eval.source
+    has_problems = bool(held_out) and (not is_local_source(held_out) or Path(held_out).expanduser().is_file())
+    unfinished = [
+        name
+        for name, stage in stages.items()
+        if stage.state != DONE and (name != EVAL or has_problems or config.teacher.embedded)
+    ]
+    name, needed = unfinished[0] if unfinished else None, []
     teacher = [] if config.teacher.model else ["teacher.model"]
-    if name in ("problems", "templates"):
-        source = config.problems.source or stages["problems"].state == DONE
-        again = any("prompts" in why or "teacher" in why for why in stages["templates"].why)
-        needed = teacher if source else ["problems.source", *teacher]
-        return ["sclite", "build-data", *(["--fresh"] if again else [])], needed
-    if name in OUTPUTS and _corrects_others(config, stages):
-        return ["sclite", "build-data", "--only", "corrections"], teacher
-    if name in OUTPUTS:
-        retrained = name in TRAINED and stages[name].state == STALE
-        student = [] if config.student.model else ["student.model"]
-        corrected = stages["corrections"].state == DONE or stages["pairs"].state == DONE
-        fresh = ["--fresh"] if retrained else []
-        return ["sclite", "train", *fresh], [*student, *([] if corrected else teacher)]
-    return ["sclite", {EVAL: "eval", "export": "train"}.get(name, "export")], []
-
-
-def _corrects_others(config: Config, stages: Mapping[str, Stage]) -> bool:
-    """Whether the attempts are those of another student, whose corrections need no training."""
+    # attempts of another student than the one that this run trains: their corrections need no training
     others = bool(config.attempts.source or config.attempts.student)
-    begun = stages["attempts"].state != NOT_BEGUN and stages["sft"].state == NOT_BEGUN
-    last = "corrections" if config.attempts.source else "pairs"
-    return others and begun and stages[last].state != DONE
+    others = others and stages["attempts"].state != NOT_BEGUN and stages["sft"].state == NOT_BEGUN
+    if name is None:
+        fitted = config.review.mode == "free" or config.review.threshold is not None
+        fitted = fitted or bool(stages[EVAL].counts.get("thresholds"))
+        words = ["chat", "--self-correct"] if fitted else ["chat"]
+    elif config.teacher.embedded and not config.problems.source:
+        words = ["quickstart"]
+    elif name in ("problems", "templates"):
+        again = any("prompts" in why or "teacher" in why for why in stages["templates"].why)
+        words = ["build-data", "--fresh"] if again else ["build-data"]
+        source = config.problems.source or stages["problems"].state == DONE
+        needed = teacher if source else ["problems.source", *teacher]
+    elif name not in OUTPUTS:
+        words = [{EVAL: "eval", "export": "train"}.get(name, "export")]
+    elif others and stages["corrections" if config.attempts.source else "pairs"].state != DONE:
+        words, needed = ["build-data", "--only", "corrections"], teacher
+    else:
+        retrained = name in TRAINED and stages[name].state == STALE
+        words = ["train", "--fresh"] if retrained else ["train"]
+        corrected = stages["corrections"].state == DONE or stages["pairs"].state == DONE
+        needed = [*([] if config.student.model else ["student.model"]), *([] if corrected else teacher)]
+    if needed:
+        return f"set {' and '.join(needed)} in {SETTINGS}" if Path(SETTINGS).is_file() else "sclite init"
+    named = ["--run", config.run] if config.run != Config.model_fields["run"].default else []
+    return shlex.join(["sclite", *words, *named])

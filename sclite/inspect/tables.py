@@ -6,6 +6,7 @@ from typing import Any
 
 from sclite import console
 from sclite.config import Config
+from sclite.console import escape
 from sclite.errors import UsageError
 from sclite.inspect import rows
 from sclite.inspect.rows import Choice
@@ -21,22 +22,22 @@ STATES = {
 
 def print_rows(run: Run, choice: Choice, as_json: bool) -> None:
     """Print the chosen rows, in a terminal through a pager; as JSON one object {"what", "total", "rows"}."""
-    total, chosen = rows.choose(run, choice)
+    total, chosen = rows.choose_rows(run, choice)
     if as_json:
         head = {"what": choice.what, "total": total}
         console.print_json_rows(head, (row.model_dump(mode="json") for _, row in chosen))
         return
     if not total:
-        console.print(f"No matching {choice.what} in {console.escape(str(run.folder))}.")
+        console.print(f"No matching {choice.what} in {escape(str(run.folder))}.")
         return
     if choice.first > total:
         raise UsageError(
             f"--from {choice.first}: only {total} {choice.what} match", f"use --from 1 to {total}"
         )
-    from sclite.inspect.row_text import page
+    from sclite.inspect.row_text import format_row
 
     problems = rows.Problems(run)
-    console.page(page(row, number, total, problems) for number, row in chosen)
+    console.page(format_row(row, number, total, problems) for number, row in chosen)
 
 
 def print_labels(config: Config, run: Run, choice: Choice, as_json: bool) -> None:
@@ -45,23 +46,27 @@ def print_labels(config: Config, run: Run, choice: Choice, as_json: bool) -> Non
 
     if choice.limit is None and choice.id is None:
         choice = replace(choice, limit=1)
-    total, chosen = rows.choose(run, choice)
+    total, chosen = rows.choose_rows(run, choice)
     labels = Labels(config, run, choice.what)
     if as_json:
         head = {"what": choice.what, "total": total}
         console.print_json_rows(head, (labels.as_json(row) for _, row in chosen))
         return
-    console.page(labels.page(row, number, total) for number, row in chosen)
+    console.page(labels.format_row(row, number, total) for number, row in chosen)
 
 
 def print_overview(run: Run, as_json: bool) -> None:
     """Print which rows the run has, with counts."""
-    found = rows.overview(run)
+    found = rows.count_rows(run)
     if as_json:
         console.print_json({"what": None, "total": len(found), "rows": found})
         return
     lines = [
-        (f"sclite show {each['what']}", _format_counts(each["reasons"] or each["kinds"]), f"{each['rows']:,}")
+        (
+            f"sclite show {each['what']}",
+            escape(_format_counts(each["reasons"] or each["kinds"])),
+            f"{each['rows']:,}",
+        )
         for each in found
     ]
     console.print_table(str(run.folder), ("command", "kinds", "rows"), lines, texts=2)
@@ -72,33 +77,27 @@ def print_status(figures: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         console.print_json(figures)
         return
-    lines = [_stage_line(name, stage) for name, stage in figures["stages"].items()]
+    lines = []
+    for name, stage in figures["stages"].items():
+        total = f" of {stage['total']:,}" if stage["total"] else ""
+        so_far = [f"{stage['rows']:,}{total} so far"] if stage["rows"] else []
+        details = "; ".join(filter(None, [*stage["why"], *so_far, _format_counts(stage["counts"])]))
+        dropped = f"{sum(stage['dropped'].values()):,}" if stage["dropped"] else ""
+        seconds = "" if stage["seconds"] is None else f"{stage['seconds']:,.1f}"
+        cost = "" if stage["cost_usd"] is None else f"{stage['cost_usd']:.4f}"
+        lines.append((name, STATES[stage["state"]], escape(details), dropped, seconds, cost))
     title = f"{figures['run']}{' (in use by another sclite process)' if figures['busy'] else ''}"
     header = ("stage", "state", "details", "dropped", "seconds", "cost $")
     console.print_table(title, header, lines, texts=3)
     if figures["dropped"]:
-        console.print(f"Dropped: {_format_counts(figures['dropped'])} (`sclite show drops`)")
+        console.print(escape(f"Dropped: {_format_counts(figures['dropped'])} (`sclite show drops`)"))
     if paid := figures["ledger"]:
         unknown = f", {paid['unpriced']:,} of unknown price" if paid["unpriced"] else ""
         tokens = f"{paid['prompt_tokens']:,} tokens in, {paid['completion_tokens']:,} out"
         console.print(f"Requests: {paid['requests']:,}, {tokens}, ${paid['cost_usd']:.4f}{unknown}")
     when = " when that process has finished" if figures["busy"] else ""
-    console.print(f"Next{when}: [bold cyan]{console.escape(figures['next'])}[/]", wrap=False)
-
-
-def _stage_line(name: str, stage: Mapping[str, Any]) -> tuple[str, ...]:
-    total = f" of {stage['total']:,}" if stage["total"] else ""
-    so_far = [f"{stage['rows']:,}{total} so far"] if stage["rows"] else []
-    counts = [f"{count:,} {what.replace('_', ' ')}" for what, count in stage["counts"].items()]
-    return (
-        name,
-        STATES[stage["state"]],
-        console.escape("; ".join([*stage["why"], *so_far, ", ".join(counts)]).strip("; ")),
-        f"{sum(stage['dropped'].values()):,}" if stage["dropped"] else "",
-        "" if stage["seconds"] is None else f"{stage['seconds']:,.1f}",
-        "" if stage["cost_usd"] is None else f"{stage['cost_usd']:.4f}",
-    )
+    console.print(f"Next{when}: [bold cyan]{escape(figures['next'])}[/]", wrap=False)
 
 
 def _format_counts(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count:,} {console.escape(name.replace('_', ' '))}" for name, count in counts.items())
+    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())

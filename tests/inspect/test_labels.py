@@ -67,7 +67,7 @@ def test_both_sides_of_a_pair_are_shown(context):
 def test_a_page_counts_loss_tokens_and_marks_weights(context):
     config, run = context
     row = run.read("reviews.jsonl", Review)[1]
-    page = Labels(config, run, "reviews").page(row, 2, 6).plain
+    page = Labels(config, run, "reviews").format_row(row, 2, 6).plain
     assert page.startswith("2/6  p1")
     assert "\nclosed: " in page
     assert ", 3 with loss, ends with '<|im_end|>'" in page  # two closers and the end
@@ -79,7 +79,7 @@ def test_a_page_counts_loss_tokens_and_marks_weights(context):
 def test_a_page_marks_decisions(context):
     config, run = context
     review, work = run.read("reviews.jsonl", Review)[1], parse(render(toy_trace(1, 1))).trace
-    page = Labels(config, run, "pairs").page(decision_pairs(review, work)[0], 1, 1).plain
+    page = Labels(config, run, "pairs").format_row(decision_pairs(review, work)[0], 1, 1).plain
     assert "0 with loss, 1 decision, ends with" in page
     assert page.count("◆") == 2  # there, and in the legend
     assert "⟦" not in page

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sclite.inspect.row_text import highlight, page
+from sclite.inspect.row_text import format_row, highlight
 from sclite.inspect.rows import Problems
 from sclite.records import Attempt, Drop, Pair, Problem, Review, Template
 
@@ -59,7 +59,7 @@ def test_control_characters_are_replaced():
 
 def test_a_review_shows_its_question_and_wrong_step(problems):
     row = Review(id="p1", sample=3, step=2, cause="c", correction="d", trace=REVIEW, requests=2)
-    text = page(row, 5, 9, problems)
+    text = format_row(row, 5, 9, problems)
     assert text.plain.startswith(
         "5/9  p1  sample 3  wrong at step 2  2 requests\nHow many [bold]?\ngold answer 36\n<Step1>"
     )
@@ -73,7 +73,7 @@ def test_a_pair_shows_chosen_green_and_rejected_red(problems):
         id="p1", sample=0, step=1, kind="content", attempt="a", prefix=("<Step1>x\n", "<Cause>"), chosen="good</Cause>\n",
         rejected="bad</Cause>\n", origin="teacher",
     )  # fmt: skip
-    text = page(row, 1, 1, problems)
+    text = format_row(row, 1, 1, problems)
     assert "sample 0, content at step 1  chosen by teacher" in text.plain
     assert text.plain.endswith("<Step1>x\n<Cause>\nchosen   good</Cause>\nrejected bad</Cause>\n\n")
     assert style(text, "good</Cause>") == "green"
@@ -82,7 +82,7 @@ def test_a_pair_shows_chosen_green_and_rejected_red(problems):
 
 def test_a_drop_shows_stage_reason_detail_and_raw_reply(problems):
     row = Drop(stage="templates", id="p7", reason="no_steps", detail="no tags", raw="Sure! [red]<html>")
-    text = page(row, 1, 1, problems)
+    text = format_row(row, 1, 1, problems)
     assert text.plain == "1/1  p7  templates  no_steps\nno tags\nSure! [red]<html>\n\n"
     assert style(text, "no_steps") == "bold red"
 
@@ -92,13 +92,13 @@ def test_a_drop_shows_stage_reason_detail_and_raw_reply(problems):
 )
 def test_an_attempt_shows_its_outcome(problems, correct, outcome):
     row = Attempt(id="p1", sample=0, trace=REVIEW, answer="36", correct=correct, first_error=2)
-    text = page(row, 1, 1, problems)
+    text = format_row(row, 1, 1, problems)
     assert text.plain.splitlines()[0] == f"1/1  p1  sample 0  {outcome}"
     assert style(text, "72 / 2 = 38") == "red"
 
 
 def test_problems_and_templates_show_their_own_question(problems):
-    text = page(problems.get("p1"), 1, 1, problems).plain
+    text = format_row(problems.get("p1"), 1, 1, problems).plain
     assert text == "1/1  p1\nHow many [bold]?\ngold answer 36\nIt is 36.\n\n"
     row = Template(id="p9", question="Its own?", answer="7", trace=REVIEW)
-    assert page(row, 1, 1, problems).plain.startswith("1/1  p9\nIts own?\ngold answer 7\n<Step1>")
+    assert format_row(row, 1, 1, problems).plain.startswith("1/1  p9\nIts own?\ngold answer 7\n<Step1>")

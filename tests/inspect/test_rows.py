@@ -5,7 +5,7 @@ import tracemalloc
 import pytest
 
 from sclite.errors import DataError, UsageError
-from sclite.inspect.rows import FILES, Choice, Problems, choose, overview
+from sclite.inspect.rows import FILES, Choice, Problems, choose_rows, count_rows
 from sclite.records import Attempt, Drop, Pair, Problem, Review, Template
 from sclite.run import Run
 
@@ -35,11 +35,11 @@ def full(run) -> Run:
 
 
 def ids(run: Run, choice: Choice) -> list[str]:
-    return [row.id for _, row in choose(run, choice)[1]]
+    return [row.id for _, row in choose_rows(run, choice)[1]]
 
 
 def test_the_overview_counts_rows_kinds_and_reasons(full):
-    found = {each.pop("what"): each for each in overview(full)}
+    found = {each.pop("what"): each for each in count_rows(full)}
     assert found["problems"] == {"rows": 4, "kinds": {}, "reasons": {}}
     assert found["attempts"] == {"rows": 4, "kinds": {"wrong": 2, "right": 1, "unknown": 1}, "reasons": {}}
     assert found["reviews"]["kinds"] == {"correction": 1, "confirmation": 1}
@@ -52,8 +52,8 @@ def test_the_overview_counts_rows_kinds_and_reasons(full):
 
 
 def test_rows_are_chosen_by_reason_kind_and_id_prefix(full):
-    assert choose(full, Choice("drops", reason="leak"))[0] == 2
-    assert choose(full, Choice("drops", reason="leak", kind="corrections"))[0] == 1
+    assert choose_rows(full, Choice("drops", reason="leak"))[0] == 2
+    assert choose_rows(full, Choice("drops", reason="leak", kind="corrections"))[0] == 1
     assert ids(full, Choice("attempts", kind="wrong")) == ["p1", "p3"]
     assert ids(full, Choice("attempts", kind="unknown")) == ["p2"]
     assert ids(full, Choice("problems", id="p3")) == ["p3"]
@@ -61,8 +61,8 @@ def test_rows_are_chosen_by_reason_kind_and_id_prefix(full):
 
 
 def test_first_and_limit_count_matching_rows(full):
-    assert list(choose(full, Choice("attempts", kind="wrong", first=2))[1]) == [(2, attempt(3, False))]
-    total, rows = choose(full, Choice("problems", first=2, limit=2))
+    assert list(choose_rows(full, Choice("attempts", kind="wrong", first=2))[1]) == [(2, attempt(3, False))]
+    total, rows = choose_rows(full, Choice("problems", first=2, limit=2))
     assert (total, [number for number, _ in rows]) == (4, [2, 3])
     assert ids(full, Choice("problems", first=9, limit=1)) == []
 
@@ -83,7 +83,7 @@ def test_first_and_limit_count_matching_rows(full):
 )
 def test_an_unknown_choice_names_the_known_ones(full, choice, message, hint):
     with pytest.raises(UsageError, match=message) as error:
-        choose(full, choice)
+        choose_rows(full, choice)
     assert hint in error.value.hint
 
 
@@ -94,10 +94,10 @@ def test_no_match_for_a_known_reason_is_no_error(full):
 def test_a_missing_run_names_the_runs_beside_it(full):
     full.write_json("run.toml", {})
     with pytest.raises(DataError, match="nowhere does not exist") as error:
-        overview(Run(full.folder.parent / "nowhere"))
+        count_rows(Run(full.folder.parent / "nowhere"))
     assert str(full.folder) in error.value.hint
     with pytest.raises(DataError) as error:
-        overview(Run(full.folder / "deeper/nowhere"))
+        count_rows(Run(full.folder / "deeper/nowhere"))
     assert "sclite build-data" in error.value.hint
 
 
@@ -105,11 +105,11 @@ def test_a_damaged_row_is_reported_before_the_first_row(full):
     with open(full.path("problems.jsonl"), "a") as file:
         file.write("no JSON\n")
     with pytest.raises(DataError, match=r"problems\.jsonl, line 5"):
-        choose(full, Choice("problems"))
+        choose_rows(full, Choice("problems"))
 
 
 def test_rows_added_while_reading_are_not_shown(full):
-    total, rows = choose(full, Choice("problems"))
+    total, rows = choose_rows(full, Choice("problems"))
     full.append("problems.jsonl", [problem(9)])
     assert len(list(rows)) == total == 4
 
@@ -125,8 +125,8 @@ def test_a_large_file_is_never_held_in_memory(run):
     count = 5000
     run.append("dropped.jsonl", (Drop(stage="s", id=str(n), reason="r", raw="x" * 900) for n in range(count)))
     tracemalloc.start()
-    assert sum(1 for _ in choose(run, Choice("drops", reason="r"))[1]) == count
-    overview(run)
+    assert sum(1 for _ in choose_rows(run, Choice("drops", reason="r"))[1]) == count
+    count_rows(run)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < run.path("dropped.jsonl").stat().st_size / 10
