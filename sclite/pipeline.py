@@ -505,19 +505,9 @@ def evaluate_students(context: Context, names: Sequence[str]) -> dict[str, Any]:
     """Accuracy of the named students on eval.source, before and after review: the summary of the evaluation."""
     from sclite import evaluation
 
-    held_out, fitting, dropped = evaluation.held_out(context, untrained_problems(context))
+    held_out = evaluation.held_out(context, untrained_problems(context))
     export(context, names)
-    folder, dataset = evaluation.result_folder(context)
-    return evaluation.evaluate(
-        context,
-        names,
-        held_out,
-        fitting,
-        folder=folder,
-        dataset=dataset,
-        source=context.config.eval.source,
-        dropped=dropped,
-    )
+    return evaluation.evaluate(context, names, held_out)
 
 
 def run_all(context: Context, fresh: bool = False) -> dict[str, Any] | None:

@@ -8,21 +8,23 @@ from sclite import evaluation
 from sclite.config import Config
 from sclite.context import Context
 from sclite.errors import DataError
+from sclite.evaluate.evaluate import summary_notes
 from sclite.evaluate.threshold import Fitted, store_threshold
-from sclite.evaluation import cut_note
 from sclite.progress import ProgressDisplay
 from sclite.run import Run
 
+PLAIN = {"off": "", "fitted": None}
+
 
 def test_many_truncated_first_answers_are_reported_with_a_remedy():
-    figures = {"base": {"n": 300, "cut": 0}, "sft": {"n": 20, "cut": 5}}
-    (note,) = cut_note(figures, 320)
+    figures = {"base": {"n": 300, "cut": 0, **PLAIN}, "sft": {"n": 20, "cut": 5, **PLAIN}}
+    (note,) = summary_notes(figures, 320, 60)
     assert note == "truncated first answers: sft 5 of 20; raise eval.max_tokens (320) or eval.context"
 
 
 def test_one_truncated_answer_in_a_hundred_is_not_reported():
-    assert cut_note({"sft": {"n": 300, "cut": 3}}, 320) == []
-    assert len(cut_note({"sft": {"n": 300, "cut": 4}}, 320)) == 1
+    assert summary_notes({"sft": {"n": 300, "cut": 3, **PLAIN}}, 320, 60) == []
+    assert len(summary_notes({"sft": {"n": 300, "cut": 4, **PLAIN}}, 320, 60)) == 1
 
 
 def test_a_file_that_is_not_a_gguf_is_refused(tmp_path):

@@ -5,7 +5,7 @@ are used for grading only, never to decide when to stop.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,9 @@ def review_answers(
     rows = []
     columns = first.problems, first.replies, first.traces, first.correct, reviewed, second
     for problem, reply, trace, correct, review, verdict in zip(*columns, strict=True):
-        known = judge is not None and bool(trace.steps)
-        true_step = judge(problem.question, trace) if known else None
+        true_step, known = None, False
+        if judge is not None and trace.steps:
+            true_step, known = judge(problem.question, trace), True
         labelled = range(1, (true_step or len(trace.steps)) + 1) if known else ()
         rows.append(
             Outcome(
@@ -74,13 +75,14 @@ def located_correction_rate(
 ) -> float | None:
     """The share of wrong answers that are corrected if the true first wrong step is given; None if none is known."""
     cases = [
-        (o, p) for o, p in zip(rows, problems, strict=True) if o.true_step is not None and o.correct1 is False
+        (problem, (o.question, work_of(o.first), o.true_step))
+        for o, problem in zip(rows, problems, strict=True)
+        if o.true_step is not None and o.correct1 is False
     ]
     if not cases:
         return None
-    steps = [(o.question, work_of(o.first), o.true_step) for o, _ in cases]
-    corrected = correct_steps(student, steps, review_settings(config, 0.0))
-    verdicts = grade(grader, [c.text for c in corrected], [p for _, p in cases])
+    corrected = correct_steps(student, [case for _, case in cases], review_settings(config, 0.0))
+    verdicts = grade(grader, [c.text for c in corrected], [problem for problem, _ in cases])
     known = [bool(v) and c.changed for v, c in zip(verdicts, corrected, strict=True) if v is not None]
     return round(sum(known) / len(known), 4) if known else None
 
@@ -119,6 +121,11 @@ def evaluate_model(
     if fits and reviewable:
         fitted = ensure_threshold(config, run, gguf, student, fitting, grader=grader)
     threshold = fitted.threshold if fitted else config.review.threshold
+    off = fitted.off if fitted else ""
+    if not reviewable:
+        off = "its answers have no steps"
+    elif config.review.mode == "guided" and config.review.rounds == 0:
+        off = "review.rounds is 0"
     reviewing = time.monotonic()
     at = NEVER if fits and threshold is None else threshold or 0.0
     rows, reviewed = review_answers(student, first, config, grader, at, judge, config.review.mode)
@@ -129,7 +136,7 @@ def evaluate_model(
         "gguf": identity,
         "threshold": threshold,
         "fitted": fitted and fitted.model_dump(),
-        "off": _why_off(config, fitted, reviewable),
+        "off": off,
         "correction_rate_given_location": located_correction_rate(student, rows, problems, config, grader),
         "tokens_first": sum(o.tokens1 for o in rows) / max(1, len(rows)),
         "seconds": round((between - began + ended - reviewing) / max(1, len(rows)), 4),
@@ -148,18 +155,20 @@ def evaluate_model(
     return figures
 
 
-def _why_off(config: Config, fitted: Fitted | None, reviewable: bool) -> str:
-    """Why review cannot have corrected any answer, or an empty string."""
-    if not reviewable:
-        return "its answers have no steps"
-    if config.review.mode == "guided" and config.review.rounds == 0:
-        return "review.rounds is 0"
-    return fitted.off if fitted else ""
-
-
-def choose_example(examples: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The shortest corrected answer, preferably with a first answer and with its true wrong step accused."""
-    corrected = [e for e in examples if e["correct1"] is False and e["correct2"] is True]
-    answered = [e for e in corrected if parse(e["first"]).trace.answer] or corrected
-    located = [e for e in answered if e["accused"] == e["true_step"]] or answered
-    return min(located, key=lambda e: len(e["question"]) + len(e["correction"] or ""), default=None)
+def summary_notes(figures: Mapping[str, Any], max_tokens: int, fitting: int) -> list[str]:
+    """What a reader of the figures of all students must know; `fitting` problems were there for the threshold."""
+    notes = [f"review is off for {name}: {each['off']}" for name, each in figures.items() if each["off"]]
+    cut = [
+        f"{name} {each['cut']} of {each['n']}"
+        for name, each in figures.items()
+        if each["cut"] > 0.01 * each["n"]
+    ]
+    if cut:
+        notes.append(
+            f"truncated first answers: {', '.join(cut)}; raise eval.max_tokens ({max_tokens}) or eval.context"
+        )
+    for name, each in figures.items():
+        fitted = Fitted.model_validate(each["fitted"]) if each["fitted"] else None
+        if fitted and fitted.threshold is not None and (fitted.problems > fitting or fitted.given_up):
+            notes.append(f"review threshold of {name}: {fitted.summary}")
+    return notes

@@ -38,7 +38,6 @@ class Outcome(Row):
     cut: bool = False
     tokens1: int = 0
     tokens2: int = 0
-    seconds: float = 0.0
     note: str = ""
 
     @model_validator(mode="after")
@@ -48,19 +47,16 @@ class Outcome(Row):
         return self
 
 
-# -- one model -----------------------------------------------------------------------------------------------------
-
-
 def summarize(outcomes: Sequence[Outcome], bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
     """All figures of one model, ready for JSON; undefined figures are None.
 
     Outcomes with an unknown first or second answer are excluded and counted in `unknown`; `n` counts the rest, and
     `cut` those whose first answer reached the token limit.
-    Over n: acc_t1, acc_t2, difference, wrong_to_right, right_to_wrong, format_validity, and the means tokens and
-    seconds per problem. Over subsets: location (labelled wrong work whose first wrong step is accused), acceptance
-    (right work where nothing is accused), location_f1 (their harmonic mean: ProcessBench, arXiv 2412.06559),
-    correction_rate_own (corrected, among wrong answers whose step was located), auc. Known step labels decide what is
-    wrong work: a lucky answer after a wrong step is wrong work.
+    Over n: acc_t1, acc_t2, difference, wrong_to_right, right_to_wrong, format_validity, and tokens per problem.
+    Over subsets: location (labelled wrong work whose first wrong step is accused), acceptance (right work where nothing
+    is accused), location_f1 (their harmonic mean: ProcessBench, arXiv 2412.06559), correction_rate_own (corrected, among
+    wrong answers whose step was located), auc. Known step labels decide what is wrong work: a lucky answer after a wrong
+    step is wrong work.
 
     Each share has a 95 % interval `<name>_interval`, [low, high]: percentiles over `bootstrap` resamples of the
     problems. A share of exactly 0 or 1 cannot vary between resamples and gets the exact binomial interval
@@ -68,39 +64,48 @@ def summarize(outcomes: Sequence[Outcome], bootstrap: int = 1000, seed: int = 0)
     """
     known = [o for o in outcomes if o.correct1 is not None and o.correct2 is not None]
     n = len(known)
-    parts = _share_parts(known)
-    first, second = parts["acc_t1"][0], parts["acc_t2"][0]
+    shares = _shares(known)
+    first, second = shares["acc_t1"][0], shares["acc_t2"][0]
     gained, spoiled = int((second > first).sum()), int((first > second).sum())
     assert int(second.sum() - first.sum()) == gained - spoiled
-    samples = _resample(n, bootstrap, seed)
+    samples = np.zeros((bootstrap, 0))  # how often each resample draws each problem
+    if n:
+        samples = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), bootstrap).astype(float)
     figures: dict[str, Any] = {"n": n, "unknown": len(outcomes) - n, "cut": sum(o.cut for o in known)}
     drawn = {}
-    for name, (numerator, denominator) in parts.items():
-        figures[name] = _ratio(numerator.sum(), denominator.sum())
-        drawn[name] = _divide(samples @ numerator, samples @ denominator)
-        figures[f"{name}_interval"] = (
-            _interval(drawn[name])
-            if name == "difference"
-            else _share_interval(numerator.sum(), denominator.sum(), drawn[name])
-        )
+    for name, (part, whole) in shares.items():
+        figures[name] = float(part.sum() / whole.sum()) if whole.sum() else None
+        drawn[name] = _divide(samples @ part, samples @ whole)
+        figures[f"{name}_interval"] = _interval(drawn[name])
+        if figures[name] in (0, 1) and name != "difference" and bootstrap:
+            edge = float(0.025 ** (1 / whole.sum()))
+            figures[f"{name}_interval"] = [edge, 1.0] if figures[name] else [0.0, 1 - edge]
     location, acceptance = figures["location"], figures["acceptance"]
     defined = location is not None and acceptance is not None
     figures["location_f1"] = float(harmonic_mean(location, acceptance)) if defined else None
     figures["location_f1_interval"] = _interval(harmonic_mean(drawn["location"], drawn["acceptance"]))
     figures["mcnemar_p"] = mcnemar_p(gained, spoiled) if n else None
-    figures["auc"], figures["auc_interval"] = _auc_with_interval(known, samples)
-    figures["tokens"] = _ratio(sum(o.tokens1 + o.tokens2 for o in known), n)
-    figures["seconds"] = _ratio(sum(o.seconds for o in known), n)
+    steps = [
+        (row, score, wrong)
+        for row, outcome in enumerate(known)
+        for score, wrong in zip(outcome.step_scores, outcome.step_labels, strict=False)
+    ]
+    scores, wrong = [score for _, score, _ in steps], [wrong for _, _, wrong in steps]
+    figures["auc"] = auc(scores, wrong)
+    rows = np.array([row for row, _, _ in steps], int)
+    parts = [_weighted_auc(scores, wrong, part[:, rows]) for part in np.array_split(samples, 16)]
+    figures["auc_interval"] = _interval(np.concatenate(parts)) if steps else None
+    figures["tokens"] = sum(o.tokens1 + o.tokens2 for o in known) / n if n else None
     return figures
 
 
-def _share_parts(known: Sequence[Outcome]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _shares(known: Sequence[Outcome]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """{share: (what each problem adds to the numerator, to the denominator)}, arrays of length n."""
 
     def array(values: Iterable[bool]) -> np.ndarray:
         return np.fromiter(values, float, len(known))
 
-    first, second = array(o.correct1 for o in known), array(o.correct2 for o in known)
+    first, second = array(bool(o.correct1) for o in known), array(bool(o.correct2) for o in known)
     labelled = array(o.true_known and o.true_step is not None for o in known)
     located = labelled * array(o.accused == o.true_step for o in known)
     right = first * (1 - labelled)
@@ -118,87 +123,43 @@ def _share_parts(known: Sequence[Outcome]) -> dict[str, tuple[np.ndarray, np.nda
     }
 
 
-# -- statistics ----------------------------------------------------------------------------------------------------
-
-
 def auc(scores: Sequence[float], wrong: Sequence[bool]) -> float | None:
     """The probability that a wrong step scores above a right one, ties counting half; None if a class is missing."""
-    weights = np.ones((1, len(scores)))
-    value = _weighted_auc(np.array(scores, float), np.array(wrong, bool), weights)[0]
-    return None if math.isnan(value) else float(value)
+    value = float(_weighted_auc(scores, wrong, np.ones((1, len(scores))))[0])
+    return None if math.isnan(value) else value
+
+
+def _weighted_auc(scores: Sequence[float], wrong: Sequence[bool], weights: np.ndarray) -> np.ndarray:
+    """The AUC for each row of `weights` (resamples, steps); NaN if a row has no wrong or no right step."""
+    if not len(scores):
+        return np.full(len(weights), np.nan)
+    order = np.argsort(scores, kind="stable")
+    starts = np.flatnonzero(np.diff(np.array(scores)[order], prepend=-np.inf))  # of each run of equal scores
+    weights, bad_steps = weights[:, order], np.array(wrong)[order]
+    bad = np.add.reduceat(weights * bad_steps, starts, axis=1)
+    good = np.add.reduceat(weights * ~bad_steps, starts, axis=1)
+    below = np.cumsum(good, axis=1) - good
+    return _divide((bad * (below + good / 2)).sum(axis=1), bad.sum(axis=1) * good.sum(axis=1))
 
 
 def mcnemar_p(gained: int, spoiled: int) -> float:
     """The exact two-sided McNemar (binomial) p-value; 1.0 if nothing changed."""
     total = gained + spoiled
-    ways = tail = 1  # of choosing k out of total, and their sum so far
-    for k in range(min(gained, spoiled)):
-        ways = ways * (total - k) // (k + 1)
-        tail += ways
+    tail = sum(math.comb(total, k) for k in range(min(gained, spoiled) + 1))
     return min(1.0, 2 * tail / 2**total)
 
 
 def harmonic_mean(a: float | np.ndarray, b: float | np.ndarray) -> np.ndarray:
     """2ab / (a + b), elementwise; 0 if both are 0."""
-    total = a + b
+    total = np.asarray(a + b)
     return np.where(total == 0, 0.0, 2 * a * b / np.where(total == 0, 1, total))
 
 
-def _ratio(numerator: float, denominator: float) -> float | None:
-    return float(numerator / denominator) if denominator else None
-
-
-def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    return np.divide(numerator, denominator, out=np.full(len(numerator), np.nan), where=denominator > 0)
-
-
-def _resample(n: int, bootstrap: int, seed: int) -> np.ndarray:
-    """How often each resample draws each problem: shape (bootstrap, n), rows sum to n."""
-    if n == 0:
-        return np.zeros((bootstrap, 0))
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), bootstrap).astype(float)
+def _divide(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0)
 
 
 def _interval(values: np.ndarray) -> list[float] | None:
     """The 2.5 and 97.5 percentiles over the resamples in which the figure is defined."""
     values = values[~np.isnan(values)]
     return [float(v) for v in np.percentile(values, (2.5, 97.5))] if len(values) else None
-
-
-def _share_interval(numerator: float, denominator: float, values: np.ndarray) -> list[float] | None:
-    if denominator and len(values) and numerator in (0, denominator):
-        edge = 0.025 ** (
-            1 / denominator
-        )  # lower bound of a share of 1; upper bound of a share of 0 is 1 - edge
-        return [float(edge), 1.0] if numerator else [0.0, float(1 - edge)]
-    return _interval(values)
-
-
-def _auc_with_interval(
-    known: Sequence[Outcome], samples: np.ndarray
-) -> tuple[float | None, list[float] | None]:
-    """The AUC over all steps with a score and a label, and its interval from resampled problems."""
-    steps = [
-        (row, score, wrong)
-        for row, outcome in enumerate(known)
-        for score, wrong in zip(outcome.step_scores, outcome.step_labels, strict=False)
-    ]
-    if not steps:
-        return None, None
-    rows, scores, wrong = (np.array(column) for column in zip(*steps, strict=True))
-    value = auc(scores, wrong)
-    drawn = [_weighted_auc(scores, wrong, part[:, rows]) for part in np.array_split(samples, 16)]
-    return value, _interval(np.concatenate(drawn)) if value is not None else None
-
-
-def _weighted_auc(scores: np.ndarray, wrong: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The AUC for each row of `weights` (resamples, steps); NaN if a row has no wrong or no right step."""
-    if not len(scores):
-        return np.full(len(weights), np.nan)
-    order = np.argsort(scores, kind="stable")
-    starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))  # of each run of equal scores
-    weights, wrong = weights[:, order], wrong[order]
-    bad = np.add.reduceat(weights * wrong, starts, axis=1)
-    good = np.add.reduceat(weights * ~wrong, starts, axis=1)
-    below = np.cumsum(good, axis=1) - good
-    return _divide((bad * (below + good / 2)).sum(axis=1), bad.sum(axis=1) * good.sum(axis=1))

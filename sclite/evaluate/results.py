@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from sclite.run import Run
@@ -30,9 +29,3 @@ def summaries(run: Run, shape: Any = dict[str, Any]) -> list[Any]:
     paths = sorted(run.folder.glob(f"eval/*/{SUMMARY}"), key=lambda path: -path.stat().st_mtime_ns)
     found = (run.read_json(str(path.relative_to(run.folder)), shape) for path in paths)
     return [summary for summary in found if summary is not None]
-
-
-def dataset_of(source: str, local: bool) -> tuple[str, str]:
-    """(path or Hub ID, short name) of a source of problems."""
-    name = source.rstrip("/").rpartition("/")[2]
-    return (str(Path(source).expanduser().resolve()), name.partition(".")[0]) if local else (source, name)

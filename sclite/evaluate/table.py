@@ -1,6 +1,6 @@
 """Prints an evaluation: the table of students, and one corrected answer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sclite import console
@@ -44,6 +44,14 @@ def print_results(summary: Mapping[str, Any]) -> None:
         console.print(f"{unknown} answers could not be graded and are not counted")
     for note in summary["notes"]:
         console.print(console.escape(note))
+
+
+def choose_example(examples: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The shortest corrected answer, preferably with a first answer and with its true wrong step accused."""
+    corrected = [e for e in examples if e["correct1"] is False and e["correct2"] is True]
+    answered = [e for e in corrected if parse(e["first"]).trace.answer] or corrected
+    located = [e for e in answered if e["accused"] == e["true_step"]] or answered
+    return min(located, key=lambda e: len(e["question"]) + len(e["correction"] or ""), default=None)
 
 
 def print_example(shown: Mapping[str, Any] | None) -> None:

@@ -28,8 +28,8 @@ FILE = "export/threshold.json"
 """The fitted thresholds, by the digest of their GGUF."""
 MIN_PROBLEMS = 50
 """With fewer problems, one answer moves the threshold far."""
-ALPHA = 0.05
-"""A threshold is too harmful if its harm is above review.max_harm at this one-sided level."""
+ALPHA, Z = 0.05, 1.645
+"""The one-sided level, and its normal quantile, at which a threshold is too harmful, or gains less than another one."""
 BLOCK, MAX_SHARE = 0.1, 0.6
 """Shares of the problems: how many have steps corrected per block, and at most in all."""
 MANY_PROBLEMS = 200
@@ -75,7 +75,7 @@ class Fitted(BaseModel):
     accused: int = 0
     assumed: int = 0
     best_threshold: float | None = None
-    best_acc_t2: float | None = None
+    best_acc_t2: float = 0.0
     best_right_to_wrong: float = 0.0
     max_harm: float
     prompts: str = ""
@@ -83,7 +83,7 @@ class Fitted(BaseModel):
     @property
     def summary(self) -> str:
         """The fit in one line."""
-        if self.threshold is None:
+        if self.threshold is None or self.acc_t1 is None or self.acc_t2 is None:
             return f"review stays off: {self.off}"
         return (
             f"{self.threshold:.2f} fitted on {self.n} problems: {100 * self.acc_t1:.1f} → {100 * self.acc_t2:.1f} % "
@@ -93,7 +93,8 @@ class Fitted(BaseModel):
     @property
     def given_up(self) -> str:
         """What the bound on harm gives up, or an empty string."""
-        if self.best_threshold is None or self.best_acc_t2 == self.acc_t2:
+        allowed = most_spoiled(self.n, self.max_harm)
+        if self.best_threshold is None or round(self.best_right_to_wrong * self.n) <= allowed:
             return ""
         return (
             f"; {self.best_threshold:.2f} would reach {100 * self.best_acc_t2:.1f} % and spoil "
@@ -120,21 +121,22 @@ def most_spoiled(n: int, max_harm: float) -> int:
 
 
 def fit_threshold(rows: Sequence[Scored], max_harm: float) -> Fitted:
-    """The log-odds threshold with the most right answers after review, among those that are not too harmful.
+    """The middle of the log-odds thresholds that are as good as the best one which does not spoil too many answers.
 
     The first step whose log-odds exceed the threshold is accused; if none does, the first answer stands. Candidates are
     the midpoints between adjacent distinct log-odds, and one below all. A threshold may spoil `most_spoiled` right
-    answers; among equally good ones the highest wins, which accuses least. An unknown result of an accused step counts as
-    the worse outcome: a right answer is spoiled, a wrong one stays wrong. So a caller may try only the corrections that
-    could matter, and stays on the safe side. Problems with an unknown first answer are left out.
+    answers. As good as the best is one that helps and does not gain significantly less (sign test on the answers on which
+    both differ, normal approximation). An unknown result of an accused step counts as the worse outcome: a right answer is
+    spoiled, a wrong one stays wrong. So a caller may try only the corrections that could matter, and stays on the safe
+    side. Problems with an unknown first answer are left out.
     """
     known = [row for row in rows if row.correct1 is not None]
-    n, right = len(known), sum(row.correct1 for row in known)
+    n, right = len(known), sum(bool(row.correct1) for row in known)
     fitted = Fitted(threshold=None, problems=len(rows), n=n, max_harm=max_harm)
     if not n:
         return fitted.model_copy(update={"off": "no fitting problem has a known outcome"})
     values = np.unique(np.array([s for row in known for s in row.step_scores], float))
-    candidates = np.concatenate(([-NEVER], (values[1:] + values[:-1]) / 2, [NEVER])).tolist()
+    candidates = np.concatenate(([-NEVER], (values[1:] + values[:-1]) / 2, [NEVER]))
     # Row c of each column is the change against candidate c - 1: accused, assumed, gained, spoiled.
     change = np.zeros((len(candidates) + 1, 4), int)
     for row in known:
@@ -148,29 +150,33 @@ def fit_threshold(rows: Sequence[Scored], max_harm: float) -> Fitted:
                 highest = score
     accused, assumed, gained, spoiled = change.cumsum(axis=0)[:-1].T
     net = gained - spoiled
-    allowed = np.where(spoiled <= most_spoiled(n, max_harm), net, -n - 1)
-    chosen, best = (len(net) - 1 - int(each[::-1].argmax()) for each in (allowed, net))
-    found = {"acc_t1": right / n, "acc_t2": (right + net[chosen]) / n}
+    best = len(net) - 1 - int(net[::-1].argmax())
+    found = {"acc_t1": right / n, "acc_t2": right / n}
     if net[best] > 0:
         found |= {
-            "best_threshold": candidates[best],
+            "best_threshold": float(candidates[best]),
             "best_acc_t2": (right + net[best]) / n,
             "best_right_to_wrong": spoiled[best] / n,
         }
-    if net[chosen] > 0:
+    helps = (net > 0) & (spoiled <= most_spoiled(n, max_harm))
+    if helps.any():
+        top = int(np.where(helps, net, 0).argmax())
+        differing = abs(gained[top] - gained) + abs(spoiled[top] - spoiled)
+        good = np.flatnonzero(helps & (net[top] - net <= Z * np.sqrt(differing)))[::-1]
+        middle = (max(candidates[good[-1]], values[0]) + candidates[good[0]]) / 2
+        chosen = good[abs(candidates[good] - middle).argmin()]
         found |= {
-            "threshold": candidates[chosen],
+            "threshold": float(candidates[chosen]),
+            "acc_t2": (right + net[chosen]) / n,
             "wrong_to_right": gained[chosen] / n,
             "right_to_wrong": spoiled[chosen] / n,
             "accused": int(accused[chosen]),
             "assumed": int(assumed[chosen]),
         }
-    else:
-        off = f"on {n} fitting problems no threshold corrects more answers than it spoils"
-        if net[best] > 0:
-            off += f", with at most {100 * max_harm:g} % spoiled (review.max_harm)"
-        found["off"] = off
-    return fitted.model_copy(update=found)
+        return fitted.model_copy(update=found)
+    off = f"on {n} fitting problems no threshold corrects more answers than it spoils"
+    bound = f", with at most {100 * max_harm:g} % spoiled (review.max_harm)" if net[best] > 0 else ""
+    return fitted.model_copy(update={**found, "off": off + bound})
 
 
 class Trials:
@@ -200,7 +206,7 @@ class Trials:
         scores = self.scores
         ranked = sorted((i for i, s in enumerate(scores) if s), key=lambda i: -max(scores[i]))
         most, size = round(MAX_SHARE * len(ranked)), max(1, round(BLOCK * len(ranked)))
-        futile_blocks, seen = 0, set()
+        futile_blocks, seen = 0, set[tuple[int, int]]()
         for end in range(size, most + size, size):
             chosen = ranked[: min(end, most)]
             floor = max(scores[chosen[-1]])
@@ -324,6 +330,6 @@ def ensure_threshold(
 ) -> Fitted:
     """The threshold of a GGUF, which `student` runs: the stored one if it is current, else fitted now and stored."""
     stored = load_threshold(config, run, gguf)
-    if is_current(config, stored, len(problems)):
+    if stored is not None and is_current(config, stored, len(problems)):
         return stored
     return store_threshold(config, run, gguf, fit_student(student, problems, config, grader, progress))

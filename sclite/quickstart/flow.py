@@ -9,8 +9,8 @@ from sclite import evaluation, pipeline
 from sclite.config import Config
 from sclite.context import Context
 from sclite.data.problems import split_problems
-from sclite.evaluate.evaluate import choose_example
 from sclite.evaluate.results import result_folder
+from sclite.evaluate.table import choose_example
 from sclite.progress import ProgressDisplay
 from sclite.quickstart.grammar import solve
 from sclite.quickstart.problem_sets import test_problems, threshold_problems, train_problems
@@ -81,16 +81,14 @@ def quickstart(
     pipeline.train(context, fresh=fresh)
     pipeline.export(context, pipeline.STUDENTS)
     count = config.eval.limit or 300
-    summary = evaluation.evaluate(
-        context,
-        pipeline.STUDENTS,
-        test_problems(count),
-        problems.fit,
-        judge,
-        folder=result_folder(run, MODEL, ["quickstart"], count, DEFAULTS["eval"]["limit"]),
-        dataset=MODEL,
+    held_out = evaluation.HeldOut(
+        problems=test_problems(count),
+        fitting=problems.fit,
         source="the arithmetic stories of the quickstart",
+        dataset=MODEL,
+        folder=result_folder(run, MODEL, ["quickstart"], count, DEFAULTS["eval"]["limit"]),
     )
+    summary = evaluation.evaluate(context, pipeline.STUDENTS, held_out, judge)
     return summary, choose_example(run.read_json(f"{summary['folder']}/dpo.reviews.json") or [])
 
 

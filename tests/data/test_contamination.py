@@ -147,9 +147,9 @@ def test_evaluation_skips_and_counts_problems_that_were_trained_on(tmp_path, run
     context = Context(
         settings(f"eval.source={write(tmp_path / 'e.jsonl', *rows)}"), run, ProgressDisplay(quiet=True)
     )
-    tested, fitted, dropped = held_out(context)
-    assert {p.id for p in [*tested, *fitted]} == {f"e{i}" for i in range(60)}
-    assert dropped == {"overlaps_training": 2}
+    found = held_out(context)
+    assert {p.id for p in [*found.problems, *found.fitting]} == {f"e{i}" for i in range(60)}
+    assert found.dropped == {"overlaps_training": 2}
     drops = {d.id: d for d in run.read("dropped.jsonl", Drop)}
     assert {(d.stage, d.reason) for d in drops.values()} == {("eval", "overlaps_training")}
     assert drops["long"].detail.endswith("training problem t1")
@@ -163,4 +163,4 @@ def test_problems_skipped_in_training_can_be_evaluated(tmp_path, run):
     )
     chosen = settings(f"eval.source={write(tmp_path / 'e.jsonl', *rows)}")
     assert len(gather_problems(chosen, run)) == 1
-    assert held_out(Context(chosen, run, ProgressDisplay(quiet=True)))[2] == {}
+    assert held_out(Context(chosen, run, ProgressDisplay(quiet=True))).dropped == {}

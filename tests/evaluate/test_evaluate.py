@@ -103,7 +103,7 @@ def reviewed(first: str, correct2: bool, accused: int, true_step: int | None) ->
 
 
 def test_example_prefers_an_answer_and_a_located_step(capsys):
-    from sclite.evaluate.table import print_example
+    from sclite.evaluate.table import choose_example, print_example
 
     step = "<Step1>2 + 2 = 5</Step1>"
     whole = f"{step}\n<Answer>5</Answer>"
@@ -113,10 +113,10 @@ def test_example_prefers_an_answer_and_a_located_step(capsys):
         reviewed(whole, False, 1, 1),
         reviewed(whole, True, 1, 1),
     )
-    assert evaluate.choose_example([broken, astray, spoilt, best]) is best
-    assert evaluate.choose_example([broken, astray, spoilt]) is astray
-    assert evaluate.choose_example([broken, spoilt]) is broken
-    assert evaluate.choose_example([spoilt]) is None
+    assert choose_example([broken, astray, spoilt, best]) is best
+    assert choose_example([broken, astray, spoilt]) is astray
+    assert choose_example([broken, spoilt]) is broken
+    assert choose_example([spoilt]) is None
     print_example(
         broken
         | {"cause": "2 + 2 is 4", "second": "<Step1>2 + 2 = 4</Step1>\n<Answer>4</Answer>", "gold": "4"}

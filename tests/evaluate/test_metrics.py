@@ -69,11 +69,11 @@ def test_failed_review_is_not_an_acceptance():
 
 def test_failed_call_changes_neither_tokens_nor_format_validity():
     rows = [
-        outcome(True, True, 0, tokens1=10, tokens2=4, seconds=2.0),
-        outcome(None, None, 1, format_ok=False, tokens1=99, seconds=9.0),
+        outcome(True, True, 0, tokens1=10, tokens2=4),
+        outcome(None, None, 1, format_ok=False, tokens1=99),
     ]
     figures = summarize(rows)
-    assert (figures["tokens"], figures["seconds"], figures["format_validity"]) == (14.0, 2.0, 1.0)
+    assert (figures["tokens"], figures["format_validity"]) == (14.0, 1.0)
 
 
 def test_undefined_figures_are_none_and_not_zero():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sclite.evaluate.metrics import Outcome, summarize
-from sclite.evaluate.plots import POINTS, accuracy_plot, curve_plots, ticks
+from sclite.evaluate.plots import POINTS, Axis, accuracy_plot, curve_plots
 from sclite.evaluate.report import (
     decimal,
     example_parts,
@@ -209,7 +209,7 @@ def test_pieces_join_to_the_text(text):
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
 def test_ticks_are_few_and_enclose_the_values(low, span):
-    values = ticks(low, low + span)
+    values = Axis([low, low + span]).ticks
     assert values[0] <= low + 1e-6 * span
     assert values[-1] >= low + span - 1e-6 * span
     assert 2 <= len(values) <= 7

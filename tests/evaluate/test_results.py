@@ -7,7 +7,7 @@ import pytest
 from sclite import evaluation
 from sclite.config import Config
 from sclite.context import Context
-from sclite.evaluate.results import dataset_of, result_folder, summaries
+from sclite.evaluate.results import result_folder, summaries
 
 
 @pytest.mark.parametrize(
@@ -24,14 +24,14 @@ from sclite.evaluate.results import dataset_of, result_folder, summaries
 )
 def test_dataset_and_limit_name_the_folder(run, settings, folder):
     config = Config.model_validate({"eval": settings})
-    assert evaluation.result_folder(Context(config, run, None))[0] == folder
+    assert evaluation.dataset_folder(Context(config, run, None))[0] == folder
 
 
 def test_another_dataset_with_the_same_name_gets_its_own_folder(run, tmp_path):
     folders = []
     for place in ("a", "b", "a"):
-        dataset, name = dataset_of(str(tmp_path / place / "test.jsonl"), local=True)
-        folders.append(result_folder(run, dataset, [name], 500, 500))
+        dataset = str(tmp_path / place / "test.jsonl")
+        folders.append(result_folder(run, dataset, ["test"], 500, 500))
         run.write_json(f"{folders[-1]}/summary.json", {"dataset": dataset, "folder": folders[-1]})
     assert folders[0] == folders[2] == "eval/test"
     assert folders[1].startswith("eval/test-")
