@@ -1,7 +1,7 @@
 """The report of a stage, and the manifest that it leaves in done/<stage>.json."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +47,12 @@ class Report:
         """The report of a stage that was already done, from its manifest."""
         names = ("stage", "counts", "dropped", "seconds", "cost_usd", "figures")
         return cls(**{name: manifest[name] for name in names}, skipped=True)
+
+    def warn(self, progress: Callable[..., None] | None, text: str) -> None:
+        """Keep a warning, and show it."""
+        self.figures.setdefault("warnings", []).append(text)
+        if progress is not None:
+            progress(0, 0, warning=text)
 
     def as_dict(self) -> dict[str, Any]:
         return {k: getattr(self, k) for k in ("counts", "dropped", "seconds", "cost_usd", "figures")}

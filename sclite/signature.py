@@ -4,20 +4,19 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from sclite.records import Row
 
 HASH = re.compile("[0-9a-f]{16}")
 
 
-def digest(value: Any) -> str:
+def digest(value: object) -> str:
     """A short hash of any JSON-serializable value, independent of the order of keys."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(before: Mapping[str, object], now: Mapping[str, object], prefix: str = "") -> list[str]:
     """One line per changed input: `sft.learning_rate: 0.0001 before, 0.0002 now`."""
     found = []
     for key in sorted(before.keys() | now.keys()):
@@ -26,12 +25,16 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
             found += differences(old, new, f"{name}.")
         elif old != new:
             hashed = any(isinstance(v, str) and HASH.fullmatch(v) for v in (old, new))
-            found.append(f"{name} changed" if hashed else f"{name}: {_shown(old)} before, {_shown(new)} now")
+            shown = [
+                "nothing" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for v in (old, new)
+            ]
+            found.append(f"{name} changed" if hashed else f"{name}: {shown[0]} before, {shown[1]} now")
     return found
 
 
-def _shown(value: Any) -> str:
-    return "nothing" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+def with_unanswered(inputs: dict[str, object], count: int) -> dict[str, object]:
+    """The inputs to sign after `count` failed calls: they equal no others, so the next run requests those calls again."""
+    return {**inputs, "unanswered": count} if count else inputs
 
 
 def digest_rows(rows: Iterable[Row]) -> str:

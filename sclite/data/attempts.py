@@ -3,32 +3,30 @@
 The student is the trained one, unless `attempts.student` names a GGUF or an endpoint.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 from sclite import prompts
 from sclite.config import Config, without_password
 from sclite.data.imported import import_attempts, read_imported_attempts
 from sclite.grading.extract import answer_of
 from sclite.grading.worker import Grader
+from sclite.progress import Progress
 from sclite.records import Attempt, Drop, Problem
 from sclite.run import Report, Run, timed
-from sclite.signature import digest
+from sclite.signature import digest, with_unanswered
 from sclite.student.base import Reply, Request, Student
 from sclite.teacher.ledger import FILE as LEDGER
 from sclite.teacher.ledger import Ledger
 from sclite.trace import parse, render, work_of
 
 _NOT_SAMPLING = {"reviews", "confirmation_share", "student", "api_base", "concurrency", "price"}
-FATAL_ISSUES = ("no_steps", "no_answer", "empty_step", "wrong_step_number", "step_after_the_end")
-"""Issues after which the steps are ambiguous. The parser repairs the others (a missing or stray closing tag), and such
-attempts are worth the most: a student that doubts its own step often closes it wrongly."""
+_FATAL_ISSUES = ("no_steps", "no_answer", "empty_step", "wrong_step_number", "step_after_the_end")
 
 
-def attempts_inputs(config: Config, run: Run, problems: Sequence[Problem]) -> dict[str, Any]:
+def attempts_inputs(config: Config, run: Run, problems: Sequence[Problem]) -> dict[str, object]:
     """The inputs that decide the attempts: student, problems, sampling settings."""
     source = config.attempts.source
     if source and not Path(source).is_file() and (manifest := run.manifest("attempts")):
@@ -53,9 +51,7 @@ def external_student_digest(config: Config) -> str:
     if settings.kind == "endpoint":
         return digest([settings.student, without_password(settings.api_base).rstrip("/")])
     path = Path(settings.student)
-    if settings.kind == "trained" or not path.is_file():
-        return ""
-    return Run(path.parent).file_digest(path.name)
+    return Run(path.parent).file_digest(path.name) if settings.kind == "gguf" and path.is_file() else ""
 
 
 def endpoint_cost_usd(run: Run, stage: str) -> float:
@@ -66,6 +62,11 @@ def endpoint_cost_usd(run: Run, stage: str) -> float:
         return ledger.totals(stage)["cost_usd"]
 
 
+def needs_no_student(config: Config, run: Run) -> bool:
+    """Whether attempts are imported: from `attempts.source`, or as an attempts.jsonl put into the run folder."""
+    return bool(config.attempts.source) or run.is_imported("attempts", "attempts.jsonl")
+
+
 def write_attempts(
     config: Config,
     run: Run,
@@ -73,7 +74,7 @@ def write_attempts(
     problems: Sequence[Problem],
     student: Student | None,
     grader: Grader,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Report:
     """Sample `attempts.samples` attempts per problem, or import `attempts.source`; writes attempts.jsonl.
 
@@ -83,70 +84,53 @@ def write_attempts(
     and repeated requests are answered from the ledger. A failed call leaves an attempt with unknown outcome, which the
     next run requests again.
     """
-    if needs_no_student(config, run) and not config.attempts.source:
+    settings = config.attempts
+    if needs_no_student(config, run) and not settings.source:
         rows = read_imported_attempts(run, problems)
-        return Report("attempts", count_outcomes(rows) | {"imported": len(rows)}, skipped=True)
+        return Report("attempts", _count_outcomes(rows) | {"imported": len(rows)}, skipped=True)
     inputs, report = attempts_inputs(config, run, problems), Report("attempts")
     if manifest := run.done("attempts", inputs, "attempts.jsonl"):
         return Report.of(manifest)
     drops: list[Drop] = []
     with timed(report):
-        if config.attempts.source:
+        if settings.source:
             try:
-                rows = import_attempts(Path(config.attempts.source), problems, grader, drops)
+                rows = import_attempts(Path(settings.source), problems, grader, drops)
             finally:
                 run.replace_drops(["attempts"], drops)
         else:
+            assert student is not None
             rows = _sample(config, run, inputs, problems, student, grader, progress)
         run.replace("attempts.jsonl", rows)
-    report.counts |= count_outcomes(rows)
-    add_warning(report, progress, _unreadable_warning(config, rows))
+    report.counts |= _count_outcomes(rows)
     report.dropped = dict(Counter(drop.reason for drop in drops))
     report.cost_usd = endpoint_cost_usd(run, "attempts")
-    unanswered = sum(map(call_failed, rows)) if config.attempts.kind == "endpoint" else 0
-    # failed calls: this signature matches no inputs, so the next run requests them again
-    run.sign(
-        "attempts",
-        {**inputs, "unanswered": unanswered} if unanswered else inputs,
-        report,
-        {"attempts.jsonl": len(rows)},
-    )
+    replies = [row for row in rows if not _call_failed(row)]
+    reasons = Counter(issue.partition(" at ")[0] for row in replies if (issue := find_fatal_issue(row)))
+    if 2 * reasons.total() > len(replies):
+        remedy = (
+            "train SFT for longer (sft.num_train_epochs), or raise attempts.max_tokens if they are cut off"
+        )
+        if settings.student or settings.source:
+            remedy = "they must follow prompts/student_system.txt: <Step1> .. </Step1> <Answer> .. </Answer>"
+        unreadable = f"{reasons.total()} of {len(replies)} attempts have no readable steps"
+        report.warn(progress, f"{unreadable}, most often: {reasons.most_common(1)[0][0]}; {remedy}")
+    unanswered = len(rows) - len(replies) if settings.kind == "endpoint" else 0
+    run.sign("attempts", with_unanswered(inputs, unanswered), report, {"attempts.jsonl": len(rows)})
     return report
 
 
-def add_warning(report: Report, progress: Callable[..., None] | None, text: str) -> None:
-    """Show a warning and keep it in the report; does nothing if `text` is empty."""
-    if text:
-        report.figures["warnings"] = [text]
-        if progress is not None:
-            progress(0, 0, warning=text)
+def find_fatal_issue(attempt: Attempt) -> str:
+    """The issue that makes the steps of an attempt ambiguous, or "".
+
+    The parser repairs other issues (a missing or stray closing tag), and such attempts are worth the most: a student
+    that doubts its own step often closes it wrongly.
+    """
+    issues = parse(attempt.trace).issues
+    return next((str(issue) for issue in issues if issue.name in _FATAL_ISSUES), "")
 
 
-def _unreadable_warning(config: Config, rows: Sequence[Attempt]) -> str:
-    """A warning if most attempts cannot be parsed into steps, else an empty string."""
-    replies = [row for row in rows if not call_failed(row)]
-    fatal = (
-        next((i.name for i in parse(row.trace).issues if i.name in FATAL_ISSUES), None) for row in replies
-    )
-    reasons = Counter(filter(None, fatal))
-    if 2 * reasons.total() <= len(replies):
-        return ""
-    remedy = "train SFT for longer (sft.num_train_epochs), or raise attempts.max_tokens if they are cut off"
-    if config.attempts.student or config.attempts.source:
-        remedy = "they must follow prompts/student_system.txt: <Step1> .. </Step1> <Answer> .. </Answer>"
-    reason = reasons.most_common(1)[0][0].replace("_", " ")
-    return (
-        f"{reasons.total()} of {len(replies)} attempts have no readable steps, most often: {reason}; {remedy}"
-    )
-
-
-def needs_no_student(config: Config, run: Run) -> bool:
-    """Whether attempts are imported: from `attempts.source`, or as an attempts.jsonl put into the run folder."""
-    return bool(config.attempts.source) or run.is_imported("attempts", "attempts.jsonl")
-
-
-def count_outcomes(rows: Sequence[Attempt]) -> dict[str, int]:
-    """The number of attempts, and of right, wrong and unknown ones among them."""
+def _count_outcomes(rows: Sequence[Attempt]) -> dict[str, int]:
     return {
         "attempts": len(rows),
         "right": sum(row.correct is True for row in rows),
@@ -155,93 +139,82 @@ def count_outcomes(rows: Sequence[Attempt]) -> dict[str, int]:
     }
 
 
+def _call_failed(attempt: Attempt) -> bool:
+    """Whether the call for this attempt failed: there is no text, and the outcome is unknown."""
+    return attempt.correct is None and not attempt.trace
+
+
 def _sample(
     config: Config,
     run: Run,
-    inputs: dict[str, Any],
+    inputs: dict[str, object],
     problems: Sequence[Problem],
     student: Student,
     grader: Grader,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
 ) -> list[Attempt]:
-    jobs = [(problem, sample) for problem in problems for sample in range(config.attempts.samples)]
-    size, endpoint = config.student.batch, config.attempts.kind == "endpoint"
-    rows = _completed_rows(run, inputs, jobs, size, endpoint)
-    batch = max(1, len(jobs) - len(rows)) if endpoint else size
+    """Sample, grade and append block by block, after the complete blocks that an interrupted run has left."""
+    settings, size = config.attempts, config.student.batch
+    jobs = [(problem, sample) for problem in problems for sample in range(settings.samples)]
+    rows = _completed_rows(run, inputs, jobs, size, settings.kind == "endpoint")
+    batch = max(1, len(jobs) - len(rows)) if settings.kind == "endpoint" else size
     for start in range(len(rows), len(jobs), batch):
         pending = jobs[start : start + batch]
         requests = [
             Request(
                 prompts.solve_messages(problem.question, config.prompts.folder),
-                max_tokens=config.attempts.max_tokens,
-                temperature=config.attempts.temperature,
-                top_p=config.attempts.top_p,
+                max_tokens=settings.max_tokens,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
                 seed=int(digest([config.seed, problem.id, sample]), 16) % 2**31,
             )
             for problem, sample in pending
         ]
-        for begin, block in group_into_blocks(student.generate(requests), len(pending), size):
-            attempts = grade_replies(pending[begin : begin + size], block, grader)
-            run.append("attempts.jsonl", attempts)
-            rows += attempts
-            if progress is not None:
-                progress(len(rows), len(jobs))
+        waiting: dict[int, Reply] = {}
+        begin = 0
+        for reply in student.generate(requests):  # in any order; blocks are written in that of the requests
+            waiting[reply.index] = reply
+            while (block := range(begin, min(begin + size, len(pending)))) and waiting.keys() >= {*block}:
+                begin = block.stop
+                replies = [waiting.pop(index) for index in block]
+                answers = [answer_of(reply.text) for reply in replies]
+                golds = [pending[index][0].answer for index in block]
+                verdicts = grader.equal_many(zip(answers, golds, strict=True))
+                graded = [
+                    Attempt(
+                        id=pending[index][0].id,
+                        sample=pending[index][1],
+                        trace=reply.text,
+                        answer=answer,
+                        correct=None if reply.finish == "error" else verdict,
+                    )
+                    for index, reply, answer, verdict in zip(block, replies, answers, verdicts, strict=True)
+                ]
+                run.append("attempts.jsonl", graded)
+                rows += graded
+                if progress is not None:
+                    progress(len(rows), len(jobs))
     return rows
-
-
-def group_into_blocks(replies: Iterable[Reply], count: int, size: int) -> Iterator[tuple[int, list[Reply]]]:
-    """Yield (index of the first request, replies in request order) for each block of `size` once it is complete."""
-    waiting, begin = defaultdict(list), 0
-    for reply in replies:
-        waiting[reply.index // size * size].append(reply)
-        while begin < count and len(waiting[begin]) == min(size, count - begin):
-            yield begin, sorted(waiting.pop(begin), key=lambda r: r.index)
-            begin += size
-
-
-def call_failed(attempt: Attempt) -> bool:
-    """Whether the call for this attempt failed: there is no text, and the outcome is unknown."""
-    return attempt.correct is None and not attempt.trace
 
 
 def _completed_rows(
-    run: Run, inputs: dict[str, Any], jobs: Sequence[tuple[Problem, int]], size: int, endpoint: bool
+    run: Run, inputs: dict[str, object], jobs: Sequence[tuple[Problem, int]], size: int, endpoint: bool
 ) -> list[Attempt]:
     """The complete blocks left by an interrupted run with the same inputs; for an endpoint, up to the first failed call."""
-    if run.read_json("attempts.begun.json") != inputs:
-        run.replace("attempts.jsonl", [])
-        run.write_json("attempts.begun.json", inputs)
-        return []
-    rows = []
-    for row, (problem, sample) in zip(run.rows("attempts.jsonl", Attempt, whole=False), jobs, strict=False):
-        if (row.id, row.sample) != (problem.id, sample):  # earlier rows were damaged
-            break
-        rows.append(row)
-    if endpoint:
-        rows = list(takewhile(lambda row: not call_failed(row), rows))
+    rows: list[Attempt] = []
+    if run.read_json("attempts.begun.json") == inputs:
+        for row, (problem, sample) in zip(
+            run.rows("attempts.jsonl", Attempt, whole=False), jobs, strict=False
+        ):
+            if (row.id, row.sample) != (problem.id, sample):  # earlier rows were damaged
+                break
+            rows.append(row)
+        if endpoint:
+            rows = list(takewhile(lambda row: not _call_failed(row), rows))
     rows = rows[: len(rows) // size * size]
     run.replace("attempts.jsonl", rows)
+    run.write_json("attempts.begun.json", inputs)
     return rows
-
-
-def grade_replies(
-    block: Sequence[tuple[Problem, int]], replies: Sequence[Reply], grader: Grader
-) -> list[Attempt]:
-    """Turn replies into attempts graded against gold; a failed call leaves the outcome unknown."""
-    answers = [answer_of(reply.text) for reply in replies]
-    verdicts = grader.equal_many(
-        (answer, problem.answer) for answer, (problem, _) in zip(answers, block, strict=True)
-    )
-    return [
-        Attempt(
-            id=problem.id,
-            sample=sample,
-            trace=reply.text,
-            answer=answer,
-            correct=None if reply.finish == "error" else verdict,
-        )
-        for (problem, sample), reply, answer, verdict in zip(block, replies, answers, verdicts, strict=True)
-    ]
 
 
 def deduplicate(attempts: Sequence[Attempt]) -> list[Attempt]:

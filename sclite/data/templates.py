@@ -2,24 +2,22 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from functools import lru_cache
-from typing import Any
+from functools import partial
 
-from sclite import prompts, trace
+from sclite import prompts
 from sclite.config import Config
 from sclite.data.problems import gather_problems, split_problems
 from sclite.errors import DataError, UsageError
 from sclite.grading.worker import Grader
+from sclite.progress import Progress
 from sclite.records import Drop, Problem, Template
 from sclite.run import Report, Run, timed
-from sclite.signature import digest_rows
+from sclite.signature import digest_rows, with_unanswered
 from sclite.teacher.client import Job, Rejection, Teacher, count_unanswered, identity
 from sclite.teacher.forecast import CHARACTERS_PER_TOKEN, Forecast, ask_after_pilot, forecast
-
-Progress = Callable[[int, int, float], None]
-"""(done, total, spent_usd) after each row."""
+from sclite.trace import first_corrected, parse, render
 
 _GIVEN = r"(?:given|provided|supplied|official|model|reference|gold(?:en)?|ground[- ]truth)"
 _NUMBER = r"\$?\d+(?:[.,/]\d+)*\$?\s*"
@@ -32,6 +30,18 @@ _MENTIONS = re.compile(
     r"|(?:you|I\s+was|we\s+were)\s+(?:gave|given)|(?:given|provided|shown)?\s*above)\b(?!\s+by)",
     re.I,
 )
+
+
+def templates_inputs(config: Config, problems: Sequence[Problem]) -> dict[str, object]:
+    """The inputs that decide the templates of these problems."""
+    used = ["teacher_system", "teacher_template"]
+    used += ["inspector_template"] if config.teacher.inspector else []
+    return {
+        "problems": digest_rows(problems),
+        "prompts": prompts.digest(*used, folder=config.prompts.folder),
+        "teacher": identity(config.teacher),
+        "repairs": config.teacher.repairs,
+    }
 
 
 def write_templates(
@@ -57,55 +67,64 @@ def write_templates(
         if is_imported(run):
             rows = run.read("templates.jsonl", Template)
             for number, row in enumerate(rows, 1):
-                if issues := trace.parse(row.trace).issues:
-                    raise DataError(
-                        f"{run.path('templates.jsonl')}, row {number} ({row.id}): {issues[0]}",
-                        "fix or remove it",
-                    )
-            report.counts = {"templates": len(rows), "imported": len(rows)}
-            report.skipped = True
+                if issues := parse(row.trace).issues:
+                    why = f"{run.path('templates.jsonl')}, row {number} ({row.id}): {issues[0]}"
+                    raise DataError(why, "fix or remove it")
+            report.counts, report.skipped = {"templates": len(rows), "imported": len(rows)}, True
             return report
         if problems is None:
-            problems = split_problems(config, gather_problems(config, run))[0]
+            problems = split_problems(config, gather_problems(config, run)).sft
         inputs = templates_inputs(config, problems)
         manifest = run.done("templates", inputs, "templates.jsonl")
         if manifest is not None and not fresh:
             return Report.of(manifest)
         basis = {"prompts": inputs["prompts"], "teacher": inputs["teacher"]}
         kept = _keep_valid_rows(run, basis, problems, fresh)
-        drops = _request_missing(config, run, teacher, grader, problems, kept, basis, confirm, progress)
-        _finish(run, report, problems, drops, teacher)
-    unanswered = count_unanswered(report.dropped)
-    # failed calls: this signature matches no inputs, so the next run requests them again
-    signed = {**inputs, "unanswered": unanswered} if unanswered else inputs
-    run.sign("templates", signed, report, {"templates.jsonl": len(problems) - len(drops)})
+        missing = [problem for problem in problems if problem.id not in kept]
+        drops = _request(config, run, teacher, grader, missing, len(problems), basis, confirm, progress)
+        run.reorder("templates.jsonl", Template, (problem.id for problem in problems))
+        run.replace_drops(["templates"], [drops[problem.id] for problem in problems if problem.id in drops])
+        requests = [row.requests for row in run.rows("templates.jsonl", Template)]
+        totals = teacher.ledger.totals("templates")
+        report.counts = {"problems": len(problems), "templates": len(requests)}
+        report.dropped = dict(Counter(drop.reason for drop in drops.values()).most_common())
+        report.cost_usd = round(totals.pop("cost_usd"), 6)
+        report.figures = {**totals, "repaired": sum(number > 1 for number in requests)}
+        if not requests:
+            why = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items()) or "no problems"
+            first = next((drop.detail for drop in drops.values()), "")
+            raise DataError(
+                f"none of the {len(problems)} problems gave a template: {why}; the first: {first}",
+                f"see {run.path('dropped.jsonl')}",
+            )
+    signed = with_unanswered(inputs, count_unanswered(report.dropped))
+    run.sign("templates", signed, report, {"templates.jsonl": len(requests)})
     return report
 
 
 def preview_templates(
     config: Config, run: Run, *, teacher: Teacher, grader: Grader, problems: Sequence[Problem]
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """The first request of write_templates and the estimated cost; sends and writes nothing."""
     existing = {row.id for row in run.rows("templates.jsonl", Template, whole=False)}
     missing = [problem for problem in problems if problem.id not in existing]
     solutions = sum(len(problem.solution or problem.answer) for problem in missing)
     guess = 120 + 1.5 * solutions / CHARACTERS_PER_TOKEN / max(1, len(missing))
-    return forecast(teacher, _jobs(config, iter(missing), grader), guess, "templates")
+    return forecast(teacher, _jobs(config, missing, grader), guess, "templates")
 
 
 def check_template(reply: str, problem: Problem, grader: Grader) -> Rejection | None:
     """Why a teacher's reply is not a valid template for this problem, or None if it is."""
-    parsed, text = _parse_reply(reply)
+    parsed = parse(reply)
     if parsed.issues:
         named = "; ".join(str(error) for error in parsed.issues[:3])
         return Rejection(parsed.issues[0].name, f"its tags are not in order: {named}")
-    found = parsed.trace
-    if rejection := broken_text_rejection(text):
-        return rejection
-    if trace.first_corrected(found) is not None:
-        return Rejection(
-            "correction_in_template", "it has a <Cause> or <Correction>, which do not belong here"
-        )
+    found, text = parsed.trace, render(parsed.trace)
+    if "\ufffd" in text:
+        return Rejection("broken_text", "it has characters that are no text")
+    if first_corrected(found) is not None:
+        why = "it has a <Cause> or <Correction>, which do not belong here"
+        return Rejection("correction_in_template", why)
     if found.generalized is None:
         return Rejection("no_generalized", "<Generalized> is missing")
     if leak := find_leak(text):
@@ -118,53 +137,28 @@ def check_template(reply: str, problem: Problem, grader: Grader) -> Rejection | 
     return None
 
 
-def broken_text_rejection(text: str) -> Rejection | None:
-    """A rejection if decoding has replaced characters with U+FFFD."""
-    return Rejection("broken_text", "it has characters that are no text") if "\ufffd" in text else None
-
-
-@lru_cache(maxsize=512)  # a reply is parsed for its check, and soon after for its row
-def _parse_reply(reply: str) -> tuple[trace.Parsed, str]:
-    """(parsed reply, its canonical text or "" if it has issues)."""
-    parsed = trace.parse(reply)
-    return parsed, "" if parsed.issues else trace.render(parsed.trace)
-
-
 def find_leak(text: str) -> str | None:
     """The words that reveal that the teacher saw a solution, or None."""
     found = _MENTIONS.search(text)
     return found[0] if found else None
 
 
-def templates_inputs(config: Config, problems: Sequence[Problem]) -> dict[str, Any]:
-    """The inputs that decide the templates of these problems."""
-    used = ["teacher_system", "teacher_template"]
-    used += ["inspector_template"] if config.teacher.inspector else []
-    return {
-        "problems": digest_rows(problems),
-        "prompts": prompts.digest(*used, folder=config.prompts.folder),
-        "teacher": identity(config.teacher),
-        "repairs": config.teacher.repairs,
-    }
-
-
 def is_imported(run: Run) -> bool:
     """Whether templates.jsonl was put into the run by the user."""
-    return not run.path("templates.begun.json").is_file() and any(
-        True for _ in run.rows("templates.jsonl", Template)
-    )
+    begun = run.path("templates.begun.json").is_file()
+    return not begun and any(True for _ in run.rows("templates.jsonl", Template))
 
 
-def _keep_valid_rows(run: Run, basis: dict[str, Any], problems: Sequence[Problem], fresh: bool) -> set[str]:
+def _keep_valid_rows(
+    run: Run, basis: dict[str, object], problems: Sequence[Problem], fresh: bool
+) -> set[str]:
     """Remove the rows of earlier runs that are no longer valid; returns the ids of the others.
 
     `basis` holds what all rows depend on: prompts and teacher.
     """
-    before = run.read_json("templates.begun.json", dict[str, Any])
-    if fresh or (
-        before is None and run.path("templates.begun.json").is_file()
-    ):  # damaged: paid replies are in the ledger
-        run.replace("templates.jsonl", [])
+    before = run.read_json("templates.begun.json", dict[str, object])
+    if fresh or (before is None and run.path("templates.begun.json").is_file()):
+        run.replace("templates.jsonl", [])  # also if the basis is damaged: paid replies are in the ledger
     elif before != basis and any(True for _ in run.rows("templates.jsonl", Template, whole=False)):
         changed = [
             f"{name} {before.get(name)} -> {basis[name]}" for name in basis if before.get(name) != basis[name]
@@ -174,94 +168,56 @@ def _keep_valid_rows(run: Run, basis: dict[str, Any], problems: Sequence[Problem
             "pass --fresh to discard and pay for them again, or restore the old settings",
         )
     wanted = {problem.id: (problem.question, problem.answer) for problem in problems}
-    kept = {  # in order
-        row.id: None
-        for row in run.rows("templates.jsonl", Template, whole=False)
-        if wanted.get(row.id) == (row.question, row.answer)
-    }
+    rows = run.rows("templates.jsonl", Template, whole=False)
+    kept = {row.id: None for row in rows if wanted.get(row.id) == (row.question, row.answer)}  # in order
     run.reorder("templates.jsonl", Template, kept)
     run.replace_drops(["templates"], [])
     return set(kept)
 
 
-def _request_missing(
+def _request(
     config: Config,
     run: Run,
     teacher: Teacher,
     grader: Grader,
-    problems: Sequence[Problem],
-    kept: set[str],
-    basis: dict[str, Any],
+    missing: Sequence[Problem],
+    total: int,
+    basis: dict[str, object],
     confirm: Callable[[Forecast], bool] | None,
     progress: Progress | None,
 ) -> dict[str, Drop]:
     """Request the missing templates, writing each row before the next result is handled; returns the drops by id."""
-    in_flight: dict[str, Problem] = {}
+    by_id = {problem.id: problem for problem in missing}
     drops: dict[str, Drop] = {}
-    done, add = len(kept), None
-    pending = (in_flight.setdefault(p.id, p) for p in problems if p.id not in kept)
-    jobs = _jobs(config, pending, grader)
+    add, done = None, total - len(missing)
     if progress is not None:
-        progress(done, len(problems), teacher.ledger.spent_usd)
+        progress(done, total, teacher.ledger.spent_usd)
+    jobs = _jobs(config, missing, grader)
     with ExitStack() as open_files:
-        for result in ask_after_pilot(teacher, jobs, len(problems) - len(kept), "templates", confirm):
-            problem = in_flight.pop(result.id)
-            if result.text is None:
-                drops[result.id] = Drop(
-                    stage="templates",
-                    id=result.id,
-                    reason=result.rejection.reason,
-                    detail=result.rejection.text,
-                    raw=result.raw,
-                )
+        for result in ask_after_pilot(teacher, jobs, len(missing), "templates", confirm):
+            if result.rejection is not None:
+                why = {"reason": result.rejection.reason, "detail": result.rejection.text, "raw": result.raw}
+                drops[result.id] = Drop(stage="templates", id=result.id, **why)
                 run.append("dropped.jsonl", [drops[result.id]])
             else:
                 if add is None:
                     run.write_json("templates.begun.json", basis)
                     add = open_files.enter_context(run.appending("templates.jsonl"))
-                given = problem.model_dump(include={"id", "question", "answer"})
-                add([Template(**given, trace=_parse_reply(result.text)[1], requests=result.requests)])
+                given = by_id[result.id].model_dump(include={"id", "question", "answer"})
+                add([Template(**given, trace=render(parse(result.raw).trace), requests=result.requests)])
             done += 1
             if progress is not None:
-                progress(done, len(problems), teacher.ledger.spent_usd)
+                progress(done, total, teacher.ledger.spent_usd)
     return drops
 
 
-def _jobs(config: Config, problems: Iterator[Problem], grader: Grader) -> Iterator[Job]:
+def _jobs(config: Config, problems: Iterable[Problem], grader: Grader) -> Iterator[Job]:
     folder = config.prompts.folder
     for problem in problems:
-        solution = problem.solution or problem.answer
-
-        def messages(error: str, problem: Problem = problem, solution: str = solution):
-            return prompts.template_messages(problem.question, solution, problem.answer, error, folder)
-
-        def check(reply: str, problem: Problem = problem) -> Rejection | None:
-            return check_template(reply, problem, grader)
-
-        def inspect(reply: str, problem: Problem = problem, solution: str = solution):
-            return prompts.inspection_messages(
-                "inspector_template", problem.question, solution, problem.answer, reply, folder
-            )
-
-        yield Job(problem.id, messages, check, inspect=inspect)
-
-
-def _finish(
-    run: Run, report: Report, problems: Sequence[Problem], drops: dict[str, Drop], teacher: Teacher
-) -> None:
-    """Sort both files in the order of the problems and fill in the report."""
-    run.reorder("templates.jsonl", Template, (problem.id for problem in problems))
-    run.replace_drops(["templates"], [drops[problem.id] for problem in problems if problem.id in drops])
-    requests = [row.requests for row in run.rows("templates.jsonl", Template)]
-    totals = teacher.ledger.totals("templates")
-    report.counts = {"problems": len(problems), "templates": len(requests)}
-    report.dropped = dict(Counter(drop.reason for drop in drops.values()).most_common())
-    report.cost_usd = round(totals.pop("cost_usd"), 6)
-    report.figures = {**totals, "repaired": sum(number > 1 for number in requests)}
-    if not requests:
-        why = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items()) or "no problems"
-        first = next((drop.detail for drop in drops.values()), "")
-        raise DataError(
-            f"none of the {len(problems)} problems gave a template: {why}; the first: {first}",
-            f"see {run.path('dropped.jsonl')}",
+        gold = problem.question, problem.solution or problem.answer, problem.answer
+        yield Job(
+            problem.id,
+            partial(prompts.template_messages, *gold, folder=folder),
+            partial(check_template, problem=problem, grader=grader),
+            inspect=partial(prompts.inspection_messages, "inspector_template", *gold, folder=folder),
         )

@@ -10,7 +10,7 @@ import pytest
 
 from sclite import config
 from sclite.config import Config
-from sclite.data.attempts import attempts_inputs, deduplicate, group_into_blocks, write_attempts
+from sclite.data.attempts import attempts_inputs, deduplicate, write_attempts
 from sclite.data.imported import import_attempts
 from sclite.errors import DataError
 from sclite.records import Attempt, Drop, Problem
@@ -408,19 +408,3 @@ def test_inputs_change_with_student_and_address_not_concurrency(run, tmp_path):
     assert inputs(student=str(tmp_path / "copy.gguf")) == before
     file.write_bytes(b"GGUF other")
     assert inputs(student=str(file)) != before
-
-
-@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [2, 0, 4, 1, 3]])
-def test_blocks_are_yielded_in_order_once_complete(order):
-    come = []
-
-    def replies():
-        for index in order:
-            come.append(index)
-            yield Reply(index, str(index), 1, 1, "stop")
-
-    for begin, block in group_into_blocks(replies(), 5, 2):
-        assert [r.index for r in block] == list(range(begin, min(begin + 2, 5)))
-        assert set(range(begin + len(block))) <= set(come)
-    assert sorted(come) == [0, 1, 2, 3, 4]
-    assert [begin for begin, _ in group_into_blocks(replies(), 5, 2)] == [0, 2, 4]
