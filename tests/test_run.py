@@ -17,7 +17,7 @@ from sclite.errors import DataError, UsageError
 from sclite.records import Attempt, Drop, Problem
 from sclite.run import Report, Run, timed, write_text
 from sclite.signature import differences, digest, digest_rows
-from sclite.train import sft
+from sclite.train.stage import training_inputs
 
 
 def problem(number: int, question: str = "How many?") -> Problem:
@@ -259,7 +259,7 @@ def test_sixteen_letters_that_are_no_hash_are_shown():
 
 
 def test_the_embedded_student_is_signed_by_name(run):
-    inputs = sft.inputs_of(Config.model_validate({"student": {"model": "embedded"}}), run)
+    inputs = training_inputs(Config.model_validate({"student": {"model": "embedded"}}), run, "sft")
     assert inputs["student.model"] == "embedded"
 
 

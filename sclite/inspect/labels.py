@@ -17,7 +17,7 @@ from sclite.student.loader import fetch_base_model, load_tokenizer
 from sclite.student.tokenization import Encoded, encode_solution, end_id
 from sclite.trace import CAUSE, parse, work_of
 from sclite.train.bundle import build_bundles
-from sclite.train.warmup_rows import closed_row, continued_row, is_closed, review_row
+from sclite.train.warmup_rows import rows_of_review
 
 SHOWN = ("templates", "reviews", "pairs")
 LEGEND = {
@@ -53,11 +53,7 @@ class Labels:
         question = problem.question if problem is not None else ""
         if isinstance(row, Review):
             work = work_of(self.works[row.id, row.sample].trace)
-            yield "review", review_row(self.tokenizer, question, work, row, self.config)
-            if row.step is not None:
-                yield "continued", continued_row(self.tokenizer, question, row, self.config)
-            if is_closed(work, row):
-                yield "closed", closed_row(self.tokenizer, question, work, row, self.config)
+            yield from rows_of_review(self.tokenizer, question, work, row, self.config).items()
         else:
             bundle = build_bundles(self.tokenizer, [row], {row.id: question}, folder)[0]
             choice = "to accuse" if row.chosen == CAUSE else "to close the step"

@@ -28,8 +28,8 @@ from sclite.settings import FILE as SETTINGS
 from sclite.signature import differences
 from sclite.teacher.ledger import FILE as LEDGER
 from sclite.teacher.ledger import Ledger
-from sclite.train import dpo, sft, warmup
 from sclite.train.metrics_logger import read_metrics
+from sclite.train.stage import training_inputs
 
 DONE, STALE, HALF_WAY, NOT_BEGUN = "done", "stale", "half_way", "not_begun"
 OUTPUTS = {
@@ -111,12 +111,12 @@ def _read_stages(config: Config, run: Run, paid: Mapping[str, Any]) -> dict[str,
     tried = [*taught, *split.fit] if config.attempts.source else split.stage2
     inputs: dict[str, Callable[[], dict[str, Any]]] = {
         "templates": lambda: templates.templates_inputs(config, taught),
-        "sft": lambda: sft.inputs_of(config, run, hidden),
+        "sft": lambda: training_inputs(config, run, "sft", hidden),
         "attempts": lambda: attempts.attempts_inputs(config, run, tried),
         "corrections": lambda: corrections.corrections_inputs(config, run),
-        "warmup": lambda: warmup.inputs_of(config, run, kept),
+        "warmup": lambda: training_inputs(config, run, "warmup", kept),
         "pairs": lambda: pairs.pairs_inputs(config, run),
-        "dpo": lambda: dpo.inputs_of(config, run, kept),
+        "dpo": lambda: training_inputs(config, run, "dpo", kept),
     }
     totals = {"templates": len(taught), "attempts": len(split.stage2) * config.attempts.samples}
     for name, output in OUTPUTS.items():

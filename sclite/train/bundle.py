@@ -85,10 +85,11 @@ class Batch:
 def collate(bundles: Sequence[Bundle], pad_id: int) -> Batch:
     """Batch bundles; reviews, rejected texts and replay rows are padded separately."""
     content = [i for i, bundle in enumerate(bundles) if bundle.rejected is not None]
+    rejected = [bundle.rejected for bundle in bundles if bundle.rejected is not None]
     replay = [bundle.replay for bundle in bundles if bundle.replay is not None]
     return Batch(
         reviews=pad([bundle.review for bundle in bundles], pad_id),
-        rejected=pad([bundles[i].rejected for i in content], pad_id) if content else None,
+        rejected=pad(rejected, pad_id) if rejected else None,
         replay=pad(replay, pad_id) if replay else None,
         decision_rows=[i for i, bundle in enumerate(bundles) for _ in bundle.review.marks],
         decision_columns=[mark for bundle in bundles for mark in bundle.review.marks],

@@ -14,10 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sclite.errors import UsageError
-from sclite.run import Run, sync, write_text
-from sclite.signature import differences
-from sclite.train.metrics_logger import Progress
+from sclite.run import sync, write_text
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -32,8 +29,8 @@ class Checkpoints:
         self.folder = folder
         self.inputs: Mapping[str, Any] = {}
 
-    def prepare(self, inputs: Mapping[str, Any], progress: Progress | None = None) -> None:
-        """Remove checkpoints that are incomplete, damaged or of other inputs; warn of the damaged ones."""
+    def prepare(self, inputs: Mapping[str, Any]) -> str:
+        """Remove checkpoints that are incomplete, damaged or of other inputs; return a warning of the damaged ones."""
         self.inputs = inputs
         recorded = self.recorded_inputs()
         if recorded is not None and recorded != inputs:
@@ -45,10 +42,11 @@ class Checkpoints:
                 shutil.rmtree(found)
             if reason and marked:
                 damaged.append(f"{found.name} ({reason})")
-        if damaged and progress is not None:
-            step = self.step()
-            start = f"training resumes from step {step}" if step else "training starts over"
-            progress(0, 0, warning=f"damaged in {self.folder}: {', '.join(damaged)}; {start}")
+        if not damaged:
+            return ""
+        step = self.step()
+        start = f"training resumes from step {step}" if step else "training starts over"
+        return f"damaged in {self.folder}: {', '.join(damaged)}; {start}"
 
     def recorded_inputs(self) -> dict[str, Any] | None:
         """The inputs of the training that these checkpoints belong to; None without a checkpoint."""
@@ -128,21 +126,3 @@ def sync_folder(folder: Path) -> None:
     """Force every file of a folder, and the names in it and in its parent, to disk."""
     for path in [*folder.rglob("*"), folder, folder.parent]:
         sync(path)
-
-
-def refuse_other_inputs(run: Run, stage: str, folder: Path, inputs: Mapping[str, Any], fresh: bool) -> None:
-    """Raise UsageError if this stage was trained, or started, with other inputs and `fresh` is not set.
-
-    Training takes hours: its results are never thrown away without being asked to.
-    """
-    checkpoints = Checkpoints(folder)
-    recorded = checkpoints.recorded_inputs() if checkpoints.step() else None
-    if fresh or recorded == inputs:  # the second: started with --fresh, then interrupted
-        return
-    manifest = run.manifest(stage)
-    before, what = (manifest["inputs"], "trained") if manifest else (recorded, "started")
-    if before is not None and before != inputs:
-        raise UsageError(
-            f"{stage} was {what} with other inputs: {'; '.join(differences(before, inputs))}",
-            f"restore them to keep what is there, or add --fresh to train {stage} again",
-        )

@@ -1,4 +1,4 @@
-"""Checks before the first step: loss masks, end of turn, row lengths and the chat template."""
+"""Checks before the first step: loss masks, end of turn, pairs and the chat template."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ from typing import TYPE_CHECKING
 
 from sclite import prompts
 from sclite.errors import DataError
-from sclite.records import Drop
-from sclite.run import Report, Run
 from sclite.student.tokenization import Encoded, end_id, prompt_ids, prompt_text
 from sclite.train.bundle import Bundle
-from sclite.train.metrics_logger import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHECK_TEMPLATE = "check the student's chat template"
+REMOVE_PAIR = "remove it from pairs.jsonl"
 
 
 def check_labels(rows: Sequence[Encoded], end: int, names: Sequence[str] = ()) -> dict[str, float]:
@@ -49,28 +47,20 @@ def check_bundles(bundles: Sequence[Bundle], decisions: tuple[int, int]) -> None
     for bundle in bundles:
         where, review, other = f"the pairs of {bundle.key}", bundle.review, bundle.rejected
         if not review.marks and other is None:
-            raise DataError(
-                f"{where}: neither a decision nor a content pair",
-                "they would teach nothing; please report this",
-            )
+            nothing = f"{where}: neither a decision nor a content pair"
+            raise DataError(nothing, "they would teach nothing; please report this")
         for mark, accused in zip(review.marks, review.accused, strict=True):
-            after = review.ids[mark + 1 : mark + 2]
-            if after and after[0] != decisions[0 if accused else 1]:
-                raise DataError(
-                    f"{where}: the next token is not the chosen decision",
-                    "check pairs.jsonl and the student's tokenizer",
-                )
-        for side in (review, other) if other is not None else ():
-            if not any(side.weights):
-                raise DataError(
-                    f"{where}: one side of the content pair is empty", "remove it from pairs.jsonl"
-                )
-            if side.weights[0]:
-                raise DataError(f"{where}: the prompt is not masked", CHECK_TEMPLATE)
-        if other is not None and review.ids == other.ids:
-            raise DataError(
-                f"{where}: both sides of the content pair are the same tokens", "remove it from pairs.jsonl"
-            )
+            if review.ids[mark + 1 : mark + 2] not in ([], [decisions[0 if accused else 1]]):
+                odd = f"{where}: the next token is not the chosen decision"
+                raise DataError(odd, "check pairs.jsonl and the student's tokenizer")
+        if other is None:
+            continue
+        if not (any(review.weights) and any(other.weights)):
+            raise DataError(f"{where}: one side of the content pair is empty", REMOVE_PAIR)
+        if review.weights[0] or other.weights[0]:
+            raise DataError(f"{where}: the prompt is not masked", CHECK_TEMPLATE)
+        if review.ids == other.ids:
+            raise DataError(f"{where}: both sides of the content pair are the same tokens", REMOVE_PAIR)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -78,10 +68,9 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
     Raises DataError.
     """
-    messages = prompts.solve_messages("1 + 1 = ?")
+    messages, unknown = prompts.solve_messages("1 + 1 = ?"), tokenizer.unk_token_id
     if "1 + 1 = ?" not in prompt_text(tokenizer, messages):
         raise DataError("the student's chat template drops the question", "choose an instruct model")
-    unknown = tokenizer.unk_token_id
     if unknown is not None and unknown in prompt_ids(tokenizer, messages):
         raise DataError(
             "the student's chat template uses a token that is not in its vocabulary",
@@ -91,40 +80,3 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         raise DataError(
             "the student's end-of-turn token is not in its vocabulary", "choose an instruct model"
         )
-
-
-def drop_long_rows(
-    run: Run,
-    report: Report,
-    keys: Sequence[tuple[str, int | None]],
-    lengths: Sequence[int],
-    limit: int,
-    progress: Progress | None,
-) -> list[int]:
-    """Numbers of the rows of at most `limit` tokens; nothing is ever truncated.
-
-    The others are named in dropped.jsonl by their `keys` (id, sample), counted in the report, and warned of.
-    """
-    warn_of_long_rows(progress, report.stage, "rows", lengths, limit)
-    drops = [
-        Drop(
-            stage=report.stage, id=id, sample=sample, reason="longer_than_max_length",
-            detail=f"{length} tokens, {limit} fit",
-        )
-        for (id, sample), length in zip(keys, lengths, strict=True)
-        if length > limit
-    ]  # fmt: skip
-    run.replace_drops({report.stage}, drops)
-    if drops:
-        report.dropped["longer_than_max_length"] = len(drops)
-    return [number for number, length in enumerate(lengths) if length <= limit]
-
-
-def warn_of_long_rows(
-    progress: Progress | None, section: str, what: str, lengths: Sequence[int], limit: int
-) -> None:
-    """Warn before the first step of rows that are too long, with the setting to raise. `lengths` are in tokens."""
-    long = sum(length > limit for length in lengths)
-    if long and progress is not None:
-        skipped = f"{long} of {len(lengths)} {what} have more than {limit} tokens and are skipped"
-        progress(0, 0, warning=f"{skipped} (the longest has {max(lengths)}): raise {section}.max_length")

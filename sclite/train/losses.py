@@ -24,7 +24,12 @@ from sclite.train.bundle import Batch, Bundle, collate
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from torch.nn import Module
+    from transformers import PreTrainedTokenizerBase
+
+
+Reference = Mapping[str, Mapping[str, Any]]
+"""By bundle key {"decisions": [[chosen, rejected] ..], "content": [chosen, rejected] or None}: log p in nats."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +44,12 @@ class LossTerm:
     weight: float = 0.0
 
 
-def weighted_loss(terms: Mapping[str, LossTerm], totals: Mapping[str, int]) -> tuple[Any, dict[str, Any]]:
+def weighted_loss(
+    terms: Mapping[str, LossTerm], totals: Mapping[str, int]
+) -> tuple[Tensor, dict[str, Tensor | list[Tensor]]]:
     """(the loss, the figures to log): each term over its count in `totals`; maxima are in lists."""
-    loss, figures = 0.0, {}
+    loss: Any = 0.0
+    figures: dict[str, Tensor | list[Tensor]] = {}
     for name, term in terms.items():
         value = term.total / max(1, totals[term.per]) if term.per else term.total
         if term.weight:
@@ -51,7 +59,7 @@ def weighted_loss(terms: Mapping[str, LossTerm], totals: Mapping[str, int]) -> t
     return loss, figures
 
 
-def negative_log_likelihood(model: PreTrainedModel, batch: Padded) -> dict[str, LossTerm]:
+def negative_log_likelihood(model: Module, batch: Padded) -> dict[str, LossTerm]:
     """The weighted negative log-likelihood of the tokens with loss, in nats."""
     log_probs, _ = token_log_probs(model, hidden_states(model, batch), batch)
     weights = batch.weights[:, 1:]
@@ -62,18 +70,21 @@ def negative_log_likelihood(model: PreTrainedModel, batch: Padded) -> dict[str, 
 class DpoLoss:
     """The DPO loss of a batch of bundles, with likelihood terms on chosen texts and solved rows."""
 
-    def __init__(self, settings: Dpo, reference: Mapping[str, Any], decision_tokens: tuple[int, int]):
+    def __init__(self, settings: Dpo, reference: Reference, decision_tokens: tuple[int, int]):
         self.settings, self.reference, self.decision_tokens = settings, reference, decision_tokens
 
-    def __call__(self, model: PreTrainedModel, batch: Batch) -> dict[str, LossTerm]:
+    def __call__(self, model: Module, batch: Batch) -> dict[str, LossTerm]:
         import torch
         from torch.nn.functional import logsigmoid
 
         policy = pair_log_probs(model, batch, self.decision_tokens)
         chosen = torch.cat([policy.decision_chosen, policy.content_chosen])
         rejected = torch.cat([policy.decision_rejected, policy.content_rejected])
-        chosen_before, rejected_before = self._reference(batch).to(chosen.device).unbind(1)
-        margins = self.settings.beta * ((chosen - chosen_before) - (rejected - rejected_before))
+        kept = [self.reference[key] for key in batch.keys]
+        decisions = [value for row in kept for value in row["decisions"]]
+        before = torch.tensor([*decisions, *(kept[i]["content"] for i in batch.content)])  # [pairs, 2]
+        chosen_shift, rejected_shift = (torch.stack([chosen, rejected]) - before.T.to(chosen.device)).unbind()
+        margins = self.settings.beta * (chosen_shift - rejected_shift)
         # likelihood of chosen texts: per token for contents, so that a paragraph does not outweigh a decision
         nll = -torch.cat([policy.decision_chosen, policy.content_chosen / policy.content_tokens.clamp(min=1)])
         right = (policy.decision_chosen > policy.decision_rejected).float()
@@ -86,22 +97,13 @@ class DpoLoss:
             "decision_accuracy": LossTerm(right.sum(), "decisions"),
             "chosen_logp": LossTerm(chosen.sum(), "pairs"),
             "rejected_logp": LossTerm(rejected.sum(), "pairs"),
-            "chosen_shift": LossTerm((chosen - chosen_before).sum(), "pairs"),
-            "rejected_shift": LossTerm((rejected - rejected_before).sum(), "pairs"),
+            "chosen_shift": LossTerm(chosen_shift.sum(), "pairs"),
+            "rejected_shift": LossTerm(rejected_shift.sum(), "pairs"),
         }
         if policy.replay_log_prob is not None:
-            terms["replay_nll"] = LossTerm(
-                -policy.replay_log_prob, "replay_tokens", self.settings.replay_weight
-            )
+            weight = self.settings.replay_weight
+            terms["replay_nll"] = LossTerm(-policy.replay_log_prob, "replay_tokens", weight)
         return terms
-
-    def _reference(self, batch: Batch) -> Tensor:
-        """Reference log-probabilities in the order of the pairs, all decisions, then all contents: [pairs, 2]."""
-        import torch
-
-        kept = [self.reference[key] for key in batch.keys]
-        decisions = [value for row in kept for value in row["decisions"]]
-        return torch.tensor([*decisions, *(kept[i]["content"] for i in batch.content)])
 
 
 @dataclass
@@ -116,54 +118,49 @@ class PairLogProbs:
     replay_log_prob: Tensor | None  # scalar, summed over tokens
 
 
-def pair_log_probs(model: PreTrainedModel, batch: Batch, decision_tokens: tuple[int, int]) -> PairLogProbs:
+def pair_log_probs(model: Module, batch: Batch, decision_tokens: tuple[int, int]) -> PairLogProbs:
     """Run the model over a batch; `decision_tokens` are those of accusing and of closing a step."""
     import torch
+
+    def row_sums(hidden: Hidden, rows: Padded) -> tuple[Tensor, Tensor]:
+        """The summed log-probability of the weighted tokens of each row, and how many there are; both [rows]."""
+        log_probs, owner = token_log_probs(model, hidden, rows)
+        counts = torch.bincount(owner, minlength=len(rows.ids)).to(log_probs)
+        sums = log_probs.new_zeros(len(rows.ids)).index_add(0, owner.to(log_probs.device), log_probs)
+        return sums, counts
 
     hidden = hidden_states(model, batch.reviews)
     log_probs = vocabulary_log_probs(model, hidden.at(batch.decision_rows, batch.decision_columns))
     accuse, close = (log_probs[:, token] for token in decision_tokens)
     accused = torch.tensor(batch.decision_accused, device=log_probs.device)
-    chosen, tokens = _row_sums(model, hidden, batch.reviews, len(batch.keys))
+    chosen, tokens = row_sums(hidden, batch.reviews)
     content = torch.tensor(batch.content, dtype=torch.long, device=chosen.device)
-    content_rejected, replay = chosen[:0], None
+    rejected, replay = chosen[:0], None
     if batch.rejected is not None:
-        other = hidden_states(model, batch.rejected)
-        content_rejected, _ = _row_sums(model, other, batch.rejected, len(batch.content))
+        rejected, _ = row_sums(hidden_states(model, batch.rejected), batch.rejected)
     if batch.replay is not None:
         replay = token_log_probs(model, hidden_states(model, batch.replay), batch.replay)[0].sum()
     return PairLogProbs(
         decision_chosen=torch.where(accused, accuse, close),
         decision_rejected=torch.where(accused, close, accuse),
         content_chosen=chosen[content],
-        content_rejected=content_rejected,
+        content_rejected=rejected,
         content_tokens=tokens[content],
         replay_log_prob=replay,
     )
 
 
-def _row_sums(model: PreTrainedModel, hidden: Hidden, rows: Padded, count: int) -> tuple[Tensor, Tensor]:
-    """The summed log-probability of the weighted tokens of each row, and how many there are; both [rows]."""
-    import torch
-
-    log_probs, owner = token_log_probs(model, hidden, rows)
-    counts = torch.bincount(owner, minlength=count).to(log_probs)
-    return log_probs.new_zeros(count).index_add(0, owner.to(log_probs.device), log_probs), counts
-
-
 def reference_log_probs(
-    model: PreTrainedModel, bundles: Sequence[Bundle], tokenizer: PreTrainedTokenizerBase, size: int = 8
-) -> dict[str, dict[str, Any]]:
+    model: Module, bundles: Sequence[Bundle], tokenizer: PreTrainedTokenizerBase, size: int = 8
+) -> Reference:
     """log p of both sides of every pair under the model as it is now, in float32, by bundle key.
 
     Computed once before DPO and kept in the run, so that no step pays for a second forward pass and a resumed training
     compares with the adapter that it started from.
-    {"decisions": [[chosen, rejected] ..], "content": [chosen, rejected] or None}, in nats.
     """
     import torch
 
-    tokens = decision_ids(tokenizer)
-    was_training = model.training
+    tokens, was_training = decision_ids(tokenizer), model.training
     model.eval()
     found: dict[str, dict[str, Any]] = {}
     by_length = sorted(bundles, key=lambda bundle: -len(bundle.review.ids))  # so that little is padded
@@ -172,11 +169,12 @@ def reference_log_probs(
         batch = collate(rows, tokenizer.pad_token_id)
         with torch.no_grad(), autocast(model):
             got = pair_log_probs(model, batch, tokens)
-        decisions = list(zip(got.decision_chosen.tolist(), got.decision_rejected.tolist(), strict=True))
-        contents = list(zip(got.content_chosen.tolist(), got.content_rejected.tolist(), strict=True))
-        for number, key in enumerate(batch.keys):
-            own = [list(d) for row, d in zip(batch.decision_rows, decisions, strict=True) if row == number]
-            content = list(contents[batch.content.index(number)]) if number in batch.content else None
-            found[key] = {"decisions": own, "content": content}
+        found |= {key: {"decisions": [], "content": None} for key in batch.keys}
+        decisions = torch.stack([got.decision_chosen, got.decision_rejected], 1).tolist()
+        for row, pair in zip(batch.decision_rows, decisions, strict=True):
+            found[batch.keys[row]]["decisions"].append(pair)
+        contents = torch.stack([got.content_chosen, got.content_rejected], 1).tolist()
+        for row, pair in zip(batch.content, contents, strict=True):
+            found[batch.keys[row]]["content"] = pair
     model.train(was_training)
     return found

@@ -1,16 +1,23 @@
 """What a training reports: metrics.jsonl, the progress line and warnings with advice; and a Ctrl-C that saves first."""
 
+from __future__ import annotations
+
 import json
 import math
+import resource
 import signal
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sclite.run import write_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Progress = Callable[..., None]
 """progress(done, total, note=.., warning=..)."""
@@ -25,57 +32,53 @@ ADVICE = {
     NOT_A_NUMBER: "the loss or the gradient is NaN or infinite: lower the learning rate and restart this stage with --fresh",
 }
 PATIENCE = 20  # steps before the first warning
+ON_THE_LINE = {
+    "loss": "loss {:.3f}",
+    "margin": "margin {:.2f}",
+    "accuracy": "accuracy {:.0%}",
+    "eval_loss": "evaluation loss {:.3f}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "memory_gb": "{:.1f} GB",
+}
+"""The figures of a step on the progress line: loss 0.412, margin 0.31, accuracy 74 %, 3,204 tokens/s, 9.8 GB."""
 
 
 class MetricsLogger:
-    """Logs one training: call `add` after each micro-batch and `log_step` after each optimizer step."""
+    """Logs one training: call `add` after each micro-batch and `log_step` after each optimizer step.
 
-    def __init__(self, path: Path, phase: str, progress: Progress | None = None):
+    Rows of this phase after step `resumed_from` are removed from metrics.jsonl first; 0 removes all of them.
+    """
+
+    def __init__(self, path: Path, phase: str, progress: Progress | None = None, resumed_from: int = 0):
         self.path, self.phase, self.progress = path, phase, progress
         self.warnings: list[str] = []
         self.interrupted = False
-        self.rows: list[dict[str, Any]] = []
         self._sums: dict[str, Any] = {}
         self._tokens, self._began = 0, time.monotonic()
-
-    # -- metrics.jsonl ---------------------------------------------------------------------------------------------
-
-    def resume(self, step: int) -> None:
-        """Remove this phase's rows after `step` from metrics.jsonl; 0 removes all of them."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        found = read_metrics(self.path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = read_metrics(path)
         # every complete line; the last one may be half-written
-        lines = self.path.read_bytes().count(b"\n") if self.path.is_file() else 0
+        lines = path.read_bytes().count(b"\n") if path.is_file() else 0
         if (lost := lines - len(found)) > 0:
-            self.warn(
-                f"{self.path}: {lost} damaged line{'s' * (lost > 1)} removed; the curves lack those steps"
-            )
-        kept = [row for row in found if row["phase"] != self.phase or row["step"] <= step]
-        self.rows = [row for row in kept if row["phase"] == self.phase]
-        write_text(self.path, (json.dumps(row) + "\n" for row in kept))
+            self.warn(f"{path}: {lost} damaged line{'s' * (lost > 1)} removed; the curves lack those steps")
+        kept = [row for row in found if row["phase"] != phase or row["step"] <= resumed_from]
+        self.rows = [row for row in kept if row["phase"] == phase]
+        write_text(path, (json.dumps(row) + "\n" for row in kept))
 
-    def add(self, figures: Mapping[str, Any], tokens: int) -> None:
+    def add(self, figures: Mapping[str, Tensor | list[Tensor]], tokens: int) -> None:
         """Add the figures of a micro-batch: its share of the step's means, or its maxima in lists."""
         for name, value in figures.items():
-            if isinstance(value, list):
-                value = [*self._sums.get(name, []), *value]
-            elif name in self._sums:
-                value = self._sums[name] + value
-            self._sums[name] = value
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._tokens += tokens
 
-    def log_step(self, logs: Mapping[str, Any], step: int, total: int) -> dict[str, Any]:
+    def log_step(self, logs: Mapping[str, Any], step: int, total: int) -> dict[str, float]:
         """Append what the trainer logs at a step, with our figures, to metrics.jsonl; return both for other loggers."""
-        figures = {k: float(max(v) if isinstance(v, list) else v) for k, v in self._sums.items()}
         found = {k: float(v) for k, v in logs.items() if isinstance(v, int | float)}
         if "loss" in logs:
-            seconds = time.monotonic() - self._began
-            found |= figures | {
-                "tokens": self._tokens,
-                "tokens_per_second": self._tokens / max(seconds, 1e-9),
-            }
-            if memory := _peak_gb():
-                found["memory_gb"] = memory
+            found |= {k: float(max(v) if isinstance(v, list) else v) for k, v in self._sums.items()}
+            seconds = max(time.monotonic() - self._began, 1e-9)
+            found |= {"tokens": self._tokens, "tokens_per_second": self._tokens / seconds}
+            found["memory_gb"] = peak_memory_gb()
             self._sums, self._tokens, self._began = {}, 0, time.monotonic()
         if "loss" in logs or "eval_loss" in logs:
             row = {"phase": self.phase, "step": step} | {k: round(v, 6) for k, v in found.items()}
@@ -86,7 +89,8 @@ class MetricsLogger:
                 if ADVICE[kind] not in self.warnings:
                     self.warn(f"step {step}: {ADVICE[kind]}", ADVICE[kind])
             if self.progress is not None:
-                self.progress(step, total, note=format_step(row))
+                texts = [text.format(row[name]) for name, text in ON_THE_LINE.items() if name in row]
+                self.progress(step, total, note=", ".join(texts).replace("%", " %"))
         return found
 
     def warn(self, text: str, key: str = "") -> None:
@@ -94,8 +98,6 @@ class MetricsLogger:
         self.warnings.append(key or text)
         if self.progress is not None:
             self.progress(0, 0, warning=text)
-
-    # -- Ctrl-C ----------------------------------------------------------------------------------------------------
 
     @contextmanager
     def handle_interrupts(self) -> Iterator[None]:
@@ -119,36 +121,20 @@ class MetricsLogger:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, none if there is no such file. Invalid lines, such as a half-written one, are skipped."""
-    if not path.is_file():
-        return []
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        numbers = isinstance(row, dict) and all(
-            isinstance(value, str if name == "phase" else int | float) for name, value in row.items()
-        )
-        if numbers and {"phase", "step"} <= row.keys():
-            rows.append(row)
+        if isinstance(row, dict) and {"phase", "step"} <= row.keys():
+            phase, *numbers = row.pop("phase"), *row.values()
+            if isinstance(phase, str) and all(isinstance(number, int | float) for number in numbers):
+                rows.append({"phase": phase, **row})
     return rows
 
 
-def format_step(row: Mapping[str, Any]) -> str:
-    """A step on the progress line: loss 0.412, margin 0.31, accuracy 74 %, 3,204 tokens/s, 9.8 GB."""
-    texts = {
-        "loss": "loss {:.3f}",
-        "margin": "margin {:.2f}",
-        "accuracy": "accuracy {:.0%}",
-        "eval_loss": "evaluation loss {:.3f}",
-        "tokens_per_second": "{:,.0f} tokens/s",
-        "memory_gb": "{:.1f} GB",
-    }
-    return ", ".join(text.format(row[name]) for name, text in texts.items() if name in row).replace("%", " %")
-
-
-def diagnose(rows: list[dict[str, Any]]) -> list[str]:
+def diagnose(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What is wrong with a training so far, as keys of ADVICE; `rows` are those of its metrics.jsonl, in order."""
     steps = [row for row in rows if "loss" in row]
     if not steps:
@@ -170,12 +156,13 @@ def diagnose(rows: list[dict[str, Any]]) -> list[str]:
     return found
 
 
-def _peak_gb() -> float | None:
-    """Peak GPU memory that torch has allocated since the last call; None without a GPU."""
+def peak_memory_gb() -> float:
+    """Peak GPU memory that torch has allocated since the last call; without a GPU, this process's peak of RAM so far."""
     import torch
 
     if not torch.cuda.is_available():
-        return None
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
     peak = torch.cuda.max_memory_allocated() / 1e9
     torch.cuda.reset_peak_memory_stats()
     return peak

@@ -6,48 +6,26 @@ Only the trace and its end of turn carry loss. Source: METHOD sections 3 and 4.5
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sclite import prompts
-from sclite.config import Config, TrainingStage
+from sclite.config import Config
 from sclite.errors import DataError
 from sclite.records import Template
 from sclite.run import Report, Run
-from sclite.signature import digest
 from sclite.student.adapters import check_adapter
 from sclite.student.chat_template import opens_thinking
 from sclite.student.log_probs import pad
 from sclite.student.tokenization import Encoded, encode_solution, end_id
 from sclite.trace import parse
-from sclite.train.label_checks import check_labels, drop_long_rows
+from sclite.train.label_checks import check_labels
 from sclite.train.losses import negative_log_likelihood
 from sclite.train.metrics_logger import Progress
-from sclite.train.stage import (
-    BuildLesson,
-    adapter_weights,
-    finished_report,
-    run_training_stage,
-    student_inputs,
-)
+from sclite.train.stage import BuildLesson, Job, adapter_weights
 from sclite.train.trainer import Lesson, held_out_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-STAGE = "sft"
-
-
-def inputs_of(config: Config, run: Run, unseen: frozenset[str] = frozenset()) -> dict[str, Any]:
-    """Everything that decides the result of the SFT stage."""
-    return {
-        "problems kept for stage 2": digest(sorted(unseen)),
-        "templates.jsonl": run.file_digest("templates.jsonl"),
-        "lora": config.lora.model_dump(mode="json"),
-        "sft": config.sft.signed_settings(),
-        **student_inputs(config),
-        "prompts": prompts.digest("student_system", "student_solve", folder=config.prompts.folder),
-        "seed": config.seed,
-    }
 
 
 def train_sft(
@@ -64,34 +42,27 @@ def train_sft(
     An adapter that the user put into sft/adapter replaces the stage. Raises DataError if there are no templates or the
     labels are wrong, UsageError if it was trained with other inputs and `fresh` is not set.
     """
-    if run.is_imported(STAGE, adapter_weights(STAGE)):
+    if run.is_imported("sft", adapter_weights("sft")):
         check_adapter(run.path("sft/adapter"))
-        return Report(STAGE, {"imported": 1}, skipped=True)
-    inputs, report = inputs_of(config, run, unseen), Report(STAGE)
-    if finished := finished_report(run, STAGE, inputs, fresh):
-        return finished
-    hint = "run `sclite build-data` first, or put your own templates there"
-    templates = run.require("templates.jsonl", Template, hint)
-    rows = [row for row in templates if row.id not in unseen]
-    if not rows:
-        raise DataError(
-            f"all {len(templates)} templates belong to problems reserved for stage 2: SFT has no rows to train on",
-            "`sclite build-data` writes those of the other problems; problems.correction_share sets the reserved share",
-        )
+        return Report("sft", {"imported": 1}, skipped=True)
 
-    def prepare(tokenizer: PreTrainedTokenizerBase) -> BuildLesson:
-        if progress is not None and opens_thinking(
-            tokenizer.get_chat_template(), tokenizer.special_tokens_map
-        ):
+    def prepare(job: Job, tokenizer: PreTrainedTokenizerBase) -> BuildLesson:
+        hint = "run `sclite build-data` first, or put your own templates there"
+        templates = run.require("templates.jsonl", Template, hint)
+        rows = [row for row in templates if row.id not in unseen]
+        if not rows:
+            raise DataError(
+                f"all {len(templates)} templates belong to problems reserved for stage 2: SFT has no rows to train on",
+                "`sclite build-data` writes those of the other problems; problems.correction_share sets the reserved "
+                "share",
+            )
+        if opens_thinking(tokenizer.get_chat_template(), tokenizer.special_tokens_map):
             empty = "the student's chat template opens a <think> block: sclite trains and uses it with an empty one"
-            progress(0, 0, warning=f"{empty}; other programs have to send the closing tag themselves")
+            job.warn(f"{empty}; other programs have to send the closing tag themselves")
         encoded = solve_rows(tokenizer, rows, config.prompts.folder)
-        kept = fitting_rows(run, report, [row.id for row in rows], encoded, config.sft, tokenizer, progress)
-        return lambda *_: supervised(STAGE, kept, tokenizer.pad_token_id, config.sft.eval_share, config.seed)
+        return supervised(job, [row.id for row in rows], encoded, tokenizer)
 
-    return run_training_stage(
-        config, run, report, inputs, prepare, start_from=None, fresh=fresh, progress=progress
-    )
+    return Job("sft", config, run, unseen, fresh, progress).train(prepare)
 
 
 def replay_templates(templates: Sequence[Template], unseen: frozenset[str]) -> list[Template]:
@@ -109,27 +80,21 @@ def solve_rows(
     ]
 
 
-def fitting_rows(
-    run: Run,
-    report: Report,
-    names: Sequence[str],
-    rows: Sequence[Encoded],
-    settings: TrainingStage,
-    tokenizer: PreTrainedTokenizerBase,
-    progress: Progress | None,
-) -> list[Encoded]:
-    """The rows that fit in max_length, with their labels checked and counted in the report."""
-    lengths = [len(row.ids) for row in rows]
-    kept = drop_long_rows(
-        run, report, [(name, None) for name in names], lengths, settings.max_length, progress
-    )
+def supervised(
+    job: Job, names: Sequence[str], rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase
+) -> BuildLesson:
+    """The lesson on the rows that fit in max_length, with their labels checked and counted in the report."""
+    kept = job.drop_long_rows([(name, None) for name in names], [len(row.ids) for row in rows])
     fitting = [rows[i] for i in kept]
-    report.figures["labels"] = check_labels(fitting, end_id(tokenizer), [names[i] for i in kept])
-    report.counts["rows"] = len(fitting)
-    return fitting
+    job.report.figures["labels"] = check_labels(fitting, end_id(tokenizer), [names[i] for i in kept])
+    job.report.counts["rows"] = len(fitting)
+    held_out = held_out_rows(len(fitting), job.settings.eval_share, job.config.seed)
+    return lambda *_: supervised_lesson(job.stage, fitting, tokenizer.pad_token_id, held_out)
 
 
-def supervised(phase: str, rows: Sequence[Encoded], pad_id: int, eval_share: float, seed: int) -> Lesson:
+def supervised_lesson(
+    phase: str, rows: Sequence[Encoded], pad_id: int, held_out: Sequence[int] = ()
+) -> Lesson:
     """A supervised lesson: the mean over all tokens with loss in an optimizer step, each by its weight."""
     return Lesson(
         phase=phase,
@@ -137,5 +102,5 @@ def supervised(phase: str, rows: Sequence[Encoded], pad_id: int, eval_share: flo
         counts=[{"tokens": sum(weight > 0 for weight in row.weights)} for row in rows],
         collate=lambda numbers: pad([rows[number] for number in numbers], pad_id),
         losses=negative_log_likelihood,
-        held_out=held_out_rows(len(rows), eval_share, seed),
+        held_out=held_out,
     )

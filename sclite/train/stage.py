@@ -1,4 +1,4 @@
-"""What SFT, warm-up and DPO have in common: `run_training_stage` trains, saves and signs one adapter."""
+"""What SFT, warm-up and DPO have in common: a `Job` trains, saves and signs one adapter."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from sclite.config import Config, Student
-from sclite.errors import DataError
+from sclite import prompts
+from sclite.config import Config, Student, TrainingStage
+from sclite.errors import DataError, UsageError
+from sclite.records import Drop
 from sclite.run import Report, Run, timed
+from sclite.signature import differences, digest
 from sclite.student.adapters import adapted_layers
 from sclite.student.loader import (
     EMBEDDED,
@@ -24,7 +28,7 @@ from sclite.student.loader import (
     select_backend,
 )
 from sclite.student.origin import record_origin
-from sclite.train.checkpoints import Checkpoints, refuse_other_inputs, sync_folder
+from sclite.train.checkpoints import Checkpoints, sync_folder
 from sclite.train.label_checks import check_tokenizer
 from sclite.train.memory import choose_micro_batch
 from sclite.train.metrics_logger import Progress
@@ -36,97 +40,14 @@ if TYPE_CHECKING:
 
 BuildLesson = Callable[["PeftModel", int], Lesson]
 """From the loaded model and the micro-batch size to the lesson."""
-
-
-def run_training_stage(
-    config: Config,
-    run: Run,
-    report: Report,
-    inputs: dict[str, Any],
-    prepare: Callable[[PreTrainedTokenizerBase], BuildLesson],
-    *,
-    start_from: str | None,
-    fresh: bool,
-    progress: Progress | None,
-) -> Report:
-    """Train the stage of `report` and save its adapter as STAGE/adapter; resume if it was interrupted.
-
-    `prepare` tokenizes and checks the rows before the weights are loaded, which takes a minute. `start_from` is the
-    folder of an adapter in the run, None for a new one. Raises UsageError if the stage was trained with other inputs and
-    `fresh` is not set.
-    """
-    stage = report.stage
-    checkpoints = Checkpoints(run.path(f"{stage}/checkpoints"))
-    refuse_other_inputs(run, stage, checkpoints.folder, inputs, fresh)
-    with timed(report):
-        quiet_libraries(config.student)
-        checkpoints.prepare(inputs, progress)
-        tokenizer = load_tokenizer(model_name(config.student))
-        check_tokenizer(tokenizer)
-        build_lesson = prepare(tokenizer)
-        micro_batch = choose_micro_batch(config, stage)
-        adapter = run.path(start_from) if start_from else None
-        model, tokenizer = load_student(config, stage, adapter, train=True)
-        outcome = train_adapter(
-            model,
-            tokenizer,
-            build_lesson(model, micro_batch),
-            config.stage(stage),
-            checkpoints,
-            run.path(f"{stage}/metrics.jsonl"),
-            seed=config.seed,
-            micro_batch=micro_batch,
-            progress=progress,
-        )
-        save_adapter(model, run, stage)
-    report.counts["steps"] = outcome.steps
-    report.figures |= {"best_step": outcome.best, "warnings": outcome.warnings}
-    if adapter is None:
-        report.figures["lora"] = adapted_layers(model)
-    sign_adapter(run, report, inputs)
-    checkpoints.delete()
-    return report
-
-
-def save_adapter(model: PeftModel, run: Run, stage: str) -> None:
-    """Save a model's adapter as STAGE/adapter of the run, by rename, so that it is never half-written.
-
-    Removes an older manifest of the stage first: it signs another adapter.
-    """
-    folder = run.path(f"{stage}/adapter")
-    run.mark_started(stage)
-    run.path(f"done/{stage}.json").unlink(missing_ok=True)
-    temporary = folder.with_name(".adapter")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    record_origin(model, fetch_model(model.config.name_or_path), temporary)
-    sync_folder(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-    sync_folder(folder)
-
-
-def sign_adapter(run: Run, report: Report, inputs: dict[str, Any]) -> None:
-    """Write the stage's manifest, with the digest by which `finished_report` recognizes its adapter."""
-    report.figures["adapter"] = run.file_digest(adapter_weights(report.stage))
-    run.sign(report.stage, inputs, report)
-
-
-def finished_report(run: Run, stage: str, inputs: dict[str, Any], fresh: bool) -> Report | None:
-    """The report of a stage that is finished with these inputs, None if it has to be trained.
-
-    Raises DataError if its adapter is not the one that it wrote, unless `fresh` allows training it again.
-    """
-    adapter = adapter_weights(stage)
-    manifest = run.done(stage, inputs, adapter)
-    if manifest is None or manifest["figures"].get("adapter") in (None, run.file_digest(adapter)):
-        return Report.of(manifest) if manifest else None
-    if fresh:
-        return None
-    raise DataError(
-        f"{run.path(adapter)} is not the adapter that {stage} wrote: it is damaged or was replaced",
-        "restore it from a backup, or add --fresh to train it again",
-    )
+ROWS = {
+    "sft": ("templates.jsonl",),
+    "warmup": ("reviews.jsonl", "attempts.jsonl", "templates.jsonl"),
+    "dpo": ("pairs.jsonl", "templates.jsonl"),
+}
+"""The files that each stage trains on."""
+START = {"sft": None, "warmup": "sft/adapter", "dpo": "warmup/adapter"}
+"""The adapter that each stage starts from; None: a new one."""
 
 
 def adapter_weights(stage: str) -> str:
@@ -134,10 +55,176 @@ def adapter_weights(stage: str) -> str:
     return f"{stage}/adapter/adapter_model.safetensors"
 
 
-def student_inputs(config: Config) -> dict[str, Any]:
-    """The student settings that decide what is trained; the embedded student is the same on every machine."""
-    name = EMBEDDED if config.student.model == EMBEDDED else model_name(config.student)
-    return {"student.model": name, "student.load_in_4bit": config.student.load_in_4bit}
+def training_inputs(
+    config: Config, run: Run, stage: str, unseen: frozenset[str] = frozenset()
+) -> dict[str, Any]:
+    """Everything that decides the result of a training stage; the embedded student is the same on every machine."""
+    used = ("student_system", "student_solve", *(["student_review"] if stage != "sft" else ()))
+    start = START[stage]
+    return {
+        "problems kept for stage 2": digest(sorted(unseen)),
+        **{name: run.file_digest(name) for name in ROWS[stage]},
+        start or "lora": run.file_digest(f"{start}/adapter_model.safetensors")
+        if start
+        else config.lora.model_dump(mode="json"),
+        stage: config.stage(stage).signed_settings(),
+        "student.model": EMBEDDED if config.student.model == EMBEDDED else model_name(config.student),
+        "student.load_in_4bit": config.student.load_in_4bit,
+        "prompts": prompts.digest(*used, folder=config.prompts.folder),
+        "seed": config.seed,
+    }
+
+
+@dataclass
+class Job:
+    """One training stage of a run. `unseen` are the ids of the problems reserved for stage 2."""
+
+    stage: str
+    config: Config
+    run: Run
+    unseen: frozenset[str] = frozenset()
+    fresh: bool = False
+    progress: Progress | None = None
+    report: Report = field(init=False)
+    inputs: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.report = Report(self.stage)
+        self.inputs = training_inputs(self.config, self.run, self.stage, self.unseen)
+
+    @property
+    def settings(self) -> TrainingStage:
+        """The stage's section of the configuration."""
+        return self.config.stage(self.stage)
+
+    def warn(self, text: str) -> None:
+        """Show a warning above the progress line."""
+        if self.progress is not None:
+            self.progress(0, 0, warning=text)
+
+    def warn_of_long_rows(self, what: str, lengths: Sequence[int]) -> None:
+        """Warn before the first step of rows that are too long, with the setting to raise. `lengths` are in tokens."""
+        limit = self.settings.max_length
+        if long := sum(length > limit for length in lengths):
+            skipped = f"{long} of {len(lengths)} {what} have more than {limit} tokens and are skipped"
+            self.warn(f"{skipped} (the longest has {max(lengths)}): raise {self.stage}.max_length")
+
+    def drop_long_rows(self, keys: Sequence[tuple[str, int | None]], lengths: Sequence[int]) -> list[int]:
+        """Numbers of the rows that fit in max_length; nothing is ever truncated.
+
+        The others are named in dropped.jsonl by their `keys` (id, sample), counted in the report, and warned of.
+        """
+        self.warn_of_long_rows("rows", lengths)
+        limit, reason = self.settings.max_length, "longer_than_max_length"
+        drops = [
+            Drop(
+                stage=self.stage, id=id, sample=sample, reason=reason, detail=f"{length} tokens, {limit} fit"
+            )
+            for (id, sample), length in zip(keys, lengths, strict=True)
+            if length > limit
+        ]
+        self.run.replace_drops({self.stage}, drops)
+        if drops:
+            self.report.dropped[reason] = len(drops)
+        return [number for number, length in enumerate(lengths) if length <= limit]
+
+    def train(self, prepare: Callable[[Job, PreTrainedTokenizerBase], BuildLesson]) -> Report:
+        """Train the stage and save its adapter as STAGE/adapter; resume if it was interrupted, skip if it is finished.
+
+        `prepare` tokenizes and checks the rows before the weights are loaded, which takes a minute. With 0 epochs the
+        adapter to start from is copied. Raises UsageError if the stage was trained with other inputs and `fresh` is not
+        set, DataError if its adapter is not the one that it wrote.
+        """
+        config, run, stage, report = self.config, self.run, self.stage, self.report
+        start, checkpoints = START[stage], Checkpoints(run.path(f"{stage}/checkpoints"))
+        adapter = run.path(start) if start else None
+        copies = adapter is not None and self.settings.num_train_epochs == 0
+        if finished := self._finished(checkpoints, replace=self.fresh or copies):
+            return finished
+        if adapter is not None and copies:
+            with timed(report):
+                _replace_folder(run.path(f"{stage}/adapter"), lambda folder: shutil.copytree(adapter, folder))
+        else:
+            with timed(report):
+                quiet_libraries(config.student)
+                if warning := checkpoints.prepare(self.inputs):
+                    self.warn(warning)
+                tokenizer = load_tokenizer(model_name(config.student))
+                check_tokenizer(tokenizer)
+                build_lesson = prepare(self, tokenizer)
+                micro_batch = choose_micro_batch(config, stage)
+                loaded, tokenizer = load_student(config, stage, adapter, train=True)
+                model = cast("PeftModel", loaded)
+                outcome = train_adapter(
+                    model, tokenizer, build_lesson(model, micro_batch), self.settings, checkpoints,
+                    run.path(f"{stage}/metrics.jsonl"), seed=config.seed, micro_batch=micro_batch,
+                    progress=self.progress,
+                )  # fmt: skip
+                save_adapter(model, run, stage)
+            report.counts["steps"] = outcome.steps
+            report.figures |= {"best_step": outcome.best, "warnings": outcome.warnings}
+            if adapter is None:
+                report.figures["lora"] = adapted_layers(model)
+        report.figures["adapter"] = run.file_digest(adapter_weights(stage))
+        run.sign(stage, self.inputs, report)
+        checkpoints.delete()
+        return report
+
+    def _finished(self, checkpoints: Checkpoints, replace: bool) -> Report | None:
+        """The report of the stage if it is finished with these inputs, None if it has to be trained.
+
+        Training takes hours: its results are never thrown away without being asked to (`replace`).
+        """
+        run, stage, inputs = self.run, self.stage, self.inputs
+        name = adapter_weights(stage)
+        manifest = run.done(stage, inputs, name)
+        if manifest and manifest["figures"].get("adapter") in (None, run.file_digest(name)):
+            return Report.of(manifest)
+        if replace:
+            return None
+        if manifest:
+            raise DataError(
+                f"{run.path(name)} is not the adapter that {stage} wrote: it is damaged or was replaced",
+                "restore it from a backup, or add --fresh to train it again",
+            )
+        started = checkpoints.recorded_inputs() if checkpoints.step() else None
+        if started == inputs:  # with --fresh, then interrupted
+            return None
+        trained = run.manifest(stage)
+        before = trained["inputs"] if trained else started
+        if before is not None and before != inputs:
+            what = "trained" if trained else "started"
+            raise UsageError(
+                f"{stage} was {what} with other inputs: {'; '.join(differences(before, inputs))}",
+                f"restore them to keep what is there, or add --fresh to train {stage} again",
+            )
+        return None
+
+
+def save_adapter(model: PeftModel, run: Run, stage: str) -> None:
+    """Save a model's adapter as STAGE/adapter of the run.
+
+    Removes an older manifest of the stage first: it signs another adapter.
+    """
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(str(folder))
+        record_origin(model, fetch_model(model.config.name_or_path), folder)
+
+    run.mark_started(stage)
+    run.path(f"done/{stage}.json").unlink(missing_ok=True)
+    _replace_folder(run.path(f"{stage}/adapter"), write)
+
+
+def _replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
+    """Write a folder under another name and rename it, so that it is never half-written."""
+    temporary = folder.with_name(".adapter")
+    shutil.rmtree(temporary, ignore_errors=True)
+    write(temporary)
+    sync_folder(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    sync_folder(folder)
 
 
 def quiet_libraries(student: Student | None = None) -> None:

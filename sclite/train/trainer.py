@@ -28,9 +28,8 @@ from sclite.train.metrics_logger import MetricsLogger, Progress
 from sclite.train.order import training_order
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+    from transformers import PreTrainedTokenizerBase
 
 FEW_STEPS = 20
 EVAL_ROWS = 200  # at most; more would add little
@@ -88,40 +87,43 @@ def train_adapter(
 ) -> Outcome:
     """Train the model's adapter in place, from its last complete checkpoint if there is one.
 
-    Appends the figures of each step to `metrics`. Raises GpuMemoryError if the GPU runs out of memory,
-    KeyboardInterrupt after Ctrl-C, once a checkpoint is saved.
+    Appends the figures of each step to `metrics`. Raises GpuMemoryError if the GPU runs out of memory, ScliteError if
+    nothing was learned, KeyboardInterrupt after Ctrl-C, once a checkpoint is saved.
     """
-    phase, size, held_out = lesson.phase, settings.batch_size, set(lesson.held_out)
+    phase, held_out = lesson.phase, set(lesson.held_out)
     rows = [i for i in range(len(lesson.lengths)) if i not in held_out]
     lengths = [lesson.lengths[i] for i in rows]
-    order = [rows[i] for i in training_order(lengths, size, settings.num_train_epochs, seed)]
-    logger = MetricsLogger(metrics, phase, progress)
-    logger.resume(checkpoints.step())
+    order = training_order(lengths, settings.batch_size, settings.num_train_epochs, seed)
+    logger = MetricsLogger(metrics, phase, progress, resumed_from=checkpoints.step())
     arguments = training_arguments(
         checkpoints.folder, settings, seed, micro_batch, len(order), bool(held_out)
     )
-    trainer = build_trainer(model, tokenizer, lesson, arguments, row_dataset(order, size))
-    trainer.lesson, trainer.logger, trainer.held_out = lesson, logger, sorted(held_out)
-    trainer.totals = [lesson.totals(order[start : start + size]) for start in range(0, len(order), size)]
-    for callback in _callbacks(checkpoints, logger, settings.early_stopping_patience if held_out else 0):
-        trainer.add_callback(callback)
-    steps = len(trainer.totals)
+    trainer = build_trainer(model, tokenizer, lesson, arguments, [rows[i] for i in order])
+    trainer.logger = logger
+    _add_callbacks(trainer, checkpoints, settings.early_stopping_patience if held_out else 0)
+    steps = -(-len(order) // settings.batch_size)
     if steps < FEW_STEPS:
         remedy = f"raise {phase}.num_train_epochs, lower {phase}.batch_size, or add problems"
-        logger.warn(
-            f"{phase}: only {steps} optimizer step{'s' * (steps != 1)}, too few to learn much: {remedy}"
-        )
+        plural = "s" * (steps != 1)
+        logger.warn(f"{phase}: only {steps} optimizer step{plural}, too few to learn much: {remedy}")
     before = _weights_hash(model)
     with catch_out_of_memory(phase, micro_batch), logger.handle_interrupts():
         trainer.train(resume_from_checkpoint=checkpoints.last())
     if logger.interrupted:
         raise KeyboardInterrupt
-    best = trainer.state.best_global_step if held_out else None
-    if best and best != trainer.state.global_step and not checkpoints.load(best, model):
+    last, best = trainer.state.global_step, trainer.state.best_global_step if held_out else None
+    if best and best != last and not checkpoints.load(best, model):
         logger.warn(f"the best checkpoint (step {best}) was damaged: keeping the last step")
-        best = trainer.state.global_step
-    _check_trained(model, before, phase, settings.learning_rate, checkpoints)
-    return Outcome(trainer.state.global_step, best or None, logger.warnings)
+        best = last
+    finite = all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad)
+    if finite and _weights_hash(model) != before:
+        return Outcome(last, best or None, logger.warnings)
+    reason, change = "training did not change the adapter", "raise"
+    if not finite:
+        reason, change = "weights of the adapter are NaN or infinite after the last step", "lower"
+    checkpoints.delete()  # they are just as useless, and the next run would resume from them
+    rate = f"{phase}.learning_rate (now {settings.learning_rate:g})"
+    raise ScliteError(f"{phase}: {reason}", f"{change} {rate} and re-run")
 
 
 def _weights_hash(model: PeftModel) -> str:
@@ -131,22 +133,6 @@ def _weights_hash(model: PeftModel) -> str:
         if parameter.requires_grad:
             found.update(parameter.detach().cpu().numpy().tobytes())
     return found.hexdigest()
-
-
-def _check_trained(
-    model: PeftModel, before: str, phase: str, learning_rate: float, checkpoints: Checkpoints
-) -> None:
-    """Raise ScliteError if training did not change the adapter, or left weights that are not finite."""
-    if not all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
-        reason, change = "weights of the adapter are NaN or infinite after the last step", "lower"
-    elif _weights_hash(model) == before:
-        reason, change = "training did not change the adapter", "raise"
-    else:
-        return
-    checkpoints.delete()  # they are just as useless, and the next run would resume from them
-    raise ScliteError(
-        f"{phase}: {reason}", f"{change} {phase}.learning_rate (now {learning_rate:g}) and re-run"
-    )
 
 
 @contextmanager
@@ -160,13 +146,13 @@ def catch_out_of_memory(phase: str, micro_batch: int) -> Iterator[None]:
         raise
 
 
-def _callbacks(checkpoints: Checkpoints, logger: MetricsLogger, patience: int) -> list[TrainerCallback]:
+def _add_callbacks(trainer: Any, checkpoints: Checkpoints, patience: int) -> None:
     """Save and stop on Ctrl-C, evaluate the last step, mark complete checkpoints, and stop early."""
     from transformers import EarlyStoppingCallback, TrainerCallback
 
     class CheckpointCallback(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
-            if logger.interrupted:
+            if trainer.logger.interrupted:
                 control.should_save = control.should_training_stop = True
             elif state.global_step >= state.max_steps and args.eval_strategy != "no":
                 control.should_evaluate = True
@@ -174,7 +160,9 @@ def _callbacks(checkpoints: Checkpoints, logger: MetricsLogger, patience: int) -
         def on_save(self, args, state, control, **_):
             checkpoints.mark(state.global_step)
 
-    return [CheckpointCallback(), *([EarlyStoppingCallback(patience)] if patience else [])]
+    trainer.add_callback(CheckpointCallback())
+    if patience:
+        trainer.add_callback(EarlyStoppingCallback(patience))
 
 
 def build_trainer(
@@ -182,57 +170,49 @@ def build_trainer(
     tokenizer: PreTrainedTokenizerBase,
     lesson: Lesson,
     arguments: dict[str, Any],
-    dataset: Dataset,
-) -> Trainer:
-    """TRL's trainer for the stage, with the changes that building it makes to the model undone."""
+    order: Sequence[int],
+) -> Any:
+    """TRL's trainer for the stage (an AdapterTrainer), with the changes that building it makes to the model undone.
+
+    `order` are row numbers, those of one optimizer step after those of the other.
+    """
+    import datasets
     from transformers import PrinterCallback
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
     def collate(items: Sequence[Mapping[str, int]]) -> dict[str, Any]:
-        """From items of `row_dataset` to a micro-batch, its optimizer step, and its tokens without padding."""
+        """From items of the dataset to a micro-batch, its optimizer step, and its tokens without padding."""
         numbers = [item["number"] for item in items]
         tokens = sum(lesson.lengths[number] for number in numbers)
         return {"batch": lesson.collate(numbers), "step": items[0]["step"], "tokens": tokens}
 
-    if lesson.phase == "dpo":
-        base, config = DPOTrainer, DPOConfig(**arguments)
-    else:
-        base, config = SFTTrainer, SFTConfig(**arguments, loss_type="nll")
-    with _keep_trainable_weights(model):
-        trainer = _trainer_class(base)(
-            model=model,
-            args=config,
-            train_dataset=dataset,
-            eval_dataset=dataset if arguments["eval_strategy"] != "no" else None,
-            data_collator=collate,
-            processing_class=tokenizer,
-        )
+    batch = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
+    steps = [place // batch for place in range(len(order))]
+    # TRL wants a dataset of its own kind; our rows are tokenized already
+    dataset = datasets.Dataset.from_dict({"number": list(order), "step": steps})
+    kept = {name: p.detach().clone().float() for name, p in model.named_parameters() if p.requires_grad}
+    dpo = lesson.phase == "dpo"
+    trainer = _trainer_class(DPOTrainer if dpo else SFTTrainer)(
+        model=model,
+        args=DPOConfig(**arguments) if dpo else SFTConfig(**arguments, loss_type="nll"),
+        train_dataset=dataset,
+        eval_dataset=dataset if arguments["eval_strategy"] != "no" else None,
+        data_collator=collate,
+        processing_class=tokenizer,
+    )
+    for name, parameter in model.named_parameters():
+        if name in kept:
+            parameter.data = kept[name]  # TRL rounds them to bfloat16 on 4-bit models
     trainer.args._n_gpu = 1  # else the trainer splits every micro-batch over all GPUs it sees
     trainer.remove_callback(PrinterCallback)
     if "ref" in model.peft_config:  # TRL's copy of the adapter; our reference is kept in the run
         model.delete_adapter("ref")
+    trainer.lesson = lesson
+    trainer.totals = [lesson.totals(order[start : start + batch]) for start in range(0, len(order), batch)]
     return trainer
 
 
-@contextmanager
-def _keep_trainable_weights(model: PeftModel) -> Iterator[None]:
-    """Undo what building a trainer does to trainable weights: TRL rounds them to bfloat16 on 4-bit models."""
-    kept = {name: p.detach().clone().float() for name, p in model.named_parameters() if p.requires_grad}
-    yield
-    for name, parameter in model.named_parameters():
-        if name in kept:
-            parameter.data = kept[name]
-
-
-def row_dataset(order: Sequence[int], batch: int) -> Dataset:
-    """A dataset of row numbers and optimizer steps: TRL wants one of its own kind, our rows are tokenized already."""
-    import datasets
-
-    steps = [place // batch for place in range(len(order))]
-    return datasets.Dataset.from_dict({"number": list(order), "step": steps})
-
-
-def _trainer_class(base: type) -> type:
+def _trainer_class(base: Any) -> Any:
     """A subclass of TRL's trainer whose rows, losses and order come from a lesson."""
     import torch
     from transformers import Trainer
@@ -240,7 +220,6 @@ def _trainer_class(base: type) -> type:
     class AdapterTrainer(base):
         lesson: Lesson
         logger: MetricsLogger
-        held_out: Sequence[int]
         totals: Sequence[Mapping[str, int]]
 
         def _prepare_dataset(self, dataset, *_, **__):
@@ -274,18 +253,18 @@ def _trainer_class(base: type) -> type:
                 return weighted_loss(self.lesson.losses(model, batch), totals)
 
         def evaluate(self, *_, **__):
-            model, size = self.model, self.args.per_device_train_batch_size
-            totals, found = self.lesson.totals(self.held_out), Counter()
+            model, size, rows = self.model, self.args.per_device_train_batch_size, self.lesson.held_out
+            totals, found = self.lesson.totals(rows), {"eval_loss": 0.0}
             was_training = model.training
             model.eval()
-            for start in range(0, len(self.held_out), size):
-                batch = self.lesson.collate(self.held_out[start : start + size])
+            for start in range(0, len(rows), size):
+                batch = self.lesson.collate(rows[start : start + size])
                 with torch.no_grad():
                     found["eval_loss"] += float(self._loss(model, batch, totals)[0])
             model.train(was_training)
             self.log(dict(found))
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, dict(found))
-            return dict(found)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+            return found
 
         def log(self, logs, start_time=None):
             Trainer.log(self, self.logger.log_step(logs, self.state.global_step, self.state.max_steps))

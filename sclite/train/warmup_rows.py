@@ -42,19 +42,20 @@ def mixed_rows(
     """
     attempts = {(a.id, a.sample): a.trace for a in run.read("attempts.jsonl", Attempt)}
     questions = {p.id: p.question for p in run.read("problems.jsonl", Problem)}
-    reviewed, continued, closed = [], [], []
+    made: dict[str, list[tuple[str, Encoded]]] = {"review": [], "continued": [], "closed": []}
     for review in reviews:
-        name, question = f"{review.id}/{review.sample}", questions[review.id]
-        work = work_of(attempts[review.id, review.sample])
-        reviewed.append((name, review_row(tokenizer, question, work, review, config)))
-        if review.step is not None:
-            continued.append((f"{name}/continued", continued_row(tokenizer, question, review, config)))
-        if is_closed(work, review) and len(reviewed[-1][1].ids) <= config.warmup.max_length:
-            closed.append((f"{name}/closed", closed_row(tokenizer, question, work, review, config)))
-    rows = solve_rows(tokenizer, templates, config.prompts.folder)
-    solved = [(template.id, row) for template, row in zip(templates, rows, strict=True)]
+        work, name = work_of(attempts[review.id, review.sample]), f"{review.id}/{review.sample}"
+        rows = rows_of_review(tokenizer, questions[review.id], work, review, config)
+        if len(rows["review"].ids) > config.warmup.max_length:
+            rows.pop("closed", None)
+        for kind, row in rows.items():
+            made[kind].append((name if kind == "review" else f"{name}/{kind}", row))
+    encoded = solve_rows(tokenizer, templates, config.prompts.folder)
+    solved = [(template.id, row) for template, row in zip(templates, encoded, strict=True)]
     share, seed = config.warmup.replay_share, config.seed
-    mixed = mix(reviewed, closed, solved=solved, continued=continued, share=share, seed=seed)
+    mixed = mix(
+        made["review"], made["closed"], solved=solved, continued=made["continued"], share=share, seed=seed
+    )
     return [name for name, _ in mixed], [row for _, row in mixed]
 
 
@@ -81,30 +82,19 @@ def mix(
     return rows
 
 
-def is_closed(work: Trace, review: Review) -> bool:
-    """Whether a review's work makes a closed row: it is wrong, and has an answer, else the row would teach to end there."""
-    return review.step is not None and work.answer is not None
-
-
-def review_row(
+def rows_of_review(
     tokenizer: PreTrainedTokenizerBase, question: str, work: Trace, review: Review, config: Config
-) -> Encoded:
-    """A review as an answer to the review prompt, its decisions weighted."""
-    messages = prompts.review_messages(question, render(work), config.prompts.folder)
-    return encode_review(tokenizer, messages, parse(review.trace).trace, config.warmup.decision_weight)
+) -> dict[str, Encoded]:
+    """The rows of a review, its decisions weighted: {"review"} and, if it corrects a step, {"continued", "closed"}.
 
-
-def continued_row(
-    tokenizer: PreTrainedTokenizerBase, question: str, review: Review, config: Config
-) -> Encoded:
-    """The rest of the solution after the step that a review corrects."""
-    messages = prompts.solve_messages(question, config.prompts.folder)
-    return encode_continuation(tokenizer, messages, corrected(parse(review.trace).trace), review.step)
-
-
-def closed_row(
-    tokenizer: PreTrainedTokenizerBase, question: str, work: Trace, review: Review, config: Config
-) -> Encoded:
-    """The wrong work that a review corrects, in the solve context: its wrong step is closed like any other."""
-    messages = prompts.solve_messages(question, config.prompts.folder)
-    return encode_closing(tokenizer, messages, work, review.step, config.warmup.decision_weight)
+    Work without an answer makes no closed row, which would teach to end there.
+    """
+    folder, weight, noted = config.prompts.folder, config.warmup.decision_weight, parse(review.trace).trace
+    messages = prompts.review_messages(question, render(work), folder)
+    rows = {"review": encode_review(tokenizer, messages, noted, weight)}
+    if review.step is not None:
+        solve = prompts.solve_messages(question, folder)
+        rows["continued"] = encode_continuation(tokenizer, solve, corrected(noted), review.step)
+        if work.answer is not None:
+            rows["closed"] = encode_closing(tokenizer, solve, work, review.step, weight)
+    return rows

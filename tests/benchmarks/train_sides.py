@@ -156,17 +156,17 @@ def ours(model: Any, tokenizer: Any, config: Any, case: Case, turn: "Turn | None
     from sclite.train.dpo import preferences
     from sclite.train.losses import reference_log_probs
     from sclite.train.metrics_logger import read_metrics
-    from sclite.train.sft import supervised
+    from sclite.train.sft import supervised_lesson
     from sclite.train.trainer import train_adapter
 
     settings, count = case_config(config, case).stage(case.stage), case.steps * case.batch
     if case.stage == "sft":
         rows = solved_rows(count, case.full, case.length)
-        lesson = supervised("sft", rows, tokenizer.pad_token_id, 0, 0)
+        lesson = supervised_lesson("sft", rows, tokenizer.pad_token_id)
     else:
         pairs = bundles(count, case.full, case.length)
         reference = reference_log_probs(model, pairs, tokenizer, case.micro)
-        lesson = preferences(settings, pairs, reference, tokenizer, 0)
+        lesson = preferences(settings, pairs, reference, tokenizer)
     with TemporaryDirectory() as place:
         metrics = Path(place) / "metrics.jsonl"
         train_adapter(

@@ -16,7 +16,7 @@ from sclite.records import Attempt, Drop, Problem, Review, Template
 from sclite.run import Report, Run
 from sclite.settings import load
 from sclite.teacher.ledger import Entry, Ledger
-from sclite.train import sft
+from sclite.train.stage import training_inputs
 
 TRACE = "<Step1>x\n</Step1>\n<Answer>1</Answer>"
 PROBLEMS = [Problem(id=f"p{n}", question=f"{n}?", answer="1") for n in range(8)]
@@ -63,7 +63,7 @@ def trained(built) -> Run:
     """The same after SFT, attempts and corrections."""
     adapter(built, "sft/adapter")
     made, unseen = config(built), frozenset(problem.id for problem in SIDES[1])
-    built.sign("sft", sft.inputs_of(made, built, unseen), Report("sft", {"rows": 4, "steps": 2}))
+    built.sign("sft", training_inputs(made, built, "sft", unseen), Report("sft", {"rows": 4, "steps": 2}))
     built.replace(
         "attempts.jsonl",
         [Attempt(id=p.id, sample=0, trace=TRACE, answer="2", correct=False) for p in SIDES[1]],

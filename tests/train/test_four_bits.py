@@ -9,7 +9,7 @@ from sclite.student.adapters import new_lora
 from sclite.student.loader import EMBEDDED_FOLDER, load_student, load_tokenizer, nf4_config
 from sclite.student.tokenization import Encoded
 from sclite.train.checkpoints import Checkpoints
-from sclite.train.sft import solve_rows, supervised
+from sclite.train.sft import solve_rows, supervised_lesson
 from sclite.train.trainer import train_adapter
 from tests.gpu.models import random_model
 from tests.tiny import tiny_llama
@@ -46,7 +46,7 @@ def moved(folder, path, settings: dict) -> tuple[float, set]:
     row = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")[0]
     rows = [Encoded(row.ids[-24:], row.weights[-24:])]  # 4 bits are slow on a CPU; the steps are what counts
     outcome = train_adapter(
-        model, tokenizer, supervised("sft", rows, tokenizer.pad_token_id, 0, 0), config.sft,
+        model, tokenizer, supervised_lesson("sft", rows, tokenizer.pad_token_id), config.sft,
         Checkpoints(path / "checkpoints"), path / "metrics.jsonl",
         seed=0, micro_batch=1,
     )  # fmt: skip

@@ -13,7 +13,6 @@ from sclite.train.metrics_logger import (
     NOT_A_NUMBER,
     MetricsLogger,
     diagnose,
-    format_step,
     read_metrics,
 )
 from sclite.train.sft import train_sft
@@ -73,10 +72,17 @@ def test_micro_batch_figures_are_summed_and_maxima_kept(tmp_path):
     assert row["tokens_per_second"] > 0
 
 
-def test_the_progress_line_shows_loss_margin_speed_and_memory():
-    row = {"loss": 0.4123, "margin": 0.31, "accuracy": 0.74, "tokens_per_second": 3204.4, "memory_gb": 9.84}
-    assert format_step(row) == "loss 0.412, margin 0.31, accuracy 74 %, 3,204 tokens/s, 9.8 GB"
-    assert format_step({"eval_loss": 0.5}) == "evaluation loss 0.500"
+def test_the_progress_line_shows_loss_margin_speed_and_memory(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("sclite.train.metrics_logger.peak_memory_gb", lambda: 9.84)
+    logger = MetricsLogger(tmp_path / "metrics.jsonl", "dpo", lambda *_, note="", **__: said.append(note))
+    logger.add({"margin": 0.31, "accuracy": 0.74}, 0)
+    logger.log_step({"loss": 0.4123}, 1, 9)
+    logger.log_step({"eval_loss": 0.5}, 1, 9)
+    assert said == [
+        "loss 0.412, margin 0.31, accuracy 74 %, 0 tokens/s, 9.8 GB",
+        "evaluation loss 0.500",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +94,7 @@ def test_early_stopping_keeps_the_best_weights(folder, tmp_path):
     """At a learning rate this high the evaluation loss soon rises; the adapter is from its lowest step."""
     from sclite.student.loader import load_student
     from sclite.train.losses import negative_log_likelihood
-    from sclite.train.sft import solve_rows, supervised
+    from sclite.train.sft import solve_rows, supervised_lesson
 
     run = Run(tmp_path)
     write_toy(run, 12)
@@ -111,7 +117,9 @@ def test_early_stopping_keeps_the_best_weights(folder, tmp_path):
 
     model, tokenizer = load_student(config, "sft", run.path("sft/adapter"))
     encoded = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")
-    lesson = supervised("sft", encoded, tokenizer.pad_token_id, 0.34, config.seed)
+    lesson = supervised_lesson(
+        "sft", encoded, tokenizer.pad_token_id, held_out_rows(len(encoded), 0.34, config.seed)
+    )
     part = negative_log_likelihood(model.eval(), lesson.collate(lesson.held_out))["nll"]
     tokens = sum(lesson.counts[i]["tokens"] for i in lesson.held_out)
     assert part.total.item() / tokens == pytest.approx(losses[best], rel=1e-4)

@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 
 import pytest
 
@@ -18,8 +17,8 @@ from sclite.train.arguments import training_arguments
 from sclite.train.checkpoints import Checkpoints
 from sclite.train.label_checks import check_labels
 from sclite.train.metrics_logger import read_metrics
-from sclite.train.sft import solve_rows, supervised, train_sft
-from sclite.train.trainer import build_trainer, row_dataset, train_adapter
+from sclite.train.sft import solve_rows, supervised_lesson, train_sft
+from sclite.train.trainer import build_trainer, train_adapter
 from sclite.train.warmup import train_warmup
 from tests.tiny import tiny_llama
 
@@ -140,9 +139,9 @@ def test_in_the_trainers_batches_the_prompt_alone_is_masked(folder, tmp_path):
     model, tokenizer = load_student(config, "sft", train=True)
     problem, trace = toy_problems(1)[0], toy_trace(0)
     rows = [encode_solution(tokenizer, prompts.solve_messages(problem.question), trace)] * 3
-    lesson = supervised("sft", rows, tokenizer.pad_token_id, 0, 0)
+    lesson = supervised_lesson("sft", rows, tokenizer.pad_token_id)
     settings = training_arguments(tmp_path, config.sft, 0, 2, 3, False)
-    trainer = build_trainer(model, tokenizer, lesson, settings, row_dataset([0, 1, 2], 4))
+    trainer = build_trainer(model, tokenizer, lesson, settings, [0, 1, 2])
     for batch in trainer.get_train_dataloader():
         for ids, weights in zip(batch["batch"].ids, batch["batch"].weights, strict=True):
             carried = weights > 0
@@ -208,7 +207,7 @@ def test_the_micro_batch_changes_neither_losses_nor_gradients(folder, trained, t
     for micro in (1, 2, 4):
         made = config_of(folder, sft={"num_train_epochs": 3, "learning_rate": 1e-3})
         model, _ = load_student(made, "sft", train=True)
-        lesson = supervised("sft", rows, tokenizer.pad_token_id, 0, 0)
+        lesson = supervised_lesson("sft", rows, tokenizer.pad_token_id)
         train_adapter(
             model, tokenizer, lesson, made.sft, Checkpoints(tmp_path / f"{micro}/checkpoints"),
             tmp_path / f"{micro}/metrics.jsonl", seed=0, micro_batch=micro,
@@ -231,9 +230,7 @@ def test_the_micro_batch_does_not_change_the_evaluation_loss(folder, tmp_path):
     found = []
     for micro in (1, 4):
         model, _ = load_student(made, "sft", train=True)
-        lesson = replace(
-            supervised("sft", rows, tokenizer.pad_token_id, 0, 0), held_out=list(range(len(rows) - 4))
-        )
+        lesson = supervised_lesson("sft", rows, tokenizer.pad_token_id, range(len(rows) - 4))
         metrics = tmp_path / f"{micro}/metrics.jsonl"
         train_adapter(
             model, tokenizer, lesson, made.sft, Checkpoints(tmp_path / f"{micro}/checkpoints"), metrics,
