@@ -20,6 +20,8 @@ from sclite.data.problems import split_problems
 from sclite.data.sources import is_local_source
 from sclite.errors import DataError, ScliteError
 from sclite.evaluate.results import summaries
+from sclite.evaluate.threshold import FILE as THRESHOLDS
+from sclite.evaluate.threshold import Fitted
 from sclite.export import model as export
 from sclite.inspect.rows import require_run
 from sclite.records import Drop, Problem
@@ -134,6 +136,7 @@ def _read_stages(config: Config, run: Run, paid: Mapping[str, Any]) -> dict[str,
                 found[name] = signed
     if not any(name.startswith("export-") for name in found):
         found["export"] = Stage()
+    found |= _threshold(config, run)
     found[EVAL] = _evaluation(config, run)
 
     stale = ""
@@ -191,7 +194,6 @@ class Measured(BaseModel):
     file: str
     bytes: int
     made_from: str
-    threshold: float | None = None
 
 
 class Summary(BaseModel):
@@ -200,6 +202,18 @@ class Summary(BaseModel):
     models: dict[str, Measured]
     n: int
     folder: str
+
+
+def _threshold(config: Config, run: Run) -> dict[str, Stage]:
+    """The fit of the review threshold for the newest student: its stage, or nothing if it is not needed."""
+    made = run.manifest("export-dpo")
+    if made is None or config.review.mode == "free" or config.review.threshold is not None:
+        return {}
+    fitted = (run.read_json(THRESHOLDS, dict[str, Fitted]) or {}).get(made["figures"].get("sha256", ""))
+    if fitted is None:
+        return {"threshold": Stage()}
+    counts = {"problems": fitted.problems, "fitted": int(fitted.threshold is not None)}
+    return {"threshold": Stage(DONE, [fitted.off] if fitted.off else [], counts)}
 
 
 def _evaluation(config: Config, run: Run) -> Stage:
@@ -215,9 +229,7 @@ def _evaluation(config: Config, run: Run) -> Stage:
         or path.stat().st_size != measured.bytes
     ]
     why = [f"{', '.join(others)}: the GGUF has changed"] if others else []
-    thresholds = sum(measured.threshold is not None for measured in found[0].models.values())
-    counts = {f"problems in {each.folder}": each.n for each in found}
-    return Stage(STALE if why else DONE, why, {**counts, "thresholds": thresholds})
+    return Stage(STALE if why else DONE, why, {f"problems in {each.folder}": each.n for each in found})
 
 
 # -- the next command ---------------------------------------------------------------------------------------------
@@ -226,11 +238,12 @@ def _evaluation(config: Config, run: Run) -> Stage:
 def next_command(config: Config, stages: Mapping[str, Stage]) -> str:
     """The command for the first unfinished stage, or the keys that must be set first."""
     held_out = config.eval.source
-    has_problems = bool(held_out) and (not is_local_source(held_out) or Path(held_out).expanduser().is_file())
+    testable = bool(held_out) and (not is_local_source(held_out) or Path(held_out).expanduser().is_file())
+    quickstart = config.teacher.embedded and not config.problems.source
     unfinished = [
         name
         for name, stage in stages.items()
-        if stage.state != DONE and (name != EVAL or has_problems or config.teacher.embedded)
+        if stage.state != DONE and (name != EVAL or testable or quickstart)
     ]
     name, needed = unfinished[0] if unfinished else None, []
     teacher = [] if config.teacher.model else ["teacher.model"]
@@ -239,9 +252,9 @@ def next_command(config: Config, stages: Mapping[str, Stage]) -> str:
     others = others and stages["attempts"].state != NOT_BEGUN and stages["sft"].state == NOT_BEGUN
     if name is None:
         fitted = config.review.mode == "free" or config.review.threshold is not None
-        fitted = fitted or bool(stages[EVAL].counts.get("thresholds"))
+        fitted = fitted or ("threshold" in stages and bool(stages["threshold"].counts.get("fitted")))
         words = ["chat", "--self-correct"] if fitted else ["chat"]
-    elif config.teacher.embedded and not config.problems.source:
+    elif quickstart:
         words = ["quickstart"]
     elif name in ("problems", "templates"):
         again = any("prompts" in why or "teacher" in why for why in stages["templates"].why)
@@ -249,7 +262,7 @@ def next_command(config: Config, stages: Mapping[str, Stage]) -> str:
         source = config.problems.source or stages["problems"].state == DONE
         needed = teacher if source else ["problems.source", *teacher]
     elif name not in OUTPUTS:
-        words = [{EVAL: "eval", "export": "train"}.get(name, "export")]
+        words = [{EVAL: "eval", "export": "train", "threshold": "train"}.get(name, "export")]
     elif others and stages["corrections" if config.attempts.source else "pairs"].state != DONE:
         words, needed = ["build-data", "--only", "corrections"], teacher
     else:

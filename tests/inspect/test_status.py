@@ -260,7 +260,7 @@ def test_an_evaluation_of_another_gguf_is_stale(built):
     os.utime(built.path("eval/b/summary.json"), (1, 1))
     stage = read_status(config(built), built)["stages"]["eval"]
     assert stage["state"] == "done"
-    assert stage["counts"] == {"problems in eval/a": 300, "problems in eval/b": 20, "thresholds": 0}
+    assert stage["counts"] == {"problems in eval/a": 300, "problems in eval/b": 20}
     built.path("export/sft-q4_k_m.gguf").write_bytes(b"another")
     assert states(built)["eval"] == "stale"
     built.path("export/sft-q4_k_m.gguf").write_bytes(b"one")
@@ -361,7 +361,11 @@ def test_eval_is_suggested_only_with_problems(
     assert following("eval.source=there.jsonl") == "sclite eval"
     assert following("eval.source=openai/gsm8k") == "sclite eval"
     assert following("review.threshold=1") == "sclite chat --self-correct"
-    stages["eval"] = Stage("done", counts={"problems": 300, "thresholds": 1})
+    stages["threshold"] = Stage()
+    assert following() == "sclite train"
+    stages["threshold"] = Stage("done", ["nothing to gain"], {"problems": 60, "fitted": 0})
+    assert following() == "sclite chat"
+    stages["threshold"] = Stage("done", [], {"problems": 60, "fitted": 1})
     assert following() == "sclite chat --self-correct"
 
 
