@@ -313,6 +313,9 @@ class Export(Section):
     num_ctx: int = Field(
         8192, ge=256, description="context length in Ollama, in tokens (num_ctx in the Modelfile)"
     )
+    keep_template: bool = Field(
+        False, description="export the model's own chat template, not the one reduced to what was trained"
+    )
 
 
 class Eval(Source):

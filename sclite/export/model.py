@@ -10,6 +10,7 @@ from sclite import prompts
 from sclite.config import Config
 from sclite.errors import DataError, ScliteError
 from sclite.export import parity
+from sclite.export.chat_format import derive_format, write_format
 from sclite.export.gguf import convert_model
 from sclite.export.merge import BaseWeights, merge
 from sclite.export.ollama import build_modelfile
@@ -18,11 +19,12 @@ from sclite.export.tensors import read_json
 from sclite.files import sync, write_text
 from sclite.run import Report, Run, timed
 from sclite.signature import digest
+from sclite.student.chat_template import render_chat
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.llama_cpp.probe import check_gguf
 from sclite.student.loader import check_vocabulary, fetch_base_model, load_tokenizer, read_config
 from sclite.student.origin import read_origin
-from sclite.student.tokenization import piece_ids, prompt_ids
+from sclite.student.tokenization import piece_ids, prompt_ids, prompt_text
 from sclite.trace import Step, Trace, all_pieces
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ def inputs_of(config: Config, run: Run, name: str) -> dict[str, Any]:
         "adapter": run.file_digest(f"{adapter}/adapter_model.safetensors") if adapter else "",
         "student": digest(config.student.model),
         "quant": config.export.quant,
+        "keep_template": config.export.keep_template,
     }
 
 
@@ -78,8 +81,14 @@ def export_model(config: Config, run: Run, name: str) -> Report:
             base = fetch_base_model(config.student)
             tokenizer = load_tokenizer(str(base))
             check_vocabulary(tokenizer, read_config(str(base)), str(base))
+            form = None
+            if not config.export.keep_template:
+                bos = tokenizer.bos_token or ""
+                form = derive_format(lambda chat, answer: prompt_text(tokenizer, chat, answer), bos)
             outtype = "f32" if config.export.quant == "f32" else "f16"
             merged = merge(base, adapter, work / f"{name}-merged", outtype=outtype)
+            if form:
+                write_format(form, tokenizer, merged)
             convert_model(merged, full, outtype=outtype)
             shutil.rmtree(merged)
             check_gguf(full)
@@ -156,16 +165,22 @@ def available_ram() -> int | None:
 
 def write_modelfile(run: Run, config: Config, name: str) -> tuple[Path, list[str]]:
     """Write export/Modelfile for a model's GGUF. Returns its path and warnings for the user."""
-    out = gguf_path(run, name, config)
+    out, warnings = gguf_path(run, name, config), []
     with Engine(out, parallel=1, context=512, gpu_layers=0, cache_gb=0.1) as engine:
-        template, special, max_context = engine.chat_template, engine.special_tokens, engine.trained_context
-    text, warnings = build_modelfile(
+        jinja, tokens, max_context = engine.chat_template, engine.special_tokens, engine.trained_context
+        bos, adds_bos = tokens["bos_token"], engine.vocabulary.adds_bos
+    try:
+        render = lambda chat, answer: render_chat(jinja, chat, tokens, generation_prompt=answer)  # noqa: E731
+        template = derive_format(render, bos).go_template(bos if adds_bos else "")
+    except DataError as error:
+        template = ""
+        warnings.append(f"the Modelfile has no TEMPLATE, which Ollama before 0.30 needs: {error.message}")
+    text = build_modelfile(
         out.name,
         template,
         system=prompts.solve_messages("", config.prompts.folder)[0]["content"],
         num_ctx=min(config.export.num_ctx, max_context),
-        bos=special.get("bos_token", ""),
-        eos=special.get("eos_token", ""),
+        stops=(tokens["eos_token"],),
     )
     path, adapter = run.path("export/Modelfile"), run.path(f"{name}/adapter")
     write_text(path, text)

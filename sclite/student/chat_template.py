@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from datetime import datetime
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
@@ -16,6 +17,8 @@ from sclite.student.base import Messages
 
 SECONDS, STARTING, BYTES, CHARACTERS = 10, 60, 1 << 30, 4_000_000
 """Limits of one rendering: seconds, seconds for its process to start, memory, and length of the text."""
+TODAY = datetime(2024, 7, 26)
+"""The date for templates that write today's: training, evaluation and the exported file must agree on any day."""
 _HINT = "use another base model, or fix its chat template"
 _OPEN = re.compile(r"<(think|thinking|thought)>\s*\Z")
 
@@ -121,6 +124,7 @@ def serve(descriptor: int) -> None:
         except EOFError:
             return
         try:
+            values["strftime_now"] = TODAY.strftime
             text = render_jinja_template([messages], chat_template=template, **values)[0][0]
             if len(text) > CHARACTERS:
                 raise ValueError(f"it writes more than {CHARACTERS:,} characters")

