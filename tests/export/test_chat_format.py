@@ -15,7 +15,7 @@ import pytest
 from sclite.errors import DataError
 from sclite.export.chat_format import CHATS, derive_format, write_format
 from sclite.student.chat_template import render_chat
-from tests.tiny import CHATML, write_tokenizer
+from tests.tiny import CHATML, sample_texts, write_tokenizer
 
 FIXTURE = Path(__file__).with_name("chat_templates.json.xz")
 REAL = json.loads(lzma.decompress(FIXTURE.read_bytes()))
@@ -200,6 +200,12 @@ def test_bos_that_is_also_the_start_of_a_turn_stays_in_the_template():
     assert "<|im_start|>user" in form.go_template("<|im_start|>")
 
 
+def test_date_does_not_depend_on_the_day(formats):
+    """Llama 3.2 writes today's date, Llama 3.1 the day on which it was made."""
+    for name in ("meta-llama-Llama-3.2-3B-Instruct", "meta-llama-Llama-3.1-8B-Instruct"):
+        assert "Today Date: 26 Jul 2024" in formats[name].system.before
+
+
 def test_thinking_that_training_closed_is_closed_in_the_template():
     template = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")
     assert derive(template).opening == "<|im_start|>assistant\n<think>\n\n</think>\n\n"
@@ -233,7 +239,7 @@ def test_template_that_looks_at_more_is_refused_with_the_reason(template, reason
 def test_folder_gets_the_template_the_end_of_turn_and_no_second_bos(tmp_path):
     from transformers import AutoTokenizer
 
-    write_tokenizer(tmp_path, ["one two three " * 50], vocab_size=300)
+    write_tokenizer(tmp_path, sample_texts())
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     settings |= {
         "bos_token": "<|im_start|>",
