@@ -38,7 +38,6 @@ DEFAULTS: Mapping[str, Any] = {
     "dpo": {**STAGE, "learning_rate": 3e-4, "num_train_epochs": 1, "replay_share": 0.6},
     "export": {"quant": "q8_0", "num_ctx": 2048},
     "eval": {"limit": 300, "max_tokens": 320, "context": 1024},
-    "review": {"max_harm": 0.01},  # half a percent of 400 problems are two: the fit would be chance
 }
 
 PROBLEMS = 640  # and 400 for the threshold

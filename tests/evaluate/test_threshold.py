@@ -8,7 +8,6 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from sclite.config import Config
 from sclite.evaluate import threshold
@@ -19,7 +18,7 @@ from sclite.evaluate.threshold import (
     MAX_SHARE,
     MIN_PROBLEMS,
     Fitted,
-    Scored,
+    Trial,
     ensure_threshold,
     fit_student,
     fit_threshold,
@@ -36,8 +35,10 @@ from sclite.trace import Trace
 VERDICTS = st.sampled_from([True, False, None])
 
 
-def scored(correct1, scores, corrected, number=0):
-    return Scored(id=f"p{number}", correct1=correct1, step_scores=scores, corrected=corrected)
+def scored(correct, scores, corrected, number=0):
+    """A trial; `corrected` has the result of each step, None if it is unknown."""
+    problem = Problem(id=f"p{number}", question="1 + 1?", answer="2")
+    return Trial(problem, Trace(), correct, scores, dict(enumerate(corrected, 1)))
 
 
 # -- the bound on harm ---------------------------------------------------------------------------------------------
@@ -136,19 +137,14 @@ def test_problem_with_an_unknown_first_answer_does_not_count():
     assert fitted.off == "no fitting problem has a known outcome"
 
 
-def test_scores_and_results_have_equal_length():
-    with pytest.raises(ValidationError, match="2 step_scores, 1 corrected"):
-        scored(True, (1.0, 2.0), (None,))
-
-
-def replay(rows, at):
+def replay(trials, at):
     """Apply a threshold step by step: (right at turn 2, spoiled, accused steps)."""
     right = harm = 0
-    accused = [next((k for k, s in enumerate(row.step_scores) if s > at), None) for row in rows]
-    for row, step in zip(rows, accused, strict=True):
-        verdict = row.correct1 if step is None else row.corrected[step] is True
+    accused = [next((k for k, score in enumerate(t.scores, 1) if score > at), None) for t in trials]
+    for trial, step in zip(trials, accused, strict=True):
+        verdict = trial.correct if step is None else trial.results[step] is True
         right += verdict
-        harm += row.correct1 and not verdict
+        harm += trial.correct and not verdict
     return right, harm, accused
 
 
@@ -165,10 +161,10 @@ def test_the_fitted_threshold_does_what_is_said_and_is_as_good_as_the_best(probl
         for k, (right, steps) in enumerate(problems)
     ]
     fitted = fit_threshold(rows, limit)
-    known = [row for row in rows if row.correct1 is not None]
+    known = [row for row in rows if row.correct is not None]
     if not known:
         return
-    n, before = len(known), sum(row.correct1 for row in known)
+    n, before = len(known), sum(row.correct for row in known)
     tried = [replay(known, at)[:2] for at in GRID]
     assert max(fitted.best_acc_t2, fitted.acc_t1) == pytest.approx(max(right for right, _ in tried) / n)
     best = max(right for right, harm in tried if harm <= most_spoiled(n, limit))
