@@ -28,12 +28,19 @@ def load(
 ) -> Config:
     """Load the configuration: `defaults` < run.toml of the run < file < environment < `settings`.
 
-    `path` must exist; without it ./sclite.toml is read if present, unless `own_file` is False. `settings` are KEY=VALUE
-    strings from the command line. An empty value on any level resets a key to its default. Raises UsageError with all
+    `path` must exist; without it ./sclite.toml is read if present, unless `own_file` is False. `environment` holds variables
+    such as SCLITE_SFT__LEARNING_RATE, `settings` KEY=VALUE strings from the command line. An empty value on any level resets a key to its default. Raises UsageError with all
     unknown keys and invalid values in one message, and DataError if run.toml is damaged.
     """
     file = _read_file(path) if path is not None or own_file else {}
-    variables = _variables(os.environ if environment is None else environment)
+    variables: dict[str, Any] = {}
+    flat = [key.replace(".", "_") for key in keys()]
+    for name, value in sorted((os.environ if environment is None else environment).items()):
+        parts = name.removeprefix(PREFIX).lower().split("__")
+        # SCLITE_LLAMA_CPP is not a setting; SCLITE_SFT_LEARNING_RATE is a mistyped one
+        ours = len(parts) > 1 or difflib.get_close_matches(parts[0], flat, 1, 0.75)
+        if name.startswith(PREFIX) and ours:
+            _assign(variables, parts, value)
     typed: dict[str, Any] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
@@ -52,21 +59,6 @@ def load(
         return Config.model_validate(_merge(_merge({}, defaults or {}), tree))
     except ValidationError as error:
         raise UsageError(*_explain(error)) from None
-
-
-def _variables(environment: Mapping[str, str]) -> dict[str, Any]:
-    """The settings in environment variables such as SCLITE_SEED and SCLITE_SFT__LEARNING_RATE.
-
-    A variable that has no `__` and is not a key is ignored, unless it resembles a key (SCLITE_SFT_LEARNING_RATE).
-    """
-    found: dict[str, Any] = {}
-    flat = [key.replace(".", "_") for key in keys()]
-    for name, value in sorted(environment.items()):
-        path = name.removeprefix(PREFIX).lower().split("__")
-        ours = len(path) > 1 or difflib.get_close_matches(path[0], flat, 1, 0.75)
-        if name.startswith(PREFIX) and ours:
-            _assign(found, path, value)
-    return found
 
 
 def _read_run_file(path: Path) -> dict[str, Any]:

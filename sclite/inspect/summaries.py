@@ -1,11 +1,13 @@
 """The closing lines of the commands: what was done, and the next command; with --json one object."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from sclite import console
+from sclite.console import escape
 from sclite.errors import DeviceError
 from sclite.run import Report
 
@@ -23,9 +25,9 @@ def print_dry_run(forecast: Mapping[str, Any], json: bool) -> None:
         console.print("No requests are left to send.")
         return
     settings = {name: value for name, value in request.items() if name != "messages"}
-    console.print(console.escape(", ".join(f"{name} {value}" for name, value in settings.items())))
+    console.print(escape(", ".join(f"{name} {value}" for name, value in settings.items())))
     for message in request["messages"]:
-        console.print(f"\n[bold]{console.escape(message['role'])}[/]\n{console.escape(message['content'])}")
+        console.print(f"\n[bold]{escape(message['role'])}[/]\n{escape(message['content'])}")
     cost = "unknown cost" if forecast["cost_usd"] is None else f"about ${forecast['cost_usd']:.4f}"
     console.print(
         f"\n{forecast['requests']} requests plus repairs: about "
@@ -37,41 +39,33 @@ def print_dry_run(forecast: Mapping[str, Any], json: bool) -> None:
 def print_build_data(context: "Context", only: str | None, json: bool) -> None:
     """Print the templates, pairs, cost and drops of build-data, and the next command."""
     run, reports = context.run, context.reports
-    totals = data_totals(reports)
+    dropped: Counter[str] = Counter()
+    for report in reports:
+        dropped.update(report.dropped)
+    counts = {name: value for report in reports for name, value in report.counts.items()}
+    paired = any(report.stage == "pairs" for report in reports)
+    costs = [report.cost_usd for report in reports]
+    totals: dict[str, Any] = {
+        "templates": counts.get("templates", 0),
+        "pairs": sum(counts.get(kind, 0) for kind in (("decision", "content") if paired else ("corrected",))),
+        "dropped": dict(dropped),
+        "cost_usd": None if None in costs else round(sum(costs), 6),
+        "seconds": round(sum(report.seconds for report in reports), 3),
+    }
     if json:
         console.print_json(totals)
         return
     if only != "corrections":
-        console.print(
-            f"{totals['templates']} templates in {console.escape(str(run.path('templates.jsonl')))}"
-        )
-    if any(report.stage == "pairs" for report in reports):
-        console.print(f"{totals['pairs']} pairs in {console.escape(str(run.path('pairs.jsonl')))}")
+        console.print(f"{totals['templates']} templates in {escape(str(run.path('templates.jsonl')))}")
+    if paired:
+        console.print(f"{totals['pairs']} pairs in {escape(str(run.path('pairs.jsonl')))}")
     if totals["cost_usd"]:
         console.print(f"Cost: ${totals['cost_usd']:.4f}")
-    for reason, count in sorted(totals["dropped"].items()):
-        console.print(f"  {count} dropped: {console.escape(reason.replace('_', ' '))}")
-    if totals["dropped"]:
+    for reason, count in sorted(dropped.items()):
+        console.print(f"  {count} dropped: {escape(reason.replace('_', ' '))}")
+    if dropped:
         _print_command("Show dropped rows", f"sclite show drops --run {quote(str(run.folder))}")
     _print_next(context)
-
-
-def data_totals(reports: Sequence[Report]) -> dict[str, Any]:
-    """What `build-data --json` prints."""
-    dropped: dict[str, int] = {}
-    for report in reports:
-        for reason, count in report.dropped.items():
-            dropped[reason] = dropped.get(reason, 0) + count
-    counts = {name: value for report in reports for name, value in report.counts.items()}
-    costs, kinds = [report.cost_usd for report in reports], ("decision", "content")
-    paired = any(report.stage == "pairs" for report in reports)
-    return {
-        "templates": counts.get("templates", 0),
-        "pairs": sum(counts.get(kind, 0) for kind in kinds) if paired else counts.get("corrected", 0),
-        "dropped": dropped,
-        "cost_usd": None if None in costs else round(sum(costs), 6),
-        "seconds": round(sum(report.seconds for report in reports), 3),
-    }
 
 
 def print_train(
@@ -88,9 +82,9 @@ def print_train(
 
         print_results(evaluation)
         report = context.run.path(evaluation["folder"]) / "report.html"
-        console.print(f"Report: {console.escape(str(report))}", wrap=False)
+        console.print(f"Report: {escape(str(report))}", wrap=False)
     elif only == "sft":
-        console.print(f"Adapter: {console.escape(str(context.run.path('sft/adapter')))}")
+        console.print(f"Adapter: {escape(str(context.run.path('sft/adapter')))}")
     _print_next(context)
 
 
@@ -120,14 +114,14 @@ def print_export(context: "Context", report: Report, created: Any, fitted: bool,
     if json:
         console.print_json({**figures, "ollama": ollama if created is not None else None})
         return
-    console.print(f"{console.escape(figures['gguf'])}  {figures['megabytes']:g} MB")
-    parity = console.escape(summarize(figures["parity"]))
+    console.print(f"{escape(figures['gguf'])}  {figures['megabytes']:g} MB")
+    parity = escape(summarize(figures["parity"]))
     if figures["parity"]["skipped"]:
         console.note(f"[yellow]{parity}[/]")
     else:
         console.print(parity)
     for warning in figures.get("warnings", []):
-        console.note(f"[yellow]warning:[/] {console.escape(warning)}")
+        console.note(f"[yellow]warning:[/] {escape(warning)}")
     run = quote(str(context.run.folder))
     if created is not None:
         _print_command("Next", f"ollama run {quote(ollama)}")
@@ -146,7 +140,7 @@ def print_lora(path: Path, json: bool) -> None:
     if json:
         console.print_json({"lora": str(path), "megabytes": round(path.stat().st_size / 1e6, 1)})
         return
-    console.print(console.escape(str(path)))
+    console.print(escape(str(path)))
 
 
 def print_datasets(report: Report, json: bool) -> None:
@@ -154,7 +148,7 @@ def print_datasets(report: Report, json: bool) -> None:
     if json:
         console.print_json({**report.counts, **report.figures})
         return
-    folder = console.escape(str(report.figures["folder"]))
+    folder = escape(str(report.figures["folder"]))
     for name, count in report.counts.items():
         console.print(f"{count} rows in {folder}/{name}.jsonl" if count else f"no {name}")
     console.print(f"Choose a licence in {folder}/README.md before you publish the data.")
@@ -167,4 +161,4 @@ def _print_next(context: "Context") -> None:
 
 
 def _print_command(label: str, command: str, remark: str = "") -> None:
-    console.print(f"{label}: [bold cyan]{console.escape(command)}[/]{remark}", wrap=False)
+    console.print(f"{label}: [bold cyan]{escape(command)}[/]{remark}", wrap=False)
