@@ -9,7 +9,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -20,7 +21,7 @@ from sclite.errors import DeviceError, ScliteError
 from sclite.progress import Progress
 
 Result = TypeVar("Result")
-READY, PROGRESS, RESULT, ERROR, INTERRUPT = "ready", "progress", "result", "error", "interrupt"
+PROGRESS, RESULT, ERROR, INTERRUPT = "progress", "result", "error", "interrupt"
 # Ctrl-C presses that the child gets: the first asks it to save, the second to stop; the third kills it
 FORWARDED = 2
 SECONDS = 60  # for a child that has sent its result to exit
@@ -41,8 +42,8 @@ def run_isolated(
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_run_child, args=(there, function, arguments, str(log)))
-    with _ForwardedInterrupts(process) as interrupts:
-        # Ctrl-C during the child's imports prints no traceback: it starts with SIGINT blocked
+    with _forward_interrupts(process) as presses:
+        # the child starts with SIGINT blocked: Ctrl-C during its imports waits, and prints no traceback
         resource_tracker.ensure_running()  # starting this helper ends by unblocking the signal
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
@@ -51,13 +52,13 @@ def run_isolated(
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         there.close()
         try:
-            kind, value = _receive(here, process, progress, interrupts)
+            kind, value = _receive(here, process, progress)
             process.join(SECONDS)
         finally:
             here.close()
             process.kill()
             process.join()
-    if kind == INTERRUPT or (interrupts.count and kind != ERROR):
+    if kind == INTERRUPT or (presses and kind != ERROR):
         raise KeyboardInterrupt
     if kind == ERROR:
         raise value
@@ -72,42 +73,32 @@ def run_isolated(
     )
 
 
-class _ForwardedInterrupts:
-    """Forwards Ctrl-C to the child once it is ready; nothing here is interrupted by it, such as a half-read message.
+@contextmanager
+def _forward_interrupts(process: BaseProcess) -> Iterator[list[int]]:
+    """Forward Ctrl-C to the child; nothing here is interrupted by it, such as a half-read message.
 
-    `count` is how often it was pressed.
+    Yields the list of presses. Those during the child's imports reach it once it can handle them.
     """
+    presses: list[int] = []
 
-    def __init__(self, process: BaseProcess):
-        self.process, self.count, self.ready = process, 0, False
-
-    def __enter__(self) -> "_ForwardedInterrupts":
-        # only the main thread gets Ctrl-C, and only it may set a handler
-        self.on_main_thread = threading.current_thread() is threading.main_thread()
-        if self.on_main_thread:
-            self.before = signal.signal(signal.SIGINT, self.press)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.on_main_thread:
-            signal.signal(signal.SIGINT, self.before)
-
-    def press(self, *_: object) -> None:
-        self.count += 1
-        if self.count > FORWARDED:
+    def forward(number: int, _: object) -> None:
+        presses.append(number)
+        if len(presses) > FORWARDED or process.pid is None:
             raise KeyboardInterrupt
-        if self.ready and self.process.pid is not None:
-            os.kill(self.process.pid, signal.SIGINT)
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, number)
 
-    def set_ready(self) -> None:
-        self.ready = True
-        if self.count and self.process.pid is not None:
-            os.kill(self.process.pid, signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread():  # Ctrl-C goes to the main thread
+        yield presses
+        return
+    before = signal.signal(signal.SIGINT, forward)
+    try:
+        yield presses
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
-def _receive(
-    here: Connection, process: BaseProcess, progress: Progress, interrupts: _ForwardedInterrupts
-) -> tuple[str | None, Any]:
+def _receive(here: Connection, process: BaseProcess, progress: Progress) -> tuple[str | None, Any]:
     """Forward progress until the child is done; return its last message, (None, None) if it ended without one."""
     while True:
         if not wait([here], 1):
@@ -120,18 +111,15 @@ def _receive(
         except (EOFError, OSError):
             process.join(SECONDS)
             return None, None
-        if kind == READY:
-            interrupts.set_ready()
-        elif kind == PROGRESS:
-            progress(*value[0], **value[1])
-        else:
+        if kind != PROGRESS:
             return kind, value
+        progress(*value[0], **value[1])
 
 
 def _run_child(
     there: Connection, function: Callable[..., object], arguments: tuple[object, ...], log: str
 ) -> None:
-    os.setpgrp()
+    os.setpgrp()  # from here on the terminal's Ctrl-C comes from the parent alone; one that waits is merged with its own
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -147,9 +135,7 @@ def _run_child(
         there.send((PROGRESS, (values, named)))
 
     try:
-        signal.sigtimedwait({signal.SIGINT}, 0)  # drop one from the terminal: the parent got it too
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        there.send((READY, None))
         there.send((RESULT, function(*arguments, progress=progress)))
     except ScliteError as error:
         there.send((ERROR, error))

@@ -9,24 +9,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sclite.errors import DataError
 
-NAMES = (
-    "student_system",
-    "student_solve",
-    "student_review",
-    "teacher_system",
-    "teacher_template",
-    "teacher_correction",
-    "inspector_template",
-    "inspector_correction",
-)
 Messages = tuple[dict[str, str], ...]
 """Chat messages, each {"role": ..., "content": ...}."""
-
-_TEMPLATE_ERRORS = (
-    *(jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError),
-    *(RecursionError, MemoryError),
-)
-"""What a user's template may raise: its expressions are Python in all but name."""
 
 
 def shipped_folder() -> Path:
@@ -64,14 +48,18 @@ def _render(name: str, folder: str, values: dict[str, str]) -> str:
     hint = f"fix it in {folder}"
     try:
         return _template(name, folder).render(**values).strip()
-    except jinja2.TemplateSyntaxError as error:
-        raise DataError(f"the prompt {name}.txt, line {error.lineno}: {error.message}", hint) from error
     except jinja2.UndefinedError as error:
         raise DataError(
             f"the prompt {name}.txt uses an undefined value: {error}",
             f"the available values are: {', '.join(values) or 'none'}",
         ) from error
-    except _TEMPLATE_ERRORS as error:
+    except jinja2.TemplateSyntaxError as error:
+        raise DataError(f"the prompt {name}.txt, line {error.lineno}: {error.message}", hint) from error
+    # a user's template may raise any of these: its expressions are Python in all but name
+    except (
+        *(jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError),
+        *(RecursionError, MemoryError),
+    ) as error:
         raise DataError(f"the prompt {name}.txt cannot be rendered: {error}", hint) from error
 
 

@@ -121,9 +121,6 @@ def thoughts_end(text: str) -> int:
     return bare + len("</think>") if bare >= 0 and text[bare + len("</think>") :].strip() else position
 
 
-# -- writing -------------------------------------------------------------------------------------------------------
-
-
 def open_piece(number: int, step: Step) -> str:
     """`<Stepn>text`, the key and a newline: step n up to the decision point."""
     key = f"\n<Key>{step.key}</Key>" if step.key else ""
@@ -135,12 +132,13 @@ def close_piece(number: int) -> str:
     return f"</Step{number}>\n"
 
 
-def step_pieces(steps: tuple[Step, ...], start: int = 1) -> list[str]:
-    """The steps as alternating open and close pieces, each tokenized separately in training and inference."""
-    pieces = []
-    for number, step in enumerate(steps, start):
-        pieces += [open_piece(number, step), close_piece(number)]
-    return pieces
+def step_pieces(steps: tuple[Step, ...]) -> list[str]:
+    """The steps, without notes, as alternating open and close pieces, each tokenized separately."""
+    return [
+        piece
+        for number, step in enumerate(steps, 1)
+        for piece in (open_piece(number, step), close_piece(number))
+    ]
 
 
 CAUSE = "<Cause>"
@@ -149,37 +147,35 @@ OTHER_TAGS = ("<Key>", "<Correction>")
 """Other tags that a model may write in that place."""
 
 
-def note_pieces(step: Step) -> list[str]:
-    """What a review inserts before a step's closing tag: `<Cause>` as one piece, then the rest."""
-    pieces = []
-    if step.cause is not None:
-        pieces += [CAUSE, f"{step.cause}</Cause>\n"]
-    if step.correction is not None:
-        pieces.append(f"<Correction>{step.correction}</Correction>\n")
-    return [*pieces[:1], "".join(pieces[1:])] if len(pieces) > 1 else pieces
-
-
 def all_pieces(trace: Trace) -> list[str]:
-    """A whole trace in the pieces in which it is tokenized; joined they equal `render(trace)`."""
+    """A whole trace in the pieces in which it is tokenized; joined they equal `render(trace)`.
+
+    A review's notes are two pieces before the step's closing tag: `<Cause>`, and the rest.
+    """
     pieces = []
     for number, step in enumerate(trace.steps, 1):
-        pieces += [open_piece(number, step), *note_pieces(step), close_piece(number)]
-    tail = []
-    if trace.generalized is not None:
-        tail.append(f"<Generalized>{trace.generalized}</Generalized>")
-    if trace.answer is not None:
-        tail.append(f"<Answer>{trace.answer}</Answer>")
-    if tail:
-        return [*pieces, "\n".join(tail)]
-    return [*pieces[:-1], pieces[-1].removesuffix("\n")] if pieces else []
+        pieces.append(open_piece(number, step))
+        notes = ""
+        if step.cause is not None:
+            pieces.append(CAUSE)
+            notes = f"{step.cause}</Cause>\n"
+        if step.correction is not None:
+            notes += f"<Correction>{step.correction}</Correction>\n"
+        pieces += [notes, close_piece(number)] if notes else [close_piece(number)]
+    if trace.generalized is not None and trace.answer is not None:
+        pieces.append(f"<Generalized>{trace.generalized}</Generalized>\n<Answer>{trace.answer}</Answer>")
+    elif trace.generalized is not None:
+        pieces.append(f"<Generalized>{trace.generalized}</Generalized>")
+    elif trace.answer is not None:
+        pieces.append(f"<Answer>{trace.answer}</Answer>")
+    elif pieces:
+        pieces[-1] = pieces[-1].removesuffix("\n")
+    return pieces
 
 
 def render(trace: Trace) -> str:
     """The canonical text; `parse(render(t)).trace == t` for every trace."""
     return "".join(all_pieces(trace))
-
-
-# -- reading -------------------------------------------------------------------------------------------------------
 
 
 class _Reader:

@@ -302,9 +302,10 @@ def test_every_third_party_import_is_declared():
 
 
 def test_every_prompt_is_a_file_that_the_wheel_takes_along():
-    for name in prompts.NAMES:
-        assert (prompts.shipped_folder() / f"{name}.txt").read_text(encoding="utf-8").strip()
-    assert {path.stem for path in (ROOT / "prompts").glob("*.txt")} == set(prompts.NAMES)
+    shipped = {path.stem: path.read_text(encoding="utf-8").strip() for path in (ROOT / "prompts").iterdir()}
+    assert len(shipped) == 8
+    assert all(shipped.values())
+    assert prompts.shipped_folder() == ROOT / "prompts"
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert wheel["packages"] == ["sclite"]
     assert wheel["force-include"]["prompts"] == "sclite/_prompts"
@@ -325,7 +326,7 @@ def test_the_wheel_holds_every_prompt_and_data_file(tmp_path):
     wheel = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path]
     subprocess.run([*wheel, ROOT], check=True, capture_output=True)
     held = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
-    assert {f"sclite/_prompts/{name}.txt" for name in prompts.NAMES} <= held
+    assert {f"sclite/_prompts/{path.name}" for path in prompts.shipped_folder().iterdir()} <= held
     data = {str(p.relative_to(ROOT)) for p in (ROOT / "sclite").rglob("*") if p.is_file()}
     assert {name for name in data if "__pycache__" not in name} <= held
 

@@ -70,15 +70,6 @@ def new_lora(lora: Lora, config: "PretrainedConfig") -> "LoraConfig":
     )
 
 
-def read_lora(folder: Path, train: bool) -> "LoraConfig":
-    """PEFT's description of the LoRA in a folder. Its base is not loaded: it may have moved since."""
-    from peft import LoraConfig
-
-    lora = LoraConfig.from_pretrained(str(folder))
-    lora.inference_mode = not train
-    return lora
-
-
 def adapted_layers(model: "PeftModel") -> list[str]:
     """The layers that have a LoRA, by the last part of their names."""
     from peft.tuners.lora import LoraLayer

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from sclite import prompts
 from sclite.config import Config, Student, TrainingStage
 from sclite.errors import DataError, DeviceError, NetworkError, UsageError
-from sclite.student.adapters import check_adapter, load_adapter, new_lora, read_lora
+from sclite.student.adapters import check_adapter, load_adapter, new_lora
 from sclite.student.cuda_memory import is_out_of_memory
 from sclite.student.tokenization import prompt_ids
 
@@ -187,6 +187,7 @@ def load_student(
     stage's `max_length`, DeviceError if it does not fit on the GPU.
     """
     import torch
+    from peft import PeftConfig
 
     settings, name = config.stage(stage), model_name(config.student)
     tokenizer, model_config = load_tokenizer(name), read_config(name)
@@ -206,9 +207,10 @@ def load_student(
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         with _model_errors(f"the student {name} cannot be loaded", OSError):
-            lora: LoraConfig | None = None
+            lora = None
             if adapter is not None:
-                lora = read_lora(adapter, train)
+                lora = cast("LoraConfig", PeftConfig.from_pretrained(str(adapter)))
+                lora.inference_mode = not train
             elif train:
                 lora = new_lora(config.lora, model_config)
             if backend == "plain":
