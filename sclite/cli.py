@@ -433,10 +433,7 @@ def show(
         tables.print_overview(run, common.json)
         return
     choice = Choice(what or "templates", reason, kind, id, first, limit)
-    if labels:
-        tables.print_labels(config, run, choice, common.json)
-    else:
-        tables.print_rows(run, choice, common.json)
+    tables.print_rows(config, run, choice, labels, common.json)
 
 
 @app.command()

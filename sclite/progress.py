@@ -5,15 +5,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from sclite import console
 from sclite.console import escape, format_duration, visible
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress as Bars
 
 Progress = Callable[..., None]
+Shown = tuple[Callable[[str], None], Callable[[int, int, str], None]]
 WIDE = 125  # columns of a progress line with its full text
 LOG_SECONDS = 30.0  # between two progress lines without a terminal
 HEADING_DELAY = 0.5  # seconds; a shorter stage only prints its closing line
@@ -80,18 +83,35 @@ class ProgressDisplay:
         if self.quiet:
             yield lambda *_, **__: None
         else:
-            terminal = console.make_console(stderr=True).is_terminal
-            with (self._bar if terminal else self._log)(name, text) as progress:
+            terminal = console.make_console(stderr=True)
+            with self._bar(terminal, text) if terminal.is_terminal else self._log(name, text) as (warn, show):
+
+                def progress(
+                    done: int,
+                    total: int,
+                    spent_usd: float | None = None,
+                    *,
+                    note: str = "",
+                    warning: str = "",
+                ) -> None:
+                    if warning:
+                        warn(f"[yellow]warning:[/] {escape(warning)}")
+                        return
+                    self._rate.update(done, spent_usd)
+                    seconds = self.seconds_left(name, done / max(1, total))
+                    timing = self._rate.line(total) if seconds is None else f"{format_duration(seconds)} left"
+                    show(done, total, ", ".join(filter(None, (note, timing))))
+
                 yield progress
         self.finished[name] = time.monotonic() - began
 
     @contextmanager
-    def _bar(self, name: str, text: str) -> Iterator[Progress]:
+    def _bar(self, terminal: "Console", text: str) -> Iterator[Shown]:
+        """(print a warning, show progress) on a line of the terminal."""
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as Bars
 
-        terminal = console.make_console(stderr=True)
-        bar_width, shown = (24, text) if terminal.width >= WIDE else (10, text.partition(":")[0])
+        bar_width, text = (24, text) if terminal.width >= WIDE else (10, text.partition(":")[0])
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width),
@@ -100,27 +120,21 @@ class ProgressDisplay:
         )
         with Bars(*columns, console=terminal, transient=True) as bars:
             self._bars = bars
-            task = bars.add_task(shown, total=None, left="")
+            task = bars.add_task(text, total=None, left="")
 
-            def progress(
-                done: int, total: int, spent_usd: float | None = None, *, note: str = "", warning: str = ""
-            ) -> None:
-                if warning:
-                    console.print(f"[yellow]warning:[/] {escape(warning)}", console=terminal)
-                    return
-                self._rate.update(done, spent_usd)
-                seconds = self.seconds_left(name, done / max(1, total))
-                timing = self._rate.line(total) if seconds is None else f"{format_duration(seconds)} left"
-                room = terminal.width - len(shown) - bar_width - 2 * len(str(total)) - 5
-                figures = visible(", ".join(filter(None, (note, timing))))
-                bars.update(task, completed=done, total=total, left=fit_to_width(figures, room))
+            def show(done: int, total: int, figures: str) -> None:
+                room = terminal.width - len(text) - bar_width - 2 * len(str(total)) - 5
+                bars.update(task, completed=done, total=total, left=fit_to_width(visible(figures), room))
 
-            yield progress
+            yield partial(console.print, console=terminal), show
         self._bars = None
 
     @contextmanager
-    def _log(self, name: str, text: str) -> Iterator[Progress]:
-        """A heading, after HEADING_DELAY or before the first line; warnings; without a plan, figures every LOG_SECONDS."""
+    def _log(self, name: str, text: str) -> Iterator[Shown]:
+        """(print a warning, show progress) below a heading, which is printed before them or after HEADING_DELAY.
+
+        With a plan only warnings are shown, else also figures every LOG_SECONDS.
+        """
         left, lock, printed = self.seconds_left(name, 0.0), threading.Lock(), time.monotonic()
         heading = f"{text} (about {format_duration(left)} left in total)" if left else text
 
@@ -131,26 +145,21 @@ class ProgressDisplay:
                     console.note(escape(heading))
                 heading = ""
 
-        def progress(
-            done: int, total: int, spent_usd: float | None = None, *, note: str = "", warning: str = ""
-        ) -> None:
+        def warn(text: str) -> None:
+            print_heading()
+            console.note(text)
+
+        def show(done: int, total: int, figures: str) -> None:
             nonlocal printed
-            if warning:
-                print_heading()
-                console.note(f"[yellow]warning:[/] {escape(warning)}")
-                return
-            self._rate.update(done, spent_usd)
             if left is None and time.monotonic() - printed >= LOG_SECONDS:
                 printed = time.monotonic()
-                print_heading()
-                figures = ", ".join(filter(None, (note, self._rate.line(total))))
-                console.note(escape(f"  {done} of {total} {figures}"))
+                warn(escape(f"  {done} of {total} {figures}"))
 
         timer = threading.Timer(HEADING_DELAY, print_heading)
         timer.daemon = True
         timer.start()
         try:
-            yield progress
+            yield warn, show
         finally:
             timer.cancel()
             with lock:  # waits for a heading that is being printed, so that it precedes what follows

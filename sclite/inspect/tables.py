@@ -20,39 +20,31 @@ STATES = {
 }
 
 
-def print_rows(run: Run, choice: Choice, as_json: bool) -> None:
-    """Print the chosen rows, in a terminal through a pager; as JSON one object {"what", "total", "rows"}."""
-    total, chosen = rows.choose_rows(run, choice)
-    if as_json:
-        head = {"what": choice.what, "total": total}
-        console.print_json_rows(head, (row.model_dump(mode="json") for _, row in chosen))
-        return
-    if not total:
-        console.print(f"No matching {choice.what} in {escape(str(run.folder))}.")
-        return
-    if choice.first > total:
-        raise UsageError(
-            f"--from {choice.first}: only {total} {choice.what} match", f"use --from 1 to {total}"
-        )
+def print_rows(config: Config, run: Run, choice: Choice, labels: bool, as_json: bool) -> None:
+    """Print the chosen rows, in a terminal through a pager; as JSON one object {"what", "total", "rows"}.
+
+    With `labels` their tokens and loss weights; without --id and --limit, those of the first row only.
+    """
+    from sclite.inspect.labels import Labels
     from sclite.inspect.row_text import format_row
 
-    problems = rows.Problems(run)
-    console.page(format_row(row, number, total, problems) for number, row in chosen)
-
-
-def print_labels(config: Config, run: Run, choice: Choice, as_json: bool) -> None:
-    """Print the tokens and loss weights of the chosen rows; without --id and --limit, of the first row only."""
-    from sclite.inspect.labels import Labels
-
-    if choice.limit is None and choice.id is None:
+    if labels and choice.limit is None and choice.id is None:
         choice = replace(choice, limit=1)
     total, chosen = rows.choose_rows(run, choice)
-    labels = Labels(config, run, choice.what)
+    found = Labels(config, run, choice.what) if labels else None
     if as_json:
-        head = {"what": choice.what, "total": total}
-        console.print_json_rows(head, (labels.as_json(row) for _, row in chosen))
-        return
-    console.page(labels.format_row(row, number, total) for number, row in chosen)
+        values = (found.as_json(row) if found else row.model_dump(mode="json") for _, row in chosen)
+        console.print_json_rows({"what": choice.what, "total": total}, values)
+    elif not total:
+        console.print(f"No matching {choice.what} in {escape(str(run.folder))}.")
+    elif choice.first > total:
+        message = f"--from {choice.first}: only {total} {choice.what} match"
+        raise UsageError(message, f"use --from 1 to {total}")
+    elif found:
+        console.page(found.format_row(row, number, total) for number, row in chosen)
+    else:
+        problems = rows.Problems(run)
+        console.page(format_row(row, number, total, problems) for number, row in chosen)
 
 
 def print_overview(run: Run, as_json: bool) -> None:
