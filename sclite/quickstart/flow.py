@@ -58,7 +58,8 @@ PLAN = {
 
 def judge(question: str, trace: Trace) -> int | None:
     """The first wrong step of a trace according to the tutor; None if all are right."""
-    return judge_steps(solve(question), trace).step
+    solution = solve(question)
+    return judge_steps(solution, trace).step if solution else None
 
 
 def quickstart(

@@ -22,9 +22,15 @@ class Operation:
     left: int
     sign: str
     right: int
-    result: int
     what: str
     form: str  # the form of the sentence that asks for it
+
+    @property
+    def result(self) -> int:
+        left, right = self.left, self.right
+        if self.sign == "/":
+            return left // right if right else 0
+        return {"+": left + right, "-": left - right, "*": left * right}[self.sign]
 
     @property
     def sum(self) -> str:
@@ -66,112 +72,76 @@ QUESTIONS = {
     "together": "{other} has {a} {item}. How many {item} do they have together?",
     "shared": "{they} puts all of them into {a} equal {box}. How many {item} are in each?",
 }
-_SLOT = {
-    "name": "(?:Mia|Anna|Lena|Rosa|Emma|Nora|Tom|Ben|Paul|Karl|Omar|Luis)",
-    "other": "(?:Mia|Anna|Lena|Rosa|Emma|Nora|Tom|Ben|Paul|Karl|Omar|Luis)",
-    "they": "(?:She|He)",
-    "item": f"(?:{'|'.join(ITEMS)})",
-    "box": f"(?:{'|'.join(BOXES)})",
+CHANGES = {
+    "buys": ("+", "With the new ones"),
+    "finds": ("+", "With the found ones"),
+    "gets": ("+", "With the gift"),
+    "gives": ("-", "After giving"),
+    "loses": ("-", "After losing"),
+    "sells": ("-", "After selling"),
+    "buys packed": ("+", "With the new ones"),
+    "gives each": ("-", "After giving"),
+    "together": ("+", "Together they have"),
+    "shared": ("/", "In each are"),
 }
-_ASSOCIATIVE = {"+", "*"}
+"""What each form does to the amount, and what the result is."""
+_PEOPLE = "|".join(name for names in NAMES.values() for name in names)
+_SLOTS = {
+    "name": _PEOPLE,
+    "other": _PEOPLE,
+    "they": "She|He",
+    "item": "|".join(ITEMS),
+    "box": "|".join(BOXES),
+}
+_SLOTS |= {"a": r"\d+", "b": r"\d+"}
 
 
 @cache
-def _patterns() -> list[tuple[str, re.Pattern]]:
-    table = {**QUESTIONS, **EVENTS, **OPENINGS}  # questions first, because one may begin like an opening
+def _patterns() -> list[tuple[str, re.Pattern[str]]]:
     patterns = []
-    for form, sentence in table.items():
+    for form, sentence in {**QUESTIONS, **EVENTS, **OPENINGS}.items():  # a question may begin like an opening
         pattern = re.escape(sentence).replace(r"\{", "{").replace(r"\}", "}")
-        for slot, expression in _SLOT.items():
-            pattern = pattern.replace(f"{{{slot}}}", f"(?P<{slot}>{expression})", 1).replace(
-                f"{{{slot}}}", expression
-            )
-        pattern = pattern.replace("{a}", r"(?P<a>\d+)").replace("{b}", r"(?P<b>\d+)")
+        for slot, words in _SLOTS.items():
+            pattern = pattern.replace(f"{{{slot}}}", f"(?P<{slot}>{words})", 1)
+            pattern = pattern.replace(f"{{{slot}}}", f"(?:{words})")
         patterns.append((form, re.compile(pattern + r"\s*")))
     return patterns
 
 
-class _Solver:
-    """Tracks the amount of the story and records each operation with its parents."""
-
-    def __init__(self):
-        self.operations: list[Operation] = []
-        self.parents: list[tuple[int, ...]] = []
-        self.amount = 0
-        self.source: int | None = None  # the operation that produced the amount
-        self.item = ""
-
-    def add(
-        self,
-        left: int,
-        sign: str,
-        right: int,
-        what: str,
-        form: str,
-        parents: tuple[int | None, ...] = (),
-    ) -> int:
-        result = {
-            "+": left + right,
-            "-": left - right,
-            "*": left * right,
-            "/": left // right if right else 0,
-        }[sign]
-        self.operations.append(Operation(left, sign, right, result, what, form))
-        self.parents.append(tuple(p for p in parents if p is not None))
-        return len(self.operations) - 1
-
-    def change(self, sign: str, value: int, what: str, form: str, packed: int | None = None) -> None:
-        self.source = self.add(self.amount, sign, value, what, form, (self.source, packed))
-        self.amount = self.operations[-1].result
-
-    def sentence(self, form: str, slots: dict[str, str]) -> None:
-        a, b = int(slots.get("a") or 0), int(slots.get("b") or 0)
-        self.item = slots.get("item") or self.item
-        name = slots.get("name") or slots.get("other") or ""
-        if form == "has":
-            self.amount = a
-        elif form == "packed":
-            self.source = self.add(a, "*", b, f"The {slots['box']} hold", form)
-            self.amount = self.operations[-1].result
-        elif form == "compared":
-            self.source = self.add(a, "+", b, f"{name} has", form)
-            self.amount = self.operations[-1].result
-        elif form in ("buys", "finds", "gets"):
-            self.change(
-                "+",
-                a,
-                {"buys": "With the new ones", "finds": "With the found ones", "gets": "With the gift"}[form],
-                form,
-            )
-        elif form in ("gives", "loses", "sells"):
-            self.change(
-                "-",
-                a,
-                {"gives": "After giving", "loses": "After losing", "sells": "After selling"}[form],
-                form,
-            )
-        elif form == "buys packed":
-            packed = self.add(a, "*", b, f"The {slots['box']} hold", form)
-            self.change("+", self.operations[-1].result, "With the new ones", form, packed)
-        elif form == "gives each":
-            packed = self.add(a, "*", b, "The friends get", form)
-            self.change("-", self.operations[-1].result, "After giving", form, packed)
-        elif form == "wants":
-            self.source = self.add(a, "-", self.amount, "Missing are", form, (self.source,))
-        elif form == "together":
-            self.change("+", a, "Together they have", form)
-        elif form == "shared":
-            self.change("/", a, "In each are", form)
-
-
 def solve(question: str) -> Solution | None:
     """Parse and solve a problem of this grammar; None for any other text."""
-    solver = _Solver()
+    operations: list[Operation] = []
+    parents: list[tuple[int, ...]] = []
+
+    def add(left: int, sign: str, right: int, what: str, *uses: int | None) -> int:
+        operations.append(Operation(left, sign, right, what, form))
+        parents.append(tuple(parent for parent in uses if parent is not None))
+        return len(operations) - 1
+
+    amount, item = 0, ""
+    source: int | None = None  # the operation that produced the amount
     for form, slots in sentences(question) or ():
-        solver.sentence(form, slots)
-    if not solver.operations:
-        return None
-    return Solution(tuple(solver.operations), tuple(solver.parents), solver.item)
+        a, b = int(slots.get("a") or 0), int(slots.get("b") or 0)
+        item = slots.get("item") or item
+        if form == "has":
+            amount = a
+        elif form == "packed":
+            source = add(a, "*", b, f"The {slots['box']} hold")
+        elif form == "compared":
+            source = add(a, "+", b, f"{slots['name']} has")
+        elif form == "wants":
+            source = add(a, "-", amount, "Missing are", source)
+        elif form in CHANGES:
+            sign, what = CHANGES[form]
+            packed = None
+            if " " in form:
+                packed = add(
+                    a, "*", b, "The friends get" if form == "gives each" else f"The {slots['box']} hold"
+                )
+                a = operations[packed].result
+            source = add(amount, sign, a, what, source, packed)
+        amount = operations[-1].result if form not in ("has", "left") else amount
+    return Solution(tuple(operations), tuple(parents), item) if operations else None
 
 
 def sentences(question: str) -> list[tuple[str, dict[str, str]]] | None:
@@ -195,5 +165,6 @@ def same_operation(one: tuple[int, str, int], other: Operation) -> bool:
     left, sign, right = one
     if sign != other.sign:
         return False
-    swapped = sign in _ASSOCIATIVE and (right, left) == (other.left, other.right)
-    return (left, right) == (other.left, other.right) or swapped
+    return (left, right) == (other.left, other.right) or (
+        sign in "+*" and (right, left) == (other.left, other.right)
+    )

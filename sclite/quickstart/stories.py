@@ -7,7 +7,17 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sclite.quickstart.grammar import BOXES, EVENTS, ITEMS, NAMES, OPENINGS, QUESTIONS, sentences, solve
+from sclite.quickstart.grammar import (
+    BOXES,
+    CHANGES,
+    EVENTS,
+    ITEMS,
+    NAMES,
+    OPENINGS,
+    QUESTIONS,
+    sentences,
+    solve,
+)
 from sclite.records import Problem
 
 
@@ -36,49 +46,11 @@ STORIES = (TINY, LARGE, LARGE)
 """The ranges of the quickstart's stories; repetitions are weights."""
 
 
-def _packed(draw: random.Random, ranges: Ranges) -> dict[str, int]:
-    return {"a": draw.randint(*ranges.packs), "b": draw.randint(*ranges.each)}
-
-
-def _opening(draw: random.Random, ranges: Ranges) -> tuple[str, dict[str, int], int]:
-    """(form, numbers, starting amount) of the first sentence."""
-    opening = draw.choices(list(OPENINGS), weights=(5, 3, 2))[0]
-    if opening == "packed":
-        values = _packed(draw, ranges)
-        return opening, values, values["a"] * values["b"]
-    values = {"a": draw.randint(*ranges.start), "b": draw.randint(*ranges.second)}
-    return opening, values, values["a"] + (values["b"] if opening == "compared" else 0)
-
-
-def _event(draw: random.Random, forms: list[str], ranges: Ranges) -> tuple[str, dict[str, int], int]:
-    """(form, numbers, change of the amount) of one event."""
-    form = draw.choice(forms)
-    sign = 1 if form in ("buys", "finds", "gets", "buys packed") else -1
-    if " " in form:
-        values = _packed(draw, ranges)
-        return form, values, sign * values["a"] * values["b"]
-    values = {"a": draw.randint(*ranges.change)}
-    return form, values, sign * values["a"]
-
-
-def _question(draw: random.Random, form: str, amount: int, ranges: Ranges) -> int | None:
-    """The number in the question; None if no number fits."""
-    if form == "wants":
-        return amount + draw.randint(*ranges.wanted)
-    if form == "together":
-        return draw.randint(*ranges.together)
-    if form == "shared":
-        parts = draw.randint(*PARTS)
-        return parts if amount % parts == 0 and amount // parts >= 3 else None
-    return 0
-
-
 def _story(draw: random.Random, operations: int, ranges: Ranges) -> str | None:
     """Try to write a story with this number of operations; None if the numbers do not work out."""
     they = draw.choice(("She", "He"))
-    everybody = [name for names in NAMES.values() for name in names]
     name = draw.choice(NAMES[they])
-    other = draw.choice([n for n in everybody if n != name])
+    other = draw.choice([n for names in NAMES.values() for n in names if n != name])
     words = {
         "they": they,
         "name": name,
@@ -86,24 +58,42 @@ def _story(draw: random.Random, operations: int, ranges: Ranges) -> str | None:
         "item": draw.choice(ITEMS),
         "box": draw.choice(BOXES),
     }
-    opening, values, amount = _opening(draw, ranges)
+
+    def packs() -> dict[str, int]:
+        return {"a": draw.randint(*ranges.packs), "b": draw.randint(*ranges.each)}
+
+    opening = draw.choices(list(OPENINGS), weights=(5, 3, 2))[0]
+    if opening == "packed":
+        values = packs()
+        amount = values["a"] * values["b"]
+    else:
+        values = {"a": draw.randint(*ranges.start), "b": draw.randint(*ranges.second)}
+        amount = values["a"] + (values["b"] if opening == "compared" else 0)
     sentences = [OPENINGS[opening].format(**words, **values)]
     question = draw.choices(list(QUESTIONS), weights=(5, 2, 2, 1))[0]
     remaining = operations - (opening != "has") - (question != "left")
-    previous = None
+    form = ""
     while remaining > 0:
-        forms = [f for f in EVENTS if f != previous and (remaining >= 2 or " " not in f)]
-        previous, values, change = _event(draw, forms, ranges)
-        amount += change
+        form = draw.choice([f for f in EVENTS if f != form and (remaining >= 2 or " " not in f)])
+        values = packs() if " " in form else {"a": draw.randint(*ranges.change)}
+        change = values["a"] * values.get("b", 1)
+        amount += change if CHANGES[form][0] == "+" else -change
         if not ranges.amount[0] <= amount <= ranges.amount[1]:
             return None
-        sentences.append(EVENTS[previous].format(**words, **values))
-        remaining -= 2 if " " in previous else 1
-    number = _question(draw, question, amount, ranges)
-    if remaining < 0 or number is None:
+        sentences.append(EVENTS[form].format(**words, **values))
+        remaining -= 2 if " " in form else 1
+    number = 0
+    if question == "wants":
+        number = amount + draw.randint(*ranges.wanted)
+    elif question == "together":
+        number = draw.randint(*ranges.together)
+    elif question == "shared":
+        number = draw.randint(*PARTS)
+        if amount % number or amount // number < 3:
+            return None
+    if remaining < 0:
         return None
-    sentences.append(QUESTIONS[question].format(**words, a=number))
-    return " ".join(sentences)
+    return " ".join([*sentences, QUESTIONS[question].format(**words, a=number)])
 
 
 def generate(
@@ -111,13 +101,13 @@ def generate(
 ) -> list[Problem]:
     """`count` different problems whose questions are not in `avoid`; the same seed gives the same problems."""
     draw = random.Random(seed)
-    problems, seen = [], set(avoid)
+    problems: list[Problem] = []
+    seen = set(avoid)
     while len(problems) < count:
         question = _story(draw, draw.choice(LENGTHS), draw.choice(ranges))
-        if question is None or question in seen:
+        if question is None or question in seen or not (solution := solve(question)):
             continue
         seen.add(question)
-        solution = solve(question)
         problems.append(
             Problem(
                 id=f"arithmetic-{seed}-{len(problems)}",
@@ -131,28 +121,29 @@ def generate(
 
 def within(question: str, ranges: Sequence[Ranges] = STORIES) -> bool:
     """Whether this is a story of this grammar with a length and numbers that `generate` could have chosen."""
-    return any(_within(question, each) for each in ranges)
-
-
-def _within(question: str, ranges: Ranges) -> bool:
-    packed = (ranges.packs, ranges.each)
-    limits = {
-        "has": (ranges.start,),
-        "compared": (ranges.start, ranges.second),
-        "together": (ranges.together,),
-        "shared": (PARTS,),
-        "left": (),
-        "wants": (),
-    }
     found, solution = sentences(question), solve(question)
     if found is None or solution is None or [form for form, _ in found if form in OPENINGS] != [found[0][0]]:
         return False
-    for form, slots in found:
-        bounds = limits.get(form, packed if "packed" in form or "each" in form else (ranges.change,))
-        for slot, (least, most) in zip("ab", bounds, strict=False):
-            if not least <= int(slots[slot]) <= most:
-                return False
-    most = ranges.amount[1] + ranges.together[1]
-    results = [op.result <= (ranges.wanted[1] if op.form == "wants" else most) for op in solution.operations]
-    positive = all(op.result > 0 for op in solution.operations)
-    return len(solution.operations) in LENGTHS and positive and all(results)
+    results = [(operation.result, operation.form) for operation in solution.operations]
+    if len(results) not in LENGTHS or min(results)[0] <= 0:
+        return False
+    for each in ranges:
+        packs, changes = (each.packs, each.each), (each.change,)
+        bounds = {form: packs if " " in form else changes for form in EVENTS} | {
+            "packed": packs,
+            "has": (each.start,),
+            "compared": (each.start, each.second),
+            "together": (each.together,),
+            "shared": (PARTS,),
+            "left": (),
+            "wants": (),
+        }
+        numbers = all(
+            least <= int(slots[slot]) <= most
+            for form, slots in found
+            for slot, (least, most) in zip("ab", bounds[form], strict=False)
+        )
+        largest = each.amount[1] + each.together[1]
+        if numbers and all(r <= (each.wanted[1] if form == "wants" else largest) for r, form in results):
+            return True
+    return False

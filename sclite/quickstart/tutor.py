@@ -4,6 +4,7 @@ Like any teacher it sees only the messages of a chat, in which it looks for a pr
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from sclite import trace
@@ -29,14 +30,10 @@ class Judgement:
 # -- templates -----------------------------------------------------------------------------------------------------
 
 
-def _key(operation: Operation) -> str | None:
-    """A reminder: packs are multiplied before the change that they are part of."""
-    packed = operation.form in ("buys packed", "gives each") and operation.sign == "*"
-    return "Multiply first." if packed else None
-
-
 def _step(operation: Operation, item: str) -> Step:
-    return Step(f"{operation.what} {operation.sum} {item}.", _key(operation))
+    """A step with a reminder: packs are multiplied before the change that they are part of."""
+    packed = operation.form in ("buys packed", "gives each") and operation.sign == "*"
+    return Step(f"{operation.what} {operation.sum} {item}.", "Multiply first." if packed else None)
 
 
 def _generalized(solution: Solution) -> str:
@@ -64,38 +61,30 @@ def result_of(left: int, sign: str, right: int) -> int | None:
     return {"+": left + right, "-": left - right, "*": left * right}[sign]
 
 
-def _columns(left: int, sign: str, right: int):
-    """Column by column from the units: (upper digit after borrowing, lower digit, carry in, value)."""
+def _columns(left: int, sign: str, right: int) -> Iterator[tuple[str, int]]:
+    """(text, value) of each column from the units: (`units 8 + 5 = 13`, 13), (`tens 4 + 7 + 1 = 12`, 12) .."""
     carry = 0
-    for place in range(max(len(str(left)), len(str(right)))):
+    names = ("units", "tens", "hundreds", "thousands", "ten thousands")
+    for place in range(min(len(names), max(len(str(left)), len(str(right))))):
         upper, lower = left // 10**place % 10, right // 10**place % 10
+        carried = " + 1" if carry and sign == "+" else ""
         if sign == "+":
             value = upper + lower + carry
-            yield upper, lower, carry, value
             carry = value // 10
         else:
             upper -= carry
             carry = int(upper < lower)
             upper += 10 * carry
-            yield upper, lower, 0, upper - lower
-
-
-_PLACES = ("units", "tens", "hundreds", "thousands", "ten thousands")
-
-
-def columns_in_words(left: int, sign: str, right: int) -> list[str]:
-    """One entry per column: units 8 + 5 = 13, tens 4 + 7 + 1 = 12 .."""
-    return [
-        f"{place} {upper} {sign} {lower}{' + 1' if carry else ''} = {value}"
-        for place, (upper, lower, carry, value) in zip(_PLACES, _columns(left, sign, right), strict=False)
-    ]
+            value = upper - lower
+        yield f"{names[place]} {upper} {sign} {lower}{carried} = {value}", value
 
 
 def decompose(left: int, sign: str, right: int) -> str:
     """The operation split into easy ones, ending with the whole."""
-    whole = f"so {left} {sign} {right} = {result_of(left, sign, right)}"
+    result = result_of(left, sign, right)
+    whole = f"so {left} {sign} {right} = {result}"
     if sign in "+-" and left >= right * (sign == "-") and max(left, right) < 10**5:
-        return ", ".join([*columns_in_words(left, sign, right), whole])
+        return ", ".join([*(text for text, _ in _columns(left, sign, right)), whole])
     if sign == "*":
         small, big = sorted((left, right))
         tens, units = big // 10 * 10, big % 10
@@ -104,11 +93,13 @@ def decompose(left: int, sign: str, right: int) -> str:
                 f"{small} * {tens} = {small * tens}, {small} * {units} = {small * units}, "
                 f"{small * tens} + {small * units} = {small * big}, {whole}"
             )
-    if sign == "/" and result_of(left, sign, right) is not None:
-        tens = left // right // 10 * 10
-        rest = left - right * tens
+    if sign == "/" and result is not None:
+        tens, rest = result // 10 * 10, left - right * (result // 10 * 10)
         if tens and rest:
-            return f"{right} * {tens} = {right * tens}, {left} - {right * tens} = {rest}, {rest} / {right} = {rest // right}, {whole}"
+            return (
+                f"{right} * {tens} = {right * tens}, {left} - {right * tens} = {rest}, "
+                f"{rest} / {right} = {rest // right}, {whole}"
+            )
     return whole.removeprefix("so ")
 
 
@@ -118,11 +109,10 @@ def why_wrong(left: int, sign: str, right: int, given: int) -> str:
     if result is None or result < 0:
         return f"{left} {sign} {right} does not come out here."
     if sign in "+-":
-        columns = zip(_PLACES, _columns(left, sign, right), strict=False)
-        for index, (place, (upper, lower, carry, value)) in enumerate(columns):
-            if value % 10 != given // 10**index % 10:
-                carried = " + 1" if carry else ""
-                return f"The {place} {upper} {sign} {lower}{carried} = {value} end in {value % 10}, not {given // 10**index % 10}."
+        for place, (text, value) in enumerate(_columns(left, sign, right)):
+            digit = given // 10**place % 10
+            if value % 10 != digit:
+                return f"The {text} end in {value % 10}, not {digit}."
     if sign == "*" and result % 10 != given % 10:
         units = left % 10 * (right % 10)
         return f"The units {left % 10} * {right % 10} = {units} end in {units % 10}, not {given % 10}."
@@ -134,41 +124,34 @@ def why_wrong(left: int, sign: str, right: int, given: int) -> str:
 
 def find_equations(text: str) -> list[tuple[int, str, int, int]]:
     """All equations (left, sign, right, result) in a text."""
-    return [
-        (int(a), sign.replace("x", "*").replace("×", "*"), int(b), int(c))
-        for a, sign, b, c in _SUM.findall(text)
-    ]
-
-
-def _judge_step(
-    text: str, solution: Solution, done: frozenset[int]
-) -> tuple[int | None, str, Operation | None]:
-    """(operation, "", None) for a right step; (None, cause, the operation that belongs there) for a wrong one."""
-    numbers = range(len(solution.operations))
-    ready = [i for i in numbers if i not in done and all(p in done for p in solution.parents[i])]
-    if not ready:
-        return None, "The problem asks for no further sum.", None
-    claimed = find_equations(text)
-    needed = solution.operations[ready[0]]
-    if not claimed:
-        return None, "No sum is worked out here.", needed
-    left, sign, right, _ = claimed[-1]
-    match = next((i for i in ready if same_operation((left, sign, right), solution.operations[i])), None)
-    if match is None:
-        return None, f"The sum to do is {needed.left} {needed.sign} {needed.right}.", needed
-    for one, by, other, given in claimed:
-        if result_of(one, by, other) != given:
-            return None, why_wrong(one, by, other, given), solution.operations[match]
-    return match, "", None
+    found = _SUM.findall(text)
+    return [(int(a), "*" if sign in "x×" else sign, int(b), int(c)) for a, sign, b, c in found]
 
 
 def judge(solution: Solution, attempt: Trace) -> Judgement:
     """Find the first wrong step of an attempt. Steps may come in any order that the problem allows."""
     done: frozenset[int] = frozenset()
     for number, step in enumerate(attempt.steps, 1):
-        match, cause, operation = _judge_step(step.text, solution, done)
+        ready = [
+            i
+            for i, parents in enumerate(solution.parents)
+            if i not in done and all(parent in done for parent in parents)
+        ]
+        if not ready:
+            return Judgement(number, "The problem asks for no further sum.", None, done)
+        claimed = find_equations(step.text)
+        needed = solution.operations[ready[0]]
+        if not claimed:
+            return Judgement(number, "No sum is worked out here.", needed, done)
+        meant = (i for i in ready if same_operation(claimed[-1][:3], solution.operations[i]))
+        match = next(meant, None)
         if match is None:
-            return Judgement(number, cause, operation, done)
+            cause = f"The sum to do is {needed.left} {needed.sign} {needed.right}."
+            return Judgement(number, cause, needed, done)
+        for left, sign, right, given in claimed:
+            if result_of(left, sign, right) != given:
+                cause = why_wrong(left, sign, right, given)
+                return Judgement(number, cause, solution.operations[match], done)
         done |= {match}
     return Judgement(None, done=done)
 
@@ -176,22 +159,18 @@ def judge(solution: Solution, attempt: Trace) -> Judgement:
 def correct(solution: Solution, attempt: Trace) -> Trace:
     """The review of an attempt: its first wrong step with cause and correction, then a new solution."""
     verdict = judge(solution, attempt)
-    end = {"generalized": _generalized(solution), "answer": str(solution.answer)}
+    generalized, answer = _generalized(solution), str(solution.answer)
     if verdict.step is None:
-        return replace(attempt, **end)
-    wrong = attempt.steps[verdict.step - 1]
-    done = verdict.done
-    if verdict.operation is None:
-        correction = f"Nothing is left to do, the answer is {solution.answer}."
-    else:
-        operation = verdict.operation
-        correction = (
-            f"{operation.what} {decompose(operation.left, operation.sign, operation.right)} {solution.item}."
-        )
+        return replace(attempt, generalized=generalized, answer=answer)
+    wrong, done, operation = attempt.steps[verdict.step - 1], verdict.done, verdict.operation
+    correction = f"Nothing is left to do, the answer is {solution.answer}."
+    if operation is not None:
+        sums = decompose(operation.left, operation.sign, operation.right)
+        correction = f"{operation.what} {sums} {solution.item}."
         done |= {solution.operations.index(operation)}
     rest = [_step(op, solution.item) for i, op in enumerate(solution.operations) if i not in done]
     kept = [Step(step.text, step.key) for step in attempt.steps[: verdict.step - 1]]
-    return Trace((*kept, Step(wrong.text, wrong.key, verdict.cause, correction), *rest), **end)
+    return Trace((*kept, Step(wrong.text, wrong.key, verdict.cause, correction), *rest), generalized, answer)
 
 
 # -- talking -------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """The bundled tutor as a LiteLLM provider, so that it is called like any other teacher."""
 
+from typing import Any
+
 from sclite.quickstart import tutor
 from sclite.teacher.provider import import_litellm
 
@@ -9,15 +11,13 @@ MODEL = f"{PROVIDER}/tutor"
 
 def register() -> None:
     """Register `embedded/tutor` with LiteLLM; pass this to Teacher as `prepare`. Replies are free and deterministic."""
-    litellm = import_litellm()
+    litellm: Any = import_litellm()
 
     class Tutor(litellm.CustomLLM):
         def completion(self, *args, messages, model, model_response, **options):
             text = tutor.reply(messages)
-            prompt_tokens, completion_tokens = (
-                sum(len(m["content"].split()) for m in messages),
-                len(text.split()),
-            )
+            prompt_tokens = sum(len(message["content"].split()) for message in messages)
+            completion_tokens = len(text.split())
             model_response.model = model
             model_response.choices[0].message.content = text
             model_response.choices[0].finish_reason = "stop"
@@ -34,10 +34,5 @@ def register() -> None:
     others = [item for item in litellm.custom_provider_map if item["provider"] != PROVIDER]
     litellm.custom_provider_map = [*others, {"provider": PROVIDER, "custom_handler": Tutor()}]
     litellm.utils.custom_llm_setup()
-    free = {
-        "litellm_provider": PROVIDER,
-        "mode": "chat",
-        "input_cost_per_token": 0.0,
-        "output_cost_per_token": 0.0,
-    }
-    litellm.register_model({MODEL: free})
+    free = {"input_cost_per_token": 0.0, "output_cost_per_token": 0.0}
+    litellm.register_model({MODEL: {"litellm_provider": PROVIDER, "mode": "chat", **free}})
