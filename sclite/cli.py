@@ -166,8 +166,9 @@ def build_data(
 
     if only not in (None, "templates", "corrections"):
         raise UsageError(f"invalid value for --only: {only}", "use --only templates or --only corrections")
-    chosen = {"problems.source": problems, "problems.limit": limit, "teacher.max_cost": max_cost}
-    context = common.context(chosen)
+    context = common.context(
+        {"problems.source": problems, "problems.limit": limit, "teacher.max_cost": max_cost}
+    )
     pipeline.check_sources(context)
     if dry_run:
         context.dry = True
@@ -176,9 +177,9 @@ def build_data(
         return
     context.ask_before_paying = not yes
     with hold_run(context.run, context.config):
-        pipeline.read_problems(
-            context, reread=only != "corrections" or problems is not None or limit is not None
-        )
+        if pipeline.has_problems(context):
+            chosen = problems is not None or limit is not None
+            pipeline.divided_problems(context, reread=only != "corrections" or chosen)
         if only != "corrections":
             pipeline.build_templates(context, fresh)
         trained = context.run.path("sft/adapter/adapter_model.safetensors").is_file()
@@ -210,7 +211,9 @@ def train(
     model_name(context.config.student)
     select_gpu(gpu)
     if plan:
-        summaries.print_plan(pipeline.plan_training(context), common.json)
+        from sclite.inspect.plan import plan_training
+
+        summaries.print_plan(plan_training(context), common.json)
         return
     with hold_run(context.run, context.config):
         pipeline.train(context, only, fresh)
@@ -246,7 +249,8 @@ def run(
     pipeline.report_plan(context)
     context.ask_before_paying = not yes
     with hold_run(context.run, context.config):
-        pipeline.read_problems(context, reread=True)
+        if pipeline.has_problems(context):
+            pipeline.divided_problems(context, reread=True)
         summary = pipeline.run_all(context, fresh)
     summaries.print_train(context, None, common.json, summary)
 
@@ -286,7 +290,9 @@ def export(
             summaries.print_lora(pipeline.export_lora(context), common.json)
             return
         if format == "data":
-            summaries.print_datasets(pipeline.export_data(context), common.json)
+            from sclite.export.datasets import export_data
+
+            summaries.print_datasets(export_data(context.config, context.run), common.json)
             return
         report = pipeline.export(context)[0]
         created = None

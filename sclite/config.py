@@ -381,7 +381,7 @@ class Config(Section):
 
 def keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, FieldInfo]:
     """All dotted keys with their fields: {"sft.learning_rate": FieldInfo, ..}."""
-    found = {}
+    found: dict[str, FieldInfo] = {}
     for name, field in model.model_fields.items():
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):

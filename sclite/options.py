@@ -91,7 +91,7 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
         common = Common(**{parameter.name: given.pop(parameter.name) for parameter in shared})
         command(**given, common=common)
 
-    wrapper.__signature__ = inspect.Signature([*own, *shared])
+    setattr(wrapper, "__signature__", inspect.Signature([*own, *shared]))  # noqa: B010 - unknown to type checkers
     wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *shared]}
     return wrapper
 

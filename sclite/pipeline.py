@@ -5,8 +5,8 @@ On a CUDA GPU each stage that needs the GPU runs in a process of its own (`conte
 out of GPU memory resumes from its last checkpoint with half the micro-batch size.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from sclite.config import Config
 from sclite.context import Context
-from sclite.errors import DataError, DeviceError, GpuMemoryError, NetworkError, UsageError
-from sclite.progress import ProgressDisplay
+from sclite.errors import DataError, DeviceError, GpuMemoryError, UsageError
+from sclite.progress import Progress, ProgressDisplay
 from sclite.records import Problem, Review
 from sclite.run import Report, Run
 
@@ -42,29 +42,19 @@ def divided_problems(context: Context, reread: bool = False) -> "Split":
     if context.problems is None:
         from sclite.data.problems import gather_problems, split_problems
 
-        report = Report("problems")
+        report, settings = Report("problems"), context.config.problems
         found = gather_problems(context.config, context.run, report, reread=reread, keep=not context.dry)
-        context.add(report, f"problems: {len(found)}{_origin(context.config, report)}{drops(report)}")
+        if report.figures.get("gone"):
+            origin = f" in the run ({settings.source} does not exist any more)"
+        elif not settings.source or report.skipped:
+            origin = " in the run"
+        elif settings.limit is not None and report.counts["problems"] == settings.limit:
+            origin = f" (the first of {settings.source}; problems.limit is {settings.limit})"
+        else:
+            origin = f" (all rows of {settings.source})"
+        context.add(report, f"problems: {len(found)}{origin}{drops(report)}")
         context.problems = split_problems(context.config, found)
     return context.problems
-
-
-def read_problems(context: Context, reread: bool) -> None:
-    """Gather the run's problems, if it has any: imported templates need none."""
-    if _has_problems(context):
-        divided_problems(context, reread)
-
-
-def _origin(config: Config, report: Report) -> str:
-    """Where the problems come from: ` (the first 60 of gsm8k.jsonl)`."""
-    source, limit = config.problems.source, config.problems.limit
-    if report.figures.get("gone"):
-        return f" in the run ({source} does not exist any more)"
-    if not source or report.skipped:
-        return " in the run"
-    if limit is not None and report.counts["problems"] == limit:
-        return f" (the first of {source}; problems.limit is {limit})"
-    return f" (all rows of {source})"
 
 
 def unseen(context: Context, stage: str = "dpo") -> frozenset[str]:
@@ -72,13 +62,14 @@ def unseen(context: Context, stage: str = "dpo") -> frozenset[str]:
 
     Empty if templates were imported without problems.
     """
-    if not _has_problems(context):
+    if not has_problems(context):
         return frozenset()
     split = divided_problems(context)
     return frozenset(problem.id for problem in (*split.stage2, *(split.fit if stage == "sft" else ())))
 
 
-def _has_problems(context: Context) -> bool:
+def has_problems(context: Context) -> bool:
+    """Whether the run has problems: imported templates need none."""
     given = context.config.problems.source or context.run.path("problems.jsonl").is_file()
     return context.problems is not None or bool(given)
 
@@ -105,7 +96,7 @@ def build_templates(context: Context, fresh: bool = False) -> Report:
     from sclite.data import templates
     from sclite.grading.worker import Grader
 
-    imported = templates.is_imported(context.run) and not _has_problems(context)
+    imported = templates.is_imported(context.run) and not has_problems(context)
     split = None if imported else divided_problems(context)
     problems = [] if split is None else [*split.sft, *split.stage2]
     with (
@@ -201,34 +192,33 @@ def _sample_attempts(context: Context, problems: Sequence[Problem]) -> None:
 
 
 def sample_attempts(
-    config: Config, run: Run, problems: Sequence[Problem], with_student: bool, *, progress: Any
+    config: Config, run: Run, problems: Sequence[Problem], with_student: bool, *, progress: Progress
 ) -> Report:
     """The attempts stage, with its student if one is needed. A function of this module: it may run in another process."""
     from sclite.data import attempts
     from sclite.grading.worker import Grader
 
-    with Grader() as grader, _student(config, run, "sft/adapter", "attempts", with_student) as student:
+    context = Context(config, run, ProgressDisplay(quiet=True))
+    with (
+        Grader() as grader,
+        context.student("sft/adapter", "attempts") if with_student else nullcontext() as student,
+    ):
         return attempts.write_attempts(
             config, run, problems=problems, student=student, grader=grader, progress=progress
         )
 
 
-def sample_pairs(config: Config, run: Run, with_student: bool, *, progress: Any) -> Report:
+def sample_pairs(config: Config, run: Run, with_student: bool, *, progress: Progress) -> Report:
     """The pairs stage, with its student if one is needed. A function of this module: it may run in another process."""
     from sclite.data import pairs
     from sclite.grading.worker import Grader
 
-    with Grader() as grader, _student(config, run, "warmup/adapter", "pairs", with_student) as student:
+    context = Context(config, run, ProgressDisplay(quiet=True))
+    with (
+        Grader() as grader,
+        context.student("warmup/adapter", "pairs") if with_student else nullcontext() as student,
+    ):
         return pairs.write_pairs(config, run, student=student, grader=grader, progress=progress)
-
-
-@contextmanager
-def _student(config: Config, run: Run, adapter: str, stage: str, wanted: bool) -> Iterator[Any]:
-    if not wanted:
-        yield None
-        return
-    with Context(config, run, ProgressDisplay(quiet=True)).student(adapter, stage) as student:
-        yield student
 
 
 def can_build_pairs(context: Context) -> bool:
@@ -269,6 +259,8 @@ def train(context: Context, only: str | None = None, fresh: bool = False) -> lis
 
     `fresh` retrains stages that were trained from other inputs.
     """
+    from sclite.inspect.plan import correction_cost_text
+
     if only not in (None, "sft", "dpo"):
         raise UsageError(f"--only {only}: no such stage", "use --only sft or --only dpo")
     data = {name: context.run.path(f"{name}.jsonl").is_file() for name in ("templates", "reviews", "pairs")}
@@ -278,8 +270,8 @@ def train(context: Context, only: str | None = None, fresh: bool = False) -> lis
             "teacher.model is not set, and stage 2 needs a teacher for its corrections",
             "set a LiteLLM model, for example --set teacher.model=openai/gpt-5.4-mini, or use --only sft",
         )
-    if only is None:
-        _report_correction_cost(context)
+    if only is None and (cost := correction_cost_text(context, unseen(context))):
+        context.display.print(cost)
     if only != "dpo":
         train_stage(context, "sft", fresh)
     if only != "sft":
@@ -294,126 +286,47 @@ def train(context: Context, only: str | None = None, fresh: bool = False) -> lis
     return context.reports
 
 
-def _report_correction_cost(context: Context) -> None:
-    """One line on what the teacher's corrections will cost, if that is known and not nothing."""
-    from sclite.data import corrections
-    from sclite.inspect.plan import corrections_cost
-
-    config, run = context.config, context.run
-    found = corrections_cost(config, run, unseen(context), corrections.count_pending_corrections(config, run))
-    cost = found["cost_usd"]
-    if cost is None and found["requests"]:
-        with context.teacher() as teacher:
-            cost = corrections.estimate_corrections_usd(config, run, teacher, found["requests"])
-    if not cost:
-        return
-    most = "at most " if found["at_most"] else ""
-    text = f"corrections after SFT: {most}{found['requests']:,} by {config.teacher.model}, about ${cost:.2f}"
-    limit, spent = config.teacher.max_cost, found["spent_usd"] or 0.0
-    if limit is not None and spent + cost > limit:
-        text += f"; teacher.max_cost is ${limit:g}, ${spent:.2f} is spent"
-    context.display.print(text)
-
-
 def train_stage(context: Context, name: str, fresh: bool = False) -> Report:
     """Run a training stage ("sft", "warmup" or "dpo"), with half the micro-batch size each time memory runs out."""
     from sclite.student.cuda_memory import free_memory
-    from sclite.train.memory import suggest_setting
+    from sclite.train.memory import largest_divisor, suggest_setting
 
-    config, report, kept = context.config, None, unseen(context, name)
-    with context.display.stage(name, TRAINING[name][2]) as progress:
+    config, text = context.config, TRAINING[name][2]
+    report: Report | None = None
+    with context.display.stage(name, text) as progress:
         while report is None:
             try:
-                report = context.isolate(run_training, config, name, kept, fresh, progress=progress)
+                given = (name, unseen(context, name), fresh)
+                report = context.isolate(run_training, config, *given, progress=progress)
             except GpuMemoryError as error:
                 if error.micro_batch == 1:
                     fits = suggest_setting(config, name)
                     hint = f"{error.hint}{f'. By the memory estimate {fits}' if fits else ''}"
                     raise DeviceError(error.message, hint) from error
-                config = halved(config, error)
-                now = config.stage(name).per_device_train_batch_size
-                text = f"out of memory at micro-batch size {error.micro_batch}: {name} resumes at {now}"
-                progress(0, 0, warning=text)
+                settings = config.stage(error.stage)  # accumulation follows the micro-batch size
+                size = largest_divisor(settings.batch_size, error.micro_batch // 2)
+                smaller = settings.model_copy(update={"per_device_train_batch_size": size})
+                config = config.model_copy(update={error.stage: smaller})
+                warning = f"out of memory at micro-batch size {error.micro_batch}: {name} resumes at {size}"
+                progress(0, 0, warning=warning)
             if report is None and not context.isolated:
                 free_memory()  # here, where no traceback holds the model any more
-    return context.add(report, _training_line(name, report))
+    if "imported" in report.counts:
+        return context.add(report, f"{name}: imported adapter")
+    rows, steps = "pairs" if name == "dpo" else "rows", report.counts.get("steps", 0)
+    counts = f"{report.counts.get(rows, 0)} {rows}, {steps} steps{drops(report)}"
+    layers = report.figures.get("lora")
+    adapted = f"; LoRA on {', '.join(layers)}" if layers else ""
+    return context.add(report, f"{text.partition(':')[0]}: {counts}{adapted}")
 
 
 def run_training(
-    config: Config, run: Run, name: str, unseen: frozenset[str], fresh: bool, *, progress: Any
+    config: Config, run: Run, name: str, unseen: frozenset[str], fresh: bool, *, progress: Progress
 ) -> Report:
     """One training stage. A function of this module: it may run in another process."""
     module, function, _ = TRAINING[name]
     train_one = getattr(import_module(module), function)
     return train_one(config, run, unseen=unseen, fresh=fresh, progress=progress)
-
-
-def _training_line(name: str, report: Report) -> str:
-    if "imported" in report.counts:
-        return f"{name}: imported adapter"
-    rows = "pairs" if name == "dpo" else "rows"
-    label = TRAINING[name][2].partition(":")[0]
-    text = (
-        f"{label}: {report.counts.get(rows, 0)} {rows}, {report.counts.get('steps', 0)} steps{drops(report)}"
-    )
-    layers = report.figures.get("lora")
-    return f"{text}; LoRA on {', '.join(layers)}" if layers else text
-
-
-def halved(config: Config, error: GpuMemoryError) -> Config:
-    """The configuration with about half the micro-batch size for a stage; the accumulation follows."""
-    from sclite.train.memory import largest_divisor
-
-    settings = config.stage(error.stage)
-    size = largest_divisor(settings.batch_size, error.micro_batch // 2)
-    smaller = settings.model_copy(update={"per_device_train_batch_size": size})
-    return config.model_copy(update={error.stage: smaller})
-
-
-def plan_training(context: Context) -> dict[str, Any]:
-    """The plan of a training, from the configuration, the GPU and the run's files; starts and writes nothing."""
-    from sclite.data.problems import split_problems
-    from sclite.doctor import describe_gpu
-    from sclite.inspect import plan
-    from sclite.student.loader import load_tokenizer, model_name
-    from sclite.train.memory import choose_micro_batch
-
-    config = context.config
-    found = list(context.run.rows("problems.jsonl", Problem))
-    try:
-        tokenizer = load_tokenizer(model_name(config.student))
-    except (DataError, NetworkError):
-        tokenizer = None
-    return plan.plan(
-        config,
-        context.run,
-        gpu=describe_gpu(),
-        tokenizer=tokenizer,
-        unseen=frozenset(p.id for p in split_problems(config, found).stage2) if found else None,
-        micro_batches={stage: choose_micro_batch(config, stage) for stage in plan.STAGES},
-    )
-
-
-def report_plan(context: Context) -> None:
-    """Print what a whole run will cost, take and need. Writes and sends nothing.
-
-    Raises DeviceError if a training stage does not fit in GPU memory.
-    """
-    config, display = context.config, context.display
-    plan = plan_training(context)
-    if misfits := [name for name, stage in plan["stages"].items() if stage["fits"] is False]:
-        raise DeviceError(
-            f"{', '.join(misfits)} will not fit in GPU memory",
-            "`sclite train --plan` shows settings that fit",
-        )
-    if not context.run.is_imported("templates", "templates.jsonl"):
-        found = forecast_templates(replace(context, dry=True, display=ProgressDisplay(quiet=True)))
-        cost = "unknown cost" if found["cost_usd"] is None else f"about ${found['cost_usd']:.2f}"
-        display.print(f"plan: {found['requests']:,} templates by {config.teacher.model}, {cost}")
-    needs = ", ".join(f"{name} {stage['total_gb']:.1f} GB" for name, stage in plan["stages"].items())
-    where = "host RAM" if plan["gpu"] is None else f"of {plan['gpu']['free_gb']:.0f} GB GPU memory"
-    hours = "unknown until the first steps" if plan["hours"] is None else f"about {plan['hours']:.1f} h"
-    display.print(f"plan: training needs {needs} ({where}); time {hours}")
 
 
 # -- export --------------------------------------------------------------------------------------------------------
@@ -493,7 +406,7 @@ def fit_review_threshold(context: Context) -> None:
 
 def untrained_problems(context: Context) -> list[Problem]:
     """The run's problems that nothing was trained on, for the review threshold."""
-    if not _has_problems(context):
+    if not has_problems(context):
         return []
     corrected = {
         row.id for row in context.run.rows("reviews.jsonl", Review)
@@ -508,6 +421,31 @@ def evaluate_students(context: Context, names: Sequence[str]) -> dict[str, Any]:
     held_out = evaluation.held_out(context, untrained_problems(context))
     export(context, names)
     return evaluation.evaluate(context, names, held_out)
+
+
+def report_plan(context: Context) -> None:
+    """Print what a whole run will cost, take and need. Writes and sends nothing.
+
+    Raises DeviceError if a training stage does not fit in GPU memory.
+    """
+    from sclite.inspect.plan import plan_training
+
+    plan = plan_training(context)
+    if misfits := [name for name, stage in plan["stages"].items() if stage["fits"] is False]:
+        raise DeviceError(
+            f"{', '.join(misfits)} will not fit in GPU memory",
+            "`sclite train --plan` shows settings that fit",
+        )
+    if not context.run.is_imported("templates", "templates.jsonl"):
+        found = forecast_templates(replace(context, dry=True, display=ProgressDisplay(quiet=True)))
+        cost = "unknown cost" if found["cost_usd"] is None else f"about ${found['cost_usd']:.2f}"
+        context.display.print(
+            f"plan: {found['requests']:,} templates by {context.config.teacher.model}, {cost}"
+        )
+    needs = ", ".join(f"{name} {stage['total_gb']:.1f} GB" for name, stage in plan["stages"].items())
+    where = "host RAM" if plan["gpu"] is None else f"of {plan['gpu']['free_gb']:.0f} GB GPU memory"
+    hours = "unknown until the first steps" if plan["hours"] is None else f"about {plan['hours']:.1f} h"
+    context.display.print(f"plan: training needs {needs} ({where}); time {hours}")
 
 
 def run_all(context: Context, fresh: bool = False) -> dict[str, Any] | None:
@@ -533,10 +471,3 @@ def export_lora(context: Context) -> Path:
     out = context.run.path(f"export/{name}-lora.gguf")
     out.parent.mkdir(parents=True, exist_ok=True)
     return convert_lora(adapter_file(context, name).parent, fetch_base_model(context.config.student), out)
-
-
-def export_data(context: Context) -> Report:
-    """Templates, reviews and pairs in the formats of TRL, Axolotl and LLaMA-Factory, with a dataset card."""
-    from sclite.export import datasets
-
-    return datasets.export_data(context.config, context.run)

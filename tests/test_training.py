@@ -7,6 +7,7 @@ import pytest
 from sclite import pipeline
 from sclite.context import Context
 from sclite.errors import DeviceError
+from sclite.inspect.plan import plan_training
 from sclite.progress import ProgressDisplay
 from sclite.records import Template
 from sclite.run import Run
@@ -205,7 +206,7 @@ def test_missing_tensorboard_is_an_error_before_the_first_step(folder, tmp_path,
 
 
 def test_the_plan_of_a_run_says_what_each_stage_takes(folder, tmp_path):
-    found = pipeline.plan_training(world_of(folder, tmp_path))
+    found = plan_training(world_of(folder, tmp_path))
     assert list(found["stages"]) == ["sft", "warmup", "dpo"]
     assert found["gpu"] is None
     assert found["stages"]["sft"]["rows"] > 0
@@ -228,7 +229,7 @@ def test_the_plan_has_the_steps_rows_and_rows_at_once_of_the_training_that_follo
         sft=settings,
         warmup={**settings, "per_device_train_batch_size": 3, "num_train_epochs": 1},
     )
-    stages = pipeline.plan_training(context)["stages"]
+    stages = plan_training(context)["stages"]
     sizes = []
     real = stage.train_adapter
     monkeypatch.setattr(

@@ -13,6 +13,7 @@ from sclite import console
 from sclite.config import Config
 from sclite.console import escape, format_duration
 from sclite.data.corrections import count_pending_corrections
+from sclite.errors import DataError, NetworkError
 from sclite.records import Pair, Problem, Review, Template
 from sclite.run import Run
 from sclite.student.loader import model_name
@@ -41,6 +42,8 @@ from sclite.train.warmup_rows import mixed_rows
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
+    from sclite.context import Context
+
 STAGES = ("sft", "warmup", "dpo")
 GB = 1_000_000_000
 CHECKPOINTS = 3  # on disk at once: two are kept while a third is written
@@ -50,6 +53,29 @@ BITS = {
 }  # fmt: skip
 """Bits per weight of llama.cpp's quantizations, from its own table of an 8B model."""
 PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "layer", "allowance")
+
+
+def plan_training(context: "Context") -> dict[str, Any]:
+    """The plan of a training on this machine, from the configuration and the run's files; starts and writes nothing."""
+    from sclite.data.problems import split_problems
+    from sclite.doctor import describe_gpu
+    from sclite.student.loader import load_tokenizer
+    from sclite.train.memory import choose_micro_batch
+
+    config = context.config
+    problems = list(context.run.rows("problems.jsonl", Problem))
+    try:
+        tokenizer = load_tokenizer(model_name(config.student))
+    except (DataError, NetworkError):
+        tokenizer = None
+    return plan(
+        config,
+        context.run,
+        gpu=describe_gpu(),
+        tokenizer=tokenizer,
+        unseen=frozenset(p.id for p in split_problems(config, problems).stage2) if problems else None,
+        micro_batches={stage: choose_micro_batch(config, stage) for stage in STAGES},
+    )
 
 
 def plan(
@@ -205,6 +231,26 @@ def corrections_cost(
     cost = None if requests is None or (each is None and requests) else round(requests * (each or 0.0), 4)
     at_most = left is None and bool(requests)
     return {"requests": requests, "at_most": at_most, "cost_usd": cost, "spent_usd": spent}
+
+
+def correction_cost_text(context: "Context", unseen: frozenset[str]) -> str:
+    """What the teacher's corrections will cost in one line; "" if that is nothing or unknown."""
+    from sclite.data.corrections import estimate_corrections_usd
+
+    config, run = context.config, context.run
+    found = corrections_cost(config, run, unseen, count_pending_corrections(config, run))
+    cost = found["cost_usd"]
+    if cost is None and found["requests"]:
+        with context.teacher() as teacher:
+            cost = estimate_corrections_usd(config, run, teacher, found["requests"])
+    if not cost:
+        return ""
+    most = "at most " if found["at_most"] else ""
+    text = f"corrections after SFT: {most}{found['requests']:,} by {config.teacher.model}, about ${cost:.2f}"
+    limit, spent = config.teacher.max_cost, found["spent_usd"] or 0.0
+    if limit is not None and spent + cost > limit:
+        text += f"; teacher.max_cost is ${limit:g}, ${spent:.2f} is spent"
+    return text
 
 
 # -- the terminal --------------------------------------------------------------------------------------------------
