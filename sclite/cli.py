@@ -359,8 +359,12 @@ def chat(
         str | None, typer.Argument(metavar="QUESTION", help="Answer this question and exit.")
     ] = None,
     self_correct: Annotated[
-        bool, typer.Option("--self-correct", help="Review each answer and correct its wrong step.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--self-correct/--no-self-correct",
+            help="Review each answer and correct its wrong step (default: where a threshold is known).",
+        ),
+    ] = None,
     model: Annotated[
         Path | None, typer.Option("--model", metavar="FILE", help="A GGUF file (default: that of the run).")
     ] = None,
@@ -369,20 +373,21 @@ def chat(
 ) -> None:
     """Chat with the trained model.
 
-    In a pipe, reads one question per line and writes one answer per line.
+    In a terminal, /help lists the commands. In a pipe, reads one question per line and writes one answer per line, or
+    one object with --json.
     """
     from sclite import evaluation
     from sclite.chat.repl import run_chat
 
     if question is not None and not question.strip():
         raise UsageError("the question is empty", "run `sclite chat` without a question to type it")
-    if common.json and question is None:
+    if common.json and question is None and console.is_interactive():
         raise UsageError("--json needs a question", "sclite chat --json 'What is 17 + 25?'")
     context = common.context()
     default_run = context.config.run == type(context.config)().run
     if default_run and not context.run.folder.is_dir() and Path("runs/quickstart").is_dir():
         context = replace(common, run=Path("runs/quickstart")).context()
-    path, threshold = evaluation.for_chat(context, model, self_correct)
+    path, threshold = evaluation.for_chat(context, model, self_correct is not False)
     known_problems = {}
     if context.config.teacher.embedded and model is None:
         from sclite.quickstart.problem_sets import test_problems
@@ -390,7 +395,7 @@ def chat(
 
         known_problems = {"example": test_problems(1)[0].question, "familiar": within}
     options = {"self_correct": self_correct, "question": question, "as_json": common.json}
-    if not run_chat(path, context.config, threshold, **options, **known_problems):
+    if not run_chat(path, context.config, threshold, context.run, **options, **known_problems):
         raise typer.Exit(DATA)
 
 

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 OUTPUT = "the output"
 """The file name of an OSError on stdout."""
-EXIT_WORDS = ("/bye", "exit", "quit")
 _CONTROLS = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
@@ -128,6 +127,12 @@ def print_json(value: Any) -> None:
     sys.stdout.write(_json(value, indent=1) + "\n")
 
 
+def print_json_line(value: Any) -> None:
+    """Print one JSON object as one line to stdout, at once."""
+    sys.stdout.write(_json(value) + "\n")
+    sys.stdout.flush()
+
+
 def print_json_rows(head: Mapping[str, Any], rows: Iterable[Any]) -> None:
     """Print one JSON object to stdout: `head`, then "rows". Nothing is printed unless every row could be read."""
     with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
@@ -186,35 +191,6 @@ def page(pieces: Iterable["Text"]) -> None:
 def is_interactive() -> bool:
     """Whether a user can be asked: stdin and stderr are terminals."""
     return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
-
-
-def read_inputs(greeting: str) -> Iterator[str]:
-    """What the user types or pastes, until Ctrl-D or one of EXIT_WORDS; without a terminal, each line of stdin.
-
-    A paste is one input, even with several lines. Empty inputs are skipped. Ctrl-C clears the line.
-    """
-    if not is_interactive():
-        while line := read_line():
-            if line.strip():
-                yield line.strip()
-        return
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.output import create_output
-
-    note(greeting)
-    session: PromptSession[str] = PromptSession("> ", output=create_output(sys.stderr))
-    while True:
-        try:
-            typed = session.prompt().strip()
-        except KeyboardInterrupt:
-            note("[dim]Use Ctrl-D or /bye to exit.[/]")
-            continue
-        except EOFError:
-            return
-        if typed in EXIT_WORDS:
-            return
-        if typed:
-            yield typed
 
 
 def read_line() -> str:

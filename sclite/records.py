@@ -85,6 +85,17 @@ class Drop(Row):
     raw: str = ""
 
 
+class Feedback(Row):
+    """A user's verdict on an answer in the chat: the first attempt, the text after its review, the accused step."""
+
+    question: str
+    attempt: str
+    final: str
+    accused: int | None
+    good: bool
+    model: str
+
+
 ROWS: dict[str, type[Row]] = {
     "problems.jsonl": Problem,
     "templates.jsonl": Template,

@@ -175,7 +175,6 @@ def test_a_wrong_command_line_is_a_usage_error(sclite, arguments, message):
         (("build-data", "--only", "pairs"), "use --only templates or --only corrections"),
         (("train", "--only", "both", "--set", "student.model=embedded"), "use --only sft or --only dpo"),
         (("eval", "p.jsonl", "--models", "base,mine"), "use any of base, sft, dpo"),
-        (("chat", "--json"), "sclite chat --json 'What is 17 + 25?'"),
     ],
 )
 def test_an_invalid_value_names_the_valid_ones(sclite, arguments, message):

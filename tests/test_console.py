@@ -21,18 +21,11 @@ def test_a_table_too_wide_for_the_terminal_is_transposed(width, lying, monkeypat
 
 
 def test_input_in_another_encoding_becomes_replacement_characters(monkeypatch):
-    typed = io.TextIOWrapper(io.BytesIO(b"caf\xe9 3\n\n"), encoding="utf-8", errors="surrogateescape")
+    typed = io.TextIOWrapper(io.BytesIO(b"caf\xe9 3\n"), encoding="utf-8", errors="surrogateescape")
     monkeypatch.setattr(sys, "stdin", typed)
-    (line,) = console.read_inputs("")
-    assert line == "caf\ufffd 3"
-    line.encode()
-
-
-def test_empty_lines_are_skipped_and_stdin_may_be_closed(monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("first\n\n  \nsecond\n" + "x" * 100_000))
-    assert list(console.read_inputs("")) == ["first", "second", "x" * 100_000]
+    assert console.read_line() == "caf\ufffd 3\n"
     monkeypatch.setattr(sys, "stdin", None)
-    assert list(console.read_inputs("")) == []
+    assert console.read_line() == ""
 
 
 def test_only_the_last_text_column_wraps(monkeypatch, capsys):

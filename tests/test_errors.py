@@ -64,7 +64,6 @@ def test_an_unexpected_exception_is_one_line_with_a_traceback_file(tmp_path):
         (("trian", "--json"), "", 2, "Did you mean 'train'?"),
         (("show", "drops", "--json"), "", 3, "does not exist"),
         (("init", "--json", "--config", "none/x.toml"), "", 2, "cannot be written"),
-        (("chat", "--json"), "", 2, "--json needs a question"),
         (("chat", "--json", "--model", "x.gguf", "How many?"), "", 3, "x.gguf does not exist"),
         (("export", "--json", "--format", "lora"), "", 3, "adapter"),
     ],

@@ -79,7 +79,7 @@ class Writing:
 
 
 @dataclass(frozen=True)
-class Scored:
+class StepsScored:
     """The log-odds (nats) of an error of each step (empty: too long to review), and the accused step."""
 
     scores: tuple[float, ...]
@@ -96,7 +96,7 @@ class Corrected:
 
 
 Ask = Request | ScoreRequest
-Event = Writing | Scored | Corrected
+Event = Writing | StepsScored | Corrected
 T = TypeVar("T")
 Script = Generator[Ask | Event, Reply | Scores | None, T]
 """Asks the student and yields events; is sent the reply (None after an event, or if there is no reply)."""
@@ -253,7 +253,7 @@ def guided(question: str, attempt: str, settings: ReviewSettings) -> Script[Revi
         if round_number == 0:
             result = replace(result, scores=odds, note="" if odds else "too long to review")
         step = next((n for n, value in enumerate(odds, 1) if value > settings.threshold), None)
-        yield Scored(odds, step)
+        yield StepsScored(odds, step)
         if step is None:
             break
         outcome = yield from correct_step(question, trace, step, settings)
@@ -345,6 +345,7 @@ def free(question: str, attempt: str, settings: ReviewSettings) -> Script[Review
     if step is None:
         return Reviewed(attempt, tokens=tokens)
     wrong = review.steps[step - 1]
+    yield Corrected(step, wrong.cause or "", wrong.correction or "")
     return Reviewed(render(corrected(review)), (), step, wrong.cause, wrong.correction, tokens)
 
 

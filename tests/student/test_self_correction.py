@@ -11,7 +11,7 @@ from sclite.student.self_correction import (
     SAME_RESULT,
     Corrected,
     ReviewSettings,
-    Scored,
+    StepsScored,
     Writing,
     correct_steps,
     guided,
@@ -285,7 +285,7 @@ def test_streamed_review_yields_events_in_order_and_the_same_result():
     (wanted,) = review_guided(student, [QUESTION], [render(WRONG)], ReviewSettings())
     seen = list(stream(student, guided(QUESTION, render(WRONG), ReviewSettings())))
     assert [event for event in seen if not isinstance(event, str)] == [
-        Scored((-4.0, 3.0, -4.0), 2),
+        StepsScored((-4.0, 3.0, -4.0), 2),
         Writing("correction"),
         Corrected(2, "72 is not twice 38.", "72 / 2 = 36"),
         Writing("continuation"),
@@ -304,7 +304,7 @@ def test_cancelled_review_ends_without_a_result():
         seen.append(event)
         if isinstance(event, str):
             cancel.set()
-    assert seen[0] == Scored((-4.0, 3.0, -4.0), 2)
+    assert seen[0] == StepsScored((-4.0, 3.0, -4.0), 2)
     assert isinstance(seen[-1], str)
     assert len(student.requests) == 1
 

@@ -1,0 +1,132 @@
+"""One answer: the first solution of a question and its review. Chat and server run the same script."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sclite import prompts
+from sclite.config import Config
+from sclite.student.base import Reply, Request
+from sclite.student.self_correction import (
+    NEVER,
+    Reviewed,
+    ReviewSettings,
+    Script,
+    Writing,
+    free,
+    guided,
+)
+from sclite.trace import parse
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to answer. `mode`: guided, free, or "" for no review."""
+
+    mode: str = "guided"
+    threshold: float = 0.0
+    rounds: int = 1
+    max_tokens: int = 1024
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    prompt_folder: str = ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The first reply to a question and its review; `note` says why something is missing."""
+
+    question: str
+    first: Reply
+    review: Reviewed | None = None
+    note: str = ""
+
+    @property
+    def text(self) -> str:
+        """The final text: after the review, if there was one."""
+        return self.first.text if self.review is None else self.review.text
+
+    @property
+    def result(self) -> str:
+        """The final answer; the whole text if there is none."""
+        return parse(self.text).trace.answer or self.text
+
+    @property
+    def tokens(self) -> int:
+        """The tokens generated for the solution and the review."""
+        return self.first.tokens + (self.review.tokens if self.review is not None else 0)
+
+    def as_json(self) -> dict[str, object]:
+        """The answer as `sclite chat --json` prints it."""
+        row: dict[str, object] = {
+            "question": self.question,
+            "first": self.first.text,
+            "answer": parse(self.text).trace.answer,
+        }
+        if self.review is not None:
+            row |= {
+                "accused": self.review.accused,
+                "cause": self.review.cause,
+                "correction": self.review.correction,
+                "step_scores": [round(score, 4) for score in self.review.scores],
+                "final": self.text,
+            }
+        return row | {"tokens": self.tokens, "note": self.note}
+
+
+def solve_and_review(question: str, settings: Settings) -> Script[Answer]:
+    """Solve a question, then review the solution. A failed reply is not reviewed."""
+    yield Writing("solution")
+    reply = yield Request(
+        prompts.solve_messages(question, settings.prompt_folder),
+        max_tokens=settings.max_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        seed=settings.seed,
+        stop=settings.stop,
+    )
+    if not isinstance(reply, Reply):
+        reply = Reply(0, "", 0, 0, "error", "no reply")
+    trace = parse(reply.text).trace
+    if reply.finish == "error" or not trace.steps:
+        return Answer(question, reply, note=reply.error or "the answer has no steps to review")
+    review = None
+    if settings.mode:
+        limits = (settings.threshold, settings.rounds, settings.max_tokens, settings.prompt_folder)
+        review = yield from (guided if settings.mode == "guided" else free)(
+            question, reply.text, ReviewSettings(*limits)
+        )
+    note = "" if review is None else review.note
+    if reply.finish == "length":
+        note = f"the answer was cut off at {reply.tokens} tokens; increase max_tokens"
+    elif trace.answer is None:
+        note = note or "the steps reach no answer"
+    return Answer(question, reply, review, note)
+
+
+def with_history(question: str, history: Sequence[Answer]) -> str:
+    """A question that follows earlier ones, as a single problem: students are trained on single problems."""
+    earlier = [f"{answer.question}\nAnswer: {answer.result}" for answer in history]
+    return "\n\n".join([*earlier, question])
+
+
+def probability(log_odds: float) -> float:
+    """The probability of an error from its log-odds in nats."""
+    return 1 / (1 + math.exp(min(-log_odds, 700.0)))
+
+
+def review_off_reason(path: Path, config: Config, threshold: float | None) -> str:
+    """Why guided review has no threshold for this file; "" if it has one, or if review is free."""
+    if config.review.mode == "free":
+        return ""
+    if threshold is None:
+        return (
+            f"review is off: {path.name} has no fitted threshold. Fit one with `sclite eval PROBLEMS`, or use "
+            "--set review.threshold=0 or --set review.mode=free"
+        )
+    if threshold >= NEVER:
+        return f"review is off: no threshold improved the answers of {path.name} in its evaluation"
+    return ""

@@ -1,0 +1,296 @@
+"""An answer on the screen: numbered steps, the probability of an error beside each, and the correction as it is written."""
+
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from threading import RLock
+from typing import TYPE_CHECKING
+
+from sclite import console
+from sclite.chat.answer import Answer, probability
+from sclite.student.self_correction import SAME_RESULT, Corrected, Event, StepsScored, Writing
+from sclite.trace import CAUSE, Step, parse
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+INDENT = 12
+"""Columns before the text of a step: mark, number, probability."""
+DOING = {
+    "solution": "solving",
+    "review": "reviewing",
+    "scores": "reviewing",
+    "correction": "correcting",
+    "continuation": "continuing",
+}
+_PARTIAL_TAG = re.compile(r"<[^<>\n]{0,24}\Z")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A step, or its correction. `flagged` ones are wrong: `cause` says why, and a correction follows."""
+
+    number: int
+    text: str
+    key: str | None = None
+    odds: float | None = None
+    flagged: bool = False
+    cause: str | None = None
+    corrects: bool = False
+
+
+def step_lines(steps: Iterable[Step], start: int = 1) -> list[Line]:
+    """The lines of steps; a step with a correction of its own gives two."""
+    lines = []
+    for number, step in enumerate(steps, start):
+        wrong = step.correction is not None
+        lines.append(Line(number, step.text, step.key, None, wrong, step.cause))
+        if wrong:
+            lines.append(Line(number, step.correction or "", corrects=True))
+    return lines
+
+
+class AnswerView:
+    """What is known of an answer so far; `feed` it the events of its script, then the answer itself."""
+
+    def __init__(self) -> None:
+        self.lines: list[Line] = []
+        self.kept = 0  # lines before those that the text now being written replaces
+        self.part, self.text = "", ""
+        self.first_answer: str | None = None
+        self.final: str | None = None
+        self.answer: Answer | None = None
+        self.began = time.monotonic()
+        self.seconds = 0.0
+        self.lock = RLock()
+
+    def feed(self, event: str | Event | Answer) -> None:
+        """Take in the next event, piece of text, or the finished answer."""
+        with self.lock:
+            if isinstance(event, str):
+                self.text += event
+                self._read(_PARTIAL_TAG.sub("", self.text))
+            elif isinstance(event, Writing):
+                self.part, self.text, self.kept = event.part, "", len(self.lines)
+            elif isinstance(event, StepsScored):
+                self._score(event)
+            elif isinstance(event, Corrected):
+                self._correct(event.step, event.cause, event.correction)
+            else:
+                self._finish(event)
+
+    def _live(self) -> list[int]:
+        """Indices of the lines that stand for the steps of the current solution."""
+        return [i for i, line in enumerate(self.lines) if not line.flagged]
+
+    def _read(self, text: str) -> None:
+        if self.part in ("solution", "continuation"):
+            start = 1 + sum(not line.flagged for line in self.lines[: self.kept])
+            trace = parse(text).trace
+            steps = step_lines(trace.steps, start)
+            self.lines[self.kept :] = steps if steps or trace.answer else [Line(0, text.strip())]
+            self.final = trace.answer
+        elif self.part == "correction" and self.lines:
+            found = parse(f"<Step1>x\n{CAUSE}{text}").trace.steps[0]
+            flagged = self.lines[self.kept - 1]
+            self.lines[self.kept - 1] = replace(flagged, cause=found.cause)
+            correction = [Line(flagged.number, found.correction, corrects=True)] if found.correction else []
+            self.lines[self.kept :] = correction
+
+    def _score(self, event: StepsScored) -> None:
+        self.part = "scores"
+        for place, odds in zip(self._live(), event.scores, strict=False):
+            self.lines[place] = replace(self.lines[place], odds=odds)
+        if event.accused is not None:
+            self.first_answer, self.final = self.first_answer or self.final, None
+            place = self._live()[event.accused - 1]
+            del self.lines[place + 1 :]  # they rest on the wrong step
+            self.lines[place] = replace(self.lines[place], flagged=True)
+
+    def _correct(self, step: int, cause: str, correction: str) -> None:
+        live = self._live()
+        if self.part == "review":  # free: it is read only when it is complete
+            self.first_answer, place = self.final, live[min(step, len(live)) - 1]
+            del self.lines[place + 1 :]
+        else:
+            place = max(i for i, line in enumerate(self.lines) if line.flagged)
+            del self.lines[place + 1 :]
+        self.lines[place] = replace(self.lines[place], flagged=True, cause=cause)
+        self.lines.append(Line(step, correction, corrects=True))
+
+    def _finish(self, answer: Answer) -> None:
+        self.answer, self.part, self.seconds = answer, "", time.monotonic() - self.began
+        review, first, final = answer.review, parse(answer.first.text).trace, parse(answer.text).trace
+        if review is None or review.accused is None or review.note == SAME_RESULT:
+            # nothing was corrected, or it could not be read: the first solution stands
+            self.first_answer = None
+            self.lines = step_lines(first.steps) if first.steps else [Line(0, answer.first.text.strip())]
+            for place, odds in zip(self._live(), review.scores if review else (), strict=False):
+                self.lines[place] = replace(self.lines[place], odds=odds)
+        else:
+            if review.note:  # a later round failed: what it flagged stands
+                count = max(i for i, line in enumerate(self.lines) if line.flagged)
+            else:
+                count = 1 + max(i for i, line in enumerate(self.lines) if line.corrects)
+            done = sum(not line.flagged for line in self.lines[:count])
+            self.lines[count:] = step_lines(final.steps[done:], done + 1)
+        self.final = final.answer
+
+    # -- lines of text ---------------------------------------------------------------------------------------------
+
+    def render(self, width: int) -> "list[Text]":
+        """The lines, wrapped to a width."""
+        from rich.text import Text
+
+        with self.lock:
+            rows: list[Text] = []
+            for line in self.lines:
+                rows += self._rows(line, width)
+            if self.final is not None:
+                answer = Text.assemble("  answer ", (readable(self.final), "bold"))
+                if self.first_answer not in (None, self.final):
+                    answer.append(f"  (was {readable(self.first_answer or '–')})", "dim")
+                rows += [Text(), answer]
+            return rows
+
+    def _rows(self, line: Line, width: int) -> "list[Text]":
+        from rich.text import Text
+
+        if not line.number:  # text without steps
+            return _hang(Text(), Text(readable(line.text)), width, 0)
+        mark = "✗" if line.flagged else "→" if line.corrects else "·" if line.odds is not None else " "
+        odds = f"{100 * probability(line.odds):3.0f}%" if line.odds is not None else ""
+        style = "red" if line.flagged else "green" if line.corrects else ""
+        head = Text.assemble(
+            "  ",
+            (mark, style or "dim"),
+            (f"{line.number:3} ", "dim"),
+            (f"{odds:4}", "bold red" if line.flagged else "dim"),
+        )
+        text = Text(readable(line.text), f"{style} strike" if line.flagged else style)
+        rows = _hang(head, text, width, INDENT)
+        for name, note, colour in (("key", line.key, "cyan"), ("why", line.cause, "red")):
+            if note:
+                label = Text.assemble(" " * INDENT, (f"{name} ", colour))
+                rows += _hang(label, Text(readable(note)), width, INDENT + 4)
+        return rows
+
+    def status(self) -> str:
+        """What happens now, and for how long."""
+        return f"{DOING.get(self.part, 'starting')} · {time.monotonic() - self.began:.0f} s · Ctrl-C stops"
+
+    def footer(self, context: int) -> str:
+        """Tokens, their rate, and how full the context was."""
+        if self.answer is None:
+            return ""
+        tokens, first = self.answer.tokens, self.answer.first
+        rate = f"{tokens / max(self.seconds, 1e-3):.0f} tokens/s, "
+        used = f"context {first.prompt_tokens + first.tokens} of {context}"
+        return f"{tokens} tokens, {rate}{self.seconds:.1f} s, {used}"
+
+
+def _hang(head: "Text", text: "Text", width: int, indent: int) -> "list[Text]":
+    """`head` and a text whose further lines are indented."""
+    from rich.text import Text
+
+    head = head.copy()
+    head.pad_right(max(0, indent - len(head.plain)))
+    shown = Text(console.visible(text.plain), text.style)
+    rows = shown.wrap(console.make_console(), max(20, width - indent)) if width else shown.split("\n")
+    return [Text.assemble(head if i == 0 else " " * indent, row) for i, row in enumerate(rows or [Text()])]
+
+
+# -- on the terminal -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def showing(view: AnswerView) -> Iterator[Callable[[], None]]:
+    """Show the view while it grows; yields a function to call after each event. The view stays on the screen at the end.
+
+    A terminal without cursor control, such as TERM=dumb, gets complete steps; a pipe gets only the end.
+    """
+    out = console.make_console()
+    if not out.is_terminal or out.is_dumb_terminal:
+        printed = 0
+
+        def append() -> None:
+            nonlocal printed
+            rows = view.render(out.width)
+            complete = len(rows) - 1 if view.part == "solution" else 0
+            for row in rows[printed:complete] if out.is_terminal else ():
+                out.print(row, soft_wrap=True)
+                printed += 1
+
+        yield append
+        rows = view.render(out.width if out.is_terminal else 0)
+        changed = view.answer is not None and view.answer.review is not None
+        for row in rows if changed or not printed else rows[printed:]:
+            out.print(row, soft_wrap=True)
+        return
+    from rich.live import Live
+
+    with Live(get_renderable=lambda: _screen(view, out), console=out, refresh_per_second=10) as live:
+        drawn = 0.0
+
+        def draw() -> None:
+            nonlocal drawn
+            if time.monotonic() - drawn > 0.05:
+                live.refresh()
+                drawn = time.monotonic()
+
+        try:
+            yield draw
+        finally:
+            with view.lock:
+                view.part = ""
+
+
+def _screen(view: AnswerView, out: "Console"):
+    """The view with what happens now below it; only its end if it is taller than the terminal."""
+    from rich.console import Group
+    from rich.spinner import Spinner
+
+    rows = view.render(out.width)
+    if not view.part and (view.answer is not None or rows):
+        return Group(*rows)
+    rows = rows[-max(1, out.height - 3) :]
+    return Group(*rows, Spinner("dots", f"[dim]{view.status()}[/]"))
+
+
+# -- LaTeX -------------------------------------------------------------------------------------------------------------
+
+_COMMANDS = {
+    "cdot": "·", "times": "×", "div": "÷", "pm": "±", "leq": "≤", "le": "≤", "geq": "≥", "ge": "≥", "neq": "≠",
+    "ne": "≠", "approx": "≈", "equiv": "≡", "pi": "π", "alpha": "α", "beta": "β", "gamma": "γ", "theta": "θ",
+    "lambda": "λ", "infty": "∞", "sum": "∑", "int": "∫", "angle": "∠", "circ": "°", "to": "→", "rightarrow": "→",
+    "implies": "⇒", "Rightarrow": "⇒", "therefore": "∴", "in": "∈", "cup": "∪", "cap": "∩", "ldots": "…", "dots": "…",
+    "left": "", "right": "", "displaystyle": "", "quad": " ", "qquad": " ",
+}  # fmt: skip
+_GROUP = r"\{((?:[^{}]|\{[^{}]*\})*)\}"
+_WRAPPER = re.compile(rf"\\(?:boxed|text|textbf|mathrm|mathbf|operatorname){_GROUP}")
+_FRACTION = re.compile(rf"\\[dt]?frac{_GROUP}{_GROUP}")
+_ROOT = re.compile(rf"\\sqrt{_GROUP}")
+_POWER = re.compile(r"\^(?:\{(-?\d+)\}|(\d+))")
+_COMMAND = re.compile(r"\\([A-Za-z]+)")
+_MATH = re.compile(r"\$\$(.+?)\$\$|\$(?=\S)([^$\n]*[^$\s\\])\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def readable(text: str) -> str:
+    """LaTeX as plain text: \\frac{1}{2} is 1/2, $x^2$ is x²; other text is unchanged."""
+    text = _MATH.sub(lambda found: next(group for group in found.groups() if group is not None), text)
+    if "\\" in text:
+        for _ in range(4):  # one inside another
+            text = _ROOT.sub(lambda found: f"√{_bracketed(found[1])}", text)
+            text = _FRACTION.sub(lambda found: f"{_bracketed(found[1])}/{_bracketed(found[2])}", text)
+            text = _WRAPPER.sub(r"\1", text)
+        text = _COMMAND.sub(lambda found: _COMMANDS.get(found[1], found[0]), text)
+        text = re.sub(r"\\([%$#&_{}])|\\[,;:! ]", lambda found: found[1] or " ", text)
+    return _POWER.sub(lambda found: (found[1] or found[2]).translate(_SUPERSCRIPT), text)
+
+
+def _bracketed(text: str) -> str:
+    return text if re.fullmatch(r"\w+|[\d.,]+|√\w+", text) else f"({text})"

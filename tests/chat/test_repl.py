@@ -1,0 +1,368 @@
+"""The chat: reviewed answers as text, lines and objects; its commands; sessions in a terminal."""
+
+import io
+import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sclite.chat import repl
+from sclite.chat.answer import Settings
+from sclite.chat.repl import Chat
+from sclite.config import Config
+from sclite.errors import DataError, UsageError
+from sclite.student.self_correction import NEVER
+from tests.chat.scripted import CORRECTING, PLAIN, WRONG, Scripted
+from tests.tiny import tiny_gguf, tiny_llama
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def chatted(monkeypatch, run, student, threshold=0.0, lines=("How many?",), config=None, **options) -> bool:
+    monkeypatch.setattr(repl, "check_gguf", lambda path: None)
+    monkeypatch.setattr(repl, "Engine", lambda *_, **__: student)
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
+    return repl.run_chat(Path("x.gguf"), config or Config(), threshold, run, **options)
+
+
+# -- one question, and lines ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("student", "threshold", "options", "message"),
+    [
+        (Scripted(), None, {}, "review is off: x.gguf has no fitted threshold"),
+        (
+            Scripted(),
+            NEVER,
+            {"self_correct": True},
+            "review is off: no threshold improved the answers of x.gguf",
+        ),
+        (Scripted(), 0.0, {"self_correct": False}, "review is off; turn it on with --self-correct"),
+        (Scripted(scores=()), 0.0, {}, "too long to review"),
+        (Scripted(scores=(-3.0, 3.0)), 0.0, {}, "the review could not be read"),
+        (Scripted(finish="length"), 0.0, {}, "cut off at 5 tokens; increase max_tokens"),
+        (Scripted(text="<Step1>blue\n</Step1>", scores=(-3.0,)), 0.0, {}, "the steps reach no answer"),
+        (Scripted(text="asdf"), 0.0, {}, "the answer has no steps to review"),
+        (Scripted(), 0.0, {"familiar": lambda _: False}, "not trained on this kind of problem"),
+    ],
+)
+def test_notes_say_what_an_answer_lacks(monkeypatch, capsys, run, student, threshold, options, message):
+    assert chatted(monkeypatch, run, student, threshold, question="How many?", **options)
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_insisting_on_review_without_a_threshold_is_an_error(monkeypatch, run):
+    with pytest.raises(DataError, match="no fitted threshold") as error:
+        chatted(monkeypatch, run, Scripted(), None, self_correct=True)
+    assert "sclite eval" in error.value.hint
+
+
+def test_a_pipe_gets_one_answer_per_question_despite_errors(monkeypatch, capsys, run):
+    lines = ("How many?", "", "   ", "word " * 100, "[/red] \x1b[2J?")
+    student = Scripted(text=PLAIN.replace(">5<", ">5 [/red]\x1b[2J\n6<"))
+    assert not chatted(monkeypatch, run, student, lines=lines)
+    out, err = capsys.readouterr()
+    assert out == "5 [/red]␛[2J 6\n\n5 [/red]␛[2J 6\n"
+    assert "error: cannot answer the question" in err
+
+
+def test_json_gives_one_object_per_question(monkeypatch, capsys, run):
+    lines = ("How many?", "word " * 100)
+    assert not chatted(monkeypatch, run, Scripted(**CORRECTING), lines=lines, as_json=True)
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (first["answer"], first["accused"], first["correction"]) == ("6", 2, "4 + 1 = 5")
+    assert first["step_scores"] == [-2.0, 3.0, -1.0]
+    assert second["error"] == "cannot answer the question: too long"
+    chatted(monkeypatch, run, Scripted(), None, question="How many?", as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert found["answer"] == "5"
+    assert "no fitted threshold" in found["note"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda whole: whole[: len(whole) // 2], "llama.cpp cannot load"),
+        (lambda whole: whole[:4], "llama.cpp cannot load"),
+        (lambda whole: b"", "is not a GGUF file"),
+        (None, "does not exist"),
+    ],
+)
+def test_a_damaged_or_missing_gguf_is_reported(sclite, tmp_path, damage, message):
+    path = tmp_path / "small.gguf"
+    if damage is not None:
+        path.write_bytes(
+            damage(tiny_gguf(tiny_llama(tmp_path / "tiny"), tmp_path / "whole.gguf").read_bytes())
+        )
+    ended = sclite("chat", "--model", path, "How many?")
+    assert (ended.code, ended.out) == (3, "")
+    assert message in ended.error
+    assert ended.err.endswith(f"{ended.error}\n{ended.hint}\n")
+
+
+# -- commands ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def chat(run):
+    return Chat(Scripted(**CORRECTING), 512, Path("x.gguf"), run, Settings())
+
+
+def test_questions_are_solved_alone_unless_history_is_on(chat):
+    chat.ask("How many?")
+    chat.ask("And now?")
+    assert "How many?" not in chat.student.asked[-1].messages[-1]["content"]
+    chat.command("/set history on")
+    chat.ask("And then?")
+    assert (
+        "How many?\nAnswer: 6\n\nAnd now?\nAnswer: 6\n\nAnd then?"
+        in chat.student.asked[-1].messages[-1]["content"]
+    )
+    assert chat.answers[-1].question == "And then?"
+
+
+def test_oldest_questions_are_left_out_of_a_history_that_is_too_long(chat):
+    chat.command("/set history on")
+    chat.ask("old " + "word " * 60)
+    chat.ask("new " + "word " * 60)
+    asked = chat.student.asked[-1].messages[-1]["content"]
+    assert "new" in asked
+    assert "old" not in asked
+    with pytest.raises(DataError, match="cannot answer the question: too long"):
+        chat.ask("word " * 100)
+    assert len(chat.answers) == 2
+
+
+def test_set_changes_the_next_request(chat):
+    for setting in ("temperature 0.5", "seed 7", "max_tokens 99"):
+        chat.command(f"/set {setting}")
+    chat.ask("How many?")
+    first = chat.student.asked[0]
+    assert (first.temperature, first.seed, first.max_tokens) == (0.5, 7, 99)
+    for wrong in ("temperature hot", "colour red", "history perhaps", ""):
+        with pytest.raises(UsageError, match="cannot set"):
+            chat.command(f"/set {wrong}")
+
+
+def test_correct_turns_the_review_off_and_on(chat):
+    chat.command("/correct off")
+    assert chat.ask("How many?").review is None
+    chat.command("/set threshold 4")
+    chat.command("/correct on")
+    assert chat.ask("How many?").review.accused is None
+    with pytest.raises(UsageError):
+        chat.command("/correct maybe")
+
+
+def test_retry_samples_again_and_undo_forgets(chat):
+    chat.ask("How many?")
+    chat.command("/retry")
+    assert [request.temperature for request in chat.student.asked if not request.pieces] == [0.0, 0.8]
+    assert len(chat.answers) == 1
+    chat.command("/undo")
+    for command in ("/undo", "/retry", "/why", "/good", "/compare"):
+        with pytest.raises(UsageError, match="no answer yet"):
+            chat.command(command)
+
+
+def test_why_lists_the_probability_of_each_step(chat, capsys):
+    chat.ask("How many?")
+    capsys.readouterr()
+    chat.command("/why")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "%" in line]
+    assert rows[1:] == [
+        ["1", "2", "+", "2", "=", "4", "11.9", "%", "-2.00"],
+        ["2", "4", "+", "1", "=", "6", "95.3", "%", "+3.00", "flagged"],
+        ["3", "6", "+", "1", "=", "7", "26.9", "%", "-1.00"],
+    ]
+
+
+def test_saved_conversations_can_be_loaded(chat, tmp_path):
+    answer = chat.ask("How many?")
+    chat.command(f"/save '{tmp_path}/my chat.json'")
+    chat.command("/clear")
+    assert chat.answers == []
+    chat.command(f"/load '{tmp_path}/my chat.json'")
+    assert chat.answers == [answer]
+    (tmp_path / "other.json").write_text('[{"question": 3}]')
+    for wrong in (tmp_path / "none.json", tmp_path / "other.json"):
+        with pytest.raises(DataError):
+            chat.command(f"/load {wrong}")
+    with pytest.raises(DataError, match="cannot be written"):
+        chat.command(f"/save {tmp_path}")
+
+
+def test_verdicts_go_to_the_feedback_of_the_run(chat, run):
+    chat.ask("How many?")
+    chat.command("/bad")
+    chat.command("/good")
+    rows = [json.loads(line) for line in run.path("feedback.jsonl").read_text().splitlines()]
+    assert [row["good"] for row in rows] == [False, True]
+    assert rows[0]["question"] == "How many?"
+    assert rows[0]["attempt"] == WRONG
+    assert rows[0]["accused"] == 2
+    assert "5 + 1 = 6" in rows[0]["final"]
+
+
+def test_compare_shows_the_base_models_answer_or_how_to_get_it(chat, capsys, monkeypatch, tmp_path):
+    chat.ask("How many?")
+    with pytest.raises(UsageError, match=r"no base-\*.gguf") as error:
+        chat.command("/compare")
+    assert error.value.hint.startswith("sclite eval")
+    chat.path = tmp_path / "x.gguf"
+    (tmp_path / "base-q8_0.gguf").touch()
+    monkeypatch.setattr(repl, "Engine", lambda *_, **__: Scripted(text="It is 9."))
+    capsys.readouterr()
+    chat.command("/compare")
+    out = capsys.readouterr().out
+    assert "It is 9." in out
+    assert "answer 7" in out
+    assert "after review 6" in out
+
+
+def test_unknown_commands_suggest_a_similar_one(chat, capsys):
+    with pytest.raises(UsageError, match="no command /clera") as error:
+        chat.command("/clera")
+    assert error.value.hint == "/clear"
+    chat.command("/help")
+    out = capsys.readouterr().out
+    for name in "help clear retry undo set correct compare why save load good bad bye".split():  # noqa: SIM905
+        assert f"/{name} " in out
+
+
+# -- in a terminal -------------------------------------------------------------------------------------------------
+
+SESSION = """
+import sys, time
+from pathlib import Path
+from sclite.chat import repl
+from sclite.config import Config
+from sclite.run import Run
+from sclite.student.base import Reply
+from tests.chat.scripted import Scripted
+
+class Slow(Scripted):
+    def stream(self, ask, cancel=None):
+        asked = ask.messages[-1]["content"]
+        if "slow" in asked:
+            yield "<Step1>begun"
+            time.sleep(60)
+        if "four" in asked:
+            lines = asked.partition("four")[2].count("\\n")
+            yield Reply(0, f"read {lines} line ends", 5, 20, "stop")
+        else:
+            yield from super().stream(ask, cancel)
+
+repl.check_gguf, repl.Engine = (lambda path: None), (lambda *_, **__: Slow())
+repl.run_chat(Path("x.gguf"), Config(), None, Run("run"))
+print("left", flush=True)
+"""
+CLEARED = "\x1b[?2004h"
+"""The terminal is asked to mark what is pasted: a new prompt."""
+
+
+class Terminal:
+    """A program in its own terminal: `send` input, `wait` for output."""
+
+    def __init__(self, code: str, **environment: str):
+        self.ours, theirs = pty.openpty()
+        environment = {
+            **os.environ,
+            "TERM": "xterm",
+            **environment,
+            "PROMPT_TOOLKIT_NO_CPR": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        }
+        command = [sys.executable, "-c", code]
+        self.process = subprocess.Popen(
+            command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, env=environment, start_new_session=True,
+            preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),  # so that Ctrl-C is its own
+        )  # fmt: skip
+        os.close(theirs)
+        self.written = ""
+
+    def send(self, text: str) -> None:
+        os.write(self.ours, text.encode())
+
+    def wait(self, text: str, seconds: float = 60) -> str:
+        """The output up to this text, which must come. What follows is kept for the next call."""
+        end = time.monotonic() + seconds
+        while text not in self.written:
+            ready, _, _ = select.select([self.ours], [], [], max(0.0, end - time.monotonic()))
+            assert ready, f"{text!r} did not come: {self.written!r}"
+            try:
+                self.written += os.read(self.ours, 1 << 16).decode("utf-8", "replace")
+            except OSError:
+                raise AssertionError(f"it ended without {text!r}: {self.written!r}") from None
+        before, _, self.written = self.written.partition(text)
+        return before
+
+
+@pytest.fixture
+def terminal(request, tmp_path):
+    pytest.importorskip("prompt_toolkit", reason="the environment lacks prompt_toolkit or what it needs")
+    opened = Terminal(SESSION, XDG_STATE_HOME=str(tmp_path), **getattr(request, "param", {}))
+    yield opened
+    opened.process.kill()
+    os.close(opened.ours)
+
+
+@pytest.mark.parametrize("leave", ["/bye\r", "exit\r", "quit\r", "\x04", "\x03\x03"])
+def test_a_session_takes_pastes_and_survives_errors_and_ctrl_c(terminal, leave, tmp_path):
+    terminal.wait(CLEARED)
+    terminal.send("\r  \r")
+    terminal.send("\x1b[200~four\r\r; echo apples\r\rHow many?\r\r\r\x1b[201~")
+    time.sleep(0.3)  # the Enter that follows is typed, not pasted
+    terminal.send("\r")
+    terminal.wait("read 4 line ends")
+    terminal.wait(CLEARED)
+    terminal.send("word " * 100 + "\r")
+    terminal.wait("too long")
+    terminal.send("/hlep\r")
+    terminal.wait("/help")
+    terminal.send("slow\r")
+    terminal.wait("begun")
+    terminal.send("\x03")
+    terminal.wait("stopped")
+    terminal.wait(CLEARED)
+    terminal.send("half a line\x03")
+    terminal.send("still here?\r")
+    terminal.wait("4 + 1 = 5")
+    terminal.wait("tokens/s")
+    terminal.wait(CLEARED)
+    terminal.send(leave)
+    terminal.wait("left")
+    assert terminal.process.wait(timeout=30) == 0
+    assert "still here?" in (tmp_path / "sclite" / "chat_history").read_text()
+
+
+@pytest.mark.parametrize("terminal", [{"TERM": "dumb"}, {"NO_COLOR": "1"}], indirect=True, ids=str)
+def test_steps_appear_without_colours_or_cursor_control(terminal):
+    terminal.wait("lists the commands")
+    time.sleep(1)
+    terminal.send("How many?\r")
+    shown = terminal.wait("tokens/s")
+    assert "4 + 1 = 5" in shown
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]m", shown)
+    terminal.send("/bye\r")
+    terminal.wait("left")
+
+
+def test_steps_appear_while_they_are_written(terminal):
+    terminal.wait(CLEARED)
+    terminal.send("slow\r")
+    shown = terminal.wait("Ctrl-C stops")
+    assert "solving" in shown
+    terminal.wait("begun")
+    terminal.send("\x03")
+    terminal.wait("stopped")
+    terminal.send("/bye\r")
+    terminal.wait("left")
