@@ -96,7 +96,7 @@ def build_templates(context: Context, fresh: bool = False) -> Report:
     from sclite.data import templates
     from sclite.grading.worker import Grader
 
-    imported = templates.is_imported(context.run) and not has_problems(context)
+    imported = context.run.is_imported("templates", "templates.jsonl") and not has_problems(context)
     split = None if imported else divided_problems(context)
     problems = [] if split is None else [*split.sft, *split.stage2]
     with (

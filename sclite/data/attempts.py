@@ -5,7 +5,6 @@ The student is the trained one, unless `attempts.student` names a GGUF or an end
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import takewhile
 from pathlib import Path
 
 from sclite import prompts
@@ -108,9 +107,7 @@ def write_attempts(
     replies = [row for row in rows if not _call_failed(row)]
     reasons = Counter(issue.partition(" at ")[0] for row in replies if (issue := find_fatal_issue(row)))
     if 2 * reasons.total() > len(replies):
-        remedy = (
-            "train SFT for longer (sft.num_train_epochs), or raise attempts.max_tokens if they are cut off"
-        )
+        remedy = "train SFT for longer (sft.num_train_epochs), or raise attempts.max_tokens if they are cut"
         if settings.student or settings.source:
             remedy = "they must follow prompts/student_system.txt: <Step1> .. </Step1> <Answer> .. </Answer>"
         unreadable = f"{reasons.total()} of {len(replies)} attempts have no readable steps"
@@ -203,14 +200,12 @@ def _completed_rows(
     """The complete blocks left by an interrupted run with the same inputs; for an endpoint, up to the first failed call."""
     rows: list[Attempt] = []
     if run.read_json("attempts.begun.json") == inputs:
-        for row, (problem, sample) in zip(
-            run.rows("attempts.jsonl", Attempt, whole=False), jobs, strict=False
-        ):
-            if (row.id, row.sample) != (problem.id, sample):  # earlier rows were damaged
+        there = zip(run.rows("attempts.jsonl", Attempt, whole=False), jobs, strict=False)
+        for row, (problem, sample) in there:
+            # the ids differ where earlier rows were damaged
+            if (row.id, row.sample) != (problem.id, sample) or (endpoint and _call_failed(row)):
                 break
             rows.append(row)
-        if endpoint:
-            rows = list(takewhile(lambda row: not _call_failed(row), rows))
     rows = rows[: len(rows) // size * size]
     run.replace("attempts.jsonl", rows)
     run.write_json("attempts.begun.json", inputs)

@@ -38,7 +38,7 @@ class LabelledWork(BaseModel):
     def _check_steps_and_label(self) -> "LabelledWork":
         why, label = "", self.first_error_step
         if label is None and isinstance(self.label, int):
-            why = "it has `label` but no `first_error_step`: rename it and count from 1 (ProcessBench counts from 0: add 1)"
+            why = "it has `label` but no `first_error_step`: rename it and count from 1 (in ProcessBench, add 1)"
         elif empty := [i for i, step in enumerate(self.steps, 1) if not clean(str(step))]:
             why = f"step {empty[0]} is empty"
         elif not -1 <= (label or 0) <= len(self.steps):
@@ -59,43 +59,43 @@ def import_attempts(
     """
     drops = [] if drops is None else drops
     by_question = {normalize_question(problem.question): problem for problem in problems}
-    # with the drop that the row becomes if it is skipped
-    found: list[tuple[Problem, LabelledWork, Drop]] = []
+    found: list[tuple[Problem, LabelledWork, Drop]] = []  # with the drop that a row becomes if it is skipped
     for place, row in read_rows(Source(source=str(path)), "attempts.source"):
         raw = row.raw if isinstance(row, BadRow) else json.dumps(row, default=str)
         drop = Drop(stage="attempts", id=place, reason="row_not_readable", raw=raw)
-        try:
-            if isinstance(row, BadRow):
-                raise row
-            work = LabelledWork.model_validate_json(
-                raw
-            )  # refuses lone surrogates, which model_validate does not
-        except BadRow as bad:
-            drops.append(drop.model_copy(update={"detail": f"{path}, {place}: {bad.message}"}))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"][:2])
-            why = f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
-            drops.append(drop.model_copy(update={"detail": f"{path}, {place}: {why}"}))
+        work = row.message if isinstance(row, BadRow) else _read_work(raw)
+        if isinstance(work, str):
+            drops.append(drop.model_copy(update={"detail": f"{path}, {place}: {work}"}))
+        elif problem := by_question.get(normalize_question(work.question)):
+            found.append((problem, work, drop))
         else:
-            if problem := by_question.get(normalize_question(work.question)):
-                found.append((problem, work, drop))
-            else:
-                detail = f"{path}, {place}: its question is not among the run's problems"
-                drops.append(drop.model_copy(update={"reason": "question_unknown", "detail": detail}))
+            detail = f"{path}, {place}: its question is not among the run's problems"
+            drops.append(drop.model_copy(update={"reason": "question_unknown", "detail": detail}))
     rows = _grade_work(found, grader, drops)
-    if not rows and not drops:
-        raise DataError(f"{path} is empty", "each row needs `question` and `steps`")
     if not rows:
         reasons = Counter(drop.reason for drop in drops)
+        why, hint = "the file is empty", "each row needs `question` and `steps`"
         if set(reasons) == {"question_unknown"}:
-            why = f"{path}: none of its questions is among the run's problems"
-            raise DataError(why, "check problems.source")
-        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-        why = f"{path}: no usable row: {counts}; the first: {drops[0].detail}"
-        raise DataError(why, "fix them, see dropped.jsonl")
+            why, hint = "none of its questions is among the run's problems", "check problems.source"
+        elif drops:
+            counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+            why, hint = (
+                f"no usable row: {counts}; the first: {drops[0].detail}",
+                "fix them, see dropped.jsonl",
+            )
+        raise DataError(f"{path}: {why}", hint)
     order = {problem.id: number for number, problem in enumerate(problems)}
     return sorted(rows, key=lambda row: order[row.id])
+
+
+def _read_work(text: str) -> LabelledWork | str:
+    """The row, or what is wrong with it."""
+    try:
+        return LabelledWork.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][:2])
+        return f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
 
 
 def _grade_work(
@@ -136,7 +136,7 @@ def _grade_work(
 
 
 def reject_row(
-    run: Run, name: str, number: int, row: Attempt | Review | Pair, why: str, hint: str = "fix or remove it"
+    run: Run, name: str, number: int, row: Attempt | Review | Pair, why: str, hint: str
 ) -> NoReturn:
     """Raise DataError for an invalid imported row."""
     raise DataError(f"{run.path(name)}, row {number} ({row.id}): {why}", hint)
@@ -144,18 +144,21 @@ def reject_row(
 
 def read_imported_attempts(run: Run, problems: Sequence[Problem]) -> list[Attempt]:
     """The rows of an imported attempts.jsonl, each checked against the problems."""
-    name, known = "attempts.jsonl", {problem.id for problem in problems}
-    rows, seen = run.read(name, Attempt), set()
+    known = {problem.id for problem in problems}
+    rows, seen = run.read("attempts.jsonl", Attempt), set()
     for number, row in enumerate(rows, 1):
-        if row.id not in known:
-            reject_row(run, name, number, row, "no problem has this id", "use the ids of problems.jsonl")
-        if (row.id, row.sample) in seen:
-            reject_row(run, name, number, row, f"sample {row.sample} occurs twice", "number the samples")
-        seen.add((row.id, row.sample))
         steps, label = len(parse(row.trace).trace.steps), row.first_error
-        if label is not None and not -1 <= label <= steps:
-            reject_row(run, name, number, row, f"first_error is {label}, but it has {steps} steps")
-        if label is not None and row.correct is not (label < 1):
+        why, hint = "", "fix or remove it"
+        if row.id not in known:
+            why, hint = "no problem has this id", "use the ids of problems.jsonl"
+        elif (row.id, row.sample) in seen:
+            why, hint = f"sample {row.sample} occurs twice", "number the samples"
+        elif label is not None and not -1 <= label <= steps:
+            why = f"first_error is {label}, but it has {steps} steps"
+        elif label is not None and row.correct is not (label < 1):
+            why = f"first_error is {label}, but correct is {row.correct}"
             hint = "an attempt with a labelled step is wrong; 0 and -1 mean that it is right"
-            reject_row(run, name, number, row, f"first_error is {label}, but correct is {row.correct}", hint)
+        if why:
+            reject_row(run, "attempts.jsonl", number, row, why, hint)
+        seen.add((row.id, row.sample))
     return rows

@@ -16,6 +16,7 @@ from sclite.run import Report, Run, timed
 from sclite.signature import digest
 
 OVERLAPS = "overlaps_evaluation"
+_OVERLAP = f"{{}}: shares {NGRAM} words in a row, or the whole question, with {{}}"
 FIT_COUNT = 50
 """With fewer problems, a single answer moves the review threshold far."""
 
@@ -56,7 +57,7 @@ def load_problems(
         if normalized in questions:
             reason, detail = "duplicate_question", f"{where}: same question as {questions[normalized]}"
         elif overlap := find_overlap(problem.question, avoid or {}):
-            reason, detail = OVERLAPS, _overlap_detail(where, overlap)
+            reason, detail = OVERLAPS, _OVERLAP.format(where, overlap)
         elif problem.id in ids:
             reason = "duplicate_id"
             detail = f"{where}: same id as {ids[problem.id]} (make ids unique, or remove them)"
@@ -66,9 +67,8 @@ def load_problems(
             if len(problems) == limit:
                 break
             continue
-        drops.append(
-            Drop(stage="problems", id=problem.id, reason=reason, detail=detail, raw=problem.question)
-        )
+        found = {"id": problem.id, "raw": problem.question}
+        drops.append(Drop(stage="problems", reason=reason, detail=detail, **found))
     if not place:
         raise DataError(f"{name} is empty", f"it needs rows with {FORMS}")
     if not problems:
@@ -214,28 +214,20 @@ def _location(source: Source) -> tuple[str, ...]:
 def _read_imported(run: Run, avoid: Mapping[int, str], drops: list[Drop]) -> list[Problem]:
     """The rows of an imported problems.jsonl; the file is not changed."""
     hint = f"set problems.source, as in --set problems.source=train.jsonl, to a file with {FORMS}"
-    numbers: dict[str, int] = {}
-    problems = []
-    for number, problem in enumerate(run.require("problems.jsonl", Problem, hint), 1):
-        where = f"{run.path('problems.jsonl')}, row {number}"
-        if problem.id in numbers:
-            why = f"same id {problem.id} as row {numbers[problem.id]}"
-            raise DataError(f"{where}: {why}", "make ids unique")
-        numbers[problem.id] = number
+    rows, problems = run.require("problems.jsonl", Problem, hint), []
+    repeated = [id_ for id_, count in Counter(problem.id for problem in rows).items() if count > 1]
+    if repeated:
+        raise DataError(f"{run.path('problems.jsonl')}: the id {repeated[0]} occurs twice", "make ids unique")
+    for number, problem in enumerate(rows, 1):
         if overlap := find_overlap(problem.question, avoid):
-            detail = _overlap_detail(where, overlap)
-            drops.append(
-                Drop(stage="problems", id=problem.id, reason=OVERLAPS, detail=detail, raw=problem.question)
-            )
+            detail = _OVERLAP.format(f"{run.path('problems.jsonl')}, row {number}", overlap)
+            found = {"id": problem.id, "raw": problem.question}
+            drops.append(Drop(stage="problems", reason=OVERLAPS, detail=detail, **found))
         else:
             problems.append(problem)
     if not problems:
         _raise_none_usable(str(run.path("problems.jsonl")), drops, None)
     return problems
-
-
-def _overlap_detail(where: str, name: str) -> str:
-    return f"{where}: shares {NGRAM} words in a row, or the whole question, with {name}"
 
 
 def _raise_none_usable(name: str, drops: list[Drop], first: tuple[str, BadRow] | None) -> NoReturn:

@@ -75,7 +75,7 @@ def read_rows(source: Source, key: str = "problems.source") -> NumberedRows:
         raise DataError(f"{path}: a {suffixes[-1]} file cannot be read", f"{FORMATS} as {key}")
     if suffix in (".csv", ".tsv"):
         return _csv_rows(path, "\t" if suffix == ".tsv" else ",")
-    return _json_rows(path) if suffix == ".json" else _jsonl_rows(path)
+    return _json_rows(path, one_per_line=suffix != ".json")
 
 
 def _read_lines(path: Path) -> Iterator[str]:
@@ -87,9 +87,8 @@ def _read_lines(path: Path) -> Iterator[str]:
         with open(path, "rb") as raw:
             file = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
             wide = file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-            yield from io.TextIOWrapper(
-                file, "utf-16" if wide else "utf-8-sig", "surrogateescape", newline=""
-            )
+            encoding = "utf-16" if wide else "utf-8-sig"
+            yield from io.TextIOWrapper(file, encoding, "surrogateescape", newline="")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path} is a damaged gzip file: {error}", "download or compress it again") from error
     except OSError as error:
@@ -107,43 +106,38 @@ def replace_surrogates(text: str) -> str:
     return text if text.isascii() else _SURROGATE.sub("\ufffd", text)
 
 
-def _jsonl_rows(path: Path) -> NumberedRows:
-    for number, line in enumerate(_read_lines(path), 1):
-        if not line.strip():
-            continue
-        row, why, hint = None, "not a JSON object", "each line must be one JSON object"
-        if _has_invalid_utf8(line):
-            why, hint = _ENCODING
-        else:
-            try:
-                row = json.loads(line.rstrip())
-            except json.JSONDecodeError as error:
-                why, hint = f"column {error.colno}: not JSON: {error.msg}", f"fix or remove this line; {hint}"
-            except (
-                ValueError,
-                RecursionError,
-            ) as error:  # a number with too many digits, or nesting too deep
-                why = f"not JSON: {error}"
-        yield f"line {number}", row if isinstance(row, dict) else BadRow("row_not_readable", why, hint, line)
-
-
-def _json_rows(path: Path) -> NumberedRows:
-    text = "".join(_read_lines(path))
+def _parse_json(text: str) -> tuple[object, str]:
+    """(the value, ""), or (None, what is wrong)."""
     if _has_invalid_utf8(text):
-        raise DataError(f"{path}: {_ENCODING[0]}", _ENCODING[1])
+        return None, _ENCODING[0]
     try:
-        rows = json.loads(text) if text.strip() else []
+        return json.loads(text), ""
     except json.JSONDecodeError as error:
-        place = f"{path}, line {error.lineno}, column {error.colno}"
-        hint = "fix this line; name a file with one object per line .jsonl"
-        raise DataError(f"{place}: not JSON: {error.msg}", hint) from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON: {error}", "it must be a list of objects: [{..}, {..}]") from error
-    if not isinstance(rows, list):
-        hint = "write [{..}, {..}], or one object per line as .jsonl"
-        raise DataError(f"{path}: not a list of objects", hint)
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        return None, f"{line}column {error.colno}: not JSON: {error.msg}"
+    except (ValueError, RecursionError) as error:  # a number with too many digits, or nesting too deep
+        return None, f"not JSON: {error}"
+
+
+def _json_rows(path: Path, one_per_line: bool) -> NumberedRows:
+    """Rows of a .jsonl file, of which bad ones are reported by their line, or of a .json file with a list of objects."""
+    why, hint = "not a JSON object", "each row must be one JSON object"
+    if one_per_line:
+        for number, line in enumerate(_read_lines(path), 1):
+            if line.strip():
+                row, issue = _parse_json(line.rstrip())
+                fix = _ENCODING[1] if issue == _ENCODING[0] else f"fix or remove this line; {hint}"
+                bad = BadRow("row_not_readable", issue or why, fix, line)
+                yield f"line {number}", row if isinstance(row, dict) else bad
+        return
+    text = "".join(_read_lines(path))
+    rows, issue = _parse_json(text) if text.strip() else ([], "")
+    if issue or not isinstance(rows, list):
+        fix = "write [{..}, {..}], or name a file with one object per line .jsonl"
+        fix = _ENCODING[1] if issue == _ENCODING[0] else fix
+        raise DataError(f"{path}, {issue or 'not a list of objects'}", fix)
     for number, row in enumerate(rows, 1):
-        bad = BadRow("row_not_readable", "not a JSON object", "each row must be one JSON object", str(row))
+        bad = BadRow("row_not_readable", why, hint, str(row))
         yield f"row {number}", row if isinstance(row, dict) else bad
 
 
@@ -153,31 +147,28 @@ def _csv_rows(path: Path, delimiter: str) -> NumberedRows:
     rows = csv.reader(_read_lines(path), delimiter=delimiter, strict=True)
     names: list[str] = []
     while True:
-        begin = rows.line_num + 1
-        bad = None
+        fields: list[str] = []
+        begin, why, hint = rows.line_num + 1, "", ""
         try:
-            fields = next(rows, None)
+            fields = next(rows)
+        except StopIteration:
+            return
         except csv.Error as error:
-            bad = BadRow("row_not_readable", f"not CSV: {error}", 'write a " inside a quoted field twice')
+            why, hint = f"not CSV: {error}", 'write a " inside a quoted field twice'
             # an open quote may have swallowed any number of rows
             if not names or rows.line_num > begin:
                 lines = f"line {begin}" + (f" to {rows.line_num}" if rows.line_num > begin else "")
-                raise DataError(f"{path}, {lines}: {bad.message}", bad.hint) from error
-        else:
-            if fields is None:
-                return
-            if not fields or not names:
-                names = names or fields
-                continue
-            if any(map(_has_invalid_utf8, fields)):
-                bad = BadRow("row_not_readable", *_ENCODING, str(fields))
-            elif len(fields) > len(names):
-                why, hint = (
-                    "more fields than the header has names",
-                    "put fields with commas into double quotes",
-                )
-                bad = BadRow("row_not_readable", why, hint, str(fields))
-        yield f"line {begin}", bad or dict(zip(names, fields or [], strict=False))
+                raise DataError(f"{path}, {lines}: {why}", hint) from error
+        if not names or not (fields or why):  # the header, a blank line
+            names = names or fields
+            continue
+        if any(map(_has_invalid_utf8, fields)):
+            why, hint = _ENCODING
+        elif len(fields) > len(names):
+            why = "more fields than the header has names"
+            hint = "put fields with commas into double quotes"
+        row = dict(zip(names, fields, strict=False))
+        yield f"line {begin}", BadRow("row_not_readable", why, hint, str(fields)) if why else row
 
 
 def _parquet_rows(path: Path) -> NumberedRows:

@@ -64,7 +64,7 @@ def write_templates(
     """
     report = Report("templates")
     with timed(report):
-        if is_imported(run):
+        if run.is_imported("templates", "templates.jsonl"):
             rows = run.read("templates.jsonl", Template)
             for number, row in enumerate(rows, 1):
                 if issues := parse(row.trace).issues:
@@ -141,12 +141,6 @@ def find_leak(text: str) -> str | None:
     """The words that reveal that the teacher saw a solution, or None."""
     found = _MENTIONS.search(text)
     return found[0] if found else None
-
-
-def is_imported(run: Run) -> bool:
-    """Whether templates.jsonl was put into the run by the user."""
-    begun = run.path("templates.begun.json").is_file()
-    return not begun and any(True for _ in run.rows("templates.jsonl", Template))
 
 
 def _keep_valid_rows(
