@@ -8,7 +8,7 @@ import pytest
 
 from sclite.errors import DataError
 from sclite.records import Drop, Problem, Template
-from sclite.run import Report
+from sclite.run import Report, Run
 from tests.damages import damages, survive
 from tests.replay import TeacherServer, say
 
@@ -142,23 +142,21 @@ def test_damaged_drops_are_skipped_with_a_warning(run, capsys):
     assert "dropped.jsonl: line 2 damaged" in capsys.readouterr().err
 
 
-def test_rows_lost_to_a_concurrent_process_are_noticed_when_signing(built, run):
+def test_rows_lost_to_a_concurrent_process_are_noticed_when_signing(built, monkeypatch):
     """The lock was removed: two processes reorder the file, and each loses rows of the other."""
-    from sclite.data import templates
-
-    def lose(run, report, problems, drops, teacher, finish=templates._finish):
-        finish(run, report, problems, drops, teacher)
-        run.replace("templates.jsonl", run.read("templates.jsonl", Template)[:8])
-
     build, asked = built
     Path("runs/default/done/templates.json").unlink()
-    paid, finish = len(asked), templates._finish
-    templates._finish = lose
-    try:
-        with pytest.raises(AssertionError, match="8 of 12 rows: another process"):
-            build()
-    finally:
-        templates._finish = finish
+    paid, sign = len(asked), Run.sign
+
+    def lose(self, stage, *signed):
+        if stage == "templates":
+            self.replace("templates.jsonl", self.read("templates.jsonl", Template)[:8])
+        sign(self, stage, *signed)
+
+    monkeypatch.setattr(Run, "sign", lose)
+    with pytest.raises(AssertionError, match="8 of 12 rows: another process"):
+        build()
+    monkeypatch.setattr(Run, "sign", sign)
     assert not Path("runs/default/done/templates.json").exists()
     build()
     assert len(Path("runs/default/templates.jsonl").read_text().splitlines()) == 12

@@ -164,7 +164,6 @@ PRIVATE_ELSEWHERE = {
     "student/llama_cpp/test_engine.py _fill",
     "student/llama_cpp/test_engine.py _step",
     "teacher/test_ledger.py _writer",
-    "test_damage.py _finish",
 }
 """Private names that another module may use."""
 
