@@ -1,8 +1,7 @@
 """What needs the data, export and evaluate stages at once: `sclite eval`, and the GGUF that `sclite chat` runs."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from sclite.config import Eval
 from sclite.context import Context
 from sclite.errors import DataError, UsageError
-from sclite.evaluate.evaluate import Judge, evaluate_model, summary_notes
+from sclite.evaluate.evaluate import HeldOut, Judge, evaluate_model, summary_notes
 from sclite.evaluate.report import write_report
 from sclite.evaluate.results import REPORT, SUMMARY, result_folder
 from sclite.evaluate.threshold import MIN_PROBLEMS, load_threshold
@@ -20,22 +19,6 @@ from sclite.records import Drop, Problem, Template
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.self_correction import NEVER
 from sclite.train.metrics_logger import read_metrics
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Problems that no student was trained on, and the folder of the run for the results.
-
-    `problems` are solved and reviewed, `fitting` are for the review threshold. `source` names the dataset in the report,
-    `dataset` is its path or Hub ID. `dropped` counts skipped rows by reason.
-    """
-
-    problems: Sequence[Problem]
-    fitting: Sequence[Problem]
-    source: str
-    dataset: str
-    folder: str
-    dropped: Mapping[str, int] = field(default_factory=dict)
 
 
 def held_out(context: Context, untrained: Sequence[Problem] = ()) -> HeldOut:
@@ -123,28 +106,16 @@ def evaluate(
             progress(number, len(names))
             path = gguf_path(run, name, config)
             with Engine(path, context=config.eval.context) as student:
-                figures[name] = evaluate_model(
-                    config,
-                    run,
-                    name,
-                    student,
-                    gguf=path,
-                    problems=held_out.problems,
-                    fitting=held_out.fitting,
-                    grader=grader,
-                    judge=judge,
-                    folder=folder,
-                )
+                figures[name] = evaluate_model(config, run, name, student, path, held_out, grader, judge)
             made_from = source_digest(config, run, name)
             figures[name] |= {"file": path.name, "bytes": path.stat().st_size, "made_from": made_from}
         progress(len(names), len(names))
     context.display.done("eval", f"eval: {', '.join(names)}")
-    skipped = [f"skipped {reason.replace('_', ' ')}: {n:,}" for reason, n in held_out.dropped.items()]
     summary = {
         "models": figures,
         "n": len(held_out.problems),
         "dropped": dict(held_out.dropped),
-        "notes": skipped + summary_notes(figures, config.eval.max_tokens, len(held_out.fitting)),
+        "notes": summary_notes(figures, held_out, config.eval.max_tokens),
         "source": held_out.source,
         "dataset": held_out.dataset,
         "folder": folder,

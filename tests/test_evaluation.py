@@ -8,23 +8,34 @@ from sclite import evaluation
 from sclite.config import Config
 from sclite.context import Context
 from sclite.errors import DataError
-from sclite.evaluate.evaluate import summary_notes
+from sclite.evaluate.evaluate import HeldOut, summary_notes
 from sclite.evaluate.threshold import Fitted, store_threshold
 from sclite.progress import ProgressDisplay
 from sclite.run import Run
 
-PLAIN = {"off": "", "fitted": None}
+
+def notes_on(fitting=60, **more):
+    """The notes on a student without anything to note but `more`."""
+    figures = {"n": 300, "cut": 0, "off": "", "fitted": None} | more
+    held_out = HeldOut([], range(fitting), "", "", "", {"overlaps_training": 1200})
+    first, *notes = summary_notes({"sft": figures}, held_out, 320)
+    assert first == "skipped overlaps training: 1,200"
+    return notes
 
 
-def test_many_truncated_first_answers_are_reported_with_a_remedy():
-    figures = {"base": {"n": 300, "cut": 0, **PLAIN}, "sft": {"n": 20, "cut": 5, **PLAIN}}
-    (note,) = summary_notes(figures, 320, 60)
-    assert note == "truncated first answers: sft 5 of 20; raise eval.max_tokens (320) or eval.context"
+def test_more_than_one_truncated_answer_in_a_hundred_is_reported_with_a_remedy():
+    assert notes_on(cut=3) == []
+    assert notes_on(cut=4) == [
+        "truncated first answers: sft 4 of 300; raise eval.max_tokens (320) or eval.context"
+    ]
 
 
-def test_one_truncated_answer_in_a_hundred_is_not_reported():
-    assert summary_notes({"sft": {"n": 300, "cut": 3, **PLAIN}}, 320, 60) == []
-    assert len(summary_notes({"sft": {"n": 300, "cut": 4, **PLAIN}}, 320, 60)) == 1
+def test_a_threshold_that_other_problems_have_fitted_and_review_that_is_off_are_reported():
+    fitted = Fitted(threshold=1.0, problems=60, n=60, acc_t1=0.5, acc_t2=0.6, max_harm=0.005).model_dump()
+    assert notes_on(fitted=fitted) == []
+    (note,) = notes_on(fitting=59, fitted=fitted)
+    assert note == "review threshold of sft: 1.00 fitted on 60 problems: 50.0 → 60.0 % right, 0.0 % spoiled"
+    assert notes_on(off="no steps") == ["review is off for sft: no steps"]
 
 
 def test_a_file_that_is_not_a_gguf_is_refused(tmp_path):

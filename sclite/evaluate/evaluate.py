@@ -6,6 +6,7 @@ are used for grading only, never to decide when to stop.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,22 @@ from sclite.trace import Trace, parse, work_of
 
 Judge = Callable[[str, Trace], int | None]
 """(question, trace) -> the first wrong step (from 1), or None if all are right."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Problems that no student was trained on, and the folder of the run for the results.
+
+    `problems` are solved and reviewed, `fitting` are for the review threshold. `source` names the dataset in the report,
+    `dataset` is its path or Hub ID. `dropped` counts skipped rows by reason.
+    """
+
+    problems: Sequence[Problem]
+    fitting: Sequence[Problem]
+    source: str
+    dataset: str
+    folder: str
+    dropped: Mapping[str, int] = field(default_factory=dict)
 
 
 def review_answers(
@@ -92,22 +109,20 @@ def evaluate_model(
     run: Run,
     name: str,
     student: Student,
-    *,
     gguf: Path,
-    problems: Sequence[Problem],
-    fitting: Sequence[Problem],
+    held_out: HeldOut,
     grader: Grader,
     judge: Judge | None = None,
-    folder: str,
 ) -> dict[str, Any]:
-    """Evaluate one student with and without review; writes <name>.jsonl and <name>.json into `folder` of the run.
+    """Evaluate one student with and without review; writes <name>.jsonl and <name>.json into the folder of results.
 
-    `fitting` are the problems for the threshold, unless `review.threshold` is set or a threshold of at least as many is
-    stored for the `gguf`. Returns the stored figures if nothing has changed.
+    The threshold is fitted, unless `review.threshold` is set or one fitted on as many problems is stored for the `gguf`.
+    Returns the stored figures if nothing has changed.
     """
+    problems, folder = held_out.problems, held_out.folder
     fits = config.review.threshold is None and config.review.mode == "guided"
     settings = [config.eval.model_dump(), config.review.model_dump(), prompts_digest(config)]
-    given = [[p.model_dump() for p in each] for each in (problems, fitting)]
+    given = [[p.model_dump() for p in each] for each in (problems, held_out.fitting)]
     identity = run.file_digest(str(gguf.resolve()))
     signature = digest([identity, settings, given])
     stored = load_threshold(config, run, gguf) if fits else None
@@ -119,7 +134,7 @@ def evaluate_model(
     between = time.monotonic()
     reviewable, fitted = any(trace.steps for trace in first.traces), None
     if fits and reviewable:
-        fitted = ensure_threshold(config, run, gguf, student, fitting, grader=grader)
+        fitted = ensure_threshold(config, run, gguf, student, held_out.fitting, grader=grader)
     threshold = fitted.threshold if fitted else config.review.threshold
     off = fitted.off if fitted else ""
     if not reviewable:
@@ -155,20 +170,21 @@ def evaluate_model(
     return figures
 
 
-def summary_notes(figures: Mapping[str, Any], max_tokens: int, fitting: int) -> list[str]:
-    """What a reader of the figures of all students must know; `fitting` problems were there for the threshold."""
-    notes = [f"review is off for {name}: {each['off']}" for name, each in figures.items() if each["off"]]
+def summary_notes(figures: Mapping[str, Any], held_out: HeldOut, max_tokens: int) -> list[str]:
+    """What a reader of the figures of all students must know."""
+    notes = [f"skipped {reason.replace('_', ' ')}: {n:,}" for reason, n in held_out.dropped.items()]
+    notes += [f"review is off for {name}: {each['off']}" for name, each in figures.items() if each["off"]]
     cut = [
         f"{name} {each['cut']} of {each['n']}"
         for name, each in figures.items()
-        if each["cut"] > 0.01 * each["n"]
+        if each["cut"] > each["n"] / 100
     ]
     if cut:
-        notes.append(
-            f"truncated first answers: {', '.join(cut)}; raise eval.max_tokens ({max_tokens}) or eval.context"
-        )
+        text = f"truncated first answers: {', '.join(cut)}"
+        notes.append(f"{text}; raise eval.max_tokens ({max_tokens}) or eval.context")
     for name, each in figures.items():
         fitted = Fitted.model_validate(each["fitted"]) if each["fitted"] else None
-        if fitted and fitted.threshold is not None and (fitted.problems > fitting or fitted.given_up):
+        earlier = fitted is not None and fitted.problems > len(held_out.fitting)
+        if fitted and fitted.threshold is not None and (earlier or fitted.given_up):
             notes.append(f"review threshold of {name}: {fitted.summary}")
     return notes

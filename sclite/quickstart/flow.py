@@ -9,6 +9,7 @@ from sclite import evaluation, pipeline
 from sclite.config import Config
 from sclite.context import Context
 from sclite.data.problems import split_problems
+from sclite.evaluate.evaluate import HeldOut
 from sclite.evaluate.results import result_folder
 from sclite.evaluate.table import choose_example
 from sclite.progress import ProgressDisplay
@@ -81,7 +82,7 @@ def quickstart(
     pipeline.train(context, fresh=fresh)
     pipeline.export(context, pipeline.STUDENTS)
     count = config.eval.limit or 300
-    held_out = evaluation.HeldOut(
+    held_out = HeldOut(
         problems=test_problems(count),
         fitting=problems.fit,
         source="the arithmetic stories of the quickstart",

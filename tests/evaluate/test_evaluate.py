@@ -36,8 +36,14 @@ def evaluate_student(run, monkeypatch):
         for module in (evaluate, threshold):
             monkeypatch.setattr(module, "grade", lambda _, texts, __: [right] * len(texts))
         monkeypatch.setattr(answers, "grade", lambda _, texts, __: [right] * len(texts))
-        given = {"problems": PROBLEMS[:20], "fitting": [], "grader": None, "folder": "eval/a"} | given
-        return evaluate.evaluate_model(Config(), run, "dpo", student, gguf=gguf, **given)
+        given = {
+            "problems": PROBLEMS[:20],
+            "fitting": [],
+            "source": "",
+            "dataset": "",
+            "folder": "eval/a",
+        } | given
+        return evaluate.evaluate_model(Config(), run, "dpo", student, gguf, evaluate.HeldOut(**given), None)
 
     return work
 
