@@ -8,7 +8,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -135,13 +134,8 @@ def print_json_line(value: Any) -> None:
 
 def print_json_rows(head: Mapping[str, Any], rows: Iterable[Any]) -> None:
     """Print one JSON object to stdout: `head`, then "rows". Nothing is printed unless every row could be read."""
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
-        file.write(_json(head)[:-1] + ', "rows": [')
-        for number, row in enumerate(rows):
-            file.write((",\n " if number else "\n ") + _json(row))
-        file.write("\n]}\n")
-        file.seek(0)
-        sys.stdout.writelines(file)
+    lines = ",".join(f"\n {_json(row)}" for row in rows)
+    sys.stdout.write(f'{_json(head)[:-1]}, "rows": [{lines}\n]}}\n')
 
 
 def _json(value: Any, indent: int | None = None) -> str:

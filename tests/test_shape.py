@@ -160,7 +160,6 @@ PRIVATE_ELSEWHERE = {
     "export/test_datasets.py _prepare_dataset",  # of TRL
     "grading/test_grading.py _compare_quickly",
     "grading/test_grading.py _idle",
-    "inspect/test_status.py _digest",
     "student/llama_cpp/test_engine.py _fill",
     "student/llama_cpp/test_engine.py _step",
     "teacher/test_ledger.py _writer",
