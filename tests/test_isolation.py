@@ -1,18 +1,21 @@
 """A function in a separate process: what comes back, and that the process never outlives its parent."""
 
+import fcntl
 import os
 import pty
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
-from contextlib import suppress
 
 import pytest
 
 from sclite.errors import DataError, DeviceError, GpuMemoryError, ScliteError
 from sclite.isolation import run_isolated
+
+# -- what runs in the other process ------------------------------------------------------------------------------------
 
 
 def counts(upto, *, progress):
@@ -22,26 +25,37 @@ def counts(upto, *, progress):
     return {"sum": sum(range(upto + 1)), "process": os.getpid()}
 
 
-def fails(*, progress):
-    raise DataError("row 7 is broken", "fix it")
-
-
-def runs_out_of_memory(*, progress):
-    raise GpuMemoryError("warmup", 4)
-
-
-def is_interrupted(*, progress):
-    raise KeyboardInterrupt
+def raises(error, *, progress):
+    print("a banner")
+    raise error
 
 
 def dies(*, progress):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def sleeps(path, *, progress):
-    with open(path, "w") as file:
-        file.write(str(os.getpid()))
+def dies_and_leaves_a_child(path, *, progress):
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+    _write(path, child)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def sleeps(path, *, progress, handler=signal.default_int_handler):
+    signal.signal(signal.SIGINT, handler)
+    _write(path, os.getpid())
     time.sleep(60)
+    _write(f"{path}.finished", "")
+
+
+def dies_of_interrupt(path, *, progress):
+    sleeps(path, progress=progress, handler=signal.SIG_DFL)
+
+
+def ignores_interrupts(path, *, progress):
+    sleeps(path, progress=progress, handler=signal.SIG_IGN)
 
 
 def counts_interrupts(path, *, progress):
@@ -56,25 +70,6 @@ def counts_interrupts(path, *, progress):
     raise KeyboardInterrupt
 
 
-def dies_of_interrupt(path, *, progress):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    _write(path, "listening")
-    time.sleep(60)
-
-
-def ignores_interrupts(path, *, progress):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _write(path, str(os.getpid()))
-    time.sleep(60)
-
-
-def dies_and_leaves_a_child(*, progress):
-    if os.fork() == 0:
-        time.sleep(20)
-        os._exit(0)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 class ExitsWhenUnpickled:
     """An argument that ends the new process while it is unpickled."""
 
@@ -87,17 +82,23 @@ class ExitsWhenUnpickled:
 
 def _write(path, text):
     with open(f"{path}.new", "w") as file:
-        file.write(text)
+        file.write(str(text))
     os.replace(f"{path}.new", path)
 
 
-def prints_and_fails(*, progress):
-    print("a banner")
-    raise ZeroDivisionError("broken")
+def read(path):
+    """The text of a file, once it is there."""
+    deadline = time.monotonic() + 60
+    while not os.path.exists(path) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return path.read_text()
 
 
 def nothing(*_, **__):
     pass
+
+
+# -- results and errors ------------------------------------------------------------------------------------------------
 
 
 def test_result_progress_and_warnings_come_from_the_child(tmp_path):
@@ -112,20 +113,23 @@ def test_result_progress_and_warnings_come_from_the_child(tmp_path):
     assert len(seen) == 4
 
 
-def test_errors_keep_their_type_and_fields(tmp_path):
-    with pytest.raises(DataError, match="row 7 is broken") as error:
-        run_isolated(fails, progress=nothing, log=tmp_path / "log")
-    assert error.value.hint == "fix it"
-    with pytest.raises(GpuMemoryError, match="micro-batch size 4") as error:
-        run_isolated(runs_out_of_memory, progress=nothing, log=tmp_path / "log")
-    assert (error.value.stage, error.value.micro_batch, error.value.code) == ("warmup", 4, 5)
-    with pytest.raises(KeyboardInterrupt):
-        run_isolated(is_interrupted, progress=nothing, log=tmp_path / "log")
+@pytest.mark.parametrize(
+    ("error", "fields"),
+    [
+        (DataError("row 7 is broken", "fix it"), {"message": "row 7 is broken", "hint": "fix it", "code": 3}),
+        (GpuMemoryError("warmup", 4), {"stage": "warmup", "micro_batch": 4, "code": 5}),
+        (KeyboardInterrupt(), {}),
+    ],
+)
+def test_errors_keep_their_type_and_fields(tmp_path, error, fields):
+    with pytest.raises(type(error)) as found:
+        run_isolated(raises, error, progress=nothing, log=tmp_path / "log")
+    assert {name: getattr(found.value, name) for name in fields} == fields
 
 
 def test_output_goes_to_the_log_and_a_crash_is_reported(tmp_path, capfd):
     with pytest.raises(ScliteError, match="ZeroDivisionError: broken") as error:
-        run_isolated(prints_and_fails, progress=nothing, log=tmp_path / "log")
+        run_isolated(raises, ZeroDivisionError("broken"), progress=nothing, log=tmp_path / "log")
     assert str(tmp_path / "log") in error.value.hint
     text = (tmp_path / "log").read_text()
     assert "a banner" in text
@@ -133,41 +137,56 @@ def test_output_goes_to_the_log_and_a_crash_is_reported(tmp_path, capfd):
     assert capfd.readouterr().out == ""
 
 
-def test_a_killed_process_is_an_error_with_its_exit_code(tmp_path):
-    with pytest.raises(DeviceError, match=r"exited unexpectedly \(code -9\)"):
-        run_isolated(dies, progress=nothing, log=tmp_path / "log")
+@pytest.mark.parametrize(
+    ("function", "arguments", "code"),
+    [(dies, (), -9), (counts, (ExitsWhenUnpickled(7),), 7), (counts, (ExitsWhenUnpickled(1),), 1)],
+)
+def test_dead_process_is_an_error_with_its_exit_code(tmp_path, function, arguments, code):
+    log = tmp_path / "run/log"
+    log.parent.mkdir()
+    log.write_text("ZeroDivisionError: of yesterday\n")  # an old traceback is not reported again
+    with pytest.raises(DeviceError, match=rf"exited unexpectedly \(code {code}\)"):
+        run_isolated(function, *arguments, progress=nothing, log=log)
 
 
-def test_an_exit_before_the_log_is_opened_is_an_error(tmp_path):
-    log = tmp_path / "run" / "log"
-    with pytest.raises(DeviceError, match=r"exited unexpectedly \(code 7\)"):
-        run_isolated(fails, ExitsWhenUnpickled(7), progress=nothing, log=log)
-    assert log.read_text() == ""
-
-
-def test_an_old_traceback_in_the_log_is_not_reported_again(tmp_path):
-    (tmp_path / "log").write_text("ZeroDivisionError: of yesterday\n")
-    with pytest.raises(DeviceError, match=r"exited unexpectedly \(code 1\)"):
-        run_isolated(fails, ExitsWhenUnpickled(1), progress=nothing, log=tmp_path / "log")
-
-
-def test_a_dead_process_is_noticed_though_a_grandchild_holds_the_pipe(tmp_path):
-    began = time.monotonic()
+def test_dead_process_is_noticed_though_a_grandchild_holds_the_pipe(tmp_path):
     with pytest.raises(DeviceError, match=r"code -9"):
-        run_isolated(dies_and_leaves_a_child, progress=nothing, log=tmp_path / "log")
-    assert time.monotonic() - began < 15
+        run_isolated(dies_and_leaves_a_child, tmp_path / "pid", progress=nothing, log=tmp_path / "log")
+    os.kill(int(read(tmp_path / "pid")), signal.SIGKILL)  # it is still there
+
+
+def test_child_ends_when_its_parent_is_killed(tmp_path):
+    path = tmp_path / "pid"
+    waiting = start("sleeps", path)
+    child = int(read(path))
+    waiting.kill()
+    waiting.wait()
+    deadline = time.monotonic() + 30
+    while os.path.exists(f"/proc/{child}") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not os.path.exists(f"/proc/{child}")
 
 
 # -- Ctrl-C --------------------------------------------------------------------------------------------------------
 
 
-def press_ctrl_c(path, times: int = 1):
-    """Press Ctrl-C `times` times once `path` exists: the child is listening."""
+def start(function, path, **settings):
+    """A Python process that runs a function of this module in isolation; it exits with 130 after Ctrl-C."""
+    code = (
+        "import pathlib, sys\nfrom sclite.isolation import run_isolated\nfrom tests import test_isolation as module\n"
+        "path = pathlib.Path(sys.argv[2])\nfunction = getattr(module, sys.argv[1])\n"
+        "try: run_isolated(function, path, progress=module.nothing, log=path.with_name('log'))\n"
+        "except KeyboardInterrupt: sys.exit(130)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen([sys.executable, "-c", code, function, str(path)], env=environment, **settings)
+
+
+def press_ctrl_c(path, times=1):
+    """Press Ctrl-C once `path` exists: the child is listening."""
 
     def press():
-        deadline = time.monotonic() + 60
-        while not os.path.exists(path) and time.monotonic() < deadline:
-            time.sleep(0.01)
+        read(path)
         for _ in range(times):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.2)
@@ -176,69 +195,29 @@ def press_ctrl_c(path, times: int = 1):
 
 
 def test_ctrl_c_in_a_terminal_reaches_the_child_once(tmp_path):
-    path, script = tmp_path / "signal", tmp_path / "script.py"
-    script.write_text(
-        "import sys; from pathlib import Path; from sclite.isolation import run_isolated\n"
-        "from tests.test_isolation import counts_interrupts, nothing\n"
-        "if __name__ == '__main__':\n"
-        "    try: run_isolated(counts_interrupts, sys.argv[1], progress=nothing, log=Path(sys.argv[1] + '.log'))\n"
-        "    except KeyboardInterrupt: sys.exit(130)\n"
-    )
-    pid, terminal = pty.fork()
-    if pid == 0:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        os.execve(sys.executable, [sys.executable, str(script), str(path)], environment)
-    deadline = time.monotonic() + 60
-    while not path.is_file() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.write(terminal, b"\x03")
-    with suppress(OSError):  # the terminal's end
-        while os.read(terminal, 1000):
-            pass
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+    path = tmp_path / "signal"
+    leader, terminal = pty.openpty()
+    waiting = start("counts_interrupts", path, stdin=terminal, start_new_session=True,
+                    preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))  # fmt: skip
+    read(path)
+    os.write(leader, b"\x03")
+    assert waiting.wait() == 130
     assert path.read_text() == "1 times, not in the terminal's group"
 
 
 def test_ctrl_c_during_startup_prints_nothing(tmp_path, capfd):
     threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
-        run_isolated(sleeps, str(tmp_path / "pid"), progress=nothing, log=tmp_path / "log")
+        run_isolated(sleeps, tmp_path / "pid", progress=nothing, log=tmp_path / "log")
     assert capfd.readouterr() == ("", "")
     assert (tmp_path / "log").read_text() == ""
 
 
-def test_a_child_killed_by_ctrl_c_counts_as_interrupted(tmp_path):
-    press_ctrl_c(tmp_path / "signal")
+@pytest.mark.parametrize(("function", "presses"), [(dies_of_interrupt, 1), (ignores_interrupts, 3)])
+def test_ctrl_c_ends_every_child_the_third_by_force(tmp_path, function, presses):
+    press_ctrl_c(tmp_path / "pid", presses)
     with pytest.raises(KeyboardInterrupt):
-        run_isolated(dies_of_interrupt, str(tmp_path / "signal"), progress=nothing, log=tmp_path / "log")
-
-
-def test_the_third_ctrl_c_kills_a_child_that_ignores_it(tmp_path):
-    press_ctrl_c(tmp_path / "signal", times=3)
-    began = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        run_isolated(ignores_interrupts, str(tmp_path / "signal"), progress=nothing, log=tmp_path / "log")
-    assert time.monotonic() - began < 15
-    assert not os.path.exists(f"/proc/{(tmp_path / 'signal').read_text()}")
+        run_isolated(function, tmp_path / "pid", progress=nothing, log=tmp_path / "log")
+    assert not os.path.exists(f"/proc/{read(tmp_path / 'pid')}")
+    assert not (tmp_path / "pid.finished").exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_the_child_ends_when_its_parent_is_killed(tmp_path):
-    path = tmp_path / "pid"
-    code = (
-        "import sys; from pathlib import Path; from sclite.isolation import run_isolated; from tests.test_isolation import sleeps, nothing\n"
-        "if __name__ == '__main__': run_isolated(sleeps, sys.argv[1], progress=nothing, log=Path(sys.argv[1] + 'log'))"
-    )
-    script = tmp_path / "script.py"
-    script.write_text(code)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    waiting = subprocess.Popen([sys.executable, str(script), str(path)], env=environment)
-    deadline = time.monotonic() + 60
-    while not (path.is_file() and path.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    working = int(path.read_text())
-    waiting.kill()
-    waiting.wait()
-    while os.path.exists(f"/proc/{working}") and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not os.path.exists(f"/proc/{working}")

@@ -1,10 +1,7 @@
 """Traces: one canonical form, and a parser that reads whatever models write."""
 
-import json
 import random
-import time
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -26,7 +23,6 @@ from sclite.trace import (
     work_of,
 )
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 WHOLE = (
     "<Step1>48 + 24 = 72\n<Key>Carry the ten.</Key>\n</Step1>\n"
     "<Step2>72 / 2 = 36\n</Step2>\n"
@@ -36,6 +32,9 @@ REVIEW = (
     "<Step1>48 + 24 = 62\n<Cause>The carry is lost.</Cause>\n<Correction>It is 72.</Correction>\n</Step1>\n"
     "<Step2>72 / 2 = 36\n</Step2>\n<Answer>36</Answer>"
 )
+LAST = Step("72 / 2 = 36")
+SOLUTION = Trace((Step("48 + 24 = 72", "Carry the ten."), LAST), "Add, then share.", "36")
+REVIEWED = Trace((Step("48 + 24 = 62", None, "The carry is lost.", "It is 72."), LAST), None, "36")
 
 _bits = st.lists(
     st.one_of(
@@ -54,10 +53,6 @@ traces = st.builds(Trace, st.lists(steps, max_size=5).map(tuple), st.none() | fi
 quickly = settings(deadline=None, suppress_health_check=list(HealthCheck), database=None)
 
 
-def names(text: str) -> list[str]:
-    return [error.name for error in parse(text).issues]
-
-
 # -- one form, both ways -------------------------------------------------------------------------------------------
 
 
@@ -66,34 +61,25 @@ def names(text: str) -> list[str]:
 def test_parsing_a_rendered_trace_gives_the_same_trace(trace):
     parsed = parse(render(trace))
     assert parsed.trace == trace
-    expected = {"empty_step", "no_steps", "no_answer"}
-    assert {error.name for error in parsed.issues} <= expected
+    assert {issue.name for issue in parsed.issues} <= {"empty_step", "no_steps", "no_answer"}
 
 
 @settings(quickly, max_examples=300)
 @given(traces)
-def test_the_pieces_join_to_the_rendered_text(trace):
-    assert "".join(all_pieces(trace)) == render(trace)
-
-
-@settings(quickly, max_examples=200)
-@given(traces)
 def test_causes_and_closers_start_a_line_and_a_piece(trace):
     pieces = all_pieces(trace)
+    assert "".join(pieces) == render(trace)
     for before, piece in pairwise(pieces):
         if piece == CAUSE or piece.startswith(("</Step", "<Correction")):
             assert before.endswith("\n")
-    assert sum(piece == CAUSE for piece in pieces) == sum(s.cause is not None for s in trace.steps)
+    assert pieces.count(CAUSE) == sum(step.cause is not None for step in trace.steps)
 
 
-def test_the_canonical_text_matches_the_method():
-    trace = Trace((Step("48 + 24 = 72", "Carry the ten."), Step("72 / 2 = 36")), "Add, then share.", "36")
-    assert render(trace) == WHOLE
-    review = Trace(
-        (Step("48 + 24 = 62", None, "The carry is lost.", "It is 72."), Step("72 / 2 = 36")), None, "36"
-    )
-    assert render(review) == REVIEW
-    assert parse(WHOLE).issues == parse(REVIEW).issues == ()
+def test_canonical_text_is_that_of_the_method():
+    assert render(SOLUTION) == WHOLE
+    assert render(REVIEWED) == REVIEW
+    assert parse(WHOLE) == Parsed(SOLUTION, ())
+    assert parse(REVIEW) == Parsed(REVIEWED, ())
 
 
 @pytest.mark.parametrize("text", [" padded", "padded\n", "a <Step2> inside", "</key>", "< ANSWER : >"])
@@ -102,21 +88,15 @@ def test_text_that_cannot_be_parsed_back_is_rejected(text):
         Step(text)
 
 
-def test_an_empty_key_or_answer_is_rejected():
-    with pytest.raises(ValueError, match="key"):
-        Step("x", "")
-    with pytest.raises(ValueError, match="answer"):
-        Trace((), None, "")
+@pytest.mark.parametrize("build", [lambda: Step("x", ""), lambda: Trace((), None, "")])
+def test_empty_key_or_answer_is_rejected(build):
+    with pytest.raises(ValueError, match="not empty"):
+        build()
 
 
 @settings(quickly, max_examples=300)
-@given(st.text())
+@given(st.text() | st.sampled_from(["<<Key>Step1>", "<St<Key>ep1>", "<<Step1>/Step1>", "<K<Key><Key>ey>"]))
 def test_cleaned_text_is_always_a_valid_step(text):
-    Step(clean(text))
-
-
-@pytest.mark.parametrize("text", ["<<Key>Step1>", "<St<Key>ep1>", "<<Step1>/Step1>", "<K<Key><Key>ey>"])
-def test_tags_that_join_when_another_is_removed_are_removed(text):
     Step(clean(text))
 
 
@@ -130,48 +110,37 @@ def test_no_text_makes_the_parser_raise(text):
     assert parse(render(parsed.trace)).trace == parsed.trace
 
 
-TAGS = [
-    *(
-        f"<{slash}{name}>"
-        for name in ("Step1", "Step2", "Step", "Key", "Cause", "Correction", "Generalized", "Answer")
-        for slash in ("", "/")
-    ),
-    "<step 3:>",
-    "<ANSWER:>",
-    "< / key >",
-]
-
-
-def _mutated(text: str, draw: random.Random) -> str:
+def _damaged(text: str, draw: random.Random) -> str:
     """One to four deletions, repetitions, changes of case, truncations or inserted tags."""
+    names = ("Step1", "Step2", "Step", "Key", "Cause", "Correction", "Generalized", "Answer")
+    tags = [f"<{slash}{name}>" for name in names for slash in ("", "/")]
     for _ in range(draw.randint(1, 4)):
         a = draw.randrange(len(text) + 1)
         b = min(len(text), a + draw.randint(1, 20))
-        text = draw.choice(
-            (
-                text[:a] + text[b:],
-                text[:b] + text[a:],
-                text[:a] + text[a:b].swapcase() + text[b:],
-                text[:a],
-                text[:a] + draw.choice(TAGS) + text[a:],
-            )
+        changes = (
+            text[:a] + text[b:],
+            text[:b] + text[a:],
+            text[:a] + text[a:b].swapcase() + text[b:],
+            text[:a],
+            text[:a] + draw.choice([*tags, "<step 3:>", "<ANSWER:>", "< / key >"]) + text[a:],
         )
+        text = draw.choice(changes)
     return text
 
 
 def test_parsing_eight_thousand_damaged_traces_is_stable():
     draw = random.Random(5)
     for _ in range(8000):
-        text = _mutated(draw.choice((WHOLE, REVIEW)), draw)
+        text = _damaged(draw.choice((WHOLE, REVIEW)), draw)
         trace = parse(text).trace
         assert parse(render(trace)).trace == trace, text
 
 
-def test_every_missing_tag_is_noticed():
-    for whole in (WHOLE, REVIEW):
-        for tag in {piece[: piece.index(">") + 1] for piece in ("<" + p for p in whole.split("<")[1:])}:
-            damaged = parse(whole.replace(tag, "", 1))
-            assert damaged.issues or damaged.trace != parse(whole).trace, tag
+@pytest.mark.parametrize("whole", [WHOLE, REVIEW])
+def test_every_missing_tag_is_noticed(whole):
+    for tag in {piece[: piece.index(">") + 1] for piece in ("<" + p for p in whole.split("<")[1:])}:
+        damaged = parse(whole.replace(tag, "", 1))
+        assert damaged.issues or damaged.trace != parse(whole).trace, tag
 
 
 HOSTILE = {
@@ -193,15 +162,8 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
-def test_a_hostile_megabyte_is_parsed_in_linear_time(text):
-    def seconds(part: str) -> float:
-        began = time.process_time()
-        parse(part)
-        return time.process_time() - began
-
-    seconds(text[:10_000])
-    eighth = max(seconds(text[: len(text) // 8]), 0.02)
-    assert seconds(text) < 8 * eighth * 4
+def test_hostile_megabyte_is_parsed(text):
+    parse(text)  # a second; in quadratic time hours
 
 
 # -- what models really write --------------------------------------------------------------------------------------
@@ -217,176 +179,13 @@ FORGIVEN = {
     "a greeting and a farewell": f"Sure, here it is:\n{WHOLE}\nI hope that helps.",
     "a think block": f"<think>\nMaybe <Step1>no</Step1> <Answer>7</Answer>\n</think>\n\n{WHOLE}",
     "steps without numbers": WHOLE.replace("Step1", "Step").replace("Step2", "Step"),
+    "generalization": WHOLE.replace("Generalized", "Generalization"),
 }
 
 
 @pytest.mark.parametrize("text", FORGIVEN.values(), ids=FORGIVEN)
 def test_variants_are_parsed_like_the_canonical_form(text):
-    parsed = parse(text)
-    assert parsed.issues == ()
-    assert [s.text for s in parsed.trace.steps] == ["48 + 24 = 72", "72 / 2 = 36"]
-    assert parsed.trace.steps[0].key == "Carry the ten."
-    assert (parsed.trace.generalized, parsed.trace.answer) == ("Add, then share.", "36")
-
-
-@pytest.mark.parametrize(
-    ("text", "error", "place"),
-    [
-        ("<Step1>a\n<Step2>b\n</Step2>\n<Answer>1</Answer>", "missing_closer", "step 1, character 9"),
-        ("<Step1>a\n<Key>k\n</Step1>\n<Answer>1</Answer>", "missing_closer", "step 1, character 16"),
-        ("<Step1>a\n</Step1>\n<Answer>1", "missing_closer", "answer, character 27"),
-        ("<Step1>a<Step1>\n<Step2>b</Step2><Answer>1</Answer>", "opener_as_closer", "step 1, character 8"),
-        ("<Step1>a\n<Key>k<Key>\n</Step1><Answer>1</Answer>", "opener_as_closer", "step 1, character 15"),
-        ("<Step1>a\n</Step1>\n<Answer>1<Answer>", "opener_as_closer", "answer, character 27"),
-        ("<Step1>a</Step1></Step1><Answer>1</Answer>", "stray_closer", "the top level, character 16"),
-        ("<Step1>a</Cause></Step1><Answer>1</Answer>", "stray_closer", "step 1, character 8"),
-        ("<Step1>a</Step1></Answer><Answer>1</Answer>", "stray_closer", "the top level, character 16"),
-        ("<Step1>a</Step2><Answer>1</Answer>", "wrong_step_number", "step 1, character 8"),
-        ("<Step1>a</Step1><Step3>b</Step3><Answer>1</Answer>", "wrong_step_number", "step 2, character 16"),
-        ("<Step0>a</Step0><Answer>1</Answer>", "wrong_step_number", "step 1, character 0"),
-        (
-            "<Step1>a</Step1><Answer>1</Answer><Step2>b</Step2>",
-            "step_after_the_end",
-            "the top level, character 34",
-        ),
-        (
-            "<Step1>a</Step1><Key>k</Key><Answer>1</Answer>",
-            "tag_outside_a_step",
-            "the top level, character 16",
-        ),
-        ("<Step1>a<Key>k</Key><Key>l</Key></Step1><Answer>1</Answer>", "second_key", "step 1, character 20"),
-        (
-            "<Step1>a<Cause>k</Cause><Cause>l</Cause></Step1><Answer>1</Answer>",
-            "second_cause",
-            "step 1, character 24",
-        ),
-        (
-            "<Step1>a<Correction>k</Correction><Correction>l</Correction></Step1><Answer>1</Answer>",
-            "second_correction",
-            "step 1, character 34",
-        ),
-        (
-            "<Step1>a</Step1><Generalized>g</Generalized><Generalized>h</Generalized><Answer>1</Answer>",
-            "second_generalized",
-            "the top level, character 44",
-        ),
-        (
-            "<Step1>a</Step1><Answer>1</Answer><Answer>2</Answer>",
-            "second_answer",
-            "the top level, character 34",
-        ),
-        (
-            "<Step1>a</Step1><Answer>1</Answer><Generalized>g</Generalized>",
-            "generalized_after_the_answer",
-            "the top level, character 34",
-        ),
-        ("<Step1>a</Step1> so then <Answer>1</Answer>", "text_between_tags", "the top level, character 16"),
-        ("<Step1>\n</Step1><Answer>1</Answer>", "empty_step", "step 1"),
-        ("<Answer>1</Answer>", "no_steps", "the top level"),
-        ("<Step1>a</Step1>", "no_answer", "the end, character 16"),
-        ("<Step1>a</Step1><Answer> </Answer>", "no_answer", "the end, character 34"),
-    ],
-)
-def test_each_issue_has_a_name_and_a_place(text, error, place):
-    issues = parse(text).issues
-    assert Issue(error, place) in issues
-    assert str(Issue(error, place)) == f"{error.replace('_', ' ')} at {place}"
-
-
-def test_a_missing_closer_is_recovered_at_the_next_step():
-    parsed = parse("<Step1>one\n<Step2>two\n</Step2>\n<Answer>3</Answer>")
-    assert [s.text for s in parsed.trace.steps] == ["one", "two"]
-    assert [f.name for f in parsed.issues] == ["missing_closer"]
-
-
-def test_an_opener_used_as_a_closer_starts_no_step():
-    parsed = parse("<Step1>one<Step1>\n<Step2>two<Step2>\n<Answer>3<Answer>")
-    assert [s.text for s in parsed.trace.steps] == ["one", "two"]
-    assert parsed.trace.answer == "3"
-    assert {f.name for f in parsed.issues} == {"opener_as_closer"}
-
-
-def test_the_last_of_two_answers_counts():
-    assert parse("<Step1>a</Step1><Answer>1</Answer><Answer>2</Answer>").trace.answer == "2"
-
-
-def test_comparisons_and_latex_with_angle_brackets_are_text():
-    body = r"if $a<b$ and $c>d$ then $\langle x,y\rangle$, so <x> is < 5 and \(2<3>1\)"
-    parsed = parse(f"<Step1>{body}\n</Step1>\n<Answer>$x<5$</Answer>")
-    assert parsed.issues == ()
-    assert parsed.trace.steps[0].text == body
-    assert parsed.trace.answer == "$x<5$"
-
-
-def test_a_sentence_as_an_answer_is_kept_whole():
-    sentence = "Natalia sold 72 clips altogether, in April and May."
-    assert parse(f"<Step1>a</Step1><Answer>\n{sentence}\n</Answer>").trace.answer == sentence
-
-
-def test_a_think_block_must_come_first_and_end():
-    assert parse(f"<think>{WHOLE}</think>").issues == (
-        Issue("no_steps", "the top level"),
-        Issue("no_answer", f"the end, character {len(WHOLE) + 15}"),
-    )
-    assert parse(f"<think>{WHOLE}").trace == parse(WHOLE).trace
-    assert "<think>" in parse("<Step1>a <think>b</think></Step1><Answer>1</Answer>").trace.steps[0].text
-
-
-def test_lookalike_letters_do_not_make_a_tag():
-    assert names("<Step1>a <cauſe> b</Step1><Answer>1</Answer>") == []  # a long s
-    assert names("<Step1>a <Keу> b</Step1><Answer>1</Answer>") == []  # the last letter is Cyrillic
-
-
-# -- reviews -------------------------------------------------------------------------------------------------------
-
-
-def test_a_review_yields_its_first_wrong_step_and_a_solution():
-    trace = parse(REVIEW).trace
-    assert first_corrected(trace) == 1
-    assert first_corrected(parse(WHOLE).trace) is None
-    plain = corrected(trace)
-    assert [s.text for s in plain.steps] == ["It is 72.", "72 / 2 = 36"]
-    assert first_corrected(plain) is None
-    assert corrected(parse(WHOLE).trace) == parse(WHOLE).trace
-    assert work_of(render(trace)) == plain
-
-
-def test_the_prefix_of_a_decision_ends_before_the_closer():
-    step = Step("48 + 24 = 62", "Carry.")
-    assert open_piece(2, step) == "<Step2>48 + 24 = 62\n<Key>Carry.</Key>\n"
-    assert render(Trace((step,))) == "<Step1>48 + 24 = 62\n<Key>Carry.</Key>\n</Step1>"
-
-
-# -- real solutions ------------------------------------------------------------------------------------------------
-
-
-def _solutions():
-    for name in ("gsm8k-train", "gsm8k-model-solutions", "math-sample", "mr-gsm8k"):
-        for line in (DATA / f"{name}.jsonl").read_text(encoding="utf-8").split("\n"):
-            if not line:
-                continue
-            row = json.loads(line)
-            if "steps" in row:
-                yield row["steps"], str(row["ground_truth_answer"])
-            for text in (row.get("answer"), row.get("solution"), row.get("ground_truth")):
-                if text:
-                    yield text.split("\n"), "1"
-            for value in row.values():
-                if isinstance(value, dict):
-                    yield value["solution"].split("\n"), "1"
-
-
-@pytest.mark.skipif(not DATA.is_dir(), reason="needs the shared sample data")
-def test_real_solutions_survive_a_round_trip():
-    count = 0
-    for lines, answer in _solutions():
-        trace = Trace(tuple(Step(clean(line)) for line in lines if clean(line)), None, answer)
-        parsed = parse(render(trace))
-        assert parsed.trace == trace
-        assert not {f.name for f in parsed.issues} - {"no_steps"}
-        parse("\n".join(lines))
-        count += 1
-    assert count > 4000
+    assert parse(text) == Parsed(SOLUTION, ())
 
 
 @pytest.mark.parametrize(
@@ -405,10 +204,71 @@ def test_escaped_and_decorated_tags_are_parsed(text):
     assert parse(text) == Parsed(Trace((Step("a < b"),), None, "5"), ())
 
 
-def test_generalization_is_generalized():
-    assert (
-        parse("<Step1>a</Step1><Generalization>b</Generalization><Answer>5</Answer>").trace.generalized == "b"
-    )
+ISSUES = r"""
+<Step1>a\n<Step2>b\n</Step2>\n<Answer>1</Answer> | missing_closer | step 1, character 9
+<Step1>a\n<Key>k\n</Step1>\n<Answer>1</Answer> | missing_closer | step 1, character 16
+<Step1>a\n</Step1>\n<Answer>1 | missing_closer | answer, character 27
+<Step1>a<Step1>\n<Step2>b</Step2><Answer>1</Answer> | opener_as_closer | step 1, character 8
+<Step1>a\n<Key>k<Key>\n</Step1><Answer>1</Answer> | opener_as_closer | step 1, character 15
+<Step1>a\n</Step1>\n<Answer>1<Answer> | opener_as_closer | answer, character 27
+<Step1>a</Step1></Step1><Answer>1</Answer> | stray_closer | the top level, character 16
+<Step1>a</Cause></Step1><Answer>1</Answer> | stray_closer | step 1, character 8
+<Step1>a</Step1></Answer><Answer>1</Answer> | stray_closer | the top level, character 16
+<Step1>a</Step2><Answer>1</Answer> | wrong_step_number | step 1, character 8
+<Step1>a</Step1><Step3>b</Step3><Answer>1</Answer> | wrong_step_number | step 2, character 16
+<Step0>a</Step0><Answer>1</Answer> | wrong_step_number | step 1, character 0
+<Step1>a</Step1><Answer>1</Answer><Step2>b</Step2> | step_after_the_end | the top level, character 34
+<Step1>a</Step1><Key>k</Key><Answer>1</Answer> | tag_outside_a_step | the top level, character 16
+<Step1>a<Key>k</Key><Key>l</Key></Step1><Answer>1</Answer> | second_key | step 1, character 20
+<Step1>a<Cause>k</Cause><Cause>l</Cause></Step1><Answer>1</Answer> | second_cause | step 1, character 24
+<Step1>a<Correction>k</Correction><Correction>l</Correction></Step1> | second_correction | step 1, character 34
+<Generalized>g</Generalized><Generalized>h</Generalized> | second_generalized | the top level, character 28
+<Step1>a</Step1><Answer>1</Answer><Answer>2</Answer> | second_answer | the top level, character 34
+<Answer>1</Answer><Generalized>g</Generalized> | generalized_after_the_answer | the top level, character 18
+<Step1>a</Step1> so then <Answer>1</Answer> | text_between_tags | the top level, character 16
+<Step1>\n</Step1><Answer>1</Answer> | empty_step | step 1
+<Answer>1</Answer> | no_steps | the top level
+<Step1>a</Step1> | no_answer | the end, character 16
+<Step1>a</Step1><Answer> </Answer> | no_answer | the end, character 34
+"""
+
+
+@pytest.mark.parametrize("line", ISSUES.strip().split("\n"))
+def test_each_issue_has_a_name_and_a_place(line):
+    text, name, place = line.split(" | ")
+    issue = Issue(name, place)
+    assert issue in parse(text.replace("\\n", "\n")).issues
+    assert str(issue) == f"{name.replace('_', ' ')} at {place}"
+
+
+LATEX = r"if $a<b$ and $c>d$ then $\langle x,y\rangle$, so <x> is < 5 and \(2<3>1\)"
+SENTENCE = "Natalia sold 72 clips altogether, in April and May."
+
+
+@pytest.mark.parametrize(
+    ("text", "texts", "answer", "issues"),
+    [
+        ("<Step1>one\n<Step2>two\n</Step2>\n<Answer>3</Answer>", ["one", "two"], "3", {"missing_closer"}),
+        (
+            "<Step1>one<Step1>\n<Step2>two<Step2>\n<Answer>3<Answer>",
+            ["one", "two"],
+            "3",
+            {"opener_as_closer"},
+        ),
+        ("<Step1>a</Step1><Answer>1</Answer><Answer>2</Answer>", ["a"], "2", {"second_answer"}),
+        (f"<Step1>{LATEX}\n</Step1>\n<Answer>$x<5$</Answer>", [LATEX], "$x<5$", set()),
+        (f"<Step1>a</Step1><Answer>\n{SENTENCE}\n</Answer>", ["a"], SENTENCE, set()),
+        # lookalikes are no tags: a long s, and a Cyrillic letter
+        ("<Step1>a <cauſe> b</Step1><Answer>1</Answer>", ["a <cauſe> b"], "1", set()),
+        ("<Step1>a <Keу> b</Step1><Answer>1</Answer>", ["a <Keу> b"], "1", set()),
+        ("<Step1>a <think>b</think></Step1><Answer>1</Answer>", ["a <think>b</think>"], "1", set()),
+    ],
+)
+def test_broken_and_odd_texts_are_recovered(text, texts, answer, issues):
+    parsed = parse(text)
+    assert [step.text for step in parsed.trace.steps] == texts
+    assert parsed.trace.answer == answer
+    assert {issue.name for issue in parsed.issues} == issues
 
 
 @pytest.mark.parametrize(
@@ -420,3 +280,24 @@ def test_drafts_in_thoughts_do_not_count(thought):
     draft = "<Step1>7?</Step1><Answer>7</Answer>"
     found = parse(thought.format(draft) + "\n<Step1>a</Step1><Answer>5</Answer>")
     assert found == Parsed(Trace((Step("a"),), None, "5"), ())
+
+
+def test_think_block_must_end():
+    assert parse(f"<think>{WHOLE}").trace == SOLUTION
+    assert [issue.name for issue in parse(f"<think>{WHOLE}</think>").issues] == ["no_steps", "no_answer"]
+
+
+# -- reviews -------------------------------------------------------------------------------------------------------
+
+
+def test_review_yields_its_first_wrong_step_and_a_solution():
+    assert first_corrected(REVIEWED) == 1
+    assert first_corrected(SOLUTION) is None
+    assert corrected(REVIEWED) == work_of(REVIEW) == Trace((Step("It is 72."), LAST), None, "36")
+    assert corrected(SOLUTION) == SOLUTION
+
+
+def test_prefix_of_a_decision_ends_before_the_closer():
+    step = Step("48 + 24 = 62", "Carry.")
+    assert open_piece(2, step) == "<Step2>48 + 24 = 62\n<Key>Carry.</Key>\n"
+    assert render(Trace((step,))) == "<Step1>48 + 24 = 62\n<Key>Carry.</Key>\n</Step1>"
