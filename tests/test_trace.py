@@ -1,6 +1,5 @@
 """Traces: one canonical form, and a parser that reads whatever models write."""
 
-import random
 from itertools import pairwise
 
 import pytest
@@ -47,6 +46,8 @@ _bits = st.lists(
     max_size=5,
 )
 texts = _bits.map("".join).map(clean)
+names = ("Step1", "Step2", "Step", "Key", "Cause", "Correction", "Generalized", "Answer", "step 3:", " key ")
+tags = st.sampled_from([f"<{slash}{name}>" for name in names for slash in ("", "/")])
 filled = texts.filter(bool)
 steps = st.builds(Step, texts, st.none() | filled, st.none() | filled, st.none() | filled)
 traces = st.builds(Trace, st.lists(steps, max_size=5).map(tuple), st.none() | filled, st.none() | filled)
@@ -103,37 +104,11 @@ def test_cleaned_text_is_always_a_valid_step(text):
 # -- any text ------------------------------------------------------------------------------------------------------
 
 
-@settings(quickly, max_examples=1500)
-@given(st.text() | _bits.map("".join))
+@settings(quickly, max_examples=3000)
+@given(st.text() | st.lists(tags | _bits.map("".join), max_size=12).map("".join))
 def test_no_text_makes_the_parser_raise(text):
-    parsed = parse(text)
-    assert parse(render(parsed.trace)).trace == parsed.trace
-
-
-def _damaged(text: str, draw: random.Random) -> str:
-    """One to four deletions, repetitions, changes of case, truncations or inserted tags."""
-    names = ("Step1", "Step2", "Step", "Key", "Cause", "Correction", "Generalized", "Answer")
-    tags = [f"<{slash}{name}>" for name in names for slash in ("", "/")]
-    for _ in range(draw.randint(1, 4)):
-        a = draw.randrange(len(text) + 1)
-        b = min(len(text), a + draw.randint(1, 20))
-        changes = (
-            text[:a] + text[b:],
-            text[:b] + text[a:],
-            text[:a] + text[a:b].swapcase() + text[b:],
-            text[:a],
-            text[:a] + draw.choice([*tags, "<step 3:>", "<ANSWER:>", "< / key >"]) + text[a:],
-        )
-        text = draw.choice(changes)
-    return text
-
-
-def test_parsing_eight_thousand_damaged_traces_is_stable():
-    draw = random.Random(5)
-    for _ in range(8000):
-        text = _damaged(draw.choice((WHOLE, REVIEW)), draw)
-        trace = parse(text).trace
-        assert parse(render(trace)).trace == trace, text
+    trace = parse(text).trace
+    assert parse(render(trace)).trace == trace
 
 
 @pytest.mark.parametrize("whole", [WHOLE, REVIEW])

@@ -8,7 +8,7 @@ from sclite.student.base import Request, ScoreRequest
 from sclite.student.endpoint import Endpoint
 from sclite.teacher.client import Teacher
 from sclite.teacher.ledger import Ledger
-from tests.replay import Answer, TeacherServer, fail, say
+from tests.replay import BROKEN, TeacherServer, fail, say
 
 TRACE = "<Step1>1 + 1 = 2\n</Step1>\n<Answer>2</Answer>"
 
@@ -23,13 +23,13 @@ def request(text, **settings):
     return Request(messages, **{"temperature": 0.8, "top_p": 0.95, "seed": 3, "max_tokens": 77, **settings})
 
 
-def ask(run, url, requests, **settings):
-    """The replies in the order of their requests, and the ledger's totals."""
-    own = {"model": "openai/small", "api_base": url, "repairs": 0, "attempts_per_call": 1, "concurrency": 8}
-    made = config.Teacher.model_validate(own | settings)
+def ask(run, url, requests, concurrency=8):
+    """The replies in the order of their requests."""
+    made = config.Teacher(
+        model="openai/small", api_base=url, repairs=0, attempts_per_call=1, concurrency=concurrency
+    )
     with Ledger(run.path("ledger.sqlite")) as ledger, Teacher(made, ledger) as client:
-        replies = sorted(Endpoint(client, "attempts").generate(requests), key=lambda reply: reply.index)
-        return replies, ledger.totals("attempts")
+        return sorted(Endpoint(client, "attempts").generate(requests), key=lambda reply: reply.index)
 
 
 def test_replies_match_their_requests(run):
@@ -38,12 +38,10 @@ def test_replies_match_their_requests(run):
         return say(f"I am {number}", seconds=0.02 * (number % 3), tokens=(10 + number, number))
 
     with TeacherServer(answer) as server:
-        replies, totals = ask(run, server.url, [request(str(n)) for n in range(12)])
-    assert [(r.index, r.text, r.finish, r.error) for r in replies] == [
-        (n, f"I am {n}", "stop", None) for n in range(12)
+        replies = ask(run, server.url, [request(str(n)) for n in range(1, 13)])
+    assert [(r.index + 1, r.text, r.finish, r.error, r.prompt_tokens, r.tokens) for r in replies] == [
+        (n, f"I am {n}", "stop", None, 10 + n, n) for n in range(1, 13)
     ]
-    assert [(r.prompt_tokens, r.tokens) for r in replies[1:]] == [(10 + n, n) for n in range(1, 12)]
-    assert totals["requests"] == 12
 
 
 def test_request_parameters_are_sent(run):
@@ -63,78 +61,51 @@ def test_many_requests_are_in_flight(run):
     assert server.most_in_flight >= 15
 
 
-def test_failed_call_gives_its_reason_and_affects_no_other(run):
-    def answer(body, nth):
-        return fail(400, "too long for me") if body["messages"][-1]["content"] == "2" else say(TRACE)
-
-    with TeacherServer(answer) as server:
-        replies, _ = ask(run, server.url, [request(str(n)) for n in range(4)])
-    assert [r.finish for r in replies] == ["stop", "stop", "error", "stop"]
-    assert "too long for me" in replies[2].error
-    assert replies[2].text == ""
-
-
-def test_lost_connection_and_content_filter_are_errors(run):
-    def answer(body, nth):
-        asked = body["messages"][-1]["content"]
-        return {"lost": Answer(broken=True, body={}), "bad": say("no", "content_filter")}.get(asked, say("a"))
-
-    with TeacherServer(answer) as server:
-        replies, _ = ask(run, server.url, [request("good"), request("bad"), request("lost")], concurrency=1)
-    assert [r.finish for r in replies] == ["stop", "error", "error"]
-    assert replies[1].error.startswith("filtered: ")
-    assert replies[2].error.startswith("no_reply: ")
+@pytest.mark.parametrize(
+    ("reply", "stop", "text", "finish", "error"),
+    [
+        (say("<Step1>and so", "length"), (), "<Step1>and so", "length", None),
+        (say("a</Correction> and more", "length"), ("</Correction>",), "a</Correction>", "stop", None),
+        (fail(400, "too long for me"), (), "", "error", "too long for me"),
+        (say("no", "content_filter"), (), "", "error", "filtered: "),
+        (BROKEN, (), "", "error", "no_reply: "),
+    ],
+)
+def test_odd_reply_affects_no_other_and_is_not_repaired(run, reply, stop, text, finish, error):
+    with TeacherServer(
+        lambda body, nth: reply if body["messages"][-1]["content"] == "odd" else say("a")
+    ) as server:
+        good, odd = ask(run, server.url, [request("good"), request("odd", stop=stop)], concurrency=1)
+        assert len(server.requests) == 2
+    assert (good.text, good.finish) == ("a", "stop")
+    assert (odd.text, odd.finish) == (text, finish)
+    assert odd.error is None if error is None else error in odd.error
 
 
-def test_truncated_reply_keeps_its_text(run):
-    with TeacherServer(lambda body, nth: say("<Step1>and so", "length")) as server:
-        (reply,), _ = ask(run, server.url, [request("1?")])
-        assert (reply.text, reply.finish, reply.error) == ("<Step1>and so", "length", None)
-        assert len(server.requests) == 1  # no repair is requested: this is the student's reply
-
-
-def test_reply_ends_with_the_matched_stop_string(run):
-    with TeacherServer(lambda body, nth: say("a</Correction> and more", "length")) as server:
-        (reply,), _ = ask(run, server.url, [request("1?", stop=("</Correction>",))])
-    assert (reply.text, reply.finish) == ("a</Correction>", "stop")
-
-
-def test_request_with_pieces_is_rejected_before_any_call(run):
+def test_endpoint_neither_continues_nor_scores(run):
     with TeacherServer(lambda body, nth: say(TRACE)) as server:
         with pytest.raises(UsageError, match="openai/small is an endpoint") as error:
             ask(run, server.url, [request("1?"), request("2?", pieces=("<Step1>x\n",))])
         assert server.requests == []
     assert "free review" in error.value.hint
-
-
-def test_endpoint_cannot_score(run):
     with (
         Ledger(run.path("ledger.sqlite")) as ledger,
-        Teacher(config.Teacher(model="openai/small"), ledger) as c,
-        pytest.raises(NotImplementedError),
+        Teacher(config.Teacher(model="openai/a"), ledger) as client,
     ):
-        Endpoint(c, "pairs").score([ScoreRequest((), ("x",), (0,), (("a", "b"),))])
+        with pytest.raises(NotImplementedError):
+            Endpoint(client, "pairs").score([ScoreRequest((), ("x",), (0,), (("a", "b"),))])
 
 
-def test_rerun_costs_nothing_and_a_new_seed_is_a_new_sample(run):
+def test_rerun_costs_nothing_and_other_sampling_is_another_sample(run):
     requests = [request("1?", seed=seed) for seed in (1, 2, 3)]
     with TeacherServer(lambda body, nth: say(f"said {nth}")) as server:
-        first, _ = ask(run, server.url, requests)
-        again, _ = ask(run, server.url, requests)
+        first = ask(run, server.url, requests)
+        assert len({reply.text for reply in first}) == 3
+        assert ask(run, server.url, requests) == first
         assert len(server.requests) == 3
-        ask(run, server.url, [*requests, request("1?", seed=4)])
-        assert len(server.requests) == 4
-    assert [r.text for r in again] == [r.text for r in first]
-    assert [(r.tokens, r.prompt_tokens) for r in again] == [(7, 11)] * 3
-    assert len({r.text for r in first}) == 3
-
-
-@pytest.mark.parametrize(("temperature", "max_tokens", "asked"), [(0.8, 77, 1), (0.7, 77, 2), (0.8, 78, 2)])
-def test_changed_sampling_parameters_are_requested_again(run, temperature, max_tokens, asked):
-    with TeacherServer(lambda body, nth: say(TRACE)) as server:
-        ask(run, server.url, [request("1?")])
-        ask(run, server.url, [request("1?", temperature=temperature, max_tokens=max_tokens)])
-        assert len(server.requests) == asked
+        for asked, changed in enumerate(({"seed": 4}, {"temperature": 0.7}, {"max_tokens": 78}), 4):
+            ask(run, server.url, [*requests, request("1?", **{"seed": 1, **changed})])
+            assert len(server.requests) == asked
 
 
 def test_endpoint_error_names_the_student_and_never_the_key(run):

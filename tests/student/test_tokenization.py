@@ -27,10 +27,6 @@ REVIEW = Trace(
     (Step("3 + 4 = 7"), Step("7 + 1 = 9", None, "Too many.", "7 + 1 = 8"), Step("8 = 8")), None, "8"
 )
 
-NO_SYSTEM = (
-    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    + CHATML
-)
 THINKING = (
     CHATML + "{% if add_generation_prompt and enable_thinking is not defined %}{{ '<think>' }}{% endif %}"
 )
@@ -69,38 +65,27 @@ def test_prompt_ends_where_the_assistant_begins(tokenizer):
     assert tokenizer.decode(prompt_ids(tokenizer, SOLVE)) == text
 
 
-def test_system_text_moves_to_the_user_turn_if_the_role_is_missing(folder):
-    text = prompt_text(with_template(folder, NO_SYSTEM), SOLVE)
-    assert text.count("<|im_start|>") == 2
-    assert f"<|im_start|>user\n{SOLVE[0]['content']}\n\n{SOLVE[1]['content']}<|im_end|>" in text
-
-
 def test_thinking_is_off_if_the_template_has_a_switch(folder):
     assert not prompt_text(with_template(folder, THINKING), SOLVE).endswith("<think>")
 
 
-def test_tokenizer_without_chat_template_is_rejected(folder):
-    with pytest.raises(DataError, match="no chat template") as error:
-        prompt_text(with_template(folder, None), SOLVE)
-    assert error.value.hint == "choose an instruct model"
-
-
 def test_end_of_turn_comes_from_the_template(folder, tokenizer):
-    assert end_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
-    other = with_template(folder, CHATML.replace("<|im_end|>", "<|im_start|>"))
-    assert end_id(other) == tokenizer.convert_tokens_to_ids(
-        "<|im_start|>"
-    )  # not the tokenizer's own end token
-    assert other.eos_token_id != end_id(other)
-    assert end_id(with_template(folder, PLAIN)) == tokenizer.eos_token_id
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    assert end_id(tokenizer) == tokenizer.eos_token_id == end
+    assert end_id(with_template(folder, CHATML.replace("<|im_end|>", "<|im_start|>"))) == start
+    assert end_id(with_template(folder, PLAIN)) == end
 
 
-def test_tokenizer_without_end_token_is_rejected(folder):
+def test_tokenizer_without_template_or_end_token_is_rejected(folder):
     endless = with_template(folder, PLAIN)
     endless.eos_token = None
-    with pytest.raises(DataError, match="no end-of-turn token") as error:
-        end_id(endless)
-    assert error.value.hint
+    for broken, reason in (
+        (with_template(folder, None), "no chat template"),
+        (endless, "no end-of-turn token"),
+    ):
+        with pytest.raises(DataError, match=reason) as error:
+            end_id(broken)
+        assert error.value.hint == "choose an instruct model"
 
 
 # -- wholes and parts ----------------------------------------------------------------------------------------------
@@ -115,24 +100,13 @@ def test_solution_ids_are_prompt_ids_plus_piece_ids(tokenizer):
     assert tokenizer.decode(row.ids) == prompt_text(tokenizer, SOLVE) + render(TRACE) + "<|im_end|>"
 
 
-def test_review_and_solution_of_a_trace_have_the_same_ids(tokenizer):
-    assert encode_review(tokenizer, SOLVE, TRACE).ids == encode_solution(tokenizer, SOLVE, TRACE).ids
-
-
 @pytest.mark.parametrize("step", [1, 2])
 def test_continuation_has_loss_only_after_the_step(tokenizer, step):
-    asked = continuation_request(
-        "Anna has 3 apples and buys 4. How many?", TRACE, step, TRACE.steps[step - 1].text, ReviewSettings()
-    )
-    given = [
-        *prompt_ids(tokenizer, asked.messages),
-        *(i for ids in piece_ids(tokenizer, asked.pieces) for i in ids),
-    ]
-    plain = Trace(
-        (*TRACE.steps[: step - 1], Step(TRACE.steps[step - 1].text), *TRACE.steps[step:]), "Add.", "7"
-    )
-    row = encode_continuation(tokenizer, SOLVE, plain, step)
-    assert row.ids == encode_solution(tokenizer, SOLVE, plain).ids
+    work = Trace(tuple(Step(s.text) for s in TRACE.steps), "Add.", "7")
+    asked = continuation_request(SOLVE[1]["content"], work, step, work.steps[step - 1].text, ReviewSettings())
+    given = prompt_ids(tokenizer, SOLVE) + flat(piece_ids(tokenizer, asked.pieces))
+    row = encode_continuation(tokenizer, SOLVE, work, step)
+    assert row.ids == encode_solution(tokenizer, SOLVE, work).ids
     assert row.ids[: len(given)] == given  # as guided review requests it
     assert row.weights == [0.0] * len(given) + [1.0] * (len(row.ids) - len(given))
 
@@ -155,10 +129,6 @@ def test_forced_prefixes_match_the_training_ids(tokenizer):
         assert whole[: len(part)] == part
 
 
-def test_no_pieces_give_no_ids(tokenizer):
-    assert piece_ids(tokenizer, []) == []
-
-
 # -- decisions -----------------------------------------------------------------------------------------------------
 
 
@@ -175,6 +145,7 @@ def test_decisions_follow_each_step_up_to_the_accused_one(tokenizer):
 
 def test_review_without_accusation_decides_at_every_step(tokenizer):
     row = encode_review(tokenizer, SOLVE, TRACE)
+    assert row.ids == encode_solution(tokenizer, SOLVE, TRACE).ids
     assert row.accused == (False, False)
     assert set(row.weights) == {0.0, 1.0}
     assert row.weights[row.marks[0] + 1] == 1.0
