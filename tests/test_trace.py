@@ -57,7 +57,7 @@ quickly = settings(deadline=None, suppress_health_check=list(HealthCheck), datab
 # -- one form, both ways -------------------------------------------------------------------------------------------
 
 
-@settings(quickly, max_examples=500)
+@settings(quickly, max_examples=300)
 @given(traces)
 def test_parsing_a_rendered_trace_gives_the_same_trace(trace):
     parsed = parse(render(trace))
@@ -104,7 +104,7 @@ def test_cleaned_text_is_always_a_valid_step(text):
 # -- any text ------------------------------------------------------------------------------------------------------
 
 
-@settings(quickly, max_examples=3000)
+@settings(quickly, max_examples=2000)
 @given(st.text() | st.lists(tags | _bits.map("".join), max_size=12).map("".join))
 def test_no_text_makes_the_parser_raise(text):
     trace = parse(text).trace
