@@ -300,9 +300,8 @@ def export(
             from sclite.export.ollama import create_model
 
             created = create_model(context.config.export.ollama, context.run.path("export/Modelfile"))
-    fitted = context.config.review.threshold is not None
-    if not fitted and created is None and not common.json:  # reads the whole GGUF
-        fitted = evaluation.stored_threshold(context, Path(report.figures["gguf"])) is not None
+    gguf = Path(report.figures["gguf"])
+    fitted = common.json or created is not None or not evaluation.for_chat(context, gguf, None)[2]
     summaries.print_export(context, report, created, fitted, common.json)
 
 
@@ -376,7 +375,7 @@ def chat(
     In a terminal, /help lists the commands. In a pipe, reads one question per line and writes one answer per line, or
     one object with --json.
     """
-    from sclite import evaluation
+    from sclite import evaluation, pipeline
     from sclite.chat.repl import run_chat
 
     if question is not None and not question.strip():
@@ -387,15 +386,26 @@ def chat(
     default_run = context.config.run == type(context.config)().run
     if default_run and not context.run.folder.is_dir() and Path("runs/quickstart").is_dir():
         context = replace(common, run=Path("runs/quickstart")).context()
-    path, threshold = evaluation.for_chat(context, model, self_correct is not False)
-    known_problems = {}
+    if model is None:
+        pipeline.export_for_chat(context)
+    path, threshold, off = evaluation.for_chat(context, model, self_correct)
+    example, familiar = "", lambda _: True
     if context.config.teacher.embedded and model is None:
         from sclite.quickstart.problem_sets import test_problems
         from sclite.quickstart.stories import within
 
-        known_problems = {"example": test_problems(1)[0].question, "familiar": within}
-    options = {"self_correct": self_correct, "question": question, "as_json": common.json}
-    if not run_chat(path, context.config, threshold, context.run, **options, **known_problems):
+        example, familiar = test_problems(1)[0].question, within
+    if not run_chat(
+        path,
+        context.config,
+        threshold,
+        context.run,
+        off=off,
+        question=question,
+        example=example,
+        familiar=familiar,
+        as_json=common.json,
+    ):
         raise typer.Exit(DATA)
 
 

@@ -17,7 +17,6 @@ from sclite.export.model import ADAPTERS, gguf_path, source_digest
 from sclite.grading.worker import Grader
 from sclite.records import Drop, Problem, Template
 from sclite.student.llama_cpp.engine import Engine
-from sclite.student.self_correction import NEVER
 from sclite.train.metrics_logger import read_metrics
 
 
@@ -134,29 +133,38 @@ def evaluate(
 # -- chat ----------------------------------------------------------------------------------------------------------
 
 
-def for_chat(context: Context, model: Path | None, self_correct: bool) -> tuple[Path, float | None]:
-    """(GGUF, review threshold). If the newest file has no threshold, a file in another quantization that has one."""
-    path, threshold = find_gguf(context, model), context.config.review.threshold
-    if threshold is None:
-        threshold = stored_threshold(context, path)
-    wanted = self_correct and context.config.review.mode == "guided" and model is None
-    if threshold is None and wanted and (other := measured_gguf(context, path)):
-        context.display.print(f"{path.name} has not been evaluated: using {other.name}")
-        return other, stored_threshold(context, other)
-    return path, threshold
+def for_chat(
+    context: Context, model: Path | None, self_correct: bool | None
+) -> tuple[Path, float | None, str]:
+    """(GGUF, review threshold, why review is off or "") for chat.
+
+    If the newest file has no threshold, a file in another quantization that has one. `self_correct`: True insists, and
+    raises DataError if no threshold was fitted; None takes what is there.
+    """
+    path, review = find_gguf(context, model), context.config.review
+    if self_correct is False:
+        return path, None, "review is off; turn it on with --self-correct"
+    if review.mode == "free" or review.threshold is not None:
+        return path, review.threshold, ""
+    fitted = load_threshold(context.config, context.run, path)
+    if fitted is None and model is None and (other := fitted_gguf(context, path)):
+        context.display.print(f"{path.name} has no fitted review threshold: using {other.name}")
+        path, fitted = other, load_threshold(context.config, context.run, other)
+    if fitted is not None:
+        return path, fitted.threshold, f"review is off: {fitted.off}" if fitted.off else ""
+    reason = f"the review threshold of {path.name} has not been fitted"
+    hint = "run `sclite train`" if model is None else "run `sclite eval PROBLEMS` in its run"
+    hint += ", or set it: --set review.threshold=0"
+    if self_correct:
+        raise DataError(reason, hint)
+    return path, None, f"review is off: {reason}; {hint}"
 
 
-def stored_threshold(context: Context, gguf: Path) -> float | None:
-    """The threshold stored for a GGUF, NEVER if review stays off for it; None if none was fitted."""
-    fitted = load_threshold(context.config, context.run, gguf)
-    return None if fitted is None else NEVER if fitted.threshold is None else fitted.threshold
-
-
-def measured_gguf(context: Context, path: Path) -> Path | None:
+def fitted_gguf(context: Context, path: Path) -> Path | None:
     """The largest file of the same student in another quantization that has a threshold; None if there is none."""
     student = path.name.partition("-")[0]
     others = sorted(path.parent.glob(f"{student}-*.gguf"), key=lambda other: -other.stat().st_size)
-    return next((other for other in others if stored_threshold(context, other) is not None), None)
+    return next((other for other in others if load_threshold(context.config, context.run, other)), None)
 
 
 def find_gguf(context: Context, model: Path | None) -> Path:

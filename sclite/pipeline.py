@@ -460,6 +460,14 @@ def run_all(context: Context, fresh: bool = False) -> dict[str, Any] | None:
     return evaluate_students(context, available(context))
 
 
+def export_for_chat(context: Context) -> None:
+    """Export the last trained student if the run has an adapter but no GGUF yet."""
+    folder = context.run.path("export")
+    if available(context) != ["base"] and not any(folder.glob("*.gguf")):
+        with context.run.lock():
+            export(context)
+
+
 def export_lora(context: Context) -> Path:
     """The last trained adapter alone as a GGUF, for llama.cpp's --lora."""
     from sclite.export.gguf import convert_lora

@@ -73,9 +73,27 @@ def test_the_largest_measured_file_stands_in_for_one_without_threshold(tmp_path)
         path.write_bytes(b"GGUF" + name.encode().ljust(size))
         if name != "dpo-q2_k":
             store_threshold(home.config, home.run, path, Fitted(threshold=1.0, problems=60, max_harm=0.005))
-    assert evaluation.measured_gguf(home, folder / "dpo-q2_k.gguf") == folder / "dpo-q8_0.gguf"
-    assert evaluation.measured_gguf(here, tmp_path / "b/export/dpo-q2_k.gguf") is None
-    run = Context(Config.model_validate({"export": {"quant": "q2_k"}}), home.run, ProgressDisplay(quiet=True))
-    assert evaluation.for_chat(run, None, self_correct=True) == (folder / "dpo-q8_0.gguf", 1.0)
-    assert evaluation.for_chat(run, None, self_correct=False) == (folder / "dpo-q2_k.gguf", None)
-    assert evaluation.for_chat(run, folder / "dpo-q2_k.gguf", self_correct=True)[1] is None
+    assert evaluation.fitted_gguf(home, folder / "dpo-q2_k.gguf") == folder / "dpo-q8_0.gguf"
+    assert evaluation.fitted_gguf(here, tmp_path / "b/export/dpo-q2_k.gguf") is None
+    config = Config.model_validate({"export": {"quant": "q2_k"}})
+    context = Context(config, home.run, ProgressDisplay(quiet=True))
+    assert evaluation.for_chat(context, None, self_correct=True) == (folder / "dpo-q8_0.gguf", 1.0, "")
+    off = "review is off; turn it on with --self-correct"
+    assert evaluation.for_chat(context, None, self_correct=False) == (folder / "dpo-q2_k.gguf", None, off)
+
+
+def test_chat_says_why_review_is_off_and_what_turns_it_on(tmp_path):
+    context = context_of(tmp_path)
+    gguf = context.run.path("export/dpo-q4_k_m.gguf")
+    gguf.parent.mkdir()
+    gguf.write_bytes(b"GGUF")
+    assert "has not been fitted; run `sclite train`" in evaluation.for_chat(context, None, None)[2]
+    with pytest.raises(DataError, match="has not been fitted") as error:
+        evaluation.for_chat(context, None, self_correct=True)
+    assert "sclite train" in error.value.hint
+    store_threshold(
+        context.config, context.run, gguf, Fitted(threshold=None, off="too few", problems=9, max_harm=0.1)
+    )
+    assert evaluation.for_chat(context, None, self_correct=True) == (gguf, None, "review is off: too few")
+    free = context_of(tmp_path, mode="free")
+    assert evaluation.for_chat(free, None, self_correct=True) == (gguf, None, "")

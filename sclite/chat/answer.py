@@ -3,13 +3,10 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from sclite import prompts
-from sclite.config import Config
 from sclite.student.base import Reply, Request
 from sclite.student.self_correction import (
-    NEVER,
     Reviewed,
     ReviewSettings,
     Script,
@@ -116,17 +113,3 @@ def with_history(question: str, history: Sequence[Answer]) -> str:
 def probability(log_odds: float) -> float:
     """The probability of an error from its log-odds in nats."""
     return 1 / (1 + math.exp(min(-log_odds, 700.0)))
-
-
-def review_off_reason(path: Path, config: Config, threshold: float | None) -> str:
-    """Why guided review has no threshold for this file; "" if it has one, or if review is free."""
-    if config.review.mode == "free":
-        return ""
-    if threshold is None:
-        return (
-            f"review is off: {path.name} has no fitted threshold. Fit one with `sclite eval PROBLEMS`, or use "
-            "--set review.threshold=0 or --set review.mode=free"
-        )
-    if threshold >= NEVER:
-        return f"review is off: no threshold improved the answers of {path.name} in its evaluation"
-    return ""

@@ -17,7 +17,6 @@ from sclite.chat.answer import (
     Answer,
     Settings,
     probability,
-    review_off_reason,
     solve_and_review,
     with_history,
 )
@@ -48,7 +47,7 @@ def run_chat(
     threshold: float | None,
     run: Run,
     *,
-    self_correct: bool | None = None,
+    off: str = "",
     question: str | None = None,
     example: str = "",
     familiar: Callable[[str], bool] = lambda _: True,
@@ -56,14 +55,9 @@ def run_chat(
 ) -> bool:
     """Answer one question, or those that are typed or piped in. Returns whether each was answered.
 
-    `self_correct`: None reviews where a threshold is known; True insists. `example` is for students that know only one
-    kind of problem; a note says when a question is not `familiar`. An error or Ctrl-C ends an answer, not the session.
+    `off`: why answers are not reviewed, "" if they are. `example` is for students that know only one kind of problem;
+    a note says when a question is not `familiar`. An error or Ctrl-C ends an answer, not the session.
     """
-    off = review_off_reason(path, config, threshold)
-    if off and self_correct and threshold is None:
-        reason, _, hint = off.partition(". ")
-        raise DataError(reason, hint)
-    off = "review is off; turn it on with --self-correct" if self_correct is False else off
     interactive = question is None and console.is_interactive()
     check_gguf(path)
     with (

@@ -18,7 +18,6 @@ from sclite.chat.answer import Settings
 from sclite.chat.repl import Chat
 from sclite.config import Config
 from sclite.errors import DataError, UsageError
-from sclite.student.self_correction import NEVER
 from tests.chat.scripted import CORRECTING, PLAIN, WRONG, Scripted
 from tests.tiny import tiny_gguf, tiny_llama
 
@@ -38,14 +37,7 @@ def chatted(monkeypatch, run, student, threshold=0.0, lines=("How many?",), conf
 @pytest.mark.parametrize(
     ("student", "threshold", "options", "message"),
     [
-        (Scripted(), None, {}, "review is off: x.gguf has no fitted threshold"),
-        (
-            Scripted(),
-            NEVER,
-            {"self_correct": True},
-            "review is off: no threshold improved the answers of x.gguf",
-        ),
-        (Scripted(), 0.0, {"self_correct": False}, "review is off; turn it on with --self-correct"),
+        (Scripted(), None, {"off": "review is off: too few problems"}, "review is off: too few problems"),
         (Scripted(scores=()), 0.0, {}, "too long to review"),
         (Scripted(scores=(-3.0, 3.0)), 0.0, {}, "the review could not be read"),
         (Scripted(finish="length"), 0.0, {}, "cut off at 5 tokens; increase max_tokens"),
@@ -57,12 +49,6 @@ def chatted(monkeypatch, run, student, threshold=0.0, lines=("How many?",), conf
 def test_notes_say_what_an_answer_lacks(monkeypatch, capsys, run, student, threshold, options, message):
     assert chatted(monkeypatch, run, student, threshold, question="How many?", **options)
     assert message in " ".join(capsys.readouterr().err.split())
-
-
-def test_insisting_on_review_without_a_threshold_is_an_error(monkeypatch, run):
-    with pytest.raises(DataError, match="no fitted threshold") as error:
-        chatted(monkeypatch, run, Scripted(), None, self_correct=True)
-    assert "sclite eval" in error.value.hint
 
 
 def test_a_pipe_gets_one_answer_per_question_despite_errors(monkeypatch, capsys, run):
@@ -81,10 +67,10 @@ def test_json_gives_one_object_per_question(monkeypatch, capsys, run):
     assert (first["answer"], first["accused"], first["correction"]) == ("6", 2, "4 + 1 = 5")
     assert first["step_scores"] == [-2.0, 3.0, -1.0]
     assert second["error"] == "cannot answer the question: too long"
-    chatted(monkeypatch, run, Scripted(), None, question="How many?", as_json=True)
+    chatted(monkeypatch, run, Scripted(), None, question="How many?", as_json=True, off="review is off: why")
     found = json.loads(capsys.readouterr().out)
     assert found["answer"] == "5"
-    assert "no fitted threshold" in found["note"]
+    assert found["note"] == "review is off: why"
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def test_unfinished_file_is_ignored(run):
     context = Context(Config(), run, ProgressDisplay(quiet=True))
     with pytest.raises(DataError, match="holds no GGUF"):
         evaluation.find_gguf(context, None)
-    assert evaluation.measured_gguf(context, run.path("export/sft-q8_0.gguf")) is None
+    assert evaluation.fitted_gguf(context, run.path("export/sft-q8_0.gguf")) is None
 
 
 def test_adapter_that_names_another_base_gives_a_warning(base, run):
