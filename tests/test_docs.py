@@ -1,5 +1,6 @@
 """The documentation: the configuration reference is up to date, every link leads somewhere, and README stays short."""
 
+import io
 import re
 import runpy
 from pathlib import Path
@@ -10,6 +11,7 @@ from sclite.evaluate.table import HEADER
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")])
+README = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
 LINK = re.compile(r"\]\((?!https?:)([^)\s#]*)(?:#([^)\s]+))?\)")
 
 
@@ -33,16 +35,29 @@ def test_every_link_leads_to_a_file_and_a_heading(page):
         assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), f"{name}#{anchor}"
 
 
-def test_readme_has_at_most_150_lines():
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
-
-
-def test_readme_shows_the_table_that_eval_prints():
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    assert list(HEADER) in [re.split(r" {2,}", line.strip()) for line in lines]
+def test_readme_has_at_most_150_lines_and_the_table_that_eval_prints():
+    assert len(README) <= 150
+    assert list(HEADER) in [re.split(r" {2,}", line.strip()) for line in README]
 
 
 def test_every_column_of_the_table_is_explained():
     text = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
     explained = ", ".join(re.findall(r"^\| ([^|`]+) \|", text, re.M)).split(", ")
     assert set(HEADER) - {"student"} <= set(explained)
+
+
+def test_the_picture_shows_the_last_screen():
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    sent = io.StringIO()
+    screen = Console(file=sent, force_terminal=True, width=40)
+    screen.print("Loading")
+    with Live(console=screen, auto_refresh=False) as live:
+        for shown in ("one", "one\n[red]two[/]\nthree", "one\n[green]2[/]"):
+            live.update(Text.from_markup(shown), refresh=True)
+    screen.print("Done")
+    lines = runpy.run_path(str(ROOT / "docs/picture.py"))["last_screen"](sent.getvalue())
+    assert [Text.from_ansi(line).plain for line in lines if line] == ["Loading", "one", "2", "Done"]
+    assert any("\x1b[32m2" in line for line in lines)
