@@ -49,7 +49,7 @@ class LabelledWork(BaseModel):
 
 
 def import_attempts(
-    path: Path, problems: Sequence[Problem], grader: Grader, drops: list[Drop] | None = None
+    path: Path, problems: Sequence[Problem], grader: Grader, drops: list[Drop]
 ) -> list[Attempt]:
     """Import attempts from rows with `question`, `steps`, and optionally `answer` and `first_error_step`.
 
@@ -57,7 +57,6 @@ def import_attempts(
     row_not_readable, question_unknown (not among `problems`), and label_contradicts_answer (labelled right, but the
     answer is wrong). Raises DataError if no row is usable.
     """
-    drops = [] if drops is None else drops
     by_question = {normalize_question(problem.question): problem for problem in problems}
     found: list[tuple[Problem, LabelledWork, Drop]] = []  # with the drop that a row becomes if it is skipped
     for place, row in read_rows(Source(source=str(path)), "attempts.source"):

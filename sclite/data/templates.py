@@ -8,7 +8,6 @@ from functools import partial
 
 from sclite import prompts
 from sclite.config import Config
-from sclite.data.problems import gather_problems, split_problems
 from sclite.errors import DataError, UsageError
 from sclite.grading.worker import Grader
 from sclite.progress import Progress
@@ -50,12 +49,12 @@ def write_templates(
     *,
     teacher: Teacher,
     grader: Grader,
-    problems: Sequence[Problem] | None = None,
+    problems: Sequence[Problem],
     fresh: bool = False,
     confirm: Callable[[Forecast], bool] | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Write templates.jsonl: one checked trace for each problem of stage 1, or for each of `problems`.
+    """Write templates.jsonl: one checked trace for each problem.
 
     Failed problems go to dropped.jsonl with a reason and the last reply. Resumes unfinished work; does nothing if the
     stage is done with the same inputs. An imported templates.jsonl replaces the stage. After a few rows, `confirm`
@@ -72,8 +71,6 @@ def write_templates(
                     raise DataError(why, "fix or remove it")
             report.counts, report.skipped = {"templates": len(rows), "imported": len(rows)}, True
             return report
-        if problems is None:
-            problems = split_problems(config, gather_problems(config, run)).sft
         inputs = templates_inputs(config, problems)
         manifest = run.done("templates", inputs, "templates.jsonl")
         if manifest is not None and not fresh:

@@ -23,11 +23,20 @@ GOOD = (
 NOTES = "<Cause>2 * 38 is 76.</Cause>\n<Correction>72 / 2 = 36</Correction>\n"
 
 
-def build(run, url, grader, share=0.5, progress=None, **teacher):
-    settings = {"model": "openai/replay", "api_base": url, "attempts_per_call": 1, "repairs": 1, **teacher}
-    config = Config.model_validate({"teacher": settings, "attempts": {"confirmation_share": share}})
-    with Ledger(run.path("ledger.sqlite")) as ledger, Teacher(config.teacher, ledger) as made:
-        return write_corrections(config, run, teacher=made, grader=grader, progress=progress)
+def build(run, grader, answer=None, share=0.5, progress=None, **teacher):
+    """The stage with a teacher that answers as `answer` (default: GOOD), and the server's requests."""
+    with TeacherServer(answer or (lambda request, nth: say(GOOD))) as server:
+        settings = {
+            "model": "openai/replay",
+            "api_base": server.url,
+            "attempts_per_call": 1,
+            "repairs": 1,
+            **teacher,
+        }
+        config = Config.model_validate({"teacher": settings, "attempts": {"confirmation_share": share}})
+        with Ledger(run.path("ledger.sqlite")) as ledger, Teacher(config.teacher, ledger) as made:
+            report = write_corrections(config, run, teacher=made, grader=grader, progress=progress)
+    return report, [request["messages"][-1]["content"] for request in server.requests]
 
 
 def fill(run, wrong=1, right=0, others=()):
@@ -36,21 +45,18 @@ def fill(run, wrong=1, right=0, others=()):
     done = render(Trace((Step("48 + 24 = 72"), Step("72 / 2 + 5 = 41")), "Go on.", "41"))
     attempts += [Attempt(id=f"r{i}", sample=0, trace=done, answer="41", correct=True) for i in range(right)]
     attempts += others
-    run.replace(
-        "problems.jsonl",
-        [
-            PROBLEM.model_copy(update={"id": a.id, "question": f"{a.id}: {PROBLEM.question}"})
-            for a in attempts
-        ],
-    )
     run.replace("attempts.jsonl", attempts)
+    ids = dict.fromkeys(attempt.id for attempt in attempts)
+    problems = [PROBLEM.model_copy(update={"id": i, "question": f"{i}: {PROBLEM.question}"}) for i in ids]
+    run.replace("problems.jsonl", problems)
 
 
 # -- one review ----------------------------------------------------------------------------------------------------
 
 
 def test_review_that_corrects_the_first_wrong_step_is_kept(grader):
-    assert review_rejection(GOOD, ATTEMPT, PROBLEM, grader) is None
+    for text in (GOOD, GOOD.replace("48 + 24 = 72", "48 +  24 =\n72")):  # white space does not change a step
+        assert review_rejection(text, ATTEMPT, PROBLEM, grader) is None
 
 
 @pytest.mark.parametrize(
@@ -60,10 +66,7 @@ def test_review_that_corrects_the_first_wrong_step_is_kept(grader):
         (GOOD.replace("</Step2>", ""), "not_readable"),
         (GOOD.replace(NOTES, ""), "no_error_found"),
         (
-            GOOD.replace(NOTES, "").replace(
-                "36 + 5 = 41\n</Step3>",
-                f"36 + 5 = 41\n</Step3>\n<Step4>so\n{NOTES}</Step4>",
-            ),
+            GOOD.replace(NOTES, "").replace("41\n</Step3>", f"41\n</Step3>\n<Step4>so\n{NOTES}</Step4>"),
             "step_out_of_range",
         ),
         (GOOD.replace("<Cause>2 * 38 is 76.</Cause>\n", ""), "cause_or_correction_missing"),
@@ -90,10 +93,6 @@ def test_imported_label_decides_which_step_is_accused(grader):
         assert (rejection.reason if rejection else None) == reason
 
 
-def test_white_space_does_not_change_a_step(grader):
-    assert review_rejection(GOOD.replace("48 + 24 = 72", "48 +  24 =\n72"), ATTEMPT, PROBLEM, grader) is None
-
-
 def test_unknown_grade_is_not_a_wrong_review():
     class Unsure:
         def equal(self, given, gold):
@@ -107,9 +106,7 @@ def test_unknown_grade_is_not_a_wrong_review():
 
 def test_teacher_gets_work_and_solution_and_its_review_is_stored(run, grader):
     fill(run)
-    with TeacherServer(lambda request, nth: say(GOOD)) as server:
-        report = build(run, server.url, grader)
-    asked = server.requests[0]["messages"][-1]["content"]
+    report, (asked,) = build(run, grader)
     assert PROBLEM.solution in asked
     assert asked.endswith(render(WORK))
     (row,) = run.read("reviews.jsonl", Review)
@@ -122,25 +119,16 @@ def test_teacher_gets_work_and_solution_and_its_review_is_stored(run, grader):
 def test_invalid_review_is_retried_with_the_reason_then_dropped(run, grader):
     fill(run, wrong=2)
     bad = GOOD.replace("<Answer>41", "<Answer>43")
-
-    def answer(request, nth):
-        return say(bad if "w0: " in request["messages"][-1]["content"] else GOOD)
-
-    with TeacherServer(answer) as server:
-        report = build(run, server.url, grader)
-    asked = [r["messages"][-1]["content"] for r in server.requests]
+    report, asked = build(
+        run, grader, lambda request, nth: say(bad if "w0: " in request["messages"][-1]["content"] else GOOD)
+    )
     said = "Your last reply could not be used: 43 is not the right final answer"
     assert sum(said in text for text in asked) == 1
     assert report.counts["corrected"] == 1
     assert report.dropped == {"wrong_answer": 1}
     (drop,) = run.read("dropped.jsonl", Drop)
-    assert (drop.stage, drop.id, drop.sample, drop.reason, drop.raw) == (
-        "corrections",
-        "w0",
-        0,
-        "wrong_answer",
-        bad,
-    )
+    assert (drop.stage, drop.id, drop.sample, drop.raw) == ("corrections", "w0", 0, bad)
+    assert drop.reason == "wrong_answer"
 
 
 @pytest.mark.parametrize(
@@ -148,39 +136,29 @@ def test_invalid_review_is_retried_with_the_reason_then_dropped(run, grader):
 )
 def test_confirmations_are_right_attempts_in_the_configured_share(run, grader, share, right, confirmed):
     fill(run, wrong=4, right=right)
-    with TeacherServer(lambda request, nth: say(GOOD)) as server:
-        report = build(run, server.url, grader, share=share)
+    report, asked = build(run, grader, share=share)
     assert report.counts == {"wrong": 4, "corrected": 4, "confirmed": confirmed}
-    rows = run.read("reviews.jsonl", Review)
-    confirmations = [r for r in rows if r.step is None]
+    confirmations = [r for r in run.read("reviews.jsonl", Review) if r.step is None]
     assert len(confirmations) == confirmed
     for row in confirmations:
         assert row.id.startswith("r")
         assert (row.cause, row.correction, row.requests) == (None, None, 0)
-    assert len(server.requests) == 4  # right attempts cost nothing
-    assert "<Cause>" not in "".join(r.trace for r in confirmations)
+    assert len(asked) == 4  # right attempts cost nothing
 
 
 @pytest.mark.parametrize(("right", "share", "warned"), [(0, 0.5, True), (1, 0.5, False), (0, 0.0, False)])
-def test_warning_if_there_are_no_confirmations(run, grader, right, share, warned):
-    said = []
-
-    def progress(done, total, spent=None, *, note="", warning=""):
-        said.extend([warning] if warning else [])
-
+def test_warning_if_there_are_no_confirmations(run, grader, warnings, right, share, warned):
     fill(run, wrong=2, right=right)
-    with TeacherServer(lambda request, nth: say(GOOD)) as server:
-        report = build(run, server.url, grader, share=share, progress=progress)
-    assert report.figures.get("warnings", []) == said
-    assert [text.startswith("no attempt is right and well-formed") for text in said] == [True] * warned
+    report, _ = build(run, grader, share=share, progress=warnings)
+    assert report.figures.get("warnings", []) == warnings.said
+    starts = [text.startswith("no attempt is right and well-formed") for text in warnings.said]
+    assert starts == [True] * warned
 
 
 def test_confirmation_has_no_notes_of_a_self_corrected_attempt(run, grader):
-    fill(run, wrong=1)
     noted = ATTEMPT.model_copy(update={"id": "n", "correct": True, "answer": "41", "trace": GOOD})
-    run.replace("attempts.jsonl", [*run.read("attempts.jsonl", Attempt), noted])
-    with TeacherServer(lambda request, nth: say(GOOD)) as server:
-        build(run, server.url, grader)
+    fill(run, others=(noted,))
+    build(run, grader)
     (confirmed,) = [row for row in run.read("reviews.jsonl", Review) if row.step is None]
     assert confirmed.id == "n"
     assert "72 / 2 = 36" in confirmed.trace
@@ -190,11 +168,10 @@ def test_confirmation_has_no_notes_of_a_self_corrected_attempt(run, grader):
 def test_unusable_attempts_are_counted_and_not_sent(run, grader):
     unknown = ATTEMPT.model_copy(update={"id": "u", "correct": None})
     torn = ATTEMPT.model_copy(update={"id": "t", "trace": "<Step1>cut in the mid"})
-    fill(run, wrong=1, others=(unknown, torn))
-    with TeacherServer(lambda request, nth: say(GOOD)) as server:
-        report = build(run, server.url, grader)
+    fill(run, others=(unknown, torn))
+    report, asked = build(run, grader)
     assert report.dropped == {"outcome_unknown": 1, "attempt_not_readable": 1}
-    assert len(server.requests) == 1
+    assert len(asked) == 1
     drops = {d.id: d for d in run.read("dropped.jsonl", Drop)}
     assert drops["t"].raw == torn.trace
     assert "no answer at the end" in drops["t"].detail
@@ -202,21 +179,14 @@ def test_unusable_attempts_are_counted_and_not_sent(run, grader):
 
 def test_identical_attempts_are_corrected_once(run, grader):
     fill(run, others=(ATTEMPT.model_copy(update={"id": "w0", "sample": 1}),))
-    run.replace("problems.jsonl", [PROBLEM.model_copy(update={"id": "w0"})])
-    with TeacherServer(lambda request, nth: say(GOOD)) as server:
-        report = build(run, server.url, grader)
-    assert len(server.requests) == 1
-    assert report.counts["wrong"] == 1
-    assert report.counts["wrong_in_the_same_words"] == 1
+    report, asked = build(run, grader)
+    assert len(asked) == report.counts["wrong"] == report.counts["wrong_in_the_same_words"] == 1
 
 
 def test_error_with_reasons_if_no_correction_is_valid(run, grader):
     fill(run, wrong=2)
-    with (
-        TeacherServer(lambda request, nth: say("All good!")) as server,
-        pytest.raises(DataError, match="no wrong attempt could be corrected: 2 not readable") as error,
-    ):
-        build(run, server.url, grader)
+    with pytest.raises(DataError, match="no wrong attempt could be corrected: 2 not readable") as error:
+        build(run, grader, lambda request, nth: say("All good!"))
     assert "dropped.jsonl" in error.value.hint
     assert run.manifest("corrections") is None
     assert len(run.read("dropped.jsonl", Drop)) == 2
@@ -224,15 +194,14 @@ def test_error_with_reasons_if_no_correction_is_valid(run, grader):
 
 def test_second_run_sends_no_request(run, grader):
     fill(run, wrong=3, right=3)
-    with TeacherServer(lambda request, nth: say(GOOD)) as server:
-        first = build(run, server.url, grader)
+    with TeacherServer(lambda request, nth: say(GOOD)) as teacher:
+        first, _ = build(run, grader, api_base=teacher.url)
         before = run.path("reviews.jsonl").read_bytes()
-        again = build(run, server.url, grader)
-        assert again.skipped
+        assert build(run, grader, api_base=teacher.url)[0].skipped
         run.path("done/corrections.json").unlink()
-        third = build(run, server.url, grader)
-        assert len(server.requests) == 3
-    assert again.counts == first.counts == third.counts
+        third, _ = build(run, grader, api_base=teacher.url)
+        assert len(teacher.requests) == 3
+    assert first.counts == third.counts
     assert run.path("reviews.jsonl").read_bytes() == before
 
 
@@ -244,17 +213,17 @@ def test_next_run_requests_unanswered_corrections_again(run, grader):
         return fail(503) if down[0] and len(server.requests) == 2 else say(GOOD)
 
     with TeacherServer(answer) as server:
-        first = build(run, server.url, grader, concurrency=1)
+        first, _ = build(run, grader, concurrency=1, api_base=server.url)
         assert first.dropped == {"no_reply": 1}
         down[0] = False
-        second = build(run, server.url, grader, concurrency=1)
+        second, _ = build(run, grader, concurrency=1, api_base=server.url)
+        assert len(server.requests) == 4
     assert not second.skipped
     assert second.counts["corrected"] == 3
     assert second.dropped == {}
-    assert len(server.requests) == 4
 
 
 def test_missing_attempts_error_names_the_next_command(run, grader):
     with pytest.raises(DataError, match=r"attempts\.jsonl is missing or empty") as error:
-        build(run, "http://127.0.0.1:9/v1", grader)
+        build(run, grader)
     assert "sclite train" in error.value.hint

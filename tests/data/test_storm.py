@@ -1,4 +1,4 @@
-"""Templates under a storm of errors and repeated kills: no invalid template, nothing paid twice."""
+"""Templates under a storm of errors, kills and interrupts: no invalid template, nothing paid twice."""
 
 import hashlib
 import json
@@ -40,6 +40,10 @@ def number_of(request):
     return int(request["messages"][1]["content"].split("What is ")[1].split(" ")[0])
 
 
+def right(request, seconds):
+    return say(reply(number_of(request) + 1), seconds=seconds)
+
+
 def storm(request, nth):
     """A third of the first requests fail, in various ways; retries succeed."""
     answer = number_of(request) + 1
@@ -57,15 +61,14 @@ def chosen(url, *more):
     return load(None, [*named, "teacher.concurrency=16", *more], {}, own_file=False)
 
 
-def build(run, settings, grader, problems=PROBLEMS):
+def build(run, settings, grader, problems=PROBLEMS, **options):
     with Ledger(run.path("ledger.sqlite")) as ledger, Teacher(settings.teacher, ledger) as teacher:
-        report = write_templates(settings, run, teacher=teacher, grader=grader, problems=problems)
+        report = write_templates(settings, run, teacher=teacher, grader=grader, problems=problems, **options)
         return report, ledger.totals()
 
 
 @pytest.mark.parametrize("direct", ["true", "false"])
-def test_storm_of_errors_ends_with_valid_templates_and_a_correct_ledger(tmp_path, grader, direct):
-    run = Run(tmp_path / "run")
+def test_storm_of_errors_ends_with_valid_templates_and_a_correct_ledger(run, grader, direct):
     with TeacherServer(storm) as server:
         settings = chosen(server.url, f"teacher.direct={direct}")
         report, totals = build(run, settings, grader)
@@ -79,42 +82,93 @@ def test_storm_of_errors_ends_with_valid_templates_and_a_correct_ledger(tmp_path
     assert totals["sent"] == sent
     assert totals["given_up"] > 0
     assert report.figures["repaired"] > 0
-
-
-def test_api_key_is_in_no_file_of_the_run(tmp_path, grader):
-    run = Run(tmp_path / "run")
-    with TeacherServer(storm) as server:
-        build(run, chosen(server.url), grader, PROBLEMS[:40])
     files = [path for path in run.folder.rglob("*") if path.is_file()]
     assert len(files) >= 4
     assert not [path for path in files if KEY.encode() in path.read_bytes()]
 
 
-CODE = """
-import json, sys
-from sclite.records import Problem
+# -- kills and interrupts ------------------------------------------------------------------------------------------
+
+PROGRAM = """
+import sys
 from tests.data.test_storm import PROBLEMS, build, chosen
 from sclite.grading.worker import Grader
 from sclite.run import Run
 if __name__ == "__main__":
-    with Grader() as grader:
-        build(Run(sys.argv[1]), chosen(sys.argv[2]), grader)
+    folder, url, count, *more = sys.argv[1:]
+    run, show = Run(folder), lambda done, total, spent: print(done, flush=True)
+    with run.lock(), Grader() as grader:
+        build(run, chosen(url, *more), grader, PROBLEMS[:int(count)], progress=show)
 """
 
 
+@pytest.fixture
+def start(tmp_path, run):
+    """Starts a build of `count` templates in a process of its own."""
+    script = tmp_path / "build.py"
+    script.write_text(PROGRAM)
+
+    def start(server, count, *more):
+        command = [sys.executable, str(script), str(run.folder), server.url, str(count), *more]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        return subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    return start
+
+
+def wait_for_row(process, number):
+    while process.stdout.readline().strip() not in (str(number), ""):
+        pass
+
+
+def test_after_a_kill_replies_in_the_ledger_are_not_requested_again(run, start):
+    with TeacherServer(lambda request, nth: right(request, 0.05)) as server:
+        process = start(server, 60, "teacher.concurrency=4")
+        wait_for_row(process, 20)
+        process.kill()
+        process.communicate()
+        with Ledger(run.path("ledger.sqlite")) as ledger:
+            paid = ledger.totals()["requests"]
+        before = len(server.requests)
+        assert 20 <= paid <= before < 60
+        assert len(run.read("templates.jsonl", Template)) >= 19
+        second = start(server, 60, "teacher.concurrency=4")
+        _, errors = second.communicate()
+        assert (second.returncode, errors) == (0, "")
+    assert len(server.requests) - before == 60 - paid
+    rows = run.read("templates.jsonl", Template)
+    assert [row.id for row in rows] == [f"p{i}" for i in range(60)]
+
+
+def test_interrupt_stops_without_waiting_and_with_one_traceback(start):
+    with TeacherServer(
+        lambda request, nth: right(request, 0.05 if number_of(request) < 40 else 60)
+    ) as server:
+        process = start(server, 60, "teacher.concurrency=4", "teacher.timeout_seconds=90")
+        wait_for_row(process, 20)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=50)  # the replies in flight take 60 s
+    assert errors.strip().splitlines()[-1] == "KeyboardInterrupt"
+    assert errors.count("Traceback") == 1
+
+
 @pytest.mark.slow
-def test_twenty_kills_repeat_only_requests_in_flight(tmp_path, grader):
+def test_twenty_kills_repeat_only_requests_in_flight(tmp_path, run, start, grader):
     """Replies in the ledger are never requested again, requests in flight at most once more."""
     draw = random.Random(0)
-    script, run = tmp_path / "build.py", Run(tmp_path / "run")
-    script.write_text(CODE)
-    with TeacherServer(lambda request, _: say(reply(number_of(request) + 1), seconds=0.3)) as server:
+    with TeacherServer(lambda request, _: right(request, 0.3)) as server:
         settings = chosen(server.url)
         counts = []
         for _ in range(20):
-            killed_after(
-                0.6 * draw.random(), [sys.executable, str(script), str(run.folder), server.url], server
-            )
+            process = start(server, len(PROBLEMS))
+            before, deadline = len(server.requests), time.monotonic() + 30
+            while len(server.requests) == before and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(0.6 * draw.random())
+            process.kill()
+            process.communicate()
             counts.append((held_replies(run, server), server.counts.copy()))
         _, totals = build(run, settings, grader)
         for held, before in counts:
@@ -127,17 +181,6 @@ def test_twenty_kills_repeat_only_requests_in_flight(tmp_path, grader):
     print(*(len(held) for held, _ in counts))
     for name in ("templates.jsonl", "dropped.jsonl"):
         assert run.path(name).read_bytes() == whole.path(name).read_bytes()
-
-
-def killed_after(seconds, command, server):
-    """Start a build and kill it `seconds` after its first request."""
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
-    before, deadline = len(server.requests), time.monotonic() + 30
-    while len(server.requests) == before and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(seconds)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
 
 
 def held_replies(run, server):

@@ -1,11 +1,4 @@
-"""Templates from a teacher over HTTP: which are kept, which are dropped and why, and resuming after a kill."""
-
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
+"""Templates from a teacher over HTTP: which are kept, which are dropped and why."""
 
 import pytest
 
@@ -13,7 +6,6 @@ from sclite import prompts, trace
 from sclite.data.templates import check_template, find_leak, write_templates
 from sclite.errors import DataError, TeacherError, UsageError
 from sclite.records import Drop, Problem, Template
-from sclite.run import Run
 from sclite.settings import load
 from sclite.teacher.client import Teacher
 from sclite.teacher.ledger import Ledger
@@ -42,13 +34,8 @@ def right(request, nth):
 
 
 def build(run, url, grader, problems=PROBLEMS, settings=(), **options):
-    settings = [
-        "teacher.model=openai/replay",
-        f"teacher.api_base={url}",
-        "teacher.attempts_per_call=2",
-        *settings,
-    ]
-    chosen = load(None, settings, {})
+    teacher = ["teacher.model=openai/replay", f"teacher.api_base={url}", "teacher.attempts_per_call=2"]
+    chosen = load(None, [*teacher, *settings], {})
     with Ledger(run.path("ledger.sqlite")) as ledger, Teacher(chosen.teacher, ledger) as teacher:
         return write_templates(chosen, run, teacher=teacher, grader=grader, problems=problems, **options)
 
@@ -88,41 +75,39 @@ def test_unknown_grade_is_not_a_wrong_template():
     assert "3" in rejection.text
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "As the reference solution shows",
-        "Following the given solution, add",
-        "this is the gold answer",
-        "matches the provided answer",
-        "as in the solution given above",
-        "The answer was provided, so",
-        "the Ground-Truth answer",
-        "according to the given solution of the equation",
-        "the given answer of 5 apples",
-        "the given solution of 5.",
-    ],
-)
+LEAKS = """
+As the reference solution shows
+Following the given solution, add
+this is the gold answer
+matches the provided answer
+as in the solution given above
+The answer was provided, so
+the Ground-Truth answer
+according to the given solution of the equation
+the given answer of 5 apples
+the given solution of 5.
+"""
+NO_LEAKS = """
+The solution is 5.
+The answer is given by 3x.
+Mix it into the solution: it has 5 litres of acid
+the solution set is {1, 2}
+So the correct answer is 7
+the given numbers
+The given solution of 2 litres is 20% acid
+the provided solution of $0.5$ L of salt water
+the given solution contains 20% salt
+the golden ratio answers it
+Given the equation, its solutions are
+"""
+
+
+@pytest.mark.parametrize("text", LEAKS.strip().splitlines())
 def test_mention_of_the_given_solution_is_found(text):
     assert find_leak(f"Well. {text} it is 3.")
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "The solution is 5.",
-        "The answer is given by 3x.",
-        "Mix it into the solution: it has 5 litres of acid",
-        "the solution set is {1, 2}",
-        "So the correct answer is 7",
-        "the given numbers",
-        "The given solution of 2 litres is 20% acid",
-        "the provided solution of $0.5$ L of salt water",
-        "the given solution contains 20% salt",
-        "the golden ratio answers it",
-        "Given the equation, its solutions are",
-    ],
-)
+@pytest.mark.parametrize("text", NO_LEAKS.strip().splitlines())
 def test_other_uses_of_the_word_solution_are_no_leak(text):
     assert find_leak(text) is None
 
@@ -180,7 +165,7 @@ def test_drops_have_a_reason_and_the_raw_reply(run, grader):
     assert report.counts["templates"] == 6
 
 
-def test_only_new_problems_are_requested(run, grader):
+def test_only_new_and_changed_problems_are_requested(run, grader):
     with TeacherServer(right) as server:
         first = build(run, server.url, grader, PROBLEMS[:5])
         again = build(run, server.url, grader, PROBLEMS[:5])
@@ -191,51 +176,31 @@ def test_only_new_problems_are_requested(run, grader):
         more = build(run, server.url, grader, PROBLEMS[:6], progress=lambda *given: seen.append(given))
         assert seen == [(5, 6, 0.0), (6, 6, 0.0)]
         assert not more.skipped
-        assert [number_of(r) for r in server.requests[5:]] == [5]
         fewer = build(run, server.url, grader, PROBLEMS[1:3])
         assert fewer.counts == {"problems": 2, "templates": 2}
-        assert len(server.requests) == 6
+        other = PROBLEMS[2].model_copy(update={"question": "What is 7 + 1?", "answer": "8"})
+        build(run, server.url, grader, [PROBLEMS[1], other])
+        assert [number_of(r) for r in server.requests[5:]] == [5, 7]
+    assert run.read("templates.jsonl", Template)[1].answer == "8"
 
 
-def test_changed_problem_is_requested_again(run, grader):
-    with TeacherServer(right) as server:
-        build(run, server.url, grader, PROBLEMS[:3])
-        build(
-            run,
-            server.url,
-            grader,
-            [*PROBLEMS[:2], PROBLEMS[2].model_copy(update={"question": "What is 7 + 1?", "answer": "8"})],
-        )
-    assert [number_of(r) for r in server.requests[3:]] == [7]
-    assert run.read("templates.jsonl", Template)[2].answer == "8"
-
-
-def test_rows_of_another_teacher_need_fresh(run, grader):
-    with TeacherServer(right) as server:
-        build(run, server.url, grader)
-        with pytest.raises(UsageError, match="max_tokens") as caught:
-            build(run, server.url, grader, settings=["teacher.max_tokens=77"])
-        assert "--fresh" in caught.value.hint
-        assert len(run.read("templates.jsonl", Template)) == 8
-        assert len(server.requests) == 8
-        build(run, server.url, grader, settings=["teacher.max_tokens=77"], fresh=True)
-        assert len(server.requests) == 16
-
-
-def test_changed_prompt_needs_fresh_but_a_learning_rate_does_not(run, grader, tmp_path):
-    prompt = prompts.shipped_folder() / "teacher_template.txt"
-    text = prompt.read_text().replace("<Generalized>", "<Generalized>In one sentence: ", 1)
+def test_rows_of_another_teacher_or_prompt_need_fresh(run, grader, tmp_path):
+    text = (prompts.shipped_folder() / "teacher_template.txt").read_text()
     (tmp_path / "prompts").mkdir()
-    (tmp_path / "prompts/teacher_template.txt").write_text(text)
-    other = [f"prompts.folder={tmp_path / 'prompts'}"]
+    prompt = tmp_path / "prompts/teacher_template.txt"
+    prompt.write_text(text.replace("<Generalized>", "<Generalized>In one sentence: ", 1))
     with TeacherServer(right) as server:
         build(run, server.url, grader)
         assert build(run, server.url, grader, settings=["sft.learning_rate=3e-4"]).skipped
-        assert len(server.requests) == 8
-        with pytest.raises(UsageError, match="prompts"):
-            build(run, server.url, grader, settings=other)
-        assert len(server.requests) == 8
-        build(run, server.url, grader, settings=other, fresh=True)
+        for change, named in (
+            ("teacher.max_tokens=77", "max_tokens"),
+            (f"prompts.folder={prompt.parent}", "prompts"),
+        ):
+            with pytest.raises(UsageError, match=named) as caught:
+                build(run, server.url, grader, settings=[change])
+            assert "--fresh" in caught.value.hint
+            assert len(run.read("templates.jsonl", Template)) == len(server.requests) == 8
+        build(run, server.url, grader, settings=[change], fresh=True)
         assert sorted(map(number_of, server.requests[8:])) == list(range(8))
         assert all("In one sentence: " in r["messages"][1]["content"] for r in server.requests[8:])
         build(run, server.url, grader, fresh=True)  # replies to the old prompt are in the ledger
@@ -264,10 +229,9 @@ def test_templates_can_be_imported_after_a_teacher_never_replied(run, grader):
 
 
 def test_teacher_may_move_to_another_address(run, grader):
-    with TeacherServer(right) as server:
-        build(run, server.url, grader, PROBLEMS[:4])
-    with TeacherServer(right) as server:
-        build(run, server.url, grader, PROBLEMS)
+    for problems in (PROBLEMS[:4], PROBLEMS):
+        with TeacherServer(right) as server:
+            build(run, server.url, grader, problems)
     assert len(server.requests) == 4
 
 
@@ -292,89 +256,3 @@ def test_error_with_reasons_if_no_template_is_valid(run, grader):
         build(run, server.url, grader)
     assert len(run.read("dropped.jsonl", Drop)) == 8
     assert run.manifest("templates") is None
-
-
-def test_default_problems_are_the_sft_share_of_the_source(tmp_path, run, grader):
-    source = tmp_path / "p.jsonl"
-    source.write_text(
-        "".join(json.dumps({"question": p.question, "answer": p.answer}) + "\n" for p in PROBLEMS)
-    )
-    with TeacherServer(right) as server:
-        report = build(run, server.url, grader, None, [f"problems.source={source}"])
-    assert len(run.read("problems.jsonl", Problem)) == 8
-    assert 0 < report.counts["problems"] < 8
-
-
-# -- kills and interrupts ------------------------------------------------------------------------------------------
-
-PROGRAM = """
-import sys
-from sclite.settings import load
-from sclite.grading.worker import Grader
-from sclite.data.templates import write_templates
-from sclite.records import Problem
-from sclite.run import Run
-from sclite.teacher.client import Teacher
-from sclite.teacher.ledger import Ledger
-
-run, url = Run(sys.argv[1]), sys.argv[2]
-problems = [Problem(id=f"p{i}", question=f"What is {i} + 1?", answer=str(i + 1), solution="Count.") for i in range(60)]
-settings = load(None, ["teacher.model=openai/replay", f"teacher.api_base={url}", "teacher.concurrency=4"], {})
-with run.lock(), Grader() as grader, Ledger(run.path("ledger.sqlite")) as ledger:
-    with Teacher(settings.teacher, ledger) as teacher:
-        write_templates(settings, run, teacher=teacher, grader=grader, problems=problems,
-                        progress=lambda done, total, spent: print(done, flush=True))
-"""
-
-
-def start(run, server):
-    command = [sys.executable, "-c", PROGRAM, str(run.folder), server.url]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while process.stdout.readline().strip() not in ("20", ""):
-        pass
-    return process
-
-
-def slowly(request, nth):
-    return say(reply(number_of(request) + 1), seconds=0.05)
-
-
-def test_after_a_kill_replies_in_the_ledger_are_not_requested_again(run):
-    with TeacherServer(slowly) as server:
-        process = start(run, server)
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-        with Ledger(run.path("ledger.sqlite")) as ledger:
-            paid = ledger.totals()["requests"]
-        before = len(server.requests)
-        assert 20 <= paid <= before < 60
-        assert len(run.read("templates.jsonl", Template)) >= 19
-        second = start(run, server)
-        _, errors = second.communicate()
-        assert (second.returncode, errors) == (0, "")
-    assert len(server.requests) - before == 60 - paid
-    rows = run.read("templates.jsonl", Template)
-    assert [row.id for row in rows] == [f"p{i}" for i in range(60)]
-
-
-def test_interrupt_stops_at_once_with_one_traceback(run):
-    with TeacherServer(
-        lambda request, nth: say(reply(number_of(request) + 1), seconds=0.05 if nth < 2 else 30)
-    ) as server:
-        process = start(run, server)
-        began = time.monotonic()
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=20)
-    assert time.monotonic() - began < 2
-    assert errors.strip().splitlines()[-1] == "KeyboardInterrupt"
-    assert errors.count("Traceback") == 1
-    assert "never awaited" not in errors
-    assert "Unclosed" not in errors
-    assert Run(run.folder).read("templates.jsonl", Template)
-
-
-def test_template_with_replacement_characters_is_rejected(grader):
-    problem = Problem(id="p", question="What is 2 + 3?", answer="5")
-    text = "<Step1>2 + 3 = 5{}</Step1><Generalized>Add.</Generalized><Answer>5</Answer>"
-    assert check_template(text.format(""), problem, grader) is None
-    assert check_template(text.format(" \ufffd"), problem, grader).reason == "broken_text"
