@@ -184,86 +184,81 @@ class _Reader:
     def __init__(self) -> None:
         self.steps: list[dict[str, list[str]]] = []  # for each tag, the pieces of its text
         self.outer: dict[str, list[str]] = {}
-        self.issues: list[Issue] = []
-        self.step: dict[str, list[str]] | None = None  # the open step
-        self.tag: str | None = None  # the open tag inside a step, or generalized, or answer
+        self.open: list[str] = []  # step and maybe a tag inside it; or generalized; or answer
         self.number = 0  # the number of the open step
+        self.issues: list[Issue] = []
 
     def report(self, name: str, offset: int) -> None:
-        where = f"step {len(self.steps)}" if self.step is not None else self.tag or "the top level"
+        where = self.open[0] if self.open else "the top level"
+        where = f"step {len(self.steps)}" if where == "step" else where
         self.issues.append(Issue(name, f"{where}, character {offset}"))
 
     def add_text(self, text: str, offset: int) -> None:
         """Add the text between two tags to the open one."""
-        slots = self.outer if self.tag in OUTER else self.step
-        if slots is not None:
-            pieces = slots.setdefault(self.tag or "text", [])
+        if self.open:
+            slots = self.steps[-1] if self.open[0] == "step" else self.outer
+            pieces = slots.setdefault(self.open[-1], [])
             if stripped := text.strip():
                 pieces.append(stripped)
         elif not _DECORATION.fullmatch(text) and self.steps and "answer" not in self.outer:
             # a greeting before the first step or after the answer is harmless
             self.report("text_between_tags", offset)
 
-    def close_tag(self, offset: int) -> None:
-        if self.tag is not None:
+    def close(self, depth: int, offset: int) -> None:
+        """Close all open tags but the outermost `depth`; each lacks its own closer."""
+        while len(self.open) > depth:
             self.report("missing_closer", offset)
-        self.tag = None
-
-    def close_step(self, offset: int, closed: bool = False) -> None:
-        if self.step is not None:
-            self.close_tag(offset)
-            if not closed:
-                self.report("missing_closer", offset)
-            self.step = None
+            self.open.pop()
 
     def add_step_tag(self, closing: bool, number: int | None, offset: int) -> None:
-        if self.tag in OUTER:
-            self.close_tag(offset)
-        if self.step is not None and not closing and number == self.number and self.step.get("text"):
+        if self.open and self.open[0] != "step":
+            self.close(0, offset)
+        if self.open and not closing and number == self.number and self.steps[-1].get("step"):
             self.report("opener_as_closer", offset)
             closing = True
         if closing:
-            if self.step is None:
+            if not self.open:
                 self.report("stray_closer", offset)
             elif number not in (None, self.number):
                 self.report("wrong_step_number", offset)
-            self.close_step(offset, closed=True)
+            self.close(1, offset)
+            self.open.clear()
             return
-        self.close_step(offset)
+        self.close(0, offset)
         if self.outer:
             self.report("step_after_the_end", offset)
-        self.step = {}
-        self.steps.append(self.step)
+        self.steps.append({})
+        self.open = ["step"]
         self.number = number if number is not None else len(self.steps)
         if self.number != len(self.steps):
             self.report("wrong_step_number", offset)
 
     def add_tag(self, name: str, closing: bool, offset: int) -> None:
         """A tag inside a step, or generalized or answer."""
-        inner = name in INNER
-        slots = self.step if inner else self.outer
-        if slots is None:
-            self.report("stray_closer" if closing else "tag_outside_a_step", offset)
-            return
-        if not closing and self.tag == name and slots.get(name):
+        depth, slots = 0, self.outer
+        if name in INNER:
+            if self.open[:1] != ["step"]:
+                self.report("stray_closer" if closing else "tag_outside_a_step", offset)
+                return
+            depth, slots = 1, self.steps[-1]
+        is_open = self.open[-1:] == [name]
+        if is_open and not closing and slots.get(name):
             self.report("opener_as_closer", offset)
             closing = True
         if closing:
-            if self.tag != name:
+            if not is_open:
                 self.report("stray_closer", offset)
-            if self.tag == name or inner:
-                self.tag = None
+            if is_open or name in INNER:
+                del self.open[depth:]
             return
-        if not inner:
-            self.close_step(offset)
-        self.close_tag(offset)
+        self.close(depth, offset)
         if name in slots:
             self.report(f"second_{name}", offset)
-            if not inner:
+            if name in OUTER:
                 slots[name] = []  # the last one counts
         if name == "generalized" and "answer" in slots:
             self.report("generalized_after_the_answer", offset)
-        self.tag = name
+        self.open.append(name)
 
 
 def parse(text: str) -> Parsed:
@@ -288,13 +283,12 @@ def parse(text: str) -> Parsed:
         else:
             reader.add_tag(name, bool(match[1]), match.start())
     reader.add_text(text[position:], position)
-    reader.close_step(end)
-    reader.close_tag(end)
+    reader.close(0, end)
 
     def joined(slots: dict[str, list[str]], name: str) -> str:
         return clean(" ".join(slots.get(name, [])))
 
-    steps = [Step(joined(s, "text"), *(joined(s, name) or None for name in INNER)) for s in reader.steps]
+    steps = [Step(joined(s, "step"), *(joined(s, name) or None for name in INNER)) for s in reader.steps]
     trace = Trace(tuple(steps), *(joined(reader.outer, name) or None for name in OUTER))
     issues = [
         *reader.issues,

@@ -13,6 +13,7 @@ from sclite.errors import DataError, DeviceError, NetworkError, UsageError
 from sclite.student.adapters import check_adapter, load_adapter, new_lora
 from sclite.student.cuda_memory import is_out_of_memory
 from sclite.student.tokenization import prompt_ids
+from sclite.trace import Step, Trace, render
 
 if TYPE_CHECKING:
     import torch
@@ -22,10 +23,7 @@ if TYPE_CHECKING:
 EMBEDDED = "embedded"
 EMBEDDED_FOLDER = Path(__file__).resolve().parent.parent / "quickstart" / "student"
 """The folder of the embedded student, shipped in the package."""
-TAGS = (
-    "<Step1>1\n<Key>1</Key>\n<Cause>1</Cause>\n<Correction>1</Correction>\n</Step1>\n"
-    "<Generalized>1</Generalized>\n<Answer>1</Answer>"
-)
+EVERY_TAG = render(Trace((Step("1", "1", "1", "1"),), "1", "1"))
 ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 
 
@@ -166,7 +164,7 @@ def check_vocabulary(
     used = {tokenizer.eos_token_id, tokenizer.pad_token_id}
     if tokenizer.chat_template:
         used.update(prompt_ids(tokenizer, prompts.solve_messages("1 + 1 = ?")))
-        used.update(prompt_ids(tokenizer, prompts.review_messages("1 + 1 = ?", TAGS)))
+        used.update(prompt_ids(tokenizer, prompts.review_messages("1 + 1 = ?", EVERY_TAG)))
     if wrong := sorted(i for i in beyond if i not in special or i in used):
         raise DataError(
             f"the tokenizer of {name} has ids up to {max(beyond)} ({beyond[wrong[0]]!r} is {wrong[0]}), the model's "
