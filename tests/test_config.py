@@ -61,6 +61,7 @@ def test_a_given_file_replaces_the_one_in_the_folder(tmp_path):
         ("student.load_in_4bit=false", "student.load_in_4bit", False),
         ("review.threshold=-3.5", "review.threshold", -3.5),
         ("seed=0", "seed", 0),
+        ("review.threshold=0", "review.threshold", 0.0),  # not the default, which is None
     ],
 )
 def test_text_is_converted_to_the_type_of_its_key(text, key, value):
@@ -69,11 +70,6 @@ def test_text_is_converted_to_the_type_of_its_key(text, key, value):
         found = getattr(found, part)
     assert found == value
     assert type(found) is type(value)
-
-
-def test_threshold_zero_is_not_the_default():
-    assert Config().review.threshold is None
-    assert load(None, ["review.threshold=0"], {}).review.threshold == 0.0
 
 
 def test_all_errors_are_reported_together():
@@ -89,24 +85,18 @@ def test_all_errors_are_reported_together():
 @pytest.mark.parametrize(
     ("wrong", "meant"),
     [
-        ("dpo.betta=1", "dpo.beta"),
-        ("sft.learningrate=1", "sft.learning_rate"),
-        ("studnt.model=x", "student.model"),
-        ("num_train_epochs=2", "sft.num_train_epochs"),
+        (["dpo.betta=1"], ["dpo.beta"]),
+        (["sft.learningrate=1"], ["sft.learning_rate"]),
+        (["studnt.model=x", "studnt.batch=2"], ["student.model", "student.batch"]),
+        (["num_train_epochs=2"], ["sft.num_train_epochs"]),
     ],
 )
-def test_an_unknown_key_gets_a_suggestion(wrong, meant):
+def test_every_unknown_key_gets_a_suggestion(wrong, meant):
     with pytest.raises(UsageError) as error:
-        load(None, [wrong], {})
-    assert error.value.message == f"configuration: unknown key {wrong.partition('=')[0]}"
-    assert error.value.hint == f"did you mean {meant}?"
-
-
-def test_every_key_of_an_unknown_section_is_reported():
-    with pytest.raises(UsageError) as error:
-        load(None, ["studnt.model=x", "studnt.batch=2"], {})
-    assert error.value.message == "configuration: unknown key studnt.model; unknown key studnt.batch"
-    assert error.value.hint == "did you mean student.model? did you mean student.batch?"
+        load(None, wrong, {})
+    unknown = "; ".join(f"unknown key {setting.partition('=')[0]}" for setting in wrong)
+    assert error.value.message == f"configuration: {unknown}"
+    assert error.value.hint == " ".join(f"did you mean {key}?" for key in meant)
 
 
 @pytest.mark.parametrize("setting", ["sft=3", "=3", "sft.=3", ".seed=1", "sft.num_train_epochs.more=1"])
@@ -133,16 +123,9 @@ def test_common_keys_exist():
     ["dpo.num_train_epochs=0", "sft.num_train_epochs=0", "sft.num_train_epochs=inf", "dpo.learning_rate=nan"],
 )
 def test_an_impossible_number_is_rejected(setting):
-    with pytest.raises(UsageError, match=setting.partition("=")[0].replace(".", r"\.")):
+    with pytest.raises(UsageError, match=setting.partition("=")[0].replace(".", r"\.")) as error:
         load(None, [setting], {})
-
-
-def test_zero_epochs_of_dpo_gets_a_hint():
-    with pytest.raises(
-        UsageError, match=r"dpo\.num_train_epochs = 0: input should be greater than 0"
-    ) as error:
-        load(None, ["dpo.num_train_epochs=0"], {})
-    assert "train --only sft" in error.value.hint
+    assert "train --only sft" in error.value.hint or not setting.startswith("dpo.num_train")
 
 
 def test_settings_without_effect_on_the_result_are_not_signed():

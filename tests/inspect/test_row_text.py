@@ -4,7 +4,7 @@ import pytest
 
 from sclite.inspect.row_text import format_row, highlight
 from sclite.inspect.rows import Problems
-from sclite.records import Attempt, Drop, Pair, Problem, Review, Template
+from sclite.records import Attempt, Drop, Pair, Problem, Review, Row, Template
 
 REVIEW = (
     "<Step1>48 + 24 = 72\n<Key>Carry.</Key>\n</Step1>\n<Step2>72 / 2 = 38\n<Cause>Half of 72 is not 38.</Cause>\n"
@@ -12,12 +12,7 @@ REVIEW = (
 )
 
 
-@pytest.fixture
-def problems(run) -> Problems:
-    run.append(
-        "problems.jsonl", [Problem(id="p1", question="How many [bold]?", answer="36", solution="It is 36.")]
-    )
-    return Problems(run)
+PROBLEM = Problem(id="p1", question="How many [bold]?", answer="36", solution="It is 36.")
 
 
 def style(text, words: str) -> str:
@@ -57,48 +52,52 @@ def test_control_characters_are_replaced():
     assert shown == "a␛[2J␛]0;title␇␡1m␍b\nc\td"
 
 
-def test_a_review_shows_its_question_and_wrong_step(problems):
-    row = Review(id="p1", sample=3, step=2, cause="c", correction="d", trace=REVIEW, requests=2)
-    text = format_row(row, 5, 9, problems)
-    assert text.plain.startswith(
-        "5/9  p1  sample 3  wrong at step 2  2 requests\nHow many [bold]?\ngold answer 36\n<Step1>"
-    )
-    assert text.plain.endswith("</Answer>\n\n")
-    assert style(text, "72 / 2 = 38") == "red"
-    assert style(text, "5/9") == "dim"
-
-
-def test_a_pair_shows_chosen_green_and_rejected_red(problems):
-    row = Pair(
-        id="p1", sample=0, step=1, kind="content", attempt="a", prefix=("<Step1>x\n", "<Cause>"), chosen="good</Cause>\n",
-        rejected="bad</Cause>\n", origin="teacher",
-    )  # fmt: skip
-    text = format_row(row, 1, 1, problems)
-    assert "sample 0, content at step 1  chosen by teacher" in text.plain
-    assert text.plain.endswith("<Step1>x\n<Cause>\nchosen   good</Cause>\nrejected bad</Cause>\n\n")
-    assert style(text, "good</Cause>") == "green"
-    assert style(text, "bad</Cause>") == "red"
-
-
-def test_a_drop_shows_stage_reason_detail_and_raw_reply(problems):
-    row = Drop(stage="templates", id="p7", reason="no_steps", detail="no tags", raw="Sure! [red]<html>")
-    text = format_row(row, 1, 1, problems)
-    assert text.plain == "1/1  p7  templates  no_steps\nno tags\nSure! [red]<html>\n\n"
-    assert style(text, "no_steps") == "bold red"
+PAIR = {"sample": 0, "step": 1, "kind": "content", "attempt": "a", "prefix": ("<Step1>x\n", "<Cause>")}
+ATTEMPT = {"sample": 0, "trace": REVIEW, "answer": "36", "first_error": 2}
 
 
 @pytest.mark.parametrize(
-    ("correct", "outcome"), [(True, "right"), (False, "wrong"), (None, "outcome unknown")]
+    ("row", "begin", "end", "styles"),
+    [
+        (
+            Review(id="p1", sample=3, step=2, cause="c", correction="d", trace=REVIEW, requests=2),
+            "5/9  p1  sample 3  wrong at step 2  2 requests\nHow many [bold]?\ngold answer 36\n<Step1>",
+            "</Answer>\n\n",
+            {"72 / 2 = 38": "red", "5/9": "dim"},
+        ),
+        (
+            Pair(id="p1", chosen="good</Cause>\n", rejected="bad</Cause>\n", origin="teacher", **PAIR),
+            "5/9  p1  sample 0, content at step 1  chosen by teacher\n",
+            "<Step1>x\n<Cause>\nchosen   good</Cause>\nrejected bad</Cause>\n\n",
+            {"good</Cause>": "green", "bad</Cause>": "red"},
+        ),
+        (
+            Drop(stage="templates", id="p7", reason="no_steps", detail="no tags", raw="Sure! [red]<html>"),
+            "5/9  p7  templates  no_steps\nno tags\n",
+            "\nSure! [red]<html>\n\n",
+            {"no_steps": "bold red"},
+        ),
+        (
+            Attempt(id="p1", correct=True, **ATTEMPT),
+            "5/9  p1  sample 0  right\n",
+            "\n\n",
+            {"72 / 2 = 38": "red"},
+        ),
+        (Attempt(id="p1", correct=False, **ATTEMPT), "5/9  p1  sample 0  wrong\n", "\n\n", {}),
+        (Attempt(id="p1", correct=None, **ATTEMPT), "5/9  p1  sample 0  outcome unknown\n", "\n\n", {}),
+        (PROBLEM, "5/9  p1\nHow many [bold]?\ngold answer 36\nIt is", " 36.\n\n", {}),
+        (
+            Template(id="p9", question="Its own?", answer="7", trace=REVIEW),
+            "5/9  p9\nIts own?\ngold answer 7\n<Step1>",
+            "\n\n",
+            {},
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Row) else "",
 )
-def test_an_attempt_shows_its_outcome(problems, correct, outcome):
-    row = Attempt(id="p1", sample=0, trace=REVIEW, answer="36", correct=correct, first_error=2)
-    text = format_row(row, 1, 1, problems)
-    assert text.plain.splitlines()[0] == f"1/1  p1  sample 0  {outcome}"
-    assert style(text, "72 / 2 = 38") == "red"
-
-
-def test_problems_and_templates_show_their_own_question(problems):
-    text = format_row(problems.get("p1"), 1, 1, problems).plain
-    assert text == "1/1  p1\nHow many [bold]?\ngold answer 36\nIt is 36.\n\n"
-    row = Template(id="p9", question="Its own?", answer="7", trace=REVIEW)
-    assert format_row(row, 1, 1, problems).plain.startswith("1/1  p9\nIts own?\ngold answer 7\n<Step1>")
+def test_a_row_shows_its_heading_question_and_text(run, row, begin, end, styles):
+    run.append("problems.jsonl", [PROBLEM])
+    text = format_row(row, 5, 9, Problems(run))
+    assert text.plain.startswith(begin)
+    assert text.plain.endswith(end)
+    assert {words: style(text, words) for words in styles} == styles
