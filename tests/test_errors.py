@@ -17,20 +17,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def sclite(folder: Path, *arguments: str, code: str = "", path: str = "", **environment: str):
     """A command in a process of its own; `code` runs before it, `path` comes before everything on sys.path."""
-    start = [
-        sys.executable,
-        "-c",
-        f"import sys; sys.argv = ['sclite', *sys.argv[1:]]\n{code}\nfrom sclite.__main__ import main; main()",
-    ]
+    main = (
+        f"import sys; sys.argv = ['sclite', *sys.argv[1:]]\n{code}\nfrom sclite.__main__ import main; main()"
+    )
     paths = {"PYTHONPATH": os.pathsep.join(filter(None, (path, str(ROOT)))), "TMPDIR": str(folder)}
+    variables = {**os.environ, **paths, **environment}
+    command = [sys.executable, "-c", main, *arguments]
     return subprocess.run(
-        [*start, *arguments],
-        cwd=folder,
-        env={**os.environ, **paths, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+        command, cwd=folder, env=variables, capture_output=True, text=True, timeout=300, check=False
     )
 
 
@@ -103,16 +97,12 @@ def test_a_typo_suggests_the_nearest_word(tmp_path, arguments, said, hint):
     assert hint in second
 
 
-def test_no_arguments_print_the_help_and_are_a_usage_error(tmp_path):
+def test_no_arguments_print_the_help_in_80_columns_and_are_a_usage_error(tmp_path):
     done = sclite(tmp_path, COLUMNS="80")
     assert (done.returncode, done.stderr) == (2, "")
     assert "Usage: sclite" in done.stdout
-
-
-def test_every_summary_in_the_help_fits_80_columns(tmp_path):
-    listed = sclite(tmp_path, "--help", COLUMNS="80").stdout
-    assert "..." not in listed.partition("Commands:")[2]
-    assert max(map(len, listed.splitlines())) <= 80
+    assert "..." not in done.stdout.partition("Commands:")[2]  # no summary is cut off
+    assert max(map(len, done.stdout.splitlines())) <= 80
 
 
 # -- control characters and markup ---------------------------------------------------------------------------------
@@ -140,12 +130,9 @@ def test_a_run_may_be_named_like_markup(tmp_path):
     from sclite.records import Drop, Problem, Template
     from sclite.run import Run
 
-    run = Run(tmp_path / "a[/b]c")
-    trace = "<Step1>[/red] [bold]\n</Step1>\n<Answer>1</Answer>"
+    run, trace = Run(tmp_path / "a[/b]c"), "<Step1>[/red] [bold]\n</Step1>\n<Answer>1</Answer>"
     run.append("problems.jsonl", [Problem(id="p[/b]", question="[/red] [bold]?", answer="1")])
-    run.append(
-        "templates.jsonl", [Template(id="p[/b]", question="[/red]", answer="1", trace=trace, requests=1)]
-    )
+    run.append("templates.jsonl", [Template(id="p[/b]", question="[/red]", answer="1", trace=trace)])
     run.append("dropped.jsonl", [Drop(stage="templates", id="p[/b]", reason="x[/b]", raw="[/red]")])
     for command in (
         ("status",), ("show",), ("show", "drops"), ("show", "templates"), ("show", "pairs"),
@@ -181,13 +168,10 @@ def test_doctor_survives_broken_libraries(tmp_path, torch, said):
     assert re.search(rf"✗ torch: .*{re.escape(said)}", done.stdout)
     assert "✗ llama.cpp: crashes on import (signal 6)" in done.stdout
     assert "✓ Python" in done.stdout
-    checks = {
-        check["name"]: check
-        for check in json.loads(sclite(tmp_path, "doctor", "--json", path=str(broken)).stdout)["checks"]
-    }
-    assert not checks["torch"]["works"]
-    assert checks["torch"]["required"]
-    assert "pip install" in checks["torch"]["fix"]
+    found = json.loads(sclite(tmp_path, "doctor", "--json", path=str(broken)).stdout)["checks"]
+    (check,) = [check for check in found if check["name"] == "torch"]
+    assert (check["works"], check["required"]) == (False, True)
+    assert "pip install" in check["fix"]
     assert sclite(tmp_path, "init", path=str(broken)).returncode == 0
 
 
