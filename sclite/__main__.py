@@ -21,6 +21,8 @@ def main() -> None:
     from sclite.cli import app
     from sclite.errors import DONE, INTERRUPTED, ScliteError, UsageError, from_os_error
 
+    if "_SCLITE_COMPLETE" in os.environ:  # the shell asks for completions
+        app(prog_name="sclite")
     console.prepare_streams()
     if not os.environ.get("SCLITE_DEBUG"):
         sys.excepthook = _report_bug

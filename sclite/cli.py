@@ -36,7 +36,7 @@ YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask to confirm th
 app = typer.Typer(
     name="sclite",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Train a small model to reason in steps and correct itself, on one consumer GPU.",
@@ -202,7 +202,7 @@ def train(
     *,
     common: Common,
 ) -> None:
-    """Train the student: SFT, attempts, corrections, DPO."""
+    """Train the student, export it and fit its review threshold."""
     from sclite import pipeline
     from sclite.inspect import summaries
     from sclite.student.loader import model_name, select_gpu

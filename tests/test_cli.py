@@ -516,3 +516,23 @@ def test_a_missing_attempts_source_is_reported_before_any_request(sclite):
 def test_an_empty_question_is_refused(sclite):
     ended = sclite("chat", " ")
     assert (ended.code, ended.error) == (2, "error: the question is empty")
+
+
+def test_the_shell_gets_completions():
+    environment = {
+        **os.environ,
+        "_SCLITE_COMPLETE": "complete_bash",
+        "COMP_WORDS": "sclite tr",
+        "COMP_CWORD": "1",
+    }
+    command = [sys.executable, "-m", "sclite"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["train"]
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["chat"]], ids=str)
+def test_h_is_help(sclite, command):
+    short, long = sclite(*command, "-h"), sclite(*command, "--help")
+    assert short.code == 0
+    assert short.out == long.out
+    assert "Usage: sclite" in short.out
