@@ -151,15 +151,12 @@ def test_help_waits_for_neither_pydantic_nor_rich():
 MOST_LINES, LEAST_MEAN_LENGTH, MOST_CALLED_ONCE = 21_000, 12.5, 330
 TWICE = {
     "inputs_of",  # of each stage, always called as templates.inputs_of, sft.inputs_of ..
-    *("export_data", "result_folder", "status", "page", "solve", "summarize"),
-    *("choose", "render", "digest", "judge", "clean"),
+    *("export_data", "status", "page"),
+    *("choose", "render", "digest", "clean"),
 }
 """Public functions that may share their name with another one. The commands in cli.py may too."""
 PRIVATE_ELSEWHERE = {
-    "evaluate/test_metrics.py _interval",
     "export/test_datasets.py _prepare_dataset",  # of TRL
-    "grading/test_grading.py _compare_quickly",
-    "grading/test_grading.py _idle",
     "student/llama_cpp/test_engine.py _fill",
     "student/llama_cpp/test_engine.py _step",
     "teacher/test_ledger.py _writer",

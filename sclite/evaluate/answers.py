@@ -23,7 +23,7 @@ class FirstAnswers:
     correct: list[bool | None]
 
 
-def solve(
+def solve_problems(
     student: Student,
     problems: Sequence[Problem],
     config: Config,

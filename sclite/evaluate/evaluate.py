@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sclite.config import Config
-from sclite.evaluate.answers import FirstAnswers, grade, review_settings, solve
-from sclite.evaluate.metrics import Outcome, summarize
+from sclite.evaluate.answers import FirstAnswers, grade, review_settings, solve_problems
+from sclite.evaluate.metrics import Outcome, compute_metrics
 from sclite.evaluate.threshold import Fitted, ensure_threshold, load_threshold, prompts_digest
 from sclite.grading.worker import Grader
 from sclite.records import Problem
@@ -130,7 +130,7 @@ def evaluate_model(
     if kept and kept.get("signature") == signature and kept.get("fitted") == (stored and stored.model_dump()):
         return kept
     began = time.monotonic()
-    first = solve(student, problems, config, grader)
+    first = solve_problems(student, problems, config, grader)
     between = time.monotonic()
     reviewable, fitted = any(trace.steps for trace in first.traces), None
     if fits and reviewable:
@@ -145,7 +145,7 @@ def evaluate_model(
     at = NEVER if fits and threshold is None else threshold or 0.0
     rows, reviewed = review_answers(student, first, config, grader, at, judge, config.review.mode)
     ended = time.monotonic()
-    figures = summarize(rows, seed=config.seed)
+    figures = compute_metrics(rows, seed=config.seed)
     figures |= {
         "signature": signature,
         "gguf": identity,

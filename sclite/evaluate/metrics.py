@@ -47,7 +47,7 @@ class Outcome(Row):
         return self
 
 
-def summarize(outcomes: Sequence[Outcome], bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
+def compute_metrics(outcomes: Sequence[Outcome], bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
     """All figures of one model, ready for JSON; undefined figures are None.
 
     Outcomes with an unknown first or second answer are excluded and counted in `unknown`; `n` counts the rest, and

@@ -24,7 +24,7 @@ def write_report(
     """Write the page by rename.
 
     `summary`: {"models": {name: figures}, "n": number of problems, "notes": [sentence, ..], "source": their name}, with
-    figures from `metrics.summarize`. `examples`: `Outcome.model_dump()`, optionally with model, cause and correction;
+    figures from `metrics.compute_metrics`. `examples`: `Outcome.model_dump()`, optionally with model, cause and correction;
     the last two default to those in the second text. `curves`: {stage: rows of its metrics.jsonl}.
     """
     rows = [{**figures, "name": model} for model, figures in summary["models"].items()]

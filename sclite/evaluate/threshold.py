@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from sclite import prompts
 from sclite.config import Config
-from sclite.evaluate.answers import grade, review_settings, solve
+from sclite.evaluate.answers import grade, review_settings, solve_problems
 from sclite.grading.worker import Grader
 from sclite.records import Problem
 from sclite.run import Run
@@ -241,7 +241,7 @@ def fit_student(
     trials: list[Trial] = []
     solved = count(1)
     for part in (problems[::2], problems[1::2]) if total >= MANY_PROBLEMS else (problems,):
-        first = solve(student, part, config, grader, lambda: progress(next(solved), total))
+        first = solve_problems(student, part, config, grader, lambda: progress(next(solved), total))
         questions = [problem.question for problem in part]
         scores = score_traces(student, questions, first.traces, config.prompts.folder)
         trials += map(Trial, part, first.traces, first.correct, scores)

@@ -13,7 +13,7 @@ from typing import Any
 from sclite.grading.equality import Verdict
 from sclite.grading.numbers import is_close
 
-_FIXES = [
+_PATTERNS = [
     (r"\\frac ?(\\[a-z]+|\w)(?= ?[\\{\w])", r"\\frac{\1}"),
     (r"(\\frac\{[^{}]*\}) ?(\\[a-z]+|\w)", r"\1{\2}"),
     (r"\\sqrt ?(\w|\\[a-z]+)", r"\\sqrt{\1}"),
@@ -25,7 +25,7 @@ _FIXES = [
     (r"\\(max|min)\\?\{([^{}\\]*)\\?\}", r"\\\1(\2)"),
     (r"(?<![A-Za-z\\])lcm(?=\()", r"\\operatorname{lcm}"),
 ]
-_FIXES = [(re.compile(pattern), new) for pattern, new in _FIXES]
+_FIXES = [(re.compile(pattern), new) for pattern, new in _PATTERNS]
 # the parser misreads these: x' as x, 2 3 as their sum, 9^9^9 as (9^9)^9
 _MISREAD = re.compile(r"'|(?<![_\d])\d+ \d|\^ ?(?:\\?\w+|\{[^{}]*\}) ?\^")
 

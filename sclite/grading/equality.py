@@ -23,6 +23,7 @@ _CHOICE = re.compile(
     r"(?:\(([A-Za-z])\)|\[([A-Z])\]|([A-J])(?:[).:]| -(?= \d)|(?=$)))(?: ?(\S.*))?|([a-z])[).]"
 )
 _CLOCK = re.compile(r"(\d{1,2})(?::([0-5]\d))?(?::([0-5]\d))? ?(?:([ap])\.? ?m\b\.?)?", re.IGNORECASE)
+_RATIOS = re.compile(r"\d+(?: ?: ?\d+){2,}")  # 1:2:3
 _DATE = re.compile(r"()(\d{1,2}) ([A-Z][a-z]{2,8})|([A-Z][a-z]{2,8}) (\d{1,2})()")
 _BASE = re.compile(r"([0-9A-Z]*\d[0-9A-Z]*)(?:_\{(\w+)\})?")
 _WORDS = re.compile(r"(?=.*[A-Za-z]{3})[A-Za-z' -]+")
@@ -33,6 +34,7 @@ _NAME = re.compile(
 )
 _LETTER = re.compile(r"(?<![\\A-Za-z])[A-Za-z]")
 _MATRIX = re.compile(r"\\begin\{([pbB]?matrix)\}(.*)\\end\{\1\}", re.DOTALL)
+_BRACKETED = re.compile(r"(?:\\?(\{)|([(\[]))(.*?)(?:\\?\}|([)\]]))", re.DOTALL)
 _MOD = re.compile(r" ?\(?\\?p?mod ?\{?\d+\}?\)?$")
 _RELATION = re.compile(r"[<>]|\\(?:le|ge|ne)(?![a-z])")
 
@@ -46,9 +48,9 @@ def compare(given: str, gold: str, leaf: Leaf) -> Verdict:
     decided = _compare_plain(given, gold)
     if decided is not None:
         return decided
-    labels = _CHOICE.fullmatch(given), _CHOICE.fullmatch(gold)
-    for label, other in zip(labels, (gold, given), strict=True):
-        if label and label[4] and None in labels:  # (C) 12 against 12
+    for one, other in ((given, gold), (gold, given)):
+        label = _CHOICE.fullmatch(one)
+        if label and label[4] and not _CHOICE.fullmatch(other):  # (C) 12 against 12
             return compare(label[4], other, leaf)
     for one, other in ((given, gold), (gold, given)):
         if len(rounded := split(one, ("\\approx",))) == 2:  # 1/3 \approx 0.33 matches both
@@ -69,54 +71,45 @@ def compare(given: str, gold: str, leaf: Leaf) -> Verdict:
 
 def _compare_plain(given: str, gold: str) -> bool | None:
     """The verdict on times, dates, numbers, choices, numbers in a base, sentences and words; None for other answers."""
-    clocks = _CLOCK.fullmatch(given), _CLOCK.fullmatch(gold)
-    if all(clocks) and all(c[2] or c[4] for c in clocks):
-        return _same_time(*(c.groups() for c in clocks))
-    if any(c and c[2] for c in clocks):
-        return False if any(parse_quantity(text) for text in (given, gold)) else None
-    if all(re.fullmatch(r"\d+(?: ?: ?\d+){2,}", text) for text in (given, gold)):  # 1:2:3
-        ratio, gold_ratio = ([int(n) for n in text.split(":")] for text in (given, gold))
-        if len(ratio) != len(gold_ratio):
-            return False
-        return len({Fraction(a, b or 1) for a, b in zip(ratio, gold_ratio, strict=True)}) == 1
-    dates = _DATE.fullmatch(given), _DATE.fullmatch(gold)
-    if all(dates):
-        months = [(date[3] or date[4]).casefold() for date in dates]
-        days = {date[2] or date[5] for date in dates}
+
+    def matches(pattern: re.Pattern[str]) -> list[re.Match[str]]:
+        return [found for text in (given, gold) if (found := pattern.fullmatch(text))]
+
+    number, gold_number = parse_quantity(given), parse_quantity(gold)
+    clocks = matches(_CLOCK)
+    if len(clocks) == 2 and all(m[2] or m[4] for m in clocks):
+        alone = [int(m[1]) for m in clocks if not m[4]]
+        either = len(alone) == 1 and 1 <= alone[0] <= 12  # 14:30 is 2:30 pm, and 2:30 alone may be am or pm
+        hours = [int(m[1]) % 12 + 12 * (m[4] in "pP") if m[4] else int(m[1]) for m in clocks]
+        minutes = {(int(m[2] or 0), int(m[3] or 0)) for m in clocks}
+        return len({hour % 12 if either else hour for hour in hours}) == len(minutes) == 1
+    if any(m[2] for m in clocks):
+        return False if number or gold_number else None
+    ratios = [[int(n) for n in m[0].split(":")] for m in matches(_RATIOS)]
+    if len(ratios) == 2:
+        same_length = len(ratios[0]) == len(ratios[1])
+        return same_length and len({Fraction(a, b or 1) for a, b in zip(*ratios, strict=True)}) == 1
+    dates = matches(_DATE)
+    if len(dates) == 2:
+        months = [(m[3] or m[4]).casefold() for m in dates]
+        days = {m[2] or m[5] for m in dates}
         return len({SYNONYMS.get(month, month) for month in months}) == len(days) == 1
-    numbers = parse_quantity(given), parse_quantity(gold)
-    if all(numbers):
-        return numbers[0].equals(numbers[1])
-    labels = _CHOICE.fullmatch(given), _CHOICE.fullmatch(gold)
-    if all(labels):
+    if number and gold_number:
+        return number.equals(gold_number)
+    labels = matches(_CHOICE)
+    if len(labels) == 2:
         rests = {m[4].casefold() for m in labels if m[4]}
         return len({(m[1] or m[2] or m[3] or m[5]).upper() for m in labels}) == 1 and len(rests) < 2
-    bases = _BASE.fullmatch(given), _BASE.fullmatch(gold)
-    if all(bases) and any(m[2] for m in bases):
+    bases = matches(_BASE)
+    if len(bases) == 2 and any(m[2] for m in bases):
         return bases[0][1] == bases[1][1] and len({m[2] for m in bases if m[2]}) == 1
-    if any(numbers):
-        number, other = (numbers[0], gold) if numbers[0] else (numbers[1], given)
+    if quantity := number or gold_number:
+        other = gold if number else given
         if re.search("[A-Za-z]{2}", other) and not re.search(r"[\\^_<>]", other):
             sentence = number_in_sentence(other)
-            return sentence is not None and sentence.equals(number)
+            return sentence is not None and sentence.equals(quantity)
     listed = any(re.search(r"\b(?:and|or)\b", text) for text in (given, gold))
-    return False if not listed and any(_WORDS.fullmatch(text) for text in (given, gold)) else None
-
-
-def _same_time(a: tuple[str | None, ...], b: tuple[str | None, ...]) -> bool:
-    """Compare (hours, minutes, seconds, a or p): 14:30 is 2:30 pm, and 2:30 alone may be am or pm."""
-
-    def times(
-        hour: str, minute: str | None, second: str | None, half: str | None
-    ) -> set[tuple[int, int, int]]:
-        hours = {int(hour) % 12 + (12 if half.lower() == "p" else 0)} if half else {int(hour)}
-        return {(h, int(minute or 0), int(second or 0)) for h in hours}
-
-    either = bool(a[3]) != bool(b[3]) and 1 <= int((b if a[3] else a)[0]) <= 12
-    return bool(
-        {((h % 12 if either else h), m, s) for h, m, s in times(*a)}
-        & {((h % 12 if either else h), m, s) for h, m, s in times(*b)}
-    )
+    return False if not listed and matches(_WORDS) else None
 
 
 def _split_name(text: str) -> tuple[str, str]:
@@ -136,13 +129,10 @@ def _split_name(text: str) -> tuple[str, str]:
     *names, value = sides
     if not all(_NAME.fullmatch(side) or not _LETTER.search(side) for side in names):
         return "=", text
-    if (
-        not any(_NAME.fullmatch(side) for side in names)
-        and _LETTER.search(value)
-        and not parse_quantity(value)
-    ):
+    named = [side.replace(" ", "") for side in names if _NAME.fullmatch(side)]
+    if not named and _LETTER.search(value) and not parse_quantity(value):
         return "=", text
-    return next((side.replace(" ", "") for side in names if _NAME.fullmatch(side)), ""), value
+    return named[0] if named else "", value
 
 
 def _compare_parts(given: tuple[str, list[str]], gold: tuple[str, list[str]], leaf: Leaf) -> Verdict:
@@ -186,36 +176,25 @@ def _any(verdicts: Iterable[Verdict]) -> Verdict:
 def _parts(text: str) -> tuple[str, list[str]]:
     """(kind, parts); kind is "list", "set", "union", "matrix RxC", the two brackets, or "" for a single part."""
     if text.startswith("[[") and text.endswith("]]"):
-        rows = [row.strip(" []").replace(",", "&") for row in _split_list(text[1:-1])]
-        text = "\\begin{matrix}" + "\\\\".join(rows) + "\\end{matrix}"
+        lines = [row.strip(" []").replace(",", "&") for row in _split_list(text[1:-1])]
+        text = "\\begin{matrix}" + "\\\\".join(lines) + "\\end{matrix}"
     if matrix := _MATRIX.fullmatch(text):
         rows = [row.split("&") for row in re.split(r"\\\\(?:\[\w+\])?", matrix[2]) if row.strip()]
-        return f"matrix {len(rows)}x{len(rows[0]) if rows else 0}", [
-            cell.strip() for row in rows for cell in row
-        ]
+        columns = len(rows[0]) if rows else 0
+        return f"matrix {len(rows)}x{columns}", [cell.strip() for row in rows for cell in row]
     united = split(text, ("\\cup",))
     if len(united) > 1:
         return "union", united
-    listed = [
-        new
-        for part in ([text] if parse_quantity(text) else _split_list(text))
-        for new in _expand_plus_minus(part)
-    ]
+    pieces = [text] if parse_quantity(text) else _split_list(text)
+    listed = [part for piece in pieces for part in _expand_plus_minus(piece)]
     if len(listed) > 1:
         return "list", listed
-    inner = re.fullmatch(r"(?:\\?(\{)|([(\[]))(.*?)(?:\\?\}|([)\]]))", text, re.DOTALL)
-    if (
-        inner
-        and split(f"{text}=", ("=",)) == [text, ""]
-        and split(f"{inner[3]}=", ("=",)) == [inner[3].strip(), ""]
-    ):
-        inside = [new for part in split(inner[3], (",", ";")) for new in _expand_plus_minus(part)]
-        if len(inside) == 1:
-            return "", [text]
-        if inner[1]:
-            return "set", inside
-        kind = inner[2] + (inner[4] or "")
-        return "list" if kind == "[]" and len(inside) > 2 else kind, inside
+    inner = _BRACKETED.fullmatch(text)
+    if inner and all(split(f"{part}=", ("=",)) == [part.strip(), ""] for part in (text, inner[3])):
+        inside = [part for piece in split(inner[3], (",", ";")) for part in _expand_plus_minus(piece)]
+        kind = "set" if inner[1] else inner[2] + (inner[4] or "")
+        if len(inside) > 1:
+            return "list" if kind == "[]" and len(inside) > 2 else kind, inside
     return "", [text]
 
 

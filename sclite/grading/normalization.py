@@ -3,6 +3,7 @@
 import functools
 import re
 import unicodedata
+from collections.abc import Callable
 
 from sclite.grading.numbers import words_to_digits
 
@@ -14,7 +15,8 @@ _SIGNS = str.maketrans({
 })
 # fmt: on
 _NAMES = "sqrt|arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|pi|theta"
-_REWRITES = [
+_BASES = {word: str(n) for n, word in enumerate("two three four five six seven eight nine ten".split(), 2)}  # noqa: SIM905
+_PATTERNS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"(?i)</?answer ?>|`", ""),
     (r"\*\*(?=\S.*\*\*$)|^\*\*|\*\*$", ""),
     (r"^(\*|__?)(?=\S)(.*\S)\1$", r"\2"),
@@ -87,8 +89,7 @@ _REWRITES = [
         lambda m: m[1] if words_to_digits(m[2]).isdigit() and words_to_digits(m[2]) in m[1] else m[0],
     ),
 ]
-_REWRITES = [(re.compile(pattern, re.DOTALL), new) for pattern, new in _REWRITES]
-_BASES = {word: str(n) for n, word in enumerate("two three four five six seven eight nine ten".split(), 2)}  # noqa: SIM905
+_REWRITES = [(re.compile(pattern, re.DOTALL), new) for pattern, new in _PATTERNS]
 _RAISED = re.compile("[⁰¹²³⁴-⁹⁺⁻]+")
 _LOWERED = re.compile("[₀-₉]+")
 _VULGAR = re.compile("[¼-¾⅐-⅞]")

@@ -18,30 +18,42 @@ MAX_DIGITS = 4000  # of an evaluated power; Python refuses to print much longer 
 
 # -- words ------------------------------------------------------------------------------------------------------
 
-_ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen"
-)
-_SMALL = {word: n for n, word in enumerate(_ONES.split())} | {
-    word: 10 * n
-    for n, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)  # noqa: SIM905
-}
+_ONES = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+]
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()  # noqa: SIM905
+_SMALL = {word: n for n, word in enumerate(_ONES)} | {word: 10 * n for n, word in enumerate(_TENS, 2)}
 _BIG = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _PARTS = "half|halves;third;quarter|fourth;fifth;sixth;seventh;eighth;ninth;tenth"
-_SCALES = (
-    _BIG
-    | {"k": 1000, "dozen": 12, "ten": 10, "hundred": 100, "hundredth": Fraction(1, 100)}
-    | {"thousandth": Fraction(1, 1000)}
-    | {name: Fraction(1, n) for n, names in enumerate(_PARTS.split(";"), 2) for name in names.split("|")}
+_SCALES: dict[str, int | Fraction] = {**_BIG, "k": 1000, "dozen": 12, "ten": 10, "hundred": 100}
+_SCALES |= {"hundredth": Fraction(1, 100), "thousandth": Fraction(1, 1000)}
+_SCALES |= {name: Fraction(1, n) for n, names in enumerate(_PARTS.split(";"), 2) for name in names.split("|")}
+_UNDER_100 = (
+    rf"(?:{'|'.join(sorted(_SMALL, key=len, reverse=True))})(?:[- ](?:{'|'.join(_ONES[1:10])})(?!\w))?"
 )
-_UNDER_100 = rf"(?:{'|'.join(sorted(_SMALL, key=len, reverse=True))})(?:[- ](?:{'|'.join(_ONES.split()[1:10])})(?!\w))?"
 _UNDER_1000 = rf"{_UNDER_100}(?: hundred(?:(?: and)? {_UNDER_100})?)?"
-_SPELLED = re.compile(
-    rf"\b{_UNDER_1000}(?: (?:{'|'.join(_BIG)})(?:,? (?:and )?{_UNDER_1000})?)*\b", re.IGNORECASE
-)
-
+_SPELLED = re.compile(rf"(?i)\b{_UNDER_1000}(?: (?:{'|'.join(_BIG)})(?:,? (?:and )?{_UNDER_1000})?)*\b")
 _AND_PARTS = re.compile(
-    rf"\band (?:an? |(\d+) )({_PARTS.replace(';', '|').replace('halves', 'half')})s?\b", re.IGNORECASE
+    rf"(?i)\band (?:an? |(\d+) )({_PARTS.replace(';', '|').replace('halves', 'half')})s?\b"
 )
 
 
@@ -49,34 +61,23 @@ def words_to_digits(text: str) -> str:
     """Convert number words to digits, and "negative" or "minus" before a number and "below zero" after it to a sign."""
     if not re.search("[A-Za-z]{3}", text):
         return text
-    text = re.sub(
-        r"^(?:an? )?(half|third|quarter|dozen|hundred|thousand|million)(?= |$)",
-        r"1 \1",
-        text,
-        flags=re.IGNORECASE,
-    )
-    text = _AND_PARTS.sub(
-        lambda m: f"{m[1] or 1}/{1 / _SCALES[m[2].casefold()]}", _SPELLED.sub(_as_digits, text)
-    )
-    text = re.sub(r"^(?:negative|minus) (?=[\d¤.\\])", "-", text, flags=re.IGNORECASE)
-    return re.sub(
-        r"^(\d[\d,.]*(?: degrees?)?(?: [CF]| celsius)?) below (?:0|freezing)$",
-        r"-\1",
-        text,
-        flags=re.IGNORECASE,
-    )
 
+    def digits(found: re.Match[str]) -> str:
+        total = group = 0
+        for word in re.findall(r"[a-z]+", found.group().casefold()):
+            if word in _BIG:
+                total, group = total + group * _BIG[word], 0
+            elif word == "hundred":
+                group *= 100
+            else:
+                group += _SMALL.get(word, 0)
+        return str(total + group)
 
-def _as_digits(found: re.Match[str]) -> str:
-    total = group = 0
-    for word in re.findall(r"[a-z]+", found.group().casefold()):
-        if word in _BIG:
-            total, group = total + group * _BIG[word], 0
-        elif word == "hundred":
-            group *= 100
-        else:
-            group += _SMALL.get(word, 0)
-    return str(total + group)
+    text = re.sub(r"(?i)^(?:an? )?(half|third|quarter|dozen|hundred|thousand|million)(?= |$)", r"1 \1", text)
+    text = _SPELLED.sub(digits, text)
+    text = _AND_PARTS.sub(lambda m: f"{m[1] or 1}/{1 / _SCALES[m[2].casefold()]}", text)
+    text = re.sub(r"(?i)^(?:negative|minus) (?=[\d¤.\\])", "-", text)
+    return re.sub(r"(?i)^(\d[\d,.]*(?: degrees?)?(?: [CF]| celsius)?) below (?:0|freezing)$", r"-\1", text)
 
 
 # -- units ------------------------------------------------------------------------------------------------------
@@ -109,25 +110,7 @@ _UNITS = {
 _ALIASES = {"mph": "mi/h", "kph": "km/h", "kmh": "km/h", "kmph": "km/h"}
 _ALIASES |= {"per cent": "%", "percentage points": "%"}
 _ATTACHED = re.compile(r"(?:[A-Za-z]{2,}|[LVWJN]|[a-z](?=\^)|st|nd|rd|th)(?![A-Za-z])")
-_STOP = frozenset(
-    [
-        "of",
-        "the",
-        "a",
-        "an",
-        "in",
-        "each",
-        "total",
-        "all",
-        "old",
-        "altogether",
-        "is",
-        "are",
-        "for",
-        "at",
-        "on",
-    ]
-)
+_STOP = set("of the a an in each total all old altogether is are for at on".split())  # noqa: SIM905
 _SYMBOLS = {"a", "j", "n", "v", "w", "f", "hz", "hp"}
 # words that change the meaning of a number: "not 5", "5 squared"
 _NEVER = (
@@ -137,8 +120,12 @@ _NEVER = (
 _VETO = re.compile(rf"\b(?:{_NEVER}|and|to|than|by|if|when|squared|cubed|x|e)\b|[=<>+*(){{}}\d]")
 
 
-def _parse_unit(text: str) -> tuple[Fraction, tuple[frozenset[str], ...]] | None:
-    """(factor, words of the numerator and of each denominator) of the text after a number; None if it is no unit."""
+Words = tuple[frozenset[str], ...]
+"""The words of a unit's numerator, and of each denominator."""
+
+
+def _parse_unit(text: str) -> tuple[Fraction, Words] | None:
+    """(factor, words) of the text after a number; None if it is no unit."""
     bare = text.strip()
     if bare and (not re.search(r"[\w%¤€£¥₹'\"]", bare) or bare[0] == "^"):
         return None
@@ -146,25 +133,22 @@ def _parse_unit(text: str) -> tuple[Fraction, tuple[frozenset[str], ...]] | None
         return None
     bare = re.sub(r"^(?:st|nd|rd|th)\b", "", bare) if text[:1].isalpha() else bare
     for name, unit in _ALIASES.items():
-        bare = re.sub(rf"(?<![a-z]){name}(?![a-z])", unit, bare, flags=re.IGNORECASE)
+        bare = re.sub(rf"(?i)(?<![a-z]){name}(?![a-z])", unit, bare)
     factor, pieces = Fraction(1), []
     for n, piece in enumerate(re.split(r" ?/ ?| per ", re.sub("^/|^per ", " / ", bare))):
-        square = len(re.findall(r"\b(?:square|sq)\b|\^\{?2\}?|(?<=[a-z]) squared\b", piece))
-        power = (
-            3 * len(re.findall(r"\b(?:cubic|cu)\b|\^\{?3\}?|(?<=[a-z]) cubed\b", piece)) or 2 * square or 1
-        )
-        piece = re.sub(
-            r"\b(?:square|sq|cubic|cu)\b\.?|\^\{?[23]\}?|(?<=[a-z]) (?:squared|cubed)\b", " ", piece
-        )
+        squares = len(re.findall(r"\b(?:square|sq)\b|\^\{?2\}?|(?<=[a-z]) squared\b", piece))
+        cubes = len(re.findall(r"\b(?:cubic|cu)\b|\^\{?3\}?|(?<=[a-z]) cubed\b", piece))
+        power = 3 * cubes or 2 * squares or 1
+        raised = r"\b(?:square|sq|cubic|cu)\b\.?|\^\{?[23]\}?|(?<=[a-z]) (?:squared|cubed)\b"
+        piece = re.sub(raised, " ", piece)
         if _VETO.search(piece.casefold()) or re.search(r"[\\^_|\[\]!]", piece):
             return None
         words = set()
-        for written in re.split(r"[\s,;.()-]+", piece):
-            name = written.casefold()
+        for name in re.split(r"[\s,;.()-]+", piece.casefold()):
             known = _UNITS.get(name) or (_UNITS.get(name.removesuffix("s")) if len(name) > 2 else None)
             if known and not (len(name) > 1 and name.endswith("'")):
                 words |= {known[0] + ("" if power == 1 else str(power))} if known[0] else set()
-                factor = factor * known[1] ** (power if n == 0 else -power)
+                factor *= known[1] ** (power if n == 0 else -power)
             elif len(name) < 3 and name.isalpha() and name not in _STOP | _SYMBOLS:  # ab is a product
                 return None
             elif name and name not in _STOP:
@@ -197,7 +181,7 @@ class Quantity:
 
     value: Fraction
     factor: Fraction = Fraction(1)
-    unit: tuple[frozenset[str], ...] = ()
+    unit: Words = ()
     places: int | None = None
 
     def equals(self, other: "Quantity") -> bool:
@@ -205,7 +189,7 @@ class Quantity:
         known = [q.places for q in (self, other) if q.places is not None] or [0]
         # 0.30000000000000004 is 0.3; 0.10000001 is not 0.1
         places = 10 if min(known) < 6 and max(known) > 10 else min(known)
-        exact = self.places is not None and other.places is not None and self.places == other.places
+        exact = len(known) == 2 and self.places == other.places
         a, b = self.value, other.value
         if self.unit and other.unit:
             if len(self.unit) != len(other.unit):
@@ -231,85 +215,75 @@ def parse_quantity(text: str) -> Quantity | None:
         return Quantity(Fraction(int(ratio[1]), int(ratio[2]))) if int(ratio[2]) else None
     text = " ".join(_FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", text).split())
     found = _PLAIN.fullmatch(text)
-    if not found or (value := _value(found)) is None:
+    number = _read_number(found) if found else None
+    if not found or number is None:
         return None
-    tail = found["unit"] or ""
-    places = _places(found)
-    if found["dots"] and places is not None:
-        return None
-    unit = _parse_unit(tail)
+    unit = _parse_unit(found["unit"] or "")
     if unit is None:
         return _parse_compound(text)
     factor, words = unit
     if found["money"]:
         money, _ = _UNITS[found["money"][-1]]
-        words = (frozenset({money}) | (words[0] if words else frozenset()), *words[1:])
-    return Quantity(value, factor, words, places)
+        words = (frozenset({money}).union(*words[:1]), *words[1:])
+    return Quantity(number[0], factor, words, number[1])
 
 
-def _places(found: re.Match[str]) -> int | None:
-    decimal = found["decimal"] or ""
-    periodic = found["bar"] or (found["dots"] and _period(decimal))
-    return None if "." not in decimal or periodic else len(decimal.partition(".")[2])
-
-
-def _value(found: re.Match[str]) -> Fraction | None:
+def _read_number(found: re.Match[str]) -> tuple[Fraction, int | None] | None:
+    """(value, number of decimals if it is a finite decimal) of a match of `_NUMBER`; None if it has no value."""
+    places = None
     if decimal := found["decimal"]:
-        value = _decimal(
-            re.sub("[, ]", "", decimal), found["bar"] or (found["dots"] and _period(decimal)) or ""
-        )
+        digits = re.sub("[, ]", "", decimal)
+        behind = digits.partition(".")[2]
+        period = found["bar"]
+        if found["dots"]:  # 0.1666.. or 0.3..
+            repeated = re.search(r"(\d+?)\1+$", behind)
+            period = period or (repeated[1] if repeated else behind if len(behind) == 1 else None)
+        if "." in digits and not period:
+            places = len(behind)
+        if places is not None and found["dots"]:
+            return None
+        value = Fraction(digits)
+        if period:
+            value += Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(behind))
         power = int(found["power"] or 0)
-        if found["power"] and (abs(power) * max(1, len(decimal)) > MAX_DIGITS or (not value and power < 0)):
+        if found["power"] and (abs(power) * len(decimal) > MAX_DIGITS or (not value and power < 0)):
             return None
         value = value**power if found["power"] else value * Fraction(10) ** int(found["exponent"] or 0)
-    elif low := int(found["low"].replace(",", "")):
+    else:
+        low = int(found["low"].replace(",", ""))
+        if not low:
+            return None
         value = Fraction(int(found["top"].replace(",", "")), -low if found["minus"] else low)
         if found["whole"]:
-            value = int(found["whole"]) + value if 0 < value < 1 else None
-    else:
-        return None
-    if value is None:
-        return None
+            if not 0 < value < 1:
+                return None
+            value += int(found["whole"])
     if scale := (found["scale"] or "").strip(" -").casefold():
         value *= _SCALES.get(scale) or _SCALES[scale.removesuffix("s")]
     if found["raised"]:
         value **= 2 if "sq" in found["raised"] else 3
-    return -value if (found["sign"] + found["sign2"]).count("-") == 1 else value
-
-
-def _decimal(digits: str, period: str) -> Fraction:
-    """The value of a decimal whose last digits, the period, repeat forever."""
-    if not period:
-        return Fraction(digits)
-    places = len(digits.partition(".")[2])
-    return Fraction(digits) + Fraction(int(period), (10 ** len(period) - 1) * 10**places)
-
-
-def _period(decimal: str) -> str | None:
-    """The repeating digits in 0.1666.. or 0.3..; None if they are not recognizable."""
-    behind = decimal.partition(".")[2]
-    found = re.search(r"(\d+?)\1+$", behind)
-    return found[1] if found else behind if len(behind) == 1 else None
+    return -value if (found["sign"] + found["sign2"]).count("-") == 1 else value, places
 
 
 def _parse_compound(text: str) -> Quantity | None:
     """Parse 5 ft 3 in or 2 hours and 30 minutes, in the smallest of the units."""
     parts = re.split(r"(?<=[A-Za-z'\"]),? ?(?:and )?(?=\d)", text)
-    found = [parse_quantity(part) for part in parts] if 1 < len(parts) < 5 else [None]
-    if not all(q and len(q.unit) == 1 and q.unit == found[0].unit for q in found):
+    found = [quantity for part in parts if (quantity := parse_quantity(part))] if 1 < len(parts) < 5 else []
+    if not found or len(found) < len(parts) or {len(q.unit) for q in found} != {1}:
+        return None
+    if len({q.unit for q in found}) > 1 or any(a.factor <= b.factor for a, b in pairwise(found)):
         return None
     smallest = found[0 if found[0].unit[0] == {"dollar"} else -1].factor
-    if any(a.factor <= b.factor for a, b in pairwise(found)):
-        return None
     return Quantity(sum(q.value * q.factor for q in found) / smallest, smallest, found[0].unit)
 
 
 _TAIL = re.compile(r"(.*(?:[\d})!]|\\pi)) ?(%|[A-Za-z]{2}.*|L|(?<= )[msg])", re.DOTALL)
 
 
-def strip_unit(text: str) -> tuple[str, Fraction, tuple[frozenset[str], ...]]:
+def strip_unit(text: str) -> tuple[str, Fraction, Words]:
     """(text, factor, words): a normalized formula without its unit and currency signs, and the unit's factor and words."""
-    text, found = text.replace("¤", ""), _TAIL.fullmatch(text.replace("¤", ""))
+    text = text.replace("¤", "")
+    found = _TAIL.fullmatch(text)
     if not found or (len(found[2]) == 1 and re.search(r"(?<![\\A-Za-z])[A-Za-z]", found[1])):
         return text, Fraction(1), ()
     unit = _parse_unit(f" {found[2]}")
@@ -319,16 +293,14 @@ def strip_unit(text: str) -> tuple[str, Fraction, tuple[frozenset[str], ...]]:
 # -- sentences --------------------------------------------------------------------------------------------------
 
 _NOT_THIS = re.compile(
-    rf"\b(?:{_NEVER}|between|from|"
-    r"(?:jan|febr)uary \d|(?:march|april|may|june|july|august|(?:septem|octo|novem|decem)ber) \d)\b|n't\b|"
-    r"(?<![\w'])(?!a\b|i\b|\w is\b)[a-z](?![\w'])",
-    re.IGNORECASE,
+    rf"(?i)\b(?:{_NEVER}|between|from|(?:jan|febr)uary \d|(?:march|april|may|june|july|august|(?:septem|octo|novem|decem)ber) \d)"
+    r"\b|n't\b|(?<![\w'])(?!a\b|i\b|\w is\b)[a-z](?![\w'])"
 )
+_ASIDE = r"(?:^|\b)(?:in|after|within|during|for|over|every) (?=\d+ (?:day|hour|minute|week|month|year)s?\b)"
 _TOKEN = re.compile(
-    rf"(?<![\w.)^])(?P<aside>(?:^|\b)(?:in|after|within|during|for|over|every) (?=\d+ (?:days?|hours?|minutes?|weeks?|months?|years?)\b))?{_NUMBER}%?(?P<nth>st|nd|rd|th)?(?![\w(^\\])(?!\.\d)",
-    re.IGNORECASE,
+    rf"(?i)(?<![\w.)^])(?P<aside>{_ASIDE})?{_NUMBER}%?(?P<nth>st|nd|rd|th)?(?![\w(^\\])(?!\.\d)"
 )
-_JOINED = re.compile(r"(?:[-+*/^(]|:(?!\s)|\d\s*,|\b(?:by|plus|minus|times|x)|\\[a-z]+)\s*$", re.IGNORECASE)
+_JOINED = re.compile(r"(?i)(?:[-+*/^(]|:(?!\s)|\d\s*,|\b(?:by|plus|minus|times|x)|\\[a-z]+)\s*$")
 
 
 def number_in_sentence(sentence: str) -> Quantity | None:
@@ -345,6 +317,6 @@ def number_in_sentence(sentence: str) -> Quantity | None:
     if not main or _JOINED.search(tail[: main[0].start()]):
         return None
     values = [parse_quantity(m.group()[len(m["aside"] or "") :].strip()) for m in main]
-    if None in values or len({q.value for q in values}) > 1:
+    if len({q.value if q else None for q in values}) > 1 or not values[-1]:
         return None
     return parse_quantity(tail[main[-1].start() :]) or values[-1]

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from sclite.errors import ScliteError
 from sclite.grading.equality import Verdict, compare
@@ -23,30 +24,29 @@ from sclite.grading.normalization import normalize
 MAX_LENGTH = 1000  # characters; sympy's parser takes minutes for longer texts
 MAX_PROCESSES = 16  # each takes 100 MB
 STARTUP_SECONDS = 120.0  # importing sympy takes under a second, but a minute on a swapping machine
+CODE = "from sclite.grading.worker import answer_pairs; answer_pairs()"
+"""What a worker runs."""
 _ENDLESS = re.compile(r"(\.\d{100})\d+$")  # 0.3333.. from a model that does not stop
 _DIGITS = re.compile(r"-?[0-9]+")
 
 
-def _compare_quickly(given: str | None, gold: str) -> tuple[bool | None, str, str]:
-    """(verdict, given, gold): the verdict if it needs no algebra, else None and both normalized answers."""
+def compare_quickly(given: str | None, gold: str) -> tuple[Verdict, tuple[str, str] | None]:
+    """(verdict, None), or (None, both normalized answers) if the verdict needs algebra."""
     if given is None or not given.strip():
-        return False, "", ""
+        return False, None
     if given.strip() == gold.strip():
-        return True, given, gold
+        return True, None
     given, gold = (_ENDLESS.sub(r"\1", text) for text in (given, gold))
     if max(len(given), len(gold)) > MAX_LENGTH:
-        return None, "", ""
+        return None, None
     if _DIGITS.fullmatch(given) and _DIGITS.fullmatch(gold):
-        return int(given) == int(gold), "", ""
+        return int(given) == int(gold), None
     given, gold = (normalize(boxed(text) or text) for text in (given, gold))
     # unbalanced braces are no formula, but math-verify's parser takes minutes to find out
     if any(text.count("{") != text.count("}") for text in (given, gold)):
-        return False, "", ""
-    return compare(given, gold, lambda _given, _gold: None), given, gold
-
-
-def _is_hard(found: tuple[bool | None, str, str]) -> bool:
-    return found[0] is None and found[2] != ""
+        return False, None
+    verdict = compare(given, gold, lambda _given, _gold: None)
+    return verdict, (given, gold) if verdict is None else None
 
 
 class Grader:
@@ -54,15 +54,16 @@ class Grader:
 
     `seconds` is the timeout of one comparison: a slower worker is killed, and the verdict is None. There are as many
     workers as cores, or `processes`. They start on demand and end with this process, however it ends. They are plain
-    subprocesses and so independent of the threads and the `__main__` of this process.
+    subprocesses and so independent of the threads and the `__main__` of this process. `idle` holds those that wait, None
+    for each that has not started.
     """
 
     def __init__(self, seconds: float = 5.0, processes: int | None = None):
         self.seconds = seconds
         self.processes = processes or min(os.cpu_count() or 1, MAX_PROCESSES)
-        self._idle: queue.LifoQueue[subprocess.Popen | None] = queue.LifoQueue()
+        self.idle: queue.LifoQueue[Worker | None] = queue.LifoQueue()
         for _ in range(self.processes):
-            self._idle.put(None)
+            self.idle.put(None)
 
     def __enter__(self) -> "Grader":
         return self
@@ -72,95 +73,104 @@ class Grader:
 
     def close(self) -> None:
         """End the idle workers. The grader can still be used, and then starts new ones."""
+        workers = []
         with contextlib.suppress(queue.Empty):
-            workers = []
             while True:
-                workers.append(self._idle.get_nowait())
+                workers.append(self.idle.get_nowait())
         for worker in workers:
-            _end(worker)
-            self._idle.put(None)
+            if worker is not None:
+                worker.end()
+            self.idle.put(None)
 
     def equal(self, given: str | None, gold: str) -> Verdict:
         """Whether `given` equals `gold`; None if unknown. No answer is a wrong answer."""
-        found = _compare_quickly(given, gold)
-        return self._ask(*found[1:]) if _is_hard(found) else found[0]
+        verdict, hard = compare_quickly(given, gold)
+        return self._ask(*hard) if hard else verdict
 
     def equal_many(self, pairs: Iterable[tuple[str | None, str]]) -> list[Verdict]:
         """The verdicts on all pairs (given, gold), in order, computed on all workers in parallel."""
-        known = [_compare_quickly(*pair) for pair in pairs]
+        known = [compare_quickly(*pair) for pair in pairs]
         pool = ThreadPoolExecutor(self.processes)
         try:
-            asked = pool.map(lambda pair: self._ask(*pair[1:]), [found for found in known if _is_hard(found)])
-            return [next(asked) if _is_hard(found) else found[0] for found in known]
+            asked = pool.map(lambda hard: self._ask(*hard), [hard for _, hard in known if hard])
+            return [next(asked) if hard else verdict for verdict, hard in known]
         finally:
             pool.shutdown(cancel_futures=True)
 
     def _ask(self, given: str, gold: str) -> Verdict:
-        worker = self._idle.get()
+        worker, kept = self.idle.get(), None
         try:
-            if worker is None or worker.poll() is not None:
-                _end(worker)
-                worker = _start(self.seconds)
-            reply = _exchange(worker, [given, gold], self.seconds)
-        except BaseException:
-            _end(
-                worker
-            )  # an interrupted exchange may leave a reply in the pipe, which the next one would read
-            worker = None
-            raise
-        else:
-            worker = worker if reply else _end(worker)
+            if worker is None or worker.process.poll() is not None:
+                if worker is not None:
+                    worker.end()
+                worker = None
+                worker = Worker(self.seconds)
+            reply = worker.ask([given, gold], self.seconds)
+            kept = worker if reply else None
             return reply["verdict"] if reply else None
-        finally:
-            self._idle.put(worker)
+        finally:  # a reply that was interrupted would be read as the next one's
+            if worker is not None and kept is None:
+                worker.end()
+            self.idle.put(kept)
 
 
-def _start(seconds: float) -> subprocess.Popen:
-    path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
-    command = [sys.executable, "-P", "-c", "from sclite.grading.worker import _serve; _serve()", str(seconds)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    worker = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, **pipes)
-    reply = _exchange(worker, None, STARTUP_SECONDS)
-    if not reply or reply["error"]:
-        _end(worker)
-        why = reply["error"] if reply else f"its process ended with code {worker.returncode}"
-        raise ScliteError(
-            f"the answer grader failed to start: {why}", "pip install 'math-verify[antlr4_13_2]'"
+class Worker:
+    """A process that compares pairs: one JSON line in, one out. Raises ScliteError if it cannot start."""
+
+    def __init__(self, seconds: float):
+        path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-c", CODE, str(seconds)],
+            env={**os.environ, "PYTHONPATH": path},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
         )
-    return worker
+        reply = self.ask(None, STARTUP_SECONDS)
+        if not reply or reply["error"]:
+            self.end()
+            why = reply["error"] if reply else f"its process ended with code {self.process.returncode}"
+            raise ScliteError(
+                f"the answer grader failed to start: {why}", "pip install 'math-verify[antlr4_13_2]'"
+            )
 
+    def ask(self, request: list[str] | None, seconds: float) -> dict[str, Any] | None:
+        """The next reply; None if the process died, or was killed because it took longer."""
+        late = threading.Event()
 
-def _end(worker: subprocess.Popen | None) -> None:
-    if worker is not None:
-        worker.kill()
-        worker.wait()
-        for pipe in (worker.stdin, worker.stdout):
+        def kill() -> None:
+            late.set()
+            self.process.kill()
+
+        timer = threading.Timer(seconds, kill)
+        timer.daemon = True
+        timer.start()
+        line = b""
+        try:
+            assert self.process.stdin is not None
+            assert self.process.stdout is not None
+            if request is not None:
+                self.process.stdin.write(json.dumps(request).encode() + b"\n")
+                self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            pass
+        finally:
+            timer.cancel()
+            timer.join()
+        return None if late.is_set() or not line.endswith(b"\n") else json.loads(line)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
             with contextlib.suppress(OSError):
-                pipe.close()
+                if pipe is not None:
+                    pipe.close()
 
 
-def _exchange(worker: subprocess.Popen, request: list[str] | None, seconds: float) -> dict | None:
-    """The worker's next reply; None if it died or timed out and was killed."""
-    late = threading.Event()
-    timer = threading.Timer(seconds, lambda: (late.set(), worker.kill()))
-    timer.daemon = True
-    timer.start()
-    line = b""
-    try:
-        if request is not None:
-            worker.stdin.write(json.dumps(request).encode() + b"\n")
-            worker.stdin.flush()
-        line = worker.stdout.readline()
-    except BrokenPipeError:
-        pass
-    finally:
-        timer.cancel()
-        timer.join()
-    return None if late.is_set() or not line.endswith(b"\n") else json.loads(line)
-
-
-def _serve() -> None:
-    """The worker: reads one pair per line from stdin and writes one verdict per line to stdout.
+def answer_pairs() -> None:
+    """The worker's side: reads one pair per line from stdin and writes one verdict per line to stdout.
 
     If its parent dies while it hangs in one long multiplication, where no Python code runs, only the kernel's alarm
     can end it.
@@ -169,7 +179,7 @@ def _serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    alarm = getattr(signal, "setitimer", None)
+    alarm = getattr(signal, "setitimer", lambda *_: None)
     with contextlib.suppress(ImportError, ValueError):
         import resource
 
@@ -183,9 +193,8 @@ def _serve() -> None:
         return
     print(json.dumps({"error": ""}), file=replies, flush=True)
     for line in sys.stdin:
-        if alarm:
-            alarm(signal.ITIMER_REAL, seconds + 1)
-        verdict = compare(*json.loads(line), same_formula)
-        if alarm:
-            alarm(signal.ITIMER_REAL, 0)
+        given, gold = json.loads(line)
+        alarm(signal.ITIMER_REAL, seconds + 1)
+        verdict = compare(given, gold, same_formula)
+        alarm(signal.ITIMER_REAL, 0)
         print(json.dumps({"verdict": verdict}), file=replies, flush=True)

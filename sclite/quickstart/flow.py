@@ -13,9 +13,9 @@ from sclite.evaluate.evaluate import HeldOut
 from sclite.evaluate.results import result_folder
 from sclite.evaluate.table import choose_example
 from sclite.progress import ProgressDisplay
+from sclite.quickstart import tutor
 from sclite.quickstart.grammar import solve
 from sclite.quickstart.problem_sets import test_problems, threshold_problems, train_problems
-from sclite.quickstart.tutor import judge as judge_steps
 from sclite.quickstart.tutor_provider import MODEL, register
 from sclite.records import Problem
 from sclite.run import Run
@@ -57,10 +57,10 @@ PLAN = {
 """Approximate duration of each stage in seconds, on two cores of a shared host; used only to estimate the time left."""
 
 
-def judge(question: str, trace: Trace) -> int | None:
+def first_wrong_step(question: str, trace: Trace) -> int | None:
     """The first wrong step of a trace according to the tutor; None if all are right."""
     solution = solve(question)
-    return judge_steps(solution, trace).step if solution else None
+    return tutor.judge(solution, trace).step if solution else None
 
 
 def quickstart(
@@ -89,7 +89,7 @@ def quickstart(
         dataset=MODEL,
         folder=result_folder(run, MODEL, ["quickstart"], count, DEFAULTS["eval"]["limit"]),
     )
-    summary = evaluation.evaluate(context, pipeline.STUDENTS, held_out, judge)
+    summary = evaluation.evaluate(context, pipeline.STUDENTS, held_out, first_wrong_step)
     return summary, choose_example(run.read_json(f"{summary['folder']}/dpo.reviews.json") or [])
 
 

@@ -123,26 +123,21 @@ def test_example_prefers_an_answer_and_a_located_step(capsys):
     assert choose_example([broken, astray, spoilt]) is astray
     assert choose_example([broken, spoilt]) is broken
     assert choose_example([spoilt]) is None
-    print_example(
-        broken
-        | {"cause": "2 + 2 is 4", "second": "<Step1>2 + 2 = 4</Step1>\n<Answer>4</Answer>", "gold": "4"}
-    )
-    assert "answer – → 4 (right: 4)" in capsys.readouterr().out
-    print_example(
-        broken | {"cause": None, "second": "<Step1>2 + 2 = 4</Step1>\n<Answer>4</Answer>", "gold": "4"}
-    )
+    second = "<Step1>2 + 2 = 4</Step1>\n<Answer>4</Answer>"
+    print_example(broken | {"cause": None, "second": second, "gold": "4"})
     shown = capsys.readouterr().out
+    assert "answer – → 4 (right: 4)" in shown
     assert "why wrong" not in shown
     assert "corrected  2 + 2 = 4" in shown
 
 
 def test_table_of_ungraded_answers_has_dashes(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
-    from sclite.evaluate.metrics import Outcome, summarize
+    from sclite.evaluate.metrics import Outcome, compute_metrics
     from sclite.evaluate.table import print_results
 
     row = {"question": "?", "gold": "1", "first": "x", "second": None, "correct1": None, "correct2": None}
-    figures = summarize([Outcome(id=str(i), format_ok=True, **row) for i in range(3)], bootstrap=10)
+    figures = compute_metrics([Outcome(id=str(i), format_ok=True, **row) for i in range(3)], bootstrap=10)
     print_results(
         {"models": {"sft": figures | {"correction_rate_given_location": None}}, "n": 3, "notes": []}
     )
@@ -162,6 +157,8 @@ def test_steps_corrected_in_the_first_answer_count_as_corrected():
         def equal_many(self, pairs):
             return [given == gold for given, gold in pairs]
 
-    first = answers.solve(Student(), [Problem(id="p", question="1 + 1?", answer="2")], Config(), Sure())
+    first = answers.solve_problems(
+        Student(), [Problem(id="p", question="1 + 1?", answer="2")], Config(), Sure()
+    )
     assert [step.text for step in first.traces[0].steps] == ["1 + 1 = 2"]
     assert first.correct == [True]

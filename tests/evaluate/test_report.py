@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sclite.evaluate.metrics import Outcome, summarize
+from sclite.evaluate.metrics import Outcome, compute_metrics
 from sclite.evaluate.plots import POINTS, Axis, accuracy_plot, curve_plots
 from sclite.evaluate.report import (
     decimal,
@@ -36,7 +36,7 @@ def outcome(correct1, correct2, number=0, **more):
 
 
 def figures(*verdicts):
-    return summarize([outcome(*pair, number=k) for k, pair in enumerate(verdicts)], bootstrap=50)
+    return compute_metrics([outcome(*pair, number=k) for k, pair in enumerate(verdicts)], bootstrap=50)
 
 
 SUMMARY = {
@@ -125,18 +125,14 @@ def test_headline_claims_no_more_than_was_measured(row, ending):
     assert headline([{**row, "name": "m"}]).endswith(ending)
 
 
-def test_report_has_the_figures_of_the_terminal(write):
+def test_figures_notes_and_unknown_outcomes_are_shown(write):
     model = SUMMARY["models"]["dpo"] | {"location": 0.591, "correction_rate_given_location": 0.628}
-    _, text, _ = write({"models": {"dpo": model}, "n": 40})
-    for shown in ("59.1", "62.8"):
+    _, text, _ = write(SUMMARY | {"models": SUMMARY["models"] | {"dpo": model}})
+    for shown in ("59.1", "62.8", "base: 1 of 3 outcomes are unknown", "1 unknown", *SUMMARY["notes"]):
         assert shown in text
-
-
-def test_unknown_outcomes_and_notes_are_shown(write):
-    _, text, _ = write()
-    assert "base: 1 of 3 outcomes are unknown" in text
-    assert "1 unknown" in text
-    assert "2 problems overlap the training set" in text
+    _, text, _ = write({"models": {"sft": figures((None, None), (None, None))}, "n": 2})
+    assert "No results." in text
+    assert "sft: 2 of 2 outcomes are unknown" in text
 
 
 def test_undefined_figure_is_a_dash_and_not_a_zero(write):
@@ -164,14 +160,11 @@ def test_example_shows_the_wrong_step_its_cause_and_correction(write):
     assert (shown["cause"], shown["correction"]) == ("7 · 8 is 56", "7 · 8 = 56")
     assert shown["before"] == {"text": "55", "verdict": "wrong"}
     assert shown["after"] == {"text": "57", "verdict": "right"}
+    assert example_parts(EXAMPLE | {"correct2": None})["after"]["verdict"] == "unknown"
     page, text, _ = write(examples=[EXAMPLE | {"model": "dpo"}])
     assert "accused, and the first wrong step" in text
     assert '<span class="tag-cause">&lt;Cause&gt;</span>7 · 8 is 56' in page
     assert "dpo · p0" in text
-
-
-def test_unknown_verdict_is_not_shown_as_wrong():
-    assert example_parts(EXAMPLE | {"correct2": None})["after"]["verdict"] == "unknown"
 
 
 def test_example_without_review_or_steps_is_shown(write):
@@ -221,9 +214,6 @@ def test_dots_are_at_their_values():
     assert row["first"]["at"] == marks["50"]
     assert (row["first"]["low"], row["first"]["high"]) == (marks["40"], marks["60"])
     assert row["second"]["at"] == row["second"]["low"] == marks["80"]
-
-
-def test_model_without_a_second_answer_has_one_dot():
     assert accuracy_plot([{"name": "m", "acc_t1": 0.5, "acc_t2": None}])["rows"][0]["second"] is None
     assert accuracy_plot([{"name": "m", "acc_t1": None}]) is None
 
@@ -238,20 +228,19 @@ def test_every_training_metric_has_a_curve_with_losses_first():
     assert [plot["level"] is not None for plot in plots] == [False, True, True]
 
 
-def test_missing_metrics_are_skipped():
-    rows = [
-        {"step": 1, "loss": 1.0},
-        {"step": 2, "loss": None},
-        {"step": 3, "loss": math.nan},
-        {"step": 5, "loss": 2.0},
-    ]
-    (plot,) = curve_plots({"sft": rows})
+def losses(*values, **more):
+    return [{"step": step, "loss": value, **more} for step, value in enumerate(values)]
+
+
+def test_missing_metrics_are_skipped_and_the_later_row_of_a_step_wins():
+    (plot,) = curve_plots({"sft": [*losses(1.0, None, math.nan, 9.0), {"step": 3, "loss": 0.5}]})
     assert len(plot["points"].split()) == 2
-    assert curve_plots({"sft": rows[:3]}) == []
+    assert plot["last"] == "0.5"
+    assert curve_plots({"sft": losses(1.0, None, math.nan)}) == []
 
 
 def test_partial_last_batch_is_not_part_of_the_curves():
-    steps = [{"step": k, "loss": 1.0 / (k + 1), "tokens": 4000.0 + k} for k in range(8)]
+    steps = losses(*(1 / (k + 1) for k in range(8)), tokens=4000.0)
     last = {"step": 8, "loss": 9.0, "tokens": 250.0}
     (whole,), (plot,) = curve_plots({"sft": steps}), curve_plots({"sft": [*steps, last]})
     assert plot == whole
@@ -261,19 +250,6 @@ def test_partial_last_batch_is_not_part_of_the_curves():
     assert kept["last"] == "9"
 
 
-def test_report_of_unknown_outcomes_says_so(write):
-    _, text, _ = write({"models": {"sft": figures((None, None), (None, None))}, "n": 2})
-    assert "No results." in text
-    assert "sft: 2 of 2 outcomes are unknown" in text
-
-
-def test_after_a_resume_the_later_row_of_a_step_wins():
-    rows = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 9.0}, {"step": 2, "loss": 0.5}]
-    (plot,) = curve_plots({"sft": rows})
-    assert plot["last"] == "0.5"
-    assert len(plot["points"].split()) == 2
-
-
 def test_long_curve_is_thinned_and_flat_curve_is_drawn():
-    (plot,) = curve_plots({"sft": [{"step": k, "loss": 1.0} for k in range(5000)]})
+    (plot,) = curve_plots({"sft": losses(*[1.0] * 5000)})
     assert 100 < len(plot["points"].split()) <= POINTS

@@ -64,7 +64,7 @@ def test_quick_comparison_is_symmetric_and_never_raises():
     ]
     pairs = [(dice.choice(texts), dice.choice(texts)) for _ in range(4000)] + [(t, t) for t in texts]
     assert [
-        p for p in pairs if grading._compare_quickly(*p)[0] != grading._compare_quickly(*reversed(p))[0]
+        p for p in pairs if grading.compare_quickly(*p)[0] != grading.compare_quickly(*reversed(p))[0]
     ] == []
 
 
@@ -125,7 +125,7 @@ def test_the_final_answer_is_extracted(text, answer):
 def test_any_text_is_graded_without_raising(text):
     answer = extract(text)
     assert answer is None or answer.strip() == answer != ""
-    assert grading._compare_quickly(answer, "5")[0] in (True, False, None)
+    assert grading.compare_quickly(answer, "5")[0] in (True, False, None)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_no_answer_is_a_wrong_answer(grader):
 
 
 def test_plain_numbers_never_start_a_worker(monkeypatch):
-    monkeypatch.setattr(grading, "_start", lambda _seconds: pytest.fail("a worker was started"))
+    monkeypatch.setattr(grading, "Worker", lambda _seconds: pytest.fail("a worker was started"))
     plain = [
         ("72", "72"),
         ("73", "72"),
@@ -179,11 +179,9 @@ def test_importing_the_grader_does_not_import_sympy():
 def test_a_hung_worker_is_killed_and_the_verdict_unknown():
     with Grader(seconds=1, processes=1) as grader:
         assert grader.equal(r"\sqrt{8}", r"2\sqrt{2}") is True
-        first = grader._idle.queue[-1]
-        begin = time.perf_counter()
+        first = grader.idle.queue[-1]
         assert grader.equal(TOWER, "5") is None
-        assert time.perf_counter() - begin < 4
-        assert first.poll() is not None
+        assert first.process.poll() is not None
     with Grader(seconds=30) as grader:
         assert grader.equal(r"\sqrt{8}", r"2\sqrt{2}") is True
 
@@ -227,34 +225,19 @@ def test_failed_grader_is_not_a_wrong_answer(monkeypatch):
     assert same_formula(r"\begin{pmatrix}1\end{pmatrix}", r"\begin{pmatrix}2\end{pmatrix}") is None
 
 
-def test_a_dying_worker_is_not_a_wrong_answer(monkeypatch):
-    def start(_seconds):
-        code = "input(); raise SystemExit(3)"
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        return subprocess.Popen([sys.executable, "-c", code], **pipes)
-
-    monkeypatch.setattr(grading, "_start", start)
-    with Grader() as grader:
-        assert grader.equal(r"\sqrt{8}", r"2\sqrt{2}") is None
-
-
-def test_a_worker_that_never_replies_is_killed(monkeypatch):
-    def start(_seconds):
-        code = "import time; time.sleep(60)"
-        return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-
-    monkeypatch.setattr(grading, "_start", start)
-    begin = time.perf_counter()
+@pytest.mark.parametrize("end", ["raise SystemExit(3)", "import time; time.sleep(60)"], ids=["dies", "hangs"])
+def test_a_worker_that_dies_or_never_replies_is_not_a_wrong_answer(monkeypatch, end):
+    monkeypatch.setattr(grading, "CODE", f'print(\'{{"error": ""}}\', flush=True); input(); {end}')
     with Grader(seconds=0.3) as grader:
         assert grader.equal(r"\sqrt{8}", r"2\sqrt{2}") is None
-    assert time.perf_counter() - begin < 10
+        assert grader.idle.queue[-1] is None
 
 
 def test_a_dead_worker_is_replaced(grader):
     assert grader.equal(r"\sqrt{8}", r"2\sqrt{2}") is True
-    worker = grader._idle.queue[-1]
-    worker.kill()
-    worker.wait()
+    worker = grader.idle.queue[-1]
+    worker.process.kill()
+    worker.process.wait()
     assert grader.equal(r"\sqrt{8}", r"2\sqrt{2}") is True
 
 
@@ -285,8 +268,8 @@ def test_many_threads_share_one_grader(grader):
 def test_a_closed_grader_leaves_no_worker():
     with Grader(seconds=30) as grader:
         grader.equal(r"\sqrt{8}", r"2\sqrt{2}")
-        worker = grader._idle.queue[-1]
-    assert worker.poll() is not None
+        worker = grader.idle.queue[-1]
+    assert worker.process.poll() is not None
 
 
 def _runs(pid: int) -> bool:
@@ -302,12 +285,11 @@ def test_a_worker_ends_when_its_parent_is_killed(hung):
     """The script has no `if __name__ == "__main__"`; workers must not need it."""
     script = f"""
         import time, sclite.grading.worker as grader
-        start = grader._start
-        def show(seconds):
-            worker = start(seconds)
-            print(worker.pid, flush=True)
-            return worker
-        grader._start = show
+        class Shown(grader.Worker):
+            def __init__(self, seconds):
+                super().__init__(seconds)
+                print(self.process.pid, flush=True)
+        grader.Worker = Shown
         grader.Grader(seconds=1.5).equal({TOWER if hung else "x+1"!r}, "5")
         print("idle", flush=True)
         time.sleep(60)
