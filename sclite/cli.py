@@ -411,6 +411,46 @@ def chat(
 
 @app.command()
 @common_options
+def serve(
+    model: Annotated[
+        Path | None, typer.Option("--model", metavar="FILE", help="A GGUF file (default: that of the run).")
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option("--name", metavar="NAME", help="The model's name (default: that of the file)."),
+    ] = None,
+    host: Annotated[
+        str, typer.Option("--host", metavar="HOST", help="The address to listen on.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", metavar="PORT", min=0, max=65535, help="0: any free port.")
+    ] = 8000,
+    parallel: Annotated[
+        int | None,
+        typer.Option(
+            "--parallel", metavar="N", min=1, help="Answers written at once (default: 32, small models 4)."
+        ),
+    ] = None,
+    *,
+    common: Common,
+) -> None:
+    """Serve the trained model with OpenAI's API; it reviews and corrects its answers.
+
+    The model NAME:raw replies without a review. Other machines need the key in SCLITE_API_KEY.
+    """
+    from sclite import evaluation, pipeline
+    from sclite.chat.server import run_server
+
+    context = common.context()
+    if model is None:
+        pipeline.export_for_chat(context)
+    path, threshold, off = evaluation.for_chat(context, model, None)
+    served = {"name": name or path.stem, "host": host, "port": port, "parallel": parallel}
+    run_server(path, context.config, threshold, off=off, **served)
+
+
+@app.command()
+@common_options
 def show(
     what: Annotated[
         str | None,

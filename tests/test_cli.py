@@ -341,6 +341,7 @@ def test_every_command_has_help(sclite):
         "export",
         "eval",
         "chat",
+        "serve",
         "show",
         "status",
     ):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -457,5 +457,5 @@ def open_prompt(chat: Chat) -> "PromptSession[str]":
         bottom_toolbar=toolbar,
         output=None
         if os.environ.get("TERM") == "dumb"
-        else create_output(console.make_console(stderr=True).file),
+        else create_output(cast(TextIO, console.make_console(stderr=True).file)),
     )

@@ -29,7 +29,14 @@ class Scripted(Student):
             kind = 0 if not request.pieces else 1 if request.pieces[-1] == "<Cause>" else 2
             too_long = request.messages[-1]["content"].count("word") > 99
             reason = "too long" if too_long else None
-            yield Reply(index, self.texts[kind], 5, 20, "error" if too_long else self.finish, reason)
+            yield Reply(
+                index,
+                "" if too_long else self.texts[kind],
+                5,
+                20,
+                "error" if too_long else self.finish,
+                reason,
+            )
 
     def score(self, requests):
         yield Scores(0, self.scores or (float("nan"),) * len(requests[0].marks), 5)

@@ -1,0 +1,294 @@
+"""What the server does for a request: its limits, its choices in threads, and what they write as it comes."""
+
+import asyncio
+import re
+import time
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from threading import Event
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field
+
+from sclite.chat.answer import Answer, Settings, probability, solve_and_review
+from sclite.errors import ScliteError
+from sclite.student.base import Reply, Request, Student
+from sclite.student.self_correction import Corrected, StepsScored, Writing, stream
+from sclite.trace import TAG, parse, tag_name
+
+RAW = ":raw"
+MOST_BYTES, MOST_CHOICES, MOST_SECONDS = 1_000_000, 8, 600.0
+"""Limits of one request: size of its body, choices, and time for all of them."""
+QUEUE = 16
+"""Choices that may wait, for each one that the engine decodes at once."""
+
+
+class TextPart(BaseModel):
+    """A part of a message; only text is understood."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """One message of the conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+
+    @property
+    def text(self) -> str:
+        """The content as one string."""
+        return self.content if isinstance(self.content, str) else "".join(p.text for p in self.content or ())
+
+
+class StreamOptions(BaseModel):
+    """Options of a streamed reply."""
+
+    include_usage: bool = False
+
+
+class Completion(BaseModel):
+    """The body of POST /v1/chat/completions; other fields are ignored."""
+
+    model: str
+    messages: list[Message] = Field(min_length=1)
+    n: int = Field(1, ge=1, le=MOST_CHOICES)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    seed: int | None = None
+    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
+        return tuple(
+            stop for stop in ([self.stop] if isinstance(self.stop, str) else self.stop or ()) if stop
+        )
+
+
+@dataclass(frozen=True)
+class Piece:
+    """New text of a choice, for its `reasoning_content` or `content`."""
+
+    index: int
+    field: str
+    text: str
+
+
+@dataclass(frozen=True)
+class End:
+    """The end of a choice."""
+
+    index: int
+    finish: str
+    prompt_tokens: int
+    tokens: int
+    answer: Answer | None = None
+
+
+class ApiError(Exception):
+    """An error as OpenAI's API reports it."""
+
+    def __init__(self, status: int, message: str, code: str | None = None, parameter: str | None = None):
+        super().__init__(message)
+        self.status, self.message, self.code, self.parameter = status, message, code, parameter
+
+    @property
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """The JSON body of the response."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.parameter, "code": self.code}}
+
+
+class PlainText:
+    """A streamed trace without its tags: `1. ..`, `Answer: ..`."""
+
+    NAMES = {"key": "Key: ", "cause": "Why wrong: ", "correction": "Correct: ", "generalized": "In general: ", "answer": "Answer: "}  # fmt: skip  # noqa: RUF012
+
+    def __init__(self) -> None:
+        self.held, self.at_line_start = "", True
+
+    def feed(self, text: str, last: bool = False) -> str:
+        """The next plain text; what may be the beginning of a tag is held back, unless this is the last piece."""
+        self.held += text
+        cut = self.held.rfind("<")
+        complete = last or cut < 0 or ">" in self.held[cut:] or len(self.held) - cut > 30
+        ready, self.held = (self.held, "") if complete else (self.held[:cut], self.held[cut:])
+
+        def plain(tag: re.Match[str]) -> str:
+            name = tag_name(tag[2])
+            return "" if tag[1] else f"{tag[3]}. " if name == "step" else self.NAMES[name]
+
+        ready = re.sub(r"\n{2,}", "\n", TAG.sub(plain, ready))
+        if self.at_line_start:
+            ready = ready.removeprefix("\n")
+        self.at_line_start = ready.endswith("\n") if ready else self.at_line_start
+        return ready
+
+
+def final_text(answer: Answer) -> str:
+    """The corrected solution as plain text; the reply itself if it has no steps."""
+    trace = parse(answer.text).trace
+    if not trace.steps:
+        return answer.text
+    lines = [f"{number}. {step.text}" for number, step in enumerate(trace.steps, 1)]
+    return "\n".join([*lines, *(["", f"Answer: {trace.answer}"] if trace.answer is not None else [])])
+
+
+class Service:
+    """Answers requests with one student. Each choice runs in a thread; the engine decodes them together."""
+
+    def __init__(
+        self, student: Student, name: str, settings: Settings, parallel: int, *, seconds: float = MOST_SECONDS
+    ):
+        self.student, self.name, self.settings, self.seconds = student, name, settings, seconds
+        self.most = parallel * (1 + QUEUE)
+        self.pool = ThreadPoolExecutor(parallel, "answer")
+        self.active = 0
+        self.counts: defaultdict[str, float] = defaultdict(float)
+        self.began = int(time.time())
+
+    def choose(self, asked: Completion) -> bool:
+        """Whether the request is for the model without review. Raises ApiError for an unknown model or no question."""
+        if asked.model not in (self.name, self.name + RAW):
+            raise ApiError(404, f"the model {asked.model!r} does not exist", "model_not_found", "model")
+        if not any(message.role == "user" and message.text.strip() for message in asked.messages):
+            raise ApiError(400, "there is no message of the user", None, "messages")
+        return asked.model.endswith(RAW)
+
+    async def run(self, asked: Completion) -> AsyncGenerator[Piece | End, None]:
+        """What the choices write, as it comes. Closing it frees the engine. Raises ApiError."""
+        raw = self.choose(asked)
+        if self.active + asked.n > self.most:
+            raise ApiError(429, "too many requests are waiting; try again later", "rate_limit_exceeded")
+        loop, cancel = asyncio.get_running_loop(), Event()
+        found: asyncio.Queue[Piece | End | Exception] = asyncio.Queue()
+        ends, left = time.monotonic() + self.seconds, asked.n
+
+        def put(item: Piece | End | Exception) -> None:
+            loop.call_soon_threadsafe(found.put_nowait, item)
+
+        def check(done: Future[None]) -> None:
+            if not done.cancelled() and isinstance(error := done.exception(), Exception):
+                put(ApiError(500, error.message) if isinstance(error, ScliteError) else error)
+
+        self.active += asked.n
+        work = [self.pool.submit(self._work, asked, raw, index, cancel, put) for index in range(asked.n)]
+        for each in work:
+            each.add_done_callback(check)
+        try:
+            while left:
+                try:
+                    item = await asyncio.wait_for(found.get(), max(0.0, ends - time.monotonic()))
+                except TimeoutError:
+                    raise ApiError(504, f"no answer within {self.seconds:.0f} seconds", "timeout") from None
+                if isinstance(item, Exception):
+                    raise item
+                if isinstance(item, End):
+                    left -= 1
+                    self.counts['tokens_total{kind="prompt"}'] += item.prompt_tokens
+                    self.counts['tokens_total{kind="generated"}'] += item.tokens
+                    if item.answer is not None and item.answer.review is not None:
+                        self.counts["reviewed_total"] += 1
+                        self.counts["corrected_total"] += item.answer.review.changed
+                yield item
+        finally:
+            cancel.set()
+            for each in work:
+                each.cancel()
+            self.active -= asked.n
+
+    def _work(
+        self,
+        asked: Completion,
+        raw: bool,
+        index: int,
+        cancel: Event,
+        put: Callable[[Piece | End | Exception], None],
+    ) -> None:
+        """Answer one choice, in a thread."""
+        tokens = asked.max_completion_tokens or asked.max_tokens or self.settings.max_tokens
+        warmth = asked.temperature or 0.0
+        settings = replace(
+            self.settings,
+            max_tokens=min(tokens, self.settings.max_tokens),
+            temperature=warmth if warmth > 0.001 else 0.0,
+            top_p=asked.top_p or 1.0,
+            seed=abs(asked.seed or 0) + index,
+        )
+        for item in (self._raw if raw else self._reviewed)(asked, settings, index, cancel):
+            put(item)
+
+    def _raw(self, asked: Completion, settings: Settings, index: int, cancel: Event) -> Iterator[Piece | End]:
+        """The model's reply to the messages as they are."""
+        messages = tuple(
+            {"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in asked.messages
+        )
+        request = Request(
+            messages,
+            (),
+            settings.max_tokens,
+            settings.temperature,
+            settings.top_p,
+            settings.seed,
+            asked.stops,
+        )
+        held, hold = "", max(map(len, asked.stops), default=0)  # a stop string is not part of the reply
+        for found in self.student.stream(request, cancel):
+            if isinstance(found, str):
+                held += found
+                if len(held) > hold:
+                    yield Piece(index, "content", held[: len(held) - hold])
+                    held = held[len(held) - hold :]
+            elif isinstance(found, Reply):
+                check_reply(found)
+                stop = next((stop for stop in asked.stops if held.endswith(stop)), "")
+                yield Piece(index, "content", held.removesuffix(stop))
+                yield End(
+                    index, "length" if found.finish == "length" else "stop", found.prompt_tokens, found.tokens
+                )
+
+    def _reviewed(
+        self, asked: Completion, settings: Settings, index: int, cancel: Event
+    ) -> Iterator[Piece | End]:
+        """The last question solved and reviewed: students are trained on single problems."""
+        question = next(m.text for m in reversed(asked.messages) if m.role == "user" and m.text.strip())
+        plain = PlainText()
+        for event in stream(self.student, solve_and_review(question, settings), cancel):
+            text = ""
+            if isinstance(event, str):
+                text = plain.feed(event)
+            elif isinstance(event, Writing):
+                text = plain.feed("", last=True)
+                plain = PlainText()
+                text += {"solution": "", "continuation": "\n"}.get(event.part, "\n\nReview\n")
+            elif isinstance(event, StepsScored):
+                parts = [
+                    f"step {n}: {100 * probability(odds):.0f} %" for n, odds in enumerate(event.scores, 1)
+                ]
+                text = plain.feed("", last=True) + f"\n\nProbability of an error: {', '.join(parts)}"
+            elif isinstance(event, Corrected):
+                text = plain.feed("", last=True)
+            else:
+                check_reply(event.first)
+                yield Piece(index, "reasoning_content", plain.feed("", last=True))
+                content = final_text(event)
+                ends = [at for stop in asked.stops if (at := content.find(stop)) >= 0]
+                yield Piece(index, "content", content[: min(ends, default=len(content))])
+                finish = "length" if event.first.finish == "length" and not ends else "stop"
+                yield End(index, finish, event.first.prompt_tokens, event.tokens, event)
+            if text:
+                yield Piece(index, "reasoning_content", text)
+
+
+def check_reply(reply: Reply) -> None:
+    """Raises ApiError if the student could not reply, which means that the prompt is too long."""
+    if reply.finish == "error":
+        raise ApiError(400, reply.error or "no reply", "context_length_exceeded", "messages")

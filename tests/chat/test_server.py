@@ -1,0 +1,419 @@
+"""The server, with OpenAI's own client: reviewed and raw replies, errors, limits, and clients that leave."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import uvicorn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sclite.chat.answer import Settings
+from sclite.chat.server import make_app, run_server
+from sclite.chat.service import PlainText, Service
+from sclite.config import Config
+from sclite.errors import UsageError
+from sclite.export.gguf_writer import write_gguf
+from sclite.student.base import Reply
+from sclite.student.llama_cpp.engine import Engine
+from sclite.student.loader import EMBEDDED_FOLDER
+from sclite.trace import parse
+from tests.chat.scripted import CORRECTING, WRONG, Scripted
+
+ASK = [{"role": "user", "content": "Anna has 4 apples and buys 3 more. How many apples does she have?"}]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@contextmanager
+def serving(service: Service, key: str = ""):
+    """The base URL of a running server."""
+    config = uvicorn.Config(make_app(service, key), port=0, log_level="warning", access_log=False)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        service.pool.shutdown()
+
+
+def client(url: str, key: str = "none") -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory):
+    """The bundled student before its training."""
+    return write_gguf(EMBEDDED_FOLDER, tmp_path_factory.mktemp("serve") / "base.gguf", outtype="f16")
+
+
+@pytest.fixture(scope="module")
+def engine(gguf):
+    with Engine(gguf, parallel=4, context=512) as engine:
+        yield engine
+
+
+@pytest.fixture
+def raw(engine):
+    """(URL, service) of a server with a real model."""
+    service = Service(engine, "base", Settings(mode="", max_tokens=400), 4)
+    with serving(service) as url:
+        yield url, service
+
+
+@pytest.fixture
+def scripted():
+    """(URL, service) of a server whose student corrects a wrong step."""
+    service = Service(Scripted(**CORRECTING), "tom", Settings(), 2)
+    with serving(service) as url:
+        yield url, service
+
+
+# -- replies -------------------------------------------------------------------------------------------------------
+
+CONTENT = "1. 2 + 2 = 4\n2. 4 + 1 = 5\n3. 5 + 1 = 6\n\nAnswer: 6"
+REASONING = (
+    "1. 2 + 2 = 4\n2. 4 + 1 = 6\n3. 6 + 1 = 7\nAnswer: 7\n\nProbability of an error: step 1: 12 %, step 2: 95 %, "
+    "step 3: 27 %\n\nReview\n4 and 1 are 5.\nCorrect: 4 + 1 = 5\n3. 5 + 1 = 6\nAnswer: 6"
+)
+
+
+def test_first_attempt_and_review_are_the_reasoning_of_the_corrected_answer(scripted):
+    (reply,) = client(scripted[0]).chat.completions.create(model="tom", messages=ASK).choices
+    assert reply.message.content == CONTENT
+    assert reply.message.reasoning_content == REASONING
+    assert reply.finish_reason == "stop"
+    assert reply.sclite["accused"] == 2
+
+
+def test_streamed_reply_has_the_same_text_and_the_reasoning_first(scripted):
+    asked = {"model": "tom", "messages": ASK, "stream": True, "stream_options": {"include_usage": True}}
+    *chunks, last = client(scripted[0]).chat.completions.create(**asked)
+    deltas = [chunk.choices[0].delta.model_dump(exclude_none=True) for chunk in chunks]
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == REASONING
+    assert "".join(delta.get("content", "") for delta in deltas) == CONTENT
+    fields = [key for delta in deltas for key in delta]
+    assert fields.index("reasoning_content") < fields.index("content")
+    assert [chunk.choices[0].finish_reason for chunk in chunks][-1] == "stop"
+    assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (20, 15)
+
+
+def test_conversation_is_held_by_the_last_question_and_raw_gets_all_of_it(scripted):
+    url, service = scripted
+    talk = [*ASK, {"role": "assistant", "content": "7"}, {"role": "user", "content": "And with 9?"}]
+    client(url).chat.completions.create(model="tom", messages=talk)
+    asked = service.student.asked[0].messages
+    assert asked[-1]["content"].endswith("And with 9?")
+    assert "4 apples" not in asked[-1]["content"]
+    reply = client(url).chat.completions.create(model="tom:raw", messages=talk)
+    assert service.student.asked[-1].messages == tuple(talk)
+    assert reply.choices[0].message.content == WRONG
+    parts = [
+        {"role": "user", "content": [{"type": "text", "text": "And "}, {"type": "text", "text": "now?"}]}
+    ]
+    client(url).chat.completions.create(model="tom:raw", messages=parts)
+    assert service.student.asked[-1].messages[0]["content"] == "And now?"
+
+
+def test_stop_strings_end_the_content_without_appearing_in_it(scripted, raw):
+    (reply,) = client(scripted[0]).chat.completions.create(model="tom", messages=ASK, stop=["\n2."]).choices
+    assert reply.message.content == "1. 2 + 2 = 4"
+    ask = {"model": "base:raw", "messages": ASK, "max_tokens": 30}
+    whole = client(raw[0]).chat.completions.create(**ask).choices[0].message.content
+    stop = whole[4:7]
+    for streamed in (False, True):
+        reply = client(raw[0]).chat.completions.create(**ask, stop=stop, stream=streamed)
+        text = (
+            "".join(chunk.choices[0].delta.content or "" for chunk in reply)
+            if streamed
+            else reply.choices[0].message.content
+        )
+        assert text == whole[: whole.index(stop)]
+
+
+def test_choices_are_samples_with_seeds_of_their_own(raw):
+    ask = {"model": "base:raw", "messages": ASK, "n": 3, "temperature": 1.5, "seed": 7, "max_tokens": 24}
+    first = client(raw[0]).chat.completions.create(**ask)
+    texts = [choice.message.content for choice in first.choices]
+    assert len(set(texts)) > 1
+    assert [choice.index for choice in first.choices] == [0, 1, 2]
+    assert first.usage.completion_tokens <= 3 * 24
+    again = ["", "", ""]
+    for chunk in client(raw[0]).chat.completions.create(**ask, stream=True):
+        again[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert sum(a == b for a, b in zip(texts, again, strict=True)) >= 2  # rounding differs between batches
+
+
+def test_limit_of_tokens_gives_finish_reason_length(raw):
+    reply = client(raw[0]).chat.completions.create(model="base:raw", messages=ASK, max_tokens=3)
+    assert (reply.choices[0].finish_reason, reply.usage.completion_tokens) == ("length", 3)
+
+
+def test_models_health_and_metrics(scripted):
+    url, _ = scripted
+    assert [model.id for model in client(url).models.list()] == ["tom", "tom:raw"]
+    client(url).chat.completions.create(model="tom", messages=ASK)
+    assert httpx.get(f"{url}/health").json() == {"status": "ok", "model": "tom", "active": 0}
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    assert "sclite_corrected_total 1" in lines
+    assert 'sclite_tokens_total{kind="generated"} 15' in lines
+    assert all(re.fullmatch(r'sclite_\w+(\{\w+="\w+"\})? [\d.e+-]+', line) for line in lines)
+
+
+def test_page_needs_no_network(scripted):
+    page = httpx.get(scripted[0])
+    assert page.status_code == 200
+    assert "connect-src 'self'" in page.headers["content-security-policy"]
+    assert not re.search(r"https?://|src=|@import", page.text)
+
+
+# -- errors and limits ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "code", "parameter"),
+    [
+        ({"model": "gpt-5"}, 404, "model_not_found", "model"),
+        ({"n": 0}, 400, None, "n"),
+        ({"n": 9}, 400, None, "n"),
+        ({"temperature": -1}, 400, None, "temperature"),
+        ({"max_tokens": 0}, 400, None, "max_tokens"),
+        ({"messages": []}, 400, None, "messages"),
+        ({"messages": [{"role": "user", "content": "  "}]}, 400, None, "messages"),
+        ({"messages": [{"role": "king", "content": "x"}]}, 400, None, "messages.0.role"),
+        (
+            {"messages": [{"role": "user", "content": "word " * 600}]},
+            400,
+            "context_length_exceeded",
+            "messages",
+        ),
+    ],
+)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_errors_are_those_of_openai(scripted, change, status, code, parameter, streamed):
+    body = {"model": "tom", "messages": ASK, "stream": streamed} | change
+    reply = httpx.post(f"{scripted[0]}/v1/chat/completions", json=body)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["code"], error["param"]) == (status, code, parameter)
+    assert error["type"] == "invalid_request_error"
+    assert error["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("POST", "/v1/chat/completions", b"{broken", 400),
+        ("POST", "/v1/chat/completions", b'"\\ud800"', 400),
+        ("POST", "/v1/chat/completions", b"x" * 10_000_000, 413),
+        ("GET", "/v1/chat/completions", b"", 405),
+        ("GET", "/v2", b"", 404),
+    ],
+)
+def test_bad_requests_get_an_error_object(scripted, method, path, body, status):
+    reply = httpx.request(method, scripted[0] + path, content=body)
+    assert reply.status_code == status
+    assert reply.json()["error"]["message"]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = (
+    "model",
+    "messages",
+    "n",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "seed",
+    "stop",
+    "stream",
+    "stream_options",
+)
+
+
+def test_no_body_is_an_internal_error(scripted):
+    with httpx.Client() as http:
+
+        @settings(max_examples=150, deadline=None, database=None)
+        @given(st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4))
+        def check(change):
+            body = json.dumps({"model": "tom", "messages": ASK} | change)
+            assert http.post(f"{scripted[0]}/v1/chat/completions", content=body).status_code in (
+                200,
+                400,
+                404,
+            )
+
+        check()
+
+
+def test_key_is_needed_if_one_is_set():
+    service = Service(Scripted(), "tom", Settings(), 2)
+    with serving(service, key="sécret") as url:
+        for key in ("wrong", ""):
+            reply = httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {key}"} if key else {})
+            assert (reply.status_code, reply.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert httpx.get(f"{url}/metrics").status_code == 401
+        given_key = {"authorization": "Bearer sécret".encode()}
+        assert httpx.get(f"{url}/v1/models", headers=given_key).status_code == 200
+        assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_local_server_refuses_other_host_names(scripted):
+    assert httpx.get(f"{scripted[0]}/health", headers={"host": "evil.example"}).status_code == 400
+
+
+def test_open_address_needs_a_key_and_a_port_must_be_free(scripted, monkeypatch, gguf):
+    monkeypatch.delenv("SCLITE_API_KEY", raising=False)
+    options = {"name": "x", "parallel": 1, "off": ""}
+    with pytest.raises(UsageError, match="needs a key"):
+        run_server(gguf, Config(), None, host="0.0.0.0", port=0, **options)
+    taken = int(scripted[0].rpartition(":")[2])
+    with pytest.raises(UsageError, match="cannot listen"):
+        run_server(gguf, Config(), None, host="127.0.0.1", port=taken, **options)
+
+
+class Blocked(Scripted):
+    """Its replies wait until they are released; each repeats its question."""
+
+    def __init__(self, blocked=True):
+        super().__init__()
+        self.release = threading.Event()
+        if not blocked:
+            self.release.set()
+
+    def stream(self, ask, cancel=None):
+        yield "begun "
+        while not self.release.wait(0.01):
+            if cancel is not None and cancel.is_set():
+                return
+        text = ask.messages[-1]["content"]
+        yield text
+        yield Reply(0, f"begun {text}", 3, 5, "stop")
+
+
+def test_too_many_waiting_requests_are_turned_away():
+    service = Service(Blocked(), "tom", Settings(mode=""), 1)
+    service.most = 2
+    with serving(service) as url, ThreadPoolExecutor(2) as pool:
+        first = [
+            pool.submit(client(url).chat.completions.create, model="tom:raw", messages=ASK) for _ in range(2)
+        ]
+        wait_until(lambda: service.active == 2)
+        with pytest.raises(openai.RateLimitError) as error:
+            client(url).chat.completions.create(model="tom:raw", messages=ASK)
+        assert error.value.response.headers["retry-after"] == "1"
+        service.student.release.set()
+        assert all("begun" in each.result().choices[0].message.content for each in first)
+
+
+def test_slow_answer_is_ended(scripted):
+    service = Service(Blocked(), "tom", Settings(mode=""), 1, seconds=0.2)
+    with serving(service) as url:
+        with pytest.raises(openai.APIStatusError) as error:
+            client(url).chat.completions.create(model="tom:raw", messages=ASK)
+        assert error.value.status_code == 504
+        wait_until(lambda: service.active == 0)
+
+
+# -- clients that come and go --------------------------------------------------------------------------------------
+
+
+def wait_until(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_client_that_leaves_frees_the_engine(raw, engine, streamed):
+    url, service = raw
+    body = {
+        "model": "base:raw",
+        "messages": ASK,
+        "temperature": 2,
+        "max_tokens": 400,
+        "n": 8,
+        "stream": streamed,
+    }
+    if streamed:
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body) as reply:
+            next(reply.iter_lines())
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}/v1/chat/completions", json=body, timeout=0.05)
+    wait_until(lambda: service.active == 0 and not engine.scheduler.active)
+
+
+def test_no_reply_is_lost_or_mixed_up():
+    service = Service(Blocked(blocked=False), "tom", Settings(mode=""), 4)
+    with (
+        serving(service) as url,
+        ThreadPoolExecutor(16) as pool,
+        httpx.Client(base_url=url, timeout=60) as http,
+    ):
+
+        def ask(number: int) -> str:
+            body = {"model": "tom:raw", "messages": [{"role": "user", "content": f"question {number}"}]}
+            if number % 10 == 0:  # leaves
+                with http.stream("POST", "/v1/chat/completions", json=body | {"stream": True}) as reply:
+                    next(reply.iter_lines())
+                return f"begun question {number}"
+            return http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
+
+        assert list(pool.map(ask, range(120))) == [f"begun question {number}" for number in range(120)]
+        wait_until(lambda: service.active == 0)
+
+
+def test_sigterm_finishes_what_is_in_flight(gguf):
+    command = [sys.executable, "-m", "sclite", "serve", "--model", gguf, "--port", "0", "--parallel", "2"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        line = process.stderr.readline()
+        url = re.search(r"http://[\d.:]+", line)[0]
+        body = {
+            "model": "base:raw",
+            "messages": ASK,
+            "stream": True,
+            "temperature": 1.9,
+            "max_tokens": 300,
+            "n": 2,
+        }
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            rest = list(lines)
+        assert rest[-2:] == ["data: [DONE]", ""]
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.stderr.close()
+
+
+def test_plain_text_of_a_stream_is_that_of_the_whole():
+    whole = PlainText().feed(WRONG, last=True)
+    plain = PlainText()
+    letters = "".join(plain.feed(letter) for letter in WRONG) + plain.feed("", last=True)
+    assert whole == letters == "1. 2 + 2 = 4\n2. 4 + 1 = 6\n3. 6 + 1 = 7\nAnswer: 7"
+    assert parse(WRONG).trace.answer == "7"
