@@ -128,11 +128,9 @@ def find_fatal_issue(attempt: Attempt) -> str:
 
 
 def _count_outcomes(rows: Sequence[Attempt]) -> dict[str, int]:
-    return {
-        "attempts": len(rows),
-        "right": sum(row.correct is True for row in rows),
-        "wrong": sum(row.correct is False for row in rows),
-        "unknown": sum(row.correct is None for row in rows),
+    outcomes = {"right": True, "wrong": False, "unknown": None}
+    return {"attempts": len(rows)} | {
+        name: sum(row.correct is outcome for row in rows) for name, outcome in outcomes.items()
     }
 
 

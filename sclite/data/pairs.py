@@ -84,10 +84,8 @@ def write_pairs(
         if student is None:
             for case in cases:
                 case.reasons.append("no_student_review")
-        elif config.attempts.kind == "endpoint":
-            _sample_free(config, student, cases, grader, progress)
         else:
-            _sample_guided(config, student, cases, grader, progress)
+            _sample_own(config, student, cases, grader, progress)
         made = [content_pair(case.review, case.work, case.own, case.reasons) for case in cases]
         contents = {(pair.id, pair.sample): [pair] for pair in made if isinstance(pair, Pair)}
         drops = [drop for drop in made if isinstance(drop, Drop)]
@@ -162,67 +160,58 @@ def _pair_issue(pair: Pair) -> str | None:
 # -- the student's own corrections ---------------------------------------------------------------------------------
 
 
-def _sample_guided(
+def _sample_own(
     config: Config, student: Student, cases: Sequence[Case], grader: Grader, progress: Progress | None
 ) -> None:
-    """Add `attempts.reviews` corrections of each wrong step by the student, each continued to its answer."""
-    asked = [case for case in cases for _ in range(config.attempts.reviews)]
-    size = max(config.student.batch, 1)
-    for start in range(0, len(asked), size):
+    """Add to each case what the student writes about it, `attempts.reviews` times."""
+    settings, free = config.attempts, config.attempts.kind == "endpoint"
+    if free:  # a request's seed is that of its round, so that other rows do not change it
+        asked, size = [*cases] * settings.reviews, len(cases)
+    else:
+        asked, size = [case for case in cases for _ in range(settings.reviews)], max(config.student.batch, 1)
+    for start in range(0, len(asked), size or 1):
         block = asked[start : start + size]
-        inputs = [(case.problem.question, case.work, case.step) for case in block]
-        corrected = correct_steps(student, inputs, _settings(config, start))
-        verdicts = grader.equal_many(
-            (answer_of(own.text) if own.accused is not None else None, case.problem.answer)
-            for own, case in zip(corrected, block, strict=True)
-        )
-        for case, own, right in zip(block, corrected, verdicts, strict=True):
-            if own.accused is not None:
-                case.own.append((continuation(own), right))
-        if progress is not None:
-            progress(start + len(block), len(asked))
 
-
-def _sample_free(
-    config: Config, student: Student, cases: Sequence[Case], grader: Grader, progress: Progress | None
-) -> None:
-    """Add what `attempts.reviews` whole reviews of each wrong attempt by the student say about the accused step."""
-    questions, texts = [case.problem.question for case in cases], [render(case.work) for case in cases]
-    total = len(cases) * config.attempts.reviews
-    for sample in range(config.attempts.reviews):
-
-        def show(done: int, _: int, before: int = sample * len(cases)) -> None:
+        def show(done: int, _: int, before: int = start) -> None:
             if progress is not None:
-                progress(before + done, total)
+                progress(before + done, len(asked))
 
-        written = review_free(student, questions, texts, _settings(config, sample), show)
-        verdicts = grader.equal_many(
-            (answer_of(own.text), case.problem.answer) for own, case in zip(written, cases, strict=True)
+        review = ReviewSettings(
+            max_tokens=settings.max_tokens,
+            temperature=settings.temperature,
+            prompt_folder=config.prompts.folder,
+            seed=config.seed + (start // size if free else start),
         )
-        for case, own, right in zip(cases, written, verdicts, strict=True):
-            kept = case.work.steps[: case.step - 1]
-            before = parse(own.text).trace.steps[: case.step - 1]
-            if own.note:
-                case.reasons.append(_UNANSWERED if own.note == NO_REPLY else _UNREADABLE)
-            elif own.accused is None:
-                case.reasons.append("student_review_accuses_nothing")
-            elif own.accused != case.step:
-                case.reasons.append("student_review_accuses_another_step")
-            elif not own.cause or not own.correction:
-                case.reasons.append(_UNREADABLE)
-            elif [step.text.split() for step in before] != [step.text.split() for step in kept]:
-                case.reasons.append("student_review_changes_steps")
+        questions = [case.problem.question for case in block]
+        if free:
+            written = review_free(student, questions, [render(case.work) for case in block], review, show)
+        else:
+            works, steps = [case.work for case in block], [case.step for case in block]
+            written = correct_steps(student, zip(questions, works, steps, strict=True), review)
+            show(len(block), 0)
+        answers = [answer_of(own.text) if own.accused is not None else None for own in written]
+        golds = [case.problem.answer for case in block]
+        verdicts = grader.equal_many(zip(answers, golds, strict=True))
+        for case, own, right in zip(block, written, verdicts, strict=True):
+            if reason := _own_issue(case, own):
+                case.reasons.append(reason)
             else:
                 case.own.append((continuation(own), right))
 
 
-def _settings(config: Config, number: int) -> ReviewSettings:
-    return ReviewSettings(
-        max_tokens=config.attempts.max_tokens,
-        temperature=config.attempts.temperature,
-        prompt_folder=config.prompts.folder,
-        seed=config.seed + number,
-    )
+def _own_issue(case: Case, own: Reviewed) -> str:
+    """Why what the student has written does not correct the accused step of this work; "" if it does."""
+    if own.accused is None and own.note:
+        return _UNANSWERED if own.note == NO_REPLY else _UNREADABLE
+    if own.accused is None:
+        return "student_review_accuses_nothing"
+    if own.accused != case.step:
+        return "student_review_accuses_another_step"
+    if not own.cause or not own.correction:
+        return _UNREADABLE
+    kept = [step.text.split() for step in case.work.steps[: case.step - 1]]
+    before = [step.text.split() for step in parse(own.text).trace.steps[: case.step - 1]]
+    return "" if before == kept else "student_review_changes_steps"
 
 
 def continuation(reviewed: Reviewed | Review) -> str:

@@ -67,12 +67,12 @@ def read_rows(source: Source, key: str = "problems.source") -> NumberedRows:
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "does not exist"
         raise DataError(f"{path} {problem}", f"{FORMATS} as {key}")
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    suffix = "".join(suffixes[-2:] if suffixes[-1:] == [".gz"] else suffixes[-1:]).removesuffix(".gz")
-    if suffix == ".parquet" and suffixes[-1] != ".gz":
+    last = path.suffix.lower()
+    suffix = Path(path.stem).suffix.lower() if last == ".gz" else last
+    if suffix in OTHER_SUFFIXES[1:] or (suffix, last) == (".parquet", ".gz"):
+        raise DataError(f"{path}: a {last} file cannot be read", f"{FORMATS} as {key}")
+    if suffix == ".parquet":
         return _parquet_rows(path)
-    if suffix == ".parquet" or suffix in OTHER_SUFFIXES[1:]:
-        raise DataError(f"{path}: a {suffixes[-1]} file cannot be read", f"{FORMATS} as {key}")
     if suffix in (".csv", ".tsv"):
         return _csv_rows(path, "\t" if suffix == ".tsv" else ",")
     return _json_rows(path, one_per_line=suffix != ".json")

@@ -1,7 +1,5 @@
 """Overlap of questions in training and evaluation: 13 words in a row, or a whole shorter question."""
 
-import json
-
 import pytest
 
 from sclite.config import Config
@@ -52,11 +50,6 @@ def test_contaminated_problems_name_the_training_question():
 # -- in the training problems --------------------------------------------------------------------------------------
 
 
-def write(path, *rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def plain(text, **more):
     return {"question": text, "answer": "1", **more}
 
@@ -65,15 +58,10 @@ def settings(*given: str) -> Config:
     return load(None, given, {}, own_file=False)
 
 
-def test_training_row_that_overlaps_evaluation_is_dropped(tmp_path, run):
-    source = write(
-        tmp_path / "p.jsonl",
-        plain("First?"),
-        plain(f"1. {LONG}", id="bad"),
-        plain("Second?"),
-        plain("Third?"),
-    )
-    measured = write(tmp_path / "e.jsonl", plain("Zeroth?", id="e0"), plain(LONG, id="e1"))
+def test_training_row_that_overlaps_evaluation_is_dropped(write, run):
+    rows = [plain("First?"), plain(f"1. {LONG}", id="bad"), plain("Second?"), plain("Third?")]
+    source = write("p.jsonl", *rows)
+    measured = write("e.jsonl", plain("Zeroth?", id="e0"), plain(LONG, id="e1"))
     report = Report("problems")
     chosen = settings(f"problems.source={source}", f"eval.source={measured}", "problems.limit=2")
     problems = gather_problems(chosen, run, report)
@@ -86,47 +74,47 @@ def test_training_row_that_overlaps_evaluation_is_dropped(tmp_path, run):
     assert run.manifest("problems")["dropped"] == report.dropped
 
 
-def test_rows_to_avoid_need_no_answer_and_ignore_the_limit(tmp_path, run):
-    source = write(tmp_path / "p.jsonl", plain("First?"), plain("Second?"), plain("Third?"))
-    one = write(tmp_path / "a.jsonl", {"question": "Nothing?"}, {"question": "third"})
-    other = write(tmp_path / "b.jsonl", {"problem": "Second?"})
+def test_rows_to_avoid_need_no_answer_and_ignore_the_limit(write, run):
+    source = write("p.jsonl", plain("First?"), plain("Second?"), plain("Third?"))
+    one = write("a.jsonl", {"question": "Nothing?"}, {"question": "third"})
+    other = write("b.jsonl", {"problem": "Second?"})
     chosen = settings(f"problems.source={source}", f'problems.avoid=["{one}", "{other}"]')
     assert [p.question for p in gather_problems(chosen, run)] == ["First?"]
     chosen = settings(f"problems.source={source}", f"problems.avoid={other}")
     assert len(gather_problems(chosen, run)) == 2
 
 
-def test_imported_problems_file_is_not_rewritten(tmp_path, run):
+def test_imported_problems_file_is_not_rewritten(write, run):
     rows = [Problem(id=i, question=q, answer="1") for i, q in (("a", "First?"), ("b", "Second?"))]
     run.replace("problems.jsonl", rows)
-    chosen = settings(f"eval.source={write(tmp_path / 'e.jsonl', plain('second'))}")
+    chosen = settings(f"eval.source={write('e.jsonl', plain('second'))}")
     for _ in range(2):
         assert [p.id for p in gather_problems(chosen, run)] == ["a"]
         assert run.read("problems.jsonl", Problem) == rows
         assert [d.id for d in run.read("dropped.jsonl", Drop)] == ["b"]
 
 
-def test_training_skips_no_problem_if_evaluation_has_the_same_source(tmp_path, run):
-    source = write(tmp_path / "p.jsonl", plain("First?"), plain("Second?"))
+def test_training_skips_no_problem_if_evaluation_has_the_same_source(write, run):
+    source = write("p.jsonl", plain("First?"), plain("Second?"))
     chosen = settings(f"problems.source={source}", f"eval.source={source}", "problems.limit=1")
     assert len(gather_problems(chosen, run)) == 1
 
 
-def test_error_if_every_problem_overlaps(tmp_path, run):
-    source, measured = (write(tmp_path / name, plain("First?")) for name in ("p.jsonl", "e.jsonl"))
+def test_error_if_every_problem_overlaps(write, run):
+    source, measured = (write(name, plain("First?")) for name in ("p.jsonl", "e.jsonl"))
     with pytest.raises(DataError, match="every problem overlaps") as error:
         gather_problems(settings(f"problems.source={source}", f"eval.source={measured}"), run)
     assert error.value.hint
 
 
-def test_unreachable_evaluation_set_is_an_error_with_an_alternative(tmp_path, run, monkeypatch):
+def test_unreachable_evaluation_set_is_an_error_with_an_alternative(write, run, monkeypatch):
     import datasets
 
     def load_dataset(*args, **options):
         raise ConnectionError("Couldn't reach the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    source = write(tmp_path / "p.jsonl", plain("First?"))
+    source = write("p.jsonl", plain("First?"))
     with pytest.raises(NetworkError, match=r"eval\.source, whose .* some/set cannot be reached") as error:
         gather_problems(settings(f"problems.source={source}", "eval.source=some/set"), run)
     assert "as eval.source" in error.value.hint
@@ -138,15 +126,13 @@ def test_unreachable_evaluation_set_is_an_error_with_an_alternative(tmp_path, ru
 # -- in the evaluation ---------------------------------------------------------------------------------------------
 
 
-def test_evaluation_skips_and_counts_problems_that_were_trained_on(tmp_path, run):
+def test_evaluation_skips_and_counts_problems_that_were_trained_on(write, run):
     rows = [plain(f"What is {i} + {i}?", id=f"e{i}") for i in range(60)]
     rows += [plain(f"{LONG}?", id="long"), plain("Own?", id="own")]
     run.replace("problems.jsonl", [Problem(id="t1", question=f"Well. {LONG}", answer="1")])
     trace = "<Step1>x\n</Step1>\n<Answer>1</Answer>"
     run.replace("templates.jsonl", [Template(id="t2", question="own", answer="1", trace=trace)])
-    context = Context(
-        settings(f"eval.source={write(tmp_path / 'e.jsonl', *rows)}"), run, ProgressDisplay(quiet=True)
-    )
+    context = Context(settings(f"eval.source={write('e.jsonl', *rows)}"), run, ProgressDisplay(quiet=True))
     found = held_out(context)
     assert {p.id for p in [*found.problems, *found.fitting]} == {f"e{i}" for i in range(60)}
     assert found.dropped == {"overlaps_training": 2}
@@ -156,11 +142,11 @@ def test_evaluation_skips_and_counts_problems_that_were_trained_on(tmp_path, run
     assert drops["own"].detail.endswith("training problem t2")
 
 
-def test_problems_skipped_in_training_can_be_evaluated(tmp_path, run):
+def test_problems_skipped_in_training_can_be_evaluated(write, run):
     rows = [plain(f"What is {i} + {i}?", id=f"e{i}") for i in range(60)]
     run.replace(
         "problems.jsonl", [Problem(id=i, question=f"What is {i} + {i}?", answer="1") for i in ("1", "99")]
     )
-    chosen = settings(f"eval.source={write(tmp_path / 'e.jsonl', *rows)}")
+    chosen = settings(f"eval.source={write('e.jsonl', *rows)}")
     assert len(gather_problems(chosen, run)) == 1
     assert held_out(Context(chosen, run, ProgressDisplay(quiet=True))).dropped == {}

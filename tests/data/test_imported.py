@@ -10,7 +10,6 @@ from sclite import config, pipeline
 from sclite.context import Context
 from sclite.data.pairs import write_pairs
 from sclite.errors import DataError
-from sclite.grading.worker import Grader
 from sclite.progress import ProgressDisplay
 from sclite.records import Attempt, Pair, Problem, Review, Template
 from sclite.settings import load
@@ -71,53 +70,47 @@ def context_of(run, *given: str) -> Context:
     return Context(load(None, given, {}, own_file=False), run, ProgressDisplay(quiet=True))
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def test_labelled_work_is_corrected_at_its_label_without_a_student(run, tmp_path):
-    source = write(tmp_path / "p.jsonl", map(problem, range(COUNT)))
-    mine = write(tmp_path / "mine.jsonl", map(labelled, range(COUNT)))
+@pytest.fixture
+def labelled_run(run, write):
+    """The configuration of a run with labelled work, and what its teacher is asked."""
+    source = write("p.jsonl", *map(problem, range(COUNT)))
+    mine = write("mine.jsonl", *map(labelled, range(COUNT)))
     with TeacherServer(teach) as server:
         given = (f"problems.source={source}", f"attempts.source={mine}", "teacher.model=openai/replay")
-        context = context_of(run, *given, f"teacher.api_base={server.url}", "teacher.repairs=1")
-        report = pipeline.build_corrections(context)
+        yield (*given, f"teacher.api_base={server.url}", "teacher.repairs=1"), server.requests
+
+
+def test_labelled_work_is_corrected_at_its_label_without_a_student(run, labelled_run, grader):
+    context = context_of(run, *labelled_run[0])
+    report = pipeline.build_corrections(context)
     assert report.dropped == {"wrong_answer": 1}  # task 5; task 3 was retried
     assert report.counts["corrected"] == COUNT - 1  # problems of both stages, not only of the second
-    with Grader() as grader:
-        write_pairs(context.config, run, student=Student(), grader=grader)
-        tasks = {p.id: int(p.question.split()[1][:-1]) for p in run.read("problems.jsonl", Problem)}
-        pairs = run.read("pairs.jsonl", Pair)
-        assert {p.kind for p in pairs} == {"decision", "content"}
-        for pair in pairs:
-            row = labelled(tasks[pair.id])
-            work = parse(pair.attempt).trace
-            assert [step.text for step in work.steps] == row["steps"]
-            assert (pair.step == row["first_error_step"]) is (CAUSE in (pair.chosen, *pair.prefix))
-            assert (
-                "".join(pair.prefix).removesuffix(CAUSE) == render(work).partition(f"</Step{pair.step}>")[0]
-            )
-            if pair.kind == "content" and pair.origin == "student":
-                assert "own True" in pair.chosen
-        for review in run.read("reviews.jsonl", Review):
-            assert grader.equal(parse(review.trace).trace.answer, "33") is True
+    write_pairs(context.config, run, student=Student(), grader=grader)
+    tasks = {p.id: int(p.question.split()[1][:-1]) for p in run.read("problems.jsonl", Problem)}
+    pairs = run.read("pairs.jsonl", Pair)
+    assert {p.kind for p in pairs} == {"decision", "content"}
+    for pair in pairs:
+        row = labelled(tasks[pair.id])
+        work = parse(pair.attempt).trace
+        assert [step.text for step in work.steps] == row["steps"]
+        assert (pair.step == row["first_error_step"]) is (CAUSE in (pair.chosen, *pair.prefix))
+        assert "".join(pair.prefix).removesuffix(CAUSE) == render(work).partition(f"</Step{pair.step}>")[0]
+        if pair.kind == "content" and pair.origin == "student":
+            assert "own True" in pair.chosen
+    for review in run.read("reviews.jsonl", Review):
+        assert grader.equal(parse(review.trace).trace.answer, "33") is True
 
 
-def test_run_continues_if_its_source_files_are_deleted(run, tmp_path):
-    source = write(tmp_path / "p.jsonl", map(problem, range(COUNT)))
-    mine = write(tmp_path / "mine.jsonl", map(labelled, range(COUNT)))
-    with TeacherServer(teach) as server:
-        given = (f"problems.source={source}", f"attempts.source={mine}", "teacher.model=openai/replay")
-        given = (*given, f"teacher.api_base={server.url}", "teacher.repairs=1")
-        made = pipeline.build_corrections(context_of(run, *given))
-        asked = len(server.requests)
-        source.unlink()
-        mine.unlink()
-        context = context_of(run, *given)
-        pipeline.check_sources(context)
-        again = pipeline.build_corrections(context)
-        assert len(server.requests) == asked
+def test_run_continues_if_its_source_files_are_deleted(run, labelled_run, tmp_path):
+    given, asked = labelled_run
+    made = pipeline.build_corrections(context_of(run, *given))
+    before = len(asked)
+    for name in ("p.jsonl", "mine.jsonl"):
+        (tmp_path / name).unlink()
+    context = context_of(run, *given)
+    pipeline.check_sources(context)
+    again = pipeline.build_corrections(context)
+    assert len(asked) == before
     assert again.skipped
     assert again.counts == made.counts
 
@@ -131,17 +124,10 @@ REVIEW = Review(
     id="p0", sample=0, step=2, cause="2 * 38 is 76.", correction="72 / 2 = 36", trace=render(NOTED)
 )
 PREFIX = ("<Step1>48 + 24 = 72\n", "</Step1>\n", "<Step2>72 / 2 = 38\n")
-DECISION = Pair(
-    id="p0", sample=0, step=2, kind="decision", attempt=ATTEMPT.trace, prefix=PREFIX, chosen=CAUSE, rejected="</Step2>\n"
-)  # fmt: skip
-CONTENT = DECISION.model_copy(
-    update={
-        "kind": "content",
-        "prefix": (*PREFIX, CAUSE),
-        "chosen": "a</Cause>\n<Correction>b</Correction>\n",
-        "rejected": "c",
-    }
-)
+OF = {"id": "p0", "sample": 0, "step": 2, "attempt": ATTEMPT.trace}
+DECISION = Pair(**OF, kind="decision", prefix=PREFIX, chosen=CAUSE, rejected="</Step2>\n")
+CHOSEN = "a</Cause>\n<Correction>b</Correction>\n"
+CONTENT = Pair(**OF, kind="content", prefix=(*PREFIX, CAUSE), chosen=CHOSEN, rejected="c")
 
 
 @pytest.fixture
@@ -170,41 +156,6 @@ def test_imported_attempts_are_corrected(filled):
     assert not filled.is_imported("corrections", "reviews.jsonl")
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"id": "p9"}, "no problem has this id"),
-        ({"sample": 0}, "sample 0 occurs twice"),
-        ({"first_error": 3}, "first_error is 3, but it has 2 steps"),
-        ({"correct": True}, "first_error is 2, but correct is True"),
-        ({"first_error": 0}, "first_error is 0, but correct is False"),
-    ],
-)
-def test_invalid_imported_attempt_is_reported(filled, change, said):
-    filled.replace("attempts.jsonl", [ATTEMPT, ATTEMPT.model_copy(update={"sample": 1, **change})])
-    with pytest.raises(DataError, match=r"attempts\.jsonl, row 2 \(p\d\): " + said) as error:
-        pipeline.build_corrections(context_of(filled))
-    assert error.value.hint
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"sample": 4}, "attempts.jsonl has no attempt with this id and sample 4"),
-        ({"step": 1}, "step is 1, but its trace corrects 2"),
-        ({"step": None}, "step is None, but its trace corrects 2"),
-        ({"trace": "<Step1>x"}, "missing closer"),
-        ({"trace": render(NOTED).replace("48 + 24", "24 + 48")}, "step 1 must stand as the student wrote it"),
-        ({"cause": None}, "cause or correction is missing"),
-    ],
-)
-def test_invalid_imported_review_is_reported(filled, change, said):
-    filled.replace("reviews.jsonl", [REVIEW.model_copy(update=change)])
-    with pytest.raises(DataError, match=r"reviews\.jsonl, row 1 \(p0\): " + said) as error:
-        pipeline.build_corrections(context_of(filled))
-    assert error.value.hint
-
-
 def test_imported_pairs_replace_the_stage(filled):
     filled.replace("pairs.jsonl", [DECISION, CONTENT])
     report = pipeline.build_pairs(context_of(filled))
@@ -212,38 +163,47 @@ def test_imported_pairs_replace_the_stage(filled):
     assert report.counts == {"decision": 1, "content": 1, "imported": 2}
 
 
+CHANGED = render(NOTED).replace("48 + 24", "24 + 48")
+
+
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("name", "row", "change", "said"),
     [
-        ([DECISION.model_copy(update={"id": "p9"})], r"row 1 \(p9\): no problem has this id"),
-        ([DECISION, CONTENT, CONTENT], r"row 3 \(p0\): a second content"),
-        ([CONTENT], "its attempt has no decision"),
-        ([DECISION.model_copy(update={"step": 3})], "step is 3, but the attempt has 2 steps"),
-        ([DECISION.model_copy(update={"step": 1})], "prefix is not the attempt up to step 1"),
-        (
-            [DECISION.model_copy(update={"prefix": ("".join(PREFIX),)})],
-            "prefix is not the attempt up to step 2",
-        ),
-        ([DECISION.model_copy(update={"rejected": "</Step2>"})], "chosen and rejected must be"),
-        (
-            [DECISION, CONTENT.model_copy(update={"rejected": CONTENT.chosen})],
-            "chosen and rejected are identical",
-        ),
-        ([DECISION, CONTENT.model_copy(update={"chosen": "a</Cause>\nb\n"})], "chosen must be a cause"),
+        ("attempts", ATTEMPT, {"sample": 1, "id": "p9"}, "no problem has this id"),
+        ("attempts", ATTEMPT, {}, "sample 0 occurs twice"),
+        ("attempts", ATTEMPT, {"sample": 1, "first_error": 3}, "first_error is 3, but it has 2 steps"),
+        ("attempts", ATTEMPT, {"sample": 1, "correct": True}, "first_error is 2, but correct is True"),
+        ("attempts", ATTEMPT, {"sample": 1, "first_error": 0}, "first_error is 0, but correct is False"),
+        ("reviews", REVIEW, {"sample": 4}, "attempts.jsonl has no attempt with this id and sample 4"),
+        ("reviews", REVIEW, {"step": 1}, "step is 1, but its trace corrects 2"),
+        ("reviews", REVIEW, {"step": None}, "step is None, but its trace corrects 2"),
+        ("reviews", REVIEW, {"trace": "<Step1>x"}, "missing closer"),
+        ("reviews", REVIEW, {"trace": CHANGED}, "step 1 must stand as the student wrote it"),
+        ("reviews", REVIEW, {"cause": None}, "cause or correction is missing"),
+        ("pairs", DECISION, {"id": "p9"}, "no problem has this id"),
+        ("pairs", CONTENT, {}, "a second content"),
+        ("pairs", CONTENT, {"sample": 1}, "its attempt has no decision"),
+        ("pairs", DECISION, {"step": 3}, "step is 3, but the attempt has 2 steps"),
+        ("pairs", DECISION, {"step": 1}, "prefix is not the attempt up to step 1"),
+        ("pairs", DECISION, {"prefix": ("".join(PREFIX),)}, "prefix is not the attempt up to step 2"),
+        ("pairs", DECISION, {"rejected": "</Step2>"}, "chosen and rejected must be"),
+        ("pairs", CONTENT, {"rejected": CHOSEN}, "chosen and rejected are identical"),
+        ("pairs", CONTENT, {"chosen": "a</Cause>\nb\n"}, "chosen must be a cause"),
     ],
 )
-def test_invalid_imported_pair_is_reported(filled, rows, said):
-    filled.replace("pairs.jsonl", rows)
-    with pytest.raises(DataError, match=said) as error:
-        pipeline.build_pairs(context_of(filled))
+def test_invalid_imported_row_is_reported(filled, name, row, change, said):
+    before = {"attempts": [ATTEMPT], "reviews": [], "pairs": [DECISION, CONTENT]}[name]
+    filled.replace(f"{name}.jsonl", [*before, row.model_copy(update=change)])
+    build = pipeline.build_pairs if name == "pairs" else pipeline.build_corrections
+    with pytest.raises(DataError, match=rf"{name}\.jsonl, row {len(before) + 1} \(p\d\): {said}") as error:
+        build(context_of(filled))
     assert error.value.hint
 
 
-def test_own_pairs_without_a_signature_do_not_count_as_imported(filled):
+def test_own_pairs_without_a_signature_do_not_count_as_imported(filled, grader):
     """As after a kill between writing the rows and signing the stage."""
     filled.replace("reviews.jsonl", [REVIEW])
-    with Grader() as grader:
-        write_pairs(config.Config(), filled, student=Student(), grader=grader)
+    write_pairs(config.Config(), filled, student=Student(), grader=grader)
     filled.path("done/pairs.json").unlink()
     assert not filled.is_imported("pairs", "pairs.jsonl")
 

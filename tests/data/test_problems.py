@@ -1,6 +1,5 @@
 """The problems of a run: distinct rows of a source, kept in the run, and split between the stages."""
 
-import json
 from collections.abc import Iterable
 
 import pytest
@@ -13,22 +12,21 @@ from sclite.records import Drop, Problem
 from sclite.settings import load
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def plain(number, **more):
     return {"question": f"What is {number} + 1?", "answer": str(number + 1), **more}
 
 
-def load_rows(path, rows, drops=None, **options) -> list[Problem]:
-    return load_problems(Source(source=write(path, rows)), drops=drops, **options)
+@pytest.fixture
+def load_rows(write):
+    def load_rows(rows, drops=None, **options) -> list[Problem]:
+        return load_problems(Source(source=write("p.jsonl", *rows)), drops=drops, **options)
+
+    return load_rows
 
 
-def test_ids_do_not_change_if_rows_are_added_or_moved(tmp_path):
-    before = load_rows(tmp_path / "a.jsonl", map(plain, range(5)))
-    after = load_rows(tmp_path / "b.jsonl", map(plain, [9, 4, 3, 2, 1, 0]))
+def test_ids_do_not_change_if_rows_are_added_or_moved(load_rows):
+    before = load_rows(map(plain, range(5)))
+    after = load_rows(map(plain, [9, 4, 3, 2, 1, 0]))
     assert len({p.id for p in after}) == 6
     assert set(before) < set(after)
 
@@ -41,45 +39,44 @@ def test_ids_do_not_change_if_rows_are_added_or_moved(tmp_path):
         (plain(3, id="x"), "duplicate_id", "same id as line 1 (make ids unique, or remove them)"),
     ],
 )
-def test_repeated_question_or_id_is_dropped(tmp_path, row, reason, detail):
+def test_repeated_question_or_id_is_dropped(load_rows, row, reason, detail):
     drops: list[Drop] = []
-    (kept,) = load_rows(tmp_path / "p.jsonl", [plain(1, id="x"), row], drops)
+    (kept,) = load_rows([plain(1, id="x"), row], drops)
     assert kept.question == "What is 1 + 1?"
     assert [drop.reason for drop in drops] == [reason]
     assert f"p.jsonl, line 2: {detail}" in drops[0].detail
     assert drops[0].raw == row["question"].strip()
 
 
-def test_limit_counts_distinct_problems_and_stops_reading(tmp_path):
-    path = tmp_path / "p.jsonl"
-    write(path, [plain(1), plain(1), plain(2)])
-    path.write_text(path.read_text() + "not json\n")
-    assert len(load_problems(Source(source=str(path)), limit=2)) == 2
+def test_limit_counts_distinct_problems_and_stops_reading(load_rows):
+    drops: list[Drop] = []
+    assert len(load_rows([plain(1), plain(1), plain(2), {"no": "columns"}], drops, limit=2)) == 2
+    assert len(drops) == 1
 
 
-def test_row_without_an_answer_is_dropped_and_an_error_if_alone(tmp_path):
+def test_row_without_an_answer_is_dropped_and_an_error_if_alone(load_rows):
     bad = {"question": "q", "answer": None}
     drops: list[Drop] = []
-    kept = load_rows(tmp_path / "p.jsonl", [plain(1), bad, plain(2)], drops)
+    kept = load_rows([plain(1), bad, plain(2)], drops)
     assert [problem.answer for problem in kept] == ["2", "3"]
     assert [(drop.id, drop.reason) for drop in drops] == [("line 2", "no_answer")]
     assert "p.jsonl, line 2: no answer" in drops[0].detail
     with pytest.raises(
-        DataError, match=r"q\.jsonl: no usable row \(1 no answer\); line 1: no answer"
+        DataError, match=r"p\.jsonl: no usable row \(1 no answer\); line 1: no answer"
     ) as error:
-        load_rows(tmp_path / "q.jsonl", [bad])
+        load_rows([bad])
     assert "####" in error.value.hint
     with pytest.raises(DataError, match=r"\(1 no question\); line 1: the question is empty"):
-        load_rows(tmp_path / "q.jsonl", [plain(1, question=" ")])
+        load_rows([plain(1, question=" ")])
 
 
 # -- the problems of a run -----------------------------------------------------------------------------------------
 
 
-def test_problems_are_written_to_the_run_and_read_from_it(tmp_path, run):
+def test_problems_are_written_to_the_run_and_read_from_it(write, run):
     rows = [{"say": row["question"], "gold": row["answer"]} for row in map(plain, (1, 2, 2))]
     names = ["problems.question_column=say", "problems.answer_column=gold"]
-    source = write(tmp_path / "p.jsonl", rows)
+    source = write("p.jsonl", *rows)
     problems = gather_problems(load(None, [f"problems.source={source}", *names], {}), run)
     assert [(p.question, p.answer) for p in problems] == [("What is 1 + 1?", "2"), ("What is 2 + 1?", "3")]
     assert run.read("problems.jsonl", Problem) == problems
