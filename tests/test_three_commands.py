@@ -25,7 +25,7 @@ def sclite(folder: Path, *arguments: str, text: str = "") -> subprocess.Complete
 def trained(tmp_path_factory) -> Path:
     """A folder in which build-data and train have run on a file of problems."""
     folder = tmp_path_factory.mktemp("project")
-    rows = [p.model_dump(include={"question", "answer", "solution"}) for p in train_problems(300)]
+    rows = [p.model_dump(include={"question", "answer", "solution"}) for p in train_problems(220)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     chosen = {name: value for name, value in DEFAULTS.items() if name not in ("run", "problems")}
     (folder / "sclite.toml").write_text(tomlkit.dumps(chosen))
@@ -41,7 +41,7 @@ def test_train_fits_the_threshold_on_problems_that_nothing_was_trained_on(traine
     assert (fitted["threshold"] is None) == bool(fitted["off"])
     taught = [json.loads(line)["id"] for line in (run / "templates.jsonl").read_text().splitlines()]
     tried = [json.loads(line)["id"] for line in (run / "attempts.jsonl").read_text().splitlines()]
-    assert len({*taught, *tried}) <= 250
+    assert len({*taught, *tried}) <= 170
 
 
 def test_chat_reviews_or_says_why_it_does_not(trained):
