@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from sclite import prompts
-from sclite.data.review_check import review_rejection
+from sclite.data.corrections import review_rejection
 from sclite.data.templates import check_template
 from sclite.grading.worker import Grader
 from sclite.quickstart import tutor
