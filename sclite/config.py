@@ -340,11 +340,14 @@ class Review(Section):
     )
     threshold: float | None = Field(
         None,
-        description="log-odds of an error from which a step is corrected (default: fitted by the evaluation)",
+        description="log-odds of an error from which a step is corrected (default: fitted by train and eval)",
     )
     rounds: int = Field(1, ge=0, le=8, description="maximum number of review rounds per answer")
     max_harm: float = Field(
-        0.005, ge=0, le=1, description="maximum share of right answers made wrong, when fitting the threshold"
+        0.005,
+        ge=0,
+        le=1,
+        description="share of answers that review may spoil: a fitted threshold is not significantly above it",
     )
 
 
