@@ -20,6 +20,7 @@ from sclite.files import sync, write_text
 from sclite.run import Report, Run, timed
 from sclite.signature import digest
 from sclite.student.chat_template import render_chat
+from sclite.student.cuda_memory import available_ram
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.llama_cpp.probe import check_gguf
 from sclite.student.loader import check_vocabulary, fetch_base_model, load_tokenizer, read_config
@@ -152,15 +153,6 @@ def _check_parity(
     if made.stat().st_size != full.stat().st_size or result["quantization"] not in ("f16", "f32"):
         quantized = parity.compare_probabilities(references, made)
     return result | {"unquantized": unquantized, "quantized": quantized}
-
-
-def available_ram() -> int | None:
-    """Bytes of available RAM; None if the system does not report it."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
 
 
 def write_modelfile(run: Run, config: Config, name: str) -> tuple[Path, list[str]]:

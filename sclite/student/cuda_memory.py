@@ -1,4 +1,6 @@
-"""GPU memory: recognize out-of-memory errors, and release what a model leaves behind."""
+"""GPU memory: recognize out-of-memory errors, release what a model leaves behind; and the RAM that is available."""
+
+from pathlib import Path
 
 WORDS = (
     "out of memory",
@@ -25,3 +27,12 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def available_ram() -> int | None:
+    """Bytes of available RAM; None if the system does not report it."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)

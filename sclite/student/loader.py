@@ -263,6 +263,18 @@ def half_dtype() -> "torch.dtype":
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
+def cpu_training_dtype(model_config: "PretrainedConfig") -> "torch.dtype":
+    """The type of the frozen weights in training on a CPU, float32 unless the checkpoint and the CPU's products are bfloat16.
+
+    SmolLM2-135M trains twice as fast with them and in two thirds of the memory (docs/training.md).
+    """
+    import torch
+
+    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    native = able.get("avx512_bf16") or able.get("amx_bf16")
+    return torch.bfloat16 if native and model_config.dtype == torch.bfloat16 else torch.float32
+
+
 def nf4_config() -> "BitsAndBytesConfig":
     """NF4 with double quantization, computing in 16 bits."""
     import torch
@@ -283,7 +295,8 @@ def _load_plain(
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    arguments: dict[str, Any] = {"dtype": torch.float32}
+    trained = lora is not None and not lora.inference_mode
+    arguments: dict[str, Any] = {"dtype": cpu_training_dtype(model_config) if trained else torch.float32}
     if torch.cuda.is_available():
         arguments = {"dtype": half_dtype(), "device_map": {"": 0}}
         if config.student.load_in_4bit and getattr(model_config, "quantization_config", None) is None:

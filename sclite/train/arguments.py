@@ -10,11 +10,28 @@ from sclite.errors import UsageError
 
 
 def training_arguments(
-    folder: Path, settings: TrainingStage, seed: int, micro_batch: int, rows: int, evaluates: bool
+    folder: Path,
+    settings: TrainingStage,
+    *,
+    seed: int,
+    micro_batch: int,
+    rows: int,
+    evaluates: bool = False,
+    bf16_on_cpu: bool = False,
 ) -> dict[str, Any]:
-    """Arguments for SFTConfig and DPOConfig. `rows` are those of all epochs together; the GPU decides on bfloat16."""
+    """Arguments for SFTConfig and DPOConfig. `rows` are those of all epochs together; a GPU decides on bfloat16 itself.
+
+    TensorBoard's files, if it is enabled, go to tensorboard/ beside the checkpoints.
+    """
     import torch
 
+    if settings.tensorboard:
+        if not any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")):
+            raise UsageError(
+                "tensorboard is enabled but not installed",
+                "pip install tensorboard, or disable it: metrics.jsonl is written either way",
+            )
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder.with_name("tensorboard"))
     cuda = torch.cuda.is_available()
     assert settings.batch_size % micro_batch == 0, f"{micro_batch} does not divide {settings.batch_size}"
     every = max(1, -(-rows // settings.batch_size) // settings.checkpoints)
@@ -29,7 +46,7 @@ def training_arguments(
         "max_grad_norm": settings.max_grad_norm,
         "weight_decay": 0.0,  # Unsloth's trainers have another default
         "optim": "adamw_8bit" if cuda else "adamw_torch",
-        "bf16": cuda and torch.cuda.is_bf16_supported(),
+        "bf16": torch.cuda.is_bf16_supported() if cuda else bf16_on_cpu,
         "fp16": cuda and not torch.cuda.is_bf16_supported(),
         "use_cpu": not cuda,
         "gradient_checkpointing": cuda,
@@ -42,7 +59,7 @@ def training_arguments(
         "eval_steps": every if evaluates else None,
         "metric_for_best_model": "eval_loss" if evaluates else None,
         "greater_is_better": False,
-        "report_to": _report_to(settings, folder),
+        "report_to": ["tensorboard"] if settings.tensorboard else [],
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "dataloader_num_workers": 0,
@@ -51,16 +68,3 @@ def training_arguments(
         "data_seed": seed,
         "max_length": None,
     }
-
-
-def _report_to(settings: TrainingStage, folder: Path) -> list[str]:
-    """TensorBoard if it is enabled; its files go to tensorboard/ beside the checkpoints."""
-    if not settings.tensorboard:
-        return []
-    if not any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")):
-        raise UsageError(
-            "tensorboard is enabled but not installed",
-            "pip install tensorboard, or disable it: metrics.jsonl is written either way",
-        )
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder.with_name("tensorboard"))
-    return ["tensorboard"]

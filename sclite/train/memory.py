@@ -1,4 +1,4 @@
-"""GPU memory of one training step: an estimate from the model's architecture and the settings, and the settings that fit.
+"""Memory of one training step: an estimate from the model's architecture and the settings, and the settings that fit.
 
 Weights, LoRA and optimizer states are exact. Activations follow the code: with gradient checkpointing it keeps the input
 of every layer plus one whole layer at a time, and logits only where tokens carry loss (student/log_probs.py). The peak is
@@ -9,6 +9,7 @@ the estimate was within 6 % of PyTorch's peak at thirteen settings: 7B and 8B mo
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 from sclite.config import Config, Student
 from sclite.errors import DataError, NetworkError
 from sclite.student.adapters import lora_targets, meta_model
+from sclite.student.cuda_memory import available_ram
 from sclite.student.loader import model_name, read_config, select_backend
 from sclite.student.log_probs import head_chunk_size
 
@@ -48,6 +50,13 @@ CONTEXT = 700_000_000
 CACHED = 800_000_000
 """Bytes the allocator holds beyond those in use, at least (0.3 to 0.84 GB measured). With rows that fill the GPU it is the
 largest tensor of a layer: at 76,032 tokens 1.87 GB were held, 2.18 GB estimated."""
+SHORTEST, STEP = 256, 64
+"""Tokens: shorter rows are not worth training; lengths are reported in multiples of STEP."""
+CPU_ROWS, CPU_BYTES = 4, 4_000_000_000
+"""Without a GPU: most rows of a forward pass, and most bytes of a process for more than one. More rows are no faster there
+(docs/training.md), and a process that takes all memory is killed."""
+LIBRARIES, HEAP = 600_000_000, 1.8
+"""Bytes of a CPU process without a model; what glibc's heap takes for a byte of activations (3.0 GB for 1.7 GB of them)."""
 
 KNOWN = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 """Architectures whose activations the estimate was checked on; others are estimated as if they were Llama."""
@@ -78,7 +87,6 @@ COPIES = {
     "plain": Copies(hidden=12, query=5, keys=0, intermediate=7, buffers=1, outside=3),
 }
 
-
 # -- the model -----------------------------------------------------------------------------------------------------
 
 
@@ -100,11 +108,6 @@ class Architecture:
     query_key_norms: bool
     logit_cap: bool
     rough: str = ""  # why the estimate is rough; empty if it is not
-
-    @property
-    def linear_weights(self) -> int:
-        """Weights that QLoRA keeps in 4 bits."""
-        return sum(out * into * count for (out, into), count in self.linears.items())
 
     def lora_tensors(self, rank: int) -> list[int]:
         """Sizes of all LoRA factors, A [rank, in] and B [out, rank]."""
@@ -128,11 +131,20 @@ def architecture(config: PretrainedConfig, targets: Sequence[str] = ()) -> Archi
         )
     model = meta_model(config)
     endings = tuple(f".{target}" for target in lora_targets(model, targets))
-    layers = {
-        name: tuple(module.weight.shape) if isinstance(module, Linear) else tuple(module.weight.shape[::-1])
-        for name, module in model.named_modules()
-        if isinstance(module, Linear | Conv1D) and module is not model.get_output_embeddings()
-    }
+    linears: Counter[Shape] = Counter()
+    adapted: Counter[Shape] = Counter()
+    for name, module in model.named_modules():
+        if isinstance(module, Linear | Conv1D) and module is not model.get_output_embeddings():
+            out, into = module.weight.shape if isinstance(module, Linear) else reversed(module.weight.shape)
+            linears[out, into] += 1
+            adapted[out, into] += f".{name}".endswith(endings)
+    quantization = getattr(config, "quantization_config", None) or {}
+    kept = [m for m in quantization.get("llm_int8_skip_modules") or () if "layers." in m]
+    rough = f"{len(kept)} parts of this checkpoint are kept in 16 bits" if kept else ""
+    if text.model_type not in KNOWN:
+        rough = f"activations of {text.model_type} are estimated as if it were Llama"
+    if "linear_attention" in (getattr(text, "layer_types", None) or ()):
+        rough = "the working set of linear attention is a guess"
     heads = text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     return Architecture(
@@ -144,22 +156,12 @@ def architecture(config: PretrainedConfig, targets: Sequence[str] = ()) -> Archi
         vocabulary=text.vocab_size,
         max_positions=getattr(text, "max_position_embeddings", None),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        linears=Counter(layers.values()),
-        adapted=Counter(shape for name, shape in layers.items() if f".{name}".endswith(endings)),
+        linears=linears,
+        adapted=adapted,
         query_key_norms=any(name.endswith(".q_norm") for name, _ in model.named_modules()),
         logit_cap=bool(getattr(text, "final_logit_softcapping", None)),
-        rough=_why_rough(config, text),
+        rough=rough,
     )
-
-
-def _why_rough(config: PretrainedConfig, text: PretrainedConfig) -> str:
-    if "linear_attention" in (getattr(text, "layer_types", None) or ()):
-        return "the working set of linear attention is a guess"
-    if text.model_type not in KNOWN:
-        return f"activations of {text.model_type} are estimated as if it were Llama"
-    quantization = getattr(config, "quantization_config", None) or {}
-    kept = [m for m in quantization.get("llm_int8_skip_modules") or () if "layers." in m]
-    return f"{len(kept)} parts of this checkpoint are kept in 16 bits" if kept else ""
 
 
 def read_architecture(student: Student, targets: Sequence[str] = ()) -> Architecture:
@@ -189,7 +191,6 @@ class Setting:
     replay: bool = True
     four_bit: bool = True
     backend: str = "unsloth"
-    optimizer_bits: int = 8
 
     def forwards(self) -> list[Forward]:
         """The forward passes of one step in order, all rows at full length."""
@@ -204,7 +205,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on the GPU at the peak of a step, by part; `host` is pinned host RAM."""
+    """Bytes at the peak of a step, by part; `host` is pinned host RAM."""
 
     parts: dict[str, int]
     host: int = 0
@@ -219,6 +220,10 @@ class Estimate:
         return self.total - self.parts["allowance"]
 
 
+def _blocks(size: int, block: int) -> int:
+    return -(-size // block)
+
+
 def nf4_bytes(weights: int) -> int:
     """Bytes of one weight in NF4 with double quantization, as bitsandbytes stores it."""
     blocks = _blocks(weights, NF4_BLOCK)
@@ -226,57 +231,38 @@ def nf4_bytes(weights: int) -> int:
 
 
 def weight_bytes(model: Architecture, four_bit: bool) -> int:
-    """Bytes of the base model: linear layers in NF4 or 16 bits, everything else in 16 bits."""
-    if not four_bit:
-        return 2 * model.parameters
-    packed = sum(nf4_bytes(out * into) * count for (out, into), count in model.linears.items())
-    return 2 * (model.parameters - model.linear_weights) + packed
+    """Bytes of the base model on a GPU: linear layers in NF4 or 16 bits, everything else in 16 bits."""
+    saved = sum((2 * out * into - nf4_bytes(out * into)) * n for (out, into), n in model.linears.items())
+    return 2 * model.parameters - saved * four_bit
 
 
 def optimizer_bytes(tensors: Iterable[int], bits: int) -> int:
     """Bytes of AdamW's two states for tensors of these sizes: in float32, or in blocks of 8 bits with their absmax."""
     sizes = list(tensors)
-    if bits == 32:
-        return 8 * sum(sizes)
-    large = [size for size in sizes if size >= MIN_8BIT]
-    small = 8 * (sum(sizes) - sum(large))
-    return (
-        small + sum(2 * size + 8 * _blocks(size, STATE_BLOCK) for size in large) + STATE_TABLES * bool(large)
-    )
+    large = [size for size in sizes if size >= MIN_8BIT and bits == 8]
+    blocked = sum(2 * size + 8 * _blocks(size, STATE_BLOCK) for size in large)
+    return 8 * (sum(sizes) - sum(large)) + blocked + STATE_TABLES * bool(large)
 
 
-def _blocks(size: int, block: int) -> int:
-    return -(-size // block)
-
-
-def layer_bytes(model: Architecture, tokens: int, four_bit: bool, backend: str) -> int:
-    """Bytes of one layer's backward pass after its recomputation."""
-    copies = COPIES[backend]
-    widths = copies.hidden * model.hidden + copies.query * model.query + copies.keys * model.keys
-    widths += copies.intermediate * model.intermediate
-    if model.query_key_norms:  # their inputs, in float32 without Unsloth
-        widths += (2 if backend == "plain" else 1) * (model.query + model.keys)
-    largest = max(out * into for out, into in model.linears)
-    unpacked = copies.buffers * 2 * largest + 4 * _blocks(largest, NF4_BLOCK) if four_bit else 0
-    return 2 * tokens * widths + unpacked
-
-
-def peak(
-    model: Architecture, forwards: Sequence[Forward], four_bit: bool, backend: str
-) -> tuple[dict[str, int], int]:
+def peak(model: Architecture, setting: Setting, forwards: Sequence[Forward]) -> tuple[dict[str, int], int]:
     """({"activations", "logits", "layer"} in bytes at the peak of a step, bytes of host RAM).
 
     The passes run backward in reverse order; each frees what it kept while those before it still wait. Unsloth moves the
     layers' inputs to host RAM and reloads them through two buffers that all passes of a step share
     (unsloth_zoo.gradient_checkpointing); the last layer's input stays on the GPU.
     """
-    offloads = backend == "unsloth"
+    offloads, copies = setting.backend == "unsloth", COPIES[setting.backend]
     one = 2 * model.hidden  # bytes of a hidden state, per token
-    saved = [
-        one * tokens * (COPIES[backend].outside + (0 if offloads else model.layers)) for tokens, _ in forwards
-    ]
+    each = one * (copies.outside + (0 if offloads else model.layers))
+    saved = [each * tokens for tokens, _ in forwards]
     longest = max(tokens for tokens, _ in forwards)
     returning = min(3, model.layers) * one * longest if offloads else 0
+    widths = copies.hidden * model.hidden + copies.query * model.query + copies.keys * model.keys
+    widths += copies.intermediate * model.intermediate
+    if model.query_key_norms:  # their inputs, in float32 without Unsloth
+        widths += (1 if offloads else 2) * (model.query + model.keys)
+    largest = max(out * into for out, into in model.linears)
+    unpacked = 2 * copies.buffers * largest + 4 * _blocks(largest, NF4_BLOCK) if setting.four_bit else 0
     chunk = head_chunk_size(model.vocabulary)
     logits = [
         (2 if model.logit_cap else 1) * model.vocabulary * min(carried, chunk) for _, carried in forwards
@@ -286,7 +272,7 @@ def peak(
     for last, (tokens, _) in enumerate(forwards):
         activations, waiting = sum(saved[: last + 1]) + returning, sum(kept[:last])
         at_head = waiting + (KEPT + BACKWARD) * logits[last]
-        layer = layer_bytes(model, tokens, four_bit, backend)
+        layer = 2 * tokens * widths + unpacked
         moments.append({"activations": activations, "logits": at_head, "layer": 0})
         moments.append({"activations": activations, "logits": waiting, "layer": layer})
     host = one * model.layers * sum(tokens for tokens, _ in forwards) if offloads else 0
@@ -296,13 +282,13 @@ def peak(
 def estimate(model: Architecture, setting: Setting) -> Estimate:
     """The GPU memory of one step of a stage."""
     tensors = model.lora_tensors(setting.rank)
-    changing, host = peak(model, setting.forwards(), setting.four_bit, setting.backend)
+    changing, host = peak(model, setting, setting.forwards())
     largest = 2 * setting.micro_batch * setting.length * model.intermediate
     parts = {
         "weights": weight_bytes(model, setting.four_bit),
         "adapter": 4 * sum(tensors),
         "gradients": 4 * sum(tensors),
-        "optimizer": optimizer_bytes(tensors, setting.optimizer_bits),
+        "optimizer": optimizer_bytes(tensors, 8),
         **changing,
         "allowance": CONTEXT + max(CACHED, largest),
     }
@@ -310,22 +296,21 @@ def estimate(model: Architecture, setting: Setting) -> Estimate:
 
 
 def estimate_on_cpu(model: Architecture, setting: Setting) -> Estimate:
-    """A rough estimate of host RAM without a GPU: float32 throughout, no gradient checkpointing."""
-    plain = replace(setting, four_bit=False, backend="plain", optimizer_bits=32)
-    parts = dict(estimate(model, plain).parts)
-    layers = sum(layer_bytes(model, tokens, False, "plain") for tokens, _ in plain.forwards())
-    activations = 2 * (parts["activations"] + model.layers * layers)
-    return Estimate(
-        parts | {"weights": 4 * model.parameters, "activations": activations, "layer": 0, "allowance": 0}
-    )
+    """A rough estimate of RAM without a GPU: float32, and every layer is kept.
+
+    Autograd saves of a layer the inputs and outputs of the norms; q, k, v and the attention's output; gate, up, their
+    product and its factor; and the output of every LoRA's A.
+    """
+    parts, tensors = estimate(model, setting).parts, model.lora_tensors(setting.rank)
+    widths = 4 * (model.hidden + model.query + model.intermediate)
+    kept = model.layers * widths + model.adapted.total() * setting.rank
+    activations = round(HEAP * 4 * kept * sum(tokens for tokens, _ in setting.forwards()))
+    optimizer = optimizer_bytes(tensors, 32)
+    changed = {"weights": 4 * model.parameters, "optimizer": optimizer, "activations": activations}
+    return Estimate(parts | changed | {"layer": 0, "allowance": LIBRARIES})
 
 
 # -- what fits -----------------------------------------------------------------------------------------------------
-
-SHORTEST, STEP = 256, 64
-"""Tokens: shorter rows are not worth training; lengths are reported in multiples of STEP."""
-CPU_MICRO_BATCH = 4
-"""Micro-batch size without a GPU, unless configured."""
 
 
 @dataclass(frozen=True)
@@ -362,50 +347,29 @@ def largest_divisor(batch: int, most: int) -> int:
 
 def largest_length(model: Architecture, setting: Setting, free: int) -> int | None:
     """The most tokens per row that fit into `free` bytes, a multiple of STEP; None if SHORTEST do not."""
-    low, high = SHORTEST // STEP, (model.max_positions or 1 << 20) // STEP
-    if high < low or not _fits(model, replace(setting, length=SHORTEST), free):
-        return None
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (
-            (middle, high)
-            if _fits(model, replace(setting, length=middle * STEP), free)
-            else (low, middle - 1)
-        )
-    return low * STEP
+    lengths = range(SHORTEST, (model.max_positions or 1 << 20) + 1, STEP)
+    fitting = bisect_right(lengths, free, key=lambda n: estimate(model, replace(setting, length=n)).total)
+    return lengths[fitting - 1] if fitting else None
 
 
 def choose(model: Architecture, wanted: Setting, batch: int, free: int | None) -> Choice:
     """The largest micro-batch, up to the wanted one, that fits into `free` bytes and divides the batch.
 
-    If one row does not fit, it is one row of the largest length that does; if no length does, the highest rank that does
-    at the shortest length.
+    If one row does not fit, it is one row of the largest length that does.
     """
     sizes = [size for size in range(wanted.micro_batch, 0, -1) if batch % size == 0]
     if free is None:
         return Choice(None, replace(wanted, micro_batch=sizes[0]), "no GPU found")
     for size in sizes:
-        if _fits(model, setting := replace(wanted, micro_batch=size), free):
+        if estimate(model, setting := replace(wanted, micro_batch=size)).total <= free:
             return Choice(True, setting, "fits")
     one = replace(wanted, micro_batch=1)
     if length := largest_length(model, one, free):
         verdict = f"{length} tokens would fit, {wanted.length} do not"
         return Choice(False, replace(one, length=length), verdict)
-    rank, short = wanted.rank, replace(one, length=SHORTEST)
-    while rank > 1 and not _fits(model, replace(short, rank=rank), free):
-        rank //= 2
-    smallest = replace(short, rank=rank)
-    if _fits(model, smallest, free):
-        verdict = f"rank {rank} with {SHORTEST} tokens would fit, rank {wanted.rank} does not"
-        return Choice(False, smallest, verdict)
-    needed = estimate(model, smallest).total
-    return Choice(
-        False, None, f"nothing fits: at least {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
-    )
-
-
-def _fits(model: Architecture, setting: Setting, free: int) -> bool:
-    return estimate(model, setting).total <= free
+    needed = estimate(model, replace(one, length=SHORTEST)).total
+    verdict = f"nothing fits: at least {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
+    return Choice(False, None, verdict)
 
 
 def choose_micro_batch(config: Config, stage: str) -> int:
@@ -413,32 +377,39 @@ def choose_micro_batch(config: Config, stage: str) -> int:
 
     A student whose memory cannot be estimated, or that should not fit, starts with one row: the GPU decides.
     """
-    settings, free = config.stage(stage), free_bytes()
-    if settings.per_device_train_batch_size or free is None:
-        return largest_divisor(settings.batch_size, settings.per_device_train_batch_size or CPU_MICRO_BATCH)
-    choice = _choice(config, stage, free)
-    return choice.setting.micro_batch if choice and choice.fits and choice.setting else 1
+    batch, given = config.stage(stage).batch_size, config.stage(stage).per_device_train_batch_size
+    free, model = free_bytes(), None if given else _readable_architecture(config)
+    if given or model is None:
+        return largest_divisor(batch, given or 1)
+    if free is not None:
+        choice = choose(model, wanted_setting(config, stage, select_backend(config.student)), batch, free)
+        return choice.setting.micro_batch if choice.fits and choice.setting else 1
+    wanted, most = wanted_setting(config, stage, "plain"), min(CPU_BYTES, available_ram() or CPU_BYTES)
+    for size in (largest_divisor(batch, rows) for rows in range(CPU_ROWS, 1, -1)):
+        if estimate_on_cpu(model, replace(wanted, micro_batch=size)).total <= most:
+            return size
+    return 1
 
 
 def suggest_setting(config: Config, stage: str) -> str:
-    """Advice after running out of memory: the largest setting that fits into the memory free now; empty if unknown.
+    """Advice after running out of GPU memory: the largest setting that fits into what is free now; empty if unknown.
 
     If the estimate says that the configured setting fits, it suggests half the length.
     """
-    free = free_bytes()
-    choice = None if free is None else _choice(config, stage, free)
-    if choice is None or not choice.fits:
-        return choice.verdict if choice else ""
-    return f"the estimate says that it fits; try max_length {config.stage(stage).max_length // 2}"
+    free, model = free_bytes(), _readable_architecture(config)
+    if free is None or model is None:
+        return ""
+    wanted = wanted_setting(config, stage, select_backend(config.student))
+    choice = choose(model, wanted, config.stage(stage).batch_size, free)
+    fits = f"the estimate says that it fits; try max_length {config.stage(stage).max_length // 2}"
+    return fits if choice.fits else choice.verdict
 
 
-def _choice(config: Config, stage: str, free: int) -> Choice | None:
+def _readable_architecture(config: Config) -> Architecture | None:
     try:
-        model = read_architecture(config.student, config.lora.target_modules)
+        return read_architecture(config.student, config.lora.target_modules)
     except (DataError, NetworkError):
         return None
-    wanted = wanted_setting(config, stage, select_backend(config.student))
-    return choose(model, wanted, config.stage(stage).batch_size, free)
 
 
 def free_bytes() -> int | None:

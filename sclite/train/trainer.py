@@ -96,8 +96,9 @@ def train_adapter(
     order = training_order(lengths, settings.batch_size, settings.num_train_epochs, seed)
     logger = MetricsLogger(metrics, phase, progress, resumed_from=checkpoints.step())
     arguments = training_arguments(
-        checkpoints.folder, settings, seed, micro_batch, len(order), bool(held_out)
-    )
+        checkpoints.folder, settings, seed=seed, micro_batch=micro_batch, rows=len(order), evaluates=bool(held_out),
+        bf16_on_cpu=next(model.parameters()).dtype.itemsize == 2,
+    )  # fmt: skip
     trainer = build_trainer(model, tokenizer, lesson, arguments, [rows[i] for i in order])
     trainer.logger = logger
     _add_callbacks(trainer, checkpoints, settings.early_stopping_patience if held_out else 0)

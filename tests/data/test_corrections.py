@@ -3,7 +3,8 @@
 import pytest
 
 from sclite.config import Config
-from sclite.data.corrections import review_rejection, write_corrections
+from sclite.data.corrections import write_corrections
+from sclite.data.review_check import review_rejection
 from sclite.errors import DataError
 from sclite.records import Attempt, Drop, Problem, Review
 from sclite.teacher.client import Teacher

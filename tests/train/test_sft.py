@@ -140,7 +140,7 @@ def test_in_the_trainers_batches_the_prompt_alone_is_masked(folder, tmp_path):
     problem, trace = toy_problems(1)[0], toy_trace(0)
     rows = [encode_solution(tokenizer, prompts.solve_messages(problem.question), trace)] * 3
     lesson = supervised_lesson("sft", rows, tokenizer.pad_token_id)
-    settings = training_arguments(tmp_path, config.sft, 0, 2, 3, False)
+    settings = training_arguments(tmp_path, config.sft, seed=0, micro_batch=2, rows=3)
     trainer = build_trainer(model, tokenizer, lesson, settings, [0, 1, 2])
     for batch in trainer.get_train_dataloader():
         for ids, weights in zip(batch["batch"].ids, batch["batch"].weights, strict=True):
@@ -289,6 +289,30 @@ def test_without_templates_the_hint_names_the_command(folder, tmp_path):
     with pytest.raises(DataError, match=r"templates\.jsonl is missing or empty") as error:
         train_sft(config_of(folder), Run(tmp_path))
     assert "sclite build-data" in error.value.hint
+
+
+def test_a_bfloat16_checkpoint_trains_in_bfloat16_if_the_cpu_multiplies_it(folder, tmp_path, monkeypatch):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    config, losses = config_of(tmp_path, sft={"num_train_epochs": 8}), {}
+    for able, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able})
+        model, _ = load_student(config, "sft", train=True)
+        types = {p.requires_grad: p.dtype for p in model.parameters()}
+        assert types == {False: expected, True: torch.float32}
+        run = Run(tmp_path / f"run-{able}")
+        write_toy(run)
+        train_sft(config, run)
+        losses[able] = [row["loss"] for row in metrics(run, "sft", "sft")]
+    assert losses[True] != losses[False]
+    assert losses[True] == pytest.approx(losses[False], rel=0.03)
+    assert losses[True][-1] < losses[True][0] - 0.5
+    used, _ = load_student(config, "sft")
+    assert next(used.parameters()).dtype == torch.float32
 
 
 # -- the warm-up ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,172 @@
+"""SFT on a CPU: seconds of a step and peak memory, beside plain transformers and PEFT on the same rows.
+
+    python -m tests.benchmarks.bench_cpu_train --model FOLDER [--micro 4] [--steps 8] [--threads 1]
+
+The rows are the bundled tutor's templates of word problems. Each side is a process of its own and they take a step each in
+turn, so that a machine whose speed changes slows both alike. sclite chooses its micro-batch size; the other side is
+transformers' Trainer with a padding collator, at --micro. Prints the median seconds of a step (by the clock, and of the
+CPU), tokens per second, the peak memory of each process, and the ratios with 95 % intervals.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+SIDES = ("sclite", "plain")
+BATCH = 16
+
+
+class Turns:
+    """A side's part in taking turns: prints what a step took, then waits for a line on stdin."""
+
+    def __init__(self):
+        self.steps = 0
+        self.began = time.monotonic(), time.process_time()
+
+    def step_done(self, tokens: int) -> None:
+        seconds, cpu = time.monotonic() - self.began[0], time.process_time() - self.began[1]
+        from sclite.train.metrics_logger import peak_memory_gb
+
+        row = {"seconds": seconds, "cpu": cpu, "tokens": tokens, "peak_gb": peak_memory_gb()}
+        print(json.dumps(row), flush=True)
+        sys.stdin.readline()
+        self.began = time.monotonic(), time.process_time()
+
+
+def train(side: str, folder: str, micro: int, steps: int) -> None:
+    """Train one side for so many steps, in turns."""
+    from sclite import prompts
+    from sclite.config import Config
+    from sclite.quickstart import grammar, problem_sets, tutor
+    from sclite.student.loader import load_student
+    from sclite.student.tokenization import encode_solution
+    from sclite.train.checkpoints import Checkpoints
+    from sclite.train.memory import choose_micro_batch
+    from sclite.train.order import training_order
+    from sclite.train.sft import supervised_lesson
+    from sclite.train.stage import quiet_libraries
+    from sclite.train.trainer import train_adapter
+
+    stage = {"batch_size": BATCH, "num_train_epochs": 1, "eval_share": 0, "checkpoints": 1}
+    config = Config.model_validate({"student": {"model": folder, "backend": "plain"}, "sft": stage})
+    quiet_libraries()
+    chosen = choose_micro_batch(config, "sft")
+    model, tokenizer = load_student(config, "sft", train=True)
+    rows = []
+    for problem in problem_sets.train_problems(steps * BATCH):
+        trace = tutor.template(grammar.solve(problem.question))
+        rows.append(encode_solution(tokenizer, prompts.solve_messages(problem.question), trace))
+    order = training_order([len(row.ids) for row in rows], BATCH, 1, 0)
+    sizes = [sum(len(rows[i].ids) for i in order[s : s + BATCH]) for s in range(0, len(order), BATCH)]
+    turns = Turns()
+
+    def step_done(step: int, total: int, **_) -> None:
+        if total:
+            turns.step_done(sizes[step - 1])
+
+    with TemporaryDirectory() as place:
+        path = Path(place)
+        if side == "sclite":
+            train_adapter(
+                model, tokenizer, supervised_lesson("sft", rows, tokenizer.pad_token_id), config.sft,
+                Checkpoints(path / "checkpoints"), path / "metrics.jsonl", seed=0, micro_batch=chosen,
+                progress=step_done,
+            )  # fmt: skip
+        else:
+            plain(model, tokenizer, [rows[i] for i in order], micro, path, step_done)
+
+
+def plain(model, tokenizer, rows, micro: int, path: Path, step_done) -> None:
+    """The same rows in the same order with transformers' own Trainer."""
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+
+    class Report(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            step_done(state.global_step, state.max_steps)
+
+    data = [
+        {
+            "input_ids": row.ids,
+            "labels": [i if w else -100 for i, w in zip(row.ids, row.weights, strict=True)],
+        }
+        for row in rows
+    ]
+    half = next(model.parameters()).element_size() == 2
+    arguments = TrainingArguments(
+        output_dir=str(path), per_device_train_batch_size=micro, gradient_accumulation_steps=BATCH // micro,
+        learning_rate=1e-4, num_train_epochs=1, train_sampling_strategy="sequential", save_strategy="no", bf16=half,
+        use_cpu=True, report_to="none", disable_tqdm=True, seed=0, dataloader_pin_memory=False,
+    )  # fmt: skip
+    collate = DataCollatorForSeq2Seq(tokenizer, padding=True)
+    Trainer(model, arguments, collate, train_dataset=data, callbacks=[Report()]).train()
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Let both sides take their steps in turn, and print the table."""
+    found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
+    command = [sys.executable, "-m", "tests.benchmarks.bench_cpu_train", *sys.argv[1:], "--side"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
+    running = {side: subprocess.Popen([*command, side], **pipes) for side in SIDES}
+
+    def next_step(side: str) -> None:
+        for line in running[side].stdout:
+            if line.startswith('{"seconds"'):
+                found[side].append(json.loads(line))
+                return
+
+    for side in SIDES:
+        next_step(side)
+    for number in range(1, options.steps):
+        for side in SIDES[:: 1 if number % 2 else -1]:
+            running[side].stdin.write("\n")
+            running[side].stdin.flush()
+            next_step(side)
+        print({side: round(rows[-1]["seconds"], 1) for side, rows in found.items()}, file=sys.stderr)
+    for process in running.values():
+        process.communicate("\n")
+    for side, rows in found.items():
+        timed = rows[1:]  # the first step shares the machine with the other side's loading
+        seconds, cpu = (statistics.median(row[key] for row in timed) for key in ("seconds", "cpu"))
+        speed = statistics.median(row["tokens"] / row["seconds"] for row in timed)
+        print(
+            f"{side:7} {seconds:6.1f} s, {cpu:6.1f} s of CPU a step, {speed:5.0f} tokens/s, "
+            f"peak {max(row['peak_gb'] for row in rows):.2f} GB"
+        )
+    draw = random.Random(0)
+    for key in ("seconds", "cpu"):
+        ratios = [
+            theirs[key] / ours[key]
+            for ours, theirs in zip(found["sclite"][1:], found["plain"][1:], strict=True)
+        ]
+        drawn = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
+        print(
+            f"plain over sclite, {key}: {statistics.median(ratios):.2f} [{drawn[50]:.2f}, {drawn[1949]:.2f}]"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="folder of a Hugging Face model")
+    parser.add_argument("--micro", type=int, default=4, help="micro-batch size of the plain side")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        train(options.side, options.model, options.micro, options.steps)
+    else:
+        compare(options)
+
+
+if __name__ == "__main__":
+    main()
