@@ -303,11 +303,23 @@ class Dpo(TrainingStage):
     replay_share: float = Field(1.0, ge=0, description="solved rows per reviewed attempt")
 
 
+MAX_KL = {"f32": 1e-3, "f16": 1e-3, "bf16": 0.02, "q8": 0.03, "q6": 0.08, "q5": 0.2, "q4": 0.5, "": 1.5}
+"""SmolLM2-135M: q8_0 0.006, q4_k_m 0.05, iq4_xs 0.15."""
+
+
 class Export(Section):
     """The exported GGUF."""
 
     quant: str = Field(
-        "q4_k_m", description="quantization of the GGUF: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m .."
+        "q4_k_m",
+        description="quantization of the GGUF: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m ..; several: q4_k_m,q8_0",
+    )
+    imatrix: bool | None = Field(
+        None, description="importance matrix from the texts of the run (default: for types below 5 bits)"
+    )
+    max_kl: dict[str, float] = Field(
+        MAX_KL,
+        description="largest KL divergence of the GGUF from the trained model in nats, by the beginning of a type's name",
     )
     ollama: str = Field("", description="model name for `ollama create`")
     num_ctx: int = Field(
@@ -316,6 +328,21 @@ class Export(Section):
     keep_template: bool = Field(
         False, description="export the model's own chat template, not the one reduced to what was trained"
     )
+
+    @field_validator("max_kl", mode="before")
+    @classmethod
+    def _read_bounds(cls, value: Any) -> Any:
+        """Parse a JSON object; types that are not in it keep their bounds."""
+        try:
+            value = json.loads(value) if isinstance(value, str) else value
+        except ValueError as error:
+            raise ValueError(f"this is not a JSON object: {error}") from None
+        return {**MAX_KL, **value} if isinstance(value, dict) else value
+
+    @property
+    def types(self) -> list[str]:
+        """The quantization types, each once, in lower case."""
+        return list(dict.fromkeys(part.strip().lower() for part in self.quant.split(",")))
 
 
 class Eval(Source):

@@ -352,7 +352,7 @@ def require_sft(context: Context) -> None:
 
 def export(context: Context, names: Sequence[str] = ()) -> list[Report]:
     """GGUF files of the named students (default: the last one trained); the Modelfile is for the last one."""
-    from sclite.export.model import export_model, write_modelfile
+    from sclite.export.model import describe_sizes, export_model, write_modelfile
     from sclite.train.stage import quiet_libraries
 
     chosen = list(names) or available(context)[-1:]
@@ -361,7 +361,8 @@ def export(context: Context, names: Sequence[str] = ()) -> list[Report]:
         raise DataError(f"{adapter_file(context, missing[0])} is missing", "run `sclite train` first")
     quiet_libraries()
     made = []
-    with context.display.stage("export", "export: merge, write GGUF, quantize") as progress:
+    text = f"export: merge, write GGUF, quantize ({describe_sizes(context.config)})"
+    with context.display.stage("export", text) as progress:
         for number, name in enumerate(chosen, 1):
             made.append(export_model(context.config, context.run, name))
             progress(number, len(chosen))

@@ -1,4 +1,4 @@
-"""The export stage: merge base and adapter, write and quantize a GGUF, compare it with the trained model, write a Modelfile."""
+"""The export stage: merge base and adapter, write and quantize GGUFs, compare them with the trained model, write a Modelfile."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from sclite.export.chat_format import derive_format, write_format
 from sclite.export.gguf import convert_model
 from sclite.export.merge import BaseWeights, merge
 from sclite.export.ollama import build_modelfile
-from sclite.export.quantize import quantization_type, quantize
+from sclite.export.quantize import (
+    estimate_bytes,
+    measure_importance,
+    quantization_type,
+    quantize,
+    wants_importance,
+)
+from sclite.export.samples import Sample, read_samples
 from sclite.export.tensors import read_json
 from sclite.files import sync, write_text
 from sclite.run import Report, Run, timed
@@ -26,7 +33,6 @@ from sclite.student.llama_cpp.probe import check_gguf
 from sclite.student.loader import check_vocabulary, fetch_base_model, load_tokenizer, read_config
 from sclite.student.origin import read_origin
 from sclite.student.tokenization import piece_ids, prompt_ids, prompt_text
-from sclite.trace import Step, Trace, all_pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,10 +40,14 @@ if TYPE_CHECKING:
 ADAPTERS = {"base": None, "sft": "sft/adapter", "dpo": "dpo/adapter"}
 UNFINISHED = "export/unfinished"
 """Where files stay until they have passed their checks. chat, eval and export only look in export/ itself."""
+HELD_OUT = 8
+"""Samples of the run on which probabilities are compared; the importance matrix is measured on the others."""
+CALIBRATION_TOKENS, REFERENCE_BYTES = 8192, 400_000_000
 
 
 def gguf_path(run: Run, name: str, config: Config) -> Path:
-    return run.path(f"export/{name}-{config.export.quant.lower()}.gguf")
+    """The GGUF of base, sft or dpo; of several quantization types, the first."""
+    return run.path(f"export/{name}-{config.export.types[0]}.gguf")
 
 
 def source_digest(config: Config, run: Run, name: str) -> str:
@@ -52,75 +62,145 @@ def inputs_of(config: Config, run: Run, name: str) -> dict[str, Any]:
         "adapter": run.file_digest(f"{adapter}/adapter_model.safetensors") if adapter else "",
         "student": digest(config.student.model),
         "quant": config.export.quant,
+        "imatrix": config.export.imatrix,
         "keep_template": config.export.keep_template,
     }
 
 
-def export_model(config: Config, run: Run, name: str) -> Report:
-    """Write export/<name>-<quant>.gguf for base, sft or dpo, and export/parity.json.
+def describe_sizes(config: Config) -> str:
+    """The files of an export with their approximate sizes."""
+    parameters = BaseWeights(fetch_base_model(config.student)).float32_bytes() // 4
+    return ", ".join(f"{q} about {_size(estimate_bytes(parameters, q))}" for q in config.export.types)
 
-    Skipped if the GGUF is undamaged and made from the same adapter. The file gets its final name only after llama.cpp has
-    loaded it and it matches the trained model. Raises DataError if the adapter is missing or cannot be merged, or llama.cpp
-    cannot load the result; ScliteError if the GGUF does not match the trained model.
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def export_model(config: Config, run: Run, name: str) -> Report:
+    """Write export/<name>-<type>.gguf of base, sft or dpo for each quantization type, and export/parity.json.
+
+    Skipped if the GGUFs are undamaged and made from the same adapter. A file gets its final name only after llama.cpp has
+    loaded it and all match the trained model. Raises DataError if the adapter is missing or cannot be merged, or llama.cpp
+    cannot load the result; ScliteError if a GGUF does not match the trained model, or the disk is too small.
     """
     stage, report = f"export-{name}", Report(f"export-{name}")
     adapter = run.path(ADAPTERS[name]) if ADAPTERS[name] else None
     if adapter is not None and not (adapter / "adapter_model.safetensors").is_file():
         raise DataError(f"{adapter} is missing", "run `sclite train` first")
-    out = gguf_path(run, name, config)
-    inputs = inputs_of(config, run, name)
-    quantization_type(config.export.quant)
+    types, inputs, folder = config.export.types, inputs_of(config, run, name), run.path("export")
+    for quant in types:
+        quantization_type(quant)
+    names = [f"{name}-{quant}.gguf" for quant in types]
     manifest = run.done(stage, inputs)
-    if manifest and out.is_file() and _sha256(run, out) == manifest["figures"].get("sha256"):
+    if manifest and manifest["figures"].get("files") == _describe(run, names):
         return Report.of(manifest)
-    work = run.path(UNFINISHED)
+    work, warnings = run.path(UNFINISHED), []
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     with timed(report):
         try:
-            made, full = work / out.name, work / "full.gguf"
-            base = fetch_base_model(config.student)
-            tokenizer = load_tokenizer(str(base))
+            base, full = fetch_base_model(config.student), work / "full.gguf"
+            tokenizer, outtype = load_tokenizer(str(base)), "f32" if {"f32", "bf16"} & set(types) else "f16"
             check_vocabulary(tokenizer, read_config(str(base)), str(base))
-            form = None
-            if not config.export.keep_template:
-                bos = tokenizer.bos_token or ""
-                form = derive_format(lambda chat, answer: prompt_text(tokenizer, chat, answer), bos)
-            outtype = "f32" if config.export.quant == "f32" else "f16"
-            merged = merge(base, adapter, work / f"{name}-merged", outtype=outtype)
-            if form:
-                write_format(form, tokenizer, merged)
+            parameters = BaseWeights(base).float32_bytes() // 4
+            sizes, whole = [estimate_bytes(parameters, q) for q in types], estimate_bytes(parameters, outtype)
+            needed, free = whole + max(whole, sum(sizes)), shutil.disk_usage(work).free
+            if needed > free:
+                raise ScliteError(
+                    f"the export needs about {_size(needed)} of disk space in {folder}, {_size(free)} are free",
+                    "free some space, or export fewer or smaller types with --quant",
+                )
+            merged = _merge(config, tokenizer, base, adapter, work / f"{name}-merged", outtype)
             convert_model(merged, full, outtype=outtype)
             shutil.rmtree(merged)
             check_gguf(full)
-            quantize(full, made, config.export.quant)
-            check_gguf(made)
-            result = _check_parity(config, tokenizer, base, adapter, full, made)
+            samples, importance = read_samples(config, run), None
+            wanted = [q for q in types if wants_importance(q)] if config.export.imatrix is None else types
+            if config.export.imatrix is not False and wanted and len(samples) > HELD_OUT + 2:
+                importance = measure_importance(full, _calibration(tokenizer, samples))
+            for quant, file in zip(types, names, strict=True):
+                odd, others = quantize(full, work / file, quant, importance if quant in wanted else None)
+                check_gguf(work / file)
+                if odd:
+                    warnings.append(
+                        f"{file}: {odd} tensors have rows not divisible by 256 and are stored as {others} instead of {quant}"
+                    )
+            made = {quant: work / file for quant, file in zip(types, names, strict=True)}
+            result = _check_parity(config, tokenizer, base, adapter, full, made, samples)
+            result["importance"] = wanted if importance else []
             run.write_json("export/parity.json", result)
-            if violations := parity.find_violations(result):
-                out.unlink(missing_ok=True)
+            if violations := parity.find_violations(result, config.export.max_kl):
+                for file in names:
+                    (folder / file).unlink(missing_ok=True)
                 raise ScliteError(
-                    f"{out.name} does not match the trained model: {'; '.join(violations)}",
-                    f"nothing was exported; see {run.path('export/parity.json')}. Try another --quant. If tokens "
-                    "differ, add tokens with special=False or use another base model",
+                    f"{', '.join(names)} does not match the trained model: {'; '.join(violations)}",
+                    f"nothing was exported; see {folder / 'parity.json'}. Try another --quant. If tokens differ, add "
+                    "tokens with special=False or use another base model",
                 )
-            sync(made)
-            made.replace(out)
-            sync(out.parent)
+            for file in names:
+                sync(work / file)
+                (work / file).replace(folder / file)
+            sync(folder)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-    report.figures = {
-        "gguf": str(out),
-        "megabytes": round(out.stat().st_size / 1e6, 2),
-        "sha256": _sha256(run, out),
-        "parity": result,
-    }
+    files = _describe(run, names)
+    first = {"gguf": str(folder / names[0]), "megabytes": files[names[0]]["megabytes"]}
+    report.figures = {**first, "files": files, "parity": result, "warnings": warnings}
     run.sign(stage, inputs, report)
     return report
 
 
-def _sha256(run: Run, out: Path) -> str:
-    return run.file_digest(str(out.resolve()))
+def export_merged(config: Config, run: Run, name: str) -> Path:
+    """Write export/<name>-merged: a Hugging Face folder in 16 bits for vLLM, LM Studio and transformers."""
+    base = fetch_base_model(config.student)
+    adapter, out = run.path(ADAPTERS[name]) if ADAPTERS[name] else None, run.path(f"export/{name}-merged")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return _merge(config, load_tokenizer(str(base)), base, adapter, out, "f16")
+
+
+def _merge(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    base: Path,
+    adapter: Path | None,
+    out: Path,
+    outtype: str,
+) -> Path:
+    """Merge base and adapter, with the chat format that was trained."""
+    form = None
+    if not config.export.keep_template:
+        bos = tokenizer.bos_token or ""
+        form = derive_format(lambda chat, answer: prompt_text(tokenizer, chat, answer), bos)
+    merge(base, adapter, out, outtype=outtype)
+    if form:
+        write_format(form, tokenizer, out)
+    return out
+
+
+def _describe(run: Run, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Size and digest of the exported files that exist."""
+    paths = {name: run.path(f"export/{name}").resolve() for name in names}
+    return {
+        name: {"megabytes": round(path.stat().st_size / 1e6, 2), "sha256": run.file_digest(str(path))}
+        for name, path in paths.items()
+        if path.is_file()
+    }
+
+
+def _calibration(tokenizer: PreTrainedTokenizerBase, samples: list[Sample]) -> list[list[int]]:
+    """Token ids of samples that parity does not use, in an order that mixes the run's files."""
+    found, rest = [], samples[2:-HELD_OUT]
+    for sample in [row for start in range(7) for row in rest[start::7]]:
+        found.append(_ids(tokenizer, sample))
+        if sum(map(len, found)) > CALIBRATION_TOKENS:
+            break
+    return found
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> list[int]:
+    answer = [i for ids in piece_ids(tokenizer, sample.pieces) for i in ids]
+    return prompt_ids(tokenizer, sample.chat) + answer
 
 
 def _check_parity(
@@ -129,30 +209,28 @@ def _check_parity(
     base: Path,
     adapter: Path | None,
     full: Path,
-    made: Path,
+    made: dict[str, Path],
+    samples: list[Sample],
 ) -> dict[str, Any]:
     """The content of parity.json. Probabilities are compared only if the base model fits in memory."""
-    question = "Anna has 12 nuts and buys 3 more. How many has she?"
-    trace = Trace(
-        (Step("12 + 3 = 15.", "Add.", "The sum is 15.", "12 + 3 = 15."),), "Add what is bought.", "15"
-    )
-    pieces, folder = all_pieces(trace), config.prompts.folder
-    chats = [
-        prompts.solve_messages(question, folder),
-        prompts.review_messages(question, "".join(pieces), folder),
-    ]
-    result = {"file": made.name, "quantization": config.export.quant.lower(), "skipped": None}
-    result |= parity.compare_tokens(tokenizer, made, pieces, chats)
+    first = next(iter(made.values()))
+    result: dict[str, Any] = {"files": {path.name: {"quantization": quant} for quant, path in made.items()}}
+    result |= {"skipped": None, **parity.compare_tokens(tokenizer, first, samples)}
     needed, available = BaseWeights(base).float32_bytes() * 1.2, available_ram()
     if available is not None and needed > available:
         return result | {"skipped": f"{needed / 1e9:.0f} GB of RAM needed, {available / 1e9:.0f} GB free"}
-    answer = [i for ids in piece_ids(tokenizer, pieces) for i in ids]
-    sequences = [prompt_ids(tokenizer, chat) + answer for chat in chats]
-    references = parity.compute_references(base, adapter, sequences)
-    unquantized = quantized = parity.compare_probabilities(references, full)
-    if made.stat().st_size != full.stat().st_size or result["quantization"] not in ("f16", "f32"):
-        quantized = parity.compare_probabilities(references, made)
-    return result | {"unquantized": unquantized, "quantized": quantized}
+    held_out = samples[:2] + samples[2:][-HELD_OUT:]
+    greedy = parity.greedy_answers(full, [prompt_ids(tokenizer, s.chat) for s in held_out[: parity.GREEDY]])
+    sequences, rows = [], REFERENCE_BYTES // (4 * len(tokenizer)) - sum(len(ids) for ids, _ in greedy)
+    for ids in (_ids(tokenizer, sample) for sample in held_out):
+        if (rows := rows - len(ids)) > 0:
+            sequences.append(ids)
+    references = parity.compute_references(base, adapter, sequences, greedy)
+    unquantized = parity.compare_probabilities(references, full)
+    for quant, path in made.items():
+        same = quant in ("f16", "f32") and path.stat().st_size == full.stat().st_size
+        result["files"][path.name] |= unquantized if same else parity.compare_probabilities(references, path)
+    return result | {"unquantized": unquantized, "greedy": parity.compare_greedy(references)}
 
 
 def write_modelfile(run: Run, config: Config, name: str) -> tuple[Path, list[str]]:
@@ -174,6 +252,7 @@ def write_modelfile(run: Run, config: Config, name: str) -> tuple[Path, list[str
         num_ctx=min(config.export.num_ctx, max_context),
         stops=(tokens["eos_token"],),
     )
+    warnings += (run.manifest(f"export-{name}") or {"figures": {}})["figures"].get("warnings", [])
     path, adapter = run.path("export/Modelfile"), run.path(f"{name}/adapter")
     write_text(path, text)
     # an adapter from elsewhere has no record of its base weights, only the name of its base

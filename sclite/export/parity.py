@@ -1,17 +1,19 @@
-"""Compare the exported GGUF with the trained model: token ids, probabilities, and the effect of the adapter."""
+"""Compare exported GGUFs with the trained model: token ids, the end of a turn, probabilities, and the adapter's effect."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sclite.student.base import Messages
+from sclite.export.samples import TRICKY, Sample
+from sclite.student.base import Request
 from sclite.student.llama_cpp.engine import Engine
+from sclite.student.llama_cpp.sequence import TokenSequence
 from sclite.student.loader import nf4_config
 from sclite.student.origin import read_origin
-from sclite.student.tokenization import piece_ids, prompt_ids
+from sclite.student.tokenization import end_id, piece_ids, prompt_ids
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,46 +24,73 @@ SHOWN = 5
 """The number of texts with different tokens that parity.json lists."""
 TOP = 20
 """The most probable tokens of a position, over which the effect of the adapter is measured."""
-UNQUANTIZED = {"mean_abs_logprob_diff": 0.004, "top1_agreement": 0.99, "adapter_share": 0.05}
+GREEDY, GREEDY_TOKENS = 4, 48
+"""Greedy answers of the unquantized GGUF that the trained model reads, and their length in tokens."""
+UNQUANTIZED = {
+    "mean_abs_logprob_diff": 0.004,
+    "top1_agreement": 0.99,
+    "adapter_share": 0.05,
+    "greedy_gap": 0.05,
+}
 """SmolLM2-135M: 0.0015, 1.0 and 0.0001; merged in bfloat16 0.045, 0.98 and 0.10; one matrix of 210 scaled by 1.05: 0.0043."""
-QUANTIZED = {"f32": 0.004, "f16": 0.004, "bf16": 0.15, "q8_0": 0.2, "q6_k": 0.3, "q5": 1.0, "q4": 1.0}
-"""Largest mean difference in nats, by prefix of the quantization type (SmolLM2-135M: q8_0 0.06, q4_k_m 0.24)."""
-OTHER_QUANTIZED = 2.0
-"""The same for all other types (2 and 3 bits)."""
 
 
 @dataclass
 class Reference:
-    """The trained model's output on one sequence of `ids`: the log-probabilities of the tokens that follow, the most
-    probable tokens, and their log-probabilities with and without the adapter (the last three are [positions, TOP])."""
+    """The trained model's output on one sequence of `ids`: log-probabilities [positions, vocabulary] in float32, and
+    those of the TOP tokens without the adapter [positions, TOP]. `answer`: where a greedy answer of the GGUF begins."""
 
     ids: list[int]
-    following: np.ndarray
+    trained: np.ndarray
     top: np.ndarray
-    adapted: np.ndarray
     base: np.ndarray
+    answer: int | None = None
 
 
 def compare_tokens(
-    tokenizer: PreTrainedTokenizerBase, gguf: Path, texts: Sequence[str], chats: Sequence[Messages]
+    tokenizer: PreTrainedTokenizerBase, gguf: Path, samples: Sequence[Sample]
 ) -> dict[str, Any]:
     """Compare the token ids of the tokenizer and of the GGUF, for pieces of training text and for whole prompts.
 
-    Returns tokens_compared, tokens_equal and differences (the first few, with both ids).
+    Returns tokens_compared, tokens_equal, differences (the first few, with both ids), and end_of_turn: the token that ends
+    a turn in training, None if the GGUF does not end on it.
     """
+    texts = list(dict.fromkeys([*TRICKY, *(piece for sample in samples for piece in sample.pieces)]))
+    end = end_id(tokenizer)
     with Engine(gguf, gpu_layers=0, parallel=1, context=256, cache_gb=0.1) as engine:
-        rows = [(text, piece_ids(tokenizer, [text])[0], engine.token_ids(text)) for text in texts]
-        rows += [(chat[-1]["content"], prompt_ids(tokenizer, chat), engine.chat_ids(chat)) for chat in chats]
+        rows = [
+            (text, ids, engine.token_ids(text))
+            for text, ids in zip(texts, piece_ids(tokenizer, texts), strict=True)
+        ]
+        for chat, _ in samples:
+            rows.append((chat[-1]["content"], prompt_ids(tokenizer, chat), engine.chat_ids(chat)))
+        name = engine.vocabulary.name(end) if end in engine.vocabulary.ends else None
     different = sorted((row for row in rows if row[1] != row[2]), key=lambda row: len(row[0]))
     return {
         "tokens_compared": len(rows),
         "tokens_equal": len(rows) - len(different),
         "differences": [{"text": t, "transformers": a, "gguf": b} for t, a, b in different[:SHOWN]],
+        "end_of_turn": name,
     }
 
 
-def compute_references(base: Path, adapter: Path | None, sequences: Sequence[list[int]]) -> list[Reference]:
-    """Run the trained model in transformers on the CPU in float32."""
+def greedy_answers(gguf: Path, prompts: Sequence[list[int]]) -> list[tuple[list[int], int]]:
+    """The ids of each prompt with the GGUF's greedy answer, and where the answer begins."""
+    context = max(map(len, prompts)) + GREEDY_TOKENS
+    with Engine(gguf, gpu_layers=0, parallel=1, context=context, exact=True) as engine:
+        request = Request((), max_tokens=GREEDY_TOKENS)
+        sequences = [TokenSequence(ids.copy(), request=request, limit=GREEDY_TOKENS) for ids in prompts]
+        done = list(engine.scheduler.run(sequences))
+    return [(sequence.ids, len(sequence.prompt)) for sequence in done if not sequence.error]
+
+
+def compute_references(
+    base: Path,
+    adapter: Path | None,
+    sequences: Sequence[list[int]],
+    answers: Sequence[tuple[list[int], int]] = (),
+) -> list[Reference]:
+    """Run the trained model in transformers on the CPU in float32, on `sequences` and on `greedy_answers`."""
     import numpy as np
     import torch
 
@@ -71,15 +100,13 @@ def compute_references(base: Path, adapter: Path | None, sequences: Sequence[lis
         with torch.inference_mode():
             return model(torch.tensor([ids])).logits[0].float().log_softmax(-1).numpy()
 
-    for ids in sequences:
-        all_adapted = log_probabilities(ids)
-        top = np.argsort(all_adapted, axis=1)[:, : -TOP - 1 : -1]
-        adapted = unadapted = np.take_along_axis(all_adapted, top, 1)
+    for ids, answer in [*answers, *((ids, None) for ids in sequences)]:
+        trained = unadapted = log_probabilities(ids)
+        top = np.argsort(trained, axis=1)[:, : -TOP - 1 : -1]
         if adapter is not None:
             with model.disable_adapter():
-                unadapted = np.take_along_axis(log_probabilities(ids), top, 1)
-        following = all_adapted[np.arange(len(ids) - 1), ids[1:]]
-        references.append(Reference(ids, following, top, adapted, unadapted))
+                unadapted = log_probabilities(ids)
+        references.append(Reference(ids, trained, top, np.take_along_axis(unadapted, top, 1), answer))
     return references
 
 
@@ -106,33 +133,52 @@ def load_trained_model(base: Path, adapter: Path | None) -> PreTrainedModel | Pe
 def compare_probabilities(references: Sequence[Reference], gguf: Path) -> dict[str, Any]:
     """Compare a GGUF with the trained model.
 
-    positions; top1_agreement: share of positions with the same most probable token; mean_abs_logprob_diff: nats, over the
-    tokens that actually follow; adapter_effect: nats by which the adapter moves the most probable tokens; adapter_share: how
-    much of that is in the GGUF, by least squares (1: merged once, 0: not merged, 2: merged twice; None without an adapter).
+    positions; top1_agreement: share of positions with the same most probable token; kl: of the GGUF from the trained model,
+    in nats; mean_abs_logprob_diff: nats, over the tokens that actually follow; adapter_effect: nats by which the adapter
+    moves the most probable tokens; adapter_share: how much of that is in the GGUF, by least squares (1: merged once, 0: not
+    merged, 2: merged twice; None without an adapter).
     """
     import numpy as np
 
-    agreement, differences, effects, shifts = [], [], [], []
+    agreement, divergence, differences, effects, shifts = [], [], [], [], []
     context = max(len(reference.ids) for reference in references) + 1
     with Engine(gguf, gpu_layers=0, parallel=1, context=context, exact=True) as engine:
         for reference in references:
-            ids, found = reference.ids, engine.log_probabilities(reference.ids)
+            ids, trained, found = reference.ids, reference.trained, engine.log_probabilities(reference.ids)
             agreement.append(reference.top[:, 0] == found.argmax(1))
-            differences.append(np.abs(reference.following - found[np.arange(len(ids) - 1), ids[1:]]))
-            effects.append((reference.adapted - reference.base).ravel())
+            divergence.append((np.exp(trained) * (trained - found)).sum(1))
+            following = np.arange(len(ids) - 1), ids[1:]
+            differences.append(np.abs(trained[following] - found[following]))
+            effects.append((np.take_along_axis(trained, reference.top, 1) - reference.base).ravel())
             shifts.append((np.take_along_axis(found, reference.top, 1) - reference.base).ravel())
     effect, shift = np.concatenate(effects), np.concatenate(shifts)
     return {
         "positions": sum(map(len, agreement)),
         "top1_agreement": float(np.concatenate(agreement).mean()),
+        "kl": float(np.concatenate(divergence).mean()),
         "mean_abs_logprob_diff": float(np.concatenate(differences).mean()),
         "adapter_effect": float(np.abs(effect).mean()),
         "adapter_share": float(effect @ shift / (effect @ effect)) if effect.any() else None,
     }
 
 
-def find_violations(result: dict[str, Any]) -> list[str]:
-    """The figures of parity.json that exceed their bounds, as messages."""
+def compare_greedy(references: Sequence[Reference]) -> dict[str, Any]:
+    """Greedy answers of the GGUF as the trained model sees them: how many it would have given itself, and by how many nats
+    it prefers another token, at most. Answers differ at near ties, which rounding decides."""
+    equal, gap, answers = 0, 0.0, [r for r in references if r.answer is not None]
+    for reference in answers:
+        positions = range(reference.answer - 1, len(reference.ids) - 1)
+        gaps = [
+            reference.trained[i].max() - reference.trained[i, token]
+            for i, token in zip(positions, reference.ids[reference.answer :], strict=True)
+        ]
+        equal += not any(gaps)
+        gap = max(gap, *map(float, gaps)) if gaps else gap
+    return {"answers": len(answers), "equal": equal, "largest_gap": gap}
+
+
+def find_violations(result: Mapping[str, Any], max_kl: Mapping[str, float]) -> list[str]:
+    """The figures of parity.json that exceed their bounds, as messages. `max_kl`: bounds by beginning of a type's name."""
     found = []
     if result["tokens_equal"] < result["tokens_compared"]:
         first, rest = result["differences"][0], result["tokens_compared"] - result["tokens_equal"] - 1
@@ -141,43 +187,48 @@ def find_violations(result: dict[str, Any]) -> list[str]:
             f"the GGUF splits {first['text'][:40]!r} into tokens {first['gguf'][:8]}, the tokenizer into "
             f"{first['transformers'][:8]}{more}"
         )
-    full, quantized = result.get("unquantized"), result.get("quantized")
-    if not full or not quantized:
+    if result["end_of_turn"] is None:
+        found.append("the token that ends a turn in training does not end one in the GGUF")
+    if result["skipped"]:
         return found
-    bounds = {
-        "before quantization": (full, UNQUANTIZED["mean_abs_logprob_diff"]),
-        result["quantization"]: (quantized, max_difference(result["quantization"])),
-    }
-    for where, (figures, bound) in bounds.items():
-        if (difference := figures["mean_abs_logprob_diff"]) > bound:
-            found.append(
-                f"{where} log-probabilities differ by {difference:.4f} nats on average (at most {bound:g})"
-            )
+    full, greedy = result["unquantized"], result["greedy"]
+    if (difference := full["mean_abs_logprob_diff"]) > (bound := UNQUANTIZED["mean_abs_logprob_diff"]):
+        found.append(
+            f"before quantization log-probabilities differ by {difference:.4f} nats on average (at most {bound:g})"
+        )
     if full["top1_agreement"] < UNQUANTIZED["top1_agreement"]:
         different = 1 - full["top1_agreement"]
         found.append(f"before quantization the most probable token differs at {different:.1%} of positions")
+    if greedy["largest_gap"] > UNQUANTIZED["greedy_gap"]:
+        found.append(
+            f"in a greedy answer the trained model prefers another token by {greedy['largest_gap']:.2f} nats"
+        )
     # the smaller the adapter's effect, the more of the share is noise
     share, noise = full["adapter_share"], 0.001 / max(full["adapter_effect"], 1e-9)
     if share is not None and noise < 0.5 and abs(share - 1) > UNQUANTIZED["adapter_share"] + noise:
         found.append(f"the GGUF has {share:.0%} of the adapter's effect")
+    for name, figures in result["files"].items():
+        prefixes = [prefix for prefix in max_kl if figures["quantization"].startswith(prefix)]
+        bound = max_kl[max(prefixes, key=len)] if prefixes else float("inf")
+        if figures["kl"] > bound:
+            found.append(f"{name} has a KL divergence of {figures['kl']:.4f} nats (at most {bound:g})")
     return found
 
 
-def max_difference(quantization: str) -> float:
-    """The largest mean difference allowed for a quantization type, in nats."""
-    bounds = (bound for prefix, bound in QUANTIZED.items() if quantization.lower().startswith(prefix))
-    return next(bounds, OTHER_QUANTIZED)
-
-
-def summarize(result: dict[str, Any]) -> str:
+def summarize(result: Mapping[str, Any]) -> str:
     """The figures on one line."""
-    tokens = f"parity of {result['file']}: tokens {result['tokens_equal']}/{result['tokens_compared']}"
-    if result.get("skipped"):
+    tokens = (
+        f"parity of {', '.join(result['files'])}: tokens {result['tokens_equal']}/{result['tokens_compared']}"
+    )
+    if result["skipped"]:
         return f"{tokens}; probabilities not compared: {result['skipped']}"
-    full, quantized = result["unquantized"], result["quantized"]
+    full, greedy = result["unquantized"], result["greedy"]
     share = "" if full["adapter_share"] is None else f", adapter {full['adapter_share']:.1%}"
+    files = "; ".join(
+        f"{figures['quantization']} top-1 {figures['top1_agreement']:.4f}, KL {figures['kl']:.4f}"
+        for figures in result["files"].values()
+    )
     return (
-        f"{tokens}, top-1 {quantized['top1_agreement']:.4f}, "
-        f"mean difference {quantized['mean_abs_logprob_diff']:.4f} nats "
-        f"(before quantization {full['top1_agreement']:.4f}, {full['mean_abs_logprob_diff']:.4f}{share})"
+        f"{tokens}; {files} (before quantization {full['top1_agreement']:.4f}, {full['kl']:.4f}{share}, "
+        f"{greedy['equal']}/{greedy['answers']} greedy answers equal)"
     )

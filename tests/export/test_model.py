@@ -9,6 +9,8 @@ from sclite.config import Config
 from sclite.errors import FAILED, DataError, ScliteError
 from sclite.export import gguf, parity
 from sclite.export import model as export
+from sclite.export.samples import Sample
+from sclite.prompts import solve_messages
 from sclite.run import Run
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.llama_cpp.probe import check_gguf
@@ -67,9 +69,11 @@ def test_parity_describes_the_exported_file(base, run):
     report = export.export_model(config_of(base), run, "sft")
     kept = json.loads(run.path("export/parity.json").read_text())
     assert kept == report.figures["parity"]
-    assert (kept["file"], kept["quantization"], kept["skipped"]) == ("sft-q8_0.gguf", "q8_0", None)
-    assert kept["tokens_equal"] == kept["tokens_compared"] > 5
-    assert kept["unquantized"]["mean_abs_logprob_diff"] < kept["quantized"]["mean_abs_logprob_diff"]
+    assert kept["skipped"] is None
+    assert kept["tokens_equal"] == kept["tokens_compared"] > 40
+    assert kept["end_of_turn"] == "<|im_end|>"
+    assert kept["greedy"]["equal"] == kept["greedy"]["answers"] == 2
+    assert kept["unquantized"]["kl"] < kept["files"]["sft-q8_0.gguf"]["kl"] < 0.03
     assert kept["unquantized"]["adapter_share"] == pytest.approx(1, abs=0.05)
     line = parity.summarize(kept)
     assert line.startswith("parity of sft-q8_0.gguf: tokens ")
@@ -114,6 +118,148 @@ def test_wrong_merge_fails_the_export(base, run, monkeypatch, failure):
     assert error.value.code == FAILED
     assert [path.name for path in run.path("export").iterdir()] == ["parity.json"]
     assert run.manifest("export-sft") is None
+
+
+def noisy(path):
+    """Noise in one quantized tensor."""
+    import numpy as np
+    from gguf import GGUFReader
+
+    tensor = next(t for t in GGUFReader(path, "r+").tensors if t.name == "blk.1.ffn_down.weight")
+    draw = np.random.default_rng(0)
+    tensor.data[:, 2:34] = draw.integers(0, 255, tensor.data[:, 2:34].shape, dtype=np.uint8)
+
+
+def without_end_of_turn(path):
+    """The end token is another one, and llama.cpp does not know the trained one by its name."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path, "r+")
+    reader.get_field("tokenizer.ggml.eos_token_id").parts[-1][0] = 3
+    types = reader.get_field("tokenizer.ggml.token_type")
+    types.parts[types.data[2]][0] = 1
+    tokens = reader.get_field("tokenizer.ggml.tokens")
+    tokens.parts[tokens.data[2]][:] = np_bytes("<|im_eot|>")
+
+
+def with_swapped_tokens(path):
+    """<|im_start|> and <|im_end|> are exchanged."""
+    from gguf import GGUFReader
+
+    tokens = GGUFReader(path, "r+").get_field("tokenizer.ggml.tokens")
+    for token, text in ((1, "<|im_end|>  "), (2, "<|im_start|>")):
+        data = tokens.parts[tokens.data[token]]
+        data[:] = np_bytes(text.strip().ljust(len(data))[: len(data)])
+
+
+def with_another_template(path):
+    from gguf import GGUFReader
+
+    template = GGUFReader(path, "r+").get_field("tokenizer.chat_template").parts[-1]
+    template[:] = np_bytes(bytes(template).decode().replace("user\\n", "uuer\\n", 1))
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+def np_bytes(text):
+    import numpy as np
+
+    return np.frombuffer(text.encode(), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (noisy, "sft-q8_0.gguf has a KL divergence"),
+        (without_end_of_turn, "the token that ends a turn in training"),
+        (with_swapped_tokens, "the GGUF splits"),
+        (with_another_template, "the GGUF splits"),
+        (truncated, "cannot"),
+    ],
+)
+def test_fault_in_a_finished_gguf_fails_the_export(base, run, monkeypatch, fault, message):
+    quantize = export.quantize
+
+    def quantize_wrongly(source, out, *given):
+        done = quantize(source, out, *given)
+        fault(out)
+        return done
+
+    monkeypatch.setattr(export, "quantize", quantize_wrongly)
+    with pytest.raises(ScliteError) as error:
+        export.export_model(config_of(base), run, "sft")
+    assert message in error.value.message
+    assert not list(run.path("export").glob("*.gguf"))
+
+
+def test_several_types_are_made_from_one_merge(base, run, monkeypatch):
+    calls = []
+    merge = export.merge
+    monkeypatch.setattr(
+        export, "merge", lambda *given, **named: calls.append(given) or merge(*given, **named)
+    )
+    config = config_of(base, "q4_k_m, Q8_0,bf16,q8_0")
+    report = export.export_model(config, run, "sft")
+    assert list(report.figures["files"]) == ["sft-q4_k_m.gguf", "sft-q8_0.gguf", "sft-bf16.gguf"]
+    assert export.gguf_path(run, "sft", config).name == "sft-q4_k_m.gguf"
+    kls = [figures["kl"] for figures in report.figures["parity"]["files"].values()]
+    assert kls[0] > kls[1] > kls[2] > report.figures["parity"]["unquantized"]["kl"]
+    assert len(calls) == 1
+    assert export.export_model(config, run, "sft").skipped
+    run.path("export/sft-q8_0.gguf").unlink()
+    assert not export.export_model(config, run, "sft").skipped
+    assert export.describe_sizes(config) == "q4_k_m about 1 MB, q8_0 about 2 MB, bf16 about 3 MB"
+
+
+def test_type_below_five_bits_gets_an_importance_matrix_from_the_run(base, run):
+    from sclite.records import Template
+
+    rows = [text.split("\n", 1) for text in sample_texts(30)]
+    lines = [
+        Template(id=str(i), question=question, trace=trace, answer="1").model_dump_json()
+        for i, (question, trace) in enumerate(rows)
+    ]
+    run.path("templates.jsonl").write_text("\n".join(lines) + "\n")
+    found = {}
+    for imatrix in (None, False):
+        tree = {"student": {"model": str(base)}, "export": {"quant": "q3_k_m", "imatrix": imatrix}}
+        found[imatrix] = export.export_model(Config.model_validate(tree), run, "sft").figures["parity"]
+    assert [found[key]["importance"] for key in found] == [["q3_k_m"], []]
+    kls = [found[key]["files"]["sft-q3_k_m.gguf"]["kl"] for key in found]
+    assert kls[0] < kls[1]
+
+
+def test_disk_that_is_too_small_is_an_error_before_the_merge(base, run, monkeypatch):
+    monkeypatch.setattr(export.shutil, "disk_usage", lambda _: type("", (), {"free": 1_000_000}))
+    monkeypatch.setattr(export, "merge", None)
+    with pytest.raises(ScliteError, match=r"needs about 6 MB of disk space .* 1 MB are free"):
+        export.export_model(config_of(base), run, "sft")
+
+
+def test_bounds_come_from_the_configuration(base, run):
+    tree = {"student": {"model": str(base)}, "export": {"quant": "q8_0", "max_kl": '{"q8_0": 1e-9}'}}
+    config = Config.model_validate(tree)
+    assert config.export.max_kl["q4"] == Config().export.max_kl["q4"]
+    with pytest.raises(ScliteError, match=r"sft-q8_0.gguf has a KL divergence of .* \(at most 1e-09\)"):
+        export.export_model(config, run, "sft")
+
+
+def test_merged_folder_is_what_was_trained(base, run):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = export.export_merged(config_of(base), run, "sft")
+    assert folder == run.path("export/sft-merged")
+    ids = torch.tensor([list(range(300, 340))])
+    trained = parity.load_trained_model(base, run.path("sft/adapter"))
+    merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        assert torch.allclose(trained(ids).logits, merged(ids).logits, atol=0.02)
+    template = AutoTokenizer.from_pretrained(folder).chat_template
+    assert '"<|im_start|>user\\n"' in template
+    assert "message['role'] + " not in template
 
 
 def test_adapter_trained_in_nf4_is_merged_into_nf4_weights(base, run, tmp_path):
@@ -245,7 +391,7 @@ def test_probabilities_are_skipped_if_the_model_does_not_fit_in_memory(base, run
     result = export.export_model(config_of(base), run, "sft").figures["parity"]
     assert "GB of RAM needed" in result["skipped"]
     assert "probabilities not compared" in parity.summarize(result)
-    assert parity.find_violations(result) == []
+    assert parity.find_violations(result, {}) == []
 
 
 def test_code_in_a_model_folder_does_not_run(base, run, tmp_path, monkeypatch):
@@ -279,5 +425,7 @@ def test_trace_texts_have_the_same_tokens(base, run):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base)
-    found = parity.compare_tokens(tokenizer, run.path("export/sft-f16.gguf"), sample_texts(20), [])
-    assert (found["tokens_equal"], found["differences"]) == (20, [])
+    found = parity.compare_tokens(
+        tokenizer, run.path("export/sft-f16.gguf"), [Sample(solve_messages("1 + 1?"), sample_texts(20))]
+    )
+    assert found["tokens_equal"] == found["tokens_compared"] > 20

@@ -1,0 +1,91 @@
+"""Texts of a run on which an export is measured: prompts and traces as the student sees and writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from sclite import prompts
+from sclite.config import Config
+from sclite.records import Attempt, Problem, Review, Template
+from sclite.run import Run
+from sclite.student.base import Messages
+from sclite.trace import Step, Trace, all_pieces, parse
+
+ROWS = 100
+"""Rows of each file of the run."""
+QUESTION = "Anna has 12 nuts and buys 3 more. How many has she?"
+TRACE = Trace((Step("12 + 3 = 15.", "Add.", "The sum is 15.", "12 + 3 = 15."),), "Add what is bought.", "15")
+TRICKY = (
+    *(
+        "\n",
+        "\n\n",
+        "\n \n",
+        "  ",
+        " 7",
+        "  42",
+        " 1234567890",
+        "3.14159",
+        "1,234.5",
+        "x1y2",
+        "a\tb",
+        "- one\n- two",
+    ),
+    *(
+        "1. First\n2. Second\n\n   a) third",
+        "if x:\n    return y\n",
+        "# A\n\n\n## B\n",
+        "don't we'll I'm",
+        "…–—“”‘’",
+    ),
+    *("naïve café Größe", "数学的问题", "привет мир", "مرحبا", "שלום", "🙂👩‍👩‍👧", "∑ᵢ xᵢ² ≤ ∞", "½ + ¼ = ¾"),
+    *(
+        r"\frac{1}{2} \times \sqrt{x}",
+        "$x^2$ and \\(y\\)",
+        "```python\nprint(1)\n```",
+        "<b>bold</b> &amp;",
+        '{"a": [1, 2]}',
+    ),
+    *(
+        "http://example.org/a?b=c#d",
+        "A" * 50,
+        "0" * 30,
+        "!?!?...",
+        "<Step1>",
+        "</Step12>\n",
+        "<Answer>-0.5</Answer>\n",
+    ),
+)
+"""Texts on which tokenizers differ: line ends, runs of spaces, digits after spaces, scripts, markup."""
+
+
+class Sample(NamedTuple):
+    """A chat, and the pieces of the answer that the run has for it."""
+
+    chat: Messages
+    pieces: list[str]
+
+
+def read_samples(config: Config, run: Run) -> list[Sample]:
+    """Solutions and reviews of the run, spread over its files, after one of each that every run has."""
+
+    def spread(name: str, model: type) -> list:
+        rows = run.read(name, model)
+        return rows[:: max(1, -(-len(rows) // ROWS))]
+
+    def samples() -> Iterator[tuple[Messages, Trace]]:
+        folder = config.prompts.folder
+        yield prompts.solve_messages(QUESTION, folder), TRACE
+        yield prompts.review_messages(QUESTION, "".join(all_pieces(TRACE)), folder), TRACE
+        for row in spread("templates.jsonl", Template):
+            yield prompts.solve_messages(row.question, folder), parse(row.trace).trace
+        questions = {row.id: row.question for row in run.read("problems.jsonl", Problem)}
+        attempts = {(row.id, row.sample): row.trace for row in run.read("attempts.jsonl", Attempt)}
+        for row in spread("attempts.jsonl", Attempt):
+            if row.id in questions:
+                yield prompts.solve_messages(questions[row.id], folder), parse(row.trace).trace
+        for row in spread("reviews.jsonl", Review):
+            if row.id in questions and (attempt := attempts.get((row.id, row.sample))):
+                yield prompts.review_messages(questions[row.id], attempt, folder), parse(row.trace).trace
+
+    return [Sample(chat, all_pieces(trace)) for chat, trace in samples()]
