@@ -445,8 +445,8 @@ def serve(
     if model is None:
         pipeline.export_for_chat(context)
     path, threshold, off = evaluation.for_chat(context, model, None)
-    served = {"name": name or path.stem, "host": host, "port": port, "parallel": parallel}
-    run_server(path, context.config, threshold, off=off, **served)
+    name = name or path.stem
+    run_server(path, context.config, threshold, off=off, name=name, host=host, port=port, parallel=parallel)
 
 
 @app.command()
@@ -507,3 +507,33 @@ def status(*, common: Common) -> None:
 
     config = common.load()
     tables.print_status(read_status(config, Run(config.run)), common.json)
+
+
+@app.command()
+@common_options
+def report(*, common: Common) -> None:
+    """Open the HTML report of the newest evaluation."""
+    from sclite.inspect.overview import find_report, open_in_browser
+    from sclite.run import Run
+
+    path = find_report(Run(common.load().run))
+    opened = not common.json and open_in_browser(path)
+    if common.json:
+        console.print_json({"report": str(path)})
+    elif opened:
+        console.note(f"opened {console.escape(str(path))}")
+    else:
+        console.print(console.escape(str(path)), wrap=False)
+
+
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder that holds the runs.")] = Path(
+        "runs"
+    ),
+    json: JsonOption = False,
+) -> None:
+    """List the runs with student, progress, accuracy and size."""
+    from sclite.inspect.overview import list_runs, print_runs
+
+    print_runs(folder, list_runs(folder), json)

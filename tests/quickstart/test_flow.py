@@ -70,7 +70,9 @@ def test_test_and_threshold_problems_were_never_trained_on(quickstarted):
 
 def test_a_second_quickstart_repeats_no_stage(quickstarted):
     folder, run, summary = quickstarted
-    made = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.suffix in (".safetensors", ".gguf")}
+    made = {
+        path: path.stat().st_mtime_ns for path in run.rglob("*") if path.suffix in (".safetensors", ".gguf")
+    }
     again = sclite("quickstart", *SMALL, "--json", folder=folder)
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout) == summary

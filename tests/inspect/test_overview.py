@@ -1,0 +1,62 @@
+"""`sclite runs` and `sclite report`."""
+
+import json
+import os
+
+from sclite.run import Run
+
+
+def evaluated(folder, student="org/model", acc=0.5):
+    run = Run(folder)
+    run.folder.mkdir(parents=True)
+    run.path("run.toml").write_text(f'[student]\nmodel = "{student}"\n')
+    figures = {"file": "x.gguf", "bytes": 1, "made_from": "", "acc_t1": acc, "acc_t2": acc + 0.25, "n": 40}
+    run.write_json(
+        "eval/a/summary.json",
+        {"models": {"base": {**figures, "acc_t1": 0.1}, "dpo": figures}, "n": 40, "folder": "eval/a"},
+    )
+    run.path("eval/a/report.html").write_text("<html>")
+    return run
+
+
+def test_runs_are_listed_with_their_student_and_last_accuracy(sclite, tmp_path):
+    evaluated(tmp_path / "runs/b", "org/second", 0.25)
+    evaluated(tmp_path / "runs/a")
+    (tmp_path / "runs/not-a-run").mkdir()
+    ended = sclite("runs", str(tmp_path / "runs"), "--json")
+    first, second = json.loads(ended.out)["runs"]
+    assert (first["student"], first["acc_t1"], first["acc_t2"], first["n"]) == ("org/model", 0.5, 0.75, 40)
+    assert (second["run"], second["student"], second["acc_t1"]) == (
+        str(tmp_path / "runs/b"),
+        "org/second",
+        0.25,
+    )
+    assert first["bytes"] == sum(p.stat().st_size for p in (tmp_path / "runs/a").rglob("*") if p.is_file())
+    assert "org/second" in sclite("runs", str(tmp_path / "runs")).out
+
+
+def test_a_damaged_run_does_not_hide_the_others(sclite, tmp_path):
+    evaluated(tmp_path / "runs/a")
+    evaluated(tmp_path / "runs/b").path("run.toml").write_text("[student\n")
+    first, second = json.loads(sclite("runs", str(tmp_path / "runs"), "--json").out)["runs"]
+    assert first["error"] == ""
+    assert "run.toml" in second["error"]
+
+
+def test_a_folder_without_runs_is_an_error(sclite, tmp_path):
+    ended = sclite("runs", str(tmp_path))
+    assert ended.code == 3
+    assert "holds no run" in ended.error
+
+
+def test_report_prints_the_path_of_the_newest_report_without_a_display(sclite, tmp_path, monkeypatch):
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    run = evaluated(tmp_path / "a")
+    run.write_json("eval/b/summary.json", {})
+    run.path("eval/b/report.html").write_text("<html>")
+    os.utime(run.path("eval/b/report.html"), (1, 1))
+    assert sclite("report", "--run", str(run.folder)).out.strip() == str(run.path("eval/a/report.html"))
+    ended = sclite("report", "--run", str(tmp_path / "none"))
+    assert ended.code == 3
+    assert "sclite eval" in ended.hint
