@@ -154,5 +154,7 @@ def _explain(error: ValidationError) -> tuple[str, str]:
             lines.append(f"{key} = {failure['input']!r}: {failure['msg'][0].lower()}{failure['msg'][1:]}")
             if (field := known.get(key)) is not None and field.description:
                 meanings.append(f"{key}: {field.description}.")
-    advice = [hint for hint in hints if hint] or ["`sclite init` writes a file that explains every key"]
+    advice = list(dict.fromkeys(filter(None, hints))) or [
+        "`sclite init` writes a file that explains every key"
+    ]
     return "configuration: " + "; ".join(lines), " ".join([*meanings, *advice])

@@ -149,11 +149,7 @@ def test_help_waits_for_neither_pydantic_nor_rich():
 # -- size and names ------------------------------------------------------------------------------------------------
 
 MOST_LINES, LEAST_MEAN_LENGTH, MOST_CALLED_ONCE = 21_000, 12.5, 330
-TWICE = {
-    "inputs_of",  # of each stage, always called as templates.inputs_of, sft.inputs_of ..
-    *("export_data", "status", "page"),
-    *("choose", "render", "digest", "clean"),
-}
+TWICE = {"status", "digest", "clean"}
 """Public functions that may share their name with another one. The commands in cli.py may too."""
 PRIVATE_ELSEWHERE = {
     "export/test_datasets.py _prepare_dataset",  # of TRL

@@ -113,48 +113,37 @@ def write_pairs(
 
 
 def _validate_imported(run: Run) -> Report:
-    """The report of an imported pairs.jsonl, each row checked."""
+    """The report of an imported pairs.jsonl, each row checked: it must be one that training can use."""
     known = {problem.id for problem in run.read("problems.jsonl", Problem)}
     pairs, contents = run.read("pairs.jsonl", Pair), set()
     decided = {(pair.id, pair.sample) for pair in pairs if pair.kind == "decision"}
     for number, pair in enumerate(pairs, 1):
-        why, hint = _pair_issue(pair), "fix or remove it"
+        work, step, content = parse(pair.attempt).trace, pair.step, pair.kind == "content"
+        why, hint = "", "fix or remove it"
         if pair.id not in known:
             why, hint = "no problem has this id", "use the ids of problems.jsonl"
-        elif why is None and (pair.id, pair.sample) not in decided:
+        elif not 1 <= step <= len(work.steps):
+            why = f"step is {step}, but the attempt has {len(work.steps)} steps"
+        elif pair.prefix != (*_prefix(work, step), *([CAUSE] if content else [])):
+            why = f"prefix is not the attempt up to step {step}, in pieces"
+        elif (pair.id, pair.sample) not in decided:
             why, hint = "its attempt has no decision pair", "add one at its step"
-        elif why is None and pair.kind == "content":
-            why = (
-                f"a second content pair for sample {pair.sample}"
-                if (pair.id, pair.sample) in contents
-                else None
-            )
+        elif not content and {pair.chosen, pair.rejected} != {CAUSE, close_piece(step)}:
+            why = f"chosen and rejected must be {CAUSE} and the step's closing tag"
+        elif pair.chosen == pair.rejected:
+            why = "chosen and rejected are identical"
+        elif content and (pair.id, pair.sample) in contents:
+            why = f"a second content pair for sample {pair.sample}"
+        elif content:
             contents.add((pair.id, pair.sample))
-        if why is not None:
+            written = parse("".join(pair.prefix) + pair.chosen + close_piece(step)).trace.steps[step - 1]
+            if not (written.cause and written.correction and pair.chosen.endswith("</Correction>\n")):
+                why = "chosen must be a cause, </Cause>, <Correction>, a correction, </Correction> and a newline"
+        if why:
             reject_row(run, "pairs.jsonl", number, pair, why, hint)
     report = Report("pairs", dict(Counter(str(pair.kind) for pair in pairs)), skipped=True)
     report.counts["imported"] = len(pairs)
     return report
-
-
-def _pair_issue(pair: Pair) -> str | None:
-    """Why a pair cannot be trained on: a prefix that is not the attempt up to the step, or a malformed side; else None."""
-    work = parse(pair.attempt).trace
-    if not 1 <= pair.step <= len(work.steps):
-        return f"step is {pair.step}, but the attempt has {len(work.steps)} steps"
-    content = pair.kind == "content"
-    if pair.prefix != (*_prefix(work, pair.step), *([CAUSE] if content else [])):
-        return f"prefix is not the attempt up to step {pair.step}, in pieces"
-    if not content:
-        if {pair.chosen, pair.rejected} == {CAUSE, close_piece(pair.step)}:
-            return None
-        return f"chosen and rejected must be {CAUSE} and the step's closing tag"
-    if pair.chosen == pair.rejected:
-        return "chosen and rejected are identical"
-    written = parse("".join(pair.prefix) + pair.chosen + close_piece(pair.step)).trace.steps[pair.step - 1]
-    if not (written.cause and written.correction and pair.chosen.endswith("</Correction>\n")):
-        return "chosen must be a cause, </Cause>, <Correction>, a correction, </Correction> and a newline"
-    return None
 
 
 # -- the student's own corrections ---------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from sclite.grading.worker import Grader
 from sclite.progress import Progress
 from sclite.records import Drop, Problem, Template
 from sclite.run import Report, Run, timed
-from sclite.signature import digest_rows, with_unanswered
+from sclite.signature import differences, digest_rows, with_unanswered
 from sclite.teacher.client import Job, Rejection, Teacher, count_unanswered, identity
 from sclite.teacher.forecast import CHARACTERS_PER_TOKEN, Forecast, ask_after_pilot, forecast
 from sclite.trace import first_corrected, parse, render
@@ -151,11 +151,9 @@ def _keep_valid_rows(
     if fresh or (before is None and run.path("templates.begun.json").is_file()):
         run.replace("templates.jsonl", [])  # also if the basis is damaged: paid replies are in the ledger
     elif before != basis and any(True for _ in run.rows("templates.jsonl", Template, whole=False)):
-        changed = [
-            f"{name} {before.get(name)} -> {basis[name]}" for name in basis if before.get(name) != basis[name]
-        ]
+        changed = "; ".join(differences(before, basis))
         raise UsageError(
-            f"{run.path('templates.jsonl')} was made with other settings: {'; '.join(changed)}",
+            f"{run.path('templates.jsonl')} was made with other settings: {changed}",
             "pass --fresh to discard and pay for them again, or restore the old settings",
         )
     wanted = {problem.id: (problem.question, problem.answer) for problem in problems}

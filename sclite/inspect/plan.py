@@ -315,4 +315,6 @@ def _time(hours: float | None, unknown: str) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"
+    return (
+        "–" if value is None else f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:,.1f}"
+    )

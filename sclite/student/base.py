@@ -79,8 +79,8 @@ class Student(Protocol):
         ...
 
     def score(self, requests: Sequence[ScoreRequest]) -> Iterator[Scores]:
-        """Yield the scores of each request, in any order. Endpoints raise NotImplementedError."""
-        ...
+        """Yield the scores of each request, in any order. Only the engine can."""
+        raise NotImplementedError(f"{type(self).__name__} cannot score")
 
     def stream(
         self, ask: Request | ScoreRequest, cancel: Event | None = None

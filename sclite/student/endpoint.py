@@ -6,7 +6,7 @@ Its calls go through the teacher's client and ledger, so each reply is requested
 from collections.abc import Iterator, Sequence
 
 from sclite.errors import TeacherError, UsageError
-from sclite.student.base import Reply, Request, ScoreRequest, Scores, Student
+from sclite.student.base import Reply, Request, Student
 from sclite.teacher.client import CUT_OFF, EMPTY_REPLY, REASONING_TOO_LONG, Job, Teacher
 
 RENAMED = (
@@ -56,10 +56,6 @@ class Endpoint(Student):
             for name, ours in RENAMED:
                 message, hint = message.replace(name, ours), hint.replace(name, ours)
             raise TeacherError(message, hint) from None
-
-    def score(self, requests: Sequence[ScoreRequest]) -> Iterator[Scores]:
-        """Endpoints cannot score given continuations: always raises NotImplementedError."""
-        raise NotImplementedError(f"{self.teacher.settings.model} is an endpoint and cannot score")
 
 
 def _job(index: int, request: Request) -> Job:

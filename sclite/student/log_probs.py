@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-HEAD_ROWS = 16_384
-"""Rows of the head that are converted to float32 at a time."""
 LOGITS = 1 << 26
 """Most numbers in a table of logits: positions times vocabulary."""
 
@@ -121,28 +119,6 @@ def vocabulary_log_probs(model: "torch.nn.Module", hidden: "Tensor") -> "Tensor"
     causal, head = _head(model)
     logits = head(hidden.to(head.weight.dtype)).float()
     return _softcap(causal, logits).log_softmax(-1)
-
-
-def log_probs_at(model: "torch.nn.Module", hidden: "Tensor", tokens: "Tensor") -> "Tensor":
-    """Float32 log-probabilities of one token after each hidden state [positions, width]: [positions].
-
-    Reads the head in parts: all its weights in float32 would take gigabytes.
-    """
-    import torch
-
-    causal, head = _head(model)
-    weight, bias = head.weight, getattr(head, "bias", None)
-    with torch.autocast(hidden.device.type, enabled=False):
-        hidden = hidden.float()
-
-        def logits(rows: "slice | Tensor") -> "Tensor":
-            product = hidden @ weight[rows].float().T
-            return _softcap(causal, product if bias is None else product + bias[rows].float())
-
-        parts = [slice(start, start + HEAD_ROWS) for start in range(0, len(weight), HEAD_ROWS)]
-        norm = torch.stack([logits(part).logsumexp(-1) for part in parts]).logsumexp(0)
-        unique, places = torch.unique(tokens.to(weight.device), return_inverse=True)
-        return logits(unique).gather(1, places.unsqueeze(1)).squeeze(1) - norm
 
 
 def head_chunk_size(vocabulary: int) -> int:

@@ -3,8 +3,7 @@
 import pytest
 
 from sclite.config import Config
-from sclite.data.corrections import write_corrections
-from sclite.data.review_check import review_rejection
+from sclite.data.corrections import review_rejection, write_corrections
 from sclite.errors import DataError
 from sclite.records import Attempt, Drop, Problem, Review
 from sclite.teacher.client import Teacher

@@ -15,8 +15,7 @@ from sclite.records import Attempt, Problem, Template
 from sclite.run import Run
 from sclite.student.base import Request
 from sclite.student.loader import load_student
-from sclite.student.self_correction import score_request
-from sclite.trace import parse
+from sclite.trace import parse, render
 from sclite.train.stage import quiet_libraries
 
 STAGE = {"batch_size": 4, "per_device_train_batch_size": 2, "max_length": 1024, "eval_share": 0}
@@ -72,15 +71,28 @@ def hidden_gaps(backend: str, run: Run) -> dict[str, float]:
 
 def odds(backend: str, run: Run) -> list[float]:
     """Log-odds of accusing at every step of every attempt, by the DPO student."""
-    from sclite.student.hf_model import HFModel
+    import torch
+
+    from sclite.student.log_probs import autocast, hidden_states, pad
+    from sclite.student.tokenization import decision_ids, encode_review
 
     config = config_of(backend)
     quiet_libraries(config.student)
     questions = {p.id: p.question for p in run.read("problems.jsonl", Problem)}
     works = {a.id: parse(a.trace).trace for a in run.read("attempts.jsonl", Attempt)}
-    requests = [score_request(questions[id], work) for id, work in works.items()]
     model, tokenizer = load_student(config, "sft", run.path("dpo/adapter"))
-    return [value for scores in HFModel(model, tokenizer, 4).score(requests) for value in scores.log_odds]
+    model.eval()
+    head = model.get_output_embeddings().weight[list(decision_ids(tokenizer))]
+    found = []
+    for id, work in works.items():
+        row = encode_review(tokenizer, prompts.review_messages(questions[id], render(work)), work)
+        with torch.no_grad(), autocast(model):
+            states = hidden_states(model, pad([row], tokenizer.pad_token_id)).at(
+                [0] * len(row.marks), row.marks
+            )
+        logits = states.float() @ head.float().T
+        found += (logits[:, 0] - logits[:, 1]).tolist()
+    return found
 
 
 def attempts(backend: str, run: Run) -> list[str]:

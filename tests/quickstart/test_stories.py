@@ -23,30 +23,16 @@ def test_every_problem_is_solved_from_its_text(problems):
     for problem in problems:
         solution = solve(problem.question)
         assert str(solution.answer) == problem.answer
-        assert 1 <= len(solution.operations) <= 4
-
-
-def test_every_result_is_right_and_an_integer(problems):
-    for problem in problems:
-        for operation in solve(problem.question).operations:
-            assert CALCULATE[operation.sign](operation.left, operation.right) == operation.result
-            assert operation.result >= 0
-            if operation.sign == "/":
-                assert operation.left % operation.right == 0
-
-
-def test_an_operation_uses_the_results_of_its_parents(problems):
-    for problem in problems:
-        solution = solve(problem.question)
-        for operation, parents in zip(solution.operations, solution.parents, strict=True):
-            for parent in parents:
-                assert solution.operations[parent].result in (operation.left, operation.right)
-        assert all(p < i for i, parents in enumerate(solution.parents) for p in parents)
-
-
-def test_the_gold_solution_ends_with_the_answer(problems):
-    for problem in problems[:300]:
         assert re.search(rf"= {problem.answer}\.$", problem.solution)
+        assert 1 <= len(solution.operations) <= 4
+        for number, (operation, parents) in enumerate(
+            zip(solution.operations, solution.parents, strict=True)
+        ):
+            assert CALCULATE[operation.sign](operation.left, operation.right) == operation.result >= 0
+            assert operation.sign != "/" or operation.left % operation.right == 0
+            assert all(parent < number for parent in parents)
+            used = {solution.operations[parent].result for parent in parents}
+            assert used <= {operation.left, operation.right}
 
 
 def test_every_sentence_of_the_grammar_is_used(problems):
@@ -54,16 +40,11 @@ def test_every_sentence_of_the_grammar_is_used(problems):
     assert used >= {*EVENTS, *QUESTIONS, *OPENINGS} - {"has", "left"}  # these two ask for no sum
 
 
-def test_the_seed_determines_the_problems():
-    assert generate(50, 3) == generate(50, 3)
+def test_the_seed_determines_the_problems_which_are_unique_and_not_avoided_ones(problems):
     assert generate(50, 3)[:20] == generate(20, 3)
-    assert not {p.question for p in generate(50, 3)} & {p.question for p in generate(50, 4)}
-
-
-def test_questions_are_unique_and_not_avoided_ones(problems):
     assert len({p.question for p in problems}) == len({p.id for p in problems}) == 1500
     avoid = frozenset(p.question for p in generate(100, 3))
-    assert not avoid & {p.question for p in generate(300, 3, avoid)}
+    assert not avoid & {p.question for p in [*generate(300, 3, avoid), *generate(50, 4)]}
 
 
 def test_the_sets_have_no_common_question():
@@ -95,11 +76,7 @@ def test_a_changed_question_is_not_solved_like_the_original(problems, change):
     for problem in problems[:100]:
         found = solve(change(problem.question))
         assert found is None or found != solve(problem.question)
-
-
-def test_surrounding_whitespace_is_ignored(problems):
-    question = problems[0].question
-    assert solve(f"\n {question} \n") == solve(question)
+    assert solve(f"\n {problems[0].question} \n") == solve(problems[0].question)
 
 
 def test_only_sums_and_products_may_be_swapped(problems):

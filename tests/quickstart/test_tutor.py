@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from sclite import prompts
-from sclite.data.review_check import review_rejection
+from sclite.data.corrections import review_rejection
 from sclite.data.templates import check_template
 from sclite.grading.worker import Grader
 from sclite.quickstart import tutor
@@ -39,31 +39,16 @@ def damaged(problem, draw):
     return replace(trace, steps=tuple(steps), answer=str(int(trace.answer) + 1)), step + 1
 
 
-def test_every_template_passes_the_filters(grader):
+def test_every_template_passes_the_filters_and_is_right(grader):
     for problem in PROBLEMS:
-        reply = tutor.reply(
-            list(prompts.template_messages(problem.question, problem.solution, problem.answer))
-        )
+        messages = prompts.template_messages(problem.question, problem.solution, problem.answer)
+        reply = tutor.reply(list(messages))
         assert check_template(reply, problem, grader) is None
         assert reply == render(parse(reply).trace)
+        assert tutor.judge(solve(problem.question), parse(reply).trace).step is None
 
 
-def test_right_work_is_accepted():
-    for problem in PROBLEMS:
-        solution = solve(problem.question)
-        assert tutor.judge(solution, tutor.template(solution)).step is None
-
-
-def test_the_first_wrong_step_is_found():
-    draw = random.Random(1)
-    for problem in PROBLEMS:
-        attempt, wrong = damaged(problem, draw)
-        verdict = tutor.judge(solve(problem.question), attempt)
-        assert verdict.step == wrong
-        assert verdict.cause
-
-
-def test_every_correction_passes_the_filters(grader):
+def test_every_correction_passes_the_filters_and_its_equations_are_true(grader):
     draw = random.Random(2)
     for problem in PROBLEMS:
         attempt, wrong = damaged(problem, draw)
@@ -71,18 +56,13 @@ def test_every_correction_passes_the_filters(grader):
         messages = prompts.correction_messages(problem.question, problem.solution, problem.answer, row.trace)
         reply = tutor.reply(list(messages))
         assert review_rejection(reply, row, problem, grader) is None, reply
-        assert first_corrected(parse(reply).trace) == wrong
-
-
-def test_every_equation_in_a_correction_is_true():
-    draw = random.Random(3)
-    for problem in PROBLEMS:
-        attempt, wrong = damaged(problem, draw)
-        noted = tutor.correct(solve(problem.question), attempt).steps[wrong - 1]
-        found = re.findall(r"(\d+) ([-+*/]) (\d+)( \+ 1)? = (\d+)", noted.correction)
+        review = parse(reply).trace
+        assert first_corrected(review) == wrong
+        correction = review.steps[wrong - 1].correction
+        found = re.findall(r"(\d+) ([-+*/]) (\d+)( \+ 1)? = (\d+)", correction)
         assert found
         for left, sign, right, carry, result in found:
-            assert CALCULATE[sign](int(left), int(right)) + bool(carry) == int(result), noted.correction
+            assert CALCULATE[sign](int(left), int(right)) + bool(carry) == int(result), correction
 
 
 def test_missing_and_superfluous_steps_are_wrong():

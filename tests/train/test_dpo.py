@@ -11,7 +11,6 @@ from sclite.errors import DataError
 from sclite.records import Attempt, Pair, Problem, Review, Template
 from sclite.run import Run
 from sclite.student import tokenization
-from sclite.student.hf_model import HFModel
 from sclite.student.loader import load_student, load_tokenizer
 from sclite.student.log_probs import pad
 from sclite.student.self_correction import score_request
@@ -22,7 +21,7 @@ from sclite.train.dpo import train_dpo, with_replay
 from sclite.train.losses import DpoLoss, pair_log_probs, reference_log_probs
 from sclite.train.sft import solve_rows, train_sft
 from sclite.train.warmup import train_warmup
-from tests.tiny import tiny_llama
+from tests.tiny import first_token_odds, tiny_llama
 from tests.train.test_sft import config_of, metrics, write_toy
 
 SHORT = {"batch_size": 4, "per_device_train_batch_size": 2}
@@ -253,15 +252,16 @@ def test_partial_completions_carry_no_end_token(started):
 
 
 def test_decision_odds_in_training_equal_the_scores_in_use(preferred):
-    """Trained and used on the same token positions: `HFModel.score` and the bundles agree to 1e-4."""
+    """Trained on the token positions that review asks for: the bundles and transformers' own logits agree to 1e-4."""
     config, run, _ = preferred
     model, tokenizer = load_student(config, "dpo", run.path("dpo/adapter"))
     attempts = {f"{a.id}/{a.sample}": parse(a.trace).trace for a in run.read("attempts.jsonl", Attempt)}
     questions = {p.id: p.question for p in run.read("problems.jsonl", Problem)}
     bundles = bundles_of(config, run, tokenizer)
     requests = [score_request(questions[b.key.split("/")[0]], attempts[b.key]) for b in bundles]
-    requests = [replace(request, others=()) for request in requests]  # first tokens, as they are trained
-    used = {bundles[s.index].key: s.log_odds for s in HFModel(model, tokenizer, 4).score(requests)}
+    used = {
+        b.key: first_token_odds(model, tokenizer, asked) for b, asked in zip(bundles, requests, strict=True)
+    }
     got = pair_log_probs(model, collate(bundles, tokenizer.pad_token_id), decision_ids(tokenizer))
     signed = (got.decision_chosen - got.decision_rejected).tolist()
     trained: dict[str, list[float]] = {b.key: [] for b in bundles}
@@ -270,7 +270,7 @@ def test_decision_odds_in_training_equal_the_scores_in_use(preferred):
             trained[bundle.key].append(signed.pop(0) * (1 if accused else -1))
     assert signed == []
     for key, odds in trained.items():
-        assert list(used[key][: len(odds)]) == pytest.approx(odds, abs=1e-4)
+        assert used[key][: len(odds)] == pytest.approx(odds, abs=1e-4)
 
 
 def test_log_probabilities_are_sums_over_a_sides_own_tokens(started):

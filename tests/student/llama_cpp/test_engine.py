@@ -9,7 +9,6 @@ import pytest
 
 from sclite.errors import DataError, DeviceError, UsageError
 from sclite.student.base import Request, ScoreRequest
-from sclite.student.hf_model import HFModel
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.self_correction import score_request
 from sclite.trace import Step, Trace
@@ -135,17 +134,15 @@ def test_options_with_the_same_first_token_are_scored_whole(engine, trained):
         assert found == pytest.approx(sums[0] - sums[1], abs=1e-3)
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["engine", "trainable"])
-def test_decisions_are_scored_whole_if_another_tag_shares_a_first_token(engine, trained, own):
+def test_decisions_are_scored_whole_if_another_tag_shares_a_first_token(engine, trained):
     """`<Cause>` and `<Key>` share their first token in this vocabulary; compared with one forward pass per option."""
     model, tokenizer = trained
-    student = HFModel(model, tokenizer, 4) if own else engine
     request = score_request(
         "2 + 2?", Trace((Step("2 + 2 = 4", "Count."), Step("4 = 5"), Step("So 5.")), None, "5")
     )
     heads = {tokenizer(text, add_special_tokens=False).input_ids[0] for text in ("<Cause>", "<Key>")}
     assert len(heads) == 1
-    (score,) = student.score([request])
+    (score,) = engine.score([request])
     for number, found in enumerate(score.log_odds, 1):
         context = ids_of(tokenizer, request.messages, request.pieces[: 2 * number - 1])
         sums = []
