@@ -132,13 +132,13 @@ def _validate_imported(run: Run) -> Report:
             why = f"chosen and rejected must be {CAUSE} and the step's closing tag"
         elif pair.chosen == pair.rejected:
             why = "chosen and rejected are identical"
-        elif content and (pair.id, pair.sample) in contents:
-            why = f"a second content pair for sample {pair.sample}"
         elif content:
-            contents.add((pair.id, pair.sample))
             written = parse("".join(pair.prefix) + pair.chosen + close_piece(step)).trace.steps[step - 1]
             if not (written.cause and written.correction and pair.chosen.endswith("</Correction>\n")):
                 why = "chosen must be a cause, </Cause>, <Correction>, a correction, </Correction> and a newline"
+            elif (pair.id, pair.sample) in contents:
+                why = f"a second content pair for sample {pair.sample}"
+            contents.add((pair.id, pair.sample))
         if why:
             reject_row(run, "pairs.jsonl", number, pair, why, hint)
     report = Report("pairs", dict(Counter(str(pair.kind) for pair in pairs)), skipped=True)
