@@ -109,16 +109,12 @@ def _head(model: "torch.nn.Module") -> "tuple[PreTrainedModel, torch.nn.Linear]"
     return causal, cast("torch.nn.Linear", causal.get_output_embeddings())
 
 
-def _softcap(causal: "PreTrainedModel", logits: "Tensor") -> "Tensor":
-    cap = getattr(causal.config.get_text_config(), "final_logit_softcapping", None)
-    return (logits / cap).tanh() * cap if cap else logits
-
-
 def vocabulary_log_probs(model: "torch.nn.Module", hidden: "Tensor") -> "Tensor":
     """Float32 log-probabilities over the vocabulary for hidden states [positions, width]."""
     causal, head = _head(model)
     logits = head(hidden.to(head.weight.dtype)).float()
-    return _softcap(causal, logits).log_softmax(-1)
+    cap = getattr(causal.config.get_text_config(), "final_logit_softcapping", None)
+    return ((logits / cap).tanh() * cap if cap else logits).log_softmax(-1)
 
 
 def head_chunk_size(vocabulary: int) -> int:
