@@ -1,14 +1,15 @@
-"""Loading the student: which GPU is visible, when batches are padding-free, adapters that do not fit."""
+"""Loading the student: which GPU is visible, when batches are padding-free, models that cannot be loaded."""
 
+import json
 import os
-import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import AutoTokenizer
 
 from sclite.config import Sft
 from sclite.errors import DataError
-from sclite.student.adapters import load_adapter
 from sclite.student.loader import is_padding_free, load_student, select_gpu
 from tests.tiny import tiny_llama
 from tests.train.test_sft import config_of
@@ -41,25 +42,55 @@ def test_default_is_the_first_visible_gpu(monkeypatch, before, after):
 
 
 def test_cudnn_attention_is_disabled(tmp_path):
-    import torch
-
     torch.backends.cuda.enable_cudnn_sdp(True)
     load_student(config_of(tiny_llama(tmp_path / "student")), "sft")
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.backends.cuda.flash_sdp_enabled()
 
 
-def test_adapter_of_another_shape_is_rejected(tmp_path):
-    from safetensors.torch import load_file, save_file
+def changed_tokenizer(folder, change):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama(folder))
+    change(tokenizer)
+    tokenizer.save_pretrained(folder)
+    return config_of(folder)
 
-    model, _ = load_student(config_of(tiny_llama(tmp_path / "student")), "sft", train=True)
-    model.save_pretrained(tmp_path / "whole")
-    load_adapter(model, tmp_path / "whole")
-    whole = load_file(tmp_path / "whole/adapter_model.safetensors")
-    renamed = {name.replace("layers.0", "layers.99"): value for name, value in whole.items()}
-    wider = {name: value.repeat(2, 1) for name, value in whole.items()}
-    for weights in (dict(list(whole.items())[2:]), renamed, wider):
-        shutil.copytree(tmp_path / "whole", tmp_path / "other", dirs_exist_ok=True)
-        save_file(weights, tmp_path / "other/adapter_model.safetensors")
-        with pytest.raises(DataError, match="does not fit the student"):
-            load_adapter(model, tmp_path / "other")
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda t: t.add_tokens(["<Cause>"]),
+            r"ids up to 512 \('<Cause>' is 512\), the model's embedding 512",
+        ),
+        (lambda t: t.add_special_tokens({"pad_token": "[PAD]"}), r"'\[PAD\]' is 512"),
+    ],
+)
+def test_token_without_embedding_is_rejected_before_loading_weights(tmp_path, change, said, train):
+    config = changed_tokenizer(tmp_path / "student", change)
+    (tmp_path / "student/model.safetensors").unlink()
+    with pytest.raises(DataError, match=said) as error:
+        load_student(config, "sft", train=train)
+    assert "resize_token_embeddings" in error.value.hint
+
+
+def test_unused_special_token_may_lack_an_embedding(tmp_path):
+    extra = {"additional_special_tokens": ["<image_soft_token>"]}
+    config = changed_tokenizer(tmp_path / "student", lambda t: t.add_special_tokens(extra))
+    assert load_student(config, "sft")[0].config.vocab_size == 512
+
+
+def test_code_in_a_model_folder_never_runs(tmp_path):
+    folder, ran = tiny_llama(tmp_path / "student"), tmp_path / "ran"
+    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    for file, kinds in (
+        ("config.json", {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["own.T", "own.T"]}),
+    ):
+        settings = json.loads((folder / file).read_text()) | {"auto_map": kinds}
+        settings |= {"model_type": "own"} if file == "config.json" else {"tokenizer_class": "Own"}
+        (folder / file).write_text(json.dumps(settings))
+    with pytest.raises(DataError, match="cannot be loaded") as error:
+        load_student(config_of(folder), "sft")
+    assert error.value.hint
+    assert not ran.exists()

@@ -1,14 +1,14 @@
-"""Which layers get a LoRA, for model families with different layer names."""
+"""LoRA adapters: which layers get one, for model families with different layer names; damage on disk."""
 
-import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sclite.errors import DataError, UsageError
-from sclite.student.adapters import lora_targets, meta_model
+from sclite.student.adapters import load_adapter, lora_targets, meta_model
 from sclite.student.loader import load_student
 from sclite.train.sft import train_sft
 from tests.tiny import sample_texts, tiny_llama, write_tokenizer
@@ -51,16 +51,6 @@ def kind_of(name):
     return AutoConfig.for_model(name, **FAMILIES[name][0])
 
 
-@pytest.fixture
-def untouched(monkeypatch):
-    """Fails the test when weights are read."""
-
-    def read(*_, **__):
-        raise AssertionError("weights were read")
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", read)
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_default_targets_are_all_linear_layers_except_the_head(name):
     assert sorted(lora_targets(meta_model(kind_of(name)))) == sorted(FAMILIES[name][1])
@@ -80,6 +70,14 @@ def test_vision_tower_gets_no_lora():
     assert "model.language_model.layers.1.self_attn.q_proj" in targets
 
 
+def test_only_configured_targets_are_used():
+    assert lora_targets(meta_model(kind_of("phi3")), ["qkv_proj"]) == ["qkv_proj"]
+    assert lora_targets(meta_model(kind_of("gpt2")), ["mlp.c_proj"]) == [
+        "transformer.h.0.mlp.c_proj",
+        "transformer.h.1.mlp.c_proj",
+    ]
+
+
 @pytest.mark.parametrize("name", TRAINED)
 def test_every_family_trains_every_target(run, tmp_path, name):
     folder = tmp_path / name
@@ -94,74 +92,36 @@ def test_every_family_trains_every_target(run, tmp_path, name):
     assert moved == set(FAMILIES[name][1])
 
 
-def test_unknown_target_is_rejected_before_loading_weights(tmp_path, untouched):
+def test_unknown_target_is_rejected_before_loading_weights(tmp_path):
     config = config_of(tiny_llama(tmp_path / "student"), lora={"target_modules": ["q_proj", "v_porj"]})
+    (tmp_path / "student/model.safetensors").unlink()
     said = r"lora\.target_modules: llama has no linear layer named v_porj$"
     with pytest.raises(UsageError, match=said) as error:
         load_student(config, "sft", train=True)
     assert ", ".join(LLAMA) in error.value.hint
 
 
-def test_only_configured_targets_are_used():
-    assert lora_targets(meta_model(kind_of("phi3")), ["qkv_proj"]) == ["qkv_proj"]
-    assert lora_targets(meta_model(kind_of("gpt2")), ["mlp.c_proj"]) == [
-        "transformer.h.0.mlp.c_proj",
-        "transformer.h.1.mlp.c_proj",
-    ]
+# -- on disk --------------------------------------------------------------------------------------------------------
 
 
-# -- models that cannot be trained ------------------------------------------------------------------------------------
-
-
-def changed_tokenizer(folder, change):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama(folder))
-    change(tokenizer)
-    tokenizer.save_pretrained(folder)
-    return config_of(folder)
-
-
-@pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (
-            lambda t: t.add_tokens(["<Cause>"]),
-            r"ids up to 512 \('<Cause>' is 512\), the model's embedding 512",
-        ),
-        (lambda t: t.add_special_tokens({"pad_token": "[PAD]"}), r"'\[PAD\]' is 512"),
-    ],
-)
-def test_token_without_embedding_is_rejected_before_loading_weights(tmp_path, untouched, change, said, train):
-    with pytest.raises(DataError, match=said) as error:
-        load_student(changed_tokenizer(tmp_path / "student", change), "sft", train=train)
-    assert "resize_token_embeddings" in error.value.hint
-
-
-def test_unused_special_token_may_lack_an_embedding(tmp_path):
-    extra = {"additional_special_tokens": ["<image_soft_token>"]}
-    config = changed_tokenizer(tmp_path / "student", lambda t: t.add_special_tokens(extra))
-    assert load_student(config, "sft")[0].config.vocab_size == 512
-
-
-def test_code_in_a_model_folder_never_runs(tmp_path):
-    folder, ran = tiny_llama(tmp_path / "student"), tmp_path / "ran"
-    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
-    for file, kinds in (
-        ("config.json", {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}),
-        ("tokenizer_config.json", {"AutoTokenizer": ["own.T", "own.T"]}),
-    ):
-        settings = json.loads((folder / file).read_text()) | {"auto_map": kinds}
-        settings |= {"model_type": "own"} if file == "config.json" else {"tokenizer_class": "Own"}
-        (folder / file).write_text(json.dumps(settings))
-    with pytest.raises(DataError, match="cannot be loaded") as error:
-        load_student(config_of(folder), "sft")
-    assert error.value.hint
-    assert not ran.exists()
+def test_adapter_of_another_shape_is_rejected(tmp_path):
+    model, _ = load_student(config_of(tiny_llama(tmp_path / "student")), "sft", train=True)
+    model.save_pretrained(tmp_path / "whole")
+    load_adapter(model, tmp_path / "whole")
+    whole = load_file(tmp_path / "whole/adapter_model.safetensors")
+    renamed = {name.replace("layers.0", "layers.99"): value for name, value in whole.items()}
+    wider = {name: value.repeat(2, 1) for name, value in whole.items()}
+    for weights in (dict(list(whole.items())[2:]), renamed, wider):
+        shutil.copytree(tmp_path / "whole", tmp_path / "other", dirs_exist_ok=True)
+        save_file(weights, tmp_path / "other/adapter_model.safetensors")
+        with pytest.raises(DataError, match="does not fit the student"):
+            load_adapter(model, tmp_path / "other")
 
 
 @pytest.mark.parametrize("damage", ["cut", "header", "config", "missing"])
-def test_damaged_adapter_is_named_with_a_hint(tmp_path, damage, untouched):
+def test_damaged_adapter_is_named_before_loading_weights(tmp_path, damage):
     config = config_of(tiny_llama(tmp_path / "student"))
+    (tmp_path / "student/model.safetensors").unlink()
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     save_file({"x": torch.zeros(64)}, adapter / "adapter_model.safetensors")
