@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import Event
+from types import ModuleType
 
 import numpy as np
 
@@ -15,27 +16,32 @@ from sclite.errors import DataError, DeviceError, UsageError
 from sclite.student.base import Messages, Reply, Request, ScoreRequest, Scores, tokens_to_compare
 from sclite.student.chat_template import render_chat
 from sclite.student.llama_cpp.scheduler import Scheduler
-from sclite.student.llama_cpp.sequence import TokenSequence
+from sclite.student.llama_cpp.sequence import Option, TokenSequence, log_prob
 from sclite.student.llama_cpp.vocabulary import Vocabulary
 from sclite.threads import wait_briefly
 
 _log: deque[str] = deque(maxlen=40)
 """The last lines that llama.cpp logged; shown only if it fails."""
+_kept: list[object] = []
+"""Callbacks: ctypes needs them until the process ends."""
+OWN_CACHES = 8
+"""Sequences that must fit with caches of their own; with fewer, a shared cache decodes more at once."""
 SMALL = 20_000_000
 """Parameters below which the weights stay in a CPU's cache: more threads or parallel sequences then cost more than they gain."""
 
 
 @functools.cache
-def llama():
+def llama() -> ModuleType:
     """llama.cpp's C functions, with logging silenced."""
     wait_briefly()
     import llama_cpp.llama_cpp as api
 
-    def keep(level, text, _):
+    @api.llama_log_callback
+    def keep(level: int, text: bytes, _: object) -> None:
         _log.append(text.decode("utf-8", "replace"))
 
-    llama.keep = api.llama_log_callback(keep)  # ctypes calls it until the process ends
-    api.llama_log_set(llama.keep, None)
+    _kept.append(keep)
+    api.llama_log_set(keep, None)
     api.llama_backend_init()
     return api
 
@@ -69,23 +75,23 @@ class Engine:
         exact: bool = False,
     ):
         """Load the file. `context`: maximum tokens of a sequence (capped at the length the model was trained for).
-        `parallel`: sequences decoded at once (default: 32, or 4 for a model under 20M parameters on a CPU).
+        `parallel`: sequences decoded at once (default: as many as have a cache of their own in `cache_gb` GB, at most 32,
+        or 4 for a model under 20M parameters on a CPU).
 
-        Each sequence has its own cache if `parallel` of them fit in `cache_gb` GB (twice as fast on a CPU with 32
-        sequences); otherwise all share one of that size and wait while it is full. `unified` overrides the choice.
+        With caches of their own, the same requests give the same texts in every run, and 32 sequences are twice as fast
+        on a CPU. If fewer than `OWN_CACHES` fit, all share one cache and wait while it is full. `unified` overrides the
+        choice.
         `exact`: float32 cache and no flash attention, for comparisons (errors of 1e-5 instead of 1e-2 nats; slower).
         Raises DataError (no such file, not a GGUF), DeviceError (not enough memory), UsageError.
         """
         self._api = api = llama()
-        self._model = self._context = self._adapter = None
+        self._model = self._context = None
         if parallel is not None and not 1 <= parallel <= api.llama_max_parallel_sequences():
             raise UsageError(f"parallel is {parallel}", f"use 1 to {api.llama_max_parallel_sequences()}")
         self._model = self._load_model(Path(path), gpu_layers)
         self.path = Path(path)
         self.offloaded: bool = bool(api.llama_supports_gpu_offload()) and gpu_layers != 0
         count = api.llama_model_n_params(self._model)
-        small = count < SMALL and not self.offloaded
-        self.parallel = parallel or (4 if small else 32)
         self.vocabulary = Vocabulary(api, self._model)
         self.vocabulary_size = self.vocabulary.size
         buffer = ctypes.create_string_buffer(256)
@@ -98,13 +104,24 @@ class Engine:
         self.special_tokens = self.vocabulary.special_tokens(self._metadata)
         self.trained_context: int = api.llama_model_n_ctx_train(self._model) or context
         self.context = -(-min(context, self.trained_context) // 256) * 256
-        self._open_context(threads or default_threads(count), cache_gb, unified, exact)
+        affordable = int(cache_gb * 1e9) // max(1, self._cell_bytes() * (2 if exact else 1)) // 256 * 256
+        fitting = affordable // self.context
+        if parallel is None:
+            parallel = 4 if count < SMALL and not self.offloaded else 32
+            if unified is None and OWN_CACHES <= fitting < parallel:
+                parallel = fitting
+        self.parallel = parallel
+        self.unified = parallel > fitting if unified is None else unified
+        self.cells = parallel * self.context
+        if self.unified:
+            self.cells = max(self.context, min(self.cells, affordable))
+        self.scheduler = self._open_context(count, threads, exact)
         if lora is not None:
             self._load_adapter(Path(lora))
 
     # -- loading
 
-    def _load_model(self, path: Path, gpu_layers: int):
+    def _load_model(self, path: Path, gpu_layers: int) -> int:
         if not path.is_file():
             raise DataError(f"{path} does not exist", "run `sclite export` first")
         _log.clear()
@@ -134,17 +151,15 @@ class Engine:
         )
         return 2 * api.llama_model_n_layer(model) * api.llama_model_n_head_kv(model) * lengths
 
-    def _open_context(self, threads: int, cache_gb: float, unified: bool | None, exact: bool) -> None:
+    def _open_context(self, count: int, threads: int | None, exact: bool) -> Scheduler:
+        """The scheduler of a new context; `count`: the model's parameters."""
         api = self._api
-        affordable = int(cache_gb * 1e9) // max(1, self._cell_bytes() * (2 if exact else 1)) // 256 * 256
-        wanted = self.parallel * self.context
-        self.unified = wanted > affordable if unified is None else unified
-        self.cells = max(self.context, min(wanted, affordable)) if self.unified else wanted
         parameters = api.llama_context_default_params()
         parameters.n_ctx, parameters.n_seq_max = self.cells, self.parallel
         parameters.kv_unified = self.unified
         parameters.n_batch = 2048
-        parameters.n_threads = parameters.n_threads_batch = threads
+        one, many = default_threads(count)
+        parameters.n_threads, parameters.n_threads_batch = threads or one, threads or many
         parameters.swa_full = True  # a cache pruned to the window cannot be shared
         if exact:
             parameters.type_k = parameters.type_v = api.GGML_TYPE_F32
@@ -158,7 +173,7 @@ class Engine:
                 "use fewer parallel sequences, a shorter context, or fewer GPU layers",
             )
         recurrent = api.llama_model_is_recurrent(self._model) or api.llama_model_is_hybrid(self._model)
-        self.scheduler = Scheduler(
+        return Scheduler(
             api,
             self._context,
             self.vocabulary,
@@ -269,7 +284,7 @@ class Engine:
 
         A request that does not fit, or is cancelled, gives NaN at every mark.
         """
-        marks: dict[int, list[tuple[_Option, _Option]]] = {}
+        marks: dict[int, list[tuple[Option, Option]]] = {}
         owner: dict[TokenSequence, int] = {}
         missing: dict[int, int] = {}
         lengths: dict[int, int] = {}
@@ -284,12 +299,12 @@ class Engine:
             index = owner[done]
             missing[index] -= 1
             if not missing[index]:
-                odds = tuple(_log_prob(first) - _log_prob(second) for first, second in marks.pop(index))
+                odds = tuple(log_prob(first) - log_prob(second) for first, second in marks.pop(index))
                 yield Scores(index, odds, lengths[index])
 
     def _score_parts(
         self, request: ScoreRequest
-    ) -> tuple[int, list[TokenSequence], list[tuple["_Option", "_Option"]]]:
+    ) -> tuple[int, list[TokenSequence], list[tuple[Option, Option]]]:
         """Length of the prompt, the sequences to run, and where to read the two options of each mark.
 
         Last marks come first, so that each sequence finds its prefix in the cache of the one before.
@@ -297,15 +312,14 @@ class Engine:
         ids, ends = self._ids(request.messages, request.pieces)
         others = [self.token_ids(option) for option in request.others]
         whole = TokenSequence(ids)
-        pairs = []
+        pairs: list[tuple[Option, Option]] = []
         for mark, texts in zip(request.marks, request.options, strict=True):
             first, second = (self.token_ids(option) for option in texts)
             if not first or not second:
                 raise UsageError(f"empty option in {texts}", "both options need text")
             at = ends[mark] - 1
-            pairs.append(
-                tuple(_option(whole, at, option) for option in tokens_to_compare(first, second, others))
-            )
+            first, second = tokens_to_compare(first, second, others)
+            pairs.append((whole.option(at, first), whole.option(at, second)))
         whole.reads = dict(sorted(whole.reads.items()))
         latest = sorted((o for pair in pairs for o in pair), key=lambda option: -option[1][0][0])
         parts = dict.fromkeys([whole, *(sequence for sequence, _ in latest)])
@@ -323,35 +337,15 @@ def _reply(index: int, sequence: TokenSequence) -> Reply:
     return Reply(index, text, sequence.generated, len(sequence.prompt), sequence.finish, sequence.error)
 
 
-_Option = tuple[TokenSequence, list[tuple[int, int]]]
-"""A sequence, and the (position, token) pairs in it whose log-probabilities add up to that of an option."""
+def default_threads(parameters: int) -> tuple[int, int]:
+    """Threads for llama.cpp: to decode one sequence, and for prompts and several sequences.
 
-
-def _option(whole: TokenSequence, at: int, tokens: list[int]) -> _Option:
-    """Where to read an option after position `at`: in the whole sequence if it is there, else in a separate one."""
-    present = whole.ids[at + 1 : at + len(tokens)] == tokens[:-1]
-    sequence = whole if present else TokenSequence(whole.ids[: at + 1] + tokens[:-1])
-    places = list(enumerate(tokens, at))
-    for position, token in places:
-        sequence.reads[position] = (*(sequence.reads.get(position) or ()), token)
-    return sequence, places
-
-
-def _log_prob(option: _Option) -> float:
-    """log p of an option, from a finished sequence; NaN if it could not run."""
-    sequence, places = option
-    if sequence.finish != "stop":
-        return float("nan")
-    order = list(sequence.reads)
-    return float(sum(sequence.read[order.index(at)][sequence.reads[at].index(token)] for at, token in places))
-
-
-def default_threads(parameters: int) -> int:
-    """Threads for llama.cpp: 1 for models under 20M parameters, where synchronization costs more than it gains.
-
-    Otherwise the cores that this process may use, or half of them if more than 8 (hyperthreads).
+    1 for models under 20M parameters, where synchronization costs more than it gains. Otherwise the cores that this
+    process may use, or half of them if more than 8 (hyperthreads). One sequence of a model under 1B parameters gets half:
+    on a busy machine a 135M model wrote 78 tokens/s with 1 of 2 cores, 29 with both.
     """
     if parameters < SMALL:
-        return 1
+        return 1, 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cores if cores <= 8 else cores // 2
+    many = cores if cores <= 8 else cores // 2
+    return (max(1, cores // 2) if parameters < 1_000_000_000 else many), many

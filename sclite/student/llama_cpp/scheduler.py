@@ -12,11 +12,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
+from types import ModuleType
 
 import numpy as np
 
 from sclite.errors import DeviceError
-from sclite.student.llama_cpp.sequence import TokenSequence
+from sclite.student.llama_cpp.sequence import Run, TokenSequence
 from sclite.student.llama_cpp.vocabulary import Vocabulary
 
 WORTH_SHARING = 16
@@ -26,46 +27,37 @@ WORTH_SHARING = 16
 @dataclass(eq=False)
 class _Slot:
     number: int
-    sequence: TokenSequence | None = None
     kept: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    """Ids in the cache since the slot was freed."""
     freed_at: int = 0
-
-    def held(self) -> tuple[np.ndarray, int]:
-        """Ids of this slot and how many of them are in the cache."""
-        if self.sequence is None:
-            return self.kept, len(self.kept)
-        return self.sequence.prompt, min(self.sequence.fed, len(self.sequence.prompt))
-
-
-@dataclass(eq=False)
-class _Run:
-    """The sequences of one call, and what has happened to them: (sequence, whether it is finished), or an error."""
-
-    cancel: Event
-    stream: bool
-    left: int
-    dropped: bool = False
-    events: SimpleQueue = field(default_factory=SimpleQueue)
 
 
 class Scheduler:
     """Feeds sequences to one llama.cpp context. Several runs may overlap, also from several threads."""
 
     def __init__(
-        self, api, context, vocabulary: Vocabulary, *, slots: int, cells: int, unified: bool, shares: bool
+        self,
+        api: ModuleType,
+        context: int,
+        vocabulary: Vocabulary,
+        *,
+        slots: int,
+        cells: int,
+        unified: bool,
+        shares: bool,
     ):
         """`cells`: size of the whole cache in tokens; `unified`: one cache for all slots, else an equal part per slot."""
         self.api, self.context, self.vocabulary = api, context, vocabulary
         self.memory = api.llama_get_memory(context)
         self.cells, self.unified, self.shares = cells, unified, shares
         self.slots = [_Slot(number) for number in range(slots)]
-        self.waiting: deque[tuple[TokenSequence, _Run]] = deque()
-        self.active: dict[_Slot, _Run] = {}
+        self.waiting: deque[TokenSequence] = deque()
+        self.active: dict[_Slot, TokenSequence] = {}
         self.steps = self.fed_tokens = self.shared_tokens = self.preempted = 0
         self._seen: tuple[int | None, int] = (None, 0)
         self._build_batch(api.llama_n_batch(context))
-        self._inbox: SimpleQueue[tuple[list[TokenSequence], _Run] | None] = SimpleQueue()
-        self._runs: set[_Run] = set()
+        self._inbox: SimpleQueue[list[TokenSequence] | None] = SimpleQueue()
+        self._runs: set[Run] = set()
         self._stopped = False
         self._thread = Thread(target=self._work, name="llama.cpp", daemon=True)
         self._thread.start()
@@ -79,15 +71,17 @@ class Scheduler:
         sequences finish as "cancelled".
         """
         sequences = list(sequences)
-        run = _Run(cancel or Event(), stream, len(sequences))
-        self._inbox.put((sequences, run))
         left = len(sequences)
+        run = Run(left, cancel or Event(), stream)
+        for sequence in sequences:
+            sequence.run = run
+        self._inbox.put(sequences)
         try:
             while left:
                 if self._stopped:  # it may have missed this run
                     raise DeviceError("the llama.cpp engine is closed", "load the model again")
                 event = run.events.get()
-                if isinstance(event, Exception):
+                if isinstance(event, DeviceError):
                     raise event
                 sequence, finished = event
                 left -= finished
@@ -122,23 +116,20 @@ class Scheduler:
                 break
             if new is None:
                 return False
-            sequences, run = new
             wait = False
-            self._runs.add(run)
-            self.waiting.extendleft((sequence, run) for sequence in reversed(sequences))
+            self._runs.update(sequence.run for sequence in new)
+            self.waiting.extendleft(reversed(new))
         for run in [run for run in self._runs if run.dropped or run.cancel.is_set()]:
-            stopped = [sequence for sequence, owner in self.waiting if owner is run]
-            self.waiting = deque(entry for entry in self.waiting if entry[1] is not run)
-            for slot in [slot for slot, owner in self.active.items() if owner is run]:
-                stopped.append(slot.sequence)
-                self._release(slot)
+            stopped = [sequence for sequence in self.waiting if sequence.run is run]
+            self.waiting = deque(sequence for sequence in self.waiting if sequence.run is not run)
+            stopped += [self._release(slot) for slot, seq in list(self.active.items()) if seq.run is run]
             for sequence in stopped:
                 sequence.finish = sequence.finish or "cancelled"
-                self._report(sequence, run)
-            self._runs.discard(run)
+                self._report(sequence)
         return True
 
-    def _report(self, sequence: TokenSequence, run: _Run) -> None:
+    def _report(self, sequence: TokenSequence) -> None:
+        run = sequence.run
         run.events.put((sequence, True))
         run.left -= 1
         if not run.left:
@@ -190,7 +181,7 @@ class Scheduler:
             best = rows.argmax(axis=1)
         row = 0
         for slot, stop, positions in spans:
-            sequence, run = slot.sequence, self.active[slot]
+            sequence = self.active[slot]
             sequence.fed = stop
             if positions:
                 end = row + len(positions)
@@ -198,37 +189,36 @@ class Scheduler:
                 row = end
                 if sequence.finish:
                     self._release(slot)
-                    self._report(sequence, run)
-                elif run.stream:
-                    run.events.put((sequence, False))
+                    self._report(sequence)
+                elif sequence.run.stream:
+                    sequence.run.events.put((sequence, False))
 
     # -- slots
 
     def _admit(self) -> None:
         """Put waiting sequences into free slots, as far as the cache has room."""
-        free = [slot for slot in self.slots if slot.sequence is None]
+        free = [slot for slot in self.slots if slot not in self.active]
         while self.waiting and free:
-            sequence, run = self.waiting[0]
+            sequence = self.waiting[0]
             if sequence.finish:  # it could not even start
-                self.waiting.popleft()
-                self._report(sequence, run)
+                self._report(self.waiting.popleft())
                 continue
             source, common, ready = self._longest_prefix(sequence)
             if common - ready >= WORTH_SHARING:
                 return  # the prefix is being computed now: after this batch it can be copied
             needed = len(sequence.ids) - ready + 32  # cells, with room to decode
-            needed += sum(len(s.sequence.ids) - s.sequence.shared + 32 for s in self.active)
+            needed += sum(len(other.ids) - other.shared + 32 for other in self.active.values())
             if self.unified and self.active and needed > self.cells:
                 return
             self.waiting.popleft()
             slot = min(free, key=lambda s: (len(s.kept) > 0, s.freed_at))
-            if source in free and (len(slot.kept) or ready == len(source.kept)):
+            if source is not None and source in free and (len(slot.kept) or ready == len(source.kept)):
                 slot = source  # else the source's own end stays in the cache, such as the solution that is reviewed
             free.remove(slot)
             self._copy_prefix(source, slot, ready)
-            slot.sequence, sequence.fed, sequence.shared = sequence, ready, ready
+            sequence.fed = sequence.shared = ready
             self.shared_tokens += ready
-            self.active[slot] = run
+            self.active[slot] = sequence
 
     def _longest_prefix(self, sequence: TokenSequence) -> tuple[_Slot | None, int, int]:
         """The slot that shares the longest prefix with the sequence; its length; how much of it is in the cache."""
@@ -238,7 +228,9 @@ class Scheduler:
         ids = sequence.prompt
         most = min(len(ids), sequence.first_read)
         for slot in self.slots:
-            held, cached = slot.held()
+            other = self.active.get(slot)
+            held = slot.kept if other is None else other.prompt
+            cached = len(held) if other is None else other.fed
             length = min(len(held), most)
             if length < max(WORTH_SHARING, common):
                 continue
@@ -250,39 +242,33 @@ class Scheduler:
 
     def _copy_prefix(self, source: _Slot | None, slot: _Slot, count: int) -> None:
         """Set the cache of `slot` to the first `count` tokens of `source`."""
-        if not count or source is not slot:
+        if source is not slot or not count:
             self.api.llama_memory_seq_rm(self.memory, slot.number, -1, -1)
-        if count and source is not slot:  # separate caches can only be copied whole
-            end = count if self.unified else -1
-            self.api.llama_memory_seq_cp(
-                self.memory, source.number, slot.number, 0 if self.unified else -1, end
-            )
+        if source is not None and source is not slot and count:  # separate caches can only be copied whole
+            place = (0, count) if self.unified else (-1, -1)
+            self.api.llama_memory_seq_cp(self.memory, source.number, slot.number, *place)
         if count:
             self.api.llama_memory_seq_rm(self.memory, slot.number, count, -1)
 
-    def _release(self, slot: _Slot) -> None:
-        sequence = slot.sequence
-        slot.kept = np.array(sequence.ids[: sequence.fed], dtype=np.int32)
-        slot.sequence, slot.freed_at = None, self.steps
-        del self.active[slot]
+    def _release(self, slot: _Slot) -> TokenSequence:
+        sequence = self.active.pop(slot)
+        slot.kept, slot.freed_at = np.array(sequence.ids[: sequence.fed], dtype=np.int32), self.steps
+        return sequence
 
     def _make_room(self) -> None:
         """The unified cache is full: clear the idle slots, or else put the newest sequence back into the queue."""
-        cleared = [slot for slot in self.slots if slot.sequence is None and len(slot.kept)]
+        cleared = [slot for slot in self.slots if slot not in self.active and len(slot.kept)]
         if not cleared:
-            slot, run = list(self.active.items())[-1]
-            sequence = slot.sequence
-            alone = len(self.active) == 1
-            self._release(slot)
-            if alone:
-                sequence.finish = "error"
-                sequence.error = f"the cache of {self.cells} tokens is too small for this request"
-                self._report(sequence, run)
-            else:
+            cleared = [list(self.active)[-1]]
+            sequence = self._release(cleared[0])
+            if self.active:
                 self.preempted += 1
                 sequence.read.clear()
-                self.waiting.appendleft((sequence, run))
-            cleared = [slot]
+                self.waiting.appendleft(sequence)
+            else:
+                sequence.finish = "error"
+                sequence.error = f"the cache of {self.cells} tokens is too small for this request"
+                self._report(sequence)
         for slot in cleared:
             self.api.llama_memory_seq_rm(self.memory, slot.number, -1, -1)
             slot.kept = slot.kept[:0]
@@ -296,15 +282,17 @@ class Scheduler:
         self.outputs, counts = np.zeros(size, np.int8), np.ones(size, np.int32)
         pointers = (self.owners.ctypes.data + 4 * np.arange(size)).astype(np.uintp)
         self._alive = (counts, pointers)
-        fields = zip(
-            ("token", "pos", "n_seq_id", "seq_id", "logits"),
-            (self.tokens, self.positions, counts, pointers, self.outputs),
-            strict=True,
-        )
+        arrays: dict[str, np.ndarray] = {
+            "token": self.tokens,
+            "pos": self.positions,
+            "n_seq_id": counts,
+            "seq_id": pointers,
+            "logits": self.outputs,
+        }
         self.batch = self.api.llama_batch()
-        for name, array in fields:
-            kind = dict(self.batch._fields_)[name]
-            setattr(self.batch, name, ctypes.cast(array.ctypes.data, kind))
+        kinds = dict(self.batch._fields_)
+        for name, array in arrays.items():
+            setattr(self.batch, name, ctypes.cast(array.ctypes.data, kinds[name]))
 
     def _fill(self) -> list[tuple[_Slot, int, list[int]]]:
         """Fill the batch: decoding sequences first, then prompts. Returns (slot, fed up to, positions read).
@@ -312,8 +300,8 @@ class Scheduler:
         In order of slots: llama.cpp computes consecutive slots together, others one at a time.
         """
         count, spans = 0, []
-        for slot in sorted(self.active, key=lambda s: (len(s.sequence.ids) - s.sequence.fed > 1, s.number)):
-            sequence = slot.sequence
+        prompts_last = sorted(self.active.items(), key=lambda e: (len(e[1].ids) - e[1].fed > 1, e[0].number))
+        for slot, sequence in prompts_last:
             start = sequence.fed
             stop = min(len(sequence.ids), start + self.size - count)
             if stop == start:

@@ -1,10 +1,28 @@
 """One sequence of tokens: which logits are read, how tokens are sampled, when it ends."""
 
 from dataclasses import dataclass, field
+from queue import SimpleQueue
+from threading import Event
 
 import numpy as np
 
+from sclite.errors import DeviceError
 from sclite.student.base import Request
+from sclite.student.llama_cpp.vocabulary import Vocabulary
+
+
+@dataclass(eq=False)
+class Run:
+    """The sequences of one call: `left` of them are unfinished.
+
+    `events` tells the caller what happens: (sequence, whether it is finished), or an error that ends the call.
+    """
+
+    left: int
+    cancel: Event
+    stream: bool
+    dropped: bool = False
+    events: "SimpleQueue[tuple[TokenSequence, bool] | DeviceError]" = field(default_factory=SimpleQueue)
 
 
 @dataclass(eq=False)
@@ -28,6 +46,7 @@ class TokenSequence:
     prompt: np.ndarray = field(init=False)
     fed: int = field(default=0, init=False)
     shared: int = field(default=0, init=False)
+    run: Run = field(init=False)
 
     def __post_init__(self):
         self.prompt = np.array(self.ids, dtype=np.int32)
@@ -44,13 +63,22 @@ class TokenSequence:
         """Number of tokens generated so far."""
         return len(self.ids) - len(self.prompt)
 
+    def option(self, at: int, tokens: list[int]) -> "Option":
+        """Where to read an option after position `at`: in this sequence if it is there, else in a separate one."""
+        present = self.ids[at + 1 : at + len(tokens)] == tokens[:-1]
+        sequence = self if present else TokenSequence(self.ids[: at + 1] + tokens[:-1])
+        places = list(enumerate(tokens, at))
+        for position, token in places:
+            sequence.reads[position] = (*(sequence.reads.get(position) or ()), token)
+        return sequence, places
+
     def wanted(self, start: int, stop: int) -> list[int]:
         """Positions of [start, stop) whose logits are needed."""
         if self.request is not None:
             return [stop - 1] if stop == len(self.ids) else []
         return [position for position in self.reads if start <= position < stop]
 
-    def take(self, positions: list[int], rows: np.ndarray, best: np.ndarray, vocabulary) -> None:
+    def take(self, positions: list[int], rows: np.ndarray, best: np.ndarray, vocabulary: Vocabulary) -> None:
         """Process the logits `rows` (one per position) and their argmax `best`; sets `finish` at the end."""
         if self.request is not None:
             greedy = self.request.temperature <= 0
@@ -65,7 +93,7 @@ class TokenSequence:
         if len(self.read) == len(self.reads):
             self.finish = "stop"
 
-    def append(self, token: int, vocabulary) -> None:
+    def append(self, token: int, vocabulary: Vocabulary) -> None:
         """Add a generated token; sets `finish` at an end token, a stop string or the limit."""
         self.ids.append(token)
         if token in vocabulary.ends:
@@ -82,6 +110,19 @@ class TokenSequence:
         self.text += piece  # complete at once: another thread may be reading it
         if self.generated >= self.limit:
             self.finish = "length"
+
+
+Option = tuple[TokenSequence, list[tuple[int, int]]]
+"""A sequence, and the (position, token) pairs in it whose log-probabilities add up to that of an option."""
+
+
+def log_prob(option: Option) -> float:
+    """log p of an option, from a finished sequence; NaN if it could not run."""
+    sequence, places = option
+    if sequence.finish != "stop":
+        return float("nan")
+    rows = dict(zip(sequence.reads, sequence.read, strict=True))
+    return float(sum(rows[at][(sequence.reads[at] or ()).index(token)] for at, token in places))
 
 
 def sample(logits: np.ndarray, request: Request, random: np.random.Generator) -> int:

@@ -2,12 +2,13 @@
 
 import ctypes
 from collections.abc import Callable
+from types import ModuleType
 
 
 class Vocabulary:
     """The tokens of a GGUF: text to ids, an id to its bytes, which ids end a turn, whether texts begin with BOS."""
 
-    def __init__(self, api, model):
+    def __init__(self, api: ModuleType, model: int):
         self._api, self._of = api, api.llama_model_get_vocab(model)
         self.size: int = api.llama_vocab_n_tokens(self._of)
         self.ends = frozenset(token for token in range(self.size) if api.llama_vocab_is_eog(self._of, token))

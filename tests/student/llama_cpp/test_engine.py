@@ -184,7 +184,7 @@ def test_decoding_sequences_are_in_slot_order(gguf, monkeypatch):
 
         def watched():
             spans = fill()
-            decoding = [slot.number for slot, stop, _ in spans if stop - slot.sequence.fed == 1]
+            decoding = [slot.number for slot, stop, _ in spans if stop - scheduler.active[slot].fed == 1]
             seen.append((decoding, scheduler.owners[: len(decoding)].tolist()))
             return spans
 
@@ -326,6 +326,26 @@ def test_full_cache_makes_sequences_wait_and_changes_no_reply(gguf):
     with Engine(gguf, parallel=8, context=256, exact=True) as large:
         many = {reply.index: reply for reply in large.generate(requests)}
     assert few == many
+
+
+def test_large_models_get_fewer_sequences_rather_than_a_shared_cache(gguf, monkeypatch):
+    """2 layers of 256 float16 keys and values: 2,048 bytes per token, 524,288 per sequence of 256 tokens."""
+    monkeypatch.setattr("sclite.student.llama_cpp.engine.SMALL", 0)
+    chosen = []
+    for sequences in (4, 8.5, 12.1, 40):
+        with Engine(gguf, context=256, cache_gb=sequences * 524_288 / 1e9) as engine:
+            chosen.append((engine.parallel, engine.unified))
+    assert chosen == [(32, True), (8, False), (12, False), (32, False)]
+
+
+def test_same_requests_give_the_same_texts_in_every_run(gguf):
+    lengths = [9, 40, 12, 25, 37, 4, 31, 16, 28, 3, 40, 5]
+    requests = [Request(chat(q), max_tokens=n) for q, n in zip(questions(12), lengths, strict=True)]
+    texts = []
+    for _ in range(2):
+        with Engine(gguf, parallel=8, context=512, unified=False) as engine:
+            texts.append({reply.index: reply.text for reply in engine.generate(requests)})
+    assert texts[0] == texts[1]
 
 
 def test_scoring_works_during_generation(engine):
