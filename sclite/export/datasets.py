@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sclite import prompts
 from sclite.config import Config
 from sclite.errors import DataError
-from sclite.export.dataset_card import build_card, source_name
+from sclite.export.cards import build_dataset_card, source_name
 from sclite.records import Attempt, Pair, Problem, Review, Template
 from sclite.run import Report, Run, timed, write_text
 from sclite.student.loader import load_tokenizer, model_name
@@ -61,7 +61,7 @@ def export_data(config: Config, run: Run) -> Report:
         report.counts = {name.removesuffix(".jsonl"): len(rows) for name, rows in files.items()}
         info = json.dumps(dataset_info(report.counts), ensure_ascii=False, indent=2)
         write_text(run.path(f"{FOLDER}/dataset_info.json"), info + "\n")
-        write_text(run.path(f"{FOLDER}/README.md"), build_card(config, run, report.counts))
+        write_text(run.path(f"{FOLDER}/README.md"), build_dataset_card(config, run, report.counts))
     report.figures = {"folder": str(run.path(FOLDER))}
     return report
 

@@ -10,6 +10,7 @@ from sclite import prompts
 from sclite.config import Config
 from sclite.errors import DataError, ScliteError
 from sclite.export import parity
+from sclite.export.cards import build_model_card
 from sclite.export.chat_format import derive_format, write_format
 from sclite.export.gguf import convert_model
 from sclite.export.merge import BaseWeights, merge
@@ -234,7 +235,7 @@ def _check_parity(
 
 
 def write_modelfile(run: Run, config: Config, name: str) -> tuple[Path, list[str]]:
-    """Write export/Modelfile for a model's GGUF. Returns its path and warnings for the user."""
+    """Write export/Modelfile for a model's GGUF, and the model card. Returns the Modelfile and warnings for the user."""
     out, warnings = gguf_path(run, name, config), []
     with Engine(out, parallel=1, context=512, gpu_layers=0, cache_gb=0.1) as engine:
         jinja, tokens, max_context = engine.chat_template, engine.special_tokens, engine.trained_context
@@ -252,7 +253,9 @@ def write_modelfile(run: Run, config: Config, name: str) -> tuple[Path, list[str
         num_ctx=min(config.export.num_ctx, max_context),
         stops=(tokens["eos_token"],),
     )
-    warnings += (run.manifest(f"export-{name}") or {"figures": {}})["figures"].get("warnings", [])
+    if manifest := run.manifest(f"export-{name}"):
+        warnings += manifest["figures"]["warnings"]
+        write_text(run.path("export/README.md"), build_model_card(config, run, name, manifest["figures"]))
     path, adapter = run.path("export/Modelfile"), run.path(f"{name}/adapter")
     write_text(path, text)
     # an adapter from elsewhere has no record of its base weights, only the name of its base

@@ -8,7 +8,7 @@ import pytest
 from sclite import prompts
 from sclite.config import Config
 from sclite.errors import DataError
-from sclite.export.dataset_card import source_name
+from sclite.export.cards import source_name
 from sclite.export.datasets import FOLDER, export_data
 from sclite.records import Attempt, Drop, Pair, Problem, Review, Template
 from sclite.run import Report, Run

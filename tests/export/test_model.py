@@ -11,7 +11,7 @@ from sclite.export import gguf, parity
 from sclite.export import model as export
 from sclite.export.samples import Sample
 from sclite.prompts import solve_messages
-from sclite.run import Run
+from sclite.run import Report, Run
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.llama_cpp.probe import check_gguf
 from sclite.student.origin import record_origin
@@ -320,6 +320,38 @@ def test_adapter_that_names_another_base_gives_a_warning(base, run):
     path = run.path("sft/adapter/adapter_config.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "org/other"}))
     assert "was trained on org/other" in export.write_modelfile(run, config, "sft")[1][0]
+
+
+def test_model_card_has_base_settings_files_and_evaluation(base, run):
+    from huggingface_hub import ModelCard
+
+    tree = {
+        "student": {"model": str(base)},
+        "export": {"quant": "q8_0"},
+        "problems": {"source": "openai/gsm8k"},
+        "teacher": {"model": "openai/large"},
+    }
+    config = Config.model_validate(tree)
+    run.sign("sft", {}, Report("sft", counts={"rows": 12}))
+    report = export.export_model(config, run, "sft")
+    export.write_modelfile(run, config, "sft")
+    assert "Not evaluated" in run.path("export/README.md").read_text()
+    figures = {"n": 50, "acc_t1": 0.5, "acc_t1_interval": [0.4, 0.6], "acc_t2": None, "acc_t2_interval": None}
+    run.path("eval/test").mkdir(parents=True)
+    run.path("eval/test/summary.json").write_text(json.dumps({"models": {"sft": figures}}))
+    export.write_modelfile(run, config, "sft")
+    card = ModelCard.load(run.path("export/README.md"))
+    assert card.data.to_dict()["pipeline_tag"] == "text-generation"
+    kl = report.figures["parity"]["files"]["sft-q8_0.gguf"]["kl"]
+    for line in (
+        "- Problems: openai/gsm8k (train)",
+        "- Teacher: openai/large",
+        "- sft: 12 rows, 3 epochs, learning rate 0.0001",
+        f"| sft-q8_0.gguf | {report.figures['megabytes']:g} MB | {kl:.4f} |",
+        "| sft | 50 | 50.0% [40.0%, 60.0%] | unknown |",
+    ):
+        assert f"\n{line}\n" in card.text
+    assert str(base) not in card.text
 
 
 def test_full_disk_is_an_error_and_leaves_no_files(base, run):
