@@ -261,7 +261,9 @@ def export(
     quant: Annotated[
         str | None,
         typer.Option(
-            "--quant", metavar="TYPE", help="q4_k_m, q5_k_m, q6_k, q8_0, f16, .. (default: q4_k_m)."
+            "--quant",
+            metavar="TYPES",
+            help="q4_k_m, q8_0, f16 .., or several: q4_k_m,q8_0 (default: q4_k_m).",
         ),
     ] = None,
     ollama: Annotated[
@@ -275,6 +277,16 @@ def export(
             help="gguf, lora (adapter only) or data (datasets for other trainers).",
         ),
     ] = "gguf",
+    imatrix: Annotated[
+        bool | None,
+        typer.Option(
+            "--imatrix/--no-imatrix", help="Use an importance matrix (default: for types below 5 bits)."
+        ),
+    ] = None,
+    keep_template: Annotated[
+        bool | None,
+        typer.Option("--keep-template", help="Export the model's own chat template as it is."),
+    ] = None,
     *,
     common: Common,
 ) -> None:
@@ -284,7 +296,14 @@ def export(
 
     if format not in ("gguf", "lora", "data"):
         raise UsageError(f"invalid value for --format: {format}", "use --format gguf, lora or data")
-    context = common.context({"export.quant": quant, "export.ollama": ollama})
+    context = common.context(
+        {
+            "export.quant": quant,
+            "export.ollama": ollama,
+            "export.imatrix": imatrix,
+            "export.keep_template": keep_template,
+        }
+    )
     with context.run.lock():
         if format == "lora":
             summaries.print_lora(pipeline.export_lora(context), common.json)

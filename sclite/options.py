@@ -49,7 +49,11 @@ class Common:
         from sclite.settings import load  # pydantic takes longer to import than --help takes
 
         given = {**(chosen or {}), "run": self.run}
-        settings = [f"{key}={value}" for key, value in given.items() if value is not None]
+        settings = [
+            f"{key}={str(value).lower() if isinstance(value, bool) else value}"
+            for key, value in given.items()
+            if value is not None
+        ]
         return load(
             self.config, [*(self.settings or []), *settings], defaults=defaults, own_file=defaults is None
         )

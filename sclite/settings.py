@@ -29,8 +29,9 @@ def load(
     """Load the configuration: `defaults` < run.toml of the run < file < environment < `settings`.
 
     `path` must exist; without it ./sclite.toml is read if present, unless `own_file` is False. `environment` holds variables
-    such as SCLITE_SFT__LEARNING_RATE, `settings` KEY=VALUE strings from the command line. An empty value on any level resets a key to its default. Raises UsageError with all
-    unknown keys and invalid values in one message, and DataError if run.toml is damaged.
+    such as SCLITE_SFT__LEARNING_RATE, `settings` KEY=VALUE strings from the command line. An empty value on any level
+    resets a key to its default. Raises UsageError with all unknown keys and invalid values in one message, and DataError
+    if run.toml is damaged.
     """
     file = _read_file(path) if path is not None or own_file else {}
     variables: dict[str, Any] = {}
