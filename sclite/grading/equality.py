@@ -36,7 +36,7 @@ _LETTER = re.compile(r"(?<![\\A-Za-z])[A-Za-z]")
 _MATRIX = re.compile(r"\\begin\{([pbB]?matrix)\}(.*)\\end\{\1\}", re.DOTALL)
 _BRACKETED = re.compile(r"(?:\\?(\{)|([(\[]))(.*?)(?:\\?\}|([)\]]))", re.DOTALL)
 _MOD = re.compile(r" ?\(?\\?p?mod ?\{?\d+\}?\)?$")
-_RELATION = re.compile(r"[<>]|\\(?:le|ge|ne)(?![a-z])")
+_RELATION = re.compile(r"[<>]|!=|\\(?:[lg]t|[lgn]eq?|[lg]eqslant)(?![a-z])")
 
 
 def compare(given: str, gold: str, leaf: Leaf) -> Verdict:
@@ -142,14 +142,14 @@ def _compare_parts(given: tuple[str, list[str]], gold: tuple[str, list[str]], le
         return None
     if kinds == {"", "list"}:
         return False
-    if "" in kinds or ("union" in kinds and len(kinds) > 1):
+    if "" in kinds:
         return None
-    unordered = (kinds <= {"list", "set"} or kinds == {"union"}) and len(parts) * len(gold_parts) < 2000
+    unordered = kinds <= {"list", "set"} and len(parts) * len(gold_parts) < 2000
     column = f"matrix {len(parts)}x1"
     if not unordered and len(kinds) > 1 and kinds not in ({"list", "()"}, {"list", "[]"}, {"()", column}):
         return False
     if len(parts) != len(gold_parts) and "set" not in kinds:
-        return None if kinds == {"union"} else False
+        return False
     if not unordered:
         return _all(compare(a, b, leaf) for a, b in zip(parts, gold_parts, strict=True))
     rest, verdicts = list(gold_parts), []
@@ -160,7 +160,7 @@ def _compare_parts(given: tuple[str, list[str]], gold: tuple[str, list[str]], le
         verdicts.append(_any(seen))
     if "set" in kinds:
         verdicts += [_any(compare(part, other, leaf) for part in parts) for other in gold_parts]
-    return None if kinds == {"union"} and False in verdicts else _all(verdicts)
+    return _all(verdicts)
 
 
 def _all(verdicts: Iterable[Verdict]) -> Verdict:
@@ -174,7 +174,7 @@ def _any(verdicts: Iterable[Verdict]) -> Verdict:
 
 
 def _parts(text: str) -> tuple[str, list[str]]:
-    """(kind, parts); kind is "list", "set", "union", "matrix RxC", the two brackets, or "" for a single part."""
+    """(kind, parts); kind is "list", "set", "matrix RxC", the two brackets, or "" for a single part."""
     if text.startswith("[[") and text.endswith("]]"):
         lines = [row.strip(" []").replace(",", "&") for row in _split_list(text[1:-1])]
         text = "\\begin{matrix}" + "\\\\".join(lines) + "\\end{matrix}"
@@ -182,9 +182,6 @@ def _parts(text: str) -> tuple[str, list[str]]:
         rows = [row.split("&") for row in re.split(r"\\\\(?:\[\w+\])?", matrix[2]) if row.strip()]
         columns = len(rows[0]) if rows else 0
         return f"matrix {len(rows)}x{columns}", [cell.strip() for row in rows for cell in row]
-    united = split(text, ("\\cup",))
-    if len(united) > 1:
-        return "union", united
     pieces = [text] if parse_quantity(text) else _split_list(text)
     listed = [part for piece in pieces for part in _expand_plus_minus(piece)]
     if len(listed) > 1:
