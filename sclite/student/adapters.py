@@ -70,14 +70,6 @@ def new_lora(lora: Lora, config: "PretrainedConfig") -> "LoraConfig":
     )
 
 
-def adapted_layers(model: "PeftModel") -> list[str]:
-    """The layers that have a LoRA, by the last part of their names."""
-    from peft.tuners.lora import LoraLayer
-
-    layers = (name for name, layer in model.named_modules() if isinstance(layer, LoraLayer))
-    return list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
-
-
 def check_adapter(folder: Path) -> None:
     """Raise DataError if one of the two files of the LoRA in a folder is missing or damaged."""
     from safetensors import SafetensorError, safe_open

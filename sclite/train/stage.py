@@ -18,7 +18,6 @@ from sclite.errors import DataError, UsageError
 from sclite.records import Drop
 from sclite.run import Report, Run, timed
 from sclite.signature import differences, digest
-from sclite.student.adapters import adapted_layers
 from sclite.student.loader import (
     EMBEDDED,
     fetch_model,
@@ -164,7 +163,8 @@ class Job:
             report.counts["steps"] = outcome.steps
             report.figures |= {"best_step": outcome.best, "warnings": outcome.warnings}
             if adapter is None:
-                report.figures["lora"] = adapted_layers(model)
+                layers = (name.rpartition(".")[2] for name in model.targeted_module_names)
+                report.figures["lora"] = list(dict.fromkeys(layers))
         report.figures["adapter"] = run.file_digest(adapter_weights(stage))
         run.sign(stage, self.inputs, report)
         checkpoints.delete()
