@@ -7,7 +7,7 @@ import pytest
 from sclite.config import Source
 from sclite.data.problems import load_problems
 from sclite.errors import DataError, NetworkError
-from sclite.records import Drop, Problem
+from sclite.records import Problem
 
 CHAT = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "So \\boxed{9}."}]
 MATH = {
@@ -114,8 +114,8 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
 
 
-def load(name, drops=None, **more) -> list[Problem]:
-    return load_problems(Source(source=name, **more), drops=drops)
+def load(name, **more) -> list[Problem]:
+    return load_problems(Source(source=name, **more))
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -140,29 +140,17 @@ def test_missing_subset_and_split_errors_name_those_that_exist(hub):
     assert "problems.split" in error.value.hint
 
 
-def put(monkeypatch, answer) -> None:
+def test_unreachable_hub_and_full_disk_are_different_errors(monkeypatch):
     import datasets
 
     def load_dataset(*arguments, **options):
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        raise raised
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-
-
-def test_hub_row_without_an_answer_is_dropped(monkeypatch):
-    put(monkeypatch, [MATH, {"problem": "Prove it.", "solution": "So it is."}])
-    drops: list[Drop] = []
-    assert len(load("some/set", drops)) == 1
-    assert [(d.id, d.reason) for d in drops] == [("row 2", "no_answer")]
-
-
-def test_unreachable_hub_and_full_disk_are_different_errors(monkeypatch):
-    put(monkeypatch, ConnectionError("Couldn't reach 'openai/gsm8k' (LocalEntryNotFoundError)\nmore"))
+    raised = ConnectionError("Couldn't reach 'openai/gsm8k' (LocalEntryNotFoundError)\nmore")
     with pytest.raises(NetworkError, match="openai/gsm8k cannot be reached") as error:
         load("openai/gsm8k")
     assert "JSONL" in error.value.hint
-    put(monkeypatch, OSError(28, "No space left on device"))
+    raised = OSError(28, "No space left on device")
     with pytest.raises(DataError, match="No space left"):
         load("openai/gsm8k")

@@ -1,5 +1,6 @@
 """Preference pairs: decisions at every judged step, contents from the student's corrections, and drops."""
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 import pytest
@@ -94,21 +95,29 @@ def test_continuation_ends_before_the_closing_tag_of_the_step():
 
 @dataclass
 class Scripted:
-    """A student with a list of corrections per problem; what it writes next follows from them."""
+    """A student with a list of texts per problem: corrections if it is guided, whole reviews if it is free.
 
-    corrections: dict[str, list[str]]
+    A free one is an endpoint, which gets no prefix to continue. After a correction it goes on to an answer that follows.
+    """
+
+    texts: dict[str, list[str]]
+    free: bool = False
     requests: list = field(default_factory=list)
 
     def generate(self, requests):
         self.requests += requests
-        for index, request in enumerate(requests):
-            if request.pieces[-1] == CAUSE:
-                number = next(n for n in self.corrections if f"{n}: What" in request.messages[-1]["content"])
-                text = self.corrections[number].pop(0)
+        for index in reversed(range(len(requests))):
+            request = requests[index]
+            number = next((n for n in self.texts if f"{n}: What" in request.messages[-1]["content"]), "")
+            if self.free:
+                assert request.pieces == ()
+                text = self.texts[number][request.seed]
+            elif request.pieces[-1] == CAUSE:
+                text = self.texts[number].pop(0)
             else:
                 said = 41 if "= 36" in request.pieces[-2] else 35
                 text = f"<Step3>so {said}\n</Step3>\n<Answer>{said}</Answer>"
-            yield Reply(index, text, 8, 30, "stop")
+            yield Reply(index, text, 8, 30, "stop" if text else "error", None if text else "no_reply")
 
 
 def fill(run, count):
@@ -116,46 +125,45 @@ def fill(run, count):
     ids = [f"p{i}" for i in range(count)]
     run.replace("problems.jsonl", [Problem(id=i, question=f"{i}: What?", answer="41") for i in [*ids, "r"]])
     wrong = [Attempt(id=i, sample=0, trace=render(WORK), answer="43", correct=False) for i in ids]
-    run.replace(
-        "attempts.jsonl", [*wrong, Attempt(id="r", sample=0, trace=render(WORK), answer="41", correct=True)]
-    )
+    right = Attempt(id="r", sample=0, trace=render(WORK), answer="41", correct=True)
+    run.replace("attempts.jsonl", [*wrong, right])
     reviews = [REVIEW.model_copy(update={"id": i}) for i in ids]
     run.replace("reviews.jsonl", [*reviews, CONFIRMED.model_copy(update={"id": "r"})])
 
 
 CONFIG = Config.model_validate({"student": {"batch": 2}, "attempts": {"reviews": 2}})
+FREE = Config.model_validate({"attempts": {"reviews": 2, "student": "openai/small", "api_base": "http://x"}})
+
+
+def build(run, grader, texts=None, config=CONFIG, progress=None):
+    """(the stage's report, the content pairs by problem, what the student was asked)."""
+    student = None if texts is None else Scripted(texts, free=config is FREE)
+    report = write_pairs(config, run, student=student, grader=grader, progress=progress)
+    contents = {p.id: p for p in run.read("pairs.jsonl", Pair) if p.kind == "content"}
+    return report, contents, student.requests if student else []
+
+
+def sides(contents):
+    return {i: (p.chosen, p.rejected, p.origin) for i, p in contents.items()}
 
 
 def test_student_corrections_become_pairs_by_their_answers(run, grader):
     fill(run, 4)
-    student = Scripted(
-        {
-            "p0": [WRONG, WRONG],
-            "p1": [RIGHT, WRONG],
-            "p2": [RIGHT, RIGHT],
-            "p3": ["no tags", "only a cause</Cause>"],
-        }
-    )
-    report = write_pairs(CONFIG, run, student=student, grader=grader)
-    pairs = run.read("pairs.jsonl", Pair)
-    contents = {p.id: p for p in pairs if p.kind == "content"}
-    assert {i: (p.chosen, p.rejected, p.origin) for i, p in contents.items()} == {
-        "p0": (TEACHERS, WRONG, "teacher"),
-        "p1": (RIGHT, WRONG, "student"),
-    }
+    texts = {"p0": [WRONG, WRONG], "p1": [RIGHT, WRONG], "p2": [RIGHT, RIGHT]}
+    report, contents, _ = build(run, grader, texts | {"p3": ["no tags", "only a cause</Cause>"]})
+    assert sides(contents) == {"p0": (TEACHERS, WRONG, "teacher"), "p1": (RIGHT, WRONG, "student")}
     drops = {d.id: d.reason for d in run.read("dropped.jsonl", Drop)}
     assert drops == {"p2": "student_review_already_right", "p3": "student_review_not_readable"}
     assert report.dropped == {"student_review_already_right": 1, "student_review_not_readable": 1}
     assert report.counts == {"decision": 4 * 2 + 3, "content": 2, "own_corrections_chosen": 1}
     # a review without a content pair keeps its decisions
-    assert [p.step for p in pairs if p.id == "p3"] == [1, 2]
+    assert [p.step for p in run.read("pairs.jsonl", Pair) if p.id == "p3"] == [1, 2]
 
 
 def test_student_corrects_each_wrong_attempt_at_the_teachers_step(run, grader):
     fill(run, 3)
-    student = Scripted({f"p{i}": [WRONG, WRONG] for i in range(3)})
-    write_pairs(CONFIG, run, student=student, grader=grader)
-    asked = [r for r in student.requests if r.pieces[-1] == CAUSE]
+    _, _, requests = build(run, grader, {f"p{i}": [WRONG, WRONG] for i in range(3)})
+    asked = [r for r in requests if r.pieces[-1] == CAUSE]
     assert len(asked) == 6
     assert {r.pieces[-2] for r in asked} == {"<Step2>72 / 2 = 38\n"}
     assert {r.temperature for r in asked} == {0.8}
@@ -167,26 +175,34 @@ def test_student_corrects_each_wrong_attempt_at_the_teachers_step(run, grader):
 @pytest.mark.parametrize(("dropped", "warned"), [(3, True), (2, False)])
 def test_warning_if_most_content_pairs_were_dropped(run, grader, warnings, dropped, warned):
     fill(run, 4)
-    student = Scripted({f"p{i}": ["no tags"] * 2 if i < dropped else [WRONG] * 2 for i in range(4)})
-    report = write_pairs(CONFIG, run, student=student, grader=grader, progress=warnings)
+    texts = {f"p{i}": ["no tags"] * 2 if i < dropped else [WRONG] * 2 for i in range(4)}
+    report, _, _ = build(run, grader, texts, progress=warnings)
     assert report.figures.get("warnings", []) == warnings.said
-    start = (
-        "3 of 4 content pairs were dropped, most often: student review not readable; raise attempts.reviews"
-    )
+    start = "3 of 4 content pairs were dropped, most often: student review not readable; raise"
     assert [said.startswith(start) for said in warnings.said] == [True] * warned
 
 
 def test_finished_pairs_need_no_student(run, grader):
     fill(run, 1)
-    first = write_pairs(CONFIG, run, student=Scripted({"p0": [WRONG, WRONG]}), grader=grader)
-    again = write_pairs(CONFIG, run, student=None, grader=grader)
+    first, _, _ = build(run, grader, {"p0": [WRONG, WRONG]})
+    again, _, _ = build(run, grader)
     assert again.skipped
     assert again.counts == first.counts
 
 
+def test_without_a_student_there_are_only_decision_pairs(run, grader):
+    fill(run, 2)
+    report, contents, _ = build(run, grader)
+    assert contents == {}
+    assert report.dropped == {"no_student_review": 2}
+    run.path("warmup/adapter").mkdir(parents=True)
+    run.path("warmup/adapter/adapter_model.safetensors").write_bytes(b"trained")
+    assert len(build(run, grader, {"p0": [WRONG, WRONG], "p1": [WRONG, WRONG]})[1]) == 2
+
+
 def test_missing_reviews_error_names_the_next_command(run, grader):
     with pytest.raises(DataError, match=r"reviews\.jsonl is missing or empty") as error:
-        write_pairs(CONFIG, run, student=None, grader=grader)
+        build(run, grader)
     assert "sclite build-data" in error.value.hint
 
 
@@ -195,45 +211,17 @@ def test_missing_reviews_error_names_the_next_command(run, grader):
 
 def whole_review(step=2, cause="Hm.", correction="72 / 2 = 30", answer="35", first="48 + 24 = 72"):
     """A review of WORK that accuses `step` (None: nothing)."""
-    texts = (first, "72 / 2 = 38", "38 + 5 = 43")
     notes = {step: (None, cause, correction)}
-    return render(
-        Trace(tuple(Step(t, *notes.get(n, ())) for n, t in enumerate(texts, 1)), "Go on.", answer or None)
-    )
-
-
-FREE = Config.model_validate({"attempts": {"reviews": 2, "student": "openai/small", "api_base": "http://x"}})
-
-
-@dataclass
-class Reviewer:
-    """An endpoint with one reply per problem and sample; it never gets a prefix to continue."""
-
-    reviews: dict[str, list[str]]
-    seen: list = field(default_factory=list)
-
-    def generate(self, requests):
-        self.seen += requests
-        for index in reversed(range(len(requests))):
-            request = requests[index]
-            assert request.pieces == ()
-            number = next(n for n in self.reviews if f"{n}: What" in request.messages[-1]["content"])
-            text = self.reviews[number][request.seed]
-            yield Reply(index, text, 8, 30, "stop" if text else "error", None if text else "no_reply")
+    texts = enumerate((first, "72 / 2 = 38", "38 + 5 = 43"), 1)
+    return render(Trace(tuple(Step(t, *notes.get(n, ())) for n, t in texts), "Go on.", answer or None))
 
 
 def test_free_review_of_the_right_step_becomes_a_content_pair(run, grader):
     fill(run, 2)
     wrong = whole_review()
     right = whole_review(cause="Twice 38 is too much.", correction="72 / 2 = 36", answer="41")
-    report = write_pairs(
-        FREE, run, student=Reviewer({"p0": [wrong, wrong], "p1": [wrong, right]}), grader=grader
-    )
-    contents = {p.id: p for p in run.read("pairs.jsonl", Pair) if p.kind == "content"}
-    assert {i: (p.chosen, p.rejected, p.origin) for i, p in contents.items()} == {
-        "p0": (TEACHERS, WRONG, "teacher"),
-        "p1": (RIGHT, WRONG, "student"),
-    }
+    report, contents, _ = build(run, grader, {"p0": [wrong, wrong], "p1": [wrong, right]}, FREE)
+    assert sides(contents) == {"p0": (TEACHERS, WRONG, "teacher"), "p1": (RIGHT, WRONG, "student")}
     assert {p.prefix[-2:] for p in contents.values()} == {("<Step2>72 / 2 = 38\n", CAUSE)}
     assert report.figures["own_reviews"] == {}
 
@@ -254,10 +242,9 @@ def test_free_review_of_the_right_step_becomes_a_content_pair(run, grader):
 )
 def test_unusable_free_reviews_are_counted_by_reason(run, grader, text, reason):
     fill(run, 1)
-    report = write_pairs(FREE, run, student=Reviewer({"p0": [text, text]}), grader=grader)
+    report, _, _ = build(run, grader, {"p0": [text, text]}, FREE)
     assert report.dropped == {reason: 1}
-    assert "content" not in report.counts
-    assert report.counts["decision"] == 2 + 3
+    assert report.counts == {"decision": 2 + 3, "own_corrections_chosen": 0}
     if reason != "student_review_already_right":
         assert report.figures["own_reviews"] == {reason: 2}
 
@@ -265,32 +252,19 @@ def test_unusable_free_reviews_are_counted_by_reason(run, grader, text, reason):
 def test_review_seed_does_not_depend_on_the_position_of_the_row(run, grader):
     """Otherwise adding a row would change requests that the ledger already answers."""
     fill(run, 3)
-    student = Reviewer({f"p{i}": [whole_review()] * 2 for i in range(3)})
-    write_pairs(FREE, run, student=student, grader=grader)
-    by_problem = {}
-    for request in student.seen:
-        by_problem.setdefault(request.messages[-1]["content"], []).append(request.seed)
+    _, _, requests = build(run, grader, {f"p{i}": [whole_review()] * 2 for i in range(3)}, FREE)
+    by_problem = defaultdict(list)
+    for request in requests:
+        by_problem[request.messages[-1]["content"]].append(request.seed)
     assert list(by_problem.values()) == [[0, 1]] * 3
-    assert {r.temperature for r in student.seen} == {0.8}
+    assert {r.temperature for r in requests} == {0.8}
 
 
 def test_next_run_requests_unanswered_reviews_again(run, grader):
     fill(run, 1)
-    first = write_pairs(FREE, run, student=Reviewer({"p0": ["", whole_review()]}), grader=grader)
+    first, _, _ = build(run, grader, {"p0": ["", whole_review()]}, FREE)
     assert first.counts["content"] == 1
-    student = Reviewer({"p0": [whole_review(), whole_review()]})
-    second = write_pairs(FREE, run, student=student, grader=grader)
+    second, _, _ = build(run, grader, {"p0": [whole_review()] * 2}, FREE)
     assert not second.skipped
     assert second.figures["own_reviews"] == {}
-    assert write_pairs(FREE, run, student=None, grader=grader).skipped
-
-
-def test_without_a_student_there_are_only_decision_pairs(run, grader):
-    fill(run, 2)
-    report = write_pairs(CONFIG, run, student=None, grader=grader)
-    assert {p.kind for p in run.read("pairs.jsonl", Pair)} == {"decision"}
-    assert report.dropped == {"no_student_review": 2}
-    run.path("warmup/adapter").mkdir(parents=True)
-    run.path("warmup/adapter/adapter_model.safetensors").write_bytes(b"trained")
-    student = Scripted({"p0": [WRONG, WRONG], "p1": [WRONG, WRONG]})
-    assert write_pairs(CONFIG, run, student=student, grader=grader).counts["content"] == 2
+    assert build(run, grader, None, FREE)[0].skipped
