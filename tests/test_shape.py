@@ -26,7 +26,7 @@ FILES = {
     for path in sorted((ROOT / "sclite").rglob("*.py"))
 }
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 
 LAYERS = {
@@ -91,24 +91,14 @@ def test_imports_point_down():
     assert wrong == []
 
 
-@pytest.mark.parametrize(
-    ("importer", "imported", "expected"),
-    [
-        ("data.pairs", "train.sft", True),
-        ("data.pairs", "data.attempts", False),
-        ("data.pairs", "student.self_correction", False),
-        ("student.self_correction", "data.pairs", True),
-        ("student.self_correction", "teacher.client", True),
-        ("student.endpoint", "teacher.client", False),
-        ("data.attempts", "student.endpoint", True),
-        ("trace", "run", True),
-        ("pipeline", "cli", True),
-        ("quickstart.tutor", "quickstart.flow", True),
-        ("quickstart.flow", "quickstart.tutor", False),
-    ],
-)
-def test_the_check_of_the_layers_knows_up_from_down(importer, imported, expected):
-    assert upward(f"sclite.{importer}", f"sclite.{imported}") == expected
+def test_the_check_of_the_layers_knows_up_from_down():
+    up = """data.pairs:train.sft student.self_correction:data.pairs student.self_correction:teacher.client trace:run
+        data.attempts:student.endpoint pipeline:cli quickstart.tutor:quickstart.flow"""
+    down = """data.pairs:data.attempts data.pairs:student.self_correction student.endpoint:teacher.client
+        quickstart.flow:quickstart.tutor"""
+    for expected, pairs in ((True, up), (False, down)):
+        for importer, imported in (pair.split(":") for pair in pairs.split()):
+            assert upward(f"sclite.{importer}", f"sclite.{imported}") == expected, (importer, imported)
 
 
 def test_the_language_of_the_method_has_no_circle():
@@ -277,10 +267,8 @@ def third_party(tree: ast.AST) -> set[str]:
 
 
 def test_every_third_party_import_is_declared():
-    wanted = [
-        *PROJECT["dependencies"],
-        *(d for extra in PROJECT["optional-dependencies"].values() for d in extra),
-    ]
+    project = PYPROJECT["project"]
+    wanted = sum(project["optional-dependencies"].values(), project["dependencies"])
     declared = {re.match(r"[\w.-]+", line)[0].lower().replace("_", "-") for line in wanted}
     known = packages_distributions()
     missing = {
@@ -297,7 +285,7 @@ def test_every_prompt_is_a_file_that_the_wheel_takes_along():
     assert len(shipped) == 8
     assert all(shipped.values())
     assert prompts.shipped_folder() == ROOT / "prompts"
-    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    wheel = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert wheel["packages"] == ["sclite"]
     assert wheel["force-include"]["prompts"] == "sclite/_prompts"
 
