@@ -168,7 +168,7 @@ def _csv_rows(path: Path, delimiter: str) -> NumberedRows:
             why = "more fields than the header has names"
             hint = "put fields with commas into double quotes"
         row = dict(zip(names, fields, strict=False))
-        yield f"line {begin}", BadRow("row_not_readable", why, hint, str(fields)) if why else row
+        yield f"line {begin}", BadRow("row_not_readable", why, hint, ", ".join(fields)) if why else row
 
 
 def _parquet_rows(path: Path) -> NumberedRows:
