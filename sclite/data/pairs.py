@@ -59,12 +59,7 @@ def pairs_inputs(config: Config, run: Run) -> dict[str, object]:
 
 
 def write_pairs(
-    config: Config,
-    run: Run,
-    *,
-    student: Student | None,
-    grader: Grader,
-    progress: Progress | None = None,
+    config: Config, run: Run, *, student: Student | None, grader: Grader, progress: Progress | None = None
 ) -> Report:
     """Sample the student's corrections of its wrong attempts and write pairs.jsonl; without a student, decisions only.
 
