@@ -51,6 +51,12 @@ def render_chat(
     return text
 
 
+def start_renderer() -> None:
+    """Start the process that renders, which takes a second, while the caller loads a model."""
+    with _renderer.lock:
+        _renderer.start()
+
+
 def opens_thinking(template: str, tokens: Mapping[str, str]) -> bool:
     """Whether the template's own prompt ends in an open `<think>`, which `render_chat` closes."""
     reply = _renderer.render(template, ({"role": "user", "content": "a"},), tokens, True)
@@ -60,13 +66,31 @@ def opens_thinking(template: str, tokens: Mapping[str, str]) -> bool:
 class _Renderer:
     """Templates come with model files, so they are rendered in a process of their own, within limits.
 
-    It is started when first needed, and killed if a template exceeds its time.
+    It is killed if a template exceeds its time, and started again when it is needed.
     """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.process: subprocess.Popen[bytes] | None = None
         self.pipe: Connection
+        self.ready = False
+
+    def start(self) -> None:
+        """Start the process, if there is none, without waiting for it."""
+        if self.process is not None and self.process.poll() is None:
+            return
+        self.pipe, there = Pipe()
+        code = f"from sclite.student.chat_template import serve; serve({there.fileno()})"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            pass_fds=[there.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        there.close()
+        self.ready = False
 
     def render(
         self, template: str, messages: Messages, tokens: Mapping[str, str] | None, generation_prompt: bool
@@ -74,31 +98,23 @@ class _Renderer:
         """{"text": ..} or {"error": ..}. Raises DataError if the process ends or takes too long."""
         values = {"add_generation_prompt": generation_prompt, "enable_thinking": False, **(tokens or {})}
         with self.lock:
-            if self.process is None or self.process.poll() is not None:
-                self.pipe, there = Pipe()
-                code = f"from sclite.student.chat_template import serve; serve({there.fileno()})"
-                self.process = subprocess.Popen(
-                    [sys.executable, "-c", code],
-                    pass_fds=[there.fileno()],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-                )
-                there.close()
-                self._receive(self.process, STARTING)
+            self.start()
+            if not self.ready:
+                self._receive(STARTING)
+                self.ready = True
             self.pipe.send_bytes(json.dumps([template, messages, values]).encode())
-            return json.loads(self._receive(self.process, SECONDS))
+            return json.loads(self._receive(SECONDS))
 
-    def _receive(self, process: "subprocess.Popen[bytes]", seconds: float) -> bytes:
+    def _receive(self, seconds: float) -> bytes:
         reason = f"it took more than {seconds} seconds"
         try:
             if self.pipe.poll(seconds):
                 return self.pipe.recv_bytes()
         except (EOFError, OSError):
             reason = "its process ended"
-        process.kill()
-        process.wait()
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
         raise DataError(f"the chat template cannot be rendered: {reason}", _HINT)
 
 

@@ -11,6 +11,7 @@ from sclite import prompts
 from sclite.config import Config, Student, TrainingStage
 from sclite.errors import DataError, DeviceError, NetworkError, UsageError
 from sclite.student.adapters import check_adapter, load_adapter, new_lora
+from sclite.student.chat_template import start_renderer
 from sclite.student.cuda_memory import is_out_of_memory
 from sclite.student.tokenization import prompt_ids
 from sclite.trace import Step, Trace, render
@@ -130,6 +131,7 @@ def select_backend(student: Student) -> str:
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     """The tokenizer of a model; the pad token defaults to the end token."""
+    start_renderer()
     from transformers import AutoTokenizer
 
     with _model_errors(f"the student {name} cannot be loaded", OSError, ValueError, KeyError):

@@ -14,7 +14,7 @@ import numpy as np
 
 from sclite.errors import DataError, DeviceError, UsageError
 from sclite.student.base import Messages, Reply, Request, ScoreRequest, Scores, tokens_to_compare
-from sclite.student.chat_template import render_chat
+from sclite.student.chat_template import render_chat, start_renderer
 from sclite.student.llama_cpp.scheduler import Scheduler
 from sclite.student.llama_cpp.sequence import Option, TokenSequence, log_prob
 from sclite.student.llama_cpp.vocabulary import Vocabulary
@@ -84,6 +84,7 @@ class Engine:
         `exact`: float32 cache and no flash attention, for comparisons (errors of 1e-5 instead of 1e-2 nats; slower).
         Raises DataError (no such file, not a GGUF), DeviceError (not enough memory), UsageError.
         """
+        start_renderer()
         self._api = api = llama()
         self._model = self._context = None
         if parallel is not None and not 1 <= parallel <= api.llama_max_parallel_sequences():
