@@ -453,9 +453,9 @@ def serve(
     *,
     common: Common,
 ) -> None:
-    """Serve the trained model with OpenAI's API; it reviews and corrects its answers.
+    """Serve the trained model over an OpenAI-compatible API.
 
-    The model NAME:raw replies without a review. Other machines need the key in SCLITE_API_KEY.
+    It reviews and corrects its answers. The model NAME:raw replies without a review. Other machines need the key in SCLITE_API_KEY.
     """
     from sclite import evaluation, pipeline
     from sclite.chat.server import run_server

@@ -201,9 +201,24 @@ EXAMPLES: dict[str, Any] = {
     "teacher.price": (0.5, 1.5),
     **{f"{stage}.per_device_train_batch_size": 4 for stage in ("sft", "warmup", "dpo")},
     **{f"{stage}.padding_free": True for stage in ("sft", "warmup", "dpo")},
+    "export.imatrix": True,
     "review.threshold": 0.0,
 }
 """Example values for keys without a default: every line of sclite.toml is valid when uncommented."""
+
+
+FIRST = (
+    *(
+        "problems.source",
+        "teacher.model",
+        "teacher.api_base",
+        "teacher.max_cost",
+        "student.model",
+        "eval.source",
+    ),
+    *("sft.num_train_epochs", "attempts.samples", "export.quant", "run"),
+)
+"""The keys that most people set, at the top of a new sclite.toml."""
 
 
 def write_configuration(path: Path, memory_gb: float | None) -> None:
@@ -221,16 +236,23 @@ def write_configuration(path: Path, memory_gb: float | None) -> None:
     else:
         name = "Qwen3-4B-Instruct-2507" if memory_gb < 15 else "Qwen2.5-Math-7B-Instruct"
         chosen = {"student.model": f"unsloth/{name}-bnb-4bit"}
-    lines, section = ["## Every setting with its default. Uncomment a line to change it.", ""], ""
-    for key, field in configuration.keys().items():
-        if (new := key.rpartition(".")[0]) != section:
-            section = new
-            lines += ["", f"[{section}]"]
-        value, comment = chosen.get(key, field.default), field.description or ""
+    known = configuration.keys()
+    lines, section = ["## Settings that matter most. Uncomment a line to change it."], "most"
+    for key in (*FIRST, *(key for key in known if key not in FIRST)):
+        field, named = known[key], key.rpartition(".")[0]
+        if key not in FIRST and named != section:
+            lines += ["", f"## {'All other settings, with their defaults' if section == 'most' else named}"]
+            section = named
+        default = field.get_default(call_default_factory=True)
+        value, comment = chosen.get(key, default), field.description or ""
         if value is None:
             value, comment = EXAMPLES[key], f"{comment}; example, not set by default"
+        if isinstance(value, dict):
+            table = tomlkit.inline_table()
+            table.update(value)
+            value = table
         prefix, suffix = "" if key in chosen else "# ", f"  # {comment}" if comment else ""
-        lines.append(f"{prefix}{key.rpartition('.')[2]} = {tomlkit.item(value).as_string() or '{}'}{suffix}")
+        lines.append(f"{prefix}{key} = {tomlkit.item(value).as_string()}{suffix}")
     try:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     except OSError as error:
