@@ -3,6 +3,7 @@
 Everything heavy is imported inside a command, so that --help stays fast.
 """
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -370,6 +371,12 @@ def evaluate(
     )
 
 
+def is_endpoint(model: Path) -> bool:
+    """Whether --model names a LiteLLM model, such as ollama_chat/qwen3:8b, and not a file."""
+    name = str(model)
+    return "/" in name and not (model.exists() or name.startswith(("/", ".", "~")) or model.suffix == ".gguf")
+
+
 @app.command()
 @common_options
 def chat(
@@ -384,7 +391,12 @@ def chat(
         ),
     ] = None,
     model: Annotated[
-        Path | None, typer.Option("--model", metavar="FILE", help="A GGUF file (default: that of the run).")
+        Path | None,
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            help="A GGUF file, or a LiteLLM model such as ollama_chat/qwen3:8b (default: that of the run).",
+        ),
     ] = None,
     *,
     common: Common,
@@ -405,26 +417,35 @@ def chat(
     default_run = context.config.run == type(context.config)().run
     if default_run and not context.run.folder.is_dir() and Path("runs/quickstart").is_dir():
         context = replace(common, run=Path("runs/quickstart")).context()
+    remote = model is not None and is_endpoint(model)
     if model is None:
         pipeline.export_for_chat(context)
-    path, threshold, off = evaluation.for_chat(context, model, self_correct)
+    if model is not None and remote:
+        off = "review is off; turn it on with --self-correct" if self_correct is False else ""
+        path, threshold = model, None
+    else:
+        path, threshold, off = evaluation.for_chat(context, model, self_correct)
     example, familiar = "", lambda _: True
     if context.config.teacher.embedded and model is None:
         from sclite.quickstart.problem_sets import test_problems
         from sclite.quickstart.stories import within
 
         example, familiar = test_problems(1)[0].question, within
-    if not run_chat(
-        path,
-        context.config,
-        threshold,
-        context.run,
-        off=off,
-        question=question,
-        example=example,
-        familiar=familiar,
-        as_json=common.json,
-    ):
+    settings = context.config.attempts.model_copy(update={"student": str(model)})
+    with context.endpoint(settings, "chat") if remote else nullcontext() as endpoint:
+        answered = run_chat(
+            path,
+            context.config,
+            threshold,
+            context.run,
+            off=off,
+            endpoint=endpoint,
+            question=question,
+            example=example,
+            familiar=familiar,
+            as_json=common.json,
+        )
+    if not answered:
         raise typer.Exit(DATA)
 
 

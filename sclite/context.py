@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from sclite.config import Config, Teacher
+from sclite.config import Attempts, Config, Teacher
 from sclite.errors import DataError
 from sclite.progress import ProgressDisplay
 from sclite.run import Report, Run
@@ -102,16 +102,16 @@ class Context:
             with Engine(path, context=self.config.eval.context) as student:
                 yield student
         else:
-            from sclite.student.endpoint import Endpoint
+            with self.endpoint(settings, stage) as student:
+                yield student
 
-            with self.teacher(self._endpoint()) as client:
-                yield Endpoint(client, stage)
+    @contextmanager
+    def endpoint(self, settings: Attempts, stage: str) -> Iterator[Any]:
+        """The model behind an API that `settings.student` names; timeout and retries are the teacher's."""
+        from sclite.student.endpoint import Endpoint
 
-    def _endpoint(self) -> Teacher:
-        """Client settings for `attempts.student`; timeout and retries are the teacher's."""
-        settings = self.config.attempts
         own = {"model": settings.student, "api_base": settings.api_base, "concurrency": settings.concurrency}
-        return self.config.teacher.model_copy(
+        teacher = self.config.teacher.model_copy(
             update={
                 **own,
                 "temperature": None,
@@ -121,6 +121,8 @@ class Context:
                 "extra": {},
             }
         )
+        with self.teacher(teacher) as client:
+            yield Endpoint(client, stage)
 
     @contextmanager
     def sampler(self, adapter: str) -> Iterator[Any]:

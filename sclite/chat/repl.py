@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, cast
@@ -48,6 +48,7 @@ def run_chat(
     run: Run,
     *,
     off: str = "",
+    endpoint: Student | None = None,
     question: str | None = None,
     example: str = "",
     familiar: Callable[[str], bool] = lambda _: True,
@@ -55,29 +56,33 @@ def run_chat(
 ) -> bool:
     """Answer one question, or those that are typed or piped in. Returns whether each was answered.
 
-    `off`: why answers are not reviewed, "" if they are. `example` is for students that know only one kind of problem;
+    `off`: why answers are not reviewed, "" if they are. `endpoint`: the student, if it is not the GGUF `path`; then `path`
+    is its name, and reviews are free. `example` is for students that know only one kind of problem;
     a note says when a question is not `familiar`. An error or Ctrl-C ends an answer, not the session.
     """
     interactive = question is None and console.is_interactive()
-    check_gguf(path)
-    with (
-        nullcontext() if not interactive else console.make_console(stderr=True).status(f"loading {path.name}")
-    ):
-        engine = Engine(
-            path, parallel=2, context=config.eval.context
-        )  # one keeps the solution, one reviews it
-        if interactive:  # the system prompt stays in the cache, so that the first word comes sooner
-            list(engine.generate([Request(prompts.solve_messages("1", config.prompts.folder), max_tokens=1)]))
-    with engine:
-        settings = Settings(
-            mode="" if off else config.review.mode,
-            threshold=threshold or 0.0,
-            rounds=max(1, config.review.rounds),
-            max_tokens=config.eval.max_tokens,
-            seed=config.seed,
-            prompt_folder=config.prompts.folder,
-        )
-        chat = Chat(engine, engine.context, path, run, settings, familiar, off, config.review.mode)
+    settings = Settings(
+        mode="" if off else "free" if endpoint is not None else config.review.mode,
+        threshold=threshold or 0.0,
+        rounds=max(1, config.review.rounds),
+        max_tokens=config.eval.max_tokens,
+        seed=config.seed,
+        prompt_folder=config.prompts.folder,
+    )
+    with ExitStack() as stack:
+        student, context, about = endpoint, 0, ""
+        if student is None:
+            spinner = console.make_console(stderr=True).status(f"loading {path.name}")
+            with spinner if interactive else nullcontext():
+                check_gguf(path)
+                # one sequence keeps the solution while the other one reviews it
+                engine = stack.enter_context(Engine(path, parallel=2, context=config.eval.context))
+                if interactive:  # the system prompt stays in the cache, so that the first word comes sooner
+                    warm = prompts.solve_messages("1", settings.prompt_folder)
+                    list(engine.generate([Request(warm, max_tokens=1)]))
+            student, context = engine, engine.context
+            about = f": {engine.description}, on the {'GPU' if engine.offloaded else 'CPU'}"
+        chat = Chat(student, context, path, run, settings, familiar, settings.mode or config.review.mode)
         if off and not as_json:
             console.note(f"[dim]{escape(off)}[/]")
         if question is not None:
@@ -85,14 +90,13 @@ def run_chat(
             if as_json:
                 console.print_json(answer.as_json() | {"note": answer.note or off})
             return True
-        if interactive:
-            where = "on the GPU" if engine.offloaded else "on the CPU"
-            console.note(f"[dim]{escape(path.name)}: {escape(engine.description)}, {where}[/]")
-            if example:
-                console.note(f"This model only knows problems like this one:\n{escape(example)}")
-            converse(chat)
-            return True
-        return answer_lines(chat, as_json)
+        if not interactive:
+            return answer_lines(chat, as_json)
+        console.note(f"[dim]{escape(path.name + about)}[/]")
+        if example:
+            console.note(f"This model only knows problems like this one:\n{escape(example)}")
+        converse(chat)
+        return True
 
 
 def answer_lines(chat: "Chat", as_json: bool) -> bool:
@@ -140,7 +144,6 @@ class Chat:
     run: Run
     settings: Settings
     familiar: Callable[[str], bool] = lambda _: True
-    off: str = ""
     review_mode: str = "guided"
     history: bool = False
     left: bool = False
@@ -170,8 +173,10 @@ class Chat:
                 earlier = earlier[1:]  # too long: the oldest go first
         if answer is None or answer.first.finish == "error":
             reason = answer.first.error if answer is not None else "no reply"
-            longer = f"--set eval.context={2 * self.context}, if the model allows it"
-            raise DataError(f"cannot answer the question: {reason}", f"shorten the question, or use {longer}")
+            hint = "shorten the question"
+            if self.context:
+                hint += f", or use --set eval.context={2 * self.context}, if the model allows it"
+            raise DataError(f"cannot answer the question: {reason}", hint)
         answer = replace(answer, question=question)
         self.answers.append(answer)
         if answer.note and not quiet:
@@ -433,7 +438,7 @@ def open_prompt(chat: Chat) -> "PromptSession[str]":
     def toolbar() -> str:
         review = f"review {chat.settings.mode}" if chat.settings.mode else "review off"
         used = ""
-        if chat.answers:
+        if chat.answers and chat.context:
             first = chat.answers[-1].first
             used = f" · context {100 * (first.prompt_tokens + first.tokens) // chat.context}%"
         turns = f" · {len(chat.answers)} earlier" if chat.history and chat.answers else ""

@@ -188,8 +188,8 @@ class AnswerView:
             return ""
         tokens, first = self.answer.tokens, self.answer.first
         rate = f"{tokens / max(self.seconds, 1e-3):.0f} tokens/s, "
-        used = f"context {first.prompt_tokens + first.tokens} of {context}"
-        return f"{tokens} tokens, {rate}{self.seconds:.1f} s, {used}"
+        used = f", context {first.prompt_tokens + first.tokens} of {context}" if context else ""
+        return f"{tokens} tokens, {rate}{self.seconds:.1f} s{used}"
 
 
 def _hang(head: "Text", text: "Text", width: int, indent: int) -> "list[Text]":

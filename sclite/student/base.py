@@ -80,7 +80,8 @@ class Student(Protocol):
 
     def score(self, requests: Sequence[ScoreRequest]) -> Iterator[Scores]:
         """Yield the scores of each request, in any order. Only the engine can."""
-        raise NotImplementedError(f"{type(self).__name__} cannot score")
+        name = type(self).__name__
+        raise NotImplementedError(f"{name} cannot score")
 
     def stream(
         self, ask: Request | ScoreRequest, cancel: Event | None = None

@@ -18,7 +18,9 @@ from sclite.chat.answer import Settings
 from sclite.chat.repl import Chat
 from sclite.config import Config
 from sclite.errors import DataError, UsageError
+from sclite.trace import Step, Trace, render
 from tests.chat.scripted import CORRECTING, PLAIN, WRONG, Scripted
+from tests.replay import TeacherServer, say
 from tests.tiny import tiny_gguf, tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,6 +94,33 @@ def test_a_damaged_or_missing_gguf_is_reported(sclite, tmp_path, damage, message
     assert (ended.code, ended.out) == (3, "")
     assert message in ended.error
     assert ended.err.endswith(f"{ended.error}\n{ended.hint}\n")
+
+
+def test_endpoint_reviews_freely(sclite, monkeypatch):
+    """The server solves, and when it sees work to check it finds the wrong step."""
+    steps = (Step("2 + 2 = 4"), Step("4 + 1 = 6", None, "Too many.", "4 + 1 = 5"), Step("5 + 1 = 6"))
+
+    def answer(body, nth):
+        return say(render(Trace(steps, None, "6")) if WRONG in body["messages"][-1]["content"] else WRONG)
+
+    with TeacherServer(answer) as server:
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123456")
+        options = (
+            "--model",
+            "openai/large",
+            "--set",
+            f"attempts.api_base={server.url}",
+            "--json",
+            "How many?",
+        )
+        ended = sclite("chat", *options)
+        assert ended.code == 0, ended.err
+        found = json.loads(ended.out)
+        assert (found["answer"], found["accused"], found["correction"]) == ("6", 2, "4 + 1 = 5")
+        found = json.loads(sclite("chat", "--no-self-correct", *options).out)
+    assert found["answer"] == "7"
+    assert "accused" not in found
+    assert len(server.requests) == 2  # the solution is not paid for twice
 
 
 # -- commands ------------------------------------------------------------------------------------------------------
