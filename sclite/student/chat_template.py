@@ -75,10 +75,10 @@ class _Renderer:
         self.pipe: Connection
         self.ready = False
 
-    def start(self) -> None:
-        """Start the process, if there is none, without waiting for it."""
+    def start(self) -> "subprocess.Popen[bytes]":
+        """The process, which is started if there is none, without waiting for it."""
         if self.process is not None and self.process.poll() is None:
-            return
+            return self.process
         self.pipe, there = Pipe()
         code = f"from sclite.student.chat_template import serve; serve({there.fileno()})"
         self.process = subprocess.Popen(
@@ -88,33 +88,38 @@ class _Renderer:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            process_group=0,  # Ctrl-C in a terminal is not for it
         )
         there.close()
         self.ready = False
+        return self.process
 
     def render(
         self, template: str, messages: Messages, tokens: Mapping[str, str] | None, generation_prompt: bool
     ) -> dict[str, str]:
         """{"text": ..} or {"error": ..}. Raises DataError if the process ends or takes too long."""
         values = {"add_generation_prompt": generation_prompt, "enable_thinking": False, **(tokens or {})}
+        request = json.dumps([template, messages, values]).encode()
         with self.lock:
-            self.start()
-            if not self.ready:
-                self._receive(STARTING)
-                self.ready = True
-            self.pipe.send_bytes(json.dumps([template, messages, values]).encode())
-            return json.loads(self._receive(SECONDS))
+            process = self.start()
+            try:
+                if not self.ready:
+                    self._exchange(b"", STARTING)
+                    self.ready = True
+                return json.loads(self._exchange(request, SECONDS))
+            except BaseException:  # an interrupted exchange would leave its reply to the next request
+                process.kill()
+                process.wait()
+                raise
 
-    def _receive(self, seconds: float) -> bytes:
+    def _exchange(self, request: bytes, seconds: float) -> bytes:
         reason = f"it took more than {seconds} seconds"
         try:
+            self.pipe.send_bytes(request)
             if self.pipe.poll(seconds):
                 return self.pipe.recv_bytes()
         except (EOFError, OSError):
             reason = "its process ended"
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
         raise DataError(f"the chat template cannot be rendered: {reason}", _HINT)
 
 
@@ -133,7 +138,7 @@ def serve(descriptor: int) -> None:
         *(TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError),
     )
     pipe = Connection(descriptor)
-    pipe.send_bytes(b"ready")
+    pipe.send_bytes(pipe.recv_bytes())
     while True:
         try:
             template, messages, values = json.loads(pipe.recv_bytes())

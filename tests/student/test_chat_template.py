@@ -1,5 +1,9 @@
 """Chat templates from model files: system messages, thinking, and limits on time, memory and length."""
 
+import os
+import signal
+import threading
+
 import pytest
 
 from sclite.errors import DataError
@@ -56,6 +60,14 @@ def test_hostile_template_fails_and_the_next_one_renders(monkeypatch, template, 
     with pytest.raises(DataError, match=reason) as error:
         render_chat(template, USER)
     assert "chat template" in error.value.hint
+    assert render_chat("{{ messages[0].content }}", USER) == "2 + 2?"
+
+
+def test_interrupted_rendering_leaves_no_reply_to_the_next():
+    assert render_chat("{{ messages[0].content }}", USER) == "2 + 2?"
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        render_chat("{% for i in range(3000) %}{% for j in range(9000) %}{% endfor %}{% endfor %}late", USER)
     assert render_chat("{{ messages[0].content }}", USER) == "2 + 2?"
 
 
