@@ -10,6 +10,7 @@ from sclite.config import Eval
 from sclite.context import Context
 from sclite.errors import DataError, UsageError
 from sclite.evaluate.evaluate import HeldOut, Judge, evaluate_model, summary_notes
+from sclite.evaluate.metrics import Outcome
 from sclite.evaluate.report import write_report
 from sclite.evaluate.results import REPORT, SUMMARY, result_folder
 from sclite.evaluate.threshold import MIN_PROBLEMS, load_threshold
@@ -120,11 +121,10 @@ def evaluate(
         "folder": folder,
     }
     run.write_json(f"{folder}/{SUMMARY}", summary)
-    examples = [
-        {**example, "model": name}
-        for name in names
-        for example in (run.read_json(f"{folder}/{name}.reviews.json", list[dict[str, Any]]) or [])[:3]
-    ]
+    examples = []
+    for name in names:
+        corrected = [row for row in run.rows(f"{folder}/{name}.jsonl", Outcome, whole=False) if row.accused]
+        examples += [row.model_dump() | {"model": name} for row in corrected[:3]]
     curves = {stage: read_metrics(run.path(f"{stage}/metrics.jsonl")) for stage in ("sft", "warmup", "dpo")}
     write_report(run.path(f"{folder}/{REPORT}"), summary, examples, curves)
     return summary

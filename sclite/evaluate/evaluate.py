@@ -19,7 +19,7 @@ from sclite.records import Problem
 from sclite.run import Run
 from sclite.signature import digest
 from sclite.student.base import Student
-from sclite.student.self_correction import NEVER, Reviewed, correct_steps, review_free, review_guided
+from sclite.student.self_correction import NEVER, correct_steps, review_free, review_guided
 from sclite.trace import Trace, parse, work_of
 
 Judge = Callable[[str, Trace], int | None]
@@ -50,7 +50,7 @@ def review_answers(
     threshold: float,
     judge: Judge | None = None,
     mode: str = "guided",
-) -> tuple[list[Outcome], list[Reviewed]]:
+) -> list[Outcome]:
     """Turn 2: review each first answer and grade the result."""
     questions, texts = [p.question for p in first.problems], [reply.text for reply in first.replies]
     settings = review_settings(config, threshold)
@@ -73,6 +73,8 @@ def review_answers(
                 correct1=correct,
                 correct2=verdict if review.changed else correct,
                 accused=review.accused,
+                cause=review.cause,
+                correction=review.correction,
                 true_step=true_step,
                 true_known=known,
                 step_scores=tuple(round(score, 4) for score in review.scores),
@@ -84,7 +86,7 @@ def review_answers(
                 note=review.note,
             )
         )
-    return rows, reviewed
+    return rows
 
 
 def located_correction_rate(
@@ -143,7 +145,7 @@ def evaluate_model(
         off = "review.rounds is 0"
     reviewing = time.monotonic()
     at = NEVER if fits and threshold is None else threshold or 0.0
-    rows, reviewed = review_answers(student, first, config, grader, at, judge, config.review.mode)
+    rows = review_answers(student, first, config, grader, at, judge, config.review.mode)
     ended = time.monotonic()
     figures = compute_metrics(rows, seed=config.seed)
     figures |= {
@@ -158,14 +160,6 @@ def evaluate_model(
         "seconds_first": round((between - began) / max(1, len(rows)), 4),
     }
     run.replace(f"{folder}/{name}.jsonl", rows)
-    run.write_json(
-        f"{folder}/{name}.reviews.json",
-        [
-            {**o.model_dump(), "cause": r.cause, "correction": r.correction}
-            for o, r in zip(rows, reviewed, strict=True)
-            if r.accused
-        ],
-    )
     run.write_json(f"{folder}/{name}.json", figures)
     return figures
 

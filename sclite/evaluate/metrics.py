@@ -30,6 +30,8 @@ class Outcome(Row):
     correct1: bool | None
     correct2: bool | None
     accused: int | None = Field(None, ge=1)
+    cause: str | None = None
+    correction: str | None = None
     true_step: int | None = Field(None, ge=1)
     true_known: bool = False
     step_scores: tuple[LogOdds, ...] = ()

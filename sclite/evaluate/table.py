@@ -4,19 +4,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sclite import console
-from sclite.console import format_percent
-from sclite.trace import parse, work_of
+from sclite.console import escape, format_percent
+from sclite.evaluate.report import example_parts
+from sclite.trace import parse
 
-HEADER = (
-    "student",
-    "first answer %",
-    "after review %",
-    "wrong→right",
-    "right→wrong",
-    "AUC",
-    "located",
-    "fixed",
-    "tokens",
+HEADER = tuple(
+    [
+        "student",
+        "first answer %",
+        "after review %",
+        "wrong→right",
+        "right→wrong",
+        "AUC",
+        "located",
+        "fixed",
+        "tokens",
+    ]
 )
 
 
@@ -24,26 +27,20 @@ def print_results(summary: Mapping[str, Any]) -> None:
     """Print one row per student: shares of the problems in percent, with 95 % intervals."""
     rows = []
     for name, figures in summary["models"].items():
-        auc = figures["auc"]
-        rows.append(
-            (
-                name,
-                format_percent(figures["acc_t1"], figures["acc_t1_interval"]),
-                format_percent(figures["acc_t2"], figures["acc_t2_interval"]),
-                format_percent(figures["wrong_to_right"]),
-                format_percent(figures["right_to_wrong"]),
-                "–" if auc is None else f"{auc:.3f}",
-                format_percent(figures["location"]),
-                format_percent(figures["correction_rate_given_location"]),
-                "–" if figures["tokens"] is None else f"{figures['tokens']:.0f}",
-            )
-        )
+        auc, tokens = figures["auc"], figures["tokens"]
+        accuracies = [
+            format_percent(figures[each], figures[f"{each}_interval"]) for each in ("acc_t1", "acc_t2")
+        ]
+        changes = [format_percent(figures[each]) for each in ("wrong_to_right", "right_to_wrong")]
+        located = [format_percent(figures[each]) for each in ("location", "correction_rate_given_location")]
+        shown = ["–" if auc is None else f"{auc:.3f}", *located, "–" if tokens is None else f"{tokens:.0f}"]
+        rows.append((name, *accuracies, *changes, *shown))
     console.print_table(f"{summary['n']} held-out problems", HEADER, rows)
     unknown = sum(figures["unknown"] for figures in summary["models"].values())
     if unknown:
         console.print(f"{unknown} answers could not be graded and are not counted")
     for note in summary["notes"]:
-        console.print(console.escape(note))
+        console.print(escape(note))
 
 
 def choose_example(examples: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -59,21 +56,14 @@ def print_example(shown: Mapping[str, Any] | None) -> None:
     if shown is None:
         console.print("No answer was corrected in this evaluation.")
         return
-    from rich.markup import escape
-
-    console.print(f"[bold]One self-corrected answer[/]\n\n  {escape(shown['question'])}\n")
-    for number, step in enumerate(work_of(shown["first"]).steps, 1):
-        wrong = number == shown["accused"]
-        console.print(f"  {'[red]✗' if wrong else '[green]✓'} {number}[/] {escape(step.text)}")
-        if wrong:
-            for label, name in (("[red]why wrong[/]", "cause"), ("[green]corrected[/]", "correction")):
-                if shown[name]:
-                    console.print(f"      {label}  {escape(shown[name])}")
-            break
-    second = parse(shown["second"]).trace
-    for number, step in enumerate(second.steps[shown["accused"] :], shown["accused"] + 1):
-        console.print(f"  [green]✓ {number}[/] {escape(step.text)}")
-    first = parse(shown["first"]).trace.answer
-    console.print(
-        f"\n  answer {escape(first or '–')} → [bold green]{escape(str(second.answer))}[/] (right: {escape(shown['gold'])})"
-    )
+    parts = example_parts(shown)
+    console.print(f"[bold]One self-corrected answer[/]\n\n  {escape(parts['question'])}\n")
+    for step in parts["steps"]:
+        mark = "[red]✗" if step["accused"] else "[green]✓"
+        console.print(f"  {mark} {step['number']}[/] {escape(step['text'])}")
+        for label, name in (("[red]why wrong[/]", "cause"), ("[green]corrected[/]", "correction")):
+            if step["accused"] and parts[name]:
+                console.print(f"      {label}  {escape(parts[name])}")
+    before = parse(parts["first"]).trace.answer or "–"
+    after = f"[bold green]{escape(parts['after']['text'])}[/] (right: {escape(parts['gold'])})"
+    console.print(f"\n  answer {escape(before)} → {after}")

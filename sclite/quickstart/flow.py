@@ -10,6 +10,7 @@ from sclite.config import Config
 from sclite.context import Context
 from sclite.data.problems import split_problems
 from sclite.evaluate.evaluate import HeldOut
+from sclite.evaluate.metrics import Outcome
 from sclite.evaluate.results import result_folder
 from sclite.evaluate.table import choose_example
 from sclite.progress import ProgressDisplay
@@ -90,7 +91,8 @@ def quickstart(
         folder=result_folder(run, MODEL, ["quickstart"], count, DEFAULTS["eval"]["limit"]),
     )
     summary = evaluation.evaluate(context, pipeline.STUDENTS, held_out, first_wrong_step)
-    return summary, choose_example(run.read_json(f"{summary['folder']}/dpo.reviews.json") or [])
+    rows = run.rows(f"{held_out.folder}/dpo.jsonl", Outcome, whole=False)
+    return summary, choose_example([row.model_dump() for row in rows if row.accused])
 
 
 def next_commands(run: Path) -> list[tuple[str, str]]:

@@ -105,7 +105,7 @@ def test_a_threshold_that_more_problems_have_fitted_is_used_and_replaces_older_f
 
 def reviewed(first: str, correct2: bool, accused: int, true_step: int | None) -> dict:
     shown = {"question": "What is 2 + 2?", "first": first, "correction": "2 + 2 = 4", "correct1": False}
-    return shown | {"correct2": correct2, "accused": accused, "true_step": true_step}
+    return shown | {"correct2": correct2, "accused": accused, "true_step": true_step, "note": ""}
 
 
 def test_example_prefers_an_answer_and_a_located_step(capsys):

@@ -96,20 +96,6 @@ def test_review_stays_off_if_only_too_harmful_thresholds_help():
 # -- the fit -------------------------------------------------------------------------------------------------------
 
 
-def test_threshold_lies_between_useful_and_harmful_accusations():
-    rows = [scored(False, (-2.0, 3.0), (None, True)), scored(True, (-1.0, 1.0), (None, None))]
-    fitted = fit_threshold(rows, max_harm=0.0)
-    assert (fitted.threshold, fitted.n, fitted.accused, fitted.assumed) == (2.0, 2, 1, 0)
-    assert (fitted.acc_t1, fitted.acc_t2) == (0.5, 1.0)
-    assert (fitted.wrong_to_right, fitted.right_to_wrong) == (0.5, 0.0)
-
-
-def test_first_step_above_the_threshold_is_accused_not_the_highest():
-    rows = [scored(False, (2.0, 3.0), (False, True)), scored(False, (-5.0, 2.0), (None, True))]
-    fitted = fit_threshold(rows, 1.0)
-    assert (fitted.threshold, fitted.acc_t2) == (2.5, 0.5)  # lower ones fix the second and lose the first
-
-
 def test_untried_corrections_count_as_the_worse_outcome():
     spoils = [scored(True, (9.0,), (None,)), scored(False, (5.0,), (True,)), scored(False, (5.0,), (True,))]
     fitted = fit_threshold(spoils, 1.0)
