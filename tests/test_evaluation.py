@@ -23,14 +23,14 @@ def notes_on(fitting=60, **more):
     return notes
 
 
-def test_more_than_one_truncated_answer_in_a_hundred_is_reported_with_a_remedy():
+def test_more_truncated_answers_than_one_in_100_are_reported():
     assert notes_on(cut=3) == []
     assert notes_on(cut=4) == [
         "truncated first answers: sft 4 of 300; raise eval.max_tokens (320) or eval.context"
     ]
 
 
-def test_a_threshold_that_other_problems_have_fitted_and_review_that_is_off_are_reported():
+def test_earlier_threshold_and_disabled_review_are_reported():
     fitted = Fitted(threshold=1.0, problems=60, n=60, acc_t1=0.5, acc_t2=0.6, max_harm=0.005).model_dump()
     assert notes_on(fitted=fitted) == []
     (note,) = notes_on(fitting=59, fitted=fitted)

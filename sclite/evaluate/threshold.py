@@ -234,10 +234,11 @@ def fit_student(
     Of many problems, every other one is used first, and the rest only if a correction fixed any of those. Fewer than
     MIN_PROBLEMS are not tried: then review stays off. `progress` gets (solved, problems).
     """
-    total, harm = len(problems), config.review.max_harm
+    total = len(problems)
+    off = Fitted(threshold=None, problems=total, max_harm=config.review.max_harm)
     if total < MIN_PROBLEMS:
-        off = f"{total} problems are too few to fit its threshold, {MIN_PROBLEMS} are needed"
-        return Fitted(threshold=None, off=off, problems=total, max_harm=harm)
+        off.off = f"{total} problems are too few to fit its threshold, {MIN_PROBLEMS} are needed"
+        return off
     trials: list[Trial] = []
     solved = count(1)
     for part in (problems[::2], problems[1::2]) if total >= MANY_PROBLEMS else (problems,):
@@ -248,9 +249,14 @@ def fit_student(
         try_corrections(student, trials, config, grader)
         if not any(trial.correct is False and True in trial.results.values() for trial in trials):
             break
+    graded = sum(trial.correct is not None for trial in trials)
     if not any(trial.scores for trial in trials):
-        return Fitted(threshold=None, off="its answers have no steps", problems=total, max_harm=harm)
-    return fit_threshold(trials, harm).model_copy(update={"problems": total})
+        off.off = "its answers have no steps"
+    elif graded < MIN_PROBLEMS:
+        off.off = f"only {graded} of {len(trials)} answers to fitting problems could be graded"
+    else:
+        return fit_threshold(trials, config.review.max_harm).model_copy(update={"problems": total})
+    return off
 
 
 # -- the file ------------------------------------------------------------------------------------------------------
@@ -282,8 +288,13 @@ def store_threshold(config: Config, run: Run, gguf: Path, fitted: Fitted) -> Fit
 
 
 def is_current(config: Config, fitted: Fitted | None, count: int) -> bool:
-    """Whether a stored fit makes another one on `count` problems needless: as many problems, the same max_harm."""
-    return fitted is not None and fitted.problems >= count and fitted.max_harm == config.review.max_harm
+    """Whether a stored fit makes another one on `count` problems needless: as many problems and the same max_harm.
+
+    Too few problems for a fit replace none.
+    """
+    if fitted is None or count < MIN_PROBLEMS:
+        return fitted is not None
+    return fitted.problems >= count and fitted.max_harm == config.review.max_harm
 
 
 def ensure_threshold(

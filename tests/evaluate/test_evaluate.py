@@ -94,7 +94,7 @@ def test_disabled_review_has_a_reason(evaluate_student):
     assert figures["off"] == "on 60 fitting problems no threshold corrects more answers than it spoils"
 
 
-def test_a_threshold_that_more_problems_have_fitted_is_used_and_replaces_older_figures(evaluate_student, run):
+def test_a_threshold_fitted_on_more_problems_replaces_older_figures(evaluate_student, run):
     few = evaluate_student(Stepping(), False, fitting=PROBLEMS[20:60])
     assert few["off"] == "40 problems are too few to fit its threshold, 50 are needed"
     fitted = threshold.Fitted(threshold=0.5, problems=400, max_harm=0.005)

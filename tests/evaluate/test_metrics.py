@@ -61,7 +61,7 @@ def test_unknown_outcome_is_not_a_wrong_answer():
     assert compute_metrics(failed_review)["acceptance"] == 0.0
 
 
-def test_failed_call_changes_neither_tokens_nor_format_validity_nor_truncated_answers():
+def test_failed_call_changes_no_tokens_format_validity_or_truncation():
     rows = [
         outcome(True, True, 0, tokens1=10, tokens2=4, cut=True),
         outcome(None, None, 1, format_ok=False, tokens1=99, cut=True),
@@ -140,7 +140,7 @@ def test_intervals_match_the_binomial():
     assert figures["acc_t2_interval"] == pytest.approx([0.83157, 1.0], abs=1e-5)
 
 
-def test_the_seed_determines_the_intervals_and_without_bootstrap_there_are_none():
+def test_seed_determines_intervals_and_none_without_bootstrap():
     rows = outcomes(*[(True, True), (False, True), (False, False)] * 20)
     assert compute_metrics(rows, seed=0) == compute_metrics(rows, seed=0) != compute_metrics(rows, seed=1)
     figures = compute_metrics(rows, bootstrap=0)

@@ -232,7 +232,7 @@ def losses(*values, **more):
     return [{"step": step, "loss": value, **more} for step, value in enumerate(values)]
 
 
-def test_missing_metrics_are_skipped_and_the_later_row_of_a_step_wins():
+def test_missing_metrics_are_skipped_and_later_rows_win():
     (plot,) = curve_plots({"sft": [*losses(1.0, None, math.nan, 9.0), {"step": 3, "loss": 0.5}]})
     assert len(plot["points"].split()) == 2
     assert plot["last"] == "0.5"

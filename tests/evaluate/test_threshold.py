@@ -131,7 +131,7 @@ GRID = [-NEVER, *(k / 2 for k in range(-9, 10)), NEVER]  # the scores are intege
 
 @settings(max_examples=300, deadline=None)
 @given(PROBLEMS, st.sampled_from([0.0, 0.05, 0.3, 1.0]))
-def test_the_fitted_threshold_does_what_is_said_and_is_as_good_as_the_best(problems, limit):
+def test_fitted_threshold_is_as_good_as_the_best_allowed_one(problems, limit):
     rows = [
         scored(right, *(zip(*steps, strict=True) if steps else ((), ())), k)
         for k, (right, steps) in enumerate(problems)
@@ -157,7 +157,7 @@ def test_the_fitted_threshold_does_what_is_said_and_is_as_good_as_the_best(probl
     json.dumps(fitted.model_dump(), allow_nan=False)
 
 
-def test_the_middle_of_thresholds_that_are_not_significantly_worse_is_taken():
+def test_middle_of_thresholds_that_are_as_good_is_taken():
     """Fixed answers score 1 to 9, spoiled ones -9 to -1: 9 are gained at 0, and one less with each score on either side.
 
     A difference of 2 of 2 answers is within 1.645 * sqrt(2) = 2.3, one of 3 of 3 is beyond 1.645 * sqrt(3) = 2.8. So the
@@ -291,12 +291,14 @@ def test_correction_that_changes_nothing_neither_spoils_nor_fixes(monkeypatch):
     assert (fitted.threshold, fitted.wrong_to_right, fitted.right_to_wrong) == (None, 0.0, 0.0)
 
 
-def test_too_few_problems_are_not_even_solved(monkeypatch):
+def test_too_few_problems_or_verdicts_fit_no_threshold(monkeypatch):
     known = Known(monkeypatch, lead=3.0)
     few = known.fit(problems=MANY[: MIN_PROBLEMS - 1])
     assert (few.threshold, few.problems, known.solved) == (None, 49, 0)
     assert few.off == "49 problems are too few to fit its threshold, 50 are needed"
     assert known.fit(problems=MANY[:MIN_PROBLEMS]).n == 50
+    known.correct[:50] = [None] * 49 + [True]
+    assert known.fit(problems=MANY[:60]).off == "only 11 of 60 answers to fitting problems could be graded"
 
 
 class Plain:
@@ -341,13 +343,18 @@ def fitted_on(problems, at=1.0, max_harm=0.005):
 
 
 @pytest.mark.parametrize(
-    ("problems", "max_harm", "kept"),
-    [(60, 0.005, True), (59, 0.005, False), (60, 0.02, False)],
+    ("problems", "max_harm", "count", "kept"),
+    [
+        (60, 0.005, 60, True),
+        (59, 0.005, 60, False),
+        (60, 0.02, 60, False),
+        (60, 0.02, MIN_PROBLEMS - 1, True),
+    ],
 )
-def test_a_stored_fit_is_kept_if_as_many_problems_fitted_it(run, gguf, problems, max_harm, kept):
+def test_a_stored_fit_is_kept_if_as_many_problems_fitted_it(run, gguf, problems, max_harm, count, kept):
     stored = store_threshold(Config(), run, gguf, fitted_on(problems, max_harm=max_harm))
     student = Plain()
-    found = ensure_threshold(Config(), run, gguf, student, MANY[:60], grader=Equal())
+    found = ensure_threshold(Config(), run, gguf, student, MANY[:count], grader=Equal())
     assert (found == stored) is kept
     assert student.asked == (0 if kept else 60)
     assert load_threshold(Config(), run, gguf) == found

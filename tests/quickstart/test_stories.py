@@ -40,7 +40,7 @@ def test_every_sentence_of_the_grammar_is_used(problems):
     assert used >= {*EVENTS, *QUESTIONS, *OPENINGS} - {"has", "left"}  # these two ask for no sum
 
 
-def test_the_seed_determines_the_problems_which_are_unique_and_not_avoided_ones(problems):
+def test_the_seed_determines_unique_problems_without_avoided_ones(problems):
     assert generate(50, 3)[:20] == generate(20, 3)
     assert len({p.question for p in problems}) == len({p.id for p in problems}) == 1500
     avoid = frozenset(p.question for p in generate(100, 3))
