@@ -479,8 +479,11 @@ def serve(
     It reviews and corrects its answers. The model NAME:raw replies without a review. Other machines need the key in SCLITE_API_KEY.
     """
     from sclite import evaluation, pipeline
-    from sclite.chat.server import run_server
 
+    try:
+        from sclite.chat.server import run_server
+    except ImportError as error:
+        raise UsageError(f"{error.name} is not installed", "pip install 'sclite[serve]'") from None
     context = common.context()
     if model is None:
         pipeline.export_for_chat(context)

@@ -200,6 +200,8 @@ class Service:
                         self.counts["corrected_total"] += item.answer.review.changed
                 yield item
         finally:
+            self.counts["request_seconds_count"] += 1
+            self.counts["request_seconds_sum"] += time.monotonic() + self.seconds - ends
             cancel.set()
             for each in work:
                 each.cancel()

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sclite.chat.answer import Settings
-from sclite.chat.server import make_app, run_server
+from sclite.chat.server import Api, run_server
 from sclite.chat.service import PlainText, Service
 from sclite.config import Config
 from sclite.errors import UsageError
@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @contextmanager
 def serving(service: Service, key: str = ""):
     """The base URL of a running server."""
-    config = uvicorn.Config(make_app(service, key), port=0, log_level="warning", access_log=False)
+    config = uvicorn.Config(Api(service, key).app, port=0, log_level="warning", access_log=False)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
