@@ -103,10 +103,10 @@ def print_plan(plan: Mapping[str, Any], json: bool) -> None:
         raise error
 
 
-def print_export(context: "Context", report: Report, created: Any, fitted: bool, json: bool) -> None:
+def print_export(context: "Context", report: Report, created: str | None, fitted: bool, json: bool) -> None:
     """Print the GGUF, and the next command.
 
-    `created` is the result of `ollama create`, None if it did not run; `fitted` whether a review threshold is known.
+    `created` is the output of `ollama create`, None if it did not run; `fitted` whether a review threshold is known.
     """
     from sclite.export.parity import summarize
 
