@@ -121,10 +121,10 @@ def evaluate(
         "folder": folder,
     }
     run.write_json(f"{folder}/{SUMMARY}", summary)
-    examples = []
+    examples: list[tuple[str, Outcome]] = []
     for name in names:
         corrected = [row for row in run.rows(f"{folder}/{name}.jsonl", Outcome, whole=False) if row.accused]
-        examples += [row.model_dump() | {"model": name} for row in corrected[:3]]
+        examples += [(name, row) for row in corrected[:3]]
     curves = {stage: read_metrics(run.path(f"{stage}/metrics.jsonl")) for stage in ("sft", "warmup", "dpo")}
     write_report(run.path(f"{folder}/{REPORT}"), summary, examples, curves)
     return summary

@@ -7,9 +7,10 @@ from typing import Any
 
 import jinja2
 
+from sclite.evaluate.metrics import Outcome
 from sclite.evaluate.plots import accuracy_plot, as_number, curve_plots
 from sclite.run import write_text
-from sclite.trace import first_corrected, parse, work_of
+from sclite.trace import parse, work_of
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _TAG = re.compile(r"(</?(?:step|key|cause|correction|generalized|answer)\s*\d*\s*:?\s*>)", re.I)
@@ -18,14 +19,13 @@ _TAG = re.compile(r"(</?(?:step|key|cause|correction|generalized|answer)\s*\d*\s
 def write_report(
     path: Path,
     summary: Mapping[str, Any],
-    examples: Sequence[Mapping[str, Any]] = (),
+    examples: Sequence[tuple[str, Outcome]] = (),
     curves: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> None:
     """Write the page by rename.
 
     `summary`: {"models": {name: figures}, "n": number of problems, "notes": [sentence, ..], "source": their name}, with
-    figures from `metrics.compute_metrics`. `examples`: `Outcome.model_dump()`, optionally with model, cause and correction;
-    the last two default to those in the second text. `curves`: {stage: rows of its metrics.jsonl}.
+    figures from `metrics.compute_metrics`. `examples`: (model, outcome). `curves`: {stage: rows of its metrics.jsonl}.
     """
     rows = [{**figures, "name": model} for model, figures in summary["models"].items()]
     unknown = [
@@ -48,7 +48,7 @@ def write_report(
         rows=rows,
         accuracy=accuracy_plot(rows),
         curves=curve_plots(curves or {}),
-        examples=[example_parts(given) for given in examples],
+        examples=[example_parts(outcome, model) for model, outcome in examples],
         notes=[*unknown, *(summary.get("notes") or ())],
     )
     write_text(path, page)
@@ -106,31 +106,25 @@ def split_at_tags(text: str) -> list[tuple[str, str]]:
     ]
 
 
-def example_parts(given: Mapping[str, Any]) -> dict[str, Any]:
+def example_parts(shown: Outcome, model: str = "") -> dict[str, Any]:
     """An example for the template: the steps up to the accused one, its cause and correction, the new steps."""
-    first, second = work_of(given["first"]), parse(given.get("second") or "").trace
-    at = first_corrected(second)
-    marked = second.steps[at - 1] if at else None
-    accused = given.get("accused") or at
-    replaced = accused is not None and bool(second.steps)  # review discarded the steps after it
-    kept = first.steps[:accused] if replaced else first.steps
+    first, second = work_of(shown.first), parse(shown.second or "").trace
     steps = [
-        {"number": k, "text": step.text, "accused": k == accused, "wrong": k == given.get("true_step")}
-        for k, step in enumerate(kept, 1)
+        {"number": k, "text": step.text, "accused": k == shown.accused, "wrong": k == shown.true_step}
+        for k, step in enumerate(first.steps, 1)
     ]
-    for step in second.steps[accused:] if replaced else ():
-        steps.append({"number": len(steps) + 1, "text": step.text, "accused": False, "wrong": False})
+    if shown.accused and second.steps:  # review discarded the steps after the accused one
+        steps = steps[: shown.accused]
+        for number, step in enumerate(second.steps[shown.accused :], shown.accused + 1):
+            steps.append({"number": number, "text": step.text, "accused": False, "wrong": False})
 
     def answer(text: str | None, correct: bool | None) -> dict[str, str]:
         verdict = "unknown" if correct is None else "right" if correct else "wrong"
         return {"text": text or "no answer", "verdict": verdict}
 
-    return {
-        "title": " · ".join(str(given[key]) for key in ("model", "id") if given.get(key)),
+    return shown.model_dump() | {
+        "title": " · ".join(filter(None, (model, shown.id))),
         "steps": steps,
-        "cause": given.get("cause") or (marked and marked.cause),
-        "correction": given.get("correction") or (marked and marked.correction),
-        "before": answer(first.answer, given["correct1"]),
-        "after": answer(second.answer, given["correct2"]) if given.get("second") else None,
-        **{key: given[key] for key in ("question", "gold", "first", "second", "note")},
+        "before": answer(first.answer, shown.correct1),
+        "after": answer(second.answer, shown.correct2) if shown.second else None,
     }

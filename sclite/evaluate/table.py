@@ -1,10 +1,11 @@
 """Prints an evaluation: the table of students, and one corrected answer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sclite import console
 from sclite.console import escape, format_percent
+from sclite.evaluate.metrics import Outcome
 from sclite.evaluate.report import example_parts
 from sclite.trace import parse
 
@@ -43,27 +44,27 @@ def print_results(summary: Mapping[str, Any]) -> None:
         console.print(escape(note))
 
 
-def choose_example(examples: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+def choose_example(outcomes: Iterable[Outcome]) -> Outcome | None:
     """The shortest corrected answer, preferably with a first answer and with its true wrong step accused."""
-    corrected = [e for e in examples if e["correct1"] is False and e["correct2"] is True]
-    answered = [e for e in corrected if parse(e["first"]).trace.answer] or corrected
-    located = [e for e in answered if e["accused"] == e["true_step"]] or answered
-    return min(located, key=lambda e: len(e["question"]) + len(e["correction"] or ""), default=None)
+    corrected = [o for o in outcomes if o.accused and o.correct1 is False and o.correct2 is True]
+    answered = [o for o in corrected if parse(o.first).trace.answer] or corrected
+    located = [o for o in answered if o.accused == o.true_step] or answered
+    return min(located, key=lambda o: len(o.question) + len(o.correction or ""), default=None)
 
 
-def print_example(shown: Mapping[str, Any] | None) -> None:
+def print_example(shown: Outcome | None) -> None:
     """Print a problem, the first answer with its wrong step, cause and correction, and the final answer."""
     if shown is None:
         console.print("No answer was corrected in this evaluation.")
         return
     parts = example_parts(shown)
-    console.print(f"[bold]One self-corrected answer[/]\n\n  {escape(parts['question'])}\n")
+    console.print(f"[bold]One self-corrected answer[/]\n\n  {escape(shown.question)}\n")
     for step in parts["steps"]:
         mark = "[red]✗" if step["accused"] else "[green]✓"
         console.print(f"  {mark} {step['number']}[/] {escape(step['text'])}")
         for label, name in (("[red]why wrong[/]", "cause"), ("[green]corrected[/]", "correction")):
             if step["accused"] and parts[name]:
                 console.print(f"      {label}  {escape(parts[name])}")
-    before = parse(parts["first"]).trace.answer or "–"
-    after = f"[bold green]{escape(parts['after']['text'])}[/] (right: {escape(parts['gold'])})"
+    before = parse(shown.first).trace.answer or "–"
+    after = f"[bold green]{escape(parts['after']['text'])}[/] (right: {escape(shown.gold)})"
     console.print(f"\n  answer {escape(before)} → {after}")

@@ -66,7 +66,7 @@ def first_wrong_step(question: str, trace: Trace) -> int | None:
 
 def quickstart(
     config: Config, quiet: bool = False, fresh: bool = False
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
+) -> tuple[dict[str, Any], Outcome | None]:
     """Run all stages that are not done; returns (summary of the evaluation, an example of a corrected answer).
 
     `fresh` retrains stages that were trained from other inputs.
@@ -91,8 +91,7 @@ def quickstart(
         folder=result_folder(run, MODEL, ["quickstart"], count, DEFAULTS["eval"]["limit"]),
     )
     summary = evaluation.evaluate(context, pipeline.STUDENTS, held_out, first_wrong_step)
-    rows = run.rows(f"{held_out.folder}/dpo.jsonl", Outcome, whole=False)
-    return summary, choose_example([row.model_dump() for row in rows if row.accused])
+    return summary, choose_example(run.rows(f"{held_out.folder}/dpo.jsonl", Outcome, whole=False))
 
 
 def next_commands(run: Path) -> list[tuple[str, str]]:

@@ -4,6 +4,8 @@ import pytest
 
 from sclite.config import Config
 from sclite.evaluate import answers, evaluate, threshold
+from sclite.evaluate.metrics import Outcome, compute_metrics
+from sclite.evaluate.table import choose_example, print_example, print_results
 from sclite.records import Problem
 from sclite.student.base import Reply, Scores
 from sclite.trace import Step, Trace, render
@@ -103,28 +105,25 @@ def test_a_threshold_fitted_on_more_problems_replaces_older_figures(evaluate_stu
     assert (figures["threshold"], figures["fitted"]["problems"], figures["off"]) == (0.5, 400, "")
 
 
-def reviewed(first: str, correct2: bool, accused: int, true_step: int | None) -> dict:
-    shown = {"question": "What is 2 + 2?", "first": first, "correction": "2 + 2 = 4", "correct1": False}
-    return shown | {"correct2": correct2, "accused": accused, "true_step": true_step, "note": ""}
-
-
 def test_example_prefers_an_answer_and_a_located_step(capsys):
-    from sclite.evaluate.table import choose_example, print_example
-
     step = "<Step1>2 + 2 = 5</Step1>"
     whole = f"{step}\n<Answer>5</Answer>"
+    given = {"id": "p", "question": "2 + 2?", "gold": "4", "correct1": False, "accused": 1, "format_ok": True}
+    given |= {"second": "<Step1>2 + 2 = 4</Step1>\n<Answer>4</Answer>", "correction": "2 + 2 = 4"}
     broken, astray, spoilt, best = (
-        reviewed(step, True, 1, 1),
-        reviewed(whole, True, 1, None),
-        reviewed(whole, False, 1, 1),
-        reviewed(whole, True, 1, 1),
+        Outcome(first=first, correct2=correct, true_step=true_step, **given)
+        for first, correct, true_step in (
+            (step, True, 1),
+            (whole, True, None),
+            (whole, False, 1),
+            (whole, True, 1),
+        )
     )
     assert choose_example([broken, astray, spoilt, best]) is best
     assert choose_example([broken, astray, spoilt]) is astray
     assert choose_example([broken, spoilt]) is broken
     assert choose_example([spoilt]) is None
-    second = "<Step1>2 + 2 = 4</Step1>\n<Answer>4</Answer>"
-    print_example(broken | {"cause": None, "second": second, "gold": "4"})
+    print_example(broken)
     shown = capsys.readouterr().out
     assert "answer – → 4 (right: 4)" in shown
     assert "why wrong" not in shown
@@ -133,8 +132,6 @@ def test_example_prefers_an_answer_and_a_located_step(capsys):
 
 def test_table_of_ungraded_answers_has_dashes(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
-    from sclite.evaluate.metrics import Outcome, compute_metrics
-    from sclite.evaluate.table import print_results
 
     row = {"question": "?", "gold": "1", "first": "x", "second": None, "correct1": None, "correct2": None}
     figures = compute_metrics([Outcome(id=str(i), format_ok=True, **row) for i in range(3)], bootstrap=10)

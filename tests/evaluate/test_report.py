@@ -22,11 +22,7 @@ from sclite.evaluate.report import (
 from sclite.trace import Step, Trace, render
 
 FIRST = render(Trace((Step("7 · 8 = 54"), Step("54 + 1 = 55")), answer="55"))
-SECOND = render(
-    Trace(
-        (Step("7 · 8 = 54", cause="7 · 8 is 56", correction="7 · 8 = 56"), Step("56 + 1 = 57")), answer="57"
-    )
-)
+SECOND = render(Trace((Step("7 · 8 = 56"), Step("56 + 1 = 57")), answer="57"))
 VOID = {"meta", "link", "br", "img", "line", "circle", "polyline"}
 
 
@@ -47,7 +43,8 @@ SUMMARY = {
     "n": 40,
     "notes": ["2 problems overlap the training set"],
 }
-EXAMPLE = outcome(False, True, accused=1, true_step=1, true_known=True).model_dump()
+REVIEW = {"accused": 1, "cause": "7 · 8 is 56", "correction": "7 · 8 = 56"}
+EXAMPLE = outcome(False, True, true_step=1, true_known=True, **REVIEW)
 
 
 class Reader(HTMLParser):
@@ -92,7 +89,7 @@ def write(tmp_path):
 
 def test_page_has_no_external_resources(write):
     page, _, reader = write(
-        examples=[EXAMPLE], curves={"sft": [{"step": k, "loss": 1 / (k + 1)} for k in range(9)]}
+        examples=[("", EXAMPLE)], curves={"sft": [{"step": k, "loss": 1 / (k + 1)} for k in range(9)]}
     )
     assert not {"script", "link", "img", "iframe", "object", "base"} & set(reader.tags)
     assert not {"src", "href", "srcset", "action"} & {name for name, _ in reader.attributes}
@@ -160,15 +157,16 @@ def test_example_shows_the_wrong_step_its_cause_and_correction(write):
     assert (shown["cause"], shown["correction"]) == ("7 · 8 is 56", "7 · 8 = 56")
     assert shown["before"] == {"text": "55", "verdict": "wrong"}
     assert shown["after"] == {"text": "57", "verdict": "right"}
-    assert example_parts(EXAMPLE | {"correct2": None})["after"]["verdict"] == "unknown"
-    page, text, _ = write(examples=[EXAMPLE | {"model": "dpo"}])
+    assert example_parts(outcome(False, None))["after"]["verdict"] == "unknown"
+    page, text, _ = write(examples=[("dpo", EXAMPLE)])
     assert "accused, and the first wrong step" in text
-    assert '<span class="tag-cause">&lt;Cause&gt;</span>7 · 8 is 56' in page
+    assert '<span class="tag-answer">&lt;Answer&gt;</span>57' in page
+    assert "7 · 8 is 56" in text
     assert "dpo · p0" in text
 
 
 def test_example_without_review_or_steps_is_shown(write):
-    _, text, _ = write(examples=[EXAMPLE | {"first": "fifty-five", "second": None, "accused": None}])
+    _, text, _ = write(examples=[("", outcome(False, True, first="fifty-five", second=None))])
     assert "fifty-five" in text
     assert "no answer" in text
     assert "Second text" not in text
@@ -176,14 +174,15 @@ def test_example_without_review_or_steps_is_shown(write):
 
 def test_model_text_never_becomes_markup(write):
     evil = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&"
-    hostile = EXAMPLE | {"question": evil, "gold": evil, "first": f"<Step1>{evil}\n</Step1>", "note": evil}
+    texts = dict.fromkeys(("question", "gold", "note", "cause", "correction"), evil)
+    hostile = EXAMPLE.model_copy(update=texts | {"first": f"<Step1>{evil}\n</Step1>"})
     summary = {
         "models": {evil: SUMMARY["models"]["dpo"]},
         "notes": [evil],
         "source": evil,
     }
     curves = {evil: [{"step": k, evil: k} for k in range(3)]}
-    _, text, reader = write(summary, [hostile | {"cause": evil, "correction": evil, "model": evil}], curves)
+    _, text, reader = write(summary, [(evil, hostile)], curves)
     assert not {"script", "img"} & set(reader.tags)
     assert "onerror" not in {name for name, _ in reader.attributes}
     assert text.count("<script>alert(1)</script>") >= 7
