@@ -18,8 +18,7 @@ from sclite.progress import Progress
 from sclite.records import Attempt, Drop, Problem, Review, Template
 from sclite.run import Report, Run, timed
 from sclite.signature import digest, with_unanswered
-from sclite.teacher.client import Job, Rejection, Teacher, count_unanswered
-from sclite.teacher.forecast import CHARACTERS_PER_TOKEN, Forecast, ask_after_pilot, forecast
+from sclite.teacher.client import CHARACTERS_PER_TOKEN, Forecast, Job, Rejection, Teacher, count_unanswered
 from sclite.trace import Trace, first_corrected, parse, render, work_of
 
 SAMPLED = 50  # templates from which the length of a correction is estimated
@@ -65,7 +64,7 @@ def write_corrections(
         wrong, drops = _split_usable(attempts)
         jobs = _jobs(config, run, grader, wrong)
         reviews: list[Review] = []
-        results = ask_after_pilot(teacher, jobs, len(wrong), "corrections", confirm)
+        results = teacher.ask_after_pilot(jobs, len(wrong), "corrections", confirm)
         by_job = {f"{attempt.id}/{attempt.sample}": attempt for attempt in wrong}
         for done, result in enumerate(results, 1):
             attempt = by_job[result.id]
@@ -141,7 +140,7 @@ def estimate_corrections_usd(config: Config, run: Run, teacher: Teacher, count: 
 
 
 def preview_corrections(config: Config, run: Run, teacher: Teacher, grader: Grader) -> dict[str, object]:
-    """The first request of `write_corrections` and the estimated cost (see `forecast`); sends nothing.
+    """The first request of `write_corrections` and the estimated cost (see `Teacher.preview`); sends nothing.
 
     Raises DataError before there are attempts: the wrong ones decide what is sent.
     """
@@ -149,7 +148,7 @@ def preview_corrections(config: Config, run: Run, teacher: Teacher, grader: Grad
     attempts = deduplicate(run.require("attempts.jsonl", Attempt, hint))
     wrong = _split_usable(attempts)[0] if count_pending_corrections(config, run) else []
     written = 1.5 * sum(len(attempt.trace) for attempt in wrong) / max(1, len(wrong)) / CHARACTERS_PER_TOKEN
-    return forecast(teacher, _jobs(config, run, grader, wrong), written, "corrections")
+    return teacher.preview(_jobs(config, run, grader, wrong), written, "corrections")
 
 
 # -- the checks of a review ----------------------------------------------------------------------------------------

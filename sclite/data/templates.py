@@ -14,8 +14,15 @@ from sclite.progress import Progress
 from sclite.records import Drop, Problem, Template
 from sclite.run import Report, Run, timed
 from sclite.signature import differences, digest_rows, with_unanswered
-from sclite.teacher.client import Job, Rejection, Teacher, count_unanswered, identity
-from sclite.teacher.forecast import CHARACTERS_PER_TOKEN, Forecast, ask_after_pilot, forecast
+from sclite.teacher.client import (
+    CHARACTERS_PER_TOKEN,
+    Forecast,
+    Job,
+    Rejection,
+    Teacher,
+    count_unanswered,
+    identity,
+)
 from sclite.trace import first_corrected, parse, render
 
 _GIVEN = r"(?:given|provided|supplied|official|model|reference|gold(?:en)?|ground[- ]truth)"
@@ -107,7 +114,7 @@ def preview_templates(
     missing = [problem for problem in problems if problem.id not in existing]
     solutions = sum(len(problem.solution or problem.answer) for problem in missing)
     guess = 120 + 1.5 * solutions / CHARACTERS_PER_TOKEN / max(1, len(missing))
-    return forecast(teacher, _jobs(config, missing, grader), guess, "templates")
+    return teacher.preview(_jobs(config, missing, grader), guess, "templates")
 
 
 def check_template(reply: str, problem: Problem, grader: Grader) -> Rejection | None:
@@ -183,7 +190,7 @@ def _request(
         progress(done, total, teacher.ledger.spent_usd)
     jobs = _jobs(config, missing, grader)
     with ExitStack() as open_files:
-        for result in ask_after_pilot(teacher, jobs, len(missing), "templates", confirm):
+        for result in teacher.ask_after_pilot(jobs, len(missing), "templates", confirm):
             if result.rejection is not None:
                 why = {"reason": result.rejection.reason, "detail": result.rejection.text, "raw": result.raw}
                 drops[result.id] = Drop(stage="templates", id=result.id, **why)

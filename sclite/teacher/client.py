@@ -1,21 +1,26 @@
 """The teacher: many jobs at once; each reply is checked, repaired by further requests, and paid for once."""
 
 import asyncio
-import queue
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from sclite import config, console
 from sclite.errors import BudgetError, UsageError
-from sclite.teacher.cost import Budget, Price
 from sclite.teacher.ledger import Entry, Ledger
-from sclite.teacher.loop import Loop
+from sclite.teacher.limits import Budget, Price
 from sclite.teacher.reply import CUT_IN_REASONING, EMPTY, ONLY_REASONING, REFUSAL
-from sclite.teacher.sender import MIN_FAILURES, Messages, NoReply, Sender, parameters_of
+from sclite.teacher.sender import MIN_FAILURES, REFUSED_BY_TEACHER, Messages, NoReply, Sender, parameters_of
 
 EMPTY_REPLY, CUT_OFF, REASONING_TOO_LONG = "empty_reply", "cut_off", "reasoning_too_long"
+LARGEST_BUDGET = 32_768  # tokens; a larger one is not chosen by itself
+CHARACTERS_PER_TOKEN = 4.0  # of English text and formulas, roughly
+PILOT = 8  # rows
+_CLOSING_SECONDS = 2.0
 _VERDICT = re.compile(r"<\s*verdict\s*>\s*(accept|reject)\w*\b", re.I)
 _REASON = re.compile(r"<\s*reason\s*>(.*?)(?:</\s*reason\s*>|\Z)", re.I | re.S)
 
@@ -62,33 +67,48 @@ class Result:
     entry: Entry | None = None
 
 
+@dataclass(frozen=True)
+class Forecast:
+    """What a pilot of `rows` cost, and the estimate for `rows_left`; None if prices are unknown."""
+
+    rows: int
+    spent_usd: float | None
+    rows_left: int
+    cost_usd: float | None
+    seconds: float
+
+
 def identity(settings: config.Teacher) -> dict[str, Any]:
     """What identifies the origin of its replies: models and parameters, but not addresses."""
     named = {"model": settings.model, **parameters_of(settings)}
     return {**named, "inspector": settings.inspector} if settings.inspector else named
 
 
+def count_unanswered(dropped: Mapping[str, int]) -> int:
+    """How many drops are due to missing replies, so that re-running the command requests them again."""
+    return sum(dropped.get(reason, 0) for reason in ("no_reply", "unreadable_reply", EMPTY_REPLY))
+
+
 class Teacher:
     """A LiteLLM model with the run's ledger, and an inspector if one is configured. Use as a context manager.
 
     `prepare` is called once, after LiteLLM is imported and before the first request: the place to register a custom
-    provider (tutor_provider.register).
+    provider (tutor_provider.register). The event loop runs in the caller's thread, while `ask_all` waits for a result.
     """
 
     def __init__(self, settings: config.Teacher, ledger: Ledger, prepare: Callable[[], None] | None = None):
         self.settings, self.ledger = settings, ledger
-        self._loop = Loop()
         budget = Budget(ledger, settings.max_cost)
         self._sender = Sender(settings, ledger, budget, prepare)
-        self._inspector, self._enlarged = None, False
+        self._inspector = None
         if settings.inspector:
-            other = {
-                "model": settings.inspector,
-                "api_base": settings.inspector_api_base,
-                "price": None,
-                "extra": {},
-            }
-            self._inspector = Sender(settings.model_copy(update=other), ledger, budget, prepare)
+            other = {"model": settings.inspector, "api_base": settings.inspector_api_base}
+            chosen = settings.model_copy(update={**other, "price": None, "extra": {}})
+            self._inspector = Sender(chosen, ledger, budget, prepare)
+        self._runner = asyncio.Runner()
+        # not the loop's default executor, in which LiteLLM needs a thread for each call
+        self._threads = ThreadPoolExecutor(4, thread_name_prefix="check")
+        self._has_warned = False
 
     def __enter__(self) -> "Teacher":
         return self
@@ -98,21 +118,21 @@ class Teacher:
 
     def close(self) -> None:
         """Cancel calls in flight and close connections. The ledger stays open."""
-        self._loop.close(self._close_connections)
 
-    async def _close_connections(self) -> None:
-        for sender in (self._sender, self._inspector):
-            if sender is not None and sender.provider is not None:
-                await sender.provider.close()
+        async def finish() -> None:
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            if others:
+                await asyncio.wait(others, timeout=_CLOSING_SECONDS)
+            for sender in (self._sender, self._inspector):
+                if sender is not None and sender.provider is not None:
+                    await sender.provider.close()
 
-    def first_request(self, job: Job) -> dict[str, Any]:
-        """The first request of a job, in full; nothing is sent."""
-        chat = [dict(message) for message in job.messages("")]
-        return {"model": self.settings.model, "messages": chat, **self._sender.parameters, **job.parameters}
-
-    def has_answered(self, job: Job) -> bool:
-        """Whether the first reply to this job is in the ledger."""
-        return self.ledger.get(self._sender.key(job.messages(""), job.sample, 0, job.parameters)) is not None
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        if self._sender.provider is not None:
+            self._runner.run(finish())
+        self._runner.close()
 
     def price(self) -> Price | None:
         """US dollars per token; None if unknown. Imports LiteLLM, which takes seconds; sends nothing."""
@@ -130,110 +150,161 @@ class Teacher:
                 "teacher.model is not set",
                 "add a LiteLLM model, as in --set teacher.model=openai/gpt-5.4-mini, or set it in sclite.toml",
             )
-        pending, done, active = iter(jobs), queue.SimpleQueue[asyncio.Task](), 0
-        tasks = self._loop.start_group(done.put)
-        max_active = 2 * self.settings.concurrency  # jobs that wait for a retry leave their slot to others
+        loop, pending = self._runner.get_loop(), iter(jobs)
+        active, done = set[asyncio.Task[Result]](), asyncio.Queue[asyncio.Task[Result]]()
         limit_error: BudgetError | None = None
+
+        def finish(task: asyncio.Task[Result]) -> None:
+            if not task.cancelled():
+                task.exception()  # retrieved, else asyncio prints exceptions that nobody takes
+            done.put_nowait(task)
+
         try:
             while True:
-                while (
-                    limit_error is None and active < max_active and (job := next(pending, None)) is not None
-                ):
-                    tasks.start(self._work(job, stage))
-                    active += 1
+                # twice as many as requests in flight: jobs that wait for a retry leave their slot to others
+                while limit_error is None and len(active) < 2 * self.settings.concurrency:
+                    job = next(pending, None)
+                    if job is None:
+                        break
+                    task = loop.create_task(self._work(job, stage))
+                    task.add_done_callback(finish)
+                    active.add(task)
                 if not active:
                     break
-                task = done.get()
-                active -= 1
-                if isinstance(task.exception(), BudgetError):
-                    limit_error = task.exception()
+                task = self._runner.run(done.get())
+                active.discard(task)
+                if isinstance(error := task.exception(), BudgetError):
+                    limit_error = error
                 else:
                     yield task.result()
         finally:
-            tasks.cancel()
+            for task in active:
+                task.cancel()
         if limit_error is not None:
             raise limit_error
         self._sender.raise_if_all_refused(MIN_FAILURES)
 
     async def _work(self, job: Job, stage: str) -> Result:
-        rejection, error, raw, entry = None, "", "", None
-        parameters, enlarged = dict(job.parameters), False
-        for repair in range(self.settings.repairs + 1):
+        rejection: Rejection | None = None
+        entry, error, raw = None, "", ""
+        parameters, requests = dict(job.parameters), 0
+        while requests <= self.settings.repairs:
+            budget = parameters.get("max_tokens", self.settings.max_tokens)
             try:
-                entry = await self._sender.reply(job.messages(error), job.sample, repair, stage, parameters)
-                raw = entry.text
-                if entry.finish_reason == CUT_IN_REASONING:
-                    budget = parameters.get("max_tokens", self.settings.max_tokens)
-                    rejection = Rejection(
-                        REASONING_TOO_LONG,
-                        f"its reasoning used up the budget of {budget} tokens: raise teacher.max_tokens, or make it think "
-                        "less, as in --set teacher.extra.reasoning_effort=low",
-                    )
-                    larger = self._sender.larger_budget(budget)
-                    if enlarged or larger <= budget or repair == self.settings.repairs:
-                        return Result(job.id, job.sample, None, rejection, raw, repair + 1, entry)
-                    parameters["max_tokens"], enlarged = larger, True
-                    self._report_enlarged(budget, larger)
-                    continue
-                rejection = await self._check(job, raw, entry.finish_reason, stage)
+                entry = await self._sender.reply(job.messages(error), job.sample, requests, stage, parameters)
+                raw, earlier = entry.text, rejection
+                rejection = await self._check(job, entry, budget, stage)
             except NoReply as failure:
-                if (
-                    not enlarged or failure.reason != "refused_by_teacher"
-                ):  # by a model that has no larger budget
+                # a model that has no larger budget refuses it: the reasoning is to blame
+                thought = rejection is not None and rejection.reason == REASONING_TOO_LONG
+                if not thought or failure.reason != REFUSED_BY_TEACHER:
                     rejection = Rejection(failure.reason, str(failure))
-                return Result(job.id, job.sample, None, rejection, raw, repair, entry)
+                break
+            requests += 1
             if rejection is None:
-                return Result(job.id, job.sample, raw, None, raw, repair + 1, entry)
+                return Result(job.id, job.sample, raw, None, raw, requests, entry)
+            if rejection.reason == REASONING_TOO_LONG:
+                most = min(LARGEST_BUDGET, self._sender.connect().max_output_tokens)
+                if earlier is not None or min(2 * budget, most) <= budget:
+                    break
+                parameters["max_tokens"] = min(2 * budget, most)
+                if not self._has_warned and requests <= self.settings.repairs:
+                    self._has_warned = True
+                    console.note(
+                        f"[yellow]warning:[/] reasoning used up a reply's whole budget of {budget} tokens; such requests are "
+                        f"sent once more with {min(2 * budget, most)}. To pay once, raise teacher.max_tokens or lower "
+                        "reasoning_effort in teacher.extra"
+                    )
+                continue
             repeated = error.startswith(rejection.text)  # the same messages would get the same reply
-            error = f"{rejection.text} (still so in reply {repair + 1})" if repeated else rejection.text
-        return Result(job.id, job.sample, None, rejection, raw, self.settings.repairs + 1, entry)
+            error = f"{rejection.text} (still so in reply {requests})" if repeated else rejection.text
+        return Result(job.id, job.sample, None, rejection, raw, requests, entry)
 
-    def _report_enlarged(self, budget: int, larger: int) -> None:
-        """Warn once that requests are sent again with a larger budget, because it costs money."""
-        if not self._enlarged:
-            console.note(
-                f"[yellow]warning:[/] reasoning used up a reply's whole budget of {budget} tokens; such requests are sent "
-                f"once more with {larger}. To pay once, raise teacher.max_tokens or lower reasoning_effort in teacher.extra"
-            )
-        self._enlarged = True
-
-    async def _check(self, job: Job, text: str, finish_reason: str, stage: str) -> Rejection | None:
+    async def _check(self, job: Job, entry: Entry, budget: int, stage: str) -> Rejection | None:
         """Why a reply is rejected: by its finish reason, the job's check or the inspector, in this order."""
-        rejection = _check_finish(finish_reason, text) or await self._loop.run_in_thread(job.check, text)
+        finish = entry.finish_reason
+        if finish != "stop":
+            rejections = {
+                "length": (CUT_OFF, "it was cut off before its end, so write it shorter"),
+                "content_filter": ("filtered", "a content filter stopped it"),
+                CUT_IN_REASONING: (
+                    REASONING_TOO_LONG,
+                    f"its reasoning used up the budget of {budget} tokens: raise teacher.max_tokens, or make it think less, "
+                    "as in --set teacher.extra.reasoning_effort=low",
+                ),
+                REFUSAL: (REFUSED_BY_TEACHER, f"it declines: {' '.join(entry.text.split())[:200]}"),
+                ONLY_REASONING: ("only_reasoning", "there is reasoning but no reply after it"),
+                EMPTY: (EMPTY_REPLY, "the reply is empty"),
+            }
+            other = (f"finish_{finish}", f"it ended with {finish} and not by itself")
+            return Rejection(*rejections.get(finish, other))
+        loop = asyncio.get_running_loop()
+        rejection = await loop.run_in_executor(self._threads, job.check, entry.text)
         if rejection is not None or self._inspector is None or job.inspect is None:
             return rejection
-        entry = await self._inspector.reply(job.inspect(text), job.sample, 0, f"{stage} inspection")
-        return _read_verdict(entry.text)
+        judged = await self._inspector.reply(job.inspect(entry.text), job.sample, 0, f"{stage} inspection")
+        verdict, reason = _VERDICT.search(judged.text), _REASON.search(judged.text)
+        if verdict is None:
+            return Rejection("inspector_not_readable", "the inspector gave no verdict")
+        if verdict[1].lower() == "accept":
+            return None
+        text = " ".join(reason[1].split()) if reason else "the inspector rejects it"
+        return Rejection("rejected_by_inspector", text)
 
+    # -- what it will cost -----------------------------------------------------------------------------------------
 
-def _read_verdict(text: str) -> Rejection | None:
-    """What the inspector's reply rejects; None if it accepts."""
-    verdict = _VERDICT.search(text)
-    if verdict is None:
-        return Rejection("inspector_not_readable", "the inspector gave no verdict")
-    if verdict[1].lower() == "accept":
-        return None
-    reason = _REASON.search(text)
-    return Rejection(
-        "rejected_by_inspector", " ".join(reason[1].split()) if reason else "the inspector rejects it"
-    )
+    def ask_after_pilot(
+        self, jobs: Iterable[Job], total: int, stage: str, confirm: Callable[[Forecast], bool] | None
+    ) -> Iterator[Result]:
+        """As `ask_all`; if the first few jobs cost money, the rest is requested only if `confirm` agrees.
 
+        `confirm` None agrees to everything. Raises BudgetError if it declines, after the pilot's results.
+        """
+        pending, done = iter(jobs), 0
+        while confirm is not None and (pilot := list(islice(pending, PILOT))):
+            before, began = self.ledger.totals(), time.monotonic()
+            yield from self.ask_all(pilot, stage)
+            after, seconds = self.ledger.totals(), time.monotonic() - began
+            done += len(pilot)
+            if after["sent"] == before["sent"]:  # all of them were in the ledger
+                continue
+            rows, left = len(pilot), total - done
+            known = after["unpriced"] == before["unpriced"]
+            spent = after["cost_usd"] + after["lost_usd"] - before["cost_usd"] - before["lost_usd"]
+            cost_usd = spent / rows * left if known else None
+            forecast = Forecast(rows, spent if known else None, left, cost_usd, seconds / rows * left)
+            if left > 0 and cost_usd != 0 and not confirm(forecast):
+                raise BudgetError(
+                    f"stopped after {done} of {total} rows: the rest was not confirmed",
+                    "paid replies are kept; re-run to resume, with --yes to skip the question",
+                )
+            break
+        yield from self.ask_all(pending, stage)
 
-def _check_finish(finish_reason: str, text: str) -> Rejection | None:
-    """Why a reply is rejected by its finish reason alone; None for one that ended by itself."""
-    if finish_reason == "stop":
-        return None
-    rejections = {
-        "length": (CUT_OFF, "it was cut off before its end, so write it shorter"),
-        "content_filter": ("filtered", "a content filter stopped it"),
-        REFUSAL: ("refused_by_teacher", f"it declines: {' '.join(text.split())[:200]}"),
-        ONLY_REASONING: ("only_reasoning", "there is reasoning but no reply after it"),
-        EMPTY: (EMPTY_REPLY, "the reply is empty"),
-    }
-    other = (f"finish_{finish_reason}", f"it ended with {finish_reason} and not by itself")
-    return Rejection(*rejections.get(finish_reason, other))
+    def preview(self, jobs: Iterable[Job], completion_tokens: float, stage: str) -> dict[str, Any]:
+        """What these jobs would send and cost; nothing is sent.
 
-
-def count_unanswered(dropped: Mapping[str, int]) -> int:
-    """How many drops are due to missing replies, so that re-running the command requests them again."""
-    return sum(dropped.get(reason, 0) for reason in ("no_reply", "unreadable_reply", EMPTY_REPLY))
+        `first_request` is the first one in full (None if the ledger holds all replies). `completion_tokens` is a guess
+        per reply, used until the ledger holds replies of this stage, whose mean then replaces it.
+        """
+        first, requests, characters = None, 0, 0
+        for job in jobs:
+            messages = [dict(message) for message in job.messages("")]
+            if self.ledger.get(self._sender.key(messages, job.sample, 0, job.parameters)) is not None:
+                continue
+            parameters = {**self._sender.parameters, **job.parameters}
+            first = first or {"model": self.settings.model, "messages": messages, **parameters}
+            requests += 1
+            characters += sum(len(message["content"]) for message in messages)
+        known = self.ledger.totals(stage)
+        if known["requests"] and known["completion_tokens"]:
+            completion_tokens = known["completion_tokens"] / known["requests"]
+        prompt, completion = round(characters / CHARACTERS_PER_TOKEN), round(requests * completion_tokens)
+        price = self.price()
+        return {
+            "first_request": first,
+            "requests": requests,
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "cost_usd": None if price is None else round(price.cost_usd(prompt, completion), 6),
+        }

@@ -2,9 +2,7 @@
 
 import sqlite3
 import threading
-from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +33,6 @@ CREATE TABLE IF NOT EXISTS requests (
     seconds REAL NOT NULL DEFAULT 0
 ) WITHOUT ROWID
 """
-_ANSWERED = (REPLIED, REFUSED)
-_GET = f"SELECT {', '.join(_FIELDS)} FROM requests WHERE key = ? AND state IN (?, ?)"
 _SENT = """INSERT INTO requests (key, stage, model, state, sent, reserved_usd) VALUES (?, ?, ?, 'sent', 1, ?)
 ON CONFLICT (key) DO UPDATE SET state = 'sent', sent = sent + 1, reserved_usd = excluded.reserved_usd,
 lost_usd = lost_usd + COALESCE(cost_usd, 0), cost_usd = NULL"""
@@ -56,7 +52,7 @@ _READ_ERRORS = (sqlite3.Error, UnicodeDecodeError)  # the latter from the messag
 
 def _connect(path: Path | str, **options: Any) -> sqlite3.Connection:
     """A connection that can read texts with invalid UTF-8."""
-    database = sqlite3.connect(path, check_same_thread=False, **options)
+    database = sqlite3.connect(path, isolation_level=None, check_same_thread=False, **options)
     database.text_factory = lambda text: text.decode("utf-8", "replace")
     return database
 
@@ -69,6 +65,7 @@ def _salvage(path: Path, why: str) -> None:
             path.with_name(path.name + end).rename(f"{damaged}{end}")
     with closing(_connect(damaged)) as old, closing(_connect(path)) as new:
         new.execute(_SCHEMA)
+        new.execute("BEGIN")
         for order in ("ASC", "DESC"):  # up to the damage, from both ends
             with suppress(*_READ_ERRORS):
                 for row in old.execute(f"SELECT * FROM requests ORDER BY key {order}"):
@@ -120,19 +117,20 @@ def request_key(
 
 
 class Ledger:
-    """The SQLite file of a run. One process at a time (Run.hold), any of its threads.
+    """The SQLite file of a run, open in one process (Run.hold).
 
-    Each write returns a future that is done when the row is on disk, or raises DataError if it cannot be written; so do
-    all later writes, and `close`. A writer thread commits whatever has queued up in one transaction.
-    Reads never wait for the disk: they have their own connection, and a missing key is known without a query.
+    Writes are queued; `flush` puts all of them on disk in one transaction, and may be called in a thread, because a disk
+    can take 10 ms. After a write that failed, `flush` and `close` raise DataError, and nothing more is written.
+    Reads have a connection of their own, which never waits for the disk.
     `spent_usd` is the known cost of all replies, plus the maximum cost of requests given up after sending.
     """
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = threading.Lock()
-        self._known: set[int] | None
+        self._pending: list[tuple[str, tuple]] = []
+        self._error: DataError | None = None
+        self._writing = threading.Lock()
         try:
             try:
                 self._open()
@@ -144,70 +142,20 @@ class Ledger:
                 self._open()
         except _READ_ERRORS as error:
             raise DataError(f"{self.path} cannot be opened: {error}", _hint(error, self.path)) from error
-        self._pending: deque[tuple[str, tuple]] = deque()
-        self._error: DataError | None = None
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="ledger")
-        totals = self.totals()
-        self.spent_usd: float = totals["cost_usd"] + totals["lost_usd"]
 
     def _open(self) -> None:
-        database = self._database = _connect(self.path, isolation_level=None)
+        database = self._database = _connect(self.path)
         database.execute("PRAGMA journal_mode=WAL")
         database.execute("PRAGMA synchronous=FULL")  # a paid reply survives a power failure
         database.execute(_SCHEMA)
         # the process that sent these was killed before the replies came
         database.execute(f"{_LOST} WHERE state = 'sent'", ("the process ended",))
-        self._reader = _connect(self.path, isolation_level=None)
-        rows = self._reader.execute("SELECT key FROM requests WHERE state IN (?, ?)", _ANSWERED)
-        # hashes take a third of the memory; a collision costs one query
-        self._known = {hash(key) for (key,) in rows}
-
-    def __enter__(self) -> "Ledger":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Write what is pending and close the file. Idempotent."""
-        last: Future[None] | None = None
-        with suppress(RuntimeError):  # already closed
-            last = self._writer.submit(self._write)
-        self._writer.shutdown()
-        with self._lock:  # the writer last, so that it removes its log
-            self._reader.close()
-        self._database.close()
-        if last is not None:
-            last.result()
-
-    # -- reading ---------------------------------------------------------------------------------------------------
-
-    def get(self, key: str) -> Entry | None:
-        """The reply to this request, or its refusal; None if there is neither."""
-        if self._known is not None and hash(key) not in self._known:
-            return None
-        with self._lock:
-            row = self._row(_GET, (key, *_ANSWERED))
-        return Entry(*row) if row else None
-
-    def _row(self, statement: str, values: tuple) -> tuple | None:
-        try:
-            return self._reader.execute(statement, values).fetchone()
-        except _READ_ERRORS as error:
-            raise DataError(f"{self.path} cannot be read: {error}", _hint(error, self.path)) from error
-
-    def totals(self, stage: str | None = None) -> dict[str, float]:
-        """Totals of one stage or of all.
-
-        `requests` with a reply, how often requests were `sent`, how many were `given_up` after sending, tokens, cost;
-        `lost_usd` is the maximum cost of those given up, `unpriced` counts replies of unknown cost.
-        """
-        with suppress(RuntimeError):  # read-only; otherwise write what is pending first
-            self._writer.submit(self._write).result()
-        where, values = ("", ()) if stage is None else (" WHERE stage = ?", (stage,))
-        with self._lock:
-            row = self._row(_TOTALS + where, values)
-        return dict(zip(_TOTAL_NAMES, row, strict=True))
+        self._reader = _connect(self.path)
+        # a missing key needs no query; hashes take a third of the memory, and a collision costs one query
+        answered = "SELECT key FROM requests WHERE state IN (?, ?)"
+        self._known: set[int] | None = {hash(k) for (k,) in database.execute(answered, (REPLIED, REFUSED))}
+        totals = dict(zip(_TOTAL_NAMES, self._reader.execute(_TOTALS).fetchone(), strict=True))
+        self.spent_usd: float = totals["cost_usd"] + totals["lost_usd"]
 
     @classmethod
     def reading(cls, path: Path | str) -> "Ledger":
@@ -216,8 +164,7 @@ class Ledger:
         Raises DataError if it is missing or not a ledger.
         """
         ledger = cls.__new__(cls)
-        ledger.path, ledger._lock, ledger._writer = Path(path), threading.Lock(), ThreadPoolExecutor(1)
-        ledger._writer.shutdown()
+        ledger.path, ledger._pending, ledger._error, ledger._writing = Path(path), [], None, threading.Lock()
         ledger._known = None  # another process may add to it
         # no log: no process has it open; without `immutable`, SQLite would leave an empty log and its index behind
         log = ledger.path.with_name(f"{ledger.path.name}-wal")
@@ -231,62 +178,93 @@ class Ledger:
             raise DataError(f"{ledger.path} cannot be read: {error}", _hint(error, ledger.path)) from error
         return ledger
 
+    def __enter__(self) -> "Ledger":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Write what is queued and close the file. Idempotent."""
+        try:
+            self.flush()
+        finally:
+            self._reader.close()
+            self._database.close()  # the last one, so that it removes its log
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def get(self, key: str) -> Entry | None:
+        """The reply to this request, or its refusal; None if there is neither on disk."""
+        if self._known is not None and hash(key) not in self._known:
+            return None
+        row = self._row(
+            f"SELECT {', '.join(_FIELDS)} FROM requests WHERE key = ? AND state IN (?, ?)",
+            (key, REPLIED, REFUSED),
+        )
+        return Entry(*row) if row else None
+
+    def totals(self, stage: str | None = None) -> dict[str, float]:
+        """Totals of one stage or of all.
+
+        `requests` with a reply, how often requests were `sent`, how many were `given_up` after sending, tokens, cost;
+        `lost_usd` is the maximum cost of those given up, `unpriced` counts replies of unknown cost.
+        """
+        self.flush()
+        where, values = ("", ()) if stage is None else (" WHERE stage = ?", (stage,))
+        return dict(zip(_TOTAL_NAMES, self._row(_TOTALS + where, values) or (), strict=True))
+
+    def _row(self, statement: str, values: tuple) -> tuple | None:
+        try:
+            return self._reader.execute(statement, values).fetchone()
+        except _READ_ERRORS as error:
+            raise DataError(f"{self.path} cannot be read: {error}", _hint(error, self.path)) from error
+
     # -- writing ---------------------------------------------------------------------------------------------------
 
-    def sent(self, key: str, stage: str, model: str, reserved_usd: float = 0.0) -> Future[None]:
+    def sent(self, key: str, stage: str, model: str, reserved_usd: float = 0.0) -> None:
         """Record a request before it is sent; `reserved_usd` is its maximum cost."""
-        return self._enqueue(_SENT, (key, stage, model, reserved_usd))
+        self._pending.append((_SENT, (key, stage, model, reserved_usd)))
 
-    def put(self, key: str, entry: Entry) -> Future[None]:
+    def put(self, key: str, entry: Entry) -> None:
         """Record the reply to a request that was sent, or its refusal."""
         state = entry.finish_reason if entry.finish_reason in (REFUSED, EMPTY) else REPLIED
         self.spent_usd += entry.cost_usd or 0.0
-        if state in _ANSWERED:
+        if state != EMPTY and self._known is not None:
             self._known.add(hash(key))
-        return self._enqueue(_REPLY, (state, *(getattr(entry, name) for name in _FIELDS), key))
+        self._pending.append((_REPLY, (state, *(getattr(entry, name) for name in _FIELDS), key)))
 
-    def failed(self, key: str, why: str) -> Future[None]:
+    def failed(self, key: str, why: str) -> None:
         """Record that a request failed at no cost: an error status, or no server."""
-        return self._enqueue(_FAILED, (why, key))
+        self._pending.append((_FAILED, (why, key)))
 
-    def given_up(self, key: str, why: str, reserved_usd: float = 0.0) -> Future[None]:
+    def given_up(self, key: str, why: str, reserved_usd: float = 0.0) -> None:
         """Record that a reply is no longer awaited; it may have been generated, and charged for, all the same."""
         self.spent_usd += reserved_usd
-        return self._enqueue(f"{_LOST} WHERE key = ?", (why, key))
+        self._pending.append((f"{_LOST} WHERE key = ?", (why, key)))
 
-    def _enqueue(self, statement: str, values: tuple) -> Future[None]:
-        self._pending.append((statement, values))
-        try:
-            return self._writer.submit(self._write)
-        except RuntimeError:
-            raise self._write_error("it is closed") from None
-
-    def _write(self) -> None:
-        """Write all pending rows in one transaction; after a failure row by row, and from then on nothing."""
-        if self._error is not None:
-            raise self._error
-        writes = [self._pending.popleft() for _ in range(len(self._pending))]
-        if not writes:
-            return
-        self._error = self._write_error("its writer failed")  # until they are on disk
-        try:
-            self._commit(writes)
-        except _WRITE_ERRORS as error:
-            self._error = self._write_error(error)
-            for write in writes:
-                with suppress(*_WRITE_ERRORS):
-                    self._commit([write])
-            raise self._error from error
-        self._error = None
+    def flush(self) -> None:
+        """Write what is queued in one transaction; after a failure row by row, and from then on nothing."""
+        with self._writing:
+            writes = self._pending[:] if self._error is None else []
+            try:
+                if writes:
+                    self._commit(writes)
+            except _WRITE_ERRORS as error:
+                self._error = DataError(
+                    f"{self.path} cannot be written: {error}",
+                    "check the free disk space and that no other program has it open; written rows are kept, re-run to "
+                    "resume",
+                )
+                for write in writes:
+                    with suppress(*_WRITE_ERRORS):
+                        self._commit([write])
+            del self._pending[: len(writes)]  # only now: an interrupt before it loses no row
+            if self._error is not None:
+                raise self._error
 
     def _commit(self, writes: Sequence[tuple[str, tuple]]) -> None:
         with self._database:  # commits, or rolls back
             self._database.execute("BEGIN")
             for statement, values in writes:
                 self._database.execute(statement, values)
-
-    def _write_error(self, why: object) -> DataError:
-        return DataError(
-            f"{self.path} cannot be written: {why}",
-            "check the free disk space and that no other program has it open; written rows are kept, re-run to resume",
-        )

@@ -1,13 +1,87 @@
-"""Flow control: concurrency that halves when the endpoint is overloaded and grows back, and limits per minute."""
+"""Limits: a hard one on spending, one on concurrency that follows the endpoint's load, and limits per minute."""
 
 import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from sclite.errors import BudgetError
+from sclite.teacher.ledger import Ledger
 
 MINUTE_SECONDS = 60.0
+_TEMPLATE_TOKENS = 16  # that a chat template adds to each message
+
+
+# -- spending ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Price:
+    """US dollars per prompt token and per completion token."""
+
+    prompt_usd: float
+    completion_usd: float
+
+    def cost_usd(self, prompt_tokens: float, completion_tokens: float) -> float:
+        return prompt_tokens * self.prompt_usd + completion_tokens * self.completion_usd
+
+
+FREE = Price(0.0, 0.0)
+
+
+def max_prompt_tokens(messages: Sequence[Mapping[str, str]]) -> int:
+    """An upper bound on the tokens of a prompt for any tokenizer: one per byte, which digits and LaTeX can reach."""
+    return sum(_TEMPLATE_TOKENS + len(m["content"].encode(errors="surrogatepass")) for m in messages)
+
+
+class Budget:
+    """A hard spending limit: a request is sent only if its maximum cost fits beside everything spent and reserved."""
+
+    def __init__(self, ledger: Ledger, limit_usd: float | None):
+        self.ledger, self.limit_usd = ledger, limit_usd
+        self._reserved_usd = 0.0
+        self._changed = asyncio.Condition()
+
+    @asynccontextmanager
+    async def reserve(self, max_usd: float) -> AsyncIterator[None]:
+        """Reserve `max_usd` until the block ends; the block records the actual cost in the ledger.
+
+        Waits while calls in flight may still turn out cheaper; raises BudgetError if none is left.
+        """
+        limit_usd = self.limit_usd
+        if limit_usd is None or max_usd == 0:
+            yield
+            return
+
+        def fits() -> bool:
+            return self.ledger.spent_usd + self._reserved_usd + max_usd <= limit_usd
+
+        async with self._changed:
+            await self._changed.wait_for(lambda: fits() or self._reserved_usd <= 1e-12)
+            if not fits():
+                shown = [
+                    # four decimals, or two significant digits for less than a cent; never an exponent
+                    f"${usd:.{max(4, 4 if usd == 0 or usd >= 0.01 else 1 - math.floor(math.log10(usd)))}f}"
+                    for usd in (limit_usd, self.ledger.spent_usd, max_usd)
+                ]
+                raise BudgetError(
+                    f"the spending limit of {shown[0]} is reached: {shown[1]} is spent, and the next request may cost up "
+                    f"to {shown[2]}",
+                    "paid replies are kept: raise --max-cost or lower teacher.max_tokens, then re-run to resume",
+                )
+            self._reserved_usd += max_usd
+        try:
+            yield
+        finally:
+            self._reserved_usd -= max_usd
+            async with self._changed:
+                self._changed.notify_all()
+
+
+# -- rates ---------------------------------------------------------------------------------------------------------
 
 
 class RateLimiter:

@@ -1,26 +1,98 @@
 """A client for OpenAI-compatible endpoints through OpenAI's SDK, which takes a fraction of LiteLLM's CPU per call.
 
-Requests, replies and errors are the same as through LiteLLM; tests compare the two.
+Requests, replies and errors are the same as through LiteLLM; tests compare the two. The HTTP clients of both do not trust
+the server: replies are bounded and uncompressed, and redirects are not followed.
 """
 
 import asyncio
 import contextlib
 import os
-from collections.abc import Collection, Mapping, Sequence
+import socket
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from sclite.teacher.http import open_client
 from sclite.teacher.reply import Completion, decode, read
 
 if TYPE_CHECKING:
+    import ssl
+
+    import httpx
     from openai import AsyncOpenAI
 
+MAX_BODY_BYTES = 4 * 2**20
+"""128,000 tokens as JSON take less than 1 MiB, 3 MiB with every character escaped."""
+_KEEP_ALIVE_SECONDS = 4.0  # uvicorn, and so vLLM, closes idle connections after 5
 _PLAIN = ("OpenAIGPTConfig", "OpenAIUnknownModelConfig", "HostedVLLMChatConfig")
 """LiteLLM's configurations that pass requests on unchanged (those of gpt-5, o3 .. rewrite them)."""
+
+
+def bound_client(client: "httpx.AsyncClient") -> "httpx.AsyncClient":
+    """Restrict what the client accepts, and return it."""
+    client.follow_redirects = False  # 301 to 303 would repeat the request as a GET, others elsewhere
+    client.headers["Accept-Encoding"] = "identity"
+    client.event_hooks = {"response": [_bound_body]}
+    return client
+
+
+def bound_litellm() -> None:
+    """Restrict every client that LiteLLM creates for asynchronous calls in the same way. Idempotent."""
+    from litellm.llms.custom_httpx.http_handler import AsyncHTTPHandler
+    from litellm.llms.openai.common_utils import BaseOpenAILLM
+
+    for owner, name in ((AsyncHTTPHandler, "create_client"), (BaseOpenAILLM, "_get_async_http_client")):
+        original = getattr(owner, name)
+        if hasattr(original, "bounds"):
+            continue
+
+        def create(*arguments: Any, original: Any = original, **named: Any) -> "httpx.AsyncClient | None":
+            client = original(*arguments, **named)
+            return client and bound_client(client)
+
+        create.bounds = True  # type: ignore[attr-defined]
+        static = isinstance(owner.__dict__[name], staticmethod)
+        setattr(owner, name, staticmethod(create) if static else create)
+
+
+async def _bound_body(response: "httpx.Response") -> None:
+    import httpx
+
+    # acknowledge the headers now: a server that sends the body separately waits for it, 40 ms if left to Linux
+    option = getattr(socket, "TCP_QUICKACK", None)  # Linux only
+    stream = response.extensions.get("network_stream")
+    found = stream and stream.get_extra_info("socket")
+    if option is not None and found is not None:
+        found.setsockopt(socket.IPPROTO_TCP, option, 1)
+    encoding = response.headers.get("Content-Encoding", "identity")
+    if encoding != "identity":  # 1 kB of gzip may hold 1 MB
+        raise httpx.DecodingError(f"a reply compressed with {encoding}, which was not requested")
+    response.stream = _limited_stream()(response.stream)
+
+
+@cache
+def _limited_stream() -> type:
+    import httpx
+
+    class Limited(httpx.AsyncByteStream):
+        def __init__(self, stream: httpx.AsyncByteStream):
+            self.stream = stream
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            size = 0
+            async for chunk in self.stream:
+                size += len(chunk)
+                if size > MAX_BODY_BYTES:
+                    raise httpx.ReadError(f"a reply of more than {MAX_BODY_BYTES >> 20} MiB")
+                yield chunk
+
+        async def aclose(self) -> None:
+            await self.stream.aclose()
+
+    return Limited
 
 
 @dataclass
@@ -35,16 +107,21 @@ class OpenAIClient:
     model: str
     url: str
     key: str
+    certificates: "ssl.SSLContext | str | bool"
     listed: bool = False
     _idle: list["AsyncOpenAI"] = field(default_factory=list)  # each with its own connection
 
     def _open(self) -> "AsyncOpenAI":
+        """A client for one call at a time: each request costs httpcore's pool time quadratic in its connections."""
+        import httpx
         from openai import AsyncOpenAI
 
+        limits = httpx.Limits(keepalive_expiry=_KEEP_ALIVE_SECONDS)
+        http_client = httpx.AsyncClient(limits=limits, timeout=None, verify=self.certificates)
         organization = self.litellm.organization or os.environ.get("OPENAI_ORGANIZATION") or None
         return AsyncOpenAI(
             api_key=self.key, base_url=self.url, organization=organization, timeout=None, max_retries=0,
-            http_client=open_client(),
+            http_client=bound_client(http_client),
         )  # fmt: skip
 
     async def close(self) -> None:
@@ -93,37 +170,32 @@ class OpenAIClient:
 def find_client(
     litellm: ModuleType, model: str, api_base: str, api_key: str | None, listed: bool, extra: Collection[str]
 ) -> OpenAIClient | None:
-    """A client that bypasses LiteLLM; None for models and `extra` parameters that only LiteLLM knows.
+    """A client that bypasses LiteLLM; None for models, addresses and `extra` parameters that only LiteLLM knows.
 
     `api_key` None: the environment variable that LiteLLM would read.
     """
+    name, provider, found, _ = litellm.get_llm_provider(model, api_base=api_base or None, api_key=api_key)
+    url, key = urlsplit(api_base), api_key or found or os.environ.get("OPENAI_API_KEY")
+    mode = (litellm.model_cost.get(name) or {}).get("mode", "chat")
+    if (
+        provider not in ("openai", "hosted_vllm")
+        or name.startswith("responses/")
+        or mode != "chat"
+        or not key
+    ):
+        return None
+    if url.scheme not in ("http", "https") or not url.hostname or url.query:
+        return None
     if set(extra) & set(litellm.types.utils.all_litellm_params):
         return None
-    name, provider, found, _ = litellm.get_llm_provider(model, api_base=api_base or None, api_key=api_key)
-    if not _is_plain(litellm, name, provider, api_base):
-        return None
-    proxies = {} if proxy_bypass(urlsplit(api_base).hostname) else getproxies()
-    proxy = proxies.get(urlsplit(api_base).scheme) or proxies.get("all") or "http:"
-    if urlsplit(proxy).scheme not in ("http", "https"):
-        return None  # httpx needs an extra package for SOCKS
-    key = api_key or found or os.environ.get("OPENAI_API_KEY")
-    if not key:
-        return None
-    url = api_base.rstrip("/")
-    if provider != "hosted_vllm" or not url.endswith("/chat/completions"):
-        url += "/chat/completions"
-    return OpenAIClient(litellm, provider, name, url, key, listed)
-
-
-def _is_plain(litellm: ModuleType, name: str, provider: str, api_base: str) -> bool:
-    """Whether LiteLLM would post the request unchanged to this address."""
-    url = urlsplit(api_base)
-    if provider not in ("openai", "hosted_vllm") or url.scheme not in ("http", "https"):
-        return False
-    if not url.hostname or url.query:
-        return False
-    listed = litellm.model_cost.get(name) or {}
-    if name.startswith("responses/") or listed.get("mode", "chat") != "chat":
-        return False
     rules = litellm.utils.ProviderConfigManager.get_provider_chat_config(name, litellm.LlmProviders(provider))
-    return type(rules).__name__ in _PLAIN
+    proxies = {} if proxy_bypass(url.hostname) else getproxies()
+    proxy = proxies.get(url.scheme) or proxies.get("all") or "http:"
+    # httpx needs an extra package for SOCKS
+    if type(rules).__name__ not in _PLAIN or urlsplit(proxy).scheme not in ("http", "https"):
+        return None
+    address = api_base.rstrip("/")
+    if provider != "hosted_vllm" or not address.endswith("/chat/completions"):
+        address += "/chat/completions"
+    certificates = litellm.llms.custom_httpx.http_handler.get_ssl_configuration()
+    return OpenAIClient(litellm, provider, name, address, key, certificates, listed)

@@ -3,8 +3,11 @@
 import asyncio
 import gc
 import logging
+import math
 import os
 import re
+import resource
+import ssl
 import warnings
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
@@ -16,19 +19,22 @@ from urllib.parse import unquote, urlsplit
 
 from sclite import config
 from sclite.errors import UsageError
-from sclite.teacher.cost import FREE, Price
-from sclite.teacher.http import allow_connections, bound_litellm, check_certificates
-from sclite.teacher.openai_client import OpenAIClient, find_client
+from sclite.teacher.limits import FREE, Price
+from sclite.teacher.openai_client import OpenAIClient, bound_litellm, find_client
 from sclite.teacher.reply import Completion, read
 
 _LOCAL_PROVIDERS = ("ollama", "ollama_chat", "lm_studio", "llamafile")
+_BYTES_PER_TOKEN = 4  # of English text; bounds the charge for a reply that is longer than max_tokens
+_LONGEST_TOKEN_BYTES = 128  # no vocabulary in use has a longer one
+_OTHER_FILES = 128  # open files other than connections
 
 
 @dataclass(frozen=True)
 class Provider:
     """LiteLLM, the options of every call, the variable that holds the key, and the price (None: unknown).
 
-    `direct` is a client that bypasses LiteLLM, if the model allows it.
+    `max_output_tokens` is the most that the model can write, infinity if unknown. `direct` is a client that bypasses
+    LiteLLM, if the model allows it.
     """
 
     litellm: ModuleType
@@ -37,12 +43,18 @@ class Provider:
     key_variable: str
     price: Price | None
     priced_by_user: bool
+    max_output_tokens: float
     direct: OpenAIClient | None = None
+
+    @property
+    def errors(self) -> tuple[type[Exception], ...]:
+        """What `complete` raises if a call fails."""
+        return (self.litellm.exceptions.openai.OpenAIError, self.litellm.exceptions.httpx.HTTPError, OSError)
 
     async def complete(
         self, messages: Sequence[Mapping[str, str]], parameters: Mapping[str, Any], seconds: float
     ) -> Completion:
-        """The reply to one request, sent once. Raises errors of LiteLLM, OpenAI and httpx, and OSError."""
+        """The reply to one request, sent once."""
         if self.direct is not None:
             return await self.direct.complete(messages, parameters, seconds)
         # LiteLLM's own timeout is for each read: a slow trickle of bytes never reaches it
@@ -57,6 +69,28 @@ class Provider:
                 **self.options,
             )
         return read(response.model_dump(), response._hidden_params.get("response_cost"))
+
+    def charge(
+        self, completion: Completion, limits: tuple[int, int]
+    ) -> tuple[tuple[int | None, int | None], float | None]:
+        """(token counts, US dollars): by the user's price, else as LiteLLM computes it (it knows about cached tokens).
+
+        Counts that exceed the request's `limits` or do not fit the length of the reply are None; it then costs what was
+        reserved for it, or as many tokens as its length suggests if it is clearly longer than max_tokens.
+        """
+        (prompt, written), size, price = completion.tokens, completion.reply_bytes, self.price
+        if (
+            prompt is not None
+            and written is not None
+            and 1 <= prompt <= limits[0]
+            and -(-size // _LONGEST_TOKEN_BYTES) <= written <= limits[1]
+        ):
+            cost_usd = None if price is None else price.cost_usd(prompt, written)
+            if cost_usd and not self.priced_by_user and 0 < (completion.listed_usd or 0) < math.inf:
+                cost_usd = completion.listed_usd
+            return (prompt, written), cost_usd
+        estimate = max(limits[1], size // _BYTES_PER_TOKEN, min(written or 0, size))
+        return (None, None), None if price is None else price.cost_usd(limits[0], estimate)
 
     async def close(self) -> None:
         """Close all connections."""
@@ -81,23 +115,52 @@ def import_litellm() -> ModuleType:
     return litellm
 
 
+def prepare_process(connections: int) -> None:
+    """Check the certificates, raise the limit on open files, and strip keys. Raises UsageError."""
+    if path := os.environ.get("SSL_CERT_FILE"):
+        try:
+            ssl.create_default_context(cafile=path)
+        except OSError as error:  # an SSLError too
+            why = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+            raise UsageError(
+                f"SSL_CERT_FILE={path} {why}",
+                "fix the path, or unset SSL_CERT_FILE to use the system's certificates",
+            ) from None
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = connections + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise UsageError(
+                f"teacher.concurrency = {connections} needs {needed} open files, and this system allows {hard}",
+                f"lower it with --set teacher.concurrency={max(1, hard - _OTHER_FILES)}, or raise the limit (ulimit -Hn)",
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    # sourcing a file with Windows line ends leaves a carriage return in keys
+    for variable, value in os.environ.items():
+        if variable.endswith("_API_KEY") and value != value.strip():
+            os.environ[variable] = value.strip()
+
+
 def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None) -> Provider:
-    """Import LiteLLM and resolve the model.
+    """Import LiteLLM and resolve the model; `prepare` is called between the two.
 
     Raises UsageError for a model without a provider, an invalid api_base, an invalid key, and a spending limit without a
     price.
     """
-    if settings.api_base and not is_address(settings.api_base):
+    address = config.without_password(settings.api_base)
+    try:
+        parts = urlsplit(settings.api_base)
+        valid = not settings.api_base or (
+            parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        )
+    except ValueError:  # an invalid port
+        valid = False
+    if not valid:
         shown = re.sub(r"^(\w+://)?.*@", r"\1", settings.api_base)  # without a password
         raise UsageError(
             f"the api_base {shown} of {settings.model} is not a valid URL", "write http://HOST:PORT/v1"
         )
-    check_certificates()
-    allow_connections(settings.concurrency)
-    # strip keys: sourcing a file with Windows line ends leaves a carriage return in them
-    for variable, value in os.environ.items():
-        if variable.endswith("_API_KEY") and value != value.strip():
-            os.environ[variable] = value.strip()
+    prepare_process(settings.concurrency)
     litellm = import_litellm()
     if prepare is not None:
         prepare()
@@ -110,50 +173,47 @@ def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None)
         ) from None
     missing = litellm.validate_environment(settings.model)["missing_keys"]
     missing = [variable for variable in missing if variable.endswith("_API_KEY")]
-    options: dict[str, Any] = {}
-    if settings.api_base:
-        options["api_base"] = config.without_password(settings.api_base)
-        if options["api_base"] != settings.api_base:  # aiohttp refuses a password beside the SDK's own header
-            parts = urlsplit(settings.api_base)
-            login = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
-            options["extra_headers"] = {"Authorization": f"Basic {b64encode(login.encode()).decode()}"}
-        if missing:  # a self-hosted endpoint often needs none, but LiteLLM insists
-            options["api_key"] = "none"
+    options: dict[str, Any] = {"api_base": address} if address else {}
+    if address != settings.api_base:  # aiohttp refuses a password beside the SDK's own header
+        login = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
+        options["extra_headers"] = {"Authorization": f"Basic {b64encode(login.encode()).decode()}"}
+    if address and missing:  # a self-hosted endpoint often needs none, but LiteLLM insists
+        options["api_key"] = "none"
     known = litellm.get_supported_openai_params(settings.model, name) or ()
     if new := [parameter for parameter in settings.extra if parameter not in known]:
         options["allowed_openai_params"] = new  # LiteLLM refuses those that it does not know for this model
-    price = _price(litellm, settings, name)
-    if price is None and settings.max_cost is not None:
-        raise UsageError(
-            f"a spending limit is set, but the price of {settings.model} is unknown",
-            "add --set 'teacher.price=[0.5, 1.5]', US dollars per million prompt and completion tokens (attempts.price for "
-            "a student behind an endpoint)",
-        )
     key_variable = missing[0] if missing else f"{name.upper()}_API_KEY"
     if not re.fullmatch("[!-~]*", os.environ.get(key_variable, "")):
         raise UsageError(
             f"the key in {key_variable} contains a space, a line break or a non-ASCII character",
             f"copy the whole key and run: export {key_variable}=..",
         )
-    direct, priced_by_user = None, settings.price is not None
-    if settings.direct:
-        listed = not priced_by_user and price != FREE
-        direct = find_client(
-            litellm, settings.model, settings.api_base, options.get("api_key"), listed, settings.extra
+    prices = litellm.model_cost
+    listed = prices.get(settings.model) or prices.get(settings.model.partition("/")[2]) or {}
+    price = find_price(settings, name, listed)
+    if price is None and settings.max_cost is not None:
+        raise UsageError(
+            f"a spending limit is set, but the price of {settings.model} is unknown",
+            "add --set 'teacher.price=[0.5, 1.5]', US dollars per million prompt and completion tokens (attempts.price for "
+            "a student behind an endpoint)",
         )
-    return Provider(litellm, settings.model, options, key_variable, price, priced_by_user, direct)
+    direct, by_user = None, settings.price is not None
+    if settings.direct:
+        by_list = not by_user and price != FREE
+        direct = find_client(
+            litellm, settings.model, settings.api_base, options.get("api_key"), by_list, settings.extra
+        )
+    most = listed.get("max_output_tokens") or math.inf
+    return Provider(litellm, settings.model, options, key_variable, price, by_user, most, direct)
 
 
-def _price(litellm: ModuleType, settings: config.Teacher, provider: str) -> Price | None:
-    """The user's price, zero for a local server, else LiteLLM's price list; None if the model is not listed."""
+def find_price(settings: config.Teacher, provider: str, listed: Mapping[str, Any]) -> Price | None:
+    """The user's price, zero for a local server, else that of LiteLLM's price list; None if the model is not listed."""
     if settings.price is not None:
         return Price(*(dollars / 1e6 for dollars in settings.price))
     if is_local(settings.api_base) or (provider in _LOCAL_PROVIDERS and not settings.api_base):
         return FREE
-    listed = litellm.model_cost.get(settings.model) or litellm.model_cost.get(
-        settings.model.partition("/")[2]
-    )
-    if not listed or listed.get("input_cost_per_token") is None:
+    if listed.get("input_cost_per_token") is None:
         return None
     tier = settings.extra.get("service_tier")
     prices = (
@@ -161,15 +221,6 @@ def _price(litellm: ModuleType, settings: config.Teacher, provider: str) -> Pric
         for side in ("input", "output")
     )
     return Price(*map(max, prices))  # a bound: endpoints may serve another tier than was requested
-
-
-def is_address(api_base: str) -> bool:
-    """Whether this is a URL with http or https, a host and a valid port."""
-    try:
-        parts = urlsplit(api_base)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # an invalid port
-        return False
 
 
 def is_local(api_base: str) -> bool:

@@ -4,16 +4,19 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from sclite.trace import THOUGHT, without_thoughts
 
 EMPTY, REFUSAL, ONLY_REASONING, CUT_IN_REASONING = "empty", "refusal", "only_reasoning", "cut_in_reasoning"
 """Our own finish reasons: nothing in it, a refusal, no reply after the reasoning, a token budget spent on reasoning."""
 
-_LENGTH = ("length", "max_tokens", "max_output_tokens", "model_length")
-_FILTERED = ("content_filter", "content_filtered", "safety")
-_CALLS = ("tool_calls", "function_call", "tool_use")
+_FINISH_REASONS = {
+    **dict.fromkeys(("length", "max_tokens", "max_output_tokens", "model_length"), "length"),
+    **dict.fromkeys(("content_filter", "content_filtered", "safety"), "content_filter"),
+    **dict.fromkeys(("tool_calls", "function_call", "tool_use"), "tool_calls"),
+    "unreadable": "unreadable",
+}
+"""What endpoints write, in OpenAI's terms; all others count as stop."""
 _LARGEST_COUNT = 2**40  # tokens; SQLite's integers end at 2**63
 _CONTROL = re.compile(
     r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"
@@ -78,7 +81,11 @@ def read(body: object, listed_usd: float | None = None) -> Completion:
     if not isinstance(body, Mapping):
         raise UnreadableReply("the reply is not a chat completion")
     _raise_error(body.get("error"))
-    choice = _first_choice(body)
+    choices = body.get("choices")
+    found = [c for c in choices if isinstance(c, Mapping)] if isinstance(choices, list) else []
+    if not found:
+        raise UnreadableReply("the reply has no choices")
+    choice = next((c for c in found if c.get("index") == 0), found[0])
     message = choice.get("message") or choice.get("delta") or {"content": choice.get("text")}
     if not isinstance(message, Mapping):
         raise UnreadableReply("the reply has no message")
@@ -87,13 +94,19 @@ def read(body: object, listed_usd: float | None = None) -> Completion:
     text, refusal = without_thoughts(content).strip(), message.get("refusal")
     if THOUGHT.match(text) or text.startswith("<|channel|>"):  # reasoning that never ends is no reply
         text = ""
-    finish = _finish(choice.get("finish_reason"))
+
+    reason = choice.get("finish_reason")
+    name = (reason or "").strip().lower() if isinstance(reason, (str, type(None))) else "unreadable"
+    finish = _FINISH_REASONS.get(
+        name, "stop"
+    )  # an unknown one counts as stop, because the reply is checked anyway
     if finish == "stop" and message.get("tool_calls"):
         finish = "tool_calls"
-    if finish == "stop" and not text.strip():
+    if finish == "stop" and not text:
         finish = ONLY_REASONING if content.strip() or reasoning.strip() else EMPTY
         if isinstance(refusal, str) and refusal.strip():
             text, finish = clean(refusal), REFUSAL
+
     usage = body.get("usage")
     counts = usage if isinstance(usage, Mapping) else {}
     tokens = _count(counts.get("prompt_tokens")), _count(counts.get("completion_tokens"))
@@ -121,14 +134,6 @@ def _raise_error(error: object) -> None:
         raise ErrorReply(clean(str(error)), None)
 
 
-def _first_choice(body: Mapping[str, Any]) -> Mapping[str, Any]:
-    choices = body.get("choices")
-    found = [c for c in choices if isinstance(c, Mapping)] if isinstance(choices, list) else []
-    if not found:
-        raise UnreadableReply("the reply has no choices")
-    return next((c for c in found if c.get("index") == 0), found[0])
-
-
 def _text(content: object) -> str:
     """The content as text. Mistral and others send a list of parts: the text parts count, the thinking parts do not."""
     if isinstance(content, str):
@@ -138,18 +143,8 @@ def _text(content: object) -> str:
     return "".join(text for text in texts if isinstance(text, str))
 
 
-def _finish(reason: object) -> str:
-    """The finish reason in OpenAI's terms. An unknown one counts as stop, because the reply is checked anyway."""
-    if not isinstance(reason, (str, type(None))):
-        return "unreadable"
-    name = (reason or "").strip().lower()
-    for ours, theirs in (("length", _LENGTH), ("content_filter", _FILTERED), ("tool_calls", _CALLS)):
-        if name in theirs:
-            return ours
-    return "stop"
-
-
 def _count(value: object) -> int | None:
     """A token count; None unless it is a positive integer of plausible size."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return int(value) if number and 0 < value <= _LARGEST_COUNT and value == int(value) else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _LARGEST_COUNT:
+        return None
+    return int(value) if value == int(value) else None

@@ -45,7 +45,7 @@ def paid(run: Run, *entries: tuple[str, float | None]) -> None:
     with Ledger(run.path("ledger.sqlite")) as ledger:
         for number, (stage, cost) in enumerate(entries):
             ledger.sent(f"{stage} {number}", stage, "m")
-            ledger.put(f"{stage} {number}", Entry("text", "stop", 100, 20, cost, 1.0)).result()
+            ledger.put(f"{stage} {number}", Entry("text", "stop", 100, 20, cost, 1.0))
 
 
 def template(row: Problem) -> Template:
@@ -265,12 +265,13 @@ def test_status_changes_no_file(trained):
 def test_status_works_while_another_process_writes(built):
     with built.lock(), Ledger(built.path("ledger.sqlite")) as ledger:
         ledger.sent("new", "templates", "m")
-        ledger.put("new", Entry("text", "stop", 100, 20, 0.5, 1.0)).result()
+        ledger.put("new", Entry("text", "stop", 100, 20, 0.5, 1.0))
+        ledger.flush()
         found = read(built)
         assert found["busy"] is True
         assert (found["ledger"]["requests"], found["ledger"]["cost_usd"]) == (3, 0.75)
         ledger.sent("newer", "templates", "m")
-        ledger.put("newer", Entry("text", "stop", 100, 20, 0.5, 1.0)).result()
+        ledger.put("newer", Entry("text", "stop", 100, 20, 0.5, 1.0))
     assert read(built)["busy"] is False
 
 

@@ -7,11 +7,9 @@ import pytest
 from sclite import config
 from sclite.errors import BudgetError, TeacherError, UsageError
 from sclite.settings import load
-from sclite.teacher.client import Job, Rejection, Teacher
-from sclite.teacher.cost import format_usd, max_prompt_tokens
-from sclite.teacher.failures import no_answer_error
-from sclite.teacher.forecast import PILOT, ask_after_pilot, forecast
+from sclite.teacher.client import PILOT, Job, Rejection, Teacher
 from sclite.teacher.ledger import Ledger
+from sclite.teacher.limits import max_prompt_tokens
 from tests.replay import BROKEN, Answer, TeacherServer, fail, say
 
 
@@ -185,11 +183,11 @@ def test_rest_is_requested_only_if_the_forecast_is_confirmed(tmp_path):
         teacher_of(ledger, server) as teacher,
     ):
         with pytest.raises(BudgetError, match=f"stopped after {PILOT} of 30 rows"):
-            list(ask_after_pilot(teacher, map(job, range(30)), 30, "templates", confirm))
+            list(teacher.ask_after_pilot(map(job, range(30)), 30, "templates", confirm))
         assert len(server.requests) == PILOT
         assert seen[0].rows_left == 30 - PILOT
         assert seen[0].cost_usd == pytest.approx(0.00011 * (30 - PILOT))
-        done = list(ask_after_pilot(teacher, map(job, range(30)), 30, "templates", lambda _: True))
+        done = list(teacher.ask_after_pilot(map(job, range(30)), 30, "templates", lambda _: True))
         assert len(done) == len(server.requests) == 30
 
 
@@ -199,9 +197,9 @@ def test_no_question_if_all_is_free_or_in_the_ledger(tmp_path):
 
     with TeacherServer(cheap) as server, Ledger(tmp_path / "l") as ledger:
         with teacher_of(ledger, server, price=None) as teacher:
-            assert len(list(ask_after_pilot(teacher, map(job, range(30)), 30, "", confirm))) == 30
+            assert len(list(teacher.ask_after_pilot(map(job, range(30)), 30, "", confirm))) == 30
         with teacher_of(ledger, server) as teacher:
-            assert len(list(ask_after_pilot(teacher, map(job, range(30)), 30, "", confirm))) == 30
+            assert len(list(teacher.ask_after_pilot(map(job, range(30)), 30, "", confirm))) == 30
         assert len(server.requests) == 30
 
 
@@ -211,7 +209,7 @@ def test_forecast_sends_nothing_and_shows_the_exact_first_request(tmp_path):
         Ledger(tmp_path / "l") as ledger,
         teacher_of(ledger, server) as teacher,
     ):
-        found = forecast(teacher, map(job, range(10)), 50, "templates")
+        found = teacher.preview(map(job, range(10)), 50, "templates")
         assert not server.requests
         list(teacher.ask_all([job(0)], "templates"))
         sent = server.requests[0]
@@ -219,7 +217,7 @@ def test_forecast_sends_nothing_and_shows_the_exact_first_request(tmp_path):
             k: found["first_request"][k] for k in ("messages", "max_tokens")
         }
         assert (found["requests"], found["completion_tokens"]) == (10, 500)
-        after = forecast(teacher, map(job, range(10)), 50, "templates")
+        after = teacher.preview(map(job, range(10)), 50, "templates")
         assert (after["requests"], after["completion_tokens"]) == (9, 90)  # ten tokens per reply, as measured
 
 
@@ -270,16 +268,3 @@ def test_job_fails_after_three_rejections_by_the_inspector(tmp_path):
             (result,) = teacher.ask_all([job(1, inspect)])
     assert result.rejection.reason == "rejected_by_inspector"
     assert result.requests == 4
-
-
-@pytest.mark.parametrize(
-    ("amount", "text"),
-    [(0, "$0.0000"), (12.5, "$12.5000"), (0.0473, "$0.0473"), (0.00123, "$0.0012"), (1e-5, "$0.000010")],
-)
-def test_small_amount_has_no_exponent(amount, text):
-    assert format_usd(amount) == text
-
-
-@pytest.mark.parametrize(("attempts", "text"), [(1, "after 1 attempt: gone"), (6, "after 6 attempts: gone")])
-def test_number_of_attempts_has_the_right_plural(attempts, text):
-    assert text in no_answer_error(ConnectionError("gone"), "m", "", attempts).message

@@ -7,6 +7,7 @@ import pytest
 
 from sclite.config import without_password
 from sclite.teacher import failures
+from sclite.teacher.failures import read_failure
 
 
 class Failed(Exception):
@@ -18,13 +19,13 @@ class Failed(Exception):
 
 @pytest.mark.parametrize("status", [None, 408, 429, 500, 502, 503, 504, 529])
 def test_transient_errors_are_retried(status):
-    assert failures.classify(Failed("later", status)) == failures.RETRY
+    assert read_failure(Failed("later", status)).action == failures.RETRY
 
 
 @pytest.mark.parametrize("status", [400, 403, 404, 413, 422])
 def test_refusal_concerns_one_request(status):
     assert (
-        failures.classify(Failed("litellm.NotFoundError: OpenAIException - no such question", status))
+        read_failure(Failed("litellm.NotFoundError: OpenAIException - no such question", status)).action
         == failures.REFUSED
     )
 
@@ -40,22 +41,22 @@ def test_refusal_concerns_one_request(status):
     ],
 )
 def test_errors_of_every_request_stop_the_stage(error):
-    assert failures.classify(error) == failures.STOP
+    assert read_failure(error).action == failures.STOP
 
 
 def test_all_forms_of_retry_after_are_respected():
-    assert failures.wait_seconds(Failed(headers={"retry-after": "7"}), 1, 0.0) == 7
-    assert failures.wait_seconds(Failed(headers={"retry-after-ms": "250"}), 1, 0.0) == 0.25
+    assert read_failure(Failed(headers={"retry-after": "7"})).wait_seconds(1, 0.0) == 7
+    assert read_failure(Failed(headers={"retry-after-ms": "250"})).wait_seconds(1, 0.0) == 0.25
     date = formatdate(time.time() + 20, usegmt=True)
-    assert 17 < failures.wait_seconds(Failed(headers={"retry-after": date}), 1, 0.0) < 21
-    assert failures.wait_seconds(Failed(headers={"retry-after": "soon"}), 1, 0.0) == 0.5
+    assert 17 < read_failure(Failed(headers={"retry-after": date})).wait_seconds(1, 0.0) < 21
+    assert read_failure(Failed(headers={"retry-after": "soon"})).wait_seconds(1, 0.0) == 0.5
 
 
 def test_backoff_grows_is_bounded_and_has_jitter():
-    waits = [failures.wait_seconds(Failed(), attempt, 0.0) for attempt in range(1, 12)]
+    waits = [read_failure(Failed()).wait_seconds(attempt, 0.0) for attempt in range(1, 12)]
     assert waits[:4] == [0.5, 1, 2, 4]
     assert max(waits) == 60
-    assert failures.wait_seconds(Failed(), 4, 1.0) == 2
+    assert read_failure(Failed()).wait_seconds(4, 1.0) == 2
 
 
 def test_message_is_one_line_without_prefixes_and_keys(monkeypatch):
@@ -63,7 +64,7 @@ def test_message_is_one_line_without_prefixes_and_keys(monkeypatch):
     error = Failed(
         "litellm.RateLimitError: RateLimitError: OpenAIException - slow down, sk-very-secret\ntrace", 429
     )
-    assert failures.message(error) == "slow down, ***"
+    assert read_failure(error).message == "slow down, ***"
 
 
 def test_base_url_is_shown_without_its_password():

@@ -1,11 +1,9 @@
 """The ledger keeps every paid reply, however the process ends."""
 
-import asyncio
 import os
 import signal
 import subprocess
 import sys
-import threading
 
 import pytest
 
@@ -18,7 +16,8 @@ MESSAGES = [{"role": "user", "content": "q"}]
 
 def keep(ledger, key, entry, stage="templates"):
     ledger.sent(key, stage, "m")
-    ledger.put(key, entry).result()
+    ledger.put(key, entry)
+    ledger.flush()
 
 
 def test_reply_is_there_after_reopening(tmp_path):
@@ -53,28 +52,13 @@ def test_key_depends_on_exactly_what_decides_a_reply():
         assert request_key(*base[:place], other, *base[place + 1 :]) != key
 
 
-def test_threads_share_one_ledger(tmp_path):
-    with Ledger(tmp_path / "ledger.sqlite") as ledger:
-
-        def work(number):
-            for i in range(20):
-                keep(ledger, f"{number}-{i}", ENTRY)
-                assert ledger.get(f"{number}-{i}") == ENTRY
-
-        threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
-        [t.start() for t in threads]
-        [t.join() for t in threads]
-        assert ledger.totals()["requests"] == 80
-        assert ledger.spent_usd == 20.0
-
-
 def test_killed_process_loses_no_written_reply(tmp_path):
     code = (
         "import sys; from sclite.teacher.ledger import *\n"
         "ledger = Ledger(sys.argv[1])\n"
         "for i in range(10**6):\n"
         "    ledger.sent(str(i), '', '')\n"
-        "    ledger.put(str(i), Entry('t', 'stop', 1, 1, None, 0.0)).result(); print(i, flush=True)\n"
+        "    ledger.put(str(i), Entry('t', 'stop', 1, 1, None, 0.0)); ledger.flush(); print(i, flush=True)\n"
     )
     path = tmp_path / "ledger.sqlite"
     process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
@@ -96,21 +80,23 @@ def test_file_that_is_not_a_ledger_is_reported(tmp_path):
 def test_failed_write_is_an_error(tmp_path):
     ledger = Ledger(tmp_path / "ledger.sqlite")
     ledger.close()
+    ledger.put("k", ENTRY)
     with pytest.raises(DataError, match="cannot be written"):
-        ledger.put("k", ENTRY).result()
+        ledger.flush()
 
 
-def test_event_loop_can_await_writes_and_their_errors(tmp_path):
-    async def put(ledger):
-        await asyncio.wrap_future(ledger.sent("k", "templates", "m"))
-        await asyncio.wrap_future(ledger.put("k", ENTRY))
-        return ledger.get("k")
-
-    ledger = Ledger(tmp_path / "ledger.sqlite")
-    assert asyncio.run(put(ledger)) == ENTRY
-    ledger.close()
-    with pytest.raises(DataError, match="cannot be written"):
-        asyncio.run(put(ledger))
+def test_interrupted_write_is_repeated(tmp_path, monkeypatch):
+    """Ctrl-C may come at any moment, also between a paid reply and its commit."""
+    path = tmp_path / "ledger.sqlite"
+    with Ledger(path) as ledger:
+        ledger.sent("k", "templates", "m")
+        ledger.put("k", ENTRY)
+        with monkeypatch.context() as patch:
+            patch.setattr(ledger, "_commit", lambda writes: signal.raise_signal(signal.SIGINT))
+            with pytest.raises(KeyboardInterrupt):
+                ledger.flush()
+    with Ledger.reading(path) as reader:
+        assert reader.get("k") == ENTRY
 
 
 def test_totals_include_pending_writes(tmp_path):
@@ -154,7 +140,7 @@ def test_damaged_ledger_is_recovered_and_moved_aside(tmp_path, capsys):
     with Ledger(path) as ledger:
         for number in range(400):
             ledger.sent(f"{number:03}", "templates", "m")
-            ledger.put(f"{number:03}", Entry("text " * 100, "stop", 1, 1, 0.5, 1.0)).result()
+            ledger.put(f"{number:03}", Entry("text " * 100, "stop", 1, 1, 0.5, 1.0))
     whole = path.read_bytes()
     page = 4096
     middle = len(whole) // 2 // page * page
@@ -174,7 +160,7 @@ def test_reply_with_a_damaged_byte_is_read(tmp_path):
     path = tmp_path / "ledger.sqlite"
     with Ledger(path) as ledger:
         ledger.sent("a", "templates", "m")
-        ledger.put("a", Entry("one two three", "stop", 1, 1, 0.5, 1.0)).result()
+        ledger.put("a", Entry("one two three", "stop", 1, 1, 0.5, 1.0))
     path.write_bytes(path.read_bytes().replace(b"one two", b"one\xff two"[:7]))
     with Ledger(path) as ledger:
         assert ledger.get("a").text.startswith("one\ufffd")
@@ -189,16 +175,13 @@ def test_reply_with_a_damaged_byte_is_read(tmp_path):
 def test_row_that_cannot_be_written_fails_without_losing_others(tmp_path, bad):
     path = tmp_path / "ledger.sqlite"
     ledger = Ledger(path)
-    for key in "abc":
-        ledger.sent(key, "templates", "m").result(10)
-    busy = threading.Event()
-    ledger._writer.submit(busy.wait)  # so that the three are written in one transaction
-    written = [ledger.put(key, entry) for key, entry in zip("abc", (ENTRY, bad, ENTRY), strict=True)]
-    busy.set()
-    with pytest.raises(DataError, match="cannot be written"):
-        written[0].result(10)
-    with pytest.raises(DataError, match="cannot be written"):
-        ledger.sent("d", "templates", "m").result(10)
+    for key, entry in zip("abc", (ENTRY, bad, ENTRY), strict=True):
+        ledger.sent(key, "templates", "m")
+        ledger.put(key, entry)
+    for _ in range(2):
+        with pytest.raises(DataError, match="cannot be written"):
+            ledger.flush()
+        ledger.sent("d", "templates", "m")
     with pytest.raises(DataError, match="cannot be written"):
         ledger.close()
     with Ledger.reading(path) as reader:

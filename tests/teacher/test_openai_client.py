@@ -12,6 +12,7 @@ import pytest
 from sclite import config
 from sclite.errors import UsageError
 from sclite.teacher import failures, provider
+from sclite.teacher.failures import read_failure
 from tests.replay import BROKEN, HTML, Answer, TeacherServer, fail, say
 
 KEY = "sk-test-secret"
@@ -55,10 +56,11 @@ async def outcome(made, seconds=1.0):
         failure = error
     finally:
         await made.close()
-    wait = failures.wait_seconds(failure, 1, 0.0)
+    found = read_failure(failure)
+    wait = found.wait_seconds(1, 0.0)
     return (
-        failures.classify(failure), failures.is_timeout(failure), failures.is_overload(failure), round(wait, -1 if wait > 99 else 3),
-        bool(failures.headers(failure)), failures.is_free(failure), failures.message(failure) if failures.headers(failure) else "",
+        found.action, found.overload, round(wait, -1 if wait > 99 else 3), bool(found.headers), found.free,
+        found.message if found.headers else "",
     )  # fmt: skip
 
 
@@ -147,11 +149,8 @@ def test_error_or_html_with_status_200_is_free_and_retried(answer, message):
 
     with TeacherServer(lambda request, nth: answer) as server:
         found = asyncio.run(failure(connect(server.url)))
-    assert (failures.classify(found), failures.is_free(found), failures.message(found)) == (
-        failures.RETRY,
-        True,
-        message,
-    )
+    failure = read_failure(found)
+    assert (failure.action, failure.free, failure.message) == (failures.RETRY, True, message)
 
 
 def test_html_or_half_a_reply_is_retried_for_every_provider():
@@ -255,7 +254,7 @@ def test_proxy_is_used_and_its_password_never_shown(monkeypatch):
     made = connect("http://far.example/v1")
     with pytest.raises(made.litellm.exceptions.openai.APIConnectionError) as caught:
         asyncio.run(made.complete(MESSAGES, {}, 2))
-    assert "pass-of-mine" not in failures.message(caught.value)
+    assert "pass-of-mine" not in read_failure(caught.value).message
 
 
 @pytest.mark.parametrize(

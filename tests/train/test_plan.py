@@ -48,7 +48,7 @@ def paid(run, stage: str, *costs: float | None) -> None:
     with Ledger(run.path("ledger.sqlite")) as ledger:
         for number, cost in enumerate(costs):
             ledger.sent(f"{stage} {number}", stage, "m")
-            ledger.put(f"{stage} {number}", Entry("text", "stop", 100, 20, cost, 1.0)).result()
+            ledger.put(f"{stage} {number}", Entry("text", "stop", 100, 20, cost, 1.0))
 
 
 def pairs_of(run) -> None:
