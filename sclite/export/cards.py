@@ -45,7 +45,7 @@ def _public_name(name: str) -> str:
     return name if _HUB_ID.fullmatch(name) else Path(name).name or UNKNOWN
 
 
-def _front_matter(**data: object) -> str:
+def _front_matter(**data: Any) -> str:
     from huggingface_hub import CardData
 
     return f"---\n{_LICENSE}\n{CardData(**data).to_yaml()}\n---\n"

@@ -4,7 +4,6 @@ The converter is part of llama-cpp-python's source distribution: it is downloade
 `SCLITE_LLAMA_CPP` points at a llama.cpp checkout instead.
 """
 
-import math
 import os
 import shlex
 import shutil
@@ -33,7 +32,7 @@ def convert_model(folder: Path, out: Path, *, outtype: str = "f16") -> Path:
     downloaded. Raises DataError (the converter rejects the model) or NetworkError (no converter and no network).
     """
     supported, tensors = not unsupported_feature(folder), Tensors(folder)
-    if supported and sum(math.prod(tensors.shape(name)) for name in tensors) < SMALL:
+    if supported and sum(map(tensors.size, tensors)) < SMALL:
         return write_gguf(folder, out, outtype=outtype)
     try:
         source = converter()

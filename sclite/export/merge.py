@@ -6,12 +6,13 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from sclite.errors import DataError, ScliteError
-from sclite.export.tensors import Tensors, read_json
+from sclite.export.tensors import Tensors, open_tensors, read_json
 from sclite.student.origin import Origin, fingerprint, nf4_round_trip, read_origin
 
 if TYPE_CHECKING:
@@ -41,12 +42,12 @@ def merge(base_folder: Path, adapter_folder: Path | None, out_folder: Path, *, o
     part = out_folder.with_name(out_folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    shards = _Shards(part)
-    for name in weights:
-        shards.add(name, adapter.apply(name, weights[name], outtype) if adapter else weights[name])
-    for name in adapter.additions if adapter else ():
-        shards.add(name, adapter.apply(name, None, outtype))
-    shards.finish()
+    if adapter is None:
+        _save_shards(part, ((name, weights[name]) for name in weights))
+    else:
+        changed = ((name, adapter.apply(name, weights[name], outtype)) for name in weights)
+        added = ((name, adapter.apply(name, None, outtype)) for name in adapter.additions)
+        _save_shards(part, chain(changed, added))
     copy_settings(base_folder, part, untie=bool(adapter and "lm_head.weight" in adapter.additions))
     record = {"base": str(base_folder), "adapter": str(adapter_folder) if adapter_folder else None}
     (part / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -128,15 +129,16 @@ class BaseWeights:
         if name not in self._states:
             return self._tensors[name]
         import bitsandbytes.functional as bnb
+        import torch
 
         parts = {part: self._tensors[part] for part in self._states[name]}
-        return bnb.dequantize_4bit(self._tensors[name], bnb.QuantState.from_dict(parts, device="cpu"))
+        return bnb.dequantize_4bit(
+            self._tensors[name], bnb.QuantState.from_dict(parts, device=torch.device("cpu"))
+        )
 
     def float32_bytes(self) -> int:
         """The size of all tensors in float32; a byte of packed weights holds two."""
-        return sum(
-            4 * math.prod(self._tensors.shape(name)) * (2 if name in self._states else 1) for name in self
-        )
+        return sum(4 * self._tensors.size(name) * (2 if name in self._states else 1) for name in self)
 
     def find(self, name: str, who: str) -> str:
         """`name`, or the only tensor whose name has the same ending (multimodal models add prefixes)."""
@@ -163,24 +165,39 @@ class Adapter:
             self._reject(f"was initialized by changing its base ({initialized})")
         if used := next((name for name in UNSUPPORTED if self.settings.get(name)), None):
             self._reject(f"uses {UNSUPPORTED[used]} ({used})")
-        path = folder / "adapter_model.safetensors"
+        path, who = folder / "adapter_model.safetensors", f"the adapter {folder}"
         if not path.is_file():
             raise DataError(f"{path} is missing", "save the adapter as safetensors, or train it again")
-        self._tensors = Tensors.open(path, f"delete {folder} and run `sclite train` again")
+        self._tensors = open_tensors(path, f"delete {folder} and run `sclite train` again")
         self._pairs: dict[str, tuple[str, str, bool, str]] = {}
         self._replaced: dict[str, str] = {}
         keys = list(self._tensors.keys())
         for key in keys:
-            self._assign(key, base, keys)
+            name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            low_rank = re.fullmatch(r"(.+)\.lora_(embedding_)?([AB])(\.weight)?", name)
+            if low_rank:
+                module, embedding, side = low_rank[1], bool(low_rank[2]), low_rank[3]
+                if module == "lm_head" and base.tied:
+                    self._reject(f"changes lm_head, which {base.folder} ties to its embedding")
+                target, stem = base.find(f"{module}.weight", who), f"lora_{low_rank[2] or ''}"
+                other = key.replace(f"{stem}{side}", f"{stem}{'B' if side == 'A' else 'A'}")
+                if other not in keys:
+                    raise DataError(f"{folder} has {key} but not {other}", "save or train the adapter again")
+                if side == "A":
+                    self._pairs[target] = (key, other, embedding, module)
+            elif "lora_" in name:
+                self._reject(f"contains {key}, which is not plain LoRA")
+            elif name == "lm_head.weight" and name not in base:
+                self._replaced[name] = key
+            else:
+                self._replaced[base.find(name, who)] = key
         self.additions = [name for name in self._replaced if name not in base]
-        if not self._pairs and not self._replaced:
-            raise DataError(f"{path} contains no tensors", "train the adapter again")
         names = (*self._pairs, *self._replaced)
-        embeddings = [
-            name for name in names if re.search(r"(embed_tokens|wte|word_embeddings|embed_in)\.", name)
-        ]
-        if base.tied and embeddings:
-            self._reject(f"changes {embeddings[0]}, which {base.folder} ties to its output layer")
+        if not names:
+            raise DataError(f"{path} contains no tensors", "train the adapter again")
+        embedding_names = re.compile(r"(embed_tokens|wte|word_embeddings|embed_in)\.")
+        if base.tied and (changed := next(filter(embedding_names.search, names), None)):
+            self._reject(f"changes {changed}, which {base.folder} ties to its output layer")
 
     def _reject(self, reason: str) -> NoReturn:
         raise DataError(
@@ -189,104 +206,78 @@ class Adapter:
             "sclite export --run NEW --set student.model=FOLDER",
         )
 
-    def _assign(self, key: str, base: BaseWeights, keys: Sequence[str]) -> None:
-        """Assign an adapter tensor to its base tensor."""
-        name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        low_rank = re.fullmatch(r"(.+)\.lora_(embedding_)?([AB])(\.weight)?", name)
-        if low_rank:
-            module, embedding, side = low_rank[1], bool(low_rank[2]), low_rank[3]
-            if module == "lm_head" and base.tied:
-                self._reject(f"changes lm_head, which {base.folder} ties to its embedding")
-            target = base.find(f"{module}.weight", f"the adapter {self.folder}")
-            stem = f"lora_{low_rank[2] or ''}"
-            other = key.replace(f"{stem}{side}", f"{stem}{'B' if side == 'A' else 'A'}")
-            if other not in keys:
-                raise DataError(f"{self.folder} has {key} but not {other}", "save or train the adapter again")
-            if side == "A":
-                self._pairs[target] = (key, other, embedding, module)
-        elif "lora_" in name:
-            self._reject(f"contains {key}, which is not plain LoRA")
-        elif name == "lm_head.weight" and name not in base:
-            self._replaced[name] = key
-        else:
-            self._replaced[base.find(name, f"the adapter {self.folder}")] = key
-
-    def _scale(self, module: str, rank: int) -> float:
-        """alpha / r, or alpha / sqrt(r) if rank-stabilized (arXiv 2312.03732); `alpha_pattern` overrides alpha by module."""
-        alpha = self.settings.get("lora_alpha")
-        for pattern, value in (self.settings.get("alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                alpha = value
-                break
-        if not isinstance(alpha, (int, float)):
-            path = self.folder / "adapter_config.json"
-            raise DataError(f"{path}: lora_alpha is {alpha!r}", f"restore {path}, or train the adapter again")
-        return alpha / math.sqrt(rank) if self.settings.get("use_rslora") else alpha / rank
-
     def apply(self, name: str, weight: torch.Tensor | None, outtype: str) -> torch.Tensor:
-        """The tensor after the adapter; `weight` is None for one that the base ties to another."""
+        """The tensor after the adapter; `weight` is None for one that the base ties to another.
+
+        An update is scaled by alpha / r, or alpha / sqrt(r) if rank-stabilized (arXiv 2312.03732); `alpha_pattern` overrides
+        alpha by module.
+        """
         import torch
 
-        before = weight
+        found, delta, settings = weight, None, self.settings
         if name in self._replaced:  # for an embedding, peft saves both the layer and its update
             found = self._tensors.get_tensor(self._replaced[name])
-            self._check_shape(name, found, weight)
-            weight = found
         if name in self._pairs:
             key_a, key_b, embedding, module = self._pairs[name]
             a, b = (self._tensors.get_tensor(key).to(torch.float32) for key in (key_a, key_b))
+            patterns = (settings.get("alpha_pattern") or {}).items()
+            own = (value for pattern, value in patterns if re.match(rf"(.*\.)?({pattern})$", module))
+            alpha, rank = next(own, settings.get("lora_alpha")), a.shape[0]
+            if not isinstance(alpha, (int, float)):
+                path = self.folder / "adapter_config.json"
+                raise DataError(
+                    f"{path}: lora_alpha is {alpha!r}", f"restore {path}, or train the adapter again"
+                )
             delta = b @ a
-            delta = delta.T if embedding or self.settings.get("fan_in_fan_out") else delta
-            self._check_shape(name, delta, weight)
-            weight = weight.to(torch.float32) + self._scale(module, a.shape[0]) * delta
-        if weight is before:
-            return weight
-        return weight.to(torch.float32 if outtype == "f32" or weight.ndim == 1 else torch.float16)
+            delta = delta.T if embedding or settings.get("fan_in_fan_out") else delta
+            delta *= alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
+        for made in (found, delta):
+            if made is not None and weight is not None and made.shape != weight.shape:
+                raise DataError(
+                    f"{name} is {tuple(weight.shape)} in the base and {tuple(made.shape)} in {self.folder}",
+                    f"use the base model of the adapter: {settings.get('base_model_name_or_path')}",
+                )
+        assert found is not None
+        if delta is None and found is weight:
+            return found
+        if delta is not None:
+            found = found.to(torch.float32) + delta
+        return found.to(torch.float32 if outtype == "f32" or found.ndim == 1 else torch.float16)
 
-    def _check_shape(self, name: str, found: torch.Tensor, weight: torch.Tensor | None) -> None:
-        if weight is not None and found.shape != weight.shape:
-            raise DataError(
-                f"{name} is {tuple(weight.shape)} in the base and {tuple(found.shape)} in {self.folder}",
-                f"use the base model of the adapter: {self.settings.get('base_model_name_or_path')}",
-            )
 
+def _save_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Write tensors to files of about SHARD_BYTES, with the index that transformers reads."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
-class _Shards:
-    """Writes tensors to files of about SHARD_BYTES, with the index that transformers reads."""
+    shards: list[list[str]] = []
+    pending: dict[str, torch.Tensor] = {}
+    total = size = 0
 
-    def __init__(self, folder: Path):
-        self.folder, self._pending, self._bytes, self._total = folder, {}, 0, 0
-        self._names: list[list[str]] = []
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._bytes + size > SHARD_BYTES:
-            self._flush()
-        self._pending[name] = tensor.contiguous()
-        self._bytes += size
-        self._total += size
-
-    def _flush(self) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        path = self.folder / f"{len(self._names)}.safetensors"
+    def flush() -> None:
+        path = folder / f"{len(shards)}.safetensors"
         try:
-            save_file(self._pending, path, metadata={"format": "pt"})
+            save_file(pending, path, metadata={"format": "pt"})
         except SafetensorError as error:
             raise ScliteError(f"{path} cannot be written: {error}", "check the free disk space") from error
-        self._names.append(list(self._pending))
-        self._pending, self._bytes = {}, 0
+        shards.append(list(pending))
+        pending.clear()
 
-    def finish(self) -> None:
-        self._flush()
-        count = len(self._names)
-        places = {}
-        for number, names in enumerate(self._names):
-            file = f"model-{number + 1:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
-            (self.folder / f"{number}.safetensors").rename(self.folder / file)
-            places.update(dict.fromkeys(names, file))
-        if count > 1:
-            index = {"metadata": {"total_size": self._total}, "weight_map": places}
-            text = json.dumps(index, indent=2) + "\n"
-            (self.folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    for name, tensor in tensors:
+        if pending and size + tensor.nbytes > SHARD_BYTES:
+            flush()
+            size = 0
+        pending[name] = tensor.contiguous()
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    flush()
+    places = {}
+    for number, names in enumerate(shards):
+        file = "model.safetensors"
+        if len(shards) > 1:
+            file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"{number}.safetensors").rename(folder / file)
+        places.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        text = json.dumps(index, indent=2) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")

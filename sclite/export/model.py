@@ -38,7 +38,7 @@ from sclite.student.tokenization import piece_ids, prompt_ids, prompt_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ADAPTERS = {"base": None, "sft": "sft/adapter", "dpo": "dpo/adapter"}
+ADAPTERS = {"base": "", "sft": "sft/adapter", "dpo": "dpo/adapter"}
 UNFINISHED = "export/unfinished"
 """Where files stay until they have passed their checks. chat, eval and export only look in export/ itself."""
 HELD_OUT = 8

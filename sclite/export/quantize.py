@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sclite.errors import DataError, ScliteError, UsageError
 from sclite.student.llama_cpp.engine import last_errors, llama
@@ -40,10 +40,9 @@ def quantization_type(name: str) -> int:
 
 def estimate_bytes(parameters: int, name: str) -> int:
     """About the size of a GGUF of this quantization type."""
-    bits = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5}.get(name)
-    if bits is None:  # some tensors of each type have more bits
-        bits = int(re.search(r"\d", name)[0]) + 0.9
-    return int(parameters * bits / 8)
+    bits = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5}
+    digits = re.sub(r"\D", "", name)  # some tensors of each type have more bits than its name says
+    return int(parameters * bits.get(name, int(digits[:1] or 8) + 0.9) / 8)
 
 
 def wants_importance(name: str) -> bool:
@@ -98,7 +97,7 @@ def quantize(
     return len(odd), ", ".join(sorted({GGMLQuantizationType(t.tensor_type).name.lower() for t in odd}))
 
 
-Tensor = type(
+Tensor: Any = type(
     "Tensor",
     (ctypes.Structure,),
     {
@@ -128,12 +127,17 @@ def measure_importance(gguf: Path, sequences: Sequence[Sequence[int]]) -> dict[s
     """
     import numpy as np
 
-    api, sums, counts = llama(), {}, {}
+    api = llama()
+    sums: dict[str, Any] = {}
+    counts: dict[str, int] = {}
 
     def see(address: int, ask: bool, _) -> bool:
-        weight, values = (Tensor.from_address(a) if a else None for a in Tensor.from_address(address).src[:2])
+        sources = Tensor.from_address(address).src
+        if not sources[0] or not sources[1]:
+            return not ask
+        weight, values = Tensor.from_address(sources[0]), Tensor.from_address(sources[1])
         # an embedding has its weight first too, but its values are integers
-        product = bool(weight and values and weight.name.endswith(b".weight") and values.type == 0)
+        product = weight.name.endswith(b".weight") and values.type == 0
         if ask or not product:
             return product or not ask
         name = weight.name.decode()

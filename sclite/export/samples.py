@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from sclite import prompts
 from sclite.config import Config
@@ -12,6 +12,7 @@ from sclite.run import Run
 from sclite.student.base import Messages
 from sclite.trace import Step, Trace, all_pieces, parse
 
+T = TypeVar("T")
 ROWS = 100
 """Rows of each file of the run."""
 QUESTION = "Anna has 12 nuts and buys 3 more. How many has she?"
@@ -69,23 +70,24 @@ class Sample(NamedTuple):
 def read_samples(config: Config, run: Run) -> list[Sample]:
     """Solutions and reviews of the run, spread over its files, after one of each that every run has."""
 
-    def spread(name: str, model: type) -> list:
-        rows = run.read(name, model)
+    def spread(rows: list[T]) -> list[T]:
         return rows[:: max(1, -(-len(rows) // ROWS))]
 
     def samples() -> Iterator[tuple[Messages, Trace]]:
         folder = config.prompts.folder
         yield prompts.solve_messages(QUESTION, folder), TRACE
         yield prompts.review_messages(QUESTION, "".join(all_pieces(TRACE)), folder), TRACE
-        for row in spread("templates.jsonl", Template):
+        for row in spread(run.read("templates.jsonl", Template)):
             yield prompts.solve_messages(row.question, folder), parse(row.trace).trace
         questions = {row.id: row.question for row in run.read("problems.jsonl", Problem)}
         attempts = {(row.id, row.sample): row.trace for row in run.read("attempts.jsonl", Attempt)}
-        for row in spread("attempts.jsonl", Attempt):
-            if row.id in questions:
-                yield prompts.solve_messages(questions[row.id], folder), parse(row.trace).trace
-        for row in spread("reviews.jsonl", Review):
-            if row.id in questions and (attempt := attempts.get((row.id, row.sample))):
-                yield prompts.review_messages(questions[row.id], attempt, folder), parse(row.trace).trace
+        for attempt in spread(run.read("attempts.jsonl", Attempt)):
+            if attempt.id in questions:
+                yield prompts.solve_messages(questions[attempt.id], folder), parse(attempt.trace).trace
+        for review in spread(run.read("reviews.jsonl", Review)):
+            reviewed = attempts.get((review.id, review.sample))
+            if review.id in questions and reviewed:
+                chat = prompts.review_messages(questions[review.id], reviewed, folder)
+                yield chat, parse(review.trace).trace
 
     return [Sample(chat, all_pieces(trace)) for chat, trace in samples()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def open_tensors(path: Path, hint: str = "download or save it again") -> safe_open:
+    """Open a safetensors file. Raises DataError with `hint` if it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise DataError(f"{path} is damaged: {error}", hint) from error
+
+
 class Tensors:
     """The tensors in a folder's safetensors files, sharded or not, by name. Each is read when it is accessed."""
 
@@ -42,23 +53,13 @@ class Tensors:
             if missing:
                 raise DataError(f"{', '.join(missing)} missing in {folder}", "download the model again")
         elif single.is_file():
-            with self.open(single) as weights:
+            with open_tensors(single) as weights:
                 self._file = dict.fromkeys(weights.keys(), single)
         else:
             raise DataError(
                 f"{folder} has no model.safetensors",
                 "load the model with transformers and call save_pretrained(), which writes safetensors",
             )
-
-    @staticmethod
-    def open(path: Path, hint: str = "download or save it again") -> safe_open:
-        """Open a safetensors file. Raises DataError with `hint` if it is damaged."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            return safe_open(path, framework="pt")
-        except SafetensorError as error:
-            raise DataError(f"{path} is damaged: {error}", hint) from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file)
@@ -68,10 +69,10 @@ class Tensors:
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """The tensor on the CPU, in its stored type."""
-        with self.open(self._file[name]) as weights:
+        with open_tensors(self._file[name]) as weights:
             return weights.get_tensor(name)
 
-    def shape(self, name: str) -> list[int]:
-        """The shape of a tensor, without reading the tensor."""
-        with self.open(self._file[name]) as weights:
-            return weights.get_slice(name).get_shape()
+    def size(self, name: str) -> int:
+        """The number of values of a tensor, without reading them."""
+        with open_tensors(self._file[name]) as weights:
+            return math.prod(weights.get_slice(name).get_shape())
