@@ -17,7 +17,7 @@ from sclite.settings import load
 from sclite.student.tokenization import piece_ids, prompt_ids
 from sclite.trace import CAUSE, Step, Trace, render, step_pieces
 from tests.replay import TeacherServer, say
-from tests.tiny import tiny_gguf, tiny_llama
+from tests.toy import tiny_gguf, tiny_llama
 
 STEPS = ("I look at both numbers.", "It is 90.")
 OWN = "Hm.</Cause>\n<Correction>It is 80.</Correction>"

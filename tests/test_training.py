@@ -14,8 +14,7 @@ from sclite.run import Run
 from sclite.student.loader import load_tokenizer
 from sclite.train import sft, stage
 from sclite.train.metrics_logger import read_metrics
-from tests.tiny import tiny_llama
-from tests.train.test_sft import config_of, write_toy
+from tests.toy import pay, tiny_llama, toy_config, write_toy
 
 
 class Recorder(ProgressDisplay):
@@ -45,7 +44,7 @@ def train_sft(context: Context):
 def world_of(folder, path, isolated=False, **settings) -> Context:
     run = Run(path)
     write_toy(run, 12)
-    config = config_of(folder, **settings).model_copy(update={"run": str(path)})
+    config = toy_config(folder, **settings).model_copy(update={"run": str(path)})
     return Context(config, run, Recorder(), isolated=isolated)
 
 
@@ -169,7 +168,7 @@ def test_attempts_that_do_not_fit_at_once_are_sampled_in_halves(folder, monkeypa
     from sclite.student.hf_model import HFModel
     from sclite.student.loader import load_student
 
-    config = config_of(folder)
+    config = toy_config(folder)
     model, tokenizer = load_student(config, "sft")
     sizes, real = [], model.generate
 
@@ -282,10 +281,8 @@ TEACHER = {"model": "openai/teacher", "api_base": "http://127.0.0.1:9/v1"}
 
 
 def test_train_says_in_one_line_what_the_corrections_will_cost(folder, tmp_path, monkeypatch, capsys):
-    from tests.train.test_plan import paid
-
     context = world_of(folder, tmp_path, teacher={**TEACHER, "max_cost": 0.5}, attempts={"samples": 2})
-    paid(context.run, "templates", *[0.02] * 12)
+    pay(context.run, "templates", *[0.02] * 12)
     said = told_before_sft(context, monkeypatch, capsys)
     line = (
         "corrections after SFT: at most 10 by openai/teacher, about $0.20"  # five problems, two samples each
@@ -296,10 +293,8 @@ def test_train_says_in_one_line_what_the_corrections_will_cost(folder, tmp_path,
 def test_a_limit_that_the_corrections_would_reach_is_told_with_their_cost(
     folder, tmp_path, monkeypatch, capsys
 ):
-    from tests.train.test_plan import paid
-
     context = world_of(folder, tmp_path, teacher={**TEACHER, "max_cost": 0.4}, attempts={"samples": 2})
-    paid(context.run, "templates", *[0.02] * 12)
+    pay(context.run, "templates", *[0.02] * 12)
     said = told_before_sft(context, monkeypatch, capsys)
     assert said.endswith("about $0.20; teacher.max_cost is $0.4, $0.24 is spent\n")
 

@@ -21,7 +21,7 @@ from sclite.errors import DataError, UsageError
 from sclite.trace import Step, Trace, render
 from tests.chat.scripted import CORRECTING, PLAIN, WRONG, Scripted
 from tests.replay import TeacherServer, say
-from tests.tiny import tiny_gguf, tiny_llama
+from tests.toy import tiny_gguf, tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
 

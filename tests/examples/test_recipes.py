@@ -16,8 +16,7 @@ from sclite.export.datasets import FOLDER, export_data
 from sclite.records import Pair, Problem
 from sclite.student.loader import load_tokenizer
 from sclite.train.bundle import build_bundles
-from tests.export.test_datasets import config_of, make_run
-from tests.tiny import CHATML, tiny_llama
+from tests.toy import CHATML, export_config, make_run, tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
 TRL, AXOLOTL = ROOT / "examples/trl-multi-gpu", ROOT / "examples/axolotl"
@@ -40,7 +39,7 @@ def exported(tmp_path_factory):
     student = tiny_llama(tmp_path_factory.mktemp("student"))
     (student / "chat_template.jinja").write_text(GENERATION)
     run = make_run(tmp_path_factory.mktemp("work") / "runs/default")
-    export_data(config_of(student), run)
+    export_data(export_config(student), run)
     return student, run
 
 

@@ -16,7 +16,7 @@ import pytest
 from sclite.errors import DataError
 from sclite.export.chat_format import CHATS, derive_format, write_format
 from sclite.student.chat_template import render_chat
-from tests.tiny import CHATML, sample_texts, write_tokenizer
+from tests.toy import CHATML, sample_texts, write_tokenizer
 
 FIXTURE = Path(__file__).with_name("chat_templates.json.xz")
 REAL = json.loads(lzma.decompress(FIXTURE.read_bytes()))

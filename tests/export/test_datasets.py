@@ -10,15 +10,12 @@ from sclite.config import Config
 from sclite.errors import DataError
 from sclite.export.cards import source_name
 from sclite.export.datasets import FOLDER, export_data
-from sclite.records import Attempt, Drop, Pair, Problem, Review, Template
-from sclite.run import Report, Run
+from sclite.records import Attempt, Pair, Problem, Review, Template
+from sclite.run import Run
 from sclite.student.loader import load_tokenizer
 from sclite.student.tokenization import end_id, prompt_text
-from sclite.teacher.ledger import Entry, Ledger
 from sclite.trace import CAUSE, parse, render
-from tests.tiny import tiny_llama
-from tests.train.test_dpo import write_pairs
-from tests.train.test_sft import write_toy
+from tests.toy import export_config, make_run, tiny_llama
 
 STEP_DPO = "dataset prompt initial_reason_steps chosen rejected full_chosen full_rejected answer".split()  # noqa: SIM905
 KINDS = {"templates": Template, "reviews": Review, "pairs": Pair}
@@ -30,36 +27,11 @@ def student(tmp_path_factory):
     return tiny_llama(tmp_path_factory.mktemp("student"))
 
 
-def make_run(folder) -> Run:
-    """A run with templates, attempts, reviews, pairs, drops with two reasons and two paid replies."""
-    run = Run(folder)
-    write_toy(run)
-    write_pairs(run)
-    drops = [Drop(stage="templates", id=str(i), reason="wrong_answer") for i in range(3)]
-    run.append("dropped.jsonl", [*drops, Drop(stage="pairs", id="p1", reason="both_sides_alike")])
-    run.sign("templates", {"prompts": "0123456789abcdef"}, Report("templates"))
-    with Ledger(run.path("ledger.sqlite")) as ledger:
-        ledger.sent("a", "templates", "openai/large")
-        ledger.put("a", Entry("text", "stop", 100, 40, 0.25, 1.0))
-        ledger.sent("b", "templates", "openai/large")
-        ledger.put("b", Entry("text", "stop", 10, 4, None, 1.0))
-    return run
-
-
-def config_of(student, **sections) -> Config:
-    tree = {
-        "student": {"model": str(student)},
-        "teacher": {"model": "openai/large", "api_base": "http://10.0.0.7:8000/v1"},
-        "problems": {"source": "/home/somebody/sums.jsonl"},
-    }
-    return Config.model_validate({**tree, **sections})
-
-
 @pytest.fixture(scope="module")
 def exported(student, tmp_path_factory):
     """The config, run and report of an export."""
     run = make_run(tmp_path_factory.mktemp("run"))
-    config = config_of(student)
+    config = export_config(student)
     return config, run, export_data(config, run)
 
 
@@ -117,7 +89,7 @@ def test_custom_prompts_are_exported(student, tmp_path):
     run, own = make_run(tmp_path / "run"), tmp_path / "own"
     own.mkdir()
     (own / "student_solve.txt").write_text("Do this sum: {{ question }}")
-    export_data(config_of(student, prompts={"folder": str(own)}), run)
+    export_data(export_config(student, prompts={"folder": str(own)}), run)
     assert rows_of(run, "templates")[0]["messages"][1]["content"].startswith("Do this sum: Anna")
 
 
@@ -153,7 +125,7 @@ def test_full_sides_continue_to_the_end_if_known(exported):
 def test_same_run_gives_the_same_bytes(exported, student, tmp_path):
     _, run, _ = exported
     again = make_run(tmp_path / "again")
-    export_data(config_of(student), again)
+    export_data(export_config(student), again)
     names = sorted(path.name for path in run.path(FOLDER).iterdir())
     rows = ["pairs.jsonl", "reviews.jsonl", "step_dpo.jsonl", "templates.jsonl"]
     assert names == ["README.md", "dataset_info.json", *rows]
@@ -174,9 +146,9 @@ def test_datasets_loads_each_file_by_path_and_by_configuration(exported, tmp_pat
 
 def test_run_without_pairs_needs_no_student_and_removes_old_pairs(student, tmp_path):
     run = make_run(tmp_path / "run")
-    export_data(config_of(student), run)
+    export_data(export_config(student), run)
     run.replace("pairs.jsonl", [])
-    report = export_data(config_of(""), run)
+    report = export_data(export_config(""), run)
     assert report.counts["pairs"] == report.counts["step_dpo"] == 0
     assert not run.path(f"{FOLDER}/pairs.jsonl").exists()
     assert not run.path(f"{FOLDER}/step_dpo.jsonl").exists()
@@ -186,7 +158,7 @@ def test_run_without_pairs_needs_no_student_and_removes_old_pairs(student, tmp_p
 
 def test_empty_run_suggests_build_data(student, tmp_path):
     with pytest.raises(DataError, match="no templates or pairs") as caught:
-        export_data(config_of(student), Run(tmp_path / "run"))
+        export_data(export_config(student), Run(tmp_path / "run"))
     assert "sclite build-data" in caught.value.hint
 
 
@@ -195,14 +167,14 @@ def test_pair_without_its_problem_is_an_error(student, tmp_path):
     run.replace("reviews.jsonl", [])
     run.replace("problems.jsonl", [p for p in run.read("problems.jsonl", Problem) if p.id != "p1"])
     with pytest.raises(DataError, match=r"problems.jsonl has no problem p1, required by pair p1/0"):
-        export_data(config_of(student), run)
+        export_data(export_config(student), run)
 
 
 def test_review_without_its_attempt_is_an_error(student, tmp_path):
     run = make_run(tmp_path / "run")
     run.replace("attempts.jsonl", run.read("attempts.jsonl", Attempt)[1:])
     with pytest.raises(DataError, match=r"p0/0: no such row in attempts.jsonl"):
-        export_data(config_of(student), run)
+        export_data(export_config(student), run)
 
 
 # -- dataset card --------------------------------------------------------------------------------------------------
@@ -229,7 +201,7 @@ def test_card_lists_source_models_prompts_counts_drops_and_cost(exported):
 
 
 def test_card_names_the_model_behind_the_attempts(tmp_path, student):
-    other = config_of(student, attempts={"student": "openai/small", "api_base": "http://here/v1"})
+    other = export_config(student, attempts={"student": "openai/small", "api_base": "http://here/v1"})
     export_data(other, run := make_run(tmp_path / "run"))
     card = read_card(run)
     assert "the corrected attempts are by openai/small" in card
@@ -257,13 +229,13 @@ def test_card_shows_no_folders_and_no_addresses(exported, student):
 def test_card_shows_the_whole_hub_id_but_only_the_last_part_of_a_path(student, tmp_path, source, shown):
     run = make_run(tmp_path / "run")
     run.replace("pairs.jsonl", [])
-    export_data(config_of(student, problems={"source": source, "subset": "main"}), run)
+    export_data(export_config(student, problems={"source": source, "subset": "main"}), run)
     assert f"- Problems: {shown}\n" in read_card(run)
 
 
 def test_card_names_the_source_of_imported_attempts(student, tmp_path):
     run = make_run(tmp_path / "run")
-    export_data(config_of(student, attempts={"source": "/home/somebody/wrong.jsonl"}), run)
+    export_data(export_config(student, attempts={"source": "/home/somebody/wrong.jsonl"}), run)
     card = read_card(run)
     assert "the corrected attempts were imported from wrong.jsonl" in card
 

@@ -16,7 +16,7 @@ from sclite.export.quantize import quantization_types, quantize
 from sclite.export.samples import TRICKY, Sample
 from sclite.student.base import Request
 from sclite.student.llama_cpp.engine import Engine
-from tests.tiny import sample_texts, tiny_gguf, tiny_llama
+from tests.toy import sample_texts, tiny_gguf, tiny_llama
 
 CHAT = (
     {"role": "system", "content": "Solve in steps."},

@@ -7,7 +7,7 @@ import pytest
 
 from sclite.errors import DataError
 from sclite.export.merge import merge
-from tests.tiny import tiny_llama
+from tests.toy import tiny_llama
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from sclite.run import Report, Run
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.llama_cpp.probe import check_gguf
 from sclite.student.origin import record_origin
-from tests.tiny import sample_texts, tiny_llama
+from tests.toy import sample_texts, tiny_llama
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

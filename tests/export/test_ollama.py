@@ -8,7 +8,7 @@ from sclite.errors import DataError, ScliteError, UsageError
 from sclite.export.chat_format import derive_format
 from sclite.export.ollama import build_modelfile, create_model
 from sclite.student.chat_template import render_chat
-from tests.tiny import CHATML
+from tests.toy import CHATML
 
 
 def test_modelfile_has_template_system_prompt_stops_and_context():

@@ -16,7 +16,7 @@ from sclite.student.loader import load_student, load_tokenizer
 from sclite.student.tokenization import prompt_ids
 from sclite.train.stage import save_adapter
 from tests.smollm2 import smollm2
-from tests.tiny import sample_texts
+from tests.toy import sample_texts
 
 pytestmark = pytest.mark.slow
 STEPS, TOKENS = 30, 80

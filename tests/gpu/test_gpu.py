@@ -15,8 +15,7 @@ from sclite.train.metrics_logger import read_metrics
 from tests.benchmarks.bench_train import run_session
 from tests.benchmarks.train_sides import peak
 from tests.gpu.paths import config_of, figures
-from tests.train.test_dpo import write_pairs
-from tests.train.test_sft import write_toy
+from tests.toy import write_pairs, write_toy
 
 pytestmark = pytest.mark.gpu
 

@@ -8,8 +8,7 @@ from sclite.inspect.labels import Labels
 from sclite.records import Review, Template
 from sclite.run import Run
 from sclite.trace import parse, render
-from tests.tiny import tiny_llama
-from tests.train.test_sft import config_of, toy_problems, toy_trace, write_toy
+from tests.toy import tiny_llama, toy_config, toy_problems, toy_trace, write_toy
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +16,7 @@ def context(tmp_path_factory):
     """(configuration, run) of a toy run and its tiny student."""
     run = Run(tmp_path_factory.mktemp("run"))
     write_toy(run)
-    return config_of(tiny_llama(tmp_path_factory.mktemp("student")), warmup={"decision_weight": 8.0}), run
+    return toy_config(tiny_llama(tmp_path_factory.mktemp("student")), warmup={"decision_weight": 8.0}), run
 
 
 def weighted_text(found: list[dict], weighted=bool) -> str:

@@ -17,6 +17,7 @@ from sclite.run import Report, Run
 from sclite.settings import load
 from sclite.teacher.ledger import Entry, Ledger
 from sclite.train.stage import training_inputs
+from tests.toy import pay
 
 TRACE = "<Step1>x\n</Step1>\n<Answer>1</Answer>"
 PROBLEMS = [Problem(id=f"p{n}", question=f"{n}?", answer="1") for n in range(8)]
@@ -41,13 +42,6 @@ def states(run: Run, *more: str) -> dict[str, str]:
     return {name: stage["state"] for name, stage in read(run, *more)["stages"].items()}
 
 
-def paid(run: Run, *entries: tuple[str, float | None]) -> None:
-    with Ledger(run.path("ledger.sqlite")) as ledger:
-        for number, (stage, cost) in enumerate(entries):
-            ledger.sent(f"{stage} {number}", stage, "m")
-            ledger.put(f"{stage} {number}", Entry("text", "stop", 100, 20, cost, 1.0))
-
-
 def template(row: Problem) -> Template:
     return Template(id=row.id, question=row.question, answer=row.answer, trace=TRACE)
 
@@ -60,7 +54,7 @@ def built(run) -> Run:
     run.write_json("templates.begun.json", {})
     run.replace("templates.jsonl", map(template, PROBLEMS[:7]))
     run.replace_drops(["templates"], [Drop(stage="templates", id="p7", reason="no_steps")])
-    paid(run, ("templates", 0.25), ("templates", None))
+    pay(run, "templates", 0.25, None)
     report = Report("templates", {"problems": 8, "templates": 7}, {"no_steps": 1}, 2.5, 0.25)
     run.sign("templates", templates.templates_inputs(made, [*SIDES[0], *SIDES[1]]), report)
     return run
@@ -161,7 +155,7 @@ def test_an_unfinished_file_is_half_way(run):
 def test_replies_without_rows_are_half_way(trained):
     trained.path("done/corrections.json").unlink()
     trained.path("reviews.jsonl").unlink()
-    paid(trained, ("templates", 0.25), ("corrections", 0.5))
+    pay(trained, "corrections", 0.5)
     stage = read(trained)["stages"]["corrections"]
     assert (stage["state"], stage["why"], stage["cost_usd"]) == ("half_way", ["1 replies in the ledger"], 0.5)
 

@@ -11,8 +11,7 @@ from sclite.errors import DataError, UsageError
 from sclite.student.adapters import load_adapter, lora_targets, meta_model
 from sclite.student.loader import load_student
 from sclite.train.sft import train_sft
-from tests.tiny import sample_texts, tiny_llama, write_tokenizer
-from tests.train.test_sft import config_of, write_toy
+from tests.toy import sample_texts, tiny_llama, toy_config, write_tokenizer, write_toy
 
 SMALL = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -85,7 +84,7 @@ def test_every_family_trains_every_target(run, tmp_path, name):
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(kind_of(name)).save_pretrained(folder)
     write_toy(run)
-    report = train_sft(config_of(folder, sft={"num_train_epochs": 2}), run)
+    report = train_sft(toy_config(folder, sft={"num_train_epochs": 2}), run)
     assert sorted(report.figures["lora"]) == sorted(FAMILIES[name][1])
     weights = load_file(run.path("sft/adapter/adapter_model.safetensors"))
     moved = {key.split(".")[-3] for key, value in weights.items() if ".lora_B." in key and value.any()}
@@ -93,7 +92,7 @@ def test_every_family_trains_every_target(run, tmp_path, name):
 
 
 def test_unknown_target_is_rejected_before_loading_weights(tmp_path):
-    config = config_of(tiny_llama(tmp_path / "student"), lora={"target_modules": ["q_proj", "v_porj"]})
+    config = toy_config(tiny_llama(tmp_path / "student"), lora={"target_modules": ["q_proj", "v_porj"]})
     (tmp_path / "student/model.safetensors").unlink()
     said = r"lora\.target_modules: llama has no linear layer named v_porj$"
     with pytest.raises(UsageError, match=said) as error:
@@ -105,7 +104,7 @@ def test_unknown_target_is_rejected_before_loading_weights(tmp_path):
 
 
 def test_adapter_of_another_shape_is_rejected(tmp_path):
-    model, _ = load_student(config_of(tiny_llama(tmp_path / "student")), "sft", train=True)
+    model, _ = load_student(toy_config(tiny_llama(tmp_path / "student")), "sft", train=True)
     model.save_pretrained(tmp_path / "whole")
     load_adapter(model, tmp_path / "whole")
     whole = load_file(tmp_path / "whole/adapter_model.safetensors")
@@ -120,7 +119,7 @@ def test_adapter_of_another_shape_is_rejected(tmp_path):
 
 @pytest.mark.parametrize("damage", ["cut", "header", "config", "missing"])
 def test_damaged_adapter_is_named_before_loading_weights(tmp_path, damage):
-    config = config_of(tiny_llama(tmp_path / "student"))
+    config = toy_config(tiny_llama(tmp_path / "student"))
     (tmp_path / "student/model.safetensors").unlink()
     adapter = tmp_path / "adapter"
     adapter.mkdir()

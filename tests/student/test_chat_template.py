@@ -9,7 +9,7 @@ import pytest
 from sclite.errors import DataError
 from sclite.student import chat_template
 from sclite.student.chat_template import opens_thinking, render_chat
-from tests.tiny import CHATML
+from tests.toy import CHATML
 
 USER = ({"role": "user", "content": "2 + 2?"},)
 CHAT = ({"role": "system", "content": "Be brief."}, *USER)

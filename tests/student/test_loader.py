@@ -11,8 +11,7 @@ from transformers import AutoTokenizer
 from sclite.config import Sft
 from sclite.errors import DataError
 from sclite.student.loader import is_padding_free, load_student, select_gpu
-from tests.tiny import tiny_llama
-from tests.train.test_sft import config_of
+from tests.toy import tiny_llama, toy_config
 
 
 def shaped(*kinds):
@@ -43,7 +42,7 @@ def test_default_is_the_first_visible_gpu(monkeypatch, before, after):
 
 def test_cudnn_attention_is_disabled(tmp_path):
     torch.backends.cuda.enable_cudnn_sdp(True)
-    load_student(config_of(tiny_llama(tmp_path / "student")), "sft")
+    load_student(toy_config(tiny_llama(tmp_path / "student")), "sft")
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.backends.cuda.flash_sdp_enabled()
 
@@ -52,7 +51,7 @@ def changed_tokenizer(folder, change):
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama(folder))
     change(tokenizer)
     tokenizer.save_pretrained(folder)
-    return config_of(folder)
+    return toy_config(folder)
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -91,6 +90,6 @@ def test_code_in_a_model_folder_never_runs(tmp_path):
         settings |= {"model_type": "own"} if file == "config.json" else {"tokenizer_class": "Own"}
         (folder / file).write_text(json.dumps(settings))
     with pytest.raises(DataError, match="cannot be loaded") as error:
-        load_student(config_of(folder), "sft")
+        load_student(toy_config(folder), "sft")
     assert error.value.hint
     assert not ran.exists()

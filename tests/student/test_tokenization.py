@@ -19,7 +19,7 @@ from sclite.student.tokenization import (
     prompt_text,
 )
 from sclite.trace import CAUSE, Step, Trace, all_pieces, open_piece, render, step_pieces
-from tests.tiny import CHATML, sample_texts, write_tokenizer
+from tests.toy import CHATML, sample_texts, write_tokenizer
 
 SOLVE = prompts.solve_messages("Anna has 3 apples and buys 4. How many?")
 TRACE = Trace((Step("3 + 4 = 7", "Count."), Step("7 + 0 = 7")), "Add.", "7")

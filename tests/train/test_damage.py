@@ -11,10 +11,7 @@ from sclite.train.dpo import train_dpo
 from sclite.train.metrics_logger import read_metrics
 from sclite.train.sft import train_sft
 from sclite.train.warmup import train_warmup
-from tests.tiny import tiny_llama
-from tests.train.test_dpo import write_pairs
-from tests.train.test_resume import LONG, adapter, part_of
-from tests.train.test_sft import config_of, metrics, write_toy
+from tests.toy import LONG, adapter, metrics_of, part_of, tiny_llama, toy_config, write_pairs, write_toy
 
 FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth")
 
@@ -29,7 +26,7 @@ def whole(tmp_path_factory):
     folder, run = tiny_llama(tmp_path_factory.mktemp("student")), Run(tmp_path_factory.mktemp("run"))
     write_toy(run)
     short = {**LONG, "num_train_epochs": 4}
-    config = config_of(
+    config = toy_config(
         folder, sft=short, warmup={**short, "num_train_epochs": 1}, dpo={**short, "learning_rate": 1e-3}
     )
     train_sft(config, run)
@@ -83,7 +80,7 @@ def test_training_resumes_from_the_checkpoint_before_a_damaged_one(whole, tmp_pa
     harm(checkpoints.folder / "checkpoint-4" / name)
     train_sft(config, run, progress=lambda *_, warning="", **__: said.append(warning))
     assert f"checkpoint-4 ({name} is damaged); training resumes from step 3" in said[0]
-    assert [row["step"] for row in metrics(run, "sft", "sft")] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in metrics_of(run, "sft")] == [1, 2, 3, 4, 5, 6]
     assert same_weights(run, unbroken, "sft")
 
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 
 from sclite import prompts
-from sclite.data.pairs import content_pair, continuation, decision_pairs
 from sclite.errors import DataError
 from sclite.records import Attempt, Pair, Problem, Review, Template
 from sclite.run import Run
@@ -21,23 +20,9 @@ from sclite.train.dpo import train_dpo, with_replay
 from sclite.train.losses import DpoLoss, pair_log_probs, reference_log_probs
 from sclite.train.sft import solve_rows, train_sft
 from sclite.train.warmup import train_warmup
-from tests.tiny import first_token_odds, tiny_llama
-from tests.train.test_sft import config_of, metrics, write_toy
+from tests.toy import first_token_odds, metrics_of, tiny_llama, toy_config, write_pairs, write_toy
 
 SHORT = {"batch_size": 4, "per_device_train_batch_size": 2}
-
-
-def write_pairs(run: Run) -> None:
-    """The pairs of the toy reviews; the student's own corrections are made up."""
-    attempts = {a.id: a for a in run.read("attempts.jsonl", Attempt)}
-    pairs: list[Pair] = []
-    for review in run.read("reviews.jsonl", Review):
-        work = parse(attempts[review.id].trace).trace
-        pairs += decision_pairs(review, work)
-        if review.step is not None:
-            own = review.model_copy(update={"cause": "I do not know.", "correction": work.steps[0].text})
-            pairs.append(content_pair(review, work, [(continuation(own), False)]))
-    run.replace("pairs.jsonl", pairs)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +31,7 @@ def started(tmp_path_factory):
     folder = tiny_llama(tmp_path_factory.mktemp("student"))
     run = Run(tmp_path_factory.mktemp("run"))
     write_toy(run)
-    config = config_of(
+    config = toy_config(
         folder, sft={"num_train_epochs": 2}, warmup={**SHORT, "num_train_epochs": 1}, dpo=SHORT
     )
     train_sft(config, run)
@@ -72,7 +57,7 @@ def bundles_of(config, run, tokenizer):
 
 def test_dpo_starts_at_ln_2_with_zero_margins(preferred):
     _, run, _ = preferred
-    first = metrics(run, "dpo", "dpo")[0]
+    first = metrics_of(run, "dpo")[0]
     assert first["step"] == 1
     assert first["dpo_loss"] == pytest.approx(math.log(2), abs=1e-3)
     assert first["margin"] == pytest.approx(0, abs=1e-3)
@@ -131,7 +116,7 @@ def test_the_saved_adapter_has_no_copy_named_ref(preferred):
 
 def test_dpo_learns_the_toy_pairs(preferred):
     _, run, report = preferred
-    rows = metrics(run, "dpo", "dpo")
+    rows = metrics_of(run, "dpo")
     assert [row["step"] for row in rows] == list(range(1, report.counts["steps"] + 1))
     assert rows[-1]["dpo_loss"] < rows[0]["dpo_loss"] - 0.05
     assert rows[-1]["margin"] > 0.05

@@ -14,7 +14,7 @@ from sclite.train.memory import (
     read_architecture,
     suggest_setting,
 )
-from tests.train.test_sft import config_of
+from tests.toy import toy_config
 
 
 @pytest.mark.parametrize(
@@ -25,23 +25,23 @@ def test_the_micro_batch_divides_the_batch_size(batch, most, expected):
 
 
 def test_a_configured_micro_batch_is_lowered_to_a_divisor():
-    chosen = config_of("embedded", sft={"batch_size": 6, "per_device_train_batch_size": 4})
+    chosen = toy_config("embedded", sft={"batch_size": 6, "per_device_train_batch_size": 4})
     assert choose_micro_batch(chosen, "sft") == 3
 
 
 def test_if_memory_cannot_be_estimated_the_micro_batch_is_one(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe", "num_experts": 8}')
     monkeypatch.setattr(memory, "free_bytes", lambda: 24_000_000_000)
-    chosen = config_of(tmp_path, sft={"per_device_train_batch_size": None, "batch_size": 8})
+    chosen = toy_config(tmp_path, sft={"per_device_train_batch_size": None, "batch_size": 8})
     assert choose_micro_batch(chosen, "sft") == 1
     assert suggest_setting(chosen, "sft") == ""
 
 
 def test_after_running_out_of_memory_half_the_length_is_suggested(monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda: 24_000_000_000)
-    assert "try max_length 512" in suggest_setting(config_of("embedded"), "sft")
+    assert "try max_length 512" in suggest_setting(toy_config("embedded"), "sft")
     monkeypatch.setattr(memory, "free_bytes", lambda: 1_000_000)
-    assert "nothing fits" in suggest_setting(config_of("embedded"), "sft")
+    assert "nothing fits" in suggest_setting(toy_config("embedded"), "sft")
 
 
 SMOLLM2 = {
@@ -63,13 +63,13 @@ def test_on_a_cpu_rows_are_few_enough_for_four_gigabytes_and_for_the_ram(
     monkeypatch.setattr(memory, "free_bytes", lambda: None)
     monkeypatch.setattr(memory, "available_ram", lambda: ram)
     settings = {"per_device_train_batch_size": None, "batch_size": 16, "max_length": max_length}
-    assert choose_micro_batch(config_of(tmp_path, sft=settings), "sft") == expected
+    assert choose_micro_batch(toy_config(tmp_path, sft=settings), "sft") == expected
 
 
 def test_the_activations_on_a_cpu_are_what_autograd_saves(tmp_path):
     """1,391,536 bytes per token were counted for SmolLM2-135M with rank 32, the attention mask of 607 tokens included."""
     (tmp_path / "config.json").write_text(json.dumps(SMOLLM2))
-    model = read_architecture(config_of(tmp_path).student)
+    model = read_architecture(toy_config(tmp_path).student)
     found = estimate_on_cpu(model, Setting("sft", 2, 607, 32, backend="plain")).parts["activations"]
     mask = 30 * 4 * 607
     assert found / HEAP / (2 * 607) + mask == pytest.approx(1_391_536, rel=0.01)

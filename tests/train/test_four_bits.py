@@ -12,8 +12,7 @@ from sclite.train.checkpoints import Checkpoints
 from sclite.train.sft import solve_rows, supervised_lesson
 from sclite.train.trainer import train_adapter
 from tests.gpu.models import random_model
-from tests.tiny import tiny_llama
-from tests.train.test_sft import config_of, write_toy
+from tests.toy import tiny_llama, toy_config, write_toy
 
 STEPS, RATE = 100, 5e-6
 
@@ -27,7 +26,7 @@ def moved(folder, path, settings: dict) -> tuple[float, set]:
 
     run, config = (
         Run(path),
-        config_of(
+        toy_config(
             folder,
             sft={"warmup_ratio": 0.0, "batch_size": 1, "learning_rate": RATE, "num_train_epochs": STEPS},
         ),

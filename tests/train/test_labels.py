@@ -12,9 +12,7 @@ from sclite.student.tokenization import Encoded, decision_ids
 from sclite.train import dpo, sft, stage, warmup
 from sclite.train.bundle import build_bundles
 from sclite.train.label_checks import check_bundles
-from tests.tiny import CHATML, sample_texts, write_tokenizer
-from tests.train.test_dpo import write_pairs
-from tests.train.test_sft import config_of, write_toy
+from tests.toy import CHATML, sample_texts, toy_config, write_pairs, write_tokenizer, write_toy
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +35,7 @@ def prepared(tmp_path, folder, monkeypatch):
     run = Run(tmp_path / "run")
     write_toy(run)
     write_pairs(run)
-    return config_of(folder), run
+    return toy_config(folder), run
 
 
 STAGES = {"sft": sft.train_sft, "warmup": warmup.train_warmup, "dpo": dpo.train_dpo}

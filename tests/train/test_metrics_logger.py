@@ -17,8 +17,7 @@ from sclite.train.metrics_logger import (
 )
 from sclite.train.sft import train_sft
 from sclite.train.trainer import held_out_rows
-from tests.tiny import tiny_llama
-from tests.train.test_sft import config_of, write_toy
+from tests.toy import tiny_llama, toy_config, write_toy
 
 
 def steps(count: int, **figures) -> list[dict]:
@@ -105,7 +104,7 @@ def test_early_stopping_keeps_the_best_weights(folder, tmp_path):
         "early_stopping_patience": 3,
         "checkpoints": 30,
     }
-    config = config_of(folder, sft=settings)
+    config = toy_config(folder, sft=settings)
     report = train_sft(config, run)
     rows = read_metrics(run.path("sft/metrics.jsonl"))
     losses = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}

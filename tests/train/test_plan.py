@@ -11,12 +11,10 @@ from sclite.inspect.plan import plan, print_plan_tables
 from sclite.records import Attempt, Pair, Template
 from sclite.run import Report
 from sclite.student.loader import load_tokenizer
-from sclite.teacher.ledger import Entry, Ledger
 from sclite.train.memory import Setting, architecture, estimate, read_architecture
 from sclite.train.sft import solve_rows
-from tests.tiny import tiny_llama
+from tests.toy import pay, tiny_llama, write_toy
 from tests.train.architectures import QWEN_MATH_7B, config_of, recipe_architecture
-from tests.train.test_sft import write_toy
 
 GPU = {"name": "GPU 24", "total_gb": 24.0, "free_gb": 23.4, "processes": []}
 
@@ -42,13 +40,6 @@ def planned(run, gpu=GPU, unseen=frozenset(), tokenizer=None, **sections):
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return load_tokenizer(str(tiny_llama(tmp_path_factory.mktemp("student"))))
-
-
-def paid(run, stage: str, *costs: float | None) -> None:
-    with Ledger(run.path("ledger.sqlite")) as ledger:
-        for number, cost in enumerate(costs):
-            ledger.sent(f"{stage} {number}", stage, "m")
-            ledger.put(f"{stage} {number}", Entry("text", "stop", 100, 20, cost, 1.0))
 
 
 def pairs_of(run) -> None:
@@ -215,7 +206,7 @@ def test_corrections_are_priced_like_the_templates_so_far(run):
     write_toy(run)
     for name in ("attempts.jsonl", "reviews.jsonl"):
         run.path(name).unlink()
-    paid(run, "templates", *[0.02] * 9)  # six templates, three repairs
+    pay(run, "templates", *[0.02] * 9)  # six templates, three repairs
     teacher = planned(run, unseen=frozenset({"p1", "p2"}), attempts={"samples": 4})["teacher"]
     assert teacher == {"requests": 8, "at_most": True, "cost_usd": 0.24, "spent_usd": 0.18}
 
@@ -225,14 +216,14 @@ def test_with_attempts_each_distinct_wrong_one_is_a_request(run):
     run.path("reviews.jsonl").unlink()
     attempts = run.read("attempts.jsonl", Attempt)
     run.append("attempts.jsonl", [row.model_copy(update={"sample": 1}) for row in attempts])
-    paid(run, "templates", *[0.02] * 6)
+    pay(run, "templates", *[0.02] * 6)
     teacher = planned(run)["teacher"]
     assert (teacher["requests"], teacher["at_most"], teacher["cost_usd"]) == (4, False, 0.08)
 
 
 def test_finished_or_imported_corrections_cost_nothing(run, capsys):
     write_toy(run)  # imported reviews
-    paid(run, "templates", *[0.02] * 6)
+    pay(run, "templates", *[0.02] * 6)
     assert planned(run)["teacher"]["requests"] == 0
     run.write_json("corrections.begun.json", {})
     assert planned(run)["teacher"]["requests"] == 4  # started, not finished
@@ -259,7 +250,7 @@ def test_an_unknown_price_stays_unknown(run):
     write_toy(run)
     run.path("reviews.jsonl").unlink()
     assert planned(run)["teacher"]["cost_usd"] is None
-    paid(run, "templates", 0.02, None)
+    pay(run, "templates", 0.02, None)
     assert planned(run)["teacher"]["cost_usd"] is None
     assert planned(run)["teacher"]["spent_usd"] == 0.02
 

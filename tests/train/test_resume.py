@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -21,12 +20,9 @@ from sclite.train.metrics_logger import read_metrics
 from sclite.train.order import training_order
 from sclite.train.sft import train_sft
 from sclite.train.warmup import train_warmup
-from tests.tiny import tiny_llama
-from tests.train.test_dpo import write_pairs
-from tests.train.test_sft import config_of, write_toy
+from tests.toy import LONG, adapter, metrics_of, part_of, tiny_llama, toy_config, write_pairs, write_toy
 
 STAGES = {"sft": "sft/adapter", "warmup": "warmup/adapter", "dpo": "dpo/adapter"}
-LONG = {"checkpoints": 6, "per_device_train_batch_size": 1}
 
 CHILD = """
 import sys
@@ -42,7 +38,7 @@ def whole(tmp_path_factory):
     """(config, run) with every stage trained without interruption."""
     folder, run = tiny_llama(tmp_path_factory.mktemp("student")), Run(tmp_path_factory.mktemp("run"))
     write_toy(run)
-    config = config_of(
+    config = toy_config(
         folder,
         sft={**LONG, "num_train_epochs": 12},
         warmup={**LONG, "num_train_epochs": 6},
@@ -53,25 +49,6 @@ def whole(tmp_path_factory):
     write_pairs(run)
     train_dpo(config, run)
     return config, run
-
-
-def part_of(run: Run, folder: Path, stage: str) -> Run:
-    """A copy of a run up to a stage that is not started."""
-    names = ["problems.jsonl", "templates.jsonl", "attempts.jsonl", "reviews.jsonl", "pairs.jsonl"]
-    before = list(STAGES)[: list(STAGES).index(stage)]
-    for name in [
-        *names,
-        *(f"{STAGES[s]}/{f}" for s in before for f in ("adapter_model.safetensors", "adapter_config.json")),
-    ]:
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(run.path(name).read_bytes())
-    return Run(folder)
-
-
-def metrics_of(run: Run, stage: str) -> list[dict]:
-    rows = read_metrics(run.path(f"{stage}/metrics.jsonl"))
-    return [row for row in rows if row["phase"] == stage]
 
 
 def checkpoints_of(run: Run, stage: str) -> Checkpoints:
@@ -99,12 +76,6 @@ def interrupt(config: Config, run: Run, stage: str, how: int) -> int:
     process.wait()
     assert process.returncode != 0, "it ended before it could be interrupted"
     return metrics_of(run, stage)[-1]["step"]
-
-
-def adapter(run: Run, stage: str) -> dict:
-    from safetensors.torch import load_file
-
-    return load_file(run.path(f"{STAGES[stage]}/adapter_model.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -230,7 +201,7 @@ def test_a_manifest_never_signs_another_adapter(tmp_path, monkeypatch):
     folder = tiny_llama(tmp_path / "student")
     run = Run(tmp_path / "run")
     write_toy(run)
-    train_sft(config_of(folder, sft={"num_train_epochs": 1}), run)
+    train_sft(toy_config(folder, sft={"num_train_epochs": 1}), run)
 
     def die(*_):
         raise RuntimeError("killed between the adapter and its manifest")
@@ -238,7 +209,7 @@ def test_a_manifest_never_signs_another_adapter(tmp_path, monkeypatch):
     with monkeypatch.context() as broken:
         broken.setattr(Run, "sign", die)
         with pytest.raises(RuntimeError, match="killed"):
-            train_sft(config_of(folder, sft={"num_train_epochs": 2}), run, fresh=True)
+            train_sft(toy_config(folder, sft={"num_train_epochs": 2}), run, fresh=True)
     assert run.manifest("sft") is None
-    first = config_of(folder, sft={"num_train_epochs": 1})
+    first = toy_config(folder, sft={"num_train_epochs": 1})
     assert not train_sft(first, run, fresh=True).skipped

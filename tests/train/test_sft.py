@@ -1,14 +1,12 @@
 """Supervised training with the real trainer: loss masks, refused rows, and a falling loss."""
 
-import json
 import math
 
 import pytest
 
 from sclite import prompts
-from sclite.config import Config
 from sclite.errors import DataError
-from sclite.records import Attempt, Problem, Review, Template
+from sclite.records import Template
 from sclite.run import Run
 from sclite.student.loader import load_student, load_tokenizer
 from sclite.student.tokenization import Encoded, encode_solution, end_id
@@ -20,9 +18,7 @@ from sclite.train.metrics_logger import read_metrics
 from sclite.train.sft import solve_rows, supervised_lesson, train_sft
 from sclite.train.trainer import build_trainer, train_adapter
 from sclite.train.warmup import train_warmup
-from tests.tiny import tiny_llama
-
-STAGE = {"batch_size": 4, "per_device_train_batch_size": 2, "max_length": 1024, "eval_share": 0}
+from tests.toy import metrics_of, tiny_llama, toy_config, toy_problems, toy_trace, write_toy
 
 
 @pytest.fixture(scope="module")
@@ -31,99 +27,12 @@ def folder(tmp_path_factory):
     return tiny_llama(tmp_path_factory.mktemp("student"))
 
 
-def config_of(folder, **settings) -> Config:
-    """A configuration for the tiny student: plain backend, few steps, high rates."""
-    tree = {
-        "student": {"model": str(folder), "backend": "plain", "batch": 4},
-        "lora": {"r": 8, "lora_alpha": 16},
-        "sft": {**STAGE, "learning_rate": 3e-3, "num_train_epochs": 4},
-        "warmup": {**STAGE, "learning_rate": 3e-3, "num_train_epochs": 4},
-        "dpo": {**STAGE, "learning_rate": 1e-3, "num_train_epochs": 3},
-    }
-    for section, values in settings.items():
-        tree.setdefault(section, {}).update(values)
-    return Config.model_validate(tree)
-
-
-def toy_problems(count: int = 6) -> list[Problem]:
-    """Two sums each."""
-    made = []
-    for i in range(count):
-        a, b, c = 12 + 7 * i, 31 + i, 5 + 2 * i
-        question = f"Anna has {a} apples, buys {b} more and then {c}. How many?"
-        made.append(
-            Problem(
-                id=f"p{i}",
-                question=question,
-                answer=str(a + b + c),
-                solution=f"{a} + {b} + {c} = {a + b + c}",
-            )
-        )
-    return made
-
-
-def toy_trace(number: int, wrong: int | None = None) -> Trace:
-    """The solution of a toy problem, with a slip in step `wrong`."""
-    a, b, c = 12 + 7 * number, 31 + number, 5 + 2 * number
-    first = a + b + 10 * (wrong == 1)
-    second = first + c + 10 * (wrong == 2)
-    steps = (Step(f"{a} + {b} = {first}", "Carry."), Step(f"{first} + {c} = {second}"))
-    return Trace(steps, "Add all.", str(second))
-
-
-def write_toy(run: Run, count: int = 6) -> None:
-    """Problems, templates, attempts (two of three wrong) and the teacher's reviews of them."""
-    problems = toy_problems(count)
-    run.replace("problems.jsonl", problems)
-    run.replace(
-        "templates.jsonl",
-        [
-            Template(id=p.id, question=p.question, answer=p.answer, trace=render(toy_trace(i)))
-            for i, p in enumerate(problems)
-        ],
-    )
-    attempts, reviews = [], []
-    for i, problem in enumerate(problems):
-        wrong = (None, 1, 2)[i % 3]
-        work, right = toy_trace(i, wrong), toy_trace(i)
-        attempts.append(
-            Attempt(id=problem.id, sample=0, trace=render(work), answer=work.answer, correct=wrong is None)
-        )
-        if wrong is None:
-            reviews.append(Review(id=problem.id, sample=0, step=None, trace=render(work), requests=0))
-            continue
-        noted = Step(
-            work.steps[wrong - 1].text,
-            work.steps[wrong - 1].key,
-            "The tens slip.",
-            right.steps[wrong - 1].text,
-        )
-        steps = (*work.steps[: wrong - 1], noted, *right.steps[wrong:])
-        reviews.append(
-            Review(
-                id=problem.id,
-                sample=0,
-                step=wrong,
-                cause=noted.cause,
-                correction=noted.correction,
-                trace=render(Trace(steps, right.generalized, right.answer)),
-            )
-        )
-    run.replace("attempts.jsonl", attempts)
-    run.replace("reviews.jsonl", reviews)
-
-
-def metrics(run: Run, stage: str, phase: str) -> list[dict]:
-    lines = run.path(f"{stage}/metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["phase"] == phase]
-
-
 @pytest.fixture(scope="module")
 def trained(folder, tmp_path_factory):
     """(config, run, SFT report, warm-up report) after both supervised stages."""
     run = Run(tmp_path_factory.mktemp("run"))
     write_toy(run)
-    config = config_of(folder)
+    config = toy_config(folder)
     seen: list[tuple[int, int]] = []
     report = train_sft(config, run, progress=lambda done, total, **_: seen.append((done, total)))
     report.figures["seen"] = seen
@@ -135,7 +44,7 @@ def trained(folder, tmp_path_factory):
 
 def test_in_the_trainers_batches_the_prompt_alone_is_masked(folder, tmp_path):
     """In the batches that the trainer's data loader gives to the model."""
-    config = config_of(folder)
+    config = toy_config(folder)
     model, tokenizer = load_student(config, "sft", train=True)
     problem, trace = toy_problems(1)[0], toy_trace(0)
     rows = [encode_solution(tokenizer, prompts.solve_messages(problem.question), trace)] * 3
@@ -189,7 +98,7 @@ def test_rows_with_wrong_labels_are_refused_with_a_hint():
 
 def test_the_loss_falls_and_each_step_is_logged(trained):
     _, run, report, _ = trained
-    rows = metrics(run, "sft", "sft")
+    rows = metrics_of(run, "sft")
     assert [row["step"] for row in rows] == list(range(1, report.counts["steps"] + 1))
     assert report.counts == {"rows": 6, "steps": 6}
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
@@ -205,7 +114,7 @@ def test_the_micro_batch_changes_neither_losses_nor_gradients(folder, trained, t
     rows.append(Encoded([*rows[0].ids[:60], 2], [0.0] * 55 + [1.0] * 6))
     found = {}
     for micro in (1, 2, 4):
-        made = config_of(folder, sft={"num_train_epochs": 3, "learning_rate": 1e-3})
+        made = toy_config(folder, sft={"num_train_epochs": 3, "learning_rate": 1e-3})
         model, _ = load_student(made, "sft", train=True)
         lesson = supervised_lesson("sft", rows, tokenizer.pad_token_id)
         train_adapter(
@@ -223,7 +132,7 @@ def test_the_micro_batch_changes_neither_losses_nor_gradients(folder, trained, t
 def test_the_micro_batch_does_not_change_the_evaluation_loss(folder, tmp_path):
     run = Run(tmp_path / "run")
     write_toy(run, 10)
-    made = config_of(folder, sft={"checkpoints": 1, "num_train_epochs": 1, "learning_rate": 1e-3})
+    made = toy_config(folder, sft={"checkpoints": 1, "num_train_epochs": 1, "learning_rate": 1e-3})
     tokenizer = load_tokenizer(made.student.model)
     rows = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")
     rows[0] = Encoded([*rows[0].ids[:60], 2], [0.0] * 55 + [1.0] * 6)
@@ -267,7 +176,7 @@ def test_rows_that_are_too_long_are_dropped_and_counted(folder, tmp_path):
     run.replace(
         "templates.jsonl", [*templates, Template(id="long", question="How?", answer="2", trace=lengthy)]
     )
-    report = train_sft(config_of(folder, sft={"num_train_epochs": 1}), run)
+    report = train_sft(toy_config(folder, sft={"num_train_epochs": 1}), run)
     assert report.dropped == {"longer_than_max_length": 1}
     assert report.counts["rows"] == 3
 
@@ -280,14 +189,14 @@ def test_if_every_row_is_too_long_nothing_is_trained(folder, tmp_path):
     run = Run(tmp_path)
     write_toy(run, 2)
     with pytest.raises(DataError, match="nothing to train on"):
-        train_sft(config_of(folder, sft={"max_length": 64}), run)
+        train_sft(toy_config(folder, sft={"max_length": 64}), run)
     assert not run.path("sft/adapter").exists()
     assert run.manifest("sft") is None
 
 
 def test_without_templates_the_hint_names_the_command(folder, tmp_path):
     with pytest.raises(DataError, match=r"templates\.jsonl is missing or empty") as error:
-        train_sft(config_of(folder), Run(tmp_path))
+        train_sft(toy_config(folder), Run(tmp_path))
     assert "sclite build-data" in error.value.hint
 
 
@@ -298,7 +207,7 @@ def test_a_bfloat16_checkpoint_trains_in_bfloat16_if_the_cpu_multiplies_it(folde
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(tmp_path)
-    config, losses = config_of(tmp_path, sft={"num_train_epochs": 8}), {}
+    config, losses = toy_config(tmp_path, sft={"num_train_epochs": 8}), {}
     for able, expected in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able})
         model, _ = load_student(config, "sft", train=True)
@@ -307,7 +216,7 @@ def test_a_bfloat16_checkpoint_trains_in_bfloat16_if_the_cpu_multiplies_it(folde
         run = Run(tmp_path / f"run-{able}")
         write_toy(run)
         train_sft(config, run)
-        losses[able] = [row["loss"] for row in metrics(run, "sft", "sft")]
+        losses[able] = [row["loss"] for row in metrics_of(run, "sft")]
     assert losses[True] != losses[False]
     assert losses[True] == pytest.approx(losses[False], rel=0.03)
     assert losses[True][-1] < losses[True][0] - 0.5
@@ -320,10 +229,10 @@ def test_a_bfloat16_checkpoint_trains_in_bfloat16_if_the_cpu_multiplies_it(folde
 
 def test_the_warmup_starts_from_the_sft_adapter_and_its_loss_falls(trained):
     _, run, _, report = trained
-    rows = metrics(run, "warmup", "warmup")
+    rows = metrics_of(run, "warmup")
     assert report.counts == {"rows": 16, "reviews": 6, "steps": 16}
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
     assert run.path("warmup/adapter/adapter_model.safetensors").is_file()
     # a new adapter would start where SFT started, at the loss of guessing
-    assert metrics(run, "sft", "sft")[0]["loss"] > math.log(512)
-    assert rows[0]["loss"] < metrics(run, "sft", "sft")[0]["loss"] - 0.5
+    assert metrics_of(run, "sft")[0]["loss"] > math.log(512)
+    assert rows[0]["loss"] < metrics_of(run, "sft")[0]["loss"] - 0.5

@@ -11,9 +11,7 @@ from sclite.train import trainer
 from sclite.train.dpo import train_dpo
 from sclite.train.sft import train_sft
 from sclite.train.warmup import train_warmup
-from tests.tiny import tiny_llama
-from tests.train.test_dpo import write_pairs
-from tests.train.test_sft import config_of, metrics, write_toy
+from tests.toy import metrics_of, tiny_llama, toy_config, write_pairs, write_toy
 
 ONE_STEP = {"batch_size": 6, "per_device_train_batch_size": 3}
 
@@ -38,7 +36,7 @@ def test_the_first_step_moves_weights_by_the_full_learning_rate(run, folder):
     # six reviews, and four closed rows of wrong work
     ten = {"batch_size": 10, "per_device_train_batch_size": 5}
     warmup = {**once, **ten, "learning_rate": 2e-3, "replay_share": 0}
-    config = config_of(folder, sft=once, warmup=warmup, dpo={**once, **ten, "replay_share": 0})
+    config = toy_config(folder, sft=once, warmup=warmup, dpo={**once, **ten, "replay_share": 0})
     assert train_sft(config, run).counts["steps"] == 1
     first = {name: w for name, w in weights(run, "sft/adapter").items() if ".lora_B." in name}
     assert float(max(w.abs().max() for w in first.values())) == pytest.approx(3e-3, rel=1e-3)
@@ -54,8 +52,8 @@ def test_the_first_step_moves_weights_by_the_full_learning_rate(run, folder):
 
 def test_the_learning_rate_warms_up_from_step_1_then_follows_cosine(run, folder):
     write_toy(run)
-    train_sft(config_of(folder, sft={"num_train_epochs": 8, "warmup_ratio": 0.2}), run)
-    rates = [row["learning_rate"] / 3e-3 for row in metrics(run, "sft", "sft")]
+    train_sft(toy_config(folder, sft={"num_train_epochs": 8, "warmup_ratio": 0.2}), run)
+    rates = [row["learning_rate"] / 3e-3 for row in metrics_of(run, "sft")]
     assert len(rates) == 12  # 6 rows, 8 times, 4 a step
     warmup = 3  # 0.2 of 12, rounded up
     cosine = [0.5 * (1 + math.cos(math.pi * step / (12 - warmup))) for step in range(12 - warmup)]
@@ -67,7 +65,7 @@ def test_few_steps_give_a_warning_with_the_settings_to_change(run, folder):
     said = []
     write_toy(run)
     report = train_sft(
-        config_of(folder, sft={"num_train_epochs": 4}),
+        toy_config(folder, sft={"num_train_epochs": 4}),
         run,
         progress=lambda *_, warning="", **__: said.append(warning),
     )
@@ -80,7 +78,7 @@ def test_few_steps_give_a_warning_with_the_settings_to_change(run, folder):
 def test_twenty_steps_give_no_warning(run, folder):
     write_toy(run)
     report = train_sft(
-        config_of(folder, sft={"num_train_epochs": 10, "batch_size": 3, "per_device_train_batch_size": 3}),
+        toy_config(folder, sft={"num_train_epochs": 10, "batch_size": 3, "per_device_train_batch_size": 3}),
         run,
     )
     assert report.counts["steps"] == 20
@@ -100,9 +98,9 @@ def test_a_stage_that_learned_nothing_is_an_error(run, folder, monkeypatch, fact
     monkeypatch.setattr(trainer, "weighted_loss", spoiled)
     write_toy(run)
     with pytest.raises(ScliteError, match=message) as error:
-        train_sft(config_of(folder, sft={"num_train_epochs": 1}), run)
+        train_sft(toy_config(folder, sft={"num_train_epochs": 1}), run)
     assert error.value.code == 1
     assert "sft.learning_rate (now 0.003)" in error.value.hint
     assert run.manifest("sft") is None
     monkeypatch.undo()
-    assert train_sft(config_of(folder, sft={"num_train_epochs": 1}), run).counts["steps"] == 2
+    assert train_sft(toy_config(folder, sft={"num_train_epochs": 1}), run).counts["steps"] == 2

@@ -9,8 +9,7 @@ from sclite.student.loader import load_tokenizer
 from sclite.student.tokenization import Encoded, decision_ids, encode_solution, end_id
 from sclite.trace import parse, render
 from sclite.train.warmup_rows import mix, mixed_rows
-from tests.tiny import tiny_llama
-from tests.train.test_sft import config_of, toy_problems, toy_trace, write_toy
+from tests.toy import tiny_llama, toy_config, toy_problems, toy_trace, write_toy
 
 REVIEWED, SOLVED, CONTINUED, CLOSED = (range(start, start + 10) for start in (0, 100, 200, 300))
 
@@ -22,7 +21,7 @@ def folder(tmp_path_factory):
 
 def rows_of(folder, tmp_path, change=lambda attempt: attempt, **warmup) -> tuple[object, dict[str, Encoded]]:
     """(tokenizer, the rows of the toy run by their names), after a `change` of its attempts."""
-    run, config = Run(tmp_path), config_of(folder, warmup=warmup)
+    run, config = Run(tmp_path), toy_config(folder, warmup=warmup)
     write_toy(run)
     run.replace("attempts.jsonl", map(change, run.read("attempts.jsonl", Attempt)))
     tokenizer = load_tokenizer(config.student.model)

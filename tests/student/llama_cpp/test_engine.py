@@ -12,7 +12,7 @@ from sclite.student.base import Request, ScoreRequest
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.self_correction import score_request
 from sclite.trace import Step, Trace
-from tests.tiny import sample_texts, tiny_gguf, tiny_llama
+from tests.toy import sample_texts, tiny_gguf, tiny_llama
 
 PIECES = ("<Step1>Add 17 and 25.\n", "</Step1>\n", "<Step2>It is  42 €.\n")
 OPTIONS = ("<Cause>", "</Step")

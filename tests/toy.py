@@ -1,0 +1,328 @@
+"""Small real things for tests: a random Llama that trains in a second, and toy problems with their rows."""
+
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+
+from sclite.config import Config
+from sclite.data.pairs import content_pair, continuation, decision_pairs
+from sclite.records import Attempt, Drop, Pair, Problem, Review, Template
+from sclite.run import Report, Run
+from sclite.teacher.ledger import Entry, Ledger
+from sclite.trace import Step, Trace, parse, render
+from sclite.train.metrics_logger import read_metrics
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CONTROL = ("<|im_start|>", "<|im_end|>")
+
+
+def write_tokenizer(
+    folder: Path, texts: Iterable[str], vocab_size: int = 512, template: str = CHATML
+) -> None:
+    """Train a SentencePiece BPE vocabulary on `texts` and write every file transformers and llama.cpp read.
+
+    The ids of SentencePiece, of `AutoTokenizer` and of the GGUF made from the folder are the same for any text. Ids:
+    0 <unk>, 1 <|im_start|>, 2 <|im_end|> (end of turn and padding), 3 newline, then 256 bytes, then the learned pieces.
+    tokenizer.model is the vocabulary; tokenizer.json is derived from it here, because what transformers derives by
+    itself depends on its version. `vocab_size` should be divisible by 256 (K-quants).
+    """
+    import sentencepiece
+
+    folder.mkdir(parents=True, exist_ok=True)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([line for text in texts for line in text.split("\n") if line]),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=vocab_size,
+        model_type="bpe",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        byte_fallback=True,
+        split_digits=True,
+        control_symbols=list(CONTROL),
+        user_defined_symbols=["\n"],
+        unk_id=0,
+        bos_id=-1,
+        eos_id=-1,
+        pad_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.vocab").unlink()
+    _write_fast_tokenizer(folder, template)
+
+
+def _write_fast_tokenizer(folder: Path, template: str) -> None:
+    """tokenizer.json, tokenizer_config.json and chat_template.jinja from the pieces of tokenizer.model."""
+    import sentencepiece
+    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+
+    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    merges = []
+    for piece in pieces[
+        3:
+    ]:  # in order of falling score; <0x41> and the like split into nothing that is a piece
+        merges += [
+            (piece[:cut], piece[cut:])
+            for cut in range(1, len(piece))
+            if not model.is_byte(ids[piece]) and piece[:cut] in ids and piece[cut:] in ids
+        ]
+    fast = Tokenizer(BPE(vocab=ids, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    fast.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never", split=False)
+    fast.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    fast.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<unk>", *CONTROL)])
+    fast.add_tokens([AddedToken("\n", special=False, normalized=False)])
+    fast.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": "<unk>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|im_end|>",
+        "bos_token": None,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 4096,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def sample_texts(count: int = 400, seed: int = 0) -> list[str]:
+    """Short arithmetic traces in the form of METHOD section 1."""
+    draw = random.Random(seed)
+    names = ["Anna", "Ben", "Chen", "Dara", "Emil"]
+    texts = []
+    for _ in range(count):
+        a, b = draw.randint(1, 99), draw.randint(1, 99)
+        texts.append(
+            f"{draw.choice(names)} has {a} apples and buys {b} more. How many apples are there?\n"
+            f"<Step1>Add the apples: {a} + {b} = {a + b}.\n<Key>Carry the ten.</Key>\n</Step1>\n"
+            f"<Cause>The sum forgot the carry.</Cause>\n<Correction>It is {a + b}.</Correction>\n"
+            f"<Generalized>Add what is bought.</Generalized>\n<Answer>{a + b}</Answer>"
+        )
+    return texts
+
+
+def tiny_llama(folder: Path, seed: int = 0) -> Path:
+    """A folder with a random float32 LlamaForCausalLM (about 1.4M parameters) and its tokenizer; returns `folder`."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    write_tokenizer(folder, sample_texts(), vocab_size=512)
+    torch.manual_seed(seed)
+    shape = LlamaConfig(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=64,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=2,
+        initializer_range=0.08,
+    )
+    model = LlamaForCausalLM(shape).float()
+    model.save_pretrained(folder)
+    return folder
+
+
+def tiny_gguf(folder: Path, out: Path, *, outtype: str = "f32") -> Path:
+    """The model in `folder` as a GGUF; returns `out`."""
+    from sclite.export.gguf_writer import write_gguf
+
+    return write_gguf(folder, out, outtype=outtype)
+
+
+def first_token_odds(model, tokenizer, request) -> list[float]:
+    """The log-odds of a ScoreRequest's two options after each mark, by their first tokens, from transformers' logits."""
+    import torch
+
+    from sclite.student.tokenization import piece_ids, prompt_ids
+
+    ids, ends = prompt_ids(tokenizer, request.messages), []
+    for piece in piece_ids(tokenizer, request.pieces):
+        ids = ids + piece
+        ends.append(len(ids))
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0].double()
+    odds = []
+    for mark, options in zip(request.marks, request.options, strict=True):
+        first, second = (tokens[0] for tokens in piece_ids(tokenizer, options))
+        odds.append(float(logits[ends[mark] - 1, first] - logits[ends[mark] - 1, second]))
+    return odds
+
+
+# -- toy problems and their rows --------------------------------------------------------------------------------------
+
+
+STAGE = {"batch_size": 4, "per_device_train_batch_size": 2, "max_length": 1024, "eval_share": 0}
+LONG = {"checkpoints": 6, "per_device_train_batch_size": 1}
+
+
+def toy_config(folder, **settings) -> Config:
+    """A configuration for the tiny student: plain backend, few steps, high rates."""
+    tree = {
+        "student": {"model": str(folder), "backend": "plain", "batch": 4},
+        "lora": {"r": 8, "lora_alpha": 16},
+        "sft": {**STAGE, "learning_rate": 3e-3, "num_train_epochs": 4},
+        "warmup": {**STAGE, "learning_rate": 3e-3, "num_train_epochs": 4},
+        "dpo": {**STAGE, "learning_rate": 1e-3, "num_train_epochs": 3},
+    }
+    for section, values in settings.items():
+        tree.setdefault(section, {}).update(values)
+    return Config.model_validate(tree)
+
+
+def toy_problems(count: int = 6) -> list[Problem]:
+    """Two sums each."""
+    made = []
+    for i in range(count):
+        a, b, c = 12 + 7 * i, 31 + i, 5 + 2 * i
+        question = f"Anna has {a} apples, buys {b} more and then {c}. How many?"
+        made.append(
+            Problem(
+                id=f"p{i}",
+                question=question,
+                answer=str(a + b + c),
+                solution=f"{a} + {b} + {c} = {a + b + c}",
+            )
+        )
+    return made
+
+
+def toy_trace(number: int, wrong: int | None = None) -> Trace:
+    """The solution of a toy problem, with a slip in step `wrong`."""
+    a, b, c = 12 + 7 * number, 31 + number, 5 + 2 * number
+    first = a + b + 10 * (wrong == 1)
+    second = first + c + 10 * (wrong == 2)
+    steps = (Step(f"{a} + {b} = {first}", "Carry."), Step(f"{first} + {c} = {second}"))
+    return Trace(steps, "Add all.", str(second))
+
+
+def write_toy(run: Run, count: int = 6) -> None:
+    """Problems, templates, attempts (two of three wrong) and the teacher's reviews of them."""
+    problems = toy_problems(count)
+    run.replace("problems.jsonl", problems)
+    run.replace(
+        "templates.jsonl",
+        [
+            Template(id=p.id, question=p.question, answer=p.answer, trace=render(toy_trace(i)))
+            for i, p in enumerate(problems)
+        ],
+    )
+    attempts, reviews = [], []
+    for i, problem in enumerate(problems):
+        wrong = (None, 1, 2)[i % 3]
+        work, right = toy_trace(i, wrong), toy_trace(i)
+        attempts.append(
+            Attempt(id=problem.id, sample=0, trace=render(work), answer=work.answer, correct=wrong is None)
+        )
+        if wrong is None:
+            reviews.append(Review(id=problem.id, sample=0, step=None, trace=render(work), requests=0))
+            continue
+        noted = Step(
+            work.steps[wrong - 1].text,
+            work.steps[wrong - 1].key,
+            "The tens slip.",
+            right.steps[wrong - 1].text,
+        )
+        steps = (*work.steps[: wrong - 1], noted, *right.steps[wrong:])
+        reviews.append(
+            Review(
+                id=problem.id,
+                sample=0,
+                step=wrong,
+                cause=noted.cause,
+                correction=noted.correction,
+                trace=render(Trace(steps, right.generalized, right.answer)),
+            )
+        )
+    run.replace("attempts.jsonl", attempts)
+    run.replace("reviews.jsonl", reviews)
+
+
+def write_pairs(run: Run) -> None:
+    """The pairs of the toy reviews; the student's own corrections are made up."""
+    attempts = {a.id: a for a in run.read("attempts.jsonl", Attempt)}
+    pairs: list[Pair] = []
+    for review in run.read("reviews.jsonl", Review):
+        work = parse(attempts[review.id].trace).trace
+        pairs += decision_pairs(review, work)
+        if review.step is not None:
+            own = review.model_copy(update={"cause": "I do not know.", "correction": work.steps[0].text})
+            pairs.append(content_pair(review, work, [(continuation(own), False)]))
+    run.replace("pairs.jsonl", pairs)
+
+
+def make_run(folder) -> Run:
+    """A run with templates, attempts, reviews, pairs, drops with two reasons and two paid replies."""
+    run = Run(folder)
+    write_toy(run)
+    write_pairs(run)
+    drops = [Drop(stage="templates", id=str(i), reason="wrong_answer") for i in range(3)]
+    run.append("dropped.jsonl", [*drops, Drop(stage="pairs", id="p1", reason="both_sides_alike")])
+    run.sign("templates", {"prompts": "0123456789abcdef"}, Report("templates"))
+    with Ledger(run.path("ledger.sqlite")) as ledger:
+        ledger.sent("a", "templates", "openai/large")
+        ledger.put("a", Entry("text", "stop", 100, 40, 0.25, 1.0))
+        ledger.sent("b", "templates", "openai/large")
+        ledger.put("b", Entry("text", "stop", 10, 4, None, 1.0))
+    return run
+
+
+def export_config(student: Path, **sections) -> Config:
+    """A configuration with private addresses and paths, none of which may be exported."""
+    tree = {
+        "student": {"model": str(student)},
+        "teacher": {"model": "openai/large", "api_base": "http://10.0.0.7:8000/v1"},
+        "problems": {"source": "/home/somebody/sums.jsonl"},
+    }
+    return Config.model_validate({**tree, **sections})
+
+
+def part_of(run: Run, folder: Path, stage: str) -> Run:
+    """A copy of a run up to a stage that is not started."""
+    names = ["problems.jsonl", "templates.jsonl", "attempts.jsonl", "reviews.jsonl", "pairs.jsonl"]
+    stages = ("sft", "warmup", "dpo")
+    before = stages[: stages.index(stage)]
+    for name in [
+        *names,
+        *(f"{s}/adapter/{f}" for s in before for f in ("adapter_model.safetensors", "adapter_config.json")),
+    ]:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(run.path(name).read_bytes())
+    return Run(folder)
+
+
+def adapter(run: Run, stage: str) -> dict:
+    from safetensors.torch import load_file
+
+    return load_file(run.path(f"{stage}/adapter/adapter_model.safetensors"))
+
+
+def metrics_of(run: Run, stage: str) -> list[dict]:
+    rows = read_metrics(run.path(f"{stage}/metrics.jsonl"))
+    return [row for row in rows if row["phase"] == stage]
+
+
+def pay(run, stage: str, *costs: float | None) -> None:
+    with Ledger(run.path("ledger.sqlite")) as ledger:
+        for number, cost in enumerate(costs):
+            ledger.sent(f"{stage} {number}", stage, "m")
+            ledger.put(f"{stage} {number}", Entry("text", "stop", 100, 20, cost, 1.0))
