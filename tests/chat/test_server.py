@@ -250,7 +250,7 @@ FIELDS = (
 
 
 def test_no_body_is_an_internal_error(scripted):
-    with httpx.Client() as http:
+    with httpx.Client(timeout=60) as http:
 
         @settings(max_examples=150, deadline=None, database=None)
         @given(st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4))
