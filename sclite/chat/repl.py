@@ -230,10 +230,14 @@ class Chat:
 
     def do_retry(self, _: str) -> None:
         """answer the last question again, as another sample"""
-        question = self.last().question
+        before = self.last()
         self.settings = replace(self.settings, seed=self.settings.seed + 1)
         self.answers.pop()
-        self.ask(question, temperature=self.settings.temperature or RETRY_TEMPERATURE)
+        try:
+            self.ask(before.question, temperature=self.settings.temperature or RETRY_TEMPERATURE)
+        except (ScliteError, KeyboardInterrupt):
+            self.answers.append(before)
+            raise
 
     def do_undo(self, _: str) -> None:
         """forget the last question and its answer"""

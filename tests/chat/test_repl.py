@@ -182,6 +182,10 @@ def test_retry_samples_again_and_undo_forgets(chat):
     chat.command("/retry")
     assert [request.temperature for request in chat.student.asked if not request.pieces] == [0.0, 0.8]
     assert len(chat.answers) == 1
+    chat.student.texts, chat.student.finish = ("",) * 3, "error"
+    with pytest.raises(DataError):
+        chat.command("/retry")
+    assert [answer.first.text for answer in chat.answers] == [WRONG]
     chat.command("/undo")
     for command in ("/undo", "/retry", "/why", "/good", "/compare"):
         with pytest.raises(UsageError, match="no answer yet"):

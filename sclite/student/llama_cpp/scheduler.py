@@ -215,7 +215,13 @@ class Scheduler:
             if source is not None and source in free and (len(slot.kept) or ready == len(source.kept)):
                 slot = source  # else the source's own end stays in the cache, such as the solution that is reviewed
             free.remove(slot)
-            self._copy_prefix(source, slot, ready)
+            if source is not slot or not ready:
+                self.api.llama_memory_seq_rm(self.memory, slot.number, -1, -1)
+            if ready and source is not None:
+                if source is not slot:  # separate caches can only be copied whole
+                    place = (0, ready) if self.unified else (-1, -1)
+                    self.api.llama_memory_seq_cp(self.memory, source.number, slot.number, *place)
+                self.api.llama_memory_seq_rm(self.memory, slot.number, ready, -1)
             sequence.fed = sequence.shared = ready
             self.shared_tokens += ready
             self.active[slot] = sequence
@@ -239,16 +245,6 @@ class Scheduler:
             if length >= WORTH_SHARING and (length, min(cached, length)) > (common, ready):
                 source, common, ready = slot, length, min(cached, length)
         return source, common, ready if ready >= WORTH_SHARING else 0
-
-    def _copy_prefix(self, source: _Slot | None, slot: _Slot, count: int) -> None:
-        """Set the cache of `slot` to the first `count` tokens of `source`."""
-        if source is not slot or not count:
-            self.api.llama_memory_seq_rm(self.memory, slot.number, -1, -1)
-        if source is not None and source is not slot and count:  # separate caches can only be copied whole
-            place = (0, count) if self.unified else (-1, -1)
-            self.api.llama_memory_seq_cp(self.memory, source.number, slot.number, *place)
-        if count:
-            self.api.llama_memory_seq_rm(self.memory, slot.number, count, -1)
 
     def _release(self, slot: _Slot) -> TokenSequence:
         sequence = self.active.pop(slot)
