@@ -39,13 +39,14 @@ class Rate:
             self.first = self.now
 
     def line(self, total: int) -> str:
-        """3.2/s, $0.12 of about $1.40, 4 min 2 s left."""
+        """3.2/s (or 29 s each), $0.12 of about $1.40, 4 min 2 s left."""
         seconds, rows, dollars = (now - then for now, then in zip(self.now, self.first, strict=True))
         if rows <= 0 or seconds <= 0:
             return ""
         left, spent = total - self.now[1], self.now[2]
         cost = f"${spent:.4f} of about ${spent + dollars / rows * left:.2f}, " if spent else ""
-        return f"{rows / seconds:.1f}/s, {cost}{format_duration(left * seconds / rows)} left"
+        speed = f"{rows / seconds:.1f}/s" if rows > seconds / 2 else f"{format_duration(seconds / rows)} each"
+        return f"{speed}, {cost}{format_duration(left * seconds / rows)} left"
 
 
 class ProgressDisplay:
@@ -202,7 +203,7 @@ def fit_to_width(figures: str, room: int) -> str:
 
     def importance(place: int) -> tuple[bool, bool, int, int]:
         piece = pieces[place]
-        minor = next((n for n, end in enumerate((" GB", " tokens/s", "/s"), 1) if piece.endswith(end)), 0)
+        minor = next((n for n, end in enumerate((" GB", " tokens/s", "/s", " each"), 1) if piece.endswith(end)), 0)
         return (not piece.endswith(" left"), not piece.startswith("$"), minor, place)
 
     kept = sorted(range(len(pieces)), key=importance)

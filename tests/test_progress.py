@@ -28,6 +28,14 @@ def test_the_rate_is_measured_from_the_first_row(clock):
     assert rate.line(121) == "1.0/s, $0.6100 of about $0.71, 10 s left"
 
 
+def test_slow_steps_are_shown_by_their_seconds(clock):
+    rate = progress.Rate()
+    for number in range(4):
+        clock.append(29.0 * number)
+        rate.update(number, None)
+    assert rate.line(5) == "29 s each, 58 s left"
+
+
 def test_time_spent_on_a_question_does_not_count(clock, monkeypatch, capsys):
     monkeypatch.setattr(progress.console, "is_interactive", lambda: True)
     monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
@@ -69,12 +77,12 @@ def test_notes_and_warnings_are_printed_to_a_log(clock, capsys):
 
 # -- the width of the terminal -------------------------------------------------------------------------------------
 
-FIGURES = "loss 0.412, margin 0.31, accuracy 74 %, 3,204 tokens/s, 9.8 GB, 0.3/s, $0.12 of about $1.40, 4 min 2 s left"
+FIGURES = "loss 0.412, margin 0.31, accuracy 74 %, 3,204 tokens/s, 9.8 GB, 0.6/s, $0.12 of about $1.40, 4 min 2 s left"
 
 
 def test_the_least_important_figures_are_dropped_first():
     assert progress.fit_to_width(FIGURES, 200) == FIGURES
-    shorter = FIGURES.replace("0.3/s, ", "")
+    shorter = FIGURES.replace("0.6/s, ", "")
     assert progress.fit_to_width(FIGURES, len(FIGURES) - 1) == shorter
     assert progress.fit_to_width(FIGURES, len(shorter) - 1) == shorter.replace("3,204 tokens/s, ", "")
     assert (
@@ -90,7 +98,7 @@ def test_stage_step_and_time_left_fit_every_terminal(columns, monkeypatch, capsy
     monkeypatch.setenv("COLUMNS", str(columns))
     with progress.ProgressDisplay().stage("dpo", "dpo: the student prefers right reviews") as report:
         for done in range(8):
-            report(done, 1500, note=FIGURES.partition(", 0.3/s")[0])
+            report(done, 1500, note=FIGURES.partition(", 0.6/s")[0])
             time.sleep(0.02)
     sent = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
     line = [line for line in re.split(r"[\r\n]+", sent) if "/1500" in line][-1].rstrip()
