@@ -203,7 +203,9 @@ def fit_to_width(figures: str, room: int) -> str:
 
     def importance(place: int) -> tuple[bool, bool, int, int]:
         piece = pieces[place]
-        minor = next((n for n, end in enumerate((" GB", " tokens/s", "/s", " each"), 1) if piece.endswith(end)), 0)
+        minor = next(
+            (n for n, end in enumerate((" GB", " tokens/s", "/s", " each"), 1) if piece.endswith(end)), 0
+        )
         return (not piece.endswith(" left"), not piece.startswith("$"), minor, place)
 
     kept = sorted(range(len(pieces)), key=importance)
