@@ -26,6 +26,7 @@ from sclite.train.memory import (
     Architecture,
     Setting,
     choose,
+    cpu_micro_batch,
     estimate,
     estimate_on_cpu,
     largest_length,
@@ -60,7 +61,6 @@ def plan_training(context: "Context") -> dict[str, Any]:
     from sclite.data.problems import split_problems
     from sclite.doctor import describe_gpu
     from sclite.student.loader import load_tokenizer
-    from sclite.train.memory import choose_micro_batch
 
     config = context.config
     problems = list(context.run.rows("problems.jsonl", Problem))
@@ -74,7 +74,6 @@ def plan_training(context: "Context") -> dict[str, Any]:
         gpu=describe_gpu(),
         tokenizer=tokenizer,
         unseen=frozenset(p.id for p in split_problems(config, problems).stage2) if problems else None,
-        micro_batches={stage: choose_micro_batch(config, stage) for stage in STAGES},
     )
 
 
@@ -85,21 +84,22 @@ def plan(
     gpu: Mapping[str, Any] | None,
     tokenizer: "Tokenizer | None" = None,
     unseen: frozenset[str] | None = None,
-    micro_batches: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """The plan as JSON values. `gpu` is from `doctor.describe_gpu`; without one (None) `fits` is unknown.
 
-    `unseen` are ids of the problems kept for stage 2 (None: unknown), `micro_batches` the rows of a forward pass by stage
-    (default: as configured). Without a tokenizer the forecast is unknown.
+    `unseen` are ids of the problems kept for stage 2 (None: unknown). Without a tokenizer the forecast is unknown.
     """
     model = read_architecture(config.student, config.lora.target_modules)
     backend = "plain" if gpu is None or config.student.backend == "plain" else "unsloth"
     stages = {}
     for stage in STAGES:
-        setting = wanted_setting(config, stage, backend)
-        setting = replace(setting, micro_batch=(micro_batches or {}).get(stage, setting.micro_batch))
+        setting, batch = wanted_setting(config, stage, backend), config.stage(stage).batch_size
         forecast = _forecast(config, run, stage, tokenizer, unseen or frozenset())
-        stages[stage] = {**_memory(model, setting, config.stage(stage).batch_size, gpu), **forecast}
+        if gpu is None:
+            setting = replace(setting, length=forecast["longest"] or setting.length)
+            if not config.stage(stage).per_device_train_batch_size:
+                setting = replace(setting, micro_batch=cpu_micro_batch(model, setting, batch))
+        stages[stage] = {**_memory(model, setting, batch, gpu), **forecast}
     hours = [stage["hours"] for stage in stages.values()]
 
     tensors = model.lora_tensors(config.lora.r)
@@ -115,7 +115,11 @@ def plan(
     return {
         "student": model_name(config.student),
         "parameters": model.parameters,
-        "bits": 32 if gpu is None else 4 if config.student.load_in_4bit else 16,
+        "bits": (16 if model.bf16_on_cpu else 32)
+        if gpu is None
+        else 4
+        if config.student.load_in_4bit
+        else 16,
         "backend": backend,
         "rough": model.rough or None,
         "gpu": dict(gpu) if gpu else None,
@@ -184,7 +188,8 @@ def _forecast(
             bundles = with_replay(bundles, solved, config.dpo.replay_share)
             rows = [[side for side in (b.review, b.rejected, b.replay) if side is not None] for b in bundles]
     if not rows:
-        return {**dict.fromkeys(("rows", "too_long", "tokens", "loss_share", "steps", "hours")), **known}
+        unknown = ("rows", "too_long", "longest", "tokens", "loss_share", "steps", "hours")
+        return {**dict.fromkeys(unknown), **known}
 
     fit = [row for row in rows if max(len(side.ids) for side in row) <= settings.max_length]
     once = [sum(len(side.ids) for side in row) for row in fit]
@@ -196,6 +201,7 @@ def _forecast(
     return {
         "rows": len(fit),
         "too_long": len(rows) - len(fit),
+        "longest": max((len(side.ids) for row in fit for side in row), default=None),
         "tokens": tokens,
         "loss_share": round(with_loss / sum(once), 4) if fit else None,
         "steps": ceil(len(order) / settings.batch_size),

@@ -60,6 +60,7 @@ def train_dpo(
         if not kept:
             raise DataError(f"no pair fits in dpo.max_length = {limit} tokens", "raise dpo.max_length")
         fitting = [row for row in solved if len(row.ids) <= limit]
+        job.longest = max([job.longest, *(len(row.ids) for row in fitting)])
         bundles = with_replay([bundles[i] for i in kept], fitting, config.dpo.replay_share)
         check_bundles(bundles, decision_ids(tokenizer))
         job.report.counts |= {"bundles": len(bundles), "pairs": len(pairs)}

@@ -19,7 +19,7 @@ from sclite.config import Config, Student
 from sclite.errors import DataError, NetworkError
 from sclite.student.adapters import lora_targets, meta_model
 from sclite.student.cuda_memory import available_ram
-from sclite.student.loader import model_name, read_config, select_backend
+from sclite.student.loader import cpu_training_dtype, model_name, read_config, select_backend
 from sclite.student.log_probs import head_chunk_size
 
 if TYPE_CHECKING:
@@ -31,25 +31,19 @@ Shape = tuple[int, int]
 """(features out, features in) of a linear layer."""
 
 NF4_BLOCK, NESTED_BLOCK = 64, 256
-NF4_TABLES = 4 * (16 + 256 + 1)
-"""Bytes of code tables (16 and 256 float32) and offset (one float32) of each quantized weight."""
+NF4_TABLES = 4 * (16 + 256 + 1)  # bytes per weight: code tables of 16 and 256 float32, and an offset
 MIN_8BIT, STATE_BLOCK, STATE_TABLES = 4096, 256, 2 * 256 * 4
 """bitsandbytes: smaller tensors keep 32-bit states; weights per absmax; bytes of the two tables that all tensors share."""
-
 LOSS_SHARE = {"sft": 0.9, "warmup": 0.5, "dpo": 0.15}
 """Share of tokens with loss in the longest rows: a solution after a short prompt; a review after the attempt; a cause and
 correction after both."""
 DECISIONS = 8  # per attempt, in DPO
-
 KEPT, BACKWARD = 4, 8
 """Bytes per logit: float32 log-probabilities kept for the backward pass; there, their gradient and that of the logits. Above
 `head_chunk_size` positions the head runs in chunks, keeps nothing, and holds one chunk at a time."""
-
-CONTEXT = 700_000_000
-"""Bytes of the CUDA context, loaded kernels and cuBLAS workspace, from the totals of several processes."""
-CACHED = 800_000_000
-"""Bytes the allocator holds beyond those in use, at least (0.3 to 0.84 GB measured). With rows that fill the GPU it is the
-largest tensor of a layer: at 76,032 tokens 1.87 GB were held, 2.18 GB estimated."""
+CONTEXT, CACHED = 700_000_000, 800_000_000
+"""Bytes of the CUDA context, loaded kernels and cuBLAS workspace; bytes the allocator holds beyond those in use, at least (0.3
+to 0.84 GB measured). With rows that fill the GPU that is the largest tensor of a layer: at 76,032 tokens 1.87 GB were held."""
 SHORTEST, STEP = 256, 64
 """Tokens: shorter rows are not worth training; lengths are reported in multiples of STEP."""
 CPU_ROWS, CPU_BYTES = 4, 4_000_000_000
@@ -57,7 +51,6 @@ CPU_ROWS, CPU_BYTES = 4, 4_000_000_000
 (docs/training.md), and a process that takes all memory is killed."""
 LIBRARIES, HEAP = 600_000_000, 1.8
 """Bytes of a CPU process without a model; what glibc's heap takes for a byte of activations (3.0 GB for 1.7 GB of them)."""
-
 KNOWN = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 """Architectures whose activations the estimate was checked on; others are estimated as if they were Llama."""
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
@@ -107,6 +100,7 @@ class Architecture:
     adapted: Counter[Shape]
     query_key_norms: bool
     logit_cap: bool
+    bf16_on_cpu: bool = False
     rough: str = ""  # why the estimate is rough; empty if it is not
 
     def lora_tensors(self, rank: int) -> list[int]:
@@ -160,6 +154,7 @@ def architecture(config: PretrainedConfig, targets: Sequence[str] = ()) -> Archi
         adapted=adapted,
         query_key_norms=any(name.endswith(".q_norm") for name, _ in model.named_modules()),
         logit_cap=bool(getattr(text, "final_logit_softcapping", None)),
+        bf16_on_cpu=cpu_training_dtype(config).itemsize == 2,
         rough=rough,
     )
 
@@ -296,18 +291,22 @@ def estimate(model: Architecture, setting: Setting) -> Estimate:
 
 
 def estimate_on_cpu(model: Architecture, setting: Setting) -> Estimate:
-    """A rough estimate of RAM without a GPU: float32, and every layer is kept.
+    """A rough estimate of RAM without a GPU: every layer is kept.
 
     Autograd saves of a layer the inputs and outputs of the norms; q, k, v and the attention's output; gate, up, their
-    product and its factor; and the output of every LoRA's A.
+    product and its factor; and the output of every LoRA's A. In bfloat16 the norms still have float32 inputs, and PEFT
+    copies a layer's input for each LoRA.
     """
     parts, tensors = estimate(model, setting).parts, model.lora_tensors(setting.rank)
-    widths = 4 * (model.hidden + model.query + model.intermediate)
-    kept = model.layers * widths + model.adapted.total() * setting.rank
-    activations = round(HEAP * 4 * kept * sum(tokens for tokens, _ in setting.forwards()))
-    optimizer = optimizer_bytes(tensors, 32)
-    changed = {"weights": 4 * model.parameters, "optimizer": optimizer, "activations": activations}
-    return Estimate(parts | changed | {"layer": 0, "allowance": LIBRARIES})
+    element = 2 if model.bf16_on_cpu else 4  # bytes
+    hidden = (10 if model.bf16_on_cpu else 4) * model.hidden
+    kept = (
+        model.layers * (hidden + 4 * (model.query + model.intermediate))
+        + model.adapted.total() * setting.rank
+    )
+    activations = round(HEAP * element * kept * sum(tokens for tokens, _ in setting.forwards()))
+    changed = {"weights": element * model.parameters, "optimizer": optimizer_bytes(tensors, 32)}
+    return Estimate(parts | changed | {"activations": activations, "layer": 0, "allowance": LIBRARIES})
 
 
 # -- what fits -----------------------------------------------------------------------------------------------------
@@ -372,20 +371,26 @@ def choose(model: Architecture, wanted: Setting, batch: int, free: int | None) -
     return Choice(False, None, verdict)
 
 
-def choose_micro_batch(config: Config, stage: str) -> int:
+def choose_micro_batch(config: Config, stage: str, longest: int) -> int:
     """The micro-batch size of a stage ("sft", "warmup" or "dpo"), a divisor of its batch size; call before loading the model.
 
-    A student whose memory cannot be estimated, or that should not fit, starts with one row: the GPU decides.
+    `longest` is the longest row in tokens. A student whose memory cannot be estimated, or that should not fit, starts with
+    one row: the GPU decides.
     """
     batch, given = config.stage(stage).batch_size, config.stage(stage).per_device_train_batch_size
     free, model = free_bytes(), None if given else _readable_architecture(config)
     if given or model is None:
         return largest_divisor(batch, given or 1)
-    if free is not None:
-        choice = choose(model, wanted_setting(config, stage, select_backend(config.student)), batch, free)
-        return choice.setting.micro_batch if choice.fits and choice.setting else 1
-    wanted, most = wanted_setting(config, stage, "plain"), min(CPU_BYTES, available_ram() or CPU_BYTES)
-    for size in (largest_divisor(batch, rows) for rows in range(CPU_ROWS, 1, -1)):
+    if free is None:
+        return cpu_micro_batch(model, replace(wanted_setting(config, stage, "plain"), length=longest), batch)
+    choice = choose(model, wanted_setting(config, stage, select_backend(config.student)), batch, free)
+    return choice.setting.micro_batch if choice.fits and choice.setting else 1
+
+
+def cpu_micro_batch(model: Architecture, wanted: Setting, batch: int) -> int:
+    """The largest divisor of the batch size, up to CPU_ROWS, with which a step fits into CPU_BYTES and the RAM; at least 1."""
+    most = min(CPU_BYTES, available_ram() or CPU_BYTES)
+    for size in (largest_divisor(batch, rows) for rows in range(min(CPU_ROWS, wanted.micro_batch), 1, -1)):
         if estimate_on_cpu(model, replace(wanted, micro_batch=size)).total <= most:
             return size
     return 1

@@ -84,6 +84,7 @@ class Job:
     unseen: frozenset[str] = frozenset()
     fresh: bool = False
     progress: Progress | None = None
+    longest: int = 0  # tokens of the longest row that is trained
     report: Report = field(init=False)
     inputs: dict[str, Any] = field(init=False)
 
@@ -125,6 +126,7 @@ class Job:
         self.run.replace_drops({self.stage}, drops)
         if drops:
             self.report.dropped[reason] = len(drops)
+        self.longest = max((length for length in lengths if length <= limit), default=0)
         return [number for number, length in enumerate(lengths) if length <= limit]
 
     def train(self, prepare: Callable[[Job, PreTrainedTokenizerBase], BuildLesson]) -> Report:
@@ -151,7 +153,7 @@ class Job:
                 tokenizer = load_tokenizer(model_name(config.student))
                 check_tokenizer(tokenizer)
                 build_lesson = prepare(self, tokenizer)
-                micro_batch = choose_micro_batch(config, stage)
+                micro_batch = choose_micro_batch(config, stage, self.longest)
                 loaded, tokenizer = load_student(config, stage, adapter, train=True)
                 model = cast("PeftModel", loaded)
                 outcome = train_adapter(

@@ -45,7 +45,7 @@ def train(side: str, folder: str, micro: int, steps: int) -> None:
     from sclite import prompts
     from sclite.config import Config
     from sclite.quickstart import grammar, problem_sets, tutor
-    from sclite.student.loader import load_student
+    from sclite.student.loader import load_student, load_tokenizer
     from sclite.student.tokenization import encode_solution
     from sclite.train.checkpoints import Checkpoints
     from sclite.train.memory import choose_micro_batch
@@ -57,12 +57,12 @@ def train(side: str, folder: str, micro: int, steps: int) -> None:
     stage = {"batch_size": BATCH, "num_train_epochs": 1, "eval_share": 0, "checkpoints": 1}
     config = Config.model_validate({"student": {"model": folder, "backend": "plain"}, "sft": stage})
     quiet_libraries()
-    chosen = choose_micro_batch(config, "sft")
-    model, tokenizer = load_student(config, "sft", train=True)
-    rows = []
+    rows, tokenizer = [], load_tokenizer(folder)
     for problem in problem_sets.train_problems(steps * BATCH):
         trace = tutor.template(grammar.solve(problem.question))
         rows.append(encode_solution(tokenizer, prompts.solve_messages(problem.question), trace))
+    chosen = choose_micro_batch(config, "sft", max(len(row.ids) for row in rows))
+    model, tokenizer = load_student(config, "sft", train=True)
     order = training_order([len(row.ids) for row in rows], BATCH, 1, 0)
     sizes = [sum(len(rows[i].ids) for i in order[s : s + BATCH]) for s in range(0, len(order), BATCH)]
     turns = Turns()

@@ -11,7 +11,6 @@ from sclite.errors import DataError
 from sclite.student.adapters import lora_targets
 from sclite.student.log_probs import (
     Padded,
-    head_chunk_size,
     hidden_states,
     token_log_probs,
     vocabulary_log_probs,
@@ -263,20 +262,6 @@ def test_larger_settings_need_more_memory(stage, backend):
         assert estimate(found, replace(small, **change)).total > estimate(found, small).total, change
 
 
-def test_logits_grow_with_loss_tokens_up_to_one_chunk():
-    found = recipe_architecture(QWEN)
-
-    def logits(share):
-        shown = Setting("sft", 1, 2048, 16, loss_share=share)
-        return (KEPT + BACKWARD) * found.vocabulary * min(
-            round(2048 * share), head_chunk_size(found.vocabulary)
-        ), shown
-
-    sizes = [logits(share)[0] for share in (0.05, 0.1, 0.5, 1.0)]
-    assert sizes[0] < sizes[1] < sizes[2] == sizes[3] < 1e9
-    assert estimate(found, logits(0.5)[1]).parts["logits"] in (0, sizes[2])
-
-
 def test_chunks_change_neither_log_probabilities_nor_gradients(monkeypatch):
     import torch
 
@@ -309,13 +294,6 @@ def tiny_model():
     torch.manual_seed(0)
     shape = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     return LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2, num_key_value_heads=2))
-
-
-def test_dpo_needs_more_than_sft_and_replay_more_again():
-    found, one = recipe_architecture(QWEN), Setting("sft", 1, 2048, 32, loss_share=0.2)
-    without = replace(one, stage="dpo", replay=False)
-    assert estimate(found, one).total < estimate(found, without).total
-    assert estimate(found, without).total < estimate(found, replace(without, replay=True)).total
 
 
 def test_unsloth_offloads_layer_inputs_to_host_ram():
@@ -354,12 +332,6 @@ def test_all_passes_of_a_step_share_the_reload_buffers():
     assert dpo.parts["activations"] == (3 * 2 + 3) * one  # chosen, rejected and the solved row
 
 
-def test_allocated_bytes_exclude_the_allowance():
-    found = estimate(recipe_architecture(QWEN), Setting("sft", 1, 2048, 32))
-    assert found.total == sum(found.parts.values())
-    assert found.allocated == found.total - found.parts["allowance"] < found.total
-
-
 def test_the_allowance_grows_with_rows_that_fill_a_gpu():
     found = recipe_architecture(LLAMA)
     short, long = (estimate(found, Setting("sft", 1, length, 32)) for length in (2048, 65_536))
@@ -382,14 +354,6 @@ def test_the_largest_micro_batch_that_fits_is_chosen():
             assert estimate(found, replace(wanted, micro_batch=2 * size)).total > free * GB
         before = size
     assert before == 16
-
-
-def test_the_micro_batch_divides_the_batch():
-    found, wanted = recipe_architecture("qwen3-4b"), Setting("sft", 12, 512, 16)
-    chosen = choose(found, wanted, 12, 80 * GB)
-    assert chosen.setting.micro_batch == 12
-    chosen = choose(found, wanted, 7, 80 * GB)
-    assert chosen.setting.micro_batch == 7
 
 
 def test_if_no_row_fits_the_largest_length_is_suggested():

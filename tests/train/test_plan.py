@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from sclite.config import Config, Student
 from sclite.data import corrections
@@ -90,15 +91,8 @@ def test_without_a_gpu_fits_is_unknown(run):
     assert {stage["largest_length"] for stage in found["stages"].values()} == {None}
 
 
-def test_the_plan_uses_the_micro_batch_of_training(run):
-    settings = config(run, sft={"batch_size": 6, "per_device_train_batch_size": 3})
-    made = {"sft": 3, "warmup": 2, "dpo": 1}
-    stages = plan(settings, run, gpu=GPU, micro_batches=made)["stages"]
-    assert {name: stage["micro_batch"] for name, stage in stages.items()} == made
-    assert stages["sft"]["accumulation"] == 2
-
-
-def test_without_a_gpu_the_plan_is_float32_without_checkpointing(run):
+def test_without_a_gpu_the_plan_is_float32_without_checkpointing(run, monkeypatch):
+    monkeypatch.setattr("sclite.train.memory.cpu_training_dtype", lambda _: torch.float32)
     found, on_card = planned(run, gpu=None), planned(run)
     assert (found["bits"], on_card["bits"]) == (32, 4)
     memory = found["stages"]["sft"]["memory_gb"]
@@ -258,7 +252,8 @@ def test_an_unknown_price_stays_unknown(run):
 # -- the student's configuration -----------------------------------------------------------------------------------
 
 
-def test_the_architecture_is_read_from_config_json(tmp_path):
+def test_the_architecture_is_read_from_config_json(tmp_path, monkeypatch):
+    monkeypatch.setattr("sclite.train.memory.cpu_training_dtype", lambda _: torch.float32)
     (tmp_path / "config.json").write_text(json.dumps(QWEN_MATH_7B))
     assert read_architecture(Student(model=str(tmp_path))) == architecture(config_of(QWEN_MATH_7B))
     assert read_architecture(Student(model="embedded")).parameters < 10_000_000
