@@ -63,7 +63,7 @@ def _render(name: str, folder: str, values: dict[str, str]) -> str:
         raise DataError(f"the prompt {name}.txt cannot be rendered: {error}", hint) from error
 
 
-def digest(*names: str, folder: str = "") -> str:
+def digest_prompts(*names: str, folder: str = "") -> str:
     """A short hash of the sources of these prompts; it changes with every edit."""
     return hashlib.sha256("\0".join(_source(name, folder) for name in names).encode()).hexdigest()[:16]
 

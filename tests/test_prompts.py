@@ -48,13 +48,13 @@ def test_custom_prompt_replaces_only_the_shipped_one(tmp_path):
 
 
 def test_digest_depends_on_the_text_and_the_names(tmp_path):
-    before = prompts.digest("student_system", "student_solve")
-    assert before == prompts.digest("student_system", "student_solve", folder=str(tmp_path))
-    assert before != prompts.digest("student_solve")
+    before = prompts.digest_prompts("student_system", "student_solve")
+    assert before == prompts.digest_prompts("student_system", "student_solve", folder=str(tmp_path))
+    assert before != prompts.digest_prompts("student_solve")
     own = tmp_path / "own"
     own.mkdir()
     (own / "student_solve.txt").write_text("Please: {{ question }}")
-    assert before != prompts.digest("student_system", "student_solve", folder=str(own))
+    assert before != prompts.digest_prompts("student_system", "student_solve", folder=str(own))
 
 
 @pytest.mark.parametrize(

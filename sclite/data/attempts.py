@@ -40,7 +40,7 @@ def attempts_inputs(config: Config, run: Run, problems: Sequence[Problem]) -> di
         # not student.batch: each request has its own seed, and replacing attempts means paying for corrections again
         "sampling": digest([config.attempts.model_dump(exclude=_NOT_SAMPLING), config.seed]),
         "source": read,
-        "prompts": prompts.digest("student_system", "student_solve", folder=config.prompts.folder),
+        "prompts": prompts.digest_prompts("student_system", "student_solve", folder=config.prompts.folder),
     }
 
 

@@ -35,7 +35,7 @@ def corrections_inputs(config: Config, run: Run) -> dict[str, object]:
         "teacher": digest([teacher.model, without_password(teacher.api_base), *sampling]),
         "confirmations": config.attempts.confirmation_share,
         "seed": config.seed,
-        "prompts": prompts.digest(*used, folder=config.prompts.folder),
+        "prompts": prompts.digest_prompts(*used, folder=config.prompts.folder),
     }
 
 

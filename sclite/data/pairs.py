@@ -54,7 +54,7 @@ def pairs_inputs(config: Config, run: Run) -> dict[str, object]:
         "reviews": run.file_digest("reviews.jsonl"),
         "warmup": run.file_digest("warmup/adapter/adapter_model.safetensors") if trained else "",
         "sampling": digest([config.attempts.reviews, config.attempts.temperature, config.seed]),
-        "prompts": prompts.digest(*used, folder=config.prompts.folder),
+        "prompts": prompts.digest_prompts(*used, folder=config.prompts.folder),
     }
 
 

@@ -44,7 +44,7 @@ def templates_inputs(config: Config, problems: Sequence[Problem]) -> dict[str, o
     used += ["inspector_template"] if config.teacher.inspector else []
     return {
         "problems": digest_rows(problems),
-        "prompts": prompts.digest(*used, folder=config.prompts.folder),
+        "prompts": prompts.digest_prompts(*used, folder=config.prompts.folder),
         "teacher": identity(config.teacher),
         "repairs": config.teacher.repairs,
     }

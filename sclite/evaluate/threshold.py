@@ -264,7 +264,9 @@ def fit_student(
 
 def prompts_digest(config: Config) -> str:
     """A short hash of the prompts that decide what a student answers and reviews."""
-    return prompts.digest("student_system", "student_solve", "student_review", folder=config.prompts.folder)
+    return prompts.digest_prompts(
+        "student_system", "student_solve", "student_review", folder=config.prompts.folder
+    )
 
 
 def load_threshold(config: Config, run: Run, gguf: Path) -> Fitted | None:

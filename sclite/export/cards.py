@@ -74,7 +74,7 @@ def build_dataset_card(config: Config, run: Run, counts: dict[str, int]) -> str:
     for stage, manifest in manifests.items():
         sources.append(f"- Teacher prompts for {stage}: {manifest.get('inputs', {}).get('prompts', UNKNOWN)}")
     for name in ("student_system", "student_solve", "student_review"):
-        sources.append(f"- Prompt {name}: {prompts.digest(name, folder=config.prompts.folder)}")
+        sources.append(f"- Prompt {name}: {prompts.digest_prompts(name, folder=config.prompts.folder)}")
     sources += [f"- Stage {stage}: sclite {m['sclite']}" for stage, m in manifests.items() if "sclite" in m]
     packages = ", ".join(f"{name} {version(name)}" for name in ("transformers", "litellm"))
     drops = Counter((drop.stage, drop.reason) for drop in run.read("dropped.jsonl", Drop))

@@ -10,7 +10,7 @@ from email.utils import parsedate_to_datetime
 
 from sclite import config
 from sclite.errors import TeacherError
-from sclite.teacher.reply import ErrorReply, UnreadableReply, clean
+from sclite.teacher.reply import ErrorReply, UnreadableReply, clean_text
 
 RETRY, REFUSED, STOP = "retry", "refused", "stop"
 LONGEST_WAIT_SECONDS = 300.0  # a server that asks for a longer wait counts as not answering
@@ -81,7 +81,7 @@ def read_failure(error: BaseException) -> Failure:
     shown = body.get("message") if isinstance(body, Mapping) else None
     if not isinstance(shown, str) or not shown:
         shown = next((str(link) for link in chain if str(link) not in ("", "Connection error.")), "")
-    lines = clean(redact(shown)).partition("Traceback (most recent")[0].strip().splitlines()
+    lines = clean_text(redact(shown)).partition("Traceback (most recent")[0].strip().splitlines()
     message = _PROVIDER_PREFIX.sub("", lines[0] if lines else "").strip() or type(error).__name__
     message = message if len(message) <= 200 else message[:200] + ".."
 

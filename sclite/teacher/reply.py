@@ -54,7 +54,7 @@ class Completion:
     listed_usd: float | None = None
 
 
-def clean(text: str) -> str:
+def clean_text(text: str) -> str:
     """The text with surrogate pairs joined, lone surrogates as U+FFFD, and without control characters."""
     if text.isascii() and text.isprintable():
         return text
@@ -69,7 +69,7 @@ def decode(body: bytes) -> object:
     except RecursionError:
         raise UnreadableReply("the JSON of the reply is nested too deep") from None
     except ValueError:
-        start = " ".join(clean(body[:80].decode(errors="replace")).split())
+        start = " ".join(clean_text(body[:80].decode(errors="replace")).split())
         html = start.startswith("<")
         raise UnreadableReply(
             f"the reply is not JSON: {start}" if start else "the reply is empty", paid=not html
@@ -89,8 +89,8 @@ def read(body: object, listed_usd: float | None = None) -> Completion:
     message = choice.get("message") or choice.get("delta") or {"content": choice.get("text")}
     if not isinstance(message, Mapping):
         raise UnreadableReply("the reply has no message")
-    content = clean(_text(message.get("content")))
-    reasoning = clean(_text(message.get("reasoning_content") or message.get("reasoning")))
+    content = clean_text(_text(message.get("content")))
+    reasoning = clean_text(_text(message.get("reasoning_content") or message.get("reasoning")))
     text, refusal = without_thoughts(content).strip(), message.get("refusal")
     if THOUGHT.match(text) or text.startswith("<|channel|>"):  # reasoning that never ends is no reply
         text = ""
@@ -105,7 +105,7 @@ def read(body: object, listed_usd: float | None = None) -> Completion:
     if finish == "stop" and not text:
         finish = ONLY_REASONING if content.strip() or reasoning.strip() else EMPTY
         if isinstance(refusal, str) and refusal.strip():
-            text, finish = clean(refusal), REFUSAL
+            text, finish = clean_text(refusal), REFUSAL
 
     usage = body.get("usage")
     counts = usage if isinstance(usage, Mapping) else {}
@@ -129,9 +129,9 @@ def _raise_error(error: object) -> None:
         status = int(code) if isinstance(code, int) or (isinstance(code, str) and code.isdecimal()) else None
         if status is None and "rate_limit" in str(code):
             status = 429
-        raise ErrorReply(clean(str(text or f"error {code}")), status)
+        raise ErrorReply(clean_text(str(text or f"error {code}")), status)
     if error:
-        raise ErrorReply(clean(str(error)), None)
+        raise ErrorReply(clean_text(str(error)), None)
 
 
 def _text(content: object) -> str:

@@ -69,7 +69,7 @@ def training_inputs(
         stage: config.stage(stage).signed_settings(),
         "student.model": EMBEDDED if config.student.model == EMBEDDED else model_name(config.student),
         "student.load_in_4bit": config.student.load_in_4bit,
-        "prompts": prompts.digest(*used, folder=config.prompts.folder),
+        "prompts": prompts.digest_prompts(*used, folder=config.prompts.folder),
         "seed": config.seed,
     }
 

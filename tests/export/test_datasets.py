@@ -192,7 +192,7 @@ def test_card_lists_source_models_prompts_counts_drops_and_cost(exported):
     assert "- Teacher: openai/large" in card
     assert "- Teacher prompts for templates: 0123456789abcdef" in card
     assert "- Teacher prompts for corrections: unknown" in card
-    assert f"- Prompt student_review: {prompts.digest('student_review')}" in card
+    assert f"- Prompt student_review: {prompts.digest_prompts('student_review')}" in card
     assert f"| pairs.jsonl | {report.counts['pairs']} |" in card
     assert "| templates | wrong answer | 3 |" in card
     assert "| pairs | both sides alike | 1 |" in card

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sclite.teacher.reply import ErrorReply, UnreadableReply, clean, decode, read
+from sclite.teacher.reply import ErrorReply, UnreadableReply, clean_text, decode, read
 
 
 def body(message, finish_reason="stop", **more):
@@ -116,9 +116,9 @@ def test_token_counts_are_numbers_or_unknown(usage, tokens):
 
 def test_text_can_always_be_encoded_as_utf_8():
     paired = json.loads(r'"\ud83d\ude42"') + "\ud83d"
-    assert clean("\ud83d" + "\ude42") == "🙂"
-    assert clean(paired) == "🙂\ufffd"
-    assert clean("a\tb\r\nc 你好 \u2028") == "a\tb\r\nc 你好 \u2028"
+    assert clean_text("\ud83d" + "\ude42") == "🙂"
+    assert clean_text(paired) == "🙂\ufffd"
+    assert clean_text("a\tb\r\nc 你好 \u2028") == "a\tb\r\nc 你好 \u2028"
     assert read(says("a \udfff b")).text == "a \ufffd b"
 
 
