@@ -14,7 +14,18 @@ import pytest
 pytestmark = pytest.mark.slow
 
 SMALL = ("--problems", "200", "--set", "sft.num_train_epochs=6", "--set", "eval.limit=40")
-STAGES = ("templates", "sft", "attempts", "corrections", "warm-up", "pairs", "dpo", "export", "eval")
+STAGES = (
+    "templates",
+    "sft",
+    "attempts",
+    "corrections",
+    "warm-up",
+    "pairs",
+    "dpo",
+    "export",
+    "threshold",
+    "eval",
+)
 TIMED = ("seconds", "seconds_first", "signature")
 
 
