@@ -292,7 +292,8 @@ def export(
     common: Common,
 ) -> None:
     """Export a GGUF and a Modelfile for llama.cpp and Ollama."""
-    from sclite import evaluation, pipeline
+    from sclite import pipeline
+    from sclite.evaluate.threshold import load_threshold
     from sclite.inspect import summaries
 
     if format not in ("gguf", "lora", "data"):
@@ -321,7 +322,10 @@ def export(
 
             created = create_model(context.config.export.ollama, context.run.path("export/Modelfile"))
     gguf = Path(report.figures["gguf"])
-    fitted = common.json or created is not None or not evaluation.for_chat(context, gguf, None)[2]
+    review = context.config.review
+    fitted = review.mode == "free" or review.threshold is not None
+    if not (fitted or common.json or created is not None):  # reads the whole GGUF
+        fitted = load_threshold(context.config, context.run, gguf) is not None
     summaries.print_export(context, report, created, fitted, common.json)
 
 
