@@ -15,18 +15,6 @@ if TYPE_CHECKING:
     import gguf
     import torch
 
-LAYER_NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-TOP_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32}
 
 
@@ -64,40 +52,49 @@ def write_gguf(folder: Path, out: Path, *, outtype: str = "f16") -> Path:
         )
     config = read_json(folder / "config.json")
     part = out.with_name(out.name + ".part")
+    heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
     writer = gguf.GGUFWriter(part, "llama")
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(folder.resolve().name)
-    _add_hyperparameters(writer, config, FILE_TYPES[outtype])
+    writer.add_block_count(layers)
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_rope_freq_base(_rope(config)["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_file_type(FILE_TYPES[outtype])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_vocabulary(writer, folder, config["vocab_size"])
-    tensors = Tensors(folder)
+    tensors, names = Tensors(folder), gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
     for name in tensors:
-        _add_tensor(writer, name, tensors[name], config, outtype)
+        if name.endswith("rotary_emb.inv_freq"):
+            continue
+        if (target := names.get_name(name, try_suffixes=(".weight",))) is None:
+            raise DataError(f"unknown tensor {name}", "use llama.cpp's converter (SCLITE_LLAMA_CPP)")
+        tensor = tensors[name]
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            tensor = interleave_rotary(tensor, heads if name.endswith("q_proj.weight") else kv_heads)
+        data = tensor.float().numpy()
+        if data.ndim == 1 or outtype == "f32":
+            writer.add_tensor(target, data)
+        elif outtype == "f16":
+            writer.add_tensor(target, data.astype("float16"))
+        else:
+            bf16 = gguf.GGMLQuantizationType.BF16
+            writer.add_tensor(target, gguf.quants.quantize(data, bf16), raw_dtype=bf16)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return part.replace(out)
-
-
-def _add_hyperparameters(writer: gguf.GGUFWriter, config: dict[str, Any], file_type: int) -> None:
-    import gguf
-
-    heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
-    writer.add_rope_freq_base(_rope(config)["rope_theta"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_file_type(file_type)
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, folder: Path, size: int) -> None:
@@ -128,49 +125,8 @@ def _add_vocabulary(writer: gguf.GGUFWriter, folder: Path, size: int) -> None:
     writer.add_token_list(tokens)
     writer.add_token_scores(scores)
     writer.add_token_types(types)
-    ids = {token: i for i, token in enumerate(tokens)}
-    for kind in ("bos", "eos", "unk", "pad"):
-        token = settings.get(f"{kind}_token")
-        token = token["content"] if isinstance(token, dict) else token
-        if token in ids:
-            getattr(writer, f"add_{kind}_token_id")(ids[token])
-    for kind, add in (("bos", writer.add_add_bos_token), ("eos", writer.add_add_eos_token)):
-        if settings.get(f"add_{kind}_token") is not None:
-            add(settings[f"add_{kind}_token"])
-    path = folder / "chat_template.jinja"
-    template = path.read_text(encoding="utf-8") if path.is_file() else settings.get("chat_template")
-    if template:
-        writer.add_chat_template(template)
-
-
-def _add_tensor(
-    writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor, config: dict[str, Any], outtype: str
-) -> None:
-    import gguf
-    import torch
-
-    module = name.removesuffix(".weight")
-    target = TOP_NAMES.get(module)
-    if target is None:
-        layer, _, inner = module.removeprefix("model.layers.").partition(".")
-        if inner.endswith("rotary_emb.inv_freq"):
-            return
-        if inner not in LAYER_NAMES:
-            raise DataError(f"unknown tensor {name}", "use llama.cpp's converter (SCLITE_LLAMA_CPP)")
-        target = f"blk.{layer}.{LAYER_NAMES[inner]}"
-    heads = config["num_attention_heads"]
-    if module.endswith("q_proj"):
-        tensor = interleave_rotary(tensor, heads)
-    elif module.endswith("k_proj"):
-        tensor = interleave_rotary(tensor, config.get("num_key_value_heads") or heads)
-    data = tensor.to(torch.float32).numpy()
-    if data.ndim == 1 or outtype == "f32":
-        writer.add_tensor(f"{target}.weight", data)
-    elif outtype == "f16":
-        writer.add_tensor(f"{target}.weight", data.astype("float16"))
-    else:
-        bf16 = gguf.GGMLQuantizationType.BF16
-        writer.add_tensor(f"{target}.weight", gguf.quants.quantize(data, bf16), raw_dtype=bf16)
+    special = gguf.SpecialVocab(folder, n_vocab=size)
+    special.add_to_gguf(writer, quiet=True)
 
 
 def interleave_rotary(tensor: torch.Tensor, heads: int) -> torch.Tensor:
