@@ -368,9 +368,11 @@ def export(context: Context, names: Sequence[str] = ()) -> list[Report]:
             progress(number, len(chosen))
         path, warnings = write_modelfile(context.run, context.config, chosen[-1])
         made[-1].figures |= {"modelfile": str(path), "warnings": list(warnings)}
-    sizes = ", ".join(f"{report.figures['megabytes']:g} MB" for report in made)
+    sizes = [f"{file['megabytes']:g} MB" for report in made for file in report.figures["files"].values()]
     context.reports += made
-    context.display.done("export", f"export: {len(made)} GGUF ({sizes})", all(r.skipped for r in made))
+    context.display.done(
+        "export", f"export: {len(sizes)} GGUF ({', '.join(sizes)})", all(r.skipped for r in made)
+    )
     return made
 
 

@@ -4,6 +4,7 @@ The converter is part of llama-cpp-python's source distribution: it is downloade
 `SCLITE_LLAMA_CPP` points at a llama.cpp checkout instead.
 """
 
+import hashlib
 import os
 import shlex
 import shutil
@@ -21,6 +22,8 @@ from sclite.export.tensors import Tensors
 
 SCRIPT = "convert_hf_to_gguf.py"
 EXTRACTED = (SCRIPT, "convert_lora_to_gguf.py", "conversion", "gguf-py", "LICENSE")
+SHA256 = {"0.3.36": "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"}
+"""Digests of llama-cpp-python's source distributions, by version; another one of these versions is not run."""
 SMALL = 50_000_000
 """Parameters below which a model that `write_gguf` supports is written without the converter."""
 
@@ -112,6 +115,13 @@ def converter() -> Path:
                 f"cannot download llama.cpp's converter: {lines[-1] if lines else 'no reason given by pip'}",
                 f"on a machine with network access, run: pip {' '.join(arguments)}; unpack the archive here and set "
                 "SCLITE_LLAMA_CPP to its folder vendor/llama.cpp (any llama.cpp checkout works)",
+            )
+        with archives[0].open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != SHA256.get(version("llama_cpp_python"), digest):
+            raise ScliteError(
+                f"the downloaded {archives[0].name} is not the published one: its SHA-256 is {digest}",
+                "check the package index of pip, or set SCLITE_LLAMA_CPP to a llama.cpp checkout",
             )
         return unpack(archives[0], folder)
 

@@ -114,7 +114,9 @@ def print_export(context: "Context", report: Report, created: str | None, fitted
     if json:
         console.print_json({**figures, "ollama": ollama if created is not None else None})
         return
-    console.print(f"{escape(figures['gguf'])}  {figures['megabytes']:g} MB")
+    for name, file in figures["files"].items():
+        path = context.run.path(f"export/{name}")
+        console.print(f"{escape(str(path))}  {file['megabytes']:g} MB")
     parity = escape(summarize(figures["parity"]))
     if figures["parity"]["skipped"]:
         console.note(f"[yellow]{parity}[/]")

@@ -2,13 +2,15 @@
 
 import json
 import shutil
+import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from sclite.errors import DataError, NetworkError, UsageError
+from sclite.errors import DataError, NetworkError, ScliteError, UsageError
 from sclite.export import gguf as conversion
 from sclite.export import parity
 from sclite.export.gguf_writer import write_gguf
@@ -135,6 +137,21 @@ def test_missing_converter_is_a_network_error_with_instructions(folder, tmp_path
     (other / "config.json").write_text(json.dumps(shape))
     with pytest.raises(NetworkError):
         conversion.convert_model(other, tmp_path / "other.gguf")
+
+
+def test_another_source_distribution_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.delenv("SCLITE_LLAMA_CPP", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setitem(conversion.SHA256, version("llama_cpp_python"), "0" * 64)
+
+    def download(command, **_):
+        Path(command[-1], "llama_cpp_python.tar.gz").write_bytes(b"other")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(conversion.subprocess, "run", download)
+    with pytest.raises(ScliteError, match="not the published one"):
+        conversion.converter()
+    assert not conversion.cache_folder().exists()
 
 
 def test_folder_without_the_converter_is_a_usage_error(tmp_path, monkeypatch):
