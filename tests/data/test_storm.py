@@ -168,7 +168,7 @@ def test_twenty_kills_repeat_only_requests_in_flight(tmp_path, run, start, grade
                 time.sleep(0.01)
             time.sleep(0.6 * draw.random())
             process.kill()
-            process.communicate()
+            process.wait()
             counts.append((held_replies(run, server), server.counts.copy()))
         _, totals = build(run, settings, grader)
         for held, before in counts:
