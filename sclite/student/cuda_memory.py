@@ -1,5 +1,6 @@
 """GPU memory: recognize out-of-memory errors, release what a model leaves behind; and the RAM that is available."""
 
+import ctypes
 from pathlib import Path
 
 WORDS = (
@@ -27,6 +28,18 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def return_freed_memory() -> None:
+    """Let glibc return freed blocks of a megabyte or more to the system at once; elsewhere this does nothing.
+
+    They would stay in its heap among blocks that are kept: a training on a CPU took 0.9 GB more after 16 steps than after
+    the first. The time of a step stays the same.
+    """
+    mmap_threshold = -3
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(mmap_threshold, 1 << 20)
 
 
 def available_ram() -> int | None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from sclite.config import TrainingStage
 from sclite.errors import GpuMemoryError, ScliteError
-from sclite.student.cuda_memory import is_out_of_memory
+from sclite.student.cuda_memory import is_out_of_memory, return_freed_memory
 from sclite.train.arguments import training_arguments
 from sclite.train.checkpoints import Checkpoints
 from sclite.train.losses import LossTerm, weighted_loss
@@ -95,6 +95,8 @@ def train_adapter(
     lengths = [lesson.lengths[i] for i in rows]
     order = training_order(lengths, settings.batch_size, settings.num_train_epochs, seed)
     logger = MetricsLogger(metrics, phase, progress, resumed_from=checkpoints.step())
+    if next(model.parameters()).device.type == "cpu":
+        return_freed_memory()
     arguments = training_arguments(
         checkpoints.folder, settings, seed=seed, micro_batch=micro_batch, rows=len(order), evaluates=bool(held_out),
         bf16_on_cpu=next(model.parameters()).dtype.itemsize == 2,
