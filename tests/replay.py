@@ -3,7 +3,7 @@
     with TeacherServer(lambda request, nth: say("<Step1>..")) as server:
         server.url, server.requests, server.counts
 
-`request` is the parsed body, `nth` counts (from 1) the requests with these messages. Standard library only.
+`request` is the parsed body, `nth` counts (from 1) the requests with these messages.
 """
 
 import json
@@ -13,6 +13,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from sclite.teacher.client import Job
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,20 @@ def fail(status: int, message: str = "no", **headers: str) -> Answer:
     """An error in OpenAI's form; `retry_after="1"` becomes a header."""
     body = {"error": {"message": message, "type": "test", "code": status}}
     return Answer(status, body, {name.replace("_", "-"): value for name, value in headers.items()})
+
+
+def job(number: int, check=lambda reply: None, **more: Any) -> Job:
+    """A job whose message is `question NUMBER.`, followed by the error of the last reply."""
+
+    def messages(error: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": f"question {number}. {error}".strip()}]
+
+    return Job(str(number), messages, check, **more)
+
+
+def question(request: dict) -> str:
+    """The first message of a request."""
+    return request["messages"][0]["content"]
 
 
 HTML = Answer(200, b"<html><body>Bad gateway</body></html>")

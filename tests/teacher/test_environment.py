@@ -9,23 +9,17 @@ import pytest
 
 from sclite import config
 from sclite.config import Config, without_password
-from sclite.errors import UsageError
+from sclite.errors import TeacherError, UsageError
 from sclite.run import Run
 from sclite.teacher import provider
-from sclite.teacher.client import Job, Teacher
-from sclite.teacher.ledger import Ledger
-from tests.replay import TeacherServer, fail, say
-
-JOB = Job("1", lambda error: [{"role": "user", "content": "q"}], lambda reply: None)
+from tests.replay import TeacherServer, fail, job, say
 
 
 @pytest.mark.parametrize("direct", [True, False])
-def test_key_with_a_windows_line_end_works(tmp_path, monkeypatch, direct):
+def test_key_with_a_windows_line_end_works(ask, monkeypatch, direct):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test-secret\r\n")
-    with TeacherServer(lambda request, nth: say("good")) as server, Ledger(tmp_path / "l") as ledger:
-        settings = config.Teacher(model="openai/replay", api_base=server.url, direct=direct)
-        with Teacher(settings, ledger) as teacher:
-            assert next(teacher.ask_all([JOB])).text == "good"
+    with TeacherServer(lambda request, nth: say("good")) as server:
+        assert ask(server, [job(1)], direct=direct)[0].text == "good"
     assert server.keys == {"Bearer sk-test-secret"}
 
 
@@ -88,22 +82,16 @@ def test_password_in_an_address_is_in_no_dump_and_no_run(tmp_path):
 
 
 @pytest.mark.parametrize("direct", [True, False])
-def test_password_in_an_address_is_sent_but_neither_shown_nor_stored(tmp_path, direct, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-x")
-    with TeacherServer(lambda request, nth: say("good")) as server, Ledger(tmp_path / "l") as ledger:
+def test_password_in_an_address_is_sent_but_neither_shown_nor_stored(ask, ledger, direct):
+    with TeacherServer(
+        lambda request, nth: say("good") if nth == 1 else fail(404, f"no model at {address}")
+    ) as server:
         address = server.url.replace("http://", "http://me:hush@")
         for api_base in (address, server.url):
-            settings = config.Teacher(model="openai/replay", api_base=api_base, direct=direct)
-            with Teacher(settings, ledger) as teacher:
-                assert next(teacher.ask_all([JOB])).text == "good"
+            assert ask(api_base, [job(1)], direct=direct)[0].text == "good"
         assert len(server.requests) == 1  # the same request, with the password or without
-    assert server.keys == {"Basic bWU6aHVzaA=="}
-    assert b"hush" not in (tmp_path / "l").read_bytes()
-    with (
-        TeacherServer(lambda request, nth: fail(404, f"no model at {address}")) as server,
-        Ledger(tmp_path / "m") as ledger,
-    ):
-        settings = config.Teacher(model="openai/replay", api_base=address, direct=direct, attempts_per_call=1)
-        with Teacher(settings, ledger) as teacher, pytest.raises(Exception, match="at http://127") as caught:
-            list(teacher.ask_all([JOB]))
+        assert server.keys == {"Basic bWU6aHVzaA=="}
+        assert b"hush" not in ledger.path.read_bytes()
+        with pytest.raises(TeacherError, match="at http://127") as caught:
+            ask(address, [job(1, sample=1)], direct=direct)
     assert "hush" not in str(caught.value) + caught.value.hint

@@ -5,7 +5,6 @@ from email.utils import formatdate
 
 import pytest
 
-from sclite.config import without_password
 from sclite.teacher import failures
 from sclite.teacher.failures import read_failure
 
@@ -65,8 +64,3 @@ def test_message_is_one_line_without_prefixes_and_keys(monkeypatch):
         "litellm.RateLimitError: RateLimitError: OpenAIException - slow down, sk-very-secret\ntrace", 429
     )
     assert read_failure(error).message == "slow down, ***"
-
-
-def test_base_url_is_shown_without_its_password():
-    assert without_password("https://me:secret@host:8000/v1") == "https://host:8000/v1"
-    assert without_password("http://host/v1") == "http://host/v1"

@@ -20,11 +20,6 @@ MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "conten
 PARAMETERS = {"temperature": 0.5, "max_tokens": 50, "top_p": 0.9, "seed": 3, "drop_params": True}
 
 
-@pytest.fixture(autouse=True)
-def _key(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _imported():
     """LiteLLM's first call imports for seconds, which would count as a timeout."""

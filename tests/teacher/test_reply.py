@@ -11,46 +11,27 @@ def body(message, finish_reason="stop", **more):
     return {"choices": [{"index": 0, "finish_reason": finish_reason, "message": message}], **more}
 
 
-def says(content, **message):
-    return body({"role": "assistant", "content": content, **message})
+TEXTS = [
+    "good",
+    [{"type": "text", "text": "go"}, {"type": "text", "text": "od"}],
+    [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "good"}],
+    "<think>a</think>\n\ngood", "<THINK>\n</THINK>good", '<think time="3">a</think>good',
+    "<thought>a</thought><reasoning>b</reasoning>good", "<scratchpad>a</scratchpad>good", "[THINK]a[/THINK]good",
+    "a, without an opening tag\n</think>\ngood",
+    "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>good<|return|>",
+    "go\x00o\x1b[31md\x07",
+]  # fmt: skip
+CHOICES = [
+    {"index": 0, "text": "good", "finish_reason": "stop"},
+    {"index": 0, "delta": {"content": "good"}},
+    {"finish_reason": None, "message": {"content": "good", "tool_calls": []}},
+    {"finish_reason": "STOP", "message": {"content": "good", "tool_calls": None}},
+    {"finish_reason": "end_turn", "message": {"content": "good"}},
+]
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        "good",
-        [{"type": "text", "text": "go"}, {"type": "text", "text": "od"}],
-        [
-            {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
-            {"type": "text", "text": "good"},
-        ],
-        "<think>a</think>\n\ngood",
-        "<THINK>\n</THINK>good",
-        '<think time="3">a</think>good',
-        "<thought>a</thought><reasoning>b</reasoning>good",
-        "<scratchpad>a</scratchpad>good",
-        "[THINK]a[/THINK]good",
-        "a, without an opening tag\n</think>\ngood",
-        "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>good<|return|>",
-        "go\x00o\x1b[31md\x07",
-    ],
-)
-def test_text_is_read_in_any_format(content):
-    found = read(says(content))
-    assert (found.text, found.finish_reason) == ("good", "stop")
-
-
-@pytest.mark.parametrize(
-    "choice",
-    [
-        {"index": 0, "text": "good", "finish_reason": "stop"},
-        {"index": 0, "delta": {"content": "good"}},
-        {"finish_reason": None, "message": {"content": "good", "tool_calls": []}},
-        {"finish_reason": "STOP", "message": {"content": "good", "tool_calls": None}},
-        {"finish_reason": "end_turn", "message": {"content": "good"}},
-    ],
-)
-def test_choice_in_another_format_is_read(choice):
+@pytest.mark.parametrize("choice", [*CHOICES, *({"message": {"content": content}} for content in TEXTS)])
+def test_text_is_read_in_any_format(choice):
     found = read({"choices": [choice]})
     assert (found.text, found.finish_reason) == ("good", "stop")
 
@@ -63,14 +44,12 @@ def test_choice_with_index_0_counts():
 @pytest.mark.parametrize(
     ("message", "finish_reason", "text"),
     [
-        ({"content": ""}, "empty", ""),
-        ({"content": None}, "empty", ""),
-        ({"content": " \n"}, "empty", ""),
-        ({}, "empty", ""),
-        ({"content": {"a": 1}}, "empty", ""),
+        *((message, "empty", "") for message in ({}, *({"content": c} for c in ("", None, " \n", {"a": 1})))),
         ({"content": None, "reasoning_content": "so"}, "only_reasoning", ""),
         ({"content": "", "reasoning": "so"}, "only_reasoning", ""),
         ({"content": "<think>so</think>"}, "only_reasoning", ""),
+        ({"content": "<think><Step1>so"}, "only_reasoning", ""),
+        ({"content": "<|channel|>analysis<|message|>so"}, "only_reasoning", ""),
         ({"content": None, "refusal": "I can't help."}, "refusal", "I can't help."),
         ({"content": None, "tool_calls": [{"id": "1"}]}, "tool_calls", ""),
     ],
@@ -83,35 +62,26 @@ def test_reply_without_text_has_its_own_finish_reason(message, finish_reason, te
 @pytest.mark.parametrize(
     ("reason", "name"),
     [
-        ("length", "length"),
-        ("MAX_TOKENS", "length"),
-        ("content_filter", "content_filter"),
-        ("SAFETY", "content_filter"),
-        (["stop"], "unreadable"),
-        ({"a": 1}, "unreadable"),
-        (7, "unreadable"),
+        ("length", "length"), ("MAX_TOKENS", "length"), ("content_filter", "content_filter"), ("SAFETY", "content_filter"),
+        (["stop"], "unreadable"), ({"a": 1}, "unreadable"), (7, "unreadable"),
     ],
-)
+)  # fmt: skip
 def test_finish_reason_is_read_in_any_case_and_never_raises(reason, name):
     assert read(body({"content": "good"}, reason)).finish_reason == name
 
 
 @pytest.mark.parametrize(
-    ("usage", "tokens"),
+    ("prompt", "completion", "tokens"),
     [
-        ({"prompt_tokens": 10, "completion_tokens": 20}, (10, 20)),
-        ({"prompt_tokens": 10.0, "completion_tokens": 20}, (10, 20)),
-        ({"prompt_tokens": "10", "completion_tokens": True}, (None, None)),
-        ({"prompt_tokens": -1, "completion_tokens": 0}, (None, None)),
-        ({"prompt_tokens": float("nan"), "completion_tokens": float("inf")}, (None, None)),
-        ({"prompt_tokens": 2**63, "completion_tokens": 10.5}, (None, None)),
-        (None, (None, None)),
-        ([], (None, None)),
-        ("30", (None, None)),
+        (10, 20, (10, 20)), (10.0, 20, (10, 20)), ("10", True, (None, None)), (-1, 0, (None, None)),
+        (float("nan"), float("inf"), (None, None)), (2**63, 10.5, (None, None)),
     ],
-)
-def test_token_counts_are_numbers_or_unknown(usage, tokens):
+)  # fmt: skip
+def test_token_counts_are_numbers_or_unknown(prompt, completion, tokens):
+    usage = {"prompt_tokens": prompt, "completion_tokens": completion}
     assert read(body({"content": "good"}, usage=usage)).tokens == tokens
+    for other in (None, [], "30"):
+        assert read(body({"content": "good"}, usage=other)).tokens == (None, None)
 
 
 def test_text_can_always_be_encoded_as_utf_8():
@@ -119,7 +89,7 @@ def test_text_can_always_be_encoded_as_utf_8():
     assert clean_text("\ud83d" + "\ude42") == "🙂"
     assert clean_text(paired) == "🙂\ufffd"
     assert clean_text("a\tb\r\nc 你好 \u2028") == "a\tb\r\nc 你好 \u2028"
-    assert read(says("a \udfff b")).text == "a \ufffd b"
+    assert read(body({"content": "a \udfff b"})).text == "a \ufffd b"
 
 
 @pytest.mark.parametrize(
@@ -130,13 +100,11 @@ def test_text_can_always_be_encoded_as_utf_8():
         (b"<html>Bad gateway</html>", "the reply is not JSON: <html>Bad gateway</html>", False),
         (b"[" * 100_000, "the JSON of the reply is nested too deep", True),
         (b"[1]", "the reply is not a chat completion", True),
-        (b'{"choices": []}', "the reply has no choices", True),
-        (b'{"choices": "x"}', "the reply has no choices", True),
-        (b'{"choices": [null]}', "the reply has no choices", True),
+        *((data, "the reply has no choices", True) for data in (
+            b'{"choices": []}', b'{"choices": "x"}', b'{"choices": [null]}', b'{"detail": "Not Found"}')),
         (b'{"choices": [{"message": "x"}]}', "the reply has no message", True),
-        (b'{"detail": "Not Found"}', "the reply has no choices", True),
     ],
-)
+)  # fmt: skip
 def test_body_that_is_not_a_chat_completion_is_reported(data, message, paid):
     with pytest.raises(UnreadableReply) as caught:
         read(decode(data))
@@ -144,26 +112,23 @@ def test_body_that_is_not_a_chat_completion_is_reported(data, message, paid):
 
 
 def test_byte_order_mark_and_invalid_utf_8_are_read():
-    assert read(decode(b"\xef\xbb\xbf" + json.dumps(says("good")).encode())).text == "good"
+    assert read(decode(b"\xef\xbb\xbf" + json.dumps(body({"content": "good"})).encode())).text == "good"
     assert read(decode(b'{"choices": [{"message": {"content": "a \xff"}}]}')).text == "a \ufffd"
 
 
 @pytest.mark.parametrize(
     ("error", "status"),
     [
-        ({"message": "busy", "code": 503}, 503),
-        ({"message": "busy", "code": "429"}, 429),
-        ({"message": "busy", "code": "rate_limit_exceeded"}, 429),
-        ({"message": "busy"}, None),
-        ("busy", None),
+        ({"message": "busy", "code": 503}, 503), ({"message": "busy", "code": "429"}, 429),
+        ({"message": "busy", "code": "rate_limit_exceeded"}, 429), ({"message": "busy"}, None), ("busy", None),
     ],
-)
+)  # fmt: skip
 def test_error_with_status_200_is_an_error(error, status):
     with pytest.raises(ErrorReply, match="busy") as caught:
-        read({**says("good"), "error": error})
+        read({**body({"content": "good"}), "error": error})
     assert caught.value.status_code == status
 
 
 @pytest.mark.parametrize("error", [None, "", {}, {"message": ""}])
 def test_empty_error_beside_a_reply_is_ignored(error):
-    assert read({**says("good"), "error": error}).text == "good"
+    assert read({**body({"content": "good"}), "error": error}).text == "good"

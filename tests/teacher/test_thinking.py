@@ -1,18 +1,12 @@
 """A teacher that thinks: its parameters reach it, its reasoning reaches no template, and its budget is not wasted."""
 
-import json
-
 import pytest
 
-from sclite import config
 from sclite.data.templates import write_templates
 from sclite.errors import BudgetError, UsageError
-from sclite.grading.worker import Grader
 from sclite.records import Problem, Template
 from sclite.settings import load
-from sclite.teacher.client import Job, Teacher
-from sclite.teacher.ledger import Ledger
-from tests.replay import Answer, TeacherServer, fail, say
+from tests.replay import Answer, TeacherServer, fail, job, question, say
 
 EXTRA = {
     "reasoning_effort": "low", "service_tier": "flex", "top_k": 20,
@@ -21,27 +15,6 @@ EXTRA = {
 THOUGHT = "Hmm, 9 of those <Step1>wrong</Step1><Generalized>No.</Generalized><Answer>-1</Answer>"
 PRICE = (1.0, 10.0)  # US dollars per million tokens
 TEMPLATE = "<Step1>Count on by one.\n</Step1>\n<Generalized>Count on.</Generalized>\n<Answer>{}</Answer>"
-
-
-@pytest.fixture(autouse=True)
-def _key(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-test-secret")
-
-
-@pytest.fixture
-def grader():
-    with Grader() as found:
-        yield found
-
-
-def job(number=1):
-    return Job(str(number), lambda error: [{"role": "user", "content": f"q{number} {error}"}], lambda _: None)
-
-
-def ask(server, path, jobs=None, **settings):
-    chosen = {"model": "openai/replay", "api_base": server.url, "max_tokens": 100, "price": PRICE, **settings}
-    with Ledger(path / "ledger.sqlite") as ledger, Teacher(config.Teacher(**chosen), ledger) as teacher:
-        return list(teacher.ask_all(jobs or [job()])), ledger.totals()
 
 
 def thought(text, finish_reason="stop", tokens=(20, 90), reasoning_tokens=None, **message):
@@ -78,26 +51,26 @@ REASONED = [
 
 @pytest.mark.parametrize("model", ["openai/replay", "hosted_vllm/replay"])
 @pytest.mark.parametrize("direct", [True, False])
-def test_extra_parameters_are_in_the_request_and_the_key(tmp_path, model, direct):
+def test_extra_parameters_are_in_the_request_and_the_key(ask, model, direct):
     with TeacherServer(lambda request, nth: say("good")) as server:
         for extra in (EXTRA, EXTRA, {}):
-            ask(server, tmp_path, model=model, direct=direct, extra=extra)
+            ask(server, [job(1)], model=model, direct=direct, extra=extra)
     first, without = server.requests
     expected = {**EXTRA, **EXTRA["extra_body"]}
     del expected["extra_body"]
     assert {name: value for name, value in first.items() if name not in without} == expected
 
 
-def test_parameter_that_only_litellm_knows_goes_through_it(tmp_path):
+def test_parameter_that_only_litellm_knows_goes_through_it(ask):
     with TeacherServer(lambda request, nth: say("good")) as server:
-        results, _ = ask(server, tmp_path, extra={"metadata": {"a": "b"}, "mock_response": "from LiteLLM"})
+        results = ask(server, [job(1)], extra={"metadata": {"a": "b"}, "mock_response": "from LiteLLM"})
     assert (results[0].text, server.requests) == ("from LiteLLM", [])
 
 
-def test_extra_is_for_the_teacher_and_not_for_its_inspector(tmp_path):
-    judged = Job("1", job().messages, job().check, inspect=lambda reply: [{"role": "user", "content": reply}])
+def test_extra_is_for_the_teacher_and_not_for_its_inspector(ask):
+    judged = job(1, inspect=lambda reply: [{"role": "user", "content": reply}])
     with TeacherServer(lambda request, nth: say("<Verdict>accept</Verdict>")) as server:
-        ask(server, tmp_path, [judged], extra=EXTRA, inspector="openai/judge", inspector_api_base=server.url)
+        ask(server, [judged], extra=EXTRA, inspector="openai/judge", inspector_api_base=server.url)
     assert [("top_k" in request) for request in server.requests] == [True, False]
 
 
@@ -136,31 +109,28 @@ def test_parameter_that_sclite_sets_or_cannot_store_is_refused(value, message):
     assert message in caught.value.message
 
 
-def test_limit_reserves_the_price_of_the_service_tier(tmp_path, monkeypatch):
+def test_limit_reserves_the_price_of_the_service_tier(teacher_of, monkeypatch):
     import litellm
 
     listed = litellm.model_cost["gpt-5-mini"]
     assert listed["output_cost_per_token_priority"] > listed["output_cost_per_token"]
     monkeypatch.setattr("sclite.teacher.provider.is_local", lambda api_base: False)
     for tier, name in (("priority", "_priority"), ("flex", "")):
-        settings = config.Teacher(model="openai/gpt-5-mini", extra={"service_tier": tier})
-        with Ledger(tmp_path / "l") as ledger, Teacher(settings, ledger) as teacher:
+        with teacher_of("", model="openai/gpt-5-mini", extra={"service_tier": tier}) as teacher:
             assert teacher.price().completion_usd == listed[f"output_cost_per_token{name}"]
 
 
 # -- reasoning -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("direct", ["true", "false"])
-def test_thinking_teacher_gives_templates_without_its_reasoning(tmp_path, run, grader, direct):
+@pytest.mark.parametrize("direct", [True, False])
+def test_thinking_teacher_gives_templates_without_its_reasoning(teacher_of, ledger, run, grader, direct):
     problems = [
         Problem(id=f"p{i}", question=f"What is {i} + 1?", answer=str(i + 1), solution="Count on.")
         for i in range(120)
     ]
-    used, kinds = (
-        [],
-        REASONED if direct == "true" else REASONED[:-1],
-    )  # LiteLLM cannot read parts from openai/
+    kinds = REASONED if direct else REASONED[:-1]  # LiteLLM cannot read parts from openai/
+    used = []
 
     def answer(request, nth):
         number = int(request["messages"][1]["content"].split("What is ")[1].split(" ")[0])
@@ -170,56 +140,52 @@ def test_thinking_teacher_gives_templates_without_its_reasoning(tmp_path, run, g
         used.append(found.body["usage"])
         return found
 
-    with TeacherServer(answer) as server:
-        named = {"model": "openai/replay", "api_base": server.url, "direct": direct, "max_tokens": 100}
-        chosen = [*(f"teacher.{name}={value}" for name, value in named.items()), "teacher.price=[1, 10]"]
-        settings = load(None, chosen, {}, own_file=False)
-        with Ledger(run.path("ledger.sqlite")) as ledger, Teacher(settings.teacher, ledger) as teacher:
-            report = write_templates(settings, run, teacher=teacher, grader=grader, problems=problems)
-            spent = ledger.spent_usd
+    with TeacherServer(answer) as server, teacher_of(server, price=PRICE, direct=direct) as teacher:
+        settings = load(None, ["teacher.repairs=3"], {}, own_file=False)
+        report = write_templates(settings, run, teacher=teacher, grader=grader, problems=problems)
     assert (report.counts["templates"], report.dropped) == (120, {})
-    assert all(
-        "Hmm" not in row.trace and "wrong" not in row.trace for row in run.rows("templates.jsonl", Template)
-    )
+    traces = "".join(row.trace for row in run.rows("templates.jsonl", Template))
+    assert "Hmm" not in traces
+    assert "wrong" not in traces
     assert len(used) == 120 + 40
     cost = sum(u["prompt_tokens"] * PRICE[0] + u["completion_tokens"] * PRICE[1] for u in used) / 1e6
-    assert spent == pytest.approx(cost)
+    assert ledger.spent_usd == pytest.approx(cost)
 
 
 @pytest.mark.parametrize("answer", EATEN)
-def test_budget_spent_on_reasoning_is_doubled_once(tmp_path, answer, capsys):
+def test_budget_spent_on_reasoning_is_doubled_once(ask, answer, capsys):
     with TeacherServer(lambda request, nth: answer) as server:
-        results, _ = ask(server, tmp_path, [job(1), job(2)])
+        results = ask(server, [job(1), job(2)], price=PRICE)
     assert sorted(request["max_tokens"] for request in server.requests) == [100, 100, 200, 200]
-    assert (
-        len({json.dumps(request["messages"]) for request in server.requests}) == 2
-    )  # nothing about "shorter"
+    assert {question(request) for request in server.requests} == {
+        "question 1.",
+        "question 2.",
+    }  # not "shorter"
     assert {result.rejection.reason for result in results} == {"reasoning_too_long"}
-    assert all(
-        word in results[0].rejection.text for word in ("200 tokens", "teacher.max_tokens", "reasoning_effort")
-    )
+    for word in ("200 tokens", "teacher.max_tokens", "reasoning_effort"):
+        assert word in results[0].rejection.text
     assert capsys.readouterr().err.count("sent once more with 200") == 1
 
 
-def test_reply_that_is_too_long_is_not_taken_for_reasoning(tmp_path):
+def test_reply_that_is_too_long_is_not_taken_for_reasoning(ask):
     long = "word " * 60
     answers = [say(long, "length", tokens=(10, 100)), thought(long, "length", (10, 100), 30, reasoning="so")]
     for number, answer in enumerate(answers):
         with TeacherServer(lambda request, nth, answer=answer: answer) as server:
-            results, _ = ask(server, tmp_path, [job(number)])
+            results = ask(server, [job(number)], price=PRICE)
         assert results[0].rejection.reason == "cut_off"
         assert {request["max_tokens"] for request in server.requests} == {100}
         assert "shorter" in server.requests[1]["messages"][0]["content"]
 
 
-def test_repairs_keep_the_larger_budget(tmp_path):
+def test_repairs_keep_the_larger_budget(ask):
     def answer(request, nth):
         if request["max_tokens"] == 100:
             return EATEN[0]
         return say("word " * 100, "length") if "shorter" not in str(request["messages"]) else say("good")
 
     with TeacherServer(answer) as server:
-        results, _ = ask(server, tmp_path)
+        results = ask(server, [job(1)])
     assert [request["max_tokens"] for request in server.requests] == [100, 200, 200]
     assert (results[0].text, results[0].requests) == ("good", 3)
 
@@ -227,36 +193,36 @@ def test_repairs_keep_the_larger_budget(tmp_path):
 @pytest.mark.parametrize(
     "settings", [{"repairs": 0}, {"max_tokens": 32768}, {"max_tokens": 16384, "model": "openai/gpt-4o"}]
 )
-def test_budget_is_not_enlarged_without_repairs_or_beyond_a_bound(tmp_path, settings):
+def test_budget_is_not_enlarged_without_repairs_or_beyond_a_bound(ask, settings):
     with TeacherServer(lambda request, nth: EATEN[0]) as server:  # gpt-4o writes at most 16,384 tokens
-        results, _ = ask(server, tmp_path, **settings)
+        results = ask(server, [job(1)], **settings)
     assert (len(server.requests), results[0].rejection.reason) == (1, "reasoning_too_long")
 
 
-def test_refused_larger_budget_is_reported_as_reasoning(tmp_path):
+def test_refused_larger_budget_is_reported_as_reasoning(ask):
     def answer(request, nth):
         return EATEN[0] if request["max_tokens"] == 100 else fail(400, "max_tokens is too large")
 
     with TeacherServer(answer) as server:
-        results, _ = ask(server, tmp_path)
+        results = ask(server, [job(1)])
     assert "used up the budget of 100 tokens" in results[0].rejection.text
 
 
-def test_larger_budget_is_reserved_against_the_limit(tmp_path):
+def test_larger_budget_is_reserved_against_the_limit(ask, ledger):
     """Two requests of at most 100 * $10 / 10**6 fit into $0.0025; after one, 200 * $10 / 10**6 does not."""
     with TeacherServer(lambda request, nth: EATEN[0]) as server:
         with pytest.raises(BudgetError):
-            ask(server, tmp_path, max_cost=0.0025)
+            ask(server, [job(1)], price=PRICE, max_cost=0.0025)
         assert len(server.requests) == 1
-        _, totals = ask(server, tmp_path, max_cost=0.005)  # the paid reply is not requested again
+        ask(server, [job(1)], price=PRICE, max_cost=0.005)  # the paid reply is not requested again
     assert [request["max_tokens"] for request in server.requests] == [100, 200]
-    assert totals["cost_usd"] == pytest.approx(2 * (10 * 1 + 100 * 10) / 1e6)
+    assert ledger.totals()["cost_usd"] == pytest.approx(2 * (10 * 1 + 100 * 10) / 1e6)
 
 
-def test_reasoning_without_a_reply_is_repaired(tmp_path):
+def test_reasoning_without_a_reply_is_repaired(ask):
     with TeacherServer(
         lambda request, nth: thought(f"<think>{THOUGHT}") if nth == 1 else say("good")
     ) as server:
-        results, _ = ask(server, tmp_path, repairs=0)
+        results = ask(server, [job(1)], repairs=0)
     assert results[0].rejection.reason == "only_reasoning"
     assert results[0].text is None
