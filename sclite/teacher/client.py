@@ -171,7 +171,10 @@ class Teacher:
                     active.add(task)
                 if not active:
                     break
-                task = self._runner.run(done.get())
+                try:
+                    task = self._runner.run(done.get())
+                except KeyboardInterrupt:
+                    raise KeyboardInterrupt from None  # without the CancelledError by which asyncio stops
                 active.discard(task)
                 if isinstance(error := task.exception(), BudgetError):
                     limit_error = error
