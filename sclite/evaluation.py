@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import count
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -102,14 +103,22 @@ def evaluate(
     figures: dict[str, Any] = {}
     text = f"eval: {len(held_out.problems)} held-out problems, solved and reviewed"
     with context.display.stage("eval", text) as progress, Grader() as grader:
+        total = len(names) * len(held_out.problems)
         for number, name in enumerate(names):
-            progress(number, len(names))
+            solved = count(number * len(held_out.problems) + 1)
+            progress(number * len(held_out.problems), total, note=name)
             path = gguf_path(run, name, config)
+
+            def advance(solved: Iterator[int] = solved, name: str = name) -> None:
+                progress(next(solved), total, note=name)
+
             with Engine(path, context=config.eval.context) as student:
-                figures[name] = evaluate_model(config, run, name, student, path, held_out, grader, judge)
+                figures[name] = evaluate_model(
+                    config, run, name, student, path, held_out, grader, judge, advance
+                )
             made_from = source_digest(config, run, name)
             figures[name] |= {"file": path.name, "bytes": path.stat().st_size, "made_from": made_from}
-        progress(len(names), len(names))
+        progress(total, total)
     context.display.done("eval", f"eval: {', '.join(names)}")
     summary = {
         "models": figures,

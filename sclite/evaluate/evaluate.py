@@ -115,11 +115,12 @@ def evaluate_model(
     held_out: HeldOut,
     grader: Grader,
     judge: Judge | None = None,
+    progress: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Evaluate one student with and without review; writes <name>.jsonl and <name>.json into the folder of results.
 
     The threshold is fitted, unless `review.threshold` is set or one fitted on as many problems is stored for the `gguf`.
-    Returns the stored figures if nothing has changed.
+    Returns the stored figures if nothing has changed. `progress` counts the problems that are solved.
     """
     problems, folder = held_out.problems, held_out.folder
     fits = config.review.threshold is None and config.review.mode == "guided"
@@ -132,7 +133,7 @@ def evaluate_model(
     if kept and kept.get("signature") == signature and kept.get("fitted") == (stored and stored.model_dump()):
         return kept
     began = time.monotonic()
-    first = solve_problems(student, problems, config, grader)
+    first = solve_problems(student, problems, config, grader, progress)
     between = time.monotonic()
     reviewable, fitted = any(trace.steps for trace in first.traces), None
     if fits and reviewable:

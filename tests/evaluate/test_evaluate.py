@@ -34,7 +34,7 @@ def evaluate_student(run, monkeypatch):
     gguf.parent.mkdir(parents=True)
     gguf.write_bytes(b"GGUF")
 
-    def work(student, right: bool, **given):
+    def work(student, right: bool, progress=lambda: None, **given):
         for module in (evaluate, threshold):
             monkeypatch.setattr(module, "grade", lambda _, texts, __: [right] * len(texts))
         monkeypatch.setattr(answers, "grade", lambda _, texts, __: [right] * len(texts))
@@ -45,7 +45,8 @@ def evaluate_student(run, monkeypatch):
             "dataset": "",
             "folder": "eval/a",
         } | given
-        return evaluate.evaluate_model(Config(), run, "dpo", student, gguf, evaluate.HeldOut(**given), None)
+        held_out = evaluate.HeldOut(**given)
+        return evaluate.evaluate_model(Config(), run, "dpo", student, gguf, held_out, None, progress=progress)
 
     return work
 
@@ -68,6 +69,12 @@ def test_answers_without_steps_need_no_fit(evaluate_student):
     assert (figures["threshold"], figures["fitted"]) == (None, None)
     assert figures["off"] == "its answers have no steps"
     assert figures["acc_t2"] == 1.0
+
+
+def test_progress_counts_solved_problems(evaluate_student):
+    solved = []
+    evaluate_student(Plain(), True, progress=lambda: solved.append(1))
+    assert len(solved) == 20
 
 
 def test_truncated_first_answers_are_counted(evaluate_student):
