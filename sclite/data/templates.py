@@ -82,7 +82,9 @@ def write_templates(
         manifest = run.done("templates", inputs, "templates.jsonl")
         if manifest is not None and not fresh:
             return Report.of(manifest)
-        basis = {"prompts": inputs["prompts"], "teacher": inputs["teacher"]}
+        # a larger token budget brings more rows, and those that are there stay as they are
+        teacher_itself = {k: v for k, v in identity(config.teacher).items() if k != "max_tokens"}
+        basis = {"prompts": inputs["prompts"], "teacher": teacher_itself}
         kept = _keep_valid_rows(run, basis, problems, fresh)
         missing = [problem for problem in problems if problem.id not in kept]
         drops = _request(config, run, teacher, grader, missing, len(problems), basis, confirm, progress)

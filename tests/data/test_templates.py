@@ -193,7 +193,7 @@ def test_rows_of_another_teacher_or_prompt_need_fresh(run, grader, tmp_path):
         build(run, server.url, grader)
         assert build(run, server.url, grader, settings=["sft.learning_rate=3e-4"]).skipped
         for change, named in (
-            ("teacher.max_tokens=77", "max_tokens"),
+            ("teacher.temperature=0.7", "temperature"),
             (f"prompts.folder={prompt.parent}", "prompts"),
         ):
             with pytest.raises(UsageError, match=named) as caught:
@@ -205,6 +205,19 @@ def test_rows_of_another_teacher_or_prompt_need_fresh(run, grader, tmp_path):
         assert all("In one sentence: " in r["messages"][1]["content"] for r in server.requests[8:])
         build(run, server.url, grader, fresh=True)  # replies to the old prompt are in the ledger
         assert len(server.requests) == 16
+
+
+def test_larger_token_budget_requests_only_what_is_missing(run, grader):
+    def answer(request, nth):
+        cut = number_of(request) == 2 and request["max_tokens"] < 500
+        return say("", "length") if cut else right(request, nth)
+
+    with TeacherServer(answer) as server:
+        report = build(run, server.url, grader, settings=["teacher.max_tokens=200"])
+        assert (report.counts["templates"], report.dropped) == (7, {"reasoning_too_long": 1})
+        assert len(server.requests) == 9
+        assert build(run, server.url, grader, settings=["teacher.max_tokens=500"]).counts["templates"] == 8
+    assert [number_of(request) for request in server.requests[9:]] == [2]
 
 
 def test_imported_templates_replace_the_stage(run, grader):
