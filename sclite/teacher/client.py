@@ -190,12 +190,12 @@ class Teacher:
     async def _work(self, job: Job, stage: str) -> Result:
         rejection: Rejection | None = None
         entry, error, raw = None, "", ""
-        parameters, requests = dict(job.parameters), 0
+        parameters, requests, enlarged = dict(job.parameters), 0, False
         while requests <= self.settings.repairs:
             budget = parameters.get("max_tokens", self.settings.max_tokens)
             try:
                 entry = await self._sender.reply(job.messages(error), job.sample, requests, stage, parameters)
-                raw, earlier = entry.text, rejection
+                raw = entry.text
                 rejection = await self._check(job, entry, budget, stage)
             except NoReply as failure:
                 # a model that has no larger budget refuses it: the reasoning is to blame
@@ -207,15 +207,15 @@ class Teacher:
             if rejection is None:
                 return Result(job.id, job.sample, raw, None, raw, requests, entry)
             if rejection.reason == REASONING_TOO_LONG:
-                most = min(LARGEST_BUDGET, self._sender.connect().max_output_tokens)
-                if earlier is not None or min(2 * budget, most) <= budget:
+                larger = min(2 * budget, LARGEST_BUDGET, self._sender.connect().max_output_tokens)
+                if enlarged or larger <= budget:
                     break
-                parameters["max_tokens"] = min(2 * budget, most)
+                parameters["max_tokens"], enlarged = larger, True
                 if not self._has_warned and requests <= self.settings.repairs:
                     self._has_warned = True
                     console.note(
                         f"[yellow]warning:[/] reasoning used up a reply's whole budget of {budget} tokens; such requests are "
-                        f"sent once more with {min(2 * budget, most)}. To pay once, raise teacher.max_tokens or lower "
+                        f"sent once more with {larger}. To pay once, raise teacher.max_tokens or lower "
                         "reasoning_effort in teacher.extra"
                     )
                 continue

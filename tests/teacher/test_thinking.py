@@ -178,6 +178,14 @@ def test_reply_that_is_too_long_is_not_taken_for_reasoning(ask):
         assert "shorter" in server.requests[1]["messages"][0]["content"]
 
 
+def test_budget_is_doubled_after_a_repair_too(ask):
+    replies = iter([say("word " * 60, "length"), EATEN[0], say("good")])
+    with TeacherServer(lambda request, nth: next(replies)) as server:
+        (result,) = ask(server, [job(1)])
+    assert [request["max_tokens"] for request in server.requests] == [100, 100, 200]
+    assert (result.text, result.requests) == ("good", 3)
+
+
 def test_repairs_keep_the_larger_budget(ask):
     def answer(request, nth):
         if request["max_tokens"] == 100:
