@@ -275,7 +275,7 @@ def export(
         typer.Option(
             "--format",
             metavar="FORMAT",
-            help="gguf, lora (adapter only) or data (datasets for other trainers).",
+            help="gguf, lora (adapter only), merged (a Hugging Face folder) or data (rows for other trainers).",
         ),
     ] = "gguf",
     imatrix: Annotated[
@@ -296,8 +296,8 @@ def export(
     from sclite.evaluate.threshold import load_threshold
     from sclite.inspect import summaries
 
-    if format not in ("gguf", "lora", "data"):
-        raise UsageError(f"invalid value for --format: {format}", "use --format gguf, lora or data")
+    if format not in ("gguf", "lora", "merged", "data"):
+        raise UsageError(f"invalid value for --format: {format}", "use --format gguf, lora, merged or data")
     context = common.context(
         {
             "export.quant": quant,
@@ -308,7 +308,13 @@ def export(
     )
     with context.run.lock():
         if format == "lora":
-            summaries.print_lora(pipeline.export_lora(context), common.json)
+            summaries.print_path("lora", pipeline.export_lora(context), common.json)
+            return
+        if format == "merged":
+            from sclite.export.model import export_merged
+
+            folder = export_merged(context.config, context.run, pipeline.available(context)[-1])
+            summaries.print_path("merged", folder, common.json)
             return
         if format == "data":
             from sclite.export.datasets import export_data

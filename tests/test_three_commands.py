@@ -65,3 +65,13 @@ def test_train_repairs_what_is_missing_after_it(trained):
     gguf.unlink()
     sclite(trained, "train")
     assert gguf.is_file()
+
+
+def test_the_merged_folder_is_a_hugging_face_model(trained):
+    from transformers import AutoModelForCausalLM
+
+    done = sclite(trained, "export", "--format", "merged", "--json")
+    folder = trained / json.loads(done.stdout)["merged"]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.vocab_size == 1024
+    assert (folder / "chat_template.jinja").is_file()

@@ -137,12 +137,14 @@ def print_export(context: "Context", report: Report, created: str | None, fitted
         console.print("For --self-correct, fit the review threshold with `sclite eval PROBLEMS`.")
 
 
-def print_lora(path: Path, json: bool) -> None:
-    """Print the adapter that was exported as GGUF."""
+def print_path(what: str, path: Path, json: bool) -> None:
+    """Print where a file or a folder was exported to."""
     if json:
-        console.print_json({"lora": str(path), "megabytes": round(path.stat().st_size / 1e6, 1)})
+        files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+        megabytes = round(sum(file.stat().st_size for file in files) / 1e6, 1)
+        console.print_json({what: str(path), "megabytes": megabytes})
         return
-    console.print(escape(str(path)))
+    console.print(console.escape(str(path)))
 
 
 def print_datasets(report: Report, json: bool) -> None:
