@@ -58,7 +58,7 @@ def print_example(shown: Outcome | None) -> None:
         console.print("No answer was corrected in this evaluation.")
         return
     parts = example_parts(shown)
-    console.print(f"[bold]One self-corrected answer[/]\n\n  {escape(shown.question)}\n")
+    console.print(f"\n[bold]One self-corrected answer[/]\n\n  {escape(shown.question)}\n")
     for step in parts["steps"]:
         mark = "[red]✗" if step["accused"] else "[green]✓"
         console.print(f"  {mark} {step['number']}[/] {escape(step['text'])}")
