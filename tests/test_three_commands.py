@@ -53,6 +53,12 @@ def test_chat_reviews_or_says_why_it_does_not(trained):
     assert ("review is off" in answer["note"]) == (fitted["threshold"] is None)
 
 
+def test_status_suggests_chat_after_the_three_commands(trained):
+    status = json.loads(sclite(trained, "status", "--json").stdout)
+    assert {name for name, stage in status["stages"].items() if stage["state"] != "done"} == {"eval"}
+    assert status["next"].startswith("sclite chat")
+
+
 def test_run_finds_everything_done(trained):
     done = sclite(trained, "run", "train.jsonl", "--yes", "--json")
     stages = json.loads(done.stdout)

@@ -209,7 +209,9 @@ def _threshold(config: Config, run: Run) -> dict[str, Stage]:
     made = run.manifest("export-dpo")
     if made is None or config.review.mode == "free" or config.review.threshold is not None:
         return {}
-    fitted = (run.read_json(THRESHOLDS, dict[str, Fitted]) or {}).get(made["figures"].get("sha256", ""))
+    known = run.read_json(THRESHOLDS, dict[str, Fitted]) or {}
+    digests = [file["sha256"] for file in made["figures"].get("files", {}).values()]
+    fitted = next((known[digest] for digest in digests if digest in known), None)
     if fitted is None:
         return {"threshold": Stage()}
     counts = {"problems": fitted.problems, "fitted": int(fitted.threshold is not None)}

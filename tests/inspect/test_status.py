@@ -10,6 +10,7 @@ from sclite import prompts
 from sclite.data import attempts, corrections, templates
 from sclite.data.problems import split_for_stages
 from sclite.errors import DataError
+from sclite.evaluate.threshold import Fitted, store_threshold
 from sclite.export import model as export
 from sclite.inspect.status import OUTPUTS, Stage, next_command, read_status
 from sclite.records import Attempt, Drop, Problem, Review, Template
@@ -325,6 +326,20 @@ def test_eval_is_suggested_only_with_problems(trained):
     assert following() == "sclite chat"
     stages["threshold"] = Stage("done", [], {"problems": 60, "fitted": 1})
     assert following() == "sclite chat --self-correct"
+
+
+def test_the_threshold_of_an_exported_file_is_found(built):
+    made, gguf = config(built), built.path("export/dpo-q4_k_m.gguf")
+    gguf.parent.mkdir()
+    gguf.write_bytes(b"GGUF")
+    files = {gguf.name: {"megabytes": 0.0, "sha256": built.file_digest(str(gguf.resolve()))}}
+    built.sign(
+        "export-dpo", export.inputs_of(made, built, "dpo"), Report("export-dpo", figures={"files": files})
+    )
+    assert states(built)["threshold"] == "not_begun"
+    store_threshold(made, built, gguf, Fitted(threshold=1.0, problems=60, max_harm=0.1))
+    stage = read(built)["stages"]["threshold"]
+    assert (stage["state"], stage["counts"]) == ("done", {"problems": 60, "fitted": 1})
 
 
 def test_a_refused_training_is_suggested_with_fresh(trained):
