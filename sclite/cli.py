@@ -486,20 +486,30 @@ def serve(
 ) -> None:
     """Serve the trained model over an OpenAI-compatible API.
 
-    It reviews and corrects its answers. The model NAME:raw replies without a review. Other machines need the key in SCLITE_API_KEY.
+    It reviews and corrects its answers. The model NAME:raw replies without a review. Other machines need the key in
+    SCLITE_API_KEY. With --json, prints the address as one object once it listens.
     """
     from sclite import evaluation, pipeline
 
     try:
         from sclite.chat.server import run_server
     except ImportError as error:
-        raise UsageError(f"{error.name} is not installed", "pip install 'sclite[serve]'") from None
+        raise UsageError(f"{error.name} is not installed", "pip install -e '.[serve]'") from None
     context = common.context()
     if model is None:
         pipeline.export_for_chat(context)
     path, threshold, off = evaluation.for_chat(context, model, None)
-    name = name or path.stem
-    run_server(path, context.config, threshold, off=off, name=name, host=host, port=port, parallel=parallel)
+    run_server(
+        path,
+        context.config,
+        threshold,
+        off=off,
+        name=name or path.stem,
+        host=host,
+        port=port,
+        parallel=parallel,
+        as_json=common.json,
+    )
 
 
 @app.command()

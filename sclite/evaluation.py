@@ -25,9 +25,9 @@ from sclite.train.metrics_logger import read_metrics
 def held_out(context: Context, untrained: Sequence[Problem] = ()) -> HeldOut:
     """The problems of eval.source.
 
-    `untrained` are problems of the run that nothing was trained on: if they are as many as the share `eval.fit_share` of
-    these, the threshold is fitted on them, and all of these are tested. Unusable rows are skipped, and problems that overlap the training data: they would measure memorization. dropped.jsonl
-    names both.
+    `untrained` are problems of the run that nothing was trained on: if they are as many as the share `eval.fit_share`
+    of these, the threshold is fitted on them, and all of these are tested. Unusable rows are skipped, and so are
+    problems that overlap the training data, which would measure memorization. dropped.jsonl names both.
     """
     from sclite.data.contamination import find_contaminated
     from sclite.data.problems import load_problems, split_for_stages
@@ -153,6 +153,8 @@ def for_chat(
     path, review = find_gguf(context, model), context.config.review
     if self_correct is False:
         return path, None, "review is off; turn it on with --self-correct"
+    if review.mode == "guided" and review.rounds == 0:
+        return path, None, "review is off: review.rounds is 0"
     if review.mode == "free" or review.threshold is not None:
         return path, review.threshold, ""
     fitted = load_threshold(context.config, context.run, path)
@@ -180,7 +182,9 @@ def find_gguf(context: Context, model: Path | None) -> Path:
     """The GGUF to chat with: the one given, or the run's last trained student. Raises DataError if there is none."""
     if model is not None:
         if not model.is_file():
-            raise DataError(f"{model} does not exist", "give the path of a GGUF file")
+            raise DataError(
+                f"{model} does not exist", "give the path of a GGUF file, or to `sclite chat` a LiteLLM model"
+            )
         with open(model, "rb") as file:
             if file.read(4) != b"GGUF":
                 raise DataError(f"{model} is not a GGUF file", "give a file that `sclite export` wrote")

@@ -95,5 +95,10 @@ def test_chat_says_why_review_is_off_and_what_turns_it_on(tmp_path):
         context.config, context.run, gguf, Fitted(threshold=None, off="too few", problems=9, max_harm=0.1)
     )
     assert evaluation.for_chat(context, None, self_correct=True) == (gguf, None, "review is off: too few")
+    never = context_of(tmp_path, rounds=0)
+    assert evaluation.for_chat(never, None, self_correct=None)[1:] == (
+        None,
+        "review is off: review.rounds is 0",
+    )
     free = context_of(tmp_path, mode="free")
     assert evaluation.for_chat(free, None, self_correct=True) == (gguf, None, "")

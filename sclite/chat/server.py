@@ -200,10 +200,11 @@ def run_server(
     host: str,
     port: int,
     parallel: int | None,
+    as_json: bool = False,
 ) -> None:
     """Serve a GGUF until SIGTERM or Ctrl-C, then finish what is in flight. Raises UsageError.
 
-    `off`: why answers are not reviewed, "" if they are.
+    `off`: why answers are not reviewed, "" if they are. `as_json` prints one line with the address once it listens.
     """
     key = os.environ.get(KEY, "")
     if not key and host not in ("127.0.0.1", "localhost", "::1"):
@@ -230,6 +231,8 @@ def run_server(
         shown = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         served = f"{console.escape(path.name)} at {shown}/v1 as [bold]{console.escape(name)}[/]"
         console.note(f"{served}; chat at {shown}/")
+        if as_json:
+            console.print_json_line({"url": f"{shown}/v1", "model": name, "file": str(path), "note": off})
         if off:
             console.note(f"[dim]{console.escape(off)}[/]")
         server = uvicorn.Server(

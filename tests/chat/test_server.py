@@ -385,12 +385,26 @@ def test_no_reply_is_lost_or_mixed_up():
 
 
 def test_sigterm_finishes_what_is_in_flight(gguf):
-    command = [sys.executable, "-m", "sclite", "serve", "--model", gguf, "--port", "0", "--parallel", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "sclite",
+        "serve",
+        "--model",
+        gguf,
+        "--port",
+        "0",
+        "--parallel",
+        "2",
+        "--json",
+    ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     try:
-        line = process.stderr.readline()
-        url = re.search(r"http://[\d.:]+", line)[0]
+        served = json.loads(process.stdout.readline())
+        assert (served["model"], served["file"]) == ("base", str(gguf))
+        assert "has not been fitted" in served["note"]
+        url = served["url"].removesuffix("/v1")
         body = {
             "model": "base:raw",
             "messages": ASK,
@@ -408,7 +422,7 @@ def test_sigterm_finishes_what_is_in_flight(gguf):
         assert process.wait(timeout=60) == 0
     finally:
         process.kill()
-        process.stderr.close()
+        process.stdout.close()
 
 
 def test_plain_text_of_a_stream_is_that_of_the_whole():
