@@ -355,7 +355,12 @@ class Eval(Source):
     limit: int | None = Field(500, ge=1, description="number of problems to evaluate")
     max_tokens: int = Field(1024, ge=16, description="maximum number of tokens per answer")
     context: int = Field(4096, ge=256, description="maximum length of a conversation in tokens")
-    fit_share: float = Field(0.3, gt=0, lt=1, description="share of the problems used to fit the threshold")
+    fit_share: float = Field(
+        0.3,
+        gt=0,
+        lt=1,
+        description="share of the problems to fit the threshold on, if training has not kept as many out of it",
+    )
 
 
 class Review(Section):

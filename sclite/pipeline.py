@@ -233,7 +233,6 @@ def can_build_pairs(context: Context) -> bool:
 
 def has_imported_pairs(context: Context) -> bool:
     """Whether the user has put a pairs.jsonl into the run."""
-
     return context.run.is_imported("pairs", "pairs.jsonl")
 
 
@@ -411,9 +410,8 @@ def untrained_problems(context: Context) -> list[Problem]:
     """The run's problems that nothing was trained on, for the review threshold."""
     if not has_problems(context):
         return []
-    corrected = {
-        row.id for row in context.run.rows("reviews.jsonl", Review)
-    }  # imported attempts may be at any
+    # imported attempts may be at any problem of the run
+    corrected = {row.id for row in context.run.rows("reviews.jsonl", Review)}
     return [problem for problem in divided_problems(context).fit if problem.id not in corrected]
 
 

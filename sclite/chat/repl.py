@@ -56,9 +56,9 @@ def run_chat(
 ) -> bool:
     """Answer one question, or those that are typed or piped in. Returns whether each was answered.
 
-    `off`: why answers are not reviewed, "" if they are. `endpoint`: the student, if it is not the GGUF `path`; then `path`
-    is its name, and reviews are free. `example` is for students that know only one kind of problem;
-    a note says when a question is not `familiar`. An error or Ctrl-C ends an answer, not the session.
+    `off`: why answers are not reviewed, "" if they are. `endpoint`: the student, if it is not the GGUF `path`; then
+    `path` is its name, and reviews are free. `example` is for students that know only one kind of problem; a note says
+    when a question is not `familiar`. An error or Ctrl-C ends an answer, not the session.
     """
     interactive = question is None and console.is_interactive()
     settings = Settings(
@@ -278,7 +278,7 @@ class Chat:
         base = next(iter(sorted(self.path.parent.glob("base-*.gguf"))), None)
         if base is None:
             raise UsageError(
-                f"there is no base-*.gguf beside {self.path.name}", "sclite eval PROBLEMS --models base"
+                f"there is no base-*.gguf beside {self.path.name}", "run `sclite eval PROBLEMS --models base`"
             )
         request = Request(
             prompts.solve_messages(answer.question, self.settings.prompt_folder),

@@ -19,8 +19,8 @@ from sclite.student.self_correction import Corrected, StepsScored, Writing, stre
 from sclite.trace import TAG, parse, tag_name
 
 RAW = ":raw"
-MOST_BYTES, MOST_CHOICES, MOST_SECONDS = 1_000_000, 8, 600.0
-"""Limits of one request: size of its body, choices, and time for all of them."""
+MOST_CHOICES, MOST_SECONDS = 8, 600.0
+"""Limits of one request: choices, and time for all of them."""
 QUEUE = 16
 """Choices that may wait, for each one that the engine decodes at once."""
 

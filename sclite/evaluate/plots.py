@@ -69,7 +69,7 @@ def accuracy_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 def curve_plots(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
     """One plot per stage and metric that has two values, with loss, DPO loss and margin first.
 
-    A last optimizer step of fewer than half the median tokens is left out: it is noise.
+    A last optimizer step of fewer than half the median tokens is skipped: it is noise.
     """
     plots = []
     for stage, rows in curves.items():

@@ -1,7 +1,6 @@
 """The review threshold: fitted on the very GGUF that will run, on problems used nowhere else, and stored beside it.
 
-METHOD section 5: the most right answers after review among the thresholds that do not harm too many. What is fitted
-holds for one file and one set of prompts: quantization shifts the log-odds.
+What is fitted holds for one file and one set of prompts: quantization shifts the log-odds.
 """
 
 import math
@@ -137,7 +136,7 @@ def fit_threshold(trials: Sequence[Trial], max_harm: float) -> Fitted:
     answers. As good as the best is one that helps and does not gain significantly less (sign test on the answers on which
     both differ, normal approximation). An unknown result of an accused step counts as the worse outcome: a right answer is
     spoiled, a wrong one stays wrong. So a caller may try only the corrections that could matter, and stays on the safe
-    side. Problems with an unknown first answer are left out.
+    side. Problems with an unknown first answer are skipped.
 
     Why the middle: of 60 to 400 problems drawn from 1,500 of the quickstart, it gained as much on the others as the
     highest threshold with the most right answers and a hard limit of max_harm * n spoiled ones (60 problems: 4.35 and 4.08

@@ -134,7 +134,10 @@ def print_export(context: "Context", report: Report, created: str | None, fitted
         _print_command("Next", f"sclite {command} --run {run}", " (fits the review threshold)")
     else:
         _print_command("Next", f"sclite chat --run {run}")
-        console.print("For --self-correct, fit the review threshold with `sclite eval PROBLEMS`.")
+        console.print(
+            f"For --self-correct, fit the review threshold with `sclite eval PROBLEMS --run {run}`.",
+            wrap=False,
+        )
 
 
 def print_path(what: str, path: Path, json: bool) -> None:
