@@ -258,7 +258,7 @@ def test_a_damaged_row_of_the_run_is_named(sclite):
 def test_an_unknown_export_format_names_the_known_ones(sclite):
     ended = sclite("export", "--format", "onnx")
     assert ended.code == 2
-    assert ended.hint == "try: use --format gguf, lora or data"
+    assert ended.hint == "try: use --format gguf, lora, merged or data"
 
 
 def test_exporting_data_without_rows_suggests_build_data(sclite):
