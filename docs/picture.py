@@ -1,4 +1,4 @@
-"""Writes docs/chat.svg, a picture of a real chat: python docs/picture.py QUESTION [OPTION OF sclite chat ..]
+"""Writes chat.svg, the picture in README.md, from a real chat: python docs/picture.py QUESTION [OPTION OF sclite chat ..]
 
 The chat runs under a pseudo-terminal, so the picture shows what a user sees at the end of an answer.
 """

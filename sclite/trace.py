@@ -1,4 +1,4 @@
-"""The thought trace: numbered steps in tags, its canonical text, and a tolerant parser (METHOD sections 1, 2).
+"""The thought trace: numbered steps in tags, its canonical text, and a tolerant parser.
 
 Templates, attempts and reviews are all traces; a review has a cause and a correction inside its first wrong step.
 `render` writes the canonical form, in which every inner tag and every step's closing tag starts a line, because a

@@ -97,7 +97,7 @@ def _write_fast_tokenizer(folder: Path, template: str) -> None:
 
 
 def sample_texts(count: int = 400, seed: int = 0) -> list[str]:
-    """Short arithmetic traces in the form of METHOD section 1."""
+    """Short arithmetic traces in the form of templates."""
     draw = random.Random(seed)
     names = ["Anna", "Ben", "Chen", "Dara", "Emil"]
     texts = []

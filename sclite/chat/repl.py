@@ -1,6 +1,7 @@
 """Chat in the terminal: the model solves a problem, reviews its own steps and corrects the wrong one."""
 
 import difflib
+import math
 import os
 import shlex
 import sys
@@ -8,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO, cast
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -29,15 +30,21 @@ from sclite.run import Run
 from sclite.student.base import Request, Student
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.llama_cpp.probe import check_gguf
-from sclite.student.self_correction import stream
+from sclite.student.self_correction import NEVER, stream
 from sclite.trace import parse
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
 
 FEEDBACK = "feedback.jsonl"
-KEYS = {"temperature": float, "seed": int, "max_tokens": int, "threshold": float, "rounds": int}
-"""What /set changes, besides history and mode."""
+KEYS: dict[str, tuple[type[int] | type[float], float]] = {
+    "temperature": (float, 0.0),
+    "seed": (int, 0),
+    "max_tokens": (int, 1),
+    "threshold": (float, -NEVER),
+    "rounds": (int, 1),
+}
+"""What /set changes, besides history and mode: type and smallest value."""
 RETRY_TEMPERATURE = 0.8
 
 
@@ -250,7 +257,12 @@ class Chat:
         value = value.strip()
         try:
             if key in KEYS:
-                self.settings = replace(self.settings, **{key: KEYS[key](value)})
+                kind, least = KEYS[key]
+                number = kind(value)
+                if not least <= number < math.inf:  # NaN too
+                    raise ValueError
+                changed: dict[str, Any] = {key: number}
+                self.settings = replace(self.settings, **changed)
             elif key == "history" and value in ("on", "off"):
                 self.history = value == "on"
             elif key == "mode" and value in ("guided", "free"):

@@ -1,4 +1,4 @@
-"""Contamination check: training and evaluation problems overlap if they share 13 words in a row (METHOD section 6).
+"""Contamination check: training and evaluation problems overlap if they share 13 words in a row.
 
 A shorter question overlaps only with an identical one, signs included: `What is 2 + 1?` is not `What is 2 - 1?`.
 The 13-gram criterion is that of GPT-3 (Brown et al. 2020, appendix C).

@@ -1,4 +1,4 @@
-"""The teacher's reviews of wrong attempts, checked, plus confirmations of right ones (METHOD section 4)."""
+"""The teacher's reviews of wrong attempts, checked, plus confirmations of right ones."""
 
 import random
 from collections import Counter

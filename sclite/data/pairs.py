@@ -1,7 +1,7 @@
 """Preference pairs from reviews: a decision pair for every step up to the first wrong one, a content pair for that one.
 
 The student's own corrections are sampled here: a wrong one is rejected, and a right one, if any, is chosen over the
-teacher's (METHOD section 4: self-written text is worth more). Who writes them, and how:
+teacher's (self-written text is worth more). Who writes them, and how:
 
 - the run's warmed-up adapter, or the GGUF of `attempts.student`: guided, from `<Cause>` at the step the teacher accuses;
 - an endpoint: a free review of the whole attempt. Its cause and correction are used if it accuses the same step and

@@ -1,4 +1,4 @@
-"""Thought templates: the teacher turns each gold solution into a trace, which is kept if it passes the checks (METHOD 3)."""
+"""Thought templates: the teacher turns each gold solution into a trace, which is kept if it passes the checks."""
 
 import re
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Evaluation: a student solves held-out problems and reviews its own answers (METHOD section 6).
+"""Evaluation: a student solves held-out problems and reviews its own answers.
 
 The threshold of the guided review is fitted first, for the same student, on problems used nowhere else. Gold answers
 are used for grading only, never to decide when to stop.

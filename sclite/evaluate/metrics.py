@@ -1,4 +1,4 @@
-"""Evaluation metrics: accuracy before and after review, and the quality of the step scores (METHOD section 6)."""
+"""Evaluation metrics: accuracy before and after review, and the quality of the step scores."""
 
 import math
 from collections.abc import Iterable, Sequence

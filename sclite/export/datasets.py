@@ -82,7 +82,7 @@ def _problem(row: Pair | Review, problems: dict[str, Problem]) -> Problem:
 
 
 def _review_rows(config: Config, run: Run, reviews: list[Review], problems: dict[str, Problem]) -> Rows:
-    """Each review as {"id", "sample", "step", "messages"}, as in the warm-up before DPO (METHOD section 4.5)."""
+    """Each review as {"id", "sample", "step", "messages"}, as in the warm-up before DPO."""
     attempts = {(row.id, row.sample): row.trace for row in run.read("attempts.jsonl", Attempt)}
     rows = []
     for row in reviews:

@@ -13,7 +13,7 @@ class Request:
     """One generation.
 
     `pieces` is assistant text that comes before the first new token. Each piece is tokenized on its own and the ids are
-    concatenated (METHOD section 1), so that training and inference see the same tokens. `stop` strings end the reply;
+    concatenated, so that training and inference see the same tokens. `stop` strings end the reply;
     the matched one is part of its text.
     """
 

@@ -1,7 +1,6 @@
 """Self-correction: guided review (score every step, correct the first above the threshold), and free review.
 
-METHOD section 5. Each is a script for one attempt: it yields what to ask the student, is sent the reply, and yields events
-on the way. `run_together` runs many scripts at once, because a student answers many requests at once; `stream` runs one
+Each is a script for one attempt: it yields what to ask the student, is sent the reply, and yields events on the way. `run_together` runs many scripts at once, because a student answers many requests at once; `stream` runs one
 and shows what happens. Neither review ever sees a gold answer.
 """
 
@@ -245,7 +244,7 @@ def join_continuation(trace: Trace, step: int, correction: str, text: str) -> Tr
 
 
 def guided(question: str, attempt: str, settings: ReviewSettings) -> Script[Reviewed]:
-    """Guided review of an attempt, in at most `settings.rounds` rounds; METHOD section 5."""
+    """Guided review of an attempt, in at most `settings.rounds` rounds."""
     trace = work_of(attempt)
     result = Reviewed(attempt, note="" if trace.steps else "no steps to review")
     for round_number in range(settings.rounds if trace.steps else 0):

@@ -1,6 +1,6 @@
 """Messages and pieces to token ids, loss weights and decision marks: the only place where training text is tokenized.
 
-The ids of a sequence are those of the generation prompt, then of each piece on its own (METHOD section 1), in training
+The ids of a sequence are those of the generation prompt, then of each piece on its own, in training
 and in use.
 """
 

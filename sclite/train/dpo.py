@@ -1,7 +1,7 @@
 """Stage 2 training: cross-model DPO, starting from the warm-up's adapter, which is also the reference.
 
-Source: METHOD section 4. The DPO term of every pair is -log sigmoid(beta * (policy odds - reference odds)); likelihood
-terms on the chosen texts and on solved rows (replay) keep the student from forgetting.
+The DPO term of every pair is -log sigmoid(beta * (policy odds - reference odds)) (Rafailov et al. 2023, equation 7);
+likelihood terms on the chosen texts and on solved rows (replay) keep the student from forgetting.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The losses: negative log-likelihood for SFT and warm-up, DPO on pairs. Source: METHOD section 4.7.
+"""The losses: negative log-likelihood for SFT and warm-up, DPO on pairs.
 
 A loss is a dict of `LossTerm`s, sums over the rows of a micro-batch, so that `weighted_loss` can divide each by its count in
 the whole optimizer step.

@@ -1,6 +1,6 @@
 """Supervised fine-tuning: stage 1 on templates, and the row checks and lesson that the warm-up shares.
 
-Only the trace and its end of turn carry loss. Source: METHOD sections 3 and 4.5.
+Only the trace and its end of turn carry loss.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The warm-up of stage 2: a short supervised training on whole reviews, mixed with rows of solving (warmup_rows).
 
-DPO alone cannot create the accusation, and reviews alone destroy solving (METHOD section 4.5). DPO starts from the adapter
-of the warm-up and uses it as its reference.
+DPO alone cannot create the accusation, and reviews alone destroy solving. DPO starts from the adapter of the warm-up and
+uses it as its reference.
 """
 
 from __future__ import annotations
