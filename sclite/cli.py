@@ -384,7 +384,9 @@ def evaluate(
 def is_endpoint(model: Path) -> bool:
     """Whether --model names a LiteLLM model, such as ollama_chat/qwen3:8b, and not a file."""
     name = str(model)
-    return "/" in name and not (model.exists() or name.startswith(("/", ".", "~")) or model.suffix == ".gguf")
+    return "/" in name and not (
+        model.parent.is_dir() or name.startswith(("/", ".", "~")) or model.suffix == ".gguf"
+    )
 
 
 @app.command()

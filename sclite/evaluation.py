@@ -38,7 +38,7 @@ def held_out(context: Context, untrained: Sequence[Problem] = ()) -> HeldOut:
         raise UsageError(
             "eval.source is not set",
             "name held-out problems, a file or a Hub dataset, as in `sclite eval test.jsonl`"
-            + (own if context.config.teacher.embedded else ""),
+            + (own if context.config.teacher.embedded and not context.config.problems.source else ""),
         )
     drops: list[Drop] = []
     found = load_problems(settings, settings.limit, drops, key="eval.source")

@@ -22,6 +22,7 @@ from sclite.student.base import Student
 from sclite.student.self_correction import NEVER, correct_steps, review_free, review_guided
 from sclite.trace import Trace, parse, work_of
 
+NO_STEPS = "its answers have no steps"
 Judge = Callable[[str, Trace], int | None]
 """(question, trace) -> the first wrong step (from 1), or None if all are right."""
 
@@ -130,7 +131,10 @@ def evaluate_model(
     signature = digest([identity, settings, given])
     stored = load_threshold(config, run, gguf) if fits else None
     kept = run.read_json(f"{folder}/{name}.json", dict[str, Any])
-    if kept and kept.get("signature") == signature and kept.get("fitted") == (stored and stored.model_dump()):
+    same_fit = kept and (
+        kept.get("off") == NO_STEPS or kept.get("fitted") == (stored and stored.model_dump())
+    )
+    if kept and kept.get("signature") == signature and same_fit:
         return kept
     began = time.monotonic()
     first = solve_problems(student, problems, config, grader, progress)
@@ -141,7 +145,7 @@ def evaluate_model(
     threshold = fitted.threshold if fitted else config.review.threshold
     off = fitted.off if fitted else ""
     if not reviewable:
-        off = "its answers have no steps"
+        off = NO_STEPS
     elif config.review.mode == "guided" and config.review.rounds == 0:
         off = "review.rounds is 0"
     reviewing = time.monotonic()

@@ -249,7 +249,7 @@ Trained with sclite {version} after SuperCorrect (arXiv 2410.09008): it solves p
 ```
 llama-server -m {file}
 ollama create NAME -f Modelfile
-sclite chat --self-correct --model {file}
+sclite chat --model {file}
 ```
 
 llama.cpp and Ollama run the solving pass, and a review if you ask for one. The guided review, which looks at the probability

@@ -21,7 +21,7 @@ from sclite.data.sources import is_local_source
 from sclite.errors import DataError, ScliteError
 from sclite.evaluate.results import summaries
 from sclite.evaluate.threshold import FILE as THRESHOLDS
-from sclite.evaluate.threshold import Fitted
+from sclite.evaluate.threshold import Fitted, prompts_digest
 from sclite.export import model as export
 from sclite.inspect.rows import require_run
 from sclite.records import Drop, Problem
@@ -212,7 +212,10 @@ def _threshold(config: Config, run: Run) -> dict[str, Stage]:
     known = run.read_json(THRESHOLDS, dict[str, Fitted]) or {}
     digests = [file["sha256"] for file in made["figures"].get("files", {}).values()]
     fitted = next((known[digest] for digest in digests if digest in known), None)
-    if fitted is None:
+    if fitted is None or (fitted.prompts, fitted.max_harm) != (
+        prompts_digest(config),
+        config.review.max_harm,
+    ):
         return {"threshold": Stage()}
     counts = {"problems": fitted.problems, "fitted": int(fitted.threshold is not None)}
     return {"threshold": Stage(DONE, [fitted.off] if fitted.off else [], counts)}

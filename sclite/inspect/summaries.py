@@ -125,12 +125,13 @@ def print_export(context: "Context", report: Report, created: str | None, fitted
     for warning in figures.get("warnings", []):
         console.note(f"[yellow]warning:[/] {escape(warning)}")
     run = quote(str(context.run.folder))
+    bundled = context.config.teacher.embedded and not context.config.problems.source
     if created is not None:
         _print_command("Next", f"ollama run {quote(ollama)}")
     elif fitted:
         _print_command("Next", f"sclite chat --self-correct --run {run}")
-    elif context.config.teacher.embedded or context.config.eval.source:
-        command = "quickstart" if context.config.teacher.embedded else "eval"
+    elif bundled or context.config.eval.source:
+        command = "quickstart" if bundled else "eval"
         _print_command("Next", f"sclite {command} --run {run}", " (fits the review threshold)")
     else:
         _print_command("Next", f"sclite chat --run {run}")

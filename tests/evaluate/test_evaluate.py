@@ -69,6 +69,8 @@ def test_answers_without_steps_need_no_fit(evaluate_student):
     assert (figures["threshold"], figures["fitted"]) == (None, None)
     assert figures["off"] == "its answers have no steps"
     assert figures["acc_t2"] == 1.0
+    evaluate_student(student, True, fitting=PROBLEMS[20:])
+    assert student.asked == [20]  # nothing has changed
 
 
 def test_progress_counts_solved_problems(evaluate_student):

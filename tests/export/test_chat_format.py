@@ -234,7 +234,7 @@ def test_template_that_looks_at_more_is_refused_with_the_reason(template, reason
     with pytest.raises(DataError, match="cannot be reduced") as error:
         derive(template)
     assert reason in error.value.message
-    assert "export.keep_template" in error.value.hint
+    assert "--keep-template" in error.value.hint
 
 
 def test_folder_gets_the_template_the_end_of_turn_and_no_second_bos(tmp_path):

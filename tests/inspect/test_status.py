@@ -337,7 +337,7 @@ def test_the_threshold_of_an_exported_file_is_found(built):
         "export-dpo", export.inputs_of(made, built, "dpo"), Report("export-dpo", figures={"files": files})
     )
     assert states(built)["threshold"] == "not_begun"
-    store_threshold(made, built, gguf, Fitted(threshold=1.0, problems=60, max_harm=0.1))
+    store_threshold(made, built, gguf, Fitted(threshold=1.0, problems=60, max_harm=0.005))
     stage = read(built)["stages"]["threshold"]
     assert (stage["state"], stage["counts"]) == ("done", {"problems": 60, "fitted": 1})
 
