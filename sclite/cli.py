@@ -116,6 +116,10 @@ def init(config: ConfigOption = None, json: JsonOption = False) -> None:
         "Next: set teacher.model and problems.source in it, then run [bold cyan]sclite build-data[/]",
         wrap=False,
     )
+    if not found:
+        console.note(
+            "[yellow]note:[/] the bundled student can learn the quickstart's word problems only; set student.model for others"
+        )
 
 
 @app.command()

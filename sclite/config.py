@@ -207,7 +207,10 @@ class Teacher(Section):
 class Student(Section):
     """The model to train."""
 
-    model: str = Field("", description="Hub ID or local folder; embedded: the quickstart's model")
+    model: str = Field(
+        "",
+        description="Hub ID or local folder; embedded: the quickstart's toy, which can learn its word problems only",
+    )
     backend: Literal["auto", "unsloth", "plain"] = Field(
         "auto", description="training backend; auto: Unsloth on CUDA, else plain transformers"
     )

@@ -232,7 +232,7 @@ def write_configuration(path: Path, memory_gb: float | None) -> None:
     if path.exists():
         raise UsageError(f"{path} already exists", "edit it, or remove it first")
     if memory_gb is None:
-        chosen = {"student.model": "embedded", "student.backend": "plain"}
+        chosen = {"student.model": "embedded"}
     else:
         name = "Qwen3-4B-Instruct-2507" if memory_gb < 15 else "Qwen2.5-Math-7B-Instruct"
         chosen = {"student.model": f"unsloth/{name}-bnb-4bit"}

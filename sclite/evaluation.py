@@ -196,4 +196,7 @@ def find_gguf(context: Context, model: Path | None) -> Path:
         path = max(made, key=lambda path: path.stat().st_mtime, default=chosen)
         if path.is_file():
             return path
-    raise DataError(f"{context.run.path('export')} holds no GGUF", "run `sclite export` first")
+    raise DataError(
+        f"{context.run.path('export')} holds no GGUF",
+        "run `sclite train` first, or `sclite quickstart` for the bundled student",
+    )

@@ -269,6 +269,10 @@ def train(context: Context, only: str | None = None, fresh: bool = False) -> lis
             "teacher.model is not set, and stage 2 needs a teacher for its corrections",
             "set a LiteLLM model, for example --set teacher.model=openai/gpt-5.4-mini, or use --only sft",
         )
+    if context.config.student.model == "embedded" and not context.config.teacher.embedded:
+        context.display.print(
+            "warning: the bundled student is a toy that can learn the quickstart's word problems only; set student.model"
+        )
     if only is None and (cost := correction_cost_text(context, unseen(context))):
         context.display.print(cost)
     if only != "dpo":
@@ -431,13 +435,19 @@ def report_plan(context: Context) -> None:
     """
     from sclite.inspect.plan import plan_training
 
+    imported = context.run.is_imported("templates", "templates.jsonl")
+    if not imported and not context.config.teacher.model:
+        raise UsageError(
+            "teacher.model is not set",
+            "set a LiteLLM model, for example --set teacher.model=openai/gpt-5.4-mini",
+        )
     plan = plan_training(context)
     if misfits := [name for name, stage in plan["stages"].items() if stage["fits"] is False]:
         raise DeviceError(
             f"{', '.join(misfits)} will not fit in GPU memory",
             "`sclite train --plan` shows settings that fit",
         )
-    if not context.run.is_imported("templates", "templates.jsonl"):
+    if not imported:
         found = forecast_templates(replace(context, dry=True, display=ProgressDisplay(quiet=True)))
         cost = "unknown cost" if found["cost_usd"] is None else f"about ${found['cost_usd']:.2f}"
         context.display.print(

@@ -268,11 +268,11 @@ def test_exporting_data_without_rows_suggests_build_data(sclite):
     assert "sclite build-data" in ended.hint
 
 
-def test_chatting_without_a_gguf_suggests_export(sclite):
+def test_chatting_without_a_gguf_suggests_train(sclite):
     ended = sclite("chat", "How many?")
     assert ended.code == 3
     assert "runs/default/export holds no GGUF" in ended.error
-    assert "sclite export" in ended.hint
+    assert "sclite train" in ended.hint
     ended = sclite("chat", "--model", "none.gguf", "How many?")
     assert ended.code == 3
     assert "none.gguf does not exist" in ended.error
@@ -517,6 +517,13 @@ def test_a_missing_attempts_source_is_reported_before_any_request(sclite):
 def test_an_empty_question_is_refused(sclite):
     ended = sclite("chat", " ")
     assert (ended.code, ended.error) == (2, "error: the question is empty")
+
+
+def test_run_needs_a_teacher_before_anything_else(sclite):
+    ended = sclite("run", write("mine.jsonl", PROBLEM), "--set", "student.model=embedded")
+    assert ended.code == 2
+    assert "teacher.model is not set" in ended.error
+    assert "teacher.model=" in ended.hint
 
 
 def test_the_shell_gets_completions():

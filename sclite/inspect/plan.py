@@ -279,11 +279,12 @@ def print_plan_tables(plan: Mapping[str, Any]) -> None:
             used = "an unknown amount" if process["gb"] is None else f"{process['gb']:.1f} GB"
             console.print(f"  {used} used by {escape(process['name'])} (PID {process['pid']})")
 
-    rows = [
-        (name, *(f"{gb:.2f}" for gb in (*(s["memory_gb"][part] for part in PARTS), s["total_gb"], s["host_gb"])))
-        for name, s in stages.items()
-    ]  # fmt: skip
-    console.print_table("Memory at the peak of a step, GB", ("stage", *PARTS, "total", "host RAM"), rows)
+    rows = []
+    for name, s in stages.items():
+        sizes = [*(s["memory_gb"][part] for part in PARTS), s["total_gb"], *([s["host_gb"]] if gpu else ())]
+        rows.append((name, *(f"{gb:.2f}" for gb in sizes)))
+    header = ("stage", *PARTS, "total", *(("host RAM",) if gpu else ()))
+    console.print_table("Memory at the peak of a step, GB", header, rows)
     fits = {True: "[green]yes[/]", False: "[red]no[/]", None: "unknown"}
     keys = ("batch", "micro_batch", "accumulation", "length", "largest_length", "rank")
     header = ("stage", "fits", "batch", "micro-batch", "accumulation", "max length", "longest that fits", "rank")  # fmt: skip

@@ -136,7 +136,8 @@ def print_export(context: "Context", report: Report, created: str | None, fitted
     else:
         _print_command("Next", f"sclite chat --run {run}")
         console.print(
-            f"For --self-correct, fit the review threshold with `sclite eval PROBLEMS --run {run}`.",
+            f"For --self-correct, fit the review threshold with `sclite train --run {run}`, "
+            f"or on held-out problems with `sclite eval PROBLEMS --run {run}`.",
             wrap=False,
         )
 
