@@ -30,8 +30,9 @@ def test_limit_is_never_exceeded_and_calls_in_flight_are_completed(teacher_of, a
         assert caught.value.code == 4
         assert "limit of $0.0100 is reached" in caught.value.message
         assert "--max-cost" in caught.value.hint
-        assert len(ask(server, map(job, range(first + 20)), **PRICE, max_cost=1)) == first + 20
-        assert len(server.requests) == first + 20
+        # 32 jobs may wait at once, so any of the first `first + 32` may have had its reply before the limit
+        assert len(ask(server, map(job, range(first + 40)), **PRICE, max_cost=1)) == first + 40
+        assert len(server.requests) == first + 40
 
 
 def test_limit_below_a_cent_has_no_exponent(ask):
