@@ -435,19 +435,13 @@ def report_plan(context: Context) -> None:
     """
     from sclite.inspect.plan import plan_training
 
-    imported = context.run.is_imported("templates", "templates.jsonl")
-    if not imported and not context.config.teacher.model:
-        raise UsageError(
-            "teacher.model is not set",
-            "set a LiteLLM model, for example --set teacher.model=openai/gpt-5.4-mini",
-        )
     plan = plan_training(context)
     if misfits := [name for name, stage in plan["stages"].items() if stage["fits"] is False]:
         raise DeviceError(
             f"{', '.join(misfits)} will not fit in GPU memory",
             "`sclite train --plan` shows settings that fit",
         )
-    if not imported:
+    if not context.run.is_imported("templates", "templates.jsonl"):
         found = forecast_templates(replace(context, dry=True, display=ProgressDisplay(quiet=True)))
         cost = "unknown cost" if found["cost_usd"] is None else f"about ${found['cost_usd']:.2f}"
         context.display.print(

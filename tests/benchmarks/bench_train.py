@@ -1,11 +1,11 @@
-"""Training on a card: speed beside a script of Unsloth and TRL and beside the plain path, peaks beside the memory model.
+"""Training on a GPU: speed beside a script of Unsloth and TRL and beside the plain path, peaks beside the memory model.
 
     python -m tests.benchmarks.bench_train --models FOLDER --out FILE            everything, one table
     python -m tests.benchmarks.bench_train --models FOLDER --only speed|memory|longest   a part of it
-    python -m tests.benchmarks.bench_train --embedded RUN --adapters FOLDER      a quickstart's three trainings on the card
+    python -m tests.benchmarks.bench_train --embedded RUN --adapters FOLDER      a quickstart's three trainings on the GPU
 
 Models are random ones of real geometry, written into FOLDER once; each process stays within 24 GB. For the memory table a
-process loads its student once for all its cases. For the speeds every side is a process of its own, all on the card at
+process loads its student once for all its cases. For the speeds every side is a process of its own, all on the GPU at
 once (about 10 to 16 GB each for 7B), and they take a step each in turn, so that a host whose speed changes slows all
 alike. The last form takes the rows of a quickstart's run folder; evaluate its adapters where llama.cpp is.
 """
@@ -238,7 +238,7 @@ def show_memory(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def embedded(run_folder: Path, adapters: Path, backend: str) -> None:
-    """Train the embedded student's three stages on the card from a quickstart's rows; copy its adapters."""
+    """Train the embedded student's three stages on the GPU from a quickstart's rows; copy its adapters."""
     import shutil
 
     from sclite.records import Problem

@@ -120,7 +120,7 @@ def session(
         free, total = torch.cuda.mem_get_info()
         figures |= {
             "reserved_gb": torch.cuda.max_memory_reserved() / 1e9,
-            "outside_gb": (total - free - torch.cuda.memory_reserved()) / 1e9,  # of all processes on the card
+            "outside_gb": (total - free - torch.cuda.memory_reserved()) / 1e9,  # of all processes on the GPU
             "seconds": round(time.monotonic() - began, 1),
         }
         began = time.monotonic()
