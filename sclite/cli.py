@@ -4,7 +4,6 @@ Everything heavy is imported inside a command, so that --help stays fast.
 """
 
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -429,15 +428,12 @@ def chat(
         raise UsageError("the question is empty", "run `sclite chat` without a question to type it")
     if common.json and question is None and console.is_interactive():
         raise UsageError("--json needs a question", "sclite chat --json 'What is 17 + 25?'")
-    context = common.context()
-    default_run = context.config.run == type(context.config)().run
-    if default_run and not context.run.folder.is_dir() and Path("runs/quickstart").is_dir():
-        context = replace(common, run=Path("runs/quickstart")).context()
+    context = common.of_existing_run().context()
     remote = model is not None and is_endpoint(model)
     if model is None:
         pipeline.export_for_chat(context)
     if model is not None and remote:
-        off = "review is off; turn it on with --self-correct" if self_correct is False else ""
+        off = evaluation.REVIEW_OFF if self_correct is False else ""
         path, threshold = model, None
     else:
         path, threshold, off = evaluation.for_chat(context, model, self_correct)
@@ -501,7 +497,7 @@ def serve(
         from sclite.chat.server import run_server
     except ImportError as error:
         raise UsageError(f"{error.name} is not installed", "pip install -e '.[serve]'") from None
-    context = common.context()
+    context = common.of_existing_run().context()
     if model is None:
         pipeline.export_for_chat(context)
     path, threshold, off = evaluation.for_chat(context, model, None)
@@ -557,7 +553,7 @@ def show(
     from sclite.inspect.rows import Choice
     from sclite.run import Run
 
-    config = common.load()
+    config = common.of_existing_run().load()
     run = Run(config.run)
     if what is None and not labels:
         tables.print_overview(run, common.json)
@@ -574,7 +570,7 @@ def status(*, common: Common) -> None:
     from sclite.inspect.status import read_status
     from sclite.run import Run
 
-    config = common.load()
+    config = common.of_existing_run().load()
     tables.print_status(read_status(config, Run(config.run)), common.json)
 
 
@@ -585,7 +581,7 @@ def report(*, common: Common) -> None:
     from sclite.inspect.overview import find_report, open_in_browser
     from sclite.run import Run
 
-    path = find_report(Run(common.load().run))
+    path = find_report(Run(common.of_existing_run().load().run))
     opened = not common.json and open_in_browser(path)
     if common.json:
         console.print_json({"report": str(path)})

@@ -21,6 +21,8 @@ from sclite.records import Drop, Problem, Template
 from sclite.student.llama_cpp.engine import Engine
 from sclite.train.metrics_logger import read_metrics
 
+REVIEW_OFF = "review is off; turn it on with --self-correct"
+
 
 def held_out(context: Context, untrained: Sequence[Problem] = ()) -> HeldOut:
     """The problems of eval.source.
@@ -152,7 +154,7 @@ def for_chat(
     """
     path, review = find_gguf(context, model), context.config.review
     if self_correct is False:
-        return path, None, "review is off; turn it on with --self-correct"
+        return path, None, REVIEW_OFF
     if review.mode == "guided" and review.rounds == 0:
         return path, None, "review is off: review.rounds is 0"
     if review.mode == "free" or review.threshold is not None:

@@ -4,7 +4,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,6 +57,14 @@ class Common:
         return load(
             self.config, [*(self.settings or []), *settings], defaults=defaults, own_file=defaults is None
         )
+
+    def of_existing_run(self) -> "Common":
+        """These options, with the quickstart's run if the default run does not exist but the quickstart's does."""
+        config, quickstart = self.load(), Path("runs/quickstart")
+        default = config.run == type(config).model_fields["run"].default
+        if default and not Path(config.run).is_dir() and quickstart.is_dir():
+            return replace(self, run=quickstart)
+        return self
 
     def context(self, chosen: Mapping[str, Any] | None = None) -> "Context":
         """The context of a command that works on a run; `chosen` as in `load`."""

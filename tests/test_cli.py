@@ -528,6 +528,15 @@ def test_a_missing_teacher_is_named_with_an_example(sclite, command):
     assert "teacher.model=" in ended.hint
 
 
+@pytest.mark.parametrize("command", ["status", "show"])
+def test_commands_that_read_a_run_find_the_quickstarts(sclite, command):
+    assert sclite(command).code == 3
+    Run(Path("runs/quickstart")).append("problems.jsonl", [Problem(id="p", question="1 + 1?", answer="2")])
+    assert "runs/quickstart" in sclite(command).out
+    Run(Path("runs/default")).append("problems.jsonl", [Problem(id="p", question="1 + 1?", answer="2")])
+    assert "runs/default" in sclite(command).out
+
+
 def test_the_shell_gets_completions():
     environment = {
         **os.environ,

@@ -1,6 +1,7 @@
 """Self-correction: guided review (score every step, correct the first above the threshold), and free review.
 
-Each is a script for one attempt: it yields what to ask the student, is sent the reply, and yields events on the way. `run_together` runs many scripts at once, because a student answers many requests at once; `stream` runs one
+Each is a script for one attempt: it yields what to ask the student, is sent the reply, and yields events on the way.
+`run_together` runs many scripts at once, because a student answers many requests at once; `stream` runs one
 and shows what happens. Neither review ever sees a gold answer.
 """
 
