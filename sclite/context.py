@@ -2,14 +2,14 @@
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from sclite.config import Attempts, Config, Teacher
-from sclite.errors import DataError
+from sclite.errors import DataError, NetworkError
 from sclite.progress import ProgressDisplay
 from sclite.run import Report, Run
 
@@ -128,21 +128,28 @@ class Context:
     def sampler(self, adapter: str) -> Iterator[Any]:
         """The student with an adapter of the run, in the fastest form available.
 
-        On a GPU that is the model in transformers, in batches. On a CPU llama.cpp is several times faster, for students
-        that can be written as GGUF without a converter.
+        That is a GGUF in llama.cpp, several times faster than batches in transformers; transformers on a GPU that this
+        build of llama.cpp cannot use, and where the model cannot be converted for want of a network.
         """
         import torch
 
-        from sclite.export.gguf_writer import unsupported_feature
+        from sclite.export.model import write_sampling_gguf
         from sclite.student.cuda_memory import free_memory
-        from sclite.student.loader import fetch_base_model
+        from sclite.student.llama_cpp.engine import Engine, llama
         from sclite.train.stage import quiet_libraries
 
         quiet_libraries(self.config.student)
-        if not torch.cuda.is_available() and not unsupported_feature(fetch_base_model(self.config.student)):
-            with self._as_gguf(adapter) as student:
-                yield student
-            return
+        on_gpu, work, path = torch.cuda.is_available(), self.run.path("export/sampling"), None
+        try:
+            if not on_gpu or llama().llama_supports_gpu_offload():
+                with suppress(NetworkError):  # raised if there is no converter
+                    path = write_sampling_gguf(self.config, self.run.path(adapter), work, small=on_gpu)
+            if path is not None:
+                with Engine(path, context=self.config.eval.context, cache_gb=8 if on_gpu else 4) as student:
+                    yield student
+                return
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
         from sclite.student.hf_model import HFModel
         from sclite.student.loader import load_student
 
@@ -152,25 +159,6 @@ class Context:
         finally:
             del model
             free_memory()
-
-    @contextmanager
-    def _as_gguf(self, adapter: str) -> Iterator[Any]:
-        from sclite.export.gguf import convert_model
-        from sclite.export.merge import merge
-        from sclite.student.llama_cpp.engine import Engine
-        from sclite.student.llama_cpp.probe import check_gguf
-        from sclite.student.loader import fetch_base_model
-
-        merged, gguf = self.run.path("export/sampling-merged"), self.run.path("export/sampling.gguf")
-        try:
-            merge(fetch_base_model(self.config.student), self.run.path(adapter), merged, outtype="f16")
-            convert_model(merged, gguf, outtype="f16")
-            check_gguf(gguf)
-            with Engine(gguf, context=self.config.eval.context) as student:
-                yield student
-        finally:
-            shutil.rmtree(merged, ignore_errors=True)
-            gguf.unlink(missing_ok=True)
 
     def add(self, report: Report, text: str) -> Report:
         self.reports.append(report)

@@ -160,6 +160,25 @@ def export_merged(config: Config, run: Run, name: str) -> Path:
     return _merge(config, load_tokenizer(str(base)), base, adapter, out, "f16")
 
 
+def write_sampling_gguf(config: Config, adapter: Path, work: Path, *, small: bool) -> Path:
+    """Write base and adapter as a GGUF in the folder `work`, in 16 bits or, if `small`, in 8; returns its path.
+
+    It is for attempts and own corrections, so it is not compared with the trained model.
+    """
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    base = fetch_base_model(config.student)
+    merged = _merge(config, load_tokenizer(str(base)), base, adapter, work / "merged", "f16")
+    path = convert_model(merged, work / "f16.gguf", outtype="f16")
+    shutil.rmtree(merged)
+    check_gguf(path)
+    if small:
+        quantize(path, work / "q8_0.gguf", "q8_0")
+        path.unlink()
+        path = work / "q8_0.gguf"
+    return path
+
+
 def _merge(
     config: Config,
     tokenizer: PreTrainedTokenizerBase,
