@@ -273,6 +273,12 @@ def export(
     ollama: Annotated[
         str | None, typer.Option("--ollama", metavar="NAME", help="Also create this model in Ollama.")
     ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            "--push", metavar="REPO", help="Upload the files and their card to the Hub: OWNER/NAME."
+        ),
+    ] = None,
     format: Annotated[
         str,
         typer.Option(
@@ -297,7 +303,9 @@ def export(
     """Export a GGUF and a Modelfile for llama.cpp and Ollama."""
     from sclite import pipeline
     from sclite.evaluate.threshold import load_threshold
+    from sclite.export import hub
     from sclite.inspect import summaries
+    from sclite.run import Report
 
     if format not in ("gguf", "lora", "merged", "data"):
         raise UsageError(f"invalid value for --format: {format}", "use --format gguf, lora, merged or data")
@@ -305,37 +313,54 @@ def export(
         {
             "export.quant": quant,
             "export.ollama": ollama,
+            "export.push": push,
             "export.imatrix": imatrix,
             "export.keep_template": keep_template,
         }
     )
+    settings, kind = context.config.export, "dataset" if format == "data" else "model"
+    created, url = None, ""
     with context.run.lock():
-        if format == "lora":
-            summaries.print_path("lora", pipeline.export_lora(context), common.json)
-            return
-        if format == "merged":
+        if settings.push:
+            url = hub.open_repository(settings, kind)
+        if format == "gguf":
+            report, folder = pipeline.export(context)[0], context.run.path("export")
+            if settings.ollama:
+                from sclite.export.ollama import create_model
+
+                created = create_model(settings.ollama, folder / "Modelfile")
+            files = hub.files_of(folder, [*report.figures["files"], "Modelfile", "README.md"])
+        elif format == "lora":
+            path, card = pipeline.export_lora(context)
+            report, files = Report("lora", figures={"lora": str(path)}), {path.name: path, "README.md": card}
+        elif format == "merged":
             from sclite.export.model import export_merged
 
             folder = export_merged(context.config, context.run, pipeline.available(context)[-1])
-            summaries.print_path("merged", folder, common.json)
-            return
-        if format == "data":
+            report, files = Report("merged", figures={"merged": str(folder)}), hub.files_of(folder)
+        else:
             from sclite.export.datasets import export_data
 
-            summaries.print_datasets(export_data(context.config, context.run), common.json)
-            return
-        report = pipeline.export(context)[0]
-        created = None
-        if context.config.export.ollama:
-            from sclite.export.ollama import create_model
-
-            created = create_model(context.config.export.ollama, context.run.path("export/Modelfile"))
-    gguf = Path(report.figures["gguf"])
-    review = context.config.review
-    fitted = review.mode == "free" or review.threshold is not None
-    if not (fitted or common.json or created is not None):  # reads the whole GGUF
-        fitted = load_threshold(context.config, context.run, gguf) is not None
-    summaries.print_export(context, report, created, fitted, common.json)
+            report = export_data(context.config, context.run)
+            files = hub.files_of(Path(report.figures["folder"]))
+        if url:
+            hub.upload(settings, files, kind)
+    report.figures |= {"url": url} if url else {}
+    if format == "data":
+        summaries.print_datasets(report, settings.license, common.json)
+    elif format != "gguf":
+        summaries.print_path(format, report, common.json)
+    else:
+        gguf = Path(report.figures["gguf"])
+        review = context.config.review
+        fitted = review.mode == "free" or review.threshold is not None
+        if not (fitted or common.json or created is not None):  # reads the whole GGUF
+            fitted = load_threshold(context.config, context.run, gguf) is not None
+        summaries.print_export(context, report, created, fitted, common.json)
+    if url and not common.json:
+        console.print(f"Uploaded to {console.escape(url)}", wrap=False)
+        if not settings.license:
+            console.note("[yellow]note:[/] the card names no license; set export.license")
 
 
 @app.command("eval")

@@ -325,6 +325,11 @@ class Export(Section):
         description="largest KL divergence of the GGUF from the trained model in nats, by the beginning of a type's name",
     )
     ollama: str = Field("", description="model name for `ollama create`")
+    push: str = Field(
+        "", description="repository on the Hugging Face Hub, OWNER/NAME, for the files and their card"
+    )
+    private: bool = Field(True, description="create that repository as a private one")
+    license: str = Field("", description="license on the card, as the Hub names it, for example apache-2.0")
     num_ctx: int = Field(
         8192, ge=256, description="context length in Ollama, in tokens (num_ctx in the Modelfile)"
     )

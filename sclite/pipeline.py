@@ -473,8 +473,9 @@ def export_for_chat(context: Context) -> None:
             export(context)
 
 
-def export_lora(context: Context) -> Path:
-    """The last trained adapter alone as a GGUF, for llama.cpp's --lora."""
+def export_lora(context: Context) -> tuple[Path, str]:
+    """The last trained adapter alone as a GGUF, for llama.cpp's --lora, and its card."""
+    from sclite.export.cards import build_model_card
     from sclite.export.gguf import convert_lora
     from sclite.student.loader import fetch_base_model
 
@@ -483,4 +484,5 @@ def export_lora(context: Context) -> Path:
         raise DataError(f"{adapter_file(context, 'sft')} is missing", "run `sclite train` first")
     out = context.run.path(f"export/{name}-lora.gguf")
     out.parent.mkdir(parents=True, exist_ok=True)
-    return convert_lora(adapter_file(context, name).parent, fetch_base_model(context.config.student), out)
+    convert_lora(adapter_file(context, name).parent, fetch_base_model(context.config.student), out)
+    return out, build_model_card(context.config, context.run, name, "lora", {})

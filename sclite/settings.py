@@ -15,7 +15,12 @@ from sclite.errors import DataError, UsageError
 FILE = "sclite.toml"
 RUN_FILE = "run.toml"
 PREFIX = "SCLITE_"
-NOT_SAVED: dict[str, Any] = {"run": True, "problems": {"limit"}, "eval": {"limit"}, "export": {"ollama"}}
+NOT_SAVED: dict[str, Any] = {
+    "run": True,
+    "problems": {"limit"},
+    "eval": {"limit"},
+    "export": {"ollama", "push"},
+}
 """What run.toml never holds, as pydantic's `exclude`: the run's path, and options that apply to one command only."""
 
 

@@ -153,11 +153,13 @@ def export_model(config: Config, run: Run, name: str) -> Report:
 
 
 def export_merged(config: Config, run: Run, name: str) -> Path:
-    """Write export/<name>-merged: a Hugging Face folder in 16 bits for vLLM, LM Studio and transformers."""
+    """Write export/<name>-merged: a Hugging Face folder in 16 bits, with its card, for vLLM, LM Studio and transformers."""
     base = fetch_base_model(config.student)
     adapter, out = run.path(ADAPTERS[name]) if ADAPTERS[name] else None, run.path(f"export/{name}-merged")
     out.parent.mkdir(parents=True, exist_ok=True)
-    return _merge(config, load_tokenizer(str(base)), base, adapter, out, "f16")
+    _merge(config, load_tokenizer(str(base)), base, adapter, out, "f16")
+    write_text(out / "README.md", build_model_card(config, run, name, "merged", {}))
+    return out
 
 
 def write_sampling_gguf(config: Config, adapter: Path, work: Path, *, small: bool) -> Path:
@@ -274,7 +276,8 @@ def write_modelfile(run: Run, config: Config, name: str) -> tuple[Path, list[str
     )
     if manifest := run.manifest(f"export-{name}"):
         warnings += manifest["figures"]["warnings"]
-        write_text(run.path("export/README.md"), build_model_card(config, run, name, manifest["figures"]))
+        card = build_model_card(config, run, name, "gguf", manifest["figures"])
+        write_text(run.path("export/README.md"), card)
     path, adapter = run.path("export/Modelfile"), run.path(f"{name}/adapter")
     write_text(path, text)
     # an adapter from elsewhere has no record of its base weights, only the name of its base

@@ -142,17 +142,18 @@ def print_export(context: "Context", report: Report, created: str | None, fitted
         )
 
 
-def print_path(what: str, path: Path, json: bool) -> None:
+def print_path(what: str, report: Report, json: bool) -> None:
     """Print where a file or a folder was exported to."""
+    path = Path(report.figures[what])
     if json:
         files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
         megabytes = round(sum(file.stat().st_size for file in files) / 1e6, 1)
-        console.print_json({what: str(path), "megabytes": megabytes})
+        console.print_json({**report.figures, "megabytes": megabytes})
         return
     console.print(console.escape(str(path)))
 
 
-def print_datasets(report: Report, json: bool) -> None:
+def print_datasets(report: Report, license: str, json: bool) -> None:
     """Print the datasets that were exported for other trainers."""
     if json:
         console.print_json({**report.counts, **report.figures})
@@ -160,7 +161,8 @@ def print_datasets(report: Report, json: bool) -> None:
     folder = escape(str(report.figures["folder"]))
     for name, count in report.counts.items():
         console.print(f"{count} rows in {folder}/{name}.jsonl" if count else f"no {name}")
-    console.print(f"Choose a licence in {folder}/README.md before you publish the data.")
+    if not license:
+        console.print("Set a license, export.license, before you publish the data.")
 
 
 def _print_next(context: "Context") -> None:

@@ -244,7 +244,7 @@ def test_card_leaves_the_license_to_fill_in(exported):
     _, run, _ = exported
     card = read_card(run)
     front = card.split("---\n")[1]
-    assert "license: unknown # TO FILL IN" in front
+    assert "license: unknown" in front
     assert "> **TO FILL IN.**" in card
 
 

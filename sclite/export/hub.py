@@ -1,0 +1,87 @@
+"""Upload an export to the Hugging Face Hub."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from sclite.config import Export
+from sclite.errors import NetworkError, UsageError
+from sclite.export.merge import RECORD
+from sclite.teacher.failures import redact
+
+TOKENS = "https://huggingface.co/settings/tokens"
+
+
+def open_repository(settings: Export, kind: str = "model") -> str:
+    """Create the repository `export.push`, a "model" or a "dataset", unless it exists. Returns its URL.
+
+    The token is that of the environment (HF_TOKEN) or of `hf auth login`; it is not stored. Raises UsageError for an
+    invalid name or a missing token, NetworkError if the Hub refuses or cannot be reached.
+    """
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    name = settings.push
+    try:
+        validate_repo_id(name)
+        valid = "/" in name
+    except HFValidationError:
+        valid = False
+    if not valid:
+        raise UsageError(f"export.push = {name!r} is not the name of a repository", "write --push OWNER/NAME")
+    if not get_token():
+        raise UsageError(
+            "there is no token for the Hub",
+            f"create one with write access at {TOKENS}, then: export HF_TOKEN=..",
+        )
+    with _hub_errors(name):
+        return str(HfApi().create_repo(name, private=settings.private, repo_type=kind, exist_ok=True))
+
+
+def files_of(folder: Path, names: Sequence[str] = ()) -> dict[str, Path | str]:
+    """These files of a folder (default: all but the record of a merge, which holds local paths), by their names."""
+    found = [folder / name for name in names] or sorted(folder.rglob("*"))
+    return {str(p.relative_to(folder)): p for p in found if p.is_file() and p.name != RECORD}
+
+
+def upload(settings: Export, files: Mapping[str, Path | str], kind: str = "model") -> None:
+    """Upload files or texts, by their names in the repository, in one commit; what has not changed is skipped."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    with _hub_errors(settings.push):
+        added = [
+            CommitOperationAdd(name, given.encode() if isinstance(given, str) else given)
+            for name, given in files.items()
+        ]
+        HfApi().create_commit(settings.push, added, commit_message="Upload with sclite", repo_type=kind)
+
+
+@contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    """Raise what the Hub's client raises as a NetworkError that says what to do."""
+    import httpx
+
+    try:
+        yield
+    except (httpx.HTTPError, OSError, RuntimeError, ValueError) as error:
+        found: BaseException | None = error
+        while found is not None and getattr(found, "response", None) is None:
+            found = found.__cause__  # an upload in a thread
+        status = getattr(getattr(found, "response", None), "status_code", None)
+        text = getattr(found, "server_message", None) or str(found or error) or type(error).__name__
+        reason = redact(text.strip().splitlines()[0])
+        if status == 401:
+            raise NetworkError(
+                f"the Hub refuses the token: {reason}",
+                f"create one with write access at {TOKENS}, then: export HF_TOKEN=..",
+            ) from None
+        if status in (403, 404):
+            raise NetworkError(
+                f"the Hub does not let this token write to {name}: {reason}",
+                "use a token with write access, and your own user name or organization in --push OWNER/NAME",
+            ) from None
+        raise NetworkError(
+            f"cannot upload to {name}: {reason}",
+            "check the network; re-run to resume, what has arrived is not sent again",
+        ) from None
