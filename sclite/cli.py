@@ -5,13 +5,17 @@ Everything heavy is imported inside a command, so that --help stays fast.
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer.core import TyperGroup
 
 from sclite import console
 from sclite.errors import DATA, FAILED, UsageError
 from sclite.options import Common, ConfigOption, JsonOption, common_options, hold_run
+
+if TYPE_CHECKING:
+    from typer._click import Context, HelpFormatter
 
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Retrain if the inputs of a model have changed.")]
 GpuOption = Annotated[
@@ -33,8 +37,25 @@ MaxCostOption = Annotated[
 ]
 YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask to confirm the cost.")]
 
+START, BUILD, USE, INSPECT = "Start", "Build data and train", "Evaluate and use", "Inspect a run"
+
+
+class CommandGroups(TyperGroup):
+    """Lists the commands by their panels in plain text: importing rich takes longer than the rest of --help."""
+
+    def format_commands(self, ctx: "Context", formatter: "HelpFormatter") -> None:
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for name, command in self.commands.items():
+            panel = panels.setdefault(getattr(command, "rich_help_panel", ""), [])
+            panel.append((f"{name:10}", command.get_short_help_str(formatter.width)))
+        for heading, rows in panels.items():
+            with formatter.section(heading):
+                formatter.write_dl(rows)
+
+
 app = typer.Typer(
     name="sclite",
+    cls=CommandGroups,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
@@ -61,7 +82,7 @@ def _root(
     pass
 
 
-@app.command()
+@app.command(rich_help_panel=START)
 @common_options
 def quickstart(
     problems: Annotated[
@@ -98,7 +119,7 @@ def quickstart(
         console.print(f"  [bold cyan]{console.escape(command)}[/]  {purpose}", wrap=False)
 
 
-@app.command()
+@app.command(rich_help_panel=START)
 def init(config: ConfigOption = None, json: JsonOption = False) -> None:
     """Write a commented sclite.toml for this machine."""
     from sclite import doctor, settings
@@ -121,7 +142,7 @@ def init(config: ConfigOption = None, json: JsonOption = False) -> None:
         )
 
 
-@app.command()
+@app.command(rich_help_panel=START)
 def doctor(json: JsonOption = False) -> None:
     """Check the environment and suggest fixes.
 
@@ -142,7 +163,7 @@ def doctor(json: JsonOption = False) -> None:
         raise typer.Exit(FAILED)
 
 
-@app.command("build-data")
+@app.command("build-data", rich_help_panel=BUILD)
 @common_options
 def build_data(
     problems: ProblemsArgument = None,
@@ -194,7 +215,7 @@ def build_data(
     summaries.print_build_data(context, only, common.json)
 
 
-@app.command()
+@app.command(rich_help_panel=BUILD)
 @common_options
 def train(
     gpu: GpuOption = None,
@@ -224,7 +245,7 @@ def train(
     summaries.print_train(context, only, common.json)
 
 
-@app.command()
+@app.command(rich_help_panel=BUILD)
 @common_options
 def run(
     problems: ProblemsArgument = None,
@@ -259,7 +280,53 @@ def run(
     summaries.print_train(context, None, common.json, summary)
 
 
-@app.command()
+@app.command("eval", rich_help_panel=USE)
+@common_options
+def evaluate(
+    problems: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PROBLEMS", help="Held-out problems: a file or a Hub ID (default: eval.source)."
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", metavar="N", min=10, help="Use only the first N problems (default: 500)."),
+    ] = None,
+    models: Annotated[
+        str | None,
+        typer.Option("--models", metavar="LIST", help="Comma-separated: base, sft, dpo (default: all)."),
+    ] = None,
+    *,
+    common: Common,
+) -> None:
+    """Measure accuracy before and after self-correction."""
+    from sclite import pipeline
+    from sclite.evaluate import table
+
+    context = common.context({"eval.source": problems, "eval.limit": limit})
+    names = (
+        [name.strip() for name in models.split(",") if name.strip()]
+        if models
+        else pipeline.available(context)
+    )
+    unknown = [name for name in names if name not in pipeline.STUDENTS]
+    if unknown:
+        raise UsageError(
+            f"invalid value for --models: {','.join(unknown)}", f"use any of {', '.join(pipeline.STUDENTS)}"
+        )
+    with context.run.lock():
+        summary = pipeline.evaluate_students(context, names)
+    if common.json:
+        console.print_json(summary)
+        return
+    table.print_results(summary)
+    console.print(
+        f"Report: {console.escape(str(context.run.path(summary['folder']) / 'report.html'))}", wrap=False
+    )
+
+
+@app.command(rich_help_panel=USE)
 @common_options
 def export(
     quant: Annotated[
@@ -363,52 +430,6 @@ def export(
             console.note("[yellow]note:[/] the card names no license; set export.license")
 
 
-@app.command("eval")
-@common_options
-def evaluate(
-    problems: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="PROBLEMS", help="Held-out problems: a file or a Hub ID (default: eval.source)."
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option("--limit", metavar="N", min=10, help="Use only the first N problems (default: 500)."),
-    ] = None,
-    models: Annotated[
-        str | None,
-        typer.Option("--models", metavar="LIST", help="Comma-separated: base, sft, dpo (default: all)."),
-    ] = None,
-    *,
-    common: Common,
-) -> None:
-    """Measure accuracy before and after self-correction."""
-    from sclite import pipeline
-    from sclite.evaluate import table
-
-    context = common.context({"eval.source": problems, "eval.limit": limit})
-    names = (
-        [name.strip() for name in models.split(",") if name.strip()]
-        if models
-        else pipeline.available(context)
-    )
-    unknown = [name for name in names if name not in pipeline.STUDENTS]
-    if unknown:
-        raise UsageError(
-            f"invalid value for --models: {','.join(unknown)}", f"use any of {', '.join(pipeline.STUDENTS)}"
-        )
-    with context.run.lock():
-        summary = pipeline.evaluate_students(context, names)
-    if common.json:
-        console.print_json(summary)
-        return
-    table.print_results(summary)
-    console.print(
-        f"Report: {console.escape(str(context.run.path(summary['folder']) / 'report.html'))}", wrap=False
-    )
-
-
 def is_endpoint(model: Path) -> bool:
     """Whether --model names a LiteLLM model, such as ollama_chat/qwen3:8b, and not a file."""
     name = str(model)
@@ -417,7 +438,7 @@ def is_endpoint(model: Path) -> bool:
     )
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 @common_options
 def chat(
     question: Annotated[
@@ -486,7 +507,7 @@ def chat(
         raise typer.Exit(DATA)
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 @common_options
 def serve(
     model: Annotated[
@@ -539,7 +560,19 @@ def serve(
     )
 
 
-@app.command()
+@app.command(rich_help_panel=INSPECT)
+@common_options
+def status(*, common: Common) -> None:
+    """Show the progress of a run, its cost and the next command."""
+    from sclite.inspect import tables
+    from sclite.inspect.status import read_status
+    from sclite.run import Run
+
+    config = common.of_existing_run().load()
+    tables.print_status(read_status(config, Run(config.run)), common.json)
+
+
+@app.command(rich_help_panel=INSPECT)
 @common_options
 def show(
     what: Annotated[
@@ -587,19 +620,7 @@ def show(
     tables.print_rows(config, run, choice, labels, common.json)
 
 
-@app.command()
-@common_options
-def status(*, common: Common) -> None:
-    """Show the progress of a run, its cost and the next command."""
-    from sclite.inspect import tables
-    from sclite.inspect.status import read_status
-    from sclite.run import Run
-
-    config = common.of_existing_run().load()
-    tables.print_status(read_status(config, Run(config.run)), common.json)
-
-
-@app.command()
+@app.command(rich_help_panel=INSPECT)
 @common_options
 def report(*, common: Common) -> None:
     """Open the HTML report of the newest evaluation."""
@@ -616,7 +637,7 @@ def report(*, common: Common) -> None:
         console.print(console.escape(str(path)), wrap=False)
 
 
-@app.command()
+@app.command(rich_help_panel=INSPECT)
 def runs(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder that holds the runs.")] = Path(
         "runs"

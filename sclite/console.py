@@ -110,10 +110,11 @@ def note(text: str, wrap: bool = True) -> None:
 
 
 def error(error: ScliteError, as_json: bool = False) -> None:
-    """Print an error and its hint to stderr; with `as_json` also one JSON object to stdout."""
+    """Print an error, or what was declined, and its hint to stderr; with `as_json` also one JSON object to stdout."""
+    word = "error" if error.code else "stopped"
     if as_json:
-        print_json({"error": error.message, "hint": error.hint, "exit_code": error.code, **error.details})
-    note(f"[bold red]error:[/] {escape(error.message)}")
+        print_json({word: error.message, "hint": error.hint, "exit_code": error.code, **error.details})
+    note(f"[bold red]error:[/] {escape(error.message)}" if error.code else escape(error.message))
     if error.hint:
         note(f"[cyan]try:[/] {escape(error.hint)}", wrap="`" not in error.hint)
 

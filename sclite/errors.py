@@ -23,6 +23,12 @@ class ScliteError(Exception):
         self.hint = hint
 
 
+class Declined(ScliteError):
+    """The user answered no to a question: nothing failed (exit code 0)."""
+
+    code = DONE
+
+
 class UsageError(ScliteError):
     """A wrong option or configuration key (exit code 2)."""
 

@@ -1,4 +1,4 @@
-"""Progress over the stages of a command: a bar in a terminal, lines in a log, with cost and time left."""
+"""Progress over the stages of a command: a live line in a terminal, lines in a log, with cost and time left."""
 
 import sys
 import threading
@@ -16,43 +16,98 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
 
 Progress = Callable[..., None]
-Shown = tuple[Callable[[str], None], Callable[[int, int, str], None]]
+Shown = tuple[Callable[[str], None], Callable[[int, int], None]]
 WIDE = 125  # columns of a progress line with its full text
 LOG_SECONDS = 30.0  # between two progress lines without a terminal
 HEADING_DELAY = 0.5  # seconds; a shorter stage only prints its closing line
+MEASURED_SECONDS, MEASURED_ROWS = 2.0, 2  # what a rate is measured over, at least
+WINDOW_ROWS = 10  # before the first rows stop to count
+MEASURED_SHARE = 0.02  # of a plan, before it is scaled
+SHORT = 10.0  # seconds; loading libraries takes most of a shorter stage, which says nothing about the speed of others
+ESTIMATING = "estimating time left"
 
 
 class Rate:
-    """Rows per second since the first row of this command, their cost and the expected total."""
+    """How fast a stage works: rows, share of the work and cost over time, measured from its first row on."""
 
     def __init__(self) -> None:
+        self.points: list[
+            tuple[float, int, float, float]
+        ] = []  # seconds, rows, share of the work, US dollars
         self.begin: int | None = None  # rows done before
-        self.first = self.now = (0.0, 0, 0.0)  # seconds, rows, US dollars
+        self.window = 0  # the point from which the rate is measured
+        self.total, self.note = 0, ""  # rows, and current figures such as the loss
 
-    def update(self, done: int, spent_usd: float | None) -> None:
-        """Call at the start and after each row, with the rows done and the cost of the run (None: free)."""
-        self.now = (time.monotonic(), done, spent_usd or 0.0)
+    def update(self, done: int, share: float, spent_usd: float | None) -> None:
+        """Call at the start and after each row, with what is done, and the cost of the run (None: free)."""
         if self.begin is None:
             self.begin = done
-            self.first = self.now
-        elif self.first[1] == self.begin:  # loading a library may come before the first row
-            self.first = self.now
+        elif self.points[0][1] == self.begin:  # loading a library may come before the first row
+            self.points.clear()
+        points = self.points
+        points.append((time.monotonic(), done, share, spent_usd or 0.0))
+        seconds, rows = points[-1][:2]
+        # the later half: a rate that changes shows soon, one slow row does not count much
+        wanted = max(MEASURED_SECONDS, (seconds - points[0][0]) / 2)
+        while self.window + 1 < len(points):
+            later = points[self.window + 1]
+            if seconds - later[0] < wanted or rows - later[1] < WINDOW_ROWS:
+                break
+            self.window += 1
 
-    def line(self, total: int) -> str:
-        """3.2/s (or 29 s each), $0.12 of about $1.40, 4 min 2 s left."""
-        seconds, rows, dollars = (now - then for now, then in zip(self.now, self.first, strict=True))
-        if rows <= 0 or seconds <= 0:
+    def measured(self) -> tuple[float, int, float, float] | None:
+        """Seconds, rows, share and US dollars since the window began; None until they say something."""
+        if not self.points:
+            return None
+        now, then = self.points[-1], self.points[self.window]
+        seconds, rows, share = now[0] - then[0], now[1] - then[1], now[2] - then[2]
+        enough = seconds >= MEASURED_SECONDS and rows >= MEASURED_ROWS and share > 0
+        return (seconds, rows, share, now[3] - then[3]) if enough else None
+
+    def seconds_left(self) -> float | None:
+        """Seconds left in the stage; None until its rate is measured."""
+        found = self.measured()
+        return found and (1 - self.points[-1][2]) * found[0] / found[2]
+
+    def line(self) -> str:
+        """3.2/s (or 29 s each), $0.12 of about $1.40."""
+        found = self.measured()
+        if found is None:
             return ""
-        left, spent = total - self.now[1], self.now[2]
-        cost = f"${spent:.4f} of about ${spent + dollars / rows * left:.2f}, " if spent else ""
+        seconds, rows, _, dollars = found
+        _, done, _, spent = self.points[-1]
         speed = f"{rows / seconds:.1f}/s" if rows > seconds / 2 else f"{format_duration(seconds / rows)} each"
-        return f"{speed}, {cost}{format_duration(left * seconds / rows)} left"
+        return (
+            f"{speed}, ${spent:.4f} of about ${spent + dollars / rows * (self.total - done):.2f}"
+            if spent
+            else speed
+        )
+
+
+class Countdown:
+    """The time left as it is shown: it falls by the clock, and is set anew when it is off by more than a fifth."""
+
+    end: float | None = None
+
+    def update(self, estimate: float | None) -> None:
+        """Take a new estimate of the seconds left; None is no news."""
+        now = time.monotonic()
+        if estimate is None:
+            return
+        shown = None if self.end is None else self.end - now
+        if shown is None or not 0.8 * shown - 2 <= estimate <= 1.2 * shown + 2:
+            self.end = now + estimate
+
+    def __str__(self) -> str:
+        if self.end is None:
+            return ESTIMATING
+        return f"{format_duration(max(0.0, self.end - time.monotonic()))} left"
 
 
 class ProgressDisplay:
     """Progress over the stages of a command.
 
-    `plan` maps stages to their typical seconds; the time left is scaled by how long the finished ones took.
+    `plan` maps stages to their typical seconds; once some of them are measured, it is scaled to this machine.
     """
 
     def __init__(self, plan: Mapping[str, float] | None = None, quiet: bool = False):
@@ -60,111 +115,151 @@ class ProgressDisplay:
         self.finished: dict[str, float] = {}
         self.skipped: set[str] = set()
         self._bars: Bars | None = None
-        self._rate = Rate()
+        self._rate, self.countdown = Rate(), Countdown()
 
     def seconds_left(self, stage: str, share: float) -> float | None:
-        """Seconds left in all stages when `share` of this one is done; None without a plan."""
+        """Seconds left in all stages when `share` of this one is done; None without a plan or before a speed is known.
+
+        This machine's speed is that of its finished stages, except SHORT ones, and of the rows of this one.
+        """
         if stage not in self.plan:
             return None
-        worked = {name: seconds for name, seconds in self.finished.items() if name not in self.skipped}
-        planned = sum(self.plan.get(name, 0) for name in worked)
-        scale = sum(worked.values()) / planned if planned > 5 else 1.0
+        worked = [(self.plan.get(n, 0), took) for n, took in self.finished.items() if n not in self.skipped]
+        worked = [(planned, took) for planned, took in worked if planned > SHORT]
+        if (found := self._rate.measured()) is not None and self.plan[stage] > SHORT:
+            worked.append((self.plan[stage] * found[2], found[0]))
+        measured = sum(planned for planned, _ in worked)
+        if measured < MEASURED_SHARE * sum(self.plan.values()):
+            return None
+        scale = sum(took for _, took in worked) / measured
+        own = self._rate.seconds_left()
         later = list(self.plan)[list(self.plan).index(stage) + 1 :]
-        return scale * (self.plan[stage] * (1 - share) + sum(self.plan[name] for name in later))
+        left = scale * self.plan[stage] * (1 - share) if own is None else own
+        return left + scale * sum(self.plan[name] for name in later if name not in self.finished)
 
     @contextmanager
     def stage(self, name: str, text: str) -> Iterator[Progress]:
-        """Show a stage while it runs. Yields a callback `progress(done, total, spent_usd, note=, warning=)`.
+        """Show a stage while it runs. Yields a callback `progress(done, total, spent_usd, share=, note=, warning=)`.
 
-        `note` holds current figures such as the loss. A `warning` is printed at once, on a line that stays.
+        `share` is the share of the work done, if rows are not equally long. `note` holds current figures such as the
+        loss. A `warning` is printed at once, on a line that stays.
         """
         number = f"{list(self.plan).index(name) + 1}/{len(self.plan)} " if name in self.plan else ""
         text, began = visible(f"{number}{text}"), time.monotonic()
         self._rate = Rate()
+        if name in self.plan:
+            self.countdown.update(self.seconds_left(name, 0.0))
+        else:
+            self.countdown = Countdown()
+        planned = name in self.plan
+
+        def figures() -> str:
+            known = self._rate.total or self.countdown.end is not None
+            speed, left = "" if planned else self._rate.line(), str(self.countdown) if known else ""
+            return ", ".join(filter(None, (self._rate.note, speed, left)))
+
         if self.quiet:
             yield lambda *_, **__: None
         else:
             terminal = console.make_console(stderr=True)
-            with self._bar(terminal, text) if terminal.is_terminal else self._log(name, text) as (warn, show):
+            shown = self._bar(terminal, text, figures) if terminal.is_terminal else self._log(text, figures)
+            with shown as (warn, show):
 
                 def progress(
                     done: int,
                     total: int,
                     spent_usd: float | None = None,
                     *,
+                    share: float | None = None,
                     note: str = "",
                     warning: str = "",
                 ) -> None:
                     if warning:
                         warn(f"[yellow]warning:[/] {escape(warning)}")
                         return
-                    self._rate.update(done, spent_usd)
-                    seconds = self.seconds_left(name, done / max(1, total))
-                    timing = self._rate.line(total) if seconds is None else f"{format_duration(seconds)} left"
-                    show(done, total, ", ".join(filter(None, (note, timing))))
+                    share = done / max(1, total) if share is None else share
+                    self._rate.update(done, share, spent_usd)
+                    self._rate.total, self._rate.note = total, note
+                    left = self.seconds_left(name, share) if planned else self._rate.seconds_left()
+                    self.countdown.update(left)
+                    show(done, total)
 
                 yield progress
         self.finished[name] = time.monotonic() - began
 
     @contextmanager
-    def _bar(self, terminal: "Console", text: str) -> Iterator[Shown]:
-        """(print a warning, show progress) on a line of the terminal."""
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    def _bar(self, terminal: "Console", text: str, figures: Callable[[], str]) -> Iterator[Shown]:
+        """(print a warning, show what is done) on a line of the terminal that never stands still."""
+        from rich.progress import (
+            BarColumn,
+            ProgressColumn,
+            SpinnerColumn,
+            Task,
+            TextColumn,
+            TimeElapsedColumn,
+        )
         from rich.progress import Progress as Bars
+        from rich.text import Text
 
         bar_width, text = (24, text) if terminal.width >= WIDE else (10, text.partition(":")[0])
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[left]}", style="dim", markup=False),
-        )
+
+        class Figures(ProgressColumn):
+            def render(self, task: Task) -> Text:
+                used = len(text) + bar_width + len(task.fields["count"]) + len("⠋     0:00:00 ")
+                return Text(fit_to_width(visible(figures()), terminal.width - used), "dim", no_wrap=True)
+
+        name, count = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[count]}")
+        columns = (SpinnerColumn(), name, BarColumn(bar_width), count, TimeElapsedColumn(), Figures())
         with Bars(*columns, console=terminal, transient=True) as bars:
             self._bars = bars
-            task = bars.add_task(text, total=None, left="")
+            task = bars.add_task(text, total=None, count="")
 
-            def show(done: int, total: int, figures: str) -> None:
-                room = terminal.width - len(text) - bar_width - 2 * len(str(total)) - 5
-                bars.update(task, completed=done, total=total, left=fit_to_width(visible(figures), room))
+            def show(done: int, total: int) -> None:
+                bars.update(task, completed=done, total=total, count=f"{done}/{total}")
 
             yield partial(console.print, console=terminal), show
         self._bars = None
 
     @contextmanager
-    def _log(self, name: str, text: str) -> Iterator[Shown]:
-        """(print a warning, show progress) below a heading, which is printed before them or after HEADING_DELAY.
+    def _log(self, text: str, figures: Callable[[], str]) -> Iterator[Shown]:
+        """(print a warning, show what is done) below a heading, which is printed before them or after HEADING_DELAY.
 
-        With a plan only warnings are shown, else also figures every LOG_SECONDS.
+        A line follows every LOG_SECONDS, whether something was done or not.
         """
-        left, lock, printed = self.seconds_left(name, 0.0), threading.Lock(), time.monotonic()
-        heading = f"{text} (about {format_duration(left)} left in total)" if left else text
+        lock, ended, began = threading.Lock(), threading.Event(), time.monotonic()
+        heading = text if self.countdown.end is None else f"{text} (about {self.countdown} in total)"
+        counted = ""
 
-        def print_heading() -> None:
+        def note(line: str = "") -> None:
             nonlocal heading
-            with lock:
-                if heading:
-                    console.note(escape(heading))
+            with lock:  # held until it is printed, so that it precedes what follows the stage
+                for each in (escape(heading), line):
+                    if each and not ended.is_set():
+                        console.note(each)
                 heading = ""
 
-        def warn(text: str) -> None:
-            print_heading()
-            console.note(text)
+        def show(done: int, total: int) -> None:
+            nonlocal counted
+            counted = f"{done} of {total} "
 
-        def show(done: int, total: int, figures: str) -> None:
-            nonlocal printed
-            if left is None and time.monotonic() - printed >= LOG_SECONDS:
-                printed = time.monotonic()
-                warn(escape(f"  {done} of {total} {figures}"))
+        def tick() -> None:
+            if ended.wait(HEADING_DELAY):
+                return
+            note()
+            while not ended.wait(LOG_SECONDS):
+                so_far = (
+                    f"{format_duration(time.monotonic() - began)} so far, "
+                    if self._rate.measured() is None
+                    else ""
+                )
+                note(escape(f"  {counted}{so_far}{figures()}".rstrip(", ")))
 
-        timer = threading.Timer(HEADING_DELAY, print_heading)
-        timer.daemon = True
-        timer.start()
+        threading.Thread(target=tick, daemon=True).start()
         try:
-            yield warn, show
+            yield note, show
         finally:
-            timer.cancel()
-            with lock:  # waits for a heading that is being printed, so that it precedes what follows
-                heading = ""
+            with lock:
+                ended.set()
 
     def print(self, text: str) -> None:
         """Print a line to stderr, between two stages."""
@@ -179,8 +274,11 @@ class ProgressDisplay:
             self._bars.stop()
         sys.stderr.write(f"{question} [y/N] ")
         sys.stderr.flush()
+        asked = time.monotonic()
         reply = console.read_line().strip().lower()
         self._rate = Rate()  # the time spent on the question does not count
+        if self.countdown.end is not None:
+            self.countdown.end += time.monotonic() - asked
         if self._bars is not None:
             self._bars.start()
         return reply in ("y", "yes")
@@ -206,7 +304,7 @@ def fit_to_width(figures: str, room: int) -> str:
         minor = next(
             (n for n, end in enumerate((" GB", " tokens/s", "/s", " each"), 1) if piece.endswith(end)), 0
         )
-        return (not piece.endswith(" left"), not piece.startswith("$"), minor, place)
+        return (not piece.endswith(("left", ESTIMATING)), not piece.startswith("$"), minor, place)
 
     kept = sorted(range(len(pieces)), key=importance)
     while len(kept) > 1 and len(", ".join(pieces[i] for i in kept)) > room:

@@ -1,19 +1,22 @@
 """The command line: every error has one line with its place, a hint and an exit code."""
 
+import io
+import itertools
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from sclite import doctor
+from sclite import console, doctor
 from sclite.records import Drop, Problem
 from sclite.run import Run
 from sclite.settings import load
-from tests.replay import TeacherServer, fail
+from tests.replay import TeacherServer, fail, say
 
 PROBLEM = {"question": "What is 1 + 1?", "answer": "2"}
 TEACHER = ("--set", "teacher.model=openai/replay", "--set", "teacher.attempts_per_call=1")
@@ -316,39 +319,84 @@ def _interrupt():
     raise KeyboardInterrupt
 
 
-def test_ctrl_c_exits_with_130(sclite, monkeypatch):
+def test_ctrl_c_exits_with_130_and_suggests_to_resume(sclite, monkeypatch):
     monkeypatch.setattr(doctor, "run_checks", _interrupt)
-    assert sclite("doctor").code == 130
-
-
-def test_ctrl_c_suggests_to_resume(sclite, monkeypatch):
-    monkeypatch.setattr(doctor, "run_checks", _interrupt)
-    assert "interrupted; re-run to resume" in sclite("doctor").err
+    ended = sclite("doctor")
+    assert (ended.code, ended.err) == (130, "interrupted; re-run to resume\n")
 
 
 # -- successful commands ----------------------------------------------------------------------------------------------------
 
 
-def test_every_command_has_help(sclite):
-    listed = sclite("--help")
-    assert listed.code == 0
-    for name in (
-        "quickstart",
-        "init",
-        "doctor",
-        "build-data",
-        "train",
-        "export",
-        "eval",
-        "chat",
-        "serve",
-        "show",
-        "status",
-    ):
-        assert name in listed.out
-        ended = sclite(name, "--help")
-        assert ended.code == 0
-        assert "Usage" in ended.out
+GROUPS = {
+    "Start": ["quickstart", "init", "doctor"],
+    "Build data and train": ["build-data", "train", "run"],
+    "Evaluate and use": ["eval", "export", "chat", "serve"],
+    "Inspect a run": ["status", "show", "report", "runs"],
+}
+
+
+def test_help_lists_the_commands_in_groups_in_80_columns(sclite, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, *groups = sclite("--help").out.split("\n\n")[2:]
+    lines = [group.strip().splitlines() for group in groups]
+    assert {heading.rstrip(":"): [row.split()[0] for row in rows] for heading, *rows in lines} == GROUPS
+    for row in itertools.chain(*(rows for _, *rows in lines)):
+        assert len(row) <= 80
+        assert row.endswith(".")
+        assert not row.endswith("...")
+
+
+@pytest.mark.parametrize("name", itertools.chain(*GROUPS.values()))
+def test_every_command_has_help(sclite, name):
+    assert "Usage" in sclite(name, "-h").out
+    assert sclite(name, "-h").out == sclite(name, "--help").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("quickstart", "--problems", "5"), 2),
+        (("init", "--config", "none/sclite.toml"), 2),
+        (("doctor", "--gpu", "0"), 2),
+        (("build-data", "none.jsonl", "--set", "teacher.model=a/b"), 3),
+        (("train",), 2),
+        (("run", "--set", "student.model=embedded"), 3),
+        (("eval", "none.jsonl"), 3),
+        (("export",), 2),
+        (("chat", "How many?"), 3),
+        (("serve",), 3),
+        (("status", "--run", "none"), 3),
+        (("show", "drop", "--run", "none"), 3),
+        (("report",), 3),
+        (("runs", "none"), 3),
+        (("--jsn",), 2),
+    ],
+)
+def test_with_json_every_error_is_one_object_on_stdout(sclite, arguments, code):
+    ended = sclite(*arguments, "--json")
+    found = json.loads(ended.out)
+    assert ended.code == found["exit_code"] == code
+    assert ended.error == f"error: {found['error']}"
+    assert found["hint"]
+
+
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_an_answer_of_no_is_not_an_error(sclite, monkeypatch, form):
+    monkeypatch.setattr(console, "is_interactive", lambda: True)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("n\n"))
+    write("mine.jsonl", *[{"question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(40)])
+    price = ("--set", "teacher.price=[1, 2]", "--set", "problems.fit_share=0")
+    with TeacherServer(lambda request, nth: say("<Step1>x</Step1><Answer>1</Answer>")) as server:
+        ended = sclite(
+            "build-data", "mine.jsonl", *TEACHER, *price, "--set", f"teacher.api_base={server.url}", *form
+        )
+    assert ended.code == 0
+    assert "Continue? [y/N]" in ended.err
+    assert re.search(r"stopped after \d+ of 40 rows, as you answered", ended.err)
+    assert ended.error == ""
+    assert "re-run to resume" in ended.hint
+    assert not form or json.loads(ended.out)["stopped"].startswith("stopped after")
 
 
 def test_doctor_json_is_one_object(sclite):
@@ -547,11 +595,3 @@ def test_the_shell_gets_completions():
     command = [sys.executable, "-m", "sclite"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["train"]
-
-
-@pytest.mark.parametrize("command", [[], ["train"], ["chat"]], ids=str)
-def test_h_is_help(sclite, command):
-    short, long = sclite(*command, "-h"), sclite(*command, "--help")
-    assert short.code == 0
-    assert short.out == long.out
-    assert "Usage: sclite" in short.out

@@ -1,9 +1,11 @@
 """Rates, costs and time left, the progress bar in a real terminal, and lines in a log."""
 
 import io
+import itertools
 import re
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 
@@ -19,60 +21,206 @@ def clock(monkeypatch):
 
 
 def test_the_rate_is_measured_from_the_first_row(clock):
-    rate = progress.Rate()
-    rate.update(100, 0.5)
+    rate, rate_total = progress.Rate(), 121
+    rate.update(100, 100 / rate_total, 0.5)
     for number in range(1, 12):
         clock.append(60.0 + number)  # a minute before the first row, as when LiteLLM is imported
-        rate.update(100 + number, 0.5 + 0.01 * number)
-        assert number > 1 or rate.line(121) == ""  # one row has no rate
-    assert rate.line(121) == "1.0/s, $0.6100 of about $0.71, 10 s left"
+        rate.update(100 + number, (100 + number) / rate_total, 0.5 + 0.01 * number)
+        assert number > 2 or rate.line() == ""  # one row has no rate
+    rate.total = rate_total
+    assert rate.line() == "1.0/s, $0.6100 of about $0.71"
+    assert rate.seconds_left() == pytest.approx(10)
 
 
 def test_slow_steps_are_shown_by_their_seconds(clock):
     rate = progress.Rate()
     for number in range(4):
         clock.append(29.0 * number)
-        rate.update(number, None)
-    assert rate.line(5) == "29 s each, 58 s left"
+        rate.update(number, number / 5, None)
+    assert rate.line() == "29 s each"
+    assert rate.seconds_left() == pytest.approx(58)
+
+
+# (tokens, seconds) of the first 56 of 59 recorded steps of SmolLM2's SFT; other programs took the cores near the end
+STEPS = [
+    *(
+        (4705, 19.1),
+        (3899, 13.0),
+        (3280, 7.2),
+        (3270, 6.5),
+        (3705, 8.5),
+        (3166, 7.3),
+        (3181, 6.0),
+        (4383, 11.8),
+    ),
+    *(
+        (3050, 5.8),
+        (3796, 8.7),
+        (2569, 6.3),
+        (2510, 4.9),
+        (4103, 13.1),
+        (2740, 5.6),
+        (3107, 5.9),
+        (3667, 9.8),
+    ),
+    *(
+        (3768, 9.1),
+        (3248, 6.2),
+        (3949, 9.4),
+        (3643, 8.0),
+        (4066, 12.0),
+        (3132, 6.1),
+        (3550, 6.9),
+        (3230, 6.9),
+    ),
+    *(
+        (3318, 8.4),
+        (4631, 17.4),
+        (2635, 5.9),
+        (4239, 12.9),
+        (3030, 6.3),
+        (3212, 6.5),
+        (2540, 6.9),
+        (3089, 6.1),
+    ),
+    *(
+        (4535, 13.8),
+        (3073, 6.7),
+        (4470, 13.9),
+        (2612, 7.4),
+        (2663, 6.0),
+        (3862, 10.2),
+        (3829, 10.0),
+        (3011, 6.5),
+    ),
+    *(
+        (3216, 11.7),
+        (3256, 12.4),
+        (3296, 9.4),
+        (3459, 12.3),
+        (3248, 6.4),
+        (3885, 10.5),
+        (3844, 9.1),
+        (4032, 10.2),
+    ),
+    *(
+        (3600, 13.3),
+        (3195, 12.6),
+        (4041, 18.2),
+        (3226, 12.2),
+        (2985, 11.8),
+        (3373, 12.8),
+        (4576, 21.5),
+        (3152, 14.9),
+    ),
+]
+
+
+def follow(display, clock, stage, steps, seen, loading=10.0):
+    """Run a stage with these (tokens, seconds) steps; adds (clock, seconds left as shown, None: estimating) to `seen`."""
+    total = sum(tokens for tokens, _ in steps)
+    with display.stage(stage, stage) as report:
+        clock.append(clock[-1] + loading)
+        report(0, len(steps))
+        for number, (_, seconds) in enumerate(steps, 1):
+            clock.append(clock[-1] + seconds)
+            report(number, len(steps), share=sum(tokens for tokens, _ in steps[:number]) / total)
+            end = display.countdown.end
+            seen.append((clock[-1], end and max(0.0, end - clock[-1])))
+    display.done(stage, stage)
+
+
+@pytest.mark.parametrize("steps", [STEPS, sorted(STEPS)], ids=["as recorded", "growing"])
+def test_the_time_left_falls_on_recorded_steps(clock, capsys, steps):
+    seen = []
+    follow(progress.ProgressDisplay(), clock, "sft", steps, seen)
+    assert [left for _, left in seen[:2]] == [None, None]
+    known = [(now, left) for now, left in seen if left is not None]
+    assert len(known) > len(steps) - 5
+    rises = [later / left for (_, left), (_, later) in itertools.pairwise(known[:-5]) if later > left]
+    assert len(rises) <= 2
+    assert all(ratio < 1.4 for ratio in rises)
+    for now, left in known[len(known) // 4 :]:  # the truth, known afterwards
+        assert left == pytest.approx(clock[-1] - now, rel=0.35, abs=35)
+
+
+def test_the_time_left_of_a_plan_waits_for_the_speed_of_this_machine(clock, capsys):
+    """Loading LiteLLM took three times as long as the planned first stage: the others did not take three times as long."""
+    plan = {"templates": 7, "sft": 65, "attempts": 33, "warmup": 80, "dpo": 52, "eval": 90}
+    display, seen = progress.ProgressDisplay(plan), []
+    follow(display, clock, "templates", [(1, 0.01)] * 200, seen, loading=20.0)
+    assert {left for _, left in seen} == {None}
+    for stage in list(plan)[1:]:
+        seconds = 1.2 * plan[stage]
+        follow(
+            display, clock, stage, [(t, seconds * t / sum(t for t, _ in STEPS)) for t, _ in STEPS], seen, 2.0
+        )
+    known = [(now, left) for now, left in seen if left is not None]
+    assert known[0][0] < 20 + 20
+    assert all(later <= 1.25 * left + 2 for (_, left), (_, later) in itertools.pairwise(known))
+    for now, left in known:
+        assert left == pytest.approx(clock[-1] - now, rel=0.3, abs=10)
 
 
 def test_time_spent_on_a_question_does_not_count(clock, monkeypatch, capsys):
     monkeypatch.setattr(progress.console, "is_interactive", lambda: True)
-    monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
     monkeypatch.setattr(sys, "stdin", io.StringIO("Yes\n"))
-    display = progress.ProgressDisplay()
+    display, rates = progress.ProgressDisplay(), []
+    monkeypatch.setattr(display, "_log", record_figures(rates))
     with display.stage("templates", "templates") as report:
         for number in range(8):
             clock.append(float(number))
             report(number, 22)
         clock.append(1000.0)
         assert display.confirm("Continue?")
-        for number in range(8, 13):
+        for number in range(8, 15):
             clock.append(1000.0 + number / 2)
             report(number, 22)
-    assert "12 of 22 2.0/s, 5 s left" in capsys.readouterr().err.splitlines()[-1]
+    assert rates[-1] == "2.0/s, 4 s left"
+
+
+def record_figures(into):
+    """A display that keeps the figures of every update."""
+
+    @contextmanager
+    def log(text, figures):
+        yield into.append, lambda done, total: into.append(figures())
+
+    return log
 
 
 def test_skipped_stages_do_not_change_the_time_left(clock):
-    shown = progress.ProgressDisplay({"a": 10, "b": 20, "c": 30}, quiet=True)
+    shown = progress.ProgressDisplay({"a": 15, "b": 20, "c": 30}, quiet=True)
     with shown.stage("a", "a"):
         clock.append(0.1)
     shown.done("a", "a", skipped=True)
-    assert shown.seconds_left("b", 0.5) == 40
+    assert shown.seconds_left("b", 0.5) is None  # nothing was measured
     with shown.stage("b", "b"):
         clock.append(40.1)
     shown.done("b", "b")
     assert shown.seconds_left("c", 0.0) == 60
 
 
-def test_notes_and_warnings_are_printed_to_a_log(clock, capsys):
+def test_notes_and_warnings_are_printed_to_a_log(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "HEADING_DELAY", 0.01)
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.05)
     with progress.ProgressDisplay().stage("sft", "sft: the student learns") as report:
-        clock.append(31.0)
         report(1, 9, note="loss 0.5")
         report(0, 0, warning="the margin [stays] at 0")
+        time.sleep(0.2)
     err = capsys.readouterr().err
-    assert "1 of 9 loss 0.5" in err
+    assert "1 of 9 0 s so far, loss 0.5, estimating time left" in err
     assert "warning: the margin [stays] at 0" in err
+
+
+def test_a_log_goes_on_while_nothing_is_reported(monkeypatch, capsys):
+    """A stage that loads a model for a minute is not silent."""
+    monkeypatch.setattr(progress, "HEADING_DELAY", 0.01)
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.05)
+    with progress.ProgressDisplay().stage("sft", "sft: the student learns"):
+        time.sleep(0.3)
+    heading, first, second, *_ = capsys.readouterr().err.splitlines()
+    assert (heading, first, second) == ("sft: the student learns", *["  0 s so far"] * 2)
 
 
 # -- the width of the terminal -------------------------------------------------------------------------------------
@@ -89,22 +237,25 @@ def test_the_least_important_figures_are_dropped_first():
         progress.fit_to_width(FIGURES, 62) == "loss 0.412, margin 0.31, $0.12 of about $1.40, 4 min 2 s left"
     )
     assert progress.fit_to_width(FIGURES, 5) == "4 min 2 s left"
+    assert progress.fit_to_width("loss 0.412, estimating time left", 20) == "estimating time left"
     assert progress.fit_to_width("", 5) == ""
 
 
 @pytest.mark.parametrize("columns", [60, 80, 100, 140])
-def test_stage_step_and_time_left_fit_every_terminal(columns, monkeypatch, capsys):
+def test_stage_step_elapsed_and_left_fit_every_terminal(columns, monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", str(columns))
     with progress.ProgressDisplay().stage("dpo", "dpo: the student prefers right reviews") as report:
         for done in range(8):
             report(done, 1500, note=FIGURES.partition(", 0.6/s")[0])
-            time.sleep(0.02)
+            time.sleep(0.05 if done < 7 else 0.3)
     sent = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
     line = [line for line in re.split(r"[\r\n]+", sent) if "/1500" in line][-1].rstrip()
-    assert line.startswith("dpo")
+    assert line[1:].startswith(" dpo")  # behind a spinner
+    assert "0/?" not in sent
     assert " 7/1500 " in line
-    assert re.search(r"\d (s|min \d+ s) left$", line)
+    assert line.endswith("estimating time left")
+    assert re.search(r" 7/1500 0:00:0\d ", line)
     assert len(line) <= columns
     assert "…" not in line
     assert "loss 0.412" in line or columns < 80

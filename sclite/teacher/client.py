@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any
 
 from sclite import config, console
-from sclite.errors import BudgetError
+from sclite.errors import BudgetError, Declined
 from sclite.teacher.ledger import Entry, Ledger
 from sclite.teacher.limits import Budget, Price
 from sclite.teacher.provider import require_model
@@ -258,7 +258,7 @@ class Teacher:
     ) -> Iterator[Result]:
         """As `ask_all`; if the first few jobs cost money, the rest is requested only if `confirm` agrees.
 
-        `confirm` None agrees to everything. Raises BudgetError if it declines, after the pilot's results.
+        `confirm` None agrees to everything. Raises Declined if it does not, after the pilot's results.
         """
         pending, done = iter(jobs), 0
         while confirm is not None and (pilot := list(islice(pending, PILOT))):
@@ -274,8 +274,8 @@ class Teacher:
             cost_usd = spent / rows * left if known else None
             forecast = Forecast(rows, spent if known else None, left, cost_usd, seconds / rows * left)
             if left > 0 and cost_usd != 0 and not confirm(forecast):
-                raise BudgetError(
-                    f"stopped after {done} of {total} rows: the rest was not confirmed",
+                raise Declined(
+                    f"stopped after {done} of {total} rows, as you answered",
                     "paid replies are kept; re-run to resume, with --yes to skip the question",
                 )
             break

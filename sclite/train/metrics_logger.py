@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Progress = Callable[..., None]
-"""progress(done, total, note=.., warning=..)."""
+"""progress(done, total, share=.., note=.., warning=..)."""
 
 FLAT, FALLING, EXPLODING, NOT_A_NUMBER = "margin_flat", "chosen_falling", "gradient_exploding", "not_a_number"
 ADVICE = {
@@ -46,11 +46,20 @@ ON_THE_LINE = {
 class MetricsLogger:
     """Logs one training: call `add` after each micro-batch and `log_step` after each optimizer step.
 
-    Rows of this phase after step `resumed_from` are removed from metrics.jsonl first; 0 removes all of them.
+    Rows of this phase after step `resumed_from` are removed from metrics.jsonl first; 0 removes all of them. `tokens`
+    of each step, if known, tell how much of the work is done.
     """
 
-    def __init__(self, path: Path, phase: str, progress: Progress | None = None, resumed_from: int = 0):
+    def __init__(
+        self,
+        path: Path,
+        phase: str,
+        progress: Progress | None = None,
+        resumed_from: int = 0,
+        tokens: Sequence[int] = (),
+    ):
         self.path, self.phase, self.progress = path, phase, progress
+        self.tokens = tokens
         self.warnings: list[str] = []
         self.interrupted = False
         self._sums: dict[str, Any] = {}
@@ -90,7 +99,8 @@ class MetricsLogger:
                     self.warn(f"step {step}: {ADVICE[kind]}", ADVICE[kind])
             if self.progress is not None:
                 texts = [text.format(row[name]) for name, text in ON_THE_LINE.items() if name in row]
-                self.progress(step, total, note=", ".join(texts).replace("%", " %"))
+                share = sum(self.tokens[:step]) / sum(self.tokens) if self.tokens else step / max(1, total)
+                self.progress(step, total, share=share, note=", ".join(texts).replace("%", " %"))
         return found
 
     def warn(self, text: str, key: str = "") -> None:

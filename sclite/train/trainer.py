@@ -94,7 +94,9 @@ def train_adapter(
     rows = [i for i in range(len(lesson.lengths)) if i not in held_out]
     lengths = [lesson.lengths[i] for i in rows]
     order = training_order(lengths, settings.batch_size, settings.num_train_epochs, seed)
-    logger = MetricsLogger(metrics, phase, progress, resumed_from=checkpoints.step())
+    size = settings.batch_size
+    tokens = [sum(lengths[i] for i in order[start : start + size]) for start in range(0, len(order), size)]
+    logger = MetricsLogger(metrics, phase, progress, resumed_from=checkpoints.step(), tokens=tokens)
     if next(model.parameters()).device.type == "cpu":
         return_freed_memory()
     arguments = training_arguments(
@@ -104,7 +106,7 @@ def train_adapter(
     trainer = build_trainer(model, tokenizer, lesson, arguments, [rows[i] for i in order])
     trainer.logger = logger
     _add_callbacks(trainer, checkpoints, settings.early_stopping_patience if held_out else 0)
-    steps = -(-len(order) // settings.batch_size)
+    steps = len(tokens)
     if steps < FEW_STEPS:
         remedy = f"raise {phase}.num_train_epochs, lower {phase}.batch_size, or add problems"
         plural = "s" * (steps != 1)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -44,7 +45,7 @@ def table(run: Path) -> dict:
 def kill_during(stage: str, process: subprocess.Popen, after: float) -> None:
     """Send SIGKILL some seconds after the line that announces the stage."""
     for line in process.stderr:
-        if f" {stage}:" in line and "left in total" in line:
+        if re.match(rf"\d+/\d+ {stage}:", line):
             time.sleep(after)
             break
     process.send_signal(signal.SIGKILL)

@@ -4,7 +4,7 @@ from contextlib import suppress
 
 import pytest
 
-from sclite.errors import BudgetError, TeacherError, UsageError
+from sclite.errors import BudgetError, Declined, TeacherError, UsageError
 from sclite.settings import load
 from sclite.teacher.client import PILOT
 from sclite.teacher.limits import max_prompt_tokens
@@ -137,7 +137,7 @@ def test_no_tokenizer_exceeds_the_bound_on_prompt_tokens(text):
 def test_rest_is_requested_only_if_the_forecast_is_confirmed(teacher_of):
     seen = []
     with TeacherServer(cheap) as server, teacher_of(server, **PRICE) as teacher:
-        with pytest.raises(BudgetError, match=f"stopped after {PILOT} of 30 rows"):
+        with pytest.raises(Declined, match=f"stopped after {PILOT} of 30 rows"):
             list(
                 teacher.ask_after_pilot(
                     map(job, range(30)), 30, "templates", lambda found: seen.append(found)
