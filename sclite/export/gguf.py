@@ -6,6 +6,7 @@ The converter is part of llama-cpp-python's source distribution: it is downloade
 
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from sclite.errors import DataError, NetworkError, ScliteError, UsageError
 from sclite.export.gguf_writer import unsupported_feature, write_gguf
 from sclite.export.merge import Adapter, BaseWeights, copy_settings
-from sclite.export.tensors import Tensors
+from sclite.export.tensors import Tensors, read_json
 
 SCRIPT = "convert_hf_to_gguf.py"
 EXTRACTED = (SCRIPT, "convert_lora_to_gguf.py", "conversion", "gguf-py", "LICENSE")
@@ -47,8 +48,29 @@ def convert_model(folder: Path, out: Path, *, outtype: str = "f16") -> Path:
 
 
 def run_converter(source: Path, folder: Path, out: Path, *, outtype: str = "f16") -> Path:
-    """Run convert_hf_to_gguf.py of the llama.cpp sources in `source`. Returns `out`."""
-    return _run_script(source, SCRIPT, [str(folder), "--outtype", outtype], out, f"the model in {folder}")
+    """Run convert_hf_to_gguf.py of the llama.cpp sources in `source`. Returns `out`.
+
+    Some architectures (Qwen3.5, DeepSeek, GLM) come with layers that draft tokens; a folder saved by transformers lacks them
+    even if its configuration mentions them, which the converter must be told.
+    """
+    config, arguments = read_json(folder / "config.json"), [str(folder), "--outtype", outtype]
+    config |= config.get("text_config") or {}
+    numbers = [re.search(r"\.layers\.(\d+)\.", name) for name in Tensors(folder)]
+    layers = 1 + max((int(found[1]) for found in numbers if found), default=0)
+    drafts = any(re.match(r"(model\.)?mtp\.", name) for name in Tensors(folder))
+    claimed = config.get("mtp_num_hidden_layers") or config.get("num_nextn_predict_layers")
+    attempts = [arguments, [*arguments, "--no-nextn"]]
+    if drafts or layers > config.get("num_hidden_layers", layers):
+        attempts.pop()
+    elif claimed:
+        attempts.reverse()
+    errors = []
+    for attempt in attempts:
+        try:
+            return _run_script(source, SCRIPT, attempt, out, f"the model in {folder}")
+        except DataError as error:
+            errors.append(error)
+    raise next(error for error in reversed(errors) if "--no-nextn are not supported" not in error.message)
 
 
 def convert_lora(adapter: Path, base: Path, out: Path, *, outtype: str = "f16") -> Path:
@@ -79,6 +101,7 @@ def _run_script(source: Path, script: str, arguments: list[str], out: Path, subj
     if done.returncode != 0 or not part.is_file():
         part.unlink(missing_ok=True)
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        lines = [line for line in lines if line.strip("^~ ")]  # marks below a line of a traceback
         reason = lines[-1] if lines else "no reason given"
         if reason == "AssertionError":
             reason = lines[-2]

@@ -160,9 +160,20 @@ def test_folder_without_the_converter_is_a_usage_error(tmp_path, monkeypatch):
         conversion.converter()
 
 
-def test_converter_failure_reports_the_reason_and_leaves_no_file(folder, tmp_path):
-    (tmp_path / conversion.SCRIPT).write_text("import sys; sys.exit('Model Foo is not supported')")
-    with pytest.raises(DataError, match="Model Foo is not supported") as error:
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        ("import sys; sys.exit('Model Foo is not supported')", "Model Foo is not supported"),
+        ("len(\n  (1, 2)[3])", "IndexError: tuple index out of range"),
+        (
+            "assert (1, 2)[1] == 3",
+            r"assert \(1, 2\)\[1\] == 3",
+        ),  # Python marks a part of the line above AssertionError
+    ],
+)
+def test_converter_failure_reports_the_reason_and_leaves_no_file(folder, tmp_path, failure, reason):
+    (tmp_path / conversion.SCRIPT).write_text(failure)
+    with pytest.raises(DataError, match=reason) as error:
         conversion.run_converter(tmp_path, folder, tmp_path / "out.gguf")
     assert sys.executable in error.value.hint
     assert not (tmp_path / "out.gguf").exists()

@@ -1,0 +1,182 @@
+"""Merge and GGUF of tiny random models of each supported architecture, compared with PEFT and transformers."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from sclite.export import gguf as conversion
+from sclite.export import parity
+from sclite.export.merge import merge
+from sclite.export.tensors import Tensors
+from tests.toy import sample_texts, write_tokenizer
+
+SHAPE = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.12,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LINEAR_ATTENTION = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "full_attention_interval": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "head_dim": 32,
+}
+WINDOW = {"sliding_window": 32, "query_pre_attn_scalar": 16, "tie_word_embeddings": True}
+FAMILIES = {
+    "llama": ("Llama", {"rms_norm_eps": 1e-5}),
+    "llama-rope-scaling": ("Llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {}),
+    "qwen3.5": ("Qwen3_5", LINEAR_ATTENTION),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "gemma2": ("Gemma2", WINDOW),
+    "gemma3": ("Gemma3", WINDOW | {"num_hidden_layers": 6}),
+    "phi3": ("Phi3", {"sliding_window": None}),
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 4, "tie_word_embeddings": True}),
+}
+"""Name -> transformers' class prefix and what differs from SHAPE. llama.cpp knows the kinds of layers of Gemma 3 and SmolLM3
+by their numbers: every sixth has full attention, every fourth no rotary embedding."""
+ADAPTERS = {
+    "plain": {"r": 4, "lora_alpha": 12, "target_modules": "all-linear"},
+    "rslora": {"r": 9, "lora_alpha": 12, "target_modules": "all-linear", "use_rslora": True},
+    "modules_to_save": {"r": 4, "target_modules": "all-linear", "modules_to_save": ["norm", "lm_head"]},
+    "tied": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
+    "sharded": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
+}
+
+
+@pytest.fixture(scope="module")
+def converter(tmp_path_factory):
+    """llama.cpp's converter, except that it takes the tests' byte-level BPE for a known one. Tests download nothing."""
+    cached = conversion.cache_folder()
+    if not (cached / conversion.SCRIPT).is_file():
+        pytest.skip("llama.cpp's converter is not on this machine; `sclite export` downloads it")
+    folder = tmp_path_factory.mktemp("llama.cpp") / "source"
+    shutil.copytree(cached, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    base = folder / "conversion/base.py"
+    source = base.read_text(encoding="utf-8")
+    unknown = (
+        'raise NotImplementedError("BPE pre-tokenizer was not recognized - update get_vocab_base_pre()")'
+    )
+    assert unknown in source
+    base.write_text(source.replace(unknown, 'return "gpt-2"'), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder, sample_texts(), vocab_size=512)
+    return folder
+
+
+def make_base(folder, tokenizer, family, variant):
+    """A random model in `folder`; the variant decides ties and shards."""
+    import torch
+    import transformers
+
+    prefix, own = FAMILIES[family]
+    config_class = next(
+        getattr(transformers, f"{prefix}{end}")
+        for end in ("TextConfig", "Config")
+        if hasattr(transformers, f"{prefix}{end}")
+    )
+    shape = config_class(**SHAPE | own | ({"tie_word_embeddings": True} if variant == "tied" else {}))
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{prefix}ForCausalLM")(shape).float()
+    for parameter in model.parameters():
+        if parameter.ndim == 1:  # norms and biases are 0 or 1 at first
+            torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.1)
+    shutil.copytree(tokenizer, folder)
+    if family == "qwen3.5":
+        write_byte_level_tokenizer(folder)
+    model.save_pretrained(folder, max_shard_size="100KB" if variant == "sharded" else "1GB")
+    return folder
+
+
+def write_byte_level_tokenizer(folder):
+    """llama.cpp's converter has no other kind for Qwen3.5."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    fast = Tokenizer(models.BPE())
+    fast.pre_tokenizer, fast.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<unk>", "<|im_start|>", "<|im_end|>"]
+    fast.train_from_iterator(
+        sample_texts(),
+        trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet),
+    )
+    fast.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.model").unlink()
+
+
+def make_adapter(folder, base, variant):
+    """A random adapter in `folder`; the tensors after PEFT's own merge."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **ADAPTERS[variant]))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.1)
+    model.save_pretrained(folder)
+    return {name: tensor.clone() for name, tensor in model.merge_and_unload().state_dict().items()}
+
+
+@pytest.mark.parametrize("variant", ADAPTERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_tensors_equal_those_of_peft(family, variant, tokenizer, tmp_path):
+    base = make_base(tmp_path / "base", tokenizer, family, variant)
+    wanted = make_adapter(tmp_path / "adapter", base, variant)
+    merged = Tensors(merge(base, tmp_path / "adapter", tmp_path / "merged"))
+    tied = {"lm_head.weight"} - set(merged)
+    assert set(merged) == set(wanted) - tied
+    for name in merged:
+        assert (merged[name] - wanted[name]).abs().max() < 1e-6, name
+
+
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [
+        pytest.param(family, variant, marks=() if (f - v) % len(ADAPTERS) == 0 else pytest.mark.slow)
+        for f, family in enumerate(FAMILIES)
+        for v, variant in enumerate(ADAPTERS)
+    ],
+)
+def test_f16_gguf_equals_transformers(family, variant, tokenizer, converter, tmp_path):
+    base = make_base(tmp_path / "base", tokenizer, family, variant)
+    make_adapter(tmp_path / "adapter", base, variant)
+    merged = merge(base, tmp_path / "adapter", tmp_path / "merged", outtype="f16")
+    gguf = conversion.run_converter(converter, merged, tmp_path / "f16.gguf")
+    draw = np.random.default_rng(0)
+    sequences = [draw.integers(4, 512, 120).tolist() for _ in range(4)]
+    references = parity.compute_references(base, tmp_path / "adapter", sequences)
+    found = parity.compare_probabilities(references, gguf)
+    print(f"{family}, {variant}: {found}")
+    assert found["top1_agreement"] >= 0.99
+    assert found["kl"] <= 1e-3
+    assert found["adapter_share"] == pytest.approx(1, abs=0.02)
+    assert found["adapter_effect"] > 0.05
