@@ -209,7 +209,7 @@ def build_data(
             pipeline.build_templates(context, fresh)
         trained = context.run.path("sft/adapter/adapter_model.safetensors").is_file()
         if only == "corrections" or (only is None and (trained or context.config.attempts.student)):
-            pipeline.build_corrections(context)
+            pipeline.build_corrections(context, with_feedback=True)
             if pipeline.can_build_pairs(context):
                 pipeline.build_pairs(context)
     summaries.print_build_data(context, only, common.json)

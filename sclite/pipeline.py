@@ -16,7 +16,7 @@ from sclite.config import Config
 from sclite.context import Context
 from sclite.errors import DataError, DeviceError, GpuMemoryError, UsageError
 from sclite.progress import Progress, ProgressDisplay
-from sclite.records import Problem, Review
+from sclite.records import FEEDBACK, Problem, Review
 from sclite.run import Report, Run
 
 if TYPE_CHECKING:
@@ -132,12 +132,13 @@ def forecast_templates(context: Context) -> dict[str, Any]:
 # -- attempts, corrections and pairs -------------------------------------------------------------------------------
 
 
-def build_corrections(context: Context) -> Report:
+def build_corrections(context: Context, with_feedback: bool = False) -> Report:
     """The student's attempts at the problems of stage 2, and the teacher's corrections of them.
 
-    Imported attempts may be at any problem of the run, and need no student.
+    Imported attempts may be at any problem of the run, and need no student. `with_feedback` adds the answers that users
+    have judged in the chat since the last time.
     """
-    from sclite.data import attempts, corrections
+    from sclite.data import attempts, corrections, feedback
     from sclite.grading.worker import Grader
 
     split = divided_problems(context)
@@ -148,15 +149,34 @@ def build_corrections(context: Context) -> Report:
         raise DataError(
             "no problems are kept for stage 2", "raise problems.correction_share or problems.limit"
         )
+    confirm = context.confirm if context.ask_before_paying else None
+    judged = context.run.path(FEEDBACK).is_file() or context.run.manifest("feedback")
     if not context.run.is_imported("corrections", "reviews.jsonl"):
         _sample_attempts(context, kept)
+        if with_feedback and judged:
+            text = "feedback: the teacher solves questions without a gold answer"
+            with (
+                Grader() as grader,
+                context.display.stage("feedback", text) as progress,
+                context.teacher() as teacher,
+            ):
+                report = feedback.write_feedback(
+                    context.config,
+                    context.run,
+                    teacher=teacher,
+                    grader=grader,
+                    fit=split.fit,
+                    confirm=confirm,
+                    progress=progress,
+                )
+            good, bad = report.counts["good"], report.counts["bad"]
+            context.add(report, f"feedback: {good} good, {bad} bad{drops(report)}")
     text = "corrections: the teacher corrects the first wrong step"
     with (
         Grader() as grader,
         context.display.stage("corrections", text) as progress,
         context.teacher() as teacher,
     ):
-        confirm = context.confirm if context.ask_before_paying else None
         report = corrections.write_corrections(
             context.config, context.run, teacher=teacher, grader=grader, confirm=confirm, progress=progress
         )

@@ -4,6 +4,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+FEEDBACK = "feedback.jsonl"
+FROM_FEEDBACK = "feedback-"
+"""How the ids of problems and attempts begin that come from the chat's /good and /bad."""
+
 
 class Row(BaseModel):
     """One line of a JSONL file: immutable; rejects unknown fields."""
@@ -94,6 +98,11 @@ class Feedback(Row):
     accused: int | None
     good: bool
     model: str
+
+
+def from_feedback(row: Problem | Attempt) -> bool:
+    """Whether a row comes from the chat's /good and /bad."""
+    return row.id.startswith(FROM_FEEDBACK)
 
 
 ROWS: dict[str, type[Row]] = {

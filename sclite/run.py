@@ -194,9 +194,9 @@ class Run:
             more = f" and {len(damaged) - 1} more" if damaged[1:] else ""
             self.warn(f"{path}: line {damaged[0]}{more} damaged, skipped")
 
-    def read(self, name: str, kind: type[R]) -> list[R]:
+    def read(self, name: str, kind: type[R], whole: bool = True) -> list[R]:
         """All rows of a file, as a list."""
-        return list(self.rows(name, kind))
+        return list(self.rows(name, kind, whole))
 
     def replace(self, name: str, rows: Iterable[Row]) -> None:
         """Write a whole file of rows and rename it into place."""

@@ -25,7 +25,7 @@ from sclite.chat.view import AnswerView, readable, showing
 from sclite.config import Config
 from sclite.console import escape
 from sclite.errors import DataError, ScliteError, UsageError
-from sclite.records import Feedback
+from sclite.records import FEEDBACK, Feedback
 from sclite.run import Run
 from sclite.student.base import Request, Student
 from sclite.student.llama_cpp.engine import Engine
@@ -36,7 +36,6 @@ from sclite.trace import parse
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
 
-FEEDBACK = "feedback.jsonl"
 KEYS: dict[str, tuple[type[int] | type[float], float]] = {
     "temperature": (float, 0.0),
     "seed": (int, 0),
@@ -368,7 +367,7 @@ class Chat:
         answer = self.last()
         review = answer.review
         row = Feedback(
-            question=answer.question,
+            question=with_history(answer.question, self.answers[:-1] if self.history else ()),
             attempt=answer.first.text,
             final=answer.text,
             accused=review.accused if review is not None else None,
@@ -376,7 +375,7 @@ class Chat:
             model=self.path.name,
         )
         self.run.append(FEEDBACK, [row])
-        console.note(f"[dim]noted in {escape(str(self.run.path(FEEDBACK)))}[/]")
+        console.note(f"[dim]noted in {escape(str(self.run.path(FEEDBACK)))}; `sclite build-data` uses it[/]")
 
 
 def file_argument(rest: str, example: str) -> Path:

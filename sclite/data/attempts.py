@@ -13,7 +13,7 @@ from sclite.data.imported import import_attempts, read_imported_attempts
 from sclite.grading.extract import answer_of
 from sclite.grading.worker import Grader
 from sclite.progress import Progress
-from sclite.records import Attempt, Drop, Problem
+from sclite.records import Attempt, Drop, Problem, from_feedback
 from sclite.run import Report, Run, timed
 from sclite.signature import digest, with_unanswered
 from sclite.student.base import Reply, Request, Student
@@ -100,7 +100,8 @@ def write_attempts(
         else:
             assert student is not None
             rows = _sample(config, run, inputs, problems, student, grader, progress)
-        run.replace("attempts.jsonl", rows)
+        judged = list(filter(from_feedback, run.rows("attempts.jsonl", Attempt, whole=False)))
+        run.replace("attempts.jsonl", [*judged, *rows])
     report.counts |= _count_outcomes(rows)
     report.dropped = dict(Counter(drop.reason for drop in drops))
     report.cost_usd = endpoint_cost_usd(run, "attempts")
@@ -113,7 +114,9 @@ def write_attempts(
         unreadable = f"{reasons.total()} of {len(replies)} attempts have no readable steps"
         report.warn(progress, f"{unreadable}, most often: {reasons.most_common(1)[0][0]}; {remedy}")
     unanswered = len(rows) - len(replies) if settings.kind == "endpoint" else 0
-    run.sign("attempts", with_unanswered(inputs, unanswered), report, {"attempts.jsonl": len(rows)})
+    run.sign(
+        "attempts", with_unanswered(inputs, unanswered), report, {"attempts.jsonl": len(judged) + len(rows)}
+    )
     return report
 
 
@@ -197,15 +200,17 @@ def _completed_rows(
 ) -> list[Attempt]:
     """The complete blocks left by an interrupted run with the same inputs; for an endpoint, up to the first failed call."""
     rows: list[Attempt] = []
+    written = run.read("attempts.jsonl", Attempt, whole=False)
+    judged = list(filter(from_feedback, written))
     if run.read_json("attempts.begun.json") == inputs:
-        there = zip(run.rows("attempts.jsonl", Attempt, whole=False), jobs, strict=False)
+        there = zip((row for row in written if not from_feedback(row)), jobs, strict=False)
         for row, (problem, sample) in there:
             # the ids differ where earlier rows were damaged
             if (row.id, row.sample) != (problem.id, sample) or (endpoint and _call_failed(row)):
                 break
             rows.append(row)
     rows = rows[: len(rows) // size * size]
-    run.replace("attempts.jsonl", rows)
+    run.replace("attempts.jsonl", [*judged, *rows])
     run.write_json("attempts.begun.json", inputs)
     return rows
 

@@ -15,7 +15,7 @@ from sclite.data.templates import find_leak
 from sclite.errors import DataError
 from sclite.grading.worker import Grader
 from sclite.progress import Progress
-from sclite.records import Attempt, Drop, Problem, Review, Template
+from sclite.records import Attempt, Drop, Problem, Review, Template, from_feedback
 from sclite.run import Report, Run, timed
 from sclite.signature import digest, with_unanswered
 from sclite.teacher.client import CHARACTERS_PER_TOKEN, Forecast, Job, Rejection, Teacher, count_unanswered
@@ -88,9 +88,12 @@ def write_corrections(
         right = [a for a in attempts if a.correct is True and not parse(a.trace).issues]
         share = config.attempts.confirmation_share
         wanted = round(len(reviews) * share / (1 - share))
+        judged = list(filter(from_feedback, right))  # the user's own verdicts are always among them
+        others = [a for a in right if not from_feedback(a)]
+        more = max(0, min(len(others), wanted - len(judged)))
         confirmed = [
             Review(id=a.id, sample=a.sample, step=None, trace=render(work_of(a.trace)), requests=0)
-            for a in random.Random(config.seed).sample(right, min(len(right), wanted))
+            for a in (*judged, *random.Random(config.seed).sample(others, more))
         ]
         order = {(a.id, a.sample): i for i, a in enumerate(attempts)}
         rows = sorted([*reviews, *confirmed], key=lambda r: order[r.id, r.sample])

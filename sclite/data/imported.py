@@ -18,7 +18,7 @@ from sclite.data.sources import BadRow, read_rows
 from sclite.errors import DataError
 from sclite.grading.extract import extract
 from sclite.grading.worker import Grader
-from sclite.records import Attempt, Drop, Pair, Problem, Review
+from sclite.records import Attempt, Drop, Pair, Problem, Review, from_feedback
 from sclite.run import Run
 from sclite.trace import Step, Trace, clean, parse, render
 
@@ -144,7 +144,7 @@ def reject_row(
 def read_imported_attempts(run: Run, problems: Sequence[Problem]) -> list[Attempt]:
     """The rows of an imported attempts.jsonl, each checked against the problems."""
     known = {problem.id for problem in problems}
-    rows, seen = run.read("attempts.jsonl", Attempt), set()
+    rows, seen = [row for row in run.rows("attempts.jsonl", Attempt) if not from_feedback(row)], set()
     for number, row in enumerate(rows, 1):
         steps, label = len(parse(row.trace).trace.steps), row.first_error
         why, hint = "", "fix or remove it"

@@ -11,7 +11,7 @@ from sclite.data.contamination import NGRAM, Question, build_index, find_overlap
 from sclite.data.problem_rows import FORMS, read_problem, read_question
 from sclite.data.sources import BadRow, is_local_source, read_rows
 from sclite.errors import DataError, NetworkError, UsageError
-from sclite.records import Drop, Problem
+from sclite.records import Drop, Problem, from_feedback
 from sclite.run import Report, Run, timed
 from sclite.signature import digest
 
@@ -105,7 +105,7 @@ def gather_problems(
         report.skipped, report.figures["gone"] = True, gone
         return problems
     with timed(report):
-        avoid = build_index(_questions_to_avoid(config))
+        avoid = build_index(questions_to_avoid(config))
         if chosen.source:
             problems = load_problems(chosen, chosen.limit, drops, avoid)
         else:
@@ -114,7 +114,8 @@ def gather_problems(
     report.dropped = dict(Counter(drop.reason for drop in drops))
     if keep:
         if chosen.source:
-            run.replace("problems.jsonl", problems)
+            kept = filter(from_feedback, run.read("problems.jsonl", Problem))
+            run.replace("problems.jsonl", [*kept, *problems])
         run.replace_drops(["problems"], drops)
         run.sign("problems", {**inputs, "problems": run.file_digest("problems.jsonl")}, report)
     return problems
@@ -157,9 +158,9 @@ def split_problems(config: Config, problems: Iterable[Problem]) -> Split:
 
     `problems.fit_share` of the problems, at least `FIT_COUNT` if these are a quarter of all or less, are for the
     threshold. Of the rest, `problems.correction_share` are for stage 2. A new problem never moves another one from
-    training to the fit.
+    training to the fit. Problems from the chat's feedback are in no list.
     """
-    found, settings = list(problems), config.problems
+    found, settings = [row for row in problems if not from_feedback(row)], config.problems
     share = settings.fit_share if len(found) >= 4 * FIT_COUNT else 0
     if config.teacher.embedded:
         rest = len(found) - (max(round(len(found) * share), FIT_COUNT) if share else 0)
@@ -175,7 +176,7 @@ def split_problems(config: Config, problems: Iterable[Problem]) -> Split:
 # -- questions that must not be trained on -------------------------------------------------------------------------
 
 
-def _questions_to_avoid(config: Config) -> Iterator[Question]:
+def questions_to_avoid(config: Config) -> Iterator[Question]:
     """The questions of eval.source and of every source in problems.avoid, named by id and file.
 
     If training and evaluation share one source, the evaluation skips the problems that were trained on instead. Rows

@@ -52,9 +52,14 @@ def print_build_data(context: "Context", only: str | None, json: bool) -> None:
         "cost_usd": None if None in costs else round(sum(costs), 6),
         "seconds": round(sum(report.seconds for report in reports), 3),
     }
+    judged = next((report for report in reports if report.stage == "feedback"), None)
+    if judged is not None:
+        totals["feedback"] = {verdict: judged.counts[verdict] for verdict in ("good", "bad")}
     if json:
         console.print_json(totals)
         return
+    if judged is not None:
+        console.print("Judged in the chat: {good} good, {bad} bad".format(**totals["feedback"]))
     if only != "corrections":
         console.print(f"{totals['templates']} templates in {escape(str(run.path('templates.jsonl')))}")
     if paired:

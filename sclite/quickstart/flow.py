@@ -18,7 +18,7 @@ from sclite.quickstart import tutor
 from sclite.quickstart.grammar import solve
 from sclite.quickstart.problem_sets import test_problems, threshold_problems, train_problems
 from sclite.quickstart.tutor_provider import MODEL, register
-from sclite.records import Problem
+from sclite.records import Problem, from_feedback
 from sclite.run import Run
 from sclite.trace import Trace
 
@@ -73,10 +73,12 @@ def quickstart(
     """
     run = Run(config.run)
     share = config.problems.fit_share
-    known = sum(1 for _ in run.rows("problems.jsonl", Problem, whole=False))
+    before = run.read("problems.jsonl", Problem, whole=False)
+    judged = list(filter(from_feedback, before))
+    known = len(before) - len(judged)
     count = config.problems.limit or round(known * (1 - share)) or PROBLEMS
     found = [*train_problems(count), *threshold_problems(round(count * share / (1 - share)))]
-    run.replace("problems.jsonl", found)
+    run.replace("problems.jsonl", [*judged, *found])
     problems = split_problems(config, found)
     context = Context(config, run, ProgressDisplay(PLAN, quiet), prepare=register, problems=problems)
     pipeline.build_templates(context, fresh)

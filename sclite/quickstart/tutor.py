@@ -13,7 +13,7 @@ from sclite.trace import Step, Trace
 
 # A complete equation: "4 + 7 + 1 = 12" has none, and "7 + 1 = 12" must not match.
 _SUM = re.compile(r"(?<![-+*/] )(?<!\d)(\d+) ?([-+*/x×]) ?(\d+) ?= ?(\d+)(?!\d| ?[-+*/])")
-_PROBLEM = re.compile(r"Problem:\n(.+?)\n\n", re.S)
+_PROBLEM = re.compile(r"(?:Problem:\n|Solve this problem\.\n\n)(.+?)(?:\n\n|\Z)", re.S)
 _WORK = re.compile(r"The student's work:\n(.+)\Z", re.S)
 
 

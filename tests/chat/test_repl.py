@@ -3,11 +3,7 @@
 import io
 import json
 import os
-import pty
 import re
-import select
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,12 +14,15 @@ from sclite.chat.answer import Settings
 from sclite.chat.repl import Chat
 from sclite.config import Config
 from sclite.errors import DataError, UsageError
+from sclite.quickstart.problem_sets import train_problems
+from sclite.quickstart.tutor_provider import MODEL
+from sclite.records import Pair, Review
+from sclite.run import Run
 from sclite.trace import Step, Trace, render
 from tests.chat.scripted import CORRECTING, PLAIN, WRONG, Scripted
 from tests.replay import TeacherServer, say
+from tests.terminal import CLEARED, Terminal
 from tests.toy import tiny_gguf, tiny_llama
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def chatted(monkeypatch, run, student, threshold=0.0, lines=("How many?",), config=None, **options) -> bool:
@@ -292,45 +291,6 @@ repl.check_gguf, repl.Engine = (lambda path: None), (lambda *_, **__: Slow())
 repl.run_chat(Path("x.gguf"), Config(), None, Run("run"))
 print("left", flush=True)
 """
-CLEARED = "\x1b[?2004h"
-"""The terminal is asked to mark what is pasted: a new prompt."""
-
-
-class Terminal:
-    """A program in its own terminal: `send` input, `wait` for output."""
-
-    def __init__(self, code: str, **environment: str):
-        self.ours, theirs = pty.openpty()
-        environment = {
-            **os.environ,
-            "TERM": "xterm",
-            **environment,
-            "PROMPT_TOOLKIT_NO_CPR": "1",
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        }
-        command = [sys.executable, "-c", code]
-        self.process = subprocess.Popen(
-            command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, env=environment, start_new_session=True,
-            preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),  # so that Ctrl-C is its own
-        )  # fmt: skip
-        os.close(theirs)
-        self.written = ""
-
-    def send(self, text: str) -> None:
-        os.write(self.ours, text.encode())
-
-    def wait(self, text: str, seconds: float = 60) -> str:
-        """The output up to this text, which must come. What follows is kept for the next call."""
-        end = time.monotonic() + seconds
-        while text not in self.written:
-            ready, _, _ = select.select([self.ours], [], [], max(0.0, end - time.monotonic()))
-            assert ready, f"{text!r} did not come: {self.written!r}"
-            try:
-                self.written += os.read(self.ours, 1 << 16).decode("utf-8", "replace")
-            except OSError:
-                raise AssertionError(f"it ended without {text!r}: {self.written!r}") from None
-        before, _, self.written = self.written.partition(text)
-        return before
 
 
 @pytest.fixture
@@ -393,3 +353,57 @@ def test_steps_appear_while_they_are_written(terminal):
     terminal.wait("stopped")
     terminal.send("/bye\r")
     terminal.wait("left")
+
+
+STORY = "Tom has 20 nuts. He buys 11 more. He sells 12 nuts. How many nuts does Tom have now?"
+JUDGED = """
+from pathlib import Path
+from sclite.chat import repl
+from sclite.config import Config
+from sclite.run import Run
+from sclite.trace import Step, Trace, render
+from tests.chat.scripted import Scripted
+
+text = render(Trace((Step("20 + 11 = 31 nuts."), Step("31 - 12 = 18 nuts.")), "Follow the amount.", "18"))
+repl.check_gguf, repl.Engine = (lambda path: None), (lambda *_, **__: Scripted(text))
+repl.run_chat(Path("x.gguf"), Config(), None, Run({run!r}), off="no review")
+"""
+
+
+def test_answer_judged_bad_in_a_terminal_becomes_a_pair(sclite, tmp_path):
+    """From /bad to pairs.jsonl, with the bundled teacher and no student: it solves the question and corrects the answer."""
+    pytest.importorskip("prompt_toolkit", reason="the environment lacks prompt_toolkit or what it needs")
+    run, tried = Run(tmp_path / "run"), train_problems(3)
+    chat = Terminal(JUDGED.format(run=str(run.folder)), XDG_STATE_HOME=str(tmp_path))
+    chat.wait(CLEARED)
+    for typed, shown in (
+        (STORY, "tokens/s"),
+        ("/bad", "build-data"),
+        (tried[0].question, "tokens/s"),
+        ("/good", "build-data"),
+    ):
+        chat.send(f"{typed}\r")
+        chat.wait(shown)
+        chat.wait(CLEARED)
+    chat.send("/bye\r")
+    assert chat.process.wait(timeout=30) == 0
+    os.close(chat.ours)
+    rows = [row.model_dump(include={"question", "answer", "solution"}) for row in tried]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    works = [{"question": row.question, "steps": ["It is 1."], "answer": "1"} for row in tried]
+    (tmp_path / "works.jsonl").write_text("".join(json.dumps(row) + "\n" for row in works))
+    chosen = {"teacher.model": MODEL, "problems.source": "sums.jsonl", "attempts.source": "works.jsonl"}
+    options = [part for key, value in chosen.items() for part in ("--set", f"{key}={value}")]
+    command = ("build-data", "--only", "corrections", "--run", "run", *options)
+    built = json.loads(sclite(*command, "--json").out)
+    assert built["feedback"] == {"good": 0, "bad": 1}
+    assert built["dropped"]["verdict_contradicts_the_answer"] == 1  # the problem's answer is not 18
+    pairs = [row for row in run.read("pairs.jsonl", Pair) if row.id.startswith("feedback-")]
+    assert [(row.step, row.chosen) for row in pairs] == [(1, "</Step1>\n"), (2, "<Cause>")]
+    review = next(row for row in run.read("reviews.jsonl", Review) if row.id == pairs[0].id)
+    assert "31 - 12 = 19" in review.correction
+    before = {path: path.read_bytes() for path in run.folder.glob("*.jsonl")}
+    again = sclite(*command)
+    assert "Judged in the chat: 0 good, 1 bad" in again.out
+    assert {path: path.read_bytes() for path in before} == before
+    assert json.loads(run.path("done/feedback.json").read_text())["counts"] == {"good": 0, "bad": 1}

@@ -1,0 +1,175 @@
+"""Feedback from the chat as attempts: answers judged wrong are corrected by the teacher, right ones are confirmations."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+from sclite import prompts
+from sclite.config import Config
+from sclite.data.attempts import find_fatal_issue
+from sclite.data.contamination import build_index, find_overlap
+from sclite.data.problems import OVERLAPS, normalize_question, questions_to_avoid
+from sclite.grading.extract import answer_of
+from sclite.grading.worker import Grader
+from sclite.progress import Progress
+from sclite.records import FEEDBACK, FROM_FEEDBACK, Attempt, Drop, Feedback, Problem, from_feedback
+from sclite.run import Report, Run, timed
+from sclite.signature import digest, with_unanswered
+from sclite.teacher.client import Forecast, Job, Rejection, Teacher, count_unanswered, identity
+from sclite.trace import parse
+
+SOLUTIONS = 2
+"""The teacher's solutions of a question without a gold answer; they must agree."""
+
+
+def write_feedback(
+    config: Config,
+    run: Run,
+    *,
+    teacher: Teacher,
+    grader: Grader,
+    fit: Sequence[Problem],
+    confirm: Callable[[Forecast], bool] | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Add the answers judged with /good and /bad to attempts.jsonl, and their questions to problems.jsonl.
+
+    The gold answer is that of the run's problem with the same question, else the answer that the user found right, else
+    one at which the teacher arrives twice. The first attempt and the final text are graded by it. An answer is dropped if
+    the grade contradicts the user, or if its question overlaps the evaluation or `fit`, the problems of the threshold.
+    """
+    problems, attempts = run.read("problems.jsonl", Problem), run.read("attempts.jsonl", Attempt)
+    given = {normalize_question(row.question): row for row in problems if not from_feedback(row)}
+    sources = [config.eval.source, config.eval.subset, config.eval.split, config.problems.avoid]
+    inputs: dict[str, object] = {
+        "feedback": run.file_digest(FEEDBACK),
+        "golds": digest([[row.id, row.question, row.answer] for row in given.values()]),
+        "avoid": digest([sources, [row.id for row in fit]]),
+        "teacher": digest(identity(config.teacher)),
+        "rows": digest([row.model_dump() for row in (*problems, *attempts) if from_feedback(row)]),
+    }
+    if manifest := run.done("feedback", inputs):
+        return Report.of(manifest)
+    report, drops, added, verdicts = Report("feedback"), list[Drop](), list[Attempt](), Counter[bool]()
+    with timed(report):
+        judged = _read_judged(config, run, fit, drops)
+        golds = _find_golds(config, teacher, grader, judged, given, confirm, progress)
+        for question, rows in judged.items():
+            texts, gold = list[str](), golds[question]
+            for row in rows:
+                if isinstance(gold, Rejection):
+                    drops.append(_drop(row, gold.reason, gold.text))
+                elif grader.equal(answer_of(row.final), gold.answer) is not row.good:
+                    why = f"judged {'right' if row.good else 'wrong'}; the answer is {gold.answer}"
+                    drops.append(_drop(row, "verdict_contradicts_the_answer", why))
+                else:
+                    verdicts[row.good] += 1
+                    texts += [row.attempt, row.final]
+            for sample, text in enumerate(dict.fromkeys(texts)):
+                right = grader.equal(answer_of(text), gold.answer) if isinstance(gold, Problem) else None
+                added.append(_attempt(question, sample, text, right))
+        ids = {row.id for row in added}
+        asked = [gold for gold in golds.values() if isinstance(gold, Problem) and gold.id in ids]
+        # first, because a resumed run of the attempts appends to them
+        problems = [*asked, *(row for row in problems if not from_feedback(row))]
+        attempts = [*added, *(row for row in attempts if not from_feedback(row))]
+        run.replace("problems.jsonl", problems)
+        run.replace("attempts.jsonl", attempts)
+        run.replace_drops(["feedback"], drops)
+        if signed := run.manifest("problems"):
+            run.sign(
+                "problems",
+                signed["inputs"] | {"problems": run.file_digest("problems.jsonl")},
+                Report.of(signed),
+            )
+        if signed := run.manifest("attempts"):
+            run.sign("attempts", signed["inputs"], Report.of(signed), {"attempts.jsonl": len(attempts)})
+    report.counts = {"good": verdicts[True], "bad": verdicts[False]}
+    report.dropped = dict(Counter(drop.reason for drop in drops))
+    report.cost_usd = teacher.ledger.totals("feedback")["cost_usd"]
+    inputs["rows"] = digest([row.model_dump() for row in (*asked, *added)])
+    run.sign("feedback", with_unanswered(inputs, count_unanswered(report.dropped)), report)
+    return report
+
+
+def _read_judged(
+    config: Config, run: Run, fit: Sequence[Problem], drops: list[Drop]
+) -> dict[str, list[Feedback]]:
+    """{normalized question: judged answers}; the last verdict on an answer counts."""
+    threshold = ((f"{problem.id}, a problem of the threshold", problem.question) for problem in fit)
+    avoid = build_index([*questions_to_avoid(config), *threshold])
+    latest = {(row.question, row.final): row for row in run.rows(FEEDBACK, Feedback)}
+    judged: dict[str, list[Feedback]] = {}
+    for row in latest.values():
+        if overlap := find_overlap(row.question, avoid):
+            drops.append(
+                _drop(row, OVERLAPS, f"shares 13 words in a row, or the whole question, with {overlap}")
+            )
+        elif issue := find_fatal_issue(_attempt(row.question, 0, row.final, None)):
+            drops.append(_drop(row, "attempt_not_readable", issue))
+        else:
+            judged.setdefault(normalize_question(row.question), []).append(row)
+    return judged
+
+
+def _find_golds(
+    config: Config,
+    teacher: Teacher,
+    grader: Grader,
+    judged: Mapping[str, Sequence[Feedback]],
+    given: Mapping[str, Problem],
+    confirm: Callable[[Forecast], bool] | None,
+    progress: Progress | None,
+) -> dict[str, Problem | Rejection]:
+    """The gold answer of each question, or why there is none."""
+    golds: dict[str, Problem | Rejection] = {}
+    unknown: dict[str, str] = {}
+    for question, rows in judged.items():
+        right = [row for row in rows if row.good]
+        if question in given:
+            golds[question] = given[question].model_copy(update={"id": _id(question)})
+        elif right:
+            answer = answer_of(right[-1].final) or ""
+            golds[question] = Problem(id=_id(question), question=right[-1].question, answer=answer)
+        else:
+            unknown[question] = rows[0].question
+
+    def check(reply: str) -> Rejection | None:
+        found = parse(reply)
+        usable = found.trace.answer is not None and not found.issues
+        return None if usable else Rejection("no_gold_answer", "the teacher's solution cannot be read")
+
+    def ask(question: str, sample: int) -> Job:
+        messages = prompts.solve_messages(unknown[question], config.prompts.folder)
+        return Job(question, lambda _: messages, check, sample)
+
+    jobs = [ask(question, sample) for question in unknown for sample in range(SOLUTIONS)]
+    solutions: dict[str, list[str]] = {question: [] for question in unknown}
+    for done, result in enumerate(teacher.ask_after_pilot(jobs, len(jobs), "feedback", confirm), 1):
+        if result.rejection is not None:
+            golds[result.id] = result.rejection
+        solutions[result.id].append(result.raw)
+        if progress is not None:
+            progress(done, len(jobs), teacher.ledger.spent_usd)
+    for question, texts in solutions.items():
+        first, *others = (answer_of(text) for text in texts)
+        if question in golds:
+            continue
+        if first is None or not all(grader.equal(first, other) for other in others):
+            why = f"the teacher answers {', '.join(map(str, (first, *others)))}"
+            golds[question] = Rejection("no_gold_answer", why)
+        else:
+            problem = {"question": unknown[question], "answer": first, "solution": texts[0]}
+            golds[question] = Problem(id=_id(question), **problem)
+    return golds
+
+
+def _id(question: str) -> str:
+    return FROM_FEEDBACK + digest(normalize_question(question))
+
+
+def _attempt(question: str, sample: int, text: str, correct: bool | None) -> Attempt:
+    return Attempt(id=_id(question), sample=sample, trace=text, answer=answer_of(text), correct=correct)
+
+
+def _drop(row: Feedback, reason: str, detail: str) -> Drop:
+    return Drop(stage="feedback", id=_id(row.question), reason=reason, detail=detail, raw=row.final)

@@ -1,0 +1,122 @@
+"""Answers judged in the chat become attempts: graded by the run's, the user's or the teacher's answer, each once."""
+
+import json
+
+import pytest
+
+from sclite.config import Config
+from sclite.data.feedback import write_feedback
+from sclite.data.problems import gather_problems
+from sclite.records import FEEDBACK, Attempt, Drop, Feedback, Problem
+from sclite.run import Report
+from sclite.teacher.client import Teacher
+from sclite.teacher.ledger import Ledger
+from sclite.trace import Step, Trace, render
+from tests.replay import TeacherServer, say
+
+QUESTION = "What is 48 + 24, halved?"
+
+
+def solved(answer: str) -> str:
+    return render(Trace((Step("48 + 24 = 72"), Step(f"72 / 2 = {answer}")), None, answer))
+
+
+def judge(run, good, final, attempt=None, question=QUESTION):
+    row = Feedback(
+        question=question,
+        attempt=solved(attempt or final),
+        final=solved(final),
+        accused=None,
+        good=good,
+        model="m",
+    )
+    run.append(FEEDBACK, [row])
+
+
+def build(run, grader, *answers, fit=(), **sections):
+    """(report, number of requests) of the stage with a teacher that gives these answers in turn."""
+    with TeacherServer(lambda request, nth: say(solved(answers[nth - 1]))) as server:
+        teacher = {"model": "openai/replay", "api_base": server.url, "concurrency": 1}
+        config = Config.model_validate({"teacher": teacher, **sections})
+        with Ledger(run.path("ledger.sqlite")) as ledger, Teacher(config.teacher, ledger) as made:
+            report = write_feedback(config, run, teacher=made, grader=grader, fit=fit)
+    return report, len(server.requests)
+
+
+def attempts(run) -> list[tuple[str | None, bool | None]]:
+    return [(row.answer, row.correct) for row in run.read("attempts.jsonl", Attempt)]
+
+
+def test_bad_answer_is_wrong_if_the_teacher_finds_another_one_twice(run, grader):
+    judge(run, False, "38")
+    report, asked = build(run, grader, "36", "36")
+    assert (report.counts, report.dropped, asked) == ({"good": 0, "bad": 1}, {}, 2)
+    (problem,) = run.read("problems.jsonl", Problem)
+    assert (problem.question, problem.answer, problem.solution) == (QUESTION, "36", solved("36"))
+    (attempt,) = run.read("attempts.jsonl", Attempt)
+    assert (attempt.id, attempt.trace, attempt.correct) == (problem.id, solved("38"), False)
+
+
+@pytest.mark.parametrize(
+    ("answers", "reason"),
+    [(("36", "37"), "no_gold_answer"), (("38", "38"), "verdict_contradicts_the_answer")],
+)
+def test_bad_answer_is_dropped_if_the_teacher_is_unsure_or_agrees_with_it(run, grader, answers, reason):
+    judge(run, False, "38")
+    assert build(run, grader, *answers)[0].dropped == {reason: 1}
+    assert attempts(run) == []
+    (drop,) = run.read("dropped.jsonl", Drop)
+    assert (drop.stage, drop.reason, drop.raw) == ("feedback", reason, solved("38"))
+
+
+def test_good_answer_is_right_and_its_first_attempt_is_graded_by_it(run, grader):
+    judge(run, True, "36", attempt="38")
+    judge(run, False, "35")
+    report, asked = build(run, grader)
+    assert (report.counts, asked) == ({"good": 1, "bad": 1}, 0)
+    assert attempts(run) == [("38", False), ("36", True), ("35", False)]
+    judge(run, True, "35")  # the last verdict on an answer counts
+    assert build(run, grader)[0].dropped == {"verdict_contradicts_the_answer": 1}
+
+
+def test_problem_of_the_run_gives_its_answer_and_stays_as_it_is(run, grader, write):
+    rows = {"question": QUESTION, "answer": "36"}, {"question": "What is 2 + 2?", "answer": "4"}
+    chosen = {"problems": {"source": write("sums.jsonl", *rows)}}
+    config = Config.model_validate(chosen)
+    before = gather_problems(config, run)
+    for good, final in ((False, "38"), (True, "36"), (True, "35")):
+        judge(run, good, final, question=f"  {QUESTION} ")
+    report, asked = build(run, grader, **chosen)
+    assert (asked, report.dropped) == (0, {"verdict_contradicts_the_answer": 1})
+    assert attempts(run) == [("38", False), ("36", True)]
+    judged, *others = gather_problems(config, run, reread=False)
+    assert others == before
+    assert judged.id.startswith("feedback-")
+    gather_problems(config, run)
+    assert run.read("problems.jsonl", Problem) == [judged, *before]
+    assert build(run, grader, **chosen)[0].skipped
+
+
+def test_question_of_the_evaluation_or_of_the_threshold_is_dropped(run, grader, write):
+    judge(run, True, "36")
+    judge(run, True, "36", question="What is the threshold's sum?")
+    fit = [Problem(id="p7", question="What is the threshold's sum?", answer="36")]
+    source = write("test.jsonl", {"question": QUESTION, "answer": "36"})
+    report, _ = build(run, grader, fit=fit, eval={"source": source})
+    assert report.dropped == {"overlaps_evaluation": 2}
+    details = [row.detail for row in run.read("dropped.jsonl", Drop)]
+    assert ["test.jsonl" in details[0], "p7, a problem of the threshold" in details[1]] == [True, True]
+
+
+def test_attempts_of_the_student_stay_and_feedback_taken_back_is_removed(run, grader):
+    mine = Attempt(id="p1", sample=0, trace=solved("36"), answer="36", correct=True)
+    run.replace("attempts.jsonl", [mine])
+    run.sign("attempts", {"x": 1}, Report("attempts"), {"attempts.jsonl": 1})
+    judge(run, True, "36")
+    build(run, grader)
+    assert len(attempts(run)) == 2
+    assert run.done("attempts", {"x": 1}, "attempts.jsonl")["outputs"]["attempts.jsonl"]["rows"] == 2
+    run.path(FEEDBACK).write_text("")
+    build(run, grader)
+    assert run.read("attempts.jsonl", Attempt) == [mine]
+    assert json.loads(run.path("done/attempts.json").read_text())["inputs"] == {"x": 1}
