@@ -5,7 +5,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -121,23 +121,6 @@ def answer_lines(chat: "Chat", as_json: bool) -> bool:
             row = {"question": line.strip(), "error": error.message}
             console.print_json_line(row) if as_json else console.print()
     return complete
-
-
-def converse(chat: "Chat") -> None:
-    """Answer what the user types until Ctrl-D, /bye, or Ctrl-C twice at an empty prompt."""
-    console.note("Type or paste a problem; /help lists the commands.")
-    for typed in read_typed(chat):
-        try:
-            if typed.startswith("/"):
-                chat.command(typed)
-            else:
-                chat.ask(typed)
-        except ScliteError as error:
-            console.error(error)
-        except KeyboardInterrupt:
-            console.note("[dim]stopped[/]")
-        if chat.left:
-            return
 
 
 @dataclass
@@ -390,12 +373,16 @@ def file_argument(rest: str, example: str) -> Path:
 # -- typing ------------------------------------------------------------------------------------------------------------
 
 
-def read_typed(chat: Chat) -> Iterator[str]:
-    """What the user types or pastes. A paste is one input, blank lines included; empty inputs are skipped."""
+def converse(chat: Chat) -> None:
+    """Answer what is typed or pasted until Ctrl-D, /bye, or Ctrl-C twice at an empty prompt.
+
+    A paste is one input, blank lines included.
+    """
+    console.note("Type or paste a problem; /help lists the commands.")
     session = open_prompt(chat)
     warned = False
     try:
-        while True:
+        while not chat.left:
             try:
                 typed = session.prompt().strip()
             except KeyboardInterrupt:
@@ -411,8 +398,15 @@ def read_typed(chat: Chat) -> Iterator[str]:
                 return
             if typed.startswith('"""'):
                 typed = typed.strip('"').strip()
-            if typed:
-                yield typed
+            try:
+                if typed.startswith("/"):
+                    chat.command(typed)
+                elif typed:
+                    chat.ask(typed)
+            except ScliteError as error:
+                console.error(error)
+            except KeyboardInterrupt:
+                console.note("[dim]stopped[/]")
     finally:  # what was typed ahead must not reach the shell
         import termios
 
