@@ -82,8 +82,9 @@ def export_model(config: Config, run: Run, name: str) -> Report:
     """Write export/<name>-<type>.gguf of base, sft or dpo for each quantization type, and export/parity.json.
 
     Skipped if the GGUFs are undamaged and made from the same adapter. A file gets its final name only after llama.cpp has
-    loaded it and all match the trained model. Raises DataError if the adapter is missing or cannot be merged, or llama.cpp
-    cannot load the result; ScliteError if a GGUF does not match the trained model, or the disk is too small.
+    loaded it and all match the trained model; a killed export keeps the files that it has finished for the next one.
+    Raises DataError if the adapter is missing or cannot be merged, or llama.cpp cannot load the result; ScliteError if a
+    GGUF does not match the trained model, or the disk is too small.
     """
     stage, report = f"export-{name}", Report(f"export-{name}")
     adapter = run.path(ADAPTERS[name]) if ADAPTERS[name] else None
@@ -96,40 +97,16 @@ def export_model(config: Config, run: Run, name: str) -> Report:
     manifest = run.done(stage, inputs)
     if manifest and manifest["figures"].get("files") == _describe(run, names):
         return Report.of(manifest)
-    work, warnings = run.path(UNFINISHED), []
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    work = run.path(UNFINISHED)
     with timed(report):
         try:
-            base, full = fetch_base_model(config.student), work / "full.gguf"
-            tokenizer, outtype = load_tokenizer(str(base)), "f32" if {"f32", "bf16"} & set(types) else "f16"
+            base = fetch_base_model(config.student)
+            tokenizer, samples = load_tokenizer(str(base)), read_samples(config, run)
             check_vocabulary(tokenizer, read_config(str(base)), str(base))
-            parameters = BaseWeights(base).float32_bytes() // 4
-            sizes, whole = [estimate_bytes(parameters, q) for q in types], estimate_bytes(parameters, outtype)
-            needed, free = whole + max(whole, sum(sizes)), shutil.disk_usage(work).free
-            if needed > free:
-                raise ScliteError(
-                    f"the export needs about {_size(needed)} of disk space in {folder}, {_size(free)} are free",
-                    "free some space, or export fewer or smaller types with --quant",
-                )
-            merged = _merge(config, tokenizer, base, adapter, work / f"{name}-merged", outtype)
-            convert_model(merged, full, outtype=outtype)
-            shutil.rmtree(merged)
-            check_gguf(full)
-            samples, importance = read_samples(config, run), None
-            wanted = [q for q in types if wants_importance(q)] if config.export.imatrix is None else types
-            if config.export.imatrix is not False and wanted and len(samples) > HELD_OUT + 2:
-                importance = measure_importance(full, _calibration(tokenizer, samples))
-            for quant, file in zip(types, names, strict=True):
-                odd, others = quantize(full, work / file, quant, importance if quant in wanted else None)
-                check_gguf(work / file)
-                if odd:
-                    warnings.append(
-                        f"{file}: {odd} tensors have rows not divisible by 256 and are stored as {others} instead of {quant}"
-                    )
+            full, parts, importance = _write_parts(config, run, name, tokenizer, base, adapter, samples)
             made = {quant: work / file for quant, file in zip(types, names, strict=True)}
             result = _check_parity(config, tokenizer, base, adapter, full, made, samples)
-            result["importance"] = wanted if importance else []
+            result["importance"] = importance
             run.write_json("export/parity.json", result)
             if violations := parity.find_violations(result, config.export.max_kl):
                 for file in names:
@@ -143,13 +120,79 @@ def export_model(config: Config, run: Run, name: str) -> Report:
                 sync(work / file)
                 (work / file).replace(folder / file)
             sync(folder)
-        finally:
+        except (ScliteError, OSError):
             shutil.rmtree(work, ignore_errors=True)
+            raise
+    shutil.rmtree(work)
     files = _describe(run, names)
     first = {"gguf": str(folder / names[0]), "megabytes": files[names[0]]["megabytes"]}
+    warnings = [parts[file]["warning"] for file in names if parts[file]["warning"]]
     report.figures = {**first, "files": files, "parity": result, "warnings": warnings}
     run.sign(stage, inputs, report)
     return report
+
+
+def _write_parts(
+    config: Config,
+    run: Run,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    base: Path,
+    adapter: Path | None,
+    samples: list[Sample],
+) -> tuple[Path, dict[str, dict[str, Any]], list[str]]:
+    """The 16- or 32-bit GGUF and its quantizations, in the folder UNFINISHED; those that a killed export has finished are kept.
+
+    Returns the former, what is known of each file by its name, and the types that use an importance matrix.
+    """
+    work, types = run.path(UNFINISHED), config.export.types
+    source, record = {**inputs_of(config, run, name), "quant": ""}, f"{UNFINISHED}/parts.json"
+    full = work / ("full-f32.gguf" if {"f32", "bf16"} & set(types) else "full-f16.gguf")
+    found = run.read_json(record, dict[str, Any]) or {}
+    parts: dict[str, dict[str, Any]] = {}
+    for file, about in found.get("files", {}).items() if found.get("source") == source else ():
+        # the full file, the largest, was renamed when it was whole, so its digest is not worth the time
+        if (work / file).is_file() and about["sha256"] in ("", run.file_digest(f"{UNFINISHED}/{file}")):
+            parts[file] = about
+    for path in work.iterdir() if work.is_dir() else ():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in parts:
+            path.unlink()
+    work.mkdir(parents=True, exist_ok=True)
+
+    def keep(path: Path, sha256: str = "", warning: str = "") -> None:
+        parts[path.name] = {"sha256": sha256, "warning": warning}
+        run.write_json(record, {"source": source, "files": parts})
+
+    outtype, parameters = full.stem.removeprefix("full-"), BaseWeights(base).float32_bytes() // 4
+    missing = {quant: file for quant in types if (file := f"{name}-{quant}.gguf") not in parts}
+    whole, needed = estimate_bytes(parameters, outtype), sum(estimate_bytes(parameters, q) for q in missing)
+    if full.name not in parts:
+        needed = whole + max(whole, needed)
+    if needed > (free := shutil.disk_usage(work).free):
+        raise ScliteError(
+            f"the export needs about {_size(needed)} of disk space in {work.parent}, {_size(free)} are free",
+            "free some space, or export fewer or smaller types with --quant",
+        )
+    if full.name not in parts:
+        merged = _merge(config, tokenizer, base, adapter, work / f"{name}-merged", outtype)
+        convert_model(merged, full, outtype=outtype)
+        shutil.rmtree(merged)
+        check_gguf(full)
+        keep(full)
+    wanted = [q for q in types if wants_importance(q)] if config.export.imatrix is None else types
+    if config.export.imatrix is False or len(samples) <= HELD_OUT + 2:
+        wanted = []
+    importance = None
+    if any(quant in wanted for quant in missing):
+        importance = measure_importance(full, _calibration(tokenizer, samples))
+    for quant, file in missing.items():
+        odd, others = quantize(full, work / file, quant, importance if quant in wanted else None)
+        check_gguf(work / file)
+        warning = f"{file}: {odd} tensors have rows not divisible by 256 and are stored as {others} instead of {quant}"
+        keep(work / file, run.file_digest(f"{UNFINISHED}/{file}"), warning if odd else "")
+    return full, parts, wanted
 
 
 def export_merged(config: Config, run: Run, name: str) -> Path:

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -211,6 +214,74 @@ def test_several_types_are_made_from_one_merge(base, run, monkeypatch):
     run.path("export/sft-q8_0.gguf").unlink()
     assert not export.export_model(config, run, "sft").skipped
     assert export.describe_sizes(config) == "q4_k_m about 1 MB, q8_0 about 2 MB, bf16 about 3 MB"
+
+
+INTERRUPTED = """
+import sys
+from sclite.config import Config
+from sclite.export import model
+from sclite.run import Run
+
+quantize = model.quantize
+
+def quantize_one_and_wait(source, out, quant, importance):
+    if quant != "q8_0":
+        (out.with_name(out.name + ".part")).write_bytes(b"GGUF")
+        print("waiting", flush=True)
+        sys.stdin.read()
+    return quantize(source, out, quant, importance)
+
+model.quantize = quantize_one_and_wait
+model.export_model(Config.model_validate_json(sys.argv[2]), Run(sys.argv[1]), "sft")
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_killed_export_keeps_what_it_has_finished(base, run, monkeypatch, how):
+    config = config_of(base, "q8_0,q4_0")
+    command = [sys.executable, "-c", INTERRUPTED, str(run.folder), config.model_dump_json()]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "waiting\n"
+        process.send_signal(how)
+        process.wait()
+    work = run.path(export.UNFINISHED)
+    assert list(run.path("export").iterdir()) == [work]
+    before = {path.name: path.stat().st_ino for path in work.iterdir()}
+    assert sorted(before) == ["full-f16.gguf", "parts.json", "sft-q4_0.gguf.part", "sft-q8_0.gguf"]
+    monkeypatch.setattr(export, "merge", None)
+    report = export.export_model(config, run, "sft")
+    after = {path.name: path.stat().st_ino for path in run.path("export").iterdir()}
+    assert sorted(after) == ["parity.json", "sft-q4_0.gguf", "sft-q8_0.gguf"]
+    assert after["sft-q8_0.gguf"] == before["sft-q8_0.gguf"]
+    assert report.figures["parity"]["files"]["sft-q4_0.gguf"]["kl"] < 0.5
+
+
+@pytest.mark.parametrize("change", ["file", "adapter"])
+def test_kept_file_that_is_damaged_or_of_another_adapter_is_made_again(
+    base, adapter, run, monkeypatch, change
+):
+    config, quantize, calls = config_of(base, "q8_0,q4_0"), export.quantize, []
+
+    def quantize_and_count(source, out, quant, importance):
+        calls.append(quant)
+        if calls == ["q8_0", "q4_0"]:
+            raise KeyboardInterrupt
+        return quantize(source, out, quant, importance)
+
+    monkeypatch.setattr(export, "quantize", quantize_and_count)
+    with pytest.raises(KeyboardInterrupt):
+        export.export_model(config, run, "sft")
+    if change == "file":
+        run.path(f"{export.UNFINISHED}/sft-q8_0.gguf").write_bytes(b"GGUF")
+    else:
+        from safetensors.torch import load_file, save_file
+
+        path = run.path("sft/adapter/adapter_model.safetensors")
+        save_file(
+            {name: tensor * 2 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"}
+        )
+    export.export_model(config, run, "sft")
+    assert calls == ["q8_0", "q4_0", "q8_0", "q4_0"]
 
 
 def test_type_below_five_bits_gets_an_importance_matrix_from_the_run(base, run):
