@@ -186,7 +186,12 @@ def _write_parts(
         wanted = []
     importance = None
     if any(quant in wanted for quant in missing):
-        importance = measure_importance(full, _calibration(tokenizer, samples))
+        # samples that parity does not use, in an order that mixes the run's files
+        rest, texts = samples[2:-HELD_OUT], list[list[int]]()
+        for sample in [row for start in range(7) for row in rest[start::7]]:
+            if sum(map(len, texts)) <= CALIBRATION_TOKENS:
+                texts.append(_ids(tokenizer, sample))
+        importance = measure_importance(full, texts)
     for quant, file in missing.items():
         odd, others = quantize(full, work / file, quant, importance if quant in wanted else None)
         check_gguf(work / file)
@@ -251,16 +256,6 @@ def _describe(run: Run, names: list[str]) -> dict[str, dict[str, Any]]:
         for name, path in paths.items()
         if path.is_file()
     }
-
-
-def _calibration(tokenizer: PreTrainedTokenizerBase, samples: list[Sample]) -> list[list[int]]:
-    """Token ids of samples that parity does not use, in an order that mixes the run's files."""
-    found, rest = [], samples[2:-HELD_OUT]
-    for sample in [row for start in range(7) for row in rest[start::7]]:
-        found.append(_ids(tokenizer, sample))
-        if sum(map(len, found)) > CALIBRATION_TOKENS:
-            break
-    return found
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> list[int]:
