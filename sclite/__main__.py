@@ -54,7 +54,8 @@ def main() -> None:
     except OSError as error:  # a full disk, a missing permission, or a failed write to stdout
         reported, to_stdout = from_os_error(error), error.filename == console.OUTPUT
         if to_stdout:
-            console.discard_output()
+            with suppress(OSError):  # Python would try to write what is still buffered again at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         closed = to_stdout and isinstance(error, BrokenPipeError)  # such as `| head`
         code = DONE if closed else reported.code
         if not closed:

@@ -4,14 +4,16 @@ Everything heavy is imported inside a command, so that --help stays fast.
 """
 
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer.core import TyperGroup
 
 from sclite import console
-from sclite.errors import DATA, FAILED, UsageError
+from sclite.errors import DATA, FAILED, ScliteError, UsageError
 from sclite.options import Common, ConfigOption, JsonOption, common_options, hold_run
 
 if TYPE_CHECKING:
@@ -115,8 +117,9 @@ def quickstart(
     console.print(
         f"\nReport: {console.escape(str(Path(loaded.run) / summary['folder'] / 'report.html'))}\n\nNext steps:"
     )
-    for command, purpose in flow.next_commands(Path(loaded.run)):
-        console.print(f"  [bold cyan]{console.escape(command)}[/]  {purpose}", wrap=False)
+    chat = console.escape(f"sclite chat --self-correct --run {quote(str(loaded.run))}")
+    console.print(f"  [bold cyan]{chat}[/]  talk to the student", wrap=False)
+    console.print("  [bold cyan]sclite init[/]  a configuration for your own problems", wrap=False)
 
 
 @app.command(rich_help_panel=START)
@@ -126,7 +129,7 @@ def init(config: ConfigOption = None, json: JsonOption = False) -> None:
 
     found = doctor.probe_gpus()
     path = config or Path(settings.FILE)
-    doctor.write_configuration(path, max(total for _, total, _ in found) if found else None)
+    settings.write_configuration(path, max(total for _, total, _ in found) if found else None)
     if json:
         console.print_json({"config": str(path), "gpus": [name for name, _, _ in found]})
         return
@@ -143,23 +146,30 @@ def init(config: ConfigOption = None, json: JsonOption = False) -> None:
 
 
 @app.command(rich_help_panel=START)
-def doctor(json: JsonOption = False) -> None:
+@common_options
+def doctor(*, common: Common) -> None:
     """Check the environment and suggest fixes.
 
-    Exits with code 1 if something required is missing or broken.
+    Teacher and Hub are checked if the configuration names them. Exits with code 1 if something required is missing.
     """
-    from sclite import doctor
+    from sclite import config, doctor
 
-    checks = list(doctor.run_checks())
-    broken = [check for check in checks if check.required and not check.works]
-    if json:
-        console.print_json({"checks": [vars(check) for check in checks]})
-    for check in () if json else checks:
+    checks = []
+    try:
+        settings, broken = common.load(), []
+    except ScliteError as error:
+        settings = config.Config()
+        broken = [doctor.Check("configuration", False, error.message, error.hint, required=True)]
+    for check in console.spin(chain(broken, doctor.run_checks(settings)), "checking this machine"):
+        checks.append(check)
         mark = "[green]✓[/]" if check.works else "[red]✗[/]" if check.required else "[yellow]![/]"
-        console.print(f"{mark} {check.name}: {console.escape(check.found)}")
-        if not check.works:
+        if not common.json:
+            console.print(f"{mark} {check.name}: {console.escape(check.found)}")
+        if not (common.json or check.works):
             console.print(f"    [cyan]{console.escape(check.fix)}[/]", wrap=False)
-    if broken:
+    if common.json:
+        console.print_json({"checks": [vars(check) for check in checks]})
+    if any(check.required and not check.works for check in checks):
         raise typer.Exit(FAILED)
 
 
@@ -276,7 +286,11 @@ def run(
     with hold_run(context.run, context.config):
         if pipeline.has_problems(context):
             pipeline.divided_problems(context, reread=True)
-        summary = pipeline.run_all(context, fresh)
+        pipeline.build_templates(context, fresh)
+        pipeline.train(context, fresh=fresh)
+        summary = None
+        if context.config.eval.source:
+            summary = pipeline.evaluate_students(context, pipeline.available(context))
     summaries.print_train(context, None, common.json, summary)
 
 
@@ -430,14 +444,6 @@ def export(
             console.note("[yellow]note:[/] the card names no license; set export.license")
 
 
-def is_endpoint(model: Path) -> bool:
-    """Whether --model names a LiteLLM model, such as ollama_chat/qwen3:8b, and not a file."""
-    name = str(model)
-    return "/" in name and not (
-        model.parent.is_dir() or name.startswith(("/", ".", "~")) or model.suffix == ".gguf"
-    )
-
-
 @app.command(rich_help_panel=USE)
 @common_options
 def chat(
@@ -475,7 +481,9 @@ def chat(
     if common.json and question is None and console.is_interactive():
         raise UsageError("--json needs a question", "sclite chat --json 'What is 17 + 25?'")
     context = common.of_existing_run().context()
-    remote = model is not None and is_endpoint(model)
+    # a LiteLLM model, such as ollama_chat/qwen3:8b, and not a file
+    remote = model is not None and not (model.parent.is_dir() or model.suffix == ".gguf")
+    remote = remote and "/" in str(model) and not str(model).startswith(("/", ".", "~"))
     if model is None:
         pipeline.export_for_chat(context)
     if model is not None and remote:
@@ -624,17 +632,10 @@ def show(
 @common_options
 def report(*, common: Common) -> None:
     """Open the HTML report of the newest evaluation."""
-    from sclite.inspect.overview import find_report, open_in_browser
+    from sclite.inspect.overview import show_report
     from sclite.run import Run
 
-    path = find_report(Run(common.of_existing_run().load().run))
-    opened = not common.json and open_in_browser(path)
-    if common.json:
-        console.print_json({"report": str(path)})
-    elif opened:
-        console.note(f"opened {console.escape(str(path))}")
-    else:
-        console.print(console.escape(str(path)), wrap=False)
+    show_report(Run(common.of_existing_run().load().run), common.json)
 
 
 @app.command(rich_help_panel=INSPECT)
@@ -644,7 +645,7 @@ def runs(
     ),
     json: JsonOption = False,
 ) -> None:
-    """List the runs with student, progress, accuracy and size."""
-    from sclite.inspect.overview import list_runs, print_runs
+    """List the runs with student, stage, accuracy and size."""
+    from sclite.inspect.overview import print_runs
 
-    print_runs(folder, list_runs(folder), json)
+    print_runs(folder, json)

@@ -8,9 +8,9 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from sclite.errors import ScliteError
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+T = TypeVar("T")
 OUTPUT = "the output"
 """The file name of an OSError on stdout."""
 _CONTROLS = re.compile(
@@ -68,12 +69,6 @@ def prepare_streams() -> None:
         sys.stdout = _Output(binary, encoding, errors="replace", line_buffering=binary.isatty())
 
 
-def discard_output() -> None:
-    """Discard what is still buffered for stdout; Python would try to write it again at exit."""
-    with suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def make_console(stderr: bool = False) -> "Console":
     """A rich console without automatic highlighting or emoji codes; a closed pipe raises BrokenPipeError."""
     from rich.console import Console
@@ -117,6 +112,32 @@ def error(error: ScliteError, as_json: bool = False) -> None:
     note(f"[bold red]error:[/] {escape(error.message)}" if error.code else escape(error.message))
     if error.hint:
         note(f"[cyan]try:[/] {escape(error.hint)}", wrap="`" not in error.hint)
+
+
+@contextmanager
+def spinner(text: str) -> Iterator[None]:
+    """A spinner with the elapsed time on stderr, while something is loaded or read; nothing without a terminal."""
+    terminal = make_console(stderr=True)
+    if not terminal.is_terminal:
+        yield
+        return
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    with Progress(*columns, console=terminal, transient=True) as progress:
+        progress.add_task(text, total=None)
+        yield
+
+
+def spin(items: Iterable[T], text: str) -> Iterator[T]:
+    """Iterate, with a spinner while waiting for the next item."""
+    remaining, end = iter(items), object()
+    while True:
+        with spinner(text):
+            item = next(remaining, end)
+        if item is end:
+            return
+        yield cast(T, item)
 
 
 # -- JSON and pages ------------------------------------------------------------------------------------------------

@@ -1,17 +1,20 @@
-"""What this machine can do: the checks of `sclite doctor`, and the configuration that `sclite init` writes."""
+"""What this machine can do: its GPUs, and the checks of `sclite doctor`."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from sclite import config as configuration
+from sclite.config import Config, Teacher, without_password
 from sclite.errors import UsageError
 
 GPU = tuple[str, float, float]
@@ -95,14 +98,18 @@ _TORCH = (
     "print(json.dumps({'version': torch.__version__, 'cuda': torch.version.cuda, 'gpus': list_gpus()}))"
 )
 _LLAMA = "from sclite.student.llama_cpp.engine import llama; print(str(bool(llama().llama_supports_gpu_offload())).lower())"
+_TEACHER = (
+    "import json, sys; from sclite.config import Teacher; from sclite.doctor import describe_teacher; "
+    "print(json.dumps(describe_teacher(Teacher.model_validate_json(sys.argv[1]))))"
+)
 
 
-def _run_python(code: str) -> Any:
+def _run_python(code: str, *arguments: str) -> Any:
     """Run Python code in a subprocess and parse the JSON that it prints; a str with the reason if it fails."""
     path = os.pathsep.join(folder for folder in sys.path if folder)
     try:
         done = subprocess.run(
-            [sys.executable, "-c", code],
+            [sys.executable, "-c", code, *arguments],
             capture_output=True,
             env={**os.environ, "PYTHONPATH": path},
             text=True,
@@ -119,66 +126,177 @@ def _run_python(code: str) -> Any:
     return last if done.returncode else json.loads(last)
 
 
-def run_checks() -> Iterator[Check]:
-    """Every check. Takes seconds: torch and llama.cpp are imported in subprocesses."""
+def run_checks(config: Config) -> Iterator[Check]:
+    """Every check. Takes seconds: torch, llama.cpp and LiteLLM are imported in subprocesses, at the same time."""
     from sclite.export.gguf import cache_folder
 
-    torch, offload = _run_python(_TORCH), _run_python(_LLAMA)
-    gpus: list[GPU] = [] if isinstance(torch, str) else torch["gpus"]
-    found, fix = sys.version.split()[0], "install Python 3.11 or later"
-    yield Check("Python", sys.version_info >= (3, 11), found, fix, required=True)
+    taught = config.teacher.model and not config.teacher.embedded
+    with ThreadPoolExecutor() as pool:
+        torch_probe, llama_probe = pool.submit(_run_python, _TORCH), pool.submit(_run_python, _LLAMA)
+        teacher_probe = (
+            pool.submit(_run_python, _TEACHER, config.teacher.model_dump_json()) if taught else None
+        )
+        found, fix = sys.version.split()[0], "install Python 3.11 or later"
+        yield Check("Python", sys.version_info >= (3, 11), found, fix, required=True)
+        torch, offload = torch_probe.result(), llama_probe.result()
+        gpus: list[GPU] = [] if isinstance(torch, str) else torch["gpus"]
+        yield from _check_machine(torch, gpus, Path(config.run))
 
-    fix = 'pip install --force-reinstall "torch>=2.11,<2.14"'
+        llama = _version("llama-cpp-python")
+        fix = "pip install --force-reinstall --no-cache-dir llama-cpp-python"
+        if isinstance(offload, str):
+            yield Check("llama.cpp", False, offload, fix, required=True)
+        else:
+            found, works = (
+                f"llama-cpp-python {llama}, {'GPU' if offload else 'CPU'} build",
+                offload or not gpus,
+            )
+            # a CPU build on a GPU machine is slow, not broken
+            wheel = (
+                "--no-deps --index-url https://abetlen.github.io/llama-cpp-python/whl/cu130"  # cu118 to cu132
+            )
+            yield Check("llama.cpp", works, found, f"{fix} {wheel}", required=works)
+        if not llama:
+            yield Check(
+                "GGUF converter", False, "llama-cpp-python is not installed", "pip install llama-cpp-python"
+            )
+        elif checkout := os.environ.get("SCLITE_LLAMA_CPP"):
+            fix = "set SCLITE_LLAMA_CPP to a llama.cpp checkout"
+            yield Check("GGUF converter", Path(checkout).is_dir(), checkout, fix)
+        else:
+            folder = cache_folder()
+            found = str(folder) if folder.is_dir() else "downloaded when first needed"
+            yield Check("GGUF converter", True, found)
+        ollama, fix = shutil.which("ollama"), "curl -fsSL https://ollama.com/install.sh | sh"
+        yield Check("Ollama", bool(ollama), ollama or "not installed", fix)
+        yield from _check_network(config, teacher_probe.result() if teacher_probe else {})
+
+
+def _check_machine(torch: Any, gpus: Sequence[GPU], run: Path) -> Iterator[Check]:
+    """torch, the GPU and what training on it needs, host RAM and disk."""
+    from sclite.student.cuda_memory import available_ram
+
     if isinstance(torch, str):
-        yield Check("torch", False, torch, fix, required=True)
+        yield Check("torch", False, torch, 'pip install --force-reinstall "torch>=2.11,<2.14"', required=True)
     else:
         build = f"CUDA {torch['cuda']}" if torch["cuda"] else "CPU build"
         yield Check("torch", True, f"{torch['version']}, {build}", required=True)
-
     found = "; ".join(f"{name}, {total:.0f} GB, {free:.0f} GB free" for name, total, free in gpus)
     found, fix = found or "not found, training runs on the CPU", "use a 24 GB GPU to train 7B and 8B models"
     yield Check("CUDA GPU", any(total > 11 for _, total, _ in gpus), found, fix)
-
     unneeded = "" if gpus else ", not needed without a GPU"
-    unsloth = _version("unsloth") or "not installed"
-    yield Check(
-        "Unsloth", not gpus or unsloth != "not installed", unsloth + unneeded, "pip install -e '.[cuda]'"
-    )
+    unsloth = _version("unsloth")
+    fix = "pip install -e '.[cuda]'"
+    yield Check("Unsloth", not gpus or bool(unsloth), (unsloth or "not installed") + unneeded, fix)
     # Triton, which compiles Unsloth's kernels, needs a C compiler for its launchers
     found = next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), "not found")
     yield Check("C compiler", not gpus or found != "not found", found + unneeded, "apt-get install gcc")
 
-    llama, fix = _version("llama-cpp-python"), "pip install --force-reinstall --no-cache-dir llama-cpp-python"
-    if isinstance(offload, str):
-        yield Check("llama.cpp", False, offload, fix, required=True)
+    ram, needed = available_ram(), 16 if gpus else 4
+    found = "unknown" if ram is None else f"{ram / 1e9:.0f} GB available"
+    why = "to train and export 7B and 8B models" if gpus else "for a run with a small student on the CPU"
+    yield Check("RAM", ram is None or ram > needed * 1e9, found, f"free {needed} GB {why}")
+    folder = next((path for path in (run, *run.parents) if path.is_dir()), Path("."))
+    try:
+        free, needed = shutil.disk_usage(folder).free / 1e9, 40 if gpus else 5
+    except OSError as error:  # the working folder was removed
+        yield Check("disk", False, f"unknown: {error.strerror}", "cd to another folder", required=True)
     else:
-        found, works = f"llama-cpp-python {llama}, {'GPU' if offload else 'CPU'} build", offload or not gpus
-        # a CPU build on a GPU machine is slow, not broken
-        wheel = "--no-deps --index-url https://abetlen.github.io/llama-cpp-python/whl/cu130"  # cu118 to cu132
-        yield Check("llama.cpp", works, found, f"{fix} {wheel}", required=works)
-    if not llama:
+        fix = f"free {needed} GB for a run with {'an 8B model' if gpus else 'a small student'}, or choose another --run"
         yield Check(
-            "GGUF converter", False, "llama-cpp-python is not installed", "pip install llama-cpp-python"
-        )
-    elif checkout := os.environ.get("SCLITE_LLAMA_CPP"):
-        fix = "set SCLITE_LLAMA_CPP to a llama.cpp checkout"
-        yield Check("GGUF converter", Path(checkout).is_dir(), checkout, fix)
-    else:
-        folder = cache_folder()
-        yield Check(
-            "GGUF converter", True, str(folder) if folder.is_dir() else "downloaded when first needed"
+            "disk", free > needed, f"{free:.0f} GB free in {folder.resolve()}", fix, required=free < 1
         )
 
-    ollama = shutil.which("ollama")
-    yield Check(
-        "Ollama", bool(ollama), ollama or "not installed", "curl -fsSL https://ollama.com/install.sh | sh"
-    )
+
+# -- teacher and Hub -----------------------------------------------------------------------------------------------
+
+NETWORK_SECONDS = 3.0
+"""For all addresses together, including the resolution of their names."""
+ADDRESSES = {
+    "openai": "https://api.openai.com",
+    "anthropic": "https://api.anthropic.com",
+    "gemini": "https://generativelanguage.googleapis.com",
+    "openrouter": "https://openrouter.ai",
+}
+"""Of the providers whose address LiteLLM does not tell."""
+
+
+def describe_teacher(settings: Teacher) -> dict[str, Any]:
+    """{"problem", "fix"} of a teacher that cannot be used, else {"missing": variables, "address": URL or ""}.
+
+    Imports LiteLLM, and sends nothing.
+    """
+    from sclite.teacher.provider import connect
+
     try:
-        free = shutil.disk_usage(".").free / 1e9
-    except OSError as error:  # the working folder was removed
-        yield Check("disk", False, f"unknown: {error.strerror}", "cd to another folder")
-    else:
-        yield Check("disk", free > 40, f"{free:.0f} GB free here", "free 40 GB for a run with an 8B model")
+        litellm = connect(settings).litellm
+    except UsageError as error:
+        return {"problem": error.message, "fix": error.hint}
+    _, name, _, address = litellm.get_llm_provider(settings.model, api_base=settings.api_base or None)
+    missing = [] if settings.api_base else litellm.validate_environment(settings.model)["missing_keys"]
+    if name.startswith("ollama"):
+        missing, address = [], address or os.environ.get("OLLAMA_API_BASE") or "http://localhost:11434"
+    return {"missing": missing, "address": address or ADDRESSES.get(name, "")}
+
+
+def _check_network(config: Config, teacher: Any) -> Iterator[Check]:
+    """The teacher's key and address, and the Hub, each only if the configuration needs it."""
+    from huggingface_hub import constants, get_token, try_to_load_from_cache
+
+    from sclite.data.sources import is_local_source
+    from sclite.student.loader import EMBEDDED
+
+    model = config.student.model
+    local = not model or model == EMBEDDED or Path(model).expanduser().is_dir()
+    wanted = [] if local or isinstance(try_to_load_from_cache(model, "config.json"), str) else [model]
+    sources = (config.problems.source, config.eval.source)
+    wanted += [source for source in sources if source and not is_local_source(source)]
+    teacher = {"problem": teacher, "fix": "pip install litellm"} if isinstance(teacher, str) else teacher
+    address = without_password(teacher.get("address", ""))
+    hub = constants.ENDPOINT if wanted and not constants.HF_HUB_OFFLINE else ""
+    failures = find_failures([url for url in (address, hub) if url])
+    if "problem" in teacher:
+        yield Check("teacher", False, teacher["problem"], teacher["fix"], required=True)
+    elif teacher:
+        missing, known = " and ".join(teacher["missing"]), f"{config.teacher.model}, key found"
+        known = config.teacher.model if config.teacher.api_base else known
+        found, fix = f"{missing} is not set" if missing else known, f"export {missing or 'KEY'}=.."
+        yield Check("teacher's key", not missing, found, fix, required=True)
+    if address:
+        fix = "check teacher.api_base, the network and HTTPS_PROXY"
+        yield Check("teacher's address", not failures[address], _reached(address, failures[address]), fix)
+    if wanted:
+        token = "token found" if get_token() else "no token: needed for gated and private repositories only"
+        found = f"{_reached(hub, failures[hub])}; {token}" if hub else "HF_HUB_OFFLINE is set"
+        fix = f"check the network and HF_ENDPOINT: {', '.join(wanted)} must be downloaded"
+        yield Check("Hugging Face Hub", bool(hub) and not failures[hub], found, fix)
+
+
+def _reached(address: str, failure: str) -> str:
+    return f"{address}: {failure or 'reachable'}"
+
+
+def find_failures(addresses: Sequence[str]) -> dict[str, str]:
+    """What is wrong with each address, "" if a server answers there, whatever it says."""
+    import httpx
+
+    found = dict.fromkeys(addresses, f"no answer within {NETWORK_SECONDS:g} s")
+
+    def ask(address: str) -> None:
+        try:
+            status = httpx.head(address, timeout=NETWORK_SECONDS).status_code
+            found[address] = f"HTTP {status}" if status in (502, 503, 504) else ""  # a proxy's or a gateway's
+        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+            found[address] = str(error) or type(error).__name__
+
+    deadline = time.monotonic() + NETWORK_SECONDS
+    # the resolution of a name has no timeout and may outlive the command
+    threads = [threading.Thread(target=ask, args=(address,), daemon=True) for address in addresses]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    return dict(found)
 
 
 def _version(package: str) -> str:
@@ -187,75 +305,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return ""
-
-
-# -- sclite init ---------------------------------------------------------------------------------------------------
-
-EXAMPLES: dict[str, Any] = {
-    "problems.limit": 1000,
-    "attempts.price": (0.5, 1.5),
-    "teacher.temperature": 0.7,
-    "teacher.requests_per_minute": 500.0,
-    "teacher.tokens_per_minute": 200_000.0,
-    "teacher.max_cost": 5.0,
-    "teacher.price": (0.5, 1.5),
-    **{f"{stage}.per_device_train_batch_size": 4 for stage in ("sft", "warmup", "dpo")},
-    **{f"{stage}.padding_free": True for stage in ("sft", "warmup", "dpo")},
-    "export.imatrix": True,
-    "review.threshold": 0.0,
-}
-"""Example values for keys without a default: every line of sclite.toml is valid when uncommented."""
-
-
-FIRST = (
-    *(
-        "problems.source",
-        "teacher.model",
-        "teacher.api_base",
-        "teacher.max_cost",
-        "student.model",
-        "eval.source",
-    ),
-    *("sft.num_train_epochs", "attempts.samples", "export.quant", "run"),
-)
-"""The keys that most people set, at the top of a new sclite.toml."""
-
-
-def write_configuration(path: Path, memory_gb: float | None) -> None:
-    """Write a sclite.toml with every key: those that depend on the GPU are set, the others are commented defaults.
-
-    `memory_gb` is the memory of the largest GPU, None without one. Raises UsageError if the file exists or cannot be
-    written.
-    """
-    import tomlkit
-
-    if path.exists():
-        raise UsageError(f"{path} already exists", "edit it, or remove it first")
-    if memory_gb is None:
-        chosen = {"student.model": "embedded"}
-    else:
-        name = "Qwen3-4B-Instruct-2507" if memory_gb < 15 else "Qwen2.5-Math-7B-Instruct"
-        chosen = {"student.model": f"unsloth/{name}-bnb-4bit"}
-    known = configuration.keys()
-    lines, section = ["## Settings that matter most. Uncomment a line to change it."], "most"
-    for key in (*FIRST, *(key for key in known if key not in FIRST)):
-        field, named = known[key], key.rpartition(".")[0]
-        if key not in FIRST and named != section:
-            lines += ["", f"## {'All other settings, with their defaults' if section == 'most' else named}"]
-            section = named
-        default = field.get_default(call_default_factory=True)
-        value, comment = chosen.get(key, default), field.description or ""
-        if value is None:
-            value, comment = EXAMPLES[key], f"{comment}; example, not set by default"
-        if isinstance(value, dict):
-            table = tomlkit.inline_table()
-            table.update(value)
-            value = table
-        prefix, suffix = "" if key in chosen else "# ", f"  # {comment}" if comment else ""
-        lines.append(f"{prefix}{key} = {tomlkit.item(value).as_string()}{suffix}")
-    try:
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UsageError(
-            f"{path} cannot be written: {error.strerror}", "use another file with --config"
-        ) from error

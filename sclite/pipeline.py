@@ -8,7 +8,7 @@ out of GPU memory resumes from its last checkpoint with half the micro-batch siz
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from importlib import import_module
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 STUDENTS = ("base", "sft", "dpo")
 TRAINING = {
-    "sft": ("sclite.train.sft", "train_sft", "sft: the student learns the templates"),
-    "warmup": ("sclite.train.warmup", "train_warmup", "warm-up: the student learns what a review looks like"),
-    "dpo": ("sclite.train.dpo", "train_dpo", "dpo: the student learns to prefer right reviews"),
+    "sft": "sft: the student learns the templates",
+    "warmup": "warm-up: the student learns what a review looks like",
+    "dpo": "dpo: the student learns to prefer right reviews",
 }
-"""The training stages: module, function, and what they do."""
+"""What the training stages do."""
 
 
 # -- problems ------------------------------------------------------------------------------------------------------
@@ -141,44 +141,41 @@ def build_corrections(context: Context, with_feedback: bool = False) -> Report:
     from sclite.data import attempts, corrections, feedback
     from sclite.grading.worker import Grader
 
-    split = divided_problems(context)
+    config, run, split = context.config, context.run, divided_problems(context)
     kept = split.stage2
-    if attempts.needs_no_student(context.config, context.run):
+    if attempts.needs_no_student(config, run):
         kept = [*split.sft, *split.stage2, *split.fit]
     if not kept:
         raise DataError(
             "no problems are kept for stage 2", "raise problems.correction_share or problems.limit"
         )
     confirm = context.confirm if context.ask_before_paying else None
-    judged = context.run.path(FEEDBACK).is_file() or context.run.manifest("feedback")
-    if not context.run.is_imported("corrections", "reviews.jsonl"):
-        _sample_attempts(context, kept)
+    judged = run.path(FEEDBACK).is_file() or run.manifest("feedback")
+    if not run.is_imported("corrections", "reviews.jsonl"):
+        imported = attempts.needs_no_student(config, run)
+        text = "imported" if imported else f"the student tries {len(kept)} unseen problems"
+        with context.display.stage("attempts", f"attempts: {text}") as progress:
+            ready = imported or run.done("attempts", attempts.attempts_inputs(config, run, kept))
+            if not ready and config.attempts.kind == "trained":
+                require_sft(context)
+            report = context.on_gpu(sample_attempts, kept, not ready, progress=progress)
+        counts = report.counts
+        unknown = f", {counts['unknown']} unknown" if counts.get("unknown") else ""
+        text = f"{counts.get('right', 0)} right, {counts.get('wrong', 0)} wrong{unknown}{drops(report)}"
+        context.add(report, f"attempts: {text}")
         if with_feedback and judged:
             text = "feedback: the teacher solves questions without a gold answer"
-            with (
-                Grader() as grader,
-                context.display.stage("feedback", text) as progress,
-                context.teacher() as teacher,
-            ):
-                report = feedback.write_feedback(
-                    context.config,
-                    context.run,
-                    teacher=teacher,
-                    grader=grader,
-                    fit=split.fit,
-                    confirm=confirm,
-                    progress=progress,
-                )
+            stage = context.display.stage("feedback", text)
+            with Grader() as grader, stage as progress, context.teacher() as teacher:
+                given = {"teacher": teacher, "grader": grader, "confirm": confirm, "progress": progress}
+                report = feedback.write_feedback(config, run, fit=split.fit, **given)
             good, bad = report.counts["good"], report.counts["bad"]
             context.add(report, f"feedback: {good} good, {bad} bad{drops(report)}")
     text = "corrections: the teacher corrects the first wrong step"
-    with (
-        Grader() as grader,
-        context.display.stage("corrections", text) as progress,
-        context.teacher() as teacher,
-    ):
+    stage = context.display.stage("corrections", text)
+    with Grader() as grader, stage as progress, context.teacher() as teacher:
         report = corrections.write_corrections(
-            context.config, context.run, teacher=teacher, grader=grader, confirm=confirm, progress=progress
+            config, run, teacher=teacher, grader=grader, confirm=confirm, progress=progress
         )
     corrected, confirmed = (report.counts.get(name, 0) for name in ("corrected", "confirmed"))
     text = f"corrections: {corrected} corrected, {confirmed} confirmed{drops(report)}"
@@ -192,23 +189,6 @@ def forecast_corrections(context: Context) -> dict[str, Any]:
 
     with Grader() as grader, context.teacher() as teacher:
         return corrections.preview_corrections(context.config, context.run, teacher, grader)
-
-
-def _sample_attempts(context: Context, problems: Sequence[Problem]) -> None:
-    from sclite.data import attempts
-
-    config, run = context.config, context.run
-    imported = attempts.needs_no_student(config, run)
-    text = "imported" if imported else f"the student tries {len(problems)} unseen problems"
-    with context.display.stage("attempts", f"attempts: {text}") as progress:
-        ready = imported or run.done("attempts", attempts.attempts_inputs(config, run, problems))
-        if not ready and config.attempts.kind == "trained":
-            require_sft(context)
-        report = context.on_gpu(sample_attempts, problems, not ready, progress=progress)
-    counts = report.counts
-    unknown = f", {counts['unknown']} unknown" if counts.get("unknown") else ""
-    text = f"{counts.get('right', 0)} right, {counts.get('wrong', 0)} wrong{unknown}{drops(report)}"
-    context.add(report, f"attempts: {text}")
 
 
 def sample_attempts(
@@ -312,15 +292,19 @@ def train(context: Context, only: str | None = None, fresh: bool = False) -> lis
 def train_stage(context: Context, name: str, fresh: bool = False) -> Report:
     """Run a training stage ("sft", "warmup" or "dpo"), with half the micro-batch size each time memory runs out."""
     from sclite.student.cuda_memory import free_memory
+    from sclite.train.dpo import train_dpo
     from sclite.train.memory import largest_divisor, suggest_setting
+    from sclite.train.sft import train_sft
+    from sclite.train.warmup import train_warmup
 
-    config, text = context.config, TRAINING[name][2]
+    work = {"sft": train_sft, "warmup": train_warmup, "dpo": train_dpo}[name]
+    config, text = context.config, TRAINING[name]
     report: Report | None = None
     with context.display.stage(name, text) as progress:
         while report is None:
             try:
-                given = (name, unseen(context, name), fresh)
-                report = context.isolate(run_training, config, *given, progress=progress)
+                train_one = partial(work, unseen=unseen(context, name), fresh=fresh)
+                report = context.isolate(train_one, config, progress=progress)
             except GpuMemoryError as error:
                 if error.micro_batch == 1:
                     fits = suggest_setting(config, name)
@@ -341,15 +325,6 @@ def train_stage(context: Context, name: str, fresh: bool = False) -> Report:
     layers = report.figures.get("lora")
     adapted = f"; LoRA on {', '.join(layers)}" if layers else ""
     return context.add(report, f"{text.partition(':')[0]}: {counts}{adapted}")
-
-
-def run_training(
-    config: Config, run: Run, name: str, unseen: frozenset[str], fresh: bool, *, progress: Progress
-) -> Report:
-    """One training stage. A function of this module: it may run in another process."""
-    module, function, _ = TRAINING[name]
-    train_one = getattr(import_module(module), function)
-    return train_one(config, run, unseen=unseen, fresh=fresh, progress=progress)
 
 
 # -- export --------------------------------------------------------------------------------------------------------
@@ -471,18 +446,6 @@ def report_plan(context: Context) -> None:
     where = "host RAM" if plan["gpu"] is None else f"of {plan['gpu']['free_gb']:.0f} GB GPU memory"
     hours = "unknown until the first steps" if plan["hours"] is None else f"about {plan['hours']:.1f} h"
     context.display.print(f"plan: training needs {needs} ({where}); time {hours}")
-
-
-def run_all(context: Context, fresh: bool = False) -> dict[str, Any] | None:
-    """Data, training, export and, if eval.source is set, the evaluation, whose summary is returned.
-
-    `fresh` retrains stages that were trained from other inputs.
-    """
-    build_templates(context, fresh)
-    train(context, fresh=fresh)
-    if not context.config.eval.source:
-        return None
-    return evaluate_students(context, available(context))
 
 
 def export_for_chat(context: Context) -> None:

@@ -1,13 +1,18 @@
 """GPUs and the processes on them, GPU selection, and the configuration file that init writes."""
 
+import json
 import os
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from sclite import doctor
+from sclite import doctor, settings
 from sclite.errors import DeviceError, UsageError
 from sclite.options import Common
 from sclite.student.loader import select_gpu
+from tests.replay import TeacherServer, say
 
 
 @pytest.fixture
@@ -89,6 +94,87 @@ def test_gpu_numbers_count_within_cuda_visible_devices(torch_with_gpus):
     assert "unset CUDA_VISIBLE_DEVICES" in error.value.hint
 
 
+# -- the checks of `sclite doctor` ---------------------------------------------------------------------------------
+
+
+def checks_of(sclite, *arguments):
+    """(exit code, {name: check}) of `sclite doctor`."""
+    ended = sclite("doctor", "--json", *arguments)
+    return ended.code, {check["name"]: check for check in json.loads(ended.out)["checks"]}
+
+
+def test_doctor_without_a_teacher_asks_for_no_key_and_no_network(sclite, monkeypatch):
+    monkeypatch.setattr(doctor, "find_failures", lambda addresses: dict.fromkeys(addresses, "asked"))
+    code, checks = checks_of(sclite, "--set", "student.model=embedded")
+    assert code == 0
+    assert {"Python", "torch", "CUDA GPU", "RAM", "disk", "llama.cpp"} <= checks.keys()
+    assert not {"teacher's key", "teacher's address", "Hugging Face Hub"} & checks.keys()
+    assert "GB available" in checks["RAM"]["found"]
+
+
+def test_doctor_requires_the_teachers_key_and_only_mentions_the_network(sclite, monkeypatch):
+    monkeypatch.setattr(
+        doctor, "find_failures", lambda addresses: dict.fromkeys(addresses, "no route to host")
+    )
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    code, checks = checks_of(
+        sclite, "--set", "teacher.model=openai/gpt-5.4-mini", "--set", "problems.source=openai/gsm8k"
+    )
+    assert code == 1
+    key, address, hub = (checks[name] for name in ("teacher's key", "teacher's address", "Hugging Face Hub"))
+    assert (key["works"], key["required"], key["found"]) == (False, True, "OPENAI_API_KEY is not set")
+    assert key["fix"] == "export OPENAI_API_KEY=.."
+    assert (address["works"], address["required"]) == (False, False)
+    assert address["found"] == "https://api.openai.com: no route to host"
+    assert (hub["works"], hub["required"]) == (False, False)
+    assert "no route to host; token found" in hub["found"]
+    assert "openai/gsm8k" in hub["fix"]
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code, checks = checks_of(sclite, "--set", "teacher.model=openai/gpt-5.4-mini")
+    assert code == 0
+    assert checks["teacher's key"]["found"] == "openai/gpt-5.4-mini, key found"
+
+
+def test_doctor_reaches_a_local_teacher_and_reports_a_broken_configuration(sclite):
+    with TeacherServer(lambda request, nth: say("x")) as server:
+        named = ("--set", "teacher.model=openai/replay", "--set", f"teacher.api_base={server.url}")
+        code, checks = checks_of(sclite, *named)
+        assert (code, checks["teacher's address"]["works"]) == (0, True)
+        assert checks["teacher's key"]["works"]  # an endpoint of one's own may need none
+        assert server.requests == []  # nothing was asked of the model
+    code, checks = checks_of(sclite, "--set", "teacher.modl=x")
+    assert code == 1
+    assert checks["configuration"]["fix"] == "did you mean teacher.model?"
+    assert checks["torch"]["works"]
+
+
+def test_addresses_that_do_not_answer_take_no_longer_than_the_limit(monkeypatch):
+    monkeypatch.setattr(doctor, "NETWORK_SECONDS", 0.3)
+    released = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: released.wait())  # no resolver has a timeout
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        addresses = ["http://nowhere.example", f"http://127.0.0.1:{silent.getsockname()[1]}"]
+        found = doctor.find_failures(addresses)
+    assert released.is_set() is False
+    assert found == dict.fromkeys(addresses, "no answer within 0.3 s")
+    released.set()
+
+
+def test_any_answer_but_a_gateways_error_is_an_answer():
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(int(self.path[1:]))
+            self.end_headers()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        found = doctor.find_failures([f"{address}/{status}" for status in (401, 404, 502)])
+        server.shutdown()
+    assert list(found.values()) == ["", "", "HTTP 502"]
+
+
 def test_an_unwritable_configuration_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match="cannot be written: No such file or directory"):
-        doctor.write_configuration(tmp_path / "nowhere/sclite.toml", None)
+        settings.write_configuration(tmp_path / "nowhere/sclite.toml", None)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sclite import config, console, doctor, settings
+from sclite import config, console, settings
 from sclite.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,7 +30,7 @@ def sclite(folder: Path, *arguments: str, code: str = "", path: str = "", **envi
 
 FAILING = r"""
 import sclite.doctor as m
-def fail(): raise ZeroDivisionError('no\n\x1b[31m[/red]')
+def fail(*_): raise ZeroDivisionError('no\n\x1b[31m[/red]')
 m.run_checks = fail
 """
 
@@ -182,7 +182,7 @@ def uncommented(lines: list[str], numbers) -> str:
 @pytest.mark.parametrize("memory_gb", [None, 12.0, 24.0])
 def test_every_line_from_init_is_valid_when_uncommented(tmp_path, memory_gb):
     path = tmp_path / "sclite.toml"
-    doctor.write_configuration(path, memory_gb)
+    settings.write_configuration(path, memory_gb)
     lines = path.read_text(encoding="utf-8").splitlines()
     keys = [i for i, line in enumerate(lines) if line.startswith("# ")]
     assert len(keys) > len(config.keys()) - 3

@@ -1,8 +1,6 @@
 """The quickstart: the whole pipeline with bundled problems, teacher and student; no GPU, API key or download."""
 
 from collections.abc import Mapping
-from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from sclite import evaluation, pipeline
@@ -94,11 +92,3 @@ def quickstart(
     )
     summary = evaluation.evaluate(context, pipeline.STUDENTS, held_out, first_wrong_step)
     return summary, choose_example(run.rows(f"{held_out.folder}/dpo.jsonl", Outcome, whole=False))
-
-
-def next_commands(run: Path) -> list[tuple[str, str]]:
-    """(command, purpose) of the next steps after the quickstart."""
-    return [
-        (f"sclite chat --self-correct --run {quote(str(run))}", "talk to the student"),
-        ("sclite init", "a configuration for your own problems"),
-    ]

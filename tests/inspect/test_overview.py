@@ -35,6 +35,18 @@ def test_runs_are_listed_with_their_student_and_last_accuracy(sclite, tmp_path):
     assert "org/second" in sclite("runs", str(tmp_path / "runs")).out
 
 
+def test_the_last_stage_of_a_run_in_training_is_the_one_in_progress(sclite, tmp_path):
+    run = evaluated(tmp_path / "runs/a")
+    run.path("eval/a/summary.json").unlink()
+    template = {"id": "p", "question": "q", "answer": "1", "trace": "<Step1>x\n</Step1>\n<Answer>1</Answer>"}
+    run.path("templates.jsonl").write_text(json.dumps({**template, "requests": 1}) + "\n")
+    run.path("sft").mkdir()
+    run.path("sft/metrics.jsonl").write_text('{"phase": "sft", "step": 3, "loss": 0.5}\n')
+    (found,) = json.loads(sclite("runs", str(tmp_path / "runs"), "--json").out)["runs"]
+    assert (found["stage"], found["state"]) == ("sft", "half_way")
+    assert "sft incomplete" in sclite("runs", str(tmp_path / "runs")).out
+
+
 def test_a_damaged_run_does_not_hide_the_others(sclite, tmp_path):
     evaluated(tmp_path / "runs/a")
     evaluated(tmp_path / "runs/b").path("run.toml").write_text("[student\n")
