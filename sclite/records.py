@@ -1,8 +1,12 @@
 """The row types of the JSONL files in a run folder. Steps count from 1."""
 
-from typing import Literal
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
+
+from sclite.trace import Parsed, parse
 
 FEEDBACK = "feedback.jsonl"
 FROM_FEEDBACK = "feedback-"
@@ -15,6 +19,24 @@ class Row(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class TraceRow(Row):
+    """A row with a trace, which is parsed once, when it is first needed."""
+
+    if TYPE_CHECKING:
+        trace: str  # declared by each row, in its place among the fields
+
+    @cached_property
+    def parsed(self) -> Parsed:
+        """The trace, and what is wrong with its form."""
+        return parse(self.trace)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy, which may get another trace: nothing parsed is taken along."""
+        copy = super().model_copy(update=update, deep=deep)
+        copy.__dict__.pop("parsed", None)
+        return copy
+
+
 class Problem(Row):
     """A question with its gold answer and, if known, its gold solution."""
 
@@ -24,7 +46,7 @@ class Problem(Row):
     solution: str | None = None
 
 
-class Template(Row):
+class Template(TraceRow):
     """The teacher's trace for one problem, in canonical form; its answer equals the gold answer."""
 
     id: str
@@ -34,7 +56,7 @@ class Template(Row):
     requests: int = 1
 
 
-class Attempt(Row):
+class Attempt(TraceRow):
     """A student's attempt at a problem. `correct` None means unknown; `first_error` is an imported label."""
 
     id: str
@@ -45,7 +67,7 @@ class Attempt(Row):
     first_error: int | None = None
 
 
-class Review(Row):
+class Review(TraceRow):
     """The teacher's review of one attempt: the first wrong step (None: all are right), the cause and the correction.
 
     `trace` is the complete review: the steps up to `step` unchanged, then a new solution from there.

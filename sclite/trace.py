@@ -69,10 +69,16 @@ class Issue:
 
 @dataclass(frozen=True)
 class Parsed:
-    """The trace that could be read, and the issues found, in order of their place."""
+    """A text, the trace that could be read from it, and the issues found, in order of their place."""
 
+    text: str
     trace: Trace
     issues: tuple[Issue, ...]
+
+    @property
+    def work(self) -> Trace:
+        """The trace with the corrections that a student made while solving."""
+        return corrected(self.trace)
 
 
 def _check(name: str, text: str | None, empty: bool = False) -> None:
@@ -269,6 +275,7 @@ def parse(text: str) -> Parsed:
     wrong_step_number, step_after_the_end, tag_outside_a_step, second_key, second_cause, second_correction,
     second_generalized, second_answer, generalized_after_the_answer, text_between_tags, empty_step, no_steps, no_answer.
     """
+    given = text
     if ("&lt;" in text or "＜" in text) and not TAG.search(text):
         text = html.unescape(text).translate(_WIDE)
     if "**" in text:
@@ -298,7 +305,7 @@ def parse(text: str) -> Parsed:
         issues.append(Issue("no_steps", "the top level"))
     if trace.answer is None:
         issues.append(Issue("no_answer", f"the end, character {end}"))
-    return Parsed(trace, tuple(issues))
+    return Parsed(given, trace, tuple(issues))
 
 
 def tag_name(written: str) -> str:
@@ -315,11 +322,6 @@ def first_corrected(trace: Trace) -> int | None:
         if step.cause is not None or step.correction is not None:
             return number
     return None
-
-
-def work_of(text: str) -> Trace:
-    """The work in a student's attempt, with the corrections that it made while solving."""
-    return corrected(parse(text).trace)
 
 
 def corrected(trace: Trace) -> Trace:

@@ -6,15 +6,8 @@ from dataclasses import dataclass
 
 from sclite import prompts
 from sclite.student.base import Reply, Request
-from sclite.student.self_correction import (
-    Reviewed,
-    ReviewSettings,
-    Script,
-    Writing,
-    free,
-    guided,
-)
-from sclite.trace import parse
+from sclite.student.self_correction import Reviewed, ReviewSettings, Script, Writing, free, guided
+from sclite.trace import Trace, parse, render
 
 
 @dataclass(frozen=True)
@@ -34,22 +27,28 @@ class Settings:
 
 @dataclass(frozen=True)
 class Answer:
-    """The first reply to a question and its review; `note` says why something is missing."""
+    """The first reply to a question, the trace in it, and its review; `note` says why something is missing."""
 
     question: str
     first: Reply
+    trace: Trace
     review: Reviewed | None = None
     note: str = ""
 
     @property
+    def final(self) -> Trace:
+        """The solution after the review: the first one, unless the review changed it."""
+        return self.trace if self.review is None else self.review.trace or self.trace
+
+    @property
     def text(self) -> str:
-        """The final text: after the review, if there was one."""
-        return self.first.text if self.review is None else self.review.text
+        """The final text: the reply, unless the review changed it."""
+        return self.first.text if self.final is self.trace else render(self.final)
 
     @property
     def result(self) -> str:
         """The final answer; the whole text if there is none."""
-        return parse(self.text).trace.answer or self.text
+        return self.final.answer or self.text
 
     @property
     def tokens(self) -> int:
@@ -61,7 +60,7 @@ class Answer:
         row: dict[str, object] = {
             "question": self.question,
             "first": self.first.text,
-            "answer": parse(self.text).trace.answer,
+            "answer": self.final.answer,
         }
         if self.review is not None:
             row |= {
@@ -89,19 +88,19 @@ def solve_and_review(question: str, settings: Settings) -> Script[Answer]:
         reply = Reply(0, "", 0, 0, "error", "no reply")
     trace = parse(reply.text).trace
     if reply.finish == "error" or not trace.steps:
-        return Answer(question, reply, note=reply.error or "the answer has no steps to review")
+        return Answer(question, reply, trace, note=reply.error or "the answer has no steps to review")
     review = None
     if settings.mode:
         limits = (settings.threshold, settings.rounds, settings.max_tokens, settings.prompt_folder)
         review = yield from (guided if settings.mode == "guided" else free)(
-            question, reply.text, ReviewSettings(*limits)
+            question, trace, ReviewSettings(*limits)
         )
     note = "" if review is None else review.note
     if reply.finish == "length":
         note = f"the answer was cut off at {reply.tokens} tokens; increase max_tokens"
     elif trace.answer is None:
         note = note or "the steps reach no answer"
-    return Answer(question, reply, review, note)
+    return Answer(question, reply, trace, review, note)
 
 
 def with_history(question: str, history: Sequence[Answer]) -> str:

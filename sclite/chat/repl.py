@@ -281,14 +281,14 @@ class Chat:
         with Engine(base, parallel=1, context=self.context) as student:
             reply = next(student.generate([request]))
         console.print(f"[bold]{escape(base.name)}[/]")
-        for part in (Answer(answer.question, reply), answer):
+        for part in (Answer(answer.question, reply, parse(reply.text).trace), answer):
             view = AnswerView()
             view.feed(replace(part, review=None))
             if part is answer:
                 console.print(f"\n[bold]{escape(self.path.name)}[/], before its review")
             with showing(view):
                 pass
-        if answer.review is not None and answer.review.changed:
+        if answer.review is not None and answer.review.trace is not None:
             console.print(f"  after review [bold]{escape(readable(answer.result))}[/]")
 
     def do_why(self, _: str) -> None:
@@ -299,9 +299,7 @@ class Chat:
             raise UsageError("the last answer has no scores", "/set mode guided, /correct on, then /retry")
         limit = self.settings.threshold
         rows = []
-        for number, (step, odds) in enumerate(
-            zip(parse(answer.first.text).trace.steps, review.scores, strict=False), 1
-        ):
+        for number, (step, odds) in enumerate(zip(answer.trace.steps, review.scores, strict=False), 1):
             flag = "flagged" if number == review.accused else "above" if odds > limit else ""
             rows.append(
                 [str(number), readable(step.text), f"{100 * probability(odds):.1f} %", f"{odds:+.2f}", flag]

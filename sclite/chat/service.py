@@ -16,7 +16,7 @@ from sclite.chat.answer import Answer, Settings, probability, solve_and_review
 from sclite.errors import ScliteError
 from sclite.student.base import Reply, Request, Student
 from sclite.student.self_correction import Corrected, StepsScored, Writing, stream
-from sclite.trace import TAG, parse, tag_name
+from sclite.trace import TAG, tag_name
 
 RAW = ":raw"
 MOST_CHOICES, MOST_SECONDS = 8, 600.0
@@ -135,11 +135,11 @@ class PlainText:
 
 def final_text(answer: Answer) -> str:
     """The corrected solution as plain text; the reply itself if it has no steps."""
-    trace = parse(answer.text).trace
-    if not trace.steps:
+    final = answer.final
+    if not final.steps:
         return answer.text
-    lines = [f"{number}. {step.text}" for number, step in enumerate(trace.steps, 1)]
-    return "\n".join([*lines, *(["", f"Answer: {trace.answer}"] if trace.answer is not None else [])])
+    lines = [f"{number}. {step.text}" for number, step in enumerate(final.steps, 1)]
+    return "\n".join([*lines, *(["", f"Answer: {final.answer}"] if final.answer is not None else [])])
 
 
 class Service:
@@ -197,7 +197,7 @@ class Service:
                     self.counts['tokens_total{kind="generated"}'] += item.tokens
                     if item.answer is not None and item.answer.review is not None:
                         self.counts["reviewed_total"] += 1
-                        self.counts["corrected_total"] += item.answer.review.changed
+                        self.counts["corrected_total"] += item.answer.review.trace is not None
                 yield item
         finally:
             self.counts["request_seconds_count"] += 1

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from sclite import console
 from sclite.chat.answer import Answer, probability
-from sclite.student.self_correction import SAME_RESULT, Corrected, Event, StepsScored, Writing
+from sclite.student.self_correction import Corrected, Event, StepsScored, Writing
 from sclite.trace import CAUSE, Step, parse
 
 if TYPE_CHECKING:
@@ -123,8 +123,8 @@ class AnswerView:
 
     def _finish(self, answer: Answer) -> None:
         self.answer, self.part, self.seconds = answer, "", time.monotonic() - self.began
-        review, first, final = answer.review, parse(answer.first.text).trace, parse(answer.text).trace
-        if review is None or review.accused is None or review.note == SAME_RESULT:
+        review, first, final = answer.review, answer.trace, answer.final
+        if review is None or review.trace is None:
             # nothing was corrected, or it could not be read: the first solution stands
             self.first_answer = None
             self.lines = step_lines(first.steps) if first.steps else [Line(0, answer.first.text.strip())]

@@ -19,7 +19,7 @@ from sclite.signature import digest, with_unanswered
 from sclite.student.base import Reply, Request, Student
 from sclite.teacher.ledger import FILE as LEDGER
 from sclite.teacher.ledger import Ledger
-from sclite.trace import parse, render, work_of
+from sclite.trace import parse, render
 
 _NOT_SAMPLING = {"reviews", "confirmation_share", "student", "api_base", "concurrency", "price"}
 _FATAL_ISSUES = ("no_steps", "no_answer", "empty_step", "wrong_step_number", "step_after_the_end")
@@ -126,8 +126,7 @@ def find_fatal_issue(attempt: Attempt) -> str:
     The parser repairs other issues (a missing or stray closing tag), and such attempts are worth the most: a student
     that doubts its own step often closes it wrongly.
     """
-    issues = parse(attempt.trace).issues
-    return next((str(issue) for issue in issues if issue.name in _FATAL_ISSUES), "")
+    return next((str(issue) for issue in attempt.parsed.issues if issue.name in _FATAL_ISSUES), "")
 
 
 def _count_outcomes(rows: Sequence[Attempt]) -> dict[str, int]:
@@ -175,7 +174,7 @@ def _sample(
             while (block := range(begin, min(begin + size, len(pending)))) and waiting.keys() >= {*block}:
                 begin = block.stop
                 replies = [waiting.pop(index) for index in block]
-                answers = [answer_of(reply.text) for reply in replies]
+                answers = [answer_of(parse(reply.text)) for reply in replies]
                 golds = [pending[index][0].answer for index in block]
                 verdicts = grader.equal_many(zip(answers, golds, strict=True))
                 graded = [
@@ -219,5 +218,5 @@ def deduplicate(attempts: Sequence[Attempt]) -> list[Attempt]:
     """The first attempt of each distinct text (steps and answer) per problem, in order."""
     first: dict[tuple[str, str], Attempt] = {}
     for attempt in attempts:
-        first.setdefault((attempt.id, render(work_of(attempt.trace)) or attempt.trace), attempt)
+        first.setdefault((attempt.id, render(attempt.parsed.work) or attempt.trace), attempt)
     return list(first.values())

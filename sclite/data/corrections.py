@@ -19,7 +19,7 @@ from sclite.records import Attempt, Drop, Problem, Review, Template, from_feedba
 from sclite.run import Report, Run, timed
 from sclite.signature import digest, with_unanswered
 from sclite.teacher.client import CHARACTERS_PER_TOKEN, Forecast, Job, Rejection, Teacher, count_unanswered
-from sclite.trace import Trace, first_corrected, parse, render, work_of
+from sclite.trace import Trace, first_corrected, parse, render
 
 SAMPLED = 50  # templates from which the length of a correction is estimated
 
@@ -85,14 +85,14 @@ def write_corrections(
                 f"no wrong attempt could be corrected: {reasons or 'there are none'}",
                 f"see {run.path('dropped.jsonl')}; add problems or samples (attempts.samples), or {other}",
             )
-        right = [a for a in attempts if a.correct is True and not parse(a.trace).issues]
+        right = [a for a in attempts if a.correct is True and not a.parsed.issues]
         share = config.attempts.confirmation_share
         wanted = round(len(reviews) * share / (1 - share))
         judged = list(filter(from_feedback, right))  # the user's own verdicts are always among them
         others = [a for a in right if not from_feedback(a)]
         more = max(0, min(len(others), wanted - len(judged)))
         confirmed = [
-            Review(id=a.id, sample=a.sample, step=None, trace=render(work_of(a.trace)), requests=0)
+            Review(id=a.id, sample=a.sample, step=None, trace=render(a.parsed.work), requests=0)
             for a in (*judged, *random.Random(config.seed).sample(others, more))
         ]
         order = {(a.id, a.sample): i for i, a in enumerate(attempts)}
@@ -164,7 +164,7 @@ def review_rejection(text: str, attempt: Attempt, problem: Problem, grader: Grad
         return Rejection("not_readable", str(parsed.issues[0]))
     if "\ufffd" in text:
         return Rejection("broken_text", "it has characters that are no text")
-    if rejection := step_rejection(work_of(attempt.trace), parsed.trace, attempt.first_error):
+    if rejection := step_rejection(attempt.parsed.work, parsed.trace, attempt.first_error):
         return rejection
     if find_leak(render(parsed.trace)):
         return Rejection("leak", "the text mentions a given solution or answer")
@@ -203,7 +203,7 @@ def _validate_imported(run: Run) -> Report:
     attempts = {(attempt.id, attempt.sample): attempt for attempt in run.read("attempts.jsonl", Attempt)}
     reviews = run.read("reviews.jsonl", Review)
     for number, row in enumerate(reviews, 1):
-        parsed, attempt = parse(row.trace), attempts.get((row.id, row.sample))
+        parsed, attempt = row.parsed, attempts.get((row.id, row.sample))
         step, why, hint = first_corrected(parsed.trace), "", "fix or remove it"
         if attempt is None:
             why = f"attempts.jsonl has no attempt with this id and sample {row.sample}"
@@ -212,7 +212,7 @@ def _validate_imported(run: Run) -> Report:
             why = str(parsed.issues[0])
         elif row.step != step:
             why = f"step is {row.step}, but its trace corrects {step or 'none'}"
-        elif step and (rejection := step_rejection(work_of(attempt.trace), parsed.trace, None)):
+        elif step and (rejection := step_rejection(attempt.parsed.work, parsed.trace, None)):
             why = rejection.text
         elif step and (row.cause is None or row.correction is None):
             why = "cause or correction is missing"
@@ -246,7 +246,7 @@ def _jobs(config: Config, run: Run, grader: Grader, wrong: Sequence[Attempt]) ->
     problems: Mapping[str, Problem] = {p.id: p for p in run.rows("problems.jsonl", Problem)} if wrong else {}
     folder = config.prompts.folder
     for attempt in wrong:
-        problem, work = problems[attempt.id], render(work_of(attempt.trace))
+        problem, work = problems[attempt.id], render(attempt.parsed.work)
         gold = problem.question, problem.solution or problem.answer, problem.answer
         yield Job(
             f"{attempt.id}/{attempt.sample}",
@@ -263,7 +263,7 @@ def _merge_review(attempt: Attempt, reply: str, requests: int) -> Review:
     step = first_corrected(trace)
     assert step is not None  # or the check would have rejected it
     accused = trace.steps[step - 1]
-    *before, wrong = work_of(attempt.trace).steps[:step]
+    *before, wrong = attempt.parsed.work.steps[:step]
     wrong = replace(wrong, cause=accused.cause, correction=accused.correction)
     return Review(
         id=attempt.id,

@@ -45,7 +45,9 @@ def write_feedback(
         "golds": digest([[row.id, row.question, row.answer] for row in given.values()]),
         "avoid": digest([sources, [row.id for row in fit]]),
         "teacher": digest(identity(config.teacher)),
-        "rows": digest([row.model_dump() for row in (*problems, *attempts) if from_feedback(row)]),
+        "rows": digest(
+            [row.model_dump() for row in (*filter(from_feedback, problems), *filter(from_feedback, attempts))]
+        ),
     }
     if manifest := run.done("feedback", inputs):
         return Report.of(manifest)
@@ -58,14 +60,16 @@ def write_feedback(
             for row in rows:
                 if isinstance(gold, Rejection):
                     drops.append(_drop(row, gold.reason, gold.text))
-                elif grader.equal(answer_of(row.final), gold.answer) is not row.good:
+                elif grader.equal(answer_of(parse(row.final)), gold.answer) is not row.good:
                     why = f"judged {'right' if row.good else 'wrong'}; the answer is {gold.answer}"
                     drops.append(_drop(row, "verdict_contradicts_the_answer", why))
                 else:
                     verdicts[row.good] += 1
                     texts += [row.attempt, row.final]
             for sample, text in enumerate(dict.fromkeys(texts)):
-                right = grader.equal(answer_of(text), gold.answer) if isinstance(gold, Problem) else None
+                right = (
+                    grader.equal(answer_of(parse(text)), gold.answer) if isinstance(gold, Problem) else None
+                )
                 added.append(_attempt(question, sample, text, right))
         ids = {row.id for row in added}
         asked = [gold for gold in golds.values() if isinstance(gold, Problem) and gold.id in ids]
@@ -128,7 +132,7 @@ def _find_golds(
         if question in given:
             golds[question] = given[question].model_copy(update={"id": _id(question)})
         elif right:
-            answer = answer_of(right[-1].final) or ""
+            answer = answer_of(parse(right[-1].final)) or ""
             golds[question] = Problem(id=_id(question), question=right[-1].question, answer=answer)
         else:
             unknown[question] = rows[0].question
@@ -151,10 +155,10 @@ def _find_golds(
         if progress is not None:
             progress(done, len(jobs), teacher.ledger.spent_usd)
     for question, texts in solutions.items():
-        first, *others = (answer_of(text) for text in texts)
+        first, *others = (answer_of(parse(text)) for text in texts)
         if question in golds:
             continue
-        if first is None or not all(grader.equal(first, other) for other in others):
+        if first is None or not all(grader.equal(other, first) for other in others):
             why = f"the teacher answers {', '.join(map(str, (first, *others)))}"
             golds[question] = Rejection("no_gold_answer", why)
         else:
@@ -168,7 +172,9 @@ def _id(question: str) -> str:
 
 
 def _attempt(question: str, sample: int, text: str, correct: bool | None) -> Attempt:
-    return Attempt(id=_id(question), sample=sample, trace=text, answer=answer_of(text), correct=correct)
+    return Attempt(
+        id=_id(question), sample=sample, trace=text, answer=answer_of(parse(text)), correct=correct
+    )
 
 
 def _drop(row: Feedback, reason: str, detail: str) -> Drop:

@@ -20,7 +20,7 @@ from sclite.grading.extract import extract
 from sclite.grading.worker import Grader
 from sclite.records import Attempt, Drop, Pair, Problem, Review, from_feedback
 from sclite.run import Run
-from sclite.trace import Step, Trace, clean, parse, render
+from sclite.trace import Step, Trace, clean, render
 
 
 class LabelledWork(BaseModel):
@@ -146,7 +146,7 @@ def read_imported_attempts(run: Run, problems: Sequence[Problem]) -> list[Attemp
     known = {problem.id for problem in problems}
     rows, seen = [row for row in run.rows("attempts.jsonl", Attempt) if not from_feedback(row)], set()
     for number, row in enumerate(rows, 1):
-        steps, label = len(parse(row.trace).trace.steps), row.first_error
+        steps, label = len(row.parsed.trace.steps), row.first_error
         why, hint = "", "fix or remove it"
         if row.id not in known:
             why, hint = "no problem has this id", "use the ids of problems.jsonl"

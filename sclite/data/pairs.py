@@ -17,15 +17,21 @@ from sclite import prompts
 from sclite.config import Config
 from sclite.data.attempts import endpoint_cost_usd, external_student_digest
 from sclite.data.imported import reject_row
-from sclite.grading.extract import answer_of
 from sclite.grading.worker import Grader
 from sclite.progress import Progress
 from sclite.records import Attempt, Drop, Pair, Problem, Review
 from sclite.run import Report, Run, timed
 from sclite.signature import digest, with_unanswered
 from sclite.student.base import Student
-from sclite.student.self_correction import NO_REPLY, Reviewed, ReviewSettings, correct_steps, review_free
-from sclite.trace import CAUSE, Trace, close_piece, open_piece, parse, render, step_pieces, work_of
+from sclite.student.self_correction import (
+    NO_REPLY,
+    Reviewed,
+    ReviewSettings,
+    correct_steps,
+    free,
+    run_together,
+)
+from sclite.trace import CAUSE, Trace, close_piece, open_piece, parse, render, step_pieces
 
 Own = tuple[str, bool | None]
 """A student's own cause and correction, as a continuation of `<Cause>`, and whether it leads to the gold answer."""
@@ -74,7 +80,7 @@ def write_pairs(
         reviews = run.require("reviews.jsonl", Review, "run `sclite build-data --only corrections` first")
         attempts = {(a.id, a.sample): a for a in run.read("attempts.jsonl", Attempt)}
         problems = {p.id: p for p in run.read("problems.jsonl", Problem)}
-        judged = [(review, work_of(attempts[review.id, review.sample].trace)) for review in reviews]
+        judged = [(review, attempts[review.id, review.sample].parsed.work) for review in reviews]
         cases = [Case(r, r.step, work, problems[r.id]) for r, work in judged if r.step is not None]
         if student is None:
             for case in cases:
@@ -148,8 +154,8 @@ def _sample_own(
     config: Config, student: Student, cases: Sequence[Case], grader: Grader, progress: Progress | None
 ) -> None:
     """Add to each case what the student writes about it, `attempts.reviews` times."""
-    settings, free = config.attempts, config.attempts.kind == "endpoint"
-    if free:  # a request's seed is that of its round, so that other rows do not change it
+    settings, whole = config.attempts, config.attempts.kind == "endpoint"
+    if whole:  # a request's seed is that of its round, so that other rows do not change it
         asked, size = [*cases] * settings.reviews, len(cases)
     else:
         asked, size = [case for case in cases for _ in range(settings.reviews)], max(config.student.batch, 1)
@@ -164,18 +170,19 @@ def _sample_own(
             max_tokens=settings.max_tokens,
             temperature=settings.temperature,
             prompt_folder=config.prompts.folder,
-            seed=config.seed + (start // size if free else start),
+            seed=config.seed + (start // size if whole else start),
         )
-        questions = [case.problem.question for case in block]
-        if free:
-            written = review_free(student, questions, [render(case.work) for case in block], review, show)
+        if whole:
+            scripts = [free(case.problem.question, case.work, review) for case in block]
+            written = run_together(student, scripts, show)
         else:
-            works, steps = [case.work for case in block], [case.step for case in block]
-            written = correct_steps(student, zip(questions, works, steps, strict=True), review)
+            given = [(case.problem.question, case.work, case.step) for case in block]
+            written = correct_steps(student, given, review)
             show(len(block), 0)
-        answers = [answer_of(own.text) if own.accused is not None else None for own in written]
-        golds = [case.problem.answer for case in block]
-        verdicts = grader.equal_many(zip(answers, golds, strict=True))
+        verdicts = grader.equal_many(
+            (None if own.accused is None else (own.trace or case.work).answer, case.problem.answer)
+            for case, own in zip(block, written, strict=True)
+        )
         for case, own, right in zip(block, written, verdicts, strict=True):
             if reason := _own_issue(case, own):
                 case.reasons.append(reason)
@@ -194,7 +201,7 @@ def _own_issue(case: Case, own: Reviewed) -> str:
     if not own.cause or not own.correction:
         return _UNREADABLE
     kept = [step.text.split() for step in case.work.steps[: case.step - 1]]
-    before = [step.text.split() for step in parse(own.text).trace.steps[: case.step - 1]]
+    before = [step.text.split() for step in (own.trace or case.work).steps[: case.step - 1]]
     return "" if before == kept else "student_review_changes_steps"
 
 

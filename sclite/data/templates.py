@@ -73,7 +73,7 @@ def write_templates(
         if run.is_imported("templates", "templates.jsonl"):
             rows = run.read("templates.jsonl", Template)
             for number, row in enumerate(rows, 1):
-                if issues := parse(row.trace).issues:
+                if issues := row.parsed.issues:
                     why = f"{run.path('templates.jsonl')}, row {number} ({row.id}): {issues[0]}"
                     raise DataError(why, "fix or remove it")
             report.counts, report.skipped = {"templates": len(rows), "imported": len(rows)}, True

@@ -1,6 +1,6 @@
 """A student's answers to problems, graded."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from sclite import prompts
@@ -10,16 +10,16 @@ from sclite.grading.worker import Grader
 from sclite.records import Problem
 from sclite.student.base import Reply, Request, Student
 from sclite.student.self_correction import ReviewSettings
-from sclite.trace import Trace, work_of
+from sclite.trace import Parsed, parse
 
 
 @dataclass(frozen=True)
 class FirstAnswers:
-    """A student's first answers to some problems: replies, traces, verdicts (None: unknown)."""
+    """A student's first answers to some problems: replies, what they hold, verdicts (None: unknown)."""
 
     problems: Sequence[Problem]
     replies: list[Reply]
-    traces: list[Trace]
+    parsed: list[Parsed]
     correct: list[bool | None]
 
 
@@ -40,14 +40,15 @@ def solve_problems(
         replies.append(reply)
         progress()
     replies.sort(key=lambda reply: reply.index)
-    verdicts = grade(grader, [reply.text for reply in replies], problems)
+    parsed = [parse(reply.text) for reply in replies]
+    verdicts = grade(grader, map(answer_of, parsed), problems)
     correct = [None if r.finish == "error" else v for r, v in zip(replies, verdicts, strict=True)]
-    return FirstAnswers(problems, replies, [work_of(reply.text) for reply in replies], correct)
+    return FirstAnswers(problems, replies, parsed, correct)
 
 
-def grade(grader: Grader, texts: Sequence[str], problems: Sequence[Problem]) -> list[bool | None]:
-    """Whether each text ends in the right answer of its problem; None if that could not be decided."""
-    return grader.equal_many((answer_of(text), p.answer) for text, p in zip(texts, problems, strict=True))
+def grade(grader: Grader, answers: Iterable[str | None], problems: Sequence[Problem]) -> list[bool | None]:
+    """Whether each answer is the right one of its problem; None if that could not be decided."""
+    return grader.equal_many(zip(answers, (problem.answer for problem in problems), strict=True))
 
 
 def review_settings(config: Config, threshold: float) -> ReviewSettings:

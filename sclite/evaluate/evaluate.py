@@ -19,8 +19,8 @@ from sclite.records import Problem
 from sclite.run import Run
 from sclite.signature import digest
 from sclite.student.base import Student
-from sclite.student.self_correction import NEVER, correct_steps, review_free, review_guided
-from sclite.trace import Trace, parse, work_of
+from sclite.student.self_correction import NEVER, correct_steps, free, guided, run_together
+from sclite.trace import Trace, render
 
 NO_STEPS = "its answers have no steps"
 Judge = Callable[[str, Trace], int | None]
@@ -53,26 +53,27 @@ def review_answers(
     mode: str = "guided",
 ) -> list[Outcome]:
     """Turn 2: review each first answer and grade the result."""
-    questions, texts = [p.question for p in first.problems], [reply.text for reply in first.replies]
-    settings = review_settings(config, threshold)
-    reviewed = (review_guided if mode == "guided" else review_free)(student, questions, texts, settings)
-    second = grade(grader, [r.text for r in reviewed], first.problems)
+    settings, review_one = review_settings(config, threshold), guided if mode == "guided" else free
+    asked = zip(first.problems, first.parsed, strict=True)
+    scripts = [review_one(problem.question, parsed.trace, settings) for problem, parsed in asked]
+    reviewed = run_together(student, scripts)
+    second = grade(grader, [review.answer for review in reviewed], first.problems)
     rows = []
-    columns = first.problems, first.replies, first.traces, first.correct, reviewed, second
-    for problem, reply, trace, correct, review, verdict in zip(*columns, strict=True):
-        true_step, known = None, False
-        if judge is not None and trace.steps:
-            true_step, known = judge(problem.question, trace), True
-        labelled = range(1, (true_step or len(trace.steps)) + 1) if known else ()
+    columns = first.problems, first.replies, first.parsed, first.correct, reviewed, second
+    for problem, reply, parsed, correct, review, verdict in zip(*columns, strict=True):
+        true_step, known, work = None, False, parsed.work
+        if judge is not None and work.steps:
+            true_step, known = judge(problem.question, work), True
+        labelled = range(1, (true_step or len(work.steps)) + 1) if known else ()
         rows.append(
             Outcome(
                 id=problem.id,
                 question=problem.question,
                 gold=problem.answer,
                 first=reply.text,
-                second=review.text if review.changed else None,
+                second=render(review.trace) if review.trace else None,
                 correct1=correct,
-                correct2=verdict if review.changed else correct,
+                correct2=verdict if review.trace else correct,
                 accused=review.accused,
                 cause=review.cause,
                 correction=review.correction,
@@ -80,7 +81,7 @@ def review_answers(
                 true_known=known,
                 step_scores=tuple(round(score, 4) for score in review.scores),
                 step_labels=tuple(step == true_step for step in labelled),
-                format_ok=not parse(reply.text).issues,
+                format_ok=not parsed.issues,
                 cut=reply.finish == "length",
                 tokens1=reply.tokens,
                 tokens2=review.tokens,
@@ -91,19 +92,19 @@ def review_answers(
 
 
 def located_correction_rate(
-    student: Student, rows: Sequence[Outcome], problems: Sequence[Problem], config: Config, grader: Grader
+    student: Student, rows: Sequence[Outcome], first: FirstAnswers, config: Config, grader: Grader
 ) -> float | None:
     """The share of wrong answers that are corrected if the true first wrong step is given; None if none is known."""
     cases = [
-        (problem, (o.question, work_of(o.first), o.true_step))
-        for o, problem in zip(rows, problems, strict=True)
+        (problem, (problem.question, parsed.work, o.true_step))
+        for o, problem, parsed in zip(rows, first.problems, first.parsed, strict=True)
         if o.true_step is not None and o.correct1 is False
     ]
     if not cases:
         return None
     corrected = correct_steps(student, [case for _, case in cases], review_settings(config, 0.0))
-    verdicts = grade(grader, [c.text for c in corrected], [problem for problem, _ in cases])
-    known = [bool(v) and c.changed for v, c in zip(verdicts, corrected, strict=True) if v is not None]
+    verdicts = grade(grader, [c.answer for c in corrected], [problem for problem, _ in cases])
+    known = [verdict for verdict in verdicts if verdict is not None]
     return round(sum(known) / len(known), 4) if known else None
 
 
@@ -139,7 +140,7 @@ def evaluate_model(
     began = time.monotonic()
     first = solve_problems(student, problems, config, grader, progress)
     between = time.monotonic()
-    reviewable, fitted = any(trace.steps for trace in first.traces), None
+    reviewable, fitted = any(parsed.trace.steps for parsed in first.parsed), None
     if fits and reviewable:
         fitted = ensure_threshold(config, run, gguf, student, held_out.fitting, grader=grader)
     threshold = fitted.threshold if fitted else config.review.threshold
@@ -159,7 +160,7 @@ def evaluate_model(
         "threshold": threshold,
         "fitted": fitted and fitted.model_dump(),
         "off": off,
-        "correction_rate_given_location": located_correction_rate(student, rows, problems, config, grader),
+        "correction_rate_given_location": located_correction_rate(student, rows, first, config, grader),
         "tokens_first": sum(o.tokens1 for o in rows) / max(1, len(rows)),
         "seconds": round((between - began + ended - reviewing) / max(1, len(rows)), 4),
         "seconds_first": round((between - began) / max(1, len(rows)), 4),

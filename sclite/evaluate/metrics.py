@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Annotated, Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from pydantic import Field, model_validator
 
 from sclite.records import Row
 from sclite.student.self_correction import NEVER
+from sclite.trace import Trace, parse
 
 LogOdds = Annotated[float, Field(gt=-NEVER, lt=NEVER)]
 
@@ -41,6 +43,11 @@ class Outcome(Row):
     tokens1: int = 0
     tokens2: int = 0
     note: str = ""
+
+    @cached_property
+    def work(self) -> Trace:
+        """The steps and the answer of the first answer."""
+        return parse(self.first).work
 
     @model_validator(mode="after")
     def _labels_end_at_the_first_wrong_step(self):

@@ -10,7 +10,7 @@ import jinja2
 from sclite.evaluate.metrics import Outcome
 from sclite.evaluate.plots import accuracy_plot, as_number, curve_plots
 from sclite.run import write_text
-from sclite.trace import parse, work_of
+from sclite.trace import parse
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _TAG = re.compile(r"(</?(?:step|key|cause|correction|generalized|answer)\s*\d*\s*:?\s*>)", re.I)
@@ -108,7 +108,7 @@ def split_at_tags(text: str) -> list[tuple[str, str]]:
 
 def example_parts(shown: Outcome, model: str = "") -> dict[str, Any]:
     """An example for the template: the steps up to the accused one, its cause and correction, the new steps."""
-    first, second = work_of(shown.first), parse(shown.second or "").trace
+    first, second = shown.work, parse(shown.second or "").trace
     steps = [
         {"number": k, "text": step.text, "accused": k == shown.accused, "wrong": k == shown.true_step}
         for k, step in enumerate(first.steps, 1)

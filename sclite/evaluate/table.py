@@ -7,7 +7,6 @@ from sclite import console
 from sclite.console import escape, format_percent
 from sclite.evaluate.metrics import Outcome
 from sclite.evaluate.report import example_parts
-from sclite.trace import parse
 
 HEADER = tuple(
     [
@@ -47,7 +46,7 @@ def print_results(summary: Mapping[str, Any]) -> None:
 def choose_example(outcomes: Iterable[Outcome]) -> Outcome | None:
     """The shortest corrected answer, preferably with a first answer and with its true wrong step accused."""
     corrected = [o for o in outcomes if o.accused and o.correct1 is False and o.correct2 is True]
-    answered = [o for o in corrected if parse(o.first).trace.answer] or corrected
+    answered = [o for o in corrected if o.work.answer] or corrected
     located = [o for o in answered if o.accused == o.true_step] or answered
     return min(located, key=lambda o: len(o.question) + len(o.correction or ""), default=None)
 
@@ -65,6 +64,6 @@ def print_example(shown: Outcome | None) -> None:
         for label, name in (("[red]why wrong[/]", "cause"), ("[green]corrected[/]", "correction")):
             if step["accused"] and parts[name]:
                 console.print(f"      {label}  {escape(parts[name])}")
-    before = parse(shown.first).trace.answer or "–"
+    before = shown.work.answer or "–"
     after = f"[bold green]{escape(parts['after']['text'])}[/] (right: {escape(shown.gold)})"
     console.print(f"\n  answer {escape(before)} → {after}")

@@ -206,10 +206,11 @@ def try_corrections(student: Student, trials: Sequence[Trial], config: Config, g
         ]
         cases = [(trial.problem.question, trial.trace, step) for trial, step in places]
         corrected = correct_steps(student, cases, review_settings(config, 0.0))
-        verdicts = grade(grader, [each.text for each in corrected], [trial.problem for trial, _ in places])
+        answers = [each.answer for each in corrected]
+        verdicts = grade(grader, answers, [trial.problem for trial, _ in places])
         wrong = fixed = spoiled = 0
         for (trial, step), outcome, verdict in zip(places, corrected, verdicts, strict=True):
-            result = trial.results[step] = verdict if outcome.changed else trial.correct
+            result = trial.results[step] = verdict if outcome.trace else trial.correct
             wrong += trial.correct is False
             fixed += trial.correct is False and result is True
             spoiled += trial.correct is True and result is not True
@@ -242,9 +243,9 @@ def fit_student(
     solved = count(1)
     for part in (problems[::2], problems[1::2]) if total >= MANY_PROBLEMS else (problems,):
         first = solve_problems(student, part, config, grader, lambda: progress(next(solved), total))
-        questions = [problem.question for problem in part]
-        scores = score_traces(student, questions, first.traces, config.prompts.folder)
-        trials += map(Trial, part, first.traces, first.correct, scores)
+        questions, works = [problem.question for problem in part], [parsed.work for parsed in first.parsed]
+        scores = score_traces(student, questions, works, config.prompts.folder)
+        trials += map(Trial, part, works, first.correct, scores)
         try_corrections(student, trials, config, grader)
         if not any(trial.correct is False and True in trial.results.values() for trial in trials):
             break

@@ -10,7 +10,7 @@ from sclite.config import Config
 from sclite.records import Attempt, Problem, Review, Template
 from sclite.run import Run
 from sclite.student.base import Messages
-from sclite.trace import Step, Trace, all_pieces, parse
+from sclite.trace import Step, Trace, all_pieces
 
 T = TypeVar("T")
 ROWS = 100
@@ -78,16 +78,16 @@ def read_samples(config: Config, run: Run) -> list[Sample]:
         yield prompts.solve_messages(QUESTION, folder), TRACE
         yield prompts.review_messages(QUESTION, "".join(all_pieces(TRACE)), folder), TRACE
         for row in spread(run.read("templates.jsonl", Template)):
-            yield prompts.solve_messages(row.question, folder), parse(row.trace).trace
+            yield prompts.solve_messages(row.question, folder), row.parsed.trace
         questions = {row.id: row.question for row in run.read("problems.jsonl", Problem)}
         attempts = {(row.id, row.sample): row.trace for row in run.read("attempts.jsonl", Attempt)}
         for attempt in spread(run.read("attempts.jsonl", Attempt)):
             if attempt.id in questions:
-                yield prompts.solve_messages(questions[attempt.id], folder), parse(attempt.trace).trace
+                yield prompts.solve_messages(questions[attempt.id], folder), attempt.parsed.trace
         for review in spread(run.read("reviews.jsonl", Review)):
             reviewed = attempts.get((review.id, review.sample))
             if review.id in questions and reviewed:
                 chat = prompts.review_messages(questions[review.id], reviewed, folder)
-                yield chat, parse(review.trace).trace
+                yield chat, review.parsed.trace
 
     return [Sample(chat, all_pieces(trace)) for chat, trace in samples()]

@@ -2,7 +2,7 @@
 
 import re
 
-from sclite.trace import parse
+from sclite.trace import Parsed
 
 _BRACES = re.compile(
     r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:\{|(?P<bare>"  # without braces: up to the end of the formula, else one word
@@ -42,9 +42,9 @@ def extract(text: str) -> str | None:
     return found or None
 
 
-def answer_of(text: str) -> str | None:
+def answer_of(parsed: Parsed) -> str | None:
     """The final answer in a student's output: the answer of its trace, else whatever `extract` finds."""
-    return parse(text).trace.answer or extract(text)
+    return parsed.trace.answer or extract(parsed.text)
 
 
 def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:

@@ -15,7 +15,7 @@ from sclite.records import Attempt, Pair, Review, Template
 from sclite.run import Run
 from sclite.student.loader import fetch_base_model, load_tokenizer
 from sclite.student.tokenization import Encoded, encode_solution, end_id
-from sclite.trace import CAUSE, parse, work_of
+from sclite.trace import CAUSE
 from sclite.train.bundle import build_bundles
 from sclite.train.warmup_rows import rows_of_review
 
@@ -47,12 +47,12 @@ class Labels:
         folder = self.config.prompts.folder
         if isinstance(row, Template):
             messages = prompts.solve_messages(row.question, folder)
-            yield "sft", encode_solution(self.tokenizer, messages, parse(row.trace).trace)
+            yield "sft", encode_solution(self.tokenizer, messages, row.parsed.trace)
             return
         problem = self.problems.get(row.id)
         question = problem.question if problem is not None else ""
         if isinstance(row, Review):
-            work = work_of(self.works[row.id, row.sample].trace)
+            work = self.works[row.id, row.sample].parsed.work
             yield from rows_of_review(self.tokenizer, question, work, row, self.config).items()
         else:
             bundle = build_bundles(self.tokenizer, [row], {row.id: question}, folder)[0]

@@ -19,19 +19,17 @@ from sclite.trace import (
     OTHER_TAGS,
     Step,
     Trace,
-    clean,
     corrected,
     first_corrected,
     open_piece,
     parse,
     render,
     step_pieces,
-    work_of,
 )
 
 TOP_P = 0.95
 _NUMBERS, _BEGINS = re.compile(r"[\d\s.,:+\-*/×()$]*\Z"), re.compile(r"[(-]?\d")
-NO_REPLY, UNREADABLE = "no reply", "the review could not be read"
+NO_STEPS, NO_REPLY, UNREADABLE = "no steps to review", "no reply", "the review could not be read"
 SAME_RESULT = "the correction comes to the same result"
 NEVER = 1e6  # as a threshold: no log-odds exceed it, so nothing is accused; JSON has no infinity
 
@@ -40,12 +38,12 @@ NEVER = 1e6  # as a threshold: no log-odds exceed it, so nothing is accused; JSO
 class Reviewed:
     """The result of reviewing one attempt.
 
-    `scores` are the log-odds (nats) that each step is wrong; `accused` is the corrected step, or with the note
-    SAME_RESULT the step whose correction changed nothing (None: no step); `text` is the trace after the review, equal to
-    the attempt if nothing changed; `note` says why a review was abandoned; `tokens` counts what the review generated.
+    `trace` is the new solution (None: the attempt stands). `scores` are the log-odds (nats) that each step is wrong.
+    `accused` is the step that cause and correction belong to, also if its correction changes nothing (SAME_RESULT).
+    `note` says why a review was abandoned; `tokens` counts what the review generated.
     """
 
-    text: str
+    trace: Trace | None = None
     scores: tuple[float, ...] = ()
     accused: int | None = None
     cause: str | None = None
@@ -54,9 +52,9 @@ class Reviewed:
     note: str = ""
 
     @property
-    def changed(self) -> bool:
-        """Whether the review changed the attempt."""
-        return self.accused is not None and self.note != SAME_RESULT
+    def answer(self) -> str | None:
+        """The answer of the new solution."""
+        return self.trace.answer if self.trace is not None else None
 
 
 @dataclass(frozen=True)
@@ -161,21 +159,21 @@ def stream(student: Student, script: Script[T], cancel: Flag | None = None) -> I
 # -- guided ------------------------------------------------------------------------------------------------------------
 
 
-def score_request(question: str, trace: Trace, folder: str = "") -> ScoreRequest:
+def score_request(question: str, work: Trace, folder: str = "") -> ScoreRequest:
     """Request the log-odds of an error after each step of an attempt, in a single prefill."""
-    pieces = tuple(step_pieces(trace.steps))
-    messages = prompts.review_messages(question, render(trace), folder)
+    pieces = tuple(step_pieces(work.steps))
+    messages = prompts.review_messages(question, render(work), folder)
     options = tuple((CAUSE, closer) for closer in pieces[1::2])
     return ScoreRequest(messages, pieces, tuple(range(0, len(pieces), 2)), options, OTHER_TAGS)
 
 
 def score_traces(
-    student: Student, questions: Sequence[str], traces: Sequence[Trace], folder: str = ""
+    student: Student, questions: Sequence[str], works: Sequence[Trace], folder: str = ""
 ) -> list[tuple[float, ...]]:
-    """The log-odds of an error for each step of each trace; empty if it has no steps or is too long to review."""
-    odds: list[tuple[float, ...]] = [()] * len(traces)
-    scored = [i for i, trace in enumerate(traces) if trace.steps]
-    requests = [score_request(questions[i], traces[i], folder) for i in scored]
+    """The log-odds of an error for each step of each work; empty if it has no steps or is too long to review."""
+    odds: list[tuple[float, ...]] = [()] * len(works)
+    scored = [i for i, work in enumerate(works) if work.steps]
+    requests = [score_request(questions[i], works[i], folder) for i in scored]
     for scores in student.score(requests):
         odds[scored[scores.index]] = _readable(scores)
     return odds
@@ -187,26 +185,71 @@ def _readable(scores: Reply | Scores | None) -> tuple[float, ...]:
     return () if any(map(math.isnan, odds)) else odds
 
 
-def correction_request(
-    question: str, trace: Trace, step: int, settings: ReviewSettings, sample: int = 0
-) -> Request:
-    """Request the cause and correction of a step, in the review context, starting at `<Cause>`."""
-    pieces = (*step_pieces(trace.steps[: step - 1]), open_piece(step, trace.steps[step - 1]), CAUSE)
-    return Request(
-        prompts.review_messages(question, render(trace), settings.prompt_folder),
-        pieces,
+def guided(question: str, attempt: Trace, settings: ReviewSettings) -> Script[Reviewed]:
+    """Guided review of an attempt, in at most `settings.rounds` rounds."""
+    work = corrected(attempt)
+    result = Reviewed(note="" if work.steps else NO_STEPS)
+    for round_number in range(settings.rounds if work.steps else 0):
+        odds = _readable((yield score_request(question, work, settings.prompt_folder)))
+        if round_number == 0:
+            result = replace(result, scores=odds, note="" if odds else "too long to review")
+        step = next((n for n, value in enumerate(odds, 1) if value > settings.threshold), None)
+        yield StepsScored(odds, step)
+        if step is None:
+            break
+        outcome = yield from correct_step(question, work, step, settings)
+        tokens = result.tokens + outcome.tokens
+        if outcome.trace is None:  # the solution of the round before stands
+            return replace(result, tokens=tokens, note=outcome.note)
+        work = corrected(outcome.trace)
+        result = replace(outcome, scores=result.scores, tokens=tokens)
+    return result
+
+
+def correct_step(
+    question: str, work: Trace, step: int, settings: ReviewSettings, sample: int = 0
+) -> Script[Reviewed]:
+    """Correct a step in the review context, starting at `<Cause>`, and solve on from there in the solve context.
+
+    Without a readable cause, correction and answer, nothing is accused. If the correction comes to the same result as
+    the step, the step is accused, but the work stands.
+    """
+    before, wrong = work.steps[: step - 1], work.steps[step - 1]
+    yield Writing("correction")
+    reply = yield Request(
+        prompts.review_messages(question, render(work), settings.prompt_folder),
+        (*step_pieces(before), open_piece(step, wrong), CAUSE),
         max_tokens=settings.max_tokens,
         temperature=settings.temperature,
         top_p=TOP_P,
         seed=settings.seed + sample,
         stop=("</Correction>",),
     )
+    text, tokens = _text_and_tokens(reply)
+    written = parse(f"<Step1>x\n{CAUSE}{text or ''}").trace.steps[0]
+    cause, correction = written.cause, written.correction
+    if cause is None or correction is None:
+        return Reviewed(tokens=tokens, note=UNREADABLE)
+    yield Corrected(step, cause, correction)
+    if same_result(wrong.text, correction):
+        return Reviewed(None, (), step, cause, correction, tokens, SAME_RESULT)
+    yield Writing("continuation")
+    pieces = tuple(step_pieces((*before, Step(correction))))
+    messages = prompts.solve_messages(question, settings.prompt_folder)
+    text, more = _text_and_tokens((yield Request(messages, pieces, max_tokens=settings.max_tokens)))
+    if text is None:
+        return Reviewed(tokens=tokens, note=UNREADABLE)
+    solved = parse("".join(pieces) + text).trace
+    if solved.answer is None:
+        return Reviewed(tokens=tokens + more, note="no answer after the correction")
+    return Reviewed(solved, (), step, cause, correction, tokens + more)
 
 
-def read_correction(text: str) -> tuple[str, str] | None:
-    """(cause, correction) from the text after `<Cause>`; None if either is missing."""
-    step = parse(f"<Step1>x\n{CAUSE}{text}").trace.steps[0]
-    return (step.cause, step.correction) if step.cause and step.correction else None
+def correct_steps(
+    student: Student, cases: Iterable[tuple[str, Trace, int]], settings: ReviewSettings
+) -> list[Reviewed]:
+    """Correct the given step of each (question, work, step); each case is a sample with a seed of its own."""
+    return run_together(student, [correct_step(*case, settings, n) for n, case in enumerate(cases)])
 
 
 def same_result(step: str, correction: str) -> bool:
@@ -214,149 +257,52 @@ def same_result(step: str, correction: str) -> bool:
 
     Equations with letters and inequalities do not count: their right-hand side is not a result.
     """
-    result = _arithmetic_result(step)
-    return result is not None and result == _arithmetic_result(correction)
+
+    def result(text: str) -> str | None:
+        left, equals, right = text.rpartition("=")
+        found = _NUMBERS.search(left)
+        numbers = found[0].lstrip(" ,.:$") if found else ""
+        right = right.strip().rstrip(".").rstrip()
+        return right if equals and _BEGINS.match(numbers) and _BEGINS.match(right) else None
+
+    return result(step) is not None and result(step) == result(correction)
 
 
-def _arithmetic_result(text: str) -> str | None:
-    left, equals, right = text.rpartition("=")
-    found = _NUMBERS.search(left)
-    numbers = found[0].lstrip(" ,.:$") if found else ""
-    right = right.strip().rstrip(".").rstrip()
-    return right if equals and _BEGINS.match(numbers) and _BEGINS.match(right) else None
-
-
-def continuation_request(
-    question: str, trace: Trace, step: int, correction: str, settings: ReviewSettings
-) -> Request:
-    """Continue in the solve context after the steps before `step` and the correction as a plain step."""
-    pieces = step_pieces((*trace.steps[: step - 1], Step(clean(correction))))
-    return Request(
-        prompts.solve_messages(question, settings.prompt_folder),
-        tuple(pieces),
-        max_tokens=settings.max_tokens,
-    )
-
-
-def join_continuation(trace: Trace, step: int, correction: str, text: str) -> Trace:
-    """The new solution: the steps before `step`, the correction, and what the student wrote after it."""
-    kept = (*trace.steps[: step - 1], Step(clean(correction)))
-    return parse("".join(step_pieces(kept)) + text).trace
-
-
-def guided(question: str, attempt: str, settings: ReviewSettings) -> Script[Reviewed]:
-    """Guided review of an attempt, in at most `settings.rounds` rounds."""
-    trace = work_of(attempt)
-    result = Reviewed(attempt, note="" if trace.steps else "no steps to review")
-    for round_number in range(settings.rounds if trace.steps else 0):
-        odds = _readable((yield score_request(question, trace, settings.prompt_folder)))
-        if round_number == 0:
-            result = replace(result, scores=odds, note="" if odds else "too long to review")
-        step = next((n for n, value in enumerate(odds, 1) if value > settings.threshold), None)
-        yield StepsScored(odds, step)
-        if step is None:
-            break
-        outcome = yield from correct_step(question, trace, step, settings)
-        tokens = result.tokens + outcome.tokens
-        if not outcome.changed:  # keep the text of the round before
-            return replace(result, tokens=tokens, note=outcome.note)
-        trace = work_of(outcome.text)
-        result = replace(outcome, scores=result.scores, tokens=tokens)
-    return result
-
-
-def correct_step(
-    question: str, trace: Trace, step: int, settings: ReviewSettings, sample: int = 0
-) -> Script[Reviewed]:
-    """Correct a step and solve on from there.
-
-    `accused` is None in a result whose cause, correction or answer could not be read; `note` says which. If the
-    correction comes to the same result as the step, the attempt is kept, and `note` is SAME_RESULT.
-    """
-    yield Writing("correction")
-    reply = yield correction_request(question, trace, step, settings, sample)
-    result = Reviewed(render(trace), tokens=_tokens(reply), note=UNREADABLE)
-    parts = read_correction(_text(reply) or "")
-    if parts is None:
-        return result
-    cause, correction = parts
-    yield Corrected(step, cause, correction)
-    if same_result(trace.steps[step - 1].text, correction):
-        return Reviewed(result.text, (), step, cause, correction, result.tokens, SAME_RESULT)
-    yield Writing("continuation")
-    reply = yield continuation_request(question, trace, step, correction, settings)
-    text = _text(reply)
-    if text is None:
-        return result
-    solved = join_continuation(trace, step, correction, text)
-    tokens = result.tokens + _tokens(reply)
-    if solved.answer is None:
-        return replace(result, tokens=tokens, note="no answer after the correction")
-    return Reviewed(render(solved), (), step, cause, correction, tokens)
-
-
-def _text(reply: Reply | Scores | None) -> str | None:
-    """The text of a reply; None if it failed or is missing."""
-    return reply.text if isinstance(reply, Reply) and reply.finish != "error" else None
-
-
-def _tokens(reply: Reply | Scores | None) -> int:
-    return reply.tokens if isinstance(reply, Reply) else 0
-
-
-def review_guided(
-    student: Student, questions: Sequence[str], attempts: Sequence[str], settings: ReviewSettings
-) -> list[Reviewed]:
-    """Guided review of each attempt."""
-    columns = zip(questions, attempts, strict=True)
-    return run_together(student, [guided(question, attempt, settings) for question, attempt in columns])
-
-
-def correct_steps(
-    student: Student, cases: Iterable[tuple[str, Trace, int]], settings: ReviewSettings
-) -> list[Reviewed]:
-    """Correct the given step of each (question, trace, step); each case is a sample with a seed of its own."""
-    return run_together(student, [correct_step(*case, settings, n) for n, case in enumerate(cases)])
+def _text_and_tokens(reply: Reply | Scores | None) -> tuple[str | None, int]:
+    """The text of a reply, None if it failed or is missing, and how many tokens were generated."""
+    if not isinstance(reply, Reply):
+        return None, 0
+    return None if reply.finish == "error" else reply.text, reply.tokens
 
 
 # -- free --------------------------------------------------------------------------------------------------------------
 
 
-def free(question: str, attempt: str, settings: ReviewSettings) -> Script[Reviewed]:
-    """Free review, the paper's protocol: one generation that repeats everything; an unreadable one changes nothing."""
-    trace = work_of(attempt)
-    if not trace.steps:
-        return Reviewed(attempt, note="no steps to review")
+def free(question: str, attempt: Trace, settings: ReviewSettings) -> Script[Reviewed]:
+    """Free review, the paper's protocol: one generation that repeats everything; an unreadable one changes nothing.
+
+    Its seed is that of the settings, so that it depends only on its own attempt.
+    """
+    work = corrected(attempt)
+    if not work.steps:
+        return Reviewed(note=NO_STEPS)
     yield Writing("review")
     reply = yield Request(
-        prompts.review_messages(question, render(trace), settings.prompt_folder),
+        prompts.review_messages(question, render(work), settings.prompt_folder),
         max_tokens=2 * settings.max_tokens,
         temperature=settings.temperature,
         top_p=TOP_P if settings.temperature > 0 else 1.0,
         seed=settings.seed,
     )
-    text = _text(reply)
+    text, tokens = _text_and_tokens(reply)
     if text is None:
-        return Reviewed(attempt, note=NO_REPLY)
-    review, tokens = parse(text).trace, _tokens(reply)
-    step = first_corrected(review)
+        return Reviewed(note=NO_REPLY)
+    review = parse(text).trace
     if not review.steps or review.answer is None:
-        return Reviewed(attempt, tokens=tokens, note=UNREADABLE)
+        return Reviewed(tokens=tokens, note=UNREADABLE)
+    step = first_corrected(review)
     if step is None:
-        return Reviewed(attempt, tokens=tokens)
+        return Reviewed(tokens=tokens)
     wrong = review.steps[step - 1]
     yield Corrected(step, wrong.cause or "", wrong.correction or "")
-    return Reviewed(render(corrected(review)), (), step, wrong.cause, wrong.correction, tokens)
-
-
-def review_free(
-    student: Student,
-    questions: Sequence[str],
-    attempts: Sequence[str],
-    settings: ReviewSettings,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[Reviewed]:
-    """Free review of each attempt. All have the seed of the settings, so that each depends only on its own attempt."""
-    columns = zip(questions, attempts, strict=True)
-    scripts = [free(question, attempt, settings) for question, attempt in columns]
-    return run_together(student, scripts, progress)
+    return Reviewed(corrected(review), (), step, wrong.cause, wrong.correction, tokens)

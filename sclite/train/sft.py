@@ -17,7 +17,6 @@ from sclite.student.adapters import check_adapter
 from sclite.student.chat_template import opens_thinking
 from sclite.student.log_probs import pad
 from sclite.student.tokenization import Encoded, encode_solution, end_id
-from sclite.trace import parse
 from sclite.train.label_checks import check_labels
 from sclite.train.losses import negative_log_likelihood
 from sclite.train.metrics_logger import Progress
@@ -75,7 +74,7 @@ def solve_rows(
 ) -> list[Encoded]:
     """Each template as (student prompt, problem) -> trace."""
     return [
-        encode_solution(tokenizer, prompts.solve_messages(row.question, folder), parse(row.trace).trace)
+        encode_solution(tokenizer, prompts.solve_messages(row.question, folder), row.parsed.trace)
         for row in templates
     ]
 

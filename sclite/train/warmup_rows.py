@@ -20,7 +20,7 @@ from sclite.config import Config
 from sclite.records import Attempt, Problem, Review, Template
 from sclite.run import Run
 from sclite.student.tokenization import Encoded, encode_closing, encode_continuation, encode_review
-from sclite.trace import Trace, corrected, parse, render, work_of
+from sclite.trace import Trace, corrected, render
 from sclite.train.sft import solve_rows
 
 if TYPE_CHECKING:
@@ -40,11 +40,11 @@ def mixed_rows(
 
     If a review is too long to be trained, its work is not closed either: nothing would say that the step is wrong.
     """
-    attempts = {(a.id, a.sample): a.trace for a in run.read("attempts.jsonl", Attempt)}
+    attempts = {(a.id, a.sample): a for a in run.read("attempts.jsonl", Attempt)}
     questions = {p.id: p.question for p in run.read("problems.jsonl", Problem)}
     made: dict[str, list[tuple[str, Encoded]]] = {"review": [], "continued": [], "closed": []}
     for review in reviews:
-        work, name = work_of(attempts[review.id, review.sample]), f"{review.id}/{review.sample}"
+        work, name = attempts[review.id, review.sample].parsed.work, f"{review.id}/{review.sample}"
         rows = rows_of_review(tokenizer, questions[review.id], work, review, config)
         if len(rows["review"].ids) > config.warmup.max_length:
             rows.pop("closed", None)
@@ -89,7 +89,7 @@ def rows_of_review(
 
     Work without an answer makes no closed row, which would teach to end there.
     """
-    folder, weight, noted = config.prompts.folder, config.warmup.decision_weight, parse(review.trace).trace
+    folder, weight, noted = config.prompts.folder, config.warmup.decision_weight, review.parsed.trace
     messages = prompts.review_messages(question, render(work), folder)
     rows = {"review": encode_review(tokenizer, messages, noted, weight)}
     if review.step is not None:

@@ -81,17 +81,18 @@ def test_free_review_shows_the_correction_it_found():
 
 def test_second_round_corrects_the_corrected_work():
     view = AnswerView()
-    first = render(Trace((Step("a = 1"), Step("b = 2")), None, "2"))
-    final = render(Trace((Step("a = 3"), Step("b = 5")), None, "5"))
+    first = Trace((Step("a = 1"), Step("b = 2")), None, "2")
+    final = Trace((Step("a = 3"), Step("b = 5")), None, "5")
     view.feed(Writing("solution"))
-    view.feed(first)
+    view.feed(render(first))
     for step, rest in ((1, "<Step2>b = 4\n</Step2>\n<Answer>4</Answer>"), (2, "<Answer>5</Answer>")):
         view.feed(StepsScored((0.0, 0.0), step))
         view.feed(Writing("correction"))
         view.feed(f"Because.</Cause>\n<Correction>{'a = 3' if step == 1 else 'b = 5'}</Correction>")
         view.feed(Writing("continuation"))
         view.feed(rest)
-    view.feed(Answer("?", Reply(0, first, 9, 9, "stop"), Reviewed(final, (0.0, 0.0), 2, "Because.", "b = 5")))
+    review = Reviewed(final, (0.0, 0.0), 2, "Because.", "b = 5")
+    view.feed(Answer("?", Reply(0, render(first), 9, 9, "stop"), first, review))
     assert [line for line in lines_of(view) if "why" not in line] == [
         "  ✗  1  50% a = 1", "  →  1  50% a = 3", "  ✗  2  50% b = 4", "  →  2      b = 5", "  answer 5  (was 2)",
     ]  # fmt: skip

@@ -36,8 +36,8 @@ def evaluate_student(run, monkeypatch):
 
     def work(student, right: bool, progress=lambda: None, **given):
         for module in (evaluate, threshold):
-            monkeypatch.setattr(module, "grade", lambda _, texts, __: [right] * len(texts))
-        monkeypatch.setattr(answers, "grade", lambda _, texts, __: [right] * len(texts))
+            monkeypatch.setattr(module, "grade", lambda _, answers, __: [right for _ in answers])
+        monkeypatch.setattr(answers, "grade", lambda _, answers, __: [right for _ in answers])
         given = {
             "problems": PROBLEMS[:20],
             "fitting": [],
@@ -166,5 +166,5 @@ def test_steps_corrected_in_the_first_answer_count_as_corrected():
     first = answers.solve_problems(
         Student(), [Problem(id="p", question="1 + 1?", answer="2")], Config(), Sure()
     )
-    assert [step.text for step in first.traces[0].steps] == ["1 + 1 = 2"]
+    assert [step.text for step in first.parsed[0].work.steps] == ["1 + 1 = 2"]
     assert first.correct == [True]

@@ -30,7 +30,7 @@ from sclite.records import Problem
 from sclite.run import Run
 from sclite.student.base import Reply
 from sclite.student.self_correction import NEVER, SAME_RESULT, Reviewed
-from sclite.trace import Trace
+from sclite.trace import Trace, parse
 
 VERDICTS = st.sampled_from([True, False, None])
 
@@ -202,7 +202,9 @@ class Known:
         monkeypatch.setattr(threshold, "solve_problems", self.solve)
         monkeypatch.setattr(threshold, "score_traces", self.score)
         monkeypatch.setattr(threshold, "correct_steps", self.correct_steps)
-        monkeypatch.setattr(threshold, "grade", lambda _, texts, __: [text == "right" for text in texts])
+        monkeypatch.setattr(
+            threshold, "grade", lambda _, answers, __: [answer == "right" for answer in answers]
+        )
 
     @staticmethod
     def number(question: str) -> int:
@@ -211,7 +213,7 @@ class Known:
     def solve(self, _, problems, *__):
         self.solved += len(problems)
         correct = [self.correct[self.number(problem.question)] for problem in problems]
-        return FirstAnswers(problems, [], [Trace()] * len(problems), correct)
+        return FirstAnswers(problems, [], [parse("")] * len(problems), correct)
 
     def score(self, _, questions, *__):
         return [self.scores[self.number(question)] for question in questions]
@@ -223,7 +225,8 @@ class Known:
         found = []
         for question, _, step in cases:
             self.tried.append((self.number(question), step))
-            found.append(Reviewed("right" if self.fixes(*self.tried[-1]) else "wrong", accused=step))
+            answer = "right" if self.fixes(*self.tried[-1]) else "wrong"
+            found.append(Reviewed(Trace(answer=answer), accused=step))
         return found
 
     def fit(self, max_harm=0.005, problems=MANY) -> Fitted:
@@ -281,8 +284,8 @@ def test_blocks_without_a_wrong_answer_do_not_stop_the_fit(monkeypatch):
 def test_correction_that_changes_nothing_neither_spoils_nor_fixes(monkeypatch):
     known = Known(monkeypatch, lead=8.0)
     same = [
-        Reviewed("wrong", accused=1, note=SAME_RESULT),
-        Reviewed("right", note="no answer after the correction"),
+        Reviewed(accused=1, note=SAME_RESULT),
+        Reviewed(note="no answer after the correction"),
     ]
     monkeypatch.setattr(
         threshold, "correct_steps", lambda _, cases, __: [same[i % 2] for i in range(len(cases))]

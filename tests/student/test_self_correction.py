@@ -14,10 +14,9 @@ from sclite.student.self_correction import (
     StepsScored,
     Writing,
     correct_steps,
+    free,
     guided,
-    read_correction,
-    review_free,
-    review_guided,
+    run_together,
     same_result,
     score_request,
     score_traces,
@@ -66,6 +65,10 @@ def accuse_38(work: str) -> tuple[float, ...]:
     return tuple(3.0 if "= 38" in step.text else -4.0 for step in parse(work).trace.steps)
 
 
+def review(student, *attempts, script=guided, **settings):
+    return run_together(student, [script(QUESTION, each, ReviewSettings(**settings)) for each in attempts])
+
+
 # -- scores --------------------------------------------------------------------------------------------------------
 
 
@@ -93,33 +96,31 @@ def test_scores_match_their_traces_in_any_order():
 
 def test_wrong_step_is_accused_and_corrected():
     student = Scripted(odds=accuse_38, corrections=[CORRECTION])
-    (got,) = review_guided(student, [QUESTION], [render(WRONG)], ReviewSettings(threshold=0.0))
+    (got,) = review(student, WRONG, threshold=0.0)
     assert got.accused == 2
     assert got.scores == (-4.0, 3.0, -4.0)
     assert (got.cause, got.correction) == ("72 is not twice 38.", "72 / 2 = 36")
-    assert parse(got.text).trace == RIGHT
+    assert got.trace == RIGHT
     assert got.tokens == 20
     assert got.note == ""
 
 
 def test_correct_work_is_unchanged():
-    text = "Sure!\n" + render(RIGHT).replace("\n</Step1>", "</Step 1 >")
-    (got,) = review_guided(Scripted(odds=accuse_38), [QUESTION], [text], ReviewSettings())
-    assert got.text == text
-    assert (got.accused, got.tokens, got.note) == (None, 0, "")
+    (got,) = review(Scripted(odds=accuse_38), RIGHT)
+    assert (got.trace, got.accused, got.tokens, got.note) == (None, None, 0, "")
     assert got.scores == (-4.0, -4.0, -4.0)
 
 
 @pytest.mark.parametrize(("threshold", "accused"), [(-2.0, 1), (0.0, 2), (2.0, 3), (5.0, None), (4.0, None)])
 def test_first_step_above_the_threshold_is_accused(threshold, accused):
     student = Scripted(odds=lambda _: (-1.0, 1.0, 4.0), corrections=[CORRECTION], rest=f"{REST}")
-    (got,) = review_guided(student, [QUESTION], [render(WRONG)], ReviewSettings(threshold=threshold))
+    (got,) = review(student, WRONG, threshold=threshold)
     assert got.accused == accused
 
 
 def test_correction_request_continues_the_review_from_the_cause_tag():
     student = Scripted(odds=accuse_38, corrections=[CORRECTION])
-    review_guided(student, [QUESTION], [render(WRONG)], ReviewSettings(max_tokens=77))
+    review(student, WRONG, max_tokens=77)
     first = student.requests[0]
     assert "".join(first.pieces) == "".join(score_request(QUESTION, WRONG).pieces[:3]) + CAUSE
     assert first.pieces[:3] == score_request(QUESTION, WRONG).pieces[:3]
@@ -130,7 +131,7 @@ def test_correction_request_continues_the_review_from_the_cause_tag():
 
 def test_continuation_drops_the_wrong_tail():
     student = Scripted(odds=accuse_38, corrections=[CORRECTION])
-    review_guided(student, [QUESTION], [render(WRONG)], ReviewSettings())
+    review(student, WRONG)
     second = student.requests[1]
     assert second.pieces == (
         open_piece(1, WRONG.steps[0]),
@@ -147,7 +148,7 @@ def test_continuation_drops_the_wrong_tail():
 def test_rounds_are_bounded(rounds):
     changing = [CORRECTION.replace("= 36", f"= {36 + number}") for number in range(9)]
     student = Scripted(odds=lambda work: (-1.0, 9.0, 9.0), corrections=changing)
-    (got,) = review_guided(student, [QUESTION], [render(WRONG)], ReviewSettings(rounds=rounds))
+    (got,) = review(student, WRONG, rounds=rounds)
     assert len(student.requests) == 2 * rounds
     assert len(student.scored) == rounds
     assert got.tokens == 20 * rounds
@@ -156,7 +157,7 @@ def test_rounds_are_bounded(rounds):
 
 def test_second_round_reviews_the_corrected_work():
     student = Scripted(odds=accuse_38, corrections=[CORRECTION])
-    (got,) = review_guided(student, [QUESTION], [render(WRONG)], ReviewSettings(rounds=5))
+    (got,) = review(student, WRONG, rounds=5)
     assert len(student.scored) == 2
     assert render(RIGHT) in student.scored[1].messages[-1]["content"]
     assert got.accused == 2
@@ -176,10 +177,8 @@ def test_second_round_reviews_the_corrected_work():
 )
 def test_unreadable_review_keeps_the_first_answer(correction, rest, finish, note):
     student = Scripted(odds=accuse_38, corrections=[correction], rest=rest, finish=finish)
-    first = "Well.\n" + render(WRONG)
-    (got,) = review_guided(student, [QUESTION], [first], ReviewSettings())
-    assert got.text == first
-    assert got.accused is None
+    (got,) = review(student, WRONG)
+    assert (got.trace, got.accused) == (None, None)
     assert got.note == note
     assert got.scores == (-4.0, 3.0, -4.0)
     assert got.tokens > 0
@@ -187,10 +186,9 @@ def test_unreadable_review_keeps_the_first_answer(correction, rest, finish, note
 
 def test_corrections_made_while_solving_are_applied_before_review():
     steps = (WRONG.steps[0], Step("72 / 2 = 38", None, "Too many.", "72 / 2 = 36"), Step("36 + 5 = 41"))
-    text = render(Trace(steps, None, "41"))
     student = Scripted(odds=accuse_38)
-    (got,) = review_guided(student, [QUESTION], [text], ReviewSettings())
-    assert (got.text, got.accused, got.note) == (text, None, "")
+    (got,) = review(student, Trace(steps, None, "41"))
+    assert (got.trace, got.accused, got.note) == (None, None, "")
     assert got.scores == (-4.0, -4.0, -4.0)
     (request,) = student.scored
     assert "= 38" not in request.messages[-1]["content"] + "".join(request.pieces)
@@ -202,11 +200,11 @@ AGAIN = "The halves fit not.</Cause>\n<Correction>Half of 72: 70 / 2 = 35, 2 / 2
 
 def test_correction_with_the_same_result_changes_nothing():
     student = Scripted(odds=accuse_38, corrections=[AGAIN])
-    (got,) = review_guided(student, [QUESTION], [render(WRONG)], ReviewSettings(rounds=3))
-    assert (got.text, got.accused, got.note, got.tokens) == (render(WRONG), None, SAME_RESULT, 10)
+    (got,) = review(student, WRONG, rounds=3)
+    assert (got.trace, got.accused, got.note, got.tokens) == (None, None, SAME_RESULT, 10)
     assert len(student.requests) == 1
     (result,) = correct_steps(Scripted(corrections=[AGAIN]), [(QUESTION, WRONG, 2)], ReviewSettings())
-    assert (result.accused, result.note, result.text) == (2, SAME_RESULT, render(WRONG))
+    assert (result.accused, result.note, result.trace) == (2, SAME_RESULT, None)
     assert result.correction.endswith("72 / 2 = 38.")  # still usable for training as a wrong correction
 
 
@@ -232,26 +230,32 @@ def test_result_follows_the_last_equals_sign(step, correction, same):
 
 def test_unreadable_second_round_keeps_the_text_of_the_first():
     student = Scripted(odds=lambda _: (-1.0, 2.0, -1.0), corrections=[CORRECTION, "nothing"])
-    (got,) = review_guided(student, [QUESTION], [render(WRONG)], ReviewSettings(rounds=2))
-    assert parse(got.text).trace == RIGHT
+    (got,) = review(student, WRONG, rounds=2)
+    assert got.trace == RIGHT
     assert got.accused == 2
     assert got.note == "the review could not be read"
 
 
+def test_second_correction_to_the_same_result_keeps_the_solution_of_the_first():
+    again = "No.</Cause>\n<Correction>60 / 2 + 6 = 36</Correction>"
+    student = Scripted(odds=lambda _: (-1.0, 2.0, -1.0), corrections=[CORRECTION, again])
+    (got,) = review(student, WRONG, rounds=2)
+    assert (got.trace, got.accused, got.correction, got.note) == (RIGHT, 2, "72 / 2 = 36", SAME_RESULT)
+
+
 def test_answer_without_steps_is_not_reviewed():
     student = Scripted(odds=accuse_38)
-    (got,) = review_guided(student, [QUESTION], ["It is 41."], ReviewSettings())
-    assert (got.text, got.note, got.accused) == ("It is 41.", "no steps to review", None)
+    (got,) = review(student, Trace(answer="41"))
+    assert (got.trace, got.note, got.accused) == (None, "no steps to review", None)
     assert student.scored == []
 
 
 def test_attempts_do_not_affect_each_other():
     student = Scripted(odds=accuse_38, corrections=[CORRECTION, "junk"])
-    texts = [render(RIGHT), render(WRONG), "none", render(WRONG)]
-    got = review_guided(student, [QUESTION] * 4, texts, ReviewSettings())
+    got = review(student, RIGHT, WRONG, Trace(), WRONG)
     assert [g.accused for g in got] == [None, 2, None, None]
     assert [g.note for g in got] == ["", "", "no steps to review", "the review could not be read"]
-    assert [parse(g.text).trace.answer for g in got] == ["41", "41", None, "43"]
+    assert [g.trace for g in got] == [None, RIGHT, None, None]
 
 
 def test_student_never_sees_the_gold_answer():
@@ -259,12 +263,12 @@ def test_student_never_sees_the_gold_answer():
     student = Scripted(
         odds=accuse_38, corrections=[CORRECTION.replace("36", "30")], rest=REST.replace("41", "35")
     )
-    (got,) = review_guided(student, [QUESTION], [render(WRONG)], ReviewSettings())
-    assert parse(got.text).trace.answer == "35"  # still wrong, and kept
+    (got,) = review(student, WRONG)
+    assert got.trace.answer == "35"  # still wrong, and kept
     asked = "".join(m["content"] for r in [*student.requests, *student.scored] for m in r.messages)
     assert "41" not in asked
-    assert not {"gold", "answer", "problem"} & set(review_guided.__annotations__)
-    assert not {"gold", "answer", "problem"} & set(review_free.__annotations__)
+    assert not {"gold", "answer", "problem"} & set(guided.__annotations__)
+    assert not {"gold", "answer", "problem"} & set(free.__annotations__)
 
 
 # -- streaming -----------------------------------------------------------------------------------------------------
@@ -282,8 +286,8 @@ class Streaming(Scripted):
 
 def test_streamed_review_yields_events_in_order_and_the_same_result():
     student = Streaming(odds=accuse_38, corrections=[CORRECTION, CORRECTION])
-    (wanted,) = review_guided(student, [QUESTION], [render(WRONG)], ReviewSettings())
-    seen = list(stream(student, guided(QUESTION, render(WRONG), ReviewSettings())))
+    (wanted,) = review(student, WRONG)
+    seen = list(stream(student, guided(QUESTION, WRONG, ReviewSettings())))
     assert [event for event in seen if not isinstance(event, str)] == [
         StepsScored((-4.0, 3.0, -4.0), 2),
         Writing("correction"),
@@ -300,7 +304,7 @@ def test_cancelled_review_ends_without_a_result():
     cancel = threading.Event()
     student = Streaming(odds=accuse_38, corrections=[CORRECTION])
     seen = []
-    for event in stream(student, guided(QUESTION, render(WRONG), ReviewSettings()), cancel):
+    for event in stream(student, guided(QUESTION, WRONG, ReviewSettings()), cancel):
         seen.append(event)
         if isinstance(event, str):
             cancel.set()
@@ -328,7 +332,7 @@ def test_missing_reply_is_no_correction():
 
     (got,) = correct_steps(Silent(), [(QUESTION, WRONG, 2)], ReviewSettings())
     assert got.accused is None
-    assert got.text == render(WRONG)
+    assert got.trace is None
     assert got.note
 
 
@@ -344,7 +348,9 @@ def test_missing_reply_is_no_correction():
     ],
 )
 def test_corrections_are_parsed_leniently(text, read):
-    assert read_correction(text) == read
+    (got,) = correct_steps(Scripted(corrections=[text]), [(QUESTION, WRONG, 2)], ReviewSettings())
+    assert (got.cause, got.correction) == (read or (None, None))
+    assert (got.note == "") is (read is not None)
 
 
 # -- free ----------------------------------------------------------------------------------------------------------
@@ -357,31 +363,31 @@ def reviewed(cause: str | None, correction: str | None) -> str:
 
 def test_free_review_returns_the_corrected_solution():
     student = Scripted(rest=reviewed("72 is not twice 38.", "72 / 2 = 36"))
-    (got,) = review_free(student, [QUESTION], [render(WRONG)], ReviewSettings(max_tokens=50))
+    (got,) = review(student, WRONG, script=free, max_tokens=50)
     assert got.accused == 2
-    assert [s.text for s in parse(got.text).trace.steps] == [s.text for s in RIGHT.steps]
-    assert parse(got.text).trace.answer == "41"
-    assert "<Cause>" not in got.text
+    assert [s.text for s in got.trace.steps] == [s.text for s in RIGHT.steps]
+    assert got.trace.answer == "41"
+    assert {s.cause for s in got.trace.steps} == {None}
     assert (got.tokens, got.scores) == (10, ())
     assert student.requests[0].pieces == ()
     assert student.requests[0].max_tokens == 100  # it repeats the steps and adds new ones
 
 
 def test_free_review_without_accusation_changes_nothing():
-    (got,) = review_free(Scripted(rest=render(RIGHT)), [QUESTION], [render(WRONG)], ReviewSettings())
-    assert (got.text, got.accused, got.note) == (render(WRONG), None, "")
+    (got,) = review(Scripted(rest=render(RIGHT)), WRONG, script=free)
+    assert (got.trace, got.accused, got.note) == (None, None, "")
 
 
 @pytest.mark.parametrize("text", ["gibberish", "", "<Step1>a</Step1>", "<Answer>41</Answer>"])
 def test_unreadable_free_review_keeps_the_first_answer(text):
-    (got,) = review_free(Scripted(rest=text), [QUESTION], [render(WRONG)], ReviewSettings())
-    assert (got.text, got.accused, got.note) == (render(WRONG), None, "the review could not be read")
+    (got,) = review(Scripted(rest=text), WRONG, script=free)
+    assert (got.trace, got.accused, got.note) == (None, None, "the review could not be read")
     assert got.tokens == 10
 
 
 def test_free_review_skips_answers_without_steps():
     student = Scripted(rest=render(RIGHT))
-    got = review_free(student, [QUESTION] * 2, ["It is 41.", render(WRONG)], ReviewSettings())
+    got = review(student, Trace(), WRONG, script=free)
     assert [g.note for g in got] == ["no steps to review", ""]
     assert len(student.requests) == 1
 
@@ -389,7 +395,7 @@ def test_free_review_skips_answers_without_steps():
 def test_free_review_sees_corrections_made_while_solving_as_applied():
     steps = (WRONG.steps[0], Step("72 / 2 = 38", None, "Too many.", "72 / 2 = 36"), Step("36 + 5 = 41"))
     student = Scripted(rest=render(RIGHT))
-    (got,) = review_free(student, [QUESTION], [render(Trace(steps, None, "41"))], ReviewSettings())
+    (got,) = review(student, Trace(steps, None, "41"), script=free)
     assert got.accused is None
     assert "= 38" not in student.requests[0].messages[-1]["content"]
 
@@ -397,7 +403,7 @@ def test_free_review_sees_corrections_made_while_solving_as_applied():
 def test_second_round_applies_corrections_in_the_continuation():
     rest = "<Step3>36 + 5 = 38\n<Cause>Too few.</Cause>\n<Correction>36 + 5 = 41</Correction>\n</Step3>\n<Answer>41</Answer>"
     student = Scripted(odds=accuse_38, corrections=[CORRECTION], rest=rest)
-    (got,) = review_guided(student, [QUESTION], [render(WRONG)], ReviewSettings(rounds=2))
+    (got,) = review(student, WRONG, rounds=2)
     assert got.accused == 2
     assert len(student.scored) == 2
     assert len(student.requests) == 2
