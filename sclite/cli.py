@@ -217,7 +217,7 @@ def build_data(
             pipeline.divided_problems(context, reread=only != "corrections" or chosen)
         if only != "corrections":
             pipeline.build_templates(context, fresh)
-        trained = context.run.path("sft/adapter/adapter_model.safetensors").is_file()
+        trained = "sft" in pipeline.available(context)
         if only == "corrections" or (only is None and (trained or context.config.attempts.student)):
             pipeline.build_corrections(context, with_feedback=True)
             if pipeline.can_build_pairs(context):

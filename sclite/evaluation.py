@@ -15,9 +15,10 @@ from sclite.evaluate.metrics import Outcome
 from sclite.evaluate.report import write_report
 from sclite.evaluate.results import REPORT, SUMMARY, result_folder
 from sclite.evaluate.threshold import MIN_PROBLEMS, load_threshold
-from sclite.export.model import ADAPTERS, gguf_path, source_digest
+from sclite.export.model import gguf_path, source_digest
 from sclite.grading.worker import Grader
 from sclite.records import Drop, Problem, Template
+from sclite.student.adapters import STUDENTS
 from sclite.student.llama_cpp.engine import Engine
 from sclite.train.metrics_logger import read_metrics
 
@@ -191,7 +192,7 @@ def find_gguf(context: Context, model: Path | None) -> Path:
             if file.read(4) != b"GGUF":
                 raise DataError(f"{model} is not a GGUF file", "give a file that `sclite export` wrote")
         return model
-    for name in reversed(ADAPTERS):
+    for name in reversed(STUDENTS):
         chosen = gguf_path(context.run, name, context.config)
         others = chosen.parent.glob(f"{name}-*.gguf") if not chosen.is_file() else ()
         made = [path for path in others if not path.name.endswith(("-full.gguf", "-lora.gguf"))]

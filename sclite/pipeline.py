@@ -18,11 +18,11 @@ from sclite.errors import DataError, DeviceError, GpuMemoryError, UsageError
 from sclite.progress import Progress, ProgressDisplay
 from sclite.records import FEEDBACK, Problem, Review
 from sclite.run import Report, Run
+from sclite.student.adapters import STUDENTS, adapter_weights
 
 if TYPE_CHECKING:
     from sclite.data.problems import Split
 
-STUDENTS = ("base", "sft", "dpo")
 TRAINING = {
     "sft": "sft: the student learns the templates",
     "warmup": "warm-up: the student learns what a review looks like",
@@ -241,7 +241,9 @@ def build_pairs(context: Context) -> Report:
     from sclite.data import pairs
 
     config, run = context.config, context.run
-    untrained = config.attempts.kind == "trained" and not adapter_file(context, "warmup").is_file()
+    untrained = (
+        config.attempts.kind == "trained" and not context.run.path(adapter_weights("warmup")).is_file()
+    )
     ready = has_imported_pairs(context) or run.done("pairs", pairs.pairs_inputs(config, run))
     text = "pairs: the student's own corrections against right ones"
     with context.display.stage("pairs", text) as progress:
@@ -293,7 +295,7 @@ def train_stage(context: Context, name: str, fresh: bool = False) -> Report:
     """Run a training stage ("sft", "warmup" or "dpo"), with half the micro-batch size each time memory runs out."""
     from sclite.student.cuda_memory import free_memory
     from sclite.train.dpo import train_dpo
-    from sclite.train.memory import largest_divisor, suggest_setting
+    from sclite.train.micro_batch import largest_divisor, suggest_setting
     from sclite.train.sft import train_sft
     from sclite.train.warmup import train_warmup
 
@@ -332,17 +334,12 @@ def train_stage(context: Context, name: str, fresh: bool = False) -> Report:
 
 def available(context: Context) -> list[str]:
     """The students in the run, the base model first, in the order of training."""
-    return [name for name in STUDENTS if name == "base" or adapter_file(context, name).is_file()]
-
-
-def adapter_file(context: Context, name: str) -> Path:
-    """Where the adapter of a training stage lies."""
-    return context.run.path(f"{name}/adapter/adapter_model.safetensors")
+    return [name for name in STUDENTS if name == "base" or context.run.path(adapter_weights(name)).is_file()]
 
 
 def require_sft(context: Context) -> None:
     """Raise DataError if the run has no SFT adapter."""
-    if not adapter_file(context, "sft").is_file():
+    if not context.run.path(adapter_weights("sft")).is_file():
         raise DataError(
             f"{context.run.path('sft/adapter')} is missing", "run `sclite train --only sft` first"
         )
@@ -356,7 +353,9 @@ def export(context: Context, names: Sequence[str] = ()) -> list[Report]:
     chosen = list(names) or available(context)[-1:]
     missing = [name for name in chosen if name not in available(context)]
     if missing:
-        raise DataError(f"{adapter_file(context, missing[0])} is missing", "run `sclite train` first")
+        raise DataError(
+            f"{context.run.path(adapter_weights(missing[0]))} is missing", "run `sclite train` first"
+        )
     quiet_libraries()
     made = []
     text = f"export: merge, write GGUF, quantize ({describe_sizes(context.config)})"
@@ -464,8 +463,10 @@ def export_lora(context: Context) -> tuple[Path, str]:
 
     name = available(context)[-1]
     if name == "base":
-        raise DataError(f"{adapter_file(context, 'sft')} is missing", "run `sclite train` first")
+        raise DataError(f"{context.run.path(adapter_weights('sft'))} is missing", "run `sclite train` first")
     out = context.run.path(f"export/{name}-lora.gguf")
     out.parent.mkdir(parents=True, exist_ok=True)
-    convert_lora(adapter_file(context, name).parent, fetch_base_model(context.config.student), out)
+    convert_lora(
+        context.run.path(adapter_weights(name)).parent, fetch_base_model(context.config.student), out
+    )
     return out, build_model_card(context.config, context.run, name, "lora", {})

@@ -16,6 +16,7 @@ from sclite.progress import Progress
 from sclite.records import Attempt, Drop, Problem, from_feedback
 from sclite.run import Report, Run, timed
 from sclite.signature import digest, with_unanswered
+from sclite.student.adapters import adapter_weights
 from sclite.student.base import Reply, Request, Student
 from sclite.teacher.ledger import FILE as LEDGER
 from sclite.teacher.ledger import Ledger
@@ -35,8 +36,7 @@ def attempts_inputs(config: Config, run: Run, problems: Sequence[Problem]) -> di
         read = run.file_digest(str(Path(source).resolve())) if source else ""
     return {
         "problems": digest([p.model_dump() for p in problems]),
-        "student": external_student_digest(config)
-        or run.file_digest("sft/adapter/adapter_model.safetensors"),
+        "student": external_student_digest(config) or run.file_digest(adapter_weights("sft")),
         # not student.batch: each request has its own seed, and replacing attempts means paying for corrections again
         "sampling": digest([config.attempts.model_dump(exclude=_NOT_SAMPLING), config.seed]),
         "source": read,

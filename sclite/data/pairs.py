@@ -22,6 +22,7 @@ from sclite.progress import Progress
 from sclite.records import Attempt, Drop, Pair, Problem, Review
 from sclite.run import Report, Run, timed
 from sclite.signature import digest, with_unanswered
+from sclite.student.adapters import adapter_weights
 from sclite.student.base import Student
 from sclite.student.self_correction import (
     NO_REPLY,
@@ -58,7 +59,7 @@ def pairs_inputs(config: Config, run: Run) -> dict[str, object]:
     inputs: dict[str, object] = {} if trained else {"student": digest(external)}
     return inputs | {
         "reviews": run.file_digest("reviews.jsonl"),
-        "warmup": run.file_digest("warmup/adapter/adapter_model.safetensors") if trained else "",
+        "warmup": run.file_digest(adapter_weights("warmup")) if trained else "",
         "sampling": digest([config.attempts.reviews, config.attempts.temperature, config.seed]),
         "prompts": prompts.digest_prompts(*used, folder=config.prompts.folder),
     }

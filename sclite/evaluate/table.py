@@ -8,18 +8,9 @@ from sclite.console import escape, format_percent
 from sclite.evaluate.metrics import Outcome
 from sclite.evaluate.report import example_parts
 
-HEADER = tuple(
-    [
-        "student",
-        "first answer %",
-        "after review %",
-        "wrong→right",
-        "right→wrong",
-        "AUC",
-        "located",
-        "fixed",
-        "tokens",
-    ]
+HEADER = (
+    *("student", "first answer %", "after review %", "wrong→right", "right→wrong"),
+    *("AUC", "located", "fixed", "tokens"),
 )
 
 

@@ -27,6 +27,7 @@ from sclite.export.tensors import read_json
 from sclite.files import sync, write_text
 from sclite.run import Report, Run, timed
 from sclite.signature import digest
+from sclite.student.adapters import adapter_weights
 from sclite.student.chat_template import render_chat
 from sclite.student.cuda_memory import available_ram
 from sclite.student.llama_cpp.engine import Engine
@@ -38,7 +39,6 @@ from sclite.student.tokenization import piece_ids, prompt_ids, prompt_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ADAPTERS = {"base": "", "sft": "sft/adapter", "dpo": "dpo/adapter"}
 UNFINISHED = "export/unfinished"
 """Where files stay until they have passed their checks. chat, eval and export only look in export/ itself."""
 HELD_OUT = 8
@@ -58,9 +58,8 @@ def source_digest(config: Config, run: Run, name: str) -> str:
 
 def inputs_of(config: Config, run: Run, name: str) -> dict[str, Any]:
     """What decides the GGUF of base, sft or dpo."""
-    adapter = ADAPTERS[name]
     return {
-        "adapter": run.file_digest(f"{adapter}/adapter_model.safetensors") if adapter else "",
+        "adapter": run.file_digest(adapter_weights(name)) if name != "base" else "",
         "student": digest(config.student.model),
         "quant": config.export.quant,
         "imatrix": config.export.imatrix,
@@ -87,7 +86,7 @@ def export_model(config: Config, run: Run, name: str) -> Report:
     GGUF does not match the trained model, or the disk is too small.
     """
     stage, report = f"export-{name}", Report(f"export-{name}")
-    adapter = run.path(ADAPTERS[name]) if ADAPTERS[name] else None
+    adapter = run.path(f"{name}/adapter") if name != "base" else None
     if adapter is not None and not (adapter / "adapter_model.safetensors").is_file():
         raise DataError(f"{adapter} is missing", "run `sclite train` first")
     types, inputs, folder = config.export.types, inputs_of(config, run, name), run.path("export")
@@ -203,7 +202,7 @@ def _write_parts(
 def export_merged(config: Config, run: Run, name: str) -> Path:
     """Write export/<name>-merged: a Hugging Face folder in 16 bits, with its card, for vLLM, LM Studio and transformers."""
     base = fetch_base_model(config.student)
-    adapter, out = run.path(ADAPTERS[name]) if ADAPTERS[name] else None, run.path(f"export/{name}-merged")
+    adapter, out = run.path(f"{name}/adapter") if name != "base" else None, run.path(f"export/{name}-merged")
     out.parent.mkdir(parents=True, exist_ok=True)
     _merge(config, load_tokenizer(str(base)), base, adapter, out, "f16")
     write_text(out / "README.md", build_model_card(config, run, name, "merged", {}))

@@ -17,7 +17,7 @@ from sclite.student.loader import fetch_base_model, load_tokenizer
 from sclite.student.tokenization import Encoded, encode_solution, end_id
 from sclite.trace import CAUSE
 from sclite.train.bundle import build_bundles
-from sclite.train.warmup_rows import rows_of_review
+from sclite.train.warmup import rows_of_review
 
 SHOWN = ("templates", "reviews", "pairs")
 LEGEND = {

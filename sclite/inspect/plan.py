@@ -25,20 +25,17 @@ from sclite.train.dpo import with_replay
 from sclite.train.memory import (
     Architecture,
     Setting,
-    choose,
-    cpu_micro_batch,
     estimate,
     estimate_on_cpu,
-    largest_length,
     optimizer_bytes,
     read_architecture,
-    wanted_setting,
 )
 from sclite.train.metrics_logger import read_metrics
+from sclite.train.micro_batch import choose, cpu_micro_batch, largest_length, wanted_setting
 from sclite.train.order import training_order
 from sclite.train.sft import replay_templates, solve_rows
 from sclite.train.trainer import held_out_rows
-from sclite.train.warmup_rows import mixed_rows
+from sclite.train.warmup import mixed_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer

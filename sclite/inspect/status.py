@@ -28,6 +28,7 @@ from sclite.records import Drop, Problem
 from sclite.run import Run
 from sclite.settings import FILE as SETTINGS
 from sclite.signature import differences
+from sclite.student.adapters import STUDENTS, adapter_weights
 from sclite.teacher.ledger import FILE as LEDGER
 from sclite.teacher.ledger import Ledger
 from sclite.train.metrics_logger import read_metrics
@@ -36,12 +37,12 @@ from sclite.train.stage import training_inputs
 DONE, STALE, HALF_WAY, NOT_BEGUN = "done", "stale", "half_way", "not_begun"
 OUTPUTS = {
     "templates": "templates.jsonl",
-    "sft": "sft/adapter/adapter_model.safetensors",
+    "sft": adapter_weights("sft"),
     "attempts": "attempts.jsonl",
     "corrections": "reviews.jsonl",
-    "warmup": "warmup/adapter/adapter_model.safetensors",
+    "warmup": adapter_weights("warmup"),
     "pairs": "pairs.jsonl",
-    "dpo": "dpo/adapter/adapter_model.safetensors",
+    "dpo": adapter_weights("dpo"),
 }
 """The stages before export, in their order, and the file that each writes."""
 TRAINED, IMPORTED, EVAL = ("sft", "warmup", "dpo"), ("templates", "attempts", "corrections", "pairs"), "eval"
@@ -125,7 +126,7 @@ def _read_stages(config: Config, run: Run, paid: Mapping[str, Any]) -> dict[str,
         found[name] = _signed(run, name, output, inputs[name]) or _unsigned(
             run, name, paid.get(name), totals.get(name)
         )
-    for student in export.ADAPTERS:
+    for student in STUDENTS:
         name = f"export-{student}"
         if (made := run.manifest(name)) is not None:
             # --quant applies to one export: compare with the quantization of the existing file

@@ -12,6 +12,14 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PretrainedConfig, PreTrainedModel
 
+STUDENTS = ("base", "sft", "dpo")
+"""The students of a run in the order of training; all but the base model are adapters."""
+
+
+def adapter_weights(stage: str) -> str:
+    """The weights of the adapter that a stage (sft, warmup or dpo) writes, relative to the run folder."""
+    return f"{stage}/adapter/adapter_model.safetensors"
+
 
 def meta_model(config: "PretrainedConfig") -> "PreTrainedModel":
     """The model of a transformers configuration, without memory for its weights."""

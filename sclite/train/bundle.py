@@ -40,32 +40,24 @@ def build_bundles(
     groups: dict[tuple[str, int], list[Pair]] = defaultdict(list)
     for pair in pairs:
         groups[pair.id, pair.sample].append(pair)
-    return [_build_bundle(tokenizer, group, questions[group[0].id], folder) for group in groups.values()]
-
-
-def _build_bundle(
-    tokenizer: PreTrainedTokenizerBase, pairs: list[Pair], question: str, folder: str
-) -> Bundle:
-    first = pairs[0]
-    decisions = sorted((p for p in pairs if p.kind == "decision"), key=lambda p: p.step)
-    content = next((p for p in pairs if p.kind == "content"), None)
-    longest = content or decisions[-1]
-    messages = prompts.review_messages(question, render(parse(first.attempt).trace), folder)
-    ids, ends = prompt_ids(tokenizer, messages), {}
-    for number, piece in enumerate(piece_ids(tokenizer, longest.prefix), 1):
-        ids = ids + piece
-        ends[number] = len(ids) - 1  # the last position of a prefix of `number` pieces
-    marks = tuple(ends[len(pair.prefix)] for pair in decisions)
-    accused = tuple(pair.chosen == CAUSE for pair in decisions)
-    key = f"{first.id}/{first.sample}"
-    if content is None:
-        return Bundle(key, Encoded(ids, [0.0] * len(ids), marks, accused))
-    chosen, rejected = piece_ids(tokenizer, [content.chosen, content.rejected])
-    return Bundle(
-        key,
-        Encoded(ids + chosen, [0.0] * len(ids) + [1.0] * len(chosen), marks, accused),
-        Encoded(ids + rejected, [0.0] * len(ids) + [1.0] * len(rejected)),
-    )
+    bundles = []
+    for (id, sample), group in groups.items():
+        decisions = sorted((p for p in group if p.kind == "decision"), key=lambda p: p.step)
+        content = next((p for p in group if p.kind == "content"), None)
+        work = parse(group[0].attempt).trace
+        ids, ends = prompt_ids(tokenizer, prompts.review_messages(questions[id], render(work), folder)), {}
+        for number, piece in enumerate(piece_ids(tokenizer, (content or decisions[-1]).prefix), 1):
+            ids = ids + piece
+            ends[number] = len(ids) - 1  # the last position of a prefix of `number` pieces
+        marks = tuple(ends[len(pair.prefix)] for pair in decisions)
+        accused = tuple(pair.chosen == CAUSE for pair in decisions)
+        masked, rejected, chosen_ids = [0.0] * len(ids), None, list[int]()
+        if content is not None:
+            chosen_ids, rejected_ids = piece_ids(tokenizer, [content.chosen, content.rejected])
+            rejected = Encoded(ids + rejected_ids, masked + [1.0] * len(rejected_ids))
+        review = Encoded(ids + chosen_ids, masked + [1.0] * len(chosen_ids), marks, accused)
+        bundles.append(Bundle(f"{id}/{sample}", review, rejected))
+    return bundles
 
 
 @dataclass

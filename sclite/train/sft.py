@@ -13,14 +13,14 @@ from sclite.config import Config
 from sclite.errors import DataError
 from sclite.records import Template
 from sclite.run import Report, Run
-from sclite.student.adapters import check_adapter
+from sclite.student.adapters import adapter_weights, check_adapter
 from sclite.student.chat_template import opens_thinking
 from sclite.student.log_probs import pad
 from sclite.student.tokenization import Encoded, encode_solution, end_id
 from sclite.train.label_checks import check_labels
 from sclite.train.losses import negative_log_likelihood
 from sclite.train.metrics_logger import Progress
-from sclite.train.stage import BuildLesson, Job, adapter_weights
+from sclite.train.stage import BuildLesson, Job
 from sclite.train.trainer import Lesson, held_out_rows
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from sclite.errors import DataError, UsageError
 from sclite.records import Drop
 from sclite.run import Report, Run, timed
 from sclite.signature import differences, digest
+from sclite.student.adapters import adapter_weights
 from sclite.student.loader import (
     EMBEDDED,
     fetch_model,
@@ -29,8 +30,8 @@ from sclite.student.loader import (
 from sclite.student.origin import record_origin
 from sclite.train.checkpoints import Checkpoints, sync_folder
 from sclite.train.label_checks import check_tokenizer
-from sclite.train.memory import choose_micro_batch
 from sclite.train.metrics_logger import Progress
+from sclite.train.micro_batch import choose_micro_batch
 from sclite.train.trainer import Lesson, train_adapter
 
 if TYPE_CHECKING:
@@ -47,11 +48,6 @@ ROWS = {
 """The files that each stage trains on."""
 START = {"sft": None, "warmup": "sft/adapter", "dpo": "warmup/adapter"}
 """The adapter that each stage starts from; None: a new one."""
-
-
-def adapter_weights(stage: str) -> str:
-    """The weights of a stage's adapter, relative to the run folder."""
-    return f"{stage}/adapter/adapter_model.safetensors"
 
 
 def training_inputs(

@@ -1,23 +1,37 @@
-"""The warm-up of stage 2: a short supervised training on whole reviews, mixed with rows of solving (warmup_rows).
+"""The warm-up of stage 2: a short supervised training on whole reviews, mixed with three kinds of solving.
 
 DPO alone cannot create the accusation, and reviews alone destroy solving. DPO starts from the adapter of the warm-up and
-uses it as its reference.
+uses it as its reference. The rows of solving:
+
+- *solved*: a template, if possible one that SFT has not seen;
+- *continued*: solve on after a corrected step, which guided review asks for. A correction is seldom written like a step,
+  and a student that never saw one there gets lost after it;
+- *closed*: wrong work in the solve context, with loss only on the closing tags of its steps and the end: steps are accused
+  in a review, never while solving. Without such rows a small student accuses its own steps as it solves, and what review
+  could correct is corrected, or spoiled, before.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import random
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import TYPE_CHECKING, TypeVar
 
+from sclite import prompts
 from sclite.config import Config
-from sclite.records import Review, Template
+from sclite.records import Attempt, Problem, Review, Template
 from sclite.run import Report, Run
+from sclite.student.tokenization import Encoded, encode_closing, encode_continuation, encode_review
+from sclite.trace import Trace, corrected, render
 from sclite.train.metrics_logger import Progress
-from sclite.train.sft import replay_templates, supervised
+from sclite.train.sft import replay_templates, solve_rows, supervised
 from sclite.train.stage import BuildLesson, Job
-from sclite.train.warmup_rows import mixed_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+R = TypeVar("R")
 
 
 def train_warmup(
@@ -42,3 +56,74 @@ def train_warmup(
         return supervised(job, names, rows, tokenizer)
 
     return Job("warmup", config, run, unseen, fresh, progress).train(prepare)
+
+
+def mixed_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    run: Run,
+    reviews: Sequence[Review],
+    templates: Sequence[Template],
+    config: Config,
+) -> tuple[list[str], list[Encoded]]:
+    """(names, rows) of the warm-up, in the order of `mix`; reads attempts.jsonl and problems.jsonl.
+
+    If a review is too long to be trained, its work is not closed either: nothing would say that the step is wrong.
+    """
+    attempts = {(a.id, a.sample): a for a in run.read("attempts.jsonl", Attempt)}
+    questions = {p.id: p.question for p in run.read("problems.jsonl", Problem)}
+    made: dict[str, list[tuple[str, Encoded]]] = {"review": [], "continued": [], "closed": []}
+    for review in reviews:
+        work, name = attempts[review.id, review.sample].parsed.work, f"{review.id}/{review.sample}"
+        rows = rows_of_review(tokenizer, questions[review.id], work, review, config)
+        if len(rows["review"].ids) > config.warmup.max_length:
+            rows.pop("closed", None)
+        for kind, row in rows.items():
+            made[kind].append((name if kind == "review" else f"{name}/{kind}", row))
+    encoded = solve_rows(tokenizer, templates, config.prompts.folder)
+    solved = [(template.id, row) for template, row in zip(templates, encoded, strict=True)]
+    share, seed = config.warmup.replay_share, config.seed
+    mixed = mix(
+        made["review"], made["closed"], solved=solved, continued=made["continued"], share=share, seed=seed
+    )
+    return [name for name, _ in mixed], [row for _, row in mixed]
+
+
+def mix(
+    reviewed: Sequence[R],
+    closed: Sequence[R],
+    *,
+    solved: Sequence[R],
+    continued: Sequence[R],
+    share: float,
+    seed: int,
+) -> list[R]:
+    """All reviews and all closed rows, and `share` rows of solving for each review; shuffled.
+
+    The rows of solving alternate between solved ones, in random order, and continued ones, in their order; none is used
+    twice before each was used once. With a share of 1 and half of the reviews confirmations, every continued row is used.
+    """
+    draw = random.Random(seed)
+    pairs = zip_longest(draw.sample(solved, len(solved)), continued)
+    solving = [row for pair in pairs for row in pair if row is not None]
+    wanted = round(share * len(reviewed)) if solving else 0
+    rows = [*reviewed, *closed, *(solving[i % len(solving)] for i in range(wanted))]
+    draw.shuffle(rows)
+    return rows
+
+
+def rows_of_review(
+    tokenizer: PreTrainedTokenizerBase, question: str, work: Trace, review: Review, config: Config
+) -> dict[str, Encoded]:
+    """The rows of a review, its decisions weighted: {"review"} and, if it corrects a step, {"continued", "closed"}.
+
+    Work without an answer makes no closed row, which would teach to end there.
+    """
+    folder, weight, noted = config.prompts.folder, config.warmup.decision_weight, review.parsed.trace
+    messages = prompts.review_messages(question, render(work), folder)
+    rows = {"review": encode_review(tokenizer, messages, noted, weight)}
+    if review.step is not None:
+        solve = prompts.solve_messages(question, folder)
+        rows["continued"] = encode_continuation(tokenizer, solve, corrected(noted), review.step)
+        if work.answer is not None:
+            rows["closed"] = encode_closing(tokenizer, solve, work, review.step, weight)
+    return rows

@@ -48,7 +48,7 @@ def train(side: str, folder: str, micro: int, steps: int) -> None:
     from sclite.student.loader import load_student, load_tokenizer
     from sclite.student.tokenization import encode_solution
     from sclite.train.checkpoints import Checkpoints
-    from sclite.train.memory import choose_micro_batch
+    from sclite.train.micro_batch import choose_micro_batch
     from sclite.train.order import training_order
     from sclite.train.sft import supervised_lesson
     from sclite.train.stage import quiet_libraries

@@ -257,7 +257,8 @@ def script(model: Any, tokenizer: Any, _: Any, case: Case, turn: "Turn | None" =
 def in_the_model(geometry_name: str, backend: str, case: Case) -> dict[str, Any]:
     """What the memory model says of a case."""
 
-    from sclite.train.memory import Setting, estimate, largest_length
+    from sclite.train.memory import Setting, estimate
+    from sclite.train.micro_batch import largest_length
     from tests.train.architectures import recipe_architecture
 
     found = recipe_architecture(geometry_name)

@@ -9,16 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sclite.train import memory
-from sclite.train.memory import (
-    HEAP,
-    Setting,
-    choose_micro_batch,
-    estimate_on_cpu,
-    largest_divisor,
-    read_architecture,
-    suggest_setting,
-)
+from sclite.train import micro_batch
+from sclite.train.memory import HEAP, Setting, estimate_on_cpu, read_architecture
+from sclite.train.micro_batch import choose_micro_batch, largest_divisor, suggest_setting
 from tests.toy import toy_config
 
 
@@ -36,16 +29,16 @@ def test_a_configured_micro_batch_is_lowered_to_a_divisor():
 
 def test_if_memory_cannot_be_estimated_the_micro_batch_is_one(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe", "num_experts": 8}')
-    monkeypatch.setattr(memory, "free_bytes", lambda: 24_000_000_000)
+    monkeypatch.setattr(micro_batch, "free_bytes", lambda: 24_000_000_000)
     chosen = toy_config(tmp_path, sft={"per_device_train_batch_size": None, "batch_size": 8})
     assert choose_micro_batch(chosen, "sft", 512) == 1
     assert suggest_setting(chosen, "sft") == ""
 
 
 def test_after_running_out_of_memory_half_the_length_is_suggested(monkeypatch):
-    monkeypatch.setattr(memory, "free_bytes", lambda: 24_000_000_000)
+    monkeypatch.setattr(micro_batch, "free_bytes", lambda: 24_000_000_000)
     assert "try max_length 512" in suggest_setting(toy_config("embedded"), "sft")
-    monkeypatch.setattr(memory, "free_bytes", lambda: 1_000_000)
+    monkeypatch.setattr(micro_batch, "free_bytes", lambda: 1_000_000)
     assert "nothing fits" in suggest_setting(toy_config("embedded"), "sft")
 
 
@@ -98,8 +91,8 @@ def test_on_a_cpu_rows_are_few_enough_for_four_gigabytes_and_for_the_ram(
     """SmolLM2-135M: 0.54 GB of weights; 1.32 MB of activations per token, times 1.8 for the heap; 0.6 MB per loss token."""
     (tmp_path / "config.json").write_text(json.dumps({**SMOLLM2, "dtype": "bfloat16"}))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16})
-    monkeypatch.setattr(memory, "free_bytes", lambda: None)
-    monkeypatch.setattr(memory, "available_ram", lambda: ram)
+    monkeypatch.setattr(micro_batch, "free_bytes", lambda: None)
+    monkeypatch.setattr(micro_batch, "available_ram", lambda: ram)
     chosen = toy_config(tmp_path, sft={"per_device_train_batch_size": None, "batch_size": 16})
     assert choose_micro_batch(chosen, "sft", longest) == expected
 

@@ -24,14 +24,13 @@ from sclite.train.memory import (
     STATE_TABLES,
     Setting,
     architecture,
-    choose,
     estimate,
-    largest_length,
     nf4_bytes,
     optimizer_bytes,
     peak,
     weight_bytes,
 )
+from sclite.train.micro_batch import choose, largest_length
 from tests.train.architectures import OTHERS, RECIPES, SMALL, config_of, recipe_architecture
 
 ALL = {**RECIPES, **OTHERS}

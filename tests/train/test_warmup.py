@@ -8,7 +8,7 @@ from sclite.run import Run
 from sclite.student.loader import load_tokenizer
 from sclite.student.tokenization import Encoded, decision_ids, encode_solution, end_id
 from sclite.trace import parse, render
-from sclite.train.warmup_rows import mix, mixed_rows
+from sclite.train.warmup import mix, mixed_rows
 from tests.toy import tiny_llama, toy_config, toy_problems, toy_trace, write_toy
 
 REVIEWED, SOLVED, CONTINUED, CLOSED = (range(start, start + 10) for start in (0, 100, 200, 300))

@@ -1,0 +1,132 @@
+"""The micro-batch size that fits into memory, by the estimate of `memory`, and what to change if none does."""
+
+from bisect import bisect_right
+from dataclasses import dataclass, replace
+
+from sclite.config import Config
+from sclite.errors import DataError, NetworkError
+from sclite.student.cuda_memory import available_ram
+from sclite.student.loader import select_backend
+from sclite.train.memory import Architecture, Setting, estimate, estimate_on_cpu, read_architecture
+
+SHORTEST, STEP = 256, 64
+"""Tokens: shorter rows are not worth training; lengths are reported in multiples of STEP."""
+CPU_ROWS, CPU_BYTES = 4, 4_000_000_000
+"""Without a GPU: most rows of a forward pass, and most bytes of a process for more than one. More rows are no faster
+there (docs/training.md), and a process that takes all memory is killed."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The setting for the free memory.
+
+    `fits` is None if free memory is unknown; `setting` is then the wanted one. If `fits` is False, `setting` is the largest
+    one that would fit, None if none does.
+    """
+
+    fits: bool | None
+    setting: Setting | None
+    verdict: str
+
+
+def wanted_setting(config: Config, stage: str, backend: str = "unsloth") -> Setting:
+    """A stage's setting as configured: the micro-batch size if it is set, else the whole batch in one forward pass."""
+    settings = config.stage(stage)
+    return Setting(
+        stage=stage,
+        micro_batch=min(settings.per_device_train_batch_size or settings.batch_size, settings.batch_size),
+        length=settings.max_length,
+        rank=config.lora.r,
+        replay=config.dpo.replay_share > 0,
+        four_bit=config.student.load_in_4bit,
+        backend=backend,
+    )
+
+
+def largest_divisor(batch: int, most: int) -> int:
+    """The largest divisor of a batch size that is at most `most`."""
+    return next(size for size in range(min(batch, most), 0, -1) if batch % size == 0)
+
+
+def largest_length(model: Architecture, setting: Setting, free: int) -> int | None:
+    """The most tokens per row that fit into `free` bytes, a multiple of STEP; None if SHORTEST do not."""
+    lengths = range(SHORTEST, (model.max_positions or 1 << 20) + 1, STEP)
+    fitting = bisect_right(lengths, free, key=lambda n: estimate(model, replace(setting, length=n)).total)
+    return lengths[fitting - 1] if fitting else None
+
+
+def choose(model: Architecture, wanted: Setting, batch: int, free: int | None) -> Choice:
+    """The largest micro-batch, up to the wanted one, that fits into `free` bytes and divides the batch.
+
+    If one row does not fit, it is one row of the largest length that does.
+    """
+    sizes = [size for size in range(wanted.micro_batch, 0, -1) if batch % size == 0]
+    if free is None:
+        return Choice(None, replace(wanted, micro_batch=sizes[0]), "no GPU found")
+    for size in sizes:
+        if estimate(model, setting := replace(wanted, micro_batch=size)).total <= free:
+            return Choice(True, setting, "fits")
+    one = replace(wanted, micro_batch=1)
+    if length := largest_length(model, one, free):
+        verdict = f"{length} tokens would fit, {wanted.length} do not"
+        return Choice(False, replace(one, length=length), verdict)
+    needed = estimate(model, replace(one, length=SHORTEST)).total
+    verdict = f"nothing fits: at least {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
+    return Choice(False, None, verdict)
+
+
+def choose_micro_batch(config: Config, stage: str, longest: int) -> int:
+    """The micro-batch size of a stage ("sft", "warmup" or "dpo"), a divisor of its batch size; call before loading the model.
+
+    `longest` is the longest row in tokens. A student whose memory cannot be estimated, or that should not fit, starts with
+    one row: the GPU decides.
+    """
+    batch, given = config.stage(stage).batch_size, config.stage(stage).per_device_train_batch_size
+    free, model = free_bytes(), None if given else _readable_architecture(config)
+    if given or model is None:
+        return largest_divisor(batch, given or 1)
+    if free is None:
+        return cpu_micro_batch(model, replace(wanted_setting(config, stage, "plain"), length=longest), batch)
+    choice = choose(model, wanted_setting(config, stage, select_backend(config.student)), batch, free)
+    return choice.setting.micro_batch if choice.fits and choice.setting else 1
+
+
+def cpu_micro_batch(model: Architecture, wanted: Setting, batch: int) -> int:
+    """The largest divisor of the batch size, up to CPU_ROWS, with which a step fits into CPU_BYTES and the RAM; at least 1."""
+    most = min(CPU_BYTES, available_ram() or CPU_BYTES)
+    for size in (largest_divisor(batch, rows) for rows in range(min(CPU_ROWS, wanted.micro_batch), 1, -1)):
+        if estimate_on_cpu(model, replace(wanted, micro_batch=size)).total <= most:
+            return size
+    return 1
+
+
+def suggest_setting(config: Config, stage: str) -> str:
+    """Advice after running out of GPU memory: the largest setting that fits into what is free now; empty if unknown.
+
+    If the estimate says that the configured setting fits, it suggests half the length.
+    """
+    free, model = free_bytes(), _readable_architecture(config)
+    if free is None or model is None:
+        return ""
+    wanted = wanted_setting(config, stage, select_backend(config.student))
+    choice = choose(model, wanted, config.stage(stage).batch_size, free)
+    fits = f"the estimate says that it fits; try max_length {config.stage(stage).max_length // 2}"
+    return fits if choice.fits else choice.verdict
+
+
+def _readable_architecture(config: Config) -> Architecture | None:
+    try:
+        return read_architecture(config.student, config.lora.target_modules)
+    except (DataError, NetworkError):
+        return None
+
+
+def free_bytes() -> int | None:
+    """GPU memory that this process can still allocate; None without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    free, total = torch.cuda.mem_get_info()
+    allowed = torch.cuda.get_per_process_memory_fraction() * total - torch.cuda.memory_reserved()
+    return int(min(free, allowed))
