@@ -208,7 +208,9 @@ def build_data(
     if dry_run:
         context.dry = True
         forecast = pipeline.forecast_corrections if only == "corrections" else pipeline.forecast_templates
-        summaries.print_dry_run(forecast(context), common.json)
+        with console.spinner("estimating"):
+            found = forecast(context)
+        summaries.print_dry_run(found, common.json)
         return
     context.ask_before_paying = not yes
     with hold_run(context.run, context.config):
@@ -244,11 +246,14 @@ def train(
 
     context = common.context()
     model_name(context.config.student)
-    select_gpu(gpu)
+    with console.spinner("loading torch"):
+        select_gpu(gpu)
     if plan:
         from sclite.inspect.plan import plan_training
 
-        summaries.print_plan(plan_training(context), common.json)
+        with console.spinner("planning the training"):
+            planned = plan_training(context)
+        summaries.print_plan(planned, common.json)
         return
     with hold_run(context.run, context.config):
         pipeline.train(context, only, fresh)
@@ -280,7 +285,8 @@ def run(
     )
     model_name(context.config.student)
     pipeline.check_sources(context)
-    select_gpu(gpu)
+    with console.spinner("loading torch"):
+        select_gpu(gpu)
     pipeline.report_plan(context)
     context.ask_before_paying = not yes
     with hold_run(context.run, context.config):
@@ -577,7 +583,9 @@ def status(*, common: Common) -> None:
     from sclite.run import Run
 
     config = common.of_existing_run().load()
-    tables.print_status(read_status(config, Run(config.run)), common.json)
+    with console.spinner("checking what is done"):
+        found = read_status(config, Run(config.run))
+    tables.print_status(found, common.json)
 
 
 @app.command(rich_help_panel=INSPECT)

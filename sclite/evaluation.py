@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import count
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from sclite.export.model import gguf_path, source_digest
 from sclite.grading.worker import Grader
 from sclite.records import Drop, Problem, Template
 from sclite.student.adapters import STUDENTS
+from sclite.student.counted import Counted
 from sclite.student.llama_cpp.engine import Engine
 from sclite.train.metrics_logger import read_metrics
 
@@ -108,17 +108,16 @@ def evaluate(
     with context.display.stage("eval", text) as progress, Grader() as grader:
         total = len(names) * len(held_out.problems)
         for number, name in enumerate(names):
-            solved = count(number * len(held_out.problems) + 1)
             progress(number * len(held_out.problems), total, note=name)
             path = gguf_path(run, name, config)
 
-            def advance(solved: Iterator[int] = solved, name: str = name) -> None:
-                progress(next(solved), total, note=name)
+            def advance(solved: int, share: float, note: str, number: int = number, name: str = name) -> None:
+                share = (number + share) / len(names)
+                progress(number * len(held_out.problems) + solved, total, share=share, note=f"{name}: {note}")
 
-            with Engine(path, context=config.eval.context) as student:
-                figures[name] = evaluate_model(
-                    config, run, name, student, path, held_out, grader, judge, advance
-                )
+            with Engine(path, context=config.eval.context) as engine:
+                student = Counted(engine, len(held_out.problems), advance)
+                figures[name] = evaluate_model(config, run, name, student, path, held_out, grader, judge)
             made_from = source_digest(config, run, name)
             figures[name] |= {"file": path.name, "bytes": path.stat().st_size, "made_from": made_from}
         progress(total, total)

@@ -43,7 +43,8 @@ def divided_problems(context: Context, reread: bool = False) -> "Split":
         from sclite.data.problems import gather_problems, split_problems
 
         report, settings = Report("problems"), context.config.problems
-        found = gather_problems(context.config, context.run, report, reread=reread, keep=not context.dry)
+        with context.display.wait("reading the problems"):
+            found = gather_problems(context.config, context.run, report, reread=reread, keep=not context.dry)
         if report.figures.get("gone"):
             origin = f" in the run ({settings.source} does not exist any more)"
         elif not settings.source or report.skipped:
@@ -275,8 +276,12 @@ def train(context: Context, only: str | None = None, fresh: bool = False) -> lis
         context.display.print(
             "warning: the bundled student is a toy that can learn the quickstart's word problems only; set student.model"
         )
-    if only is None and (cost := correction_cost_text(context, unseen(context))):
-        context.display.print(cost)
+    if only is None:
+        hidden = unseen(context)
+        with context.display.wait("estimating the cost of corrections"):
+            cost = correction_cost_text(context, hidden)
+        if cost:
+            context.display.print(cost)
     if only != "dpo":
         train_stage(context, "sft", fresh)
     if only != "sft":
@@ -381,6 +386,7 @@ def fit_review_threshold(context: Context) -> None:
     from sclite.evaluate import threshold
     from sclite.export.model import gguf_path
     from sclite.grading.worker import Grader
+    from sclite.student.counted import Counted
     from sclite.student.llama_cpp.engine import Engine
 
     config, run, problems = context.config, context.run, untrained_problems(context)
@@ -391,14 +397,18 @@ def fit_review_threshold(context: Context) -> None:
     skipped = threshold.is_current(config, fitted, len(problems))
     if fitted is None or not skipped:
         text = f"threshold: {len(problems)} problems kept out of training, solved and reviewed"
+        enough = len(problems) >= threshold.MIN_PROBLEMS  # else the file need not be loaded
         with (
             context.display.stage("threshold", text) as progress,
             Grader() as grader,
-            Engine(path, context=config.eval.context) as student,
+            Engine(path, context=config.eval.context) if enough else nullcontext() as engine,
         ):
-            fitted = threshold.ensure_threshold(
-                config, run, path, student, problems, grader=grader, progress=progress
-            )
+
+            def count(solved: int, share: float, note: str) -> None:
+                progress(solved, len(problems), share=share, note=note)
+
+            student = engine and Counted(engine, len(problems), count)
+            fitted = threshold.ensure_threshold(config, run, path, student, problems, grader=grader)
     report = Report("threshold", {"problems": fitted.problems}, figures=fitted.model_dump(), skipped=skipped)
     remedy = "; `sclite eval PROBLEMS` fits it on others" if fitted.problems < threshold.MIN_PROBLEMS else ""
     context.add(report, f"threshold: {fitted.summary}{remedy}")
@@ -429,14 +439,16 @@ def report_plan(context: Context) -> None:
     """
     from sclite.inspect.plan import plan_training
 
-    plan = plan_training(context)
+    with context.display.wait("planning the run"):
+        plan = plan_training(context)
     if misfits := [name for name, stage in plan["stages"].items() if stage["fits"] is False]:
         raise DeviceError(
             f"{', '.join(misfits)} will not fit in GPU memory",
             "`sclite train --plan` shows settings that fit",
         )
     if not context.run.is_imported("templates", "templates.jsonl"):
-        found = forecast_templates(replace(context, dry=True, display=ProgressDisplay(quiet=True)))
+        with context.display.wait("estimating the cost of templates"):
+            found = forecast_templates(replace(context, dry=True, display=ProgressDisplay(quiet=True)))
         cost = "unknown cost" if found["cost_usd"] is None else f"about ${found['cost_usd']:.2f}"
         context.display.print(
             f"plan: {found['requests']:,} templates by {context.config.teacher.model}, {cost}"

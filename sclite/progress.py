@@ -4,7 +4,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -260,6 +260,10 @@ class ProgressDisplay:
         finally:
             with lock:
                 ended.set()
+
+    def wait(self, text: str) -> AbstractContextManager[None]:
+        """A spinner while something is read or computed between two stages."""
+        return nullcontext() if self.quiet else console.spinner(text)
 
     def print(self, text: str) -> None:
         """Print a line to stderr, between two stages."""

@@ -44,7 +44,7 @@ def write(name: str, *rows: object) -> str:
             ({"question": "How?", "answer": ""},),
             "mine.jsonl: no usable row (1 no answer); line 1: no answer",
         ),
-        (({"task": "How?"}, "[1, 2]"), "line 1: no known columns, found: task"),
+        (({"task": "How?"}, "[1, 2]"), "line 1: no known column, found: task"),
     ],
 )
 def test_an_unusable_problems_file_is_reported_with_its_line(sclite, rows, place):

@@ -152,7 +152,12 @@ def test_doctor_reaches_a_local_teacher_and_reports_a_broken_configuration(sclit
 def test_addresses_that_do_not_answer_take_no_longer_than_the_limit(monkeypatch):
     monkeypatch.setattr(doctor, "NETWORK_SECONDS", 0.3)
     released = threading.Event()
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: released.wait())  # no resolver has a timeout
+
+    def resolve(*_, **__):  # no resolver has a timeout
+        released.wait()
+        raise OSError("name not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         addresses = ["http://nowhere.example", f"http://127.0.0.1:{silent.getsockname()[1]}"]
         found = doctor.find_failures(addresses)

@@ -12,7 +12,7 @@ from sclite.__main__ import main
 from sclite.context import Context
 from sclite.errors import DataError
 from sclite.progress import ProgressDisplay
-from sclite.records import Attempt, Drop, Pair, Review
+from sclite.records import Attempt, Drop, Pair, Problem, Review
 from sclite.settings import load
 from sclite.student.tokenization import piece_ids, prompt_ids
 from sclite.trace import CAUSE, Step, Trace, render, step_pieces
@@ -223,3 +223,19 @@ def test_a_student_that_does_not_write_steps_is_told_apart_from_one_that_needs_m
         with pytest.raises(DataError, match=r"attempt not readable") as error:
             pipeline.build_corrections(world_of(run, server.url, **own))
     assert "attempts.student" in error.value.hint
+
+
+def test_too_few_problems_for_a_threshold_load_no_model(tmp_path, run):
+    run.replace(
+        "problems.jsonl", [Problem(id=str(n), question=f"{n} + 1?", answer=str(n + 1)) for n in range(40)]
+    )
+    for name in (
+        "sft/adapter/adapter_model.safetensors",
+        "dpo/adapter/adapter_model.safetensors",
+        "export/dpo-q4_k_m.gguf",
+    ):
+        run.path(name).parent.mkdir(parents=True, exist_ok=True)
+        run.path(name).write_bytes(b"no model")
+    context = Context(load(None, [f"run={run.folder}"], {}), run, ProgressDisplay(quiet=True))
+    pipeline.fit_review_threshold(context)
+    assert "too few to fit its threshold" in context.reports[-1].figures["off"]

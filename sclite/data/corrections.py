@@ -80,7 +80,8 @@ def write_corrections(
         if not reviews:
             reasons = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in report.dropped.items())
             other = "use an attempts.student that writes <Step1> .."
-            other = "train SFT for longer (--fresh)" if config.attempts.kind == "trained" else other
+            if config.attempts.kind == "trained":
+                other = "raise sft.num_train_epochs or sft.learning_rate and train with --fresh"
             raise DataError(
                 f"no wrong attempt could be corrected: {reasons or 'there are none'}",
                 f"see {run.path('dropped.jsonl')}; add problems or samples (attempts.samples), or {other}",

@@ -39,7 +39,7 @@ _WORDS_OF_A_SENTENCE = 5
 def read_problem(row: Cells | BadRow, columns: Mapping[str, str]) -> Problem:
     """The problem in a row. `columns` maps question, answer, solution and id to column names (default: the usual names).
 
-    Raises BadRow with reason columns_missing, not_text, no_question or no_answer.
+    Raises BadRow with reason no_known_column, not_text, no_question or no_answer.
     """
     answer, solution = _cells(row, columns, "answer", "solution")
     id_, question = read_question(row, columns)
@@ -124,11 +124,11 @@ def _cells(row: Cells | BadRow, columns: Mapping[str, str], *roles: str) -> list
         found.append([row.get(columns[role])] if role in columns else usual)
     absent = [role for role in (*roles, "id") if role in columns and columns[role] not in row]
     if absent or not any(found):
-        why, present = "no known columns", replace_surrogates(", ".join(map(str, row))) or "none"
+        why, present = "no known column", replace_surrogates(", ".join(map(str, row))) or "none"
         hint = f"set question_column, answer_column and solution_column, or rename the columns: {FORMS}"
         if absent:
             why, hint = f"no column {columns[absent[0]]}", f"set {absent[0]}_column to one of them"
-        raise BadRow("columns_missing", f"{why}, found: {present}", hint)
+        raise BadRow("no_known_column", f"{why}, found: {present}", hint)
     # filled in: neither None nor NaN, which does not equal itself, nor blank
     return [next((c for c in cells if c is not None and c == c and str(c).strip()), None) for cells in found]
 

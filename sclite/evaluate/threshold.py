@@ -223,7 +223,7 @@ def try_corrections(student: Student, trials: Sequence[Trial], config: Config, g
 
 
 def fit_student(
-    student: Student,
+    student: Student | None,
     problems: Sequence[Problem],
     config: Config,
     grader: Grader,
@@ -232,11 +232,11 @@ def fit_student(
     """Fit the threshold of a student on problems that are used nowhere else.
 
     Of many problems, every other one is used first, and the rest only if a correction fixed any of those. Fewer than
-    MIN_PROBLEMS are not tried: then review stays off. `progress` gets (solved, problems).
+    MIN_PROBLEMS are not tried, and need no student: then review stays off. `progress` gets (solved, problems).
     """
     total = len(problems)
     off = Fitted(threshold=None, problems=total, max_harm=config.review.max_harm)
-    if total < MIN_PROBLEMS:
+    if total < MIN_PROBLEMS or student is None:
         off.off = f"{total} problems are too few to fit its threshold, {MIN_PROBLEMS} are needed"
         return off
     trials: list[Trial] = []
@@ -303,7 +303,7 @@ def ensure_threshold(
     config: Config,
     run: Run,
     gguf: Path,
-    student: Student,
+    student: Student | None,
     problems: Sequence[Problem],
     *,
     grader: Grader,

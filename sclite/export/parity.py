@@ -214,19 +214,12 @@ def find_violations(result: Mapping[str, Any], max_kl: Mapping[str, float]) -> l
 
 
 def summarize(result: Mapping[str, Any]) -> str:
-    """The figures on one line."""
-    tokens = (
-        f"parity of {', '.join(result['files'])}: tokens {result['tokens_equal']}/{result['tokens_compared']}"
-    )
+    """The figures on one line: the share of places where the most likely next token is the same, and the KL divergence."""
+    tokens = f"Checked against the trained model: {result['tokens_equal']} of {result['tokens_compared']} tokens read alike"
     if result["skipped"]:
         return f"{tokens}; probabilities not compared: {result['skipped']}"
     full, greedy = result["unquantized"], result["greedy"]
-    share = "" if full["adapter_share"] is None else f", adapter {full['adapter_share']:.1%}"
-    files = "; ".join(
-        f"{figures['quantization']} top-1 {figures['top1_agreement']:.4f}, KL {figures['kl']:.4f}"
-        for figures in result["files"].values()
-    )
-    return (
-        f"{tokens}; {files} (before quantization {full['top1_agreement']:.4f}, {full['kl']:.4f}{share}, "
-        f"{greedy['equal']}/{greedy['answers']} greedy answers equal)"
-    )
+    share = "" if full["adapter_share"] is None else f", {full['adapter_share']:.1%} of the adapter's effect"
+    compared = [(each["quantization"], each) for each in result["files"].values()] + [("unquantized", full)]
+    same = ", ".join(f"{name} {each['top1_agreement']:.1%} (KL {each['kl']:.4f})" for name, each in compared)
+    return f"{tokens}; same next token: {same}; {greedy['equal']} of {greedy['answers']} answers equal{share}"

@@ -108,7 +108,7 @@ def plan(
         "full_gguf": sixteen * (2 if quant == "f32" else 1),
         "gguf": model.parameters * BITS[quant] / 8 if quant in BITS else None,
     }
-    disk = {name: None if size is None else round(size / GB, 2) for name, size in sizes.items()}
+    disk = {name: None if size is None else round(size / GB, 4) for name, size in sizes.items()}
     return {
         "student": model_name(config.student),
         "parameters": model.parameters,
@@ -122,7 +122,7 @@ def plan(
         "gpu": dict(gpu) if gpu else None,
         "stages": stages,
         "hours": None if None in hours else round(sum(hours), 2),
-        "disk_gb": {**disk, "total": round(sum(size or 0 for size in disk.values()), 2)},
+        "disk_gb": {**disk, "total": round(sum(size or 0 for size in disk.values()), 4)},
         "teacher": corrections_cost(config, run, unseen, count_pending_corrections(config, run)),
     }
 

@@ -137,7 +137,7 @@ def _read_stages(config: Config, run: Run, paid: Mapping[str, Any]) -> dict[str,
                 found[name] = signed
     if not any(name.startswith("export-") for name in found):
         found["export"] = Stage()
-    found |= _threshold(config, run)
+    found |= _thresholds(config, run)
     found[EVAL] = _evaluation(config, run)
 
     stale = ""
@@ -205,21 +205,28 @@ class Summary(BaseModel):
     folder: str
 
 
-def _threshold(config: Config, run: Run) -> dict[str, Stage]:
-    """The fit of the review threshold for the newest student: its stage, or nothing if it is not needed."""
-    made = run.manifest("export-dpo")
-    if made is None or config.review.mode == "free" or config.review.threshold is not None:
-        return {}
+def _thresholds(config: Config, run: Run) -> dict[str, Stage]:
+    """The fits of the review thresholds: "threshold" of the newest student, "threshold-sft" .. of others.
+
+    Nothing if no threshold is needed; a fit is expected of DPO's student only.
+    """
+    found: dict[str, Stage] = {}
+    if config.review.mode == "free" or config.review.threshold is not None:
+        return found
     known = run.read_json(THRESHOLDS, dict[str, Fitted]) or {}
-    digests = [file["sha256"] for file in made["figures"].get("files", {}).values()]
-    fitted = next((known[digest] for digest in digests if digest in known), None)
-    if fitted is None or (fitted.prompts, fitted.max_harm) != (
-        prompts_digest(config),
-        config.review.max_harm,
-    ):
-        return {"threshold": Stage()}
-    counts = {"problems": fitted.problems, "fitted": int(fitted.threshold is not None)}
-    return {"threshold": Stage(DONE, [fitted.off] if fitted.off else [], counts)}
+    made = {name: run.manifest(f"export-{name}") for name in STUDENTS}
+    exported = [name for name, manifest in made.items() if manifest is not None]
+    for name in exported:
+        digests = [file["sha256"] for file in (made[name] or {})["figures"].get("files", {}).values()]
+        fitted = next((known[digest] for digest in digests if digest in known), None)
+        stage = "threshold" if name == exported[-1] else f"threshold-{name}"
+        own = (prompts_digest(config), config.review.max_harm)
+        if fitted is not None and (fitted.prompts, fitted.max_harm) == own:
+            counts = {"problems": fitted.problems, "fitted": int(fitted.threshold is not None)}
+            found[stage] = Stage(DONE, [fitted.off] if fitted.off else [], counts)
+        elif name == "dpo":
+            found[stage] = Stage()
+    return found
 
 
 def _evaluation(config: Config, run: Run) -> Stage:
@@ -268,7 +275,10 @@ def next_command(config: Config, stages: Mapping[str, Stage]) -> str:
         source = config.problems.source or stages["problems"].state == DONE
         needed = teacher if source else ["problems.source", *teacher]
     elif name not in OUTPUTS:
-        words = [{EVAL: "eval", "export": "train", "threshold": "train"}.get(name, "export")]
+        words = [
+            {EVAL: "eval", "export": "train", "threshold": "train"}.get(name.partition("-")[0], "export")
+        ]
+        words = ["export"] if name.startswith("export-") else words
     elif others and stages["corrections" if config.attempts.source else "pairs"].state != DONE:
         words, needed = ["build-data", "--only", "corrections"], teacher
     else:

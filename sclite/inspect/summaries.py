@@ -173,7 +173,9 @@ def print_datasets(report: Report, license: str, json: bool) -> None:
 def _print_next(context: "Context") -> None:
     from sclite.inspect.status import read_status
 
-    _print_command("Next", read_status(context.config, context.run)["next"])
+    with console.spinner("checking what is done"):
+        command = read_status(context.config, context.run)["next"]
+    _print_command("Next", command)
 
 
 def _print_command(label: str, command: str, remark: str = "") -> None:

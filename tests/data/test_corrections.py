@@ -187,6 +187,7 @@ def test_error_with_reasons_if_no_correction_is_valid(run, grader):
     with pytest.raises(DataError, match="no wrong attempt could be corrected: 2 not readable") as error:
         build(run, grader, lambda request, nth: say("All good!"))
     assert "dropped.jsonl" in error.value.hint
+    assert "sft.num_train_epochs or sft.learning_rate" in error.value.hint
     assert run.manifest("corrections") is None
     assert len(run.read("dropped.jsonl", Drop)) == 2
 

@@ -141,13 +141,13 @@ def test_id_and_solution_of_a_row_are_kept():
 
 
 def test_unknown_columns_are_reported_with_those_that_exist():
-    with pytest.raises(BadRow, match="no known columns, found: prompt, target") as caught:
+    with pytest.raises(BadRow, match="no known column, found: prompt, target") as caught:
         read_problem({"prompt": "q", "target": "a"}, {})
     assert "question and answer" in caught.value.hint
     error = refused({"question": "question", "answer": "golden"}, gold="1")
     assert error.message == "no column golden, found: question, gold"
     assert "answer_column" in error.hint
-    assert "no known columns" in refused({"question": "question"}, gold="1").message
+    assert "no known column" in refused({"question": "question"}, gold="1").message
 
 
 @pytest.mark.parametrize(

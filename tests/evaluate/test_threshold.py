@@ -230,7 +230,7 @@ class Known:
         return found
 
     def fit(self, max_harm=0.005, problems=MANY) -> Fitted:
-        return fit_student(None, problems, Config.model_validate({"review": {"max_harm": max_harm}}), None)
+        return fit_student(self, problems, Config.model_validate({"review": {"max_harm": max_harm}}), None)
 
     def by_trying_everything(self, max_harm: float) -> Fitted:
         results = [tuple(self.fixes(i, step) for step in (1, 2, 3)) for i in range(len(MANY))]

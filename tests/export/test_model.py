@@ -79,7 +79,9 @@ def test_parity_describes_the_exported_file(base, run):
     assert kept["unquantized"]["kl"] < kept["files"]["sft-q8_0.gguf"]["kl"] < 0.03
     assert kept["unquantized"]["adapter_share"] == pytest.approx(1, abs=0.05)
     line = parity.summarize(kept)
-    assert line.startswith("parity of sft-q8_0.gguf: tokens ")
+    assert line.startswith("Checked against the trained model: ")
+    assert "% (KL 0.0" in line
+    assert line.endswith("2 of 2 answers equal, 100.0% of the adapter's effect")
     assert "\n" not in line
     assert sorted(path.name for path in run.path("export").iterdir()) == ["parity.json", "sft-q8_0.gguf"]
 

@@ -328,15 +328,21 @@ def test_eval_is_suggested_only_with_problems(trained):
     assert following() == "sclite chat --self-correct"
 
 
-def test_the_threshold_of_an_exported_file_is_found(built):
-    made, gguf = config(built), built.path("export/dpo-q4_k_m.gguf")
-    gguf.parent.mkdir()
-    gguf.write_bytes(b"GGUF")
-    files = {gguf.name: {"megabytes": 0.0, "sha256": built.file_digest(str(gguf.resolve()))}}
-    built.sign(
-        "export-dpo", export.inputs_of(made, built, "dpo"), Report("export-dpo", figures={"files": files})
-    )
-    assert states(built)["threshold"] == "not_begun"
+def test_the_thresholds_of_all_exported_students_are_found(built):
+    made = config(built)
+    for name in ("sft", "dpo"):
+        adapter(built, f"{name}/adapter")
+        gguf = built.path(f"export/{name}-q4_k_m.gguf")
+        gguf.parent.mkdir(exist_ok=True)
+        gguf.write_bytes(b"GGUF" + name.encode())
+        files = {gguf.name: {"megabytes": 0.0, "sha256": built.file_digest(str(gguf.resolve()))}}
+        report = Report(f"export-{name}", figures={"files": files})
+        built.sign(f"export-{name}", export.inputs_of(made, built, name), report)
+        if name == "sft":
+            assert "threshold" not in states(built)  # train fits that of DPO's student
+            store_threshold(made, built, gguf, Fitted(threshold=2.0, problems=70, max_harm=0.005))
+            assert read(built)["stages"]["threshold"]["counts"] == {"problems": 70, "fitted": 1}
+    assert (states(built)["threshold"], states(built)["threshold-sft"]) == ("not_begun", "done")
     store_threshold(made, built, gguf, Fitted(threshold=1.0, problems=60, max_harm=0.005))
     stage = read(built)["stages"]["threshold"]
     assert (stage["state"], stage["counts"]) == ("done", {"problems": 60, "fitted": 1})

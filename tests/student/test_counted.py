@@ -1,0 +1,27 @@
+"""The count of a student's work."""
+
+from sclite.student.base import Reply, Request, ScoreRequest, Scores, Student
+from sclite.student.counted import Counted
+
+
+class Echo(Student):
+    def generate(self, requests):
+        for index, request in enumerate(requests):
+            yield Reply(index, request.messages[-1]["content"], 1, 1, "stop")
+
+    def score(self, requests):
+        for index, _ in enumerate(requests):
+            yield Scores(index, (0.0,), 1)
+
+
+def test_replies_and_scores_pass_unchanged_and_are_counted():
+    seen = []
+    student = Counted(Echo(), 2, lambda *counts: seen.append(counts))
+    requests = [Request([{"role": "user", "content": text}], max_tokens=1) for text in "ab"]
+    assert [reply.text for reply in student.generate(requests)] == ["a", "b"]
+    asked = ScoreRequest([], ("",), (0,), (("a", "b"),))
+    assert [found.index for found in student.score([asked])] == [0]
+    assert seen[:2] == [(1, 0.25, "1 texts written"), (2, 0.5, "2 texts written")]
+    assert seen[2:] == [(2, 0.75, "2 texts written, 1 reviewed")]
+    list(student.generate(requests))  # corrections, or free reviews
+    assert seen[-1] == (2, 1.0, "4 texts written, 1 reviewed")
