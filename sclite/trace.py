@@ -318,10 +318,8 @@ def tag_name(written: str) -> str:
 
 def first_corrected(trace: Trace) -> int | None:
     """The number (from 1) of the first step with a cause or a correction; None if there is none."""
-    for number, step in enumerate(trace.steps, 1):
-        if step.cause is not None or step.correction is not None:
-            return number
-    return None
+    noted = (n for n, step in enumerate(trace.steps, 1) if (step.cause, step.correction) != (None, None))
+    return next(noted, None)
 
 
 def corrected(trace: Trace) -> Trace:

@@ -185,25 +185,19 @@ def _sample_own(
             for case, own in zip(block, written, strict=True)
         )
         for case, own, right in zip(block, written, verdicts, strict=True):
-            if reason := _own_issue(case, own):
-                case.reasons.append(reason)
+            before = [step.text.split() for step in (own.trace or case.work).steps[: case.step - 1]]
+            if own.accused is None and own.note:
+                case.reasons.append(_UNANSWERED if own.note == NO_REPLY else _UNREADABLE)
+            elif own.accused is None:
+                case.reasons.append("student_review_accuses_nothing")
+            elif own.accused != case.step:
+                case.reasons.append("student_review_accuses_another_step")
+            elif not own.cause or not own.correction:
+                case.reasons.append(_UNREADABLE)
+            elif before != [step.text.split() for step in case.work.steps[: case.step - 1]]:
+                case.reasons.append("student_review_changes_steps")
             else:
                 case.own.append((continuation(own), right))
-
-
-def _own_issue(case: Case, own: Reviewed) -> str:
-    """Why what the student has written does not correct the accused step of this work; "" if it does."""
-    if own.accused is None and own.note:
-        return _UNANSWERED if own.note == NO_REPLY else _UNREADABLE
-    if own.accused is None:
-        return "student_review_accuses_nothing"
-    if own.accused != case.step:
-        return "student_review_accuses_another_step"
-    if not own.cause or not own.correction:
-        return _UNREADABLE
-    kept = [step.text.split() for step in case.work.steps[: case.step - 1]]
-    before = [step.text.split() for step in (own.trace or case.work).steps[: case.step - 1]]
-    return "" if before == kept else "student_review_changes_steps"
 
 
 def continuation(reviewed: Reviewed | Review) -> str:

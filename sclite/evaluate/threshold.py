@@ -20,7 +20,7 @@ from sclite.grading.worker import Grader
 from sclite.records import Problem
 from sclite.run import Run
 from sclite.student.base import Student
-from sclite.student.self_correction import NEVER, correct_steps, score_traces
+from sclite.student.self_correction import NEVER, correct_steps, run_together, score_steps
 from sclite.trace import Trace
 
 FILE = "export/threshold.json"
@@ -243,9 +243,10 @@ def fit_student(
     solved = count(1)
     for part in (problems[::2], problems[1::2]) if total >= MANY_PROBLEMS else (problems,):
         first = solve_problems(student, part, config, grader, lambda: progress(next(solved), total))
-        questions, works = [problem.question for problem in part], [parsed.work for parsed in first.parsed]
-        scores = score_traces(student, questions, works, config.prompts.folder)
-        trials += map(Trial, part, works, first.correct, scores)
+        works = [parsed.work for parsed in first.parsed]
+        asked = zip(part, works, strict=True)
+        scripts = [score_steps(problem.question, work, config.prompts.folder) for problem, work in asked]
+        trials += map(Trial, part, works, first.correct, run_together(student, scripts))
         try_corrections(student, trials, config, grader)
         if not any(trial.correct is False and True in trial.results.values() for trial in trials):
             break

@@ -208,7 +208,7 @@ def is_close(a: Any, b: Any, places: int) -> bool:
 
 
 def parse_quantity(text: str) -> Quantity | None:
-    """Parse a normalized number with its unit; None for any other text."""
+    """Parse a normalized number with its unit, as 5 ft 3 in in the smallest of its units; None for any other text."""
     if len(text) > 120 or not any(c.isdigit() for c in text):
         return None
     if ratio := _RATIO.fullmatch(text):
@@ -219,13 +219,20 @@ def parse_quantity(text: str) -> Quantity | None:
     if not found or number is None:
         return None
     unit = _parse_unit(found["unit"] or "")
-    if unit is None:
-        return _parse_compound(text)
-    factor, words = unit
-    if found["money"]:
-        money, _ = _UNITS[found["money"][-1]]
-        words = (frozenset({money}).union(*words[:1]), *words[1:])
-    return Quantity(number[0], factor, words, number[1])
+    if unit is not None:
+        factor, words = unit
+        if found["money"]:
+            money, _ = _UNITS[found["money"][-1]]
+            words = (frozenset({money}).union(*words[:1]), *words[1:])
+        return Quantity(number[0], factor, words, number[1])
+    texts = re.split(r"(?<=[A-Za-z'\"]),? ?(?:and )?(?=\d)", text)
+    parts = [quantity for part in texts if (quantity := parse_quantity(part))] if 1 < len(texts) < 5 else []
+    if not parts or len(parts) < len(texts) or {len(part.unit) for part in parts} != {1}:
+        return None
+    if len({part.unit for part in parts}) > 1 or any(a.factor <= b.factor for a, b in pairwise(parts)):
+        return None
+    smallest = parts[0 if parts[0].unit[0] == {"dollar"} else -1].factor
+    return Quantity(sum(part.value * part.factor for part in parts) / smallest, smallest, parts[0].unit)
 
 
 def _read_number(found: re.Match[str]) -> tuple[Fraction, int | None] | None:
@@ -263,18 +270,6 @@ def _read_number(found: re.Match[str]) -> tuple[Fraction, int | None] | None:
     if found["raised"]:
         value **= 2 if "sq" in found["raised"] else 3
     return -value if (found["sign"] + found["sign2"]).count("-") == 1 else value, places
-
-
-def _parse_compound(text: str) -> Quantity | None:
-    """Parse 5 ft 3 in or 2 hours and 30 minutes, in the smallest of the units."""
-    parts = re.split(r"(?<=[A-Za-z'\"]),? ?(?:and )?(?=\d)", text)
-    found = [quantity for part in parts if (quantity := parse_quantity(part))] if 1 < len(parts) < 5 else []
-    if not found or len(found) < len(parts) or {len(q.unit) for q in found} != {1}:
-        return None
-    if len({q.unit for q in found}) > 1 or any(a.factor <= b.factor for a, b in pairwise(found)):
-        return None
-    smallest = found[0 if found[0].unit[0] == {"dollar"} else -1].factor
-    return Quantity(sum(q.value * q.factor for q in found) / smallest, smallest, found[0].unit)
 
 
 _TAIL = re.compile(r"(.*(?:[\d})!]|\\pi)) ?(%|[A-Za-z]{2}.*|L|(?<= )[msg])", re.DOTALL)

@@ -167,20 +167,9 @@ def score_request(question: str, work: Trace, folder: str = "") -> ScoreRequest:
     return ScoreRequest(messages, pieces, tuple(range(0, len(pieces), 2)), options, OTHER_TAGS)
 
 
-def score_traces(
-    student: Student, questions: Sequence[str], works: Sequence[Trace], folder: str = ""
-) -> list[tuple[float, ...]]:
-    """The log-odds of an error for each step of each work; empty if it has no steps or is too long to review."""
-    odds: list[tuple[float, ...]] = [()] * len(works)
-    scored = [i for i, work in enumerate(works) if work.steps]
-    requests = [score_request(questions[i], works[i], folder) for i in scored]
-    for scores in student.score(requests):
-        odds[scored[scores.index]] = _readable(scores)
-    return odds
-
-
-def _readable(scores: Reply | Scores | None) -> tuple[float, ...]:
-    """The log-odds; empty if they are NaN, because the review exceeds the context."""
+def score_steps(question: str, work: Trace, folder: str = "") -> Script[tuple[float, ...]]:
+    """The log-odds of an error for each step; empty if there are none, or if they are too long to review (NaN)."""
+    scores = (yield score_request(question, work, folder)) if work.steps else None
     odds = scores.log_odds if isinstance(scores, Scores) else ()
     return () if any(map(math.isnan, odds)) else odds
 
@@ -190,7 +179,7 @@ def guided(question: str, attempt: Trace, settings: ReviewSettings) -> Script[Re
     work = corrected(attempt)
     result = Reviewed(note="" if work.steps else NO_STEPS)
     for round_number in range(settings.rounds if work.steps else 0):
-        odds = _readable((yield score_request(question, work, settings.prompt_folder)))
+        odds = yield from score_steps(question, work, settings.prompt_folder)
         if round_number == 0:
             result = replace(result, scores=odds, note="" if odds else "too long to review")
         step = next((n for n, value in enumerate(odds, 1) if value > settings.threshold), None)

@@ -200,7 +200,8 @@ class Known:
         self.tried: list[tuple[int, int]] = []
         self.solved = 0
         monkeypatch.setattr(threshold, "solve_problems", self.solve)
-        monkeypatch.setattr(threshold, "score_traces", self.score)
+        monkeypatch.setattr(threshold, "score_steps", lambda question, *_: self.scores[self.number(question)])
+        monkeypatch.setattr(threshold, "run_together", lambda _, scripts: scripts)
         monkeypatch.setattr(threshold, "correct_steps", self.correct_steps)
         monkeypatch.setattr(
             threshold, "grade", lambda _, answers, __: [answer == "right" for answer in answers]
@@ -214,9 +215,6 @@ class Known:
         self.solved += len(problems)
         correct = [self.correct[self.number(problem.question)] for problem in problems]
         return FirstAnswers(problems, [], [parse("")] * len(problems), correct)
-
-    def score(self, _, questions, *__):
-        return [self.scores[self.number(question)] for question in questions]
 
     def fixes(self, number: int, step: int) -> bool:
         return self.wrong_step[number] == step - 1

@@ -19,7 +19,7 @@ from sclite.student.self_correction import (
     run_together,
     same_result,
     score_request,
-    score_traces,
+    score_steps,
     stream,
 )
 from sclite.trace import CAUSE, Step, Trace, open_piece, parse, render
@@ -86,7 +86,7 @@ def test_score_request_covers_every_step():
 
 def test_scores_match_their_traces_in_any_order():
     student = Scripted(odds=accuse_38)
-    found = score_traces(student, [QUESTION] * 3, [WRONG, Trace(), RIGHT])
+    found = run_together(student, [score_steps(QUESTION, work) for work in (WRONG, Trace(), RIGHT)])
     assert found == [(-4.0, 3.0, -4.0), (), (-4.0, -4.0, -4.0)]
     assert len(student.scored) == 2
 

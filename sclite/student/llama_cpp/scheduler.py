@@ -55,7 +55,23 @@ class Scheduler:
         self.active: dict[_Slot, TokenSequence] = {}
         self.steps = self.fed_tokens = self.shared_tokens = self.preempted = 0
         self._seen: tuple[int | None, int] = (None, 0)
-        self._build_batch(api.llama_n_batch(context))
+        self.size = size = api.llama_n_batch(context)
+        # a llama_batch over numpy arrays: filling it takes slices instead of a call per token
+        self.tokens, self.positions, self.owners = (np.zeros(size, np.int32) for _ in range(3))
+        self.outputs, counts = np.zeros(size, np.int8), np.ones(size, np.int32)
+        pointers = (self.owners.ctypes.data + 4 * np.arange(size)).astype(np.uintp)
+        self._alive = (counts, pointers)
+        arrays: dict[str, np.ndarray] = {
+            "token": self.tokens,
+            "pos": self.positions,
+            "n_seq_id": counts,
+            "seq_id": pointers,
+            "logits": self.outputs,
+        }
+        self.batch = api.llama_batch()
+        kinds = dict(self.batch._fields_)
+        for name, array in arrays.items():
+            setattr(self.batch, name, ctypes.cast(array.ctypes.data, kinds[name]))
         self._inbox: SimpleQueue[list[TokenSequence] | None] = SimpleQueue()
         self._runs: set[Run] = set()
         self._stopped = False
@@ -154,7 +170,22 @@ class Scheduler:
             return
         code = self.api.llama_decode(self.context, self.batch)
         if code == 1:
-            self._make_room()
+            # the unified cache is full: clear the idle slots, or else the newest sequence waits again
+            cleared = [slot for slot in self.slots if slot not in self.active and len(slot.kept)]
+            if not cleared:
+                cleared = [list(self.active)[-1]]
+                sequence = self._release(cleared[0])
+                if self.active:
+                    self.preempted += 1
+                    sequence.read.clear()
+                    self.waiting.appendleft(sequence)
+                else:
+                    sequence.finish = "error"
+                    sequence.error = f"the cache of {self.cells} tokens is too small for this request"
+                    self._report(sequence)
+            for slot in cleared:
+                self.api.llama_memory_seq_rm(self.memory, slot.number, -1, -1)
+                slot.kept = slot.kept[:0]
             return
         if code != 0:
             self._fail(
@@ -251,44 +282,7 @@ class Scheduler:
         slot.kept, slot.freed_at = np.array(sequence.ids[: sequence.fed], dtype=np.int32), self.steps
         return sequence
 
-    def _make_room(self) -> None:
-        """The unified cache is full: clear the idle slots, or else put the newest sequence back into the queue."""
-        cleared = [slot for slot in self.slots if slot not in self.active and len(slot.kept)]
-        if not cleared:
-            cleared = [list(self.active)[-1]]
-            sequence = self._release(cleared[0])
-            if self.active:
-                self.preempted += 1
-                sequence.read.clear()
-                self.waiting.appendleft(sequence)
-            else:
-                sequence.finish = "error"
-                sequence.error = f"the cache of {self.cells} tokens is too small for this request"
-                self._report(sequence)
-        for slot in cleared:
-            self.api.llama_memory_seq_rm(self.memory, slot.number, -1, -1)
-            slot.kept = slot.kept[:0]
-
     # -- the batch
-
-    def _build_batch(self, size: int) -> None:
-        """Build a llama_batch over numpy arrays, so that filling it takes slices instead of a call per token."""
-        self.size = size
-        self.tokens, self.positions, self.owners = (np.zeros(size, np.int32) for _ in range(3))
-        self.outputs, counts = np.zeros(size, np.int8), np.ones(size, np.int32)
-        pointers = (self.owners.ctypes.data + 4 * np.arange(size)).astype(np.uintp)
-        self._alive = (counts, pointers)
-        arrays: dict[str, np.ndarray] = {
-            "token": self.tokens,
-            "pos": self.positions,
-            "n_seq_id": counts,
-            "seq_id": pointers,
-            "logits": self.outputs,
-        }
-        self.batch = self.api.llama_batch()
-        kinds = dict(self.batch._fields_)
-        for name, array in arrays.items():
-            setattr(self.batch, name, ctypes.cast(array.ctypes.data, kinds[name]))
 
     def _fill(self) -> list[tuple[_Slot, int, list[int]]]:
         """Fill the batch: decoding sequences first, then prompts. Returns (slot, fed up to, positions read).
