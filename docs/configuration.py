@@ -21,7 +21,7 @@ places that has it:
 5. the default
 
 An empty value resets a setting to its default: `--set teacher.price=` discards a price that the run remembers. `run.toml`
-never holds `problems.limit`, `eval.limit` or `export.ollama`: `sclite build-data problems.jsonl` without `--limit` uses all
+never holds `problems.limit`, `eval.limit`, `export.ollama` or `export.push`: `sclite build-data problems.jsonl` without `--limit` uses all
 rows again. `eval`, `export` and `chat` save nothing. The quickstart has its own defaults and reads a `sclite.toml` only if
 `--config` names one.
 

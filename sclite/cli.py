@@ -3,6 +3,7 @@
 Everything heavy is imported inside a command, so that --help stays fast.
 """
 
+import re
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
@@ -315,7 +316,11 @@ def evaluate(
     ] = None,
     models: Annotated[
         str | None,
-        typer.Option("--models", metavar="LIST", help="Comma-separated: base, sft, dpo (default: all)."),
+        typer.Option(
+            "--models",
+            metavar="LIST",
+            help="Comma-separated: base, sft, dpo, ollama/NAME (default: all trained).",
+        ),
     ] = None,
     *,
     common: Common,
@@ -330,10 +335,11 @@ def evaluate(
         if models
         else pipeline.available(context)
     )
-    unknown = [name for name in names if name not in pipeline.STUDENTS]
+    unknown = [name for name in names if name not in pipeline.STUDENTS and not name.startswith("ollama/")]
     if unknown:
+        known = ", ".join(pipeline.STUDENTS)
         raise UsageError(
-            f"invalid value for --models: {','.join(unknown)}", f"use any of {', '.join(pipeline.STUDENTS)}"
+            f"invalid value for --models: {','.join(unknown)}", f"use any of {known}, or ollama/NAME"
         )
     with context.run.lock():
         summary = pipeline.evaluate_students(context, names)
@@ -454,7 +460,10 @@ def export(
 @common_options
 def chat(
     question: Annotated[
-        str | None, typer.Argument(metavar="QUESTION", help="Answer this question and exit.")
+        str | None,
+        typer.Argument(
+            metavar="QUESTION", help="Answer this question and exit; or a model, such as ollama/qwen3:8b."
+        ),
     ] = None,
     self_correct: Annotated[
         bool | None,
@@ -468,7 +477,7 @@ def chat(
         typer.Option(
             "--model",
             metavar="MODEL",
-            help="A GGUF file, or a LiteLLM model such as ollama_chat/qwen3:8b (default: that of the run).",
+            help="A GGUF file, ollama/NAME, or another LiteLLM model (default: that of the run).",
         ),
     ] = None,
     *,
@@ -482,12 +491,14 @@ def chat(
     from sclite import evaluation, pipeline
     from sclite.chat.repl import run_chat
 
+    if model is None and question and re.fullmatch(r"[a-z][a-z0-9_]+/[A-Za-z][\w.:/-]*", question):
+        question, model = None, Path(question)  # ollama/qwen3:8b is no question
     if question is not None and not question.strip():
         raise UsageError("the question is empty", "run `sclite chat` without a question to type it")
     if common.json and question is None and console.is_interactive():
         raise UsageError("--json needs a question", "sclite chat --json 'What is 17 + 25?'")
     context = common.of_existing_run().context()
-    # a LiteLLM model, such as ollama_chat/qwen3:8b, and not a file
+    # a model behind an API, such as ollama/qwen3:8b, and not a file
     remote = model is not None and not (model.parent.is_dir() or model.suffix == ".gguf")
     remote = remote and "/" in str(model) and not str(model).startswith(("/", ".", "~"))
     if model is None:

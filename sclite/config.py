@@ -88,7 +88,7 @@ class Attempts(Section):
     )
     student: str = Field(
         "",
-        description="model to sample from: a .gguf file or a LiteLLM model name (default: the SFT adapter)",
+        description="model to sample from: a .gguf file, ollama/NAME or a LiteLLM model name (default: the SFT adapter)",
     )
     api_base: Address = Field(
         "", description="base URL, if attempts.student is an OpenAI-compatible endpoint"

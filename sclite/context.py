@@ -12,6 +12,7 @@ from sclite.config import Attempts, Config, Teacher
 from sclite.errors import DataError, NetworkError
 from sclite.progress import ProgressDisplay
 from sclite.run import Report, Run
+from sclite.signature import digest
 
 if TYPE_CHECKING:
     from sclite.data.problems import Split
@@ -107,22 +108,26 @@ class Context:
 
     @contextmanager
     def endpoint(self, settings: Attempts, stage: str) -> Iterator[Any]:
-        """The model behind an API that `settings.student` names; timeout and retries are the teacher's."""
-        from sclite.student.endpoint import Endpoint
+        """The model behind an API that `settings.student` names; timeout and retries are the teacher's.
 
-        own = {"model": settings.student, "api_base": settings.api_base, "concurrency": settings.concurrency}
+        ollama/NAME is Ollama's OpenAI-compatible endpoint. Raises TeacherError if it does not run, or has no such model.
+        """
+        from sclite.student.endpoint import Endpoint
+        from sclite.student.ollama_api import PREFIX, find_model, ollama_url
+
+        model, address, price, version = settings.student, settings.api_base, settings.price, 0
+        if model.startswith(PREFIX):
+            url = address.rstrip("/").removesuffix("/v1") or ollama_url()
+            version = int(digest(find_model(url, model.removeprefix(PREFIX)))[:8], 16)
+            # not openai/: Ollama needs no key, and OpenAI's is not for it
+            model, address = f"hosted_vllm/{model.removeprefix(PREFIX)}", f"{url}/v1"
+            price = price or (0.0, 0.0)
+        own = {"model": model, "api_base": address, "concurrency": settings.concurrency, "price": price}
         teacher = self.config.teacher.model_copy(
-            update={
-                **own,
-                "temperature": None,
-                "repairs": 0,
-                "inspector": "",
-                "price": settings.price,
-                "extra": {},
-            }
+            update={**own, "temperature": None, "repairs": 0, "inspector": "", "extra": {}}
         )
         with self.teacher(teacher) as client:
-            yield Endpoint(client, stage)
+            yield Endpoint(client, stage, settings.student, version)
 
     @contextmanager
     def sampler(self, adapter: str) -> Iterator[Any]:

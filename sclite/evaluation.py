@@ -101,7 +101,10 @@ def dataset_folder(context: Context) -> tuple[str, str]:
 def evaluate(
     context: Context, names: Sequence[str], held_out: HeldOut, judge: Judge | None = None
 ) -> dict[str, Any]:
-    """Evaluate the exported students: rows, summary.json and report.html in the folder, thresholds in export/."""
+    """Evaluate the exported students: rows, summary.json and report.html in the folder, thresholds in export/.
+
+    Another name is that of a model behind an API, which reviews freely.
+    """
     config, run, folder = context.config, context.run, held_out.folder
     figures: dict[str, Any] = {}
     text = f"eval: {len(held_out.problems)} held-out problems, solved and reviewed"
@@ -109,17 +112,27 @@ def evaluate(
         total = len(names) * len(held_out.problems)
         for number, name in enumerate(names):
             progress(number * len(held_out.problems), total, note=name)
-            path = gguf_path(run, name, config)
 
             def advance(solved: int, share: float, note: str, number: int = number, name: str = name) -> None:
                 share = (number + share) / len(names)
                 progress(number * len(held_out.problems) + solved, total, share=share, note=f"{name}: {note}")
 
-            with Engine(path, context=config.eval.context) as engine:
-                student = Counted(engine, len(held_out.problems), advance)
-                figures[name] = evaluate_model(config, run, name, student, path, held_out, grader, judge)
-            made_from = source_digest(config, run, name)
-            figures[name] |= {"file": path.name, "bytes": path.stat().st_size, "made_from": made_from}
+            if name in STUDENTS:
+                path = gguf_path(run, name, config)
+                with Engine(path, context=config.eval.context) as engine:
+                    student = Counted(engine, len(held_out.problems), advance)
+                    figures[name] = evaluate_model(config, run, name, student, path, held_out, grader, judge)
+                made_from = source_digest(config, run, name)
+                figures[name] |= {"file": path.name, "bytes": path.stat().st_size, "made_from": made_from}
+            else:
+                free = config.model_copy(update={"review": config.review.model_copy(update={"mode": "free"})})
+                settings = config.attempts.model_copy(update={"student": name})
+                with context.endpoint(settings, "eval") as endpoint:
+                    student, version = Counted(endpoint, len(held_out.problems), advance), str(endpoint.version)
+                    found = evaluate_model(
+                        free, run, name, student, Path(), held_out, grader, judge, version=version
+                    )
+                figures[name] = found | {"file": "", "bytes": 0, "made_from": ""}
         progress(total, total)
     context.display.done("eval", f"eval: {', '.join(names)}")
     summary = {

@@ -424,11 +424,12 @@ def untrained_problems(context: Context) -> list[Problem]:
 
 
 def evaluate_students(context: Context, names: Sequence[str]) -> dict[str, Any]:
-    """Accuracy of the named students on eval.source, before and after review: the summary of the evaluation."""
+    """Accuracy of the named students (or ollama/NAME) on eval.source, before and after review: the evaluation's summary."""
     from sclite import evaluation
 
     held_out = evaluation.held_out(context, untrained_problems(context))
-    export(context, names)
+    if trained := [name for name in names if name in STUDENTS]:
+        export(context, trained)
     return evaluation.evaluate(context, names, held_out)
 
 

@@ -3,10 +3,12 @@
     with TeacherServer(lambda request, nth: say("<Step1>..")) as server:
         server.url, server.requests, server.counts
 
-`request` is the parsed body, `nth` counts (from 1) the requests with these messages.
+`request` is the parsed body, `nth` counts (from 1) the requests with these messages. A request for a stream gets the text
+word by word. Ollama's list of models holds those in `models`, {name: digest}.
 """
 
 import json
+import re
 import threading
 import time
 from collections import Counter
@@ -26,6 +28,7 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     broken: bool = False
+    pause: threading.Event | None = None  # awaited after the first word of a stream
 
 
 def say(
@@ -86,12 +89,38 @@ class _Handler(BaseHTTPRequestHandler):
             owner.in_flight += 1
             owner.most_in_flight = max(owner.most_in_flight, owner.in_flight)
         try:
-            self.respond(owner.answer(body, nth))
+            answer = owner.answer(body, nth)
+            (self.stream if body.get("stream") and answer.status == 200 else self.respond)(answer)
         except (BrokenPipeError, ConnectionResetError):
             pass
         finally:
             with owner.lock:
                 owner.in_flight -= 1
+
+    def do_GET(self):
+        models = [{"name": name, "digest": digest} for name, digest in self.server.owner.models.items()]
+        self.respond(Answer(200 if self.path == "/api/tags" else 404, {"models": models}))
+
+    def stream(self, answer: Answer):
+        choice = answer.body["choices"][0]
+        words = re.findall(r"\s*\S+|\s+", choice["message"]["content"])
+        deltas = [({"content": word}, None) for word in words[: len(words) // 2 if answer.broken else None]]
+        deltas += [] if answer.broken else [({}, choice["finish_reason"])]
+        head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "replay"}
+        chunks = [{**head, "choices": [{"index": 0, "delta": d, "finish_reason": f}]} for d, f in deltas]
+        chunks += [] if answer.broken else [{**head, "choices": [], "usage": answer.body["usage"]}]
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for number, data in enumerate([*map(json.dumps, chunks), *([] if answer.broken else ["[DONE]"])]):
+            event = f"data: {data}\n\n".encode()
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(event), event))
+            if number == 0 and answer.pause is not None:
+                answer.pause.wait(10)
+        if not answer.broken:
+            self.wfile.write(b"0\r\n\r\n")
+        self.close_connection = answer.broken
 
     def respond(self, answer: Answer):
         time.sleep(answer.seconds)
@@ -119,8 +148,8 @@ class _Server(ThreadingHTTPServer):
 class TeacherServer:
     """The server, as a context manager. `requests` are the bodies in order of arrival."""
 
-    def __init__(self, answer):
-        self.answer = answer
+    def __init__(self, answer, models=None):
+        self.answer, self.models = answer, models or {}
         self.requests: list[dict] = []
         self.counts: Counter[str] = Counter()
         self.keys: set[str] = set()

@@ -118,17 +118,19 @@ def evaluate_model(
     grader: Grader,
     judge: Judge | None = None,
     progress: Callable[[], None] = lambda: None,
+    version: str = "",
 ) -> dict[str, Any]:
     """Evaluate one student with and without review; writes <name>.jsonl and <name>.json into the folder of results.
 
     The threshold is fitted, unless `review.threshold` is set or one fitted on as many problems is stored for the `gguf`.
-    Returns the stored figures if nothing has changed. `progress` counts the problems that are solved.
+    Returns the stored figures if nothing has changed. `progress` counts the problems that are solved. A model
+    behind an API has a `version` and no `gguf`.
     """
     problems, folder = held_out.problems, held_out.folder
     fits = config.review.threshold is None and config.review.mode == "guided"
     settings = [config.eval.model_dump(), config.review.model_dump(), prompts_digest(config)]
     given = [[p.model_dump() for p in each] for each in (problems, held_out.fitting)]
-    identity = run.file_digest(str(gguf.resolve()))
+    identity = version or run.file_digest(str(gguf.resolve()))
     signature = digest([identity, settings, given])
     stored = load_threshold(config, run, gguf) if fits else None
     kept = run.read_json(f"{folder}/{name}.json", dict[str, Any])

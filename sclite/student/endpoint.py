@@ -4,10 +4,13 @@ Its calls go through the teacher's client and ledger, so each reply is requested
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from threading import Event
 
 from sclite.errors import TeacherError, UsageError
-from sclite.student.base import Reply, Request, Student
-from sclite.teacher.client import CUT_OFF, EMPTY_REPLY, REASONING_TOO_LONG, Job, Teacher
+from sclite.student.base import Reply, Request, ScoreRequest, Scores, Student
+from sclite.teacher.client import CUT_OFF, EMPTY_REPLY, REASONING_TOO_LONG, Job, Result, Teacher
+from sclite.trace import THOUGHT, without_thoughts
 
 RENAMED = (
     ("teacher.model", "attempts.student"),
@@ -15,13 +18,20 @@ RENAMED = (
     ("teacher ", "student "),
 )
 """What the client's messages call the endpoint, and what the configuration calls it."""
+LONGEST_TAG = 80
+"""Characters of a tag that may begin thoughts."""
 
 
 class Endpoint(Student):
-    """`teacher` is a client with the endpoint's model and base URL (`repairs` 0); `stage` labels its ledger rows."""
+    """`teacher` is a client with the endpoint's model and base URL (`repairs` 0); `stage` labels its ledger rows.
 
-    def __init__(self, teacher: Teacher, stage: str):
-        self.teacher, self.stage = teacher, stage
+    `name` is what the user calls the model, if the client calls it otherwise. `version` distinguishes models that have had
+    the same name: a reply in the ledger is of one version.
+    """
+
+    def __init__(self, teacher: Teacher, stage: str, name: str = "", version: int = 0):
+        self.teacher, self.stage, self.version = teacher, stage, version
+        self.name = name or teacher.settings.model
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Reply]:
         """Yield each reply as it arrives, with as many requests in flight as the client allows.
@@ -31,40 +41,89 @@ class Endpoint(Student):
         report them. A failed call gives a reply with finish "error" and the reason. Raises UsageError for a request with
         `pieces`, which a chat endpoint may not continue; TeacherError if no further request can succeed.
         """
-        if any(request.pieces for request in requests):
+        jobs = [self._job(index, request) for index, request in enumerate(requests)]
+        with self._named_errors():
+            for result in self.teacher.ask_all(jobs, self.stage):
+                yield _read(requests[int(result.id)], result)
+
+    def stream(
+        self, ask: Request | ScoreRequest, cancel: Event | None = None
+    ) -> Iterator[str | Reply | Scores]:
+        """Yield the text of a reply as it arrives, without thoughts and what follows a stop string; then the reply."""
+        if isinstance(ask, ScoreRequest):
+            yield from self.score([ask])
+            return
+        received = shown = ""
+        with self._named_errors(), closing(self.teacher.stream(self._job(0, ask), self.stage)) as pieces:
+            for found in pieces:
+                if isinstance(found, Result):
+                    reply = _read(ask, found)
+                    if reply.text.startswith(shown):
+                        yield reply.text[len(shown) :]
+                    yield reply
+                    return
+                received += found
+                text = _up_to_stop(_readable(received), ask.stop).rstrip()  # the reply is stripped, too
+                if text.startswith(shown) and text != shown:
+                    yield text[len(shown) :]
+                    shown = text
+                if cancel is not None and cancel.is_set():
+                    yield Reply(0, shown, 0, 0, "cancelled")
+                    return
+
+    def _job(self, index: int, request: Request) -> Job:
+        if request.pieces:
             raise UsageError(
-                f"{self.teacher.settings.model} is an endpoint: it cannot continue a given beginning",
+                f"{self.name} is an endpoint: it cannot continue a given beginning",
                 "use free review (review.mode=free), or a GGUF of this model",
             )
+        parameters = {
+            "temperature": request.temperature,
+            "max_tokens": request.max_tokens,
+            "seed": request.seed,
+            "drop_params": True,  # otherwise LiteLLM rejects what the provider does not support
+        }
+        if request.top_p < 1:
+            parameters["top_p"] = request.top_p
+        return Job(
+            str(index), lambda error: request.messages, lambda text: None, self.version, parameters=parameters
+        )
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Errors of the client in terms of the student's settings."""
         try:
-            for result in self.teacher.ask_all(map(_job, range(len(requests)), requests), self.stage):
-                index, entry, rejection = int(result.id), result.entry, result.rejection
-                cut_off = rejection is not None and rejection.reason in (CUT_OFF, REASONING_TOO_LONG)
-                if rejection is not None and not cut_off and rejection.reason != EMPTY_REPLY:
-                    yield Reply(index, "", 0, 0, "error", f"{rejection.reason}: {rejection.text}")
-                elif entry is None:
-                    yield Reply(index, "", 0, 0, "error", "no reply")
-                else:
-                    text, finish = entry.text, "length" if cut_off else "stop"
-                    for stop in requests[index].stop:
-                        if stop in text:
-                            text, finish = text[: text.index(stop) + len(stop)], "stop"
-                    counts = (entry.completion_tokens or 0, entry.prompt_tokens or 0)
-                    yield Reply(index, text, *counts, finish)
+            yield
         except TeacherError as error:
             message, hint = error.message, error.hint
-            for name, ours in RENAMED:
-                message, hint = message.replace(name, ours), hint.replace(name, ours)
+            for known, ours in ((self.teacher.settings.model, self.name), *RENAMED):
+                message, hint = message.replace(known, ours), hint.replace(known, ours)
             raise TeacherError(message, hint) from None
 
 
-def _job(index: int, request: Request) -> Job:
-    parameters = {
-        "temperature": request.temperature,
-        "max_tokens": request.max_tokens,
-        "seed": request.seed,
-        "drop_params": True,  # otherwise LiteLLM rejects what the provider does not support
-    }
-    if request.top_p < 1:
-        parameters["top_p"] = request.top_p
-    return Job(str(index), lambda error: request.messages, lambda text: None, parameters=parameters)
+def _read(request: Request, result: Result) -> Reply:
+    """The reply to a request; cut after its first stop string."""
+    index, entry, rejection = int(result.id), result.entry, result.rejection
+    cut_off = rejection is not None and rejection.reason in (CUT_OFF, REASONING_TOO_LONG)
+    if rejection is not None and not cut_off and rejection.reason != EMPTY_REPLY:
+        return Reply(index, "", 0, 0, "error", f"{rejection.reason}: {rejection.text}")
+    if entry is None:
+        return Reply(index, "", 0, 0, "error", "no reply")
+    text, counts = (
+        _up_to_stop(entry.text, request.stop),
+        (entry.completion_tokens or 0, entry.prompt_tokens or 0),
+    )
+    finish = "length" if cut_off and not text.endswith(tuple(request.stop)) else "stop"
+    return Reply(index, text, *counts, finish)
+
+
+def _up_to_stop(text: str, stops: tuple[str, ...]) -> str:
+    ends = [text.index(stop) + len(stop) for stop in stops if stop in text]
+    return text[: min(ends, default=len(text))]
+
+
+def _readable(received: str) -> str:
+    """What of the text so far is no thought; empty while that is open."""
+    text = without_thoughts(received).lstrip()
+    opens = text.startswith(("<", "[")) and len(text) < LONGEST_TAG and not {">", "]"} & set(text)
+    return "" if opens or THOUGHT.match(text) or text.startswith("<|channel|>") else text

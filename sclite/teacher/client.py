@@ -3,7 +3,7 @@
 import asyncio
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -184,14 +184,35 @@ class Teacher:
             raise limit_error
         self._sender.raise_if_all_refused(MIN_FAILURES)
 
-    async def _work(self, job: Job, stage: str) -> Result:
+    def stream(self, job: Job, stage: str = "") -> Generator[str | Result, None, None]:
+        """Yield the text of one reply as it arrives, then the result; of a reply from the ledger only the result.
+
+        Leaving the iterator early cancels the request. Raises as `ask_all`.
+        """
+        require_model(self.settings)
+        texts = asyncio.Queue[str | None]()
+        task = self._runner.get_loop().create_task(self._work(job, stage, texts.put_nowait))
+        task.add_done_callback(lambda _: texts.put_nowait(None))
+        try:
+            while (text := self._runner.run(texts.get())) is not None:
+                yield text
+            yield task.result()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None  # without the CancelledError by which asyncio stops
+        finally:
+            task.cancel()
+            self._runner.run(asyncio.wait([task], timeout=_CLOSING_SECONDS))
+
+    async def _work(self, job: Job, stage: str, on_text: Callable[[str], None] | None = None) -> Result:
         rejection: Rejection | None = None
         entry, error, raw = None, "", ""
         parameters, requests, enlarged = dict(job.parameters), 0, False
         while requests <= self.settings.repairs:
             budget = parameters.get("max_tokens", self.settings.max_tokens)
             try:
-                entry = await self._sender.reply(job.messages(error), job.sample, requests, stage, parameters)
+                entry = await self._sender.reply(
+                    job.messages(error), job.sample, requests, stage, parameters, on_text
+                )
                 raw = entry.text
                 rejection = await self._check(job, entry, budget, stage)
             except NoReply as failure:

@@ -10,7 +10,7 @@ import resource
 import ssl
 import warnings
 from base64 import b64encode
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from types import ModuleType
@@ -52,11 +52,17 @@ class Provider:
         return (self.litellm.exceptions.openai.OpenAIError, self.litellm.exceptions.httpx.HTTPError, OSError)
 
     async def complete(
-        self, messages: Sequence[Mapping[str, str]], parameters: Mapping[str, Any], seconds: float
+        self,
+        messages: Sequence[Mapping[str, str]],
+        parameters: Mapping[str, Any],
+        seconds: float,
+        on_text: Callable[[str], None] | None = None,
     ) -> Completion:
-        """The reply to one request, sent once."""
-        if self.direct is not None:
+        """The reply to one request, sent once. With `on_text` it is streamed, through LiteLLM."""
+        if self.direct is not None and on_text is None:
             return await self.direct.complete(messages, parameters, seconds)
+        if on_text is not None:
+            parameters = {**parameters, "stream": True, "stream_options": {"include_usage": True}}
         # LiteLLM's own timeout is for each read: a slow trickle of bytes never reaches it
         async with asyncio.timeout(seconds + 1):
             response = await self.litellm.acompletion(
@@ -68,6 +74,8 @@ class Provider:
                 **parameters,
                 **self.options,
             )
+            if on_text is not None:
+                return await _read_stream(response, on_text)
         return read(response.model_dump(), response._hidden_params.get("response_cost"))
 
     def charge(
@@ -97,6 +105,24 @@ class Provider:
         if self.direct is not None:
             await self.direct.close()
         await self.litellm.close_litellm_async_clients()
+
+
+async def _read_stream(chunks: AsyncIterator[Any], on_text: Callable[[str], None]) -> Completion:
+    """The reply of which these are the pieces."""
+    parts: dict[str, list[str]] = {"content": [], "reasoning_content": []}
+    reason, usage = None, None
+    async for chunk in chunks:
+        found = chunk.model_dump()
+        usage = found.get("usage") or usage
+        for choice in found["choices"]:
+            reason = choice.get("finish_reason") or reason
+            for name, texts in parts.items():
+                if text := (choice.get("delta") or {}).get(name):
+                    texts.append(text)
+                    if name == "content":
+                        on_text(text)
+    message = {name: "".join(texts) for name, texts in parts.items()}
+    return read({"choices": [{"index": 0, "finish_reason": reason, "message": message}], "usage": usage})
 
 
 def import_litellm() -> ModuleType:

@@ -85,10 +85,11 @@ class Sender:
         repair: int,
         stage: str,
         parameters: Mapping[str, Any] = MappingProxyType({}),
+        on_text: Callable[[str], None] | None = None,
     ) -> Entry:
         """The reply from the ledger, else from the endpoint; the same request in two jobs is sent once.
 
-        `parameters` override those of the settings. Raises NoReply if this request fails, TeacherError if no other
+        `parameters` override those of the settings. `on_text` is called with each piece of a reply as it arrives. Raises NoReply if this request fails, TeacherError if no other
         request can succeed either, BudgetError at the spending limit.
         """
         key = self.key(messages, sample, repair, parameters)
@@ -96,14 +97,28 @@ class Sender:
         async with lock:
             entry = self.ledger.get(key)
             if entry is None:
-                entry = await self._call(key, messages, stage, {**self.parameters, **parameters})
+                entry = await self._call(key, messages, stage, {**self.parameters, **parameters}, on_text)
         if entry.finish_reason == REFUSED:
             raise NoReply(REFUSED_BY_TEACHER, entry.text)
         self._succeeded = True
         return entry
 
-    async def _call(self, key: str, messages: Messages, stage: str, parameters: dict[str, Any]) -> Entry:
+    async def _call(
+        self,
+        key: str,
+        messages: Messages,
+        stage: str,
+        parameters: dict[str, Any],
+        on_text: Callable[[str], None] | None,
+    ) -> Entry:
         """Send until there is a reply. The request is in the ledger before it goes out, the reply before it is used."""
+        begun: list[str] = []  # after a piece has been shown, another attempt would repeat it
+
+        def pass_on(text: str) -> None:
+            begun.append(text)
+            if on_text is not None:
+                on_text(text)
+
         provider, settings = self.connect(), self.settings
         limits = (max_prompt_tokens(messages), parameters.get("max_tokens", settings.max_tokens))
         max_usd = provider.price.cost_usd(*limits) if provider.price else 0.0
@@ -112,7 +127,9 @@ class Sender:
                 self.ledger.sent(key, stage, settings.model, max_usd)
                 await self._flush()
                 try:
-                    completion = await provider.complete(messages, parameters, settings.timeout_seconds)
+                    completion = await provider.complete(
+                        messages, parameters, settings.timeout_seconds, pass_on if on_text else None
+                    )
                 except asyncio.CancelledError:
                     self.ledger.given_up(key, "cancelled", max_usd)
                     raise
@@ -147,7 +164,7 @@ class Sender:
                     await self._flush()
                 return entry
             wait = failure.wait_seconds(attempt, random.random())
-            if attempt == settings.attempts_per_call or wait > LONGEST_WAIT_SECONDS:
+            if attempt == settings.attempts_per_call or wait > LONGEST_WAIT_SECONDS or begun:
                 break
             await asyncio.sleep(wait)
         if failure.unreadable and self._succeeded:  # the request is to blame, not the endpoint

@@ -1,5 +1,9 @@
 """A student behind a real HTTP endpoint: what is sent, what comes back, what a re-run costs."""
 
+import threading
+from contextlib import contextmanager
+from dataclasses import replace
+
 import pytest
 
 from sclite import config
@@ -23,13 +27,19 @@ def request(text, **settings):
     return Request(messages, **{"temperature": 0.8, "top_p": 0.95, "seed": 3, "max_tokens": 77, **settings})
 
 
-def ask(run, url, requests, concurrency=8):
-    """The replies in the order of their requests."""
+@contextmanager
+def student(run, url, concurrency=8, attempts=1, version=0):
     made = config.Teacher(
-        model="openai/small", api_base=url, repairs=0, attempts_per_call=1, concurrency=concurrency
+        model="openai/small", api_base=url, repairs=0, attempts_per_call=attempts, concurrency=concurrency
     )
     with Ledger(run.path("ledger.sqlite")) as ledger, Teacher(made, ledger) as client:
-        return sorted(Endpoint(client, "attempts").generate(requests), key=lambda reply: reply.index)
+        yield Endpoint(client, "attempts", version=version)
+
+
+def ask(run, url, requests, concurrency=8):
+    """The replies in the order of their requests."""
+    with student(run, url, concurrency) as endpoint:
+        return sorted(endpoint.generate(requests), key=lambda reply: reply.index)
 
 
 def test_replies_match_their_requests(run):
@@ -111,3 +121,72 @@ def test_endpoint_error_names_the_student_and_never_the_key(run):
         ask(run, "http://127.0.0.1:9/v1", [request("1?")])
     assert "attempts.api_base" in error.value.hint
     assert "teacher" not in f"{error.value.message} {error.value.hint}"
+
+
+def test_text_of_a_stream_comes_before_the_reply_is_complete(run):
+    """The server writes the second word only after the first one has been received: else its connection times out."""
+    first = threading.Event()
+    spoken = replace(say("<Step1>1 + 1 = 2\n</Step1>\n<Answer>2</Answer>", tokens=(12, 9)), pause=first)
+    with TeacherServer(lambda body, nth: spoken) as server, student(run, server.url) as endpoint:
+        texts = []
+        for found in endpoint.stream(request("1?")):
+            texts.append(found)
+            if not first.is_set():
+                assert found == "<Step1>1"
+                assert server.in_flight == 1
+                first.set()
+        *texts, reply = texts
+        assert "".join(texts) == reply.text == TRACE
+        assert (reply.finish, reply.tokens, reply.prompt_tokens) == ("stop", 9, 12)
+        assert server.requests[0]["stream"] is True
+        # from the ledger: at once
+        assert list(endpoint.stream(request("1?"))) == [TRACE, reply]
+        assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "stop", "shown"),
+    [
+        ("<think> let me see </think> <Step1>x y", (), "<Step1>x y"),
+        ("a b</Correction> and more", ("</Correction>",), "a b</Correction>"),
+        ("  spaces at  the ends \n ", (), "spaces at  the ends"),
+        ("<think> it never ends", (), ""),
+    ],
+)
+def test_streamed_text_is_that_of_the_reply(run, content, stop, shown):
+    with TeacherServer(lambda body, nth: say(content)) as server, student(run, server.url) as endpoint:
+        *texts, reply = endpoint.stream(request("1?", stop=stop))
+        assert "".join(texts) == shown
+        assert reply.text == shown or reply.finish == "error"
+
+
+def test_cancelled_stream_is_given_up_and_frees_the_endpoint(run):
+    cancel, wait = threading.Event(), threading.Event()
+    answers = iter([replace(say("one two three"), pause=wait), say("good")])
+    with TeacherServer(lambda body, nth: next(answers)) as server, student(run, server.url) as endpoint:
+        cancel.set()
+        finishes = [getattr(found, "finish", found) for found in endpoint.stream(request("1?"), cancel)]
+        assert finishes == ["one", "cancelled"]
+        totals = endpoint.teacher.ledger.totals()
+        assert (totals["given_up"], totals["requests"]) == (1, 0)
+        assert list(endpoint.stream(request("2?")))[-1].text == "good"
+        wait.set()
+
+
+def test_stream_that_breaks_is_not_repeated_after_its_first_words(run):
+    replies = iter([say("good"), replace(say("one two three four"), broken=True)])
+    with TeacherServer(lambda body, nth: next(replies)) as server:
+        with student(run, server.url, attempts=3) as endpoint:
+            assert list(endpoint.stream(request("1?")))[-1].text == "good"
+            *texts, last = endpoint.stream(request("2?"))
+        assert texts == ["one", " two"]
+        assert (last.finish, last.error.partition(":")[0]) == ("error", "no_reply")
+        assert len(server.requests) == 2
+
+
+def test_another_version_of_a_model_is_asked_again(run):
+    with TeacherServer(lambda body, nth: say(f"said {nth}")) as server:
+        for version, text in ((1, "said 1"), (1, "said 1"), (2, "said 2")):
+            with student(run, server.url, version=version) as endpoint:
+                assert [reply.text for reply in endpoint.generate([request("1?")])] == [text]
+    assert "sample" not in str(server.requests)

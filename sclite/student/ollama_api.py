@@ -1,0 +1,59 @@
+"""Ollama's own HTTP API: where it listens, and which models it has."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from sclite.errors import TeacherError, UsageError
+
+PREFIX = "ollama/"
+"""What a student begins with that Ollama runs: ollama/NAME."""
+
+
+def ollama_url() -> str:
+    """Ollama's address, http://127.0.0.1:11434 or that in OLLAMA_HOST, which is read as Ollama does."""
+    given = os.environ.get("OLLAMA_HOST", "").strip()
+    scheme, _, rest = given.rpartition("://")
+    try:
+        parts = urlsplit(f"//{rest}")
+        port = parts.port or {"http": 80, "https": 443}.get(scheme, 11434)
+    except ValueError:
+        raise UsageError(f"OLLAMA_HOST={given} is not an address", "write OLLAMA_HOST=HOST:PORT") from None
+    host = parts.hostname or "127.0.0.1"
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # what a server listens on
+    return f"{scheme or 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def call_ollama(
+    url: str, path: str, body: Mapping[str, Any] | None = None, seconds: float = 30
+) -> dict[str, Any]:
+    """The reply to a GET, or to a POST of `body`. Raises TeacherError if Ollama is not running or refuses."""
+    import httpx
+
+    try:
+        response = httpx.request(
+            "GET" if body is None else "POST", f"{url}{path}", json=body, timeout=seconds
+        )
+        found = response.json()
+        failed = response.is_error or not isinstance(found, dict)
+    except (httpx.HTTPError, ValueError) as error:
+        raise TeacherError(
+            f"Ollama does not answer at {url}: {error}", "start it: ollama serve (OLLAMA_HOST is its address)"
+        ) from None
+    if failed:
+        reason = found.get("error") if isinstance(found, dict) else found
+        raise TeacherError(f"Ollama at {url} refuses {path}: {reason}", "update Ollama, and see its log")
+    return found
+
+
+def find_model(url: str, name: str) -> str:
+    """The digest of a model in Ollama; TeacherError if it has none of that name."""
+    models = {str(m.get("name")).lower(): m for m in call_ollama(url, "/api/tags").get("models") or ()}
+    found = models.get(name.lower()) or models.get(f"{name.lower()}:latest")
+    if found is None:
+        raise TeacherError(
+            f"Ollama at {url} has no model {name}",
+            f"get it with: ollama pull {name}; `ollama list` shows those that it has",
+        )
+    return str(found.get("digest"))

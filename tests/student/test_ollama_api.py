@@ -1,0 +1,47 @@
+"""Where Ollama listens, and which models it has."""
+
+import pytest
+
+from sclite.errors import TeacherError, UsageError
+from sclite.student.ollama_api import call_ollama, find_model, ollama_url
+from tests.replay import TeacherServer
+
+
+@pytest.mark.parametrize(
+    ("given", "url"),
+    [
+        ("", "http://127.0.0.1:11434"),
+        ("0.0.0.0", "http://127.0.0.1:11434"),
+        ("box", "http://box:11434"),
+        ("box:80", "http://box:80"),
+        (":1234", "http://127.0.0.1:1234"),
+        ("http://box", "http://box:80"),
+        ("https://box/", "https://box:443"),
+        ("[::1]:5", "http://[::1]:5"),
+    ],
+)
+def test_address_is_read_as_ollama_does(monkeypatch, given, url):
+    """The expected ones are those of Host in Ollama's envconfig/config.go; 0.0.0.0 is where a server listens."""
+    monkeypatch.setenv("OLLAMA_HOST", given)
+    assert ollama_url() == url
+
+
+def test_invalid_address_is_a_usage_error(monkeypatch):
+    monkeypatch.setenv("OLLAMA_HOST", "box:port")
+    with pytest.raises(UsageError, match="OLLAMA_HOST=box:port"):
+        ollama_url()
+
+
+def test_stopped_ollama_and_an_unknown_model_say_what_to_type():
+    with TeacherServer(None, {"me:latest": "sha256:1", "qwen3:8b": "sha256:2"}) as server:
+        url = server.url.removesuffix("/v1")
+        assert [find_model(url, name) for name in ("me", "Qwen3:8b")] == ["sha256:1", "sha256:2"]
+        with pytest.raises(TeacherError, match="has no model other") as error:
+            find_model(url, "other")
+        assert "ollama pull other" in error.value.hint
+        assert "ollama list" in error.value.hint
+        with pytest.raises(TeacherError, match="refuses /api/nothing"):
+            call_ollama(url, "/api/nothing")
+    with pytest.raises(TeacherError, match="Ollama does not answer") as error:
+        find_model("http://127.0.0.1:9", "me")
+    assert "ollama serve" in error.value.hint
