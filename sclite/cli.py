@@ -492,7 +492,7 @@ def chat(
     from sclite.chat.repl import run_chat
 
     if model is None and question and re.fullmatch(r"[a-z][a-z0-9_]+/[A-Za-z][\w.:/-]*", question):
-        question, model = None, Path(question)  # ollama/qwen3:8b is no question
+        model, question = Path(question), None  # ollama/qwen3:8b is no question
     if question is not None and not question.strip():
         raise UsageError("the question is empty", "run `sclite chat` without a question to type it")
     if common.json and question is None and console.is_interactive():

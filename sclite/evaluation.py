@@ -128,7 +128,10 @@ def evaluate(
                 free = config.model_copy(update={"review": config.review.model_copy(update={"mode": "free"})})
                 settings = config.attempts.model_copy(update={"student": name})
                 with context.endpoint(settings, "eval") as endpoint:
-                    student, version = Counted(endpoint, len(held_out.problems), advance), str(endpoint.version)
+                    student, version = (
+                        Counted(endpoint, len(held_out.problems), advance),
+                        str(endpoint.version),
+                    )
                     found = evaluate_model(
                         free, run, name, student, Path(), held_out, grader, judge, version=version
                     )

@@ -117,14 +117,12 @@ def evaluate_model(
     held_out: HeldOut,
     grader: Grader,
     judge: Judge | None = None,
-    progress: Callable[[], None] = lambda: None,
     version: str = "",
 ) -> dict[str, Any]:
     """Evaluate one student with and without review; writes <name>.jsonl and <name>.json into the folder of results.
 
     The threshold is fitted, unless `review.threshold` is set or one fitted on as many problems is stored for the `gguf`.
-    Returns the stored figures if nothing has changed. `progress` counts the problems that are solved. A model
-    behind an API has a `version` and no `gguf`.
+    Returns the stored figures if nothing has changed. A model behind an API has a `version` and no `gguf`.
     """
     problems, folder = held_out.problems, held_out.folder
     fits = config.review.threshold is None and config.review.mode == "guided"
@@ -140,7 +138,7 @@ def evaluate_model(
     if kept and kept.get("signature") == signature and same_fit:
         return kept
     began = time.monotonic()
-    first = solve_problems(student, problems, config, grader, progress)
+    first = solve_problems(student, problems, config, grader)
     between = time.monotonic()
     reviewable, fitted = any(parsed.trace.steps for parsed in first.parsed), None
     if fits and reviewable:
