@@ -85,7 +85,7 @@ class Review(TraceRow):
 class Pair(Row):
     """A preference: after `prefix` (the assistant's text so far, in pieces) `chosen` is better than `rejected`.
 
-    A pair of `kind` decision compares `<Cause>` with the step's closing tag; content compares two causes with corrections.
+    A pair of `kind` decision compares `<Cause>` with the step's closing tag; content compares two corrections.
     `origin` says who wrote the chosen content: teacher, student, or label for a decision.
     """
 

@@ -1,7 +1,4 @@
-"""A student's attempts at problems that SFT has not seen: sampled in blocks, graded, appended block by block.
-
-The student is the trained one, unless `attempts.student` names a GGUF or an endpoint.
-"""
+"""The attempts of a student (the trained one, or `attempts.student`), graded and appended block by block."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -77,11 +74,9 @@ def write_attempts(
 ) -> Report:
     """Sample `attempts.samples` attempts per problem, or import `attempts.source`; writes attempts.jsonl.
 
-    Rows are written in blocks of `student.batch`. A resumed run keeps the complete blocks and samples the rest, so the
-    file equals that of an uninterrupted run. An imported attempts.jsonl replaces the stage. Unusable rows of
-    `attempts.source` go to dropped.jsonl with a reason. An endpoint gets all requests without a pause between blocks,
-    and repeated requests are answered from the ledger. A failed call leaves an attempt with unknown outcome, which the
-    next run requests again.
+    A resumed run keeps the complete blocks of `student.batch` rows and samples the rest: the file equals that of an
+    uninterrupted run. An endpoint gets all requests at once; attempts whose call failed are requested again by the next
+    run.
     """
     settings = config.attempts
     if needs_no_student(config, run) and not settings.source:
@@ -123,8 +118,7 @@ def write_attempts(
 def find_fatal_issue(attempt: Attempt) -> str:
     """The issue that makes the steps of an attempt ambiguous, or "".
 
-    The parser repairs other issues (a missing or stray closing tag), and such attempts are worth the most: a student
-    that doubts its own step often closes it wrongly.
+    The parser repairs others, and such attempts are worth the most: who doubts a step often closes it wrongly.
     """
     return next((str(issue) for issue in attempt.parsed.issues if issue.name in _FATAL_ISSUES), "")
 
@@ -197,7 +191,7 @@ def _sample(
 def _completed_rows(
     run: Run, inputs: dict[str, object], jobs: Sequence[tuple[Problem, int]], size: int, endpoint: bool
 ) -> list[Attempt]:
-    """The complete blocks left by an interrupted run with the same inputs; for an endpoint, up to the first failed call."""
+    """The complete blocks of an interrupted run with the same inputs; of an endpoint, up to the first failed call."""
     rows: list[Attempt] = []
     written = run.read("attempts.jsonl", Attempt, whole=False)
     judged = list(filter(from_feedback, written))

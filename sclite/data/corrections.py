@@ -48,10 +48,7 @@ def write_corrections(
     confirm: Callable[[Forecast], bool] | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Have the teacher correct every distinct wrong attempt, and confirm right ones; writes reviews.jsonl.
-
-    An imported reviews.jsonl replaces the stage, once each row has been checked against its attempt.
-    """
+    """Have the teacher correct every distinct wrong attempt, and confirm right ones; writes reviews.jsonl."""
     if run.is_imported("corrections", "reviews.jsonl"):
         return _validate_imported(run)
     inputs, report = corrections_inputs(config, run), Report("corrections")
@@ -113,11 +110,7 @@ def write_corrections(
 
 
 def count_pending_corrections(config: Config, run: Run) -> int | None:
-    """The number of wrong attempts that still need a review; None before there are attempts.
-
-    0 if the stage is done, or if reviews or pairs are imported. In an unfinished stage, attempts whose reply is already
-    in the ledger still count.
-    """
+    """How many wrong attempts still need a review, paid replies included; None before there are attempts."""
     imported = run.is_imported("corrections", "reviews.jsonl") or run.is_imported("pairs", "pairs.jsonl")
     if imported or run.done("corrections", corrections_inputs(config, run), "reviews.jsonl"):
         return 0
@@ -126,10 +119,7 @@ def count_pending_corrections(config: Config, run: Run) -> int | None:
 
 
 def estimate_corrections_usd(config: Config, run: Run, teacher: Teacher, count: int) -> float | None:
-    """Estimated US dollars for `count` corrections; None if prices are unknown or there are no templates. Sends nothing.
-
-    A correction repeats an attempt, which is about as long as a template.
-    """
+    """Estimated US dollars for `count` corrections, each as long as a template; None if that or a price is unknown."""
     sample = list(islice(run.rows("templates.jsonl", Template), SAMPLED))
     price = teacher.price() if sample else None
     if price is None:
@@ -144,10 +134,7 @@ def estimate_corrections_usd(config: Config, run: Run, teacher: Teacher, count: 
 
 
 def preview_corrections(config: Config, run: Run, teacher: Teacher, grader: Grader) -> dict[str, object]:
-    """The first request of `write_corrections` and the estimated cost (see `Teacher.preview`); sends nothing.
-
-    Raises DataError before there are attempts: the wrong ones decide what is sent.
-    """
+    """The first request of `write_corrections` and the estimated cost; sends nothing. Needs attempts (DataError)."""
     hint = "run without --dry-run: it samples the attempts first, then shows what the rest will cost"
     attempts = deduplicate(run.require("attempts.jsonl", Attempt, hint))
     wrong = _split_usable(attempts)[0] if count_pending_corrections(config, run) else []

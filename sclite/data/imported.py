@@ -1,7 +1,6 @@
 """Imported data that replaces a stage: labelled work from a file, and rows put into the run folder.
 
-Unusable rows of a foreign file are skipped and recorded with a reason. Rows in the run folder must be valid: the first
-invalid one stops the command, with file, row number and hint.
+Unusable rows of a foreign file are skipped, with a reason. The first invalid row in the run folder stops the command.
 """
 
 import json
@@ -53,9 +52,7 @@ def import_attempts(
 ) -> list[Attempt]:
     """Import attempts from rows with `question`, `steps`, and optionally `answer` and `first_error_step`.
 
-    A label takes precedence over the grader, which judges only rows without one. Skipped rows go to `drops`:
-    row_not_readable, question_unknown (not among `problems`), and label_contradicts_answer (labelled right, but the
-    answer is wrong). Raises DataError if no row is usable.
+    Only rows without a label are graded. Skipped rows go to `drops`. Raises DataError if no row is usable.
     """
     by_question = {normalize_question(problem.question): problem for problem in problems}
     found: list[tuple[Problem, LabelledWork, Drop]] = []  # with the drop that a row becomes if it is skipped

@@ -1,12 +1,9 @@
-"""Preference pairs from reviews: a decision pair for every step up to the first wrong one, a content pair for that one.
+"""Preference pairs from reviews: a decision for every step up to the first wrong one, a content for that one.
 
 The student's own corrections are sampled here: a wrong one is rejected, and a right one, if any, is chosen over the
-teacher's (self-written text is worth more). Who writes them, and how:
-
-- the run's warmed-up adapter, or the GGUF of `attempts.student`: guided, from `<Cause>` at the step the teacher accuses;
-- an endpoint: a free review of the whole attempt. Its cause and correction are used if it accuses the same step and
-  keeps the steps before it; other reviews are counted by reason;
-- nobody, if attempts are imported and there is no student: decision pairs only.
+teacher's (self-written text is worth more). The run's adapter after the warm-up, or a GGUF, writes them guided, from
+`<Cause>` at the step that the teacher accuses. An endpoint writes a free review of the whole attempt, which is used if
+it accuses the same step and keeps those before it. Without a student there are decision pairs only.
 """
 
 from collections import Counter
@@ -68,10 +65,7 @@ def pairs_inputs(config: Config, run: Run) -> dict[str, object]:
 def write_pairs(
     config: Config, run: Run, *, student: Student | None, grader: Grader, progress: Progress | None = None
 ) -> Report:
-    """Sample the student's corrections of its wrong attempts and write pairs.jsonl; without a student, decisions only.
-
-    An imported pairs.jsonl replaces the stage, once each row has been checked against the attempt that it holds.
-    """
+    """Sample the student's corrections of its wrong attempts; writes pairs.jsonl, without a student decisions only."""
     if run.is_imported("pairs", "pairs.jsonl"):
         return _validate_imported(run)
     inputs, report = pairs_inputs(config, run), Report("pairs")
@@ -231,10 +225,7 @@ def _prefix(work: Trace, step: int) -> tuple[str, ...]:
 
 
 def content_pair(review: Review, work: Trace, own: Sequence[Own], reasons: Sequence[str] = ()) -> Pair | Drop:
-    """The chosen cause and correction against a wrong one by the student; a drop if it has none.
-
-    The most frequent of `reasons` is that of the drop if the student has written neither a right nor a wrong one.
-    """
+    """The chosen cause and correction against a wrong one by the student; a drop if it has none."""
     assert review.step is not None
     right = [text for text, correct in own if correct is True]
     wrong = [text for text, correct in own if correct is False]

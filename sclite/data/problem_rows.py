@@ -1,7 +1,6 @@
 """Converts a row in any of the usual formats (GSM8K, MATH, MetaMath, plain ..) to a problem.
 
-The columns are found by their names (`USUAL`), the answer in a worked solution by its mark: `#### 72`, the last box, or
-"The answer is 72". That covers the datasets of docs/data.md without a table of datasets.
+The columns are found by name (`USUAL`), the answer in a solution by `#### 72`, the last box or "The answer is 72".
 """
 
 import hashlib
@@ -37,10 +36,7 @@ _WORDS_OF_A_SENTENCE = 5
 
 
 def read_problem(row: Cells | BadRow, columns: Mapping[str, str]) -> Problem:
-    """The problem in a row. `columns` maps question, answer, solution and id to column names (default: the usual names).
-
-    Raises BadRow with reason no_known_column, not_text, no_question or no_answer.
-    """
+    """The problem in a row; `columns` maps question, answer, solution and id to column names. Raises BadRow."""
     answer, solution = _cells(row, columns, "answer", "solution")
     id_, question = read_question(row, columns)
     given, bad_answer = "", None
@@ -70,7 +66,7 @@ def read_problem(row: Cells | BadRow, columns: Mapping[str, str]) -> Problem:
 
 
 def read_question(row: Cells | BadRow, columns: Mapping[str, str]) -> tuple[str, str]:
-    """(id, question) of a row, which needs no answer; the id is a hash of the question if the row has none. Raises BadRow."""
+    """(id, question) of a row, which needs no answer; without an id, a hash of the question. Raises BadRow."""
     (cell,) = _cells(row, columns, "question")
     question = to_text(cell, "the question")
     if not question:
@@ -83,10 +79,9 @@ def read_question(row: Cells | BadRow, columns: Mapping[str, str]) -> tuple[str,
 
 
 def to_text(value: object, name: str) -> str:
-    """A cell as text; empty if it is missing (None, NaN, an empty list).
+    """A cell, or the one element of a list, as text; empty if it is missing (None, NaN, an empty list).
 
-    A list of one is read as its element. Raises BadRow (not_text) for anything else but text and numbers. Lone
-    surrogates, which UTF-8 cannot encode, become U+FFFD.
+    Lone surrogates, which UTF-8 cannot encode, become U+FFFD. Raises BadRow for anything but text and numbers.
     """
     if isinstance(value, list | tuple) and len(value) < 2:
         value = value[0] if value else None
@@ -111,10 +106,7 @@ def to_text(value: object, name: str) -> str:
 
 
 def _cells(row: Cells | BadRow, columns: Mapping[str, str], *roles: str) -> list[object]:
-    """For each role the first filled cell of its columns, or None.
-
-    Raises BadRow with the row's columns if a configured one is absent, or none is known.
-    """
+    """For each role the first filled cell of its columns, or None. Raises BadRow if a column is missing."""
     if isinstance(row, BadRow):
         raise row
     by_name = {str(name).lower(): cell for name, cell in row.items()}
@@ -145,8 +137,7 @@ def _is_worked(text: str) -> bool:
 def _extract_gold(text: str) -> tuple[str, str]:
     """(answer, text without its mark) of a worked solution: after `####`, in its last box, or from its last line.
 
-    `#### 72` is GSM8K's mark unless it starts a Markdown heading; MetaMath adds a last line `The answer is: 72`. An
-    answer after it that is not a number has a line of its own.
+    `####` may also start a Markdown heading: an answer after it that is not a number has a line of its own.
     """
     before, mark, after = text.rpartition("####")
     answer, *rest = [line.strip() for line in after.strip().splitlines()] or [""]

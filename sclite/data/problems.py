@@ -30,10 +30,9 @@ def load_problems(
 ) -> list[Problem]:
     """The first `limit` distinct problems of a local file (see sources) or of a Hub dataset.
 
-    A row is skipped and recorded in `drops`, with file and line, if it is unusable, repeats an id or a question (ignoring
-    case and white space), or overlaps the index `avoid` (see contamination). Ids are the rows' own, else a hash of the
-    question, so other rows do not change them. Raises DataError if the file is unreadable or has no usable row. `key` is
-    the configuration key of the source.
+    A row is skipped, and recorded in `drops`, if it is unusable, repeats an id or a question, or overlaps the index
+    `avoid` (see contamination). An id is the row's own, else a hash of the question: other rows do not change it.
+    Raises DataError if no row is usable. `key` is the configuration key of the source.
     """
     name, columns = source.source, source.columns()
     if not name:
@@ -81,9 +80,8 @@ def gather_problems(
 ) -> list[Problem]:
     """All problems of the run: from problems.source (written to problems.jsonl), else from an imported problems.jsonl.
 
-    Problems that overlap a question of eval.source or problems.avoid are skipped. Skipped rows go to dropped.jsonl with
-    a reason and are counted in `report`. Problems already gathered from the same source are read from the run if the
-    source no longer exists or `reread` is false. Nothing is written unless `keep`.
+    Those that overlap a question of eval.source or problems.avoid are skipped. What was gathered from the same source
+    is read from the run if the source no longer exists or `reread` is false. Nothing is written unless `keep`.
     """
     chosen, report = config.problems, report or Report("problems")
     drops: list[Drop] = []
@@ -154,11 +152,11 @@ class Split(NamedTuple):
 
 
 def split_problems(config: Config, problems: Iterable[Problem]) -> Split:
-    """Split by hashes of the ids, or by position in the quickstart.
+    """Split by hashes of the ids, or by position in the quickstart; without problems from the chat's feedback.
 
     `problems.fit_share` of the problems, at least `FIT_COUNT` if these are a quarter of all or less, are for the
-    threshold. Of the rest, `problems.correction_share` are for stage 2. A new problem never moves another one from
-    training to the fit. Problems from the chat's feedback are in no list.
+    threshold; of the rest, `problems.correction_share` for stage 2. A new problem never moves another one from training
+    to the fit.
     """
     found, settings = [row for row in problems if not from_feedback(row)], config.problems
     share = settings.fit_share if len(found) >= 4 * FIT_COUNT else 0
@@ -177,10 +175,9 @@ def split_problems(config: Config, problems: Iterable[Problem]) -> Split:
 
 
 def questions_to_avoid(config: Config) -> Iterator[Question]:
-    """The questions of eval.source and of every source in problems.avoid, named by id and file.
+    """The questions of eval.source and of every source in problems.avoid, named by id and file; rows need no answer.
 
-    If training and evaluation share one source, the evaluation skips the problems that were trained on instead. Rows
-    need no answer.
+    If training and evaluation share one source, the evaluation skips what was trained on instead.
     """
     avoided: list[tuple[Source, str, str]] = []
     if config.eval.source and _location(config.eval) != _location(config.problems):

@@ -1,8 +1,8 @@
 """Reads the rows of a local file or a Hub dataset one by one, each with its line or row number.
 
-`datasets` reads Parquet files and the Hub. CSV and JSON are left to the standard library: `datasets` infers one type per
-column, which makes 7.0 of the answer 007, nothing of None and NA, and "x" with its quotes of x beside a number; and one
-bad row makes the whole file unreadable.
+`datasets` reads Parquet files and the Hub. CSV and JSON are left to the standard library: `datasets` infers one type
+per column, which makes 7.0 of the answer 007 and nothing of None and NA, and one bad row makes the whole file
+unreadable.
 """
 
 import codecs
@@ -49,11 +49,7 @@ def is_local_source(source: str) -> bool:
 
 
 def read_rows(source: Source, key: str = "problems.source") -> NumberedRows:
-    """Iterate over the rows of a local file or a Hub dataset, reading lazily.
-
-    `key` is the configuration key of the source, for hints. Raises DataError with file, position and hint if the whole
-    file is unreadable, NetworkError if the Hub is unreachable.
-    """
+    """Iterate over the rows of a source, lazily; `key` is its configuration key. Raises DataError or NetworkError."""
     if not is_local_source(source.source):
         return _hub_rows(source, key)
     path = Path(source.source).expanduser()
@@ -77,10 +73,7 @@ def read_rows(source: Source, key: str = "problems.source") -> NumberedRows:
 
 
 def _read_lines(path: Path) -> Iterator[str]:
-    """The lines of a text file, gzipped or not, with their endings (LF, CR or CRLF): UTF-8, or UTF-16 with a BOM.
-
-    Invalid UTF-8 bytes become lone surrogates (see `_has_invalid_utf8`).
-    """
+    """The lines of a UTF-8 or UTF-16 file, gzipped or not; invalid UTF-8 bytes become lone surrogates."""
     try:
         with open(path, "rb") as raw:
             file = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw

@@ -61,12 +61,10 @@ def write_templates(
     confirm: Callable[[Forecast], bool] | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Write templates.jsonl: one checked trace for each problem.
+    """Write templates.jsonl: one checked trace for each problem; resumes unfinished work.
 
-    Failed problems go to dropped.jsonl with a reason and the last reply. Resumes unfinished work; does nothing if the
-    stage is done with the same inputs. An imported templates.jsonl replaces the stage. After a few rows, `confirm`
-    decides whether to pay for the rest. Raises UsageError if existing rows come from another teacher or prompt
-    (`fresh` discards them), DataError if no template passes.
+    After a few rows, `confirm` decides whether to pay for the rest. Raises UsageError if existing rows come from
+    another teacher or prompt (`fresh` discards them), DataError if no template passes.
     """
     report = Report("templates")
     with timed(report):
@@ -152,10 +150,7 @@ def find_leak(text: str) -> str | None:
 def _keep_valid_rows(
     run: Run, basis: dict[str, object], problems: Sequence[Problem], fresh: bool
 ) -> set[str]:
-    """Remove the rows of earlier runs that are no longer valid; returns the ids of the others.
-
-    `basis` holds what all rows depend on: prompts and teacher.
-    """
+    """Remove the rows that were made from other prompts, teacher (`basis`) or problems; returns the ids of the others."""
     before = run.read_json("templates.begun.json", dict[str, object])
     if fresh or (before is None and run.path("templates.begun.json").is_file()):
         run.replace("templates.jsonl", [])  # also if the basis is damaged: paid replies are in the ledger

@@ -1,7 +1,6 @@
 """Evaluation: a student solves held-out problems and reviews its own answers.
 
-The threshold of the guided review is fitted first, for the same student, on problems used nowhere else. Gold answers
-are used for grading only, never to decide when to stop.
+Gold answers are used for grading only, never to decide when to stop.
 """
 
 import time
@@ -29,10 +28,9 @@ Judge = Callable[[str, Trace], int | None]
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Problems that no student was trained on, and the folder of the run for the results.
+    """Problems that no student was trained on: `problems` to solve and review, `fitting` for the review threshold.
 
-    `problems` are solved and reviewed, `fitting` are for the review threshold. `source` names the dataset in the report,
-    `dataset` is its path or Hub ID. `dropped` counts skipped rows by reason.
+    `source` names the dataset in the report, `dataset` is its path or Hub ID, `folder` is for the results.
     """
 
     problems: Sequence[Problem]
@@ -121,8 +119,8 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Evaluate one student with and without review; writes <name>.jsonl and <name>.json into the folder of results.
 
-    The threshold is fitted, unless `review.threshold` is set or one fitted on as many problems is stored for the `gguf`.
-    Returns the stored figures if nothing has changed. A model behind an API has a `version` and no `gguf`.
+    The threshold is fitted, unless one is set or stored for the `gguf`. Returns stored figures if nothing has changed.
+    A model behind an API has a `version` and no `gguf`.
     """
     problems, folder = held_out.problems, held_out.folder
     fits = config.review.threshold is None and config.review.mode == "guided"

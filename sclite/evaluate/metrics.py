@@ -18,10 +18,9 @@ LogOdds = Annotated[float, Field(gt=-NEVER, lt=NEVER)]
 class Outcome(Row):
     """One model's result on one problem. None means unknown: a failed call, a timeout, a grader error.
 
-    Without a review, or if it accuses nothing, the first answer stands and `correct2` is `correct1`. `true_step` None
-    with `true_known` means that no step is wrong. `step_scores` are the log-odds of an error in each step;
-    `step_labels` say which steps are wrong, up to the first wrong one, since a step that follows from a wrong one is
-    neither right nor wrong. `cut`: the first answer reached the token limit.
+    If no review accuses anything, the first answer stands and `correct2` is `correct1`. `true_step` None with
+    `true_known`: no step is wrong. `step_labels` end at the first wrong step: one that follows from it is neither right
+    nor wrong.
     """
 
     id: str
@@ -59,17 +58,14 @@ class Outcome(Row):
 def compute_metrics(outcomes: Sequence[Outcome], bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
     """All figures of one model, ready for JSON; undefined figures are None.
 
-    Outcomes with an unknown first or second answer are excluded and counted in `unknown`; `n` counts the rest, and
-    `cut` those whose first answer reached the token limit.
-    Over n: acc_t1, acc_t2, difference, wrong_to_right, right_to_wrong, format_validity, and tokens per problem.
-    Over subsets: location (labelled wrong work whose first wrong step is accused), acceptance (right work where nothing
-    is accused), location_f1 (their harmonic mean: ProcessBench, arXiv 2412.06559), correction_rate_own (corrected, among
-    wrong answers whose step was located), auc. Known step labels decide what is wrong work: a lucky answer after a wrong
-    step is wrong work.
+    Outcomes with an unknown answer are excluded and counted in `unknown`; `n` counts the rest. Over n: acc_t1, acc_t2,
+    difference, wrong_to_right, right_to_wrong, format_validity, tokens. Over subsets: location (labelled wrong work
+    whose first wrong step is accused), acceptance (right work where nothing is accused), location_f1 (their harmonic
+    mean: ProcessBench, arXiv 2412.06559), correction_rate_own (corrected, among wrong answers whose step was located),
+    auc. A lucky answer after a wrong step is wrong work.
 
-    Each share has a 95 % interval `<name>_interval`, [low, high]: percentiles over `bootstrap` resamples of the
-    problems. A share of exactly 0 or 1 cannot vary between resamples and gets the exact binomial interval
-    (Clopper-Pearson). `mcnemar_p` is exact and two-sided, on wrong_to_right against right_to_wrong.
+    Each share has a 95 % interval: percentiles over `bootstrap` resamples of the problems; a share of 0 or 1, which
+    cannot vary between resamples, gets the exact binomial one (Clopper-Pearson). `mcnemar_p` is exact and two-sided.
     """
     known = [o for o in outcomes if o.correct1 is not None and o.correct2 is not None]
     n = len(known)

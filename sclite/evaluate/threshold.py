@@ -1,7 +1,4 @@
-"""The review threshold: fitted on the very GGUF that will run, on problems used nowhere else, and stored beside it.
-
-What is fitted holds for one file and one set of prompts: quantization shifts the log-odds.
-"""
+"""The review threshold, fitted for one GGUF (quantization shifts the log-odds) and one set of prompts."""
 
 import math
 from bisect import bisect_left
@@ -37,10 +34,9 @@ MANY_PROBLEMS = 200
 
 @dataclass
 class Trial:
-    """One problem to fit the threshold on.
+    """One problem to fit the threshold on: is the first answer right, and the log-odds of an error in each step.
 
-    `correct`: whether the first answer is right; `scores`: the log-odds of an error in each of its steps; `results`:
-    whether the final answer is right after correcting a step (from 1), for those that were tried. None is unknown.
+    `results`: is the final answer right after correcting a step (from 1), for those that were tried. None is unknown.
     """
 
     problem: Problem
@@ -63,12 +59,10 @@ class Trial:
 
 
 class Fitted(BaseModel):
-    """A fitted threshold, or the reason why review stays off, with what the threshold does on the n fitting problems.
+    """A fitted threshold, or the reason why review stays off, with what it does on the n graded fitting problems.
 
-    `problems` were given, `n` of them have a known first answer; accuracies, wrong_to_right and right_to_wrong are
-    shares of n. `assumed` counts accused steps whose correction was not tried. `best_*` describe the most accurate
-    threshold without the bound on harm: what the bound gives up. `max_harm` and `prompts` (a digest) are those it was
-    fitted with.
+    Accuracies, wrong_to_right and right_to_wrong are shares of n. `assumed` counts accused steps whose correction was
+    not tried. `best_*` describe the most accurate threshold without the bound on harm: what the bound gives up.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -134,13 +128,12 @@ def fit_threshold(trials: Sequence[Trial], max_harm: float) -> Fitted:
     The first step whose log-odds exceed the threshold is accused; if none does, the first answer stands. Candidates are
     the midpoints between adjacent distinct log-odds, and one below all. A threshold may spoil `most_spoiled` right
     answers. As good as the best is one that helps and does not gain significantly less (sign test on the answers on which
-    both differ, normal approximation). An unknown result of an accused step counts as the worse outcome: a right answer is
-    spoiled, a wrong one stays wrong. So a caller may try only the corrections that could matter, and stays on the safe
-    side. Problems with an unknown first answer are skipped.
+    both differ, normal approximation). An unknown result of an accused step counts as the worse outcome, so a caller may
+    try only the corrections that could matter. Problems with an unknown first answer are skipped.
 
     Why the middle: of 60 to 400 problems drawn from 1,500 of the quickstart, it gained as much on the others as the
-    highest threshold with the most right answers and a hard limit of max_harm * n spoiled ones (60 problems: 4.35 and 4.08
-    points, 400: 4.56 and 4.53), and spoiled half as many (0.40 and 0.85 %; 0.30 and 0.41 %). The statistical bound
+    highest threshold with the most right answers and a hard limit of max_harm * n spoiled ones (60 problems: 4.35 and
+    4.08 points, 400: 4.56 and 4.53), and spoiled half as many (0.40 and 0.85 %; 0.30 and 0.41 %). The statistical bound
     alone, without the middle, spoiled more (0.93 and 0.60 %).
     """
     known = [trial for trial in trials if trial.correct is not None]
@@ -191,10 +184,9 @@ def fit_threshold(trials: Sequence[Trial], max_harm: float) -> Fitted:
 
 
 def try_corrections(student: Student, trials: Sequence[Trial], config: Config, grader: Grader) -> None:
-    """Have the student correct the steps that the fitted threshold may accuse, and add the results to the trials.
+    """Correct the steps that the fitted threshold may accuse, and add the results to the trials.
 
-    Problems are tried in blocks, highest scores first, until two consecutive blocks fix no more answers than they spoil,
-    or MAX_SHARE is reached.
+    Highest scores first, until two blocks in a row fix no more answers than they spoil, or MAX_SHARE is reached.
     """
     ranked = sorted((trial for trial in trials if trial.scores), key=lambda trial: -max(trial.scores))
     most, size, futile_blocks = round(MAX_SHARE * len(ranked)), max(1, round(BLOCK * len(ranked))), 0
@@ -229,10 +221,10 @@ def fit_student(
     grader: Grader,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Fitted:
-    """Fit the threshold of a student on problems that are used nowhere else.
+    """Fit the threshold of a student on problems that are used nowhere else; `progress` gets (solved, problems).
 
     Of many problems, every other one is used first, and the rest only if a correction fixed any of those. Fewer than
-    MIN_PROBLEMS are not tried, and need no student: then review stays off. `progress` gets (solved, problems).
+    MIN_PROBLEMS need no student: review stays off.
     """
     total = len(problems)
     off = Fitted(threshold=None, problems=total, max_harm=config.review.max_harm)
@@ -291,10 +283,7 @@ def store_threshold(config: Config, run: Run, gguf: Path, fitted: Fitted) -> Fit
 
 
 def is_current(config: Config, fitted: Fitted | None, count: int) -> bool:
-    """Whether a stored fit makes another one on `count` problems needless: as many problems and the same max_harm.
-
-    Too few problems for a fit replace none.
-    """
+    """Whether a stored fit is of as many problems and the same max_harm; too few problems replace none."""
     if fitted is None or count < MIN_PROBLEMS:
         return fitted is not None
     return fitted.problems >= count and fitted.max_harm == config.review.max_harm

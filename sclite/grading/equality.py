@@ -2,8 +2,8 @@ r"""Equality of two answers, as far as it needs no algebra.
 
 Graders differ on these cases; the rules here (for numbers and units: sclite/grading/numbers.py) are:
 
-- 1, 2 and \{1, 2\} are sets: order does not matter. (1, 2) is ordered, and so is a list that is compared with it. A column
-  vector equals the tuple of its entries. (1, 2], [1, 2] and (1, 2) all differ. "or", "and" and \pm make lists.
+- 1, 2 and \{1, 2\} are sets: order does not matter. (1, 2) is ordered, and so is a list that is compared with it. A
+  column vector equals the tuple of its entries. (1, 2], [1, 2] and (1, 2) all differ. "or", "and" and \pm make lists.
 - (C), C, "Option C" and "C. 12 apples" are the same choice, and "(C) 12" equals 12. 5:30 is a time; 4:6 is a ratio.
 - x = 5 equals 5, unless the other answer has another name. A base (2516_8) may be missing on one side.
 """
@@ -113,7 +113,7 @@ def _compare_plain(given: str, gold: str) -> bool | None:
 
 
 def _split_name(text: str) -> tuple[str, str]:
-    """(name, value): x and 5 for x = 5 and 5 = x, (x,y) and (1, 2) for x = 1, y = 2; for other equations the name is "="."""
+    """(name, value): x and 5 for x = 5 and 5 = x, (x,y) and (1, 2) for x = 1, y = 2; "=" and all for other equations."""
     listed = _split_list(text)
     if len(listed) > 1:
         pairs = sorted(_split_name(part) for part in listed) if all("=" in part for part in listed) else []

@@ -1,7 +1,8 @@
 r"""Numbers in answers, with their units: parsing and equality.
 
 - A percent sign is a unit: 50% equals 50, and not 0.5. A unit may be missing on one side. Two units must agree: known
-  units after conversion (150 minutes is 2.5 hours), other words if one side has all of the other's (12 red apples, 12 apples).
+  units after conversion (150 minutes is 2.5 hours), other words if one side has all of the other's (12 red apples, 12
+  apples).
 - A decimal of six or more places equals a number from which it differs by at most a unit of its last place, if it has six
   significant digits; shorter decimals must be exact.
 - A sentence equals a number if that is the only one it can mean: "Natalia sold 72 clips." and "48 + 24 = 72 clips" equal
@@ -276,7 +277,7 @@ _TAIL = re.compile(r"(.*(?:[\d})!]|\\pi)) ?(%|[A-Za-z]{2}.*|L|(?<= )[msg])", re.
 
 
 def strip_unit(text: str) -> tuple[str, Fraction, Words]:
-    """(text, factor, words): a normalized formula without its unit and currency signs, and the unit's factor and words."""
+    """(text, factor, words): a normalized formula without unit and currency signs, and the unit's factor and words."""
     text = text.replace("¤", "")
     found = _TAIL.fullmatch(text)
     if not found or (len(found[2]) == 1 and re.search(r"(?<![\\A-Za-z])[A-Za-z]", found[1])):

@@ -50,12 +50,10 @@ def compare_quickly(given: str | None, gold: str) -> tuple[Verdict, tuple[str, s
 
 
 class Grader:
-    """Compares answers, the hard ones in worker processes. A thread-safe context manager.
+    """Compares answers, the hard ones in as many worker processes as cores, or `processes`. Thread-safe.
 
-    `seconds` is the timeout of one comparison: a slower worker is killed, and the verdict is None. There are as many
-    workers as cores, or `processes`. They start on demand and end with this process, however it ends. They are plain
-    subprocesses and so independent of the threads and the `__main__` of this process. `idle` holds those that wait, None
-    for each that has not started.
+    A comparison of more than `seconds` is killed, and the verdict is None. Workers start on demand and end with this
+    process, however it ends. `idle` holds those that wait, None for each that has not started.
     """
 
     def __init__(self, seconds: float = 5.0, processes: int | None = None):
@@ -172,8 +170,7 @@ class Worker:
 def answer_pairs() -> None:
     """The worker's side: reads one pair per line from stdin and writes one verdict per line to stdout.
 
-    If its parent dies while it hangs in one long multiplication, where no Python code runs, only the kernel's alarm
-    can end it.
+    If its parent dies while it hangs where no Python code runs, only the kernel's alarm can end it.
     """
     seconds = float(sys.argv[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)

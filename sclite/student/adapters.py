@@ -33,9 +33,9 @@ def meta_model(config: "PretrainedConfig") -> "PreTrainedModel":
 def lora_targets(model: "PreTrainedModel", wanted: Sequence[str] = ()) -> list[str]:
     """The layers that get a LoRA: every linear layer of the language model except the head, or the `wanted` ones.
 
-    Skipped: vision towers; routers of experts; Mamba's `out_proj`, whose fused kernels read the weight and bypass the
-    adapter. Names are the last part (`q_proj`) if it names nothing else, otherwise the whole path. Raises UsageError if
-    the model has no layer of a `wanted` name.
+    Skipped: vision towers; routers of experts; Mamba's `out_proj`, whose fused kernels bypass the adapter. Names are
+    the last part (`q_proj`) if it names nothing else, otherwise the whole path. Raises UsageError for a `wanted` name
+    without a layer.
     """
     import torch
     from transformers.pytorch_utils import Conv1D

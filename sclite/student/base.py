@@ -10,11 +10,9 @@ from sclite.prompts import Messages
 
 @dataclass(frozen=True)
 class Request:
-    """One generation.
+    """One generation, after the assistant text in `pieces`; a `stop` string ends the reply and is part of its text.
 
-    `pieces` is assistant text that comes before the first new token. Each piece is tokenized on its own and the ids are
-    concatenated, so that training and inference see the same tokens. `stop` strings end the reply;
-    the matched one is part of its text.
+    Each piece is tokenized on its own and the ids are concatenated: training and inference see the same tokens.
     """
 
     messages: Messages
@@ -28,7 +26,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """The reply to request number `index`; `text` holds only what is new. `finish` is stop, length, cancelled or error."""
+    """The reply to request number `index`, only what is new; `finish` is stop, length, cancelled or error."""
 
     index: int
     text: str

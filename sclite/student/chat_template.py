@@ -64,10 +64,7 @@ def opens_thinking(template: str, tokens: Mapping[str, str]) -> bool:
 
 
 class _Renderer:
-    """Templates come with model files, so they are rendered in a process of their own, within limits.
-
-    It is killed if a template exceeds its time, and started again when it is needed.
-    """
+    """Renders in a process of its own, within limits, because templates come with model files; restarts if killed."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()

@@ -33,8 +33,8 @@ def free_memory() -> None:
 def return_freed_memory() -> None:
     """Let glibc return freed blocks of a megabyte or more to the system at once; elsewhere this does nothing.
 
-    They would stay in its heap among blocks that are kept: a training on a CPU took 0.9 GB more after 16 steps than after
-    the first. The time of a step stays the same.
+    They would stay in its heap among kept ones: a training on a CPU took 0.9 GB more after 16 steps than after the
+    first.
     """
     mmap_threshold = -3
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

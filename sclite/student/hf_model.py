@@ -17,10 +17,7 @@ if TYPE_CHECKING:
 
 
 class HFModel(Student):
-    """A transformers model with its tokenizer. It does not score: trained models are reviewed with as a GGUF.
-
-    Sampling is seeded per batch: `batch_size` requests share one seed.
-    """
+    """A transformers model as a student that does not score. Sampling is seeded per batch of `batch_size` requests."""
 
     def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch_size: int = 64):
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
@@ -28,10 +25,7 @@ class HFModel(Student):
         self.end, self.pad_id = end_id(tokenizer), tokenizer.pad_token_id
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Reply]:
-        """Generate in batches. Requests of one batch should have the same temperature and stop strings.
-
-        If a batch does not fit in GPU memory, the batch size is halved for this and all later batches.
-        """
+        """Generate in batches with one temperature and set of stop strings, halved for good if GPU memory runs out."""
         start = 0
         while start < len(requests):
             batch = requests[start : start + self.batch_size]

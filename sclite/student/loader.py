@@ -29,7 +29,7 @@ ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 def model_name(student: Student) -> str:
-    """The Hub ID or folder of the base model. Raises UsageError if none is configured, DataError if a folder is missing."""
+    """The Hub ID or folder of the base model. Raises UsageError if none is set, DataError if a folder is missing."""
     if not student.model:
         raise UsageError(
             "no student is configured",
@@ -83,10 +83,7 @@ def _model_errors(what: str, *kinds: type[Exception]) -> Iterator[None]:
 
 
 def select_gpu(gpu: int | None) -> None:
-    """Make one GPU the only visible one, before CUDA is initialized; None selects the first, if any.
-
-    `gpu` counts the GPUs that CUDA_VISIBLE_DEVICES leaves visible. Raises DeviceError if there is no such GPU.
-    """
+    """Make one GPU of CUDA_VISIBLE_DEVICES the only visible one, None the first, before CUDA starts (DeviceError)."""
     visible, number = os.environ.get("CUDA_VISIBLE_DEVICES"), gpu or 0
     devices = [device.strip() for device in (visible or "").split(",") if device.strip()]
     if visible is None:
@@ -153,10 +150,9 @@ def read_config(name: str) -> "PretrainedConfig":
 def check_vocabulary(
     tokenizer: "PreTrainedTokenizerBase", model_config: "PretrainedConfig", name: str
 ) -> None:
-    """Reject a tokenizer with ids for which the model has no embedding.
+    """Reject a tokenizer with ids for which the model has no embedding (DataError).
 
-    A special token that neither our prompts nor padding use is allowed: Gemma 3's 1B has one for images. Raises
-    DataError.
+    A special token that neither our prompts nor padding use is allowed: Gemma 3's 1B has one for images.
     """
     size = model_config.get_text_config().vocab_size
     beyond = {i: token for token, i in tokenizer.get_vocab().items() if i >= size}
@@ -182,9 +178,8 @@ def load_student(
     """(model, tokenizer): the base with `adapter`, or with a new LoRA if `train` is set and `adapter` is not.
 
     Trainable weights are float32 whatever the type of the base, because AdamW's small steps vanish in bfloat16. The
-    tokenizer is the model's own under either backend, so that training, use and export have the same ids. Raises
-    DataError if there is no such model (NetworkError if the Hub is unreachable) or it has fewer positions than the
-    stage's `max_length`, DeviceError if it does not fit on the GPU.
+    tokenizer is the model's own under either backend. Raises DataError or NetworkError if the model cannot be loaded or
+    has fewer positions than `max_length`, DeviceError if it does not fit on the GPU.
     """
     import torch
     from peft import PeftConfig
@@ -311,7 +306,7 @@ def _load_plain(
 
 
 def _load_unsloth(name: str, config: Config, max_length: int, lora: "LoraConfig | None") -> "PreTrainedModel":
-    """The model with Unsloth's kernels. It silently truncates longer rows than `max_length`, so no prompt may reach it."""
+    """The model with Unsloth's kernels, which silently truncates rows longer than `max_length`: none may reach it."""
     from unsloth import FastLanguageModel
 
     model, _ = FastLanguageModel.from_pretrained(

@@ -20,10 +20,7 @@ LOGITS = 1 << 26
 
 @dataclass
 class Padded:
-    """Sequences padded on the right, each tensor [rows, longest].
-
-    They stay on the CPU: reading lengths and weighted tokens there does not make it wait for the GPU.
-    """
+    """Sequences padded on the right, tensors [rows, longest] on the CPU: reading them there does not wait for the GPU."""
 
     ids: "Tensor"
     mask: "Tensor"

@@ -18,7 +18,7 @@ SAMPLE = 4096
 
 
 class Origin(BaseModel, frozen=True, extra="forbid"):
-    """`weights`: fingerprint of the base, "" if unknown; `nf4`: modules held in NF4 during training; `dtype`: their type."""
+    """`weights`: fingerprint of the base, "" if unknown; `nf4`: modules that were in NF4 in training; `dtype`: theirs."""
 
     weights: str = ""
     nf4: tuple[str, ...] = ()

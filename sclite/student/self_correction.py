@@ -1,8 +1,7 @@
 """Self-correction: guided review (score every step, correct the first above the threshold), and free review.
 
-Each is a script for one attempt: it yields what to ask the student, is sent the reply, and yields events on the way.
-`run_together` runs many scripts at once, because a student answers many requests at once; `stream` runs one
-and shows what happens. Neither review ever sees a gold answer.
+Each is a script for one attempt: it yields requests, is sent the replies, and yields events on the way. `run_together`
+runs many at once, `stream` shows what one does. Neither review ever sees a gold answer.
 """
 
 import math
@@ -132,7 +131,7 @@ def run_together(
 
 
 def stream(student: Student, script: Script[T], cancel: Flag | None = None) -> Iterator[str | Event | T]:
-    """Run one script: yields its events, the text that the student writes as it is written, and at last the result.
+    """Run one script: yields its events, the text as the student writes it, and at last the result.
 
     Setting `cancel` from another thread ends it early, without a result.
     """
@@ -268,10 +267,7 @@ def _text_and_tokens(reply: Reply | Scores | None) -> tuple[str | None, int]:
 
 
 def free(question: str, attempt: Trace, settings: ReviewSettings) -> Script[Reviewed]:
-    """Free review, the paper's protocol: one generation that repeats everything; an unreadable one changes nothing.
-
-    Its seed is that of the settings, so that it depends only on its own attempt.
-    """
+    """Free review, the paper's protocol: one generation that repeats everything; an unreadable one changes nothing."""
     work = corrected(attempt)
     if not work.steps:
         return Reviewed(note=NO_STEPS)

@@ -1,7 +1,6 @@
 """Messages and pieces to token ids, loss weights and decision marks: the only place where training text is tokenized.
 
-The ids of a sequence are those of the generation prompt, then of each piece on its own, in training
-and in use.
+The ids of a sequence are those of the generation prompt, then of each piece on its own, in training and in use.
 """
 
 from collections.abc import Iterable, Sequence
@@ -31,7 +30,7 @@ class Encoded:
 
 
 def prompt_text(tokenizer: "Tokenizer", messages: Messages, generation_prompt: bool = True) -> str:
-    """The chat in the model's template, up to where the assistant begins; thinking is off if the template has a switch."""
+    """The chat in the model's template, up to where the assistant begins; thinking is off if it has a switch."""
     if not tokenizer.chat_template:
         raise DataError("the student's tokenizer has no chat template", "choose an instruct model")
     return render_chat(
@@ -135,10 +134,9 @@ def encode_closing(
 def encode_review(
     tokenizer: "Tokenizer", messages: Messages, review: Trace, decision_weight: float = 0.0
 ) -> Encoded:
-    """A whole review with its decisions marked.
+    """A whole review, with a decision marked after every step up to the first wrong one.
 
-    A decision follows the text of every step up to the first wrong one. The loss of its token weighs
-    `1 + decision_weight`; otherwise one token among hundreds would hardly count.
+    The decision's token weighs `1 + decision_weight`; otherwise one token among hundreds would hardly count.
     """
     pieces = all_pieces(review)
     end = pieces.index(CAUSE) + 1 if CAUSE in pieces else len(pieces)

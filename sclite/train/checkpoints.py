@@ -1,8 +1,7 @@
-"""Checkpoints that are known to be complete and to have the same inputs; an interrupted stage resumes from the last one.
+"""Checkpoints that are known to be complete and to have the same inputs; an interrupted stage resumes from the last.
 
-Hugging Face's trainer writes a checkpoint file by file, so a kill can leave a folder that only looks like one, and a disk
-can damage one later. Each complete checkpoint gets a mark, written last: its inputs and a hash of every file. A checkpoint
-without a mark, or with other files, is removed and never resumed from.
+The trainer writes a checkpoint file by file, so a kill can leave half of one, and a disk can damage one later. A
+complete checkpoint gets a mark, written last: its inputs and a hash of every file. Others are never resumed from.
 """
 
 from __future__ import annotations

@@ -39,8 +39,7 @@ def train_dpo(
 ) -> Report:
     """Train on pairs.jsonl, from warmup/adapter; writes dpo/adapter, dpo/reference.json and dpo/metrics.jsonl.
 
-    Resumes if it was interrupted. Raises DataError if there are no pairs or none fits, UsageError if it was trained with
-    other inputs and `fresh` is not set.
+    Resumes if it was interrupted. Raises DataError if no pair fits, UsageError as `train_sft` does.
     """
 
     def prepare(job: Job, tokenizer: PreTrainedTokenizerBase) -> BuildLesson:

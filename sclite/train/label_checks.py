@@ -18,10 +18,9 @@ REMOVE_PAIR = "remove it from pairs.jsonl"
 
 
 def check_labels(rows: Sequence[Encoded], end: int, names: Sequence[str] = ()) -> dict[str, float]:
-    """Refuse rows that would teach nothing or never end; return what share of the tokens carries loss.
+    """Refuse rows that would teach nothing or never end (DataError); return what share of the tokens carries loss.
 
-    Every row needs loss on its last token, which is the end of turn, and none on its first, which is prompt.
-    `names` are shown in errors. Raises DataError.
+    The last token, which is the end of turn, needs loss; the first, which is prompt, none. `names` are shown in errors.
     """
     if not rows:
         raise DataError("nothing to train on: no rows are left", "dropped.jsonl in the run folder says why")
@@ -64,10 +63,7 @@ def check_bundles(bundles: Sequence[Bundle], decisions: tuple[int, int]) -> None
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a chat template that drops the question or uses unknown tokens, or an end of turn that is not a token.
-
-    Raises DataError.
-    """
+    """Refuse a template that drops the question or uses unknown tokens, and an end of turn that is none (DataError)."""
     messages, unknown = prompts.solve_messages("1 + 1 = ?"), tokenizer.unk_token_id
     if "1 + 1 = ?" not in prompt_text(tokenizer, messages):
         raise DataError("the student's chat template drops the question", "choose an instruct model")

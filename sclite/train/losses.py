@@ -1,7 +1,6 @@
 """The losses: negative log-likelihood for SFT and warm-up, DPO on pairs.
 
-A loss is a dict of `LossTerm`s, sums over the rows of a micro-batch, so that `weighted_loss` can divide each by its count in
-the whole optimizer step.
+Each is a dict of `LossTerm`s over a micro-batch; `weighted_loss` divides each by its count in the optimizer step.
 """
 
 from __future__ import annotations
@@ -155,8 +154,7 @@ def reference_log_probs(
 ) -> Reference:
     """log p of both sides of every pair under the model as it is now, in float32, by bundle key.
 
-    Computed once before DPO and kept in the run, so that no step pays for a second forward pass and a resumed training
-    compares with the adapter that it started from.
+    Computed once and kept in the run: no step pays for it, and a resumed training compares with its true start.
     """
     import torch
 

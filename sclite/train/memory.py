@@ -31,17 +31,17 @@ Shape = tuple[int, int]
 NF4_BLOCK, NESTED_BLOCK = 64, 256
 NF4_TABLES = 4 * (16 + 256 + 1)  # bytes per weight: code tables of 16 and 256 float32, and an offset
 MIN_8BIT, STATE_BLOCK, STATE_TABLES = 4096, 256, 2 * 256 * 4
-"""bitsandbytes: smaller tensors keep 32-bit states; weights per absmax; bytes of the two tables that all tensors share."""
+"""bitsandbytes: smaller tensors keep 32-bit states; weights per absmax; bytes of two tables for all tensors."""
 LOSS_SHARE = {"sft": 0.9, "warmup": 0.5, "dpo": 0.15}
 """Share of tokens with loss in the longest rows: a solution after a short prompt; a review after the attempt; a cause and
 correction after both."""
 DECISIONS = 8  # per attempt, in DPO
 KEPT, BACKWARD = 4, 8
-"""Bytes per logit: float32 log-probabilities kept for the backward pass; there, their gradient and that of the logits. Above
-`head_chunk_size` positions the head runs in chunks, keeps nothing, and holds one chunk at a time."""
+"""Bytes per logit: float32 log-probabilities kept for the backward pass; there, their gradient and that of the logits.
+Above `head_chunk_size` positions the head runs in chunks, keeps nothing, and holds one chunk at a time."""
 CONTEXT, CACHED = 700_000_000, 800_000_000
-"""Bytes of the CUDA context, loaded kernels and cuBLAS workspace; bytes the allocator holds beyond those in use, at least (0.3
-to 0.84 GB measured). With rows that fill the GPU that is the largest tensor of a layer: at 76,032 tokens 1.87 GB were held."""
+"""Bytes of the CUDA context, loaded kernels and cuBLAS workspace; bytes the allocator holds beyond those in use, at least
+(0.3 to 0.84 GB measured). With rows that fill the GPU that is the largest tensor of a layer: 1.87 GB at 76,032 tokens."""
 LIBRARIES, HEAP = 600_000_000, 1.8
 """Bytes of a CPU process without a model; what a process takes for a byte of activations (1.1 to 1.8 measured)."""
 KNOWN = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
@@ -51,10 +51,7 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermed
 
 @dataclass(frozen=True)
 class Copies:
-    """16-bit values alive per token while one layer runs backward, in multiples of its widths.
-
-    `buffers` are 16-bit copies of the largest weight, made when its 4 bits are unpacked.
-    """
+    """16-bit values alive per token while a layer runs backward, in its widths; `buffers`: of the largest weight."""
 
     hidden: int
     query: int
@@ -103,10 +100,7 @@ class Architecture:
 
 
 def architecture(config: PretrainedConfig, targets: Sequence[str] = ()) -> Architecture:
-    """The sizes of the model that a transformers configuration describes; LoRA on `targets` (default: all linear layers).
-
-    Raises DataError for a mixture of experts.
-    """
+    """The sizes of a configuration's model, with LoRA on `targets` (default: all). DataError for mixtures of experts."""
     from torch.nn import Linear
     from transformers.pytorch_utils import Conv1D
 
@@ -153,11 +147,7 @@ def architecture(config: PretrainedConfig, targets: Sequence[str] = ()) -> Archi
 
 
 def read_architecture(student: Student, targets: Sequence[str] = ()) -> Architecture:
-    """The sizes of the configured student. Of a model on the Hub only config.json is downloaded.
-
-    Raises UsageError if no student is configured, DataError if its configuration cannot be read or estimated, NetworkError
-    if the Hub cannot be reached.
-    """
+    """The sizes of the configured student; of a model on the Hub only config.json is downloaded."""
     return architecture(read_config(model_name(student)), targets)
 
 

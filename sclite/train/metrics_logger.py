@@ -46,8 +46,8 @@ ON_THE_LINE = {
 class MetricsLogger:
     """Logs one training: call `add` after each micro-batch and `log_step` after each optimizer step.
 
-    Rows of this phase after step `resumed_from` are removed from metrics.jsonl first; 0 removes all of them. `tokens`
-    of each step, if known, tell how much of the work is done.
+    Rows of this phase after step `resumed_from` are removed from metrics.jsonl first. `tokens` of each step, if known,
+    tell how much of the work is done.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class MetricsLogger:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, none if there is no such file. Invalid lines, such as a half-written one, are skipped."""
+    """The rows of a metrics.jsonl, none if there is no such file; skips invalid lines, such as a half-written one."""
     rows = []
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:

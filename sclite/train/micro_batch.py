@@ -18,10 +18,9 @@ there (docs/training.md), and a process that takes all memory is killed."""
 
 @dataclass(frozen=True)
 class Choice:
-    """The setting for the free memory.
+    """The setting for the free memory; the wanted one if that is unknown (`fits` None).
 
-    `fits` is None if free memory is unknown; `setting` is then the wanted one. If `fits` is False, `setting` is the largest
-    one that would fit, None if none does.
+    If `fits` is False, `setting` is the largest one that would fit, None if none does.
     """
 
     fits: bool | None
@@ -76,10 +75,9 @@ def choose(model: Architecture, wanted: Setting, batch: int, free: int | None) -
 
 
 def choose_micro_batch(config: Config, stage: str, longest: int) -> int:
-    """The micro-batch size of a stage ("sft", "warmup" or "dpo"), a divisor of its batch size; call before loading the model.
+    """The micro-batch size of a stage, a divisor of its batch size, for rows of at most `longest` tokens.
 
-    `longest` is the longest row in tokens. A student whose memory cannot be estimated, or that should not fit, starts with
-    one row: the GPU decides.
+    Call it before loading the model. If memory cannot be estimated or should not fit, it is 1: the GPU decides.
     """
     batch, given = config.stage(stage).batch_size, config.stage(stage).per_device_train_batch_size
     free, model = free_bytes(), None if given else _readable_architecture(config)
@@ -92,7 +90,7 @@ def choose_micro_batch(config: Config, stage: str, longest: int) -> int:
 
 
 def cpu_micro_batch(model: Architecture, wanted: Setting, batch: int) -> int:
-    """The largest divisor of the batch size, up to CPU_ROWS, with which a step fits into CPU_BYTES and the RAM; at least 1."""
+    """The largest divisor of the batch size, up to CPU_ROWS, for which CPU_BYTES and the RAM suffice; at least 1."""
     most = min(CPU_BYTES, available_ram() or CPU_BYTES)
     for size in (largest_divisor(batch, rows) for rows in range(min(CPU_ROWS, wanted.micro_batch), 1, -1)):
         if estimate_on_cpu(model, replace(wanted, micro_batch=size)).total <= most:
@@ -101,10 +99,7 @@ def cpu_micro_batch(model: Architecture, wanted: Setting, batch: int) -> int:
 
 
 def suggest_setting(config: Config, stage: str) -> str:
-    """Advice after running out of GPU memory: the largest setting that fits into what is free now; empty if unknown.
-
-    If the estimate says that the configured setting fits, it suggests half the length.
-    """
+    """Advice after running out of GPU memory: the largest setting that fits, else half the length; "" if unknown."""
     free, model = free_bytes(), _readable_architecture(config)
     if free is None or model is None:
         return ""

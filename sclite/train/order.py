@@ -1,7 +1,6 @@
 """The order in which rows are trained: one list for a whole stage, which depends on the seed alone.
 
-Because it is a list, an optimizer step has the same rows whatever the micro-batch, and a resumed training continues at
-the very row where the interrupted one stopped.
+So an optimizer step has the same rows whatever the micro-batch, and a resumed training continues at the very row.
 """
 
 import random
@@ -13,8 +12,8 @@ WINDOW = 50  # optimizer steps whose rows are sorted by length together
 def training_order(lengths: Sequence[int], batch: int, epochs: float, seed: int) -> list[int]:
     """Row numbers, `batch` for each optimizer step, over `epochs` epochs; the last step may be smaller.
 
-    `lengths` are in tokens. Rows of similar length share a step, so that little is padded. The step with the longest row
-    comes first: running out of memory shows at once and not after an hour.
+    Rows of similar length (in tokens) share a step, so that little is padded. The step with the longest row comes
+    first: running out of memory shows at once and not after an hour.
     """
     draw = random.Random(seed)
     wanted = max(1, round(epochs * len(lengths))) if lengths and epochs > 0 else 0

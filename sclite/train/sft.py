@@ -37,9 +37,9 @@ def train_sft(
 ) -> Report:
     """Stage 1: train on templates.jsonl; writes sft/adapter and sft/metrics.jsonl. Resumes if it was interrupted.
 
-    Problems whose ids are in `unseen` are reserved for stage 2: the student must make its own mistakes on them first.
-    An adapter that the user put into sft/adapter replaces the stage. Raises DataError if there are no templates or the
-    labels are wrong, UsageError if it was trained with other inputs and `fresh` is not set.
+    Problems in `unseen` are reserved for stage 2: the student must make its own mistakes on them first. An imported
+    adapter replaces the stage. Raises DataError without rows, UsageError if it was trained with other inputs and is not
+    `fresh`.
     """
     if run.is_imported("sft", adapter_weights("sft")):
         check_adapter(run.path("sft/adapter"))

@@ -129,8 +129,8 @@ class Job:
         """Train the stage and save its adapter as STAGE/adapter; resume if it was interrupted, skip if it is finished.
 
         `prepare` tokenizes and checks the rows before the weights are loaded, which takes a minute. With 0 epochs the
-        adapter to start from is copied. Raises UsageError if the stage was trained with other inputs and `fresh` is not
-        set, DataError if its adapter is not the one that it wrote.
+        adapter to start from is copied. Raises UsageError if it was trained with other inputs, DataError if the adapter
+        was replaced.
         """
         config, run, stage, report = self.config, self.run, self.stage, self.report
         start, checkpoints = START[stage], Checkpoints(run.path(f"{stage}/checkpoints"))
@@ -200,10 +200,7 @@ class Job:
 
 
 def save_adapter(model: PeftModel, run: Run, stage: str) -> None:
-    """Save a model's adapter as STAGE/adapter of the run.
-
-    Removes an older manifest of the stage first: it signs another adapter.
-    """
+    """Save a model's adapter as STAGE/adapter of the run; a manifest that signs an older one is removed first."""
 
     def write(folder: Path) -> None:
         model.save_pretrained(str(folder))

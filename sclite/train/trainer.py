@@ -1,7 +1,6 @@
 """Train an adapter: Hugging Face's trainer over rows in a fixed order, with losses that do not depend on the micro-batch.
 
-The trainer provides the optimizer, its schedule, gradient clipping, mixed precision and checkpoints; a stage provides a
-`Lesson`. The denominators of its loss are those of the whole optimizer step, known from the order in advance, so that
+The denominators of a lesson's loss are those of the whole optimizer step, known from the order in advance, so that
 halving the micro-batch and doubling the accumulation leaves every gradient the same.
 """
 
@@ -85,10 +84,10 @@ def train_adapter(
     micro_batch: int,
     progress: Progress | None = None,
 ) -> Outcome:
-    """Train the model's adapter in place, from its last complete checkpoint if there is one.
+    """Train the model's adapter in place, from its last complete checkpoint if there is one; logs steps to `metrics`.
 
-    Appends the figures of each step to `metrics`. Raises GpuMemoryError if the GPU runs out of memory, ScliteError if
-    nothing was learned, KeyboardInterrupt after Ctrl-C, once a checkpoint is saved.
+    Raises GpuMemoryError, ScliteError if nothing was learned, KeyboardInterrupt after Ctrl-C, once a checkpoint is
+    saved.
     """
     phase, held_out = lesson.phase, set(lesson.held_out)
     rows = [i for i in range(len(lesson.lengths)) if i not in held_out]

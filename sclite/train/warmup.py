@@ -6,9 +6,9 @@ uses it as its reference. The rows of solving:
 - *solved*: a template, if possible one that SFT has not seen;
 - *continued*: solve on after a corrected step, which guided review asks for. A correction is seldom written like a step,
   and a student that never saw one there gets lost after it;
-- *closed*: wrong work in the solve context, with loss only on the closing tags of its steps and the end: steps are accused
-  in a review, never while solving. Without such rows a small student accuses its own steps as it solves, and what review
-  could correct is corrected, or spoiled, before.
+- *closed*: wrong work in the solve context, with loss only on the closing tags of its steps and the end: steps are
+  accused in a review, never while solving. Without such rows a small student accuses its own steps as it solves, and
+  what review could correct is corrected, or spoiled, before.
 """
 
 from __future__ import annotations
@@ -42,10 +42,7 @@ def train_warmup(
     fresh: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Train on reviews.jsonl, attempts.jsonl and templates.jsonl, from sft/adapter; writes warmup/adapter.
-
-    With num_train_epochs = 0 it copies sft/adapter and needs no reviews. Raises as `train_sft` does.
-    """
+    """Train on reviews, attempts and templates from sft/adapter, which 0 epochs copy; writes warmup/adapter."""
 
     def prepare(job: Job, tokenizer: PreTrainedTokenizerBase) -> BuildLesson:
         hint = "run `sclite build-data --only corrections` first, or skip the warm-up: --set warmup.num_train_epochs=0"
