@@ -8,6 +8,7 @@ from sclite.evaluate.metrics import Outcome, compute_metrics
 from sclite.evaluate.table import choose_example, print_example, print_results
 from sclite.records import Problem
 from sclite.student.base import Reply, Scores
+from sclite.student.counted import Counted
 from sclite.trace import Step, Trace, render
 
 PROBLEMS = [Problem(id=f"p{n}", question=f"question {n}", answer="1") for n in range(200)]
@@ -34,7 +35,7 @@ def evaluate_student(run, monkeypatch):
     gguf.parent.mkdir(parents=True)
     gguf.write_bytes(b"GGUF")
 
-    def work(student, right: bool, progress=lambda: None, **given):
+    def work(student, right: bool, **given):
         for module in (evaluate, threshold):
             monkeypatch.setattr(module, "grade", lambda _, answers, __: [right for _ in answers])
         monkeypatch.setattr(answers, "grade", lambda _, answers, __: [right for _ in answers])
@@ -46,7 +47,7 @@ def evaluate_student(run, monkeypatch):
             "folder": "eval/a",
         } | given
         held_out = evaluate.HeldOut(**given)
-        return evaluate.evaluate_model(Config(), run, "dpo", student, gguf, held_out, None, progress=progress)
+        return evaluate.evaluate_model(Config(), run, "dpo", student, gguf, held_out, None)
 
     return work
 
@@ -74,9 +75,9 @@ def test_answers_without_steps_need_no_fit(evaluate_student):
 
 
 def test_progress_counts_solved_problems(evaluate_student):
-    solved = []
-    evaluate_student(Plain(), True, progress=lambda: solved.append(1))
-    assert len(solved) == 20
+    seen = []
+    evaluate_student(Counted(Plain(), 20, lambda *report: seen.append(report)), True)
+    assert seen == [(n, n / 40, f"{n} texts written") for n in range(1, 21)]
 
 
 def test_truncated_first_answers_are_counted(evaluate_student):
