@@ -33,13 +33,11 @@ class Source(Section):
     """A set of problems and the names of its columns."""
 
     source: str = Field(
-        "", description="a .jsonl, .json, .csv, .tsv (also .gz) or .parquet file, or a Hub ID of a dataset"
+        "", description="a .jsonl, .json, .csv, .tsv (also .gz) or .parquet file, or a Hub ID"
     )
     subset: str = Field("", description="subset of a Hub dataset, for example main")
     split: str = Field("train", description="split of a Hub dataset")
-    question_column: str = Field(
-        "", description="column of the question (default: question, problem or query)"
-    )
+    question_column: str = Field("", description="column of the question (default: question, problem, query)")
     answer_column: str = Field(
         "", description="column of the gold answer (default: answer, final_answer or expected_answer)"
     )
@@ -60,7 +58,7 @@ class Problems(Source):
 
     limit: int | None = Field(None, ge=1, description="number of rows to use (default: all)")
     correction_share: float = Field(
-        0.5, gt=0, lt=1, description="share of problems reserved for stage 2, unseen by SFT"
+        0.5, gt=0, lt=1, description="share of problems for stage 2, unseen by SFT"
     )
     fit_share: float = Field(
         0.1,
@@ -83,19 +81,13 @@ class Problems(Source):
 class Attempts(Section):
     """Sampling of the student's attempts for stage 2."""
 
-    source: str = Field(
-        "", description="imported attempts: a JSONL file with question, steps and optionally label"
-    )
+    source: str = Field("", description="imported attempts: a JSONL file with question, steps, perhaps label")
     student: str = Field(
         "",
         description="model to sample from: a .gguf file, ollama/NAME or a LiteLLM model name (default: the SFT adapter)",
     )
-    api_base: Address = Field(
-        "", description="base URL, if attempts.student is an OpenAI-compatible endpoint"
-    )
-    concurrency: int = Field(
-        32, ge=1, le=1024, description="maximum number of concurrent requests to an endpoint"
-    )
+    api_base: Address = Field("", description="base URL of attempts.student, if it is an endpoint")
+    concurrency: int = Field(32, ge=1, le=1024, description="maximum number of concurrent requests")
     price: tuple[Price, Price] | None = Field(
         None,
         description="price of an endpoint in US dollars per million input and output tokens "
@@ -103,16 +95,10 @@ class Attempts(Section):
     )
     samples: int = Field(4, ge=1, le=64, description="samples per problem")
     temperature: float = Field(0.8, ge=0, le=2, description="sampling temperature")
-    top_p: float = Field(
-        0.95, gt=0, le=1, description="nucleus sampling: total probability of the tokens kept"
-    )
+    top_p: float = Field(0.95, gt=0, le=1, description="nucleus sampling: probability of the tokens kept")
     max_tokens: int = Field(1024, ge=16, description="maximum number of tokens per attempt")
-    reviews: int = Field(
-        2, ge=1, le=16, description="corrections to sample from the student per wrong attempt"
-    )
-    confirmation_share: float = Field(
-        0.5, ge=0, lt=1, description="share of reviews that confirm a correct attempt"
-    )
+    reviews: int = Field(2, ge=1, le=16, description="corrections by the student per wrong attempt")
+    confirmation_share: float = Field(0.5, ge=0, lt=1, description="share of reviews that confirm an attempt")
 
     @property
     def kind(self) -> Literal["trained", "gguf", "endpoint"]:
@@ -136,29 +122,21 @@ SECRET_PARAMETER = re.compile(r"api_key|access_key|secret|password|credentials|(
 class Teacher(Section):
     """The model that writes templates and corrections, called through LiteLLM."""
 
-    model: str = Field(
-        "", description="LiteLLM model name, for example openai/gpt-5.4-mini or ollama_chat/qwen3:32b"
-    )
+    model: str = Field("", description="LiteLLM model, such as openai/gpt-5.4-mini or ollama_chat/qwen3:32b")
     api_base: Address = Field("", description="base URL of an OpenAI-compatible endpoint")
     direct: bool = Field(True, description="call an OpenAI-compatible api_base without LiteLLM")
     concurrency: int = Field(16, ge=1, le=1024, description="maximum number of concurrent requests")
-    temperature: float | None = Field(
-        None, ge=0, le=2, description="sampling temperature (default: the endpoint's)"
-    )
+    temperature: float | None = Field(None, ge=0, le=2, description="temperature (default: the endpoint's)")
     max_tokens: int = Field(4096, ge=16, description="maximum number of tokens per reply")
     timeout_seconds: float = Field(120, gt=0, description="timeout per call, in seconds")
-    attempts_per_call: int = Field(
-        6, ge=1, description="attempts per request on network errors and rate limits"
-    )
+    attempts_per_call: int = Field(6, ge=1, description="attempts per request: network errors, rate limits")
     repairs: int = Field(3, ge=0, description="additional requests after a reply that fails its check")
     requests_per_minute: float | None = Field(
-        None, gt=0, description="rate limit in requests per minute (default: unlimited)"
+        None, gt=0, description="requests per minute (default: unlimited)"
     )
-    tokens_per_minute: float | None = Field(
-        None, gt=0, description="rate limit in input and output tokens per minute (default: unlimited)"
-    )
+    tokens_per_minute: float | None = Field(None, gt=0, description="tokens per minute (default: unlimited)")
     max_cost: float | None = Field(
-        None, ge=0, description="spending limit for the whole run, in US dollars (default: unlimited)"
+        None, ge=0, description="spending limit of the run in US dollars (default: none)"
     )
     price: tuple[Price, Price] | None = Field(
         None,
@@ -222,11 +200,9 @@ class Lora(Section):
     """The LoRA adapter, shared by all training stages (names as in PEFT's LoraConfig)."""
 
     r: int = Field(32, ge=1, description="rank of the adapter")
-    lora_alpha: int = Field(
-        64, ge=1, description="scaling: the adapter's output is multiplied by lora_alpha / r"
-    )
+    lora_alpha: int = Field(64, ge=1, description="the adapter's output is multiplied by lora_alpha / r")
     target_modules: tuple[str, ...] = Field(
-        (), description="names of the linear layers to adapt (default: all except the output head)"
+        (), description="linear layers to adapt (default: all but the head)"
     )
 
 
@@ -239,13 +215,11 @@ class TrainingStage(Section):
     per_device_train_batch_size: int | None = Field(
         None,
         ge=1,
-        description="micro-batch size: rows per forward pass (default: as many as fit in GPU memory)",
+        description="micro-batch size: rows per forward pass (default: by free memory)",
     )
-    max_length: int = Field(
-        2048, ge=64, description="maximum row length in tokens; longer rows are skipped and counted"
-    )
+    max_length: int = Field(2048, ge=64, description="maximum row length in tokens; longer rows are skipped")
     warmup_ratio: float = Field(
-        0.05, ge=0, lt=1, description="share of steps over which the learning rate rises"
+        0.05, ge=0, lt=1, description="share of steps in which the learning rate rises"
     )
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping: maximum norm")
     checkpoints: int = Field(10, ge=1, description="checkpoints per stage; training resumes from the latest")
@@ -253,14 +227,14 @@ class TrainingStage(Section):
         0.02,
         ge=0,
         lt=1,
-        description="share of rows held out for the evaluation loss, which selects the best checkpoint",
+        description="share of rows held out to select the best checkpoint",
     )
     padding_free: bool | None = Field(
         None,
-        description="concatenate the rows of a forward pass instead of padding them (default: only with Unsloth)",
+        description="concatenate rows instead of padding them (default: with Unsloth)",
     )
     early_stopping_patience: int = Field(
-        0, ge=0, description="stop after this many evaluations without improvement; 0: never"
+        0, ge=0, description="stop after as many evaluations without progress; 0: never"
     )
     tensorboard: bool = Field(False, description="write TensorBoard files in addition to metrics.jsonl")
 
@@ -275,7 +249,7 @@ class Sft(TrainingStage):
 
     num_train_epochs: float = Field(3, gt=0, description="epochs over the templates")
     warmup_ratio: float = Field(
-        0.02, ge=0, lt=1, description="share of steps over which the learning rate rises"
+        0.02, ge=0, lt=1, description="share of steps in which the learning rate rises"
     )
 
 
@@ -284,12 +258,12 @@ class Warmup(TrainingStage):
 
     num_train_epochs: float = Field(1, ge=0, description="epochs over the reviews; 0: no warm-up")
     replay_share: float = Field(
-        1.0, ge=0, description="solved rows per review; half of them continue from a corrected step"
+        1.0, ge=0, description="solved rows per review; half continue from a corrected step"
     )
     decision_weight: float = Field(
         1.0,
         ge=0,
-        description="extra loss weight of decisions: <Cause> in a review, closing a wrong step while solving",
+        description="extra loss weight of decisions: to accuse a step, or to close it",
     )
 
 
@@ -297,9 +271,7 @@ class Dpo(TrainingStage):
     """Stage 2, second part: cross-model DPO with replay of solved rows."""
 
     learning_rate: float = Field(1e-5, gt=0, description="peak learning rate")
-    num_train_epochs: float = Field(
-        1, gt=0, description="epochs over the pairs; `train --only sft` skips stage 2"
-    )
+    num_train_epochs: float = Field(1, gt=0, description="epochs over the pairs")
     beta: float = Field(0.2, gt=0, description="DPO's beta: strength of the pull towards the reference model")
     nll_weight: float = Field(1.0, ge=0, description="weight of the NLL loss on chosen texts")
     replay_weight: float = Field(1.0, ge=0, description="weight of the NLL loss on replayed solved rows")
@@ -317,25 +289,17 @@ class Export(Section):
         "q4_k_m",
         description="quantization of the GGUF: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m ..; several: q4_k_m,q8_0",
     )
-    imatrix: bool | None = Field(
-        None, description="importance matrix from the texts of the run (default: for types below 5 bits)"
-    )
+    imatrix: bool | None = Field(None, description="use an importance matrix (default: below 5 bits)")
     max_kl: dict[str, float] = Field(
         MAX_KL,
         description="largest KL divergence of the GGUF from the trained model in nats, by the beginning of a type's name",
     )
     ollama: str = Field("", description="model name for `ollama create`")
-    push: str = Field(
-        "", description="repository on the Hugging Face Hub, OWNER/NAME, for the files and their card"
-    )
+    push: str = Field("", description="repository on the Hub, OWNER/NAME, for the files and their card")
     private: bool = Field(True, description="create that repository as a private one")
     license: str = Field("", description="license on the card, as the Hub names it, for example apache-2.0")
-    num_ctx: int = Field(
-        8192, ge=256, description="context length in Ollama, in tokens (num_ctx in the Modelfile)"
-    )
-    keep_template: bool = Field(
-        False, description="export the model's own chat template, not the one reduced to what was trained"
-    )
+    num_ctx: int = Field(8192, ge=256, description="context length in Ollama, in tokens (in the Modelfile)")
+    keep_template: bool = Field(False, description="export the model's own chat template as it is")
 
     @field_validator("max_kl", mode="before")
     @classmethod
@@ -356,9 +320,7 @@ class Export(Section):
 class Eval(Source):
     """The evaluation."""
 
-    source: str = Field(
-        "", description="held-out problems: a file or the Hub ID of a dataset, as problems.source"
-    )
+    source: str = Field("", description="held-out problems: a file or a Hub ID, as problems.source")
     split: str = Field("test", description="split of a Hub dataset")
     limit: int | None = Field(500, ge=1, description="number of problems to evaluate")
     max_tokens: int = Field(1024, ge=16, description="maximum number of tokens per answer")
@@ -367,7 +329,7 @@ class Eval(Source):
         0.3,
         gt=0,
         lt=1,
-        description="share of the problems to fit the threshold on, if training has not kept as many out of it",
+        description="share of problems for the threshold, if training has not kept as many",
     )
 
 
@@ -387,16 +349,14 @@ class Review(Section):
         0.005,
         ge=0,
         le=1,
-        description="share of answers that review may spoil: a fitted threshold is not significantly above it",
+        description="share of answers that a fitted threshold may spoil (test at 5 %)",
     )
 
 
 class Prompts(Section):
     """Your own prompts."""
 
-    folder: str = Field(
-        "", description="folder of prompt files that replace the shipped ones of the same name"
-    )
+    folder: str = Field("", description="folder of prompt files that replace those of the same name")
 
 
 class Config(Section):
