@@ -213,9 +213,7 @@ class TrainingStage(Section):
     num_train_epochs: float = Field(1, gt=0, description="epochs over the rows")
     batch_size: int = Field(16, ge=1, description="rows per optimizer step")
     per_device_train_batch_size: int | None = Field(
-        None,
-        ge=1,
-        description="micro-batch size: rows per forward pass (default: by free memory)",
+        None, ge=1, description="micro-batch size: rows per forward pass (default: by free memory)"
     )
     max_length: int = Field(2048, ge=64, description="maximum row length in tokens; longer rows are skipped")
     warmup_ratio: float = Field(
@@ -224,14 +222,10 @@ class TrainingStage(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping: maximum norm")
     checkpoints: int = Field(10, ge=1, description="checkpoints per stage; training resumes from the latest")
     eval_share: float = Field(
-        0.02,
-        ge=0,
-        lt=1,
-        description="share of rows held out to select the best checkpoint",
+        0.02, ge=0, lt=1, description="share of rows held out to select the best checkpoint"
     )
     padding_free: bool | None = Field(
-        None,
-        description="concatenate rows instead of padding them (default: with Unsloth)",
+        None, description="concatenate rows instead of padding them (default: with Unsloth)"
     )
     early_stopping_patience: int = Field(
         0, ge=0, description="stop after as many evaluations without progress; 0: never"
@@ -261,9 +255,7 @@ class Warmup(TrainingStage):
         1.0, ge=0, description="solved rows per review; half continue from a corrected step"
     )
     decision_weight: float = Field(
-        1.0,
-        ge=0,
-        description="extra loss weight of decisions: to accuse a step, or to close it",
+        1.0, ge=0, description="extra loss weight of decisions: to accuse a step, or to close it"
     )
 
 
@@ -326,10 +318,7 @@ class Eval(Source):
     max_tokens: int = Field(1024, ge=16, description="maximum number of tokens per answer")
     context: int = Field(4096, ge=256, description="maximum length of a conversation in tokens")
     fit_share: float = Field(
-        0.3,
-        gt=0,
-        lt=1,
-        description="share of problems for the threshold, if training has not kept as many",
+        0.3, gt=0, lt=1, description="share of problems for the threshold, if training has not kept as many"
     )
 
 
@@ -346,10 +335,7 @@ class Review(Section):
     )
     rounds: int = Field(1, ge=0, le=8, description="maximum number of review rounds per answer")
     max_harm: float = Field(
-        0.005,
-        ge=0,
-        le=1,
-        description="share of answers that a fitted threshold may spoil (test at 5 %)",
+        0.005, ge=0, le=1, description="share of answers that a fitted threshold may spoil (test at 5 %)"
     )
 
 

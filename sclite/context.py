@@ -13,6 +13,7 @@ from sclite.errors import DataError, NetworkError
 from sclite.progress import ProgressDisplay
 from sclite.run import Report, Run
 from sclite.signature import digest
+from sclite.student.adapters import STUDENTS, adapter_weights
 
 if TYPE_CHECKING:
     from sclite.data.problems import Split
@@ -33,6 +34,10 @@ class Context:
     dry: bool = False  # write nothing, send nothing
     isolated: bool = False  # each stage that needs the GPU runs in a process of its own
     reports: list[Report] = field(default_factory=list)
+
+    def students(self) -> list[str]:
+        """The students in the run, the base model first, in the order of training."""
+        return [name for name in STUDENTS if name == "base" or self.run.path(adapter_weights(name)).is_file()]
 
     def isolate(self, work: Callable[..., Report], config: Config, *arguments: Any, progress: Any) -> Report:
         """`work(config, run, *arguments, progress=..)`, in a process of its own if the context is `isolated`."""

@@ -1,4 +1,4 @@
-"""What needs the data, export and evaluate stages at once: `sclite eval`, and the GGUF that `sclite chat` runs."""
+"""`sclite eval`: it needs the data, export and evaluate stages at once."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from sclite.evaluate.evaluate import HeldOut, Judge, evaluate_model, summary_not
 from sclite.evaluate.metrics import Outcome
 from sclite.evaluate.report import write_report
 from sclite.evaluate.results import REPORT, SUMMARY, result_folder
-from sclite.evaluate.threshold import MIN_PROBLEMS, load_threshold
+from sclite.evaluate.threshold import MIN_PROBLEMS
 from sclite.export.model import gguf_path, source_digest
 from sclite.grading.worker import Grader
 from sclite.records import Drop, Problem, Template
@@ -21,8 +21,6 @@ from sclite.student.adapters import STUDENTS
 from sclite.student.counted import Counted
 from sclite.student.llama_cpp.engine import Engine
 from sclite.train.metrics_logger import read_metrics
-
-REVIEW_OFF = "review is off; turn it on with --self-correct"
 
 
 def held_out(context: Context, untrained: Sequence[Problem] = ()) -> HeldOut:
@@ -155,66 +153,3 @@ def evaluate(
     curves = {stage: read_metrics(run.path(f"{stage}/metrics.jsonl")) for stage in ("sft", "warmup", "dpo")}
     write_report(run.path(f"{folder}/{REPORT}"), summary, examples, curves)
     return summary
-
-
-# -- chat ----------------------------------------------------------------------------------------------------------
-
-
-def for_chat(
-    context: Context, model: Path | None, self_correct: bool | None
-) -> tuple[Path, float | None, str]:
-    """(GGUF, review threshold, why review is off or "") for chat.
-
-    If the newest file has no threshold, a file in another quantization that has one. `self_correct`: True insists, and
-    raises DataError if no threshold was fitted; None takes what is there.
-    """
-    path, review = find_gguf(context, model), context.config.review
-    if self_correct is False:
-        return path, None, REVIEW_OFF
-    if review.mode == "guided" and review.rounds == 0:
-        return path, None, "review is off: review.rounds is 0"
-    if review.mode == "free" or review.threshold is not None:
-        return path, review.threshold, ""
-    fitted = load_threshold(context.config, context.run, path)
-    if fitted is None and model is None and (other := fitted_gguf(context, path)):
-        context.display.print(f"{path.name} has no fitted review threshold: using {other.name}")
-        path, fitted = other, load_threshold(context.config, context.run, other)
-    if fitted is not None:
-        return path, fitted.threshold, f"review is off: {fitted.off}" if fitted.off else ""
-    reason = f"the review threshold of {path.name} has not been fitted"
-    hint = "run `sclite train`" if model is None else "run `sclite eval PROBLEMS` in its run"
-    hint += ", or set it: --set review.threshold=0"
-    if self_correct:
-        raise DataError(reason, hint)
-    return path, None, f"review is off: {reason}; {hint}"
-
-
-def fitted_gguf(context: Context, path: Path) -> Path | None:
-    """The largest file of the same student in another quantization that has a threshold; None if there is none."""
-    student = path.name.partition("-")[0]
-    others = sorted(path.parent.glob(f"{student}-*.gguf"), key=lambda other: -other.stat().st_size)
-    return next((other for other in others if load_threshold(context.config, context.run, other)), None)
-
-
-def find_gguf(context: Context, model: Path | None) -> Path:
-    """The GGUF to chat with: the one given, or the run's last trained student. Raises DataError if there is none."""
-    if model is not None:
-        if not model.is_file():
-            raise DataError(
-                f"{model} does not exist", "give the path of a GGUF file, or to `sclite chat` a LiteLLM model"
-            )
-        with open(model, "rb") as file:
-            if file.read(4) != b"GGUF":
-                raise DataError(f"{model} is not a GGUF file", "give a file that `sclite export` wrote")
-        return model
-    for name in reversed(STUDENTS):
-        chosen = gguf_path(context.run, name, context.config)
-        others = chosen.parent.glob(f"{name}-*.gguf") if not chosen.is_file() else ()
-        made = [path for path in others if not path.name.endswith(("-full.gguf", "-lora.gguf"))]
-        path = max(made, key=lambda path: path.stat().st_mtime, default=chosen)
-        if path.is_file():
-            return path
-    raise DataError(
-        f"{context.run.path('export')} holds no GGUF",
-        "run `sclite train` first, or `sclite quickstart` for the bundled student",
-    )

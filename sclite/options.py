@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
 RunOption = Annotated[Path | None, typer.Option("--run", metavar="DIR", help="Use this run folder.")]
 ConfigOption = Annotated[
-    Path | None,
-    typer.Option("--config", metavar="FILE", help="Use this file instead of ./sclite.toml."),
+    Path | None, typer.Option("--config", metavar="FILE", help="Use this file instead of ./sclite.toml.")
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -27,6 +26,24 @@ SetOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Retrain if the inputs of a model have changed.")]
+GpuOption = Annotated[
+    int | None,
+    typer.Option(
+        "--gpu", metavar="N", min=0, help="The CUDA GPU to use (default: the first, or the CPU if none)."
+    ),
+]
+ProblemsArgument = Annotated[
+    str | None, typer.Argument(metavar="PROBLEMS", help="A file or a Hub ID (default: problems.source).")
+]
+LimitOption = Annotated[
+    int | None,
+    typer.Option("--limit", metavar="N", min=1, help="Use only the first N problems (default: all)."),
+]
+MaxCostOption = Annotated[
+    float | None, typer.Option("--max-cost", metavar="USD", min=0, help="Spending limit for the whole run.")
+]
+YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask to confirm the cost.")]
 
 
 @dataclass(frozen=True)

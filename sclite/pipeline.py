@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sclite import exports
 from sclite.config import Config
 from sclite.context import Context
 from sclite.errors import DataError, DeviceError, GpuMemoryError, UsageError
@@ -118,15 +119,18 @@ def build_templates(context: Context, fresh: bool = False) -> Report:
     return context.add(report, f"templates: {report.counts.get('templates', 0)} kept{drops(report)}")
 
 
-def forecast_templates(context: Context) -> dict[str, Any]:
-    """The first request of build_templates and the cost of all; sends nothing."""
-    from sclite.data import templates
+def forecast(context: Context, part: str = "templates") -> dict[str, Any]:
+    """The first request of build_templates, or of build_corrections, and the cost of all; sends nothing."""
+    from sclite.data import corrections, templates
     from sclite.grading.worker import Grader
 
-    split = divided_problems(context, reread=True)
     with Grader() as grader, context.teacher() as teacher:
+        if part == "corrections":
+            return corrections.preview_corrections(context.config, context.run, teacher, grader)
+        split = divided_problems(context, reread=True)
+        problems = [*split.sft, *split.stage2]
         return templates.preview_templates(
-            context.config, context.run, teacher=teacher, grader=grader, problems=[*split.sft, *split.stage2]
+            context.config, context.run, teacher=teacher, grader=grader, problems=problems
         )
 
 
@@ -159,7 +163,7 @@ def build_corrections(context: Context, with_feedback: bool = False) -> Report:
             ready = imported or run.done("attempts", attempts.attempts_inputs(config, run, kept))
             if not ready and config.attempts.kind == "trained":
                 require_sft(context)
-            report = context.on_gpu(sample_attempts, kept, not ready, progress=progress)
+            report = context.on_gpu(sample_student, "attempts", kept, not ready, progress=progress)
         counts = report.counts
         unknown = f", {counts['unknown']} unknown" if counts.get("unknown") else ""
         text = f"{counts.get('right', 0)} right, {counts.get('wrong', 0)} wrong{unknown}{drops(report)}"
@@ -168,7 +172,12 @@ def build_corrections(context: Context, with_feedback: bool = False) -> Report:
             text = "feedback: the teacher solves questions without a gold answer"
             stage = context.display.stage("feedback", text)
             with Grader() as grader, stage as progress, context.teacher() as teacher:
-                given = {"teacher": teacher, "grader": grader, "confirm": confirm, "progress": progress}
+                given: dict[str, Any] = {
+                    "teacher": teacher,
+                    "grader": grader,
+                    "confirm": confirm,
+                    "progress": progress,
+                }
                 report = feedback.write_feedback(config, run, fit=split.fit, **given)
             good, bad = report.counts["good"], report.counts["bad"]
             context.add(report, f"feedback: {good} good, {bad} bad{drops(report)}")
@@ -183,43 +192,29 @@ def build_corrections(context: Context, with_feedback: bool = False) -> Report:
     return context.add(report, text)
 
 
-def forecast_corrections(context: Context) -> dict[str, Any]:
-    """The first request of build_corrections and the cost of all; sends nothing."""
-    from sclite.data import corrections
-    from sclite.grading.worker import Grader
-
-    with Grader() as grader, context.teacher() as teacher:
-        return corrections.preview_corrections(context.config, context.run, teacher, grader)
-
-
-def sample_attempts(
-    config: Config, run: Run, problems: Sequence[Problem], with_student: bool, *, progress: Progress
+def sample_student(
+    config: Config,
+    run: Run,
+    stage: str,
+    problems: Sequence[Problem],
+    with_student: bool,
+    *,
+    progress: Progress,
 ) -> Report:
-    """The attempts stage, with its student if one is needed. A function of this module: it may run in another process."""
-    from sclite.data import attempts
+    """The attempts or pairs stage, with its student if one is needed.
+
+    A function of this module: it may run in another process.
+    """
+    from sclite.data import attempts, pairs
     from sclite.grading.worker import Grader
 
     context = Context(config, run, ProgressDisplay(quiet=True))
-    with (
-        Grader() as grader,
-        context.student("sft/adapter", "attempts") if with_student else nullcontext() as student,
-    ):
-        return attempts.write_attempts(
-            config, run, problems=problems, student=student, grader=grader, progress=progress
-        )
-
-
-def sample_pairs(config: Config, run: Run, with_student: bool, *, progress: Progress) -> Report:
-    """The pairs stage, with its student if one is needed. A function of this module: it may run in another process."""
-    from sclite.data import pairs
-    from sclite.grading.worker import Grader
-
-    context = Context(config, run, ProgressDisplay(quiet=True))
-    with (
-        Grader() as grader,
-        context.student("warmup/adapter", "pairs") if with_student else nullcontext() as student,
-    ):
-        return pairs.write_pairs(config, run, student=student, grader=grader, progress=progress)
+    adapter = "sft/adapter" if stage == "attempts" else "warmup/adapter"
+    with Grader() as grader, context.student(adapter, stage) if with_student else nullcontext() as student:
+        given: dict[str, Any] = {"student": student, "grader": grader, "progress": progress}
+        if stage == "pairs":
+            return pairs.write_pairs(config, run, **given)
+        return attempts.write_attempts(config, run, problems=problems, **given)
 
 
 def can_build_pairs(context: Context) -> bool:
@@ -229,12 +224,7 @@ def can_build_pairs(context: Context) -> bool:
     were imported and nothing has been trained (then there are decisions alone).
     """
     attempts = context.config.attempts
-    return attempts.kind != "trained" or (bool(attempts.source) and available(context) == ["base"])
-
-
-def has_imported_pairs(context: Context) -> bool:
-    """Whether the user has put a pairs.jsonl into the run."""
-    return context.run.is_imported("pairs", "pairs.jsonl")
+    return attempts.kind != "trained" or (bool(attempts.source) and context.students() == ["base"])
 
 
 def build_pairs(context: Context) -> Report:
@@ -245,10 +235,12 @@ def build_pairs(context: Context) -> Report:
     untrained = (
         config.attempts.kind == "trained" and not context.run.path(adapter_weights("warmup")).is_file()
     )
-    ready = has_imported_pairs(context) or run.done("pairs", pairs.pairs_inputs(config, run))
+    ready = context.run.is_imported("pairs", "pairs.jsonl") or run.done(
+        "pairs", pairs.pairs_inputs(config, run)
+    )
     text = "pairs: the student's own corrections against right ones"
     with context.display.stage("pairs", text) as progress:
-        report = context.on_gpu(sample_pairs, not (untrained or ready), progress=progress)
+        report = context.on_gpu(sample_student, "pairs", (), not (untrained or ready), progress=progress)
     decisions, contents = (report.counts.get(name, 0) for name in ("decision", "content"))
     return context.add(report, f"pairs: {decisions} decisions, {contents} contents{drops(report)}")
 
@@ -286,13 +278,13 @@ def train(context: Context, only: str | None = None, fresh: bool = False) -> lis
         train_stage(context, "sft", fresh)
     if only != "sft":
         require_sft(context)
-        if data["reviews"] or not has_imported_pairs(context):
+        if data["reviews"] or not context.run.is_imported("pairs", "pairs.jsonl"):
             build_corrections(context)
         train_stage(context, "warmup", fresh)
         build_pairs(context)
         train_stage(context, "dpo", fresh)
-        export(context)
-        fit_review_threshold(context)
+        exports.export(context)
+        exports.fit_review_threshold(context, untrained_problems(context))
     return context.reports
 
 
@@ -307,10 +299,10 @@ def train_stage(context: Context, name: str, fresh: bool = False) -> Report:
     work = {"sft": train_sft, "warmup": train_warmup, "dpo": train_dpo}[name]
     config, text = context.config, TRAINING[name]
     report: Report | None = None
+    train_one = partial(work, unseen=unseen(context, name), fresh=fresh)
     with context.display.stage(name, text) as progress:
         while report is None:
             try:
-                train_one = partial(work, unseen=unseen(context, name), fresh=fresh)
                 report = context.isolate(train_one, config, progress=progress)
             except GpuMemoryError as error:
                 if error.micro_batch == 1:
@@ -334,12 +326,7 @@ def train_stage(context: Context, name: str, fresh: bool = False) -> Report:
     return context.add(report, f"{text.partition(':')[0]}: {counts}{adapted}")
 
 
-# -- export --------------------------------------------------------------------------------------------------------
-
-
-def available(context: Context) -> list[str]:
-    """The students in the run, the base model first, in the order of training."""
-    return [name for name in STUDENTS if name == "base" or context.run.path(adapter_weights(name)).is_file()]
+# -- evaluation and plan -------------------------------------------------------------------------------------------
 
 
 def require_sft(context: Context) -> None:
@@ -348,70 +335,6 @@ def require_sft(context: Context) -> None:
         raise DataError(
             f"{context.run.path('sft/adapter')} is missing", "run `sclite train --only sft` first"
         )
-
-
-def export(context: Context, names: Sequence[str] = ()) -> list[Report]:
-    """GGUF files of the named students (default: the last one trained); the Modelfile is for the last one."""
-    from sclite.export.model import describe_sizes, export_model, write_modelfile
-    from sclite.train.stage import quiet_libraries
-
-    chosen = list(names) or available(context)[-1:]
-    missing = [name for name in chosen if name not in available(context)]
-    if missing:
-        raise DataError(
-            f"{context.run.path(adapter_weights(missing[0]))} is missing", "run `sclite train` first"
-        )
-    quiet_libraries()
-    made = []
-    text = f"export: merge, write GGUF, quantize ({describe_sizes(context.config)})"
-    with context.display.stage("export", text) as progress:
-        for number, name in enumerate(chosen, 1):
-            made.append(export_model(context.config, context.run, name))
-            progress(number, len(chosen))
-        path, warnings = write_modelfile(context.run, context.config, chosen[-1])
-        made[-1].figures |= {"modelfile": str(path), "warnings": list(warnings)}
-    sizes = [f"{file['megabytes']:g} MB" for report in made for file in report.figures["files"].values()]
-    context.reports += made
-    context.display.done(
-        "export", f"export: {len(sizes)} GGUF ({', '.join(sizes)})", all(r.skipped for r in made)
-    )
-    return made
-
-
-def fit_review_threshold(context: Context) -> None:
-    """Fit the review threshold of the newest GGUF on the problems kept out of training.
-
-    Does nothing if reviews need no threshold, or if `review.threshold` is set.
-    """
-    from sclite.evaluate import threshold
-    from sclite.export.model import gguf_path
-    from sclite.grading.worker import Grader
-    from sclite.student.counted import Counted
-    from sclite.student.llama_cpp.engine import Engine
-
-    config, run, problems = context.config, context.run, untrained_problems(context)
-    if config.review.mode == "free" or config.review.threshold is not None:
-        return
-    path = gguf_path(run, available(context)[-1], config)
-    fitted = threshold.load_threshold(config, run, path)
-    skipped = threshold.is_current(config, fitted, len(problems))
-    if fitted is None or not skipped:
-        text = f"threshold: {len(problems)} problems kept out of training, solved and reviewed"
-        enough = len(problems) >= threshold.MIN_PROBLEMS  # else the file need not be loaded
-        with (
-            context.display.stage("threshold", text) as progress,
-            Grader() as grader,
-            Engine(path, context=config.eval.context) if enough else nullcontext() as engine,
-        ):
-
-            def count(solved: int, share: float, note: str) -> None:
-                progress(solved, len(problems), share=share, note=note)
-
-            student = engine and Counted(engine, len(problems), count)
-            fitted = threshold.ensure_threshold(config, run, path, student, problems, grader=grader)
-    report = Report("threshold", {"problems": fitted.problems}, figures=fitted.model_dump(), skipped=skipped)
-    remedy = "; `sclite eval PROBLEMS` fits it on others" if fitted.problems < threshold.MIN_PROBLEMS else ""
-    context.add(report, f"threshold: {fitted.summary}{remedy}")
 
 
 def untrained_problems(context: Context) -> list[Problem]:
@@ -429,7 +352,7 @@ def evaluate_students(context: Context, names: Sequence[str]) -> dict[str, Any]:
 
     held_out = evaluation.held_out(context, untrained_problems(context))
     if trained := [name for name in names if name in STUDENTS]:
-        export(context, trained)
+        exports.export(context, trained)
     return evaluation.evaluate(context, names, held_out)
 
 
@@ -449,7 +372,7 @@ def report_plan(context: Context) -> None:
         )
     if not context.run.is_imported("templates", "templates.jsonl"):
         with context.display.wait("estimating the cost of templates"):
-            found = forecast_templates(replace(context, dry=True, display=ProgressDisplay(quiet=True)))
+            found = forecast(replace(context, dry=True, display=ProgressDisplay(quiet=True)))
         cost = "unknown cost" if found["cost_usd"] is None else f"about ${found['cost_usd']:.2f}"
         context.display.print(
             f"plan: {found['requests']:,} templates by {context.config.teacher.model}, {cost}"
@@ -458,28 +381,3 @@ def report_plan(context: Context) -> None:
     where = "host RAM" if plan["gpu"] is None else f"of {plan['gpu']['free_gb']:.0f} GB GPU memory"
     hours = "unknown until the first steps" if plan["hours"] is None else f"about {plan['hours']:.1f} h"
     context.display.print(f"plan: training needs {needs} ({where}); time {hours}")
-
-
-def export_for_chat(context: Context) -> None:
-    """Export the last trained student if the run has an adapter but no GGUF yet."""
-    folder = context.run.path("export")
-    if available(context) != ["base"] and not any(folder.glob("*.gguf")):
-        with context.run.lock():
-            export(context)
-
-
-def export_lora(context: Context) -> tuple[Path, str]:
-    """The last trained adapter alone as a GGUF, for llama.cpp's --lora, and its card."""
-    from sclite.export.cards import build_model_card
-    from sclite.export.gguf import convert_lora
-    from sclite.student.loader import fetch_base_model
-
-    name = available(context)[-1]
-    if name == "base":
-        raise DataError(f"{context.run.path(adapter_weights('sft'))} is missing", "run `sclite train` first")
-    out = context.run.path(f"export/{name}-lora.gguf")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    convert_lora(
-        context.run.path(adapter_weights(name)).parent, fetch_base_model(context.config.student), out
-    )
-    return out, build_model_card(context.config, context.run, name, "lora", {})

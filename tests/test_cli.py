@@ -315,7 +315,7 @@ def test_a_second_process_on_one_run_is_refused(tmp_path):
     ]
 
 
-def _interrupt():
+def _interrupt(*_):
     raise KeyboardInterrupt
 
 

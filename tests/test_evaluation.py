@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from sclite import evaluation
+from sclite import exports
 from sclite.config import Config
 from sclite.context import Context
 from sclite.errors import DataError
@@ -42,9 +42,9 @@ def test_a_file_that_is_not_a_gguf_is_refused(tmp_path):
     path = tmp_path / "student.gguf"
     path.write_bytes(b"GGML and more")
     with pytest.raises(DataError, match=r"student\.gguf is not a GGUF file"):
-        evaluation.find_gguf(None, path)
+        exports.find_gguf(None, path)
     path.write_bytes(b"GGUF and more")
-    assert evaluation.find_gguf(None, path) == path
+    assert exports.find_gguf(None, path) == path
 
 
 def test_chat_uses_the_configured_quantization_or_the_newest_file(tmp_path):
@@ -54,10 +54,10 @@ def test_chat_uses_the_configured_quantization_or_the_newest_file(tmp_path):
         path = context.run.path(f"export/{name}.gguf")
         path.write_bytes(b"GGUF")
         os.utime(path, (second, second))
-    assert evaluation.find_gguf(context, None).name == "dpo-f16.gguf"
+    assert exports.find_gguf(context, None).name == "dpo-f16.gguf"
     context.run.path("export/dpo-q4_k_m.gguf").write_bytes(b"GGUF")
     os.utime(context.run.path("export/dpo-q4_k_m.gguf"), (0, 0))
-    assert evaluation.find_gguf(context, None).name == "dpo-q4_k_m.gguf"
+    assert exports.find_gguf(context, None).name == "dpo-q4_k_m.gguf"
 
 
 def context_of(folder, **review):
@@ -73,13 +73,13 @@ def test_the_largest_measured_file_stands_in_for_one_without_threshold(tmp_path)
         path.write_bytes(b"GGUF" + name.encode().ljust(size))
         if name != "dpo-q2_k":
             store_threshold(home.config, home.run, path, Fitted(threshold=1.0, problems=60, max_harm=0.005))
-    assert evaluation.fitted_gguf(home, folder / "dpo-q2_k.gguf") == folder / "dpo-q8_0.gguf"
-    assert evaluation.fitted_gguf(here, tmp_path / "b/export/dpo-q2_k.gguf") is None
+    assert exports.fitted_gguf(home, folder / "dpo-q2_k.gguf") == folder / "dpo-q8_0.gguf"
+    assert exports.fitted_gguf(here, tmp_path / "b/export/dpo-q2_k.gguf") is None
     config = Config.model_validate({"export": {"quant": "q2_k"}})
     context = Context(config, home.run, ProgressDisplay(quiet=True))
-    assert evaluation.for_chat(context, None, self_correct=True) == (folder / "dpo-q8_0.gguf", 1.0, "")
+    assert exports.for_chat(context, None, self_correct=True) == (folder / "dpo-q8_0.gguf", 1.0, "")
     off = "review is off; turn it on with --self-correct"
-    assert evaluation.for_chat(context, None, self_correct=False) == (folder / "dpo-q2_k.gguf", None, off)
+    assert exports.for_chat(context, None, self_correct=False) == (folder / "dpo-q2_k.gguf", None, off)
 
 
 def test_chat_says_why_review_is_off_and_what_turns_it_on(tmp_path):
@@ -87,18 +87,18 @@ def test_chat_says_why_review_is_off_and_what_turns_it_on(tmp_path):
     gguf = context.run.path("export/dpo-q4_k_m.gguf")
     gguf.parent.mkdir()
     gguf.write_bytes(b"GGUF")
-    assert "has not been fitted; run `sclite train`" in evaluation.for_chat(context, None, None)[2]
+    assert "has not been fitted; run `sclite train`" in exports.for_chat(context, None, None)[2]
     with pytest.raises(DataError, match="has not been fitted") as error:
-        evaluation.for_chat(context, None, self_correct=True)
+        exports.for_chat(context, None, self_correct=True)
     assert "sclite train" in error.value.hint
     store_threshold(
         context.config, context.run, gguf, Fitted(threshold=None, off="too few", problems=9, max_harm=0.1)
     )
-    assert evaluation.for_chat(context, None, self_correct=True) == (gguf, None, "review is off: too few")
+    assert exports.for_chat(context, None, self_correct=True) == (gguf, None, "review is off: too few")
     never = context_of(tmp_path, rounds=0)
-    assert evaluation.for_chat(never, None, self_correct=None)[1:] == (
+    assert exports.for_chat(never, None, self_correct=None)[1:] == (
         None,
         "review is off: review.rounds is 0",
     )
     free = context_of(tmp_path, mode="free")
-    assert evaluation.for_chat(free, None, self_correct=True) == (gguf, None, "")
+    assert exports.for_chat(free, None, self_correct=True) == (gguf, None, "")

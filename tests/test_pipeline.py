@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sclite import pipeline, prompts
+from sclite import exports, pipeline, prompts
 from sclite.__main__ import main
 from sclite.context import Context
 from sclite.errors import DataError
@@ -237,5 +237,5 @@ def test_too_few_problems_for_a_threshold_load_no_model(tmp_path, run):
         run.path(name).parent.mkdir(parents=True, exist_ok=True)
         run.path(name).write_bytes(b"no model")
     context = Context(load(None, [f"run={run.folder}"], {}), run, ProgressDisplay(quiet=True))
-    pipeline.fit_review_threshold(context)
+    exports.fit_review_threshold(context, pipeline.untrained_problems(context))
     assert "too few to fit its threshold" in context.reports[-1].figures["off"]

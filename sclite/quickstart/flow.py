@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sclite import evaluation, pipeline
+from sclite import evaluation, exports, pipeline
 from sclite.config import Config
 from sclite.context import Context
 from sclite.data.problems import split_problems
@@ -18,6 +18,7 @@ from sclite.quickstart.problem_sets import test_problems, threshold_problems, tr
 from sclite.quickstart.tutor_provider import MODEL, register
 from sclite.records import Problem, from_feedback
 from sclite.run import Run
+from sclite.student.adapters import STUDENTS
 from sclite.trace import Trace
 
 STAGE = {"batch_size": 16, "per_device_train_batch_size": 8, "max_length": 1024, "eval_share": 0}
@@ -81,7 +82,7 @@ def quickstart(
     context = Context(config, run, ProgressDisplay(PLAN, quiet), prepare=register, problems=problems)
     pipeline.build_templates(context, fresh)
     pipeline.train(context, fresh=fresh)
-    pipeline.export(context, pipeline.STUDENTS)
+    exports.export(context, STUDENTS)
     count = config.eval.limit or 300
     held_out = HeldOut(
         problems=test_problems(count),
@@ -90,5 +91,5 @@ def quickstart(
         dataset=MODEL,
         folder=result_folder(run, MODEL, ["quickstart"], count, DEFAULTS["eval"]["limit"]),
     )
-    summary = evaluation.evaluate(context, pipeline.STUDENTS, held_out, first_wrong_step)
+    summary = evaluation.evaluate(context, STUDENTS, held_out, first_wrong_step)
     return summary, choose_example(run.rows(f"{held_out.folder}/dpo.jsonl", Outcome, whole=False))

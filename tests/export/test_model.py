@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from sclite import exports
 from sclite.config import Config
 from sclite.errors import FAILED, DataError, ScliteError
 from sclite.export import gguf, parity
@@ -373,7 +374,6 @@ def test_damaged_gguf_is_exported_again_and_an_intact_one_is_skipped(base, run):
 
 
 def test_unfinished_file_is_ignored(run):
-    from sclite import evaluation
     from sclite.context import Context
     from sclite.progress import ProgressDisplay
 
@@ -381,8 +381,8 @@ def test_unfinished_file_is_ignored(run):
     run.path(f"{export.UNFINISHED}/sft-q4_k_m.gguf").write_bytes(b"GGUF")
     context = Context(Config(), run, ProgressDisplay(quiet=True))
     with pytest.raises(DataError, match="holds no GGUF"):
-        evaluation.find_gguf(context, None)
-    assert evaluation.fitted_gguf(context, run.path("export/sft-q8_0.gguf")) is None
+        exports.find_gguf(context, None)
+    assert exports.fitted_gguf(context, run.path("export/sft-q8_0.gguf")) is None
 
 
 def test_adapter_that_names_another_base_gives_a_warning(base, run):

@@ -1,0 +1,142 @@
+"""The commands that build data and train: build-data, train and run."""
+
+from typing import Annotated
+
+import typer
+
+from sclite import console
+from sclite.errors import UsageError
+from sclite.options import (
+    Common,
+    FreshOption,
+    GpuOption,
+    LimitOption,
+    MaxCostOption,
+    ProblemsArgument,
+    YesOption,
+    common_options,
+    hold_run,
+)
+
+
+@common_options
+def build_data(
+    problems: ProblemsArgument = None,
+    limit: LimitOption = None,
+    only: Annotated[
+        str | None, typer.Option("--only", metavar="PART", help="Build only templates or corrections.")
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Discard replies to another teacher model or prompt.")
+    ] = False,
+    max_cost: MaxCostOption = None,
+    yes: YesOption = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the first request and the cost; send nothing.")
+    ] = False,
+    *,
+    common: Common,
+) -> None:
+    """Build thought templates and corrections with the teacher.
+
+    Corrections need a student after SFT, or attempts.student.
+    """
+    from sclite import pipeline
+    from sclite.inspect import summaries
+
+    if only not in (None, "templates", "corrections"):
+        raise UsageError(f"invalid value for --only: {only}", "use --only templates or --only corrections")
+    context = common.context(
+        {"problems.source": problems, "problems.limit": limit, "teacher.max_cost": max_cost}
+    )
+    pipeline.check_sources(context)
+    if dry_run:
+        context.dry = True
+        with console.spinner("estimating"):
+            found = pipeline.forecast(context, only or "templates")
+        summaries.print_dry_run(found, common.json)
+        return
+    context.ask_before_paying = not yes
+    with hold_run(context.run, context.config):
+        if pipeline.has_problems(context):
+            chosen = problems is not None or limit is not None
+            pipeline.divided_problems(context, reread=only != "corrections" or chosen)
+        if only != "corrections":
+            pipeline.build_templates(context, fresh)
+        trained = "sft" in context.students()
+        if only == "corrections" or (only is None and (trained or context.config.attempts.student)):
+            pipeline.build_corrections(context, with_feedback=True)
+            if pipeline.can_build_pairs(context):
+                pipeline.build_pairs(context)
+    summaries.print_build_data(context, only, common.json)
+
+
+@common_options
+def train(
+    gpu: GpuOption = None,
+    only: Annotated[str | None, typer.Option("--only", metavar="STAGE", help="Run only sft or dpo.")] = None,
+    fresh: FreshOption = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Show memory, time, disk and cost; train nothing.")
+    ] = False,
+    *,
+    common: Common,
+) -> None:
+    """Train the student, export it and fit its review threshold."""
+    from sclite import pipeline
+    from sclite.inspect import summaries
+    from sclite.student.loader import model_name, select_gpu
+
+    context = common.context()
+    model_name(context.config.student)
+    with console.spinner("loading torch"):
+        select_gpu(gpu)
+    if plan:
+        from sclite.inspect.plan import plan_training
+
+        with console.spinner("planning the training"):
+            planned = plan_training(context)
+        summaries.print_plan(planned, common.json)
+        return
+    with hold_run(context.run, context.config):
+        pipeline.train(context, only, fresh)
+    summaries.print_train(context, only, common.json)
+
+
+@common_options
+def run(
+    problems: ProblemsArgument = None,
+    limit: LimitOption = None,
+    gpu: GpuOption = None,
+    fresh: FreshOption = False,
+    max_cost: MaxCostOption = None,
+    yes: YesOption = False,
+    *,
+    common: Common,
+) -> None:
+    """Build data, train, export and evaluate.
+
+    Shows the plan first. Evaluates only if eval.source is set. Re-run to resume.
+    """
+    from sclite import pipeline
+    from sclite.inspect import summaries
+    from sclite.student.loader import model_name, select_gpu
+
+    context = common.context(
+        {"problems.source": problems, "problems.limit": limit, "teacher.max_cost": max_cost}
+    )
+    model_name(context.config.student)
+    pipeline.check_sources(context)
+    with console.spinner("loading torch"):
+        select_gpu(gpu)
+    pipeline.report_plan(context)
+    context.ask_before_paying = not yes
+    with hold_run(context.run, context.config):
+        if pipeline.has_problems(context):
+            pipeline.divided_problems(context, reread=True)
+        pipeline.build_templates(context, fresh)
+        pipeline.train(context, fresh=fresh)
+        summary = None
+        if context.config.eval.source:
+            summary = pipeline.evaluate_students(context, context.students())
+    summaries.print_train(context, None, common.json, summary)

@@ -1,0 +1,98 @@
+"""The commands to start with: quickstart, init and doctor."""
+
+from itertools import chain
+from pathlib import Path
+from shlex import quote
+from typing import Annotated
+
+import typer
+
+from sclite import console
+from sclite.errors import FAILED, ScliteError
+from sclite.options import Common, ConfigOption, FreshOption, JsonOption, common_options, hold_run
+
+
+@common_options
+def quickstart(
+    problems: Annotated[
+        int | None,
+        typer.Option(
+            "--problems", metavar="N", min=200, help="Training problems (default: those of the run, or 640)."
+        ),
+    ] = None,
+    fresh: FreshOption = False,
+    *,
+    common: Common,
+) -> None:
+    """Run the full pipeline with a bundled toy student, on the CPU.
+
+    Takes a few minutes. Needs no GPU, no API key and no download.
+    """
+    from sclite.quickstart import flow
+    from sclite.run import Run
+
+    loaded = common.load({"problems.limit": problems}, flow.DEFAULTS)
+    with hold_run(Run(loaded.run), loaded):
+        summary, example = flow.quickstart(loaded, fresh=fresh)
+    if common.json:
+        console.print_json(summary)
+        return
+    from sclite.evaluate import table
+
+    table.print_results(summary)
+    table.print_example(example)
+    console.print(
+        f"\nReport: {console.escape(str(Path(loaded.run) / summary['folder'] / 'report.html'))}\n\nNext steps:"
+    )
+    chat = console.escape(f"sclite chat --self-correct --run {quote(str(loaded.run))}")
+    console.print(f"  [bold cyan]{chat}[/]  talk to the student", wrap=False)
+    console.print("  [bold cyan]sclite init[/]  a configuration for your own problems", wrap=False)
+
+
+def init(config: ConfigOption = None, json: JsonOption = False) -> None:
+    """Write a commented sclite.toml for this machine."""
+    from sclite import doctor, settings
+
+    found = doctor.probe_gpus()
+    path = config or Path(settings.FILE)
+    settings.write_configuration(path, max(total for _, total, _ in found) if found else None)
+    if json:
+        console.print_json({"config": str(path), "gpus": [name for name, _, _ in found]})
+        return
+    gpu = f"{found[0][0]}, {found[0][1]:.0f} GB" if found else "no CUDA GPU, bundled student on the CPU"
+    console.print(f"Created {console.escape(str(path))} for this machine ({console.escape(gpu)}).")
+    console.print(
+        "Next: set teacher.model and problems.source in it, then run [bold cyan]sclite build-data[/]",
+        wrap=False,
+    )
+    if not found:
+        console.note(
+            "[yellow]note:[/] the bundled student can learn the quickstart's word problems only; set student.model for others"
+        )
+
+
+@common_options
+def doctor(*, common: Common) -> None:
+    """Check the environment and suggest fixes.
+
+    Teacher and Hub are checked if the configuration names them. Exits with code 1 if something required is missing.
+    """
+    from sclite import config, doctor
+
+    checks = []
+    try:
+        settings, broken = common.load(), []
+    except ScliteError as error:
+        settings = config.Config()
+        broken = [doctor.Check("configuration", False, error.message, error.hint, required=True)]
+    for check in console.spin(chain(broken, doctor.run_checks(settings)), "checking this machine"):
+        checks.append(check)
+        mark = "[green]✓[/]" if check.works else "[red]✗[/]" if check.required else "[yellow]![/]"
+        if not common.json:
+            console.print(f"{mark} {check.name}: {console.escape(check.found)}")
+        if not (common.json or check.works):
+            console.print(f"    [cyan]{console.escape(check.fix)}[/]", wrap=False)
+    if common.json:
+        console.print_json({"checks": [vars(check) for check in checks]})
+    if any(check.required and not check.works for check in checks):
+        raise typer.Exit(FAILED)

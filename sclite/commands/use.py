@@ -1,0 +1,289 @@
+"""The commands that evaluate and use a student: eval, export, chat and serve."""
+
+import re
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sclite import console
+from sclite.errors import DATA, UsageError
+from sclite.options import Common, common_options
+
+
+@common_options
+def evaluate(
+    problems: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PROBLEMS", help="Held-out problems: a file or a Hub ID (default: eval.source)."
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", metavar="N", min=10, help="Use only the first N problems (default: 500)."),
+    ] = None,
+    models: Annotated[
+        str | None,
+        typer.Option(
+            "--models",
+            metavar="LIST",
+            help="Comma-separated: base, sft, dpo, ollama/NAME (default: all trained).",
+        ),
+    ] = None,
+    *,
+    common: Common,
+) -> None:
+    """Measure accuracy before and after self-correction."""
+    from sclite import pipeline
+    from sclite.evaluate import table
+    from sclite.student.adapters import STUDENTS
+
+    context = common.context({"eval.source": problems, "eval.limit": limit})
+    names = [name.strip() for name in models.split(",") if name.strip()] if models else context.students()
+    unknown = [name for name in names if name not in STUDENTS and not name.startswith("ollama/")]
+    if unknown:
+        known = ", ".join(STUDENTS)
+        raise UsageError(
+            f"invalid value for --models: {','.join(unknown)}", f"use any of {known}, or ollama/NAME"
+        )
+    with context.run.lock():
+        summary = pipeline.evaluate_students(context, names)
+    if common.json:
+        console.print_json(summary)
+        return
+    table.print_results(summary)
+    console.print(
+        f"Report: {console.escape(str(context.run.path(summary['folder']) / 'report.html'))}", wrap=False
+    )
+
+
+@common_options
+def export(
+    quant: Annotated[
+        str | None,
+        typer.Option(
+            "--quant",
+            metavar="TYPES",
+            help="q4_k_m, q8_0, f16 .., or several: q4_k_m,q8_0 (default: q4_k_m).",
+        ),
+    ] = None,
+    ollama: Annotated[
+        str | None, typer.Option("--ollama", metavar="NAME", help="Also create this model in Ollama.")
+    ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            "--push", metavar="REPO", help="Upload the files and their card to the Hub: OWNER/NAME."
+        ),
+    ] = None,
+    format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="gguf, lora (adapter only), merged (a Hugging Face folder) or data (rows for other trainers).",
+        ),
+    ] = "gguf",
+    imatrix: Annotated[
+        bool | None,
+        typer.Option(
+            "--imatrix/--no-imatrix", help="Use an importance matrix (default: for types below 5 bits)."
+        ),
+    ] = None,
+    keep_template: Annotated[
+        bool | None, typer.Option("--keep-template", help="Export the model's own chat template as it is.")
+    ] = None,
+    *,
+    common: Common,
+) -> None:
+    """Export a GGUF and a Modelfile for llama.cpp and Ollama."""
+    from sclite import exports
+    from sclite.evaluate.threshold import load_threshold
+    from sclite.export import hub
+    from sclite.inspect import summaries
+    from sclite.run import Report
+
+    if format not in ("gguf", "lora", "merged", "data"):
+        raise UsageError(f"invalid value for --format: {format}", "use --format gguf, lora, merged or data")
+    context = common.context(
+        {
+            "export.quant": quant,
+            "export.ollama": ollama,
+            "export.push": push,
+            "export.imatrix": imatrix,
+            "export.keep_template": keep_template,
+        }
+    )
+    settings, kind = context.config.export, "dataset" if format == "data" else "model"
+    created, url = None, ""
+    with context.run.lock():
+        if settings.push:
+            url = hub.open_repository(settings, kind)
+        if format == "gguf":
+            report, folder = exports.export(context)[0], context.run.path("export")
+            if settings.ollama:
+                from sclite.export.ollama import create_model
+
+                created = create_model(settings.ollama, folder / "Modelfile")
+            files = hub.files_of(folder, [*report.figures["files"], "Modelfile", "README.md"])
+        elif format == "lora":
+            path, card = exports.export_lora(context)
+            report, files = Report("lora", figures={"lora": str(path)}), {path.name: path, "README.md": card}
+        elif format == "merged":
+            from sclite.export.model import export_merged
+
+            folder = export_merged(context.config, context.run, context.students()[-1])
+            report, files = Report("merged", figures={"merged": str(folder)}), hub.files_of(folder)
+        else:
+            from sclite.export.datasets import export_data
+
+            report = export_data(context.config, context.run)
+            files = hub.files_of(Path(report.figures["folder"]))
+        if url:
+            hub.upload(settings, files, kind)
+    report.figures |= {"url": url} if url else {}
+    if format == "data":
+        summaries.print_datasets(report, settings.license, common.json)
+    elif format != "gguf":
+        summaries.print_path(format, report, common.json)
+    else:
+        gguf = Path(report.figures["gguf"])
+        review = context.config.review
+        fitted = review.mode == "free" or review.threshold is not None
+        if not (fitted or common.json or created is not None):  # reads the whole GGUF
+            fitted = load_threshold(context.config, context.run, gguf) is not None
+        summaries.print_export(context, report, created, fitted, common.json)
+    if url and not common.json:
+        console.print(f"Uploaded to {console.escape(url)}", wrap=False)
+        if not settings.license:
+            console.note("[yellow]note:[/] the card names no license; set export.license")
+
+
+@common_options
+def chat(
+    question: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="QUESTION", help="Answer this question and exit; or a model, such as ollama/qwen3:8b."
+        ),
+    ] = None,
+    self_correct: Annotated[
+        bool | None,
+        typer.Option(
+            "--self-correct/--no-self-correct",
+            help="Review each answer and correct its wrong step (default: where a threshold is known).",
+        ),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            help="A GGUF file, ollama/NAME, or another LiteLLM model (default: that of the run).",
+        ),
+    ] = None,
+    *,
+    common: Common,
+) -> None:
+    """Chat with the trained model.
+
+    In a terminal, /help lists the commands. In a pipe, reads one question per line and writes one answer per line, or
+    one object with --json.
+    """
+    from sclite import exports
+    from sclite.chat.repl import run_chat
+
+    if model is None and question and re.fullmatch(r"[a-z][a-z0-9_]+/[A-Za-z][\w.:/-]*", question):
+        model, question = Path(question), None  # ollama/qwen3:8b is no question
+    if question is not None and not question.strip():
+        raise UsageError("the question is empty", "run `sclite chat` without a question to type it")
+    if common.json and question is None and console.is_interactive():
+        raise UsageError("--json needs a question", "sclite chat --json 'What is 17 + 25?'")
+    context = common.of_existing_run().context()
+    # a model behind an API, such as ollama/qwen3:8b, and not a file
+    remote = model is not None and not (model.parent.is_dir() or model.suffix == ".gguf")
+    remote = remote and "/" in str(model) and not str(model).startswith(("/", ".", "~"))
+    if model is None:
+        exports.export_for_chat(context)
+    if model is not None and remote:
+        off = exports.REVIEW_OFF if self_correct is False else ""
+        path, threshold = model, None
+    else:
+        path, threshold, off = exports.for_chat(context, model, self_correct)
+    example, familiar = "", lambda _: True
+    if context.config.teacher.embedded and model is None:
+        from sclite.quickstart.problem_sets import test_problems
+        from sclite.quickstart.stories import within
+
+        example, familiar = test_problems(1)[0].question, within
+    settings = context.config.attempts.model_copy(update={"student": str(model)})
+    with context.endpoint(settings, "chat") if remote else nullcontext() as endpoint:
+        answered = run_chat(
+            path,
+            context.config,
+            threshold,
+            context.run,
+            off=off,
+            endpoint=endpoint,
+            question=question,
+            example=example,
+            familiar=familiar,
+            as_json=common.json,
+        )
+    if not answered:
+        raise typer.Exit(DATA)
+
+
+@common_options
+def serve(
+    model: Annotated[
+        Path | None, typer.Option("--model", metavar="FILE", help="A GGUF file (default: that of the run).")
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option("--name", metavar="NAME", help="The model's name (default: that of the file)."),
+    ] = None,
+    host: Annotated[
+        str, typer.Option("--host", metavar="HOST", help="The address to listen on.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", metavar="PORT", min=0, max=65535, help="0: any free port.")
+    ] = 8000,
+    parallel: Annotated[
+        int | None,
+        typer.Option(
+            "--parallel", metavar="N", min=1, help="Answers written at once (default: 32, small models 4)."
+        ),
+    ] = None,
+    *,
+    common: Common,
+) -> None:
+    """Serve the trained model over an OpenAI-compatible API.
+
+    It reviews and corrects its answers. The model NAME:raw replies without a review. Other machines need the key in
+    SCLITE_API_KEY. With --json, prints the address as one object once it listens.
+    """
+
+    from sclite import exports
+
+    try:
+        from sclite.chat.server import run_server
+    except ImportError as error:
+        raise UsageError(f"{error.name} is not installed", "pip install -e '.[serve]'") from None
+    context = common.of_existing_run().context()
+    if model is None:
+        exports.export_for_chat(context)
+    path, threshold, off = exports.for_chat(context, model, None)
+    run_server(
+        path,
+        context.config,
+        threshold,
+        off=off,
+        name=name or path.stem,
+        host=host,
+        port=port,
+        parallel=parallel,
+        as_json=common.json,
+    )

@@ -1,0 +1,167 @@
+"""The exported files of a run: written, given a review threshold, and found again for chat and server."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+from sclite.context import Context
+from sclite.errors import DataError
+from sclite.evaluate import threshold
+from sclite.evaluate.threshold import load_threshold
+from sclite.export.model import gguf_path
+from sclite.records import Problem
+from sclite.run import Report
+from sclite.student.adapters import STUDENTS, adapter_weights
+
+REVIEW_OFF = "review is off; turn it on with --self-correct"
+
+
+def export(context: Context, names: Sequence[str] = ()) -> list[Report]:
+    """GGUF files of the named students (default: the last one trained); the Modelfile is for the last one."""
+    from sclite.export.model import describe_sizes, export_model, write_modelfile
+    from sclite.train.stage import quiet_libraries
+
+    chosen = list(names) or context.students()[-1:]
+    missing = [name for name in chosen if name not in context.students()]
+    if missing:
+        raise DataError(
+            f"{context.run.path(adapter_weights(missing[0]))} is missing", "run `sclite train` first"
+        )
+    quiet_libraries()
+    made = []
+    text = f"export: merge, write GGUF, quantize ({describe_sizes(context.config)})"
+    with context.display.stage("export", text) as progress:
+        for number, name in enumerate(chosen, 1):
+            made.append(export_model(context.config, context.run, name))
+            progress(number, len(chosen))
+        path, warnings = write_modelfile(context.run, context.config, chosen[-1])
+        made[-1].figures |= {"modelfile": str(path), "warnings": list(warnings)}
+    sizes = [f"{file['megabytes']:g} MB" for report in made for file in report.figures["files"].values()]
+    context.reports += made
+    context.display.done(
+        "export", f"export: {len(sizes)} GGUF ({', '.join(sizes)})", all(r.skipped for r in made)
+    )
+    return made
+
+
+def export_lora(context: Context) -> tuple[Path, str]:
+    """The last trained adapter alone as a GGUF, for llama.cpp's --lora, and its card."""
+    from sclite.export.cards import build_model_card
+    from sclite.export.gguf import convert_lora
+    from sclite.student.loader import fetch_base_model
+
+    name = context.students()[-1]
+    if name == "base":
+        raise DataError(f"{context.run.path(adapter_weights('sft'))} is missing", "run `sclite train` first")
+    out = context.run.path(f"export/{name}-lora.gguf")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    convert_lora(
+        context.run.path(adapter_weights(name)).parent, fetch_base_model(context.config.student), out
+    )
+    return out, build_model_card(context.config, context.run, name, "lora", {})
+
+
+def fit_review_threshold(context: Context, problems: Sequence[Problem]) -> None:
+    """Fit the review threshold of the newest GGUF on problems that nothing was trained on.
+
+    Does nothing if reviews need no threshold, or if `review.threshold` is set.
+    """
+    from sclite.export.model import gguf_path
+    from sclite.grading.worker import Grader
+    from sclite.student.counted import Counted
+    from sclite.student.llama_cpp.engine import Engine
+
+    config, run = context.config, context.run
+    if config.review.mode == "free" or config.review.threshold is not None:
+        return
+    path = gguf_path(run, context.students()[-1], config)
+    fitted = threshold.load_threshold(config, run, path)
+    skipped = threshold.is_current(config, fitted, len(problems))
+    if fitted is None or not skipped:
+        text = f"threshold: {len(problems)} problems kept out of training, solved and reviewed"
+        enough = len(problems) >= threshold.MIN_PROBLEMS  # else the file need not be loaded
+        with (
+            context.display.stage("threshold", text) as progress,
+            Grader() as grader,
+            Engine(path, context=config.eval.context) if enough else nullcontext() as engine,
+        ):
+
+            def count(solved: int, share: float, note: str) -> None:
+                progress(solved, len(problems), share=share, note=note)
+
+            student = engine and Counted(engine, len(problems), count)
+            fitted = threshold.ensure_threshold(config, run, path, student, problems, grader=grader)
+    report = Report("threshold", {"problems": fitted.problems}, figures=fitted.model_dump(), skipped=skipped)
+    remedy = "; `sclite eval PROBLEMS` fits it on others" if fitted.problems < threshold.MIN_PROBLEMS else ""
+    context.add(report, f"threshold: {fitted.summary}{remedy}")
+
+
+# -- chat ----------------------------------------------------------------------------------------------------------
+
+
+def export_for_chat(context: Context) -> None:
+    """Export the last trained student if the run has an adapter but no GGUF yet."""
+    folder = context.run.path("export")
+    if context.students() != ["base"] and not any(folder.glob("*.gguf")):
+        with context.run.lock():
+            export(context)
+
+
+def for_chat(
+    context: Context, model: Path | None, self_correct: bool | None
+) -> tuple[Path, float | None, str]:
+    """(GGUF, review threshold, why review is off or "") for chat.
+
+    If the newest file has no threshold, a file in another quantization that has one. `self_correct`: True insists, and
+    raises DataError if no threshold was fitted; None takes what is there.
+    """
+    path, review = find_gguf(context, model), context.config.review
+    if self_correct is False:
+        return path, None, REVIEW_OFF
+    if review.mode == "guided" and review.rounds == 0:
+        return path, None, "review is off: review.rounds is 0"
+    if review.mode == "free" or review.threshold is not None:
+        return path, review.threshold, ""
+    fitted = load_threshold(context.config, context.run, path)
+    if fitted is None and model is None and (other := fitted_gguf(context, path)):
+        context.display.print(f"{path.name} has no fitted review threshold: using {other.name}")
+        path, fitted = other, load_threshold(context.config, context.run, other)
+    if fitted is not None:
+        return path, fitted.threshold, f"review is off: {fitted.off}" if fitted.off else ""
+    reason = f"the review threshold of {path.name} has not been fitted"
+    hint = "run `sclite train`" if model is None else "run `sclite eval PROBLEMS` in its run"
+    hint += ", or set it: --set review.threshold=0"
+    if self_correct:
+        raise DataError(reason, hint)
+    return path, None, f"review is off: {reason}; {hint}"
+
+
+def fitted_gguf(context: Context, path: Path) -> Path | None:
+    """The largest file of the same student in another quantization that has a threshold; None if there is none."""
+    student = path.name.partition("-")[0]
+    others = sorted(path.parent.glob(f"{student}-*.gguf"), key=lambda other: -other.stat().st_size)
+    return next((other for other in others if load_threshold(context.config, context.run, other)), None)
+
+
+def find_gguf(context: Context, model: Path | None) -> Path:
+    """The GGUF to chat with: the one given, or the run's last trained student. Raises DataError if there is none."""
+    if model is not None:
+        if not model.is_file():
+            raise DataError(
+                f"{model} does not exist", "give the path of a GGUF file, or to `sclite chat` a LiteLLM model"
+            )
+        with open(model, "rb") as file:
+            if file.read(4) != b"GGUF":
+                raise DataError(f"{model} is not a GGUF file", "give a file that `sclite export` wrote")
+        return model
+    for name in reversed(STUDENTS):
+        chosen = gguf_path(context.run, name, context.config)
+        others = chosen.parent.glob(f"{name}-*.gguf") if not chosen.is_file() else ()
+        made = [path for path in others if not path.name.endswith(("-full.gguf", "-lora.gguf"))]
+        path = max(made, key=lambda path: path.stat().st_mtime, default=chosen)
+        if path.is_file():
+            return path
+    raise DataError(
+        f"{context.run.path('export')} holds no GGUF",
+        "run `sclite train` first, or `sclite quickstart` for the bundled student",
+    )
