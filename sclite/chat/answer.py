@@ -1,12 +1,13 @@
 """One answer: the first solution of a question and its review. Chat and server run the same script."""
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sclite import prompts
 from sclite.student.base import Reply, Request
-from sclite.student.self_correction import Reviewed, ReviewSettings, Script, Writing, free, guided
+from sclite.student.self_correction import Reviewed, ReviewSettings, Script, Writing, review
 from sclite.trace import Trace, parse, render
 
 
@@ -34,6 +35,9 @@ class Answer:
     trace: Trace
     review: Reviewed | None = None
     note: str = ""
+    seconds: float = 0.0
+    review_seconds: float = 0.0
+    """The part of `seconds` that the review took."""
 
     @property
     def final(self) -> Trace:
@@ -55,6 +59,11 @@ class Answer:
         """The tokens generated for the solution and the review."""
         return self.first.tokens + (self.review.tokens if self.review is not None else 0)
 
+    @property
+    def fed(self) -> int:
+        """The tokens of all prompts that were computed, not found in the cache."""
+        return self.first.fed_tokens + (self.review.fed if self.review is not None else 0)
+
     def as_json(self) -> dict[str, object]:
         """The answer as `sclite chat --json` prints it."""
         row: dict[str, object] = {
@@ -70,11 +79,18 @@ class Answer:
                 "step_scores": [round(score, 4) for score in self.review.scores],
                 "final": self.text,
             }
-        return row | {"tokens": self.tokens, "note": self.note}
+        cost = {
+            "tokens": self.tokens,
+            "fed_tokens": self.fed,
+            "seconds": round(self.seconds, 3),
+            "review_seconds": round(self.review_seconds, 3),
+        }
+        return row | cost | {"note": self.note}
 
 
 def solve_and_review(question: str, settings: Settings) -> Script[Answer]:
     """Solve a question, then review the solution. A failed reply is not reviewed."""
+    began = time.monotonic()
     yield Writing("solution")
     reply = yield Request(
         prompts.solve_messages(question, settings.prompt_folder),
@@ -88,19 +104,19 @@ def solve_and_review(question: str, settings: Settings) -> Script[Answer]:
         reply = Reply(0, "", 0, 0, "error", "no reply")
     trace = parse(reply.text).trace
     if reply.finish == "error" or not trace.steps:
-        return Answer(question, reply, trace, note=reply.error or "the answer has no steps to review")
-    review = None
+        note = reply.error or "the answer has no steps to review"
+        return Answer(question, reply, trace, None, note, time.monotonic() - began)
+    solved, reviewed = time.monotonic(), None
     if settings.mode:
         limits = (settings.threshold, settings.rounds, settings.max_tokens, settings.prompt_folder)
-        review = yield from (guided if settings.mode == "guided" else free)(
-            question, trace, ReviewSettings(*limits)
-        )
-    note = "" if review is None else review.note
+        reviewed = yield from review(question, trace, ReviewSettings(*limits), settings.mode)
+    note = "" if reviewed is None else reviewed.note
     if reply.finish == "length":
         note = f"the answer was cut off at {reply.tokens} tokens; increase max_tokens"
     elif trace.answer is None:
         note = note or "the steps reach no answer"
-    return Answer(question, reply, trace, review, note)
+    ended = time.monotonic()
+    return Answer(question, reply, trace, reviewed, note, ended - began, ended - solved)
 
 
 def with_history(question: str, history: Sequence[Answer]) -> str:

@@ -183,11 +183,23 @@ def reviewed(end: End) -> dict[str, Any]:
     return {} if end.answer is None else {"sclite": end.answer.as_json()}
 
 
-def usage(items: Sequence[Piece | End]) -> dict[str, int]:
-    """The token counts of a response. The prompt counts once; what the review wrote is part of the completion."""
+def usage(items: Sequence[Piece | End]) -> dict[str, Any]:
+    """The token counts of a response. The prompt counts once; what the review wrote is part of the completion.
+
+    `sclite` holds what it cost: tokens fed, those of the review included, and seconds.
+    """
     ends = [item for item in items if isinstance(item, End)]
     prompt, written = max(end.prompt_tokens for end in ends), sum(end.tokens for end in ends)
-    return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
+    answers = [end.answer for end in ends if end.answer is not None]
+    cost = {
+        "fed_tokens": sum(end.fed_tokens for end in ends),
+        "review_tokens": sum(each.tokens - each.first.tokens for each in answers),
+        "review_fed_tokens": sum(each.fed - each.first.fed_tokens for each in answers),
+        "seconds": round(max(end.seconds for end in ends), 3),
+        "review_seconds": round(max((each.review_seconds for each in answers), default=0.0), 3),
+    }
+    counts = {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
+    return {**counts, "sclite": cost}
 
 
 def run_server(

@@ -90,6 +90,8 @@ class End:
     finish: str
     prompt_tokens: int
     tokens: int
+    fed_tokens: int
+    seconds: float
     answer: Answer | None = None
 
 
@@ -170,7 +172,7 @@ class Service:
             raise ApiError(429, "too many requests are waiting; try again later", "rate_limit_exceeded")
         loop, cancel = asyncio.get_running_loop(), Event()
         found: asyncio.Queue[Piece | End | Exception] = asyncio.Queue()
-        ends, left = time.monotonic() + self.seconds, asked.n
+        began, left = time.monotonic(), asked.n
 
         def put(item: Piece | End | Exception) -> None:
             loop.call_soon_threadsafe(found.put_nowait, item)
@@ -179,21 +181,21 @@ class Service:
             if not done.cancelled() and isinstance(error := done.exception(), Exception):
                 put(ApiError(500, error.message) if isinstance(error, ScliteError) else error)
 
+        late = ApiError(504, f"no answer within {self.seconds:.0f} seconds", "timeout")
+        deadline = loop.call_later(self.seconds, found.put_nowait, late)
         self.active += asked.n
         work = [self.pool.submit(self._work, asked, raw, index, cancel, put) for index in range(asked.n)]
         for each in work:
             each.add_done_callback(check)
         try:
             while left:
-                try:
-                    item = await asyncio.wait_for(found.get(), max(0.0, ends - time.monotonic()))
-                except TimeoutError:
-                    raise ApiError(504, f"no answer within {self.seconds:.0f} seconds", "timeout") from None
+                item = await found.get()
                 if isinstance(item, Exception):
                     raise item
                 if isinstance(item, End):
                     left -= 1
                     self.counts['tokens_total{kind="prompt"}'] += item.prompt_tokens
+                    self.counts['tokens_total{kind="fed"}'] += item.fed_tokens
                     self.counts['tokens_total{kind="generated"}'] += item.tokens
                     if item.answer is not None and item.answer.review is not None:
                         self.counts["reviewed_total"] += 1
@@ -201,7 +203,8 @@ class Service:
                 yield item
         finally:
             self.counts["request_seconds_count"] += 1
-            self.counts["request_seconds_sum"] += time.monotonic() + self.seconds - ends
+            self.counts["request_seconds_sum"] += time.monotonic() - began
+            deadline.cancel()
             cancel.set()
             for each in work:
                 each.cancel()
@@ -242,8 +245,9 @@ class Service:
             settings.seed,
             asked.stops,
         )
+        began = time.monotonic()
         held, hold = "", max(map(len, asked.stops), default=0)  # a stop string is not part of the reply
-        for found in self.student.stream(request, cancel):
+        for found in self.student.stream(request, cancel, asked.stream):
             if isinstance(found, str):
                 held += found
                 if len(held) > hold:
@@ -253,9 +257,9 @@ class Service:
                 check_reply(found)
                 stop = next((stop for stop in asked.stops if held.endswith(stop)), "")
                 yield Piece(index, "content", held.removesuffix(stop))
-                yield End(
-                    index, "length" if found.finish == "length" else "stop", found.prompt_tokens, found.tokens
-                )
+                finish = "length" if found.finish == "length" else "stop"
+                counts = found.prompt_tokens, found.tokens, found.fed_tokens
+                yield End(index, finish, *counts, time.monotonic() - began)
 
     def _reviewed(
         self, asked: Completion, settings: Settings, index: int, cancel: Event
@@ -263,7 +267,7 @@ class Service:
         """The last question solved and reviewed: students are trained on single problems."""
         question = next(m.text for m in reversed(asked.messages) if m.role == "user" and m.text.strip())
         plain = PlainText()
-        for event in stream(self.student, solve_and_review(question, settings), cancel):
+        for event in stream(self.student, solve_and_review(question, settings), cancel, asked.stream):
             text = ""
             if isinstance(event, str):
                 text = plain.feed(event)
@@ -285,7 +289,9 @@ class Service:
                 ends = [at for stop in asked.stops if (at := content.find(stop)) >= 0]
                 yield Piece(index, "content", content[: min(ends, default=len(content))])
                 finish = "length" if event.first.finish == "length" and not ends else "stop"
-                yield End(index, finish, event.first.prompt_tokens, event.tokens, event)
+                yield End(
+                    index, finish, event.first.prompt_tokens, event.tokens, event.fed, event.seconds, event
+                )
             if text:
                 yield Piece(index, "reasoning_content", text)
 

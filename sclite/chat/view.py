@@ -59,21 +59,21 @@ class AnswerView:
     def __init__(self) -> None:
         self.lines: list[Line] = []
         self.kept = 0  # lines before those that the text now being written replaces
-        self.part, self.text = "", ""
+        self.part, self.text, self.unread = "", "", False
         self.first_answer: str | None = None
         self.final: str | None = None
         self.answer: Answer | None = None
         self.began = time.monotonic()
-        self.seconds = 0.0
         self.lock = RLock()
 
     def feed(self, event: str | Event | Answer) -> None:
         """Take in the next event, piece of text, or the finished answer."""
         with self.lock:
             if isinstance(event, str):
-                self.text += event
-                self._read(_PARTIAL_TAG.sub("", self.text))
-            elif isinstance(event, Writing):
+                self.text, self.unread = self.text + event, True
+                return
+            self._read()
+            if isinstance(event, Writing):
                 self.part, self.text, self.kept = event.part, "", len(self.lines)
             elif isinstance(event, StepsScored):
                 self._score(event)
@@ -86,7 +86,11 @@ class AnswerView:
         """Indices of the lines that stand for the steps of the current solution."""
         return [i for i, line in enumerate(self.lines) if not line.flagged]
 
-    def _read(self, text: str) -> None:
+    def _read(self) -> None:
+        """Take in the text that has come since the last time: parsing it for each token would take longer than a draw."""
+        if not self.unread:
+            return
+        self.unread, text = False, _PARTIAL_TAG.sub("", self.text)
         if self.part in ("solution", "continuation"):
             start = 1 + sum(not line.flagged for line in self.lines[: self.kept])
             trace = parse(text).trace
@@ -122,7 +126,7 @@ class AnswerView:
         self.lines.append(Line(step, correction, corrects=True))
 
     def _finish(self, answer: Answer) -> None:
-        self.answer, self.part, self.seconds = answer, "", time.monotonic() - self.began
+        self.answer, self.part = answer, ""
         review, first, final = answer.review, answer.trace, answer.final
         if review is None or review.trace is None:
             # nothing was corrected, or it could not be read: the first solution stands
@@ -146,6 +150,7 @@ class AnswerView:
         from rich.text import Text
 
         with self.lock:
+            self._read()
             rows: list[Text] = []
             for line in self.lines:
                 rows += self._rows(line, width)
@@ -183,13 +188,17 @@ class AnswerView:
         return f"{DOING.get(self.part, 'starting')} · {time.monotonic() - self.began:.0f} s · Ctrl-C stops"
 
     def footer(self, context: int) -> str:
-        """Tokens, their rate, and how full the context was."""
+        """Tokens written and their rate, what the review cost (prompt tokens fed), and how full the context was."""
         if self.answer is None:
             return ""
-        tokens, first = self.answer.tokens, self.answer.first
-        rate = f"{tokens / max(self.seconds, 1e-3):.0f} tokens/s, "
-        used = f", context {first.prompt_tokens + first.tokens} of {context}" if context else ""
-        return f"{tokens} tokens, {rate}{self.seconds:.1f} s{used}"
+        answer, first = self.answer, self.answer.first
+        rate = answer.tokens / max(answer.seconds, 1e-3)
+        parts = [f"{answer.tokens} tokens in {answer.seconds:.1f} s, {rate:.0f} tokens/s"]
+        if answer.review is not None:
+            parts.append(f"review {answer.review_seconds:.1f} s, {answer.review.fed} fed")
+        if context:
+            parts.append(f"context {first.prompt_tokens + first.tokens}/{context}")
+        return "; ".join(parts)
 
 
 def _hang(head: "Text", text: "Text", width: int, indent: int) -> "list[Text]":

@@ -18,7 +18,7 @@ from sclite.records import Problem
 from sclite.run import Run
 from sclite.signature import digest
 from sclite.student.base import Student
-from sclite.student.self_correction import NEVER, correct_steps, free, guided, run_together
+from sclite.student.self_correction import NEVER, correct_steps, review, run_together
 from sclite.trace import Trace, render
 
 NO_STEPS = "its answers have no steps"
@@ -51,14 +51,14 @@ def review_answers(
     mode: str = "guided",
 ) -> list[Outcome]:
     """Turn 2: review each first answer and grade the result."""
-    settings, review_one = review_settings(config, threshold), guided if mode == "guided" else free
+    settings = review_settings(config, threshold)
     asked = zip(first.problems, first.parsed, strict=True)
-    scripts = [review_one(problem.question, parsed.trace, settings) for problem, parsed in asked]
+    scripts = [review(problem.question, parsed.trace, settings, mode) for problem, parsed in asked]
     reviewed = run_together(student, scripts)
     second = grade(grader, [review.answer for review in reviewed], first.problems)
     rows = []
     columns = first.problems, first.replies, first.parsed, first.correct, reviewed, second
-    for problem, reply, parsed, correct, review, verdict in zip(*columns, strict=True):
+    for problem, reply, parsed, correct, own, verdict in zip(*columns, strict=True):
         true_step, known, work = None, False, parsed.work
         if judge is not None and work.steps:
             true_step, known = judge(problem.question, work), True
@@ -69,21 +69,23 @@ def review_answers(
                 question=problem.question,
                 gold=problem.answer,
                 first=reply.text,
-                second=render(review.trace) if review.trace else None,
+                second=render(own.trace) if own.trace else None,
                 correct1=correct,
-                correct2=verdict if review.trace else correct,
-                accused=review.accused,
-                cause=review.cause,
-                correction=review.correction,
+                correct2=verdict if own.trace else correct,
+                accused=own.accused,
+                cause=own.cause,
+                correction=own.correction,
                 true_step=true_step,
                 true_known=known,
-                step_scores=tuple(round(score, 4) for score in review.scores),
+                step_scores=tuple(round(score, 4) for score in own.scores),
                 step_labels=tuple(step == true_step for step in labelled),
                 format_ok=not parsed.issues,
                 cut=reply.finish == "length",
                 tokens1=reply.tokens,
-                tokens2=review.tokens,
-                note=review.note,
+                tokens2=own.tokens,
+                fed1=reply.fed_tokens,
+                fed2=own.fed,
+                note=own.note,
             )
         )
     return rows
@@ -160,6 +162,7 @@ def evaluate_model(
         "off": off,
         "correction_rate_given_location": located_correction_rate(student, rows, first, config, grader),
         "tokens_first": sum(o.tokens1 for o in rows) / max(1, len(rows)),
+        "fed_first": sum(o.fed1 for o in rows) / max(1, len(rows)),
         "seconds": round((between - began + ended - reviewing) / max(1, len(rows)), 4),
         "seconds_first": round((between - began) / max(1, len(rows)), 4),
     }

@@ -27,6 +27,18 @@ def print_results(summary: Mapping[str, Any]) -> None:
         shown = ["–" if auc is None else f"{auc:.3f}", *located, "–" if tokens is None else f"{tokens:.0f}"]
         rows.append((name, *accuracies, *changes, *shown))
     console.print_table(f"{summary['n']} held-out problems", HEADER, rows)
+    for name, figures in summary["models"].items():
+        if figures["tokens"]:
+            first = figures["tokens_first"], figures["fed_first"], figures["seconds_first"]
+            every = figures["tokens"], figures["fed"], figures["seconds"]
+            parts = [
+                f"{tokens:.0f} tokens written, {fed:.0f} fed, {seconds:.2f} s"
+                for tokens, fed, seconds in (
+                    first,
+                    [max(0, b - a) for a, b in zip(first, every, strict=True)],
+                )
+            ]
+            console.print(f"{escape(name)}, per problem: answer {parts[0]}; review {parts[1]}")
     unknown = sum(figures["unknown"] for figures in summary["models"].values())
     if unknown:
         console.print(f"{unknown} answers could not be graded and are not counted")

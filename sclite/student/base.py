@@ -1,7 +1,7 @@
 """The student protocol: generate replies, and score one continuation against another."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Event
 from typing import Protocol
 
@@ -34,6 +34,8 @@ class Reply:
     prompt_tokens: int
     finish: str
     error: str | None = None
+    fed_tokens: int = field(default=0, compare=False)
+    """Tokens of the prompt that were computed, not found in a cache."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Scores:
     index: int
     log_odds: tuple[float, ...]
     prompt_tokens: int
+    fed_tokens: int = field(default=0, compare=False)
 
 
 def tokens_to_compare(
@@ -82,9 +85,9 @@ class Student(Protocol):
         raise NotImplementedError(f"{name} cannot score")
 
     def stream(
-        self, ask: Request | ScoreRequest, cancel: Event | None = None
+        self, ask: Request | ScoreRequest, cancel: Event | None = None, pieces: bool = True
     ) -> Iterator[str | Reply | Scores]:
-        """Yield the text of a reply as it is written, then the reply; or the scores.
+        """Yield the text of a reply as it is written (without `pieces`, once it is complete), then the reply; or the scores.
 
         Setting `cancel` from another thread ends it early, in students that can. The others yield the text at once.
         """

@@ -47,15 +47,15 @@ class Endpoint(Student):
                 yield _read(requests[int(result.id)], result)
 
     def stream(
-        self, ask: Request | ScoreRequest, cancel: Event | None = None
+        self, ask: Request | ScoreRequest, cancel: Event | None = None, pieces: bool = True
     ) -> Iterator[str | Reply | Scores]:
         """Yield the text of a reply as it arrives, without thoughts and what follows a stop string; then the reply."""
         if isinstance(ask, ScoreRequest):
             yield from self.score([ask])
             return
         received = shown = ""
-        with self._named_errors(), closing(self.teacher.stream(self._job(0, ask), self.stage)) as pieces:
-            for found in pieces:
+        with self._named_errors(), closing(self.teacher.stream(self._job(0, ask), self.stage)) as arriving:
+            for found in arriving:
                 if isinstance(found, Result):
                     reply = _read(ask, found)
                     if reply.text.startswith(shown):
@@ -114,7 +114,7 @@ def _read(request: Request, result: Result) -> Reply:
         (entry.completion_tokens or 0, entry.prompt_tokens or 0),
     )
     finish = "length" if cut_off and not text.endswith(tuple(request.stop)) else "stop"
-    return Reply(index, text, *counts, finish)
+    return Reply(index, text, *counts, finish, fed_tokens=counts[1])
 
 
 def _up_to_stop(text: str, stops: tuple[str, ...]) -> str:

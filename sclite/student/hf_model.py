@@ -86,4 +86,4 @@ class HFModel(Student):
             for stop in request.stop:
                 if stop in text:
                     text, finish = text[: text.index(stop) + len(stop)], "stop"
-            yield Reply(index, text, len(new), len(prompt), finish)
+            yield Reply(index, text, len(new), len(prompt), finish, fed_tokens=len(prompt))

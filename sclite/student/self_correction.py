@@ -39,7 +39,8 @@ class Reviewed:
 
     `trace` is the new solution (None: the attempt stands). `scores` are the log-odds (nats) that each step is wrong.
     `accused` is the step that cause and correction belong to, also if its correction changes nothing (SAME_RESULT).
-    `note` says why a review was abandoned; `tokens` counts what the review generated.
+    `note` says why a review was abandoned; `tokens` counts what the review generated, `fed` the tokens of
+    its prompts that were not in the cache.
     """
 
     trace: Trace | None = None
@@ -49,6 +50,7 @@ class Reviewed:
     correction: str | None = None
     tokens: int = 0
     note: str = ""
+    fed: int = 0
 
     @property
     def answer(self) -> str | None:
@@ -130,8 +132,12 @@ def run_together(
     return [results[i] for i in range(len(scripts))]
 
 
-def stream(student: Student, script: Script[T], cancel: Flag | None = None) -> Iterator[str | Event | T]:
+def stream(
+    student: Student, script: Script[T], cancel: Flag | None = None, pieces: bool = True
+) -> Iterator[str | Event | T]:
     """Run one script: yields its events, the text as the student writes it, and at last the result.
+
+    Without `pieces` each text comes when it is complete, which costs less.
 
     Setting `cancel` from another thread ends it early, without a result.
     """
@@ -146,13 +152,26 @@ def stream(student: Student, script: Script[T], cancel: Flag | None = None) -> I
         if not isinstance(ask, Ask):
             yield ask
             continue
-        for found in student.stream(ask, cancel):
+        for found in student.stream(ask, cancel, pieces):
             if isinstance(found, str):
                 yield found
             else:
                 answer = found
         if cancel is not None and cancel.is_set():
             return
+
+
+def review(question: str, attempt: Trace, settings: ReviewSettings, mode: str) -> Script[Reviewed]:
+    """Review an attempt, guided or free, and count the tokens that it feeds."""
+    script = (guided if mode == "guided" else free)(question, attempt, settings)
+    fed, answer = 0, None
+    while True:
+        try:
+            ask = script.send(answer)
+        except StopIteration as end:
+            return replace(end.value, fed=fed)
+        answer = yield ask
+        fed += answer.fed_tokens if answer is not None else 0
 
 
 # -- guided ------------------------------------------------------------------------------------------------------------

@@ -36,10 +36,11 @@ class Scripted(Student):
                 20,
                 "error" if too_long else self.finish,
                 reason,
+                fed_tokens=2,
             )
 
     def score(self, requests):
-        yield Scores(0, self.scores or (float("nan"),) * len(requests[0].marks), 5)
+        yield Scores(0, self.scores or (float("nan"),) * len(requests[0].marks), 5, fed_tokens=3)
 
 
 CORRECTING = {"text": WRONG, "scores": (-2.0, 3.0, -1.0), "correction": CORRECTION}

@@ -67,6 +67,7 @@ def test_json_gives_one_object_per_question(monkeypatch, capsys, run):
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
     assert (first["answer"], first["accused"], first["correction"]) == ("6", 2, "4 + 1 = 5")
     assert first["step_scores"] == [-2.0, 3.0, -1.0]
+    assert (first["tokens"], first["fed_tokens"]) == (15, 9)
     assert second["error"] == "cannot answer the question: too long"
     chatted(monkeypatch, run, Scripted(), None, question="How many?", as_json=True, off="review is off: why")
     found = json.loads(capsys.readouterr().out)
@@ -276,7 +277,7 @@ from sclite.student.base import Reply
 from tests.chat.scripted import Scripted
 
 class Slow(Scripted):
-    def stream(self, ask, cancel=None):
+    def stream(self, ask, cancel=None, pieces=True):
         asked = ask.messages[-1]["content"]
         if "slow" in asked:
             yield "<Step1>begun"
@@ -285,7 +286,7 @@ class Slow(Scripted):
             lines = asked.partition("four")[2].count("\\n")
             yield Reply(0, f"read {lines} line ends", 5, 20, "stop")
         else:
-            yield from super().stream(ask, cancel)
+            yield from super().stream(ask, cancel, pieces)
 
 repl.check_gguf, repl.Engine = (lambda path: None), (lambda *_, **__: Slow())
 repl.run_chat(Path("x.gguf"), Config(), None, Run("run"))
@@ -323,7 +324,8 @@ def test_a_session_takes_pastes_and_survives_errors_and_ctrl_c(terminal, leave, 
     terminal.send("half a line\x03")
     terminal.send("still here?\r")
     terminal.wait("4 + 1 = 5")
-    terminal.wait("tokens/s")
+    terminal.wait("tokens/s; review")
+    terminal.wait(" s, 3 fed; context 25/512")
     terminal.wait(CLEARED)
     terminal.send(leave)
     terminal.wait("left")

@@ -111,6 +111,9 @@ def test_streamed_reply_has_the_same_text_and_the_reasoning_first(scripted):
     assert fields.index("reasoning_content") < fields.index("content")
     assert [chunk.choices[0].finish_reason for chunk in chunks][-1] == "stop"
     assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (20, 15)
+    cost = last.usage.sclite
+    assert (cost["fed_tokens"], cost["review_tokens"], cost["review_fed_tokens"]) == (9, 10, 7)
+    assert cost["seconds"] >= cost["review_seconds"] >= 0
 
 
 def test_conversation_is_held_by_the_last_question_and_raw_gets_all_of_it(scripted):
@@ -300,7 +303,7 @@ class Blocked(Scripted):
         if not blocked:
             self.release.set()
 
-    def stream(self, ask, cancel=None):
+    def stream(self, ask, cancel=None, pieces=True):
         yield "begun "
         while not self.release.wait(0.01):
             if cancel is not None and cancel.is_set():

@@ -153,6 +153,21 @@ def test_table_of_ungraded_answers_has_dashes(capsys, monkeypatch):
     assert "3 answers could not be graded" in shown
 
 
+def test_cost_of_the_review_is_shown_beside_that_of_the_answer(capsys):
+    row = {"question": "?", "gold": "1", "first": "x", "second": None, "correct1": True, "correct2": True}
+    fed = {"tokens1": 30, "tokens2": 4, "fed1": 9, "fed2": 50}
+    outcomes = [Outcome(id=str(i), format_ok=True, **row, **fed) for i in range(2)]
+    assert "fed1" not in outcomes[0].model_dump()
+    figures = compute_metrics(outcomes, bootstrap=10)
+    cost = {"tokens_first": 30, "fed_first": 9, "seconds_first": 0.5, "seconds": 0.75}
+    figures |= {"correction_rate_given_location": None, **cost}
+    print_results({"models": {"dpo": figures}, "n": 2, "notes": []})
+    said = (
+        "dpo, per problem: answer 30 tokens written, 9 fed, 0.50 s; review 4 tokens written, 50 fed, 0.25 s"
+    )
+    assert said in " ".join(capsys.readouterr().out.split())
+
+
 def test_steps_corrected_in_the_first_answer_count_as_corrected():
     class Student:
         def generate(self, requests):

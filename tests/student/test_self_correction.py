@@ -277,7 +277,7 @@ def test_student_never_sees_the_gold_answer():
 class Streaming(Scripted):
     """Streams its replies in pieces of seven characters."""
 
-    def stream(self, ask, cancel=None):
+    def stream(self, ask, cancel=None, pieces=True):
         for found in self.score([ask]) if isinstance(ask, ScoreRequest) else self.generate([ask]):
             text = getattr(found, "text", "")
             yield from (text[at : at + 7] for at in range(0, len(text), 7))

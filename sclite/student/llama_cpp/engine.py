@@ -247,9 +247,9 @@ class Engine:
             yield _reply(sequences[done], done)
 
     def stream(
-        self, ask: Request | ScoreRequest, cancel: Event | None = None
+        self, ask: Request | ScoreRequest, cancel: Event | None = None, pieces: bool = True
     ) -> Iterator[str | Reply | Scores]:
-        """Yield the text of a reply as it is generated, then the reply; or the scores.
+        """Yield the text of a reply as it is generated (without `pieces`, at the end), then the reply; or the scores.
 
         Setting `cancel` from another thread frees the slot before the next token: finish "cancelled", or NaN scores.
         """
@@ -258,7 +258,7 @@ class Engine:
             return
         sequence, sent = self._sequence(ask), 0
         decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-        for _ in self.scheduler.run([sequence], cancel, stream=True):
+        for _ in self.scheduler.run([sequence], cancel, stream=pieces):
             new = bytes(sequence.text[sent:])
             sent += len(new)
             if text := decode(new, final=bool(sequence.finish) and sent == len(sequence.text)):
@@ -289,6 +289,7 @@ class Engine:
         owner: dict[TokenSequence, int] = {}
         missing: dict[int, int] = {}
         lengths: dict[int, int] = {}
+        fed: dict[int, int] = {}
         for index, request in enumerate(requests):
             lengths[index], parts, marks[index] = self._score_parts(request)
             missing[index] = len(parts)
@@ -299,9 +300,10 @@ class Engine:
         for done in self.scheduler.run(owner, cancel):
             index = owner[done]
             missing[index] -= 1
+            fed[index] = fed.get(index, 0) + done.computed
             if not missing[index]:
                 odds = tuple(log_prob(first) - log_prob(second) for first, second in marks.pop(index))
-                yield Scores(index, odds, lengths[index])
+                yield Scores(index, odds, lengths[index], fed[index])
 
     def _score_parts(
         self, request: ScoreRequest
@@ -335,7 +337,8 @@ class Engine:
 
 def _reply(index: int, sequence: TokenSequence) -> Reply:
     text = sequence.text.decode("utf-8", "replace")
-    return Reply(index, text, sequence.generated, len(sequence.prompt), sequence.finish, sequence.error)
+    counts = sequence.generated, len(sequence.prompt)
+    return Reply(index, text, *counts, sequence.finish, sequence.error, sequence.computed)
 
 
 def default_threads(parameters: int) -> tuple[int, int]:

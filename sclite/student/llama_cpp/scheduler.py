@@ -254,6 +254,7 @@ class Scheduler:
                     self.api.llama_memory_seq_cp(self.memory, source.number, slot.number, *place)
                 self.api.llama_memory_seq_rm(self.memory, slot.number, ready, -1)
             sequence.fed = sequence.shared = ready
+            sequence.computed += len(sequence.ids) - ready
             self.shared_tokens += ready
             self.active[slot] = sequence
 

@@ -46,6 +46,8 @@ class TokenSequence:
     prompt: np.ndarray = field(init=False)
     fed: int = field(default=0, init=False)
     shared: int = field(default=0, init=False)
+    computed: int = field(default=0, init=False)
+    """Ids that were not in the cache when the sequence was admitted."""
     run: Run = field(init=False)
 
     def __post_init__(self):

@@ -227,6 +227,9 @@ def test_next_request_with_the_same_prefix_uses_the_cache(engine):
     (second,) = engine.generate([Request(chat("How many apples?"), pieces=PIECES, max_tokens=3)])
     assert engine.scheduler.shared_tokens - before >= first.prompt_tokens - 1
     assert second.prompt_tokens > first.prompt_tokens
+    assert second.fed_tokens <= second.prompt_tokens - first.prompt_tokens + 1
+    scored = ScoreRequest(chat("How many apples?"), PIECES, (0,), (OPTIONS,))
+    assert [next(engine.score([scored])).fed_tokens > 0, next(engine.score([scored])).fed_tokens] == [True, 1]
 
 
 def test_reply_includes_the_stop_string(engine):
@@ -397,6 +400,7 @@ def test_streamed_text_comes_in_pieces_and_adds_up_to_the_reply(engine):
     *pieces, reply = engine.stream(request)
     assert reply == whole
     assert "".join(pieces) == whole.text
+    assert list(engine.stream(request, None, False)) == [whole.text, whole]
     stop = whole.text[9:13]
     *pieces, reply = engine.stream(Request(chat("1 + 1?"), max_tokens=40, stop=(stop,)))
     assert "".join(pieces) == reply.text == whole.text[: whole.text.index(stop) + len(stop)]
