@@ -36,14 +36,8 @@ def write(name: str, *rows: object) -> str:
     [
         (None, "mine.jsonl does not exist"),
         ((), "mine.jsonl is empty"),
-        (
-            ('{"question": "x',),
-            "mine.jsonl: no usable row (1 row not readable); line 1: column 14: not JSON",
-        ),
-        (
-            ({"question": "How?", "answer": ""},),
-            "mine.jsonl: no usable row (1 no answer); line 1: no answer",
-        ),
+        (('{"question": "x',), "mine.jsonl: no usable row (1 row not readable); line 1: column 14: not JSON"),
+        (({"question": "How?", "answer": ""},), "mine.jsonl: no usable row (1 no answer); line 1: no answer"),
         (({"task": "How?"}, "[1, 2]"), "line 1: no known column, found: task"),
     ],
 )

@@ -53,13 +53,7 @@ def test_an_unexpected_exception_is_one_line_with_a_traceback_file(tmp_path):
     [
         (("doctor", "--json"), FAILING, 1, "unexpected ZeroDivisionError"),
         (("doctor", "--json"), FAILING.replace("ZeroDivisionError", "KeyboardInterrupt"), 130, "interrupted"),
-        (("train", "--json"), "", 2, "no student is configured"),
-        (("train", "--json", "--gpu", "first"), "", 2, "invalid value for '--gpu'"),
         (("trian", "--json"), "", 2, "Did you mean 'train'?"),
-        (("show", "drops", "--json"), "", 3, "does not exist"),
-        (("init", "--json", "--config", "none/x.toml"), "", 2, "cannot be written"),
-        (("chat", "--json", "--model", "x.gguf", "How many?"), "", 3, "x.gguf does not exist"),
-        (("export", "--json", "--format", "lora"), "", 3, "adapter"),
     ],
 )
 def test_an_error_with_json_is_one_object(tmp_path, arguments, code, exit_code, said):

@@ -133,11 +133,7 @@ def teach(folder: Path, count: int) -> None:
         question = f"What is {n} + {n}?"
         solve, review = prompts.solve_messages(question), prompts.review_messages(question, attempt())
         first, second = step_pieces(steps), step_pieces((steps[0], Step("It is 80.")))
-        rows += [
-            (solve, [], "".join(first) + end),
-            (review, [*first[:3], CAUSE], OWN),
-            (solve, second, end),
-        ]
+        rows += [(solve, [], "".join(first) + end), (review, [*first[:3], CAUSE], OWN), (solve, second, end)]
     encoded = []
     for messages, prefix, text in rows:
         before = prompt_ids(tokenizer, messages) + [i for ids in piece_ids(tokenizer, prefix) for i in ids]

@@ -1,6 +1,6 @@
 """A student's answers to problems, graded."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sclite import prompts
@@ -24,22 +24,14 @@ class FirstAnswers:
 
 
 def solve_problems(
-    student: Student,
-    problems: Sequence[Problem],
-    config: Config,
-    grader: Grader,
-    progress: Callable[[], None] = lambda: None,
+    student: Student, problems: Sequence[Problem], config: Config, grader: Grader
 ) -> FirstAnswers:
-    """Turn 1: greedy answers to all problems, graded. The verdict of a failed call is None. `progress` counts replies."""
+    """Turn 1: greedy answers to all problems, graded. The verdict of a failed call is None."""
     requests = [
         Request(prompts.solve_messages(p.question, config.prompts.folder), max_tokens=config.eval.max_tokens)
         for p in problems
     ]
-    replies = []
-    for reply in student.generate(requests):
-        replies.append(reply)
-        progress()
-    replies.sort(key=lambda reply: reply.index)
+    replies = sorted(student.generate(requests), key=lambda reply: reply.index)
     parsed = [parse(reply.text) for reply in replies]
     verdicts = grade(grader, map(answer_of, parsed), problems)
     correct = [None if r.finish == "error" else v for r, v in zip(replies, verdicts, strict=True)]

@@ -2,9 +2,8 @@
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -215,13 +214,9 @@ def try_corrections(student: Student, trials: Sequence[Trial], config: Config, g
 
 
 def fit_student(
-    student: Student | None,
-    problems: Sequence[Problem],
-    config: Config,
-    grader: Grader,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    student: Student | None, problems: Sequence[Problem], config: Config, grader: Grader
 ) -> Fitted:
-    """Fit the threshold of a student on problems that are used nowhere else; `progress` gets (solved, problems).
+    """Fit the threshold of a student on problems that are used nowhere else.
 
     Of many problems, every other one is used first, and the rest only if a correction fixed any of those. Fewer than
     MIN_PROBLEMS need no student: review stays off.
@@ -232,9 +227,8 @@ def fit_student(
         off.off = f"{total} problems are too few to fit its threshold, {MIN_PROBLEMS} are needed"
         return off
     trials: list[Trial] = []
-    solved = count(1)
     for part in (problems[::2], problems[1::2]) if total >= MANY_PROBLEMS else (problems,):
-        first = solve_problems(student, part, config, grader, lambda: progress(next(solved), total))
+        first = solve_problems(student, part, config, grader)
         works = [parsed.work for parsed in first.parsed]
         asked = zip(part, works, strict=True)
         scripts = [score_steps(problem.question, work, config.prompts.folder) for problem, work in asked]
@@ -297,10 +291,9 @@ def ensure_threshold(
     problems: Sequence[Problem],
     *,
     grader: Grader,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Fitted:
     """The threshold of a GGUF, which `student` runs: the stored one if it is current, else fitted now and stored."""
     stored = load_threshold(config, run, gguf)
     if stored is not None and is_current(config, stored, len(problems)):
         return stored
-    return store_threshold(config, run, gguf, fit_student(student, problems, config, grader, progress))
+    return store_threshold(config, run, gguf, fit_student(student, problems, config, grader))
