@@ -137,7 +137,7 @@ class Api:
 async def stream_events(
     asked: Completion, head: dict[str, Any], start: Piece | End, items: AsyncGenerator[Piece | End, None]
 ) -> AsyncIterator[str]:
-    """Server-sent events: the role, each piece, each end, the usage if wanted; an error after the start is an event too."""
+    """Server-sent events: the role, each piece, each end, the usage if wanted; a later error is an event too."""
 
     def chunk(**fields: Any) -> str:
         return f"data: {json.dumps(head | fields)}\n\n"

@@ -1,4 +1,4 @@
-"""An answer on the screen: numbered steps, the probability of an error beside each, and the correction as it is written."""
+"""An answer on the screen: numbered steps, the probability of an error beside each, the correction as it is written."""
 
 import re
 import time

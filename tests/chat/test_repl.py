@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from sclite.chat import repl
+from sclite.chat import conversation, repl
 from sclite.chat.answer import Settings
-from sclite.chat.repl import Chat
+from sclite.chat.conversation import Chat
 from sclite.config import Config
 from sclite.errors import DataError, UsageError
 from sclite.quickstart.problem_sets import train_problems
@@ -59,6 +59,15 @@ def test_a_pipe_gets_one_answer_per_question_despite_errors(monkeypatch, capsys,
     out, err = capsys.readouterr()
     assert out == "5 [/red]␛[2J 6\n\n5 [/red]␛[2J 6\n"
     assert "error: cannot answer the question" in err
+
+
+def test_a_reply_without_an_answer_is_printed_whole_and_named_on_stderr(monkeypatch, capsys, run):
+    assert chatted(monkeypatch, run, Scripted(text="It is\nnine."), lines=("How many?", "", "And now?"))
+    out, err = capsys.readouterr()
+    assert out == "It is nine.\nIt is nine.\n"
+    notes = [" ".join(part.split()) for part in err.split("note: ")[1:]]
+    assert [note.partition(":")[0] for note in notes] == ["line 1", "line 3"]
+    assert "no answer can be read" in notes[0]
 
 
 def test_json_gives_one_object_per_question(monkeypatch, capsys, run):
@@ -246,7 +255,7 @@ def test_compare_shows_the_base_models_answer_or_how_to_get_it(chat, capsys, mon
     assert "sclite eval" in error.value.hint
     chat.path = tmp_path / "x.gguf"
     (tmp_path / "base-q8_0.gguf").touch()
-    monkeypatch.setattr(repl, "Engine", lambda *_, **__: Scripted(text="It is 9."))
+    monkeypatch.setattr(conversation, "Engine", lambda *_, **__: Scripted(text="It is 9."))
     capsys.readouterr()
     chat.command("/compare")
     out = capsys.readouterr().out

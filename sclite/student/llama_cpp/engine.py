@@ -27,7 +27,7 @@ _kept: list[object] = []
 OWN_CACHES = 8
 """Sequences that must fit with caches of their own; with fewer, a shared cache decodes more at once."""
 SMALL = 20_000_000
-"""Parameters below which the weights stay in a CPU's cache: more threads or parallel sequences then cost more than they gain."""
+"""Parameters below which the weights stay in a CPU's cache: more threads or sequences then cost more than they gain."""
 
 
 @functools.cache
@@ -49,8 +49,9 @@ def llama() -> ModuleType:
 def last_errors() -> str:
     """The errors among the last log lines of llama.cpp."""
     lines = [line.strip() for line in "".join(_log).splitlines()]
-    issues = [line for line in lines if "error" in line.lower() or "fail" in line.lower()]
-    return "; ".join(issues[-3:]) or "no reason given"
+    return (
+        "; ".join([x for x in lines if "error" in x.lower() or "fail" in x.lower()][-3:]) or "no reason given"
+    )
 
 
 class Engine:
@@ -130,10 +131,8 @@ class Engine:
         parameters.n_gpu_layers = gpu_layers
         model = self._api.llama_model_load_from_file(os.fsencode(path), parameters)
         if not model:
-            raise DataError(
-                f"llama.cpp cannot load {path}: {last_errors()}",
-                "re-create it with `sclite export`, or copy it again",
-            )
+            hint = "re-create it with `sclite export`, or copy it again"
+            raise DataError(f"llama.cpp cannot load {path}: {last_errors()}", hint)
         return model
 
     def _metadata(self, key: str) -> str | None:
@@ -186,16 +185,13 @@ class Engine:
 
     def _load_adapter(self, path: Path) -> None:
         _log.clear()
-        adapter = (
-            self._api.llama_adapter_lora_init(self._model, os.fsencode(path)) if path.is_file() else None
-        )
+        found = path.is_file()
+        adapter = self._api.llama_adapter_lora_init(self._model, os.fsencode(path)) if found else None
         if not adapter:
             self.close()
-            reason = last_errors() if path.is_file() else "no such file"
-            raise DataError(
-                f"cannot load the LoRA adapter {path}: {reason}",
-                "create it with: sclite export --format lora",
-            )
+            reason = last_errors() if found else "no such file"
+            hint = "create it with: sclite export --format lora"
+            raise DataError(f"cannot load the LoRA adapter {path}: {reason}", hint)
         adapters = (self._api.llama_adapter_lora_p_ctypes * 1)(adapter)
         self._api.llama_set_adapters_lora(self._context, adapters, 1, (ctypes.c_float * 1)(1.0))
 
@@ -271,10 +267,8 @@ class Engine:
         room = self.context - len(ids)
         sequence = TokenSequence(ids, request=request, limit=min(request.max_tokens, room))
         if not ids or room < 1:
-            sequence.finish = "error"
-            sequence.error = (
-                f"the prompt has {len(ids)} tokens, the context only {self.context}: use a longer context"
-            )
+            why = f"the prompt has {len(ids)} tokens, the context only {self.context}: use a longer context"
+            sequence.finish, sequence.error = "error", why
         elif request.max_tokens < 1:
             sequence.finish = "length"
         return sequence
