@@ -48,11 +48,10 @@ class Report:
         names = ("stage", "counts", "dropped", "seconds", "cost_usd", "figures")
         return cls(**{name: manifest[name] for name in names}, skipped=True)
 
-    def warn(self, progress: Callable[..., None] | None, text: str) -> None:
+    def warn(self, progress: Callable[..., None], text: str) -> None:
         """Keep a warning, and show it."""
         self.figures.setdefault("warnings", []).append(text)
-        if progress is not None:
-            progress(0, 0, warning=text)
+        progress(0, 0, warning=text)
 
     def as_dict(self) -> dict[str, Any]:
         return {k: getattr(self, k) for k in ("counts", "dropped", "seconds", "cost_usd", "figures")}

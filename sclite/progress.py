@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
 
 Progress = Callable[..., None]
+"""progress(done, total, cost or share=.., note=.., warning=..)."""
 Shown = tuple[Callable[[str], None], Callable[[int, int], None]]
 WIDE = 125  # columns of a progress line with its full text
 LOG_SECONDS = 30.0  # between two progress lines without a terminal
@@ -25,6 +26,10 @@ WINDOW_ROWS = 10  # before the first rows stop to count
 MEASURED_SHARE = 0.02  # of a plan, before it is scaled
 SHORT = 10.0  # seconds; loading libraries takes most of a shorter stage, which says nothing about the speed of others
 ESTIMATING = "estimating time left"
+
+
+def no_progress(*_: object, **__: object) -> None:
+    """Shows nothing."""
 
 
 class Rate:

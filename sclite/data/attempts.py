@@ -9,7 +9,7 @@ from sclite.config import Config, without_password
 from sclite.data.imported import import_attempts, read_imported_attempts
 from sclite.grading.extract import answer_of
 from sclite.grading.worker import Grader
-from sclite.progress import Progress
+from sclite.progress import Progress, no_progress
 from sclite.records import Attempt, Drop, Problem, from_feedback
 from sclite.run import Report, Run, timed
 from sclite.signature import digest, with_unanswered
@@ -70,7 +70,7 @@ def write_attempts(
     problems: Sequence[Problem],
     student: Student | None,
     grader: Grader,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Report:
     """Sample `attempts.samples` attempts per problem, or import `attempts.source`; writes attempts.jsonl.
 
@@ -142,7 +142,7 @@ def _sample(
     problems: Sequence[Problem],
     student: Student,
     grader: Grader,
-    progress: Progress | None,
+    progress: Progress,
 ) -> list[Attempt]:
     """Sample, grade and append block by block, after the complete blocks that an interrupted run has left."""
     settings, size = config.attempts, config.student.batch
@@ -183,8 +183,7 @@ def _sample(
                 ]
                 run.append("attempts.jsonl", graded)
                 rows += graded
-                if progress is not None:
-                    progress(len(rows), len(jobs))
+                progress(len(rows), len(jobs))
     return rows
 
 

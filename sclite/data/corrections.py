@@ -14,7 +14,7 @@ from sclite.data.imported import reject_row
 from sclite.data.templates import find_leak
 from sclite.errors import DataError
 from sclite.grading.worker import Grader
-from sclite.progress import Progress
+from sclite.progress import Progress, no_progress
 from sclite.records import Attempt, Drop, Problem, Review, Template, from_feedback
 from sclite.run import Report, Run, timed
 from sclite.signature import digest, with_unanswered
@@ -46,7 +46,7 @@ def write_corrections(
     teacher: Teacher,
     grader: Grader,
     confirm: Callable[[Forecast], bool] | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Report:
     """Have the teacher correct every distinct wrong attempt, and confirm right ones; writes reviews.jsonl."""
     if run.is_imported("corrections", "reviews.jsonl"):
@@ -69,8 +69,7 @@ def write_corrections(
                 drops.append(_drop(attempt, result.rejection.reason, result.rejection.text, result.raw))
             else:
                 reviews.append(_merge_review(attempt, result.raw, result.requests))
-            if progress is not None:
-                progress(done, len(wrong), teacher.ledger.spent_usd)
+            progress(done, len(wrong), teacher.ledger.spent_usd)
         report.cost_usd = teacher.ledger.totals("corrections")["cost_usd"]
         run.replace_drops({"corrections"}, drops)
         report.dropped = dict(Counter(drop.reason for drop in drops))

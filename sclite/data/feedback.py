@@ -10,7 +10,7 @@ from sclite.data.contamination import build_index, find_overlap
 from sclite.data.problems import OVERLAPS, normalize_question, questions_to_avoid
 from sclite.grading.extract import answer_of
 from sclite.grading.worker import Grader
-from sclite.progress import Progress
+from sclite.progress import Progress, no_progress
 from sclite.records import FEEDBACK, FROM_FEEDBACK, Attempt, Drop, Feedback, Problem, from_feedback
 from sclite.run import Report, Run, timed
 from sclite.signature import digest, with_unanswered
@@ -29,7 +29,7 @@ def write_feedback(
     grader: Grader,
     fit: Sequence[Problem],
     confirm: Callable[[Forecast], bool] | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Report:
     """Add the answers judged with /good and /bad to attempts.jsonl, and their questions to problems.jsonl.
 
@@ -122,7 +122,7 @@ def _find_golds(
     judged: Mapping[str, Sequence[Feedback]],
     given: Mapping[str, Problem],
     confirm: Callable[[Forecast], bool] | None,
-    progress: Progress | None,
+    progress: Progress,
 ) -> dict[str, Problem | Rejection]:
     """The gold answer of each question, or why there is none."""
     golds: dict[str, Problem | Rejection] = {}
@@ -152,8 +152,7 @@ def _find_golds(
         if result.rejection is not None:
             golds[result.id] = result.rejection
         solutions[result.id].append(result.raw)
-        if progress is not None:
-            progress(done, len(jobs), teacher.ledger.spent_usd)
+        progress(done, len(jobs), teacher.ledger.spent_usd)
     for question, texts in solutions.items():
         first, *others = (answer_of(parse(text)) for text in texts)
         if question in golds:

@@ -15,7 +15,7 @@ from sclite.config import Config
 from sclite.data.attempts import endpoint_cost_usd, external_student_digest
 from sclite.data.imported import reject_row
 from sclite.grading.worker import Grader
-from sclite.progress import Progress
+from sclite.progress import Progress, no_progress
 from sclite.records import Attempt, Drop, Pair, Problem, Review
 from sclite.run import Report, Run, timed
 from sclite.signature import digest, with_unanswered
@@ -63,7 +63,7 @@ def pairs_inputs(config: Config, run: Run) -> dict[str, object]:
 
 
 def write_pairs(
-    config: Config, run: Run, *, student: Student | None, grader: Grader, progress: Progress | None = None
+    config: Config, run: Run, *, student: Student | None, grader: Grader, progress: Progress = no_progress
 ) -> Report:
     """Sample the student's corrections of its wrong attempts; writes pairs.jsonl, without a student decisions only."""
     if run.is_imported("pairs", "pairs.jsonl"):
@@ -146,7 +146,7 @@ def _validate_imported(run: Run) -> Report:
 
 
 def _sample_own(
-    config: Config, student: Student, cases: Sequence[Case], grader: Grader, progress: Progress | None
+    config: Config, student: Student, cases: Sequence[Case], grader: Grader, progress: Progress
 ) -> None:
     """Add to each case what the student writes about it, `attempts.reviews` times."""
     settings, whole = config.attempts, config.attempts.kind == "endpoint"
@@ -158,8 +158,7 @@ def _sample_own(
         block = asked[start : start + size]
 
         def show(done: int, _: int, before: int = start) -> None:
-            if progress is not None:
-                progress(before + done, len(asked))
+            progress(before + done, len(asked))
 
         review = ReviewSettings(
             max_tokens=settings.max_tokens,

@@ -10,7 +10,7 @@ from sclite import prompts
 from sclite.config import Config
 from sclite.errors import DataError, UsageError
 from sclite.grading.worker import Grader
-from sclite.progress import Progress
+from sclite.progress import Progress, no_progress
 from sclite.records import Drop, Problem, Template
 from sclite.run import Report, Run, timed
 from sclite.signature import differences, digest_rows, with_unanswered
@@ -59,7 +59,7 @@ def write_templates(
     problems: Sequence[Problem],
     fresh: bool = False,
     confirm: Callable[[Forecast], bool] | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Report:
     """Write templates.jsonl: one checked trace for each problem; resumes unfinished work.
 
@@ -177,14 +177,13 @@ def _request(
     total: int,
     basis: dict[str, object],
     confirm: Callable[[Forecast], bool] | None,
-    progress: Progress | None,
+    progress: Progress,
 ) -> dict[str, Drop]:
     """Request the missing templates, writing each row before the next result is handled; returns the drops by id."""
     by_id = {problem.id: problem for problem in missing}
     drops: dict[str, Drop] = {}
     add, done = None, total - len(missing)
-    if progress is not None:
-        progress(done, total, teacher.ledger.spent_usd)
+    progress(done, total, teacher.ledger.spent_usd)
     jobs = _jobs(config, missing, grader)
     with ExitStack() as open_files:
         for result in teacher.ask_after_pilot(jobs, len(missing), "templates", confirm):
@@ -199,8 +198,7 @@ def _request(
                 given = by_id[result.id].model_dump(include={"id", "question", "answer"})
                 add([Template(**given, trace=render(parse(result.raw).trace), requests=result.requests)])
             done += 1
-            if progress is not None:
-                progress(done, total, teacher.ledger.spent_usd)
+            progress(done, total, teacher.ledger.spent_usd)
     return drops
 
 

@@ -88,9 +88,8 @@ _REWRITES = [(re.compile(pattern, re.DOTALL), new) for pattern, new in _PATTERNS
 _RAISED = re.compile("[⁰¹²³⁴-⁹⁺⁻]+")
 _LOWERED = re.compile("[₀-₉]+")
 _VULGAR = re.compile("[¼-¾⅐-⅞]")
-
-
 _BRACKETED = re.compile(r"(?:\\\{|[(\[]|\{(?=[^{}\\|]*\}$))(.+?)(?:\\\}|[)\]}])", re.DOTALL)
+_plain = functools.partial(unicodedata.normalize, "NFKC")
 
 
 @functools.lru_cache(4096)  # gold answers recur with every attempt
@@ -98,7 +97,13 @@ def normalize(answer: str) -> str:
     """Normalize notation: remove math delimiters, spacing, fonts and the final period, and unify symbols and words."""
     if re.fullmatch(r"-?[\d,.]+", answer) and answer.isascii() and ".." not in answer:
         return answer.rstrip(".,")
-    text = (answer if answer.isascii() else _to_ascii(answer)).lstrip()
+    text = answer.lstrip()
+    if not text.isascii():
+        text = _RAISED.sub(lambda m: "^{" + _plain(m.group()).replace("−", "-") + "}", text)
+        text = _LOWERED.sub(lambda m: "_{" + _plain(m.group()) + "}", text)
+        text = _VULGAR.sub(lambda m: " " + _plain(m.group()), text.translate(_SIGNS))
+        text = _plain(text).replace("\u2044", "/")
+        text = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text).lstrip()
     text = re.sub(r"(?<![.\\\s])\s*\.?\s*$", "", text)
     # an escaped or single dollar sign is money; a pair encloses mathematics
     text = text.replace("\\$", "¤")
@@ -113,16 +118,6 @@ def normalize(answer: str) -> str:
     ]:
         text = inner[1].strip()
     return words_to_digits(text)
-
-
-def _to_ascii(text: str) -> str:
-    text = _RAISED.sub(
-        lambda m: "^{" + unicodedata.normalize("NFKC", m.group()).replace("−", "-") + "}", text
-    )
-    text = _LOWERED.sub(lambda m: "_{" + unicodedata.normalize("NFKC", m.group()) + "}", text)
-    text = _VULGAR.sub(lambda m: " " + unicodedata.normalize("NFKC", m.group()), text.translate(_SIGNS))
-    text = unicodedata.normalize("NFKC", text).replace("\u2044", "/")
-    return "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text)
 
 
 _DAYS = "monday tuesday wednesday thursday friday saturday sunday"

@@ -6,12 +6,13 @@ runs many at once, `stream` shows what one does. Neither review ever sees a gold
 
 import math
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from threading import Event as Flag
 from typing import TypeVar
 
 from sclite import prompts
+from sclite.progress import Progress, no_progress
 from sclite.student.base import Reply, Request, ScoreRequest, Scores, Student
 from sclite.trace import (
     CAUSE,
@@ -101,9 +102,7 @@ Script = Generator[Ask | Event, Reply | Scores | None, T]
 """Asks the student and yields events; is sent the reply (None after an event, or if there is no reply)."""
 
 
-def run_together(
-    student: Student, scripts: Sequence[Script[T]], progress: Callable[[int, int], None] | None = None
-) -> list[T]:
+def run_together(student: Student, scripts: Sequence[Script[T]], progress: Progress = no_progress) -> list[T]:
     """Run scripts side by side: what they ask at the same time is one batch. `progress` counts the replies of a batch."""
     results: dict[int, T] = {}
     answers: dict[int, Reply | Scores | None] = dict.fromkeys(range(len(scripts)))
@@ -127,8 +126,7 @@ def run_together(
             owners = list(written)
             for done, reply in enumerate(student.generate(list(written.values())), 1):
                 answers[owners[reply.index]] = reply
-                if progress is not None:
-                    progress(done, len(written))
+                progress(done, len(written))
     return [results[i] for i in range(len(scripts))]
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from sclite.config import Config, Dpo
 from sclite.errors import DataError
+from sclite.progress import Progress, no_progress
 from sclite.records import Pair, Problem, Template
 from sclite.run import Report, Run
 from sclite.signature import digest
@@ -19,7 +20,6 @@ from sclite.student.tokenization import Encoded, decision_ids
 from sclite.train.bundle import Bundle, build_bundles, collate
 from sclite.train.label_checks import check_bundles
 from sclite.train.losses import DpoLoss, Reference, reference_log_probs
-from sclite.train.metrics_logger import Progress
 from sclite.train.sft import replay_templates, solve_rows
 from sclite.train.stage import BuildLesson, Job
 from sclite.train.trainer import Lesson, catch_out_of_memory, held_out_rows
@@ -35,7 +35,7 @@ def train_dpo(
     *,
     unseen: frozenset[str] = frozenset(),
     fresh: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Report:
     """Train on pairs.jsonl, from warmup/adapter; writes dpo/adapter, dpo/reference.json and dpo/metrics.jsonl.
 

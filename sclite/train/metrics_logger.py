@@ -9,18 +9,16 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sclite.progress import Progress, no_progress
 from sclite.run import write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Progress = Callable[..., None]
-"""progress(done, total, share=.., note=.., warning=..)."""
 
 FLAT, FALLING, EXPLODING, NOT_A_NUMBER = "margin_flat", "chosen_falling", "gradient_exploding", "not_a_number"
 ADVICE = {
@@ -54,7 +52,7 @@ class MetricsLogger:
         self,
         path: Path,
         phase: str,
-        progress: Progress | None = None,
+        progress: Progress = no_progress,
         resumed_from: int = 0,
         tokens: Sequence[int] = (),
     ):
@@ -97,17 +95,15 @@ class MetricsLogger:
             for kind in diagnose(self.rows):
                 if ADVICE[kind] not in self.warnings:
                     self.warn(f"step {step}: {ADVICE[kind]}", ADVICE[kind])
-            if self.progress is not None:
-                texts = [text.format(row[name]) for name, text in ON_THE_LINE.items() if name in row]
-                share = sum(self.tokens[:step]) / sum(self.tokens) if self.tokens else step / max(1, total)
-                self.progress(step, total, share=share, note=", ".join(texts).replace("%", " %"))
+            texts = [text.format(row[name]) for name, text in ON_THE_LINE.items() if name in row]
+            share = sum(self.tokens[:step]) / sum(self.tokens) if self.tokens else step / max(1, total)
+            self.progress(step, total, share=share, note=", ".join(texts).replace("%", " %"))
         return found
 
     def warn(self, text: str, key: str = "") -> None:
         """Show a warning now and keep it (or `key`) for the report."""
         self.warnings.append(key or text)
-        if self.progress is not None:
-            self.progress(0, 0, warning=text)
+        self.progress(0, 0, warning=text)
 
     @contextmanager
     def handle_interrupts(self) -> Iterator[None]:

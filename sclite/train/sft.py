@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from sclite import prompts
 from sclite.config import Config
 from sclite.errors import DataError
+from sclite.progress import Progress, no_progress
 from sclite.records import Template
 from sclite.run import Report, Run
 from sclite.student.adapters import adapter_weights, check_adapter
@@ -19,7 +20,6 @@ from sclite.student.log_probs import pad
 from sclite.student.tokenization import Encoded, encode_solution, end_id
 from sclite.train.label_checks import check_labels
 from sclite.train.losses import negative_log_likelihood
-from sclite.train.metrics_logger import Progress
 from sclite.train.stage import BuildLesson, Job
 from sclite.train.trainer import Lesson, held_out_rows
 
@@ -33,7 +33,7 @@ def train_sft(
     *,
     unseen: frozenset[str] = frozenset(),
     fresh: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Report:
     """Stage 1: train on templates.jsonl; writes sft/adapter and sft/metrics.jsonl. Resumes if it was interrupted.
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from sclite import prompts
 from sclite.config import Config, Student, TrainingStage
 from sclite.errors import DataError, UsageError
+from sclite.progress import Progress, no_progress
 from sclite.records import Drop
 from sclite.run import Report, Run, timed
 from sclite.signature import differences, digest
@@ -30,7 +31,6 @@ from sclite.student.loader import (
 from sclite.student.origin import record_origin
 from sclite.train.checkpoints import Checkpoints, sync_folder
 from sclite.train.label_checks import check_tokenizer
-from sclite.train.metrics_logger import Progress
 from sclite.train.micro_batch import choose_micro_batch
 from sclite.train.trainer import Lesson, train_adapter
 
@@ -79,7 +79,7 @@ class Job:
     run: Run
     unseen: frozenset[str] = frozenset()
     fresh: bool = False
-    progress: Progress | None = None
+    progress: Progress = no_progress
     longest: int = 0  # tokens of the longest row that is trained
     report: Report = field(init=False)
     inputs: dict[str, Any] = field(init=False)
@@ -95,8 +95,7 @@ class Job:
 
     def warn(self, text: str) -> None:
         """Show a warning above the progress line."""
-        if self.progress is not None:
-            self.progress(0, 0, warning=text)
+        self.progress(0, 0, warning=text)
 
     def warn_of_long_rows(self, what: str, lengths: Sequence[int]) -> None:
         """Warn before the first step of rows that are too long, with the setting to raise. `lengths` are in tokens."""

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from sclite.config import TrainingStage
 from sclite.errors import GpuMemoryError, ScliteError
+from sclite.progress import Progress, no_progress
 from sclite.student.cuda_memory import is_out_of_memory, return_freed_memory
 from sclite.train.arguments import training_arguments
 from sclite.train.checkpoints import Checkpoints
 from sclite.train.losses import LossTerm, weighted_loss
-from sclite.train.metrics_logger import MetricsLogger, Progress
+from sclite.train.metrics_logger import MetricsLogger
 from sclite.train.order import training_order
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def train_adapter(
     *,
     seed: int,
     micro_batch: int,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Outcome:
     """Train the model's adapter in place, from its last complete checkpoint if there is one; logs steps to `metrics`.
 

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, TypeVar
 
 from sclite import prompts
 from sclite.config import Config
+from sclite.progress import Progress, no_progress
 from sclite.records import Attempt, Problem, Review, Template
 from sclite.run import Report, Run
 from sclite.student.tokenization import Encoded, encode_closing, encode_continuation, encode_review
 from sclite.trace import Trace, corrected, render
-from sclite.train.metrics_logger import Progress
 from sclite.train.sft import replay_templates, solve_rows, supervised
 from sclite.train.stage import BuildLesson, Job
 
@@ -40,7 +40,7 @@ def train_warmup(
     *,
     unseen: frozenset[str] = frozenset(),
     fresh: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Report:
     """Train on reviews, attempts and templates from sft/adapter, which 0 epochs copy; writes warmup/adapter."""
 

@@ -172,7 +172,7 @@ def ours(model: Any, tokenizer: Any, config: Any, case: Case, turn: "Turn | None
         train_adapter(
             model, tokenizer, lesson, settings, Checkpoints(Path(place) / "checkpoints"), metrics,
             seed=0, micro_batch=case.micro,
-            progress=None if turn is None else lambda _, steps, **__: turn.step_done() if steps else None,
+            progress=lambda _, steps, **__: turn.step_done() if turn and steps else None,
         )  # fmt: skip
         found = read_metrics(metrics)
     figures = {} if turn else speeds_told([row["tokens_per_second"] for row in found])

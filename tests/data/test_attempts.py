@@ -9,6 +9,7 @@ import pytest
 from sclite import config
 from sclite.config import Config
 from sclite.data.attempts import attempts_inputs, deduplicate, write_attempts
+from sclite.progress import no_progress
 from sclite.records import Attempt, Problem
 from sclite.run import Run
 from sclite.student.base import Reply
@@ -51,7 +52,7 @@ class Deterministic:
             yield Reply(index, text, 9, 20, self.finish)
 
 
-def sample(run, grader, solver, progress=None, batch=4, **attempts):
+def sample(run, grader, solver, progress=no_progress, batch=4, **attempts):
     options = {"problems": PROBLEMS, "student": solver, "grader": grader, "progress": progress}
     return write_attempts(config_of(batch, **attempts), run, **options)
 
@@ -156,7 +157,7 @@ def endpoint(run, url, **settings):
         yield Endpoint(client, "attempts")
 
 
-def sample_endpoint(run, grader, url, progress=None):
+def sample_endpoint(run, grader, url, progress=no_progress):
     with endpoint(run, url) as student:
         return sample(run, grader, student, progress, student="openai/small", api_base=url)
 

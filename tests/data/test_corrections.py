@@ -5,6 +5,7 @@ import pytest
 from sclite.config import Config
 from sclite.data.corrections import review_rejection, write_corrections
 from sclite.errors import DataError
+from sclite.progress import no_progress
 from sclite.records import Attempt, Drop, Problem, Review
 from sclite.teacher.client import Teacher
 from sclite.teacher.ledger import Ledger
@@ -22,7 +23,7 @@ GOOD = (
 NOTES = "<Cause>2 * 38 is 76.</Cause>\n<Correction>72 / 2 = 36</Correction>\n"
 
 
-def build(run, grader, answer=None, share=0.5, progress=None, **teacher):
+def build(run, grader, answer=None, share=0.5, progress=no_progress, **teacher):
     """The stage with a teacher that answers as `answer` (default: GOOD), and the server's requests."""
     with TeacherServer(answer or (lambda request, nth: say(GOOD))) as server:
         settings = {

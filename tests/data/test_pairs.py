@@ -8,6 +8,7 @@ import pytest
 from sclite.config import Config
 from sclite.data.pairs import content_pair, continuation, decision_pairs, write_pairs
 from sclite.errors import DataError
+from sclite.progress import no_progress
 from sclite.records import Attempt, Drop, Pair, Problem, Review
 from sclite.student.base import Reply
 from sclite.trace import CAUSE, Step, Trace, close_piece, open_piece, render
@@ -135,7 +136,7 @@ CONFIG = Config.model_validate({"student": {"batch": 2}, "attempts": {"reviews":
 FREE = Config.model_validate({"attempts": {"reviews": 2, "student": "openai/small", "api_base": "http://x"}})
 
 
-def build(run, grader, texts=None, config=CONFIG, progress=None):
+def build(run, grader, texts=None, config=CONFIG, progress=no_progress):
     """(the stage's report, the content pairs by problem, what the student was asked)."""
     student = None if texts is None else Scripted(texts, free=config is FREE)
     report = write_pairs(config, run, student=student, grader=grader, progress=progress)
