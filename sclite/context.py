@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from sclite.config import Attempts, Config, Teacher
 from sclite.errors import DataError, NetworkError
-from sclite.progress import ProgressDisplay
+from sclite.progress import Progress, ProgressDisplay
 from sclite.run import Report, Run
 from sclite.signature import digest
 from sclite.student.adapters import STUDENTS, adapter_weights
 
 if TYPE_CHECKING:
     from sclite.data.problems import Split
+    from sclite.student.base import Student
+    from sclite.student.endpoint import Endpoint
+    from sclite.teacher.client import Forecast
+    from sclite.teacher.client import Teacher as Client
 
 LIBRARIES = "libraries.log"  # output of the libraries in isolated processes
 
@@ -39,7 +43,9 @@ class Context:
         """The students in the run, the base model first, in the order of training."""
         return [name for name in STUDENTS if name == "base" or self.run.path(adapter_weights(name)).is_file()]
 
-    def isolate(self, work: Callable[..., Report], config: Config, *arguments: Any, progress: Any) -> Report:
+    def isolate(
+        self, work: Callable[..., Report], config: Config, *arguments: Any, progress: Progress
+    ) -> Report:
         """`work(config, run, *arguments, progress=..)`, in a process of its own if the context is `isolated`."""
         given = (config, self.run, *arguments)
         if not self.isolated:
@@ -48,35 +54,26 @@ class Context:
 
         return run_isolated(work, *given, progress=progress, log=self.run.path(LIBRARIES))
 
-    def on_gpu(self, work: Callable[..., Report], *arguments: Any, progress: Any) -> Report:
+    def on_gpu(self, work: Callable[..., Report], *arguments: Any, progress: Progress) -> Report:
         """As `isolate`; a student behind an endpoint needs no GPU, and no process."""
         if self.config.attempts.kind == "endpoint":
             return work(self.config, self.run, *arguments, progress=progress)
         return self.isolate(work, self.config, *arguments, progress=progress)
 
     @contextmanager
-    def teacher(self, settings: Teacher | None = None) -> Iterator[Any]:
+    def teacher(self, settings: Teacher | None = None) -> Iterator["Client"]:
         """The teacher's client over the run's ledger (`settings`: of another model)."""
         from sclite.teacher.client import Teacher as Client
-
-        with (
-            self._ledger() as ledger,
-            Client(settings or self.config.teacher, ledger, self.prepare) as teacher,
-        ):
-            yield teacher
-
-    @contextmanager
-    def _ledger(self) -> Iterator[Any]:
         from sclite.teacher.ledger import FILE, Ledger
 
-        path = self.run.path(FILE)
-        with TemporaryDirectory() if self.dry and not path.is_file() else nullcontext() as empty:
-            if empty:
-                path = Path(empty) / FILE
-            with Ledger.reading(path) if self.dry and not empty else Ledger(path) as ledger:
-                yield ledger
+        path, new = self.run.path(FILE), not self.run.path(FILE).is_file()
+        with ExitStack() as stack:
+            if self.dry and new:
+                path = Path(stack.enter_context(TemporaryDirectory())) / FILE
+            ledger = stack.enter_context(Ledger.reading(path) if self.dry and not new else Ledger(path))
+            yield stack.enter_context(Client(settings or self.config.teacher, ledger, self.prepare))
 
-    def confirm(self, forecast: Any) -> bool:
+    def confirm(self, forecast: "Forecast") -> bool:
         """Show what the rest will cost and ask whether to continue; True without a terminal."""
         cost = "an unknown amount" if forecast.cost_usd is None else f"about ${forecast.cost_usd:.2f}"
         spent = "" if forecast.spent_usd is None else f" for ${forecast.spent_usd:.4f}"
@@ -84,35 +81,28 @@ class Context:
             f"{forecast.rows} rows are done{spent}. The other {forecast.rows_left} will cost {cost}. Continue?"
         )
 
-    @contextmanager
-    def student(self, adapter: str, stage: str) -> Iterator[Any]:
+    def student(self, adapter: str, stage: str) -> AbstractContextManager["Student"]:
         """The student of stage 2: the one that `attempts.student` names (default: the base with an adapter of the run).
 
         `stage` is the ledger's name for an endpoint's replies.
         """
         settings = self.config.attempts
         if settings.kind == "trained":
-            with self.sampler(adapter) as student:
-                yield student
-        elif settings.kind == "gguf":
-            from sclite.student.llama_cpp.engine import Engine
-            from sclite.student.llama_cpp.probe import check_gguf
+            return self.sampler(adapter)
+        if settings.kind == "endpoint":
+            return self.endpoint(settings, stage)
+        from sclite.student.llama_cpp.engine import Engine
+        from sclite.student.llama_cpp.probe import check_gguf
 
-            path = Path(settings.student)
-            if not path.is_file():
-                raise DataError(
-                    f"attempts.student: {path} does not exist",
-                    "give the path of a GGUF file, or a LiteLLM model name",
-                )
-            check_gguf(path)
-            with Engine(path, context=self.config.eval.context) as student:
-                yield student
-        else:
-            with self.endpoint(settings, stage) as student:
-                yield student
+        path = Path(settings.student)
+        if not path.is_file():
+            hint = "give the path of a GGUF file, or a LiteLLM model name"
+            raise DataError(f"attempts.student: {path} does not exist", hint)
+        check_gguf(path)
+        return Engine(path, context=self.config.eval.context)
 
     @contextmanager
-    def endpoint(self, settings: Attempts, stage: str) -> Iterator[Any]:
+    def endpoint(self, settings: Attempts, stage: str) -> Iterator["Endpoint"]:
         """The model behind an API that `settings.student` names; timeout and retries are the teacher's.
 
         ollama/NAME is Ollama's OpenAI-compatible endpoint. Raises TeacherError if it does not run, or has no such model.
@@ -135,7 +125,7 @@ class Context:
             yield Endpoint(client, stage, settings.student, version)
 
     @contextmanager
-    def sampler(self, adapter: str) -> Iterator[Any]:
+    def sampler(self, adapter: str) -> Iterator["Student"]:
         """The student with an adapter of the run, in the fastest form available.
 
         That is a GGUF in llama.cpp, several times faster than batches in transformers; transformers on a GPU that this

@@ -220,8 +220,8 @@ def sample_student(
 def can_build_pairs(context: Context) -> bool:
     """Whether pairs can follow the corrections at once.
 
-    Not if they need the trained student's warm-up. They do not if `attempts.student` names another student, or if attempts
-    were imported and nothing has been trained (then there are decisions alone).
+    Not if they need the trained student's warm-up: unless `attempts.student` names another student, or attempts were
+    imported and nothing has been trained (then there are decisions alone).
     """
     attempts = context.config.attempts
     return attempts.kind != "trained" or (bool(attempts.source) and context.students() == ["base"])
@@ -347,7 +347,7 @@ def untrained_problems(context: Context) -> list[Problem]:
 
 
 def evaluate_students(context: Context, names: Sequence[str]) -> dict[str, Any]:
-    """Accuracy of the named students (or ollama/NAME) on eval.source, before and after review: the evaluation's summary."""
+    """The evaluation's summary: accuracy of the named students (or ollama/NAME) on eval.source, before and after review."""
     from sclite import evaluation
 
     held_out = evaluation.held_out(context, untrained_problems(context))

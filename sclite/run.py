@@ -121,7 +121,7 @@ class Run:
             raise
 
     def _outputs(self) -> dict[str, int]:
-        """{path: modification time} of all files that stages produced: rows, adapters, checkpoints, exports, manifests."""
+        """{path: modification time} of all files that stages produced, from rows to manifests."""
         found = (path for path in self.folder.rglob("*") if path.is_file() and path.name not in NOT_OUTPUTS)
         return {str(path): path.stat().st_mtime_ns for path in found if not path.name.endswith(".begun.json")}
 
@@ -184,7 +184,7 @@ class Run:
                         stage, command = MADE_BY.get(name, ("", ""))
                         hint = "fix or remove the line, or re-run the command that wrote the file"
                         if stage and self.path(f"done/{stage}.json").is_file():
-                            hint = f"run `sclite {command} --run {self.folder}` to restore the missing rows; paid replies come from the ledger"
+                            hint = f"run `sclite {command} --run {self.folder}` to restore the rows; paid replies are kept"
                         message = f"{path}, line {number}: {where or 'not a row'}: {first['msg']}"
                         raise DataError(message, hint) from None
                     damaged.append(number)

@@ -1,4 +1,4 @@
-"""Settings and their precedence: defaults < run.toml < sclite.toml < environment < command line; and a new sclite.toml."""
+"""Settings: defaults < run.toml < sclite.toml < environment < command line; and a new sclite.toml."""
 
 import difflib
 import os
@@ -33,9 +33,9 @@ def load(
 ) -> Config:
     """Load the configuration: `defaults` < run.toml of the run < file < environment < `settings`.
 
-    `path` must exist; without it ./sclite.toml is read if present, unless `own_file` is False. `environment` holds variables
-    such as SCLITE_SFT__LEARNING_RATE, `settings` KEY=VALUE strings from the command line. An empty value on any level
-    resets a key to its default. Raises UsageError with all unknown keys and invalid values in one message, and DataError
+    `path` must exist; without it ./sclite.toml is read if present, unless `own_file` is False. `environment` holds
+    variables such as SCLITE_SFT__LEARNING_RATE, `settings` KEY=VALUE strings from the command line. An empty value on any
+    level resets a key to its default. Raises UsageError with all unknown keys and invalid values in one message, and DataError
     if run.toml is damaged.
     """
     file = _read_file(path) if path is not None or own_file else {}

@@ -113,7 +113,7 @@ def test_damaged_templates_are_restored_from_the_ledger(built, sclite, damage):
         ended = sclite("train", "--only", "sft", "--set", "student.model=embedded")
         assert ended.code == 3
         assert "templates.jsonl, line 1" in ended.error
-        assert "run `sclite build-data --run runs/default` to restore the missing rows" in ended.hint
+        assert "run `sclite build-data --run runs/default` to restore the rows" in ended.hint
     elif damage == "templates.begun.json":
         Path("runs/default/templates.begun.json").write_bytes(b"\0")
         path.write_bytes(whole[:-20])

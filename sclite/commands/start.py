@@ -67,7 +67,7 @@ def init(config: ConfigOption = None, json: JsonOption = False) -> None:
     )
     if not found:
         console.note(
-            "[yellow]note:[/] the bundled student can learn the quickstart's word problems only; set student.model for others"
+            "[yellow]note:[/] the bundled student learns the quickstart's word problems only; set student.model for others"
         )
 
 

@@ -62,7 +62,7 @@ class Labels:
                 yield "rejected", bundle.rejected
 
     def as_json(self, row: Template | Review | Pair) -> dict[str, Any]:
-        """{"id", "end_of_turn", "sequences": {name: [{"id", "text", "weight"}]}}; "decision" marks tokens that one follows."""
+        """{"id", "end_of_turn", "sequences": {name: [{"id", "text", "weight", "decision" if one follows}]}}."""
         found = {
             name: [
                 {"id": id, "text": self.decode([id]), "weight": weight}
