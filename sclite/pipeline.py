@@ -346,6 +346,18 @@ def untrained_problems(context: Context) -> list[Problem]:
     return [problem for problem in divided_problems(context).fit if problem.id not in corrected]
 
 
+def create_in_ollama(context: Context, gguf: Path) -> dict[str, Any]:
+    """Create the model `export.ollama`; what it says to a problem kept out of training, compared with the engine."""
+    from sclite.export.ollama import compare_replies, create_model
+    from sclite.export.samples import QUESTION
+
+    create_model(context.config.export.ollama, context.run.path("export/Modelfile"))
+    problems: list[Problem] = []
+    if context.run.path("problems.jsonl").is_file():
+        problems = untrained_problems(replace(context, dry=True, display=ProgressDisplay(quiet=True)))
+    return compare_replies(context.config, gguf, problems[0].question if problems else QUESTION)
+
+
 def evaluate_students(context: Context, names: Sequence[str]) -> dict[str, Any]:
     """The evaluation's summary: accuracy of the named students (or ollama/NAME) on eval.source, before and after review."""
     from sclite import evaluation

@@ -99,7 +99,7 @@ def export(
     common: Common,
 ) -> None:
     """Export a GGUF and a Modelfile for llama.cpp and Ollama."""
-    from sclite import exports
+    from sclite import exports, pipeline
     from sclite.evaluate.threshold import load_threshold
     from sclite.export import hub
     from sclite.inspect import summaries
@@ -117,16 +117,14 @@ def export(
         }
     )
     settings, kind = context.config.export, "dataset" if format == "data" else "model"
-    created, url = None, ""
+    compared, url = None, ""
     with context.run.lock():
         if settings.push:
             url = hub.open_repository(settings, kind)
         if format == "gguf":
             report, folder = exports.export(context)[0], context.run.path("export")
             if settings.ollama:
-                from sclite.export.ollama import create_model
-
-                created = create_model(settings.ollama, folder / "Modelfile")
+                compared = pipeline.create_in_ollama(context, Path(report.figures["gguf"]))
             files = hub.files_of(folder, [*report.figures["files"], "Modelfile", "README.md"])
         elif format == "lora":
             path, card = exports.export_lora(context)
@@ -152,9 +150,9 @@ def export(
         gguf = Path(report.figures["gguf"])
         review = context.config.review
         fitted = review.mode == "free" or review.threshold is not None
-        if not (fitted or common.json or created is not None):  # reads the whole GGUF
+        if not (fitted or common.json or compared):  # reads the whole GGUF
             fitted = load_threshold(context.config, context.run, gguf) is not None
-        summaries.print_export(context, report, created, fitted, common.json)
+        summaries.print_export(context, report, compared, fitted, common.json)
     if url and not common.json:
         console.print(f"Uploaded to {console.escape(url)}", wrap=False)
         if not settings.license:

@@ -1,11 +1,22 @@
-"""Write a Modelfile, and run `ollama create`."""
+"""Write a Modelfile, run `ollama create`, and compare what the created model says with what the engine says."""
 
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
+from sclite import prompts
+from sclite.config import Config
 from sclite.errors import DataError, ScliteError, UsageError
+from sclite.student.base import Request
+from sclite.student.llama_cpp.engine import Engine
+from sclite.student.llama_cpp.sequence import TokenSequence
+from sclite.student.ollama_api import call_ollama, ollama_url
+
+REPLY_TOKENS, LOADING_SECONDS = 64, 600
+NEAR_TIE = 0.1
+"""Nats between two next tokens, of which rounding chooses: caches and kernels differ."""
 
 
 def build_modelfile(
@@ -35,8 +46,8 @@ def build_modelfile(
     return "\n".join(lines) + "\n"
 
 
-def create_model(name: str, modelfile_path: Path) -> str:
-    """Run `ollama create NAME -f MODELFILE` and return its output. Raises ScliteError if ollama is missing or fails."""
+def create_model(name: str, modelfile_path: Path) -> None:
+    """Run `ollama create NAME -f MODELFILE`. Raises ScliteError if ollama is missing or fails."""
     if not re.fullmatch(r"[A-Za-z0-9][\w./:-]*", name):
         raise UsageError(
             f"export.ollama = {name!r} is not a valid model name",
@@ -55,4 +66,61 @@ def create_model(name: str, modelfile_path: Path) -> str:
             f"ollama create {name} failed: {lines[-1] if lines else 'no reason given'}",
             "is the server running? start it with: ollama serve",
         )
-    return done.stdout
+
+
+def compare_replies(config: Config, gguf: Path, question: str) -> dict[str, Any]:
+    """Ask the model `export.ollama` and the engine the same question, greedily.
+
+    Returns prompt_tokens, ollama_prompt_tokens (None if Ollama does not count them), tokens and equal_tokens of the reply,
+    and, where the two part, gap: by how many nats the engine prefers its own token (None: one reply has ended);
+    `summary` says it in a line. Raises ScliteError if the prompt has another length or the first token differs, TeacherError
+    if Ollama does not answer.
+    """
+    name, chat = config.export.ollama, prompts.solve_messages(question, config.prompts.folder)
+    body = {
+        "model": name,
+        "messages": [
+            dict(message) for message in chat if message["role"] != "system"
+        ],  # that is in the Modelfile
+        "stream": False,
+        "keep_alive": 0,  # a prompt in the cache would not be counted the next time
+        "options": {"temperature": 0, "seed": 0, "num_predict": REPLY_TOKENS},
+    }
+    found = call_ollama(ollama_url(), "/api/chat", body, LOADING_SECONDS)
+    counted, message = found.get("prompt_eval_count"), found.get("message") or {}
+    with Engine(gguf, parallel=1, context=config.eval.context) as engine:
+        prompt = engine.chat_ids(chat)
+        request = Request(chat, max_tokens=REPLY_TOKENS)
+        (ours,) = engine.scheduler.run([TokenSequence(prompt.copy(), request=request, limit=REPLY_TOKENS)])
+        reply, theirs = ours.text.decode(errors="replace").strip(), str(message.get("content") or "").strip()
+        said, equal, text, gap = theirs.encode(), 0, b"", None
+        for token in ours.ids[len(prompt) :]:  # those that Ollama wrote, too
+            longer = text + engine.vocabulary.piece(token)
+            if reply != theirs and not said.startswith(longer.lstrip()):
+                break
+            equal, text = equal + 1, longer
+        other = engine.token_ids(said[len(text.lstrip()) :].decode(errors="replace"))
+        if equal < ours.generated and other:
+            at = len(prompt) + equal
+            (scored,) = engine.scheduler.run([TokenSequence(ours.ids[:at], {at - 1: None})])
+            gap = float(scored.read[0][ours.ids[at]] - scored.read[0][other[0]])
+    differs = ""
+    if message.get("thinking"):
+        differs = "thinks before it answers"
+    elif counted is not None and counted != len(prompt):
+        differs = f"gets a prompt of {counted} tokens instead of {len(prompt)}"
+    elif reply != theirs and not equal:
+        differs = f"begins with {theirs[:20]!r} instead of {reply[:20]!r}"
+    if differs:
+        raise ScliteError(
+            f"{name} in Ollama is not the exported model: it {differs}",
+            f"update Ollama (before 0.30 it needs the Modelfile's TEMPLATE); to remove the model: ollama rm {name}",
+        )
+    length = "prompt of unknown length" if counted is None else f"prompt of {counted} tokens"
+    summary = f"Ollama says the same: {length}, {ours.generated} greedy tokens"
+    if reply != theirs:
+        where = "where one ends" if gap is None else f"where sclite prefers its own token by {gap:.2f} nats"
+        near = "" if gap is None or gap > NEAR_TIE else " (a near tie)"
+        summary = f"Ollama says the same for {equal} of {ours.generated} greedy tokens, up to {where}{near}; {length}"
+    counts = {"prompt_tokens": len(prompt), "ollama_prompt_tokens": counted, "tokens": ours.generated}
+    return {**counts, "equal_tokens": equal, "gap": gap, "summary": summary}

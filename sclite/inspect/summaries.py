@@ -108,16 +108,18 @@ def print_plan(plan: Mapping[str, Any], json: bool) -> None:
         raise error
 
 
-def print_export(context: "Context", report: Report, created: str | None, fitted: bool, json: bool) -> None:
+def print_export(
+    context: "Context", report: Report, compared: Mapping[str, Any] | None, fitted: bool, json: bool
+) -> None:
     """Print the GGUF, and the next command.
 
-    `created` is the output of `ollama create`, None if it did not run; `fitted` whether a review threshold is known.
+    `compared` is what the model created in Ollama says, None if there is none; `fitted` whether a review threshold is known.
     """
     from sclite.export.parity import summarize
 
     ollama, figures = context.config.export.ollama, report.figures
     if json:
-        console.print_json({**figures, "ollama": ollama if created is not None else None})
+        console.print_json({**figures, "ollama": ollama or None, "ollama_reply": compared})
         return
     for name, file in figures["files"].items():
         path = context.run.path(f"export/{name}")
@@ -131,7 +133,8 @@ def print_export(context: "Context", report: Report, created: str | None, fitted
         console.note(f"[yellow]warning:[/] {escape(warning)}")
     run = quote(str(context.run.folder))
     bundled = context.config.teacher.embedded and not context.config.problems.source
-    if created is not None:
+    if compared is not None:
+        console.print(escape(compared["summary"]))
         _print_command("Next", f"ollama run {quote(ollama)}")
     elif fitted:
         _print_command("Next", f"sclite chat --self-correct --run {run}")

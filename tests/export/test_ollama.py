@@ -1,14 +1,23 @@
 """The Modelfile and `ollama create`."""
 
+import json
+import re
 import stat
 
 import pytest
 
-from sclite.errors import DataError, ScliteError, UsageError
+from sclite import settings
+from sclite.data.problems import split_problems
+from sclite.errors import DONE, FAILED, NETWORK, DataError, ScliteError, UsageError
 from sclite.export.chat_format import derive_format
 from sclite.export.ollama import build_modelfile, create_model
+from sclite.records import Problem
+from sclite.run import Run
+from sclite.student.base import Request
 from sclite.student.chat_template import render_chat
-from tests.toy import CHATML
+from sclite.student.llama_cpp.engine import Engine
+from tests.replay import Answer, TeacherServer
+from tests.toy import CHATML, tiny_llama
 
 
 def test_modelfile_has_template_system_prompt_stops_and_context():
@@ -59,11 +68,126 @@ def test_missing_ollama_suggests_the_install_command(tmp_path, monkeypatch):
     assert "ollama.com/install" in error.value.hint
 
 
-def test_ollama_create_runs_and_its_error_is_reported(tmp_path, monkeypatch):
-    program = tmp_path / "ollama"
-    program.write_text('#!/bin/sh\n[ "$2" = bad ] && { echo "no server" >&2; exit 1; }\necho "$@"\n')
-    program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    assert create_model("mine", tmp_path / "Modelfile").strip() == f"create mine -f {tmp_path / 'Modelfile'}"
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """An `ollama` that notes its arguments, and refuses to create `bad`."""
+    path = tmp_path / "bin/ollama"
+    path.parent.mkdir()
+    path.write_text(
+        f'#!/bin/sh\n[ "$2" = bad ] && {{ echo "no server" >&2; exit 1; }}\necho "$@" > {tmp_path}/called\n'
+    )
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{path.parent}:/bin:/usr/bin")
+
+
+def test_ollama_create_runs_and_its_error_is_reported(program, tmp_path):
+    create_model("mine", tmp_path / "Modelfile")
+    assert (tmp_path / "called").read_text() == f"create mine -f {tmp_path / 'Modelfile'}\n"
     with pytest.raises(ScliteError, match="no server"):
         create_model("bad", tmp_path / "Modelfile")
+
+
+# -- what the created model says ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("student"))
+
+
+def serve_modelfile(body):
+    """What Ollama replies: with the file and the system prompt of the Modelfile, and the template in the file."""
+    folder = Run("runs/default").path("export")
+    modelfile = (folder / "Modelfile").read_text()
+    system = {"role": "system", "content": re.search('^SYSTEM """(.*?)"""', modelfile, re.S | re.M)[1]}
+    assert (body["model"], body["options"]["temperature"]) == ("mine", 0)
+    assert [message["role"] for message in body["messages"]] == ["user"]
+    with Engine(
+        folder / re.search(r"^FROM \./(.+)$", modelfile, re.M)[1], parallel=1, context=1024
+    ) as engine:
+        asked = Request((system, *body["messages"]), max_tokens=body["options"]["num_predict"])
+        (reply,) = engine.generate([asked])
+    message = {"role": "assistant", "content": reply.text}
+    return {"message": message, "prompt_eval_count": reply.prompt_tokens, "eval_count": reply.tokens}
+
+
+def faithful(found):
+    pass
+
+
+def of_an_old_version(found):
+    del found["prompt_eval_count"]
+
+
+def parting_later(found):
+    text = found["message"]["content"]
+    found["message"]["content"] = text[: len(text) // 2] + "QQ" + text[len(text) // 2 :]
+
+
+def longer_prompt(found):
+    found["prompt_eval_count"] += 4
+
+
+def other_beginning(found):
+    found["message"]["content"] = "QQ" + found["message"]["content"]
+
+
+def thinking(found):
+    found["message"]["thinking"] = "Well."
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "said"),
+    [
+        (faithful, DONE, r"^Ollama says the same: prompt of \d+ tokens, \d\d greedy tokens$"),
+        (of_an_old_version, DONE, "^Ollama says the same: prompt of unknown length"),
+        (
+            parting_later,
+            DONE,
+            r"^Ollama says the same for \d+ of \d+ greedy tokens, up to .* by \d+\.\d\d nats",
+        ),
+        (longer_prompt, FAILED, r"it gets a prompt of \d+ tokens instead of"),
+        (other_beginning, FAILED, "it begins with 'QQ"),
+        (thinking, FAILED, "it thinks before it answers"),
+    ],
+)
+def test_created_model_is_asked_and_compared(sclite, student, program, monkeypatch, change, code, said):
+    def answer(body, nth):
+        found = serve_modelfile(body)
+        change(found)
+        return Answer(body=found)
+
+    with TeacherServer(answer) as server:
+        monkeypatch.setenv("OLLAMA_HOST", server.url.removesuffix("/v1"))
+        given = ("--ollama", "mine", "--quant", "f16", "--set", f"student.model={student}")
+        ended = sclite("export", *given)
+        assert ended.code == code
+        assert re.search(said, ended.error or ended.out, re.M)
+        assert code == DONE or "ollama rm mine" in ended.hint
+        if change is faithful:
+            reply = json.loads(sclite("export", *given, "--json").out)["ollama_reply"]
+            assert reply["prompt_tokens"] == reply["ollama_prompt_tokens"] > 50
+            assert reply["equal_tokens"] == reply["tokens"]
+            assert len(server.requests) == 2
+
+
+def test_question_is_one_that_nothing_was_trained_on(sclite, student, program, monkeypatch):
+    rows = [Problem(id=f"p{n}", question=f"{n} + {n}?", answer=str(2 * n)) for n in range(200)]
+    Run(".").replace("rows.jsonl", rows)
+    given = ("--set", "problems.source=rows.jsonl", "--set", f"student.model={student}")
+    config = settings.load(None, given[1::2])
+    kept = {problem.question for problem in split_problems(config, rows).fit}
+    Run("runs/default").replace("problems.jsonl", rows)
+    with TeacherServer(lambda body, nth: Answer(body=serve_modelfile(body))) as server:
+        monkeypatch.setenv("OLLAMA_HOST", server.url.removesuffix("/v1"))
+        assert sclite("export", "--ollama", "mine", "--quant", "f16", *given).code == DONE
+        (asked,) = server.requests
+    assert 50 <= len(kept) < 200
+    assert sum(question in asked["messages"][0]["content"] for question in kept) == 1
+
+
+def test_stopped_ollama_is_named_after_the_export(sclite, student, program, monkeypatch):
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
+    ended = sclite("export", "--ollama", "mine", "--quant", "f16", "--set", f"student.model={student}")
+    assert (ended.code, "ollama serve" in ended.hint) == (NETWORK, True)
+    assert Run("runs/default").path("export/base-f16.gguf").is_file()
