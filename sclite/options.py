@@ -29,16 +29,13 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Retrain if the inputs of a model have changed.")]
 GpuOption = Annotated[
     int | None,
-    typer.Option(
-        "--gpu", metavar="N", min=0, help="The CUDA GPU to use (default: the first, or the CPU if none)."
-    ),
+    typer.Option("--gpu", metavar="N", min=0, help="The CUDA GPU (default: the first, or the CPU)."),
 ]
 ProblemsArgument = Annotated[
     str | None, typer.Argument(metavar="PROBLEMS", help="A file or a Hub ID (default: problems.source).")
 ]
 LimitOption = Annotated[
-    int | None,
-    typer.Option("--limit", metavar="N", min=1, help="Use only the first N problems (default: all)."),
+    int | None, typer.Option("--limit", metavar="N", min=1, help="Only the first N problems (default: all).")
 ]
 MaxCostOption = Annotated[
     float | None, typer.Option("--max-cost", metavar="USD", min=0, help="Spending limit for the whole run.")

@@ -26,19 +26,13 @@ def status(*, common: Common) -> None:
 def show(
     what: Annotated[
         str | None,
-        typer.Argument(
-            metavar="WHAT",
-            help="problems, templates, attempts, reviews, pairs or drops (default: an overview).",
-        ),
+        typer.Argument(metavar="WHAT", help="problems, templates, attempts, reviews, pairs or drops."),
     ] = None,
     reason: Annotated[
         str | None, typer.Option("--reason", metavar="REASON", help="Only drops with this reason.")
     ] = None,
     kind: Annotated[
-        str | None,
-        typer.Option(
-            "--kind", metavar="KIND", help="Only rows of this kind, such as wrong, correction or decision."
-        ),
+        str | None, typer.Option("--kind", metavar="KIND", help="Only rows of this kind, such as wrong.")
     ] = None,
     id: Annotated[
         str | None, typer.Option("--id", metavar="PREFIX", help="Only rows whose id starts with this.")
@@ -53,7 +47,10 @@ def show(
     *,
     common: Common,
 ) -> None:
-    """Show the rows of a run, and why rows were dropped."""
+    """Show the rows of a run, and why rows were dropped.
+
+    Without WHAT, an overview.
+    """
     from sclite.inspect import tables
     from sclite.inspect.rows import Choice
     from sclite.run import Run

@@ -17,7 +17,7 @@ def quickstart(
     problems: Annotated[
         int | None,
         typer.Option(
-            "--problems", metavar="N", min=200, help="Training problems (default: those of the run, or 640)."
+            "--problems", metavar="N", min=200, help="Training problems (default: the run's, or 640)."
         ),
     ] = None,
     fresh: FreshOption = False,

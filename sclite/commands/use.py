@@ -15,14 +15,11 @@ from sclite.options import Common, common_options
 @common_options
 def evaluate(
     problems: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="PROBLEMS", help="Held-out problems: a file or a Hub ID (default: eval.source)."
-        ),
+        str | None, typer.Argument(metavar="PROBLEMS", help="Held-out problems (default: eval.source).")
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option("--limit", metavar="N", min=10, help="Use only the first N problems (default: 500)."),
+        typer.Option("--limit", metavar="N", min=10, help="Only the first N problems (default: 500)."),
     ] = None,
     models: Annotated[
         str | None,
@@ -74,9 +71,7 @@ def export(
     ] = None,
     push: Annotated[
         str | None,
-        typer.Option(
-            "--push", metavar="REPO", help="Upload the files and their card to the Hub: OWNER/NAME."
-        ),
+        typer.Option("--push", metavar="REPO", help="Upload files and card to the Hub: OWNER/NAME."),
     ] = None,
     format: Annotated[
         str,
@@ -88,9 +83,7 @@ def export(
     ] = "gguf",
     imatrix: Annotated[
         bool | None,
-        typer.Option(
-            "--imatrix/--no-imatrix", help="Use an importance matrix (default: for types below 5 bits)."
-        ),
+        typer.Option("--imatrix/--no-imatrix", help="Use an importance matrix (default: below 5 bits)."),
     ] = None,
     keep_template: Annotated[
         bool | None, typer.Option("--keep-template", help="Export the model's own chat template as it is.")
@@ -127,12 +120,14 @@ def export(
                 compared = pipeline.create_in_ollama(context, Path(report.figures["gguf"]))
             files = hub.files_of(folder, [*report.figures["files"], "Modelfile", "README.md"])
         elif format == "lora":
-            path, card = exports.export_lora(context)
+            with context.display.wait("converting the adapter"):
+                path, card = exports.export_lora(context)
             report, files = Report("lora", figures={"lora": str(path)}), {path.name: path, "README.md": card}
         elif format == "merged":
             from sclite.export.model import export_merged
 
-            folder = export_merged(context.config, context.run, context.students()[-1])
+            with context.display.wait("merging the adapter"):
+                folder = export_merged(context.config, context.run, context.students()[-1])
             report, files = Report("merged", figures={"merged": str(folder)}), hub.files_of(folder)
         else:
             from sclite.export.datasets import export_data
@@ -251,9 +246,7 @@ def serve(
     ] = 8000,
     parallel: Annotated[
         int | None,
-        typer.Option(
-            "--parallel", metavar="N", min=1, help="Answers written at once (default: 32, small models 4)."
-        ),
+        typer.Option("--parallel", metavar="N", min=1, help="Answers at once (default: 32, small models 4)."),
     ] = None,
     *,
     common: Common,
