@@ -67,8 +67,11 @@ def write_corrections(
             attempt = by_job[result.id]
             if result.rejection is not None:
                 drops.append(_drop(attempt, result.rejection.reason, result.rejection.text, result.raw))
-            else:
-                reviews.append(_merge_review(attempt, result.raw, result.requests))
+            elif (made := result.made) is not None:
+                step, noted = next((n, step) for n, step in enumerate(made.steps, 1) if step.cause)
+                given = {"id": attempt.id, "sample": attempt.sample, "requests": result.requests}
+                parts = {"cause": noted.cause, "correction": noted.correction, "trace": render(made)}
+                reviews.append(Review(**given, step=step, **parts))
             progress(done, len(wrong), teacher.ledger.spent_usd)
         report.cost_usd = teacher.ledger.totals("corrections")["cost_usd"]
         run.replace_drops({"corrections"}, drops)
@@ -144,23 +147,29 @@ def preview_corrections(config: Config, run: Run, teacher: Teacher, grader: Grad
 # -- the checks of a review ----------------------------------------------------------------------------------------
 
 
-def review_rejection(text: str, attempt: Attempt, problem: Problem, grader: Grader) -> Rejection | None:
-    """Why a teacher's review of an attempt is unusable, or None if it is usable."""
-    parsed = parse(text)
+def check_review(text: str, attempt: Attempt, problem: Problem, grader: Grader) -> Trace | Rejection:
+    """A teacher's review of an attempt, with the attempt's own text (keys included) up to the wrong step; or why not."""
+    parsed, work = parse(text), attempt.parsed.work
+    review = parsed.trace
     if parsed.issues:
         return Rejection("not_readable", str(parsed.issues[0]))
     if "\ufffd" in text:
         return Rejection("broken_text", "it has characters that are no text")
-    if rejection := step_rejection(attempt.parsed.work, parsed.trace, attempt.first_error):
+    if rejection := step_rejection(work, review, attempt.first_error):
         return rejection
-    if find_leak(render(parsed.trace)):
+    if find_leak(render(review)):
         return Rejection("leak", "the text mentions a given solution or answer")
-    right = grader.equal(parsed.trace.answer, problem.answer)
+    right = grader.equal(review.answer, problem.answer)
     if right is None:
         return Rejection("grader_unknown", "the answer could not be compared")
-    return (
-        None if right else Rejection("wrong_answer", f"{parsed.trace.answer} is not the right final answer")
+    if not right:
+        return Rejection("wrong_answer", f"{review.answer} is not the right final answer")
+    step = first_corrected(review)
+    assert step is not None  # or `step_rejection` would have said so
+    noted = replace(
+        work.steps[step - 1], cause=review.steps[step - 1].cause, correction=review.steps[step - 1].correction
     )
+    return replace(review, steps=(*work.steps[: step - 1], noted, *review.steps[step:]))
 
 
 def step_rejection(work: Trace, review: Trace, label: int | None) -> Rejection | None:
@@ -228,7 +237,7 @@ def _drop(attempt: Attempt, reason: str, detail: str, raw: str) -> Drop:
     return Drop(stage="corrections", **of, reason=reason, detail=detail, raw=raw)
 
 
-def _jobs(config: Config, run: Run, grader: Grader, wrong: Sequence[Attempt]) -> Iterator[Job]:
+def _jobs(config: Config, run: Run, grader: Grader, wrong: Sequence[Attempt]) -> Iterator[Job[Trace]]:
     """One teacher job per wrong attempt."""
     problems: Mapping[str, Problem] = {p.id: p for p in run.rows("problems.jsonl", Problem)} if wrong else {}
     folder = config.prompts.folder
@@ -238,26 +247,7 @@ def _jobs(config: Config, run: Run, grader: Grader, wrong: Sequence[Attempt]) ->
         yield Job(
             f"{attempt.id}/{attempt.sample}",
             partial(prompts.correction_messages, *gold, work, folder=folder),
-            partial(review_rejection, attempt=attempt, problem=problem, grader=grader),
+            partial(check_review, attempt=attempt, problem=problem, grader=grader),
             attempt.sample,
             inspect=partial(prompts.inspection_messages, "inspector_correction", *gold, folder=folder),
         )
-
-
-def _merge_review(attempt: Attempt, reply: str, requests: int) -> Review:
-    """A checked review as a row, with the attempt's own text (keys included) up to the wrong step."""
-    trace = parse(reply).trace
-    step = first_corrected(trace)
-    assert step is not None  # or the check would have rejected it
-    accused = trace.steps[step - 1]
-    *before, wrong = attempt.parsed.work.steps[:step]
-    wrong = replace(wrong, cause=accused.cause, correction=accused.correction)
-    return Review(
-        id=attempt.id,
-        sample=attempt.sample,
-        step=step,
-        cause=accused.cause,
-        correction=accused.correction,
-        trace=render(replace(trace, steps=(*before, wrong, *trace.steps[step:]))),
-        requests=requests,
-    )

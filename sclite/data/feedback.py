@@ -15,7 +15,7 @@ from sclite.records import FEEDBACK, FROM_FEEDBACK, Attempt, Drop, Feedback, Pro
 from sclite.run import Report, Run, timed
 from sclite.signature import digest, with_unanswered
 from sclite.teacher.client import Forecast, Job, Rejection, Teacher, count_unanswered, identity
-from sclite.trace import parse
+from sclite.trace import Parsed, parse
 
 SOLUTIONS = 2
 """The teacher's solutions of a question without a gold answer; they must agree."""
@@ -137,31 +137,32 @@ def _find_golds(
         else:
             unknown[question] = rows[0].question
 
-    def check(reply: str) -> Rejection | None:
+    def check(reply: str) -> Parsed | Rejection:
         found = parse(reply)
         usable = found.trace.answer is not None and not found.issues
-        return None if usable else Rejection("no_gold_answer", "the teacher's solution cannot be read")
+        return found if usable else Rejection("no_gold_answer", "the teacher's solution cannot be read")
 
-    def ask(question: str, sample: int) -> Job:
+    def ask(question: str, sample: int) -> Job[Parsed]:
         messages = prompts.solve_messages(unknown[question], config.prompts.folder)
         return Job(question, lambda _: messages, check, sample)
 
     jobs = [ask(question, sample) for question in unknown for sample in range(SOLUTIONS)]
-    solutions: dict[str, list[str]] = {question: [] for question in unknown}
+    solutions: dict[str, list[Parsed]] = {question: [] for question in unknown}
     for done, result in enumerate(teacher.ask_after_pilot(jobs, len(jobs), "feedback", confirm), 1):
         if result.rejection is not None:
             golds[result.id] = result.rejection
-        solutions[result.id].append(result.raw)
+        elif result.made is not None:
+            solutions[result.id].append(result.made)
         progress(done, len(jobs), teacher.ledger.spent_usd)
-    for question, texts in solutions.items():
-        first, *others = (answer_of(parse(text)) for text in texts)
+    for question, found in solutions.items():
         if question in golds:
             continue
+        first, *others = (parsed.trace.answer for parsed in found)
         if first is None or not all(grader.equal(other, first) for other in others):
             why = f"the teacher answers {', '.join(map(str, (first, *others)))}"
             golds[question] = Rejection("no_gold_answer", why)
         else:
-            problem = {"question": unknown[question], "answer": first, "solution": texts[0]}
+            problem = {"question": unknown[question], "answer": first, "solution": found[0].text}
             golds[question] = Problem(id=_id(question), **problem)
     return golds
 

@@ -23,7 +23,7 @@ from sclite.teacher.client import (
     count_unanswered,
     identity,
 )
-from sclite.trace import first_corrected, parse, render
+from sclite.trace import Trace, first_corrected, parse, render
 
 _GIVEN = r"(?:given|provided|supplied|official|model|reference|gold(?:en)?|ground[- ]truth)"
 _NUMBER = r"\$?\d+(?:[.,/]\d+)*\$?\s*"
@@ -117,8 +117,8 @@ def preview_templates(
     return teacher.preview(_jobs(config, missing, grader), guess, "templates")
 
 
-def check_template(reply: str, problem: Problem, grader: Grader) -> Rejection | None:
-    """Why a teacher's reply is not a valid template for this problem, or None if it is."""
+def check_template(reply: str, problem: Problem, grader: Grader) -> Trace | Rejection:
+    """The template in a teacher's reply for this problem, or why it is none."""
     parsed = parse(reply)
     if parsed.issues:
         named = "; ".join(str(error) for error in parsed.issues[:3])
@@ -138,7 +138,7 @@ def check_template(reply: str, problem: Problem, grader: Grader) -> Rejection | 
         return Rejection("grader_unknown", f"its answer cannot be compared, write exactly: {problem.answer}")
     if not equal:
         return Rejection("wrong_answer", f"its answer is {found.answer}, not {problem.answer}")
-    return None
+    return found
 
 
 def find_leak(text: str) -> str | None:
@@ -191,18 +191,18 @@ def _request(
                 why = {"reason": result.rejection.reason, "detail": result.rejection.text, "raw": result.raw}
                 drops[result.id] = Drop(stage="templates", id=result.id, **why)
                 run.append("dropped.jsonl", [drops[result.id]])
-            else:
+            elif result.made is not None:
                 if add is None:
                     run.write_json("templates.begun.json", basis)
                     add = open_files.enter_context(run.appending("templates.jsonl"))
                 given = by_id[result.id].model_dump(include={"id", "question", "answer"})
-                add([Template(**given, trace=render(parse(result.raw).trace), requests=result.requests)])
+                add([Template(**given, trace=render(result.made), requests=result.requests)])
             done += 1
             progress(done, total, teacher.ledger.spent_usd)
     return drops
 
 
-def _jobs(config: Config, problems: Iterable[Problem], grader: Grader) -> Iterator[Job]:
+def _jobs(config: Config, problems: Iterable[Problem], grader: Grader) -> Iterator[Job[Trace]]:
     folder = config.prompts.folder
     for problem in problems:
         gold = problem.question, problem.solution or problem.answer, problem.answer

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from sclite import config, console
 from sclite.errors import BudgetError, Declined
@@ -17,6 +17,7 @@ from sclite.teacher.provider import require_model
 from sclite.teacher.reply import CUT_IN_REASONING, EMPTY, ONLY_REASONING, REFUSAL
 from sclite.teacher.sender import MIN_FAILURES, REFUSED_BY_TEACHER, Messages, NoReply, Sender, parameters_of
 
+T = TypeVar("T")  # what a check reads from a reply
 EMPTY_REPLY, CUT_OFF, REASONING_TOO_LONG = "empty_reply", "cut_off", "reasoning_too_long"
 LARGEST_BUDGET = 32_768  # tokens; a larger one is not chosen by itself
 CHARACTERS_PER_TOKEN = 4.0  # of English text and formulas, roughly
@@ -35,25 +36,26 @@ class Rejection:
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Generic[T]):
     """One request. `messages(error)` builds the chat; `error` is empty at first, then what the last reply got wrong.
 
-    `check(reply)` returns None for a good reply; it runs in a thread, several at once, and may be slow.
+    `check(reply)` returns what a good reply was read as, or a Rejection; it runs in a thread, several at once, and may be
+    slow.
     `parameters` (temperature, top_p, max_tokens ..) override the teacher's for this job.
     `inspect(reply)` builds the chat in which a second model accepts or rejects a reply that passed the check.
     """
 
     id: str
     messages: Callable[[str], Messages]
-    check: Callable[[str], Rejection | None]
+    check: Callable[[str], T | Rejection]
     sample: int = 0
     parameters: Mapping[str, Any] = field(default_factory=dict)
     inspect: Callable[[str], Messages] | None = None
 
 
 @dataclass(frozen=True)
-class Result:
-    """The outcome of a job: `text` passed its check, or is None and `rejection` says why the last reply did not.
+class Result(Generic[T]):
+    """The outcome of a job: `text` passed its check, which read it as `made`; or `rejection` says why the last one did not.
 
     `raw` is the last reply in any case, `requests` the number of replies, `entry` the last one in the ledger (None if
     there was none).
@@ -62,6 +64,7 @@ class Result:
     id: str
     sample: int
     text: str | None
+    made: T | None
     rejection: Rejection | None
     raw: str
     requests: int
@@ -139,7 +142,7 @@ class Teacher:
         """US dollars per token; None if unknown. Imports LiteLLM, which takes seconds; sends nothing."""
         return self._sender.connect().price
 
-    def ask_all(self, jobs: Iterable[Job], stage: str = "") -> Iterator[Result]:
+    def ask_all(self, jobs: Iterable[Job[T]], stage: str = "") -> Iterator[Result[T]]:
         """Yield each job's result as it completes. Jobs are taken from the iterable only when there is room for them.
 
         Raises TeacherError, and cancels the rest, if no further request can succeed: a bad key, an unknown model, no
@@ -148,10 +151,10 @@ class Teacher:
         """
         require_model(self.settings)
         loop, pending = self._runner.get_loop(), iter(jobs)
-        active, done = set[asyncio.Task[Result]](), asyncio.Queue[asyncio.Task[Result]]()
+        active, done = set[asyncio.Task[Result[T]]](), asyncio.Queue[asyncio.Task[Result[T]]]()
         limit_error: BudgetError | None = None
 
-        def finish(task: asyncio.Task[Result]) -> None:
+        def finish(task: asyncio.Task[Result[T]]) -> None:
             if not task.cancelled():
                 task.exception()  # retrieved, else asyncio prints exceptions that nobody takes
             done.put_nowait(task)
@@ -184,7 +187,7 @@ class Teacher:
             raise limit_error
         self._sender.raise_if_all_refused(MIN_FAILURES)
 
-    def stream(self, job: Job, stage: str = "") -> Generator[str | Result, None, None]:
+    def stream(self, job: Job[T], stage: str = "") -> Generator[str | Result[T], None, None]:
         """Yield the text of one reply as it arrives, then the result; of a reply from the ledger only the result.
 
         Leaving the iterator early cancels the request. Raises as `ask_all`.
@@ -203,7 +206,7 @@ class Teacher:
             task.cancel()
             self._runner.run(asyncio.wait([task], timeout=_CLOSING_SECONDS))
 
-    async def _work(self, job: Job, stage: str, on_text: Callable[[str], None] | None = None) -> Result:
+    async def _work(self, job: Job[T], stage: str, on_text: Callable[[str], None] | None = None) -> Result[T]:
         rejection: Rejection | None = None
         entry, error, raw = None, "", ""
         parameters, requests, enlarged = dict(job.parameters), 0, False
@@ -214,7 +217,7 @@ class Teacher:
                     job.messages(error), job.sample, requests, stage, parameters, on_text
                 )
                 raw = entry.text
-                rejection = await self._check(job, entry, budget, stage)
+                found = await self._check(job, entry, budget, stage)
             except NoReply as failure:
                 # a model that has no larger budget refuses it: the reasoning is to blame
                 thought = rejection is not None and rejection.reason == REASONING_TOO_LONG
@@ -222,8 +225,9 @@ class Teacher:
                     rejection = Rejection(failure.reason, str(failure))
                 break
             requests += 1
-            if rejection is None:
-                return Result(job.id, job.sample, raw, None, raw, requests, entry)
+            if not isinstance(found, Rejection):
+                return Result(job.id, job.sample, raw, found, None, raw, requests, entry)
+            rejection = found
             if rejection.reason == REASONING_TOO_LONG:
                 larger = min(2 * budget, LARGEST_BUDGET, self._sender.connect().max_output_tokens)
                 if enlarged or larger <= budget:
@@ -239,10 +243,10 @@ class Teacher:
                 continue
             repeated = error.startswith(rejection.text)  # the same messages would get the same reply
             error = f"{rejection.text} (still so in reply {requests})" if repeated else rejection.text
-        return Result(job.id, job.sample, None, rejection, raw, requests, entry)
+        return Result(job.id, job.sample, None, None, rejection, raw, requests, entry)
 
-    async def _check(self, job: Job, entry: Entry, budget: int, stage: str) -> Rejection | None:
-        """Why a reply is rejected: by its finish reason, the job's check or the inspector, in this order."""
+    async def _check(self, job: Job[T], entry: Entry, budget: int, stage: str) -> T | Rejection:
+        """What the check read, or a rejection: by the finish reason, the check or the inspector, in this order."""
         finish = entry.finish_reason
         if finish != "stop":
             rejections = {
@@ -260,23 +264,23 @@ class Teacher:
             other = (f"finish_{finish}", f"it ended with {finish} and not by itself")
             return Rejection(*rejections.get(finish, other))
         loop = asyncio.get_running_loop()
-        rejection = await loop.run_in_executor(self._threads, job.check, entry.text)
-        if rejection is not None or self._inspector is None or job.inspect is None:
-            return rejection
+        made = await loop.run_in_executor(self._threads, job.check, entry.text)
+        if isinstance(made, Rejection) or self._inspector is None or job.inspect is None:
+            return made
         judged = await self._inspector.reply(job.inspect(entry.text), job.sample, 0, f"{stage} inspection")
         verdict, reason = _VERDICT.search(judged.text), _REASON.search(judged.text)
         if verdict is None:
             return Rejection("inspector_not_readable", "the inspector gave no verdict")
         if verdict[1].lower() == "accept":
-            return None
+            return made
         text = " ".join(reason[1].split()) if reason else "the inspector rejects it"
         return Rejection("rejected_by_inspector", text)
 
     # -- what it will cost -----------------------------------------------------------------------------------------
 
     def ask_after_pilot(
-        self, jobs: Iterable[Job], total: int, stage: str, confirm: Callable[[Forecast], bool] | None
-    ) -> Iterator[Result]:
+        self, jobs: Iterable[Job[T]], total: int, stage: str, confirm: Callable[[Forecast], bool] | None
+    ) -> Iterator[Result[T]]:
         """As `ask_all`; if the first few jobs cost money, the rest is requested only if `confirm` agrees.
 
         `confirm` None agrees to everything. Raises Declined if it does not, after the pilot's results.
@@ -302,7 +306,7 @@ class Teacher:
             break
         yield from self.ask_all(pending, stage)
 
-    def preview(self, jobs: Iterable[Job], completion_tokens: float, stage: str) -> dict[str, Any]:
+    def preview(self, jobs: Iterable[Job[T]], completion_tokens: float, stage: str) -> dict[str, Any]:
         """What these jobs would send and cost; nothing is sent.
 
         `first_request` is the first one in full (None if the ledger holds all replies). `completion_tokens` is a guess

@@ -3,7 +3,7 @@
 import pytest
 
 from sclite.config import Config
-from sclite.data.corrections import review_rejection, write_corrections
+from sclite.data.corrections import check_review, write_corrections
 from sclite.errors import DataError
 from sclite.progress import no_progress
 from sclite.records import Attempt, Drop, Problem, Review
@@ -56,7 +56,7 @@ def fill(run, wrong=1, right=0, others=()):
 
 def test_review_that_corrects_the_first_wrong_step_is_kept(grader):
     for text in (GOOD, GOOD.replace("48 + 24 = 72", "48 +  24 =\n72")):  # white space does not change a step
-        assert review_rejection(text, ATTEMPT, PROBLEM, grader) is None
+        assert isinstance(check_review(text, ATTEMPT, PROBLEM, grader), Trace)
 
 
 @pytest.mark.parametrize(
@@ -82,15 +82,15 @@ def test_review_that_corrects_the_first_wrong_step_is_kept(grader):
     ],
 )
 def test_each_invalid_review_has_a_reason(grader, text, reason):
-    rejection = review_rejection(text, ATTEMPT, PROBLEM, grader)
+    rejection = check_review(text, ATTEMPT, PROBLEM, grader)
     assert rejection.reason == reason
     assert rejection.text
 
 
 def test_imported_label_decides_which_step_is_accused(grader):
     for label, reason in ((2, None), (1, "other_step_than_label"), (3, "other_step_than_label")):
-        rejection = review_rejection(GOOD, ATTEMPT.model_copy(update={"first_error": label}), PROBLEM, grader)
-        assert (rejection.reason if rejection else None) == reason
+        rejection = check_review(GOOD, ATTEMPT.model_copy(update={"first_error": label}), PROBLEM, grader)
+        assert getattr(rejection, "reason", None) == reason
 
 
 def test_unknown_grade_is_not_a_wrong_review():
@@ -98,7 +98,7 @@ def test_unknown_grade_is_not_a_wrong_review():
         def equal(self, given, gold):
             return None
 
-    assert review_rejection(GOOD, ATTEMPT, PROBLEM, Unsure()).reason == "grader_unknown"
+    assert check_review(GOOD, ATTEMPT, PROBLEM, Unsure()).reason == "grader_unknown"
 
 
 # -- the stage -----------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from sclite.settings import load
 from sclite.teacher.client import Teacher
 from sclite.teacher.ledger import Ledger, request_key
 from sclite.teacher.sender import parameters_of
+from sclite.trace import Trace
 from tests.replay import BROKEN, HTML, TeacherServer, fail, say
 
 KEY = "sk-storm-0123456789"
@@ -77,7 +78,9 @@ def test_storm_of_errors_ends_with_valid_templates_and_a_correct_ledger(run, gra
         assert len(server.requests) == sent
     rows = run.read("templates.jsonl", Template)
     assert [row.id for row in rows] == [problem.id for problem in PROBLEMS]
-    assert all(check_template(r.trace, p, grader) is None for r, p in zip(rows, PROBLEMS, strict=True))
+    assert all(
+        isinstance(check_template(r.trace, p, grader), Trace) for r, p in zip(rows, PROBLEMS, strict=True)
+    )
     assert report.counts["templates"] == again.counts["templates"] == len(PROBLEMS)
     assert totals["sent"] == sent
     assert totals["given_up"] > 0

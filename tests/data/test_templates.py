@@ -9,6 +9,7 @@ from sclite.records import Drop, Problem, Template
 from sclite.settings import load
 from sclite.teacher.client import Teacher
 from sclite.teacher.ledger import Ledger
+from sclite.trace import Trace
 from tests.replay import TeacherServer, fail, say
 
 
@@ -45,7 +46,7 @@ def build(run, url, grader, problems=PROBLEMS, settings=(), **options):
 
 @pytest.mark.parametrize("answer", ["3", "$3$", r"\boxed{3}", "The answer is 3.", "3.0"])
 def test_equal_answers_are_accepted(answer, grader):
-    assert check_template(reply(answer), problem(2), grader) is None
+    assert isinstance(check_template(reply(answer), problem(2), grader), Trace)
 
 
 @pytest.mark.parametrize(

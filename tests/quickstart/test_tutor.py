@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 
 from sclite import prompts
-from sclite.data.corrections import review_rejection
+from sclite.data.corrections import check_review
 from sclite.data.templates import check_template
 from sclite.grading.worker import Grader
 from sclite.quickstart import tutor
 from sclite.quickstart.grammar import solve
 from sclite.quickstart.stories import generate
 from sclite.records import Attempt
-from sclite.trace import Step, first_corrected, parse, render
+from sclite.trace import Step, Trace, first_corrected, parse, render
 
 PROBLEMS = generate(400, 11)
 CALCULATE = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
@@ -43,7 +43,7 @@ def test_every_template_passes_the_filters_and_is_right(grader):
     for problem in PROBLEMS:
         messages = prompts.template_messages(problem.question, problem.solution, problem.answer)
         reply = tutor.reply(list(messages))
-        assert check_template(reply, problem, grader) is None
+        assert isinstance(check_template(reply, problem, grader), Trace)
         assert reply == render(parse(reply).trace)
         assert tutor.judge(solve(problem.question), parse(reply).trace).step is None
 
@@ -55,7 +55,7 @@ def test_every_correction_passes_the_filters_and_is_true(grader):
         row = Attempt(id=problem.id, sample=0, trace=render(attempt), answer=attempt.answer, correct=False)
         messages = prompts.correction_messages(problem.question, problem.solution, problem.answer, row.trace)
         reply = tutor.reply(list(messages))
-        assert review_rejection(reply, row, problem, grader) is None, reply
+        assert isinstance(check_review(reply, row, problem, grader), Trace), reply
         review = parse(reply).trace
         assert first_corrected(review) == wrong
         correction = review.steps[wrong - 1].correction
