@@ -24,7 +24,9 @@ from sclite.export.tensors import Tensors, read_json
 SCRIPT = "convert_hf_to_gguf.py"
 EXTRACTED = (SCRIPT, "convert_lora_to_gguf.py", "conversion", "gguf-py", "LICENSE")
 SHA256 = {"0.3.36": "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"}
-"""Digests of llama-cpp-python's source distributions, by version; another one of these versions is not run."""
+"""Digests of the source distributions of all llama-cpp-python versions that pyproject.toml admits; no other is run."""
+DROPS_HEAD = ("GemmaForCausalLM", "Gemma2ForCausalLM")
+"""Architectures whose output layer the converter leaves out, since the published models tie it to the embedding."""
 SMALL = 50_000_000
 """Parameters below which a model that `write_gguf` supports is written without the converter."""
 
@@ -47,27 +49,54 @@ def convert_model(folder: Path, out: Path, *, outtype: str = "f16") -> Path:
     return run_converter(source, folder, out, outtype=outtype)
 
 
-def run_converter(source: Path, folder: Path, out: Path, *, outtype: str = "f16") -> Path:
-    """Run convert_hf_to_gguf.py of the llama.cpp sources in `source`. Returns `out`.
+def check_convertible(base: Path, adapter: Path | None) -> None:
+    """Raise DataError if llama.cpp's converter would reject the merged model: it runs on the base without writing anything."""
+    weights, config = BaseWeights(base), read_json(base / "config.json")
+    if not unsupported_feature(base):
+        return
+    names = config.get("architectures") or ["model"]
+    added = Adapter(adapter, weights).additions if adapter else []
+    if names[0] in DROPS_HEAD and ("lm_head.weight" in added or not weights.tied):
+        raise DataError(
+            f"llama.cpp's converter ignores the lm_head of a {names[0]} and uses its embedding instead",
+            "train without lm_head in modules_to_save, or use `sclite export --format merged`",
+        )
+    with tempfile.TemporaryDirectory() as place:
+        copy_settings(base, Path(place))  # the converter would run the code of a model folder
+        if not config.get("quantization_config"):
+            for path in base.glob("*.safetensors*"):
+                (Path(place) / path.name).symlink_to(path.resolve())
+        run_converter(converter(), Path(place), Path(place) / "unused.gguf", check=True, subject=str(base))
+
+
+def run_converter(
+    source: Path, folder: Path, out: Path, *, outtype: str = "f16", check: bool = False, subject: str = ""
+) -> Path:
+    """Run convert_hf_to_gguf.py of the llama.cpp sources in `source`, with `check` without writing tensors. Returns `out`.
 
     Some architectures (Qwen3.5, DeepSeek, GLM) come with layers that draft tokens; a folder saved by transformers lacks them
     even if its configuration mentions them, which the converter must be told.
     """
     config, arguments = read_json(folder / "config.json"), [str(folder), "--outtype", outtype]
     config |= config.get("text_config") or {}
-    numbers = [re.search(r"\.layers\.(\d+)\.", name) for name in Tensors(folder)]
-    layers = 1 + max((int(found[1]) for found in numbers if found), default=0)
-    drafts = any(re.match(r"(model\.)?mtp\.", name) for name in Tensors(folder))
-    claimed = config.get("mtp_num_hidden_layers") or config.get("num_nextn_predict_layers")
+    names = [path.name for path in folder.glob("model*.safetensors")] and list(Tensors(folder))
+    if check:
+        arguments.append("--dry-run" if names else "--vocab-only")
+    numbers = [int(found[1]) for name in names if (found := re.search(r"\.layers\.(\d+)\.", name))]
+    layers = 1 + max(numbers, default=-1)
     attempts = [arguments, [*arguments, "--no-nextn"]]
-    if drafts or layers > config.get("num_hidden_layers", layers):
+    if any(re.match(r"(model\.)?mtp\.", name) for name in names) or layers > config.get(
+        "num_hidden_layers", layers
+    ):
         attempts.pop()
-    elif claimed:
+    elif config.get("mtp_num_hidden_layers") or config.get("num_nextn_predict_layers"):
         attempts.reverse()
     errors = []
     for attempt in attempts:
         try:
-            return _run_script(source, SCRIPT, attempt, out, f"the model in {folder}")
+            return _run_script(
+                source, SCRIPT, attempt, out, f"the model in {subject or folder}", writes=not check
+            )
         except DataError as error:
             errors.append(error)
     raise next(error for error in reversed(errors) if "--no-nextn are not supported" not in error.message)
@@ -84,7 +113,9 @@ def convert_lora(adapter: Path, base: Path, out: Path, *, outtype: str = "f16") 
         )
 
 
-def _run_script(source: Path, script: str, arguments: list[str], out: Path, subject: str) -> Path:
+def _run_script(
+    source: Path, script: str, arguments: list[str], out: Path, subject: str, writes: bool = True
+) -> Path:
     part = out.with_name(out.name + ".part")
     command = [sys.executable, str(source / script), *arguments, "--outfile", str(part)]
     # offline, because a configuration could name code on the Hub
@@ -98,7 +129,7 @@ def _run_script(source: Path, script: str, arguments: list[str], out: Path, subj
         stdin=subprocess.DEVNULL,
         check=False,
     )
-    if done.returncode != 0 or not part.is_file():
+    if done.returncode != 0 or (writes and not part.is_file()):
         part.unlink(missing_ok=True)
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         lines = [line for line in lines if line.strip("^~ ")]  # marks below a line of a traceback
@@ -107,9 +138,11 @@ def _run_script(source: Path, script: str, arguments: list[str], out: Path, subj
             reason = lines[-2]
         raise DataError(
             f"llama.cpp's converter cannot convert {subject}: {reason}",
-            f"for the full error: PYTHONPATH={source / 'gguf-py'} {shlex.join(command)}",
+            f"for the full error: PYTHONPATH={source / 'gguf-py'} {shlex.join(command)}"
+            if writes
+            else "use another base model, or `sclite export --format merged`",
         )
-    return part.replace(out)
+    return part.replace(out) if writes else out
 
 
 def converter() -> Path:
@@ -126,7 +159,13 @@ def converter() -> Path:
     folder = cache_folder()
     if (folder / SCRIPT).is_file():
         return folder
-    package = f"llama-cpp-python=={version('llama_cpp_python')}"
+    installed = version("llama_cpp_python")
+    if installed not in SHA256:
+        raise ScliteError(
+            f"sclite does not know the source distribution of llama-cpp-python {installed}, which has the converter",
+            f"pip install llama-cpp-python=={max(SHA256)}, or set SCLITE_LLAMA_CPP to a llama.cpp checkout",
+        )
+    package = f"llama-cpp-python=={installed}"
     arguments = ["download", "--no-deps", "--no-binary", "llama-cpp-python", package]
     with tempfile.TemporaryDirectory() as place:
         command = [sys.executable, "-m", "pip", *arguments, "--dest", place]
@@ -141,7 +180,7 @@ def converter() -> Path:
             )
         with archives[0].open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != SHA256.get(version("llama_cpp_python"), digest):
+        if digest != SHA256[installed]:
             raise ScliteError(
                 f"the downloaded {archives[0].name} is not the published one: its SHA-256 is {digest}",
                 "check the package index of pip, or set SCLITE_LLAMA_CPP to a llama.cpp checkout",

@@ -18,7 +18,7 @@ from sclite.student.origin import Origin, fingerprint, nf4_round_trip, read_orig
 if TYPE_CHECKING:
     import torch
 
-SHARD_BYTES = 2_000_000_000
+SHARD_BYTES = 500_000_000
 COPIED = (".json", ".model", ".jinja", ".txt", ".tiktoken")
 RECORD = "merged_from.json"
 KEEPS_BASE_WEIGHTS = (None, True, False, "gaussian", "eva", "orthogonal")

@@ -12,7 +12,8 @@ from sclite.errors import DataError, ScliteError
 from sclite.export import parity
 from sclite.export.cards import build_model_card
 from sclite.export.chat_format import derive_format, write_format
-from sclite.export.gguf import convert_model
+from sclite.export.gguf import check_convertible, convert_model
+from sclite.export.layers import check_merge
 from sclite.export.merge import BaseWeights, merge
 from sclite.export.ollama import build_modelfile
 from sclite.export.quantize import (
@@ -175,6 +176,7 @@ def _write_parts(
             "free some space, or export fewer or smaller types with --quant",
         )
     if full.name not in parts:
+        check_convertible(base, adapter)
         merged = _merge(config, tokenizer, base, adapter, work / f"{name}-merged", outtype)
         convert_model(merged, full, outtype=outtype)
         shutil.rmtree(merged)
@@ -242,6 +244,8 @@ def _merge(
         bos = tokenizer.bos_token or ""
         form = derive_format(lambda chat, answer: prompt_text(tokenizer, chat, answer), bos)
     merge(base, adapter, out, outtype=outtype)
+    if adapter is not None:
+        check_merge(base, adapter, out)
     if form:
         write_format(form, tokenizer, out)
     return out
@@ -271,25 +275,33 @@ def _check_parity(
     made: dict[str, Path],
     samples: list[Sample],
 ) -> dict[str, Any]:
-    """The content of parity.json. Probabilities are compared only if the base model fits in memory."""
+    """The content of parity.json. A base model that does not fit in memory is run one layer at a time."""
     first = next(iter(made.values()))
     result: dict[str, Any] = {"files": {path.name: {"quantization": quant} for quant, path in made.items()}}
-    result |= {"skipped": None, **parity.compare_tokens(tokenizer, first, samples)}
+    result |= {"skipped": None, "layered": None, **parity.compare_tokens(tokenizer, first, samples)}
     needed, available = BaseWeights(base).float32_bytes() * 1.2, available_ram()
-    if available is not None and needed > available:
-        return result | {"skipped": f"{needed / 1e9:.0f} GB of RAM needed, {available / 1e9:.0f} GB free"}
+    layered = available is not None and needed > available
+    if available is not None and layered:
+        result["layered"] = f"{_size(needed)} of RAM needed for the whole model, {_size(available)} free"
     held_out = samples[:2] + samples[2:][-HELD_OUT:]
-    greedy = parity.greedy_answers(full, [prompt_ids(tokenizer, s.chat) for s in held_out[: parity.GREEDY]])
-    sequences, rows = [], REFERENCE_BYTES // (4 * len(tokenizer)) - sum(len(ids) for ids, _ in greedy)
-    for ids in (_ids(tokenizer, sample) for sample in held_out):
-        if (rows := rows - len(ids)) > 0:
-            sequences.append(ids)
-    references = parity.compute_references(base, adapter, sequences, greedy)
+    asked = [prompt_ids(tokenizer, sample.chat) for sample in held_out[: parity.GREEDY]]
+    greedy = parity.greedy_answers(full, asked)
+    sequences, rows = [*greedy], REFERENCE_BYTES // (4 * len(tokenizer))
+    for sample in held_out:
+        ids, start = _ids(tokenizer, sample), len(prompt_ids(tokenizer, sample.chat))
+        if (rows := rows - len(ids) + start) > 0:
+            sequences.append((ids, start))
+    try:
+        references = parity.compute_references(base, adapter, sequences, layered)
+    except DataError as error:
+        if layered:  # transformers stores some models under other names than their files
+            return result | {"skipped": f"{result['layered']}; {error.message}"}
+        raise
     unquantized = parity.compare_probabilities(references, full)
     for quant, path in made.items():
         same = quant in ("f16", "f32") and path.stat().st_size == full.stat().st_size
         result["files"][path.name] |= unquantized if same else parity.compare_probabilities(references, path)
-    return result | {"unquantized": unquantized, "greedy": parity.compare_greedy(references)}
+    return result | {"unquantized": unquantized, "greedy": parity.compare_greedy(references[: len(greedy)])}
 
 
 def write_modelfile(run: Run, config: Config, name: str) -> tuple[Path, list[str]]:

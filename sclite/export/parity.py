@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sclite.export.layers import load_layered
 from sclite.export.samples import TRICKY, Sample
 from sclite.student.base import Request
 from sclite.student.llama_cpp.engine import Engine
@@ -37,14 +39,17 @@ UNQUANTIZED = {
 
 @dataclass
 class Reference:
-    """The trained model's output on one sequence of `ids`: log-probabilities [positions, vocabulary] in float32, and
-    those of the TOP tokens without the adapter [positions, TOP]. `answer`: where a greedy answer of the GGUF begins."""
+    """The trained model's output on `ids`, where it predicts ids[start], ids[start + 1] .. and the token after the last.
+
+    `trained`: log-probabilities [predictions, vocabulary] in float32; `top`: the TOP tokens of each; `base`: their
+    log-probabilities without the adapter.
+    """
 
     ids: list[int]
+    start: int
     trained: np.ndarray
     top: np.ndarray
     base: np.ndarray
-    answer: int | None = None
 
 
 def compare_tokens(
@@ -85,30 +90,42 @@ def greedy_answers(gguf: Path, prompts: Sequence[list[int]]) -> list[tuple[list[
 
 
 def compute_references(
-    base: Path,
-    adapter: Path | None,
-    sequences: Sequence[list[int]],
-    answers: Sequence[tuple[list[int], int]] = (),
+    base: Path, adapter: Path | None, sequences: Sequence[tuple[list[int], int]], layered: bool = False
 ) -> list[Reference]:
-    """Run the trained model in transformers on the CPU in float32, on `sequences` and on `greedy_answers`."""
+    """Run the trained model in transformers on the CPU in float32, on ids and the index of the first one to predict.
+
+    `layered`: with one layer's weights in memory at a time, for models larger than the RAM.
+    """
     import numpy as np
     import torch
 
-    model: Any = load_trained_model(base, adapter)  # its calls have no types
-    references = []
+    model: Any = (load_layered if layered else load_trained_model)(base, adapter)  # its calls have no types
 
-    def log_probabilities(ids: list[int]) -> np.ndarray:
-        with torch.inference_mode():
-            return model(torch.tensor([ids])).logits[0].float().log_softmax(-1).numpy()
+    def log_probabilities() -> Iterator[np.ndarray]:
+        if not layered:
+            for ids, start in sequences:
+                yield model(torch.tensor([ids])).logits[0, start - 1 :].float().log_softmax(-1).numpy()
+            return
+        # one batch, as each pass reads all weights; what follows a token changes nothing, so the padding needs no mask
+        batch = torch.zeros(len(sequences), max(len(ids) for ids, _ in sequences), dtype=torch.long)
+        predicts = torch.zeros_like(batch, dtype=torch.bool)
+        for row, (ids, start) in enumerate(sequences):
+            batch[row, : len(ids)] = torch.tensor(ids)
+            predicts[row, start - 1 : len(ids)] = True
+        hook = model.get_output_embeddings().register_forward_pre_hook(
+            lambda _, args: (args[0][predicts][None],)
+        )
+        found = model(batch).logits[0].float().log_softmax(-1)
+        hook.remove()
+        yield from (part.numpy() for part in found.split(predicts.sum(1).tolist()))
 
-    for ids, answer in [*answers, *((ids, None) for ids in sequences)]:
-        trained = unadapted = log_probabilities(ids)
-        top = np.argsort(trained, axis=1)[:, : -TOP - 1 : -1]
-        if adapter is not None:
-            with model.disable_adapter():
-                unadapted = log_probabilities(ids)
-        references.append(Reference(ids, trained, top, np.take_along_axis(unadapted, top, 1), answer))
-    return references
+    with torch.inference_mode():
+        trained = list(log_probabilities())
+        tops = [np.argsort(rows, axis=1)[:, : -TOP - 1 : -1] for rows in trained]
+        with model.disable_adapter() if adapter else nullcontext():
+            unadapted = log_probabilities() if adapter else iter(trained)
+            bases = [np.take_along_axis(rows, top, 1) for rows, top in zip(unadapted, tops, strict=True)]
+    return [Reference(*given, *made) for given, *made in zip(sequences, trained, tops, bases, strict=True)]
 
 
 def load_trained_model(base: Path, adapter: Path | None) -> PreTrainedModel | PeftModel:
@@ -145,10 +162,11 @@ def compare_probabilities(references: Sequence[Reference], gguf: Path) -> dict[s
     context = max(len(reference.ids) for reference in references) + 1
     with Engine(gguf, gpu_layers=0, parallel=1, context=context, exact=True) as engine:
         for reference in references:
-            ids, trained, found = reference.ids, reference.trained, engine.log_probabilities(reference.ids)
+            ids, trained = reference.ids[reference.start :], reference.trained
+            found = engine.log_probabilities(reference.ids)[reference.start - 1 :]
             agreement.append(reference.top[:, 0] == found.argmax(1))
             divergence.append((np.exp(trained) * (trained - found)).sum(1))
-            following = np.arange(len(ids) - 1), ids[1:]
+            following = np.arange(len(ids)), ids
             differences.append(np.abs(trained[following] - found[following]))
             effects.append((np.take_along_axis(trained, reference.top, 1) - reference.base).ravel())
             shifts.append((np.take_along_axis(found, reference.top, 1) - reference.base).ravel())
@@ -163,15 +181,14 @@ def compare_probabilities(references: Sequence[Reference], gguf: Path) -> dict[s
     }
 
 
-def compare_greedy(references: Sequence[Reference]) -> dict[str, Any]:
+def compare_greedy(answers: Sequence[Reference]) -> dict[str, Any]:
     """Greedy answers of the GGUF as the trained model sees them: how many it would have given itself, and by how many nats
     it prefers another token, at most. Answers differ at near ties, which rounding decides."""
     gaps = []
-    for reference in references:
-        if reference.answer is not None:
-            rows = reference.trained[reference.answer - 1 : -1]
-            chosen = rows[range(len(rows)), reference.ids[reference.answer :]]
-            gaps.append(float((rows.max(1) - chosen).max(initial=0.0)))
+    for answer in answers:
+        rows = answer.trained[:-1]
+        chosen = rows[range(len(rows)), answer.ids[answer.start :]]
+        gaps.append(float((rows.max(1) - chosen).max(initial=0.0)))
     return {"answers": len(gaps), "equal": gaps.count(0.0), "largest_gap": max(gaps, default=0.0)}
 
 
@@ -222,4 +239,5 @@ def summarize(result: Mapping[str, Any]) -> str:
     share = "" if full["adapter_share"] is None else f", {full['adapter_share']:.1%} of the adapter's effect"
     compared = [(each["quantization"], each) for each in result["files"].values()] + [("unquantized", full)]
     same = ", ".join(f"{name} {each['top1_agreement']:.1%} (KL {each['kl']:.4f})" for name, each in compared)
-    return f"{tokens}; same next token: {same}; {greedy['equal']} of {greedy['answers']} answers equal{share}"
+    layered = f"; one layer at a time: {result['layered']}" if result["layered"] else ""
+    return f"{tokens}; same next token: {same}; {greedy['equal']} of {greedy['answers']} answers equal{share}{layered}"

@@ -1,6 +1,7 @@
 """From a model folder to a GGUF: written by sclite or llama.cpp's converter, quantized, and compared with the original."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -139,10 +140,9 @@ def test_missing_converter_is_a_network_error_with_instructions(folder, tmp_path
         conversion.convert_model(other, tmp_path / "other.gguf")
 
 
-def test_another_source_distribution_is_not_run(tmp_path, monkeypatch):
+def test_source_distribution_without_the_pinned_digest_is_not_run(tmp_path, monkeypatch):
     monkeypatch.delenv("SCLITE_LLAMA_CPP", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setitem(conversion.SHA256, version("llama_cpp_python"), "0" * 64)
 
     def download(command, **_):
         Path(command[-1], "llama_cpp_python.tar.gz").write_bytes(b"other")
@@ -151,7 +151,22 @@ def test_another_source_distribution_is_not_run(tmp_path, monkeypatch):
     monkeypatch.setattr(conversion.subprocess, "run", download)
     with pytest.raises(ScliteError, match="not the published one"):
         conversion.converter()
+    monkeypatch.setattr(conversion, "version", lambda _: "0.4.0")
+    with pytest.raises(ScliteError, match=r"does not know .* llama-cpp-python 0\.4\.0"):
+        conversion.converter()
     assert not conversion.cache_folder().exists()
+
+
+def test_every_admitted_version_of_llama_cpp_python_has_a_pinned_digest():
+    from packaging.requirements import Requirement
+
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    (admitted,) = re.findall(r'"(llama-cpp-python[^"]*)"', text)
+    newest = max(conversion.SHA256, key=lambda v: tuple(map(int, v.split("."))))
+    after = re.sub(r"\d+$", lambda last: str(int(last[0]) + 1), newest)
+    assert all(Requirement(admitted).specifier.contains(v) for v in conversion.SHA256)
+    assert not Requirement(admitted).specifier.contains(after)
+    assert version("llama_cpp_python") in conversion.SHA256
 
 
 def test_folder_without_the_converter_is_a_usage_error(tmp_path, monkeypatch):
@@ -219,7 +234,7 @@ def test_parity_of_a_float32_file_is_exact(folder, gguf):
     found = parity.compare_tokens(tokenizer, gguf, [Sample(CHAT, texts)])
     assert found["tokens_equal"] == found["tokens_compared"] == len(TRICKY) + 7
     assert found["differences"] == []
-    expected = parity.compute_references(folder, None, [tokenizer(text).input_ids for text in texts[2:]])
+    expected = parity.compute_references(folder, None, [(tokenizer(text).input_ids, 1) for text in texts[2:]])
     found = parity.compare_probabilities(expected, gguf)
     assert json.loads(json.dumps(found)) == found
     assert found["positions"] > 200
@@ -232,7 +247,7 @@ def test_parity_detects_other_weights_and_another_tokenizer(folder, gguf, tmp_pa
     from transformers import AutoTokenizer
 
     other = tiny_llama(tmp_path / "other", seed=1)
-    expected = parity.compute_references(other, None, [[1, 300, 301, 302, 303]])
+    expected = parity.compute_references(other, None, [([1, 300, 301, 302, 303], 1)])
     assert parity.compare_probabilities(expected, gguf)["mean_abs_logprob_diff"] > 0.1
     settings = json.loads((other / "tokenizer.json").read_text(encoding="utf-8"))
     settings["pre_tokenizer"]["prepend_scheme"] = "first"

@@ -13,6 +13,7 @@ from sclite.config import Config
 from sclite.errors import FAILED, DataError, ScliteError
 from sclite.export import gguf, parity
 from sclite.export import model as export
+from sclite.export.merge import BaseWeights
 from sclite.export.samples import Sample
 from sclite.prompts import solve_messages
 from sclite.run import Report, Run
@@ -106,24 +107,60 @@ def not_merged(tensors, before):
     return before
 
 
-@pytest.mark.parametrize("failure", [rounded, scaled, merged_twice, not_merged])
-def test_wrong_merge_fails_the_export(base, run, monkeypatch, failure):
+@pytest.mark.parametrize(
+    ("failure", "ram"),
+    [
+        (rounded, 1 << 40),
+        (scaled, 1 << 40),
+        (merged_twice, 1 << 40),
+        (not_merged, 1 << 40),
+        (merged_twice, 1_000_000),
+        (scaled, 1_000_000),
+    ],
+)
+def test_wrong_weights_fail_the_export(base, run, monkeypatch, failure, ram):
+    """Both the tensors of the merged folder and the probabilities of the GGUF tell."""
     from safetensors.torch import load_file, save_file
 
-    merge = export.merge
-
-    def merge_wrongly(*given, **named):
-        path = merge(*given, **named) / "model.safetensors"
-        before = load_file(base / "model.safetensors")
+    def damage(folder):
+        path, before = folder / "model.safetensors", load_file(base / "model.safetensors")
         save_file(failure(load_file(path), before), path, metadata={"format": "pt"})
-        return path.parent
+        return folder
 
-    monkeypatch.setattr(export, "merge", merge_wrongly)
+    monkeypatch.setattr(export, "available_ram", lambda: ram)
+    convert, merge = export.convert_model, export.merge
+    monkeypatch.setattr(
+        export, "convert_model", lambda folder, *given, **named: convert(damage(folder), *given, **named)
+    )
     with pytest.raises(ScliteError, match=r"sft-q8_0\.gguf does not match the trained model") as error:
         export.export_model(config_of(base), run, "sft")
     assert error.value.code == FAILED
     assert [path.name for path in run.path("export").iterdir()] == ["parity.json"]
     assert run.manifest("export-sft") is None
+    if ram == 1 << 40:
+        monkeypatch.setattr(export, "merge", lambda *given, **named: damage(merge(*given, **named)))
+        with pytest.raises(
+            ScliteError, match=r"proj\.weight of the merged model is not the base with"
+        ) as error:
+            export.export_model(config_of(base), run, "sft")
+        assert error.value.code == FAILED
+        assert not list(run.path("export").glob("*.gguf"))
+
+
+def test_layer_that_is_merged_twice_fails_the_export(base, run, monkeypatch):
+    from sclite.export.merge import Adapter
+
+    apply, name = Adapter.apply, "model.layers.1.self_attn.v_proj.weight"
+
+    def apply_twice(self, tensor, weight, outtype):
+        once = apply(self, tensor, weight, "f32" if tensor == name else outtype)
+        return apply(self, tensor, once, outtype) if tensor == name else once
+
+    monkeypatch.setattr(Adapter, "apply", apply_twice)
+    with pytest.raises(
+        ScliteError, match=f"^{name} of the merged model is not the base with the adapter added once"
+    ):
+        export.export_model(config_of(base), run, "sft")
 
 
 def noisy(path):
@@ -352,7 +389,7 @@ def test_adapter_trained_in_nf4_is_merged_into_nf4_weights(base, run, tmp_path):
     other = kept | {"nf4": []}
     (folder / "trained_on.json").write_text(json.dumps(other))
     sixteen = parity.compare_probabilities(
-        parity.compute_references(base, folder, [list(range(300, 400))]), run.path("export/sft-f16.gguf")
+        parity.compute_references(base, folder, [(list(range(300, 400)), 1)]), run.path("export/sft-f16.gguf")
     )
     assert figures["mean_abs_logprob_diff"] < 0.004
     assert sixteen["mean_abs_logprob_diff"] > 10 * figures["mean_abs_logprob_diff"]
@@ -491,10 +528,29 @@ def test_token_that_the_gguf_splits_differently_fails_the_export(base, run, tmp_
     assert [path.name for path in run.path("export").iterdir()] == ["parity.json"]
 
 
-def test_probabilities_are_skipped_if_the_model_does_not_fit_in_memory(base, run, monkeypatch):
+def test_model_that_does_not_fit_in_memory_is_compared_layer_by_layer(base, run, monkeypatch):
+    whole = export.export_model(config_of(base), run, "sft").figures["parity"]
+    run.path("export/sft-q8_0.gguf").unlink()
     monkeypatch.setattr(export, "available_ram", lambda: 1_000_000)
+    monkeypatch.setattr(parity, "load_trained_model", None)
     result = export.export_model(config_of(base), run, "sft").figures["parity"]
-    assert "GB of RAM needed" in result["skipped"]
+    reason = "7 MB of RAM needed for the whole model, 1 MB free"
+    assert (whole["layered"], result["layered"]) == (None, reason)
+    assert f"one layer at a time: {reason}" in parity.summarize(result)
+    assert whole["greedy"]["equal"] == result["greedy"]["equal"]
+    for name, value in whole["files"]["sft-q8_0.gguf"].items():
+        assert result["files"]["sft-q8_0.gguf"][name] == (
+            value if isinstance(value, str) else pytest.approx(value, abs=1e-4)
+        )
+
+
+def test_model_with_other_names_in_transformers_is_compared_in_its_tokens_alone(base, run, monkeypatch):
+    monkeypatch.setattr(export, "available_ram", lambda: 1_000_000)
+    monkeypatch.setattr(
+        parity, "load_layered", lambda *_: BaseWeights(base).find("model.experts.weight", "transformers")
+    )
+    result = export.export_model(config_of(base), run, "sft").figures["parity"]
+    assert "1 MB free" in result["skipped"]
     assert "probabilities not compared" in parity.summarize(result)
     assert parity.find_violations(result, {}) == []
 

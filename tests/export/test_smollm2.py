@@ -87,7 +87,7 @@ def evaluate(base, run, answers, quant):
     expected = [tokenizer.decode(answer, skip_special_tokens=True) for _, _, answer in answers]
     same = sum(texts[number] == text for number, text in enumerate(expected))
     references = parity.compute_references(
-        base, run.path("sft/adapter"), [ids + answer for _, ids, answer in answers]
+        base, run.path("sft/adapter"), [(ids + answer, len(ids)) for _, ids, answer in answers]
     )
     figures = parity.compare_probabilities(references, path)
     print(f"\n{quant}: {same} of {len(answers)} greedy answers equal, {figures}")
