@@ -14,6 +14,7 @@ from sclite.config import Config
 from sclite.console import escape, format_duration
 from sclite.data.corrections import count_pending_corrections
 from sclite.errors import DataError, NetworkError
+from sclite.export.quantize import estimate_bytes
 from sclite.records import Pair, Problem, Review, Template
 from sclite.run import Run
 from sclite.student.loader import model_name
@@ -45,11 +46,6 @@ if TYPE_CHECKING:
 STAGES = ("sft", "warmup", "dpo")
 GB = 1_000_000_000
 CHECKPOINTS = 3  # on disk at once: two are kept while a third is written
-BITS = {
-    **{"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q6_k": 6.57, "q5_k_m": 5.70, "q5_k_s": 5.57, "q5_0": 5.57},
-    **{"q4_k_m": 4.90, "q4_k_s": 4.67, "q4_0": 4.64, "q3_k_m": 4.0, "q2_k": 3.16},
-}  # fmt: skip
-"""Bits per weight of llama.cpp's quantizations, from its own table of an 8B model."""
 PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "layer", "allowance")
 
 
@@ -98,31 +94,27 @@ def plan(
                 setting = replace(setting, micro_batch=cpu_micro_batch(model, setting, batch))
         stages[stage] = {**_memory(model, setting, batch, gpu), **forecast}
     hours = [stage["hours"] for stage in stages.values()]
-
+    bits = (4 if config.student.load_in_4bit else 16) if gpu else 16 if model.bf16_on_cpu else 32
     tensors = model.lora_tensors(config.lora.r)
-    adapter, sixteen, quant = 4 * sum(tensors), 2 * model.parameters, config.export.quant.lower()
+    adapter, sixteen = 4 * sum(tensors), 2 * model.parameters
     sizes = {
         "adapters": len(STAGES) * adapter,
         "checkpoints": len(STAGES) * CHECKPOINTS * (adapter + optimizer_bytes(tensors, 8)),
         "merged": sixteen,  # as full_gguf only for a while
-        "full_gguf": sixteen * (2 if quant == "f32" else 1),
-        "gguf": model.parameters * BITS[quant] / 8 if quant in BITS else None,
+        "full_gguf": sixteen * (2 if "f32" in config.export.types else 1),
+        "gguf": sum(estimate_bytes(model.parameters, quant) for quant in config.export.types),
     }
-    disk = {name: None if size is None else round(size / GB, 4) for name, size in sizes.items()}
+    disk = {name: round(size / GB, 4) for name, size in sizes.items()}
     return {
         "student": model_name(config.student),
         "parameters": model.parameters,
-        "bits": (16 if model.bf16_on_cpu else 32)
-        if gpu is None
-        else 4
-        if config.student.load_in_4bit
-        else 16,
+        "bits": bits,
         "backend": backend,
         "rough": model.rough or None,
         "gpu": dict(gpu) if gpu else None,
         "stages": stages,
         "hours": None if None in hours else round(sum(hours), 2),
-        "disk_gb": {**disk, "total": round(sum(size or 0 for size in disk.values()), 4)},
+        "disk_gb": {**disk, "total": round(sum(disk.values()), 4)},
         "teacher": corrections_cost(config, run, unseen, count_pending_corrections(config, run)),
     }
 
@@ -298,8 +290,8 @@ def print_plan_tables(plan: Mapping[str, Any]) -> None:
     console.print(f"Training time: {_time(plan['hours'], 'unknown until this run has timed a step')}")
     disk = {}
     for name, gb in plan["disk_gb"].items():
-        size = "?" if gb is None else f"{gb:.0f} GB" if gb >= 10 else f"{gb:.1f} GB"
-        disk[name.replace("_", " ")] = f"{1000 * gb:.2g} MB" if gb is not None and gb < 0.1 else size
+        size = f"{1000 * gb:.2g} MB" if gb < 0.1 else f"{gb:.1f} GB" if gb < 10 else f"{gb:.0f} GB"
+        disk[name.replace("_", " ")] = size
     total = disk.pop("total")
     console.print(f"Disk: about {total} ({', '.join(f'{name} {gb}' for name, gb in disk.items())})")
     teacher = plan["teacher"]

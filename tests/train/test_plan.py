@@ -190,7 +190,8 @@ def test_disk_use_grows_with_rank_and_quantization_bits(run):
     assert small["adapters"] < large["adapters"]
     assert 4.4 < small["gguf"] < 4.9 < 7.9 < large["gguf"] < 8.3
     assert small["merged"] == pytest.approx(15.23, abs=0.01)
-    assert planned(run, export={"quant": "iq9_x"})["disk_gb"]["gguf"] is None
+    both = planned(run, export={"quant": "q4_k_m,q8_0"})["disk_gb"]["gguf"]
+    assert both == pytest.approx(small["gguf"] + large["gguf"], abs=0.001)
 
 
 # -- the teacher ---------------------------------------------------------------------------------------------------
