@@ -244,7 +244,7 @@ class Chat:
         console.note(f"[dim]loaded {len(self.answers)} answers[/]")
 
     def do_good(self, _: str, good: bool = True) -> None:
-        """the answer is right; `sclite build-data` makes it a confirmation"""
+        """the answer is right; `build-data` confirms it"""
         answer = self.last()
         row = Feedback(
             question=with_history(answer.question, self.answers[:-1] if self.history else ()),
@@ -258,7 +258,7 @@ class Chat:
         console.note(f"[dim]noted in {escape(str(self.run.path(FEEDBACK)))}; `sclite build-data` uses it[/]")
 
     def do_bad(self, _: str) -> None:
-        """the answer is wrong; `sclite build-data` has it corrected"""
+        """the answer is wrong; `build-data` has it corrected"""
         self.do_good("", good=False)
 
     def do_bye(self, _: str) -> None:

@@ -157,13 +157,16 @@ def open_prompt(chat: Chat) -> "PromptSession[str]":
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
     from prompt_toolkit.output import create_output
 
-    keys = KeyBindings()
+    keys, dumb = KeyBindings(), os.environ.get("TERM") == "dumb"
 
     @keys.add("enter")
     def send(event: KeyPressEvent) -> None:
         buffer = event.current_buffer
         text = buffer.text.strip()
-        if text.startswith('"""') and (len(text) < 6 or not text.endswith('"""')):
+        quoted = text.startswith('"""') and (len(text) < 6 or not text.endswith('"""'))
+        if quoted or (
+            dumb and event.key_processor.input_queue
+        ):  # it does not mark what is pasted: all comes at once
             buffer.insert_text("\n")
         else:
             buffer.validate_and_handle()
@@ -204,7 +207,5 @@ def open_prompt(chat: Chat) -> "PromptSession[str]":
         completer=WordCompleter(words, sentence=True),
         complete_while_typing=False,
         bottom_toolbar=toolbar,
-        output=None
-        if os.environ.get("TERM") == "dumb"
-        else create_output(cast(TextIO, console.make_console(stderr=True).file)),
+        output=None if dumb else create_output(cast(TextIO, console.make_console(stderr=True).file)),
     )

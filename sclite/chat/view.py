@@ -145,16 +145,17 @@ class AnswerView:
 
     # -- lines of text ---------------------------------------------------------------------------------------------
 
-    def render(self, width: int) -> "list[Text]":
-        """The lines, wrapped to a width."""
+    def render(self, width: int, complete: bool = False) -> "list[Text]":
+        """The lines, wrapped to a width. `complete` leaves out those that may still change: the last step, the answer."""
         from rich.text import Text
 
         with self.lock:
             self._read()
             rows: list[Text] = []
+            last = self.lines[-1].number if complete and self.lines else None
             for line in self.lines:
-                rows += self._rows(line, width)
-            if self.final is not None:
+                rows += self._rows(line, width) if line.number != last else []
+            if self.final is not None and not complete:
                 answer = Text.assemble("  answer ", (readable(self.final), "bold"))
                 if self.first_answer not in (None, self.final):
                     answer.append(f"  (was {readable(self.first_answer or '–')})", "dim")
@@ -166,7 +167,15 @@ class AnswerView:
 
         if not line.number:  # text without steps
             return _hang(Text(), Text(readable(line.text)), width, 0)
-        mark = "✗" if line.flagged else "→" if line.corrects else "·" if line.odds is not None else " "
+        mark = (
+            "✗"
+            if line.flagged or line.cause
+            else "→"
+            if line.corrects
+            else "·"
+            if line.odds is not None
+            else " "
+        )
         odds = f"{100 * probability(line.odds):3.0f}%" if line.odds is not None else ""
         style = "red" if line.flagged else "green" if line.corrects else ""
         head = Text.assemble(
@@ -227,9 +236,10 @@ def showing(view: AnswerView) -> Iterator[Callable[[], None]]:
 
         def append() -> None:
             nonlocal printed
-            rows = view.render(out.width)
-            complete = len(rows) - 1 if view.part == "solution" else 0
-            for row in rows[printed:complete] if out.is_terminal else ():
+            rows = (
+                view.render(out.width, complete=True) if view.part == "solution" and out.is_terminal else []
+            )
+            for row in rows[printed:]:
                 out.print(row, soft_wrap=True)
                 printed += 1
 

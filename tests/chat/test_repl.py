@@ -350,6 +350,11 @@ def test_steps_appear_without_colours_or_cursor_control(terminal):
     shown = terminal.wait("tokens/s")
     assert "4 + 1 = 5" in shown
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]m", shown)
+    pasted = "four\r\r; echo apples\r\rHow many?"  # a dumb terminal does not mark it
+    terminal.send(f"\x1b[200~{pasted}\x1b[201~" if CLEARED in shown else pasted)
+    time.sleep(0.5)
+    terminal.send("\r")
+    terminal.wait("read 4 line ends")
     terminal.send("/bye\r")
     terminal.wait("left")
 

@@ -109,6 +109,17 @@ def test_step_corrected_while_solving_shows_cause_and_correction():
     ]  # fmt: skip
 
 
+def test_step_is_marked_as_soon_as_its_cause_is_read_and_complete_when_the_next_one_begins():
+    view = AnswerView()
+    view.feed(Writing("solution"))
+    view.feed("<Step1>2 + 2 = 5\n<Cause>The units end in 4.</Cause>\n")
+    assert lines_of(view) == ["  ✗  1      2 + 2 = 5", "            why The units end in 4."]
+    assert view.render(80, complete=True) == []
+    view.feed("<Correction>2 + 2 = 4</Correction>\n</Step1>\n<Step2>4 + 1 = 5\n</Step2>\n<Answer>5</Answer>")
+    complete = [line.plain.rstrip() for line in view.render(80, complete=True)]
+    assert complete == [*lines_of(view)[:2], "  →  1      2 + 2 = 4"]
+
+
 def test_tags_never_show_while_they_arrive():
     view = AnswerView()
     view.feed(Writing("solution"))
