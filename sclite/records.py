@@ -121,6 +121,11 @@ class Feedback(Row):
     good: bool
     model: str
 
+    @cached_property
+    def parsed(self) -> Parsed:
+        """The final text."""
+        return parse(self.final)
+
 
 def from_feedback(row: Problem | Attempt) -> bool:
     """Whether a row comes from the chat's /good and /bad."""

@@ -168,12 +168,9 @@ def all_pieces(trace: Trace) -> list[str]:
         if step.correction is not None:
             notes += f"<Correction>{step.correction}</Correction>\n"
         pieces += [notes, close_piece(number)] if notes else [close_piece(number)]
-    if trace.generalized is not None and trace.answer is not None:
-        pieces.append(f"<Generalized>{trace.generalized}</Generalized>\n<Answer>{trace.answer}</Answer>")
-    elif trace.generalized is not None:
-        pieces.append(f"<Generalized>{trace.generalized}</Generalized>")
-    elif trace.answer is not None:
-        pieces.append(f"<Answer>{trace.answer}</Answer>")
+    outer = (("Generalized", trace.generalized), ("Answer", trace.answer))
+    if ending := [f"<{tag}>{text}</{tag}>" for tag, text in outer if text is not None]:
+        pieces.append("\n".join(ending))
     elif pieces:
         pieces[-1] = pieces[-1].removesuffix("\n")
     return pieces

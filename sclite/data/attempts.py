@@ -17,7 +17,7 @@ from sclite.student.adapters import adapter_weights
 from sclite.student.base import Reply, Request, Student
 from sclite.teacher.ledger import FILE as LEDGER
 from sclite.teacher.ledger import Ledger
-from sclite.trace import parse, render
+from sclite.trace import Parsed, parse, render
 
 _NOT_SAMPLING = {"reviews", "confirmation_share", "student", "api_base", "concurrency", "price"}
 _FATAL_ISSUES = ("no_steps", "no_answer", "empty_step", "wrong_step_number", "step_after_the_end")
@@ -101,7 +101,9 @@ def write_attempts(
     report.dropped = dict(Counter(drop.reason for drop in drops))
     report.cost_usd = endpoint_cost_usd(run, "attempts")
     replies = [row for row in rows if not _call_failed(row)]
-    reasons = Counter(issue.partition(" at ")[0] for row in replies if (issue := find_fatal_issue(row)))
+    reasons = Counter(
+        issue.partition(" at ")[0] for row in replies if (issue := find_fatal_issue(row.parsed))
+    )
     if 2 * reasons.total() > len(replies):
         remedy = "train SFT for longer (sft.num_train_epochs), or raise attempts.max_tokens if they are cut"
         if settings.student or settings.source:
@@ -115,12 +117,12 @@ def write_attempts(
     return report
 
 
-def find_fatal_issue(attempt: Attempt) -> str:
+def find_fatal_issue(parsed: Parsed) -> str:
     """The issue that makes the steps of an attempt ambiguous, or "".
 
     The parser repairs others, and such attempts are worth the most: who doubts a step often closes it wrongly.
     """
-    return next((str(issue) for issue in attempt.parsed.issues if issue.name in _FATAL_ISSUES), "")
+    return next((str(issue) for issue in parsed.issues if issue.name in _FATAL_ISSUES), "")
 
 
 def _count_outcomes(rows: Sequence[Attempt]) -> dict[str, int]:

@@ -225,7 +225,7 @@ def _split_usable(attempts: Iterable[Attempt]) -> tuple[list[Attempt], list[Drop
     for attempt in attempts:
         if attempt.correct is None:
             drops.append(_drop(attempt, "outcome_unknown", "", attempt.trace))
-        elif not attempt.correct and (issue := find_fatal_issue(attempt)):
+        elif not attempt.correct and (issue := find_fatal_issue(attempt.parsed)):
             drops.append(_drop(attempt, "attempt_not_readable", issue, attempt.trace))
         elif not attempt.correct:
             wrong.append(attempt)

@@ -60,17 +60,17 @@ def write_feedback(
             for row in rows:
                 if isinstance(gold, Rejection):
                     drops.append(_drop(row, gold.reason, gold.text))
-                elif grader.equal(answer_of(parse(row.final)), gold.answer) is not row.good:
+                elif grader.equal(answer_of(row.parsed), gold.answer) is not row.good:
                     why = f"judged {'right' if row.good else 'wrong'}; the answer is {gold.answer}"
                     drops.append(_drop(row, "verdict_contradicts_the_answer", why))
                 else:
                     verdicts[row.good] += 1
                     texts += [row.attempt, row.final]
             for sample, text in enumerate(dict.fromkeys(texts)):
-                right = (
-                    grader.equal(answer_of(parse(text)), gold.answer) if isinstance(gold, Problem) else None
-                )
-                added.append(_attempt(question, sample, text, right))
+                answer = answer_of(parse(text))
+                right = grader.equal(answer, gold.answer) if isinstance(gold, Problem) else None
+                row_id = _id(question)
+                added.append(Attempt(id=row_id, sample=sample, trace=text, answer=answer, correct=right))
         ids = {row.id for row in added}
         asked = [gold for gold in golds.values() if isinstance(gold, Problem) and gold.id in ids]
         # first, because a resumed run of the attempts appends to them
@@ -108,7 +108,7 @@ def _read_judged(
             drops.append(
                 _drop(row, OVERLAPS, f"shares 13 words in a row, or the whole question, with {overlap}")
             )
-        elif issue := find_fatal_issue(_attempt(row.question, 0, row.final, None)):
+        elif issue := find_fatal_issue(row.parsed):
             drops.append(_drop(row, "attempt_not_readable", issue))
         else:
             judged.setdefault(normalize_question(row.question), []).append(row)
@@ -132,7 +132,7 @@ def _find_golds(
         if question in given:
             golds[question] = given[question].model_copy(update={"id": _id(question)})
         elif right:
-            answer = answer_of(parse(right[-1].final)) or ""
+            answer = answer_of(right[-1].parsed) or ""
             golds[question] = Problem(id=_id(question), question=right[-1].question, answer=answer)
         else:
             unknown[question] = rows[0].question
@@ -169,12 +169,6 @@ def _find_golds(
 
 def _id(question: str) -> str:
     return FROM_FEEDBACK + digest(normalize_question(question))
-
-
-def _attempt(question: str, sample: int, text: str, correct: bool | None) -> Attempt:
-    return Attempt(
-        id=_id(question), sample=sample, trace=text, answer=answer_of(parse(text)), correct=correct
-    )
 
 
 def _drop(row: Feedback, reason: str, detail: str) -> Drop:

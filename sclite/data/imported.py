@@ -59,14 +59,23 @@ def import_attempts(
     for place, row in read_rows(Source(source=str(path)), "attempts.source"):
         raw = row.raw if isinstance(row, BadRow) else json.dumps(row, default=str)
         drop = Drop(stage="attempts", id=place, reason="row_not_readable", raw=raw)
-        work = row.message if isinstance(row, BadRow) else _read_work(raw)
-        if isinstance(work, str):
-            drops.append(drop.model_copy(update={"detail": f"{path}, {place}: {work}"}))
-        elif problem := by_question.get(normalize_question(work.question)):
-            found.append((problem, work, drop))
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            work = LabelledWork.model_validate_json(raw)
+        except BadRow as error:
+            why = error.message
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"][:2])
+            why = f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
         else:
-            detail = f"{path}, {place}: its question is not among the run's problems"
-            drops.append(drop.model_copy(update={"reason": "question_unknown", "detail": detail}))
+            if problem := by_question.get(normalize_question(work.question)):
+                found.append((problem, work, drop))
+                continue
+            drop = drop.model_copy(update={"reason": "question_unknown"})
+            why = "its question is not among the run's problems"
+        drops.append(drop.model_copy(update={"detail": f"{path}, {place}: {why}"}))
     rows = _grade_work(found, grader, drops)
     if not rows:
         reasons = Counter(drop.reason for drop in drops)
@@ -82,16 +91,6 @@ def import_attempts(
         raise DataError(f"{path}: {why}", hint)
     order = {problem.id: number for number, problem in enumerate(problems)}
     return sorted(rows, key=lambda row: order[row.id])
-
-
-def _read_work(text: str) -> LabelledWork | str:
-    """The row, or what is wrong with it."""
-    try:
-        return LabelledWork.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][:2])
-        return f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
 
 
 def _grade_work(

@@ -107,7 +107,20 @@ def gather_problems(
         if chosen.source:
             problems = load_problems(chosen, chosen.limit, drops, avoid)
         else:
-            problems = _read_imported(run, avoid, drops)
+            problems, path = [], run.path("problems.jsonl")
+            hint = f"set problems.source, as in --set problems.source=train.jsonl, to a file with {FORMS}"
+            rows = run.require("problems.jsonl", Problem, hint)
+            if repeated := [id for id, count in Counter(row.id for row in rows).items() if count > 1]:
+                raise DataError(f"{path}: the id {repeated[0]} occurs twice", "make ids unique")
+            for number, row in enumerate(rows, 1):
+                if overlap := find_overlap(row.question, avoid):
+                    detail = _OVERLAP.format(f"{path}, row {number}", overlap)
+                    ids = {"id": row.id, "raw": row.question}
+                    drops.append(Drop(stage="problems", reason=OVERLAPS, detail=detail, **ids))
+                else:
+                    problems.append(row)
+            if not problems:
+                _raise_none_usable(str(path), drops, None)
     report.counts = {"problems": len(problems)}
     report.dropped = dict(Counter(drop.reason for drop in drops))
     if keep:
@@ -207,25 +220,6 @@ def _location(source: Source) -> tuple[str, ...]:
     if is_local_source(source.source):
         return (str(Path(source.source).expanduser().resolve()),)
     return source.source, source.subset, source.split
-
-
-def _read_imported(run: Run, avoid: Mapping[int, str], drops: list[Drop]) -> list[Problem]:
-    """The rows of an imported problems.jsonl; the file is not changed."""
-    hint = f"set problems.source, as in --set problems.source=train.jsonl, to a file with {FORMS}"
-    rows, problems = run.require("problems.jsonl", Problem, hint), []
-    repeated = [id_ for id_, count in Counter(problem.id for problem in rows).items() if count > 1]
-    if repeated:
-        raise DataError(f"{run.path('problems.jsonl')}: the id {repeated[0]} occurs twice", "make ids unique")
-    for number, problem in enumerate(rows, 1):
-        if overlap := find_overlap(problem.question, avoid):
-            detail = _OVERLAP.format(f"{run.path('problems.jsonl')}, row {number}", overlap)
-            found = {"id": problem.id, "raw": problem.question}
-            drops.append(Drop(stage="problems", reason=OVERLAPS, detail=detail, **found))
-        else:
-            problems.append(problem)
-    if not problems:
-        _raise_none_usable(str(run.path("problems.jsonl")), drops, None)
-    return problems
 
 
 def _raise_none_usable(name: str, drops: list[Drop], first: tuple[str, BadRow] | None) -> NoReturn:

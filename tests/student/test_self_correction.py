@@ -228,26 +228,17 @@ def test_result_follows_the_last_equals_sign(step, correction, same):
     assert same_result(step, correction) is same
 
 
-def test_unreadable_second_round_keeps_the_text_of_the_first():
-    student = Scripted(odds=lambda _: (-1.0, 2.0, -1.0), corrections=[CORRECTION, "nothing"])
+@pytest.mark.parametrize(
+    ("second", "note"),
+    [
+        ("nothing", "the review could not be read"),
+        ("No.</Cause>\n<Correction>60 / 2 + 6 = 36</Correction>", SAME_RESULT),
+    ],
+)
+def test_second_round_without_a_correction_keeps_the_solution_of_the_first(second, note):
+    student = Scripted(odds=lambda _: (-1.0, 2.0, -1.0), corrections=[CORRECTION, second])
     (got,) = review(student, WRONG, rounds=2)
-    assert got.trace == RIGHT
-    assert got.accused == 2
-    assert got.note == "the review could not be read"
-
-
-def test_second_correction_to_the_same_result_keeps_the_solution_of_the_first():
-    again = "No.</Cause>\n<Correction>60 / 2 + 6 = 36</Correction>"
-    student = Scripted(odds=lambda _: (-1.0, 2.0, -1.0), corrections=[CORRECTION, again])
-    (got,) = review(student, WRONG, rounds=2)
-    assert (got.trace, got.accused, got.correction, got.note) == (RIGHT, 2, "72 / 2 = 36", SAME_RESULT)
-
-
-def test_answer_without_steps_is_not_reviewed():
-    student = Scripted(odds=accuse_38)
-    (got,) = review(student, Trace(answer="41"))
-    assert (got.trace, got.note, got.accused) == (None, "no steps to review", None)
-    assert student.scored == []
+    assert (got.trace, got.accused, got.correction, got.note) == (RIGHT, 2, "72 / 2 = 36", note)
 
 
 def test_attempts_do_not_affect_each_other():
@@ -385,11 +376,12 @@ def test_unreadable_free_review_keeps_the_first_answer(text):
     assert got.tokens == 10
 
 
-def test_free_review_skips_answers_without_steps():
+@pytest.mark.parametrize("script", [guided, free])
+def test_answer_without_steps_is_not_reviewed(script):
     student = Scripted(rest=render(RIGHT))
-    got = review(student, Trace(), WRONG, script=free)
-    assert [g.note for g in got] == ["no steps to review", ""]
-    assert len(student.requests) == 1
+    (got,) = review(student, Trace(answer="41"), script=script)
+    assert (got.trace, got.note, got.accused) == (None, "no steps to review", None)
+    assert student.scored == student.requests == []
 
 
 def test_free_review_sees_corrections_made_while_solving_as_applied():
