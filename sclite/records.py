@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from sclite.trace import Parsed, parse
+from sclite.trace import Parsed, Trace, parse
 
 FEEDBACK = "feedback.jsonl"
 FROM_FEEDBACK = "feedback-"
@@ -17,6 +17,13 @@ class Row(BaseModel):
     """One line of a JSONL file: immutable; rejects unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy, without what was read from the old fields."""
+        copy = super().model_copy(update=update, deep=deep)
+        for name in copy.__dict__.keys() - type(self).model_fields.keys():
+            del copy.__dict__[name]
+        return copy
 
 
 class TraceRow(Row):
@@ -29,12 +36,6 @@ class TraceRow(Row):
     def parsed(self) -> Parsed:
         """The trace, and what is wrong with its form."""
         return parse(self.trace)
-
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """A copy, which may get another trace: nothing parsed is taken along."""
-        copy = super().model_copy(update=update, deep=deep)
-        copy.__dict__.pop("parsed", None)
-        return copy
 
 
 class Problem(Row):
@@ -98,6 +99,11 @@ class Pair(Row):
     chosen: str
     rejected: str
     origin: Literal["teacher", "student", "label"] = "label"
+
+    @cached_property
+    def work(self) -> Trace:
+        """The attempt."""
+        return parse(self.attempt).trace
 
 
 class Drop(Row):

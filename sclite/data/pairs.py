@@ -114,7 +114,7 @@ def _validate_imported(run: Run) -> Report:
     pairs, contents = run.read("pairs.jsonl", Pair), set()
     decided = {(pair.id, pair.sample) for pair in pairs if pair.kind == "decision"}
     for number, pair in enumerate(pairs, 1):
-        work, step, content = parse(pair.attempt).trace, pair.step, pair.kind == "content"
+        work, step, content = pair.work, pair.step, pair.kind == "content"
         why, hint = "", "fix or remove it"
         if pair.id not in known:
             why, hint = "no problem has this id", "use the ids of problems.jsonl"

@@ -18,7 +18,7 @@ from sclite.run import Report, Run, timed, write_text
 from sclite.student.base import Messages
 from sclite.student.loader import load_tokenizer, model_name
 from sclite.student.tokenization import prompt_text
-from sclite.trace import parse, render
+from sclite.trace import render
 
 Rows = list[dict[str, Any]]
 FOLDER = "export/data"
@@ -64,11 +64,7 @@ def export_data(config: Config, run: Run) -> Report:
 
 
 def _chat(prompt: Messages, row: Template | Review) -> list[dict[str, str]]:
-    return [*prompt, {"role": "assistant", "content": _normalize(row.trace)}]
-
-
-def _normalize(trace: str) -> str:
-    return render(parse(trace).trace)
+    return [*prompt, {"role": "assistant", "content": render(row.parsed.trace)}]
 
 
 def _problem(row: Pair | Review, problems: dict[str, Problem]) -> Problem:
@@ -83,7 +79,7 @@ def _problem(row: Pair | Review, problems: dict[str, Problem]) -> Problem:
 
 def _review_rows(config: Config, run: Run, reviews: list[Review], problems: dict[str, Problem]) -> Rows:
     """Each review as {"id", "sample", "step", "messages"}, as in the warm-up before DPO."""
-    attempts = {(row.id, row.sample): row.trace for row in run.read("attempts.jsonl", Attempt)}
+    attempts = {(row.id, row.sample): row for row in run.read("attempts.jsonl", Attempt)}
     rows = []
     for row in reviews:
         if (row.id, row.sample) not in attempts:
@@ -91,7 +87,7 @@ def _review_rows(config: Config, run: Run, reviews: list[Review], problems: dict
                 f"reviews.jsonl, {row.id}/{row.sample}: no such row in attempts.jsonl",
                 "restore the attempt, or remove the review",
             )
-        attempt = _normalize(attempts[row.id, row.sample])
+        attempt = render(attempts[row.id, row.sample].parsed.trace)
         prompt = prompts.review_messages(_problem(row, problems).question, attempt, config.prompts.folder)
         rows.append({"id": row.id, "sample": row.sample, "step": row.step, "messages": _chat(prompt, row)})
     return rows
@@ -112,14 +108,14 @@ def _pair_rows(
     if not pairs:
         return preferences, step_dpo
     tokenizer = load_tokenizer(model_name(config.student))
-    traces = {(row.id, row.sample): _normalize(row.trace) for row in reviews}
+    traces = {(row.id, row.sample): render(row.parsed.trace) for row in reviews}
 
     def extend(prefix: str, completion: str, trace: str) -> str:
         return trace[len(prefix) :] if trace.startswith(prefix + completion) else completion
 
     for pair in pairs:
         keys = {"id": pair.id, "sample": pair.sample, "step": pair.step, "kind": pair.kind}
-        problem, attempt, prefix = _problem(pair, problems), _normalize(pair.attempt), "".join(pair.prefix)
+        problem, attempt, prefix = _problem(pair, problems), render(pair.work), "".join(pair.prefix)
         chat = prompts.review_messages(problem.question, attempt, config.prompts.folder)
         sides = {"chosen": pair.chosen, "rejected": pair.rejected}
         prompt = prompt_text(tokenizer, chat) + prefix

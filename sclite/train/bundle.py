@@ -17,7 +17,7 @@ from sclite import prompts
 from sclite.records import Pair
 from sclite.student.log_probs import Padded, pad
 from sclite.student.tokenization import Encoded, piece_ids, prompt_ids
-from sclite.trace import CAUSE, parse, render
+from sclite.trace import CAUSE, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,8 +44,8 @@ def build_bundles(
     for (id, sample), group in groups.items():
         decisions = sorted((p for p in group if p.kind == "decision"), key=lambda p: p.step)
         content = next((p for p in group if p.kind == "content"), None)
-        work = parse(group[0].attempt).trace
-        ids, ends = prompt_ids(tokenizer, prompts.review_messages(questions[id], render(work), folder)), {}
+        messages = prompts.review_messages(questions[id], render(group[0].work), folder)
+        ids, ends = prompt_ids(tokenizer, messages), {}
         for number, piece in enumerate(piece_ids(tokenizer, (content or decisions[-1]).prefix), 1):
             ids = ids + piece
             ends[number] = len(ids) - 1  # the last position of a prefix of `number` pieces

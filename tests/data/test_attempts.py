@@ -129,6 +129,13 @@ def test_identical_attempts_count_once():
     assert [(r.id, r.sample) for r in deduplicate(rows)] == [("p1", 0), ("p1", 2), ("p2", 0)]
 
 
+def test_copy_of_a_row_with_another_trace_is_parsed_anew():
+    row = Attempt(id="p", sample=0, trace="<Answer>1</Answer>", answer="1", correct=True)
+    assert row.parsed is row.parsed
+    assert row.parsed.trace.answer == "1"
+    assert row.model_copy(update={"trace": "<Answer>2</Answer>"}).parsed.trace.answer == "2"
+
+
 def test_warning_if_most_attempts_are_unreadable(tmp_path, grader, warnings):
     report = sample(Run(tmp_path / "good"), grader, Deterministic(), warnings)
     assert report.figures.get("warnings", []) == warnings.said == []
