@@ -54,13 +54,12 @@ def run_chat(
         student, context, about = endpoint, 0, ""
         if student is None:
             spinner = console.make_console(stderr=True).status(f"loading {path.name}")
-            with spinner if interactive else nullcontext():
+            with spinner if console.is_interactive() else nullcontext():
                 check_gguf(path)
                 # one sequence keeps the solution while the other one reviews it
                 engine = stack.enter_context(Engine(path, parallel=2, context=config.eval.context))
-                if interactive:  # the system prompt stays in the cache, so that the first word comes sooner
-                    warm = prompts.solve_messages("1", settings.prompt_folder)
-                    list(engine.generate([Request(warm, max_tokens=1)]))
+                warm = prompts.solve_messages("1", settings.prompt_folder)
+                list(engine.generate([Request(warm, max_tokens=1)]))  # the system prompt stays in the cache
             student, context = engine, engine.context
             about = f": {engine.description}, on the {'GPU' if engine.offloaded else 'CPU'}"
         chat = Chat(student, context, path, run, settings, familiar, settings.mode or config.review.mode)

@@ -91,7 +91,7 @@ def gather_problems(
     gone = is_local_source(chosen.source) and not Path(chosen.source).expanduser().exists()
     gathered = {**inputs, "problems": run.file_digest("problems.jsonl")}
     if (not reread or gone) and (manifest := run.done("problems", gathered)):
-        problems = run.read("problems.jsonl", Problem)
+        problems = [row for row in run.rows("problems.jsonl", Problem) if not from_feedback(row)]
         if not chosen.source:  # an imported problems.jsonl still holds the overlapping rows
             found = (drop for drop in run.rows("dropped.jsonl", Drop) if drop.stage == "problems")
             overlapping = {drop.id for drop in found if drop.reason == OVERLAPS}
