@@ -317,6 +317,11 @@ class Eval(Source):
     limit: int | None = Field(500, ge=1, description="number of problems to evaluate")
     max_tokens: int = Field(1024, ge=16, description="maximum number of tokens per answer")
     context: int = Field(4096, ge=256, description="maximum length of a conversation in tokens")
+    baselines: bool = Field(
+        False,
+        description="also measure the base model under its own prompt, and a majority vote of the last student",
+    )
+    votes: int = Field(3, ge=2, description="samples per problem in the majority vote")
     fit_share: float = Field(
         0.3, gt=0, lt=1, description="share of problems for the threshold, if training has not kept as many"
     )

@@ -9,6 +9,7 @@ from typing import Any
 from sclite.config import Eval
 from sclite.context import Context
 from sclite.errors import DataError, UsageError
+from sclite.evaluate.baselines import measure_baseline
 from sclite.evaluate.evaluate import HeldOut, Judge, evaluate_model, summary_notes
 from sclite.evaluate.metrics import Outcome
 from sclite.evaluate.report import write_report
@@ -105,6 +106,7 @@ def evaluate(
     """
     config, run, folder = context.config, context.run, held_out.folder
     figures: dict[str, Any] = {}
+    baselines: dict[str, Any] = {}
     text = f"eval: {len(held_out.problems)} held-out problems, solved and reviewed"
     with context.display.stage("eval", text) as progress, Grader() as grader:
         total = len(names) * len(held_out.problems)
@@ -120,16 +122,19 @@ def evaluate(
                 with Engine(path, context=config.eval.context) as engine:
                     student = Counted(engine, len(held_out.problems), advance)
                     figures[name] = evaluate_model(config, run, name, student, path, held_out, grader, judge)
+                    if config.eval.baselines and name in ("base", names[-1]):
+                        label, measured = measure_baseline(
+                            config, run, name, student, held_out, figures[name]["gguf"], grader
+                        )
+                        baselines[label] = measured
                 made_from = source_digest(config, run, name)
                 figures[name] |= {"file": path.name, "bytes": path.stat().st_size, "made_from": made_from}
             else:
                 free = config.model_copy(update={"review": config.review.model_copy(update={"mode": "free"})})
                 settings = config.attempts.model_copy(update={"student": name})
                 with context.endpoint(settings, "eval") as endpoint:
-                    student, version = (
-                        Counted(endpoint, len(held_out.problems), advance),
-                        str(endpoint.version),
-                    )
+                    student = Counted(endpoint, len(held_out.problems), advance)
+                    version = str(endpoint.version)
                     found = evaluate_model(
                         free, run, name, student, Path(), held_out, grader, judge, version=version
                     )
@@ -138,6 +143,7 @@ def evaluate(
     context.display.done("eval", f"eval: {', '.join(names)}")
     summary = {
         "models": figures,
+        "baselines": baselines,
         "n": len(held_out.problems),
         "dropped": dict(held_out.dropped),
         "notes": summary_notes(figures, held_out, config.eval.max_tokens),

@@ -76,6 +76,11 @@ def _messages(name: str, folder: str, **values: str) -> Messages:
     )
 
 
+def baseline_messages(question: str, folder: str = "") -> Messages:
+    """A problem as one asks it of a model that was not trained here: no system prompt, no form of the steps."""
+    return ({"role": "user", "content": _render("baseline_solve", folder, {"question": question})},)
+
+
 def solve_messages(question: str, folder: str = "") -> Messages:
     """The chat in which the student solves a problem, the same in training, sampling, evaluation and chat."""
     return _messages("student_solve", folder, question=question)

@@ -126,7 +126,11 @@ def evaluate_model(
     """
     problems, folder = held_out.problems, held_out.folder
     fits = config.review.threshold is None and config.review.mode == "guided"
-    settings = [config.eval.model_dump(), config.review.model_dump(), prompts_digest(config)]
+    settings = [
+        config.eval.model_dump(exclude={"baselines", "votes"}),
+        config.review.model_dump(),
+        prompts_digest(config),
+    ]
     given = [[p.model_dump() for p in each] for each in (problems, held_out.fitting)]
     identity = version or run.file_digest(str(gguf.resolve()))
     signature = digest([identity, settings, given])

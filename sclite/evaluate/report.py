@@ -24,10 +24,15 @@ def write_report(
 ) -> None:
     """Write the page by rename.
 
-    `summary`: {"models": {name: figures}, "n": number of problems, "notes": [sentence, ..], "source": their name}, with
+    `summary`: {"models": {name: figures}, "baselines": {label: figures}, "n": number of problems, "notes": [sentence, ..], "source": their name}, with
     figures from `metrics.compute_metrics`. `examples`: (model, outcome). `curves`: {stage: rows of its metrics.jsonl}.
     """
     rows = [{**figures, "name": model} for model, figures in summary["models"].items()]
+    shown = ("acc_t1", "acc_t1_interval", "tokens", "n", "unknown")
+    baselines = [
+        {"name": label} | {key: figures[key] for key in shown}
+        for label, figures in (summary.get("baselines") or {}).items()
+    ]
     unknown = [
         f"{row['name']}: {row['unknown']} of {row['unknown'] + row['n']} outcomes are unknown (failed call, timeout or "
         "grader error) and excluded."
@@ -46,6 +51,7 @@ def write_report(
         headline=headline(rows),
         subject=f"{models} on {count}{source}: first answer and answer after review.",
         rows=rows,
+        baselines=baselines,
         accuracy=accuracy_plot(rows),
         curves=curve_plots(curves or {}),
         examples=[example_parts(outcome, model) for model, outcome in examples],

@@ -26,6 +26,10 @@ def print_results(summary: Mapping[str, Any]) -> None:
         located = [format_percent(figures[each]) for each in ("location", "correction_rate_given_location")]
         shown = ["–" if auc is None else f"{auc:.3f}", *located, "–" if tokens is None else f"{tokens:.0f}"]
         rows.append((name, *accuracies, *changes, *shown))
+    for name, figures in summary.get("baselines", {}).items():
+        tokens = "–" if figures["tokens"] is None else f"{figures['tokens']:.0f}"
+        accuracy = format_percent(figures["acc_t1"], figures["acc_t1_interval"])
+        rows.append((name, accuracy, *["–"] * (len(HEADER) - 3), tokens))
     console.print_table(f"{summary['n']} held-out problems", HEADER, rows)
     for name, figures in summary["models"].items():
         if figures["tokens"]:

@@ -1,0 +1,93 @@
+"""What self-correction is compared with: the base model under its own prompt, and a majority vote of the tuned student."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sclite import prompts
+from sclite.config import Config
+from sclite.evaluate.answers import grade
+from sclite.evaluate.evaluate import HeldOut
+from sclite.evaluate.metrics import Outcome, compute_metrics
+from sclite.grading.extract import answer_of
+from sclite.grading.worker import Grader
+from sclite.run import Run
+from sclite.signature import digest
+from sclite.student.base import Reply, Request, Student
+from sclite.trace import parse
+
+
+def measure_baseline(
+    config: Config, run: Run, name: str, student: Student, held_out: HeldOut, identity: str, grader: Grader
+) -> tuple[str, dict[str, Any]]:
+    """(label, figures) of the baseline of one student; `identity` is the digest of its GGUF.
+
+    The base model answers greedily, without a system prompt. A tuned student answers `eval.votes` times at the
+    temperature of the attempts, and the answer that most of the samples give counts, in a tie the earliest of them. The
+    figures are those of `compute_metrics` without a review: acc_t1 with its interval, and tokens per problem (of all
+    samples). They and the outcomes are kept in the folder of results, and returned from there if nothing has changed.
+    """
+    folder, settings = config.prompts.folder, config.eval
+    votes = 1 if name == "base" else settings.votes
+    label = "base, own prompt" if name == "base" else f"{name}, majority of {votes}"
+    file = f"{held_out.folder}/{name}-{'own-prompt' if name == 'base' else 'majority'}"
+    requests = []
+    for problem in held_out.problems:
+        for sample in range(votes):
+            if name == "base":
+                requests.append(
+                    Request(
+                        prompts.baseline_messages(problem.question, folder), max_tokens=settings.max_tokens
+                    )
+                )
+            else:
+                requests.append(
+                    Request(
+                        prompts.solve_messages(problem.question, folder),
+                        max_tokens=settings.max_tokens,
+                        temperature=config.attempts.temperature,
+                        top_p=config.attempts.top_p,
+                        seed=int(digest([config.seed, "vote", problem.id, sample]), 16) % 2**31,
+                    )
+                )
+    signature = digest([identity, config.seed, requests, [p.model_dump() for p in held_out.problems]])
+    kept = run.read_json(f"{file}.json", dict[str, Any])
+    if kept and kept.get("signature") == signature:
+        return label, kept
+    replies = sorted(student.generate(requests), key=lambda reply: reply.index)
+    ballots = [replies[start : start + votes] for start in range(0, len(replies), votes)]
+    chosen = [elect(ballot, grader) for ballot in ballots]
+    answers = [answer_of(parse(reply.text)) for reply in chosen]
+    verdicts = grade(grader, answers, held_out.problems)
+    rows = []
+    for problem, reply, ballot, verdict in zip(held_out.problems, chosen, ballots, verdicts, strict=True):
+        correct = None if any(each.finish == "error" for each in ballot) else verdict
+        rows.append(
+            Outcome(
+                id=problem.id,
+                question=problem.question,
+                gold=problem.answer,
+                first=reply.text,
+                second=None,
+                correct1=correct,
+                correct2=correct,
+                format_ok=True,
+                cut=reply.finish == "length",
+                tokens1=sum(each.tokens for each in ballot),
+            )
+        )
+    figures = compute_metrics(rows, seed=config.seed) | {"signature": signature}
+    run.replace(f"{file}.jsonl", rows)
+    run.write_json(f"{file}.json", figures)
+    return label, figures
+
+
+def elect(replies: Sequence[Reply], grader: Grader) -> Reply:
+    """The first reply with the answer that most replies give; replies without an answer do not vote."""
+    groups: dict[str, list[Reply]] = {}
+    for reply in replies:
+        answer = answer_of(parse(reply.text))
+        if answer is not None:
+            verdicts = grader.equal_many((answer, other) for other in groups)
+            known = (other for other, same in zip(groups, verdicts, strict=True) if same)
+            groups.setdefault(next(known, answer), []).append(reply)
+    return max(groups.values(), key=len)[0] if groups else replies[0]
