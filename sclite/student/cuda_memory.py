@@ -31,15 +31,14 @@ def free_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Let glibc return freed blocks of a megabyte or more to the system at once; elsewhere this does nothing.
+    """Return freed heap memory to the system; does nothing without glibc.
 
-    They would stay in its heap among kept ones: a training on a CPU took 0.9 GB more after 16 steps than after the
-    first.
+    After each optimizer step on a CPU, or the heap grows with every new row length. A lower mmap threshold keeps it
+    smaller still, but costs 9 % more CPU time in page faults.
     """
-    mmap_threshold = -3
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(mmap_threshold, 1 << 20)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def available_ram() -> int | None:

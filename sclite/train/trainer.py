@@ -97,8 +97,6 @@ def train_adapter(
     size = settings.batch_size
     tokens = [sum(lengths[i] for i in order[start : start + size]) for start in range(0, len(order), size)]
     logger = MetricsLogger(metrics, phase, progress, resumed_from=checkpoints.step(), tokens=tokens)
-    if next(model.parameters()).device.type == "cpu":
-        return_freed_memory()
     arguments = training_arguments(
         checkpoints.folder, settings, seed=seed, micro_batch=micro_batch, rows=len(order), evaluates=bool(held_out),
         bf16_on_cpu=next(model.parameters()).dtype.itemsize == 2,
@@ -157,6 +155,8 @@ def _add_callbacks(trainer: Any, checkpoints: Checkpoints, patience: int) -> Non
 
     class CheckpointCallback(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
+            if trainer.model.device.type == "cpu":
+                return_freed_memory()
             if trainer.logger.interrupted:
                 control.should_save = control.should_training_stop = True
             elif state.global_step >= state.max_steps and args.eval_strategy != "no":

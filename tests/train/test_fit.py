@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from sclite.student.loader import load_student
 from sclite.train import micro_batch
 from sclite.train.memory import HEAP, Setting, estimate_on_cpu, read_architecture
 from sclite.train.micro_batch import choose_micro_batch, largest_divisor, suggest_setting
-from tests.toy import toy_config
+from tests.toy import tiny_llama, toy_config
 
 
 @pytest.mark.parametrize(
@@ -56,11 +57,11 @@ from sclite.student.cuda_memory import return_freed_memory
 def taken():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6
 
-return_freed_memory()
 torch.ones(7_000_000)  # freed at once: glibc raises its threshold to the largest freed block
 before, kept = taken(), [torch.ones(500_000 + 64 * i) for i in range(100)]
 full = taken()
 del kept[::2]
+return_freed_memory()
 print((taken() - before) / (full - before))
 """
 
@@ -70,6 +71,17 @@ def test_freed_tensors_between_kept_ones_go_back_to_the_system():
     """Without the call the whole heap stays taken: a share of 1.0 with glibc 2.36."""
     said = subprocess.check_output([sys.executable, "-c", ALLOCATE], text=True, env=os.environ)
     assert float(said) == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("chosen", [None, "7"])
+def test_onednn_caches_kernels_for_few_row_lengths(tmp_path, monkeypatch, chosen):
+    """The cache holds 1,024 by default, and its size is read once from the environment."""
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.setenv(name, chosen or "")
+    if chosen is None:
+        monkeypatch.delenv(name)
+    load_student(toy_config(tiny_llama(tmp_path)), "sft", train=True)
+    assert os.environ[name] == (chosen or "64")
 
 
 @pytest.mark.parametrize(
