@@ -46,7 +46,8 @@ def convert_model(folder: Path, out: Path, *, outtype: str = "f16") -> Path:
         if not supported:
             raise
         return write_gguf(folder, out, outtype=outtype)
-    return run_converter(source, folder, out, outtype=outtype)
+    run_converter(source, folder, out, outtype=outtype)
+    return out
 
 
 def check_convertible(base: Path, adapter: Path | None) -> None:
@@ -66,37 +67,32 @@ def check_convertible(base: Path, adapter: Path | None) -> None:
         if not config.get("quantization_config"):
             for path in base.glob("*.safetensors*"):
                 (Path(place) / path.name).symlink_to(path.resolve())
-        run_converter(converter(), Path(place), Path(place) / "unused.gguf", check=True, subject=str(base))
+        run_converter(converter(), Path(place), None)
 
 
-def run_converter(
-    source: Path, folder: Path, out: Path, *, outtype: str = "f16", check: bool = False, subject: str = ""
-) -> Path:
-    """Run convert_hf_to_gguf.py of the llama.cpp sources in `source`, with `check` without writing tensors. Returns `out`.
+def run_converter(source: Path, folder: Path, out: Path | None, *, outtype: str = "f16") -> None:
+    """Run convert_hf_to_gguf.py of the llama.cpp sources in `source`; without `out`, no tensors are written.
 
     Some architectures (Qwen3.5, DeepSeek, GLM) come with layers that draft tokens; a folder saved by transformers lacks them
     even if its configuration mentions them, which the converter must be told.
     """
     config, arguments = read_json(folder / "config.json"), [str(folder), "--outtype", outtype]
     config |= config.get("text_config") or {}
-    names = [path.name for path in folder.glob("model*.safetensors")] and list(Tensors(folder))
-    if check:
+    names = list(Tensors(folder)) if any(folder.glob("model*.safetensors")) else []
+    if out is None:
         arguments.append("--dry-run" if names else "--vocab-only")
     numbers = [int(found[1]) for name in names if (found := re.search(r"\.layers\.(\d+)\.", name))]
-    layers = 1 + max(numbers, default=-1)
+    more = max(numbers, default=-1) >= config.get("num_hidden_layers", 1 << 20)
     attempts = [arguments, [*arguments, "--no-nextn"]]
-    if any(re.match(r"(model\.)?mtp\.", name) for name in names) or layers > config.get(
-        "num_hidden_layers", layers
-    ):
+    if more or any(re.match(r"(model\.)?mtp\.", name) for name in names):
         attempts.pop()
     elif config.get("mtp_num_hidden_layers") or config.get("num_nextn_predict_layers"):
         attempts.reverse()
     errors = []
     for attempt in attempts:
         try:
-            return _run_script(
-                source, SCRIPT, attempt, out, f"the model in {subject or folder}", writes=not check
-            )
+            _run_script(source, SCRIPT, attempt, out, f"the model in {folder}" if out else "the base model")
+            return
         except DataError as error:
             errors.append(error)
     raise next(error for error in reversed(errors) if "--no-nextn are not supported" not in error.message)
@@ -108,16 +104,14 @@ def convert_lora(adapter: Path, base: Path, out: Path, *, outtype: str = "f16") 
     with tempfile.TemporaryDirectory() as place:
         copy_settings(base, Path(place))  # the converter would run the code of a model folder
         arguments = [str(adapter), "--base", place, "--outtype", outtype]
-        return _run_script(
-            converter(), "convert_lora_to_gguf.py", arguments, out, f"the adapter in {adapter}"
-        )
+        _run_script(converter(), "convert_lora_to_gguf.py", arguments, out, f"the adapter in {adapter}")
+    return out
 
 
-def _run_script(
-    source: Path, script: str, arguments: list[str], out: Path, subject: str, writes: bool = True
-) -> Path:
-    part = out.with_name(out.name + ".part")
-    command = [sys.executable, str(source / script), *arguments, "--outfile", str(part)]
+def _run_script(source: Path, script: str, arguments: list[str], out: Path | None, subject: str) -> None:
+    part = out.with_name(out.name + ".part") if out else None
+    command = [sys.executable, str(source / script), *arguments]
+    command += ["--outfile", str(part)] if part else []
     # offline, because a configuration could name code on the Hub
     environment = {**os.environ, "PYTHONPATH": str(source / "gguf-py"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
@@ -129,20 +123,20 @@ def _run_script(
         stdin=subprocess.DEVNULL,
         check=False,
     )
-    if done.returncode != 0 or (writes and not part.is_file()):
-        part.unlink(missing_ok=True)
+    if done.returncode != 0 or (part and not part.is_file()):
+        if part:
+            part.unlink(missing_ok=True)
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         lines = [line for line in lines if line.strip("^~ ")]  # marks below a line of a traceback
         reason = lines[-1] if lines else "no reason given"
         if reason == "AssertionError":
             reason = lines[-2]
-        raise DataError(
-            f"llama.cpp's converter cannot convert {subject}: {reason}",
-            f"for the full error: PYTHONPATH={source / 'gguf-py'} {shlex.join(command)}"
-            if writes
-            else "use another base model, or `sclite export --format merged`",
-        )
-    return part.replace(out) if writes else out
+        hint = "use another base model, or `sclite export --format merged`"
+        if part:
+            hint = f"for the full error: PYTHONPATH={source / 'gguf-py'} {shlex.join(command)}"
+        raise DataError(f"llama.cpp's converter cannot convert {subject}: {reason}", hint)
+    if part and out:
+        part.replace(out)
 
 
 def converter() -> Path:

@@ -28,6 +28,8 @@ TOP = 20
 """The most probable tokens of a position, over which the effect of the adapter is measured."""
 GREEDY, GREEDY_TOKENS = 4, 48
 """Greedy answers of the unquantized GGUF that the trained model reads, and their length in tokens."""
+ROWS = 256
+"""Rows of a quantized tensor that are compared with the unquantized ones."""
 UNQUANTIZED = {
     "mean_abs_logprob_diff": 0.004,
     "top1_agreement": 0.99,
@@ -181,6 +183,28 @@ def compare_probabilities(references: Sequence[Reference], gguf: Path) -> dict[s
     }
 
 
+def find_changed_tensor(full: Path, quantized: Path) -> str | None:
+    """The name of a tensor of a quantized GGUF that is no rounding of the unquantized one's, by up to ROWS rows of each.
+
+    Rounding to at least 4 bits changes the scale of a tensor by less than 1 % (q4_1), to 2 or 3 bits by 7 % (q2_k).
+    """
+    from gguf import GGML_QUANT_SIZES, GGUFReader, quants
+
+    sources = {tensor.name: tensor for tensor in GGUFReader(full).tensors}
+    for tensor in GGUFReader(quantized).tensors:
+        pair = []
+        for each in (tensor, sources[tensor.name]):
+            rows = each.data.reshape(-1, each.data.shape[-1])
+            pair.append(quants.dequantize(rows[:: -(-len(rows) // ROWS)], each.tensor_type).astype("float64"))
+        found, wanted = pair
+        size, (values, stored) = float((found * found).sum()), GGML_QUANT_SIZES[tensor.tensor_type]
+        bits = 8 * stored / values
+        bound = 0.025 if bits >= 4 else 0.15 if bits > 2.2 else float("inf")
+        if abs(float((found * wanted).sum()) - size) > bound * size:
+            return str(tensor.name)
+    return None
+
+
 def compare_greedy(answers: Sequence[Reference]) -> dict[str, Any]:
     """Greedy answers of the GGUF as the trained model sees them: how many it would have given itself, and by how many nats
     it prefers another token, at most. Answers differ at near ties, which rounding decides."""
@@ -223,6 +247,8 @@ def find_violations(result: Mapping[str, Any], max_kl: Mapping[str, float]) -> l
     if share is not None and noise < 0.5 and abs(share - 1) > UNQUANTIZED["adapter_share"] + noise:
         found.append(f"the GGUF has {share:.0%} of the adapter's effect")
     for name, figures in result["files"].items():
+        if figures["changed"]:
+            found.append(f"{figures['changed']} of {name} is not that of the unquantized model")
         prefixes = [prefix for prefix in max_kl if figures["quantization"].startswith(prefix)]
         bound = max_kl[max(prefixes, key=len)] if prefixes else float("inf")
         if figures["kl"] > bound:

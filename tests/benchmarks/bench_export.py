@@ -88,10 +88,11 @@ def write_model(folder: Path, layers: int) -> None:
     with init_empty_weights():
         model = Qwen2ForCausalLM(config)
     values = torch.randn(50_000_017) * 0.02
+    half = values.bfloat16()
     shards: list[dict[str, torch.Tensor]] = [{}]
     lora, size = {}, 0
     for name, parameter in model.named_parameters():
-        count, half = parameter.numel(), values.bfloat16()
+        count = parameter.numel()
         tensor = half.repeat(-(-count // len(half)))[:count].reshape(parameter.shape)
         if size + tensor.nbytes > 500_000_000 and shards[-1]:
             shards.append({})

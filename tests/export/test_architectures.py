@@ -177,7 +177,8 @@ def test_f16_gguf_equals_transformers(family, variant, tokenizer, converter, tmp
     base = make_base(tmp_path / "base", tokenizer, family, variant)
     make_adapter(tmp_path / "adapter", base, variant)
     merged = merge(base, tmp_path / "adapter", tmp_path / "merged", outtype="f16")
-    gguf = conversion.run_converter(converter, merged, tmp_path / "f16.gguf")
+    gguf = tmp_path / "f16.gguf"
+    conversion.run_converter(converter, merged, gguf)
     draw = np.random.default_rng(0)
     sequences = [
         (draw.integers(4, 512, size).tolist(), start) for size, start in ((60, 9), (120, 1), (200, 1))

@@ -49,13 +49,10 @@ PATTERNS = {
 @pytest.mark.parametrize(
     "settings",
     [
-        {"r": 4, "lora_alpha": 12, "target_modules": LINEAR},
-        {"r": 9, "lora_alpha": 12, "target_modules": ["q_proj", "down_proj"], "use_rslora": True},
         {"r": 4, "lora_alpha": 8, "target_modules": LINEAR, **PATTERNS},
-        {"r": 4, "lora_alpha": 8, "target_modules": ["v_proj"], "modules_to_save": ["norm"]},
         {"r": 4, "lora_alpha": 8, "target_modules": ["v_proj"], "init_lora_weights": "gaussian"},
     ],
-    ids=["all-linear", "rank-stabilized", "patterns", "modules-to-save", "gaussian"],
+    ids=["patterns", "gaussian"],
 )
 def test_merge_equals_the_merge_of_peft(base, tmp_path, settings):
     wanted = save_random_adapter(base, tmp_path / "adapter", **settings)

@@ -173,6 +173,16 @@ def noisy(path):
     tensor.data[:, 2:34] = draw.integers(0, 255, tensor.data[:, 2:34].shape, dtype=np.uint8)
 
 
+def with_scaled_tensor(path):
+    """One tensor times 1.05: a block of q8_0 has its scale in its first two bytes."""
+    from gguf import GGUFReader
+
+    tensor = next(t for t in GGUFReader(path, "r+").tensors if t.name == "blk.1.ffn_down.weight")
+    for start in range(0, tensor.data.shape[1], 34):
+        scales = tensor.data[:, start : start + 2].copy().view("float16") * 1.05
+        tensor.data[:, start : start + 2] = scales.astype("float16").view("uint8")
+
+
 def without_end_of_turn(path):
     """The end token is another one, and llama.cpp does not know the trained one by its name."""
     from gguf import GGUFReader
@@ -216,6 +226,7 @@ def np_bytes(text):
     ("fault", "message"),
     [
         (noisy, "sft-q8_0.gguf has a KL divergence"),
+        (with_scaled_tensor, "blk.1.ffn_down.weight of sft-q8_0.gguf is not that of the unquantized model"),
         (without_end_of_turn, "the token that ends a turn in training"),
         (with_swapped_tokens, "the GGUF splits"),
         (with_another_template, "the GGUF splits"),
