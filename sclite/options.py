@@ -2,8 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +12,6 @@ import typer
 if TYPE_CHECKING:
     from sclite.config import Config
     from sclite.context import Context
-    from sclite.run import Run
 
 RunOption = Annotated[Path | None, typer.Option("--run", metavar="DIR", help="Use this run folder.")]
 ConfigOption = Annotated[
@@ -120,10 +118,3 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
     setattr(wrapper, "__signature__", inspect.Signature([*own, *shared]))  # noqa: B010 - unknown to type checkers
     wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *shared]}
     return wrapper
-
-
-@contextmanager
-def hold_run(run: "Run", config: "Config") -> Iterator[None]:
-    """Lock the run against other processes, and save the settings of this command in its run.toml."""
-    with run.lock(), run.recording(config):
-        yield

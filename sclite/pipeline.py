@@ -359,7 +359,7 @@ def create_in_ollama(context: Context, gguf: Path) -> dict[str, Any]:
 
 
 def evaluate_students(context: Context, names: Sequence[str]) -> dict[str, Any]:
-    """The evaluation's summary: accuracy of the named students (or ollama/NAME) on eval.source, before and after review."""
+    """Evaluate the named students (or ollama/NAME) on eval.source, before and after review; returns the summary."""
     from sclite import evaluation
 
     held_out = evaluation.held_out(context, untrained_problems(context))

@@ -99,7 +99,7 @@ class Run:
 
     @contextmanager
     def recording(self, config: Config) -> Iterator[None]:
-        """Save the configuration to run.toml, so that later commands on this run need not repeat it.
+        """Lock the run, and save the configuration to run.toml: later commands on this run need not repeat it.
 
         Options that apply to one command only (`settings.NOT_SAVED`) are not saved. If the block fails before any stage
         has produced something, run.toml is restored: a mistyped value does not become a setting of the run and break
@@ -107,18 +107,19 @@ class Run:
         """
         import tomlkit
 
-        path, outputs = self.path(RUN_FILE), self._outputs()
-        before = path.read_text(encoding="utf-8") if path.is_file() else None
-        write_text(path, tomlkit.dumps(config.model_dump(exclude_none=True, exclude=NOT_SAVED)))
-        try:
-            yield
-        except ScliteError:
-            if self._outputs() == outputs:
-                if before is None:
-                    path.unlink(missing_ok=True)
-                else:
-                    write_text(path, before)
-            raise
+        path = self.path(RUN_FILE)
+        with self.lock():
+            outputs, before = self._outputs(), path.read_text(encoding="utf-8") if path.is_file() else None
+            write_text(path, tomlkit.dumps(config.model_dump(exclude_none=True, exclude=NOT_SAVED)))
+            try:
+                yield
+            except ScliteError:
+                if self._outputs() == outputs:
+                    if before is None:
+                        path.unlink(missing_ok=True)
+                    else:
+                        write_text(path, before)
+                raise
 
     def _outputs(self) -> dict[str, int]:
         """{path: modification time} of all files that stages produced, from rows to manifests."""

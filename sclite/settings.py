@@ -35,8 +35,8 @@ def load(
 
     `path` must exist; without it ./sclite.toml is read if present, unless `own_file` is False. `environment` holds
     variables such as SCLITE_SFT__LEARNING_RATE, `settings` KEY=VALUE strings from the command line. An empty value on any
-    level resets a key to its default. Raises UsageError with all unknown keys and invalid values in one message, and DataError
-    if run.toml is damaged.
+    level resets a key to its default. Raises UsageError with all unknown keys and invalid values in one message, and
+    DataError if run.toml is damaged.
     """
     file = _read_file(path) if path is not None or own_file else {}
     variables: dict[str, Any] = {}

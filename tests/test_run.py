@@ -183,7 +183,7 @@ def test_a_folder_that_disappears_is_no_error(run):
 
 def test_an_unused_new_folder_is_removed(tmp_path):
     new = Run(tmp_path / "new")
-    with pytest.raises(DataError), new.lock(), new.recording(Config()):
+    with pytest.raises(DataError), new.recording(Config()):
         raise DataError("no such file", "give another")
     assert not new.folder.exists()
     with Run(tmp_path / "runs/new").lock():

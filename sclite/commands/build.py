@@ -15,7 +15,6 @@ from sclite.options import (
     ProblemsArgument,
     YesOption,
     common_options,
-    hold_run,
 )
 
 
@@ -57,7 +56,7 @@ def build_data(
         summaries.print_dry_run(found, common.json)
         return
     context.ask_before_paying = not yes
-    with hold_run(context.run, context.config):
+    with context.run.recording(context.config):
         if pipeline.has_problems(context):
             chosen = problems is not None or limit is not None
             pipeline.divided_problems(context, reread=only != "corrections" or chosen)
@@ -98,7 +97,7 @@ def train(
             planned = plan_training(context)
         summaries.print_plan(planned, common.json)
         return
-    with hold_run(context.run, context.config):
+    with context.run.recording(context.config):
         pipeline.train(context, only, fresh)
     summaries.print_train(context, only, common.json)
 
@@ -131,7 +130,7 @@ def run(
         select_gpu(gpu)
     pipeline.report_plan(context)
     context.ask_before_paying = not yes
-    with hold_run(context.run, context.config):
+    with context.run.recording(context.config):
         if pipeline.has_problems(context):
             pipeline.divided_problems(context, reread=True)
         pipeline.build_templates(context, fresh)

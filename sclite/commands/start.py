@@ -9,7 +9,7 @@ import typer
 
 from sclite import console
 from sclite.errors import FAILED, ScliteError
-from sclite.options import Common, ConfigOption, FreshOption, JsonOption, common_options, hold_run
+from sclite.options import Common, ConfigOption, FreshOption, JsonOption, common_options
 
 
 @common_options
@@ -32,7 +32,7 @@ def quickstart(
     from sclite.run import Run
 
     loaded = common.load({"problems.limit": problems}, flow.DEFAULTS)
-    with hold_run(Run(loaded.run), loaded):
+    with Run(loaded.run).recording(loaded):
         summary, example = flow.quickstart(loaded, fresh=fresh)
     if common.json:
         console.print_json(summary)

@@ -113,7 +113,7 @@ def print_export(
 ) -> None:
     """Print the GGUF, and the next command.
 
-    `compared` is what the model created in Ollama says, None if there is none; `fitted` whether a review threshold is known.
+    `compared` is what the model created in Ollama says, None without one; `fitted` whether a threshold is known.
     """
     from sclite.export.parity import summarize
 
