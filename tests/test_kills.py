@@ -68,6 +68,8 @@ def results(run: Path) -> dict:
         if path.suffix in (".jsonl", ".safetensors", ".gguf") or path.name == "threshold.json"
     ]
     found = {str(p.relative_to(run)): hashlib.sha256(p.read_bytes()).hexdigest() for p in kept}
+    if (dropped := run / "dropped.jsonl").is_file():  # in the order in which replies came
+        found[dropped.name] = sorted(dropped.read_text().splitlines())
     for summary in run.glob("eval/*/summary.json"):
         for name, figures in json.loads(summary.read_text())["models"].items():
             found[name] = {key: value for key, value in figures.items() if key not in TIMED}
