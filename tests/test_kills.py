@@ -123,9 +123,6 @@ def test_a_command_killed_in_every_stage_ends_with_the_same_files(project, comma
     } < set(whole)
     assert "dpo" in whole
     assert results(project / "broken") == whole
-    began = (project / "broken/done/templates.json").stat().st_mtime_ns
-    assert "skipped" in finish(project, (*command, "--run", "broken")) or command[0] == "quickstart"
-    assert (project / "broken/done/templates.json").stat().st_mtime_ns == began
 
 
 @pytest.mark.slow
