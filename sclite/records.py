@@ -30,7 +30,8 @@ class TraceRow(Row):
     """A row with a trace, which is parsed once, when it is first needed."""
 
     if TYPE_CHECKING:
-        trace: str  # declared by each row, in its place among the fields
+        id: str  # both are declared by each row, in their places among the fields
+        trace: str
 
     @cached_property
     def parsed(self) -> Parsed:

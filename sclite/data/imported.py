@@ -17,7 +17,7 @@ from sclite.data.sources import BadRow, read_rows
 from sclite.errors import DataError
 from sclite.grading.extract import extract
 from sclite.grading.worker import Grader
-from sclite.records import Attempt, Drop, Pair, Problem, Review, from_feedback
+from sclite.records import Attempt, Drop, Pair, Problem, TraceRow, from_feedback
 from sclite.run import Run
 from sclite.trace import Step, Trace, clean, render
 
@@ -130,9 +130,7 @@ def _grade_work(
 # -- rows in the run folder ----------------------------------------------------------------------------------------
 
 
-def reject_row(
-    run: Run, name: str, number: int, row: Attempt | Review | Pair, why: str, hint: str
-) -> NoReturn:
+def reject_row(run: Run, name: str, number: int, row: TraceRow | Pair, why: str, hint: str) -> NoReturn:
     """Raise DataError for an invalid imported row."""
     raise DataError(f"{run.path(name)}, row {number} ({row.id}): {why}", hint)
 

@@ -8,6 +8,7 @@ from functools import partial
 
 from sclite import prompts
 from sclite.config import Config
+from sclite.data.imported import reject_row
 from sclite.errors import DataError, UsageError
 from sclite.grading.worker import Grader
 from sclite.progress import Progress, no_progress
@@ -72,8 +73,7 @@ def write_templates(
             rows = run.read("templates.jsonl", Template)
             for number, row in enumerate(rows, 1):
                 if issues := row.parsed.issues:
-                    why = f"{run.path('templates.jsonl')}, row {number} ({row.id}): {issues[0]}"
-                    raise DataError(why, "fix or remove it")
+                    reject_row(run, "templates.jsonl", number, row, str(issues[0]), "fix or remove it")
             report.counts, report.skipped = {"templates": len(rows), "imported": len(rows)}, True
             return report
         inputs = templates_inputs(config, problems)
