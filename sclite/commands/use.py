@@ -126,9 +126,9 @@ def export(
         elif format == "merged":
             from sclite.export.model import export_merged
 
-            with context.display.wait("merging the adapter"):
-                folder = export_merged(context.config, context.run, context.students()[-1])
-            report, files = Report("merged", figures={"merged": str(folder)}), hub.files_of(folder)
+            with context.display.wait("merging the adapter and comparing"):
+                figures = export_merged(context.config, context.run, context.students()[-1])
+            report, files = Report("merged", figures=figures), hub.files_of(Path(figures["merged"]))
         else:
             from sclite.export.datasets import export_data
 

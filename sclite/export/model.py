@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import shutil
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -202,14 +203,49 @@ def _write_parts(
     return full, parts, wanted
 
 
-def export_merged(config: Config, run: Run, name: str) -> Path:
-    """Write export/<name>-merged: a Hugging Face folder in 16 bits, with its card, for vLLM, LM Studio and transformers."""
-    base = fetch_base_model(config.student)
-    adapter, out = run.path(f"{name}/adapter") if name != "base" else None, run.path(f"export/{name}-merged")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _merge(config, load_tokenizer(str(base)), base, adapter, out, "f16")
-    write_text(out / "README.md", build_model_card(config, run, name, "merged", {}))
-    return out
+def export_merged(config: Config, run: Run, name: str) -> dict[str, Any]:
+    """Write export/<name>-merged: a Hugging Face folder in 16 bits, with its card, for vLLM, LM Studio and transformers.
+
+    Returns its path, `merged`, and how it compares with the trained model in transformers: chats_compared, chats_equal (in
+    their token ids), top1_agreement and kl (None if it could not be run). Raises ScliteError if it is another model.
+    """
+    import numpy as np
+
+    base, samples = fetch_base_model(config.student), read_samples(config, run)
+    tokenizer, out = load_tokenizer(str(base)), run.path(f"export/{name}-merged")
+    adapter, work = run.path(f"{name}/adapter") if name != "base" else None, run.path(UNFINISHED) / out.name
+    work.parent.mkdir(parents=True, exist_ok=True)
+    same, kl, faults = None, None, []
+    try:
+        own = load_tokenizer(str(_merge(config, tokenizer, base, adapter, work, "f16")))
+        equal = sum(_ids(own, sample) == _ids(tokenizer, sample) for sample in samples)
+        sequences, shortage = _held_out(tokenizer, samples), _ram_shortage(base)
+        with suppress(DataError) if shortage else nullcontext():  # some models cannot be run layer by layer
+            references = parity.compute_references(base, adapter, sequences, bool(shortage))
+            found = parity.compute_references(work, None, sequences, bool(shortage))
+            pairs = list(zip(references, found, strict=True))
+            kl = float(
+                np.mean([((np.exp(a.trained) * (a.trained - b.trained)).sum(1).mean()) for a, b in pairs])
+            )
+            same = float(np.mean([(a.top[:, 0] == b.top[:, 0]).mean() for a, b in pairs]))
+        if equal < len(samples):
+            faults.append(f"its tokenizer reads {len(samples) - equal} of {len(samples)} chats differently")
+        if kl is not None and not kl <= (bound := config.export.max_kl["f16"]):
+            faults.append(f"it has a KL divergence of {kl:.4f} nats (at most {bound:g})")
+        if faults:
+            raise ScliteError(
+                f"{out.name} does not match the trained model: {'; '.join(faults)}",
+                "nothing was exported; use another base model, or report it with the model's name",
+            )
+        write_text(work / "README.md", build_model_card(config, run, name, "merged", {}))
+        shutil.rmtree(out, ignore_errors=True)
+        work.replace(out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        with suppress(OSError):  # a killed export of GGUFs keeps its files there
+            work.parent.rmdir()
+    counts = {"chats_compared": len(samples), "chats_equal": equal}
+    return {"merged": str(out), **counts, "top1_agreement": same, "kl": kl}
 
 
 def write_sampling_gguf(config: Config, adapter: Path, work: Path, *, small: bool) -> Path:
@@ -267,6 +303,24 @@ def _ids(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> list[int]:
     return prompt_ids(tokenizer, sample.chat) + answer
 
 
+def _held_out(tokenizer: PreTrainedTokenizerBase, samples: list[Sample]) -> list[tuple[list[int], int]]:
+    """The token ids of the samples on which probabilities are compared, and where the answer begins."""
+    found, rows = [], REFERENCE_BYTES // (4 * len(tokenizer))
+    for sample in samples[:2] + samples[2:][-HELD_OUT:]:
+        ids, start = _ids(tokenizer, sample), len(prompt_ids(tokenizer, sample.chat))
+        if (rows := rows - len(ids) + start) > 0:
+            found.append((ids, start))
+    return found
+
+
+def _ram_shortage(base: Path) -> str:
+    """Why the model must be run one layer at a time; "" if it fits in memory."""
+    needed, available = BaseWeights(base).float32_bytes() * 1.2, available_ram()
+    if available is None or needed <= available:
+        return ""
+    return f"{_size(needed)} of RAM needed for the whole model, {_size(available)} free"
+
+
 def _check_parity(
     config: Config,
     tokenizer: PreTrainedTokenizerBase,
@@ -280,20 +334,11 @@ def _check_parity(
     first = next(iter(made.values()))
     result: dict[str, Any] = {"files": {path.name: {"quantization": quant} for quant, path in made.items()}}
     result |= {"skipped": None, "layered": None, **parity.compare_tokens(tokenizer, first, samples)}
-    needed, available = BaseWeights(base).float32_bytes() * 1.2, available_ram()
-    layered = available is not None and needed > available
-    if available is not None and layered:
-        result["layered"] = f"{_size(needed)} of RAM needed for the whole model, {_size(available)} free"
-    held_out = samples[:2] + samples[2:][-HELD_OUT:]
-    asked = [prompt_ids(tokenizer, sample.chat) for sample in held_out[: parity.GREEDY]]
-    greedy = parity.greedy_answers(full, asked)
-    sequences, rows = [*greedy], REFERENCE_BYTES // (4 * len(tokenizer))
-    for sample in held_out:
-        ids, start = _ids(tokenizer, sample), len(prompt_ids(tokenizer, sample.chat))
-        if (rows := rows - len(ids) + start) > 0:
-            sequences.append((ids, start))
+    layered, held_out = _ram_shortage(base), _held_out(tokenizer, samples)
+    result["layered"] = layered or None
+    greedy = parity.greedy_answers(full, [ids[:start] for ids, start in held_out[: parity.GREEDY]])
     try:
-        references = parity.compute_references(base, adapter, sequences, layered)
+        references = parity.compute_references(base, adapter, [*greedy, *held_out], bool(layered))
     except DataError as error:
         if layered:  # transformers stores some models under other names than their files
             return result | {"skipped": f"{result['layered']}; {error.message}"}

@@ -151,14 +151,20 @@ def print_export(
 
 
 def print_path(what: str, report: Report, json: bool) -> None:
-    """Print where a file or a folder was exported to."""
-    path = Path(report.figures[what])
+    """Print where a file or a folder was exported to, and how a merged model compares with the trained one."""
+    path, found = Path(report.figures[what]), report.figures
     if json:
         files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
         megabytes = round(sum(file.stat().st_size for file in files) / 1e6, 1)
         console.print_json({**report.figures, "megabytes": megabytes})
         return
     console.print(console.escape(str(path)))
+    if what == "merged":
+        chats = f"{found['chats_equal']} of {found['chats_compared']} chats read alike"
+        same = "probabilities not compared: the model does not fit in memory"
+        if found["kl"] is not None:
+            same = f"same next token: {found['top1_agreement']:.1%} (KL {found['kl']:.4f})"
+        console.print(f"Checked against the trained model: {chats}; {same}")
 
 
 def print_datasets(report: Report, license: str, json: bool) -> None:

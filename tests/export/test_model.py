@@ -372,8 +372,12 @@ def test_merged_folder_is_what_was_trained(base, run):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = export.export_merged(config_of(base), run, "sft")
-    assert folder == run.path("export/sft-merged")
+    found, folder = export.export_merged(config_of(base), run, "sft"), run.path("export/sft-merged")
+    assert found["merged"] == str(folder)
+    assert found["chats_equal"] == found["chats_compared"] == 2
+    assert found["top1_agreement"] > 0.99
+    assert 0 <= found["kl"] < 1e-3
+    assert [path.name for path in run.path("export").iterdir()] == ["sft-merged"]
     ids = torch.tensor([list(range(300, 340))])
     trained = parity.load_trained_model(base, run.path("sft/adapter"))
     merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -382,6 +386,38 @@ def test_merged_folder_is_what_was_trained(base, run):
     template = AutoTokenizer.from_pretrained(folder).chat_template
     assert '"<|im_start|>user\\n"' in template
     assert "message['role'] + " not in template
+
+
+def forgotten_adapter(folder, base):
+    shutil.copy(base / "model.safetensors", folder)
+
+
+def changed_template(folder, base):
+    path = folder / "chat_template.jinja"
+    path.write_text(path.read_text().replace("user", "uuer"))
+
+
+@pytest.mark.parametrize(
+    ("fault", "ram", "message"),
+    [
+        (forgotten_adapter, 1 << 40, "it has a KL divergence of"),
+        (forgotten_adapter, 1_000_000, "it has a KL divergence of"),
+        (changed_template, 1 << 40, "its tokenizer reads 2 of 2 chats differently"),
+    ],
+)
+def test_merged_folder_that_is_another_model_is_not_exported(base, run, monkeypatch, fault, ram, message):
+    write_format = export.write_format
+
+    def write_wrongly(form, tokenizer, folder):
+        write_format(form, tokenizer, folder)
+        fault(folder, base)
+
+    monkeypatch.setattr(export, "write_format", write_wrongly)
+    monkeypatch.setattr(export, "available_ram", lambda: ram)
+    tree = config_of(base).model_dump() | {"export": {"max_kl": {"f16": 1e-5}}}
+    with pytest.raises(ScliteError, match=rf"^sft-merged does not match the trained model: {message}"):
+        export.export_merged(Config.model_validate(tree), run, "sft")
+    assert list(run.path("export").iterdir()) == []
 
 
 def test_adapter_trained_in_nf4_is_merged_into_nf4_weights(base, run, tmp_path):
