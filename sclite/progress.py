@@ -187,7 +187,8 @@ class ProgressDisplay:
                     self._rate.total, self._rate.note = total, note
                     left = self.seconds_left(name, share) if planned else self._rate.seconds_left()
                     self.countdown.update(left)
-                    show(done, total)
+                    if total:
+                        show(done, total)
 
                 yield progress
         self.finished[name] = time.monotonic() - began

@@ -213,6 +213,15 @@ def test_notes_and_warnings_are_printed_to_a_log(monkeypatch, capsys):
     assert "warning: the margin [stays] at 0" in err
 
 
+def test_a_note_before_the_first_row_has_no_count(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "HEADING_DELAY", 0.01)
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.05)
+    with progress.ProgressDisplay().stage("dpo", "dpo: the student learns") as report:
+        report(0, 0, note="reference of 8 of 16 reviews")
+        time.sleep(0.2)
+    assert capsys.readouterr().err.splitlines()[1] == "  0 s so far, reference of 8 of 16 reviews"
+
+
 def test_a_log_goes_on_while_nothing_is_reported(monkeypatch, capsys):
     """A stage that loads a model for a minute is not silent."""
     monkeypatch.setattr(progress, "HEADING_DELAY", 0.01)

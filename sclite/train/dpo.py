@@ -110,7 +110,7 @@ def _load_reference(
         if not intact:
             job.warn(f"{path} is damaged: recomputing the reference from warmup/adapter")
     with catch_out_of_memory(job.stage, micro_batch):
-        log_probs = reference_log_probs(model, bundles, tokenizer, micro_batch)
+        log_probs = reference_log_probs(model, bundles, tokenizer, micro_batch, job.progress)
     content = {"signature": signature, "digest": digest(log_probs), "log_probs": log_probs}
     job.run.write_json("dpo/reference.json", content)
     return log_probs

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sclite.config import Dpo
+from sclite.progress import Progress, no_progress
 from sclite.student.log_probs import (
     Hidden,
     Padded,
@@ -150,7 +151,11 @@ def pair_log_probs(model: Module, batch: Batch, decision_tokens: tuple[int, int]
 
 
 def reference_log_probs(
-    model: Module, bundles: Sequence[Bundle], tokenizer: PreTrainedTokenizerBase, size: int = 8
+    model: Module,
+    bundles: Sequence[Bundle],
+    tokenizer: PreTrainedTokenizerBase,
+    size: int = 8,
+    progress: Progress = no_progress,
 ) -> Reference:
     """log p of both sides of every pair under the model as it is now, in float32, by bundle key.
 
@@ -174,5 +179,6 @@ def reference_log_probs(
         contents = torch.stack([got.content_chosen, got.content_rejected], 1).tolist()
         for row, pair in zip(batch.content, contents, strict=True):
             found[batch.keys[row]]["content"] = pair
+        progress(0, 0, note=f"reference of {len(found)} of {len(bundles)} reviews")
     model.train(was_training)
     return found

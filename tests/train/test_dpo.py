@@ -84,7 +84,9 @@ def test_the_reference_is_the_adapter_that_dpo_starts_from(preferred):
     model, tokenizer = load_student(config, "dpo", run.path("warmup/adapter"))
     bundles = bundles_of(config, run, tokenizer)
     kept = run.read_json("dpo/reference.json")["log_probs"]
-    fresh = reference_log_probs(model, bundles, tokenizer, size=1)
+    shown = []
+    fresh = reference_log_probs(model, bundles, tokenizer, 1, lambda *_, note: shown.append(note))
+    assert shown == [f"reference of {n} of 6 reviews" for n in range(1, 7)]
     assert kept.keys() == fresh.keys() == {f"p{i}/0" for i in range(6)}
     assert_same(kept, fresh)
 
