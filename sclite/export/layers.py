@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sclite.errors import ScliteError
+from sclite.errors import DataError, ScliteError
 from sclite.export.merge import BaseWeights
 from sclite.export.tensors import Tensors, open_tensors
 
@@ -37,12 +37,17 @@ class TrainedWeights:
             settings = PeftConfig.from_pretrained(str(adapter))
             self.model = get_peft_model(plain, settings, low_cpu_mem_usage=True)
             self._adapter = open_tensors(adapter / "adapter_model.safetensors")
+            self._trained = set(self._adapter.keys())
         self.model.eval()
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """A parameter of `model` in float32."""
         if re.search(r"\.lora_|\.modules_to_save\.", name):
             key = name.replace(".modules_to_save.default", "").replace(".default", "")
+            if key not in self._trained:
+                raise DataError(
+                    f"the adapter has no {key}, which PEFT expects", "save or train the adapter again"
+                )
             return self._adapter.get_tensor(key).float()
         return self.base[self.base_name(name)].float()
 
@@ -51,11 +56,6 @@ class TrainedWeights:
         name = re.sub(r"\.(base_layer|original_module|modules_to_save\.default)\.", ".", name)
         name = name.removeprefix("base_model.model.")
         return self.base.find(self._tied.get(name, name), "transformers")
-
-    def attach(self, block: torch.nn.Module, prefix: str) -> None:
-        """Give a module of `model` its weights."""
-        state = {name: self[prefix + name] for name, _ in block.named_parameters()}
-        block.load_state_dict(state, strict=False, assign=True)
 
 
 def load_layered(base: Path, adapter: Path | None) -> PreTrainedModel | PeftModel:
@@ -85,7 +85,8 @@ def load_layered(base: Path, adapter: Path | None) -> PreTrainedModel | PeftMode
                     weights.base_name(prefix + name)  # now, not after minutes
 
         def attach(module: torch.nn.Module, _: object, prefix: str = prefix) -> None:
-            weights.attach(module, prefix)
+            state = {name: weights[prefix + name] for name, _ in module.named_parameters()}
+            module.load_state_dict(state, strict=False, assign=True)
 
         def detach(module: torch.nn.Module, *_: object, empty: dict[str, Any] = empty) -> None:
             module.load_state_dict(empty, strict=False, assign=True)
@@ -120,9 +121,9 @@ def check_merge(base: Path, adapter: Path, merged: Path) -> None:
             given = weights[saved[name]] if name in saved else weights.base[name]
             return stored.equal(given.to(stored.dtype))
         path, module = updates[name]
-        empty = dict(module.named_parameters())
-        weights.attach(module, f"{path}.")
-        update = module.get_delta_weight("default")
+        empty = {name: each for name, each in module.named_parameters() if "lora_" in name}
+        module.load_state_dict({name: weights[f"{path}.{name}"] for name in empty}, strict=False, assign=True)
+        update = module.get_delta_weight("default").detach()
         module.load_state_dict(empty, strict=False, assign=True)
         # never that of bfloat16, which is larger than many updates
         wanted, precision = weights.base[name].float() + update, min(torch.finfo(stored.dtype).eps, 2**-10)
