@@ -4,8 +4,9 @@ import codecs
 import ctypes
 import functools
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from threading import Event
 from types import ModuleType
@@ -274,27 +275,26 @@ class Engine:
         return sequence
 
     def score(self, requests: Sequence[ScoreRequest], cancel: Event | None = None) -> Iterator[Scores]:
-        """Yield the log-odds of the two options at each mark, from one prefill per request plus the few tokens of each
-        option that is not in it.
+        """Yield the log-odds of the options at each mark: one prefill per request, and the options that are not in it.
 
         A request that does not fit, or is cancelled, gives NaN at every mark.
         """
         marks: dict[int, list[tuple[Option, Option]]] = {}
         owner: dict[TokenSequence, int] = {}
-        missing: dict[int, int] = {}
         lengths: dict[int, int] = {}
-        fed: dict[int, int] = {}
         for index, request in enumerate(requests):
             lengths[index], parts, marks[index] = self._score_parts(request)
-            missing[index] = len(parts)
             if not parts or max(len(part.ids) for part in parts) > self.context:
                 yield Scores(index, (float("nan"),) * len(request.marks), lengths[index])
             else:
                 owner.update(dict.fromkeys(parts, index))
-        for done in self.scheduler.run(owner, cancel):
+        missing, fed = Counter(owner.values()), Counter[int]()
+        # few slots: one after another in one slot, so that the solution stays in another one's cache for the continuation
+        runs = [[part] for part in owner] if self.parallel < 4 else [list(owner)]
+        for done in chain.from_iterable(self.scheduler.run(run, cancel) for run in runs):
             index = owner[done]
             missing[index] -= 1
-            fed[index] = fed.get(index, 0) + done.computed
+            fed[index] += done.computed
             if not missing[index]:
                 odds = tuple(log_prob(first) - log_prob(second) for first, second in marks.pop(index))
                 yield Scores(index, odds, lengths[index], fed[index])

@@ -454,13 +454,14 @@ def test_cancelling_from_another_thread_frees_the_slot_and_keeps_the_text(gguf):
 
 
 def test_solution_stays_in_the_cache_while_it_is_reviewed(gguf):
-    solve, review = chat("1 + 1?", "Solve in steps. " * 9), chat("1 + 1? Check it.", "Solve in steps. " * 9)
     with Engine(gguf, parallel=2, context=1024) as engine:
-        (first,) = engine.generate([Request(solve, max_tokens=30)])
-        list(engine.score([ScoreRequest(review, PIECES, (0,), (OPTIONS,))]))
-        before = engine.scheduler.shared_tokens
-        list(engine.generate([Request(solve, (first.text[:20],), max_tokens=3)]))
-        assert engine.scheduler.shared_tokens - before >= first.prompt_tokens
+        for question in ("1 + 1?", "2 + 2?", "3 + 3?"):
+            solve, review = (chat(text, "Solve in steps. " * 9) for text in (question, f"Check {question}"))
+            (first,) = engine.generate([Request(solve, max_tokens=30)])
+            scored = next(engine.score([ScoreRequest(review, PIECES, (0, 2), (OPTIONS,) * 2, ("<Key>",))]))
+            assert 0 < scored.fed_tokens < 2 * scored.prompt_tokens
+            (rest,) = engine.generate([Request(solve, (first.text[:20],), max_tokens=3)])
+            assert rest.fed_tokens <= 1 + len(engine.token_ids(first.text[:20]))
 
 
 def test_engine_that_is_closed_ends_its_runs(gguf):
