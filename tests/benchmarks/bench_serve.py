@@ -1,0 +1,107 @@
+"""`sclite serve` and the engine under the chat: throughput of many clients, and one stream against llama-cpp-python's own.
+
+    python tests/benchmarks/bench_serve.py MODEL.gguf [CLIENTS] [TOKENS]
+
+Prints, as medians of alternating pairs, in wall time and in CPU time (which a busy machine does not distort): CLIENTS
+requests at once over one at a time; tokens/s of one streamed sequence and the time to its first text against
+`Llama.create_chat_completion(stream=True)`.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+
+from sclite import prompts
+from sclite.quickstart.problem_sets import test_problems
+from sclite.student.base import Request
+from sclite.student.llama_cpp.engine import Engine
+
+PAIRS = 5
+
+
+def print_medians(name: str, wall: list[float], cpu: list[float]) -> None:
+    """One line of ratios."""
+    print(f"{name}: wall {statistics.median(wall):.2f}, CPU {statistics.median(cpu):.2f}", flush=True)
+
+
+def measure_server(model: str, clients: int, tokens: int) -> None:
+    """The server's throughput with all clients at once over one request at a time."""
+    command = [sys.executable, "-m", "sclite", "serve", "--model", model, "--port", "0", "--json"]
+    root = Path(__file__).resolve().parents[2]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as process:
+        served = json.loads(process.stdout.readline())
+
+        def cpu_seconds() -> float:
+            fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+        def ask(question: str) -> None:
+            messages = [{"role": "user", "content": question}]
+            body = {"model": f"{served['model']}:raw", "messages": messages, "max_tokens": tokens}
+            httpx.post(f"{served['url']}/chat/completions", json=body, timeout=600).raise_for_status()
+
+        def answer(workers: int) -> tuple[float, float]:
+            wall, cpu = time.monotonic(), cpu_seconds()
+            with ThreadPoolExecutor(workers) as pool:
+                list(pool.map(ask, [problem.question for problem in test_problems(2 * clients)]))
+            return time.monotonic() - wall, cpu_seconds() - cpu
+
+        answer(clients)
+        pairs = [(answer(1), answer(clients)) for _ in range(PAIRS)]
+        process.terminate()
+    wall, cpu = ([one[i] / many[i] for one, many in pairs] for i in (0, 1))
+    print_medians(f"{clients} clients over one at a time", wall, cpu)
+
+
+def measure_stream(model: str, tokens: int) -> None:
+    """One streamed sequence of the engine against llama-cpp-python's high-level API."""
+    import llama_cpp
+
+    theirs = llama_cpp.Llama(model, n_ctx=1024, n_gpu_layers=-1, verbose=False)
+
+    def timed(pieces: Iterable[str]) -> tuple[float, float, float, float]:
+        """Wall and CPU seconds to the first text, and from there per character: one piece may hold several tokens."""
+        wall, cpu, marks, written = time.monotonic(), time.process_time(), [], ""
+        for piece in pieces:
+            written += piece
+            marks.append((time.monotonic() - wall, time.process_time() - cpu, len(written)))
+        (first_wall, first_cpu, begun), (last_wall, last_cpu, ended) = marks[0], marks[-1]
+        count = max(1, ended - begun)
+        return first_wall, first_cpu, (last_wall - first_wall) / count, (last_cpu - first_cpu) / count
+
+    ratios = []
+    with Engine(model, parallel=2, context=1024) as engine:
+        for problem in test_problems(PAIRS + 1):
+            messages = prompts.solve_messages(problem.question)
+            ours = timed(p for p in engine.stream(Request(messages, max_tokens=tokens)) if isinstance(p, str))
+            chunks = theirs.create_chat_completion(
+                [dict(message) for message in messages],
+                max_tokens=tokens,
+                temperature=0,
+                repeat_penalty=1.0,
+                stream=True,
+            )
+            other = timed(text for c in chunks if (text := c["choices"][0]["delta"].get("content")))
+            ratios.append([a / b for a, b in zip(ours, other, strict=True)])
+    first_wall, first_cpu, wall, cpu = (list(column) for column in zip(*ratios[1:], strict=True))
+    print_medians("time to the first text over llama-cpp-python", first_wall, first_cpu)
+    print_medians("tokens/s over llama-cpp-python", [1 / r for r in wall], [1 / r for r in cpu])
+
+
+def main() -> None:
+    """Measure and print."""
+    model, clients, tokens = (*sys.argv[1:], *("", "16", "24")[len(sys.argv) - 1 :])
+    measure_stream(model, int(tokens))
+    measure_server(str(Path(model).resolve()), int(clients), int(tokens))
+
+
+if __name__ == "__main__":
+    main()
