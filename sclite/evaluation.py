@@ -108,6 +108,7 @@ def evaluate(
     figures: dict[str, Any] = {}
     baselines: dict[str, Any] = {}
     text = f"eval: {len(held_out.problems)} held-out problems, solved and reviewed"
+    last = [name for name in names if name in STUDENTS][-1:]
     with context.display.stage("eval", text) as progress, Grader() as grader:
         total = len(names) * len(held_out.problems)
         for number, name in enumerate(names):
@@ -122,7 +123,7 @@ def evaluate(
                 with Engine(path, context=config.eval.context) as engine:
                     student = Counted(engine, len(held_out.problems), advance)
                     figures[name] = evaluate_model(config, run, name, student, path, held_out, grader, judge)
-                    if config.eval.baselines and name in ("base", names[-1]):
+                    if config.eval.baselines and name in ("base", *last):
                         label, measured = measure_baseline(
                             config, run, name, student, held_out, figures[name]["gguf"], grader
                         )

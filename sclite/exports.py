@@ -148,7 +148,8 @@ def find_gguf(context: Context, model: Path | None) -> Path:
     if model is not None:
         if not model.is_file():
             raise DataError(
-                f"{model} does not exist", "give the path of a GGUF file, or to `sclite chat` a LiteLLM model"
+                f"{model} does not exist",
+                "give the path of a GGUF file; `sclite chat` also takes a LiteLLM model",
             )
         with open(model, "rb") as file:
             if file.read(4) != b"GGUF":

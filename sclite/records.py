@@ -134,7 +134,7 @@ class Feedback(Row):
         return parse(self.final)
 
 
-def from_feedback(row: Problem | Attempt) -> bool:
+def from_feedback(row: Problem | Attempt | Review) -> bool:
     """Whether a row comes from the chat's /good and /bad."""
     return row.id.startswith(FROM_FEEDBACK)
 

@@ -73,9 +73,9 @@ class Chat:
                 earlier = earlier[1:]  # too long: the oldest go first
         if answer is None or answer.first.finish == "error":
             reason = answer.first.error if answer is not None else "no reply"
-            hint = "shorten the question"
+            hint = "ask again, or choose another model"
             if self.context:
-                hint += f", or use --set eval.context={2 * self.context}, if the model allows it"
+                hint = f"shorten the question, or use --set eval.context={2 * self.context}, if the model allows it"
             raise DataError(f"cannot answer the question: {reason}", hint)
         answer = replace(answer, question=question)
         self.answers.append(answer)

@@ -33,7 +33,7 @@ def write_feedback(
 ) -> Report:
     """Add the answers judged with /good and /bad to attempts.jsonl, and their questions to problems.jsonl.
 
-    The gold answer is that of the run's problem with the same question, else the answer that the user found right, else
+    The gold answer is that of the run's problem with the same question, else an answer that the user judged good, else
     one at which the teacher arrives twice. The first attempt and the final text are graded by it. An answer is dropped if
     the grade contradicts the user, or if its question overlaps the evaluation or `fit`, the problems of the threshold.
     """
@@ -60,7 +60,9 @@ def write_feedback(
             for row in rows:
                 if isinstance(gold, Rejection):
                     drops.append(_drop(row, gold.reason, gold.text))
-                elif grader.equal(answer_of(row.parsed), gold.answer) is not row.good:
+                elif (right := grader.equal(answer_of(row.parsed), gold.answer)) is None:
+                    drops.append(_drop(row, "grader_unknown", f"cannot be compared with {gold.answer}"))
+                elif right is not row.good:
                     why = f"judged {'right' if row.good else 'wrong'}; the answer is {gold.answer}"
                     drops.append(_drop(row, "verdict_contradicts_the_answer", why))
                 else:

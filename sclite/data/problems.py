@@ -109,7 +109,7 @@ def gather_problems(
         else:
             problems, path = [], run.path("problems.jsonl")
             hint = f"set problems.source, as in --set problems.source=train.jsonl, to a file with {FORMS}"
-            rows = run.require("problems.jsonl", Problem, hint)
+            rows = [row for row in run.require("problems.jsonl", Problem, hint) if not from_feedback(row)]
             if repeated := [id for id, count in Counter(row.id for row in rows).items() if count > 1]:
                 raise DataError(f"{path}: the id {repeated[0]} occurs twice", "make ids unique")
             for number, row in enumerate(rows, 1):

@@ -18,7 +18,7 @@ from sclite.records import Problem
 from sclite.run import Run
 from sclite.signature import digest
 from sclite.student.base import Student
-from sclite.student.self_correction import NEVER, correct_steps, review, run_together
+from sclite.student.self_correction import NEVER, NO_REPLY, correct_steps, review, run_together
 from sclite.trace import Trace, render
 
 NO_STEPS = "its answers have no steps"
@@ -122,7 +122,7 @@ def evaluate_model(
     """Evaluate one student with and without review; writes <name>.jsonl and <name>.json into the folder of results.
 
     The threshold is fitted, unless one is set or stored for the `gguf`. Returns stored figures if nothing has changed.
-    A model behind an API has a `version` and no `gguf`.
+    A model behind an API has a `version` and no `gguf`; its figures are not reused if a call has failed.
     """
     problems, folder = held_out.problems, held_out.folder
     fits = config.review.threshold is None and config.review.mode == "guided"
@@ -158,8 +158,10 @@ def evaluate_model(
     rows = review_answers(student, first, config, grader, at, judge, config.review.mode)
     ended = time.monotonic()
     figures = compute_metrics(rows, seed=config.seed)
+    # calls that failed, unlike prompts that are too long, are sent again by the next evaluation
+    failed = any(r.finish == "error" for r in first.replies) or any(row.note == NO_REPLY for row in rows)
     figures |= {
-        "signature": signature,
+        "signature": "" if version and failed else signature,
         "gguf": identity,
         "threshold": threshold,
         "fitted": fitted and fitted.model_dump(),

@@ -15,7 +15,7 @@ from typing import Any
 
 from sclite import __version__, prompts
 from sclite.config import Config
-from sclite.records import Drop
+from sclite.records import Drop, Review, from_feedback
 from sclite.run import Run
 from sclite.teacher.ledger import FILE as LEDGER
 from sclite.teacher.ledger import Ledger
@@ -77,6 +77,8 @@ def build_dataset_card(config: Config, run: Run, counts: dict[str, int]) -> str:
     for name in ("student_system", "student_solve", "student_review"):
         sources.append(f"- Prompt {name}: {prompts.digest_prompts(name, folder=config.prompts.folder)}")
     sources += [f"- Stage {stage}: sclite {m['sclite']}" for stage, m in manifests.items() if "sclite" in m]
+    if judged := sum(map(from_feedback, run.rows("reviews.jsonl", Review))):
+        sources.append(f"- Reviews of answers that were judged in the chat: {judged} (`feedback-..`)")
     packages = ", ".join(f"{name} {version(name)}" for name in ("transformers", "litellm"))
     drops = Counter((drop.stage, drop.reason) for drop in run.read("dropped.jsonl", Drop))
     rows = [f"| {stage} | {reason.replace('_', ' ')} | {n} |" for (stage, reason), n in sorted(drops.items())]

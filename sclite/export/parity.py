@@ -258,7 +258,7 @@ def find_violations(result: Mapping[str, Any], max_kl: Mapping[str, float]) -> l
 
 def summarize(result: Mapping[str, Any]) -> str:
     """The figures on one line: the share of places where the most likely next token is the same, and the KL divergence."""
-    tokens = f"Checked against the trained model: {result['tokens_equal']} of {result['tokens_compared']} tokens read alike"
+    tokens = f"Checked against the trained model: {result['tokens_equal']} of {result['tokens_compared']} texts have the same tokens"
     if result["skipped"]:
         return f"{tokens}; probabilities not compared: {result['skipped']}"
     full, greedy = result["unquantized"], result["greedy"]

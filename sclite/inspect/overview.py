@@ -14,6 +14,7 @@ from sclite.inspect.status import DONE, NOT_BEGUN, read_status
 from sclite.inspect.tables import STATES
 from sclite.run import Run
 from sclite.settings import RUN_FILE, load
+from sclite.student.adapters import STUDENTS
 
 
 def print_runs(folder: Path, as_json: bool) -> None:
@@ -37,7 +38,8 @@ def print_runs(folder: Path, as_json: bool) -> None:
         except ScliteError as error:  # one damaged run does not hide the others
             row["error"] = error.message
         if evaluated := summaries(Run(path)):
-            last = list(evaluated[0]["models"].values())[-1]
+            models = evaluated[0]["models"]
+            last = models[max(models, key=lambda name: STUDENTS.index(name) if name in STUDENTS else -1)]
             row |= {name: last.get(name) for name in ("acc_t1", "acc_t2", "n")}
         found.append(row)
     if not found:

@@ -160,7 +160,7 @@ def print_path(what: str, report: Report, json: bool) -> None:
         return
     console.print(console.escape(str(path)))
     if what == "merged":
-        chats = f"{found['chats_equal']} of {found['chats_compared']} chats read alike"
+        chats = f"{found['chats_equal']} of {found['chats_compared']} chats have the same tokens"
         same = "probabilities not compared: the model does not fit in memory"
         if found["kl"] is not None:
             same = f"same next token: {found['top1_agreement']:.1%} (KL {found['kl']:.4f})"

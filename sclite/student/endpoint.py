@@ -94,11 +94,11 @@ class Endpoint(Student):
         """Errors of the client in terms of the student's settings."""
         try:
             yield
-        except TeacherError as error:
+        except (TeacherError, UsageError) as error:
             message, hint = error.message, error.hint
             for known, ours in ((self.teacher.settings.model, self.name), *RENAMED):
                 message, hint = message.replace(known, ours), hint.replace(known, ours)
-            raise TeacherError(message, hint) from None
+            raise type(error)(message, hint) from None
 
 
 def _read(request: Request, result: Result) -> Reply:

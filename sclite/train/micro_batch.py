@@ -105,7 +105,7 @@ def suggest_setting(config: Config, stage: str) -> str:
         return ""
     wanted = wanted_setting(config, stage, select_backend(config.student))
     choice = choose(model, wanted, config.stage(stage).batch_size, free)
-    fits = f"the estimate says that it fits; try max_length {config.stage(stage).max_length // 2}"
+    fits = f"it should fit; try max_length {config.stage(stage).max_length // 2}"
     return fits if choice.fits else choice.verdict
 
 

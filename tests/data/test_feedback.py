@@ -120,3 +120,22 @@ def test_attempts_of_the_student_stay_and_feedback_taken_back_is_removed(run, gr
     build(run, grader)
     assert run.read("attempts.jsonl", Attempt) == [mine]
     assert json.loads(run.path("done/attempts.json").read_text())["inputs"] == {"x": 1}
+
+
+def test_answer_that_cannot_be_compared_contradicts_no_verdict(run):
+    class Unsure:
+        def equal(self, answer, gold):
+            return True if answer == gold else None
+
+    judge(run, True, "36")
+    judge(run, False, "x")
+    report, _ = build(run, Unsure())
+    assert (report.counts, report.dropped) == ({"good": 1, "bad": 0}, {"grader_unknown": 1})
+
+
+def test_problems_of_the_chat_do_not_count_as_imported_ones(run, grader):
+    run.replace("problems.jsonl", [Problem(id="p1", question="What is 2 + 2?", answer="4")])
+    judge(run, True, "36")
+    build(run, grader)
+    assert [row.id for row in gather_problems(Config(), run)] == ["p1"]
+    assert len(run.read("problems.jsonl", Problem)) == 2

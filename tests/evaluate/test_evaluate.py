@@ -1,11 +1,15 @@
 """The evaluation of one model, its table, and the example that is shown."""
 
+import dataclasses
+from pathlib import Path
+
 import pytest
 
 from sclite.config import Config
 from sclite.evaluate import answers, evaluate, threshold
 from sclite.evaluate.metrics import Outcome, compute_metrics
 from sclite.evaluate.table import choose_example, print_example, print_results
+from sclite.grading.worker import Grader
 from sclite.records import Problem
 from sclite.student.base import Reply, Scores
 from sclite.student.counted import Counted
@@ -72,6 +76,30 @@ def test_answers_without_steps_need_no_fit(evaluate_student):
     assert figures["acc_t2"] == 1.0
     evaluate_student(student, True, fitting=PROBLEMS[20:])
     assert student.asked == [20]  # nothing has changed
+
+
+def test_failed_calls_of_a_model_behind_an_api_are_made_again(run):
+    class Failing(Stepping):
+        finish = "error"
+
+        def generate(self, requests):
+            for reply in super().generate(requests):
+                yield dataclasses.replace(reply, finish=self.finish)
+
+    held_out = evaluate.HeldOut(PROBLEMS[:3], [], "", "", "eval/a")
+    config = Config.model_validate({"review": {"mode": "free"}})
+    student = Failing()
+    with Grader() as grader:
+
+        def unknown():
+            given = config, run, "ollama/x", student, Path(), held_out, grader
+            return evaluate.evaluate_model(*given, version="7")["unknown"]
+
+        assert unknown() == 3
+        student.finish = "stop"
+        assert unknown() == 0
+        student.finish = "error"
+        assert unknown() == 0  # nothing has changed
 
 
 def test_progress_counts_solved_problems(evaluate_student):

@@ -11,9 +11,10 @@ def evaluated(folder, student="org/model", acc=0.5):
     run.folder.mkdir(parents=True)
     run.path("run.toml").write_text(f'[student]\nmodel = "{student}"\n')
     figures = {"file": "x.gguf", "bytes": 1, "made_from": "", "acc_t1": acc, "acc_t2": acc + 0.25, "n": 40}
+    other = {**figures, "acc_t1": 0.1}
     run.write_json(
         "eval/a/summary.json",
-        {"models": {"base": {**figures, "acc_t1": 0.1}, "dpo": figures}, "n": 40, "folder": "eval/a"},
+        {"models": {"base": other, "dpo": figures, "ollama/x": other}, "n": 40, "folder": "eval/a"},
     )
     run.path("eval/a/report.html").write_text("<html>")
     return run

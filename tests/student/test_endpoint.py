@@ -86,6 +86,13 @@ def test_odd_reply_affects_no_other_and_is_not_repaired(run, reply, stop, text, 
     assert odd.error is None if error is None else error in odd.error
 
 
+def test_model_without_a_provider_is_named_as_the_student(run):
+    with Ledger(run.path("ledger.sqlite")) as ledger:
+        student = Endpoint(Teacher(config.Teacher(model="nobody/x"), ledger), "chat")
+        with pytest.raises(UsageError, match=r"attempts\.student nobody/x: LiteLLM knows no provider"):
+            list(student.generate([request("1?")]))
+
+
 def test_endpoint_neither_continues_nor_scores(run):
     with TeacherServer(lambda body, nth: say(TRACE)) as server:
         with pytest.raises(UsageError, match="openai/small is an endpoint") as error:
