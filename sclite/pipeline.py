@@ -160,7 +160,8 @@ def build_corrections(context: Context, with_feedback: bool = False) -> Report:
         imported = attempts.needs_no_student(config, run)
         text = "imported" if imported else f"the student tries {len(kept)} unseen problems"
         with context.display.stage("attempts", f"attempts: {text}") as progress:
-            ready = imported or run.done("attempts", attempts.attempts_inputs(config, run, kept))
+            inputs = attempts.attempts_inputs(config, run, kept)
+            ready = imported or run.done("attempts", inputs, "attempts.jsonl")
             if not ready and config.attempts.kind == "trained":
                 require_sft(context)
             report = context.on_gpu(sample_student, "attempts", kept, not ready, progress=progress)
@@ -235,9 +236,8 @@ def build_pairs(context: Context) -> Report:
     untrained = (
         config.attempts.kind == "trained" and not context.run.path(adapter_weights("warmup")).is_file()
     )
-    ready = context.run.is_imported("pairs", "pairs.jsonl") or run.done(
-        "pairs", pairs.pairs_inputs(config, run)
-    )
+    ready = run.is_imported("pairs", "pairs.jsonl")
+    ready = ready or run.done("pairs", pairs.pairs_inputs(config, run), "pairs.jsonl")
     text = "pairs: the student's own corrections against right ones"
     with context.display.stage("pairs", text) as progress:
         report = context.on_gpu(sample_student, "pairs", (), not (untrained or ready), progress=progress)

@@ -172,9 +172,15 @@ def test_a_gguf_gives_attempts_and_its_own_corrections_of_them(run, gguf):
         ] * 2
     attempts = run.read("attempts.jsonl", Attempt)
     assert {row.trace for row in attempts} == {attempt()}
-    contents = [pair for pair in run.read("pairs.jsonl", Pair) if pair.kind == "content"]
+    pairs = run.read("pairs.jsonl", Pair)
+    contents = [pair for pair in pairs if pair.kind == "content"]
     assert len(contents) == report.counts["content"] == len({row.id for row in attempts})
     assert {pair.rejected for pair in contents} == {OWN + "\n"}
+    for name in ("attempts.jsonl", "pairs.jsonl"):
+        run.path(name).unlink()
+    pipeline.build_corrections(context)  # the replies of the teacher are in the ledger
+    pipeline.build_pairs(context)
+    assert (run.read("attempts.jsonl", Attempt), run.read("pairs.jsonl", Pair)) == (attempts, pairs)
 
 
 def test_a_gguf_that_is_not_there_is_named(run):
