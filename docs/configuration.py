@@ -17,7 +17,7 @@ places that has it:
 1. the command line: `--set sft.num_train_epochs=2`, or an option such as `--limit`
 2. the environment: `SCLITE_SEED=1`, `SCLITE_SFT__NUM_TRAIN_EPOCHS=2`, `SCLITE_RUN=DIR`
 3. `sclite.toml` in the current folder, or the file given by `--config`
-4. `run.toml` in the run folder, where `build-data`, `train` and `quickstart` save their settings
+4. `run.toml` in the run folder, where `build-data`, `train`, `run` and `quickstart` save their settings
 5. the default
 
 An empty value resets a setting to its default: `--set teacher.price=` discards a price that the run remembers. `run.toml`

@@ -81,7 +81,7 @@ class Problems(Source):
 class Attempts(Section):
     """Sampling of the student's attempts for stage 2."""
 
-    source: str = Field("", description="imported attempts: a JSONL file with question, steps, perhaps label")
+    source: str = Field("", description="imported attempts: a JSONL file with question and steps")
     student: str = Field(
         "",
         description="model to sample from: a .gguf file, ollama/NAME or a LiteLLM model name (default: the SFT adapter)",
@@ -168,7 +168,7 @@ class Teacher(Section):
                 instead = f", use {OWN_PARAMETERS[name]}" if OWN_PARAMETERS[name] else ""
                 raise ValueError(f"sclite sets {name} itself{instead}")
             if SECRET_PARAMETER.search(name):
-                raise ValueError(f"{name} looks like a secret, which belongs into an environment variable")
+                raise ValueError(f"{name} looks like a secret, which belongs in an environment variable")
         pending: list[Any] = [value]
         for item in pending:  # the inner ones are appended
             pending += item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
@@ -228,7 +228,7 @@ class TrainingStage(Section):
         None, description="concatenate rows instead of padding them (default: with Unsloth)"
     )
     early_stopping_patience: int = Field(
-        0, ge=0, description="stop after as many evaluations without progress; 0: never"
+        0, ge=0, description="stop after this many evaluations without progress; 0: never"
     )
     tensorboard: bool = Field(False, description="write TensorBoard files in addition to metrics.jsonl")
 
@@ -263,7 +263,9 @@ class Dpo(TrainingStage):
     """Stage 2, second part: cross-model DPO with replay of solved rows."""
 
     learning_rate: float = Field(1e-5, gt=0, description="peak learning rate")
-    num_train_epochs: float = Field(1, gt=0, description="epochs over the pairs")
+    num_train_epochs: float = Field(
+        1, gt=0, description="epochs over the pairs; `train --only sft` skips stage 2"
+    )
     beta: float = Field(0.2, gt=0, description="DPO's beta: strength of the pull towards the reference model")
     nll_weight: float = Field(1.0, ge=0, description="weight of the NLL loss on chosen texts")
     replay_weight: float = Field(1.0, ge=0, description="weight of the NLL loss on replayed solved rows")
@@ -288,7 +290,7 @@ class Export(Section):
     )
     ollama: str = Field("", description="model name for `ollama create`")
     push: str = Field("", description="repository on the Hub, OWNER/NAME, for the files and their card")
-    private: bool = Field(True, description="create that repository as a private one")
+    private: bool = Field(True, description="create the repository as private")
     license: str = Field("", description="license on the card, as the Hub names it, for example apache-2.0")
     num_ctx: int = Field(8192, ge=256, description="context length in Ollama, in tokens (in the Modelfile)")
     keep_template: bool = Field(False, description="export the model's own chat template as it is")

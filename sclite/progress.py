@@ -90,7 +90,7 @@ class Rate:
 
 
 class Countdown:
-    """The time left as it is shown: it falls by the clock, and is set anew when it is off by more than a fifth."""
+    """The time left as it is shown: it falls by the clock, and is reset when it is off by more than a fifth."""
 
     end: float | None = None
 

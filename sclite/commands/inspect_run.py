@@ -41,9 +41,7 @@ def show(
     limit: Annotated[
         int | None, typer.Option("--limit", metavar="N", min=1, help="Show at most N rows (default: all).")
     ] = None,
-    labels: Annotated[
-        bool, typer.Option("--labels", help="Show the tokens and which of them carry loss.")
-    ] = False,
+    labels: Annotated[bool, typer.Option("--labels", help="Show the tokens and their loss mask.")] = False,
     *,
     common: Common,
 ) -> None:

@@ -154,7 +154,7 @@ def check_review(text: str, attempt: Attempt, problem: Problem, grader: Grader) 
     if parsed.issues:
         return Rejection("not_readable", str(parsed.issues[0]))
     if "\ufffd" in text:
-        return Rejection("broken_text", "it has characters that are no text")
+        return Rejection("broken_text", "it contains broken characters")
     if rejection := step_rejection(work, review, attempt.first_error):
         return rejection
     if find_leak(render(review)):

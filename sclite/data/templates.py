@@ -125,7 +125,7 @@ def check_template(reply: str, problem: Problem, grader: Grader) -> Trace | Reje
         return Rejection(parsed.issues[0].name, f"its tags are not in order: {named}")
     found, text = parsed.trace, render(parsed.trace)
     if "\ufffd" in text:
-        return Rejection("broken_text", "it has characters that are no text")
+        return Rejection("broken_text", "it contains broken characters")
     if first_corrected(found) is not None:
         why = "it has a <Cause> or <Correction>, which do not belong here"
         return Rejection("correction_in_template", why)

@@ -21,7 +21,7 @@ from sclite.train.warmup import rows_of_review
 
 SHOWN = ("templates", "reviews", "pairs")
 LEGEND = {
-    "▸": "the following tokens carry loss, up to the next dim ones",
+    "▸": "the following tokens count in the loss, up to the next dim ones",
     "⟦": "tokens between ⟦ ⟧ have this loss weight",
     "◆": "a decision follows, to accuse the step or to close it; pairs train the odds of the two",
 }

@@ -54,6 +54,6 @@ def find_model(url: str, name: str) -> str:
     if found is None:
         raise TeacherError(
             f"Ollama at {url} has no model {name}",
-            f"get it with: ollama pull {name}; `ollama list` shows those that it has",
+            f"get it with: ollama pull {name}; `ollama list` shows the installed models",
         )
     return str(found.get("digest"))
