@@ -38,6 +38,8 @@ class Answer:
     seconds: float = 0.0
     review_seconds: float = 0.0
     """The part of `seconds` that the review took."""
+    asked: str = ""
+    """The question with the earlier ones before it, as the student got it."""
 
     @property
     def final(self) -> Trace:

@@ -68,7 +68,8 @@ class Chat:
                     view.feed(event)
                     draw()
                     answer = event if isinstance(event, Answer) else answer
-                if answer is None or answer.first.finish != "error" or not earlier:
+                failed = answer is not None and answer.first.finish == "error"
+                if not failed or not earlier or not self.context:  # an endpoint fails for other reasons
                     break
                 earlier = earlier[1:]  # too long: the oldest go first
         if answer is None or answer.first.finish == "error":
@@ -77,7 +78,7 @@ class Chat:
             if self.context:
                 hint = f"shorten the question, or use --set eval.context={2 * self.context}, if the model allows it"
             raise DataError(f"cannot answer the question: {reason}", hint)
-        answer = replace(answer, question=question)
+        answer = replace(answer, question=question, asked=answer.question)
         self.answers.append(answer)
         if answer.note and not quiet:
             console.note(f"[yellow]note:[/] {escape(answer.note)}")
@@ -247,7 +248,7 @@ class Chat:
         """the answer is right; `build-data` confirms it"""
         answer = self.last()
         row = Feedback(
-            question=with_history(answer.question, self.answers[:-1] if self.history else ()),
+            question=answer.asked or answer.question,
             attempt=answer.first.text,
             final=answer.text,
             accused=answer.review.accused if answer.review is not None else None,

@@ -61,6 +61,7 @@ def upload(settings: Export, files: Mapping[str, Path | str], kind: str = "model
 def _hub_errors(name: str) -> Iterator[None]:
     """Raise what the Hub's client raises as a NetworkError that says what to do."""
     import httpx
+    from huggingface_hub import get_token
 
     try:
         yield
@@ -71,6 +72,8 @@ def _hub_errors(name: str) -> Iterator[None]:
         status = getattr(getattr(found, "response", None), "status_code", None)
         text = getattr(found, "server_message", None) or str(found or error) or type(error).__name__
         reason = redact(text.strip().splitlines()[0])
+        if token := get_token():  # maybe from a file, which `redact` does not know
+            reason = reason.replace(token, "***")
         if status == 401:
             raise NetworkError(
                 f"the Hub refuses the token: {reason}",

@@ -16,7 +16,7 @@ from sclite.config import Config
 from sclite.errors import DataError, UsageError
 from sclite.quickstart.problem_sets import train_problems
 from sclite.quickstart.tutor_provider import MODEL
-from sclite.records import Pair, Review
+from sclite.records import Feedback, Pair, Review
 from sclite.run import Run
 from sclite.trace import Step, Trace, render
 from tests.chat.scripted import CORRECTING, PLAIN, WRONG, Scripted
@@ -160,9 +160,26 @@ def test_oldest_questions_are_left_out_of_a_history_that_is_too_long(chat):
     asked = chat.student.asked[-1].messages[-1]["content"]
     assert "new" in asked
     assert "old" not in asked
+    chat.command("/set history off")
+    chat.command("/good")
+    (judged,) = chat.run.read("feedback.jsonl", Feedback)
+    assert judged.question == "new " + "word " * 60
+    chat.command("/set history on")
     with pytest.raises(DataError, match="cannot answer the question: too long"):
         chat.ask("word " * 100)
     assert len(chat.answers) == 2
+
+
+def test_failed_call_of_an_endpoint_is_not_repeated_with_less_history(chat):
+    chat.context = 0
+    chat.command("/set history on")
+    chat.ask("How many?")
+    with pytest.raises(DataError, match="too long") as error:
+        chat.ask("word " * 100)
+    assert "ask again" in error.value.hint
+    assert (
+        len(chat.student.asked) == 4
+    )  # the first question with its correction and the rest, then the second
 
 
 def test_set_changes_the_next_request(chat):

@@ -8,7 +8,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from sclite.errors import DONE, NETWORK, USAGE
+from sclite.config import Export
+from sclite.errors import DONE, NETWORK, USAGE, NetworkError
+from sclite.export.hub import open_repository
 from sclite.records import Template
 from sclite.run import Run
 from tests.toy import sample_texts, tiny_llama
@@ -251,3 +253,13 @@ def test_storage_that_fails_is_a_network_error_and_a_second_push_completes_it(
     monkeypatch.setattr(hub, "answer", answer)
     assert sclite("export", *options).code == DONE
     assert "base-f16.gguf" in hub.repos["models/me/adder"]["files"]
+
+
+def test_refusal_never_shows_a_token_from_a_file(monkeypatch, tmp_path):
+    (tmp_path / "token").write_text("hf_from_a_file")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+    with Hub() as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        with pytest.raises(NetworkError, match=r"refuses the token: .*Bearer \*\*\*"):
+            open_repository(Export(push="me/x"))
