@@ -13,6 +13,7 @@ from sclite.records import Problem
 from sclite.run import Report
 from sclite.student.adapters import STUDENTS, adapter_weights
 
+ADAPTER = "-lora.gguf"
 REVIEW_OFF = "review is off; turn it on with --self-correct"
 
 
@@ -53,7 +54,7 @@ def export_lora(context: Context) -> tuple[Path, str]:
     name = context.students()[-1]
     if name == "base":
         raise DataError(f"{context.run.path(adapter_weights('sft'))} is missing", "run `sclite train` first")
-    out = context.run.path(f"export/{name}-lora.gguf")
+    out = context.run.path(f"export/{name}{ADAPTER}")
     out.parent.mkdir(parents=True, exist_ok=True)
     convert_lora(
         context.run.path(adapter_weights(name)).parent, fetch_base_model(context.config.student), out
@@ -101,8 +102,8 @@ def fit_review_threshold(context: Context, problems: Sequence[Problem]) -> None:
 
 def export_for_chat(context: Context) -> None:
     """Export the last trained student if the run has an adapter but no GGUF yet."""
-    folder = context.run.path("export")
-    if context.students() != ["base"] and not any(folder.glob("*.gguf")):
+    made = (path for path in context.run.path("export").glob("*.gguf") if not path.name.endswith(ADAPTER))
+    if context.students() != ["base"] and not any(made):
         with context.run.lock():
             export(context)
 
@@ -158,7 +159,7 @@ def find_gguf(context: Context, model: Path | None) -> Path:
     for name in reversed(STUDENTS):
         chosen = gguf_path(context.run, name, context.config)
         others = chosen.parent.glob(f"{name}-*.gguf") if not chosen.is_file() else ()
-        made = [path for path in others if not path.name.endswith(("-full.gguf", "-lora.gguf"))]
+        made = [path for path in others if not path.name.endswith(ADAPTER)]
         path = max(made, key=lambda path: path.stat().st_mtime, default=chosen)
         if path.is_file():
             return path

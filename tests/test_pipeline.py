@@ -241,3 +241,13 @@ def test_too_few_problems_for_a_threshold_load_no_model(tmp_path, run):
     context = Context(load(None, [f"run={run.folder}"], {}), run, ProgressDisplay(quiet=True))
     exports.fit_review_threshold(context, pipeline.untrained_problems(context))
     assert "too few to fit its threshold" in context.reports[-1].figures["off"]
+
+
+def test_adapter_as_a_gguf_is_no_model_to_chat_with(run, monkeypatch):
+    for name in ("sft/adapter/adapter_model.safetensors", "export/sft-lora.gguf"):
+        run.path(name).parent.mkdir(parents=True)
+        run.path(name).write_bytes(b"GGUF")
+    context, exported = world_of(run, "http://x"), []
+    monkeypatch.setattr(exports, "export", exported.append)
+    exports.export_for_chat(context)
+    assert exported == [context]
