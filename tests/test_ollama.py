@@ -7,7 +7,7 @@ import pytest
 
 from sclite.config import Config
 from sclite.context import Context
-from sclite.errors import DONE, NETWORK
+from sclite.errors import DONE, NETWORK, USAGE
 from sclite.progress import ProgressDisplay
 from sclite.records import Problem
 from sclite.run import Run
@@ -48,6 +48,13 @@ def test_chat_names_the_model_alone_or_as_an_option(sclite, ollama, monkeypatch)
     ollama.models["me:latest"] = "sha256:2"  # `ollama create me` again
     assert sclite("chat", "--model", "ollama/me", "How many?").code == DONE
     assert len(ollama.requests) == 4
+
+
+def test_chat_through_the_ledger_of_a_busy_run_is_refused(sclite, ollama):
+    with Run("runs/default").lock():
+        ended = sclite("chat", "--model", "ollama/me", "How many?")
+    assert (ended.code, ollama.requests) == (USAGE, [])
+    assert "another sclite process is using runs/default" in ended.error
 
 
 @pytest.mark.parametrize("question", ["What is 3/4 of 8?", "1/2", "and/or x", "x/y=3"])

@@ -212,7 +212,10 @@ def chat(
 
         example, familiar = test_problems(1)[0].question, within
     settings = context.config.attempts.model_copy(update={"student": str(model)})
-    with context.endpoint(settings, "chat") if remote else nullcontext() as endpoint:
+    with (
+        context.run.lock() if remote else nullcontext(),  # the ledger is that of one process
+        context.endpoint(settings, "chat") if remote else nullcontext() as endpoint,
+    ):
         answered = run_chat(
             path,
             context.config,

@@ -117,7 +117,7 @@ def request_key(
 
 
 class Ledger:
-    """The SQLite file of a run, open in one process (Run.hold).
+    """The SQLite file of a run, open in one process (Run.lock).
 
     Writes are queued; `flush` puts all of them on disk in one transaction, and may be called in a thread, because a disk
     can take 10 ms. After a write that failed, `flush` and `close` raise DataError, and nothing more is written.
