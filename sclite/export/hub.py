@@ -16,7 +16,7 @@ def open_repository(settings: Export, kind: str = "model") -> str:
     """Create the repository `export.push`, a "model" or a "dataset", unless it exists. Returns its URL.
 
     The token is that of the environment (HF_TOKEN) or of `hf auth login`; it is not stored. Raises UsageError for an
-    invalid name or a missing token, NetworkError if the Hub refuses or cannot be reached.
+    invalid name, a missing token or a public repository where `export.private` is set, NetworkError if the Hub refuses or cannot be reached.
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HFValidationError
@@ -36,7 +36,14 @@ def open_repository(settings: Export, kind: str = "model") -> str:
             f"create one with write access at {TOKENS}, then: export HF_TOKEN=..",
         )
     with _hub_errors(name):
-        return str(HfApi().create_repo(name, private=settings.private, repo_type=kind, exist_ok=True))
+        url = HfApi().create_repo(name, private=settings.private, repo_type=kind, exist_ok=True)
+        public = settings.private and not HfApi().repo_info(name, repo_type=kind).private
+    if public:
+        raise UsageError(
+            f"{name} on the Hub is public, and export.private is true",
+            "choose another name, make that one private on the Hub, or allow it: --set export.private=false",
+        )
+    return str(url)
 
 
 def files_of(folder: Path, names: Sequence[str] = ()) -> dict[str, Path | str]:

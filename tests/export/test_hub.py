@@ -95,7 +95,8 @@ class Hub:
         kind, owner, name, action, *_ = [*path.removeprefix("/api/").split("/"), ""]
         if f"{kind}/{owner}/{name}" not in self.repos:
             return 404, {"error": "Repository not found"}
-        files = self.repos[f"{kind}/{owner}/{name}"]["files"]
+        repo = self.repos[f"{kind}/{owner}/{name}"]
+        files = repo["files"]
         if action == "preupload":
             rows = []
             for file in json.loads(body)["files"]:
@@ -121,14 +122,9 @@ class Hub:
             self.commits.append(sorted(changed))
             url = f"{self.url}/{owner}/{name}/commit/{'0' * 40}"
             return 200, {"success": True, "commitOid": "0" * 40, "commitUrl": url}
-        if action == "revision":
-            return 200, {
-                "id": f"{owner}/{name}",
-                "sha": "0" * 40,
-                "private": True,
-                "tags": [],
-                "downloads": 0,
-            }
+        if action in ("", "revision"):
+            found = {"id": f"{owner}/{name}", "sha": "0" * 40, "tags": [], "downloads": 0}
+            return 200, found | {"private": repo["private"]}
         raise AssertionError(path)
 
 
@@ -217,12 +213,14 @@ def test_pushed_adapter_has_a_card_that_names_its_base(sclite, student, hub, mon
         ("me/a b", TOKEN, USAGE, "'me/a b' is not the name of a repository", "--push OWNER/NAME"),
         ("me/adder", "", USAGE, "there is no token for the Hub", "export HF_TOKEN=.."),
         ("me/adder", "hf_refused_refused", NETWORK, "the Hub refuses the token", "export HF_TOKEN=.."),
+        ("me/public", TOKEN, USAGE, "me/public on the Hub is public", "export.private=false"),
         ("other/adder", TOKEN, NETWORK, "does not let this token write to other/adder", "OWNER/NAME"),
     ],
 )
 def test_push_that_cannot_succeed_fails_before_the_export(
     sclite, student, hub, monkeypatch, name, token, code, message, hint
 ):
+    hub.repos["models/me/public"] = {"private": False, "files": {}}
     monkeypatch.setenv("HF_TOKEN", token)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "/nonexistent")
     ended = sclite("export", "--push", name, "--set", f"student.model={student}")
