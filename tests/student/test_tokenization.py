@@ -5,8 +5,8 @@ from transformers import AutoTokenizer
 
 from sclite import prompts
 from sclite.errors import DataError
-from sclite.student.base import tokens_to_compare
-from sclite.student.self_correction import ReviewSettings, continuation_request
+from sclite.student.base import Reply, Request, tokens_to_compare
+from sclite.student.self_correction import ReviewSettings, correct_step
 from sclite.student.tokenization import (
     decision_ids,
     encode_closing,
@@ -102,8 +102,13 @@ def test_solution_ids_are_prompt_ids_plus_piece_ids(tokenizer):
 
 @pytest.mark.parametrize("step", [1, 2])
 def test_continuation_has_loss_only_after_the_step(tokenizer, step):
-    work = Trace(tuple(Step(s.text) for s in TRACE.steps), "Add.", "7")
-    asked = continuation_request(SOLVE[1]["content"], work, step, work.steps[step - 1].text, ReviewSettings())
+    wrong = Trace(tuple(Step(s.text) for s in TRACE.steps), "Add.", "7")
+    steps = [*wrong.steps[: step - 1], Step("It is 999."), *wrong.steps[step:]]
+    work = Trace(tuple(steps), "Add.", "7")
+    script, asked = correct_step("2 + 5?", wrong, step, ReviewSettings()), None
+    written = Reply(0, "It is not.</Cause>\n<Correction>It is 999.</Correction>", 9, 9, "stop")
+    while not isinstance(asked, Request) or asked.pieces[-1] == CAUSE:
+        asked = script.send(written if isinstance(asked, Request) else None)
     given = prompt_ids(tokenizer, SOLVE) + flat(piece_ids(tokenizer, asked.pieces))
     row = encode_continuation(tokenizer, SOLVE, work, step)
     assert row.ids == encode_solution(tokenizer, SOLVE, work).ids
