@@ -31,7 +31,9 @@ class Recorder(ProgressDisplay):
 
     @contextmanager
     def stage(self, name, text):
-        yield lambda done, total, *_, note="", warning="", **__: self.shown.append(warning or (done, total, note))
+        yield lambda done, total, *_, note="", warning="", **__: self.shown.append(
+            warning or (done, total, note)
+        )
 
     def done(self, name, text, skipped=False):
         self.line = text
