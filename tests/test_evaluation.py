@@ -50,7 +50,7 @@ def test_a_file_that_is_not_a_gguf_is_refused(tmp_path):
 def test_chat_uses_the_configured_quantization_or_the_newest_file(tmp_path):
     context = context_of(tmp_path)
     context.run.path("export").mkdir()
-    for second, name in enumerate(("dpo-q8_0", "dpo-f16", "sft-q4_k_m", "dpo-lora", "dpo-full")):
+    for second, name in enumerate(("dpo-q8_0", "dpo-f16", "sft-q4_k_m", "dpo-lora")):
         path = context.run.path(f"export/{name}.gguf")
         path.write_bytes(b"GGUF")
         os.utime(path, (second, second))
