@@ -236,8 +236,8 @@ def build_pairs(context: Context) -> Report:
     untrained = (
         config.attempts.kind == "trained" and not context.run.path(adapter_weights("warmup")).is_file()
     )
-    ready = run.is_imported("pairs", "pairs.jsonl")
-    ready = ready or run.done("pairs", pairs.pairs_inputs(config, run), "pairs.jsonl")
+    imported = run.is_imported("pairs", "pairs.jsonl")
+    ready = imported or run.done("pairs", pairs.pairs_inputs(config, run), "pairs.jsonl")
     text = "pairs: the student's own corrections against right ones"
     with context.display.stage("pairs", text) as progress:
         report = context.on_gpu(sample_student, "pairs", (), not (untrained or ready), progress=progress)
