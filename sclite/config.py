@@ -291,7 +291,9 @@ class Export(Section):
     ollama: str = Field("", description="model name for `ollama create`")
     push: str = Field("", description="repository on the Hub, OWNER/NAME, for the files and their card")
     private: bool = Field(True, description="create the repository as private")
-    license: str = Field("", description="license on the card, as the Hub names it, for example apache-2.0")
+    license: str = Field(
+        "", description="license on the model card, as the Hub names it, for example apache-2.0"
+    )
     num_ctx: int = Field(8192, ge=256, description="context length in Ollama, in tokens (in the Modelfile)")
     keep_template: bool = Field(False, description="export the model's own chat template as it is")
 

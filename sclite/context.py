@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sclite.config import Attempts, Config, Teacher
 from sclite.errors import DataError, NetworkError
-from sclite.progress import Progress, ProgressDisplay
+from sclite.progress import Progress, ProgressDisplay, no_progress
 from sclite.run import Report, Run
 from sclite.signature import digest
 from sclite.student.adapters import STUDENTS, adapter_weights
@@ -81,14 +81,16 @@ class Context:
             f"{forecast.rows} rows are done{spent}. The other {forecast.rows_left} will cost {cost}. Continue?"
         )
 
-    def student(self, adapter: str, stage: str) -> AbstractContextManager["Student"]:
+    def student(
+        self, adapter: str, stage: str, progress: Progress = no_progress
+    ) -> AbstractContextManager["Student"]:
         """The student of stage 2: the one that `attempts.student` names (default: the base with an adapter of the run).
 
         `stage` is the ledger's name for an endpoint's replies.
         """
         settings = self.config.attempts
         if settings.kind == "trained":
-            return self.sampler(adapter)
+            return self.sampler(adapter, progress)
         if settings.kind == "endpoint":
             return self.endpoint(settings, stage)
         from sclite.student.llama_cpp.engine import Engine
@@ -125,11 +127,11 @@ class Context:
             yield Endpoint(client, stage, settings.student, version)
 
     @contextmanager
-    def sampler(self, adapter: str) -> Iterator["Student"]:
+    def sampler(self, adapter: str, progress: Progress = no_progress) -> Iterator["Student"]:
         """The student with an adapter of the run, in the fastest form available.
 
         That is a GGUF in llama.cpp, several times faster than batches in transformers; transformers on a GPU that this
-        build of llama.cpp cannot use, and where the model cannot be converted for want of a network.
+        build of llama.cpp cannot use and, with a warning, where the converter cannot be downloaded.
         """
         import torch
 
@@ -142,8 +144,10 @@ class Context:
         on_gpu, work, path = torch.cuda.is_available(), self.run.path("export/sampling"), None
         try:
             if not on_gpu or llama().llama_supports_gpu_offload():
-                with suppress(NetworkError):  # raised if there is no converter
+                try:
                     path = write_sampling_gguf(self.config, self.run.path(adapter), work, small=on_gpu)
+                except NetworkError as error:
+                    progress(0, 0, warning=f"{error.message}: sampling in transformers, which is slower")
             if path is not None:
                 with Engine(path, context=self.config.eval.context, cache_gb=8 if on_gpu else 4) as student:
                     yield student

@@ -14,11 +14,12 @@ from sclite.evaluate.evaluate import HeldOut, Judge, evaluate_model, summary_not
 from sclite.evaluate.metrics import Outcome
 from sclite.evaluate.report import write_report
 from sclite.evaluate.results import REPORT, SUMMARY, result_folder
-from sclite.evaluate.threshold import MIN_PROBLEMS
+from sclite.evaluate.threshold import MIN_PROBLEMS, is_current, load_threshold
 from sclite.export.model import gguf_path, source_digest
 from sclite.grading.worker import Grader
 from sclite.records import Drop, Problem, Template
 from sclite.student.adapters import STUDENTS
+from sclite.student.base import Student
 from sclite.student.counted import Counted
 from sclite.student.llama_cpp.engine import Engine
 from sclite.train.metrics_logger import read_metrics
@@ -107,23 +108,38 @@ def evaluate(
     config, run, folder = context.config, context.run, held_out.folder
     figures: dict[str, Any] = {}
     baselines: dict[str, Any] = {}
-    text = f"eval: {len(held_out.problems)} held-out problems, solved and reviewed"
+    number = len(held_out.problems)
     last = [name for name in names if name in STUDENTS][-1:]
+    compared = [name for name in names if config.eval.baselines and name in ("base", *last)]
+    total, parts = len(names) * number, len(names) + len(compared)
+    text = f"eval: {number} held-out problems, solved and reviewed"
     with context.display.stage("eval", text) as progress, Grader() as grader:
-        total = len(names) * len(held_out.problems)
-        for number, name in enumerate(names):
-            progress(number * len(held_out.problems), total, note=name)
 
-            def advance(solved: int, share: float, note: str, number: int = number, name: str = name) -> None:
-                share = (number + share) / len(names)
-                progress(number * len(held_out.problems) + solved, total, share=share, note=f"{name}: {note}")
+        def counted(student: Student, texts: int, scores: int, rows: int, label: str) -> Counted:
+            """The student of the next part, which solves `rows` problems: a model, or (0) a baseline of one."""
+            before, part = len(figures) * number, len(figures) + len(baselines)
 
+            def advance(written: int, share: float, note: str) -> None:
+                done = before + min(written, rows)
+                progress(done, total, share=(part + share) / parts, note=f"{label}: {note}")
+
+            progress(before, total, share=part / parts, note=label)
+            return Counted(student, texts, scores, advance)
+
+        for name in names:
             if name in STUDENTS:
                 path = gguf_path(run, name, config)
+                work, fitting = number, len(held_out.fitting)
+                fits = config.review.mode == "guided" and config.review.threshold is None
+                if fits and fitting >= MIN_PROBLEMS:
+                    work += 0 if is_current(config, load_threshold(config, run, path), fitting) else fitting
+                texts, scores = (2 * number, 0) if config.review.mode == "free" else (work, work)
                 with Engine(path, context=config.eval.context) as engine:
-                    student = Counted(engine, len(held_out.problems), advance)
+                    student = counted(engine, texts, scores, number, name)
                     figures[name] = evaluate_model(config, run, name, student, path, held_out, grader, judge)
-                    if config.eval.baselines and name in ("base", *last):
+                    if name in compared:
+                        votes = 1 if name == "base" else config.eval.votes
+                        student = counted(engine, votes * number, 0, 0, f"baseline of {name}")
                         label, measured = measure_baseline(
                             config, run, name, student, held_out, figures[name]["gguf"], grader
                         )
@@ -134,7 +150,7 @@ def evaluate(
                 free = config.model_copy(update={"review": config.review.model_copy(update={"mode": "free"})})
                 settings = config.attempts.model_copy(update={"student": name})
                 with context.endpoint(settings, "eval") as endpoint:
-                    student = Counted(endpoint, len(held_out.problems), advance)
+                    student = counted(endpoint, 2 * number, 0, number, name)
                     version = str(endpoint.version)
                     found = evaluate_model(
                         free, run, name, student, Path(), held_out, grader, judge, version=version

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from sclite.context import Context
 from sclite.errors import DataError
-from sclite.evaluate import threshold
-from sclite.evaluate.threshold import load_threshold
+from sclite.evaluate.threshold import MIN_PROBLEMS, ensure_threshold, is_current, load_threshold
 from sclite.export.model import gguf_path
 from sclite.records import Problem
 from sclite.run import Report
@@ -67,7 +66,6 @@ def fit_review_threshold(context: Context, problems: Sequence[Problem]) -> None:
 
     Does nothing if reviews need no threshold, or if `review.threshold` is set.
     """
-    from sclite.export.model import gguf_path
     from sclite.grading.worker import Grader
     from sclite.student.counted import Counted
     from sclite.student.llama_cpp.engine import Engine
@@ -76,11 +74,11 @@ def fit_review_threshold(context: Context, problems: Sequence[Problem]) -> None:
     if config.review.mode == "free" or config.review.threshold is not None:
         return
     path = gguf_path(run, context.students()[-1], config)
-    fitted = threshold.load_threshold(config, run, path)
-    skipped = threshold.is_current(config, fitted, len(problems))
+    fitted = load_threshold(config, run, path)
+    skipped = is_current(config, fitted, len(problems))
     if fitted is None or not skipped:
         text = f"threshold: {len(problems)} problems kept out of training, solved and reviewed"
-        enough = len(problems) >= threshold.MIN_PROBLEMS  # else the file need not be loaded
+        enough = len(problems) >= MIN_PROBLEMS  # else the file need not be loaded
         with (
             context.display.stage("threshold", text) as progress,
             Grader() as grader,
@@ -90,10 +88,10 @@ def fit_review_threshold(context: Context, problems: Sequence[Problem]) -> None:
             def count(solved: int, share: float, note: str) -> None:
                 progress(solved, len(problems), share=share, note=note)
 
-            student = engine and Counted(engine, len(problems), count)
-            fitted = threshold.ensure_threshold(config, run, path, student, problems, grader=grader)
+            student = engine and Counted(engine, len(problems), len(problems), count)
+            fitted = ensure_threshold(config, run, path, student, problems, grader=grader)
     report = Report("threshold", {"problems": fitted.problems}, figures=fitted.model_dump(), skipped=skipped)
-    remedy = "; `sclite eval PROBLEMS` fits it on others" if fitted.problems < threshold.MIN_PROBLEMS else ""
+    remedy = "; `sclite eval PROBLEMS` fits it on others" if fitted.problems < MIN_PROBLEMS else ""
     context.add(report, f"threshold: {fitted.summary}{remedy}")
 
 

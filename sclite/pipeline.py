@@ -211,7 +211,8 @@ def sample_student(
 
     context = Context(config, run, ProgressDisplay(quiet=True))
     adapter = "sft/adapter" if stage == "attempts" else "warmup/adapter"
-    with Grader() as grader, context.student(adapter, stage) if with_student else nullcontext() as student:
+    made = context.student(adapter, stage, progress) if with_student else nullcontext()
+    with Grader() as grader, made as student:
         given: dict[str, Any] = {"student": student, "grader": grader, "progress": progress}
         if stage == "pairs":
             return pairs.write_pairs(config, run, **given)

@@ -149,7 +149,11 @@ class ProgressDisplay:
         `share` is the share of the work done, if rows are not equally long. `note` holds current figures such as the
         loss. A `warning` is printed at once, on a line that stays.
         """
-        number = f"{list(self.plan).index(name) + 1}/{len(self.plan)} " if name in self.plan else ""
+        number = (
+            f"{list(self.plan).index(name) + 1}/{len(self.plan)} "
+            if name in self.plan and name not in self.finished
+            else ""
+        )
         text, began = visible(f"{number}{text}"), time.monotonic()
         self._rate = Rate()
         if name in self.plan:

@@ -66,9 +66,11 @@ def test_without_a_converter_transformers_samples(trained, expected, monkeypatch
         raise NetworkError("cannot download llama.cpp's converter", "connect")
 
     monkeypatch.setattr(export, "convert_model", no_network)
-    with trained.sampler("sft/adapter") as student:
+    warnings = []
+    with trained.sampler("sft/adapter", lambda *_, warning: warnings.append(warning)) as student:
         assert type(student) is HFModel
         assert answers(student) == expected
+    assert warnings == ["cannot download llama.cpp's converter: sampling in transformers, which is slower"]
     assert not trained.run.path("export/sampling").exists()
 
 

@@ -1,17 +1,20 @@
 """Evaluation notes, stored thresholds, and the GGUF that chat uses."""
 
 import os
+from contextlib import contextmanager
 
 import pytest
 
-from sclite import exports
+from sclite import evaluation, exports
 from sclite.config import Config
 from sclite.context import Context
 from sclite.errors import DataError
 from sclite.evaluate.evaluate import HeldOut, summary_notes
 from sclite.evaluate.threshold import Fitted, store_threshold
 from sclite.progress import ProgressDisplay
+from sclite.records import Problem
 from sclite.run import Run
+from sclite.student.base import Reply, Scores, Student
 
 
 def notes_on(fitting=60, **more):
@@ -102,3 +105,51 @@ def test_chat_says_why_review_is_off_and_what_turns_it_on(tmp_path):
     )
     free = context_of(tmp_path, mode="free")
     assert exports.for_chat(free, None, self_correct=True) == (gguf, None, "")
+
+
+class Stepper(Student):
+    """Writes one step, and finds each of them right."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def generate(self, requests):
+        for index in range(len(requests)):
+            yield Reply(index, "<Step1>1 + 1 = 2\n</Step1>\n<Answer>2</Answer>", 9, 9, "stop")
+
+    def score(self, requests):
+        for index, request in enumerate(requests):
+            yield Scores(index, (-5.0,) * len(request.marks), 9)
+
+
+@pytest.mark.parametrize("mode", ["guided", "free"])
+def test_progress_of_an_evaluation_is_the_share_of_its_texts_and_scores(tmp_path, monkeypatch, mode):
+    """Guided: 10 answers and 60 for the threshold, as many scores, then 2 samples each of 10 for the majority vote."""
+    monkeypatch.setattr(evaluation, "Engine", Stepper)
+    monkeypatch.setattr(evaluation, "source_digest", lambda *_: "")
+    seen = []
+
+    class Display(ProgressDisplay):
+        @contextmanager
+        def stage(self, name, text):
+            yield lambda done, total, share=None, note="": seen.append((done, total, share))
+
+    tree = {"eval": {"baselines": True, "votes": 2}, "review": {"mode": mode}, "export": {"quant": "q8_0"}}
+    context = Context(Config.model_validate(tree), Run(tmp_path), Display(quiet=True))
+    context.run.path("export").mkdir()
+    context.run.path("export/dpo-q8_0.gguf").write_bytes(b"GGUF")
+    problems = [Problem(id=f"p{n}", question=f"question {n}", answer="2") for n in range(70)]
+    held_out = evaluation.HeldOut(problems[:10], problems[10:], "mine", "mine", "eval/mine")
+    evaluation.evaluate(context, ["dpo"], held_out)
+    *shares, last = (share for _, _, share in seen)
+    assert last is None  # the end
+    assert shares == sorted(shares)
+    assert len({*shares}) == 1 + (140 if mode == "guided" else 20) + 20
+    assert (shares[-22], shares[-1]) == (0.5, 1.0)
+    assert seen[-1][:2] == (10, 10)

@@ -222,6 +222,17 @@ def test_a_note_before_the_first_row_has_no_count(monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines()[1] == "  0 s so far, reference of 8 of 16 reviews"
 
 
+def test_a_stage_that_comes_back_has_no_number_again(monkeypatch, capsys):
+    """eval exports the students that training has not."""
+    monkeypatch.setattr(progress, "HEADING_DELAY", 0.01)
+    display = progress.ProgressDisplay({"export": 1, "eval": 2})
+    for name in ("export", "eval", "export"):
+        with display.stage(name, f"{name}: work"):
+            time.sleep(0.1)
+    shown = [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()]
+    assert shown == ["1/2 export", "2/2 eval", "export"]
+
+
 def test_a_log_goes_on_while_nothing_is_reported(monkeypatch, capsys):
     """A stage that loads a model for a minute is not silent."""
     monkeypatch.setattr(progress, "HEADING_DELAY", 0.01)

@@ -15,7 +15,7 @@ from sclite import console, prompts
 from sclite.chat.answer import Answer, Settings, probability, solve_and_review, with_history
 from sclite.chat.view import AnswerView, readable, showing
 from sclite.console import escape
-from sclite.errors import DataError, ScliteError, UsageError
+from sclite.errors import DataError, ScliteError, TeacherError, UsageError
 from sclite.records import FEEDBACK, Feedback
 from sclite.run import Run
 from sclite.student.base import Request, Student
@@ -74,10 +74,13 @@ class Chat:
                 earlier = earlier[1:]  # too long: the oldest go first
         if answer is None or answer.first.finish == "error":
             reason = answer.first.error if answer is not None else "no reply"
-            hint = "ask again, or choose another model"
-            if self.context:
-                hint = f"shorten the question, or use --set eval.context={2 * self.context}, if the model allows it"
-            raise DataError(f"cannot answer the question: {reason}", hint)
+            message = f"cannot answer the question: {reason}"
+            if not self.context:
+                raise TeacherError(message, "ask again, or choose another model")
+            hint = (
+                f"shorten the question, or use --set eval.context={2 * self.context}, if the model allows it"
+            )
+            raise DataError(message, hint)
         answer = replace(answer, question=question, asked=answer.question)
         self.answers.append(answer)
         if answer.note and not quiet:

@@ -137,6 +137,10 @@ def export(
         if url:
             hub.upload(settings, files, kind)
     report.figures |= {"url": url} if url else {}
+    if url and not common.json:
+        console.print(f"Uploaded to {console.escape(url)}", wrap=False)
+        if not settings.license:
+            console.note("[yellow]note:[/] the model card names no license; set export.license")
     if format == "data":
         summaries.print_datasets(report, settings.license, common.json)
     elif format != "gguf":
@@ -148,10 +152,6 @@ def export(
         if not (fitted or common.json or compared):  # reads the whole GGUF
             fitted = load_threshold(context.config, context.run, gguf) is not None
         summaries.print_export(context, report, compared, fitted, common.json)
-    if url and not common.json:
-        console.print(f"Uploaded to {console.escape(url)}", wrap=False)
-        if not settings.license:
-            console.note("[yellow]note:[/] the card names no license; set export.license")
 
 
 @common_options

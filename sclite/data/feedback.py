@@ -139,14 +139,11 @@ def _find_golds(
         else:
             unknown[question] = rows[0].question
 
-    def check(reply: str) -> Parsed | Rejection:
-        found = parse(reply)
-        usable = found.trace.answer is not None and not found.issues
-        return found if usable else Rejection("no_gold_answer", "the teacher's solution cannot be read")
-
     def ask(question: str, sample: int) -> Job[Parsed]:
         messages = prompts.solve_messages(unknown[question], config.prompts.folder)
-        return Job(question, lambda _: messages, check, sample)
+        return Job(
+            question, lambda _: messages, parse, sample
+        )  # an unreadable solution is not asked for again
 
     jobs = [ask(question, sample) for question in unknown for sample in range(SOLUTIONS)]
     solutions: dict[str, list[Parsed]] = {question: [] for question in unknown}
@@ -160,7 +157,9 @@ def _find_golds(
         if question in golds:
             continue
         first, *others = (parsed.trace.answer for parsed in found)
-        if first is None or not all(grader.equal(other, first) for other in others):
+        if first is None or any(parsed.issues for parsed in found):
+            golds[question] = Rejection("no_gold_answer", "the teacher's solution cannot be read")
+        elif not all(grader.equal(other, first) for other in others):
             why = f"the teacher answers {', '.join(map(str, (first, *others)))}"
             golds[question] = Rejection("no_gold_answer", why)
         else:

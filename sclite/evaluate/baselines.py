@@ -1,6 +1,7 @@
 """What self-correction is compared with: the base model under its own prompt, and a majority vote of the tuned student."""
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 from sclite import prompts
@@ -26,29 +27,23 @@ def measure_baseline(
     figures are those of `compute_metrics` without a review: acc_t1 with its interval, and tokens per problem (of all
     samples). They and the outcomes are kept in the folder of results, and returned from there if nothing has changed.
     """
-    folder, settings = config.prompts.folder, config.eval
-    votes = 1 if name == "base" else settings.votes
-    label = "base, own prompt" if name == "base" else f"{name}, majority of {votes}"
-    file = f"{held_out.folder}/{name}-{'own-prompt' if name == 'base' else 'majority'}"
+    folder, most, is_base = config.prompts.folder, config.eval.max_tokens, name == "base"
+    votes = 1 if is_base else config.eval.votes
+    label = "base, own prompt" if is_base else f"{name}, majority of {votes}"
+    file = f"{held_out.folder}/{name}-{'own-prompt' if is_base else 'majority'}"
     requests = []
-    for problem in held_out.problems:
-        for sample in range(votes):
-            if name == "base":
-                requests.append(
-                    Request(
-                        prompts.baseline_messages(problem.question, folder), max_tokens=settings.max_tokens
-                    )
-                )
-            else:
-                requests.append(
-                    Request(
-                        prompts.solve_messages(problem.question, folder),
-                        max_tokens=settings.max_tokens,
-                        temperature=config.attempts.temperature,
-                        top_p=config.attempts.top_p,
-                        seed=int(digest([config.seed, "vote", problem.id, sample]), 16) % 2**31,
-                    )
-                )
+    for problem, sample in product(held_out.problems, range(votes)):
+        if is_base:
+            requests.append(Request(prompts.baseline_messages(problem.question, folder), max_tokens=most))
+        else:
+            request = Request(
+                prompts.solve_messages(problem.question, folder),
+                max_tokens=most,
+                temperature=config.attempts.temperature,
+                top_p=config.attempts.top_p,
+                seed=int(digest([config.seed, "vote", problem.id, sample]), 16) % 2**31,
+            )
+            requests.append(request)
     signature = digest([identity, config.seed, requests, [p.model_dump() for p in held_out.problems]])
     kept = run.read_json(f"{file}.json", dict[str, Any])
     if kept and kept.get("signature") == signature:
@@ -56,10 +51,11 @@ def measure_baseline(
     replies = sorted(student.generate(requests), key=lambda reply: reply.index)
     ballots = [replies[start : start + votes] for start in range(0, len(replies), votes)]
     chosen = [elect(ballot, grader) for ballot in ballots]
-    answers = [answer_of(parse(reply.text)) for reply in chosen]
-    verdicts = grade(grader, answers, held_out.problems)
+    verdicts = grade(grader, [answer for _, answer in chosen], held_out.problems)
     rows = []
-    for problem, reply, ballot, verdict in zip(held_out.problems, chosen, ballots, verdicts, strict=True):
+    for problem, (reply, _), ballot, verdict in zip(
+        held_out.problems, chosen, ballots, verdicts, strict=True
+    ):
         correct = None if any(each.finish == "error" for each in ballot) else verdict
         rows.append(
             Outcome(
@@ -81,8 +77,8 @@ def measure_baseline(
     return label, figures
 
 
-def elect(replies: Sequence[Reply], grader: Grader) -> Reply:
-    """The first reply with the answer that most replies give; replies without an answer do not vote."""
+def elect(replies: Sequence[Reply], grader: Grader) -> tuple[Reply, str | None]:
+    """The answer that most replies give, and the first of them; replies without an answer do not vote."""
     groups: dict[str, list[Reply]] = {}
     for reply in replies:
         answer = answer_of(parse(reply.text))
@@ -90,4 +86,7 @@ def elect(replies: Sequence[Reply], grader: Grader) -> Reply:
             verdicts = grader.equal_many((answer, other) for other in groups)
             known = (other for other, same in zip(groups, verdicts, strict=True) if same)
             groups.setdefault(next(known, answer), []).append(reply)
-    return max(groups.values(), key=len)[0] if groups else replies[0]
+    if not groups:
+        return replies[0], None
+    answer = max(groups, key=lambda answer: len(groups[answer]))
+    return groups[answer][0], answer

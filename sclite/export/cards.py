@@ -5,7 +5,6 @@ Every figure comes from the run; what the run does not record is written as unkn
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -63,7 +62,7 @@ def _sources(config: Config, student: str = "") -> list[str]:
 
 
 def build_dataset_card(config: Config, run: Run, counts: dict[str, int]) -> str:
-    """The card as Markdown with Hugging Face front matter; `counts` holds the number of rows of each file."""
+    """The dataset card as Markdown with Hugging Face front matter; `counts` holds the number of rows of each file."""
     files = {name: count for name, count in counts.items() if count}
     student = ""
     if config.attempts.source:
@@ -181,7 +180,7 @@ _PAIR_LIMITS = """- Pairs contain the mistakes of one student. For another stude
 
 
 def build_model_card(config: Config, run: Run, name: str, form: str, figures: Mapping[str, Any]) -> str:
-    """The card of an exported model (base, sft or dpo) in one of the forms of `_USE`. `figures`: those of its GGUFs."""
+    """The model card of an exported student (base, sft or dpo) in one of the forms of `_USE`. `figures`: those of its GGUFs."""
     base = _public_name(config.student.model)
     settings = []
     for stage in {"base": (), "sft": ("sft",), "dpo": ("sft", "warmup", "dpo")}[name]:
@@ -199,10 +198,12 @@ def build_model_card(config: Config, run: Run, name: str, form: str, figures: Ma
         files.append(f"| {file} | {about['megabytes']:g} MB | {UNKNOWN if kl is None else f'{kl:.4f}'} |")
     tables = []
     for path in sorted(run.path("eval").glob("*/summary.json")):
-        models = json.loads(path.read_text(encoding="utf-8"))["models"]
+        summary = run.read_json(str(path.relative_to(run.folder)), dict[str, Any])
+        if summary is None:
+            continue
         tables += ["", f"{path.parent.name}, with 95 % intervals:", ""]
         tables += ["| model | problems | first answers | after review |", "|---|---|---|---|"]
-        for model, f in models.items():
+        for model, f in summary["models"].items():
             tables.append(f"| {model} | {f['n']} | {_share(f, 'acc_t1')} | {_share(f, 'acc_t2')} |")
     return _MODEL_CARD.format(
         front=_front_matter(

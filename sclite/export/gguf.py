@@ -74,7 +74,7 @@ def run_converter(source: Path, folder: Path, out: Path | None, *, outtype: str 
     """Run convert_hf_to_gguf.py of the llama.cpp sources in `source`; without `out`, no tensors are written.
 
     Some architectures (Qwen3.5, DeepSeek, GLM) come with layers that draft tokens; a folder saved by transformers lacks them
-    even if its configuration mentions them, which the converter must be told.
+    even if its configuration mentions them; the converter needs an option for that.
     """
     config, arguments = read_json(folder / "config.json"), [str(folder), "--outtype", outtype]
     config |= config.get("text_config") or {}

@@ -117,10 +117,12 @@ def compare_replies(config: Config, gguf: Path, question: str) -> dict[str, Any]
             f"update Ollama (before 0.30 it needs the Modelfile's TEMPLATE); to remove the model: ollama rm {name}",
         )
     length = "prompt of unknown length" if counted is None else f"prompt of {counted} tokens"
-    summary = f"Ollama says the same: {length}, {ours.generated} greedy tokens"
+    summary = f"Ollama agrees: {length}, {ours.generated} greedy tokens"
     if reply != theirs:
         where = "where one ends" if gap is None else f"where sclite prefers its own token by {gap:.2f} nats"
         near = "" if gap is None or gap > NEAR_TIE else " (a near tie)"
-        summary = f"Ollama says the same for {equal} of {ours.generated} greedy tokens, up to {where}{near}; {length}"
+        summary = (
+            f"Ollama agrees for {equal} of {ours.generated} greedy tokens, up to {where}{near}; {length}"
+        )
     counts = {"prompt_tokens": len(prompt), "ollama_prompt_tokens": counted, "tokens": ours.generated}
     return {**counts, "equal_tokens": equal, "gap": gap, "summary": summary}

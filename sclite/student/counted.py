@@ -6,14 +6,14 @@ from sclite.student.base import Reply, Request, ScoreRequest, Scores, Student
 
 
 class Counted(Student):
-    """Passes everything on to `student`, which is to solve and review `problems` of them.
+    """Passes everything on to `student`, which is to write `texts` (corrections not counted) and give `scores`.
 
-    After each reply or score, `report` gets the number of solved problems, the share of the work done (solving is taken
-    for half of it), and a note such as "40 texts written, 12 reviewed".
+    After each reply or score, `report` gets the number of texts, at most `texts`, the share of the work done (a score
+    weighs as much as a text), and a note such as "40 texts written, 12 reviewed".
     """
 
-    def __init__(self, student: Student, problems: int, report: Callable[[int, float, str], None]):
-        self.student, self.problems, self.report = student, problems, report
+    def __init__(self, student: Student, texts: int, scores: int, report: Callable[[int, float, str], None]):
+        self.student, self.texts, self.scores, self.report = student, texts, scores, report
         self.written = self.scored = 0
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Reply]:
@@ -29,8 +29,6 @@ class Counted(Student):
     def _count(self, written: int = 0, scored: int = 0) -> None:
         self.written += written
         self.scored += scored
-        solved = min(self.problems, self.written)
-        # a free review is written, a guided one begins with scores
-        reviewed = min(self.problems, max(self.scored, self.written - self.problems))
+        texts, scores = min(self.texts, self.written), min(self.scores, self.scored)
         note = f"{self.written} texts written" + (f", {self.scored} reviewed" if self.scored else "")
-        self.report(solved, (solved + reviewed) / (2 * self.problems), note)
+        self.report(texts, (texts + scores) / (self.texts + self.scores), note)

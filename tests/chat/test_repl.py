@@ -13,7 +13,7 @@ from sclite.chat import conversation, repl
 from sclite.chat.answer import Settings
 from sclite.chat.conversation import Chat
 from sclite.config import Config
-from sclite.errors import DataError, UsageError
+from sclite.errors import DataError, TeacherError, UsageError
 from sclite.quickstart.problem_sets import train_problems
 from sclite.quickstart.tutor_provider import MODEL
 from sclite.records import Feedback, Pair, Review
@@ -174,7 +174,7 @@ def test_failed_call_of_an_endpoint_is_not_repeated_with_less_history(chat):
     chat.context = 0
     chat.command("/set history on")
     chat.ask("How many?")
-    with pytest.raises(DataError, match="too long") as error:
+    with pytest.raises(TeacherError, match="too long") as error:
         chat.ask("word " * 100)
     assert "ask again" in error.value.hint
     assert (

@@ -43,6 +43,15 @@ def build(run, grader, *answers, fit=(), **sections):
     return report, len(server.requests)
 
 
+def test_unreadable_solution_of_the_teacher_is_not_paid_for_again(run, grader):
+    judge(run, False, "38")
+    with TeacherServer(lambda request, nth: say("I think it is 36.")) as server:
+        config = Config.model_validate({"teacher": {"model": "openai/replay", "api_base": server.url}})
+        with Ledger(run.path("ledger.sqlite")) as ledger, Teacher(config.teacher, ledger) as made:
+            report = write_feedback(config, run, teacher=made, grader=grader, fit=())
+    assert (report.dropped, len(server.requests)) == ({"no_gold_answer": 1}, 2)
+
+
 def attempts(run) -> list[tuple[str | None, bool | None]]:
     return [(row.answer, row.correct) for row in run.read("attempts.jsonl", Attempt)]
 

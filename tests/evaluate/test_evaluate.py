@@ -104,7 +104,7 @@ def test_failed_calls_of_a_model_behind_an_api_are_made_again(run):
 
 def test_progress_counts_solved_problems(evaluate_student):
     seen = []
-    evaluate_student(Counted(Plain(), 20, lambda *report: seen.append(report)), True)
+    evaluate_student(Counted(Plain(), 20, 20, lambda *report: seen.append(report)), True)
     assert seen == [(n, n / 40, f"{n} texts written") for n in range(1, 21)]
 
 

@@ -495,6 +495,8 @@ def test_model_card_has_base_settings_files_and_evaluation(base, run):
     assert "Not evaluated" in run.path("export/README.md").read_text()
     figures = {"n": 50, "acc_t1": 0.5, "acc_t1_interval": [0.4, 0.6], "acc_t2": None, "acc_t2_interval": None}
     run.path("eval/test").mkdir(parents=True)
+    run.path("eval/damaged").mkdir()
+    run.path("eval/damaged/summary.json").write_text("{")
     run.path("eval/test/summary.json").write_text(json.dumps({"models": {"sft": figures}}))
     export.write_modelfile(run, config, "sft")
     card = ModelCard.load(run.path("export/README.md"))

@@ -139,12 +139,12 @@ def thinking(found):
 @pytest.mark.parametrize(
     ("change", "code", "said"),
     [
-        (faithful, DONE, r"^Ollama says the same: prompt of \d+ tokens, \d\d greedy tokens$"),
-        (of_an_old_version, DONE, "^Ollama says the same: prompt of unknown length"),
+        (faithful, DONE, r"^Ollama agrees: prompt of \d+ tokens, \d\d greedy tokens$"),
+        (of_an_old_version, DONE, "^Ollama agrees: prompt of unknown length"),
         (
             parting_later,
             DONE,
-            r"^Ollama says the same for \d+ of \d+ greedy tokens, up to .* by \d+\.\d\d nats",
+            r"^Ollama agrees for \d+ of \d+ greedy tokens, up to .* by \d+\.\d\d nats",
         ),
         (longer_prompt, FAILED, r"it gets a prompt of \d+ tokens instead of"),
         (other_beginning, FAILED, "it begins with 'QQ"),

@@ -16,12 +16,12 @@ class Echo(Student):
 
 def test_replies_and_scores_pass_unchanged_and_are_counted():
     seen = []
-    student = Counted(Echo(), 2, lambda *counts: seen.append(counts))
+    student = Counted(Echo(), 2, 2, lambda *counts: seen.append(counts))
     requests = [Request([{"role": "user", "content": text}], max_tokens=1) for text in "ab"]
     assert [reply.text for reply in student.generate(requests)] == ["a", "b"]
     asked = ScoreRequest([], ("",), (0,), (("a", "b"),))
     assert [found.index for found in student.score([asked])] == [0]
     assert seen[:2] == [(1, 0.25, "1 texts written"), (2, 0.5, "2 texts written")]
     assert seen[2:] == [(2, 0.75, "2 texts written, 1 reviewed")]
-    list(student.generate(requests))  # corrections, or free reviews
-    assert seen[-1] == (2, 1.0, "4 texts written, 1 reviewed")
+    list(student.generate(requests))  # corrections are not part of the work that is known before
+    assert seen[-1] == (2, 0.75, "4 texts written, 1 reviewed")
