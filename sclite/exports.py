@@ -18,7 +18,8 @@ REVIEW_OFF = "review is off; turn it on with --self-correct"
 
 def export(context: Context, names: Sequence[str] = ()) -> list[Report]:
     """GGUF files of the named students (default: the last one trained); the Modelfile is for the last one."""
-    from sclite.export.model import describe_sizes, export_model, write_modelfile
+    from sclite.export.model import describe_sizes, export_model
+    from sclite.export.ollama import write_modelfile
     from sclite.train.stage import quiet_libraries
 
     chosen = list(names) or context.students()[-1:]

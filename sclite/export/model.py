@@ -1,4 +1,4 @@
-"""The export stage: merge base and adapter, write and quantize GGUFs, compare them with the trained model, write a Modelfile."""
+"""The export stage: merge base and adapter, write and quantize GGUFs, compare them with the trained model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sclite import prompts
 from sclite.config import Config
 from sclite.errors import DataError, ScliteError
 from sclite.export import parity
@@ -17,7 +16,6 @@ from sclite.export.chat_format import derive_format, write_format
 from sclite.export.gguf import check_convertible, convert_model
 from sclite.export.layers import check_merge
 from sclite.export.merge import BaseWeights, merge
-from sclite.export.ollama import build_modelfile
 from sclite.export.quantize import (
     estimate_bytes,
     measure_importance,
@@ -26,17 +24,13 @@ from sclite.export.quantize import (
     wants_importance,
 )
 from sclite.export.samples import Sample, read_samples
-from sclite.export.tensors import read_json
 from sclite.files import sync, write_text
 from sclite.run import Report, Run, timed
 from sclite.signature import digest
 from sclite.student.adapters import adapter_weights
-from sclite.student.chat_template import render_chat
 from sclite.student.cuda_memory import available_ram
-from sclite.student.llama_cpp.engine import Engine
 from sclite.student.llama_cpp.probe import check_gguf
 from sclite.student.loader import check_vocabulary, fetch_base_model, load_tokenizer, read_config
-from sclite.student.origin import read_origin
 from sclite.student.tokenization import piece_ids, prompt_ids, prompt_text
 
 if TYPE_CHECKING:
@@ -349,36 +343,3 @@ def _check_parity(
         figures = unquantized if same else parity.compare_probabilities(references, path)
         result["files"][path.name] |= {**figures, "changed": parity.find_changed_tensor(full, path)}
     return result | {"unquantized": unquantized, "greedy": parity.compare_greedy(references[: len(greedy)])}
-
-
-def write_modelfile(run: Run, config: Config, name: str) -> tuple[Path, list[str]]:
-    """Write export/Modelfile for a model's GGUF, and the model card. Returns the Modelfile and warnings for the user."""
-    out, warnings = gguf_path(run, name, config), []
-    with Engine(out, parallel=1, context=512, gpu_layers=0, cache_gb=0.1) as engine:
-        jinja, tokens, max_context = engine.chat_template, engine.special_tokens, engine.trained_context
-        bos, adds_bos = tokens["bos_token"], engine.vocabulary.adds_bos
-    try:
-        render = lambda chat, answer: render_chat(jinja, chat, tokens, generation_prompt=answer)  # noqa: E731
-        template = derive_format(render, bos).go_template(bos if adds_bos else "")
-    except DataError as error:
-        template = ""
-        warnings.append(f"the Modelfile has no TEMPLATE, which Ollama before 0.30 needs: {error.message}")
-    text = build_modelfile(
-        out.name,
-        template,
-        system=prompts.solve_messages("", config.prompts.folder)[0]["content"],
-        num_ctx=min(config.export.num_ctx, max_context),
-        stops=(tokens["eos_token"],),
-    )
-    if manifest := run.manifest(f"export-{name}"):
-        warnings += manifest["figures"]["warnings"]
-        card = build_model_card(config, run, name, "gguf", manifest["figures"])
-        write_text(run.path("export/README.md"), card)
-    path, adapter = run.path("export/Modelfile"), run.path(f"{name}/adapter")
-    write_text(path, text)
-    # an adapter from elsewhere has no record of its base weights, only the name of its base
-    if adapter.is_dir() and not read_origin(adapter).weights:
-        base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
-        if isinstance(base, str) and Path(base).name != Path(config.student.model).name:
-            warnings.append(f"the adapter was trained on {base} but was merged into {config.student.model}")
-    return path, warnings

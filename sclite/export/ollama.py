@@ -9,14 +9,55 @@ from typing import Any
 from sclite import prompts
 from sclite.config import Config
 from sclite.errors import DataError, ScliteError, UsageError
+from sclite.export.cards import build_model_card
+from sclite.export.chat_format import derive_format
+from sclite.export.model import gguf_path
+from sclite.export.tensors import read_json
+from sclite.files import write_text
+from sclite.run import Run
 from sclite.student.base import Request
+from sclite.student.chat_template import render_chat
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.llama_cpp.sequence import TokenSequence
 from sclite.student.ollama_api import call_ollama, ollama_url
+from sclite.student.origin import read_origin
 
 REPLY_TOKENS, LOADING_SECONDS = 64, 600
 NEAR_TIE = 0.1
 """Nats between two next tokens, of which rounding chooses: caches and kernels differ."""
+
+
+def write_modelfile(run: Run, config: Config, name: str) -> tuple[Path, list[str]]:
+    """Write export/Modelfile for a model's GGUF, and the model card. Returns the Modelfile and warnings for the user."""
+    out, warnings = gguf_path(run, name, config), []
+    with Engine(out, parallel=1, context=512, gpu_layers=0, cache_gb=0.1) as engine:
+        jinja, tokens, max_context = engine.chat_template, engine.special_tokens, engine.trained_context
+        bos, adds_bos = tokens["bos_token"], engine.vocabulary.adds_bos
+    try:
+        render = lambda chat, answer: render_chat(jinja, chat, tokens, generation_prompt=answer)  # noqa: E731
+        template = derive_format(render, bos).go_template(bos if adds_bos else "")
+    except DataError as error:
+        template = ""
+        warnings.append(f"the Modelfile has no TEMPLATE, which Ollama before 0.30 needs: {error.message}")
+    text = build_modelfile(
+        out.name,
+        template,
+        system=prompts.solve_messages("", config.prompts.folder)[0]["content"],
+        num_ctx=min(config.export.num_ctx, max_context),
+        stops=(tokens["eos_token"],),
+    )
+    if manifest := run.manifest(f"export-{name}"):
+        warnings += manifest["figures"]["warnings"]
+        card = build_model_card(config, run, name, "gguf", manifest["figures"])
+        write_text(run.path("export/README.md"), card)
+    path, adapter = run.path("export/Modelfile"), run.path(f"{name}/adapter")
+    write_text(path, text)
+    # an adapter from elsewhere has no record of its base weights, only the name of its base
+    if adapter.is_dir() and not read_origin(adapter).weights:
+        base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+        if isinstance(base, str) and Path(base).name != Path(config.student.model).name:
+            warnings.append(f"the adapter was trained on {base} but was merged into {config.student.model}")
+    return path, warnings
 
 
 def build_modelfile(

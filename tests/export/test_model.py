@@ -11,7 +11,7 @@ import pytest
 from sclite import exports
 from sclite.config import Config
 from sclite.errors import FAILED, DataError, ScliteError
-from sclite.export import gguf, parity
+from sclite.export import gguf, ollama, parity
 from sclite.export import model as export
 from sclite.export.merge import BaseWeights
 from sclite.export.samples import Sample
@@ -472,11 +472,11 @@ def test_unfinished_file_is_ignored(run):
 def test_adapter_that_names_another_base_gives_a_warning(base, run):
     config = config_of(base)
     export.export_model(config, run, "sft")
-    assert export.write_modelfile(run, config, "sft")[1] == []
+    assert ollama.write_modelfile(run, config, "sft")[1] == []
     run.path("sft/adapter/trained_on.json").unlink()
     path = run.path("sft/adapter/adapter_config.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "org/other"}))
-    assert "was trained on org/other" in export.write_modelfile(run, config, "sft")[1][0]
+    assert "was trained on org/other" in ollama.write_modelfile(run, config, "sft")[1][0]
 
 
 def test_model_card_has_base_settings_files_and_evaluation(base, run):
@@ -491,14 +491,14 @@ def test_model_card_has_base_settings_files_and_evaluation(base, run):
     config = Config.model_validate(tree)
     run.sign("sft", {}, Report("sft", counts={"rows": 12}))
     report = export.export_model(config, run, "sft")
-    export.write_modelfile(run, config, "sft")
+    ollama.write_modelfile(run, config, "sft")
     assert "Not evaluated" in run.path("export/README.md").read_text()
     figures = {"n": 50, "acc_t1": 0.5, "acc_t1_interval": [0.4, 0.6], "acc_t2": None, "acc_t2_interval": None}
     run.path("eval/test").mkdir(parents=True)
     run.path("eval/damaged").mkdir()
     run.path("eval/damaged/summary.json").write_text("{")
     run.path("eval/test/summary.json").write_text(json.dumps({"models": {"sft": figures}}))
-    export.write_modelfile(run, config, "sft")
+    ollama.write_modelfile(run, config, "sft")
     card = ModelCard.load(run.path("export/README.md"))
     assert card.data.to_dict()["pipeline_tag"] == "text-generation"
     kl = report.figures["parity"]["files"]["sft-q8_0.gguf"]["kl"]
