@@ -1,25 +1,59 @@
 """The commands that show what a run holds: status, show, report and runs."""
 
+import os
+import sys
+import webbrowser
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from sclite import console
+from sclite.console import escape, format_percent
+from sclite.errors import DataError, ScliteError, UsageError
 from sclite.options import Common, JsonOption, common_options
+
+STATES = {
+    "done": "[green]done[/]",
+    "stale": "[yellow]stale[/]",
+    "half_way": "[yellow]incomplete[/]",
+    "not_begun": "[dim]not started[/]",
+}
 
 
 @common_options
 def status(*, common: Common) -> None:
     """Show the progress of a run, its cost and the next command."""
-    from sclite.inspect import tables
     from sclite.inspect.status import read_status
     from sclite.run import Run
 
     config = common.of_existing_run().load()
     with console.spinner("checking what is done"):
         found = read_status(config, Run(config.run))
-    tables.print_status(found, common.json)
+    if common.json:
+        console.print_json(found)
+        return
+    lines = []
+    for name, stage in found["stages"].items():
+        total = f" of {stage['total']:,}" if stage["total"] else ""
+        so_far = [f"{stage['rows']:,}{total} so far"] if stage["rows"] else []
+        details = "; ".join(filter(None, [*stage["why"], *so_far, _format_counts(stage["counts"])]))
+        dropped = f"{sum(stage['dropped'].values()):,}" if stage["dropped"] else ""
+        seconds = "" if stage["seconds"] is None else f"{stage['seconds']:,.1f}"
+        cost = "" if stage["cost_usd"] is None else f"{stage['cost_usd']:.4f}"
+        lines.append((name, STATES[stage["state"]], escape(details), dropped, seconds, cost))
+    title = f"{found['run']}{' (in use by another sclite process)' if found['busy'] else ''}"
+    header = ("stage", "state", "details", "dropped", "seconds", "cost $")
+    console.print_table(title, header, lines, texts=3)
+    if found["dropped"]:
+        console.print(escape(f"Dropped: {_format_counts(found['dropped'])} (`sclite show drops`)"))
+    if paid := found["ledger"]:
+        unknown = f", {paid['unpriced']:,} of unknown price" if paid["unpriced"] else ""
+        tokens = f"{paid['prompt_tokens']:,} tokens in, {paid['completion_tokens']:,} out"
+        console.print(f"Requests: {paid['requests']:,}, {tokens}, ${paid['cost_usd']:.4f}{unknown}")
+    when = " when that process has finished" if found["busy"] else ""
+    console.print(f"Next{when}: [bold cyan]{escape(found['next'])}[/]", wrap=False)
 
 
 @common_options
@@ -49,26 +83,68 @@ def show(
 
     Without WHAT, an overview.
     """
-    from sclite.inspect import tables
-    from sclite.inspect.rows import Choice
+    from sclite.inspect import rows
     from sclite.run import Run
 
     config = common.of_existing_run().load()
     run = Run(config.run)
     if what is None and not labels:
-        tables.print_overview(run, common.json)
+        counted = rows.count_rows(run)
+        if common.json:
+            console.print_json({"what": None, "total": len(counted), "rows": counted})
+            return
+        lines = []
+        for each in counted:
+            kinds = escape(_format_counts(each["reasons"] or each["kinds"]))
+            lines.append((f"sclite show {each['what']}", kinds, f"{each['rows']:,}"))
+        console.print_table(str(run.folder), ("command", "kinds", "rows"), lines, texts=2)
         return
-    choice = Choice(what or "templates", reason, kind, id, first, limit)
-    tables.print_rows(config, run, choice, labels, common.json)
+    what = what or "templates"
+    limit = 1 if labels and limit is None and id is None else limit  # the tokens of a row fill a page
+    total, chosen = rows.choose_rows(run, rows.Choice(what, reason, kind, id, first, limit))
+    tokens = None
+    if labels:
+        from sclite.inspect.labels import Labels
+
+        tokens = Labels(config, run, what)
+    if common.json:
+        values = (tokens.as_json(row) if tokens else row.model_dump(mode="json") for _, row in chosen)
+        console.print_json_rows({"what": what, "total": total}, values)
+    elif not total:
+        console.print(f"No matching {what} in {escape(str(run.folder))}.")
+    elif first > total:
+        raise UsageError(f"--from {first}: only {total} {what} match", f"use --from 1 to {total}")
+    elif tokens:
+        console.page(tokens.format_row(row, number, total) for number, row in chosen)
+    else:
+        from sclite.inspect.row_text import format_row
+
+        problems = rows.Problems(run)
+        console.page(format_row(row, number, total, problems) for number, row in chosen)
 
 
 @common_options
 def report(*, common: Common) -> None:
-    """Open the HTML report of the newest evaluation."""
-    from sclite.inspect.overview import show_report
+    """Open the HTML report of the newest evaluation.
+
+    Without a display, prints its path.
+    """
+    from sclite.evaluate.results import REPORT, SUMMARY
     from sclite.run import Run
 
-    show_report(Run(common.of_existing_run().load().run), common.json)
+    run = Run(common.of_existing_run().load().run)
+    paths = [path.with_name(REPORT) for path in run.folder.glob(f"eval/*/{SUMMARY}")]
+    paths = [path for path in paths if path.is_file()]
+    if not paths:
+        raise DataError(f"{run.folder} has no evaluation", "run `sclite eval PROBLEMS` first")
+    path = max(paths, key=lambda path: path.stat().st_mtime)
+    display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if common.json:
+        console.print_json({"report": str(path)})
+    elif (display or not sys.platform.startswith("linux")) and webbrowser.open(path.resolve().as_uri()):
+        console.note(f"opened {escape(str(path))}")
+    else:
+        console.print(escape(str(path)), wrap=False)
 
 
 def runs(
@@ -77,7 +153,49 @@ def runs(
     ),
     json: JsonOption = False,
 ) -> None:
-    """List the runs with student, stage, accuracy and size."""
-    from sclite.inspect.overview import print_runs
+    """List the runs with student, stage, accuracy and size.
 
-    print_runs(folder, json)
+    The stage is the last one that has begun; the accuracies are those of the student that was trained last.
+    """
+    from sclite.evaluate.results import summaries
+    from sclite.inspect.status import DONE, NOT_BEGUN, read_status
+    from sclite.run import Run
+    from sclite.settings import RUN_FILE, load
+    from sclite.student.adapters import STUDENTS
+
+    found: list[dict[str, Any]] = []
+    for path in sorted(each.parent for each in folder.glob(f"*/{RUN_FILE}")):
+        unknown = dict.fromkeys(("stage", "state", "acc_t1", "acc_t2", "n"))
+        row: dict[str, Any] = {"run": str(path), "student": "", **unknown, "error": ""}
+        row["bytes"] = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        try:
+            config = load(None, [f"run={path}"], {}, own_file=False)
+            row["student"] = config.student.model
+            stages = read_status(config, Run(path))["stages"]
+            begun = [name for name in stages if stages[name]["state"] != NOT_BEGUN]
+            row |= {"stage": begun[-1], "state": stages[begun[-1]]["state"]} if begun else {}
+        except ScliteError as error:  # one damaged run does not hide the others
+            row["error"] = error.message
+        if evaluated := summaries(Run(path)):
+            models = evaluated[0]["models"]
+            last = models[max(models, key=lambda name: STUDENTS.index(name) if name in STUDENTS else -1)]
+            row |= {name: last.get(name) for name in ("acc_t1", "acc_t2", "n")}
+        found.append(row)
+    if not found:
+        hint = "name the folder that holds your runs, as in `sclite runs FOLDER`"
+        raise DataError(f"{folder} holds no run", hint)
+    if json:
+        console.print_json({"runs": found})
+        return
+    lines = []
+    for row in found:
+        state = "" if row["state"] in (DONE, None) else f" {STATES[row['state']]}"
+        stage = escape(row["error"]) or f"{row['stage'] or 'not started'}{state}"
+        figures = (format_percent(row["acc_t1"]), format_percent(row["acc_t2"]), f"{row['bytes'] / 1e9:.2f}")
+        lines.append((escape(Path(row["run"]).name), escape(row["student"]), stage, *figures))
+    header = ("run", "student", "last stage", "first answer %", "after review %", "GB")
+    console.print_table(str(folder), header, lines, texts=3)
+
+
+def _format_counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
