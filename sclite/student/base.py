@@ -63,15 +63,6 @@ class Scores:
     fed_tokens: int = field(default=0, compare=False)
 
 
-def tokens_to_compare(
-    first: list[int], second: list[int], others: Sequence[list[int]]
-) -> tuple[list[int], list[int]]:
-    """The tokens by which two options are compared; see `ScoreRequest`."""
-    heads = [option[0] for option in (first, second, *others)]
-    ambiguous = any(heads.count(option[0]) > 1 for option in (first, second))
-    return (first, second) if ambiguous else (first[:1], second[:1])
-
-
 class Student(Protocol):
     """Anything that solves and reviews: the trainable model, a GGUF in the engine, an endpoint."""
 

@@ -63,7 +63,12 @@ class Endpoint(Student):
                     yield reply
                     return
                 received += found
-                text = _up_to_stop(_readable(received), ask.stop).rstrip()  # the reply is stripped, too
+                text = without_thoughts(received).lstrip()
+                begins_tag = text.startswith(("<", "[")) and len(text) < LONGEST_TAG
+                open_tag = (begins_tag and not {">", "]"} & set(text)) or text.startswith("<|channel|>")
+                if open_tag or THOUGHT.match(text):  # thoughts, or what may become them
+                    text = ""
+                text = _up_to_stop(text, ask.stop).rstrip()  # the reply is stripped, too
                 if text.startswith(shown) and text != shown:
                     yield text[len(shown) :]
                     shown = text
@@ -120,10 +125,3 @@ def _read(request: Request, result: Result) -> Reply:
 def _up_to_stop(text: str, stops: tuple[str, ...]) -> str:
     ends = [text.index(stop) + len(stop) for stop in stops if stop in text]
     return text[: min(ends, default=len(text))]
-
-
-def _readable(received: str) -> str:
-    """What of the text so far is no thought; empty while that is open."""
-    text = without_thoughts(received).lstrip()
-    opens = text.startswith(("<", "[")) and len(text) < LONGEST_TAG and not {">", "]"} & set(text)
-    return "" if opens or THOUGHT.match(text) or text.startswith("<|channel|>") else text

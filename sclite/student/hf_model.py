@@ -26,64 +26,60 @@ class HFModel(Student):
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Reply]:
         """Generate in batches with one temperature and set of stop strings, halved for good if GPU memory runs out."""
-        start = 0
+        import torch
+
+        start, tokenizer, was_training = 0, self.tokenizer, self.model.training
+        ends = [self.end]
+        if tokenizer.eos_token_id not in (None, self.end):
+            ends.append(tokenizer.eos_token_id)
         while start < len(requests):
             batch = requests[start : start + self.batch_size]
+            first, max_tokens = batch[0], max(request.max_tokens for request in batch)
+            prompts = [
+                [*prompt_ids(tokenizer, request.messages), *chain(*piece_ids(tokenizer, request.pieces))]
+                for request in batch
+            ]
+            width = max(map(len, prompts))
+            if width + max_tokens > self.positions:
+                raise DataError(
+                    f"a prompt of {width} tokens and an answer of {max_tokens} exceed the student's {self.positions} positions",
+                    "lower attempts.max_tokens",
+                )
+            settings: dict[str, object] = {"do_sample": first.temperature > 0}
+            if first.temperature > 0:
+                settings |= {"temperature": first.temperature, "top_p": first.top_p, "top_k": 0}
+                torch.manual_seed(int(digest([[r.seed for r in batch], prompts[0]]), 16) % 2**63)
+            if first.stop:
+                settings |= {"stop_strings": list(first.stop), "tokenizer": tokenizer}
+            ids = torch.tensor([[self.pad_id] * (width - len(row)) + row for row in prompts])
+            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
+            self.model.eval()
             try:
-                replies = list(self._generate(batch, start))
+                with torch.inference_mode(), autocast(self.model):
+                    out = self.model.generate(  # type: ignore[operator]  # torch.nn.Module hides its type
+                        input_ids=ids.to(self.model.device),
+                        attention_mask=mask.to(self.model.device),
+                        max_new_tokens=max_tokens,
+                        eos_token_id=ends,
+                        pad_token_id=self.pad_id,
+                        **settings,
+                    )
             except RuntimeError as error:
                 if len(batch) == 1 or not is_out_of_memory(error):
                     raise
                 self.batch_size = len(batch) // 2
                 free_memory()
-            else:
-                yield from replies
-                start += len(batch)
-
-    def _generate(self, batch: Sequence[Request], start: int) -> Iterator[Reply]:
-        import torch
-
-        first, tokenizer = batch[0], self.tokenizer
-        prompts = [
-            [*prompt_ids(tokenizer, request.messages), *chain(*piece_ids(tokenizer, request.pieces))]
-            for request in batch
-        ]
-        width, max_tokens = max(map(len, prompts)), max(request.max_tokens for request in batch)
-        if width + max_tokens > self.positions:
-            raise DataError(
-                f"a prompt of {width} tokens and an answer of {max_tokens} exceed the student's {self.positions} positions",
-                "lower attempts.max_tokens",
-            )
-        settings: dict[str, object] = {"do_sample": first.temperature > 0}
-        if first.temperature > 0:
-            settings |= {"temperature": first.temperature, "top_p": first.top_p, "top_k": 0}
-            torch.manual_seed(int(digest([[r.seed for r in batch], prompts[0]]), 16) % 2**63)
-        if first.stop:
-            settings |= {"stop_strings": list(first.stop), "tokenizer": tokenizer}
-        ends = [self.end]
-        if tokenizer.eos_token_id not in (None, self.end):
-            ends.append(tokenizer.eos_token_id)
-        ids = torch.tensor([[self.pad_id] * (width - len(row)) + row for row in prompts])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
-        was_training = self.model.training
-        self.model.eval()
-        with torch.inference_mode(), autocast(self.model):
-            out = self.model.generate(  # type: ignore[operator]  # torch.nn.Module hides its type
-                input_ids=ids.to(self.model.device),
-                attention_mask=mask.to(self.model.device),
-                max_new_tokens=max_tokens,
-                eos_token_id=ends,
-                pad_token_id=self.pad_id,
-                **settings,
-            )
-        self.model.train(was_training)
-        new_rows = out[:, width:].tolist()
-        for index, (request, prompt, row) in enumerate(zip(batch, prompts, new_rows, strict=True), start):
-            stop_at = next((i for i, token in enumerate(row) if token in ends), None)
-            new = row[:stop_at]
-            text = str(tokenizer.decode(new, skip_special_tokens=True))
-            finish = "length" if stop_at is None else "stop"
-            for stop in request.stop:
-                if stop in text:
-                    text, finish = text[: text.index(stop) + len(stop)], "stop"
-            yield Reply(index, text, len(new), len(prompt), finish, fed_tokens=len(prompt))
+                continue
+            finally:
+                self.model.train(was_training)
+            new_rows = out[:, width:].tolist()
+            for index, (request, prompt, row) in enumerate(zip(batch, prompts, new_rows, strict=True), start):
+                stop_at = next((i for i, token in enumerate(row) if token in ends), None)
+                new = row[:stop_at]
+                text = str(tokenizer.decode(new, skip_special_tokens=True))
+                finish = "length" if stop_at is None else "stop"
+                for stop in request.stop:
+                    if stop in text:
+                        text, finish = text[: text.index(stop) + len(stop)], "stop"
+                yield Reply(index, text, len(new), len(prompt), finish, fed_tokens=len(prompt))
+            start += len(batch)

@@ -135,9 +135,8 @@ def stream(
 ) -> Iterator[str | Event | T]:
     """Run one script: yields its events, the text as the student writes it, and at last the result.
 
-    Without `pieces` each text comes when it is complete, which costs less.
-
-    Setting `cancel` from another thread ends it early, without a result.
+    Without `pieces` each text comes when it is complete, which costs less. Setting `cancel` from another thread ends it
+    early, without a result.
     """
     answer: Reply | Scores | None = None
     while True:
@@ -175,17 +174,14 @@ def review(question: str, attempt: Trace, settings: ReviewSettings, mode: str) -
 # -- guided ------------------------------------------------------------------------------------------------------------
 
 
-def score_request(question: str, work: Trace, folder: str = "") -> ScoreRequest:
-    """Request the log-odds of an error after each step of an attempt, in a single prefill."""
+def score_steps(question: str, work: Trace, folder: str = "") -> Script[tuple[float, ...]]:
+    """The log-odds of an error after each step, from one prefill; empty without steps or if they are too long (NaN)."""
+    if not work.steps:
+        return ()
     pieces = tuple(step_pieces(work.steps))
     messages = prompts.review_messages(question, render(work), folder)
     options = tuple((CAUSE, closer) for closer in pieces[1::2])
-    return ScoreRequest(messages, pieces, tuple(range(0, len(pieces), 2)), options, OTHER_TAGS)
-
-
-def score_steps(question: str, work: Trace, folder: str = "") -> Script[tuple[float, ...]]:
-    """The log-odds of an error for each step; empty if there are none, or if they are too long to review (NaN)."""
-    scores = (yield score_request(question, work, folder)) if work.steps else None
+    scores = yield ScoreRequest(messages, pieces, tuple(range(0, len(pieces), 2)), options, OTHER_TAGS)
     odds = scores.log_odds if isinstance(scores, Scores) else ()
     return () if any(map(math.isnan, odds)) else odds
 

@@ -18,7 +18,6 @@ from sclite.student.self_correction import (
     guided,
     run_together,
     same_result,
-    score_request,
     score_steps,
     stream,
 )
@@ -73,7 +72,7 @@ def review(student, *attempts, script=guided, **settings):
 
 
 def test_score_request_covers_every_step():
-    request = score_request(QUESTION, WRONG)
+    request = next(score_steps(QUESTION, WRONG))
     assert request.options == tuple((CAUSE, f"</Step{n}>\n") for n in range(1, len(WRONG.steps) + 1))
     assert request.others == ("<Key>", "<Correction>")
     assert [request.pieces[mark] for mark in request.marks] == [
@@ -122,8 +121,7 @@ def test_correction_request_continues_the_review_from_the_cause_tag():
     student = Scripted(odds=accuse_38, corrections=[CORRECTION])
     review(student, WRONG, max_tokens=77)
     first = student.requests[0]
-    assert "".join(first.pieces) == "".join(score_request(QUESTION, WRONG).pieces[:3]) + CAUSE
-    assert first.pieces[:3] == score_request(QUESTION, WRONG).pieces[:3]
+    assert first.pieces == (*student.scored[0].pieces[:3], CAUSE)
     assert "Work to check:" in first.messages[-1]["content"]
     assert first.stop == ("</Correction>",)
     assert first.max_tokens == 77

@@ -5,7 +5,7 @@ from transformers import AutoTokenizer
 
 from sclite import prompts
 from sclite.errors import DataError
-from sclite.student.base import Reply, Request, tokens_to_compare
+from sclite.student.base import Reply, Request
 from sclite.student.self_correction import ReviewSettings, correct_step
 from sclite.student.tokenization import (
     decision_ids,
@@ -169,10 +169,3 @@ def test_vocabulary_with_the_same_first_token_is_rejected():
     with pytest.raises(DataError, match="same first token") as error:
         decision_ids(letters)
     assert error.value.hint
-
-
-def test_first_tokens_are_compared_if_they_are_unique():
-    assert tokens_to_compare([1, 2], [3, 4], [[5], [6]]) == ([1], [3])
-    assert tokens_to_compare([1, 2], [3, 4], [[5], [3, 9]]) == ([1, 2], [3, 4])
-    assert tokens_to_compare([1, 2], [1, 4], []) == ([1, 2], [1, 4])
-    assert tokens_to_compare([1, 2], [3, 4], [[5], [5]]) == ([1], [3])

@@ -12,7 +12,7 @@ from sclite.run import Run
 from sclite.student import tokenization
 from sclite.student.loader import load_student, load_tokenizer
 from sclite.student.log_probs import pad
-from sclite.student.self_correction import score_request
+from sclite.student.self_correction import score_steps
 from sclite.student.tokenization import Encoded, decision_ids, piece_ids, prompt_ids
 from sclite.trace import CAUSE, close_piece, open_piece, parse, render
 from sclite.train.bundle import build_bundles, collate
@@ -245,7 +245,7 @@ def test_decision_odds_in_training_equal_the_scores_in_use(preferred):
     attempts = {f"{a.id}/{a.sample}": parse(a.trace).trace for a in run.read("attempts.jsonl", Attempt)}
     questions = {p.id: p.question for p in run.read("problems.jsonl", Problem)}
     bundles = bundles_of(config, run, tokenizer)
-    requests = [score_request(questions[b.key.split("/")[0]], attempts[b.key]) for b in bundles]
+    requests = [next(score_steps(questions[b.key.split("/")[0]], attempts[b.key])) for b in bundles]
     used = {
         b.key: first_token_odds(model, tokenizer, asked) for b, asked in zip(bundles, requests, strict=True)
     }

@@ -14,7 +14,7 @@ from types import ModuleType
 import numpy as np
 
 from sclite.errors import DataError, DeviceError, UsageError
-from sclite.student.base import Messages, Reply, Request, ScoreRequest, Scores, tokens_to_compare
+from sclite.student.base import Messages, Reply, Request, ScoreRequest, Scores
 from sclite.student.chat_template import render_chat, start_renderer
 from sclite.student.llama_cpp.scheduler import Scheduler
 from sclite.student.llama_cpp.sequence import Option, TokenSequence, log_prob
@@ -89,25 +89,61 @@ class Engine:
         start_renderer()
         self._api = api = llama()
         self._model = self._context = None
+        self.path = Path(path)
         if parallel is not None and not 1 <= parallel <= api.llama_max_parallel_sequences():
             raise UsageError(f"parallel is {parallel}", f"use 1 to {api.llama_max_parallel_sequences()}")
-        self._model = self._load_model(Path(path), gpu_layers)
-        self.path = Path(path)
+        if not self.path.is_file():
+            raise DataError(f"{path} does not exist", "run `sclite export` first")
+        _log.clear()
+        parameters = api.llama_model_default_params()
+        parameters.n_gpu_layers = gpu_layers
+        self._model = api.llama_model_load_from_file(os.fsencode(path), parameters)
+        if not self._model:
+            hint = "re-create it with `sclite export`, or copy it again"
+            raise DataError(f"llama.cpp cannot load {path}: {last_errors()}", hint)
         self.offloaded: bool = bool(api.llama_supports_gpu_offload()) and gpu_layers != 0
-        count = api.llama_model_n_params(self._model)
         self.vocabulary = Vocabulary(api, self._model)
         self.vocabulary_size = self.vocabulary.size
-        buffer = ctypes.create_string_buffer(256)
+        count, buffer = api.llama_model_n_params(self._model), ctypes.create_string_buffer(256)
         api.llama_model_desc(self._model, buffer, len(buffer))
         size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
         self.description: str = buffer.value.decode("utf-8", "replace").replace("?B", size)
-        self.chat_template: str = (api.llama_model_chat_template(self._model, None) or b"").decode(
-            "utf-8", "replace"
-        )
+        template: bytes | None = api.llama_model_chat_template(self._model, None)
+        self.chat_template = (template or b"").decode("utf-8", "replace")
         self.special_tokens = self.vocabulary.special_tokens(self._metadata)
         self.trained_context: int = api.llama_model_n_ctx_train(self._model) or context
         self.context = -(-min(context, self.trained_context) // 256) * 256
-        affordable = int(cache_gb * 1e9) // max(1, self._cell_bytes() * (2 if exact else 1)) // 256 * 256
+        self.scheduler = self._open_context(parallel, unified, cache_gb, threads, exact)
+        if lora is not None:
+            _log.clear()
+            found = Path(lora).is_file()
+            adapter = api.llama_adapter_lora_init(self._model, os.fsencode(lora)) if found else None
+            if not adapter:
+                self.close()
+                reason = last_errors() if found else "no such file"
+                hint = "create it with: sclite export --format lora"
+                raise DataError(f"cannot load the LoRA adapter {lora}: {reason}", hint)
+            adapters = (api.llama_adapter_lora_p_ctypes * 1)(adapter)
+            api.llama_set_adapters_lora(self._context, adapters, 1, (ctypes.c_float * 1)(1.0))
+
+    def _metadata(self, key: str) -> str | None:
+        """A scalar of the GGUF as text, None if absent."""
+        buffer = ctypes.create_string_buffer(256)
+        found = self._api.llama_model_meta_val_str(self._model, key.encode(), buffer, len(buffer))
+        return buffer.value.decode("utf-8", "replace") if found >= 0 else None
+
+    def _open_context(
+        self, parallel: int | None, unified: bool | None, cache_gb: float, threads: int | None, exact: bool
+    ) -> Scheduler:
+        """Choose the number of sequences and the size of the cache, and open the context with them."""
+        api, model = self._api, self._model
+        count = api.llama_model_n_params(model)
+        # cache bytes per token: keys and values of every layer in float16
+        kind = self._metadata("general.architecture")
+        head = api.llama_model_n_embd(model) // max(1, api.llama_model_n_head(model))
+        lengths = [int(self._metadata(f"{kind}.attention.{x}_length") or head) for x in ("key", "value")]
+        cell = 2 * api.llama_model_n_layer(model) * api.llama_model_n_head_kv(model) * sum(lengths)
+        affordable = int(cache_gb * 1e9) // max(1, cell * (2 if exact else 1)) // 256 * 256
         fitting = affordable // self.context
         if parallel is None:
             parallel = 4 if count < SMALL and not self.offloaded else 32
@@ -118,83 +154,30 @@ class Engine:
         self.cells = parallel * self.context
         if self.unified:
             self.cells = max(self.context, min(self.cells, affordable))
-        self.scheduler = self._open_context(count, threads, exact)
-        if lora is not None:
-            self._load_adapter(Path(lora))
-
-    # -- loading
-
-    def _load_model(self, path: Path, gpu_layers: int) -> int:
-        if not path.is_file():
-            raise DataError(f"{path} does not exist", "run `sclite export` first")
-        _log.clear()
-        parameters = self._api.llama_model_default_params()
-        parameters.n_gpu_layers = gpu_layers
-        model = self._api.llama_model_load_from_file(os.fsencode(path), parameters)
-        if not model:
-            hint = "re-create it with `sclite export`, or copy it again"
-            raise DataError(f"llama.cpp cannot load {path}: {last_errors()}", hint)
-        return model
-
-    def _metadata(self, key: str) -> str | None:
-        """A scalar of the GGUF as text, None if absent."""
-        buffer = ctypes.create_string_buffer(256)
-        found = self._api.llama_model_meta_val_str(self._model, key.encode(), buffer, len(buffer))
-        return buffer.value.decode("utf-8", "replace") if found >= 0 else None
-
-    def _cell_bytes(self) -> int:
-        """Cache bytes per token: keys and values of every layer in float16."""
-        api, model = self._api, self._model
-        kind = self._metadata("general.architecture")
-        head = api.llama_model_n_embd(model) // max(1, api.llama_model_n_head(model))
-        lengths = sum(
-            int(self._metadata(f"{kind}.attention.{part}_length") or head) for part in ("key", "value")
-        )
-        return 2 * api.llama_model_n_layer(model) * api.llama_model_n_head_kv(model) * lengths
-
-    def _open_context(self, count: int, threads: int | None, exact: bool) -> Scheduler:
-        """The scheduler of a new context; `count`: the model's parameters."""
-        api = self._api
+        # Small models decode with one thread. Others get the cores that this process may use, or half of them if more
+        # than 8 (hyperthreads); and one sequence of a model under 1B parameters half of the cores: on a busy machine a
+        # 135M model wrote 78 tokens/s with 1 of 2 cores, 29 with both.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        many = 1 if count < SMALL else cores if cores <= 8 else cores // 2
+        one = max(1, cores // 2) if SMALL <= count < 1_000_000_000 else many
         parameters = api.llama_context_default_params()
-        parameters.n_ctx, parameters.n_seq_max = self.cells, self.parallel
+        parameters.n_ctx, parameters.n_seq_max, parameters.n_batch = self.cells, parallel, 2048
         parameters.kv_unified = self.unified
-        parameters.n_batch = 2048
-        one, many = default_threads(count)
         parameters.n_threads, parameters.n_threads_batch = threads or one, threads or many
         parameters.swa_full = True  # a cache pruned to the window cannot be shared
         if exact:
             parameters.type_k = parameters.type_v = api.GGML_TYPE_F32
             parameters.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         _log.clear()
-        self._context = api.llama_init_from_model(self._model, parameters)
+        self._context = api.llama_init_from_model(model, parameters)
         if not self._context:
             self.close()
             raise DeviceError(
                 f"llama.cpp cannot open {self.path} with a cache of {self.cells} tokens: {last_errors()}",
                 "use fewer parallel sequences, a shorter context, or fewer GPU layers",
             )
-        recurrent = api.llama_model_is_recurrent(self._model) or api.llama_model_is_hybrid(self._model)
-        return Scheduler(
-            api,
-            self._context,
-            self.vocabulary,
-            slots=self.parallel,
-            cells=self.cells,
-            unified=self.unified,
-            shares=not recurrent,
-        )
-
-    def _load_adapter(self, path: Path) -> None:
-        _log.clear()
-        found = path.is_file()
-        adapter = self._api.llama_adapter_lora_init(self._model, os.fsencode(path)) if found else None
-        if not adapter:
-            self.close()
-            reason = last_errors() if found else "no such file"
-            hint = "create it with: sclite export --format lora"
-            raise DataError(f"cannot load the LoRA adapter {path}: {reason}", hint)
-        adapters = (self._api.llama_adapter_lora_p_ctypes * 1)(adapter)
-        self._api.llama_set_adapters_lora(self._context, adapters, 1, (ctypes.c_float * 1)(1.0))
+        shares = not (api.llama_model_is_recurrent(model) or api.llama_model_is_hybrid(model))
+        return Scheduler(api, self._context, self.vocabulary, parallel, self.cells, self.unified, shares)
 
     def close(self) -> None:
         """Free the model's memory; the engine cannot be used afterwards."""
@@ -283,9 +266,25 @@ class Engine:
         owner: dict[TokenSequence, int] = {}
         lengths: dict[int, int] = {}
         for index, request in enumerate(requests):
-            lengths[index], parts, marks[index] = self._score_parts(request)
+            ids, ends = self._ids(request.messages, request.pieces)
+            others = [self.token_ids(option) for option in request.others]
+            whole, lengths[index], marks[index] = TokenSequence(ids), len(ids), []
+            for mark, texts in zip(request.marks, request.options, strict=True):
+                first, second = (self.token_ids(option) for option in texts)
+                if not first or not second:
+                    raise UsageError(f"empty option in {texts}", "both options need text")
+                heads = [option[0] for option in (first, second, *others)]
+                if heads.count(first[0]) == heads.count(second[0]) == 1:  # first tokens suffice
+                    first, second = first[:1], second[:1]
+                at = ends[mark] - 1
+                marks[index].append((whole.option(at, first), whole.option(at, second)))
+            whole.reads = dict(sorted(whole.reads.items()))
+            # last marks first: each sequence finds its prefix in the cache of the one before
+            latest = sorted((o for pair in marks[index] for o in pair), key=lambda option: -option[1][0][0])
+            needed = dict.fromkeys([whole, *(sequence for sequence, _ in latest)])
+            parts = [part for part in needed if part.reads]
             if not parts or max(len(part.ids) for part in parts) > self.context:
-                yield Scores(index, (float("nan"),) * len(request.marks), lengths[index])
+                yield Scores(index, (float("nan"),) * len(request.marks), len(ids))
             else:
                 owner.update(dict.fromkeys(parts, index))
         missing, fed = Counter(owner.values()), Counter[int]()
@@ -299,29 +298,6 @@ class Engine:
                 odds = tuple(log_prob(first) - log_prob(second) for first, second in marks.pop(index))
                 yield Scores(index, odds, lengths[index], fed[index])
 
-    def _score_parts(
-        self, request: ScoreRequest
-    ) -> tuple[int, list[TokenSequence], list[tuple[Option, Option]]]:
-        """Length of the prompt, the sequences to run, and where to read the two options of each mark.
-
-        Last marks come first, so that each sequence finds its prefix in the cache of the one before.
-        """
-        ids, ends = self._ids(request.messages, request.pieces)
-        others = [self.token_ids(option) for option in request.others]
-        whole = TokenSequence(ids)
-        pairs: list[tuple[Option, Option]] = []
-        for mark, texts in zip(request.marks, request.options, strict=True):
-            first, second = (self.token_ids(option) for option in texts)
-            if not first or not second:
-                raise UsageError(f"empty option in {texts}", "both options need text")
-            at = ends[mark] - 1
-            first, second = tokens_to_compare(first, second, others)
-            pairs.append((whole.option(at, first), whole.option(at, second)))
-        whole.reads = dict(sorted(whole.reads.items()))
-        latest = sorted((o for pair in pairs for o in pair), key=lambda option: -option[1][0][0])
-        parts = dict.fromkeys([whole, *(sequence for sequence, _ in latest)])
-        return len(ids), [part for part in parts if part.reads], pairs
-
     def log_probabilities(self, ids: Sequence[int]) -> np.ndarray:
         """log p of every token after each of the ids: float64 (len(ids), vocabulary_size)."""
         sequence = TokenSequence(list(ids), reads=dict.fromkeys(range(len(ids))))
@@ -333,17 +309,3 @@ def _reply(index: int, sequence: TokenSequence) -> Reply:
     text = sequence.text.decode("utf-8", "replace")
     counts = sequence.generated, len(sequence.prompt)
     return Reply(index, text, *counts, sequence.finish, sequence.error, sequence.computed)
-
-
-def default_threads(parameters: int) -> tuple[int, int]:
-    """Threads for llama.cpp: to decode one sequence, and for prompts and several sequences.
-
-    1 for models under 20M parameters, where synchronization costs more than it gains. Otherwise the cores that this
-    process may use, or half of them if more than 8 (hyperthreads). One sequence of a model under 1B parameters gets half:
-    on a busy machine a 135M model wrote 78 tokens/s with 1 of 2 cores, 29 with both.
-    """
-    if parameters < SMALL:
-        return 1, 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    many = cores if cores <= 8 else cores // 2
-    return (max(1, cores // 2) if parameters < 1_000_000_000 else many), many

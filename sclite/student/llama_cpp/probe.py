@@ -45,16 +45,12 @@ def check_gguf(path: Path) -> None:
     raise DataError(report["message"], report["hint"])
 
 
-def _load(path: str) -> None:
+if __name__ == "__main__":
     from sclite.student.llama_cpp.engine import Engine
 
     try:
-        with Engine(path, parallel=1, context=256, gpu_layers=0, cache_gb=0.1) as engine:
+        with Engine(sys.argv[1], parallel=1, context=256, gpu_layers=0, cache_gb=0.1) as engine:
             engine.log_probabilities(engine.token_ids(TEXT))
     except ScliteError as error:
         os.write(1, json.dumps({"message": error.message, "hint": error.hint}).encode())
         sys.exit(error.code)
-
-
-if __name__ == "__main__":
-    _load(sys.argv[1])

@@ -40,7 +40,6 @@ class Scheduler:
         api: ModuleType,
         context: int,
         vocabulary: Vocabulary,
-        *,
         slots: int,
         cells: int,
         unified: bool,

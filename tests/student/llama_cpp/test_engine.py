@@ -10,8 +10,6 @@ import pytest
 from sclite.errors import DataError, DeviceError, UsageError
 from sclite.student.base import Request, ScoreRequest
 from sclite.student.llama_cpp.engine import Engine
-from sclite.student.self_correction import score_request
-from sclite.trace import Step, Trace
 from tests.toy import sample_texts, tiny_gguf, tiny_llama
 
 PIECES = ("<Step1>Add 17 and 25.\n", "</Step1>\n", "<Step2>It is  42 €.\n")
@@ -119,39 +117,27 @@ def test_scores_match_transformers(engine, trained):
             assert found == pytest.approx(row[first] - row[second], abs=1e-3)
 
 
-def test_options_with_the_same_first_token_are_scored_whole(engine, trained):
-    model, tokenizer = trained
-    options = ("</Step1>", "</Answer>")
-    ids = [tokenizer(option, add_special_tokens=False).input_ids for option in options]
-    assert ids[0][0] == ids[1][0]
-    (score,) = engine.score([ScoreRequest(chat("2 + 2?"), PIECES, (0, 1), (options, options))])
-    for mark, found in zip((0, 1), score.log_odds, strict=True):
-        context = ids_of(tokenizer, chat("2 + 2?"), PIECES[: mark + 1])
-        sums = []
-        for option in ids:
-            rows = log_probabilities(model, context + option)[len(context) - 1 :]
-            sums.append(sum(rows[i, token] for i, token in enumerate(option)))
-        assert found == pytest.approx(sums[0] - sums[1], abs=1e-3)
-
-
-def test_decisions_are_scored_whole_if_another_tag_shares_a_first_token(engine, trained):
+@pytest.mark.parametrize(
+    ("options", "others", "whole"),
+    [
+        (("</Step1>", "</Answer>"), (), True),
+        (("<Cause>", "</Step1>"), ("<Key>",), True),  # as decisions are scored
+        (("</Step1>", "1"), ("<Cause>", "<Key>"), False),
+    ],
+)
+def test_whole_options_are_scored_if_a_first_token_is_not_unique(engine, trained, options, others, whole):
     """`<Cause>` and `<Key>` share their first token in this vocabulary; compared with one forward pass per option."""
     model, tokenizer = trained
-    request = score_request(
-        "2 + 2?", Trace((Step("2 + 2 = 4", "Count."), Step("4 = 5"), Step("So 5.")), None, "5")
-    )
-    heads = {tokenizer(text, add_special_tokens=False).input_ids[0] for text in ("<Cause>", "<Key>")}
-    assert len(heads) == 1
-    (score,) = engine.score([request])
-    for number, found in enumerate(score.log_odds, 1):
-        context = ids_of(tokenizer, request.messages, request.pieces[: 2 * number - 1])
+    ids = [tokenizer(option, add_special_tokens=False).input_ids for option in (*options, *others)]
+    assert (len({option[0] for option in ids}) < len(ids)) == bool(whole or others)
+    (score,) = engine.score([ScoreRequest(chat("2 + 2?"), PIECES, (2, 0), (options, options), others)])
+    for mark, found in zip((2, 0), score.log_odds, strict=True):
+        context = ids_of(tokenizer, chat("2 + 2?"), PIECES[: mark + 1])
         sums = []
-        for text in ("<Cause>", f"</Step{number}>\n"):
-            option = tokenizer(text, add_special_tokens=False).input_ids
+        for option in (option[: None if whole else 1] for option in ids[:2]):
             rows = log_probabilities(model, context + option)[len(context) - 1 :]
             sums.append(sum(rows[i, token] for i, token in enumerate(option)))
         assert found == pytest.approx(sums[0] - sums[1], abs=1e-3)
-    assert len(score.log_odds) == 3
 
 
 def test_log_probabilities_match_transformers(engine, trained):
