@@ -49,7 +49,7 @@ def export_lora(context: Context) -> tuple[Path, str]:
     """The last trained adapter alone as a GGUF, for llama.cpp's --lora, and its card."""
     from sclite.export.cards import build_model_card
     from sclite.export.gguf import convert_lora
-    from sclite.student.loader import fetch_base_model
+    from sclite.student.loader import fetch_model, model_name
 
     name = context.students()[-1]
     if name == "base":
@@ -57,7 +57,7 @@ def export_lora(context: Context) -> tuple[Path, str]:
     out = context.run.path(f"export/{name}{ADAPTER}")
     out.parent.mkdir(parents=True, exist_ok=True)
     convert_lora(
-        context.run.path(adapter_weights(name)).parent, fetch_base_model(context.config.student), out
+        context.run.path(adapter_weights(name)).parent, fetch_model(model_name(context.config.student)), out
     )
     return out, build_model_card(context.config, context.run, name, "lora", {})
 

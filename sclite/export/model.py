@@ -30,7 +30,7 @@ from sclite.signature import digest
 from sclite.student.adapters import adapter_weights
 from sclite.student.cuda_memory import available_ram
 from sclite.student.llama_cpp.probe import check_gguf
-from sclite.student.loader import check_vocabulary, fetch_base_model, load_tokenizer, read_config
+from sclite.student.loader import check_vocabulary, fetch_model, load_tokenizer, model_name, read_config
 from sclite.student.tokenization import piece_ids, prompt_ids, prompt_text
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def inputs_of(config: Config, run: Run, name: str) -> dict[str, Any]:
 
 def describe_sizes(config: Config) -> str:
     """The files of an export with their approximate sizes."""
-    parameters = BaseWeights(fetch_base_model(config.student)).float32_bytes() // 4
+    parameters = BaseWeights(fetch_model(model_name(config.student))).float32_bytes() // 4
     return ", ".join(f"{q} about {_size(estimate_bytes(parameters, q))}" for q in config.export.types)
 
 
@@ -96,7 +96,7 @@ def export_model(config: Config, run: Run, name: str) -> Report:
     work = run.path(UNFINISHED)
     with timed(report):
         try:
-            base = fetch_base_model(config.student)
+            base = fetch_model(model_name(config.student))
             tokenizer, samples = load_tokenizer(str(base)), read_samples(config, run)
             check_vocabulary(tokenizer, read_config(str(base)), str(base))
             full, parts, importance = _write_parts(config, run, name, tokenizer, base, adapter, samples)
@@ -205,7 +205,7 @@ def export_merged(config: Config, run: Run, name: str) -> dict[str, Any]:
     """
     import numpy as np
 
-    base, samples = fetch_base_model(config.student), read_samples(config, run)
+    base, samples = fetch_model(model_name(config.student)), read_samples(config, run)
     tokenizer, out = load_tokenizer(str(base)), run.path(f"export/{name}-merged")
     adapter, work = run.path(f"{name}/adapter") if name != "base" else None, run.path(UNFINISHED) / out.name
     work.parent.mkdir(parents=True, exist_ok=True)
@@ -249,7 +249,7 @@ def write_sampling_gguf(config: Config, adapter: Path, work: Path, *, small: boo
     """
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    base = fetch_base_model(config.student)
+    base = fetch_model(model_name(config.student))
     merged = _merge(config, load_tokenizer(str(base)), base, adapter, work / "merged", "f16")
     path = convert_model(merged, work / "f16.gguf", outtype="f16")
     shutil.rmtree(merged)

@@ -13,7 +13,7 @@ from sclite.errors import UsageError
 from sclite.inspect.rows import Problems
 from sclite.records import Attempt, Pair, Review, Template
 from sclite.run import Run
-from sclite.student.loader import fetch_base_model, load_tokenizer
+from sclite.student.loader import fetch_model, load_tokenizer, model_name
 from sclite.student.tokenization import Encoded, encode_solution, end_id
 from sclite.trace import CAUSE
 from sclite.train.bundle import build_bundles
@@ -35,7 +35,7 @@ class Labels:
         if what not in SHOWN:
             raise UsageError(f"--labels: {what} are not trained on", f"show any of {', '.join(SHOWN)}")
         self.config = config
-        self.tokenizer = load_tokenizer(str(fetch_base_model(config.student)))
+        self.tokenizer = load_tokenizer(str(fetch_model(model_name(config.student))))
         self.end = end_id(self.tokenizer)
         self.problems = Problems(run)
         self.works = (

@@ -17,7 +17,7 @@ from sclite.errors import DataError, NetworkError
 from sclite.export.quantize import estimate_bytes
 from sclite.records import Pair, Problem, Review, Template
 from sclite.run import Run
-from sclite.student.loader import model_name
+from sclite.student.loader import model_name, read_config
 from sclite.student.tokenization import Encoded
 from sclite.teacher.ledger import FILE as LEDGER
 from sclite.teacher.ledger import Ledger
@@ -26,10 +26,10 @@ from sclite.train.dpo import with_replay
 from sclite.train.memory import (
     Architecture,
     Setting,
+    architecture,
     estimate,
     estimate_on_cpu,
     optimizer_bytes,
-    read_architecture,
 )
 from sclite.train.metrics_logger import read_metrics
 from sclite.train.micro_batch import choose, cpu_micro_batch, largest_length, wanted_setting
@@ -82,7 +82,7 @@ def plan(
 
     `unseen` are ids of the problems kept for stage 2 (None: unknown). Without a tokenizer the forecast is unknown.
     """
-    model = read_architecture(config.student, config.lora.target_modules)
+    model = architecture(read_config(model_name(config.student)), config.lora.target_modules)
     backend = "plain" if gpu is None or config.student.backend == "plain" else "unsloth"
     stages = {}
     for stage in STAGES:

@@ -1,15 +1,14 @@
-"""LoRA adapters of the trainable student: describe a new one, check one on disk, load its weights."""
+"""LoRA adapters of the trainable student: which layers get one, check one on disk, load its weights."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from sclite.config import Lora
 from sclite.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
+    from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel
 
 STUDENTS = ("base", "sft", "dpo")
@@ -66,16 +65,6 @@ def lora_targets(model: "PreTrainedModel", wanted: Sequence[str] = ()) -> list[s
             f"choose from {', '.join(eligible)}, or leave target_modules empty for all of them",
         )
     return targets
-
-
-def new_lora(lora: Lora, config: "PretrainedConfig") -> "LoraConfig":
-    """PEFT's description of a new LoRA on a model with this configuration."""
-    from peft import LoraConfig
-
-    targets = lora_targets(meta_model(config), lora.target_modules)
-    return LoraConfig(
-        r=lora.r, lora_alpha=lora.lora_alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM"
-    )
 
 
 def check_adapter(folder: Path) -> None:

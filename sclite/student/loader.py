@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from sclite import prompts
 from sclite.config import Config, Student, TrainingStage
 from sclite.errors import DataError, DeviceError, NetworkError, UsageError
-from sclite.student.adapters import check_adapter, load_adapter, new_lora
+from sclite.student.adapters import check_adapter, load_adapter, lora_targets, meta_model
 from sclite.student.chat_template import start_renderer
 from sclite.student.cuda_memory import is_out_of_memory
 from sclite.student.tokenization import prompt_ids
@@ -48,13 +48,8 @@ def model_name(student: Student) -> str:
     return student.model
 
 
-def fetch_base_model(student: Student) -> Path:
-    """The base model's local folder; a Hub model is downloaded into the Hub's own cache."""
-    return fetch_model(model_name(student))
-
-
 def fetch_model(name: str) -> Path:
-    """The local folder of a model by path or Hub ID, like `fetch_base_model`."""
+    """The local folder of a model by path or Hub ID; a Hub model is downloaded into the Hub's own cache."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
@@ -182,7 +177,7 @@ def load_student(
     has fewer positions than `max_length`, DeviceError if it does not fit on the GPU.
     """
     import torch
-    from peft import PeftConfig
+    from peft import LoraConfig, PeftConfig
 
     settings, name = config.stage(stage), model_name(config.student)
     tokenizer, model_config = load_tokenizer(name), read_config(name)
@@ -210,7 +205,13 @@ def load_student(
                 lora = cast("LoraConfig", PeftConfig.from_pretrained(str(adapter)))
                 lora.inference_mode = not train
             elif train:
-                lora = new_lora(config.lora, model_config)
+                lora = LoraConfig(
+                    r=config.lora.r,
+                    lora_alpha=config.lora.lora_alpha,
+                    target_modules=lora_targets(meta_model(model_config), config.lora.target_modules),
+                    lora_dropout=0.0,
+                    task_type="CAUSAL_LM",
+                )
             if backend == "plain":
                 model = _load_plain(name, config, model_config, lora)
             else:

@@ -82,7 +82,7 @@ def decision_ids(tokenizer: "Tokenizer") -> tuple[int, int]:
     return cause, close
 
 
-def _encode(
+def encode_pieces(
     tokenizer: "Tokenizer",
     messages: Messages,
     pieces: Sequence[str],
@@ -115,20 +115,7 @@ def encode_continuation(tokenizer: "Tokenizer", messages: Messages, trace: Trace
     """A trace with loss on what follows `step` and on its end token, none on what comes before."""
     pieces = all_pieces(trace)
     cut = 2 * step  # a step without notes is two pieces
-    return _encode(tokenizer, messages, pieces, [(0.0, 0.0)] * cut + [(1.0, 1.0)] * (len(pieces) - cut))
-
-
-def encode_closing(
-    tokenizer: "Tokenizer", messages: Messages, work: Trace, step: int, decision_weight: float = 0.0
-) -> Encoded:
-    """Work in which `step` is wrong, every step closed: loss on the first token of each closer and on the end token.
-
-    The closer of the wrong step weighs `1 + decision_weight`, as the decision in a review does.
-    """
-    pieces = all_pieces(work)
-    weights = [(float(piece.startswith("</Step")), 0.0) for piece in pieces]
-    weights[2 * step - 1] = (1.0 + decision_weight, 0.0)
-    return _encode(tokenizer, messages, pieces, weights)
+    return encode_pieces(tokenizer, messages, pieces, [(0.0, 0.0)] * cut + [(1.0, 1.0)] * (len(pieces) - cut))
 
 
 def encode_review(
@@ -146,4 +133,4 @@ def encode_review(
     ]
     accused += [None] * (len(pieces) - end)
     weights = [(1.0 if wrong is None else 1.0 + decision_weight, 1.0) for wrong in accused]
-    return _encode(tokenizer, messages, pieces, weights, accused)
+    return encode_pieces(tokenizer, messages, pieces, weights, accused)

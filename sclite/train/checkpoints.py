@@ -10,13 +10,10 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sclite.files import file_digest
 from sclite.run import sync, write_text
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 MARK = "whole.json"
 
@@ -35,14 +32,15 @@ class Checkpoints:
         for step in sorted((int(step) for step in steps if step.isdigit()), reverse=True):
             found[step] = None
             try:
-                mark = json.loads((self._path(step) / MARK).read_text(encoding="utf-8"))
+                mark = json.loads((self.path(step) / MARK).read_text(encoding="utf-8"))
             except (OSError, ValueError):
                 continue
             if isinstance(mark, dict) and all(isinstance(mark.get(key), dict) for key in ("inputs", "files")):
                 found[step] = mark
         return found
 
-    def _path(self, step: int) -> Path:
+    def path(self, step: int) -> Path:
+        """The folder of the checkpoint of a step."""
         return self.folder / f"checkpoint-{step}"
 
     def prepare(self, inputs: Mapping[str, Any]) -> str:
@@ -52,7 +50,7 @@ class Checkpoints:
             self.delete()
         damaged = []
         for step, mark in self._marks().items():
-            path, now = self._path(step), _hashes(self._path(step))
+            path, now = self.path(step), _hashes(self.path(step))
             wrong = next(
                 (n for n, value in (mark or {"files": {}})["files"].items() if now.get(n) != value), ""
             )
@@ -79,22 +77,13 @@ class Checkpoints:
     def last(self) -> str | None:
         """The folder of the last checkpoint with a mark."""
         step = self.step()
-        return str(self._path(step)) if step else None
+        return str(self.path(step)) if step else None
 
     def mark(self, step: int) -> None:
         """Record that the checkpoint of this step is complete, once its files are on disk."""
-        sync_folder(self._path(step))
-        content = {"step": step, "inputs": self.inputs, "files": _hashes(self._path(step))}
-        write_text(self._path(step) / MARK, json.dumps(content) + "\n")
-
-    def load(self, step: int, model: PeftModel) -> bool:
-        """Load the adapter weights of a step into the model; False if that checkpoint is gone."""
-        from sclite.student.adapters import load_adapter
-
-        if not self._path(step).is_dir():
-            return False
-        load_adapter(model, self._path(step))
-        return True
+        sync_folder(self.path(step))
+        content = {"step": step, "inputs": self.inputs, "files": _hashes(self.path(step))}
+        write_text(self.path(step) / MARK, json.dumps(content) + "\n")
 
     def delete(self) -> None:
         """Remove all checkpoints."""

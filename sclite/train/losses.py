@@ -100,9 +100,9 @@ class DpoLoss:
             "chosen_shift": LossTerm(chosen_shift.sum(), "pairs"),
             "rejected_shift": LossTerm(rejected_shift.sum(), "pairs"),
         }
-        if policy.replay_log_prob is not None:
-            weight = self.settings.replay_weight
-            terms["replay_nll"] = LossTerm(-policy.replay_log_prob, "replay_tokens", weight)
+        if batch.replay is not None:
+            solved = negative_log_likelihood(model, batch.replay)["nll"].total
+            terms["replay_nll"] = LossTerm(solved, "replay_tokens", self.settings.replay_weight)
         return terms
 
 
@@ -115,7 +115,6 @@ class PairLogProbs:
     content_chosen: Tensor  # [contents], summed over tokens
     content_rejected: Tensor
     content_tokens: Tensor  # [contents], of the chosen text
-    replay_log_prob: Tensor | None  # scalar, summed over tokens
 
 
 def pair_log_probs(model: Module, batch: Batch, decision_tokens: tuple[int, int]) -> PairLogProbs:
@@ -135,18 +134,15 @@ def pair_log_probs(model: Module, batch: Batch, decision_tokens: tuple[int, int]
     accused = torch.tensor(batch.decision_accused, device=log_probs.device)
     chosen, tokens = row_sums(hidden, batch.reviews)
     content = torch.tensor(batch.content, dtype=torch.long, device=chosen.device)
-    rejected, replay = chosen[:0], None
+    rejected = chosen[:0]
     if batch.rejected is not None:
         rejected, _ = row_sums(hidden_states(model, batch.rejected), batch.rejected)
-    if batch.replay is not None:
-        replay = token_log_probs(model, hidden_states(model, batch.replay), batch.replay)[0].sum()
     return PairLogProbs(
         decision_chosen=torch.where(accused, accuse, close),
         decision_rejected=torch.where(accused, close, accuse),
         content_chosen=chosen[content],
         content_rejected=rejected,
         content_tokens=tokens[content],
-        replay_log_prob=replay,
     )
 
 
@@ -168,8 +164,7 @@ def reference_log_probs(
     found: dict[str, dict[str, Any]] = {}
     by_length = sorted(bundles, key=lambda bundle: -len(bundle.review.ids))  # so that little is padded
     for start in range(0, len(by_length), size):
-        rows = [Bundle(b.key, b.review, b.rejected) for b in by_length[start : start + size]]
-        batch = collate(rows, tokenizer.pad_token_id)
+        batch = collate(by_length[start : start + size], tokenizer.pad_token_id)
         with torch.no_grad(), autocast(model):
             got = pair_log_probs(model, batch, tokens)
         found |= {key: {"decisions": [], "content": None} for key in batch.keys}

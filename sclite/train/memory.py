@@ -14,10 +14,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sclite.config import Student
 from sclite.errors import DataError
 from sclite.student.adapters import lora_targets, meta_model
-from sclite.student.loader import cpu_training_dtype, model_name, read_config
+from sclite.student.loader import cpu_training_dtype
 from sclite.student.log_probs import head_chunk_size
 
 if TYPE_CHECKING:
@@ -146,11 +145,6 @@ def architecture(config: PretrainedConfig, targets: Sequence[str] = ()) -> Archi
     )
 
 
-def read_architecture(student: Student, targets: Sequence[str] = ()) -> Architecture:
-    """The sizes of the configured student; of a model on the Hub only config.json is downloaded."""
-    return architecture(read_config(model_name(student)), targets)
-
-
 # -- one step ------------------------------------------------------------------------------------------------------
 
 
@@ -158,23 +152,21 @@ def read_architecture(student: Student, targets: Sequence[str] = ()) -> Architec
 class Setting:
     """One training stage: "sft", "warmup" or "dpo". `micro_batch` counts rows of a forward pass (DPO: bundles).
 
-    A `loss_share` of None means LOSS_SHARE. With `replay` a DPO step has a solved row for each bundle.
+    With `replay` a DPO step has a solved row for each bundle.
     """
 
     stage: str
     micro_batch: int
     length: int
     rank: int
-    loss_share: float | None = None
     replay: bool = True
     four_bit: bool = True
     backend: str = "unsloth"
 
     def forwards(self) -> list[Forward]:
         """The forward passes of one step in order, all rows at full length."""
-        share = LOSS_SHARE[self.stage] if self.loss_share is None else self.loss_share
         tokens = self.micro_batch * self.length
-        carried = round(share * tokens)
+        carried = round(LOSS_SHARE[self.stage] * tokens)
         if self.stage != "dpo":
             return [(tokens, carried)]
         solved = [(tokens, round(LOSS_SHARE["sft"] * tokens))] if self.replay else []
@@ -183,7 +175,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes at the peak of a step, by part; `host` is pinned host RAM."""
+    """Bytes at the peak of a step, by part; `host` is pinned host RAM. All but the `allowance` are PyTorch's own."""
 
     parts: dict[str, int]
     host: int = 0
@@ -191,11 +183,6 @@ class Estimate:
     @property
     def total(self) -> int:
         return sum(self.parts.values())
-
-    @property
-    def allocated(self) -> int:
-        """What `torch.cuda.max_memory_allocated` should report: all but the allowance."""
-        return self.total - self.parts["allowance"]
 
 
 def _blocks(size: int, block: int) -> int:
@@ -206,12 +193,6 @@ def nf4_bytes(weights: int) -> int:
     """Bytes of one weight in NF4 with double quantization, as bitsandbytes stores it."""
     blocks = _blocks(weights, NF4_BLOCK)
     return _blocks(weights, 2) + blocks + 4 * _blocks(blocks, NESTED_BLOCK) + NF4_TABLES
-
-
-def weight_bytes(model: Architecture, four_bit: bool) -> int:
-    """Bytes of the base model on a GPU: linear layers in NF4 or 16 bits, everything else in 16 bits."""
-    saved = sum((2 * out * into - nf4_bytes(out * into)) * n for (out, into), n in model.linears.items())
-    return 2 * model.parameters - saved * four_bit
 
 
 def optimizer_bytes(tensors: Iterable[int], bits: int) -> int:
@@ -262,8 +243,10 @@ def estimate(model: Architecture, setting: Setting) -> Estimate:
     tensors = model.lora_tensors(setting.rank)
     changing, host = peak(model, setting, setting.forwards())
     largest = 2 * setting.micro_batch * setting.length * model.intermediate
+    # linear layers in NF4 or 16 bits, everything else in 16 bits
+    saved = sum((2 * out * into - nf4_bytes(out * into)) * n for (out, into), n in model.linears.items())
     parts = {
-        "weights": weight_bytes(model, setting.four_bit),
+        "weights": 2 * model.parameters - saved * setting.four_bit,
         "adapter": 4 * sum(tensors),
         "gradients": 4 * sum(tensors),
         "optimizer": optimizer_bytes(tensors, 8),

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from sclite.config import Config
 from sclite.errors import DataError, NetworkError
 from sclite.student.cuda_memory import available_ram
-from sclite.student.loader import select_backend
-from sclite.train.memory import Architecture, Setting, estimate, estimate_on_cpu, read_architecture
+from sclite.student.loader import model_name, read_config, select_backend
+from sclite.train.memory import Architecture, Setting, architecture, estimate, estimate_on_cpu
 
 SHORTEST, STEP = 256, 64
 """Tokens: shorter rows are not worth training; lengths are reported in multiples of STEP."""
@@ -111,7 +111,7 @@ def suggest_setting(config: Config, stage: str) -> str:
 
 def _readable_architecture(config: Config) -> Architecture | None:
     try:
-        return read_architecture(config.student, config.lora.target_modules)
+        return architecture(read_config(model_name(config.student)), config.lora.target_modules)
     except (DataError, NetworkError):
         return None
 

@@ -7,7 +7,8 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -138,8 +139,8 @@ class Job:
         if finished := self._finished(checkpoints, replace=self.fresh or copies):
             return finished
         if adapter is not None and copies:
-            with timed(report):
-                _replace_folder(run.path(f"{stage}/adapter"), lambda folder: shutil.copytree(adapter, folder))
+            with timed(report), _new_folder(run.path(f"{stage}/adapter")) as folder:
+                shutil.copytree(adapter, folder)
         else:
             with timed(report):
                 quiet_libraries(config.student)
@@ -200,21 +201,19 @@ class Job:
 
 def save_adapter(model: PeftModel, run: Run, stage: str) -> None:
     """Save a model's adapter as STAGE/adapter of the run; a manifest that signs an older one is removed first."""
-
-    def write(folder: Path) -> None:
+    run.mark_started(stage)
+    run.path(f"done/{stage}.json").unlink(missing_ok=True)
+    with _new_folder(run.path(f"{stage}/adapter")) as folder:
         model.save_pretrained(str(folder))
         record_origin(model, fetch_model(model.config.name_or_path), folder)
 
-    run.mark_started(stage)
-    run.path(f"done/{stage}.json").unlink(missing_ok=True)
-    _replace_folder(run.path(f"{stage}/adapter"), write)
 
-
-def _replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
-    """Write a folder under another name and rename it, so that it is never half-written."""
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """Where to write a folder, which is then renamed, so that it is never half-written."""
     temporary = folder.with_name(".adapter")
     shutil.rmtree(temporary, ignore_errors=True)
-    write(temporary)
+    yield temporary
     sync_folder(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)

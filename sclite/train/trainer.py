@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from sclite.config import TrainingStage
 from sclite.errors import GpuMemoryError, ScliteError
 from sclite.progress import Progress, no_progress
+from sclite.student.adapters import load_adapter
 from sclite.student.cuda_memory import is_out_of_memory, return_freed_memory
 from sclite.train.arguments import training_arguments
 from sclite.train.checkpoints import Checkpoints
@@ -90,6 +91,8 @@ def train_adapter(
     Raises GpuMemoryError, ScliteError if nothing was learned, KeyboardInterrupt after Ctrl-C, once a checkpoint is
     saved.
     """
+    from transformers import EarlyStoppingCallback
+
     phase, held_out = lesson.phase, set(lesson.held_out)
     rows = [i for i in range(len(lesson.lengths)) if i not in held_out]
     lengths = [lesson.lengths[i] for i in rows]
@@ -102,8 +105,9 @@ def train_adapter(
         bf16_on_cpu=next(model.parameters()).dtype.itemsize == 2,
     )  # fmt: skip
     trainer = build_trainer(model, tokenizer, lesson, arguments, [rows[i] for i in order])
-    trainer.logger = logger
-    _add_callbacks(trainer, checkpoints, settings.early_stopping_patience if held_out else 0)
+    trainer.logger, trainer.checkpoints = logger, checkpoints
+    if held_out and settings.early_stopping_patience:
+        trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))
     steps = len(tokens)
     if steps < FEW_STEPS:
         remedy = f"raise {phase}.num_train_epochs, lower {phase}.batch_size, or add problems"
@@ -115,9 +119,12 @@ def train_adapter(
     if logger.interrupted:
         raise KeyboardInterrupt
     last, best = trainer.state.global_step, trainer.state.best_global_step if held_out else None
-    if best and best != last and not checkpoints.load(best, model):
-        logger.warn(f"the best checkpoint (step {best}) was damaged: keeping the last step")
-        best = last
+    if best and best != last:
+        if checkpoints.path(best).is_dir():
+            load_adapter(model, checkpoints.path(best))
+        else:
+            logger.warn(f"the best checkpoint (step {best}) was damaged: keeping the last step")
+            best = last
     finite = all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad)
     if finite and _weights_hash(model) != before:
         return Outcome(last, best or None, logger.warnings)
@@ -149,27 +156,6 @@ def catch_out_of_memory(phase: str, micro_batch: int) -> Iterator[None]:
         raise
 
 
-def _add_callbacks(trainer: Any, checkpoints: Checkpoints, patience: int) -> None:
-    """Save and stop on Ctrl-C, evaluate the last step, mark complete checkpoints, and stop early."""
-    from transformers import EarlyStoppingCallback, TrainerCallback
-
-    class CheckpointCallback(TrainerCallback):
-        def on_step_end(self, args, state, control, **_):
-            if trainer.model.device.type == "cpu":
-                return_freed_memory()
-            if trainer.logger.interrupted:
-                control.should_save = control.should_training_stop = True
-            elif state.global_step >= state.max_steps and args.eval_strategy != "no":
-                control.should_evaluate = True
-
-        def on_save(self, args, state, control, **_):
-            checkpoints.mark(state.global_step)
-
-    trainer.add_callback(CheckpointCallback())
-    if patience:
-        trainer.add_callback(EarlyStoppingCallback(patience))
-
-
 def build_trainer(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -182,7 +168,7 @@ def build_trainer(
     `order` are row numbers, those of one optimizer step after those of the other.
     """
     import datasets
-    from transformers import PrinterCallback
+    from transformers import PrinterCallback, TrainerCallback
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
     def collate(items: Sequence[Mapping[str, int]]) -> dict[str, Any]:
@@ -190,6 +176,17 @@ def build_trainer(
         numbers = [item["number"] for item in items]
         tokens = sum(lesson.lengths[number] for number in numbers)
         return {"batch": lesson.collate(numbers), "step": items[0]["step"], "tokens": tokens}
+
+    class StepCallback(TrainerCallback):
+        """Saves and stops after Ctrl-C, and evaluates the last step."""
+
+        def on_step_end(self, args, state, control, **_):
+            if trainer.model.device.type == "cpu":
+                return_freed_memory()
+            if trainer.logger.interrupted:
+                control.should_save = control.should_training_stop = True
+            elif state.global_step >= state.max_steps and args.eval_strategy != "no":
+                control.should_evaluate = True
 
     batch = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
     steps = [place // batch for place in range(len(order))]
@@ -210,6 +207,7 @@ def build_trainer(
             parameter.data = kept[name]  # TRL rounds them to bfloat16 on 4-bit models
     trainer.args._n_gpu = 1  # else the trainer splits every micro-batch over all GPUs it sees
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(StepCallback())
     if "ref" in model.peft_config:  # TRL's copy of the adapter; our reference is kept in the run
         model.delete_adapter("ref")
     trainer.lesson = lesson
@@ -225,6 +223,7 @@ def _trainer_class(base: Any) -> Any:
     class AdapterTrainer(base):
         lesson: Lesson
         logger: MetricsLogger
+        checkpoints: Checkpoints
         totals: Sequence[Mapping[str, int]]
 
         def _prepare_dataset(self, dataset, *_, **__):
@@ -248,14 +247,12 @@ def _trainer_class(base: Any) -> Any:
 
         def training_step(self, model, inputs, num_items_in_batch=None):
             model.train()
-            loss, figures = self._loss(model, inputs["batch"], self.totals[inputs["step"]])
+            with self.accelerator.autocast():
+                terms = self.lesson.losses(model, inputs["batch"])
+                loss, figures = weighted_loss(terms, self.totals[inputs["step"]])
             self.accelerator.backward(loss)
             self.logger.add(figures, inputs["tokens"])
             return loss.detach()
-
-        def _loss(self, model, batch, totals):
-            with self.accelerator.autocast():
-                return weighted_loss(self.lesson.losses(model, batch), totals)
 
         def evaluate(self, *_, **__):
             model, size, rows = self.model, self.args.per_device_train_batch_size, self.lesson.held_out
@@ -264,8 +261,9 @@ def _trainer_class(base: Any) -> Any:
             model.eval()
             for start in range(0, len(rows), size):
                 batch = self.lesson.collate(rows[start : start + size])
-                with torch.no_grad():
-                    found["eval_loss"] += float(self._loss(model, batch, totals)[0])
+                with torch.no_grad(), self.accelerator.autocast():
+                    loss, _ = weighted_loss(self.lesson.losses(model, batch), totals)
+                found["eval_loss"] += float(loss)
             model.train(was_training)
             self.log(dict(found))
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
@@ -276,5 +274,6 @@ def _trainer_class(base: Any) -> Any:
 
         def _save_checkpoint(self, model, trial):
             Trainer._save_checkpoint(self, model, trial)  # TRL would add a model card
+            self.checkpoints.mark(self.state.global_step)
 
     return AdapterTrainer

@@ -16,22 +16,20 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from itertools import zip_longest
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from sclite import prompts
 from sclite.config import Config
 from sclite.progress import Progress, no_progress
 from sclite.records import Attempt, Problem, Review, Template
 from sclite.run import Report, Run
-from sclite.student.tokenization import Encoded, encode_closing, encode_continuation, encode_review
-from sclite.trace import Trace, corrected, render
+from sclite.student.tokenization import Encoded, encode_continuation, encode_pieces, encode_review
+from sclite.trace import Trace, all_pieces, corrected, render
 from sclite.train.sft import replay_templates, solve_rows, supervised
 from sclite.train.stage import BuildLesson, Job
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-R = TypeVar("R")
 
 
 def train_warmup(
@@ -62,9 +60,12 @@ def mixed_rows(
     templates: Sequence[Template],
     config: Config,
 ) -> tuple[list[str], list[Encoded]]:
-    """(names, rows) of the warm-up, in the order of `mix`; reads attempts.jsonl and problems.jsonl.
+    """(names, rows) of the warm-up, shuffled; reads attempts.jsonl and problems.jsonl.
 
-    If a review is too long to be trained, its work is not closed either: nothing would say that the step is wrong.
+    All reviews and all closed rows, and `replay_share` rows of solving for each review: solved ones, in random order,
+    alternate with continued ones, in their order, and none is used twice before each was used once. With a share of 1 and
+    half of the reviews confirmations, every continued row is used. If a review is too long to be trained, its work is not
+    closed either: nothing would say that the step is wrong.
     """
     attempts = {(a.id, a.sample): a for a in run.read("attempts.jsonl", Attempt)}
     questions = {p.id: p.question for p in run.read("problems.jsonl", Problem)}
@@ -78,34 +79,13 @@ def mixed_rows(
             made[kind].append((name if kind == "review" else f"{name}/{kind}", row))
     encoded = solve_rows(tokenizer, templates, config.prompts.folder)
     solved = [(template.id, row) for template, row in zip(templates, encoded, strict=True)]
-    share, seed = config.warmup.replay_share, config.seed
-    mixed = mix(
-        made["review"], made["closed"], solved=solved, continued=made["continued"], share=share, seed=seed
-    )
-    return [name for name, _ in mixed], [row for _, row in mixed]
-
-
-def mix(
-    reviewed: Sequence[R],
-    closed: Sequence[R],
-    *,
-    solved: Sequence[R],
-    continued: Sequence[R],
-    share: float,
-    seed: int,
-) -> list[R]:
-    """All reviews and all closed rows, and `share` rows of solving for each review; shuffled.
-
-    The rows of solving alternate between solved ones, in random order, and continued ones, in their order; none is used
-    twice before each was used once. With a share of 1 and half of the reviews confirmations, every continued row is used.
-    """
-    draw = random.Random(seed)
-    pairs = zip_longest(draw.sample(solved, len(solved)), continued)
+    draw = random.Random(config.seed)
+    pairs = zip_longest(draw.sample(solved, len(solved)), made["continued"])
     solving = [row for pair in pairs for row in pair if row is not None]
-    wanted = round(share * len(reviewed)) if solving else 0
-    rows = [*reviewed, *closed, *(solving[i % len(solving)] for i in range(wanted))]
-    draw.shuffle(rows)
-    return rows
+    wanted = round(config.warmup.replay_share * len(reviews)) if solving else 0
+    mixed = [*made["review"], *made["closed"], *(solving[i % len(solving)] for i in range(wanted))]
+    draw.shuffle(mixed)
+    return [name for name, _ in mixed], [row for _, row in mixed]
 
 
 def rows_of_review(
@@ -122,5 +102,11 @@ def rows_of_review(
         solve = prompts.solve_messages(question, folder)
         rows["continued"] = encode_continuation(tokenizer, solve, corrected(noted), review.step)
         if work.answer is not None:
-            rows["closed"] = encode_closing(tokenizer, solve, work, review.step, weight)
+            pieces = all_pieces(work)
+            weights = [(float(piece.startswith("</Step")), 0.0) for piece in pieces]
+            weights[2 * review.step - 1] = (
+                1.0 + weight,
+                0.0,
+            )  # the wrong step, as its decision in the review
+            rows["closed"] = encode_pieces(tokenizer, solve, pieces, weights)
     return rows

@@ -266,7 +266,7 @@ def in_the_model(geometry_name: str, backend: str, case: Case) -> dict[str, Any]
     made = estimate(found, setting)
     longest = largest_length(found, replace(setting, micro_batch=1), int(CAP_BYTES))
     return {
-        "modelled_gb": made.allocated / 1e9,
+        "modelled_gb": (made.total - made.parts["allowance"]) / 1e9,
         "modelled_reserved_gb": made.total / 1e9,
         "parts_gb": {name: round(size / 1e9, 3) for name, size in made.parts.items()},
         "largest_length": longest,

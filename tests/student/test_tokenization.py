@@ -9,7 +9,6 @@ from sclite.student.base import Reply, Request
 from sclite.student.self_correction import ReviewSettings, correct_step
 from sclite.student.tokenization import (
     decision_ids,
-    encode_closing,
     encode_continuation,
     encode_review,
     encode_solution,
@@ -114,15 +113,6 @@ def test_continuation_has_loss_only_after_the_step(tokenizer, step):
     assert row.ids == encode_solution(tokenizer, SOLVE, work).ids
     assert row.ids[: len(given)] == given  # as guided review requests it
     assert row.weights == [0.0] * len(given) + [1.0] * (len(row.ids) - len(given))
-
-
-def test_closing_has_loss_only_on_closers_and_end_token(tokenizer):
-    work = Trace(tuple(Step(step.text, step.key) for step in REVIEW.steps), None, "8")
-    row = encode_closing(tokenizer, SOLVE, work, 2, 3.0)
-    assert row.ids == encode_solution(tokenizer, SOLVE, work).ids
-    _, close = decision_ids(tokenizer)
-    heard = [(i, w) for i, w in zip(row.ids, row.weights, strict=True) if w]
-    assert heard == [(close, 1.0), (close, 4.0), (close, 1.0), (end_id(tokenizer), 1.0)]
 
 
 def test_forced_prefixes_match_the_training_ids(tokenizer):

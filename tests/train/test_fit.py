@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sclite.student.loader import load_student
+from sclite.student.loader import load_student, read_config
 from sclite.train import micro_batch
-from sclite.train.memory import HEAP, Setting, estimate_on_cpu, read_architecture
+from sclite.train.memory import HEAP, Setting, architecture, estimate_on_cpu
 from sclite.train.micro_batch import choose_micro_batch, largest_divisor, suggest_setting
 from tests.toy import tiny_llama, toy_config
 
@@ -120,6 +120,6 @@ def test_the_activations_on_a_cpu_are_what_autograd_saves(tmp_path, monkeypatch,
     """Bytes of the distinct tensors saved for SmolLM2-135M with rank 32, counted with torch's saved_tensors_hooks."""
     (tmp_path / "config.json").write_text(json.dumps({**SMOLLM2, "dtype": "bfloat16"}))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16})
-    model = read_architecture(toy_config(tmp_path).student)
+    model = architecture(read_config(str(tmp_path)))
     found = estimate_on_cpu(model, Setting("sft", rows, tokens, 32, backend="plain")).parts["activations"]
     assert found / HEAP == pytest.approx(counted, rel=0.06)

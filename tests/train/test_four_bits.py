@@ -5,7 +5,7 @@ import pytest
 from sclite.config import Config
 from sclite.records import Template
 from sclite.run import Run
-from sclite.student.adapters import new_lora
+from sclite.student.adapters import lora_targets
 from sclite.student.loader import EMBEDDED_FOLDER, load_student, load_tokenizer, nf4_config
 from sclite.student.tokenization import Encoded
 from sclite.train.checkpoints import Checkpoints
@@ -21,7 +21,7 @@ def moved(folder, path, settings: dict) -> tuple[float, set]:
     """The Euclidean distance that the adapter moved in STEPS steps, and the types of its weights other than float32."""
     import torch
     from bitsandbytes.nn import Linear4bit
-    from peft import get_peft_model
+    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     run, config = (
@@ -40,7 +40,7 @@ def moved(folder, path, settings: dict) -> tuple[float, set]:
         ):  # else a no-grad forward pass repacks the weight in place on some machines
             layer.support_avx512bf16_for_cpu = False
     torch.manual_seed(0)
-    model = get_peft_model(model, new_lora(config.lora, model.config))
+    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=lora_targets(model)))
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     row = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")[0]
     rows = [Encoded(row.ids[-24:], row.weights[-24:])]  # 4 bits are slow on a CPU; the steps are what counts

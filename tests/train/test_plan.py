@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 
-from sclite.config import Config, Student
+from sclite.config import Config
 from sclite.data import corrections
 from sclite.errors import DataError, NetworkError
 from sclite.inspect.plan import plan, print_plan_tables
 from sclite.records import Attempt, Pair, Template
 from sclite.run import Report
-from sclite.student.loader import load_tokenizer
-from sclite.train.memory import Setting, architecture, estimate, read_architecture
+from sclite.student.loader import EMBEDDED_FOLDER, load_tokenizer, read_config
+from sclite.train.memory import Setting, architecture, estimate
 from sclite.train.sft import solve_rows
 from tests.toy import pay, tiny_llama, write_toy
 from tests.train.architectures import QWEN_MATH_7B, config_of, recipe_architecture
@@ -256,8 +256,8 @@ def test_an_unknown_price_stays_unknown(run):
 def test_the_architecture_is_read_from_config_json(tmp_path, monkeypatch):
     monkeypatch.setattr("sclite.train.memory.cpu_training_dtype", lambda _: torch.float32)
     (tmp_path / "config.json").write_text(json.dumps(QWEN_MATH_7B))
-    assert read_architecture(Student(model=str(tmp_path))) == architecture(config_of(QWEN_MATH_7B))
-    assert read_architecture(Student(model="embedded")).parameters < 10_000_000
+    assert architecture(read_config(str(tmp_path))) == architecture(config_of(QWEN_MATH_7B))
+    assert architecture(read_config(str(EMBEDDED_FOLDER))).parameters < 10_000_000
 
 
 def test_an_unreadable_config_json_is_an_error_with_a_hint(tmp_path, monkeypatch):
@@ -265,11 +265,11 @@ def test_an_unreadable_config_json_is_an_error_with_a_hint(tmp_path, monkeypatch
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(NetworkError, match="nobody/nothing cannot be loaded") as error:
-        read_architecture(Student(model="nobody/nothing"))
+        read_config("nobody/nothing")
     assert "student.model" in error.value.hint
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(DataError, match=r"config\.json"):
-        read_architecture(Student(model=str(tmp_path)))
+        read_config(str(tmp_path))
 
 
 # -- the terminal --------------------------------------------------------------------------------------------------

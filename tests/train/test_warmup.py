@@ -8,10 +8,8 @@ from sclite.run import Run
 from sclite.student.loader import load_tokenizer
 from sclite.student.tokenization import Encoded, decision_ids, encode_solution, end_id
 from sclite.trace import parse, render
-from sclite.train.warmup import mix, mixed_rows
+from sclite.train.warmup import mixed_rows
 from tests.toy import tiny_llama, toy_config, toy_problems, toy_trace, write_toy
-
-REVIEWED, SOLVED, CONTINUED, CLOSED = (range(start, start + 10) for start in (0, 100, 200, 300))
 
 
 @pytest.fixture(scope="module")
@@ -37,46 +35,56 @@ def carried(tokenizer, row: Encoded) -> str:
 # -- the mixture ---------------------------------------------------------------------------------------------------
 
 
-def mixed(share=1.0, seed=0, closed=(), solved=SOLVED, continued=CONTINUED, reviewed=REVIEWED) -> list[int]:
-    return mix(reviewed, closed, solved=solved, continued=continued, share=share, seed=seed)
+@pytest.fixture
+def mixed(folder, tmp_path):
+    """The names of the rows of a run with nine reviews, six corrections and, by default, nine templates, in order."""
+    run = Run(tmp_path)
+    write_toy(run, 9)
+    tokenizer, reviews = load_tokenizer(str(folder)), run.read("reviews.jsonl", Review)
+    known = run.read("templates.jsonl", Template)
+
+    def names(share: float, seed: int = 0, templates=known, reviews=reviews) -> list[str]:
+        config = toy_config(folder, warmup={"replay_share": share}).model_copy(update={"seed": seed})
+        return mixed_rows(tokenizer, run, reviews, templates, config)[0]
+
+    return names
 
 
-@pytest.mark.parametrize(("share", "wanted"), [(0.0, 0), (0.5, 5), (1.0, 10), (2.5, 25)])
-def test_replay_share_sets_the_number_of_solving_rows(share, wanted):
+CONFIRMED = [f"p{i}/0" for i in range(0, 9, 3)]
+CORRECTED = [f"p{i}/0" for i in range(9) if i % 3]
+SOLVED, CONTINUED = [f"p{i}" for i in range(9)], [f"{name}/continued" for name in CORRECTED]
+
+
+def solving(names: list[str]) -> list[str]:
+    return [name for name in names if "/" not in name or name.endswith("/continued")]
+
+
+@pytest.mark.parametrize(("share", "wanted"), [(0.0, 0), (0.5, 4), (1.0, 9), (2.5, 22)])
+def test_all_reviews_and_closed_rows_and_a_share_of_solving_rows_are_mixed(mixed, share, wanted):
     rows = mixed(share)
-    assert sorted(row for row in rows if row < 100) == list(REVIEWED)
-    solving = [row for row in rows if row >= 100]
-    assert len(solving) == wanted
-    assert sum(row >= 200 for row in solving) == wanted // 2  # every other one continues after a correction
+    others = [name for name in rows if name not in solving(rows)]
+    assert sorted(others) == sorted([*CONFIRMED, *CORRECTED, *(f"{name}/closed" for name in CORRECTED)])
+    assert len(solving(rows)) == wanted
+    continued = sum(name in CONTINUED for name in rows)
+    assert continued == (wanted // 2 if wanted < 15 else 6 + 3)  # each of the 15 once, then seven again
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_every_closed_row_is_used_whatever_the_share(share):
-    assert sorted(row for row in mixed(share, closed=CLOSED) if row >= 300) == list(CLOSED)
-
-
-def test_the_seed_alone_decides_the_order():
-    first, same, other = (mixed(0.6, seed, CLOSED) for seed in (3, 3, 4))
+def test_the_seed_alone_decides_the_order(mixed):
+    first, same, other = (mixed(0.6, seed) for seed in (3, 3, 4))
     assert first == same != other
-    assert first[:10] != list(REVIEWED)
 
 
-def test_solved_rows_are_drawn_at_random():
+def test_solved_rows_are_drawn_at_random_and_none_twice_before_each_was_used(mixed):
     """DPO replays from the first row on: otherwise the same few rows would be trained twice."""
-    drawn = {row for seed in range(5) for row in mixed(0.4, seed) if row in SOLVED}
-    assert len(drawn) > 4
-    assert sorted(row for row in mixed(2.0) if row >= 100) == [*SOLVED, *CONTINUED]  # no row twice
+    assert len({name for seed in range(5) for name in mixed(0.5, seed) if name in SOLVED}) > 4
+    assert sorted(solving(mixed(15 / 9))) == sorted([*SOLVED, *CONTINUED])
 
 
-def test_without_rows_of_solving_there_are_only_reviews():
-    assert sorted(mixed(solved=[], continued=[])) == list(REVIEWED)
-
-
-def test_solved_and_continued_rows_alternate_until_both_are_used_up():
-    solving = {"solved": [100], "continued": [200, 201, 202]}
-    assert sorted(mixed(0.2, **solving)) == [*REVIEWED, 100, 200]
-    assert sorted(mixed(0.3, **solving)) == [*REVIEWED, 100, 200, 201]
-    assert sum(row >= 200 for row in mixed(0.3, solved=SOLVED, continued=[200])) == 1
+def test_without_templates_or_corrections_the_other_rows_are_used(mixed, tmp_path):
+    corrections = solving(mixed(0.5, templates=[]))
+    assert sorted(corrections) == CONTINUED[:4]
+    confirmations = [row for row in Run(tmp_path).read("reviews.jsonl", Review) if row.step is None]
+    assert solving(mixed(1.0, templates=[], reviews=confirmations)) == []
 
 
 # -- the kinds -----------------------------------------------------------------------------------------------------
