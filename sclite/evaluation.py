@@ -1,7 +1,7 @@
 """`sclite eval`: it needs the data, export and evaluate stages at once."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -45,18 +45,19 @@ def held_out(context: Context, untrained: Sequence[Problem] = ()) -> HeldOut:
         )
     drops: list[Drop] = []
     found = load_problems(settings, settings.limit, drops, key="eval.source")
-    known = find_contaminated(found, _training_questions(context))
     drops = [drop.model_copy(update={"stage": "eval"}) for drop in drops]
+    # all that the run trains on: its problems, unless they were skipped for this dataset, and its templates
+    before = context.run.read("dropped.jsonl", Drop)
+    skipped = {(drop.id, drop.raw) for drop in before if drop.reason == "overlaps_evaluation"}
+    trained = [(row.id, row.question) for row in context.run.read("problems.jsonl", Problem)]
+    trained = [pair for pair in trained if pair not in skipped]
+    trained += [(row.id, row.question) for row in context.run.read("templates.jsonl", Template)]
+    known = find_contaminated(found, trained)
     for problem in found:
         if problem.id in known:
             detail = f"shares 13 words in a row, or the whole question, with the training problem {known[problem.id]}"
-            drop = {
-                "id": problem.id,
-                "reason": "overlaps_training",
-                "detail": detail,
-                "raw": problem.question,
-            }
-            drops.append(Drop(stage="eval", **drop))
+            drop = Drop(stage="eval", id=problem.id, reason="overlaps_training", detail=detail)
+            drops.append(drop.model_copy(update={"raw": problem.question}))
     context.run.replace_drops(["eval"], drops)
     fresh = [problem for problem in found if problem.id not in known]
     tested, fitting = split_for_stages(fresh, settings.fit_share, context.config.seed)
@@ -72,17 +73,6 @@ def held_out(context: Context, untrained: Sequence[Problem] = ()) -> HeldOut:
     return HeldOut(
         tested, fitting, settings.source, dataset, folder, dict(Counter(drop.reason for drop in drops))
     )
-
-
-def _training_questions(context: Context) -> Iterator[tuple[str, str]]:
-    """(id, question) of all that the run trains on: its problems and its templates."""
-    drops = context.run.read("dropped.jsonl", Drop)
-    spared = {(drop.id, drop.raw) for drop in drops if drop.reason == "overlaps_evaluation"}
-    for problem in context.run.read("problems.jsonl", Problem):
-        if (problem.id, problem.question) not in spared:
-            yield problem.id, problem.question
-    for template in context.run.read("templates.jsonl", Template):
-        yield template.id, template.question
 
 
 def dataset_folder(context: Context) -> tuple[str, str]:

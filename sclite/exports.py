@@ -90,7 +90,7 @@ def fit_review_threshold(context: Context, problems: Sequence[Problem]) -> None:
                 progress(solved, len(problems), share=share, note=note)
 
             student = engine and Counted(engine, len(problems), len(problems), count)
-            fitted = ensure_threshold(config, run, path, student, problems, grader=grader)
+            fitted = ensure_threshold(config, run, path, student, problems, grader)
     report = Report("threshold", {"problems": fitted.problems}, figures=fitted.model_dump(), skipped=skipped)
     remedy = "; `sclite eval PROBLEMS` fits it on others" if fitted.problems < MIN_PROBLEMS else ""
     context.add(report, f"threshold: {fitted.summary}{remedy}")

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from sclite.__main__ import main
+from sclite.grading.worker import Grader
 from sclite.run import Run
 
 THREADS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000", "TOKENIZERS_PARALLELISM": "false"}
@@ -18,6 +19,13 @@ def ctrl_c():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="session")
+def grader():
+    """A real grader; its workers start when they are first needed."""
+    with Grader() as grader:
+        yield grader
 
 
 @pytest.fixture

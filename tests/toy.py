@@ -8,6 +8,7 @@ from sclite.config import Config
 from sclite.data.pairs import content_pair, continuation, decision_pairs
 from sclite.records import Attempt, Drop, Pair, Problem, Review, Template
 from sclite.run import Report, Run
+from sclite.student.base import Reply, Scores, Student
 from sclite.teacher.ledger import Entry, Ledger
 from sclite.trace import Step, Trace, parse, render
 from sclite.train.metrics_logger import read_metrics
@@ -247,3 +248,33 @@ def pay(run, stage: str, *costs: float | None) -> None:
         for number, cost in enumerate(costs):
             ledger.sent(f"{stage} {number}", stage, "m")
             ledger.put(f"{stage} {number}", Entry("text", "stop", 100, 20, cost, 1.0))
+
+
+class ScriptedStudent(Student):
+    """Answers the i-th of some requests with text and finish i, in turn, the last request first; 10 tokens each.
+
+    `odds` are the log-odds of an error in each step; a correction cannot be read.
+    """
+
+    def __init__(self, *texts: str, finishes: tuple[str, ...] = ("stop",), odds: float = -5.0):
+        self.texts, self.finishes, self.odds, self.requests = texts, finishes, odds, []
+
+    def generate(self, requests):
+        self.requests += requests
+        for i, request in reversed(list(enumerate(requests))):
+            text = "no" if request.pieces else self.texts[i % len(self.texts)]
+            yield Reply(i, text, 10, 5, self.finishes[i % len(self.finishes)])
+
+    def score(self, requests):
+        for i, request in enumerate(requests):
+            yield Scores(i, (self.odds,) * len(request.marks), 9)
+
+
+class SameVerdict:
+    """A grader that finds every answer right, or every one wrong."""
+
+    def __init__(self, right: bool):
+        self.right = right
+
+    def equal_many(self, pairs):
+        return [self.right for _ in pairs]

@@ -32,15 +32,17 @@ def quickstart(
     from sclite.run import Run
 
     loaded = common.load({"problems.limit": problems}, flow.DEFAULTS)
-    with Run(loaded.run).recording(loaded):
-        summary, example = flow.quickstart(loaded, fresh=fresh)
+    run = Run(loaded.run)
+    with run.recording(loaded):
+        summary = flow.quickstart(loaded, fresh=fresh)
     if common.json:
         console.print_json(summary)
         return
     from sclite.evaluate import table
+    from sclite.evaluate.metrics import Outcome
 
     table.print_results(summary)
-    table.print_example(example)
+    table.print_example(run.rows(f"{summary['folder']}/dpo.jsonl", Outcome, whole=False))
     console.print(
         f"\nReport: {console.escape(str(Path(loaded.run) / summary['folder'] / 'report.html'))}\n\nNext steps:"
     )

@@ -1,6 +1,5 @@
 """What self-correction is compared with: the base model under its own prompt, and a majority vote of the tuned student."""
 
-from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
@@ -27,66 +26,56 @@ def measure_baseline(
     figures are those of `compute_metrics` without a review: acc_t1 with its interval, and tokens per problem (of all
     samples). They and the outcomes are kept in the folder of results, and returned from there if nothing has changed.
     """
-    folder, most, is_base = config.prompts.folder, config.eval.max_tokens, name == "base"
-    votes = 1 if is_base else config.eval.votes
-    label = "base, own prompt" if is_base else f"{name}, majority of {votes}"
-    file = f"{held_out.folder}/{name}-{'own-prompt' if is_base else 'majority'}"
+    if name == "base":
+        label, file, votes, messages_of = "base, own prompt", "own-prompt", 1, prompts.baseline_messages
+        temperature, top_p = 0.0, 1.0
+    else:
+        votes, messages_of = config.eval.votes, prompts.solve_messages
+        label, file = f"{name}, majority of {votes}", "majority"
+        temperature, top_p = config.attempts.temperature, config.attempts.top_p
+    file = f"{held_out.folder}/{name}-{file}"
     requests = []
     for problem, sample in product(held_out.problems, range(votes)):
-        if is_base:
-            requests.append(Request(prompts.baseline_messages(problem.question, folder), max_tokens=most))
-        else:
-            request = Request(
-                prompts.solve_messages(problem.question, folder),
-                max_tokens=most,
-                temperature=config.attempts.temperature,
-                top_p=config.attempts.top_p,
-                seed=int(digest([config.seed, "vote", problem.id, sample]), 16) % 2**31,
-            )
-            requests.append(request)
+        messages = messages_of(problem.question, config.prompts.folder)
+        seed = int(digest([config.seed, "vote", problem.id, sample]), 16) % 2**31
+        requests.append(Request(messages, (), config.eval.max_tokens, temperature, top_p, seed))
     signature = digest([identity, config.seed, requests, [p.model_dump() for p in held_out.problems]])
     kept = run.read_json(f"{file}.json", dict[str, Any])
     if kept and kept.get("signature") == signature:
         return label, kept
     replies = sorted(student.generate(requests), key=lambda reply: reply.index)
     ballots = [replies[start : start + votes] for start in range(0, len(replies), votes)]
-    chosen = [elect(ballot, grader) for ballot in ballots]
-    verdicts = grade(grader, [answer for _, answer in chosen], held_out.problems)
+    elected: list[str | None] = []
+    shown: list[Reply] = []  # the first reply that gives the elected answer
+    for ballot in ballots:
+        groups: dict[str, list[Reply]] = {}
+        for reply in ballot:
+            answer = answer_of(parse(reply.text))
+            if answer is not None:  # else it does not vote
+                verdicts = grader.equal_many((answer, other) for other in groups)
+                known = (other for other, same in zip(groups, verdicts, strict=True) if same)
+                groups.setdefault(next(known, answer), []).append(reply)
+        winner = max(groups, key=lambda answer: len(groups[answer]), default=None)
+        elected.append(winner)
+        shown.append(ballot[0] if winner is None else groups[winner][0])
+    verdicts = grade(grader, elected, held_out.problems)
     rows = []
-    for problem, (reply, _), ballot, verdict in zip(
-        held_out.problems, chosen, ballots, verdicts, strict=True
-    ):
+    for problem, reply, ballot, verdict in zip(held_out.problems, shown, ballots, verdicts, strict=True):
         correct = None if any(each.finish == "error" for each in ballot) else verdict
-        rows.append(
-            Outcome(
-                id=problem.id,
-                question=problem.question,
-                gold=problem.answer,
-                first=reply.text,
-                second=None,
-                correct1=correct,
-                correct2=correct,
-                format_ok=True,
-                cut=reply.finish == "length",
-                tokens1=sum(each.tokens for each in ballot),
-            )
+        outcome = Outcome(
+            id=problem.id,
+            question=problem.question,
+            gold=problem.answer,
+            first=reply.text,
+            second=None,
+            correct1=correct,
+            correct2=correct,
+            format_ok=True,
+            cut=reply.finish == "length",
+            tokens1=sum(each.tokens for each in ballot),
         )
+        rows.append(outcome)
     figures = compute_metrics(rows, seed=config.seed) | {"signature": signature}
     run.replace(f"{file}.jsonl", rows)
     run.write_json(f"{file}.json", figures)
     return label, figures
-
-
-def elect(replies: Sequence[Reply], grader: Grader) -> tuple[Reply, str | None]:
-    """The answer that most replies give, and the first of them; replies without an answer do not vote."""
-    groups: dict[str, list[Reply]] = {}
-    for reply in replies:
-        answer = answer_of(parse(reply.text))
-        if answer is not None:
-            verdicts = grader.equal_many((answer, other) for other in groups)
-            known = (other for other, same in zip(groups, verdicts, strict=True) if same)
-            groups.setdefault(next(known, answer), []).append(reply)
-    if not groups:
-        return replies[0], None
-    answer = max(groups, key=lambda answer: len(groups[answer]))
-    return groups[answer][0], answer

@@ -126,27 +126,22 @@ def evaluate_model(
     """
     problems, folder = held_out.problems, held_out.folder
     fits = config.review.threshold is None and config.review.mode == "guided"
-    settings = [
-        config.eval.model_dump(exclude={"baselines", "votes"}),
-        config.review.model_dump(),
-        prompts_digest(config),
-    ]
+    chosen = config.eval.model_dump(exclude={"baselines", "votes"})
+    settings = [chosen, config.review.model_dump(), prompts_digest(config)]
     given = [[p.model_dump() for p in each] for each in (problems, held_out.fitting)]
     identity = version or run.file_digest(str(gguf.resolve()))
     signature = digest([identity, settings, given])
     stored = load_threshold(config, run, gguf) if fits else None
-    kept = run.read_json(f"{folder}/{name}.json", dict[str, Any])
-    same_fit = kept and (
-        kept.get("off") == NO_STEPS or kept.get("fitted") == (stored and stored.model_dump())
-    )
-    if kept and kept.get("signature") == signature and same_fit:
+    kept = run.read_json(f"{folder}/{name}.json", dict[str, Any]) or {}
+    same_fit = kept.get("off") == NO_STEPS or kept.get("fitted") == (stored and stored.model_dump())
+    if kept.get("signature") == signature and same_fit:
         return kept
     began = time.monotonic()
     first = solve_problems(student, problems, config, grader)
     between = time.monotonic()
     reviewable, fitted = any(parsed.trace.steps for parsed in first.parsed), None
     if fits and reviewable:
-        fitted = ensure_threshold(config, run, gguf, student, held_out.fitting, grader=grader)
+        fitted = ensure_threshold(config, run, gguf, student, held_out.fitting, grader)
     threshold = fitted.threshold if fitted else config.review.threshold
     off = fitted.off if fitted else ""
     if not reviewable:
@@ -181,14 +176,11 @@ def summary_notes(figures: Mapping[str, Any], held_out: HeldOut, max_tokens: int
     """What a reader of the figures of all students must know."""
     notes = [f"skipped {reason.replace('_', ' ')}: {n:,}" for reason, n in held_out.dropped.items()]
     notes += [f"review is off for {name}: {each['off']}" for name, each in figures.items() if each["off"]]
-    cut = [
-        f"{name} {each['cut']} of {each['n']}"
-        for name, each in figures.items()
-        if each["cut"] > each["n"] / 100
-    ]
+    cut = {name: each for name, each in figures.items() if each["cut"] > each["n"] / 100}
     if cut:
-        text = f"truncated first answers: {', '.join(cut)}"
-        notes.append(f"{text}; raise eval.max_tokens ({max_tokens}) or eval.context")
+        counts = ", ".join(f"{name} {each['cut']} of {each['n']}" for name, each in cut.items())
+        hint = f"raise eval.max_tokens ({max_tokens}) or eval.context"
+        notes.append(f"truncated first answers: {counts}; {hint}")
     for name, each in figures.items():
         fitted = Fitted.model_validate(each["fitted"]) if each["fitted"] else None
         earlier = fitted is not None and fitted.problems > len(held_out.fitting)

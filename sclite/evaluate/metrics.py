@@ -71,8 +71,25 @@ def compute_metrics(outcomes: Sequence[Outcome], bootstrap: int = 1000, seed: in
     """
     known = [o for o in outcomes if o.correct1 is not None and o.correct2 is not None]
     n = len(known)
-    shares = _shares(known)
-    first, second = shares["acc_t1"][0], shares["acc_t2"][0]
+
+    def array(values: Iterable[bool]) -> np.ndarray:
+        return np.fromiter(values, float, n)
+
+    first, second = array(bool(o.correct1) for o in known), array(bool(o.correct2) for o in known)
+    labelled = array(o.true_known and o.true_step is not None for o in known)
+    located = labelled * array(o.accused == o.true_step for o in known)
+    right, every, correctable = first * (1 - labelled), np.ones(n), located * (1 - first)
+    shares = {  # what each problem adds to the numerator, and to the denominator
+        "acc_t1": (first, every),
+        "acc_t2": (second, every),
+        "difference": (second - first, every),
+        "wrong_to_right": (second * (1 - first), every),
+        "right_to_wrong": (first * (1 - second), every),
+        "format_validity": (array(o.format_ok for o in known), every),
+        "location": (located, labelled),
+        "acceptance": (right * array(o.accused is None for o in known), right),
+        "correction_rate_own": (correctable * second, correctable),
+    }
     gained, spoiled = int((second > first).sum()), int((first > second).sum())
     assert int(second.sum() - first.sum()) == gained - spoiled
     samples = np.zeros((bootstrap, 0))  # how often each resample draws each problem
@@ -105,30 +122,6 @@ def compute_metrics(outcomes: Sequence[Outcome], bootstrap: int = 1000, seed: in
     figures["tokens"] = sum(o.tokens1 + o.tokens2 for o in known) / n if n else None
     figures["fed"] = sum(o.fed1 + o.fed2 for o in known) / n if n else None
     return figures
-
-
-def _shares(known: Sequence[Outcome]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """{share: (what each problem adds to the numerator, to the denominator)}, arrays of length n."""
-
-    def array(values: Iterable[bool]) -> np.ndarray:
-        return np.fromiter(values, float, len(known))
-
-    first, second = array(bool(o.correct1) for o in known), array(bool(o.correct2) for o in known)
-    labelled = array(o.true_known and o.true_step is not None for o in known)
-    located = labelled * array(o.accused == o.true_step for o in known)
-    right = first * (1 - labelled)
-    every, correctable = np.ones(len(known)), located * (1 - first)
-    return {
-        "acc_t1": (first, every),
-        "acc_t2": (second, every),
-        "difference": (second - first, every),
-        "wrong_to_right": (second * (1 - first), every),
-        "right_to_wrong": (first * (1 - second), every),
-        "format_validity": (array(o.format_ok for o in known), every),
-        "location": (located, labelled),
-        "acceptance": (right * array(o.accused is None for o in known), right),
-        "correction_rate_own": (correctable * second, correctable),
-    }
 
 
 def auc(scores: Sequence[float], wrong: Sequence[bool]) -> float | None:

@@ -1,6 +1,5 @@
 """The HTML report: a single self-contained page without scripts or external resources."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,9 @@ import jinja2
 from sclite.evaluate.metrics import Outcome
 from sclite.evaluate.plots import accuracy_plot, as_number, curve_plots
 from sclite.run import write_text
-from sclite.trace import parse
+from sclite.trace import TAG, parse, tag_name
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-_TAG = re.compile(r"(</?(?:step|key|cause|correction|generalized|answer)\s*\d*\s*:?\s*>)", re.I)
 
 
 def write_report(
@@ -24,8 +22,9 @@ def write_report(
 ) -> None:
     """Write the page by rename.
 
-    `summary`: {"models": {name: figures}, "baselines": {label: figures}, "n": number of problems, "notes": [sentence, ..], "source": their name}, with
-    figures from `metrics.compute_metrics`. `examples`: (model, outcome). `curves`: {stage: rows of its metrics.jsonl}.
+    `summary`: {"models": {name: figures}, "baselines": {label: figures}, "n": number of problems, "notes": [sentence, ..],
+    "source": their name}, with figures from `metrics.compute_metrics`. `examples`: (model, outcome). `curves`: {stage:
+    rows of its metrics.jsonl}.
     """
     rows = [{**figures, "name": model} for model, figures in summary["models"].items()]
     shown = ("acc_t1", "acc_t1_interval", "tokens", "n", "unknown")
@@ -43,12 +42,22 @@ def write_report(
     models = f"{', '.join(others)} and {last}" if others else last
     count = "held-out problems" if summary.get("n") is None else f"{summary['n']:,} held-out problems"
     source = f" from {summary['source']}" if summary.get("source") else ""
+    measured = [row for row in rows if as_number(row.get("acc_t2")) is not None]
+    headline = "No results."  # else the accuracy of the best model, and no more than was measured
+    if measured:
+        best = max(measured, key=lambda row: row["acc_t2"])
+        headline = f"{best['name']} gets {percent(best['acc_t2'])} % right after reviewing its own answers"
+        gain, between = as_number(best.get("difference")), best.get("difference_interval")
+        if gain:
+            doubt = ", which may be chance" if between and between[0] <= 0 <= between[1] else ""
+            headline += f", {'up' if gain > 0 else 'down'} from {percent(best['acc_t1'])} %{doubt}"
+        headline += ", unchanged." if gain == 0 else "."
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {f.__name__: f for f in (percent, interval, decimal, p_value, split_at_tags)}
+    environment.filters |= {f.__name__: f for f in (percent, interval, decimal)}
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        headline=headline(rows),
+        headline=headline,
         subject=f"{models} on {count}{source}: first answer and answer after review.",
         rows=rows,
         baselines=baselines,
@@ -82,38 +91,11 @@ def interval(pair: Sequence[float] | None, signed: bool = False, digits: int | N
     return " to ".join(percent(bound, signed) if digits is None else decimal(bound, digits) for bound in pair)
 
 
-def p_value(p: float | None) -> str:
-    """A p-value with three decimals, never rounded to zero."""
-    return "< 0.001" if p is not None and p < 0.001 else decimal(p, 3)
-
-
-def headline(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The result in one sentence: the best model's accuracy after and before review."""
-    measured = [row for row in rows if as_number(row.get("acc_t2")) is not None]
-    if not measured:
-        return "No results."
-    best = max(measured, key=lambda row: row["acc_t2"])
-    start = f"{best['name']} gets {percent(best['acc_t2'])} % right after reviewing its own answers"
-    gain, between = as_number(best.get("difference")), best.get("difference_interval")
-    if not gain:
-        return f"{start}." if gain is None else f"{start}, unchanged."
-    doubt = between is not None and between[0] <= 0 <= between[1]
-    direction = "up" if gain > 0 else "down"
-    return f"{start}, {direction} from {percent(best['acc_t1'])} %{', which may be chance' if doubt else ''}."
-
-
-def split_at_tags(text: str) -> list[tuple[str, str]]:
-    """Split a text at its tags into (tag name or "", piece); the pieces join to the text."""
-    parts = _TAG.split(text)
-    return [
-        ("".join(filter(str.isalpha, part)).lower() if i % 2 else "", part)
-        for i, part in enumerate(parts)
-        if part
-    ]
-
-
 def example_parts(shown: Outcome, model: str = "") -> dict[str, Any]:
-    """An example for the template: the steps up to the accused one, its cause and correction, the new steps."""
+    """An example for the template: the steps up to the accused one, its cause and correction, the new steps.
+
+    "texts" are the first and the second text, split at their tags: [(title, [(tag name or "", piece), ..])].
+    """
     first, second = shown.work, parse(shown.second or "").trace
     steps = [
         {"number": k, "text": step.text, "accused": k == shown.accused, "wrong": k == shown.true_step}
@@ -124,6 +106,15 @@ def example_parts(shown: Outcome, model: str = "") -> dict[str, Any]:
         for number, step in enumerate(second.steps[shown.accused :], shown.accused + 1):
             steps.append({"number": number, "text": step.text, "accused": False, "wrong": False})
 
+    texts = []
+    for title, text in (("First text, as written", shown.first), ("Second text, as written", shown.second)):
+        pieces, position = [], 0
+        for tag in TAG.finditer(text or ""):
+            pieces += [("", tag.string[position : tag.start()]), (tag_name(tag[2]), tag[0])]
+            position = tag.end()
+        if text:
+            texts.append((title, [*pieces, ("", text[position:])]))
+
     def answer(text: str | None, correct: bool | None) -> dict[str, str]:
         verdict = "unknown" if correct is None else "right" if correct else "wrong"
         return {"text": text or "no answer", "verdict": verdict}
@@ -131,6 +122,7 @@ def example_parts(shown: Outcome, model: str = "") -> dict[str, Any]:
     return shown.model_dump() | {
         "title": " · ".join(filter(None, (model, shown.id))),
         "steps": steps,
+        "texts": texts,
         "before": answer(first.answer, shown.correct1),
         "after": answer(second.answer, shown.correct2) if shown.second else None,
     }

@@ -17,32 +17,26 @@ HEADER = (
 def print_results(summary: Mapping[str, Any]) -> None:
     """Print one row per student: shares of the problems in percent, with 95 % intervals."""
     rows = []
-    for name, figures in summary["models"].items():
-        auc, tokens = figures["auc"], figures["tokens"]
-        accuracies = [
-            format_percent(figures[each], figures[f"{each}_interval"]) for each in ("acc_t1", "acc_t2")
-        ]
-        changes = [format_percent(figures[each]) for each in ("wrong_to_right", "right_to_wrong")]
-        located = [format_percent(figures[each]) for each in ("location", "correction_rate_given_location")]
-        shown = ["–" if auc is None else f"{auc:.3f}", *located, "–" if tokens is None else f"{tokens:.0f}"]
-        rows.append((name, *accuracies, *changes, *shown))
-    for name, figures in summary.get("baselines", {}).items():
+    for name, figures in (summary["models"] | summary.get("baselines", {})).items():
         tokens = "–" if figures["tokens"] is None else f"{figures['tokens']:.0f}"
         accuracy = format_percent(figures["acc_t1"], figures["acc_t1_interval"])
-        rows.append((name, accuracy, *["–"] * (len(HEADER) - 3), tokens))
+        if name not in summary["models"]:  # a baseline, which has no review
+            rows.append((name, accuracy, *["–"] * (len(HEADER) - 3), tokens))
+            continue
+        second = format_percent(figures["acc_t2"], figures["acc_t2_interval"])
+        changes = [format_percent(figures[each]) for each in ("wrong_to_right", "right_to_wrong")]
+        located = [format_percent(figures[each]) for each in ("location", "correction_rate_given_location")]
+        auc = "–" if figures["auc"] is None else f"{figures['auc']:.3f}"
+        rows.append((name, accuracy, second, *changes, auc, *located, tokens))
     console.print_table(f"{summary['n']} held-out problems", HEADER, rows)
     for name, figures in summary["models"].items():
         if figures["tokens"]:
-            first = figures["tokens_first"], figures["fed_first"], figures["seconds_first"]
-            every = figures["tokens"], figures["fed"], figures["seconds"]
-            parts = [
-                f"{tokens:.0f} tokens written, {fed:.0f} fed, {seconds:.2f} s"
-                for tokens, fed, seconds in (
-                    first,
-                    [max(0, b - a) for a, b in zip(first, every, strict=True)],
-                )
-            ]
-            console.print(f"{escape(name)}, per problem: answer {parts[0]}; review {parts[1]}")
+            cost = "{:.0f} tokens written, {:.0f} fed, {:.2f} s"
+            keys = ("tokens", "fed", "seconds")
+            first = [figures[f"{key}_first"] for key in keys]
+            review = [max(0, figures[key] - spent) for key, spent in zip(keys, first, strict=True)]
+            text = f"answer {cost.format(*first)}; review {cost.format(*review)}"
+            console.print(f"{escape(name)}, per problem: {text}")
     unknown = sum(figures["unknown"] for figures in summary["models"].values())
     if unknown:
         console.print(f"{unknown} answers could not be graded and are not counted")
@@ -50,16 +44,15 @@ def print_results(summary: Mapping[str, Any]) -> None:
         console.print(escape(note))
 
 
-def choose_example(outcomes: Iterable[Outcome]) -> Outcome | None:
-    """The shortest corrected answer, preferably with a first answer and with its true wrong step accused."""
+def print_example(outcomes: Iterable[Outcome]) -> None:
+    """Print one corrected answer: the problem, the wrong step with its cause and correction, and the final answer.
+
+    The shortest, preferably one with a first answer and with its true wrong step accused.
+    """
     corrected = [o for o in outcomes if o.accused and o.correct1 is False and o.correct2 is True]
     answered = [o for o in corrected if o.work.answer] or corrected
     located = [o for o in answered if o.accused == o.true_step] or answered
-    return min(located, key=lambda o: len(o.question) + len(o.correction or ""), default=None)
-
-
-def print_example(shown: Outcome | None) -> None:
-    """Print a problem, the first answer with its wrong step, cause and correction, and the final answer."""
+    shown = min(located, key=lambda o: len(o.question) + len(o.correction or ""), default=None)
     if shown is None:
         console.print("No answer was corrected in this evaluation.")
         return

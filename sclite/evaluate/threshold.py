@@ -213,39 +213,6 @@ def try_corrections(student: Student, trials: Sequence[Trial], config: Config, g
             break
 
 
-def fit_student(
-    student: Student | None, problems: Sequence[Problem], config: Config, grader: Grader
-) -> Fitted:
-    """Fit the threshold of a student on problems that are used nowhere else.
-
-    Of many problems, every other one is used first, and the rest only if a correction fixed any of those. Fewer than
-    MIN_PROBLEMS need no student: review stays off.
-    """
-    total = len(problems)
-    off = Fitted(threshold=None, problems=total, max_harm=config.review.max_harm)
-    if total < MIN_PROBLEMS or student is None:
-        off.off = f"{total} problems are too few to fit its threshold, {MIN_PROBLEMS} are needed"
-        return off
-    trials: list[Trial] = []
-    for part in (problems[::2], problems[1::2]) if total >= MANY_PROBLEMS else (problems,):
-        first = solve_problems(student, part, config, grader)
-        works = [parsed.work for parsed in first.parsed]
-        asked = zip(part, works, strict=True)
-        scripts = [score_steps(problem.question, work, config.prompts.folder) for problem, work in asked]
-        trials += map(Trial, part, works, first.correct, run_together(student, scripts))
-        try_corrections(student, trials, config, grader)
-        if not any(trial.correct is False and True in trial.results.values() for trial in trials):
-            break
-    graded = sum(trial.correct is not None for trial in trials)
-    if not any(trial.scores for trial in trials):
-        off.off = "its answers have no steps"
-    elif graded < MIN_PROBLEMS:
-        off.off = f"only {graded} of {len(trials)} answers to fitting problems could be graded"
-    else:
-        return fit_threshold(trials, config.review.max_harm).model_copy(update={"problems": total})
-    return off
-
-
 # -- the file ------------------------------------------------------------------------------------------------------
 
 
@@ -284,16 +251,35 @@ def is_current(config: Config, fitted: Fitted | None, count: int) -> bool:
 
 
 def ensure_threshold(
-    config: Config,
-    run: Run,
-    gguf: Path,
-    student: Student | None,
-    problems: Sequence[Problem],
-    *,
-    grader: Grader,
+    config: Config, run: Run, gguf: Path, student: Student | None, problems: Sequence[Problem], grader: Grader
 ) -> Fitted:
-    """The threshold of a GGUF, which `student` runs: the stored one if it is current, else fitted now and stored."""
-    stored = load_threshold(config, run, gguf)
-    if stored is not None and is_current(config, stored, len(problems)):
+    """The threshold of a GGUF, which `student` runs: the stored one if it is current, else fitted now and stored.
+
+    The problems are used nowhere else. Of many, every other one is used first, and the rest only if a correction fixed
+    any of those. Fewer than MIN_PROBLEMS need no student: review stays off.
+    """
+    stored, total = load_threshold(config, run, gguf), len(problems)
+    if stored is not None and is_current(config, stored, total):
         return stored
-    return store_threshold(config, run, gguf, fit_student(student, problems, config, grader))
+    fitted = Fitted(threshold=None, problems=total, max_harm=config.review.max_harm)
+    if total < MIN_PROBLEMS or student is None:
+        fitted.off = f"{total} problems are too few to fit its threshold, {MIN_PROBLEMS} are needed"
+        return store_threshold(config, run, gguf, fitted)
+    trials: list[Trial] = []
+    for part in (problems[::2], problems[1::2]) if total >= MANY_PROBLEMS else (problems,):
+        first = solve_problems(student, part, config, grader)
+        works = [parsed.work for parsed in first.parsed]
+        asked = zip(part, works, strict=True)
+        scripts = [score_steps(problem.question, work, config.prompts.folder) for problem, work in asked]
+        trials += map(Trial, part, works, first.correct, run_together(student, scripts))
+        try_corrections(student, trials, config, grader)
+        if not any(trial.correct is False and True in trial.results.values() for trial in trials):
+            break
+    graded = sum(trial.correct is not None for trial in trials)
+    if not any(trial.scores for trial in trials):
+        fitted.off = "its answers have no steps"
+    elif graded < MIN_PROBLEMS:
+        fitted.off = f"only {graded} of {len(trials)} answers to fitting problems could be graded"
+    else:
+        fitted = fit_threshold(trials, config.review.max_harm).model_copy(update={"problems": total})
+    return store_threshold(config, run, gguf, fitted)

@@ -8,9 +8,7 @@ from sclite.config import Config
 from sclite.context import Context
 from sclite.data.problems import split_problems
 from sclite.evaluate.evaluate import HeldOut
-from sclite.evaluate.metrics import Outcome
 from sclite.evaluate.results import result_folder
-from sclite.evaluate.table import choose_example
 from sclite.progress import ProgressDisplay
 from sclite.quickstart import tutor
 from sclite.quickstart.grammar import solve
@@ -63,10 +61,8 @@ def first_wrong_step(question: str, trace: Trace) -> int | None:
     return tutor.judge(solution, trace).step if solution else None
 
 
-def quickstart(
-    config: Config, quiet: bool = False, fresh: bool = False
-) -> tuple[dict[str, Any], Outcome | None]:
-    """Run all stages that are not done; returns (summary of the evaluation, an example of a corrected answer).
+def quickstart(config: Config, quiet: bool = False, fresh: bool = False) -> dict[str, Any]:
+    """Run all stages that are not done; returns the summary of the evaluation.
 
     `fresh` retrains stages that were trained from other inputs.
     """
@@ -91,5 +87,4 @@ def quickstart(
         dataset=MODEL,
         folder=result_folder(run, MODEL, ["quickstart"], count, DEFAULTS["eval"]["limit"]),
     )
-    summary = evaluation.evaluate(context, STUDENTS, held_out, first_wrong_step)
-    return summary, choose_example(run.rows(f"{held_out.folder}/dpo.jsonl", Outcome, whole=False))
+    return evaluation.evaluate(context, STUDENTS, held_out, first_wrong_step)

@@ -160,11 +160,8 @@ def sentences(question: str) -> list[tuple[str, dict[str, str]]] | None:
     return found if asks and asks[-1] and not any(asks[:-1]) else None
 
 
-def same_operation(one: tuple[int, str, int], other: Operation) -> bool:
-    """Whether `left sign right` is this operation; sums and products may be swapped."""
-    left, sign, right = one
-    if sign != other.sign:
-        return False
-    return (left, right) == (other.left, other.right) or (
-        sign in "+*" and (right, left) == (other.left, other.right)
-    )
+def in_order(left: int, sign: str, right: int) -> tuple[str, int, int]:
+    """An operation with the numbers of a sum or product in order, where they may be swapped."""
+    if sign in "+*" and left > right:
+        left, right = right, left
+    return sign, left, right

@@ -14,15 +14,11 @@ def test_problems(count: int) -> list[Problem]:
 
 def threshold_problems(count: int) -> list[Problem]:
     """The first `count` (at most 1000) problems for fitting the threshold, none of them a test problem."""
-    avoid = frozenset(p.question for p in generate(TEST_COUNT, TEST_SEED))
+    avoid = frozenset(problem.question for problem in test_problems(TEST_COUNT))
     return generate(THRESHOLD_COUNT, THRESHOLD_SEED, avoid)[:count]
 
 
-def held_out_questions() -> frozenset[str]:
-    """All questions of the test and threshold sets, which training and the student's pre-training must avoid."""
-    return frozenset(p.question for p in [*test_problems(TEST_COUNT), *threshold_problems(THRESHOLD_COUNT)])
-
-
 def train_problems(count: int) -> list[Problem]:
-    """`count` training problems, none of which is held out."""
-    return generate(count, TRAIN_SEED, held_out_questions())
+    """`count` training problems, none of which is a test or threshold problem."""
+    held_out = [*test_problems(TEST_COUNT), *threshold_problems(THRESHOLD_COUNT)]
+    return generate(count, TRAIN_SEED, frozenset(problem.question for problem in held_out))

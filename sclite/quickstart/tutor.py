@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from sclite import trace
-from sclite.quickstart.grammar import Operation, Solution, same_operation, solve
+from sclite.quickstart.grammar import Operation, Solution, in_order, solve
 from sclite.trace import Step, Trace
 
-# A complete equation: "4 + 7 + 1 = 12" has none, and "7 + 1 = 12" must not match.
-_SUM = re.compile(r"(?<![-+*/] )(?<!\d)(\d+) ?([-+*/x×]) ?(\d+) ?= ?(\d+)(?!\d| ?[-+*/])")
+# A complete equation (left, sign, right, result): "4 + 7 + 1 = 12" has none, and "7 + 1 = 12" must not match.
+_EQUATION = re.compile(r"(?<![-+*/] )(?<!\d)(\d+) ?([-+*/x×]) ?(\d+) ?= ?(\d+)(?!\d| ?[-+*/])")
 _PROBLEM = re.compile(r"(?:Problem:\n|Solve this problem\.\n\n)(.+?)(?:\n\n|\Z)", re.S)
 _WORK = re.compile(r"The student's work:\n(.+)\Z", re.S)
 
@@ -122,12 +122,6 @@ def why_wrong(left: int, sign: str, right: int, given: int) -> str:
 # -- corrections ---------------------------------------------------------------------------------------------------
 
 
-def find_equations(text: str) -> list[tuple[int, str, int, int]]:
-    """All equations (left, sign, right, result) in a text."""
-    found = _SUM.findall(text)
-    return [(int(a), "*" if sign in "x×" else sign, int(b), int(c)) for a, sign, b, c in found]
-
-
 def judge(solution: Solution, attempt: Trace) -> Judgement:
     """Find the first wrong step of an attempt. Steps may come in any order that the problem allows."""
     done: frozenset[int] = frozenset()
@@ -139,12 +133,16 @@ def judge(solution: Solution, attempt: Trace) -> Judgement:
         ]
         if not ready:
             return Judgement(number, "The problem asks for no further sum.", None, done)
-        claimed = find_equations(step.text)
+        claimed = [
+            (int(left), "*" if sign in "x×" else sign, int(right), int(result))
+            for left, sign, right, result in _EQUATION.findall(step.text)
+        ]
         needed = solution.operations[ready[0]]
         if not claimed:
             return Judgement(number, "No sum is worked out here.", needed, done)
-        meant = (i for i in ready if same_operation(claimed[-1][:3], solution.operations[i]))
-        match = next(meant, None)
+        meant = in_order(*claimed[-1][:3])
+        operations = {i: solution.operations[i] for i in ready}
+        match = next((i for i, o in operations.items() if in_order(o.left, o.sign, o.right) == meant), None)
         if match is None:
             cause = f"The sum to do is {needed.left} {needed.sign} {needed.right}."
             return Judgement(number, cause, needed, done)

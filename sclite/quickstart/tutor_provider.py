@@ -14,7 +14,7 @@ def register() -> None:
     litellm: Any = import_litellm()
 
     class Tutor(litellm.CustomLLM):
-        def completion(self, *args, messages, model, model_response, **options):
+        async def acompletion(self, *args, messages, model, model_response, **options):
             text = tutor.reply(messages)
             prompt_tokens = sum(len(message["content"].split()) for message in messages)
             completion_tokens = len(text.split())
@@ -27,9 +27,6 @@ def register() -> None:
                 total_tokens=prompt_tokens + completion_tokens,
             )
             return model_response
-
-        async def acompletion(self, *args, **options):
-            return self.completion(*args, **options)
 
     others = [item for item in litellm.custom_provider_map if item["provider"] != PROVIDER]
     litellm.custom_provider_map = [*others, {"provider": PROVIDER, "custom_handler": Tutor()}]

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -20,7 +21,6 @@ from sclite.evaluate.threshold import (
     Fitted,
     Trial,
     ensure_threshold,
-    fit_student,
     fit_threshold,
     load_threshold,
     most_spoiled,
@@ -28,9 +28,9 @@ from sclite.evaluate.threshold import (
 )
 from sclite.records import Problem
 from sclite.run import Run
-from sclite.student.base import Reply
 from sclite.student.self_correction import NEVER, SAME_RESULT, Reviewed
 from sclite.trace import Trace, parse
+from tests.toy import SameVerdict, ScriptedStudent
 
 VERDICTS = st.sampled_from([True, False, None])
 
@@ -181,6 +181,15 @@ def test_midpoint_that_rounds_to_its_neighbour_is_judged_as_used():
 
 # -- the corrections that are tried --------------------------------------------------------------------------------
 
+
+@pytest.fixture
+def gguf(run):
+    path = run.path("export/dpo-q8_0.gguf")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"GGUF")
+    return path
+
+
 MANY = [Problem(id=f"p{n}", question=f"question {n}", answer="1") for n in range(200)]
 
 
@@ -190,7 +199,8 @@ class Known:
     A wrong answer has one wrong step, which scores `lead` above the others; only correcting that step is right.
     """
 
-    def __init__(self, monkeypatch, lead: float):
+    def __init__(self, monkeypatch, run, gguf, lead: float):
+        self.run, self.gguf = run, gguf
         draw = random.Random(0)
         self.correct = [draw.random() < 0.7 for _ in MANY]
         self.wrong_step = [None if right else draw.randrange(3) for right in self.correct]
@@ -228,7 +238,10 @@ class Known:
         return found
 
     def fit(self, max_harm=0.005, problems=MANY) -> Fitted:
-        return fit_student(self, problems, Config.model_validate({"review": {"max_harm": max_harm}}), None)
+        self.run.path(FILE).unlink(missing_ok=True)
+        config = Config.model_validate({"review": {"max_harm": max_harm}})
+        fitted = ensure_threshold(config, self.run, self.gguf, self, problems, None)
+        return fitted.model_copy(update={"prompts": ""})
 
     def by_trying_everything(self, max_harm: float) -> Fitted:
         results = [tuple(self.fixes(i, step) for step in (1, 2, 3)) for i in range(len(MANY))]
@@ -240,26 +253,32 @@ class Known:
         return len({number for number, _ in self.tried}) / self.solved
 
 
+@pytest.fixture
+def known_with(monkeypatch, run, gguf):
+    """Known students by their `lead`."""
+    return partial(Known, monkeypatch, run, gguf)
+
+
 @pytest.mark.parametrize("lead", [1.5, 3.0, 5.0])
 @pytest.mark.parametrize("max_harm", [0.005, 0.03])
-def test_threshold_equals_that_of_trying_every_step(monkeypatch, lead, max_harm):
-    known = Known(monkeypatch, lead)
+def test_threshold_equals_that_of_trying_every_step(known_with, lead, max_harm):
+    known = known_with(lead)
     assert known.fit(max_harm) == known.by_trying_everything(max_harm)
     assert len(known.tried) < 0.75 * 3 * len(MANY)
     assert len(set(known.tried)) == len(known.tried)
 
 
 @pytest.mark.parametrize("spoils", [True, False])
-def test_fit_stops_after_two_blocks_that_fix_no_more_than_they_spoil(monkeypatch, spoils):
-    known = Known(monkeypatch, lead=-1.0)
+def test_fit_stops_after_two_blocks_that_fix_no_more_than_they_spoil(known_with, monkeypatch, spoils):
+    known = known_with(-1.0)
     monkeypatch.setattr(known, "fixes", lambda number, _: known.correct[number] and not spoils)
     assert known.fit().threshold is None
     assert known.solved == len(MANY) // 2
     assert known.share_tried == pytest.approx(2 * BLOCK)
 
 
-def test_fit_stops_at_its_share(monkeypatch):
-    known = Known(monkeypatch, lead=8.0)
+def test_fit_stops_at_its_share(known_with):
+    known = known_with(8.0)
     known.correct = [False] * len(MANY)
     known.wrong_step = [number % 3 for number in range(len(MANY))]
     known.fit(max_harm=1.0)
@@ -267,9 +286,9 @@ def test_fit_stops_at_its_share(monkeypatch):
     assert MAX_SHARE <= known.share_tried < MAX_SHARE + BLOCK  # those of the first half alone too
 
 
-def test_blocks_without_a_wrong_answer_do_not_stop_the_fit(monkeypatch):
+def test_blocks_without_a_wrong_answer_do_not_stop_the_fit(known_with):
     """The highest scores are of right answers that stay right: nothing to fix there, and nothing spoiled."""
-    known = Known(monkeypatch, lead=8.0)
+    known = known_with(8.0)
     surest = [i for i, right in enumerate(known.correct) if right][::3]
     for i in surest:
         known.scores[i] = (20.0 + i / 1000, 0.0, 0.0)
@@ -279,8 +298,8 @@ def test_blocks_without_a_wrong_answer_do_not_stop_the_fit(monkeypatch):
     assert known.fit(0.01).wrong_to_right == known.by_trying_everything(0.01).wrong_to_right > 0.1
 
 
-def test_correction_that_changes_nothing_neither_spoils_nor_fixes(monkeypatch):
-    known = Known(monkeypatch, lead=8.0)
+def test_correction_that_changes_nothing_neither_spoils_nor_fixes(known_with, monkeypatch):
+    known = known_with(8.0)
     same = [
         Reviewed(accused=1, note=SAME_RESULT),
         Reviewed(note="no answer after the correction"),
@@ -292,8 +311,8 @@ def test_correction_that_changes_nothing_neither_spoils_nor_fixes(monkeypatch):
     assert (fitted.threshold, fitted.wrong_to_right, fitted.right_to_wrong) == (None, 0.0, 0.0)
 
 
-def test_too_few_problems_or_verdicts_fit_no_threshold(monkeypatch):
-    known = Known(monkeypatch, lead=3.0)
+def test_too_few_problems_or_verdicts_fit_no_threshold(known_with):
+    known = known_with(3.0)
     few = known.fit(problems=MANY[: MIN_PROBLEMS - 1])
     assert (few.threshold, few.problems, known.solved) == (None, 49, 0)
     assert few.off == "49 problems are too few to fit its threshold, 50 are needed"
@@ -302,39 +321,13 @@ def test_too_few_problems_or_verdicts_fit_no_threshold(monkeypatch):
     assert known.fit(problems=MANY[:60]).off == "only 11 of 60 answers to fitting problems could be graded"
 
 
-class Plain:
-    """A student that writes no steps."""
-
-    asked = 0
-
-    def generate(self, requests):
-        self.asked += len(requests)
-        return [Reply(i, "the answer is 1", 4, 9, "stop") for i in range(len(requests))]
-
-    def score(self, requests):
-        assert not list(requests), "nothing to review"
-        return []
-
-
-class Equal:
-    def equal_many(self, pairs):
-        return [given == gold for given, gold in pairs]
-
-
-def test_answers_without_steps_have_no_threshold():
-    fitted = fit_student(Plain(), MANY[:60], Config(), Equal())
+def test_answers_without_steps_have_no_threshold(run, gguf, grader):
+    student = ScriptedStudent("the answer is 1")
+    fitted = ensure_threshold(Config(), run, gguf, student, MANY[:60], grader)
     assert (fitted.threshold, fitted.off) == (None, "its answers have no steps")
 
 
 # -- the file ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def gguf(run):
-    path = run.path("export/dpo-q8_0.gguf")
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"GGUF")
-    return path
 
 
 def fitted_on(problems, at=1.0, max_harm=0.005):
@@ -352,10 +345,10 @@ def fitted_on(problems, at=1.0, max_harm=0.005):
 )
 def test_a_stored_fit_is_kept_if_as_many_problems_fitted_it(run, gguf, problems, max_harm, count, kept):
     stored = store_threshold(Config(), run, gguf, fitted_on(problems, max_harm=max_harm))
-    student = Plain()
-    found = ensure_threshold(Config(), run, gguf, student, MANY[:count], grader=Equal())
+    student = ScriptedStudent("the answer is 1")
+    found = ensure_threshold(Config(), run, gguf, student, MANY[:count], SameVerdict(True))
     assert (found == stored) is kept
-    assert student.asked == (0 if kept else 60)
+    assert len(student.requests) == (0 if kept else 60)
     assert load_threshold(Config(), run, gguf) == found
 
 

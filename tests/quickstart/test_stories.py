@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sclite.quickstart.grammar import EVENTS, OPENINGS, QUESTIONS, same_operation, solve
+from sclite.quickstart.grammar import EVENTS, OPENINGS, QUESTIONS, in_order, solve
 from sclite.quickstart.problem_sets import test_problems as held_out_problems
 from sclite.quickstart.problem_sets import threshold_problems, train_problems
 from sclite.quickstart.stories import LARGE, generate, within
@@ -83,9 +83,9 @@ def test_only_sums_and_products_may_be_swapped(problems):
     operations = [o for p in problems[:300] for o in solve(p.question).operations if o.left != o.right]
     assert {o.sign for o in operations} == set("+-*/")
     for o in operations:
-        assert same_operation((o.left, o.sign, o.right), o)
-        assert same_operation((o.right, o.sign, o.left), o) is (o.sign in "+*")
-        assert not same_operation((o.left + 1, o.sign, o.right), o)
+        same = in_order(o.left, o.sign, o.right)
+        assert (in_order(o.right, o.sign, o.left) == same) is (o.sign in "+*")
+        assert in_order(o.left + 1, o.sign, o.right) != same
 
 
 def test_only_generated_stories_are_within_the_ranges(problems):

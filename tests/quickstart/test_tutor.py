@@ -10,7 +10,6 @@ import pytest
 from sclite import prompts
 from sclite.data.corrections import check_review
 from sclite.data.templates import check_template
-from sclite.grading.worker import Grader
 from sclite.quickstart import tutor
 from sclite.quickstart.grammar import solve
 from sclite.quickstart.stories import generate
@@ -19,12 +18,6 @@ from sclite.trace import Step, Trace, first_corrected, parse, render
 
 PROBLEMS = generate(400, 11)
 CALCULATE = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
-
-
-@pytest.fixture(scope="module")
-def grader():
-    with Grader() as grader:
-        yield grader
 
 
 def damaged(problem, draw):
@@ -78,17 +71,24 @@ def test_missing_and_superfluous_steps_are_wrong():
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "wrong"),
     [
-        ("48 + 24 = 72 apples", [(48, "+", 24, 72)]),
-        ("6x7=42 and 8 × 2 = 16", [(6, "*", 7, 42), (8, "*", 2, 16)]),
-        ("4 + 7 + 1 = 12", []),
-        ("no sums", []),
-        ("3 * 4 = 12 + 1", []),
+        ("She has 48 + 24 = 72 apples", None),
+        ("48+24=72", None),
+        ("24 + 48 = 72", None),  # swapped
+        ("First 6x7=42 and 8 × 2 = 16, so 48 + 24 = 72", None),
+        ("First 6x7=41, so 48 + 24 = 72", "The units 6 * 7 = 42 end in 2, not 1."),
+        ("48 + 24 = 73", "The units 8 + 4 = 12 end in 2, not 3."),
+        ("48 - 24 = 24", "The sum to do is 48 + 24."),
+        ("47 + 1 + 24 = 72", "No sum is worked out here."),  # no complete equation
+        ("48 + 24 = 71 + 1", "No sum is worked out here."),
+        ("no sums", "No sum is worked out here."),
     ],
 )
-def test_only_complete_equations_are_found(text, found):
-    assert tutor.find_equations(text) == found
+def test_only_complete_equations_are_judged(text, wrong):
+    solution = solve("Mia has 48 apples. She buys 24 more. How many apples does Mia have now?")
+    verdict = tutor.judge(solution, Trace((Step(text),)))
+    assert (verdict.step, verdict.cause) == ((1, wrong) if wrong else (None, ""))
 
 
 @pytest.mark.parametrize(
