@@ -72,11 +72,12 @@ class Common:
 
     def of_existing_run(self) -> "Common":
         """These options, with the quickstart's run if the default run does not exist but the quickstart's does."""
-        config, quickstart = self.load(), Path("runs/quickstart")
+        from sclite.run import Run
+
+        config, quickstart = self.load(), Run("runs/quickstart")
         default = config.run == type(config).model_fields["run"].default
-        if default and not Path(config.run).is_dir() and quickstart.is_dir():
-            return replace(self, run=quickstart)
-        return self
+        hidden = default and not Run(config.run).is_begun() and quickstart.is_begun()
+        return replace(self, run=quickstart.folder) if hidden else self
 
     def context(self, chosen: Mapping[str, Any] | None = None) -> "Context":
         """The context of a command that works on a run; `chosen` as in `load`."""

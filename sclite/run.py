@@ -54,6 +54,10 @@ class Run:
     def path(self, name: str) -> Path:
         return self.folder / name
 
+    def is_begun(self) -> bool:
+        """Whether this is a run: a folder with more in it than the lock and the ledger of a chat."""
+        return any(not path.name.startswith((LOCK, "ledger.sqlite")) for path in self.folder.glob("*"))
+
     # -- lock and settings -----------------------------------------------------------------------------------------
 
     @contextmanager

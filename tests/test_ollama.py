@@ -35,7 +35,7 @@ def ollama(monkeypatch):
 
 
 def test_chat_names_the_model_alone_or_as_an_option(sclite, ollama, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123456")
+    Run("runs/default").replace("problems.jsonl", [Problem(id="p", question="1 + 1?", answer="2")])
     ended = sclite("chat", "--model", "ollama/me", "--json", "How many?")
     assert (ended.code, ended.error) == (DONE, "")
     found = json.loads(ended.out)
@@ -50,7 +50,22 @@ def test_chat_names_the_model_alone_or_as_an_option(sclite, ollama, monkeypatch)
     assert len(ollama.requests) == 4
 
 
+def test_chat_without_a_run_writes_nothing_and_finds_the_quickstarts_run(sclite, ollama, tmp_path):
+    left = tmp_path / "runs/default/ledger.sqlite"  # a ledger alone is no run
+    for before in (False, True):
+        if before:
+            left.parent.mkdir(parents=True)
+            left.touch()
+        ended = sclite("chat", "--model", "ollama/me", "How many?")
+        assert (ended.code, ended.error) == (DONE, "")
+        assert [path for path in tmp_path.rglob("*") if path.is_file()] == [left] * before
+    Run("runs/quickstart").replace("problems.jsonl", [Problem(id="p", question="1 + 1?", answer="2")])
+    assert "runs/quickstart" in sclite("status").out
+    assert len(ollama.requests) == 4
+
+
 def test_chat_through_the_ledger_of_a_busy_run_is_refused(sclite, ollama):
+    Run("runs/default").replace("problems.jsonl", [Problem(id="p", question="1 + 1?", answer="2")])
     with Run("runs/default").lock():
         ended = sclite("chat", "--model", "ollama/me", "How many?")
     assert (ended.code, ollama.requests) == (USAGE, [])

@@ -1,8 +1,10 @@
 """The commands that evaluate and use a student: eval, export, chat and serve."""
 
 import re
-from contextlib import nullcontext
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -187,6 +189,7 @@ def chat(
     """
     from sclite import exports
     from sclite.chat.repl import run_chat
+    from sclite.run import Run
 
     if model is None and question and re.fullmatch(r"[a-z][a-z0-9_]+/[A-Za-z][\w.:/-]*", question):
         model, question = Path(question), None  # ollama/qwen3:8b is no question
@@ -198,24 +201,25 @@ def chat(
     # a model behind an API, such as ollama/qwen3:8b, and not a file
     remote = model is not None and not (model.parent.is_dir() or model.suffix == ".gguf")
     remote = remote and "/" in str(model) and not str(model).startswith(("/", ".", "~"))
-    if model is None:
-        exports.export_for_chat(context)
-    if model is not None and remote:
-        off = exports.REVIEW_OFF if self_correct is False else ""
-        path, threshold = model, None
-    else:
-        path, threshold, off = exports.for_chat(context, model, self_correct)
-    example, familiar = "", lambda _: True
+    example, familiar, endpoint = "", lambda _: True, None
     if context.config.teacher.embedded and model is None:
         from sclite.quickstart.problem_sets import test_problems
         from sclite.quickstart.stories import within
 
         example, familiar = test_problems(1)[0].question, within
-    settings = context.config.attempts.model_copy(update={"student": str(model)})
-    with (
-        context.run.lock() if remote else nullcontext(),  # the ledger is that of one process
-        context.endpoint(settings, "chat") if remote else nullcontext() as endpoint,
-    ):
+    with ExitStack() as stack:
+        if model is not None and remote:
+            path, threshold, off = model, None, exports.REVIEW_OFF if self_correct is False else ""
+            payer = context
+            if not context.run.is_begun():  # nothing is written where there is no run
+                payer = replace(context, run=Run(stack.enter_context(TemporaryDirectory())))
+            stack.enter_context(payer.run.lock())  # the ledger is that of one process
+            settings = context.config.attempts.model_copy(update={"student": str(model)})
+            endpoint = stack.enter_context(payer.endpoint(settings, "chat"))
+        else:
+            if model is None:
+                exports.export_for_chat(context)
+            path, threshold, off = exports.for_chat(context, model, self_correct)
         answered = run_chat(
             path,
             context.config,
