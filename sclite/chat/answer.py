@@ -2,11 +2,16 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from sclite import prompts
+from sclite.config import Config
 from sclite.student.base import Reply, Request
+from sclite.student.llama_cpp.engine import Engine
+from sclite.student.llama_cpp.probe import check_gguf
 from sclite.student.self_correction import Reviewed, ReviewSettings, Script, Writing, review
 from sclite.trace import Trace, parse, render
 
@@ -24,6 +29,18 @@ class Settings:
     seed: int = 0
     stop: tuple[str, ...] = ()
     prompt_folder: str = ""
+
+    @classmethod
+    def of(cls, config: Config, threshold: float | None, off: str) -> "Settings":
+        """The settings of a configuration; without review if `off` says why."""
+        return cls(
+            mode="" if off else config.review.mode,
+            threshold=threshold or 0.0,
+            rounds=max(1, config.review.rounds),
+            max_tokens=config.eval.max_tokens,
+            seed=config.seed,
+            prompt_folder=config.prompts.folder,
+        )
 
 
 @dataclass(frozen=True)
@@ -68,11 +85,8 @@ class Answer:
 
     def as_json(self) -> dict[str, object]:
         """The answer as `sclite chat --json` prints it."""
-        row: dict[str, object] = {
-            "question": self.question,
-            "first": self.first.text,
-            "answer": self.final.answer,
-        }
+        row: dict[str, object] = {"question": self.question, "first": self.first.text}
+        row["answer"] = self.final.answer
         if self.review is not None:
             row |= {
                 "accused": self.review.accused,
@@ -81,13 +95,14 @@ class Answer:
                 "step_scores": [round(score, 4) for score in self.review.scores],
                 "final": self.text,
             }
-        cost = {
+        seconds, of_review = round(self.seconds, 3), round(self.review_seconds, 3)
+        row |= {
             "tokens": self.tokens,
             "fed_tokens": self.fed,
-            "seconds": round(self.seconds, 3),
-            "review_seconds": round(self.review_seconds, 3),
+            "seconds": seconds,
+            "review_seconds": of_review,
         }
-        return row | cost | {"note": self.note}
+        return row | {"note": self.note}
 
 
 def solve_and_review(question: str, settings: Settings) -> Script[Answer]:
@@ -121,10 +136,13 @@ def solve_and_review(question: str, settings: Settings) -> Script[Answer]:
     return Answer(question, reply, trace, reviewed, note, ended - began, ended - solved)
 
 
-def with_history(question: str, history: Sequence[Answer]) -> str:
-    """A question that follows earlier ones, as a single problem: students are trained on single problems."""
-    earlier = [f"{answer.question}\nAnswer: {answer.result}" for answer in history]
-    return "\n\n".join([*earlier, question])
+@contextmanager
+def open_gguf(path: Path, config: Config, parallel: int | None) -> Iterator[Engine]:
+    """A GGUF in llama.cpp with the system prompt of a solution in its cache. Raises DataError if it cannot be loaded."""
+    check_gguf(path)
+    with Engine(path, parallel=parallel, context=config.eval.context) as engine:
+        list(engine.generate([Request(prompts.solve_messages("1", config.prompts.folder), max_tokens=1)]))
+        yield engine
 
 
 def probability(log_odds: float) -> float:

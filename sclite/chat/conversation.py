@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from sclite import console, prompts
-from sclite.chat.answer import Answer, Settings, probability, solve_and_review, with_history
+from sclite.chat.answer import Answer, Settings, probability, solve_and_review
 from sclite.chat.view import AnswerView, readable, showing
 from sclite.console import escape
 from sclite.errors import DataError, ScliteError, TeacherError, UsageError
@@ -60,33 +60,38 @@ class Chat:
         earlier = self.answers if self.history else []
         settings = self.settings if temperature is None else replace(self.settings, temperature=temperature)
         view = AnswerView()
-        answer = None
         with nullcontext(lambda: None) if quiet else showing(view) as draw:
             while True:
-                script = solve_and_review(with_history(question, earlier), settings)
+                # one text, as students are trained on single problems
+                asked = [*(f"{each.question}\nAnswer: {each.result}" for each in earlier), question]
+                script = solve_and_review("\n\n".join(asked), settings)
                 for event in stream(self.student, script, pieces=not quiet):
                     view.feed(event)
                     draw()
-                    answer = event if isinstance(event, Answer) else answer
-                failed = answer is not None and answer.first.finish == "error"
+                answer = view.answer
+                assert answer is not None  # the last event
+                failed = answer.first.finish == "error"
                 if not failed or not earlier or not self.context:  # an endpoint fails for other reasons
                     break
                 earlier = earlier[1:]  # too long: the oldest go first
-        if answer is None or answer.first.finish == "error":
-            reason = answer.first.error if answer is not None else "no reply"
-            message = f"cannot answer the question: {reason}"
+        if failed:
+            message = f"cannot answer the question: {answer.first.error}"
             if not self.context:
                 raise TeacherError(message, "ask again, or choose another model")
-            hint = (
-                f"shorten the question, or use --set eval.context={2 * self.context}, if the model allows it"
-            )
-            raise DataError(message, hint)
+            larger = f"--set eval.context={2 * self.context}"
+            raise DataError(message, f"shorten the question, or use {larger}, if the model allows it")
         answer = replace(answer, question=question, asked=answer.question)
         self.answers.append(answer)
         if answer.note and not quiet:
             console.note(f"[yellow]note:[/] {escape(answer.note)}")
         if not quiet and console.is_interactive():
-            console.note(f"  [dim]{escape(view.footer(self.context))}[/]")
+            rate = answer.tokens / max(answer.seconds, 1e-3)
+            cost = f"{answer.tokens} tokens in {answer.seconds:.1f} s, {rate:.0f} tokens/s"
+            if answer.review is not None:
+                cost += f"; review {answer.review_seconds:.1f} s, {answer.review.fed} fed"
+            if self.context:
+                cost += f"; context {answer.first.prompt_tokens + answer.first.tokens}/{self.context}"
+            console.note(f"  [dim]{cost}[/]")
         return answer
 
     def command(self, typed: str) -> None:
@@ -168,10 +173,8 @@ class Chat:
             else:
                 raise ValueError
         except ValueError:
-            keys = ", ".join([*KEYS, "mode (guided, free)", "history (on, off)"])
-            raise UsageError(
-                f"cannot set {rest or 'nothing'}", f"/set KEY VALUE; the keys are {keys}"
-            ) from None
+            hint = f"/set KEY VALUE; the keys are {', '.join([*KEYS, 'mode (guided, free)', 'history (on, off)'])}"
+            raise UsageError(f"cannot set {rest or 'nothing'}", hint) from None
         console.note(f"[dim]{escape(key)} = {escape(value)}[/]")
 
     def do_correct(self, rest: str) -> None:
@@ -186,15 +189,11 @@ class Chat:
         answer = self.last()
         base = next(iter(sorted(self.path.parent.glob("base-*.gguf"))), None)
         if base is None:
-            raise UsageError(
-                f"there is no base-*.gguf beside {self.path.name}", "run `sclite eval PROBLEMS --models base`"
-            )
-        request = Request(
-            prompts.solve_messages(answer.question, self.settings.prompt_folder),
-            max_tokens=self.settings.max_tokens,
-        )
+            message = f"there is no base-*.gguf beside {self.path.name}"
+            raise UsageError(message, "run `sclite eval PROBLEMS --models base`")
+        messages = prompts.solve_messages(answer.question, self.settings.prompt_folder)
         with Engine(base, parallel=1, context=self.context) as student:
-            reply = next(student.generate([request]))
+            reply = next(student.generate([Request(messages, max_tokens=self.settings.max_tokens)]))
         console.print(f"[bold]{escape(base.name)}[/]")
         for part in (Answer(answer.question, reply, parse(reply.text).trace), answer):
             view = AnswerView()
@@ -212,13 +211,11 @@ class Chat:
         review = answer.review
         if review is None or not review.scores:
             raise UsageError("the last answer has no scores", "/set mode guided, /correct on, then /retry")
-        limit = self.settings.threshold
-        rows = []
+        rows, limit = [], self.settings.threshold
         for number, (step, odds) in enumerate(zip(answer.trace.steps, review.scores, strict=False), 1):
             flag = "flagged" if number == review.accused else "above" if odds > limit else ""
-            rows.append(
-                [str(number), readable(step.text), f"{100 * probability(odds):.1f} %", f"{odds:+.2f}", flag]
-            )
+            score = f"{100 * probability(odds):.1f} %", f"{odds:+.2f}"
+            rows.append([str(number), readable(step.text), *score, flag])
         title = f"corrected from log-odds {limit:+.2f} ({100 * probability(limit):.0f} %)"
         console.print_table(title, ["step", "text", "error", "log-odds", ""], rows, texts=2)
         if review.cause:
@@ -247,8 +244,16 @@ class Chat:
             raise DataError(f"{path} is not a saved conversation: {reason}", "give a file of /save") from None
         console.note(f"[dim]loaded {len(self.answers)} answers[/]")
 
-    def do_good(self, _: str, good: bool = True) -> None:
+    def do_good(self, _: str) -> None:
         """the answer is right; `build-data` confirms it"""
+        self.judge(good=True)
+
+    def do_bad(self, _: str) -> None:
+        """the answer is wrong; `build-data` has it corrected"""
+        self.judge(good=False)
+
+    def judge(self, good: bool) -> None:
+        """Add the last answer and a verdict on it to the feedback of the run."""
         answer = self.last()
         row = Feedback(
             question=answer.asked or answer.question,
@@ -260,10 +265,6 @@ class Chat:
         )
         self.run.append(FEEDBACK, [row])
         console.note(f"[dim]noted in {escape(str(self.run.path(FEEDBACK)))}; `sclite build-data` uses it[/]")
-
-    def do_bad(self, _: str) -> None:
-        """the answer is wrong; `build-data` has it corrected"""
-        self.do_good("", good=False)
 
     def do_bye(self, _: str) -> None:
         """leave; so do exit, quit and Ctrl-D"""

@@ -4,19 +4,18 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, cast
 
-from sclite import console, prompts
-from sclite.chat.answer import Settings
+from sclite import console
+from sclite.chat.answer import Settings, open_gguf
 from sclite.chat.conversation import Chat
 from sclite.config import Config
 from sclite.console import escape
 from sclite.errors import ScliteError
 from sclite.run import Run
-from sclite.student.base import Request, Student
-from sclite.student.llama_cpp.engine import Engine
-from sclite.student.llama_cpp.probe import check_gguf
+from sclite.student.base import Student
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -42,24 +41,16 @@ def run_chat(
     when a question is not `familiar`. An error or Ctrl-C ends an answer, not the session.
     """
     interactive = question is None and console.is_interactive()
-    settings = Settings(
-        mode="" if off else "free" if endpoint is not None else config.review.mode,
-        threshold=threshold or 0.0,
-        rounds=max(1, config.review.rounds),
-        max_tokens=config.eval.max_tokens,
-        seed=config.seed,
-        prompt_folder=config.prompts.folder,
-    )
+    settings = Settings.of(config, threshold, off)
     with ExitStack() as stack:
-        student, context, about = endpoint, 0, ""
-        if student is None:
+        if endpoint is not None:
+            student, context, about = endpoint, 0, ""
+            settings = replace(settings, mode=settings.mode and "free")
+        else:
             spinner = console.make_console(stderr=True).status(f"loading {path.name}")
             with spinner if console.is_interactive() else nullcontext():
-                check_gguf(path)
                 # one sequence keeps the solution while the other one reviews it
-                engine = stack.enter_context(Engine(path, parallel=2, context=config.eval.context))
-                warm = prompts.solve_messages("1", settings.prompt_folder)
-                list(engine.generate([Request(warm, max_tokens=1)]))  # the system prompt stays in the cache
+                engine = stack.enter_context(open_gguf(path, config, parallel=2))
             student, context = engine, engine.context
             about = f": {engine.description}, on the {'GPU' if engine.offloaded else 'CPU'}"
         chat = Chat(student, context, path, run, settings, familiar, settings.mode or config.review.mode)
@@ -163,9 +154,8 @@ def open_prompt(chat: Chat) -> "PromptSession[str]":
         buffer = event.current_buffer
         text = buffer.text.strip()
         quoted = text.startswith('"""') and (len(text) < 6 or not text.endswith('"""'))
-        if quoted or (
-            dumb and event.key_processor.input_queue
-        ):  # it does not mark what is pasted: all comes at once
+        pasted = dumb and event.key_processor.input_queue  # which it does not mark: all comes at once
+        if quoted or pasted:
             buffer.insert_text("\n")
         else:
             buffer.validate_and_handle()

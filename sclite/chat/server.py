@@ -26,14 +26,11 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from sclite import console, prompts
-from sclite.chat.answer import Settings
+from sclite import console
+from sclite.chat.answer import Settings, open_gguf
 from sclite.chat.service import RAW, ApiError, Completion, End, Piece, Service
 from sclite.config import Config
 from sclite.errors import UsageError
-from sclite.student.base import Request
-from sclite.student.llama_cpp.engine import Engine
-from sclite.student.llama_cpp.probe import check_gguf
 
 KEY = "SCLITE_API_KEY"
 MOST_BYTES = 1_000_000
@@ -121,9 +118,8 @@ class Api:
     async def page(self, _: HttpRequest) -> Response:
         """GET /, the chat page."""
         text = files("sclite.chat").joinpath("page.html").read_text(encoding="utf-8")
-        policy = (
-            "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
-        )
+        inline = "script-src 'unsafe-inline'; style-src 'unsafe-inline'"
+        policy = f"default-src 'none'; {inline}; connect-src 'self'"
         return HTMLResponse(text, headers={"content-security-policy": policy})
 
     async def fail(self, _: HttpRequest, error: ApiError | HTTPException) -> Response:
@@ -225,21 +221,10 @@ def run_server(
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        raise UsageError(
-            f"cannot listen on {host}:{port}: {error.strerror}", "choose another --port"
-        ) from None
-    check_gguf(path)
-    settings = Settings(
-        mode="" if off else config.review.mode,
-        threshold=threshold or 0.0,
-        rounds=max(1, config.review.rounds),
-        max_tokens=config.eval.max_tokens,
-        prompt_folder=config.prompts.folder,
-    )
-    with listener, Engine(path, parallel=parallel, context=config.eval.context) as engine:
-        warm = Request(prompts.solve_messages("1", settings.prompt_folder), max_tokens=1)
-        list(engine.generate([warm]))  # the system prompt stays in the cache
-        service = Service(engine, name, settings, engine.parallel)
+        message = f"cannot listen on {host}:{port}: {error.strerror}"
+        raise UsageError(message, "choose another --port") from None
+    with listener, open_gguf(path, config, parallel) as engine:
+        service = Service(engine, name, Settings.of(config, threshold, off), engine.parallel)
         shown = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         served = f"{console.escape(path.name)} at {shown}/v1 as [bold]{console.escape(name)}[/]"
         console.note(f"{served}; chat at {shown}/")
@@ -247,13 +232,10 @@ def run_server(
             console.print_json_line({"url": f"{shown}/v1", "model": name, "file": str(path), "note": off})
         if off:
             console.note(f"[dim]{console.escape(off)}[/]")
-        server = uvicorn.Server(
-            uvicorn.Config(Api(service, key).app, log_level="warning", access_log=False, lifespan="off")
-        )
+        options: dict[str, Any] = {"log_level": "warning", "access_log": False, "lifespan": "off"}
+        server = uvicorn.Server(uvicorn.Config(Api(service, key).app, **options))
         # uvicorn finishes what is in flight, then raises the signal again
-        before = {
-            number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        before = {each: signal.signal(each, lambda *_: None) for each in (signal.SIGTERM, signal.SIGINT)}
         try:
             server.run(sockets=[listener])
         finally:

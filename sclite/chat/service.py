@@ -68,9 +68,8 @@ class Completion(BaseModel):
     @property
     def stops(self) -> tuple[str, ...]:
         """The stop strings."""
-        return tuple(
-            stop for stop in ([self.stop] if isinstance(self.stop, str) else self.stop or ()) if stop
-        )
+        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return tuple(filter(None, given))
 
 
 @dataclass(frozen=True)
@@ -135,15 +134,6 @@ class PlainText:
         return ready
 
 
-def final_text(answer: Answer) -> str:
-    """The corrected solution as plain text; the reply itself if it has no steps."""
-    final = answer.final
-    if not final.steps:
-        return answer.text
-    lines = [f"{number}. {step.text}" for number, step in enumerate(final.steps, 1)]
-    return "\n".join([*lines, *(["", f"Answer: {final.answer}"] if final.answer is not None else [])])
-
-
 class Service:
     """Answers requests with one student. Each choice runs in a thread; the engine decodes them together."""
 
@@ -157,17 +147,26 @@ class Service:
         self.counts: defaultdict[str, float] = defaultdict(float)
         self.began = int(time.time())
 
-    def choose(self, asked: Completion) -> bool:
-        """Whether the request is for the model without review. Raises ApiError for an unknown model or no question."""
+    def choose(self, asked: Completion) -> tuple[Callable[..., Iterator["Piece | End"]], Settings]:
+        """How to answer, with or without review. Raises ApiError for an unknown model or no question."""
         if asked.model not in (self.name, self.name + RAW):
             raise ApiError(404, f"the model {asked.model!r} does not exist", "model_not_found", "model")
         if not any(message.role == "user" and message.text.strip() for message in asked.messages):
             raise ApiError(400, "there is no message of the user", None, "messages")
-        return asked.model.endswith(RAW)
+        tokens = asked.max_completion_tokens or asked.max_tokens or self.settings.max_tokens
+        warmth = asked.temperature or 0.0
+        settings = replace(
+            self.settings,
+            max_tokens=min(tokens, self.settings.max_tokens),
+            temperature=warmth if warmth > 0.001 else 0.0,
+            top_p=asked.top_p or 1.0,
+            seed=abs(asked.seed or 0),
+        )
+        return (self._raw if asked.model.endswith(RAW) else self._reviewed), settings
 
     async def run(self, asked: Completion) -> AsyncGenerator[Piece | End, None]:
         """What the choices write, as it comes. Closing it frees the engine. Raises ApiError."""
-        raw = self.choose(asked)
+        answer, settings = self.choose(asked)
         if self.active + asked.n > self.most:
             raise ApiError(429, "too many requests are waiting; try again later", "rate_limit_exceeded")
         loop, cancel = asyncio.get_running_loop(), Event()
@@ -177,6 +176,10 @@ class Service:
         def put(item: Piece | End | Exception) -> None:
             loop.call_soon_threadsafe(found.put_nowait, item)
 
+        def work(index: int) -> None:
+            for piece in answer(asked, replace(settings, seed=settings.seed + index), index, cancel):
+                put(piece)
+
         def check(done: Future[None]) -> None:
             if not done.cancelled() and isinstance(error := done.exception(), Exception):
                 put(ApiError(500, error.message) if isinstance(error, ScliteError) else error)
@@ -184,8 +187,8 @@ class Service:
         late = ApiError(504, f"no answer within {self.seconds:.0f} seconds", "timeout")
         deadline = loop.call_later(self.seconds, found.put_nowait, late)
         self.active += asked.n
-        work = [self.pool.submit(self._work, asked, raw, index, cancel, put) for index in range(asked.n)]
-        for each in work:
+        choices = [self.pool.submit(work, index) for index in range(asked.n)]
+        for each in choices:
             each.add_done_callback(check)
         try:
             while left:
@@ -206,45 +209,17 @@ class Service:
             self.counts["request_seconds_sum"] += time.monotonic() - began
             deadline.cancel()
             cancel.set()
-            for each in work:
+            for each in choices:
                 each.cancel()
             self.active -= asked.n
-
-    def _work(
-        self,
-        asked: Completion,
-        raw: bool,
-        index: int,
-        cancel: Event,
-        put: Callable[[Piece | End | Exception], None],
-    ) -> None:
-        """Answer one choice, in a thread."""
-        tokens = asked.max_completion_tokens or asked.max_tokens or self.settings.max_tokens
-        warmth = asked.temperature or 0.0
-        settings = replace(
-            self.settings,
-            max_tokens=min(tokens, self.settings.max_tokens),
-            temperature=warmth if warmth > 0.001 else 0.0,
-            top_p=asked.top_p or 1.0,
-            seed=abs(asked.seed or 0) + index,
-        )
-        for item in (self._raw if raw else self._reviewed)(asked, settings, index, cancel):
-            put(item)
 
     def _raw(self, asked: Completion, settings: Settings, index: int, cancel: Event) -> Iterator[Piece | End]:
         """The model's reply to the messages as they are."""
         messages = tuple(
             {"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in asked.messages
         )
-        request = Request(
-            messages,
-            (),
-            settings.max_tokens,
-            settings.temperature,
-            settings.top_p,
-            settings.seed,
-            asked.stops,
-        )
+        sampling = (settings.max_tokens, settings.temperature, settings.top_p, settings.seed)
+        request = Request(messages, (), *sampling, asked.stops)
         began = time.monotonic()
         held, hold = "", max(map(len, asked.stops), default=0)  # a stop string is not part of the reply
         for found in self.student.stream(request, cancel, asked.stream):
@@ -276,22 +251,23 @@ class Service:
                 plain = PlainText()
                 text += {"solution": "", "continuation": "\n"}.get(event.part, "\n\nReview\n")
             elif isinstance(event, StepsScored):
-                parts = [
-                    f"step {n}: {100 * probability(odds):.0f} %" for n, odds in enumerate(event.scores, 1)
-                ]
-                text = plain.feed("", last=True) + f"\n\nProbability of an error: {', '.join(parts)}"
+                errors = [f"{100 * probability(odds):.0f} %" for odds in event.scores]
+                listed = ", ".join(f"step {n}: {error}" for n, error in enumerate(errors, 1))
+                text = plain.feed("", last=True) + f"\n\nProbability of an error: {listed}"
             elif isinstance(event, Corrected):
                 text = plain.feed("", last=True)
             else:
                 check_reply(event.first)
                 yield Piece(index, "reasoning_content", plain.feed("", last=True))
-                content = final_text(event)
+                final, content = event.final, event.text  # the reply itself if it has no steps
+                if final.steps:
+                    content = "\n".join(f"{n}. {step.text}" for n, step in enumerate(final.steps, 1))
+                    content += "" if final.answer is None else f"\n\nAnswer: {final.answer}"
                 ends = [at for stop in asked.stops if (at := content.find(stop)) >= 0]
                 yield Piece(index, "content", content[: min(ends, default=len(content))])
                 finish = "length" if event.first.finish == "length" and not ends else "stop"
-                yield End(
-                    index, finish, event.first.prompt_tokens, event.tokens, event.fed, event.seconds, event
-                )
+                counts = event.first.prompt_tokens, event.tokens, event.fed
+                yield End(index, finish, *counts, event.seconds, event)
             if text:
                 yield Piece(index, "reasoning_content", text)
 

@@ -14,7 +14,8 @@ from sclite.student.self_correction import Corrected, Event, StepsScored, Writin
 from sclite.trace import CAUSE, Step, parse
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, ConsoleOptions
+    from rich.spinner import Spinner
     from rich.text import Text
 
 INDENT = 12
@@ -76,9 +77,22 @@ class AnswerView:
             if isinstance(event, Writing):
                 self.part, self.text, self.kept = event.part, "", len(self.lines)
             elif isinstance(event, StepsScored):
-                self._score(event)
+                self.part = "scores"
+                for place, odds in zip(self._live(), event.scores, strict=False):
+                    self.lines[place] = replace(self.lines[place], odds=odds)
+                if event.accused is not None:
+                    self.first_answer, self.final = self.first_answer or self.final, None
+                    place = self._live()[event.accused - 1]
+                    del self.lines[place + 1 :]  # they rest on the wrong step
+                    self.lines[place] = replace(self.lines[place], flagged=True)
             elif isinstance(event, Corrected):
-                self._correct(event.step, event.cause, event.correction)
+                live = self._live()
+                if self.part == "review":  # free: it is read only when it is complete
+                    self.first_answer, place = self.final, live[min(event.step, len(live)) - 1]
+                else:
+                    place = max(i for i, line in enumerate(self.lines) if line.flagged)
+                wrong = replace(self.lines[place], flagged=True, cause=event.cause)
+                self.lines[place:] = [wrong, Line(event.step, event.correction, corrects=True)]
             else:
                 self._finish(event)
 
@@ -103,27 +117,6 @@ class AnswerView:
             self.lines[self.kept - 1] = replace(flagged, cause=found.cause)
             correction = [Line(flagged.number, found.correction, corrects=True)] if found.correction else []
             self.lines[self.kept :] = correction
-
-    def _score(self, event: StepsScored) -> None:
-        self.part = "scores"
-        for place, odds in zip(self._live(), event.scores, strict=False):
-            self.lines[place] = replace(self.lines[place], odds=odds)
-        if event.accused is not None:
-            self.first_answer, self.final = self.first_answer or self.final, None
-            place = self._live()[event.accused - 1]
-            del self.lines[place + 1 :]  # they rest on the wrong step
-            self.lines[place] = replace(self.lines[place], flagged=True)
-
-    def _correct(self, step: int, cause: str, correction: str) -> None:
-        live = self._live()
-        if self.part == "review":  # free: it is read only when it is complete
-            self.first_answer, place = self.final, live[min(step, len(live)) - 1]
-            del self.lines[place + 1 :]
-        else:
-            place = max(i for i, line in enumerate(self.lines) if line.flagged)
-            del self.lines[place + 1 :]
-        self.lines[place] = replace(self.lines[place], flagged=True, cause=cause)
-        self.lines.append(Line(step, correction, corrects=True))
 
     def _finish(self, answer: Answer) -> None:
         self.answer, self.part = answer, ""
@@ -167,23 +160,12 @@ class AnswerView:
 
         if not line.number:  # text without steps
             return _hang(Text(), Text(readable(line.text)), width, 0)
-        mark = (
-            "✗"
-            if line.flagged or line.cause
-            else "→"
-            if line.corrects
-            else "·"
-            if line.odds is not None
-            else " "
-        )
+        mark = " " if line.odds is None else "·"
+        mark = "✗" if line.flagged or line.cause else "→" if line.corrects else mark
         odds = f"{100 * probability(line.odds):3.0f}%" if line.odds is not None else ""
         style = "red" if line.flagged else "green" if line.corrects else ""
-        head = Text.assemble(
-            "  ",
-            (mark, style or "dim"),
-            (f"{line.number:3} ", "dim"),
-            (f"{odds:4}", "bold red" if line.flagged else "dim"),
-        )
+        number, shown = (f"{line.number:3} ", "dim"), (f"{odds:4}", "bold red" if line.flagged else "dim")
+        head = Text.assemble("  ", (mark, style or "dim"), number, shown)
         text = Text(readable(line.text), f"{style} strike" if line.flagged else style)
         rows = _hang(head, text, width, INDENT)
         for name, note, colour in (("key", line.key, "cyan"), ("why", line.cause, "red")):
@@ -192,22 +174,17 @@ class AnswerView:
                 rows += _hang(label, Text(readable(note)), width, INDENT + 4)
         return rows
 
-    def status(self) -> str:
-        """What happens now, and for how long."""
-        return f"{DOING.get(self.part, 'starting')} · {time.monotonic() - self.began:.0f} s · Ctrl-C stops"
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "Iterator[Text | Spinner]":
+        """The lines with what happens now below them; only their end if they are taller than the terminal."""
+        from rich.spinner import Spinner
 
-    def footer(self, context: int) -> str:
-        """Tokens written and their rate, what the review cost (prompt tokens fed), and how full the context was."""
-        if self.answer is None:
-            return ""
-        answer, first = self.answer, self.answer.first
-        rate = answer.tokens / max(answer.seconds, 1e-3)
-        parts = [f"{answer.tokens} tokens in {answer.seconds:.1f} s, {rate:.0f} tokens/s"]
-        if answer.review is not None:
-            parts.append(f"review {answer.review_seconds:.1f} s, {answer.review.fed} fed")
-        if context:
-            parts.append(f"context {first.prompt_tokens + first.tokens}/{context}")
-        return "; ".join(parts)
+        rows = self.render(options.max_width)
+        if not self.part and (self.answer is not None or rows):
+            yield from rows
+            return
+        yield from rows[-max(1, console.height - 3) :]
+        doing = f"{DOING.get(self.part, 'starting')} · {time.monotonic() - self.began:.0f} s · Ctrl-C stops"
+        yield Spinner("dots", f"[dim]{doing}[/]")
 
 
 def _hang(head: "Text", text: "Text", width: int, indent: int) -> "list[Text]":
@@ -236,10 +213,8 @@ def showing(view: AnswerView) -> Iterator[Callable[[], None]]:
 
         def append() -> None:
             nonlocal printed
-            rows = (
-                view.render(out.width, complete=True) if view.part == "solution" and out.is_terminal else []
-            )
-            for row in rows[printed:]:
+            solving = view.part == "solution" and out.is_terminal
+            for row in view.render(out.width, complete=True)[printed:] if solving else ():
                 out.print(row, soft_wrap=True)
                 printed += 1
 
@@ -251,7 +226,7 @@ def showing(view: AnswerView) -> Iterator[Callable[[], None]]:
         return
     from rich.live import Live
 
-    with Live(get_renderable=lambda: _screen(view, out), console=out, refresh_per_second=10) as live:
+    with Live(view, console=out, refresh_per_second=10) as live:
         drawn = 0.0
 
         def draw() -> None:
@@ -265,18 +240,6 @@ def showing(view: AnswerView) -> Iterator[Callable[[], None]]:
         finally:
             with view.lock:
                 view.part = ""
-
-
-def _screen(view: AnswerView, out: "Console"):
-    """The view with what happens now below it; only its end if it is taller than the terminal."""
-    from rich.console import Group
-    from rich.spinner import Spinner
-
-    rows = view.render(out.width)
-    if not view.part and (view.answer is not None or rows):
-        return Group(*rows)
-    rows = rows[-max(1, out.height - 3) :]
-    return Group(*rows, Spinner("dots", f"[dim]{view.status()}[/]"))
 
 
 # -- LaTeX -------------------------------------------------------------------------------------------------------------

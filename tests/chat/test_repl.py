@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sclite.chat import conversation, repl
+from sclite.chat import answer, conversation, repl
 from sclite.chat.answer import Settings
 from sclite.chat.conversation import Chat
 from sclite.config import Config
@@ -26,8 +26,8 @@ from tests.toy import tiny_gguf, tiny_llama
 
 
 def chatted(monkeypatch, run, student, threshold=0.0, lines=("How many?",), config=None, **options) -> bool:
-    monkeypatch.setattr(repl, "check_gguf", lambda path: None)
-    monkeypatch.setattr(repl, "Engine", lambda *_, **__: student)
+    monkeypatch.setattr(answer, "check_gguf", lambda path: None)
+    monkeypatch.setattr(answer, "Engine", lambda *_, **__: student)
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
     return repl.run_chat(Path("x.gguf"), config or Config(), threshold, run, **options)
 
@@ -296,7 +296,7 @@ def test_unknown_commands_suggest_a_similar_one(chat, capsys):
 SESSION = """
 import sys, time
 from pathlib import Path
-from sclite.chat import repl
+from sclite.chat import answer, repl
 from sclite.config import Config
 from sclite.run import Run
 from sclite.student.base import Reply
@@ -314,7 +314,7 @@ class Slow(Scripted):
         else:
             yield from super().stream(ask, cancel, pieces)
 
-repl.check_gguf, repl.Engine = (lambda path: None), (lambda *_, **__: Slow())
+answer.check_gguf, answer.Engine = (lambda path: None), (lambda *_, **__: Slow())
 repl.run_chat(Path("x.gguf"), Config(), None, Run("run"))
 print("left", flush=True)
 """
@@ -391,14 +391,14 @@ def test_steps_appear_while_they_are_written(terminal):
 STORY = "Tom has 20 nuts. He buys 11 more. He sells 12 nuts. How many nuts does Tom have now?"
 JUDGED = """
 from pathlib import Path
-from sclite.chat import repl
+from sclite.chat import answer, repl
 from sclite.config import Config
 from sclite.run import Run
 from sclite.trace import Step, Trace, render
 from tests.chat.scripted import Scripted
 
 text = render(Trace((Step("20 + 11 = 31 nuts."), Step("31 - 12 = 18 nuts.")), "Follow the amount.", "18"))
-repl.check_gguf, repl.Engine = (lambda path: None), (lambda *_, **__: Scripted(text))
+answer.check_gguf, answer.Engine = (lambda path: None), (lambda *_, **__: Scripted(text))
 repl.run_chat(Path("x.gguf"), Config(), None, Run({run!r}), off="no review")
 """
 
