@@ -6,7 +6,7 @@ import re
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, field_validator
 from pydantic.fields import FieldInfo
 
 
@@ -18,8 +18,20 @@ def without_password(address: str) -> str:
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
+def parse_object(value: Any) -> Any:
+    """A dict, which may be given as JSON."""
+    try:
+        value = json.loads(value or "{}") if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError(f"this is not a JSON object: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError('this is not an object such as {"reasoning_effort": "low"}')
+    return value
+
+
 Address = Annotated[str, PlainSerializer(without_password)]
 """A base URL. A password in it never appears in a dump of the configuration."""
+Object = Annotated[dict[str, Any], BeforeValidator(parse_object)]
 Price = Annotated[float, Field(ge=0)]
 
 
@@ -42,8 +54,7 @@ class Source(Section):
         "", description="column of the gold answer (default: answer, final_answer or expected_answer)"
     )
     solution_column: str = Field(
-        "",
-        description="column of the worked solution (default: solution, response, r1_solution_1 or generated_solution)",
+        "", description="column of the worked solution (default: solution, response, generated_solution ..)"
     )
     id_column: str = Field("", description="column of the ID (default: id or unique_id, else a hash)")
 
@@ -64,12 +75,10 @@ class Problems(Source):
         0.1,
         ge=0,
         lt=1,
-        description="share of problems kept out of training to fit the review threshold, at least 50 problems "
-        "if the run has 200; 0: none",
+        description="share of problems kept to fit the review threshold (at least 50 if there are 200); 0: none",
     )
     avoid: tuple[str, ...] = Field(
-        (),
-        description='files with questions to keep out of training, besides eval.source, for example ["a.jsonl"]',
+        (), description='files with questions to keep out of training, besides eval.source, as ["a.jsonl"]'
     )
 
     @field_validator("avoid", mode="before")
@@ -84,14 +93,13 @@ class Attempts(Section):
     source: str = Field("", description="imported attempts: a JSONL file with question and steps")
     student: str = Field(
         "",
-        description="model to sample from: a .gguf file, ollama/NAME or a LiteLLM model name (default: the SFT adapter)",
+        description="model to sample from: a .gguf file, ollama/NAME or a LiteLLM model (default: SFT's)",
     )
     api_base: Address = Field("", description="base URL of attempts.student, if it is an endpoint")
     concurrency: int = Field(32, ge=1, le=1024, description="maximum number of concurrent requests")
     price: tuple[Price, Price] | None = Field(
         None,
-        description="price of an endpoint in US dollars per million input and output tokens "
-        "(default: LiteLLM's price list)",
+        description="US dollars per million input and output tokens (default: LiteLLM's list)",
     )
     samples: int = Field(4, ge=1, le=64, description="samples per problem")
     temperature: float = Field(0.8, ge=0, le=2, description="sampling temperature")
@@ -131,36 +139,24 @@ class Teacher(Section):
     timeout_seconds: float = Field(120, gt=0, description="timeout per call, in seconds")
     attempts_per_call: int = Field(6, ge=1, description="attempts per request: network errors, rate limits")
     repairs: int = Field(3, ge=0, description="additional requests after a reply that fails its check")
-    requests_per_minute: float | None = Field(
-        None, gt=0, description="requests per minute (default: unlimited)"
-    )
-    tokens_per_minute: float | None = Field(None, gt=0, description="tokens per minute (default: unlimited)")
+    requests_per_minute: float | None = Field(None, gt=0, description="rate limit (default: unlimited)")
+    tokens_per_minute: float | None = Field(None, gt=0, description="rate limit (default: unlimited)")
     max_cost: float | None = Field(
         None, ge=0, description="spending limit of the run in US dollars (default: none)"
     )
     price: tuple[Price, Price] | None = Field(
-        None,
-        description="price in US dollars per million input and output tokens (default: LiteLLM's price list)",
+        None, description="US dollars per million input and output tokens (default: LiteLLM's list)"
     )
-    extra: dict[str, Any] = Field(
-        {},
-        description='further parameters of LiteLLM or OpenAI, for example {"reasoning_effort": "low"} (a TOML table or '
-        "a JSON object)",
+    extra: Object = Field(
+        {}, description='further parameters of a request (a TOML table or JSON): {"reasoning_effort": "low"}'
     )
     inspector: str = Field("", description="LiteLLM model name of a second model that checks each reply")
     inspector_api_base: Address = Field("", description="base URL of the inspector's endpoint")
 
-    @field_validator("extra", mode="before")
+    @field_validator("extra")
     @classmethod
-    def _read_extra(cls, value: Any) -> Any:
-        """Parse a JSON object, and refuse what sclite sets itself, secrets, and null, which TOML cannot hold."""
-        if isinstance(value, str):
-            try:
-                value = json.loads(value) if value else {}
-            except ValueError as error:
-                raise ValueError(f"this is not a JSON object: {error}") from None
-        if not isinstance(value, dict):
-            raise ValueError('this is not an object such as {"reasoning_effort": "low"}')
+    def _check_extra(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """Refuse what sclite sets itself, secrets, and null, which TOML cannot hold."""
         value = {name: setting for name, setting in value.items() if setting != ""}
         body = value.get("extra_body", {})
         for name in [*value, *(body if isinstance(body, dict) else ())]:
@@ -187,10 +183,10 @@ class Student(Section):
 
     model: str = Field(
         "",
-        description="Hub ID or local folder; embedded: the quickstart's toy, which can learn its word problems only",
+        description="Hub ID, local folder, or embedded: a toy that can learn the quickstart's problems only",
     )
     backend: Literal["auto", "unsloth", "plain"] = Field(
-        "auto", description="training backend; auto: Unsloth on CUDA, else plain transformers"
+        "auto", description="auto: Unsloth on CUDA, else plain transformers"
     )
     load_in_4bit: bool = Field(True, description="load the base model in 4 bits (QLoRA)")
     batch: int = Field(64, ge=1, description="batch size for sampling, in sequences")
@@ -216,9 +212,7 @@ class TrainingStage(Section):
         None, ge=1, description="micro-batch size: rows per forward pass (default: by free memory)"
     )
     max_length: int = Field(2048, ge=64, description="maximum row length in tokens; longer rows are skipped")
-    warmup_ratio: float = Field(
-        0.05, ge=0, lt=1, description="share of steps in which the learning rate rises"
-    )
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of steps with a rising learning rate")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping: maximum norm")
     checkpoints: int = Field(10, ge=1, description="checkpoints per stage; training resumes from the latest")
     eval_share: float = Field(
@@ -228,7 +222,7 @@ class TrainingStage(Section):
         None, description="concatenate rows instead of padding them (default: with Unsloth)"
     )
     early_stopping_patience: int = Field(
-        0, ge=0, description="stop after this many evaluations without progress; 0: never"
+        0, ge=0, description="stop after so many evaluations without progress; 0: never"
     )
     tensorboard: bool = Field(False, description="write TensorBoard files in addition to metrics.jsonl")
 
@@ -242,9 +236,7 @@ class Sft(TrainingStage):
     """Stage 1: supervised fine-tuning on templates."""
 
     num_train_epochs: float = Field(3, gt=0, description="epochs over the templates")
-    warmup_ratio: float = Field(
-        0.02, ge=0, lt=1, description="share of steps in which the learning rate rises"
-    )
+    warmup_ratio: float = Field(0.02, ge=0, lt=1, description="share of steps with a rising learning rate")
 
 
 class Warmup(TrainingStage):
@@ -281,31 +273,24 @@ class Export(Section):
 
     quant: str = Field(
         "q4_k_m",
-        description="quantization of the GGUF: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m ..; several: q4_k_m,q8_0",
+        description="quantization: f32, f16, bf16, q8_0, q6_k, q4_k_m ..; several: q4_k_m,q8_0",
     )
     imatrix: bool | None = Field(None, description="use an importance matrix (default: below 5 bits)")
-    max_kl: dict[str, float] = Field(
+    max_kl: Annotated[dict[str, float], BeforeValidator(parse_object)] = Field(
         MAX_KL,
-        description="largest KL divergence of the GGUF from the trained model in nats, by the beginning of a type's name",
+        description="largest KL divergence from the trained model in nats, by the beginning of a type",
     )
     ollama: str = Field("", description="model name for `ollama create`")
     push: str = Field("", description="repository on the Hub, OWNER/NAME, for the files and their card")
     private: bool = Field(True, description="create the repository as private")
-    license: str = Field(
-        "", description="license on the model card, as the Hub names it, for example apache-2.0"
-    )
+    license: str = Field("", description="license on the model card, in the Hub's words: apache-2.0")
     num_ctx: int = Field(8192, ge=256, description="context length in Ollama, in tokens (in the Modelfile)")
     keep_template: bool = Field(False, description="export the model's own chat template as it is")
 
-    @field_validator("max_kl", mode="before")
+    @field_validator("max_kl")
     @classmethod
-    def _read_bounds(cls, value: Any) -> Any:
-        """Parse a JSON object; types that are not in it keep their bounds."""
-        try:
-            value = json.loads(value) if isinstance(value, str) else value
-        except ValueError as error:
-            raise ValueError(f"this is not a JSON object: {error}") from None
-        return {**MAX_KL, **value} if isinstance(value, dict) else value
+    def _keep_other_bounds(cls, value: dict[str, float]) -> dict[str, float]:
+        return {**MAX_KL, **value}
 
     @property
     def types(self) -> list[str]:
@@ -323,7 +308,7 @@ class Eval(Source):
     context: int = Field(4096, ge=256, description="maximum length of a conversation in tokens")
     baselines: bool = Field(
         False,
-        description="also measure the base model under its own prompt, and a majority vote of the last student",
+        description="measure the base model under its own prompt, and a majority vote of the last student",
     )
     votes: int = Field(3, ge=2, description="samples per problem in the majority vote")
     fit_share: float = Field(
@@ -340,7 +325,7 @@ class Review(Section):
     )
     threshold: float | None = Field(
         None,
-        description="log-odds of an error from which a step is corrected (default: fitted by train and eval)",
+        description="log-odds from which a step is corrected (default: fitted by train and eval)",
     )
     rounds: int = Field(1, ge=0, le=8, description="maximum number of review rounds per answer")
     max_harm: float = Field(

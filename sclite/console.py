@@ -1,16 +1,13 @@
-"""The terminal: results on stdout, errors and notes on stderr. Only this module and `progress` print.
-
-Replies, problems and file names may hold any character: `visible` replaces those that could control the terminal.
-"""
+"""The terminal: results on stdout, errors and notes on stderr. Only this module and `progress` print."""
 
 import io
 import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from sclite.errors import ScliteError
 
@@ -18,23 +15,18 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-T = TypeVar("T")
 OUTPUT = "the output"
 """The file name of an OSError on stdout."""
-_CONTROLS = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
-)
-"""Terminal controls (C0 except newline and tab, DEL, C1), bidirectional controls, and lone surrogates."""
+_C0, _C1 = r"\x00-\x08\x0b-\x1f", r"\x7f-\x9f"  # terminal controls but newline and tab; DEL is among C1
+_CONTROLS = re.compile(rf"[{_C0}{_C1}\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What could control the terminal, bidirectional controls and lone surrogates included."""
 
 
 def visible(text: str) -> str:
-    """The text with control characters replaced by their pictures (␛) or by U+FFFD."""
-
-    def picture(control: re.Match[str]) -> str:
-        code = ord(control[0])
-        return chr(0x2400 + code) if code < 0x20 else "\u2421" if code < 0xA0 else "\ufffd"
-
-    return _CONTROLS.sub(picture, text.replace("\r\n", "\n"))
+    """The text with control characters replaced by their pictures (␛) or by U+FFFD: replies may hold any character."""
+    text = re.sub(f"[{_C1}]", "\u2421", text.replace("\r\n", "\n"))
+    text = re.sub(f"[{_C0}]", lambda control: chr(0x2400 + ord(control[0])), text)
+    return _CONTROLS.sub("\ufffd", text)
 
 
 # -- stdout and stderr ---------------------------------------------------------------------------------------------
@@ -88,13 +80,8 @@ def escape(text: str) -> str:
 
 
 def print(text: str = "", wrap: bool = True, console: "Console | None" = None) -> None:
-    """Print rich markup to stdout, or to another console.
-
-    Lines break between words to fit a terminal, unless a word such as a path would not fit. Use `wrap=False` for lines
-    that are copied, such as commands.
-    """
-    console = console or make_console()
-    text = visible(text)
+    """Print rich markup to stdout, or to another console. With `wrap` lines break between words that fit a terminal."""
+    console, text = console or make_console(), visible(text)
     fits = max(map(len, text.split()), default=0) <= console.width
     console.print(text, soft_wrap=not (wrap and fits and console.is_terminal))
 
@@ -105,7 +92,7 @@ def note(text: str, wrap: bool = True) -> None:
 
 
 def error(error: ScliteError, as_json: bool = False) -> None:
-    """Print an error, or what was declined, and its hint to stderr; with `as_json` also one JSON object to stdout."""
+    """Print an error, or what was declined, and its hint to stderr; with `as_json` also one object to stdout."""
     word = "error" if error.code else "stopped"
     if as_json:
         print_json({word: error.message, "hint": error.hint, "exit_code": error.code, **error.details})
@@ -129,35 +116,22 @@ def spinner(text: str) -> Iterator[None]:
         yield
 
 
-def spin(items: Iterable[T], text: str) -> Iterator[T]:
-    """Iterate, with a spinner while waiting for the next item."""
-    remaining, end = iter(items), object()
-    while True:
-        with spinner(text):
-            item = next(remaining, end)
-        if item is end:
-            return
-        yield cast(T, item)
-
-
 # -- JSON and pages ------------------------------------------------------------------------------------------------
 
 
-def print_json(value: Any) -> None:
-    """Print one JSON object to stdout."""
-    sys.stdout.write(_json(value, indent=1) + "\n")
+def print_json(value: Any, rows: Iterable[Any] | None = None) -> None:
+    """Print one JSON object to stdout, with "rows" if there are any: nothing unless every row could be read."""
+    text = _json(value, indent=1 if rows is None else None)
+    if rows is not None:
+        lines = ",".join(f"\n {_json(row)}" for row in rows)
+        text = f'{text[:-1]}, "rows": [{lines}\n]}}'
+    sys.stdout.write(f"{text}\n")
 
 
 def print_json_line(value: Any) -> None:
     """Print one JSON object as one line to stdout, at once."""
     sys.stdout.write(_json(value) + "\n")
     sys.stdout.flush()
-
-
-def print_json_rows(head: Mapping[str, Any], rows: Iterable[Any]) -> None:
-    """Print one JSON object to stdout: `head`, then "rows". Nothing is printed unless every row could be read."""
-    lines = ",".join(f"\n {_json(row)}" for row in rows)
-    sys.stdout.write(f'{_json(head)[:-1]}, "rows": [{lines}\n]}}\n')
 
 
 def _json(value: Any, indent: int | None = None) -> str:
@@ -167,11 +141,8 @@ def _json(value: Any, indent: int | None = None) -> str:
 
 
 def page(pieces: Iterable["Text"]) -> None:
-    """Show a long result: through $PAGER (default: less) in a terminal, as plain text in a pipe.
-
-    Pieces are rendered only when the pager reads them, so the first one appears at once (rich's own pager first
-    renders all of them).
-    """
+    """Show a long result: through $PAGER (default: less) in a terminal, as plain text in a pipe."""
+    # not rich's pager, which renders all pieces before the first one appears
     import shlex
     import signal
     import subprocess
@@ -220,10 +191,9 @@ def read_line() -> str:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> None:
-    """Print a table to stdout. The first `texts` columns are text (left-aligned), the others numbers.
+    """Print a table to stdout. The first `texts` columns are text, of which the last but the first wraps; then numbers.
 
-    With several text columns the last one wraps. With one, a table wider than the terminal is transposed if that
-    makes it narrower.
+    A table with one column of text that is wider than the terminal is transposed if that makes it narrower.
     """
     from rich import box
     from rich.table import Table
@@ -233,10 +203,8 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
             title=escape(visible(title)), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold"
         )
         for i, name in enumerate(header):
-            wraps = 0 < i == texts - 1
-            table.add_column(
-                name, justify="left" if i < texts else "right", no_wrap=not wraps, overflow="fold"
-            )
+            side: Literal["left", "right"] = "left" if i < texts else "right"
+            table.add_column(name, justify=side, no_wrap=i == 0 or i != texts - 1, overflow="fold")
         for row in rows:
             table.add_row(*map(visible, row))
         return table

@@ -53,22 +53,17 @@ class Common:
     def load(
         self, chosen: Mapping[str, Any] | None = None, defaults: Mapping[str, Any] | None = None
     ) -> "Config":
-        """The configuration.
+        """The configuration. `chosen` holds the keys that the command's own options set, None where it is not given.
 
-        `chosen` are the keys that the command's own options set; a value of None means that the option was not given.
         A command with `defaults` of its own does not read ./sclite.toml, only what --config names.
         """
         from sclite.settings import load  # pydantic takes longer to import than --help takes
 
-        given = {**(chosen or {}), "run": self.run}
-        settings = [
-            f"{key}={str(value).lower() if isinstance(value, bool) else value}"
-            for key, value in given.items()
-            if value is not None
-        ]
-        return load(
-            self.config, [*(self.settings or []), *settings], defaults=defaults, own_file=defaults is None
-        )
+        settings = [*(self.settings or [])]
+        for key, value in {**(chosen or {}), "run": self.run}.items():
+            if value is not None:
+                settings.append(f"{key}={str(value).lower() if isinstance(value, bool) else value}")
+        return load(self.config, settings, defaults=defaults, own_file=defaults is None)
 
     def of_existing_run(self) -> "Common":
         """These options, with the quickstart's run if the default run does not exist but the quickstart's does."""
@@ -96,19 +91,15 @@ class Common:
 
 
 def common_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Pass the four common options to a command as its last argument, `common`.
-
-    Typer reads options from the signature, so the wrapper's signature has the four in place of `common`.
-    """
+    """Pass the four common options to a command as its last argument, `common`."""
+    # typer reads options from the signature: the wrapper's has the four in place of `common`
     own = list(inspect.signature(command).parameters.values())[:-1]
+    options = {"run": RunOption, "config": ConfigOption, "settings": SetOption, "json": JsonOption}
     shared = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=option)
-        for name, option, default in (
-            ("run", RunOption, None),
-            ("config", ConfigOption, None),
-            ("settings", SetOption, None),
-            ("json", JsonOption, False),
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=getattr(Common, name), annotation=option
         )
+        for name, option in options.items()
     ]
 
     @functools.wraps(command)

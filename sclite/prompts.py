@@ -13,21 +13,18 @@ Messages = tuple[dict[str, str], ...]
 """Chat messages, each {"role": ..., "content": ...}."""
 
 
-def shipped_folder() -> Path:
-    """The folder of the shipped prompts: inside the installed package, or next to it in a checkout."""
-    here = Path(__file__).resolve().parent
-    installed = here / "_prompts"
-    return installed if installed.is_dir() else here.parent / "prompts"
+_HERE = Path(__file__).resolve().parent
+SHIPPED = _HERE / "_prompts" if (_HERE / "_prompts").is_dir() else _HERE.parent / "prompts"
+"""The folder of the shipped prompts: inside the installed package, or next to it in a checkout."""
 
 
 @cache
 def _source(name: str, folder: str) -> str:
     if folder and not Path(folder).is_dir():
-        raise DataError(
-            f"prompts.folder: {folder} is not a folder", "check the path; --set prompts.folder= unsets it"
-        )
+        hint = "check the path; --set prompts.folder= unsets it"
+        raise DataError(f"prompts.folder: {folder} is not a folder", hint)
     own = Path(folder) / f"{name}.txt"
-    path = own if folder and own.is_file() else shipped_folder() / f"{name}.txt"
+    path = own if folder and own.is_file() else SHIPPED / f"{name}.txt"
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -38,10 +35,8 @@ def _source(name: str, folder: str) -> str:
 @cache
 def _template(name: str, folder: str) -> jinja2.Template:
     # prompts.folder may come with somebody else's run: its templates must not reach the system
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    return environment.from_string(_source(name, folder))
+    options = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
+    return ImmutableSandboxedEnvironment(**options).from_string(_source(name, folder))
 
 
 def _render(name: str, folder: str, values: dict[str, str]) -> str:
@@ -49,10 +44,8 @@ def _render(name: str, folder: str, values: dict[str, str]) -> str:
     try:
         return _template(name, folder).render(**values).strip()
     except jinja2.UndefinedError as error:
-        raise DataError(
-            f"the prompt {name}.txt uses an undefined value: {error}",
-            f"the available values are: {', '.join(values) or 'none'}",
-        ) from error
+        message = f"the prompt {name}.txt uses an undefined value: {error}"
+        raise DataError(message, f"the available values are: {', '.join(values) or 'none'}") from error
     except jinja2.TemplateSyntaxError as error:
         raise DataError(f"the prompt {name}.txt, line {error.lineno}: {error.message}", hint) from error
     # a user's template may raise any of these: its expressions are Python in all but name

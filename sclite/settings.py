@@ -31,10 +31,9 @@ def load(
     defaults: Mapping[str, Any] | None = None,
     own_file: bool = True,
 ) -> Config:
-    """Load the configuration: `defaults` < run.toml of the run < file < environment < `settings`.
+    """Load the configuration: `defaults` < run.toml of the run < file < environment < `settings` (KEY=VALUE).
 
-    `path` must exist; without it ./sclite.toml is read if present, unless `own_file` is False. `environment` holds
-    variables such as SCLITE_SFT__LEARNING_RATE, `settings` KEY=VALUE strings from the command line. An empty value on any
+    `path` must exist; without it ./sclite.toml is read if present, unless `own_file` is False. An empty value on any
     level resets a key to its default. Raises UsageError with all unknown keys and invalid values in one message, and
     DataError if run.toml is damaged.
     """
@@ -51,36 +50,31 @@ def load(
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
-            raise UsageError(
-                f"--set {setting}: no value",
-                "write --set KEY=VALUE, for example --set sft.num_train_epochs=2; --set KEY= restores the default",
+            hint = (
+                "write --set KEY=VALUE, such as --set sft.num_train_epochs=2; --set KEY= restores the default"
             )
+            raise UsageError(f"--set {setting}: no value", hint)
         _assign(typed, key.strip().split("."), value.strip())
     layers = (file, variables, typed)
     named = [str(layer["run"]) for layer in (defaults or {}, *layers) if layer.get("run")]
-    tree = _read_run_file(Path(named[-1] if named else Config.model_fields["run"].default) / RUN_FILE)
+    saved = Path(named[-1] if named else Config.model_fields["run"].default) / RUN_FILE
+    tree: dict[str, Any] = {}
+    if saved.is_file():
+        advice = f"fix it, or remove {saved}: settings then come only from {FILE} and the command line"
+        try:
+            tree = _read_file(saved)
+            Config.model_validate(tree)
+        except UsageError as failure:
+            raise DataError(failure.message, advice) from failure
+        except ValidationError as error:
+            message, hint = _explain(error)
+            raise DataError(f"{saved}: {message}", f"{hint} {advice}") from None
     for layer in layers:
         _merge(tree, layer)
     try:
         return Config.model_validate(_merge(_merge({}, defaults or {}), tree))
     except ValidationError as error:
         raise UsageError(*_explain(error)) from None
-
-
-def _read_run_file(path: Path) -> dict[str, Any]:
-    """The settings that earlier commands saved in run.toml; raises DataError if it is unusable."""
-    if not path.is_file():
-        return {}
-    advice = f"fix it, or remove {path}: settings then come only from {FILE} and the command line"
-    try:
-        tree = _read_file(path)
-        Config.model_validate(tree)
-    except UsageError as failure:
-        raise DataError(failure.message, advice) from failure
-    except ValidationError as error:
-        message, hint = _explain(error)
-        raise DataError(f"{path}: {message}", f"{hint} {advice}") from None
-    return tree
 
 
 def _read_file(path: Path | None) -> dict[str, Any]:
@@ -160,9 +154,7 @@ def _explain(error: ValidationError) -> tuple[str, str]:
             lines.append(f"{key} = {failure['input']!r}: {failure['msg'][0].lower()}{failure['msg'][1:]}")
             if (field := known.get(key)) is not None and field.description:
                 meanings.append(f"{key}: {field.description}.")
-    advice = list(dict.fromkeys(filter(None, hints))) or [
-        "`sclite init` writes a file that explains every key"
-    ]
+    advice = [*dict.fromkeys(filter(None, hints))] or ["`sclite init` writes a file that explains every key"]
     return "configuration: " + "; ".join(lines), " ".join([*meanings, *advice])
 
 
@@ -183,26 +175,17 @@ EXAMPLES: dict[str, Any] = {
 }
 """Example values for keys without a default: every line of sclite.toml is valid when uncommented."""
 
-
 FIRST = (
-    *(
-        "problems.source",
-        "teacher.model",
-        "teacher.api_base",
-        "teacher.max_cost",
-        "student.model",
-        "eval.source",
-    ),
-    *("sft.num_train_epochs", "attempts.samples", "export.quant", "run"),
-)
+    "problems.source", "teacher.model", "teacher.api_base", "teacher.max_cost", "student.model", "eval.source",
+    "sft.num_train_epochs", "attempts.samples", "export.quant", "run",
+)  # fmt: skip
 """The keys that most people set, at the top of a new sclite.toml."""
 
 
 def write_configuration(path: Path, memory_gb: float | None) -> None:
-    """Write a sclite.toml with every key: those that depend on the GPU are set, the others are commented defaults.
+    """Write a sclite.toml with every key: commented defaults, and what depends on the memory of the largest GPU.
 
-    `memory_gb` is the memory of the largest GPU, None without one. Raises UsageError if the file exists or cannot be
-    written.
+    `memory_gb` None: no GPU. Raises UsageError if the file exists or cannot be written.
     """
     import tomlkit
 
@@ -233,6 +216,5 @@ def write_configuration(path: Path, memory_gb: float | None) -> None:
     try:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     except OSError as error:
-        raise UsageError(
-            f"{path} cannot be written: {error.strerror}", "use another file with --config"
-        ) from error
+        message = f"{path} cannot be written: {error.strerror}"
+        raise UsageError(message, "use another file with --config") from error

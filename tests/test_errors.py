@@ -71,7 +71,7 @@ def test_unreadable_rows_leave_no_partial_json_object(capsys):
         raise DataError("line 2 is damaged")
 
     with pytest.raises(DataError):
-        console.print_json_rows({"what": "drops"}, rows())
+        console.print_json({"what": "drops"}, rows())
     assert capsys.readouterr().out == ""
 
 

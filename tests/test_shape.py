@@ -285,7 +285,7 @@ def test_every_prompt_is_a_file_that_the_wheel_takes_along():
     shipped = {path.stem: path.read_text(encoding="utf-8").strip() for path in (ROOT / "prompts").iterdir()}
     assert shipped
     assert all(shipped.values())
-    assert prompts.shipped_folder() == ROOT / "prompts"
+    assert prompts.SHIPPED == ROOT / "prompts"
     wheel = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert wheel["packages"] == ["sclite"]
     assert wheel["force-include"]["prompts"] == "sclite/_prompts"
@@ -306,7 +306,7 @@ def test_the_wheel_holds_every_prompt_and_data_file(tmp_path):
     wheel = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path]
     subprocess.run([*wheel, ROOT], check=True, capture_output=True)
     held = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
-    assert {f"sclite/_prompts/{path.name}" for path in prompts.shipped_folder().iterdir()} <= held
+    assert {f"sclite/_prompts/{path.name}" for path in prompts.SHIPPED.iterdir()} <= held
     data = {str(p.relative_to(ROOT)) for p in (ROOT / "sclite").rglob("*") if p.is_file()}
     assert {name for name in data if "__pycache__" not in name} <= held
 

@@ -45,9 +45,8 @@ def build_data(
 
     if only not in (None, "templates", "corrections"):
         raise UsageError(f"invalid value for --only: {only}", "use --only templates or --only corrections")
-    context = common.context(
-        {"problems.source": problems, "problems.limit": limit, "teacher.max_cost": max_cost}
-    )
+    chosen = {"problems.source": problems, "problems.limit": limit, "teacher.max_cost": max_cost}
+    context = common.context(chosen)
     pipeline.check_sources(context)
     if dry_run:
         context.dry = True
@@ -58,8 +57,8 @@ def build_data(
     context.ask_before_paying = not yes
     with context.run.recording(context.config):
         if pipeline.has_problems(context):
-            chosen = problems is not None or limit is not None
-            pipeline.divided_problems(context, reread=only != "corrections" or chosen)
+            named = problems is not None or limit is not None
+            pipeline.divided_problems(context, reread=only != "corrections" or named)
         if only != "corrections":
             pipeline.build_templates(context, fresh)
         trained = "sft" in context.students()
@@ -121,9 +120,8 @@ def run(
     from sclite.inspect import summaries
     from sclite.student.loader import model_name, select_gpu
 
-    context = common.context(
-        {"problems.source": problems, "problems.limit": limit, "teacher.max_cost": max_cost}
-    )
+    chosen = {"problems.source": problems, "problems.limit": limit, "teacher.max_cost": max_cost}
+    context = common.context(chosen)
     model_name(context.config.student)
     pipeline.check_sources(context)
     with console.spinner("loading torch"):

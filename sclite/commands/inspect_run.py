@@ -109,7 +109,7 @@ def show(
         tokens = Labels(config, run, what)
     if common.json:
         values = (tokens.as_json(row) if tokens else row.model_dump(mode="json") for _, row in chosen)
-        console.print_json_rows({"what": what, "total": total}, values)
+        console.print_json({"what": what, "total": total}, values)
     elif not total:
         console.print(f"No matching {what} in {escape(str(run.folder))}.")
     elif first > total:

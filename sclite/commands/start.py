@@ -43,9 +43,8 @@ def quickstart(
 
     table.print_results(summary)
     table.print_example(run.rows(f"{summary['folder']}/dpo.jsonl", Outcome, whole=False))
-    console.print(
-        f"\nReport: {console.escape(str(Path(loaded.run) / summary['folder'] / 'report.html'))}\n\nNext steps:"
-    )
+    report = run.path(f"{summary['folder']}/report.html")
+    console.print(f"\nReport: {console.escape(str(report))}\n\nNext steps:")
     chat = console.escape(f"sclite chat --self-correct --run {quote(str(loaded.run))}")
     console.print(f"  [bold cyan]{chat}[/]  talk to the student", wrap=False)
     console.print("  [bold cyan]sclite init[/]  a configuration for your own problems", wrap=False)
@@ -63,14 +62,13 @@ def init(config: ConfigOption = None, json: JsonOption = False) -> None:
         return
     gpu = f"{found[0][0]}, {found[0][1]:.0f} GB" if found else "no CUDA GPU, bundled student on the CPU"
     console.print(f"Created {console.escape(str(path))} for this machine ({console.escape(gpu)}).")
-    console.print(
-        "Next: set teacher.model and problems.source in it, then run [bold cyan]sclite build-data[/]",
-        wrap=False,
-    )
+    following = "set teacher.model and problems.source in it, then run [bold cyan]sclite build-data[/]"
+    console.print(f"Next: {following}", wrap=False)
     if not found:
-        console.note(
-            "[yellow]note:[/] the bundled student learns the quickstart's word problems only; set student.model for others"
+        limits = (
+            "the bundled student learns the quickstart's word problems only; set student.model for others"
         )
+        console.note(f"[yellow]note:[/] {limits}")
 
 
 @common_options
@@ -81,13 +79,18 @@ def doctor(*, common: Common) -> None:
     """
     from sclite import config, doctor
 
-    checks = []
+    checks, broken = [], []
     try:
-        settings, broken = common.load(), []
+        settings = common.load()
     except ScliteError as error:
         settings = config.Config()
         broken = [doctor.Check("configuration", False, error.message, error.hint, required=True)]
-    for check in console.spin(chain(broken, doctor.run_checks(settings)), "checking this machine"):
+    remaining = chain(broken, doctor.run_checks(settings))
+    while True:
+        with console.spinner("checking this machine"):
+            check = next(remaining, None)
+        if check is None:
+            break
         checks.append(check)
         mark = "[green]✓[/]" if check.works else "[red]✗[/]" if check.required else "[yellow]![/]"
         if not common.json:

@@ -43,19 +43,16 @@ def evaluate(
     names = [name.strip() for name in models.split(",") if name.strip()] if models else context.students()
     unknown = [name for name in names if name not in STUDENTS and not name.startswith("ollama/")]
     if unknown:
-        known = ", ".join(STUDENTS)
-        raise UsageError(
-            f"invalid value for --models: {','.join(unknown)}", f"use any of {known}, or ollama/NAME"
-        )
+        hint = f"use any of {', '.join(STUDENTS)}, or ollama/NAME"
+        raise UsageError(f"invalid value for --models: {','.join(unknown)}", hint)
     with context.run.lock():
         summary = pipeline.evaluate_students(context, names)
     if common.json:
         console.print_json(summary)
         return
     table.print_results(summary)
-    console.print(
-        f"Report: {console.escape(str(context.run.path(summary['folder']) / 'report.html'))}", wrap=False
-    )
+    report = context.run.path(f"{summary['folder']}/report.html")
+    console.print(f"Report: {console.escape(str(report))}", wrap=False)
 
 
 @common_options
@@ -263,7 +260,6 @@ def serve(
     It reviews and corrects its answers. The model NAME:raw replies without a review. Other machines need the key in
     SCLITE_API_KEY. With --json, prints the address as one object once it listens.
     """
-
     from sclite import exports
 
     try:

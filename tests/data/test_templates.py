@@ -186,7 +186,7 @@ def test_only_new_and_changed_problems_are_requested(run, grader):
 
 
 def test_rows_of_another_teacher_or_prompt_need_fresh(run, grader, tmp_path):
-    text = (prompts.shipped_folder() / "teacher_template.txt").read_text()
+    text = (prompts.SHIPPED / "teacher_template.txt").read_text()
     (tmp_path / "prompts").mkdir()
     prompt = tmp_path / "prompts/teacher_template.txt"
     prompt.write_text(text.replace("<Generalized>", "<Generalized>In one sentence: ", 1))

@@ -125,7 +125,7 @@ def test_stages_with_matching_manifests_are_done(trained):
 )
 def test_a_changed_setting_makes_its_stage_and_later_ones_stale(trained, setting, stage, why):
     Path("mine").mkdir()
-    shutil.copytree(prompts.shipped_folder(), "mine", dirs_exist_ok=True)
+    shutil.copytree(prompts.SHIPPED, "mine", dirs_exist_ok=True)
     Path("mine/teacher_system.txt").write_text("Otherwise.")
     found = read(trained, setting)["stages"]
     assert found[stage]["state"] == "stale"
