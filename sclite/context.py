@@ -84,10 +84,7 @@ class Context:
     def student(
         self, adapter: str, stage: str, progress: Progress = no_progress
     ) -> AbstractContextManager["Student"]:
-        """The student of stage 2: the one that `attempts.student` names (default: the base with an adapter of the run).
-
-        `stage` is the ledger's name for an endpoint's replies.
-        """
+        """The student of stage 2: that of `attempts.student`, else the base with an adapter; `stage` is for the ledger."""
         settings = self.config.attempts
         if settings.kind == "trained":
             return self.sampler(adapter, progress)
@@ -105,10 +102,7 @@ class Context:
 
     @contextmanager
     def endpoint(self, settings: Attempts, stage: str) -> Iterator["Endpoint"]:
-        """The model behind an API that `settings.student` names; timeout and retries are the teacher's.
-
-        ollama/NAME is Ollama's OpenAI-compatible endpoint. Raises TeacherError if it does not run, or has no such model.
-        """
+        """The model behind an API that `settings.student` names. Raises TeacherError if Ollama has no such model."""
         from sclite.student.endpoint import Endpoint
         from sclite.student.ollama_api import PREFIX, find_model, ollama_url
 
@@ -120,18 +114,15 @@ class Context:
             model, address = f"hosted_vllm/{model.removeprefix(PREFIX)}", f"{url}/v1"
             price = price or (0.0, 0.0)
         own = {"model": model, "api_base": address, "concurrency": settings.concurrency, "price": price}
-        teacher = self.config.teacher.model_copy(
-            update={**own, "temperature": None, "repairs": 0, "inspector": "", "extra": {}}
-        )
-        with self.teacher(teacher) as client:
+        own |= {"temperature": None, "repairs": 0, "inspector": "", "extra": {}}
+        with self.teacher(self.config.teacher.model_copy(update=own)) as client:  # its timeout and retries
             yield Endpoint(client, stage, settings.student, version)
 
     @contextmanager
     def sampler(self, adapter: str, progress: Progress = no_progress) -> Iterator["Student"]:
-        """The student with an adapter of the run, in the fastest form available.
+        """The student with an adapter of the run, as a GGUF in llama.cpp: several times faster than transformers.
 
-        That is a GGUF in llama.cpp, several times faster than batches in transformers; transformers on a GPU that this
-        build of llama.cpp cannot use and, with a warning, where the converter cannot be downloaded.
+        Those are for a GPU that this build of llama.cpp cannot use and, with a warning, for want of the converter.
         """
         import torch
 

@@ -1,12 +1,10 @@
 """Atomic writes and file hashes."""
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
 
 
 def write_text(path: Path, text: str | Iterable[str]) -> None:
@@ -46,17 +44,3 @@ def file_digest(path: Path) -> str:
 def _digest(path: Path, *_: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-def repair_last_line(file: BinaryIO) -> None:
-    """Remove an incomplete last line; add the newline that a complete one lacks, as some editors leave it."""
-    file.seek(0)
-    content = file.read()
-    begin = content.rfind(b"\n") + 1
-    try:
-        json.loads(content[begin:])
-    except ValueError:
-        file.truncate(begin)
-    else:
-        file.write(b"\n")
-    file.seek(0, os.SEEK_END)

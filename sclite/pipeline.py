@@ -1,12 +1,10 @@
-"""The stages in order. Each function here is what one command does: it makes the teacher, student and grader that a stage
-needs, runs the stage, and reports it.
+"""The stages in order: each gets the teacher, student and grader that it needs, runs, and is reported.
 
-On a CUDA GPU each stage that needs the GPU runs in a process of its own (`context.isolated`). A training stage that runs
-out of GPU memory resumes from its last checkpoint with half the micro-batch size.
+On a CUDA GPU each stage that needs the GPU runs in a process of its own (`context.isolated`).
 """
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,10 +34,7 @@ TRAINING = {
 
 
 def divided_problems(context: Context, reread: bool = False) -> "Split":
-    """The run's problems by their use, gathered into problems.jsonl unless the caller has given them.
-
-    The source is read if the run has no problems of it yet, or with `reread`, as `build-data` does.
-    """
+    """The run's problems by their use; their source is read if the run has none of it yet, or with `reread`."""
     if context.problems is None:
         from sclite.data.problems import gather_problems, split_problems
 
@@ -60,10 +55,7 @@ def divided_problems(context: Context, reread: bool = False) -> "Split":
 
 
 def unseen(context: Context, stage: str = "dpo") -> frozenset[str]:
-    """Ids of the problems that SFT does not learn: those of stage 2 and, for `stage` sft, those of the fit.
-
-    Empty if templates were imported without problems.
-    """
+    """Ids of the problems that SFT does not learn: those of stage 2 and, for `stage` sft, those of the fit."""
     if not has_problems(context):
         return frozenset()
     split = divided_problems(context)
@@ -80,14 +72,23 @@ def check_sources(context: Context) -> None:
     """Raise DataError for a missing `attempts.source`, before anything is paid for."""
     source = context.config.attempts.source
     if source and not Path(source).is_file() and context.run.manifest("attempts") is None:
-        raise DataError(
-            f"attempts.source: {source} does not exist", "check the path, or unset it: --set attempts.source="
-        )
+        hint = "check the path, or unset it: --set attempts.source="
+        raise DataError(f"attempts.source: {source} does not exist", hint)
 
 
 def drops(report: Report) -> str:
     """The dropped rows for a stage's line: `, 3 longer than max length`."""
     return "".join(f", {n} {reason.replace('_', ' ')}" for reason, n in sorted(report.dropped.items()))
+
+
+@contextmanager
+def paid_stage(context: Context, name: str, text: str) -> Iterator[dict[str, Any]]:
+    """Show a stage that calls the teacher; yields what it takes: teacher, grader, confirm and progress."""
+    from sclite.grading.worker import Grader
+
+    confirm = context.confirm if context.ask_before_paying else None
+    with context.display.stage(name, text) as progress, Grader() as grader, context.teacher() as teacher:
+        yield {"teacher": teacher, "grader": grader, "confirm": confirm, "progress": progress}
 
 
 # -- templates -----------------------------------------------------------------------------------------------------
@@ -96,25 +97,13 @@ def drops(report: Report) -> str:
 def build_templates(context: Context, fresh: bool = False) -> Report:
     """Templates for all problems but those of the fit: SFT learns those of its side, stage 2 replays the others."""
     from sclite.data import templates
-    from sclite.grading.worker import Grader
 
     imported = context.run.is_imported("templates", "templates.jsonl") and not has_problems(context)
     split = None if imported else divided_problems(context)
     problems = [] if split is None else [*split.sft, *split.stage2]
-    with (
-        context.display.stage("templates", "templates: the teacher writes thought traces") as progress,
-        Grader() as grader,
-        context.teacher() as teacher,
-    ):
+    with paid_stage(context, "templates", "templates: the teacher writes thought traces") as given:
         report = templates.write_templates(
-            context.config,
-            context.run,
-            teacher=teacher,
-            grader=grader,
-            problems=problems,
-            fresh=fresh,
-            confirm=context.confirm if context.ask_before_paying else None,
-            progress=progress,
+            context.config, context.run, problems=problems, fresh=fresh, **given
         )
     return context.add(report, f"templates: {report.counts.get('templates', 0)} kept{drops(report)}")
 
@@ -128,10 +117,9 @@ def forecast(context: Context, part: str = "templates") -> dict[str, Any]:
         if part == "corrections":
             return corrections.preview_corrections(context.config, context.run, teacher, grader)
         split = divided_problems(context, reread=True)
+        given: dict[str, Any] = {"teacher": teacher, "grader": grader}
         problems = [*split.sft, *split.stage2]
-        return templates.preview_templates(
-            context.config, context.run, teacher=teacher, grader=grader, problems=problems
-        )
+        return templates.preview_templates(context.config, context.run, problems=problems, **given)
 
 
 # -- attempts, corrections and pairs -------------------------------------------------------------------------------
@@ -144,20 +132,15 @@ def build_corrections(context: Context, with_feedback: bool = False) -> Report:
     have judged in the chat since the last time.
     """
     from sclite.data import attempts, corrections, feedback
-    from sclite.grading.worker import Grader
 
     config, run, split = context.config, context.run, divided_problems(context)
-    kept = split.stage2
-    if attempts.needs_no_student(config, run):
-        kept = [*split.sft, *split.stage2, *split.fit]
+    imported = attempts.needs_no_student(config, run)
+    kept = [*split.sft, *split.stage2, *split.fit] if imported else split.stage2
     if not kept:
-        raise DataError(
-            "no problems are kept for stage 2", "raise problems.correction_share or problems.limit"
-        )
-    confirm = context.confirm if context.ask_before_paying else None
+        hint = "raise problems.correction_share or problems.limit"
+        raise DataError("no problems are kept for stage 2", hint)
     judged = run.path(FEEDBACK).is_file() or run.manifest("feedback")
     if not run.is_imported("corrections", "reviews.jsonl"):
-        imported = attempts.needs_no_student(config, run)
         text = "imported" if imported else f"the student tries {len(kept)} unseen problems"
         with context.display.stage("attempts", f"attempts: {text}") as progress:
             inputs = attempts.attempts_inputs(config, run, kept)
@@ -165,32 +148,21 @@ def build_corrections(context: Context, with_feedback: bool = False) -> Report:
             if not ready and config.attempts.kind == "trained":
                 require_sft(context)
             report = context.on_gpu(sample_student, "attempts", kept, not ready, progress=progress)
-        counts = report.counts
-        unknown = f", {counts['unknown']} unknown" if counts.get("unknown") else ""
-        text = f"{counts.get('right', 0)} right, {counts.get('wrong', 0)} wrong{unknown}{drops(report)}"
+        right, wrong, unknown = (report.counts.get(name, 0) for name in ("right", "wrong", "unknown"))
+        text = f"{right} right, {wrong} wrong{f', {unknown} unknown' if unknown else ''}{drops(report)}"
         context.add(report, f"attempts: {text}")
         if with_feedback and judged:
             text = "feedback: the teacher solves questions without a gold answer"
-            stage = context.display.stage("feedback", text)
-            with Grader() as grader, stage as progress, context.teacher() as teacher:
-                given: dict[str, Any] = {
-                    "teacher": teacher,
-                    "grader": grader,
-                    "confirm": confirm,
-                    "progress": progress,
-                }
+            with paid_stage(context, "feedback", text) as given:
                 report = feedback.write_feedback(config, run, fit=split.fit, **given)
             good, bad = report.counts["good"], report.counts["bad"]
             context.add(report, f"feedback: {good} good, {bad} bad{drops(report)}")
-    text = "corrections: the teacher corrects the first wrong step"
-    stage = context.display.stage("corrections", text)
-    with Grader() as grader, stage as progress, context.teacher() as teacher:
-        report = corrections.write_corrections(
-            config, run, teacher=teacher, grader=grader, confirm=confirm, progress=progress
-        )
+    with paid_stage(
+        context, "corrections", "corrections: the teacher corrects the first wrong step"
+    ) as given:
+        report = corrections.write_corrections(config, run, **given)
     corrected, confirmed = (report.counts.get(name, 0) for name in ("corrected", "confirmed"))
-    text = f"corrections: {corrected} corrected, {confirmed} confirmed{drops(report)}"
-    return context.add(report, text)
+    return context.add(report, f"corrections: {corrected} corrected, {confirmed} confirmed{drops(report)}")
 
 
 def sample_student(
@@ -202,10 +174,7 @@ def sample_student(
     *,
     progress: Progress,
 ) -> Report:
-    """The attempts or pairs stage, with its student if one is needed.
-
-    A function of this module: it may run in another process.
-    """
+    """The attempts or pairs stage, with its student if one is needed; it may run in another process."""
     from sclite.data import attempts, pairs
     from sclite.grading.worker import Grader
 
@@ -220,11 +189,8 @@ def sample_student(
 
 
 def can_build_pairs(context: Context) -> bool:
-    """Whether pairs can follow the corrections at once.
-
-    Not if they need the trained student's warm-up: unless `attempts.student` names another student, or attempts were
-    imported and nothing has been trained (then there are decisions alone).
-    """
+    """Whether pairs can follow the corrections at once, rather than the warm-up of the student in training."""
+    # imported attempts of which nothing has been trained give decisions alone
     attempts = context.config.attempts
     return attempts.kind != "trained" or (bool(attempts.source) and context.students() == ["base"])
 
@@ -234,9 +200,7 @@ def build_pairs(context: Context) -> Report:
     from sclite.data import pairs
 
     config, run = context.config, context.run
-    untrained = (
-        config.attempts.kind == "trained" and not context.run.path(adapter_weights("warmup")).is_file()
-    )
+    untrained = config.attempts.kind == "trained" and not run.path(adapter_weights("warmup")).is_file()
     imported = run.is_imported("pairs", "pairs.jsonl")
     ready = imported or run.done("pairs", pairs.pairs_inputs(config, run), "pairs.jsonl")
     text = "pairs: the student's own corrections against right ones"
@@ -250,10 +214,7 @@ def build_pairs(context: Context) -> Report:
 
 
 def train(context: Context, only: str | None = None, fresh: bool = False) -> list[Report]:
-    """SFT, stage 2, export and the fit of the review threshold; with `only` "sft" SFT alone, with "dpo" the others.
-
-    `fresh` retrains stages that were trained from other inputs.
-    """
+    """SFT, stage 2, export and the fit of the threshold; `only` "sft" or "dpo"; `fresh` retrains after other inputs."""
     from sclite.inspect.plan import correction_cost_text
 
     if only not in (None, "sft", "dpo"):
@@ -266,9 +227,8 @@ def train(context: Context, only: str | None = None, fresh: bool = False) -> lis
             "set a LiteLLM model, for example --set teacher.model=openai/gpt-5.4-mini, or use --only sft",
         )
     if context.config.student.model == "embedded" and not context.config.teacher.embedded:
-        context.display.print(
-            "warning: the bundled student is a toy that can learn the quickstart's word problems only; set student.model"
-        )
+        only_stories = "is a toy that can learn the quickstart's word problems only; set student.model"
+        context.display.print(f"warning: the bundled student {only_stories}")
     if only is None:
         hidden = unseen(context)
         with context.display.wait("estimating the cost of corrections"):
@@ -290,7 +250,7 @@ def train(context: Context, only: str | None = None, fresh: bool = False) -> lis
 
 
 def train_stage(context: Context, name: str, fresh: bool = False) -> Report:
-    """Run a training stage ("sft", "warmup" or "dpo"), with half the micro-batch size each time memory runs out."""
+    """Train "sft", "warmup" or "dpo"; out of memory, it resumes from its checkpoint at half the micro-batch size."""
     from sclite.student.cuda_memory import free_memory
     from sclite.train.dpo import train_dpo
     from sclite.train.micro_batch import largest_divisor, suggest_setting
@@ -370,26 +330,20 @@ def evaluate_students(context: Context, names: Sequence[str]) -> dict[str, Any]:
 
 
 def report_plan(context: Context) -> None:
-    """Print what a whole run will cost, take and need. Writes and sends nothing.
-
-    Raises DeviceError if a training stage does not fit in GPU memory.
-    """
+    """Print what a whole run will cost, take and need, or raise DeviceError. Writes and sends nothing."""
     from sclite.inspect.plan import plan_training
 
     with context.display.wait("planning the run"):
         plan = plan_training(context)
     if misfits := [name for name, stage in plan["stages"].items() if stage["fits"] is False]:
-        raise DeviceError(
-            f"{', '.join(misfits)} will not fit in GPU memory",
-            "`sclite train --plan` shows settings that fit",
-        )
+        message = f"{', '.join(misfits)} will not fit in GPU memory"
+        raise DeviceError(message, "`sclite train --plan` shows settings that fit")
     if not context.run.is_imported("templates", "templates.jsonl"):
         with context.display.wait("estimating the cost of templates"):
             found = forecast(replace(context, dry=True, display=ProgressDisplay(quiet=True)))
         cost = "unknown cost" if found["cost_usd"] is None else f"about ${found['cost_usd']:.2f}"
-        context.display.print(
-            f"plan: {found['requests']:,} templates by {context.config.teacher.model}, {cost}"
-        )
+        model = context.config.teacher.model
+        context.display.print(f"plan: {found['requests']:,} templates by {model}, {cost}")
     needs = ", ".join(f"{name} {stage['total_gb']:.1f} GB" for name, stage in plan["stages"].items())
     where = "host RAM" if plan["gpu"] is None else f"of {plan['gpu']['free_gb']:.0f} GB GPU memory"
     hours = "unknown until the first steps" if plan["hours"] is None else f"about {plan['hours']:.1f} h"

@@ -36,9 +36,8 @@ class Rate:
     """How fast a stage works: rows, share of the work and cost over time, measured from its first row on."""
 
     def __init__(self) -> None:
-        self.points: list[
-            tuple[float, int, float, float]
-        ] = []  # seconds, rows, share of the work, US dollars
+        # seconds, rows, share of the work, US dollars
+        self.points: list[tuple[float, int, float, float]] = []
         self.begin: int | None = None  # rows done before
         self.window = 0  # the point from which the rate is measured
         self.total, self.note = 0, ""  # rows, and current figures such as the loss
@@ -82,11 +81,8 @@ class Rate:
         seconds, rows, _, dollars = found
         _, done, _, spent = self.points[-1]
         speed = f"{rows / seconds:.1f}/s" if rows > seconds / 2 else f"{format_duration(seconds / rows)} each"
-        return (
-            f"{speed}, ${spent:.4f} of about ${spent + dollars / rows * (self.total - done):.2f}"
-            if spent
-            else speed
-        )
+        in_total = spent + dollars / rows * (self.total - done)
+        return f"{speed}, ${spent:.4f} of about ${in_total:.2f}" if spent else speed
 
 
 class Countdown:
@@ -110,10 +106,7 @@ class Countdown:
 
 
 class ProgressDisplay:
-    """Progress over the stages of a command.
-
-    `plan` maps stages to their typical seconds; once some of them are measured, it is scaled to this machine.
-    """
+    """Progress over the stages of a command; `plan`, their typical seconds, is scaled to this machine."""
 
     def __init__(self, plan: Mapping[str, float] | None = None, quiet: bool = False):
         self.plan, self.quiet = dict(plan or {}), quiet
@@ -123,10 +116,8 @@ class ProgressDisplay:
         self._rate, self.countdown = Rate(), Countdown()
 
     def seconds_left(self, stage: str, share: float) -> float | None:
-        """Seconds left in all stages when `share` of this one is done; None without a plan or before a speed is known.
-
-        This machine's speed is that of its finished stages, except SHORT ones, and of the rows of this one.
-        """
+        """Seconds left in all stages when `share` of this one is done; None without a plan or before a speed is known."""
+        # this machine's speed is that of its finished stages, except SHORT ones, and of the rows of this one
         if stage not in self.plan:
             return None
         worked = [(self.plan.get(n, 0), took) for n, took in self.finished.items() if n not in self.skipped]
@@ -149,18 +140,14 @@ class ProgressDisplay:
         `share` is the share of the work done, if rows are not equally long. `note` holds current figures such as the
         loss. A `warning` is printed at once, on a line that stays.
         """
-        number = (
-            f"{list(self.plan).index(name) + 1}/{len(self.plan)} "
-            if name in self.plan and name not in self.finished
-            else ""
-        )
-        text, began = visible(f"{number}{text}"), time.monotonic()
-        self._rate = Rate()
-        if name in self.plan:
+        planned, began = name in self.plan, time.monotonic()
+        if planned and name not in self.finished:
+            text = f"{list(self.plan).index(name) + 1}/{len(self.plan)} {text}"
+        text, self._rate = visible(text), Rate()
+        if planned:
             self.countdown.update(self.seconds_left(name, 0.0))
         else:
             self.countdown = Countdown()
-        planned = name in self.plan
 
         def figures() -> str:
             known = self._rate.total or self.countdown.end is not None
@@ -168,7 +155,7 @@ class ProgressDisplay:
             return ", ".join(filter(None, (self._rate.note, speed, left)))
 
         if self.quiet:
-            yield lambda *_, **__: None
+            yield no_progress
         else:
             terminal = console.make_console(stderr=True)
             shown = self._bar(terminal, text, figures) if terminal.is_terminal else self._log(text, figures)
@@ -200,27 +187,20 @@ class ProgressDisplay:
     @contextmanager
     def _bar(self, terminal: "Console", text: str, figures: Callable[[], str]) -> Iterator[Shown]:
         """(print a warning, show what is done) on a line of the terminal that never stands still."""
-        from rich.progress import (
-            BarColumn,
-            ProgressColumn,
-            SpinnerColumn,
-            Task,
-            TextColumn,
-            TimeElapsedColumn,
-        )
-        from rich.progress import Progress as Bars
+        from rich import progress as rich
         from rich.text import Text
 
         bar_width, text = (24, text) if terminal.width >= WIDE else (10, text.partition(":")[0])
 
-        class Figures(ProgressColumn):
-            def render(self, task: Task) -> Text:
+        class Figures(rich.ProgressColumn):
+            def render(self, task: rich.Task) -> Text:
                 used = len(text) + bar_width + len(task.fields["count"]) + len("⠋     0:00:00 ")
                 return Text(fit_to_width(visible(figures()), terminal.width - used), "dim", no_wrap=True)
 
-        name, count = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[count]}")
-        columns = (SpinnerColumn(), name, BarColumn(bar_width), count, TimeElapsedColumn(), Figures())
-        with Bars(*columns, console=terminal, transient=True) as bars:
+        name = rich.TextColumn("{task.description}", markup=False)
+        count, clock = rich.TextColumn("{task.fields[count]}"), rich.TimeElapsedColumn()
+        columns = (rich.SpinnerColumn(), name, rich.BarColumn(bar_width), count, clock, Figures())
+        with rich.Progress(*columns, console=terminal, transient=True) as bars:
             self._bars = bars
             task = bars.add_task(text, total=None, count="")
 
@@ -232,10 +212,7 @@ class ProgressDisplay:
 
     @contextmanager
     def _log(self, text: str, figures: Callable[[], str]) -> Iterator[Shown]:
-        """(print a warning, show what is done) below a heading, which is printed before them or after HEADING_DELAY.
-
-        A line follows every LOG_SECONDS, whether something was done or not.
-        """
+        """(print a warning, show what is done) below a heading; a line every LOG_SECONDS, even if nothing was done."""
         lock, ended, began = threading.Lock(), threading.Event(), time.monotonic()
         heading = text if self.countdown.end is None else f"{text} (about {self.countdown} in total)"
         counted = ""
@@ -257,12 +234,9 @@ class ProgressDisplay:
                 return
             note()
             while not ended.wait(LOG_SECONDS):
-                so_far = (
-                    f"{format_duration(time.monotonic() - began)} so far, "
-                    if self._rate.measured() is None
-                    else ""
-                )
-                note(escape(f"  {counted}{so_far}{figures()}".rstrip(", ")))
+                so_far = f"{format_duration(time.monotonic() - began)} so far, "
+                shown = figures() if self._rate.measured() else so_far + figures()
+                note(escape(f"  {counted}{shown}".rstrip(", ")))
 
         threading.Thread(target=tick, daemon=True).start()
         try:
@@ -307,17 +281,12 @@ class ProgressDisplay:
 
 
 def fit_to_width(figures: str, room: int) -> str:
-    """Drop whole figures, the least important first, until they fit `room` columns. The time left always stays.
-
-    First go rates and memory, then figures from the end, then the cost.
-    """
-    pieces = figures.split(", ")
+    """Drop figures until they fit `room` columns: rates and memory, then from the end, then the cost, never the time left."""
+    pieces, minors = figures.split(", "), (" GB", " tokens/s", "/s", " each")
 
     def importance(place: int) -> tuple[bool, bool, int, int]:
         piece = pieces[place]
-        minor = next(
-            (n for n, end in enumerate((" GB", " tokens/s", "/s", " each"), 1) if piece.endswith(end)), 0
-        )
+        minor = next((n for n, end in enumerate(minors, 1) if piece.endswith(end)), 0)
         return (not piece.endswith(("left", ESTIMATING)), not piece.startswith("$"), minor, place)
 
     kept = sorted(range(len(pieces)), key=importance)

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from sclite import __version__, console
 from sclite.config import Config
 from sclite.errors import DataError, ScliteError, UsageError
-from sclite.files import file_digest, repair_last_line
+from sclite.files import file_digest
 from sclite.files import sync as sync
 from sclite.files import write_text as write_text
 from sclite.manifest import Manifest
@@ -62,10 +62,7 @@ class Run:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Lock the run against other sclite processes; raises UsageError if another one holds it.
-
-        A folder that this created and that is still empty at the end is removed.
-        """
+        """Lock the run against other sclite processes, or raise UsageError. A new folder that stays empty is removed."""
         from filelock import FileLock, Timeout
 
         new = [folder for folder in (self.folder, self.folder.parent) if not folder.exists()]
@@ -105,8 +102,7 @@ class Run:
     def recording(self, config: Config) -> Iterator[None]:
         """Lock the run, and save the configuration to run.toml: later commands on this run need not repeat it.
 
-        Options that apply to one command only (`settings.NOT_SAVED`) are not saved. If the block fails before any stage
-        has produced something, run.toml is restored: a mistyped value does not become a setting of the run and break
+        If the block fails before any stage has produced something, run.toml is restored: a mistyped value does not break
         later commands, but whatever was paid for or trained keeps its settings.
         """
         import tomlkit
@@ -146,7 +142,15 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab+", buffering=0) as file:
             if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-                repair_last_line(file)
+                file.seek(0)
+                content = file.read()
+                begin = content.rfind(b"\n") + 1
+                try:
+                    json.loads(content[begin:])
+                except ValueError:  # the process was killed while writing
+                    file.truncate(begin)
+                else:  # some editors remove the last newline
+                    file.write(b"\n")
 
             def add(rows: Iterable[Row]) -> None:
                 data = "".join(row.model_dump_json(exclude_none=False) + "\n" for row in rows).encode()
@@ -161,10 +165,9 @@ class Run:
             yield add
 
     def rows(self, name: str, kind: type[R], whole: bool = True) -> Iterator[R]:
-        """Read the rows of a file lazily; a missing file has none.
+        """Read the rows of a file lazily; a missing file has none, and an incomplete last line is skipped.
 
-        An incomplete last line is skipped. Any other invalid line raises DataError with its number; with `whole` False,
-        and in a file of drops, it is skipped with a warning.
+        Any other invalid line raises DataError; with `whole` False, and in a file of drops, it is skipped with a warning.
         """
         return (row for _, row in self.rows_with_offsets(name, kind, whole))
 
@@ -208,10 +211,7 @@ class Run:
         write_text(self.path(name), (row.model_dump_json(exclude_none=False) + "\n" for row in rows))
 
     def reorder(self, name: str, kind: type[Problem | Template], ids: Iterable[str]) -> None:
-        """Sort the rows of a file by this list of IDs, with one row in memory at a time.
-
-        Rows with other IDs are removed; of several rows with one ID the last is kept.
-        """
+        """Sort the rows of a file by these IDs, one row in memory at a time: the last row of each ID, no others."""
         if not self.path(name).is_file():
             self.replace(name, [])
         offsets = {row.id: offset for offset, row in self.rows_with_offsets(name, kind, whole=False)}
@@ -291,23 +291,24 @@ class Run:
         report: Report,
         outputs: Mapping[str, int | None] | None = None,
     ) -> None:
-        """Write the manifest that marks a stage as done, last of all its files.
+        """Write the manifest that marks a stage as done, last of all its files, which are synced to disk first.
 
-        `outputs` maps the files that it vouches for to their number of rows, or None; they are synced to disk first.
-        Raises DataError if rows are missing, for example because another process has written to the run.
+        `outputs` maps the files that it vouches for to their number of rows, or None. Raises DataError if rows are missing.
         """
         signed: dict[str, dict[str, Any]] = {}
         for name, rows in (outputs or {}).items():
             if rows is not None and (there := self._count(name)) != rows:
+                message = (
+                    f"{self.path(name)} holds {there} of {rows} rows: another process has written to the run"
+                )
                 raise DataError(
-                    f"{self.path(name)} holds {there} of {rows} rows: another process has written to the run",
-                    "re-run with one process at a time; paid replies come from the ledger",
+                    message, "re-run with one process at a time; paid replies come from the ledger"
                 )
             sync(self.path(name))
             sync(self.path(name).parent)
             signed[name] = {"digest": self.file_digest(name), "rows": rows}
-        head = {"stage": stage, "sclite": __version__, "inputs": inputs}
-        manifest = {**head, **report.as_dict(), "outputs": signed}
+        manifest: dict[str, Any] = {"stage": stage, "sclite": __version__, "inputs": inputs}
+        manifest |= {**report.as_dict(), "outputs": signed}
         self.write_json(f"done/.{stage}.json", manifest)
         self.write_json(f"done/{stage}.json", manifest)
 

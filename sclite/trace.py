@@ -100,17 +100,14 @@ def clean(text: str) -> str:
 
 
 def without_thoughts(text: str) -> str:
-    """The text after a model's thoughts: `<think>..</think>` and variants, a bare `</think>`, gpt-oss' channels.
-
-    Thoughts that never end are ordinary text.
-    """
+    """The text after a model's thoughts: `<think>..</think>` and variants, a bare `</think>`, gpt-oss' channels."""
     start = thoughts_end(text)
     said = text[start:]
     return _SPECIAL.split(said, maxsplit=1)[0] if start and _CHANNEL.search(text) else said
 
 
 def thoughts_end(text: str) -> int:
-    """The offset at which the thoughts at the beginning of a text end; 0 if it has none."""
+    """The offset at which the thoughts at the beginning of a text end; 0 if it has none, or they never end."""
     if (tag := TAG.search(text)) and not text[: tag.start()].strip():
         return 0  # the text begins with a trace
     if "|channel|" in text:
@@ -140,11 +137,8 @@ def close_piece(number: int) -> str:
 
 def step_pieces(steps: tuple[Step, ...]) -> list[str]:
     """The steps, without notes, as alternating open and close pieces, each tokenized separately."""
-    return [
-        piece
-        for number, step in enumerate(steps, 1)
-        for piece in (open_piece(number, step), close_piece(number))
-    ]
+    numbered = list(enumerate(steps, 1))
+    return [piece for n, step in numbered for piece in (open_piece(n, step), close_piece(n))]
 
 
 CAUSE = "<Cause>"
@@ -213,31 +207,31 @@ class _Reader:
             self.report("missing_closer", offset)
             self.open.pop()
 
-    def add_step_tag(self, closing: bool, number: int | None, offset: int) -> None:
-        if self.open and self.open[0] != "step":
+    def add_tag(self, name: str, closing: bool, number: int | None, offset: int) -> None:
+        """A tag of a step, which has a number, of a note inside one, or generalized or answer."""
+        if name == "step":
+            if self.open and self.open[0] != "step":
+                self.close(0, offset)
+            if self.open and not closing and number == self.number and self.steps[-1].get("step"):
+                self.report("opener_as_closer", offset)
+                closing = True
+            if closing:
+                if not self.open:
+                    self.report("stray_closer", offset)
+                elif number not in (None, self.number):
+                    self.report("wrong_step_number", offset)
+                self.close(1, offset)
+                self.open.clear()
+                return
             self.close(0, offset)
-        if self.open and not closing and number == self.number and self.steps[-1].get("step"):
-            self.report("opener_as_closer", offset)
-            closing = True
-        if closing:
-            if not self.open:
-                self.report("stray_closer", offset)
-            elif number not in (None, self.number):
+            if self.outer:
+                self.report("step_after_the_end", offset)
+            self.steps.append({})
+            self.open = ["step"]
+            self.number = number if number is not None else len(self.steps)
+            if self.number != len(self.steps):
                 self.report("wrong_step_number", offset)
-            self.close(1, offset)
-            self.open.clear()
             return
-        self.close(0, offset)
-        if self.outer:
-            self.report("step_after_the_end", offset)
-        self.steps.append({})
-        self.open = ["step"]
-        self.number = number if number is not None else len(self.steps)
-        if self.number != len(self.steps):
-            self.report("wrong_step_number", offset)
-
-    def add_tag(self, name: str, closing: bool, offset: int) -> None:
-        """A tag inside a step, or generalized or answer."""
         depth, slots = 0, self.outer
         if name in INNER:
             if self.open[:1] != ["step"]:
@@ -281,11 +275,8 @@ def parse(text: str) -> Parsed:
     for match in TAG.finditer(text, position):
         reader.add_text(text[position : match.start()], position)
         position = match.end()
-        name = tag_name(match[2])
-        if name == "step":
-            reader.add_step_tag(bool(match[1]), int(match[3]) if match[3] else None, match.start())
-        else:
-            reader.add_tag(name, bool(match[1]), match.start())
+        number = int(match[3]) if match[3] else None
+        reader.add_tag(tag_name(match[2]), bool(match[1]), number, match.start())
     reader.add_text(text[position:], position)
     reader.close(0, end)
 
@@ -294,10 +285,7 @@ def parse(text: str) -> Parsed:
 
     steps = [Step(joined(s, "step"), *(joined(s, name) or None for name in INNER)) for s in reader.steps]
     trace = Trace(tuple(steps), *(joined(reader.outer, name) or None for name in OUTER))
-    issues = [
-        *reader.issues,
-        *(Issue("empty_step", f"step {n}") for n, s in enumerate(steps, 1) if not s.text),
-    ]
+    issues = reader.issues + [Issue("empty_step", f"step {n}") for n, s in enumerate(steps, 1) if not s.text]
     if not steps:
         issues.append(Issue("no_steps", "the top level"))
     if trace.answer is None:
