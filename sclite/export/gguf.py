@@ -7,7 +7,6 @@ The converter is part of llama-cpp-python's source distribution: it is downloade
 import hashlib
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -30,6 +29,9 @@ DROPS_HEAD = ("GemmaForCausalLM", "Gemma2ForCausalLM")
 SMALL = 50_000_000
 """Parameters below which a model that `write_gguf` supports is written without the converter."""
 
+LARGE = 3_000_000_000
+"""Parameters from which the converter is tried on the base model: a smaller model is merged as fast as that."""
+
 
 def convert_model(folder: Path, out: Path, *, outtype: str = "f16") -> Path:
     """Write the model in `folder` as the GGUF `out` (f32, f16 or bf16). Returns `out`, which is complete or absent.
@@ -51,7 +53,7 @@ def convert_model(folder: Path, out: Path, *, outtype: str = "f16") -> Path:
 
 
 def check_convertible(base: Path, adapter: Path | None) -> None:
-    """Raise DataError if llama.cpp's converter would reject the merged model: it runs on the base without writing anything."""
+    """Raise DataError if llama.cpp's converter is known to reject the merged model; on a LARGE base, it is run to find out."""
     weights, config = BaseWeights(base), read_json(base / "config.json")
     if not unsupported_feature(base):
         return
@@ -62,6 +64,8 @@ def check_convertible(base: Path, adapter: Path | None) -> None:
             f"llama.cpp's converter ignores the lm_head of a {names[0]} and uses its embedding instead",
             "train without lm_head in modules_to_save, or use `sclite export --format merged`",
         )
+    if weights.float32_bytes() // 4 < LARGE:
+        return
     with tempfile.TemporaryDirectory() as place:
         copy_settings(base, Path(place))  # the converter would run the code of a model folder
         if not config.get("quantization_config"):
@@ -131,10 +135,10 @@ def _run_script(source: Path, script: str, arguments: list[str], out: Path | Non
         reason = lines[-1] if lines else "no reason given"
         if reason == "AssertionError":
             reason = lines[-2]
-        hint = "use another base model, or `sclite export --format merged`"
-        if part:
-            hint = f"for the full error: PYTHONPATH={source / 'gguf-py'} {shlex.join(command)}"
-        raise DataError(f"llama.cpp's converter cannot convert {subject}: {reason}", hint)
+        raise DataError(
+            f"llama.cpp's converter cannot convert {subject}: {reason}",
+            "use another base model, or `sclite export --format merged`",
+        )
     if part and out:
         part.replace(out)
 

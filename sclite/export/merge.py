@@ -29,8 +29,8 @@ def merge(base_folder: Path, adapter_folder: Path | None, out_folder: Path, *, o
     """Write base and adapter as a plain Hugging Face folder; without an adapter, the dequantized base.
 
     W + scale * B @ A is computed in float32 and stored as float32, matrices as float16 if the GGUF will be 16-bit anyway
-    (`outtype`): rounding to bfloat16 would lose most of a small adapter. Tensors without an adapter keep their type. Code and
-    `auto_map` are not copied. The folder is complete or absent, and replaces an earlier merge. Raises DataError for adapters
+    (`outtype`): rounding to bfloat16 would lose most of a small adapter. Tensors without an adapter keep their type, but matrices
+    do not stay in bfloat16 then: the converter makes float32 of it. Code and `auto_map` are not copied. The folder is complete or absent, and replaces an earlier merge. Raises DataError for adapters
     that PEFT would load differently, adapters of another base, and damaged files.
     """
     if out_folder.exists() and any(out_folder.iterdir()) and not (out_folder / RECORD).exists():
@@ -238,11 +238,12 @@ class Adapter:
                     f"use the base model of the adapter: {settings.get('base_model_name_or_path')}",
                 )
         assert found is not None
-        if delta is None and found is weight:
-            return found
+        half = outtype != "f32" and found.ndim > 1
         if delta is not None:
-            found = found.to(torch.float32) + delta
-        return found.to(torch.float32 if outtype == "f32" or found.ndim == 1 else torch.float16)
+            found = delta.add_(found)
+        elif found is weight and not (half and found.dtype == torch.bfloat16):
+            return found
+        return found.to(torch.float16 if half else torch.float32)
 
 
 def _save_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

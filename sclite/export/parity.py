@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sclite.export.layers import load_layered
 from sclite.export.samples import TRICKY, Sample
+from sclite.export.tensors import read_gguf
 from sclite.student.base import Request
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.llama_cpp.sequence import TokenSequence
@@ -188,20 +189,19 @@ def find_changed_tensor(full: Path, quantized: Path) -> str | None:
 
     Rounding to at least 4 bits changes the scale of a tensor by less than 1 % (q4_1), to 2 or 3 bits by 7 % (q2_k).
     """
-    from gguf import GGML_QUANT_SIZES, GGUFReader, quants
+    from gguf import GGMLQuantizationType, quants
 
-    sources = {tensor.name: tensor for tensor in GGUFReader(full).tensors}
-    for tensor in GGUFReader(quantized).tensors:
+    sources = read_gguf(full)[1]
+    for name, tensor in read_gguf(quantized)[1].items():
         pair = []
-        for each in (tensor, sources[tensor.name]):
-            rows = each.data.reshape(-1, each.data.shape[-1])
-            pair.append(quants.dequantize(rows[:: -(-len(rows) // ROWS)], each.tensor_type).astype("float64"))
+        for each in (tensor, sources[name]):
+            rows = each.rows[:: -(-len(each.rows) // ROWS)]
+            pair.append(quants.dequantize(rows, GGMLQuantizationType(each.type)).astype("float64"))
         found, wanted = pair
-        size, (values, stored) = float((found * found).sum()), GGML_QUANT_SIZES[tensor.tensor_type]
-        bits = 8 * stored / values
+        size, bits = float((found * found).sum()), 8 * tensor.rows.shape[1] / tensor.shape[0]
         bound = 0.025 if bits >= 4 else 0.15 if bits > 2.2 else float("inf")
         if abs(float((found * wanted).sum()) - size) > bound * size:
-            return str(tensor.name)
+            return name
     return None
 
 

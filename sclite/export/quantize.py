@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sclite.errors import DataError, ScliteError, UsageError
+from sclite.export.tensors import read_gguf
 from sclite.student.llama_cpp.engine import last_errors, llama
 
 if TYPE_CHECKING:
@@ -58,17 +59,13 @@ def quantize(
     A file that already has that type is copied. Returns how many tensors have rows that are not divisible by 256, and the
     types to which llama.cpp falls back for them. Raises UsageError for an unknown name, DataError if llama.cpp fails.
     """
-    from gguf import GGMLQuantizationType, GGUFReader
+    from gguf import GGMLQuantizationType
 
     number = quantization_type(name)
     if not source.is_file():
         raise DataError(f"{source} does not exist", "run `sclite export` first")
-    try:
-        field = GGUFReader(source).get_field("general.file_type")
-    except ValueError as error:
-        raise DataError(f"{source} is not a GGUF file: {error}", "run `sclite export` again") from error
     part = out.with_name(out.name + ".part")
-    if field and int(field.contents()) == number:
+    if read_gguf(source)[0].get("general.file_type") == number:
         shutil.copyfile(source, part)
         part.replace(out)
         return 0, ""
@@ -91,10 +88,14 @@ def quantize(
             "check the free disk space, or choose another --quant",
         )
     part.replace(out)
-    odd = [t for t in GGUFReader(out).tensors if len(t.shape) > 1 and t.shape[0] % ROW]
     if not re.search("_k|iq|tq", name):
         return 0, ""
-    return len(odd), ", ".join(sorted({GGMLQuantizationType(t.tensor_type).name.lower() for t in odd}))
+    odd = [
+        GGMLQuantizationType(t.type)
+        for t in read_gguf(out)[1].values()
+        if len(t.shape) > 1 and t.shape[0] % ROW
+    ]
+    return len(odd), ", ".join(sorted({kind.name.lower() for kind in odd}))
 
 
 Tensor: Any = type(

@@ -1,16 +1,18 @@
-"""Read the tensors of a Hugging Face model folder one at a time."""
+"""Read the tensors of a Hugging Face model folder or of a GGUF one at a time."""
 
 from __future__ import annotations
 
 import json
 import math
+import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sclite.errors import DataError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from safetensors import safe_open
 
@@ -76,3 +78,62 @@ class Tensors:
         """The number of values of a tensor, without reading them."""
         with open_tensors(self._file[name]) as weights:
             return math.prod(weights.get_slice(name).get_shape())
+
+
+class GgufTensor(NamedTuple):
+    """A tensor of a GGUF: its type (gguf.GGMLQuantizationType), its shape, rows first in length; its bytes by rows, mapped."""
+
+    type: int
+    shape: tuple[int, ...]
+    rows: np.ndarray
+
+
+NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+"""The codes in `struct` of the types of numbers in a GGUF. The other types are 8, a text, and 9, an array."""
+
+
+def read_gguf(path: Path) -> tuple[dict[str, float], dict[str, GgufTensor]]:
+    """The numbers in the header of a GGUF, and its tensors, by name. Raises DataError if the file is damaged.
+
+    Texts and arrays are skipped: gguf's own reader makes an object of each token, which takes seconds for a large vocabulary.
+    """
+    import numpy as np
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    numbers: dict[str, float] = {}
+    tensors: dict[str, GgufTensor] = {}
+    infos = []
+    try:
+        with path.open("rb") as file:
+
+            def read(codes: str) -> tuple[Any, ...]:
+                return struct.unpack(f"<{codes}", file.read(struct.calcsize(f"<{codes}")))
+
+            magic, _, tensor_count, entry_count = read("4sIQQ")
+            if magic != b"GGUF":
+                raise ValueError("it does not begin with GGUF")
+            for _ in range(entry_count):
+                key, (kind,) = file.read(*read("Q")).decode(), read("I")
+                if kind in NUMBERS:
+                    (numbers[key],) = read(NUMBERS[kind])
+                    continue
+                kind, count = read("IQ") if kind == 9 else (kind, 1)
+                if kind == 8:
+                    for _ in range(count):
+                        file.seek(*read("Q"), 1)
+                else:
+                    file.seek(struct.calcsize(NUMBERS[kind]) * count, 1)
+            for _ in range(tensor_count):
+                name, (dimensions,) = file.read(*read("Q")).decode(), read("I")
+                infos.append((name, read(f"{dimensions}Q"), *read("IQ")))
+            alignment = int(numbers.get("general.alignment", 32))
+            start = -(-file.tell() // alignment) * alignment
+        data = np.memmap(path, mode="r")
+        for name, shape, kind, offset in infos:
+            values, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+            row, begin = shape[0] // values * size, start + offset
+            rows = data[begin : begin + row * math.prod(shape[1:])].reshape(-1, row)
+            tensors[name] = GgufTensor(kind, shape, rows)
+    except (struct.error, KeyError, ValueError) as error:
+        raise DataError(f"{path} is not a GGUF file: {error}", "run `sclite export` again") from error
+    return numbers, tensors

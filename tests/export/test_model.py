@@ -139,9 +139,7 @@ def test_wrong_weights_fail_the_export(base, run, monkeypatch, failure, ram):
     assert run.manifest("export-sft") is None
     if ram == 1 << 40:
         monkeypatch.setattr(export, "merge", lambda *given, **named: damage(merge(*given, **named)))
-        with pytest.raises(
-            ScliteError, match=r"proj\.weight of the merged model is not the base with"
-        ) as error:
+        with pytest.raises(ScliteError, match=r"\.weight of the merged model is not the base with") as error:
             export.export_model(config_of(base), run, "sft")
         assert error.value.code == FAILED
         assert not list(run.path("export").glob("*.gguf"))
