@@ -33,7 +33,7 @@ _MISREAD = re.compile(r"'|(?<![_\d])\d+ \d|\^ ?(?:\\?\w+|\{[^{}]*\}) ?\^")
 def same_formula(given: str, gold: str) -> Verdict:
     """Whether two formulas are equal; None if the comparison fails. Text that is no formula equals nothing."""
     from math_verify import verify
-    from sympy import Expr, Set
+    from sympy import Expr, Set, simplify
 
     try:
         a, b = _parse(given), _parse(gold)
@@ -41,8 +41,23 @@ def same_formula(given: str, gold: str) -> Verdict:
             return False
         if isinstance(a, Expr) and isinstance(b, Expr):
             long_decimals = re.findall(r"\.(\d{6,})", f"{given} {gold}")
-            return _same_values(a, b, len(long_decimals[0]) if len(long_decimals) == 1 else None)
-        if _is_relation(a) and _is_relation(b) and _same_relation(a, b):
+            places = len(long_decimals[0]) if len(long_decimals) == 1 else None
+            a, b = a.doit(), b.doit()
+            if a == b:
+                return True
+            if a.is_Rational and b.is_Rational and places is None:
+                return False
+            seen = 0
+            for point in _points({s.name for s in a.free_symbols | b.free_symbols}):
+                x, y = _value(a, point), _value(b, point)
+                if x is None or y is None:
+                    continue
+                size = max(abs(x), abs(y))
+                if abs(x - y) > 1e-100 * size and not (places and is_close(x, y, places)):
+                    return bool(size < 1e-100) and simplify(a - b) == 0
+                seen += 1
+            return bool(seen) or simplify(a - b) == 0
+        if _is_relation(a) and _is_relation(b) and _is_multiple(a, b):
             return True
         a, b = _solutions(a, b), _solutions(b, a)
         if isinstance(a, Set) and isinstance(b, Set):
@@ -107,26 +122,6 @@ def _solutions(read: Any, other: Any) -> Any:
     return Intersection(*(part.as_set() for part in parts))
 
 
-def _same_values(a: Any, b: Any, places: int | None) -> bool:
-    from sympy import simplify
-
-    a, b = a.doit(), b.doit()
-    if a == b:
-        return True
-    if a.is_Rational and b.is_Rational and places is None:
-        return False
-    seen = 0
-    for point in _points({s.name for s in a.free_symbols | b.free_symbols}):
-        x, y = _value(a, point), _value(b, point)
-        if x is None or y is None:
-            continue
-        size = max(abs(x), abs(y))
-        if abs(x - y) > 1e-100 * size and not (places and is_close(x, y, places)):
-            return bool(size < 1e-100) and simplify(a - b) == 0
-        seen += 1
-    return bool(seen) or simplify(a - b) == 0
-
-
 def _points(names: set[str]) -> list[dict[str, Any]]:
     """Test points: values of the variables, all positive, all negative, then mixed."""
     from sympy import Rational
@@ -143,7 +138,7 @@ def _value(read: Any, point: dict[str, Any]) -> Any:
     return number if all(part.is_Number and part.is_finite for part in parts) else None
 
 
-def _same_relation(a: Any, b: Any) -> bool:
+def _is_multiple(a: Any, b: Any) -> bool:
     """Whether one relation is the other times a constant."""
     from sympy import Eq, Ge, Gt, Ne, fraction, together
 

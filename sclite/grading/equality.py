@@ -60,9 +60,34 @@ def compare(given: str, gold: str, leaf: Leaf) -> Verdict:
         return compare(value, gold_value, leaf)
     if name or gold_name:  # y = 2x against 2x = y: two equations
         return leaf(given, gold)
-    decided = _compare_parts(_parts(given), _parts(gold), leaf)
-    if decided is not None:
-        return decided
+    # lists, sets, tuples, intervals and matrices: part by part
+    (kind, parts), (gold_kind, gold_parts) = _parts(given), _parts(gold)
+    kinds = {kind, gold_kind}
+    related = kinds != {"list"} and any(_RELATION.search(part) for part in (*parts, *gold_parts))
+    if kinds == {"", "list"} and not related:
+        return False
+    if "" not in kinds and not related:
+        unordered = kinds <= {"list", "set"} and len(parts) * len(gold_parts) < 2000
+        column = f"matrix {len(parts)}x1"
+        if not unordered and len(kinds) > 1 and kinds not in ({"list", "()"}, {"list", "[]"}, {"()", column}):
+            return False
+        if len(parts) != len(gold_parts) and "set" not in kinds:
+            return False
+        if unordered:
+            rest, verdicts = list(gold_parts), []
+            for part in parts:
+                seen = [compare(part, other, leaf) for other in rest]
+                if True in seen and "set" not in kinds:
+                    del rest[seen.index(True)]
+                verdicts.append(_any(seen))
+            if "set" in kinds:
+                verdicts += [_any(compare(part, other, leaf) for part in parts) for other in gold_parts]
+        else:
+            verdicts = [compare(a, b, leaf) for a, b in zip(parts, gold_parts, strict=True)]
+        if False in verdicts:
+            return False
+        if None not in verdicts:
+            return True
     (given, factor, unit), (gold, gold_factor, gold_unit) = strip_unit(given), strip_unit(gold)
     if unit and gold_unit and (unit != gold_unit or factor != gold_factor):
         return False
@@ -133,39 +158,6 @@ def _split_name(text: str) -> tuple[str, str]:
     if not named and _LETTER.search(value) and not parse_quantity(value):
         return "=", text
     return named[0] if named else "", value
-
-
-def _compare_parts(given: tuple[str, list[str]], gold: tuple[str, list[str]], leaf: Leaf) -> Verdict:
-    (kind, parts), (gold_kind, gold_parts) = given, gold
-    kinds = {kind, gold_kind}
-    if any(_RELATION.search(part) for part in (*parts, *gold_parts)) and kinds != {"list"}:
-        return None
-    if kinds == {"", "list"}:
-        return False
-    if "" in kinds:
-        return None
-    unordered = kinds <= {"list", "set"} and len(parts) * len(gold_parts) < 2000
-    column = f"matrix {len(parts)}x1"
-    if not unordered and len(kinds) > 1 and kinds not in ({"list", "()"}, {"list", "[]"}, {"()", column}):
-        return False
-    if len(parts) != len(gold_parts) and "set" not in kinds:
-        return False
-    if not unordered:
-        return _all(compare(a, b, leaf) for a, b in zip(parts, gold_parts, strict=True))
-    rest, verdicts = list(gold_parts), []
-    for part in parts:
-        seen = [compare(part, other, leaf) for other in rest]
-        if True in seen and "set" not in kinds:
-            del rest[seen.index(True)]
-        verdicts.append(_any(seen))
-    if "set" in kinds:
-        verdicts += [_any(compare(part, other, leaf) for part in parts) for other in gold_parts]
-    return _all(verdicts)
-
-
-def _all(verdicts: Iterable[Verdict]) -> Verdict:
-    seen = set(verdicts)
-    return False if False in seen else None if None in seen else True
 
 
 def _any(verdicts: Iterable[Verdict]) -> Verdict:

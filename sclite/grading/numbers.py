@@ -19,28 +19,8 @@ MAX_DIGITS = 4000  # of an evaluated power; Python refuses to print much longer 
 
 # -- words ------------------------------------------------------------------------------------------------------
 
-_ONES = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-]
+_ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()  # noqa: SIM905
+_ONES += ["seventeen", "eighteen", "nineteen"]
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()  # noqa: SIM905
 _SMALL = {word: n for n, word in enumerate(_ONES)} | {word: 10 * n for n, word in enumerate(_TENS, 2)}
 _BIG = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
@@ -216,28 +196,9 @@ def parse_quantity(text: str) -> Quantity | None:
         return Quantity(Fraction(int(ratio[1]), int(ratio[2]))) if int(ratio[2]) else None
     text = " ".join(_FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", text).split())
     found = _PLAIN.fullmatch(text)
-    number = _read_number(found) if found else None
-    if not found or number is None:
+    if not found:
         return None
-    unit = _parse_unit(found["unit"] or "")
-    if unit is not None:
-        factor, words = unit
-        if found["money"]:
-            money, _ = _UNITS[found["money"][-1]]
-            words = (frozenset({money}).union(*words[:1]), *words[1:])
-        return Quantity(number[0], factor, words, number[1])
-    texts = re.split(r"(?<=[A-Za-z'\"]),? ?(?:and )?(?=\d)", text)
-    parts = [quantity for part in texts if (quantity := parse_quantity(part))] if 1 < len(texts) < 5 else []
-    if not parts or len(parts) < len(texts) or {len(part.unit) for part in parts} != {1}:
-        return None
-    if len({part.unit for part in parts}) > 1 or any(a.factor <= b.factor for a, b in pairwise(parts)):
-        return None
-    smallest = parts[0 if parts[0].unit[0] == {"dollar"} else -1].factor
-    return Quantity(sum(part.value * part.factor for part in parts) / smallest, smallest, parts[0].unit)
-
-
-def _read_number(found: re.Match[str]) -> tuple[Fraction, int | None] | None:
-    """(value, number of decimals if it is a finite decimal) of a match of `_NUMBER`; None if it has no value."""
+    # the number: a decimal, periodic or with a power or an exponent, or a fraction
     places = None
     if decimal := found["decimal"]:
         digits = re.sub("[, ]", "", decimal)
@@ -262,15 +223,30 @@ def _read_number(found: re.Match[str]) -> tuple[Fraction, int | None] | None:
         if not low:
             return None
         value = Fraction(int(found["top"].replace(",", "")), -low if found["minus"] else low)
-        if found["whole"]:
-            if not 0 < value < 1:
-                return None
-            value += int(found["whole"])
+        if found["whole"] and not 0 < value < 1:
+            return None
+        value += int(found["whole"] or 0)
     if scale := (found["scale"] or "").strip(" -").casefold():
         value *= _SCALES.get(scale) or _SCALES[scale.removesuffix("s")]
     if found["raised"]:
         value **= 2 if "sq" in found["raised"] else 3
-    return -value if (found["sign"] + found["sign2"]).count("-") == 1 else value, places
+    value *= -1 if (found["sign"] + found["sign2"]).count("-") == 1 else 1
+    unit = _parse_unit(found["unit"] or "")
+    if unit is not None:
+        factor, words = unit
+        if found["money"]:
+            money, _ = _UNITS[found["money"][-1]]
+            words = (frozenset({money}).union(*words[:1]), *words[1:])
+        return Quantity(value, factor, words, places)
+    # several quantities of one kind, as 5 ft 3 in
+    texts = re.split(r"(?<=[A-Za-z'\"]),? ?(?:and )?(?=\d)", text)
+    parts = [quantity for part in texts if (quantity := parse_quantity(part))] if 1 < len(texts) < 5 else []
+    if not parts or len(parts) < len(texts) or {len(part.unit) for part in parts} != {1}:
+        return None
+    if len({part.unit for part in parts}) > 1 or any(a.factor <= b.factor for a, b in pairwise(parts)):
+        return None
+    smallest = parts[0 if parts[0].unit[0] == {"dollar"} else -1].factor
+    return Quantity(sum(part.value * part.factor for part in parts) / smallest, smallest, parts[0].unit)
 
 
 _TAIL = re.compile(r"(.*(?:[\d})!]|\\pi)) ?(%|[A-Za-z]{2}.*|L|(?<= )[msg])", re.DOTALL)
