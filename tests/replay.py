@@ -160,6 +160,8 @@ class TeacherServer:
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.owner = self
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+        # the same address, but not that of a loopback interface: calls are not free
+        self.remote_url = self.url.replace("127.0.0.1", "0.0.0.0")
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 

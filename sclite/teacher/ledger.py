@@ -2,7 +2,7 @@
 
 import sqlite3
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,6 @@ from typing import Any
 
 from sclite import console
 from sclite.errors import DataError
-from sclite.signature import digest
 
 FILE = "ledger.sqlite"
 REPLIED, REFUSED, EMPTY = "replied", "refused", "empty"
@@ -101,19 +100,6 @@ class Entry:
     completion_tokens: int | None
     cost_usd: float | None
     seconds: float
-
-
-def request_key(
-    model: str,
-    api_base: str,
-    messages: Sequence[Mapping[str, str]],
-    parameters: Mapping[str, Any],
-    sample: int,
-    repair: int,
-) -> str:
-    """The digest that identifies a request. Another reply to the same messages has another `sample` or `repair`."""
-    chat = [dict(message) for message in messages]
-    return digest([model, api_base.rstrip("/"), chat, dict(parameters), sample, repair])
 
 
 class Ledger:

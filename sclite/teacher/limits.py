@@ -4,7 +4,7 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -12,7 +12,6 @@ from sclite.errors import BudgetError
 from sclite.teacher.ledger import Ledger
 
 MINUTE_SECONDS = 60.0
-_TEMPLATE_TOKENS = 16  # that a chat template adds to each message
 
 
 # -- spending ------------------------------------------------------------------------------------------------------
@@ -30,11 +29,6 @@ class Price:
 
 
 FREE = Price(0.0, 0.0)
-
-
-def max_prompt_tokens(messages: Sequence[Mapping[str, str]]) -> int:
-    """An upper bound on the tokens of a prompt for any tokenizer: one per byte, which digits and LaTeX can reach."""
-    return sum(_TEMPLATE_TOKENS + len(m["content"].encode(errors="surrogatepass")) for m in messages)
 
 
 class Budget:
@@ -120,13 +114,11 @@ class RateLimiter:
             async with self._changed:
                 self._changed.notify(max(1, int(self.limit) - self.in_flight))
 
-    def record_success(self) -> None:
-        """A reply came in time."""
-        self.limit = min(float(self.max_in_flight), self.limit + 1.0)
-
-    def record_overload(self, began: float) -> None:
-        """The call that began at `began` was rate-limited or timed out."""
-        if began > self._halved_at:
+    def record(self, began: float, overload: bool = False) -> None:
+        """The call that began at `began` was answered; `overload`: it was rate-limited or timed out."""
+        if not overload:
+            self.limit = min(float(self.max_in_flight), self.limit + 1.0)
+        elif began > self._halved_at:
             self.limit = max(1.0, min(self.limit, self.in_flight) / 2)
             self._halved_at = time.monotonic()
 

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from types import ModuleType
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from sclite import config
 from sclite.teacher.reply import Completion, decode, read
 
 if TYPE_CHECKING:
@@ -37,25 +38,6 @@ def bound_client(client: "httpx.AsyncClient") -> "httpx.AsyncClient":
     client.headers["Accept-Encoding"] = "identity"
     client.event_hooks = {"response": [_bound_body]}
     return client
-
-
-def bound_litellm() -> None:
-    """Restrict every client that LiteLLM creates for asynchronous calls in the same way. Idempotent."""
-    from litellm.llms.custom_httpx.http_handler import AsyncHTTPHandler
-    from litellm.llms.openai.common_utils import BaseOpenAILLM
-
-    for owner, name in ((AsyncHTTPHandler, "create_client"), (BaseOpenAILLM, "_get_async_http_client")):
-        original = getattr(owner, name)
-        if hasattr(original, "bounds"):
-            continue
-
-        def create(*arguments: Any, original: Any = original, **named: Any) -> "httpx.AsyncClient | None":
-            client = original(*arguments, **named)
-            return client and bound_client(client)
-
-        create.bounds = True  # type: ignore[attr-defined]
-        static = isinstance(owner.__dict__[name], staticmethod)
-        setattr(owner, name, staticmethod(create) if static else create)
 
 
 async def _bound_body(response: "httpx.Response") -> None:
@@ -150,43 +132,34 @@ class OpenAIClient:
             raise TimeoutError(f"no reply within {seconds:g} s") from None
         finally:
             self._idle.append(client)
-        body = decode(response.content)
-        return read(body, self._listed_usd(body))
-
-    def _listed_usd(self, body: object) -> float | None:
-        """The cost by LiteLLM's price list, which knows cached tokens and service tiers; None if the model is not listed."""
-        if not self.listed or not isinstance(body, Mapping):
-            return None
-        name = f"{self.provider}/{self.model}"
-        names = (name, self.model, body.get("model")) if self.provider == "openai" else (name,)
-        if not any(isinstance(name, str) and name in self.litellm.model_cost for name in names):
-            return None
-        known = {name: body[name] for name in ("model", "usage", "service_tier") if name in body}
-        with contextlib.suppress(ValueError, TypeError, AttributeError):  # invalid counts
-            return self.litellm.completion_cost(self.litellm.ModelResponse(**known), model=name)
-        return None
+        body, cost_usd = decode(response.content), None
+        if self.listed and isinstance(body, Mapping):  # the price list knows cached tokens and service tiers
+            name = f"{self.provider}/{self.model}"
+            names = (name, self.model, body.get("model")) if self.provider == "openai" else (name,)
+            known = {field: body[field] for field in ("model", "usage", "service_tier") if field in body}
+            if any(isinstance(each, str) and each in self.litellm.model_cost for each in names):
+                with contextlib.suppress(ValueError, TypeError, AttributeError):  # invalid counts
+                    cost_usd = self.litellm.completion_cost(self.litellm.ModelResponse(**known), model=name)
+        return read(body, cost_usd)
 
 
 def find_client(
-    litellm: ModuleType, model: str, api_base: str, api_key: str | None, listed: bool, extra: Collection[str]
+    litellm: ModuleType, settings: config.Teacher, api_key: str | None, listed: bool
 ) -> OpenAIClient | None:
-    """A client that bypasses LiteLLM; None for models, addresses and `extra` parameters that only LiteLLM knows.
+    """A client that bypasses LiteLLM; None for models, addresses and extra parameters that only LiteLLM knows.
 
     `api_key` None: the environment variable that LiteLLM would read.
     """
+    api_base, model = settings.api_base, settings.model
     name, provider, found, _ = litellm.get_llm_provider(model, api_base=api_base or None, api_key=api_key)
     url, key = urlsplit(api_base), api_key or found or os.environ.get("OPENAI_API_KEY")
-    mode = (litellm.model_cost.get(name) or {}).get("mode", "chat")
-    if (
-        provider not in ("openai", "hosted_vllm")
-        or name.startswith("responses/")
-        or mode != "chat"
-        or not key
-    ):
+    if provider not in ("openai", "hosted_vllm") or name.startswith("responses/") or not key:
+        return None
+    if (litellm.model_cost.get(name) or {}).get("mode", "chat") != "chat":
         return None
     if url.scheme not in ("http", "https") or not url.hostname or url.query:
         return None
-    if set(extra) & set(litellm.types.utils.all_litellm_params):
+    if set(settings.extra) & set(litellm.types.utils.all_litellm_params):
         return None
     rules = litellm.utils.ProviderConfigManager.get_provider_chat_config(name, litellm.LlmProviders(provider))
     proxies = {} if proxy_bypass(url.hostname) else getproxies()

@@ -10,7 +10,7 @@ import resource
 import ssl
 import warnings
 from base64 import b64encode
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from types import ModuleType
@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 from sclite import config
 from sclite.errors import UsageError
 from sclite.teacher.limits import FREE, Price
-from sclite.teacher.openai_client import OpenAIClient, bound_litellm, find_client
+from sclite.teacher.openai_client import OpenAIClient, bound_client, find_client
 from sclite.teacher.reply import Completion, read
 
 _LOCAL_PROVIDERS = ("ollama", "ollama_chat", "lm_studio", "llamafile")
@@ -74,9 +74,22 @@ class Provider:
                 **parameters,
                 **self.options,
             )
-            if on_text is not None:
-                return await _read_stream(response, on_text)
-        return read(response.model_dump(), response._hidden_params.get("response_cost"))
+            if on_text is None:
+                return read(response.model_dump(), response._hidden_params.get("response_cost"))
+            parts: dict[str, list[str]] = {"content": [], "reasoning_content": []}
+            reason, usage = None, None
+            async for chunk in response:
+                found = chunk.model_dump()
+                usage = found.get("usage") or usage
+                for choice in found["choices"]:
+                    reason = choice.get("finish_reason") or reason
+                    for name, texts in parts.items():
+                        if text := (choice.get("delta") or {}).get(name):
+                            texts.append(text)
+                            if name == "content":
+                                on_text(text)
+        message = {name: "".join(texts) for name, texts in parts.items()}
+        return read({"choices": [{"index": 0, "finish_reason": reason, "message": message}], "usage": usage})
 
     def charge(
         self, completion: Completion, limits: tuple[int, int]
@@ -107,29 +120,13 @@ class Provider:
         await self.litellm.close_litellm_async_clients()
 
 
-async def _read_stream(chunks: AsyncIterator[Any], on_text: Callable[[str], None]) -> Completion:
-    """The reply of which these are the pieces."""
-    parts: dict[str, list[str]] = {"content": [], "reasoning_content": []}
-    reason, usage = None, None
-    async for chunk in chunks:
-        found = chunk.model_dump()
-        usage = found.get("usage") or usage
-        for choice in found["choices"]:
-            reason = choice.get("finish_reason") or reason
-            for name, texts in parts.items():
-                if text := (choice.get("delta") or {}).get(name):
-                    texts.append(text)
-                    if name == "content":
-                        on_text(text)
-    message = {name: "".join(texts) for name, texts in parts.items()}
-    return read({"choices": [{"index": 0, "finish_reason": reason, "message": message}], "usage": usage})
-
-
 def import_litellm() -> ModuleType:
-    """Import LiteLLM (takes seconds): silent, without network access and without reading .env files."""
+    """Import LiteLLM (takes seconds): silent, without network access, without .env files, its clients bounded as ours."""
     os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
     os.environ["LITELLM_MODE"] = "PRODUCTION"
     import litellm
+    from litellm.llms.custom_httpx.http_handler import AsyncHTTPHandler
+    from litellm.llms.openai.common_utils import BaseOpenAILLM
 
     # a call that is cancelled right after its start leaves a coroutine that was never awaited; Python would warn
     warnings.filterwarnings("ignore", r"coroutine '.*completion' was never awaited", RuntimeWarning)
@@ -137,7 +134,18 @@ def import_litellm() -> ModuleType:
     gc.freeze()  # its objects stay, so garbage collection during a call need not walk them
     litellm.telemetry = False
     logging.getLogger("LiteLLM").setLevel(logging.CRITICAL)
-    bound_litellm()
+    for owner, name in ((AsyncHTTPHandler, "create_client"), (BaseOpenAILLM, "_get_async_http_client")):
+        original = getattr(owner, name)
+        if hasattr(original, "bounds"):  # by an earlier call
+            continue
+
+        def create(*arguments: Any, original: Any = original, **named: Any) -> Any:
+            client = original(*arguments, **named)
+            return client and bound_client(client)
+
+        create.bounds = True  # type: ignore[attr-defined]
+        static = isinstance(owner.__dict__[name], staticmethod)
+        setattr(owner, name, staticmethod(create) if static else create)
     return litellm
 
 
@@ -236,9 +244,7 @@ def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None)
     direct, by_user = None, settings.price is not None
     if settings.direct:
         by_list = not by_user and price != FREE
-        direct = find_client(
-            litellm, settings.model, settings.api_base, options.get("api_key"), by_list, settings.extra
-        )
+        direct = find_client(litellm, settings, options.get("api_key"), by_list)
     most = listed.get("max_output_tokens") or math.inf
     return Provider(litellm, settings.model, options, key_variable, price, by_user, most, direct)
 
@@ -247,7 +253,12 @@ def find_price(settings: config.Teacher, provider: str, listed: Mapping[str, Any
     """The user's price, zero for a local server, else that of LiteLLM's price list; None if the model is not listed."""
     if settings.price is not None:
         return Price(*(dollars / 1e6 for dollars in settings.price))
-    if is_local(settings.api_base) or (provider in _LOCAL_PROVIDERS and not settings.api_base):
+    host = urlsplit(settings.api_base).hostname or ""
+    try:
+        local = ip_address(host).is_loopback
+    except ValueError:
+        local = host == "localhost" or host.endswith(".localhost")
+    if local or (provider in _LOCAL_PROVIDERS and not settings.api_base):
         return FREE
     if listed.get("input_cost_per_token") is None:
         return None
@@ -257,12 +268,3 @@ def find_price(settings: config.Teacher, provider: str, listed: Mapping[str, Any
         for side in ("input", "output")
     )
     return Price(*map(max, prices))  # a bound: endpoints may serve another tier than was requested
-
-
-def is_local(api_base: str) -> bool:
-    """Whether an address is on this machine."""
-    host = urlsplit(api_base).hostname or ""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")

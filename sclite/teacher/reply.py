@@ -80,7 +80,13 @@ def read(body: object, listed_usd: float | None = None) -> Completion:
     """The reply in a parsed body. Raises ErrorReply and UnreadableReply."""
     if not isinstance(body, Mapping):
         raise UnreadableReply("the reply is not a chat completion")
-    _raise_error(body.get("error"))
+    error = body.get("error")  # with status 200; some endpoints send an empty one beside a valid reply
+    fields = error if isinstance(error, Mapping) else {"message": error}
+    code, said = fields.get("code"), fields.get("message")
+    if said or code is not None:
+        status = int(code) if isinstance(code, int) or (isinstance(code, str) and code.isdecimal()) else None
+        status = 429 if status is None and "rate_limit" in str(code) else status
+        raise ErrorReply(clean_text(str(said or f"error {code}")), status)
     choices = body.get("choices")
     found = [c for c in choices if isinstance(c, Mapping)] if isinstance(choices, list) else []
     if not found:
@@ -118,20 +124,6 @@ def read(body: object, listed_usd: float | None = None) -> Completion:
     if finish == "length" and (not text or reply_bytes > 2 * size or 2 * reasoned > written):
         finish = CUT_IN_REASONING
     return Completion(text, finish, tokens, reply_bytes, listed_usd)
-
-
-def _raise_error(error: object) -> None:
-    """Some endpoints send an error with status 200, some an empty error beside a valid reply."""
-    if isinstance(error, Mapping):
-        code, text = error.get("code"), error.get("message")
-        if not text and code is None:
-            return
-        status = int(code) if isinstance(code, int) or (isinstance(code, str) and code.isdecimal()) else None
-        if status is None and "rate_limit" in str(code):
-            status = 429
-        raise ErrorReply(clean_text(str(text or f"error {code}")), status)
-    if error:
-        raise ErrorReply(clean_text(str(error)), None)
 
 
 def _text(content: object) -> str:

@@ -9,21 +9,16 @@ from types import MappingProxyType
 from typing import Any
 
 from sclite import config
-from sclite.teacher.failures import (
-    LONGEST_WAIT_SECONDS,
-    REFUSED,
-    STOP,
-    Failure,
-    read_failure,
-    teacher_error,
-)
-from sclite.teacher.ledger import Entry, Ledger, request_key
-from sclite.teacher.limits import Budget, RateLimiter, max_prompt_tokens
+from sclite.signature import digest
+from sclite.teacher.failures import LONGEST_WAIT_SECONDS, REFUSED, STOP, Failure, read_failure, teacher_error
+from sclite.teacher.ledger import Entry, Ledger
+from sclite.teacher.limits import Budget, RateLimiter
 from sclite.teacher.provider import Provider, connect
 
 Messages = Sequence[Mapping[str, str]]
 MIN_FAILURES = 5  # different requests that must fail before the teacher is to blame rather than the requests
 REFUSED_BY_TEACHER = "refused_by_teacher"
+_TEMPLATE_TOKENS = 16  # that a chat template adds to each message
 
 
 class NoReply(Exception):
@@ -68,9 +63,10 @@ class Sender:
         self._unanswered = 0  # requests given up since the last reply
 
     def key(self, messages: Messages, sample: int, repair: int, parameters: Mapping[str, Any]) -> str:
-        """The ledger's key for this request."""
-        address, chosen = config.without_password(self.settings.api_base), {**self.parameters, **parameters}
-        return request_key(self.settings.model, address, messages, chosen, sample, repair)
+        """The digest that identifies a request; another reply to the same messages has another `sample` or `repair`."""
+        address = config.without_password(self.settings.api_base).rstrip("/")
+        chat, chosen = [dict(message) for message in messages], {**self.parameters, **parameters}
+        return digest([self.settings.model, address, chat, chosen, sample, repair])
 
     def connect(self) -> Provider:
         """Import LiteLLM and resolve the model, once."""
@@ -89,8 +85,9 @@ class Sender:
     ) -> Entry:
         """The reply from the ledger, else from the endpoint; the same request in two jobs is sent once.
 
-        `parameters` override those of the settings. `on_text` is called with each piece of a reply as it arrives. Raises NoReply if this request fails, TeacherError if no other
-        request can succeed either, BudgetError at the spending limit.
+        `parameters` override those of the settings. `on_text` is called with each piece of a reply as it arrives. Raises
+        NoReply if this request fails, TeacherError if no other request can succeed either, BudgetError at the spending
+        limit.
         """
         key = self.key(messages, sample, repair, parameters)
         lock = self._locks.setdefault(key, asyncio.Lock())
@@ -120,7 +117,9 @@ class Sender:
                 on_text(text)
 
         provider, settings = self.connect(), self.settings
-        limits = (max_prompt_tokens(messages), parameters.get("max_tokens", settings.max_tokens))
+        # at most one token per byte, which digits and LaTeX can reach with any tokenizer
+        sizes = (_TEMPLATE_TOKENS + len(m["content"].encode(errors="surrogatepass")) for m in messages)
+        limits = (sum(sizes), parameters.get("max_tokens", settings.max_tokens))
         max_usd = provider.price.cost_usd(*limits) if provider.price else 0.0
         for attempt in range(1, settings.attempts_per_call + 1):
             async with self.budget.reserve(max_usd), self.limiter.call(sum(limits)) as began:
@@ -136,13 +135,13 @@ class Sender:
                 except provider.errors as error:
                     entry, failure = None, read_failure(error)
                     if failure.overload:
-                        self.limiter.record_overload(began)
+                        self.limiter.record(began, overload=True)
                     if failure.free:
                         self.ledger.failed(key, failure.message)
                     else:
                         self.ledger.given_up(key, failure.message, max_usd)
                 else:
-                    self.limiter.record_success()
+                    self.limiter.record(began)
                     tokens, cost_usd = provider.charge(completion, limits)
                     seconds = round(time.monotonic() - began, 3)
                     entry = Entry(completion.text, completion.finish_reason, *tokens, cost_usd, seconds)

@@ -16,8 +16,8 @@ from sclite.records import Problem, Template
 from sclite.run import Run
 from sclite.settings import load
 from sclite.teacher.client import Teacher
-from sclite.teacher.ledger import Ledger, request_key
-from sclite.teacher.sender import parameters_of
+from sclite.teacher.ledger import Ledger
+from sclite.teacher.sender import Sender
 from sclite.trace import Trace
 from tests.replay import BROKEN, HTML, TeacherServer, fail, say
 
@@ -188,11 +188,7 @@ def test_twenty_kills_repeat_only_requests_in_flight(tmp_path, run, start, grade
 
 def held_replies(run, server):
     """The messages whose replies are in the ledger of a killed build, as the server counts them."""
-    parameters = parameters_of(chosen(server.url).teacher)
+    sender = Sender(chosen(server.url).teacher, ledger=None, budget=None)
     with Ledger.reading(run.path("ledger.sqlite")) as ledger:
         asked = {json.dumps(request["messages"]) for request in server.requests}
-        keys = {
-            text: request_key("openai/replay", server.url, json.loads(text), parameters, 0, 0)
-            for text in asked
-        }
-        return {text for text, key in keys.items() if ledger.get(key) is not None}
+        return {text for text in asked if ledger.get(sender.key(json.loads(text), 0, 0, {})) is not None}

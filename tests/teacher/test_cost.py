@@ -6,8 +6,7 @@ import pytest
 
 from sclite.errors import BudgetError, Declined, TeacherError, UsageError
 from sclite.settings import load
-from sclite.teacher.client import PILOT
-from sclite.teacher.limits import max_prompt_tokens
+from sclite.teacher.client import PILOT, Job
 from tests.replay import BROKEN, Answer, TeacherServer, job, say
 
 PRICE = {"price": (1.0, 10.0)}
@@ -104,13 +103,12 @@ def test_empty_reply_is_paid_for_and_requested_again_by_the_next_run(ask, ledger
     assert ledger.spent_usd == pytest.approx(2 * (11 * 1 + 7 * 10) / 1e6)
 
 
-def test_price_comes_from_the_list_or_is_unknown(ask, ledger, monkeypatch):
+def test_price_comes_from_the_list_or_is_unknown(ask, ledger):
     import litellm
 
-    monkeypatch.setattr("sclite.teacher.provider.is_local", lambda api_base: False)
     with TeacherServer(lambda request, nth: say("good", tokens=(10, 5))) as server:
-        ask(server, [job(1)], model="openai/gpt-4.1")
-        ask(server, [job(1)], model="openai/nobody-knows")
+        for model in ("openai/gpt-4.1", "openai/nobody-knows"):
+            ask(server.remote_url, [job(1)], model=model)
     totals, rates = ledger.totals(), litellm.model_cost["gpt-4.1"]
     assert totals["cost_usd"] == pytest.approx(
         10 * rates["input_cost_per_token"] + 5 * rates["output_cost_per_token"]
@@ -125,10 +123,13 @@ def test_negative_price_is_refused(section, price):
         load(None, [f"{section}.price={price}"], {}, own_file=False)
 
 
-@pytest.mark.parametrize("text", ["3141592653", r"\frac{1}{2}^{\alpha}", "数学", "plain words", "\ud83d"])
-def test_no_tokenizer_exceeds_the_bound_on_prompt_tokens(text):
-    """A byte-level vocabulary without merges has one token per byte."""
-    assert max_prompt_tokens([{"content": text}]) >= len(text.encode(errors="replace"))
+@pytest.mark.parametrize("text", ["3141592653", r"\frac{1}{2}^{\alpha}", "数学", "plain words"])
+def test_no_tokenizer_exceeds_the_bound_on_prompt_tokens(ask, ledger, text):
+    """A byte-level vocabulary without merges has one token per byte; a lost reply costs the bound."""
+    asked = Job("1", lambda error: [{"role": "user", "content": text}], lambda reply: None)
+    with TeacherServer(lambda request, nth: BROKEN) as server, pytest.raises(TeacherError):
+        ask(server, [asked], price=(1.0, 0.0), attempts_per_call=1)
+    assert ledger.totals()["lost_usd"] * 1e6 == pytest.approx(16 + len(text.encode()))
 
 
 # -- before the rest is paid ---------------------------------------------------------------------------------------

@@ -7,8 +7,10 @@ import sys
 
 import pytest
 
+from sclite import config
 from sclite.errors import DataError
-from sclite.teacher.ledger import Entry, Ledger, request_key
+from sclite.teacher.ledger import Entry, Ledger
+from sclite.teacher.sender import Sender
 
 ENTRY = Entry("hello", "stop", 10, 3, 0.25, 1.5)
 MESSAGES = [{"role": "user", "content": "q"}]
@@ -44,12 +46,20 @@ def test_unknown_cost_is_counted_and_not_zero(tmp_path):
 
 
 def test_key_depends_on_exactly_what_decides_a_reply():
-    base = ("m", "http://h/v1", MESSAGES, {"max_tokens": 5, "temperature": 0.1}, 0, 0)
-    key = request_key(*base)
-    assert request_key("m", "http://h/v1/", MESSAGES, {"temperature": 0.1, "max_tokens": 5}, 0, 0) == key
-    others = ("other", "http://g/v1", [{"role": "user", "content": "r"}], {"max_tokens": 6}, 1, 1)
-    for place, other in enumerate(others):
-        assert request_key(*base[:place], other, *base[place + 1 :]) != key
+    def key(model="m", api_base="http://h/v1", messages=MESSAGES, parameters=None, sample=0, repair=0):
+        settings = config.Teacher(model=model, api_base=api_base, temperature=0.1, max_tokens=50)
+        sender = Sender(settings, ledger=None, budget=None)
+        return sender.key(messages, sample, repair, parameters or {})
+
+    same = [
+        {"api_base": "http://h/v1/"},
+        {"parameters": {"temperature": 0.1}},
+        {"api_base": "http://a:b@h/v1"},
+    ]
+    assert {key(**changed) for changed in same} == {key()}
+    others = {"model": "other", "api_base": "http://g/v1", "messages": [{"role": "user", "content": "r"}]}
+    others |= {"parameters": {"max_tokens": 60}, "sample": 1, "repair": 1}
+    assert len({key(**{name: other}) for name, other in others.items()} | {key()}) == 7
 
 
 def test_killed_process_loses_no_written_reply(tmp_path):

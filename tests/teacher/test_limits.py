@@ -14,14 +14,14 @@ def test_overload_halves_the_limit_and_successes_raise_it():
         limiter = RateLimiter(16)
         limiter.in_flight = 16
         now = time.monotonic()
-        limiter.record_overload(now)
+        limiter.record(now, overload=True)
         assert limiter.limit == 8
-        limiter.record_overload(now)  # began before the last halving: the same overload
+        limiter.record(now, overload=True)  # began before the last halving: the same overload
         assert limiter.limit == 8
-        limiter.record_overload(time.monotonic() + 1)
+        limiter.record(time.monotonic() + 1, overload=True)
         assert limiter.limit == 4
         for _ in range(20):
-            limiter.record_success()
+            limiter.record(time.monotonic())
         return limiter.limit
 
     assert asyncio.run(run()) == 16
@@ -31,7 +31,7 @@ def test_limit_never_falls_below_one_call():
     async def run():
         limiter = RateLimiter(2)
         for second in range(5):
-            limiter.record_overload(time.monotonic() + second)
+            limiter.record(time.monotonic() + second, overload=True)
         async with limiter.call():
             return limiter.in_flight
 

@@ -28,12 +28,6 @@ def _imported():
         asyncio.run(outcome(connect(server.url, direct=False), seconds=60.0))
 
 
-@pytest.fixture
-def remote(monkeypatch):
-    """Let endpoints cost money, which local ones do not."""
-    monkeypatch.setattr(provider, "is_local", lambda api_base: False)
-
-
 def connect(url, direct=True, model="openai/replay", **settings):
     made = provider.connect(config.Teacher(model=model, api_base=url, direct=direct, **settings))
     assert (made.direct is not None) == direct
@@ -60,9 +54,10 @@ async def outcome(made, seconds=1.0):
 
 
 def both(answer, **settings):
-    """The outcomes (through LiteLLM, directly); the requests are the same."""
+    """The outcomes (through LiteLLM, directly) at an address that is not free; the requests are the same."""
     with TeacherServer(lambda request, nth: answer) as server:
-        found = [asyncio.run(outcome(connect(server.url, direct, **settings))) for direct in (False, True)]
+        made = [connect(server.remote_url, direct, **settings) for direct in (False, True)]
+        found = [asyncio.run(outcome(each)) for each in made]
     assert server.requests[0] == server.requests[-1]
     assert len(server.keys) == 1
     return found
@@ -112,7 +107,7 @@ ERRORS = {
 
 @pytest.mark.parametrize("name", REPLIES)
 @pytest.mark.parametrize("model", ["openai/replay", "openai/gpt-4.1", "hosted_vllm/replay"])
-def test_both_clients_read_the_same_reply(name, model, remote):
+def test_both_clients_read_the_same_reply(name, model):
     through, direct = both(REPLIES[name], model=model)
     assert len(direct) == 4
     assert direct == through

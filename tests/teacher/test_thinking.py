@@ -109,12 +109,11 @@ def test_parameter_that_sclite_sets_or_cannot_store_is_refused(value, message):
     assert message in caught.value.message
 
 
-def test_limit_reserves_the_price_of_the_service_tier(teacher_of, monkeypatch):
+def test_limit_reserves_the_price_of_the_service_tier(teacher_of):
     import litellm
 
     listed = litellm.model_cost["gpt-5-mini"]
     assert listed["output_cost_per_token_priority"] > listed["output_cost_per_token"]
-    monkeypatch.setattr("sclite.teacher.provider.is_local", lambda api_base: False)
     for tier, name in (("priority", "_priority"), ("flex", "")):
         with teacher_of("", model="openai/gpt-5-mini", extra={"service_tier": tier}) as teacher:
             assert teacher.price().completion_usd == listed[f"output_cost_per_token{name}"]
