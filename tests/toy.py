@@ -1,17 +1,24 @@
 """Small real things for tests: a random Llama that trains in a second, and toy problems with their rows."""
 
+import os
 import random
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 from sclite.config import Config
 from sclite.data.pairs import content_pair, continuation, decision_pairs
 from sclite.records import Attempt, Drop, Pair, Problem, Review, Template
 from sclite.run import Report, Run
+from sclite.student.adapters import adapter_weights
 from sclite.student.base import Reply, Scores, Student
 from sclite.teacher.ledger import Entry, Ledger
 from sclite.trace import Step, Trace, parse, render
+from sclite.train.dpo import train_dpo
 from sclite.train.metrics_logger import read_metrics
+from sclite.train.sft import train_sft
+from sclite.train.warmup import train_warmup
 
 _EXAMPLE = runpy.run_path(str(Path(__file__).parents[1] / "examples/embedded-student/tokenizer.py"))
 CHATML, write_tokenizer = _EXAMPLE["CHATML"], _EXAMPLE["write_tokenizer"]
@@ -219,23 +226,58 @@ def export_config(student: Path, **sections) -> Config:
 
 def part_of(run: Run, folder: Path, stage: str) -> Run:
     """A copy of a run up to a stage that is not started."""
-    names = ["problems.jsonl", "templates.jsonl", "attempts.jsonl", "reviews.jsonl", "pairs.jsonl"]
-    stages = ("sft", "warmup", "dpo")
-    before = stages[: stages.index(stage)]
-    for name in [
-        *names,
-        *(f"{s}/adapter/{f}" for s in before for f in ("adapter_model.safetensors", "adapter_config.json")),
-    ]:
+    names = [f"{name}.jsonl" for name in ("problems", "templates", "attempts", "reviews", "pairs")]
+    for before in list(TRAIN)[: list(TRAIN).index(stage)]:
+        names += [f"{before}/adapter/{name}" for name in ("adapter_model.safetensors", "adapter_config.json")]
+    for name in names:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(run.path(name).read_bytes())
     return Run(folder)
 
 
+TRAIN = {"sft": train_sft, "warmup": train_warmup, "dpo": train_dpo}
+_CHILD = """
+import sys
+from sclite.config import Config
+from sclite.run import Run
+from sclite.train.{stage} import train_{stage}
+train_{stage}(Config.model_validate_json(sys.argv[1]), Run(sys.argv[2]))
+"""
+
+
+def train_all(config: Config, run: Run, count: int = 6) -> None:
+    """Write the toy rows and train every stage."""
+    write_toy(run, count)
+    train_sft(config, run)
+    train_warmup(config, run)
+    write_pairs(run)
+    train_dpo(config, run)
+
+
+def start_training(config: Config, run: Run, stage: str) -> subprocess.Popen:
+    """Train one stage in a process of its own."""
+    command = [sys.executable, "-c", _CHILD.format(stage=stage), config.model_dump_json(), str(run.folder)]
+    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+
+
+class Said(list):
+    """A progress that keeps the warnings it is to show."""
+
+    def __call__(self, *_, warning="", **__):
+        self.extend([warning] if warning else [])
+
+
 def adapter(run: Run, stage: str) -> dict:
     from safetensors.torch import load_file
 
-    return load_file(run.path(f"{stage}/adapter/adapter_model.safetensors"))
+    return load_file(run.path(adapter_weights(stage)))
+
+
+def largest_change(one: dict, other: dict) -> float:
+    """The largest difference of two adapters' weights."""
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
 def metrics_of(run: Run, stage: str) -> list[dict]:

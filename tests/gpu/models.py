@@ -23,24 +23,19 @@ def random_model(folder: Path, config: Mapping[str, Any], device: str) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     folder.mkdir(parents=True, exist_ok=True)
+    written = {**config, "torch_dtype": "bfloat16", "pad_token_id": 2}
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(AutoConfig.for_model(**written))
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    written = {
-        **config,
-        "torch_dtype": "bfloat16",
-        "quantization_config": quantization.to_dict(),
-        "pad_token_id": 2,
-    }
+    written |= {"architectures": [type(empty).__name__], "quantization_config": quantization.to_dict()}
     (folder / "config.json").write_text(json.dumps(written, indent=1))
     for name in TOKENIZER:
         shutil.copy(EMBEDDED_FOLDER / name, folder / name)
-    with torch.device("meta"):
-        shape = AutoConfig.for_model(**{k: v for k, v in written.items() if k != "quantization_config"})
-        empty = AutoModelForCausalLM.from_config(shape)
     made: dict[Any, dict[str, Any]] = {}
     shards: list[dict[str, Any]] = [{}]
     size = 0

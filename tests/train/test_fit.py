@@ -43,13 +43,6 @@ def test_after_running_out_of_memory_half_the_length_is_suggested(monkeypatch):
     assert "nothing fits" in suggest_setting(toy_config("embedded"), "sft")
 
 
-SMOLLM2 = {
-    "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-    "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "tie_word_embeddings": True,
-    "max_position_embeddings": 8192,
-}  # fmt: skip
-
-
 ALLOCATE = """
 import torch
 from sclite.student.cuda_memory import return_freed_memory
@@ -84,28 +77,35 @@ def test_onednn_caches_kernels_for_few_row_lengths(tmp_path, monkeypatch, chosen
     assert os.environ[name] == (chosen or "64")
 
 
+SMOLLM2 = {
+    "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "tie_word_embeddings": True,
+    "max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+@pytest.fixture
+def smollm2(tmp_path, monkeypatch, bf16):
+    """A bfloat16 checkpoint without weights, on a CPU that multiplies bfloat16 or not (the parameter `bf16`)."""
+    (tmp_path / "config.json").write_text(json.dumps({**SMOLLM2, "dtype": "bfloat16"}))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16})
+    return tmp_path
+
+
 @pytest.mark.parametrize(
     ("longest", "ram", "bf16", "expected"),
     [
-        (2048, 64e9, False, 1),
-        (512, 64e9, False, 1),
-        (256, 64e9, False, 2),
-        (256, 64e9, True, 4),
-        (128, 64e9, False, 4),
-        (128, 2.2e9, False, 2),
-        (128, 1e9, False, 1),
-        (128, None, False, 4),
+        (2048, 64e9, False, 1), (512, 64e9, False, 1), (256, 64e9, False, 2), (256, 64e9, True, 4),
+        (128, 64e9, False, 4), (128, 2.2e9, False, 2), (128, 1e9, False, 1), (128, None, False, 4),
     ],
-)
+)  # fmt: skip
 def test_on_a_cpu_rows_are_few_enough_for_four_gigabytes_and_for_the_ram(
-    tmp_path, monkeypatch, longest, ram, bf16, expected
+    smollm2, monkeypatch, longest, ram, expected
 ):
     """SmolLM2-135M: 0.54 GB of weights; 1.32 MB of activations per token, times 1.8 for the heap; 0.6 MB per loss token."""
-    (tmp_path / "config.json").write_text(json.dumps({**SMOLLM2, "dtype": "bfloat16"}))
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16})
     monkeypatch.setattr(micro_batch, "free_bytes", lambda: None)
     monkeypatch.setattr(micro_batch, "available_ram", lambda: ram)
-    chosen = toy_config(tmp_path, sft={"per_device_train_batch_size": None, "batch_size": 16})
+    chosen = toy_config(smollm2, sft={"per_device_train_batch_size": None, "batch_size": 16})
     assert choose_micro_batch(chosen, "sft", longest) == expected
 
 
@@ -116,10 +116,8 @@ def test_on_a_cpu_rows_are_few_enough_for_four_gigabytes_and_for_the_ram(
         (True, 1, 210, 191_924_688),
     ],
 )
-def test_the_activations_on_a_cpu_are_what_autograd_saves(tmp_path, monkeypatch, bf16, rows, tokens, counted):
+def test_the_activations_on_a_cpu_are_what_autograd_saves(smollm2, rows, tokens, counted):
     """Bytes of the distinct tensors saved for SmolLM2-135M with rank 32, counted with torch's saved_tensors_hooks."""
-    (tmp_path / "config.json").write_text(json.dumps({**SMOLLM2, "dtype": "bfloat16"}))
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16})
-    model = architecture(read_config(str(tmp_path)))
+    model = architecture(read_config(str(smollm2)))
     found = estimate_on_cpu(model, Setting("sft", rows, tokens, 32, backend="plain")).parts["activations"]
     assert found / HEAP == pytest.approx(counted, rel=0.06)

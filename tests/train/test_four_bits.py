@@ -2,7 +2,6 @@
 
 import pytest
 
-from sclite.config import Config
 from sclite.records import Template
 from sclite.run import Run
 from sclite.student.adapters import lora_targets
@@ -12,32 +11,25 @@ from sclite.train.checkpoints import Checkpoints
 from sclite.train.sft import solve_rows, supervised_lesson
 from sclite.train.trainer import train_adapter
 from tests.gpu.models import random_model
-from tests.toy import tiny_llama, toy_config, write_toy
+from tests.toy import toy_config, write_toy
 
 STEPS, RATE = 100, 5e-6
 
 
-def moved(folder, path, settings: dict) -> tuple[float, set]:
-    """The Euclidean distance that the adapter moved in STEPS steps, and the types of its weights other than float32."""
+def distance(folder, path, **settings) -> float:
+    """The Euclidean distance that a float32 adapter moves in STEPS steps."""
     import torch
     from bitsandbytes.nn import Linear4bit
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    run, config = (
-        Run(path),
-        toy_config(
-            folder,
-            sft={"warmup_ratio": 0.0, "batch_size": 1, "learning_rate": RATE, "num_train_epochs": STEPS},
-        ),
-    )
+    small = {"warmup_ratio": 0.0, "batch_size": 1, "learning_rate": RATE, "num_train_epochs": STEPS}
+    run, config, tokenizer = Run(path), toy_config(folder, sft=small), load_tokenizer(str(folder))
     write_toy(run)
-    tokenizer = load_tokenizer(str(folder))
-    model = AutoModelForCausalLM.from_pretrained(folder, **settings)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **settings)
     for layer in model.modules():
-        if isinstance(
-            layer, Linear4bit
-        ):  # else a no-grad forward pass repacks the weight in place on some machines
+        if isinstance(layer, Linear4bit):
+            # else a no-grad forward pass repacks the weight in place on some machines
             layer.support_avx512bf16_for_cpu = False
     torch.manual_seed(0)
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=lora_targets(model)))
@@ -51,37 +43,21 @@ def moved(folder, path, settings: dict) -> tuple[float, set]:
     )  # fmt: skip
     assert outcome.steps == STEPS
     after = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    distance = sum(float((after[n] - p).double().square().sum()) for n, p in before.items()) ** 0.5
-    assert isinstance(model.get_base_model().model.layers[0].mlp.up_proj.base_layer, Linear4bit) == bool(
-        settings.get("quantization_config")
-    )
-    return distance, {p.dtype for p in after.values()} - {torch.float32}
+    base = model.get_base_model().model.layers[0].mlp.up_proj.base_layer
+    assert isinstance(base, Linear4bit) == bool(settings)
+    assert {p.dtype for p in after.values()} == {torch.float32}
+    return sum(float((after[n] - p).double().square().sum()) for n, p in before.items()) ** 0.5
 
 
-def test_small_steps_move_a_4_bit_student_as_far_as_a_float32_one(tmp_path):
-    import torch
-
-    folder = tiny_llama(tmp_path / "student")
-    whole, others = moved(folder, tmp_path / "float32", {"dtype": torch.float32})
-    assert others == set()
-    settings = {"dtype": torch.float32, "quantization_config": nf4_config()}
-    quantised, others = moved(folder, tmp_path / "nf4", settings)
-    assert others == set()
-    assert quantised == pytest.approx(whole, rel=0.05)
+def test_small_steps_move_a_4_bit_student_as_far_as_a_float32_one(folder, tmp_path):
+    quantised = distance(folder, tmp_path / "nf4", quantization_config=nf4_config())
+    assert quantised == pytest.approx(distance(folder, tmp_path / "float32"), rel=0.05)
 
 
 LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-}
+    "model_type": "llama", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024, "tie_word_embeddings": False,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -104,12 +80,7 @@ def test_a_4_bit_checkpoint_trains_with_the_plain_backend(quantised):
     import torch
     from bitsandbytes.nn import Linear4bit
 
-    tree = {
-        "student": {"model": str(quantised), "backend": "plain"},
-        "lora": {"r": 4},
-        "sft": {"max_length": 512},
-    }
-    model, tokenizer = load_student(Config.model_validate(tree), "sft", train=True)
+    model, tokenizer = load_student(toy_config(quantised), "sft", train=True)
     layers = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
     assert len(layers) == 2 * 7
     assert {layer.weight.dtype for layer in layers} == {torch.uint8}

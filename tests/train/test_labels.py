@@ -9,10 +9,19 @@ from sclite.records import Pair, Problem, Template
 from sclite.run import Run
 from sclite.student.loader import load_tokenizer
 from sclite.student.tokenization import Encoded, decision_ids
-from sclite.train import dpo, sft, stage, warmup
+from sclite.train import dpo, sft, stage
 from sclite.train.bundle import build_bundles
 from sclite.train.label_checks import check_bundles
-from tests.toy import CHATML, sample_texts, toy_config, write_pairs, write_tokenizer, write_toy
+from tests.toy import (
+    CHATML,
+    TRAIN,
+    Said,
+    sample_texts,
+    toy_config,
+    write_pairs,
+    write_tokenizer,
+    write_toy,
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,33 +47,30 @@ def prepared(tmp_path, folder, monkeypatch):
     return toy_config(folder), run
 
 
-STAGES = {"sft": sft.train_sft, "warmup": warmup.train_warmup, "dpo": dpo.train_dpo}
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_chat_template_without_the_question_fails_before_loading(prepared, folder, stage):
-    config, run = prepared
+@pytest.fixture
+def rewrite(folder):
+    """Replaces the student's chat template for one test."""
     template = folder / "chat_template.jinja"
-    template.write_text("{% for message in messages %}<|im_start|>hello<|im_end|>{% endfor %}")
-    try:
-        with pytest.raises(DataError, match="drops the question"):
-            STAGES[stage](config, run)
-    finally:
-        template.write_text(CHATML)
+    yield template.write_text
+    template.write_text(CHATML)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", TRAIN)
+def test_a_chat_template_without_the_question_fails_before_loading(prepared, rewrite, stage):
+    rewrite("{% for message in messages %}<|im_start|>hello<|im_end|>{% endfor %}")
+    with pytest.raises(DataError, match="drops the question"):
+        TRAIN[stage](*prepared)
+
+
+@pytest.mark.parametrize("stage", TRAIN)
 def test_if_all_rows_are_too_long_training_fails_before_loading(prepared, stage):
     config, run = prepared
-    section = stage
-    short = getattr(config, section).model_copy(update={"max_length": 64})
-    said = []
+    short = config.stage(stage).model_copy(update={"max_length": 64})
+    said = Said()
     with pytest.raises(DataError, match=r"nothing to train on|no pair fits"):
-        STAGES[stage](
-            config.model_copy(update={section: short}), run, progress=lambda *_, warning: said.append(warning)
-        )
+        TRAIN[stage](config.model_copy(update={stage: short}), run, progress=said)
     assert "rows have more than 64 tokens and are skipped" in said[-1]
-    assert said[-1].endswith(f"raise {section}.max_length")
+    assert said[-1].endswith(f"raise {stage}.max_length")
 
 
 def test_if_all_templates_are_reserved_for_stage_2_sft_fails(prepared):
@@ -117,14 +123,10 @@ def test_dpo_checks_pairs_before_loading(prepared):
         dpo.train_dpo(config, run)
 
 
-def test_a_template_that_opens_thinking_gives_a_warning(prepared, folder):
-    config, run = prepared
-    said, template = [], folder / "chat_template.jinja"
-    template.write_text(CHATML.replace("assistant\n'", "assistant\n<think>\n'"))
-    assert "<think>" in template.read_text()
-    try:
-        with pytest.raises(AssertionError, match="the student was loaded"):
-            sft.train_sft(config, run, progress=lambda *_, warning: said.append(warning))
-    finally:
-        template.write_text(CHATML)
+def test_a_template_that_opens_thinking_gives_a_warning(prepared, rewrite):
+    said, opening = Said(), CHATML.replace("assistant\n'", "assistant\n<think>\n'")
+    assert "<think>" in opening
+    rewrite(opening)
+    with pytest.raises(AssertionError, match="the student was loaded"):
+        sft.train_sft(*prepared, progress=said)
     assert ["opens a <think> block" in text for text in said] == [True]

@@ -4,7 +4,9 @@ import math
 
 import pytest
 
-from sclite.run import Run
+from sclite.records import Template
+from sclite.student.loader import load_student
+from sclite.train.losses import negative_log_likelihood
 from sclite.train.metrics_logger import (
     ADVICE,
     EXPLODING,
@@ -15,9 +17,9 @@ from sclite.train.metrics_logger import (
     diagnose,
     read_metrics,
 )
-from sclite.train.sft import train_sft
+from sclite.train.sft import solve_rows, supervised_lesson, train_sft
 from sclite.train.trainer import held_out_rows
-from tests.toy import tiny_llama, toy_config, write_toy
+from tests.toy import Said, toy_config, write_toy
 
 
 def steps(count: int, **figures) -> list[dict]:
@@ -50,14 +52,12 @@ def test_the_first_steps_of_dpo_give_no_flat_margin_warning():
 
 
 def test_a_warning_is_shown_once_with_its_step(tmp_path):
-    said = []
-    logger = MetricsLogger(
-        tmp_path / "metrics.jsonl", "dpo", lambda *_, warning="", **__: said.append(warning)
-    )
+    said = Said()
+    logger = MetricsLogger(tmp_path / "metrics.jsonl", "dpo", said)
     for step in range(1, 31):
         logger.add({"margin": 0.0, "dpo_loss": math.log(2), "chosen_shift": 0.0}, 10)
         logger.log_step({"loss": 1.0, "grad_norm": 0.1}, step, 30)
-    assert [text for text in said if text] == [f"step 21: {ADVICE[FLAT]}"]
+    assert said == [f"step 21: {ADVICE[FLAT]}"]
     assert logger.warnings == [ADVICE[FLAT]]
 
 
@@ -84,27 +84,11 @@ def test_the_progress_line_shows_loss_margin_speed_and_memory(tmp_path, monkeypa
     ]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_llama(tmp_path_factory.mktemp("student"))
-
-
-def test_early_stopping_keeps_the_best_weights(folder, tmp_path):
+def test_early_stopping_keeps_the_best_weights(folder, run):
     """At a learning rate this high the evaluation loss soon rises; the adapter is from its lowest step."""
-    from sclite.student.loader import load_student
-    from sclite.train.losses import negative_log_likelihood
-    from sclite.train.sft import solve_rows, supervised_lesson
-
-    run = Run(tmp_path)
     write_toy(run, 12)
-    settings = {
-        "learning_rate": 3e-2,
-        "num_train_epochs": 20,
-        "eval_share": 0.34,
-        "early_stopping_patience": 3,
-        "checkpoints": 30,
-    }
-    config = toy_config(folder, sft=settings)
+    settings = {"learning_rate": 3e-2, "num_train_epochs": 20, "checkpoints": 30}
+    config = toy_config(folder, sft={**settings, "eval_share": 0.34, "early_stopping_patience": 3})
     report = train_sft(config, run)
     rows = read_metrics(run.path("sft/metrics.jsonl"))
     losses = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
@@ -112,13 +96,10 @@ def test_early_stopping_keeps_the_best_weights(folder, tmp_path):
     assert report.figures["best_step"] == best
     assert report.counts["steps"] == max(losses) < 40
     assert losses[max(losses)] > losses[best]
-    from sclite.records import Template
-
     model, tokenizer = load_student(config, "sft", run.path("sft/adapter"))
     encoded = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")
-    lesson = supervised_lesson(
-        "sft", encoded, tokenizer.pad_token_id, held_out_rows(len(encoded), 0.34, config.seed)
-    )
+    held_out = held_out_rows(len(encoded), 0.34, config.seed)
+    lesson = supervised_lesson("sft", encoded, tokenizer.pad_token_id, held_out)
     part = negative_log_likelihood(model.eval(), lesson.collate(lesson.held_out))["nll"]
     tokens = sum(lesson.counts[i]["tokens"] for i in lesson.held_out)
     assert part.total.item() / tokens == pytest.approx(losses[best], rel=1e-4)

@@ -1,11 +1,7 @@
 """A killed training resumes to the same losses and weights, and only with the inputs that it started with."""
 
-import json
 import math
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -15,39 +11,30 @@ from sclite.errors import UsageError
 from sclite.run import Run
 from sclite.signature import differences
 from sclite.train.checkpoints import Checkpoints
-from sclite.train.dpo import train_dpo
-from sclite.train.metrics_logger import read_metrics
 from sclite.train.order import training_order
 from sclite.train.sft import train_sft
-from sclite.train.warmup import train_warmup
-from tests.toy import LONG, adapter, metrics_of, part_of, tiny_llama, toy_config, write_pairs, write_toy
-
-STAGES = {"sft": "sft/adapter", "warmup": "warmup/adapter", "dpo": "dpo/adapter"}
-
-CHILD = """
-import sys
-from sclite.config import Config
-from sclite.run import Run
-from sclite.train.{module} import train_{stage}
-train_{stage}(Config.model_validate_json(sys.argv[1]), Run(sys.argv[2]))
-"""
+from tests.toy import (
+    LONG,
+    TRAIN,
+    adapter,
+    largest_change,
+    metrics_of,
+    part_of,
+    start_training,
+    toy_config,
+    train_all,
+    write_toy,
+)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(folder, tmp_path_factory):
     """(config, run) with every stage trained without interruption."""
-    folder, run = tiny_llama(tmp_path_factory.mktemp("student")), Run(tmp_path_factory.mktemp("run"))
-    write_toy(run)
+    run, long = Run(tmp_path_factory.mktemp("run")), {**LONG, "num_train_epochs": 12}
     config = toy_config(
-        folder,
-        sft={**LONG, "num_train_epochs": 12},
-        warmup={**LONG, "num_train_epochs": 6},
-        dpo={**LONG, "num_train_epochs": 12, "learning_rate": 1e-3},
+        folder, sft=long, warmup={**LONG, "num_train_epochs": 6}, dpo={**long, "learning_rate": 1e-3}
     )
-    train_sft(config, run)
-    train_warmup(config, run)
-    write_pairs(run)
-    train_dpo(config, run)
+    train_all(config, run)
     return config, run
 
 
@@ -55,21 +42,12 @@ def checkpoints_of(run: Run, stage: str) -> Checkpoints:
     return Checkpoints(run.path(f"{stage}/checkpoints"))
 
 
-def start(config: Config, run: Run, stage: str) -> subprocess.Popen:
-    code = CHILD.format(module=stage, stage=stage)
-    return subprocess.Popen([sys.executable, "-c", code, config.model_dump_json(), str(run.folder)])
-
-
 def interrupt(config: Config, run: Run, stage: str, how: int) -> int:
     """Start a stage in a new process, send it a signal after a checkpoint, and return the step that it reached."""
-    process = start(config, run, stage)
+    process = start_training(config, run, stage)
     while process.poll() is None:
         rows = metrics_of(run, stage)
-        if (
-            checkpoints_of(run, stage).step()
-            and rows
-            and rows[-1]["step"] > checkpoints_of(run, stage).step()
-        ):
+        if rows and rows[-1]["step"] > checkpoints_of(run, stage).step() > 0:
             process.send_signal(how)
             break
         time.sleep(0.01)
@@ -78,24 +56,19 @@ def interrupt(config: Config, run: Run, stage: str, how: int) -> int:
     return metrics_of(run, stage)[-1]["step"]
 
 
-@pytest.mark.parametrize(
-    ("stage", "train"), [("sft", train_sft), ("warmup", train_warmup), ("dpo", train_dpo)]
-)
-def test_a_killed_stage_resumes_to_the_same_losses_and_weights(whole, tmp_path, stage, train):
+@pytest.mark.parametrize("stage", TRAIN)
+def test_a_killed_stage_resumes_to_the_same_losses_and_weights(whole, tmp_path, stage):
     config, unbroken = whole
     run = part_of(unbroken, tmp_path, stage)
     reached = interrupt(config, run, stage, signal.SIGKILL)
     resumed_from = checkpoints_of(run, stage).step()
     expected = metrics_of(unbroken, stage)
     assert 0 < resumed_from < reached <= len(expected)
-    train(config, run)
+    TRAIN[stage](config, run)
     rows = metrics_of(run, stage)
     assert [row["step"] for row in rows] == [row["step"] for row in expected]
-    for row, other in zip(rows, expected, strict=True):
-        assert row["loss"] == pytest.approx(other["loss"], abs=1e-4)
-    weights, others = adapter(run, stage), adapter(unbroken, stage)
-    assert weights.keys() == others.keys()
-    assert max(float((weights[name] - others[name]).abs().max()) for name in weights) < 1e-6
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], abs=1e-4)
+    assert largest_change(adapter(run, stage), adapter(unbroken, stage)) < 1e-6
     assert not checkpoints_of(run, stage).folder.exists()
     if stage == "dpo":  # resuming from the SFT adapter would show as ln 2
         assert rows[0]["dpo_loss"] == pytest.approx(math.log(2), abs=1e-3)
@@ -110,9 +83,8 @@ def test_ctrl_c_saves_a_checkpoint_of_the_current_step(whole, tmp_path):
     reached = interrupt(config, run, "sft", signal.SIGINT)
     assert checkpoints_of(run, "sft").step() == reached
     train_sft(config, run)
-    assert [row["step"] for row in metrics_of(run, "sft")] == [
-        row["step"] for row in metrics_of(unbroken, "sft")
-    ]
+    steps, expected = ([row["step"] for row in metrics_of(r, "sft")] for r in (run, unbroken))
+    assert steps == expected
 
 
 def test_a_half_written_checkpoint_is_not_resumed_from(tmp_path):
@@ -132,14 +104,10 @@ def test_a_half_written_checkpoint_is_not_resumed_from(tmp_path):
 
 def test_a_changed_setting_is_refused_with_the_difference(whole, tmp_path):
     config, unbroken = whole
-    other = config.model_copy(
-        update={
-            "sft": config.sft.model_copy(update={"learning_rate": 2e-3, "per_device_train_batch_size": 4})
-        }
-    )
-    with pytest.raises(
-        UsageError, match=r"sft was trained with other inputs: sft\.learning_rate: 0\.003 before, 0\.002 now$"
-    ) as error:
+    changed = config.sft.model_copy(update={"learning_rate": 2e-3, "per_device_train_batch_size": 4})
+    other = config.model_copy(update={"sft": changed})
+    said = r"sft was trained with other inputs: sft\.learning_rate: 0\.003 before, 0\.002 now$"
+    with pytest.raises(UsageError, match=said) as error:
         train_sft(other, unbroken)
     assert "--fresh" in error.value.hint
     run = part_of(unbroken, tmp_path, "sft")
@@ -165,12 +133,7 @@ def test_differences_name_the_setting_and_both_values():
         "templates.jsonl": "0123456789abcdef",
         "seed": 0,
     }
-    now = {
-        "lora": {"r": 16},
-        "sft": {"num_train_epochs": 3},
-        "templates.jsonl": "fedcba9876543210",
-        "seed": 0,
-    }
+    now = before | {"lora": {"r": 16}, "templates.jsonl": "fedcba9876543210"}
     assert differences(before, now) == ["lora.r: 8 before, 16 now", "templates.jsonl changed"]
     assert differences(before, before) == []
 
@@ -182,26 +145,15 @@ def test_every_epoch_has_every_row_and_the_longest_comes_first():
     assert all(order.count(i) == 3 for i in range(203))
     assert lengths[order[0]] == max(lengths)
     assert order == training_order(lengths, 8, 3, seed=1) != training_order(lengths, 8, 3, seed=2)
-    waste = sum(
-        8 * max(lengths[i] for i in order[s : s + 8]) - sum(lengths[i] for i in order[s : s + 8])
-        for s in range(0, 600, 8)
-    )
-    assert waste < 0.05 * sum(lengths) * 3
+    steps = [[lengths[i] for i in order[start : start + 8]] for start in range(0, 600, 8)]
+    assert sum(8 * max(step) - sum(step) for step in steps) < 0.05 * sum(lengths) * 3  # padding
     assert len(training_order(lengths, 8, 0.5, seed=1)) == 102
 
 
-def test_metrics_with_a_half_written_last_line_are_read(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(json.dumps({"phase": "sft", "step": 1}) + "\n" + '{"phase": "sf')
-    assert read_metrics(path) == [{"phase": "sft", "step": 1}]
-    assert os.path.getsize(path) > 0
-
-
-def test_a_manifest_never_signs_another_adapter(tmp_path, monkeypatch):
-    folder = tiny_llama(tmp_path / "student")
-    run = Run(tmp_path / "run")
+def test_a_manifest_never_signs_another_adapter(folder, run, monkeypatch):
     write_toy(run)
-    train_sft(toy_config(folder, sft={"num_train_epochs": 1}), run)
+    first = toy_config(folder, sft={"num_train_epochs": 1})
+    train_sft(first, run)
 
     def die(*_):
         raise RuntimeError("killed between the adapter and its manifest")
@@ -211,5 +163,4 @@ def test_a_manifest_never_signs_another_adapter(tmp_path, monkeypatch):
         with pytest.raises(RuntimeError, match="killed"):
             train_sft(toy_config(folder, sft={"num_train_epochs": 2}), run, fresh=True)
     assert run.manifest("sft") is None
-    first = toy_config(folder, sft={"num_train_epochs": 1})
     assert not train_sft(first, run, fresh=True).skipped

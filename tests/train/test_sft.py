@@ -1,6 +1,7 @@
 """Supervised training with the real trainer: loss masks, refused rows, and a falling loss."""
 
 import math
+import shutil
 
 import pytest
 
@@ -18,13 +19,7 @@ from sclite.train.metrics_logger import read_metrics
 from sclite.train.sft import solve_rows, supervised_lesson, train_sft
 from sclite.train.trainer import build_trainer, train_adapter
 from sclite.train.warmup import train_warmup
-from tests.toy import metrics_of, tiny_llama, toy_config, toy_problems, toy_trace, write_toy
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A random tiny student."""
-    return tiny_llama(tmp_path_factory.mktemp("student"))
+from tests.toy import adapter, metrics_of, toy_config, toy_problems, toy_trace, write_toy
 
 
 @pytest.fixture(scope="module")
@@ -67,30 +62,29 @@ def test_the_report_has_the_share_of_trained_tokens(trained):
     tokenizer = load_tokenizer(config.student.model)
     rows = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")
     tokens, carried = sum(len(r.ids) for r in rows), sum(w > 0 for r in rows for w in r.weights)
-    assert report.figures["labels"] == {
-        "rows": 6,
-        "tokens": tokens,
-        "trained_share": round(carried / tokens, 4),
-    }
-    assert 0.1 < report.figures["labels"]["trained_share"] < 0.9
+    share = round(carried / tokens, 4)
+    assert report.figures["labels"] == {"rows": 6, "tokens": tokens, "trained_share": share}
+    assert 0.1 < share < 0.9
 
 
-def test_rows_with_wrong_labels_are_refused_with_a_hint():
-    good = Encoded([5, 6, 2], [0.0, 1.0, 1.0])
-    with pytest.raises(DataError, match="no rows are left") as error:
-        check_labels([], 2)
+GOOD = Encoded([5, 6, 2], [0.0, 1.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "no rows are left"),
+        ([GOOD, Encoded([5, 6, 2], [0.0, 0.0, 0.0])], "row 2: every label is masked"),
+        ([Encoded([5, 6, 2], [1.0, 1.0, 1.0])], "row 1: the prompt is not masked"),
+        ([GOOD, Encoded([5, 6, 7], [0.0, 1.0, 1.0])], "row 2: the end-of-turn token is missing or masked"),
+        ([GOOD, Encoded([5, 6, 2], [0.0, 1.0, 0.0])], "row 2: the end-of-turn token is missing or masked"),
+    ],
+)
+def test_rows_with_wrong_labels_are_refused_with_a_hint(rows, message):
+    with pytest.raises(DataError, match=message) as error:
+        check_labels(rows, 2)
     assert error.value.hint
-    with pytest.raises(DataError, match="row 2: every label is masked") as error:
-        check_labels([good, Encoded([5, 6, 2], [0.0, 0.0, 0.0])], 2)
-    assert error.value.hint
-    with pytest.raises(DataError, match="row 1: the prompt is not masked") as error:
-        check_labels([Encoded([5, 6, 2], [1.0, 1.0, 1.0])], 2)
-    assert error.value.hint
-    for ended in (Encoded([5, 6, 7], [0.0, 1.0, 1.0]), Encoded([5, 6, 2], [0.0, 1.0, 0.0])):
-        with pytest.raises(DataError, match="row 2: the end-of-turn token is missing or masked") as error:
-            check_labels([good, ended], 2)
-        assert error.value.hint
-    assert check_labels([good], 2) == {"rows": 1, "tokens": 3, "trained_share": 0.6667}
+    assert check_labels([GOOD], 2) == {"rows": 1, "tokens": 3, "trained_share": 0.6667}
 
 
 # -- the stage -----------------------------------------------------------------------------------------------------
@@ -110,51 +104,26 @@ def test_the_micro_batch_changes_neither_losses_nor_gradients(folder, trained, t
     """Four rows of different lengths in one optimizer step: one, two or four forward passes give the same."""
     config, run, *_ = trained
     tokenizer = load_tokenizer(config.student.model)
-    rows = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")[:3]
-    rows.append(Encoded([*rows[0].ids[:60], 2], [0.0] * 55 + [1.0] * 6))
+    rows = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")
+    rows = [Encoded([*rows[0].ids[:60], 2], [0.0] * 55 + [1.0] * 6), *rows]
+    settings = {"num_train_epochs": 3, "learning_rate": 1e-3, "checkpoints": 1}
+    made = toy_config(folder, sft=settings)
     found = {}
     for micro in (1, 2, 4):
-        made = toy_config(folder, sft={"num_train_epochs": 3, "learning_rate": 1e-3})
         model, _ = load_student(made, "sft", train=True)
-        lesson = supervised_lesson("sft", rows, tokenizer.pad_token_id)
-        train_adapter(
-            model, tokenizer, lesson, made.sft, Checkpoints(tmp_path / f"{micro}/checkpoints"),
-            tmp_path / f"{micro}/metrics.jsonl", seed=0, micro_batch=micro,
-        )  # fmt: skip
-        found[micro] = read_metrics(tmp_path / f"{micro}/metrics.jsonl")
-    for micro in (1, 2):
-        for name in ("loss", "grad_norm", "tokens"):
-            assert [row[name] for row in found[micro]] == pytest.approx(
-                [row[name] for row in found[4]], rel=1e-3
-            )
-
-
-def test_the_micro_batch_does_not_change_the_evaluation_loss(folder, tmp_path):
-    run = Run(tmp_path / "run")
-    write_toy(run, 10)
-    made = toy_config(folder, sft={"checkpoints": 1, "num_train_epochs": 1, "learning_rate": 1e-3})
-    tokenizer = load_tokenizer(made.student.model)
-    rows = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")
-    rows[0] = Encoded([*rows[0].ids[:60], 2], [0.0] * 55 + [1.0] * 6)
-    found = []
-    for micro in (1, 4):
-        model, _ = load_student(made, "sft", train=True)
-        lesson = supervised_lesson("sft", rows, tokenizer.pad_token_id, range(len(rows) - 4))
-        metrics = tmp_path / f"{micro}/metrics.jsonl"
-        train_adapter(
-            model, tokenizer, lesson, made.sft, Checkpoints(tmp_path / f"{micro}/checkpoints"), metrics,
-            seed=0, micro_batch=micro,
-        )  # fmt: skip
-        found.append([row["eval_loss"] for row in read_metrics(metrics) if "eval_loss" in row])
-    assert found[0]
-    assert found[0] == pytest.approx(found[1], rel=1e-4)
+        lesson = supervised_lesson("sft", rows, tokenizer.pad_token_id, range(4, 7))
+        metrics, checkpoints = tmp_path / f"{micro}.jsonl", Checkpoints(tmp_path / f"{micro}")
+        train_adapter(model, tokenizer, lesson, made.sft, checkpoints, metrics, seed=0, micro_batch=micro)
+        found[micro] = read_metrics(metrics)
+    for name in ("loss", "grad_norm", "tokens", "eval_loss"):
+        one, two, four = ([row[name] for row in found[micro] if name in row] for micro in (1, 2, 4))
+        assert one
+        assert one == pytest.approx(four, rel=1e-3)
+        assert two == pytest.approx(four, rel=1e-3)
 
 
 def test_the_adapter_is_saved_and_is_not_zero(trained):
-    from safetensors.torch import load_file
-
-    _, run, *_ = trained
-    weights = load_file(run.path("sft/adapter/adapter_model.safetensors"))
+    weights = adapter(trained[1], "sft")
     assert any("lora_B" in name and float(value.abs().max()) > 0 for name, value in weights.items())
     assert {str(value.dtype) for value in weights.values()} == {"torch.float32"}
 
@@ -168,25 +137,16 @@ def test_a_finished_stage_is_not_trained_again(trained):
     assert run.path("sft/adapter/adapter_model.safetensors").stat().st_mtime_ns == before
 
 
-def test_rows_that_are_too_long_are_dropped_and_counted(folder, tmp_path):
-    run = Run(tmp_path)
+def test_rows_that_are_too_long_are_dropped_and_counted(folder, run):
     write_toy(run, 3)
-    templates = run.read("templates.jsonl", Template)
-    lengthy = render(toy_long())
-    run.replace(
-        "templates.jsonl", [*templates, Template(id="long", question="How?", answer="2", trace=lengthy)]
-    )
+    lengthy = render(Trace((Step(("1 + 1 = 2 " * 300).strip()),), None, "2"))
+    run.append("templates.jsonl", [Template(id="long", question="How?", answer="2", trace=lengthy)])
     report = train_sft(toy_config(folder, sft={"num_train_epochs": 1}), run)
     assert report.dropped == {"longer_than_max_length": 1}
     assert report.counts["rows"] == 3
 
 
-def toy_long() -> Trace:
-    return Trace((Step(("1 + 1 = 2 " * 300).strip()),), None, "2")
-
-
-def test_if_every_row_is_too_long_nothing_is_trained(folder, tmp_path):
-    run = Run(tmp_path)
+def test_if_every_row_is_too_long_nothing_is_trained(folder, run):
     write_toy(run, 2)
     with pytest.raises(DataError, match="nothing to train on"):
         train_sft(toy_config(folder, sft={"max_length": 64}), run)
@@ -194,9 +154,9 @@ def test_if_every_row_is_too_long_nothing_is_trained(folder, tmp_path):
     assert run.manifest("sft") is None
 
 
-def test_without_templates_the_hint_names_the_command(folder, tmp_path):
+def test_without_templates_the_hint_names_the_command(folder, run):
     with pytest.raises(DataError, match=r"templates\.jsonl is missing or empty") as error:
-        train_sft(toy_config(folder), Run(tmp_path))
+        train_sft(toy_config(folder), run)
     assert "sclite build-data" in error.value.hint
 
 
@@ -204,8 +164,7 @@ def test_a_bfloat16_checkpoint_trains_in_bfloat16_if_the_cpu_multiplies_it(folde
     import torch
     from transformers import AutoModelForCausalLM
 
-    for file in folder.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(tmp_path)
     config, losses = toy_config(tmp_path, sft={"num_train_epochs": 8}), {}
     for able, expected in ((True, torch.bfloat16), (False, torch.float32)):

@@ -3,30 +3,15 @@
 import math
 
 import pytest
-from safetensors.torch import load_file
 
 from sclite.errors import ScliteError
-from sclite.run import Run
 from sclite.train import trainer
 from sclite.train.dpo import train_dpo
 from sclite.train.sft import train_sft
 from sclite.train.warmup import train_warmup
-from tests.toy import metrics_of, tiny_llama, toy_config, write_pairs, write_toy
+from tests.toy import Said, adapter, largest_change, metrics_of, toy_config, write_pairs, write_toy
 
 ONE_STEP = {"batch_size": 6, "per_device_train_batch_size": 3}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_llama(tmp_path_factory.mktemp("student"))
-
-
-def weights(run: Run, name: str) -> dict:
-    return load_file(run.path(f"{name}/adapter_model.safetensors"))
-
-
-def largest_change(before: dict, after: dict) -> float:
-    return max(float((after[name] - before[name]).abs().max()) for name in before)
 
 
 def test_the_first_step_moves_weights_by_the_full_learning_rate(run, folder):
@@ -38,16 +23,15 @@ def test_the_first_step_moves_weights_by_the_full_learning_rate(run, folder):
     warmup = {**once, **ten, "learning_rate": 2e-3, "replay_share": 0}
     config = toy_config(folder, sft=once, warmup=warmup, dpo={**once, **ten, "replay_share": 0})
     assert train_sft(config, run).counts["steps"] == 1
-    first = {name: w for name, w in weights(run, "sft/adapter").items() if ".lora_B." in name}
+    first = {name: w for name, w in adapter(run, "sft").items() if ".lora_B." in name}
     assert float(max(w.abs().max() for w in first.values())) == pytest.approx(3e-3, rel=1e-3)
     assert train_warmup(config, run).counts["steps"] == 1
-    warm = largest_change(weights(run, "sft/adapter"), weights(run, "warmup/adapter"))
+    warm = largest_change(adapter(run, "sft"), adapter(run, "warmup"))
     assert warm == pytest.approx(2e-3, rel=1e-3)
     write_pairs(run)
     assert train_dpo(config, run).counts["steps"] == 1
-    assert largest_change(weights(run, "warmup/adapter"), weights(run, "dpo/adapter")) == pytest.approx(
-        1e-3, rel=1e-3
-    )
+    preferred = largest_change(adapter(run, "warmup"), adapter(run, "dpo"))
+    assert preferred == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_the_learning_rate_warms_up_from_step_1_then_follows_cosine(run, folder):
@@ -62,25 +46,19 @@ def test_the_learning_rate_warms_up_from_step_1_then_follows_cosine(run, folder)
 
 
 def test_few_steps_give_a_warning_with_the_settings_to_change(run, folder):
-    said = []
+    said = Said()
     write_toy(run)
-    report = train_sft(
-        toy_config(folder, sft={"num_train_epochs": 4}),
-        run,
-        progress=lambda *_, warning="", **__: said.append(warning),
-    )
+    report = train_sft(toy_config(folder, sft={"num_train_epochs": 4}), run, progress=said)
     assert report.counts["steps"] == 6
-    assert [text for text in said if text] == report.figures["warnings"]
+    assert said == report.figures["warnings"]
     assert "only 6 optimizer steps" in report.figures["warnings"][0]
     assert "raise sft.num_train_epochs, lower sft.batch_size" in report.figures["warnings"][0]
 
 
 def test_twenty_steps_give_no_warning(run, folder):
     write_toy(run)
-    report = train_sft(
-        toy_config(folder, sft={"num_train_epochs": 10, "batch_size": 3, "per_device_train_batch_size": 3}),
-        run,
-    )
+    threes = {"num_train_epochs": 10, "batch_size": 3, "per_device_train_batch_size": 3}
+    report = train_sft(toy_config(folder, sft=threes), run)
     assert report.counts["steps"] == 20
     assert report.figures["warnings"] == []
 
@@ -97,10 +75,11 @@ def test_a_stage_that_learned_nothing_is_an_error(run, folder, monkeypatch, fact
 
     monkeypatch.setattr(trainer, "weighted_loss", spoiled)
     write_toy(run)
+    config = toy_config(folder, sft={"num_train_epochs": 1})
     with pytest.raises(ScliteError, match=message) as error:
-        train_sft(toy_config(folder, sft={"num_train_epochs": 1}), run)
+        train_sft(config, run)
     assert error.value.code == 1
     assert "sft.learning_rate (now 0.003)" in error.value.hint
     assert run.manifest("sft") is None
     monkeypatch.undo()
-    assert train_sft(toy_config(folder, sft={"num_train_epochs": 1}), run).counts["steps"] == 2
+    assert train_sft(config, run).counts["steps"] == 2

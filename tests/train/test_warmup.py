@@ -9,12 +9,7 @@ from sclite.student.loader import load_tokenizer
 from sclite.student.tokenization import Encoded, decision_ids, encode_solution, end_id
 from sclite.trace import parse, render
 from sclite.train.warmup import mixed_rows
-from tests.toy import tiny_llama, toy_config, toy_problems, toy_trace, write_toy
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_llama(tmp_path_factory.mktemp("student"))
+from tests.toy import toy_config, toy_problems, toy_trace, write_toy
 
 
 def rows_of(folder, tmp_path, change=lambda attempt: attempt, **warmup) -> tuple[object, dict[str, Encoded]]:
@@ -145,9 +140,8 @@ def test_work_without_an_answer_is_not_closed(folder, tmp_path):
     """Its end token would teach to end there."""
 
     def broken(attempt):
-        return attempt.model_copy(
-            update={"trace": attempt.trace.partition("<Answer>")[0]} if attempt.id == "p1" else {}
-        )
+        trace = attempt.trace.partition("<Answer>")[0] if attempt.id == "p1" else attempt.trace
+        return attempt.model_copy(update={"trace": trace})
 
     _, rows = rows_of(folder, tmp_path, broken, replay_share=4.0)
     assert "p1/0/continued" in rows
@@ -167,11 +161,8 @@ def test_work_whose_review_is_too_long_is_not_closed(folder, tmp_path):
 def test_corrections_within_an_attempt_are_removed_from_its_work(folder, tmp_path):
     def noted(attempt):
         slip = "<Step1>1 + 1 = 3\n<Cause>It is 2.</Cause>\n<Correction>"
-        return attempt.model_copy(
-            update={
-                "trace": attempt.trace.replace("<Step1>", slip).replace("\n<Key>", "</Correction>\n<Key>")
-            }
-        )
+        trace = attempt.trace.replace("<Step1>", slip).replace("\n<Key>", "</Correction>\n<Key>")
+        return attempt.model_copy(update={"trace": trace})
 
     tokenizer, rows = rows_of(folder, tmp_path, noted)
     for number in (2, 5):
