@@ -212,10 +212,8 @@ def load_student(
                     lora_dropout=0.0,
                     task_type="CAUSAL_LM",
                 )
-            if backend == "plain":
-                model = _load_plain(name, config, model_config, lora)
-            else:
-                model = _load_unsloth(name, config, min(most, max(settings.max_length, 8192)), lora)
+            length = min(most, max(settings.max_length, 8192))
+            model = _load(name, config, model_config, lora, backend, length)
             if adapter is not None:
                 load_adapter(cast("PeftModel", model), adapter)
     except (RuntimeError, ValueError) as error:
@@ -289,33 +287,38 @@ def nf4_config() -> "BitsAndBytesConfig":
     )
 
 
-def _load_plain(
-    name: str, config: Config, model_config: "PretrainedConfig", lora: "LoraConfig | None"
+def _load(
+    name: str,
+    config: Config,
+    model_config: "PretrainedConfig",
+    lora: "LoraConfig | None",
+    backend: str,
+    length: int,
 ) -> "PreTrainedModel":
+    """The model with a LoRA. Unsloth silently truncates rows of more than `length` tokens: none may reach it."""
     import torch
-    from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
 
-    trained = lora is not None and not lora.inference_mode
-    arguments: dict[str, Any] = {"dtype": cpu_training_dtype(model_config) if trained else torch.float32}
-    if torch.cuda.is_available():
-        arguments = {"dtype": half_dtype(), "device_map": {"": 0}}
-        if config.student.load_in_4bit and getattr(model_config, "quantization_config", None) is None:
-            arguments["quantization_config"] = nf4_config()
-    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **arguments)
-    if lora is None:
-        return model
-    torch.manual_seed(config.seed)
-    return cast("PreTrainedModel", get_peft_model(model, lora))
+    if backend == "plain":
+        from peft import get_peft_model
+        from transformers import AutoModelForCausalLM
 
+        trained = lora is not None and not lora.inference_mode
+        arguments: dict[str, Any] = {"dtype": cpu_training_dtype(model_config) if trained else torch.float32}
+        if torch.cuda.is_available():
+            arguments = {"dtype": half_dtype(), "device_map": {"": 0}}
+            if config.student.load_in_4bit and getattr(model_config, "quantization_config", None) is None:
+                arguments["quantization_config"] = nf4_config()
+        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **arguments)
+        if lora is None:
+            return model
+        torch.manual_seed(config.seed)
+        return cast("PreTrainedModel", get_peft_model(model, lora))
 
-def _load_unsloth(name: str, config: Config, max_length: int, lora: "LoraConfig | None") -> "PreTrainedModel":
-    """The model with Unsloth's kernels, which silently truncates rows longer than `max_length`: none may reach it."""
     from unsloth import FastLanguageModel
 
     model, _ = FastLanguageModel.from_pretrained(
         name,
-        max_seq_length=max_length,
+        max_seq_length=length,
         load_in_4bit=config.student.load_in_4bit,
         dtype=None,
         device_map={"": 0},

@@ -232,7 +232,7 @@ def correct_step(
     if cause is None or correction is None:
         return Reviewed(tokens=tokens, note=UNREADABLE)
     yield Corrected(step, cause, correction)
-    if same_result(wrong.text, correction):
+    if (result := _result(wrong.text)) is not None and result == _result(correction):
         return Reviewed(None, (), step, cause, correction, tokens, SAME_RESULT)
     yield Writing("continuation")
     pieces = tuple(step_pieces((*before, Step(correction))))
@@ -253,20 +253,16 @@ def correct_steps(
     return run_together(student, [correct_step(*case, settings, n) for n, case in enumerate(cases)])
 
 
-def same_result(step: str, correction: str) -> bool:
-    """Whether both end in arithmetic on plain numbers with the same right-hand side: then nothing is corrected.
+def _result(text: str) -> str | None:
+    """The right-hand side of the arithmetic on plain numbers that a text ends in.
 
-    Equations with letters and inequalities do not count: their right-hand side is not a result.
+    None for equations with letters and for inequalities: their right-hand side is no result.
     """
-
-    def result(text: str) -> str | None:
-        left, equals, right = text.rpartition("=")
-        found = _NUMBERS.search(left)
-        numbers = found[0].lstrip(" ,.:$") if found else ""
-        right = right.strip().rstrip(".").rstrip()
-        return right if equals and _BEGINS.match(numbers) and _BEGINS.match(right) else None
-
-    return result(step) is not None and result(step) == result(correction)
+    left, equals, right = text.rpartition("=")
+    found = _NUMBERS.search(left)
+    numbers = found[0].lstrip(" ,.:$") if found else ""
+    right = right.strip().rstrip(".").rstrip()
+    return right if equals and _BEGINS.match(numbers) and _BEGINS.match(right) else None
 
 
 def _text_and_tokens(reply: Reply | Scores | None) -> tuple[str | None, int]:

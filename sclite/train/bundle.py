@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sclite import prompts
+from sclite.errors import DataError
 from sclite.records import Pair
 from sclite.student.log_probs import Padded, pad
 from sclite.student.tokenization import Encoded, piece_ids, prompt_ids
@@ -21,6 +22,8 @@ from sclite.trace import CAUSE, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+REMOVE_PAIR = "remove it from pairs.jsonl"
 
 
 @dataclass(frozen=True)
@@ -60,32 +63,48 @@ def build_bundles(
     return bundles
 
 
+def check_bundles(bundles: Sequence[Bundle], decisions: tuple[int, int]) -> None:
+    """Refuse pairs that would teach nothing, or something else than what is asked for in use.
+
+    `decisions` are the tokens of accusing a step and of closing it: the one that is chosen has to follow the decision's
+    position. The sides of a content pair have to differ and to carry loss on their own text alone. Raises DataError.
+    """
+    for bundle in bundles:
+        where, review, other = f"the pairs of {bundle.key}", bundle.review, bundle.rejected
+        if not review.marks and other is None:
+            nothing = f"{where}: neither a decision nor a content pair"
+            raise DataError(nothing, "they would teach nothing; please report this")
+        for mark, accused in zip(review.marks, review.accused, strict=True):
+            if review.ids[mark + 1 : mark + 2] not in ([], [decisions[0 if accused else 1]]):
+                odd = f"{where}: the next token is not the chosen decision"
+                raise DataError(odd, "check pairs.jsonl and the student's tokenizer")
+        if other is None:
+            continue
+        if not (any(review.weights) and any(other.weights)):
+            raise DataError(f"{where}: one side of the content pair is empty", REMOVE_PAIR)
+        if review.weights[0] or other.weights[0]:
+            raise DataError(f"{where}: the prompt is not masked", "check the student's chat template")
+        if review.ids == other.ids:
+            raise DataError(f"{where}: both sides of the content pair are the same tokens", REMOVE_PAIR)
+
+
 @dataclass
 class Batch:
-    """Bundles as tensors. The `decision_*` lists are flat over all decisions."""
+    """Bundles as tensors: reviews, rejected texts and replay rows are padded separately."""
 
+    bundles: Sequence[Bundle]
     reviews: Padded
     rejected: Padded | None
     replay: Padded | None
-    decision_rows: list[int]
-    decision_columns: list[int]
-    decision_accused: list[bool]
-    content: list[int]  # numbers of the bundles that have a rejected text, in the order of `rejected`
-    keys: list[str]
 
 
 def collate(bundles: Sequence[Bundle], pad_id: int) -> Batch:
-    """Batch bundles; reviews, rejected texts and replay rows are padded separately."""
-    content = [i for i, bundle in enumerate(bundles) if bundle.rejected is not None]
+    """Batch bundles."""
     rejected = [bundle.rejected for bundle in bundles if bundle.rejected is not None]
     replay = [bundle.replay for bundle in bundles if bundle.replay is not None]
     return Batch(
+        bundles=bundles,
         reviews=pad([bundle.review for bundle in bundles], pad_id),
         rejected=pad(rejected, pad_id) if rejected else None,
         replay=pad(replay, pad_id) if replay else None,
-        decision_rows=[i for i, bundle in enumerate(bundles) for _ in bundle.review.marks],
-        decision_columns=[mark for bundle in bundles for mark in bundle.review.marks],
-        decision_accused=[a for bundle in bundles for a in bundle.review.accused],
-        content=content,
-        keys=[bundle.key for bundle in bundles],
     )

@@ -74,11 +74,6 @@ class Checkpoints:
         """The step of the last checkpoint with a mark, 0 without one."""
         return next((step for step, mark in self._marks().items() if mark), 0)
 
-    def last(self) -> str | None:
-        """The folder of the last checkpoint with a mark."""
-        step = self.step()
-        return str(self.path(step)) if step else None
-
     def mark(self, step: int) -> None:
         """Record that the checkpoint of this step is complete, once its files are on disk."""
         sync_folder(self.path(step))

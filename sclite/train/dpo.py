@@ -17,8 +17,7 @@ from sclite.records import Pair, Problem, Template
 from sclite.run import Report, Run
 from sclite.signature import digest
 from sclite.student.tokenization import Encoded, decision_ids
-from sclite.train.bundle import Bundle, build_bundles, collate
-from sclite.train.label_checks import check_bundles
+from sclite.train.bundle import Bundle, build_bundles, check_bundles, collate
 from sclite.train.losses import DpoLoss, Reference, reference_log_probs
 from sclite.train.sft import replay_templates, solve_rows
 from sclite.train.stage import BuildLesson, Job
@@ -63,11 +62,27 @@ def train_dpo(
         bundles = with_replay([bundles[i] for i in kept], fitting, config.dpo.replay_share)
         check_bundles(bundles, decision_ids(tokenizer))
         job.report.counts |= {"bundles": len(bundles), "pairs": len(pairs)}
+        # the reference, if it is in the run, intact and of these inputs
+        path, signature, reference = run.path("dpo/reference.json"), digest(job.inputs), None
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["digest"] != digest(content["log_probs"]):
+                raise ValueError("the digest differs")
+            reference = content["log_probs"] if content["signature"] == signature else None
+        except FileNotFoundError:
+            pass
+        except (ValueError, TypeError, KeyError):
+            job.warn(f"{path} is damaged: recomputing the reference from warmup/adapter")
 
         def build_lesson(model: PeftModel, micro_batch: int) -> Lesson:
-            reference = _load_reference(job, model, tokenizer, bundles, micro_batch)
+            log_probs = reference
+            if log_probs is None:  # the model is the adapter that DPO starts from, on a resume too
+                with catch_out_of_memory(job.stage, micro_batch):
+                    log_probs = reference_log_probs(model, bundles, tokenizer, micro_batch, progress)
+                signed = {"signature": signature, "digest": digest(log_probs), "log_probs": log_probs}
+                run.write_json("dpo/reference.json", signed)
             held_out = held_out_rows(len(bundles), config.dpo.eval_share, config.seed)
-            return preferences(config.dpo, bundles, reference, tokenizer, held_out)
+            return preferences(config.dpo, bundles, log_probs, tokenizer, held_out)
 
         return build_lesson
 
@@ -84,36 +99,6 @@ def with_replay(bundles: Sequence[Bundle], rows: Sequence[Encoded], share: float
         due -= row is not None
         given.append(Bundle(bundle.key, bundle.review, bundle.rejected, row))
     return given
-
-
-def _load_reference(
-    job: Job,
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    bundles: Sequence[Bundle],
-    micro_batch: int,
-) -> Reference:
-    """The reference log-probabilities: from the run if they are intact and of these inputs, else computed and kept.
-
-    The model is the adapter that DPO starts from, on a resume too, so computing them again gives the same values.
-    """
-    path, signature = job.run.path("dpo/reference.json"), digest(job.inputs)
-    if path.is_file():
-        kept = {}
-        try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            intact = kept["digest"] == digest(kept["log_probs"])
-        except (ValueError, TypeError, KeyError):
-            intact = False
-        if intact and kept["signature"] == signature:
-            return kept["log_probs"]
-        if not intact:
-            job.warn(f"{path} is damaged: recomputing the reference from warmup/adapter")
-    with catch_out_of_memory(job.stage, micro_batch):
-        log_probs = reference_log_probs(model, bundles, tokenizer, micro_batch, job.progress)
-    content = {"signature": signature, "digest": digest(log_probs), "log_probs": log_probs}
-    job.run.write_json("dpo/reference.json", content)
-    return log_probs
 
 
 def preferences(

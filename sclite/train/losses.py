@@ -80,9 +80,10 @@ class DpoLoss:
         policy = pair_log_probs(model, batch, self.decision_tokens)
         chosen = torch.cat([policy.decision_chosen, policy.content_chosen])
         rejected = torch.cat([policy.decision_rejected, policy.content_rejected])
-        kept = [self.reference[key] for key in batch.keys]
+        kept = [self.reference[bundle.key] for bundle in batch.bundles]
         decisions = [value for row in kept for value in row["decisions"]]
-        before = torch.tensor([*decisions, *(kept[i]["content"] for i in batch.content)])  # [pairs, 2]
+        contents = [row["content"] for row in kept if row["content"] is not None]
+        before = torch.tensor([*decisions, *contents])  # [pairs, 2]
         chosen_shift, rejected_shift = (torch.stack([chosen, rejected]) - before.T.to(chosen.device)).unbind()
         margins = self.settings.beta * (chosen_shift - rejected_shift)
         # likelihood of chosen texts: per token for contents, so that a paragraph does not outweigh a decision
@@ -108,7 +109,7 @@ class DpoLoss:
 
 @dataclass
 class PairLogProbs:
-    """Log-probabilities of the chosen and the rejected side of every pair, and token counts of the contents."""
+    """Log-probabilities of the sides of every pair, in the order of the bundles, and token counts of the contents."""
 
     decision_chosen: Tensor  # [decisions]
     decision_rejected: Tensor
@@ -129,11 +130,15 @@ def pair_log_probs(model: Module, batch: Batch, decision_tokens: tuple[int, int]
         return sums, counts
 
     hidden = hidden_states(model, batch.reviews)
-    log_probs = vocabulary_log_probs(model, hidden.at(batch.decision_rows, batch.decision_columns))
+    rows = [row for row, bundle in enumerate(batch.bundles) for _ in bundle.review.marks]
+    columns = [mark for bundle in batch.bundles for mark in bundle.review.marks]
+    log_probs = vocabulary_log_probs(model, hidden.at(rows, columns))
     accuse, close = (log_probs[:, token] for token in decision_tokens)
-    accused = torch.tensor(batch.decision_accused, device=log_probs.device)
+    verdicts = [wrong for bundle in batch.bundles for wrong in bundle.review.accused]
+    accused = torch.tensor(verdicts, device=log_probs.device)
     chosen, tokens = row_sums(hidden, batch.reviews)
-    content = torch.tensor(batch.content, dtype=torch.long, device=chosen.device)
+    numbers = [number for number, bundle in enumerate(batch.bundles) if bundle.rejected is not None]
+    content = torch.tensor(numbers, dtype=torch.long, device=chosen.device)
     rejected = chosen[:0]
     if batch.rejected is not None:
         rejected, _ = row_sums(hidden_states(model, batch.rejected), batch.rejected)
@@ -167,13 +172,13 @@ def reference_log_probs(
         batch = collate(by_length[start : start + size], tokenizer.pad_token_id)
         with torch.no_grad(), autocast(model):
             got = pair_log_probs(model, batch, tokens)
-        found |= {key: {"decisions": [], "content": None} for key in batch.keys}
-        decisions = torch.stack([got.decision_chosen, got.decision_rejected], 1).tolist()
-        for row, pair in zip(batch.decision_rows, decisions, strict=True):
-            found[batch.keys[row]]["decisions"].append(pair)
-        contents = torch.stack([got.content_chosen, got.content_rejected], 1).tolist()
-        for row, pair in zip(batch.content, contents, strict=True):
-            found[batch.keys[row]]["content"] = pair
+        decisions = iter(torch.stack([got.decision_chosen, got.decision_rejected], 1).tolist())
+        contents = iter(torch.stack([got.content_chosen, got.content_rejected], 1).tolist())
+        for bundle in batch.bundles:
+            found[bundle.key] = {
+                "decisions": [next(decisions) for _ in bundle.review.marks],
+                "content": next(contents) if bundle.rejected is not None else None,
+            }
         progress(0, 0, note=f"reference of {len(found)} of {len(bundles)} reviews")
     model.train(was_training)
     return found

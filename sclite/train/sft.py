@@ -18,13 +18,14 @@ from sclite.student.adapters import adapter_weights, check_adapter
 from sclite.student.chat_template import opens_thinking
 from sclite.student.log_probs import pad
 from sclite.student.tokenization import Encoded, encode_solution, end_id
-from sclite.train.label_checks import check_labels
 from sclite.train.losses import negative_log_likelihood
 from sclite.train.stage import BuildLesson, Job
 from sclite.train.trainer import Lesson, held_out_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+CHECK_TEMPLATE = "check the student's chat template"
 
 
 def train_sft(
@@ -82,10 +83,27 @@ def solve_rows(
 def supervised(
     job: Job, names: Sequence[str], rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase
 ) -> BuildLesson:
-    """The lesson on the rows that fit in max_length, with their labels checked and counted in the report."""
+    """The lesson on the rows that fit in max_length; the report gets the share of their tokens that carry loss.
+
+    Raises DataError for rows that would teach nothing or never end: the last token, which is the end of turn, needs
+    loss; the first, which is prompt, none.
+    """
     kept = job.drop_long_rows([(name, None) for name in names], [len(row.ids) for row in rows])
-    fitting = [rows[i] for i in kept]
-    job.report.figures["labels"] = check_labels(fitting, end_id(tokenizer), [names[i] for i in kept])
+    fitting, end = [rows[i] for i in kept], end_id(tokenizer)
+    if not fitting:
+        raise DataError("nothing to train on: no rows are left", "dropped.jsonl in the run folder says why")
+    for number, row in enumerate(fitting, 1):
+        where = f"training row {number} ({names[kept[number - 1]]})"
+        if not any(row.weights):
+            raise DataError(f"{where}: every label is masked", "it would teach nothing; please report this")
+        if row.weights[0]:
+            raise DataError(f"{where}: the prompt is not masked", CHECK_TEMPLATE)
+        if row.ids[-1] != end or not row.weights[-1]:
+            raise DataError(f"{where}: the end-of-turn token is missing or masked", CHECK_TEMPLATE)
+    tokens = sum(len(row.ids) for row in fitting)
+    trained = sum(weight > 0 for row in fitting for weight in row.weights)
+    share = {"rows": len(fitting), "tokens": tokens, "trained_share": round(trained / tokens, 4)}
+    job.report.figures["labels"] = share
     job.report.counts["rows"] = len(fitting)
     held_out = held_out_rows(len(fitting), job.settings.eval_share, job.config.seed)
     return lambda *_: supervised_lesson(job.stage, fitting, tokenizer.pad_token_id, held_out)

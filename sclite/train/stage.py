@@ -30,8 +30,8 @@ from sclite.student.loader import (
     select_backend,
 )
 from sclite.student.origin import record_origin
+from sclite.student.tokenization import end_id, prompt_ids, prompt_text
 from sclite.train.checkpoints import Checkpoints, sync_folder
-from sclite.train.label_checks import check_tokenizer
 from sclite.train.micro_batch import choose_micro_batch
 from sclite.train.trainer import Lesson, train_adapter
 
@@ -218,6 +218,22 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
     sync_folder(folder)
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a template that drops the question or uses unknown tokens, and an end of turn that is none (DataError)."""
+    messages, unknown = prompts.solve_messages("1 + 1 = ?"), tokenizer.unk_token_id
+    if "1 + 1 = ?" not in prompt_text(tokenizer, messages):
+        raise DataError("the student's chat template drops the question", "choose an instruct model")
+    if unknown is not None and unknown in prompt_ids(tokenizer, messages):
+        raise DataError(
+            "the student's chat template uses a token that is not in its vocabulary",
+            "check the student's chat_template and added tokens",
+        )
+    if end_id(tokenizer) == unknown:
+        raise DataError(
+            "the student's end-of-turn token is not in its vocabulary", "choose an instruct model"
+        )
 
 
 def quiet_libraries(student: Student | None = None) -> None:

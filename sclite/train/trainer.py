@@ -7,7 +7,9 @@ halving the micro-batch and doubling the accumulation leaves every gradient the 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import math
+import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,11 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sclite.config import TrainingStage
-from sclite.errors import GpuMemoryError, ScliteError
+from sclite.errors import GpuMemoryError, ScliteError, UsageError
 from sclite.progress import Progress, no_progress
 from sclite.student.adapters import load_adapter
 from sclite.student.cuda_memory import is_out_of_memory, return_freed_memory
-from sclite.train.arguments import training_arguments
 from sclite.train.checkpoints import Checkpoints
 from sclite.train.losses import LossTerm, weighted_loss
 from sclite.train.metrics_logger import MetricsLogger
@@ -99,11 +100,9 @@ def train_adapter(
     order = training_order(lengths, settings.batch_size, settings.num_train_epochs, seed)
     size = settings.batch_size
     tokens = [sum(lengths[i] for i in order[start : start + size]) for start in range(0, len(order), size)]
-    logger = MetricsLogger(metrics, phase, progress, resumed_from=checkpoints.step(), tokens=tokens)
-    arguments = training_arguments(
-        checkpoints.folder, settings, seed=seed, micro_batch=micro_batch, rows=len(order), evaluates=bool(held_out),
-        bf16_on_cpu=next(model.parameters()).dtype.itemsize == 2,
-    )  # fmt: skip
+    step = checkpoints.step()
+    logger = MetricsLogger(metrics, phase, progress, resumed_from=step, tokens=tokens)
+    arguments = training_arguments(model, lesson, settings, checkpoints.folder, len(order), micro_batch, seed)
     trainer = build_trainer(model, tokenizer, lesson, arguments, [rows[i] for i in order])
     trainer.logger, trainer.checkpoints = logger, checkpoints
     if held_out and settings.early_stopping_patience:
@@ -115,7 +114,7 @@ def train_adapter(
         logger.warn(f"{phase}: only {steps} optimizer step{plural}, too few to learn much: {remedy}")
     before = _weights_hash(model)
     with catch_out_of_memory(phase, micro_batch), logger.handle_interrupts():
-        trainer.train(resume_from_checkpoint=checkpoints.last())
+        trainer.train(resume_from_checkpoint=str(checkpoints.path(step)) if step else None)
     if logger.interrupted:
         raise KeyboardInterrupt
     last, best = trainer.state.global_step, trainer.state.best_global_step if held_out else None
@@ -134,6 +133,67 @@ def train_adapter(
     checkpoints.delete()  # they are just as useless, and the next run would resume from them
     rate = f"{phase}.learning_rate (now {settings.learning_rate:g})"
     raise ScliteError(f"{phase}: {reason}", f"{change} {rate} and re-run")
+
+
+def training_arguments(
+    model: PeftModel,
+    lesson: Lesson,
+    settings: TrainingStage,
+    folder: Path,
+    rows: int,
+    micro_batch: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Arguments for SFTConfig and DPOConfig. `rows` are those of all epochs together; checkpoints go to `folder`.
+
+    TensorBoard's files, if it is enabled, go to tensorboard/ beside it.
+    """
+    import torch
+
+    if settings.tensorboard:
+        if not any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")):
+            raise UsageError(
+                "tensorboard is enabled but not installed",
+                "pip install tensorboard, or disable it: metrics.jsonl is written either way",
+            )
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder.with_name("tensorboard"))
+    cuda, evaluates = torch.cuda.is_available(), bool(lesson.held_out)
+    bf16_on_cpu = next(model.parameters()).dtype.itemsize == 2
+    assert settings.batch_size % micro_batch == 0, f"{micro_batch} does not divide {settings.batch_size}"
+    every = max(1, -(-rows // settings.batch_size) // settings.checkpoints)
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": settings.batch_size // micro_batch,
+        "learning_rate": settings.learning_rate,
+        "num_train_epochs": 1,  # the order contains all epochs already
+        "train_sampling_strategy": "sequential",
+        "warmup_steps": settings.warmup_ratio,
+        "max_grad_norm": settings.max_grad_norm,
+        "weight_decay": 0.0,  # Unsloth's trainers have another default
+        "optim": "adamw_8bit" if cuda else "adamw_torch",
+        "bf16": torch.cuda.is_bf16_supported() if cuda else bf16_on_cpu,
+        "fp16": cuda and not torch.cuda.is_bf16_supported(),
+        "use_cpu": not cuda,
+        "gradient_checkpointing": cuda,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": every,
+        "restore_callback_states_from_checkpoint": True,  # the count of early stopping
+        "save_total_limit": 2,  # the older one stays until the newer one is known to be complete
+        "eval_strategy": "steps" if evaluates else "no",
+        "eval_steps": every if evaluates else None,
+        "metric_for_best_model": "eval_loss" if evaluates else None,
+        "greater_is_better": False,
+        "report_to": ["tensorboard"] if settings.tensorboard else [],
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": False,
+        "seed": seed,
+        "data_seed": seed,
+        "max_length": None,
+    }
 
 
 def _weights_hash(model: PeftModel) -> str:
@@ -178,7 +238,7 @@ def build_trainer(
         return {"batch": lesson.collate(numbers), "step": items[0]["step"], "tokens": tokens}
 
     class StepCallback(TrainerCallback):
-        """Saves and stops after Ctrl-C, and evaluates the last step."""
+        """Saves and stops after Ctrl-C, evaluates the last step, and marks complete checkpoints."""
 
         def on_step_end(self, args, state, control, **_):
             if trainer.model.device.type == "cpu":
@@ -187,6 +247,9 @@ def build_trainer(
                 control.should_save = control.should_training_stop = True
             elif state.global_step >= state.max_steps and args.eval_strategy != "no":
                 control.should_evaluate = True
+
+        def on_save(self, args, state, control, **_):
+            trainer.checkpoints.mark(state.global_step)
 
     batch = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
     steps = [place // batch for place in range(len(order))]
@@ -272,8 +335,7 @@ def _trainer_class(base: Any) -> Any:
         def log(self, logs, start_time=None):
             Trainer.log(self, self.logger.log_step(logs, self.state.global_step, self.state.max_steps))
 
-        def _save_checkpoint(self, model, trial):
-            Trainer._save_checkpoint(self, model, trial)  # TRL would add a model card
-            self.checkpoints.mark(self.state.global_step)
+        def create_model_card(self, *_, **__):
+            """TRL would write one for every checkpoint."""
 
     return AdapterTrainer

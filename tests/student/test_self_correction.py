@@ -17,7 +17,6 @@ from sclite.student.self_correction import (
     free,
     guided,
     run_together,
-    same_result,
     score_steps,
     stream,
 )
@@ -223,7 +222,9 @@ def test_correction_with_the_same_result_changes_nothing():
     ],
 )
 def test_result_follows_the_last_equals_sign(step, correction, same):
-    assert same_result(step, correction) is same
+    student = Scripted(corrections=[f"No.</Cause>\n<Correction>{correction}</Correction>"])
+    (got,) = correct_steps(student, [(QUESTION, Trace((Step(step),), None, "1"), 1)], ReviewSettings())
+    assert (got.note == SAME_RESULT) is same
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,7 @@ from sclite.run import Run
 from sclite.student.loader import load_tokenizer
 from sclite.student.tokenization import Encoded, decision_ids
 from sclite.train import dpo, sft, stage
-from sclite.train.bundle import build_bundles
-from sclite.train.label_checks import check_bundles
+from sclite.train.bundle import build_bundles, check_bundles
 from tests.toy import (
     CHATML,
     TRAIN,

@@ -12,12 +12,11 @@ from sclite.run import Run
 from sclite.student.loader import load_student, load_tokenizer
 from sclite.student.tokenization import Encoded, encode_solution, end_id
 from sclite.trace import Step, Trace, render
-from sclite.train.arguments import training_arguments
 from sclite.train.checkpoints import Checkpoints
-from sclite.train.label_checks import check_labels
 from sclite.train.metrics_logger import read_metrics
-from sclite.train.sft import solve_rows, supervised_lesson, train_sft
-from sclite.train.trainer import build_trainer, train_adapter
+from sclite.train.sft import solve_rows, supervised, supervised_lesson, train_sft
+from sclite.train.stage import Job
+from sclite.train.trainer import build_trainer, train_adapter, training_arguments
 from sclite.train.warmup import train_warmup
 from tests.toy import adapter, metrics_of, toy_config, toy_problems, toy_trace, write_toy
 
@@ -44,7 +43,7 @@ def test_in_the_trainers_batches_the_prompt_alone_is_masked(folder, tmp_path):
     problem, trace = toy_problems(1)[0], toy_trace(0)
     rows = [encode_solution(tokenizer, prompts.solve_messages(problem.question), trace)] * 3
     lesson = supervised_lesson("sft", rows, tokenizer.pad_token_id)
-    settings = training_arguments(tmp_path, config.sft, seed=0, micro_batch=2, rows=3)
+    settings = training_arguments(model, lesson, config.sft, tmp_path, rows=3, micro_batch=2, seed=0)
     trainer = build_trainer(model, tokenizer, lesson, settings, [0, 1, 2])
     for batch in trainer.get_train_dataloader():
         for ids, weights in zip(batch["batch"].ids, batch["batch"].weights, strict=True):
@@ -74,17 +73,25 @@ GOOD = Encoded([5, 6, 2], [0.0, 1.0, 1.0])
     ("rows", "message"),
     [
         ([], "no rows are left"),
-        ([GOOD, Encoded([5, 6, 2], [0.0, 0.0, 0.0])], "row 2: every label is masked"),
-        ([Encoded([5, 6, 2], [1.0, 1.0, 1.0])], "row 1: the prompt is not masked"),
-        ([GOOD, Encoded([5, 6, 7], [0.0, 1.0, 1.0])], "row 2: the end-of-turn token is missing or masked"),
-        ([GOOD, Encoded([5, 6, 2], [0.0, 1.0, 0.0])], "row 2: the end-of-turn token is missing or masked"),
+        ([GOOD, Encoded([5, 6, 2], [0.0, 0.0, 0.0])], r"row 2 \(b\): every label is masked"),
+        ([Encoded([5, 6, 2], [1.0, 1.0, 1.0])], r"row 1 \(a\): the prompt is not masked"),
+        (
+            [GOOD, Encoded([5, 6, 7], [0.0, 1.0, 1.0])],
+            r"row 2 \(b\): the end-of-turn token is missing or masked",
+        ),
+        (
+            [GOOD, Encoded([5, 6, 2], [0.0, 1.0, 0.0])],
+            r"row 2 \(b\): the end-of-turn token is missing or masked",
+        ),
     ],
 )
-def test_rows_with_wrong_labels_are_refused_with_a_hint(rows, message):
+def test_rows_with_wrong_labels_are_refused_with_a_hint(folder, run, rows, message):
+    job, tokenizer = Job("sft", toy_config(folder), run), load_tokenizer(str(folder))
     with pytest.raises(DataError, match=message) as error:
-        check_labels(rows, 2)
+        supervised(job, "ab"[: len(rows)], rows, tokenizer)
     assert error.value.hint
-    assert check_labels([GOOD], 2) == {"rows": 1, "tokens": 3, "trained_share": 0.6667}
+    supervised(job, ["a"], [GOOD], tokenizer)
+    assert job.report.figures["labels"] == {"rows": 1, "tokens": 3, "trained_share": 0.6667}
 
 
 # -- the stage -----------------------------------------------------------------------------------------------------

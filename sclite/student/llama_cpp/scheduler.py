@@ -52,7 +52,7 @@ class Scheduler:
         self.slots = [_Slot(number) for number in range(slots)]
         self.waiting: deque[TokenSequence] = deque()
         self.active: dict[_Slot, TokenSequence] = {}
-        self.steps = self.fed_tokens = self.shared_tokens = self.preempted = 0
+        self.steps = self.shared_tokens = self.preempted = 0
         self._seen: tuple[int | None, int] = (None, 0)
         self.size = size = api.llama_n_batch(context)
         # a llama_batch over numpy arrays: filling it takes slices instead of a call per token
@@ -195,7 +195,6 @@ class Scheduler:
             )
             return
         self.steps += 1
-        self.fed_tokens += self.batch.n_tokens
         self._read(spans)
 
     def _read(self, spans: list[tuple[_Slot, int, list[int]]]) -> None:
@@ -233,11 +232,25 @@ class Scheduler:
             if sequence.finish:  # it could not even start
                 self._report(self.waiting.popleft())
                 continue
-            source, common, ready = self._longest_prefix(sequence)
+            # the slot that shares the longest prefix, the length of that, and how much of it is in the cache
+            source, common, ready = None, 0, 0
+            most = min(len(sequence.prompt), sequence.first_read) if self.shares else 0
+            for other in self.slots:
+                owner = self.active.get(other)
+                held = other.kept if owner is None else owner.prompt
+                length = min(len(held), most)
+                if length < max(WORTH_SHARING, common):
+                    continue
+                different = held[:length] != sequence.prompt[:length]
+                length = int(different.argmax()) if different.any() else length
+                cached = min(length, len(held) if owner is None else owner.fed)
+                if length >= WORTH_SHARING and (length, cached) > (common, ready):
+                    source, common, ready = other, length, cached
+            ready = ready if ready >= WORTH_SHARING else 0
             if common - ready >= WORTH_SHARING:
                 return  # the prefix is being computed now: after this batch it can be copied
             needed = len(sequence.ids) - ready + 32  # cells, with room to decode
-            needed += sum(len(other.ids) - other.shared + 32 for other in self.active.values())
+            needed += sum(len(running.ids) - running.shared + 32 for running in self.active.values())
             if self.unified and self.active and needed > self.cells:
                 return
             self.waiting.popleft()
@@ -256,26 +269,6 @@ class Scheduler:
             sequence.computed += len(sequence.ids) - ready
             self.shared_tokens += ready
             self.active[slot] = sequence
-
-    def _longest_prefix(self, sequence: TokenSequence) -> tuple[_Slot | None, int, int]:
-        """The slot that shares the longest prefix with the sequence; its length; how much of it is in the cache."""
-        source, common, ready = None, 0, 0
-        if not self.shares:
-            return source, common, ready
-        ids = sequence.prompt
-        most = min(len(ids), sequence.first_read)
-        for slot in self.slots:
-            other = self.active.get(slot)
-            held = slot.kept if other is None else other.prompt
-            cached = len(held) if other is None else other.fed
-            length = min(len(held), most)
-            if length < max(WORTH_SHARING, common):
-                continue
-            different = held[:length] != ids[:length]
-            length = int(different.argmax()) if different.any() else length
-            if length >= WORTH_SHARING and (length, min(cached, length)) > (common, ready):
-                source, common, ready = slot, length, min(cached, length)
-        return source, common, ready if ready >= WORTH_SHARING else 0
 
     def _release(self, slot: _Slot) -> TokenSequence:
         sequence = self.active.pop(slot)
