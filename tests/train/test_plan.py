@@ -14,7 +14,7 @@ from sclite.run import Report
 from sclite.student.loader import EMBEDDED_FOLDER, load_tokenizer, read_config
 from sclite.train.memory import Setting, architecture, estimate
 from sclite.train.sft import solve_rows
-from tests.toy import pay, tiny_llama, write_toy
+from tests.toy import pay, write_toy
 from tests.train.architectures import QWEN_MATH_7B, config_of, recipe_architecture
 
 GPU = {"name": "GPU 24", "total_gb": 24.0, "free_gb": 23.4, "processes": []}
@@ -25,22 +25,28 @@ def config(run, **sections) -> Config:
     student = run.folder / "student-7b"
     student.mkdir(parents=True, exist_ok=True)
     (student / "config.json").write_text(json.dumps(QWEN_MATH_7B))
-    tree = {
-        "student": {"model": str(student)},
-        "sft": {"num_train_epochs": 3, "batch_size": 4, "per_device_train_batch_size": 4},
-    }
-    for name, values in sections.items():
-        tree.setdefault(name, {}).update(values)
-    return Config.model_validate(tree)
+    sft = {"num_train_epochs": 3, "batch_size": 4, "per_device_train_batch_size": 4}
+    return Config.model_validate({"student": {"model": str(student)}, "sft": sft, **sections})
 
 
 def planned(run, gpu=GPU, unseen=frozenset(), tokenizer=None, **sections):
     return plan(config(run, **sections), run, gpu=gpu, unseen=unseen, tokenizer=tokenizer)
 
 
+def stage_of(name, run, *arguments, **sections):
+    return planned(run, *arguments, **sections)["stages"][name]
+
+
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return load_tokenizer(str(tiny_llama(tmp_path_factory.mktemp("student"))))
+def tokenizer(folder):
+    return load_tokenizer(str(folder))
+
+
+@pytest.fixture
+def toy(run):
+    """A run with toy rows."""
+    write_toy(run)
+    return run
 
 
 def pairs_of(run) -> None:
@@ -64,43 +70,32 @@ def test_each_stage_gets_the_settings_that_fit_the_gpu(run):
     for name, stage in stages.items():
         assert stage["fits"] is True
         assert stage["micro_batch"] * stage["accumulation"] == stage["batch"]
-        wanted = Setting(name, stage["micro_batch"], 2048, 32)
-        assert (
-            stage["total_gb"]
-            == round(estimate(recipe_architecture("qwen2.5-math-7b"), wanted).total / 1e9, 3)
-            <= 23.4
-        )
+        setting = Setting(name, stage["micro_batch"], 2048, 32)
+        wanted = estimate(recipe_architecture("qwen2.5-math-7b"), setting).total
+        assert stage["total_gb"] == round(wanted / 1e9, 3) <= 23.4
         assert stage["total_gb"] == pytest.approx(sum(stage["memory_gb"].values()), abs=0.01)
         assert 2048 <= stage["largest_length"] <= 4096
 
 
 def test_memory_of_other_processes_is_not_available(run):
-    stage = planned(run, {**GPU, "free_gb": 8.9})["stages"]["sft"]
-    assert (stage["fits"], stage["micro_batch"], stage["accumulation"]) == (True, 1, 4)
-    stage = planned(run, {**GPU, "free_gb": 8.6})["stages"]["sft"]
-    assert stage["fits"] is False
-    assert stage["length"] == stage["largest_length"] < 2048
-    stage = planned(run, {**GPU, "free_gb": 2.0})["stages"]["sft"]
-    assert (stage["fits"], stage["largest_length"]) == (False, None)
+    some, less, least = (stage_of("sft", run, {**GPU, "free_gb": gb}) for gb in (8.9, 8.6, 2.0))
+    assert (some["fits"], some["micro_batch"], some["accumulation"]) == (True, 1, 4)
+    assert less["fits"] is False
+    assert less["length"] == less["largest_length"] < 2048
+    assert (least["fits"], least["largest_length"]) == (False, None)
 
 
-def test_without_a_gpu_fits_is_unknown(run):
-    found = planned(run, gpu=None)
-    assert found["gpu"] is None
-    assert {stage["fits"] for stage in found["stages"].values()} == {None}
-    assert {stage["largest_length"] for stage in found["stages"].values()} == {None}
-
-
-def test_without_a_gpu_the_plan_is_float32_without_checkpointing(run, monkeypatch):
+def test_without_a_gpu_the_plan_is_float32_without_checkpointing_and_fits_is_unknown(run, monkeypatch):
     monkeypatch.setattr("sclite.train.memory.cpu_training_dtype", lambda _: torch.float32)
-    found, on_card = planned(run, gpu=None), planned(run)
+    found, on_card = planned(run, None), planned(run)
+    assert found["gpu"] is None
+    assert {(stage["fits"], stage["largest_length"]) for stage in found["stages"].values()} == {(None, None)}
     assert (found["bits"], on_card["bits"]) == (32, 4)
-    memory = found["stages"]["sft"]["memory_gb"]
+    sft, memory = found["stages"]["sft"], found["stages"]["sft"]["memory_gb"]
     assert memory["weights"] == round(4 * recipe_architecture("qwen2.5-math-7b").parameters / 1e9, 3)
-    adapter = memory["adapter"]
-    assert memory["optimizer"] == pytest.approx(2 * adapter, abs=0.002)
+    assert memory["optimizer"] == pytest.approx(2 * memory["adapter"], abs=0.002)
     assert memory["activations"] > 20 * on_card["stages"]["sft"]["memory_gb"]["activations"]
-    assert found["stages"]["sft"]["host_gb"] == 0
+    assert sft["host_gb"] == 0
 
 
 # -- the forecast --------------------------------------------------------------------------------------------------
@@ -115,78 +110,71 @@ def test_the_forecast_of_an_empty_run_is_unknown(run):
     json.dumps(found)
 
 
-def test_planned_tokens_are_the_tokens_that_sft_trains_on(run, tokenizer):
-    write_toy(run)
-    stage = planned(run, tokenizer=tokenizer, unseen=frozenset({"p1"}))["stages"]["sft"]
-    rows = solve_rows(tokenizer, [row for row in run.read("templates.jsonl", Template) if row.id != "p1"], "")
-    assert (stage["rows"], stage["steps"]) == (5, 4)  # 15 rows in three epochs, four a step
-    assert stage["tokens"] == 3 * sum(len(row.ids) for row in rows)
-    carried = sum(weight > 0 for row in rows for weight in row.weights) / sum(len(row.ids) for row in rows)
+def test_planned_tokens_are_the_tokens_that_sft_trains_on(toy, tokenizer):
+    stage = stage_of("sft", toy, tokenizer=tokenizer, unseen=frozenset({"p1"}))
+    rows = solve_rows(tokenizer, [row for row in toy.read("templates.jsonl", Template) if row.id != "p1"], "")
+    tokens = sum(len(row.ids) for row in rows)
+    assert (stage["rows"], stage["steps"], stage["tokens"]) == (
+        5,
+        4,
+        3 * tokens,
+    )  # three epochs, four rows a step
+    carried = sum(weight > 0 for row in rows for weight in row.weights) / tokens
     assert stage["loss_share"] == round(carried, 4)
 
 
-def test_without_a_tokenizer_rows_and_tokens_are_unknown(run):
-    write_toy(run)
-    stage = planned(run)["stages"]["sft"]
+def test_without_a_tokenizer_rows_and_tokens_are_unknown(toy):
+    stage = stage_of("sft", toy)
     assert [stage[key] for key in ("rows", "tokens", "steps")] == [None] * 3
 
 
-def test_rows_that_are_too_long_are_skipped_and_counted(run, tokenizer):
-    write_toy(run)
-    long = Template(id="long", question="How?", answer="2", trace="<Step1>" + "1 " * 9000 + "\n</Step1>")
-    run.replace("templates.jsonl", [*run.read("templates.jsonl", Template), long])
-    stage = planned(run, tokenizer=tokenizer)["stages"]["sft"]
+def test_rows_that_are_too_long_are_skipped_and_counted(toy, tokenizer):
+    trace = "<Step1>" + "1 " * 9000 + "\n</Step1>"
+    toy.append("templates.jsonl", [Template(id="long", question="How?", answer="2", trace=trace)])
+    stage = stage_of("sft", toy, tokenizer=tokenizer)
     assert (stage["rows"], stage["too_long"]) == (6, 1)
 
 
-def test_the_plan_of_the_warmup_has_solving_and_closed_rows(run, tokenizer):
-    write_toy(run)
-    one = planned(run, tokenizer=tokenizer, warmup={"batch_size": 4, "replay_share": 1.0})["stages"]["warmup"]
-    none = planned(run, tokenizer=tokenizer, warmup={"batch_size": 4, "replay_share": 0.0})["stages"][
-        "warmup"
-    ]
+def test_the_plan_of_the_warmup_has_solving_and_closed_rows(toy, tokenizer):
+    one, none = (
+        stage_of("warmup", toy, tokenizer=tokenizer, warmup={"batch_size": 4, "replay_share": share})
+        for share in (1.0, 0.0)
+    )
     assert (one["rows"], one["steps"]) == (16, 4)
     assert (none["rows"], none["steps"]) == (10, 3)
     assert one["tokens"] > none["tokens"]
 
 
-def test_the_plan_of_dpo_counts_both_sides_and_replay(run, tokenizer):
-    write_toy(run)
-    pairs_of(run)
-    sections = {"dpo": {"batch_size": 4, "replay_share": 0.0, "num_train_epochs": 1}}
-    without = planned(run, tokenizer=tokenizer, **sections)["stages"]["dpo"]
+def test_the_plan_of_dpo_counts_both_sides_and_replay(toy, tokenizer):
+    pairs_of(toy)
+    settings = {"batch_size": 4, "num_train_epochs": 1}
+    replayed, without = (
+        stage_of("dpo", toy, tokenizer=tokenizer, dpo={**settings, "replay_share": share})
+        for share in (1.0, 0.0)
+    )
     assert (without["rows"], without["steps"]) == (2, 1)
     carried = without["loss_share"] * without["tokens"]
     sides = tokenizer(["abcd" * 5, "abcd" * 7], add_special_tokens=False)["input_ids"]
     assert carried == pytest.approx(sum(map(len, sides)), abs=0.1)
-    replayed = planned(
-        run, tokenizer=tokenizer, dpo={"batch_size": 4, "replay_share": 1.0, "num_train_epochs": 1}
-    )["stages"]["dpo"]
     assert replayed["tokens"] > without["tokens"]
 
 
-def test_hours_come_from_the_timed_steps_of_the_run(run, tokenizer):
-    write_toy(run)
-    assert planned(run, tokenizer=tokenizer)["stages"]["sft"]["hours"] is None
+def test_hours_come_from_the_timed_steps_of_the_run(toy, tokenizer):
+    assert stage_of("sft", toy, tokenizer=tokenizer)["hours"] is None
     lines = [
         {"phase": "sft", "step": n, "tokens_per_second": speed} for n, speed in enumerate((50, 100, 900))
     ]
-    run.path("sft").mkdir(parents=True)
-    run.path("sft/metrics.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in lines) + '{"phase": "s'
-    )
-    stages = planned(run, tokenizer=tokenizer)["stages"]
-    assert stages["sft"]["tokens_per_second"] == 100
+    toy.path("sft").mkdir(parents=True)
+    text = "".join(json.dumps(row) + "\n" for row in lines) + '{"phase": "s'  # half-written
+    toy.path("sft/metrics.jsonl").write_text(text)
+    stages = planned(toy, tokenizer=tokenizer)["stages"]
+    assert [stages[name]["tokens_per_second"] for name in ("sft", "warmup", "dpo")] == [100, 100, None]
     assert stages["sft"]["hours"] == pytest.approx(stages["sft"]["tokens"] / 100 / 3600, abs=1e-3)
-    assert stages["warmup"]["tokens_per_second"] == 100
-    assert stages["dpo"]["tokens_per_second"] is None
 
 
 def test_disk_use_grows_with_rank_and_quantization_bits(run):
-    small, large = (
-        planned(run)["disk_gb"],
-        planned(run, lora={"r": 64}, export={"quant": "q8_0"})["disk_gb"],
-    )
+    small = planned(run)["disk_gb"]
+    large = planned(run, lora={"r": 64}, export={"quant": "q8_0"})["disk_gb"]
     assert small["adapters"] < large["adapters"]
     assert 4.4 < small["gguf"] < 4.9 < 7.9 < large["gguf"] < 8.3
     assert small["merged"] == pytest.approx(15.23, abs=0.01)
@@ -197,43 +185,38 @@ def test_disk_use_grows_with_rank_and_quantization_bits(run):
 # -- the teacher ---------------------------------------------------------------------------------------------------
 
 
-def test_corrections_are_priced_like_the_templates_so_far(run):
-    write_toy(run)
+def test_corrections_are_priced_like_the_templates_so_far(toy):
     for name in ("attempts.jsonl", "reviews.jsonl"):
-        run.path(name).unlink()
-    pay(run, "templates", *[0.02] * 9)  # six templates, three repairs
-    teacher = planned(run, unseen=frozenset({"p1", "p2"}), attempts={"samples": 4})["teacher"]
+        toy.path(name).unlink()
+    pay(toy, "templates", *[0.02] * 9)  # six templates, three repairs
+    teacher = planned(toy, unseen=frozenset({"p1", "p2"}), attempts={"samples": 4})["teacher"]
     assert teacher == {"requests": 8, "at_most": True, "cost_usd": 0.24, "spent_usd": 0.18}
 
 
-def test_with_attempts_each_distinct_wrong_one_is_a_request(run):
-    write_toy(run)
-    run.path("reviews.jsonl").unlink()
-    attempts = run.read("attempts.jsonl", Attempt)
-    run.append("attempts.jsonl", [row.model_copy(update={"sample": 1}) for row in attempts])
-    pay(run, "templates", *[0.02] * 6)
-    teacher = planned(run)["teacher"]
+def test_with_attempts_each_distinct_wrong_one_is_a_request(toy):
+    toy.path("reviews.jsonl").unlink()
+    attempts = toy.read("attempts.jsonl", Attempt)
+    toy.append("attempts.jsonl", [row.model_copy(update={"sample": 1}) for row in attempts])
+    pay(toy, "templates", *[0.02] * 6)
+    teacher = planned(toy)["teacher"]
     assert (teacher["requests"], teacher["at_most"], teacher["cost_usd"]) == (4, False, 0.08)
 
 
-def test_finished_or_imported_corrections_cost_nothing(run, capsys):
-    write_toy(run)  # imported reviews
-    pay(run, "templates", *[0.02] * 6)
-    assert planned(run)["teacher"]["requests"] == 0
-    run.write_json("corrections.begun.json", {})
-    assert planned(run)["teacher"]["requests"] == 4  # started, not finished
-    run.sign("corrections", corrections.corrections_inputs(config(run), run), Report("corrections"))
-    found = planned(run)
+def test_finished_or_imported_corrections_cost_nothing(toy, capsys):
+    pay(toy, "templates", *[0.02] * 6)
+    assert planned(toy)["teacher"]["requests"] == 0  # imported
+    toy.write_json("corrections.begun.json", {})
+    assert planned(toy)["teacher"]["requests"] == 4  # started, not finished
+    toy.sign("corrections", corrections.corrections_inputs(config(toy), toy), Report("corrections"))
+    found = planned(toy)
     assert (found["teacher"]["requests"], found["teacher"]["cost_usd"]) == (0, 0.0)
     print_plan_tables(found)
     assert "none left to request; the run has cost $0.12" in capsys.readouterr().out
 
 
 def test_short_times_and_small_sizes_are_not_shown_as_zero(run, capsys):
-    found = planned(run)
-    found["hours"] = 0.02
+    found = planned(run) | {"hours": 0.02, "disk_gb": {"adapters": 0.004, "total": 0.07}}
     found["stages"]["sft"]["hours"] = 0.006
-    found["disk_gb"] = {"adapters": 0.004, "total": 0.07}
     print_plan_tables(found)
     shown = capsys.readouterr().out
     assert "22 s" in shown
@@ -241,13 +224,12 @@ def test_short_times_and_small_sizes_are_not_shown_as_zero(run, capsys):
     assert "Disk: about 70 MB (adapters 4 MB)" in shown
 
 
-def test_an_unknown_price_stays_unknown(run):
-    write_toy(run)
-    run.path("reviews.jsonl").unlink()
-    assert planned(run)["teacher"]["cost_usd"] is None
-    pay(run, "templates", 0.02, None)
-    assert planned(run)["teacher"]["cost_usd"] is None
-    assert planned(run)["teacher"]["spent_usd"] == 0.02
+def test_an_unknown_price_stays_unknown(toy):
+    toy.path("reviews.jsonl").unlink()
+    assert planned(toy)["teacher"]["cost_usd"] is None
+    pay(toy, "templates", 0.02, None)
+    teacher = planned(toy)["teacher"]
+    assert (teacher["cost_usd"], teacher["spent_usd"]) == (None, 0.02)
 
 
 # -- the student's configuration -----------------------------------------------------------------------------------
@@ -275,15 +257,14 @@ def test_an_unreadable_config_json_is_an_error_with_a_hint(tmp_path, monkeypatch
 # -- the terminal --------------------------------------------------------------------------------------------------
 
 
-def test_the_terminal_shows_fit_memory_holders_and_unknowns(run, capsys):
-    write_toy(run)
+def test_the_terminal_shows_fit_memory_holders_and_unknowns(toy, capsys):
     holder = {"pid": 4242, "name": "python [serve]", "gb": 12.4}
-    print_plan_tables(planned(run, {**GPU, "free_gb": 7.8, "processes": [holder]}))
+    print_plan_tables(planned(toy, {**GPU, "free_gb": 7.8, "processes": [holder]}))
     said = " ".join(capsys.readouterr().out.split())
     assert "12.4 GB used by python [serve] (PID 4242)" in said
     assert "sft does not fit" in said
     assert "unknown until this run has timed a step" in said
-    print_plan_tables(planned(run, gpu=None))
+    print_plan_tables(planned(toy, None))
     said = capsys.readouterr().out
     assert "No CUDA GPU" in said
     assert max(map(len, said.splitlines()[1:])) <= 120  # the first line holds a path
