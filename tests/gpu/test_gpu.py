@@ -11,11 +11,11 @@ import pytest
 
 from sclite.errors import GpuMemoryError
 from sclite.run import Run
-from sclite.train.metrics_logger import read_metrics
+from sclite.train.sft import train_sft
 from tests.benchmarks.bench_train import run_session
 from tests.benchmarks.train_sides import peak
 from tests.gpu.paths import config_of, figures
-from tests.toy import write_pairs, write_toy
+from tests.toy import TRAIN, adapter, metrics_of, start_training, train_all, write_toy
 
 pytestmark = pytest.mark.gpu
 
@@ -23,41 +23,25 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """(config, run) after SFT, warm-up and DPO through Unsloth in 4 bits."""
-    from sclite.train.dpo import train_dpo
-    from sclite.train.sft import train_sft
-    from sclite.train.warmup import train_warmup
-
     run, config = Run(tmp_path_factory.mktemp("run")), config_of()
-    write_toy(run, 8)
-    train_sft(config, run)
-    train_warmup(config, run)
-    write_pairs(run)
-    train_dpo(config, run)
+    train_all(config, run, 8)
     return config, run
 
 
-def phase(run: Run, name: str) -> list[dict]:
-    return [row for row in read_metrics(run.path(f"{name}/metrics.jsonl")) if row["phase"] == name]
-
-
 def test_every_stage_learns_and_changes_every_lora_matrix(trained):
-    from safetensors.torch import load_file
-
     _, run = trained
-    for name in ("sft", "warmup", "dpo"):
-        rows = phase(run, name)
-        assert rows[-1]["loss"] < rows[0]["loss"] - 0.05, name
+    for stage in TRAIN:
+        rows, weights = metrics_of(run, stage), adapter(run, stage)
+        assert rows[-1]["loss"] < rows[0]["loss"] - 0.05, stage
         assert rows[-1]["memory_gb"] < 24
-    for folder in ("sft/adapter", "warmup/adapter", "dpo/adapter"):
-        weights = load_file(run.path(f"{folder}/adapter_model.safetensors"))
         assert {str(value.dtype) for value in weights.values()} == {"torch.float32"}
-        assert all(float(value.abs().max()) > 0 for value in weights.values()), folder
+        assert all(float(value.abs().max()) > 0 for value in weights.values()), stage
         assert not [name for name in weights if "ref" in name.split(".")]
 
 
 def test_dpo_starts_at_ln_2_in_16_bits(trained):
     _, run = trained
-    first = phase(run, "dpo")[0]
+    first = metrics_of(run, "dpo")[0]
     assert first["dpo_loss"] == pytest.approx(math.log(2), abs=0.02)
     assert abs(first["margin"]) < 0.02
 
@@ -83,25 +67,27 @@ def test_both_backends_generate_the_same_attempts(trained):
     assert same >= 0.75 * len(ours)  # near ties can go either way in 16 bits
 
 
-CHILD = """
-import sys
-from sclite.config import Config
-from sclite.run import Run
-from sclite.train.sft import train_sft
-train_sft(Config.model_validate_json(sys.argv[1]), Run(sys.argv[2]))
-"""
+def same_losses(run: Run, other: Run) -> None:
+    """Step by step, as far as 16 bits are reproducible."""
+    rows, expected = metrics_of(run, "sft"), metrics_of(other, "sft")
+    assert [row["step"] for row in rows] == [row["step"] for row in expected]
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], abs=0.02)
 
 
-def test_killed_training_resumes_on_a_gpu(tmp_path):
-    from sclite.train.sft import train_sft
-
-    config = config_of(num_train_epochs=16, checkpoints=8)
-    whole, broken = Run(tmp_path / "whole"), Run(tmp_path / "broken")
-    for run in (whole, broken):
+@pytest.fixture
+def runs(tmp_path):
+    """(whole, broken): two runs with the same rows."""
+    made = Run(tmp_path / "whole"), Run(tmp_path / "broken")
+    for run in made:
         write_toy(run, 8)
+    return made
+
+
+def test_killed_training_resumes_on_a_gpu(runs):
+    whole, broken = runs
+    config = config_of(num_train_epochs=16, checkpoints=8)
     train_sft(config, whole)
-    command = [sys.executable, "-c", CHILD, config.model_dump_json(), str(broken.folder)]
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    process = start_training(config, broken, "sft")
     while process.poll() is None and not list(broken.path("sft/checkpoints").glob("*/whole.json")):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
@@ -111,13 +97,9 @@ def test_killed_training_resumes_on_a_gpu(tmp_path):
     same_losses(broken, whole)
 
 
-def test_training_resumes_after_ctrl_c_on_a_gpu(tmp_path):
-    from sclite.train.sft import train_sft
-
+def test_training_resumes_after_ctrl_c_on_a_gpu(runs):
+    whole, broken = runs
     config = config_of(num_train_epochs=8)
-    whole, broken = Run(tmp_path / "whole"), Run(tmp_path / "broken")
-    for run in (whole, broken):
-        write_toy(run, 8)
     train_sft(config, whole)
 
     def press(step, total, **_):
@@ -126,23 +108,13 @@ def test_training_resumes_after_ctrl_c_on_a_gpu(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         train_sft(config, broken, progress=press)
-    assert len(phase(broken, "sft")) < len(phase(whole, "sft"))
+    assert len(metrics_of(broken, "sft")) < len(metrics_of(whole, "sft"))
     train_sft(config, broken)
     same_losses(broken, whole)
 
 
-def same_losses(run: Run, other: Run) -> None:
-    """Step by step, as far as 16 bits are reproducible."""
-    rows, expected = phase(run, "sft"), phase(other, "sft")
-    assert [row["step"] for row in rows] == [row["step"] for row in expected]
-    for row, known in zip(rows, expected, strict=True):
-        assert row["loss"] == pytest.approx(known["loss"], abs=0.02)
-
-
 def test_running_out_of_gpu_memory_is_a_gpu_memory_error(tmp_path):
     import torch
-
-    from sclite.train.sft import train_sft
 
     run = Run(tmp_path)
     write_toy(run, 8)

@@ -11,7 +11,7 @@ from sclite.errors import DataError, UsageError
 from sclite.student.adapters import load_adapter, lora_targets, meta_model
 from sclite.student.loader import load_student
 from sclite.train.sft import train_sft
-from tests.toy import sample_texts, tiny_llama, toy_config, write_tokenizer, write_toy
+from tests.toy import adapter, sample_texts, tiny_llama, toy_config, write_tokenizer, write_toy
 
 SMALL = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -63,10 +63,8 @@ def test_vision_tower_gets_no_lora():
     )
     targets = lora_targets(meta_model(kind))
     assert sorted({name.rpartition(".")[2] for name in targets}) == sorted(LLAMA)
-    assert not [name for name in targets if "vision" in name]
-    assert "o_proj" in targets
-    assert "q_proj" not in targets
-    assert "model.language_model.layers.1.self_attn.q_proj" in targets
+    assert not [name for name in targets if "vision" in name or name == "q_proj"]
+    assert {"o_proj", "model.language_model.layers.1.self_attn.q_proj"} <= set(targets)
 
 
 def test_only_configured_targets_are_used():
@@ -86,8 +84,8 @@ def test_every_family_trains_every_target(run, tmp_path, name):
     write_toy(run)
     report = train_sft(toy_config(folder, sft={"num_train_epochs": 2}), run)
     assert sorted(report.figures["lora"]) == sorted(FAMILIES[name][1])
-    weights = load_file(run.path("sft/adapter/adapter_model.safetensors"))
-    moved = {key.split(".")[-3] for key, value in weights.items() if ".lora_B." in key and value.any()}
+    weights = adapter(run, "sft").items()
+    moved = {key.split(".")[-3] for key, value in weights if ".lora_B." in key and value.any()}
     assert moved == set(FAMILIES[name][1])
 
 

@@ -76,9 +76,10 @@ def test_request_parameters_are_sent(run):
     ],
 )
 def test_odd_reply_affects_no_other_and_is_not_repaired(run, reply, stop, text, finish, error):
-    with TeacherServer(
-        lambda body, nth: reply if body["messages"][-1]["content"] == "odd" else say("a")
-    ) as server:
+    def answer(body, nth):
+        return reply if body["messages"][-1]["content"] == "odd" else say("a")
+
+    with TeacherServer(answer) as server:
         good, odd = ask(run, server.url, [request("good"), request("odd", stop=stop)], concurrency=1)
         assert len(server.requests) == 2
     assert (good.text, good.finish) == ("a", "stop")

@@ -58,10 +58,7 @@ def changed_tokenizer(folder, change):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (
-            lambda t: t.add_tokens(["<Cause>"]),
-            r"ids up to 512 \('<Cause>' is 512\), the model's embedding 512",
-        ),
+        (lambda t: t.add_tokens(["<Cause>"]), r"up to 512 \('<Cause>' is 512\), the model's embedding 512"),
         (lambda t: t.add_special_tokens({"pad_token": "[PAD]"}), r"'\[PAD\]' is 512"),
     ],
 )

@@ -23,12 +23,10 @@ from sclite.student.self_correction import (
 from sclite.trace import CAUSE, Step, Trace, open_piece, parse, render
 
 QUESTION = "Anna has 48 apples, buys 24, gives half away and finds 5. How many?"
-RIGHT = Trace(
-    (Step("48 + 24 = 72", "Carry."), Step("72 / 2 = 36"), Step("36 + 5 = 41")), "Add, share, add.", "41"
-)
-WRONG = Trace(
-    (Step("48 + 24 = 72", "Carry."), Step("72 / 2 = 38"), Step("38 + 5 = 43")), "Add, share, add.", "43"
-)
+UNREADABLE = "the review could not be read"
+FIRST, ADVICE = Step("48 + 24 = 72", "Carry."), "Add, share, add."
+RIGHT = Trace((FIRST, Step("72 / 2 = 36"), Step("36 + 5 = 41")), ADVICE, "41")
+WRONG = Trace((FIRST, Step("72 / 2 = 38"), Step("38 + 5 = 43")), ADVICE, "43")
 CORRECTION = "72 is not twice 38.</Cause>\n<Correction>72 / 2 = 36</Correction>"
 REST = "<Step3>36 + 5 = 41\n</Step3>\n<Generalized>Add, share, add.</Generalized>\n<Answer>41</Answer>"
 
@@ -74,9 +72,8 @@ def test_score_request_covers_every_step():
     request = next(score_steps(QUESTION, WRONG))
     assert request.options == tuple((CAUSE, f"</Step{n}>\n") for n in range(1, len(WRONG.steps) + 1))
     assert request.others == ("<Key>", "<Correction>")
-    assert [request.pieces[mark] for mark in request.marks] == [
-        open_piece(n, step) for n, step in enumerate(WRONG.steps, 1)
-    ]
+    opened = [open_piece(n, step) for n, step in enumerate(WRONG.steps, 1)]
+    assert [request.pieces[mark] for mark in request.marks] == opened
     assert [closer for _, closer in request.options] == list(request.pieces[1::2])
     assert render(WRONG) in request.messages[-1]["content"]
     assert request.messages[0]["role"] == "system"
@@ -95,12 +92,9 @@ def test_scores_match_their_traces_in_any_order():
 def test_wrong_step_is_accused_and_corrected():
     student = Scripted(odds=accuse_38, corrections=[CORRECTION])
     (got,) = review(student, WRONG, threshold=0.0)
-    assert got.accused == 2
-    assert got.scores == (-4.0, 3.0, -4.0)
+    assert (got.accused, got.scores, got.trace) == (2, (-4.0, 3.0, -4.0), RIGHT)
     assert (got.cause, got.correction) == ("72 is not twice 38.", "72 / 2 = 36")
-    assert got.trace == RIGHT
-    assert got.tokens == 20
-    assert got.note == ""
+    assert (got.tokens, got.note) == (20, "")
 
 
 def test_correct_work_is_unchanged():
@@ -130,12 +124,7 @@ def test_continuation_drops_the_wrong_tail():
     student = Scripted(odds=accuse_38, corrections=[CORRECTION])
     review(student, WRONG)
     second = student.requests[1]
-    assert second.pieces == (
-        open_piece(1, WRONG.steps[0]),
-        "</Step1>\n",
-        "<Step2>72 / 2 = 36\n",
-        "</Step2>\n",
-    )
+    assert second.pieces == (open_piece(1, FIRST), "</Step1>\n", "<Step2>72 / 2 = 36\n", "</Step2>\n")
     asked = "".join(m["content"] for m in second.messages)
     assert QUESTION in asked
     assert "38" not in asked
@@ -164,20 +153,23 @@ def test_second_round_reviews_the_corrected_work():
 @pytest.mark.parametrize(
     ("correction", "rest", "finish", "note"),
     [
-        ("no tags at all", REST, "stop", "the review could not be read"),
-        ("only a cause</Cause>", REST, "stop", "the review could not be read"),
-        ("</Cause>\n<Correction>72 / 2 = 36</Correction>", REST, "stop", "the review could not be read"),
-        ("", REST, "stop", "the review could not be read"),
+        *(
+            (text, REST, "stop", UNREADABLE)
+            for text in (
+                "no tags at all",
+                "only a cause</Cause>",
+                "</Cause>\n<Correction>72</Correction>",
+                "",
+            )
+        ),
         (CORRECTION, "<Step3>36 + 5 = 41\n</Step3>\n", "stop", "no answer after the correction"),
-        (CORRECTION, REST, "error", "the review could not be read"),
+        (CORRECTION, REST, "error", UNREADABLE),
     ],
 )
 def test_unreadable_review_keeps_the_first_answer(correction, rest, finish, note):
     student = Scripted(odds=accuse_38, corrections=[correction], rest=rest, finish=finish)
     (got,) = review(student, WRONG)
-    assert (got.trace, got.accused) == (None, None)
-    assert got.note == note
-    assert got.scores == (-4.0, 3.0, -4.0)
+    assert (got.trace, got.accused, got.note, got.scores) == (None, None, note, (-4.0, 3.0, -4.0))
     assert got.tokens > 0
 
 
@@ -230,7 +222,7 @@ def test_result_follows_the_last_equals_sign(step, correction, same):
 @pytest.mark.parametrize(
     ("second", "note"),
     [
-        ("nothing", "the review could not be read"),
+        ("nothing", UNREADABLE),
         ("No.</Cause>\n<Correction>60 / 2 + 6 = 36</Correction>", SAME_RESULT),
     ],
 )
@@ -244,15 +236,14 @@ def test_attempts_do_not_affect_each_other():
     student = Scripted(odds=accuse_38, corrections=[CORRECTION, "junk"])
     got = review(student, RIGHT, WRONG, Trace(), WRONG)
     assert [g.accused for g in got] == [None, 2, None, None]
-    assert [g.note for g in got] == ["", "", "no steps to review", "the review could not be read"]
+    assert [g.note for g in got] == ["", "", "no steps to review", UNREADABLE]
     assert [g.trace for g in got] == [None, RIGHT, None, None]
 
 
 def test_student_never_sees_the_gold_answer():
     """The review has no way to know it: neither function takes one, and no request mentions it."""
-    student = Scripted(
-        odds=accuse_38, corrections=[CORRECTION.replace("36", "30")], rest=REST.replace("41", "35")
-    )
+    wrong = {"corrections": [CORRECTION.replace("36", "30")], "rest": REST.replace("41", "35")}
+    student = Scripted(odds=accuse_38, **wrong)
     (got,) = review(student, WRONG)
     assert got.trace.answer == "35"  # still wrong, and kept
     asked = "".join(m["content"] for r in [*student.requests, *student.scored] for m in r.messages)
@@ -321,9 +312,7 @@ def test_missing_reply_is_no_correction():
             return iter(())
 
     (got,) = correct_steps(Silent(), [(QUESTION, WRONG, 2)], ReviewSettings())
-    assert got.accused is None
-    assert got.trace is None
-    assert got.note
+    assert (got.accused, got.trace, got.note) == (None, None, UNREADABLE)
 
 
 @pytest.mark.parametrize(
@@ -354,13 +343,13 @@ def reviewed(cause: str | None, correction: str | None) -> str:
 def test_free_review_returns_the_corrected_solution():
     student = Scripted(rest=reviewed("72 is not twice 38.", "72 / 2 = 36"))
     (got,) = review(student, WRONG, script=free, max_tokens=50)
-    assert got.accused == 2
-    assert [s.text for s in got.trace.steps] == [s.text for s in RIGHT.steps]
+    assert (got.accused, got.tokens, got.scores) == (2, 10, ())
+    assert [(step.text, step.cause) for step in got.trace.steps] == [
+        (step.text, None) for step in RIGHT.steps
+    ]
     assert got.trace.answer == "41"
-    assert {s.cause for s in got.trace.steps} == {None}
-    assert (got.tokens, got.scores) == (10, ())
-    assert student.requests[0].pieces == ()
-    assert student.requests[0].max_tokens == 100  # it repeats the steps and adds new ones
+    (asked,) = student.requests
+    assert (asked.pieces, asked.max_tokens) == ((), 100)  # it repeats the steps and adds new ones
 
 
 def test_free_review_without_accusation_changes_nothing():
@@ -371,7 +360,7 @@ def test_free_review_without_accusation_changes_nothing():
 @pytest.mark.parametrize("text", ["gibberish", "", "<Step1>a</Step1>", "<Answer>41</Answer>"])
 def test_unreadable_free_review_keeps_the_first_answer(text):
     (got,) = review(Scripted(rest=text), WRONG, script=free)
-    assert (got.trace, got.accused, got.note) == (None, None, "the review could not be read")
+    assert (got.trace, got.accused, got.note) == (None, None, UNREADABLE)
     assert got.tokens == 10
 
 

@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from sclite.errors import DataError, DeviceError, UsageError
 from sclite.student.base import Request, ScoreRequest
 from sclite.student.llama_cpp.engine import Engine
+from sclite.student.llama_cpp.sequence import TokenSequence, sample
 from tests.toy import sample_texts, tiny_gguf, tiny_llama
 
 PIECES = ("<Step1>Add 17 and 25.\n", "</Step1>\n", "<Step2>It is  42 €.\n")
@@ -48,6 +50,11 @@ def trained(folder):
 def engine(request, gguf):
     with Engine(gguf, parallel=4, context=1024, unified=request.param, exact=True) as engine:
         yield engine
+
+
+def replies(engine, requests):
+    """By the numbers of the requests."""
+    return {reply.index: reply for reply in engine.generate(requests)}
 
 
 def ids_of(tokenizer, messages, pieces=()):
@@ -89,15 +96,15 @@ def test_greedy_replies_match_transformers(engine, trained):
 
     model, tokenizer = trained
     requests = [Request(chat(q), pieces=PIECES[: i % 4], max_tokens=24) for i, q in enumerate(questions(12))]
-    replies = {reply.index: reply for reply in engine.generate(requests)}
-    assert sorted(replies) == list(range(12))
+    found = replies(engine, requests)
+    assert sorted(found) == list(range(12))
     for index, request in enumerate(requests):
         ids = ids_of(tokenizer, request.messages, request.pieces)
         wanted = model.generate(
             torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=24, do_sample=False
         )
         new = wanted[0, len(ids) :].tolist()
-        reply = replies[index]
+        reply = found[index]
         assert reply.prompt_tokens == len(ids)
         text = b"".join(engine.vocabulary.piece(token) for token in new).decode("utf-8", "replace")
         assert (reply.text, reply.tokens) == (text, len(new))
@@ -187,14 +194,14 @@ def test_common_prefix_is_computed_once_and_changes_no_reply(gguf, unified):
     requests += requests[:3]
     with Engine(gguf, parallel=4, context=512, unified=unified, exact=True) as engine:
         common = len(engine.token_ids("<|im_start|>system\n" + "Solve in steps. " * 12, special=True))
-        shared = {reply.index: reply.text for reply in engine.generate(requests)}
+        shared = replies(engine, requests)
         assert common > 80
         assert engine.scheduler.shared_tokens >= 10 * common
     for index, request in enumerate(requests):
         with Engine(gguf, parallel=1, context=512, exact=True) as alone:
             (reply,) = alone.generate([request])
         assert alone.scheduler.shared_tokens == 0
-        assert shared[index] == reply.text
+        assert shared[index].text == reply.text
 
 
 def test_end_token_is_counted_but_not_in_the_text(gguf):
@@ -228,8 +235,6 @@ def test_reply_includes_the_stop_string(engine):
 
 
 def test_multi_token_characters_are_decoded_whole():
-    from sclite.student.llama_cpp.sequence import TokenSequence
-
     class Bytes:
         ends = frozenset()
 
@@ -248,20 +253,17 @@ def test_sampling_depends_on_the_seed_not_on_the_batch(gguf):
         return Request(chat("5 + 6?"), max_tokens=12, temperature=0.9, top_p=0.95, seed=seed)
 
     with Engine(gguf, parallel=8, context=512) as engine:
-        together = {
-            reply.index: reply.text for reply in engine.generate([sampled(seed) for seed in range(8)])
-        }
+        found = replies(engine, [sampled(seed) for seed in range(8)])
+    together = [found[seed].text for seed in range(8)]
     with Engine(gguf, parallel=1, context=512) as engine:
-        alone = {seed: next(engine.generate([sampled(seed)])).text for seed in range(8)}
+        alone = [next(engine.generate([sampled(seed)])).text for seed in range(8)]
     # rounding differs between batches, so a draw at the boundary of two tokens may flip
-    assert sum(alone[seed] == together[seed] for seed in range(8)) >= 6
-    assert len(set(together.values())) > 4
+    assert sum(one == other for one, other in zip(alone, together, strict=True)) >= 6
+    assert len(set(together)) > 4
 
 
 @pytest.mark.parametrize("top_p", [0.3, 0.9, 1.0])
 def test_samples_follow_top_p_probabilities(top_p):
-    from sclite.student.llama_cpp.sequence import sample
-
     logits = np.log(np.array([0.05, 0.5, 0.15, 0.3], dtype=np.float32))
     request = Request((), temperature=1.0, top_p=top_p)
     wanted = {0.3: [0, 1, 0, 0], 0.9: [0, 0.526, 0.158, 0.316], 1.0: [0.05, 0.5, 0.15, 0.3]}[top_p]
@@ -271,8 +273,6 @@ def test_samples_follow_top_p_probabilities(top_p):
 
 
 def test_dominant_token_is_chosen_with_one_draw():
-    from sclite.student.llama_cpp.sequence import sample
-
     request, draw, other = Request((), temperature=0.5, top_p=0.9), *map(np.random.default_rng, (7, 7))
     sure, open_ = np.array([0.0, 5.0, 1.0], np.float32), np.array([1.0, 1.1, 0.9], np.float32)
     assert [sample(sure, request, draw) for _ in range(5)] == [1] * 5
@@ -282,8 +282,6 @@ def test_dominant_token_is_chosen_with_one_draw():
 
 
 def test_wide_flat_nucleus_is_kept_whole():
-    from sclite.student.llama_cpp.sequence import sample
-
     logits = np.zeros(5000, dtype=np.float32)
     logits[0] = 12.0  # each of the others is below 1e-4 of it; together they hold 3 % of the mass
     request, draw = Request((), temperature=1.0, top_p=0.999), np.random.default_rng(0)
@@ -292,10 +290,10 @@ def test_wide_flat_nucleus_is_kept_whole():
 
 def test_oversized_prompt_is_an_error_and_affects_no_other(engine):
     requests = [Request(chat("word " * 2000), max_tokens=5), Request(chat("1 + 1?"), max_tokens=5)]
-    replies = {reply.index: reply for reply in engine.generate(requests)}
-    assert replies[0].finish == "error"
-    assert "context" in replies[0].error
-    assert replies[1].tokens == 5
+    found = replies(engine, requests)
+    assert found[0].finish == "error"
+    assert "context" in found[0].error
+    assert found[1].tokens == 5
     (score,) = engine.score([ScoreRequest(chat("word " * 2000), PIECES, (0,), (OPTIONS,))])
     assert np.isnan(score.log_odds[0])
 
@@ -311,11 +309,10 @@ def test_full_cache_makes_sequences_wait_and_changes_no_reply(gguf):
     requests = [Request(chat(q), max_tokens=120) for q in questions(8)]
     with Engine(gguf, parallel=8, context=256, unified=True, cache_gb=0.0011, exact=True) as small:
         assert small.cells == 256
-        few = {reply.index: reply for reply in small.generate(requests)}
+        few = replies(small, requests)
         assert small.scheduler.preempted > 0
     with Engine(gguf, parallel=8, context=256, exact=True) as large:
-        many = {reply.index: reply for reply in large.generate(requests)}
-    assert few == many
+        assert replies(large, requests) == few
 
 
 def test_large_models_get_fewer_sequences_rather_than_a_shared_cache(gguf, monkeypatch):
@@ -334,7 +331,7 @@ def test_same_requests_give_the_same_texts_in_every_run(gguf):
     texts = []
     for _ in range(2):
         with Engine(gguf, parallel=8, context=512, unified=False) as engine:
-            texts.append({reply.index: reply.text for reply in engine.generate(requests)})
+            texts.append(replies(engine, requests))
     assert texts[0] == texts[1]
 
 
@@ -349,17 +346,12 @@ def test_scoring_works_during_generation(engine):
 
 def test_threads_share_one_engine(engine):
     alone = [next(engine.generate([Request(chat(q), max_tokens=10)])).text for q in questions(6)]
-    found = {}
 
-    def ask(index, question):
-        found[index] = next(engine.generate([Request(chat(question), max_tokens=10)])).text
+    def ask(question):
+        return next(engine.generate([Request(chat(question), max_tokens=10)])).text
 
-    threads = [threading.Thread(target=ask, args=pair) for pair in enumerate(questions(6))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [found[index] for index in range(6)] == alone
+    with ThreadPoolExecutor(6) as threads:
+        assert list(threads.map(ask, questions(6))) == alone
 
 
 def wait_until(condition, seconds=30):
@@ -472,23 +464,23 @@ def test_batch_that_cannot_be_computed_ends_its_runs_only(gguf, monkeypatch):
 
 
 def test_invalid_gguf_is_rejected_with_a_hint(tmp_path, gguf):
-    with pytest.raises(DataError, match="does not exist"):
-        Engine(tmp_path / "absent.gguf")
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(gguf.read_bytes()[:5000])
-    with pytest.raises(DataError, match="cannot load") as error:
-        Engine(broken)
-    assert "sclite export" in error.value.hint
-    with pytest.raises(UsageError):
-        Engine(gguf, parallel=0)
-    with pytest.raises(DataError, match="adapter"):
-        Engine(gguf, parallel=1, context=256, lora=broken)
+    for path, settings, kind, message in (
+        (tmp_path / "absent.gguf", {}, DataError, "does not exist"),
+        (broken, {}, DataError, "cannot load"),
+        (gguf, {"parallel": 0}, UsageError, "parallel is 0"),
+        (gguf, {"parallel": 1, "context": 256, "lora": broken}, DataError, "adapter"),
+    ):
+        with pytest.raises(kind, match=message) as error:
+            Engine(path, **settings)
+        assert error.value.hint
 
 
 def test_llama_cpp_loads_silently(gguf, capfd):
     with Engine(gguf, parallel=2, context=256) as engine:
         assert engine.vocabulary_size == 512
-        assert engine.offloaded is False or engine.offloaded is True
+        assert isinstance(engine.offloaded, bool)
         assert "llama" in engine.description
         assert "?" not in engine.description
     captured = capfd.readouterr()
