@@ -1,5 +1,7 @@
 """Load the trainable student: through Unsloth on a CUDA GPU, through plain transformers and PEFT elsewhere."""
 
+from __future__ import annotations
+
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -121,7 +123,7 @@ def select_backend(student: Student) -> str:
     return "unsloth"
 
 
-def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; the pad token defaults to the end token."""
     start_renderer()
     from transformers import AutoTokenizer
@@ -134,7 +136,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def read_config(name: str) -> "PretrainedConfig":
+def read_config(name: str) -> PretrainedConfig:
     """The transformers configuration of a model. Raises DataError if transformers does not know the architecture."""
     from transformers import AutoConfig
 
@@ -142,9 +144,7 @@ def read_config(name: str) -> "PretrainedConfig":
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
-def check_vocabulary(
-    tokenizer: "PreTrainedTokenizerBase", model_config: "PretrainedConfig", name: str
-) -> None:
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig, name: str) -> None:
     """Reject a tokenizer with ids for which the model has no embedding (DataError).
 
     A special token that neither our prompts nor padding use is allowed: Gemma 3's 1B has one for images.
@@ -169,7 +169,7 @@ def check_vocabulary(
 
 def load_student(
     config: Config, stage: str, adapter: Path | None = None, train: bool = False
-) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model, tokenizer): the base with `adapter`, or with a new LoRA if `train` is set and `adapter` is not.
 
     Trainable weights are float32 whatever the type of the base, because AdamW's small steps vanish in bfloat16. The
@@ -235,7 +235,7 @@ def load_student(
     return model, tokenizer
 
 
-def is_padding_free(model_config: "PretrainedConfig", settings: TrainingStage, backend: str) -> bool:
+def is_padding_free(model_config: PretrainedConfig, settings: TrainingStage, backend: str) -> bool:
     """Whether the rows of a batch are concatenated instead of padded.
 
     Not for layers that carry a state along the row, such as linear attention: it would leak into the next row.
@@ -250,19 +250,19 @@ def is_padding_free(model_config: "PretrainedConfig", settings: TrainingStage, b
     return not stateful and (backend == "unsloth" if settings.padding_free is None else settings.padding_free)
 
 
-def max_positions(model_config: "PretrainedConfig") -> int:
+def max_positions(model_config: PretrainedConfig) -> int:
     """The number of positions that a model supports."""
     return getattr(model_config.get_text_config(), "max_position_embeddings", None) or 1 << 20
 
 
-def half_dtype() -> "torch.dtype":
+def half_dtype() -> torch.dtype:
     """The 16-bit type for computing on this GPU."""
     import torch
 
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
-def cpu_training_dtype(model_config: "PretrainedConfig") -> "torch.dtype":
+def cpu_training_dtype(model_config: PretrainedConfig) -> torch.dtype:
     """The type of the frozen weights in training on a CPU, float32 unless the checkpoint and the CPU's products are bfloat16.
 
     SmolLM2-135M trains twice as fast with them and in two thirds of the memory (docs/training.md).
@@ -274,7 +274,7 @@ def cpu_training_dtype(model_config: "PretrainedConfig") -> "torch.dtype":
     return torch.bfloat16 if native and model_config.dtype == torch.bfloat16 else torch.float32
 
 
-def nf4_config() -> "BitsAndBytesConfig":
+def nf4_config() -> BitsAndBytesConfig:
     """NF4 with double quantization, computing in 16 bits."""
     import torch
     from transformers import BitsAndBytesConfig
@@ -290,11 +290,11 @@ def nf4_config() -> "BitsAndBytesConfig":
 def _load(
     name: str,
     config: Config,
-    model_config: "PretrainedConfig",
-    lora: "LoraConfig | None",
+    model_config: PretrainedConfig,
+    lora: LoraConfig | None,
     backend: str,
     length: int,
-) -> "PreTrainedModel":
+) -> PreTrainedModel:
     """The model with a LoRA. Unsloth silently truncates rows of more than `length` tokens: none may reach it."""
     import torch
 
@@ -329,12 +329,11 @@ def _load(
     )
     if lora is None:
         return model
-    for unsupported in ("rank_pattern", "alpha_pattern", "use_dora"):
-        if getattr(lora, unsupported):
-            raise DataError(
-                f"the adapter of the run uses {unsupported}, which Unsloth training does not support",
-                "use a plain LoRA, or --set student.backend=plain",
-            )
+    if unsupported := [x for x in ("rank_pattern", "alpha_pattern", "use_dora") if getattr(lora, x)]:
+        raise DataError(
+            f"the adapter of the run uses {unsupported[0]}, which Unsloth training does not support",
+            "use a plain LoRA, or --set student.backend=plain",
+        )
     targets = lora.target_modules or []
     return FastLanguageModel.get_peft_model(
         model,

@@ -84,15 +84,11 @@ class Job:
     longest: int = 0  # tokens of the longest row that is trained
     report: Report = field(init=False)
     inputs: dict[str, Any] = field(init=False)
+    settings: TrainingStage = field(init=False)
 
     def __post_init__(self) -> None:
-        self.report = Report(self.stage)
+        self.report, self.settings = Report(self.stage), self.config.stage(self.stage)
         self.inputs = training_inputs(self.config, self.run, self.stage, self.unseen)
-
-    @property
-    def settings(self) -> TrainingStage:
-        """The stage's section of the configuration."""
-        return self.config.stage(self.stage)
 
     def warn(self, text: str) -> None:
         """Show a warning above the progress line."""

@@ -39,17 +39,14 @@ EVAL_ROWS = 200  # at most; more would add little
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a stage trains on. `lengths` are tokens per row, `counts` what each row adds to the denominators, by name.
-
-    `collate` makes a batch of row numbers, `losses` are computed from the model and a batch, and `held_out` are the
-    numbers of the rows for the evaluation loss.
-    """
+    """What a stage trains on. `lengths` are tokens per row, `counts` what each row adds to the denominators, by name;
+    `held_out` are the numbers of the rows for the evaluation loss."""
 
     phase: str
     lengths: Sequence[int]
     counts: Sequence[Mapping[str, int]]
-    collate: Callable[[Sequence[int]], Any]
-    losses: Callable[[Any, Any], dict[str, LossTerm]]
+    collate: Callable[[Sequence[int]], Any]  # row numbers to a batch
+    losses: Callable[[Any, Any], dict[str, LossTerm]]  # of the model and a batch
     held_out: Sequence[int] = ()
 
     def totals(self, numbers: Sequence[int]) -> Counter[str]:
@@ -101,7 +98,7 @@ def train_adapter(
     size = settings.batch_size
     tokens = [sum(lengths[i] for i in order[start : start + size]) for start in range(0, len(order), size)]
     step = checkpoints.step()
-    logger = MetricsLogger(metrics, phase, progress, resumed_from=step, tokens=tokens)
+    logger = MetricsLogger(metrics, phase, progress, step, tokens)
     arguments = training_arguments(model, lesson, settings, checkpoints.folder, len(order), micro_batch, seed)
     trainer = build_trainer(model, tokenizer, lesson, arguments, [rows[i] for i in order])
     trainer.logger, trainer.checkpoints = logger, checkpoints
@@ -139,12 +136,12 @@ def training_arguments(
     model: PeftModel,
     lesson: Lesson,
     settings: TrainingStage,
-    folder: Path,
+    out: Path,
     rows: int,
     micro_batch: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Arguments for SFTConfig and DPOConfig. `rows` are those of all epochs together; checkpoints go to `folder`.
+    """Arguments for SFTConfig and DPOConfig. `rows` are those of all epochs together; checkpoints go to `out`.
 
     TensorBoard's files, if it is enabled, go to tensorboard/ beside it.
     """
@@ -156,13 +153,13 @@ def training_arguments(
                 "tensorboard is enabled but not installed",
                 "pip install tensorboard, or disable it: metrics.jsonl is written either way",
             )
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder.with_name("tensorboard"))
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(out.with_name("tensorboard"))
     cuda, evaluates = torch.cuda.is_available(), bool(lesson.held_out)
     bf16_on_cpu = next(model.parameters()).dtype.itemsize == 2
     assert settings.batch_size % micro_batch == 0, f"{micro_batch} does not divide {settings.batch_size}"
     every = max(1, -(-rows // settings.batch_size) // settings.checkpoints)
     return {
-        "output_dir": str(folder),
+        "output_dir": str(out),
         "per_device_train_batch_size": micro_batch,
         "gradient_accumulation_steps": settings.batch_size // micro_batch,
         "learning_rate": settings.learning_rate,

@@ -1,5 +1,6 @@
 """From a model folder to a GGUF: written by sclite or llama.cpp's converter, quantized, and compared with the original."""
 
+import ctypes
 import json
 import re
 import shutil
@@ -114,7 +115,12 @@ def test_adapter_gguf_is_applied_by_the_engine(folder, gguf, converter, tmp_path
     conversion.convert_lora(tmp_path / "adapter", folder, tmp_path / "lora.gguf", outtype="f32")
     merged = tiny_gguf(merge(folder, tmp_path / "adapter", tmp_path / "merged"), tmp_path / "merged.gguf")
     ids = [1, 300, 301, 302, 50, 60]
-    with Engine(gguf, parallel=1, context=256, exact=True, lora=tmp_path / "lora.gguf") as applied:
+    with Engine(gguf, parallel=1, context=256, exact=True) as applied:
+        api, context = applied.scheduler.api, applied.scheduler.context
+        lora = api.llama_adapter_lora_init(api.llama_get_model(context), bytes(tmp_path / "lora.gguf"))
+        assert lora
+        loras = (api.llama_adapter_lora_p_ctypes * 1)(lora)
+        api.llama_set_adapters_lora(context, loras, 1, (ctypes.c_float * 1)(1.0))
         found = applied.log_probabilities(ids)
     with Engine(merged, parallel=1, context=256, exact=True) as whole:
         assert np.abs(found - whole.log_probabilities(ids)).max() < 1e-3

@@ -70,8 +70,6 @@ class Engine:
         parallel: int | None = None,
         context: int = 4096,
         gpu_layers: int = -1,
-        threads: int | None = None,
-        lora: Path | str | None = None,
         cache_gb: float = 4.0,
         unified: bool | None = None,
         exact: bool = False,
@@ -113,18 +111,7 @@ class Engine:
         self.special_tokens = self.vocabulary.special_tokens(self._metadata)
         self.trained_context: int = api.llama_model_n_ctx_train(self._model) or context
         self.context = -(-min(context, self.trained_context) // 256) * 256
-        self.scheduler = self._open_context(parallel, unified, cache_gb, threads, exact)
-        if lora is not None:
-            _log.clear()
-            found = Path(lora).is_file()
-            adapter = api.llama_adapter_lora_init(self._model, os.fsencode(lora)) if found else None
-            if not adapter:
-                self.close()
-                reason = last_errors() if found else "no such file"
-                hint = "create it with: sclite export --format lora"
-                raise DataError(f"cannot load the LoRA adapter {lora}: {reason}", hint)
-            adapters = (api.llama_adapter_lora_p_ctypes * 1)(adapter)
-            api.llama_set_adapters_lora(self._context, adapters, 1, (ctypes.c_float * 1)(1.0))
+        self.scheduler = self._open_context(parallel, unified, cache_gb, exact)
 
     def _metadata(self, key: str) -> str | None:
         """A scalar of the GGUF as text, None if absent."""
@@ -133,7 +120,7 @@ class Engine:
         return buffer.value.decode("utf-8", "replace") if found >= 0 else None
 
     def _open_context(
-        self, parallel: int | None, unified: bool | None, cache_gb: float, threads: int | None, exact: bool
+        self, parallel: int | None, unified: bool | None, cache_gb: float, exact: bool
     ) -> Scheduler:
         """Choose the number of sequences and the size of the cache, and open the context with them."""
         api, model = self._api, self._model
@@ -158,12 +145,12 @@ class Engine:
         # than 8 (hyperthreads); and one sequence of a model under 1B parameters half of the cores: on a busy machine a
         # 135M model wrote 78 tokens/s with 1 of 2 cores, 29 with both.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        many = 1 if count < SMALL else cores if cores <= 8 else cores // 2
-        one = max(1, cores // 2) if SMALL <= count < 1_000_000_000 else many
+        threads = 1 if count < SMALL else cores if cores <= 8 else cores // 2
+        one = max(1, cores // 2) if SMALL <= count < 1_000_000_000 else threads
         parameters = api.llama_context_default_params()
         parameters.n_ctx, parameters.n_seq_max, parameters.n_batch = self.cells, parallel, 2048
         parameters.kv_unified = self.unified
-        parameters.n_threads, parameters.n_threads_batch = threads or one, threads or many
+        parameters.n_threads, parameters.n_threads_batch = one, threads
         parameters.swa_full = True  # a cache pruned to the window cannot be shared
         if exact:
             parameters.type_k = parameters.type_v = api.GGML_TYPE_F32

@@ -470,7 +470,6 @@ def test_invalid_gguf_is_rejected_with_a_hint(tmp_path, gguf):
         (tmp_path / "absent.gguf", {}, DataError, "does not exist"),
         (broken, {}, DataError, "cannot load"),
         (gguf, {"parallel": 0}, UsageError, "parallel is 0"),
-        (gguf, {"parallel": 1, "context": 256, "lora": broken}, DataError, "adapter"),
     ):
         with pytest.raises(kind, match=message) as error:
             Engine(path, **settings)
