@@ -158,4 +158,4 @@ def test_vocabulary_with_the_same_first_token_is_rejected():
 
     with pytest.raises(DataError, match="same first token") as error:
         decision_ids(letters)
-    assert error.value.hint
+    assert error.value.hint == "choose another student"

@@ -13,7 +13,7 @@ from sclite.student.loader import load_student, load_tokenizer
 from sclite.student.log_probs import pad
 from sclite.student.self_correction import score_steps
 from sclite.student.tokenization import Encoded, decision_ids, piece_ids, prompt_ids
-from sclite.trace import CAUSE, close_piece, open_piece, parse, render
+from sclite.trace import open_piece, parse, render
 from sclite.train.bundle import build_bundles, collate
 from sclite.train.dpo import train_dpo, with_replay
 from sclite.train.losses import DpoLoss, pair_log_probs, reference_log_probs
@@ -137,13 +137,6 @@ def test_dpo_learns_the_toy_pairs(preferred):
     assert report.counts["pairs"] == len(run.read("pairs.jsonl", Pair))
 
 
-def test_unchanged_dpo_is_not_trained_again(preferred):
-    config, run, report = preferred
-    again = train_dpo(config, run)
-    assert again.skipped
-    assert again.counts == report.counts
-
-
 def test_long_pairs_are_counted_and_dpo_fails_if_none_fits(started, bundles, tmp_path):
     config, run = started
     lengths, other = sorted(len(bundle.review.ids) for bundle in bundles), part_of(run, tmp_path, "dpo")
@@ -158,19 +151,6 @@ def test_long_pairs_are_counted_and_dpo_fails_if_none_fits(started, bundles, tmp
     assert "max_length" in error.value.hint
 
 
-@pytest.mark.parametrize(
-    ("name", "next_command"), [("pairs", "sclite train"), ("templates", "sclite build-data")]
-)
-def test_without_rows_the_hint_names_the_next_command(started, tmp_path, name, next_command):
-    config, run = started
-    other = Run(tmp_path)
-    for kept in {"pairs", "templates"} - {name}:
-        other.path(f"{kept}.jsonl").write_bytes(run.path(f"{kept}.jsonl").read_bytes())
-    with pytest.raises(DataError, match=rf"{name}\.jsonl is missing or empty") as error:
-        train_dpo(config, other)
-    assert next_command in error.value.hint
-
-
 def test_replay_share_sets_the_number_of_replay_rows(started, tokenizer, bundles):
     rows = solve_rows(tokenizer, started[1].read("templates.jsonl", Template), "")
     for share, wanted in ((0.0, 0), (0.5, 3), (1.0, 6)):
@@ -178,18 +158,6 @@ def test_replay_share_sets_the_number_of_replay_rows(started, tokenizer, bundles
 
 
 # -- bundles -------------------------------------------------------------------------------------------------------
-
-
-def test_a_student_with_the_same_token_for_both_decisions_is_refused(tokenizer, monkeypatch):
-    accuse, close = decision_ids(tokenizer)
-    assert accuse != close
-    assert piece_ids(tokenizer, [CAUSE])[0][0] == accuse
-    for number in (1, 9, 10):
-        assert piece_ids(tokenizer, [close_piece(number)])[0][0] == close
-    monkeypatch.setattr(tokenization, "CAUSE", "</Cause>")
-    with pytest.raises(DataError, match="same first token") as error:
-        decision_ids(tokenizer)
-    assert error.value.hint == "choose another student"
 
 
 def test_marks_are_on_the_last_token_of_each_step(started, tokenizer, bundles, attempts):

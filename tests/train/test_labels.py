@@ -70,6 +70,26 @@ def test_if_all_rows_are_too_long_training_fails_before_loading(prepared, stage)
         TRAIN[stage](config.model_copy(update={stage: short}), run, progress=said)
     assert "rows have more than 64 tokens and are skipped" in said[-1]
     assert said[-1].endswith(f"raise {stage}.max_length")
+    assert not run.path(f"{stage}/adapter").exists()
+    assert run.manifest(stage) is None
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "next_command"),
+    [
+        ("sft", "templates", "sclite build-data"),
+        ("warmup", "reviews", "sclite build-data --only corrections"),
+        ("warmup", "templates", "sclite build-data"),
+        ("dpo", "pairs", "sclite train"),
+        ("dpo", "templates", "sclite build-data"),
+    ],
+)
+def test_without_rows_the_hint_names_the_next_command(prepared, stage, name, next_command):
+    config, run = prepared
+    run.path(f"{name}.jsonl").unlink()
+    with pytest.raises(DataError, match=rf"{name}\.jsonl is missing or empty") as error:
+        TRAIN[stage](config, run)
+    assert next_command in error.value.hint
 
 
 def test_if_all_templates_are_reserved_for_stage_2_sft_fails(prepared):

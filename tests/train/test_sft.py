@@ -153,20 +153,6 @@ def test_rows_that_are_too_long_are_dropped_and_counted(folder, run):
     assert report.counts["rows"] == 3
 
 
-def test_if_every_row_is_too_long_nothing_is_trained(folder, run):
-    write_toy(run, 2)
-    with pytest.raises(DataError, match="nothing to train on"):
-        train_sft(toy_config(folder, sft={"max_length": 64}), run)
-    assert not run.path("sft/adapter").exists()
-    assert run.manifest("sft") is None
-
-
-def test_without_templates_the_hint_names_the_command(folder, run):
-    with pytest.raises(DataError, match=r"templates\.jsonl is missing or empty") as error:
-        train_sft(toy_config(folder), run)
-    assert "sclite build-data" in error.value.hint
-
-
 def test_a_bfloat16_checkpoint_trains_in_bfloat16_if_the_cpu_multiplies_it(folder, tmp_path, monkeypatch):
     import torch
     from transformers import AutoModelForCausalLM
