@@ -47,8 +47,8 @@ ROWS = {
     "dpo": ("pairs.jsonl", "templates.jsonl"),
 }
 """The files that each stage trains on."""
-START = {"sft": None, "warmup": "sft/adapter", "dpo": "warmup/adapter"}
-"""The adapter that each stage starts from; None: a new one."""
+START = {"warmup": "sft", "dpo": "warmup"}
+"""The stage whose adapter another starts from."""
 
 
 def training_inputs(
@@ -56,13 +56,13 @@ def training_inputs(
 ) -> dict[str, Any]:
     """Everything that decides the result of a training stage; the embedded student is the same on every machine."""
     used = ("student_system", "student_solve", *(["student_review"] if stage != "sft" else ()))
-    start = START[stage]
+    start: dict[str, Any] = {"lora": config.lora.model_dump(mode="json")}
+    if before := START.get(stage):
+        start = {f"{before}/adapter": run.file_digest(adapter_weights(before))}
     return {
         "problems kept for stage 2": digest(sorted(unseen)),
         **{name: run.file_digest(name) for name in ROWS[stage]},
-        start or "lora": run.file_digest(f"{start}/adapter_model.safetensors")
-        if start
-        else config.lora.model_dump(mode="json"),
+        **start,
         stage: config.stage(stage).signed_settings(),
         "student.model": EMBEDDED if config.student.model == EMBEDDED else model_name(config.student),
         "student.load_in_4bit": config.student.load_in_4bit,
@@ -110,16 +110,17 @@ class Job:
         limit, reason = self.settings.max_length, "longer_than_max_length"
         drops = [
             Drop(
-                stage=self.stage, id=id, sample=sample, reason=reason, detail=f"{length} tokens, {limit} fit"
+                stage=self.stage, id=id, sample=sample, reason=reason, detail=f"{tokens} tokens, {limit} fit"
             )
-            for (id, sample), length in zip(keys, lengths, strict=True)
-            if length > limit
+            for (id, sample), tokens in zip(keys, lengths, strict=True)
+            if tokens > limit
         ]
         self.run.replace_drops({self.stage}, drops)
         if drops:
             self.report.dropped[reason] = len(drops)
-        self.longest = max((length for length in lengths if length <= limit), default=0)
-        return [number for number, length in enumerate(lengths) if length <= limit]
+        fitting = [number for number, tokens in enumerate(lengths) if tokens <= limit]
+        self.longest = max((lengths[number] for number in fitting), default=0)
+        return fitting
 
     def train(self, prepare: Callable[[Job, PreTrainedTokenizerBase], BuildLesson]) -> Report:
         """Train the stage and save its adapter as STAGE/adapter; resume if it was interrupted, skip if it is finished.
@@ -129,16 +130,16 @@ class Job:
         was replaced.
         """
         config, run, stage, report = self.config, self.run, self.stage, self.report
-        start, checkpoints = START[stage], Checkpoints(run.path(f"{stage}/checkpoints"))
-        adapter = run.path(start) if start else None
+        checkpoints = Checkpoints(run.path(f"{stage}/checkpoints"))
+        adapter = run.path(f"{START[stage]}/adapter") if stage in START else None
         copies = adapter is not None and self.settings.num_train_epochs == 0
         if finished := self._finished(checkpoints, replace=self.fresh or copies):
             return finished
-        if adapter is not None and copies:
-            with timed(report), _new_folder(run.path(f"{stage}/adapter")) as folder:
-                shutil.copytree(adapter, folder)
-        else:
-            with timed(report):
+        with timed(report):
+            if adapter is not None and copies:
+                with _new_folder(run.path(f"{stage}/adapter")) as folder:
+                    shutil.copytree(adapter, folder)
+            else:
                 quiet_libraries(config.student)
                 if warning := checkpoints.prepare(self.inputs):
                     self.warn(warning)
@@ -154,11 +155,11 @@ class Job:
                     progress=self.progress,
                 )  # fmt: skip
                 save_adapter(model, run, stage)
-            report.counts["steps"] = outcome.steps
-            report.figures |= {"best_step": outcome.best, "warnings": outcome.warnings}
-            if adapter is None:
-                layers = (name.rpartition(".")[2] for name in model.targeted_module_names)
-                report.figures["lora"] = list(dict.fromkeys(layers))
+                report.counts["steps"] = outcome.steps
+                report.figures |= {"best_step": outcome.best, "warnings": outcome.warnings}
+                if adapter is None:
+                    layers = (name.rpartition(".")[2] for name in model.targeted_module_names)
+                    report.figures["lora"] = list(dict.fromkeys(layers))
         report.figures["adapter"] = run.file_digest(adapter_weights(stage))
         run.sign(stage, self.inputs, report)
         checkpoints.delete()
@@ -227,9 +228,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
             "check the student's chat_template and added tokens",
         )
     if end_id(tokenizer) == unknown:
-        raise DataError(
-            "the student's end-of-turn token is not in its vocabulary", "choose an instruct model"
-        )
+        message = "the student's end-of-turn token is not in its vocabulary"
+        raise DataError(message, "choose an instruct model")
 
 
 def quiet_libraries(student: Student | None = None) -> None:

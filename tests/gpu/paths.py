@@ -17,20 +17,17 @@ from sclite.student.base import Request
 from sclite.student.loader import load_student
 from sclite.trace import parse, render
 from sclite.train.stage import quiet_libraries
-
-STAGE = {"batch_size": 4, "per_device_train_batch_size": 2, "max_length": 1024, "eval_share": 0}
+from tests.toy import toy_config
 
 
 def config_of(backend: str = "unsloth", four_bit: bool = True, **sft: Any) -> Config:
     """A short training of the embedded student, in 4 bits, at high rates."""
-    return Config.model_validate(
-        {
-            "student": {"model": "embedded", "backend": backend, "batch": 16, "load_in_4bit": four_bit},
-            "lora": {"r": 8, "lora_alpha": 16},
-            "sft": {**STAGE, "learning_rate": 1e-3, "num_train_epochs": 8, **sft},
-            "warmup": {**STAGE, "learning_rate": 1e-3, "num_train_epochs": 4},
-            "dpo": {**STAGE, "learning_rate": 5e-4, "num_train_epochs": 6},
-        }
+    return toy_config(
+        "embedded",
+        student={"backend": backend, "batch": 16, "load_in_4bit": four_bit},
+        sft={"learning_rate": 1e-3, "num_train_epochs": 8, **sft},
+        warmup={"learning_rate": 1e-3},
+        dpo={"learning_rate": 5e-4, "num_train_epochs": 6},
     )
 
 
@@ -45,6 +42,13 @@ def figures(name: str, backend: str, run: Run) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def loaded(backend: str, run: Run, stage: str, train: bool = False) -> tuple[Any, Any]:
+    """(model, tokenizer) with the adapter of a stage."""
+    config = config_of(backend)
+    quiet_libraries(config.student)
+    return load_student(config, "sft", run.path(f"{stage}/adapter"), train=train)
+
+
 def hidden_gaps(backend: str, run: Run) -> dict[str, float]:
     """Relative difference of hidden states from padded rows in training: padding-free ones, and padded ones in evaluation."""
     import torch
@@ -52,9 +56,7 @@ def hidden_gaps(backend: str, run: Run) -> dict[str, float]:
     from sclite.student.log_probs import autocast, hidden_states, pad
     from sclite.train.sft import solve_rows
 
-    config = config_of(backend)
-    quiet_libraries(config.student)
-    model, tokenizer = load_student(config, "sft", run.path("sft/adapter"), train=True)
+    model, tokenizer = loaded(backend, run, "sft", train=True)
     rows = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")[:3]
     rows[1] = type(rows[1])(rows[1].ids[:70], rows[1].weights[:70])
     found = {}
@@ -76,21 +78,17 @@ def odds(backend: str, run: Run) -> list[float]:
     from sclite.student.log_probs import autocast, hidden_states, pad
     from sclite.student.tokenization import decision_ids, encode_review
 
-    config = config_of(backend)
-    quiet_libraries(config.student)
     questions = {p.id: p.question for p in run.read("problems.jsonl", Problem)}
     works = {a.id: parse(a.trace).trace for a in run.read("attempts.jsonl", Attempt)}
-    model, tokenizer = load_student(config, "sft", run.path("dpo/adapter"))
+    model, tokenizer = loaded(backend, run, "dpo")
     model.eval()
     head = model.get_output_embeddings().weight[list(decision_ids(tokenizer))]
     found = []
     for id, work in works.items():
         row = encode_review(tokenizer, prompts.review_messages(questions[id], render(work)), work)
         with torch.no_grad(), autocast(model):
-            states = hidden_states(model, pad([row], tokenizer.pad_token_id)).at(
-                [0] * len(row.marks), row.marks
-            )
-        logits = states.float() @ head.float().T
+            hidden = hidden_states(model, pad([row], tokenizer.pad_token_id))
+        logits = hidden.at([0] * len(row.marks), row.marks).float() @ head.float().T
         found += (logits[:, 0] - logits[:, 1]).tolist()
     return found
 
@@ -99,11 +97,9 @@ def attempts(backend: str, run: Run) -> list[str]:
     """Greedy attempts by the SFT student, in batches of 32."""
     from sclite.student.hf_model import HFModel
 
-    config = config_of(backend)
-    quiet_libraries(config.student)
     problems = run.read("problems.jsonl", Problem) * 4
     requests = [Request(prompts.solve_messages(p.question), max_tokens=48) for p in problems]
-    model, tokenizer = load_student(config, "sft", run.path("sft/adapter"))
+    model, tokenizer = loaded(backend, run, "sft")
     return [reply.text for reply in HFModel(model, tokenizer, 32).generate(requests)]
 
 
