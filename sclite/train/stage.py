@@ -126,22 +126,39 @@ class Job:
         """Train the stage and save its adapter as STAGE/adapter; resume if it was interrupted, skip if it is finished.
 
         `prepare` tokenizes and checks the rows before the weights are loaded, which takes a minute. With 0 epochs the
-        adapter to start from is copied. Raises UsageError if it was trained with other inputs, DataError if the adapter
-        was replaced.
+        adapter to start from is copied. Training takes hours, so its results are never thrown away without `fresh`:
+        raises UsageError if the stage was trained with other inputs, DataError if its adapter was replaced.
         """
-        config, run, stage, report = self.config, self.run, self.stage, self.report
-        checkpoints = Checkpoints(run.path(f"{stage}/checkpoints"))
+        config, run, stage, report, inputs = self.config, self.run, self.stage, self.report, self.inputs
+        checkpoints, weights = Checkpoints(run.path(f"{stage}/checkpoints")), adapter_weights(stage)
         adapter = run.path(f"{START[stage]}/adapter") if stage in START else None
         copies = adapter is not None and self.settings.num_train_epochs == 0
-        if finished := self._finished(checkpoints, replace=self.fresh or copies):
-            return finished
+        manifest = run.done(stage, inputs, weights)
+        if manifest and manifest["figures"].get("adapter") in (None, run.file_digest(weights)):
+            return Report.of(manifest)
+        started = checkpoints.recorded_inputs()
+        if not (self.fresh or copies):
+            if manifest:
+                raise DataError(
+                    f"{run.path(weights)} is not the adapter that {stage} wrote: it is damaged or was replaced",
+                    "restore it from a backup, or add --fresh to train it again",
+                )
+            trained = run.manifest(stage)
+            before = trained["inputs"] if trained else started
+            # equal if the training was begun with --fresh, then interrupted
+            if started != inputs and before not in (None, inputs):
+                what = "trained" if trained else "started"
+                raise UsageError(
+                    f"{stage} was {what} with other inputs: {'; '.join(differences(before, inputs))}",
+                    f"restore them to keep what is there, or add --fresh to train {stage} again",
+                )
         with timed(report):
             if adapter is not None and copies:
                 with _new_folder(run.path(f"{stage}/adapter")) as folder:
                     shutil.copytree(adapter, folder)
             else:
                 quiet_libraries(config.student)
-                if warning := checkpoints.prepare(self.inputs):
+                if warning := checkpoints.prepare(inputs):
                     self.warn(warning)
                 tokenizer = load_tokenizer(model_name(config.student))
                 check_tokenizer(tokenizer)
@@ -160,40 +177,10 @@ class Job:
                 if adapter is None:
                     layers = (name.rpartition(".")[2] for name in model.targeted_module_names)
                     report.figures["lora"] = list(dict.fromkeys(layers))
-        report.figures["adapter"] = run.file_digest(adapter_weights(stage))
-        run.sign(stage, self.inputs, report)
+        report.figures["adapter"] = run.file_digest(weights)
+        run.sign(stage, inputs, report)
         checkpoints.delete()
         return report
-
-    def _finished(self, checkpoints: Checkpoints, replace: bool) -> Report | None:
-        """The report of the stage if it is finished with these inputs, None if it has to be trained.
-
-        Training takes hours: its results are never thrown away without being asked to (`replace`).
-        """
-        run, stage, inputs = self.run, self.stage, self.inputs
-        name = adapter_weights(stage)
-        manifest = run.done(stage, inputs, name)
-        if manifest and manifest["figures"].get("adapter") in (None, run.file_digest(name)):
-            return Report.of(manifest)
-        if replace:
-            return None
-        if manifest:
-            raise DataError(
-                f"{run.path(name)} is not the adapter that {stage} wrote: it is damaged or was replaced",
-                "restore it from a backup, or add --fresh to train it again",
-            )
-        started = checkpoints.recorded_inputs() if checkpoints.step() else None
-        if started == inputs:  # with --fresh, then interrupted
-            return None
-        trained = run.manifest(stage)
-        before = trained["inputs"] if trained else started
-        if before is not None and before != inputs:
-            what = "trained" if trained else "started"
-            raise UsageError(
-                f"{stage} was {what} with other inputs: {'; '.join(differences(before, inputs))}",
-                f"restore them to keep what is there, or add --fresh to train {stage} again",
-            )
-        return None
 
 
 def save_adapter(model: PeftModel, run: Run, stage: str) -> None:

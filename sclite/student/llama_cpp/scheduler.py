@@ -163,10 +163,31 @@ class Scheduler:
         self.api.llama_memory_clear(self.memory, True)
 
     def _step(self) -> None:
+        """Compute one batch: decoding sequences first, then prompts.
+
+        In order of slots: llama.cpp computes consecutive slots together, others one at a time.
+        """
         self._admit()
-        spans = self._fill()
+        count, spans = 0, []  # of (slot, fed up to, positions read)
+        prompts_last = sorted(self.active.items(), key=lambda e: (len(e[1].ids) - e[1].fed > 1, e[0].number))
+        for slot, sequence in prompts_last:
+            start = sequence.fed
+            stop = min(len(sequence.ids), start + self.size - count)
+            if stop == start:
+                break
+            end = count + stop - start
+            self.tokens[count:end] = sequence.ids[start:stop]
+            self.positions[count:end] = range(start, stop)
+            self.owners[count:end] = slot.number
+            self.outputs[count:end] = 0
+            wanted = sequence.wanted(start, stop)
+            for position in wanted:
+                self.outputs[count + position - start] = 1
+            spans.append((slot, stop, wanted))
+            count = end
         if not spans:
             return
+        self.batch.n_tokens = count
         code = self.api.llama_decode(self.context, self.batch)
         if code == 1:
             # the unified cache is full: clear the idle slots, or else the newest sequence waits again
@@ -187,12 +208,9 @@ class Scheduler:
                 slot.kept = slot.kept[:0]
             return
         if code != 0:
-            self._fail(
-                DeviceError(
-                    f"llama.cpp could not compute a batch of {self.batch.n_tokens} tokens (code {code})",
-                    "use fewer parallel sequences, a shorter context, or fewer GPU layers",
-                )
-            )
+            what = f"llama.cpp could not compute a batch of {count} tokens (code {code})"
+            hint = "use fewer parallel sequences, a shorter context, or fewer GPU layers"
+            self._fail(DeviceError(what, hint))
             return
         self.steps += 1
         self._read(spans)
@@ -274,30 +292,3 @@ class Scheduler:
         sequence = self.active.pop(slot)
         slot.kept, slot.freed_at = np.array(sequence.ids[: sequence.fed], dtype=np.int32), self.steps
         return sequence
-
-    # -- the batch
-
-    def _fill(self) -> list[tuple[_Slot, int, list[int]]]:
-        """Fill the batch: decoding sequences first, then prompts. Returns (slot, fed up to, positions read).
-
-        In order of slots: llama.cpp computes consecutive slots together, others one at a time.
-        """
-        count, spans = 0, []
-        prompts_last = sorted(self.active.items(), key=lambda e: (len(e[1].ids) - e[1].fed > 1, e[0].number))
-        for slot, sequence in prompts_last:
-            start = sequence.fed
-            stop = min(len(sequence.ids), start + self.size - count)
-            if stop == start:
-                break
-            end = count + stop - start
-            self.tokens[count:end] = sequence.ids[start:stop]
-            self.positions[count:end] = range(start, stop)
-            self.owners[count:end] = slot.number
-            self.outputs[count:end] = 0
-            wanted = sequence.wanted(start, stop)
-            for position in wanted:
-                self.outputs[count + position - start] = 1
-            spans.append((slot, stop, wanted))
-            count = end
-        self.batch.n_tokens = count
-        return spans
