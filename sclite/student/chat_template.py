@@ -19,6 +19,8 @@ SECONDS, STARTING, BYTES, CHARACTERS = 10, 60, 1 << 30, 4_000_000
 """Limits of one rendering: seconds, seconds for its process to start, memory, and length of the text."""
 TODAY = datetime(2024, 7, 26)
 """The date for templates that write today's: training, evaluation and the exported file must agree on any day."""
+FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What a template can raise, beside Jinja's own errors."""
 _HINT = "use another base model, or fix its chat template"
 _OPEN = re.compile(r"<(think|thinking|thought)>\s*\Z")
 
@@ -131,9 +133,6 @@ def serve(descriptor: int) -> None:
     with open("/proc/self/statm", encoding="ascii") as file:
         limit = int(file.read().split()[0]) * resource.getpagesize() + BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    failures = (
-        *(TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError),
-    )
     pipe = Connection(descriptor)
     pipe.send_bytes(pipe.recv_bytes())
     while True:
@@ -149,6 +148,6 @@ def serve(descriptor: int) -> None:
             reply = {"text": text}
         except MemoryError:
             reply = {"error": f"it takes more than {BYTES >> 20} MB"}
-        except failures as error:
+        except (TemplateError, *FAILURES) as error:
             reply = {"error": str(error) or type(error).__name__}
         pipe.send_bytes(json.dumps(reply).encode())

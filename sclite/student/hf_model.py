@@ -13,13 +13,14 @@ from sclite.student.log_probs import autocast
 from sclite.student.tokenization import end_id, piece_ids, prompt_ids
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
 class HFModel(Student):
     """A transformers model as a student that does not score. Sampling is seeded per batch of `batch_size` requests."""
 
-    def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch_size: int = 64):
+    def __init__(self, model: "PreTrainedModel", tokenizer: "Tokenizer", batch_size: int = 64):
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.positions = max_positions(model.config)
         self.end, self.pad_id = end_id(tokenizer), tokenizer.pad_token_id

@@ -21,7 +21,8 @@ from sclite.trace import Step, Trace, render
 if TYPE_CHECKING:
     import torch
     from peft import LoraConfig, PeftModel
-    from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 EMBEDDED = "embedded"
 EMBEDDED_FOLDER = Path(__file__).resolve().parent.parent / "quickstart" / "student"
@@ -123,7 +124,7 @@ def select_backend(student: Student) -> str:
     return "unsloth"
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer of a model; the pad token defaults to the end token."""
     start_renderer()
     from transformers import AutoTokenizer
@@ -144,7 +145,7 @@ def read_config(name: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig, name: str) -> None:
+def check_vocabulary(tokenizer: Tokenizer, model_config: PretrainedConfig, name: str) -> None:
     """Reject a tokenizer with ids for which the model has no embedding (DataError).
 
     A special token that neither our prompts nor padding use is allowed: Gemma 3's 1B has one for images.
@@ -169,7 +170,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model_config: Pretraine
 
 def load_student(
     config: Config, stage: str, adapter: Path | None = None, train: bool = False
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedModel, Tokenizer]:
     """(model, tokenizer): the base with `adapter`, or with a new LoRA if `train` is set and `adapter` is not.
 
     Trainable weights are float32 whatever the type of the base, because AdamW's small steps vanish in bfloat16. The

@@ -21,7 +21,7 @@ from sclite.student.tokenization import Encoded, piece_ids, prompt_ids
 from sclite.trace import CAUSE, render
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 REMOVE_PAIR = "remove it from pairs.jsonl"
 
@@ -37,7 +37,7 @@ class Bundle:
 
 
 def build_bundles(
-    tokenizer: PreTrainedTokenizerBase, pairs: Iterable[Pair], questions: dict[str, str], folder: str = ""
+    tokenizer: Tokenizer, pairs: Iterable[Pair], questions: dict[str, str], folder: str = ""
 ) -> list[Bundle]:
     """Gather the pairs of each attempt into a bundle. `questions` maps problem ids to questions."""
     groups: dict[tuple[str, int], list[Pair]] = defaultdict(list)

@@ -50,16 +50,14 @@ class Checkpoints:
             self.delete()
         damaged = []
         for step, mark in self._marks().items():
-            path, now = self.path(step), _hashes(self.path(step))
-            wrong = next(
-                (n for n, value in (mark or {"files": {}})["files"].items() if now.get(n) != value), ""
-            )
-            if mark and not wrong:
+            path = self.path(step)
+            now, files = _hashes(path), mark["files"] if mark else {MARK: ""}
+            wrong = next((name for name, value in files.items() if now.get(name) != value), "")
+            if not wrong:
                 continue
-            if mark:
-                damaged.append(f"{path.name} ({wrong} is {'damaged' if wrong in now else 'missing'})")
-            elif (path / MARK).is_file():
-                damaged.append(f"{path.name} ({MARK} is damaged)")
+            if mark or (path / MARK).is_file():
+                harm = "damaged" if (path / wrong).is_file() else "missing"
+                damaged.append(f"{path.name} ({wrong} is {harm})")
             shutil.rmtree(path)
         if not damaged:
             return ""

@@ -25,7 +25,7 @@ from sclite.train.trainer import Lesson, catch_out_of_memory, held_out_rows
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
 def train_dpo(
@@ -41,7 +41,7 @@ def train_dpo(
     Resumes if it was interrupted. Raises DataError if no pair fits, UsageError as `train_sft` does.
     """
 
-    def prepare(job: Job, tokenizer: PreTrainedTokenizerBase) -> BuildLesson:
+    def prepare(job: Job, tokenizer: Tokenizer) -> BuildLesson:
         hint = "run `sclite train`, which builds them from the student's attempts"
         pairs = run.require("pairs.jsonl", Pair, hint)
         templates = run.require("templates.jsonl", Template, "run `sclite build-data` first")
@@ -105,7 +105,7 @@ def preferences(
     settings: Dpo,
     bundles: Sequence[Bundle],
     reference: Reference,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     held_out: Sequence[int] = (),
 ) -> Lesson:
     """The DPO lesson: means over the pairs of an optimizer step, and over the tokens of its solved rows."""

@@ -25,7 +25,7 @@ from sclite.train.bundle import Batch, Bundle, collate
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
 Reference = Mapping[str, Mapping[str, Any]]
@@ -154,7 +154,7 @@ def pair_log_probs(model: Module, batch: Batch, decision_tokens: tuple[int, int]
 def reference_log_probs(
     model: Module,
     bundles: Sequence[Bundle],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     size: int = 8,
     progress: Progress = no_progress,
 ) -> Reference:

@@ -8,6 +8,7 @@ import resource
 import signal
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -113,15 +114,15 @@ class MetricsLogger:
             signal.signal(signal.SIGINT, before)
             self.warn("Ctrl-C: saving a checkpoint after this step; press it again to stop at once")
 
-        try:
-            before = signal.signal(signal.SIGINT, interrupt)
-        except ValueError:  # not the main thread, which is the one that gets Ctrl-C
-            yield
-            return
+        before = signal.getsignal(signal.SIGINT)
+        main = threading.current_thread() is threading.main_thread()  # the only one that gets Ctrl-C
+        if main:
+            signal.signal(signal.SIGINT, interrupt)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            if main:
+                signal.signal(signal.SIGINT, before)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

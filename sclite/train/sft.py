@@ -23,7 +23,7 @@ from sclite.train.stage import BuildLesson, Job
 from sclite.train.trainer import Lesson, held_out_rows
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 CHECK_TEMPLATE = "check the student's chat template"
 
@@ -46,7 +46,7 @@ def train_sft(
         check_adapter(run.path("sft/adapter"))
         return Report("sft", {"imported": 1}, skipped=True)
 
-    def prepare(job: Job, tokenizer: PreTrainedTokenizerBase) -> BuildLesson:
+    def prepare(job: Job, tokenizer: Tokenizer) -> BuildLesson:
         hint = "run `sclite build-data` first, or put your own templates there"
         templates = run.require("templates.jsonl", Template, hint)
         rows = [row for row in templates if row.id not in unseen]
@@ -70,9 +70,7 @@ def replay_templates(templates: Sequence[Template], unseen: frozenset[str]) -> l
     return [row for row in templates if row.id in unseen] or list(templates)
 
 
-def solve_rows(
-    tokenizer: PreTrainedTokenizerBase, templates: Sequence[Template], folder: str
-) -> list[Encoded]:
+def solve_rows(tokenizer: Tokenizer, templates: Sequence[Template], folder: str) -> list[Encoded]:
     """Each template as (student prompt, problem) -> trace."""
     return [
         encode_solution(tokenizer, prompts.solve_messages(row.question, folder), row.parsed.trace)
@@ -80,9 +78,7 @@ def solve_rows(
     ]
 
 
-def supervised(
-    job: Job, names: Sequence[str], rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase
-) -> BuildLesson:
+def supervised(job: Job, names: Sequence[str], rows: Sequence[Encoded], tokenizer: Tokenizer) -> BuildLesson:
     """The lesson on the rows that fit in max_length; the report gets the share of their tokens that carry loss.
 
     Raises DataError for rows that would teach nothing or never end: the last token, which is the end of turn, needs

@@ -37,7 +37,7 @@ from sclite.train.trainer import Lesson, train_adapter
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 BuildLesson = Callable[["PeftModel", int], Lesson]
 """From the loaded model and the micro-batch size to the lesson."""
@@ -122,7 +122,7 @@ class Job:
         self.longest = max((lengths[number] for number in fitting), default=0)
         return fitting
 
-    def train(self, prepare: Callable[[Job, PreTrainedTokenizerBase], BuildLesson]) -> Report:
+    def train(self, prepare: Callable[[Job, Tokenizer], BuildLesson]) -> Report:
         """Train the stage and save its adapter as STAGE/adapter; resume if it was interrupted, skip if it is finished.
 
         `prepare` tokenizes and checks the rows before the weights are loaded, which takes a minute. With 0 epochs the
@@ -204,7 +204,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     sync_folder(folder)
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+def check_tokenizer(tokenizer: Tokenizer) -> None:
     """Refuse a template that drops the question or uses unknown tokens, and an end of turn that is none (DataError)."""
     messages, unknown = prompts.solve_messages("1 + 1 = ?"), tokenizer.unk_token_id
     if "1 + 1 = ?" not in prompt_text(tokenizer, messages):

@@ -31,7 +31,7 @@ from sclite.train.order import training_order
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 FEW_STEPS = 20
 EVAL_ROWS = 200  # at most; more would add little
@@ -74,7 +74,7 @@ def held_out_rows(count: int, share: float, seed: int) -> list[int]:
 
 def train_adapter(
     model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     lesson: Lesson,
     settings: TrainingStage,
     checkpoints: Checkpoints,
@@ -214,11 +214,7 @@ def catch_out_of_memory(phase: str, micro_batch: int) -> Iterator[None]:
 
 
 def build_trainer(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    lesson: Lesson,
-    arguments: dict[str, Any],
-    order: Sequence[int],
+    model: PeftModel, tokenizer: Tokenizer, lesson: Lesson, arguments: dict[str, Any], order: Sequence[int]
 ) -> Any:
     """TRL's trainer for the stage (an AdapterTrainer), with the changes that building it makes to the model undone.
 

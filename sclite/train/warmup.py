@@ -29,7 +29,7 @@ from sclite.train.sft import replay_templates, solve_rows, supervised
 from sclite.train.stage import BuildLesson, Job
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
 def train_warmup(
@@ -42,7 +42,7 @@ def train_warmup(
 ) -> Report:
     """Train on reviews, attempts and templates from sft/adapter, which 0 epochs copy; writes warmup/adapter."""
 
-    def prepare(job: Job, tokenizer: PreTrainedTokenizerBase) -> BuildLesson:
+    def prepare(job: Job, tokenizer: Tokenizer) -> BuildLesson:
         hint = "run `sclite build-data --only corrections` first, or skip the warm-up: --set warmup.num_train_epochs=0"
         reviews = run.require("reviews.jsonl", Review, hint)
         templates = run.require("templates.jsonl", Template, "run `sclite build-data` first")
@@ -54,11 +54,7 @@ def train_warmup(
 
 
 def mixed_rows(
-    tokenizer: PreTrainedTokenizerBase,
-    run: Run,
-    reviews: Sequence[Review],
-    templates: Sequence[Template],
-    config: Config,
+    tokenizer: Tokenizer, run: Run, reviews: Sequence[Review], templates: Sequence[Template], config: Config
 ) -> tuple[list[str], list[Encoded]]:
     """(names, rows) of the warm-up, shuffled; reads attempts.jsonl and problems.jsonl.
 
@@ -89,7 +85,7 @@ def mixed_rows(
 
 
 def rows_of_review(
-    tokenizer: PreTrainedTokenizerBase, question: str, work: Trace, review: Review, config: Config
+    tokenizer: Tokenizer, question: str, work: Trace, review: Review, config: Config
 ) -> dict[str, Encoded]:
     """The rows of a review, its decisions weighted: {"review"} and, if it corrects a step, {"continued", "closed"}.
 
@@ -102,11 +98,9 @@ def rows_of_review(
         solve = prompts.solve_messages(question, folder)
         rows["continued"] = encode_continuation(tokenizer, solve, corrected(noted), review.step)
         if work.answer is not None:
+            # loss on the first token of each closer, weighted for the wrong step as for its decision in the review
             pieces = all_pieces(work)
             weights = [(float(piece.startswith("</Step")), 0.0) for piece in pieces]
-            weights[2 * review.step - 1] = (
-                1.0 + weight,
-                0.0,
-            )  # the wrong step, as its decision in the review
+            weights[2 * review.step - 1] = (1.0 + weight, 0.0)
             rows["closed"] = encode_pieces(tokenizer, solve, pieces, weights)
     return rows
