@@ -106,15 +106,10 @@ def encode_pieces(
     return Encoded([*ids, end_id(tokenizer)], [*loss, 1.0], marks, verdicts)
 
 
-def encode_solution(tokenizer: "Tokenizer", messages: Messages, trace: Trace) -> Encoded:
-    """A whole trace as an answer to `messages`, with loss on the trace and its end token but not on the prompt."""
-    return encode_continuation(tokenizer, messages, trace, 0)
-
-
-def encode_continuation(tokenizer: "Tokenizer", messages: Messages, trace: Trace, step: int) -> Encoded:
-    """A trace with loss on what follows `step` and on its end token, none on what comes before."""
+def encode_solution(tokenizer: "Tokenizer", messages: Messages, trace: Trace, after: int = 0) -> Encoded:
+    """A trace as an answer to `messages`, with loss on what follows step `after` and on its end token."""
     pieces = all_pieces(trace)
-    cut = 2 * step  # a step without notes is two pieces
+    cut = 2 * after  # a step without notes is two pieces
     return encode_pieces(tokenizer, messages, pieces, [(0.0, 0.0)] * cut + [(1.0, 1.0)] * (len(pieces) - cut))
 
 

@@ -67,11 +67,13 @@ def negative_log_likelihood(model: Module, batch: Padded) -> dict[str, LossTerm]
     return {"nll": LossTerm(-(log_probs * carried).sum(), "tokens", 1.0)}
 
 
+@dataclass(frozen=True)
 class DpoLoss:
     """The DPO loss of a batch of bundles, with likelihood terms on chosen texts and solved rows."""
 
-    def __init__(self, settings: Dpo, reference: Reference, decision_tokens: tuple[int, int]):
-        self.settings, self.reference, self.decision_tokens = settings, reference, decision_tokens
+    settings: Dpo
+    reference: Reference
+    decision_tokens: tuple[int, int]
 
     def __call__(self, model: Module, batch: Batch) -> dict[str, LossTerm]:
         import torch

@@ -23,7 +23,7 @@ from sclite.config import Config
 from sclite.progress import Progress, no_progress
 from sclite.records import Attempt, Problem, Review, Template
 from sclite.run import Report, Run
-from sclite.student.tokenization import Encoded, encode_continuation, encode_pieces, encode_review
+from sclite.student.tokenization import Encoded, encode_pieces, encode_review, encode_solution
 from sclite.trace import Trace, all_pieces, corrected, render
 from sclite.train.sft import replay_templates, solve_rows, supervised
 from sclite.train.stage import BuildLesson, Job
@@ -96,7 +96,7 @@ def rows_of_review(
     rows = {"review": encode_review(tokenizer, messages, noted, weight)}
     if review.step is not None:
         solve = prompts.solve_messages(question, folder)
-        rows["continued"] = encode_continuation(tokenizer, solve, corrected(noted), review.step)
+        rows["continued"] = encode_solution(tokenizer, solve, corrected(noted), after=review.step)
         if work.answer is not None:
             # loss on the first token of each closer, weighted for the wrong step as for its decision in the review
             pieces = all_pieces(work)

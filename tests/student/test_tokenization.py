@@ -9,7 +9,6 @@ from sclite.student.base import Reply, Request
 from sclite.student.self_correction import ReviewSettings, correct_step
 from sclite.student.tokenization import (
     decision_ids,
-    encode_continuation,
     encode_review,
     encode_solution,
     end_id,
@@ -109,7 +108,7 @@ def test_continuation_has_loss_only_after_the_step(tokenizer, step):
     while not isinstance(asked, Request) or asked.pieces[-1] == CAUSE:
         asked = script.send(written if isinstance(asked, Request) else None)
     given = prompt_ids(tokenizer, SOLVE) + flat(piece_ids(tokenizer, asked.pieces))
-    row = encode_continuation(tokenizer, SOLVE, work, step)
+    row = encode_solution(tokenizer, SOLVE, work, after=step)
     assert row.ids == encode_solution(tokenizer, SOLVE, work).ids
     assert row.ids[: len(given)] == given  # as guided review requests it
     assert row.weights == [0.0] * len(given) + [1.0] * (len(row.ids) - len(given))

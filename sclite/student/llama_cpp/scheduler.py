@@ -252,7 +252,8 @@ class Scheduler:
                 continue
             # the slot that shares the longest prefix, the length of that, and how much of it is in the cache
             source, common, ready = None, 0, 0
-            most = min(len(sequence.prompt), sequence.first_read) if self.shares else 0
+            read = min(sequence.reads, default=len(sequence.ids) - 1)  # computed whatever the cache holds
+            most = min(len(sequence.prompt), read) if self.shares else 0
             for other in self.slots:
                 owner = self.active.get(other)
                 held = other.kept if owner is None else owner.prompt

@@ -56,11 +56,6 @@ class TokenSequence:
         self._random = np.random.default_rng(self.request.seed) if self.request else None
 
     @property
-    def first_read(self) -> int:
-        """The first position that must be computed, whatever the cache holds."""
-        return min(self.reads) if self.reads else len(self.ids) - 1
-
-    @property
     def generated(self) -> int:
         """Number of tokens generated so far."""
         return len(self.ids) - len(self.prompt)
