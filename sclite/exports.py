@@ -7,12 +7,11 @@ from pathlib import Path
 from sclite.context import Context
 from sclite.errors import DataError
 from sclite.evaluate.threshold import MIN_PROBLEMS, ensure_threshold, is_current, load_threshold
-from sclite.export.model import gguf_path
+from sclite.export.model import ADAPTER, gguf_path
 from sclite.records import Problem
 from sclite.run import Report
 from sclite.student.adapters import STUDENTS, adapter_weights
 
-ADAPTER = "-lora.gguf"
 REVIEW_OFF = "review is off; turn it on with --self-correct"
 
 
@@ -43,23 +42,6 @@ def export(context: Context, names: Sequence[str] = ()) -> list[Report]:
         "export", f"export: {len(sizes)} GGUF ({', '.join(sizes)})", all(r.skipped for r in made)
     )
     return made
-
-
-def export_lora(context: Context) -> tuple[Path, str]:
-    """The last trained adapter alone as a GGUF, for llama.cpp's --lora, and its card."""
-    from sclite.export.cards import build_model_card
-    from sclite.export.gguf import convert_lora
-    from sclite.student.loader import fetch_model, model_name
-
-    name = context.students()[-1]
-    if name == "base":
-        raise DataError(f"{context.run.path(adapter_weights('sft'))} is missing", "run `sclite train` first")
-    out = context.run.path(f"export/{name}{ADAPTER}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    convert_lora(
-        context.run.path(adapter_weights(name)).parent, fetch_model(model_name(context.config.student)), out
-    )
-    return out, build_model_card(context.config, context.run, name, "lora", {})
 
 
 def fit_review_threshold(context: Context, problems: Sequence[Problem]) -> None:
@@ -112,7 +94,7 @@ def for_chat(
 ) -> tuple[Path, float | None, str]:
     """(GGUF, review threshold, why review is off or "") for chat.
 
-    If the newest file has no threshold, a file in another quantization that has one. `self_correct`: True insists, and
+    If the newest file has no threshold, the largest file in another quantization that has one. `self_correct`: True insists, and
     raises DataError if no threshold was fitted; None takes what is there.
     """
     path, review = find_gguf(context, model), context.config.review
@@ -123,9 +105,14 @@ def for_chat(
     if review.mode == "free" or review.threshold is not None:
         return path, review.threshold, ""
     fitted = load_threshold(context.config, context.run, path)
-    if fitted is None and model is None and (other := fitted_gguf(context, path)):
-        context.display.print(f"{path.name} has no fitted review threshold: using {other.name}")
-        path, fitted = other, load_threshold(context.config, context.run, other)
+    others = (
+        path.parent.glob(f"{path.name.partition('-')[0]}-*.gguf") if fitted is None and model is None else ()
+    )
+    for other in sorted(others, key=lambda other: -other.stat().st_size):
+        if fitted := load_threshold(context.config, context.run, other):
+            context.display.print(f"{path.name} has no fitted review threshold: using {other.name}")
+            path = other
+            break
     if fitted is not None:
         return path, fitted.threshold, f"review is off: {fitted.off}" if fitted.off else ""
     reason = f"the review threshold of {path.name} has not been fitted"
@@ -134,13 +121,6 @@ def for_chat(
     if self_correct:
         raise DataError(reason, hint)
     return path, None, f"review is off: {reason}; {hint}"
-
-
-def fitted_gguf(context: Context, path: Path) -> Path | None:
-    """The largest file of the same student in another quantization that has a threshold; None if there is none."""
-    student = path.name.partition("-")[0]
-    others = sorted(path.parent.glob(f"{student}-*.gguf"), key=lambda other: -other.stat().st_size)
-    return next((other for other in others if load_threshold(context.config, context.run, other)), None)
 
 
 def find_gguf(context: Context, model: Path | None) -> Path:

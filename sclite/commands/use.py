@@ -119,8 +119,10 @@ def export(
                 compared = pipeline.create_in_ollama(context, Path(report.figures["gguf"]))
             files = hub.files_of(folder, [*report.figures["files"], "Modelfile", "README.md"])
         elif format == "lora":
+            from sclite.export.model import export_lora
+
             with context.display.wait("converting the adapter"):
-                path, card = exports.export_lora(context)
+                path, card = export_lora(context.config, context.run, context.students()[-1])
             report, files = Report("lora", figures={"lora": str(path)}), {path.name: path, "README.md": card}
         elif format == "merged":
             from sclite.export.model import export_merged

@@ -166,9 +166,24 @@ class ChatFormat:
                 f'{{{{ if eq .Role "user" }}}}{{{{ if and $found (eq $i $host) }}}}{show(self.host, inside)}'
                 f"{{{{ else }}}}{user}{{{{ end }}}}"
             )
-        assistant = show(self.assistant)
+        assistant, defined, last = show(self.assistant), "", "(len (slice . 1))"
+        for ends, name in strips.items():  # a template for each end, which strips one character per call
+            then = "{{ . }}"
+            for spaces, index, rest, own in (
+                (ends[1], last, f"0 {last}", f"{name}-end"),
+                (ends[0], "0", "1", name),
+            ):
+                if spaces:
+                    own = own if ends[0] else name
+                    codes = {" ": (32,), "\n": (10,), SPACES: (32, 10, 9, 13, 11, 12)}[spaces]
+                    is_space = " ".join(f"(eq (index . {index}) {code})" for code in codes)
+                    defined += (
+                        f'{{{{ define "{own}" }}}}{{{{ if and . (or {is_space}) }}}}{{{{ template "{own}" (slice . {rest}) }}}}'
+                        f"{{{{ else }}}}{then}{{{{ end }}}}{{{{ end }}}}"
+                    )
+                    then = f'{{{{ template "{own}" . }}}}'
         return (
-            "".join(_go_strip(name, *ends) for ends, name in strips.items())
+            defined
             + prepare
             + _go(self.start.removeprefix(bos))
             + "{{ range $i, $_ := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}"
@@ -211,8 +226,8 @@ def derive_format(render: Render, bos: str = "") -> ChatFormat:
     user_end = gaps("u", False)[1][-1]
     _, to_final, final_end = gaps("ua", False)[1]
     _, to_prefilled, prefilled_end = gaps("ua", True)[1]
-    after_user = _shared_start(to_assistant, ending, user_end, to_final, to_prefilled)
-    before_user = _shared_end(begin, to_user[len(_shared_start(to_user, final_end)) :])
+    after_user = _shared(to_assistant, ending, user_end, to_final, to_prefilled)
+    before_user = _shared(begin, to_user[len(_shared(to_user, final_end)) :], end=True)
     order, found = gaps("suauau", True)
     empty, question = render(_chat("su", "", "Q"), True), f"{before_user}Q{ending}"
     start, dropped = begin.removesuffix(before_user), ""
@@ -301,24 +316,14 @@ def _refusal(reason: str) -> DataError:
 _ATOM = re.compile(r"<[^<>\n]{1,60}>|\[[^\[\]\n]{1,60}\]|\w+|.", re.DOTALL)
 
 
-def _shared_start(first: str, *others: str) -> str:
-    """The longest common start that does not end within a word or a tag."""
-    found = ""
-    for atoms in zip(*(_ATOM.findall(text) for text in (first, *others)), strict=False):
+def _shared(*texts: str, end: bool = False) -> str:
+    """The longest common start, or end, that does not part a word or a tag."""
+    found: list[str] = []
+    for atoms in zip(*(_ATOM.findall(text)[:: -1 if end else 1] for text in texts), strict=False):
         if len(set(atoms)) > 1:
             break
-        found += atoms[0]
-    return found
-
-
-def _shared_end(first: str, second: str) -> str:
-    """The longest common end that does not begin within a word or a tag."""
-    found = ""
-    for a, b in zip(reversed(_ATOM.findall(first)), reversed(_ATOM.findall(second)), strict=False):
-        if a != b:
-            break
-        found = a + found
-    return found
+        found.append(atoms[0])
+    return "".join(found[:: -1 if end else 1])
 
 
 # -- texts as source code --------------------------------------------------------------------------------------------
@@ -336,24 +341,3 @@ def _quote(text: str) -> str:
 def _go(text: str) -> str:
     """A text in a Go template, so that it neither begins an action nor ends a string of a Modelfile."""
     return f"{{{{ {_quote(text)} }}}}" if re.search(r'["{]', text) else text
-
-
-def _go_strip(name: str, left: str, right: str) -> str:
-    """Go templates that write their argument without the whitespace at its ends, one character per call."""
-
-    def step(name: str, spaces: str, index: str, rest: str, then: str) -> str:
-        codes = {" ": (32,), "\n": (10,), SPACES: (32, 10, 9, 13, 11, 12)}[spaces]
-        is_space = " ".join(f"(eq (index . {index}) {code})" for code in codes)
-        return (
-            f'{{{{ define "{name}" }}}}{{{{ if and . (or {is_space}) }}}}{{{{ template "{name}" (slice . {rest}) }}}}'
-            f"{{{{ else }}}}{then}{{{{ end }}}}{{{{ end }}}}"
-        )
-
-    last, whole = "(len (slice . 1))", "{{ . }}"
-    if not left:
-        return step(name, right, last, f"0 {last}", whole)
-    if not right:
-        return step(name, left, "0", "1", whole)
-    end = f"{name}-end"
-    then = f'{{{{ template "{end}" . }}}}'
-    return step(end, right, last, f"0 {last}", whole) + step(name, left, "0", "1", then)

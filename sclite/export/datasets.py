@@ -23,6 +23,15 @@ from sclite.trace import render
 Rows = list[dict[str, Any]]
 FOLDER = "export/data"
 TEMPLATES, REVIEWS, PAIRS, STEP_DPO = "templates.jsonl", "reviews.jsonl", "pairs.jsonl", "step_dpo.jsonl"
+_TAGS = {f"{role}_tag": role for role in ("role", "content", "user", "assistant", "system")}
+_CHATS = {"formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": _TAGS}
+_SIDES = {name: name for name in ("prompt", "chosen", "rejected")}
+LLAMA_FACTORY: dict[str, dict[str, Any]] = {
+    "sclite_templates": {"file_name": TEMPLATES, **_CHATS},
+    "sclite_reviews": {"file_name": REVIEWS, **_CHATS},
+    "sclite_pairs": {"file_name": PAIRS, "ranking": True, "columns": _SIDES},
+}
+"""dataset_info.json: LLaMA-Factory's description of the files, by dataset name."""
 
 
 def export_data(config: Config, run: Run) -> Report:
@@ -40,16 +49,23 @@ def export_data(config: Config, run: Run) -> Report:
                 f"{run.folder} has no templates or pairs to export", "run `sclite build-data` first"
             )
         problems = {problem.id: problem for problem in run.read("problems.jsonl", Problem)}
-        preferences, step_dpo = _pair_rows(config, pairs, reviews, problems)
-        files = {
-            TEMPLATES: [
-                {"id": t.id, "messages": _chat(prompts.solve_messages(t.question, config.prompts.folder), t)}
-                for t in templates
-            ],
-            REVIEWS: _review_rows(config, run, reviews, problems),
-            PAIRS: preferences,
-            STEP_DPO: step_dpo,
-        }
+        attempts = {(row.id, row.sample): row for row in run.read("attempts.jsonl", Attempt)}
+        folder, files = config.prompts.folder, dict[str, Rows]()
+        files[TEMPLATES] = [
+            {"id": row.id, "messages": _chat(prompts.solve_messages(row.question, folder), row)}
+            for row in templates
+        ]
+        files[REVIEWS] = []
+        for row in reviews:  # as in the warm-up before DPO
+            if (row.id, row.sample) not in attempts:
+                raise DataError(
+                    f"reviews.jsonl, {row.id}/{row.sample}: no such row in attempts.jsonl",
+                    "restore the attempt, or remove the review",
+                )
+            attempt = render(attempts[row.id, row.sample].parsed.trace)
+            chat = _chat(prompts.review_messages(_problem(row, problems).question, attempt, folder), row)
+            files[REVIEWS].append({"id": row.id, "sample": row.sample, "step": row.step, "messages": chat})
+        files[PAIRS], files[STEP_DPO] = _pair_rows(config, pairs, reviews, problems)
         for name, rows in files.items():
             path = run.path(f"{FOLDER}/{name}")
             if rows:
@@ -57,7 +73,10 @@ def export_data(config: Config, run: Run) -> Report:
             else:
                 path.unlink(missing_ok=True)  # written by an earlier export
         report.counts = {name.removesuffix(".jsonl"): len(rows) for name, rows in files.items()}
-        write_text(run.path(f"{FOLDER}/dataset_info.json"), _dataset_info(report.counts))
+        known = {name: about for name, about in LLAMA_FACTORY.items() if files[about["file_name"]]}
+        write_text(
+            run.path(f"{FOLDER}/dataset_info.json"), json.dumps(known, ensure_ascii=False, indent=2) + "\n"
+        )
         write_text(run.path(f"{FOLDER}/README.md"), build_dataset_card(config, run, report.counts))
     report.figures = {"folder": str(run.path(FOLDER))}
     return report
@@ -75,22 +94,6 @@ def _problem(row: Pair | Review, problems: dict[str, Problem]) -> Problem:
             f"restore the problem, or remove the {kind}",
         )
     return problems[row.id]
-
-
-def _review_rows(config: Config, run: Run, reviews: list[Review], problems: dict[str, Problem]) -> Rows:
-    """Each review as {"id", "sample", "step", "messages"}, as in the warm-up before DPO."""
-    attempts = {(row.id, row.sample): row for row in run.read("attempts.jsonl", Attempt)}
-    rows = []
-    for row in reviews:
-        if (row.id, row.sample) not in attempts:
-            raise DataError(
-                f"reviews.jsonl, {row.id}/{row.sample}: no such row in attempts.jsonl",
-                "restore the attempt, or remove the review",
-            )
-        attempt = render(attempts[row.id, row.sample].parsed.trace)
-        prompt = prompts.review_messages(_problem(row, problems).question, attempt, config.prompts.folder)
-        rows.append({"id": row.id, "sample": row.sample, "step": row.step, "messages": _chat(prompt, row)})
-    return rows
 
 
 def _pair_rows(
@@ -136,17 +139,3 @@ def _pair_rows(
             }
         )
     return preferences, step_dpo
-
-
-def _dataset_info(counts: dict[str, int]) -> str:
-    """LLaMA-Factory's description of the written files, by dataset name."""
-    roles = {f"{role}_tag": role for role in ("role", "content", "user", "assistant", "system")}
-    chat = {"formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": roles}
-    columns = {name: name for name in ("prompt", "chosen", "rejected")}
-    datasets = {
-        "sclite_templates": {"file_name": TEMPLATES, **chat},
-        "sclite_reviews": {"file_name": REVIEWS, **chat},
-        "sclite_pairs": {"file_name": PAIRS, "ranking": True, "columns": columns},
-    }
-    used = {name: entry for name, entry in datasets.items() if counts[name.removeprefix("sclite_")]}
-    return json.dumps(used, ensure_ascii=False, indent=2) + "\n"

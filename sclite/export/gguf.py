@@ -95,24 +95,15 @@ def run_converter(source: Path, folder: Path, out: Path | None, *, outtype: str 
     errors = []
     for attempt in attempts:
         try:
-            _run_script(source, SCRIPT, attempt, out, f"the model in {folder}" if out else "the base model")
+            run_script(source, SCRIPT, attempt, out, f"the model in {folder}" if out else "the base model")
             return
         except DataError as error:
             errors.append(error)
     raise next(error for error in reversed(errors) if "--no-nextn are not supported" not in error.message)
 
 
-def convert_lora(adapter: Path, base: Path, out: Path, *, outtype: str = "f16") -> Path:
-    """Write a PEFT LoRA folder as a GGUF adapter for the GGUF of `base` (a model folder). Returns `out`."""
-    Adapter(adapter, BaseWeights(base, adapter))  # rejects adapters that PEFT would load differently
-    with tempfile.TemporaryDirectory() as place:
-        copy_settings(base, Path(place))  # the converter would run the code of a model folder
-        arguments = [str(adapter), "--base", place, "--outtype", outtype]
-        _run_script(converter(), "convert_lora_to_gguf.py", arguments, out, f"the adapter in {adapter}")
-    return out
-
-
-def _run_script(source: Path, script: str, arguments: list[str], out: Path | None, subject: str) -> None:
+def run_script(source: Path, script: str, arguments: list[str], out: Path | None, subject: str) -> None:
+    """Run a script of the llama.cpp sources in `source`; `out` is complete or absent."""
     part = out.with_name(out.name + ".part") if out else None
     command = [sys.executable, str(source / script), *arguments]
     command += ["--outfile", str(part)] if part else []
@@ -183,28 +174,19 @@ def converter() -> Path:
                 f"the downloaded {archives[0].name} is not the published one: its SHA-256 is {digest}",
                 "check the package index of pip, or set SCLITE_LLAMA_CPP to a llama.cpp checkout",
             )
-        return unpack(archives[0], folder)
+        part = folder.with_name(folder.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        with tarfile.open(archives[0]) as archive:
+            for member in archive:
+                parts = PurePosixPath(member.name).parts  # <package>/vendor/llama.cpp/..
+                if member.isfile() and parts[1:3] == ("vendor", "llama.cpp") and parts[3] in EXTRACTED:
+                    member.name = "/".join(parts[3:])
+                    archive.extract(member, part, filter="data")
+    shutil.rmtree(folder, ignore_errors=True)
+    return part.replace(folder)
 
 
 def cache_folder() -> Path:
     """The cache folder of the converter for the installed llama-cpp-python."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "sclite" / f"llama.cpp-{version('llama_cpp_python')}"
-
-
-def unpack(sdist: Path, folder: Path) -> Path:
-    """Extract the converter from llama-cpp-python's source distribution into `folder`, by rename. Returns `folder`."""
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    with tarfile.open(sdist) as archive:
-        for member in archive:
-            parts = PurePosixPath(member.name).parts  # <package>/vendor/llama.cpp/..
-            inside = parts[1:3] == ("vendor", "llama.cpp") and len(parts) > 3 and parts[3] in EXTRACTED
-            if member.isfile() and inside:
-                member.name = "/".join(parts[3:])
-                archive.extract(member, part, filter="data")
-    if not (part / SCRIPT).is_file():
-        raise ScliteError(f"{sdist} has no {SCRIPT}", "set SCLITE_LLAMA_CPP to a llama.cpp checkout")
-    shutil.rmtree(folder, ignore_errors=True)
-    return part.replace(folder)

@@ -13,7 +13,6 @@ from sclite.export.tensors import Tensors, read_json
 
 if TYPE_CHECKING:
     import gguf
-    import torch
 
 FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32}
 
@@ -81,7 +80,9 @@ def write_gguf(folder: Path, out: Path, *, outtype: str = "f16") -> Path:
             raise DataError(f"unknown tensor {name}", "use llama.cpp's converter (SCLITE_LLAMA_CPP)")
         tensor = tensors[name]
         if name.endswith(("q_proj.weight", "k_proj.weight")):
-            tensor = interleave_rotary(tensor, heads if name.endswith("q_proj.weight") else kv_heads)
+            # each head's rows from transformers' layout (two halves) to llama.cpp's (pairs)
+            halves = tensor.unflatten(0, (heads if name.endswith("q_proj.weight") else kv_heads, 2, -1))
+            tensor = halves.swapaxes(1, 2).flatten(0, 2)
         data = tensor.float().numpy()
         if data.ndim == 1 or outtype == "f32":
             writer.add_tensor(target, data)
@@ -127,10 +128,3 @@ def _add_vocabulary(writer: gguf.GGUFWriter, folder: Path, size: int) -> None:
     writer.add_token_types(types)
     special = gguf.SpecialVocab(folder, n_vocab=size)
     special.add_to_gguf(writer, quiet=True)
-
-
-def interleave_rotary(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorder the rows of each head from transformers' layout (two halves) to llama.cpp's (pairs)."""
-    rows, columns = tensor.shape
-    halves = tensor.reshape(heads, 2, rows // heads // 2, columns)
-    return halves.swapaxes(1, 2).reshape(rows, columns).contiguous()

@@ -2,45 +2,37 @@
 
 from __future__ import annotations
 
-import filecmp
+import re
 import shutil
+import tempfile
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sclite.config import Config
 from sclite.errors import DataError, ScliteError
 from sclite.export import parity
 from sclite.export.cards import build_model_card
 from sclite.export.chat_format import derive_format, write_format
-from sclite.export.gguf import check_convertible, convert_model
+from sclite.export.gguf import check_convertible, convert_model, converter, run_script
 from sclite.export.layers import check_merge
-from sclite.export.merge import BaseWeights, merge
-from sclite.export.quantize import (
-    estimate_bytes,
-    measure_importance,
-    quantization_type,
-    quantize,
-    wants_importance,
-)
+from sclite.export.merge import Adapter, BaseWeights, copy_settings, merge
+from sclite.export.parity import HELD_OUT, Trained, format_size
+from sclite.export.quantize import estimate_bytes, measure_importance, quantization_type, quantize
 from sclite.export.samples import Sample, read_samples
 from sclite.files import sync, write_text
 from sclite.run import Report, Run, timed
 from sclite.signature import digest
 from sclite.student.adapters import adapter_weights
-from sclite.student.cuda_memory import available_ram
 from sclite.student.llama_cpp.probe import check_gguf
 from sclite.student.loader import check_vocabulary, fetch_model, load_tokenizer, model_name, read_config
-from sclite.student.tokenization import piece_ids, prompt_ids, prompt_text
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from sclite.student.tokenization import prompt_text
 
 UNFINISHED = "export/unfinished"
 """Where files stay until they have passed their checks. chat, eval and export only look in export/ itself."""
-HELD_OUT = 8
-"""Samples of the run on which probabilities are compared; the importance matrix is measured on the others."""
-CALIBRATION_TOKENS, REFERENCE_BYTES = 8192, 400_000_000
+ADAPTER = "-lora.gguf"
+CALIBRATION_TOKENS = 8192
+"""Tokens of the run on which the importance matrix is measured, other ones than those on which probabilities are compared."""
 
 
 def gguf_path(run: Run, name: str, config: Config) -> Path:
@@ -67,11 +59,7 @@ def inputs_of(config: Config, run: Run, name: str) -> dict[str, Any]:
 def describe_sizes(config: Config) -> str:
     """The files of an export with their approximate sizes."""
     parameters = BaseWeights(fetch_model(model_name(config.student))).float32_bytes() // 4
-    return ", ".join(f"{q} about {_size(estimate_bytes(parameters, q))}" for q in config.export.types)
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+    return ", ".join(f"{q} about {format_size(estimate_bytes(parameters, q))}" for q in config.export.types)
 
 
 def export_model(config: Config, run: Run, name: str) -> Report:
@@ -84,8 +72,6 @@ def export_model(config: Config, run: Run, name: str) -> Report:
     """
     stage, report = f"export-{name}", Report(f"export-{name}")
     adapter = run.path(f"{name}/adapter") if name != "base" else None
-    if adapter is not None and not (adapter / "adapter_model.safetensors").is_file():
-        raise DataError(f"{adapter} is missing", "run `sclite train` first")
     types, inputs, folder = config.export.types, inputs_of(config, run, name), run.path("export")
     for quant in types:
         quantization_type(quant)
@@ -96,13 +82,11 @@ def export_model(config: Config, run: Run, name: str) -> Report:
     work = run.path(UNFINISHED)
     with timed(report):
         try:
-            base = fetch_model(model_name(config.student))
-            tokenizer, samples = load_tokenizer(str(base)), read_samples(config, run)
-            check_vocabulary(tokenizer, read_config(str(base)), str(base))
-            full, parts, importance = _write_parts(config, run, name, tokenizer, base, adapter, samples)
+            student, samples = _load(config, adapter), read_samples(config, run)
+            check_vocabulary(student.tokenizer, read_config(str(student.base)), str(student.base))
+            full, parts, importance = _write_parts(config, run, name, student, samples)
             made = {quant: work / file for quant, file in zip(types, names, strict=True)}
-            result = _check_parity(config, tokenizer, base, adapter, full, made, samples)
-            result["importance"] = importance
+            result = parity.compare_export(student, full, made, samples) | {"importance": importance}
             run.write_json("export/parity.json", result)
             if violations := parity.find_violations(result, config.export.max_kl):
                 for file in names:
@@ -128,14 +112,16 @@ def export_model(config: Config, run: Run, name: str) -> Report:
     return report
 
 
+def _load(config: Config, adapter: Path | None) -> Trained:
+    """The student with this adapter. Raises DataError if the adapter is missing."""
+    if adapter is not None and not (adapter / "adapter_model.safetensors").is_file():
+        raise DataError(f"{adapter} is missing", "run `sclite train` first")
+    base = fetch_model(model_name(config.student))
+    return Trained(base, adapter, load_tokenizer(str(base)))
+
+
 def _write_parts(
-    config: Config,
-    run: Run,
-    name: str,
-    tokenizer: PreTrainedTokenizerBase,
-    base: Path,
-    adapter: Path | None,
-    samples: list[Sample],
+    config: Config, run: Run, name: str, student: Trained, samples: list[Sample]
 ) -> tuple[Path, dict[str, dict[str, Any]], list[str]]:
     """The 16- or 32-bit GGUF and its quantizations, in the folder UNFINISHED; those that a killed export has finished are kept.
 
@@ -161,24 +147,26 @@ def _write_parts(
         parts[path.name] = {"sha256": sha256, "warning": warning}
         run.write_json(record, {"source": source, "files": parts})
 
-    outtype, parameters = full.stem.removeprefix("full-"), BaseWeights(base).float32_bytes() // 4
+    outtype, parameters = full.stem.removeprefix("full-"), BaseWeights(student.base).float32_bytes() // 4
     missing = {quant: file for quant in types if (file := f"{name}-{quant}.gguf") not in parts}
     whole, needed = estimate_bytes(parameters, outtype), sum(estimate_bytes(parameters, q) for q in missing)
     if full.name not in parts:
         needed = whole + max(whole, needed)
     if needed > (free := shutil.disk_usage(work).free):
         raise ScliteError(
-            f"the export needs about {_size(needed)} of disk space in {work.parent}, {_size(free)} are free",
+            f"the export needs about {format_size(needed)} of disk space in {work.parent}, {format_size(free)} are free",
             "free some space, or export fewer or smaller types with --quant",
         )
     if full.name not in parts:
-        check_convertible(base, adapter)
-        merged = _merge(config, tokenizer, base, adapter, work / f"{name}-merged", outtype)
+        check_convertible(student.base, student.adapter)
+        merged = _merge(config, student, work / f"{name}-merged", outtype)
         convert_model(merged, full, outtype=outtype)
         shutil.rmtree(merged)
         check_gguf(full)
         keep(full)
-    wanted = [q for q in types if wants_importance(q)] if config.export.imatrix is None else types
+    wanted = list(types)
+    if config.export.imatrix is None:  # below 5 bits it pays
+        wanted = [quant for quant in types if re.match(r"(i?q|tq)[1-4]", quant)]
     if config.export.imatrix is False or len(samples) <= HELD_OUT + 2:
         wanted = []
     importance = None
@@ -187,7 +175,7 @@ def _write_parts(
         rest, texts = samples[2:-HELD_OUT], list[list[int]]()
         for sample in [row for start in range(7) for row in rest[start::7]]:
             if sum(map(len, texts)) <= CALIBRATION_TOKENS:
-                texts.append(_ids(tokenizer, sample))
+                texts.append(student.ids(sample))
         importance = measure_importance(full, texts)
     for quant, file in missing.items():
         odd, others = quantize(full, work / file, quant, importance if quant in wanted else None)
@@ -205,21 +193,28 @@ def export_merged(config: Config, run: Run, name: str) -> dict[str, Any]:
     """
     import numpy as np
 
-    base, samples = fetch_model(model_name(config.student)), read_samples(config, run)
-    tokenizer, out = load_tokenizer(str(base)), run.path(f"export/{name}-merged")
-    adapter, work = run.path(f"{name}/adapter") if name != "base" else None, run.path(UNFINISHED) / out.name
+    adapter, out = run.path(f"{name}/adapter") if name != "base" else None, run.path(f"export/{name}-merged")
+    student, samples, work = (
+        _load(config, adapter),
+        read_samples(config, run),
+        run.path(UNFINISHED) / out.name,
+    )
     work.parent.mkdir(parents=True, exist_ok=True)
     same, kl, faults = None, None, []
     try:
-        own = load_tokenizer(str(_merge(config, tokenizer, base, adapter, work, "f16")))
-        equal = sum(_ids(own, sample) == _ids(tokenizer, sample) for sample in samples)
-        sequences, shortage = _held_out(tokenizer, samples), _ram_shortage(base)
+        merged = Trained(_merge(config, student, work, "f16"), None, load_tokenizer(str(work)))
+        equal = sum(merged.ids(sample) == student.ids(sample) for sample in samples)
+        sequences, shortage = student.held_out(samples), student.ram_shortage()
         with suppress(DataError) if shortage else nullcontext():  # some models cannot be run layer by layer
-            references = parity.compute_references(base, adapter, sequences, bool(shortage))
-            found = parity.compute_references(work, None, sequences, bool(shortage))
-            pairs = list(zip(references, found, strict=True))
+            pairs = list(
+                zip(
+                    parity.compute_references(student.base, adapter, sequences, bool(shortage)),
+                    parity.compute_references(work, None, sequences, bool(shortage)),
+                    strict=True,
+                )
+            )
             kl = float(
-                np.mean([((np.exp(a.trained) * (a.trained - b.trained)).sum(1).mean()) for a, b in pairs])
+                np.mean([(np.exp(a.trained) * (a.trained - b.trained)).sum(1).mean() for a, b in pairs])
             )
             same = float(np.mean([(a.top[:, 0] == b.top[:, 0]).mean() for a, b in pairs]))
         if equal < len(samples):
@@ -242,6 +237,19 @@ def export_merged(config: Config, run: Run, name: str) -> dict[str, Any]:
     return {"merged": str(out), **counts, "top1_agreement": same, "kl": kl}
 
 
+def export_lora(config: Config, run: Run, name: str) -> tuple[Path, str]:
+    """Write the adapter of sft or dpo alone as export/<name>-lora.gguf, for llama.cpp's --lora; returns it and its card."""
+    adapter = run.path(f"{name if name != 'base' else 'sft'}/adapter")
+    student, out = _load(config, adapter), run.path(f"export/{name}{ADAPTER}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    Adapter(adapter, BaseWeights(student.base, adapter))  # rejects adapters that PEFT would load differently
+    with tempfile.TemporaryDirectory() as place:
+        copy_settings(student.base, Path(place))  # the converter would run the code of a model folder
+        arguments = [str(adapter), "--base", place, "--outtype", "f16"]
+        run_script(converter(), "convert_lora_to_gguf.py", arguments, out, f"the adapter in {adapter}")
+    return out, build_model_card(config, run, name, "lora", {})
+
+
 def write_sampling_gguf(config: Config, adapter: Path, work: Path, *, small: bool) -> Path:
     """Write base and adapter as a GGUF in the folder `work`, in 16 bits or, if `small`, in 8; returns its path.
 
@@ -249,8 +257,7 @@ def write_sampling_gguf(config: Config, adapter: Path, work: Path, *, small: boo
     """
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    base = fetch_model(model_name(config.student))
-    merged = _merge(config, load_tokenizer(str(base)), base, adapter, work / "merged", "f16")
+    merged = _merge(config, _load(config, adapter), work / "merged", "f16")
     path = convert_model(merged, work / "f16.gguf", outtype="f16")
     shutil.rmtree(merged)
     check_gguf(path)
@@ -261,22 +268,15 @@ def write_sampling_gguf(config: Config, adapter: Path, work: Path, *, small: boo
     return path
 
 
-def _merge(
-    config: Config,
-    tokenizer: PreTrainedTokenizerBase,
-    base: Path,
-    adapter: Path | None,
-    out: Path,
-    outtype: str,
-) -> Path:
+def _merge(config: Config, student: Trained, out: Path, outtype: str) -> Path:
     """Merge base and adapter, with the chat format that was trained."""
-    form = None
+    form, tokenizer = None, student.tokenizer
     if not config.export.keep_template:
         bos = tokenizer.bos_token or ""
         form = derive_format(lambda chat, answer: prompt_text(tokenizer, chat, answer), bos)
-    merge(base, adapter, out, outtype=outtype)
-    if adapter is not None:
-        check_merge(base, adapter, out)
+    merge(student.base, student.adapter, out, outtype=outtype)
+    if student.adapter is not None:
+        check_merge(student.base, student.adapter, out)
     if form:
         write_format(form, tokenizer, out)
     return out
@@ -290,56 +290,3 @@ def _describe(run: Run, names: list[str]) -> dict[str, dict[str, Any]]:
         for name, path in paths.items()
         if path.is_file()
     }
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> list[int]:
-    answer = [i for ids in piece_ids(tokenizer, sample.pieces) for i in ids]
-    return prompt_ids(tokenizer, sample.chat) + answer
-
-
-def _held_out(tokenizer: PreTrainedTokenizerBase, samples: list[Sample]) -> list[tuple[list[int], int]]:
-    """The token ids of the samples on which probabilities are compared, and where the answer begins."""
-    found, rows = [], REFERENCE_BYTES // (4 * len(tokenizer))
-    for sample in samples[:2] + samples[2:][-HELD_OUT:]:
-        ids, start = _ids(tokenizer, sample), len(prompt_ids(tokenizer, sample.chat))
-        if (rows := rows - len(ids) + start) > 0:
-            found.append((ids, start))
-    return found
-
-
-def _ram_shortage(base: Path) -> str:
-    """Why the model must be run one layer at a time; "" if it fits in memory."""
-    needed, available = BaseWeights(base).float32_bytes() * 1.2, available_ram()
-    if available is None or needed <= available:
-        return ""
-    return f"{_size(needed)} of RAM needed for the whole model, {_size(available)} free"
-
-
-def _check_parity(
-    config: Config,
-    tokenizer: PreTrainedTokenizerBase,
-    base: Path,
-    adapter: Path | None,
-    full: Path,
-    made: dict[str, Path],
-    samples: list[Sample],
-) -> dict[str, Any]:
-    """The content of parity.json. A base model that does not fit in memory is run one layer at a time."""
-    first = next(iter(made.values()))
-    result: dict[str, Any] = {"files": {path.name: {"quantization": quant} for quant, path in made.items()}}
-    result |= {"skipped": None, "layered": None, **parity.compare_tokens(tokenizer, first, samples)}
-    layered, held_out = _ram_shortage(base), _held_out(tokenizer, samples)
-    result["layered"] = layered or None
-    greedy = parity.greedy_answers(full, [ids[:start] for ids, start in held_out[: parity.GREEDY]])
-    try:
-        references = parity.compute_references(base, adapter, [*greedy, *held_out], bool(layered))
-    except DataError as error:
-        if layered:  # transformers stores some models under other names than their files
-            return result | {"skipped": f"{result['layered']}; {error.message}"}
-        raise
-    unquantized = parity.compare_probabilities(references, full)
-    for path in made.values():
-        same = filecmp.cmp(path, full, shallow=False)
-        figures = unquantized if same else parity.compare_probabilities(references, path)
-        result["files"][path.name] |= {**figures, "changed": parity.find_changed_tensor(full, path)}
-    return result | {"unquantized": unquantized, "greedy": parity.compare_greedy(references[: len(greedy)])}

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import filecmp
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sclite.errors import DataError
 from sclite.export.layers import load_layered
+from sclite.export.merge import BaseWeights
 from sclite.export.samples import TRICKY, Sample
 from sclite.export.tensors import read_gguf
 from sclite.student.base import Request
+from sclite.student.cuda_memory import available_ram
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.llama_cpp.sequence import TokenSequence
 from sclite.student.loader import nf4_config
@@ -20,8 +24,7 @@ from sclite.student.tokenization import end_id, piece_ids, prompt_ids
 
 if TYPE_CHECKING:
     import numpy as np
-    from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 SHOWN = 5
 """The number of texts with different tokens that parity.json lists."""
@@ -29,6 +32,8 @@ TOP = 20
 """The most probable tokens of a position, over which the effect of the adapter is measured."""
 GREEDY, GREEDY_TOKENS = 4, 48
 """Greedy answers of the unquantized GGUF that the trained model reads, and their length in tokens."""
+HELD_OUT, REFERENCE_BYTES = 8, 400_000_000
+"""Samples of the run on which probabilities are compared, and the bytes that these may need."""
 ROWS = 256
 """Rows of a quantized tensor that are compared with the unquantized ones."""
 UNQUANTIZED = {
@@ -53,6 +58,80 @@ class Reference:
     trained: np.ndarray
     top: np.ndarray
     base: np.ndarray
+
+
+class Trained(NamedTuple):
+    """The student that an export must equal: the folders of its base model and of its adapter, if any, and its tokenizer."""
+
+    base: Path
+    adapter: Path | None
+    tokenizer: PreTrainedTokenizerBase
+
+    def ids(self, sample: Sample) -> list[int]:
+        answer = [i for ids in piece_ids(self.tokenizer, sample.pieces) for i in ids]
+        return prompt_ids(self.tokenizer, sample.chat) + answer
+
+    def held_out(self, samples: list[Sample]) -> list[tuple[list[int], int]]:
+        """The token ids of the samples on which probabilities are compared, and where each answer begins."""
+        found, rows = [], REFERENCE_BYTES // (4 * len(self.tokenizer))
+        for sample in samples[:2] + samples[2:][-HELD_OUT:]:
+            ids, start = self.ids(sample), len(prompt_ids(self.tokenizer, sample.chat))
+            if (rows := rows - len(ids) + start) > 0:
+                found.append((ids, start))
+        return found
+
+    def ram_shortage(self) -> str:
+        """Why the model must be run one layer at a time; "" if it fits in memory."""
+        needed, available = BaseWeights(self.base).float32_bytes() * 1.2, available_ram()
+        if available is None or needed <= available:
+            return ""
+        return f"{format_size(needed)} of RAM needed for the whole model, {format_size(available)} free"
+
+
+def format_size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def compare_export(
+    student: Trained, full: Path, made: Mapping[str, Path], samples: list[Sample]
+) -> dict[str, Any]:
+    """The content of parity.json: the GGUF `full` and its quantizations, by type, against the trained model."""
+    first = next(iter(made.values()))
+    layered, held_out = student.ram_shortage(), student.held_out(samples)
+    result: dict[str, Any] = {"files": {path.name: {"quantization": quant} for quant, path in made.items()}}
+    result |= {
+        "skipped": None,
+        "layered": layered or None,
+        **compare_tokens(student.tokenizer, first, samples),
+    }
+
+    prompts = [ids[:start] for ids, start in held_out[:GREEDY]]
+    context, request = max(map(len, prompts)) + GREEDY_TOKENS, Request((), max_tokens=GREEDY_TOKENS)
+    with Engine(full, gpu_layers=0, parallel=1, context=context, exact=True) as engine:
+        asked = [TokenSequence(ids.copy(), request=request, limit=GREEDY_TOKENS) for ids in prompts]
+        answers = [(each.ids, len(each.prompt)) for each in engine.scheduler.run(asked) if not each.error]
+    try:
+        references = compute_references(student.base, student.adapter, [*answers, *held_out], bool(layered))
+    except DataError as error:
+        if layered:  # transformers stores some models under other names than their files
+            return result | {"skipped": f"{layered}; {error.message}"}
+        raise
+    unquantized = compare_probabilities(references, full)
+    for path in made.values():
+        same = filecmp.cmp(path, full, shallow=False)
+        figures = unquantized if same else compare_probabilities(references, path)
+        result["files"][path.name] |= {**figures, "changed": find_changed_tensor(full, path)}
+
+    # the answers that the trained model would have given itself, and by how many nats it prefers another token in the rest:
+    # they differ at near ties, which rounding decides
+    gaps = []
+    for answer in references[: len(answers)]:
+        rows = answer.trained[:-1]
+        gaps.append(
+            float((rows.max(1) - rows[range(len(rows)), answer.ids[answer.start :]]).max(initial=0.0))
+        )
+    greedy = {"answers": len(gaps), "equal": gaps.count(0.0), "largest_gap": max(gaps, default=0.0)}
+    return result | {"unquantized": unquantized, "greedy": greedy}
 
 
 def compare_tokens(
@@ -82,16 +161,6 @@ def compare_tokens(
     }
 
 
-def greedy_answers(gguf: Path, prompts: Sequence[list[int]]) -> list[tuple[list[int], int]]:
-    """The ids of each prompt with the GGUF's greedy answer, and where the answer begins."""
-    context = max(map(len, prompts)) + GREEDY_TOKENS
-    with Engine(gguf, gpu_layers=0, parallel=1, context=context, exact=True) as engine:
-        request = Request((), max_tokens=GREEDY_TOKENS)
-        sequences = [TokenSequence(ids.copy(), request=request, limit=GREEDY_TOKENS) for ids in prompts]
-        done = list(engine.scheduler.run(sequences))
-    return [(sequence.ids, len(sequence.prompt)) for sequence in done if not sequence.error]
-
-
 def compute_references(
     base: Path, adapter: Path | None, sequences: Sequence[tuple[list[int], int]], layered: bool = False
 ) -> list[Reference]:
@@ -101,8 +170,25 @@ def compute_references(
     """
     import numpy as np
     import torch
+    from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    model: Any = (load_layered if layered else load_trained_model)(base, adapter)  # its calls have no types
+    if layered:
+        model: Any = load_layered(base, adapter)  # its calls have no types
+    else:
+        origin = read_origin(adapter) if adapter else None
+        settings: dict[str, Any] = {
+            "trust_remote_code": False,
+            "device_map": {"": "cpu"},
+            "dtype": torch.float32,
+        }
+        if origin and origin.nf4:  # round to NF4 what was in NF4 in training
+            settings |= {"dtype": getattr(torch, origin.dtype), "quantization_config": nf4_config()}
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(base, **settings)
+        if "quantization_config" in settings or getattr(config, "quantization_config", None):
+            model = model.dequantize().float()
+        model = (PeftModel.from_pretrained(model, adapter) if adapter else model).eval()
 
     def log_probabilities() -> Iterator[np.ndarray]:
         if not layered:
@@ -129,26 +215,6 @@ def compute_references(
             unadapted = log_probabilities() if adapter else iter(trained)
             bases = [np.take_along_axis(rows, top, 1) for rows, top in zip(unadapted, tops, strict=True)]
     return [Reference(*given, *made) for given, *made in zip(sequences, trained, tops, bases, strict=True)]
-
-
-def load_trained_model(base: Path, adapter: Path | None) -> PreTrainedModel | PeftModel:
-    """Base and adapter in float32 on the CPU; base weights that training held in NF4 are rounded to NF4."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    origin = read_origin(adapter) if adapter else None
-    settings: dict[str, Any] = {"trust_remote_code": False, "device_map": {"": "cpu"}, "dtype": torch.float32}
-    if origin and origin.nf4:
-        settings |= {"dtype": getattr(torch, origin.dtype), "quantization_config": nf4_config()}
-    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(base, **settings)
-    if "quantization_config" in settings or getattr(config, "quantization_config", None):
-        model = model.dequantize().float()
-    if adapter is not None:
-        from peft import PeftModel
-
-        return PeftModel.from_pretrained(model, adapter).eval()
-    return model.eval()
 
 
 def compare_probabilities(references: Sequence[Reference], gguf: Path) -> dict[str, Any]:
@@ -203,17 +269,6 @@ def find_changed_tensor(full: Path, quantized: Path) -> str | None:
         if abs(float((found * wanted).sum()) - size) > bound * size:
             return name
     return None
-
-
-def compare_greedy(answers: Sequence[Reference]) -> dict[str, Any]:
-    """Greedy answers of the GGUF as the trained model sees them: how many it would have given itself, and by how many nats
-    it prefers another token, at most. Answers differ at near ties, which rounding decides."""
-    gaps = []
-    for answer in answers:
-        rows = answer.trained[:-1]
-        chosen = rows[range(len(rows)), answer.ids[answer.start :]]
-        gaps.append(float((rows.max(1) - chosen).max(initial=0.0)))
-    return {"answers": len(gaps), "equal": gaps.count(0.0), "largest_gap": max(gaps, default=0.0)}
 
 
 def find_violations(result: Mapping[str, Any], max_kl: Mapping[str, float]) -> list[str]:

@@ -21,19 +21,12 @@ ROW = 256
 """Row lengths must be divisible by this for K-quants and most IQ types."""
 
 
-def quantization_types() -> dict[str, int]:
-    """The types that `quantize` supports (q4_k_m, q8_0, f16 ..), each with llama.cpp's number for it."""
+def quantization_type(name: str) -> int:
+    """llama.cpp's number for a quantization type (q4_k_m, q8_0, f16 ..); raises UsageError for an unknown name."""
     api, types = llama(), {}
     for constant in dir(api):
-        for prefix in ("LLAMA_FTYPE_MOSTLY_", "LLAMA_FTYPE_ALL_"):
-            if constant.startswith(prefix):
-                types[constant.removeprefix(prefix).lower()] = getattr(api, constant)
-    return types
-
-
-def quantization_type(name: str) -> int:
-    """llama.cpp's number for a quantization type; raises UsageError for an unknown name and lists the known ones."""
-    types = quantization_types()
+        if found := re.fullmatch("LLAMA_FTYPE_(MOSTLY|ALL)_(.+)", constant):
+            types[found[2].lower()] = getattr(api, constant)
     if name not in types:
         raise UsageError(f"unknown quantization type {name!r}", f"use one of {', '.join(sorted(types))}")
     return types[name]
@@ -44,11 +37,6 @@ def estimate_bytes(parameters: int, name: str) -> int:
     bits = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5}
     digits = re.sub(r"\D", "", name)  # some tensors of each type have more bits than its name says
     return int(parameters * bits.get(name, int(digits[:1] or 8) + 0.9) / 8)
-
-
-def wants_importance(name: str) -> bool:
-    """Whether the type has fewer than 5 bits: there an importance matrix pays."""
-    return bool(re.match(r"(i?q|tq)[1-4]", name))
 
 
 def quantize(
@@ -73,9 +61,8 @@ def quantize(
     parameters = api.llama_model_quantize_default_params()
     parameters.ftype, parameters.nthread = number, os.cpu_count() or 1
     if importance:
-        entries = (
-            api.llama_model_imatrix_data * (len(importance) + 1)
-        )()  # the last one, with no name, ends it
+        # the last one, with no name, ends it
+        entries = (api.llama_model_imatrix_data * (len(importance) + 1))()
         for entry, (tensor, values) in zip(entries, importance.items(), strict=False):
             entry.name, entry.size = tensor.encode(), values.size
             entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
@@ -132,7 +119,8 @@ def measure_importance(gguf: Path, sequences: Sequence[Sequence[int]]) -> dict[s
     sums: dict[str, Any] = {}
     counts: dict[str, int] = {}
 
-    def see(address: int, ask: bool, _) -> bool:
+    @api.ggml_backend_sched_eval_callback
+    def see(address: int, ask: bool, _: object) -> bool:
         sources = Tensor.from_address(address).src
         if not sources[0] or not sources[1]:
             return not ask
@@ -157,7 +145,7 @@ def measure_importance(gguf: Path, sequences: Sequence[Sequence[int]]) -> dict[s
         raise DataError(f"llama.cpp cannot load {gguf}: {last_errors()}", "run `sclite export` again")
     settings = api.llama_context_default_params()
     settings.n_ctx = settings.n_batch = settings.n_ubatch = length
-    settings.cb_eval = api.ggml_backend_sched_eval_callback(see)
+    settings.cb_eval = see
     context, batch = api.llama_init_from_model(model, settings), api.llama_batch_init(length, 0, 1)
     try:
         for ids in sequences:

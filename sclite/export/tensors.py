@@ -120,7 +120,7 @@ def read_gguf(path: Path) -> tuple[dict[str, float], dict[str, GgufTensor]]:
                 kind, count = read("IQ") if kind == 9 else (kind, 1)
                 if kind == 8:
                     for _ in range(count):
-                        file.seek(*read("Q"), 1)
+                        file.seek(read("Q")[0], 1)
                 else:
                     file.seek(struct.calcsize(NUMBERS[kind]) * count, 1)
             for _ in range(tensor_count):
