@@ -70,6 +70,31 @@ def tiny_llama(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def random_adapter(base, folder: Path, std: float = 0.3, **settings):
+    """Save a random LoRA of `base`, a model or its folder, in `folder`; returns it as a PeftModel in float32."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    if isinstance(base, Path):
+        base = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=std)
+    model.save_pretrained(folder)
+    return model
+
+
+def merged_by_peft(model) -> dict:
+    """The tensors of a PeftModel after PEFT's own merge."""
+    return {name: tensor.clone() for name, tensor in model.merge_and_unload().state_dict().items()}
+
+
 def tiny_gguf(folder: Path, out: Path, *, outtype: str = "f32") -> Path:
     """The model in `folder` as a GGUF; returns `out`."""
     from sclite.export.gguf_writer import write_gguf

@@ -1,25 +1,31 @@
 """From a model folder to a GGUF: written by sclite or llama.cpp's converter, quantized, and compared with the original."""
 
 import ctypes
+import hashlib
+import io
 import json
 import re
 import shutil
 import subprocess
+import tarfile
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from sclite.config import Config
 from sclite.errors import DataError, NetworkError, ScliteError, UsageError
 from sclite.export import gguf as conversion
 from sclite.export import parity
 from sclite.export.gguf_writer import write_gguf
-from sclite.export.quantize import quantization_types, quantize
+from sclite.export.merge import merge
+from sclite.export.model import export_lora
+from sclite.export.quantize import quantize
 from sclite.export.samples import TRICKY, Sample
 from sclite.student.base import Request
 from sclite.student.llama_cpp.engine import Engine
-from tests.toy import sample_texts, tiny_gguf, tiny_llama
+from tests.toy import random_adapter, sample_texts, tiny_gguf, tiny_llama
 
 CHAT = (
     {"role": "system", "content": "Solve in steps."},
@@ -28,25 +34,8 @@ CHAT = (
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_llama(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def gguf(folder):
-    return tiny_gguf(folder, folder / "tiny.gguf")
-
-
-@pytest.fixture(scope="module")
-def converter(tmp_path_factory):
-    """llama.cpp's converter if it is already on this machine; tests download nothing."""
-    cached = conversion.cache_folder()
-    if (cached / conversion.SCRIPT).is_file():
-        return cached
-    sdists = sorted(Path("/tmp/sdist").glob("llama_cpp_python-*.tar.gz"))
-    if not sdists:
-        pytest.skip("llama.cpp's converter is not on this machine")
-    return conversion.unpack(sdists[-1], tmp_path_factory.mktemp("cache") / "llama.cpp")
+def gguf(student, tmp_path_factory):
+    return tiny_gguf(student, tmp_path_factory.mktemp("gguf") / "tiny.gguf")
 
 
 def read_gguf(path):
@@ -58,10 +47,10 @@ def read_gguf(path):
 
 
 @pytest.mark.parametrize("outtype", ["f32", "f16", "bf16"])
-def test_writer_gives_the_same_file_as_llama_cpp(folder, converter, tmp_path, outtype):
-    ours = write_gguf(folder, tmp_path / "ours.gguf", outtype=outtype)
+def test_writer_gives_the_same_file_as_llama_cpp(student, converter, tmp_path, outtype):
+    ours = write_gguf(student, tmp_path / "ours.gguf", outtype=outtype)
     theirs = tmp_path / "theirs.gguf"
-    conversion.run_converter(converter, folder, theirs, outtype=outtype)
+    conversion.run_converter(converter, student, theirs, outtype=outtype)
     (our_values, our_tensors), (their_values, their_tensors) = read_gguf(ours), read_gguf(theirs)
     for key in ("general.name", "general.size_label"):
         our_values.pop(key, None), their_values.pop(key, None)
@@ -73,12 +62,12 @@ def test_writer_gives_the_same_file_as_llama_cpp(folder, converter, tmp_path, ou
         assert np.array_equal(tensor.data, other.data), name
 
 
-def test_writer_matches_llama_cpp_for_grouped_heads_and_untied_head(folder, converter, tmp_path):
+def test_writer_matches_llama_cpp_for_grouped_heads_and_untied_head(student, converter, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     other = tmp_path / "grouped"
-    shutil.copytree(folder, other, ignore=shutil.ignore_patterns("*.gguf", "*.safetensors"))
-    shape = LlamaConfig.from_pretrained(folder)
+    shutil.copytree(student, other, ignore=shutil.ignore_patterns("*.gguf", "*.safetensors"))
+    shape = LlamaConfig.from_pretrained(student)
     shape.num_key_value_heads, shape.tie_word_embeddings = 2, False
     LlamaForCausalLM(shape).save_pretrained(other)
     _, ours = read_gguf(write_gguf(other, tmp_path / "ours.gguf", outtype="f32"))
@@ -88,47 +77,36 @@ def test_writer_matches_llama_cpp_for_grouped_heads_and_untied_head(folder, conv
     assert all(np.array_equal(ours[name].data, theirs[name].data) for name in theirs)
 
 
-def test_small_llama_needs_no_converter(folder, tmp_path, monkeypatch):
+def test_small_llama_needs_no_converter(student, tmp_path, monkeypatch):
     monkeypatch.setattr(conversion, "converter", lambda: pytest.fail("called the converter"))
-    conversion.convert_model(folder, tmp_path / "small.gguf")
+    conversion.convert_model(student, tmp_path / "small.gguf")
     with Engine(tmp_path / "small.gguf", parallel=1, context=256) as engine:
         (reply,) = engine.generate([Request(CHAT, max_tokens=3)])
     assert reply.tokens == 3
 
 
-def test_adapter_gguf_is_applied_by_the_engine(folder, gguf, converter, tmp_path, monkeypatch):
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    from sclite.export.merge import merge
-
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(folder),
-        LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]),
+def test_adapter_gguf_is_applied_by_llama_cpp(student, gguf, converter, run, tmp_path):
+    random_adapter(
+        student, run.path("sft/adapter"), std=0.1, r=4, target_modules=["q_proj", "v_proj", "down_proj"]
     )
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(tmp_path / "adapter")
-    monkeypatch.setenv("SCLITE_LLAMA_CPP", str(converter))
-    conversion.convert_lora(tmp_path / "adapter", folder, tmp_path / "lora.gguf", outtype="f32")
-    merged = tiny_gguf(merge(folder, tmp_path / "adapter", tmp_path / "merged"), tmp_path / "merged.gguf")
+    lora, _ = export_lora(Config.model_validate({"student": {"model": str(student)}}), run, "sft")
+    folder = merge(student, run.path("sft/adapter"), tmp_path / "merged")
+    merged = tiny_gguf(folder, tmp_path / "merged.gguf")
     ids = [1, 300, 301, 302, 50, 60]
     with Engine(gguf, parallel=1, context=256, exact=True) as applied:
         api, context = applied.scheduler.api, applied.scheduler.context
-        lora = api.llama_adapter_lora_init(api.llama_get_model(context), bytes(tmp_path / "lora.gguf"))
-        assert lora
-        loras = (api.llama_adapter_lora_p_ctypes * 1)(lora)
+        loaded = api.llama_adapter_lora_init(api.llama_get_model(context), bytes(lora))
+        assert loaded
+        loras = (api.llama_adapter_lora_p_ctypes * 1)(loaded)
         api.llama_set_adapters_lora(context, loras, 1, (ctypes.c_float * 1)(1.0))
         found = applied.log_probabilities(ids)
     with Engine(merged, parallel=1, context=256, exact=True) as whole:
-        assert np.abs(found - whole.log_probabilities(ids)).max() < 1e-3
+        assert np.abs(found - whole.log_probabilities(ids)).max() < 0.01  # the LoRA is in float16
     with Engine(gguf, parallel=1, context=256, exact=True) as plain:
         assert np.abs(found - plain.log_probabilities(ids)).max() > 0.1
 
 
-def test_missing_converter_is_a_network_error_with_instructions(folder, tmp_path, monkeypatch):
+def test_missing_converter_is_a_network_error_with_instructions(student, tmp_path, monkeypatch):
     monkeypatch.delenv("SCLITE_LLAMA_CPP", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name, value in (("PIP_NO_INDEX", "1"), ("PIP_FIND_LINKS", ""), ("PIP_CONFIG_FILE", "/dev/null")):
@@ -138,30 +116,42 @@ def test_missing_converter_is_a_network_error_with_instructions(folder, tmp_path
     assert "pip download --no-deps --no-binary llama-cpp-python" in error.value.hint
     assert "SCLITE_LLAMA_CPP" in error.value.hint
     monkeypatch.setattr(conversion, "SMALL", 0)
-    conversion.convert_model(folder, tmp_path / "out.gguf")  # a supported model needs no converter
+    conversion.convert_model(student, tmp_path / "out.gguf")  # a supported model needs no converter
     other = tmp_path / "qwen"
-    shutil.copytree(folder, other, ignore=shutil.ignore_patterns("*.gguf"))
+    shutil.copytree(student, other, ignore=shutil.ignore_patterns("*.gguf"))
     shape = json.loads((other / "config.json").read_text()) | {"architectures": ["Qwen2ForCausalLM"]}
     (other / "config.json").write_text(json.dumps(shape))
     with pytest.raises(NetworkError):
         conversion.convert_model(other, tmp_path / "other.gguf")
 
 
-def test_source_distribution_without_the_pinned_digest_is_not_run(tmp_path, monkeypatch):
+def test_only_the_source_distribution_with_the_pinned_digest_is_unpacked(tmp_path, monkeypatch):
     monkeypatch.delenv("SCLITE_LLAMA_CPP", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    sdist, digests = tmp_path / "llama_cpp_python.tar.gz", {version("llama_cpp_python"): "0" * 64}
+    with tarfile.open(sdist, "w:gz") as archive:
+        for name in ("convert_hf_to_gguf.py", "gguf-py/gguf/__init__.py", "src/llama.cpp"):
+            entry = tarfile.TarInfo(f"llama_cpp_python/vendor/llama.cpp/{name}")
+            entry.size = len(name)
+            archive.addfile(entry, io.BytesIO(name.encode()))
 
     def download(command, **_):
-        Path(command[-1], "llama_cpp_python.tar.gz").write_bytes(b"other")
+        shutil.copy(sdist, command[-1])
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(conversion.subprocess, "run", download)
+    monkeypatch.setattr(conversion, "SHA256", digests)
     with pytest.raises(ScliteError, match="not the published one"):
         conversion.converter()
+    assert not conversion.cache_folder().exists()
+    digests[version("llama_cpp_python")] = hashlib.sha256(sdist.read_bytes()).hexdigest()
+    folder = conversion.converter()
+    files = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+    assert files == {name: name for name in ("convert_hf_to_gguf.py", "gguf-py/gguf/__init__.py")}
+    assert list(folder.parent.iterdir()) == [folder]
     monkeypatch.setattr(conversion, "version", lambda _: "0.4.0")
     with pytest.raises(ScliteError, match=r"does not know .* llama-cpp-python 0\.4\.0"):
         conversion.converter()
-    assert not conversion.cache_folder().exists()
 
 
 def test_every_admitted_version_of_llama_cpp_python_has_a_pinned_digest():
@@ -193,10 +183,10 @@ def test_folder_without_the_converter_is_a_usage_error(tmp_path, monkeypatch):
         ),  # Python marks a part of the line above AssertionError
     ],
 )
-def test_converter_failure_reports_the_reason_and_leaves_no_file(folder, tmp_path, failure, reason):
+def test_converter_failure_reports_the_reason_and_leaves_no_file(student, tmp_path, failure, reason):
     (tmp_path / conversion.SCRIPT).write_text(failure)
     with pytest.raises(DataError, match=reason) as error:
-        conversion.run_converter(tmp_path, folder, tmp_path / "out.gguf")
+        conversion.run_converter(tmp_path, student, tmp_path / "out.gguf")
     assert "--format merged" in error.value.hint
     assert not (tmp_path / "out.gguf").exists()
 
@@ -221,8 +211,8 @@ def test_file_that_already_has_the_type_is_copied(gguf, tmp_path):
 def test_unknown_quantization_type_lists_the_known_ones(gguf, tmp_path):
     with pytest.raises(UsageError, match="q4_k_x") as error:
         quantize(gguf, tmp_path / "x.gguf", "q4_k_x")
-    assert "q4_k_m" in error.value.hint
-    assert {"f32", "f16", "bf16", "q4_k_m", "q5_k_m", "q6_k", "q8_0", "q4_0"} <= set(quantization_types())
+    for known in ("q4_k_m", "f32", "f16", "bf16", "q5_k_m", "q6_k", "q8_0", "q4_0"):
+        assert f" {known}" in error.value.hint
 
 
 def test_damaged_file_is_an_error_and_leaves_nothing(gguf, tmp_path):
@@ -234,15 +224,17 @@ def test_damaged_file_is_an_error_and_leaves_nothing(gguf, tmp_path):
     assert not list(tmp_path.glob("x.gguf*"))
 
 
-def test_parity_of_a_float32_file_is_exact(folder, gguf):
+def test_parity_of_a_float32_file_is_exact(student, gguf):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(student)
     texts = ["</Step1>\n<Cause>", "  12 €\n\n", *sample_texts(4)]
     found = parity.compare_tokens(tokenizer, gguf, [Sample(CHAT, texts)])
     assert found["tokens_equal"] == found["tokens_compared"] == len(TRICKY) + 7
     assert found["differences"] == []
-    expected = parity.compute_references(folder, None, [(tokenizer(text).input_ids, 1) for text in texts[2:]])
+    expected = parity.compute_references(
+        student, None, [(tokenizer(text).input_ids, 1) for text in texts[2:]]
+    )
     found = parity.compare_probabilities(expected, gguf)
     assert json.loads(json.dumps(found)) == found
     assert found["positions"] > 200
@@ -251,7 +243,7 @@ def test_parity_of_a_float32_file_is_exact(folder, gguf):
     assert found["adapter_share"] is None
 
 
-def test_parity_detects_other_weights_and_another_tokenizer(folder, gguf, tmp_path):
+def test_parity_detects_other_weights_and_another_tokenizer(student, gguf, tmp_path):
     from transformers import AutoTokenizer
 
     other = tiny_llama(tmp_path / "other", seed=1)

@@ -13,7 +13,7 @@ from sclite.errors import DONE, NETWORK, USAGE, NetworkError
 from sclite.export.hub import open_repository
 from sclite.records import Template
 from sclite.run import Run
-from tests.toy import sample_texts, tiny_llama
+from tests.toy import random_adapter, sample_texts
 
 TOKEN = "hf_abcdefghijklmnop"
 
@@ -128,11 +128,6 @@ class Hub:
         raise AssertionError(path)
 
 
-@pytest.fixture(scope="module")
-def student(tmp_path_factory):
-    return tiny_llama(tmp_path_factory.mktemp("student"))
-
-
 @pytest.fixture
 def hub(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -190,12 +185,9 @@ def test_merged_folder_and_data_are_pushed_with_their_cards(sclite, student, hub
 
 
 def test_pushed_adapter_has_a_card_that_names_its_base(sclite, student, hub, monkeypatch):
-    monkeypatch.setattr(
-        "sclite.export.gguf.convert_lora", lambda adapter, base, out: out.write_bytes(b"GGUF")
-    )
-    adapter = Run("runs/default").path("sft/adapter/adapter_model.safetensors")
-    adapter.parent.mkdir(parents=True)
-    adapter.touch()
+    monkeypatch.setattr("sclite.export.model.converter", lambda: None)
+    monkeypatch.setattr("sclite.export.model.run_script", lambda *given: given[3].write_bytes(b"GGUF"))
+    random_adapter(student, Run("runs/default").path("sft/adapter"), r=2, target_modules=["q_proj"])
     options = ("--push", "me/adder", "--set", f"student.model={student}")
     assert sclite("export", "--format", "lora", *options).code == DONE
     files = hub.repos["models/me/adder"]["files"]

@@ -60,9 +60,12 @@ def trained(tmp_path_factory):
 def answers(trained):
     """Messages, prompt ids and greedy answer ids of each question, from transformers in float32."""
     import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
 
     base, run = trained
-    model = parity.load_trained_model(base, run.path("sft/adapter"))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, run.path("sft/adapter")).eval()
     tokenizer = load_tokenizer(str(base))
     found = []
     for question in QUESTIONS:

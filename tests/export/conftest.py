@@ -1,0 +1,20 @@
+"""What the tests of the export share: the tiny student, and llama.cpp's converter if this machine has it."""
+
+import pytest
+
+from sclite.export import gguf
+from tests.toy import tiny_llama
+
+
+@pytest.fixture(scope="session")
+def student(tmp_path_factory):
+    """The folder of a random tiny student; a test that changes it copies it."""
+    return tiny_llama(tmp_path_factory.mktemp("student"))
+
+
+@pytest.fixture(scope="session")
+def converter():
+    """llama.cpp's converter if it is already on this machine; tests download nothing."""
+    if not (gguf.cache_folder() / gguf.SCRIPT).is_file():
+        pytest.skip("llama.cpp's converter is not on this machine; `sclite export` downloads it")
+    return gguf.cache_folder()
