@@ -71,7 +71,9 @@ class Context:
             if self.dry and new:
                 path = Path(stack.enter_context(TemporaryDirectory())) / FILE
             ledger = stack.enter_context(Ledger.reading(path) if self.dry and not new else Ledger(path))
-            yield stack.enter_context(Client(settings or self.config.teacher, ledger, self.prepare))
+            confirm = self.confirm if self.ask_before_paying else None
+            chosen = settings or self.config.teacher
+            yield stack.enter_context(Client(chosen, ledger, self.prepare, confirm))
 
     def confirm(self, forecast: "Forecast") -> bool:
         """Show what the rest will cost and ask whether to continue; True without a terminal."""

@@ -83,12 +83,11 @@ def drops(report: Report) -> str:
 
 @contextmanager
 def paid_stage(context: Context, name: str, text: str) -> Iterator[dict[str, Any]]:
-    """Show a stage that calls the teacher; yields what it takes: teacher, grader, confirm and progress."""
+    """Show a stage that calls the teacher; yields what it takes: teacher, grader and progress."""
     from sclite.grading.worker import Grader
 
-    confirm = context.confirm if context.ask_before_paying else None
     with context.display.stage(name, text) as progress, Grader() as grader, context.teacher() as teacher:
-        yield {"teacher": teacher, "grader": grader, "confirm": confirm, "progress": progress}
+        yield {"teacher": teacher, "grader": grader, "progress": progress}
 
 
 # -- templates -----------------------------------------------------------------------------------------------------

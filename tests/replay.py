@@ -12,11 +12,17 @@ import re
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from sclite.teacher.client import Job
+from sclite import config
+from sclite.records import Problem
+from sclite.run import Run
+from sclite.teacher.client import Job, Teacher
+from sclite.teacher.ledger import Ledger
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,29 @@ def job(number: int, check=lambda reply: None, **more: Any) -> Job:
 def question(request: dict) -> str:
     """The first message of a request."""
     return request["messages"][0]["content"]
+
+
+def sums(count: int, solution: str | None = "Count on.") -> list[Problem]:
+    """Problems p0, p1 ..: `What is 0 + 1?` and so on."""
+    asked = ((f"p{i}", f"What is {i} + 1?", str(i + 1)) for i in range(count))
+    return [Problem(id=id, question=text, answer=answer, solution=solution) for id, text, answer in asked]
+
+
+def number_of(request: dict) -> int:
+    """The number in the last message's `What is NUMBER + 1?`."""
+    return int(re.search(r"What is (\d+) \+ 1", request["messages"][-1]["content"])[1])
+
+
+def template(answer: object, step: str = "Count on by one.", rule: str = "Count on.") -> str:
+    """A thought trace that ends in this answer."""
+    return f"<Step1>{step}\n</Step1>\n<Generalized>{rule}</Generalized>\n<Answer>{answer}</Answer>"
+
+
+@contextmanager
+def client(run: Run, settings: config.Teacher) -> Iterator[Teacher]:
+    """A teacher's client over the run's ledger."""
+    with Ledger(run.path("ledger.sqlite")) as ledger, Teacher(settings, ledger) as teacher:
+        yield teacher
 
 
 HTML = Answer(200, b"<html><body>Bad gateway</body></html>")

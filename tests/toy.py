@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from sclite.config import Config
-from sclite.data.pairs import content_pair, continuation, decision_pairs
+from sclite.data.pairs import continuation, make_pairs
 from sclite.records import Attempt, Drop, Pair, Problem, Review, Template
 from sclite.run import Report, Run
 from sclite.student.adapters import adapter_weights
@@ -216,10 +216,8 @@ def write_pairs(run: Run) -> None:
     pairs: list[Pair] = []
     for review in run.read("reviews.jsonl", Review):
         work = parse(attempts[review.id].trace).trace
-        pairs += decision_pairs(review, work)
-        if review.step is not None:
-            own = review.model_copy(update={"cause": "I do not know.", "correction": work.steps[0].text})
-            pairs.append(content_pair(review, work, [(continuation(own), False)]))
+        own = review.model_copy(update={"cause": "I do not know.", "correction": work.steps[0].text})
+        pairs += make_pairs(review, work, [(continuation(own), False)])[0]
     run.replace("pairs.jsonl", pairs)
 
 

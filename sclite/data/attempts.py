@@ -74,9 +74,7 @@ def write_attempts(
 ) -> Report:
     """Sample `attempts.samples` attempts per problem, or import `attempts.source`; writes attempts.jsonl.
 
-    A resumed run keeps the complete blocks of `student.batch` rows and samples the rest: the file equals that of an
-    uninterrupted run. An endpoint gets all requests at once; attempts whose call failed are requested again by the next
-    run.
+    The file of a resumed run equals that of an uninterrupted one. Calls that failed are repeated by the next run.
     """
     settings = config.attempts
     if needs_no_student(config, run) and not settings.source:
@@ -101,9 +99,8 @@ def write_attempts(
     report.dropped = dict(Counter(drop.reason for drop in drops))
     report.cost_usd = endpoint_cost_usd(run, "attempts")
     replies = [row for row in rows if not _call_failed(row)]
-    reasons = Counter(
-        issue.partition(" at ")[0] for row in replies if (issue := find_fatal_issue(row.parsed))
-    )
+    issues = filter(None, (find_fatal_issue(row.parsed) for row in replies))
+    reasons = Counter(issue.partition(" at ")[0] for issue in issues)
     if 2 * reasons.total() > len(replies):
         remedy = "train SFT for longer (sft.num_train_epochs), or raise attempts.max_tokens if they are cut"
         if settings.student or settings.source:
@@ -111,25 +108,20 @@ def write_attempts(
         unreadable = f"{reasons.total()} of {len(replies)} attempts have no readable steps"
         report.warn(progress, f"{unreadable}, most often: {reasons.most_common(1)[0][0]}; {remedy}")
     unanswered = len(rows) - len(replies) if settings.kind == "endpoint" else 0
-    run.sign(
-        "attempts", with_unanswered(inputs, unanswered), report, {"attempts.jsonl": len(judged) + len(rows)}
-    )
+    outputs = {"attempts.jsonl": len(judged) + len(rows)}
+    run.sign("attempts", with_unanswered(inputs, unanswered), report, outputs)
     return report
 
 
 def find_fatal_issue(parsed: Parsed) -> str:
-    """The issue that makes the steps of an attempt ambiguous, or "".
-
-    The parser repairs others, and such attempts are worth the most: who doubts a step often closes it wrongly.
-    """
+    """The issue that makes the steps of an attempt ambiguous, or ""."""
+    # the parser repairs others, and such attempts are worth the most: who doubts a step often closes it wrongly
     return next((str(issue) for issue in parsed.issues if issue.name in _FATAL_ISSUES), "")
 
 
 def _count_outcomes(rows: Sequence[Attempt]) -> dict[str, int]:
-    outcomes = {"right": True, "wrong": False, "unknown": None}
-    return {"attempts": len(rows)} | {
-        name: sum(row.correct is outcome for row in rows) for name, outcome in outcomes.items()
-    }
+    found = Counter(row.correct for row in rows)
+    return {"attempts": len(rows), "right": found[True], "wrong": found[False], "unknown": found[None]}
 
 
 def _call_failed(attempt: Attempt) -> bool:
@@ -146,11 +138,22 @@ def _sample(
     grader: Grader,
     progress: Progress,
 ) -> list[Attempt]:
-    """Sample, grade and append block by block, after the complete blocks that an interrupted run has left."""
-    settings, size = config.attempts, config.student.batch
+    """Sample, grade and append block by block, after the complete blocks of an interrupted run with the same inputs."""
+    settings, size, endpoint = config.attempts, config.student.batch, config.attempts.kind == "endpoint"
     jobs = [(problem, sample) for problem in problems for sample in range(settings.samples)]
-    rows = _completed_rows(run, inputs, jobs, size, settings.kind == "endpoint")
-    batch = max(1, len(jobs) - len(rows)) if settings.kind == "endpoint" else size
+    rows: list[Attempt] = []
+    written = run.read("attempts.jsonl", Attempt, whole=False)
+    if run.read_json("attempts.begun.json") == inputs:
+        own = (row for row in written if not from_feedback(row))
+        for row, (problem, sample) in zip(own, jobs, strict=False):
+            # the ids differ where earlier rows were damaged; failed calls to an endpoint are repeated
+            if (row.id, row.sample) != (problem.id, sample) or (endpoint and _call_failed(row)):
+                break
+            rows.append(row)
+    del rows[len(rows) // size * size :]
+    run.replace("attempts.jsonl", [*filter(from_feedback, written), *rows])
+    run.write_json("attempts.begun.json", inputs)
+    batch = max(1, len(jobs) - len(rows)) if endpoint else size  # an endpoint gets all requests at once
     for start in range(len(rows), len(jobs), batch):
         pending = jobs[start : start + batch]
         requests = [
@@ -173,39 +176,14 @@ def _sample(
                 answers = [answer_of(parse(reply.text)) for reply in replies]
                 golds = [pending[index][0].answer for index in block]
                 verdicts = grader.equal_many(zip(answers, golds, strict=True))
-                graded = [
-                    Attempt(
-                        id=pending[index][0].id,
-                        sample=pending[index][1],
-                        trace=reply.text,
-                        answer=answer,
-                        correct=None if reply.finish == "error" else verdict,
-                    )
-                    for index, reply, answer, verdict in zip(block, replies, answers, verdicts, strict=True)
-                ]
+                graded = []
+                for index, reply, answer, verdict in zip(block, replies, answers, verdicts, strict=True):
+                    problem, sample = pending[index]
+                    known = {"id": problem.id, "sample": sample, "trace": reply.text, "answer": answer}
+                    graded.append(Attempt(**known, correct=None if reply.finish == "error" else verdict))
                 run.append("attempts.jsonl", graded)
                 rows += graded
                 progress(len(rows), len(jobs))
-    return rows
-
-
-def _completed_rows(
-    run: Run, inputs: dict[str, object], jobs: Sequence[tuple[Problem, int]], size: int, endpoint: bool
-) -> list[Attempt]:
-    """The complete blocks of an interrupted run with the same inputs; of an endpoint, up to the first failed call."""
-    rows: list[Attempt] = []
-    written = run.read("attempts.jsonl", Attempt, whole=False)
-    judged = list(filter(from_feedback, written))
-    if run.read_json("attempts.begun.json") == inputs:
-        there = zip((row for row in written if not from_feedback(row)), jobs, strict=False)
-        for row, (problem, sample) in there:
-            # the ids differ where earlier rows were damaged
-            if (row.id, row.sample) != (problem.id, sample) or (endpoint and _call_failed(row)):
-                break
-            rows.append(row)
-    rows = rows[: len(rows) // size * size]
-    run.replace("attempts.jsonl", [*judged, *rows])
-    run.write_json("attempts.begun.json", inputs)
     return rows
 
 

@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -18,7 +18,7 @@ from sclite.progress import Progress, no_progress
 from sclite.records import Attempt, Drop, Problem, Review, Template, from_feedback
 from sclite.run import Report, Run, timed
 from sclite.signature import digest, with_unanswered
-from sclite.teacher.client import CHARACTERS_PER_TOKEN, Forecast, Job, Rejection, Teacher, count_unanswered
+from sclite.teacher.client import CHARACTERS_PER_TOKEN, Job, Rejection, Teacher, count_unanswered
 from sclite.trace import Trace, first_corrected, parse, render
 
 SAMPLED = 50  # templates from which the length of a correction is estimated
@@ -45,7 +45,6 @@ def write_corrections(
     *,
     teacher: Teacher,
     grader: Grader,
-    confirm: Callable[[Forecast], bool] | None = None,
     progress: Progress = no_progress,
 ) -> Report:
     """Have the teacher correct every distinct wrong attempt, and confirm right ones; writes reviews.jsonl."""
@@ -61,7 +60,7 @@ def write_corrections(
         wrong, drops = _split_usable(attempts)
         jobs = _jobs(config, run, grader, wrong)
         reviews: list[Review] = []
-        results = teacher.ask_after_pilot(jobs, len(wrong), "corrections", confirm)
+        results = teacher.ask_after_pilot(jobs, len(wrong), "corrections")
         by_job = {f"{attempt.id}/{attempt.sample}": attempt for attempt in wrong}
         for done, result in enumerate(results, 1):
             attempt = by_job[result.id]
@@ -166,9 +165,8 @@ def check_review(text: str, attempt: Attempt, problem: Problem, grader: Grader) 
         return Rejection("wrong_answer", f"{review.answer} is not the right final answer")
     step = first_corrected(review)
     assert step is not None  # or `step_rejection` would have said so
-    noted = replace(
-        work.steps[step - 1], cause=review.steps[step - 1].cause, correction=review.steps[step - 1].correction
-    )
+    notes = review.steps[step - 1]
+    noted = replace(work.steps[step - 1], cause=notes.cause, correction=notes.correction)
     return replace(review, steps=(*work.steps[: step - 1], noted, *review.steps[step:]))
 
 

@@ -1,7 +1,7 @@
 """Feedback from the chat as attempts: answers judged wrong are corrected by the teacher, right ones are confirmations."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from sclite import prompts
 from sclite.config import Config
@@ -14,7 +14,7 @@ from sclite.progress import Progress, no_progress
 from sclite.records import FEEDBACK, FROM_FEEDBACK, Attempt, Drop, Feedback, Problem, from_feedback
 from sclite.run import Report, Run, timed
 from sclite.signature import digest, with_unanswered
-from sclite.teacher.client import Forecast, Job, Rejection, Teacher, count_unanswered, identity
+from sclite.teacher.client import Job, Rejection, Teacher, count_unanswered, identity
 from sclite.trace import Parsed, parse
 
 SOLUTIONS = 2
@@ -28,35 +28,31 @@ def write_feedback(
     teacher: Teacher,
     grader: Grader,
     fit: Sequence[Problem],
-    confirm: Callable[[Forecast], bool] | None = None,
     progress: Progress = no_progress,
 ) -> Report:
     """Add the answers judged with /good and /bad to attempts.jsonl, and their questions to problems.jsonl.
 
-    The gold answer is that of the run's problem with the same question, else an answer that the user judged good, else
-    one at which the teacher arrives twice. The first attempt and the final text are graded by it. An answer is dropped if
-    the grade contradicts the user, or if its question overlaps the evaluation or `fit`, the problems of the threshold.
+    The first attempt and the final text are graded by the gold answer. An answer is dropped if the grade contradicts the
+    user, or if its question overlaps the evaluation or `fit`, the problems of the threshold.
     """
     problems, attempts = run.read("problems.jsonl", Problem), run.read("attempts.jsonl", Attempt)
     given = {normalize_question(row.question): row for row in problems if not from_feedback(row)}
+    judged = [*filter(from_feedback, problems), *filter(from_feedback, attempts)]
     sources = [config.eval.source, config.eval.subset, config.eval.split, config.problems.avoid]
     inputs: dict[str, object] = {
         "feedback": run.file_digest(FEEDBACK),
         "golds": digest([[row.id, row.question, row.answer] for row in given.values()]),
         "avoid": digest([sources, [row.id for row in fit]]),
         "teacher": digest(identity(config.teacher)),
-        "rows": digest(
-            [row.model_dump() for row in (*filter(from_feedback, problems), *filter(from_feedback, attempts))]
-        ),
+        "rows": digest([row.model_dump() for row in judged]),
     }
     if manifest := run.done("feedback", inputs):
         return Report.of(manifest)
     report, drops, added, verdicts = Report("feedback"), list[Drop](), list[Attempt](), Counter[bool]()
     with timed(report):
-        judged = _read_judged(config, run, fit, drops)
-        golds = _find_golds(config, teacher, grader, judged, given, confirm, progress)
-        for question, rows in judged.items():
-            texts, gold = list[str](), golds[question]
+        golds = _find_golds(config, run, teacher, grader, fit, given, drops, progress)
+        for question, (rows, gold) in golds.items():
+            texts = list[str]()
             for row in rows:
                 if isinstance(gold, Rejection):
                     drops.append(_drop(row, gold.reason, gold.text))
@@ -68,13 +64,14 @@ def write_feedback(
                 else:
                     verdicts[row.good] += 1
                     texts += [row.attempt, row.final]
-            for sample, text in enumerate(dict.fromkeys(texts)):
+            for text in dict.fromkeys(texts):
                 answer = answer_of(parse(text))
                 right = grader.equal(answer, gold.answer) if isinstance(gold, Problem) else None
-                row_id = _id(question)
-                added.append(Attempt(id=row_id, sample=sample, trace=text, answer=answer, correct=right))
+                # not a running number: if a verdict is removed, the corrections of the others are not paid for again
+                known = {"id": _id(question), "sample": int(digest(text)[:8], 16), "trace": text}
+                added.append(Attempt(**known, answer=answer, correct=right))
         ids = {row.id for row in added}
-        asked = [gold for gold in golds.values() if isinstance(gold, Problem) and gold.id in ids]
+        asked = [gold for _, gold in golds.values() if isinstance(gold, Problem) and gold.id in ids]
         # first, because a resumed run of the attempts appends to them
         problems = [*asked, *(row for row in problems if not from_feedback(row))]
         attempts = [*added, *(row for row in attempts if not from_feedback(row))]
@@ -82,11 +79,8 @@ def write_feedback(
         run.replace("attempts.jsonl", attempts)
         run.replace_drops(["feedback"], drops)
         if signed := run.manifest("problems"):
-            run.sign(
-                "problems",
-                signed["inputs"] | {"problems": run.file_digest("problems.jsonl")},
-                Report.of(signed),
-            )
+            now = signed["inputs"] | {"problems": run.file_digest("problems.jsonl")}
+            run.sign("problems", now, Report.of(signed))
         if signed := run.manifest("attempts"):
             run.sign("attempts", signed["inputs"], Report.of(signed), {"attempts.jsonl": len(attempts)})
     report.counts = {"good": verdicts[True], "bad": verdicts[False]}
@@ -97,38 +91,33 @@ def write_feedback(
     return report
 
 
-def _read_judged(
-    config: Config, run: Run, fit: Sequence[Problem], drops: list[Drop]
-) -> dict[str, list[Feedback]]:
-    """{normalized question: judged answers}; the last verdict on an answer counts."""
+def _find_golds(
+    config: Config,
+    run: Run,
+    teacher: Teacher,
+    grader: Grader,
+    fit: Sequence[Problem],
+    given: Mapping[str, Problem],
+    drops: list[Drop],
+    progress: Progress,
+) -> dict[str, tuple[list[Feedback], Problem | Rejection]]:
+    """{normalized question: (its judged answers, its gold answer or why there is none)}.
+
+    The gold answer is that of the run's problem with the same question, else an answer that the user judged good, else
+    one at which the teacher arrives twice. The last verdict on an answer counts; unusable answers go to `drops`.
+    """
     threshold = ((f"{problem.id}, a problem of the threshold", problem.question) for problem in fit)
     avoid = build_index([*questions_to_avoid(config), *threshold])
-    latest = {(row.question, row.final): row for row in run.rows(FEEDBACK, Feedback)}
     judged: dict[str, list[Feedback]] = {}
-    for row in latest.values():
+    for row in {(row.question, row.final): row for row in run.rows(FEEDBACK, Feedback)}.values():
         if overlap := find_overlap(row.question, avoid):
-            drops.append(
-                _drop(row, OVERLAPS, f"shares 13 words in a row, or the whole question, with {overlap}")
-            )
+            why = f"shares 13 words in a row, or the whole question, with {overlap}"
+            drops.append(_drop(row, OVERLAPS, why))
         elif issue := find_fatal_issue(row.parsed):
             drops.append(_drop(row, "attempt_not_readable", issue))
         else:
             judged.setdefault(normalize_question(row.question), []).append(row)
-    return judged
-
-
-def _find_golds(
-    config: Config,
-    teacher: Teacher,
-    grader: Grader,
-    judged: Mapping[str, Sequence[Feedback]],
-    given: Mapping[str, Problem],
-    confirm: Callable[[Forecast], bool] | None,
-    progress: Progress,
-) -> dict[str, Problem | Rejection]:
-    """The gold answer of each question, or why there is none."""
     golds: dict[str, Problem | Rejection] = {}
-    unknown: dict[str, str] = {}
     for question, rows in judged.items():
         right = [row for row in rows if row.good]
         if question in given:
@@ -136,26 +125,23 @@ def _find_golds(
         elif right:
             answer = answer_of(right[-1].parsed) or ""
             golds[question] = Problem(id=_id(question), question=right[-1].question, answer=answer)
-        else:
-            unknown[question] = rows[0].question
-
-    def ask(question: str, sample: int) -> Job[Parsed]:
-        messages = prompts.solve_messages(unknown[question], config.prompts.folder)
-        return Job(
-            question, lambda _: messages, parse, sample
-        )  # an unreadable solution is not asked for again
-
-    jobs = [ask(question, sample) for question in unknown for sample in range(SOLUTIONS)]
+    # the teacher solves the others; an unreadable solution is not asked for again
+    unknown = {question: rows[0].question for question, rows in judged.items() if question not in golds}
+    chats = {key: prompts.solve_messages(text, config.prompts.folder) for key, text in unknown.items()}
+    jobs = [
+        Job(key, lambda _, chat=chat: chat, parse, sample)
+        for key, chat in chats.items()
+        for sample in range(SOLUTIONS)
+    ]
     solutions: dict[str, list[Parsed]] = {question: [] for question in unknown}
-    for done, result in enumerate(teacher.ask_after_pilot(jobs, len(jobs), "feedback", confirm), 1):
+    for done, result in enumerate(teacher.ask_after_pilot(jobs, len(jobs), "feedback"), 1):
         if result.rejection is not None:
             golds[result.id] = result.rejection
         elif result.made is not None:
             solutions[result.id].append(result.made)
         progress(done, len(jobs), teacher.ledger.spent_usd)
-    for question, found in solutions.items():
-        if question in golds:
-            continue
+    for question in solutions.keys() - golds.keys():
+        found = solutions[question]
         first, *others = (parsed.trace.answer for parsed in found)
         if first is None or any(parsed.issues for parsed in found):
             golds[question] = Rejection("no_gold_answer", "the teacher's solution cannot be read")
@@ -165,7 +151,7 @@ def _find_golds(
         else:
             problem = {"question": unknown[question], "answer": first, "solution": found[0].text}
             golds[question] = Problem(id=_id(question), **problem)
-    return golds
+    return {question: (rows, golds[question]) for question, rows in judged.items()}
 
 
 def _id(question: str) -> str:

@@ -33,6 +33,12 @@ class LabelledWork(BaseModel):
     first_error_step: int | None = None
     label: object = None  # of another benchmark, may count from 0
 
+    @property
+    def final_answer(self) -> str | None:
+        """Its `answer`, else the one in its last step."""
+        given = extract(str(self.steps[-1])) if self.answer is None else str(self.answer)
+        return clean(given or "") or None
+
     @model_validator(mode="after")
     def _check_steps_and_label(self) -> "LabelledWork":
         why, label = "", self.first_error_step
@@ -50,9 +56,9 @@ class LabelledWork(BaseModel):
 def import_attempts(
     path: Path, problems: Sequence[Problem], grader: Grader, drops: list[Drop]
 ) -> list[Attempt]:
-    """Import attempts from rows with `question`, `steps`, and optionally `answer` and `first_error_step`.
+    """The usable rows of `attempts.source` as attempts, judged by their label or, without one, by their answer.
 
-    Only rows without a label are graded. Skipped rows go to `drops`. Raises DataError if no row is usable.
+    Skipped rows go to `drops`. Raises DataError if no row is usable.
     """
     by_question = {normalize_question(problem.question): problem for problem in problems}
     found: list[tuple[Problem, LabelledWork, Drop]] = []  # with the drop that a row becomes if it is skipped
@@ -76,36 +82,11 @@ def import_attempts(
             drop = drop.model_copy(update={"reason": "question_unknown"})
             why = "its question is not among the run's problems"
         drops.append(drop.model_copy(update={"detail": f"{path}, {place}: {why}"}))
-    rows = _grade_work(found, grader, drops)
-    if not rows:
-        reasons = Counter(drop.reason for drop in drops)
-        why, hint = "the file is empty", "each row needs `question` and `steps`"
-        if set(reasons) == {"question_unknown"}:
-            why, hint = "none of its questions is among the run's problems", "check problems.source"
-        elif drops:
-            counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-            why, hint = (
-                f"no usable row: {counts}; the first: {drops[0].detail}",
-                "fix them, see dropped.jsonl",
-            )
-        raise DataError(f"{path}: {why}", hint)
-    order = {problem.id: number for number, problem in enumerate(problems)}
-    return sorted(rows, key=lambda row: order[row.id])
-
-
-def _grade_work(
-    found: Sequence[tuple[Problem, LabelledWork, Drop]], grader: Grader, drops: list[Drop]
-) -> list[Attempt]:
-    """The rows as attempts, judged by their label, or by their answer if they have none."""
-    given = (extract(str(w.steps[-1])) if w.answer is None else str(w.answer) for _, w, _ in found)
-    answers = [clean(answer or "") or None for answer in given]
-    verdicts = grader.equal_many(
-        (a, problem.answer) for a, (problem, _, _) in zip(answers, found, strict=True)
-    )
+    verdicts = grader.equal_many((work.final_answer, problem.answer) for problem, work, _ in found)
     rows: list[Attempt] = []
     samples: Counter[str] = Counter()
-    for (problem, work, drop), answer, verdict in zip(found, answers, verdicts, strict=True):
-        label = work.first_error_step
+    for (problem, work, drop), verdict in zip(found, verdicts, strict=True):
+        answer, label = work.final_answer, work.first_error_step
         if label is not None and label < 1:
             if answer is not None and verdict is False:
                 detail = f"labelled right, but its answer is {answer}, not {problem.answer}"
@@ -113,18 +94,21 @@ def _grade_work(
                 continue
             answer, verdict = answer or problem.answer, True  # right work ends in the right answer
         wrong = label if label is not None and label > 0 else None
-        rows.append(
-            Attempt(
-                id=problem.id,
-                sample=samples[problem.id],
-                trace=render(Trace(tuple(Step(clean(str(step))) for step in work.steps), None, answer)),
-                answer=answer,
-                correct=False if wrong else verdict,
-                first_error=wrong,
-            )
-        )
+        trace = render(Trace(tuple(Step(clean(str(step))) for step in work.steps), None, answer))
+        known = {"id": problem.id, "sample": samples[problem.id], "trace": trace, "answer": answer}
+        rows.append(Attempt(**known, correct=False if wrong else verdict, first_error=wrong))
         samples[problem.id] += 1
-    return rows
+    if not rows:
+        reasons = Counter(drop.reason for drop in drops)
+        if set(reasons) == {"question_unknown"}:
+            why = f"{path}: none of its questions is among the run's problems"
+            raise DataError(why, "check problems.source")
+        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        why = f"no usable row: {counts}; the first: {drops[0].detail}" if drops else "the file is empty"
+        hint = "fix them, see dropped.jsonl" if drops else "each row needs `question` and `steps`"
+        raise DataError(f"{path}: {why}", hint)
+    order = {problem.id: number for number, problem in enumerate(problems)}
+    return sorted(rows, key=lambda row: order[row.id])
 
 
 # -- rows in the run folder ----------------------------------------------------------------------------------------

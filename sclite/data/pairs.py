@@ -82,12 +82,10 @@ def write_pairs(
                 case.reasons.append("no_student_review")
         else:
             _sample_own(config, student, cases, grader, progress)
-        made = [content_pair(case.review, case.work, case.own, case.reasons) for case in cases]
-        contents = {(pair.id, pair.sample): [pair] for pair in made if isinstance(pair, Pair)}
-        drops = [drop for drop in made if isinstance(drop, Drop)]
-        pairs: list[Pair] = []
-        for review, work in judged:
-            pairs += [*decision_pairs(review, work), *contents.get((review.id, review.sample), [])]
+        own = {(case.review.id, case.review.sample): (case.own, case.reasons) for case in cases}
+        made = [make_pairs(r, work, *own.get((r.id, r.sample), ((), ()))) for r, work in judged]
+        pairs = [pair for found, _ in made for pair in found]
+        drops = [drop for _, drop in made if drop is not None]
         run.mark_started("pairs")
         run.replace("pairs.jsonl", pairs)
         run.replace_drops({"pairs"}, drops)
@@ -201,47 +199,35 @@ def continuation(reviewed: Reviewed | Review) -> str:
 # -- pairs ---------------------------------------------------------------------------------------------------------
 
 
-def decision_pairs(review: Review, work: Trace) -> list[Pair]:
-    """One pair for each step that the review judges: accuse the wrong one, close the right ones."""
-    last = review.step or len(work.steps)
-    return [
-        Pair(
-            id=review.id,
-            sample=review.sample,
-            step=step,
-            kind="decision",
-            attempt=render(work),
-            prefix=_prefix(work, step),
-            chosen=CAUSE if step == review.step else close_piece(step),
-            rejected=close_piece(step) if step == review.step else CAUSE,
-        )
-        for step in range(1, last + 1)
-    ]
+def make_pairs(
+    review: Review, work: Trace, own: Sequence[Own] = (), reasons: Sequence[str] = ()
+) -> tuple[list[Pair], Drop | None]:
+    """The pairs of a review: each step that it judges is a decision, to accuse the wrong one and close the right ones.
 
-
-def _prefix(work: Trace, step: int) -> tuple[str, ...]:
-    return (*step_pieces(work.steps[: step - 1]), open_piece(step, work.steps[step - 1]))
-
-
-def content_pair(review: Review, work: Trace, own: Sequence[Own], reasons: Sequence[str] = ()) -> Pair | Drop:
-    """The chosen cause and correction against a wrong one by the student; a drop if it has none."""
-    assert review.step is not None
+    The content is the chosen cause and correction against a wrong one by the student; a drop says why there is none.
+    """
+    of = {"id": review.id, "sample": review.sample, "attempt": render(work)}
+    pairs = []
+    for step in range(1, (review.step or len(work.steps)) + 1):
+        close = close_piece(step)
+        chosen, rejected = (CAUSE, close) if step == review.step else (close, CAUSE)
+        sides = {"prefix": _prefix(work, step), "chosen": chosen, "rejected": rejected}
+        pairs.append(Pair(**of, step=step, kind="decision", **sides))
+    if review.step is None:
+        return pairs, None
     right = [text for text, correct in own if correct is True]
     wrong = [text for text, correct in own if correct is False]
     chosen = right[0] if right else continuation(review)
     if wrong and wrong[0] != chosen:
-        return Pair(
-            id=review.id,
-            sample=review.sample,
-            step=review.step,
-            kind="content",
-            attempt=render(work),
-            prefix=(*_prefix(work, review.step), CAUSE),
-            chosen=chosen,
-            rejected=wrong[0],
-            origin="student" if right else "teacher",
-        )
+        sides = {"prefix": (*_prefix(work, review.step), CAUSE), "chosen": chosen, "rejected": wrong[0]}
+        origin = "student" if right else "teacher"
+        pairs.append(Pair(**of, step=review.step, kind="content", **sides, origin=origin))
+        return pairs, None
     reason = Counter(reasons or [_UNREADABLE]).most_common(1)[0][0]
     reason = "both_sides_alike" if wrong else "student_review_already_right" if right else reason
     raw = own[0][0] if own else ""
-    return Drop(stage="pairs", id=review.id, sample=review.sample, reason=reason, raw=raw)
+    return pairs, Drop(stage="pairs", id=review.id, sample=review.sample, reason=reason, raw=raw)
+
+
+def _prefix(work: Trace, step: int) -> tuple[str, ...]:
+    return (*step_pieces(work.steps[: step - 1]), open_piece(step, work.steps[step - 1]))

@@ -79,10 +79,7 @@ def read_question(row: Cells | BadRow, columns: Mapping[str, str]) -> tuple[str,
 
 
 def to_text(value: object, name: str) -> str:
-    """A cell, or the one element of a list, as text; empty if it is missing (None, NaN, an empty list).
-
-    Lone surrogates, which UTF-8 cannot encode, become U+FFFD. Raises BadRow for anything but text and numbers.
-    """
+    """A cell, or the one element of a list, as text; empty if it is missing. BadRow for anything but text and numbers."""
     if isinstance(value, list | tuple) and len(value) < 2:
         value = value[0] if value else None
     if isinstance(value, bytes):
@@ -97,9 +94,8 @@ def to_text(value: object, name: str) -> str:
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         value = int(value)
     if not isinstance(value, str | int | float | Decimal):
-        kind = type(value).__name__
+        kind = "an object" if isinstance(value, dict) else type(value).__name__
         kind = f"a list of {len(value)}" if isinstance(value, list | tuple) else kind
-        kind = "an object" if isinstance(value, dict) else kind
         hint = f"write it as a string, or set {name.split()[-1]}_column to another column"
         raise BadRow("not_text", f"{name} is {kind}", hint)
     return replace_surrogates(str(value)).strip()

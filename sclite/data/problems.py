@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from sclite.config import Config, Source
-from sclite.data.contamination import NGRAM, Question, build_index, find_overlap
+from sclite.data.contamination import NGRAM, Question, build_index, find_contaminated, find_overlap
 from sclite.data.problem_rows import FORMS, read_problem, read_question
 from sclite.data.sources import BadRow, is_local_source, read_rows
 from sclite.errors import DataError, NetworkError, UsageError
@@ -28,11 +28,10 @@ def load_problems(
     avoid: Mapping[int, str] | None = None,
     key: str = "problems.source",
 ) -> list[Problem]:
-    """The first `limit` distinct problems of a local file (see sources) or of a Hub dataset.
+    """The first `limit` distinct problems of a local file or a Hub dataset, named by `key` in the configuration.
 
-    A row is skipped, and recorded in `drops`, if it is unusable, repeats an id or a question, or overlaps the index
-    `avoid` (see contamination). An id is the row's own, else a hash of the question: other rows do not change it.
-    Raises DataError if no row is usable. `key` is the configuration key of the source.
+    A row goes to `drops` if it is unusable, repeats an id or a question, or overlaps the index `avoid` (contamination.py).
+    Raises DataError if no row is usable.
     """
     name, columns = source.source, source.columns()
     if not name:
@@ -66,8 +65,7 @@ def load_problems(
             if len(problems) == limit:
                 break
             continue
-        found = {"id": problem.id, "raw": problem.question}
-        drops.append(Drop(stage="problems", reason=reason, detail=detail, **found))
+        drops.append(_drop(problem, reason, detail))
     if not place:
         raise DataError(f"{name} is empty", f"it needs rows with {FORMS}")
     if not problems:
@@ -78,10 +76,10 @@ def load_problems(
 def gather_problems(
     config: Config, run: Run, report: Report | None = None, *, reread: bool = True, keep: bool = True
 ) -> list[Problem]:
-    """All problems of the run: from problems.source (written to problems.jsonl), else from an imported problems.jsonl.
+    """All problems of the run, from problems.source or an imported problems.jsonl, that overlap no question to avoid.
 
-    Those that overlap a question of eval.source or problems.avoid are skipped. What was gathered from the same source
-    is read from the run if the source no longer exists or `reread` is false. Nothing is written unless `keep`.
+    What was gathered from the same source is read from the run if that is gone or `reread` is false. Nothing is written
+    unless `keep`.
     """
     chosen, report = config.problems, report or Report("problems")
     drops: list[Drop] = []
@@ -103,22 +101,20 @@ def gather_problems(
         report.skipped, report.figures["gone"] = True, gone
         return problems
     with timed(report):
-        avoid = build_index(questions_to_avoid(config))
         if chosen.source:
-            problems = load_problems(chosen, chosen.limit, drops, avoid)
+            problems = load_problems(chosen, chosen.limit, drops, build_index(questions_to_avoid(config)))
         else:
-            problems, path = [], run.path("problems.jsonl")
+            path = run.path("problems.jsonl")
             hint = f"set problems.source, as in --set problems.source=train.jsonl, to a file with {FORMS}"
             rows = [row for row in run.require("problems.jsonl", Problem, hint) if not from_feedback(row)]
             if repeated := [id for id, count in Counter(row.id for row in rows).items() if count > 1]:
                 raise DataError(f"{path}: the id {repeated[0]} occurs twice", "make ids unique")
+            overlaps = find_contaminated(rows, questions_to_avoid(config))
+            problems = [row for row in rows if row.id not in overlaps]
             for number, row in enumerate(rows, 1):
-                if overlap := find_overlap(row.question, avoid):
-                    detail = _OVERLAP.format(f"{path}, row {number}", overlap)
-                    ids = {"id": row.id, "raw": row.question}
-                    drops.append(Drop(stage="problems", reason=OVERLAPS, detail=detail, **ids))
-                else:
-                    problems.append(row)
+                if row.id in overlaps:
+                    detail = _OVERLAP.format(f"{path}, row {number}", overlaps[row.id])
+                    drops.append(_drop(row, OVERLAPS, detail))
             if not problems:
                 _raise_none_usable(str(path), drops, None)
     report.counts = {"problems": len(problems)}
@@ -130,6 +126,10 @@ def gather_problems(
         run.replace_drops(["problems"], drops)
         run.sign("problems", {**inputs, "problems": run.file_digest("problems.jsonl")}, report)
     return problems
+
+
+def _drop(problem: Problem, reason: str, detail: str) -> Drop:
+    return Drop(stage="problems", id=problem.id, reason=reason, detail=detail, raw=problem.question)
 
 
 def normalize_question(text: str) -> str:
@@ -167,9 +167,8 @@ class Split(NamedTuple):
 def split_problems(config: Config, problems: Iterable[Problem]) -> Split:
     """Split by hashes of the ids, or by position in the quickstart; without problems from the chat's feedback.
 
-    `problems.fit_share` of the problems, at least `FIT_COUNT` if these are a quarter of all or less, are for the
-    threshold; of the rest, `problems.correction_share` for stage 2. A new problem never moves another one from training
-    to the fit.
+    The threshold gets `problems.fit_share` of them, at least `FIT_COUNT` if these are a quarter or less; of the rest,
+    stage 2 gets `problems.correction_share`. A new problem never moves another one from training to the fit.
     """
     found, settings = [row for row in problems if not from_feedback(row)], config.problems
     share = settings.fit_share if len(found) >= 4 * FIT_COUNT else 0

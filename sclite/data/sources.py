@@ -15,7 +15,6 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
 
 from sclite.config import Source
 from sclite.errors import DataError, NetworkError
@@ -25,6 +24,7 @@ OTHER_SUFFIXES = tuple(".txt .md .xlsx .xls .ods .yaml .yml .arrow .zip .zst .xz
 """A name with one of these suffixes, or .gz, is a file and not a Hub dataset. A .txt file is read as .jsonl."""
 FORMATS = "use a .jsonl, .json, .csv, .tsv (each also as .gz) or .parquet file"
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_OBJECTS = "each row must be one JSON object"
 _ENCODING = "the text is not UTF-8", "convert the file: iconv -f WINDOWS-1252 -t UTF-8"
 
 
@@ -51,13 +51,13 @@ def is_local_source(source: str) -> bool:
 def read_rows(source: Source, key: str = "problems.source") -> NumberedRows:
     """Iterate over the rows of a source, lazily; `key` is its configuration key. Raises DataError or NetworkError."""
     if not is_local_source(source.source):
-        return _hub_rows(source, key)
+        yield from _dataset_rows(source, key, None)
+        return
     path = Path(source.source).expanduser()
     if source.source == "-" or path.is_fifo() or path.is_char_device():
         name = "standard input" if source.source == "-" else str(path)
-        raise DataError(
-            f"{name} cannot be {key}: later commands read it again", "save the rows to a file and use that"
-        )
+        why = f"{name} cannot be {key}: later commands read it again"
+        raise DataError(why, "save the rows to a file and use that")
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "does not exist"
         raise DataError(f"{path} {problem}", f"{FORMATS} as {key}")
@@ -66,10 +66,26 @@ def read_rows(source: Source, key: str = "problems.source") -> NumberedRows:
     if suffix in OTHER_SUFFIXES[1:] or (suffix, last) == (".parquet", ".gz"):
         raise DataError(f"{path}: a {last} file cannot be read", f"{FORMATS} as {key}")
     if suffix == ".parquet":
-        return _parquet_rows(path)
-    if suffix in (".csv", ".tsv"):
-        return _csv_rows(path, "\t" if suffix == ".tsv" else ",")
-    return _json_rows(path, one_per_line=suffix != ".json")
+        yield from _dataset_rows(source, key, path)
+    elif suffix in (".csv", ".tsv"):
+        yield from _csv_rows(path, "\t" if suffix == ".tsv" else ",")
+    elif suffix == ".json":  # a list of objects
+        text = "".join(_read_lines(path))
+        rows, issue = _parse_json(text) if text.strip() else ([], "")
+        if issue or not isinstance(rows, list):
+            fix = "write [{..}, {..}], or name a file with one object per line .jsonl"
+            fix = _ENCODING[1] if issue == _ENCODING[0] else fix
+            raise DataError(f"{path}, {issue or 'not a list of objects'}", fix)
+        for number, row in enumerate(rows, 1):
+            bad = BadRow("row_not_readable", "not a JSON object", _OBJECTS, str(row))
+            yield f"row {number}", row if isinstance(row, dict) else bad
+    else:  # one object per line
+        for number, line in enumerate(_read_lines(path), 1):
+            if line.strip():
+                row, issue = _parse_json(line.rstrip())
+                fix = _ENCODING[1] if issue == _ENCODING[0] else f"fix or remove this line; {_OBJECTS}"
+                bad = BadRow("row_not_readable", issue or "not a JSON object", fix, line)
+                yield f"line {number}", row if isinstance(row, dict) else bad
 
 
 def _read_lines(path: Path) -> Iterator[str]:
@@ -110,28 +126,6 @@ def _parse_json(text: str) -> tuple[object, str]:
         return None, f"not JSON: {error}"
 
 
-def _json_rows(path: Path, one_per_line: bool) -> NumberedRows:
-    """Rows of a .jsonl file, of which bad ones are reported by their line, or of a .json file with a list of objects."""
-    why, hint = "not a JSON object", "each row must be one JSON object"
-    if one_per_line:
-        for number, line in enumerate(_read_lines(path), 1):
-            if line.strip():
-                row, issue = _parse_json(line.rstrip())
-                fix = _ENCODING[1] if issue == _ENCODING[0] else f"fix or remove this line; {hint}"
-                bad = BadRow("row_not_readable", issue or why, fix, line)
-                yield f"line {number}", row if isinstance(row, dict) else bad
-        return
-    text = "".join(_read_lines(path))
-    rows, issue = _parse_json(text) if text.strip() else ([], "")
-    if issue or not isinstance(rows, list):
-        fix = "write [{..}, {..}], or name a file with one object per line .jsonl"
-        fix = _ENCODING[1] if issue == _ENCODING[0] else fix
-        raise DataError(f"{path}, {issue or 'not a list of objects'}", fix)
-    for number, row in enumerate(rows, 1):
-        bad = BadRow("row_not_readable", why, hint, str(row))
-        yield f"row {number}", row if isinstance(row, dict) else bad
-
-
 def _csv_rows(path: Path, delimiter: str) -> NumberedRows:
     """Rows of a CSV or TSV file with a header line; quoted fields may contain newlines."""
     csv.field_size_limit(1 << 30)  # a worked solution may exceed the default of 131,072 characters
@@ -162,44 +156,36 @@ def _csv_rows(path: Path, delimiter: str) -> NumberedRows:
         yield f"line {begin}", BadRow("row_not_readable", why, hint, ", ".join(fields)) if why else row
 
 
-def _parquet_rows(path: Path) -> NumberedRows:
-    datasets = _import_datasets()
-    try:  # streaming: no copy in the datasets cache, one batch of rows in memory
-        found = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-        for number, row in enumerate(found, 1):
-            yield f"row {number}", row
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"{path} cannot be read: {_shorten(error)}", "it must be a Parquet file") from error
-
-
-def _hub_rows(source: Source, key: str) -> NumberedRows:
-    datasets = _import_datasets()
-    name, section = source.source, key.partition(".")[0]
-    hint = f"download it as JSONL on a machine with network access, then use the file as {key}"
-    try:
-        found = datasets.load_dataset(name, source.subset or None, split=source.split)
-    except datasets.exceptions.DatasetNotFoundError as error:
-        raise DataError(f"{name} is neither a local file nor a dataset on the Hub", f"check {key}") from error
-    except OSError as error:
-        if error.errno is not None and not isinstance(error, ConnectionError):  # this disk, not the network
-            raise DataError(f"the dataset {name}: {_shorten(error)}", hint) from error
-        raise NetworkError(f"the dataset {name} cannot be reached: {_shorten(error)}", hint) from error
-    except (ValueError, RuntimeError) as error:
-        # `datasets` lists the subsets on its second line
-        why = _shorten(error, 2 if "config" in str(error).lower() else 1)
-        hint = f"set {section}.subset or {section}.split, as in --set {section}.subset=main"
-        raise DataError(f"the dataset {name}: {why}", hint) from error
-    return ((f"row {number}", row) for number, row in enumerate(found, 1))
-
-
-def _import_datasets() -> ModuleType:
-    """The library, imported on first use, without its progress bars and logged retries."""
+def _dataset_rows(source: Source, key: str, path: Path | None) -> NumberedRows:
+    """Rows of a Parquet file, or of a dataset on the Hub if `path` is None; `datasets` is imported on first use."""
     import datasets
 
     datasets.disable_progress_bars()
-    for name in ("huggingface_hub", "datasets"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # the error is raised
-    return datasets
+    for library in ("huggingface_hub", "datasets"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)  # the error is raised
+    name, section = source.source, key.partition(".")[0]
+    hint = f"download it as JSONL on a machine with network access, then use the file as {key}"
+    try:
+        if path is not None:  # streaming: no copy in the datasets cache, one batch of rows in memory
+            found = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        else:
+            found = datasets.load_dataset(name, source.subset or None, split=source.split)
+        for number, row in enumerate(found, 1):
+            yield f"row {number}", row
+    except (OSError, ValueError, RuntimeError) as error:
+        if path is not None:
+            why = f"{path} cannot be read: {_shorten(error)}"
+            raise DataError(why, "it must be a Parquet file") from error
+        if isinstance(error, datasets.exceptions.DatasetNotFoundError):
+            why = f"{name} is neither a local file nor a dataset on the Hub"
+            raise DataError(why, f"check {key}") from error
+        if isinstance(error, OSError) and (error.errno is None or isinstance(error, ConnectionError)):
+            raise NetworkError(f"the dataset {name} cannot be reached: {_shorten(error)}", hint) from error
+        if not isinstance(error, OSError):  # else it is this disk, not the network
+            hint = f"set {section}.subset or {section}.split, as in --set {section}.subset=main"
+        # `datasets` lists the subsets on its second line
+        lines = 2 if not isinstance(error, OSError) and "config" in str(error).lower() else 1
+        raise DataError(f"the dataset {name}: {_shorten(error, lines)}", hint) from error
 
 
 def _shorten(error: BaseException, lines: int = 1) -> str:

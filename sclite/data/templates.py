@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -15,15 +15,7 @@ from sclite.progress import Progress, no_progress
 from sclite.records import Drop, Problem, Template
 from sclite.run import Report, Run, timed
 from sclite.signature import differences, digest_rows, with_unanswered
-from sclite.teacher.client import (
-    CHARACTERS_PER_TOKEN,
-    Forecast,
-    Job,
-    Rejection,
-    Teacher,
-    count_unanswered,
-    identity,
-)
+from sclite.teacher.client import CHARACTERS_PER_TOKEN, Job, Rejection, Teacher, count_unanswered, identity
 from sclite.trace import Trace, first_corrected, parse, render
 
 _GIVEN = r"(?:given|provided|supplied|official|model|reference|gold(?:en)?|ground[- ]truth)"
@@ -59,13 +51,12 @@ def write_templates(
     grader: Grader,
     problems: Sequence[Problem],
     fresh: bool = False,
-    confirm: Callable[[Forecast], bool] | None = None,
     progress: Progress = no_progress,
 ) -> Report:
     """Write templates.jsonl: one checked trace for each problem; resumes unfinished work.
 
-    After a few rows, `confirm` decides whether to pay for the rest. Raises UsageError if existing rows come from
-    another teacher or prompt (`fresh` discards them), DataError if no template passes.
+    Raises UsageError if existing rows come from another teacher or prompt (`fresh` discards them), DataError if no
+    template passes.
     """
     report = Report("templates")
     with timed(report):
@@ -83,9 +74,7 @@ def write_templates(
         # a larger token budget brings more rows, and those that are there stay as they are
         teacher_itself = {k: v for k, v in identity(config.teacher).items() if k != "max_tokens"}
         basis = {"prompts": inputs["prompts"], "teacher": teacher_itself}
-        kept = _keep_valid_rows(run, basis, problems, fresh)
-        missing = [problem for problem in problems if problem.id not in kept]
-        drops = _request(config, run, teacher, grader, missing, len(problems), basis, confirm, progress)
+        drops = _request_missing(config, run, teacher, grader, problems, basis, fresh, progress)
         run.reorder("templates.jsonl", Template, (problem.id for problem in problems))
         run.replace_drops(["templates"], [drops[problem.id] for problem in problems if problem.id in drops])
         requests = [row.requests for row in run.rows("templates.jsonl", Template)]
@@ -147,10 +136,20 @@ def find_leak(text: str) -> str | None:
     return found[0] if found else None
 
 
-def _keep_valid_rows(
-    run: Run, basis: dict[str, object], problems: Sequence[Problem], fresh: bool
-) -> set[str]:
-    """Remove the rows that were made from other prompts, teacher (`basis`) or problems; returns the ids of the others."""
+def _request_missing(
+    config: Config,
+    run: Run,
+    teacher: Teacher,
+    grader: Grader,
+    problems: Sequence[Problem],
+    basis: dict[str, object],
+    fresh: bool,
+    progress: Progress,
+) -> dict[str, Drop]:
+    """Request the templates that the run lacks, writing each row before the next result is handled; the drops by id.
+
+    Rows of other or changed problems are removed. Rows from another `basis` (prompts, teacher) are an error without `fresh`.
+    """
     before = run.read_json("templates.begun.json", dict[str, object])
     if fresh or (before is None and run.path("templates.begun.json").is_file()):
         run.replace("templates.jsonl", [])  # also if the basis is damaged: paid replies are in the ledger
@@ -160,33 +159,19 @@ def _keep_valid_rows(
             f"{run.path('templates.jsonl')} was made with other settings: {changed}",
             "pass --fresh to discard and pay for them again, or restore the old settings",
         )
+    by_id = {problem.id: problem for problem in problems}
     wanted = {problem.id: (problem.question, problem.answer) for problem in problems}
     rows = run.rows("templates.jsonl", Template, whole=False)
     kept = {row.id: None for row in rows if wanted.get(row.id) == (row.question, row.answer)}  # in order
     run.reorder("templates.jsonl", Template, kept)
     run.replace_drops(["templates"], [])
-    return set(kept)
-
-
-def _request(
-    config: Config,
-    run: Run,
-    teacher: Teacher,
-    grader: Grader,
-    missing: Sequence[Problem],
-    total: int,
-    basis: dict[str, object],
-    confirm: Callable[[Forecast], bool] | None,
-    progress: Progress,
-) -> dict[str, Drop]:
-    """Request the missing templates, writing each row before the next result is handled; returns the drops by id."""
-    by_id = {problem.id: problem for problem in missing}
+    missing = [problem for problem in problems if problem.id not in kept]
     drops: dict[str, Drop] = {}
-    add, done = None, total - len(missing)
+    add, done, total = None, len(problems) - len(missing), len(problems)
     progress(done, total, teacher.ledger.spent_usd)
     jobs = _jobs(config, missing, grader)
     with ExitStack() as open_files:
-        for result in teacher.ask_after_pilot(jobs, len(missing), "templates", confirm):
+        for result in teacher.ask_after_pilot(jobs, len(missing), "templates"):
             if result.rejection is not None:
                 why = {"reason": result.rejection.reason, "detail": result.rejection.text, "raw": result.raw}
                 drops[result.id] = Drop(stage="templates", id=result.id, **why)

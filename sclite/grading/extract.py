@@ -55,10 +55,7 @@ def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
 
 
 def boxed(text: str) -> str | None:
-    """The content of the last closed box, including boxes joined to it by "and", "or" or a comma.
-
-    A truncated box does not count; one without braces (`\\boxed 2$`) does.
-    """
+    """The content of the last closed box (also `\\boxed 2$`), with boxes joined to it by "and", "or" or a comma."""
     boxes: list[tuple[int, int, str]] = []  # (start, end, content)
     opened: list[tuple[int, int, bool]] = []
     for token in _BRACES.finditer(text):

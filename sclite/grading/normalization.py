@@ -16,6 +16,7 @@ _SIGNS = str.maketrans({
 # fmt: on
 _NAMES = "sqrt|arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|pi|theta"
 _BASES = {word: str(n) for n, word in enumerate("two three four five six seven eight nine ten".split(), 2)}  # noqa: SIM905
+# fmt: off
 _PATTERNS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"(?i)</?answer ?>|`", ""),
     (r"\*\*(?=\S.*\*\*$)|^\*\*|\*\*$", ""),
@@ -28,10 +29,7 @@ _PATTERNS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"^b?(['\"])(.*)\1$", r"\2"),
     (r"(?<![\w)}])'([^',]*)'", r"\1"),
     (r"(?<=\d)(?:\{,\}|,\\[!,]) ?(?=\d{3}(?!\d))", ","),
-    (
-        r"\\!|\\(?:left|right|limits|[bB]igg?[lr]?|displaystyle|textstyle|limits|bf|rm|it|[lL]arge)(?![A-Za-z])\.?",
-        "",
-    ),
+    (r"\\!|\\(?:left|right|limits|[bB]igg?[lr]?|displaystyle|textstyle|limits|bf|rm|it|[lL]arge)(?![A-Za-z])\.?", ""),
     (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![A-Za-z])", " "),
     (r"(?<!\\)\\[()\[\]]", ""),
     (r"\\langle(?![A-Za-z])", "("),
@@ -39,14 +37,8 @@ _PATTERNS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\\begin\{cases\}(.*)\\end\{cases\}", lambda m: ", ".join(m[1].split(r"\\"))),
     (r"\*\*", "^"),
     (r"\\(?:[dtc]|nice|s)frac(?![A-Za-z])", r"\\frac"),
-    (
-        r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf)|mbox|operatorname|emph|vec|underline)\s*\{([^{}]*)\}",
-        r" \1 ",
-    ),
-    (
-        r"\s*(?:\^\s*(?:\\circ|\{\s*\\circ\s*\}|\{?o\}?(?![A-Za-z]))|\\(?:text)?degree(?![A-Za-z]))",
-        " degrees",
-    ),
+    (r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf)|mbox|operatorname|emph|vec|underline)\s*\{([^{}]*)\}", r" \1 "),
+    (r"\s*(?:\^\s*(?:\\circ|\{\s*\\circ\s*\}|\{?o\}?(?![A-Za-z]))|\\(?:text)?degree(?![A-Za-z]))", " degrees"),
     (r"\\(sin|cos|tan|cot|sec|csc) ?\(?(\d+(?:\.\d+)?) degrees\)?", r"\\\1(\\frac{\2\\pi}{180})"),
     (r"\\%", "%"),
     (r"\^ ?\{? ?(st|nd|rd|th) ?\}?(?![a-z])", r"\1"),
@@ -61,29 +53,18 @@ _PATTERNS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\^(-?\d{2,})", r"^{\1}"),
     (r"\\varnothing|^\\?\{ ?\\?\}$", r"\\emptyset"),
     (r"(?i)^(?:the set of )?all real(?: number)?s$|\\mathbb ?\{?R\}?|\\R(?![A-Za-z])", r"\\mathbb{R}"),
-    (
-        r"^\\?\{ ?[a-z] ?(?:\\in ?\\mathbb\{R\} ?)?(?:\||:|\\mid)(.*?(?:[<>=]|\\[lgn]e(?![a-z])).*?)\\?\}$",
-        r"\1",
-    ),
+    (r"^\\?\{ ?[a-z] ?(?:\\in ?\\mathbb\{R\} ?)?(?:\||:|\\mid)(.*?(?:[<>=]|\\[lgn]e(?![a-z])).*?)\\?\}$", r"\1"),
     (r"(?<= )in(?= ?[(\[])", r"\\in"),
     (r"(\d+) ?\\b?mod ?([1-9]\d*)", lambda m: str(int(m[1]) % int(m[2]))),
-    (
-        r"(?<![\d_])\(?(\w+)\)?(?: \(?base |_ ?\{? ?)(\w+)\s*[})]?$",
-        lambda m: f"{m[1]}_{{{_BASES.get(m[2].lower(), m[2])}}}",
-    ),
+    (r"(?<![\d_])\(?(\w+)\)?(?: \(?base |_ ?\{? ?)(\w+)\s*[})]?$", lambda m: f"{m[1]}_{{{_BASES.get(m[2].lower(), m[2])}}}"),
     (r"\((\\begin\{[pbB]?matrix\}.*\\end\{[pbB]?matrix\})\)$", r"\1"),
     (r"\\begin\{array\}\{[lcr| ]*\}(.*)\\end\{array\}", r"\\begin{pmatrix}\1\\end{pmatrix}"),
     (r"(?i)^(?:so|thus|therefore|hence),? ", ""),
-    (
-        r"(?i)^(?:(?:the|my) )?(?:final |correct )?(?:ans|answers?|result|total|option|choice)(?: is\b| are\b| ?:| (?=\(?[A-J]\b))[ :]*",
-        "",
-    ),
+    (r"(?i)^(?:(?:the|my) )?(?:final |correct )?(?:ans|answers?|result|total|option|choice)(?: is\b| are\b| ?:| (?=\(?[A-J]\b))[ :]*", ""),
     (r"^(?:[=:\s]|\\approx(?![A-Za-z]))+", ""),
-    (
-        r"^([^()]*\d[^()]*) \(([a-z][a-z -]{2,})\)$",
-        lambda m: m[1] if words_to_digits(m[2]).isdigit() and words_to_digits(m[2]) in m[1] else m[0],
-    ),
+    (r"^([^()]*\d[^()]*) \(([a-z][a-z -]{2,})\)$", lambda m: m[1] if words_to_digits(m[2]).isdigit() and words_to_digits(m[2]) in m[1] else m[0]),
 ]
+# fmt: on
 _REWRITES = [(re.compile(pattern, re.DOTALL), new) for pattern, new in _PATTERNS]
 _RAISED = re.compile("[⁰¹²³⁴-⁹⁺⁻]+")
 _LOWERED = re.compile("[₀-₉]+")
@@ -112,10 +93,9 @@ def normalize(answer: str) -> str:
         text = pattern.sub(new, text)
     text = re.sub(r"(?<=[_^({\[]) (?!\\})|(?<!\\) (?=[})\]])", "", " ".join(text.split()))
     text = re.sub(r"(?:(?<!\.)\. ?)+$|[;, ]+$", "", text).strip()
-    while (inner := _BRACKETED.fullmatch(text)) and split(f"{inner[1]},", (",", ";")) == [
-        inner[1].strip(),
-        "",
-    ]:
+    while inner := _BRACKETED.fullmatch(text):
+        if split(f"{inner[1]},", (",", ";")) != [inner[1].strip(), ""]:
+            break
         text = inner[1].strip()
     return words_to_digits(text)
 

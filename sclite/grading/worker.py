@@ -52,14 +52,13 @@ def compare_quickly(given: str | None, gold: str) -> tuple[Verdict, tuple[str, s
 class Grader:
     """Compares answers, the hard ones in as many worker processes as cores, or `processes`. Thread-safe.
 
-    A comparison of more than `seconds` is killed, and the verdict is None. Workers start on demand and end with this
-    process, however it ends. `idle` holds those that wait, None for each that has not started.
+    A comparison of more than `seconds` is killed: unknown. Workers start on demand and end with this process.
     """
 
     def __init__(self, seconds: float = 5.0, processes: int | None = None):
         self.seconds = seconds
         self.processes = processes or min(os.cpu_count() or 1, MAX_PROCESSES)
-        self.idle: queue.LifoQueue[Worker | None] = queue.LifoQueue()
+        self.idle: queue.LifoQueue[Worker | None] = queue.LifoQueue()  # None: has not started
         for _ in range(self.processes):
             self.idle.put(None)
 
@@ -128,9 +127,8 @@ class Worker:
         if not reply or reply["error"]:
             self.end()
             why = reply["error"] if reply else f"its process ended with code {self.process.returncode}"
-            raise ScliteError(
-                f"the answer grader failed to start: {why}", "pip install 'math-verify[antlr4_13_2]'"
-            )
+            message = f"the answer grader failed to start: {why}"
+            raise ScliteError(message, "pip install 'math-verify[antlr4_13_2]'")
 
     def ask(self, request: list[str] | None, seconds: float) -> dict[str, Any] | None:
         """The next reply; None if the process died, or was killed because it took longer."""
@@ -168,14 +166,12 @@ class Worker:
 
 
 def answer_pairs() -> None:
-    """The worker's side: reads one pair per line from stdin and writes one verdict per line to stdout.
-
-    If its parent dies while it hangs where no Python code runs, only the kernel's alarm can end it.
-    """
+    """The worker's side: reads one pair per line from stdin and writes one verdict per line to stdout."""
     seconds = float(sys.argv[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    # if the parent dies while this hangs where no Python code runs, only the kernel's alarm can end it
     alarm = getattr(signal, "setitimer", lambda *_: None)
     with contextlib.suppress(ImportError, ValueError):
         import resource

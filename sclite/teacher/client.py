@@ -37,38 +37,28 @@ class Rejection:
 
 @dataclass(frozen=True)
 class Job(Generic[T]):
-    """One request. `messages(error)` builds the chat; `error` is empty at first, then what the last reply got wrong.
-
-    `check(reply)` returns what a good reply was read as, or a Rejection; it runs in a thread, several at once, and may be
-    slow.
-    `parameters` (temperature, top_p, max_tokens ..) override the teacher's for this job.
-    `inspect(reply)` builds the chat in which a second model accepts or rejects a reply that passed the check.
-    """
+    """One request, and how its reply is judged."""
 
     id: str
-    messages: Callable[[str], Messages]
-    check: Callable[[str], T | Rejection]
+    messages: Callable[[str], Messages]  # the chat, given what the last reply got wrong ("" at first)
+    check: Callable[[str], T | Rejection]  # what a reply is read as; called in threads, and may be slow
     sample: int = 0
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-    inspect: Callable[[str], Messages] | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)  # instead of the teacher's
+    inspect: Callable[[str], Messages] | None = None  # the chat in which a second model judges a reply
 
 
 @dataclass(frozen=True)
 class Result(Generic[T]):
-    """The outcome of a job: `text` passed its check, which read it as `made`; or `rejection` says why the last one did not.
-
-    `raw` is the last reply in any case, `requests` the number of replies, `entry` the last one in the ledger (None if
-    there was none).
-    """
+    """The outcome of a job: `text` passed its check, which read it as `made`; or `rejection` says why the last one did not."""
 
     id: str
     sample: int
     text: str | None
     made: T | None
     rejection: Rejection | None
-    raw: str
-    requests: int
-    entry: Entry | None = None
+    raw: str  # the last reply in any case
+    requests: int  # the number of replies
+    entry: Entry | None = None  # the last reply in the ledger
 
 
 @dataclass(frozen=True)
@@ -96,12 +86,18 @@ def count_unanswered(dropped: Mapping[str, int]) -> int:
 class Teacher:
     """A LiteLLM model with the run's ledger, and an inspector if one is configured. Use as a context manager.
 
-    `prepare` is called once, after LiteLLM is imported and before the first request: the place to register a custom
-    provider (tutor_provider.register). The event loop runs in the caller's thread, while `ask_all` waits for a result.
+    `prepare` is called after LiteLLM is imported, to register a custom provider; `confirm` before the rest of a stage is
+    paid for (default: no question). The event loop runs in the caller's thread, while `ask_all` waits for a result.
     """
 
-    def __init__(self, settings: config.Teacher, ledger: Ledger, prepare: Callable[[], None] | None = None):
-        self.settings, self.ledger = settings, ledger
+    def __init__(
+        self,
+        settings: config.Teacher,
+        ledger: Ledger,
+        prepare: Callable[[], None] | None = None,
+        confirm: Callable[[Forecast], bool] | None = None,
+    ):
+        self.settings, self.ledger, self.confirm = settings, ledger, confirm
         budget = Budget(ledger, settings.max_cost)
         self._sender = Sender(settings, ledger, budget, prepare)
         self._inspector = None
@@ -145,9 +141,8 @@ class Teacher:
     def ask_all(self, jobs: Iterable[Job[T]], stage: str = "") -> Iterator[Result[T]]:
         """Yield each job's result as it completes. Jobs are taken from the iterable only when there is room for them.
 
-        Raises TeacherError, and cancels the rest, if no further request can succeed: a bad key, an unknown model, no
-        server. At the spending limit, calls in flight are completed and yielded, then BudgetError is raised. Leaving the
-        iterator early cancels the rest. `stage` labels the ledger's rows.
+        Raises TeacherError if no further request can succeed. At the spending limit, calls in flight are completed and
+        yielded, then BudgetError is raised. Leaving the iterator early cancels the rest. `stage` labels the ledger's rows.
         """
         require_model(self.settings)
         loop, pending = self._runner.get_loop(), iter(jobs)
@@ -213,9 +208,8 @@ class Teacher:
         while requests <= self.settings.repairs:
             budget = parameters.get("max_tokens", self.settings.max_tokens)
             try:
-                entry = await self._sender.reply(
-                    job.messages(error), job.sample, requests, stage, parameters, on_text
-                )
+                asked = job.messages(error)
+                entry = await self._sender.reply(asked, job.sample, requests, stage, parameters, on_text)
                 raw = entry.text
                 found = await self._check(job, entry, budget, stage)
             except NoReply as failure:
@@ -278,15 +272,10 @@ class Teacher:
 
     # -- what it will cost -----------------------------------------------------------------------------------------
 
-    def ask_after_pilot(
-        self, jobs: Iterable[Job[T]], total: int, stage: str, confirm: Callable[[Forecast], bool] | None
-    ) -> Iterator[Result[T]]:
-        """As `ask_all`; if the first few jobs cost money, the rest is requested only if `confirm` agrees.
-
-        `confirm` None agrees to everything. Raises Declined if it does not, after the pilot's results.
-        """
+    def ask_after_pilot(self, jobs: Iterable[Job[T]], total: int, stage: str) -> Iterator[Result[T]]:
+        """As `ask_all`; if the first few jobs cost money, the rest is requested only if `confirm` agrees, else Declined."""
         pending, done = iter(jobs), 0
-        while confirm is not None and (pilot := list(islice(pending, PILOT))):
+        while self.confirm is not None and (pilot := list(islice(pending, PILOT))):
             before, began = self.ledger.totals(), time.monotonic()
             yield from self.ask_all(pilot, stage)
             after, seconds = self.ledger.totals(), time.monotonic() - began
@@ -294,11 +283,11 @@ class Teacher:
             if after["sent"] == before["sent"]:  # all of them were in the ledger
                 continue
             rows, left = len(pilot), total - done
-            known = after["unpriced"] == before["unpriced"]
             spent = after["cost_usd"] + after["lost_usd"] - before["cost_usd"] - before["lost_usd"]
+            known = after["unpriced"] == before["unpriced"]
             cost_usd = spent / rows * left if known else None
             forecast = Forecast(rows, spent if known else None, left, cost_usd, seconds / rows * left)
-            if left > 0 and cost_usd != 0 and not confirm(forecast):
+            if left > 0 and cost_usd != 0 and not self.confirm(forecast):
                 raise Declined(
                     f"stopped after {done} of {total} rows, as you answered",
                     "paid replies are kept; re-run to resume, with --yes to skip the question",
@@ -307,10 +296,9 @@ class Teacher:
         yield from self.ask_all(pending, stage)
 
     def preview(self, jobs: Iterable[Job[T]], completion_tokens: float, stage: str) -> dict[str, Any]:
-        """What these jobs would send and cost; nothing is sent.
+        """What these jobs would send and cost, and the first request in full; nothing is sent.
 
-        `first_request` is the first one in full (None if the ledger holds all replies). `completion_tokens` is a guess
-        per reply, used until the ledger holds replies of this stage, whose mean then replaces it.
+        `completion_tokens` is a guess per reply, until the ledger holds replies of this stage.
         """
         first, requests, characters = None, 0, 0
         for job in jobs:

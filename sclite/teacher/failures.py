@@ -27,23 +27,16 @@ _UNREACHED = ("ConnectError", "ConnectTimeout", "ProxyError", "UnsupportedProtoc
 
 @dataclass(frozen=True)
 class Failure:
-    """A failed call.
+    """A failed call."""
 
-    `action`: RETRY for transient errors (rate limits, server errors, timeouts, lost connections, HTML instead of JSON),
-    STOP for errors that every request would meet (bad key, unknown model, no credit), REFUSED for this request alone.
-    `status` and `headers` are those of the response, None and empty if there was none. `message` is the endpoint's own, in
-    one line. `answered`: the endpoint itself sent the error. `unreadable`: it sent something that is no chat completion.
-    `free`: it costs nothing. `overload`: fewer concurrent calls would help.
-    """
-
-    action: str
-    status: int | None
+    action: str  # RETRY, STOP if every request would meet it, REFUSED if it concerns this one alone
+    status: int | None  # None and no headers if there was no response
     headers: Mapping[str, str]
-    message: str
-    answered: bool
-    unreadable: bool
-    free: bool
-    overload: bool
+    message: str  # the endpoint's own, in one line
+    answered: bool  # the endpoint itself sent the error
+    unreadable: bool  # it sent something that is no chat completion
+    free: bool  # it costs nothing
+    overload: bool  # fewer concurrent calls would help
     no_key: bool
 
     def wait_seconds(self, attempt: int, draw: float) -> float:
@@ -129,10 +122,7 @@ def redact(text: str) -> str:
 def teacher_error(
     failure: Failure, settings: config.Teacher, key_variable: str, attempts: int = 0
 ) -> TeacherError:
-    """The error that ends the stage: which model, where, and how to fix it.
-
-    `attempts` is how often the endpoint did not answer; 0 if it refuses every request.
-    """
+    """The error that ends the stage, after `attempts` without an answer (0: it refuses every request)."""
     address, status = config.without_password(settings.api_base), failure.status
     where = f"teacher {settings.model} at {address}" if address else f"teacher {settings.model}"
     if attempts:
@@ -142,13 +132,11 @@ def teacher_error(
         )
     if failure.no_key or status == 401:
         problem = "has no key" if failure.no_key else "rejects the key (HTTP 401)"
-        return TeacherError(
-            f"{where} {problem}", f"the key comes from {key_variable}: export {key_variable}=.."
-        )
+        hint = f"the key comes from {key_variable}: export {key_variable}=.."
+        return TeacherError(f"{where} {problem}", hint)
     if status in (402, 429):
-        return TeacherError(
-            f"{where} has no credit left: {failure.message}", "add credit, then re-run to resume"
-        )
+        problem = f"has no credit left: {failure.message}"
+        return TeacherError(f"{where} {problem}", "add credit, then re-run to resume")
     if status is not None and 300 <= status < 400:
         location = redact(failure.headers.get("location", "")) or "another address"
         problem = f"redirects to {location} (HTTP {status})"

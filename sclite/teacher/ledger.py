@@ -88,26 +88,20 @@ def _hint(error: Exception, path: Path) -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """One reply. Token counts are None if the endpoint does not report them, the cost if the price is unknown.
-
-    The `finish_reason` `refused` marks a request that the endpoint will not answer; `text` is the reason. `empty` marks
-    an empty reply: it is paid for, but the next time the request is sent again.
-    """
+    """One reply, or the refusal of a request."""
 
     text: str
-    finish_reason: str
-    prompt_tokens: int | None
+    finish_reason: str  # REFUSED: `text` says why; EMPTY: paid for, but the request is sent again next time
+    prompt_tokens: int | None  # None if the endpoint does not report it
     completion_tokens: int | None
-    cost_usd: float | None
+    cost_usd: float | None  # None if the price is unknown
     seconds: float
 
 
 class Ledger:
-    """The SQLite file of a run, open in one process (Run.lock).
+    """The SQLite file of a run, open in one process (Run.lock). Reads have a connection that never waits for the disk.
 
-    Writes are queued; `flush` puts all of them on disk in one transaction, and may be called in a thread, because a disk
-    can take 10 ms. After a write that failed, `flush` and `close` raise DataError, and nothing more is written.
-    Reads have a connection of their own, which never waits for the disk.
+    Writes are queued until `flush`, which may be called in a thread; after one that failed, nothing more is written.
     `spent_usd` is the known cost of all replies, plus the maximum cost of requests given up after sending.
     """
 
@@ -145,10 +139,7 @@ class Ledger:
 
     @classmethod
     def reading(cls, path: Path | str) -> "Ledger":
-        """Open a ledger read-only, also while another process writes to it; creates and changes no files.
-
-        Raises DataError if it is missing or not a ledger.
-        """
+        """Open a ledger read-only, also while another process writes to it. DataError if it is missing or not a ledger."""
         ledger = cls.__new__(cls)
         ledger.path, ledger._pending, ledger._error, ledger._writing = Path(path), [], None, threading.Lock()
         ledger._known = None  # another process may add to it
@@ -156,9 +147,8 @@ class Ledger:
         log = ledger.path.with_name(f"{ledger.path.name}-wal")
         mode = "mode=ro" if log.exists() else "mode=ro&immutable=1"
         try:
-            ledger._database = ledger._reader = _connect(
-                f"{ledger.path.absolute().as_uri()}?{mode}", uri=True
-            )
+            address = f"{ledger.path.absolute().as_uri()}?{mode}"
+            ledger._database = ledger._reader = _connect(address, uri=True)
             ledger.totals()
         except _READ_ERRORS as error:
             raise DataError(f"{ledger.path} cannot be read: {error}", _hint(error, ledger.path)) from error
@@ -191,9 +181,8 @@ class Ledger:
         return Entry(*row) if row else None
 
     def totals(self, stage: str | None = None) -> dict[str, float]:
-        """Totals of one stage or of all.
+        """Totals of one stage or of all: `requests` with a reply, times `sent`, `given_up` after sending, tokens, cost.
 
-        `requests` with a reply, how often requests were `sent`, how many were `given_up` after sending, tokens, cost;
         `lost_usd` is the maximum cost of those given up, `unpriced` counts replies of unknown cost.
         """
         self.flush()

@@ -41,7 +41,7 @@ class Budget:
 
     @asynccontextmanager
     async def reserve(self, max_usd: float) -> AsyncIterator[None]:
-        """Reserve `max_usd` until the block ends; the block records the actual cost in the ledger.
+        """Reserve `max_usd` until the block ends, which records the actual cost in the ledger.
 
         Waits while calls in flight may still turn out cheaper; raises BudgetError if none is left.
         """
@@ -81,8 +81,7 @@ class Budget:
 class RateLimiter:
     """At most `max_in_flight` calls at once, fewer while the endpoint is overloaded; optional limits per minute.
 
-    Additive increase, multiplicative decrease (Chiu and Jain 1989): every success raises the limit by one call, an
-    overload halves it. Overloads of calls that began before the last halving do not count again.
+    Additive increase, multiplicative decrease (Chiu and Jain 1989); an overload of several calls counts once.
     """
 
     def __init__(

@@ -79,10 +79,7 @@ def _limited_stream() -> type:
 
 @dataclass
 class OpenAIClient:
-    """One model at one address. All methods belong to the event loop.
-
-    `listed`: LiteLLM's price list decides the cost of a reply.
-    """
+    """One model at one address. All methods belong to the event loop."""
 
     litellm: ModuleType
     provider: str
@@ -90,7 +87,7 @@ class OpenAIClient:
     url: str
     key: str
     certificates: "ssl.SSLContext | str | bool"
-    listed: bool = False
+    listed: bool = False  # LiteLLM's price list decides the cost of a reply
     _idle: list["AsyncOpenAI"] = field(default_factory=list)  # each with its own connection
 
     def _open(self) -> "AsyncOpenAI":
@@ -114,11 +111,7 @@ class OpenAIClient:
     async def complete(
         self, messages: Sequence[Mapping[str, str]], parameters: Mapping[str, Any], seconds: float
     ) -> Completion:
-        """The reply to one request.
-
-        Raises openai.APIError for an error status or a lost connection, TimeoutError after `seconds`, and the errors of
-        `reply.read`.
-        """
+        """The reply to one request. Raises openai.APIError, TimeoutError after `seconds`, and the errors of `read`."""
         import httpx
 
         request = {"model": self.model, "messages": list(map(dict, messages)), **parameters}

@@ -31,20 +31,16 @@ _OTHER_FILES = 128  # open files other than connections
 
 @dataclass(frozen=True)
 class Provider:
-    """LiteLLM, the options of every call, the variable that holds the key, and the price (None: unknown).
-
-    `max_output_tokens` is the most that the model can write, infinity if unknown. `direct` is a client that bypasses
-    LiteLLM, if the model allows it.
-    """
+    """LiteLLM and one of its models."""
 
     litellm: ModuleType
     model: str
-    options: dict[str, Any]
-    key_variable: str
-    price: Price | None
+    options: dict[str, Any]  # of every call
+    key_variable: str  # holds the key
+    price: Price | None  # None: unknown
     priced_by_user: bool
-    max_output_tokens: float
-    direct: OpenAIClient | None = None
+    max_output_tokens: float  # the most that it can write, infinity if unknown
+    direct: OpenAIClient | None = None  # bypasses LiteLLM, if the model allows it
 
     @property
     def errors(self) -> tuple[type[Exception], ...]:
@@ -96,8 +92,8 @@ class Provider:
     ) -> tuple[tuple[int | None, int | None], float | None]:
         """(token counts, US dollars): by the user's price, else as LiteLLM computes it (it knows about cached tokens).
 
-        Counts that exceed the request's `limits` or do not fit the length of the reply are None; it then costs what was
-        reserved for it, or as many tokens as its length suggests if it is clearly longer than max_tokens.
+        Counts that exceed `limits` or do not fit the length of the reply are None; it then costs what was reserved for it,
+        or as many tokens as its length suggests if it is clearly longer than max_tokens.
         """
         (prompt, written), size, price = completion.tokens, completion.reply_bytes, self.price
         if (
@@ -185,25 +181,19 @@ def require_model(settings: config.Teacher) -> None:
 
 
 def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None) -> Provider:
-    """Import LiteLLM and resolve the model; `prepare` is called between the two.
-
-    Raises UsageError for a missing model or one without a provider, an invalid api_base, an invalid key, and a spending limit without a
-    price.
-    """
+    """Import LiteLLM and resolve the model; `prepare` is called between the two. UsageError if it cannot be called."""
     require_model(settings)
     address = config.without_password(settings.api_base)
     try:
         parts = urlsplit(settings.api_base)
-        valid = not settings.api_base or (
-            parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        )
+        http = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        valid = http or not settings.api_base
     except ValueError:  # an invalid port
         valid = False
     if not valid:
         shown = re.sub(r"^(\w+://)?.*@", r"\1", settings.api_base)  # without a password
-        raise UsageError(
-            f"the api_base {shown} of {settings.model} is not a valid URL", "write http://HOST:PORT/v1"
-        )
+        why = f"the api_base {shown} of {settings.model} is not a valid URL"
+        raise UsageError(why, "write http://HOST:PORT/v1")
     prepare_process(settings.concurrency)
     litellm = import_litellm()
     if prepare is not None:

@@ -18,9 +18,8 @@ _FINISH_REASONS = {
 }
 """What endpoints write, in OpenAI's terms; all others count as stop."""
 _LARGEST_COUNT = 2**40  # tokens; SQLite's integers end at 2**63
-_CONTROL = re.compile(
-    r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"
-)  # but not tab and line ends
+# but not tab and line ends
+_CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 class UnreadableReply(ConnectionError):
@@ -41,17 +40,13 @@ class ErrorReply(ConnectionError):
 
 @dataclass(frozen=True)
 class Completion:
-    """A parsed reply.
-
-    `tokens` (prompt, completion) are None if the endpoint reports no valid counts. `reply_bytes` is the length of the
-    reasoning and the text; `listed_usd` is the cost by LiteLLM's price list.
-    """
+    """A parsed reply."""
 
     text: str
     finish_reason: str
-    tokens: tuple[int | None, int | None]
-    reply_bytes: int = 0
-    listed_usd: float | None = None
+    tokens: tuple[int | None, int | None]  # of prompt and completion; None without valid counts
+    reply_bytes: int = 0  # of the reasoning and the text
+    listed_usd: float | None = None  # the cost by LiteLLM's price list
 
 
 def clean_text(text: str) -> str:
@@ -70,10 +65,8 @@ def decode(body: bytes) -> object:
         raise UnreadableReply("the JSON of the reply is nested too deep") from None
     except ValueError:
         start = " ".join(clean_text(body[:80].decode(errors="replace")).split())
-        html = start.startswith("<")
-        raise UnreadableReply(
-            f"the reply is not JSON: {start}" if start else "the reply is empty", paid=not html
-        ) from None
+        why = f"the reply is not JSON: {start}" if start else "the reply is empty"
+        raise UnreadableReply(why, paid=not start.startswith("<")) from None
 
 
 def read(body: object, listed_usd: float | None = None) -> Completion:
@@ -103,9 +96,7 @@ def read(body: object, listed_usd: float | None = None) -> Completion:
 
     reason = choice.get("finish_reason")
     name = (reason or "").strip().lower() if isinstance(reason, (str, type(None))) else "unreadable"
-    finish = _FINISH_REASONS.get(
-        name, "stop"
-    )  # an unknown one counts as stop, because the reply is checked anyway
+    finish = _FINISH_REASONS.get(name, "stop")  # also an unknown one: the reply is checked anyway
     if finish == "stop" and message.get("tool_calls"):
         finish = "tool_calls"
     if finish == "stop" and not text:

@@ -36,10 +36,7 @@ def parameters_of(settings: config.Teacher) -> dict[str, Any]:
 
 
 class Sender:
-    """Sends requests to one model. `reply` belongs to the event loop.
-
-    `prepare` is called once, after LiteLLM is imported and before the first request.
-    """
+    """Sends requests to one model; `prepare` is called after LiteLLM is imported. `reply` belongs to the event loop."""
 
     def __init__(
         self,
@@ -52,9 +49,8 @@ class Sender:
         self._prepare = prepare
         self.provider: Provider | None = None
         self.parameters = parameters_of(settings)
-        self.limiter = RateLimiter(
-            settings.concurrency, settings.requests_per_minute, settings.tokens_per_minute
-        )
+        per_minute = settings.requests_per_minute, settings.tokens_per_minute
+        self.limiter = RateLimiter(settings.concurrency, *per_minute)
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._last_commit: asyncio.Task[None] | None = None
         self._next_commit: asyncio.Task[None] | None = None

@@ -4,14 +4,6 @@ import json
 
 import pytest
 
-from sclite.grading.worker import Grader
-
-
-@pytest.fixture(scope="package")
-def grader():
-    with Grader() as grader:
-        yield grader
-
 
 @pytest.fixture(autouse=True)
 def _key(monkeypatch):

@@ -1,7 +1,6 @@
 """Attempts: sampled in blocks that survive a kill, and graded."""
 
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pytest
@@ -10,16 +9,16 @@ from sclite import config
 from sclite.config import Config
 from sclite.data.attempts import attempts_inputs, deduplicate, write_attempts
 from sclite.progress import no_progress
-from sclite.records import Attempt, Problem
+from sclite.records import Attempt
 from sclite.run import Run
 from sclite.student.base import Reply
 from sclite.student.endpoint import Endpoint
-from sclite.teacher.client import Teacher
-from sclite.teacher.ledger import Entry, Ledger
+from sclite.teacher.ledger import Ledger
 from sclite.trace import parse
-from tests.replay import TeacherServer, fail, say
+from tests.replay import TeacherServer, client, fail, number_of, say, sums
+from tests.toy import pay
 
-PROBLEMS = [Problem(id=f"p{i}", question=f"What is {i} + 1?", answer=str(i + 1)) for i in range(5)]
+PROBLEMS = sums(5, solution=None)
 
 
 def config_of(batch=4, **attempts) -> Config:
@@ -154,18 +153,10 @@ def answer_with_seed(body, nth):
     return say(text, seconds=0.01 * (body["seed"] % 3))
 
 
-@contextmanager
-def endpoint(run, url, **settings):
-    made = {"model": "openai/small", "api_base": url, "repairs": 0, "attempts_per_call": 1, **settings}
-    with (
-        Ledger(run.path("ledger.sqlite")) as ledger,
-        Teacher(config.Teacher.model_validate(made), ledger) as client,
-    ):
-        yield Endpoint(client, "attempts")
-
-
 def sample_endpoint(run, grader, url, progress=no_progress):
-    with endpoint(run, url) as student:
+    settings = {"model": "openai/small", "api_base": url, "repairs": 0, "attempts_per_call": 1}
+    with client(run, config.Teacher.model_validate(settings)) as made:
+        student = Endpoint(made, "attempts")
         return sample(run, grader, student, progress, student="openai/small", api_base=url)
 
 
@@ -207,7 +198,7 @@ def test_next_run_repeats_only_the_failed_calls(run, grader):
     down = [True]
 
     def answer(body, nth):
-        lost = down[0] and "What is 3 " in body["messages"][-1]["content"]
+        lost = down[0] and number_of(body) == 3
         return fail(429, "not now", retry_after="900") if lost else answer_with_seed(body, nth)
 
     with TeacherServer(answer) as server:
@@ -226,10 +217,8 @@ def test_next_run_repeats_only_the_failed_calls(run, grader):
 def test_report_has_the_cost_of_an_endpoint_but_not_of_a_local_student(run, grader):
     assert sample(run, grader, Deterministic()).cost_usd == 0.0
     assert not run.path("ledger.sqlite").exists()
-    with Ledger(run.path("ledger.sqlite")) as ledger:
-        for key, stage, cost in (("one", "attempts", 0.25), ("two", "templates", 4.0)):
-            ledger.sent(key, stage, "openai/small")
-            ledger.put(key, Entry("a", "stop", 1, 1, cost, 1.0))
+    pay(run, "attempts", 0.25)
+    pay(run, "templates", 4.0)
     assert sample(run, grader, Deterministic(), temperature=0.5).cost_usd == 0.25
 
 

@@ -17,28 +17,23 @@ LONG = "Anna has twelve nuts and buys three more bags with seven nuts in each of
 WORDS = LONG.split()
 
 
-def overlaps(first: str, second: str) -> bool:
-    return find_overlap(first, build_index([("x", second)])) == "x"
+REST = " and then he goes home, to sleep. How many are left of them all on the next day?"
 
 
-def test_thirteen_shared_words_in_a_row_overlap_but_not_twelve():
-    rest = " and then he goes home, to sleep. How many are left of them all on the next day?"
-    assert overlaps("Ben says: " + " ".join(WORDS[2:15]) + rest, LONG)
-    assert not overlaps("Ben says: " + " ".join(WORDS[3:15]) + rest, LONG)
-
-
-def test_case_punctuation_and_white_space_are_ignored():
-    assert overlaps(LONG.upper().replace(" ", ",\n "), LONG)
-
-
-def test_short_question_overlaps_only_as_a_whole():
-    assert overlaps("what is  2 + 1", "What is $2+1$?")
-    assert not overlaps("What is 2 + 1", "What is 2 + 1 more than?")
-    assert not overlaps(" ".join(WORDS[:6]), LONG)
-
-
-def test_short_question_with_another_sign_does_not_overlap():
-    assert not overlaps("What is 2 - 1?", "What is 2 + 1?")
+@pytest.mark.parametrize(
+    ("first", "second", "found"),
+    [
+        (f"Ben says: {' '.join(WORDS[2:15])}{REST}", LONG, True),  # thirteen words in a row
+        (f"Ben says: {' '.join(WORDS[3:15])}{REST}", LONG, False),  # twelve
+        (LONG.upper().replace(" ", ",\n "), LONG, True),  # case, punctuation and white space do not count
+        ("what is  2 + 1", "What is $2+1$?", True),  # a short question overlaps as a whole
+        ("What is 2 + 1", "What is 2 + 1 more than?", False),
+        (" ".join(WORDS[:6]), LONG, False),
+        ("What is 2 - 1?", "What is 2 + 1?", False),  # its signs count
+    ],
+)
+def test_thirteen_shared_words_or_a_whole_short_question_overlap(first, second, found):
+    assert (find_overlap(first, build_index([("x", second)])) == "x") is found
 
 
 def test_contaminated_problems_name_the_training_question():

@@ -7,10 +7,8 @@ from sclite.data.corrections import check_review, write_corrections
 from sclite.errors import DataError
 from sclite.progress import no_progress
 from sclite.records import Attempt, Drop, Problem, Review
-from sclite.teacher.client import Teacher
-from sclite.teacher.ledger import Ledger
 from sclite.trace import Step, Trace, parse, render
-from tests.replay import TeacherServer, fail, say
+from tests.replay import TeacherServer, client, fail, say
 
 PROBLEM = Problem(id="p0", question="What is 48 + 24, halved, plus 5?", answer="41", solution="72, 36, 41.")
 WORK = Trace((Step("48 + 24 = 72", "Carry."), Step("72 / 2 = 38"), Step("38 + 5 = 43")), "Go on.", "43")
@@ -26,15 +24,11 @@ NOTES = "<Cause>2 * 38 is 76.</Cause>\n<Correction>72 / 2 = 36</Correction>\n"
 def build(run, grader, answer=None, share=0.5, progress=no_progress, **teacher):
     """The stage with a teacher that answers as `answer` (default: GOOD), and the server's requests."""
     with TeacherServer(answer or (lambda request, nth: say(GOOD))) as server:
-        settings = {
-            "model": "openai/replay",
-            "api_base": server.url,
-            "attempts_per_call": 1,
-            "repairs": 1,
-            **teacher,
-        }
-        config = Config.model_validate({"teacher": settings, "attempts": {"confirmation_share": share}})
-        with Ledger(run.path("ledger.sqlite")) as ledger, Teacher(config.teacher, ledger) as made:
+        settings = {"model": "openai/replay", "api_base": server.url, "attempts_per_call": 1, "repairs": 1}
+        config = Config.model_validate(
+            {"teacher": settings | teacher, "attempts": {"confirmation_share": share}}
+        )
+        with client(run, config.teacher) as made:
             report = write_corrections(config, run, teacher=made, grader=grader, progress=progress)
     return report, [request["messages"][-1]["content"] for request in server.requests]
 
@@ -65,22 +59,16 @@ def test_review_that_corrects_the_first_wrong_step_is_kept(grader):
         ("I think it is all wrong.", "not_readable"),
         (GOOD.replace("</Step2>", ""), "not_readable"),
         (GOOD.replace(NOTES, ""), "no_error_found"),
-        (
-            GOOD.replace(NOTES, "").replace("41\n</Step3>", f"41\n</Step3>\n<Step4>so\n{NOTES}</Step4>"),
-            "step_out_of_range",
-        ),
+        (GOOD.replace(NOTES, "").replace("41\n</Step3>", f"41\n</Step3>\n<Step4>so\n{NOTES}</Step4>"), "step_out_of_range"),
         (GOOD.replace("<Cause>2 * 38 is 76.</Cause>\n", ""), "cause_or_correction_missing"),
         (GOOD.replace("<Correction>72 / 2 = 36</Correction>\n", ""), "cause_or_correction_missing"),
-        (
-            GOOD.replace("36 + 5 = 41\n", "36 + 5 = 41\n<Cause>x</Cause>\n<Correction>y</Correction>\n"),
-            "several_steps_corrected",
-        ),
+        (GOOD.replace("36 + 5 = 41\n", "36 + 5 = 41\n<Cause>x</Cause>\n<Correction>y</Correction>\n"), "several_steps_corrected"),
         (GOOD.replace("48 + 24 = 72", "48 + 24 is 72"), "steps_changed"),
         (GOOD.replace("72 / 2 = 38", "72 / 2 = 39"), "steps_changed"),
         (GOOD.replace("2 * 38 is 76.", "The reference solution says 36."), "leak"),
         (GOOD.replace("<Answer>41", "<Answer>43"), "wrong_answer"),
     ],
-)
+)  # fmt: skip
 def test_each_invalid_review_has_a_reason(grader, text, reason):
     rejection = check_review(text, ATTEMPT, PROBLEM, grader)
     assert rejection.reason == reason

@@ -9,10 +9,8 @@ from sclite.data.feedback import write_feedback
 from sclite.data.problems import gather_problems
 from sclite.records import FEEDBACK, Attempt, Drop, Feedback, Problem
 from sclite.run import Report
-from sclite.teacher.client import Teacher
-from sclite.teacher.ledger import Ledger
 from sclite.trace import Step, Trace, render
-from tests.replay import TeacherServer, say
+from tests.replay import TeacherServer, client, say
 
 QUESTION = "What is 48 + 24, halved?"
 
@@ -22,34 +20,18 @@ def solved(answer: str) -> str:
 
 
 def judge(run, good, final, attempt=None, question=QUESTION):
-    row = Feedback(
-        question=question,
-        attempt=solved(attempt or final),
-        final=solved(final),
-        accused=None,
-        good=good,
-        model="m",
-    )
-    run.append(FEEDBACK, [row])
+    row = {"question": question, "attempt": solved(attempt or final), "final": solved(final)}
+    run.append(FEEDBACK, [Feedback(**row, accused=None, good=good, model="m")])
 
 
 def build(run, grader, *answers, fit=(), **sections):
-    """(report, number of requests) of the stage with a teacher that gives these answers in turn."""
-    with TeacherServer(lambda request, nth: say(solved(answers[nth - 1]))) as server:
+    """(report, number of requests) of the stage with a teacher that replies with these texts in turn."""
+    with TeacherServer(lambda request, nth: say(answers[nth - 1])) as server:
         teacher = {"model": "openai/replay", "api_base": server.url, "concurrency": 1}
         config = Config.model_validate({"teacher": teacher, **sections})
-        with Ledger(run.path("ledger.sqlite")) as ledger, Teacher(config.teacher, ledger) as made:
+        with client(run, config.teacher) as made:
             report = write_feedback(config, run, teacher=made, grader=grader, fit=fit)
     return report, len(server.requests)
-
-
-def test_unreadable_solution_of_the_teacher_is_not_paid_for_again(run, grader):
-    judge(run, False, "38")
-    with TeacherServer(lambda request, nth: say("I think it is 36.")) as server:
-        config = Config.model_validate({"teacher": {"model": "openai/replay", "api_base": server.url}})
-        with Ledger(run.path("ledger.sqlite")) as ledger, Teacher(config.teacher, ledger) as made:
-            report = write_feedback(config, run, teacher=made, grader=grader, fit=())
-    assert (report.dropped, len(server.requests)) == ({"no_gold_answer": 1}, 2)
 
 
 def attempts(run) -> list[tuple[str | None, bool | None]]:
@@ -58,7 +40,7 @@ def attempts(run) -> list[tuple[str | None, bool | None]]:
 
 def test_bad_answer_is_wrong_if_the_teacher_finds_another_one_twice(run, grader):
     judge(run, False, "38")
-    report, asked = build(run, grader, "36", "36")
+    report, asked = build(run, grader, solved("36"), solved("36"))
     assert (report.counts, report.dropped, asked) == ({"good": 0, "bad": 1}, {}, 2)
     (problem,) = run.read("problems.jsonl", Problem)
     assert (problem.question, problem.answer, problem.solution) == (QUESTION, "36", solved("36"))
@@ -67,12 +49,17 @@ def test_bad_answer_is_wrong_if_the_teacher_finds_another_one_twice(run, grader)
 
 
 @pytest.mark.parametrize(
-    ("answers", "reason"),
-    [(("36", "37"), "no_gold_answer"), (("38", "38"), "verdict_contradicts_the_answer")],
+    ("replies", "reason"),
+    [
+        ((solved("36"), solved("37")), "no_gold_answer"),
+        (("I think it is 36.", "So 36."), "no_gold_answer"),  # unreadable, and not paid for again
+        ((solved("38"), solved("38")), "verdict_contradicts_the_answer"),
+    ],
 )
-def test_bad_answer_is_dropped_if_the_teacher_is_unsure_or_agrees_with_it(run, grader, answers, reason):
+def test_bad_answer_is_dropped_if_the_teacher_is_unsure_unreadable_or_agrees(run, grader, replies, reason):
     judge(run, False, "38")
-    assert build(run, grader, *answers)[0].dropped == {reason: 1}
+    report, asked = build(run, grader, *replies)
+    assert (report.dropped, asked) == ({reason: 1}, 2)
     assert attempts(run) == []
     (drop,) = run.read("dropped.jsonl", Drop)
     assert (drop.stage, drop.reason, drop.raw) == ("feedback", reason, solved("38"))
@@ -129,6 +116,21 @@ def test_attempts_of_the_student_stay_and_feedback_taken_back_is_removed(run, gr
     build(run, grader)
     assert run.read("attempts.jsonl", Attempt) == [mine]
     assert json.loads(run.path("done/attempts.json").read_text())["inputs"] == {"x": 1}
+
+
+def test_an_attempt_keeps_its_number_if_another_verdict_is_removed(run, grader):
+    """The number is part of the ledger's key: with another one, its correction would be paid for again."""
+    for good, final in ((False, "35"), (True, "36"), (False, "38")):
+        judge(run, good, final)
+    build(run, grader)
+    before = {row.trace: row.sample for row in run.read("attempts.jsonl", Attempt)}
+    verdicts = run.path(FEEDBACK).read_text().splitlines(keepends=True)
+    run.path(FEEDBACK).write_text("".join(verdicts[1:]))
+    build(run, grader)
+    rows = run.read("attempts.jsonl", Attempt)
+    assert [row.answer for row in rows] == ["36", "38"]
+    assert all(row.sample == before[row.trace] for row in rows)
+    assert len(set(before.values())) == 3
 
 
 def test_answer_that_cannot_be_compared_contradicts_no_verdict(run):

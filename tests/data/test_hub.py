@@ -10,7 +10,7 @@ from sclite.errors import DataError, NetworkError
 from sclite.records import Problem
 
 CHAT = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "So \\boxed{9}."}]
-MATH = {
+HALF = {
     "problem": "Halve 7.",
     "level": "Level 2",
     "type": "Algebra",
@@ -21,58 +21,36 @@ ROWS = {
         "question": "Ann has 3 nuts and gets 4. How many?",
         "answer": "She has 3 + 4 = <<3+4=7>>7 nuts.\n#### 7",
     },
-    "EleutherAI/hendrycks_math": MATH,
-    "DigitalLearningGmbH/MATH-lighteval": MATH,
+    "EleutherAI/hendrycks_math": HALF,
+    "DigitalLearningGmbH/MATH-lighteval": HALF,
     "HuggingFaceH4/MATH-500": {
-        "problem": "Add $1$ and $1$.",
-        "solution": "We get $\\boxed{2}$.",
-        "answer": "2",
-        "subject": "Algebra",
-        "level": 1,
-        "unique_id": "test/algebra/1.json",
+        "problem": "Add $1$ and $1$.", "solution": "We get $\\boxed{2}$.", "answer": "2", "subject": "Algebra",
+        "level": 1, "unique_id": "test/algebra/1.json",
     },
     "AI-MO/NuminaMath-CoT": {
-        "source": "synthetic_math",
-        "problem": "Square 3.",
-        "solution": "\\[3^2 = \\boxed{9}\\]",
-        "messages": CHAT,
+        "source": "synthetic_math", "problem": "Square 3.", "solution": "\\[3^2 = \\boxed{9}\\]", "messages": CHAT,
     },
     "meta-math/MetaMathQA": {
-        "type": "GSM_Rephrased",
-        "query": "Bo buys 2 pens for 3 each. What does he pay?",
-        "original_question": "Bo buys 2 pens at 3. Total?",
-        "response": "He pays 2 * 3 = 6.\n#### 6\nThe answer is: 6",
+        "type": "GSM_Rephrased", "query": "Bo buys 2 pens for 3 each. What does he pay?",
+        "original_question": "Bo buys 2 pens at 3. Total?", "response": "He pays 2 * 3 = 6.\n#### 6\nThe answer is: 6",
     },
     "zwhe99/DeepMath-103K": {
-        "question": "What is the limit of $1/n$?",
-        "final_answer": "0",
-        "difficulty": 4.5,
-        "topic": "Calculus",
+        "question": "What is the limit of $1/n$?", "final_answer": "0", "difficulty": 4.5, "topic": "Calculus",
         "r1_solution_1": "Hm, is it 1? No.\n</think>\n\nIt falls below any bound, so \\boxed{0}.",
-        "r1_solution_2": "I see.\n</think>\n\n\\boxed{0}",
-        "r1_solution_3": "Well.\n</think>\n\n\\boxed{0}",
+        "r1_solution_2": "I see.\n</think>\n\n\\boxed{0}", "r1_solution_3": "Well.\n</think>\n\n\\boxed{0}",
     },
     "open-r1/OpenR1-Math-220k": {
-        "problem": "Solve $2x = 8$.",
-        "solution": "Divide by 2: $x = 4$.",
-        "answer": "4",
-        "problem_type": "Algebra",
-        "question_type": "math-word-problem",
-        "source": "olympiads",
-        "uuid": "1f0c",
-        "is_reasoning_complete": [True, True],
+        "problem": "Solve $2x = 8$.", "solution": "Divide by 2: $x = 4$.", "answer": "4", "problem_type": "Algebra",
+        "question_type": "math-word-problem", "source": "olympiads", "uuid": "1f0c", "is_reasoning_complete": [True, True],
         "generations": ["<think>\nDivide.\n</think>\n\\boxed{4}", "<think>\nHalf.\n</think>\n\\boxed{4}"],
-        "correctness_math_verify": [True, True],
-        "correctness_llama": None,
-        "finish_reasons": None,
-        "correctness_count": 2,
+        "correctness_math_verify": [True, True], "correctness_llama": None, "finish_reasons": None, "correctness_count": 2,
         "messages": CHAT,
     },
-}
+}  # fmt: skip
 WANTED = {
     "openai/gsm8k": ("7", "She has 3 + 4 = 7 nuts."),
-    "EleutherAI/hendrycks_math": ("\\frac{7}{2}", MATH["solution"]),
-    "DigitalLearningGmbH/MATH-lighteval": ("\\frac{7}{2}", MATH["solution"]),
+    "EleutherAI/hendrycks_math": ("\\frac{7}{2}", HALF["solution"]),
+    "DigitalLearningGmbH/MATH-lighteval": ("\\frac{7}{2}", HALF["solution"]),
     "HuggingFaceH4/MATH-500": ("2", "We get $\\boxed{2}$."),
     "AI-MO/NuminaMath-CoT": ("9", "\\[3^2 = \\boxed{9}\\]"),
     "meta-math/MetaMathQA": ("6", "He pays 2 * 3 = 6."),
@@ -97,13 +75,11 @@ def hub(tmp_path, monkeypatch):
                 lines = [row] if split == "train" else row
                 (folder / f"{split}.json").write_text(json.dumps(lines) + "\n")
             else:
-                datasets.Dataset.from_list([row]).to_parquet(
-                    folder / subset / f"{split}-00000-of-00001.parquet"
-                )
+                path = folder / subset / f"{split}-00000-of-00001.parquet"
+                datasets.Dataset.from_list([row]).to_parquet(path)
             if subset:
-                config += (
-                    f"- config_name: {subset}\n  data_files:\n  - split: train\n    path: {subset}/train-*\n"
-                )
+                files = f"  - split: train\n    path: {subset}/train-*\n"
+                config += f"- config_name: {subset}\n  data_files:\n{files}"
         if config:
             (folder / "README.md").write_text(f"---\nconfigs:\n{config}---\n")
     real = datasets.load_dataset
@@ -122,19 +98,17 @@ def load(name, **more) -> list[Problem]:
 def test_hub_datasets_are_read_by_name(hub, name):
     more = {"subset": SUBSETS[name][0]} if name in SUBSETS else {}
     (problem,) = load(name, **more, **({"split": "test"} if name.endswith("MATH-500") else {}))
-    assert problem.question == next(
-        ROWS[name][c] for c in ("question", "problem", "query") if c in ROWS[name]
-    )
+    row = ROWS[name]
+    assert problem.question == (row.get("question") or row.get("problem") or row.get("query"))
     assert (problem.answer, problem.solution) == WANTED[name]
-    assert problem.id == ROWS[name].get("unique_id", problem.id)
+    assert problem.id == row.get("unique_id", problem.id)
 
 
 def test_missing_subset_and_split_errors_name_those_that_exist(hub):
-    with pytest.raises(DataError, match=r"openai/gsm8k: .*\['main', 'socratic'\]") as error:
-        load("openai/gsm8k")
-    assert "--set problems.subset=main" in error.value.hint
-    with pytest.raises(DataError, match=r"openai/gsm8k: .*\['main', 'socratic'\]"):
-        load("openai/gsm8k", subset="algebra")
+    for given in ({}, {"subset": "algebra"}):
+        with pytest.raises(DataError, match=r"openai/gsm8k: .*\['main', 'socratic'\]") as error:
+            load("openai/gsm8k", **given)
+        assert "--set problems.subset=main" in error.value.hint
     with pytest.raises(DataError, match=r"MATH-500: .*train.* \['test'\]") as error:
         load("HuggingFaceH4/MATH-500")
     assert "problems.split" in error.value.hint

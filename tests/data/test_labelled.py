@@ -10,10 +10,11 @@ from sclite.config import Config
 from sclite.data.attempts import write_attempts
 from sclite.data.imported import import_attempts
 from sclite.errors import DataError
-from sclite.records import Attempt, Drop, Problem
+from sclite.records import Attempt, Drop
 from sclite.trace import Step, Trace, parse, render
+from tests.replay import sums
 
-PROBLEMS = [Problem(id=f"p{i}", question=f"What is {i} + 1?", answer=str(i + 1)) for i in range(5)]
+PROBLEMS = sums(5)
 GOOD = {"question": "What is 0 + 1?", "steps": ["1"]}
 
 
@@ -57,23 +58,12 @@ def test_imported_attempts_keep_labels_and_get_a_verdict(run, grader, write):
 
 @pytest.mark.parametrize(
     "row",
-    [
-        '{"question": "What is 1 + 1?"}',
-        '{"steps": ["a"]}',
-        json.dumps(work()),
-        '{"question": "What is 1 + 1?", "steps": "one string"}',
-        json.dumps(work("a", " ")),
-        json.dumps(work("a", first_error_step=2)),
-        json.dumps(work("a", first_error_step=-2)),
-        json.dumps(work("a", first_error_step="first")),
-        json.dumps(work("a", label=0)),
-        '{"question": "What is 1 + 1?", "steps": [NaN]}',
-        '{"question": "What is 1 + 1?", "steps": ["\\ud83d"]}',
-        '{"question": 7, "steps": ["a"]}',
-        "[1]",
-        "not JSON",
-    ],
-)
+    ['{"question": "What is 1 + 1?"}', '{"steps": ["a"]}', '{"question": "What is 1 + 1?", "steps": "one string"}',
+     '{"question": "What is 1 + 1?", "steps": [NaN]}', '{"question": "What is 1 + 1?", "steps": ["\\ud83d"]}',
+     '{"question": 7, "steps": ["a"]}', "[1]", "not JSON", json.dumps(work()), json.dumps(work("a", " ")),
+     json.dumps(work("a", first_error_step=2)), json.dumps(work("a", first_error_step=-2)),
+     json.dumps(work("a", first_error_step="first")), json.dumps(work("a", label=0))],
+)  # fmt: skip
 def test_unusable_row_is_skipped_with_file_and_line(run, grader, tmp_path, row):
     path = tmp_path / "mine.jsonl"
     path.write_text(f"{json.dumps(GOOD)}\n\n{row}\n")

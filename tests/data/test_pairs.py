@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from sclite.config import Config
-from sclite.data.pairs import content_pair, continuation, decision_pairs, write_pairs
+from sclite.data.pairs import continuation, make_pairs, write_pairs
 from sclite.errors import DataError
 from sclite.progress import no_progress
 from sclite.records import Attempt, Drop, Pair, Problem, Review
@@ -21,45 +21,44 @@ WRONG = "Hm.</Cause>\n<Correction>72 / 2 = 30</Correction>\n"
 RIGHT = "Twice 38 is too much.</Cause>\n<Correction>72 / 2 = 36</Correction>\n"
 
 
-# -- decisions -----------------------------------------------------------------------------------------------------
+# -- the pairs of one review ---------------------------------------------------------------------------------------
 
 
-def test_every_step_up_to_the_wrong_one_is_a_decision():
-    pairs = decision_pairs(REVIEW, WORK)
-    assert [(p.step, p.chosen, p.rejected) for p in pairs] == [
-        (1, "</Step1>\n", CAUSE),
-        (2, CAUSE, "</Step2>\n"),
-    ]
-    assert {p.kind for p in pairs} == {"decision"}
+@pytest.mark.parametrize(
+    ("review", "sides"),
+    [
+        (REVIEW, [("</Step1>\n", CAUSE), (CAUSE, "</Step2>\n")]),
+        (CONFIRMED, [(f"</Step{n}>\n", CAUSE) for n in (1, 2, 3)]),
+    ],
+)
+def test_every_step_up_to_the_wrong_one_is_a_decision_after_the_attempt_so_far(review, sides):
+    pairs, _ = make_pairs(review, WORK)
+    assert [(p.chosen, p.rejected) for p in pairs] == sides
+    for number, pair in enumerate(pairs, 1):
+        assert (pair.kind, pair.step, pair.attempt) == ("decision", number, render(WORK))
+        assert "".join(pair.prefix) == render(WORK).partition(f"</Step{number}>")[0]
+        assert pair.prefix[-1] == open_piece(number, WORK.steps[number - 1])
+        assert pair.prefix[1::2] == tuple(close_piece(n) for n in range(1, number))
 
 
-def test_confirmation_closes_every_step():
-    pairs = decision_pairs(CONFIRMED, WORK)
-    assert [(p.step, p.chosen, p.rejected) for p in pairs] == [(n, f"</Step{n}>\n", CAUSE) for n in (1, 2, 3)]
-
-
-def test_decision_prefix_is_the_attempt_up_to_the_step():
-    for pair in [*decision_pairs(REVIEW, WORK), *decision_pairs(CONFIRMED, WORK)]:
-        assert pair.attempt == render(WORK)
-        assert "".join(pair.prefix) == render(WORK).partition(f"</Step{pair.step}>")[0]
-        assert pair.prefix[-1] == open_piece(pair.step, WORK.steps[pair.step - 1])
-        assert pair.prefix[1::2] == tuple(close_piece(n) for n in range(1, pair.step))
-
-
-# -- contents ------------------------------------------------------------------------------------------------------
-
-
-def test_teacher_correction_is_chosen_over_a_wrong_one_by_the_student():
-    pair = content_pair(REVIEW, WORK, [(WRONG, False)])
-    assert (pair.chosen, pair.rejected, pair.origin, pair.step) == (TEACHERS, WRONG, "teacher", 2)
-    assert pair.prefix[-1] == CAUSE
-    assert pair.prefix[:-1] == decision_pairs(REVIEW, WORK)[-1].prefix
-
-
-def test_right_correction_by_the_student_is_chosen_over_the_teachers():
-    for own in ([(RIGHT, True), (WRONG, False)], [(WRONG, False), (RIGHT, True)]):
-        pair = content_pair(REVIEW, WORK, own)
-        assert (pair.chosen, pair.rejected, pair.origin) == (RIGHT, WRONG, "student")
+@pytest.mark.parametrize(
+    ("own", "chosen", "origin"),
+    [
+        ([(WRONG, False)], TEACHERS, "teacher"),
+        (
+            [("odd", None), (WRONG, False), ("odder", None)],
+            TEACHERS,
+            "teacher",
+        ),  # unknown outcomes are not used
+        ([(RIGHT, True), (WRONG, False)], RIGHT, "student"),
+        ([(WRONG, False), (RIGHT, True)], RIGHT, "student"),
+    ],
+)
+def test_right_correction_by_the_student_else_the_teachers_is_chosen_over_a_wrong_one(own, chosen, origin):
+    (*_, decision, pair), drop = make_pairs(REVIEW, WORK, own)
+    assert (pair.chosen, pair.rejected, pair.origin, pair.step) == (chosen, WRONG, origin, 2)
+    assert pair.prefix == (*decision.prefix, CAUSE)
+    assert drop is None
 
 
 @pytest.mark.parametrize(
@@ -73,16 +72,11 @@ def test_right_correction_by_the_student_is_chosen_over_the_teachers():
         ([(RIGHT, True), (RIGHT, False)], "both_sides_alike"),
     ],
 )
-def test_review_without_a_pair_is_dropped_with_a_reason(own, reason):
-    drop = content_pair(REVIEW, WORK, own)
-    assert isinstance(drop, Drop)
+def test_review_without_a_content_pair_is_dropped_with_a_reason(own, reason):
+    pairs, drop = make_pairs(REVIEW, WORK, own)
     assert (drop.stage, drop.id, drop.sample, drop.reason) == ("pairs", "p0", 0, reason)
     assert drop.raw == (own[0][0] if own else "")
-
-
-def test_correction_with_unknown_outcome_is_not_used():
-    pair = content_pair(REVIEW, WORK, [("odd", None), (WRONG, False), ("odder", None)])
-    assert (pair.chosen, pair.rejected) == (TEACHERS, WRONG)
+    assert len(pairs) == 2  # the decisions stay
 
 
 def test_continuation_ends_before_the_closing_tag_of_the_step():
@@ -157,8 +151,6 @@ def test_student_corrections_become_pairs_by_their_answers(run, grader):
     assert drops == {"p2": "student_review_already_right", "p3": "student_review_not_readable"}
     assert report.dropped == {"student_review_already_right": 1, "student_review_not_readable": 1}
     assert report.counts == {"decision": 4 * 2 + 3, "content": 2, "own_corrections_chosen": 1}
-    # a review without a content pair keeps its decisions
-    assert [p.step for p in run.read("pairs.jsonl", Pair) if p.id == "p3"] == [1, 2]
 
 
 def test_student_corrects_each_wrong_attempt_at_the_teachers_step(run, grader):
@@ -166,8 +158,7 @@ def test_student_corrects_each_wrong_attempt_at_the_teachers_step(run, grader):
     _, _, requests = build(run, grader, {f"p{i}": [WRONG, WRONG] for i in range(3)})
     asked = [r for r in requests if r.pieces[-1] == CAUSE]
     assert len(asked) == 6
-    assert {r.pieces[-2] for r in asked} == {"<Step2>72 / 2 = 38\n"}
-    assert {r.temperature for r in asked} == {0.8}
+    assert {(r.pieces[-2], r.temperature) for r in asked} == {("<Step2>72 / 2 = 38\n", 0.8)}
     for i in range(3):
         same = [r for r in asked if f"p{i}: What" in r.messages[-1]["content"]]
         assert len({r.seed for r in same}) == 2  # two different samples
@@ -183,22 +174,17 @@ def test_warning_if_most_content_pairs_were_dropped(run, grader, warnings, dropp
     assert [said.startswith(start) for said in warnings.said] == [True] * warned
 
 
-def test_finished_pairs_need_no_student(run, grader):
-    fill(run, 1)
-    first, _, _ = build(run, grader, {"p0": [WRONG, WRONG]})
-    again, _, _ = build(run, grader)
-    assert again.skipped
-    assert again.counts == first.counts
-
-
-def test_without_a_student_there_are_only_decision_pairs(run, grader):
+def test_without_a_student_there_are_only_decision_pairs_and_finished_ones_need_none(run, grader):
     fill(run, 2)
     report, contents, _ = build(run, grader)
     assert contents == {}
     assert report.dropped == {"no_student_review": 2}
     run.path("warmup/adapter").mkdir(parents=True)
     run.path("warmup/adapter/adapter_model.safetensors").write_bytes(b"trained")
-    assert len(build(run, grader, {"p0": [WRONG, WRONG], "p1": [WRONG, WRONG]})[1]) == 2
+    made, contents, _ = build(run, grader, {"p0": [WRONG, WRONG], "p1": [WRONG, WRONG]})
+    assert len(contents) == 2
+    again, _, _ = build(run, grader)
+    assert (again.skipped, again.counts) == (True, made.counts)
 
 
 def test_missing_reviews_error_names_the_next_command(run, grader):
@@ -266,6 +252,5 @@ def test_next_run_requests_unanswered_reviews_again(run, grader):
     first, _, _ = build(run, grader, {"p0": ["", whole_review()]}, FREE)
     assert first.counts["content"] == 1
     second, _, _ = build(run, grader, {"p0": [whole_review()] * 2}, FREE)
-    assert not second.skipped
-    assert second.figures["own_reviews"] == {}
+    assert (second.skipped, second.figures["own_reviews"]) == (False, {})
     assert build(run, grader, None, FREE)[0].skipped

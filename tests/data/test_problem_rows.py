@@ -38,17 +38,11 @@ def test_markdown_heading_is_not_a_gsm8k_answer():
 @pytest.mark.parametrize(
     ("text", "gold"),
     [
-        ("48 + 24 = 72.\n#### 72", "72"),
-        ("48 + 24 = 72. #### 72", "72"),
-        ("It costs that.\n#### $1,200.50", "$1,200.50"),
-        ("So.\n#### -3", "-3"),
-        ("So.\n#### \\frac{1}{2}\n", "\\frac{1}{2}"),
-        ("So.\n#### x = 5", "x = 5"),
-        ("So.\n#### B", "B"),
-        ("So.\n#### Answer: 7", "7"),
-        ("so.\n#### 72\nThe answer is: 72", "72"),
+        ("48 + 24 = 72.\n#### 72", "72"), ("48 + 24 = 72. #### 72", "72"), ("It costs that.\n#### $1,200.50", "$1,200.50"),
+        ("So.\n#### -3", "-3"), ("So.\n#### \\frac{1}{2}\n", "\\frac{1}{2}"), ("So.\n#### x = 5", "x = 5"),
+        ("So.\n#### B", "B"), ("So.\n#### Answer: 7", "7"), ("so.\n#### 72\nThe answer is: 72", "72"),
     ],
-)
+)  # fmt: skip
 def test_gsm8k_answer_is_read_in_both_columns(text, gold):
     assert answer(answer=text) == answer(solution=text) == gold
 
@@ -56,40 +50,26 @@ def test_gsm8k_answer_is_read_in_both_columns(text, gold):
 @pytest.mark.parametrize(
     ("text", "gold"),
     [
-        ("our answer is $\\boxed 2$.", "2"),
-        ("our answer is $\\boxed2$.", "2"),
-        ("our answer is \\(\\boxed 12\\).", "12"),
-        ("our answer is $\\boxed 2x+1$.", "2x+1"),
-        ("our answer is \\fbox 7 now", "7"),
-        ("our answer is \\fbox{7}", "7"),
+        ("our answer is $\\boxed 2$.", "2"), ("our answer is $\\boxed2$.", "2"), ("our answer is \\(\\boxed 12\\).", "12"),
+        ("our answer is $\\boxed 2x+1$.", "2x+1"), ("our answer is \\fbox 7 now", "7"), ("our answer is \\fbox{7}", "7"),
         ("so $\\boxed\\frac{1}{2}$", "\\frac{1}{2}"),
         ("First $\\boxed{4}$, then $x = \\boxed{\\frac{1}{\\sqrt{2}}}$.", "\\frac{1}{\\sqrt{2}}"),
         ("The roots are $\\boxed{1}$ and $\\boxed{3}$.", "1, 3"),
         ("So $x = \\boxed{1}$, $x=\\boxed{2}$ or $x = \\boxed{3}$.", "1, 2, 3"),
-        ("So \\boxed{\\boxed{5}}", "5"),
-        ("The answer is 5. Check: 5-3=2.", "5"),
-        ("It is 3 twice. The answer is: 6.", "6"),
-        ("So the final answer is 2.5", "2.5"),
-        ("The answer is 4? No: the answer is 5.", "5"),
+        ("So \\boxed{\\boxed{5}}", "5"), ("The answer is 5. Check: 5-3=2.", "5"), ("It is 3 twice. The answer is: 6.", "6"),
+        ("So the final answer is 2.5", "2.5"), ("The answer is 4? No: the answer is 5.", "5"),
         ("so.\nThe answer is: \\frac{1}{2}", "\\frac{1}{2}"),
     ],
-)
+)  # fmt: skip
 def test_answer_is_the_last_box_or_ends_the_last_line(text, gold):
     assert answer(solution=text) == gold
 
 
 @pytest.mark.parametrize(
     "row",
-    [
-        {"answer": None},
-        {"answer": "worked but #### "},
-        {"solution": "no box here 5"},
-        {"solution": r"an open \boxed{5"},
-        {"solution": "The answer is 5, I think.\nOr not."},
-        {"answer": "proof", "solution": "So it holds."},
-        {"answer": "notfound"},
-    ],
-)
+    [{"answer": None}, {"answer": "worked but #### "}, {"solution": "no box here 5"}, {"solution": r"an open \boxed{5"},
+     {"solution": "The answer is 5, I think.\nOr not."}, {"answer": "proof", "solution": "So it holds."}, {"answer": "notfound"}],
+)  # fmt: skip
 def test_row_without_an_answer_is_rejected(row):
     error = refused(**row)
     assert error.reason == "no_answer"
@@ -152,16 +132,8 @@ def test_unknown_columns_are_reported_with_those_that_exist():
 
 @pytest.mark.parametrize(
     ("cell", "gold"),
-    [
-        (["7"], "7"),
-        ([2], "2"),
-        (b"2", "2"),
-        (7.0, "7"),
-        (0.5, "0.5"),
-        (Decimal("2.50"), "2.50"),
-        (10**20, "1" + "0" * 20),
-    ],
-)
+    [(["7"], "7"), ([2], "2"), (b"2", "2"), (7.0, "7"), (0.5, "0.5"), (Decimal("2.50"), "2.50"), (10**20, "1" + "0" * 20)],
+)  # fmt: skip
 def test_numbers_bytes_and_lists_of_one_are_read_as_text(cell, gold):
     assert answer(answer=cell) == gold
 

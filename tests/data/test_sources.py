@@ -60,18 +60,12 @@ def test_files_are_read_gzipped_with_any_line_ending_and_bom(tmp_path, name, tex
 def test_all_formats_give_the_same_problems_from_configured_columns(tmp_path):
     import datasets
 
-    rows = [
-        {"n": f"x{i}", "say": f"{i}?", "gold": f"00{i}", "work": f"so {i}\n#### {i}"} for i in range(1, 4)
-    ]
-    columns = {
-        "question_column": "say",
-        "answer_column": "gold",
-        "solution_column": "work",
-        "id_column": "n",
-    }
-    expected = [
-        Problem(id=f"x{i}", question=f"{i}?", answer=f"00{i}", solution=f"so {i}") for i in range(1, 4)
-    ]
+    rows = [{"n": f"x{i}", "say": f"{i}?", "gold": f"00{i}", "work": f"so {i}\n#### {i}"} for i in (1, 2, 3)]
+    columns = dict(question_column="say", answer_column="gold", solution_column="work", id_column="n")
+    wanted = (
+        {"id": f"x{i}", "question": f"{i}?", "answer": f"00{i}", "solution": f"so {i}"} for i in (1, 2, 3)
+    )
+    expected = [Problem(**row) for row in wanted]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "p.json").write_text(json.dumps(rows))
     with open(tmp_path / "p.csv", "w", newline="") as file:

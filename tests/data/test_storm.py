@@ -12,20 +12,16 @@ import time
 import pytest
 
 from sclite.data.templates import check_template, write_templates
-from sclite.records import Problem, Template
+from sclite.records import Template
 from sclite.run import Run
 from sclite.settings import load
-from sclite.teacher.client import Teacher
 from sclite.teacher.ledger import Ledger
 from sclite.teacher.sender import Sender
 from sclite.trace import Trace
-from tests.replay import BROKEN, HTML, TeacherServer, fail, say
+from tests.replay import BROKEN, HTML, TeacherServer, client, fail, number_of, say, sums, template
 
 KEY = "sk-storm-0123456789"
-PROBLEMS = [
-    Problem(id=f"p{i}", question=f"What is {i} + 1?", answer=str(i + 1), solution="Count on.")
-    for i in range(200)
-]
+PROBLEMS = sums(200)
 
 
 @pytest.fixture(autouse=True)
@@ -33,28 +29,21 @@ def _key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
 
-def reply(answer, rule="Count on."):
-    return f"<Step1>Count on by one.\n</Step1>\n<Generalized>{rule}</Generalized>\n<Answer>{answer}</Answer>"
-
-
-def number_of(request):
-    return int(request["messages"][1]["content"].split("What is ")[1].split(" ")[0])
-
-
 def right(request, seconds):
-    return say(reply(number_of(request) + 1), seconds=seconds)
+    return say(template(number_of(request) + 1), seconds=seconds)
 
 
 def storm(request, nth):
     """A third of the first requests fail, in various ways; retries succeed."""
     answer = number_of(request) + 1
     issues = (
-        fail(429, retry_after="0"), fail(500), BROKEN, HTML, say("Sure! Let me think."), say(reply(answer)[:40], "length"),
-        say(reply(-12345)), say(reply(answer, "As the reference solution shows, count on.")), say("late", seconds=1.5),
+        fail(429, retry_after="0"), fail(500), BROKEN, HTML, say("Sure! Let me think."),
+        say(template(answer)[:40], "length"), say(template(-12345)), say("late", seconds=1.5),
+        say(template(answer, rule="As the reference solution shows, count on.")),
     )  # fmt: skip
     draw = int(hashlib.sha256(str(request["messages"]).encode()).hexdigest(), 16) % 27
     again = nth > 1 or "could not be used" in request["messages"][1]["content"]
-    return say(reply(answer)) if again or draw >= len(issues) else issues[draw]
+    return say(template(answer)) if again or draw >= len(issues) else issues[draw]
 
 
 def chosen(url, *more):
@@ -63,9 +52,9 @@ def chosen(url, *more):
 
 
 def build(run, settings, grader, problems=PROBLEMS, **options):
-    with Ledger(run.path("ledger.sqlite")) as ledger, Teacher(settings.teacher, ledger) as teacher:
+    with client(run, settings.teacher) as teacher:
         report = write_templates(settings, run, teacher=teacher, grader=grader, problems=problems, **options)
-        return report, ledger.totals()
+        return report, teacher.ledger.totals()
 
 
 @pytest.mark.parametrize("direct", ["true", "false"])

@@ -5,29 +5,13 @@ import pytest
 from sclite import prompts, trace
 from sclite.data.templates import check_template, find_leak, write_templates
 from sclite.errors import DataError, TeacherError, UsageError
-from sclite.records import Drop, Problem, Template
+from sclite.records import Drop, Template
 from sclite.settings import load
-from sclite.teacher.client import Teacher
-from sclite.teacher.ledger import Ledger
 from sclite.trace import Trace
-from tests.replay import TeacherServer, fail, say
+from tests.replay import TeacherServer, client, fail, number_of, say, sums
+from tests.replay import template as reply
 
-
-def problem(number):
-    return Problem(
-        id=f"p{number}", question=f"What is {number} + 1?", answer=str(number + 1), solution="Count on."
-    )
-
-
-PROBLEMS = [problem(i) for i in range(8)]
-
-
-def reply(answer, step="Count on by one."):
-    return f"<Step1>{step}</Step1>\n<Generalized>Count on.</Generalized>\n<Answer>{answer}</Answer>"
-
-
-def number_of(request):
-    return int(request["messages"][1]["content"].split("What is ")[1].split(" ")[0])
+PROBLEMS = sums(8)
 
 
 def right(request, nth):
@@ -37,7 +21,7 @@ def right(request, nth):
 def build(run, url, grader, problems=PROBLEMS, settings=(), **options):
     teacher = ["teacher.model=openai/replay", f"teacher.api_base={url}", "teacher.attempts_per_call=2"]
     chosen = load(None, [*teacher, *settings], {})
-    with Ledger(run.path("ledger.sqlite")) as ledger, Teacher(chosen.teacher, ledger) as teacher:
+    with client(run, chosen.teacher) as teacher:
         return write_templates(chosen, run, teacher=teacher, grader=grader, problems=problems, **options)
 
 
@@ -46,7 +30,7 @@ def build(run, url, grader, problems=PROBLEMS, settings=(), **options):
 
 @pytest.mark.parametrize("answer", ["3", "$3$", r"\boxed{3}", "The answer is 3.", "3.0"])
 def test_equal_answers_are_accepted(answer, grader):
-    assert isinstance(check_template(reply(answer), problem(2), grader), Trace)
+    assert isinstance(check_template(reply(answer), PROBLEMS[2], grader), Trace)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +47,7 @@ def test_equal_answers_are_accepted(answer, grader):
     ],
 )
 def test_each_invalid_reply_has_a_reason(text, reason, grader):
-    assert check_template(text, problem(2), grader).reason == reason
+    assert check_template(text, PROBLEMS[2], grader).reason == reason
 
 
 def test_unknown_grade_is_not_a_wrong_template():
@@ -71,44 +55,28 @@ def test_unknown_grade_is_not_a_wrong_template():
         def equal(self, given, gold):
             return None
 
-    rejection = check_template(reply("3"), problem(2), Unsure())
+    rejection = check_template(reply("3"), PROBLEMS[2], Unsure())
     assert rejection.reason == "grader_unknown"
     assert "3" in rejection.text
 
 
-LEAKS = """
-As the reference solution shows
-Following the given solution, add
-this is the gold answer
-matches the provided answer
-as in the solution given above
-The answer was provided, so
-the Ground-Truth answer
-according to the given solution of the equation
-the given answer of 5 apples
-the given solution of 5.
-"""
-NO_LEAKS = """
-The solution is 5.
-The answer is given by 3x.
-Mix it into the solution: it has 5 litres of acid
-the solution set is {1, 2}
-So the correct answer is 7
-the given numbers
-The given solution of 2 litres is 20% acid
-the provided solution of $0.5$ L of salt water
-the given solution contains 20% salt
-the golden ratio answers it
-Given the equation, its solutions are
-"""
-
-
-@pytest.mark.parametrize("text", LEAKS.strip().splitlines())
+@pytest.mark.parametrize(
+    "text",
+    ["As the reference solution shows", "Following the given solution, add", "this is the gold answer", "the Ground-Truth answer",
+     "matches the provided answer", "as in the solution given above", "The answer was provided, so", "the given solution of 5.",
+     "according to the given solution of the equation", "the given answer of 5 apples"],
+)  # fmt: skip
 def test_mention_of_the_given_solution_is_found(text):
     assert find_leak(f"Well. {text} it is 3.")
 
 
-@pytest.mark.parametrize("text", NO_LEAKS.strip().splitlines())
+@pytest.mark.parametrize(
+    "text",
+    ["The solution is 5.", "The answer is given by 3x.", "Mix it into the solution: it has 5 litres of acid", "the given numbers",
+     "the solution set is {1, 2}", "So the correct answer is 7", "The given solution of 2 litres is 20% acid",
+     "the provided solution of $0.5$ L of salt water", "the given solution contains 20% salt", "the golden ratio answers it",
+     "Given the equation, its solutions are"],
+)  # fmt: skip
 def test_other_uses_of_the_word_solution_are_no_leak(text):
     assert find_leak(text) is None
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sclite.data.pairs import content_pair, continuation, decision_pairs
+from sclite.data.pairs import continuation, make_pairs
 from sclite.errors import UsageError
 from sclite.inspect.labels import Labels
 from sclite.records import Review, Template
@@ -53,12 +53,12 @@ def test_both_sides_of_a_pair_are_shown(context):
     review = run.read("reviews.jsonl", Review)[1]
     work = parse(render(toy_trace(1, 1))).trace
     wrong = review.model_copy(update={"correction": "12 + 31 = 44"})
-    content = content_pair(review, work, [(continuation(wrong), False)])
+    content = make_pairs(review, work, [(continuation(wrong), False)])[0][-1]
     made = Labels(config, run, "pairs").as_json(content)["sequences"]
     assert list(made) == ["chosen", "rejected"]
     assert review.correction in weighted_text(made["chosen"])
     assert "12 + 31 = 44" in weighted_text(made["rejected"])
-    decision = Labels(config, run, "pairs").as_json(decision_pairs(review, work)[0])["sequences"]
+    decision = Labels(config, run, "pairs").as_json(make_pairs(review, work)[0][0])["sequences"]
     (marked,) = [token for token in decision["decision, to accuse chosen"] if "decision" in token]
     assert marked["weight"] == 0
 
@@ -78,7 +78,7 @@ def test_a_page_counts_loss_tokens_and_marks_weights(context):
 def test_a_page_marks_decisions(context):
     config, run = context
     review, work = run.read("reviews.jsonl", Review)[1], parse(render(toy_trace(1, 1))).trace
-    page = Labels(config, run, "pairs").format_row(decision_pairs(review, work)[0], 1, 1).plain
+    page = Labels(config, run, "pairs").format_row(make_pairs(review, work)[0][0], 1, 1).plain
     assert "0 with loss, 1 decision, ends with" in page
     assert page.count("◆") == 2  # there, and in the legend
     assert "⟦" not in page

@@ -3,7 +3,6 @@
 import pytest
 
 from sclite import config
-from sclite.grading.worker import Grader
 from sclite.teacher.client import Teacher
 from sclite.teacher.ledger import Ledger
 from tests.replay import TeacherServer
@@ -12,12 +11,6 @@ from tests.replay import TeacherServer
 @pytest.fixture(autouse=True)
 def _key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test-secret")
-
-
-@pytest.fixture(scope="package")
-def grader():
-    with Grader() as found:
-        yield found
 
 
 @pytest.fixture

@@ -136,19 +136,16 @@ def test_no_tokenizer_exceeds_the_bound_on_prompt_tokens(ask, ledger, text):
 
 
 def test_rest_is_requested_only_if_the_forecast_is_confirmed(teacher_of):
-    seen = []
+    seen, jobs = [], [job(i) for i in range(30)]
     with TeacherServer(cheap) as server, teacher_of(server, **PRICE) as teacher:
+        teacher.confirm = seen.append
         with pytest.raises(Declined, match=f"stopped after {PILOT} of 30 rows"):
-            list(
-                teacher.ask_after_pilot(
-                    map(job, range(30)), 30, "templates", lambda found: seen.append(found)
-                )
-            )
+            list(teacher.ask_after_pilot(jobs, 30, "templates"))
         assert len(server.requests) == PILOT
         assert seen[0].rows_left == 30 - PILOT
         assert seen[0].cost_usd == pytest.approx(0.00011 * (30 - PILOT))
-        done = list(teacher.ask_after_pilot(map(job, range(30)), 30, "templates", lambda _: True))
-        assert len(done) == len(server.requests) == 30
+        teacher.confirm = lambda _: True
+        assert len(list(teacher.ask_after_pilot(jobs, 30, "templates"))) == len(server.requests) == 30
 
 
 def test_no_question_if_all_is_free_or_in_the_ledger(teacher_of):
@@ -158,7 +155,8 @@ def test_no_question_if_all_is_free_or_in_the_ledger(teacher_of):
     with TeacherServer(cheap) as server:
         for settings in ({}, PRICE):
             with teacher_of(server, **settings) as teacher:
-                assert len(list(teacher.ask_after_pilot(map(job, range(30)), 30, "", confirm))) == 30
+                teacher.confirm = confirm
+                assert len(list(teacher.ask_after_pilot(map(job, range(30)), 30, ""))) == 30
     assert len(server.requests) == 30
 
 
