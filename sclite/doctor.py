@@ -17,8 +17,6 @@ from typing import Any
 from sclite.config import Config, Teacher, without_password
 from sclite.errors import UsageError
 
-GPU = tuple[str, float, float]
-"""Name, total GB, free GB."""
 DRIVERS = ("/dev/nvidiactl", "/dev/dxg")  # Linux, and Linux under Windows
 
 # -- GPUs ----------------------------------------------------------------------------------------------------------
@@ -29,54 +27,43 @@ def has_nvidia_driver() -> bool:
     return shutil.which("nvidia-smi") is not None or any(Path(path).exists() for path in DRIVERS)
 
 
-def list_gpus() -> list[GPU]:
-    """Every CUDA GPU. Imports torch and initializes CUDA."""
+def list_gpus() -> list[dict[str, Any]]:
+    """{"name", "total_gb", "free_gb", "processes"} of every CUDA GPU, in the order of CUDA's numbers.
+
+    "processes" holds memory on it: [{"pid", "name", "gb"}], largest first; None if nvidia-smi is missing or fails. "gb"
+    is None if the driver hides it. Imports torch and initializes CUDA.
+    """
     import torch
 
-    if not torch.cuda.is_available():
-        return []
-    gpus = []
-    for number in range(torch.cuda.device_count()):
+    gpus: list[dict[str, Any]] = []
+    # CUDA_VISIBLE_DEVICES renumbers the GPUs for CUDA, not for nvidia-smi
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    query = ("--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader,nounits")
+    for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         free, total = torch.cuda.mem_get_info(number)
-        gpus.append((torch.cuda.get_device_name(number), total / 1e9, free / 1e9))
+        gpu = {"name": torch.cuda.get_device_name(number), "total_gb": total / 1e9, "free_gb": free / 1e9}
+        gpus.append({**gpu, "processes": None})
+        physical = visible[number] if number < len(visible) else str(number)
+        command = ["nvidia-smi", "-i", physical, *query]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        except (OSError, subprocess.SubprocessError):
+            continue
+        processes: list[dict[str, Any]] = []
+        for line in done.stdout.splitlines():
+            pid, _, rest = line.partition(",")
+            program, _, used = rest.rpartition(",")  # a name may contain commas
+            if pid.strip().isdigit() and program.strip():  # unlike "No running processes found"
+                gb = round(int(used) * 2**20 / 1e9, 3) if used.strip().isdigit() else None
+                processes.append({"pid": int(pid), "name": program.strip(), "gb": gb})
+        gpus[-1]["processes"] = sorted(processes, key=lambda process: -(process["gb"] or 0.0))
     return gpus
 
 
-def probe_gpus() -> list[GPU]:
-    """Like `list_gpus`, in a subprocess; empty if torch is missing or broken."""
+def probe_torch() -> dict[str, Any]:
+    """{"version", "cuda", "gpus"} of torch, from a subprocess; {"failure", "gpus": []} if it is missing or broken."""
     found = _run_python(_TORCH)
-    return [] if isinstance(found, str) else found["gpus"]
-
-
-def describe_gpu(number: int = 0) -> dict[str, Any] | None:
-    """{"name", "total_gb", "free_gb", "processes"} of a GPU, None if it does not exist.
-
-    `number` counts the GPUs that CUDA shows, in PCI bus order. "processes" holds memory on it: [{"pid", "name", "gb"}],
-    largest first; None if nvidia-smi is missing or fails. "gb" is None if the driver hides it.
-    """
-    gpus = list_gpus()
-    if number >= len(gpus):
-        return None
-    name, total, free = gpus[number]
-    found: dict[str, Any] = {"name": name, "total_gb": total, "free_gb": free, "processes": None}
-    # CUDA_VISIBLE_DEVICES renumbers the GPUs for CUDA, not for nvidia-smi
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    physical = visible[number].strip() if number < len(visible) and visible[number].strip() else str(number)
-    query = ("--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader,nounits")
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", "-i", physical, *query], capture_output=True, text=True, timeout=10, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return found
-    processes: list[dict[str, Any]] = []
-    for line in done.stdout.splitlines():
-        pid, _, rest = line.partition(",")
-        program, _, used = rest.rpartition(",")  # a name may contain commas
-        if pid.strip().isdigit() and program.strip():  # unlike "No running processes found"
-            gb = round(int(used) * 2**20 / 1e9, 3) if used.strip().isdigit() else None
-            processes.append({"pid": int(pid), "name": program.strip(), "gb": gb})
-    return found | {"processes": sorted(processes, key=lambda process: -(process["gb"] or 0.0))}
+    return {"failure": found, "gpus": []} if isinstance(found, str) else found
 
 
 # -- sclite doctor -------------------------------------------------------------------------------------------------
@@ -129,65 +116,28 @@ def _run_python(code: str, *arguments: str) -> Any:
 def run_checks(config: Config) -> Iterator[Check]:
     """Every check. Takes seconds: torch, llama.cpp and LiteLLM are imported in subprocesses, at the same time."""
     from sclite.export.gguf import cache_folder
+    from sclite.student.cuda_memory import available_ram
 
     taught = config.teacher.model and not config.teacher.embedded
     with ThreadPoolExecutor() as pool:
-        torch_probe, llama_probe = pool.submit(_run_python, _TORCH), pool.submit(_run_python, _LLAMA)
-        teacher_probe = (
-            pool.submit(_run_python, _TEACHER, config.teacher.model_dump_json()) if taught else None
-        )
+        torch_probe, llama_probe = pool.submit(probe_torch), pool.submit(_run_python, _LLAMA)
+        settings = config.teacher.model_dump_json()
+        teacher_probe = pool.submit(_run_python, _TEACHER, settings) if taught else None
         found, fix = sys.version.split()[0], "install Python 3.11 or later"
         yield Check("Python", sys.version_info >= (3, 11), found, fix, required=True)
-        torch, offload = torch_probe.result(), llama_probe.result()
-        gpus: list[GPU] = [] if isinstance(torch, str) else torch["gpus"]
-        yield from _check_machine(torch, gpus, Path(config.run))
+    torch, offload = torch_probe.result(), llama_probe.result()
 
-        llama = _version("llama-cpp-python")
-        fix = "pip install --force-reinstall --no-cache-dir llama-cpp-python"
-        if isinstance(offload, str):
-            yield Check("llama.cpp", False, offload, fix, required=True)
-        else:
-            found, works = (
-                f"llama-cpp-python {llama}, {'GPU' if offload else 'CPU'} build",
-                offload or not gpus,
-            )
-            # a CPU build on a GPU machine is slow, not broken
-            wheel = (
-                "--no-deps --index-url https://abetlen.github.io/llama-cpp-python/whl/cu130"  # cu118 to cu132
-            )
-            yield Check("llama.cpp", works, found, f"{fix} {wheel}", required=works)
-        if not llama:
-            yield Check(
-                "GGUF converter", False, "llama-cpp-python is not installed", "pip install llama-cpp-python"
-            )
-        elif checkout := os.environ.get("SCLITE_LLAMA_CPP"):
-            fix = "set SCLITE_LLAMA_CPP to a llama.cpp checkout"
-            yield Check("GGUF converter", Path(checkout).is_dir(), checkout, fix)
-        else:
-            folder = cache_folder()
-            found = str(folder) if folder.is_dir() else "downloaded when first needed"
-            yield Check("GGUF converter", True, found)
-        ollama, fix = shutil.which("ollama"), "curl -fsSL https://ollama.com/install.sh | sh"
-        yield Check("Ollama", bool(ollama), ollama or "not installed", fix)
-        yield from _check_network(config, teacher_probe.result() if teacher_probe else {})
-
-
-def _check_machine(torch: Any, gpus: Sequence[GPU], run: Path) -> Iterator[Check]:
-    """torch, the GPU and what training on it needs, host RAM and disk."""
-    from sclite.student.cuda_memory import available_ram
-
-    if isinstance(torch, str):
-        yield Check("torch", False, torch, 'pip install --force-reinstall "torch>=2.11,<2.14"', required=True)
-    else:
-        build = f"CUDA {torch['cuda']}" if torch["cuda"] else "CPU build"
-        yield Check("torch", True, f"{torch['version']}, {build}", required=True)
-    found = "; ".join(f"{name}, {total:.0f} GB, {free:.0f} GB free" for name, total, free in gpus)
-    found, fix = found or "not found, training runs on the CPU", "use a 24 GB GPU to train 7B and 8B models"
-    yield Check("CUDA GPU", any(total > 11 for _, total, _ in gpus), found, fix)
-    unneeded = "" if gpus else ", not needed without a GPU"
-    unsloth = _version("unsloth")
-    fix = "pip install -e '.[cuda]'"
-    yield Check("Unsloth", not gpus or bool(unsloth), (unsloth or "not installed") + unneeded, fix)
+    found, fix = torch.get("failure", ""), 'pip install --force-reinstall "torch>=2.11,<2.14"'
+    build = found or f"{torch['version']}, {'CUDA ' + torch['cuda'] if torch['cuda'] else 'CPU build'}"
+    yield Check("torch", not found, build, fix, required=True)
+    gpus = torch["gpus"]
+    shown = [f"{gpu['name']}, {gpu['total_gb']:.0f} GB, {gpu['free_gb']:.0f} GB free" for gpu in gpus]
+    found, fix = "; ".join(shown), "use a 24 GB GPU to train 7B and 8B models"
+    large = any(gpu["total_gb"] > 11 for gpu in gpus)
+    yield Check("CUDA GPU", large, found or "not found, training runs on the CPU", fix)
+    unneeded, unsloth = "" if gpus else ", not needed without a GPU", _version("unsloth")
+    found, fix = unsloth or "not installed", "pip install -e '.[cuda]'"
+    yield Check("Unsloth", not gpus or bool(unsloth), found + unneeded, fix)
     # Triton, which compiles Unsloth's kernels, needs a C compiler for its launchers
     found = next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), "not found")
     yield Check("C compiler", not gpus or found != "not found", found + unneeded, "apt-get install gcc")
@@ -196,16 +146,41 @@ def _check_machine(torch: Any, gpus: Sequence[GPU], run: Path) -> Iterator[Check
     found = "unknown" if ram is None else f"{ram / 1e9:.0f} GB available"
     why = "to train and export 7B and 8B models" if gpus else "for a run with a small student on the CPU"
     yield Check("RAM", ram is None or ram > needed * 1e9, found, f"free {needed} GB {why}")
+    run, needed = Path(config.run), 40 if gpus else 5
     folder = next((path for path in (run, *run.parents) if path.is_dir()), Path("."))
     try:
-        free, needed = shutil.disk_usage(folder).free / 1e9, 40 if gpus else 5
+        free, found = shutil.disk_usage(folder).free / 1e9, str(folder.resolve())
     except OSError as error:  # the working folder was removed
         yield Check("disk", False, f"unknown: {error.strerror}", "cd to another folder", required=True)
     else:
-        fix = f"free {needed} GB for a run with {'an 8B model' if gpus else 'a small student'}, or choose another --run"
-        yield Check(
-            "disk", free > needed, f"{free:.0f} GB free in {folder.resolve()}", fix, required=free < 1
-        )
+        student = "an 8B model" if gpus else "a small student"
+        fix = f"free {needed} GB for a run with {student}, or choose another --run"
+        yield Check("disk", free > needed, f"{free:.0f} GB free in {found}", fix, required=free < 1)
+
+    llama, fix = (
+        _version("llama-cpp-python"),
+        "pip install --force-reinstall --no-cache-dir llama-cpp-python",
+    )
+    if isinstance(offload, str):
+        yield Check("llama.cpp", False, offload, fix, required=True)
+    else:  # a CPU build on a GPU machine is slow, not broken
+        works, found = offload or not gpus, f"llama-cpp-python {llama}, {'GPU' if offload else 'CPU'} build"
+        fix += " --no-deps --index-url https://abetlen.github.io/llama-cpp-python/whl/cu130"  # cu118 to cu132
+        yield Check("llama.cpp", works, found, fix, required=works)
+    checkout = os.environ.get("SCLITE_LLAMA_CPP", "")
+    if not llama:
+        found, fix = "llama-cpp-python is not installed", "pip install llama-cpp-python"
+        yield Check("GGUF converter", False, found, fix)
+    elif checkout:
+        fix = "set SCLITE_LLAMA_CPP to a llama.cpp checkout"
+        yield Check("GGUF converter", Path(checkout).is_dir(), checkout, fix)
+    else:
+        folder = cache_folder()
+        found = str(folder) if folder.is_dir() else "downloaded when first needed"
+        yield Check("GGUF converter", True, found)
+    ollama, fix = shutil.which("ollama"), "curl -fsSL https://ollama.com/install.sh | sh"
+    yield Check("Ollama", bool(ollama), ollama or "not installed", fix)
+    yield from _check_network(config, teacher_probe.result() if teacher_probe else {})
 
 
 # -- teacher and Hub -----------------------------------------------------------------------------------------------
@@ -264,16 +239,13 @@ def _check_network(config: Config, teacher: Any) -> Iterator[Check]:
         yield Check("teacher's key", not missing, found, fix, required=True)
     if address:
         fix = "check teacher.api_base, the network and HTTPS_PROXY"
-        yield Check("teacher's address", not failures[address], _reached(address, failures[address]), fix)
+        found = f"{address}: {failures[address] or 'reachable'}"
+        yield Check("teacher's address", not failures[address], found, fix)
     if wanted:
         token = "token found" if get_token() else "no token: needed for gated and private repositories only"
-        found = f"{_reached(hub, failures[hub])}; {token}" if hub else "HF_HUB_OFFLINE is set"
+        found = f"{hub}: {failures[hub] or 'reachable'}; {token}" if hub else "HF_HUB_OFFLINE is set"
         fix = f"check the network and HF_ENDPOINT: {', '.join(wanted)} must be downloaded"
         yield Check("Hugging Face Hub", bool(hub) and not failures[hub], found, fix)
-
-
-def _reached(address: str, failure: str) -> str:
-    return f"{address}: {failure or 'reachable'}"
 
 
 def find_failures(addresses: Sequence[str]) -> dict[str, str]:

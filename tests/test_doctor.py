@@ -16,11 +16,23 @@ from tests.replay import TeacherServer, say
 
 
 @pytest.fixture
-def nvidia_smi(tmp_path, monkeypatch):
-    """Two GPUs, and an nvidia-smi that prints the given lines, in which {gpu} is the number it was asked for."""
-    monkeypatch.setattr(doctor, "list_gpus", lambda: [("RTX 4090", 24.0, 20.0), ("RTX 3090", 24.0, 4.0)])
+def torch_with_gpus(monkeypatch):
+    """torch with two GPUs of 24 GB; the environment is restored after the test."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: ((20e9, 4e9)[number], 24e9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: ("RTX 4090", "RTX 3090")[number])
+    for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path, monkeypatch, torch_with_gpus):
+    """An nvidia-smi that prints the given lines, in which {gpu} is the number it was asked for."""
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     script = tmp_path / "nvidia-smi"
 
     def write(lines: str) -> None:
@@ -32,32 +44,28 @@ def nvidia_smi(tmp_path, monkeypatch):
 
 def test_gpu_processes_are_sorted_by_size(nvidia_smi):
     nvidia_smi("1201, /usr/bin/Xorg, 204\n4242, python, serve.py, 11822\n77, [Not Found], [N/A]")
-    assert doctor.describe_gpu(0) == {
-        "name": "RTX 4090",
-        "total_gb": 24.0,
-        "free_gb": 20.0,
-        "processes": [
-            {"pid": 4242, "name": "python, serve.py", "gb": 12.396},
-            {"pid": 1201, "name": "/usr/bin/Xorg", "gb": 0.214},
-            {"pid": 77, "name": "[Not Found]", "gb": None},  # the driver hides the size
-        ],
-    }
+    processes = [
+        {"pid": 4242, "name": "python, serve.py", "gb": 12.396},
+        {"pid": 1201, "name": "/usr/bin/Xorg", "gb": 0.214},
+        {"pid": 77, "name": "[Not Found]", "gb": None},  # the driver hides the size
+    ]
+    first = {"name": "RTX 4090", "total_gb": 24.0, "free_gb": 20.0, "processes": processes}
+    assert doctor.list_gpus() == [first, {**first, "name": "RTX 3090", "free_gb": 4.0}]
     nvidia_smi("No running processes found\n")
-    assert doctor.describe_gpu(0)["processes"] == []
-    assert doctor.describe_gpu(2) is None
+    assert [gpu["processes"] for gpu in doctor.list_gpus()] == [[], []]
 
 
 def test_without_nvidia_smi_gpu_processes_are_unknown(nvidia_smi):
-    assert doctor.describe_gpu(1)["processes"] is None
+    assert [gpu["processes"] for gpu in doctor.list_gpus()] == [None, None]
     nvidia_smi("END\nexit 9\n")
-    assert doctor.describe_gpu(1)["processes"] is None
+    assert [gpu["processes"] for gpu in doctor.list_gpus()] == [None, None]
 
 
-def test_nvidia_smi_gets_the_physical_gpu_number(nvidia_smi, monkeypatch):
+@pytest.mark.parametrize(("visible", "physical"), [("", [0, 1]), ("3", [3, 1]), ("5, 2", [5, 2])])
+def test_nvidia_smi_gets_the_physical_gpu_number(nvidia_smi, monkeypatch, visible, physical):
     nvidia_smi("{gpu}, python, 1000")
-    assert doctor.describe_gpu(1)["processes"][0]["pid"] == 1
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    assert doctor.describe_gpu(0)["processes"][0]["pid"] == 3
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [gpu["processes"][0]["pid"] for gpu in doctor.list_gpus()] == physical
 
 
 def test_the_nvidia_driver_is_found_without_nvidia_smi(tmp_path, monkeypatch):
@@ -67,16 +75,6 @@ def test_the_nvidia_driver_is_found_without_nvidia_smi(tmp_path, monkeypatch):
     assert Common().context().isolated is False
     (tmp_path / "dxg").touch()
     assert Common().context().isolated is True
-
-
-@pytest.fixture
-def torch_with_gpus(monkeypatch):
-    import torch
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # restored after the test
-    monkeypatch.setenv("CUDA_DEVICE_ORDER", "")
-    del os.environ["CUDA_VISIBLE_DEVICES"], os.environ["CUDA_DEVICE_ORDER"]
 
 
 def test_gpu_numbers_follow_the_pci_bus(torch_with_gpus):
@@ -113,17 +111,14 @@ def test_doctor_without_a_teacher_asks_for_no_key_and_no_network(sclite, monkeyp
 
 
 def test_doctor_requires_the_teachers_key_and_only_mentions_the_network(sclite, monkeypatch):
-    monkeypatch.setattr(
-        doctor, "find_failures", lambda addresses: dict.fromkeys(addresses, "no route to host")
-    )
+    monkeypatch.setattr(doctor, "find_failures", lambda urls: dict.fromkeys(urls, "no route to host"))
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    code, checks = checks_of(
-        sclite, "--set", "teacher.model=openai/gpt-5.4-mini", "--set", "problems.source=openai/gsm8k"
-    )
+    named = ("--set", "teacher.model=openai/gpt-5.4-mini")
+    code, checks = checks_of(sclite, *named, "--set", "problems.source=openai/gsm8k")
     assert code == 1
     key, address, hub = (checks[name] for name in ("teacher's key", "teacher's address", "Hugging Face Hub"))
-    assert (key["works"], key["required"], key["found"]) == (False, True, "OPENAI_API_KEY is not set")
-    assert key["fix"] == "export OPENAI_API_KEY=.."
+    found = {"works": False, "required": True, "found": "OPENAI_API_KEY is not set"}
+    assert key == {"name": "teacher's key", "fix": "export OPENAI_API_KEY=..", **found}
     assert (address["works"], address["required"]) == (False, False)
     assert address["found"] == "https://api.openai.com: no route to host"
     assert (hub["works"], hub["required"]) == (False, False)
@@ -131,7 +126,7 @@ def test_doctor_requires_the_teachers_key_and_only_mentions_the_network(sclite, 
     assert "openai/gsm8k" in hub["fix"]
     monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    code, checks = checks_of(sclite, "--set", "teacher.model=openai/gpt-5.4-mini")
+    code, checks = checks_of(sclite, *named)
     assert code == 0
     assert checks["teacher's key"]["found"] == "openai/gpt-5.4-mini, key found"
 

@@ -14,7 +14,7 @@ from sclite.evaluate.threshold import Fitted, store_threshold
 from sclite.progress import ProgressDisplay
 from sclite.records import Problem
 from sclite.run import Run
-from sclite.student.base import Reply, Scores, Student
+from tests.toy import ScriptedStudent
 
 
 def notes_on(fitting=60, **more):
@@ -28,9 +28,8 @@ def notes_on(fitting=60, **more):
 
 def test_more_truncated_answers_than_one_in_100_are_reported():
     assert notes_on(cut=3) == []
-    assert notes_on(cut=4) == [
-        "truncated first answers: sft 4 of 300; raise eval.max_tokens (320) or eval.context"
-    ]
+    (note,) = notes_on(cut=4)
+    assert note == "truncated first answers: sft 4 of 300; raise eval.max_tokens (320) or eval.context"
 
 
 def test_earlier_threshold_and_disabled_review_are_reported():
@@ -92,38 +91,26 @@ def test_chat_says_why_review_is_off_and_what_turns_it_on(tmp_path):
     with pytest.raises(DataError, match="has not been fitted") as error:
         exports.for_chat(context, None, self_correct=True)
     assert "sclite train" in error.value.hint
-    store_threshold(
-        context.config, context.run, gguf, Fitted(threshold=None, off="too few", problems=9, max_harm=0.1)
-    )
+    fitted = Fitted(threshold=None, off="too few", problems=9, max_harm=0.1)
+    store_threshold(context.config, context.run, gguf, fitted)
     assert exports.for_chat(context, None, self_correct=True) == (gguf, None, "review is off: too few")
     never = context_of(tmp_path, rounds=0)
-    assert exports.for_chat(never, None, self_correct=None)[1:] == (
-        None,
-        "review is off: review.rounds is 0",
-    )
+    assert exports.for_chat(never, None, None)[1:] == (None, "review is off: review.rounds is 0")
     free = context_of(tmp_path, mode="free")
     assert exports.for_chat(free, None, self_correct=True) == (gguf, None, "")
 
 
-class Stepper(Student):
-    """Writes one step, and finds each of them right."""
+class Stepper(ScriptedStudent):
+    """An engine that writes one step, and finds each of them right."""
 
     def __init__(self, *_, **__):
-        pass
+        super().__init__("<Step1>1 + 1 = 2\n</Step1>\n<Answer>2</Answer>")
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         pass
-
-    def generate(self, requests):
-        for index in range(len(requests)):
-            yield Reply(index, "<Step1>1 + 1 = 2\n</Step1>\n<Answer>2</Answer>", 9, 9, "stop")
-
-    def score(self, requests):
-        for index, request in enumerate(requests):
-            yield Scores(index, (-5.0,) * len(request.marks), 9)
 
 
 @pytest.mark.parametrize("mode", ["guided", "free"])

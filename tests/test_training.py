@@ -9,8 +9,7 @@ import pytest
 from sclite import console, pipeline, prompts
 from sclite.context import Context
 from sclite.errors import DeviceError, UsageError
-from sclite.inspect import summaries
-from sclite.inspect.plan import plan_training
+from sclite.inspect.plan import plan_training, print_plan
 from sclite.progress import ProgressDisplay
 from sclite.records import Template
 from sclite.run import Run
@@ -204,7 +203,7 @@ def test_the_plan_has_the_steps_rows_and_micro_batch_of_the_training(folder, tmp
 
 def test_a_plan_that_does_not_fit_ends_with_exit_5_as_json_too(capsys):
     with pytest.raises(DeviceError) as error:
-        summaries.print_plan({"stages": {"sft": {"fits": False}}}, json=True)
+        print_plan({"stages": {"sft": {"fits": False}}}, json=True)
     assert error.value.code == 5
     console.error(error.value, as_json=True)  # as the command line does
     shown = json.loads(capsys.readouterr().out)

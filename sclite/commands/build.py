@@ -90,11 +90,11 @@ def train(
     with console.spinner("loading torch"):
         select_gpu(gpu)
     if plan:
-        from sclite.inspect.plan import plan_training
+        from sclite.inspect.plan import plan_training, print_plan
 
         with console.spinner("planning the training"):
             planned = plan_training(context)
-        summaries.print_plan(planned, common.json)
+        print_plan(planned, common.json)
         return
     with context.run.recording(context.config):
         pipeline.train(context, only, fresh)

@@ -54,17 +54,19 @@ def init(config: ConfigOption = None, json: JsonOption = False) -> None:
     """Write a commented sclite.toml for this machine."""
     from sclite import doctor, settings
 
-    found = doctor.probe_gpus()
+    gpus = doctor.probe_torch()["gpus"]
     path = config or Path(settings.FILE)
-    settings.write_configuration(path, max(total for _, total, _ in found) if found else None)
+    settings.write_configuration(path, max((gpu["total_gb"] for gpu in gpus), default=None))
     if json:
-        console.print_json({"config": str(path), "gpus": [name for name, _, _ in found]})
+        console.print_json({"config": str(path), "gpus": [gpu["name"] for gpu in gpus]})
         return
-    gpu = f"{found[0][0]}, {found[0][1]:.0f} GB" if found else "no CUDA GPU, bundled student on the CPU"
+    gpu = "no CUDA GPU, bundled student on the CPU"
+    if gpus:
+        gpu = f"{gpus[0]['name']}, {gpus[0]['total_gb']:.0f} GB"
     console.print(f"Created {console.escape(str(path))} for this machine ({console.escape(gpu)}).")
     following = "set teacher.model and problems.source in it, then run [bold cyan]sclite build-data[/]"
     console.print(f"Next: {following}", wrap=False)
-    if not found:
+    if not gpus:
         limits = (
             "the bundled student learns the quickstart's word problems only; set student.model for others"
         )

@@ -142,10 +142,8 @@ def export(
         console.print(f"Uploaded to {console.escape(url)}", wrap=False)
         if not settings.license:
             console.note("[yellow]note:[/] the model card names no license; set export.license")
-    if format == "data":
-        summaries.print_datasets(report, settings.license, common.json)
-    elif format != "gguf":
-        summaries.print_path(format, report, common.json)
+    if format != "gguf":
+        summaries.print_files(format, report, settings.license, common.json)
     else:
         gguf = Path(report.figures["gguf"])
         review = context.config.review

@@ -13,7 +13,7 @@ from sclite import console
 from sclite.config import Config
 from sclite.console import escape, format_duration
 from sclite.data.corrections import count_pending_corrections
-from sclite.errors import DataError, NetworkError
+from sclite.errors import DataError, DeviceError, NetworkError
 from sclite.export.quantize import estimate_bytes
 from sclite.records import Pair, Problem, Review, Template
 from sclite.run import Run
@@ -24,8 +24,6 @@ from sclite.teacher.ledger import Ledger
 from sclite.train.bundle import build_bundles
 from sclite.train.dpo import with_replay
 from sclite.train.memory import (
-    Architecture,
-    Setting,
     architecture,
     estimate,
     estimate_on_cpu,
@@ -52,7 +50,7 @@ PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits"
 def plan_training(context: "Context") -> dict[str, Any]:
     """The plan of a training on this machine, from the configuration and the run's files; starts and writes nothing."""
     from sclite.data.problems import split_problems
-    from sclite.doctor import describe_gpu
+    from sclite.doctor import list_gpus
     from sclite.student.loader import load_tokenizer
 
     config = context.config
@@ -64,7 +62,7 @@ def plan_training(context: "Context") -> dict[str, Any]:
     return plan(
         config,
         context.run,
-        gpu=describe_gpu(),
+        gpu=next(iter(list_gpus()), None),
         tokenizer=tokenizer,
         unseen=frozenset(p.id for p in split_problems(config, problems).stage2) if problems else None,
     )
@@ -78,7 +76,7 @@ def plan(
     tokenizer: "Tokenizer | None" = None,
     unseen: frozenset[str] | None = None,
 ) -> dict[str, Any]:
-    """The plan as JSON values. `gpu` is from `doctor.describe_gpu`; without one (None) `fits` is unknown.
+    """The plan as JSON values. `gpu` is from `doctor.list_gpus`; without one (None) `fits` is unknown.
 
     `unseen` are ids of the problems kept for stage 2 (None: unknown). Without a tokenizer the forecast is unknown.
     """
@@ -86,13 +84,31 @@ def plan(
     backend = "plain" if gpu is None or config.student.backend == "plain" else "unsloth"
     stages = {}
     for stage in STAGES:
-        setting, batch = wanted_setting(config, stage, backend), config.stage(stage).batch_size
+        wanted, batch = wanted_setting(config, stage, backend), config.stage(stage).batch_size
         forecast = _forecast(config, run, stage, tokenizer, unseen or frozenset())
         if gpu is None:
-            setting = replace(setting, length=forecast["longest"] or setting.length)
+            wanted = replace(wanted, length=forecast["longest"] or wanted.length)
             if not config.stage(stage).per_device_train_batch_size:
-                setting = replace(setting, micro_batch=cpu_micro_batch(model, setting, batch))
-        stages[stage] = {**_memory(model, setting, batch, gpu), **forecast}
+                wanted = replace(wanted, micro_batch=cpu_micro_batch(model, wanted, batch))
+        free = None if gpu is None else round(gpu["free_gb"] * GB)
+        choice = choose(model, wanted, batch, free)
+        setting = choice.setting or wanted
+        memory = estimate_on_cpu(model, setting) if gpu is None else estimate(model, setting)
+        alone = replace(wanted, micro_batch=1)
+        stages[stage] = {
+            "fits": choice.fits,
+            "verdict": choice.verdict,
+            "batch": batch,
+            "micro_batch": setting.micro_batch,
+            "accumulation": ceil(batch / setting.micro_batch),
+            "length": setting.length,
+            "rank": setting.rank,
+            "memory_gb": {name: round(size / GB, 3) for name, size in memory.parts.items()},
+            "total_gb": round(memory.total / GB, 3),
+            "host_gb": round(memory.host / GB, 3),
+            "largest_length": None if free is None else largest_length(model, alone, free),
+            **forecast,
+        }
     hours = [stage["hours"] for stage in stages.values()]
     bits = (4 if config.student.load_in_4bit else 16) if gpu else 16 if model.bf16_on_cpu else 32
     tensors = model.lora_tensors(config.lora.r)
@@ -116,30 +132,6 @@ def plan(
         "hours": None if None in hours else round(sum(hours), 2),
         "disk_gb": {**disk, "total": round(sum(disk.values()), 4)},
         "teacher": corrections_cost(config, run, unseen, count_pending_corrections(config, run)),
-    }
-
-
-def _memory(
-    model: Architecture, wanted: Setting, batch: int, gpu: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """The setting for the free memory, its bytes by part, and the longest row that fits alone."""
-    free = None if gpu is None else round(gpu["free_gb"] * GB)
-    choice = choose(model, wanted, batch, free)
-    setting = choice.setting or wanted
-    found = estimate_on_cpu(model, setting) if gpu is None else estimate(model, setting)
-    longest = None if free is None else largest_length(model, replace(wanted, micro_batch=1), free)
-    return {
-        "fits": choice.fits,
-        "verdict": choice.verdict,
-        "batch": batch,
-        "micro_batch": setting.micro_batch,
-        "accumulation": ceil(batch / setting.micro_batch),
-        "length": setting.length,
-        "rank": setting.rank,
-        "memory_gb": {name: round(size / GB, 3) for name, size in found.parts.items()},
-        "total_gb": round(found.total / GB, 3),
-        "host_gb": round(found.host / GB, 3),
-        "largest_length": longest,
     }
 
 
@@ -251,9 +243,18 @@ def correction_cost_text(context: "Context", unseen: frozenset[str]) -> str:
 # -- the terminal --------------------------------------------------------------------------------------------------
 
 
-def print_plan_tables(plan: Mapping[str, Any]) -> None:
-    """The plan as tables on stdout."""
-    parameters, stages, gpu = plan["parameters"], plan["stages"], plan["gpu"]
+def print_plan(plan: Mapping[str, Any], json: bool = False) -> None:
+    """The plan as tables on stdout. Raises DeviceError if a stage does not fit."""
+    stages = plan["stages"]
+    misfits = {name: stage for name, stage in stages.items() if stage["fits"] is False}
+    error = DeviceError("not every stage fits on this GPU", "use the settings that the plan suggests")
+    error.details = dict(plan)
+    if json and misfits:
+        raise error  # which is printed as the JSON object, with the plan in it
+    if json:
+        console.print_json(plan)
+        return
+    parameters, gpu = plan["parameters"], plan["gpu"]
     count = f"{parameters / 1e9:.2f}B" if parameters >= 5e8 else f"{parameters / 1e6:.1f}M"
     console.print(escape(f"{plan['student']}: {count} parameters in {plan['bits']} bits, {plan['backend']}"))
     if plan["rough"]:
@@ -279,9 +280,8 @@ def print_plan_tables(plan: Mapping[str, Any]) -> None:
     header = ("stage", "fits", "batch", "micro-batch", "accumulation", "max length", "longest that fits", "rank")  # fmt: skip
     rows = [(name, fits[s["fits"]], *(_number(s[key]) for key in keys)) for name, s in stages.items()]
     console.print_table("Settings", header, rows, texts=2)
-    for name, stage in stages.items():
-        if stage["fits"] is False:
-            console.print(f"[red]{name} does not fit:[/] {escape(stage['verdict'])}")
+    for name, stage in misfits.items():
+        console.print(f"[red]{name} does not fit:[/] {escape(stage['verdict'])}")
     keys = ("rows", "too_long", "epochs", "tokens", "steps", "tokens_per_second")
     header = ("stage", "rows", "too long", "epochs", "tokens", "steps", "tokens/s", "time")
     rows = [(name, *(_number(s[key]) for key in keys), _time(s["hours"], "–")) for name, s in stages.items()]
@@ -304,6 +304,8 @@ def print_plan_tables(plan: Mapping[str, Any]) -> None:
         cost = "price unknown" if teacher["cost_usd"] is None else f"about ${teacher['cost_usd']:.2f}"
         corrections = f"{'at most ' if teacher['at_most'] else ''}{teacher['requests']:,}, {cost}"
     console.print(f"Corrections by the teacher: {corrections}")
+    if misfits:
+        raise error
 
 
 def _time(hours: float | None, unknown: str) -> str:

@@ -62,6 +62,22 @@ class Stage:
     cost_usd: float | None = None
 
 
+class Measured(BaseModel):
+    """The part of a student's figures that identifies the GGUF that was evaluated."""
+
+    file: str
+    bytes: int
+    made_from: str
+
+
+class Summary(BaseModel):
+    """The part of an evaluation's summary that the status needs."""
+
+    models: dict[str, Measured]
+    n: int
+    folder: str
+
+
 def read_status(config: Config, run: Run) -> dict[str, Any]:
     """{"run", "busy", "stages": {name: fields of Stage}, "dropped", "ledger", "next"}. Never writes.
 
@@ -80,34 +96,14 @@ def read_status(config: Config, run: Run) -> dict[str, Any]:
                 paid = {**ledger.totals(), "stages": {n: t for n, t in by_stage.items() if t["requests"]}}
         except DataError as error:
             run.warn(f"{error.message}; {error.hint}")
-    stages = _read_stages(config, run, paid["stages"] if paid else {})
-    for name, stage in stages.items():
-        stage.dropped = dict(dropped.get(name, Counter()).most_common())
-        if stage.dropped and stage.state == NOT_BEGUN:
-            stage.state, stage.why = HALF_WAY, ["only dropped rows so far"]
-        if paid and name in paid["stages"]:
-            stage.cost_usd = paid["stages"][name]["cost_usd"]
-    return {
-        "run": str(run.folder),
-        "busy": run.is_locked(),
-        "stages": {name: dict(vars(stage)) for name, stage in stages.items()},
-        "dropped": dict(sum(dropped.values(), Counter()).most_common()),
-        "ledger": paid,
-        "next": next_command(config, stages),
-    }
+    asked = paid["stages"] if paid else {}
 
-
-# -- stages --------------------------------------------------------------------------------------------------------
-
-
-def _read_stages(config: Config, run: Run, paid: Mapping[str, Any]) -> dict[str, Stage]:
-    """Every stage by its name. `paid` holds the ledger's totals of the stages that have sent requests."""
-    found, problems = {"problems": Stage()}, []
+    stages, problems = {"problems": Stage()}, []
     try:
         if problems := run.read("problems.jsonl", Problem):
-            found["problems"] = Stage(DONE, counts={"problems": len(problems)})
+            stages["problems"] = Stage(DONE, counts={"problems": len(problems)})
     except DataError as error:
-        found["problems"] = Stage(STALE, [error.message])
+        stages["problems"] = Stage(STALE, [error.message])
     split = split_problems(config, problems)
     kept, taught = frozenset(problem.id for problem in split.stage2), [*split.sft, *split.stage2]
     hidden = kept | {problem.id for problem in split.fit}
@@ -123,56 +119,61 @@ def _read_stages(config: Config, run: Run, paid: Mapping[str, Any]) -> dict[str,
     }
     totals = {"templates": len(taught), "attempts": len(split.stage2) * config.attempts.samples}
     for name, output in OUTPUTS.items():
-        found[name] = _signed(run, name, output, inputs[name]) or _unsigned(
-            run, name, paid.get(name), totals.get(name)
-        )
-    for student in STUDENTS:
-        name = f"export-{student}"
-        if (made := run.manifest(name)) is not None:
-            # --quant applies to one export: compare with the quantization of the existing file
-            quant = config.export.model_copy(update={"quant": str(made["inputs"].get("quant"))})
-            own = config.model_copy(update={"export": quant})
-            output = f"export/{export.gguf_path(run, student, own).name}"
-            if signed := _signed(run, name, output, partial(export.inputs_of, own, run, student)):
-                found[name] = signed
-    if not any(name.startswith("export-") for name in found):
-        found["export"] = Stage()
-    found |= _thresholds(config, run)
-    found[EVAL] = _evaluation(config, run)
+        stages[name] = _read_stage(run, name, output, inputs[name], asked.get(name), totals.get(name))
+    stages |= _read_model_stages(config, run)
 
     stale = ""
-    for name, stage in found.items():  # what follows a stale stage is stale too
-        if stale and stage.state == DONE:
+    for name, stage in stages.items():
+        if stale and stage.state == DONE:  # what follows a stale stage is stale too
             stage.state, stage.why = STALE, [f"{stale} is stale"]
         stale = stale or (name if stage.state == STALE else "")
-    return found
+        stage.dropped = dict(dropped.get(name, Counter()).most_common())
+        if stage.dropped and stage.state == NOT_BEGUN:
+            stage.state, stage.why = HALF_WAY, ["only dropped rows so far"]
+        if name in asked:
+            stage.cost_usd = asked[name]["cost_usd"]
+    return {
+        "run": str(run.folder),
+        "busy": run.is_locked(),
+        "stages": {name: dict(vars(stage)) for name, stage in stages.items()},
+        "dropped": dict(sum(dropped.values(), Counter()).most_common()),
+        "ledger": paid,
+        "next": next_command(config, stages),
+    }
 
 
-def _signed(run: Run, name: str, output: str, inputs: Callable[[], dict[str, Any]]) -> Stage | None:
-    """A stage with a manifest: done, stale, or half-way if requests went unanswered; None without one."""
-    manifest = run.manifest(name)
-    if manifest is None:
-        return None
-    stage = Stage(DONE, counts=manifest["counts"], seconds=manifest["seconds"], cost_usd=manifest["cost_usd"])
-    before = dict(manifest["inputs"])
-    if unanswered := before.pop("unanswered", 0):
-        stage.state, stage.why = HALF_WAY, [f"{unanswered} requests without a reply"]
-    try:
-        now = inputs()
-        stage.why += differences({key: value for key, value in before.items() if key in now}, now)
-    except ScliteError as error:  # such as a missing prompt file, which would stop the stage too
-        stage.why.append(error.message)
-    stage.why += run.damages(manifest)
-    if not run.path(output).exists():
-        stage.why.append(f"{output} is missing")
-    if stage.why and not unanswered:
-        stage.state = STALE
-    return stage
+# -- stages --------------------------------------------------------------------------------------------------------
 
 
-def _unsigned(run: Run, name: str, paid: Mapping[str, Any] | None, total: int | None) -> Stage:
-    """A stage without a manifest: imported, half-way, or not begun."""
-    path, rows = run.path(OUTPUTS[name]), 0
+def _read_stage(
+    run: Run,
+    name: str,
+    output: str,
+    inputs: Callable[[], dict[str, Any]],
+    paid: Mapping[str, Any] | None = None,
+    total: int | None = None,
+) -> Stage:
+    """A stage: with a manifest done, stale, or half-way if requests went unanswered; else imported, half-way or not begun.
+
+    `paid` are the ledger's totals if it has sent requests, `total` is the number of rows that it will write.
+    """
+    path, rows = run.path(output), 0
+    if (manifest := run.manifest(name)) is not None:
+        figures = {key: manifest[key] for key in ("counts", "seconds", "cost_usd")}
+        stage, before = Stage(DONE, **figures), dict(manifest["inputs"])
+        if unanswered := before.pop("unanswered", 0):
+            stage.state, stage.why = HALF_WAY, [f"{unanswered} requests without a reply"]
+        try:
+            now = inputs()
+            stage.why += differences({key: value for key, value in before.items() if key in now}, now)
+        except ScliteError as error:  # such as a missing prompt file, which would stop the stage too
+            stage.why.append(error.message)
+        stage.why += run.damages(manifest)
+        if not path.exists():
+            stage.why.append(f"{output} is missing")
+        if stage.why and not unanswered:
+            stage.state = STALE
+        return stage
     if name in TRAINED:  # the last logged optimizer step
         logged = read_metrics(run.path(f"{name}/metrics.jsonl"))
         rows = max((row["step"] for row in logged if row["phase"] == name), default=0)
@@ -189,63 +190,55 @@ def _unsigned(run: Run, name: str, paid: Mapping[str, Any] | None, total: int | 
     return Stage(HALF_WAY, rows=rows, total=total or None) if rows else Stage()
 
 
-class Measured(BaseModel):
-    """The part of a student's figures that identifies the GGUF that was evaluated."""
+def _read_model_stages(config: Config, run: Run) -> dict[str, Stage]:
+    """The exports of the students, the fits of their review thresholds, and the evaluation.
 
-    file: str
-    bytes: int
-    made_from: str
-
-
-class Summary(BaseModel):
-    """The part of an evaluation's summary that the status needs."""
-
-    models: dict[str, Measured]
-    n: int
-    folder: str
-
-
-def _thresholds(config: Config, run: Run) -> dict[str, Stage]:
-    """The fits of the review thresholds: "threshold" of the newest student, "threshold-sft" .. of others.
-
-    Nothing if no threshold is needed; a fit is expected of DPO's student only.
+    "threshold" is that of the newest student, "threshold-sft" .. are those of others. Without one if no threshold is
+    needed; a fit is expected of DPO's student only. The evaluation is done if each GGUF is unchanged, judged by its size
+    and what it was made from.
     """
     found: dict[str, Stage] = {}
-    if config.review.mode == "free" or config.review.threshold is not None:
-        return found
-    known = run.read_json(THRESHOLDS, dict[str, Fitted]) or {}
-    made = {name: run.manifest(f"export-{name}") for name in STUDENTS}
-    exported = [name for name, manifest in made.items() if manifest is not None]
-    for name in exported:
-        digests = [file["sha256"] for file in (made[name] or {})["figures"].get("files", {}).values()]
-        fitted = next((known[digest] for digest in digests if digest in known), None)
-        stage = "threshold" if name == exported[-1] else f"threshold-{name}"
-        own = (prompts_digest(config), config.review.max_harm)
-        if fitted is not None and (fitted.prompts, fitted.max_harm) == own:
-            counts = {"problems": fitted.problems, "fitted": int(fitted.threshold is not None)}
-            found[stage] = Stage(DONE, [fitted.off] if fitted.off else [], counts)
-        elif name == "dpo":
-            found[stage] = Stage()
+    known = {name: run.manifest(f"export-{name}") for name in STUDENTS}
+    made = {name: manifest for name, manifest in known.items() if manifest is not None}
+    for name, manifest in made.items():
+        # --quant applies to one export: compare with the quantization of the existing file
+        quant = config.export.model_copy(update={"quant": str(manifest["inputs"].get("quant"))})
+        own = config.model_copy(update={"export": quant})
+        output = f"export/{export.gguf_path(run, name, own).name}"
+        inputs = partial(export.inputs_of, own, run, name)
+        found[f"export-{name}"] = _read_stage(run, f"export-{name}", output, inputs)
+    if not made:
+        found["export"] = Stage()
+
+    if config.review.mode != "free" and config.review.threshold is None:
+        fits = run.read_json(THRESHOLDS, dict[str, Fitted]) or {}
+        for name, manifest in made.items():
+            digests = [file["sha256"] for file in manifest["figures"].get("files", {}).values()]
+            fitted = next((fits[digest] for digest in digests if digest in fits), None)
+            stage = "threshold" if name == list(made)[-1] else f"threshold-{name}"
+            own_settings = (prompts_digest(config), config.review.max_harm)
+            if fitted is not None and (fitted.prompts, fitted.max_harm) == own_settings:
+                counts = {"problems": fitted.problems, "fitted": int(fitted.threshold is not None)}
+                found[stage] = Stage(DONE, [fitted.off] if fitted.off else [], counts)
+            elif name == "dpo":
+                found[stage] = Stage()
+
+    found[EVAL] = Stage()
+    if evaluated := summaries(run, Summary):
+        others = [
+            name
+            for name, measured in evaluated[0].models.items()
+            if name in STUDENTS  # not behind an API
+            and (
+                measured.made_from != export.source_digest(config, run, name)
+                or not (path := run.path(f"export/{measured.file}")).is_file()
+                or path.stat().st_size != measured.bytes
+            )
+        ]
+        why = [f"{', '.join(others)}: the GGUF has changed"] if others else []
+        counts = {f"problems in {each.folder}": each.n for each in evaluated}
+        found[EVAL] = Stage(STALE if why else DONE, why, counts)
     return found
-
-
-def _evaluation(config: Config, run: Run) -> Stage:
-    """Done if each evaluated GGUF is unchanged, judged by its size and what it was made from."""
-    found = summaries(run, Summary)
-    if not found:
-        return Stage()
-    others = [
-        name
-        for name, measured in found[0].models.items()
-        if name in STUDENTS  # not behind an API
-        and (
-            measured.made_from != export.source_digest(config, run, name)
-            or not (path := run.path(f"export/{measured.file}")).is_file()
-            or path.stat().st_size != measured.bytes
-        )
-    ]
-    why = [f"{', '.join(others)}: the GGUF has changed"] if others else []
-    return Stage(STALE if why else DONE, why, {f"problems in {each.folder}": each.n for each in found})
 
 
 # -- the next command ---------------------------------------------------------------------------------------------
@@ -278,10 +271,7 @@ def next_command(config: Config, stages: Mapping[str, Stage]) -> str:
         source = config.problems.source or stages["problems"].state == DONE
         needed = teacher if source else ["problems.source", *teacher]
     elif name not in OUTPUTS:
-        words = [
-            {EVAL: "eval", "export": "train", "threshold": "train"}.get(name.partition("-")[0], "export")
-        ]
-        words = ["export"] if name.startswith("export-") else words
+        words = ["export"] if name.startswith("export-") else ["eval"] if name == EVAL else ["train"]
     elif others and stages["corrections" if config.attempts.source else "pairs"].state != DONE:
         words, needed = ["build-data", "--only", "corrections"], teacher
     else:

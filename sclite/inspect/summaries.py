@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from sclite import console
 from sclite.console import escape
-from sclite.errors import DeviceError
 from sclite.run import Report
 
 if TYPE_CHECKING:
@@ -93,21 +92,6 @@ def print_train(
     _print_next(context)
 
 
-def print_plan(plan: Mapping[str, Any], json: bool) -> None:
-    """Print the plan of a training. Raises DeviceError if a stage does not fit."""
-    from sclite.inspect.plan import print_plan_tables
-
-    fits = all(stage["fits"] is not False for stage in plan["stages"].values())
-    if not json:
-        print_plan_tables(plan)
-    elif fits:
-        console.print_json(plan)
-    if not fits:
-        error = DeviceError("not every stage fits on this GPU", "use the settings that the plan suggests")
-        error.details = plan
-        raise error
-
-
 def print_export(
     context: "Context", report: Report, compared: Mapping[str, Any] | None, fitted: bool, json: bool
 ) -> None:
@@ -150,32 +134,29 @@ def print_export(
         )
 
 
-def print_path(what: str, report: Report, json: bool) -> None:
-    """Print where a file or a folder was exported to, and how a merged model compares with the trained one."""
-    path, found = Path(report.figures[what]), report.figures
+def print_files(what: str, report: Report, license: str, json: bool) -> None:
+    """Print where the adapter ("lora"), the model ("merged") or the rows ("data") were exported to.
+
+    Of a merged model also how it compares with the trained one.
+    """
+    found = report.figures
+    path = Path(found["folder" if what == "data" else what])
     if json:
         files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
         megabytes = round(sum(file.stat().st_size for file in files) / 1e6, 1)
-        console.print_json({**report.figures, "megabytes": megabytes})
+        console.print_json({**report.counts, **found, **({} if what == "data" else {"megabytes": megabytes})})
         return
-    console.print(console.escape(str(path)))
+    if what != "data":
+        console.print(escape(str(path)))
     if what == "merged":
         chats = f"{found['chats_equal']} of {found['chats_compared']} chats have the same tokens"
         same = "probabilities not compared: the model does not fit in memory"
         if found["kl"] is not None:
             same = f"same next token: {found['top1_agreement']:.1%} (KL {found['kl']:.4f})"
         console.print(f"Checked against the trained model: {chats}; {same}")
-
-
-def print_datasets(report: Report, license: str, json: bool) -> None:
-    """Print the datasets that were exported for other trainers."""
-    if json:
-        console.print_json({**report.counts, **report.figures})
-        return
-    folder = escape(str(report.figures["folder"]))
     for name, count in report.counts.items():
-        console.print(f"{count} rows in {folder}/{name}.jsonl" if count else f"no {name}")
-    if not license:
+        console.print(f"{count} rows in {escape(str(path))}/{name}.jsonl" if count else f"no {name}")
+    if what == "data" and not license:
         console.print("Set a license, export.license, before you publish the data.")
 
 

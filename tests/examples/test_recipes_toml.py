@@ -60,15 +60,10 @@ def test_each_stage_of_a_recipe_fits_on_a_24_gb_gpu(name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe_needs_no_more_tokens_than_its_model_has_positions(name):
+def test_recipe_needs_no_more_tokens_than_positions_and_alpha_is_one_to_two_times_the_rank(name):
     config, limit = load_recipe(name), RECIPES[name]["max_position_embeddings"]
     lengths = (config.sft.max_length, config.dpo.max_length, config.export.num_ctx, config.eval.context)
     assert max(lengths) <= limit
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_alpha_is_one_to_two_times_the_rank(name):
-    config = load_recipe(name)
     assert config.lora.r <= config.lora.lora_alpha <= 2 * config.lora.r
 
 

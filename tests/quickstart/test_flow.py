@@ -11,10 +11,18 @@ import pytest
 SMALL = ("--set", "problems.limit=160", "--set", "sft.num_train_epochs=6", "--set", "eval.limit=30")
 
 
-def sclite(*arguments: str, folder: Path, text: str | None = None) -> subprocess.CompletedProcess:
-    """Run `sclite ARGUMENTS` in a new process."""
+def sclite(
+    *arguments: str, folder: Path, text: str | None = None, code: int = 0
+) -> subprocess.CompletedProcess:
+    """Run `sclite ARGUMENTS` in a new process, which must end with this exit code."""
     command = [sys.executable, "-m", "sclite", *arguments]
-    return subprocess.run(command, cwd=folder, input=text, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=folder, input=text, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -22,28 +30,23 @@ def quickstarted(tmp_path_factory):
     """(folder, run folder, what --json printed) of a small quickstart."""
     folder = tmp_path_factory.mktemp("quickstart")
     done = sclite("quickstart", *SMALL, "--json", folder=folder)
-    assert done.returncode == 0, done.stderr
     return folder, folder / "runs/quickstart", json.loads(done.stdout)
 
 
-def test_json_output_holds_the_table(quickstarted):
+def test_json_output_holds_the_table_and_sft_teaches_the_form(quickstarted):
     _, _, summary = quickstarted
     assert set(summary["models"]) == {"base", "sft", "dpo"}
     for figures in summary["models"].values():
         assert figures["n"] + figures["unknown"] == 30
         gained = figures["wrong_to_right"] - figures["right_to_wrong"]
         assert figures["difference"] == pytest.approx(gained)
-
-
-def test_sft_teaches_the_form(quickstarted):
-    _, _, summary = quickstarted
+    # SFT teaches the form
     assert summary["models"]["sft"]["format_validity"] > summary["models"]["base"]["format_validity"] + 0.5
 
 
 def test_dpo_starts_at_ln_2_from_the_warm_adapter(quickstarted):
     _, run, _ = quickstarted
-    rows = [json.loads(line) for line in (run / "dpo/metrics.jsonl").read_text().splitlines()]
-    first = next(row for row in rows if row["phase"] == "dpo")
+    first = next(row for row in rows_of(run / "dpo/metrics.jsonl") if row["phase"] == "dpo")
     assert first["dpo_loss"] == pytest.approx(0.6931, abs=0.001)
     assert first["margin_max"] == pytest.approx(0, abs=1e-3)
 
@@ -58,11 +61,8 @@ def test_the_gguf_agrees_with_the_trained_model(quickstarted):
 
 def test_test_and_threshold_problems_were_never_trained_on(quickstarted):
     _, run, summary = quickstarted
-    trained = {json.loads(line)["question"] for line in (run / "problems.jsonl").read_text().splitlines()}
-    tested = {
-        json.loads(line)["question"]
-        for line in (run / summary["folder"] / "dpo.jsonl").read_text().splitlines()
-    }
+    trained = {row["question"] for row in rows_of(run / "problems.jsonl")}
+    tested = {row["question"] for row in rows_of(run / summary["folder"] / "dpo.jsonl")}
     assert trained
     assert tested
     assert not trained & tested
@@ -70,23 +70,19 @@ def test_test_and_threshold_problems_were_never_trained_on(quickstarted):
 
 def test_a_second_quickstart_repeats_no_stage(quickstarted):
     folder, run, summary = quickstarted
-    made = {
-        path: path.stat().st_mtime_ns for path in run.rglob("*") if path.suffix in (".safetensors", ".gguf")
-    }
+    made = [path for path in run.rglob("*") if path.suffix in (".safetensors", ".gguf")]
+    before = [path.stat().st_mtime_ns for path in made]
     again = sclite("quickstart", *SMALL, "--json", folder=folder)
-    assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout) == summary
-    assert made
-    assert made == {path: path.stat().st_mtime_ns for path in made}
+    assert before == [path.stat().st_mtime_ns for path in made] != []
 
 
 def test_chat_reviews_its_own_answer(quickstarted):
     folder, run, summary = quickstarted
-    measured = [json.loads(line) for line in (run / summary["folder"] / "dpo.jsonl").read_text().splitlines()]
+    measured = rows_of(run / summary["folder"] / "dpo.jsonl")
     known = next(row for row in measured if row["correct1"] and row["step_scores"])
     never = ("--set", "review.threshold=50")  # scored, and nothing flagged
     done = sclite("chat", "--self-correct", "--json", known["question"], *never, folder=folder)
-    assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert len(answer["step_scores"]) == len(known["step_scores"])
     assert answer["answer"] == known["gold"]
@@ -96,7 +92,6 @@ def test_chat_reads_questions_from_standard_input(quickstarted):
     folder, _, _ = quickstarted
     text = "Tom has 20 nuts. He buys 11 more. He sells 12 nuts. How many nuts does Tom have now?\n"
     done = sclite("chat", "--self-correct", folder=folder, text=text)
-    assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1
     assert done.stdout.strip().isdigit()
 
@@ -106,14 +101,12 @@ def test_export_suggests_the_command_that_fits_a_threshold(quickstarted, tmp_pat
     copy = shutil.copytree(run, tmp_path / "run")
     for quant, following in (("f16", "sclite quickstart --run"), ("q8_0", "sclite chat --self-correct")):
         done = sclite("export", "--quant", quant, "--run", str(copy), folder=tmp_path)
-        assert done.returncode == 0, done.stderr
         assert f"Next: {following}" in done.stdout
 
 
 def test_the_next_commands_can_be_typed_as_they_are(quickstarted):
     folder, run, _ = quickstarted
     done = sclite("quickstart", *SMALL, folder=folder)
-    assert done.returncode == 0, done.stderr
     commands = [line.strip() for line in done.stdout.splitlines() if line.strip().startswith("sclite ")]
     assert [command.split("  ")[0] for command in commands] == [
         f"sclite chat --self-correct --run {run.relative_to(folder)}",
@@ -123,19 +116,15 @@ def test_the_next_commands_can_be_typed_as_they_are(quickstarted):
 
 def test_other_commands_split_the_problems_alike(quickstarted):
     folder, run, _ = quickstarted
-    before = {
-        name: (run / name).read_bytes() for name in ("problems.jsonl", "attempts.jsonl", "reviews.jsonl")
-    }
+    names = ("problems.jsonl", "attempts.jsonl", "reviews.jsonl")
+    before = [(run / name).read_bytes() for name in names]
     for command in (["build-data"], ["train"]):
         done = sclite(*command, "--run", str(run), folder=folder)
-        assert done.returncode == 0, done.stderr
-        fitted = [
-            each["threshold"] for each in json.loads((run / "export/threshold.json").read_text()).values()
-        ]
-        review = "" if set(fitted) == {None} else " --self-correct"
+        fits = json.loads((run / "export/threshold.json").read_text()).values()
+        review = " --self-correct" if any(fit["threshold"] is not None for fit in fits) else ""
         assert done.stdout.splitlines()[-1] == f"Next: sclite chat{review} --run {run}"
     assert "dpo: " in done.stderr
-    assert before == {name: (run / name).read_bytes() for name in before}
+    assert before == [(run / name).read_bytes() for name in names]
     planned = json.loads(sclite("train", "--plan", "--json", "--run", str(run), folder=folder).stdout)
     assert planned["stages"]["sft"]["rows"] == 80
 
@@ -151,12 +140,10 @@ def test_eval_without_dpo_and_results_per_dataset(quickstarted, tmp_path):
     rows = [json.dumps({"question": p.question, "answer": p.answer}) for p in test_problems(30)]
     (tmp_path / "other.jsonl").write_text("\n".join([*rows, "not JSON"]))
     done = sclite("eval", "other.jsonl", "--json", "--run", str(copy), folder=tmp_path)
-    assert done.returncode == 0, done.stderr
     other = json.loads(done.stdout)
     assert (other["folder"], list(other["models"])) == ("eval/other", ["base", "sft"])
     assert other["dropped"] == {"row_not_readable": 1}
     fewer = sclite("eval", "other.jsonl", "--limit", "20", "--run", str(copy), folder=tmp_path)
-    assert fewer.returncode == 0, fewer.stderr
     assert "eval/other-limit-20/report.html" in fewer.stdout
     assert "review is off for base: " in fewer.stdout
     assert {path: path.read_bytes() for path in first} == first
@@ -180,11 +167,9 @@ def test_a_changed_setting_needs_fresh_and_keeps_the_templates(quickstarted):
     adapter = (run / "sft/adapter/adapter_model.safetensors").read_bytes()
     command = ["train", "--only", "sft", "--json", "--run", str(run), "--set", "sft.num_train_epochs=0.1",
                "--set", "student.model=embedded", "--set", "problems.limit=160"]  # fmt: skip
-    refused = sclite(*command, folder=folder)
-    assert refused.returncode == 2
+    refused = sclite(*command, folder=folder, code=2)
     assert "sft.num_train_epochs: 6 before, 0.1 now" in refused.stderr
     assert (run / "sft/adapter/adapter_model.safetensors").read_bytes() == adapter
     done = sclite(*command, "--fresh", folder=folder)
-    assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["sft"]["counts"]["steps"] < 10
     assert (run / "templates.jsonl").read_bytes() == before

@@ -7,8 +7,8 @@ import torch
 
 from sclite.config import Config
 from sclite.data import corrections
-from sclite.errors import DataError, NetworkError
-from sclite.inspect.plan import plan, print_plan_tables
+from sclite.errors import DataError, DeviceError, NetworkError
+from sclite.inspect.plan import plan, print_plan
 from sclite.records import Attempt, Pair, Template
 from sclite.run import Report
 from sclite.student.loader import EMBEDDED_FOLDER, load_tokenizer, read_config
@@ -210,14 +210,14 @@ def test_finished_or_imported_corrections_cost_nothing(toy, capsys):
     toy.sign("corrections", corrections.corrections_inputs(config(toy), toy), Report("corrections"))
     found = planned(toy)
     assert (found["teacher"]["requests"], found["teacher"]["cost_usd"]) == (0, 0.0)
-    print_plan_tables(found)
+    print_plan(found)
     assert "none left to request; the run has cost $0.12" in capsys.readouterr().out
 
 
 def test_short_times_and_small_sizes_are_not_shown_as_zero(run, capsys):
     found = planned(run) | {"hours": 0.02, "disk_gb": {"adapters": 0.004, "total": 0.07}}
     found["stages"]["sft"]["hours"] = 0.006
-    print_plan_tables(found)
+    print_plan(found)
     shown = capsys.readouterr().out
     assert "22 s" in shown
     assert "Training time: about 1 min 12 s" in shown
@@ -259,12 +259,13 @@ def test_an_unreadable_config_json_is_an_error_with_a_hint(tmp_path, monkeypatch
 
 def test_the_terminal_shows_fit_memory_holders_and_unknowns(toy, capsys):
     holder = {"pid": 4242, "name": "python [serve]", "gb": 12.4}
-    print_plan_tables(planned(toy, {**GPU, "free_gb": 7.8, "processes": [holder]}))
+    with pytest.raises(DeviceError, match="not every stage fits on this GPU"):
+        print_plan(planned(toy, {**GPU, "free_gb": 7.8, "processes": [holder]}))
     said = " ".join(capsys.readouterr().out.split())
     assert "12.4 GB used by python [serve] (PID 4242)" in said
     assert "sft does not fit" in said
     assert "unknown until this run has timed a step" in said
-    print_plan_tables(planned(toy, None))
+    print_plan(planned(toy, None))
     said = capsys.readouterr().out
     assert "No CUDA GPU" in said
     assert max(map(len, said.splitlines()[1:])) <= 120  # the first line holds a path
