@@ -40,12 +40,7 @@ def corrections_inputs(config: Config, run: Run) -> dict[str, object]:
 
 
 def write_corrections(
-    config: Config,
-    run: Run,
-    *,
-    teacher: Teacher,
-    grader: Grader,
-    progress: Progress = no_progress,
+    config: Config, run: Run, *, teacher: Teacher, grader: Grader, progress: Progress = no_progress
 ) -> Report:
     """Have the teacher correct every distinct wrong attempt, and confirm right ones; writes reviews.jsonl."""
     if run.is_imported("corrections", "reviews.jsonl"):

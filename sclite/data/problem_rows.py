@@ -131,10 +131,8 @@ def _is_worked(text: str) -> bool:
 
 
 def _extract_gold(text: str) -> tuple[str, str]:
-    """(answer, text without its mark) of a worked solution: after `####`, in its last box, or from its last line.
-
-    `####` may also start a Markdown heading: an answer after it that is not a number has a line of its own.
-    """
+    """(answer, text without its mark) of a worked solution: after `####`, in its last box, or from its last line."""
+    # `####` may also start a Markdown heading: an answer after it that is not a number has a line of its own
     before, mark, after = text.rpartition("####")
     answer, *rest = [line.strip() for line in after.strip().splitlines()] or [""]
     answer = _LEAD.sub("", answer, count=1) if _LEAD.match(answer) else answer

@@ -187,11 +187,9 @@ def split_problems(config: Config, problems: Iterable[Problem]) -> Split:
 
 
 def questions_to_avoid(config: Config) -> Iterator[Question]:
-    """The questions of eval.source and of every source in problems.avoid, named by id and file; rows need no answer.
-
-    If training and evaluation share one source, the evaluation skips what was trained on instead.
-    """
+    """The questions of eval.source and of every source in problems.avoid, named by id and file; rows need no answer."""
     avoided: list[tuple[Source, str, str]] = []
+    # if training and evaluation share one source, the evaluation skips what was trained on instead
     if config.eval.source and _location(config.eval) != _location(config.problems):
         avoided.append((config.eval, "eval.source", "--set eval.source= skips this check"))
     for name in config.problems.avoid:

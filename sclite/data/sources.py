@@ -1,8 +1,7 @@
 """Reads the rows of a local file or a Hub dataset one by one, each with its line or row number.
 
-`datasets` reads Parquet files and the Hub. CSV and JSON are left to the standard library: `datasets` infers one type
-per column, which makes 7.0 of the answer 007 and nothing of None and NA, and one bad row makes the whole file
-unreadable.
+CSV and JSON are left to the standard library: `datasets` infers one type per column, which makes 7.0 of the answer 007
+and nothing of None and NA, and one bad row makes the whole file unreadable.
 """
 
 import codecs
@@ -104,10 +103,6 @@ def _read_lines(path: Path) -> Iterator[str]:
         raise DataError(f"{path} is not valid UTF-16: {error}", "save it as UTF-8") from error
 
 
-def _has_invalid_utf8(text: str) -> bool:
-    return not text.isascii() and any("\udc80" <= character <= "\udcff" for character in text)
-
-
 def replace_surrogates(text: str) -> str:
     """Replace each lone surrogate, which UTF-8 cannot encode, with U+FFFD."""
     return text if text.isascii() else _SURROGATE.sub("\ufffd", text)
@@ -115,7 +110,7 @@ def replace_surrogates(text: str) -> str:
 
 def _parse_json(text: str) -> tuple[object, str]:
     """(the value, ""), or (None, what is wrong)."""
-    if _has_invalid_utf8(text):
+    if _SURROGATE.search(text):
         return None, _ENCODING[0]
     try:
         return json.loads(text), ""
@@ -147,7 +142,7 @@ def _csv_rows(path: Path, delimiter: str) -> NumberedRows:
         if not names or not (fields or why):  # the header, a blank line
             names = names or fields
             continue
-        if any(map(_has_invalid_utf8, fields)):
+        if any(map(_SURROGATE.search, fields)):
             why, hint = _ENCODING
         elif len(fields) > len(names):
             why = "more fields than the header has names"

@@ -49,7 +49,7 @@ def compare_quickly(given: str | None, gold: str) -> tuple[Verdict, tuple[str, s
     return verdict, (given, gold) if verdict is None else None
 
 
-class Grader:
+class Grader(contextlib.AbstractContextManager["Grader"]):
     """Compares answers, the hard ones in as many worker processes as cores, or `processes`. Thread-safe.
 
     A comparison of more than `seconds` is killed: unknown. Workers start on demand and end with this process.
@@ -62,13 +62,7 @@ class Grader:
         for _ in range(self.processes):
             self.idle.put(None)
 
-    def __enter__(self) -> "Grader":
-        return self
-
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
         """End the idle workers. The grader can still be used, and then starts new ones."""
         workers = []
         with contextlib.suppress(queue.Empty):

@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Generic, TypeVar
@@ -83,7 +84,7 @@ def count_unanswered(dropped: Mapping[str, int]) -> int:
     return sum(dropped.get(reason, 0) for reason in ("no_reply", "unreadable_reply", EMPTY_REPLY))
 
 
-class Teacher:
+class Teacher(AbstractContextManager["Teacher"]):
     """A LiteLLM model with the run's ledger, and an inspector if one is configured. Use as a context manager.
 
     `prepare` is called after LiteLLM is imported, to register a custom provider; `confirm` before the rest of a stage is
@@ -110,13 +111,7 @@ class Teacher:
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="check")
         self._has_warned = False
 
-    def __enter__(self) -> "Teacher":
-        return self
-
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
         """Cancel calls in flight and close connections. The ledger stays open."""
 
         async def finish() -> None:
@@ -183,10 +178,7 @@ class Teacher:
         self._sender.raise_if_all_refused(MIN_FAILURES)
 
     def stream(self, job: Job[T], stage: str = "") -> Generator[str | Result[T], None, None]:
-        """Yield the text of one reply as it arrives, then the result; of a reply from the ledger only the result.
-
-        Leaving the iterator early cancels the request. Raises as `ask_all`.
-        """
+        """Yield the text of one reply as it arrives, then the result (alone if it is in the ledger); else as `ask_all`."""
         require_model(self.settings)
         texts = asyncio.Queue[str | None]()
         task = self._runner.get_loop().create_task(self._work(job, stage, texts.put_nowait))

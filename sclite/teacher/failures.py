@@ -40,10 +40,7 @@ class Failure:
     no_key: bool
 
     def wait_seconds(self, attempt: int, draw: float) -> float:
-        """How long to wait after failed attempt `attempt` (from 1): Retry-After if sent, else exponential backoff.
-
-        `draw` (0 to 1) shortens the backoff by up to half, so that workers do not all come back at once.
-        """
+        """How long to wait after failed attempt `attempt` (from 1): Retry-After if sent, else exponential backoff."""
         for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
             value = self.headers.get(name, "")
             try:
@@ -55,6 +52,7 @@ class Failure:
                     continue
             if math.isfinite(seconds):
                 return max(0.0, seconds) * (1 + draw / 10)
+        # `draw` (0 to 1) shortens the backoff by up to half, so that workers do not all come back at once
         return min(_LONGEST_BACKOFF_SECONDS, _BACKOFF_SECONDS * 2 ** (attempt - 1)) * (1 - draw / 2)
 
 

@@ -3,7 +3,7 @@
 import sqlite3
 import threading
 from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ class Entry:
     seconds: float
 
 
-class Ledger:
+class Ledger(AbstractContextManager["Ledger"]):
     """The SQLite file of a run, open in one process (Run.lock). Reads have a connection that never waits for the disk.
 
     Writes are queued until `flush`, which may be called in a thread; after one that failed, nothing more is written.
@@ -154,14 +154,8 @@ class Ledger:
             raise DataError(f"{ledger.path} cannot be read: {error}", _hint(error, ledger.path)) from error
         return ledger
 
-    def __enter__(self) -> "Ledger":
-        return self
-
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Write what is queued and close the file. Idempotent."""
+        """Write what is queued and close the file."""
         try:
             self.flush()
         finally:

@@ -41,10 +41,7 @@ class Budget:
 
     @asynccontextmanager
     async def reserve(self, max_usd: float) -> AsyncIterator[None]:
-        """Reserve `max_usd` until the block ends, which records the actual cost in the ledger.
-
-        Waits while calls in flight may still turn out cheaper; raises BudgetError if none is left.
-        """
+        """Reserve `max_usd` until the block ends; waits while calls in flight may turn out cheaper, else BudgetError."""
         limit_usd = self.limit_usd
         if limit_usd is None or max_usd == 0:
             yield

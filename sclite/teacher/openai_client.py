@@ -139,10 +139,7 @@ class OpenAIClient:
 def find_client(
     litellm: ModuleType, settings: config.Teacher, api_key: str | None, listed: bool
 ) -> OpenAIClient | None:
-    """A client that bypasses LiteLLM; None for models, addresses and extra parameters that only LiteLLM knows.
-
-    `api_key` None: the environment variable that LiteLLM would read.
-    """
+    """A client that bypasses LiteLLM; None for models, addresses and extra parameters that only LiteLLM knows."""
     api_base, model = settings.api_base, settings.model
     name, provider, found, _ = litellm.get_llm_provider(model, api_base=api_base or None, api_key=api_key)
     url, key = urlsplit(api_base), api_key or found or os.environ.get("OPENAI_API_KEY")

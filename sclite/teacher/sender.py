@@ -79,11 +79,9 @@ class Sender:
         parameters: Mapping[str, Any] = MappingProxyType({}),
         on_text: Callable[[str], None] | None = None,
     ) -> Entry:
-        """The reply from the ledger, else from the endpoint; the same request in two jobs is sent once.
+        """The reply from the ledger, else from the endpoint, which gets the same request from two jobs once.
 
-        `parameters` override those of the settings. `on_text` is called with each piece of a reply as it arrives. Raises
-        NoReply if this request fails, TeacherError if no other request can succeed either, BudgetError at the spending
-        limit.
+        Raises NoReply if this request fails, TeacherError if no other can succeed either, BudgetError at the limit.
         """
         key = self.key(messages, sample, repair, parameters)
         lock = self._locks.setdefault(key, asyncio.Lock())

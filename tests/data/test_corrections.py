@@ -81,12 +81,9 @@ def test_imported_label_decides_which_step_is_accused(grader):
         assert getattr(rejection, "reason", None) == reason
 
 
-def test_unknown_grade_is_not_a_wrong_review():
-    class Unsure:
-        def equal(self, given, gold):
-            return None
-
-    assert check_review(GOOD, ATTEMPT, PROBLEM, Unsure()).reason == "grader_unknown"
+def test_unknown_grade_is_not_a_wrong_review(unsure):
+    text = GOOD.replace("<Answer>41", "<Answer>41.0")
+    assert check_review(text, ATTEMPT, PROBLEM, unsure).reason == "grader_unknown"
 
 
 # -- the stage -----------------------------------------------------------------------------------------------------

@@ -133,14 +133,10 @@ def test_an_attempt_keeps_its_number_if_another_verdict_is_removed(run, grader):
     assert len(set(before.values())) == 3
 
 
-def test_answer_that_cannot_be_compared_contradicts_no_verdict(run):
-    class Unsure:
-        def equal(self, answer, gold):
-            return True if answer == gold else None
-
+def test_answer_that_cannot_be_compared_contradicts_no_verdict(run, unsure):
     judge(run, True, "36")
     judge(run, False, "x")
-    report, _ = build(run, Unsure())
+    report, _ = build(run, unsure)
     assert (report.counts, report.dropped) == ({"good": 1, "bad": 0}, {"grader_unknown": 1})
 
 

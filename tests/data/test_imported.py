@@ -17,7 +17,7 @@ from sclite.student.base import Reply
 from sclite.trace import CAUSE, Step, Trace, parse, render
 from sclite.train.sft import train_sft
 from sclite.train.warmup import train_warmup
-from tests.replay import TeacherServer, say
+from tests.replay import TeacherServer, say, template
 
 STEPS = ("There are 4 boxes", "They hold 4 * 6 = 24", "24 + 9 = 33", "So 33 in all")
 COUNT = 12
@@ -137,12 +137,28 @@ def filled(run):
     return run
 
 
-def test_imported_reviews_need_neither_student_nor_teacher(filled):
-    filled.replace("reviews.jsonl", [REVIEW])
-    report = pipeline.build_corrections(context_of(filled))
-    assert report.skipped
-    assert report.counts == {"corrected": 1, "confirmed": 0, "imported": 1}
-    assert filled.read("reviews.jsonl", Review) == [REVIEW]
+TEMPLATE = Template(id="p0", question="q", answer="1", trace=template("1"))
+BUILD = {
+    "templates": pipeline.build_templates, "attempts": pipeline.build_corrections,
+    "reviews": pipeline.build_corrections, "pairs": pipeline.build_pairs,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "counts"),
+    [
+        ("templates", [TEMPLATE], {"templates": 1, "imported": 1}),
+        ("reviews", [REVIEW], {"corrected": 1, "confirmed": 0, "imported": 1}),
+        ("pairs", [DECISION, CONTENT], {"decision": 1, "content": 1, "imported": 2}),
+    ],
+)
+def test_imported_rows_replace_their_stage_and_need_neither_student_nor_teacher(filled, name, rows, counts):
+    if name == "templates":  # nor problems
+        filled.path("problems.jsonl").unlink()
+    filled.replace(f"{name}.jsonl", rows)
+    report = BUILD[name](context_of(filled))
+    assert (report.skipped, report.counts) == (True, counts)
+    assert filled.read(f"{name}.jsonl", type(rows[0])) == rows
 
 
 def test_imported_attempts_are_corrected(filled):
@@ -156,19 +172,13 @@ def test_imported_attempts_are_corrected(filled):
     assert not filled.is_imported("corrections", "reviews.jsonl")
 
 
-def test_imported_pairs_replace_the_stage(filled):
-    filled.replace("pairs.jsonl", [DECISION, CONTENT])
-    report = pipeline.build_pairs(context_of(filled))
-    assert report.skipped
-    assert report.counts == {"decision": 1, "content": 1, "imported": 2}
-
-
 CHANGED = render(NOTED).replace("48 + 24", "24 + 48")
 
 
 @pytest.mark.parametrize(
     ("name", "row", "change", "said"),
     [
+        ("templates", TEMPLATE, {"trace": "<Step1>open"}, "missing closer"),
         ("attempts", ATTEMPT, {"sample": 1, "id": "p9"}, "no problem has this id"),
         ("attempts", ATTEMPT, {}, "sample 0 occurs twice"),
         ("attempts", ATTEMPT, {"sample": 1, "first_error": 3}, "first_error is 3, but it has 2 steps"),
@@ -192,11 +202,10 @@ CHANGED = render(NOTED).replace("48 + 24", "24 + 48")
     ],
 )
 def test_invalid_imported_row_is_reported(filled, name, row, change, said):
-    before = {"attempts": [ATTEMPT], "reviews": [], "pairs": [DECISION, CONTENT]}[name]
+    before = {"attempts": [ATTEMPT], "pairs": [DECISION, CONTENT]}.get(name, [])
     filled.replace(f"{name}.jsonl", [*before, row.model_copy(update=change)])
-    build = pipeline.build_pairs if name == "pairs" else pipeline.build_corrections
     with pytest.raises(DataError, match=rf"{name}\.jsonl, row {len(before) + 1} \(p\d\): {said}") as error:
-        build(context_of(filled))
+        BUILD[name](context_of(filled))
     assert error.value.hint
 
 
@@ -206,12 +215,6 @@ def test_own_pairs_without_a_signature_do_not_count_as_imported(filled, grader):
     write_pairs(config.Config(), filled, student=Student(), grader=grader)
     filled.path("done/pairs.json").unlink()
     assert not filled.is_imported("pairs", "pairs.jsonl")
-
-
-def test_imported_templates_need_no_problems(run):
-    trace = "<Step1>x\n</Step1>\n<Generalized>g</Generalized>\n<Answer>1</Answer>"
-    run.replace("templates.jsonl", [Template(id="t", question="q", answer="1", trace=trace)])
-    assert pipeline.build_templates(context_of(run)).counts == {"templates": 1, "imported": 1}
 
 
 # -- an adapter ----------------------------------------------------------------------------------------------------
@@ -229,8 +232,7 @@ def put_adapter(run, kind: str = "LORA") -> None:
 def test_imported_adapter_replaces_sft(run):
     put_adapter(run)
     report = train_sft(config.Config(), run)
-    assert report.skipped
-    assert report.counts == {"imported": 1}
+    assert (report.skipped, report.counts) == (True, {"imported": 1})
     assert run.path("sft/adapter/adapter_model.safetensors").read_bytes() == WEIGHTS
 
 

@@ -61,9 +61,8 @@ def test_row_without_an_answer_is_dropped_and_an_error_if_alone(load_rows):
     assert [problem.answer for problem in kept] == ["2", "3"]
     assert [(drop.id, drop.reason) for drop in drops] == [("line 2", "no_answer")]
     assert "p.jsonl, line 2: no answer" in drops[0].detail
-    with pytest.raises(
-        DataError, match=r"p\.jsonl: no usable row \(1 no answer\); line 1: no answer"
-    ) as error:
+    said = r"p\.jsonl: no usable row \(1 no answer\); line 1: no answer"
+    with pytest.raises(DataError, match=said) as error:
         load_rows([bad])
     assert "####" in error.value.hint
     with pytest.raises(DataError, match=r"\(1 no question\); line 1: the question is empty"):

@@ -50,14 +50,9 @@ def test_each_invalid_reply_has_a_reason(text, reason, grader):
     assert check_template(text, PROBLEMS[2], grader).reason == reason
 
 
-def test_unknown_grade_is_not_a_wrong_template():
-    class Unsure:
-        def equal(self, given, gold):
-            return None
-
-    rejection = check_template(reply("3"), PROBLEMS[2], Unsure())
-    assert rejection.reason == "grader_unknown"
-    assert "3" in rejection.text
+def test_unknown_grade_is_not_a_wrong_template(unsure):
+    rejection = check_template(reply("3.0"), PROBLEMS[2], unsure)
+    assert (rejection.reason, "exactly: 3" in rejection.text) == ("grader_unknown", True)
 
 
 @pytest.mark.parametrize(
@@ -86,9 +81,8 @@ def test_other_uses_of_the_word_solution_are_no_leak(text):
 
 def test_templates_are_canonical_right_and_in_problem_order(run, grader):
     def answer(request, nth):  # the first problems finish last
-        return say(
-            reply(f"That makes {number_of(request) + 1} apples."), seconds=0.2 - number_of(request) / 50
-        )
+        number = number_of(request)
+        return say(reply(f"That makes {number + 1} apples."), seconds=0.2 - number / 50)
 
     seen = []
     with TeacherServer(answer) as server:
@@ -161,10 +155,8 @@ def test_rows_of_another_teacher_or_prompt_need_fresh(run, grader, tmp_path):
     with TeacherServer(right) as server:
         build(run, server.url, grader)
         assert build(run, server.url, grader, settings=["sft.learning_rate=3e-4"]).skipped
-        for change, named in (
-            ("teacher.temperature=0.7", "temperature"),
-            (f"prompts.folder={prompt.parent}", "prompts"),
-        ):
+        changes = {"temperature": "teacher.temperature=0.7", "prompts": f"prompts.folder={prompt.parent}"}
+        for named, change in changes.items():
             with pytest.raises(UsageError, match=named) as caught:
                 build(run, server.url, grader, settings=[change])
             assert "--fresh" in caught.value.hint
@@ -187,20 +179,6 @@ def test_larger_token_budget_requests_only_what_is_missing(run, grader):
         assert len(server.requests) == 9
         assert build(run, server.url, grader, settings=["teacher.max_tokens=500"]).counts["templates"] == 8
     assert [number_of(request) for request in server.requests[9:]] == [2]
-
-
-def test_imported_templates_replace_the_stage(run, grader):
-    rows = [Template(id="mine", question="q", answer="1", trace=reply(1))]
-    run.replace("templates.jsonl", rows)
-    with TeacherServer(right) as server:
-        report = build(run, server.url, grader)
-    assert report.skipped
-    assert report.counts == {"templates": 1, "imported": 1}
-    assert not server.requests
-    assert run.read("templates.jsonl", Template) == rows
-    run.replace("templates.jsonl", [rows[0].model_copy(update={"trace": "<Step1>open"})])
-    with pytest.raises(DataError, match=r"row 1 \(mine\): missing closer"):
-        build(run, server.url, grader)
 
 
 def test_templates_can_be_imported_after_a_teacher_never_replied(run, grader):

@@ -58,13 +58,11 @@ def test_the_table_is_large_and_balanced():
 
 def test_quick_comparison_is_symmetric_and_never_raises():
     dice = random.Random(1)
-    texts = [
-        p[side] for p in PAIRS if p["kind"] != "hostile" for side in ("given", "gold") if p[side].strip()
-    ]
+    real = [p for p in PAIRS if p["kind"] != "hostile"]
+    texts = [p[side] for p in real for side in ("given", "gold") if p[side].strip()]
     pairs = [(dice.choice(texts), dice.choice(texts)) for _ in range(4000)] + [(t, t) for t in texts]
-    assert [
-        p for p in pairs if grading.compare_quickly(*p)[0] != grading.compare_quickly(*reversed(p))[0]
-    ] == []
+    compared = [(pair, *(grading.compare_quickly(*p)[0] for p in (pair, pair[::-1]))) for pair in pairs]
+    assert [pair for pair, verdict, turned in compared if verdict != turned] == []
 
 
 def test_every_verdict_of_the_table_is_symmetric(grader, verdicts):
@@ -74,9 +72,8 @@ def test_every_verdict_of_the_table_is_symmetric(grader, verdicts):
 
 
 def test_every_gold_answer_equals_itself_in_dollars_and_boxed(grader):
-    golds = sorted(
-        {p["gold"] for p in PAIRS if p["kind"] != "hostile" and not re.search(r"\$|boxed|^'|<", p["gold"])}
-    )
+    real = {p["gold"] for p in PAIRS if p["kind"] != "hostile"}
+    golds = sorted(gold for gold in real if not re.search(r"\$|boxed|^'|<", gold))
     frames = ("${}$", "\\boxed{{{}}}", " {} . ")
     written = [(frames[n % 3].format(gold), gold) for n, gold in enumerate(golds)]
     found = grader.equal_many(written)
@@ -87,34 +84,18 @@ def test_every_gold_answer_equals_itself_in_dollars_and_boxed(grader):
     ("text", "answer"),
     [
         (r"so $x=\boxed{\frac{1}{2}}$.", r"\frac{1}{2}"),
-        (r"first \boxed{3}, no: \boxed{4}", "4"),
-        (r"\boxed{\boxed{7}}", "7"),
-        (r"\boxed{\{1,2\}}", r"\{1,2\}"),
-        (r"\boxed {5}", "5"),
-        (r"\boxed{3} and then \boxed{4", "3"),
-        (r"#### 9 and \boxed{3}", "3"),
-        ("48/2 = <<48/2=24>>24\n48+24 = 72\n#### 72", "72"),
-        ("#### 1,000\n", "1,000"),
-        ("#### 1. Add them\n<Answer>5</Answer>", "5"),
-        ("<Step1>2</Step1>\n<Answer>final 12</Answer>", "final 12"),
-        ("<answer:> $x = 3$ </ANSWER>", "$x = 3$"),
-        ("<Answer>\nEvelyn", "Evelyn"),
-        ("<Answer></Answer> 8", "8"),
-        ("The answer is 5. I hope it is correct.", "5"),
-        ("The final answer to this question is: $\\frac{3}{4}$.", r"$\frac{3}{4}$"),
-        ("**Answer:** 3.5 because so", "3.5"),
-        ("The answers are 1 and 2.", "1 and 2"),
-        ("Final Answer:\n\nEvelyn", "Evelyn"),
-        ("She makes $<<9*2=18>>18\nA: 18", "18"),
-        ("so 3 + 4 makes 7 in all", "7"),
-        ("it fell to -3.5", "-3.5"),
-        ("5-3", "3"),
-        ("it costs $1,234.50, I think", "$1,234.50"),
-        ("nothing here", None),
-        ("", None),
-        (r"\boxed{}", None),
+        (r"first \boxed{3}, no: \boxed{4}", "4"), (r"\boxed{\boxed{7}}", "7"), (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+        (r"\boxed {5}", "5"), (r"\boxed{3} and then \boxed{4", "3"), (r"#### 9 and \boxed{3}", "3"),
+        ("48/2 = <<48/2=24>>24\n48+24 = 72\n#### 72", "72"), ("#### 1,000\n", "1,000"),
+        ("#### 1. Add them\n<Answer>5</Answer>", "5"), ("<Step1>2</Step1>\n<Answer>final 12</Answer>", "final 12"),
+        ("<answer:> $x = 3$ </ANSWER>", "$x = 3$"), ("<Answer>\nEvelyn", "Evelyn"), ("<Answer></Answer> 8", "8"),
+        ("The answer is 5. I hope it is correct.", "5"), ("**Answer:** 3.5 because so", "3.5"),
+        ("The final answer to this question is: $\\frac{3}{4}$.", r"$\frac{3}{4}$"), ("The answers are 1 and 2.", "1 and 2"),
+        ("Final Answer:\n\nEvelyn", "Evelyn"), ("She makes $<<9*2=18>>18\nA: 18", "18"),
+        ("so 3 + 4 makes 7 in all", "7"), ("it fell to -3.5", "-3.5"), ("5-3", "3"),
+        ("it costs $1,234.50, I think", "$1,234.50"), ("nothing here", None), ("", None), (r"\boxed{}", None),
     ],
-)
+)  # fmt: skip
 def test_the_final_answer_is_extracted(text, answer):
     assert extract(text) == answer
 
@@ -127,14 +108,15 @@ def test_any_text_is_graded_without_raising(text):
     assert grading.compare_quickly(answer, "5")[0] in (True, False, None)
 
 
+PARTS = ("\\boxed{", "}", "#### ", "<answer", "answer ", "1,", "A:\n", "\\")
+STARTS = ("####", "answer", "answer:", "<", "\\boxed", "A:")
+
+
 @pytest.mark.parametrize(
     "text",
     [
-        *(
-            part * (200_000 // len(part))
-            for part in ("\\boxed{", "}", "#### ", "<answer", "answer ", "1,", "A:\n", "\\")
-        ),
-        *(start + " " * 200_000 + "x" for start in ("####", "answer", "answer:", "<", "\\boxed", "A:")),
+        *(part * (200_000 // len(part)) for part in PARTS),
+        *(start + " " * 200_000 + "x" for start in STARTS),
         "####" + "1" * 200_000 + "x",
     ],
     ids=lambda text: repr(text[:9]),
@@ -229,12 +211,15 @@ def test_a_worker_that_dies_or_never_replies_is_not_a_wrong_answer(monkeypatch, 
         assert grader.idle.queue[-1] is None
 
 
-def test_a_dead_worker_is_replaced(grader):
-    assert grader.equal(r"\sqrt{8}", r"2\sqrt{2}") is True
-    worker = grader.idle.queue[-1]
-    worker.process.kill()
-    worker.process.wait()
-    assert grader.equal(r"\sqrt{8}", r"2\sqrt{2}") is True
+def test_a_dead_worker_is_replaced_and_a_closed_grader_leaves_none():
+    with Grader(seconds=30) as grader:
+        assert grader.equal(r"\sqrt{8}", r"2\sqrt{2}") is True
+        first = grader.idle.queue[-1]
+        first.process.kill()
+        first.process.wait()
+        assert grader.equal(r"\sqrt{8}", r"2\sqrt{2}") is True
+        second = grader.idle.queue[-1]
+    assert second.process.poll() is not None
 
 
 def test_missing_math_verify_is_reported_with_a_hint(tmp_path, monkeypatch):
@@ -249,13 +234,6 @@ def test_many_threads_share_one_grader(grader):
     roots = [(f"\\sqrt{{{n * n * 2}}}", f"{n}\\sqrt{{2}}") for n in range(2, 8)] * 5
     with ThreadPoolExecutor(6) as pool:
         assert list(pool.map(lambda pair: grader.equal(*pair), roots)) == [True] * 30
-
-
-def test_a_closed_grader_leaves_no_worker():
-    with Grader(seconds=30) as grader:
-        grader.equal(r"\sqrt{8}", r"2\sqrt{2}")
-        worker = grader.idle.queue[-1]
-    assert worker.process.poll() is not None
 
 
 def _runs(pid: int) -> bool:
@@ -295,9 +273,13 @@ def test_a_worker_ends_when_its_parent_is_killed(hung):
     assert not _runs(worker)
 
 
+def _shared(name: str) -> list[dict]:
+    return [json.loads(line) for line in (SHARED / name).read_text().splitlines()]
+
+
 @needs_shared
 def test_published_labels_of_1200_solutions_are_reproduced(grader):
-    rows = [json.loads(line) for line in (SHARED / "gsm8k-model-solutions.jsonl").read_text().splitlines()]
+    rows = _shared("gsm8k-model-solutions.jsonl")
     solutions = [(row["ground_truth"], s) for row in rows for s in row.values() if isinstance(s, dict)]
     verdicts = grader.equal_many((extract(s["solution"]), extract(gold)) for gold, s in solutions)
     assert len(verdicts) == 1200
@@ -305,24 +287,17 @@ def test_published_labels_of_1200_solutions_are_reproduced(grader):
 
 
 @needs_shared
-def test_300_real_gold_answers_equal_their_variants(grader):
-    rows = [json.loads(line) for line in (SHARED / "math-sample.jsonl").read_text().splitlines()]
-    golds = [extract(row["solution"]) for row in rows]
+@pytest.mark.parametrize("equal", [True, False])
+def test_300_real_gold_answers_equal_their_variants_and_differ_from_each_other(grader, equal):
+    """Each is compared with its own variants, else with the next one and the tenth after it."""
+    golds = [extract(row["solution"]) for row in _shared("math-sample.jsonl")]
     pairs = [(new, gold) for gold in golds for new in _variants(gold)]
+    if not equal:
+        golds = [gold.replace("\\$", "") for gold in golds]
+        pairs = [(a, b) for a, b in [*pairwise(golds), *zip(golds, golds[10:], strict=False)] if a != b]
     verdicts = grader.equal_many(pairs)
-    assert len(golds) == 300
-    assert [pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict is not True] == []
-
-
-@needs_shared
-def test_300_real_gold_answers_differ_from_each_other(grader):
-    """Compares each with the next one and the tenth after it."""
-    rows = [json.loads(line) for line in (SHARED / "math-sample.jsonl").read_text().splitlines()]
-    golds = [extract(row["solution"]).replace("\\$", "") for row in rows]
-    pairs = [(a, b) for a, b in [*pairwise(golds), *zip(golds, golds[10:], strict=False)] if a != b]
-    assert len(pairs) > 250
-    verdicts = grader.equal_many(pairs)
-    assert [pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict is not False] == []
+    assert (len(golds), len(pairs) > 250) == (300, True)
+    assert [pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict is not equal] == []
 
 
 def _variants(gold: str) -> set[str]:

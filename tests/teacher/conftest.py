@@ -40,3 +40,14 @@ def ask(teacher_of):
             return sorted(teacher.ask_all(jobs, "templates"), key=lambda result: int(result.id))
 
     return call
+
+
+@pytest.fixture
+def asked(ask):
+    """asked(answer, jobs, **settings): (the results, the requests) with a server of its own that answers so."""
+
+    def call(answer, jobs, **settings):
+        with TeacherServer(answer) as server:
+            return ask(server, jobs, **settings), server.requests
+
+    return call

@@ -19,9 +19,8 @@ def number_of(request):
     return int(question(request).split()[1][:-1])
 
 
-def test_each_job_has_a_result_and_the_ledger_counts_all_requests(ask, ledger):
-    with TeacherServer(lambda request, nth: say(f"good {question(request)}")) as server:
-        results = ask(server, map(job, range(30)))
+def test_each_job_has_a_result_and_the_ledger_counts_all_requests(asked, ledger):
+    results, _ = asked(lambda request, nth: say(f"good {question(request)}"), map(job, range(30)))
     assert [r.text for r in results] == [f"good question {i}." for i in range(30)]
     assert {r.requests for r in results} == {1}
     assert ledger.totals() == {
@@ -41,65 +40,61 @@ def test_second_run_sends_nothing_and_needs_no_server(ask, ledger):
     assert (ask(server.url, jobs), ledger.totals()) == (first, totals)
 
 
-def test_same_request_is_paid_once_and_another_sample_is_another_request(ask):
-    with TeacherServer(lambda request, nth: say(f"good {nth}", seconds=0.1)) as server:
-        results = ask(server, [job(1), job(1), job(1), job(2), job(2, sample=1)])
+def test_same_request_is_paid_once_and_another_sample_is_another_request(asked):
+    jobs = [job(1), job(1), job(1), job(2), job(2, sample=1)]
+    results, requests = asked(lambda request, nth: say(f"good {nth}", seconds=0.1), jobs)
     assert [r.text for r in results[:3]] == ["good 1"] * 3
     assert {r.text for r in results[3:]} == {"good 1", "good 2"}
-    assert len(server.requests) == 3
+    assert len(requests) == 3
 
 
-def test_failed_check_is_repaired_with_its_error_in_the_request(ask):
-    with TeacherServer(
-        lambda request, nth: say("good" if "it says bad" in question(request) else "bad")
-    ) as server:
-        (result,) = ask(server, [job(1, good)])
+def test_failed_check_is_repaired_with_its_error_in_the_request(asked):
+    def answer(request, nth):
+        return say("good" if "it says bad" in question(request) else "bad")
+
+    (result,), requests = asked(answer, [job(1, good)])
     assert (result.text, result.requests) == ("good", 2)
-    assert [question(r) for r in server.requests] == ["question 1.", "question 1. it says bad"]
+    assert [question(r) for r in requests] == ["question 1.", "question 1. it says bad"]
 
 
-def test_job_fails_after_three_different_repairs_with_its_last_error_and_reply(ask):
+def test_job_fails_after_three_different_repairs_with_its_last_error_and_reply(asked):
     replies = iter(["bad 1", "bad 2", "bad 2", "bad 4"])
-    with TeacherServer(lambda request, nth: say(next(replies))) as server:
-        (result,) = ask(server, [job(1, good)])
+    (result,), requests = asked(lambda request, nth: say(next(replies)), [job(1, good)])
     assert (result.text, result.rejection) == (None, Rejection("not_good", "it says bad 4"))
-    assert (result.raw, result.requests, len(server.requests)) == ("bad 4", 4, 4)
-    assert len(server.counts) == 4  # a repeated error changes the request
+    assert (result.raw, result.requests, len(requests)) == ("bad 4", 4, 4)
+    assert len({question(request) for request in requests}) == 4  # a repeated error changes the request
 
 
-def test_truncated_reply_is_rejected_as_cut_off(ask):
+def test_truncated_reply_is_rejected_as_cut_off(asked):
     def answer(request, nth):
         return say("good") if "shorter" in question(request) else say("good but hal", "length")
 
-    with TeacherServer(answer) as server:
-        (result,) = ask(server, [job(1)])
-        assert (result.text, result.requests) == ("good", 2)
-        (result,) = ask(server, [job(2)], repairs=0)
+    (result,), _ = asked(answer, [job(1)])
+    assert (result.text, result.requests) == ("good", 2)
+    (result,), _ = asked(answer, [job(2)], repairs=0)
     assert (result.rejection.reason, result.raw) == ("cut_off", "good but hal")
 
 
-def test_network_errors_are_retried(ask, ledger):
+def test_network_errors_are_retried(asked, ledger):
     kinds = [fail(429, retry_after="0"), fail(500), fail(503), HTML, BROKEN, say("late", seconds=1.5)]
 
     def answer(request, nth):
         return kinds[number_of(request) % len(kinds)] if nth == 1 else say("good")
 
-    with TeacherServer(answer) as server:
-        results = ask(server, [job(i, good) for i in range(12)], timeout_seconds=1)
+    results, requests = asked(answer, [job(i, good) for i in range(12)], timeout_seconds=1)
     assert [(r.text, r.requests) for r in results] == [("good", 1)] * 12
-    assert (len(server.requests), ledger.totals()["requests"]) == (24, 12)
+    assert (len(requests), ledger.totals()["requests"]) == (24, 12)
 
 
-def test_litellm_does_not_retry_on_its_own(ask):
+def test_litellm_does_not_retry_on_its_own(asked):
     def answer(request, nth):
         return fail(500) if number_of(request) == 2 else say("good")
 
-    with TeacherServer(answer) as server:
-        results = ask(server, [job(1), job(2)], attempts_per_call=2)
-    assert (results[1].rejection.reason, len(server.requests)) == ("no_reply", 3)
+    results, requests = asked(answer, [job(1), job(2)], attempts_per_call=2)
+    assert (results[1].rejection.reason, len(requests)) == ("no_reply", 3)
 
 
-def test_job_that_waits_for_retry_after_does_not_block_the_others(ask):
+def test_job_that_waits_for_retry_after_does_not_block_the_others(asked):
     order, times = [], []
 
     def answer(request, nth):
@@ -107,8 +102,7 @@ def test_job_that_waits_for_retry_after_does_not_block_the_others(ask):
         times.append(time.monotonic())
         return fail(429, retry_after="1") if nth == 1 and order[-1] == 0 else say("good")
 
-    with TeacherServer(answer) as server:
-        ask(server, [job(i) for i in range(4)], concurrency=1)
+    asked(answer, [job(i) for i in range(4)], concurrency=1)
     assert order == [0, 1, 2, 3, 0]
     assert times[-1] - times[0] >= 1.0
 
@@ -136,10 +130,8 @@ def test_jobs_are_taken_only_when_there_is_room(teacher_of):
             taken.append(i)
             yield job(i)
 
-    with (
-        TeacherServer(lambda request, nth: say("good")) as server,
-        teacher_of(server, concurrency=3) as teacher,
-    ):
+    server = TeacherServer(lambda request, nth: say("good"))
+    with server, teacher_of(server, concurrency=3) as teacher:
         results = teacher.ask_all(jobs())
         next(results)
         assert len(taken) == 6
@@ -171,14 +163,11 @@ def test_leaving_early_cancels_calls_and_the_teacher_stays_usable(teacher_of):
 def test_bad_key_stops_at_once_and_is_not_shown(ask):
     refusal = fail(401, "Incorrect API key provided: sk-test-secret")
     with TeacherServer(lambda request, nth: refusal) as server:
-        with pytest.raises(TeacherError) as caught:
+        with pytest.raises(TeacherError, match=f"openai/replay at {server.url}") as caught:
             ask(server, map(job, range(10**6)))
         assert len(server.requests) <= 32
     error = caught.value
-    assert error.code == 6
-    assert f"openai/replay at {server.url}" in error.message
-    assert "OPENAI_API_KEY" in error.hint
-    assert "\n" not in error.message
+    assert (error.code, "OPENAI_API_KEY" in error.hint, "\n" in error.message) == (6, True, False)
     assert "secret" not in error.message + error.hint
 
 
@@ -201,18 +190,17 @@ def test_teacher_that_refuses_everything_stops_the_stage(ask, answer, most):
             assert len(server.requests) <= most + 6
 
 
-def test_model_without_provider_is_reported_before_any_call(ask):
-    with TeacherServer(lambda request, nth: say("good")) as server:
-        for model, message in (("something", "no provider"), ("", r"teacher\.model is not set")):
-            with pytest.raises(UsageError, match=message):
-                ask(server, [job(1)], model=model)
-    assert not server.requests
+@pytest.mark.parametrize(
+    ("model", "message"), [("something", "no provider"), ("", r"teacher\.model is not set")]
+)
+def test_model_without_provider_is_reported_before_any_call(ask, model, message):
+    with pytest.raises(UsageError, match=message):
+        ask("http://127.0.0.1:9/v1", [job(1)], model=model)
 
 
 def test_missing_server_stops_everything_after_the_retries(ask):
-    with pytest.raises(TeacherError, match="does not answer after 3 attempts") as caught:
+    with pytest.raises(TeacherError, match=r"127\.0\.0\.1:9/v1 does not answer after 3 attempts"):
         ask("http://127.0.0.1:9/v1", map(job, range(10**6)), attempts_per_call=3)
-    assert "http://127.0.0.1:9/v1" in caught.value.message
 
 
 def test_refused_request_is_skipped_and_kept_and_the_others_continue(ask):
@@ -238,7 +226,7 @@ def test_teacher_that_stops_answering_is_given_up_and_replies_are_kept(ask, ledg
     assert ledger.totals()["requests"] == 10
 
 
-def test_exceptions_in_a_check_or_the_jobs_reach_the_caller(ask):
+def test_exceptions_in_a_check_or_the_jobs_reach_the_caller(asked):
     def broken(reply):
         raise ZeroDivisionError
 
@@ -246,11 +234,9 @@ def test_exceptions_in_a_check_or_the_jobs_reach_the_caller(ask):
         yield job(1)
         raise LookupError
 
-    with TeacherServer(lambda request, nth: say("good")) as server:
-        with pytest.raises(ZeroDivisionError):
-            ask(server, [job(1, broken)])
-        with pytest.raises(LookupError):
-            ask(server, jobs())
+    for given, error in (([job(1, broken)], ZeroDivisionError), (jobs(), LookupError)):
+        with pytest.raises(error):
+            asked(lambda request, nth: say("good"), given)
 
 
 def test_failed_write_to_the_ledger_reaches_the_caller(ask, monkeypatch):
@@ -267,29 +253,23 @@ def test_failed_write_to_the_ledger_reaches_the_caller(ask, monkeypatch):
 # -- the inspector -------------------------------------------------------------------------------------------------
 
 
-def inspected(number):
-    return job(number, inspect=lambda reply: [{"role": "user", "content": f"INSPECT {reply}"}])
-
-
-def test_rejection_by_the_inspector_is_repaired_with_its_reason(ask, ledger):
+@pytest.mark.parametrize("convinced", [True, False])
+def test_rejection_by_the_inspector_is_repaired_with_its_reason(teacher_of, ledger, convinced):
     def answer(request, nth):
         if request["model"] == "judge":
-            accepted = "better" in question(request)
-            verdict = "accept" if accepted else "reject</Verdict><Reason>step 2 is wrong"
-            return say(f"<Verdict>{verdict}</Reason>")
+            accepted = convinced and "better" in question(request)
+            return say(
+                f"<Verdict>{'accept' if accepted else 'reject</Verdict><Reason>step 2 is wrong'}</Reason>"
+            )
         return say("better" if "step 2 is wrong" in question(request) else "worse")
 
+    asked = job(1, inspect=lambda reply: [{"role": "user", "content": f"INSPECT {reply}"}])
     with TeacherServer(answer) as server:
-        (result,) = ask(server, [inspected(1)], inspector="openai/judge", inspector_api_base=server.url)
-    assert (result.text, result.requests) == ("better", 2)
-    assert ledger.totals("templates inspection")["requests"] == 2
-
-
-def test_job_fails_after_three_rejections_by_the_inspector(ask):
-    def answer(request, nth):
-        judging = request["model"] == "judge"
-        return say("<Verdict>reject</Verdict>" if judging else f"try {len(server.requests)}")
-
-    with TeacherServer(answer) as server:
-        (result,) = ask(server, [inspected(1)], inspector="openai/judge", inspector_api_base=server.url)
-    assert (result.rejection.reason, result.requests) == ("rejected_by_inspector", 4)
+        judge = {"inspector": "openai/judge", "inspector_api_base": server.url}
+        with teacher_of(server, **judge) as teacher:
+            (result,) = teacher.ask_all([asked], "templates")
+    if convinced:
+        assert (result.text, result.requests) == ("better", 2)
+        assert ledger.totals("templates inspection")["requests"] == 2
+    else:
+        assert (result.rejection.reason, result.requests) == ("rejected_by_inspector", 4)

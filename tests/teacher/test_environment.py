@@ -50,10 +50,8 @@ def test_limit_on_open_files_is_raised_or_the_setting_reported():
     )
 
     def outcome(hard):
-        command = [sys.executable, "-c", code, str(hard)]
-        return subprocess.check_output(
-            command, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        )
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        return subprocess.check_output([sys.executable, "-c", code, str(hard)], text=True, env=environment)
 
     assert int(outcome(1000)) >= 300
     message = outcome(400)
@@ -68,17 +66,15 @@ def test_limit_on_open_files_is_raised_or_the_setting_reported():
 def test_password_in_an_address_is_in_no_dump_and_no_run(tmp_path):
     address = "http://me:hush@hush@host:8000/v1"
     assert without_password(address) == "http://host:8000/v1"
-    values = {"api_base": address, "model": "m"}
-    chosen = Config.model_validate(
-        {"teacher": {**values, "inspector_api_base": address}, "attempts": {"api_base": address}}
-    )
+    teacher = {"api_base": address, "model": "m", "inspector_api_base": address}
+    chosen = Config.model_validate({"teacher": teacher, "attempts": {"api_base": address}})
     assert "hush" not in chosen.model_dump_json()
     assert chosen.teacher.api_base == address
     run = Run(tmp_path)
     with run.recording(chosen):
         pass
-    assert "hush" not in run.path("run.toml").read_text()
-    assert "http://host:8000/v1" in run.path("run.toml").read_text()
+    saved = run.path("run.toml").read_text()
+    assert ("hush" in saved, "http://host:8000/v1" in saved) == (False, True)
 
 
 @pytest.mark.parametrize("direct", [True, False])

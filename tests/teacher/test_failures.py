@@ -23,10 +23,8 @@ def test_transient_errors_are_retried(status):
 
 @pytest.mark.parametrize("status", [400, 403, 404, 413, 422])
 def test_refusal_concerns_one_request(status):
-    assert (
-        read_failure(Failed("litellm.NotFoundError: OpenAIException - no such question", status)).action
-        == failures.REFUSED
-    )
+    error = Failed("litellm.NotFoundError: OpenAIException - no such question", status)
+    assert read_failure(error).action == failures.REFUSED
 
 
 @pytest.mark.parametrize(
@@ -60,7 +58,6 @@ def test_backoff_grows_is_bounded_and_has_jitter():
 
 def test_message_is_one_line_without_prefixes_and_keys(monkeypatch):
     monkeypatch.setenv("SOME_API_KEY", "sk-very-secret")
-    error = Failed(
-        "litellm.RateLimitError: RateLimitError: OpenAIException - slow down, sk-very-secret\ntrace", 429
-    )
+    said = "litellm.RateLimitError: RateLimitError: OpenAIException - slow down, sk-very-secret\ntrace"
+    error = Failed(said, 429)
     assert read_failure(error).message == "slow down, ***"

@@ -12,11 +12,10 @@ import pytest
 from sclite.records import Drop, Template
 from sclite.run import Run
 from sclite.teacher.ledger import Ledger
-from tests.replay import BROKEN, HTML, Answer, TeacherServer, fail, say
+from tests.replay import BROKEN, HTML, Answer, TeacherServer, fail, number_of, say, sums, template
 
 IN_FLIGHT, LIMIT, MAX_TOKENS = 64, 0.05, 200
 PRICE = (1.0, 10.0)  # US dollars per million tokens
-GOOD = "<Step1>Count on.</Step1>\n<Generalized>Count.</Generalized>\n<Answer>{}</Answer>"
 BOMB = gzip.compress(b" " * 200_000_000)
 
 
@@ -51,8 +50,8 @@ def kinds(text):
 
 def hostile(request, nth, book, no_redirect):
     question = request["messages"][-1]["content"]
-    number = int(question.split("What is ")[1].split(" ")[0])
-    found = kinds(GOOD.format(number + 1))
+    number = number_of(request)
+    found = kinds(template(number + 1, step="Count on."))
     draw = random.Random(f"{number} {nth} {len(question)}")
     answer, tokens = draw.choice([k for k in found if k[0].status != 301] if no_redirect else found)
     sent = sum(len(m["content"].split()) for m in request["messages"])
@@ -63,10 +62,7 @@ def hostile(request, nth, book, no_redirect):
 @pytest.mark.parametrize("direct", ["true", "false"])
 def test_limit_holds_against_a_hostile_server_and_no_row_is_lost(tmp_path, direct):
     problems, run, book = tmp_path / "p.jsonl", Run(tmp_path / "run"), []
-    with open(problems, "w") as file:
-        for i in range(100):
-            row = {"id": f"p{i}", "question": f"What is {i} + 1?", "answer": f"{i + 1}"}
-            file.write(json.dumps(row) + "\n")
+    problems.write_text("".join(row.model_dump_json() + "\n" for row in sums(100, solution=None)))
     with TeacherServer(lambda request, nth: hostile(request, nth, book, True)) as server:
         done = build(server, run, problems, direct, LIMIT)
         limited = list(book)

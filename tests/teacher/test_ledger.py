@@ -16,33 +16,33 @@ ENTRY = Entry("hello", "stop", 10, 3, 0.25, 1.5)
 MESSAGES = [{"role": "user", "content": "q"}]
 
 
-def keep(ledger, key, entry, stage="templates"):
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "ledger.sqlite"
+
+
+def keep(ledger, key, entry=ENTRY, stage="templates"):
     ledger.sent(key, stage, "m")
     ledger.put(key, entry)
-    ledger.flush()
 
 
-def test_reply_is_there_after_reopening(tmp_path):
-    with Ledger(tmp_path / "ledger.sqlite") as ledger:
-        keep(ledger, "k", ENTRY)
-    with Ledger(tmp_path / "ledger.sqlite") as ledger:
-        assert ledger.get("k") == ENTRY
-        assert ledger.get("other") is None
-        assert ledger.spent_usd == 0.25
+def test_reply_is_there_after_reopening(path):
+    with Ledger(path) as ledger:
+        keep(ledger, "k")
+    with Ledger(path) as ledger:
+        assert (ledger.get("k"), ledger.get("other"), ledger.spent_usd) == (ENTRY, None, 0.25)
 
 
-def test_unknown_cost_is_counted_and_not_zero(tmp_path):
-    with Ledger(tmp_path / "ledger.sqlite") as ledger:
-        keep(ledger, "a", ENTRY)
-        keep(ledger, "b", Entry("x", "stop", None, None, None, 0.1))
-        keep(ledger, "c", ENTRY, "corrections")
-        assert ledger.get("b").cost_usd is None
-        assert ledger.totals("templates") == {
-            "requests": 2, "sent": 2, "given_up": 0, "prompt_tokens": 10, "completion_tokens": 3,
-            "cost_usd": 0.25, "lost_usd": 0.0, "unpriced": 1,
-        }  # fmt: skip
-        assert ledger.totals()["cost_usd"] == 0.5
-        assert ledger.totals("nothing")["cost_usd"] == 0.0
+def test_unknown_cost_is_counted_and_not_zero(ledger):
+    keep(ledger, "a")
+    keep(ledger, "b", Entry("x", "stop", None, None, None, 0.1))
+    keep(ledger, "c", stage="corrections")
+    assert ledger.totals("templates") == {
+        "requests": 2, "sent": 2, "given_up": 0, "prompt_tokens": 10, "completion_tokens": 3,
+        "cost_usd": 0.25, "lost_usd": 0.0, "unpriced": 1,
+    }  # fmt: skip
+    assert ledger.get("b").cost_usd is None
+    assert (ledger.totals()["cost_usd"], ledger.totals("nothing")["cost_usd"]) == (0.5, 0.0)
 
 
 def test_key_depends_on_exactly_what_decides_a_reply():
@@ -62,7 +62,7 @@ def test_key_depends_on_exactly_what_decides_a_reply():
     assert len({key(**{name: other}) for name, other in others.items()} | {key()}) == 7
 
 
-def test_killed_process_loses_no_written_reply(tmp_path):
+def test_killed_process_loses_no_written_reply(path):
     code = (
         "import sys; from sclite.teacher.ledger import *\n"
         "ledger = Ledger(sys.argv[1])\n"
@@ -70,7 +70,6 @@ def test_killed_process_loses_no_written_reply(tmp_path):
         "    ledger.sent(str(i), '', '')\n"
         "    ledger.put(str(i), Entry('t', 'stop', 1, 1, None, 0.0)); ledger.flush(); print(i, flush=True)\n"
     )
-    path = tmp_path / "ledger.sqlite"
     process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
     printed = [int(process.stdout.readline()) for _ in range(30)]
     os.kill(process.pid, signal.SIGKILL)
@@ -80,27 +79,18 @@ def test_killed_process_loses_no_written_reply(tmp_path):
         assert all(ledger.get(str(i)) for i in printed)
 
 
-def test_file_that_is_not_a_ledger_is_reported(tmp_path):
-    path = tmp_path / "ledger.sqlite"
-    path.write_text("this is no database, whatever its name says" * 50)
-    with pytest.raises(DataError, match=r"ledger\.sqlite cannot be opened"):
-        Ledger(path)
-
-
-def test_failed_write_is_an_error(tmp_path):
-    ledger = Ledger(tmp_path / "ledger.sqlite")
-    ledger.close()
+def test_failed_write_is_an_error(path):
+    with Ledger(path) as ledger:
+        pass
     ledger.put("k", ENTRY)
     with pytest.raises(DataError, match="cannot be written"):
         ledger.flush()
 
 
-def test_interrupted_write_is_repeated(tmp_path, monkeypatch):
+def test_interrupted_write_is_repeated(path, monkeypatch):
     """Ctrl-C may come at any moment, also between a paid reply and its commit."""
-    path = tmp_path / "ledger.sqlite"
     with Ledger(path) as ledger:
-        ledger.sent("k", "templates", "m")
-        ledger.put("k", ENTRY)
+        keep(ledger, "k")
         with monkeypatch.context() as patch:
             patch.setattr(ledger, "_commit", lambda writes: signal.raise_signal(signal.SIGINT))
             with pytest.raises(KeyboardInterrupt):
@@ -109,50 +99,47 @@ def test_interrupted_write_is_repeated(tmp_path, monkeypatch):
         assert reader.get("k") == ENTRY
 
 
-def test_totals_include_pending_writes(tmp_path):
-    with Ledger(tmp_path / "ledger.sqlite") as ledger:
-        for number in range(50):
-            ledger.sent(str(number), "templates", "m")
-            ledger.put(str(number), ENTRY)
-            assert ledger.totals()["requests"] == number + 1
+def test_totals_include_pending_writes(ledger):
+    for number in range(50):
+        keep(ledger, str(number))
+        assert ledger.totals()["requests"] == number + 1
 
 
 # -- read-only -----------------------------------------------------------------------------------------------------
 
 
-def test_ledger_can_be_read_during_writes_and_no_files_are_left(tmp_path):
-    path = tmp_path / "ledger.sqlite"
+def test_ledger_can_be_read_during_writes_and_no_files_are_left(path):
     with Ledger(path) as ledger:
-        keep(ledger, "a", ENTRY)
+        keep(ledger, "a")
+        ledger.flush()
         with Ledger.reading(path) as reader:
             assert reader.totals() == ledger.totals()
-            keep(ledger, "b", ENTRY, "corrections")
+            keep(ledger, "b", stage="corrections")
+            ledger.flush()
             assert reader.totals("corrections")["requests"] == 1
     before = path.read_bytes()
     with Ledger.reading(path) as reader:
-        assert reader.totals()["requests"] == 2
-        assert reader.get("a") == ENTRY
-    assert [p.name for p in tmp_path.iterdir()] == ["ledger.sqlite"]
+        assert (reader.totals()["requests"], reader.get("a")) == (2, ENTRY)
+    assert [p.name for p in path.parent.iterdir()] == ["ledger.sqlite"]
     assert path.read_bytes() == before
 
 
-def test_reading_does_not_create_a_missing_ledger(tmp_path):
+def test_file_that_is_missing_or_not_a_ledger_is_reported_and_left_as_it_is(path):
     with pytest.raises(DataError, match="cannot be read"):
-        Ledger.reading(tmp_path / "ledger.sqlite")
-    (tmp_path / "text").write_text("no ledger at all" * 99)
-    with pytest.raises(DataError, match="cannot be read"):
-        Ledger.reading(tmp_path / "text")
-    assert [p.name for p in tmp_path.iterdir()] == ["text"]
+        Ledger.reading(path)
+    assert not path.exists()
+    path.write_text("this is no database, whatever its name says" * 50)
+    for open_it, why in ((Ledger, "cannot be opened"), (Ledger.reading, "cannot be read")):
+        with pytest.raises(DataError, match=rf"ledger\.sqlite {why}"):
+            open_it(path)
+    assert path.read_text().startswith("this is no database")
 
 
-def test_damaged_ledger_is_recovered_and_moved_aside(tmp_path, capsys):
-    path = tmp_path / "ledger.sqlite"
+def test_damaged_ledger_is_recovered_and_moved_aside(path, capsys):
     with Ledger(path) as ledger:
         for number in range(400):
-            ledger.sent(f"{number:03}", "templates", "m")
-            ledger.put(f"{number:03}", Entry("text " * 100, "stop", 1, 1, 0.5, 1.0))
-    whole = path.read_bytes()
-    page = 4096
+            keep(ledger, f"{number:03}", Entry("text " * 100, "stop", 1, 1, 0.5, 1.0))
+    whole, page = path.read_bytes(), 4096
     middle = len(whole) // 2 // page * page
     path.write_bytes(whole[:middle] + b"\xff" * page + whole[middle + page :])
     with Ledger(path) as ledger:
@@ -166,11 +153,9 @@ def test_damaged_ledger_is_recovered_and_moved_aside(tmp_path, capsys):
         assert ledger.totals()["requests"] == kept
 
 
-def test_reply_with_a_damaged_byte_is_read(tmp_path):
-    path = tmp_path / "ledger.sqlite"
+def test_reply_with_a_damaged_byte_is_read(path):
     with Ledger(path) as ledger:
-        ledger.sent("a", "templates", "m")
-        ledger.put("a", Entry("one two three", "stop", 1, 1, 0.5, 1.0))
+        keep(ledger, "a", Entry("one two three", "stop", 1, 1, 0.5, 1.0))
     path.write_bytes(path.read_bytes().replace(b"one two", b"one\xff two"[:7]))
     with Ledger(path) as ledger:
         assert ledger.get("a").text.startswith("one\ufffd")
@@ -182,31 +167,28 @@ def test_reply_with_a_damaged_byte_is_read(tmp_path):
 @pytest.mark.parametrize(
     "bad", [Entry("a \ud83d", "stop", 1, 1, 0.1, 0.0), Entry("a", "stop", 2**63, 1, 0.1, 0.0)]
 )
-def test_row_that_cannot_be_written_fails_without_losing_others(tmp_path, bad):
-    path = tmp_path / "ledger.sqlite"
+def test_row_that_cannot_be_written_fails_without_losing_others(path, bad):
     ledger = Ledger(path)
     for key, entry in zip("abc", (ENTRY, bad, ENTRY), strict=True):
-        ledger.sent(key, "templates", "m")
-        ledger.put(key, entry)
+        keep(ledger, key, entry)
     for _ in range(2):
         with pytest.raises(DataError, match="cannot be written"):
             ledger.flush()
         ledger.sent("d", "templates", "m")
-    with pytest.raises(DataError, match="cannot be written"):
-        ledger.close()
+    with pytest.raises(DataError, match="cannot be written"), ledger:
+        pass
     with Ledger.reading(path) as reader:
         assert [reader.get(key) for key in "abc"] == [ENTRY, None, ENTRY]
 
 
-def test_empty_reply_is_paid_for_and_requested_again(tmp_path):
-    empty = Entry("", "empty", 10, 1, 0.2, 1.0)
-    with Ledger(tmp_path / "l") as ledger:
-        keep(ledger, "k", empty)
-        assert ledger.get("k") is None
-        assert (ledger.spent_usd, ledger.totals()["cost_usd"]) == (0.2, 0.2)
-        keep(ledger, "k", ENTRY)
+def test_empty_reply_is_paid_for_and_requested_again(path):
+    with Ledger(path) as ledger:
+        keep(ledger, "k", Entry("", "empty", 10, 1, 0.2, 1.0))
+        assert (ledger.get("k"), ledger.spent_usd, ledger.totals()["cost_usd"]) == (None, 0.2, 0.2)
+        keep(ledger, "k")
+        ledger.flush()
         assert ledger.get("k") == ENTRY
-    with Ledger(tmp_path / "l") as ledger:
+    with Ledger(path) as ledger:
         totals = ledger.totals()
         assert totals["cost_usd"] + totals["lost_usd"] == pytest.approx(0.45)
         assert ledger.spent_usd == pytest.approx(0.45)

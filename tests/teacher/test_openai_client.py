@@ -131,15 +131,14 @@ def test_both_clients_meet_the_same_error(name):
     ],
 )
 def test_error_or_html_with_status_200_is_free_and_retried(answer, message):
-    async def failure(made):
+    async def raised(made):
         with pytest.raises(ConnectionError) as caught:
             await made.complete(MESSAGES, {}, 5)
         await made.close()
-        return caught.value
+        return read_failure(caught.value)
 
     with TeacherServer(lambda request, nth: answer) as server:
-        found = asyncio.run(failure(connect(server.url)))
-    failure = read_failure(found)
+        failure = asyncio.run(raised(connect(server.url)))
     assert (failure.action, failure.free, failure.message) == (failures.RETRY, True, message)
 
 
@@ -216,15 +215,13 @@ def test_models_that_litellm_rewrites_or_routes_go_through_it(monkeypatch):
 def test_key_comes_from_the_variable_of_the_provider(direct, monkeypatch):
     keys = {}
     for variable in (None, "HOSTED_VLLM_API_KEY", "OPENAI_API_KEY"):
-        monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-        if variable:
-            monkeypatch.setenv(variable, "sk-of-mine")
         for model in ("openai/x", "hosted_vllm/x"):
-            with TeacherServer(lambda request, nth: say("good")) as server:
+            with monkeypatch.context() as patch, TeacherServer(lambda request, nth: say("good")) as server:
+                patch.delenv("OPENAI_API_KEY", raising=False)
+                if variable:
+                    patch.setenv(variable, "sk-of-mine")
                 asyncio.run(outcome(connect(server.url, direct, model)))
             keys[variable, model.partition("/")[0]] = server.keys.pop()
-        if variable:
-            monkeypatch.delenv(variable)
     assert keys == {
         (None, "openai"): "Bearer none", (None, "hosted_vllm"): "Bearer fake-api-key",
         ("HOSTED_VLLM_API_KEY", "openai"): "Bearer none", ("HOSTED_VLLM_API_KEY", "hosted_vllm"): "Bearer sk-of-mine",
@@ -249,17 +246,9 @@ def test_proxy_is_used_and_its_password_never_shown(monkeypatch):
 
 @pytest.mark.parametrize(
     "address",
-    [
-        "127.0.0.1:8000/v1",
-        "http://127.0.0.1:87611/v1",
-        "http://:8000/v1",
-        "http://host:x/v1",
-        "ftp://me:secret@host/v1",
-        "me:secret@host/v1",
-        "ftp://me:se/secret@host",
-        "ftp://me:a@secret@host",
-    ],
-)
+    ["127.0.0.1:8000/v1", "http://127.0.0.1:87611/v1", "http://:8000/v1", "http://host:x/v1", "ftp://me:secret@host/v1",
+     "me:secret@host/v1", "ftp://me:se/secret@host", "ftp://me:a@secret@host"],
+)  # fmt: skip
 def test_invalid_api_base_is_reported_before_any_request(address):
     with pytest.raises(UsageError, match="is not a valid URL") as failure:
         provider.connect(config.Teacher(model="openai/replay", api_base=address))

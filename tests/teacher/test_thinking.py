@@ -4,9 +4,9 @@ import pytest
 
 from sclite.data.templates import write_templates
 from sclite.errors import BudgetError, UsageError
-from sclite.records import Problem, Template
+from sclite.records import Template
 from sclite.settings import load
-from tests.replay import Answer, TeacherServer, fail, job, question, say
+from tests.replay import Answer, TeacherServer, fail, job, number_of, question, say, sums, template
 
 EXTRA = {
     "reasoning_effort": "low", "service_tier": "flex", "top_k": 20,
@@ -14,7 +14,6 @@ EXTRA = {
 }  # fmt: skip
 THOUGHT = "Hmm, 9 of those <Step1>wrong</Step1><Generalized>No.</Generalized><Answer>-1</Answer>"
 PRICE = (1.0, 10.0)  # US dollars per million tokens
-TEMPLATE = "<Step1>Count on by one.\n</Step1>\n<Generalized>Count on.</Generalized>\n<Answer>{}</Answer>"
 
 
 def thought(text, finish_reason="stop", tokens=(20, 90), reasoning_tokens=None, **message):
@@ -61,10 +60,10 @@ def test_extra_parameters_are_in_the_request_and_the_key(ask, model, direct):
     assert {name: value for name, value in first.items() if name not in without} == expected
 
 
-def test_parameter_that_only_litellm_knows_goes_through_it(ask):
-    with TeacherServer(lambda request, nth: say("good")) as server:
-        results = ask(server, [job(1)], extra={"metadata": {"a": "b"}, "mock_response": "from LiteLLM"})
-    assert (results[0].text, server.requests) == ("from LiteLLM", [])
+def test_parameter_that_only_litellm_knows_goes_through_it(asked):
+    extra = {"metadata": {"a": "b"}, "mock_response": "from LiteLLM"}
+    results, requests = asked(lambda request, nth: say("good"), [job(1)], extra=extra)
+    assert (results[0].text, requests) == ("from LiteLLM", [])
 
 
 def test_extra_is_for_the_teacher_and_not_for_its_inspector(ask):
@@ -81,12 +80,10 @@ def test_extra_is_json_toml_or_a_dotted_key(setting, tmp_path):
     assert load(None, [setting], {}, own_file=False).teacher.extra == {"top_k": 20}
     file = tmp_path / "sclite.toml"
     file.write_text("[teacher.extra]\nreasoning_effort = 'high'\n")
-    assert load(file, ["teacher.extra.top_k=20"], {}).teacher.extra == {
-        "reasoning_effort": "high",
-        "top_k": 20,
-    }
-    assert load(file, ["teacher.extra="], {}).teacher.extra == {}
-    assert load(file, ["teacher.extra.reasoning_effort="], {}).teacher.extra == {}
+    both = {"reasoning_effort": "high", "top_k": 20}
+    assert load(file, ["teacher.extra.top_k=20"], {}).teacher.extra == both
+    for emptied in ("teacher.extra=", "teacher.extra.reasoning_effort="):
+        assert load(file, [emptied], {}).teacher.extra == {}
 
 
 @pytest.mark.parametrize(
@@ -124,16 +121,13 @@ def test_limit_reserves_the_price_of_the_service_tier(teacher_of):
 
 @pytest.mark.parametrize("direct", [True, False])
 def test_thinking_teacher_gives_templates_without_its_reasoning(teacher_of, ledger, run, grader, direct):
-    problems = [
-        Problem(id=f"p{i}", question=f"What is {i} + 1?", answer=str(i + 1), solution="Count on.")
-        for i in range(120)
-    ]
+    problems = sums(120)
     kinds = REASONED if direct else REASONED[:-1]  # LiteLLM cannot read parts from openai/
     used = []
 
     def answer(request, nth):
-        number = int(request["messages"][1]["content"].split("What is ")[1].split(" ")[0])
-        found = kinds[number % len(kinds)](TEMPLATE.format(number + 1))
+        number = number_of(request)
+        found = kinds[number % len(kinds)](template(number + 1))
         if number % 3 == 0 and request["max_tokens"] == 100:
             found = EATEN[number // 3 % len(EATEN)]
         used.append(found.body["usage"])
@@ -152,66 +146,52 @@ def test_thinking_teacher_gives_templates_without_its_reasoning(teacher_of, ledg
 
 
 @pytest.mark.parametrize("answer", EATEN)
-def test_budget_spent_on_reasoning_is_doubled_once(ask, answer, capsys):
-    with TeacherServer(lambda request, nth: answer) as server:
-        results = ask(server, [job(1), job(2)], price=PRICE)
-    assert sorted(request["max_tokens"] for request in server.requests) == [100, 100, 200, 200]
-    assert {question(request) for request in server.requests} == {
-        "question 1.",
-        "question 2.",
-    }  # not "shorter"
+def test_budget_spent_on_reasoning_is_doubled_once(asked, answer, capsys):
+    results, requests = asked(lambda request, nth: answer, [job(1), job(2)], price=PRICE)
+    assert sorted(request["max_tokens"] for request in requests) == [100, 100, 200, 200]
+    assert set(map(question, requests)) == {"question 1.", "question 2."}  # not "shorter"
     assert {result.rejection.reason for result in results} == {"reasoning_too_long"}
     for word in ("200 tokens", "teacher.max_tokens", "reasoning_effort"):
         assert word in results[0].rejection.text
     assert capsys.readouterr().err.count("sent once more with 200") == 1
 
 
-def test_reply_that_is_too_long_is_not_taken_for_reasoning(ask):
-    long = "word " * 60
-    answers = [say(long, "length", tokens=(10, 100)), thought(long, "length", (10, 100), 30, reasoning="so")]
-    for number, answer in enumerate(answers):
-        with TeacherServer(lambda request, nth, answer=answer: answer) as server:
-            results = ask(server, [job(number)], price=PRICE)
-        assert results[0].rejection.reason == "cut_off"
-        assert {request["max_tokens"] for request in server.requests} == {100}
-        assert "shorter" in server.requests[1]["messages"][0]["content"]
+@pytest.mark.parametrize("reasoning", [{}, {"reasoning": "so"}])
+def test_reply_that_is_too_long_is_not_taken_for_reasoning(asked, reasoning):
+    long = thought("word " * 60, "length", (10, 100), 30 if reasoning else None, **reasoning)
+    results, requests = asked(lambda request, nth: long, [job(1)], price=PRICE)
+    assert results[0].rejection.reason == "cut_off"
+    assert {request["max_tokens"] for request in requests} == {100}
+    assert "shorter" in question(requests[1])
 
 
-def test_budget_is_doubled_after_a_repair_too(ask):
-    replies = iter([say("word " * 60, "length"), EATEN[0], say("good")])
-    with TeacherServer(lambda request, nth: next(replies)) as server:
-        (result,) = ask(server, [job(1)])
-    assert [request["max_tokens"] for request in server.requests] == [100, 100, 200]
+@pytest.mark.parametrize(
+    ("replies", "budgets"),
+    [
+        ([say("word " * 60, "length"), EATEN[0], say("good")], [100, 100, 200]),
+        ([EATEN[0], say("word " * 100, "length"), say("good")], [100, 200, 200]),
+    ],
+)
+def test_budget_is_doubled_after_a_repair_too_and_repairs_keep_it(asked, replies, budgets):
+    answers = iter(replies)
+    (result,), requests = asked(lambda request, nth: next(answers), [job(1)])
+    assert [request["max_tokens"] for request in requests] == budgets
     assert (result.text, result.requests) == ("good", 3)
-
-
-def test_repairs_keep_the_larger_budget(ask):
-    def answer(request, nth):
-        if request["max_tokens"] == 100:
-            return EATEN[0]
-        return say("word " * 100, "length") if "shorter" not in str(request["messages"]) else say("good")
-
-    with TeacherServer(answer) as server:
-        results = ask(server, [job(1)])
-    assert [request["max_tokens"] for request in server.requests] == [100, 200, 200]
-    assert (results[0].text, results[0].requests) == ("good", 3)
 
 
 @pytest.mark.parametrize(
     "settings", [{"repairs": 0}, {"max_tokens": 32768}, {"max_tokens": 16384, "model": "openai/gpt-4o"}]
 )
-def test_budget_is_not_enlarged_without_repairs_or_beyond_a_bound(ask, settings):
-    with TeacherServer(lambda request, nth: EATEN[0]) as server:  # gpt-4o writes at most 16,384 tokens
-        results = ask(server, [job(1)], **settings)
-    assert (len(server.requests), results[0].rejection.reason) == (1, "reasoning_too_long")
+def test_budget_is_not_enlarged_without_repairs_or_beyond_a_bound(asked, settings):
+    results, requests = asked(lambda request, nth: EATEN[0], [job(1)], **settings)
+    assert (len(requests), results[0].rejection.reason) == (1, "reasoning_too_long")
 
 
-def test_refused_larger_budget_is_reported_as_reasoning(ask):
+def test_refused_larger_budget_is_reported_as_reasoning(asked):
     def answer(request, nth):
         return EATEN[0] if request["max_tokens"] == 100 else fail(400, "max_tokens is too large")
 
-    with TeacherServer(answer) as server:
-        results = ask(server, [job(1)])
+    results, _ = asked(answer, [job(1)])
     assert "used up the budget of 100 tokens" in results[0].rejection.text
 
 
@@ -226,10 +206,6 @@ def test_larger_budget_is_reserved_against_the_limit(ask, ledger):
     assert ledger.totals()["cost_usd"] == pytest.approx(2 * (10 * 1 + 100 * 10) / 1e6)
 
 
-def test_reasoning_without_a_reply_is_repaired(ask):
-    with TeacherServer(
-        lambda request, nth: thought(f"<think>{THOUGHT}") if nth == 1 else say("good")
-    ) as server:
-        results = ask(server, [job(1)], repairs=0)
-    assert results[0].rejection.reason == "only_reasoning"
-    assert results[0].text is None
+def test_reasoning_without_a_reply_is_no_reply(asked):
+    results, _ = asked(lambda request, nth: thought(f"<think>{THOUGHT}"), [job(1)], repairs=0)
+    assert (results[0].rejection.reason, results[0].text) == ("only_reasoning", None)
