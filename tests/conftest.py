@@ -8,6 +8,7 @@ import pytest
 from sclite.__main__ import main
 from sclite.grading.worker import Grader
 from sclite.run import Run
+from tests.replay import TWO, TeacherServer, say
 
 THREADS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000", "TOKENIZERS_PARALLELISM": "false"}
 CLEAN = ("OPENAI_API_KEY", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
@@ -65,3 +66,18 @@ def sclite(tmp_path, monkeypatch, capsys):
         return ended
 
     return call
+
+
+@pytest.fixture
+def teacher_of_sums(monkeypatch):
+    """A teacher whose answer to everything is that 1 + 1 = 2."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    with TeacherServer(lambda request, nth: say(TWO)) as server:
+        yield server
+
+
+@pytest.fixture
+def build(sclite, teacher_of_sums):
+    """`build(..)` runs build-data with this teacher."""
+    named = ("--set", "teacher.model=openai/replay", "--set", f"teacher.api_base={teacher_of_sums.url}")
+    return lambda *arguments: sclite("build-data", *arguments, "--yes", *named)

@@ -36,15 +36,19 @@ def _flip_bits(data: bytes, draw: random.Random) -> bytes:
     return bytes(found)
 
 
+def _load(data: bytes) -> object:
+    try:
+        return json.loads(data)
+    except ValueError:
+        return None
+
+
 def _change_shape(data: bytes, draw: random.Random) -> bytes:
     """JSON of the wrong shape: one value, or the whole document, has another type."""
     lines = data.splitlines() or [b"{}"]
     at = draw.randrange(len(lines))
     odd = draw.choice((None, [], {}, "x", -1, 1e400, [[[]]], {"a": {}}))
-    try:
-        whole = json.loads(data)
-    except ValueError:
-        whole = None
+    whole = _load(data)
     target = whole if whole is not None else _load(lines[at])
     if isinstance(target, dict) and target and draw.random() < 0.8:
         target[draw.choice(sorted(target))] = odd
@@ -52,13 +56,6 @@ def _change_shape(data: bytes, draw: random.Random) -> bytes:
         target = odd
     text = json.dumps(target).encode()
     return text if whole is not None else b"\n".join([*lines[:at], text, *lines[at + 1 :], b""])
-
-
-def _load(line: bytes) -> object:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
 
 
 KINDS: dict[str, Callable[[bytes, random.Random], bytes]] = {

@@ -53,6 +53,10 @@ def say(
     return Answer(body=body, seconds=seconds)
 
 
+TWO = "<Step1>Add: 1 + 1 = 2\n</Step1>\n<Generalized>Add.</Generalized>\n<Answer>2</Answer>"
+"""The teacher's solution of 1 + 1."""
+
+
 def fail(status: int, message: str = "no", **headers: str) -> Answer:
     """An error in OpenAI's form; `retry_after="1"` becomes a header."""
     body = {"error": {"message": message, "type": "test", "code": status}}

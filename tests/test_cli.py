@@ -6,8 +6,11 @@ import json
 import os
 import pty
 import re
+import shlex
 import subprocess
 import sys
+from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -17,45 +20,90 @@ from sclite.records import Drop, Problem
 from sclite.run import Run
 from sclite.settings import load
 from tests.replay import TeacherServer, fail, say
+from tests.toy import write_rows
 
-PROBLEM = {"question": "What is 1 + 1?", "answer": "2"}
+ROOT = Path(__file__).resolve().parents[1]
+PROBLEMS = [{"question": question, "answer": "2"} for question in ("1 + 1?", "0 + 2?", "2 + 0?")]
 TEACHER = ("--set", "teacher.model=openai/replay", "--set", "teacher.attempts_per_call=1")
+TOY = ("--set", "student.model=embedded")
+TEMPLATE = (
+    '{"id":"a","question":"q","answer":"1","trace":"<Step1>x\\n</Step1>\\n<Answer>1</Answer>","requests":1}'
+)
 
 
-def write(name: str, *rows: object) -> str:
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    Path(name).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return name
-
-
-# -- problems ------------------------------------------------------------------------------------------------------
+# -- errors --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("rows", "place"),
     [
         (None, "mine.jsonl does not exist"),
-        ((), "mine.jsonl is empty"),
-        (('{"question": "x',), "mine.jsonl: no usable row (1 row not readable); line 1: column 14: not JSON"),
-        (({"question": "How?", "answer": ""},), "mine.jsonl: no usable row (1 no answer); line 1: no answer"),
-        (({"task": "How?"}, "[1, 2]"), "line 1: no known column, found: task"),
+        ([], "mine.jsonl is empty"),
+        (['{"question": "x'], "mine.jsonl: no usable row (1 row not readable); line 1: column 14: not JSON"),
+        ([{"question": "?", "answer": ""}], "mine.jsonl: no usable row (1 no answer); line 1: no answer"),
+        ([{"task": "How?"}, "[1, 2]"], "line 1: no known column, found: task"),
     ],
 )
 def test_an_unusable_problems_file_is_reported_with_its_line(sclite, rows, place):
     if rows is not None:
-        write("mine.jsonl", *rows)
+        write_rows("mine.jsonl", rows)
     ended = sclite("build-data", "mine.jsonl", *TEACHER)
-    assert ended.code == 3
+    assert (ended.code, ended.out) == (3, "")
     assert place in ended.error
     assert ended.hint
-    assert ended.out == ""
 
 
-def test_version_prints_the_installed_version(sclite):
-    from importlib.metadata import version
+ERRORS = [
+    # a word or a value that no command knows
+    ("train --gp 0", 2, "--gpu", "`sclite train --help`"),
+    ("trian", 2, "no such command 'trian'. Did you mean 'train'?", "`sclite --help`"),
+    ("show drops more", 2, "unexpected extra argument", "`sclite show --help`"),
+    ("build-data --limit 0", 2, "--limit", ""),
+    ("train --gpu first", 2, "--gpu", ""),
+    ("train --gpu -1", 2, "--gpu", ""),
+    ("build-data --only pairs", 2, "pairs", "use --only templates or --only corrections"),
+    ("train --only both --set student.model=embedded", 2, "both", "use --only sft or --only dpo"),
+    ("eval p.jsonl --models base,mine", 2, "mine", "use any of base, sft, dpo"),
+    ("export --format onnx", 2, "onnx", "use --format gguf, lora, merged or data"),
+    # settings
+    ("train --config none.toml", 2, "none.toml: No such file or directory", ""),
+    ("train --set sft.num_train_epochs", 2, "--set sft.num_train_epochs: no value", "--set KEY=VALUE"),
+    ("train --set sft.epoch=2", 2, "unknown key sft.epoch", "did you mean sft.num_train_epochs?"),
+    ("train --set epochs=2", 2, "unknown key epochs", "did you mean"),
+    ("train --set prompts.zzz=red", 2, "unknown key prompts.zzz", "prompts has folder."),
+    ("train --set sft.num_train_epochs=x", 2, "'x': input should be a valid number", "sclite init"),
+    ("train --set problems.correction_share=1.5", 2, "= 1.5: input should be less than 1", ""),
+    # what is missing
+    ("build-data --run empty --set teacher.model=a/b", 3, "problems.jsonl is missing or empty", "problems.source"),
+    ("build-data mine.jsonl", 2, "error: teacher.model is not set", "--set teacher.model=openai/gpt-5.4-mini"),
+    ("build-data mine.jsonl --dry-run", 2, "teacher.model is not set", "teacher.model="),
+    ("run mine.jsonl --set student.model=embedded", 2, "teacher.model is not set", "teacher.model="),
+    ("build-data mine.jsonl --set attempts.source=nope.jsonl --set teacher.model=a/b", 3,
+     "attempts.source: nope.jsonl does not exist", "unset it: --set attempts.source="),
+    ("train", 2, "error: no student is configured", "--set student.model=Qwen/"),
+    ("train --set student.model=./nowhere", 3, "nowhere has no config.json", ""),
+    ("train --only sft --set student.model=embedded", 3, "templates.jsonl is missing or empty", "sclite build-data"),
+    ("train --only dpo --set student.model=embedded", 3, "sft/adapter is missing", "sclite train --only sft"),
+    ("export --format data", 3, "runs/default has no templates or pairs to export", "sclite build-data"),
+    ("eval", 2, "error: eval.source is not set", "`sclite eval test.jsonl`"),
+    ("eval mine.jsonl", 3, "mine.jsonl: too few problems, 3 of 3 were not trained on", ""),
+    ("chat ?", 3, "runs/default/export holds no GGUF", "sclite train"),
+    ("chat --model none.gguf ?", 3, "none.gguf does not exist", ""),
+    ("chat ''", 2, "error: the question is empty", ""),
+    ("show --run none", 3, "the run none does not exist", "sclite build-data"),
+    ("status --run runs/none", 3, "the run runs/none does not exist", "sclite build-data"),
+    ("build-data --run mine.jsonl --set teacher.model=a/b", 2, "mine.jsonl cannot be written", "--run"),
+]  # fmt: skip
 
-    ended = sclite("--version")
-    assert (ended.code, ended.out) == (0, f"sclite {version('sclite')}\n")
+
+@pytest.mark.parametrize(("typed", "code", "message", "hint"), ERRORS, ids=[typed for typed, *_ in ERRORS])
+def test_an_error_says_what_is_wrong_and_what_to_type(sclite, typed, code, message, hint):
+    write_rows("mine.jsonl", PROBLEMS)
+    ended = sclite(*shlex.split(typed))
+    assert (ended.code, ended.out) == (code, "")
+    assert message in ended.error
+    assert hint in ended.hint
+    assert not Path("runs/default/run.toml").exists()  # or the next command would read the wrong value again
 
 
 def test_an_unreachable_hub_is_a_network_error(sclite, monkeypatch):
@@ -70,77 +118,19 @@ def test_an_unreachable_hub_is_a_network_error(sclite, monkeypatch):
     assert "openai/gsm8k cannot be reached" in ended.error
 
 
-def test_a_dry_run_of_corrections_needs_attempts(sclite):
-    run = Path("runs/default")
-    asked = ("build-data", "--only", "corrections", "--dry-run", *TEACHER)
-    run.mkdir(parents=True)
-    write(run / "problems.jsonl", {"id": "p0", "question": "What is 2 + 2?", "answer": "4"})
-    ended = sclite(*asked)
-    assert ended.code == 3
-    assert "attempts.jsonl" in ended.error
-    assert "run without --dry-run" in ended.hint
-    trace = "<Step1>2 + 2 = 5\n</Step1>\n<Answer>5</Answer>"
-    write(run / "attempts.jsonl", {"id": "p0", "sample": 0, "trace": trace, "answer": "5", "correct": False})
-    ended = sclite(*asked, "--json")
-    found = json.loads(ended.out)
-    assert found["requests"] == 1
-    assert "2 + 2 = 5" in found["first_request"]["messages"][-1]["content"]
-    write(run / "reviews.jsonl", {"id": "p0", "sample": 0, "step": None, "trace": trace})
-    assert json.loads(sclite(*asked, "--json").out)["requests"] == 0  # imported reviews: no requests
-
-
-def test_missing_problems_are_reported(sclite):
-    ended = sclite("build-data", *TEACHER)
-    assert ended.code == 3
-    assert "problems.jsonl is missing or empty" in ended.error
-    assert "problems.source" in ended.hint
-
-
-# -- configuration -------------------------------------------------------------------------------------------------
-
-
-def test_an_unknown_key_in_the_file_suggests_the_nearest_one(sclite):
-    Path("sclite.toml").write_text("[sft]\nlearning_rat = 1e-4\n")
-    ended = sclite("train")
-    assert ended.code == 2
-    assert ended.error == "error: configuration: unknown key sft.learning_rat"
-    assert ended.hint == "try: did you mean sft.learning_rate?"
-
-
 @pytest.mark.parametrize(
-    ("setting", "message", "hint"),
+    ("text", "error", "hint"),
     [
-        ("sft.num_train_epochs", "--set sft.num_train_epochs: no value", "--set KEY=VALUE"),
-        ("sft.epoch=2", "unknown key sft.epoch", "did you mean sft.num_train_epochs?"),
-        ("epochs=2", "unknown key epochs", "did you mean"),
-        ("prompts.zzz=red", "unknown key prompts.zzz", "prompts has folder."),
-        (
-            "sft.num_train_epochs=many",
-            "sft.num_train_epochs = 'many': input should be a valid number",
-            "sclite init",
-        ),
-        ("problems.correction_share=1.5", "problems.correction_share = 1.5: input should be less than 1", ""),
+        ("[sft]\nlearning_rat = 1e-4\n", "configuration: unknown key sft.learning_rat", "did you mean sft.learning_rate?"),
+        ('run = "a"\n[sft\n', "sclite.toml: Expected", "fix this line; the file is TOML"),
     ],
-)
-def test_a_wrong_setting_on_the_command_line_is_reported(sclite, setting, message, hint):
-    ended = sclite("train", "--set", setting)
-    assert ended.code == 2
-    assert message in ended.error
-    assert hint in ended.hint
-
-
-def test_invalid_toml_is_reported_with_its_line(sclite):
-    Path("sclite.toml").write_text('run = "a"\n[sft\n')
+)  # fmt: skip
+def test_a_mistake_in_the_configuration_file_is_reported(sclite, text, error, hint):
+    Path("sclite.toml").write_text(text)
     ended = sclite("train")
-    assert ended.code == 2
-    assert "sclite.toml: " in ended.error
-    assert "line 2" in ended.error
-
-
-def test_a_configuration_file_named_with_config_must_exist(sclite):
-    ended = sclite("train", "--config", "none.toml")
-    assert ended.code == 2
-    assert "none.toml: No such file or directory" in ended.error
+    assert (ended.code, ended.hint) == (2, f"try: {hint}")
+    assert ended.error.startswith(f"error: {error}")
+    assert "line 2" in ended.error or "unknown key" in ended.error
 
 
 @pytest.mark.parametrize("name", ["7", "2026-11-23", "true", "1e5", "runs/[a]"])
@@ -149,46 +139,11 @@ def test_a_run_may_have_any_name(sclite, name):
     assert load(None, [f"run={name}"], {}).run == name
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("train", "--gp", "0"), "--gp"),
-        (("trian",), "trian"),
-        (("build-data", "--limit", "0"), "--limit"),
-        (("train", "--gpu", "first"), "--gpu"),
-        (("train", "--gpu", "-1"), "--gpu"),
-    ],
-)
-def test_a_wrong_command_line_is_a_usage_error(sclite, arguments, message):
-    ended = sclite(*arguments)
-    assert ended.code == 2
-    assert message in ended.err
-    assert ended.out == ""
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("build-data", "--only", "pairs"), "use --only templates or --only corrections"),
-        (("train", "--only", "both", "--set", "student.model=embedded"), "use --only sft or --only dpo"),
-        (("eval", "p.jsonl", "--models", "base,mine"), "use any of base, sft, dpo"),
-    ],
-)
-def test_an_invalid_value_names_the_valid_ones(sclite, arguments, message):
-    ended = sclite(*arguments)
-    assert ended.code == 2
-    assert message in ended.hint
-
-
-# -- teachers ------------------------------------------------------------------------------------------------------
-
-
 def test_a_rejected_key_stops_the_command_and_is_never_printed(sclite, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123456")
-    write("mine.jsonl", *[{**PROBLEM, "question": f"{i}?"} for i in range(6)])
-    with TeacherServer(
-        lambda request, nth: fail(401, "Incorrect API key provided: sk-secret-123456")
-    ) as server:
+    key = "sk-secret-123456"
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    write_rows("mine.jsonl", PROBLEMS)
+    with TeacherServer(lambda request, nth: fail(401, f"Incorrect API key provided: {key}")) as server:
         ended = sclite("build-data", "mine.jsonl", *TEACHER, "--set", f"teacher.api_base={server.url}")
     assert ended.code == 6
     assert f"teacher openai/replay at {server.url} rejects the key (HTTP 401)" in ended.error
@@ -197,22 +152,11 @@ def test_a_rejected_key_stops_the_command_and_is_never_printed(sclite, monkeypat
 
 
 def test_an_unreachable_teacher_is_named(sclite):
-    write("mine.jsonl", PROBLEM, {**PROBLEM, "question": "And 0 + 2?"}, {**PROBLEM, "question": "And 2 + 0?"})
+    write_rows("mine.jsonl", PROBLEMS)
     ended = sclite("build-data", "mine.jsonl", *TEACHER, "--set", "teacher.api_base=http://127.0.0.1:9/v1")
     assert ended.code == 6
     assert "teacher openai/replay at http://127.0.0.1:9/v1 does not answer" in ended.error
     assert ended.hint
-
-
-def test_a_missing_teacher_is_reported(sclite):
-    write("mine.jsonl", PROBLEM, {**PROBLEM, "question": "And 0 + 2?"}, {**PROBLEM, "question": "And 2 + 0?"})
-    ended = sclite("build-data", "mine.jsonl")
-    assert ended.code == 2
-    assert ended.error == "error: teacher.model is not set"
-    assert "--set teacher.model=openai/gpt-5.4-mini" in ended.hint
-
-
-# -- GPUs, models, runs -------------------------------------------------------------------------------------------
 
 
 def test_training_on_a_missing_gpu_suggests_the_cpu(sclite):
@@ -220,89 +164,25 @@ def test_training_on_a_missing_gpu_suggests_the_cpu(sclite):
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    ended = sclite("train", "--gpu", "0", "--set", "student.model=embedded")
+    ended = sclite("train", "--gpu", "0", *TOY)
     assert ended.code == 5
     assert "CUDA GPU 0 not found" in ended.error
     assert "omit --gpu to train on the CPU" in ended.hint
 
 
-def test_training_reports_a_missing_student_or_missing_templates(sclite):
-    ended = sclite("train")
-    assert (ended.code, ended.error) == (2, "error: no student is configured")
-    assert "--set student.model=Qwen/" in ended.hint
-    ended = sclite("train", "--set", "student.model=./nowhere")
-    assert ended.code == 3
-    assert "nowhere has no config.json" in ended.error
-    ended = sclite("train", "--only", "sft", "--set", "student.model=embedded")
-    assert ended.code == 3
-    assert "templates.jsonl is missing or empty" in ended.error
-    assert "sclite build-data" in ended.hint
-    ended = sclite("train", "--only", "dpo", "--set", "student.model=embedded")
-    assert ended.code == 3
-    assert "sclite train --only sft" in ended.hint
-
-
 def test_a_damaged_row_of_the_run_is_named(sclite):
-    Path("runs/default").mkdir(parents=True)
-    row = '{"id":"a","question":"q","answer":"1","trace":"<Step1>x\\n</Step1>\\n<Answer>1</Answer>","requests":1}'
-    write("runs/default/templates.jsonl", row, row.replace('"trace"', '"trce"'), row)
-    ended = sclite("train", "--only", "sft", "--set", "student.model=embedded")
+    write_rows("runs/default/templates.jsonl", [TEMPLATE, TEMPLATE.replace('"trace"', '"trce"'), TEMPLATE])
+    ended = sclite("train", "--only", "sft", *TOY)
     assert ended.code == 3
     assert "templates.jsonl, line 2: trace: Field required" in ended.error
     assert ended.hint == "try: fix or remove the line, or re-run the command that wrote the file"
 
 
-def test_an_unknown_export_format_names_the_known_ones(sclite):
-    ended = sclite("export", "--format", "onnx")
-    assert ended.code == 2
-    assert ended.hint == "try: use --format gguf, lora, merged or data"
-
-
-def test_exporting_data_without_rows_suggests_build_data(sclite):
-    ended = sclite("export", "--format", "data")
-    assert ended.code == 3
-    assert "runs/default has no templates or pairs to export" in ended.error
-    assert "sclite build-data" in ended.hint
-
-
-def test_chatting_without_a_gguf_suggests_train(sclite):
-    ended = sclite("chat", "How many?")
-    assert ended.code == 3
-    assert "runs/default/export holds no GGUF" in ended.error
-    assert "sclite train" in ended.hint
-    ended = sclite("chat", "--model", "none.gguf", "How many?")
-    assert ended.code == 3
-    assert "none.gguf does not exist" in ended.error
-
-
-def test_evaluating_without_problems_is_reported(sclite):
-    ended = sclite("eval")
-    assert ended.code == 2
-    assert ended.error == "error: eval.source is not set"
-    assert "`sclite eval test.jsonl`" in ended.hint
-    write("few.jsonl", PROBLEM)
-    ended = sclite("eval", "few.jsonl")
-    assert ended.code == 3
-    assert "few.jsonl: too few problems, 1 of 1 were not trained on" in ended.error
-    saved = Path("runs/default/run.toml")  # or the next build-data would look for it
-    assert not saved.is_file() or "few.jsonl" not in saved.read_text()
-
-
-def test_an_unwritable_run_folder_is_reported(sclite):
-    Path("taken").write_text("a file")
-    ended = sclite("build-data", "--run", "taken", *TEACHER)
-    assert ended.code == 2
-    assert "taken cannot be written" in ended.error
-    assert "--run" in ended.hint
-
-
 def test_a_second_process_on_one_run_is_refused(tmp_path):
     command = [sys.executable, "-m", "sclite", "build-data", "mine.jsonl", "--run", str(tmp_path / "run")]
-    root = Path(__file__).resolve().parents[1]
     with Run(tmp_path / "run").lock():
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 2
-    assert done.stdout == ""
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines() == [
         f"error: another sclite process is using {tmp_path / 'run'}",
         "try: wait for it, or choose another folder with --run",
@@ -319,7 +199,40 @@ def test_ctrl_c_exits_with_130_and_suggests_to_resume(sclite, monkeypatch):
     assert (ended.code, ended.err) == (130, "interrupted; re-run to resume\n")
 
 
-# -- successful commands ----------------------------------------------------------------------------------------------------
+JSON_ERRORS = {
+    "quickstart --problems 5": 2, "init --config none/sclite.toml": 2, "doctor --gpu 0": 2, "train": 2, "--jsn": 2,
+    "build-data none.jsonl --set teacher.model=a/b": 3, "run --set student.model=embedded": 3, "eval none.jsonl": 3,
+    "export": 2, "chat ?": 3, "serve": 3, "status --run none": 3, "show drop --run none": 3, "report": 3,
+    "runs none": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("typed", "code"), JSON_ERRORS.items(), ids=JSON_ERRORS)
+def test_with_json_every_error_is_one_object_on_stdout(sclite, typed, code):
+    ended = sclite(*typed.split(), "--json")
+    found = json.loads(ended.out)
+    assert ended.code == found["exit_code"] == code
+    assert ended.error == f"error: {found['error']}"
+    assert found["hint"]
+
+
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_an_answer_of_no_is_not_an_error(sclite, monkeypatch, form):
+    monkeypatch.setattr(console, "is_interactive", lambda: True)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("n\n"))
+    write_rows("mine.jsonl", [{"question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(40)])
+    price = ("--set", "teacher.price=[1, 2]", "--set", "problems.fit_share=0")
+    with TeacherServer(lambda request, nth: say("<Step1>x</Step1><Answer>1</Answer>")) as server:
+        address = ("--set", f"teacher.api_base={server.url}")
+        ended = sclite("build-data", "mine.jsonl", *TEACHER, *price, *address, *form)
+    assert (ended.code, ended.error) == (0, "")
+    assert "Continue? [y/N]" in ended.err
+    assert re.search(r"stopped after \d+ of 40 rows, as you answered", ended.err)
+    assert "re-run to resume" in ended.hint
+    assert not form or json.loads(ended.out)["stopped"].startswith("stopped after")
+
+
+# -- successful commands -------------------------------------------------------------------------------------------
 
 
 GROUPS = {
@@ -337,8 +250,8 @@ def test_help_lists_the_commands_in_groups_in_80_columns(sclite, monkeypatch):
     assert {heading.rstrip(":"): [row.split()[0] for row in rows] for heading, *rows in lines} == GROUPS
     for row in itertools.chain(*(rows for _, *rows in lines)):
         assert len(row) <= 80
-        assert row.endswith(".")
-        assert not row.endswith("...")
+        assert re.search(r"[^.]\.$", row)  # whole sentences
+    assert sclite("--version").out == f"sclite {version('sclite')}\n"
 
 
 @pytest.mark.parametrize("name", itertools.chain(*GROUPS.values()))
@@ -347,62 +260,32 @@ def test_every_command_has_help(sclite, name):
     assert sclite(name, "-h").out == sclite(name, "--help").out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code"),
-    [
-        (("quickstart", "--problems", "5"), 2),
-        (("init", "--config", "none/sclite.toml"), 2),
-        (("doctor", "--gpu", "0"), 2),
-        (("build-data", "none.jsonl", "--set", "teacher.model=a/b"), 3),
-        (("train",), 2),
-        (("run", "--set", "student.model=embedded"), 3),
-        (("eval", "none.jsonl"), 3),
-        (("export",), 2),
-        (("chat", "How many?"), 3),
-        (("serve",), 3),
-        (("status", "--run", "none"), 3),
-        (("show", "drop", "--run", "none"), 3),
-        (("report",), 3),
-        (("runs", "none"), 3),
-        (("--jsn",), 2),
-    ],
-)
-def test_with_json_every_error_is_one_object_on_stdout(sclite, arguments, code):
-    ended = sclite(*arguments, "--json")
-    found = json.loads(ended.out)
-    assert ended.code == found["exit_code"] == code
-    assert ended.error == f"error: {found['error']}"
-    assert found["hint"]
+def test_the_shell_gets_completions():
+    asked = {"_SCLITE_COMPLETE": "complete_bash", "COMP_WORDS": "sclite tr", "COMP_CWORD": "1"}
+    command = [sys.executable, "-m", "sclite"]
+    done = subprocess.run(command, env=os.environ | asked, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["train"]
 
 
-@pytest.mark.parametrize("form", [(), ("--json",)])
-def test_an_answer_of_no_is_not_an_error(sclite, monkeypatch, form):
-    monkeypatch.setattr(console, "is_interactive", lambda: True)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("n\n"))
-    write("mine.jsonl", *[{"question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(40)])
-    price = ("--set", "teacher.price=[1, 2]", "--set", "problems.fit_share=0")
-    with TeacherServer(lambda request, nth: say("<Step1>x</Step1><Answer>1</Answer>")) as server:
-        ended = sclite(
-            "build-data", "mine.jsonl", *TEACHER, *price, "--set", f"teacher.api_base={server.url}", *form
-        )
-    assert ended.code == 0
-    assert "Continue? [y/N]" in ended.err
-    assert re.search(r"stopped after \d+ of 40 rows, as you answered", ended.err)
-    assert ended.error == ""
-    assert "re-run to resume" in ended.hint
-    assert not form or json.loads(ended.out)["stopped"].startswith("stopped after")
-
-
-def test_doctor_json_is_one_object(sclite):
-    ended = sclite("doctor", "--json")
-    assert ended.code == 0
-    assert json.loads(ended.out)["checks"]
+def test_a_dry_run_of_corrections_needs_attempts(sclite):
+    run = Path("runs/default")
+    asked = ("build-data", "--only", "corrections", "--dry-run", *TEACHER)
+    write_rows(run / "problems.jsonl", [{"id": "p0", "question": "What is 2 + 2?", "answer": "4"}])
+    ended = sclite(*asked)
+    assert ended.code == 3
+    assert "attempts.jsonl" in ended.error
+    assert "run without --dry-run" in ended.hint
+    work = {"id": "p0", "sample": 0, "trace": "<Step1>2 + 2 = 5\n</Step1>\n<Answer>5</Answer>"}
+    write_rows(run / "attempts.jsonl", [{**work, "answer": "5", "correct": False}])
+    found = json.loads(sclite(*asked, "--json").out)
+    assert found["requests"] == 1
+    assert "2 + 2 = 5" in found["first_request"]["messages"][-1]["content"]
+    write_rows(run / "reviews.jsonl", [{**work, "step": None}])
+    assert json.loads(sclite(*asked, "--json").out)["requests"] == 0  # imported reviews: no requests
 
 
 def test_exported_data_is_printed_as_one_json_object(sclite):
-    Path("runs/default").mkdir(parents=True)
-    row = '{"id":"a","question":"q","answer":"1","trace":"<Step1>x\\n</Step1>\\n<Answer>1</Answer>","requests":1}'
-    write("runs/default/templates.jsonl", row)
+    write_rows("runs/default/templates.jsonl", [TEMPLATE])
     ended = sclite("export", "--format", "data", "--json")
     assert ended.code == 0
     found = json.loads(ended.out)
@@ -417,12 +300,11 @@ def test_the_configuration_from_init_is_valid_and_never_overwritten(sclite):
     assert sclite("init").code == 0
     assert load(None, (), {}) is not None
     before = Path("sclite.toml").read_bytes()
-    again = sclite("init")
-    assert again.code == 2
+    assert sclite("init").code == 2
     assert Path("sclite.toml").read_bytes() == before
 
 
-# -- show and status ----------------------------------------------------------------------------------------------
+# -- show and status -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -431,9 +313,8 @@ def dropped(tmp_path):
     run = Run(tmp_path / "runs/default")
     run.append("problems.jsonl", [Problem(id="p1", question="What is 1 + 1?", answer="2")])
     reasons = {"p1": "wrong_answer", "p2": "no_steps"}
-    run.append(
-        "dropped.jsonl", [Drop(stage="templates", id=i, reason=r, raw="[b]½") for i, r in reasons.items()]
-    )
+    drops = [Drop(stage="templates", id=id, reason=reason, raw="[b]½") for id, reason in reasons.items()]
+    run.append("dropped.jsonl", drops)
     return run
 
 
@@ -444,11 +325,25 @@ def test_show_prints_plain_text_to_a_pipe(sclite, dropped):
 
 
 def test_show_json_is_one_object_with_unchanged_rows(sclite, dropped):
-    ended = sclite("show", "drops", "--from", "2", "--json")
-    shown = json.loads(ended.out)
+    shown = json.loads(sclite("show", "drops", "--from", "2", "--json").out)
     assert (shown["what"], shown["total"]) == ("drops", 2)
     assert shown["rows"] == [json.loads(dropped.path("dropped.jsonl").read_text().splitlines()[1])]
     assert json.loads(sclite("show", "pairs", "--json").out) == {"what": "pairs", "total": 0, "rows": []}
+
+
+@pytest.mark.parametrize(
+    ("typed", "message", "hint"),
+    [
+        ("drop", "unknown kind of rows: drop", "problems, templates, attempts"),
+        ("drops --reason leak", "--reason leak", "wrong_answer (1), no_steps (1)"),
+        ("drops --from 3", "--from 3: only 2 drops match", "1 to 2"),
+    ],
+)
+def test_what_cannot_be_shown_names_what_can(sclite, dropped, typed, message, hint):
+    ended = sclite("show", *typed.split())
+    assert (ended.code, ended.out) == (2, "")
+    assert message in ended.error
+    assert hint in ended.hint
 
 
 def test_show_without_an_argument_is_an_overview(sclite, dropped):
@@ -456,27 +351,8 @@ def test_show_without_an_argument_is_an_overview(sclite, dropped):
     assert "sclite show drops" in listed
     assert "1 wrong answer, 1 no steps" in listed
     rows = json.loads(sclite("show", "--json").out)["rows"]
-    assert {row["what"]: row["rows"] for row in rows} == {
-        **dict.fromkeys(("templates", "attempts", "reviews", "pairs"), 0),
-        **{"problems": 1, "drops": 2},
-    }
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "message", "hint"),
-    [
-        (("show", "drop"), 2, "unknown kind of rows: drop", "problems, templates, attempts"),
-        (("show", "drops", "--reason", "leak"), 2, "--reason leak", "wrong_answer (1), no_steps (1)"),
-        (("show", "drops", "--from", "3"), 2, "--from 3: only 2 drops match", "1 to 2"),
-        (("show", "--run", "none"), 3, "the run none does not exist", "sclite build-data"),
-        (("status", "--run", "runs/none"), 3, "the run runs/none does not exist", "sclite build-data"),
-    ],
-)
-def test_what_cannot_be_shown_names_what_can(sclite, dropped, arguments, code, message, hint):
-    ended = sclite(*arguments)
-    assert (ended.code, ended.out) == (code, "")
-    assert message in ended.error
-    assert hint in ended.hint
+    none = dict.fromkeys(("templates", "attempts", "reviews", "pairs"), 0)
+    assert {row["what"]: row["rows"] for row in rows} == {**none, "problems": 1, "drops": 2}
 
 
 def test_status_shows_states_drops_and_the_next_command(sclite, dropped):
@@ -490,102 +366,53 @@ def test_status_shows_states_drops_and_the_next_command(sclite, dropped):
     assert figures["stages"]["problems"]["state"] == "done"
 
 
-def in_a_terminal(folder: Path, *arguments: str, **environment: str) -> tuple[int, str]:
-    """(exit code, output) of a command in a terminal."""
+def in_a_terminal(folder: Path, pager: str) -> tuple[int, str]:
+    """(exit code, output) of `sclite show drops` in a terminal."""
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "sclite", *arguments]
-    paths = {"PYTHONPATH": str(Path(__file__).resolve().parents[1]), "TERM": "xterm-256color"}
-    clean = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "PAGER", "LESS")}
-    process = subprocess.Popen(
-        command, cwd=folder, stdin=theirs, stdout=theirs, stderr=theirs, env={**clean, **paths, **environment}
+    clean = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "LESS")}
+    environment = {**clean, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color", "PAGER": pager}
+    command, ends = (
+        [sys.executable, "-m", "sclite", "show", "drops"],
+        dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
     )
+    process = subprocess.Popen(command, cwd=folder, env=environment, **ends)
     os.close(theirs)
     sent = b""
-    while True:
-        try:
-            block = os.read(ours, 1 << 16)
-        except OSError:  # EIO on Linux when the last writer is gone
-            break
-        if not block:
-            break
-        sent += block
+    with suppress(OSError):  # EIO on Linux when the last writer is gone
+        while block := os.read(ours, 1 << 16):
+            sent += block
     os.close(ours)
     return process.wait(timeout=60), sent.decode()
 
 
-def test_show_is_colored_and_paged_in_a_terminal(dropped, tmp_path):
-    code, sent = in_a_terminal(tmp_path, "show", "drops", PAGER="sed s/What/Which/")
+@pytest.mark.parametrize(
+    ("pager", "said"), [("sed s/What/Which/", "Which is 1"), ("no-such-pager", "What is 1")]
+)
+def test_show_is_colored_and_paged_in_a_terminal(dropped, tmp_path, pager, said):
+    code, sent = in_a_terminal(tmp_path, pager)
     assert code == 0
     assert "\x1b[1;31mwrong_answer\x1b[0m" in sent
-    assert "Which is 1 + 1?" in sent
+    assert f"{said} + 1?" in sent
 
 
-def test_a_missing_pager_is_skipped(dropped, tmp_path):
-    code, sent = in_a_terminal(tmp_path, "show", "drops", PAGER="no-such-pager")
-    assert code == 0
-    assert "\x1b[1;31mwrong_answer\x1b[0m" in sent
-
-
-def test_quitting_the_pager_early_is_no_error(dropped, tmp_path):
+def test_quitting_the_pager_or_a_pipe_early_is_no_error(dropped, tmp_path):
     dropped.append(
         "dropped.jsonl", (Drop(stage="s", id=str(n), reason="r", raw="x" * 99) for n in range(5000))
     )
-    code, sent = in_a_terminal(tmp_path, "show", "drops", PAGER="head -1")
+    code, sent = in_a_terminal(tmp_path, "head -1")
     assert (code, "Traceback" in sent) == (0, False)
-
-
-@pytest.mark.parametrize("form", [(), ("--json",)])
-def test_a_pipe_closed_early_is_no_error(dropped, tmp_path, form):
-    dropped.append(
-        "dropped.jsonl", (Drop(stage="s", id=str(n), reason="r", raw="x" * 99) for n in range(5000))
-    )
-    command = f"{sys.executable} -m sclite show drops {' '.join(form)} | head -1; exit ${{PIPESTATUS[0]}}"
-    paths = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    done = subprocess.run(
-        ["bash", "-c", command], cwd=tmp_path, env=paths, capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stderr, len(done.stdout.splitlines())) == (0, "", 1)
-
-
-def test_a_missing_attempts_source_is_reported_before_any_request(sclite):
-    ended = sclite(
-        "build-data", "p.jsonl", "--set", "attempts.source=nope.jsonl", "--set", "teacher.model=a/b"
-    )
-    assert ended.code == 3
-    assert "attempts.source: nope.jsonl does not exist" in ended.error
-    assert "unset it: --set attempts.source=" in ended.hint
-
-
-def test_an_empty_question_is_refused(sclite):
-    ended = sclite("chat", " ")
-    assert (ended.code, ended.error) == (2, "error: the question is empty")
-
-
-@pytest.mark.parametrize("command", ["run", "build-data", "build-data --dry-run"])
-def test_a_missing_teacher_is_named_with_an_example(sclite, command):
-    name, *options = command.split()
-    ended = sclite(name, write("mine.jsonl", PROBLEM), *options, "--set", "student.model=embedded")
-    assert ended.code == 2
-    assert "teacher.model is not set" in ended.error
-    assert "teacher.model=" in ended.hint
+    for form in ("", "--json"):
+        command = f"{sys.executable} -m sclite show drops {form} | head -1; exit ${{PIPESTATUS[0]}}"
+        paths = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path, env=paths, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stderr, len(done.stdout.splitlines())) == (0, "", 1)
 
 
 @pytest.mark.parametrize("command", ["status", "show"])
 def test_commands_that_read_a_run_find_the_quickstarts(sclite, command):
     assert sclite(command).code == 3
-    Run(Path("runs/quickstart")).append("problems.jsonl", [Problem(id="p", question="1 + 1?", answer="2")])
-    assert "runs/quickstart" in sclite(command).out
-    Run(Path("runs/default")).append("problems.jsonl", [Problem(id="p", question="1 + 1?", answer="2")])
-    assert "runs/default" in sclite(command).out
-
-
-def test_the_shell_gets_completions():
-    environment = {
-        **os.environ,
-        "_SCLITE_COMPLETE": "complete_bash",
-        "COMP_WORDS": "sclite tr",
-        "COMP_CWORD": "1",
-    }
-    command = [sys.executable, "-m", "sclite"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["train"]
+    for folder in ("runs/quickstart", "runs/default"):
+        Run(folder).append("problems.jsonl", [Problem(id="p", question="1 + 1?", answer="2")])
+        assert folder in sclite(command).out

@@ -21,10 +21,8 @@ from tests.toy import tiny_llama, toy_config
 def trained(tmp_path_factory) -> Context:
     """A run whose SFT adapter changes every answer."""
     folder = tmp_path_factory.mktemp("sampling")
-    config, run = (
-        toy_config(tiny_llama(folder / "student"), student={"load_in_4bit": False}),
-        Run(folder / "run"),
-    )
+    config = toy_config(tiny_llama(folder / "student"), student={"load_in_4bit": False})
+    run = Run(folder / "run")
     model, _ = load_student(config, "sft", train=True)
     torch.manual_seed(1)
     for name, weights in model.named_parameters():

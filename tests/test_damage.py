@@ -1,6 +1,5 @@
 """Damaged files of a run: the last intact state is used, losses are reported, and the suggested fix works."""
 
-import json
 import os
 import sqlite3
 from pathlib import Path
@@ -11,9 +10,7 @@ from sclite.errors import DataError
 from sclite.records import Drop, Problem, Template
 from sclite.run import Report, Run
 from tests.damages import damages, survive
-from tests.replay import TeacherServer, say
-
-TRACE = "<Step1>Add: 1 + 1 = 2\n</Step1>\n<Generalized>Add.</Generalized>\n<Answer>2</Answer>"
+from tests.toy import write_rows
 
 
 def problem(number: int) -> Problem:
@@ -47,9 +44,8 @@ def test_a_stage_with_edited_rows_is_done_and_with_lost_rows_is_not(run, capsys)
 def test_outputs_are_synced_before_the_manifest(run, monkeypatch):
     forced, fsync = [], os.fsync
     run.replace("problems.jsonl", [problem(1)])
-    monkeypatch.setattr(
-        os, "fsync", lambda file: (forced.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file))
-    )
+    noting = lambda file: (forced.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file))  # noqa: E731
+    monkeypatch.setattr(os, "fsync", noting)
     run.sign("problems", {}, Report("problems"), {"problems.jsonl": 1})
     assert forced[:2] == [str(run.path("problems.jsonl")), str(run.folder)]
     assert forced[-1] == str(run.path("done"))
@@ -84,26 +80,19 @@ def test_a_damaged_manifest_is_read_from_its_copy(run, damage):
 
 
 @pytest.fixture
-def built(sclite, monkeypatch):
+def built(build, teacher_of_sums):
     """`build-data` on twelve problems: (a function that re-runs it, the requests so far)."""
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
-    rows = [{"question": problem(n).question, "answer": "2"} for n in range(12)]
-    Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with TeacherServer(lambda request, nth: say(TRACE)) as server:
-        named = ("--set", "teacher.model=openai/replay", "--set", f"teacher.api_base={server.url}")
+    write_rows("mine.jsonl", [{"question": problem(n).question, "answer": "2"} for n in range(12)])
 
-        def call():
-            ended = sclite("build-data", "mine.jsonl", "--yes", *named)
-            assert ended.code == 0, ended.err
-            return ended
+    def call():
+        ended = build("mine.jsonl")
+        assert ended.code == 0, ended.err
 
-        call()
-        yield call, server.requests
+    call()
+    return call, teacher_of_sums.requests
 
 
-@pytest.mark.parametrize(
-    "damage", ["empty", "truncated", "binary", "a line", "templates.begun.json", "absent"]
-)
+@pytest.mark.parametrize("damage", ["empty", "truncated", "binary", "a line", "begun.json", "absent"])
 def test_damaged_templates_are_restored_from_the_ledger(built, sclite, damage):
     build, asked = built
     paid, path = len(asked), Path("runs/default/templates.jsonl")
@@ -114,7 +103,7 @@ def test_damaged_templates_are_restored_from_the_ledger(built, sclite, damage):
         assert ended.code == 3
         assert "templates.jsonl, line 1" in ended.error
         assert "run `sclite build-data --run runs/default` to restore the rows" in ended.hint
-    elif damage == "templates.begun.json":
+    elif damage == "begun.json":
         Path("runs/default/templates.begun.json").write_bytes(b"\0")
         path.write_bytes(whole[:-20])
     elif damage == "absent":

@@ -17,6 +17,7 @@ import tomlkit
 from sclite.quickstart.flow import DEFAULTS
 from sclite.quickstart.problem_sets import test_problems as held_out_problems
 from sclite.quickstart.problem_sets import train_problems
+from tests.toy import write_rows
 
 MARKS = {
     "templates": "templates.jsonl",
@@ -62,11 +63,8 @@ def kill_during(stage: str, folder: Path, run: Path, arguments: Sequence[str]) -
 def results(run: Path) -> dict:
     """What must not depend on kills: rows, adapters, GGUFs, thresholds, and the evaluation without its timings."""
     names = [*run.glob("*.jsonl"), *run.glob("*/adapter/*.safetensors"), *run.glob("export/*")]
-    kept = [
-        path
-        for path in names
-        if path.suffix in (".jsonl", ".safetensors", ".gguf") or path.name == "threshold.json"
-    ]
+    suffixes = (".jsonl", ".safetensors", ".gguf")
+    kept = [path for path in names if path.suffix in suffixes or path.name == "threshold.json"]
     found = {str(p.relative_to(run)): hashlib.sha256(p.read_bytes()).hexdigest() for p in kept}
     if (dropped := run / "dropped.jsonl").is_file():  # in the order in which replies came
         found[dropped.name] = sorted(dropped.read_text().splitlines())
@@ -80,8 +78,7 @@ def results(run: Path) -> dict:
 def project(tmp_path) -> Path:
     """A folder with a small project on the bundled student: its configuration, problems and held-out problems."""
     for name, problems in (("train", train_problems(220)), ("test", held_out_problems(40))):
-        rows = [problem.model_dump(include={"question", "answer", "solution"}) for problem in problems]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(tmp_path / f"{name}.jsonl", [problem.model_dump(exclude={"id"}) for problem in problems])
     chosen = {name: dict(value) for name, value in DEFAULTS.items() if name not in ("run", "problems")}
     chosen["eval"] |= {"source": "test.jsonl", "limit": 40}
     chosen["sft"] |= {"num_train_epochs": 6}  # with fewer the attempts are not readable
@@ -93,9 +90,8 @@ def test_a_run_killed_in_training_continues_to_the_same_adapter(project):
     sft = ("train", "--only", "sft", "--set", "sft.num_train_epochs=1", "--set", "sft.batch_size=8")
     finish(project, ("build-data", "train.jsonl", "--limit", "64", "--only", "templates"))
     shutil.copytree(project / "runs/default", project / "runs/whole")
-    kill_during(
-        "sft", project, project / "runs/default", ("run", "train.jsonl", "--limit", "64", "--yes", *sft[3:])
-    )
+    command = ("run", "train.jsonl", "--limit", "64", "--yes", *sft[3:])
+    kill_during("sft", project, project / "runs/default", command)
     finish(project, sft)
     finish(project, (*sft, "--run", "runs/whole"))
     found = results(project / "runs/default")
@@ -115,13 +111,8 @@ def test_a_command_killed_in_every_stage_ends_with_the_same_files(project, comma
         kill_during(stage, project, project / "broken", (*command, "--run", "broken"))
     finish(project, (*command, "--run", "broken"))
     whole = results(project / "whole")
-    assert {
-        "templates.jsonl",
-        "pairs.jsonl",
-        "dpo/adapter/adapter_model.safetensors",
-        "export/threshold.json",
-    } < set(whole)
-    assert "dpo" in whole
+    assert {"templates.jsonl", "pairs.jsonl", "dpo/adapter/adapter_model.safetensors", "dpo"} < set(whole)
+    assert "export/threshold.json" in whole
     assert results(project / "broken") == whole
 
 

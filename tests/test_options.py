@@ -11,33 +11,12 @@ from sclite.errors import DataError, UsageError
 from sclite.records import Problem
 from sclite.run import Run
 from sclite.settings import load
-from tests.replay import TeacherServer, say
-
-TRACE = "<Step1>Add: 1 + 1 = 2\n</Step1>\n<Generalized>Add.</Generalized>\n<Answer>2</Answer>"
+from tests.toy import write_rows
 
 
-@pytest.fixture
-def teaching(monkeypatch):
-    with TeacherServer(lambda request, nth: say(TRACE)) as server:
-        yield server
-
-
-@pytest.fixture
-def build(sclite, teaching, monkeypatch):
-    """`build(..)` runs build-data with a teacher who solves every problem."""
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
-    named = ("--set", "teacher.model=openai/replay", "--set", f"teacher.api_base={teaching.url}")
-
-    def call(*arguments: str):
-        return sclite("build-data", *arguments, "--yes", *named)
-
-    return call
-
-
-def problems(count: int, name: str = "mine.jsonl") -> str:
+def problems(count: int, name: str = "mine.jsonl") -> None:
     rows = [{"question": f"What is 1 + 1, for the {n}th time?", "answer": "2"} for n in range(count)]
-    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return name
+    write_rows(name, rows)
 
 
 def remembered(folder: str = "runs/default") -> dict:
@@ -53,12 +32,9 @@ def rows(name: str = "problems.jsonl") -> int:
 
 def test_a_limit_applies_to_one_command_only(build):
     problems(9)
-    limited = build("mine.jsonl", "--limit", "6")
-    assert limited.code == 0
-    assert "6 (the first of mine.jsonl" in limited.err
+    assert "6 (the first of mine.jsonl" in build("mine.jsonl", "--limit", "6").err
     assert rows("templates.jsonl") == 6
-    whole = build("mine.jsonl")
-    assert "9 (all rows of mine.jsonl)" in whole.err
+    assert "9 (all rows of mine.jsonl)" in build("mine.jsonl").err
     assert rows("templates.jsonl") == 9
     assert "limit" not in remembered()["problems"]
 
@@ -85,9 +61,11 @@ def test_options_of_eval_export_and_chat_are_not_saved(sclite):
 
 def test_data_settings_are_saved_and_can_be_unset(build, sclite):
     problems(6)
-    build("mine.jsonl", "--set", "seed=7", "--max-cost", "5", "--set", "teacher.price=[1, 2]")
+    export = ("--set", "export.ollama=me", "--set", "export.push=me/mine", "--set", "export.quant=q8_0")
+    build("mine.jsonl", *export, "--set", "seed=7", "--max-cost", "5", "--set", "teacher.price=[1, 2]")
     kept = remembered()
-    assert (kept["seed"], kept["problems"]["source"]) == (7, "mine.jsonl")
+    assert (kept["seed"], kept["problems"]["source"], kept["export"]["quant"]) == (7, "mine.jsonl", "q8_0")
+    assert not {"ollama", "push"} & kept["export"].keys()
     assert (kept["teacher"]["max_cost"], kept["teacher"]["price"]) == (5.0, [1.0, 2.0])
     build("--set", "teacher.price=", "--set", "teacher.max_cost=", "--set", "seed=")
     kept = remembered()
@@ -129,11 +107,6 @@ def test_an_empty_value_restores_the_default_of_the_quickstart(tmp_path):
     assert load(None, given, {}, {"sft": {"num_train_epochs": 5}}, own_file=False).sft.num_train_epochs == 5
 
 
-def test_an_empty_value_of_an_unknown_key_is_refused():
-    with pytest.raises(UsageError, match=r"unknown key sft\.epoch"):
-        load(None, ["sft.epoch="], {}, own_file=False)
-
-
 # -- the environment -----------------------------------------------------------------------------------------------
 
 
@@ -147,8 +120,8 @@ def test_a_misspelled_environment_variable_is_refused():
     given = {"SCLITE_SFT_NUM_TRAIN_EPOCHS": "5", "SCLITE_SFT__EPOCH": "5", "SCLITE_SEDE": "1"}
     with pytest.raises(UsageError) as error:
         load(None, (), given, own_file=False)
-    for name in ("sft_num_train_epochs", "sft.epoch", "sede"):
-        assert f"unknown key {name}" in error.value.message
+    names = ("sft_num_train_epochs", "sft.epoch", "sede")
+    assert all(f"unknown key {name}" in error.value.message for name in names)
     assert error.value.hint.count("did you mean sft.num_train_epochs?") == 1
     assert "did you mean seed?" in error.value.hint
 
@@ -170,16 +143,16 @@ def test_a_damaged_run_toml_is_reported(tmp_path, text):
 # -- runs that move ------------------------------------------------------------------------------------------------
 
 
-def test_a_run_continues_without_its_problem_file(build, teaching):
+def test_a_run_continues_without_its_problem_file(build, teacher_of_sums):
     problems(6)
     assert build("mine.jsonl").code == 0
-    asked = len(teaching.requests)
+    asked = len(teacher_of_sums.requests)
     Path("mine.jsonl").unlink()
     for arguments in ((), ("mine.jsonl",), ("mine.jsonl", "--limit", "6")):
         ended = build(*arguments)
         assert ended.code == 0, ended.err
         assert "6 in the run (mine.jsonl does not exist any more)" in ended.err
-    assert len(teaching.requests) == asked
+    assert len(teacher_of_sums.requests) == asked
     assert build("mine.jsonl", "--limit", "3").code == 2
     assert build("other.jsonl").code == 3
 
@@ -212,15 +185,15 @@ def test_imported_problems_stay_unchanged_when_some_overlap(build):
 # -- dry runs ------------------------------------------------------------------------------------------------------
 
 
-def test_a_dry_run_writes_and_sends_nothing(build, teaching):
+def test_a_dry_run_writes_and_sends_nothing(build, teacher_of_sums):
     problems(6)
     before = sorted(Path().rglob("*"))
     ended = build("mine.jsonl", "--dry-run", "--json")
     assert json.loads(ended.out)["requests"] == 6
     assert sorted(Path().rglob("*")) == before
     build("mine.jsonl", "--limit", "4")
-    asked = len(teaching.requests)
+    asked = len(teacher_of_sums.requests)
     before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
     assert json.loads(build("mine.jsonl", "--dry-run", "--json").out)["requests"] == 2
     assert {path: path.stat().st_mtime_ns for path in Path().rglob("*")} == before
-    assert len(teaching.requests) == asked
+    assert len(teacher_of_sums.requests) == asked

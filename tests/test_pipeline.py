@@ -2,13 +2,11 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
 from sclite import exports, pipeline, prompts
-from sclite.__main__ import main
 from sclite.context import Context
 from sclite.errors import DataError
 from sclite.progress import ProgressDisplay
@@ -17,7 +15,7 @@ from sclite.settings import load
 from sclite.student.tokenization import piece_ids, prompt_ids
 from sclite.trace import CAUSE, Step, Trace, render, step_pieces
 from tests.replay import TeacherServer, say
-from tests.toy import tiny_gguf, tiny_llama
+from tests.toy import tiny_gguf, tiny_llama, write_rows
 
 STEPS = ("I look at both numbers.", "It is 90.")
 OWN = "Hm.</Cause>\n<Correction>It is 80.</Correction>"
@@ -29,10 +27,9 @@ def _clean(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-def problems(path: Path, count: int) -> Path:
+def problems(count: int) -> None:
     rows = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(1, count + 1)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    write_rows("mine.jsonl", rows)
 
 
 def attempt(answer="80", notes=(None, None)):
@@ -47,9 +44,8 @@ def model(body, nth):
     if body["model"] == "teacher":
         return say(attempt(gold, ("It is not 90.", f"It is {gold}.")))
     review = "Work to check" in text
-    return say(
-        attempt("80", ("Hm.", "It is 80.")) if review else attempt(gold if body["seed"] % 3 == 0 else "80")
-    )
+    own = attempt("80", ("Hm.", "It is 80."))
+    return say(own if review else attempt(gold if body["seed"] % 3 == 0 else "80"))
 
 
 def settings(url, **more):
@@ -68,25 +64,17 @@ def world_of(run, url, **more):
     return Context(config, run, ProgressDisplay(quiet=True))
 
 
-def call(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["sclite", *map(str, arguments)])
-    with pytest.raises(SystemExit) as left:
-        main()
-    assert not left.value.code
-    return json.loads(capsys.readouterr().out)
-
-
-def test_build_data_goes_from_problems_to_pairs_with_an_endpoint_and_no_trained_student(
-    run, monkeypatch, capsys
-):
-    problems(Path("mine.jsonl"), 12)
+def test_build_data_goes_from_problems_to_pairs_with_an_endpoint(run, sclite, monkeypatch):
+    """No student is trained."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123456")
+    problems(12)
     with TeacherServer(model) as server:
         own = {"attempts.student": "openai/student", "attempts.api_base": server.url}
         chosen = [word for setting in settings(server.url, **own) for word in ("--set", setting)]
         command = ("build-data", "--only", "corrections", "--run", run.folder, "--json", *chosen)
-        figures = call(monkeypatch, capsys, *command)
+        figures = json.loads(sclite(*command).out)
         asked = len(server.requests)
-        assert call(monkeypatch, capsys, *command)["pairs"] == figures["pairs"]
+        assert json.loads(sclite(*command).out)["pairs"] == figures["pairs"]
         assert len(server.requests) == asked
     pairs = run.read("pairs.jsonl", Pair)
     assert figures["pairs"] == len(pairs)
@@ -104,7 +92,7 @@ def test_build_data_goes_from_problems_to_pairs_with_an_endpoint_and_no_trained_
 
 
 def test_another_endpoint_asks_anew_and_the_teacher_only_about_what_it_has_not_seen(run):
-    problems(Path("mine.jsonl"), 8)
+    problems(8)
     with TeacherServer(model) as server:
         for name in ("student", "other"):
             own = {"attempts.student": f"openai/{name}", "attempts.api_base": server.url}
@@ -161,15 +149,14 @@ def gguf(tmp_path_factory):
 
 
 def test_a_gguf_gives_attempts_and_its_own_corrections_of_them(run, gguf):
-    problems(Path("mine.jsonl"), 4)
+    problems(4)
     with TeacherServer(model) as server:
         context = world_of(run, server.url, **{"attempts.student": gguf, "attempts.temperature": 0})
         pipeline.build_corrections(context)
         report = pipeline.build_pairs(context)
         assert {body["model"] for body in server.requests} == {"teacher"}
-        assert [r.skipped for r in (pipeline.build_corrections(context), pipeline.build_pairs(context))] == [
-            True
-        ] * 2
+        again = (pipeline.build_corrections(context), pipeline.build_pairs(context))
+        assert [report.skipped for report in again] == [True, True]
     attempts = run.read("attempts.jsonl", Attempt)
     assert {row.trace for row in attempts} == {attempt()}
     pairs = run.read("pairs.jsonl", Pair)
@@ -184,7 +171,7 @@ def test_a_gguf_gives_attempts_and_its_own_corrections_of_them(run, gguf):
 
 
 def test_a_gguf_that_is_not_there_is_named(run):
-    problems(Path("mine.jsonl"), 4)
+    problems(4)
     context = world_of(run, "http://127.0.0.1:9/v1", **{"attempts.student": "none.gguf"})
     with pytest.raises(DataError, match=r"attempts\.student: none\.gguf does not exist"):
         pipeline.build_corrections(context)
@@ -194,12 +181,9 @@ def test_a_gguf_that_is_not_there_is_named(run):
 
 
 def test_attempts_brought_along_become_decisions_without_any_student(run):
-    problems(Path("mine.jsonl"), 4)
-    rows = [
-        {"question": f"What is {n} + {n}?", "steps": list(STEPS), "answer": "80", "first_error_step": 2}
-        for n in range(1, 5)
-    ]
-    Path("tries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    problems(4)
+    work = {"steps": list(STEPS), "answer": "80", "first_error_step": 2}
+    write_rows("tries.jsonl", [{"question": f"What is {n} + {n}?", **work} for n in range(1, 5)])
     with TeacherServer(model) as server:
         context = world_of(run, server.url, **{"attempts.source": "tries.jsonl"})
         pipeline.build_corrections(context)
@@ -219,7 +203,7 @@ def test_where_a_student_is_trained_the_pairs_wait_for_its_warm_up(run):
 
 
 def test_a_student_that_does_not_write_steps_is_told_apart_from_one_that_needs_more_training(run):
-    problems(Path("mine.jsonl"), 8)
+    problems(8)
     with TeacherServer(lambda body, nth: say("I would say 80.")) as server:
         own = {"attempts.student": "openai/student", "attempts.api_base": server.url}
         with pytest.raises(DataError, match=r"attempt not readable") as error:
@@ -228,14 +212,10 @@ def test_a_student_that_does_not_write_steps_is_told_apart_from_one_that_needs_m
 
 
 def test_too_few_problems_for_a_threshold_load_no_model(tmp_path, run):
-    run.replace(
-        "problems.jsonl", [Problem(id=str(n), question=f"{n} + 1?", answer=str(n + 1)) for n in range(40)]
-    )
-    for name in (
-        "sft/adapter/adapter_model.safetensors",
-        "dpo/adapter/adapter_model.safetensors",
-        "export/dpo-q4_k_m.gguf",
-    ):
+    rows = [Problem(id=str(n), question=f"{n} + 1?", answer=str(n + 1)) for n in range(40)]
+    run.replace("problems.jsonl", rows)
+    adapters = [f"{stage}/adapter/adapter_model.safetensors" for stage in ("sft", "dpo")]
+    for name in (*adapters, "export/dpo-q4_k_m.gguf"):
         run.path(name).parent.mkdir(parents=True, exist_ok=True)
         run.path(name).write_bytes(b"no model")
     context = Context(load(None, [f"run={run.folder}"], {}), run, ProgressDisplay(quiet=True))

@@ -42,78 +42,15 @@ def test_slow_steps_are_shown_by_their_seconds(clock):
 
 
 # (tokens, seconds) of the first 56 of 59 recorded steps of SmolLM2's SFT; other programs took the cores near the end
-STEPS = [
-    *(
-        (4705, 19.1),
-        (3899, 13.0),
-        (3280, 7.2),
-        (3270, 6.5),
-        (3705, 8.5),
-        (3166, 7.3),
-        (3181, 6.0),
-        (4383, 11.8),
-    ),
-    *(
-        (3050, 5.8),
-        (3796, 8.7),
-        (2569, 6.3),
-        (2510, 4.9),
-        (4103, 13.1),
-        (2740, 5.6),
-        (3107, 5.9),
-        (3667, 9.8),
-    ),
-    *(
-        (3768, 9.1),
-        (3248, 6.2),
-        (3949, 9.4),
-        (3643, 8.0),
-        (4066, 12.0),
-        (3132, 6.1),
-        (3550, 6.9),
-        (3230, 6.9),
-    ),
-    *(
-        (3318, 8.4),
-        (4631, 17.4),
-        (2635, 5.9),
-        (4239, 12.9),
-        (3030, 6.3),
-        (3212, 6.5),
-        (2540, 6.9),
-        (3089, 6.1),
-    ),
-    *(
-        (4535, 13.8),
-        (3073, 6.7),
-        (4470, 13.9),
-        (2612, 7.4),
-        (2663, 6.0),
-        (3862, 10.2),
-        (3829, 10.0),
-        (3011, 6.5),
-    ),
-    *(
-        (3216, 11.7),
-        (3256, 12.4),
-        (3296, 9.4),
-        (3459, 12.3),
-        (3248, 6.4),
-        (3885, 10.5),
-        (3844, 9.1),
-        (4032, 10.2),
-    ),
-    *(
-        (3600, 13.3),
-        (3195, 12.6),
-        (4041, 18.2),
-        (3226, 12.2),
-        (2985, 11.8),
-        (3373, 12.8),
-        (4576, 21.5),
-        (3152, 14.9),
-    ),
-]
+RECORDED = """
+4705:19.1 3899:13.0 3280:7.2 3270:6.5 3705:8.5 3166:7.3 3181:6.0 4383:11.8 3050:5.8 3796:8.7 2569:6.3
+2510:4.9 4103:13.1 2740:5.6 3107:5.9 3667:9.8 3768:9.1 3248:6.2 3949:9.4 3643:8.0 4066:12.0 3132:6.1
+3550:6.9 3230:6.9 3318:8.4 4631:17.4 2635:5.9 4239:12.9 3030:6.3 3212:6.5 2540:6.9 3089:6.1 4535:13.8
+3073:6.7 4470:13.9 2612:7.4 2663:6.0 3862:10.2 3829:10.0 3011:6.5 3216:11.7 3256:12.4 3296:9.4 3459:12.3
+3248:6.4 3885:10.5 3844:9.1 4032:10.2 3600:13.3 3195:12.6 4041:18.2 3226:12.2 2985:11.8 3373:12.8 4576:21.5
+3152:14.9
+"""
+STEPS = [(int(tokens), float(seconds)) for tokens, seconds in (pair.split(":") for pair in RECORDED.split())]
 
 
 def follow(display, clock, stage, steps, seen, loading=10.0):
@@ -150,11 +87,10 @@ def test_the_time_left_of_a_plan_waits_for_the_speed_of_this_machine(clock, caps
     display, seen = progress.ProgressDisplay(plan), []
     follow(display, clock, "templates", [(1, 0.01)] * 200, seen, loading=20.0)
     assert {left for _, left in seen} == {None}
+    total = sum(tokens for tokens, _ in STEPS)
     for stage in list(plan)[1:]:
-        seconds = 1.2 * plan[stage]
-        follow(
-            display, clock, stage, [(t, seconds * t / sum(t for t, _ in STEPS)) for t, _ in STEPS], seen, 2.0
-        )
+        steps = [(tokens, 1.2 * plan[stage] * tokens / total) for tokens, _ in STEPS]
+        follow(display, clock, stage, steps, seen, 2.0)
     known = [(now, left) for now, left in seen if left is not None]
     assert known[0][0] < 20 + 20
     assert all(later <= 1.25 * left + 2 for (_, left), (_, later) in itertools.pairwise(known))
@@ -201,9 +137,14 @@ def test_skipped_stages_do_not_change_the_time_left(clock):
     assert shown.seconds_left("c", 0.0) == 60
 
 
-def test_notes_and_warnings_are_printed_to_a_log(monkeypatch, capsys):
+@pytest.fixture
+def hurried(monkeypatch):
+    """A log whose heading and lines come soon."""
     monkeypatch.setattr(progress, "HEADING_DELAY", 0.01)
     monkeypatch.setattr(progress, "LOG_SECONDS", 0.05)
+
+
+def test_notes_and_warnings_are_printed_to_a_log(hurried, capsys):
     with progress.ProgressDisplay().stage("sft", "sft: the student learns") as report:
         report(1, 9, note="loss 0.5")
         report(0, 0, warning="the margin [stays] at 0")
@@ -213,34 +154,26 @@ def test_notes_and_warnings_are_printed_to_a_log(monkeypatch, capsys):
     assert "warning: the margin [stays] at 0" in err
 
 
-def test_a_note_before_the_first_row_has_no_count(monkeypatch, capsys):
-    monkeypatch.setattr(progress, "HEADING_DELAY", 0.01)
-    monkeypatch.setattr(progress, "LOG_SECONDS", 0.05)
+@pytest.mark.parametrize("note", ["", "reference of 8 of 16 reviews"])
+def test_a_log_goes_on_before_the_first_row(hurried, capsys, note):
+    """A stage that loads a model for a minute is not silent, and a note of it has no count."""
     with progress.ProgressDisplay().stage("dpo", "dpo: the student learns") as report:
-        report(0, 0, note="reference of 8 of 16 reviews")
-        time.sleep(0.2)
-    assert capsys.readouterr().err.splitlines()[1] == "  0 s so far, reference of 8 of 16 reviews"
+        if note:
+            report(0, 0, note=note)
+        time.sleep(0.3)
+    heading, first, second, *_ = capsys.readouterr().err.splitlines()
+    assert heading == "dpo: the student learns"
+    assert first == second == f"  0 s so far, {note}".rstrip(", ")
 
 
-def test_a_stage_that_comes_back_has_no_number_again(monkeypatch, capsys):
+def test_a_stage_that_comes_back_has_no_number_again(hurried, capsys):
     """eval exports the students that training has not."""
-    monkeypatch.setattr(progress, "HEADING_DELAY", 0.01)
     display = progress.ProgressDisplay({"export": 1, "eval": 2})
     for name in ("export", "eval", "export"):
         with display.stage(name, f"{name}: work"):
             time.sleep(0.1)
-    shown = [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()]
-    assert shown == ["1/2 export", "2/2 eval", "export"]
-
-
-def test_a_log_goes_on_while_nothing_is_reported(monkeypatch, capsys):
-    """A stage that loads a model for a minute is not silent."""
-    monkeypatch.setattr(progress, "HEADING_DELAY", 0.01)
-    monkeypatch.setattr(progress, "LOG_SECONDS", 0.05)
-    with progress.ProgressDisplay().stage("sft", "sft: the student learns"):
-        time.sleep(0.3)
-    heading, first, second, *_ = capsys.readouterr().err.splitlines()
-    assert (heading, first, second) == ("sft: the student learns", *["  0 s so far"] * 2)
+    headings = [line.partition(":")[0] for line in capsys.readouterr().err.splitlines() if line[0] != " "]
+    assert headings == ["1/2 export", "2/2 eval", "export"]
 
 
 # -- the width of the terminal -------------------------------------------------------------------------------------
@@ -253,9 +186,8 @@ def test_the_least_important_figures_are_dropped_first():
     shorter = FIGURES.replace("0.6/s, ", "")
     assert progress.fit_to_width(FIGURES, len(FIGURES) - 1) == shorter
     assert progress.fit_to_width(FIGURES, len(shorter) - 1) == shorter.replace("3,204 tokens/s, ", "")
-    assert (
-        progress.fit_to_width(FIGURES, 62) == "loss 0.412, margin 0.31, $0.12 of about $1.40, 4 min 2 s left"
-    )
+    shortest = "loss 0.412, margin 0.31, $0.12 of about $1.40, 4 min 2 s left"
+    assert progress.fit_to_width(FIGURES, 62) == shortest
     assert progress.fit_to_width(FIGURES, 5) == "4 min 2 s left"
     assert progress.fit_to_width("loss 0.412, estimating time left", 20) == "estimating time left"
     assert progress.fit_to_width("", 5) == ""
@@ -282,7 +214,7 @@ def test_stage_step_elapsed_and_left_fit_every_terminal(columns, monkeypatch, ca
 
 
 @pytest.mark.parametrize(
-    ("seconds", "warns", "headed"), [(0.0, False, False), (0.0, True, True), (0.2, False, True)]
+    ("seconds", "warns", "headed"), [(0, False, False), (0, True, True), (0.2, False, True)]
 )
 def test_an_instant_stage_has_no_heading_in_a_log(seconds, warns, headed, monkeypatch, capsys):
     monkeypatch.setattr(progress, "HEADING_DELAY", 0.05)
@@ -297,8 +229,7 @@ def test_an_instant_stage_has_no_heading_in_a_log(seconds, warns, headed, monkey
     assert not warns or "too fast" in lines[-1]
 
 
-def test_a_heading_is_never_printed_after_its_stage(monkeypatch):
-    monkeypatch.setattr(progress, "HEADING_DELAY", 0.01)
+def test_a_heading_is_never_printed_after_its_stage(hurried, monkeypatch):
     printed = []
 
     def slowly(text):

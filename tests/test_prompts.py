@@ -11,10 +11,8 @@ def text_of(messages) -> str:
 
 
 def test_solving_and_reviewing_share_a_system_prompt():
-    solve, review = (
-        prompts.solve_messages("How many?"),
-        prompts.review_messages("How many?", "<Step1>x</Step1>"),
-    )
+    solve = prompts.solve_messages("How many?")
+    review = prompts.review_messages("How many?", "<Step1>x</Step1>")
     assert [m["role"] for m in solve] == [m["role"] for m in review] == ["system", "user"]
     assert solve[0] == review[0]
     assert solve[0]["content"].strip()
@@ -28,10 +26,8 @@ def test_values_are_inserted_verbatim():
 
 def test_teacher_sees_the_solution_and_why_its_reply_failed():
     given, work = ("Q?", "the way", "41"), "<Step1>x\n</Step1>"
-    first, again = (
-        prompts.correction_messages(*given, work),
-        prompts.correction_messages(*given, work, "no step 2"),
-    )
+    first = prompts.correction_messages(*given, work)
+    again = prompts.correction_messages(*given, work, "no step 2")
     assert first[-1]["content"].endswith(f"The student's work:\n{work}")
     for messages in (first, prompts.template_messages(*given)):
         assert "the way" in text_of(messages)
@@ -69,10 +65,7 @@ def test_digest_depends_on_the_text_and_the_names(tmp_path):
         ("{% include '/etc/passwd' %}", "cannot be rendered: "),
         ("{% for i in range(10 ** 9) %}x{% endfor %}", "cannot be rendered: range too big"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "cannot be rendered: maximum recursion depth"),
-        (
-            "{{ cycler.__init__.__globals__.os.system('touch ran') }}",
-            "cannot be rendered: access to attribute",
-        ),
+        ("{{ cycler.__init__.__globals__.os.system('touch ran') }}", "cannot be rendered: access to"),
         (b"Caf\xe9: {{ question }}", "student_solve.txt cannot be read: 'utf-8' codec"),
     ],
 )

@@ -5,25 +5,20 @@ import os
 import resource
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from sclite.records import Problem
 from sclite.run import Run
-from tests.replay import TeacherServer, say
-
-TRACE = "<Step1>Add: 1 + 1 = 2\n</Step1>\n<Generalized>Add.</Generalized>\n<Answer>2</Answer>"
-TRACEBACK = "Traceback"
+from tests.toy import write_rows
 
 
 @pytest.fixture
 def shown(tmp_path):
     """A run with 4,000 problems with non-ASCII text."""
-    run = Run(tmp_path / "run")
+    run, odd = Run(tmp_path / "run"), "How much is ½ of"
     run.replace(
-        "problems.jsonl",
-        [Problem(id=f"p{n}", question=f"How much is ½ of {n}?", answer="1") for n in range(4000)],
+        "problems.jsonl", [Problem(id=f"p{n}", question=f"{odd} {n}?", answer="1") for n in range(4000)]
     )
     return run
 
@@ -36,35 +31,28 @@ def process(*arguments: object, **options) -> subprocess.CompletedProcess:
 
 
 COMMANDS = (
-    ["status"],
-    ["status", "--json"],
-    ["show"],
-    ["show", "problems"],
-    ["show", "problems", "--json"],
-    ["doctor", "--json"],
-    ["--help"],
+    "status",
+    "status --json",
+    "show",
+    "show problems",
+    "show problems --json",
+    "doctor --json",
+    "--help",
 )
 
 
-def in_run(run: Run, command: list[str]) -> list[str]:
-    return command if command[0] in ("--help", "doctor") else [*command, "--run", str(run.folder)]
-
-
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_a_full_stdout_is_an_error_in_one_line(shown, command):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_full_stdout_is_an_error_in_one_line_and_a_closed_pipe_is_none(shown, command):
+    words = [*command.split(), *(["--run", shown.folder] if command.startswith("s") else [])]
     with open("/dev/full", "w") as full:
-        done = process(*in_run(shown, command), stdout=full)
+        done = process(*words, stdout=full)
     assert done.returncode == 1
     assert "the output: No space left on device" in done.stderr
-    assert TRACEBACK not in done.stderr
-
-
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_a_closed_pipe_is_no_error(shown, command):
+    assert "Traceback" not in done.stderr
     reading, writing = os.pipe()
     os.close(reading)
     try:
-        done = process(*in_run(shown, command), stdout=writing)
+        done = process(*words, stdout=writing)
     finally:
         os.close(writing)
     assert (done.returncode, done.stderr) == (0, "")
@@ -77,36 +65,26 @@ def test_a_closed_stdout_is_no_error(shown):
 
 @pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "ascii:strict"}])
 def test_an_ascii_terminal_gets_all_rows_and_valid_json(shown, environment):
-    done = process("show", "problems", "--limit", "1", "--run", shown.folder, environment=environment)
+    command = ("show", "problems", "--limit", "1", "--run", shown.folder)
+    done = process(*command, environment=environment)
     assert (done.returncode, done.stderr) == (0, "")
     assert "How much is ? of 0?" in done.stdout
-    done = process(
-        "show", "problems", "--json", "--limit", "1", "--run", shown.folder, environment=environment
-    )
+    done = process(*command, "--json", environment=environment)
     assert json.loads(done.stdout)["rows"][0]["question"] == "How much is ½ of 0?"
     assert done.stdout.isascii()
-
-
-LONG = "x" * 300
 
 
 @pytest.mark.parametrize(
     "command",
     [
-        ("status", "--run", LONG),
-        ("build-data", f"{LONG}.jsonl"),
-        ("build-data", "--config", f"{LONG}.toml"),
-        ("build-data", "mine.jsonl", "--run", f"runs/{LONG}"),
-        ("build-data", "mine.jsonl", "--set", f"prompts.folder={LONG}"),
-        ("chat", "--model", f"{LONG}.gguf", "1 + 1?"),
-        ("export", "--run", LONG),
-        ("show", "--run", LONG),
+        "status --run LONG", "build-data LONG.jsonl", "build-data --config LONG.toml",
+        "build-data mine.jsonl --run runs/LONG", "build-data mine.jsonl --set prompts.folder=LONG",
+        "chat --model LONG.gguf 1?", "export --run LONG", "show --run LONG",
     ],
-    ids=lambda command: " ".join(command)[:30],
-)
+)  # fmt: skip
 def test_a_name_that_is_too_long_is_a_usage_error(sclite, command):
-    Path("mine.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
-    ended = sclite(*command)
+    write_rows("mine.jsonl", [{"question": "1 + 1?", "answer": "2"}])
+    ended = sclite(*command.replace("LONG", "x" * 300).split())
     assert ended.code == 2
     assert "File name too long" in ended.error.replace("file", "File")
     assert ended.hint
@@ -118,33 +96,28 @@ def test_a_read_only_run_with_rows_is_a_usage_error(sclite, monkeypatch):
     def refused(*_):
         raise PermissionError(13, "Permission denied", "runs/default/problems.jsonl")
 
-    Path("mine.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    write_rows("mine.jsonl", [{"question": "1 + 1?", "answer": "2"}])
     monkeypatch.setattr(module, "write_text", refused)
     ended = sclite("build-data", "mine.jsonl")
     assert (ended.code, ended.error) == (2, "error: runs/default/problems.jsonl: Permission denied")
 
 
-def limited(size: int):
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-
-def test_a_full_disk_leaves_whole_files_and_a_rerun_resumes(tmp_path):
+def test_a_full_disk_leaves_whole_files_and_a_rerun_resumes(tmp_path, teacher_of_sums):
     """Files are limited to 40 kB, so a row in the middle does not fit."""
-    problems, run = tmp_path / "mine.jsonl", Run(tmp_path / "run")
-    rows = [{"question": f"What is 1 + 1, for the {n}th time{'?' * 2000}", "answer": "2"} for n in range(30)]
-    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with TeacherServer(lambda request, nth: say(TRACE)) as server:
-        named = ("--set", "teacher.model=openai/replay", "--set", f"teacher.api_base={server.url}")
-        command = ("build-data", problems, "--run", run.folder, "--yes", *named)
-        stopped = process(*command, preexec_fn=limited(40_000))
-        assert stopped.returncode in (1, 3)
-        assert TRACEBACK not in stopped.stderr
-        assert "error: " in stopped.stderr
-        for path in run.folder.rglob("*.jsonl"):
-            assert path.read_bytes()[-1:] in (b"\n", b"")
-        assert not [path for path in run.folder.rglob(".*.new")]
-        done = process(*command)
-        assert done.returncode == 0, done.stderr
+    run, long = Run(tmp_path / "run"), "?" * 2000
+    rows = [{"question": f"What is 1 + 1, for the {n}th time{long}", "answer": "2"} for n in range(30)]
+    named = ("--set", "teacher.model=openai/replay", "--set", f"teacher.api_base={teacher_of_sums.url}")
+    problems = write_rows(tmp_path / "mine.jsonl", rows)
+    command = ("build-data", problems, "--run", run.folder, "--yes", *named)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))  # noqa: E731
+    stopped = process(*command, preexec_fn=limit)
+    assert stopped.returncode in (1, 3)
+    assert "Traceback" not in stopped.stderr
+    assert "error: " in stopped.stderr
+    assert all(path.read_bytes()[-1:] in (b"\n", b"") for path in run.folder.rglob("*.jsonl"))
+    assert not [path for path in run.folder.rglob(".*.new")]
+    done = process(*command)
+    assert done.returncode == 0, done.stderr
     assert len(run.path("templates.jsonl").read_text().splitlines()) == 30
 
 
@@ -159,9 +132,8 @@ def test_rows_that_do_not_fit_leave_the_file_unchanged(tmp_path):
         "try: run.replace('problems.jsonl', map(row, range(2, 9)))\n"
         "except OSError as error: print(error.strerror)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["File too large"] * 2
     assert [row.id for row in Run(tmp_path).read("problems.jsonl", Problem)] == ["1"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["problems.jsonl"]

@@ -10,6 +10,7 @@ import tomlkit
 
 from sclite.quickstart.flow import DEFAULTS
 from sclite.quickstart.problem_sets import train_problems
+from tests.toy import write_rows
 
 QUESTION = "Tom has 20 nuts. He buys 11 more. He sells 12 nuts. How many nuts does Tom have now?"
 
@@ -25,8 +26,9 @@ def sclite(folder: Path, *arguments: str, text: str = "") -> subprocess.Complete
 def trained(tmp_path_factory) -> Path:
     """A folder in which build-data and train have run on a file of problems."""
     folder = tmp_path_factory.mktemp("project")
-    rows = [p.model_dump(include={"question", "answer", "solution"}) for p in train_problems(220)]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(
+        folder / "train.jsonl", [problem.model_dump(exclude={"id"}) for problem in train_problems(220)]
+    )
     chosen = {name: value for name, value in DEFAULTS.items() if name not in ("run", "problems")}
     (folder / "sclite.toml").write_text(tomlkit.dumps(chosen))
     sclite(folder, "build-data", "train.jsonl")

@@ -35,16 +35,9 @@ LAST = Step("72 / 2 = 36")
 SOLUTION = Trace((Step("48 + 24 = 72", "Carry the ten."), LAST), "Add, then share.", "36")
 REVIEWED = Trace((Step("48 + 24 = 62", None, "The carry is lost.", "It is 72."), LAST), None, "36")
 
-_bits = st.lists(
-    st.one_of(
-        st.text(max_size=12),
-        st.sampled_from(
-            ["<", ">", "</", "< step", "<Stepping>", "a < b > c", "\\frac{1}{2}", "<think>", "</think>"]
-        ),
-        st.sampled_from(["<key", "step1>", "<cauſe>", "\n\n", "١", "\x1c", "<answer", " :>"]),
-    ),
-    max_size=5,
-)
+_odd = ["<", ">", "</", "< step", "<Stepping>", "a < b > c", "\\frac{1}{2}", "<think>", "</think>"]
+_odd += ["<key", "step1>", "<cauſe>", "\n\n", "١", "\x1c", "<answer", " :>"]
+_bits = st.lists(st.one_of(st.text(max_size=12), st.sampled_from(_odd)), max_size=5)
 texts = _bits.map("".join).map(clean)
 names = ("Step1", "Step2", "Step", "Key", "Cause", "Correction", "Generalized", "Answer", "step 3:", " key ")
 tags = st.sampled_from([f"<{slash}{name}>" for name in names for slash in ("", "/")])
@@ -224,12 +217,7 @@ SENTENCE = "Natalia sold 72 clips altogether, in April and May."
     ("text", "texts", "answer", "issues"),
     [
         ("<Step1>one\n<Step2>two\n</Step2>\n<Answer>3</Answer>", ["one", "two"], "3", {"missing_closer"}),
-        (
-            "<Step1>one<Step1>\n<Step2>two<Step2>\n<Answer>3<Answer>",
-            ["one", "two"],
-            "3",
-            {"opener_as_closer"},
-        ),
+        ("<Step1>1<Step1>\n<Step2>2<Step2>\n<Answer>3<Answer>", ["1", "2"], "3", {"opener_as_closer"}),
         ("<Step1>a</Step1><Answer>1</Answer><Answer>2</Answer>", ["a"], "2", {"second_answer"}),
         (f"<Step1>{LATEX}\n</Step1>\n<Answer>$x<5$</Answer>", [LATEX], "$x<5$", set()),
         (f"<Step1>a</Step1><Answer>\n{SENTENCE}\n</Answer>", ["a"], SENTENCE, set()),

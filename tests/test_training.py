@@ -30,9 +30,10 @@ class Recorder(ProgressDisplay):
 
     @contextmanager
     def stage(self, name, text):
-        yield lambda done, total, *_, note="", warning="", **__: self.shown.append(
-            warning or (done, total, note)
-        )
+        def show(done, total, *_, note="", warning="", **__):
+            self.shown.append(warning or (done, total, note))
+
+        yield show
 
     def done(self, name, text, skipped=False):
         self.line = text
@@ -184,8 +185,8 @@ def test_the_plan_has_the_steps_rows_and_micro_batch_of_the_training(folder, tmp
     settings = {
         "batch_size": 3,
         "per_device_train_batch_size": None,
-        "num_train_epochs": 2.5,
         "eval_share": 0.4,
+        "num_train_epochs": 2.5,
     }
     warmup = {**settings, "per_device_train_batch_size": 3, "num_train_epochs": 1}
     context = context_of(folder, tmp_path, sft=settings, warmup=warmup)
@@ -214,44 +215,34 @@ def test_a_plan_that_does_not_fit_ends_with_exit_5_as_json_too(capsys):
 
 SUMS = {"model": "openai/teacher", "api_base": "http://127.0.0.1:9/v1"}
 PRICED = {**SUMS, "price": (1000.0, 1000.0)}
+# five problems, two samples each
+MOST = "corrections after SFT: at most 10 by openai/teacher, about $"
 
 
 @pytest.mark.parametrize(
-    ("teacher", "templates_paid", "line"),
+    ("teacher", "paid", "line"),
     [
-        # five problems, two samples each
-        (
-            {**SUMS, "max_cost": 0.5},
-            12,
-            "corrections after SFT: at most 10 by openai/teacher, about $0.20",
-        ),
-        (
-            {**SUMS, "max_cost": 0.4},
-            12,
-            "corrections after SFT: at most 10 by openai/teacher, about $0.20; teacher.max_cost is $0.4, $0.24 is spent",
-        ),
-        (PRICED, 0, "corrections after SFT: at most 10 by openai/teacher, about $"),
+        ({**SUMS, "max_cost": 0.5}, 12, f"{MOST}0.20"),
+        ({**SUMS, "max_cost": 0.4}, 12, f"{MOST}0.20; teacher.max_cost is $0.4, $0.24 is spent"),
+        (PRICED, 0, MOST),
         (SUMS, 0, ""),
     ],
     ids=["from the templates", "beyond the limit", "from the price", "unknown"],
 )
 def test_train_names_the_cost_of_the_corrections_first(
-    folder, tmp_path, monkeypatch, capsys, teacher, templates_paid, line
+    folder, tmp_path, monkeypatch, capsys, teacher, paid, line
 ):
-    class Started(Exception):
-        pass
-
     def start(*_):
-        raise Started
+        raise InterruptedError
 
     context = context_of(folder, tmp_path, teacher=teacher, attempts={"samples": 2})
-    if templates_paid:
-        pay(context.run, "templates", *[0.02] * templates_paid)
+    if paid:
+        pay(context.run, "templates", *[0.02] * paid)
     monkeypatch.setattr(pipeline, "train_stage", start)
     context.display.quiet = False
     for name in ("attempts.jsonl", "reviews.jsonl"):
         context.run.path(name).unlink()
-    with pytest.raises(Started):
+    with pytest.raises(InterruptedError):
         pipeline.train(context)
     shown = " ".join(capsys.readouterr().err.split())
     if line.endswith("$"):

@@ -1,10 +1,13 @@
 """Small real things for tests: a random Llama that trains in a second, and toy problems with their rows."""
 
+import json
 import os
 import random
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from sclite.config import Config
@@ -49,22 +52,10 @@ def tiny_llama(folder: Path, seed: int = 0) -> Path:
     write_tokenizer(folder, sample_texts(), vocab_size=512)
     torch.manual_seed(seed)
     shape = LlamaConfig(
-        vocab_size=512,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=64,
-        max_position_embeddings=2048,
-        rms_norm_eps=1e-5,
-        rope_theta=10000.0,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=2,
-        pad_token_id=2,
-        initializer_range=0.08,
-    )
+        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, head_dim=64, max_position_embeddings=2048, rms_norm_eps=1e-5, rope_theta=10000.0,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=2, pad_token_id=2, initializer_range=0.08,
+    )  # fmt: skip
     model = LlamaForCausalLM(shape).float()
     model.save_pretrained(folder)
     return folder
@@ -124,6 +115,15 @@ def first_token_odds(model, tokenizer, request) -> list[float]:
 # -- toy problems and their rows --------------------------------------------------------------------------------------
 
 
+def write_rows(path: Path | str, rows: Iterable[object]) -> Path:
+    """Write rows, or lines that are not JSON, to a JSONL file; returns its path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
 STAGE = {"batch_size": 4, "per_device_train_batch_size": 2, "max_length": 1024, "eval_share": 0}
 LONG = {"checkpoints": 6, "per_device_train_batch_size": 1}
 
@@ -147,14 +147,9 @@ def toy_problems(count: int = 6) -> list[Problem]:
     made = []
     for i in range(count):
         a, b, c = 12 + 7 * i, 31 + i, 5 + 2 * i
-        question = f"Anna has {a} apples, buys {b} more and then {c}. How many?"
+        question, answer = f"Anna has {a} apples, buys {b} more and then {c}. How many?", str(a + b + c)
         made.append(
-            Problem(
-                id=f"p{i}",
-                question=question,
-                answer=str(a + b + c),
-                solution=f"{a} + {b} + {c} = {a + b + c}",
-            )
+            Problem(id=f"p{i}", question=question, answer=answer, solution=f"{a} + {b} + {c} = {answer}")
         )
     return made
 
@@ -171,41 +166,23 @@ def toy_trace(number: int, wrong: int | None = None) -> Trace:
 def write_toy(run: Run, count: int = 6) -> None:
     """Problems, templates, attempts (two of three wrong) and the teacher's reviews of them."""
     problems = toy_problems(count)
-    run.replace("problems.jsonl", problems)
-    run.replace(
-        "templates.jsonl",
-        [
-            Template(id=p.id, question=p.question, answer=p.answer, trace=render(toy_trace(i)))
-            for i, p in enumerate(problems)
-        ],
-    )
-    attempts, reviews = [], []
+    templates, attempts, reviews = [], [], []
     for i, problem in enumerate(problems):
         wrong = (None, 1, 2)[i % 3]
         work, right = toy_trace(i, wrong), toy_trace(i)
-        attempts.append(
-            Attempt(id=problem.id, sample=0, trace=render(work), answer=work.answer, correct=wrong is None)
-        )
+        templates.append(Template(**problem.model_dump(exclude={"solution"}), trace=render(right)))
+        own = {"id": problem.id, "sample": 0, "trace": render(work)}
+        attempts.append(Attempt(**own, answer=work.answer, correct=wrong is None))
         if wrong is None:
-            reviews.append(Review(id=problem.id, sample=0, step=None, trace=render(work), requests=0))
+            reviews.append(Review(**own, step=None, requests=0))
             continue
-        noted = Step(
-            work.steps[wrong - 1].text,
-            work.steps[wrong - 1].key,
-            "The tens slip.",
-            right.steps[wrong - 1].text,
-        )
+        cause, correction = "The tens slip.", right.steps[wrong - 1].text
+        noted = replace(work.steps[wrong - 1], cause=cause, correction=correction)
         steps = (*work.steps[: wrong - 1], noted, *right.steps[wrong:])
-        reviews.append(
-            Review(
-                id=problem.id,
-                sample=0,
-                step=wrong,
-                cause=noted.cause,
-                correction=noted.correction,
-                trace=render(Trace(steps, right.generalized, right.answer)),
-            )
-        )
+        own["trace"] = render(replace(right, steps=steps))
+        reviews.append(Review(**own, step=wrong, cause=cause, correction=correction))
+    run.replace("problems.jsonl", problems)
+    run.replace("templates.jsonl", templates)
     run.replace("attempts.jsonl", attempts)
     run.replace("reviews.jsonl", reviews)
 

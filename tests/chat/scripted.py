@@ -27,17 +27,10 @@ class Scripted(Student):
         for index, request in enumerate(requests):
             self.asked.append(request)
             kind = 0 if not request.pieces else 1 if request.pieces[-1] == "<Cause>" else 2
-            too_long = request.messages[-1]["content"].count("word") > 99
-            reason = "too long" if too_long else None
-            yield Reply(
-                index,
-                "" if too_long else self.texts[kind],
-                5,
-                20,
-                "error" if too_long else self.finish,
-                reason,
-                fed_tokens=2,
-            )
+            if request.messages[-1]["content"].count("word") > 99:
+                yield Reply(index, "", 5, 20, "error", "too long", fed_tokens=2)
+            else:
+                yield Reply(index, self.texts[kind], 5, 20, self.finish, fed_tokens=2)
 
     def score(self, requests):
         yield Scores(0, self.scores or (float("nan"),) * len(requests[0].marks), 5, fed_tokens=3)

@@ -22,7 +22,7 @@ from sclite.trace import Step, Trace, render
 from tests.chat.scripted import CORRECTING, PLAIN, WRONG, Scripted
 from tests.replay import TeacherServer, say
 from tests.terminal import CLEARED, Terminal
-from tests.toy import tiny_gguf, tiny_llama
+from tests.toy import tiny_gguf, tiny_llama, write_rows
 
 
 def chatted(monkeypatch, run, student, threshold=0.0, lines=("How many?",), config=None, **options) -> bool:
@@ -96,9 +96,8 @@ def test_json_gives_one_object_per_question(monkeypatch, capsys, run):
 def test_a_damaged_or_missing_gguf_is_reported(sclite, tmp_path, damage, message):
     path = tmp_path / "small.gguf"
     if damage is not None:
-        path.write_bytes(
-            damage(tiny_gguf(tiny_llama(tmp_path / "tiny"), tmp_path / "whole.gguf").read_bytes())
-        )
+        whole = tiny_gguf(tiny_llama(tmp_path / "tiny"), tmp_path / "whole.gguf")
+        path.write_bytes(damage(whole.read_bytes()))
     ended = sclite("chat", "--model", path, "How many?")
     assert (ended.code, ended.out) == (3, "")
     assert message in ended.error
@@ -141,10 +140,8 @@ def test_questions_are_solved_alone_unless_history_is_on(chat):
     assert "How many?" not in chat.student.asked[-1].messages[-1]["content"]
     chat.command("/set history on")
     chat.ask("And then?")
-    assert (
-        "How many?\nAnswer: 6\n\nAnd now?\nAnswer: 6\n\nAnd then?"
-        in chat.student.asked[-1].messages[-1]["content"]
-    )
+    asked = chat.student.asked[-1].messages[-1]["content"]
+    assert "How many?\nAnswer: 6\n\nAnd now?\nAnswer: 6\n\nAnd then?" in asked
     assert chat.answers[-1].question == "And then?"
 
 
@@ -183,7 +180,7 @@ def test_set_changes_the_next_request(chat):
     chat.ask("How many?")
     first = chat.student.asked[0]
     assert (first.temperature, first.seed, first.max_tokens) == (0.5, 7, 99)
-    for wrong in (
+    wrong = (
         "temperature hot",
         "colour red",
         "history perhaps",
@@ -191,9 +188,10 @@ def test_set_changes_the_next_request(chat):
         "max_tokens 0",
         "threshold nan",
         "",
-    ):
+    )
+    for setting in wrong:
         with pytest.raises(UsageError, match="cannot set"):
-            chat.command(f"/set {wrong}")
+            chat.command(f"/set {setting}")
 
 
 def test_correct_turns_the_review_off_and_on(chat):
@@ -252,12 +250,10 @@ def test_verdicts_go_to_the_feedback_of_the_run(chat, run):
     chat.ask("How many?")
     chat.command("/bad")
     chat.command("/good")
-    rows = [json.loads(line) for line in run.path("feedback.jsonl").read_text().splitlines()]
-    assert [row["good"] for row in rows] == [False, True]
-    assert rows[0]["question"] == "How many?"
-    assert rows[0]["attempt"] == WRONG
-    assert rows[0]["accused"] == 2
-    assert "5 + 1 = 6" in rows[0]["final"]
+    bad, good = run.read("feedback.jsonl", Feedback)
+    assert (bad.good, good.good) == (False, True)
+    assert (bad.question, bad.attempt, bad.accused) == ("How many?", WRONG, 2)
+    assert "5 + 1 = 6" in bad.final
 
 
 def test_compare_shows_the_base_models_answer_or_how_to_get_it(chat, capsys, monkeypatch, tmp_path):
@@ -404,22 +400,17 @@ def test_answer_judged_bad_in_a_terminal_becomes_a_pair(sclite, tmp_path):
     run, tried = Run(tmp_path / "run"), train_problems(3)
     chat = Terminal(JUDGED.format(run=str(run.folder)), XDG_STATE_HOME=str(tmp_path))
     chat.wait(CLEARED)
-    for typed, shown in (
-        (STORY, "tokens/s"),
-        ("/bad", "build-data"),
-        (tried[0].question, "tokens/s"),
-        ("/good", "build-data"),
-    ):
-        chat.send(f"{typed}\r")
-        chat.wait(shown)
-        chat.wait(CLEARED)
+    for question, verdict in ((STORY, "/bad"), (tried[0].question, "/good")):
+        for typed, shown in ((question, "tokens/s"), (verdict, "build-data")):
+            chat.send(f"{typed}\r")
+            chat.wait(shown)
+            chat.wait(CLEARED)
     chat.send("/bye\r")
     assert chat.process.wait(timeout=30) == 0
     os.close(chat.ours)
-    rows = [row.model_dump(include={"question", "answer", "solution"}) for row in tried]
-    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    works = [{"question": row.question, "steps": ["It is 1."], "answer": "1"} for row in tried]
-    (tmp_path / "works.jsonl").write_text("".join(json.dumps(row) + "\n" for row in works))
+    write_rows("sums.jsonl", [row.model_dump(exclude={"id"}) for row in tried])
+    work = {"steps": ["It is 1."], "answer": "1"}
+    write_rows("works.jsonl", [{"question": row.question, **work} for row in tried])
     chosen = {"teacher.model": MODEL, "problems.source": "sums.jsonl", "attempts.source": "works.jsonl"}
     options = [part for key, value in chosen.items() for part in ("--set", f"{key}={value}")]
     command = ("build-data", "--only", "corrections", "--run", "run", *options)

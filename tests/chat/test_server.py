@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from sclite.chat.answer import Settings
 from sclite.chat.server import Api, run_server
-from sclite.chat.service import PlainText, Service
+from sclite.chat.service import Completion, PlainText, Service
 from sclite.config import Config
 from sclite.errors import UsageError
 from sclite.export.gguf_writer import write_gguf
@@ -126,10 +126,9 @@ def test_conversation_is_held_by_the_last_question_and_raw_gets_all_of_it(script
     reply = client(url).chat.completions.create(model="tom:raw", messages=talk)
     assert service.student.asked[-1].messages == tuple(talk)
     assert reply.choices[0].message.content == WRONG
-    parts = [
-        {"role": "user", "content": [{"type": "text", "text": "And "}, {"type": "text", "text": "now?"}]}
-    ]
-    client(url).chat.completions.create(model="tom:raw", messages=parts)
+    parts = [{"type": "text", "text": "And "}, {"type": "text", "text": "now?"}]
+    asking = [{"role": "user", "content": parts}]
+    client(url).chat.completions.create(model="tom:raw", messages=asking)
     assert service.student.asked[-1].messages[0]["content"] == "And now?"
 
 
@@ -141,11 +140,8 @@ def test_stop_strings_end_the_content_without_appearing_in_it(scripted, raw):
     stop = whole[4:7]
     for streamed in (False, True):
         reply = client(raw[0]).chat.completions.create(**ask, stop=stop, stream=streamed)
-        text = (
-            "".join(chunk.choices[0].delta.content or "" for chunk in reply)
-            if streamed
-            else reply.choices[0].message.content
-        )
+        parts = [chunk.choices[0].delta.content or "" for chunk in reply] if streamed else []
+        text = "".join(parts) if streamed else reply.choices[0].message.content
         assert text == whole[: whole.index(stop)]
 
 
@@ -187,6 +183,8 @@ def test_page_needs_no_network(scripted):
 
 # -- errors and limits ---------------------------------------------------------------------------------------------
 
+LONG = "word " * 600
+
 
 @pytest.mark.parametrize(
     ("change", "status", "code", "parameter"),
@@ -199,12 +197,7 @@ def test_page_needs_no_network(scripted):
         ({"messages": []}, 400, None, "messages"),
         ({"messages": [{"role": "user", "content": "  "}]}, 400, None, "messages"),
         ({"messages": [{"role": "king", "content": "x"}]}, 400, None, "messages.0.role"),
-        (
-            {"messages": [{"role": "user", "content": "word " * 600}]},
-            400,
-            "context_length_exceeded",
-            "messages",
-        ),
+        ({"messages": [{"role": "user", "content": LONG}]}, 400, "context_length_exceeded", "messages"),
     ],
 )
 @pytest.mark.parametrize("streamed", [False, True])
@@ -238,18 +231,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
-FIELDS = (
-    "model",
-    "messages",
-    "n",
-    "max_tokens",
-    "temperature",
-    "top_p",
-    "seed",
-    "stop",
-    "stream",
-    "stream_options",
-)
+FIELDS = sorted(Completion.model_fields)
 
 
 def test_no_body_is_an_internal_error(scripted):
@@ -259,11 +241,8 @@ def test_no_body_is_an_internal_error(scripted):
         @given(st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4))
         def check(change):
             body = json.dumps({"model": "tom", "messages": ASK} | change)
-            assert http.post(f"{scripted[0]}/v1/chat/completions", content=body).status_code in (
-                200,
-                400,
-                404,
-            )
+            reply = http.post(f"{scripted[0]}/v1/chat/completions", content=body)
+            assert reply.status_code in (200, 400, 404)
 
         check()
 
@@ -317,12 +296,11 @@ def test_too_many_waiting_requests_are_turned_away():
     service = Service(Blocked(), "tom", Settings(mode=""), 1)
     service.most = 2
     with serving(service) as url, ThreadPoolExecutor(2) as pool:
-        first = [
-            pool.submit(client(url).chat.completions.create, model="tom:raw", messages=ASK) for _ in range(2)
-        ]
+        ask = client(url).chat.completions.create
+        first = [pool.submit(ask, model="tom:raw", messages=ASK) for _ in range(2)]
         wait_until(lambda: service.active == 2)
         with pytest.raises(openai.RateLimitError) as error:
-            client(url).chat.completions.create(model="tom:raw", messages=ASK)
+            ask(model="tom:raw", messages=ASK)
         assert error.value.response.headers["retry-after"] == "1"
         service.student.release.set()
         assert all("begun" in each.result().choices[0].message.content for each in first)
@@ -350,14 +328,8 @@ def wait_until(condition, seconds=30):
 @pytest.mark.parametrize("streamed", [True, False])
 def test_client_that_leaves_frees_the_engine(raw, engine, streamed):
     url, service = raw
-    body = {
-        "model": "base:raw",
-        "messages": ASK,
-        "temperature": 2,
-        "max_tokens": 400,
-        "n": 8,
-        "stream": streamed,
-    }
+    body = {"model": "base:raw", "messages": ASK, "temperature": 2, "max_tokens": 400, "n": 8}
+    body["stream"] = streamed
     if streamed:
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=body) as reply:
             next(reply.iter_lines())
@@ -389,17 +361,8 @@ def test_no_reply_is_lost_or_mixed_up():
 
 def test_sigterm_finishes_what_is_in_flight(gguf):
     command = [
-        sys.executable,
-        "-m",
-        "sclite",
-        "serve",
-        "--model",
-        gguf,
-        "--port",
-        "0",
-        "--parallel",
-        "2",
-        "--json",
+        *(sys.executable, "-m", "sclite", "serve", "--model", gguf),
+        *["--port", "0", "--parallel", "2", "--json"],
     ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)

@@ -45,20 +45,18 @@ def test_steps_without_an_error_get_a_neutral_mark():
     assert lines_of(view) == ["  ·  1   5% 2 + 2 = 4", "  ·  2   5% 4 + 1 = 5", "  answer 5"]
 
 
-@pytest.mark.parametrize("change", [{"correction": "unreadable"}, {"rest": "no answer"}])
-def test_failed_correction_leaves_the_first_answer(change):
+SAME = "No.</Cause>\n<Correction>1 + 4 = 6</Correction>"
+
+
+@pytest.mark.parametrize(
+    "change", [{"correction": "unreadable"}, {"rest": "no answer"}, {"correction": SAME}]
+)
+def test_failed_correction_or_one_to_the_same_result_leaves_the_first_answer(change):
     _, view = watched(Scripted(**CORRECTING | change))
+    assert (view.answer.note == SAME_RESULT) == (change == {"correction": SAME})
     assert lines_of(view) == [
         "  ·  1  12% 2 + 2 = 4", "  ·  2  95% 4 + 1 = 6", "  ·  3  27% 6 + 1 = 7", "  answer 7",
     ]  # fmt: skip
-
-
-def test_correction_to_the_same_result_leaves_the_first_answer():
-    _, view = watched(
-        Scripted(**CORRECTING | {"correction": "No.</Cause>\n<Correction>1 + 4 = 6</Correction>"})
-    )
-    assert view.answer.note == SAME_RESULT
-    assert lines_of(view)[1] == "  ·  2  95% 4 + 1 = 6"
 
 
 def test_free_review_shows_the_correction_it_found():
