@@ -1,8 +1,4 @@
-"""The command line: every command in its group, in the order of use.
-
-A command parses its options, calls one stage and prints its report. Everything heavy is imported inside a command, so
-that --help stays fast.
-"""
+"""The command line: every command in its group, in the order of use. What is heavy is imported inside a command."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated

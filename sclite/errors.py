@@ -8,10 +8,9 @@ DONE, FAILED, USAGE, DATA, BUDGET, DEVICE, NETWORK, INTERRUPTED = 0, 1, 2, 3, 4,
 
 
 class ScliteError(Exception):
-    """An error that the user can fix.
+    """An error that the user can fix: `message` says what is wrong and where, `hint` what to type or change.
 
-    `message` says what is wrong and where, `hint` what to type or change. The command line prints both and exits with
-    `code`. `details` are added to the JSON object that --json prints.
+    The command line prints both and exits with `code`; with --json, `details` are part of the object.
     """
 
     code = FAILED

@@ -23,10 +23,8 @@ from sclite.settings import NOT_SAVED, RUN_FILE
 
 R = TypeVar("R", bound=Row)
 LOCK = ".lock"
-NOT_OUTPUTS = frozenset(
-    {RUN_FILE, LOCK, "problems.jsonl", "problems.json", "dropped.jsonl", "begun.json", "libraries.log"}
-    | {f"ledger.sqlite{end}" for end in ("", "-wal", "-shm", "-journal")}
-)
+LEDGER = frozenset(f"ledger.sqlite{end}" for end in ("", "-wal", "-shm", "-journal"))
+NOT_OUTPUTS = LEDGER | {RUN_FILE, LOCK, "problems.jsonl", "problems.json", "dropped.jsonl", "libraries.log"}
 """Files that a command writes to a run before any stage has produced something."""
 MADE_BY = {
     "problems.jsonl": ("problems", "build-data"),
@@ -56,7 +54,7 @@ class Run:
 
     def is_begun(self) -> bool:
         """Whether this is a run: a folder with more in it than the lock and the ledger of a chat."""
-        return any(not path.name.startswith((LOCK, "ledger.sqlite")) for path in self.folder.glob("*"))
+        return any(path.name not in (LOCK, *LEDGER) for path in self.folder.glob("*"))
 
     # -- lock and settings -----------------------------------------------------------------------------------------
 
@@ -297,15 +295,13 @@ class Run:
         """
         signed: dict[str, dict[str, Any]] = {}
         for name, rows in (outputs or {}).items():
+            path = self.path(name)
             if rows is not None and (there := self._count(name)) != rows:
-                message = (
-                    f"{self.path(name)} holds {there} of {rows} rows: another process has written to the run"
-                )
-                raise DataError(
-                    message, "re-run with one process at a time; paid replies come from the ledger"
-                )
-            sync(self.path(name))
-            sync(self.path(name).parent)
+                hint = "re-run with one process at a time; paid replies come from the ledger"
+                message = f"{path} holds {there} of {rows} rows: another process has written to the run"
+                raise DataError(message, hint)
+            sync(path)
+            sync(path.parent)
             signed[name] = {"digest": self.file_digest(name), "rows": rows}
         manifest: dict[str, Any] = {"stage": stage, "sclite": __version__, "inputs": inputs}
         manifest |= {**report.as_dict(), "outputs": signed}

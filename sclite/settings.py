@@ -50,10 +50,9 @@ def load(
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
-            hint = (
-                "write --set KEY=VALUE, such as --set sft.num_train_epochs=2; --set KEY= restores the default"
+            raise UsageError(
+                f"--set {setting}: no value", "write --set KEY=VALUE; --set KEY= restores the default"
             )
-            raise UsageError(f"--set {setting}: no value", hint)
         _assign(typed, key.strip().split("."), value.strip())
     layers = (file, variables, typed)
     named = [str(layer["run"]) for layer in (defaults or {}, *layers) if layer.get("run")]
@@ -84,9 +83,8 @@ def _read_file(path: Path | None) -> dict[str, Any]:
     try:
         return tomllib.loads(found.read_text(encoding="utf-8-sig"))  # editors on Windows write a BOM
     except OSError as error:
-        raise UsageError(
-            f"cannot read the configuration {found}: {error.strerror}", "check --config"
-        ) from error
+        message = f"cannot read the configuration {found}: {error.strerror}"
+        raise UsageError(message, "check --config") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{found}: {error}", "fix this line; the file is TOML") from error
 

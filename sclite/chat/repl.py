@@ -36,9 +36,8 @@ def run_chat(
 ) -> bool:
     """Answer one question, or those that are typed or piped in. Returns whether each was answered.
 
-    `off`: why answers are not reviewed, "" if they are. `endpoint`: the student, if it is not the GGUF `path`; then
-    `path` is its name, and reviews are free. `example` is for students that know only one kind of problem; a note says
-    when a question is not `familiar`. An error or Ctrl-C ends an answer, not the session.
+    `off`: why answers are not reviewed, "" if they are. `endpoint`: the student, if it is not the GGUF `path`; its
+    reviews are free. A student of one kind of problem has an `example`, and a note where a question is not `familiar`.
     """
     interactive = question is None and console.is_interactive()
     settings = Settings.of(config, threshold, off)
@@ -71,10 +70,7 @@ def run_chat(
 
 
 def answer_lines(chat: Chat, as_json: bool) -> bool:
-    """Answer each line of standard input with one line; an error gives an empty line, or an object.
-
-    A reply without a readable answer is printed whole, with a note on stderr: it may be that of a model without steps.
-    """
+    """Answer each line of standard input with one line; an error gives an empty line, or an object."""
     complete, number = True, 0
     while line := console.read_line():
         number += 1
@@ -92,17 +88,14 @@ def answer_lines(chat: Chat, as_json: bool) -> bool:
             console.print_json_line(answer.as_json())
             continue
         console.print(escape(" ".join(answer.result.split())))
-        if answer.final.answer is None:
+        if answer.final.answer is None:  # perhaps a model that writes no steps
             why = f"no answer can be read in the reply, so all of it is printed ({answer.note})"
             console.note(f"[yellow]note:[/] line {number}: {escape(why)}")
     return complete
 
 
 def converse(chat: Chat) -> None:
-    """Answer what is typed or pasted until Ctrl-D, /bye, or Ctrl-C twice at an empty prompt.
-
-    A paste is one input, blank lines included.
-    """
+    """Answer what is typed, or pasted as one input, until Ctrl-D, /bye, or Ctrl-C twice at an empty prompt."""
     console.note("Type or paste a problem; /help lists the commands.")
     session = open_prompt(chat)
     warned = False

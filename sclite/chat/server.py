@@ -1,7 +1,4 @@
-"""An OpenAI-compatible server whose answers are reviewed: the first attempt and the review are the reasoning.
-
-Needs the extra `serve`.
-"""
+"""An OpenAI-compatible server (extra `serve`): the first attempt and its review are the reasoning of an answer."""
 
 import asyncio
 import hmac
@@ -180,10 +177,7 @@ def reviewed(end: End) -> dict[str, Any]:
 
 
 def usage(items: Sequence[Piece | End]) -> dict[str, Any]:
-    """The token counts of a response. The prompt counts once; what the review wrote is part of the completion.
-
-    `sclite` holds what it cost: tokens fed, those of the review included, and seconds.
-    """
+    """The token counts of a response: the prompt once, and all that was written; `sclite` has tokens fed and seconds."""
     ends = [item for item in items if isinstance(item, End)]
     prompt, written = max(end.prompt_tokens for end in ends), sum(end.tokens for end in ends)
     answers = [end.answer for end in ends if end.answer is not None]
@@ -210,10 +204,7 @@ def run_server(
     parallel: int | None,
     as_json: bool = False,
 ) -> None:
-    """Serve a GGUF until SIGTERM or Ctrl-C, then finish what is in flight. Raises UsageError.
-
-    `off`: why answers are not reviewed, "" if they are. `as_json` prints one line with the address once it listens.
-    """
+    """Serve a GGUF until SIGTERM or Ctrl-C; `off` says why answers are not reviewed. Raises UsageError."""
     key = os.environ.get(KEY, "")
     if not key and host not in ("127.0.0.1", "localhost", "::1"):
         raise UsageError(f"--host {host} is open to other machines and needs a key", f"set {KEY} to a secret")

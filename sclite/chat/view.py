@@ -94,7 +94,20 @@ class AnswerView:
                 wrong = replace(self.lines[place], flagged=True, cause=event.cause)
                 self.lines[place:] = [wrong, Line(event.step, event.correction, corrects=True)]
             else:
-                self._finish(event)
+                self.answer, self.part, self.final = event, "", event.final.answer
+                review, steps = event.review, event.trace.steps
+                if review is not None and review.trace is not None:
+                    fixed = [i for i, line in enumerate(self.lines) if line.corrects]
+                    flagged = [i for i, line in enumerate(self.lines) if line.flagged]
+                    # where a later round has failed, what it flagged stands
+                    count = max(flagged) if review.note else 1 + max(fixed)
+                    done = sum(not line.flagged for line in self.lines[:count])
+                    self.lines[count:] = step_lines(event.final.steps[done:], done + 1)
+                else:  # nothing was corrected, or it could not be read: the first solution stands
+                    self.first_answer = None
+                    self.lines = step_lines(steps) if steps else [Line(0, event.first.text.strip())]
+                    for place, odds in zip(self._live(), review.scores if review else (), strict=False):
+                        self.lines[place] = replace(self.lines[place], odds=odds)
 
     def _live(self) -> list[int]:
         """Indices of the lines that stand for the steps of the current solution."""
@@ -117,24 +130,6 @@ class AnswerView:
             self.lines[self.kept - 1] = replace(flagged, cause=found.cause)
             correction = [Line(flagged.number, found.correction, corrects=True)] if found.correction else []
             self.lines[self.kept :] = correction
-
-    def _finish(self, answer: Answer) -> None:
-        self.answer, self.part = answer, ""
-        review, first, final = answer.review, answer.trace, answer.final
-        if review is None or review.trace is None:
-            # nothing was corrected, or it could not be read: the first solution stands
-            self.first_answer = None
-            self.lines = step_lines(first.steps) if first.steps else [Line(0, answer.first.text.strip())]
-            for place, odds in zip(self._live(), review.scores if review else (), strict=False):
-                self.lines[place] = replace(self.lines[place], odds=odds)
-        else:
-            if review.note:  # a later round failed: what it flagged stands
-                count = max(i for i, line in enumerate(self.lines) if line.flagged)
-            else:
-                count = 1 + max(i for i, line in enumerate(self.lines) if line.corrects)
-            done = sum(not line.flagged for line in self.lines[:count])
-            self.lines[count:] = step_lines(final.steps[done:], done + 1)
-        self.final = final.answer
 
     # -- lines of text ---------------------------------------------------------------------------------------------
 
@@ -203,12 +198,11 @@ def _hang(head: "Text", text: "Text", width: int, indent: int) -> "list[Text]":
 
 @contextmanager
 def showing(view: AnswerView) -> Iterator[Callable[[], None]]:
-    """Show the view while it grows; yields a function to call after each event. The view stays on the screen at the end.
-
-    A terminal without cursor control, such as TERM=dumb, gets complete steps; a pipe gets only the end.
-    """
+    """Show the view while it grows, and keep it on the screen; yields a function to call after each event."""
     out = console.make_console()
-    if not out.is_terminal or out.is_dumb_terminal:
+    if (
+        not out.is_terminal or out.is_dumb_terminal
+    ):  # no cursor control: complete steps; in a pipe only the end
         printed = 0
 
         def append() -> None:

@@ -59,11 +59,7 @@ def evaluate(
 def export(
     quant: Annotated[
         str | None,
-        typer.Option(
-            "--quant",
-            metavar="TYPES",
-            help="q4_k_m, q8_0, f16 .., or several: q4_k_m,q8_0 (default: q4_k_m).",
-        ),
+        typer.Option("--quant", metavar="TYPES", help="q4_k_m (default), q8_0 .., or several: q4_k_m,q8_0."),
     ] = None,
     ollama: Annotated[
         str | None, typer.Option("--ollama", metavar="NAME", help="Also create this model in Ollama.")
@@ -99,15 +95,14 @@ def export(
 
     if format not in ("gguf", "lora", "merged", "data"):
         raise UsageError(f"invalid value for --format: {format}", "use --format gguf, lora, merged or data")
-    context = common.context(
-        {
-            "export.quant": quant,
-            "export.ollama": ollama,
-            "export.push": push,
-            "export.imatrix": imatrix,
-            "export.keep_template": keep_template,
-        }
-    )
+    chosen = {
+        "quant": quant,
+        "ollama": ollama,
+        "push": push,
+        "imatrix": imatrix,
+        "keep_template": keep_template,
+    }
+    context = common.context({f"export.{name}": value for name, value in chosen.items()})
     settings, kind = context.config.export, "dataset" if format == "data" else "model"
     compared, url = None, ""
     with context.run.lock():
