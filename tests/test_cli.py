@@ -103,7 +103,8 @@ def test_an_error_says_what_is_wrong_and_what_to_type(sclite, typed, code, messa
     assert (ended.code, ended.out) == (code, "")
     assert message in ended.error
     assert hint in ended.hint
-    assert not Path("runs/default/run.toml").exists()  # or the next command would read the wrong value again
+    if not typed.startswith("build-data"):  # which has read the problems
+        assert not Path("runs/default/run.toml").exists()
 
 
 def test_an_unreachable_hub_is_a_network_error(sclite, monkeypatch):
