@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from sclite.errors import DataError, ScliteError
 from sclite.export.tensors import Tensors, open_tensors, read_json
-from sclite.student.origin import Origin, fingerprint, nf4_round_trip, read_origin
+from sclite.student.origin import Origin, fingerprint, read_origin
 
 if TYPE_CHECKING:
     import torch
@@ -124,13 +124,16 @@ class BaseWeights:
         return name in self._tensors and name not in self._parts
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        if name in self._nf4:
-            return nf4_round_trip(self._tensors[name], self._origin.dtype)
-        if name not in self._states:
+        if name not in self._states and name not in self._nf4:
             return self._tensors[name]
         import bitsandbytes.functional as bnb
         import torch
 
+        if name in self._nf4:  # as training in NF4 sees it: quantized as in `nf4_config`, then dequantized
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            weight = self._tensors[name].to(device, getattr(torch, self._origin.dtype))
+            packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+            return bnb.dequantize_4bit(packed, state).cpu()
         parts = {part: self._tensors[part] for part in self._states[name]}
         return bnb.dequantize_4bit(
             self._tensors[name], bnb.QuantState.from_dict(parts, device=torch.device("cpu"))

@@ -70,15 +70,3 @@ def read_origin(adapter: Path) -> Origin:
     except ValueError as error:
         hint = f"delete {adapter} and run `sclite train` again"
         raise DataError(f"{path} is damaged: {error}", hint) from error
-
-
-def nf4_round_trip(weight: "torch.Tensor", dtype: str) -> "torch.Tensor":
-    """A weight [out, in] as NF4 training sees it: quantized as in `nf4_config`, then dequantized to `dtype`."""
-    import bitsandbytes.functional as bnb
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    packed, state = bnb.quantize_4bit(
-        weight.to(device, getattr(torch, dtype)), quant_type="nf4", compress_statistics=True
-    )
-    return bnb.dequantize_4bit(packed, state).cpu()

@@ -352,16 +352,16 @@ def test_free_review_returns_the_corrected_solution():
     assert (asked.pieces, asked.max_tokens) == ((), 100)  # it repeats the steps and adds new ones
 
 
-def test_free_review_without_accusation_changes_nothing():
-    (got,) = review(Scripted(rest=render(RIGHT)), WRONG, script=free)
-    assert (got.trace, got.accused, got.note) == (None, None, "")
-
-
-@pytest.mark.parametrize("text", ["gibberish", "", "<Step1>a</Step1>", "<Answer>41</Answer>"])
-def test_unreadable_free_review_keeps_the_first_answer(text):
+@pytest.mark.parametrize(
+    ("text", "note"),
+    [
+        (render(RIGHT), ""),
+        *((text, UNREADABLE) for text in ("gibberish", "", "<Step1>a</Step1>", "<Answer>41</Answer>")),
+    ],
+)
+def test_free_review_without_accusation_or_unreadable_keeps_the_first_answer(text, note):
     (got,) = review(Scripted(rest=text), WRONG, script=free)
-    assert (got.trace, got.accused, got.note) == (None, None, UNREADABLE)
-    assert got.tokens == 10
+    assert (got.trace, got.accused, got.note, got.tokens) == (None, None, note, 10)
 
 
 @pytest.mark.parametrize("script", [guided, free])
