@@ -168,7 +168,7 @@ class Scheduler:
         In order of slots: llama.cpp computes consecutive slots together, others one at a time.
         """
         self._admit()
-        count, spans = 0, []  # of (slot, fed up to, positions read)
+        count, spans = 0, list[tuple[_Slot, int, list[int]]]()  # slot, fed up to, positions read
         prompts_last = sorted(self.active.items(), key=lambda e: (len(e[1].ids) - e[1].fed > 1, e[0].number))
         for slot, sequence in prompts_last:
             start = sequence.fed
@@ -251,7 +251,8 @@ class Scheduler:
                 self._report(self.waiting.popleft())
                 continue
             # the slot that shares the longest prefix, the length of that, and how much of it is in the cache
-            source, common, ready = None, 0, 0
+            source: _Slot | None = None
+            common = ready = 0
             read = min(sequence.reads, default=len(sequence.ids) - 1)  # computed whatever the cache holds
             most = min(len(sequence.prompt), read) if self.shares else 0
             for other in self.slots:
