@@ -80,12 +80,21 @@ class MetricsLogger:
 
     def log_step(self, logs: Mapping[str, Any], step: int, total: int) -> dict[str, float]:
         """Append what the trainer logs at a step, with our figures, to metrics.jsonl; return both for other loggers."""
+        import torch
+
         found = {k: float(v) for k, v in logs.items() if isinstance(v, int | float)}
         if "loss" in logs:
             found |= {k: float(max(v) if isinstance(v, list) else v) for k, v in self._sums.items()}
             seconds = max(time.monotonic() - self._began, 1e-9)
             found |= {"tokens": self._tokens, "tokens_per_second": self._tokens / seconds}
-            found["memory_gb"] = peak_memory_gb()
+            # the peak since the step before; without a GPU that of this process's RAM so far
+            if torch.cuda.is_available():
+                peak = torch.cuda.max_memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+            else:
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                peak *= 1 if sys.platform == "darwin" else 1024
+            found["memory_gb"] = peak / 1e9
             self._sums, self._tokens, self._began = {}, 0, time.monotonic()
         if "loss" in logs or "eval_loss" in logs:
             row = {"phase": self.phase, "step": step} | {k: round(v, 6) for k, v in found.items()}
@@ -160,15 +169,3 @@ def diagnose(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         if statistics.fmean(row["chosen_shift"] for row in recent) < -2.0:
             found.append(FALLING)
     return found
-
-
-def peak_memory_gb() -> float:
-    """Peak GPU memory that torch has allocated since the last call; without a GPU, this process's peak of RAM so far."""
-    import torch
-
-    if not torch.cuda.is_available():
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-    peak = torch.cuda.max_memory_allocated() / 1e9
-    torch.cuda.reset_peak_memory_stats()
-    return peak

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -32,9 +33,8 @@ class Turns:
 
     def step_done(self, tokens: int) -> None:
         seconds, cpu = time.monotonic() - self.began[0], time.process_time() - self.began[1]
-        from sclite.train.metrics_logger import peak_memory_gb
-
-        row = {"seconds": seconds, "cpu": cpu, "tokens": tokens, "peak_gb": peak_memory_gb()}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        row = {"seconds": seconds, "cpu": cpu, "tokens": tokens, "peak_gb": peak}
         print(json.dumps(row), flush=True)
         sys.stdin.readline()
         self.began = time.monotonic(), time.process_time()

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 
 from sclite.records import Template
 from sclite.student.loader import load_student
@@ -73,7 +74,9 @@ def test_micro_batch_figures_are_summed_and_maxima_kept(tmp_path):
 
 def test_the_progress_line_shows_loss_margin_speed_and_memory(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("sclite.train.metrics_logger.peak_memory_gb", lambda: 9.84)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 9_840_000_000)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     logger = MetricsLogger(tmp_path / "metrics.jsonl", "dpo", lambda *_, note="", **__: said.append(note))
     logger.add({"margin": 0.31, "accuracy": 0.74}, 0)
     logger.log_step({"loss": 0.4123}, 1, 9)
