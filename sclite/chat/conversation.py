@@ -5,7 +5,7 @@ import math
 import shlex
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +47,13 @@ class Chat:
     review_mode: str = "guided"
     history: bool = False
     left: bool = False
-
-    def __post_init__(self) -> None:
-        self.answers: list[Answer] = []
+    answers: list[Answer] = field(default_factory=list)
 
     def ask(self, question: str, quiet: bool = False, temperature: float | None = None) -> Answer:
         """Answer a question and show it. Raises DataError if the student cannot: the question is too long."""
         if not self.familiar(question):
-            console.note(
-                "[yellow]note:[/] the model was not trained on this kind of problem; expect a wrong answer"
-            )
+            unknown = "the model was not trained on this kind of problem; expect a wrong answer"
+            console.note(f"[yellow]note:[/] {unknown}")
         earlier = self.answers if self.history else []
         settings = self.settings if temperature is None else replace(self.settings, temperature=temperature)
         view = AnswerView()
