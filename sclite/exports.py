@@ -94,8 +94,8 @@ def for_chat(
 ) -> tuple[Path, float | None, str]:
     """(GGUF, review threshold, why review is off or "") for chat.
 
-    If the newest file has no threshold, the largest file in another quantization that has one. `self_correct`: True insists, and
-    raises DataError if no threshold was fitted; None takes what is there.
+    If the newest file has no threshold, the largest file in another quantization that has one. `self_correct`: True insists,
+    and raises DataError if no threshold was fitted; None takes what is there.
     """
     path, review = find_gguf(context, model), context.config.review
     if self_correct is False:
@@ -105,9 +105,8 @@ def for_chat(
     if review.mode == "free" or review.threshold is not None:
         return path, review.threshold, ""
     fitted = load_threshold(context.config, context.run, path)
-    others = (
-        path.parent.glob(f"{path.name.partition('-')[0]}-*.gguf") if fitted is None and model is None else ()
-    )
+    student = path.name.partition("-")[0]
+    others = path.parent.glob(f"{student}-*.gguf") if fitted is None and model is None else ()
     for other in sorted(others, key=lambda other: -other.stat().st_size):
         if fitted := load_threshold(context.config, context.run, other):
             context.display.print(f"{path.name} has no fitted review threshold: using {other.name}")

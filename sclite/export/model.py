@@ -164,12 +164,9 @@ def _write_parts(
         shutil.rmtree(merged)
         check_gguf(full)
         keep(full)
-    wanted = list(types)
-    if config.export.imatrix is None:  # below 5 bits it pays
-        wanted = [quant for quant in types if re.match(r"(i?q|tq)[1-4]", quant)]
-    if config.export.imatrix is False or len(samples) <= HELD_OUT + 2:
-        wanted = []
-    importance = None
+    wanted, importance = list[str](), None
+    if config.export.imatrix is not False and len(samples) > HELD_OUT + 2:  # it pays below 5 bits
+        wanted = [quant for quant in types if config.export.imatrix or re.match(r"(i?q|tq)[1-4]", quant)]
     if any(quant in wanted for quant in missing):
         # samples that parity does not use, in an order that mixes the run's files
         rest, texts = samples[2:-HELD_OUT], list[list[int]]()
@@ -194,11 +191,8 @@ def export_merged(config: Config, run: Run, name: str) -> dict[str, Any]:
     import numpy as np
 
     adapter, out = run.path(f"{name}/adapter") if name != "base" else None, run.path(f"export/{name}-merged")
-    student, samples, work = (
-        _load(config, adapter),
-        read_samples(config, run),
-        run.path(UNFINISHED) / out.name,
-    )
+    student, samples = _load(config, adapter), read_samples(config, run)
+    work = run.path(UNFINISHED) / out.name
     work.parent.mkdir(parents=True, exist_ok=True)
     same, kl, faults = None, None, []
     try:
@@ -206,17 +200,11 @@ def export_merged(config: Config, run: Run, name: str) -> dict[str, Any]:
         equal = sum(merged.ids(sample) == student.ids(sample) for sample in samples)
         sequences, shortage = student.held_out(samples), student.ram_shortage()
         with suppress(DataError) if shortage else nullcontext():  # some models cannot be run layer by layer
-            pairs = list(
-                zip(
-                    parity.compute_references(student.base, adapter, sequences, bool(shortage)),
-                    parity.compute_references(work, None, sequences, bool(shortage)),
-                    strict=True,
-                )
-            )
-            kl = float(
-                np.mean([(np.exp(a.trained) * (a.trained - b.trained)).sum(1).mean() for a, b in pairs])
-            )
-            same = float(np.mean([(a.top[:, 0] == b.top[:, 0]).mean() for a, b in pairs]))
+            wanted = parity.compute_references(student.base, adapter, sequences, bool(shortage))
+            found = parity.compute_references(work, None, sequences, bool(shortage))
+            pairs = [(a.trained, b.trained) for a, b in zip(wanted, found, strict=True)]
+            kl = float(np.mean([(np.exp(a) * (a - b)).sum(1).mean() for a, b in pairs]))
+            same = float(np.mean([(a.argmax(1) == b.argmax(1)).mean() for a, b in pairs]))
         if equal < len(samples):
             faults.append(f"its tokenizer reads {len(samples) - equal} of {len(samples)} chats differently")
         if kl is not None and not kl <= (bound := config.export.max_kl["f16"]):

@@ -13,8 +13,7 @@ from sclite.export import parity
 from sclite.export.layers import check_merge
 from sclite.export.merge import merge
 from sclite.export.tensors import Tensors
-from sclite.run import Run
-from tests.toy import sample_texts, write_tokenizer
+from tests.toy import merged_by_peft, random_adapter, sample_texts, write_tokenizer
 
 SHAPE = {
     "vocab_size": 512,
@@ -72,18 +71,16 @@ ADAPTERS = {
 
 
 @pytest.fixture(scope="module")
-def converter(tmp_path_factory):
-    """llama.cpp's converter, except that it takes the tests' byte-level BPE for a known one. Tests download nothing."""
-    cached = conversion.cache_folder()
-    if not (cached / conversion.SCRIPT).is_file():
-        pytest.skip("llama.cpp's converter is not on this machine; `sclite export` downloads it")
+def patched(converter, tmp_path_factory):
+    """llama.cpp's converter, except that it takes the tests' byte-level BPE for a known one."""
     folder = tmp_path_factory.mktemp("llama.cpp") / "source"
-    shutil.copytree(cached, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(converter, folder, ignore=shutil.ignore_patterns("__pycache__"))
     base = folder / "conversion/base.py"
-    source = base.read_text(encoding="utf-8")
-    unknown = (
-        'raise NotImplementedError("BPE pre-tokenizer was not recognized - update get_vocab_base_pre()")'
+    source, told = (
+        base.read_text(encoding="utf-8"),
+        "BPE pre-tokenizer was not recognized - update get_vocab_base_pre()",
     )
+    unknown = f'raise NotImplementedError("{told}")'
     assert unknown in source
     base.write_text(source.replace(unknown, 'return "gpt-2"'), encoding="utf-8")
     return folder
@@ -102,11 +99,8 @@ def make_base(folder, tokenizer, family, variant):
     import transformers
 
     prefix, own = FAMILIES[family]
-    config_class = next(
-        getattr(transformers, f"{prefix}{end}")
-        for end in ("TextConfig", "Config")
-        if hasattr(transformers, f"{prefix}{end}")
-    )
+    text_config = getattr(transformers, f"{prefix}TextConfig", None)
+    config_class = text_config or getattr(transformers, f"{prefix}Config")
     shape = config_class(**SHAPE | own | ({"tie_word_embeddings": True} if variant == "tied" else {}))
     torch.manual_seed(0)
     model = getattr(transformers, f"{prefix}ForCausalLM")(shape).float()
@@ -129,33 +123,21 @@ def write_byte_level_tokenizer(folder):
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<unk>", "<|im_start|>", "<|im_end|>"]
     fast.train_from_iterator(
-        sample_texts(),
-        trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet),
+        sample_texts(), trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet)
     )
     fast.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer.model").unlink()
 
 
 def make_adapter(folder, base, variant):
-    """A random adapter in `folder`; the tensors after PEFT's own merge."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **ADAPTERS[variant]))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.1)
-    model.save_pretrained(folder)
-    return {name: tensor.clone() for name, tensor in model.merge_and_unload().state_dict().items()}
+    return random_adapter(base, folder, std=0.1, **ADAPTERS[variant])
 
 
 @pytest.mark.parametrize("variant", ADAPTERS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_tensors_equal_those_of_peft(family, variant, tokenizer, tmp_path):
     base = make_base(tmp_path / "base", tokenizer, family, variant)
-    wanted = make_adapter(tmp_path / "adapter", base, variant)
+    wanted = merged_by_peft(make_adapter(tmp_path / "adapter", base, variant))
     merged = Tensors(merge(base, tmp_path / "adapter", tmp_path / "merged"))
     check_merge(base, tmp_path / "adapter", tmp_path / "merged")
     tied = {"lm_head.weight"} - set(merged)
@@ -173,12 +155,12 @@ def test_merged_tensors_equal_those_of_peft(family, variant, tokenizer, tmp_path
         if (family, variant) != ("gemma2", "modules_to_save")  # is rejected, see below
     ],
 )
-def test_f16_gguf_equals_transformers(family, variant, tokenizer, converter, tmp_path):
+def test_f16_gguf_equals_transformers(family, variant, tokenizer, patched, tmp_path):
     base = make_base(tmp_path / "base", tokenizer, family, variant)
     make_adapter(tmp_path / "adapter", base, variant)
     merged = merge(base, tmp_path / "adapter", tmp_path / "merged", outtype="f16")
     gguf = tmp_path / "f16.gguf"
-    conversion.run_converter(converter, merged, gguf)
+    conversion.run_converter(patched, merged, gguf)
     draw = np.random.default_rng(0)
     sequences = [
         (draw.integers(4, 512, size).tolist(), start) for size, start in ((60, 9), (120, 1), (200, 1))
@@ -206,12 +188,10 @@ def test_f16_gguf_equals_transformers(family, variant, tokenizer, converter, tmp
     ],
 )
 def test_what_the_converter_cannot_do_is_an_error(
-    family, variant, reason, large, tokenizer, tmp_path, monkeypatch
+    family, variant, reason, large, tokenizer, converter, run, tmp_path, monkeypatch
 ):
     """Before the merge, unless only a run of the converter tells and the merge does not take longer."""
-    if not (conversion.cache_folder() / conversion.SCRIPT).is_file():
-        pytest.skip("llama.cpp's converter is not on this machine; `sclite export` downloads it")
-    base, run = make_base(tmp_path / "base", tokenizer, family, variant), Run(tmp_path / "run")
+    base = make_base(tmp_path / "base", tokenizer, family, variant)
     make_adapter(run.path("sft/adapter"), base, variant)
     if family == "phi3":
         config = base / "config.json"

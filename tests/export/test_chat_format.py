@@ -107,11 +107,8 @@ def test_small_template_renders_what_the_original_renders(formats, templates):
         for kind, chat in chats().items():
             for answer in (True, False):
                 wanted, text = original(chat, answer), small(chat, answer)
-                if (
-                    text != wanted
-                    and form.dropped
-                    and not (chat[0]["role"] == "system" and chat[0]["content"])
-                ):
+                own = chat[0]["role"] == "system" and chat[0]["content"]
+                if text != wanted and form.dropped and not own:
                     defaults.append(name)
                     wanted = wanted.replace(form.dropped, "", 1)
                 if text != wanted:
@@ -213,53 +210,34 @@ def test_thinking_that_training_closed_is_closed_in_the_template():
 
 
 @pytest.mark.parametrize(
-    ("template", "reason"),
+    ("part", "instead", "reason"),
     [
-        (
-            CHATML.replace("message['content']", "message['content'] | upper"),
-            "changes the content of the user",
-        ),
-        (CHATML.replace("message['content']", "message['content'] * 2"), "repeats"),
-        (
-            CHATML.replace("'<|im_end|>\n'", "'<|im_end|>' ~ (messages | length) ~ '\n'"),
-            "more than roles and contents",
-        ),
-        (
-            CHATML.replace("'<|im_end|>\n'", "('' if '{' in message['content'] else '<|im_end|>\n')"),
-            "'quotes and",
-        ),
+        ("message['content']", "message['content'] | upper", "changes the content of the user"),
+        ("message['content']", "message['content'] * 2", "repeats"),
+        ("'<|im_end|>\n'", "'<|im_end|>' ~ (messages | length) ~ '\n'", "more than roles and contents"),
+        ("'<|im_end|>\n'", "('' if '{' in message['content'] else '<|im_end|>\n')", "'quotes and"),
     ],
 )
-def test_template_that_looks_at_more_is_refused_with_the_reason(template, reason):
+def test_template_that_looks_at_more_is_refused_with_the_reason(part, instead, reason):
     with pytest.raises(DataError, match="cannot be reduced") as error:
-        derive(template)
+        derive(CHATML.replace(part, instead))
     assert reason in error.value.message
     assert "--keep-template" in error.value.hint
 
 
 def test_folder_gets_the_template_the_end_of_turn_and_no_second_bos(tmp_path):
+    from tokenizers.processors import TemplateProcessing
     from transformers import AutoTokenizer
 
     write_tokenizer(tmp_path, sample_texts())
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    settings |= {
-        "bos_token": "<|im_start|>",
-        "eos_token": "<unk>",
-        "chat_template": CHATML,
-        "add_bos_token": True,
-    }
+    settings |= {"bos_token": "<|im_start|>", "eos_token": "<unk>"}
+    settings |= {"chat_template": CHATML, "add_bos_token": True}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 0, "top_p": 0.5}')
     kept = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
-    kept["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [
-            {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}},
-            {"Sequence": {"id": "A", "type_id": 0}},
-        ],
-        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}},
-    }
+    first = TemplateProcessing("<|im_start|> $A", "$A $B", [("<|im_start|>", 1)])
+    kept["post_processor"] = json.loads(first.__getstate__())
     (tmp_path / "tokenizer.json").write_text(json.dumps(kept), encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer("one")["input_ids"][0] == 1

@@ -15,16 +15,10 @@ from sclite.run import Run
 from sclite.student.loader import load_tokenizer
 from sclite.student.tokenization import end_id, prompt_text
 from sclite.trace import CAUSE, parse, render
-from tests.toy import export_config, make_run, tiny_llama
+from tests.toy import export_config, make_run
 
 STEP_DPO = "dataset prompt initial_reason_steps chosen rejected full_chosen full_rejected answer".split()  # noqa: SIM905
 KINDS = {"templates": Template, "reviews": Review, "pairs": Pair}
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory):
-    """The folder of a random tiny student."""
-    return tiny_llama(tmp_path_factory.mktemp("student"))
 
 
 @pytest.fixture(scope="module")
@@ -59,20 +53,15 @@ def test_every_row_is_exported_once_in_the_same_order(exported, name):
     assert report.counts[name] == len(kept)
 
 
-def test_template_chat_is_what_the_student_is_trained_on(exported):
+def test_chats_are_what_the_student_is_trained_on(exported):
     _, run, _ = exported
     for row, template in zip(rows_of(run, "templates"), run.read("templates.jsonl", Template), strict=True):
-        assert row["messages"][:2] == list(prompts.solve_messages(template.question))
-        assert row["messages"][2] == {"role": "assistant", "content": template.trace}
-
-
-def test_review_chat_contains_the_attempt(exported):
-    _, run, _ = exported
-    attempts = {a.id: a for a in run.read("attempts.jsonl", Attempt)}
+        answer = {"role": "assistant", "content": template.trace}
+        assert row["messages"] == [*prompts.solve_messages(template.question), answer]
+    attempts = {a.id: render(parse(a.trace).trace) for a in run.read("attempts.jsonl", Attempt)}
     for row, review in zip(rows_of(run, "reviews"), run.read("reviews.jsonl", Review), strict=True):
-        attempt = render(parse(attempts[review.id].trace).trace)
-        assert row["messages"][:2] == list(prompts.review_messages(questions(run)[review.id], attempt))
-        assert row["messages"][2]["content"] == review.trace
+        chat = prompts.review_messages(questions(run)[review.id], attempts[review.id])
+        assert row["messages"] == [*chat, {"role": "assistant", "content": review.trace}]
 
 
 def test_pair_prompt_is_the_review_chat_and_the_assistant_prefix(exported, student):
@@ -150,8 +139,7 @@ def test_run_without_pairs_needs_no_student_and_removes_old_pairs(student, tmp_p
     run.replace("pairs.jsonl", [])
     report = export_data(export_config(""), run)
     assert report.counts["pairs"] == report.counts["step_dpo"] == 0
-    assert not run.path(f"{FOLDER}/pairs.jsonl").exists()
-    assert not run.path(f"{FOLDER}/step_dpo.jsonl").exists()
+    assert not any(run.path(f"{FOLDER}/{name}.jsonl").exists() for name in ("pairs", "step_dpo"))
     assert "sclite_pairs" not in run.read_json(f"{FOLDER}/dataset_info.json")
     assert "pairs.jsonl" not in read_card(run)
 
@@ -162,18 +150,15 @@ def test_empty_run_suggests_build_data(student, tmp_path):
     assert "sclite build-data" in caught.value.hint
 
 
-def test_pair_without_its_problem_is_an_error(student, tmp_path):
+def test_row_without_its_problem_or_attempt_is_an_error(student, tmp_path):
     run = make_run(tmp_path / "run")
+    attempts = run.read("attempts.jsonl", Attempt)
+    run.replace("attempts.jsonl", attempts[1:])
+    with pytest.raises(DataError, match=r"p0/0: no such row in attempts.jsonl"):
+        export_data(export_config(student), run)
     run.replace("reviews.jsonl", [])
     run.replace("problems.jsonl", [p for p in run.read("problems.jsonl", Problem) if p.id != "p1"])
     with pytest.raises(DataError, match=r"problems.jsonl has no problem p1, required by pair p1/0"):
-        export_data(export_config(student), run)
-
-
-def test_review_without_its_attempt_is_an_error(student, tmp_path):
-    run = make_run(tmp_path / "run")
-    run.replace("attempts.jsonl", run.read("attempts.jsonl", Attempt)[1:])
-    with pytest.raises(DataError, match=r"p0/0: no such row in attempts.jsonl"):
         export_data(export_config(student), run)
 
 
@@ -188,32 +173,34 @@ def test_card_of_the_quickstart_names_its_word_problems():
 def test_card_lists_source_models_prompts_counts_drops_and_cost(exported):
     _, run, report = exported
     card = read_card(run)
-    assert "- Problems: sums.jsonl" in card
-    assert "- Teacher: openai/large" in card
-    assert "- Teacher prompts for templates: 0123456789abcdef" in card
-    assert "- Teacher prompts for corrections: unknown" in card
-    assert f"- Prompt student_review: {prompts.digest_prompts('student_review')}" in card
+    for line in (
+        "- Problems: sums.jsonl",
+        "- Teacher: openai/large",
+        "- Teacher prompts for templates: 0123456789abcdef",
+        "- Teacher prompts for corrections: unknown",
+        f"- Prompt student_review: {prompts.digest_prompts('student_review')}",
+        "| templates | wrong answer | 3 |",
+        "| pairs | both sides alike | 1 |",
+        "- 2 requests, 110 prompt tokens, 44 completion tokens",
+        "- 0.250000 USD; 1 requests have no known price",
+    ):
+        assert f"\n{line}\n" in card
     assert f"| pairs.jsonl | {report.counts['pairs']} |" in card
-    assert "| templates | wrong answer | 3 |" in card
-    assert "| pairs | both sides alike | 1 |" in card
-    assert "- 2 requests, 110 prompt tokens, 44 completion tokens" in card
-    assert "- 0.250000 USD; 1 requests have no known price" in card
 
 
-def test_card_names_the_model_behind_the_attempts(tmp_path, student):
-    other = export_config(student, attempts={"student": "openai/small", "api_base": "http://here/v1"})
-    export_data(other, run := make_run(tmp_path / "run"))
+@pytest.mark.parametrize(
+    ("attempts", "shown"),
+    [
+        ({"student": "openai/small", "api_base": "http://here/v1"}, "are by openai/small"),
+        ({"source": "/home/somebody/wrong.jsonl"}, "were imported from wrong.jsonl"),
+    ],
+)
+def test_card_names_the_source_of_the_attempts_without_its_place(tmp_path, student, attempts, shown):
+    export_data(export_config(student, attempts=attempts), run := make_run(tmp_path / "run"))
     card = read_card(run)
-    assert "the corrected attempts are by openai/small" in card
-    assert "here/v1" not in card
-
-
-def test_card_shows_no_folders_and_no_addresses(exported, student):
-    _, run, _ = exported
-    card = read_card(run)
-    assert "/home/somebody" not in card
-    assert "10.0.0.7" not in card
-    assert str(student) not in card
+    assert f"the corrected attempts {shown}" in card
+    for secret in ("here/v1", "/home/somebody", "10.0.0.7", str(student)):
+        assert secret not in card
 
 
 @pytest.mark.parametrize(
@@ -233,29 +220,15 @@ def test_card_shows_the_whole_hub_id_but_only_the_last_part_of_a_path(student, t
     assert f"- Problems: {shown}\n" in read_card(run)
 
 
-def test_card_names_the_source_of_imported_attempts(student, tmp_path):
-    run = make_run(tmp_path / "run")
-    export_data(export_config(student, attempts={"source": "/home/somebody/wrong.jsonl"}), run)
-    card = read_card(run)
-    assert "the corrected attempts were imported from wrong.jsonl" in card
-
-
-def test_card_leaves_the_license_to_fill_in(exported):
-    _, run, _ = exported
-    card = read_card(run)
-    front = card.split("---\n")[1]
-    assert "license: unknown" in front
-    assert "> **TO FILL IN.**" in card
-
-
-def test_hub_reads_the_front_matter_of_the_card(exported):
+def test_hub_reads_the_front_matter_of_the_card_whose_license_is_to_be_filled_in(exported):
     from huggingface_hub import DatasetCard
 
     _, run, report = exported
-    data = DatasetCard.load(run.path(f"{FOLDER}/README.md")).data
-    assert data.license == "unknown"
-    assert [entry["config_name"] for entry in data.to_dict()["configs"]] == list(report.counts)
-    assert data.size_categories == ["n<1K"]
+    card = DatasetCard.load(run.path(f"{FOLDER}/README.md"))
+    assert card.data.license == "unknown"
+    assert "> **TO FILL IN.**" in card.text
+    assert [entry["config_name"] for entry in card.data.to_dict()["configs"]] == list(report.counts)
+    assert card.data.size_categories == ["n<1K"]
 
 
 # -- TRL -----------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from sclite.export.quantize import quantize
 from sclite.export.samples import TRICKY, Sample
 from sclite.student.base import Request
 from sclite.student.llama_cpp.engine import Engine
-from tests.toy import random_adapter, sample_texts, tiny_gguf, tiny_llama
+from tests.toy import random_adapter, sample_texts, tiny_gguf
 
 CHAT = (
     {"role": "system", "content": "Solve in steps."},
@@ -177,10 +177,8 @@ def test_folder_without_the_converter_is_a_usage_error(tmp_path, monkeypatch):
     [
         ("import sys; sys.exit('Model Foo is not supported')", "Model Foo is not supported"),
         ("len(\n  (1, 2)[3])", "IndexError: tuple index out of range"),
-        (
-            "assert (1, 2)[1] == 3",
-            r"assert \(1, 2\)\[1\] == 3",
-        ),  # Python marks a part of the line above AssertionError
+        # Python marks a part of the line above AssertionError
+        ("assert (1, 2)[1] == 3", r"assert \(1, 2\)\[1\] == 3"),
     ],
 )
 def test_converter_failure_reports_the_reason_and_leaves_no_file(student, tmp_path, failure, reason):
@@ -241,17 +239,3 @@ def test_parity_of_a_float32_file_is_exact(student, gguf):
     assert found["top1_agreement"] > 0.99
     assert found["mean_abs_logprob_diff"] < 1e-4
     assert found["adapter_share"] is None
-
-
-def test_parity_detects_other_weights_and_another_tokenizer(student, gguf, tmp_path):
-    from transformers import AutoTokenizer
-
-    other = tiny_llama(tmp_path / "other", seed=1)
-    expected = parity.compute_references(other, None, [([1, 300, 301, 302, 303], 1)])
-    assert parity.compare_probabilities(expected, gguf)["mean_abs_logprob_diff"] > 0.1
-    settings = json.loads((other / "tokenizer.json").read_text(encoding="utf-8"))
-    settings["pre_tokenizer"]["prepend_scheme"] = "first"
-    (other / "tokenizer.json").write_text(json.dumps(settings), encoding="utf-8")
-    found = parity.compare_tokens(AutoTokenizer.from_pretrained(other), gguf, [Sample(CHAT, ["Add"])])
-    assert found["tokens_equal"] < found["tokens_compared"]
-    assert found["differences"]
