@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 
 from sclite import prompts
 from sclite.config import Config, without_password
@@ -15,13 +14,11 @@ from sclite.data.templates import find_leak
 from sclite.errors import DataError
 from sclite.grading.worker import Grader
 from sclite.progress import Progress, no_progress
-from sclite.records import Attempt, Drop, Problem, Review, Template, from_feedback
+from sclite.records import Attempt, Drop, Problem, Review, from_feedback
 from sclite.run import Report, Run, timed
 from sclite.signature import digest, with_unanswered
 from sclite.teacher.client import CHARACTERS_PER_TOKEN, Job, Rejection, Teacher, count_unanswered
 from sclite.trace import Trace, first_corrected, parse, render
-
-SAMPLED = 50  # templates from which the length of a correction is estimated
 
 
 def corrections_inputs(config: Config, run: Run) -> dict[str, object]:
@@ -112,21 +109,6 @@ def count_pending_corrections(config: Config, run: Run) -> int | None:
         return 0
     attempts = deduplicate(run.read("attempts.jsonl", Attempt))
     return len(_split_usable(attempts)[0]) if attempts else None
-
-
-def estimate_corrections_usd(config: Config, run: Run, teacher: Teacher, count: int) -> float | None:
-    """Estimated US dollars for `count` corrections, each as long as a template; None if that or a price is unknown."""
-    sample = list(islice(run.rows("templates.jsonl", Template), SAMPLED))
-    price = teacher.price() if sample else None
-    if price is None:
-        return None
-    folder, sent = config.prompts.folder, 0
-    for row in sample:
-        chat = prompts.correction_messages(row.question, row.trace, row.answer, row.trace, "", folder)
-        sent += sum(len(message["content"]) for message in chat)
-    written = 1.5 * sum(len(row.trace) for row in sample)
-    each = price.cost_usd(sent / CHARACTERS_PER_TOKEN, written / CHARACTERS_PER_TOKEN) / len(sample)
-    return count * each
 
 
 def preview_corrections(config: Config, run: Run, teacher: Teacher, grader: Grader) -> dict[str, object]:

@@ -6,10 +6,11 @@ Unknown values are None: lengths without rows, hours before the run has timed a 
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from sclite import console
+from sclite import console, prompts
 from sclite.config import Config
 from sclite.console import escape, format_duration
 from sclite.data.corrections import count_pending_corrections
@@ -19,6 +20,7 @@ from sclite.records import Pair, Problem, Review, Template
 from sclite.run import Run
 from sclite.student.loader import model_name, read_config
 from sclite.student.tokenization import Encoded
+from sclite.teacher.client import CHARACTERS_PER_TOKEN
 from sclite.teacher.ledger import FILE as LEDGER
 from sclite.teacher.ledger import Ledger
 from sclite.train.bundle import build_bundles
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 
 STAGES = ("sft", "warmup", "dpo")
 GB = 1_000_000_000
+SAMPLED = 50  # templates from which the length of a correction is estimated
 CHECKPOINTS = 3  # on disk at once: two are kept while a third is written
 PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "layer", "allowance")
 
@@ -222,14 +225,20 @@ def corrections_cost(
 
 def correction_cost_text(context: "Context", unseen: frozenset[str]) -> str:
     """What the teacher's corrections will cost in one line; "" if that is nothing or unknown."""
-    from sclite.data.corrections import estimate_corrections_usd
-
     config, run = context.config, context.run
     found = corrections_cost(config, run, unseen, count_pending_corrections(config, run))
     cost = found["cost_usd"]
     if cost is None and found["requests"]:
+        # nothing is paid for yet: a correction is about as long as a template
+        sample = list(islice(run.rows("templates.jsonl", Template), SAMPLED))
         with context.teacher() as teacher:
-            cost = estimate_corrections_usd(config, run, teacher, found["requests"])
+            price = teacher.price() if sample else None
+        if price is not None:
+            given = ((row.question, row.trace, row.answer, row.trace, "") for row in sample)
+            chats = [prompts.correction_messages(*each, config.prompts.folder) for each in given]
+            sent = sum(len(message["content"]) for chat in chats for message in chat) / CHARACTERS_PER_TOKEN
+            written = 1.5 * sum(len(row.trace) for row in sample) / CHARACTERS_PER_TOKEN
+            cost = found["requests"] * price.cost_usd(sent, written) / len(sample)
     if not cost:
         return ""
     most = "at most " if found["at_most"] else ""

@@ -75,10 +75,12 @@ def test_each_invalid_review_has_a_reason(grader, text, reason):
     assert rejection.text
 
 
-def test_imported_label_decides_which_step_is_accused(grader):
-    for label, reason in ((2, None), (1, "other_step_than_label"), (3, "other_step_than_label")):
-        rejection = check_review(GOOD, ATTEMPT.model_copy(update={"first_error": label}), PROBLEM, grader)
-        assert getattr(rejection, "reason", None) == reason
+@pytest.mark.parametrize(
+    ("label", "reason"), [(2, None), (1, "other_step_than_label"), (3, "other_step_than_label")]
+)
+def test_imported_label_decides_which_step_is_accused(grader, label, reason):
+    found = check_review(GOOD, ATTEMPT.model_copy(update={"first_error": label}), PROBLEM, grader)
+    assert getattr(found, "reason", None) == reason
 
 
 def test_unknown_grade_is_not_a_wrong_review(unsure):
@@ -112,8 +114,8 @@ def test_invalid_review_is_retried_with_the_reason_then_dropped(run, grader):
     assert report.counts["corrected"] == 1
     assert report.dropped == {"wrong_answer": 1}
     (drop,) = run.read("dropped.jsonl", Drop)
-    assert (drop.stage, drop.id, drop.sample, drop.raw) == ("corrections", "w0", 0, bad)
-    assert drop.reason == "wrong_answer"
+    found = (drop.stage, drop.id, drop.sample, drop.reason, drop.raw)
+    assert found == ("corrections", "w0", 0, "wrong_answer", bad)
 
 
 @pytest.mark.parametrize(
@@ -124,10 +126,8 @@ def test_confirmations_are_right_attempts_in_the_configured_share(run, grader, s
     report, asked = build(run, grader, share=share)
     assert report.counts == {"wrong": 4, "corrected": 4, "confirmed": confirmed}
     confirmations = [r for r in run.read("reviews.jsonl", Review) if r.step is None]
-    assert len(confirmations) == confirmed
-    for row in confirmations:
-        assert row.id.startswith("r")
-        assert (row.cause, row.correction, row.requests) == (None, None, 0)
+    parts = {(row.id[0], row.cause, row.correction, row.requests) for row in confirmations}
+    assert (len(confirmations), parts) == (confirmed, {("r", None, None, 0)} if confirmed else set())
     assert len(asked) == 4  # right attempts cost nothing
 
 
@@ -157,9 +157,8 @@ def test_unusable_attempts_are_counted_and_not_sent(run, grader):
     report, asked = build(run, grader)
     assert report.dropped == {"outcome_unknown": 1, "attempt_not_readable": 1}
     assert len(asked) == 1
-    drops = {d.id: d for d in run.read("dropped.jsonl", Drop)}
-    assert drops["t"].raw == torn.trace
-    assert "no answer at the end" in drops["t"].detail
+    found = {d.id: (d.raw, d.detail) for d in run.read("dropped.jsonl", Drop)}
+    assert (found["t"][0], "no answer at the end" in found["t"][1]) == (torn.trace, True)
 
 
 def test_identical_attempts_are_corrected_once(run, grader):

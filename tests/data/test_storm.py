@@ -135,9 +135,10 @@ def test_after_a_kill_replies_in_the_ledger_are_not_requested_again(run, start):
 
 
 def test_interrupt_stops_without_waiting_and_with_one_traceback(start):
-    with TeacherServer(
-        lambda request, nth: right(request, 0.05 if number_of(request) < 40 else 60)
-    ) as server:
+    def answer(request, nth):  # the last 20 take a minute
+        return right(request, 0.05 if number_of(request) < 40 else 60)
+
+    with TeacherServer(answer) as server:
         process = start(server, 60, "teacher.concurrency=4", "teacher.timeout_seconds=90")
         wait_for_row(process, 20)
         process.send_signal(signal.SIGINT)

@@ -9,33 +9,18 @@ from sclite.teacher import limits
 from sclite.teacher.limits import Limit, RateLimiter
 
 
-def test_overload_halves_the_limit_and_successes_raise_it():
-    async def run():
-        limiter = RateLimiter(16)
-        limiter.in_flight = 16
-        now = time.monotonic()
-        limiter.record(now, overload=True)
-        assert limiter.limit == 8
-        limiter.record(now, overload=True)  # began before the last halving: the same overload
-        assert limiter.limit == 8
-        limiter.record(time.monotonic() + 1, overload=True)
-        assert limiter.limit == 4
-        for _ in range(20):
-            limiter.record(time.monotonic())
-        return limiter.limit
-
-    assert asyncio.run(run()) == 16
-
-
-def test_limit_never_falls_below_one_call():
-    async def run():
-        limiter = RateLimiter(2)
-        for second in range(5):
-            limiter.record(time.monotonic() + second, overload=True)
-        async with limiter.call():
-            return limiter.in_flight
-
-    assert asyncio.run(run()) == 1
+def test_overload_halves_the_limit_down_to_one_call_and_successes_raise_it():
+    limiter, now = RateLimiter(16), time.monotonic()
+    limiter.in_flight = 16
+    for began, limit in ((now, 8), (now, 8), (time.monotonic() + 1, 4)):
+        limiter.record(began, overload=True)  # the second began before the last halving: the same overload
+        assert limiter.limit == limit
+    for second in range(2, 7):
+        limiter.record(time.monotonic() + second, overload=True)
+    assert limiter.limit == 1
+    for _ in range(20):
+        limiter.record(time.monotonic())
+    assert limiter.limit == 16
 
 
 @pytest.mark.parametrize("allowed", [1, 3])

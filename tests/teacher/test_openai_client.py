@@ -142,11 +142,11 @@ def test_error_or_html_with_status_200_is_free_and_retried(answer, message):
     assert (failure.action, failure.free, failure.message) == (failures.RETRY, True, message)
 
 
-def test_html_or_half_a_reply_is_retried_for_every_provider():
+@pytest.mark.parametrize("answer", [HTML, BROKEN, Answer(200, b"{")])
+def test_html_or_half_a_reply_is_retried_for_every_provider(answer):
     """LiteLLM treats HTML from a vLLM server as a refusal."""
-    for answer in (HTML, BROKEN, Answer(200, b"{")):
-        with TeacherServer(lambda request, nth, answer=answer: answer) as server:
-            assert asyncio.run(outcome(connect(server.url, model="hosted_vllm/replay")))[0] == failures.RETRY
+    with TeacherServer(lambda request, nth: answer) as server:
+        assert asyncio.run(outcome(connect(server.url, model="hosted_vllm/replay")))[0] == failures.RETRY
 
 
 def test_connections_are_reused():
