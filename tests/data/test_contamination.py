@@ -139,9 +139,8 @@ def test_evaluation_skips_and_counts_problems_that_were_trained_on(write, run):
 
 def test_problems_skipped_in_training_can_be_evaluated(write, run):
     rows = [plain(f"What is {i} + {i}?", id=f"e{i}") for i in range(60)]
-    run.replace(
-        "problems.jsonl", [Problem(id=i, question=f"What is {i} + {i}?", answer="1") for i in ("1", "99")]
-    )
+    asked = [Problem(id=i, question=f"What is {i} + {i}?", answer="1") for i in ("1", "99")]
+    run.replace("problems.jsonl", asked)
     chosen = settings(f"eval.source={write('e.jsonl', *rows)}")
     assert len(gather_problems(chosen, run)) == 1
     assert held_out(Context(chosen, run, ProgressDisplay(quiet=True))).dropped == {}

@@ -43,13 +43,9 @@ def test_imported_attempts_keep_labels_and_get_a_verdict(run, grader, write):
     )
     report = write_imported(run, grader, source)
     rows = run.read("attempts.jsonl", Attempt)
-    assert [(r.id, r.sample, r.correct, r.first_error) for r in rows] == [
-        ("p0", 0, True, None),
-        ("p1", 0, False, 1),
-        ("p1", 1, True, None),
-        ("p1", 2, True, None),
-        ("p3", 0, False, None),
-    ]
+    found = [(r.id, r.sample, r.correct, r.first_error) for r in rows]
+    assert found[:2] == [("p0", 0, True, None), ("p1", 0, False, 1)]
+    assert found[2:] == [("p1", 1, True, None), ("p1", 2, True, None), ("p3", 0, False, None)]
     assert parse(rows[1].trace).trace == Trace((Step("1 + 1 = 3"), Step("So 3")), None, "3")
     assert rows[2].answer == "2"
     assert all(row.trace == render(parse(row.trace).trace) for row in rows)

@@ -141,14 +141,11 @@ def test_numbers_bytes_and_lists_of_one_are_read_as_text(cell, gold):
 @pytest.mark.parametrize(
     ("cell", "said"),
     [
-        (["3", "5"], "the answer is a list of 2"),
-        ({"value": 7}, "the answer is an object"),
-        ([{"value": 7}], "the answer is an object"),
-        (b"\xff\xfe", "bytes that are not UTF-8"),
-        (math.inf, "infinite"),
+        (["3", "5"], "the answer is a list of 2"), ({"value": 7}, "the answer is an object"), (math.inf, "infinite"),
+        ([{"value": 7}], "the answer is an object"), (b"\xff\xfe", "bytes that are not UTF-8"),
         (date(2020, 1, 2), "the answer is date"),
     ],
-)
+)  # fmt: skip
 def test_other_types_are_rejected_unless_the_solution_has_the_answer(cell, said):
     error = refused(answer=cell)
     assert error.reason == "not_text"
