@@ -83,7 +83,7 @@ def write_pairs(
         else:
             _sample_own(config, student, cases, grader, progress)
         own = {(case.review.id, case.review.sample): (case.own, case.reasons) for case in cases}
-        made = [make_pairs(r, work, *own.get((r.id, r.sample), ((), ()))) for r, work in judged]
+        made = [make_pairs(r, work, *own.get((r.id, r.sample), ([], []))) for r, work in judged]
         pairs = [pair for found, _ in made for pair in found]
         drops = [drop for _, drop in made if drop is not None]
         run.mark_started("pairs")
