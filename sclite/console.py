@@ -199,9 +199,8 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     from rich.table import Table
 
     def make_table(header: Sequence[str], *rows: Sequence[str]) -> Table:
-        table = Table(
-            title=escape(visible(title)), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold"
-        )
+        heading = escape(visible(title))
+        table = Table(title=heading, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
         for i, name in enumerate(header):
             side: Literal["left", "right"] = "left" if i < texts else "right"
             table.add_column(name, justify=side, no_wrap=i == 0 or i != texts - 1, overflow="fold")

@@ -97,13 +97,12 @@ def build_templates(context: Context, fresh: bool = False) -> Report:
     """Templates for all problems but those of the fit: SFT learns those of its side, stage 2 replays the others."""
     from sclite.data import templates
 
-    imported = context.run.is_imported("templates", "templates.jsonl") and not has_problems(context)
+    config, run = context.config, context.run
+    imported = run.is_imported("templates", "templates.jsonl") and not has_problems(context)
     split = None if imported else divided_problems(context)
     problems = [] if split is None else [*split.sft, *split.stage2]
     with paid_stage(context, "templates", "templates: the teacher writes thought traces") as given:
-        report = templates.write_templates(
-            context.config, context.run, problems=problems, fresh=fresh, **given
-        )
+        report = templates.write_templates(config, run, problems=problems, fresh=fresh, **given)
     return context.add(report, f"templates: {report.counts.get('templates', 0)} kept{drops(report)}")
 
 
@@ -156,9 +155,8 @@ def build_corrections(context: Context, with_feedback: bool = False) -> Report:
                 report = feedback.write_feedback(config, run, fit=split.fit, **given)
             good, bad = report.counts["good"], report.counts["bad"]
             context.add(report, f"feedback: {good} good, {bad} bad{drops(report)}")
-    with paid_stage(
-        context, "corrections", "corrections: the teacher corrects the first wrong step"
-    ) as given:
+    text = "corrections: the teacher corrects the first wrong step"
+    with paid_stage(context, "corrections", text) as given:
         report = corrections.write_corrections(config, run, **given)
     corrected, confirmed = (report.counts.get(name, 0) for name in ("corrected", "confirmed"))
     return context.add(report, f"corrections: {corrected} corrected, {confirmed} confirmed{drops(report)}")
@@ -292,9 +290,8 @@ def train_stage(context: Context, name: str, fresh: bool = False) -> Report:
 def require_sft(context: Context) -> None:
     """Raise DataError if the run has no SFT adapter."""
     if not context.run.path(adapter_weights("sft")).is_file():
-        raise DataError(
-            f"{context.run.path('sft/adapter')} is missing", "run `sclite train --only sft` first"
-        )
+        missing = context.run.path("sft/adapter")
+        raise DataError(f"{missing} is missing", "run `sclite train --only sft` first")
 
 
 def untrained_problems(context: Context) -> list[Problem]:

@@ -50,9 +50,8 @@ def load(
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
-            raise UsageError(
-                f"--set {setting}: no value", "write --set KEY=VALUE; --set KEY= restores the default"
-            )
+            hint = "write --set KEY=VALUE; --set KEY= restores the default"
+            raise UsageError(f"--set {setting}: no value", hint)
         _assign(typed, key.strip().split("."), value.strip())
     layers = (file, variables, typed)
     named = [str(layer["run"]) for layer in (defaults or {}, *layers) if layer.get("run")]

@@ -215,9 +215,8 @@ class Service:
 
     def _raw(self, asked: Completion, settings: Settings, index: int, cancel: Event) -> Iterator[Piece | End]:
         """The model's reply to the messages as they are."""
-        messages = tuple(
-            {"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in asked.messages
-        )
+        roles = {"developer": "system"}
+        messages = tuple({"role": roles.get(m.role, m.role), "content": m.text} for m in asked.messages)
         sampling = (settings.max_tokens, settings.temperature, settings.top_p, settings.seed)
         request = Request(messages, (), *sampling, asked.stops)
         began = time.monotonic()

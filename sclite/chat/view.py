@@ -200,9 +200,8 @@ def _hang(head: "Text", text: "Text", width: int, indent: int) -> "list[Text]":
 def showing(view: AnswerView) -> Iterator[Callable[[], None]]:
     """Show the view while it grows, and keep it on the screen; yields a function to call after each event."""
     out = console.make_console()
-    if (
-        not out.is_terminal or out.is_dumb_terminal
-    ):  # no cursor control: complete steps; in a pipe only the end
+    if not out.is_terminal or out.is_dumb_terminal:
+        # without cursor control complete steps, in a pipe only the end
         printed = 0
 
         def append() -> None:

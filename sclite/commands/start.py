@@ -67,10 +67,8 @@ def init(config: ConfigOption = None, json: JsonOption = False) -> None:
     following = "set teacher.model and problems.source in it, then run [bold cyan]sclite build-data[/]"
     console.print(f"Next: {following}", wrap=False)
     if not gpus:
-        limits = (
-            "the bundled student learns the quickstart's word problems only; set student.model for others"
-        )
-        console.note(f"[yellow]note:[/] {limits}")
+        limits = "learns the quickstart's word problems only; set student.model for others"
+        console.note(f"[yellow]note:[/] the bundled student {limits}")
 
 
 @common_options
