@@ -17,14 +17,7 @@ from typing import Any
 from sclite.config import Config, Teacher, without_password
 from sclite.errors import UsageError
 
-DRIVERS = ("/dev/nvidiactl", "/dev/dxg")  # Linux, and Linux under Windows
-
 # -- GPUs ----------------------------------------------------------------------------------------------------------
-
-
-def has_nvidia_driver() -> bool:
-    """Whether an NVIDIA driver is installed, without initializing CUDA. A container may lack nvidia-smi."""
-    return shutil.which("nvidia-smi") is not None or any(Path(path).exists() for path in DRIVERS)
 
 
 def list_gpus() -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from sclite.export.model import gguf_path, source_digest
 from sclite.grading.worker import Grader
 from sclite.records import Drop, Problem, Template
 from sclite.student.adapters import STUDENTS
-from sclite.student.base import Student
 from sclite.student.counted import Counted
 from sclite.student.llama_cpp.engine import Engine
 from sclite.train.metrics_logger import read_metrics
@@ -34,9 +34,10 @@ def held_out(context: Context, untrained: Sequence[Problem] = ()) -> HeldOut:
     """
     from sclite.data.contamination import find_contaminated
     from sclite.data.problems import load_problems, split_for_stages
+    from sclite.data.sources import is_local_source
 
-    settings = context.config.eval
-    if not settings.source:
+    settings, source = context.config.eval, context.config.eval.source
+    if not source:
         own = f"; `sclite quickstart --run {context.run.folder}` takes its own"
         raise UsageError(
             "eval.source is not set",
@@ -66,26 +67,16 @@ def held_out(context: Context, untrained: Sequence[Problem] = ()) -> HeldOut:
     if len(tested) < 5 or len(fitting) < 5:
         enough = ceil(8 / max(0.05, min(settings.fit_share, 1 - settings.fit_share)))
         raise DataError(
-            f"{settings.source}: too few problems, {len(fresh)} of {len(found)} were not trained on",
+            f"{source}: too few problems, {len(fresh)} of {len(found)} were not trained on",
             f"evaluate on {enough} or more",
         )
-    folder, dataset = dataset_folder(context)
-    return HeldOut(
-        tested, fitting, settings.source, dataset, folder, dict(Counter(drop.reason for drop in drops))
-    )
-
-
-def dataset_folder(context: Context) -> tuple[str, str]:
-    """(folder of the results, path or Hub ID of the dataset) for eval.source and eval.limit."""
-    from sclite.data.sources import is_local_source
-
-    settings = context.config.eval
-    source, local = settings.source, is_local_source(settings.source)
-    name = source.rstrip("/").rpartition("/")[2]
-    dataset = str(Path(source).expanduser().resolve()) if local else source
-    names = (name.partition(".")[0],) if local else (name, settings.subset, settings.split)
-    default = Eval.model_fields["limit"].default
-    return result_folder(context.run, dataset, names, settings.limit, default), dataset
+    name, default = source.rstrip("/").rpartition("/")[2], Eval.model_fields["limit"].default
+    if is_local_source(source):
+        dataset, names = str(Path(source).expanduser().resolve()), [name.partition(".")[0]]
+    else:
+        dataset, names = source, [name, settings.subset, settings.split]
+    folder = result_folder(context.run, dataset, names, settings.limit, default)
+    return HeldOut(tested, fitting, source, dataset, folder, Counter(drop.reason for drop in drops))
 
 
 def evaluate(
@@ -105,18 +96,13 @@ def evaluate(
     text = f"eval: {number} held-out problems, solved and reviewed"
     with context.display.stage("eval", text) as progress, Grader() as grader:
 
-        def counted(student: Student, texts: int, scores: int, rows: int, label: str) -> Counted:
-            """The student of the next part, which solves `rows` problems: a model, or (0) a baseline of one."""
-            before, part = len(figures) * number, len(figures) + len(baselines)
-
-            def advance(written: int, share: float, note: str) -> None:
-                done = before + min(written, rows)
-                progress(done, total, share=(part + share) / parts, note=f"{label}: {note}")
-
-            progress(before, total, share=part / parts, note=label)
-            return Counted(student, texts, scores, advance)
+        def advance(label: str, rows: int, written: int, share: float, note: str = "") -> None:
+            """Report on the part that runs, which solves `rows` problems: a model, or (0) a baseline of one."""
+            done, part = len(figures) * number + min(written, rows), len(figures) + len(baselines)
+            progress(done, total, share=(part + share) / parts, note=f"{label}: {note}" if note else label)
 
         for name in names:
+            advance(name, number, 0, 0.0)
             if name in STUDENTS:
                 path = gguf_path(run, name, config)
                 work, fitting = number, len(held_out.fitting)
@@ -125,11 +111,13 @@ def evaluate(
                     work += 0 if is_current(config, load_threshold(config, run, path), fitting) else fitting
                 texts, scores = (2 * number, 0) if config.review.mode == "free" else (work, work)
                 with Engine(path, context=config.eval.context) as engine:
-                    student = counted(engine, texts, scores, number, name)
+                    student = Counted(engine, texts, scores, partial(advance, name, number))
                     figures[name] = evaluate_model(config, run, name, student, path, held_out, grader, judge)
                     if name in compared:
                         votes = 1 if name == "base" else config.eval.votes
-                        student = counted(engine, votes * number, 0, 0, f"baseline of {name}")
+                        report = partial(advance, f"baseline of {name}", 0)
+                        report(0, 0.0)
+                        student = Counted(engine, votes * number, 0, report)
                         label, measured = measure_baseline(
                             config, run, name, student, held_out, figures[name]["gguf"], grader
                         )
@@ -140,7 +128,7 @@ def evaluate(
                 free = config.model_copy(update={"review": config.review.model_copy(update={"mode": "free"})})
                 settings = config.attempts.model_copy(update={"student": name})
                 with context.endpoint(settings, "eval") as endpoint:
-                    student = counted(endpoint, 2 * number, 0, number, name)
+                    student = Counted(endpoint, 2 * number, 0, partial(advance, name, number))
                     version = str(endpoint.version)
                     found = evaluate_model(
                         free, run, name, student, Path(), held_out, grader, judge, version=version

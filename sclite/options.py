@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +42,9 @@ MaxCostOption = Annotated[
 YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask to confirm the cost.")]
 
 
+DRIVERS = ("/dev/nvidiactl", "/dev/dxg")  # Linux, and Linux under Windows
+
+
 @dataclass(frozen=True)
 class Common:
     """The values of --run, --config, --set and --json."""
@@ -77,12 +81,13 @@ class Common:
     def context(self, chosen: Mapping[str, Any] | None = None) -> "Context":
         """The context of a command that works on a run; `chosen` as in `load`."""
         from sclite.context import Context
-        from sclite.doctor import has_nvidia_driver
         from sclite.progress import ProgressDisplay
         from sclite.run import Run
 
         config = self.load(chosen)
-        context = Context(config, Run(config.run), ProgressDisplay(), isolated=has_nvidia_driver())
+        # is there an NVIDIA driver? A container may lack nvidia-smi, and asking CUDA would initialize it
+        driver = shutil.which("nvidia-smi") is not None or any(Path(path).exists() for path in DRIVERS)
+        context = Context(config, Run(config.run), ProgressDisplay(), isolated=driver)
         if config.teacher.embedded:
             from sclite.quickstart.tutor_provider import register
 

@@ -8,9 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from sclite import doctor, settings
+from sclite import doctor, options, settings
 from sclite.errors import DeviceError, UsageError
-from sclite.options import Common
 from sclite.student.loader import select_gpu
 from tests.replay import TeacherServer, say
 
@@ -71,10 +70,10 @@ def test_nvidia_smi_gets_the_physical_gpu_number(nvidia_smi, monkeypatch, visibl
 def test_the_nvidia_driver_is_found_without_nvidia_smi(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(doctor, "DRIVERS", (str(tmp_path / "nvidiactl"), str(tmp_path / "dxg")))
-    assert Common().context().isolated is False
+    monkeypatch.setattr(options, "DRIVERS", (str(tmp_path / "nvidiactl"), str(tmp_path / "dxg")))
+    assert options.Common().context().isolated is False
     (tmp_path / "dxg").touch()
-    assert Common().context().isolated is True
+    assert options.Common().context().isolated is True
 
 
 def test_gpu_numbers_follow_the_pci_bus(torch_with_gpus):

@@ -52,7 +52,21 @@ def build_data(
         context.dry = True
         with console.spinner("estimating"):
             found = pipeline.forecast(context, only or "templates")
-        summaries.print_dry_run(found, common.json)
+        request = found["first_request"]
+        if common.json:
+            console.print_json(found)
+        elif request is None:
+            console.print("No requests are left to send.")
+        else:
+            settings = [f"{name} {value}" for name, value in request.items() if name != "messages"]
+            console.print(console.escape(", ".join(settings)))
+            for message in request["messages"]:
+                role, content = console.escape(message["role"]), console.escape(message["content"])
+                console.print(f"\n[bold]{role}[/]\n{content}")
+            cost = "unknown cost" if found["cost_usd"] is None else f"about ${found['cost_usd']:.4f}"
+            tokens = f"{found['prompt_tokens']} prompt tokens, {found['completion_tokens']} completion tokens"
+            requests = f"{found['requests']} requests plus repairs"
+            console.print(f"\n{requests}: about {tokens}, {cost}. Nothing was sent.")
         return
     context.ask_before_paying = not yes
     with context.run.recording(context.config):

@@ -14,27 +14,6 @@ if TYPE_CHECKING:
     from sclite.context import Context
 
 
-def print_dry_run(forecast: Mapping[str, Any], json: bool) -> None:
-    """Print the first request and the expected cost."""
-    if json:
-        console.print_json(forecast)
-        return
-    request = forecast["first_request"]
-    if request is None:
-        console.print("No requests are left to send.")
-        return
-    settings = {name: value for name, value in request.items() if name != "messages"}
-    console.print(escape(", ".join(f"{name} {value}" for name, value in settings.items())))
-    for message in request["messages"]:
-        console.print(f"\n[bold]{escape(message['role'])}[/]\n{escape(message['content'])}")
-    cost = "unknown cost" if forecast["cost_usd"] is None else f"about ${forecast['cost_usd']:.4f}"
-    console.print(
-        f"\n{forecast['requests']} requests plus repairs: about "
-        f"{forecast['prompt_tokens']} prompt tokens, {forecast['completion_tokens']} completion tokens, {cost}. "
-        "Nothing was sent."
-    )
-
-
 def print_build_data(context: "Context", only: str | None, json: bool) -> None:
     """Print the templates, pairs, cost and drops of build-data, and the next command."""
     run, reports = context.run, context.reports

@@ -7,7 +7,9 @@ import pytest
 from sclite import evaluation
 from sclite.config import Config
 from sclite.context import Context
+from sclite.data import problems
 from sclite.evaluate.results import result_folder, summaries
+from sclite.records import Problem
 
 
 @pytest.mark.parametrize(
@@ -22,9 +24,11 @@ from sclite.evaluate.results import result_folder, summaries
         ({"source": ".jsonl"}, "eval/problems"),
     ],
 )
-def test_dataset_and_limit_name_the_folder(run, settings, folder):
+def test_dataset_and_limit_name_the_folder(run, monkeypatch, settings, folder):
+    rows = [Problem(id=str(n), question=f"{n}?", answer="1") for n in range(40)]
+    monkeypatch.setattr(problems, "load_problems", lambda *_, **__: rows)
     config = Config.model_validate({"eval": settings})
-    assert evaluation.dataset_folder(Context(config, run, None))[0] == folder
+    assert evaluation.held_out(Context(config, run, None)).folder == folder
 
 
 def test_another_dataset_with_the_same_name_gets_its_own_folder(run, tmp_path):

@@ -16,13 +16,16 @@ from sclite.inspect.status import OUTPUTS, Stage, next_command, read_status
 from sclite.records import Attempt, Drop, Problem, Review, Template
 from sclite.run import Report, Run
 from sclite.settings import load
-from sclite.teacher.ledger import Entry, Ledger
+from sclite.teacher.ledger import Ledger
 from sclite.train.stage import training_inputs
 from tests.toy import pay
 
 TRACE = "<Step1>x\n</Step1>\n<Answer>1</Answer>"
 PROBLEMS = [Problem(id=f"p{n}", question=f"{n}?", answer="1") for n in range(8)]
-SIDES = split_for_stages(PROBLEMS, 0.5, 0)
+TAUGHT, KEPT = split_for_stages(PROBLEMS, 0.5, 0)
+TEMPLATES = [Template(id=p.id, question=p.question, answer=p.answer, trace=TRACE) for p in PROBLEMS]
+ATTEMPTS = [Attempt(id=p.id, sample=0, trace=TRACE, answer="2", correct=False) for p in PROBLEMS]
+REVIEW = Review(id=KEPT[0].id, sample=0, step=1, trace=TRACE)
 SETTINGS = ("teacher.model=openai/replay", "student.model=embedded", "attempts.samples=1")
 
 
@@ -43,21 +46,36 @@ def states(run: Run, *more: str) -> dict[str, str]:
     return {name: stage["state"] for name, stage in read(run, *more)["stages"].items()}
 
 
-def template(row: Problem) -> Template:
-    return Template(id=row.id, question=row.question, answer=row.answer, trace=TRACE)
+def state(run: Run, name: str) -> tuple:
+    """(state, reasons, rows so far, total) of a stage."""
+    return tuple(read(run)["stages"][name][key] for key in ("state", "why", "rows", "total"))
+
+
+def following(run: Run, *more: str) -> str:
+    return read(run, *more)["next"].partition(" --run")[0]
+
+
+def adapter(run: Run, name: str, weights: bytes = b"weights") -> None:
+    run.path(name).mkdir(parents=True, exist_ok=True)
+    run.path(f"{name}/adapter_model.safetensors").write_bytes(weights)
+
+
+def write_corrections(run: Run, *more: str) -> None:
+    run.replace("reviews.jsonl", [REVIEW])
+    inputs = corrections.corrections_inputs(config(run, *more), run)
+    run.sign("corrections", inputs, Report("corrections", {"corrected": 1}))
 
 
 @pytest.fixture
 def built(run) -> Run:
     """A run whose templates are done, with one drop."""
-    made = config(run)
     run.replace("problems.jsonl", PROBLEMS)
     run.write_json("templates.begun.json", {})
-    run.replace("templates.jsonl", map(template, PROBLEMS[:7]))
+    run.replace("templates.jsonl", TEMPLATES[:7])
     run.replace_drops(["templates"], [Drop(stage="templates", id="p7", reason="no_steps")])
     pay(run, "templates", 0.25, None)
     report = Report("templates", {"problems": 8, "templates": 7}, {"no_steps": 1}, 2.5, 0.25)
-    run.sign("templates", templates.templates_inputs(made, [*SIDES[0], *SIDES[1]]), report)
+    run.sign("templates", templates.templates_inputs(config(run), [*TAUGHT, *KEPT]), report)
     return run
 
 
@@ -65,23 +83,12 @@ def built(run) -> Run:
 def trained(built) -> Run:
     """The same after SFT, attempts and corrections."""
     adapter(built, "sft/adapter")
-    made, unseen = config(built), frozenset(problem.id for problem in SIDES[1])
+    made, unseen = config(built), frozenset(problem.id for problem in KEPT)
     built.sign("sft", training_inputs(made, built, "sft", unseen), Report("sft", {"rows": 4, "steps": 2}))
-    built.replace(
-        "attempts.jsonl",
-        [Attempt(id=p.id, sample=0, trace=TRACE, answer="2", correct=False) for p in SIDES[1]],
-    )
-    built.sign("attempts", attempts.attempts_inputs(made, built, SIDES[1]), Report("attempts", {"wrong": 4}))
-    built.replace("reviews.jsonl", [Review(id=SIDES[1][0].id, sample=0, step=1, trace=TRACE)])
-    built.sign(
-        "corrections", corrections.corrections_inputs(made, built), Report("corrections", {"corrected": 1})
-    )
+    built.replace("attempts.jsonl", [row for row in ATTEMPTS if row.id in unseen])
+    built.sign("attempts", attempts.attempts_inputs(made, built, KEPT), Report("attempts", {"wrong": 4}))
+    write_corrections(built)
     return built
-
-
-def adapter(run: Run, name: str, weights: bytes = b"weights") -> None:
-    run.path(name).mkdir(parents=True, exist_ok=True)
-    run.path(f"{name}/adapter_model.safetensors").write_bytes(weights)
 
 
 def test_a_run_must_exist_and_may_be_empty(run):
@@ -96,14 +103,13 @@ def test_a_run_must_exist_and_may_be_empty(run):
 
 def test_a_finished_stage_shows_counts_drops_seconds_and_cost(built):
     found = read(built)
-    stage, ledger = found["stages"]["templates"], found["ledger"]
-    assert (stage["state"], stage["why"]) == ("done", [])
-    assert stage["counts"] == {"problems": 8, "templates": 7}
-    assert (stage["dropped"], stage["seconds"], stage["cost_usd"]) == ({"no_steps": 1}, 2.5, 0.25)
+    expected = {"state": "done", "why": [], "counts": {"problems": 8, "templates": 7}, "seconds": 2.5}
+    expected |= {"dropped": {"no_steps": 1}, "cost_usd": 0.25, "rows": None, "total": None}
+    assert found["stages"]["templates"] == expected
     assert found["dropped"] == {"no_steps": 1}
-    assert (ledger["requests"], ledger["prompt_tokens"], ledger["completion_tokens"]) == (2, 200, 40)
-    assert (ledger["cost_usd"], ledger["unpriced"]) == (0.25, 1)
-    assert list(ledger["stages"]) == ["templates"]
+    paid = {"requests": 2, "prompt_tokens": 200, "completion_tokens": 40, "cost_usd": 0.25, "unpriced": 1}
+    assert {name: found["ledger"][name] for name in paid} == paid
+    assert list(found["ledger"]["stages"]) == ["templates"]
 
 
 def test_stages_with_matching_manifests_are_done(trained):
@@ -124,15 +130,12 @@ def test_stages_with_matching_manifests_are_done(trained):
     ],
 )
 def test_a_changed_setting_makes_its_stage_and_later_ones_stale(trained, setting, stage, why):
-    Path("mine").mkdir()
-    shutil.copytree(prompts.SHIPPED, "mine", dirs_exist_ok=True)
+    shutil.copytree(prompts.SHIPPED, "mine")
     Path("mine/teacher_system.txt").write_text("Otherwise.")
     found = read(trained, setting)["stages"]
-    assert found[stage]["state"] == "stale"
     assert why in "; ".join(found[stage]["why"])
     order = ["templates", "sft", "attempts", "corrections"]
-    for name in order:
-        assert (found[name]["state"] == "stale") == (order.index(name) >= order.index(stage)), name
+    assert [name for name in order if found[name]["state"] == "stale"] == order[order.index(stage) :]
 
 
 def test_a_missing_output_is_stale_and_another_adapter_makes_the_attempts_stale(trained):
@@ -146,26 +149,21 @@ def test_a_missing_output_is_stale_and_another_adapter_makes_the_attempts_stale(
 def test_an_unfinished_file_is_half_way(run):
     run.replace("problems.jsonl", PROBLEMS)
     run.write_json("templates.begun.json", {})
-    run.append("templates.jsonl", map(template, PROBLEMS[:3]))
+    run.append("templates.jsonl", TEMPLATES[:3])
     with open(run.path("templates.jsonl"), "a") as file:
         file.write('{"id":"p')
-    stage = read(run)["stages"]["templates"]
-    assert (stage["state"], stage["rows"], stage["total"]) == ("half_way", 3, 8)
+    assert state(run, "templates") == ("half_way", [], 3, 8)
 
 
-def test_replies_without_rows_are_half_way(trained):
+def test_replies_without_rows_and_unanswered_requests_leave_a_stage_half_way(trained):
     trained.path("done/corrections.json").unlink()
     trained.path("reviews.jsonl").unlink()
     pay(trained, "corrections", 0.5)
-    stage = read(trained)["stages"]["corrections"]
-    assert (stage["state"], stage["why"], stage["cost_usd"]) == ("half_way", ["1 replies in the ledger"], 0.5)
-
-
-def test_unanswered_requests_leave_a_stage_half_way(built):
-    inputs = built.manifest("templates")["inputs"]
-    built.sign("templates", {**inputs, "unanswered": 2}, Report("templates", {"templates": 5}))
-    stage = read(built)["stages"]["templates"]
-    assert (stage["state"], stage["why"]) == ("half_way", ["2 requests without a reply"])
+    assert state(trained, "corrections")[:2] == ("half_way", ["1 replies in the ledger"])
+    assert read(trained)["stages"]["corrections"]["cost_usd"] == 0.5
+    inputs = trained.manifest("templates")["inputs"]
+    trained.sign("templates", {**inputs, "unanswered": 2}, Report("templates", {"templates": 5}))
+    assert state(trained, "templates")[:2] == ("half_way", ["2 requests without a reply"])
 
 
 def test_interrupted_training_is_half_way_at_its_last_step(built):
@@ -173,16 +171,16 @@ def test_interrupted_training_is_half_way_at_its_last_step(built):
     for name, rows in (("warmup", '{"phase": "warmup", "step": 10}\n'), ("dpo", dpo)):
         built.path(name).mkdir()
         built.path(f"{name}/metrics.jsonl").write_text(rows)
-    found = read(built)["stages"]
-    shown = [(found[name]["state"], found[name]["rows"]) for name in ("sft", "warmup", "dpo")]
-    assert shown == [("not_begun", None), ("half_way", 10), ("half_way", 2)]
+    assert state(built, "sft") == ("not_begun", [], None, None)
+    assert state(built, "warmup") == ("half_way", [], 10, None)
+    assert state(built, "dpo") == ("half_way", [], 2, None)
 
 
 def test_imported_rows_and_an_imported_adapter_are_done(run):
     names = ["templates", "sft", "attempts", "corrections"]
-    run.append("templates.jsonl", map(template, PROBLEMS[:3]))
-    run.append("attempts.jsonl", [Attempt(id="p1", sample=0, trace=TRACE, answer="2", correct=False)])
-    run.append("reviews.jsonl", [Review(id="p1", sample=0, step=1, trace=TRACE)])
+    run.append("templates.jsonl", TEMPLATES[:3])
+    run.append("attempts.jsonl", ATTEMPTS[:1])
+    run.append("reviews.jsonl", [REVIEW])
     adapter(run, "sft/adapter")
     found = read(run)["stages"]
     assert {found[name]["state"] for name in names} == {"done"}
@@ -198,20 +196,18 @@ def test_damaged_rows_are_reported_with_the_command_that_repairs_them(trained):
         manifest = trained.manifest(stage)
         trained.sign(stage, manifest["inputs"], Report.of(manifest), {name: rows})
     trained.path("reviews.jsonl").write_bytes(b"{}\n")
-    found = read(trained)
-    assert "0 of 1 rows are intact" in found["stages"]["corrections"]["why"][0]
-    assert found["next"].startswith("sclite train --run")
+    assert "0 of 1 rows are intact" in state(trained, "corrections")[1][0]
+    assert following(trained) == "sclite train"
     trained.path("templates.jsonl").write_bytes(b"\0\n")
-    found = read(trained)
-    assert "0 of 7 rows are intact" in found["stages"]["templates"]["why"][0]
-    assert found["next"].startswith("sclite build-data --run")
+    assert "0 of 7 rows are intact" in state(trained, "templates")[1][0]
+    assert following(trained) == "sclite build-data"
 
 
-def evaluated(run: Run, content: bytes = b"one", **more) -> None:
+def evaluated(run: Run, content: bytes = b"one") -> None:
     run.path("export").mkdir()
     run.path("export/sft-q4_k_m.gguf").write_bytes(content)
     made = export.source_digest(config(run), run, "sft")
-    figures = {"file": "sft-q4_k_m.gguf", "bytes": len(content), "made_from": made, **more}
+    figures = {"file": "sft-q4_k_m.gguf", "bytes": len(content), "made_from": made}
     run.write_json("eval/a/summary.json", {"models": {"sft": figures}, "n": 300, "folder": "eval/a"})
 
 
@@ -230,43 +226,43 @@ def test_an_evaluation_of_another_gguf_is_stale(built):
     assert states(built)["eval"] == "stale"
 
 
+# -- reading only --------------------------------------------------------------------------------------------------
+
+
 def test_status_reads_no_gguf(built, monkeypatch):
     adapter(built, "sft/adapter")
     evaluated(built)
     adapter(built, "sft/adapter")  # its known hash no longer counts
     opened, really_open = [], open
-    monkeypatch.setattr(
-        "builtins.open", lambda path, *rest: (opened.append(path), really_open(path, *rest))[1]
-    )
+
+    def watched(path, *rest):
+        opened.append(Path(path).name if isinstance(path, Path) else "")
+        return really_open(path, *rest)
+
+    monkeypatch.setattr("builtins.open", watched)
     assert states(built)["eval"] == "done"
-    names = [Path(path).name for path in opened if isinstance(path, Path)]
-    assert "adapter_model.safetensors" in names
-    assert not [name for name in names if name.endswith(".gguf")]
-
-
-# -- reading only --------------------------------------------------------------------------------------------------
-
-
-def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
-    return {str(p): (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
+    assert "adapter_model.safetensors" in opened
+    assert not [name for name in opened if name.endswith(".gguf")]
 
 
 def test_status_changes_no_file(trained):
-    before = snapshot(trained.folder)
+    def snapshot():
+        paths = [path for path in trained.folder.rglob("*") if path.is_file()]
+        return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
+
+    before = snapshot()
     read(trained, "seed=5")
-    assert snapshot(trained.folder) == before
+    assert snapshot() == before
 
 
 def test_status_works_while_another_process_writes(built):
     with built.lock(), Ledger(built.path("ledger.sqlite")) as ledger:
-        ledger.sent("new", "templates", "m")
-        ledger.put("new", Entry("text", "stop", 100, 20, 0.5, 1.0))
-        ledger.flush()
+        pay(built, "corrections", 0.5)
         found = read(built)
         assert found["busy"] is True
         assert (found["ledger"]["requests"], found["ledger"]["cost_usd"]) == (3, 0.75)
         ledger.sent("newer", "templates", "m")
-        ledger.put("newer", Entry("text", "stop", 100, 20, 0.5, 1.0))
+        assert read(built)["ledger"]["requests"] == 3
     assert read(built)["busy"] is False
 
 
@@ -283,49 +279,44 @@ def test_status_works_on_a_read_only_run(built):
 # -- the next command ---------------------------------------------------------------------------------------------
 
 
-def test_the_next_command_runs_the_first_unfinished_stage(run, trained):
-    def following(*more: str) -> str:
-        words = read(trained, *more)["next"]
-        assert words.endswith(f" --run {trained.folder}")
-        return words.removesuffix(f" --run {trained.folder}")
-
-    assert following() == "sclite train"
-    assert following("teacher.model=openai/other") == "sclite build-data --fresh"
-    assert following("seed=1") == "sclite build-data"
+def test_the_next_command_runs_the_first_unfinished_stage(trained):
+    assert read(trained)["next"] == f"sclite train --run {trained.folder}"
+    assert following(trained, "teacher.model=openai/other") == "sclite build-data --fresh"
+    assert following(trained, "seed=1") == "sclite build-data"
+    assert following(trained, "sft.num_train_epochs=7") == "sclite train --fresh"  # else it is refused
     trained.path("done/sft.json").unlink()
-    assert read(trained, "student.model=")["next"] == "sclite init"
+    assert following(trained, "student.model=") == "sclite init"
     Path("sclite.toml").write_text("")
-    assert read(trained, "student.model=")["next"] == "set student.model in sclite.toml"
+    assert following(trained, "student.model=") == "set student.model in sclite.toml"
 
 
 def test_a_new_run_needs_a_configuration_then_problems_and_a_teacher(run):
     run.folder.mkdir()
-    assert read(run, "teacher.model=")["next"] == "sclite init"
+    assert following(run, "teacher.model=") == "sclite init"
     Path("sclite.toml").write_text("")
-    needed = read(run, "teacher.model=")["next"]
-    assert needed == "set problems.source and teacher.model in sclite.toml"
-    assert read(run, "problems.source=p.jsonl")["next"].startswith("sclite build-data --run")
+    needed = "set problems.source and teacher.model in sclite.toml"
+    assert following(run, "teacher.model=") == needed
+    assert following(run, "problems.source=p.jsonl") == "sclite build-data"
 
 
-def test_eval_is_suggested_only_with_problems(trained):
-    adapter(trained, "dpo/adapter")
-    stages = {name: Stage("done") for name in ("problems", *OUTPUTS, "export-dpo")} | {"eval": Stage()}
-
-    def following(*more: str) -> str:
-        return next_command(config(trained, *more), stages).partition(" --run")[0]
-
-    assert following() == "sclite chat"
-    assert following("eval.source=gone.jsonl") == "sclite chat"
+@pytest.mark.parametrize(
+    ("settings", "fitted", "command"),
+    [
+        ([], None, "chat"),
+        (["eval.source=gone.jsonl"], None, "chat"),
+        (["eval.source=there.jsonl"], None, "eval"),
+        (["eval.source=openai/gsm8k"], None, "eval"),
+        (["review.threshold=1"], None, "chat --self-correct"),
+        ([], Stage(), "train"),
+        ([], Stage("done", ["nothing to gain"], {"problems": 60, "fitted": 0}), "chat"),
+        ([], Stage("done", [], {"problems": 60, "fitted": 1}), "chat --self-correct"),
+    ],
+)
+def test_eval_is_suggested_only_with_problems_and_review_with_a_threshold(run, settings, fitted, command):
     Path("there.jsonl").write_text("{}")
-    assert following("eval.source=there.jsonl") == "sclite eval"
-    assert following("eval.source=openai/gsm8k") == "sclite eval"
-    assert following("review.threshold=1") == "sclite chat --self-correct"
-    stages["threshold"] = Stage()
-    assert following() == "sclite train"
-    stages["threshold"] = Stage("done", ["nothing to gain"], {"problems": 60, "fitted": 0})
-    assert following() == "sclite chat"
-    stages["threshold"] = Stage("done", [], {"problems": 60, "fitted": 1})
-    assert following() == "sclite chat --self-correct"
+    stages = {name: Stage("done") for name in ("problems", *OUTPUTS, "export-dpo")} | {"eval": Stage()}
+    stages |= {} if fitted is None else {"threshold": fitted}
+    assert next_command(config(run, *settings), stages) == f"sclite {command} --run {run.folder}"
 
 
 def test_the_thresholds_of_all_exported_students_are_found(built):
@@ -348,26 +339,13 @@ def test_the_thresholds_of_all_exported_students_are_found(built):
     assert (stage["state"], stage["counts"]) == ("done", {"problems": 60, "fitted": 1})
 
 
-def test_a_refused_training_is_suggested_with_fresh(trained):
-    assert read(trained, "sft.num_train_epochs=7")["next"].startswith("sclite train --fresh --run")
-
-
 def test_imported_attempts_need_no_training(built):
-    source = Path("tries.jsonl")
-    source.write_text("{}")
-    named = f"attempts.source={source}"
-    made = config(built, named)
-    rows = [Attempt(id=p.id, sample=0, trace=TRACE, answer="2", correct=False) for p in PROBLEMS]
-    built.replace("attempts.jsonl", rows)
-    built.sign(
-        "attempts",
-        attempts.attempts_inputs(made, built, [*SIDES[0], *SIDES[1]]),
-        Report("attempts", {"wrong": 8}),
-    )
+    Path("tries.jsonl").write_text("{}")
+    named = "attempts.source=tries.jsonl"
+    built.replace("attempts.jsonl", ATTEMPTS)
+    inputs = attempts.attempts_inputs(config(built, named), built, [*TAUGHT, *KEPT])
+    built.sign("attempts", inputs, Report("attempts", {"wrong": 8}))
     assert states(built, named)["attempts"] == "done"
-    assert read_status(made, built)["next"].startswith("sclite build-data --only corrections --run")
-    built.replace("reviews.jsonl", [Review(id=SIDES[1][0].id, sample=0, step=1, trace=TRACE)])
-    built.sign(
-        "corrections", corrections.corrections_inputs(made, built), Report("corrections", {"corrected": 1})
-    )
-    assert read_status(made, built)["next"].startswith("sclite train")
+    assert following(built, named) == "sclite build-data --only corrections"
+    write_corrections(built, named)
+    assert following(built, named) == "sclite train"
