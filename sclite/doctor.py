@@ -150,10 +150,8 @@ def run_checks(config: Config) -> Iterator[Check]:
         fix = f"free {needed} GB for a run with {student}, or choose another --run"
         yield Check("disk", free > needed, f"{free:.0f} GB free in {found}", fix, required=free < 1)
 
-    llama, fix = (
-        _version("llama-cpp-python"),
-        "pip install --force-reinstall --no-cache-dir llama-cpp-python",
-    )
+    llama = _version("llama-cpp-python")
+    fix = "pip install --force-reinstall --no-cache-dir llama-cpp-python"
     if isinstance(offload, str):
         yield Check("llama.cpp", False, offload, fix, required=True)
     else:  # a CPU build on a GPU machine is slow, not broken

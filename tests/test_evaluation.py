@@ -40,6 +40,18 @@ def test_earlier_threshold_and_disabled_review_are_reported():
     assert notes_on(off="no steps") == ["review is off for sft: no steps"]
 
 
+def context_of(folder, **review):
+    return Context(Config.model_validate({"review": review}), Run(folder), None)
+
+
+def write_gguf(context, name, content=b""):
+    """A file of the run that begins like a GGUF."""
+    path = context.run.path(f"export/{name}.gguf")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"GGUF" + content)
+    return path
+
+
 def test_a_file_that_is_not_a_gguf_is_refused(tmp_path):
     path = tmp_path / "student.gguf"
     path.write_bytes(b"GGML and more")
@@ -51,28 +63,18 @@ def test_a_file_that_is_not_a_gguf_is_refused(tmp_path):
 
 def test_chat_uses_the_configured_quantization_or_the_newest_file(tmp_path):
     context = context_of(tmp_path)
-    context.run.path("export").mkdir()
     for second, name in enumerate(("dpo-q8_0", "dpo-f16", "sft-q4_k_m", "dpo-lora")):
-        path = context.run.path(f"export/{name}.gguf")
-        path.write_bytes(b"GGUF")
-        os.utime(path, (second, second))
+        os.utime(write_gguf(context, name), (second, second))
     assert exports.find_gguf(context, None).name == "dpo-f16.gguf"
-    context.run.path("export/dpo-q4_k_m.gguf").write_bytes(b"GGUF")
-    os.utime(context.run.path("export/dpo-q4_k_m.gguf"), (0, 0))
+    os.utime(write_gguf(context, "dpo-q4_k_m"), (0, 0))
     assert exports.find_gguf(context, None).name == "dpo-q4_k_m.gguf"
-
-
-def context_of(folder, **review):
-    return Context(Config.model_validate({"review": review}), Run(folder), None)
 
 
 def test_the_largest_measured_file_stands_in_for_one_without_threshold(tmp_path):
     home = context_of(tmp_path)
     folder = home.run.path("export")
-    folder.mkdir(parents=True)
     for name, size in (("dpo-q2_k", 9), ("dpo-q4_k_m", 12), ("dpo-q8_0", 20), ("sft-q8_0", 30)):
-        path = folder / f"{name}.gguf"
-        path.write_bytes(b"GGUF" + name.encode().ljust(size))
+        path = write_gguf(home, name, name.encode().ljust(size))
         if name != "dpo-q2_k":
             store_threshold(home.config, home.run, path, Fitted(threshold=1.0, problems=60, max_harm=0.005))
     config = Config.model_validate({"export": {"quant": "q2_k"}})
@@ -84,9 +86,7 @@ def test_the_largest_measured_file_stands_in_for_one_without_threshold(tmp_path)
 
 def test_chat_says_why_review_is_off_and_what_turns_it_on(tmp_path):
     context = context_of(tmp_path)
-    gguf = context.run.path("export/dpo-q4_k_m.gguf")
-    gguf.parent.mkdir()
-    gguf.write_bytes(b"GGUF")
+    gguf = write_gguf(context, "dpo-q4_k_m")
     assert "has not been fitted; run `sclite train`" in exports.for_chat(context, None, None)[2]
     with pytest.raises(DataError, match="has not been fitted") as error:
         exports.for_chat(context, None, self_correct=True)
@@ -127,8 +127,7 @@ def test_progress_of_an_evaluation_is_the_share_of_its_texts_and_scores(tmp_path
 
     tree = {"eval": {"baselines": True, "votes": 2}, "review": {"mode": mode}, "export": {"quant": "q8_0"}}
     context = Context(Config.model_validate(tree), Run(tmp_path), Display(quiet=True))
-    context.run.path("export").mkdir()
-    context.run.path("export/dpo-q8_0.gguf").write_bytes(b"GGUF")
+    write_gguf(context, "dpo-q8_0")
     problems = [Problem(id=f"p{n}", question=f"question {n}", answer="2") for n in range(70)]
     held_out = evaluation.HeldOut(problems[:10], problems[10:], "mine", "mine", "eval/mine")
     evaluation.evaluate(context, ["dpo"], held_out)

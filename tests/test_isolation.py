@@ -9,11 +9,13 @@ import sys
 import termios
 import threading
 import time
+from dataclasses import dataclass
 
 import pytest
 
 from sclite.errors import DataError, DeviceError, GpuMemoryError, ScliteError
 from sclite.isolation import run_isolated
+from sclite.progress import no_progress
 
 # -- what runs in the other process ------------------------------------------------------------------------------------
 
@@ -43,19 +45,11 @@ def dies_and_leaves_a_child(path, *, progress):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def sleeps(path, *, progress, handler=signal.default_int_handler):
+def sleeps(path, handler=signal.default_int_handler, *, progress):
     signal.signal(signal.SIGINT, handler)
     _write(path, os.getpid())
     time.sleep(60)
     _write(f"{path}.finished", "")
-
-
-def dies_of_interrupt(path, *, progress):
-    sleeps(path, progress=progress, handler=signal.SIG_DFL)
-
-
-def ignores_interrupts(path, *, progress):
-    sleeps(path, progress=progress, handler=signal.SIG_IGN)
 
 
 def counts_interrupts(path, *, progress):
@@ -70,11 +64,11 @@ def counts_interrupts(path, *, progress):
     raise KeyboardInterrupt
 
 
+@dataclass
 class ExitsWhenUnpickled:
     """An argument that ends the new process while it is unpickled."""
 
-    def __init__(self, code):
-        self.code = code
+    code: int
 
     def __reduce__(self):
         return os._exit, (self.code,)
@@ -94,23 +88,20 @@ def read(path):
     return path.read_text()
 
 
-def nothing(*_, **__):
-    pass
-
-
 # -- results and errors ------------------------------------------------------------------------------------------------
 
 
 def test_result_progress_and_warnings_come_from_the_child(tmp_path):
     seen = []
-    result = run_isolated(
-        counts, 3, progress=lambda *values, **named: seen.append((values, named)), log=tmp_path / "log"
-    )
+
+    def progress(*values, **named):
+        seen.append((*values, named))
+
+    result = run_isolated(counts, 3, progress=progress, log=tmp_path / "log")
     assert result["sum"] == 6
     assert result["process"] != os.getpid()
-    assert seen[0] == ((1, 3), {"note": "number 1"})
-    assert seen[-1] == ((0, 0), {"warning": "that was all"})
-    assert len(seen) == 4
+    numbers = [(n, 3, {"note": f"number {n}"}) for n in (1, 2, 3)]
+    assert seen == [*numbers, (0, 0, {"warning": "that was all"})]
 
 
 @pytest.mark.parametrize(
@@ -123,13 +114,13 @@ def test_result_progress_and_warnings_come_from_the_child(tmp_path):
 )
 def test_errors_keep_their_type_and_fields(tmp_path, error, fields):
     with pytest.raises(type(error)) as found:
-        run_isolated(raises, error, progress=nothing, log=tmp_path / "log")
+        run_isolated(raises, error, progress=no_progress, log=tmp_path / "log")
     assert {name: getattr(found.value, name) for name in fields} == fields
 
 
 def test_output_goes_to_the_log_and_a_crash_is_reported(tmp_path, capfd):
     with pytest.raises(ScliteError, match="ZeroDivisionError: broken") as error:
-        run_isolated(raises, ZeroDivisionError("broken"), progress=nothing, log=tmp_path / "log")
+        run_isolated(raises, ZeroDivisionError("broken"), progress=no_progress, log=tmp_path / "log")
     assert str(tmp_path / "log") in error.value.hint
     text = (tmp_path / "log").read_text()
     assert "a banner" in text
@@ -146,12 +137,12 @@ def test_dead_process_is_an_error_with_its_exit_code(tmp_path, function, argumen
     log.parent.mkdir()
     log.write_text("ZeroDivisionError: of yesterday\n")  # an old traceback is not reported again
     with pytest.raises(DeviceError, match=rf"exited unexpectedly \(code {code}\)"):
-        run_isolated(function, *arguments, progress=nothing, log=log)
+        run_isolated(function, *arguments, progress=no_progress, log=log)
 
 
 def test_dead_process_is_noticed_though_a_grandchild_holds_the_pipe(tmp_path):
     with pytest.raises(DeviceError, match=r"code -9"):
-        run_isolated(dies_and_leaves_a_child, tmp_path / "pid", progress=nothing, log=tmp_path / "log")
+        run_isolated(dies_and_leaves_a_child, tmp_path / "pid", progress=no_progress, log=tmp_path / "log")
     os.kill(int(read(tmp_path / "pid")), signal.SIGKILL)  # it is still there
 
 
@@ -173,9 +164,9 @@ def test_child_ends_when_its_parent_is_killed(tmp_path):
 def start(function, path, **settings):
     """A Python process that runs a function of this module in isolation; it exits with 130 after Ctrl-C."""
     code = (
-        "import pathlib, sys\nfrom sclite.isolation import run_isolated\nfrom tests import test_isolation as module\n"
+        "import pathlib, sys\nfrom sclite.isolation import run_isolated\nfrom sclite.progress import no_progress\nfrom tests import test_isolation as module\n"
         "path = pathlib.Path(sys.argv[2])\nfunction = getattr(module, sys.argv[1])\n"
-        "try: run_isolated(function, path, progress=module.nothing, log=path.with_name('log'))\n"
+        "try: run_isolated(function, path, progress=no_progress, log=path.with_name('log'))\n"
         "except KeyboardInterrupt: sys.exit(130)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -208,16 +199,16 @@ def test_ctrl_c_in_a_terminal_reaches_the_child_once(tmp_path):
 def test_ctrl_c_during_startup_prints_nothing(tmp_path, capfd):
     threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
-        run_isolated(sleeps, tmp_path / "pid", progress=nothing, log=tmp_path / "log")
+        run_isolated(sleeps, tmp_path / "pid", progress=no_progress, log=tmp_path / "log")
     assert capfd.readouterr() == ("", "")
     assert (tmp_path / "log").read_text() == ""
 
 
-@pytest.mark.parametrize(("function", "presses"), [(dies_of_interrupt, 1), (ignores_interrupts, 3)])
-def test_ctrl_c_ends_every_child_the_third_by_force(tmp_path, function, presses):
+@pytest.mark.parametrize(("handler", "presses"), [(signal.SIG_DFL, 1), (signal.SIG_IGN, 3)])
+def test_ctrl_c_ends_every_child_the_third_by_force(tmp_path, handler, presses):
     press_ctrl_c(tmp_path / "pid", presses)
     with pytest.raises(KeyboardInterrupt):
-        run_isolated(function, tmp_path / "pid", progress=nothing, log=tmp_path / "log")
+        run_isolated(sleeps, tmp_path / "pid", handler, progress=no_progress, log=tmp_path / "log")
     assert not os.path.exists(f"/proc/{read(tmp_path / 'pid')}")
     assert not (tmp_path / "pid.finished").exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -21,14 +21,6 @@ WHOLE = {"question": "?", "gold": "1", "first": "x", "second": None, "format_ok"
 
 
 @pytest.fixture
-def gguf(run):
-    path = run.path("export/dpo-q8_0.gguf")
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"GGUF")
-    return path
-
-
-@pytest.fixture
 def evaluate_student(run, gguf):
     """Evaluate a student on PROBLEMS[:20], all graded as `right`; keywords replace what is given."""
 

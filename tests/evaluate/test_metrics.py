@@ -60,6 +60,7 @@ def test_undefined_figures_are_none_and_not_zero():
 
 
 def test_location_acceptance_and_their_harmonic_mean():
+    assert (harmonic_mean(0.0, 0.0), harmonic_mean(0.5, 1.0)) == (0.0, pytest.approx(2 / 3))
     rows = [
         outcome(False, True, 0, accused=2, true_step=2, true_known=True),  # located and fixed
         outcome(False, False, 1, accused=3, true_step=3, true_known=True),  # located
@@ -81,11 +82,6 @@ def test_labels_decide_what_is_wrong_work():
     assert (lucky["location"], lucky["acceptance"], lucky["correction_rate_own"]) == (1.0, None, None)
     right_steps = compute_metrics([outcome(False, False, true_known=True)])
     assert (right_steps["location"], right_steps["acceptance"]) == (None, None)
-
-
-def test_harmonic_mean_of_two_zeros_is_zero():
-    assert harmonic_mean(0.0, 0.0) == 0.0
-    assert harmonic_mean(0.5, 1.0) == pytest.approx(2 / 3)
 
 
 def test_auc_uses_only_scores_with_a_label():

@@ -27,14 +27,11 @@ def figures(*verdicts):
     return compute_metrics([outcome(*pair, number=k) for k, pair in enumerate(verdicts)], bootstrap=50)
 
 
-SUMMARY = {
-    "models": {
-        "base": figures((True, True), (False, False), (None, None)),
-        "dpo": figures(*[(False, True), (True, True)] * 20),
-    },
-    "n": 40,
-    "notes": ["2 problems overlap the training set"],
+MODELS = {
+    "base": figures((True, True), (False, False), (None, None)),
+    "dpo": figures(*[(False, True), (True, True)] * 20),
 }
+SUMMARY = {"models": MODELS, "n": 40, "notes": ["2 problems overlap the training set"]}
 REVIEW = {"accused": 1, "cause": "7 · 8 is 56", "correction": "7 · 8 = 56"}
 EXAMPLE = outcome(False, True, true_step=1, true_known=True, **REVIEW)
 
@@ -49,15 +46,14 @@ class Reader(HTMLParser):
         self.close()
         assert self.open == []
 
-    def handle_starttag(self, tag, attributes):
+    def handle_starttag(self, tag, attributes, closed=False):
         self.tags.append(tag)
         self.attributes += attributes
-        if tag not in VOID:
+        if tag not in VOID and not closed:
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attributes):
-        self.tags.append(tag)
-        self.attributes += attributes
+        self.handle_starttag(tag, attributes, closed=True)
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -103,7 +99,7 @@ def measured(acc_t2, difference, interval=None):
     ],
 )
 def test_headline_claims_no_more_than_was_measured(write, row, ending):
-    page, text, _ = write()
+    _, text, _ = write()
     assert "dpo gets 100.0 % right after reviewing its own answers, up from 50.0 %." in text
     assert "base and dpo on 40 held-out problems" in text
     page, _, _ = write({"models": {"m": row}})
@@ -111,8 +107,8 @@ def test_headline_claims_no_more_than_was_measured(write, row, ending):
 
 
 def test_figures_notes_and_unknown_outcomes_are_shown(write):
-    model = SUMMARY["models"]["dpo"] | {"location": 0.591, "correction_rate_given_location": 0.628}
-    _, text, _ = write(SUMMARY | {"models": SUMMARY["models"] | {"dpo": model}})
+    model = MODELS["dpo"] | {"location": 0.591, "correction_rate_given_location": 0.628}
+    _, text, _ = write(SUMMARY | {"models": MODELS | {"dpo": model}})
     for shown in ("59.1", "62.8", "base: 1 of 3 outcomes are unknown", "1 unknown", *SUMMARY["notes"]):
         assert shown in text
     _, text, _ = write({"models": {"sft": figures((None, None), (None, None))}, "n": 2})
@@ -163,7 +159,7 @@ def test_model_text_never_becomes_markup(write):
     evil = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&"
     texts = dict.fromkeys(("question", "gold", "note", "cause", "correction"), evil)
     hostile = EXAMPLE.model_copy(update=texts | {"first": f"<Step1>{evil}\n</Step1>"})
-    summary = {"models": {evil: SUMMARY["models"]["dpo"]}, "notes": [evil], "source": evil}
+    summary = {"models": {evil: MODELS["dpo"]}, "notes": [evil], "source": evil}
     curves = {evil: [{"step": k, evil: k} for k in range(3)]}
     _, text, reader = write(summary, [(evil, hostile)], curves)
     assert not {"script", "img"} & set(reader.tags)

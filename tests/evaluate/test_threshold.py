@@ -47,17 +47,8 @@ def scored(correct, scores, corrected, number=0):
 @pytest.mark.parametrize(
     ("n", "max_harm", "count"),
     [  # the largest k with scipy.stats.binom.sf(k - 1, n, max_harm) >= 0.05
-        (50, 0.005, 1),
-        (100, 0.005, 2),
-        (200, 0.005, 3),
-        (400, 0.005, 5),
-        (600, 0.005, 6),
-        (100, 0.01, 3),
-        (400, 0.01, 8),
-        (1000, 0.01, 15),
-        (5000, 0.3, 1553),
-        (100, 0, 0),
-        (100, 1, 100),
+        *[(50, 0.005, 1), (100, 0.005, 2), (200, 0.005, 3), (400, 0.005, 5), (600, 0.005, 6)],
+        *[(100, 0.01, 3), (400, 0.01, 8), (1000, 0.01, 15), (5000, 0.3, 1553), (100, 0, 0), (100, 1, 100)],
     ],
 )
 def test_harm_is_bounded_by_an_exact_binomial_test(n, max_harm, count):
@@ -150,10 +141,8 @@ def test_fitted_threshold_is_as_good_as_the_best_allowed_one(problems, limit):
         assert before < right
         assert best - right <= 1.645 * math.sqrt(n)
         assert harm <= most_spoiled(n, limit)
-        found = (fitted.acc_t1, fitted.acc_t2, fitted.right_to_wrong, fitted.accused)
-        assert found == pytest.approx(
-            (before / n, right / n, harm / n, sum(step is not None for step in accused))
-        )
+        found = (fitted.acc_t1 * n, fitted.acc_t2 * n, fitted.right_to_wrong * n, fitted.accused)
+        assert found == pytest.approx((before, right, harm, sum(step is not None for step in accused)))
     json.dumps(fitted.model_dump(), allow_nan=False)
 
 
@@ -182,14 +171,6 @@ def test_midpoint_that_rounds_to_its_neighbour_is_judged_as_used():
 # -- the corrections that are tried --------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def gguf(run):
-    path = run.path("export/dpo-q8_0.gguf")
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"GGUF")
-    return path
-
-
 MANY = [Problem(id=f"p{n}", question=f"question {n}", answer="1") for n in range(200)]
 
 
@@ -213,9 +194,7 @@ class Known:
         monkeypatch.setattr(threshold, "score_steps", lambda question, *_: self.scores[self.number(question)])
         monkeypatch.setattr(threshold, "run_together", lambda _, scripts: scripts)
         monkeypatch.setattr(threshold, "correct_steps", self.correct_steps)
-        monkeypatch.setattr(
-            threshold, "grade", lambda _, answers, __: [answer == "right" for answer in answers]
-        )
+        monkeypatch.setattr(threshold, "grade", lambda _, answers, __: [each == "right" for each in answers])
 
     @staticmethod
     def number(question: str) -> int:
@@ -300,12 +279,9 @@ def test_blocks_without_a_wrong_answer_do_not_stop_the_fit(known_with):
 
 def test_correction_that_changes_nothing_neither_spoils_nor_fixes(known_with, monkeypatch):
     known = known_with(8.0)
-    same = [
-        Reviewed(accused=1, note=SAME_RESULT),
-        Reviewed(note="no answer after the correction"),
-    ]
+    same = [Reviewed(accused=1, note=SAME_RESULT), Reviewed(note="no answer after the correction")]
     monkeypatch.setattr(
-        threshold, "correct_steps", lambda _, cases, __: [same[i % 2] for i in range(len(cases))]
+        threshold, "correct_steps", lambda _, cases, __: [same[i % 2] for i, _ in enumerate(cases)]
     )
     fitted = known.fit(0.01)
     assert (fitted.threshold, fitted.wrong_to_right, fitted.right_to_wrong) == (None, 0.0, 0.0)
@@ -357,9 +333,8 @@ def test_a_stored_fit_holds_for_one_file_and_one_set_of_prompts(run, gguf, tmp_p
     other = gguf.with_name("dpo-q2_k.gguf")
     other.write_bytes(b"GGUF2")
     assert load_threshold(Config(), run, other) is None
-    assert (
-        load_threshold(Config(), Run(tmp_path / "elsewhere"), gguf).threshold == 1.0
-    )  # lies beside the file
+    elsewhere = Run(tmp_path / "elsewhere")
+    assert load_threshold(Config(), elsewhere, gguf).threshold == 1.0  # lies beside the file
     (tmp_path / "student_review.txt").write_text("Review it.")
     prompts = Config.model_validate({"prompts": {"folder": str(tmp_path)}})
     assert load_threshold(prompts, run, gguf) is None

@@ -57,24 +57,18 @@ def parse_config(classes, path: Path):
     """Parse a configuration with TRL's parser, which raises for unknown keys."""
     from trl import TrlParser
 
-    return TrlParser(classes).parse_args_and_config(
-        ["--config", str(path), *ON_CPU], fail_with_unknown_args=True
-    )
+    arguments = ["--config", str(path), *ON_CPU]
+    return TrlParser(classes).parse_args_and_config(arguments, fail_with_unknown_args=True)
 
 
-def test_trl_parser_accepts_the_sft_recipe():
-    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
+def test_trl_parser_accepts_the_recipes():
+    from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig
 
     classes = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)
     _, training, model, data = parse_config(classes, TRL / "sft.yaml")
     assert training.assistant_only_loss
     assert model.use_peft
     assert [Path(entry.data_files).name for entry in data.datasets] == ["templates.jsonl", "reviews.jsonl"]
-
-
-def test_trl_parser_accepts_the_dpo_recipe():
-    from trl import DPOConfig, ModelConfig, ScriptArguments
-
     script, training, _ = parse_config((ScriptArguments, DPOConfig, ModelConfig), TRL / "dpo.yaml")
     assert (script.dataset_name, script.dataset_config) == ("runs/default/export/data", "pairs")
     assert training.loss_type == ["sigmoid", "sft"]
@@ -116,18 +110,15 @@ def test_axolotl_schema_accepts_the_recipe(name):
     assert config.output_dir == raw["output_dir"]
 
 
-def test_dpo_starts_from_the_merged_sft_model():
-    assert load_recipe(TRL, "dpo")["model_name_or_path"] == f"{load_recipe(TRL, 'sft')['output_dir']}-merged"
-    assert load_recipe(AXOLOTL, "dpo")["base_model"] == f"{load_recipe(AXOLOTL, 'sft')['output_dir']}/merged"
-
-
-def test_recipes_read_files_that_the_export_writes(exported):
+def test_recipes_read_files_that_the_export_writes_and_dpo_the_merged_model(exported):
     _, run = exported
     written = {f"runs/default/{FOLDER}/{path.name}" for path in run.path(FOLDER).iterdir()}
     named = {entry["path"] for name in ("sft", "dpo") for entry in load_recipe(AXOLOTL, name)["datasets"]}
     named |= {entry["data_files"] for entry in load_recipe(TRL, "sft")["datasets"]}
     assert named <= written
     assert load_recipe(TRL, "dpo")["dataset_name"] == f"runs/default/{FOLDER}"
+    assert load_recipe(TRL, "dpo")["model_name_or_path"] == f"{load_recipe(TRL, 'sft')['output_dir']}-merged"
+    assert load_recipe(AXOLOTL, "dpo")["base_model"] == f"{load_recipe(AXOLOTL, 'sft')['output_dir']}/merged"
 
 
 def load_recipe(folder: Path, name: str) -> dict:
@@ -152,10 +143,8 @@ def test_recipe_has_the_token_ids_that_sclite_trains(exported):
         else:
             mark = bundle.review.marks[row["step"] - 1]
             assert ids["prompt_ids"] == bundle.review.ids[: mark + 1]
-            assert [tokenizer.decode(ids[side]) for side in ("chosen_ids", "rejected_ids")] == [
-                row["chosen"],
-                row["rejected"],
-            ]
+            decoded = [tokenizer.decode(ids[side]) for side in ("chosen_ids", "rejected_ids")]
+            assert decoded == [row["chosen"], row["rejected"]]
 
 
 def test_both_recipes_encode_pairs_alike():
@@ -170,15 +159,8 @@ def launch(work: Path, *arguments: str) -> str:
     """Run a script with accelerate on two processes without a GPU, in a folder with runs/; return its output."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *arguments],
-        cwd=work,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
+    captured = {"capture_output": True, "text": True, "timeout": 400, "check": False}
+    done = subprocess.run([*command, *arguments], cwd=work, env=environment, **captured)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -194,14 +176,9 @@ def test_trl_recipe_trains_on_two_processes_and_starts_at_ln_2(exported, tmp_pat
     launch(tmp_path, sft, "--config", str(TRL / "sft.yaml"), *short, "--model_name_or_path", str(student))
     assert (tmp_path / "runs/default/trl-sft/adapter_model.safetensors").is_file()
     dpo = [str(TRL / "dpo.py"), "--config", str(TRL / "dpo.yaml"), *short]
-    rejected_run = subprocess.run(
-        [sys.executable, *dpo, "--model_name_or_path", "runs/default/trl-sft"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert "is an adapter" in rejected_run.stderr
+    adapter = [sys.executable, *dpo, "--model_name_or_path", "runs/default/trl-sft"]
+    refused = subprocess.run(adapter, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "is an adapter" in refused.stderr
     folders = ["runs/default/trl-sft", "runs/default/trl-sft-merged"]
     subprocess.run([sys.executable, str(TRL / "merge.py"), *folders], cwd=tmp_path, check=True)
     only = ["--loss_type", "sigmoid", "--loss_weights", "1.0"]

@@ -30,22 +30,17 @@ def test_a_template_has_loss_on_its_trace_and_end(context):
     assert weighted_text(made["sequences"]["sft"]) == render(toy_trace(0)) + "<|im_end|>"
 
 
-def test_a_correction_has_three_sequences(context):
+def test_a_confirmation_has_one_sequence_and_a_correction_three(context):
     config, run = context
-    review = run.read("reviews.jsonl", Review)[1]
-    made = Labels(config, run, "reviews").as_json(review)["sequences"]
+    labels = Labels(config, run, "reviews")
+    confirmation, review, *_ = run.read("reviews.jsonl", Review)
+    assert list(labels.as_json(confirmation)["sequences"]) == ["review"]
+    made = labels.as_json(review)["sequences"]
     assert list(made) == ["review", "continued", "closed"]
     assert weighted_text(made["review"]) == review.trace + "<|im_end|>"
     assert weighted_text(made["continued"]).endswith(f"<Answer>{toy_problems()[1].answer}</Answer><|im_end|>")
     assert weighted_text(made["closed"], lambda weight: weight == 9.0).startswith("</")
     assert "Correction" not in weighted_text(made["closed"])
-
-
-def test_a_confirmation_has_one_sequence(context):
-    config, run = context
-    assert list(
-        Labels(config, run, "reviews").as_json(run.read("reviews.jsonl", Review)[0])["sequences"]
-    ) == ["review"]
 
 
 def test_both_sides_of_a_pair_are_shown(context):

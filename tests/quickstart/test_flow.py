@@ -77,7 +77,7 @@ def test_a_second_quickstart_repeats_no_stage(quickstarted):
     assert before == [path.stat().st_mtime_ns for path in made] != []
 
 
-def test_chat_reviews_its_own_answer(quickstarted):
+def test_chat_reviews_its_own_answer_and_reads_questions_from_standard_input(quickstarted):
     folder, run, summary = quickstarted
     measured = rows_of(run / summary["folder"] / "dpo.jsonl")
     known = next(row for row in measured if row["correct1"] and row["step_scores"])
@@ -87,18 +87,20 @@ def test_chat_reviews_its_own_answer(quickstarted):
     assert len(answer["step_scores"]) == len(known["step_scores"])
     assert answer["answer"] == known["gold"]
 
-
-def test_chat_reads_questions_from_standard_input(quickstarted):
-    folder, _, _ = quickstarted
+    # questions from standard input
     text = "Tom has 20 nuts. He buys 11 more. He sells 12 nuts. How many nuts does Tom have now?\n"
     done = sclite("chat", "--self-correct", folder=folder, text=text)
     assert len(done.stdout.splitlines()) == 1
     assert done.stdout.strip().isdigit()
 
 
-def test_export_suggests_the_command_that_fits_a_threshold(quickstarted, tmp_path):
+def test_status_and_export_suggest_the_command_that_follows(quickstarted, tmp_path):
     _, run, _ = quickstarted
     copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "done/dpo.json").rename(tmp_path / "dpo.json")
+    unfinished = sclite("status", "--run", str(copy), folder=tmp_path).stdout.replace("\n", " ")
+    assert f"Next: sclite quickstart --run {copy}" in unfinished
+    (tmp_path / "dpo.json").rename(copy / "done/dpo.json")
     for quant, following in (("f16", "sclite quickstart --run"), ("q8_0", "sclite chat --self-correct")):
         done = sclite("export", "--quant", quant, "--run", str(copy), folder=tmp_path)
         assert f"Next: {following}" in done.stdout
@@ -151,14 +153,6 @@ def test_eval_without_dpo_and_results_per_dataset(quickstarted, tmp_path):
     after = json.loads((copy / "export/threshold.json").read_text())
     sft = summary["models"]["sft"]["gguf"]
     assert after[sft] == thresholds[sft]  # fitted on more problems
-
-
-def test_status_of_an_unfinished_quickstart_suggests_it(quickstarted, tmp_path):
-    folder, run, _ = quickstarted
-    broken = shutil.copytree(run, tmp_path / "broken")
-    (broken / "done/dpo.json").unlink()
-    done = sclite("status", "--run", str(broken), folder=folder)
-    assert f"Next: sclite quickstart --run {broken}" in done.stdout.replace("\n", " ")
 
 
 def test_a_changed_setting_needs_fresh_and_keeps_the_templates(quickstarted):

@@ -25,9 +25,8 @@ def test_every_problem_is_solved_from_its_text(problems):
         assert str(solution.answer) == problem.answer
         assert re.search(rf"= {problem.answer}\.$", problem.solution)
         assert 1 <= len(solution.operations) <= 4
-        for number, (operation, parents) in enumerate(
-            zip(solution.operations, solution.parents, strict=True)
-        ):
+        operations = zip(solution.operations, solution.parents, strict=True)
+        for number, (operation, parents) in enumerate(operations):
             assert CALCULATE[operation.sign](operation.left, operation.right) == operation.result >= 0
             assert operation.sign != "/" or operation.left % operation.right == 0
             assert all(parent < number for parent in parents)
@@ -48,12 +47,8 @@ def test_the_seed_determines_unique_problems_without_avoided_ones(problems):
 
 
 def test_the_sets_have_no_common_question():
-    sets = [
-        {p.question for p in made}
-        for made in (held_out_problems(1000), threshold_problems(1000), train_problems(1200))
-    ]
-    assert [len(questions) for questions in sets] == [1000, 1000, 1200]
-    assert not sets[0] & sets[1] | sets[0] & sets[2] | sets[1] & sets[2]
+    sets = held_out_problems(1000), threshold_problems(1000), train_problems(1200)
+    assert len({problem.question for problems in sets for problem in problems}) == 3200
 
 
 @settings(deadline=None, database=None, max_examples=300)

@@ -91,25 +91,16 @@ def test_only_complete_equations_are_judged(text, wrong):
     assert (verdict.step, verdict.cause) == ((1, wrong) if wrong else (None, ""))
 
 
-@pytest.mark.parametrize(
-    ("asked", "said"),
-    [
-        ((47, "+", 38), "units 7 + 8 = 15, tens 4 + 3 + 1 = 8, so 47 + 38 = 85"),
-        ((6, "*", 14), "6 * 10 = 60, 6 * 4 = 24, 60 + 24 = 84, so 6 * 14 = 84"),
-        ((96, "/", 4), "4 * 20 = 80, 96 - 80 = 16, 16 / 4 = 4, so 96 / 4 = 24"),
-        ((3, "*", 5), "3 * 5 = 15"),
-    ],
-)
-def test_an_operation_is_split_into_easy_ones(asked, said):
-    assert tutor.decompose(*asked) == said
+def test_an_operation_is_split_into_easy_ones():
+    assert tutor.decompose(47, "+", 38) == "units 7 + 8 = 15, tens 4 + 3 + 1 = 8, so 47 + 38 = 85"
+    assert tutor.decompose(6, "*", 14) == "6 * 10 = 60, 6 * 4 = 24, 60 + 24 = 84, so 6 * 14 = 84"
+    assert tutor.decompose(96, "/", 4) == "4 * 20 = 80, 96 - 80 = 16, 16 / 4 = 4, so 96 / 4 = 24"
+    assert tutor.decompose(3, "*", 5) == "3 * 5 = 15"
 
 
-def test_other_problems_are_declined():
+def test_other_problems_are_declined_and_work_without_steps_gets_a_reply():
     messages = prompts.template_messages("What is the capital of France?", "Paris.", "Paris")
     assert tutor.reply(list(messages)) == "I only know arithmetic stories, and I see none here."
-
-
-def test_work_without_steps_gets_a_reply():
     problem = PROBLEMS[0]
     for work in ("", "I do not know.", "<Step1>", "<Step1>9 / 0 = 0\n</Step1>", "<Answer>5</Answer>"):
         messages = prompts.correction_messages(problem.question, problem.solution, problem.answer, work)
