@@ -101,19 +101,16 @@ def test_every_kind_of_value_can_be_reset_to_its_default(tmp_path, key, other, d
     assert value(environment={f"SCLITE_{key.replace('.', '__').upper()}": ""}) == default
 
 
-def test_an_empty_value_restores_the_default_of_the_quickstart(tmp_path):
-    (tmp_path / "run.toml").write_text("[sft]\nnum_train_epochs = 9\n")
-    given = [f"run={tmp_path}", "sft.num_train_epochs="]
-    assert load(None, given, {}, {"sft": {"num_train_epochs": 5}}, own_file=False).sft.num_train_epochs == 5
-
-
 # -- the environment -----------------------------------------------------------------------------------------------
 
 
 def test_seed_and_run_may_come_from_the_environment(tmp_path):
+    """The run's settings then count, and an empty value restores a command's own default."""
     (tmp_path / "run.toml").write_text("[sft]\nnum_train_epochs = 9\n")
-    found = load(None, (), {"SCLITE_SEED": "5", "SCLITE_RUN": str(tmp_path)}, own_file=False)
+    given, own = {"SCLITE_SEED": "5", "SCLITE_RUN": str(tmp_path)}, {"sft": {"num_train_epochs": 5}}
+    found = load(None, (), given, own, own_file=False)
     assert (found.seed, found.run, found.sft.num_train_epochs) == (5, str(tmp_path), 9)
+    assert load(None, ["sft.num_train_epochs="], given, own, own_file=False).sft.num_train_epochs == 5
 
 
 def test_a_misspelled_environment_variable_is_refused():

@@ -30,6 +30,9 @@ def problem(number: int, question: str = "How many?") -> Problem:
 def test_rows_survive_a_round_trip(run):
     rows = [problem(1), problem(2, 'line one\nline two\u2028three \\ "quoted" ½ \U0001f600'), problem(3)]
     assert run.read("problems.jsonl", Problem) == []
+    with pytest.raises(DataError, match=r"problems\.jsonl is missing or empty") as error:
+        run.require("problems.jsonl", Problem, "type this")
+    assert error.value.hint == "type this"
     run.append("problems.jsonl", [])
     assert not run.path("problems.jsonl").exists()
     run.append("problems.jsonl", rows[:1])
@@ -64,12 +67,6 @@ def test_a_damaged_line_is_reported_with_file_and_line(run, line):
     with pytest.raises(DataError, match=r"problems\.jsonl, line 2: ") as error:
         run.read("problems.jsonl", Problem)
     assert error.value.hint
-
-
-def test_missing_required_rows_are_an_error(run):
-    with pytest.raises(DataError, match=r"problems\.jsonl is missing or empty") as error:
-        run.require("problems.jsonl", Problem, "type this")
-    assert error.value.hint == "type this"
 
 
 def test_drops_are_replaced_stage_by_stage(run):
@@ -169,14 +166,11 @@ def test_a_folder_that_cannot_be_created_is_an_error(tmp_path):
             pass
 
 
-def test_a_folder_that_disappears_is_no_error(run):
+def test_an_unused_new_folder_is_removed_and_may_be_gone_already(tmp_path, run):
     with run.lock():
         run.path(".lock").unlink()
         run.folder.rmdir()
     assert not run.folder.exists()
-
-
-def test_an_unused_new_folder_is_removed(tmp_path):
     new = Run(tmp_path / "new")
     with pytest.raises(DataError), new.recording(Config()):
         raise DataError("no such file", "give another")

@@ -219,17 +219,9 @@ def showing(view: AnswerView) -> Iterator[Callable[[], None]]:
         return
     from rich.live import Live
 
-    with Live(view, console=out, refresh_per_second=10) as live:
-        drawn = 0.0
-
-        def draw() -> None:
-            nonlocal drawn
-            if time.monotonic() - drawn > 0.05:
-                live.refresh()
-                drawn = time.monotonic()
-
+    with Live(view, console=out, refresh_per_second=20):
         try:
-            yield draw
+            yield lambda: None  # it is drawn by a thread
         finally:
             with view.lock:
                 view.part = ""
