@@ -110,13 +110,7 @@ def run_script(source: Path, script: str, arguments: list[str], out: Path | None
     # offline, because a configuration could name code on the Hub
     environment = {**os.environ, "PYTHONPATH": str(source / "gguf-py"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        check=False,
+        command, env=environment, input="", capture_output=True, text=True, errors="replace", check=False
     )
     if done.returncode != 0 or (part and not part.is_file()):
         if part:

@@ -81,17 +81,14 @@ def _hub_errors(name: str) -> Iterator[None]:
         reason = redact(text.strip().splitlines()[0])
         if token := get_token():  # maybe from a file, which `redact` does not know
             reason = reason.replace(token, "***")
+        message = f"cannot upload to {name}: {reason}"
+        hint = "check the network; re-run to resume, what has arrived is not sent again"
         if status == 401:
-            raise NetworkError(
-                f"the Hub refuses the token: {reason}",
-                f"create one with write access at {TOKENS}, then: export HF_TOKEN=..",
-            ) from None
-        if status in (403, 404):
-            raise NetworkError(
-                f"the Hub does not let this token write to {name}: {reason}",
-                "use a token with write access, and your own user name or organization in --push OWNER/NAME",
-            ) from None
-        raise NetworkError(
-            f"cannot upload to {name}: {reason}",
-            "check the network; re-run to resume, what has arrived is not sent again",
-        ) from None
+            message = f"the Hub refuses the token: {reason}"
+            hint = f"create one with write access at {TOKENS}, then: export HF_TOKEN=.."
+        elif status in (403, 404):
+            message = f"the Hub does not let this token write to {name}: {reason}"
+            hint = (
+                "use a token with write access, and your own user name or organization in --push OWNER/NAME"
+            )
+        raise NetworkError(message, hint) from None

@@ -210,7 +210,7 @@ def compute_references(
 
     with torch.inference_mode():
         trained = list(log_probabilities())
-        tops = [np.argsort(rows, axis=1)[:, : -TOP - 1 : -1] for rows in trained]
+        tops = [torch.from_numpy(rows).topk(TOP).indices.numpy() for rows in trained]
         with model.disable_adapter() if adapter else nullcontext():
             unadapted = log_probabilities() if adapter else iter(trained)
             bases = [np.take_along_axis(rows, top, 1) for rows, top in zip(unadapted, tops, strict=True)]

@@ -77,12 +77,9 @@ def quantize(
     part.replace(out)
     if not re.search("_k|iq|tq", name):
         return 0, ""
-    odd = [
-        GGMLQuantizationType(t.type)
-        for t in read_gguf(out)[1].values()
-        if len(t.shape) > 1 and t.shape[0] % ROW
-    ]
-    return len(odd), ", ".join(sorted({kind.name.lower() for kind in odd}))
+    matrices = [tensor for tensor in read_gguf(out)[1].values() if len(tensor.shape) > 1]
+    odd = [GGMLQuantizationType(tensor.type).name.lower() for tensor in matrices if tensor.shape[0] % ROW]
+    return len(odd), ", ".join(sorted(set(odd)))
 
 
 Tensor: Any = type(

@@ -23,6 +23,7 @@ from sclite.export.merge import merge
 from sclite.export.model import export_lora
 from sclite.export.quantize import quantize
 from sclite.export.samples import TRICKY, Sample
+from sclite.export.tensors import read_gguf
 from sclite.student.base import Request
 from sclite.student.llama_cpp.engine import Engine
 from tests.toy import random_adapter, sample_texts, tiny_gguf
@@ -38,7 +39,7 @@ def gguf(student, tmp_path_factory):
     return tiny_gguf(student, tmp_path_factory.mktemp("gguf") / "tiny.gguf")
 
 
-def read_gguf(path):
+def read_all(path):
     from gguf import GGUFReader
 
     reader = GGUFReader(path)
@@ -51,7 +52,7 @@ def test_writer_gives_the_same_file_as_llama_cpp(student, converter, tmp_path, o
     ours = write_gguf(student, tmp_path / "ours.gguf", outtype=outtype)
     theirs = tmp_path / "theirs.gguf"
     conversion.run_converter(converter, student, theirs, outtype=outtype)
-    (our_values, our_tensors), (their_values, their_tensors) = read_gguf(ours), read_gguf(theirs)
+    (our_values, our_tensors), (their_values, their_tensors) = read_all(ours), read_all(theirs)
     for key in ("general.name", "general.size_label"):
         our_values.pop(key, None), their_values.pop(key, None)
     assert our_values == their_values
@@ -70,11 +71,22 @@ def test_writer_matches_llama_cpp_for_grouped_heads_and_untied_head(student, con
     shape = LlamaConfig.from_pretrained(student)
     shape.num_key_value_heads, shape.tie_word_embeddings = 2, False
     LlamaForCausalLM(shape).save_pretrained(other)
-    _, ours = read_gguf(write_gguf(other, tmp_path / "ours.gguf", outtype="f32"))
+    _, ours = read_all(write_gguf(other, tmp_path / "ours.gguf", outtype="f32"))
     conversion.run_converter(converter, other, tmp_path / "theirs.gguf", outtype="f32")
-    _, theirs = read_gguf(tmp_path / "theirs.gguf")
+    _, theirs = read_all(tmp_path / "theirs.gguf")
     assert "output.weight" in ours
     assert all(np.array_equal(ours[name].data, theirs[name].data) for name in theirs)
+
+
+def test_header_has_the_numbers_and_tensors_that_gguf_reads(gguf, tmp_path):
+    quantize(gguf, tmp_path / "small.gguf", "q4_k_m")
+    for path in (gguf, tmp_path / "small.gguf"):
+        (numbers, tensors), (values, wanted) = read_gguf(path), read_all(path)
+        assert numbers == {name: value for name, value in values.items() if isinstance(value, int | float)}
+        assert list(tensors) == list(wanted)
+        for name, (kind, shape, rows) in tensors.items():
+            assert (kind, list(shape)) == (wanted[name].tensor_type, wanted[name].shape.tolist())
+            assert rows.tobytes() == wanted[name].data.tobytes()
 
 
 def test_small_llama_needs_no_converter(student, tmp_path, monkeypatch):
@@ -86,9 +98,7 @@ def test_small_llama_needs_no_converter(student, tmp_path, monkeypatch):
 
 
 def test_adapter_gguf_is_applied_by_llama_cpp(student, gguf, converter, run, tmp_path):
-    random_adapter(
-        student, run.path("sft/adapter"), std=0.1, r=4, target_modules=["q_proj", "v_proj", "down_proj"]
-    )
+    random_adapter(student, run.path("sft/adapter"), std=0.1, r=4, target_modules=["q_proj", "down_proj"])
     lora, _ = export_lora(Config.model_validate({"student": {"model": str(student)}}), run, "sft")
     folder = merge(student, run.path("sft/adapter"), tmp_path / "merged")
     merged = tiny_gguf(folder, tmp_path / "merged.gguf")
@@ -117,10 +127,9 @@ def test_missing_converter_is_a_network_error_with_instructions(student, tmp_pat
     assert "SCLITE_LLAMA_CPP" in error.value.hint
     monkeypatch.setattr(conversion, "SMALL", 0)
     conversion.convert_model(student, tmp_path / "out.gguf")  # a supported model needs no converter
-    other = tmp_path / "qwen"
-    shutil.copytree(student, other, ignore=shutil.ignore_patterns("*.gguf"))
-    shape = json.loads((other / "config.json").read_text()) | {"architectures": ["Qwen2ForCausalLM"]}
-    (other / "config.json").write_text(json.dumps(shape))
+    other = shutil.copytree(student, tmp_path / "qwen")
+    shape = (other / "config.json").read_text().replace("LlamaForCausalLM", "Qwen2ForCausalLM")
+    (other / "config.json").write_text(shape)
     with pytest.raises(NetworkError):
         conversion.convert_model(other, tmp_path / "other.gguf")
 
@@ -149,6 +158,10 @@ def test_only_the_source_distribution_with_the_pinned_digest_is_unpacked(tmp_pat
     files = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
     assert files == {name: name for name in ("convert_hf_to_gguf.py", "gguf-py/gguf/__init__.py")}
     assert list(folder.parent.iterdir()) == [folder]
+    monkeypatch.setenv("SCLITE_LLAMA_CPP", str(tmp_path))
+    with pytest.raises(UsageError, match="convert_hf_to_gguf"):
+        conversion.converter()
+    monkeypatch.delenv("SCLITE_LLAMA_CPP")
     monkeypatch.setattr(conversion, "version", lambda _: "0.4.0")
     with pytest.raises(ScliteError, match=r"does not know .* llama-cpp-python 0\.4\.0"):
         conversion.converter()
@@ -164,12 +177,6 @@ def test_every_admitted_version_of_llama_cpp_python_has_a_pinned_digest():
     assert all(Requirement(admitted).specifier.contains(v) for v in conversion.SHA256)
     assert not Requirement(admitted).specifier.contains(after)
     assert version("llama_cpp_python") in conversion.SHA256
-
-
-def test_folder_without_the_converter_is_a_usage_error(tmp_path, monkeypatch):
-    monkeypatch.setenv("SCLITE_LLAMA_CPP", str(tmp_path))
-    with pytest.raises(UsageError, match="convert_hf_to_gguf"):
-        conversion.converter()
 
 
 @pytest.mark.parametrize(
