@@ -125,14 +125,16 @@ def _find_golds(
         elif right:
             answer = answer_of(right[-1].parsed) or ""
             golds[question] = Problem(id=_id(question), question=right[-1].question, answer=answer)
-    # the teacher solves the others; an unreadable solution is not asked for again
+    # the teacher solves the others
     unknown = {question: rows[0].question for question, rows in judged.items() if question not in golds}
-    chats = {key: prompts.solve_messages(text, config.prompts.folder) for key, text in unknown.items()}
-    jobs = [
-        Job(key, lambda _, chat=chat: chat, parse, sample)
-        for key, chat in chats.items()
-        for sample in range(SOLUTIONS)
-    ]
+
+    def ask(question: str, sample: int) -> Job[Parsed]:
+        messages = prompts.solve_messages(unknown[question], config.prompts.folder)
+        return Job(
+            question, lambda _: messages, parse, sample
+        )  # an unreadable solution is not asked for again
+
+    jobs = [ask(question, sample) for question in unknown for sample in range(SOLUTIONS)]
     solutions: dict[str, list[Parsed]] = {question: [] for question in unknown}
     for done, result in enumerate(teacher.ask_after_pilot(jobs, len(jobs), "feedback"), 1):
         if result.rejection is not None:
