@@ -21,36 +21,39 @@ from sclite.errors import UsageError
 
 
 def list_gpus() -> list[dict[str, Any]]:
-    """{"name", "total_gb", "free_gb", "processes"} of every CUDA GPU, in the order of CUDA's numbers.
-
-    "processes" holds memory on it: [{"pid", "name", "gb"}], largest first; None if nvidia-smi is missing or fails. "gb"
-    is None if the driver hides it. Imports torch and initializes CUDA.
-    """
+    """{"name", "total_gb", "free_gb"} of every CUDA GPU, in CUDA's order. Imports torch and initializes CUDA."""
     import torch
 
-    gpus: list[dict[str, Any]] = []
-    # CUDA_VISIBLE_DEVICES renumbers the GPUs for CUDA, not for nvidia-smi
-    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    query = ("--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader,nounits")
+    gpus = []
     for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         free, total = torch.cuda.mem_get_info(number)
-        gpu = {"name": torch.cuda.get_device_name(number), "total_gb": total / 1e9, "free_gb": free / 1e9}
-        gpus.append({**gpu, "processes": None})
-        physical = visible[number] if number < len(visible) else str(number)
-        command = ["nvidia-smi", "-i", physical, *query]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-        except (OSError, subprocess.SubprocessError):
-            continue
-        processes: list[dict[str, Any]] = []
-        for line in done.stdout.splitlines():
-            pid, _, rest = line.partition(",")
-            program, _, used = rest.rpartition(",")  # a name may contain commas
-            if pid.strip().isdigit() and program.strip():  # unlike "No running processes found"
-                gb = round(int(used) * 2**20 / 1e9, 3) if used.strip().isdigit() else None
-                processes.append({"pid": int(pid), "name": program.strip(), "gb": gb})
-        gpus[-1]["processes"] = sorted(processes, key=lambda process: -(process["gb"] or 0.0))
+        name = torch.cuda.get_device_name(number)
+        gpus.append({"name": name, "total_gb": total / 1e9, "free_gb": free / 1e9})
     return gpus
+
+
+def gpu_processes(number: int) -> list[dict[str, Any]] | None:
+    """[{"pid", "name", "gb"}] of what holds memory on a GPU, largest first; None if nvidia-smi is missing or fails.
+
+    `number` counts the GPUs that CUDA shows, in PCI bus order. "gb" is None if the driver hides it.
+    """
+    # CUDA_VISIBLE_DEVICES renumbers the GPUs for CUDA, not for nvidia-smi
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    physical = visible[number] if number < len(visible) else str(number)
+    query = ("--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader,nounits")
+    command = ["nvidia-smi", "-i", physical, *query]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    processes: list[dict[str, Any]] = []
+    for line in done.stdout.splitlines():
+        pid, _, rest = line.partition(",")
+        program, _, used = rest.rpartition(",")  # a name may contain commas
+        if pid.strip().isdigit() and program.strip():  # unlike "No running processes found"
+            gb = round(int(used) * 2**20 / 1e9, 3) if used.strip().isdigit() else None
+            processes.append({"pid": int(pid), "name": program.strip(), "gb": gb})
+    return sorted(processes, key=lambda process: -(process["gb"] or 0.0))
 
 
 def probe_torch() -> dict[str, Any]:

@@ -48,23 +48,27 @@ def test_gpu_processes_are_sorted_by_size(nvidia_smi):
         {"pid": 1201, "name": "/usr/bin/Xorg", "gb": 0.214},
         {"pid": 77, "name": "[Not Found]", "gb": None},  # the driver hides the size
     ]
-    first = {"name": "RTX 4090", "total_gb": 24.0, "free_gb": 20.0, "processes": processes}
-    assert doctor.list_gpus() == [first, {**first, "name": "RTX 3090", "free_gb": 4.0}]
+    assert doctor.gpu_processes(0) == processes
     nvidia_smi("No running processes found\n")
-    assert [gpu["processes"] for gpu in doctor.list_gpus()] == [[], []]
+    assert doctor.gpu_processes(1) == []
+
+
+def test_every_gpu_is_listed_with_its_memory(torch_with_gpus):
+    first = {"name": "RTX 4090", "total_gb": 24.0, "free_gb": 20.0}
+    assert doctor.list_gpus() == [first, {**first, "name": "RTX 3090", "free_gb": 4.0}]
 
 
 def test_without_nvidia_smi_gpu_processes_are_unknown(nvidia_smi):
-    assert [gpu["processes"] for gpu in doctor.list_gpus()] == [None, None]
+    assert doctor.gpu_processes(0) is None
     nvidia_smi("END\nexit 9\n")
-    assert [gpu["processes"] for gpu in doctor.list_gpus()] == [None, None]
+    assert doctor.gpu_processes(0) is None
 
 
 @pytest.mark.parametrize(("visible", "physical"), [("", [0, 1]), ("3", [3, 1]), ("5, 2", [5, 2])])
 def test_nvidia_smi_gets_the_physical_gpu_number(nvidia_smi, monkeypatch, visible, physical):
     nvidia_smi("{gpu}, python, 1000")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert [gpu["processes"][0]["pid"] for gpu in doctor.list_gpus()] == physical
+    assert [doctor.gpu_processes(number)[0]["pid"] for number in (0, 1)] == physical
 
 
 def test_the_nvidia_driver_is_found_without_nvidia_smi(tmp_path, monkeypatch):

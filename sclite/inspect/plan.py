@@ -53,10 +53,10 @@ PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits"
 def plan_training(context: "Context") -> dict[str, Any]:
     """The plan of a training on this machine, from the configuration and the run's files; starts and writes nothing."""
     from sclite.data.problems import split_problems
-    from sclite.doctor import list_gpus
+    from sclite.doctor import gpu_processes, list_gpus
     from sclite.student.loader import load_tokenizer
 
-    config = context.config
+    config, gpus = context.config, list_gpus()
     problems = list(context.run.rows("problems.jsonl", Problem))
     try:
         tokenizer = load_tokenizer(model_name(config.student))
@@ -65,7 +65,7 @@ def plan_training(context: "Context") -> dict[str, Any]:
     return plan(
         config,
         context.run,
-        gpu=next(iter(list_gpus()), None),
+        gpu={**gpus[0], "processes": gpu_processes(0)} if gpus else None,
         tokenizer=tokenizer,
         unseen=frozenset(p.id for p in split_problems(config, problems).stage2) if problems else None,
     )
@@ -79,7 +79,7 @@ def plan(
     tokenizer: "Tokenizer | None" = None,
     unseen: frozenset[str] | None = None,
 ) -> dict[str, Any]:
-    """The plan as JSON values. `gpu` is from `doctor.list_gpus`; without one (None) `fits` is unknown.
+    """The plan as JSON values. `gpu` is from `doctor`, with its processes; without one (None) `fits` is unknown.
 
     `unseen` are ids of the problems kept for stage 2 (None: unknown). Without a tokenizer the forecast is unknown.
     """
@@ -256,10 +256,11 @@ def print_plan(plan: Mapping[str, Any], json: bool = False) -> None:
     """The plan as tables on stdout. Raises DeviceError if a stage does not fit."""
     stages = plan["stages"]
     misfits = {name: stage for name, stage in stages.items() if stage["fits"] is False}
-    error = DeviceError("not every stage fits on this GPU", "use the settings that the plan suggests")
-    error.details = dict(plan)
-    if json and misfits:
-        raise error  # which is printed as the JSON object, with the plan in it
+    if misfits:
+        error = DeviceError("not every stage fits on this GPU", "use the settings that the plan suggests")
+        error.details = dict(plan)
+        if json:
+            raise error  # which is printed as the JSON object, with the plan in it
     if json:
         console.print_json(plan)
         return
