@@ -159,8 +159,9 @@ def _read_stage(
     """
     path, rows = run.path(output), 0
     if (manifest := run.manifest(name)) is not None:
-        figures = {key: manifest[key] for key in ("counts", "seconds", "cost_usd")}
-        stage, before = Stage(DONE, **figures), dict(manifest["inputs"])
+        counts, seconds, cost_usd = manifest["counts"], manifest["seconds"], manifest["cost_usd"]
+        stage = Stage(DONE, counts=counts, seconds=seconds, cost_usd=cost_usd)
+        before = dict(manifest["inputs"])
         if unanswered := before.pop("unanswered", 0):
             stage.state, stage.why = HALF_WAY, [f"{unanswered} requests without a reply"]
         try:
@@ -185,7 +186,7 @@ def _read_stage(
             return Stage(DONE, counts={"imported": 1})
         if name in IMPORTED and rows:
             return Stage(DONE, counts={path.stem: rows, "imported": rows})
-    if not rows and name == "corrections" and paid:
+    if not rows and paid:  # killed before its first row
         return Stage(HALF_WAY, [f"{paid['requests']} replies in the ledger"])
     return Stage(HALF_WAY, rows=rows, total=total or None) if rows else Stage()
 

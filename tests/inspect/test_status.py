@@ -155,6 +155,17 @@ def test_an_unfinished_file_is_half_way(run):
     assert state(run, "templates") == ("half_way", [], 3, 8)
 
 
+def test_a_build_that_was_killed_before_its_first_row_is_a_run(run):
+    with run.lock():
+        pay(run, "chat", 0.5)
+        assert not run.is_begun()  # the ledger of a chat
+    with run.recording(config(run)):
+        assert run.is_begun()
+    pay(run, "templates", 0.5)
+    assert state(run, "templates")[:2] == ("half_way", ["1 replies in the ledger"])
+    assert following(run, "problems.source=p.jsonl") == "sclite build-data"
+
+
 def test_replies_without_rows_and_unanswered_requests_leave_a_stage_half_way(trained):
     trained.path("done/corrections.json").unlink()
     trained.path("reviews.jsonl").unlink()
