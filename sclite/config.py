@@ -25,7 +25,7 @@ def parse_object(value: Any) -> Any:
     except ValueError as error:
         raise ValueError(f"this is not a JSON object: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError('this is not an object such as {"reasoning_effort": "low"}')
+        raise ValueError('this is not an object such as {"name": "value"}')
     return value
 
 
@@ -75,7 +75,7 @@ class Problems(Source):
         0.1,
         ge=0,
         lt=1,
-        description="share of problems kept to fit the review threshold (at least 50 if there are 200); 0: none",
+        description="share of problems kept out of training to fit the review threshold, at least 50 of 200; 0: none",
     )
     avoid: tuple[str, ...] = Field(
         (), description='files with questions to keep out of training, besides eval.source, as ["a.jsonl"]'
@@ -278,7 +278,7 @@ class Export(Section):
     imatrix: bool | None = Field(None, description="use an importance matrix (default: below 5 bits)")
     max_kl: Annotated[dict[str, float], BeforeValidator(parse_object)] = Field(
         MAX_KL,
-        description="largest KL divergence from the trained model in nats, by the beginning of a type",
+        description="largest KL divergence from the trained model in nats, by the start of a type's name",
     )
     ollama: str = Field("", description="model name for `ollama create`")
     push: str = Field("", description="repository on the Hub, OWNER/NAME, for the files and their card")
@@ -325,7 +325,7 @@ class Review(Section):
     )
     threshold: float | None = Field(
         None,
-        description="log-odds from which a step is corrected (default: fitted by train and eval)",
+        description="log-odds of an error from which a step is corrected (default: fitted by train, eval)",
     )
     rounds: int = Field(1, ge=0, le=8, description="maximum number of review rounds per answer")
     max_harm: float = Field(

@@ -50,7 +50,8 @@ def load(
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
-            hint = "write --set KEY=VALUE; --set KEY= restores the default"
+            example = "for example --set sft.num_train_epochs=2"
+            hint = f"write --set KEY=VALUE, {example}; --set KEY= restores the default"
             raise UsageError(f"--set {setting}: no value", hint)
         _assign(typed, key.strip().split("."), value.strip())
     layers = (file, variables, typed)
