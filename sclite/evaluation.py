@@ -57,8 +57,14 @@ def held_out(context: Context, untrained: Sequence[Problem] = ()) -> HeldOut:
     for problem in found:
         if problem.id in known:
             detail = f"shares 13 words in a row, or the whole question, with the training problem {known[problem.id]}"
-            drop = Drop(stage="eval", id=problem.id, reason="overlaps_training", detail=detail)
-            drops.append(drop.model_copy(update={"raw": problem.question}))
+            drop = Drop(
+                stage="eval",
+                id=problem.id,
+                reason="overlaps_training",
+                detail=detail,
+                raw=problem.question,
+            )
+            drops.append(drop)
     context.run.replace_drops(["eval"], drops)
     fresh = [problem for problem in found if problem.id not in known]
     tested, fitting = split_for_stages(fresh, settings.fit_share, context.config.seed)

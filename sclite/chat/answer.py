@@ -85,8 +85,11 @@ class Answer:
 
     def as_json(self) -> dict[str, object]:
         """The answer as `sclite chat --json` prints it."""
-        row: dict[str, object] = {"question": self.question, "first": self.first.text}
-        row["answer"] = self.final.answer
+        row: dict[str, object] = {
+            "question": self.question,
+            "first": self.first.text,
+            "answer": self.final.answer,
+        }
         if self.review is not None:
             row |= {
                 "accused": self.review.accused,
@@ -95,14 +98,13 @@ class Answer:
                 "step_scores": [round(score, 4) for score in self.review.scores],
                 "final": self.text,
             }
-        seconds, of_review = round(self.seconds, 3), round(self.review_seconds, 3)
-        row |= {
+        return row | {
             "tokens": self.tokens,
             "fed_tokens": self.fed,
-            "seconds": seconds,
-            "review_seconds": of_review,
+            "seconds": round(self.seconds, 3),
+            "review_seconds": round(self.review_seconds, 3),
+            "note": self.note,
         }
-        return row | {"note": self.note}
 
 
 def solve_and_review(question: str, settings: Settings) -> Script[Answer]:

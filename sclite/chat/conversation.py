@@ -252,13 +252,14 @@ class Chat:
     def judge(self, good: bool) -> None:
         """Add the last answer and a verdict on it to the feedback of the run."""
         answer = self.last()
-        texts = {
-            "question": answer.asked or answer.question,
-            "attempt": answer.first.text,
-            "final": answer.text,
-        }
-        accused = None if answer.review is None else answer.review.accused
-        row = Feedback(**texts, accused=accused, good=good, model=self.path.name)
+        row = Feedback(
+            question=answer.asked or answer.question,
+            attempt=answer.first.text,
+            final=answer.text,
+            accused=None if answer.review is None else answer.review.accused,
+            good=good,
+            model=self.path.name,
+        )
         self.run.append(FEEDBACK, [row])
         console.note(f"[dim]noted in {escape(str(self.run.path(FEEDBACK)))}; `sclite build-data` uses it[/]")
 

@@ -179,8 +179,11 @@ def _sample(
                 graded = []
                 for index, reply, answer, verdict in zip(block, replies, answers, verdicts, strict=True):
                     problem, sample = pending[index]
-                    known = {"id": problem.id, "sample": sample, "trace": reply.text, "answer": answer}
-                    graded.append(Attempt(**known, correct=None if reply.finish == "error" else verdict))
+                    correct = None if reply.finish == "error" else verdict
+                    row = Attempt(
+                        id=problem.id, sample=sample, trace=reply.text, answer=answer, correct=correct
+                    )
+                    graded.append(row)
                 run.append("attempts.jsonl", graded)
                 rows += graded
                 progress(len(rows), len(jobs))

@@ -68,8 +68,9 @@ def write_feedback(
                 answer = answer_of(parse(text))
                 right = grader.equal(answer, gold.answer) if isinstance(gold, Problem) else None
                 # not a running number: if a verdict is removed, the corrections of the others are not paid for again
-                known = {"id": _id(question), "sample": int(digest(text)[:8], 16), "trace": text}
-                added.append(Attempt(**known, answer=answer, correct=right))
+                sample = int(digest(text)[:8], 16)
+                row_id = _id(question)
+                added.append(Attempt(id=row_id, sample=sample, trace=text, answer=answer, correct=right))
         ids = {row.id for row in added}
         asked = [gold for _, gold in golds.values() if isinstance(gold, Problem) and gold.id in ids]
         # first, because a resumed run of the attempts appends to them
@@ -130,9 +131,8 @@ def _find_golds(
 
     def ask(question: str, sample: int) -> Job[Parsed]:
         messages = prompts.solve_messages(unknown[question], config.prompts.folder)
-        return Job(
-            question, lambda _: messages, parse, sample
-        )  # an unreadable solution is not asked for again
+        # `parse` rejects nothing: an unreadable solution is not asked for again
+        return Job(question, lambda _: messages, parse, sample)
 
     jobs = [ask(question, sample) for question in unknown for sample in range(SOLUTIONS)]
     solutions: dict[str, list[Parsed]] = {question: [] for question in unknown}
@@ -142,8 +142,9 @@ def _find_golds(
         elif result.made is not None:
             solutions[result.id].append(result.made)
         progress(done, len(jobs), teacher.ledger.spent_usd)
-    for question in solutions.keys() - golds.keys():
-        found = solutions[question]
+    for question, found in solutions.items():
+        if question in golds:  # the rejection of a reply
+            continue
         first, *others = (parsed.trace.answer for parsed in found)
         if first is None or any(parsed.issues for parsed in found):
             golds[question] = Rejection("no_gold_answer", "the teacher's solution cannot be read")

@@ -206,23 +206,37 @@ def make_pairs(
 
     The content is the chosen cause and correction against a wrong one by the student; a drop says why there is none.
     """
-    of = {"id": review.id, "sample": review.sample, "attempt": render(work)}
-    pairs = []
-    for step in range(1, (review.step or len(work.steps)) + 1):
-        close = close_piece(step)
-        chosen, rejected = (CAUSE, close) if step == review.step else (close, CAUSE)
-        sides = {"prefix": _prefix(work, step), "chosen": chosen, "rejected": rejected}
-        pairs.append(Pair(**of, step=step, kind="decision", **sides))
+    pairs = [
+        Pair(
+            id=review.id,
+            sample=review.sample,
+            step=step,
+            kind="decision",
+            attempt=render(work),
+            prefix=_prefix(work, step),
+            chosen=CAUSE if step == review.step else close_piece(step),
+            rejected=close_piece(step) if step == review.step else CAUSE,
+        )
+        for step in range(1, (review.step or len(work.steps)) + 1)
+    ]
     if review.step is None:
         return pairs, None
     right = [text for text, correct in own if correct is True]
     wrong = [text for text, correct in own if correct is False]
     chosen = right[0] if right else continuation(review)
     if wrong and wrong[0] != chosen:
-        sides = {"prefix": (*_prefix(work, review.step), CAUSE), "chosen": chosen, "rejected": wrong[0]}
-        origin = "student" if right else "teacher"
-        pairs.append(Pair(**of, step=review.step, kind="content", **sides, origin=origin))
-        return pairs, None
+        content = Pair(
+            id=review.id,
+            sample=review.sample,
+            step=review.step,
+            kind="content",
+            attempt=render(work),
+            prefix=(*_prefix(work, review.step), CAUSE),
+            chosen=chosen,
+            rejected=wrong[0],
+            origin="student" if right else "teacher",
+        )
+        return [*pairs, content], None
     reason = Counter(reasons or [_UNREADABLE]).most_common(1)[0][0]
     reason = "both_sides_alike" if wrong else "student_review_already_right" if right else reason
     raw = own[0][0] if own else ""

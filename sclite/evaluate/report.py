@@ -108,12 +108,13 @@ def example_parts(shown: Outcome, model: str = "") -> dict[str, Any]:
 
     texts = []
     for title, text in (("First text, as written", shown.first), ("Second text, as written", shown.second)):
+        if not text:
+            continue
         pieces, position = [], 0
-        for tag in TAG.finditer(text or ""):
-            pieces += [("", tag.string[position : tag.start()]), (tag_name(tag[2]), tag[0])]
+        for tag in TAG.finditer(text):
+            pieces += [("", text[position : tag.start()]), (tag_name(tag[2]), tag[0])]
             position = tag.end()
-        if text:
-            texts.append((title, [*pieces, ("", text[position:])]))
+        texts.append((title, [*pieces, ("", text[position:])]))
 
     def answer(text: str | None, correct: bool | None) -> dict[str, str]:
         verdict = "unknown" if correct is None else "right" if correct else "wrong"
