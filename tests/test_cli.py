@@ -56,6 +56,7 @@ def test_an_unusable_problems_file_is_reported_with_its_line(sclite, rows, place
 ERRORS = [
     # a word or a value that no command knows
     ("train --gp 0", 2, "--gpu", "`sclite train --help`"),
+    ("--jsn", 2, "no such option: --jsn", "`sclite --help`"),
     ("trian", 2, "no such command 'trian'. Did you mean 'train'?", "`sclite --help`"),
     ("show drops more", 2, "unexpected extra argument", "`sclite show --help`"),
     ("build-data --limit 0", 2, "--limit", ""),
@@ -80,12 +81,14 @@ ERRORS = [
     ("build-data mine.jsonl", 2, "error: teacher.model is not set", "--set teacher.model=openai/gpt-5.4-mini"),
     ("build-data mine.jsonl --dry-run", 2, "teacher.model is not set", "teacher.model="),
     ("run mine.jsonl --set student.model=embedded", 2, "teacher.model is not set", "teacher.model="),
+    ("run --set student.model=embedded", 3, "problems.jsonl is missing or empty", "problems.source"),
     ("build-data mine.jsonl --set attempts.source=nope.jsonl --set teacher.model=a/b", 3,
      "attempts.source: nope.jsonl does not exist", "unset it: --set attempts.source="),
     ("train", 2, "error: no student is configured", "--set student.model=Qwen/"),
     ("train --set student.model=./nowhere", 3, "nowhere has no config.json", ""),
     ("train --only sft --set student.model=embedded", 3, "templates.jsonl is missing or empty", "sclite build-data"),
     ("train --only dpo --set student.model=embedded", 3, "sft/adapter is missing", "sclite train --only sft"),
+    ("export", 2, "no student is configured", "--set student.model=Qwen/"),
     ("export --format data", 3, "runs/default has no templates or pairs to export", "sclite build-data"),
     ("eval", 2, "error: eval.source is not set", "`sclite eval test.jsonl`"),
     ("eval mine.jsonl", 3, "mine.jsonl: too few problems, 3 of 3 were not trained on", ""),

@@ -95,7 +95,7 @@ def import_attempts(
             answer, verdict = answer or problem.answer, True  # right work ends in the right answer
         wrong = label if label is not None and label > 0 else None
         trace = render(Trace(tuple(Step(clean(str(step))) for step in work.steps), None, answer))
-        row = Attempt(
+        attempt = Attempt(
             id=problem.id,
             sample=samples[problem.id],
             trace=trace,
@@ -103,7 +103,7 @@ def import_attempts(
             correct=False if wrong else verdict,
             first_error=wrong,
         )
-        rows.append(row)
+        rows.append(attempt)
         samples[problem.id] += 1
     if not rows:
         reasons = Counter(drop.reason for drop in drops)

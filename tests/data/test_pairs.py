@@ -45,11 +45,8 @@ def test_every_step_up_to_the_wrong_one_is_a_decision_after_the_attempt_so_far(r
     ("own", "chosen", "origin"),
     [
         ([(WRONG, False)], TEACHERS, "teacher"),
-        (
-            [("odd", None), (WRONG, False), ("odder", None)],
-            TEACHERS,
-            "teacher",
-        ),  # unknown outcomes are not used
+        # unknown outcomes are not used
+        ([("odd", None), (WRONG, False), ("odder", None)], TEACHERS, "teacher"),
         ([(RIGHT, True), (WRONG, False)], RIGHT, "student"),
         ([(WRONG, False), (RIGHT, True)], RIGHT, "student"),
     ],
