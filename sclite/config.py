@@ -54,7 +54,8 @@ class Source(Section):
         "", description="column of the gold answer (default: answer, final_answer or expected_answer)"
     )
     solution_column: str = Field(
-        "", description="column of the worked solution (default: solution, response, generated_solution ..)"
+        "",
+        description="column of the worked solution (default: solution, response, r1_solution_1 or generated_solution)",
     )
     id_column: str = Field("", description="column of the ID (default: id or unique_id, else a hash)")
 
@@ -75,10 +76,12 @@ class Problems(Source):
         0.1,
         ge=0,
         lt=1,
-        description="share of problems kept out of training to fit the review threshold, at least 50 of 200; 0: none",
+        description="share of problems kept out of training to fit the review threshold, at least 50 problems "
+        "if the run has 200; 0: none",
     )
     avoid: tuple[str, ...] = Field(
-        (), description='files with questions to keep out of training, besides eval.source, as ["a.jsonl"]'
+        (),
+        description='files with questions to keep out of training, besides eval.source, for example ["a.jsonl"]',
     )
 
     @field_validator("avoid", mode="before")
@@ -222,7 +225,7 @@ class TrainingStage(Section):
         None, description="concatenate rows instead of padding them (default: with Unsloth)"
     )
     early_stopping_patience: int = Field(
-        0, ge=0, description="stop after so many evaluations without progress; 0: never"
+        0, ge=0, description="stop after this many evaluations without progress; 0: never"
     )
     tensorboard: bool = Field(False, description="write TensorBoard files in addition to metrics.jsonl")
 
@@ -283,7 +286,7 @@ class Export(Section):
     ollama: str = Field("", description="model name for `ollama create`")
     push: str = Field("", description="repository on the Hub, OWNER/NAME, for the files and their card")
     private: bool = Field(True, description="create the repository as private")
-    license: str = Field("", description="license on the model card, in the Hub's words: apache-2.0")
+    license: str = Field("", description="license on the model card, as the Hub names it: apache-2.0 ..")
     num_ctx: int = Field(8192, ge=256, description="context length in Ollama, in tokens (in the Modelfile)")
     keep_template: bool = Field(False, description="export the model's own chat template as it is")
 
@@ -325,7 +328,7 @@ class Review(Section):
     )
     threshold: float | None = Field(
         None,
-        description="log-odds of an error from which a step is corrected (default: fitted by train, eval)",
+        description="log-odds of an error from which a step is corrected (default: fitted by train and eval)",
     )
     rounds: int = Field(1, ge=0, le=8, description="maximum number of review rounds per answer")
     max_harm: float = Field(

@@ -126,17 +126,6 @@ def test_endpoint_reviews_freely(sclite, monkeypatch):
     assert len(server.requests) == 2  # the solution is not paid for twice
 
 
-def test_chat_with_an_endpoint_writes_nothing_where_there_is_no_run(sclite, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123456")
-    with TeacherServer(lambda body, nth: say(WRONG)) as server:
-        named = ("--model", "openai/large", "--set", f"attempts.api_base={server.url}")
-        for _ in range(2):
-            ended = sclite("chat", "--no-self-correct", *named, "--json", "How many?")
-            assert json.loads(ended.out)["answer"] == "7"
-    assert not Path("runs").exists()
-    assert len(server.requests) == 2  # nothing was kept, so it is asked again
-
-
 # -- commands ------------------------------------------------------------------------------------------------------
 
 
