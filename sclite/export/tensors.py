@@ -102,38 +102,47 @@ def read_gguf(path: Path) -> tuple[dict[str, float], dict[str, GgufTensor]]:
 
     numbers: dict[str, float] = {}
     tensors: dict[str, GgufTensor] = {}
-    infos = []
+    infos, place = [], 0
+
+    def read(codes: str) -> tuple[Any, ...]:
+        nonlocal place
+        found = struct.unpack_from(f"<{codes}", data, place)
+        place += struct.calcsize(f"<{codes}")
+        return found
+
+    def read_text() -> str:
+        nonlocal place
+        (length,) = read("Q")
+        place += length
+        return bytes(data[place - length : place]).decode()
+
     try:
-        with path.open("rb") as file:
-
-            def read(codes: str) -> tuple[Any, ...]:
-                return struct.unpack(f"<{codes}", file.read(struct.calcsize(f"<{codes}")))
-
-            magic, _, tensor_count, entry_count = read("4sIQQ")
-            if magic != b"GGUF":
-                raise ValueError("it does not begin with GGUF")
-            for _ in range(entry_count):
-                key, (kind,) = file.read(*read("Q")).decode(), read("I")
-                if kind in NUMBERS:
-                    (numbers[key],) = read(NUMBERS[kind])
-                    continue
-                kind, count = read("IQ") if kind == 9 else (kind, 1)
-                if kind == 8:
-                    for _ in range(count):
-                        file.seek(read("Q")[0], 1)
-                else:
-                    file.seek(struct.calcsize(NUMBERS[kind]) * count, 1)
-            for _ in range(tensor_count):
-                name, (dimensions,) = file.read(*read("Q")).decode(), read("I")
-                infos.append((name, read(f"{dimensions}Q"), *read("IQ")))
-            alignment = int(numbers.get("general.alignment", 32))
-            start = -(-file.tell() // alignment) * alignment
-        data = np.memmap(path, mode="r")
+        data = np.memmap(path, mode="r").data
+        magic, _, tensor_count, entry_count = read("4sIQQ")
+        if magic != b"GGUF":
+            raise ValueError("it does not begin with GGUF")
+        for _ in range(entry_count):
+            key, (kind,) = read_text(), read("I")
+            if kind in NUMBERS:
+                (numbers[key],) = read(NUMBERS[kind])
+                continue
+            kind, count = read("IQ") if kind == 9 else (kind, 1)
+            if kind == 8:
+                for _ in range(count):
+                    (length,) = read("Q")
+                    place += length
+            else:
+                place += struct.calcsize(NUMBERS[kind]) * count
+        for _ in range(tensor_count):
+            name, (dimensions,) = read_text(), read("I")
+            infos.append((name, read(f"{dimensions}Q"), *read("IQ")))
+        alignment = int(numbers.get("general.alignment", 32))
+        start = -(-place // alignment) * alignment
         for name, shape, kind, offset in infos:
             values, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
             row, begin = shape[0] // values * size, start + offset
-            rows = data[begin : begin + row * math.prod(shape[1:])].reshape(-1, row)
+            rows = np.frombuffer(data[begin : begin + row * math.prod(shape[1:])], np.uint8).reshape(-1, row)
             tensors[name] = GgufTensor(kind, shape, rows)
-    except (struct.error, KeyError, ValueError) as error:
+    except (struct.error, LookupError, ValueError, ArithmeticError) as error:
         raise DataError(f"{path} is not a GGUF file: {error}", "run `sclite export` again") from error
     return numbers, tensors

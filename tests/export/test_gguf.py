@@ -89,6 +89,17 @@ def test_header_has_the_numbers_and_tensors_that_gguf_reads(gguf, tmp_path):
             assert rows.tobytes() == wanted[name].data.tobytes()
 
 
+@pytest.mark.parametrize("damaged", [b"", b"GGUF", b"ELF", 8, 16, 24, 32, -1])
+def test_damaged_header_is_an_error(gguf, tmp_path, damaged):
+    """Of the counts of tensors and entries, of the first key's length and text, or of the file's end."""
+    if isinstance(damaged, int):
+        whole = gguf.read_bytes()
+        damaged = whole[:-1] if damaged < 0 else whole[:damaged] + b"\xff" * 8 + whole[damaged + 8 :]
+    (tmp_path / "x.gguf").write_bytes(damaged)
+    with pytest.raises(DataError, match=r"x\.gguf is not a GGUF file"):
+        read_gguf(tmp_path / "x.gguf")
+
+
 def test_small_llama_needs_no_converter(student, tmp_path, monkeypatch):
     monkeypatch.setattr(conversion, "converter", lambda: pytest.fail("called the converter"))
     conversion.convert_model(student, tmp_path / "small.gguf")
