@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ROWS = 1024
-"""Rows of a merged matrix that are compared: a merge that goes wrong changes all of them."""
+"""Rows of a merged tensor that are compared, spread over it: a merge that goes wrong changes all rows, or many in a row."""
 
 
 class TrainedWeights:
@@ -102,8 +102,9 @@ def load_layered(base: Path, adapter: Path | None) -> PreTrainedModel | PeftMode
 def check_merge(base: Path, adapter: Path, merged: Path) -> None:
     """Compare a merged folder with base + scale * B @ A as PEFT computes it, one tensor at a time.
 
-    Each value in up to ROWS rows must be within rounding; and of the adapter's update, which can be smaller than the rounding
-    of float16, they must contain 99 to 101 % by least squares. Raises ScliteError with the name of a tensor that differs.
+    Of a tensor of more than ROWS rows, every n-th row is compared, at most ROWS in all. Each value must be within rounding;
+    and of the adapter's update, which can be smaller than the rounding of float16, the rows must contain 99 to 101 % by least
+    squares. Raises ScliteError with the name of a tensor that differs.
     """
     import torch
 
@@ -120,19 +121,20 @@ def check_merge(base: Path, adapter: Path, merged: Path) -> None:
 
     wrong = min(set(written) ^ {*weights.base, *saved}, default=None)
     for name in () if wrong else written:
-        whole = torch.atleast_1d(written[name])
-        every, dtype = -(-len(whole) // ROWS), whole.dtype
-        stored, given = whole[::every].float(), weights[saved[name]] if name in saved else weights.base[name]
-        wanted = torch.atleast_1d(given)[::every].float()
-        if name not in updates:
+        given = weights[saved[name]] if name in saved else weights.base[name]
+        whole, given = torch.atleast_1d(written[name], given)
+        rows, dtype = slice(None, None, max(1, -(-len(whole) // ROWS))), whole.dtype  # every n-th row
+        stored, wanted = whole[rows].float(), given[rows].float()
+        if whole.shape != given.shape:
+            right = False
+        elif name not in updates:
             right = stored.equal(wanted.to(dtype).float())
         else:
             path, module = updates[name]
-            empty = {name: each for name, each in module.named_parameters() if "lora_" in name}
-            module.load_state_dict(
-                {name: weights[f"{path}.{name}"] for name in empty}, strict=False, assign=True
-            )
-            update = module.get_delta_weight("default").detach()[::every]
+            empty = {key: each for key, each in module.named_parameters() if "lora_" in key}
+            factors = {key: weights[f"{path}.{key}"] for key in empty}
+            module.load_state_dict(factors, strict=False, assign=True)
+            update = module.get_delta_weight("default").detach()[rows]
             module.load_state_dict(empty, strict=False, assign=True)
             wanted += update
             # never that of bfloat16, which is larger than many updates

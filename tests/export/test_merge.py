@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from sclite.errors import DataError
+from sclite.errors import DataError, ScliteError
+from sclite.export import layers
 from sclite.export import merge as module
 from sclite.export.merge import merge
 from sclite.export.tensors import Tensors
@@ -67,11 +68,29 @@ def test_merge_equals_the_merge_of_peft(student, tmp_path, settings, tied):
         assert tensor.dtype == before[name].dtype
         assert (tensor - wanted[name]).abs().max() < 1e-6, name
     assert any((found[name] - before[name]).abs().max() > 0.1 for name in found)
-    assert base != student or all(
-        (tmp_path / "merged" / path.name).read_bytes() == path.read_bytes()
-        for path in student.iterdir()
-        if path.suffix in (".model", ".json", ".jinja")
-    )
+    if base == student:
+        for path in student.iterdir():
+            if path.suffix in (".model", ".json", ".jinja"):
+                assert (tmp_path / "merged" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_the_rows_that_a_check_compares_are_spread_over_the_tensor(student, adapter, tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+
+    monkeypatch.setattr(layers, "ROWS", 16)
+    folder = merge(student, adapter, tmp_path / "merged")
+    layers.check_merge(student, adapter, folder)
+    merged, before = read(folder), read(student)
+    updated, kept = "model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"
+    for name, first, last in ((updated, 0, 16), (updated, 112, 128), (updated, 240, 256), (kept, 480, 512)):
+        wrong = merged[name].clone()
+        wrong[first:last] = before[name][first:last] if name == updated else 0
+        save_file(merged | {name: wrong}, folder / "model.safetensors")
+        with pytest.raises(ScliteError, match=f"^{name} of the merged model is not the base"):
+            layers.check_merge(student, adapter, folder)
+    save_file(merged | {kept: merged[kept][:-1].clone()}, folder / "model.safetensors")  # 511 rows
+    with pytest.raises(ScliteError, match=f"^{kept} of the merged model is not the base"):
+        layers.check_merge(student, adapter, folder)
 
 
 def test_sharded_models_are_read_and_written(student, tmp_path, monkeypatch):
