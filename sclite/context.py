@@ -104,7 +104,10 @@ class Context:
 
     @contextmanager
     def endpoint(self, settings: Attempts, stage: str) -> Iterator["Endpoint"]:
-        """The model behind an API that `settings.student` names. Raises TeacherError if Ollama has no such model."""
+        """The model behind an API that `settings.student` names; ollama/NAME stands for Ollama's OpenAI-compatible endpoint.
+
+        Raises TeacherError if Ollama does not run, or has no such model.
+        """
         from sclite.student.endpoint import Endpoint
         from sclite.student.ollama_api import PREFIX, find_model, ollama_url
 
@@ -122,9 +125,10 @@ class Context:
 
     @contextmanager
     def sampler(self, adapter: str, progress: Progress = no_progress) -> Iterator["Student"]:
-        """The student with an adapter of the run, as a GGUF in llama.cpp: several times faster than transformers.
+        """The student with an adapter of the run, in the fastest form available.
 
-        Those are for a GPU that this build of llama.cpp cannot use and, with a warning, for want of the converter.
+        That is a GGUF in llama.cpp, several times faster than batches in transformers; transformers on a GPU that this
+        build of llama.cpp cannot use and, with a warning, where the converter cannot be downloaded.
         """
         import torch
 

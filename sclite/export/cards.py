@@ -94,16 +94,16 @@ def build_dataset_card(config: Config, run: Run, counts: Mapping[str, int]) -> s
 def build_model_card(config: Config, run: Run, name: str, form: str, figures: Mapping[str, Any]) -> str:
     """The model card of an exported student (base, sft or dpo) as "gguf", "lora" or "merged"; `figures`: those of its GGUFs."""
     base, files = _public_name(config.student.model), figures.get("files", {})
-    sources = _sources(config)
+    settings = []
     for stage in {"base": (), "sft": ("sft",), "dpo": ("sft", "warmup", "dpo")}[name]:
         if manifest := run.manifest(stage):
             counts = ", ".join(f"{count} {what}" for what, count in manifest["counts"].items())
             own = getattr(config, stage)
-            sources.append(
+            settings.append(
                 f"- {stage}: {counts}, {own.num_train_epochs:g} epochs, learning rate {own.learning_rate:g}"
             )
-    if len(sources) > len(_sources(config)):
-        sources.append(f"- LoRA: r {config.lora.r}, alpha {config.lora.lora_alpha}; seed {config.seed}")
+    if settings:
+        settings.append(f"- LoRA: r {config.lora.r}, alpha {config.lora.lora_alpha}; seed {config.seed}")
     evaluations = {}
     for path in sorted(run.path("eval").glob("*/summary.json")):
         if summary := run.read_json(str(path.relative_to(run.folder)), dict[str, Any]):
@@ -119,7 +119,7 @@ def build_model_card(config: Config, run: Run, name: str, form: str, figures: Ma
         config,
         front,
         name=f"{base}-{name}",
-        sources="\n".join(sources),
+        sources="\n".join([*_sources(config), *settings]),
         files=files,
         parity=figures["parity"]["files"] if files else {},
         evaluations=evaluations,

@@ -166,24 +166,9 @@ class ChatFormat:
                 f'{{{{ if eq .Role "user" }}}}{{{{ if and $found (eq $i $host) }}}}{show(self.host, inside)}'
                 f"{{{{ else }}}}{user}{{{{ end }}}}"
             )
-        assistant, defined, last = show(self.assistant), "", "(len (slice . 1))"
-        for ends, name in strips.items():  # a template for each end, which strips one character per call
-            then = "{{ . }}"
-            for spaces, index, rest, own in (
-                (ends[1], last, f"0 {last}", f"{name}-end"),
-                (ends[0], "0", "1", name),
-            ):
-                if spaces:
-                    own = own if ends[0] else name
-                    codes = {" ": (32,), "\n": (10,), SPACES: (32, 10, 9, 13, 11, 12)}[spaces]
-                    is_space = " ".join(f"(eq (index . {index}) {code})" for code in codes)
-                    defined += (
-                        f'{{{{ define "{own}" }}}}{{{{ if and . (or {is_space}) }}}}{{{{ template "{own}" (slice . {rest}) }}}}'
-                        f"{{{{ else }}}}{then}{{{{ end }}}}{{{{ end }}}}"
-                    )
-                    then = f'{{{{ template "{own}" . }}}}'
+        assistant = show(self.assistant)
         return (
-            defined
+            "".join(_go_strip(name, *ends) for ends, name in strips.items())
             + prepare
             + _go(self.start.removeprefix(bos))
             + "{{ range $i, $_ := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}"
@@ -341,3 +326,24 @@ def _quote(text: str) -> str:
 def _go(text: str) -> str:
     """A text in a Go template, so that it neither begins an action nor ends a string of a Modelfile."""
     return f"{{{{ {_quote(text)} }}}}" if re.search(r'["{]', text) else text
+
+
+def _go_strip(name: str, left: str, right: str) -> str:
+    """Go templates that write their argument without the whitespace at its ends, one character per call."""
+
+    def step(name: str, spaces: str, index: str, rest: str, then: str) -> str:
+        codes = {" ": (32,), "\n": (10,), SPACES: (32, 10, 9, 13, 11, 12)}[spaces]
+        is_space = " ".join(f"(eq (index . {index}) {code})" for code in codes)
+        return (
+            f'{{{{ define "{name}" }}}}{{{{ if and . (or {is_space}) }}}}{{{{ template "{name}" (slice . {rest}) }}}}'
+            f"{{{{ else }}}}{then}{{{{ end }}}}{{{{ end }}}}"
+        )
+
+    last, whole = "(len (slice . 1))", "{{ . }}"
+    if not left:
+        return step(name, right, last, f"0 {last}", whole)
+    if not right:
+        return step(name, left, "0", "1", whole)
+    end = f"{name}-end"
+    then = f'{{{{ template "{end}" . }}}}'
+    return step(end, right, last, f"0 {last}", whole) + step(name, left, "0", "1", then)

@@ -28,7 +28,6 @@ DROPS_HEAD = ("GemmaForCausalLM", "Gemma2ForCausalLM")
 """Architectures whose output layer the converter leaves out, since the published models tie it to the embedding."""
 SMALL = 50_000_000
 """Parameters below which a model that `write_gguf` supports is written without the converter."""
-
 LARGE = 3_000_000_000
 """Parameters from which the converter is tried on the base model: a smaller model is merged as fast as that."""
 

@@ -31,6 +31,7 @@ from sclite.student.tokenization import prompt_text
 UNFINISHED = "export/unfinished"
 """Where files stay until they have passed their checks. chat, eval and export only look in export/ itself."""
 ADAPTER = "-lora.gguf"
+"""How the file of an adapter alone ends."""
 CALIBRATION_TOKENS = 8192
 """Tokens of the run on which the importance matrix is measured, other ones than those on which probabilities are compared."""
 

@@ -68,6 +68,7 @@ class Trained(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
 
     def ids(self, sample: Sample) -> list[int]:
+        """The token ids of a sample's chat and answer."""
         answer = [i for ids in piece_ids(self.tokenizer, sample.pieces) for i in ids]
         return prompt_ids(self.tokenizer, sample.chat) + answer
 
@@ -89,6 +90,7 @@ class Trained(NamedTuple):
 
 
 def format_size(count: float) -> str:
+    """A number of bytes in GB, or in MB if there are few."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 

@@ -45,7 +45,7 @@ ON_THE_LINE = {
 class MetricsLogger:
     """Logs one training: call `add` after each micro-batch and `log_step` after each optimizer step.
 
-    Rows of this phase after step `start` are removed from metrics.jsonl first. `tokens` of each step, if known,
+    Rows of this phase after step `resumed_from` are removed from metrics.jsonl first. `tokens` of each step, if known,
     tell how much of the work is done.
     """
 
@@ -54,7 +54,7 @@ class MetricsLogger:
         path: Path,
         phase: str,
         progress: Progress = no_progress,
-        start: int = 0,
+        resumed_from: int = 0,
         tokens: Sequence[int] = (),
     ):
         self.path, self.phase, self.progress, self.tokens = path, phase, progress, tokens
@@ -68,7 +68,7 @@ class MetricsLogger:
         lines = path.read_bytes().count(b"\n") if path.is_file() else 0
         if (lost := lines - len(found)) > 0:
             self.warn(f"{path}: {lost} damaged line{'s' * (lost > 1)} removed; the curves lack those steps")
-        kept = [row for row in found if row["phase"] != phase or row["step"] <= start]
+        kept = [row for row in found if row["phase"] != phase or row["step"] <= resumed_from]
         self.rows = [row for row in kept if row["phase"] == phase]
         write_text(path, (json.dumps(row) + "\n" for row in kept))
 

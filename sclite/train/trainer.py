@@ -39,14 +39,17 @@ EVAL_ROWS = 200  # at most; more would add little
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a stage trains on. `lengths` are tokens per row, `counts` what each row adds to the denominators, by name;
-    `held_out` are the numbers of the rows for the evaluation loss."""
+    """What a stage trains on. `lengths` are tokens per row, `counts` what each row adds to the denominators, by name.
+
+    `collate` makes a batch of row numbers, `losses` are computed from the model and a batch, and `held_out` are the
+    numbers of the rows for the evaluation loss.
+    """
 
     phase: str
     lengths: Sequence[int]
     counts: Sequence[Mapping[str, int]]
-    collate: Callable[[Sequence[int]], Any]  # row numbers to a batch
-    losses: Callable[[Any, Any], dict[str, LossTerm]]  # of the model and a batch
+    collate: Callable[[Sequence[int]], Any]
+    losses: Callable[[Any, Any], dict[str, LossTerm]]
     held_out: Sequence[int] = ()
 
     def totals(self, numbers: Sequence[int]) -> Counter[str]:
@@ -98,8 +101,10 @@ def train_adapter(
     size = settings.batch_size
     tokens = [sum(lengths[i] for i in order[start : start + size]) for start in range(0, len(order), size)]
     step = checkpoints.step()
-    logger = MetricsLogger(metrics, phase, progress, step, tokens)
-    arguments = training_arguments(model, lesson, settings, checkpoints.folder, len(order), micro_batch, seed)
+    logger = MetricsLogger(metrics, phase, progress, resumed_from=step, tokens=tokens)
+    arguments = training_arguments(
+        model, lesson, settings, checkpoints.folder, rows=len(order), micro_batch=micro_batch, seed=seed
+    )
     trainer = build_trainer(model, tokenizer, lesson, arguments, [rows[i] for i in order])
     trainer.logger, trainer.checkpoints = logger, checkpoints
     if held_out and settings.early_stopping_patience:
@@ -137,6 +142,7 @@ def training_arguments(
     lesson: Lesson,
     settings: TrainingStage,
     out: Path,
+    *,
     rows: int,
     micro_batch: int,
     seed: int,

@@ -164,7 +164,10 @@ class Engine:
                 "use fewer parallel sequences, a shorter context, or fewer GPU layers",
             )
         shares = not (api.llama_model_is_recurrent(model) or api.llama_model_is_hybrid(model))
-        return Scheduler(api, self._context, self.vocabulary, parallel, self.cells, self.unified, shares)
+        return Scheduler(
+            api, self._context, self.vocabulary,
+            slots=parallel, cells=self.cells, unified=self.unified, shares=shares,
+        )  # fmt: skip
 
     def close(self) -> None:
         """Free the model's memory; the engine cannot be used afterwards."""

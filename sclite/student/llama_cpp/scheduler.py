@@ -40,6 +40,7 @@ class Scheduler:
         api: ModuleType,
         context: int,
         vocabulary: Vocabulary,
+        *,
         slots: int,
         cells: int,
         unified: bool,
