@@ -217,8 +217,14 @@ class Service:
         """The model's reply to the messages as they are."""
         roles = {"developer": "system"}
         messages = tuple({"role": roles.get(m.role, m.role), "content": m.text} for m in asked.messages)
-        sampling = (settings.max_tokens, settings.temperature, settings.top_p, settings.seed)
-        request = Request(messages, (), *sampling, asked.stops)
+        request = Request(
+            messages,
+            max_tokens=settings.max_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            seed=settings.seed,
+            stop=asked.stops,
+        )
         began = time.monotonic()
         held, hold = "", max(map(len, asked.stops), default=0)  # a stop string is not part of the reply
         for found in self.student.stream(request, cancel, asked.stream):

@@ -1,5 +1,6 @@
 """What self-correction is compared with: the base model under its own prompt, and a majority vote of the tuned student."""
 
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
@@ -27,40 +28,34 @@ def measure_baseline(
     samples). They and the outcomes are kept in the folder of results, and returned from there if nothing has changed.
     """
     if name == "base":
-        label, file, votes, messages_of = "base, own prompt", "own-prompt", 1, prompts.baseline_messages
-        temperature, top_p = 0.0, 1.0
+        votes, messages_of, temperature, top_p = 1, prompts.baseline_messages, 0.0, 1.0
+        label, file = "base, own prompt", f"{held_out.folder}/base-own-prompt"
     else:
         votes, messages_of = config.eval.votes, prompts.solve_messages
-        label, file = f"{name}, majority of {votes}", "majority"
         temperature, top_p = config.attempts.temperature, config.attempts.top_p
-    file = f"{held_out.folder}/{name}-{file}"
+        label, file = f"{name}, majority of {votes}", f"{held_out.folder}/{name}-majority"
     requests = []
     for problem, sample in product(held_out.problems, range(votes)):
         messages = messages_of(problem.question, config.prompts.folder)
-        seed = int(digest([config.seed, "vote", problem.id, sample]), 16) % 2**31
-        requests.append(Request(messages, (), config.eval.max_tokens, temperature, top_p, seed))
+        request = Request(
+            messages,
+            max_tokens=config.eval.max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=int(digest([config.seed, "vote", problem.id, sample]), 16) % 2**31,
+        )
+        requests.append(request)
     signature = digest([identity, config.seed, requests, [p.model_dump() for p in held_out.problems]])
     kept = run.read_json(f"{file}.json", dict[str, Any])
     if kept and kept.get("signature") == signature:
         return label, kept
     replies = sorted(student.generate(requests), key=lambda reply: reply.index)
     ballots = [replies[start : start + votes] for start in range(0, len(replies), votes)]
-    elected: list[str | None] = []
-    shown: list[Reply] = []  # the first reply that gives the elected answer
-    for ballot in ballots:
-        groups: dict[str, list[Reply]] = {}
-        for reply in ballot:
-            answer = answer_of(parse(reply.text))
-            if answer is not None:  # else it does not vote
-                verdicts = grader.equal_many((answer, other) for other in groups)
-                known = (other for other, same in zip(groups, verdicts, strict=True) if same)
-                groups.setdefault(next(known, answer), []).append(reply)
-        winner = max(groups, key=lambda answer: len(groups[answer]), default=None)
-        elected.append(winner)
-        shown.append(ballot[0] if winner is None else groups[winner][0])
-    verdicts = grade(grader, elected, held_out.problems)
+    elected = [elect(ballot, grader) for ballot in ballots]
+    verdicts = grade(grader, [answer for _, answer in elected], held_out.problems)
     rows = []
-    for problem, reply, ballot, verdict in zip(held_out.problems, shown, ballots, verdicts, strict=True):
+    judged = zip(held_out.problems, elected, ballots, verdicts, strict=True)
+    for problem, (reply, _), ballot, verdict in judged:
         correct = None if any(each.finish == "error" for each in ballot) else verdict
         outcome = Outcome(
             id=problem.id,
@@ -79,3 +74,16 @@ def measure_baseline(
     run.replace(f"{file}.jsonl", rows)
     run.write_json(f"{file}.json", figures)
     return label, figures
+
+
+def elect(replies: Sequence[Reply], grader: Grader) -> tuple[Reply, str | None]:
+    """The answer that most replies give, and the first of them; replies without an answer do not vote."""
+    groups: dict[str, list[Reply]] = {}
+    for reply in replies:
+        answer = answer_of(parse(reply.text))
+        if answer is not None:
+            verdicts = grader.equal_many((answer, other) for other in groups)
+            known = (other for other, same in zip(groups, verdicts, strict=True) if same)
+            groups.setdefault(next(known, answer), []).append(reply)
+    winner = max(groups, key=lambda answer: len(groups[answer]), default=None)
+    return (replies[0] if winner is None else groups[winner][0]), winner

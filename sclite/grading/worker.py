@@ -52,13 +52,14 @@ def compare_quickly(given: str | None, gold: str) -> tuple[Verdict, tuple[str, s
 class Grader(contextlib.AbstractContextManager["Grader"]):
     """Compares answers, the hard ones in as many worker processes as cores, or `processes`. Thread-safe.
 
-    A comparison of more than `seconds` is killed: unknown. Workers start on demand and end with this process.
+    A comparison of more than `seconds` is killed, and the verdict is None. Workers start on demand and end with this
+    process, however it ends.
     """
 
     def __init__(self, seconds: float = 5.0, processes: int | None = None):
         self.seconds = seconds
         self.processes = processes or min(os.cpu_count() or 1, MAX_PROCESSES)
-        self.idle: queue.LifoQueue[Worker | None] = queue.LifoQueue()  # None: has not started
+        self.idle: queue.LifoQueue[Worker | None] = queue.LifoQueue()  # that wait; None: not started
         for _ in range(self.processes):
             self.idle.put(None)
 
