@@ -126,7 +126,7 @@ def test_merge_rounded_to_bfloat16_fails_the_export(trained, tmp_path, monkeypat
         return path.parent
 
     monkeypatch.setattr(export, "merge", rounded)
-    with pytest.raises(ScliteError, match="does not match the trained model") as error:
+    with pytest.raises(ScliteError, match="not the base with the adapter added once") as error:
         export.export_model(config_of(base, "f16"), Run(tmp_path / "run"), "sft")
     print(f"\n{error.value.message}")
     assert error.value.code == FAILED
