@@ -96,7 +96,7 @@ class Attempts(Section):
     source: str = Field("", description="imported attempts: a JSONL file with question and steps")
     student: str = Field(
         "",
-        description="model to sample from: a .gguf file, ollama/NAME or a LiteLLM model (default: SFT's)",
+        description="model to sample from: a .gguf file, ollama/NAME or a LiteLLM model (default: the SFT adapter)",
     )
     api_base: Address = Field("", description="base URL of attempts.student, if it is an endpoint")
     concurrency: int = Field(32, ge=1, le=1024, description="maximum number of concurrent requests")
