@@ -4,28 +4,21 @@ A verdict is True, False, or None for unknown (a timeout or a failure of the gra
 """
 
 import contextlib
-import json
 import os
 import queue
 import re
-import signal
-import subprocess
-import sys
-import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
-from sclite.errors import ScliteError
 from sclite.grading.equality import Verdict, compare
 from sclite.grading.extract import boxed
 from sclite.grading.normalization import normalize
+from sclite.helper_process import HelperProcess
 
 MAX_LENGTH = 1000  # characters; sympy's parser takes minutes for longer texts
 MAX_PROCESSES = 16  # each takes 100 MB
-STARTUP_SECONDS = 120.0  # importing sympy takes under a second, but a minute on a swapping machine
-CODE = "from sclite.grading.worker import answer_pairs; answer_pairs()"
-"""What a worker runs."""
+WORKER = ("sclite.grading.worker", "load_comparison", 4 << 30)
+"""What a worker runs, and the bytes of memory that it may take."""
 _ENDLESS = re.compile(r"(\.\d{100})\d+$")  # 0.3333.. from a model that does not stop
 _DIGITS = re.compile(r"-?[0-9]+")
 
@@ -59,20 +52,16 @@ class Grader(contextlib.AbstractContextManager["Grader"]):
     def __init__(self, seconds: float = 5.0, processes: int | None = None):
         self.seconds = seconds
         self.processes = processes or min(os.cpu_count() or 1, MAX_PROCESSES)
-        self.idle: queue.LifoQueue[Worker | None] = queue.LifoQueue()  # that wait; None: not started
+        self.idle: queue.LifoQueue[HelperProcess] = (
+            queue.LifoQueue()
+        )  # those that have started are taken first
         for _ in range(self.processes):
-            self.idle.put(None)
+            self.idle.put(HelperProcess("answer grader", *WORKER, "pip install 'math-verify[antlr4_13_2]'"))
 
     def __exit__(self, *_: object) -> None:
-        """End the idle workers. The grader can still be used, and then starts new ones."""
-        workers = []
-        with contextlib.suppress(queue.Empty):
-            while True:
-                workers.append(self.idle.get_nowait())
-        for worker in workers:
-            if worker is not None:
-                worker.end()
-            self.idle.put(None)
+        """End the workers. The grader can still be used, and then starts new ones."""
+        for worker in self.idle.queue:
+            worker.end()
 
     def equal(self, given: str | None, gold: str) -> Verdict:
         """Whether `given` equals `gold`; None if unknown. No answer is a wrong answer."""
@@ -90,99 +79,19 @@ class Grader(contextlib.AbstractContextManager["Grader"]):
             pool.shutdown(cancel_futures=True)
 
     def _ask(self, given: str, gold: str) -> Verdict:
-        worker, kept = self.idle.get(), None
+        worker = self.idle.get()
         try:
-            if worker is None or worker.process.poll() is not None:
-                if worker is not None:
-                    worker.end()
-                worker = None
-                worker = Worker(self.seconds)
-            reply = worker.ask([given, gold], self.seconds)
-            kept = worker if reply else None
-            return reply["verdict"] if reply else None
-        finally:  # a reply that was interrupted would be read as the next one's
-            if worker is not None and kept is None:
-                worker.end()
-            self.idle.put(kept)
-
-
-class Worker:
-    """A process that compares pairs: one JSON line in, one out. Raises ScliteError if it cannot start."""
-
-    def __init__(self, seconds: float):
-        path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", CODE, str(seconds)],
-            env={**os.environ, "PYTHONPATH": path},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        reply = self.ask(None, STARTUP_SECONDS)
-        if not reply or reply["error"]:
-            self.end()
-            why = reply["error"] if reply else f"its process ended with code {self.process.returncode}"
-            message = f"the answer grader failed to start: {why}"
-            raise ScliteError(message, "pip install 'math-verify[antlr4_13_2]'")
-
-    def ask(self, request: list[str] | None, seconds: float) -> dict[str, Any] | None:
-        """The next reply; None if the process died, or was killed because it took longer."""
-        late = threading.Event()
-
-        def kill() -> None:
-            late.set()
-            self.process.kill()
-
-        timer = threading.Timer(seconds, kill)
-        timer.daemon = True
-        timer.start()
-        line = b""
-        try:
-            assert self.process.stdin is not None
-            assert self.process.stdout is not None
-            if request is not None:
-                self.process.stdin.write(json.dumps(request).encode() + b"\n")
-                self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            pass
+            return worker.ask([given, gold], self.seconds)
+        except (TimeoutError, EOFError):
+            return None
         finally:
-            timer.cancel()
-            timer.join()
-        return None if late.is_set() or not line.endswith(b"\n") else json.loads(line)
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            with contextlib.suppress(OSError):
-                if pipe is not None:
-                    pipe.close()
+            self.idle.put(worker)
 
 
-def answer_pairs() -> None:
-    """The worker's side: reads one pair per line from stdin and writes one verdict per line to stdout."""
-    seconds = float(sys.argv[1])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    # if the parent dies while this hangs where no Python code runs, only the kernel's alarm can end it
-    alarm = getattr(signal, "setitimer", lambda *_: None)
-    with contextlib.suppress(ImportError, ValueError):
-        import resource
+def load_comparison() -> Callable[[list[str]], Verdict]:
+    """What a worker computes: the verdict on a pair of normalized answers. Loads math-verify."""
+    import math_verify  # noqa: F401
 
-        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-    try:
-        import math_verify  # noqa: F401
+    from sclite.grading.algebra import same_formula
 
-        from sclite.grading.algebra import same_formula
-    except ImportError as error:
-        print(json.dumps({"error": str(error)}), file=replies, flush=True)
-        return
-    print(json.dumps({"error": ""}), file=replies, flush=True)
-    for line in sys.stdin:
-        given, gold = json.loads(line)
-        alarm(signal.ITIMER_REAL, seconds + 1)
-        verdict = compare(given, gold, same_formula)
-        alarm(signal.ITIMER_REAL, 0)
-        print(json.dumps({"verdict": verdict}), file=replies, flush=True)
+    return lambda pair: compare(pair[0], pair[1], same_formula)

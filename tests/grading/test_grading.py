@@ -18,11 +18,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sclite import helper_process
 from sclite.errors import ScliteError
 from sclite.grading import worker as grading
 from sclite.grading.algebra import same_formula
 from sclite.grading.extract import extract
 from sclite.grading.worker import Grader
+from sclite.helper_process import HelperProcess
 
 PAIRS = [json.loads(line) for line in (Path(__file__).parent / "answer_pairs.jsonl").read_text().splitlines()]
 SHARED = Path(os.environ.get("SCLITE_SHARED") or Path(__file__).resolve().parents[3] / "shared") / "data"
@@ -141,7 +143,7 @@ def test_very_long_answers_are_unknown_and_missing_ones_wrong(grader, given, gol
 
 
 def test_plain_numbers_never_start_a_worker(monkeypatch):
-    monkeypatch.setattr(grading, "Worker", lambda _seconds: pytest.fail("a worker was started"))
+    monkeypatch.setattr(HelperProcess, "start", lambda _helper: pytest.fail("a worker was started"))
     plain = [
         ("72", "72"),
         ("73", "72"),
@@ -160,9 +162,9 @@ def test_importing_the_grader_does_not_import_sympy():
 def test_a_hung_worker_is_killed_and_the_verdict_unknown():
     with Grader(seconds=2, processes=2) as grader:
         assert grader.equal(r"\sqrt{8}", r"2\sqrt{2}") is True
-        first = grader.idle.queue[-1]
+        first = grader.idle.queue[-1].process
         assert grader.equal(TOWER, "5") is None
-        assert first.process.poll() is not None
+        assert first.poll() is not None
         pairs = [
             (r"\sqrt{8}", r"2\sqrt{2}"),
             (TOWER, "5"),
@@ -201,21 +203,21 @@ def test_failed_grader_is_not_a_wrong_answer(monkeypatch):
 
 @pytest.mark.parametrize("end", ["raise SystemExit(3)", "import time; time.sleep(60)"], ids=["dies", "hangs"])
 def test_a_worker_that_dies_or_never_replies_is_not_a_wrong_answer(monkeypatch, end):
-    monkeypatch.setattr(grading, "CODE", f'print(\'{{"error": ""}}\', flush=True); input(); {end}')
+    monkeypatch.setattr(helper_process, "COMMAND", f"print('\"\"', flush=True); input(); {end}")
     with Grader(seconds=0.3) as grader:
         assert grader.equal(r"\sqrt{8}", r"2\sqrt{2}") is None
-        assert grader.idle.queue[-1] is None
+        assert grader.idle.queue[-1].process is None
 
 
 def test_a_dead_worker_is_replaced_and_a_closed_grader_leaves_none():
     with Grader(seconds=30) as grader:
         assert grader.equal(r"\sqrt{8}", r"2\sqrt{2}") is True
-        first = grader.idle.queue[-1]
-        first.process.kill()
-        first.process.wait()
+        first = grader.idle.queue[-1].process
+        first.kill()
+        first.wait()
         assert grader.equal(r"\sqrt{8}", r"2\sqrt{2}") is True
-        second = grader.idle.queue[-1]
-    assert second.process.poll() is not None
+        second = grader.idle.queue[-1].process
+    assert second.poll() is not None
 
 
 def test_missing_math_verify_is_reported_with_a_hint(tmp_path, monkeypatch):
@@ -245,11 +247,11 @@ def test_a_worker_ends_when_its_parent_is_killed(hung):
     """The script has no `if __name__ == "__main__"`; workers must not need it."""
     script = f"""
         import time, sclite.grading.worker as grader
-        class Shown(grader.Worker):
-            def __init__(self, seconds):
-                super().__init__(seconds)
+        class Shown(grader.HelperProcess):
+            def start(self):
+                super().start()
                 print(self.process.pid, flush=True)
-        grader.Worker = Shown
+        grader.HelperProcess = Shown
         grader.Grader(seconds=1.5).equal({TOWER if hung else "x+1"!r}, "5")
         print("idle", flush=True)
         time.sleep(60)

@@ -1,0 +1,136 @@
+"""A helper process for code that can hang, crash or take all memory: one JSON line in, one out, within limits."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from sclite.errors import ScliteError
+
+STARTUP_SECONDS = 120.0  # a library is imported in seconds, but in a minute on a swapping machine
+COMMAND = "import sys; from sclite.helper_process import serve; serve(*sys.argv[1:])"
+
+
+class HelperProcess:
+    """Answers requests with the function that `function()` of `module` returns. Thread-safe.
+
+    The process starts on demand, and again after it was killed. It may use `memory` bytes more than the libraries that
+    it has loaded, and ends with this process, however that ends. `name` and `hint` are for the error if it cannot start.
+    """
+
+    def __init__(self, name: str, module: str, function: str, memory: int, hint: str):
+        self.name, self.hint = name, hint
+        self.arguments = [module, function, str(memory)]
+        self.process: subprocess.Popen[bytes] | None = None
+        self.ready = False
+        self.lock = threading.RLock()
+
+    def start(self) -> None:
+        """Start the process if it does not run, without waiting for it: it loads its libraries meanwhile."""
+        with self.lock:
+            if self.process is not None and self.process.poll() is None:
+                return
+            self.end()
+            path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-c", COMMAND, *self.arguments],
+                env={**os.environ, "PYTHONPATH": path},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                process_group=0,  # Ctrl-C in a terminal is not for it
+            )
+
+    def ask(self, request: Any, seconds: float) -> Any:
+        """The reply to a JSON value. Raises ScliteError if the process cannot start.
+
+        Raises TimeoutError if the reply takes longer, and EOFError if the process ends without one.
+        """
+        with self.lock:
+            self.start()
+            try:
+                if not self.ready:
+                    try:
+                        why = self._exchange("", STARTUP_SECONDS)
+                    except (TimeoutError, EOFError) as error:
+                        why = str(error)
+                    if why:
+                        raise ScliteError(f"the {self.name} failed to start: {why}", self.hint)
+                    self.ready = True
+                return self._exchange(json.dumps([seconds, request]) + "\n", seconds)
+            except BaseException:  # an interrupted exchange would leave its reply to the next request
+                self.end()
+                raise
+
+    def _exchange(self, line: str, seconds: float) -> Any:
+        """Send a line and read one; the process is killed if it takes longer."""
+        process, late = self.process, threading.Event()
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def kill() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(seconds, kill)
+        timer.daemon = True
+        timer.start()
+        reply = b""
+        try:
+            process.stdin.write(line.encode())
+            process.stdin.flush()
+            reply = process.stdout.readline()
+        except BrokenPipeError:
+            pass
+        finally:
+            timer.cancel()
+            timer.join()
+        if late.is_set():
+            raise TimeoutError(f"it took more than {seconds:g} seconds")
+        if not reply.endswith(b"\n"):
+            raise EOFError(f"its process ended with code {process.wait()}")
+        return json.loads(reply)
+
+    def end(self) -> None:
+        """Kill the process; the next request starts another."""
+        with self.lock:
+            process, self.process, self.ready = self.process, None, False
+            if process is not None:
+                process.kill()
+                process.wait()
+                for pipe in (process.stdin, process.stdout):
+                    with suppress(OSError):  # what could not be written
+                        if pipe is not None:
+                            pipe.close()
+
+
+def serve(module: str, function: str, memory: str) -> None:
+    """The helper's side: load the function, say "" or why that failed, then answer line by line until stdin closes."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print
+    try:
+        answer: Callable[[Any], Any] = getattr(importlib.import_module(module), function)()
+    except ImportError as error:
+        print(json.dumps(str(error)), file=replies, flush=True)
+        return
+    with suppress(ImportError, OSError, ValueError):  # other systems than Linux
+        import resource
+
+        with open("/proc/self/statm", encoding="ascii") as file:
+            limit = int(file.read().split()[0]) * resource.getpagesize() + int(memory)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    print(json.dumps(""), file=replies, flush=True)
+    for line in sys.stdin:
+        seconds, request = json.loads(line)
+        # if the parent dies while this hangs where no Python code runs, only the kernel's alarm can end it
+        signal.setitimer(signal.ITIMER_REAL, seconds + 1)
+        reply = answer(request)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(json.dumps(reply), file=replies, flush=True)
