@@ -75,14 +75,16 @@ def train_dpo(
             job.warn(f"{path} is damaged: recomputing the reference from warmup/adapter")
 
         def build_lesson(model: PeftModel, micro_batch: int) -> Lesson:
-            log_probs = reference
-            if log_probs is None:  # the model is the adapter that DPO starts from, on a resume too
+            log_probs = dict(reference or {})
+            held_out = held_out_rows(len(bundles), config.dpo.eval_share, config.seed)
+            lesson = preferences(config.dpo, bundles, log_probs, tokenizer, held_out)
+            used = [bundles[i] for i in sorted({*lesson.order(config.dpo, config.seed), *held_out})]
+            if reference is None:  # the model is the adapter that DPO starts from, on a resume too
                 with catch_out_of_memory(job.stage, micro_batch):
-                    log_probs = reference_log_probs(model, bundles, tokenizer, micro_batch, progress)
+                    log_probs |= reference_log_probs(model, used, tokenizer, micro_batch, progress)
                 signed = {"signature": signature, "digest": digest(log_probs), "log_probs": log_probs}
                 run.write_json("dpo/reference.json", signed)
-            held_out = held_out_rows(len(bundles), config.dpo.eval_share, config.seed)
-            return preferences(config.dpo, bundles, log_probs, tokenizer, held_out)
+            return lesson
 
         return build_lesson
 

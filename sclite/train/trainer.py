@@ -59,6 +59,14 @@ class Lesson:
             total.update(self.counts[number])
         return total
 
+    def order(self, settings: TrainingStage, seed: int) -> list[int]:
+        """The numbers of the rows that are trained, in order (`training_order`)."""
+        held_out = set(self.held_out)
+        rows = [number for number in range(len(self.lengths)) if number not in held_out]
+        lengths = [self.lengths[number] for number in rows]
+        order = training_order(lengths, settings.batch_size, settings.num_train_epochs, seed)
+        return [rows[place] for place in order]
+
 
 @dataclass
 class Outcome:
@@ -94,20 +102,17 @@ def train_adapter(
     """
     from transformers import EarlyStoppingCallback
 
-    phase, held_out = lesson.phase, set(lesson.held_out)
-    rows = [i for i in range(len(lesson.lengths)) if i not in held_out]
-    lengths = [lesson.lengths[i] for i in rows]
-    order = training_order(lengths, settings.batch_size, settings.num_train_epochs, seed)
-    size = settings.batch_size
-    tokens = [sum(lengths[i] for i in order[start : start + size]) for start in range(0, len(order), size)]
+    phase, order, size = lesson.phase, lesson.order(settings, seed), settings.batch_size
+    lengths = [lesson.lengths[number] for number in order]
+    tokens = [sum(lengths[start : start + size]) for start in range(0, len(order), size)]
     step = checkpoints.step()
     logger = MetricsLogger(metrics, phase, progress, resumed_from=step, tokens=tokens)
     arguments = training_arguments(
         model, lesson, settings, checkpoints.folder, rows=len(order), micro_batch=micro_batch, seed=seed
     )
-    trainer = build_trainer(model, tokenizer, lesson, arguments, [rows[i] for i in order])
+    trainer = build_trainer(model, tokenizer, lesson, arguments, order)
     trainer.logger, trainer.checkpoints = logger, checkpoints
-    if held_out and settings.early_stopping_patience:
+    if lesson.held_out and settings.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))
     steps = len(tokens)
     if steps < FEW_STEPS:
@@ -119,7 +124,7 @@ def train_adapter(
         trainer.train(resume_from_checkpoint=str(checkpoints.path(step)) if step else None)
     if logger.interrupted:
         raise KeyboardInterrupt
-    last, best = trainer.state.global_step, trainer.state.best_global_step if held_out else None
+    last, best = trainer.state.global_step, trainer.state.best_global_step if lesson.held_out else None
     if best and best != last:
         if checkpoints.path(best).is_dir():
             load_adapter(model, checkpoints.path(best))
