@@ -76,11 +76,10 @@ def patched(converter, tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama.cpp") / "source"
     shutil.copytree(converter, folder, ignore=shutil.ignore_patterns("__pycache__"))
     base = folder / "conversion/base.py"
-    source, told = (
-        base.read_text(encoding="utf-8"),
-        "BPE pre-tokenizer was not recognized - update get_vocab_base_pre()",
+    source = base.read_text(encoding="utf-8")
+    unknown = (
+        'raise NotImplementedError("BPE pre-tokenizer was not recognized - update get_vocab_base_pre()")'
     )
-    unknown = f'raise NotImplementedError("{told}")'
     assert unknown in source
     base.write_text(source.replace(unknown, 'return "gpt-2"'), encoding="utf-8")
     return folder
@@ -122,22 +121,17 @@ def write_byte_level_tokenizer(folder):
     fast.pre_tokenizer, fast.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<unk>", "<|im_start|>", "<|im_end|>"]
-    fast.train_from_iterator(
-        sample_texts(), trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet)
-    )
+    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet)
+    fast.train_from_iterator(sample_texts(), trainer)
     fast.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer.model").unlink()
-
-
-def make_adapter(folder, base, variant):
-    return random_adapter(base, folder, std=0.1, **ADAPTERS[variant])
 
 
 @pytest.mark.parametrize("variant", ADAPTERS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_tensors_equal_those_of_peft(family, variant, tokenizer, tmp_path):
     base = make_base(tmp_path / "base", tokenizer, family, variant)
-    wanted = merged_by_peft(make_adapter(tmp_path / "adapter", base, variant))
+    wanted = merged_by_peft(random_adapter(base, tmp_path / "adapter", std=0.1, **ADAPTERS[variant]))
     merged = Tensors(merge(base, tmp_path / "adapter", tmp_path / "merged"))
     check_merge(base, tmp_path / "adapter", tmp_path / "merged")
     tied = {"lm_head.weight"} - set(merged)
@@ -157,14 +151,13 @@ def test_merged_tensors_equal_those_of_peft(family, variant, tokenizer, tmp_path
 )
 def test_f16_gguf_equals_transformers(family, variant, tokenizer, patched, tmp_path):
     base = make_base(tmp_path / "base", tokenizer, family, variant)
-    make_adapter(tmp_path / "adapter", base, variant)
+    random_adapter(base, tmp_path / "adapter", std=0.1, **ADAPTERS[variant])
     merged = merge(base, tmp_path / "adapter", tmp_path / "merged", outtype="f16")
     gguf = tmp_path / "f16.gguf"
     conversion.run_converter(patched, merged, gguf)
     draw = np.random.default_rng(0)
-    sequences = [
-        (draw.integers(4, 512, size).tolist(), start) for size, start in ((60, 9), (120, 1), (200, 1))
-    ]
+    shapes = ((60, 9), (120, 1), (200, 1))
+    sequences = [(draw.integers(4, 512, size).tolist(), start) for size, start in shapes]
     references = parity.compute_references(base, tmp_path / "adapter", sequences)
     layered = parity.compute_references(base, tmp_path / "adapter", sequences, layered=True)
     for one, other in zip(references, layered, strict=True):
@@ -192,7 +185,7 @@ def test_what_the_converter_cannot_do_is_an_error(
 ):
     """Before the merge, unless only a run of the converter tells and the merge does not take longer."""
     base = make_base(tmp_path / "base", tokenizer, family, variant)
-    make_adapter(run.path("sft/adapter"), base, variant)
+    random_adapter(base, run.path("sft/adapter"), std=0.1, **ADAPTERS[variant])
     if family == "phi3":
         config = base / "config.json"
         config.write_text(config.read_text().replace("Phi3ForCausalLM", "OtherForCausalLM"))

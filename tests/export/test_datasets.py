@@ -22,11 +22,14 @@ KINDS = {"templates": Template, "reviews": Review, "pairs": Pair}
 
 
 @pytest.fixture(scope="module")
-def exported(student, tmp_path_factory):
-    """The config, run and report of an export."""
-    run = make_run(tmp_path_factory.mktemp("run"))
-    config = export_config(student)
-    return config, run, export_data(config, run)
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def report(run, student):
+    """The report of an export of the run."""
+    return export_data(export_config(student), run)
 
 
 def rows_of(run: Run, name: str) -> list[dict]:
@@ -45,16 +48,14 @@ def questions(run: Run) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_every_row_is_exported_once_in_the_same_order(exported, name):
-    _, run, report = exported
+def test_every_row_is_exported_once_in_the_same_order(run, report, name):
     kept = run.read(f"{name}.jsonl", KINDS[name])
     assert len(kept) > 3
     assert [row["id"] for row in rows_of(run, name)] == [row.id for row in kept]
     assert report.counts[name] == len(kept)
 
 
-def test_chats_are_what_the_student_is_trained_on(exported):
-    _, run, _ = exported
+def test_chats_are_what_the_student_is_trained_on(run):
     for row, template in zip(rows_of(run, "templates"), run.read("templates.jsonl", Template), strict=True):
         answer = {"role": "assistant", "content": template.trace}
         assert row["messages"] == [*prompts.solve_messages(template.question), answer]
@@ -64,8 +65,7 @@ def test_chats_are_what_the_student_is_trained_on(exported):
         assert row["messages"] == [*chat, {"role": "assistant", "content": review.trace}]
 
 
-def test_pair_prompt_is_the_review_chat_and_the_assistant_prefix(exported, student):
-    _, run, _ = exported
+def test_pair_prompt_is_the_review_chat_and_the_assistant_prefix(run, student):
     tokenizer = load_tokenizer(str(student))
     for row, pair in zip(rows_of(run, "pairs"), run.read("pairs.jsonl", Pair), strict=True):
         chat = prompt_text(tokenizer, prompts.review_messages(questions(run)[pair.id], pair.attempt))
@@ -82,8 +82,7 @@ def test_custom_prompts_are_exported(student, tmp_path):
     assert rows_of(run, "templates")[0]["messages"][1]["content"].startswith("Do this sum: Anna")
 
 
-def test_step_dpo_rows_have_its_fields_and_the_pair_prefix(exported):
-    _, run, _ = exported
+def test_step_dpo_rows_have_its_fields_and_the_pair_prefix(run):
     answers = {problem.id: problem.answer for problem in run.read("problems.jsonl", Problem)}
     for row, pair in zip(rows_of(run, "step_dpo"), run.read("pairs.jsonl", Pair), strict=True):
         assert set(STEP_DPO) <= set(row)
@@ -94,8 +93,7 @@ def test_step_dpo_rows_have_its_fields_and_the_pair_prefix(exported):
         assert row["full_rejected"].startswith(row["rejected"])
 
 
-def test_full_sides_continue_to_the_end_if_known(exported):
-    _, run, _ = exported
+def test_full_sides_continue_to_the_end_if_known(run):
     reviews = {r.id: r for r in run.read("reviews.jsonl", Review)}
     attempts = {a.id: a for a in run.read("attempts.jsonl", Attempt)}
     flagged = [row for row in rows_of(run, "step_dpo") if row["chosen"] == CAUSE]
@@ -111,8 +109,7 @@ def test_full_sides_continue_to_the_end_if_known(exported):
 # -- files ---------------------------------------------------------------------------------------------------------
 
 
-def test_same_run_gives_the_same_bytes(exported, student, tmp_path):
-    _, run, _ = exported
+def test_same_run_gives_the_same_bytes(run, student, tmp_path):
     again = make_run(tmp_path / "again")
     export_data(export_config(student), again)
     names = sorted(path.name for path in run.path(FOLDER).iterdir())
@@ -123,10 +120,9 @@ def test_same_run_gives_the_same_bytes(exported, student, tmp_path):
 
 
 @pytest.mark.parametrize("name", [*KINDS, "step_dpo"])
-def test_datasets_loads_each_file_by_path_and_by_configuration(exported, tmp_path, name):
+def test_datasets_loads_each_file_by_path_and_by_configuration(run, tmp_path, name):
     from datasets import load_dataset
 
-    _, run, _ = exported
     path = str(run.path(f"{FOLDER}/{name}.jsonl"))
     alone = load_dataset("json", data_files=path, split="train", cache_dir=str(tmp_path))
     named = load_dataset(str(run.path(FOLDER)), name, split="train", cache_dir=str(tmp_path))
@@ -170,8 +166,7 @@ def test_card_of_the_quickstart_names_its_word_problems():
     assert source_name(config) == "the arithmetic word problems of sclite's quickstart"
 
 
-def test_card_lists_source_models_prompts_counts_drops_and_cost(exported):
-    _, run, report = exported
+def test_card_lists_source_models_prompts_counts_drops_and_cost(run, report):
     card = read_card(run)
     for line in (
         "- Problems: sums.jsonl",
@@ -220,10 +215,9 @@ def test_card_shows_the_whole_hub_id_but_only_the_last_part_of_a_path(student, t
     assert f"- Problems: {shown}\n" in read_card(run)
 
 
-def test_hub_reads_the_front_matter_of_the_card_whose_license_is_to_be_filled_in(exported):
+def test_hub_reads_the_front_matter_of_the_card_whose_license_is_to_be_filled_in(run, report):
     from huggingface_hub import DatasetCard
 
-    _, run, report = exported
     card = DatasetCard.load(run.path(f"{FOLDER}/README.md"))
     assert card.data.license == "unknown"
     assert "> **TO FILL IN.**" in card.text
@@ -240,15 +234,13 @@ def prepared_by_trl(tokenizer, rows: list[dict]):
     from trl import DPOConfig, DPOTrainer
 
     args = DPOConfig(output_dir="unused", use_cpu=True, bf16=False, max_length=None, report_to=[])
-    return DPOTrainer._prepare_dataset(
-        SimpleNamespace(_tokenizer=tokenizer), Dataset.from_list(rows), tokenizer, args, "train"
-    )
+    trainer = SimpleNamespace(_tokenizer=tokenizer)
+    return DPOTrainer._prepare_dataset(trainer, Dataset.from_list(rows), tokenizer, args, "train")
 
 
-def test_trl_reads_chats_as_conversations_and_pairs_as_text(exported, student):
+def test_trl_reads_chats_as_conversations_and_pairs_as_text(run, student):
     from trl.data_utils import is_conversational, maybe_apply_chat_template, maybe_extract_prompt
 
-    _, run, _ = exported
     tokenizer = load_tokenizer(str(student))
     for name in ("templates", "reviews"):
         row = rows_of(run, name)[0]
@@ -261,17 +253,15 @@ def test_trl_reads_chats_as_conversations_and_pairs_as_text(exported, student):
         assert maybe_apply_chat_template(row, tokenizer) == row
 
 
-def test_trl_appends_an_end_token_to_both_sides_as_the_card_says(exported, student):
-    _, run, _ = exported
+def test_trl_appends_an_end_token_to_both_sides_as_the_card_says(run, student):
     tokenizer = load_tokenizer(str(student))
     for row in prepared_by_trl(tokenizer, rows_of(run, "pairs")):
         assert row["chosen_ids"][-1] == row["rejected_ids"][-1] == end_id(tokenizer)
     assert "**yes, on both sides**" in read_card(run)
 
 
-def test_trl_would_close_a_conversational_prefix_and_open_a_new_turn(exported, student):
+def test_trl_would_close_a_conversational_prefix_and_open_a_new_turn(run, student):
     """The reason why pairs are exported as text only."""
-    _, run, _ = exported
     tokenizer = load_tokenizer(str(student))
     pair = run.read("pairs.jsonl", Pair)[0]
     prompt = prompts.review_messages(questions(run)[pair.id], pair.attempt)

@@ -237,9 +237,8 @@ def test_code_in_a_model_folder_is_not_copied(student, copy_of, tmp_path):
     merge(folder, None, tmp_path / "merged")
     assert not list((tmp_path / "merged").glob("*.py"))
     for name in ("config.json", "tokenizer_config.json"):
-        assert json.loads((tmp_path / "merged" / name).read_text()) == json.loads(
-            (student / name).read_text()
-        )
+        found, before = ((path / name).read_text() for path in (tmp_path / "merged", student))
+        assert json.loads(found) == json.loads(before)
 
 
 def test_folder_with_other_files_is_not_replaced(student, tmp_path):

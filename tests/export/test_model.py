@@ -20,7 +20,7 @@ from sclite.errors import FAILED, DataError, ScliteError
 from sclite.export import model as export
 from sclite.export import ollama, parity
 from sclite.export.gguf import run_converter
-from sclite.export.merge import Adapter, BaseWeights
+from sclite.export.merge import BaseWeights
 from sclite.progress import ProgressDisplay
 from sclite.records import Template
 from sclite.run import Report, Run
@@ -132,24 +132,11 @@ def test_wrong_weights_fail_the_export(base, run, monkeypatch, instead, failure,
     assert run.manifest("export-sft") is None
     if ram == 1 << 40:
         instead("merge", lambda merge, *given, **named: damage(merge(*given, **named)))
-        with pytest.raises(ScliteError, match=r"\.weight of the merged model is not the base with") as error:
+        message = r"\.weight of the merged model is not the base with the adapter added once"
+        with pytest.raises(ScliteError, match=message) as error:
             export.export_model(config_of(base), run, "sft")
         assert error.value.code == FAILED
         assert not list(run.path("export").glob("*.gguf"))
-
-
-def test_layer_that_is_merged_twice_fails_the_export(base, run, monkeypatch):
-    apply, name = Adapter.apply, "model.layers.1.self_attn.v_proj.weight"
-
-    def apply_twice(self, tensor, weight, outtype):
-        once = apply(self, tensor, weight, "f32" if tensor == name else outtype)
-        return apply(self, tensor, once, outtype) if tensor == name else once
-
-    monkeypatch.setattr(Adapter, "apply", apply_twice)
-    with pytest.raises(
-        ScliteError, match=f"^{name} of the merged model is not the base with the adapter added once"
-    ):
-        export.export_model(config_of(base), run, "sft")
 
 
 def ffn_down(path):
@@ -308,11 +295,9 @@ def test_kept_file_that_is_damaged_or_of_another_adapter_is_made_again(base, run
 
 
 def test_type_below_five_bits_gets_an_importance_matrix_from_the_run(base, run):
-    rows = [text.split("\n", 1) for text in sample_texts(30)]
-    run.replace(
-        "templates.jsonl",
-        [Template(id=str(i), question=q, trace=t, answer="1") for i, (q, t) in enumerate(rows)],
-    )
+    rows = enumerate(text.split("\n", 1) for text in sample_texts(30))
+    templates = [Template(id=str(i), question=q, trace=t, answer="1") for i, (q, t) in rows]
+    run.replace("templates.jsonl", templates)
     with_it, without = (
         export.export_model(config_of(base, "q3_k_m", imatrix=imatrix), run, "sft").figures["parity"]
         for imatrix in (None, False)
@@ -347,10 +332,8 @@ def test_merged_folder_is_what_was_trained(base, run):
     assert 0 <= found["kl"] < 1e-3
     assert [path.name for path in run.path("export").iterdir()] == ["sft-merged"]
     ids = torch.tensor([list(range(300, 340))])
-    trained = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), run.path("sft/adapter")
-    )
-    merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    before, merged = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (base, folder))
+    trained = PeftModel.from_pretrained(before, run.path("sft/adapter"))
     with torch.inference_mode():
         assert torch.allclose(trained(ids).logits, merged(ids).logits, atol=0.02)
     template = AutoTokenizer.from_pretrained(folder).chat_template
@@ -404,9 +387,8 @@ def test_adapter_trained_in_nf4_is_merged_into_nf4_weights(base, run, tmp_path):
     assert len(kept["nf4"]) == 2 * 7
     figures = export.export_model(config_of(base, "f16"), run, "sft").figures["parity"]["unquantized"]
     (folder / "trained_on.json").write_text(json.dumps(kept | {"nf4": []}))
-    sixteen = parity.compare_probabilities(
-        parity.compute_references(base, folder, [(list(range(300, 400)), 1)]), run.path("export/sft-f16.gguf")
-    )
+    references = parity.compute_references(base, folder, [(list(range(300, 400)), 1)])
+    sixteen = parity.compare_probabilities(references, run.path("export/sft-f16.gguf"))
     assert figures["mean_abs_logprob_diff"] < 0.004
     assert sixteen["mean_abs_logprob_diff"] > 10 * figures["mean_abs_logprob_diff"]
 
@@ -540,17 +522,15 @@ def test_model_that_does_not_fit_in_memory_is_compared_layer_by_layer(base, run,
     assert (whole["layered"], result["layered"]) == (None, reason)
     assert f"one layer at a time: {reason}" in parity.summarize(result)
     assert whole["greedy"]["equal"] == result["greedy"]["equal"]
+    figures = result["files"]["sft-q8_0.gguf"]
     for name, value in whole["files"]["sft-q8_0.gguf"].items():
-        assert result["files"]["sft-q8_0.gguf"][name] == (
-            value if isinstance(value, str) else pytest.approx(value, abs=1e-4)
-        )
+        assert figures[name] == (value if isinstance(value, str) else pytest.approx(value, abs=1e-4))
 
 
 def test_model_with_other_names_in_transformers_is_compared_in_its_tokens_alone(base, run, monkeypatch):
+    find = BaseWeights(base).find
     monkeypatch.setattr(parity, "available_ram", lambda: 1_000_000)
-    monkeypatch.setattr(
-        parity, "load_layered", lambda *_: BaseWeights(base).find("model.experts.weight", "transformers")
-    )
+    monkeypatch.setattr(parity, "load_layered", lambda *_: find("model.experts.weight", "transformers"))
     result = export.export_model(config_of(base), run, "sft").figures["parity"]
     assert "1 MB free" in result["skipped"]
     assert "probabilities not compared" in parity.summarize(result)

@@ -48,11 +48,10 @@ def test_text_of_a_chat_template_cannot_escape_from_the_modelfile():
     form = derive_format(lambda chat, answer: render_chat(jinja, chat, generation_prompt=answer))
     assert injected in form.system.before
     found = build_modelfile("m.gguf", form.go_template(), system="Solve.")
+    quoted = r'{{ "<|im_start|>system\"\"\"\nADAPTER /etc/passwd\n{{ .System }}\n" }}{{ .Content }}'
     assert found.count('"""') == 4
     assert not any(line.startswith("ADAPTER") for line in found.splitlines())
-    assert (
-        '{{ "<|im_start|>system\\"\\"\\"\\nADAPTER /etc/passwd\\n{{ .System }}\\n" }}{{ .Content }}' in found
-    )
+    assert quoted in found
 
 
 @pytest.mark.parametrize("name", ["-f", "--help", "a\nb", "a b", ""])
@@ -97,9 +96,8 @@ def serve_modelfile(body):
     system = {"role": "system", "content": re.search('^SYSTEM """(.*?)"""', modelfile, re.S | re.M)[1]}
     assert (body["model"], body["options"]["temperature"]) == ("mine", 0)
     assert [message["role"] for message in body["messages"]] == ["user"]
-    with Engine(
-        folder / re.search(r"^FROM \./(.+)$", modelfile, re.M)[1], parallel=1, context=1024
-    ) as engine:
+    file = folder / re.search(r"^FROM \./(.+)$", modelfile, re.M)[1]
+    with Engine(file, parallel=1, context=1024) as engine:
         asked = Request((system, *body["messages"]), max_tokens=body["options"]["num_predict"])
         (reply,) = engine.generate([asked])
     message = {"role": "assistant", "content": reply.text}
