@@ -34,22 +34,26 @@ SHORT = {"batch_size": 4, "per_device_train_batch_size": 2}
 
 
 @pytest.fixture(scope="module")
-def started(folder, tmp_path_factory):
-    """(config, run) with an SFT adapter, a warm-up adapter on top and pairs: all that DPO starts from."""
-    run, warmup = Run(tmp_path_factory.mktemp("run")), {**SHORT, "num_train_epochs": 1}
-    write_toy(run)
-    config = toy_config(folder, sft={"num_train_epochs": 2}, warmup=warmup, dpo=SHORT)
-    train_sft(config, run)
-    train_warmup(config, run)
-    write_pairs(run)
-    return config, run
+def config(folder):
+    once = {**SHORT, "num_train_epochs": 1}
+    return toy_config(folder, sft={"num_train_epochs": 2}, warmup=once, dpo=SHORT)
 
 
 @pytest.fixture(scope="module")
-def preferred(started):
-    """(config, run, report) after DPO."""
-    config, run = started
-    return config, run, train_dpo(config, run)
+def run(config, tmp_path_factory):
+    """A run with an SFT adapter, a warm-up adapter on top and pairs: all that DPO starts from."""
+    run = Run(tmp_path_factory.mktemp("run"))
+    write_toy(run)
+    train_sft(config, run)
+    train_warmup(config, run)
+    write_pairs(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def report(config, run):
+    """The report of DPO, whose adapter is in the run from now on."""
+    return train_dpo(config, run)
 
 
 @pytest.fixture(scope="module")
@@ -58,24 +62,26 @@ def tokenizer(folder):
 
 
 @pytest.fixture(scope="module")
-def bundles(started, tokenizer):
+def questions(run):
+    return {problem.id: problem.question for problem in run.read("problems.jsonl", Problem)}
+
+
+@pytest.fixture(scope="module")
+def bundles(run, tokenizer, questions):
     """The bundles of all pairs."""
-    _, run = started
-    questions = {p.id: p.question for p in run.read("problems.jsonl", Problem)}
     return build_bundles(tokenizer, run.read("pairs.jsonl", Pair), questions)
 
 
 @pytest.fixture(scope="module")
-def attempts(started):
+def attempts(run):
     """By the bundles' keys."""
-    return {f"{a.id}/{a.sample}": a for a in started[1].read("attempts.jsonl", Attempt)}
+    return {f"{a.id}/{a.sample}": a for a in run.read("attempts.jsonl", Attempt)}
 
 
 # -- what it starts from -------------------------------------------------------------------------------------------
 
 
-def test_dpo_starts_at_ln_2_with_zero_margins(preferred):
-    _, run, _ = preferred
+def test_dpo_starts_at_ln_2_with_zero_margins(run, report):
     first = metrics_of(run, "dpo")[0]
     assert first["step"] == 1
     assert first["dpo_loss"] == pytest.approx(math.log(2), abs=1e-3)
@@ -84,9 +90,8 @@ def test_dpo_starts_at_ln_2_with_zero_margins(preferred):
     assert first["loss"] > first["dpo_loss"]  # the likelihood terms are in the loss and not in dpo_loss
 
 
-def test_with_the_base_model_as_reference_dpo_does_not_start_at_ln_2(started, bundles):
+def test_with_the_base_model_as_reference_dpo_does_not_start_at_ln_2(config, run, bundles):
     """So the test above proves something."""
-    config, run = started
     model, tokenizer = load_student(config, "dpo", run.path("warmup/adapter"), train=True)
     with model.disable_adapter():
         base = reference_log_probs(model, bundles, tokenizer)
@@ -97,8 +102,7 @@ def test_with_the_base_model_as_reference_dpo_does_not_start_at_ln_2(started, bu
     assert parts["margin_max"].total.item() > 0.1
 
 
-def test_the_reference_is_the_adapter_that_dpo_starts_from(preferred, bundles):
-    config, run, _ = preferred
+def test_the_reference_is_the_adapter_that_dpo_starts_from(config, run, report, bundles):
     model, tokenizer = load_student(config, "dpo", run.path("warmup/adapter"))
     kept = run.read_json("dpo/reference.json")["log_probs"]
     shown = []
@@ -124,8 +128,7 @@ def assert_same(one, other) -> None:
             assert side == pytest.approx(same, abs=1e-3)
 
 
-def test_the_saved_adapter_has_no_copy_named_ref(preferred):
-    _, run, _ = preferred
+def test_the_saved_adapter_has_no_copy_named_ref(run, report):
     assert list(run.path("dpo").rglob("ref")) == []
     assert largest_change(adapter(run, "warmup"), adapter(run, "dpo")) > 0
 
@@ -133,8 +136,7 @@ def test_the_saved_adapter_has_no_copy_named_ref(preferred):
 # -- what it does --------------------------------------------------------------------------------------------------
 
 
-def test_dpo_learns_the_toy_pairs(preferred):
-    _, run, report = preferred
+def test_dpo_learns_the_toy_pairs(run, report):
     rows = metrics_of(run, "dpo")
     assert [row["step"] for row in rows] == list(range(1, report.counts["steps"] + 1))
     assert rows[-1]["dpo_loss"] < rows[0]["dpo_loss"] - 0.05
@@ -145,8 +147,7 @@ def test_dpo_learns_the_toy_pairs(preferred):
     assert report.counts["pairs"] == len(run.read("pairs.jsonl", Pair))
 
 
-def test_long_pairs_are_counted_and_dpo_fails_if_none_fits(started, bundles, tmp_path):
-    config, run = started
+def test_long_pairs_are_counted_and_dpo_fails_if_none_fits(config, run, bundles, tmp_path):
     lengths, other = sorted(len(bundle.review.ids) for bundle in bundles), part_of(run, tmp_path, "dpo")
     few = config.dpo.model_copy(update={"max_length": lengths[1], "num_train_epochs": 0.5})
     report = train_dpo(config.model_copy(update={"dpo": few}), other)
@@ -159,8 +160,8 @@ def test_long_pairs_are_counted_and_dpo_fails_if_none_fits(started, bundles, tmp
     assert "max_length" in error.value.hint
 
 
-def test_replay_share_sets_the_number_of_replay_rows(started, tokenizer, bundles):
-    rows = solve_rows(tokenizer, started[1].read("templates.jsonl", Template), "")
+def test_replay_share_sets_the_number_of_replay_rows(run, tokenizer, bundles):
+    rows = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")
     for share, wanted in ((0.0, 0), (0.5, 3), (1.0, 6)):
         assert sum(b.replay is not None for b in with_replay(bundles, rows, share)) == wanted
 
@@ -168,8 +169,8 @@ def test_replay_share_sets_the_number_of_replay_rows(started, tokenizer, bundles
 # -- bundles -------------------------------------------------------------------------------------------------------
 
 
-def test_marks_are_on_the_last_token_of_each_step(started, tokenizer, bundles, attempts):
-    reviews = {f"{r.id}/{r.sample}": r for r in started[1].read("reviews.jsonl", Review)}
+def test_marks_are_on_the_last_token_of_each_step(run, tokenizer, bundles, attempts):
+    reviews = {f"{r.id}/{r.sample}": r for r in run.read("reviews.jsonl", Review)}
     for bundle in bundles:
         work, review = parse(attempts[bundle.key].trace).trace, reviews[bundle.key]
         judged = review.step or len(work.steps)
@@ -180,10 +181,8 @@ def test_marks_are_on_the_last_token_of_each_step(started, tokenizer, bundles, a
         assert len(bundle.review.marks) == judged
 
 
-def test_bundle_ids_are_the_ids_of_prompt_and_pieces(started, tokenizer, bundles):
-    _, run = started
+def test_bundle_ids_are_the_ids_of_prompt_and_pieces(run, tokenizer, bundles, questions):
     pairs = [p for p in run.read("pairs.jsonl", Pair) if p.kind == "content"]
-    questions = {p.id: p.question for p in run.read("problems.jsonl", Problem)}
     by_key = {bundle.key: bundle for bundle in bundles}
     for pair in pairs:
         messages = prompts.review_messages(questions[pair.id], pair.attempt)
@@ -203,11 +202,9 @@ def test_partial_completions_carry_no_end_token(tokenizer, bundles):
             assert side.ids[-1] != end
 
 
-def test_decision_odds_in_training_equal_the_scores_in_use(preferred, bundles, attempts):
+def test_decision_odds_in_training_equal_the_scores_in_use(config, run, report, bundles, attempts, questions):
     """Trained on the token positions that review asks for: the bundles and transformers' own logits agree to 1e-4."""
-    config, run, _ = preferred
     model, tokenizer = load_student(config, "dpo", run.path("dpo/adapter"))
-    questions = {p.id: p.question for p in run.read("problems.jsonl", Problem)}
     got = pair_log_probs(model, collate(bundles, tokenizer.pad_token_id), decision_ids(tokenizer))
     signed = (got.decision_chosen - got.decision_rejected).tolist()
     for bundle in bundles:
@@ -219,11 +216,10 @@ def test_decision_odds_in_training_equal_the_scores_in_use(preferred, bundles, a
     assert signed == []
 
 
-def test_log_probabilities_are_sums_over_a_sides_own_tokens(started, bundles):
+def test_log_probabilities_are_sums_over_a_sides_own_tokens(config, run, bundles):
     """Against a plain forward pass over the whole vocabulary, one sequence at a time."""
     import torch
 
-    config, run = started
     model, tokenizer = load_student(config, "dpo", run.path("warmup/adapter"))
     bundles = [bundle for bundle in bundles if bundle.rejected is not None]
     with torch.no_grad():
@@ -237,15 +233,13 @@ def test_log_probabilities_are_sums_over_a_sides_own_tokens(started, bundles):
             assert int(got.content_tokens[number]) == sum(w > 0 for w in bundle.review.weights)
 
 
-def test_padding_changes_no_odds(started, bundles):
-    config, run = started
+def test_padding_changes_no_odds(config, run, bundles):
     model, tokenizer = load_student(config, "dpo", run.path("warmup/adapter"))
     together = reference_log_probs(model, bundles, tokenizer, size=6)
     assert_same(together, reference_log_probs(model, bundles[::-1], tokenizer, size=1))
 
 
-def test_padding_free_rows_give_the_same_gradients(started, bundles):
-    config, run = started
+def test_padding_free_rows_give_the_same_gradients(config, run, bundles):
     found = []
     for padding_free in (False, True):
         dpo = config.dpo.model_copy(update={"padding_free": padding_free})

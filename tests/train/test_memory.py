@@ -10,20 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sclite.errors import DataError
 from sclite.student.adapters import lora_targets
 from sclite.student.log_probs import Padded, hidden_states, token_log_probs, vocabulary_log_probs
-from sclite.train.memory import (
-    BACKWARD,
-    CACHED,
-    CONTEXT,
-    KEPT,
-    NF4_TABLES,
-    STATE_TABLES,
-    Setting,
-    architecture,
-    estimate,
-    nf4_bytes,
-    optimizer_bytes,
-    peak,
-)
+from sclite.train import memory
+from sclite.train.memory import Setting, architecture, estimate, nf4_bytes, optimizer_bytes, peak
 from sclite.train.micro_batch import choose, largest_length
 from tests.train.architectures import OTHERS, RECIPES, SMALL, config_of, recipe_architecture
 
@@ -89,7 +77,7 @@ def test_nf4_bytes_match_bitsandbytes(shape):
     packed, state = quantize_4bit(torch.randn(shape), quant_type="nf4", compress_statistics=True)
     held = [packed, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
     assert (state.blocksize, state.state2.blocksize) == (64, 256)
-    assert sum(t.nbytes for t in held[2:4] + held[5:]) == NF4_TABLES
+    assert sum(t.nbytes for t in held[2:4] + held[5:]) == memory.NF4_TABLES
     assert nf4_bytes(shape[0] * shape[1]) == sum(t.nbytes for t in held)
 
 
@@ -122,7 +110,7 @@ def test_8_bit_state_bytes_match_bitsandbytes():
     sizes = [p.numel() for p in factors]
     assert min(sizes) < 4096 < max(sizes)
     assert optimizer_bytes(sizes, 8) == sum(held.values())
-    assert STATE_TABLES == 2048
+    assert memory.STATE_TABLES == 2048
 
 
 # -- peaks, against what torch holds -----------------------------------------------------------------------------
@@ -169,8 +157,8 @@ def test_bytes_per_logit_match_what_torch_holds():
         kept = tracker.alive
         (-log_probs.mean()).backward()
     entries = 96 * 32768
-    assert kept / entries == pytest.approx(KEPT, rel=0.02)
-    assert tracker.most / entries == pytest.approx(KEPT + BACKWARD, rel=0.02)
+    assert kept / entries == pytest.approx(memory.KEPT, rel=0.02)
+    assert tracker.most / entries == pytest.approx(memory.KEPT + memory.BACKWARD, rel=0.02)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -204,9 +192,8 @@ def test_the_peak_of_a_plain_step_matches_the_estimate(family, middle):
 
 
 def test_chunks_change_neither_log_probabilities_nor_gradients(monkeypatch):
-    model = (
-        built({"model_type": "llama", **SMALL, "num_hidden_layers": 2}, "cpu").float().requires_grad_(False)
-    )
+    shape = {"model_type": "llama", **SMALL, "num_hidden_layers": 2}
+    model = built(shape, "cpu").float().requires_grad_(False)
     ids = torch.randint(3, 500, (2, 90), generator=torch.Generator().manual_seed(0))
     batch = Padded(ids, torch.ones(2, 90, dtype=torch.long), torch.ones(2, 90))
     carried = torch.rand(178, generator=torch.Generator().manual_seed(1))
@@ -230,13 +217,10 @@ def test_chunks_change_neither_log_probabilities_nor_gradients(monkeypatch):
 # -- architectures -------------------------------------------------------------------------------------------------
 
 
-def test_the_estimate_of_an_unchecked_architecture_is_marked_rough():
+def test_the_estimate_of_an_unchecked_architecture_or_of_mixed_bits_is_rough():
     shape = {"model_type": "phi3", "pad_token_id": 0, **SMALL}
     assert "as if it were Llama" in architecture(config_of(shape)).rough
     assert not any(recipe_architecture(name).rough for name in RECIPES)
-
-
-def test_layers_kept_in_16_bits_make_the_estimate_rough():
     config = config_of({"model_type": "llama", **SMALL})
     config.quantization_config = {"llm_int8_skip_modules": ["lm_head", "model.layers.1.mlp"]}
     assert "1 parts" in architecture(config).rough
@@ -301,8 +285,8 @@ def test_all_passes_of_a_step_share_the_reload_buffers():
 def test_the_allowance_grows_with_rows_that_fill_a_gpu():
     found = recipe_architecture(LLAMA)
     short, long = (estimate(found, Setting("sft", 1, length, 32)) for length in (2048, 65_536))
-    assert short.parts["allowance"] == CONTEXT + CACHED
-    assert long.parts["allowance"] == CONTEXT + 2 * 65_536 * 14_336
+    assert short.parts["allowance"] == memory.CONTEXT + memory.CACHED
+    assert long.parts["allowance"] == memory.CONTEXT + 2 * 65_536 * 14_336
 
 
 def test_the_largest_micro_batch_that_fits_is_chosen():
@@ -322,13 +306,14 @@ def test_the_largest_micro_batch_that_fits_is_chosen():
     assert before == 16
 
 
-def test_if_no_row_fits_the_largest_length_is_suggested():
+def test_if_no_row_fits_the_largest_length_within_the_positions_is_suggested():
     found, wanted = recipe_architecture(QWEN), Setting("sft", 2, 4096, 32)
     free = estimate(found, replace(wanted, micro_batch=1, length=1024)).total
     chosen = choose(found, wanted, 16, free)
     assert chosen.fits is False
     assert chosen.setting.length == 1024 == largest_length(found, replace(wanted, micro_batch=1), free)
     assert "1024 tokens would fit, 4096 do not" in chosen.verdict
+    assert largest_length(found, replace(wanted, micro_batch=1), 500 * GB) == 4096
 
 
 @pytest.mark.parametrize(
@@ -338,8 +323,3 @@ def test_the_verdict_says_why_there_is_no_setting(free, fits, verdict):
     chosen = choose(recipe_architecture(QWEN), Setting("sft", 2, 2048, 64), 16, free)
     assert (chosen.fits, chosen.setting is None) == (fits, fits is False)
     assert chosen.verdict.startswith(verdict)
-
-
-def test_the_largest_length_is_limited_by_the_models_positions():
-    found = recipe_architecture(QWEN)
-    assert largest_length(found, Setting("sft", 1, 2048, 32), 500 * GB) == 4096

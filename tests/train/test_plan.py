@@ -14,7 +14,7 @@ from sclite.run import Report
 from sclite.student.loader import EMBEDDED_FOLDER, load_tokenizer, read_config
 from sclite.train.memory import Setting, architecture, estimate
 from sclite.train.sft import solve_rows
-from tests.toy import pay, write_toy
+from tests.toy import pay, write_rows, write_toy
 from tests.train.architectures import QWEN_MATH_7B, config_of, recipe_architecture
 
 GPU = {"name": "GPU 24", "total_gb": 24.0, "free_gb": 23.4, "processes": []}
@@ -110,22 +110,16 @@ def test_the_forecast_of_an_empty_run_is_unknown(run):
     json.dumps(found)
 
 
-def test_planned_tokens_are_the_tokens_that_sft_trains_on(toy, tokenizer):
+def test_planned_tokens_are_those_of_sft_or_unknown_without_a_tokenizer(toy, tokenizer):
+    counts = ("rows", "steps", "tokens")
     stage = stage_of("sft", toy, tokenizer=tokenizer, unseen=frozenset({"p1"}))
     rows = solve_rows(tokenizer, [row for row in toy.read("templates.jsonl", Template) if row.id != "p1"], "")
     tokens = sum(len(row.ids) for row in rows)
-    assert (stage["rows"], stage["steps"], stage["tokens"]) == (
-        5,
-        4,
-        3 * tokens,
-    )  # three epochs, four rows a step
+    assert [stage[key] for key in counts] == [5, 4, 3 * tokens]  # three epochs, four rows a step
     carried = sum(weight > 0 for row in rows for weight in row.weights) / tokens
     assert stage["loss_share"] == round(carried, 4)
-
-
-def test_without_a_tokenizer_rows_and_tokens_are_unknown(toy):
-    stage = stage_of("sft", toy)
-    assert [stage[key] for key in ("rows", "tokens", "steps")] == [None] * 3
+    without = stage_of("sft", toy)
+    assert [without[key] for key in counts] == [None] * 3
 
 
 def test_rows_that_are_too_long_are_skipped_and_counted(toy, tokenizer):
@@ -161,12 +155,9 @@ def test_the_plan_of_dpo_counts_both_sides_and_replay(toy, tokenizer):
 
 def test_hours_come_from_the_timed_steps_of_the_run(toy, tokenizer):
     assert stage_of("sft", toy, tokenizer=tokenizer)["hours"] is None
-    lines = [
-        {"phase": "sft", "step": n, "tokens_per_second": speed} for n, speed in enumerate((50, 100, 900))
-    ]
-    toy.path("sft").mkdir(parents=True)
-    text = "".join(json.dumps(row) + "\n" for row in lines) + '{"phase": "s'  # half-written
-    toy.path("sft/metrics.jsonl").write_text(text)
+    timed = enumerate((50, 100, 900))
+    rows = [{"phase": "sft", "step": step, "tokens_per_second": speed} for step, speed in timed]
+    write_rows(toy.path("sft/metrics.jsonl"), [*rows, '{"phase": "s'])  # half-written
     stages = planned(toy, tokenizer=tokenizer)["stages"]
     assert [stages[name]["tokens_per_second"] for name in ("sft", "warmup", "dpo")] == [100, 100, None]
     assert stages["sft"]["hours"] == pytest.approx(stages["sft"]["tokens"] / 100 / 3600, abs=1e-3)

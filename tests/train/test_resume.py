@@ -120,10 +120,9 @@ def test_a_changed_setting_is_refused_with_the_difference(whole, tmp_path):
 
 def test_settings_that_do_not_change_the_result_may_change(whole):
     config, run = whole
-    same = config.sft.model_copy(
-        update={"per_device_train_batch_size": 4, "checkpoints": 2, "tensorboard": True}
-    )
-    assert train_sft(config.model_copy(update={"sft": same}), run).skipped
+    change = {"per_device_train_batch_size": 4, "checkpoints": 2, "tensorboard": True}
+    same = config.model_copy(update={"sft": config.sft.model_copy(update=change)})
+    assert train_sft(same, run).skipped
 
 
 def test_differences_name_the_setting_and_both_values():

@@ -23,14 +23,11 @@ from tests.toy import adapter, metrics_of, toy_config, toy_problems, toy_trace, 
 
 @pytest.fixture(scope="module")
 def trained(folder, tmp_path_factory):
-    """(config, run, SFT report, warm-up report) after both supervised stages."""
-    run = Run(tmp_path_factory.mktemp("run"))
+    """(config, run, SFT report, what its progress showed) after SFT."""
+    config, run, seen = toy_config(folder), Run(tmp_path_factory.mktemp("run")), []
     write_toy(run)
-    config = toy_config(folder)
-    seen: list[tuple[int, int]] = []
     report = train_sft(config, run, progress=lambda done, total, **_: seen.append((done, total)))
-    report.figures["seen"] = seen
-    return config, run, report, train_warmup(config, run)
+    return config, run, report, seen
 
 
 # -- labels --------------------------------------------------------------------------------------------------------
@@ -47,13 +44,11 @@ def test_in_the_trainers_batches_the_prompt_alone_is_masked(folder, tmp_path):
     trainer = build_trainer(model, tokenizer, lesson, settings, [0, 1, 2])
     for batch in trainer.get_train_dataloader():
         for ids, weights in zip(batch["batch"].ids, batch["batch"].weights, strict=True):
-            carried = weights > 0
-            prompt = tokenizer.decode(ids[~carried])
-            completion = tokenizer.decode(ids[carried])
+            prompt = tokenizer.decode(ids[weights == 0])
             assert prompt.endswith("<|im_start|>assistant\n")
             assert problem.question in prompt
-            assert completion == render(trace) + "<|im_end|>"
-            assert int(ids[carried][-1]) == end_id(tokenizer)
+            assert tokenizer.decode(ids[weights > 0]) == render(trace) + "<|im_end|>"
+            assert int(ids[weights > 0][-1]) == end_id(tokenizer)
 
 
 def test_the_report_has_the_share_of_trained_tokens(trained):
@@ -66,7 +61,7 @@ def test_the_report_has_the_share_of_trained_tokens(trained):
     assert 0.1 < share < 0.9
 
 
-GOOD = Encoded([5, 6, 2], [0.0, 1.0, 1.0])
+GOOD, ENDLESS = Encoded([5, 6, 2], [0.0, 1.0, 1.0]), "the end-of-turn token is missing or masked"
 
 
 @pytest.mark.parametrize(
@@ -75,14 +70,8 @@ GOOD = Encoded([5, 6, 2], [0.0, 1.0, 1.0])
         ([], "no rows are left"),
         ([GOOD, Encoded([5, 6, 2], [0.0, 0.0, 0.0])], r"row 2 \(b\): every label is masked"),
         ([Encoded([5, 6, 2], [1.0, 1.0, 1.0])], r"row 1 \(a\): the prompt is not masked"),
-        (
-            [GOOD, Encoded([5, 6, 7], [0.0, 1.0, 1.0])],
-            r"row 2 \(b\): the end-of-turn token is missing or masked",
-        ),
-        (
-            [GOOD, Encoded([5, 6, 2], [0.0, 1.0, 0.0])],
-            r"row 2 \(b\): the end-of-turn token is missing or masked",
-        ),
+        ([GOOD, Encoded([5, 6, 7], [0.0, 1.0, 1.0])], rf"row 2 \(b\): {ENDLESS}"),
+        ([GOOD, Encoded([5, 6, 2], [0.0, 1.0, 0.0])], rf"row 2 \(b\): {ENDLESS}"),
     ],
 )
 def test_rows_with_wrong_labels_are_refused_with_a_hint(folder, run, rows, message):
@@ -98,13 +87,13 @@ def test_rows_with_wrong_labels_are_refused_with_a_hint(folder, run, rows, messa
 
 
 def test_the_loss_falls_and_each_step_is_logged(trained):
-    _, run, report, _ = trained
+    _, run, report, seen = trained
     rows = metrics_of(run, "sft")
     assert [row["step"] for row in rows] == list(range(1, report.counts["steps"] + 1))
     assert report.counts == {"rows": 6, "steps": 6}
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
     warning = (0, 0)  # of few steps
-    assert report.figures["seen"] == [warning, *((i, 6) for i in range(1, 7))]
+    assert seen == [warning, *((i, 6) for i in range(1, 7))]
 
 
 def test_the_micro_batch_changes_neither_losses_nor_gradients(folder, trained, tmp_path):
@@ -180,8 +169,8 @@ def test_a_bfloat16_checkpoint_trains_in_bfloat16_if_the_cpu_multiplies_it(folde
 
 
 def test_the_warmup_starts_from_the_sft_adapter_and_its_loss_falls(trained):
-    _, run, _, report = trained
-    rows = metrics_of(run, "warmup")
+    config, run, *_ = trained
+    report, rows = train_warmup(config, run), metrics_of(run, "warmup")
     assert report.counts == {"rows": 16, "reviews": 6, "steps": 16}
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
     assert run.path("warmup/adapter/adapter_model.safetensors").is_file()

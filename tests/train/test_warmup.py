@@ -85,15 +85,6 @@ def test_without_templates_or_corrections_the_other_rows_are_used(mixed, tmp_pat
 # -- the kinds -----------------------------------------------------------------------------------------------------
 
 
-def test_a_correction_gives_a_review_a_continued_and_a_closed_row(folder, tmp_path):
-    _, rows = rows_of(folder, tmp_path, replay_share=4.0)
-    wrong = [f"p{i}/0" for i in range(6) if i % 3]
-    assert {name for name in rows if name.endswith("/closed")} == {f"{name}/closed" for name in wrong}
-    assert {name for name in rows if name.endswith("/continued")} == {f"{name}/continued" for name in wrong}
-    assert {name for name in rows if name.endswith("/0")} == {f"p{i}/0" for i in range(6)}
-    assert {name for name in rows if "/" not in name} == {f"p{i}" for i in range(6)}
-
-
 def test_decisions_of_a_review_weigh_more(folder, tmp_path):
     tokenizer, rows = rows_of(folder, tmp_path, decision_weight=8.0)
     accuse, close = decision_ids(tokenizer)
