@@ -18,6 +18,7 @@ R1 = (  # the end of DeepSeek-R1-Distill's template
     "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
 )
 REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+LOOP = "{{% for i in range({0}) %}}{{% for j in range({0}) %}}"
 DROPS = "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% endif %}{% endfor %}"
 
 
@@ -44,10 +45,7 @@ def test_template_gets_what_transformers_gives_it():
     ("template", "reason"),
     [
         ("{{ raise_exception('no roles') }}", "no roles"),
-        (
-            "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
-            "more than 2 seconds",
-        ),
+        (LOOP.format(90000) + "{% endfor %}{% endfor %}", "more than 2 seconds"),
         ("{{ 9 ** (9 ** 10) }}", "more than 2 seconds"),
         ("{{ 'a' * 10 ** 10 }}", "more than 1024 MB"),
         ("{{ 'a' | center(10 ** 8) }}", "more than 4,000,000 characters"),
@@ -67,7 +65,7 @@ def test_interrupted_rendering_leaves_no_reply_to_the_next():
     assert render_chat("{{ messages[0].content }}", USER) == "2 + 2?"
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
-        render_chat("{% for i in range(3000) %}{% for j in range(9000) %}{% endfor %}{% endfor %}late", USER)
+        render_chat(LOOP.format(5000) + "{% endfor %}{% endfor %}late", USER)
     assert render_chat("{{ messages[0].content }}", USER) == "2 + 2?"
 
 

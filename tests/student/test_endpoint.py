@@ -29,9 +29,8 @@ def request(text, **settings):
 
 @contextmanager
 def student(run, url, concurrency=8, attempts=1, version=0):
-    made = config.Teacher(
-        model="openai/small", api_base=url, repairs=0, attempts_per_call=attempts, concurrency=concurrency
-    )
+    settings = {"repairs": 0, "attempts_per_call": attempts, "concurrency": concurrency}
+    made = config.Teacher(model="openai/small", api_base=url, **settings)
     with Ledger(run.path("ledger.sqlite")) as ledger, Teacher(made, ledger) as client:
         yield Endpoint(client, "attempts", version=version)
 
@@ -49,9 +48,10 @@ def test_replies_match_their_requests(run):
 
     with TeacherServer(answer) as server:
         replies = ask(run, server.url, [request(str(n)) for n in range(1, 13)])
-    assert [(r.index + 1, r.text, r.finish, r.error, r.prompt_tokens, r.tokens) for r in replies] == [
-        (n, f"I am {n}", "stop", None, 10 + n, n) for n in range(1, 13)
-    ]
+    for n, reply in enumerate(replies, 1):
+        assert (reply.index, reply.text, reply.finish, reply.error) == (n - 1, f"I am {n}", "stop", None)
+        assert (reply.prompt_tokens, reply.tokens) == (10 + n, n)
+    assert len(replies) == 12
 
 
 def test_request_parameters_are_sent(run):
@@ -95,15 +95,13 @@ def test_model_without_a_provider_is_named_as_the_student(run):
 
 
 def test_endpoint_neither_continues_nor_scores(run):
-    with TeacherServer(lambda body, nth: say(TRACE)) as server:
+    with TeacherServer(lambda body, nth: say(TRACE)) as server, student(run, server.url) as endpoint:
         with pytest.raises(UsageError, match="openai/small is an endpoint") as error:
-            ask(run, server.url, [request("1?"), request("2?", pieces=("<Step1>x\n",))])
+            list(endpoint.generate([request("1?"), request("2?", pieces=("<Step1>x\n",))]))
+        with pytest.raises(NotImplementedError):
+            endpoint.score([ScoreRequest((), ("x",), (0,), (("a", "b"),))])
         assert server.requests == []
     assert "free review" in error.value.hint
-    with Ledger(run.path("ledger.sqlite")) as ledger:
-        student = Endpoint(Teacher(config.Teacher(model="openai/small"), ledger), "pairs")
-        with pytest.raises(NotImplementedError):
-            student.score([ScoreRequest((), ("x",), (0,), (("a", "b"),))])
 
 
 def test_rerun_costs_nothing_and_other_sampling_is_another_sample(run):
@@ -134,7 +132,7 @@ def test_endpoint_error_names_the_student_and_never_the_key(run):
 def test_text_of_a_stream_comes_before_the_reply_is_complete(run):
     """The server writes the second word only after the first one has been received: else its connection times out."""
     first = threading.Event()
-    spoken = replace(say("<Step1>1 + 1 = 2\n</Step1>\n<Answer>2</Answer>", tokens=(12, 9)), pause=first)
+    spoken = replace(say(TRACE, tokens=(12, 9)), pause=first)
     with TeacherServer(lambda body, nth: spoken) as server, student(run, server.url) as endpoint:
         texts = []
         for found in endpoint.stream(request("1?")):

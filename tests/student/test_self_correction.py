@@ -6,19 +6,15 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from sclite.student import self_correction
 from sclite.student.base import Reply, Request, ScoreRequest, Scores
 from sclite.student.self_correction import (
     SAME_RESULT,
-    Corrected,
     ReviewSettings,
-    StepsScored,
-    Writing,
     correct_steps,
     free,
     guided,
-    run_together,
     score_steps,
-    stream,
 )
 from sclite.trace import CAUSE, Step, Trace, open_piece, parse, render
 
@@ -62,7 +58,8 @@ def accuse_38(work: str) -> tuple[float, ...]:
 
 
 def review(student, *attempts, script=guided, **settings):
-    return run_together(student, [script(QUESTION, each, ReviewSettings(**settings)) for each in attempts])
+    scripts = [script(QUESTION, each, ReviewSettings(**settings)) for each in attempts]
+    return self_correction.run_together(student, scripts)
 
 
 # -- scores --------------------------------------------------------------------------------------------------------
@@ -81,7 +78,8 @@ def test_score_request_covers_every_step():
 
 def test_scores_match_their_traces_in_any_order():
     student = Scripted(odds=accuse_38)
-    found = run_together(student, [score_steps(QUESTION, work) for work in (WRONG, Trace(), RIGHT)])
+    scripts = [score_steps(QUESTION, work) for work in (WRONG, Trace(), RIGHT)]
+    found = self_correction.run_together(student, scripts)
     assert found == [(-4.0, 3.0, -4.0), (), (-4.0, -4.0, -4.0)]
     assert len(student.scored) == 2
 
@@ -105,25 +103,18 @@ def test_correct_work_is_unchanged():
 
 @pytest.mark.parametrize(("threshold", "accused"), [(-2.0, 1), (0.0, 2), (2.0, 3), (5.0, None), (4.0, None)])
 def test_first_step_above_the_threshold_is_accused(threshold, accused):
-    student = Scripted(odds=lambda _: (-1.0, 1.0, 4.0), corrections=[CORRECTION], rest=f"{REST}")
+    student = Scripted(odds=lambda _: (-1.0, 1.0, 4.0), corrections=[CORRECTION])
     (got,) = review(student, WRONG, threshold=threshold)
     assert got.accused == accused
 
 
-def test_correction_request_continues_the_review_from_the_cause_tag():
+def test_requests_continue_from_the_cause_tag_and_then_without_the_wrong_tail():
     student = Scripted(odds=accuse_38, corrections=[CORRECTION])
     review(student, WRONG, max_tokens=77)
-    first = student.requests[0]
+    first, second = student.requests
     assert first.pieces == (*student.scored[0].pieces[:3], CAUSE)
     assert "Work to check:" in first.messages[-1]["content"]
-    assert first.stop == ("</Correction>",)
-    assert first.max_tokens == 77
-
-
-def test_continuation_drops_the_wrong_tail():
-    student = Scripted(odds=accuse_38, corrections=[CORRECTION])
-    review(student, WRONG)
-    second = student.requests[1]
+    assert (first.stop, first.max_tokens) == (("</Correction>",), 77)
     assert second.pieces == (open_piece(1, FIRST), "</Step1>\n", "<Step2>72 / 2 = 36\n", "</Step2>\n")
     asked = "".join(m["content"] for m in second.messages)
     assert QUESTION in asked
@@ -150,18 +141,13 @@ def test_second_round_reviews_the_corrected_work():
     assert got.scores == (-4.0, 3.0, -4.0)  # of the first answer
 
 
+NO_CORRECTION = ("no tags at all", "only a cause</Cause>", "</Cause>\n<Correction>72</Correction>", "")
+
+
 @pytest.mark.parametrize(
     ("correction", "rest", "finish", "note"),
     [
-        *(
-            (text, REST, "stop", UNREADABLE)
-            for text in (
-                "no tags at all",
-                "only a cause</Cause>",
-                "</Cause>\n<Correction>72</Correction>",
-                "",
-            )
-        ),
+        *((text, REST, "stop", UNREADABLE) for text in NO_CORRECTION),
         (CORRECTION, "<Step3>36 + 5 = 41\n</Step3>\n", "stop", "no answer after the correction"),
         (CORRECTION, REST, "error", UNREADABLE),
     ],
@@ -173,15 +159,17 @@ def test_unreadable_review_keeps_the_first_answer(correction, rest, finish, note
     assert got.tokens > 0
 
 
-def test_corrections_made_while_solving_are_applied_before_review():
+@pytest.mark.parametrize("script", [guided, free])
+def test_corrections_made_while_solving_are_applied_before_review(script):
     steps = (WRONG.steps[0], Step("72 / 2 = 38", None, "Too many.", "72 / 2 = 36"), Step("36 + 5 = 41"))
-    student = Scripted(odds=accuse_38)
-    (got,) = review(student, Trace(steps, None, "41"))
+    student = Scripted(odds=accuse_38, rest=render(RIGHT))
+    (got,) = review(student, Trace(steps, None, "41"), script=script)
     assert (got.trace, got.accused, got.note) == (None, None, "")
-    assert got.scores == (-4.0, -4.0, -4.0)
-    (request,) = student.scored
-    assert "= 38" not in request.messages[-1]["content"] + "".join(request.pieces)
-    assert "72 / 2 = 36" in "".join(request.pieces)
+    assert got.scores == ((-4.0, -4.0, -4.0) if script is guided else ())
+    (request,) = student.scored or student.requests
+    for shown in (request.messages[-1]["content"], *(["".join(request.pieces)] if script is guided else [])):
+        assert "= 38" not in shown
+        assert "72 / 2 = 36" in shown
 
 
 AGAIN = "The halves fit not.</Cause>\n<Correction>Half of 72: 70 / 2 = 35, 2 / 2 = 1, so 72 / 2 = 38.</Correction>"
@@ -221,10 +209,7 @@ def test_result_follows_the_last_equals_sign(step, correction, same):
 
 @pytest.mark.parametrize(
     ("second", "note"),
-    [
-        ("nothing", UNREADABLE),
-        ("No.</Cause>\n<Correction>60 / 2 + 6 = 36</Correction>", SAME_RESULT),
-    ],
+    [("nothing", UNREADABLE), ("No.</Cause>\n<Correction>60 / 2 + 6 = 36</Correction>", SAME_RESULT)],
 )
 def test_second_round_without_a_correction_keeps_the_solution_of_the_first(second, note):
     student = Scripted(odds=lambda _: (-1.0, 2.0, -1.0), corrections=[CORRECTION, second])
@@ -268,12 +253,12 @@ class Streaming(Scripted):
 def test_streamed_review_yields_events_in_order_and_the_same_result():
     student = Streaming(odds=accuse_38, corrections=[CORRECTION, CORRECTION])
     (wanted,) = review(student, WRONG)
-    seen = list(stream(student, guided(QUESTION, WRONG, ReviewSettings())))
+    seen = list(self_correction.stream(student, guided(QUESTION, WRONG, ReviewSettings())))
     assert [event for event in seen if not isinstance(event, str)] == [
-        StepsScored((-4.0, 3.0, -4.0), 2),
-        Writing("correction"),
-        Corrected(2, "72 is not twice 38.", "72 / 2 = 36"),
-        Writing("continuation"),
+        self_correction.StepsScored((-4.0, 3.0, -4.0), 2),
+        self_correction.Writing("correction"),
+        self_correction.Corrected(2, "72 is not twice 38.", "72 / 2 = 36"),
+        self_correction.Writing("continuation"),
         wanted,
     ]
     texts = "".join(event if isinstance(event, str) else "|" for event in seen)
@@ -285,11 +270,11 @@ def test_cancelled_review_ends_without_a_result():
     cancel = threading.Event()
     student = Streaming(odds=accuse_38, corrections=[CORRECTION])
     seen = []
-    for event in stream(student, guided(QUESTION, WRONG, ReviewSettings()), cancel):
+    for event in self_correction.stream(student, guided(QUESTION, WRONG, ReviewSettings()), cancel):
         seen.append(event)
         if isinstance(event, str):
             cancel.set()
-    assert seen[0] == StepsScored((-4.0, 3.0, -4.0), 2)
+    assert seen[0] == self_correction.StepsScored((-4.0, 3.0, -4.0), 2)
     assert isinstance(seen[-1], str)
     assert len(student.requests) == 1
 
@@ -344,10 +329,7 @@ def test_free_review_returns_the_corrected_solution():
     student = Scripted(rest=reviewed("72 is not twice 38.", "72 / 2 = 36"))
     (got,) = review(student, WRONG, script=free, max_tokens=50)
     assert (got.accused, got.tokens, got.scores) == (2, 10, ())
-    assert [(step.text, step.cause) for step in got.trace.steps] == [
-        (step.text, None) for step in RIGHT.steps
-    ]
-    assert got.trace.answer == "41"
+    assert got.trace == Trace(RIGHT.steps, None, "41")
     (asked,) = student.requests
     assert (asked.pieces, asked.max_tokens) == ((), 100)  # it repeats the steps and adds new ones
 
@@ -370,14 +352,6 @@ def test_answer_without_steps_is_not_reviewed(script):
     (got,) = review(student, Trace(answer="41"), script=script)
     assert (got.trace, got.note, got.accused) == (None, "no steps to review", None)
     assert student.scored == student.requests == []
-
-
-def test_free_review_sees_corrections_made_while_solving_as_applied():
-    steps = (WRONG.steps[0], Step("72 / 2 = 38", None, "Too many.", "72 / 2 = 36"), Step("36 + 5 = 41"))
-    student = Scripted(rest=render(RIGHT))
-    (got,) = review(student, Trace(steps, None, "41"), script=free)
-    assert got.accused is None
-    assert "= 38" not in student.requests[0].messages[-1]["content"]
 
 
 def test_second_round_applies_corrections_in_the_continuation():

@@ -77,10 +77,8 @@ def test_end_of_turn_comes_from_the_template(folder, tokenizer):
 def test_tokenizer_without_template_or_end_token_is_rejected(folder):
     endless = with_template(folder, PLAIN)
     endless.eos_token = None
-    for broken, reason in (
-        (with_template(folder, None), "no chat template"),
-        (endless, "no end-of-turn token"),
-    ):
+    cases = {"no chat template": with_template(folder, None), "no end-of-turn token": endless}
+    for reason, broken in cases.items():
         with pytest.raises(DataError, match=reason) as error:
             end_id(broken)
         assert error.value.hint == "choose an instruct model"

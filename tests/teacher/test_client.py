@@ -254,20 +254,17 @@ def test_failed_write_to_the_ledger_reaches_the_caller(ask, monkeypatch):
 
 
 @pytest.mark.parametrize("convinced", [True, False])
-def test_rejection_by_the_inspector_is_repaired_with_its_reason(teacher_of, ledger, convinced):
+def test_rejection_by_the_inspector_is_repaired_with_its_reason(ask, ledger, convinced):
     def answer(request, nth):
         if request["model"] == "judge":
-            accepted = convinced and "better" in question(request)
-            return say(
-                f"<Verdict>{'accept' if accepted else 'reject</Verdict><Reason>step 2 is wrong'}</Reason>"
-            )
+            if convinced and "better" in question(request):
+                return say("<Verdict>accept</Verdict>")
+            return say("<Verdict>reject</Verdict><Reason>step 2 is wrong</Reason>")
         return say("better" if "step 2 is wrong" in question(request) else "worse")
 
     asked = job(1, inspect=lambda reply: [{"role": "user", "content": f"INSPECT {reply}"}])
     with TeacherServer(answer) as server:
-        judge = {"inspector": "openai/judge", "inspector_api_base": server.url}
-        with teacher_of(server, **judge) as teacher:
-            (result,) = teacher.ask_all([asked], "templates")
+        (result,) = ask(server, [asked], inspector="openai/judge", inspector_api_base=server.url)
     if convinced:
         assert (result.text, result.requests) == ("better", 2)
         assert ledger.totals("templates inspection")["requests"] == 2

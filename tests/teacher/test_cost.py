@@ -102,9 +102,8 @@ def test_price_comes_from_the_list_or_is_unknown(ask, ledger):
         for model in ("openai/gpt-4.1", "openai/nobody-knows"):
             ask(server.remote_url, [job(1)], model=model)
     totals, rates = ledger.totals(), litellm.model_cost["gpt-4.1"]
-    assert totals["cost_usd"] == pytest.approx(
-        10 * rates["input_cost_per_token"] + 5 * rates["output_cost_per_token"]
-    )
+    expected = 10 * rates["input_cost_per_token"] + 5 * rates["output_cost_per_token"]
+    assert totals["cost_usd"] == pytest.approx(expected)
     assert (totals["requests"], totals["unpriced"]) == (2, 1)
 
 

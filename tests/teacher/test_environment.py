@@ -79,9 +79,10 @@ def test_password_in_an_address_is_in_no_dump_and_no_run(tmp_path):
 
 @pytest.mark.parametrize("direct", [True, False])
 def test_password_in_an_address_is_sent_but_neither_shown_nor_stored(ask, ledger, direct):
-    with TeacherServer(
-        lambda request, nth: say("good") if nth == 1 else fail(404, f"no model at {address}")
-    ) as server:
+    def answer(request, nth):
+        return say("good") if nth == 1 else fail(404, f"no model at {address}")
+
+    with TeacherServer(answer) as server:
         address = server.url.replace("http://", "http://me:hush@")
         for api_base in (address, server.url):
             assert ask(api_base, [job(1)], direct=direct)[0].text == "good"

@@ -53,8 +53,8 @@ def test_key_depends_on_exactly_what_decides_a_reply():
 
     same = [
         {"api_base": "http://h/v1/"},
-        {"parameters": {"temperature": 0.1}},
         {"api_base": "http://a:b@h/v1"},
+        {"parameters": {"temperature": 0.1}},
     ]
     assert {key(**changed) for changed in same} == {key()}
     others = {"model": "other", "api_base": "http://g/v1", "messages": [{"role": "user", "content": "r"}]}

@@ -132,10 +132,10 @@ def test_both_clients_meet_the_same_error(name):
         (Answer(200, b"{"), ""),
     ],
 )
-@pytest.mark.parametrize(
-    "model", ["openai/replay", "hosted_vllm/replay"]
-)  # LiteLLM takes HTML from vLLM for a refusal
+@pytest.mark.parametrize("model", ["openai/replay", "hosted_vllm/replay"])
 def test_error_or_html_with_status_200_is_retried_and_free_unlike_half_a_reply(answer, message, model):
+    """LiteLLM takes HTML from vLLM for a refusal."""
+
     async def raised(made):
         with pytest.raises(made.errors) as caught:
             await made.complete(MESSAGES, {}, 5)
@@ -185,12 +185,13 @@ def test_idle_connection_closed_by_the_server_costs_no_attempt():
 
 def test_models_that_litellm_rewrites_or_routes_go_through_it(monkeypatch):
     url = "http://127.0.0.1:1/v1"
-    cases = {
-        "openai/gpt-5": url, "openai/o3": url, "openai/responses/x": url, "anthropic/claude-3-5-haiku-latest": url,
-        "openai/x": "", "openai/y": url + "?version=2",
-    }  # fmt: skip
-    for model, address in cases.items():
-        assert provider.connect(config.Teacher(model=model, api_base=address)).direct is None, model
+    rewritten = ("openai/gpt-5", "openai/o3", "openai/responses/x", "anthropic/claude-3-5-haiku-latest")
+    for model, address in (
+        *((name, url) for name in rewritten),
+        ("openai/x", ""),
+        ("openai/y", url + "?a=2"),
+    ):
+        connect(address, direct=False, model=model)
     assert connect(url, model="openai/Qwen/Qwen3-8B").direct.model == "Qwen/Qwen3-8B"
     monkeypatch.setenv("HTTP_PROXY", "socks5://127.0.0.1:2")
     assert provider.connect(config.Teacher(model="openai/x", api_base="http://far.example/v1")).direct is None

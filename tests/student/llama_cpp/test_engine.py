@@ -84,9 +84,7 @@ def test_ids_match_transformers_and_sentencepiece(engine, folder, trained):
         ids = engine.token_ids(text)
         assert ids == model.encode(text) == trained[1](text, add_special_tokens=False).input_ids, text
         assert b"".join(engine.vocabulary.piece(token) for token in ids).decode() == text
-
-
-def test_control_tokens_are_parsed_in_prompts_but_not_in_pieces(engine):
+    # control tokens are parsed in prompts but not in pieces
     assert engine.token_ids("<|im_end|>", special=True) == [2]
     assert 2 not in engine.token_ids("<|im_end|>")
 
@@ -100,9 +98,8 @@ def test_greedy_replies_match_transformers(engine, trained):
     assert sorted(found) == list(range(12))
     for index, request in enumerate(requests):
         ids = ids_of(tokenizer, request.messages, request.pieces)
-        wanted = model.generate(
-            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=24, do_sample=False
-        )
+        settings = {"attention_mask": torch.ones(1, len(ids)), "max_new_tokens": 24, "do_sample": False}
+        wanted = model.generate(torch.tensor([ids]), **settings)
         new = wanted[0, len(ids) :].tolist()
         reply = found[index]
         assert reply.prompt_tokens == len(ids)
