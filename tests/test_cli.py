@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -26,9 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROBLEMS = [{"question": question, "answer": "2"} for question in ("1 + 1?", "0 + 2?", "2 + 0?")]
 TEACHER = ("--set", "teacher.model=openai/replay", "--set", "teacher.attempts_per_call=1")
 TOY = ("--set", "student.model=embedded")
-TEMPLATE = (
-    '{"id":"a","question":"q","answer":"1","trace":"<Step1>x\\n</Step1>\\n<Answer>1</Answer>","requests":1}'
-)
+TEMPLATE = '{"id":"a","question":"q","answer":"1","trace":"<Step1>x\\n</Step1>\\n<Answer>1</Answer>"}'
 
 
 # -- errors --------------------------------------------------------------------------------------------------------
@@ -123,18 +122,6 @@ def test_an_error_says_what_is_wrong_and_what_to_type(sclite, typed, code, messa
         assert not Path("runs/default/run.toml").exists()
 
 
-def test_an_unreachable_hub_is_a_network_error(sclite, monkeypatch):
-    import datasets
-
-    def load_dataset(*args, **options):
-        raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    ended = sclite("build-data", "openai/gsm8k", *TEACHER)
-    assert ended.code == 6
-    assert "openai/gsm8k cannot be reached" in ended.error
-
-
 @pytest.mark.parametrize(
     ("text", "error", "hint"),
     [
@@ -187,23 +174,16 @@ def test_a_damaged_row_of_the_run_is_named(sclite):
     assert ended.hint == "try: fix or remove the line, or re-run the command that wrote the file"
 
 
-def test_a_second_process_on_one_run_is_refused(tmp_path):
-    command = [sys.executable, "-m", "sclite", "build-data", "mine.jsonl", "--run", str(tmp_path / "run")]
-    with Run(tmp_path / "run").lock():
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines() == [
-        f"error: another sclite process is using {tmp_path / 'run'}",
-        "try: wait for it, or choose another folder with --run",
-    ]
-
-
-def _interrupt(*_):
-    raise KeyboardInterrupt
+def test_a_second_process_on_one_run_is_refused(sclite):
+    with Run("runs/default").lock():
+        ended = sclite("build-data", "mine.jsonl")
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.error == "error: another sclite process is using runs/default"
+    assert ended.hint == "try: wait for it, or choose another folder with --run"
 
 
 def test_ctrl_c_exits_with_130_and_suggests_to_resume(sclite, monkeypatch):
-    monkeypatch.setattr(doctor, "run_checks", _interrupt)
+    monkeypatch.setattr(doctor, "run_checks", lambda *_: signal.raise_signal(signal.SIGINT))
     ended = sclite("doctor")
     assert (ended.code, ended.err) == (130, "interrupted; re-run to resume\n")
 
@@ -278,9 +258,7 @@ def test_a_dry_run_of_corrections_needs_attempts(sclite):
 
 def test_exported_data_is_printed_as_one_json_object(sclite):
     write_rows("runs/default/templates.jsonl", [TEMPLATE])
-    ended = sclite("export", "--format", "data", "--json")
-    assert ended.code == 0
-    found = json.loads(ended.out)
+    found = json.loads(sclite("export", "--format", "data", "--json").out)
     assert (found["templates"], found["pairs"]) == (1, 0)
     assert (Path(found["folder"]) / "templates.jsonl").is_file()
     printed = sclite("export", "--format", "data").out
@@ -363,11 +341,8 @@ def in_a_terminal(folder: Path, pager: str) -> tuple[int, str]:
     ours, theirs = pty.openpty()
     clean = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "LESS")}
     environment = {**clean, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color", "PAGER": pager}
-    command, ends = (
-        [sys.executable, "-m", "sclite", "show", "drops"],
-        dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
-    )
-    process = subprocess.Popen(command, cwd=folder, env=environment, **ends)
+    command, ends = [sys.executable, "-m", "sclite", "show", "drops"], ("stdin", "stdout", "stderr")
+    process = subprocess.Popen(command, cwd=folder, env=environment, **dict.fromkeys(ends, theirs))
     os.close(theirs)
     sent = b""
     with suppress(OSError):  # EIO on Linux when the last writer is gone
@@ -388,17 +363,14 @@ def test_show_is_colored_and_paged_in_a_terminal(dropped, tmp_path, pager, said)
 
 
 def test_quitting_the_pager_or_a_pipe_early_is_no_error(dropped, tmp_path):
-    dropped.append(
-        "dropped.jsonl", (Drop(stage="s", id=str(n), reason="r", raw="x" * 99) for n in range(5000))
-    )
+    drops = (Drop(stage="s", id=str(n), reason="r", raw="x" * 99) for n in range(5000))
+    dropped.append("dropped.jsonl", drops)
     code, sent = in_a_terminal(tmp_path, "head -1")
     assert (code, "Traceback" in sent) == (0, False)
     for form in ("", "--json"):
         command = f"{sys.executable} -m sclite show drops {form} | head -1; exit ${{PIPESTATUS[0]}}"
-        paths = os.environ | {"PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
-            ["bash", "-c", command], cwd=tmp_path, env=paths, capture_output=True, text=True, check=False
-        )
+        given = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT)}, "check": False}
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, **given)
         assert (done.returncode, done.stderr, len(done.stdout.splitlines())) == (0, "", 1)
 
 

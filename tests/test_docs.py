@@ -6,6 +6,9 @@ import runpy
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
 
 from sclite.evaluate.table import HEADER
 
@@ -47,10 +50,6 @@ def test_every_column_of_the_table_is_explained():
 
 
 def test_the_picture_shows_the_last_screen():
-    from rich.console import Console
-    from rich.live import Live
-    from rich.text import Text
-
     sent = io.StringIO()
     screen = Console(file=sent, force_terminal=True, width=40)
     screen.print("Loading")

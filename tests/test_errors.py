@@ -11,6 +11,8 @@ import pytest
 
 from sclite import config, console, settings
 from sclite.errors import DataError
+from sclite.records import Drop, Problem, Template
+from sclite.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -97,9 +99,6 @@ def test_control_characters_and_markup_are_neutralized(monkeypatch, capsys):
 
 
 def test_a_run_may_be_named_like_markup(tmp_path):
-    from sclite.records import Drop, Problem, Template
-    from sclite.run import Run
-
     run, trace = Run(tmp_path / "a[/b]c"), "<Step1>[/red] [bold]\n</Step1>\n<Answer>1</Answer>"
     run.append("problems.jsonl", [Problem(id="p[/b]", question="[/red] [bold]?", answer="1")])
     run.append("templates.jsonl", [Template(id="p[/b]", question="[/red]", answer="1", trace=trace)])

@@ -16,9 +16,8 @@ from sclite.trace import Step, Trace, render
 from tests.replay import TeacherServer, say
 
 WRONG = render(Trace((Step("2 + 2 = 4"), Step("4 + 1 = 6")), None, "6"))
-REVIEW = render(
-    Trace((Step("2 + 2 = 4"), Step("4 + 1 = 6", None, "Too many.", "4 + 1 = 5"), Step("So 5.")), None, "5")
-)
+CORRECTED = Step("4 + 1 = 6", None, "Too many.", "4 + 1 = 5")
+REVIEW = render(Trace((Step("2 + 2 = 4"), CORRECTED, Step("So 5.")), None, "5"))
 
 
 def answer(body, nth):

@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sclite import exports, pipeline, prompts
 from sclite.context import Context
@@ -49,14 +51,9 @@ def model(body, nth):
 
 
 def settings(url, **more):
-    chosen = {
-        "teacher.model": "openai/teacher",
-        "teacher.api_base": url,
-        "teacher.attempts_per_call": 1,
-        "problems.source": "mine.jsonl",
-        "student.batch": 4,
-    }
-    return [f"{key}={value}" for key, value in (chosen | more).items()]
+    teacher = {"teacher.model": "openai/teacher", "teacher.api_base": url, "teacher.attempts_per_call": 1}
+    chosen = {**teacher, "problems.source": "mine.jsonl", "student.batch": 4, **more}
+    return [f"{key}={value}" for key, value in chosen.items()]
 
 
 def world_of(run, url, **more):
@@ -66,7 +63,7 @@ def world_of(run, url, **more):
 
 def test_build_data_goes_from_problems_to_pairs_with_an_endpoint(run, sclite, monkeypatch):
     """No student is trained."""
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123456")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123456")  # which the fixture sclite removes
     problems(12)
     with TeacherServer(model) as server:
         own = {"attempts.student": "openai/student", "attempts.api_base": server.url}
@@ -109,9 +106,6 @@ def test_another_endpoint_asks_anew_and_the_teacher_only_about_what_it_has_not_s
 
 def teach(folder: Path, count: int) -> None:
     """Overfit the tiny model: it makes the same mistake in every problem, and has one correction for it."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     steps = tuple(Step(text) for text in STEPS)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tomlkit
+from transformers import AutoModelForCausalLM
 
 from sclite.quickstart.flow import DEFAULTS
 from sclite.quickstart.problem_sets import train_problems
@@ -76,8 +77,6 @@ def test_train_repairs_what_is_missing_after_it(trained):
 
 
 def test_the_merged_folder_is_a_hugging_face_model(trained):
-    from transformers import AutoModelForCausalLM
-
     done = sclite(trained, "export", "--format", "merged", "--json")
     folder = trained / json.loads(done.stdout)["merged"]
     model = AutoModelForCausalLM.from_pretrained(folder)

@@ -7,20 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sclite.trace import (
-    CAUSE,
-    Issue,
-    Parsed,
-    Step,
-    Trace,
-    all_pieces,
-    clean,
-    corrected,
-    first_corrected,
-    open_piece,
-    parse,
-    render,
-)
+from sclite import trace as module
+from sclite.trace import CAUSE, Issue, Parsed, Step, Trace, corrected, parse, render
 
 WHOLE = (
     "<Step1>48 + 24 = 72\n<Key>Carry the ten.</Key>\n</Step1>\n"
@@ -38,7 +26,7 @@ REVIEWED = Trace((Step("48 + 24 = 62", None, "The carry is lost.", "It is 72."),
 _odd = ["<", ">", "</", "< step", "<Stepping>", "a < b > c", "\\frac{1}{2}", "<think>", "</think>"]
 _odd += ["<key", "step1>", "<cauſe>", "\n\n", "١", "\x1c", "<answer", " :>"]
 _bits = st.lists(st.one_of(st.text(max_size=12), st.sampled_from(_odd)), max_size=5)
-texts = _bits.map("".join).map(clean)
+texts = _bits.map("".join).map(module.clean)
 names = ("Step1", "Step2", "Step", "Key", "Cause", "Correction", "Generalized", "Answer", "step 3:", " key ")
 tags = st.sampled_from([f"<{slash}{name}>" for name in names for slash in ("", "/")])
 filled = texts.filter(bool)
@@ -61,7 +49,7 @@ def test_parsing_a_rendered_trace_gives_the_same_trace(trace):
 @settings(quickly, max_examples=300)
 @given(traces)
 def test_causes_and_closers_start_a_line_and_a_piece(trace):
-    pieces = all_pieces(trace)
+    pieces = module.all_pieces(trace)
     assert "".join(pieces) == render(trace)
     for before, piece in pairwise(pieces):
         if piece == CAUSE or re.match(r"</Step\d+>|<Correction>", piece):
@@ -91,7 +79,7 @@ def test_empty_key_or_answer_is_rejected(build):
 @settings(quickly, max_examples=300)
 @given(st.text() | st.sampled_from(["<<Key>Step1>", "<St<Key>ep1>", "<<Step1>/Step1>", "<K<Key><Key>ey>"]))
 def test_cleaned_text_is_always_a_valid_step(text):
-    Step(clean(text))
+    Step(module.clean(text))
 
 
 # -- any text ------------------------------------------------------------------------------------------------------
@@ -254,13 +242,13 @@ def test_think_block_must_end():
 
 
 def test_review_yields_its_first_wrong_step_and_a_solution():
-    assert first_corrected(REVIEWED) == 1
-    assert first_corrected(SOLUTION) is None
+    assert module.first_corrected(REVIEWED) == 1
+    assert module.first_corrected(SOLUTION) is None
     assert corrected(REVIEWED) == parse(REVIEW).work == Trace((Step("It is 72."), LAST), None, "36")
     assert corrected(SOLUTION) == SOLUTION
 
 
 def test_prefix_of_a_decision_ends_before_the_closer():
     step = Step("48 + 24 = 62", "Carry.")
-    assert open_piece(2, step) == "<Step2>48 + 24 = 62\n<Key>Carry.</Key>\n"
+    assert module.open_piece(2, step) == "<Step2>48 + 24 = 62\n<Key>Carry.</Key>\n"
     assert render(Trace((step,))) == "<Step1>48 + 24 = 62\n<Key>Carry.</Key>\n</Step1>"

@@ -119,7 +119,7 @@ def write_rows(path: Path | str, rows: Iterable[object]) -> Path:
     """Write rows, or lines that are not JSON, to a JSONL file; returns its path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+    lines = (row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows)
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path
 

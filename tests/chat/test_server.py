@@ -306,7 +306,7 @@ def test_too_many_waiting_requests_are_turned_away():
         assert all("begun" in each.result().choices[0].message.content for each in first)
 
 
-def test_slow_answer_is_ended(scripted):
+def test_slow_answer_is_ended():
     service = Service(Blocked(), "tom", Settings(mode=""), 1, seconds=0.2)
     with serving(service) as url:
         with pytest.raises(openai.APIStatusError) as error:
@@ -340,12 +340,8 @@ def test_client_that_leaves_frees_the_engine(raw, engine, streamed):
 
 
 def test_no_reply_is_lost_or_mixed_up():
-    service = Service(Blocked(blocked=False), "tom", Settings(mode=""), 4)
-    with (
-        serving(service) as url,
-        ThreadPoolExecutor(16) as pool,
-        httpx.Client(base_url=url, timeout=60) as http,
-    ):
+    service, pool = Service(Blocked(blocked=False), "tom", Settings(mode=""), 4), ThreadPoolExecutor(16)
+    with serving(service) as url, pool, httpx.Client(base_url=url, timeout=60) as http:
 
         def ask(number: int) -> str:
             body = {"model": "tom:raw", "messages": [{"role": "user", "content": f"question {number}"}]}
@@ -360,10 +356,8 @@ def test_no_reply_is_lost_or_mixed_up():
 
 
 def test_sigterm_finishes_what_is_in_flight(gguf):
-    command = [
-        *(sys.executable, "-m", "sclite", "serve", "--model", gguf),
-        *["--port", "0", "--parallel", "2", "--json"],
-    ]
+    options = ("--model", gguf, "--port", "0", "--parallel", "2", "--json")
+    command = [sys.executable, "-m", "sclite", "serve", *options]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     try:
@@ -371,14 +365,8 @@ def test_sigterm_finishes_what_is_in_flight(gguf):
         assert (served["model"], served["file"]) == ("base", str(gguf))
         assert "has not been fitted" in served["note"]
         url = served["url"].removesuffix("/v1")
-        body = {
-            "model": "base:raw",
-            "messages": ASK,
-            "stream": True,
-            "temperature": 1.9,
-            "max_tokens": 300,
-            "n": 2,
-        }
+        body = {"model": "base:raw", "messages": ASK, "stream": True}
+        body |= {"temperature": 1.9, "max_tokens": 300, "n": 2}
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as reply:
             lines = reply.iter_lines()
             next(lines)

@@ -1,8 +1,8 @@
 """Fixtures of the data stages: a real grader, an API key, and files of rows."""
 
-import json
-
 import pytest
+
+from tests.toy import Said, write_rows
 
 
 @pytest.fixture(autouse=True)
@@ -12,14 +12,8 @@ def _key(monkeypatch):
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes a JSONL file of these rows and returns its path."""
-
-    def write(name: str, *rows: dict) -> str:
-        path = tmp_path / name
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        return str(path)
-
-    return write
+    """write(name, *rows): writes a JSONL file of these rows and returns its path."""
+    return lambda name, *rows: str(write_rows(tmp_path / name, rows))
 
 
 @pytest.fixture
@@ -35,10 +29,4 @@ def unsure():
 
 @pytest.fixture
 def warnings():
-    """A progress callback that keeps the warnings it gets."""
-
-    def progress(done, total, spent=None, *, note="", warning=""):
-        progress.said += [warning] if warning else []
-
-    progress.said = []
-    return progress
+    return Said()

@@ -87,11 +87,6 @@ def test_finished_stage_needs_no_student_and_no_equal_batch_size(run, grader):
     assert run.path("attempts.jsonl").read_bytes() == before
 
 
-def test_failed_call_leaves_the_outcome_unknown(run, grader):
-    report = sample(run, grader, Deterministic(finish="error"))
-    assert report.counts == {"attempts": 15, "right": 0, "wrong": 0, "unknown": 15}
-
-
 @pytest.mark.parametrize(
     "tail", ["", '{"id":"p2","sam', '{"id":"p2","sample":2,"trace":"x","answer":null,"correct":null}\n']
 )
@@ -112,9 +107,10 @@ def test_resume_after_a_kill_gives_the_file_of_an_uninterrupted_run(tmp_path, gr
 def test_rows_made_with_other_settings_are_discarded(run, grader):
     with pytest.raises(KeyboardInterrupt):
         sample(run, grader, Deterministic(2))
-    student = Deterministic()
-    sample(run, grader, student, temperature=0.5)
-    assert len(student.asked) == 4
+    failing = Deterministic(finish="error")
+    report = sample(run, grader, failing, temperature=0.5)
+    assert len(failing.asked) == 4
+    assert report.counts == {"attempts": 15, "right": 0, "wrong": 0, "unknown": 15}  # of failed calls
 
 
 def test_identical_attempts_count_once():
@@ -136,11 +132,11 @@ def test_copy_of_a_row_with_another_trace_is_parsed_anew():
 
 def test_warning_if_most_attempts_are_unreadable(tmp_path, grader, warnings):
     report = sample(Run(tmp_path / "good"), grader, Deterministic(), warnings)
-    assert report.figures.get("warnings", []) == warnings.said == []
+    assert report.figures.get("warnings", []) == warnings == []
     prose = Deterministic(write=lambda question, seed: "It is 1, I think.")
     report = sample(Run(tmp_path / "bad"), grader, prose, warnings)
     (said,) = report.figures["warnings"]
-    assert [said] == warnings.said
+    assert [said] == warnings
     assert said.startswith("15 of 15 attempts have no readable steps, most often: no steps; train SFT")
 
 

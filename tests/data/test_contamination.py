@@ -1,5 +1,6 @@
 """Overlap of questions in training and evaluation: 13 words in a row, or a whole shorter question."""
 
+import datasets
 import pytest
 
 from sclite.config import Config
@@ -15,8 +16,6 @@ from sclite.settings import load
 
 LONG = "Anna has twelve nuts and buys three more bags with seven nuts in each of them"
 WORDS = LONG.split()
-
-
 REST = " and then he goes home, to sleep. How many are left of them all on the next day?"
 
 
@@ -103,8 +102,6 @@ def test_error_if_every_problem_overlaps(write, run):
 
 
 def test_unreachable_evaluation_set_is_an_error_with_an_alternative(write, run, monkeypatch):
-    import datasets
-
     def load_dataset(*args, **options):
         raise ConnectionError("Couldn't reach the Hub")
 

@@ -25,9 +25,8 @@ def build(run, grader, answer=None, share=0.5, progress=no_progress, **teacher):
     """The stage with a teacher that answers as `answer` (default: GOOD), and the server's requests."""
     with TeacherServer(answer or (lambda request, nth: say(GOOD))) as server:
         settings = {"model": "openai/replay", "api_base": server.url, "attempts_per_call": 1, "repairs": 1}
-        config = Config.model_validate(
-            {"teacher": settings | teacher, "attempts": {"confirmation_share": share}}
-        )
+        tree = {"teacher": settings | teacher, "attempts": {"confirmation_share": share}}
+        config = Config.model_validate(tree)
         with client(run, config.teacher) as made:
             report = write_corrections(config, run, teacher=made, grader=grader, progress=progress)
     return report, [request["messages"][-1]["content"] for request in server.requests]
@@ -106,9 +105,11 @@ def test_teacher_gets_work_and_solution_and_its_review_is_stored(run, grader):
 def test_invalid_review_is_retried_with_the_reason_then_dropped(run, grader):
     fill(run, wrong=2)
     bad = GOOD.replace("<Answer>41", "<Answer>43")
-    report, asked = build(
-        run, grader, lambda request, nth: say(bad if "w0: " in request["messages"][-1]["content"] else GOOD)
-    )
+
+    def answer(request, nth):
+        return say(bad if "w0: " in request["messages"][-1]["content"] else GOOD)
+
+    report, asked = build(run, grader, answer)
     said = "Your last reply could not be used: 43 is not the right final answer"
     assert sum(said in text for text in asked) == 1
     assert report.counts["corrected"] == 1
@@ -135,9 +136,8 @@ def test_confirmations_are_right_attempts_in_the_configured_share(run, grader, s
 def test_warning_if_there_are_no_confirmations(run, grader, warnings, right, share, warned):
     fill(run, wrong=2, right=right)
     report, _ = build(run, grader, share=share, progress=warnings)
-    assert report.figures.get("warnings", []) == warnings.said
-    starts = [text.startswith("no attempt is right and well-formed") for text in warnings.said]
-    assert starts == [True] * warned
+    assert report.figures.get("warnings", []) == warnings
+    assert [text.startswith("no attempt is right and well-formed") for text in warnings] == [True] * warned
 
 
 def test_confirmation_has_no_notes_of_a_self_corrected_attempt(run, grader):

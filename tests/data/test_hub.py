@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import pytest
 
 from sclite.config import Source
@@ -10,12 +11,7 @@ from sclite.errors import DataError, NetworkError
 from sclite.records import Problem
 
 CHAT = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "So \\boxed{9}."}]
-HALF = {
-    "problem": "Halve 7.",
-    "level": "Level 2",
-    "type": "Algebra",
-    "solution": "It is $\\boxed{\\frac{7}{2}}$.",
-}
+HALF = {"problem": "Halve 7.", "level": "Level 2", "solution": "It is $\\boxed{\\frac{7}{2}}$."}
 ROWS = {
     "openai/gsm8k": {
         "question": "Ann has 3 nuts and gets 4. How many?",
@@ -63,8 +59,6 @@ SUBSETS = {"openai/gsm8k": ("main", "socratic"), "EleutherAI/hendrycks_math": ("
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A folder per dataset, laid out as on the Hub, in place of the Hub."""
-    import datasets
-
     for name, row in ROWS.items():
         folder, config = tmp_path / name, ""
         folder.mkdir(parents=True)
@@ -115,8 +109,6 @@ def test_missing_subset_and_split_errors_name_those_that_exist(hub):
 
 
 def test_unreachable_hub_and_full_disk_are_different_errors(monkeypatch):
-    import datasets
-
     def load_dataset(*arguments, **options):
         raise raised
 

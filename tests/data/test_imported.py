@@ -41,9 +41,8 @@ def teach(request, nth):
     label = labelled(number)["first_error_step"]
     at = label % 4 + 1 if number == 3 and "could not be used" not in asked else label
     pieces = [f"<Step{n}>{text}\n</Step{n}>\n" for n, text in enumerate(labelled(number)["steps"][:at], 1)]
-    pieces[-1] = pieces[-1].replace(
-        "</Step", f"{CAUSE}No.</Cause>\n<Correction>{STEPS[at - 1]}</Correction>\n</Step"
-    )
+    noted = f"{CAUSE}No.</Cause>\n<Correction>{STEPS[at - 1]}</Correction>\n</Step"
+    pieces[-1] = pieces[-1].replace("</Step", noted)
     pieces += [f"<Step{n}>{text}\n</Step{n}>\n" for n, text in enumerate(STEPS[at:], at + 1)]
     said = 34 if number == 5 else 33
     return say("".join(pieces) + f"<Generalized>Go on.</Generalized>\n<Answer>{said}</Answer>")
@@ -120,9 +119,8 @@ def test_run_continues_if_its_source_files_are_deleted(run, labelled_run, tmp_pa
 WORK = Trace((Step("48 + 24 = 72"), Step("72 / 2 = 38")), None, "38")
 ATTEMPT = Attempt(id="p0", sample=0, trace=render(WORK), answer="38", correct=False, first_error=2)
 NOTED = Trace((WORK.steps[0], Step("72 / 2 = 38", None, "2 * 38 is 76.", "72 / 2 = 36")), None, "36")
-REVIEW = Review(
-    id="p0", sample=0, step=2, cause="2 * 38 is 76.", correction="72 / 2 = 36", trace=render(NOTED)
-)
+NOTES = {"cause": "2 * 38 is 76.", "correction": "72 / 2 = 36"}
+REVIEW = Review(id="p0", sample=0, step=2, trace=render(NOTED), **NOTES)
 PREFIX = ("<Step1>48 + 24 = 72\n", "</Step1>\n", "<Step2>72 / 2 = 38\n")
 OF = {"id": "p0", "sample": 0, "step": 2, "attempt": ATTEMPT.trace}
 DECISION = Pair(**OF, kind="decision", prefix=PREFIX, chosen=CAUSE, rejected="</Step2>\n")

@@ -131,6 +131,8 @@ def test_problems_are_split_by_id_and_by_position_in_the_quickstart():
 )
 def test_fit_keeps_50_problems_if_there_are_enough(count, least, most):
     assert least <= len(split_problems(config.Config(), numbered(count)).fit) <= most
+    none = config.Config(problems=config.Problems(fit_share=0))
+    assert split_problems(none, numbered(count)).fit == []
 
 
 def test_a_new_problem_never_moves_another_from_training_to_the_fit():
@@ -139,7 +141,3 @@ def test_a_new_problem_never_moves_another_from_training_to_the_fit():
         split = split_problems(config.Config(), numbered(count))
         assert not before & ids(split.fit)
         before = ids(split.sft) | ids(split.stage2)
-
-
-def test_no_problems_are_kept_if_fit_share_is_zero():
-    assert split_problems(config.Config(problems=config.Problems(fit_share=0)), numbered(1000)).fit == []

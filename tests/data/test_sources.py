@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import datasets
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,35 +38,28 @@ def refused(source) -> DataError:
 
 
 @pytest.mark.parametrize(
-    ("name", "text"),
+    ("names", "text"),
     [
-        ("p.jsonl", JSONL),
-        ("p.txt", JSONL),
+        ("p.jsonl p.txt", JSONL),
         ("p.csv", CSV),
         ("p.tsv", CSV.replace(",", "\t")),
-        ("p.json", json.dumps(ROWS)),
-        ("P.JSON", json.dumps(ROWS)),
+        ("p.json P.JSON", json.dumps(ROWS)),
     ],
 )
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_files_are_read_gzipped_with_any_line_ending_and_bom(tmp_path, name, text, end, encoding):
-    content = text.replace("\n", end).encode(encoding)
-    files = {name: content, f"{name}.gz": gzip.compress(content), f"also-{name}": gzip.compress(content)}
-    for file, data in files.items():
-        (tmp_path / file).write_bytes(data)
-        assert [problem.answer for problem in load(tmp_path / file)] == ["1", "2", "3"]
+def test_files_are_read_gzipped_with_any_line_ending_and_bom(tmp_path, names, text, end, encoding):
+    plain = text.replace("\n", end).encode(encoding)
+    for name in names.split():
+        for file in (name, f"{name}.gz", f"also-{name}"):
+            (tmp_path / file).write_bytes(plain if file == name else gzip.compress(plain))
+            assert [problem.answer for problem in load(tmp_path / file)] == ["1", "2", "3"]
 
 
 def test_all_formats_give_the_same_problems_from_configured_columns(tmp_path):
-    import datasets
-
     rows = [{"n": f"x{i}", "say": f"{i}?", "gold": f"00{i}", "work": f"so {i}\n#### {i}"} for i in (1, 2, 3)]
     columns = dict(question_column="say", answer_column="gold", solution_column="work", id_column="n")
-    wanted = (
-        {"id": f"x{i}", "question": f"{i}?", "answer": f"00{i}", "solution": f"so {i}"} for i in (1, 2, 3)
-    )
-    expected = [Problem(**row) for row in wanted]
+    expected = [Problem(id=f"x{i}", question=f"{i}?", answer=f"00{i}", solution=f"so {i}") for i in (1, 2, 3)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "p.json").write_text(json.dumps(rows))
     with open(tmp_path / "p.csv", "w", newline="") as file:
@@ -117,8 +111,6 @@ def test_empty_files_are_reported_as_empty(tmp_path, name, content):
 
 
 def test_empty_and_damaged_parquet_files_are_reported(tmp_path):
-    import datasets
-
     path = tmp_path / "p.parquet"
     datasets.Dataset.from_list(ROWS).select([]).to_parquet(path)
     assert refused(path).message == f"{path} is empty"

@@ -67,9 +67,8 @@ def test_storm_of_errors_ends_with_valid_templates_and_a_correct_ledger(run, gra
         assert len(server.requests) == sent
     rows = run.read("templates.jsonl", Template)
     assert [row.id for row in rows] == [problem.id for problem in PROBLEMS]
-    assert all(
-        isinstance(check_template(r.trace, p, grader), Trace) for r, p in zip(rows, PROBLEMS, strict=True)
-    )
+    checked = (check_template(r.trace, p, grader) for r, p in zip(rows, PROBLEMS, strict=True))
+    assert all(isinstance(found, Trace) for found in checked)
     assert report.counts["templates"] == again.counts["templates"] == len(PROBLEMS)
     assert totals["sent"] == sent
     assert totals["given_up"] > 0
@@ -102,10 +101,8 @@ def start(tmp_path, run):
 
     def start(server, count, *more):
         command = [sys.executable, str(script), str(run.folder), server.url, str(count), *more]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        return subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        environment, pipe = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, subprocess.PIPE
+        return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
 
     return start
 

@@ -152,11 +152,8 @@ def test_auc_needs_both_classes(wrong):
 
 
 def test_auc_interval_comes_from_resampled_problems():
-    pair = [(-1.0, False), (0.0, True), (1.0, False), (2.0, True)]
-    rows = [
-        outcome(not wrong, True, k, step_scores=(score,), step_labels=(wrong,))
-        for k, (score, wrong) in enumerate(pair * 25)
-    ]
+    steps = [(-1.0, False), (0.0, True), (1.0, False), (2.0, True)] * 25
+    rows = [outcome(not w, True, k, step_scores=(s,), step_labels=(w,)) for k, (s, w) in enumerate(steps)]
     figures = compute_metrics(rows)
     low, high = figures["auc_interval"]
     assert figures["auc"] == 0.75

@@ -77,7 +77,7 @@ def write(tmp_path):
 
 def test_page_has_no_external_resources(write):
     page, _, reader = write(
-        examples=[("", EXAMPLE)], curves={"sft": [{"step": k, "loss": 1 / (k + 1)} for k in range(9)]}
+        examples=[("", EXAMPLE)], curves={"sft": losses(*(1 / (k + 1) for k in range(9)))}
     )
     assert not {"script", "link", "img", "iframe", "object", "base"} & set(reader.tags)
     assert not {"src", "href", "srcset", "action"} & {name for name, _ in reader.attributes}
@@ -133,10 +133,8 @@ def test_numbers_have_typographic_minus_signs_and_no_negative_zero():
 
 def test_example_shows_the_wrong_step_its_cause_and_correction(write):
     shown = example_parts(EXAMPLE)
-    assert [(step["number"], step["text"], step["accused"]) for step in shown["steps"]] == [
-        (1, "7 · 8 = 54", True),
-        (2, "56 + 1 = 57", False),  # of the second answer
-    ]
+    first, second = (tuple(step[key] for key in ("number", "text", "accused")) for step in shown["steps"])
+    assert (first, second) == ((1, "7 · 8 = 54", True), (2, "56 + 1 = 57", False))  # of the second answer
     assert (shown["cause"], shown["correction"]) == ("7 · 8 is 56", "7 · 8 = 56")
     assert shown["before"] == {"text": "55", "verdict": "wrong"}
     assert shown["after"] == {"text": "57", "verdict": "right"}
@@ -146,10 +144,7 @@ def test_example_shows_the_wrong_step_its_cause_and_correction(write):
     assert '<span class="tag-answer">&lt;Answer&gt;</span>57' in page
     assert "7 · 8 is 56" in text
     assert "dpo · p0" in text
-
-
-def test_example_without_review_or_steps_is_shown(write):
-    _, text, _ = write(examples=[("", outcome(False, True, first="fifty-five", second=None))])
+    _, text, _ = write(examples=[("", outcome(False, True, first="fifty-five", second=None))])  # no steps
     assert "fifty-five" in text
     assert "no answer" in text
     assert "Second text" not in text
@@ -198,11 +193,8 @@ def test_dots_are_at_their_values():
 
 
 def test_every_training_metric_has_a_curve_with_losses_first():
-    rows = [
-        {"step": k, "margin": k, "dpo_loss": 0.69, "loss": 2.0, "learning_rate": 1e-4, "kind": "x"}
-        for k in range(3)
-    ]
-    plots = curve_plots({"dpo": rows})
+    row = {"margin": 1, "dpo_loss": 0.69, "loss": 2.0, "learning_rate": 1e-4, "kind": "x"}
+    plots = curve_plots({"dpo": [{"step": step, **row} for step in range(3)]})
     assert [plot["name"] for plot in plots] == ["loss", "DPO loss", "margin, chosen minus rejected"]
     assert [plot["level"] is not None for plot in plots] == [False, True, True]
 

@@ -13,19 +13,7 @@ from hypothesis import strategies as st
 from sclite.config import Config
 from sclite.evaluate import threshold
 from sclite.evaluate.answers import FirstAnswers
-from sclite.evaluate.threshold import (
-    BLOCK,
-    FILE,
-    MAX_SHARE,
-    MIN_PROBLEMS,
-    Fitted,
-    Trial,
-    ensure_threshold,
-    fit_threshold,
-    load_threshold,
-    most_spoiled,
-    store_threshold,
-)
+from sclite.evaluate.threshold import FILE, MIN_PROBLEMS, Fitted, ensure_threshold, fit_threshold
 from sclite.records import Problem
 from sclite.run import Run
 from sclite.student.self_correction import NEVER, SAME_RESULT, Reviewed
@@ -38,7 +26,7 @@ VERDICTS = st.sampled_from([True, False, None])
 def scored(correct, scores, corrected, number=0):
     """A trial; `corrected` has the result of each step, None if it is unknown."""
     problem = Problem(id=f"p{number}", question="1 + 1?", answer="2")
-    return Trial(problem, Trace(), correct, scores, dict(enumerate(corrected, 1)))
+    return threshold.Trial(problem, Trace(), correct, scores, dict(enumerate(corrected, 1)))
 
 
 # -- the bound on harm ---------------------------------------------------------------------------------------------
@@ -52,7 +40,7 @@ def scored(correct, scores, corrected, number=0):
     ],
 )
 def test_harm_is_bounded_by_an_exact_binomial_test(n, max_harm, count):
-    assert most_spoiled(n, max_harm) == count
+    assert threshold.most_spoiled(n, max_harm) == count
 
 
 def rows_of(**counts):
@@ -123,10 +111,8 @@ GRID = [-NEVER, *(k / 2 for k in range(-9, 10)), NEVER]  # the scores are intege
 @settings(max_examples=300, deadline=None)
 @given(PROBLEMS, st.sampled_from([0.0, 0.05, 0.3, 1.0]))
 def test_fitted_threshold_is_as_good_as_the_best_allowed_one(problems, limit):
-    rows = [
-        scored(right, *(zip(*steps, strict=True) if steps else ((), ())), k)
-        for k, (right, steps) in enumerate(problems)
-    ]
+    columns = [zip(*steps, strict=True) if steps else ((), ()) for _, steps in problems]
+    rows = [scored(problems[k][0], *column, k) for k, column in enumerate(columns)]
     fitted = fit_threshold(rows, limit)
     known = [row for row in rows if row.correct is not None]
     if not known:
@@ -134,13 +120,13 @@ def test_fitted_threshold_is_as_good_as_the_best_allowed_one(problems, limit):
     n, before = len(known), sum(row.correct for row in known)
     tried = [replay(known, at)[:2] for at in GRID]
     assert max(fitted.best_acc_t2, fitted.acc_t1) == pytest.approx(max(right for right, _ in tried) / n)
-    best = max(right for right, harm in tried if harm <= most_spoiled(n, limit))
+    best = max(right for right, harm in tried if harm <= threshold.most_spoiled(n, limit))
     assert (fitted.threshold is None) is (best == before)
     if fitted.threshold is not None:
         right, harm, accused = replay(known, fitted.threshold)
         assert before < right
         assert best - right <= 1.645 * math.sqrt(n)
-        assert harm <= most_spoiled(n, limit)
+        assert harm <= threshold.most_spoiled(n, limit)
         found = (fitted.acc_t1 * n, fitted.acc_t2 * n, fitted.right_to_wrong * n, fitted.accused)
         assert found == pytest.approx((before, right, harm, sum(step is not None for step in accused)))
     json.dumps(fitted.model_dump(), allow_nan=False)
@@ -159,9 +145,7 @@ def test_middle_of_thresholds_that_are_as_good_is_taken():
 
 
 def test_midpoint_that_rounds_to_its_neighbour_is_judged_as_used():
-    low = 1.0
-    high = math.nextafter(low, 2)
-    for first, second in itertools.permutations([low, high]):
+    for first, second in itertools.permutations([1.0, math.nextafter(1.0, 2)]):
         rows = [scored(False, (first,), (True,), 0), scored(True, (second,), (False,), 1)]
         fitted = fit_threshold(rows, 0.0)
         at = NEVER if fitted.threshold is None else fitted.threshold
@@ -185,9 +169,8 @@ class Known:
         draw = random.Random(0)
         self.correct = [draw.random() < 0.7 for _ in MANY]
         self.wrong_step = [None if right else draw.randrange(3) for right in self.correct]
-        self.scores = [
-            tuple(draw.gauss(0, 1) + lead * (step == wrong) for step in range(3)) for wrong in self.wrong_step
-        ]
+        leads = [[lead * (step == wrong) for step in range(3)] for wrong in self.wrong_step]
+        self.scores = [tuple(draw.gauss(0, 1) + each for each in row) for row in leads]
         self.tried: list[tuple[int, int]] = []
         self.solved = 0
         monkeypatch.setattr(threshold, "solve_problems", self.solve)
@@ -253,7 +236,7 @@ def test_fit_stops_after_two_blocks_that_fix_no_more_than_they_spoil(known_with,
     monkeypatch.setattr(known, "fixes", lambda number, _: known.correct[number] and not spoils)
     assert known.fit().threshold is None
     assert known.solved == len(MANY) // 2
-    assert known.share_tried == pytest.approx(2 * BLOCK)
+    assert known.share_tried == pytest.approx(2 * threshold.BLOCK)
 
 
 def test_fit_stops_at_its_share(known_with):
@@ -262,7 +245,9 @@ def test_fit_stops_at_its_share(known_with):
     known.wrong_step = [number % 3 for number in range(len(MANY))]
     known.fit(max_harm=1.0)
     assert known.solved == len(MANY)
-    assert MAX_SHARE <= known.share_tried < MAX_SHARE + BLOCK  # those of the first half alone too
+    assert (
+        threshold.MAX_SHARE <= known.share_tried < threshold.MAX_SHARE + threshold.BLOCK
+    )  # those of the first half alone too
 
 
 def test_blocks_without_a_wrong_answer_do_not_stop_the_fit(known_with):
@@ -273,16 +258,15 @@ def test_blocks_without_a_wrong_answer_do_not_stop_the_fit(known_with):
         known.scores[i] = (20.0 + i / 1000, 0.0, 0.0)
     fixes = known.fixes
     known.fixes = lambda number, step: number in surest or fixes(number, step)
-    assert len(surest) > 2 * BLOCK * len(MANY)
+    assert len(surest) > 2 * threshold.BLOCK * len(MANY)
     assert known.fit(0.01).wrong_to_right == known.by_trying_everything(0.01).wrong_to_right > 0.1
 
 
 def test_correction_that_changes_nothing_neither_spoils_nor_fixes(known_with, monkeypatch):
     known = known_with(8.0)
     same = [Reviewed(accused=1, note=SAME_RESULT), Reviewed(note="no answer after the correction")]
-    monkeypatch.setattr(
-        threshold, "correct_steps", lambda _, cases, __: [same[i % 2] for i, _ in enumerate(cases)]
-    )
+    unchanged = lambda _, cases, __: [same[i % 2] for i, _ in enumerate(cases)]  # noqa: E731
+    monkeypatch.setattr(threshold, "correct_steps", unchanged)
     fitted = known.fit(0.01)
     assert (fitted.threshold, fitted.wrong_to_right, fitted.right_to_wrong) == (None, 0.0, 0.0)
 
@@ -320,24 +304,24 @@ def fitted_on(problems, at=1.0, max_harm=0.005):
     ],
 )
 def test_a_stored_fit_is_kept_if_as_many_problems_fitted_it(run, gguf, problems, max_harm, count, kept):
-    stored = store_threshold(Config(), run, gguf, fitted_on(problems, max_harm=max_harm))
+    stored = threshold.store_threshold(Config(), run, gguf, fitted_on(problems, max_harm=max_harm))
     student = ScriptedStudent("the answer is 1")
     found = ensure_threshold(Config(), run, gguf, student, MANY[:count], SameVerdict(True))
     assert (found == stored) is kept
     assert len(student.requests) == (0 if kept else 60)
-    assert load_threshold(Config(), run, gguf) == found
+    assert threshold.load_threshold(Config(), run, gguf) == found
 
 
 def test_a_stored_fit_holds_for_one_file_and_one_set_of_prompts(run, gguf, tmp_path):
-    store_threshold(Config(), run, gguf, fitted_on(60))
+    threshold.store_threshold(Config(), run, gguf, fitted_on(60))
     other = gguf.with_name("dpo-q2_k.gguf")
     other.write_bytes(b"GGUF2")
-    assert load_threshold(Config(), run, other) is None
+    assert threshold.load_threshold(Config(), run, other) is None
     elsewhere = Run(tmp_path / "elsewhere")
-    assert load_threshold(Config(), elsewhere, gguf).threshold == 1.0  # lies beside the file
+    assert threshold.load_threshold(Config(), elsewhere, gguf).threshold == 1.0  # lies beside the file
     (tmp_path / "student_review.txt").write_text("Review it.")
     prompts = Config.model_validate({"prompts": {"folder": str(tmp_path)}})
-    assert load_threshold(prompts, run, gguf) is None
+    assert threshold.load_threshold(prompts, run, gguf) is None
 
 
 @pytest.mark.parametrize(
@@ -345,7 +329,7 @@ def test_a_stored_fit_holds_for_one_file_and_one_set_of_prompts(run, gguf, tmp_p
 )
 def test_a_damaged_file_is_ignored_and_rewritten(run, gguf, text, capsys):
     run.path(FILE).write_text(text)
-    assert load_threshold(Config(), run, gguf) is None
+    assert threshold.load_threshold(Config(), run, gguf) is None
     assert "threshold.json is damaged" in capsys.readouterr().err
-    store_threshold(Config(), run, gguf, fitted_on(60, at=1.5))
-    assert load_threshold(Config(), run, gguf).threshold == 1.5
+    threshold.store_threshold(Config(), run, gguf, fitted_on(60, at=1.5))
+    assert threshold.load_threshold(Config(), run, gguf).threshold == 1.5

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from sclite.export.datasets import FOLDER, export_data
 from sclite.records import Pair, Problem
@@ -55,15 +57,11 @@ def load_module(path: Path):
 
 def parse_config(classes, path: Path):
     """Parse a configuration with TRL's parser, which raises for unknown keys."""
-    from trl import TrlParser
-
     arguments = ["--config", str(path), *ON_CPU]
     return TrlParser(classes).parse_args_and_config(arguments, fail_with_unknown_args=True)
 
 
 def test_trl_parser_accepts_the_recipes():
-    from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig
-
     classes = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)
     _, training, model, data = parse_config(classes, TRL / "sft.yaml")
     assert training.assistant_only_loss
@@ -76,8 +74,6 @@ def test_trl_parser_accepts_the_recipes():
 
 @pytest.mark.parametrize("name", ["sft.yaml", "dpo.yaml"])
 def test_trl_parser_rejects_an_unknown_key(name, tmp_path):
-    from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig
-
     (tmp_path / name).write_text((TRL / name).read_text() + "learning_rat: 1.0\n")
     settings = SFTConfig if name == "sft.yaml" else DPOConfig
     with pytest.raises(ValueError, match="learning_rat"):
@@ -85,8 +81,6 @@ def test_trl_parser_rejects_an_unknown_key(name, tmp_path):
 
 
 def test_accelerate_accepts_its_configuration(tmp_path):
-    from accelerate.commands.config.config_args import load_config_from_file
-
     config = load_config_from_file(str(TRL / "accelerate.yaml"))
     assert config.distributed_type.value == "MULTI_GPU"
     assert config.num_processes == 4

@@ -4,6 +4,9 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from sclite.config import Config
 from sclite.errors import DataError
@@ -94,9 +97,6 @@ def tokenizer(tmp_path_factory):
 
 def make_base(folder, tokenizer, family, variant):
     """A random model in `folder`; the variant decides ties and shards."""
-    import torch
-    import transformers
-
     prefix, own = FAMILIES[family]
     text_config = getattr(transformers, f"{prefix}TextConfig", None)
     config_class = text_config or getattr(transformers, f"{prefix}Config")
@@ -115,8 +115,6 @@ def make_base(folder, tokenizer, family, variant):
 
 def write_byte_level_tokenizer(folder):
     """llama.cpp's converter has no other kind for Qwen3.5."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
     fast = Tokenizer(models.BPE())
     fast.pre_tokenizer, fast.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()

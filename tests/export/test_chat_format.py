@@ -12,6 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import trl
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 from sclite.errors import DataError
 from sclite.export.chat_format import CHATS, derive_format, write_format
@@ -51,8 +54,6 @@ SMOLLM2 = CHATML.replace(
 @pytest.fixture(scope="module")
 def templates():
     """The templates of llama.cpp and TRL, and one with text that Ollama must not execute."""
-    import trl
-
     folder = Path(trl.__file__).parent / "chat_templates"
     paths = sorted(folder.glob("*.jinja"))
     trls = {f"trl/{path.stem}": path.read_text(encoding="utf-8") for path in paths}
@@ -211,9 +212,6 @@ def test_template_that_looks_at_more_is_refused_with_the_reason(part, instead, r
 
 
 def test_folder_gets_the_template_the_end_of_turn_and_no_second_bos(tmp_path):
-    from tokenizers.processors import TemplateProcessing
-    from transformers import AutoTokenizer
-
     write_tokenizer(tmp_path, sample_texts())
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     settings |= {"bos_token": "<|im_start|>", "eos_token": "<unk>"}

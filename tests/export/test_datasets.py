@@ -4,6 +4,10 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from datasets import Dataset, load_dataset
+from huggingface_hub import DatasetCard
+from trl import DPOConfig, DPOTrainer
+from trl.data_utils import is_conversational, maybe_apply_chat_template, maybe_extract_prompt
 
 from sclite import prompts
 from sclite.config import Config
@@ -121,8 +125,6 @@ def test_same_run_gives_the_same_bytes(run, student, tmp_path):
 
 @pytest.mark.parametrize("name", [*KINDS, "step_dpo"])
 def test_datasets_loads_each_file_by_path_and_by_configuration(run, tmp_path, name):
-    from datasets import load_dataset
-
     path = str(run.path(f"{FOLDER}/{name}.jsonl"))
     alone = load_dataset("json", data_files=path, split="train", cache_dir=str(tmp_path))
     named = load_dataset(str(run.path(FOLDER)), name, split="train", cache_dir=str(tmp_path))
@@ -216,8 +218,6 @@ def test_card_shows_the_whole_hub_id_but_only_the_last_part_of_a_path(student, t
 
 
 def test_hub_reads_the_front_matter_of_the_card_whose_license_is_to_be_filled_in(run, report):
-    from huggingface_hub import DatasetCard
-
     card = DatasetCard.load(run.path(f"{FOLDER}/README.md"))
     assert card.data.license == "unknown"
     assert "> **TO FILL IN.**" in card.text
@@ -230,17 +230,12 @@ def test_hub_reads_the_front_matter_of_the_card_whose_license_is_to_be_filled_in
 
 def prepared_by_trl(tokenizer, rows: list[dict]):
     """The rows as TRL's DPOTrainer prepares them."""
-    from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
-
     args = DPOConfig(output_dir="unused", use_cpu=True, bf16=False, max_length=None, report_to=[])
     trainer = SimpleNamespace(_tokenizer=tokenizer)
     return DPOTrainer._prepare_dataset(trainer, Dataset.from_list(rows), tokenizer, args, "train")
 
 
 def test_trl_reads_chats_as_conversations_and_pairs_as_text(run, student):
-    from trl.data_utils import is_conversational, maybe_apply_chat_template, maybe_extract_prompt
-
     tokenizer = load_tokenizer(str(student))
     for name in ("templates", "reviews"):
         row = rows_of(run, name)[0]

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf import GGUFReader
+from packaging.requirements import Requirement
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sclite.config import Config
 from sclite.errors import DataError, NetworkError, ScliteError, UsageError
@@ -40,8 +43,6 @@ def gguf(student, tmp_path_factory):
 
 
 def read_all(path):
-    from gguf import GGUFReader
-
     reader = GGUFReader(path)
     values = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
     return values, {tensor.name: tensor for tensor in reader.tensors}
@@ -50,8 +51,6 @@ def read_all(path):
 @pytest.fixture
 def grouped(student, tmp_path):
     """The student's folder with two heads of keys and values and a head of its own."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     folder, shape = tmp_path / "grouped", LlamaConfig.from_pretrained(student)
     shutil.copytree(student, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     shape.num_key_value_heads, shape.tie_word_embeddings = 2, False
@@ -179,8 +178,6 @@ def test_only_the_source_distribution_with_the_pinned_digest_is_unpacked(tmp_pat
 
 
 def test_every_admitted_version_of_llama_cpp_python_has_a_pinned_digest():
-    from packaging.requirements import Requirement
-
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     (admitted,) = re.findall(r'"(llama-cpp-python[^"]*)"', text)
     newest = max(conversion.SHA256, key=lambda v: tuple(map(int, v.split("."))))
@@ -241,8 +238,6 @@ def test_damaged_file_is_an_error_and_leaves_nothing(gguf, tmp_path):
 
 
 def test_parity_of_a_float32_file_is_exact(student, gguf):
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(student)
     texts = ["</Step1>\n<Cause>", "  12 €\n\n", *sample_texts(4)]
     found = parity.compare_tokens(tokenizer, gguf, [Sample(CHAT, texts)])

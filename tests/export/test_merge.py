@@ -4,6 +4,10 @@ import json
 import shutil
 
 import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from sclite.errors import DataError, ScliteError
 from sclite.export import layers
@@ -54,8 +58,6 @@ def copy_of(student, tmp_path):
     ids=["patterns", "gaussian", "embedding"],
 )
 def test_merge_equals_the_merge_of_peft(student, tmp_path, settings, tied):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     base = student
     if not tied:
         base, shape = tmp_path / "untied", LlamaConfig.from_pretrained(student)
@@ -75,8 +77,6 @@ def test_merge_equals_the_merge_of_peft(student, tmp_path, settings, tied):
 
 
 def test_the_rows_that_a_check_compares_are_spread_over_the_tensor(student, adapter, tmp_path, monkeypatch):
-    from safetensors.torch import save_file
-
     monkeypatch.setattr(layers, "ROWS", 16)
     folder = merge(student, adapter, tmp_path / "merged")
     layers.check_merge(student, adapter, folder)
@@ -94,8 +94,6 @@ def test_the_rows_that_a_check_compares_are_spread_over_the_tensor(student, adap
 
 
 def test_sharded_models_are_read_and_written(student, tmp_path, monkeypatch):
-    from transformers import AutoModelForCausalLM
-
     AutoModelForCausalLM.from_pretrained(student).save_pretrained(tmp_path / "sharded", max_shard_size="2MB")
     assert (tmp_path / "sharded" / "model.safetensors.index.json").is_file()
     monkeypatch.setattr(module, "SHARD_BYTES", 2_000_000)
@@ -108,10 +106,6 @@ def test_sharded_models_are_read_and_written(student, tmp_path, monkeypatch):
 
 def test_bfloat16_base_is_merged_in_float32(student, adapter, tmp_path):
     """The adapter changes weights by less than the precision of bfloat16."""
-    import torch
-    from safetensors.torch import load_file, save_file
-    from transformers import AutoModelForCausalLM
-
     path = adapter / "adapter_model.safetensors"
     small = {k: v * 0.01 if "lora_B" in k else v for k, v in load_file(path).items()}
     save_file(small, path)
@@ -133,9 +127,6 @@ def test_bfloat16_base_is_merged_in_float32(student, adapter, tmp_path):
 
 def test_four_bit_weights_are_dequantized(student, copy_of, tmp_path):
     bnb = pytest.importorskip("bitsandbytes")
-    import torch
-    from safetensors.torch import load_file, save_file
-
     four_bits = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     folder = copy_of("four-bit", quantization_config=four_bits)
     tensors, name = load_file(student / "model.safetensors"), "model.layers.0.self_attn.q_proj.weight"
@@ -180,10 +171,6 @@ def test_gptq_weights_are_rejected(copy_of, tmp_path):
 
 
 def test_saved_head_of_a_tied_model_is_merged_as_peft_reloads_it(student, tmp_path):
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
     adapter, ids = tmp_path / "adapter", torch.tensor([[1, 300, 301, 302]])
     random_adapter(student, adapter, r=2, target_modules=["v_proj"], modules_to_save=["lm_head"])
     wanted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(student), adapter)(ids).logits
@@ -193,8 +180,6 @@ def test_saved_head_of_a_tied_model_is_merged_as_peft_reloads_it(student, tmp_pa
 
 
 def test_adapter_trained_on_other_weights_is_rejected(student, adapter, tmp_path):
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(student)
     record_origin(model, student, adapter)
     merge(student, adapter, tmp_path / "merged")
@@ -220,8 +205,6 @@ def test_damaged_adapter_error_names_the_file(student, adapter, tmp_path):
 
 
 def test_adapter_of_another_base_is_rejected(student, adapter, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     path = adapter / "adapter_model.safetensors"
     save_file({key.replace("layers.1", "layers.7"): each for key, each in load_file(path).items()}, path)
     with pytest.raises(DataError, match=r"layers\.7.*does not have"):

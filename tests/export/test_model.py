@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from gguf import GGUFReader, GGUFWriter
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sclite import exports
 from sclite.config import Config
@@ -26,6 +32,7 @@ from sclite.records import Template
 from sclite.run import Report, Run
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.llama_cpp.probe import check_gguf
+from sclite.student.loader import nf4_config
 from sclite.student.origin import record_origin
 from tests.toy import LINEAR, random_adapter, sample_texts, tiny_llama
 
@@ -33,9 +40,6 @@ from tests.toy import LINEAR, random_adapter, sample_texts, tiny_llama
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A small Llama in bfloat16, like most models on the Hub."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
     folder = tiny_llama(tmp_path_factory.mktemp("base"))
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
     return folder
@@ -114,7 +118,6 @@ def not_merged(tensors, before):
 )
 def test_wrong_weights_fail_the_export(base, run, monkeypatch, instead, failure, ram):
     """Both the tensors of the merged folder and the probabilities of the GGUF tell."""
-    from safetensors.torch import load_file, save_file
 
     def damage(folder):
         path, before = folder / "model.safetensors", load_file(base / "model.safetensors")
@@ -272,8 +275,6 @@ def test_killed_export_keeps_what_it_has_finished(base, run, monkeypatch, how):
 
 @pytest.mark.parametrize("change", ["file", "adapter"])
 def test_kept_file_that_is_damaged_or_of_another_adapter_is_made_again(base, run, instead, change):
-    from safetensors.torch import load_file, save_file
-
     config, calls = config_of(base, "q8_0,q4_0"), []
 
     def quantize_and_count(quantize, source, out, quant, importance):
@@ -321,10 +322,6 @@ def test_bounds_come_from_the_configuration(base, run):
 
 
 def test_merged_folder_is_what_was_trained(base, run):
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     found, folder = export.export_merged(config_of(base), run, "sft"), run.path("export/sft-merged")
     assert found["merged"] == str(folder)
     assert found["chats_equal"] == found["chats_compared"] == 2
@@ -374,11 +371,6 @@ def test_merged_folder_that_is_another_model_is_not_exported(
 
 def test_adapter_trained_in_nf4_is_merged_into_nf4_weights(base, run, tmp_path):
     pytest.importorskip("bitsandbytes")
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from sclite.student.loader import nf4_config
-
     settings = {"quantization_config": nf4_config(), "dtype": torch.bfloat16, "device_map": {"": "cpu"}}
     folder = run.path("sft/adapter")
     model = AutoModelForCausalLM.from_pretrained(base, **settings)
@@ -427,8 +419,6 @@ def test_adapter_that_names_another_base_gives_a_warning(base, run):
 
 
 def test_model_card_has_base_settings_files_and_evaluation(base, run):
-    from huggingface_hub import ModelCard
-
     known = {"problems": {"source": "openai/gsm8k"}, "teacher": {"model": "openai/large"}}
     config = Config.model_validate(config_of(base).model_dump() | known)
     run.sign("sft", {}, Report("sft", counts={"rows": 12}))
@@ -456,8 +446,6 @@ def test_model_card_has_base_settings_files_and_evaluation(base, run):
 
 
 def test_full_disk_is_an_error_and_leaves_no_files(base, run):
-    import resource
-
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     # a write beyond the limit fails, as on a full disk
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
@@ -482,8 +470,6 @@ def test_tokenizer_that_aborts_llama_cpp_is_an_error(base, run, monkeypatch):
 
 
 def test_tokenizer_larger_than_the_embedding_is_an_error(base, run, tmp_path):
-    from transformers import AutoTokenizer
-
     shutil.copytree(base, tmp_path / "more")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "more")
     tokenizer.add_tokens(["<Cause>"])

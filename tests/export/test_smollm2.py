@@ -3,6 +3,10 @@
 import shutil
 
 import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from sclite import prompts
 from sclite.config import Config
@@ -37,8 +41,6 @@ QUESTIONS = [
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The base folder, and a run with an SFT adapter."""
-    import torch
-
     folder = tmp_path_factory.mktemp("smollm2")
     base, run = smollm2(folder / "base"), Run(folder / "run")
     tree = {"student": {"model": str(base), "backend": "plain"}, "lora": {"r": 16, "lora_alpha": 32}}
@@ -59,10 +61,6 @@ def trained(tmp_path_factory):
 @pytest.fixture(scope="module")
 def answers(trained):
     """Messages, prompt ids and greedy answer ids of each question, from transformers in float32."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
     base, run = trained
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = PeftModel.from_pretrained(model, run.path("sft/adapter")).eval()
@@ -113,8 +111,6 @@ def test_quantized_exports_are_within_their_bounds(trained, answers, quant):
 
 
 def test_merge_rounded_to_bfloat16_fails_the_export(trained, tmp_path, monkeypatch):
-    from safetensors.torch import load_file, save_file
-
     base, run = trained
     shutil.copytree(run.path("sft/adapter"), tmp_path / "run/sft/adapter")
     merge = export.merge

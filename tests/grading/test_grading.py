@@ -256,9 +256,8 @@ def test_a_worker_ends_when_its_parent_is_killed(hung):
         print("idle", flush=True)
         time.sleep(60)
     """
-    parent = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     worker = int(parent.stdout.readline())
     time.sleep(0.5) if hung else parent.stdout.readline()
     assert _runs(worker)

@@ -10,8 +10,6 @@ REVIEW = (
     "<Step1>48 + 24 = 72\n<Key>Carry.</Key>\n</Step1>\n<Step2>72 / 2 = 38\n<Cause>Half of 72 is not 38.</Cause>\n"
     "<Correction>72 / 2 = 36</Correction>\n</Step2>\n<Generalized>Halve.</Generalized>\n<Answer>36</Answer>"
 )
-
-
 PROBLEM = Problem(id="p1", question="How many [bold]?", answer="36", solution="It is 36.")
 
 

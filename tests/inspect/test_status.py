@@ -214,11 +214,11 @@ def test_damaged_rows_are_reported_with_the_command_that_repairs_them(trained):
     assert following(trained) == "sclite build-data"
 
 
-def evaluated(run: Run, content: bytes = b"one") -> None:
+def evaluated(run: Run) -> None:
     run.path("export").mkdir()
-    run.path("export/sft-q4_k_m.gguf").write_bytes(content)
+    run.path("export/sft-q4_k_m.gguf").write_bytes(b"one")
     made = export.source_digest(config(run), run, "sft")
-    figures = {"file": "sft-q4_k_m.gguf", "bytes": len(content), "made_from": made}
+    figures = {"file": "sft-q4_k_m.gguf", "bytes": 3, "made_from": made}
     run.write_json("eval/a/summary.json", {"models": {"sft": figures}, "n": 300, "folder": "eval/a"})
 
 

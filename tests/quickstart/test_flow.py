@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from sclite.quickstart.problem_sets import test_problems as held_out_problems
+
 SMALL = ("--set", "problems.limit=160", "--set", "sft.num_train_epochs=6", "--set", "eval.limit=30")
 
 
@@ -132,14 +134,12 @@ def test_other_commands_split_the_problems_alike(quickstarted):
 
 
 def test_eval_without_dpo_and_results_per_dataset(quickstarted, tmp_path):
-    from sclite.quickstart.problem_sets import test_problems
-
     _, run, summary = quickstarted
     copy = shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(copy / "dpo")
     first = {path: path.read_bytes() for path in (copy / summary["folder"]).iterdir()}
     thresholds = json.loads((copy / "export/threshold.json").read_text())
-    rows = [json.dumps({"question": p.question, "answer": p.answer}) for p in test_problems(30)]
+    rows = [json.dumps({"question": p.question, "answer": p.answer}) for p in held_out_problems(30)]
     (tmp_path / "other.jsonl").write_text("\n".join([*rows, "not JSON"]))
     done = sclite("eval", "other.jsonl", "--json", "--run", str(copy), folder=tmp_path)
     other = json.loads(done.stdout)

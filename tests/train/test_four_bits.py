@@ -1,6 +1,11 @@
 """A 4-bit base: small steps move its adapter as far as on a float32 base, so nothing is rounded to bfloat16."""
 
+import json
+
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from sclite.records import Template
 from sclite.run import Run
@@ -18,10 +23,7 @@ STEPS, RATE = 100, 5e-6
 
 def distance(folder, path, **settings) -> float:
     """The Euclidean distance that a float32 adapter moves in STEPS steps."""
-    import torch
     from bitsandbytes.nn import Linear4bit
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
     small = {"warmup_ratio": 0.0, "batch_size": 1, "learning_rate": RATE, "num_train_epochs": STEPS}
     run, config, tokenizer = Run(path), toy_config(folder, sft=small), load_tokenizer(str(folder))
@@ -63,10 +65,6 @@ LLAMA = {
 @pytest.fixture
 def quantised(tmp_path):
     """A random checkpoint with 4-bit weights, made as for the GPU tests."""
-    import json
-
-    import torch
-
     quantise = pytest.importorskip("bitsandbytes.functional").quantize_4bit
     try:
         quantise(torch.ones(64, 64, dtype=torch.bfloat16), quant_type="nf4", compress_statistics=True)
@@ -77,7 +75,6 @@ def quantised(tmp_path):
 
 
 def test_a_4_bit_checkpoint_trains_with_the_plain_backend(quantised):
-    import torch
     from bitsandbytes.nn import Linear4bit
 
     model, tokenizer = load_student(toy_config(quantised), "sft", train=True)

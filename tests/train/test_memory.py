@@ -5,7 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bitsandbytes.functional import quantize_4bit
+from bitsandbytes.optim import AdamW8bit
+from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from sclite.errors import DataError
 from sclite.student.adapters import lora_targets
@@ -21,8 +25,6 @@ QWEN, LLAMA = "qwen2.5-math-7b", "llama-3.1-8b"
 
 def built(shape: dict, device: str = "meta"):
     """The model itself; on the meta device without memory for its weights."""
-    from transformers import AutoModelForCausalLM
-
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config_of(shape), dtype=torch.bfloat16)
 
@@ -33,8 +35,6 @@ def built(shape: dict, device: str = "meta"):
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("rank", [8, 32])
 def test_lora_sizes_match_peft(name, rank):
-    from peft import LoraConfig, get_peft_model
-
     with torch.device("meta"):
         model = built(ALL[name])
         shape = LoraConfig(r=rank, target_modules=lora_targets(model), task_type="CAUSAL_LM")
@@ -72,8 +72,6 @@ def test_all_linear_layers_but_the_head_are_counted_in_four_bits(name):
 
 @pytest.mark.parametrize("shape", [(64, 64), (96, 48), (320, 128), (33, 65)])
 def test_nf4_bytes_match_bitsandbytes(shape):
-    from bitsandbytes.functional import quantize_4bit
-
     packed, state = quantize_4bit(torch.randn(shape), quant_type="nf4", compress_statistics=True)
     held = [packed, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
     assert (state.blocksize, state.state2.blocksize) == (64, 256)
@@ -82,8 +80,6 @@ def test_nf4_bytes_match_bitsandbytes(shape):
 
 
 def small_lora(rank: int):
-    from peft import LoraConfig, get_peft_model
-
     model = torch.nn.Sequential(torch.nn.Linear(640, 96), torch.nn.Linear(96, 1001))
     adapted = get_peft_model(model, LoraConfig(r=rank, target_modules=["0", "1"]))
     return adapted, [p for p in adapted.parameters() if p.requires_grad]
@@ -99,8 +95,6 @@ def test_adamw_state_bytes_match_torch():
 
 
 def test_8_bit_state_bytes_match_bitsandbytes():
-    from bitsandbytes.optim import AdamW8bit
-
     _, factors = small_lora(8)
     optimizer = AdamW8bit(factors, lr=1e-3)
     for number, factor in enumerate(factors):
@@ -146,8 +140,6 @@ class PeakTracker(TorchDispatchMode):
 
 def test_bytes_per_logit_match_what_torch_holds():
     """The backward pass through our own loss, on a head of which all else is small."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     shape = {**SMALL, "num_hidden_layers": 1, "vocab_size": 32768}
     model = LlamaForCausalLM(LlamaConfig(**shape)).bfloat16().requires_grad_(False)
     hidden = torch.randn(96, 128, dtype=torch.bfloat16, requires_grad=True)
@@ -165,8 +157,6 @@ def test_bytes_per_logit_match_what_torch_holds():
 @pytest.mark.parametrize("middle", [704, 1024, 1408])
 def test_the_peak_of_a_plain_step_matches_the_estimate(family, middle):
     """Base in 16 bits, LoRA in float32, layers checkpointed: the peak of our own forward and backward pass."""
-    from peft import LoraConfig, get_peft_model
-
     shape = {"model_type": family, "tie_word_embeddings": False, **SMALL, "hidden_size": 256}
     shape |= {"intermediate_size": middle, "num_hidden_layers": 3}
     found = architecture(config_of(shape))

@@ -2,6 +2,7 @@
 
 import json
 
+import huggingface_hub.constants
 import pytest
 import torch
 
@@ -234,8 +235,6 @@ def test_the_architecture_is_read_from_config_json(tmp_path, monkeypatch):
 
 
 def test_an_unreadable_config_json_is_an_error_with_a_hint(tmp_path, monkeypatch):
-    import huggingface_hub.constants
-
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(NetworkError, match="nobody/nothing cannot be loaded") as error:
         read_config("nobody/nothing")

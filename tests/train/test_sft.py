@@ -4,6 +4,8 @@ import math
 import shutil
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from sclite import prompts
 from sclite.errors import DataError
@@ -143,9 +145,6 @@ def test_rows_that_are_too_long_are_dropped_and_counted(folder, run):
 
 
 def test_a_bfloat16_checkpoint_trains_in_bfloat16_if_the_cpu_multiplies_it(folder, tmp_path, monkeypatch):
-    import torch
-    from transformers import AutoModelForCausalLM
-
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(tmp_path)
     config, losses = toy_config(tmp_path, sft={"num_train_epochs": 8}), {}

@@ -7,6 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import sentencepiece
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sclite.errors import DataError, DeviceError, UsageError
 from sclite.student.base import Request, ScoreRequest
@@ -39,9 +42,6 @@ def gguf(folder):
 @pytest.fixture(scope="module")
 def trained(folder):
     """Transformers' model and tokenizer of the same folder."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     torch.set_num_threads(1)
     return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
@@ -66,15 +66,11 @@ def ids_of(tokenizer, messages, pieces=()):
 
 
 def log_probabilities(model, ids):
-    import torch
-
     with torch.inference_mode():
         return model(torch.tensor([ids])).logits[0].double().log_softmax(-1).numpy()
 
 
 def test_ids_match_transformers_and_sentencepiece(engine, folder, trained):
-    import sentencepiece
-
     model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     draw = random.Random(0)
     letters = "abcdefgnopst 0123456789\n\n  <>/StepCauseKeynumber.,+=éß漢😀\taaAA"
@@ -90,8 +86,6 @@ def test_ids_match_transformers_and_sentencepiece(engine, folder, trained):
 
 
 def test_greedy_replies_match_transformers(engine, trained):
-    import torch
-
     model, tokenizer = trained
     requests = [Request(chat(q), pieces=PIECES[: i % 4], max_tokens=24) for i, q in enumerate(questions(12))]
     found = replies(engine, requests)
