@@ -33,6 +33,13 @@ Address = Annotated[str, PlainSerializer(without_password)]
 """A base URL. A password in it never appears in a dump of the configuration."""
 Object = Annotated[dict[str, Any], BeforeValidator(parse_object)]
 Price = Annotated[float, Field(ge=0)]
+Prices = tuple[Price, Price] | None
+"""US dollars per million input and output tokens."""
+
+
+def setting(default: Any, meaning: str, **limits: Any) -> Any:
+    """A key with its default, what it means, and the limits of its value as pydantic names them."""
+    return Field(default, description=meaning, **limits)
 
 
 class Section(BaseModel):
@@ -44,20 +51,17 @@ class Section(BaseModel):
 class Source(Section):
     """A set of problems and the names of its columns."""
 
-    source: str = Field(
-        "", description="a .jsonl, .json, .csv, .tsv (also .gz) or .parquet file, or a Hub ID"
+    source: str = setting("", "a .jsonl, .json, .csv, .tsv (also .gz) or .parquet file, or a Hub ID")
+    subset: str = setting("", "subset of a Hub dataset, for example main")
+    split: str = setting("train", "split of a Hub dataset")
+    question_column: str = setting("", "column of the question (default: question, problem, query)")
+    answer_column: str = setting(
+        "", "column of the answer (default: answer, final_answer or expected_answer)"
     )
-    subset: str = Field("", description="subset of a Hub dataset, for example main")
-    split: str = Field("train", description="split of a Hub dataset")
-    question_column: str = Field("", description="column of the question (default: question, problem, query)")
-    answer_column: str = Field(
-        "", description="column of the gold answer (default: answer, final_answer or expected_answer)"
+    solution_column: str = setting(
+        "", "column of the worked solution (default: solution, response, r1_solution_1 or generated_solution)"
     )
-    solution_column: str = Field(
-        "",
-        description="column of the worked solution (default: solution, response, r1_solution_1 or generated_solution)",
-    )
-    id_column: str = Field("", description="column of the ID (default: id or unique_id, else a hash)")
+    id_column: str = setting("", "column of the ID (default: id or unique_id, else a hash)")
 
     def columns(self) -> dict[str, str]:
         """The configured columns, by role: question, answer, solution, id."""
@@ -68,20 +72,16 @@ class Source(Section):
 class Problems(Source):
     """The problems to build data from."""
 
-    limit: int | None = Field(None, ge=1, description="number of rows to use (default: all)")
-    correction_share: float = Field(
-        0.5, gt=0, lt=1, description="share of problems for stage 2, unseen by SFT"
-    )
-    fit_share: float = Field(
+    limit: int | None = setting(None, "number of rows to use (default: all)", ge=1)
+    correction_share: float = setting(0.5, "share of problems for stage 2, unseen by SFT", gt=0, lt=1)
+    fit_share: float = setting(
         0.1,
+        "share of problems kept out of training to fit the review threshold, at least 50 problems if the run has 200; 0: none",
         ge=0,
         lt=1,
-        description="share of problems kept out of training to fit the review threshold, at least 50 problems "
-        "if the run has 200; 0: none",
     )
-    avoid: tuple[str, ...] = Field(
-        (),
-        description='files with questions to keep out of training, besides eval.source, for example ["a.jsonl"]',
+    avoid: tuple[str, ...] = setting(
+        (), 'files with questions to keep out of training, besides eval.source, for example ["a.jsonl"]'
     )
 
     @field_validator("avoid", mode="before")
@@ -93,23 +93,19 @@ class Problems(Source):
 class Attempts(Section):
     """Sampling of the student's attempts for stage 2."""
 
-    source: str = Field("", description="imported attempts: a JSONL file with question and steps")
-    student: str = Field(
-        "",
-        description="model to sample from: a .gguf file, ollama/NAME or a LiteLLM model (default: the SFT adapter)",
+    source: str = setting("", "imported attempts: a JSONL file with question and steps")
+    student: str = setting(
+        "", "model to sample from: a .gguf file, ollama/NAME or a LiteLLM model (default: the SFT adapter)"
     )
-    api_base: Address = Field("", description="base URL of attempts.student, if it is an endpoint")
-    concurrency: int = Field(32, ge=1, le=1024, description="maximum number of concurrent requests")
-    price: tuple[Price, Price] | None = Field(
-        None,
-        description="US dollars per million input and output tokens (default: LiteLLM's list)",
-    )
-    samples: int = Field(4, ge=1, le=64, description="samples per problem")
-    temperature: float = Field(0.8, ge=0, le=2, description="sampling temperature")
-    top_p: float = Field(0.95, gt=0, le=1, description="nucleus sampling: probability of the tokens kept")
-    max_tokens: int = Field(1024, ge=16, description="maximum number of tokens per attempt")
-    reviews: int = Field(2, ge=1, le=16, description="corrections by the student per wrong attempt")
-    confirmation_share: float = Field(0.5, ge=0, lt=1, description="share of reviews that confirm an attempt")
+    api_base: Address = setting("", "base URL of attempts.student, if it is an endpoint")
+    concurrency: int = setting(32, "maximum number of concurrent requests", ge=1, le=1024)
+    price: Prices = setting(None, "US dollars per million input and output tokens (default: LiteLLM's list)")
+    samples: int = setting(4, "samples per problem", ge=1, le=64)
+    temperature: float = setting(0.8, "sampling temperature", ge=0, le=2)
+    top_p: float = setting(0.95, "nucleus sampling: probability of the tokens kept", gt=0, le=1)
+    max_tokens: int = setting(1024, "maximum number of tokens per attempt", ge=16)
+    reviews: int = setting(2, "corrections by the student per wrong attempt", ge=1, le=16)
+    confirmation_share: float = setting(0.5, "share of reviews that confirm an attempt", ge=0, lt=1)
 
     @property
     def kind(self) -> Literal["trained", "gguf", "endpoint"]:
@@ -133,28 +129,22 @@ SECRET_PARAMETER = re.compile(r"api_key|access_key|secret|password|credentials|(
 class Teacher(Section):
     """The model that writes templates and corrections, called through LiteLLM."""
 
-    model: str = Field("", description="LiteLLM model, such as openai/gpt-5.4-mini or ollama_chat/qwen3:32b")
-    api_base: Address = Field("", description="base URL of an OpenAI-compatible endpoint")
-    direct: bool = Field(True, description="call an OpenAI-compatible api_base without LiteLLM")
-    concurrency: int = Field(16, ge=1, le=1024, description="maximum number of concurrent requests")
-    temperature: float | None = Field(None, ge=0, le=2, description="temperature (default: the endpoint's)")
-    max_tokens: int = Field(4096, ge=16, description="maximum number of tokens per reply")
-    timeout_seconds: float = Field(120, gt=0, description="timeout per call, in seconds")
-    attempts_per_call: int = Field(6, ge=1, description="attempts per request: network errors, rate limits")
-    repairs: int = Field(3, ge=0, description="additional requests after a reply that fails its check")
-    requests_per_minute: float | None = Field(None, gt=0, description="rate limit (default: unlimited)")
-    tokens_per_minute: float | None = Field(None, gt=0, description="rate limit (default: unlimited)")
-    max_cost: float | None = Field(
-        None, ge=0, description="spending limit of the run in US dollars (default: none)"
-    )
-    price: tuple[Price, Price] | None = Field(
-        None, description="US dollars per million input and output tokens (default: LiteLLM's list)"
-    )
-    extra: Object = Field(
-        {}, description='further parameters of a request (a TOML table or JSON): {"reasoning_effort": "low"}'
-    )
-    inspector: str = Field("", description="LiteLLM model name of a second model that checks each reply")
-    inspector_api_base: Address = Field("", description="base URL of the inspector's endpoint")
+    model: str = setting("", "LiteLLM model, such as openai/gpt-5.4-mini or ollama_chat/qwen3:32b")
+    api_base: Address = setting("", "base URL of an OpenAI-compatible endpoint")
+    direct: bool = setting(True, "call an OpenAI-compatible api_base without LiteLLM")
+    concurrency: int = setting(16, "maximum number of concurrent requests", ge=1, le=1024)
+    temperature: float | None = setting(None, "temperature (default: the endpoint's)", ge=0, le=2)
+    max_tokens: int = setting(4096, "maximum number of tokens per reply", ge=16)
+    timeout_seconds: float = setting(120, "timeout per call, in seconds", gt=0)
+    attempts_per_call: int = setting(6, "attempts per request: network errors, rate limits", ge=1)
+    repairs: int = setting(3, "additional requests after a reply that fails its check", ge=0)
+    requests_per_minute: float | None = setting(None, "rate limit (default: unlimited)", gt=0)
+    tokens_per_minute: float | None = setting(None, "rate limit (default: unlimited)", gt=0)
+    max_cost: float | None = setting(None, "spending limit of the run in US dollars (default: none)", ge=0)
+    price: Prices = setting(None, "US dollars per million input and output tokens (default: LiteLLM's list)")
+    extra: Object = setting({}, 'more request parameters (a TOML table or JSON): {"reasoning_effort": "low"}')
+    inspector: str = setting("", "LiteLLM model name of a second model that checks each reply")
+    inspector_api_base: Address = setting("", "base URL of the inspector's endpoint")
 
     @field_validator("extra")
     @classmethod
@@ -184,50 +174,39 @@ class Teacher(Section):
 class Student(Section):
     """The model to train."""
 
-    model: str = Field(
-        "",
-        description="Hub ID, local folder, or embedded: a toy that can learn the quickstart's problems only",
+    model: str = setting("", "Hub ID, folder, or embedded: a toy that learns the quickstart's problems only")
+    backend: Literal["auto", "unsloth", "plain"] = setting(
+        "auto", "auto: Unsloth on CUDA, else plain transformers"
     )
-    backend: Literal["auto", "unsloth", "plain"] = Field(
-        "auto", description="auto: Unsloth on CUDA, else plain transformers"
-    )
-    load_in_4bit: bool = Field(True, description="load the base model in 4 bits (QLoRA)")
-    batch: int = Field(64, ge=1, description="batch size for sampling, in sequences")
+    load_in_4bit: bool = setting(True, "load the base model in 4 bits (QLoRA)")
+    batch: int = setting(64, "batch size for sampling, in sequences", ge=1)
 
 
 class Lora(Section):
     """The LoRA adapter, shared by all training stages (names as in PEFT's LoraConfig)."""
 
-    r: int = Field(32, ge=1, description="rank of the adapter")
-    lora_alpha: int = Field(64, ge=1, description="the adapter's output is multiplied by lora_alpha / r")
-    target_modules: tuple[str, ...] = Field(
-        (), description="linear layers to adapt (default: all but the head)"
-    )
+    r: int = setting(32, "rank of the adapter", ge=1)
+    lora_alpha: int = setting(64, "the adapter's output is multiplied by lora_alpha / r", ge=1)
+    target_modules: tuple[str, ...] = setting((), "linear layers to adapt (default: all but the head)")
 
 
 class TrainingStage(Section):
     """Settings of every training stage (names as in Hugging Face's TrainingArguments where one exists)."""
 
-    learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
-    num_train_epochs: float = Field(1, gt=0, description="epochs over the rows")
-    batch_size: int = Field(16, ge=1, description="rows per optimizer step")
-    per_device_train_batch_size: int | None = Field(
-        None, ge=1, description="micro-batch size: rows per forward pass (default: by free memory)"
+    learning_rate: float = setting(1e-4, "peak learning rate", gt=0)
+    num_train_epochs: float = setting(1, "epochs over the rows", gt=0)
+    batch_size: int = setting(16, "rows per optimizer step", ge=1)
+    per_device_train_batch_size: int | None = setting(
+        None, "micro-batch size: rows per forward pass (default: by free memory)", ge=1
     )
-    max_length: int = Field(2048, ge=64, description="maximum row length in tokens; longer rows are skipped")
-    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of steps with a rising learning rate")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping: maximum norm")
-    checkpoints: int = Field(10, ge=1, description="checkpoints per stage; training resumes from the latest")
-    eval_share: float = Field(
-        0.02, ge=0, lt=1, description="share of rows held out to select the best checkpoint"
-    )
-    padding_free: bool | None = Field(
-        None, description="concatenate rows instead of padding them (default: with Unsloth)"
-    )
-    early_stopping_patience: int = Field(
-        0, ge=0, description="stop after this many evaluations without progress; 0: never"
-    )
-    tensorboard: bool = Field(False, description="write TensorBoard files in addition to metrics.jsonl")
+    max_length: int = setting(2048, "maximum row length in tokens; longer rows are skipped", ge=64)
+    warmup_ratio: float = setting(0.05, "share of steps with a rising learning rate", ge=0, lt=1)
+    max_grad_norm: float = setting(1.0, "gradient clipping: maximum norm", gt=0)
+    checkpoints: int = setting(10, "checkpoints per stage; training resumes from the latest", ge=1)
+    eval_share: float = setting(0.02, "share of rows held out to select the best checkpoint", ge=0, lt=1)
+    padding_free: bool | None = setting(None, "join rows instead of padding them (default: with Unsloth)")
+    early_stopping_patience: int = setting(0, "stop after N evaluations without progress; 0: never", ge=0)
+    tensorboard: bool = setting(False, "write TensorBoard files in addition to metrics.jsonl")
 
     def signed_settings(self) -> dict[str, Any]:
         """The settings that affect what is learned."""
@@ -238,33 +217,27 @@ class TrainingStage(Section):
 class Sft(TrainingStage):
     """Stage 1: supervised fine-tuning on templates."""
 
-    num_train_epochs: float = Field(3, gt=0, description="epochs over the templates")
-    warmup_ratio: float = Field(0.02, ge=0, lt=1, description="share of steps with a rising learning rate")
+    num_train_epochs: float = setting(3, "epochs over the templates", gt=0)
+    warmup_ratio: float = setting(0.02, "share of steps with a rising learning rate", ge=0, lt=1)
 
 
 class Warmup(TrainingStage):
     """Stage 2, first part: supervised training on reviews, with replay of solved rows."""
 
-    num_train_epochs: float = Field(1, ge=0, description="epochs over the reviews; 0: no warm-up")
-    replay_share: float = Field(
-        1.0, ge=0, description="solved rows per review; half continue from a corrected step"
-    )
-    decision_weight: float = Field(
-        1.0, ge=0, description="extra loss weight of decisions: to accuse a step, or to close it"
-    )
+    num_train_epochs: float = setting(1, "epochs over the reviews; 0: no warm-up", ge=0)
+    replay_share: float = setting(1.0, "solved rows per review; half continue from a corrected step", ge=0)
+    decision_weight: float = setting(1.0, "extra loss weight of a decision, to accuse or close a step", ge=0)
 
 
 class Dpo(TrainingStage):
     """Stage 2, second part: cross-model DPO with replay of solved rows."""
 
-    learning_rate: float = Field(1e-5, gt=0, description="peak learning rate")
-    num_train_epochs: float = Field(
-        1, gt=0, description="epochs over the pairs; `train --only sft` skips stage 2"
-    )
-    beta: float = Field(0.2, gt=0, description="DPO's beta: strength of the pull towards the reference model")
-    nll_weight: float = Field(1.0, ge=0, description="weight of the NLL loss on chosen texts")
-    replay_weight: float = Field(1.0, ge=0, description="weight of the NLL loss on replayed solved rows")
-    replay_share: float = Field(1.0, ge=0, description="solved rows per reviewed attempt")
+    learning_rate: float = setting(1e-5, "peak learning rate", gt=0)
+    num_train_epochs: float = setting(1, "epochs over the pairs; `train --only sft` skips stage 2", gt=0)
+    beta: float = setting(0.2, "DPO's beta: strength of the pull towards the reference model", gt=0)
+    nll_weight: float = setting(1.0, "weight of the NLL loss on chosen texts", ge=0)
+    replay_weight: float = setting(1.0, "weight of the NLL loss on replayed solved rows", ge=0)
+    replay_share: float = setting(1.0, "solved rows per reviewed attempt", ge=0)
 
 
 MAX_KL = {"f32": 1e-3, "f16": 1e-3, "bf16": 0.02, "q8": 0.03, "q6": 0.08, "q5": 0.2, "q4": 0.5, "": 1.5}
@@ -274,21 +247,17 @@ MAX_KL = {"f32": 1e-3, "f16": 1e-3, "bf16": 0.02, "q8": 0.03, "q6": 0.08, "q5": 
 class Export(Section):
     """The exported GGUF."""
 
-    quant: str = Field(
-        "q4_k_m",
-        description="quantization: f32, f16, bf16, q8_0, q6_k, q4_k_m ..; several: q4_k_m,q8_0",
+    quant: str = setting("q4_k_m", "quantization: f32, f16, bf16, q8_0, q4_k_m ..; several: q4_k_m,q8_0")
+    imatrix: bool | None = setting(None, "use an importance matrix (default: below 5 bits)")
+    max_kl: Annotated[dict[str, float], BeforeValidator(parse_object)] = setting(
+        MAX_KL, "largest KL divergence from the trained model in nats, by the start of a type's name"
     )
-    imatrix: bool | None = Field(None, description="use an importance matrix (default: below 5 bits)")
-    max_kl: Annotated[dict[str, float], BeforeValidator(parse_object)] = Field(
-        MAX_KL,
-        description="largest KL divergence from the trained model in nats, by the start of a type's name",
-    )
-    ollama: str = Field("", description="model name for `ollama create`")
-    push: str = Field("", description="repository on the Hub, OWNER/NAME, for the files and their card")
-    private: bool = Field(True, description="create the repository as private")
-    license: str = Field("", description="license on the model card, as the Hub names it: apache-2.0 ..")
-    num_ctx: int = Field(8192, ge=256, description="context length in Ollama, in tokens (in the Modelfile)")
-    keep_template: bool = Field(False, description="export the model's own chat template as it is")
+    ollama: str = setting("", "model name for `ollama create`")
+    push: str = setting("", "repository on the Hub, OWNER/NAME, for the files and their card")
+    private: bool = setting(True, "create the repository as private")
+    license: str = setting("", "license on the model card, as the Hub names it: apache-2.0 ..")
+    num_ctx: int = setting(8192, "context length in Ollama, in tokens (in the Modelfile)", ge=256)
+    keep_template: bool = setting(False, "export the model's own chat template as it is")
 
     @field_validator("max_kl")
     @classmethod
@@ -304,49 +273,51 @@ class Export(Section):
 class Eval(Source):
     """The evaluation."""
 
-    source: str = Field("", description="held-out problems: a file or a Hub ID, as problems.source")
-    split: str = Field("test", description="split of a Hub dataset")
-    limit: int | None = Field(500, ge=1, description="number of problems to evaluate")
-    max_tokens: int = Field(1024, ge=16, description="maximum number of tokens per answer")
-    context: int = Field(4096, ge=256, description="maximum length of a conversation in tokens")
-    baselines: bool = Field(
-        False,
-        description="measure the base model under its own prompt, and a majority vote of the last student",
+    source: str = setting("", "held-out problems: a file or a Hub ID, as problems.source")
+    split: str = setting("test", "split of a Hub dataset")
+    limit: int | None = setting(500, "number of problems to evaluate", ge=1)
+    max_tokens: int = setting(1024, "maximum number of tokens per answer", ge=16)
+    context: int = setting(4096, "maximum length of a conversation in tokens", ge=256)
+    baselines: bool = setting(
+        False, "measure the base model under its own prompt, and a majority vote of the last student"
     )
-    votes: int = Field(3, ge=2, description="samples per problem in the majority vote")
-    fit_share: float = Field(
-        0.3, gt=0, lt=1, description="share of problems for the threshold, if training has not kept as many"
+    votes: int = setting(3, "samples per problem in the majority vote", ge=2)
+    fit_share: float = setting(
+        0.3, "share of problems for the threshold, if training has not kept as many", gt=0, lt=1
     )
 
 
 class Review(Section):
     """Self-correction."""
 
-    mode: Literal["guided", "free"] = Field(
-        "guided",
-        description="guided: the threshold decides where a correction begins; free: the model decides",
+    mode: Literal["guided", "free"] = setting(
+        "guided", "guided: the threshold decides where a correction begins; free: the model decides"
     )
-    threshold: float | None = Field(
-        None,
-        description="log-odds of an error from which a step is corrected (default: fitted by train and eval)",
+    threshold: float | None = setting(
+        None, "log-odds of an error from which a step is corrected (default: fitted by train and eval)"
     )
-    rounds: int = Field(1, ge=0, le=8, description="maximum number of review rounds per answer")
-    max_harm: float = Field(
-        0.005, ge=0, le=1, description="share of answers that a fitted threshold may spoil (test at 5 %)"
+    rounds: int = setting(1, "maximum number of review rounds per answer", ge=0, le=8)
+    max_harm: float = setting(
+        0.005, "share of answers that the threshold may spoil (test at 5 %)", ge=0, le=1
     )
+
+    @property
+    def needs_fit(self) -> bool:
+        """Whether reviews need a fitted threshold: they are guided, and none is set."""
+        return self.mode == "guided" and self.threshold is None
 
 
 class Prompts(Section):
     """Your own prompts."""
 
-    folder: str = Field("", description="folder of prompt files that replace those of the same name")
+    folder: str = setting("", "folder of prompt files that replace those of the same name")
 
 
 class Config(Section):
     """The whole configuration of a run."""
 
-    run: str = Field("runs/default", description="run folder")
-    seed: int = Field(0, ge=0, description="random seed of sampling, splits and training")
+    run: str = setting("runs/default", "run folder")
+    seed: int = setting(0, "random seed of sampling, splits and training", ge=0)
     problems: Problems = Problems()
     attempts: Attempts = Attempts()
     teacher: Teacher = Teacher()

@@ -39,11 +39,9 @@ def held_out(context: Context, untrained: Sequence[Problem] = ()) -> HeldOut:
     settings, source = context.config.eval, context.config.eval.source
     if not source:
         own = f"; `sclite quickstart --run {context.run.folder}` takes its own"
-        raise UsageError(
-            "eval.source is not set",
-            "name held-out problems, a file or a Hub dataset, as in `sclite eval test.jsonl`"
-            + (own if context.config.teacher.embedded and not context.config.problems.source else ""),
-        )
+        hint = "name held-out problems, a file or a Hub dataset, as in `sclite eval test.jsonl`"
+        bundled = context.config.teacher.embedded and not context.config.problems.source
+        raise UsageError("eval.source is not set", hint + own * bundled)
     drops: list[Drop] = []
     found = load_problems(settings, settings.limit, drops, key="eval.source")
     drops = [drop.model_copy(update={"stage": "eval"}) for drop in drops]
@@ -57,14 +55,8 @@ def held_out(context: Context, untrained: Sequence[Problem] = ()) -> HeldOut:
     for problem in found:
         if problem.id in known:
             detail = f"shares 13 words in a row, or the whole question, with the training problem {known[problem.id]}"
-            drop = Drop(
-                stage="eval",
-                id=problem.id,
-                reason="overlaps_training",
-                detail=detail,
-                raw=problem.question,
-            )
-            drops.append(drop)
+            why = {"reason": "overlaps_training", "detail": detail, "raw": problem.question}
+            drops.append(Drop(stage="eval", id=problem.id, **why))
     context.run.replace_drops(["eval"], drops)
     fresh = [problem for problem in found if problem.id not in known]
     tested, fitting = split_for_stages(fresh, settings.fit_share, context.config.seed)
@@ -72,10 +64,8 @@ def held_out(context: Context, untrained: Sequence[Problem] = ()) -> HeldOut:
         tested, fitting = fresh, list(untrained)
     if len(tested) < 5 or len(fitting) < 5:
         enough = ceil(8 / max(0.05, min(settings.fit_share, 1 - settings.fit_share)))
-        raise DataError(
-            f"{source}: too few problems, {len(fresh)} of {len(found)} were not trained on",
-            f"evaluate on {enough} or more",
-        )
+        hint = f"evaluate on {enough} or more"
+        raise DataError(f"{source}: too few problems, {len(fresh)} of {len(found)} were not trained on", hint)
     name, default = source.rstrip("/").rpartition("/")[2], Eval.model_fields["limit"].default
     if is_local_source(source):
         dataset, names = str(Path(source).expanduser().resolve()), [name.partition(".")[0]]
@@ -112,8 +102,7 @@ def evaluate(
             if name in STUDENTS:
                 path = gguf_path(run, name, config)
                 work, fitting = number, len(held_out.fitting)
-                fits = config.review.mode == "guided" and config.review.threshold is None
-                if fits and fitting >= MIN_PROBLEMS:
+                if config.review.needs_fit and fitting >= MIN_PROBLEMS:
                     work += 0 if is_current(config, load_threshold(config, run, path), fitting) else fitting
                 texts, scores = (2 * number, 0) if config.review.mode == "free" else (work, work)
                 with Engine(path, context=config.eval.context) as engine:
@@ -124,10 +113,8 @@ def evaluate(
                         report = partial(advance, f"baseline of {name}", 0)
                         report(0, 0.0)
                         student = Counted(engine, votes * number, 0, report)
-                        label, measured = measure_baseline(
-                            config, run, name, student, held_out, figures[name]["gguf"], grader
-                        )
-                        baselines[label] = measured
+                        gguf = figures[name]["gguf"]
+                        baselines |= measure_baseline(config, run, name, student, held_out, gguf, grader)
                 made_from = source_digest(config, run, name)
                 figures[name] |= {"file": path.name, "bytes": path.stat().st_size, "made_from": made_from}
             else:
@@ -135,17 +122,15 @@ def evaluate(
                 settings = config.attempts.model_copy(update={"student": name})
                 with context.endpoint(settings, "eval") as endpoint:
                     student = Counted(endpoint, 2 * number, 0, partial(advance, name, number))
-                    version = str(endpoint.version)
-                    found = evaluate_model(
-                        free, run, name, student, Path(), held_out, grader, judge, version=version
-                    )
+                    given = (held_out, grader, judge, str(endpoint.version))
+                    found = evaluate_model(free, run, name, student, Path(), *given)
                 figures[name] = found | {"file": "", "bytes": 0, "made_from": ""}
         progress(total, total)
     context.display.done("eval", f"eval: {', '.join(names)}")
     summary = {
         "models": figures,
         "baselines": baselines,
-        "n": len(held_out.problems),
+        "n": number,
         "dropped": dict(held_out.dropped),
         "notes": summary_notes(figures, held_out, config.eval.max_tokens),
         "source": held_out.source,

@@ -24,9 +24,8 @@ def export(context: Context, names: Sequence[str] = ()) -> list[Report]:
     chosen = list(names) or context.students()[-1:]
     missing = [name for name in chosen if name not in context.students()]
     if missing:
-        raise DataError(
-            f"{context.run.path(adapter_weights(missing[0]))} is missing", "run `sclite train` first"
-        )
+        hint = "run `sclite train` first"
+        raise DataError(f"{context.run.path(adapter_weights(missing[0]))} is missing", hint)
     quiet_libraries()
     made = []
     text = f"export: merge, write GGUF, quantize ({describe_sizes(context.config)})"
@@ -38,9 +37,8 @@ def export(context: Context, names: Sequence[str] = ()) -> list[Report]:
         made[-1].figures |= {"modelfile": str(path), "warnings": list(warnings)}
     sizes = [f"{file['megabytes']:g} MB" for report in made for file in report.figures["files"].values()]
     context.reports += made
-    context.display.done(
-        "export", f"export: {len(sizes)} GGUF ({', '.join(sizes)})", all(r.skipped for r in made)
-    )
+    skipped = all(report.skipped for report in made)
+    context.display.done("export", f"export: {len(sizes)} GGUF ({', '.join(sizes)})", skipped)
     return made
 
 
@@ -54,7 +52,7 @@ def fit_review_threshold(context: Context, problems: Sequence[Problem]) -> None:
     from sclite.student.llama_cpp.engine import Engine
 
     config, run = context.config, context.run
-    if config.review.mode == "free" or config.review.threshold is not None:
+    if not config.review.needs_fit:
         return
     path = gguf_path(run, context.students()[-1], config)
     fitted = load_threshold(config, run, path)
@@ -102,7 +100,7 @@ def for_chat(
         return path, None, REVIEW_OFF
     if review.mode == "guided" and review.rounds == 0:
         return path, None, "review is off: review.rounds is 0"
-    if review.mode == "free" or review.threshold is not None:
+    if not review.needs_fit:
         return path, review.threshold, ""
     fitted = load_threshold(context.config, context.run, path)
     student = path.name.partition("-")[0]
@@ -126,10 +124,8 @@ def find_gguf(context: Context, model: Path | None) -> Path:
     """The GGUF to chat with: the one given, or the run's last trained student. Raises DataError if there is none."""
     if model is not None:
         if not model.is_file():
-            raise DataError(
-                f"{model} does not exist",
-                "give the path of a GGUF file; `sclite chat` also takes a LiteLLM model",
-            )
+            hint = "give the path of a GGUF file; `sclite chat` also takes a LiteLLM model"
+            raise DataError(f"{model} does not exist", hint)
         with open(model, "rb") as file:
             if file.read(4) != b"GGUF":
                 raise DataError(f"{model} is not a GGUF file", "give a file that `sclite export` wrote")
@@ -141,7 +137,5 @@ def find_gguf(context: Context, model: Path | None) -> Path:
         path = max(made, key=lambda path: path.stat().st_mtime, default=chosen)
         if path.is_file():
             return path
-    raise DataError(
-        f"{context.run.path('export')} holds no GGUF",
-        "run `sclite train` first, or `sclite quickstart` for the bundled student",
-    )
+    hint = "run `sclite train` first, or `sclite quickstart` for the bundled student"
+    raise DataError(f"{context.run.path('export')} holds no GGUF", hint)

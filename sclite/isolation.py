@@ -67,10 +67,8 @@ def run_isolated(
     output = log.read_bytes()[begin:].decode("utf-8", errors="replace").strip()
     if process.exitcode == 1 and output:  # Python's own exit code after an uncaught exception
         raise ScliteError(output.splitlines()[-1].strip(), f"see the end of {log} for the traceback")
-    raise DeviceError(
-        f"the worker process exited unexpectedly (code {process.exitcode})",
-        f"see the end of {log}; code -9 means that the system ran out of memory. Re-run to resume",
-    )
+    hint = f"see the end of {log}; code -9 means that the system ran out of memory. Re-run to resume"
+    raise DeviceError(f"the worker process exited unexpectedly (code {process.exitcode})", hint)
 
 
 @contextmanager

@@ -132,7 +132,7 @@ def build_corrections(context: Context, with_feedback: bool = False) -> Report:
     from sclite.data import attempts, corrections, feedback
 
     config, run, split = context.config, context.run, divided_problems(context)
-    imported = attempts.needs_no_student(config, run)
+    imported = bool(config.attempts.source) or run.is_imported("attempts", "attempts.jsonl")
     kept = [*split.sft, *split.stage2, *split.fit] if imported else split.stage2
     if not kept:
         hint = "raise problems.correction_share or problems.limit"
@@ -219,10 +219,9 @@ def train(context: Context, only: str | None = None, fresh: bool = False) -> lis
     data = {name: context.run.path(f"{name}.jsonl").is_file() for name in ("templates", "reviews", "pairs")}
     ready = data["templates"] and not (data["reviews"] or data["pairs"])
     if only != "sft" and ready and not context.config.teacher.model:
-        raise UsageError(  # before hours of SFT, not after
-            "teacher.model is not set, and stage 2 needs a teacher for its corrections",
-            "set a LiteLLM model, for example --set teacher.model=openai/gpt-5.4-mini, or use --only sft",
-        )
+        why = "teacher.model is not set, and stage 2 needs a teacher for its corrections"
+        hint = "set a LiteLLM model, for example --set teacher.model=openai/gpt-5.4-mini, or use --only sft"
+        raise UsageError(why, hint)  # before hours of SFT, not after
     if context.config.student.model == "embedded" and not context.config.teacher.embedded:
         only_stories = "is a toy that can learn the quickstart's word problems only; set student.model"
         context.display.print(f"warning: the bundled student {only_stories}")

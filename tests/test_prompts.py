@@ -21,15 +21,15 @@ def test_solving_and_reviewing_share_a_system_prompt():
 def test_values_are_inserted_verbatim():
     odd = "What is {{ 7 * 6 }} {% raise %} <b> & \\frac{1}{2}?"
     assert odd in text_of(prompts.solve_messages(odd))
-    assert odd in text_of(prompts.template_messages(odd, odd, odd, odd))
+    assert odd in text_of(prompts.teacher_messages("teacher_template", odd, odd, odd, error=odd))
 
 
 def test_teacher_sees_the_solution_and_why_its_reply_failed():
     given, work = ("Q?", "the way", "41"), "<Step1>x\n</Step1>"
-    first = prompts.correction_messages(*given, work)
-    again = prompts.correction_messages(*given, work, "no step 2")
+    first = prompts.teacher_messages("teacher_correction", *given, work)
+    again = prompts.teacher_messages("teacher_correction", *given, work, "no step 2")
     assert first[-1]["content"].endswith(f"The student's work:\n{work}")
-    for messages in (first, prompts.template_messages(*given)):
+    for messages in (first, prompts.teacher_messages("teacher_template", *given)):
         assert "the way" in text_of(messages)
         assert "41" in text_of(messages)
         assert "could not be used" not in text_of(messages)

@@ -101,7 +101,7 @@ def show(
         return
     what = what or "templates"
     limit = 1 if labels and limit is None and id is None else limit  # the tokens of a row fill a page
-    total, chosen = rows.choose_rows(run, rows.Choice(what, reason, kind, id, first, limit))
+    total, chosen = rows.choose_rows(run, what, reason, kind, id, first, limit)
     tokens = None
     if labels:
         from sclite.inspect.labels import Labels
@@ -117,10 +117,8 @@ def show(
     elif tokens:
         console.page(tokens.format_row(row, number, total) for number, row in chosen)
     else:
-        from sclite.inspect.row_text import format_row
-
         problems = rows.Problems(run)
-        console.page(format_row(row, number, total, problems) for number, row in chosen)
+        console.page(rows.format_row(row, number, total, problems) for number, row in chosen)
 
 
 @common_options

@@ -141,8 +141,7 @@ def export(
         summaries.print_files(format, report, settings.license, common.json)
     else:
         gguf = Path(report.figures["gguf"])
-        review = context.config.review
-        fitted = review.mode == "free" or review.threshold is not None
+        fitted = not context.config.review.needs_fit
         if not (fitted or common.json or compared):  # reads the whole GGUF
             fitted = load_threshold(context.config, context.run, gguf) is not None
         summaries.print_export(context, report, compared, fitted, common.json)

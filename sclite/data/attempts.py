@@ -12,7 +12,7 @@ from sclite.grading.worker import Grader
 from sclite.progress import Progress, no_progress
 from sclite.records import Attempt, Drop, Problem, from_feedback
 from sclite.run import Report, Run, timed
-from sclite.signature import digest, with_unanswered
+from sclite.signature import digest, digest_rows, with_unanswered
 from sclite.student.adapters import adapter_weights
 from sclite.student.base import Reply, Request, Student
 from sclite.teacher.ledger import FILE as LEDGER
@@ -32,7 +32,7 @@ def attempts_inputs(config: Config, run: Run, problems: Sequence[Problem]) -> di
     else:
         read = run.file_digest(str(Path(source).resolve())) if source else ""
     return {
-        "problems": digest([p.model_dump() for p in problems]),
+        "problems": digest_rows(problems),
         "student": external_student_digest(config) or run.file_digest(adapter_weights("sft")),
         # not student.batch: each request has its own seed, and replacing attempts means paying for corrections again
         "sampling": digest([config.attempts.model_dump(exclude=_NOT_SAMPLING), config.seed]),
@@ -58,11 +58,6 @@ def endpoint_cost_usd(run: Run, stage: str) -> float:
         return ledger.totals(stage)["cost_usd"]
 
 
-def needs_no_student(config: Config, run: Run) -> bool:
-    """Whether attempts are imported: from `attempts.source`, or as an attempts.jsonl put into the run folder."""
-    return bool(config.attempts.source) or run.is_imported("attempts", "attempts.jsonl")
-
-
 def write_attempts(
     config: Config,
     run: Run,
@@ -77,7 +72,7 @@ def write_attempts(
     The file of a resumed run equals that of an uninterrupted one. Calls that failed are repeated by the next run.
     """
     settings = config.attempts
-    if needs_no_student(config, run) and not settings.source:
+    if run.is_imported("attempts", "attempts.jsonl") and not settings.source:
         rows = read_imported_attempts(run, problems)
         return Report("attempts", _count_outcomes(rows) | {"imported": len(rows)}, skipped=True)
     inputs, report = attempts_inputs(config, run, problems), Report("attempts")

@@ -72,10 +72,8 @@ def write_corrections(
             other = "use an attempts.student that writes <Step1> .."
             if config.attempts.kind == "trained":
                 other = "raise sft.num_train_epochs or sft.learning_rate and train with --fresh"
-            raise DataError(
-                f"no wrong attempt could be corrected: {reasons or 'there are none'}",
-                f"see {run.path('dropped.jsonl')}; add problems or samples (attempts.samples), or {other}",
-            )
+            hint = f"see {run.path('dropped.jsonl')}; add problems or samples (attempts.samples), or {other}"
+            raise DataError(f"no wrong attempt could be corrected: {reasons or 'there are none'}", hint)
         right = [a for a in attempts if a.correct is True and not a.parsed.issues]
         share = config.attempts.confirmation_share
         wanted = round(len(reviews) * share / (1 - share))
@@ -221,8 +219,8 @@ def _jobs(config: Config, run: Run, grader: Grader, wrong: Sequence[Attempt]) ->
         gold = problem.question, problem.solution or problem.answer, problem.answer
         yield Job(
             f"{attempt.id}/{attempt.sample}",
-            partial(prompts.correction_messages, *gold, work, folder=folder),
+            partial(prompts.teacher_messages, "teacher_correction", *gold, work, folder=folder),
             partial(check_review, attempt=attempt, problem=problem, grader=grader),
             attempt.sample,
-            inspect=partial(prompts.inspection_messages, "inspector_correction", *gold, folder=folder),
+            inspect=partial(prompts.teacher_messages, "inspector_correction", *gold, folder=folder),
         )

@@ -86,10 +86,9 @@ def write_templates(
         if not requests:
             why = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items()) or "no problems"
             first = next((drop.detail for drop in drops.values()), "")
-            raise DataError(
-                f"none of the {len(problems)} problems gave a template: {why}; the first: {first}",
-                f"see {run.path('dropped.jsonl')}",
-            )
+            message = f"none of the {len(problems)} problems gave a template: {why}; the first: {first}"
+            hint = f"see {run.path('dropped.jsonl')}"
+            raise DataError(message, hint)
     signed = with_unanswered(inputs, count_unanswered(report.dropped))
     run.sign("templates", signed, report, {"templates.jsonl": len(requests)})
     return report
@@ -155,10 +154,8 @@ def _request_missing(
         run.replace("templates.jsonl", [])  # also if the basis is damaged: paid replies are in the ledger
     elif before != basis and any(True for _ in run.rows("templates.jsonl", Template, whole=False)):
         changed = "; ".join(differences(before, basis))
-        raise UsageError(
-            f"{run.path('templates.jsonl')} was made with other settings: {changed}",
-            "pass --fresh to discard and pay for them again, or restore the old settings",
-        )
+        hint = "pass --fresh to discard and pay for them again, or restore the old settings"
+        raise UsageError(f"{run.path('templates.jsonl')} was made with other settings: {changed}", hint)
     by_id = {problem.id: problem for problem in problems}
     wanted = {problem.id: (problem.question, problem.answer) for problem in problems}
     rows = run.rows("templates.jsonl", Template, whole=False)
@@ -193,7 +190,7 @@ def _jobs(config: Config, problems: Iterable[Problem], grader: Grader) -> Iterat
         gold = problem.question, problem.solution or problem.answer, problem.answer
         yield Job(
             problem.id,
-            partial(prompts.template_messages, *gold, folder=folder),
+            partial(prompts.teacher_messages, "teacher_template", *gold, "", folder=folder),
             partial(check_template, problem=problem, grader=grader),
-            inspect=partial(prompts.inspection_messages, "inspector_template", *gold, folder=folder),
+            inspect=partial(prompts.teacher_messages, "inspector_template", *gold, folder=folder),
         )

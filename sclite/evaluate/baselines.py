@@ -19,8 +19,8 @@ from sclite.trace import parse
 
 def measure_baseline(
     config: Config, run: Run, name: str, student: Student, held_out: HeldOut, identity: str, grader: Grader
-) -> tuple[str, dict[str, Any]]:
-    """(label, figures) of the baseline of one student; `identity` is the digest of its GGUF.
+) -> dict[str, dict[str, Any]]:
+    """{label: figures} of the baseline of one student; `identity` is the digest of its GGUF.
 
     The base model answers greedily, without a system prompt. A tuned student answers `eval.votes` times at the
     temperature of the attempts, and the answer that most of the samples give counts, in a tie the earliest of them. The
@@ -37,18 +37,13 @@ def measure_baseline(
     requests = []
     for problem, sample in product(held_out.problems, range(votes)):
         messages = messages_of(problem.question, config.prompts.folder)
-        request = Request(
-            messages,
-            max_tokens=config.eval.max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=int(digest([config.seed, "vote", problem.id, sample]), 16) % 2**31,
-        )
-        requests.append(request)
+        seed = int(digest([config.seed, "vote", problem.id, sample]), 16) % 2**31
+        sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
+        requests.append(Request(messages, max_tokens=config.eval.max_tokens, seed=seed, **sampling))
     signature = digest([identity, config.seed, requests, [p.model_dump() for p in held_out.problems]])
     kept = run.read_json(f"{file}.json", dict[str, Any])
     if kept and kept.get("signature") == signature:
-        return label, kept
+        return {label: kept}
     replies = sorted(student.generate(requests), key=lambda reply: reply.index)
     ballots = [replies[start : start + votes] for start in range(0, len(replies), votes)]
     elected = [elect(ballot, grader) for ballot in ballots]
@@ -73,7 +68,7 @@ def measure_baseline(
     figures = compute_metrics(rows, seed=config.seed) | {"signature": signature}
     run.replace(f"{file}.jsonl", rows)
     run.write_json(f"{file}.json", figures)
-    return label, figures
+    return {label: figures}
 
 
 def elect(replies: Sequence[Reply], grader: Grader) -> tuple[Reply, str | None]:

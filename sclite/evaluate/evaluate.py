@@ -125,7 +125,7 @@ def evaluate_model(
     A model behind an API has a `version` and no `gguf`; its figures are not reused if a call has failed.
     """
     problems, folder = held_out.problems, held_out.folder
-    fits = config.review.threshold is None and config.review.mode == "guided"
+    fits = config.review.needs_fit
     chosen = config.eval.model_dump(exclude={"baselines", "votes"})
     settings = [chosen, config.review.model_dump(), prompts_digest(config)]
     given = [[p.model_dump() for p in each] for each in (problems, held_out.fitting)]

@@ -45,9 +45,8 @@ def export_data(config: Config, run: Run) -> Report:
         templates, reviews = run.read(TEMPLATES, Template), run.read(REVIEWS, Review)
         pairs = run.read(PAIRS, Pair)
         if not templates and not pairs:
-            raise DataError(
-                f"{run.folder} has no templates or pairs to export", "run `sclite build-data` first"
-            )
+            hint = "run `sclite build-data` first"
+            raise DataError(f"{run.folder} has no templates or pairs to export", hint)
         problems = {problem.id: problem for problem in run.read("problems.jsonl", Problem)}
         attempts = {(row.id, row.sample): row for row in run.read("attempts.jsonl", Attempt)}
         folder, files = config.prompts.folder, dict[str, Rows]()
@@ -58,10 +57,8 @@ def export_data(config: Config, run: Run) -> Report:
         files[REVIEWS] = []
         for row in reviews:  # as in the warm-up before DPO
             if (row.id, row.sample) not in attempts:
-                raise DataError(
-                    f"reviews.jsonl, {row.id}/{row.sample}: no such row in attempts.jsonl",
-                    "restore the attempt, or remove the review",
-                )
+                hint = "restore the attempt, or remove the review"
+                raise DataError(f"reviews.jsonl, {row.id}/{row.sample}: no such row in attempts.jsonl", hint)
             attempt = render(attempts[row.id, row.sample].parsed.trace)
             chat = _chat(prompts.review_messages(_problem(row, problems).question, attempt, folder), row)
             files[REVIEWS].append({"id": row.id, "sample": row.sample, "step": row.step, "messages": chat})
@@ -89,10 +86,9 @@ def _chat(prompt: Messages, row: Template | Review) -> list[dict[str, str]]:
 def _problem(row: Pair | Review, problems: dict[str, Problem]) -> Problem:
     if row.id not in problems:
         kind = type(row).__name__.lower()
-        raise DataError(
-            f"problems.jsonl has no problem {row.id}, required by {kind} {row.id}/{row.sample}",
-            f"restore the problem, or remove the {kind}",
-        )
+        message = f"problems.jsonl has no problem {row.id}, required by {kind} {row.id}/{row.sample}"
+        hint = f"restore the problem, or remove the {kind}"
+        raise DataError(message, hint)
     return problems[row.id]
 
 

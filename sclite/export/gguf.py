@@ -59,10 +59,9 @@ def check_convertible(base: Path, adapter: Path | None) -> None:
     names = config.get("architectures") or ["model"]
     added = Adapter(adapter, weights).additions if adapter else []
     if names[0] in DROPS_HEAD and ("lm_head.weight" in added or not weights.tied):
-        raise DataError(
-            f"llama.cpp's converter ignores the lm_head of a {names[0]} and uses its embedding instead",
-            "train without lm_head in modules_to_save, or use `sclite export --format merged`",
-        )
+        message = f"llama.cpp's converter ignores the lm_head of a {names[0]} and uses its embedding instead"
+        hint = "train without lm_head in modules_to_save, or use `sclite export --format merged`"
+        raise DataError(message, hint)
     if weights.float32_bytes() // 4 < LARGE:
         return
     with tempfile.TemporaryDirectory() as place:
@@ -119,10 +118,8 @@ def run_script(source: Path, script: str, arguments: list[str], out: Path | None
         reason = lines[-1] if lines else "no reason given"
         if reason == "AssertionError":
             reason = lines[-2]
-        raise DataError(
-            f"llama.cpp's converter cannot convert {subject}: {reason}",
-            "use another base model, or `sclite export --format merged`",
-        )
+        hint = "use another base model, or `sclite export --format merged`"
+        raise DataError(f"llama.cpp's converter cannot convert {subject}: {reason}", hint)
     if part and out:
         part.replace(out)
 
@@ -134,19 +131,17 @@ def converter() -> Path:
     """
     if checkout := os.environ.get("SCLITE_LLAMA_CPP"):
         if not (Path(checkout) / SCRIPT).is_file():
-            raise UsageError(
-                f"SCLITE_LLAMA_CPP is {checkout}, which has no {SCRIPT}", "set it to a llama.cpp checkout"
-            )
+            hint = "set it to a llama.cpp checkout"
+            raise UsageError(f"SCLITE_LLAMA_CPP is {checkout}, which has no {SCRIPT}", hint)
         return Path(checkout)
     folder = cache_folder()
     if (folder / SCRIPT).is_file():
         return folder
     installed = version("llama_cpp_python")
     if installed not in SHA256:
-        raise ScliteError(
-            f"sclite does not know the source distribution of llama-cpp-python {installed}, which has the converter",
-            f"pip install llama-cpp-python=={max(SHA256)}, or set SCLITE_LLAMA_CPP to a llama.cpp checkout",
-        )
+        message = f"sclite does not know the source distribution of llama-cpp-python {installed}, which has the converter"
+        hint = f"pip install llama-cpp-python=={max(SHA256)}, or set SCLITE_LLAMA_CPP to a llama.cpp checkout"
+        raise ScliteError(message, hint)
     package = f"llama-cpp-python=={installed}"
     arguments = ["download", "--no-deps", "--no-binary", "llama-cpp-python", package]
     with tempfile.TemporaryDirectory() as place:
@@ -163,10 +158,9 @@ def converter() -> Path:
         with archives[0].open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != SHA256[installed]:
-            raise ScliteError(
-                f"the downloaded {archives[0].name} is not the published one: its SHA-256 is {digest}",
-                "check the package index of pip, or set SCLITE_LLAMA_CPP to a llama.cpp checkout",
-            )
+            message = f"the downloaded {archives[0].name} is not the published one: its SHA-256 is {digest}"
+            hint = "check the package index of pip, or set SCLITE_LLAMA_CPP to a llama.cpp checkout"
+            raise ScliteError(message, hint)
         part = folder.with_name(folder.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
         with tarfile.open(archives[0]) as archive:

@@ -46,9 +46,8 @@ def write_gguf(folder: Path, out: Path, *, outtype: str = "f16") -> Path:
     import gguf
 
     if reason := unsupported_feature(folder):
-        raise DataError(
-            f"cannot write {folder} as GGUF: {reason}", "use llama.cpp's converter (SCLITE_LLAMA_CPP)"
-        )
+        hint = "use llama.cpp's converter (SCLITE_LLAMA_CPP)"
+        raise DataError(f"cannot write {folder} as GGUF: {reason}", hint)
     config = read_json(folder / "config.json")
     part = out.with_name(out.name + ".part")
     heads, layers = config["num_attention_heads"], config["num_hidden_layers"]

@@ -31,18 +31,15 @@ def open_repository(settings: Export, kind: str = "model") -> str:
     if not valid:
         raise UsageError(f"export.push = {name!r} is not the name of a repository", "write --push OWNER/NAME")
     if not get_token():
-        raise UsageError(
-            "there is no token for the Hub",
-            f"create one with write access at {TOKENS}, then: export HF_TOKEN=..",
-        )
+        hint = f"create one with write access at {TOKENS}, then: export HF_TOKEN=.."
+        raise UsageError("there is no token for the Hub", hint)
     with _hub_errors(name):
         url = HfApi().create_repo(name, private=settings.private, repo_type=kind, exist_ok=True)
         public = settings.private and not HfApi().repo_info(name, repo_type=kind).private
     if public:
-        raise UsageError(
-            f"{name} on the Hub is public, and export.private is true",
-            "choose another name, make that one private on the Hub, or allow it: --set export.private=false",
-        )
+        message = f"{name} on the Hub is public, and export.private is true"
+        hint = "choose another name, make that one private, or allow it: --set export.private=false"
+        raise UsageError(message, hint)
     return str(url)
 
 

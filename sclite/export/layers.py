@@ -48,9 +48,8 @@ class TrainedWeights:
         if re.search(r"\.lora_|\.modules_to_save\.", name):
             key = name.replace(".modules_to_save.default", "").replace(".default", "")
             if key not in self._trained:
-                raise DataError(
-                    f"the adapter has no {key}, which PEFT expects", "save or train the adapter again"
-                )
+                hint = "save or train the adapter again"
+                raise DataError(f"the adapter has no {key}, which PEFT expects", hint)
             return self._adapter.get_tensor(key).float()
         return self.base[self.base_name(name)].float()
 
@@ -146,7 +145,5 @@ def check_merge(base: Path, adapter: Path, merged: Path) -> None:
             wrong = name
             break
     if wrong:
-        raise ScliteError(
-            f"{wrong} of the merged model is not the base with the adapter added once",
-            "run `sclite export` again; if it fails in the same way, please report it",
-        )
+        hint = "run `sclite export` again; if it fails in the same way, please report it"
+        raise ScliteError(f"{wrong} of the merged model is not the base with the adapter added once", hint)

@@ -36,9 +36,8 @@ def merge(base_folder: Path, adapter_folder: Path | None, out_folder: Path, *, o
     damaged files.
     """
     if out_folder.exists() and any(out_folder.iterdir()) and not (out_folder / RECORD).exists():
-        raise DataError(
-            f"{out_folder} is not empty and not an earlier merge", "choose another folder, or empty this one"
-        )
+        hint = "choose another folder, or empty this one"
+        raise DataError(f"{out_folder} is not empty and not an earlier merge", hint)
     weights = BaseWeights(base_folder, adapter_folder)
     adapter = Adapter(adapter_folder, weights) if adapter_folder else None
     part = out_folder.with_name(out_folder.name + ".part")
@@ -99,10 +98,8 @@ class BaseWeights:
         if quantized and not (
             quantized.get("quant_method") == "bitsandbytes" and quantized.get("load_in_4bit")
         ):
-            raise DataError(
-                f"the weights of {folder} are quantized ({quantized.get('quant_method')})",
-                "set student.model to the unquantized model",
-            )
+            hint = "set student.model to the unquantized model"
+            raise DataError(f"the weights of {folder} are quantized ({quantized.get('quant_method')})", hint)
         self._states: dict[str, list[str]] = {}
         for name in self._tensors:
             owner = re.match(r"(.+\.weight)\.(absmax|quant_map|nested_|quant_state)", name)
@@ -112,10 +109,9 @@ class BaseWeights:
         self.tied = bool(config.get("tie_word_embeddings")) or "lm_head.weight" not in self
         self._origin = read_origin(adapter) if adapter else Origin()
         if self._origin.weights and self._origin.weights != fingerprint(folder):
-            raise DataError(
-                f"the adapter {adapter} was not trained on the weights in {folder}",
-                "set student.model to the base model of the adapter, or train again with `sclite train --fresh`",
-            )
+            message = f"the adapter {adapter} was not trained on the weights in {folder}"
+            hint = "set student.model to the base model of the adapter, or train again with `sclite train --fresh`"
+            raise DataError(message, hint)
         trained_in_nf4 = {self.find(f"{module}.weight", "training") for module in self._origin.nf4}
         self._nf4 = trained_in_nf4 - set(self._states)
 
@@ -153,10 +149,8 @@ class BaseWeights:
         alike = [other for other in self if other.endswith("." + tail) and "vision" not in other]
         if len(alike) == 1:
             return alike[0]
-        raise DataError(
-            f"{who} changes {name}, which {self.folder} does not have",
-            "set student.model to the base model of the adapter",
-        )
+        hint = "set student.model to the base model of the adapter"
+        raise DataError(f"{who} changes {name}, which {self.folder} does not have", hint)
 
 
 class Adapter:
@@ -230,18 +224,16 @@ class Adapter:
             alpha, rank = next(own, settings.get("lora_alpha")), a.shape[0]
             if not isinstance(alpha, (int, float)):
                 path = self.folder / "adapter_config.json"
-                raise DataError(
-                    f"{path}: lora_alpha is {alpha!r}", f"restore {path}, or train the adapter again"
-                )
+                hint = f"restore {path}, or train the adapter again"
+                raise DataError(f"{path}: lora_alpha is {alpha!r}", hint)
             delta = b @ a
             delta = delta.T if embedding or settings.get("fan_in_fan_out") else delta
             delta *= alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
         for made in (found, delta):
             if made is not None and weight is not None and made.shape != weight.shape:
-                raise DataError(
-                    f"{name} is {tuple(weight.shape)} in the base and {tuple(made.shape)} in {self.folder}",
-                    f"use the base model of the adapter: {settings.get('base_model_name_or_path')}",
-                )
+                shapes = f"{tuple(weight.shape)} in the base and {tuple(made.shape)} in {self.folder}"
+                hint = f"use the base model of the adapter: {settings.get('base_model_name_or_path')}"
+                raise DataError(f"{name} is {shapes}", hint)
         assert found is not None
         half = outtype != "f32" and found.ndim > 1
         if delta is not None:

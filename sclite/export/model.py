@@ -211,10 +211,8 @@ def export_merged(config: Config, run: Run, name: str) -> dict[str, Any]:
         if kl is not None and not kl <= (bound := config.export.max_kl["f16"]):
             faults.append(f"it has a KL divergence of {kl:.4f} nats (at most {bound:g})")
         if faults:
-            raise ScliteError(
-                f"{out.name} does not match the trained model: {'; '.join(faults)}",
-                "nothing was exported; use another base model, or report it with the model's name",
-            )
+            hint = "nothing was exported; use another base model, or report it with the model's name"
+            raise ScliteError(f"{out.name} does not match the trained model: {'; '.join(faults)}", hint)
         write_text(work / "README.md", build_model_card(config, run, name, "merged", {}))
         shutil.rmtree(out, ignore_errors=True)
         work.replace(out)

@@ -69,19 +69,16 @@ def build_modelfile(
     between three quotes, or one for a stop; a text that could end early is refused.
     """
     if '"""' in system or system.endswith('"'):
-        raise DataError(
-            'a Modelfile cannot hold a system prompt that contains """ or ends in "',
-            "change prompts/student_system",
-        )
+        hint = "change prompts/student_system"
+        raise DataError('a Modelfile cannot hold a system prompt that contains """ or ends in "', hint)
     lines = [f"FROM ./{gguf_name}"]
     lines += [f'TEMPLATE """{template}"""'] if template else []
     lines += [f'SYSTEM """{system}"""'] if system else []
     for stop in dict.fromkeys(stops):
         if '"' in stop or "\n" in stop:
-            raise DataError(
-                f"a Modelfile cannot hold the stop {stop!r}, which contains a quote or a newline",
-                "use a student with another end token",
-            )
+            message = f"a Modelfile cannot hold the stop {stop!r}, which contains a quote or a newline"
+            hint = "use a student with another end token"
+            raise DataError(message, hint)
         lines += [f'PARAMETER stop "{stop}"'] if stop else []
     lines += [f"PARAMETER num_ctx {num_ctx}", "PARAMETER temperature 0"]
     return "\n".join(lines) + "\n"
@@ -90,23 +87,18 @@ def build_modelfile(
 def create_model(name: str, modelfile_path: Path) -> None:
     """Run `ollama create NAME -f MODELFILE`. Raises ScliteError if ollama is missing or fails."""
     if not re.fullmatch(r"[A-Za-z0-9][\w./:-]*", name):
-        raise UsageError(
-            f"export.ollama = {name!r} is not a valid model name",
-            "use letters, digits and . _ - / : as in my-model:v1",
-        )
+        hint = "use letters, digits and . _ - / : as in my-model:v1"
+        raise UsageError(f"export.ollama = {name!r} is not a valid model name", hint)
     program = shutil.which("ollama")
     if program is None:
-        raise ScliteError(
-            "ollama is not installed", "install it: curl -fsSL https://ollama.com/install.sh | sh"
-        )
+        hint = "install it: curl -fsSL https://ollama.com/install.sh | sh"
+        raise ScliteError("ollama is not installed", hint)
     command = [program, "create", name, "-f", str(modelfile_path)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        raise ScliteError(
-            f"ollama create {name} failed: {lines[-1] if lines else 'no reason given'}",
-            "is the server running? start it with: ollama serve",
-        )
+        hint = "is the server running? start it with: ollama serve"
+        raise ScliteError(f"ollama create {name} failed: {lines[-1] if lines else 'no reason given'}", hint)
 
 
 def compare_replies(config: Config, gguf: Path, question: str) -> dict[str, Any]:
@@ -153,10 +145,9 @@ def compare_replies(config: Config, gguf: Path, question: str) -> dict[str, Any]
     elif reply != theirs and not equal:
         differs = f"begins with {theirs[:20]!r} instead of {reply[:20]!r}"
     if differs:
-        raise ScliteError(
-            f"{name} in Ollama is not the exported model: it {differs}",
-            f"update Ollama (before 0.30 it needs the Modelfile's TEMPLATE); to remove the model: ollama rm {name}",
-        )
+        message = f"{name} in Ollama is not the exported model: it {differs}"
+        hint = f"update Ollama (before 0.30 it needs the Modelfile's TEMPLATE); to remove the model: ollama rm {name}"
+        raise ScliteError(message, hint)
     length = "prompt of unknown length" if counted is None else f"prompt of {counted} tokens"
     summary = f"Ollama agrees: {length}, {ours.generated} greedy tokens"
     if reply != theirs:

@@ -70,10 +70,8 @@ def quantize(
     code = api.llama_model_quantize(os.fsencode(source), os.fsencode(part), parameters)
     if code != 0:
         part.unlink(missing_ok=True)
-        raise DataError(
-            f"llama.cpp cannot quantize {source} to {name}: {last_errors()}",
-            "check the free disk space, or choose another --quant",
-        )
+        hint = "check the free disk space, or choose another --quant"
+        raise DataError(f"llama.cpp cannot quantize {source} to {name}: {last_errors()}", hint)
     part.replace(out)
     if not re.search("_k|iq|tq", name):
         return 0, ""
@@ -152,15 +150,13 @@ def measure_importance(gguf: Path, sequences: Sequence[Sequence[int]]) -> dict[s
                 batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, i, 1, 0
                 batch.logits[i] = 1  # else the last layer sees only the last token
             if api.llama_decode(context, batch):
-                raise ScliteError(
-                    f"llama.cpp cannot run {gguf}: {last_errors()}", "set export.imatrix = false"
-                )
+                hint = "set export.imatrix = false"
+                raise ScliteError(f"llama.cpp cannot run {gguf}: {last_errors()}", hint)
     finally:
         api.llama_batch_free(batch)
         api.llama_free(context)
         api.llama_model_free(model)
     if not sums:
-        raise ScliteError(
-            "the installed llama-cpp-python hides the inputs of weights", "set export.imatrix = false"
-        )
+        hint = "set export.imatrix = false"
+        raise ScliteError("the installed llama-cpp-python hides the inputs of weights", hint)
     return {name: (total / counts[name]).astype(np.float32) for name, total in sums.items()}

@@ -58,10 +58,8 @@ class Tensors:
             with open_tensors(single) as weights:
                 self._file = dict.fromkeys(weights.keys(), single)
         else:
-            raise DataError(
-                f"{folder} has no model.safetensors",
-                "load the model with transformers and call save_pretrained(), which writes safetensors",
-            )
+            hint = "load the model with transformers and call save_pretrained(), which writes safetensors"
+            raise DataError(f"{folder} has no model.safetensors", hint)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file)

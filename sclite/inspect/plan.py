@@ -25,12 +25,7 @@ from sclite.teacher.ledger import FILE as LEDGER
 from sclite.teacher.ledger import Ledger
 from sclite.train.bundle import build_bundles
 from sclite.train.dpo import with_replay
-from sclite.train.memory import (
-    architecture,
-    estimate,
-    estimate_on_cpu,
-    optimizer_bytes,
-)
+from sclite.train.memory import architecture, estimate, estimate_on_cpu, optimizer_bytes
 from sclite.train.metrics_logger import read_metrics
 from sclite.train.micro_batch import choose, cpu_micro_batch, largest_length, wanted_setting
 from sclite.train.order import training_order
@@ -134,7 +129,7 @@ def plan(
         "stages": stages,
         "hours": None if None in hours else round(sum(hours), 2),
         "disk_gb": {**disk, "total": round(sum(disk.values()), 4)},
-        "teacher": corrections_cost(config, run, unseen, count_pending_corrections(config, run)),
+        "teacher": corrections_cost(config, run, unseen),
     }
 
 
@@ -194,15 +189,13 @@ def _forecast(
     }
 
 
-def corrections_cost(
-    config: Config, run: Run, unseen: frozenset[str] | None, left: int | None
-) -> dict[str, Any]:
+def corrections_cost(config: Config, run: Run, unseen: frozenset[str] | None) -> dict[str, Any]:
     """What the teacher's corrections will cost, at the mean cost of a row of this run so far, repairs included.
 
-    That is of its corrections if there are any, else of its templates. `requests`: the `left` ones for the attempts that
-    are there; before there are any (None), at most one for each that will be sampled (`at_most`).
+    That is of its corrections if there are any, else of its templates. `requests`: those left for the attempts that are
+    there; before there are any, at most one for each that will be sampled (`at_most`).
     """
-    requests = left
+    requests = left = count_pending_corrections(config, run)
     if left is None and unseen is not None:
         requests = len(unseen) * config.attempts.samples
     each = spent = None
@@ -226,7 +219,7 @@ def corrections_cost(
 def correction_cost_text(context: "Context", unseen: frozenset[str]) -> str:
     """What the teacher's corrections will cost in one line; "" if that is nothing or unknown."""
     config, run = context.config, context.run
-    found = corrections_cost(config, run, unseen, count_pending_corrections(config, run))
+    found = corrections_cost(config, run, unseen)
     cost = found["cost_usd"]
     if cost is None and found["requests"]:
         # nothing is paid for yet: a correction is about as long as a template
@@ -235,7 +228,8 @@ def correction_cost_text(context: "Context", unseen: frozenset[str]) -> str:
             price = teacher.price() if sample else None
         if price is not None:
             given = ((row.question, row.trace, row.answer, row.trace, "") for row in sample)
-            chats = [prompts.correction_messages(*each, config.prompts.folder) for each in given]
+            folder = config.prompts.folder
+            chats = [prompts.teacher_messages("teacher_correction", *each, folder) for each in given]
             sent = sum(len(message["content"]) for chat in chats for message in chat) / CHARACTERS_PER_TOKEN
             written = 1.5 * sum(len(row.trace) for row in sample) / CHARACTERS_PER_TOKEN
             cost = found["requests"] * price.cost_usd(sent, written) / len(sample)
@@ -323,6 +317,6 @@ def _time(hours: float | None, unknown: str) -> str:
 
 
 def _number(value: float | None) -> str:
-    return (
-        "–" if value is None else f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:,.1f}"
-    )
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:,.1f}"

@@ -1,15 +1,18 @@
-"""The rows of a run: counted by kind, or chosen by reason, kind and id and read one at a time."""
+"""The rows of a run: counted by kind, or chosen by reason, kind and id and read one at a time; and a row as text."""
 
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
+from rich.text import Text
+
+from sclite.console import visible
 from sclite.errors import DataError, UsageError
 from sclite.records import Attempt, Drop, Pair, Problem, Review, Row, Template
 from sclite.run import Run
 from sclite.settings import RUN_FILE
+from sclite.trace import TAG, tag_name
 
 FILES: dict[str, tuple[str, type[Row]]] = {
     "problems": ("problems.jsonl", Problem),
@@ -31,18 +34,6 @@ KINDS: dict[str, Callable[[Any], str]] = {
 """The kind of a row, which --kind filters by."""
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Which rows to show. `id` is a prefix; `first` (from 1) and `limit` count the matching rows."""
-
-    what: str
-    reason: str | None = None
-    kind: str | None = None
-    id: str | None = None
-    first: int = 1
-    limit: int | None = None
-
-
 def require_run(run: Run) -> None:
     """Raise DataError if the run folder does not exist, with the runs beside it as a hint."""
     if run.folder.is_dir():
@@ -54,25 +45,33 @@ def require_run(run: Run) -> None:
     raise DataError(f"the run {run.folder} does not exist", hint)
 
 
-def choose_rows(run: Run, choice: Choice) -> tuple[int, Iterator[tuple[int, Any]]]:
-    """(number of matching rows, (number, row) from `first` on). Rows are read lazily.
+def choose_rows(
+    run: Run,
+    what: str,
+    reason: str | None = None,
+    kind: str | None = None,
+    id: str | None = None,
+    first: int = 1,
+    limit: int | None = None,
+) -> tuple[int, Iterator[tuple[int, Any]]]:
+    """(number of matching rows, (number, row) from `first` on). `id` is a prefix; `first` and `limit` count matches.
 
-    Every row is validated before the first is yielded. Raises UsageError with the known values for an unknown `what`,
-    reason or kind, and DataError for a damaged row.
+    Rows are read lazily, but every row is validated before the first is yielded. Raises UsageError with the known values
+    for an unknown `what`, reason or kind, and DataError for a damaged row.
     """
     require_run(run)
-    what, kind_of = choice.what, KINDS.get(choice.what)
+    kind_of = KINDS.get(what)
     if what not in FILES:
         raise UsageError(f"unknown kind of rows: {what}", f"use one of {', '.join(FILES)}")
-    if choice.reason is not None and what != "drops":
+    if reason is not None and what != "drops":
         raise UsageError(f"--reason applies to drops, not to {what}", "sclite show drops --reason REASON")
-    if choice.kind is not None and kind_of is None:
+    if kind is not None and kind_of is None:
         raise UsageError(f"--kind does not apply to {what}", f"use it with {', '.join(KINDS)}")
     filters = [
         (option, value, value_of)
         for option, value, value_of in (
-            ("--reason", choice.reason, lambda row: row.reason),
-            ("--kind", choice.kind, kind_of),
+            ("--reason", reason, lambda row: row.reason),
+            ("--kind", kind, kind_of),
         )
         if value is not None and value_of is not None
     ]
@@ -81,7 +80,7 @@ def choose_rows(run: Run, choice: Choice) -> tuple[int, Iterator[tuple[int, Any]
         row: Any
         for row in run.rows(*FILES[what]):
             fits = all(value_of(row) == value for _, value, value_of in filters)
-            if fits and (choice.id is None or row.id.startswith(choice.id)):
+            if fits and (id is None or row.id.startswith(id)):
                 yield row
 
     total = sum(1 for _ in matching())
@@ -91,8 +90,8 @@ def choose_rows(run: Run, choice: Choice) -> tuple[int, Iterator[tuple[int, Any]
             counts = ", ".join(f"{other} ({count})" for other, count in known.most_common())
             hint = f"use one of {counts}" if known else f"the run has no {what}"
             raise UsageError(f"no {what} with {option} {value}", hint)
-    last = total if choice.limit is None else min(total, choice.first - 1 + choice.limit)
-    return total, itertools.islice(enumerate(matching(), 1), choice.first - 1, max(last, choice.first - 1))
+    last = total if limit is None else min(total, first - 1 + limit)
+    return total, itertools.islice(enumerate(matching(), 1), first - 1, max(last, first - 1))
 
 
 def count_rows(run: Run) -> list[dict[str, Any]]:
@@ -124,3 +123,71 @@ class Problems:
         with open(self._path, "rb") as file:
             file.seek(self._offsets[id])
             return Problem.model_validate_json(file.readline())
+
+
+# -- a row in the terminal -----------------------------------------------------------------------------------------
+
+COLORS = {"key": "yellow", "cause": "red", "correction": "green", "generalized": "magenta", "answer": "bold"}
+OUTCOMES = {True: ("right", "green"), False: ("wrong", "red"), None: ("outcome unknown", "yellow")}
+
+
+def highlight(text: str, wrong: int | None = None) -> Text:
+    """Any text with dimmed tags and colored contents; step `wrong`, from 1, is red. Control characters are replaced."""
+    shown = Text()
+    step_color, inside, position = "", "", 0
+    for match in TAG.finditer(text):
+        shown.append(visible(text[position : match.start()]), inside or step_color)
+        shown.append(match[0], "dim cyan")
+        position = match.end()
+        closes, name = bool(match[1]), tag_name(match[2])
+        if name != "step":
+            inside = "" if closes else COLORS[name]
+        else:
+            is_wrong = not closes and match[3] and int(match[3]) == wrong
+            step_color, inside = "red" if is_wrong else "", ""
+    shown.append(visible(text[position:]), inside or step_color)
+    return shown
+
+
+def format_row(row: AnyRow, number: int, total: int, problems: Problems) -> Text:
+    """Row `number` of `total`, followed by an empty line. Its question is looked up in `problems`."""
+    heading: list[tuple[str, str]] = []
+    match row:
+        case Problem():
+            body = [highlight(row.solution or "")]
+        case Template():
+            body = [highlight(row.trace)]
+        case Attempt():
+            heading = [(f"sample {row.sample}", ""), OUTCOMES[row.correct]]
+            body = [highlight(row.trace, row.first_error)]
+        case Review():
+            verdict = (f"wrong at step {row.step}", "red") if row.step else ("all steps right", "green")
+            heading = [(f"sample {row.sample}", ""), verdict]
+            body = [highlight(row.trace, row.step)]
+        case Drop():
+            sample = "" if row.sample is None else f", sample {row.sample}"
+            heading = [(f"{row.stage}{sample}", ""), (row.reason, "bold red")]
+            body = [Text(visible(row.detail), "yellow"), highlight(row.raw)]
+        case Pair():
+            heading = [
+                (f"sample {row.sample}, {row.kind} at step {row.step}", ""),
+                (f"chosen by {row.origin}", "green"),
+            ]
+            body = [Text(visible("".join(row.prefix)), "dim")]
+            for name, text, color in (("chosen", row.chosen, "green"), ("rejected", row.rejected, "red")):
+                body.append(Text().append(f"{name:<9}", f"bold {color}").append(visible(text.strip()), color))
+    if isinstance(row, Template | Review) and row.requests > 1:
+        heading.append((f"{row.requests} requests", "yellow"))
+
+    lines = Text().append(f"{number}/{total}  ", "dim").append(visible(row.id), "bold cyan")
+    for text, style in heading:
+        lines.append("  ").append(visible(text), style)
+    problem = row if isinstance(row, Problem | Template) else problems.get(row.id)
+    if problem is not None:
+        lines.append("\n").append(visible(problem.question.strip()), "italic")
+        lines.append("\ngold answer ", "dim").append(visible(problem.answer), "bold")
+    for part in body:
+        part.rstrip()
+        if part:
+            lines.append("\n").append_text(part)
+    return lines.append("\n\n")

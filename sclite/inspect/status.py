@@ -211,7 +211,7 @@ def _read_model_stages(config: Config, run: Run) -> dict[str, Stage]:
     if not made:
         found["export"] = Stage()
 
-    if config.review.mode != "free" and config.review.threshold is None:
+    if config.review.needs_fit:
         fits = run.read_json(THRESHOLDS, dict[str, Fitted]) or {}
         for name, manifest in made.items():
             digests = [file["sha256"] for file in manifest["figures"].get("files", {}).values()]
@@ -261,9 +261,8 @@ def next_command(config: Config, stages: Mapping[str, Stage]) -> str:
     others = bool(config.attempts.source or config.attempts.student)
     others = others and stages["attempts"].state != NOT_BEGUN and stages["sft"].state == NOT_BEGUN
     if name is None:
-        fitted = config.review.mode == "free" or config.review.threshold is not None
-        fitted = fitted or ("threshold" in stages and bool(stages["threshold"].counts.get("fitted")))
-        words = ["chat", "--self-correct"] if fitted else ["chat"]
+        fitted = "threshold" in stages and bool(stages["threshold"].counts.get("fitted"))
+        words = ["chat", "--self-correct"] if fitted or not config.review.needs_fit else ["chat"]
     elif quickstart:
         words = ["quickstart"]
     elif name in ("problems", "templates"):

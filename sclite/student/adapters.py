@@ -60,10 +60,9 @@ def lora_targets(model: "PreTrainedModel", wanted: Sequence[str] = ()) -> list[s
         chosen = [path for path in paths if names[path] or not wanted]
         targets += [last] if chosen == paths and last not in others else chosen
     if unknown := [name for name in wanted if name not in found]:
-        raise UsageError(
-            f"lora.target_modules: {model.config.model_type} has no linear layer named {', '.join(unknown)}",
-            f"choose from {', '.join(eligible)}, or leave target_modules empty for all of them",
-        )
+        why = f"{model.config.model_type} has no linear layer named {', '.join(unknown)}"
+        hint = f"choose from {', '.join(eligible)}, or leave target_modules empty for all of them"
+        raise UsageError(f"lora.target_modules: {why}", hint)
     return targets
 
 
@@ -78,10 +77,8 @@ def check_adapter(folder: Path) -> None:
         if not isinstance(config, dict) or config.get("peft_type") != "LORA":
             raise ValueError("adapter_config.json describes no LoRA")
     except (OSError, ValueError, SafetensorError) as error:
-        raise DataError(
-            f"the adapter in {folder} cannot be read: {error}",
-            "restore it from a backup, or delete the folder and train its stage again with --fresh",
-        ) from error
+        hint = "restore it from a backup, or delete the folder and train its stage again with --fresh"
+        raise DataError(f"the adapter in {folder} cannot be read: {error}", hint) from error
 
 
 def load_adapter(model: "PeftModel", folder: Path) -> None:

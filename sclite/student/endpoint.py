@@ -78,10 +78,8 @@ class Endpoint(Student):
 
     def _job(self, index: int, request: Request) -> Job:
         if request.pieces:
-            raise UsageError(
-                f"{self.name} is an endpoint: it cannot continue a given beginning",
-                "use free review (review.mode=free), or a GGUF of this model",
-            )
+            hint = "use free review (review.mode=free), or a GGUF of this model"
+            raise UsageError(f"{self.name} is an endpoint: it cannot continue a given beginning", hint)
         parameters = {
             "temperature": request.temperature,
             "max_tokens": request.max_tokens,

@@ -34,20 +34,16 @@ ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 def model_name(student: Student) -> str:
     """The Hub ID or folder of the base model. Raises UsageError if none is set, DataError if a folder is missing."""
     if not student.model:
-        raise UsageError(
-            "no student is configured",
-            "add a Hub ID or a folder, for example --set student.model=Qwen/Qwen2.5-1.5B-Instruct",
-        )
+        hint = "add a Hub ID or a folder, for example --set student.model=Qwen/Qwen2.5-1.5B-Instruct"
+        raise UsageError("no student is configured", hint)
     if student.model == EMBEDDED:
         return str(EMBEDDED_FOLDER)
     path = Path(student.model).expanduser()
     if (path / "config.json").is_file():
         return str(path)
     if student.model.startswith((".", "/", "~")):
-        raise DataError(
-            f"student.model: {path} has no config.json",
-            "give the folder of a Hugging Face model, or a Hub ID",
-        )
+        hint = "give the folder of a Hugging Face model, or a Hub ID"
+        raise DataError(f"student.model: {path} has no config.json", hint)
     return student.model
 
 
@@ -90,20 +86,17 @@ def select_gpu(gpu: int | None) -> None:
     elif number < len(devices):
         os.environ["CUDA_VISIBLE_DEVICES"] = devices[number]
     elif gpu is not None:
-        raise DeviceError(
-            f"--gpu {gpu} is out of range for CUDA_VISIBLE_DEVICES={visible} (numbering starts at 0)",
-            "unset CUDA_VISIBLE_DEVICES, or omit --gpu",
-        )
+        message = f"--gpu {gpu} is out of range for CUDA_VISIBLE_DEVICES={visible} (numbering starts at 0)"
+        hint = "unset CUDA_VISIBLE_DEVICES, or omit --gpu"
+        raise DeviceError(message, hint)
     if gpu is None:
         return
     import torch
 
     if not torch.cuda.is_available():
         build = "" if torch.version.cuda else "; this PyTorch is a CPU build"
-        raise DeviceError(
-            f"CUDA GPU {gpu} not found{build}",
-            "omit --gpu to train on the CPU (small students only); run `sclite doctor` for details",
-        )
+        hint = "omit --gpu to train on the CPU (small students only); run `sclite doctor` for details"
+        raise DeviceError(f"CUDA GPU {gpu} not found{build}", hint)
 
 
 def select_backend(student: Student) -> str:
@@ -113,14 +106,13 @@ def select_backend(student: Student) -> str:
     if student.backend == "plain" or (student.backend == "auto" and not torch.cuda.is_available()):
         return "plain"
     if not torch.cuda.is_available():
-        raise DeviceError(
-            "student.backend = unsloth needs a CUDA GPU", "use --set student.backend=plain on a CPU"
-        )
+        hint = "use --set student.backend=plain on a CPU"
+        raise DeviceError("student.backend = unsloth needs a CUDA GPU", hint)
     if importlib.util.find_spec("unsloth") is None:
-        raise DeviceError(
-            "Unsloth is not installed",
-            "pip install -e '.[cuda]' in sclite's checkout; or --set student.backend=plain, which is slower",
+        hint = (
+            "pip install -e '.[cuda]' in sclite's checkout; or --set student.backend=plain, which is slower"
         )
+        raise DeviceError("Unsloth is not installed", hint)
     return "unsloth"
 
 
@@ -184,10 +176,8 @@ def load_student(
     tokenizer, model_config = load_tokenizer(name), read_config(name)
     backend, most = select_backend(config.student), max_positions(model_config)
     if settings.max_length > most:
-        raise DataError(
-            f"max_length = {settings.max_length}: the student supports {most} positions",
-            f"set max_length of [sft], [warmup] and [dpo] to {most} at most",
-        )
+        hint = f"set max_length of [sft], [warmup] and [dpo] to {most} at most"
+        raise DataError(f"max_length = {settings.max_length}: the student supports {most} positions", hint)
     check_vocabulary(tokenizer, model_config, name)
     padding_free = is_padding_free(model_config, settings, backend)
     if adapter is not None:
@@ -244,10 +234,8 @@ def is_padding_free(model_config: PretrainedConfig, settings: TrainingStage, bac
     text_config = model_config.get_text_config()
     stateful = any(kind not in ATTENTION for kind in getattr(text_config, "layer_types", None) or ())
     if stateful and settings.padding_free:
-        raise DataError(
-            f"padding_free = true: layers of {text_config.model_type} would mix the rows",
-            "unset padding_free",
-        )
+        hint = "unset padding_free"
+        raise DataError(f"padding_free = true: layers of {text_config.model_type} would mix the rows", hint)
     return not stateful and (backend == "unsloth" if settings.padding_free is None else settings.padding_free)
 
 
@@ -331,10 +319,9 @@ def _load(
     if lora is None:
         return model
     if unsupported := [x for x in ("rank_pattern", "alpha_pattern", "use_dora") if getattr(lora, x)]:
-        raise DataError(
-            f"the adapter of the run uses {unsupported[0]}, which Unsloth training does not support",
-            "use a plain LoRA, or --set student.backend=plain",
-        )
+        message = f"the adapter of the run uses {unsupported[0]}, which Unsloth training does not support"
+        hint = "use a plain LoRA, or --set student.backend=plain"
+        raise DataError(message, hint)
     targets = lora.target_modules or []
     return FastLanguageModel.get_peft_model(
         model,

@@ -93,10 +93,8 @@ def hidden_states(model: "torch.nn.Module", batch: Padded) -> Hidden:
         rows, expected = batch.ids.shape
         starts = torch.arange(rows) * expected
     if hidden.shape[1] != expected:
-        raise DataError(
-            f"rows of {expected} tokens were truncated to {hidden.shape[1]}",
-            "lower max_length to what the student supports",
-        )
+        hint = "lower max_length to what the student supports"
+        raise DataError(f"rows of {expected} tokens were truncated to {hidden.shape[1]}", hint)
     return Hidden(hidden.reshape(-1, hidden.shape[-1]), starts)
 
 

@@ -38,9 +38,8 @@ def call_ollama(
         found = response.json()
         failed = response.is_error or not isinstance(found, dict)
     except (httpx.HTTPError, ValueError) as error:
-        raise TeacherError(
-            f"Ollama does not answer at {url}: {error}", "start it: ollama serve (OLLAMA_HOST is its address)"
-        ) from None
+        hint = "start it: ollama serve (OLLAMA_HOST is its address)"
+        raise TeacherError(f"Ollama does not answer at {url}: {error}", hint) from None
     if failed:
         reason = found.get("error") if isinstance(found, dict) else found
         raise TeacherError(f"Ollama at {url} refuses {path}: {reason}", "update Ollama, and see its log")
@@ -52,8 +51,6 @@ def find_model(url: str, name: str) -> str:
     models = {str(m.get("name")).lower(): m for m in call_ollama(url, "/api/tags").get("models") or ()}
     found = models.get(name.lower()) or models.get(f"{name.lower()}:latest")
     if found is None:
-        raise TeacherError(
-            f"Ollama at {url} has no model {name}",
-            f"get it with: ollama pull {name}; `ollama list` shows the installed models",
-        )
+        hint = f"get it with: ollama pull {name}; `ollama list` shows the installed models"
+        raise TeacherError(f"Ollama at {url} has no model {name}", hint)
     return str(found.get("digest"))

@@ -280,10 +280,8 @@ class Teacher(AbstractContextManager["Teacher"]):
             cost_usd = spent / rows * left if known else None
             forecast = Forecast(rows, spent if known else None, left, cost_usd, seconds / rows * left)
             if left > 0 and cost_usd != 0 and not self.confirm(forecast):
-                raise Declined(
-                    f"stopped after {done} of {total} rows, as you answered",
-                    "paid replies are kept; re-run to resume, with --yes to skip the question",
-                )
+                hint = "paid replies are kept; re-run to resume, with --yes to skip the question"
+                raise Declined(f"stopped after {done} of {total} rows, as you answered", hint)
             break
         yield from self.ask_all(pending, stage)
 

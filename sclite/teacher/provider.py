@@ -152,10 +152,8 @@ def prepare_process(connections: int) -> None:
             ssl.create_default_context(cafile=path)
         except OSError as error:  # an SSLError too
             why = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
-            raise UsageError(
-                f"SSL_CERT_FILE={path} {why}",
-                "fix the path, or unset SSL_CERT_FILE to use the system's certificates",
-            ) from None
+            hint = "fix the path, or unset SSL_CERT_FILE to use the system's certificates"
+            raise UsageError(f"SSL_CERT_FILE={path} {why}", hint) from None
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = connections + _OTHER_FILES
     if soft != resource.RLIM_INFINITY and soft < needed:
@@ -174,10 +172,8 @@ def prepare_process(connections: int) -> None:
 def require_model(settings: config.Teacher) -> None:
     """Raise UsageError if no teacher is set."""
     if not settings.model:
-        raise UsageError(
-            "teacher.model is not set",
-            "add a LiteLLM model, as in --set teacher.model=openai/gpt-5.4-mini, or set it in sclite.toml",
-        )
+        hint = "add a LiteLLM model, as in --set teacher.model=openai/gpt-5.4-mini, or set it in sclite.toml"
+        raise UsageError("teacher.model is not set", hint)
 
 
 def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None) -> Provider:
@@ -201,10 +197,9 @@ def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None)
     try:
         name = litellm.get_llm_provider(settings.model, api_base=settings.api_base or None)[1]
     except litellm.exceptions.BadRequestError:
-        raise UsageError(
-            f"teacher.model {settings.model}: LiteLLM knows no provider of that name",
-            "write PROVIDER/NAME: anthropic/NAME, ollama_chat/NAME, or openai/NAME for an OpenAI-compatible endpoint",
-        ) from None
+        message = f"teacher.model {settings.model}: LiteLLM knows no provider of that name"
+        hint = "write PROVIDER/NAME: anthropic/NAME, ollama_chat/NAME, or openai/NAME for an OpenAI-compatible endpoint"
+        raise UsageError(message, hint) from None
     missing = litellm.validate_environment(settings.model)["missing_keys"]
     missing = [variable for variable in missing if variable.endswith("_API_KEY")]
     options: dict[str, Any] = {"api_base": address} if address else {}
@@ -218,10 +213,9 @@ def connect(settings: config.Teacher, prepare: Callable[[], None] | None = None)
         options["allowed_openai_params"] = new  # LiteLLM refuses those that it does not know for this model
     key_variable = missing[0] if missing else f"{name.upper()}_API_KEY"
     if not re.fullmatch("[!-~]*", os.environ.get(key_variable, "")):
-        raise UsageError(
-            f"the key in {key_variable} contains a space, a line break or a non-ASCII character",
-            f"copy the whole key and run: export {key_variable}=..",
-        )
+        message = f"the key in {key_variable} contains a space, a line break or a non-ASCII character"
+        hint = f"copy the whole key and run: export {key_variable}=.."
+        raise UsageError(message, hint)
     prices = litellm.model_cost
     listed = prices.get(settings.model) or prices.get(settings.model.partition("/")[2]) or {}
     price = find_price(settings, name, listed)

@@ -60,7 +60,12 @@ def environment_of(home: Path) -> dict[str, str]:
 def write_inputs(work: Path, problems: list[Problem]) -> None:
     """Write what the drivers read: the problems for sclite, and the chats that it makes of them for the others."""
     chats = [
-        {"id": p.id, "messages": prompts.template_messages(p.question, p.solution or p.answer, p.answer)}
+        {
+            "id": p.id,
+            "messages": prompts.teacher_messages(
+                "teacher_template", p.question, p.solution or p.answer, p.answer
+            ),
+        }
         for p in problems
     ]
     for name, rows in (("problems", [p.model_dump() for p in problems]), ("requests", chats)):

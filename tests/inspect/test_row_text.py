@@ -2,8 +2,7 @@
 
 import pytest
 
-from sclite.inspect.row_text import format_row, highlight
-from sclite.inspect.rows import Problems
+from sclite.inspect.rows import Problems, format_row, highlight
 from sclite.records import Attempt, Drop, Pair, Problem, Review, Row, Template
 
 REVIEW = (

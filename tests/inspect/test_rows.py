@@ -5,7 +5,7 @@ import tracemalloc
 import pytest
 
 from sclite.errors import DataError, UsageError
-from sclite.inspect.rows import FILES, Choice, Problems, choose_rows, count_rows
+from sclite.inspect.rows import FILES, Problems, choose_rows, count_rows
 from sclite.records import Attempt, Drop, Pair, Problem, Review, Template
 from sclite.run import Run
 
@@ -34,8 +34,8 @@ def full(run) -> Run:
     return run
 
 
-def ids(run: Run, choice: Choice) -> list[str]:
-    return [row.id for _, row in choose_rows(run, choice)[1]]
+def ids(run: Run, what: str, **choice) -> list[str]:
+    return [row.id for _, row in choose_rows(run, what, **choice)[1]]
 
 
 def test_the_overview_counts_rows_kinds_and_reasons(full):
@@ -49,35 +49,39 @@ def test_the_overview_counts_rows_kinds_and_reasons(full):
 
 
 def test_rows_are_chosen_by_reason_kind_and_id_prefix(full):
-    assert choose_rows(full, Choice("drops", reason="leak"))[0] == 2
-    assert choose_rows(full, Choice("drops", reason="leak", kind="corrections"))[0] == 1
-    assert ids(full, Choice("attempts", kind="wrong")) == ["p1", "p3"]
-    assert ids(full, Choice("attempts", kind="unknown")) == ["p2"]
-    assert ids(full, Choice("problems", id="p3")) == ["p3"]
-    assert ids(full, Choice("problems", id="3")) == []
-    assert ids(full, Choice("drops", reason="no_steps", id="p9")) == []  # no error: the reason is known
+    assert choose_rows(full, "drops", reason="leak")[0] == 2
+    assert choose_rows(full, "drops", reason="leak", kind="corrections")[0] == 1
+    assert ids(full, "attempts", kind="wrong") == ["p1", "p3"]
+    assert ids(full, "attempts", kind="unknown") == ["p2"]
+    assert ids(full, "problems", id="p3") == ["p3"]
+    assert ids(full, "problems", id="3") == []
+    assert ids(full, "drops", reason="no_steps", id="p9") == []  # no error: the reason is known
 
 
 def test_first_and_limit_count_matching_rows(full):
-    assert list(choose_rows(full, Choice("attempts", kind="wrong", first=2))[1]) == [(2, attempt(3, False))]
-    total, rows = choose_rows(full, Choice("problems", first=2, limit=2))
+    assert list(choose_rows(full, "attempts", kind="wrong", first=2)[1]) == [(2, attempt(3, False))]
+    total, rows = choose_rows(full, "problems", first=2, limit=2)
     assert (total, [number for number, _ in rows]) == (4, [2, 3])
-    assert ids(full, Choice("problems", first=9, limit=1)) == []
+    assert ids(full, "problems", first=9, limit=1) == []
 
 
 @pytest.mark.parametrize(
     ("choice", "message", "hint"),
     [
-        (Choice("templats"), "templats", ", ".join(FILES)),
-        (Choice("drops", reason="lek"), "--reason lek", "leak (2), no_steps (1)"),
-        (Choice("attempts", kind="bad"), "--kind bad", "wrong (2), right (1), unknown (1)"),
-        (Choice("problems", kind="bad"), "--kind does not apply to problems", "attempts, reviews, pairs"),
-        (Choice("pairs", reason="leak"), "--reason applies to drops", "sclite show drops"),
+        ({"what": "templats"}, "templats", ", ".join(FILES)),
+        ({"what": "drops", "reason": "lek"}, "--reason lek", "leak (2), no_steps (1)"),
+        ({"what": "attempts", "kind": "bad"}, "--kind bad", "wrong (2), right (1), unknown (1)"),
+        (
+            {"what": "problems", "kind": "bad"},
+            "--kind does not apply to problems",
+            "attempts, reviews, pairs",
+        ),
+        ({"what": "pairs", "reason": "leak"}, "--reason applies to drops", "sclite show drops"),
     ],
 )
 def test_an_unknown_choice_names_the_known_ones(full, choice, message, hint):
     with pytest.raises(UsageError, match=message) as error:
-        choose_rows(full, choice)
+        choose_rows(full, **choice)
     assert hint in error.value.hint
 
 
@@ -92,13 +96,13 @@ def test_a_missing_run_names_the_runs_beside_it(full):
 
 
 def test_every_row_is_read_before_the_first_is_shown(full):
-    total, rows = choose_rows(full, Choice("problems"))
+    total, rows = choose_rows(full, "problems")
     full.append("problems.jsonl", [problem(9)])  # is not shown
     assert len(list(rows)) == total == 4
     with open(full.path("problems.jsonl"), "a") as file:
         file.write("no JSON\n")
     with pytest.raises(DataError, match=r"problems\.jsonl, line 6"):
-        choose_rows(full, Choice("problems"))
+        choose_rows(full, "problems")
 
 
 def test_a_problem_is_found_by_its_id(full):
@@ -112,7 +116,7 @@ def test_a_large_file_is_never_held_in_memory(run):
     count = 5000
     run.append("dropped.jsonl", (Drop(stage="s", id=str(n), reason="r", raw="x" * 900) for n in range(count)))
     tracemalloc.start()
-    assert sum(1 for _ in choose_rows(run, Choice("drops", reason="r"))[1]) == count
+    assert sum(1 for _ in choose_rows(run, "drops", reason="r")[1]) == count
     count_rows(run)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

@@ -34,7 +34,9 @@ def damaged(problem, draw):
 
 def test_every_template_passes_the_filters_and_is_right(grader):
     for problem in PROBLEMS:
-        messages = prompts.template_messages(problem.question, problem.solution, problem.answer)
+        messages = prompts.teacher_messages(
+            "teacher_template", problem.question, problem.solution, problem.answer
+        )
         reply = tutor.reply(list(messages))
         assert isinstance(check_template(reply, problem, grader), Trace)
         assert reply == render(parse(reply).trace)
@@ -46,7 +48,8 @@ def test_every_correction_passes_the_filters_and_is_true(grader):
     for problem in PROBLEMS:
         attempt, wrong = damaged(problem, draw)
         row = Attempt(id=problem.id, sample=0, trace=render(attempt), answer=attempt.answer, correct=False)
-        messages = prompts.correction_messages(problem.question, problem.solution, problem.answer, row.trace)
+        given = (problem.question, problem.solution, problem.answer, row.trace)
+        messages = prompts.teacher_messages("teacher_correction", *given)
         reply = tutor.reply(list(messages))
         assert isinstance(check_review(reply, row, problem, grader), Trace), reply
         review = parse(reply).trace
@@ -99,9 +102,12 @@ def test_an_operation_is_split_into_easy_ones():
 
 
 def test_other_problems_are_declined_and_work_without_steps_gets_a_reply():
-    messages = prompts.template_messages("What is the capital of France?", "Paris.", "Paris")
+    messages = prompts.teacher_messages(
+        "teacher_template", "What is the capital of France?", "Paris.", "Paris"
+    )
     assert tutor.reply(list(messages)) == "I only know arithmetic stories, and I see none here."
     problem = PROBLEMS[0]
     for work in ("", "I do not know.", "<Step1>", "<Step1>9 / 0 = 0\n</Step1>", "<Answer>5</Answer>"):
-        messages = prompts.correction_messages(problem.question, problem.solution, problem.answer, work)
+        given = (problem.question, problem.solution, problem.answer, work)
+        messages = prompts.teacher_messages("teacher_correction", *given)
         assert tutor.reply(list(messages))

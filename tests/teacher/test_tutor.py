@@ -7,7 +7,7 @@ from sclite.teacher.client import Job, Teacher
 
 def test_tutor_is_reached_through_litellm_free_of_charge(ledger):
     chats = [
-        prompts.template_messages(problem.question, problem.solution, problem.answer, "")
+        prompts.teacher_messages("teacher_template", problem.question, problem.solution, problem.answer)
         for problem in stories.generate(12, 5)
     ]
     jobs = [Job(str(n), lambda error, chat=chat: chat, lambda reply: None) for n, chat in enumerate(chats)]
