@@ -22,6 +22,12 @@ def ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.fixture(autouse=True)
+def _key(monkeypatch):
+    """Every test has a made-up key, and none the user's."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test-secret")
+
+
 @pytest.fixture(scope="session")
 def grader():
     """A real grader; its workers start when they are first needed."""

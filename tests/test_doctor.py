@@ -41,7 +41,10 @@ def nvidia_smi(tmp_path, monkeypatch, torch_with_gpus):
     return write
 
 
-def test_gpu_processes_are_sorted_by_size(nvidia_smi):
+def test_gpu_processes_are_sorted_by_size_or_unknown(nvidia_smi):
+    assert doctor.gpu_processes(0) is None  # there is no nvidia-smi
+    nvidia_smi("END\nexit 9\n")
+    assert doctor.gpu_processes(0) is None
     nvidia_smi("1201, /usr/bin/Xorg, 204\n4242, python, serve.py, 11822\n77, [Not Found], [N/A]")
     processes = [
         {"pid": 4242, "name": "python, serve.py", "gb": 12.396},
@@ -56,12 +59,6 @@ def test_gpu_processes_are_sorted_by_size(nvidia_smi):
 def test_every_gpu_is_listed_with_its_memory(torch_with_gpus):
     first = {"name": "RTX 4090", "total_gb": 24.0, "free_gb": 20.0}
     assert doctor.list_gpus() == [first, {**first, "name": "RTX 3090", "free_gb": 4.0}]
-
-
-def test_without_nvidia_smi_gpu_processes_are_unknown(nvidia_smi):
-    assert doctor.gpu_processes(0) is None
-    nvidia_smi("END\nexit 9\n")
-    assert doctor.gpu_processes(0) is None
 
 
 @pytest.mark.parametrize(("visible", "physical"), [("", [0, 1]), ("3", [3, 1]), ("5, 2", [5, 2])])

@@ -25,7 +25,6 @@ OWN = "Hm.</Cause>\n<Correction>It is 80.</Correction>"
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch, tmp_path):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123456")
     monkeypatch.chdir(tmp_path)
 
 

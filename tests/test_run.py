@@ -18,6 +18,7 @@ from sclite.records import Attempt, Drop, Problem
 from sclite.run import Report, Run, timed, write_text
 from sclite.signature import differences, digest, digest_rows
 from sclite.train.stage import training_inputs
+from tests.toy import wait_until
 
 
 def problem(number: int, question: str = "How many?") -> Problem:
@@ -119,14 +120,11 @@ def test_a_killed_writer_leaves_whole_rows_and_no_lock(tmp_path):
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)])
     run = Run(tmp_path / "run")
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and len(run.read("problems.jsonl", Problem)) < 20:
-        time.sleep(0.05)
+    wait_until(lambda: len(run.read("problems.jsonl", Problem)) >= 20)
     process.send_signal(signal.SIGKILL)
     process.wait()
     rows = run.read("problems.jsonl", Problem)
     assert [row.id for row in rows] == [str(n) for n in range(len(rows))]
-    assert len(rows) >= 20
     with run.lock():
         run.append("problems.jsonl", [problem(1)])
     assert run.read("problems.jsonl", Problem) == [*rows, problem(1)]
@@ -223,10 +221,14 @@ def test_time_is_counted_even_if_the_block_fails():
     assert report.seconds > 1.01
 
 
-def test_sixteen_letters_that_are_no_hash_are_shown():
-    before, now = {"student.model": "qwen/qwen-4-mini"}, {"student.model": "qwen/qwen-5-mini"}
-    assert differences(before, now) == ["student.model: qwen/qwen-4-mini before, qwen/qwen-5-mini now"]
-    assert differences({"x": "0123456789abcdef"}, {"x": None}) == ["x changed"]
+def test_differences_name_the_setting_and_both_values_but_no_hashes():
+    before, now = {"lora": {"r": 8}, "seed": 0}, {"lora": {"r": 16}, "seed": 0}
+    assert differences(before, now) == ["lora.r: 8 before, 16 now"]
+    assert differences(before, before) == []
+    letters = {"student.model": "qwen/qwen-4-mini"}, {"student.model": "qwen/qwen-5-mini"}  # sixteen
+    assert differences(*letters) == ["student.model: qwen/qwen-4-mini before, qwen/qwen-5-mini now"]
+    for other in ("fedcba9876543210", None):
+        assert differences({"x.jsonl": "0123456789abcdef"}, {"x.jsonl": other}) == ["x.jsonl changed"]
 
 
 def test_the_embedded_student_is_signed_by_name(run):

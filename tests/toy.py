@@ -6,7 +6,8 @@ import random
 import runpy
 import subprocess
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -259,6 +260,13 @@ def start_training(config: Config, run: Run, stage: str) -> subprocess.Popen:
     """Train one stage in a process of its own."""
     command = [sys.executable, "-c", _CHILD.format(stage=stage), config.model_dump_json(), str(run.folder)]
     return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
 
 
 class Said(list):

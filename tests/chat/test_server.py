@@ -30,6 +30,7 @@ from sclite.student.llama_cpp.engine import Engine
 from sclite.student.loader import EMBEDDED_FOLDER
 from sclite.trace import parse
 from tests.chat.scripted import CORRECTING, WRONG, Scripted
+from tests.toy import wait_until
 
 ASK = [{"role": "user", "content": "Anna has 4 apples and buys 3 more. How many apples does she have?"}]
 ROOT = Path(__file__).resolve().parents[2]
@@ -316,13 +317,6 @@ def test_slow_answer_is_ended():
 
 
 # -- clients that come and go --------------------------------------------------------------------------------------
-
-
-def wait_until(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("streamed", [True, False])

@@ -97,9 +97,8 @@ def test_second_round_corrects_the_corrected_work():
 
 
 def test_step_corrected_while_solving_shows_cause_and_correction():
-    own = Trace(
-        (Step("2 + 2 = 5", "Count.", "The units end in 4.", "2 + 2 = 4"), Step("4 + 1 = 5")), None, "5"
-    )
+    noted = Step("2 + 2 = 5", "Count.", "The units end in 4.", "2 + 2 = 4")
+    own = Trace((noted, Step("4 + 1 = 5")), None, "5")
     _, view = watched(Scripted(text=render(own)), mode="")
     assert lines_of(view) == [
         "  ✗  1      2 + 2 = 5", "            key Count.", "            why The units end in 4.",

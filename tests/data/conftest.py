@@ -5,11 +5,6 @@ import pytest
 from tests.toy import Said, write_rows
 
 
-@pytest.fixture(autouse=True)
-def _key(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-test-secret")
-
-
 @pytest.fixture
 def write(tmp_path):
     """write(name, *rows): writes a JSONL file of these rows and returns its path."""

@@ -1,7 +1,5 @@
 """Files put into the run replace their stage; labelled work is corrected without a student."""
 
-import json
-
 import numpy as np
 import pytest
 from safetensors.numpy import save
@@ -221,21 +219,18 @@ def test_own_pairs_without_a_signature_do_not_count_as_imported(filled, grader):
 WEIGHTS = save({"lora_A": np.zeros((2, 2), np.float32)})
 
 
-def put_adapter(run, kind: str = "LORA") -> None:
+def put_adapter(run) -> None:
     run.path("sft/adapter").mkdir(parents=True)
     run.path("sft/adapter/adapter_model.safetensors").write_bytes(WEIGHTS)
-    run.path("sft/adapter/adapter_config.json").write_text(json.dumps({"peft_type": kind}))
+    run.path("sft/adapter/adapter_config.json").write_text('{"peft_type": "LORA"}')
 
 
-def test_imported_adapter_replaces_sft(run):
+def test_imported_adapter_replaces_sft_if_it_is_a_lora(run):
     put_adapter(run)
     report = train_sft(config.Config(), run)
     assert (report.skipped, report.counts) == (True, {"imported": 1})
     assert run.path("sft/adapter/adapter_model.safetensors").read_bytes() == WEIGHTS
-
-
-def test_adapter_without_a_lora_configuration_is_reported(run):
-    put_adapter(run, "IA3")
+    run.path("sft/adapter/adapter_config.json").write_text('{"peft_type": "IA3"}')
     with pytest.raises(DataError, match="describes no LoRA"):
         train_sft(config.Config(), run)
     run.path("sft/adapter/adapter_config.json").unlink()

@@ -76,9 +76,8 @@ def write(tmp_path):
 
 
 def test_page_has_no_external_resources(write):
-    page, _, reader = write(
-        examples=[("", EXAMPLE)], curves={"sft": losses(*(1 / (k + 1) for k in range(9)))}
-    )
+    curves = {"sft": losses(*(1 / (k + 1) for k in range(9)))}
+    page, _, reader = write(examples=[("", EXAMPLE)], curves=curves)
     assert not {"script", "link", "img", "iframe", "object", "base"} & set(reader.tags)
     assert not {"src", "href", "srcset", "action"} & {name for name, _ in reader.attributes}
     assert not re.search(r"url\(|@import|https?:", page)

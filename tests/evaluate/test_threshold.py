@@ -245,9 +245,8 @@ def test_fit_stops_at_its_share(known_with):
     known.wrong_step = [number % 3 for number in range(len(MANY))]
     known.fit(max_harm=1.0)
     assert known.solved == len(MANY)
-    assert (
-        threshold.MAX_SHARE <= known.share_tried < threshold.MAX_SHARE + threshold.BLOCK
-    )  # those of the first half alone too
+    low = threshold.MAX_SHARE  # of those of the first half alone too
+    assert low <= known.share_tried < low + threshold.BLOCK
 
 
 def test_blocks_without_a_wrong_answer_do_not_stop_the_fit(known_with):

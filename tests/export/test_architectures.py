@@ -80,9 +80,8 @@ def patched(converter, tmp_path_factory):
     shutil.copytree(converter, folder, ignore=shutil.ignore_patterns("__pycache__"))
     base = folder / "conversion/base.py"
     source = base.read_text(encoding="utf-8")
-    unknown = (
-        'raise NotImplementedError("BPE pre-tokenizer was not recognized - update get_vocab_base_pre()")'
-    )
+    message = "BPE pre-tokenizer was not recognized - update get_vocab_base_pre()"
+    unknown = f'raise NotImplementedError("{message}")'
     assert unknown in source
     base.write_text(source.replace(unknown, 'return "gpt-2"'), encoding="utf-8")
     return folder

@@ -408,22 +408,12 @@ def test_unfinished_file_is_ignored(run):
         exports.find_gguf(context, None)
 
 
-def test_adapter_that_names_another_base_gives_a_warning(base, run):
-    config = config_of(base)
-    export.export_model(config, run, "sft")
-    assert ollama.write_modelfile(run, config, "sft")[1] == []
-    run.path("sft/adapter/trained_on.json").unlink()
-    path = run.path("sft/adapter/adapter_config.json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "org/other"}))
-    assert "was trained on org/other" in ollama.write_modelfile(run, config, "sft")[1][0]
-
-
-def test_model_card_has_base_settings_files_and_evaluation(base, run):
+def test_model_card_has_base_settings_files_and_evaluation_and_another_base_a_warning(base, run):
     known = {"problems": {"source": "openai/gsm8k"}, "teacher": {"model": "openai/large"}}
     config = Config.model_validate(config_of(base).model_dump() | known)
     run.sign("sft", {}, Report("sft", counts={"rows": 12}))
     report = export.export_model(config, run, "sft")
-    ollama.write_modelfile(run, config, "sft")
+    assert ollama.write_modelfile(run, config, "sft")[1] == []
     assert "Not evaluated" in run.path("export/README.md").read_text()
     figures = {"n": 50, "acc_t1": 0.5, "acc_t1_interval": [0.4, 0.6], "acc_t2": None, "acc_t2_interval": None}
     run.path("eval/test").mkdir(parents=True)
@@ -443,6 +433,10 @@ def test_model_card_has_base_settings_files_and_evaluation(base, run):
     ):
         assert f"\n{line}\n" in card.text
     assert str(base) not in card.text
+    run.path("sft/adapter/trained_on.json").unlink()
+    path = run.path("sft/adapter/adapter_config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "org/other"}))
+    assert "was trained on org/other" in ollama.write_modelfile(run, config, "sft")[1][0]
 
 
 def test_full_disk_is_an_error_and_leaves_no_files(base, run):

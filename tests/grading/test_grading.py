@@ -25,6 +25,7 @@ from sclite.grading.algebra import same_formula
 from sclite.grading.extract import extract
 from sclite.grading.worker import Grader
 from sclite.helper_process import HelperProcess
+from tests.toy import wait_until
 
 PAIRS = [json.loads(line) for line in (Path(__file__).parent / "answer_pairs.jsonl").read_text().splitlines()]
 SHARED = Path(os.environ.get("SCLITE_SHARED") or Path(__file__).resolve().parents[3] / "shared") / "data"
@@ -264,10 +265,7 @@ def test_a_worker_ends_when_its_parent_is_killed(hung):
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     parent.stdout.close()
-    deadline = time.monotonic() + 10
-    while _runs(worker) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not _runs(worker)
+    wait_until(lambda: not _runs(worker))
 
 
 def _shared(name: str) -> list[dict]:

@@ -12,26 +12,28 @@ from tests.toy import tiny_llama, toy_config, toy_problems, toy_trace, write_toy
 
 
 @pytest.fixture(scope="module")
-def context(tmp_path_factory):
-    """(configuration, run) of a toy run and its tiny student."""
+def config(tmp_path_factory):
+    return toy_config(tiny_llama(tmp_path_factory.mktemp("student")), warmup={"decision_weight": 8.0})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
     run = Run(tmp_path_factory.mktemp("run"))
     write_toy(run)
-    return toy_config(tiny_llama(tmp_path_factory.mktemp("student")), warmup={"decision_weight": 8.0}), run
+    return run
 
 
 def weighted_text(found: list[dict], weighted=bool) -> str:
     return "".join(token["text"] for token in found if weighted(token["weight"]))
 
 
-def test_a_template_has_loss_on_its_trace_and_end(context):
-    config, run = context
+def test_a_template_has_loss_on_its_trace_and_end(config, run):
     made = Labels(config, run, "templates").as_json(run.read("templates.jsonl", Template)[0])
     assert made["end_of_turn"] == "<|im_end|>"
     assert weighted_text(made["sequences"]["sft"]) == render(toy_trace(0)) + "<|im_end|>"
 
 
-def test_a_confirmation_has_one_sequence_and_a_correction_three(context):
-    config, run = context
+def test_a_confirmation_has_one_sequence_and_a_correction_three(config, run):
     labels = Labels(config, run, "reviews")
     confirmation, review, *_ = run.read("reviews.jsonl", Review)
     assert list(labels.as_json(confirmation)["sequences"]) == ["review"]
@@ -43,8 +45,7 @@ def test_a_confirmation_has_one_sequence_and_a_correction_three(context):
     assert "Correction" not in weighted_text(made["closed"])
 
 
-def test_both_sides_of_a_pair_are_shown(context):
-    config, run = context
+def test_both_sides_of_a_pair_are_shown(config, run):
     review = run.read("reviews.jsonl", Review)[1]
     work = parse(render(toy_trace(1, 1))).trace
     wrong = review.model_copy(update={"correction": "12 + 31 = 44"})
@@ -58,8 +59,7 @@ def test_both_sides_of_a_pair_are_shown(context):
     assert marked["weight"] == 0
 
 
-def test_a_page_counts_loss_tokens_and_marks_weights(context):
-    config, run = context
+def test_a_page_counts_loss_tokens_and_marks_weights_and_decisions(config, run):
     row = run.read("reviews.jsonl", Review)[1]
     page = Labels(config, run, "reviews").format_row(row, 2, 6).plain
     assert page.startswith("2/6  p1")
@@ -68,19 +68,15 @@ def test_a_page_counts_loss_tokens_and_marks_weights(context):
     assert "×9⟧" in page
     assert "\n⟦  tokens between" in page
     assert "\n▸  " in page
-
-
-def test_a_page_marks_decisions(context):
-    config, run = context
-    review, work = run.read("reviews.jsonl", Review)[1], parse(render(toy_trace(1, 1))).trace
-    page = Labels(config, run, "pairs").format_row(make_pairs(review, work)[0][0], 1, 1).plain
+    work = parse(render(toy_trace(1, 1))).trace
+    page = Labels(config, run, "pairs").format_row(make_pairs(row, work)[0][0], 1, 1).plain
     assert "0 with loss, 1 decision, ends with" in page
     assert page.count("◆") == 2  # there, and in the legend
     assert "⟦" not in page
     assert "▸" not in page
 
 
-def test_rows_that_are_not_trained_on_are_refused(context):
+def test_rows_that_are_not_trained_on_are_refused(config, run):
     with pytest.raises(UsageError, match="attempts are not trained on") as error:
-        Labels(*context, "attempts")
+        Labels(config, run, "attempts")
     assert "templates, reviews, pairs" in error.value.hint

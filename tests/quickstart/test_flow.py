@@ -35,8 +35,13 @@ def quickstarted(tmp_path_factory):
     return folder, folder / "runs/quickstart", json.loads(done.stdout)
 
 
-def test_json_output_holds_the_table_and_sft_teaches_the_form(quickstarted):
-    _, _, summary = quickstarted
+def test_json_output_holds_the_table_of_problems_that_were_never_trained_on(quickstarted):
+    _, run, summary = quickstarted
+    trained = {row["question"] for row in rows_of(run / "problems.jsonl")}
+    tested = {row["question"] for row in rows_of(run / summary["folder"] / "dpo.jsonl")}
+    assert trained
+    assert tested
+    assert not trained & tested
     assert set(summary["models"]) == {"base", "sft", "dpo"}
     for figures in summary["models"].values():
         assert figures["n"] + figures["unknown"] == 30
@@ -46,28 +51,15 @@ def test_json_output_holds_the_table_and_sft_teaches_the_form(quickstarted):
     assert summary["models"]["sft"]["format_validity"] > summary["models"]["base"]["format_validity"] + 0.5
 
 
-def test_dpo_starts_at_ln_2_from_the_warm_adapter(quickstarted):
+def test_dpo_starts_at_ln_2_and_its_gguf_agrees_with_the_trained_model(quickstarted):
     _, run, _ = quickstarted
     first = next(row for row in rows_of(run / "dpo/metrics.jsonl") if row["phase"] == "dpo")
     assert first["dpo_loss"] == pytest.approx(0.6931, abs=0.001)
     assert first["margin_max"] == pytest.approx(0, abs=1e-3)
-
-
-def test_the_gguf_agrees_with_the_trained_model(quickstarted):
-    _, run, _ = quickstarted
     parity = json.loads((run / "export/parity.json").read_text())
     assert parity["tokens_equal"] == parity["tokens_compared"] > 0
     assert all(figures["top1_agreement"] > 0.98 for figures in parity["files"].values())
     assert parity["unquantized"]["mean_abs_logprob_diff"] < 0.004
-
-
-def test_test_and_threshold_problems_were_never_trained_on(quickstarted):
-    _, run, summary = quickstarted
-    trained = {row["question"] for row in rows_of(run / "problems.jsonl")}
-    tested = {row["question"] for row in rows_of(run / summary["folder"] / "dpo.jsonl")}
-    assert trained
-    assert tested
-    assert not trained & tested
 
 
 def test_a_second_quickstart_repeats_no_stage(quickstarted):
@@ -112,10 +104,8 @@ def test_the_next_commands_can_be_typed_as_they_are(quickstarted):
     folder, run, _ = quickstarted
     done = sclite("quickstart", *SMALL, folder=folder)
     commands = [line.strip() for line in done.stdout.splitlines() if line.strip().startswith("sclite ")]
-    assert [command.split("  ")[0] for command in commands] == [
-        f"sclite chat --self-correct --run {run.relative_to(folder)}",
-        "sclite init",
-    ]
+    chat = f"sclite chat --self-correct --run {run.relative_to(folder)}"
+    assert [command.split("  ")[0] for command in commands] == [chat, "sclite init"]
 
 
 def test_other_commands_split_the_problems_alike(quickstarted):

@@ -17,11 +17,6 @@ from tests.replay import BROKEN, TeacherServer, fail, say
 TRACE = "<Step1>1 + 1 = 2\n</Step1>\n<Answer>2</Answer>"
 
 
-@pytest.fixture(autouse=True)
-def _key(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123456")
-
-
 def request(text, **settings):
     messages = ({"role": "system", "content": "Solve."}, {"role": "user", "content": text})
     return Request(messages, **{"temperature": 0.8, "top_p": 0.95, "seed": 3, "max_tokens": 77, **settings})
@@ -117,12 +112,12 @@ def test_rerun_costs_nothing_and_other_sampling_is_another_sample(run):
 
 
 def test_endpoint_error_names_the_student_and_never_the_key(run):
-    with TeacherServer(lambda body, nth: fail(401, "bad key sk-secret-123456")) as server:
+    with TeacherServer(lambda body, nth: fail(401, "bad key sk-test-secret")) as server:
         with pytest.raises(TeacherError) as error:
             ask(run, server.url, [request("1?")])
         said = f"{error.value.message} {error.value.hint}"
         assert f"student openai/small at {server.url} rejects the key" in said
-    assert "sk-secret" not in said
+    assert "sk-test" not in said
     with pytest.raises(TeacherError) as error:
         ask(run, "http://127.0.0.1:9/v1", [request("1?")])
     assert "attempts.api_base" in error.value.hint

@@ -21,13 +21,9 @@ from tests.toy import CHATML, sample_texts, write_tokenizer
 
 SOLVE = prompts.solve_messages("Anna has 3 apples and buys 4. How many?")
 TRACE = Trace((Step("3 + 4 = 7", "Count."), Step("7 + 0 = 7")), "Add.", "7")
-REVIEW = Trace(
-    (Step("3 + 4 = 7"), Step("7 + 1 = 9", None, "Too many.", "7 + 1 = 8"), Step("8 = 8")), None, "8"
-)
-
-THINKING = (
-    CHATML + "{% if add_generation_prompt and enable_thinking is not defined %}{{ '<think>' }}{% endif %}"
-)
+NOTED = Step("7 + 1 = 9", None, "Too many.", "7 + 1 = 8")
+REVIEW = Trace((Step("3 + 4 = 7"), NOTED, Step("8 = 8")), None, "8")
+OPENER = "{% if add_generation_prompt and enable_thinking is not defined %}{{ '<think>' }}{% endif %}"
 PLAIN = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
 
 
@@ -64,7 +60,7 @@ def test_prompt_ends_where_the_assistant_begins(tokenizer):
 
 
 def test_thinking_is_off_if_the_template_has_a_switch(folder):
-    assert not prompt_text(with_template(folder, THINKING), SOLVE).endswith("<think>")
+    assert not prompt_text(with_template(folder, CHATML + OPENER), SOLVE).endswith("<think>")
 
 
 def test_end_of_turn_comes_from_the_template(folder, tokenizer):

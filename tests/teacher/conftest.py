@@ -1,4 +1,4 @@
-"""What the tests of the teacher share: a key, a ledger, and one call that asks a scripted server."""
+"""What the tests of the teacher share: a ledger, and one call that asks a scripted server."""
 
 import pytest
 
@@ -6,11 +6,6 @@ from sclite import config
 from sclite.teacher.client import Teacher
 from sclite.teacher.ledger import Ledger
 from tests.replay import TeacherServer
-
-
-@pytest.fixture(autouse=True)
-def _key(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-test-secret")
 
 
 @pytest.fixture

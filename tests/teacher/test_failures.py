@@ -16,29 +16,28 @@ class Failed(Exception):
         self.litellm_response_headers = headers
 
 
-@pytest.mark.parametrize("status", [None, 408, 429, 500, 502, 503, 504, 529])
-def test_transient_errors_are_retried(status):
-    assert read_failure(Failed("later", status)).action == failures.RETRY
-
-
-@pytest.mark.parametrize("status", [400, 403, 404, 413, 422])
-def test_refusal_concerns_one_request(status):
-    error = Failed("litellm.NotFoundError: OpenAIException - no such question", status)
-    assert read_failure(error).action == failures.REFUSED
-
-
 @pytest.mark.parametrize(
-    "error",
+    ("action", "text", "statuses"),
     [
-        Failed("bad key", 401),
-        Failed("pay", 402),
-        Failed("You exceeded your current quota", 429),
-        Failed("litellm.NotFoundError: OpenAIException - The model `x` does not exist", 404),
-        Failed("InternalServerError: OpenAIException - Missing credentials. Please pass an `api_key`", 500),
+        (failures.RETRY, "later", (None, 408, 429, 500, 502, 503, 504, 529)),
+        (
+            failures.REFUSED,
+            "litellm.NotFoundError: OpenAIException - no such question",
+            (400, 403, 404, 413, 422),
+        ),
+        (failures.STOP, "bad key, or pay", (401, 402)),
+        (failures.STOP, "You exceeded your current quota", (429,)),
+        (failures.STOP, "litellm.NotFoundError: OpenAIException - The model `x` does not exist", (404,)),
+        (
+            failures.STOP,
+            "InternalServerError: OpenAIException - Missing credentials. Please pass an `api_key`",
+            (500,),
+        ),
     ],
 )
-def test_errors_of_every_request_stop_the_stage(error):
-    assert read_failure(error).action == failures.STOP
+def test_an_error_concerns_one_attempt_one_request_or_every_one(action, text, statuses):
+    for status in statuses:
+        assert read_failure(Failed(text, status)).action == action, status
 
 
 def test_all_forms_of_retry_after_are_respected():

@@ -51,11 +51,8 @@ def test_key_depends_on_exactly_what_decides_a_reply():
         sender = Sender(settings, ledger=None, budget=None)
         return sender.key(messages, sample, repair, parameters or {})
 
-    same = [
-        {"api_base": "http://h/v1/"},
-        {"api_base": "http://a:b@h/v1"},
-        {"parameters": {"temperature": 0.1}},
-    ]
+    addresses = ("http://h/v1/", "http://a:b@h/v1")
+    same = [*({"api_base": address} for address in addresses), {"parameters": {"temperature": 0.1}}]
     assert {key(**changed) for changed in same} == {key()}
     others = {"model": "other", "api_base": "http://g/v1", "messages": [{"role": "user", "content": "r"}]}
     others |= {"parameters": {"max_tokens": 60}, "sample": 1, "repair": 1}

@@ -9,7 +9,6 @@ import pytest
 from sclite.config import Config
 from sclite.errors import UsageError
 from sclite.run import Run
-from sclite.signature import differences
 from sclite.train.checkpoints import Checkpoints
 from sclite.train.order import training_order
 from sclite.train.sft import train_sft
@@ -123,18 +122,6 @@ def test_settings_that_do_not_change_the_result_may_change(whole):
     change = {"per_device_train_batch_size": 4, "checkpoints": 2, "tensorboard": True}
     same = config.model_copy(update={"sft": config.sft.model_copy(update=change)})
     assert train_sft(same, run).skipped
-
-
-def test_differences_name_the_setting_and_both_values():
-    before = {
-        "lora": {"r": 8},
-        "sft": {"num_train_epochs": 3},
-        "templates.jsonl": "0123456789abcdef",
-        "seed": 0,
-    }
-    now = before | {"lora": {"r": 16}, "templates.jsonl": "fedcba9876543210"}
-    assert differences(before, now) == ["lora.r: 8 before, 16 now", "templates.jsonl changed"]
-    assert differences(before, before) == []
 
 
 def test_every_epoch_has_every_row_and_the_longest_comes_first():

@@ -88,7 +88,7 @@ def test_rows_with_wrong_labels_are_refused_with_a_hint(folder, run, rows, messa
 # -- the stage -----------------------------------------------------------------------------------------------------
 
 
-def test_the_loss_falls_and_each_step_is_logged(trained):
+def test_the_loss_falls_each_step_is_logged_and_the_adapter_is_not_zero(trained):
     _, run, report, seen = trained
     rows = metrics_of(run, "sft")
     assert [row["step"] for row in rows] == list(range(1, report.counts["steps"] + 1))
@@ -96,6 +96,9 @@ def test_the_loss_falls_and_each_step_is_logged(trained):
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
     warning = (0, 0)  # of few steps
     assert seen == [warning, *((i, 6) for i in range(1, 7))]
+    weights = adapter(run, "sft")
+    assert any("lora_B" in name and float(value.abs().max()) > 0 for name, value in weights.items())
+    assert {str(value.dtype) for value in weights.values()} == {"torch.float32"}
 
 
 def test_the_micro_batch_changes_neither_losses_nor_gradients(folder, trained, tmp_path):
@@ -118,12 +121,6 @@ def test_the_micro_batch_changes_neither_losses_nor_gradients(folder, trained, t
         assert one
         assert one == pytest.approx(four, rel=1e-3)
         assert two == pytest.approx(four, rel=1e-3)
-
-
-def test_the_adapter_is_saved_and_is_not_zero(trained):
-    weights = adapter(trained[1], "sft")
-    assert any("lora_B" in name and float(value.abs().max()) > 0 for name, value in weights.items())
-    assert {str(value.dtype) for value in weights.values()} == {"torch.float32"}
 
 
 def test_a_finished_stage_is_not_trained_again(trained):

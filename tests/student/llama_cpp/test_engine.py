@@ -2,7 +2,6 @@
 
 import random
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -15,7 +14,7 @@ from sclite.errors import DataError, DeviceError, UsageError
 from sclite.student.base import Request, ScoreRequest
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.llama_cpp.sequence import TokenSequence, sample
-from tests.toy import sample_texts, tiny_gguf, tiny_llama
+from tests.toy import sample_texts, tiny_gguf, tiny_llama, wait_until
 
 PIECES = ("<Step1>Add 17 and 25.\n", "</Step1>\n", "<Step2>It is  42 €.\n")
 OPTIONS = ("<Cause>", "</Step")
@@ -342,13 +341,6 @@ def test_threads_share_one_engine(engine):
 
     with ThreadPoolExecutor(6) as threads:
         assert list(threads.map(ask, questions(6))) == alone
-
-
-def wait_until(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.001)
 
 
 def test_abandoned_run_frees_its_slots(engine):
