@@ -113,9 +113,9 @@ def test_the_reference_is_the_adapter_that_dpo_starts_from(config, run, report, 
     assert_same(kept, fresh)
 
 
-def test_the_reference_covers_only_the_reviews_that_are_trained(started, folder, tmp_path):
+def test_the_reference_covers_only_the_reviews_that_are_trained(run, folder, tmp_path):
     for name in ("problems.jsonl", "templates.jsonl", "pairs.jsonl", "warmup"):
-        (tmp_path / name).symlink_to(started[1].path(name))
+        (tmp_path / name).symlink_to(run.path(name))
     part = Run(tmp_path)
     train_dpo(toy_config(folder, dpo={**SHORT, "num_train_epochs": 0.5}), part)
     assert len(part.read_json("dpo/reference.json")["log_probs"]) == 3  # of 6
