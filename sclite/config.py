@@ -55,9 +55,7 @@ class Source(Section):
     subset: str = setting("", "subset of a Hub dataset, for example main")
     split: str = setting("train", "split of a Hub dataset")
     question_column: str = setting("", "column of the question (default: question, problem, query)")
-    answer_column: str = setting(
-        "", "column of the answer (default: answer, final_answer or expected_answer)"
-    )
+    answer_column: str = setting("", "column of the answer (default: answer, final_answer, expected_answer)")
     solution_column: str = setting(
         "", "column of the worked solution (default: solution, response, r1_solution_1 or generated_solution)"
     )
@@ -282,9 +280,7 @@ class Eval(Source):
         False, "measure the base model under its own prompt, and a majority vote of the last student"
     )
     votes: int = setting(3, "samples per problem in the majority vote", ge=2)
-    fit_share: float = setting(
-        0.3, "share of problems for the threshold, if training has not kept as many", gt=0, lt=1
-    )
+    fit_share: float = setting(0.3, "share of problems for the threshold if training kept fewer", gt=0, lt=1)
 
 
 class Review(Section):
@@ -297,9 +293,7 @@ class Review(Section):
         None, "log-odds of an error from which a step is corrected (default: fitted by train and eval)"
     )
     rounds: int = setting(1, "maximum number of review rounds per answer", ge=0, le=8)
-    max_harm: float = setting(
-        0.005, "share of answers that the threshold may spoil (test at 5 %)", ge=0, le=1
-    )
+    max_harm: float = setting(0.005, "share of answers that a threshold may spoil (test at 5 %)", ge=0, le=1)
 
     @property
     def needs_fit(self) -> bool:

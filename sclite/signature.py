@@ -24,10 +24,9 @@ def differences(before: Mapping[str, object], now: Mapping[str, object], prefix:
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             found += differences(old, new, f"{name}.")
         elif old != new:
-            hashed = any(isinstance(v, str) and HASH.fullmatch(v) for v in (old, new))
-            shown = [
-                "nothing" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for v in (old, new)
-            ]
+            both = (old, new)
+            hashed = any(isinstance(v, str) and HASH.fullmatch(v) for v in both)
+            shown = ["nothing" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for v in both]
             found.append(f"{name} changed" if hashed else f"{name}: {shown[0]} before, {shown[1]} now")
     return found
 

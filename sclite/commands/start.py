@@ -38,11 +38,11 @@ def quickstart(
     if common.json:
         console.print_json(summary)
         return
-    from sclite.evaluate import table
     from sclite.evaluate.metrics import Outcome
+    from sclite.inspect import summaries
 
-    table.print_results(summary)
-    table.print_example(run.rows(f"{summary['folder']}/dpo.jsonl", Outcome, whole=False))
+    summaries.print_results(summary)
+    summaries.print_example(run.rows(f"{summary['folder']}/dpo.jsonl", Outcome, whole=False))
     report = run.path(f"{summary['folder']}/report.html")
     console.print(f"\nReport: {console.escape(str(report))}\n\nNext steps:")
     chat = console.escape(f"sclite chat --self-correct --run {quote(str(loaded.run))}")

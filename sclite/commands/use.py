@@ -36,7 +36,7 @@ def evaluate(
 ) -> None:
     """Measure accuracy before and after self-correction."""
     from sclite import pipeline
-    from sclite.evaluate import table
+    from sclite.inspect import summaries
     from sclite.student.adapters import STUDENTS
 
     context = common.context({"eval.source": problems, "eval.limit": limit})
@@ -50,7 +50,7 @@ def evaluate(
     if common.json:
         console.print_json(summary)
         return
-    table.print_results(summary)
+    summaries.print_results(summary)
     report = context.run.path(f"{summary['folder']}/report.html")
     console.print(f"Report: {console.escape(str(report))}", wrap=False)
 

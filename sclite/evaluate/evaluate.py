@@ -3,6 +3,7 @@
 Gold answers are used for grading only, never to decide when to stop.
 """
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from sclite.student.self_correction import NEVER, NO_REPLY, correct_steps, revie
 from sclite.trace import Trace, render
 
 NO_STEPS = "its answers have no steps"
+SUMMARY, REPORT = "summary.json", "report.html"
 Judge = Callable[[str, Trace], int | None]
 """(question, trace) -> the first wrong step (from 1), or None if all are right."""
 
@@ -187,3 +189,27 @@ def summary_notes(figures: Mapping[str, Any], held_out: HeldOut, max_tokens: int
         if fitted and fitted.threshold is not None and (earlier or fitted.given_up):
             notes.append(f"review threshold of {name}: {fitted.summary}")
     return notes
+
+
+# -- result folders: one per dataset and limit in the run ----------------------------------------------------------
+
+
+def result_folder(
+    run: Run, dataset: str, names: Sequence[str], limit: int | None, default: int | None
+) -> str:
+    """eval/<names>, plus -limit-<N> if the limit is not the `default`, plus a hash if another dataset uses that name.
+
+    `dataset` is a path or Hub ID.
+    """
+    parts = [*filter(None, names), *([] if limit == default else [f"limit-{limit or 'none'}"])]
+    name = re.sub(r"[^A-Za-z0-9.-]+", "-", "-".join(parts)).strip("-.")[:100] or "problems"
+    existing = run.read_json(f"eval/{name}/{SUMMARY}", dict[str, Any])
+    taken = existing is not None and existing.get("dataset") != dataset
+    return f"eval/{name}-{digest(dataset)[:6]}" if taken else f"eval/{name}"
+
+
+def summaries(run: Run, shape: Any = dict[str, Any]) -> list[Any]:
+    """The summaries of all results of a run as `shape`, newest first."""
+    paths = sorted(run.folder.glob(f"eval/*/{SUMMARY}"), key=lambda path: -path.stat().st_mtime_ns)
+    found = (run.read_json(str(path.relative_to(run.folder)), shape) for path in paths)
+    return [summary for summary in found if summary is not None]

@@ -192,9 +192,7 @@ def try_corrections(student: Student, trials: Sequence[Trial], config: Config, g
     for end in range(size, most + size, size):
         chosen = ranked[: min(end, most)]
         floor = max(chosen[-1].scores)
-        places = [
-            (t, step) for t in chosen for step, _, _ in t.accusable_steps(floor) if step not in t.results
-        ]
+        places = [(t, step) for t in chosen for step, *_ in t.accusable_steps(floor) if step not in t.results]
         cases = [(trial.problem.question, trial.trace, step) for trial, step in places]
         corrected = correct_steps(student, cases, review_settings(config, 0.0))
         answers = [each.answer for each in corrected]
@@ -218,9 +216,8 @@ def try_corrections(student: Student, trials: Sequence[Trial], config: Config, g
 
 def prompts_digest(config: Config) -> str:
     """A short hash of the prompts that decide what a student answers and reviews."""
-    return prompts.digest_prompts(
-        "student_system", "student_solve", "student_review", folder=config.prompts.folder
-    )
+    used = ("student_system", "student_solve", "student_review")
+    return prompts.digest_prompts(*used, folder=config.prompts.folder)
 
 
 def load_threshold(config: Config, run: Run, gguf: Path) -> Fitted | None:

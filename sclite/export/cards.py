@@ -98,10 +98,9 @@ def build_model_card(config: Config, run: Run, name: str, form: str, figures: Ma
     for stage in {"base": (), "sft": ("sft",), "dpo": ("sft", "warmup", "dpo")}[name]:
         if manifest := run.manifest(stage):
             counts = ", ".join(f"{count} {what}" for what, count in manifest["counts"].items())
-            own = getattr(config, stage)
-            settings.append(
-                f"- {stage}: {counts}, {own.num_train_epochs:g} epochs, learning rate {own.learning_rate:g}"
-            )
+            own = config.stage(stage)
+            rates = f"{own.num_train_epochs:g} epochs, learning rate {own.learning_rate:g}"
+            settings.append(f"- {stage}: {counts}, {rates}")
     if settings:
         settings.append(f"- LoRA: r {config.lora.r}, alpha {config.lora.lora_alpha}; seed {config.seed}")
     evaluations = {}

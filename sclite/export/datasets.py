@@ -71,9 +71,8 @@ def export_data(config: Config, run: Run) -> Report:
                 path.unlink(missing_ok=True)  # written by an earlier export
         report.counts = {name.removesuffix(".jsonl"): len(rows) for name, rows in files.items()}
         known = {name: about for name, about in LLAMA_FACTORY.items() if files[about["file_name"]]}
-        write_text(
-            run.path(f"{FOLDER}/dataset_info.json"), json.dumps(known, ensure_ascii=False, indent=2) + "\n"
-        )
+        description = json.dumps(known, ensure_ascii=False, indent=2) + "\n"
+        write_text(run.path(f"{FOLDER}/dataset_info.json"), description)
         write_text(run.path(f"{FOLDER}/README.md"), build_dataset_card(config, run, report.counts))
     report.figures = {"folder": str(run.path(FOLDER))}
     return report
@@ -118,9 +117,8 @@ def _pair_rows(
         chat = prompts.review_messages(problem.question, attempt, config.prompts.folder)
         sides = {"chosen": pair.chosen, "rejected": pair.rejected}
         prompt = prompt_text(tokenizer, chat) + prefix
-        preferences.append(
-            {**keys, "origin": pair.origin, "prompt": prompt, **sides, "prefix": list(pair.prefix)}
-        )
+        trl = {"prompt": prompt, **sides, "prefix": list(pair.prefix)}
+        preferences.append({**keys, "origin": pair.origin, **trl})
         step_dpo.append(
             {
                 **keys,

@@ -54,10 +54,8 @@ def upload(settings: Export, files: Mapping[str, Path | str], kind: str = "model
     from huggingface_hub import CommitOperationAdd, HfApi
 
     with _hub_errors(settings.push):
-        added = [
-            CommitOperationAdd(name, given.encode() if isinstance(given, str) else given)
-            for name, given in files.items()
-        ]
+        contents = ((name, text.encode() if isinstance(text, str) else text) for name, text in files.items())
+        added = [CommitOperationAdd(name, content) for name, content in contents]
         HfApi().create_commit(settings.push, added, commit_message="Upload with sclite", repo_type=kind)
 
 
@@ -85,7 +83,5 @@ def _hub_errors(name: str) -> Iterator[None]:
             hint = f"create one with write access at {TOKENS}, then: export HF_TOKEN=.."
         elif status in (403, 404):
             message = f"the Hub does not let this token write to {name}: {reason}"
-            hint = (
-                "use a token with write access, and your own user name or organization in --push OWNER/NAME"
-            )
+            hint = "use a token with write access, and your own name or organization in --push OWNER/NAME"
         raise NetworkError(message, hint) from None

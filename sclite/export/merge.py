@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from sclite.errors import DataError, ScliteError
 from sclite.export.tensors import Tensors, open_tensors, read_json
-from sclite.student.origin import Origin, fingerprint, read_origin
+from sclite.student.adapters import Origin, fingerprint, read_origin
 
 if TYPE_CHECKING:
     import torch
@@ -133,9 +133,8 @@ class BaseWeights:
             packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
             return bnb.dequantize_4bit(packed, state).cpu()
         parts = {part: self._tensors[part] for part in self._states[name]}
-        return bnb.dequantize_4bit(
-            self._tensors[name], bnb.QuantState.from_dict(parts, device=torch.device("cpu"))
-        )
+        state = bnb.QuantState.from_dict(parts, device=torch.device("cpu"))
+        return bnb.dequantize_4bit(self._tensors[name], state)
 
     def float32_bytes(self) -> int:
         """The size of all tensors in float32; a byte of packed weights holds two."""

@@ -15,12 +15,12 @@ from sclite.export.model import gguf_path
 from sclite.export.tensors import read_json
 from sclite.files import write_text
 from sclite.run import Run
+from sclite.student.adapters import read_origin
 from sclite.student.base import Request
 from sclite.student.chat_template import render_chat
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.llama_cpp.sequence import TokenSequence
 from sclite.student.ollama_api import call_ollama, ollama_url
-from sclite.student.origin import read_origin
 
 REPLY_TOKENS, LOADING_SECONDS = 64, 600
 NEAR_TIE = 0.1
@@ -112,9 +112,8 @@ def compare_replies(config: Config, gguf: Path, question: str) -> dict[str, Any]
     name, chat = config.export.ollama, prompts.solve_messages(question, config.prompts.folder)
     body = {
         "model": name,
-        "messages": [
-            dict(message) for message in chat if message["role"] != "system"
-        ],  # that is in the Modelfile
+        # the system prompt is in the Modelfile
+        "messages": [dict(message) for message in chat if message["role"] != "system"],
         "stream": False,
         "keep_alive": 0,  # a prompt in the cache would not be counted the next time
         "options": {"temperature": 0, "seed": 0, "num_predict": REPLY_TOKENS},
@@ -149,12 +148,11 @@ def compare_replies(config: Config, gguf: Path, question: str) -> dict[str, Any]
         hint = f"update Ollama (before 0.30 it needs the Modelfile's TEMPLATE); to remove the model: ollama rm {name}"
         raise ScliteError(message, hint)
     length = "prompt of unknown length" if counted is None else f"prompt of {counted} tokens"
-    summary = f"Ollama agrees: {length}, {ours.generated} greedy tokens"
+    tokens = f"{ours.generated} greedy tokens"
+    summary = f"Ollama agrees: {length}, {tokens}"
     if reply != theirs:
         where = "where one ends" if gap is None else f"where sclite prefers its own token by {gap:.2f} nats"
         near = "" if gap is None or gap > NEAR_TIE else " (a near tie)"
-        summary = (
-            f"Ollama agrees for {equal} of {ours.generated} greedy tokens, up to {where}{near}; {length}"
-        )
+        summary = f"Ollama agrees for {equal} of {tokens}, up to {where}{near}; {length}"
     counts = {"prompt_tokens": len(prompt), "ollama_prompt_tokens": counted, "tokens": ours.generated}
     return {**counts, "equal_tokens": equal, "gap": gap, "summary": summary}

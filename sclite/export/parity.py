@@ -14,12 +14,12 @@ from sclite.export.layers import load_layered
 from sclite.export.merge import BaseWeights
 from sclite.export.samples import TRICKY, Sample
 from sclite.export.tensors import read_gguf
+from sclite.student.adapters import read_origin
 from sclite.student.base import Request
 from sclite.student.cuda_memory import available_ram
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.llama_cpp.sequence import TokenSequence
 from sclite.student.loader import nf4_config
-from sclite.student.origin import read_origin
 from sclite.student.tokenization import end_id, piece_ids, prompt_ids
 
 if TYPE_CHECKING:
@@ -101,11 +101,8 @@ def compare_export(
     first = next(iter(made.values()))
     layered, held_out = student.ram_shortage(), student.held_out(samples)
     result: dict[str, Any] = {"files": {path.name: {"quantization": quant} for quant, path in made.items()}}
-    result |= {
-        "skipped": None,
-        "layered": layered or None,
-        **compare_tokens(student.tokenizer, first, samples),
-    }
+    result |= {"skipped": None, "layered": layered or None}
+    result |= compare_tokens(student.tokenizer, first, samples)
 
     prompts = [ids[:start] for ids, start in held_out[:GREEDY]]
     context, request = max(map(len, prompts)) + GREEDY_TOKENS, Request((), max_tokens=GREEDY_TOKENS)
@@ -129,9 +126,8 @@ def compare_export(
     gaps = []
     for answer in references[: len(answers)]:
         rows = answer.trained[:-1]
-        gaps.append(
-            float((rows.max(1) - rows[range(len(rows)), answer.ids[answer.start :]]).max(initial=0.0))
-        )
+        written = rows[range(len(rows)), answer.ids[answer.start :]]
+        gaps.append(float((rows.max(1) - written).max(initial=0.0)))
     greedy = {"answers": len(gaps), "equal": gaps.count(0.0), "largest_gap": max(gaps, default=0.0)}
     return result | {"unquantized": unquantized, "greedy": greedy}
 
@@ -147,10 +143,8 @@ def compare_tokens(
     texts = list(dict.fromkeys([*TRICKY, *(piece for sample in samples for piece in sample.pieces)]))
     end = end_id(tokenizer)
     with Engine(gguf, gpu_layers=0, parallel=1, context=256, cache_gb=0.1) as engine:
-        rows = [
-            (text, ids, engine.token_ids(text))
-            for text, ids in zip(texts, piece_ids(tokenizer, texts), strict=True)
-        ]
+        pieces = zip(texts, piece_ids(tokenizer, texts), strict=True)
+        rows = [(text, ids, engine.token_ids(text)) for text, ids in pieces]
         for chat, _ in samples:
             rows.append((chat[-1]["content"], prompt_ids(tokenizer, chat), engine.chat_ids(chat)))
         name = engine.vocabulary.name(end) if end in engine.vocabulary.ends else None
@@ -179,15 +173,11 @@ def compute_references(
         model: Any = load_layered(base, adapter)  # its calls have no types
     else:
         origin = read_origin(adapter) if adapter else None
-        settings: dict[str, Any] = {
-            "trust_remote_code": False,
-            "device_map": {"": "cpu"},
-            "dtype": torch.float32,
-        }
+        settings: dict[str, Any] = {"device_map": {"": "cpu"}, "dtype": torch.float32}
         if origin and origin.nf4:  # round to NF4 what was in NF4 in training
             settings |= {"dtype": getattr(torch, origin.dtype), "quantization_config": nf4_config()}
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(base, **settings)
+        model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False, **settings)
         if "quantization_config" in settings or getattr(config, "quantization_config", None):
             model = model.dequantize().float()
         model = (PeftModel.from_pretrained(model, adapter) if adapter else model).eval()
@@ -289,16 +279,13 @@ def find_violations(result: Mapping[str, Any], max_kl: Mapping[str, float]) -> l
         return found
     full, greedy = result["unquantized"], result["greedy"]
     if (difference := full["mean_abs_logprob_diff"]) > (bound := UNQUANTIZED["mean_abs_logprob_diff"]):
-        found.append(
-            f"before quantization log-probabilities differ by {difference:.4f} nats on average (at most {bound:g})"
-        )
+        mean = f"{difference:.4f} nats on average (at most {bound:g})"
+        found.append(f"before quantization log-probabilities differ by {mean}")
     if full["top1_agreement"] < UNQUANTIZED["top1_agreement"]:
         different = 1 - full["top1_agreement"]
         found.append(f"before quantization the most probable token differs at {different:.1%} of positions")
-    if greedy["largest_gap"] > UNQUANTIZED["greedy_gap"]:
-        found.append(
-            f"in a greedy answer the trained model prefers another token by {greedy['largest_gap']:.2f} nats"
-        )
+    if (gap := greedy["largest_gap"]) > UNQUANTIZED["greedy_gap"]:
+        found.append(f"in a greedy answer the trained model prefers another token by {gap:.2f} nats")
     # the smaller the adapter's effect, the more of the share is noise
     share, noise = full["adapter_share"], 0.001 / max(full["adapter_effect"], 1e-9)
     if share is not None and noise < 0.5 and abs(share - 1) > UNQUANTIZED["adapter_share"] + noise:

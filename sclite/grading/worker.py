@@ -52,9 +52,8 @@ class Grader(contextlib.AbstractContextManager["Grader"]):
     def __init__(self, seconds: float = 5.0, processes: int | None = None):
         self.seconds = seconds
         self.processes = processes or min(os.cpu_count() or 1, MAX_PROCESSES)
-        self.idle: queue.LifoQueue[HelperProcess] = (
-            queue.LifoQueue()
-        )  # those that have started are taken first
+        # those that have started are taken first
+        self.idle: queue.LifoQueue[HelperProcess] = queue.LifoQueue()
         for _ in range(self.processes):
             self.idle.put(HelperProcess("answer grader", *WORKER, "pip install 'math-verify[antlr4_13_2]'"))
 

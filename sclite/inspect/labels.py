@@ -38,9 +38,8 @@ class Labels:
         self.tokenizer = load_tokenizer(str(fetch_model(model_name(config.student))))
         self.end = end_id(self.tokenizer)
         self.problems = Problems(run)
-        self.works = (
-            {(a.id, a.sample): a for a in run.rows("attempts.jsonl", Attempt)} if what == "reviews" else {}
-        )
+        attempts = run.rows("attempts.jsonl", Attempt) if what == "reviews" else ()
+        self.works = {(row.id, row.sample): row for row in attempts}
 
     def sequences(self, row: Template | Review | Pair) -> Iterator[tuple[str, Encoded]]:
         """(name, tokens with weights) of each training sequence of a row: two for a pair, three for a correction."""

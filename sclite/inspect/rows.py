@@ -169,10 +169,8 @@ def format_row(row: AnyRow, number: int, total: int, problems: Problems) -> Text
             heading = [(f"{row.stage}{sample}", ""), (row.reason, "bold red")]
             body = [Text(visible(row.detail), "yellow"), highlight(row.raw)]
         case Pair():
-            heading = [
-                (f"sample {row.sample}, {row.kind} at step {row.step}", ""),
-                (f"chosen by {row.origin}", "green"),
-            ]
+            place = f"sample {row.sample}, {row.kind} at step {row.step}"
+            heading = [(place, ""), (f"chosen by {row.origin}", "green")]
             body = [Text(visible("".join(row.prefix)), "dim")]
             for name, text, color in (("chosen", row.chosen, "green"), ("rejected", row.rejected, "red")):
                 body.append(Text().append(f"{name:<9}", f"bold {color}").append(visible(text.strip()), color))

@@ -90,6 +90,4 @@ def load_renderer() -> Callable[[Any], dict[str, str]]:
     return render
 
 
-_renderer = HelperProcess(
-    "renderer of chat templates", __name__, "load_renderer", BYTES, "reinstall transformers"
-)
+_renderer = HelperProcess("template renderer", __name__, "load_renderer", BYTES, "reinstall transformers")

@@ -112,12 +112,10 @@ def _read(request: Request, result: Result) -> Reply:
         return Reply(index, "", 0, 0, "error", f"{rejection.reason}: {rejection.text}")
     if entry is None:
         return Reply(index, "", 0, 0, "error", "no reply")
-    text, counts = (
-        _up_to_stop(entry.text, request.stop),
-        (entry.completion_tokens or 0, entry.prompt_tokens or 0),
-    )
+    text, prompt_tokens = _up_to_stop(entry.text, request.stop), entry.prompt_tokens or 0
     finish = "length" if cut_off and not text.endswith(tuple(request.stop)) else "stop"
-    return Reply(index, text, *counts, finish, fed_tokens=counts[1])
+    counts = entry.completion_tokens or 0, prompt_tokens
+    return Reply(index, text, *counts, finish, fed_tokens=prompt_tokens)
 
 
 def _up_to_stop(text: str, stops: tuple[str, ...]) -> str:

@@ -109,9 +109,7 @@ def select_backend(student: Student) -> str:
         hint = "use --set student.backend=plain on a CPU"
         raise DeviceError("student.backend = unsloth needs a CUDA GPU", hint)
     if importlib.util.find_spec("unsloth") is None:
-        hint = (
-            "pip install -e '.[cuda]' in sclite's checkout; or --set student.backend=plain, which is slower"
-        )
+        hint = "pip install -e '.[cuda]' in sclite's checkout; or, slower, --set student.backend=plain"
         raise DeviceError("Unsloth is not installed", hint)
     return "unsloth"
 

@@ -32,9 +32,8 @@ def call_ollama(
     import httpx
 
     try:
-        response = httpx.request(
-            "GET" if body is None else "POST", f"{url}{path}", json=body, timeout=seconds
-        )
+        method = "GET" if body is None else "POST"
+        response = httpx.request(method, f"{url}{path}", json=body, timeout=seconds)
         found = response.json()
         failed = response.is_error or not isinstance(found, dict)
     except (httpx.HTTPError, ValueError) as error:

@@ -168,10 +168,8 @@ class Ledger(AbstractContextManager["Ledger"]):
         """The reply to this request, or its refusal; None if there is neither on disk."""
         if self._known is not None and hash(key) not in self._known:
             return None
-        row = self._row(
-            f"SELECT {', '.join(_FIELDS)} FROM requests WHERE key = ? AND state IN (?, ?)",
-            (key, REPLIED, REFUSED),
-        )
+        query = f"SELECT {', '.join(_FIELDS)} FROM requests WHERE key = ? AND state IN (?, ?)"
+        row = self._row(query, (key, REPLIED, REFUSED))
         return Entry(*row) if row else None
 
     def totals(self, stage: str | None = None) -> dict[str, float]:

@@ -110,7 +110,7 @@ class Sender:
             if on_text is not None:
                 on_text(text)
 
-        provider, settings = self.connect(), self.settings
+        provider, settings, shown = self.connect(), self.settings, pass_on if on_text else None
         # at most one token per byte, which digits and LaTeX can reach with any tokenizer
         sizes = (_TEMPLATE_TOKENS + len(m["content"].encode(errors="surrogatepass")) for m in messages)
         limits = (sum(sizes), parameters.get("max_tokens", settings.max_tokens))
@@ -121,7 +121,7 @@ class Sender:
                 await self._flush()
                 try:
                     completion = await provider.complete(
-                        messages, parameters, settings.timeout_seconds, pass_on if on_text else None
+                        messages, parameters, settings.timeout_seconds, shown
                     )
                 except asyncio.CancelledError:
                     self.ledger.given_up(key, "cancelled", max_usd)

@@ -18,7 +18,8 @@ def measure(run, grader):
 
     def measure(name, student, count=3, identity="digest"):
         held_out = HeldOut(PROBLEMS[:count], [], "mine.jsonl", "mine.jsonl", "eval/mine")
-        return measure_baseline(Config(), run, name, student, held_out, identity, grader)
+        (found,) = measure_baseline(Config(), run, name, student, held_out, identity, grader).items()
+        return found
 
     return measure
 

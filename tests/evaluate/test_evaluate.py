@@ -8,10 +8,10 @@ from sclite.config import Config
 from sclite.evaluate.answers import solve_problems
 from sclite.evaluate.evaluate import HeldOut, evaluate_model
 from sclite.evaluate.metrics import Outcome, compute_metrics
-from sclite.evaluate.table import print_example, print_results
 from sclite.evaluate.threshold import Fitted, store_threshold
+from sclite.inspect.summaries import print_example, print_results
 from sclite.records import Problem
-from sclite.student.counted import Counted
+from sclite.student.base import Counted
 from sclite.trace import Step, Trace, render
 from tests.toy import SameVerdict, ScriptedStudent
 

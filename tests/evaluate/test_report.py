@@ -9,8 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sclite.evaluate.metrics import Outcome, compute_metrics
-from sclite.evaluate.plots import POINTS, Axis, accuracy_plot, curve_plots
-from sclite.evaluate.report import decimal, example_parts, percent, write_report
+from sclite.evaluate.report import (
+    POINTS,
+    Axis,
+    accuracy_plot,
+    curve_plots,
+    decimal,
+    example_parts,
+    percent,
+    write_report,
+)
 from sclite.trace import Step, Trace, render
 
 FIRST = render(Trace((Step("7 · 8 = 54"), Step("54 + 1 = 55")), answer="55"))

@@ -1,7 +1,6 @@
 """The count of a student's work."""
 
-from sclite.student.base import Reply, Request, ScoreRequest, Scores, Student
-from sclite.student.counted import Counted
+from sclite.student.base import Counted, Reply, Request, ScoreRequest, Scores, Student
 
 
 class Echo(Student):
