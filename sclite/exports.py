@@ -79,22 +79,18 @@ def fit_review_threshold(context: Context, problems: Sequence[Problem]) -> None:
 # -- chat ----------------------------------------------------------------------------------------------------------
 
 
-def export_for_chat(context: Context) -> None:
-    """Export the last trained student if the run has an adapter but no GGUF yet."""
-    made = (path for path in context.run.path("export").glob("*.gguf") if not path.name.endswith(ADAPTER))
-    if context.students() != ["base"] and not any(made):
-        with context.run.lock():
-            export(context)
-
-
 def for_chat(
     context: Context, model: Path | None, self_correct: bool | None
 ) -> tuple[Path, float | None, str]:
     """(GGUF, review threshold, why review is off or "") for chat.
 
-    If the newest file has no threshold, the largest file in another quantization that has one. `self_correct`: True insists,
+    Exports the last trained student if the run has an adapter but no GGUF yet. If the newest file has no threshold, the largest file in another quantization that has one. `self_correct`: True insists,
     and raises DataError if no threshold was fitted; None takes what is there.
     """
+    made = (path for path in context.run.path("export").glob("*.gguf") if not path.name.endswith(ADAPTER))
+    if model is None and context.students() != ["base"] and not any(made):
+        with context.run.lock():
+            export(context)
     path, review = find_gguf(context, model), context.config.review
     if self_correct is False:
         return path, None, REVIEW_OFF

@@ -222,5 +222,6 @@ def test_adapter_as_a_gguf_is_no_model_to_chat_with(run, monkeypatch):
         run.path(name).write_bytes(b"GGUF")
     context, exported = world_of(run, "http://x"), []
     monkeypatch.setattr(exports, "export", exported.append)
-    exports.export_for_chat(context)
+    with pytest.raises(DataError, match="holds no GGUF"):
+        exports.for_chat(context, None, None)
     assert exported == [context]

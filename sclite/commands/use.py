@@ -208,8 +208,6 @@ def chat(
             settings = context.config.attempts.model_copy(update={"student": str(model)})
             endpoint = stack.enter_context(payer.endpoint(settings, "chat"))
         else:
-            if model is None:
-                exports.export_for_chat(context)
             path, threshold, off = exports.for_chat(context, model, self_correct)
         answered = run_chat(
             path,
@@ -261,8 +259,6 @@ def serve(
     except ImportError as error:
         raise UsageError(f"{error.name} is not installed", "pip install -e '.[serve]'") from None
     context = common.of_existing_run().context()
-    if model is None:
-        exports.export_for_chat(context)
     path, threshold, off = exports.for_chat(context, model, None)
     run_server(
         path,

@@ -214,6 +214,7 @@ def test_a_dead_worker_is_replaced_and_a_closed_grader_leaves_none():
     with Grader(seconds=30) as grader:
         assert grader.equal(r"\sqrt{8}", r"2\sqrt{2}") is True
         first = grader.idle.queue[-1].process
+        assert os.getpgid(first.pid) != os.getpgid(0)  # Ctrl-C in a terminal is not for it
         first.kill()
         first.wait()
         assert grader.equal(r"\sqrt{8}", r"2\sqrt{2}") is True
