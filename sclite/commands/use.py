@@ -95,13 +95,7 @@ def export(
 
     if format not in ("gguf", "lora", "merged", "data"):
         raise UsageError(f"invalid value for --format: {format}", "use --format gguf, lora, merged or data")
-    chosen = {
-        "quant": quant,
-        "ollama": ollama,
-        "push": push,
-        "imatrix": imatrix,
-        "keep_template": keep_template,
-    }
+    chosen = dict(quant=quant, ollama=ollama, push=push, imatrix=imatrix, keep_template=keep_template)
     context = common.context({f"export.{name}": value for name, value in chosen.items()})
     settings, kind = context.config.export, "dataset" if format == "data" else "model"
     compared, url = None, ""

@@ -39,13 +39,9 @@ def write_modelfile(run: Run, config: Config, name: str) -> tuple[Path, list[str
     except DataError as error:
         template = ""
         warnings.append(f"the Modelfile has no TEMPLATE, which Ollama before 0.30 needs: {error.message}")
-    text = build_modelfile(
-        out.name,
-        template,
-        system=prompts.solve_messages("", config.prompts.folder)[0]["content"],
-        num_ctx=min(config.export.num_ctx, max_context),
-        stops=(tokens["eos_token"],),
-    )
+    system = prompts.solve_messages("", config.prompts.folder)[0]["content"]
+    num_ctx, stops = min(config.export.num_ctx, max_context), (tokens["eos_token"],)
+    text = build_modelfile(out.name, template, system=system, num_ctx=num_ctx, stops=stops)
     if manifest := run.manifest(f"export-{name}"):
         warnings += manifest["figures"]["warnings"]
         card = build_model_card(config, run, name, "gguf", manifest["figures"])

@@ -9,19 +9,13 @@ from rich.text import Text
 
 from sclite.console import visible
 from sclite.errors import DataError, UsageError
-from sclite.records import Attempt, Drop, Pair, Problem, Review, Row, Template
+from sclite.records import ROWS, Attempt, Drop, Pair, Problem, Review, Template
 from sclite.run import Run
 from sclite.settings import RUN_FILE
 from sclite.trace import TAG, tag_name
 
-FILES: dict[str, tuple[str, type[Row]]] = {
-    "problems": ("problems.jsonl", Problem),
-    "templates": ("templates.jsonl", Template),
-    "attempts": ("attempts.jsonl", Attempt),
-    "reviews": ("reviews.jsonl", Review),
-    "pairs": ("pairs.jsonl", Pair),
-    "drops": ("dropped.jsonl", Drop),
-}
+FILES = {name.removesuffix(".jsonl"): (name, row_type) for name, row_type in ROWS.items()}
+FILES["drops"] = FILES.pop("dropped")
 """The file and row type of each argument of `sclite show`."""
 
 AnyRow = Problem | Template | Attempt | Review | Pair | Drop

@@ -96,12 +96,8 @@ class Provider:
         or as many tokens as its length suggests if it is clearly longer than max_tokens.
         """
         (prompt, written), size, price = completion.tokens, completion.reply_bytes, self.price
-        if (
-            prompt is not None
-            and written is not None
-            and 1 <= prompt <= limits[0]
-            and -(-size // _LONGEST_TOKEN_BYTES) <= written <= limits[1]
-        ):
+        least = -(-size // _LONGEST_TOKEN_BYTES)
+        if prompt and written is not None and prompt <= limits[0] and least <= written <= limits[1]:
             cost_usd = None if price is None else price.cost_usd(prompt, written)
             if cost_usd and not self.priced_by_user and 0 < (completion.listed_usd or 0) < math.inf:
                 cost_usd = completion.listed_usd
