@@ -47,15 +47,16 @@ def write_feedback(
     }
     if manifest := run.done("feedback", inputs):
         return Report.of(manifest)
-    report, drops, added, verdicts = Report("feedback"), list[Drop](), list[Attempt](), Counter[bool]()
+    report, drops, verdicts = Report("feedback"), list[Drop](), Counter[bool]()
+    asked, added = list[Problem](), list[Attempt]()
     with timed(report):
-        golds = _find_golds(config, run, teacher, grader, fit, given, drops, progress)
-        for question, (rows, gold) in golds.items():
+        for rows, gold in _find_golds(config, run, teacher, grader, fit, given, drops, progress):
+            if isinstance(gold, Rejection):
+                drops += [_drop(row, gold.reason, gold.text) for row in rows]
+                continue
             texts = list[str]()
             for row in rows:
-                if isinstance(gold, Rejection):
-                    drops.append(_drop(row, gold.reason, gold.text))
-                elif (right := grader.equal(answer_of(row.parsed), gold.answer)) is None:
+                if (right := grader.equal(answer_of(row.parsed), gold.answer)) is None:
                     drops.append(_drop(row, "grader_unknown", f"cannot be compared with {gold.answer}"))
                 elif right is not row.good:
                     why = f"judged {'right' if row.good else 'wrong'}; the answer is {gold.answer}"
@@ -65,13 +66,11 @@ def write_feedback(
                     texts += [row.attempt, row.final]
             for text in dict.fromkeys(texts):
                 answer = answer_of(parse(text))
-                right = grader.equal(answer, gold.answer) if isinstance(gold, Problem) else None
+                right = grader.equal(answer, gold.answer)
                 # not a running number: if a verdict is removed, the corrections of the others are not paid for again
                 sample = int(digest(text)[:8], 16)
-                row_id = _id(question)
-                added.append(Attempt(id=row_id, sample=sample, trace=text, answer=answer, correct=right))
-        ids = {row.id for row in added}
-        asked = [gold for _, gold in golds.values() if isinstance(gold, Problem) and gold.id in ids]
+                added.append(Attempt(id=gold.id, sample=sample, trace=text, answer=answer, correct=right))
+            asked += [gold] if texts else []
         # first, because a resumed run of the attempts appends to them
         problems = [*asked, *(row for row in problems if not from_feedback(row))]
         attempts = [*added, *(row for row in attempts if not from_feedback(row))]
@@ -100,8 +99,8 @@ def _find_golds(
     given: Mapping[str, Problem],
     drops: list[Drop],
     progress: Progress,
-) -> dict[str, tuple[list[Feedback], Problem | Rejection]]:
-    """{normalized question: (its judged answers, its gold answer or why there is none)}.
+) -> list[tuple[list[Feedback], Problem | Rejection]]:
+    """(the judged answers, the gold answer or why there is none) of each question.
 
     The gold answer is that of the run's problem with the same question, else an answer that the user judged good, else
     one at which the teacher arrives twice. The last verdict on an answer counts; unusable answers go to `drops`.
@@ -153,7 +152,7 @@ def _find_golds(
         else:
             problem = {"question": unknown[question], "answer": first, "solution": found[0].text}
             golds[question] = Problem(id=_id(question), **problem)
-    return {question: (rows, golds[question]) for question, rows in judged.items()}
+    return [(rows, golds[question]) for question, rows in judged.items()]
 
 
 def _id(question: str) -> str:
