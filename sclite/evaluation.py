@@ -44,10 +44,10 @@ def held_out(context: Context, untrained: Sequence[Problem] = ()) -> HeldOut:
 
     settings, source = context.config.eval, context.config.eval.source
     if not source:
-        own = f"; `sclite quickstart --run {context.run.folder}` takes its own"
         hint = "name held-out problems, a file or a Hub dataset, as in `sclite eval test.jsonl`"
-        bundled = context.config.teacher.embedded and not context.config.problems.source
-        raise UsageError("eval.source is not set", hint + own * bundled)
+        if context.config.teacher.embedded and not context.config.problems.source:
+            hint += f"; `sclite quickstart --run {context.run.folder}` takes its own"
+        raise UsageError("eval.source is not set", hint)
     drops: list[Drop] = []
     found = load_problems(settings, settings.limit, drops, key="eval.source")
     drops = [drop.model_copy(update={"stage": "eval"}) for drop in drops]

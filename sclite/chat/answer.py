@@ -27,7 +27,6 @@ class Settings:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-    stop: tuple[str, ...] = ()
     prompt_folder: str = ""
 
     @classmethod
@@ -117,7 +116,6 @@ def solve_and_review(question: str, settings: Settings) -> Script[Answer]:
         temperature=settings.temperature,
         top_p=settings.top_p,
         seed=settings.seed,
-        stop=settings.stop,
     )
     if not isinstance(reply, Reply):
         reply = Reply(0, "", 0, 0, "error", "no reply")
