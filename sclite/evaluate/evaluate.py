@@ -44,16 +44,10 @@ class HeldOut:
 
 
 def review_answers(
-    student: Student,
-    first: FirstAnswers,
-    config: Config,
-    grader: Grader,
-    threshold: float,
-    judge: Judge | None = None,
-    mode: str = "guided",
+    student: Student, first: FirstAnswers, config: Config, grader: Grader, limit: float, judge: Judge | None
 ) -> list[Outcome]:
-    """Turn 2: review each first answer and grade the result."""
-    settings = review_settings(config, threshold)
+    """Turn 2: review each first answer, with the threshold `limit`, and grade the result."""
+    settings, mode = review_settings(config, limit), config.review.mode
     asked = zip(first.problems, first.parsed, strict=True)
     scripts = [review(problem.question, parsed.trace, settings, mode) for problem, parsed in asked]
     reviewed = run_together(student, scripts)
@@ -152,7 +146,7 @@ def evaluate_model(
         off = "review.rounds is 0"
     reviewing = time.monotonic()
     at = NEVER if fits and threshold is None else threshold or 0.0
-    rows = review_answers(student, first, config, grader, at, judge, config.review.mode)
+    rows = review_answers(student, first, config, grader, at, judge)
     ended = time.monotonic()
     figures = compute_metrics(rows, seed=config.seed)
     # calls that failed, unlike prompts that are too long, are sent again by the next evaluation
