@@ -76,9 +76,6 @@ def fit_review_threshold(context: Context, problems: Sequence[Problem]) -> None:
     context.add(report, f"threshold: {fitted.summary}{remedy}")
 
 
-# -- chat ----------------------------------------------------------------------------------------------------------
-
-
 def for_chat(
     context: Context, model: Path | None, self_correct: bool | None
 ) -> tuple[Path, float | None, str]:

@@ -118,9 +118,6 @@ def preview_corrections(config: Config, run: Run, teacher: Teacher, grader: Grad
     return teacher.preview(_jobs(config, run, grader, wrong), written, "corrections")
 
 
-# -- the checks of a review ----------------------------------------------------------------------------------------
-
-
 def check_review(text: str, attempt: Attempt, problem: Problem, grader: Grader) -> Trace | Rejection:
     """A teacher's review of an attempt, with the attempt's own text (keys included) up to the wrong step; or why not."""
     parsed, work = parse(text), attempt.parsed.work

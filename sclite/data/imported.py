@@ -118,9 +118,6 @@ def import_attempts(
     return sorted(rows, key=lambda row: order[row.id])
 
 
-# -- rows in the run folder ----------------------------------------------------------------------------------------
-
-
 def reject_row(run: Run, name: str, number: int, row: TraceRow | Pair, why: str, hint: str) -> NoReturn:
     """Raise DataError for an invalid imported row."""
     raise DataError(f"{run.path(name)}, row {number} ({row.id}): {why}", hint)

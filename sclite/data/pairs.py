@@ -140,9 +140,6 @@ def _validate_imported(run: Run) -> Report:
     return report
 
 
-# -- the student's own corrections ---------------------------------------------------------------------------------
-
-
 def _sample_own(
     config: Config, student: Student, cases: Sequence[Case], grader: Grader, progress: Progress
 ) -> None:
@@ -194,9 +191,6 @@ def _sample_own(
 def continuation(reviewed: Reviewed | Review) -> str:
     """The text after `<Cause>`: cause and correction, with the newline before the step's closing tag."""
     return f"{reviewed.cause}</Cause>\n<Correction>{reviewed.correction}</Correction>\n"
-
-
-# -- pairs ---------------------------------------------------------------------------------------------------------
 
 
 def make_pairs(

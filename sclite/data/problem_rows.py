@@ -121,9 +121,6 @@ def _cells(row: Cells | BadRow, columns: Mapping[str, str], *roles: str) -> list
     return [next((c for c in cells if c is not None and c == c and str(c).strip()), None) for cells in found]
 
 
-# -- the answer in a worked solution -------------------------------------------------------------------------------
-
-
 def _is_worked(text: str) -> bool:
     """Whether a text consists of sentences rather than an answer."""
     words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", text)

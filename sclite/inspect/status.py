@@ -142,9 +142,6 @@ def read_status(config: Config, run: Run) -> dict[str, Any]:
     }
 
 
-# -- stages --------------------------------------------------------------------------------------------------------
-
-
 def _read_stage(
     run: Run,
     name: str,
@@ -240,9 +237,6 @@ def _read_model_stages(config: Config, run: Run) -> dict[str, Stage]:
         counts = {f"problems in {each.folder}": each.n for each in evaluated}
         found[EVAL] = Stage(STALE if why else DONE, why, counts)
     return found
-
-
-# -- the next command ---------------------------------------------------------------------------------------------
 
 
 def next_command(config: Config, stages: Mapping[str, Stage]) -> str:

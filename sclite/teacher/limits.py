@@ -14,9 +14,6 @@ from sclite.teacher.ledger import Ledger
 MINUTE_SECONDS = 60.0
 
 
-# -- spending ------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Price:
     """US dollars per prompt token and per completion token."""
@@ -70,9 +67,6 @@ class Budget:
             self._reserved_usd -= max_usd
             async with self._changed:
                 self._changed.notify_all()
-
-
-# -- rates ---------------------------------------------------------------------------------------------------------
 
 
 class RateLimiter:
