@@ -99,7 +99,7 @@ ERRORS = [
     ("serve", 3, "runs/default/export holds no GGUF", "sclite train"),
     ("report", 3, "runs/default", "sclite eval"),
     ("runs none", 3, "none holds no run", "sclite runs FOLDER"),
-    ("init --config none/sclite.toml", 2, "none/sclite.toml cannot be written", "--config"),
+    ("init --config none/sclite.toml", 2, "none/sclite.toml cannot be written: No such file", "--config"),
     ("build-data --run mine.jsonl --set teacher.model=a/b", 2, "mine.jsonl cannot be written", "--run"),
     (f"build-data mine.jsonl {shlex.join(TEACHER)} --set teacher.api_base=http://127.0.0.1:9/v1", 6,
      "teacher openai/replay at http://127.0.0.1:9/v1 does not answer", ""),
@@ -288,13 +288,10 @@ def dropped(tmp_path):
     return run
 
 
-def test_show_prints_plain_text_to_a_pipe(sclite, dropped):
+def test_show_prints_plain_text_to_a_pipe_or_one_object_with_unchanged_rows(sclite, dropped):
     ended = sclite("show", "drops", "--reason", "wrong_answer")
     assert (ended.code, ended.err) == (0, "")
     assert ended.out == "1/1  p1  templates  wrong_answer\nWhat is 1 + 1?\ngold answer 2\n[b]½\n\n"
-
-
-def test_show_json_is_one_object_with_unchanged_rows(sclite, dropped):
     shown = json.loads(sclite("show", "drops", "--from", "2", "--json").out)
     assert (shown["what"], shown["total"]) == ("drops", 2)
     assert shown["rows"] == [json.loads(dropped.path("dropped.jsonl").read_text().splitlines()[1])]

@@ -44,19 +44,13 @@ def expected(trained) -> list[str]:
 
 
 def test_llama_cpp_samples_from_the_trained_student_and_leaves_no_file(trained, expected):
-    with trained.sampler("sft/adapter") as student:
-        assert type(student) is engine.Engine
-        assert answers(student) == expected
-    assert not trained.run.path("export/sampling").exists()
-
-
-def test_files_of_a_killed_sampler_are_replaced(trained):
-    left = trained.run.path("export/sampling/merged/model.safetensors")
+    left = trained.run.path("export/sampling/merged/model.safetensors")  # by a killed sampler
     left.parent.mkdir(parents=True)
     left.write_bytes(b"half")
     with trained.sampler("sft/adapter") as student:
         assert type(student) is engine.Engine
-    assert not left.parent.parent.exists()
+        assert answers(student) == expected
+    assert not trained.run.path("export/sampling").exists()
 
 
 def test_without_a_converter_transformers_samples(trained, expected, monkeypatch):

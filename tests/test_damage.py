@@ -17,9 +17,6 @@ def problem(number: int) -> Problem:
     return Problem(id=f"p{number}", question=f"What is 1 + 1, for the {number}th time?", answer="2")
 
 
-# -- signing -------------------------------------------------------------------------------------------------------
-
-
 def test_a_stage_is_not_signed_while_rows_are_missing(run):
     run.replace("problems.jsonl", map(problem, range(56)))
     with pytest.raises(DataError, match=r"problems\.jsonl holds 56 of 64 rows"):
@@ -51,8 +48,6 @@ def test_outputs_are_synced_before_the_manifest(run, monkeypatch):
     assert forced[-1] == str(run.path("done"))
 
 
-# -- manifests -----------------------------------------------------------------------------------------------------
-
 DAMAGES = {
     "empty": lambda data: b"",
     "truncated": lambda data: data[: len(data) // 2],
@@ -74,9 +69,6 @@ def test_a_damaged_manifest_is_read_from_its_copy(run, damage):
     assert f"remove {path}" in error.value.hint
     path.unlink()  # without it, its copy does not count
     assert run.manifest("sft") is None
-
-
-# -- rows ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -145,9 +137,6 @@ def test_rows_lost_to_a_concurrent_process_are_noticed_when_signing(built, monke
     assert len(asked) == paid
 
 
-# -- other files ---------------------------------------------------------------------------------------------------
-
-
 def test_a_locked_ledger_is_not_reported_as_damaged(built, sclite):
     Path("runs/default/done/templates.json").unlink()
     other = sqlite3.connect("runs/default/ledger.sqlite", isolation_level=None)
@@ -174,9 +163,6 @@ def test_a_damaged_ledger_does_not_cost_finished_work(built, sclite, text):
     ledger.rename(f"{ledger}.damaged")
     build()
     assert len(asked) == paid
-
-
-# -- any file ------------------------------------------------------------------------------------------------------
 
 
 def test_no_damaged_file_crashes_a_command_or_costs_money(built, tmp_path, capsys, monkeypatch):

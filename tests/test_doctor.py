@@ -8,8 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from sclite import doctor, options, settings
-from sclite.errors import DeviceError, UsageError
+from sclite import doctor, options
+from sclite.errors import DeviceError
 from sclite.student.loader import select_gpu
 from tests.replay import TeacherServer, say
 
@@ -90,9 +90,6 @@ def test_gpu_numbers_follow_the_pci_bus_and_count_within_cuda_visible_devices(to
     assert "unset CUDA_VISIBLE_DEVICES" in error.value.hint
 
 
-# -- the checks of `sclite doctor` ---------------------------------------------------------------------------------
-
-
 def checks_of(sclite, *arguments):
     """(exit code, {name: check}) of `sclite doctor`."""
     ended = sclite("doctor", "--json", *arguments)
@@ -171,8 +168,3 @@ def test_any_answer_but_a_gateways_error_is_an_answer():
         found = doctor.find_failures([f"{address}/{status}" for status in (401, 404, 502)])
         server.shutdown()
     assert list(found.values()) == ["", "", "HTTP 502"]
-
-
-def test_an_unwritable_configuration_is_a_usage_error(tmp_path):
-    with pytest.raises(UsageError, match="cannot be written: No such file or directory"):
-        settings.write_configuration(tmp_path / "nowhere/sclite.toml", None)

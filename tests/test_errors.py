@@ -77,8 +77,6 @@ def test_no_arguments_print_the_help_in_80_columns_and_are_a_usage_error(tmp_pat
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
-# -- control characters and markup ---------------------------------------------------------------------------------
-
 HOSTILE = "\x1b]0;title\x07\x9b31m\u202e[/red][bold]:apple:\ud800\x7f"
 
 
@@ -113,9 +111,6 @@ def test_a_run_may_be_named_like_markup(tmp_path):
         assert "unexpected" not in done.stderr, (command, done.stderr)
         assert done.returncode in (0, 2, 3), command
         assert "[/b]" in done.stdout + done.stderr or command[-1] not in ("status", "drops"), command
-
-
-# -- doctor and init -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

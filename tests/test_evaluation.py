@@ -26,13 +26,10 @@ def notes_on(fitting=60, **more):
     return notes
 
 
-def test_more_truncated_answers_than_one_in_100_are_reported():
+def test_notes_name_truncated_answers_earlier_thresholds_and_disabled_reviews():
     assert notes_on(cut=3) == []
     (note,) = notes_on(cut=4)
     assert note == "truncated first answers: sft 4 of 300; raise eval.max_tokens (320) or eval.context"
-
-
-def test_earlier_threshold_and_disabled_review_are_reported():
     fitted = Fitted(threshold=1.0, problems=60, n=60, acc_t1=0.5, acc_t2=0.6, max_harm=0.005).model_dump()
     assert notes_on(fitted=fitted) == []
     (note,) = notes_on(fitting=59, fitted=fitted)

@@ -17,8 +17,6 @@ from sclite.errors import DataError, DeviceError, GpuMemoryError, ScliteError
 from sclite.isolation import run_isolated
 from sclite.progress import no_progress
 
-# -- what runs in the other process ------------------------------------------------------------------------------------
-
 
 def counts(upto, *, progress):
     for number in range(1, upto + 1):
@@ -88,9 +86,6 @@ def read(path):
     return path.read_text()
 
 
-# -- results and errors ------------------------------------------------------------------------------------------------
-
-
 def test_result_progress_and_warnings_come_from_the_child(tmp_path):
     seen = []
 
@@ -156,9 +151,6 @@ def test_child_ends_when_its_parent_is_killed(tmp_path):
     while os.path.exists(f"/proc/{child}") and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not os.path.exists(f"/proc/{child}")
-
-
-# -- Ctrl-C --------------------------------------------------------------------------------------------------------
 
 
 def start(function, path, **settings):

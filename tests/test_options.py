@@ -27,9 +27,6 @@ def rows(name: str = "problems.jsonl") -> int:
     return len(Path("runs/default", name).read_text().splitlines())
 
 
-# -- filters of one command ----------------------------------------------------------------------------------------
-
-
 def test_a_limit_applies_to_one_command_only(build):
     problems(9)
     assert "6 (the first of mine.jsonl" in build("mine.jsonl", "--limit", "6").err
@@ -73,9 +70,6 @@ def test_data_settings_are_saved_and_can_be_unset(build, sclite):
     assert not {"price", "max_cost"} & kept["teacher"].keys()
 
 
-# -- empty values --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("key", "other", "default"),
     [
@@ -101,9 +95,6 @@ def test_every_kind_of_value_can_be_reset_to_its_default(tmp_path, key, other, d
     assert value(environment={f"SCLITE_{key.replace('.', '__').upper()}": ""}) == default
 
 
-# -- the environment -----------------------------------------------------------------------------------------------
-
-
 def test_seed_and_run_may_come_from_the_environment(tmp_path):
     """The run's settings then count, and an empty value restores a command's own default."""
     (tmp_path / "run.toml").write_text("[sft]\nnum_train_epochs = 9\n")
@@ -123,9 +114,6 @@ def test_a_misspelled_environment_variable_is_refused():
     assert "did you mean seed?" in error.value.hint
 
 
-# -- a damaged run.toml --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("text", ["[sft\n", "sft = 3\n", "[sft]\nepoch = 1\n", "[sft]\nepochs = 'x'\n"])
 def test_a_damaged_run_toml_is_reported(tmp_path, text):
     path = tmp_path / "run.toml"
@@ -135,9 +123,6 @@ def test_a_damaged_run_toml_is_reported(tmp_path, text):
     assert f"remove {path}" in error.value.hint
     path.unlink()
     load(None, [f"run={tmp_path}"], {}, own_file=False)
-
-
-# -- runs that move ------------------------------------------------------------------------------------------------
 
 
 def test_a_run_continues_without_its_problem_file(build, teacher_of_sums):
@@ -177,9 +162,6 @@ def test_imported_problems_stay_unchanged_when_some_overlap(build):
         assert build("--set", "eval.source=measured.jsonl").code == 0
         assert run.read("problems.jsonl", Problem) == own
         assert rows("templates.jsonl") == 3
-
-
-# -- dry runs ------------------------------------------------------------------------------------------------------
 
 
 def test_a_dry_run_writes_and_sends_nothing(build, teacher_of_sums):

@@ -100,9 +100,6 @@ def test_another_endpoint_asks_anew_and_the_teacher_only_about_what_it_has_not_s
     assert asked.count("teacher") == len({r.id for r in run.read("reviews.jsonl", Review) if r.step})
 
 
-# -- a GGUF --------------------------------------------------------------------------------------------------------
-
-
 def teach(folder: Path, count: int) -> None:
     """Overfit the tiny model: it makes the same mistake in every problem, and has one correction for it."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -168,9 +165,6 @@ def test_a_gguf_that_is_not_there_is_named(run):
     context = world_of(run, "http://127.0.0.1:9/v1", **{"attempts.student": "none.gguf"})
     with pytest.raises(DataError, match=r"attempts\.student: none\.gguf does not exist"):
         pipeline.build_corrections(context)
-
-
-# -- nobody --------------------------------------------------------------------------------------------------------
 
 
 def test_attempts_brought_along_become_decisions_without_any_student(run):

@@ -176,8 +176,6 @@ def test_a_stage_that_comes_back_has_no_number_again(hurried, capsys):
     assert headings == ["1/2 export", "2/2 eval", "export"]
 
 
-# -- the width of the terminal -------------------------------------------------------------------------------------
-
 FIGURES = "loss 0.412, margin 0.31, accuracy 74 %, 3,204 tokens/s, 9.8 GB, 0.6/s, $0.12 of about $1.40, 4 min 2 s left"
 
 

@@ -10,15 +10,12 @@ def text_of(messages) -> str:
     return "\n".join(m["content"] for m in messages)
 
 
-def test_solving_and_reviewing_share_a_system_prompt():
+def test_both_chats_share_a_system_prompt_and_values_are_inserted_verbatim():
     solve = prompts.solve_messages("How many?")
     review = prompts.review_messages("How many?", "<Step1>x</Step1>")
     assert [m["role"] for m in solve] == [m["role"] for m in review] == ["system", "user"]
     assert solve[0] == review[0]
     assert solve[0]["content"].strip()
-
-
-def test_values_are_inserted_verbatim():
     odd = "What is {{ 7 * 6 }} {% raise %} <b> & \\frac{1}{2}?"
     assert odd in text_of(prompts.solve_messages(odd))
     assert odd in text_of(prompts.teacher_messages("teacher_template", odd, odd, odd, error=odd))
@@ -36,11 +33,13 @@ def test_teacher_sees_the_solution_and_why_its_reply_failed():
     assert "could not be used: no step 2." in text_of(again)
 
 
-def test_custom_prompt_replaces_only_the_shipped_one(tmp_path):
+def test_custom_prompt_replaces_only_the_shipped_one_in_a_folder_that_exists(tmp_path):
     (tmp_path / "student_solve.txt").write_text("Please: {{ question }}\n")
     mine = prompts.solve_messages("How many?", str(tmp_path))
     assert mine[1]["content"] == "Please: How many?"
     assert mine[0] == prompts.solve_messages("How many?")[0]
+    with pytest.raises(DataError, match=r"prompts\.folder: .*nowhere is not a folder"):
+        prompts.solve_messages("How many?", str(tmp_path / "nowhere"))
 
 
 def test_digest_depends_on_the_text_and_the_names(tmp_path):
@@ -78,8 +77,3 @@ def test_failing_prompt_is_reported_with_the_reason(tmp_path, monkeypatch, sourc
     assert said.lower() in error.value.message.lower()
     assert error.value.hint
     assert not (tmp_path / "ran").exists()
-
-
-def test_missing_prompt_folder_is_an_error(tmp_path):
-    with pytest.raises(DataError, match=r"prompts\.folder: .*nowhere is not a folder"):
-        prompts.solve_messages("How many?", str(tmp_path / "nowhere"))

@@ -25,9 +25,6 @@ def problem(number: int, question: str = "How many?") -> Problem:
     return Problem(id=f"p{number}", question=question, answer=str(number))
 
 
-# -- rows ----------------------------------------------------------------------------------------------------------
-
-
 def test_rows_survive_a_round_trip(run):
     rows = [problem(1), problem(2, 'line one\nline two\u2028three \\ "quoted" ½ \U0001f600'), problem(3)]
     assert run.read("problems.jsonl", Problem) == []
@@ -106,9 +103,6 @@ def test_rows_are_reordered_with_one_in_memory(run):
     assert run.path("none.jsonl").read_text() == ""
 
 
-# -- kills and full disks ------------------------------------------------------------------------------------------
-
-
 def test_a_killed_writer_leaves_whole_rows_and_no_lock(tmp_path):
     script = f"""
         from sclite.records import Problem
@@ -139,9 +133,6 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         write_text(tmp_path / "file.json", "new")
     assert (tmp_path / "file.json").read_text() == "old"
-
-
-# -- one process at a time -----------------------------------------------------------------------------------------
 
 
 def test_a_locked_run_is_refused_until_it_is_released(run):
@@ -184,9 +175,6 @@ def test_an_unused_new_folder_is_removed_and_may_be_gone_already(tmp_path, run):
     with kept.lock():
         pass
     assert kept.folder.is_dir()
-
-
-# -- manifests -----------------------------------------------------------------------------------------------------
 
 
 def test_a_stage_is_done_only_for_the_same_inputs(run):
@@ -234,9 +222,6 @@ def test_differences_name_the_setting_and_both_values_but_no_hashes():
 def test_the_embedded_student_is_signed_by_name(run):
     inputs = training_inputs(Config.model_validate({"student": {"model": "embedded"}}), run, "sft")
     assert inputs["student.model"] == "embedded"
-
-
-# -- saved settings ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("error", [UsageError("unknown quantisation"), DataError("no such file")])

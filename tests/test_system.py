@@ -16,10 +16,9 @@ from tests.toy import write_rows
 @pytest.fixture
 def shown(tmp_path):
     """A run with 4,000 problems with non-ASCII text."""
-    run, odd = Run(tmp_path / "run"), "How much is ½ of"
-    run.replace(
-        "problems.jsonl", [Problem(id=f"p{n}", question=f"{odd} {n}?", answer="1") for n in range(4000)]
-    )
+    run = Run(tmp_path / "run")
+    rows = (Problem(id=f"p{n}", question=f"How much is ½ of {n}?", answer="1") for n in range(4000))
+    run.replace("problems.jsonl", rows)
     return run
 
 
@@ -30,18 +29,10 @@ def process(*arguments: object, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, text=True, encoding="utf-8", check=False, **options)
 
 
-COMMANDS = (
-    "status",
-    "status --json",
-    "show",
-    "show problems",
-    "show problems --json",
-    "doctor --json",
-    "--help",
-)
+SHOWN = ("status", "status --json", "show", "show problems", "show problems --json")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*SHOWN, "doctor --json", "--help"])
 def test_a_full_stdout_is_an_error_in_one_line_and_a_closed_pipe_is_none(shown, command):
     words = [*command.split(), *(["--run", shown.folder] if command.startswith("s") else [])]
     with open("/dev/full", "w") as full:
@@ -91,13 +82,11 @@ def test_a_name_that_is_too_long_is_a_usage_error(sclite, command):
 
 
 def test_a_read_only_run_with_rows_is_a_usage_error(sclite, monkeypatch):
-    import sclite.run as module
-
     def refused(*_):
         raise PermissionError(13, "Permission denied", "runs/default/problems.jsonl")
 
     write_rows("mine.jsonl", [{"question": "1 + 1?", "answer": "2"}])
-    monkeypatch.setattr(module, "write_text", refused)
+    monkeypatch.setattr("sclite.run.write_text", refused)
     ended = sclite("build-data", "mine.jsonl")
     assert (ended.code, ended.error) == (2, "error: runs/default/problems.jsonl: Permission denied")
 

@@ -27,9 +27,8 @@ def sclite(folder: Path, *arguments: str, text: str = "") -> subprocess.Complete
 def trained(tmp_path_factory) -> Path:
     """A folder in which build-data and train have run on a file of problems."""
     folder = tmp_path_factory.mktemp("project")
-    write_rows(
-        folder / "train.jsonl", [problem.model_dump(exclude={"id"}) for problem in train_problems(220)]
-    )
+    rows = [problem.model_dump(exclude={"id"}) for problem in train_problems(220)]
+    write_rows(folder / "train.jsonl", rows)
     chosen = {name: value for name, value in DEFAULTS.items() if name not in ("run", "problems")}
     (folder / "sclite.toml").write_text(tomlkit.dumps(chosen))
     sclite(folder, "build-data", "train.jsonl")
@@ -37,7 +36,7 @@ def trained(tmp_path_factory) -> Path:
     return folder
 
 
-def test_train_fits_the_threshold_on_problems_that_nothing_was_trained_on(trained):
+def test_train_fits_the_threshold_on_untrained_problems_and_chat_uses_it(trained):
     run = trained / "runs/default"
     (fitted,) = json.loads((run / "export/threshold.json").read_text()).values()
     assert fitted["problems"] == 50
@@ -45,9 +44,6 @@ def test_train_fits_the_threshold_on_problems_that_nothing_was_trained_on(traine
     taught = [json.loads(line)["id"] for line in (run / "templates.jsonl").read_text().splitlines()]
     tried = [json.loads(line)["id"] for line in (run / "attempts.jsonl").read_text().splitlines()]
     assert len({*taught, *tried}) <= 170
-
-
-def test_chat_reviews_or_says_why_it_does_not(trained):
     done = sclite(trained, "chat", "--self-correct", "--json", QUESTION)
     answer = json.loads(done.stdout)
     (fitted,) = json.loads((trained / "runs/default/export/threshold.json").read_text()).values()
@@ -56,20 +52,14 @@ def test_chat_reviews_or_says_why_it_does_not(trained):
     assert ("review is off" in answer["note"]) == (fitted["threshold"] is None)
 
 
-def test_status_suggests_chat_after_the_three_commands(trained):
+def test_afterwards_all_is_done_and_train_repairs_what_is_missing(trained):
     status = json.loads(sclite(trained, "status", "--json").stdout)
     assert {name for name, stage in status["stages"].items() if stage["state"] != "done"} == {"eval"}
     assert status["next"].startswith("sclite chat")
-
-
-def test_run_finds_everything_done(trained):
     done = sclite(trained, "run", "train.jsonl", "--yes", "--json")
     stages = json.loads(done.stdout)
     assert {"templates", "sft", "warmup", "dpo", "export-dpo", "threshold"} <= set(stages)
     assert all(stage["skipped"] for name, stage in stages.items() if name != "problems")
-
-
-def test_train_repairs_what_is_missing_after_it(trained):
     (gguf,) = (trained / "runs/default/export").glob("dpo-*.gguf")
     gguf.unlink()
     sclite(trained, "train")

@@ -35,9 +35,6 @@ traces = st.builds(Trace, st.lists(steps, max_size=5).map(tuple), st.none() | fi
 quickly = settings(deadline=None, suppress_health_check=list(HealthCheck), database=None)
 
 
-# -- one form, both ways -------------------------------------------------------------------------------------------
-
-
 @settings(quickly, max_examples=300)
 @given(traces)
 def test_parsing_a_rendered_trace_gives_the_same_trace(trace):
@@ -82,9 +79,6 @@ def test_cleaned_text_is_always_a_valid_step(text):
     Step(module.clean(text))
 
 
-# -- any text ------------------------------------------------------------------------------------------------------
-
-
 @settings(quickly, max_examples=2000)
 @given(st.text() | st.lists(tags | _bits.map("".join), max_size=12).map("".join))
 def test_no_text_makes_the_parser_raise(text):
@@ -121,8 +115,6 @@ HOSTILE = {
 def test_hostile_megabyte_is_parsed(text):
     parse(text)  # a second; in quadratic time hours
 
-
-# -- what models really write --------------------------------------------------------------------------------------
 
 FORGIVEN = {
     "lower case": WHOLE.lower().replace("carry", "Carry").replace("add", "Add"),
@@ -238,17 +230,11 @@ def test_think_block_must_end():
     assert [issue.name for issue in parse(f"<think>{WHOLE}</think>").issues] == ["no_steps", "no_answer"]
 
 
-# -- reviews -------------------------------------------------------------------------------------------------------
-
-
-def test_review_yields_its_first_wrong_step_and_a_solution():
+def test_review_yields_its_first_wrong_step_its_solution_and_its_prefixes():
     assert module.first_corrected(REVIEWED) == 1
     assert module.first_corrected(SOLUTION) is None
     assert corrected(REVIEWED) == parse(REVIEW).work == Trace((Step("It is 72."), LAST), None, "36")
     assert corrected(SOLUTION) == SOLUTION
-
-
-def test_prefix_of_a_decision_ends_before_the_closer():
     step = Step("48 + 24 = 62", "Carry.")
     assert module.open_piece(2, step) == "<Step2>48 + 24 = 62\n<Key>Carry.</Key>\n"
     assert render(Trace((step,))) == "<Step1>48 + 24 = 62\n<Key>Carry.</Key>\n</Step1>"

@@ -62,9 +62,6 @@ def train_sft(context: Context):
     return pipeline.train_stage(context, "sft")
 
 
-# -- memory --------------------------------------------------------------------------------------------------------
-
-
 def limit_memory(monkeypatch, rows: int, from_step: int = 0) -> list[int]:
     """Let forward passes of more rows run out of memory, as a GPU would; returns the sizes that are tried."""
     tried, real = [], sft.negative_log_likelihood
@@ -126,9 +123,6 @@ def test_attempts_that_do_not_fit_are_sampled_in_halves(folder, monkeypatch):
     assert sizes == [8, 4, 2, 2, 2, 2, 1]
 
 
-# -- the stage -----------------------------------------------------------------------------------------------------
-
-
 def test_in_its_own_process_a_stage_trains_the_same_and_reports_each_step(folder, tmp_path):
     here, there = context_of(folder, tmp_path / "a"), context_of(folder, tmp_path / "b", isolated=True)
     train_sft(here)
@@ -166,9 +160,6 @@ def test_missing_tensorboard_is_an_error_before_the_first_step(folder, tmp_path,
     assert "pip install tensorboard" in error.value.hint
 
 
-# -- the plan ------------------------------------------------------------------------------------------------------
-
-
 def test_the_plan_has_the_steps_rows_and_micro_batch_of_the_training(folder, tmp_path, monkeypatch):
     settings = {
         "batch_size": 3,
@@ -198,8 +189,6 @@ def test_a_plan_that_does_not_fit_ends_with_exit_5_as_json_too(capsys):
     shown = json.loads(capsys.readouterr().out)
     assert (shown["stages"]["sft"]["fits"], shown["exit_code"]) == (False, 5)
 
-
-# -- what the teacher will cost ------------------------------------------------------------------------------------
 
 SUMS = {"model": "openai/teacher", "api_base": "http://127.0.0.1:9/v1"}
 PRICED = {**SUMS, "price": (1000.0, 1000.0)}

@@ -175,11 +175,12 @@ def test_models_health_and_metrics(scripted):
     assert all(re.fullmatch(r'sclite_\w+(\{\w+="\w+"\})? [\d.e+-]+', line) for line in lines)
 
 
-def test_page_needs_no_network(scripted):
+def test_page_needs_no_network_and_other_host_names_are_refused(scripted):
     page = httpx.get(scripted[0])
     assert page.status_code == 200
     assert "connect-src 'self'" in page.headers["content-security-policy"]
     assert not re.search(r"https?://|src=|@import", page.text)
+    assert httpx.get(f"{scripted[0]}/health", headers={"host": "evil.example"}).status_code == 400
 
 
 # -- errors and limits ---------------------------------------------------------------------------------------------
@@ -258,10 +259,6 @@ def test_key_is_needed_if_one_is_set():
         given_key = {"authorization": "Bearer sécret".encode()}
         assert httpx.get(f"{url}/v1/models", headers=given_key).status_code == 200
         assert httpx.get(f"{url}/health").status_code == 200
-
-
-def test_local_server_refuses_other_host_names(scripted):
-    assert httpx.get(f"{scripted[0]}/health", headers={"host": "evil.example"}).status_code == 400
 
 
 def test_open_address_needs_a_key_and_a_port_must_be_free(scripted, monkeypatch, gguf):

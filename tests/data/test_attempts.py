@@ -56,9 +56,6 @@ def sample(run, grader, solver, progress=no_progress, batch=4, **attempts):
     return write_attempts(config_of(batch, **attempts), run, **options)
 
 
-# -- sampling ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("backwards", [True, False])
 def test_attempts_are_graded_and_each_sample_has_its_own_seed(run, grader, backwards):
     student = Deterministic(backwards=backwards)
@@ -138,9 +135,6 @@ def test_warning_if_most_attempts_are_unreadable(tmp_path, grader, warnings):
     (said,) = report.figures["warnings"]
     assert [said] == warnings
     assert said.startswith("15 of 15 attempts have no readable steps, most often: no steps; train SFT")
-
-
-# -- other students ------------------------------------------------------------------------------------------------
 
 
 def answer_with_seed(body, nth):

@@ -40,9 +40,6 @@ def test_contaminated_problems_name_the_training_question():
     assert find_contaminated(problems, training) == {"a": "t2", "b": "t3"}
 
 
-# -- in the training problems --------------------------------------------------------------------------------------
-
-
 def plain(text, **more):
     return {"question": text, "answer": "1", **more}
 
@@ -87,17 +84,13 @@ def test_imported_problems_file_is_not_rewritten(write, run):
         assert [d.id for d in run.read("dropped.jsonl", Drop)] == ["b"]
 
 
-def test_training_skips_no_problem_if_evaluation_has_the_same_source(write, run):
-    source = write("p.jsonl", plain("First?"), plain("Second?"))
-    chosen = settings(f"problems.source={source}", f"eval.source={source}", "problems.limit=1")
-    assert len(gather_problems(chosen, run)) == 1
-
-
-def test_error_if_every_problem_overlaps(write, run):
-    source, measured = (write(name, plain("First?")) for name in ("p.jsonl", "e.jsonl"))
+def test_an_equal_file_leaves_nothing_but_the_same_source_is_trained_on(write, run):
+    source, measured = (write(name, plain("First?"), plain("Second?")) for name in ("p.jsonl", "e.jsonl"))
     with pytest.raises(DataError, match="every problem overlaps") as error:
         gather_problems(settings(f"problems.source={source}", f"eval.source={measured}"), run)
     assert error.value.hint
+    chosen = settings(f"problems.source={source}", f"eval.source={source}", "problems.limit=1")
+    assert len(gather_problems(chosen, run)) == 1
 
 
 def test_unreachable_evaluation_set_is_an_error_with_an_alternative(write, run, monkeypatch):
@@ -112,9 +105,6 @@ def test_unreachable_evaluation_set_is_an_error_with_an_alternative(write, run, 
     assert "--set eval.source= skips" in error.value.hint
     with pytest.raises(DataError, match=r"problems\.avoid, whose .*none\.jsonl does not exist"):
         gather_problems(settings(f"problems.source={source}", "problems.avoid=none.jsonl"), run)
-
-
-# -- in the evaluation ---------------------------------------------------------------------------------------------
 
 
 def test_evaluation_skips_and_counts_problems_that_were_trained_on(write, run):

@@ -44,12 +44,11 @@ def fill(run, wrong=1, right=0, others=()):
     run.replace("problems.jsonl", problems)
 
 
-# -- one review ----------------------------------------------------------------------------------------------------
-
-
-def test_review_that_corrects_the_first_wrong_step_is_kept(grader):
+def test_review_of_the_first_wrong_step_is_kept_unless_its_grade_is_unknown(grader, unsure):
     for text in (GOOD, GOOD.replace("48 + 24 = 72", "48 +  24 =\n72")):  # white space does not change a step
         assert isinstance(check_review(text, ATTEMPT, PROBLEM, grader), Trace)
+    text = GOOD.replace("<Answer>41", "<Answer>41.0")
+    assert check_review(text, ATTEMPT, PROBLEM, unsure).reason == "grader_unknown"
 
 
 @pytest.mark.parametrize(
@@ -80,14 +79,6 @@ def test_each_invalid_review_has_a_reason(grader, text, reason):
 def test_imported_label_decides_which_step_is_accused(grader, label, reason):
     found = check_review(GOOD, ATTEMPT.model_copy(update={"first_error": label}), PROBLEM, grader)
     assert getattr(found, "reason", None) == reason
-
-
-def test_unknown_grade_is_not_a_wrong_review(unsure):
-    text = GOOD.replace("<Answer>41", "<Answer>41.0")
-    assert check_review(text, ATTEMPT, PROBLEM, unsure).reason == "grader_unknown"
-
-
-# -- the stage -----------------------------------------------------------------------------------------------------
 
 
 def test_teacher_gets_work_and_solution_and_its_review_is_stored(run, grader):
@@ -150,24 +141,21 @@ def test_confirmation_has_no_notes_of_a_self_corrected_attempt(run, grader):
     assert "<Cause>" not in confirmed.trace
 
 
-def test_unusable_attempts_are_counted_and_not_sent(run, grader):
+def test_unusable_and_identical_attempts_are_counted_and_not_sent(run, grader):
     unknown = ATTEMPT.model_copy(update={"id": "u", "correct": None})
     torn = ATTEMPT.model_copy(update={"id": "t", "trace": "<Step1>cut in the mid"})
-    fill(run, others=(unknown, torn))
+    fill(run, others=(unknown, torn, ATTEMPT.model_copy(update={"id": "w0", "sample": 1})))
     report, asked = build(run, grader)
     assert report.dropped == {"outcome_unknown": 1, "attempt_not_readable": 1}
-    assert len(asked) == 1
+    assert len(asked) == report.counts["wrong"] == report.counts["wrong_in_the_same_words"] == 1
     found = {d.id: (d.raw, d.detail) for d in run.read("dropped.jsonl", Drop)}
     assert (found["t"][0], "no answer at the end" in found["t"][1]) == (torn.trace, True)
 
 
-def test_identical_attempts_are_corrected_once(run, grader):
-    fill(run, others=(ATTEMPT.model_copy(update={"id": "w0", "sample": 1}),))
-    report, asked = build(run, grader)
-    assert len(asked) == report.counts["wrong"] == report.counts["wrong_in_the_same_words"] == 1
-
-
-def test_error_with_reasons_if_no_correction_is_valid(run, grader):
+def test_error_if_there_are_no_attempts_or_no_valid_correction(run, grader):
+    with pytest.raises(DataError, match=r"attempts\.jsonl is missing or empty") as error:
+        build(run, grader)
+    assert "sclite train" in error.value.hint
     fill(run, wrong=2)
     with pytest.raises(DataError, match="no wrong attempt could be corrected: 2 not readable") as error:
         build(run, grader, lambda request, nth: say("All good!"))
@@ -206,9 +194,3 @@ def test_next_run_requests_unanswered_corrections_again(run, grader):
     assert not second.skipped
     assert second.counts["corrected"] == 3
     assert second.dropped == {}
-
-
-def test_missing_attempts_error_names_the_next_command(run, grader):
-    with pytest.raises(DataError, match=r"attempts\.jsonl is missing or empty") as error:
-        build(run, grader)
-    assert "sclite train" in error.value.hint

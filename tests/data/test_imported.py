@@ -112,8 +112,6 @@ def test_run_continues_if_its_source_files_are_deleted(run, labelled_run, tmp_pa
     assert again.counts == made.counts
 
 
-# -- rows in the run folder ----------------------------------------------------------------------------------------
-
 WORK = Trace((Step("48 + 24 = 72"), Step("72 / 2 = 38")), None, "38")
 ATTEMPT = Attempt(id="p0", sample=0, trace=render(WORK), answer="38", correct=False, first_error=2)
 NOTED = Trace((WORK.steps[0], Step("72 / 2 = 38", None, "2 * 38 is 76.", "72 / 2 = 36")), None, "36")
@@ -211,9 +209,6 @@ def test_own_pairs_without_a_signature_do_not_count_as_imported(filled, grader):
     write_pairs(config.Config(), filled, student=Student(), grader=grader)
     filled.path("done/pairs.json").unlink()
     assert not filled.is_imported("pairs", "pairs.jsonl")
-
-
-# -- an adapter ----------------------------------------------------------------------------------------------------
 
 
 WEIGHTS = save({"lora_A": np.zeros((2, 2), np.float32)})

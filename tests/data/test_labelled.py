@@ -108,11 +108,8 @@ def test_label_without_an_error_makes_the_attempt_right(grader, write, label):
     assert [(d.id, d.reason) for d in drops] == [("line 3", "label_contradicts_answer")]
 
 
-def test_labelled_step_makes_the_attempt_wrong_despite_its_answer(grader, write):
+def test_labelled_step_makes_the_attempt_wrong_and_other_columns_are_refused(grader, write):
     (found,) = load(grader, write("mine.jsonl", work("1 + 1 = 3", "so 2", first_error_step=1)))
     assert (found.correct, found.first_error) == (False, 1)
-
-
-def test_label_column_of_another_benchmark_is_rejected(grader, write):
     with pytest.raises(DataError, match=r"has `label` but no `first_error_step`: .*add 1"):
         load(grader, write("mine.jsonl", {"problem": "What is 1 + 1?", "steps": ["3"], "label": 0}))

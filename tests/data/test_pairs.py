@@ -21,9 +21,6 @@ WRONG = "Hm.</Cause>\n<Correction>72 / 2 = 30</Correction>\n"
 RIGHT = "Twice 38 is too much.</Cause>\n<Correction>72 / 2 = 36</Correction>\n"
 
 
-# -- the pairs of one review ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("review", "sides"),
     [
@@ -80,9 +77,6 @@ def test_continuation_ends_before_the_closing_tag_of_the_step():
     assert continuation(REVIEW) == TEACHERS
     noted = Trace((Step("x", None, REVIEW.cause, REVIEW.correction),))
     assert render(noted) == f"<Step1>x\n{CAUSE}{TEACHERS}</Step1>"
-
-
-# -- the stage -----------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -172,6 +166,9 @@ def test_warning_if_most_content_pairs_were_dropped(run, grader, warnings, dropp
 
 
 def test_without_a_student_there_are_only_decision_pairs_and_finished_ones_need_none(run, grader):
+    with pytest.raises(DataError, match=r"reviews\.jsonl is missing or empty") as error:
+        build(run, grader)
+    assert "sclite build-data" in error.value.hint
     fill(run, 2)
     report, contents, _ = build(run, grader)
     assert contents == {}
@@ -182,15 +179,6 @@ def test_without_a_student_there_are_only_decision_pairs_and_finished_ones_need_
     assert len(contents) == 2
     again, _, _ = build(run, grader)
     assert (again.skipped, again.counts) == (True, made.counts)
-
-
-def test_missing_reviews_error_names_the_next_command(run, grader):
-    with pytest.raises(DataError, match=r"reviews\.jsonl is missing or empty") as error:
-        build(run, grader)
-    assert "sclite build-data" in error.value.hint
-
-
-# -- free reviews of an endpoint -----------------------------------------------------------------------------------
 
 
 def whole_review(step=2, cause="Hm.", correction="72 / 2 = 30", answer="35", first="48 + 24 = 72"):

@@ -20,8 +20,6 @@ def refused(columns=None, **row) -> BadRow:
     return caught.value
 
 
-# -- the answer in a worked solution -------------------------------------------------------------------------------
-
 STEPS = "#### Step 1\nAdd 2 and 3.\n\n#### Step 2\n2 + 3 = 5, so the answer is $\\boxed{5}$."
 
 
@@ -97,21 +95,15 @@ def test_answer_in_words_is_an_answer(gold):
     assert answer(answer=gold) == gold
 
 
-def test_calculator_marks_are_removed_from_the_solution():
+def test_calculator_marks_and_thoughts_are_no_part_of_a_solution():
     worked = "She sold 48/2 = <<48/2=24>>24 in May.\nThat is 48+24 = <<48+24=72>>72.\n#### 72"
     problem = read_problem({"question": "How many clips?", "answer": worked}, {})
     assert problem.answer == "72"
     assert problem.solution == "She sold 48/2 = 24 in May.\nThat is 48+24 = 72."
-
-
-def test_thoughts_are_no_part_of_a_solution():
     text = "Hm, maybe \\boxed{1}?\n</think>\nAdd them.\nSo it is \\boxed{3}."
     for written in (text, f"<think>\n{text}"):
         problem = read_problem({"problem": "?", "solution": written}, {})
         assert (problem.answer, problem.solution) == ("3", "Add them.\nSo it is \\boxed{3}.")
-
-
-# -- columns and cells ---------------------------------------------------------------------------------------------
 
 
 def test_id_and_solution_of_a_row_are_kept():

@@ -69,10 +69,10 @@ def test_row_without_an_answer_is_dropped_and_an_error_if_alone(load_rows):
         load_rows([plain(1, question=" ")])
 
 
-# -- the problems of a run -----------------------------------------------------------------------------------------
-
-
 def test_problems_are_written_to_the_run_and_read_from_it(write, run):
+    with pytest.raises(DataError) as caught:
+        gather_problems(config.Config(), run)
+    assert "problems.source" in caught.value.hint
     rows = [{"say": row["question"], "gold": row["answer"]} for row in map(plain, (1, 2, 2))]
     names = ["problems.question_column=say", "problems.answer_column=gold"]
     source = write("p.jsonl", *rows)
@@ -81,15 +81,6 @@ def test_problems_are_written_to_the_run_and_read_from_it(write, run):
     assert run.read("problems.jsonl", Problem) == problems
     assert [d.reason for d in run.read("dropped.jsonl", Drop)] == ["duplicate_question"]
     assert gather_problems(config.Config(), run) == problems
-
-
-def test_missing_problems_error_has_a_hint(run):
-    with pytest.raises(DataError) as caught:
-        gather_problems(config.Config(), run)
-    assert "problems.source" in caught.value.hint
-
-
-# -- splits --------------------------------------------------------------------------------------------------------
 
 
 def numbered(count: int) -> list[Problem]:

@@ -34,9 +34,6 @@ def refused(source) -> DataError:
     return caught.value
 
 
-# -- formats -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("names", "text"),
     [
@@ -79,9 +76,6 @@ def test_csv_with_bom_newlines_and_quotes_is_read(tmp_path):
     assert (second.question, second.answer) == ("One\u2028line?", "NA")
 
 
-# -- files that cannot be read -------------------------------------------------------------------------------------
-
-
 def test_missing_file_folder_pipe_and_standard_input_are_rejected(tmp_path):
     assert "nothing.jsonl does not exist" in refused(tmp_path / "nothing.jsonl").message
     for name in ("nothing.txt", "nothing.jsonl.gz", "./nothing"):
@@ -110,16 +104,13 @@ def test_empty_files_are_reported_as_empty(tmp_path, name, content):
         assert refused(path).message == f"{path} is empty"
 
 
-def test_empty_and_damaged_parquet_files_are_reported(tmp_path):
+def test_empty_or_damaged_parquet_and_gzip_files_are_reported(tmp_path):
     path = tmp_path / "p.parquet"
     datasets.Dataset.from_list(ROWS).select([]).to_parquet(path)
     assert refused(path).message == f"{path} is empty"
     for content in (b"", b"PAR1 but not really"):
         path.write_bytes(content)
         assert "p.parquet cannot be read" in refused(path).message
-
-
-def test_damaged_gzip_file_is_reported_as_damaged(tmp_path):
     path = tmp_path / "p.jsonl.gz"
     whole = gzip.compress(os.urandom(4000).hex().encode())
     for content in (whole[:-9], whole[:200] + b"xxxx" + whole[204:]):
@@ -139,9 +130,6 @@ def test_damaged_gzip_file_is_reported_as_damaged(tmp_path):
 def test_json_file_that_is_no_list_of_objects_is_reported(tmp_path, text, said):
     (tmp_path / "p.json").write_text(text, errors="surrogateescape")
     assert said in refused(tmp_path / "p.json").message
-
-
-# -- rows that cannot be read --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

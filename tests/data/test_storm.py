@@ -78,8 +78,6 @@ def test_storm_of_errors_ends_with_valid_templates_and_a_correct_ledger(run, gra
     assert not [path for path in files if KEY.encode() in path.read_bytes()]
 
 
-# -- kills and interrupts ------------------------------------------------------------------------------------------
-
 PROGRAM = """
 import sys
 from tests.data.test_storm import PROBLEMS, build, chosen

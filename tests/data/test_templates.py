@@ -25,9 +25,6 @@ def build(run, url, grader, problems=PROBLEMS, settings=(), **options):
         return write_templates(chosen, run, teacher=teacher, grader=grader, problems=problems, **options)
 
 
-# -- one reply -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("answer", ["3", "$3$", r"\boxed{3}", "The answer is 3.", "3.0"])
 def test_equal_answers_are_accepted(answer, grader):
     assert isinstance(check_template(reply(answer), PROBLEMS[2], grader), Trace)
@@ -74,9 +71,6 @@ def test_mention_of_the_given_solution_is_found(text):
 )  # fmt: skip
 def test_other_uses_of_the_word_solution_are_no_leak(text):
     assert find_leak(text) is None
-
-
-# -- the stage -----------------------------------------------------------------------------------------------------
 
 
 def test_templates_are_canonical_right_and_in_problem_order(run, grader):

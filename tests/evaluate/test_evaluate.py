@@ -130,15 +130,12 @@ def table_of(capsys, outcomes, **figures):
     return capsys.readouterr().out
 
 
-def test_table_of_ungraded_answers_has_dashes(capsys, monkeypatch):
+def test_table_has_dashes_for_ungraded_answers_and_the_cost_of_the_review(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     rows = [Outcome(id=str(i), correct1=None, correct2=None, **WHOLE) for i in range(3)]
     shown = table_of(capsys, rows)
     assert shown.split("dpo")[1].split("\n")[0].split() == ["–"] * 8
     assert "3 answers could not be graded" in shown
-
-
-def test_cost_of_the_review_is_shown_beside_that_of_the_answer(capsys):
     fed = {"tokens1": 30, "tokens2": 4, "fed1": 9, "fed2": 50}
     rows = [Outcome(id=str(i), correct1=True, correct2=True, **WHOLE, **fed) for i in range(2)]
     assert "fed1" not in rows[0].model_dump()

@@ -22,9 +22,6 @@ def outcomes(*verdicts):
     return [outcome(*pair, number=k) for k, pair in enumerate(verdicts)]
 
 
-# -- compute_metrics -----------------------------------------------------------------------------------------------------
-
-
 def test_gains_and_losses_are_shares_of_all_problems():
     rows = outcomes((True, True), (True, False), (False, True), (False, True), (False, False))
     expected = {"n": 5, "acc_t1": 0.4, "acc_t2": 0.6, "wrong_to_right": 0.4, "right_to_wrong": 0.2}
@@ -84,12 +81,18 @@ def test_labels_decide_what_is_wrong_work():
     assert (right_steps["location"], right_steps["acceptance"]) == (None, None)
 
 
-def test_auc_uses_only_scores_with_a_label():
+def test_auc_uses_only_labelled_scores_and_resampled_problems():
     rows = [
         outcome(False, False, 0, step_scores=(-1.0, 2.0, 9.0), step_labels=(False, True)),
         outcome(True, True, 1, step_scores=(2.0, -3.0), step_labels=(False, False)),
     ]
     assert compute_metrics(rows)["auc"] == pytest.approx((1 + 0.5 + 1) / 3)
+    steps = [(-1.0, False), (0.0, True), (1.0, False), (2.0, True)] * 25
+    rows = [outcome(not w, True, k, step_scores=(s,), step_labels=(w,)) for k, (s, w) in enumerate(steps)]
+    figures = compute_metrics(rows)
+    low, high = figures["auc_interval"]
+    assert figures["auc"] == 0.75
+    assert 0.6 < low < 0.72 < 0.78 < high < 0.9
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, NEVER, -NEVER])
@@ -133,8 +136,6 @@ def test_difference_is_gains_minus_losses(verdicts):
             assert 0 <= low <= high <= 1
 
 
-# -- the AUC -------------------------------------------------------------------------------------------------------
-
 SPLIT = st.tuples(st.lists(st.integers(-9, 9), min_size=1), st.lists(st.integers(-9, 9), min_size=1))
 
 
@@ -149,18 +150,6 @@ def test_auc_is_the_share_of_pairs_in_order(split):
 @pytest.mark.parametrize("wrong", [[], [True, True], [False]])
 def test_auc_needs_both_classes(wrong):
     assert auc([0.0] * len(wrong), wrong) is None
-
-
-def test_auc_interval_comes_from_resampled_problems():
-    steps = [(-1.0, False), (0.0, True), (1.0, False), (2.0, True)] * 25
-    rows = [outcome(not w, True, k, step_scores=(s,), step_labels=(w,)) for k, (s, w) in enumerate(steps)]
-    figures = compute_metrics(rows)
-    low, high = figures["auc_interval"]
-    assert figures["auc"] == 0.75
-    assert 0.6 < low < 0.72 < 0.78 < high < 0.9
-
-
-# -- McNemar -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -123,16 +123,13 @@ def test_figures_notes_and_unknown_outcomes_are_shown(write):
     assert "sft: 2 of 2 outcomes are unknown" in text
 
 
-def test_undefined_figure_is_a_dash_and_not_a_zero(write):
+def test_undefined_figures_are_dashes_and_numbers_typographic(write):
     assert percent(None) == decimal(None) == percent(math.nan) == "–"
     assert percent(0.0) == "0.0"
     _, text, _ = write({"models": {"m": {"acc_t1": 0.25, "acc_t2": None}}})
     assert text.split(" m 25.0 ")[1].startswith("– – – – – –")  # up to the p-value
     _, text, _ = write({"models": {"m": {"mcnemar_p": 1e-9}}})
     assert "< 0.001" in text
-
-
-def test_numbers_have_typographic_minus_signs_and_no_negative_zero():
     values = (-0.034, 0.034, -0.00001, 0.00001, 0.10, -0.201)
     written = ["−3.4", "+3.4", "0.0", "0.0", "+10.0", "−20.1"]
     assert [percent(value, signed=True) for value in values] == written
@@ -178,9 +175,6 @@ def test_pieces_join_to_the_text(text):
     assert ["".join(piece for _, piece in pieces) for _, pieces in shown] == [text] * bool(text)
 
 
-# -- plots ---------------------------------------------------------------------------------------------------------
-
-
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
 def test_ticks_are_few_and_enclose_the_values(low, span):
     values = Axis([low, low + span]).ticks
@@ -210,11 +204,13 @@ def losses(*values, **more):
     return [{"step": step, "loss": value, **more} for step, value in enumerate(values)]
 
 
-def test_missing_metrics_are_skipped_and_later_rows_win():
+def test_missing_metrics_are_skipped_later_rows_win_and_long_curves_thinned():
     (plot,) = curve_plots({"sft": [*losses(1.0, None, math.nan, 9.0), {"step": 3, "loss": 0.5}]})
     assert len(plot["points"].split()) == 2
     assert plot["last"] == "0.5"
     assert curve_plots({"sft": losses(1.0, None, math.nan)}) == []
+    (plot,) = curve_plots({"sft": losses(*[1.0] * 5000)})
+    assert 100 < len(plot["points"].split()) <= POINTS
 
 
 def test_partial_last_batch_is_not_part_of_the_curves():
@@ -226,8 +222,3 @@ def test_partial_last_batch_is_not_part_of_the_curves():
     assert evaluated == whole
     (kept,) = curve_plots({"sft": [*steps, last | {"tokens": 3000.0}]})
     assert kept["last"] == "9"
-
-
-def test_long_curve_is_thinned_and_flat_curve_is_drawn():
-    (plot,) = curve_plots({"sft": losses(*[1.0] * 5000)})
-    assert 100 < len(plot["points"].split()) <= POINTS

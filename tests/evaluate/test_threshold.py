@@ -75,16 +75,13 @@ def test_review_stays_off_if_only_too_harmful_thresholds_help():
 # -- the fit -------------------------------------------------------------------------------------------------------
 
 
-def test_untried_corrections_count_as_the_worse_outcome():
+def test_what_is_unknown_counts_as_the_worse_outcome_or_not_at_all():
     spoils = [scored(True, (9.0,), (None,)), scored(False, (5.0,), (True,)), scored(False, (5.0,), (True,))]
     fitted = fit_threshold(spoils, 1.0)
     assert (fitted.right_to_wrong, fitted.assumed) == (pytest.approx(1 / 3), 1)
     fitted = fit_threshold([scored(False, (5.0,), (None,))], 1.0)
     assert (fitted.threshold, fitted.accused, fitted.best_threshold) == (None, 0, None)
     assert fitted.off == "on 1 fitting problems no threshold corrects more answers than it spoils"
-
-
-def test_problem_with_an_unknown_first_answer_does_not_count():
     fitted = fit_threshold([scored(None, (1.0,), (True,)), scored(True, (), ())], 0.0)
     assert (fitted.problems, fitted.n, fitted.acc_t2) == (2, 1, 1.0)
     fitted = fit_threshold([scored(None, (1.0,), (True,))], 0.5)

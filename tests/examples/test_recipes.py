@@ -52,9 +52,6 @@ def load_module(path: Path):
     return module
 
 
-# -- parsers and schemas -------------------------------------------------------------------------------------------
-
-
 def parse_config(classes, path: Path):
     """Parse a configuration with TRL's parser, which raises for unknown keys."""
     arguments = ["--config", str(path), *ON_CPU]
@@ -117,9 +114,6 @@ def test_recipes_read_files_that_the_export_writes_and_dpo_the_merged_model(expo
 
 def load_recipe(folder: Path, name: str) -> dict:
     return yaml.safe_load((folder / f"{name}.yaml").read_text())
-
-
-# -- training ------------------------------------------------------------------------------------------------------
 
 
 def test_recipe_has_the_token_ids_that_sclite_trains(exported):

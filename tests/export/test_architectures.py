@@ -65,11 +65,11 @@ FAMILIES = {
 """Name -> transformers' class prefix and what differs from SHAPE. llama.cpp knows the kinds of layers of Gemma 3 and SmolLM3
 by their numbers: every sixth has full attention, every fourth no rotary embedding."""
 ADAPTERS = {
-    "plain": {"r": 4, "lora_alpha": 12, "target_modules": "all-linear"},
-    "rslora": {"r": 9, "lora_alpha": 12, "target_modules": "all-linear", "use_rslora": True},
-    "modules_to_save": {"r": 4, "target_modules": "all-linear", "modules_to_save": ["norm", "lm_head"]},
-    "tied": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
-    "sharded": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
+    "plain": {"r": 4, "lora_alpha": 12},
+    "rslora": {"r": 9, "lora_alpha": 12, "use_rslora": True},
+    "modules_to_save": {"r": 4, "modules_to_save": ["norm", "lm_head"]},
+    "tied": {"r": 4, "lora_alpha": 8},
+    "sharded": {"r": 4, "lora_alpha": 8},
 }
 
 
@@ -128,7 +128,9 @@ def write_byte_level_tokenizer(folder):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_tensors_equal_those_of_peft(family, variant, tokenizer, tmp_path):
     base = make_base(tmp_path / "base", tokenizer, family, variant)
-    wanted = merged_by_peft(random_adapter(base, tmp_path / "adapter", std=0.1, **ADAPTERS[variant]))
+    wanted = merged_by_peft(
+        random_adapter(base, tmp_path / "adapter", std=0.1, target_modules="all-linear", **ADAPTERS[variant])
+    )
     merged = Tensors(merge(base, tmp_path / "adapter", tmp_path / "merged"))
     check_merge(base, tmp_path / "adapter", tmp_path / "merged")
     tied = {"lm_head.weight"} - set(merged)
@@ -148,7 +150,7 @@ def test_merged_tensors_equal_those_of_peft(family, variant, tokenizer, tmp_path
 )
 def test_f16_gguf_equals_transformers(family, variant, tokenizer, patched, tmp_path):
     base = make_base(tmp_path / "base", tokenizer, family, variant)
-    random_adapter(base, tmp_path / "adapter", std=0.1, **ADAPTERS[variant])
+    random_adapter(base, tmp_path / "adapter", std=0.1, target_modules="all-linear", **ADAPTERS[variant])
     merged = merge(base, tmp_path / "adapter", tmp_path / "merged", outtype="f16")
     gguf = tmp_path / "f16.gguf"
     conversion.run_converter(patched, merged, gguf)
@@ -182,7 +184,7 @@ def test_what_the_converter_cannot_do_is_an_error(
 ):
     """Before the merge, unless only a run of the converter tells and the merge does not take longer."""
     base = make_base(tmp_path / "base", tokenizer, family, variant)
-    random_adapter(base, run.path("sft/adapter"), std=0.1, **ADAPTERS[variant])
+    random_adapter(base, run.path("sft/adapter"), std=0.1, target_modules="all-linear", **ADAPTERS[variant])
     if family == "phi3":
         config = base / "config.json"
         config.write_text(config.read_text().replace("Phi3ForCausalLM", "OtherForCausalLM"))

@@ -184,13 +184,11 @@ def test_bos_that_is_also_the_start_of_a_turn_stays_in_the_template():
     assert "<|im_start|>user" in form.go_template("<|im_start|>")
 
 
-def test_date_does_not_depend_on_the_day(formats):
+def test_date_does_not_depend_on_the_day_and_open_thinking_is_closed(formats):
     """Llama 3.2 writes today's date, Llama 3.1 the day on which it was made."""
     for name in ("meta-llama-Llama-3.2-3B-Instruct", "meta-llama-Llama-3.1-8B-Instruct"):
         assert "Today Date: 26 Jul 2024" in formats[0][name].system.before
-
-
-def test_thinking_that_training_closed_is_closed_in_the_template():
+    # closed as in training
     template = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")
     assert derive(template).opening == "<|im_start|>assistant\n<think>\n\n</think>\n\n"
 

@@ -142,13 +142,10 @@ def test_run_without_pairs_needs_no_student_and_removes_old_pairs(student, tmp_p
     assert "pairs.jsonl" not in read_card(run)
 
 
-def test_empty_run_suggests_build_data(student, tmp_path):
+def test_empty_run_or_a_row_without_its_problem_or_attempt_is_an_error(student, tmp_path):
     with pytest.raises(DataError, match="no templates or pairs") as caught:
         export_data(export_config(student), Run(tmp_path / "run"))
     assert "sclite build-data" in caught.value.hint
-
-
-def test_row_without_its_problem_or_attempt_is_an_error(student, tmp_path):
     run = make_run(tmp_path / "run")
     attempts = run.read("attempts.jsonl", Attempt)
     run.replace("attempts.jsonl", attempts[1:])

@@ -216,12 +216,9 @@ def test_quantized_file_is_smaller_and_runs(gguf, tmp_path, name):
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_file_that_already_has_the_type_is_copied(gguf, tmp_path):
+def test_file_that_has_the_type_is_copied_and_an_unknown_type_is_an_error(gguf, tmp_path):
     quantize(gguf, tmp_path / "same.gguf", "f32")
     assert (tmp_path / "same.gguf").read_bytes() == gguf.read_bytes()
-
-
-def test_unknown_quantization_type_lists_the_known_ones(gguf, tmp_path):
     with pytest.raises(UsageError, match="q4_k_x") as error:
         quantize(gguf, tmp_path / "x.gguf", "q4_k_x")
     for known in ("q4_k_m", "f32", "f16", "bf16", "q5_k_m", "q6_k", "q8_0", "q4_0"):

@@ -307,11 +307,22 @@ def test_type_below_five_bits_gets_an_importance_matrix_from_the_run(base, run):
     assert with_it["files"]["sft-q3_k_m.gguf"]["kl"] < without["files"]["sft-q3_k_m.gguf"]["kl"]
 
 
-def test_disk_that_is_too_small_is_an_error_before_the_merge(base, run, monkeypatch):
-    monkeypatch.setattr(export.shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
-    monkeypatch.setattr(export, "merge", None)
-    with pytest.raises(ScliteError, match=r"needs about 6 MB of disk space .* 1 MB are free"):
-        export.export_model(config_of(base), run, "sft")
+def test_disk_that_is_too_small_or_full_is_an_error_and_leaves_no_files(base, run, monkeypatch):
+    with monkeypatch.context() as small:
+        small.setattr(export.shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
+        small.setattr(export, "merge", None)
+        with pytest.raises(ScliteError, match=r"needs about 6 MB of disk space .* 1 MB are free"):
+            export.export_model(config_of(base), run, "sft")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # a write beyond the limit fails, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(ScliteError, match="cannot be written") as error:
+            export.export_model(config_of(base), run, "sft")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "disk space" in error.value.hint
+    assert list(run.path("export").iterdir()) == []
 
 
 def test_bounds_come_from_the_configuration(base, run):
@@ -437,19 +448,6 @@ def test_model_card_has_base_settings_files_and_evaluation_and_another_base_a_wa
     path = run.path("sft/adapter/adapter_config.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "org/other"}))
     assert "was trained on org/other" in ollama.write_modelfile(run, config, "sft")[1][0]
-
-
-def test_full_disk_is_an_error_and_leaves_no_files(base, run):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # a write beyond the limit fails, as on a full disk
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-    try:
-        with pytest.raises(ScliteError, match="cannot be written") as error:
-            export.export_model(config_of(base), run, "sft")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "disk space" in error.value.hint
-    assert list(run.path("export").iterdir()) == []
 
 
 def test_tokenizer_that_aborts_llama_cpp_is_an_error(base, run, monkeypatch):

@@ -86,9 +86,6 @@ def test_ollama_create_runs_and_its_error_is_reported(program, tmp_path):
         create_model("bad", tmp_path / "Modelfile")
 
 
-# -- what the created model says ---------------------------------------------------------------------------------------
-
-
 def serve_modelfile(body):
     """What Ollama replies: with the file and the system prompt of the Modelfile, and the template in the file."""
     folder = Run("runs/default").path("export")

@@ -19,7 +19,7 @@ def style(text, words: str) -> str:
     return str(covering[-1].style) if covering else ""
 
 
-def test_tags_and_their_contents_are_colored():
+def test_tags_their_contents_and_the_wrong_step_are_colored():
     text = highlight(REVIEW)
     assert text.plain == REVIEW
     assert style(text, "<Step1>") == style(text, "</Cause>") == "dim cyan"
@@ -28,9 +28,6 @@ def test_tags_and_their_contents_are_colored():
     assert style(text, "Half of 72 is not 38.") == "red"
     assert style(text, "72 / 2 = 36") == "green"
     assert style(text, "Halve.") == "magenta"
-
-
-def test_the_wrong_step_is_red_and_the_others_are_not():
     text = highlight(REVIEW, wrong=2)
     assert style(text, "72 / 2 = 38") == "red"
     assert style(text, "48 + 24 = 72") == ""

@@ -48,7 +48,7 @@ def test_the_overview_counts_rows_kinds_and_reasons(full):
     assert found["drops"] == {"rows": 3, "kinds": kinds, "reasons": reasons}
 
 
-def test_rows_are_chosen_by_reason_kind_and_id_prefix(full):
+def test_rows_are_chosen_by_reason_kind_id_prefix_first_and_limit(full):
     assert choose_rows(full, "drops", reason="leak")[0] == 2
     assert choose_rows(full, "drops", reason="leak", kind="corrections")[0] == 1
     assert ids(full, "attempts", kind="wrong") == ["p1", "p3"]
@@ -56,9 +56,6 @@ def test_rows_are_chosen_by_reason_kind_and_id_prefix(full):
     assert ids(full, "problems", id="p3") == ["p3"]
     assert ids(full, "problems", id="3") == []
     assert ids(full, "drops", reason="no_steps", id="p9") == []  # no error: the reason is known
-
-
-def test_first_and_limit_count_matching_rows(full):
     assert list(choose_rows(full, "attempts", kind="wrong", first=2)[1]) == [(2, attempt(3, False))]
     total, rows = choose_rows(full, "problems", first=2, limit=2)
     assert (total, [number for number, _ in rows]) == (4, [2, 3])

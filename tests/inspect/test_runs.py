@@ -43,15 +43,12 @@ def test_the_last_stage_of_a_run_in_training_is_the_one_in_progress(sclite, tmp_
     assert "sft incomplete" in sclite("runs", str(tmp_path / "runs")).out
 
 
-def test_a_damaged_run_does_not_hide_the_others(sclite, tmp_path):
+def test_a_damaged_run_does_not_hide_the_others_but_no_run_is_an_error(sclite, tmp_path):
     evaluated(tmp_path / "runs/a")
     evaluated(tmp_path / "runs/b").path("run.toml").write_text("[student\n")
     first, second = json.loads(sclite("runs", str(tmp_path / "runs"), "--json").out)["runs"]
     assert first["error"] == ""
     assert "run.toml" in second["error"]
-
-
-def test_a_folder_without_runs_is_an_error(sclite, tmp_path):
     ended = sclite("runs", str(tmp_path))
     assert ended.code == 3
     assert "holds no run" in ended.error

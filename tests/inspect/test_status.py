@@ -112,9 +112,14 @@ def test_a_finished_stage_shows_counts_drops_seconds_and_cost(built):
     assert list(found["ledger"]["stages"]) == ["templates"]
 
 
-def test_stages_with_matching_manifests_are_done(trained):
+def test_stages_are_done_until_an_output_is_missing_or_another_file(trained):
     done = [name for name, state in states(trained).items() if state == "done"]
     assert done == ["problems", "templates", "sft", "attempts", "corrections"]
+    adapter(trained, "sft/adapter", b"others")
+    found = states(trained)
+    assert (found["sft"], found["attempts"]) == ("done", "stale")
+    trained.path("sft/adapter/adapter_model.safetensors").unlink()
+    assert read(trained)["stages"]["sft"]["why"][-1].endswith("safetensors is missing")
 
 
 @pytest.mark.parametrize(
@@ -136,14 +141,6 @@ def test_a_changed_setting_makes_its_stage_and_later_ones_stale(trained, setting
     assert why in "; ".join(found[stage]["why"])
     order = ["templates", "sft", "attempts", "corrections"]
     assert [name for name in order if found[name]["state"] == "stale"] == order[order.index(stage) :]
-
-
-def test_a_missing_output_is_stale_and_another_adapter_makes_the_attempts_stale(trained):
-    adapter(trained, "sft/adapter", b"others")
-    found = states(trained)
-    assert (found["sft"], found["attempts"]) == ("done", "stale")
-    trained.path("sft/adapter/adapter_model.safetensors").unlink()
-    assert read(trained)["stages"]["sft"]["why"][-1].endswith("safetensors is missing")
 
 
 def test_an_unfinished_file_is_half_way(run):

@@ -19,7 +19,7 @@ def problems():
     return generate(1500, 7)
 
 
-def test_every_problem_is_solved_from_its_text(problems):
+def test_every_problem_is_solved_from_its_text_and_every_sentence_used(problems):
     for problem in problems:
         solution = solve(problem.question)
         assert str(solution.answer) == problem.answer
@@ -32,21 +32,15 @@ def test_every_problem_is_solved_from_its_text(problems):
             assert all(parent < number for parent in parents)
             used = {solution.operations[parent].result for parent in parents}
             assert used <= {operation.left, operation.right}
-
-
-def test_every_sentence_of_the_grammar_is_used(problems):
     used = {operation.form for p in problems for operation in solve(p.question).operations}
     assert used >= {*EVENTS, *QUESTIONS, *OPENINGS} - {"has", "left"}  # these two ask for no sum
 
 
-def test_the_seed_determines_unique_problems_without_avoided_ones(problems):
+def test_the_seed_determines_unique_problems_and_the_sets_share_none(problems):
     assert generate(50, 3)[:20] == generate(20, 3)
     assert len({p.question for p in problems}) == len({p.id for p in problems}) == 1500
     avoid = frozenset(p.question for p in generate(100, 3))
     assert not avoid & {p.question for p in [*generate(300, 3, avoid), *generate(50, 4)]}
-
-
-def test_the_sets_have_no_common_question():
     sets = held_out_problems(1000), threshold_problems(1000), train_problems(1200)
     assert len({problem.question for problems in sets for problem in problems}) == 3200
 

@@ -57,15 +57,12 @@ def test_default_targets_are_all_linear_layers_except_the_head(name):
     assert sorted(lora_targets(meta_model(kind_of(name)))) == sorted(FAMILIES[name][1])
 
 
-def test_vision_tower_gets_no_lora():
+def test_only_configured_targets_and_no_vision_tower_get_a_lora():
     text = {**GROUPED, "head_dim": 16}
     targets = lora_targets(meta_model(AutoConfig.for_model("gemma3", text_config=text, vision_config=VISION)))
     assert sorted({name.rpartition(".")[2] for name in targets}) == sorted(LINEAR)
     assert not [name for name in targets if "vision" in name or name == "q_proj"]
     assert {"o_proj", "model.language_model.layers.1.self_attn.q_proj"} <= set(targets)
-
-
-def test_only_configured_targets_are_used():
     assert lora_targets(meta_model(kind_of("phi3")), ["qkv_proj"]) == ["qkv_proj"]
     both = [f"transformer.h.{layer}.mlp.c_proj" for layer in range(2)]
     assert lora_targets(meta_model(kind_of("gpt2")), ["mlp.c_proj"]) == both
@@ -92,9 +89,6 @@ def test_unknown_target_is_rejected_before_loading_weights(tmp_path):
     with pytest.raises(UsageError, match=said) as error:
         load_student(config, "sft", train=True)
     assert ", ".join(LINEAR) in error.value.hint
-
-
-# -- on disk --------------------------------------------------------------------------------------------------------
 
 
 def test_adapter_of_another_shape_is_rejected(tmp_path):

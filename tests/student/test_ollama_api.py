@@ -26,13 +26,10 @@ def test_address_is_read_as_ollama_does(monkeypatch, given, url):
     assert ollama_url() == url
 
 
-def test_invalid_address_is_a_usage_error(monkeypatch):
+def test_what_ollama_lacks_or_refuses_is_named_with_what_to_type(monkeypatch):
     monkeypatch.setenv("OLLAMA_HOST", "box:port")
     with pytest.raises(UsageError, match="OLLAMA_HOST=box:port"):
         ollama_url()
-
-
-def test_stopped_ollama_and_an_unknown_model_say_what_to_type():
     with TeacherServer(None, {"me:latest": "sha256:1", "qwen3:8b": "sha256:2"}) as server:
         url = server.url.removesuffix("/v1")
         assert [find_model(url, name) for name in ("me", "Qwen3:8b")] == ["sha256:1", "sha256:2"]

@@ -87,15 +87,12 @@ def test_scores_match_their_traces_in_any_order():
 # -- guided --------------------------------------------------------------------------------------------------------
 
 
-def test_wrong_step_is_accused_and_corrected():
+def test_wrong_step_is_corrected_and_correct_work_unchanged():
     student = Scripted(odds=accuse_38, corrections=[CORRECTION])
     (got,) = review(student, WRONG, threshold=0.0)
     assert (got.accused, got.scores, got.trace) == (2, (-4.0, 3.0, -4.0), RIGHT)
     assert (got.cause, got.correction) == ("72 is not twice 38.", "72 / 2 = 36")
     assert (got.tokens, got.note) == (20, "")
-
-
-def test_correct_work_is_unchanged():
     (got,) = review(Scripted(odds=accuse_38), RIGHT)
     assert (got.trace, got.accused, got.tokens, got.note) == (None, None, 0, "")
     assert got.scores == (-4.0, -4.0, -4.0)

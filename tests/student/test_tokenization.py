@@ -49,17 +49,11 @@ def flat(rows):
     return [i for row in rows for i in row]
 
 
-# -- prompts -------------------------------------------------------------------------------------------------------
-
-
-def test_prompt_ends_where_the_assistant_begins(tokenizer):
+def test_prompt_ends_where_the_assistant_begins_with_thinking_off(tokenizer, folder):
     text = prompt_text(tokenizer, SOLVE)
     assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
     assert text.startswith(f"<|im_start|>system\n{SOLVE[0]['content']}<|im_end|>")
     assert tokenizer.decode(prompt_ids(tokenizer, SOLVE)) == text
-
-
-def test_thinking_is_off_if_the_template_has_a_switch(folder):
     assert not prompt_text(with_template(folder, CHATML + OPENER), SOLVE).endswith("<think>")
 
 
@@ -78,9 +72,6 @@ def test_tokenizer_without_template_or_end_token_is_rejected(folder):
         with pytest.raises(DataError, match=reason) as error:
             end_id(broken)
         assert error.value.hint == "choose an instruct model"
-
-
-# -- wholes and parts ----------------------------------------------------------------------------------------------
 
 
 def test_solution_ids_are_prompt_ids_plus_piece_ids(tokenizer):
@@ -117,9 +108,6 @@ def test_forced_prefixes_match_the_training_ids(tokenizer):
         assert whole[: len(part)] == part
 
 
-# -- decisions -----------------------------------------------------------------------------------------------------
-
-
 def test_decisions_follow_each_step_up_to_the_accused_one(tokenizer):
     row = encode_review(tokenizer, SOLVE, REVIEW, decision_weight=4.0)
     assert row.accused == (False, True)
@@ -139,13 +127,11 @@ def test_review_without_accusation_decides_at_every_step(tokenizer):
     assert row.weights[row.marks[0] + 1] == 1.0
 
 
-def test_cause_and_closer_have_different_first_tokens(tokenizer):
+def test_cause_and_closer_must_have_different_first_tokens(tokenizer):
     accuse, close = decision_ids(tokenizer)
     assert accuse != close
     assert {piece_ids(tokenizer, [f"</Step{n}>\n"])[0][0] for n in range(1, 20)} == {close}
 
-
-def test_vocabulary_with_the_same_first_token_is_rejected():
     def letters(pieces, **_):
         return {"input_ids": [[ord(letter) for letter in piece] for piece in pieces]}
 

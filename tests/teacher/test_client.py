@@ -160,7 +160,7 @@ def test_leaving_early_cancels_calls_and_the_teacher_stays_usable(teacher_of):
 # -- what stops everything -----------------------------------------------------------------------------------------
 
 
-def test_bad_key_stops_at_once_and_is_not_shown(ask):
+def test_bad_or_missing_key_stops_at_once_and_is_not_shown(ask, monkeypatch):
     refusal = fail(401, "Incorrect API key provided: sk-test-secret")
     with TeacherServer(lambda request, nth: refusal) as server:
         with pytest.raises(TeacherError, match=f"openai/replay at {server.url}") as caught:
@@ -169,9 +169,6 @@ def test_bad_key_stops_at_once_and_is_not_shown(ask):
     error = caught.value
     assert (error.code, "OPENAI_API_KEY" in error.hint, "\n" in error.message) == (6, True, False)
     assert "secret" not in error.message + error.hint
-
-
-def test_missing_key_is_reported_at_once(ask, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(TeacherError, match=r"gpt-4\.1 has no key") as caught:
         ask("", [job(1)], model="openai/gpt-4.1")

@@ -7,6 +7,7 @@ import pytest
 from sclite.errors import BudgetError, Declined, TeacherError, UsageError
 from sclite.settings import load
 from sclite.teacher.client import PILOT, Job
+from sclite.teacher.ledger import Ledger
 from tests.replay import BROKEN, Answer, TeacherServer, job, say
 
 PRICE = {"price": (1.0, 10.0)}
@@ -34,12 +35,9 @@ def test_limit_is_never_exceeded_and_calls_in_flight_are_completed(teacher_of, a
         assert len(server.requests) == first + 40
 
 
-def test_limit_below_a_cent_has_no_exponent(asked):
+def test_limit_without_a_price_is_refused_and_a_small_one_has_no_exponent(asked, ask):
     with pytest.raises(BudgetError, match=r"limit of \$0\.000010 is reached"):
         asked(cheap, [job(1)], **PRICE, max_cost=1e-5)
-
-
-def test_limit_without_a_price_is_refused_before_any_call(ask):
     with pytest.raises(UsageError, match="is unknown") as caught:
         ask("http://teacher.example/v1", [job(1)], max_cost=1)
     assert "teacher.price" in caught.value.hint
@@ -92,6 +90,9 @@ def test_empty_reply_is_paid_for_and_requested_again_by_the_next_run(ask, ledger
     with TeacherServer(lambda request, nth: say("" if nth == 1 else "good")) as server:
         assert [ask(server, [job(1)], **PRICE, repairs=0)[0].text for _ in range(2)] == [None, "good"]
     assert len(server.requests) == 2
+    for each in (ledger, Ledger.reading(ledger.path)):  # also when it is opened anew
+        totals = each.totals()
+        assert totals["cost_usd"] + totals["lost_usd"] == pytest.approx(2 * (11 * 1 + 7 * 10) / 1e6)
     assert ledger.spent_usd == pytest.approx(2 * (11 * 1 + 7 * 10) / 1e6)
 
 
@@ -121,9 +122,6 @@ def test_no_tokenizer_exceeds_the_bound_on_prompt_tokens(asked, ledger, text):
     with pytest.raises(TeacherError):
         asked(lambda request, nth: BROKEN, [long], price=(1.0, 0.0), attempts_per_call=1)
     assert ledger.totals()["lost_usd"] * 1e6 == pytest.approx(16 + len(text.encode()))
-
-
-# -- before the rest is paid ---------------------------------------------------------------------------------------
 
 
 def test_rest_is_requested_only_if_the_forecast_is_confirmed(teacher_of):

@@ -60,9 +60,6 @@ def test_limit_on_open_files_is_raised_or_the_setting_reported():
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 256  # this process is unchanged
 
 
-# -- a password in api_base ----------------------------------------------------------------------------------------
-
-
 def test_password_in_an_address_is_in_no_dump_and_no_run(tmp_path):
     address = "http://me:hush@hush@host:8000/v1"
     assert without_password(address) == "http://host:8000/v1"

@@ -40,15 +40,12 @@ def test_an_error_concerns_one_attempt_one_request_or_every_one(action, text, st
         assert read_failure(Failed(text, status)).action == action, status
 
 
-def test_all_forms_of_retry_after_are_respected():
+def test_waits_follow_retry_after_or_grow_with_jitter_up_to_a_bound():
     assert read_failure(Failed(headers={"retry-after": "7"})).wait_seconds(1, 0.0) == 7
     assert read_failure(Failed(headers={"retry-after-ms": "250"})).wait_seconds(1, 0.0) == 0.25
     date = formatdate(time.time() + 20, usegmt=True)
     assert 17 < read_failure(Failed(headers={"retry-after": date})).wait_seconds(1, 0.0) < 21
     assert read_failure(Failed(headers={"retry-after": "soon"})).wait_seconds(1, 0.0) == 0.5
-
-
-def test_backoff_grows_is_bounded_and_has_jitter():
     waits = [read_failure(Failed()).wait_seconds(attempt, 0.0) for attempt in range(1, 12)]
     assert waits[:4] == [0.5, 1, 2, 4]
     assert max(waits) == 60

@@ -180,9 +180,6 @@ def test_idle_connection_closed_by_the_server_costs_no_attempt():
         asyncio.run(several(connect(f"http://127.0.0.1:{listener.getsockname()[1]}/v1")))
 
 
-# -- which client --------------------------------------------------------------------------------------------------
-
-
 def test_models_that_litellm_rewrites_or_routes_go_through_it(monkeypatch):
     url = "http://127.0.0.1:1/v1"
     rewritten = ("openai/gpt-5", "openai/o3", "openai/responses/x", "anthropic/claude-3-5-haiku-latest")

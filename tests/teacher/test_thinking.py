@@ -45,9 +45,6 @@ REASONED = [
 ]  # fmt: skip
 
 
-# -- teacher.extra -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("model", ["openai/replay", "hosted_vllm/replay"])
 @pytest.mark.parametrize("direct", [True, False])
 def test_extra_parameters_are_in_the_request_and_the_key(ask, model, direct):
@@ -60,13 +57,10 @@ def test_extra_parameters_are_in_the_request_and_the_key(ask, model, direct):
     assert {name: value for name, value in first.items() if name not in without} == expected
 
 
-def test_parameter_that_only_litellm_knows_goes_through_it(asked):
+def test_extra_goes_through_litellm_if_needed_and_not_to_the_inspector(asked, ask):
     extra = {"metadata": {"a": "b"}, "mock_response": "from LiteLLM"}
     results, requests = asked(lambda request, nth: say("good"), [job(1)], extra=extra)
     assert (results[0].text, requests) == ("from LiteLLM", [])
-
-
-def test_extra_is_for_the_teacher_and_not_for_its_inspector(ask):
     judged = job(1, inspect=lambda reply: [{"role": "user", "content": reply}])
     with TeacherServer(lambda request, nth: say("<Verdict>accept</Verdict>")) as server:
         ask(server, [judged], extra=EXTRA, inspector="openai/judge", inspector_api_base=server.url)
@@ -114,9 +108,6 @@ def test_limit_reserves_the_price_of_the_service_tier(teacher_of):
     for tier, name in (("priority", "_priority"), ("flex", "")):
         with teacher_of("", model="openai/gpt-5-mini", extra={"service_tier": tier}) as teacher:
             assert teacher.price().completion_usd == listed[f"output_cost_per_token{name}"]
-
-
-# -- reasoning -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("direct", [True, False])
@@ -187,12 +178,14 @@ def test_budget_is_not_enlarged_without_repairs_or_beyond_a_bound(asked, setting
     assert (len(requests), results[0].rejection.reason) == (1, "reasoning_too_long")
 
 
-def test_refused_larger_budget_is_reported_as_reasoning(asked):
+def test_reasoning_without_a_reply_or_a_larger_budget_is_reported(asked):
     def answer(request, nth):
         return EATEN[0] if request["max_tokens"] == 100 else fail(400, "max_tokens is too large")
 
     results, _ = asked(answer, [job(1)])
     assert "used up the budget of 100 tokens" in results[0].rejection.text
+    results, _ = asked(lambda request, nth: thought(f"<think>{THOUGHT}"), [job(1)], repairs=0)
+    assert (results[0].rejection.reason, results[0].text) == ("only_reasoning", None)
 
 
 def test_larger_budget_is_reserved_against_the_limit(ask, ledger):
@@ -204,8 +197,3 @@ def test_larger_budget_is_reserved_against_the_limit(ask, ledger):
         ask(server, [job(1)], price=PRICE, max_cost=0.005)  # the paid reply is not requested again
     assert [request["max_tokens"] for request in server.requests] == [100, 200]
     assert ledger.totals()["cost_usd"] == pytest.approx(2 * (10 * 1 + 100 * 10) / 1e6)
-
-
-def test_reasoning_without_a_reply_is_no_reply(asked):
-    results, _ = asked(lambda request, nth: thought(f"<think>{THOUGHT}"), [job(1)], repairs=0)
-    assert (results[0].rejection.reason, results[0].text) == ("only_reasoning", None)

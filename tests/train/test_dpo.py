@@ -192,12 +192,14 @@ def test_bundle_ids_are_the_ids_of_prompt_and_pieces(run, tokenizer, bundles, qu
             assert side.weights == [0.0] * len(before) + [1.0] * len(after)
 
 
-def test_partial_completions_carry_no_end_token(tokenizer, bundles):
+def test_partial_completions_carry_no_end_token_and_show_canonical_work(tokenizer, bundles, attempts):
     end = tokenization.end_id(tokenizer)
     for bundle in bundles:
         for side in filter(None, (bundle.review, bundle.rejected)):
             assert end not in [i for i, w in zip(side.ids, side.weights, strict=True) if w]
             assert side.ids[-1] != end
+    shown = render(parse(attempts[bundles[0].key].trace).trace)
+    assert f"Work to check:\n{shown}<|im_end|>" in tokenizer.decode(bundles[0].review.ids)
 
 
 def test_decision_odds_in_training_equal_the_scores_in_use(config, run, report, bundles, attempts, questions):
@@ -259,8 +261,3 @@ def test_padding_has_neither_attention_nor_weight():
     assert batch.ids.tolist() == [[4, 5, 6], [7, 2, 2]]
     assert batch.mask.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch.weights.tolist() == [[0, 1, 1], [0, 0, 0]]
-
-
-def test_the_attempt_is_shown_in_canonical_form(tokenizer, bundles, attempts):
-    shown = render(parse(attempts[bundles[0].key].trace).trace)
-    assert f"Work to check:\n{shown}<|im_end|>" in tokenizer.decode(bundles[0].review.ids)

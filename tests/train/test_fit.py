@@ -28,15 +28,12 @@ def test_a_configured_micro_batch_is_lowered_to_a_divisor():
     assert choose_micro_batch(chosen, "sft", 512) == 3
 
 
-def test_if_memory_cannot_be_estimated_the_micro_batch_is_one(tmp_path, monkeypatch):
+def test_if_memory_is_unknown_the_micro_batch_is_one_else_half_the_length(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe", "num_experts": 8}')
     monkeypatch.setattr(micro_batch, "free_bytes", lambda: 24_000_000_000)
     chosen = toy_config(tmp_path, sft={"per_device_train_batch_size": None, "batch_size": 8})
     assert choose_micro_batch(chosen, "sft", 512) == 1
     assert suggest_setting(chosen, "sft") == ""
-
-
-def test_after_running_out_of_memory_half_the_length_is_suggested(monkeypatch):
     monkeypatch.setattr(micro_batch, "free_bytes", lambda: 24_000_000_000)
     assert "try max_length 512" in suggest_setting(toy_config("embedded"), "sft")
     monkeypatch.setattr(micro_batch, "free_bytes", lambda: 1_000_000)

@@ -265,14 +265,11 @@ def test_the_estimate_is_within_6_percent_of_measured_peaks(name, stage, rows, l
     assert (found.total - found.parts["allowance"]) / 1e9 == pytest.approx(peak_gb, rel=0.06)
 
 
-def test_all_passes_of_a_step_share_the_reload_buffers():
+def test_reload_buffers_are_shared_and_the_allowance_grows_with_full_rows():
     found, one = recipe_architecture(LLAMA), 2 * 32_768 * 4096
     sft, dpo = (estimate(found, Setting(stage, 1, 32_768, 32)) for stage in ("sft", "dpo"))
     assert sft.parts["activations"] == (2 + 3) * one
     assert dpo.parts["activations"] == (3 * 2 + 3) * one  # chosen, rejected and the solved row
-
-
-def test_the_allowance_grows_with_rows_that_fill_a_gpu():
     found = recipe_architecture(LLAMA)
     short, long = (estimate(found, Setting("sft", 1, length, 32)) for length in (2048, 65_536))
     assert short.parts["allowance"] == memory.CONTEXT + memory.CACHED

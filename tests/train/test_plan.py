@@ -121,9 +121,6 @@ def test_planned_tokens_are_those_of_sft_or_unknown_without_a_tokenizer(toy, tok
     assert stage["loss_share"] == round(carried, 4)
     without = stage_of("sft", toy)
     assert [without[key] for key in counts] == [None] * 3
-
-
-def test_rows_that_are_too_long_are_skipped_and_counted(toy, tokenizer):
     trace = "<Step1>" + "1 " * 9000 + "\n</Step1>"
     toy.append("templates.jsonl", [Template(id="long", question="How?", answer="2", trace=trace)])
     stage = stage_of("sft", toy, tokenizer=tokenizer)
@@ -131,10 +128,8 @@ def test_rows_that_are_too_long_are_skipped_and_counted(toy, tokenizer):
 
 
 def test_the_plan_of_the_warmup_has_solving_and_closed_rows(toy, tokenizer):
-    one, none = (
-        stage_of("warmup", toy, tokenizer=tokenizer, warmup={"batch_size": 4, "replay_share": share})
-        for share in (1.0, 0.0)
-    )
+    shares = ({"batch_size": 4, "replay_share": share} for share in (1.0, 0.0))
+    one, none = (stage_of("warmup", toy, tokenizer=tokenizer, warmup=each) for each in shares)
     assert (one["rows"], one["steps"]) == (16, 4)
     assert (none["rows"], none["steps"]) == (10, 3)
     assert one["tokens"] > none["tokens"]
@@ -142,11 +137,8 @@ def test_the_plan_of_the_warmup_has_solving_and_closed_rows(toy, tokenizer):
 
 def test_the_plan_of_dpo_counts_both_sides_and_replay(toy, tokenizer):
     pairs_of(toy)
-    settings = {"batch_size": 4, "num_train_epochs": 1}
-    replayed, without = (
-        stage_of("dpo", toy, tokenizer=tokenizer, dpo={**settings, "replay_share": share})
-        for share in (1.0, 0.0)
-    )
+    shares = ({"batch_size": 4, "num_train_epochs": 1, "replay_share": share} for share in (1.0, 0.0))
+    replayed, without = (stage_of("dpo", toy, tokenizer=tokenizer, dpo=each) for each in shares)
     assert (without["rows"], without["steps"]) == (2, 1)
     carried = without["loss_share"] * without["tokens"]
     sides = tokenizer(["abcd" * 5, "abcd" * 7], add_special_tokens=False)["input_ids"]

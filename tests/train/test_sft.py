@@ -32,9 +32,6 @@ def trained(folder, tmp_path_factory):
     return config, run, report, seen
 
 
-# -- labels --------------------------------------------------------------------------------------------------------
-
-
 def test_in_the_trainers_batches_the_prompt_alone_is_masked(folder, tmp_path):
     """In the batches that the trainer's data loader gives to the model."""
     config = toy_config(folder)
@@ -83,9 +80,6 @@ def test_rows_with_wrong_labels_are_refused_with_a_hint(folder, run, rows, messa
     assert error.value.hint
     supervised(job, ["a"], [GOOD], tokenizer)
     assert job.report.figures["labels"] == {"rows": 1, "tokens": 3, "trained_share": 0.6667}
-
-
-# -- the stage -----------------------------------------------------------------------------------------------------
 
 
 def test_the_loss_falls_each_step_is_logged_and_the_adapter_is_not_zero(trained):
@@ -159,9 +153,6 @@ def test_a_bfloat16_checkpoint_trains_in_bfloat16_if_the_cpu_multiplies_it(folde
     assert losses[True][-1] < losses[True][0] - 0.5
     used, _ = load_student(config, "sft")
     assert next(used.parameters()).dtype == torch.float32
-
-
-# -- the warm-up ---------------------------------------------------------------------------------------------------
 
 
 def test_the_warmup_starts_from_the_sft_adapter_and_its_loss_falls(trained):

@@ -27,9 +27,6 @@ def carried(tokenizer, row: Encoded) -> str:
     return tokenizer.decode([i for i, w in zip(row.ids, row.weights, strict=True) if w])
 
 
-# -- the mixture ---------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def mixed(folder, tmp_path):
     """The names of the rows of a run with nine reviews, six corrections and, by default, nine templates, in order."""
@@ -64,13 +61,10 @@ def test_all_reviews_and_closed_rows_and_a_share_of_solving_rows_are_mixed(mixed
     assert continued == (wanted // 2 if wanted < 15 else 6 + 3)  # each of the 15 once, then seven again
 
 
-def test_the_seed_alone_decides_the_order(mixed):
+def test_the_seed_decides_the_order_and_no_row_is_drawn_twice_before_all(mixed):
     first, same, other = (mixed(0.6, seed) for seed in (3, 3, 4))
     assert first == same != other
-
-
-def test_solved_rows_are_drawn_at_random_and_none_twice_before_each_was_used(mixed):
-    """DPO replays from the first row on: otherwise the same few rows would be trained twice."""
+    # DPO replays from the first row on: otherwise the same few rows would be trained twice.
     assert len({name for seed in range(5) for name in mixed(0.5, seed) if name in SOLVED}) > 4
     assert sorted(solving(mixed(15 / 9))) == sorted([*SOLVED, *CONTINUED])
 
@@ -80,9 +74,6 @@ def test_without_templates_or_corrections_the_other_rows_are_used(mixed, tmp_pat
     assert sorted(corrections) == CONTINUED[:4]
     confirmations = [row for row in Run(tmp_path).read("reviews.jsonl", Review) if row.step is None]
     assert solving(mixed(1.0, templates=[], reviews=confirmations)) == []
-
-
-# -- the kinds -----------------------------------------------------------------------------------------------------
 
 
 def test_decisions_of_a_review_weigh_more(folder, tmp_path):
