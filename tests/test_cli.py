@@ -313,16 +313,13 @@ def test_what_cannot_be_shown_names_what_can(sclite, dropped, typed, message, hi
     assert hint in ended.hint
 
 
-def test_show_without_an_argument_is_an_overview(sclite, dropped):
+def test_show_without_an_argument_and_status_are_overviews(sclite, dropped):
     listed = sclite("show").out
     assert "sclite show drops" in listed
     assert "1 wrong answer, 1 no steps" in listed
     rows = json.loads(sclite("show", "--json").out)["rows"]
     none = dict.fromkeys(("templates", "attempts", "reviews", "pairs"), 0)
     assert {row["what"]: row["rows"] for row in rows} == {**none, "problems": 1, "drops": 2}
-
-
-def test_status_shows_states_drops_and_the_next_command(sclite, dropped):
     ended = sclite("status")
     assert ended.code == 0
     assert "incomplete" in ended.out

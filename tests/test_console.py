@@ -41,16 +41,13 @@ def test_only_the_last_text_column_wraps(terminal):
     assert [word for word in words if word in what.split()] == what.split()
 
 
-def test_prose_wraps_between_words_and_commands_do_not(terminal):
+def test_prose_wraps_between_words_but_neither_commands_nor_paths(terminal):
     prose = "46 student review already right, 35 not readable"
     command = "sclite eval PROBLEMS --run runs/default"
     lines = terminal(30, console.print, prose)
     assert max(map(len, lines)) <= 30
     assert " ".join(line.strip() for line in lines) == prose
     assert terminal(30, console.print, f"Next: [bold cyan]{command}[/]", wrap=False) == [f"Next: {command}"]
-
-
-def test_a_long_path_is_not_broken(terminal):
     path = "/home/somebody/runs/default/prompts/student_review.txt"
     said = f"The file {path} is gone, so it cannot be read."
     assert terminal(40, console.print, said) == [said]  # the terminal itself breaks this line

@@ -49,16 +49,13 @@ def write_gguf(context, name, content=b""):
     return path
 
 
-def test_a_file_that_is_not_a_gguf_is_refused(tmp_path):
+def test_chat_uses_the_configured_the_newest_or_the_given_gguf(tmp_path):
     path = tmp_path / "student.gguf"
     path.write_bytes(b"GGML and more")
     with pytest.raises(DataError, match=r"student\.gguf is not a GGUF file"):
         exports.find_gguf(None, path)
     path.write_bytes(b"GGUF and more")
     assert exports.find_gguf(None, path) == path
-
-
-def test_chat_uses_the_configured_quantization_or_the_newest_file(tmp_path):
     context = context_of(tmp_path)
     for second, name in enumerate(("dpo-q8_0", "dpo-f16", "sft-q4_k_m", "dpo-lora")):
         os.utime(write_gguf(context, name), (second, second))

@@ -95,16 +95,13 @@ def test_every_kind_of_value_can_be_reset_to_its_default(tmp_path, key, other, d
     assert value(environment={f"SCLITE_{key.replace('.', '__').upper()}": ""}) == default
 
 
-def test_seed_and_run_may_come_from_the_environment(tmp_path):
+def test_the_environment_sets_any_key_and_a_misspelled_one_is_refused(tmp_path):
     """The run's settings then count, and an empty value restores a command's own default."""
     (tmp_path / "run.toml").write_text("[sft]\nnum_train_epochs = 9\n")
     given, own = {"SCLITE_SEED": "5", "SCLITE_RUN": str(tmp_path)}, {"sft": {"num_train_epochs": 5}}
     found = load(None, (), given, own, own_file=False)
     assert (found.seed, found.run, found.sft.num_train_epochs) == (5, str(tmp_path), 9)
     assert load(None, ["sft.num_train_epochs="], given, own, own_file=False).sft.num_train_epochs == 5
-
-
-def test_a_misspelled_environment_variable_is_refused():
     given = {"SCLITE_SFT_NUM_TRAIN_EPOCHS": "5", "SCLITE_SFT__EPOCH": "5", "SCLITE_SEDE": "1"}
     with pytest.raises(UsageError) as error:
         load(None, (), given, own_file=False)

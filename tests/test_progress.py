@@ -20,7 +20,7 @@ def clock(monkeypatch):
     return times
 
 
-def test_the_rate_is_measured_from_the_first_row(clock):
+def test_the_rate_is_measured_from_the_first_row_and_slow_in_seconds(clock):
     rate, rate_total = progress.Rate(), 121
     rate.update(100, 100 / rate_total, 0.5)
     for number in range(1, 12):
@@ -30,9 +30,6 @@ def test_the_rate_is_measured_from_the_first_row(clock):
     rate.total = rate_total
     assert rate.line() == "1.0/s, $0.6100 of about $0.71"
     assert rate.seconds_left() == pytest.approx(10)
-
-
-def test_slow_steps_are_shown_by_their_seconds(clock):
     rate = progress.Rate()
     for number in range(4):
         clock.append(29.0 * number)

@@ -135,7 +135,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert (tmp_path / "file.json").read_text() == "old"
 
 
-def test_a_locked_run_is_refused_until_it_is_released(run):
+def test_a_locked_run_is_refused_and_a_folder_that_cannot_be_created(run, tmp_path):
     assert not run.is_locked()
     with run.lock():
         assert run.is_locked()
@@ -146,9 +146,6 @@ def test_a_locked_run_is_refused_until_it_is_released(run):
     assert not run.is_locked()
     with run.lock():
         pass
-
-
-def test_a_folder_that_cannot_be_created_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     for place in (Path("/proc/sclite"), tmp_path / "file/run"):
         with pytest.raises(UsageError, match="cannot be written"), Run(place).lock():

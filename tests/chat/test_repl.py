@@ -52,16 +52,13 @@ def test_notes_say_what_an_answer_lacks(monkeypatch, capsys, run, student, thres
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_pipe_gets_one_answer_per_question_despite_errors(monkeypatch, capsys, run):
+def test_a_pipe_gets_one_answer_per_question_or_the_whole_reply_without_one(monkeypatch, capsys, run):
     lines = ("How many?", "", "   ", "word " * 100, "[/red] \x1b[2J?")
     student = Scripted(text=PLAIN.replace(">5<", ">5 [/red]\x1b[2J\n6<"))
     assert not chatted(monkeypatch, run, student, lines=lines)
     out, err = capsys.readouterr()
     assert out == "5 [/red]␛[2J 6\n\n5 [/red]␛[2J 6\n"
     assert "error: cannot answer the question" in err
-
-
-def test_a_reply_without_an_answer_is_printed_whole_and_named_on_stderr(monkeypatch, capsys, run):
     assert chatted(monkeypatch, run, Scripted(text="It is\nnine."), lines=("How many?", "", "And now?"))
     out, err = capsys.readouterr()
     assert out == "It is nine.\nIt is nine.\n"

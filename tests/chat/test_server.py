@@ -146,7 +146,7 @@ def test_stop_strings_end_the_content_without_appearing_in_it(scripted, raw):
         assert text == whole[: whole.index(stop)]
 
 
-def test_choices_are_samples_with_seeds_of_their_own(raw):
+def test_choices_have_seeds_of_their_own_and_a_limit_of_tokens(raw):
     ask = {"model": "base:raw", "messages": ASK, "n": 3, "temperature": 1.5, "seed": 7, "max_tokens": 24}
     first = client(raw[0]).chat.completions.create(**ask)
     texts = [choice.message.content for choice in first.choices]
@@ -157,9 +157,6 @@ def test_choices_are_samples_with_seeds_of_their_own(raw):
     for chunk in client(raw[0]).chat.completions.create(**ask, stream=True):
         again[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
     assert sum(a == b for a, b in zip(texts, again, strict=True)) >= 2  # rounding differs between batches
-
-
-def test_limit_of_tokens_gives_finish_reason_length(raw):
     reply = client(raw[0]).chat.completions.create(model="base:raw", messages=ASK, max_tokens=3)
     assert (reply.choices[0].finish_reason, reply.usage.completion_tokens) == ("length", 3)
 
@@ -290,7 +287,7 @@ class Blocked(Scripted):
         yield Reply(0, f"begun {text}", 3, 5, "stop")
 
 
-def test_too_many_waiting_requests_are_turned_away():
+def test_too_many_requests_are_turned_away_and_a_slow_answer_is_ended():
     service = Service(Blocked(), "tom", Settings(mode=""), 1)
     service.most = 2
     with serving(service) as url, ThreadPoolExecutor(2) as pool:
@@ -302,9 +299,6 @@ def test_too_many_waiting_requests_are_turned_away():
         assert error.value.response.headers["retry-after"] == "1"
         service.student.release.set()
         assert all("begun" in each.result().choices[0].message.content for each in first)
-
-
-def test_slow_answer_is_ended():
     service = Service(Blocked(), "tom", Settings(mode=""), 1, seconds=0.2)
     with serving(service) as url:
         with pytest.raises(openai.APIStatusError) as error:

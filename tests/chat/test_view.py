@@ -23,7 +23,7 @@ def watched(student, **settings) -> tuple[list[list[str]], AnswerView]:
     return seen, view
 
 
-def test_flagged_step_is_followed_by_its_cause_its_correction_and_new_steps():
+def test_flagged_step_is_followed_by_its_correction_others_have_a_neutral_mark():
     seen, view = watched(Scripted(**CORRECTING))
     assert lines_of(view) == [
         "  ·  1  12% 2 + 2 = 4",
@@ -38,9 +38,6 @@ def test_flagged_step_is_followed_by_its_cause_its_correction_and_new_steps():
     assert ["  ·  1  12% 2 + 2 = 4", "  ✗  2  95% 4 + 1 = 6"] in seen
     flagged = next(line for line in view.render(80) if "4 + 1 = 6" in line.plain)
     assert any("strike" in str(span.style) for span in flagged.spans)
-
-
-def test_steps_without_an_error_get_a_neutral_mark():
     _, view = watched(Scripted())
     assert lines_of(view) == ["  ·  1   5% 2 + 2 = 4", "  ·  2   5% 4 + 1 = 5", "  answer 5"]
 

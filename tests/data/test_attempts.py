@@ -110,7 +110,7 @@ def test_rows_made_with_other_settings_are_discarded(run, grader):
     assert report.counts == {"attempts": 15, "right": 0, "wrong": 0, "unknown": 15}  # of failed calls
 
 
-def test_identical_attempts_count_once():
+def test_identical_attempts_count_once_and_a_changed_copy_is_parsed_anew():
     text = "<Step1>a\n</Step1>\n<Answer>1</Answer>"
     same, other = "<step 1>a</step 1><answer>1</answer>", "<Answer>1</Answer>"
     rows = [
@@ -118,9 +118,6 @@ def test_identical_attempts_count_once():
         for i, s, t in (("p1", 0, text), ("p1", 1, same), ("p1", 2, other), ("p2", 0, text))
     ]
     assert [(r.id, r.sample) for r in deduplicate(rows)] == [("p1", 0), ("p1", 2), ("p2", 0)]
-
-
-def test_copy_of_a_row_with_another_trace_is_parsed_anew():
     row = Attempt(id="p", sample=0, trace="<Answer>1</Answer>", answer="1", correct=True)
     assert row.parsed is row.parsed
     assert row.parsed.trace.answer == "1"

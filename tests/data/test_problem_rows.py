@@ -106,13 +106,10 @@ def test_calculator_marks_and_thoughts_are_no_part_of_a_solution():
         assert (problem.answer, problem.solution) == ("3", "Add them.\nSo it is \\boxed{3}.")
 
 
-def test_id_and_solution_of_a_row_are_kept():
+def test_columns_are_found_in_any_case_or_reported_with_those_that_exist():
     assert read_problem({"question": "?", "answer": "2", "id": 7}, {}).id == "7"
     assert read_problem({"question": "?", "answer": "2", "solution": "Count on."}, {}).solution == "Count on."
     assert read_problem({"Question": "?", "ANSWER": "2"}, {}).answer == "2"
-
-
-def test_unknown_columns_are_reported_with_those_that_exist():
     with pytest.raises(BadRow, match="no known column, found: prompt, target") as caught:
         read_problem({"prompt": "q", "target": "a"}, {})
     assert "question and answer" in caught.value.hint

@@ -68,12 +68,18 @@ def test_all_formats_give_the_same_problems_from_configured_columns(tmp_path):
         assert load(tmp_path / f"p.{suffix}", **columns) == expected
 
 
-def test_csv_with_bom_newlines_and_quotes_is_read(tmp_path):
+def test_csv_has_bom_newlines_and_quotes_of_which_none_may_stay_open(tmp_path):
     text = '\ufeffquestion,answer\r\n"How many,\r\n""in all""?",5\r\nOne\u2028line?,NA\r\n'
     (tmp_path / "p.csv").write_bytes(text.encode())
     first, second = load(tmp_path / "p.csv")
     assert (first.question, first.answer) == ('How many,\r\n"in all"?', "5")
     assert (second.question, second.answer) == ("One\u2028line?", "NA")
+    path, drops = tmp_path / "p.csv", []
+    path.write_text('question,answer\nq,1\n"open,2\n')
+    assert len(load(path, drops)) == 1
+    assert "p.csv, line 3: not CSV: unexpected end of data" in drops[0].detail
+    path.write_text('question,answer\nq,1\n"open,2\nr,3\n')
+    assert "p.csv, line 3 to 4: not CSV: unexpected end of data" in refused(path).message
 
 
 def test_missing_file_folder_pipe_and_standard_input_are_rejected(tmp_path):
@@ -158,15 +164,6 @@ def test_invalid_row_is_dropped_with_its_line_and_the_others_are_read(tmp_path, 
     (drop,) = drops
     assert f"{name}, line 4: {said}" in drop.detail
     assert name == "p.csv" or drop.raw == line.replace("\udce9", "\ufffd")[:2000]
-
-
-def test_unclosed_csv_quote_drops_the_last_line_and_refuses_several(tmp_path):
-    path, drops = tmp_path / "p.csv", []
-    path.write_text('question,answer\nq,1\n"open,2\n')
-    assert len(load(path, drops)) == 1
-    assert "p.csv, line 3: not CSV: unexpected end of data" in drops[0].detail
-    path.write_text('question,answer\nq,1\n"open,2\nr,3\n')
-    assert "p.csv, line 3 to 4: not CSV: unexpected end of data" in refused(path).message
 
 
 PIECES = st.sampled_from(

@@ -66,13 +66,10 @@ def test_failed_calls_of_a_model_behind_an_api_are_made_again(run, grader):
     assert unknown() == 0  # nothing has changed
 
 
-def test_progress_counts_solved_problems(evaluate_student):
+def test_solved_problems_are_shown_and_truncated_answers_counted(evaluate_student):
     seen = []
     evaluate_student(Counted(ScriptedStudent(PLAIN), 20, 20, lambda *report: seen.append(report)), True)
     assert seen == [(n, n / 40, f"{n} texts written") for n in range(1, 21)]
-
-
-def test_truncated_first_answers_are_counted(evaluate_student):
     rambling = ScriptedStudent("the answer is", finishes=("length", "stop", "stop", "stop"))
     figures = evaluate_student(rambling, False)
     assert (figures["n"], figures["cut"]) == (20, 5)

@@ -56,7 +56,7 @@ def test_undefined_figures_are_none_and_not_zero():
         assert figures[f"{name}_interval"] is None
 
 
-def test_location_acceptance_and_their_harmonic_mean():
+def test_location_and_acceptance_follow_the_labels():
     assert (harmonic_mean(0.0, 0.0), harmonic_mean(0.5, 1.0)) == (0.0, pytest.approx(2 / 3))
     rows = [
         outcome(False, True, 0, accused=2, true_step=2, true_known=True),  # located and fixed
@@ -72,9 +72,7 @@ def test_location_acceptance_and_their_harmonic_mean():
     f1 = 2 * (1 / 2) * (2 / 3) / (1 / 2 + 2 / 3)
     expected = {"location": 2 / 4, "acceptance": 2 / 3, "location_f1": f1, "correction_rate_own": 1 / 2}
     assert {name: figures[name] for name in expected} == pytest.approx(expected)
-
-
-def test_labels_decide_what_is_wrong_work():
+    # labels decide what is wrong work
     lucky = compute_metrics([outcome(True, True, accused=2, true_step=2, true_known=True)])
     assert (lucky["location"], lucky["acceptance"], lucky["correction_rate_own"]) == (1.0, None, None)
     right_steps = compute_metrics([outcome(False, False, true_known=True)])
@@ -103,7 +101,7 @@ def test_scores_are_finite_and_labels_end_at_the_first_wrong_step(value):
         outcome(False, False, step_labels=(True, False))
 
 
-def test_intervals_match_the_binomial():
+def test_intervals_match_the_binomial_and_depend_on_the_seed_alone():
     figures = compute_metrics(outcomes(*[(True, True)] * 300, *[(False, True)] * 200), bootstrap=2000)
     half = 1.96 * math.sqrt(0.6 * 0.4 / 500)
     assert figures["acc_t1_interval"] == pytest.approx([0.6 - half, 0.6 + half], abs=0.006)
@@ -111,9 +109,6 @@ def test_intervals_match_the_binomial():
     figures = compute_metrics(outcomes(*[(True, True)] * 20))
     assert figures["right_to_wrong_interval"] == pytest.approx([0.0, 0.16843], abs=1e-5)  # Clopper-Pearson
     assert figures["acc_t2_interval"] == pytest.approx([0.83157, 1.0], abs=1e-5)
-
-
-def test_seed_determines_intervals_and_none_without_bootstrap():
     rows = outcomes(*[(True, True), (False, True), (False, False)] * 20)
     assert compute_metrics(rows, seed=0) == compute_metrics(rows, seed=0) != compute_metrics(rows, seed=1)
     figures = compute_metrics(rows, bootstrap=0)

@@ -29,9 +29,6 @@ def scored(correct, scores, corrected, number=0):
     return threshold.Trial(problem, Trace(), correct, scores, dict(enumerate(corrected, 1)))
 
 
-# -- the bound on harm ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("n", "max_harm", "count"),
     [  # the largest k with scipy.stats.binom.sf(k - 1, n, max_harm) >= 0.05
@@ -50,7 +47,7 @@ def rows_of(**counts):
     return [scored(right, (score,), (result,), k) for k, (right, score, result) in enumerate(rows)]
 
 
-def test_what_the_bound_gives_up_is_shown_beside_it():
+def test_what_the_bound_gives_up_is_shown_and_too_much_harm_turns_review_off():
     surest = [scored(False, (3.0,), (True,), k) for k in range(1000, 1010)]
     fitted = fit_threshold([*surest, *rows_of(spoiled=6, fixed=40, right=344)], 0.005)  # 6 of 400: p = 0.017
     assert (fitted.threshold, fitted.acc_t2, fitted.right_to_wrong) == (2.5, 0.9, 0.0)
@@ -60,9 +57,6 @@ def test_what_the_bound_gives_up_is_shown_beside_it():
         "2.50 fitted on 400 problems: 87.5 → 90.0 % right, 0.0 % spoiled; 0.00 would reach 98.5 % and spoil 1.5 %, "
         "more than review.max_harm (0.5 %) allows"
     )
-
-
-def test_review_stays_off_if_only_too_harmful_thresholds_help():
     fitted = fit_threshold(rows_of(spoiled=5, fixed=40, right=355), 0.005)  # 5 of 400: p = 0.053
     assert (fitted.threshold, fitted.right_to_wrong, fitted.wrong_to_right) == (0.0, 0.0125, 0.1)
     assert fitted.given_up == ""
@@ -70,9 +64,6 @@ def test_review_stays_off_if_only_too_harmful_thresholds_help():
     assert (fitted.threshold, fitted.acc_t1, fitted.acc_t2) == (None, 0.9, 0.9)
     text = "on 400 fitting problems no threshold corrects more answers than it spoils"
     assert fitted.off == f"{text}, with at most 0.5 % spoiled (review.max_harm)"
-
-
-# -- the fit -------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_unknown_counts_as_the_worse_outcome_or_not_at_all():
@@ -147,9 +138,6 @@ def test_midpoint_that_rounds_to_its_neighbour_is_judged_as_used():
         fitted = fit_threshold(rows, 0.0)
         at = NEVER if fitted.threshold is None else fitted.threshold
         assert replay(rows, at)[:2] == (round(fitted.acc_t2 * 2), 0)
-
-
-# -- the corrections that are tried --------------------------------------------------------------------------------
 
 
 MANY = [Problem(id=f"p{n}", question=f"question {n}", answer="1") for n in range(200)]
@@ -281,9 +269,6 @@ def test_answers_without_steps_have_no_threshold(run, gguf, grader):
     student = ScriptedStudent("the answer is 1")
     fitted = ensure_threshold(Config(), run, gguf, student, MANY[:60], grader)
     assert (fitted.threshold, fitted.off) == (None, "its answers have no steps")
-
-
-# -- the file ------------------------------------------------------------------------------------------------------
 
 
 def fitted_on(problems, at=1.0, max_harm=0.005):

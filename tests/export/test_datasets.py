@@ -48,9 +48,6 @@ def questions(run: Run) -> dict[str, str]:
     return {problem.id: problem.question for problem in run.read("problems.jsonl", Problem)}
 
 
-# -- rows ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", KINDS)
 def test_every_row_is_exported_once_in_the_same_order(run, report, name):
     kept = run.read(f"{name}.jsonl", KINDS[name])
@@ -110,9 +107,6 @@ def test_full_sides_continue_to_the_end_if_known(run):
     assert all(row["full_rejected"] == row["rejected"] for row in contents)
 
 
-# -- files ---------------------------------------------------------------------------------------------------------
-
-
 def test_same_run_gives_the_same_bytes(run, student, tmp_path):
     again = make_run(tmp_path / "again")
     export_data(export_config(student), again)
@@ -157,15 +151,12 @@ def test_empty_run_or_a_row_without_its_problem_or_attempt_is_an_error(student, 
         export_data(export_config(student), run)
 
 
-# -- dataset card --------------------------------------------------------------------------------------------------
-
-
 def test_card_of_the_quickstart_names_its_word_problems():
     config = Config.model_validate({"teacher": {"model": "embedded/tutor"}})
     assert source_name(config) == "the arithmetic word problems of sclite's quickstart"
 
 
-def test_card_lists_source_models_prompts_counts_drops_and_cost(run, report):
+def test_card_lists_sources_counts_and_cost_and_the_hub_reads_it(run, report):
     card = read_card(run)
     for line in (
         "- Problems: sums.jsonl",
@@ -180,6 +171,12 @@ def test_card_lists_source_models_prompts_counts_drops_and_cost(run, report):
     ):
         assert f"\n{line}\n" in card
     assert f"| pairs.jsonl | {report.counts['pairs']} |" in card
+    # its front matter, whose license is to be filled in
+    card = DatasetCard.load(run.path(f"{FOLDER}/README.md"))
+    assert card.data.license == "unknown"
+    assert "> **TO FILL IN.**" in card.text
+    assert [entry["config_name"] for entry in card.data.to_dict()["configs"]] == list(report.counts)
+    assert card.data.size_categories == ["n<1K"]
 
 
 @pytest.mark.parametrize(
@@ -214,17 +211,6 @@ def test_card_shows_the_whole_hub_id_but_only_the_last_part_of_a_path(student, t
     assert f"- Problems: {shown}\n" in read_card(run)
 
 
-def test_hub_reads_the_front_matter_of_the_card_whose_license_is_to_be_filled_in(run, report):
-    card = DatasetCard.load(run.path(f"{FOLDER}/README.md"))
-    assert card.data.license == "unknown"
-    assert "> **TO FILL IN.**" in card.text
-    assert [entry["config_name"] for entry in card.data.to_dict()["configs"]] == list(report.counts)
-    assert card.data.size_categories == ["n<1K"]
-
-
-# -- TRL -----------------------------------------------------------------------------------------------------------
-
-
 def prepared_by_trl(tokenizer, rows: list[dict]):
     """The rows as TRL's DPOTrainer prepares them."""
     args = DPOConfig(output_dir="unused", use_cpu=True, bf16=False, max_length=None, report_to=[])
@@ -245,15 +231,12 @@ def test_trl_reads_chats_as_conversations_and_pairs_as_text(run, student):
         assert maybe_apply_chat_template(row, tokenizer) == row
 
 
-def test_trl_appends_an_end_token_to_both_sides_as_the_card_says(run, student):
+def test_trl_appends_an_end_token_and_would_close_a_conversational_prefix(run, student):
     tokenizer = load_tokenizer(str(student))
     for row in prepared_by_trl(tokenizer, rows_of(run, "pairs")):
         assert row["chosen_ids"][-1] == row["rejected_ids"][-1] == end_id(tokenizer)
     assert "**yes, on both sides**" in read_card(run)
-
-
-def test_trl_would_close_a_conversational_prefix_and_open_a_new_turn(run, student):
-    """The reason why pairs are exported as text only."""
+    # The reason why pairs are exported as text only.
     tokenizer = load_tokenizer(str(student))
     pair = run.read("pairs.jsonl", Pair)[0]
     prompt = prompts.review_messages(questions(run)[pair.id], pair.attempt)

@@ -82,11 +82,21 @@ def test_odd_reply_affects_no_other_and_is_not_repaired(run, reply, stop, text, 
     assert odd.error is None if error is None else error in odd.error
 
 
-def test_model_without_a_provider_is_named_as_the_student(run):
+def test_errors_name_the_student_and_never_the_key(run):
     with Ledger(run.path("ledger.sqlite")) as ledger:
         student = Endpoint(Teacher(config.Teacher(model="nobody/x"), ledger), "chat")
         with pytest.raises(UsageError, match=r"attempts\.student nobody/x: LiteLLM knows no provider"):
             list(student.generate([request("1?")]))
+    with TeacherServer(lambda body, nth: fail(401, "bad key sk-test-secret")) as server:
+        with pytest.raises(TeacherError) as error:
+            ask(run, server.url, [request("1?")])
+        said = f"{error.value.message} {error.value.hint}"
+        assert f"student openai/small at {server.url} rejects the key" in said
+    assert "sk-test" not in said
+    with pytest.raises(TeacherError) as error:
+        ask(run, "http://127.0.0.1:9/v1", [request("1?")])
+    assert "attempts.api_base" in error.value.hint
+    assert "teacher" not in f"{error.value.message} {error.value.hint}"
 
 
 def test_endpoint_neither_continues_nor_scores(run):
@@ -99,7 +109,7 @@ def test_endpoint_neither_continues_nor_scores(run):
     assert "free review" in error.value.hint
 
 
-def test_rerun_costs_nothing_and_other_sampling_is_another_sample(run):
+def test_rerun_costs_nothing_but_other_sampling_or_another_version_is_asked(run):
     requests = [request("1?", seed=seed) for seed in (1, 2, 3)]
     with TeacherServer(lambda body, nth: say(f"said {nth}")) as server:
         first = ask(run, server.url, requests)
@@ -109,19 +119,11 @@ def test_rerun_costs_nothing_and_other_sampling_is_another_sample(run):
         for asked, changed in enumerate(({"seed": 4}, {"temperature": 0.7}, {"max_tokens": 78}), 4):
             ask(run, server.url, [*requests, request("1?", **{"seed": 1, **changed})])
             assert len(server.requests) == asked
-
-
-def test_endpoint_error_names_the_student_and_never_the_key(run):
-    with TeacherServer(lambda body, nth: fail(401, "bad key sk-test-secret")) as server:
-        with pytest.raises(TeacherError) as error:
-            ask(run, server.url, [request("1?")])
-        said = f"{error.value.message} {error.value.hint}"
-        assert f"student openai/small at {server.url} rejects the key" in said
-    assert "sk-test" not in said
-    with pytest.raises(TeacherError) as error:
-        ask(run, "http://127.0.0.1:9/v1", [request("1?")])
-    assert "attempts.api_base" in error.value.hint
-    assert "teacher" not in f"{error.value.message} {error.value.hint}"
+    with TeacherServer(lambda body, nth: say(f"said {nth}")) as server:
+        for version, text in ((1, "said 1"), (1, "said 1"), (2, "said 2")):
+            with student(run, server.url, version=version) as endpoint:
+                assert [reply.text for reply in endpoint.generate([request("1?")])] == [text]
+    assert "sample" not in str(server.requests)
 
 
 def test_text_of_a_stream_comes_before_the_reply_is_complete(run):
@@ -183,11 +185,3 @@ def test_stream_that_breaks_is_not_repeated_after_its_first_words(run):
         assert texts == ["one", " two"]
         assert (last.finish, last.error.partition(":")[0]) == ("error", "no_reply")
         assert len(server.requests) == 2
-
-
-def test_another_version_of_a_model_is_asked_again(run):
-    with TeacherServer(lambda body, nth: say(f"said {nth}")) as server:
-        for version, text in ((1, "said 1"), (1, "said 1"), (2, "said 2")):
-            with student(run, server.url, version=version) as endpoint:
-                assert [reply.text for reply in endpoint.generate([request("1?")])] == [text]
-    assert "sample" not in str(server.requests)

@@ -65,7 +65,7 @@ def review(student, *attempts, script=guided, **settings):
 # -- scores --------------------------------------------------------------------------------------------------------
 
 
-def test_score_request_covers_every_step():
+def test_score_request_covers_every_step_and_scores_come_in_any_order():
     request = next(score_steps(QUESTION, WRONG))
     assert request.options == tuple((CAUSE, f"</Step{n}>\n") for n in range(1, len(WRONG.steps) + 1))
     assert request.others == ("<Key>", "<Correction>")
@@ -74,9 +74,6 @@ def test_score_request_covers_every_step():
     assert [closer for _, closer in request.options] == list(request.pieces[1::2])
     assert render(WRONG) in request.messages[-1]["content"]
     assert request.messages[0]["role"] == "system"
-
-
-def test_scores_match_their_traces_in_any_order():
     student = Scripted(odds=accuse_38)
     scripts = [score_steps(QUESTION, work) for work in (WRONG, Trace(), RIGHT)]
     found = self_correction.run_together(student, scripts)
@@ -129,13 +126,19 @@ def test_rounds_are_bounded(rounds):
     assert (got.accused is None) == (rounds == 0)
 
 
-def test_second_round_reviews_the_corrected_work():
+def test_second_round_reviews_the_corrected_work_and_its_own_corrections():
     student = Scripted(odds=accuse_38, corrections=[CORRECTION])
     (got,) = review(student, WRONG, rounds=5)
     assert len(student.scored) == 2
     assert render(RIGHT) in student.scored[1].messages[-1]["content"]
     assert got.accused == 2
     assert got.scores == (-4.0, 3.0, -4.0)  # of the first answer
+    rest = "<Step3>36 + 5 = 38\n<Cause>Too few.</Cause>\n<Correction>36 + 5 = 41</Correction>\n</Step3>\n<Answer>41</Answer>"
+    student = Scripted(odds=accuse_38, corrections=[CORRECTION], rest=rest)
+    (got,) = review(student, WRONG, rounds=2)
+    assert got.accused == 2
+    assert len(student.scored) == 2
+    assert len(student.requests) == 2
 
 
 NO_CORRECTION = ("no tags at all", "only a cause</Cause>", "</Cause>\n<Correction>72</Correction>", "")
@@ -349,12 +352,3 @@ def test_answer_without_steps_is_not_reviewed(script):
     (got,) = review(student, Trace(answer="41"), script=script)
     assert (got.trace, got.note, got.accused) == (None, "no steps to review", None)
     assert student.scored == student.requests == []
-
-
-def test_second_round_applies_corrections_in_the_continuation():
-    rest = "<Step3>36 + 5 = 38\n<Cause>Too few.</Cause>\n<Correction>36 + 5 = 41</Correction>\n</Step3>\n<Answer>41</Answer>"
-    student = Scripted(odds=accuse_38, corrections=[CORRECTION], rest=rest)
-    (got,) = review(student, WRONG, rounds=2)
-    assert got.accused == 2
-    assert len(student.scored) == 2
-    assert len(student.requests) == 2

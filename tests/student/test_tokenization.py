@@ -74,13 +74,19 @@ def test_tokenizer_without_template_or_end_token_is_rejected(folder):
         assert error.value.hint == "choose an instruct model"
 
 
-def test_solution_ids_are_prompt_ids_plus_piece_ids(tokenizer):
+def test_training_ids_are_those_of_prompt_and_pieces_up_to_any_prefix(tokenizer):
     row = encode_solution(tokenizer, SOLVE, TRACE)
     before = prompt_ids(tokenizer, SOLVE)
     alone = flat(tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in all_pieces(TRACE))
     assert row.ids == [*before, *alone, end_id(tokenizer)]
     assert row.weights == [0.0] * len(before) + [1.0] * (len(alone) + 1)
     assert tokenizer.decode(row.ids) == prompt_text(tokenizer, SOLVE) + render(TRACE) + "<|im_end|>"
+    # wherever text is forced in use, the ids up to there are those of training
+    whole = encode_review(tokenizer, SOLVE, REVIEW).ids
+    pieces = [*step_pieces(REVIEW.steps[:1]), open_piece(2, REVIEW.steps[1]), CAUSE]
+    for count in range(1, len(pieces) + 1):
+        part = prompt_ids(tokenizer, SOLVE) + flat(piece_ids(tokenizer, pieces[:count]))
+        assert whole[: len(part)] == part
 
 
 @pytest.mark.parametrize("step", [1, 2])
@@ -99,16 +105,7 @@ def test_continuation_has_loss_only_after_the_step(tokenizer, step):
     assert row.weights == [0.0] * len(given) + [1.0] * (len(row.ids) - len(given))
 
 
-def test_forced_prefixes_match_the_training_ids(tokenizer):
-    """Wherever text is forced in use, the ids up to there are those of training."""
-    whole = encode_review(tokenizer, SOLVE, REVIEW).ids
-    pieces = [*step_pieces(REVIEW.steps[:1]), open_piece(2, REVIEW.steps[1]), CAUSE]
-    for count in range(1, len(pieces) + 1):
-        part = prompt_ids(tokenizer, SOLVE) + flat(piece_ids(tokenizer, pieces[:count]))
-        assert whole[: len(part)] == part
-
-
-def test_decisions_follow_each_step_up_to_the_accused_one(tokenizer):
+def test_decisions_follow_each_step_up_to_the_accused_one_or_the_last(tokenizer):
     row = encode_review(tokenizer, SOLVE, REVIEW, decision_weight=4.0)
     assert row.accused == (False, True)
     accuse, close = decision_ids(tokenizer)
@@ -117,9 +114,6 @@ def test_decisions_follow_each_step_up_to_the_accused_one(tokenizer):
         assert tokenizer.decode(row.ids[: mark + 1]).endswith(open_piece(number, REVIEW.steps[number - 1]))
     assert [w for w in row.weights if w > 1] == [5.0, 5.0]
     assert row.weights[-1] == 1.0
-
-
-def test_review_without_accusation_decides_at_every_step(tokenizer):
     row = encode_review(tokenizer, SOLVE, TRACE)
     assert row.ids == encode_solution(tokenizer, SOLVE, TRACE).ids
     assert row.accused == (False, False)

@@ -48,16 +48,13 @@ def test_same_request_is_paid_once_and_another_sample_is_another_request(asked):
     assert len(requests) == 3
 
 
-def test_failed_check_is_repaired_with_its_error_in_the_request(asked):
+def test_failed_check_is_repaired_three_times_with_its_error_in_the_request(asked):
     def answer(request, nth):
         return say("good" if "it says bad" in question(request) else "bad")
 
     (result,), requests = asked(answer, [job(1, good)])
     assert (result.text, result.requests) == ("good", 2)
     assert [question(r) for r in requests] == ["question 1.", "question 1. it says bad"]
-
-
-def test_job_fails_after_three_different_repairs_with_its_last_error_and_reply(asked):
     replies = iter(["bad 1", "bad 2", "bad 2", "bad 4"])
     (result,), requests = asked(lambda request, nth: say(next(replies)), [job(1, good)])
     assert (result.text, result.rejection) == (None, Rejection("not_good", "it says bad 4"))
@@ -157,9 +154,6 @@ def test_leaving_early_cancels_calls_and_the_teacher_stays_usable(teacher_of):
         released.set()
 
 
-# -- what stops everything -----------------------------------------------------------------------------------------
-
-
 def test_bad_or_missing_key_stops_at_once_and_is_not_shown(ask, monkeypatch):
     refusal = fail(401, "Incorrect API key provided: sk-test-secret")
     with TeacherServer(lambda request, nth: refusal) as server:
@@ -195,9 +189,14 @@ def test_model_without_provider_is_reported_before_any_call(ask, model, message)
         ask("http://127.0.0.1:9/v1", [job(1)], model=model)
 
 
-def test_missing_server_stops_everything_after_the_retries(ask):
+def test_teacher_that_does_not_answer_is_given_up_and_replies_are_kept(ask, ledger):
     with pytest.raises(TeacherError, match=r"127\.0\.0\.1:9/v1 does not answer after 3 attempts"):
         ask("http://127.0.0.1:9/v1", map(job, range(10**6)), attempts_per_call=3)
+    with TeacherServer(lambda request, nth: say("good") if number_of(request) < 10 else BROKEN) as server:
+        with pytest.raises(TeacherError, match="does not answer"):
+            ask(server, map(job, range(10**4)), attempts_per_call=2, concurrency=4)
+        assert len(server.requests) < 60
+    assert ledger.totals()["requests"] == 10
 
 
 def test_refused_request_is_skipped_and_kept_and_the_others_continue(ask):
@@ -213,14 +212,6 @@ def test_refused_request_is_skipped_and_kept_and_the_others_continue(ask):
             assert results[1].rejection == refused
         (alone,) = ask(server, [job(21)])  # one refusal does not condemn the teacher
     assert (alone.rejection, len(server.requests)) == (refused, 21)
-
-
-def test_teacher_that_stops_answering_is_given_up_and_replies_are_kept(ask, ledger):
-    with TeacherServer(lambda request, nth: say("good") if number_of(request) < 10 else BROKEN) as server:
-        with pytest.raises(TeacherError, match="does not answer"):
-            ask(server, map(job, range(10**4)), attempts_per_call=2, concurrency=4)
-        assert len(server.requests) < 60
-    assert ledger.totals()["requests"] == 10
 
 
 def test_exceptions_in_a_check_or_the_jobs_reach_the_caller(asked):
@@ -245,9 +236,6 @@ def test_failed_write_to_the_ledger_reaches_the_caller(ask, monkeypatch):
         ask(server, [job(1)])
     monkeypatch.undo()
     assert not server.requests  # nothing is sent that the ledger does not hold
-
-
-# -- the inspector -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("convinced", [True, False])

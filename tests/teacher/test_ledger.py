@@ -76,16 +76,13 @@ def test_killed_process_loses_no_written_reply(path):
         assert all(ledger.get(str(i)) for i in printed)
 
 
-def test_failed_write_is_an_error(path):
+def test_failed_write_is_an_error_and_an_interrupted_one_is_repeated(path, monkeypatch):
     with Ledger(path) as ledger:
         pass
     ledger.put("k", ENTRY)
     with pytest.raises(DataError, match="cannot be written"):
         ledger.flush()
-
-
-def test_interrupted_write_is_repeated(path, monkeypatch):
-    """Ctrl-C may come at any moment, also between a paid reply and its commit."""
+    # Ctrl-C may come at any moment, also between a paid reply and its commit
     with Ledger(path) as ledger:
         keep(ledger, "k")
         with monkeypatch.context() as patch:

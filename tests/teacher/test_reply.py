@@ -84,12 +84,14 @@ def test_token_counts_are_numbers_or_unknown(prompt, completion, tokens):
         assert read(body({"content": "good"}, usage=other)).tokens == (None, None)
 
 
-def test_text_can_always_be_encoded_as_utf_8():
+def test_any_text_is_read_and_can_be_encoded_as_utf_8():
     paired = json.loads(r'"\ud83d\ude42"') + "\ud83d"
     assert clean_text("\ud83d" + "\ude42") == "🙂"
     assert clean_text(paired) == "🙂\ufffd"
     assert clean_text("a\tb\r\nc 你好 \u2028") == "a\tb\r\nc 你好 \u2028"
     assert read(body({"content": "a \udfff b"})).text == "a \ufffd b"
+    assert read(decode(b"\xef\xbb\xbf" + json.dumps(body({"content": "good"})).encode())).text == "good"
+    assert read(decode(b'{"choices": [{"message": {"content": "a \xff"}}]}')).text == "a \ufffd"
 
 
 @pytest.mark.parametrize(
@@ -109,11 +111,6 @@ def test_body_that_is_not_a_chat_completion_is_reported(data, message, paid):
     with pytest.raises(UnreadableReply) as caught:
         read(decode(data))
     assert (str(caught.value), caught.value.paid) == (message, paid)
-
-
-def test_byte_order_mark_and_invalid_utf_8_are_read():
-    assert read(decode(b"\xef\xbb\xbf" + json.dumps(body({"content": "good"})).encode())).text == "good"
-    assert read(decode(b'{"choices": [{"message": {"content": "a \xff"}}]}')).text == "a \ufffd"
 
 
 @pytest.mark.parametrize(

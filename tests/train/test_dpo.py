@@ -79,9 +79,6 @@ def attempts(run):
     return {f"{a.id}/{a.sample}": a for a in run.read("attempts.jsonl", Attempt)}
 
 
-# -- what it starts from -------------------------------------------------------------------------------------------
-
-
 def test_dpo_starts_at_ln_2_with_zero_margins(run, report):
     first = metrics_of(run, "dpo")[0]
     assert first["step"] == 1
@@ -129,9 +126,6 @@ def assert_same(one, other) -> None:
             assert side == pytest.approx(same, abs=1e-3)
 
 
-# -- what it does --------------------------------------------------------------------------------------------------
-
-
 def test_dpo_learns_the_toy_pairs(run, report):
     rows = metrics_of(run, "dpo")
     assert [row["step"] for row in rows] == list(range(1, report.counts["steps"] + 1))
@@ -162,9 +156,6 @@ def test_replay_share_sets_the_number_of_replay_rows(run, tokenizer, bundles):
     rows = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")
     for share, wanted in ((0.0, 0), (0.5, 3), (1.0, 6)):
         assert sum(b.replay is not None for b in with_replay(bundles, rows, share)) == wanted
-
-
-# -- bundles -------------------------------------------------------------------------------------------------------
 
 
 def test_marks_are_on_the_last_token_of_each_step(run, tokenizer, bundles, attempts):
@@ -231,10 +222,14 @@ def test_log_probabilities_are_sums_over_a_sides_own_tokens(config, run, bundles
             assert int(got.content_tokens[number]) == sum(w > 0 for w in bundle.review.weights)
 
 
-def test_padding_changes_no_odds(config, run, bundles):
+def test_padding_changes_no_odds_and_has_neither_attention_nor_weight(config, run, bundles):
     model, tokenizer = load_student(config, "dpo", run.path("warmup/adapter"))
     together = reference_log_probs(model, bundles, tokenizer, size=6)
     assert_same(together, reference_log_probs(model, bundles[::-1], tokenizer, size=1))
+    batch = pad([Encoded([4, 5, 6], [0.0, 1.0, 1.0]), Encoded([7], [0.0])], 2)
+    assert batch.ids.tolist() == [[4, 5, 6], [7, 2, 2]]
+    assert batch.mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch.weights.tolist() == [[0, 1, 1], [0, 0, 0]]
 
 
 def test_padding_free_rows_give_the_same_gradients(config, run, bundles):
@@ -254,10 +249,3 @@ def test_padding_free_rows_give_the_same_gradients(config, run, bundles):
         assert side == pytest.approx(other, abs=1e-3)
     for gradient, other in zip(gradients, others, strict=True):
         assert float((gradient - other).abs().max()) < 1e-3 * max(1.0, float(gradient.abs().max()))
-
-
-def test_padding_has_neither_attention_nor_weight():
-    batch = pad([Encoded([4, 5, 6], [0.0, 1.0, 1.0]), Encoded([7], [0.0])], 2)
-    assert batch.ids.tolist() == [[4, 5, 6], [7, 2, 2]]
-    assert batch.mask.tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch.weights.tolist() == [[0, 1, 1], [0, 0, 0]]

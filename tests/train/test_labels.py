@@ -11,16 +11,7 @@ from sclite.student.loader import load_tokenizer
 from sclite.student.tokenization import Encoded, decision_ids
 from sclite.train import dpo, sft, stage
 from sclite.train.bundle import build_bundles, check_bundles
-from tests.toy import (
-    CHATML,
-    TRAIN,
-    Said,
-    sample_texts,
-    toy_config,
-    write_pairs,
-    write_tokenizer,
-    write_toy,
-)
+from tests.toy import CHATML, TRAIN, Said, sample_texts, toy_config, write_pairs, write_tokenizer, write_toy
 
 
 @pytest.fixture(scope="module")

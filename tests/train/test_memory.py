@@ -29,9 +29,6 @@ def built(shape: dict, device: str = "meta"):
         return AutoModelForCausalLM.from_config(config_of(shape), dtype=torch.bfloat16)
 
 
-# -- counts, against PEFT and bitsandbytes -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("rank", [8, 32])
 def test_lora_sizes_match_peft(name, rank):
@@ -65,9 +62,6 @@ def test_all_linear_layers_but_the_head_are_counted_in_four_bits(name):
     four = sum(nf4_bytes(weight.numel()) for weight in linears.values())
     found = estimate(recipe_architecture(name), Setting("sft", 1, 512, 8, four_bit=True))
     assert found.parts["weights"] == sixteen + four
-
-
-# -- bytes, against bitsandbytes and torch -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (96, 48), (320, 128), (33, 65)])
@@ -105,9 +99,6 @@ def test_8_bit_state_bytes_match_bitsandbytes():
     assert min(sizes) < 4096 < max(sizes)
     assert optimizer_bytes(sizes, 8) == sum(held.values())
     assert memory.STATE_TABLES == 2048
-
-
-# -- peaks, against what torch holds -----------------------------------------------------------------------------
 
 
 class PeakTracker(TorchDispatchMode):
@@ -204,10 +195,7 @@ def test_chunks_change_neither_log_probabilities_nor_gradients(monkeypatch):
     assert torch.allclose(gradient, other_gradient, atol=1e-5)
 
 
-# -- architectures -------------------------------------------------------------------------------------------------
-
-
-def test_the_estimate_of_an_unchecked_architecture_or_of_mixed_bits_is_rough():
+def test_an_unchecked_architecture_or_mixed_bits_is_rough_and_experts_refused():
     shape = {"model_type": "phi3", "pad_token_id": 0, **SMALL}
     assert "as if it were Llama" in architecture(config_of(shape)).rough
     assert not any(recipe_architecture(name).rough for name in RECIPES)
@@ -216,15 +204,9 @@ def test_the_estimate_of_an_unchecked_architecture_or_of_mixed_bits_is_rough():
     assert "1 parts" in architecture(config).rough
     config.quantization_config = {"llm_int8_skip_modules": ["lm_head"]}
     assert not architecture(config).rough
-
-
-def test_a_mixture_of_experts_is_refused():
     with pytest.raises(DataError, match="num_experts = 128") as error:
         architecture(config_of({"model_type": "qwen3_moe", "num_experts": 128, **SMALL}))
     assert error.value.hint
-
-
-# -- the estimate and the choice -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["qwen2.5-math-7b", "deepseek-math-7b"])

@@ -62,9 +62,6 @@ def pairs_of(run) -> None:
     run.replace("pairs.jsonl", rows)
 
 
-# -- memory --------------------------------------------------------------------------------------------------------
-
-
 def test_each_stage_gets_the_settings_that_fit_the_gpu(run):
     stages = planned(run)["stages"]
     assert list(stages) == ["sft", "warmup", "dpo"]
@@ -97,9 +94,6 @@ def test_without_a_gpu_the_plan_is_float32_without_checkpointing_and_fits_is_unk
     assert memory["optimizer"] == pytest.approx(2 * memory["adapter"], abs=0.002)
     assert memory["activations"] > 20 * on_card["stages"]["sft"]["memory_gb"]["activations"]
     assert sft["host_gb"] == 0
-
-
-# -- the forecast --------------------------------------------------------------------------------------------------
 
 
 def test_the_forecast_of_an_empty_run_is_unknown(run):
@@ -166,9 +160,6 @@ def test_disk_use_grows_with_rank_and_quantization_bits(run):
     assert both == pytest.approx(small["gguf"] + large["gguf"], abs=0.001)
 
 
-# -- the teacher ---------------------------------------------------------------------------------------------------
-
-
 def test_corrections_are_priced_like_the_templates_so_far(toy):
     for name in ("attempts.jsonl", "reviews.jsonl"):
         toy.path(name).unlink()
@@ -216,17 +207,11 @@ def test_an_unknown_price_stays_unknown(toy):
     assert (teacher["cost_usd"], teacher["spent_usd"]) == (None, 0.02)
 
 
-# -- the student's configuration -----------------------------------------------------------------------------------
-
-
-def test_the_architecture_is_read_from_config_json(tmp_path, monkeypatch):
+def test_the_architecture_is_read_from_config_json_or_an_error_has_a_hint(tmp_path, monkeypatch):
     monkeypatch.setattr("sclite.train.memory.cpu_training_dtype", lambda _: torch.float32)
     (tmp_path / "config.json").write_text(json.dumps(QWEN_MATH_7B))
     assert architecture(read_config(str(tmp_path))) == architecture(config_of(QWEN_MATH_7B))
     assert architecture(read_config(str(EMBEDDED_FOLDER))).parameters < 10_000_000
-
-
-def test_an_unreadable_config_json_is_an_error_with_a_hint(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(NetworkError, match="nobody/nothing cannot be loaded") as error:
         read_config("nobody/nothing")
@@ -234,9 +219,6 @@ def test_an_unreadable_config_json_is_an_error_with_a_hint(tmp_path, monkeypatch
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(DataError, match=r"config\.json"):
         read_config(str(tmp_path))
-
-
-# -- the terminal --------------------------------------------------------------------------------------------------
 
 
 def test_the_terminal_shows_fit_memory_holders_and_unknowns(toy, capsys):
