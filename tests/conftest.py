@@ -9,6 +9,7 @@ from sclite.__main__ import main
 from sclite.grading.worker import Grader
 from sclite.run import Run
 from tests.replay import TWO, TeacherServer, say
+from tests.toy import tiny_llama
 
 THREADS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000", "TOKENIZERS_PARALLELISM": "false"}
 CLEAN = ("OPENAI_API_KEY", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
@@ -26,6 +27,12 @@ def ctrl_c():
 def _key(monkeypatch):
     """Every test has a made-up key, and none the user's."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test-secret")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """The folder of a random tiny student; nothing changes it."""
+    return tiny_llama(tmp_path_factory.mktemp("student"))
 
 
 @pytest.fixture(scope="session")

@@ -18,13 +18,8 @@ class Terminal:
 
     def __init__(self, code: str, **environment: str):
         self.ours, theirs = pty.openpty()
-        environment = {
-            **os.environ,
-            "TERM": "xterm",
-            **environment,
-            "PROMPT_TOOLKIT_NO_CPR": "1",
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        }
+        environment = {**os.environ, "TERM": "xterm", **environment, "PROMPT_TOOLKIT_NO_CPR": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         command = [sys.executable, "-c", code]
         self.process = subprocess.Popen(
             command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, env=environment, start_new_session=True,

@@ -30,9 +30,6 @@ TOY = ("--set", "student.model=embedded")
 TEMPLATE = '{"id":"a","question":"q","answer":"1","trace":"<Step1>x\\n</Step1>\\n<Answer>1</Answer>"}'
 
 
-# -- errors --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("rows", "place"),
     [
@@ -204,9 +201,6 @@ def test_an_answer_of_no_is_not_an_error(sclite, monkeypatch, form):
     assert not form or json.loads(ended.out)["stopped"].startswith("stopped after")
 
 
-# -- successful commands -------------------------------------------------------------------------------------------
-
-
 GROUPS = {
     "Start": ["quickstart", "init", "doctor"],
     "Build data and train": ["build-data", "train", "run"],
@@ -272,9 +266,6 @@ def test_the_configuration_from_init_is_valid_and_never_overwritten(sclite):
     before = Path("sclite.toml").read_bytes()
     assert sclite("init").code == 2
     assert Path("sclite.toml").read_bytes() == before
-
-
-# -- show and status -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -56,9 +56,19 @@ def test_gpu_processes_are_sorted_by_size_or_unknown(nvidia_smi):
     assert doctor.gpu_processes(1) == []
 
 
-def test_every_gpu_is_listed_with_its_memory(torch_with_gpus):
+def test_gpus_are_numbered_by_the_pci_bus_within_cuda_visible_devices(torch_with_gpus):
     first = {"name": "RTX 4090", "total_gb": 24.0, "free_gb": 20.0}
     assert doctor.list_gpus() == [first, {**first, "name": "RTX 3090", "free_gb": 4.0}]
+    select_gpu(1)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+    assert os.environ.pop("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
+    os.environ["CUDA_VISIBLE_DEVICES"] = "2, GPU-5f3a"
+    select_gpu(1)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-5f3a"
+    assert "CUDA_DEVICE_ORDER" not in os.environ  # keep the order in which the numbers were written
+    with pytest.raises(DeviceError, match="--gpu 1 is out of range for CUDA_VISIBLE_DEVICES=") as error:
+        select_gpu(1)
+    assert "unset CUDA_VISIBLE_DEVICES" in error.value.hint
 
 
 @pytest.mark.parametrize(("visible", "physical"), [("", [0, 1]), ("3", [3, 1]), ("5, 2", [5, 2])])
@@ -75,19 +85,6 @@ def test_the_nvidia_driver_is_found_without_nvidia_smi(tmp_path, monkeypatch):
     assert options.Common().context().isolated is False
     (tmp_path / "dxg").touch()
     assert options.Common().context().isolated is True
-
-
-def test_gpu_numbers_follow_the_pci_bus_and_count_within_cuda_visible_devices(torch_with_gpus):
-    select_gpu(1)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
-    assert os.environ.pop("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
-    os.environ["CUDA_VISIBLE_DEVICES"] = "2, GPU-5f3a"
-    select_gpu(1)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-5f3a"
-    assert "CUDA_DEVICE_ORDER" not in os.environ  # keep the order in which the numbers were written
-    with pytest.raises(DeviceError, match="--gpu 1 is out of range for CUDA_VISIBLE_DEVICES=") as error:
-        select_gpu(1)
-    assert "unset CUDA_VISIBLE_DEVICES" in error.value.hint
 
 
 def checks_of(sclite, *arguments):

@@ -139,10 +139,6 @@ def test_doctor_survives_broken_libraries(tmp_path, torch, said):
     assert sclite(tmp_path, "init", path=str(broken)).returncode == 0
 
 
-def uncommented(lines: list[str], numbers) -> str:
-    return "\n".join(line[1:].lstrip() if i in numbers else line for i, line in enumerate(lines))
-
-
 @pytest.mark.parametrize("memory_gb", [None, 12.0, 24.0])
 def test_every_line_from_init_is_valid_when_uncommented(tmp_path, memory_gb):
     path = tmp_path / "sclite.toml"
@@ -151,5 +147,6 @@ def test_every_line_from_init_is_valid_when_uncommented(tmp_path, memory_gb):
     keys = [i for i, line in enumerate(lines) if line.startswith("# ")]
     assert len(keys) > len(config.keys()) - 3
     for chosen in (*([i] for i in range(len(lines)) if lines[i].startswith("#")), keys):
-        path.write_text(uncommented(lines, chosen), encoding="utf-8")
+        text = "\n".join(line[1:].lstrip() if i in chosen else line for i, line in enumerate(lines))
+        path.write_text(text, encoding="utf-8")
         settings.load(path, (), {})

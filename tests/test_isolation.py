@@ -165,18 +165,6 @@ def start(function, path, **settings):
     return subprocess.Popen([sys.executable, "-c", code, function, str(path)], env=environment, **settings)
 
 
-def press_ctrl_c(path, times=1):
-    """Press Ctrl-C once `path` exists: the child is listening."""
-
-    def press():
-        read(path)
-        for _ in range(times):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.2)
-
-    threading.Thread(target=press, daemon=True).start()
-
-
 def test_ctrl_c_in_a_terminal_reaches_the_child_once(tmp_path):
     path = tmp_path / "signal"
     leader, terminal = pty.openpty()
@@ -198,7 +186,13 @@ def test_ctrl_c_during_startup_prints_nothing(tmp_path, capfd):
 
 @pytest.mark.parametrize(("handler", "presses"), [(signal.SIG_DFL, 1), (signal.SIG_IGN, 3)])
 def test_ctrl_c_ends_every_child_the_third_by_force(tmp_path, handler, presses):
-    press_ctrl_c(tmp_path / "pid", presses)
+    def press():
+        read(tmp_path / "pid")  # the child is listening
+        for _ in range(presses):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+
+    threading.Thread(target=press, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         run_isolated(sleeps, tmp_path / "pid", handler, progress=no_progress, log=tmp_path / "log")
     assert not os.path.exists(f"/proc/{read(tmp_path / 'pid')}")

@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -100,15 +99,16 @@ def test_another_endpoint_asks_anew_and_the_teacher_only_about_what_it_has_not_s
     assert asked.count("teacher") == len({r.id for r in run.read("reviews.jsonl", Review) if r.step})
 
 
-def teach(folder: Path, count: int) -> None:
-    """Overfit the tiny model: it makes the same mistake in every problem, and has one correction for it."""
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory):
+    """An overfitted tiny model: it makes the same mistake in every problem, and has one correction for it."""
+    folder = tiny_llama(tmp_path_factory.mktemp("tiny"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     steps = tuple(Step(text) for text in STEPS)
     end = "<Generalized>Add.</Generalized>\n<Answer>80</Answer><|im_end|>"
     rows = []
-    for n in range(1, count + 1):
-        question = f"What is {n} + {n}?"
+    for question in ("What is 1 + 1?", "What is 2 + 2?"):
         solve, review = prompts.solve_messages(question), prompts.review_messages(question, attempt())
         first, second = step_pieces(steps), step_pieces((steps[0], Step("It is 80.")))
         rows += [(solve, [], "".join(first) + end), (review, [*first[:3], CAUSE], OWN), (solve, second, end)]
@@ -129,12 +129,6 @@ def teach(folder: Path, count: int) -> None:
         if loss < 0.03:
             break
     model.save_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def gguf(tmp_path_factory):
-    folder = tiny_llama(tmp_path_factory.mktemp("tiny"))
-    teach(folder, 2)
     return tiny_gguf(folder, folder / "student.gguf")
 
 

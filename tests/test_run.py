@@ -185,7 +185,7 @@ def test_a_stage_is_done_only_for_the_same_inputs(run):
     assert run.manifest("sft") == manifest
 
 
-def test_digests_depend_on_content_and_not_on_key_order(run):
+def test_digests_depend_on_content_not_on_order_and_name_the_embedded_student(run):
     assert digest({"a": 1, "b": [1, 2]}) == digest({"b": [1, 2], "a": 1}) != digest({"a": 1, "b": [2, 1]})
     rows = [problem(1, "½"), problem(2)]
     assert digest_rows(iter(rows)) == digest([row.model_dump() for row in rows]) != digest_rows(rows[:1])
@@ -196,6 +196,8 @@ def test_digests_depend_on_content_and_not_on_key_order(run):
         found.append(run.file_digest("a.jsonl"))
     assert found[0] == ""
     assert found[1] == found[2] != found[3]
+    inputs = training_inputs(Config.model_validate({"student": {"model": "embedded"}}), run, "sft")
+    assert inputs["student.model"] == "embedded"
 
 
 def test_time_is_counted_even_if_the_block_fails():
@@ -214,11 +216,6 @@ def test_differences_name_the_setting_and_both_values_but_no_hashes():
     assert differences(*letters) == ["student.model: qwen/qwen-4-mini before, qwen/qwen-5-mini now"]
     for other in ("fedcba9876543210", None):
         assert differences({"x.jsonl": "0123456789abcdef"}, {"x.jsonl": other}) == ["x.jsonl changed"]
-
-
-def test_the_embedded_student_is_signed_by_name(run):
-    inputs = training_inputs(Config.model_validate({"student": {"model": "embedded"}}), run, "sft")
-    assert inputs["student.model"] == "embedded"
 
 
 @pytest.mark.parametrize("error", [UsageError("unknown quantisation"), DataError("no such file")])

@@ -19,7 +19,7 @@ from sclite.student.hf_model import HFModel
 from sclite.student.loader import load_student, load_tokenizer
 from sclite.train import sft, stage
 from sclite.train.metrics_logger import read_metrics
-from tests.toy import pay, tiny_llama, toy_config, write_toy
+from tests.toy import pay, toy_config, write_toy
 
 
 class Recorder(ProgressDisplay):
@@ -44,11 +44,6 @@ class Recorder(ProgressDisplay):
 
     def warnings(self) -> list[str]:
         return [entry for entry in self.shown if isinstance(entry, str)]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_llama(tmp_path_factory.mktemp("student"))
 
 
 def context_of(folder, path, isolated=False, **settings) -> Context:

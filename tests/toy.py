@@ -149,9 +149,8 @@ def toy_problems(count: int = 6) -> list[Problem]:
     for i in range(count):
         a, b, c = 12 + 7 * i, 31 + i, 5 + 2 * i
         question, answer = f"Anna has {a} apples, buys {b} more and then {c}. How many?", str(a + b + c)
-        made.append(
-            Problem(id=f"p{i}", question=question, answer=answer, solution=f"{a} + {b} + {c} = {answer}")
-        )
+        solution = f"{a} + {b} + {c} = {answer}"
+        made.append(Problem(id=f"p{i}", question=question, answer=answer, solution=solution))
     return made
 
 

@@ -32,9 +32,6 @@ def chatted(monkeypatch, run, student, threshold=0.0, lines=("How many?",), conf
     return repl.run_chat(Path("x.gguf"), config or Config(), threshold, run, **options)
 
 
-# -- one question, and lines ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("student", "threshold", "options", "message"),
     [
@@ -121,9 +118,6 @@ def test_endpoint_reviews_freely(sclite, monkeypatch):
     assert found["answer"] == "7"
     assert "accused" not in found
     assert len(server.requests) == 2  # the solution is not paid for twice
-
-
-# -- commands ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -268,8 +262,6 @@ def test_unknown_commands_suggest_a_similar_one(chat, capsys):
     for name in "help clear retry undo set correct compare why save load good bad bye".split():  # noqa: SIM905
         assert f"/{name} " in out
 
-
-# -- in a terminal -------------------------------------------------------------------------------------------------
 
 SESSION = """
 import sys, time

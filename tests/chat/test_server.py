@@ -85,8 +85,6 @@ def scripted():
         yield url, service
 
 
-# -- replies -------------------------------------------------------------------------------------------------------
-
 CONTENT = "1. 2 + 2 = 4\n2. 4 + 1 = 5\n3. 5 + 1 = 6\n\nAnswer: 6"
 REASONING = (
     "1. 2 + 2 = 4\n2. 4 + 1 = 6\n3. 6 + 1 = 7\nAnswer: 7\n\nProbability of an error: step 1: 12 %, step 2: 95 %, "
@@ -179,8 +177,6 @@ def test_page_needs_no_network_and_other_host_names_are_refused(scripted):
     assert not re.search(r"https?://|src=|@import", page.text)
     assert httpx.get(f"{scripted[0]}/health", headers={"host": "evil.example"}).status_code == 400
 
-
-# -- errors and limits ---------------------------------------------------------------------------------------------
 
 LONG = "word " * 600
 
@@ -305,9 +301,6 @@ def test_too_many_requests_are_turned_away_and_a_slow_answer_is_ended():
             client(url).chat.completions.create(model="tom:raw", messages=ASK)
         assert error.value.status_code == 504
         wait_until(lambda: service.active == 0)
-
-
-# -- clients that come and go --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("streamed", [True, False])

@@ -155,7 +155,7 @@ def test_imported_rows_replace_their_stage_and_need_neither_student_nor_teacher(
     assert filled.read(f"{name}.jsonl", type(rows[0])) == rows
 
 
-def test_imported_attempts_are_corrected(filled):
+def test_imported_attempts_are_corrected_and_unsigned_rows_are_not_imported(filled, grader):
     before = filled.path("attempts.jsonl").read_bytes()
     with TeacherServer(lambda request, nth: say(render(NOTED))) as server:
         context = context_of(filled, "teacher.model=openai/replay", f"teacher.api_base={server.url}")
@@ -164,6 +164,11 @@ def test_imported_attempts_are_corrected(filled):
     assert filled.path("attempts.jsonl").read_bytes() == before
     filled.path("done/corrections.json").unlink()  # as after a kill before signing
     assert not filled.is_imported("corrections", "reviews.jsonl")
+    # As after a kill between writing the rows and signing the stage.
+    filled.replace("reviews.jsonl", [REVIEW])
+    write_pairs(config.Config(), filled, student=Student(), grader=grader)
+    filled.path("done/pairs.json").unlink()
+    assert not filled.is_imported("pairs", "pairs.jsonl")
 
 
 CHANGED = render(NOTED).replace("48 + 24", "24 + 48")
@@ -201,14 +206,6 @@ def test_invalid_imported_row_is_reported(filled, name, row, change, said):
     with pytest.raises(DataError, match=rf"{name}\.jsonl, row {len(before) + 1} \(p\d\): {said}") as error:
         BUILD[name](context_of(filled))
     assert error.value.hint
-
-
-def test_own_pairs_without_a_signature_do_not_count_as_imported(filled, grader):
-    """As after a kill between writing the rows and signing the stage."""
-    filled.replace("reviews.jsonl", [REVIEW])
-    write_pairs(config.Config(), filled, student=Student(), grader=grader)
-    filled.path("done/pairs.json").unlink()
-    assert not filled.is_imported("pairs", "pairs.jsonl")
 
 
 WEIGHTS = save({"lora_A": np.zeros((2, 2), np.float32)})

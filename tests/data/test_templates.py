@@ -52,25 +52,22 @@ def test_unknown_grade_is_not_a_wrong_template(unsure):
     assert (rejection.reason, "exactly: 3" in rejection.text) == ("grader_unknown", True)
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["As the reference solution shows", "Following the given solution, add", "this is the gold answer", "the Ground-Truth answer",
-     "matches the provided answer", "as in the solution given above", "The answer was provided, so", "the given solution of 5.",
-     "according to the given solution of the equation", "the given answer of 5 apples"],
-)  # fmt: skip
-def test_mention_of_the_given_solution_is_found(text):
-    assert find_leak(f"Well. {text} it is 3.")
+LEAKS = [
+    "As the reference solution shows", "Following the given solution, add", "this is the gold answer", "the Ground-Truth answer",
+    "matches the provided answer", "as in the solution given above", "The answer was provided, so", "the given solution of 5.",
+    "according to the given solution of the equation", "the given answer of 5 apples",
+]  # fmt: skip
+NO_LEAKS = [
+    "The solution is 5.", "The answer is given by 3x.", "Mix it into the solution: it has 5 litres of acid", "the given numbers",
+    "the solution set is {1, 2}", "So the correct answer is 7", "The given solution of 2 litres is 20% acid",
+    "the provided solution of $0.5$ L of salt water", "the given solution contains 20% salt", "the golden ratio answers it",
+    "Given the equation, its solutions are",
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["The solution is 5.", "The answer is given by 3x.", "Mix it into the solution: it has 5 litres of acid", "the given numbers",
-     "the solution set is {1, 2}", "So the correct answer is 7", "The given solution of 2 litres is 20% acid",
-     "the provided solution of $0.5$ L of salt water", "the given solution contains 20% salt", "the golden ratio answers it",
-     "Given the equation, its solutions are"],
-)  # fmt: skip
-def test_other_uses_of_the_word_solution_are_no_leak(text):
-    assert find_leak(text) is None
+@pytest.mark.parametrize("text", [*LEAKS, *NO_LEAKS])
+def test_mention_of_the_given_solution_is_a_leak_and_other_solutions_are_none(text):
+    assert (find_leak(f"Well. {text} it is 3.") is not None) == (text in LEAKS)
 
 
 def test_templates_are_canonical_right_and_in_problem_order(run, grader):

@@ -35,10 +35,8 @@ def figures(*verdicts):
     return compute_metrics([outcome(*pair, number=k) for k, pair in enumerate(verdicts)], bootstrap=50)
 
 
-MODELS = {
-    "base": figures((True, True), (False, False), (None, None)),
-    "dpo": figures(*[(False, True), (True, True)] * 20),
-}
+MODELS = {"base": figures((True, True), (False, False), (None, None))}
+MODELS["dpo"] = figures(*[(False, True), (True, True)] * 20)
 SUMMARY = {"models": MODELS, "n": 40, "notes": ["2 problems overlap the training set"]}
 REVIEW = {"accused": 1, "cause": "7 · 8 is 56", "correction": "7 · 8 = 56"}
 EXAMPLE = outcome(False, True, true_step=1, true_known=True, **REVIEW)
@@ -193,24 +191,21 @@ def test_dots_are_at_their_values():
     assert accuracy_plot([{"name": "m", "acc_t1": None}]) is None
 
 
-def test_every_training_metric_has_a_curve_with_losses_first():
+def test_curves_have_losses_first_skip_missing_metrics_and_are_thinned():
     row = {"margin": 1, "dpo_loss": 0.69, "loss": 2.0, "learning_rate": 1e-4, "kind": "x"}
     plots = curve_plots({"dpo": [{"step": step, **row} for step in range(3)]})
     assert [plot["name"] for plot in plots] == ["loss", "DPO loss", "margin, chosen minus rejected"]
     assert [plot["level"] is not None for plot in plots] == [False, True, True]
-
-
-def losses(*values, **more):
-    return [{"step": step, "loss": value, **more} for step, value in enumerate(values)]
-
-
-def test_missing_metrics_are_skipped_later_rows_win_and_long_curves_thinned():
     (plot,) = curve_plots({"sft": [*losses(1.0, None, math.nan, 9.0), {"step": 3, "loss": 0.5}]})
     assert len(plot["points"].split()) == 2
     assert plot["last"] == "0.5"
     assert curve_plots({"sft": losses(1.0, None, math.nan)}) == []
     (plot,) = curve_plots({"sft": losses(*[1.0] * 5000)})
     assert 100 < len(plot["points"].split()) <= POINTS
+
+
+def losses(*values, **more):
+    return [{"step": step, "loss": value, **more} for step, value in enumerate(values)]
 
 
 def test_partial_last_batch_is_not_part_of_the_curves():

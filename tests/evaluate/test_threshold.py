@@ -120,7 +120,7 @@ def test_fitted_threshold_is_as_good_as_the_best_allowed_one(problems, limit):
     json.dumps(fitted.model_dump(), allow_nan=False)
 
 
-def test_middle_of_thresholds_that_are_as_good_is_taken():
+def test_middle_of_equal_thresholds_is_taken_even_if_it_rounds_to_a_neighbour():
     """Fixed answers score 1 to 9, spoiled ones -9 to -1: 9 are gained at 0, and one less with each score on either side.
 
     A difference of 2 of 2 answers is within 1.645 * sqrt(2) = 2.3, one of 3 of 3 is beyond 1.645 * sqrt(3) = 2.8. So the
@@ -130,9 +130,7 @@ def test_middle_of_thresholds_that_are_as_good_is_taken():
     rows += [scored(True, (float(-score),), (False,), 100 + score) for score in range(1, 10)]
     assert fit_threshold(rows, 1.0).threshold == 0.0
     assert fit_threshold(rows, 0.0).threshold == 1.5
-
-
-def test_midpoint_that_rounds_to_its_neighbour_is_judged_as_used():
+    # a midpoint that rounds to its neighbour is judged as used
     for first, second in itertools.permutations([1.0, math.nextafter(1.0, 2)]):
         rows = [scored(False, (first,), (True,), 0), scored(True, (second,), (False,), 1)]
         fitted = fit_threshold(rows, 0.0)

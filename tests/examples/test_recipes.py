@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -23,10 +24,8 @@ from tests.toy import CHATML, export_config, make_run, tiny_llama
 ROOT = Path(__file__).resolve().parents[2]
 TRL, AXOLOTL = ROOT / "examples/trl-multi-gpu", ROOT / "examples/axolotl"
 ON_CPU = ["--use_cpu", "true", "--bf16", "false"]
-requires_axolotl = pytest.mark.skipif(
-    importlib.util.find_spec("axolotl") is None,
-    reason="Axolotl is not installed: pip install axolotl==0.19.0 in a separate environment",
-)
+MISSING = "Axolotl is not installed: pip install axolotl==0.19.0 in a separate environment"
+requires_axolotl = pytest.mark.skipif(importlib.util.find_spec("axolotl") is None, reason=MISSING)
 GENERATION = CHATML.replace(
     "message['content'] + '<|im_end|>\n' }}",
     "'' }}{% if message['role'] == 'assistant' %}"
@@ -43,13 +42,6 @@ def exported(tmp_path_factory):
     run = make_run(tmp_path_factory.mktemp("work") / "runs/default")
     export_data(export_config(student), run)
     return student, run
-
-
-def load_module(path: Path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def parse_config(classes, path: Path):
@@ -119,7 +111,7 @@ def load_recipe(folder: Path, name: str) -> dict:
 def test_recipe_has_the_token_ids_that_sclite_trains(exported):
     student, run = exported
     tokenizer = load_tokenizer(str(student))
-    encode = load_module(TRL / "dpo.py").encode
+    encode = runpy.run_path(str(TRL / "dpo.py"))["encode"]
     rows = [json.loads(line) for line in run.path(f"{FOLDER}/pairs.jsonl").read_text().splitlines()]
     questions = {problem.id: problem.question for problem in run.read("problems.jsonl", Problem)}
     bundles = {b.key: b for b in build_bundles(tokenizer, run.read("pairs.jsonl", Pair), questions)}

@@ -3,13 +3,12 @@
 import pytest
 
 from sclite.export import gguf
-from tests.toy import tiny_llama
 
 
 @pytest.fixture(scope="session")
-def student(tmp_path_factory):
-    """The folder of a random tiny student; a test that changes it copies it."""
-    return tiny_llama(tmp_path_factory.mktemp("student"))
+def student(folder):
+    """The tiny student; a test that changes it copies it."""
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -56,7 +56,7 @@ def test_every_row_is_exported_once_in_the_same_order(run, report, name):
     assert report.counts[name] == len(kept)
 
 
-def test_chats_are_what_the_student_is_trained_on(run):
+def test_chats_and_pair_prompts_are_what_the_student_is_trained_on(run, student):
     for row, template in zip(rows_of(run, "templates"), run.read("templates.jsonl", Template), strict=True):
         answer = {"role": "assistant", "content": template.trace}
         assert row["messages"] == [*prompts.solve_messages(template.question), answer]
@@ -64,9 +64,6 @@ def test_chats_are_what_the_student_is_trained_on(run):
     for row, review in zip(rows_of(run, "reviews"), run.read("reviews.jsonl", Review), strict=True):
         chat = prompts.review_messages(questions(run)[review.id], attempts[review.id])
         assert row["messages"] == [*chat, {"role": "assistant", "content": review.trace}]
-
-
-def test_pair_prompt_is_the_review_chat_and_the_assistant_prefix(run, student):
     tokenizer = load_tokenizer(str(student))
     for row, pair in zip(rows_of(run, "pairs"), run.read("pairs.jsonl", Pair), strict=True):
         chat = prompt_text(tokenizer, prompts.review_messages(questions(run)[pair.id], pair.attempt))
@@ -83,7 +80,7 @@ def test_custom_prompts_are_exported(student, tmp_path):
     assert rows_of(run, "templates")[0]["messages"][1]["content"].startswith("Do this sum: Anna")
 
 
-def test_step_dpo_rows_have_its_fields_and_the_pair_prefix(run):
+def test_step_dpo_rows_have_its_fields_and_continue_to_the_end_if_known(run):
     answers = {problem.id: problem.answer for problem in run.read("problems.jsonl", Problem)}
     for row, pair in zip(rows_of(run, "step_dpo"), run.read("pairs.jsonl", Pair), strict=True):
         assert set(STEP_DPO) <= set(row)
@@ -92,9 +89,6 @@ def test_step_dpo_rows_have_its_fields_and_the_pair_prefix(run):
         assert row["dataset"] == "sums.jsonl"
         assert row["full_chosen"].startswith(row["chosen"])
         assert row["full_rejected"].startswith(row["rejected"])
-
-
-def test_full_sides_continue_to_the_end_if_known(run):
     reviews = {r.id: r for r in run.read("reviews.jsonl", Review)}
     attempts = {a.id: a for a in run.read("attempts.jsonl", Attempt)}
     flagged = [row for row in rows_of(run, "step_dpo") if row["chosen"] == CAUSE]
@@ -151,12 +145,9 @@ def test_empty_run_or_a_row_without_its_problem_or_attempt_is_an_error(student, 
         export_data(export_config(student), run)
 
 
-def test_card_of_the_quickstart_names_its_word_problems():
+def test_card_lists_sources_counts_and_cost_and_the_hub_reads_it(run, report):
     config = Config.model_validate({"teacher": {"model": "embedded/tutor"}})
     assert source_name(config) == "the arithmetic word problems of sclite's quickstart"
-
-
-def test_card_lists_sources_counts_and_cost_and_the_hub_reads_it(run, report):
     card = read_card(run)
     for line in (
         "- Problems: sums.jsonl",

@@ -31,10 +31,8 @@ from sclite.student.base import Request
 from sclite.student.llama_cpp.engine import Engine
 from tests.toy import random_adapter, sample_texts, tiny_gguf
 
-CHAT = (
-    {"role": "system", "content": "Solve in steps."},
-    {"role": "user", "content": "2 + 3?\n\nThink  well."},
-)
+SYSTEM, USER = "Solve in steps.", "2 + 3?\n\nThink  well."
+CHAT = ({"role": "system", "content": SYSTEM}, {"role": "user", "content": USER})
 
 
 @pytest.fixture(scope="module")

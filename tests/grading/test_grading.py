@@ -59,16 +59,13 @@ def test_the_table_is_large_and_balanced():
     assert min(kinds.values()) >= 5
 
 
-def test_quick_comparison_is_symmetric_and_never_raises():
+def test_verdicts_are_symmetric_and_a_quick_comparison_never_raises(grader, verdicts):
     dice = random.Random(1)
     real = [p for p in PAIRS if p["kind"] != "hostile"]
     texts = [p[side] for p in real for side in ("given", "gold") if p[side].strip()]
     pairs = [(dice.choice(texts), dice.choice(texts)) for _ in range(4000)] + [(t, t) for t in texts]
     compared = [(pair, *(grading.compare_quickly(*p)[0] for p in (pair, pair[::-1]))) for pair in pairs]
     assert [pair for pair, verdict, turned in compared if verdict != turned] == []
-
-
-def test_every_verdict_of_the_table_is_symmetric(grader, verdicts):
     turned = grader.equal_many([(p["gold"], p["given"]) for p in PAIRS])
     found = zip(PAIRS, verdicts, turned, strict=True)
     assert [(p["given"], p["gold"]) for p, v, t in found if v is not t and p["given"].strip(" $")] == []
@@ -143,7 +140,7 @@ def test_very_long_answers_are_unknown_and_missing_ones_wrong(grader, given, gol
     assert grader.equal(given, gold) is verdict
 
 
-def test_plain_numbers_never_start_a_worker(monkeypatch):
+def test_plain_numbers_start_no_worker_and_import_no_sympy(monkeypatch):
     monkeypatch.setattr(HelperProcess, "start", lambda _helper: pytest.fail("a worker was started"))
     plain = [
         ("72", "72"),
@@ -153,9 +150,6 @@ def test_plain_numbers_never_start_a_worker(monkeypatch):
         ("3 1/2", r"\frac{7}{2}"),
     ]
     assert Grader().equal_many(plain) == [True, False, True, True, True]
-
-
-def test_importing_the_grader_does_not_import_sympy():
     code = "import sys, sclite.grading.worker as g; g.Grader().equal('1/2', '0.5'); print(sorted({'sympy','math_verify'} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 

@@ -8,12 +8,12 @@ from sclite.inspect.labels import Labels
 from sclite.records import Review, Template
 from sclite.run import Run
 from sclite.trace import parse, render
-from tests.toy import tiny_llama, toy_config, toy_problems, toy_trace, write_toy
+from tests.toy import toy_config, toy_problems, toy_trace, write_toy
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return toy_config(tiny_llama(tmp_path_factory.mktemp("student")), warmup={"decision_weight": 8.0})
+def config(folder):
+    return toy_config(folder, warmup={"decision_weight": 8.0})
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +27,10 @@ def weighted_text(found: list[dict], weighted=bool) -> str:
     return "".join(token["text"] for token in found if weighted(token["weight"]))
 
 
-def test_a_template_has_loss_on_its_trace_and_end(config, run):
+def test_a_template_a_confirmation_and_a_correction_have_their_sequences(config, run):
     made = Labels(config, run, "templates").as_json(run.read("templates.jsonl", Template)[0])
     assert made["end_of_turn"] == "<|im_end|>"
     assert weighted_text(made["sequences"]["sft"]) == render(toy_trace(0)) + "<|im_end|>"
-
-
-def test_a_confirmation_has_one_sequence_and_a_correction_three(config, run):
     labels = Labels(config, run, "reviews")
     confirmation, review, *_ = run.read("reviews.jsonl", Review)
     assert list(labels.as_json(confirmation)["sequences"]) == ["review"]

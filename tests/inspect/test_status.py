@@ -91,7 +91,7 @@ def trained(built) -> Run:
     return built
 
 
-def test_a_run_must_exist_and_may_be_empty(run):
+def test_a_run_must_exist_and_needs_a_configuration_problems_and_a_teacher(run):
     with pytest.raises(DataError, match="does not exist"):
         read(run)
     assert not run.folder.exists()
@@ -99,6 +99,11 @@ def test_a_run_must_exist_and_may_be_empty(run):
     found = read(run)
     assert {stage["state"] for stage in found["stages"].values()} == {"not_begun"}
     assert (found["ledger"], found["dropped"], found["busy"]) == (None, {}, False)
+    assert following(run, "teacher.model=") == "sclite init"
+    Path("sclite.toml").write_text("")
+    needed = "set problems.source and teacher.model in sclite.toml"
+    assert following(run, "teacher.model=") == needed
+    assert following(run, "problems.source=p.jsonl") == "sclite build-data"
 
 
 def test_a_finished_stage_shows_counts_drops_seconds_and_cost(built):
@@ -234,9 +239,6 @@ def test_an_evaluation_of_another_gguf_is_stale(built):
     assert states(built)["eval"] == "stale"
 
 
-# -- reading only --------------------------------------------------------------------------------------------------
-
-
 def test_status_reads_no_gguf(built, monkeypatch):
     adapter(built, "sft/adapter")
     evaluated(built)
@@ -284,9 +286,6 @@ def test_status_works_on_a_read_only_run(built):
         built.folder.chmod(0o755)
 
 
-# -- the next command ---------------------------------------------------------------------------------------------
-
-
 def test_the_next_command_runs_the_first_unfinished_stage(trained):
     assert read(trained)["next"] == f"sclite train --run {trained.folder}"
     assert following(trained, "teacher.model=openai/other") == "sclite build-data --fresh"
@@ -296,15 +295,6 @@ def test_the_next_command_runs_the_first_unfinished_stage(trained):
     assert following(trained, "student.model=") == "sclite init"
     Path("sclite.toml").write_text("")
     assert following(trained, "student.model=") == "set student.model in sclite.toml"
-
-
-def test_a_new_run_needs_a_configuration_then_problems_and_a_teacher(run):
-    run.folder.mkdir()
-    assert following(run, "teacher.model=") == "sclite init"
-    Path("sclite.toml").write_text("")
-    needed = "set problems.source and teacher.model in sclite.toml"
-    assert following(run, "teacher.model=") == needed
-    assert following(run, "problems.source=p.jsonl") == "sclite build-data"
 
 
 @pytest.mark.parametrize(

@@ -62,13 +62,18 @@ def test_dpo_starts_at_ln_2_and_its_gguf_agrees_with_the_trained_model(quickstar
     assert parity["unquantized"]["mean_abs_logprob_diff"] < 0.004
 
 
-def test_a_second_quickstart_repeats_no_stage(quickstarted):
+def test_a_second_quickstart_repeats_no_stage_and_says_what_to_type(quickstarted):
     folder, run, summary = quickstarted
     made = [path for path in run.rglob("*") if path.suffix in (".safetensors", ".gguf")]
     before = [path.stat().st_mtime_ns for path in made]
     again = sclite("quickstart", *SMALL, "--json", folder=folder)
     assert json.loads(again.stdout) == summary
     assert before == [path.stat().st_mtime_ns for path in made] != []
+    folder, run, _ = quickstarted
+    done = sclite("quickstart", *SMALL, folder=folder)
+    commands = [line.strip() for line in done.stdout.splitlines() if line.strip().startswith("sclite ")]
+    chat = f"sclite chat --self-correct --run {run.relative_to(folder)}"
+    assert [command.split("  ")[0] for command in commands] == [chat, "sclite init"]
 
 
 def test_chat_reviews_its_own_answer_and_reads_questions_from_standard_input(quickstarted):
@@ -98,14 +103,6 @@ def test_status_and_export_suggest_the_command_that_follows(quickstarted, tmp_pa
     for quant, following in (("f16", "sclite quickstart --run"), ("q8_0", "sclite chat --self-correct")):
         done = sclite("export", "--quant", quant, "--run", str(copy), folder=tmp_path)
         assert f"Next: {following}" in done.stdout
-
-
-def test_the_next_commands_can_be_typed_as_they_are(quickstarted):
-    folder, run, _ = quickstarted
-    done = sclite("quickstart", *SMALL, folder=folder)
-    commands = [line.strip() for line in done.stdout.splitlines() if line.strip().startswith("sclite ")]
-    chat = f"sclite chat --self-correct --run {run.relative_to(folder)}"
-    assert [command.split("  ")[0] for command in commands] == [chat, "sclite init"]
 
 
 def test_other_commands_split_the_problems_alike(quickstarted):

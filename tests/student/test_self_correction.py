@@ -62,9 +62,6 @@ def review(student, *attempts, script=guided, **settings):
     return self_correction.run_together(student, scripts)
 
 
-# -- scores --------------------------------------------------------------------------------------------------------
-
-
 def test_score_request_covers_every_step_and_scores_come_in_any_order():
     request = next(score_steps(QUESTION, WRONG))
     assert request.options == tuple((CAUSE, f"</Step{n}>\n") for n in range(1, len(WRONG.steps) + 1))
@@ -79,9 +76,6 @@ def test_score_request_covers_every_step_and_scores_come_in_any_order():
     found = self_correction.run_together(student, scripts)
     assert found == [(-4.0, 3.0, -4.0), (), (-4.0, -4.0, -4.0)]
     assert len(student.scored) == 2
-
-
-# -- guided --------------------------------------------------------------------------------------------------------
 
 
 def test_wrong_step_is_corrected_and_correct_work_unchanged():
@@ -237,9 +231,6 @@ def test_student_never_sees_the_gold_answer():
     assert not {"gold", "answer", "problem"} & set(free.__annotations__)
 
 
-# -- streaming -----------------------------------------------------------------------------------------------------
-
-
 class Streaming(Scripted):
     """Streams its replies in pieces of seven characters."""
 
@@ -279,9 +270,6 @@ def test_cancelled_review_ends_without_a_result():
     assert len(student.requests) == 1
 
 
-# -- correcting a given step ---------------------------------------------------------------------------------------
-
-
 def test_samples_of_one_correction_have_different_seeds():
     student = Scripted(corrections=[CORRECTION] * 3)
     correct_steps(student, [(QUESTION, WRONG, 2)] * 3, ReviewSettings(temperature=0.8, seed=5))
@@ -317,16 +305,9 @@ def test_corrections_are_parsed_leniently(text, read):
     assert (got.note == "") is (read is not None)
 
 
-# -- free ----------------------------------------------------------------------------------------------------------
-
-
-def reviewed(cause: str | None, correction: str | None) -> str:
-    steps = (RIGHT.steps[0], Step(WRONG.steps[1].text, None, cause, correction), RIGHT.steps[2])
-    return render(Trace(steps, None, "41"))
-
-
 def test_free_review_returns_the_corrected_solution():
-    student = Scripted(rest=reviewed("72 is not twice 38.", "72 / 2 = 36"))
+    noted = Step(WRONG.steps[1].text, None, "72 is not twice 38.", "72 / 2 = 36")
+    student = Scripted(rest=render(Trace((RIGHT.steps[0], noted, RIGHT.steps[2]), None, "41")))
     (got,) = review(student, WRONG, script=free, max_tokens=50)
     assert (got.accused, got.tokens, got.scores) == (2, 10, ())
     assert got.trace == Trace(RIGHT.steps, None, "41")

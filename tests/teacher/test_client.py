@@ -72,7 +72,7 @@ def test_truncated_reply_is_rejected_as_cut_off(asked):
     assert (result.rejection.reason, result.raw) == ("cut_off", "good but hal")
 
 
-def test_network_errors_are_retried(asked, ledger):
+def test_network_errors_are_retried_but_not_by_litellm_as_well(asked, ledger):
     kinds = [fail(429, retry_after="0"), fail(500), fail(503), HTML, BROKEN, say("late", seconds=1.5)]
 
     def answer(request, nth):
@@ -82,8 +82,6 @@ def test_network_errors_are_retried(asked, ledger):
     assert [(r.text, r.requests) for r in results] == [("good", 1)] * 12
     assert (len(requests), ledger.totals()["requests"]) == (24, 12)
 
-
-def test_litellm_does_not_retry_on_its_own(asked):
     def answer(request, nth):
         return fail(500) if number_of(request) == 2 else say("good")
 
@@ -214,7 +212,7 @@ def test_refused_request_is_skipped_and_kept_and_the_others_continue(ask):
     assert (alone.rejection, len(server.requests)) == (refused, 21)
 
 
-def test_exceptions_in_a_check_or_the_jobs_reach_the_caller(asked):
+def test_exceptions_in_a_check_the_jobs_or_the_ledger_reach_the_caller(asked, ask, monkeypatch):
     def broken(reply):
         raise ZeroDivisionError
 
@@ -226,8 +224,6 @@ def test_exceptions_in_a_check_or_the_jobs_reach_the_caller(asked):
         with pytest.raises(error):
             asked(lambda request, nth: say("good"), given)
 
-
-def test_failed_write_to_the_ledger_reaches_the_caller(ask, monkeypatch):
     def full(ledger):
         raise OSError("no space left")
 

@@ -43,13 +43,15 @@ def test_limit_without_a_price_is_refused_and_a_small_one_has_no_exponent(asked,
     assert "teacher.price" in caught.value.hint
 
 
-def test_lost_reply_counts_at_its_maximum_cost(asked, ledger):
+def test_lost_reply_costs_its_maximum_and_a_long_one_its_length(asked, ledger):
     settings = {"timeout_seconds": 0.2, "attempts_per_call": 1, "max_cost": 1, "repairs": 0}
     with pytest.raises(TeacherError, match="does not answer after 1 attempt: "):
         asked(lambda request, nth: say("late", seconds=3), [job(1)], **PRICE, **settings)
     totals = ledger.totals()
     assert (totals["sent"], totals["given_up"], totals["requests"]) == (1, 1, 0)
     assert totals["lost_usd"] == pytest.approx(RESERVED)
+    asked(lambda request, nth: say("word " * 500, tokens=(10, 500)), [job(1)], **PRICE)
+    assert ledger.totals()["cost_usd"] >= 500 * 10 / 1e6
 
 
 @pytest.mark.parametrize("direct", [True, False])
@@ -79,11 +81,6 @@ def test_implausible_counts_cost_what_was_reserved(asked, ledger, counts, direct
     totals = ledger.totals()
     if direct or not counts or counts[1] not in (True, "7"):  # which pydantic converts to 1 and 7
         assert totals["cost_usd"] + totals["lost_usd"] == pytest.approx(RESERVED)
-
-
-def test_reply_longer_than_max_tokens_costs_its_length(asked, ledger):
-    asked(lambda request, nth: say("word " * 500, tokens=(10, 500)), [job(1)], **PRICE)
-    assert ledger.totals()["cost_usd"] >= 500 * 10 / 1e6
 
 
 def test_empty_reply_is_paid_for_and_requested_again_by_the_next_run(ask, ledger):

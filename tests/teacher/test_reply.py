@@ -36,9 +36,16 @@ def test_text_is_read_in_any_format(choice):
     assert (found.text, found.finish_reason) == ("good", "stop")
 
 
-def test_choice_with_index_0_counts():
+def test_the_choice_with_index_0_counts_and_any_text_can_be_encoded():
     second = {"index": 1, "message": {"content": "bad"}}
     assert read({"choices": [second, {"index": 0, "message": {"content": "good"}}]}).text == "good"
+    paired = json.loads(r'"\ud83d\ude42"') + "\ud83d"
+    assert clean_text("\ud83d" + "\ude42") == "🙂"
+    assert clean_text(paired) == "🙂\ufffd"
+    assert clean_text("a\tb\r\nc 你好 \u2028") == "a\tb\r\nc 你好 \u2028"
+    assert read(body({"content": "a \udfff b"})).text == "a \ufffd b"
+    assert read(decode(b"\xef\xbb\xbf" + json.dumps(body({"content": "good"})).encode())).text == "good"
+    assert read(decode(b'{"choices": [{"message": {"content": "a \xff"}}]}')).text == "a \ufffd"
 
 
 @pytest.mark.parametrize(
@@ -82,16 +89,6 @@ def test_token_counts_are_numbers_or_unknown(prompt, completion, tokens):
     assert read(body({"content": "good"}, usage=usage)).tokens == tokens
     for other in (None, [], "30"):
         assert read(body({"content": "good"}, usage=other)).tokens == (None, None)
-
-
-def test_any_text_is_read_and_can_be_encoded_as_utf_8():
-    paired = json.loads(r'"\ud83d\ude42"') + "\ud83d"
-    assert clean_text("\ud83d" + "\ude42") == "🙂"
-    assert clean_text(paired) == "🙂\ufffd"
-    assert clean_text("a\tb\r\nc 你好 \u2028") == "a\tb\r\nc 你好 \u2028"
-    assert read(body({"content": "a \udfff b"})).text == "a \ufffd b"
-    assert read(decode(b"\xef\xbb\xbf" + json.dumps(body({"content": "good"})).encode())).text == "good"
-    assert read(decode(b'{"choices": [{"message": {"content": "a \xff"}}]}')).text == "a \ufffd"
 
 
 @pytest.mark.parametrize(

@@ -142,8 +142,8 @@ def test_budget_spent_on_reasoning_is_doubled_once(asked, answer, capsys):
     assert sorted(request["max_tokens"] for request in requests) == [100, 100, 200, 200]
     assert set(map(question, requests)) == {"question 1.", "question 2."}  # not "shorter"
     assert {result.rejection.reason for result in results} == {"reasoning_too_long"}
-    for word in ("200 tokens", "teacher.max_tokens", "reasoning_effort"):
-        assert word in results[0].rejection.text
+    text = results[0].rejection.text
+    assert all(word in text for word in ("200 tokens", "teacher.max_tokens", "reasoning_effort"))
     assert capsys.readouterr().err.count("sent once more with 200") == 1
 
 

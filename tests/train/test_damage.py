@@ -23,9 +23,8 @@ class Stopped(Exception):
 def whole(folder, tmp_path_factory):
     """(config, run) with every stage trained without interruption."""
     run, short = Run(tmp_path_factory.mktemp("run")), {**LONG, "num_train_epochs": 4}
-    config = toy_config(
-        folder, sft=short, warmup={**short, "num_train_epochs": 1}, dpo={**short, "learning_rate": 1e-3}
-    )
+    warmup, dpo = {**short, "num_train_epochs": 1}, {**short, "learning_rate": 1e-3}
+    config = toy_config(folder, sft=short, warmup=warmup, dpo=dpo)
     train_all(config, run)
     return config, run
 

@@ -79,13 +79,23 @@ def attempts(run):
     return {f"{a.id}/{a.sample}": a for a in run.read("attempts.jsonl", Attempt)}
 
 
-def test_dpo_starts_at_ln_2_with_zero_margins(run, report):
+def test_dpo_starts_at_ln_2_with_zero_margins_and_learns_the_toy_pairs(run, report):
     first = metrics_of(run, "dpo")[0]
     assert first["step"] == 1
     assert first["dpo_loss"] == pytest.approx(math.log(2), abs=1e-3)
     assert first["margin"] == pytest.approx(0, abs=1e-3)
     assert first["margin_max"] < 2e-3
     assert first["loss"] > first["dpo_loss"]  # the likelihood terms are in the loss and not in dpo_loss
+    rows = metrics_of(run, "dpo")
+    assert [row["step"] for row in rows] == list(range(1, report.counts["steps"] + 1))
+    assert rows[-1]["dpo_loss"] < rows[0]["dpo_loss"] - 0.05
+    assert rows[-1]["margin"] > 0.05
+    logged = {"chosen_logp", "rejected_logp", "nll", "replay_nll", "accuracy", "decision_accuracy"}
+    assert logged <= rows[0].keys()
+    assert report.counts["bundles"] == 6
+    assert report.counts["pairs"] == len(run.read("pairs.jsonl", Pair))
+    assert list(run.path("dpo").rglob("ref")) == []  # as TRL would call a copy of the adapter
+    assert largest_change(adapter(run, "warmup"), adapter(run, "dpo")) > 0
 
 
 def test_with_the_base_model_as_reference_dpo_does_not_start_at_ln_2(config, run, bundles):
@@ -100,7 +110,9 @@ def test_with_the_base_model_as_reference_dpo_does_not_start_at_ln_2(config, run
     assert parts["margin_max"].total.item() > 0.1
 
 
-def test_the_reference_is_the_adapter_that_dpo_starts_from(config, run, report, bundles):
+def test_the_reference_is_of_the_starting_adapter_for_trained_reviews_only(
+    config, run, report, bundles, folder, tmp_path
+):
     model, tokenizer = load_student(config, "dpo", run.path("warmup/adapter"))
     kept = run.read_json("dpo/reference.json")["log_probs"]
     shown = []
@@ -108,9 +120,6 @@ def test_the_reference_is_the_adapter_that_dpo_starts_from(config, run, report, 
     assert shown == [f"reference of {n} of 6 reviews" for n in range(1, 7)]
     assert kept.keys() == fresh.keys() == {f"p{i}/0" for i in range(6)}
     assert_same(kept, fresh)
-
-
-def test_the_reference_covers_only_the_reviews_that_are_trained(run, folder, tmp_path):
     for name in ("problems.jsonl", "templates.jsonl", "pairs.jsonl", "warmup"):
         (tmp_path / name).symlink_to(run.path(name))
     part = Run(tmp_path)
@@ -124,19 +133,6 @@ def assert_same(one, other) -> None:
         sides, others = ([*row["decisions"], row["content"] or []] for row in (found, other[key]))
         for side, same in zip(sides, others, strict=True):
             assert side == pytest.approx(same, abs=1e-3)
-
-
-def test_dpo_learns_the_toy_pairs(run, report):
-    rows = metrics_of(run, "dpo")
-    assert [row["step"] for row in rows] == list(range(1, report.counts["steps"] + 1))
-    assert rows[-1]["dpo_loss"] < rows[0]["dpo_loss"] - 0.05
-    assert rows[-1]["margin"] > 0.05
-    logged = {"chosen_logp", "rejected_logp", "nll", "replay_nll", "accuracy", "decision_accuracy"}
-    assert logged <= rows[0].keys()
-    assert report.counts["bundles"] == 6
-    assert report.counts["pairs"] == len(run.read("pairs.jsonl", Pair))
-    assert list(run.path("dpo").rglob("ref")) == []  # as TRL would call a copy of the adapter
-    assert largest_change(adapter(run, "warmup"), adapter(run, "dpo")) > 0
 
 
 def test_long_pairs_are_counted_and_dpo_fails_if_none_fits(config, run, bundles, tmp_path):

@@ -79,16 +79,13 @@ def small_lora(rank: int):
     return adapted, [p for p in adapted.parameters() if p.requires_grad]
 
 
-def test_adamw_state_bytes_match_torch():
+def test_optimizer_state_bytes_match_torch_and_bitsandbytes():
     model, factors = small_lora(8)
     optimizer = torch.optim.AdamW(factors, lr=1e-3)
     model(torch.randn(4, 640)).sum().backward()
     optimizer.step()
     states = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     assert optimizer_bytes([p.numel() for p in factors], 32) == sum(4 * value.numel() for value in states)
-
-
-def test_8_bit_state_bytes_match_bitsandbytes():
     _, factors = small_lora(8)
     optimizer = AdamW8bit(factors, lr=1e-3)
     for number, factor in enumerate(factors):
@@ -224,12 +221,20 @@ def test_larger_settings_need_more_memory(stage, backend):
         assert estimate(found, replace(small, **change)).total > estimate(found, small).total, change
 
 
-def test_unsloth_offloads_layer_inputs_to_host_ram():
+def test_unsloth_offloads_layer_inputs_and_shares_its_reload_buffers():
     found = recipe_architecture(QWEN)
     ours, plain = (estimate(found, Setting("sft", 1, 2048, 32, backend=b)) for b in ("unsloth", "plain"))
     assert ours.host == 28 * 2048 * 3584 * 2
     assert plain.host == 0
     assert ours.parts["activations"] < plain.parts["activations"]
+    found, one = recipe_architecture(LLAMA), 2 * 32_768 * 4096
+    sft, dpo = (estimate(found, Setting(stage, 1, 32_768, 32)) for stage in ("sft", "dpo"))
+    assert sft.parts["activations"] == (2 + 3) * one
+    assert dpo.parts["activations"] == (3 * 2 + 3) * one  # chosen, rejected and the solved row
+    found = recipe_architecture(LLAMA)
+    short, long = (estimate(found, Setting("sft", 1, length, 32)) for length in (2048, 65_536))
+    assert short.parts["allowance"] == memory.CONTEXT + memory.CACHED
+    assert long.parts["allowance"] == memory.CONTEXT + 2 * 65_536 * 14_336
 
 
 MEASURED = [
@@ -245,17 +250,6 @@ MEASURED = [
 def test_the_estimate_is_within_6_percent_of_measured_peaks(name, stage, rows, length, peak_gb):
     found = estimate(recipe_architecture(name), Setting(stage, rows, length, 32))
     assert (found.total - found.parts["allowance"]) / 1e9 == pytest.approx(peak_gb, rel=0.06)
-
-
-def test_reload_buffers_are_shared_and_the_allowance_grows_with_full_rows():
-    found, one = recipe_architecture(LLAMA), 2 * 32_768 * 4096
-    sft, dpo = (estimate(found, Setting(stage, 1, 32_768, 32)) for stage in ("sft", "dpo"))
-    assert sft.parts["activations"] == (2 + 3) * one
-    assert dpo.parts["activations"] == (3 * 2 + 3) * one  # chosen, rejected and the solved row
-    found = recipe_architecture(LLAMA)
-    short, long = (estimate(found, Setting("sft", 1, length, 32)) for length in (2048, 65_536))
-    assert short.parts["allowance"] == memory.CONTEXT + memory.CACHED
-    assert long.parts["allowance"] == memory.CONTEXT + 2 * 65_536 * 14_336
 
 
 def test_the_largest_micro_batch_that_fits_is_chosen():

@@ -50,19 +50,7 @@ def toy(run):
     return run
 
 
-def pairs_of(run) -> None:
-    """A decision and a content for one wrong attempt, a decision for a right one."""
-    wrong, right = "<Step1>1\n</Step1>\n<Answer>1</Answer>", "<Step1>2\n</Step1>\n<Answer>2</Answer>"
-    made = {"sample": 0, "step": 1, "prefix": ("<Step1>1\n",)}
-    rows = [
-        Pair(id="p1", kind="decision", attempt=wrong, chosen="<Cause>", rejected="</Step1>", **made),
-        Pair(id="p1", kind="content", attempt=wrong, chosen="abcd" * 5, rejected="abcd" * 7, **made),
-        Pair(id="p0", kind="decision", attempt=right, chosen="</Step1>", rejected="<Cause>", **made),
-    ]
-    run.replace("pairs.jsonl", rows)
-
-
-def test_each_stage_gets_the_settings_that_fit_the_gpu(run):
+def test_each_stage_fits_the_memory_that_other_processes_leave(run):
     stages = planned(run)["stages"]
     assert list(stages) == ["sft", "warmup", "dpo"]
     for name, stage in stages.items():
@@ -73,9 +61,6 @@ def test_each_stage_gets_the_settings_that_fit_the_gpu(run):
         assert stage["total_gb"] == round(wanted / 1e9, 3) <= 23.4
         assert stage["total_gb"] == pytest.approx(sum(stage["memory_gb"].values()), abs=0.01)
         assert 2048 <= stage["largest_length"] <= 4096
-
-
-def test_memory_of_other_processes_is_not_available(run):
     some, less, least = (stage_of("sft", run, {**GPU, "free_gb": gb}) for gb in (8.9, 8.6, 2.0))
     assert (some["fits"], some["micro_batch"], some["accumulation"]) == (True, 1, 4)
     assert less["fits"] is False
@@ -130,7 +115,14 @@ def test_the_plan_of_the_warmup_has_solving_and_closed_rows(toy, tokenizer):
 
 
 def test_the_plan_of_dpo_counts_both_sides_and_replay(toy, tokenizer):
-    pairs_of(toy)
+    wrong, right = (f"<Step1>{answer}\n</Step1>\n<Answer>{answer}</Answer>" for answer in "12")
+    made = {"sample": 0, "step": 1, "prefix": ("<Step1>1\n",)}
+    rows = [
+        Pair(id="p1", kind="decision", attempt=wrong, chosen="<Cause>", rejected="</Step1>", **made),
+        Pair(id="p1", kind="content", attempt=wrong, chosen="abcd" * 5, rejected="abcd" * 7, **made),
+        Pair(id="p0", kind="decision", attempt=right, chosen="</Step1>", rejected="<Cause>", **made),
+    ]
+    toy.replace("pairs.jsonl", rows)
     shares = ({"batch_size": 4, "num_train_epochs": 1, "replay_share": share} for share in (1.0, 0.0))
     replayed, without = (stage_of("dpo", toy, tokenizer=tokenizer, dpo=each) for each in shares)
     assert (without["rows"], without["steps"]) == (2, 1)

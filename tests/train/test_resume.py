@@ -30,9 +30,8 @@ from tests.toy import (
 def whole(folder, tmp_path_factory):
     """(config, run) with every stage trained without interruption."""
     run, long = Run(tmp_path_factory.mktemp("run")), {**LONG, "num_train_epochs": 12}
-    config = toy_config(
-        folder, sft=long, warmup={**LONG, "num_train_epochs": 6}, dpo={**long, "learning_rate": 1e-3}
-    )
+    warmup, dpo = {**LONG, "num_train_epochs": 6}, {**long, "learning_rate": 1e-3}
+    config = toy_config(folder, sft=long, warmup=warmup, dpo=dpo)
     train_all(config, run)
     return config, run
 

@@ -50,7 +50,7 @@ def test_in_the_trainers_batches_the_prompt_alone_is_masked(folder, tmp_path):
             assert int(ids[weights > 0][-1]) == end_id(tokenizer)
 
 
-def test_the_report_has_the_share_of_trained_tokens(trained):
+def test_the_share_of_trained_tokens_is_reported_and_nothing_trained_again(trained):
     config, run, report, _ = trained
     tokenizer = load_tokenizer(config.student.model)
     rows = solve_rows(tokenizer, run.read("templates.jsonl", Template), "")
@@ -58,6 +58,12 @@ def test_the_report_has_the_share_of_trained_tokens(trained):
     share = round(carried / tokens, 4)
     assert report.figures["labels"] == {"rows": 6, "tokens": tokens, "trained_share": share}
     assert 0.1 < share < 0.9
+    config, run, report, _ = trained
+    before = run.path("sft/adapter/adapter_model.safetensors").stat().st_mtime_ns
+    again = train_sft(config, run)
+    assert again.skipped
+    assert again.counts == report.counts
+    assert run.path("sft/adapter/adapter_model.safetensors").stat().st_mtime_ns == before
 
 
 GOOD, ENDLESS = Encoded([5, 6, 2], [0.0, 1.0, 1.0]), "the end-of-turn token is missing or masked"
@@ -115,15 +121,6 @@ def test_the_micro_batch_changes_neither_losses_nor_gradients(folder, trained, t
         assert one
         assert one == pytest.approx(four, rel=1e-3)
         assert two == pytest.approx(four, rel=1e-3)
-
-
-def test_a_finished_stage_is_not_trained_again(trained):
-    config, run, report, _ = trained
-    before = run.path("sft/adapter/adapter_model.safetensors").stat().st_mtime_ns
-    again = train_sft(config, run)
-    assert again.skipped
-    assert again.counts == report.counts
-    assert run.path("sft/adapter/adapter_model.safetensors").stat().st_mtime_ns == before
 
 
 def test_rows_that_are_too_long_are_dropped_and_counted(folder, run):

@@ -23,10 +23,6 @@ def rows_of(folder, tmp_path, change=lambda attempt: attempt, **warmup) -> tuple
     return tokenizer, dict(zip(names, rows, strict=True))
 
 
-def carried(tokenizer, row: Encoded) -> str:
-    return tokenizer.decode([i for i, w in zip(row.ids, row.weights, strict=True) if w])
-
-
 @pytest.fixture
 def mixed(folder, tmp_path):
     """The names of the rows of a run with nine reviews, six corrections and, by default, nine templates, in order."""
@@ -88,15 +84,12 @@ def test_decisions_of_a_review_weigh_more(folder, tmp_path):
         assert row.weights[-1] == 1.0
 
 
-def test_reviews_end_in_the_right_answer(folder, tmp_path):
-    tokenizer, rows = rows_of(folder, tmp_path)
-    for problem in toy_problems():
-        text = carried(tokenizer, rows[f"{problem.id}/0"])
-        assert parse(text.removesuffix("<|im_end|>")).trace.answer == problem.answer
-
-
-def test_a_continued_row_shows_the_correction_without_its_cause(folder, tmp_path):
+def test_reviews_end_in_the_right_answer_and_continued_rows_show_no_cause(folder, tmp_path):
     tokenizer, rows = rows_of(folder, tmp_path, replay_share=4.0)
+    for problem in toy_problems():
+        row = rows[f"{problem.id}/0"]
+        text = tokenizer.decode([i for i, w in zip(row.ids, row.weights, strict=True) if w])
+        assert parse(text.removesuffix("<|im_end|>")).trace.answer == problem.answer
     for number, step in ((1, 1), (2, 2), (4, 1), (5, 2)):
         row = rows[f"p{number}/0/continued"]
         given = tokenizer.decode([i for i, w in zip(row.ids, row.weights, strict=True) if not w])

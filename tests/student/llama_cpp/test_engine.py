@@ -14,7 +14,7 @@ from sclite.errors import DataError, DeviceError, UsageError
 from sclite.student.base import Request, ScoreRequest
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.llama_cpp.sequence import TokenSequence, sample
-from tests.toy import sample_texts, tiny_gguf, tiny_llama, wait_until
+from tests.toy import sample_texts, tiny_gguf, wait_until
 
 PIECES = ("<Step1>Add 17 and 25.\n", "</Step1>\n", "<Step2>It is  42 €.\n")
 OPTIONS = ("<Cause>", "</Step")
@@ -29,13 +29,8 @@ def questions(count):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_llama(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def gguf(folder):
-    return tiny_gguf(folder, folder / "tiny.gguf")
+def gguf(folder, tmp_path_factory):
+    return tiny_gguf(folder, tmp_path_factory.mktemp("gguf") / "tiny.gguf")
 
 
 @pytest.fixture(scope="module")
@@ -344,9 +339,6 @@ def test_abandoned_run_frees_its_slots(engine):
     run.close()
     wait_until(lambda: not engine.scheduler.active and not engine.scheduler.waiting)
     assert len(list(engine.generate(requests))) == 9
-
-
-# -- streaming -----------------------------------------------------------------------------------------------------
 
 
 def test_streamed_text_comes_in_pieces_and_adds_up_to_the_reply(engine):
