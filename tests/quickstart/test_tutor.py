@@ -7,13 +7,15 @@ from dataclasses import replace
 
 import pytest
 
-from sclite import prompts
+from sclite import config, prompts
 from sclite.data.corrections import check_review
 from sclite.data.templates import check_template
-from sclite.quickstart import tutor
+from sclite.quickstart import tutor, tutor_provider
 from sclite.quickstart.grammar import solve
 from sclite.quickstart.stories import generate
 from sclite.records import Attempt
+from sclite.teacher.client import Job, Teacher
+from sclite.teacher.ledger import Ledger
 from sclite.trace import Step, Trace, first_corrected, parse, render
 
 PROBLEMS = generate(400, 11)
@@ -111,3 +113,16 @@ def test_other_problems_are_declined_and_work_without_steps_gets_a_reply():
         given = (problem.question, problem.solution, problem.answer, work)
         messages = prompts.teacher_messages("teacher_correction", *given)
         assert tutor.reply(list(messages))
+
+
+def test_tutor_is_reached_through_litellm_free_of_charge(tmp_path):
+    given = [("teacher_template", p.question, p.solution, p.answer) for p in PROBLEMS[:12]]
+    chats = [prompts.teacher_messages(*each) for each in given]
+    jobs = [Job(str(n), lambda error, chat=chat: chat, lambda reply: None) for n, chat in enumerate(chats)]
+    settings = config.Teacher(model=tutor_provider.MODEL)
+    with Ledger(tmp_path / "ledger") as ledger, Teacher(settings, ledger, tutor_provider.register) as teacher:
+        results = {int(result.id): result.text for result in teacher.ask_all(jobs)}
+        totals = ledger.totals()
+    assert results == {number: tutor.reply(chat) for number, chat in enumerate(chats)}
+    assert (totals["requests"], totals["cost_usd"], totals["unpriced"]) == (12, 0.0, 0)
+    assert totals["completion_tokens"] > 200
