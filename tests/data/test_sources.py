@@ -70,11 +70,11 @@ def test_all_formats_give_the_same_problems_from_configured_columns(tmp_path):
 
 def test_csv_has_bom_newlines_and_quotes_of_which_none_may_stay_open(tmp_path):
     text = '\ufeffquestion,answer\r\n"How many,\r\n""in all""?",5\r\nOne\u2028line?,NA\r\n'
-    (tmp_path / "p.csv").write_bytes(text.encode())
-    first, second = load(tmp_path / "p.csv")
+    path, drops = tmp_path / "p.csv", []
+    path.write_bytes(text.encode())
+    first, second = load(path)
     assert (first.question, first.answer) == ('How many,\r\n"in all"?', "5")
     assert (second.question, second.answer) == ("One\u2028line?", "NA")
-    path, drops = tmp_path / "p.csv", []
     path.write_text('question,answer\nq,1\n"open,2\n')
     assert len(load(path, drops)) == 1
     assert "p.csv, line 3: not CSV: unexpected end of data" in drops[0].detail

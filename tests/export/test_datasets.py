@@ -227,8 +227,7 @@ def test_trl_appends_an_end_token_and_would_close_a_conversational_prefix(run, s
     for row in prepared_by_trl(tokenizer, rows_of(run, "pairs")):
         assert row["chosen_ids"][-1] == row["rejected_ids"][-1] == end_id(tokenizer)
     assert "**yes, on both sides**" in read_card(run)
-    # The reason why pairs are exported as text only.
-    tokenizer = load_tokenizer(str(student))
+    # the reason why pairs are exported as text only
     pair = run.read("pairs.jsonl", Pair)[0]
     prompt = prompts.review_messages(questions(run)[pair.id], pair.attempt)
     prefix = [*prompt, {"role": "assistant", "content": "".join(pair.prefix)}]

@@ -69,7 +69,6 @@ def test_a_second_quickstart_repeats_no_stage_and_says_what_to_type(quickstarted
     again = sclite("quickstart", *SMALL, "--json", folder=folder)
     assert json.loads(again.stdout) == summary
     assert before == [path.stat().st_mtime_ns for path in made] != []
-    folder, run, _ = quickstarted
     done = sclite("quickstart", *SMALL, folder=folder)
     commands = [line.strip() for line in done.stdout.splitlines() if line.strip().startswith("sclite ")]
     chat = f"sclite chat --self-correct --run {run.relative_to(folder)}"

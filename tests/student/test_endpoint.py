@@ -84,9 +84,9 @@ def test_odd_reply_affects_no_other_and_is_not_repaired(run, reply, stop, text, 
 
 def test_errors_name_the_student_and_never_the_key(run):
     with Ledger(run.path("ledger.sqlite")) as ledger:
-        student = Endpoint(Teacher(config.Teacher(model="nobody/x"), ledger), "chat")
+        endpoint = Endpoint(Teacher(config.Teacher(model="nobody/x"), ledger), "chat")
         with pytest.raises(UsageError, match=r"attempts\.student nobody/x: LiteLLM knows no provider"):
-            list(student.generate([request("1?")]))
+            list(endpoint.generate([request("1?")]))
     with TeacherServer(lambda body, nth: fail(401, "bad key sk-test-secret")) as server:
         with pytest.raises(TeacherError) as error:
             ask(run, server.url, [request("1?")])

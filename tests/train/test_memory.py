@@ -231,7 +231,6 @@ def test_unsloth_offloads_layer_inputs_and_shares_its_reload_buffers():
     sft, dpo = (estimate(found, Setting(stage, 1, 32_768, 32)) for stage in ("sft", "dpo"))
     assert sft.parts["activations"] == (2 + 3) * one
     assert dpo.parts["activations"] == (3 * 2 + 3) * one  # chosen, rejected and the solved row
-    found = recipe_architecture(LLAMA)
     short, long = (estimate(found, Setting("sft", 1, length, 32)) for length in (2048, 65_536))
     assert short.parts["allowance"] == memory.CONTEXT + memory.CACHED
     assert long.parts["allowance"] == memory.CONTEXT + 2 * 65_536 * 14_336

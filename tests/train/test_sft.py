@@ -58,7 +58,6 @@ def test_the_share_of_trained_tokens_is_reported_and_nothing_trained_again(train
     share = round(carried / tokens, 4)
     assert report.figures["labels"] == {"rows": 6, "tokens": tokens, "trained_share": share}
     assert 0.1 < share < 0.9
-    config, run, report, _ = trained
     before = run.path("sft/adapter/adapter_model.safetensors").stat().st_mtime_ns
     again = train_sft(config, run)
     assert again.skipped
