@@ -94,25 +94,6 @@ def tiny_gguf(folder: Path, out: Path, *, outtype: str = "f32") -> Path:
     return write_gguf(folder, out, outtype=outtype)
 
 
-def first_token_odds(model, tokenizer, request) -> list[float]:
-    """The log-odds of a ScoreRequest's two options after each mark, by their first tokens, from transformers' logits."""
-    import torch
-
-    from sclite.student.tokenization import piece_ids, prompt_ids
-
-    ids, ends = prompt_ids(tokenizer, request.messages), []
-    for piece in piece_ids(tokenizer, request.pieces):
-        ids = ids + piece
-        ends.append(len(ids))
-    with torch.no_grad():
-        logits = model(torch.tensor([ids])).logits[0].double()
-    odds = []
-    for mark, options in zip(request.marks, request.options, strict=True):
-        first, second = (tokens[0] for tokens in piece_ids(tokenizer, options))
-        odds.append(float(logits[ends[mark] - 1, first] - logits[ends[mark] - 1, second]))
-    return odds
-
-
 # -- toy problems and their rows --------------------------------------------------------------------------------------
 
 

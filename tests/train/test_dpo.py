@@ -20,16 +20,7 @@ from sclite.train.dpo import train_dpo, with_replay
 from sclite.train.losses import DpoLoss, pair_log_probs, reference_log_probs
 from sclite.train.sft import solve_rows, train_sft
 from sclite.train.warmup import train_warmup
-from tests.toy import (
-    adapter,
-    first_token_odds,
-    largest_change,
-    metrics_of,
-    part_of,
-    toy_config,
-    write_pairs,
-    write_toy,
-)
+from tests.toy import adapter, largest_change, metrics_of, part_of, toy_config, write_pairs, write_toy
 
 SHORT = {"batch_size": 4, "per_device_train_batch_size": 2}
 
@@ -183,6 +174,21 @@ def test_partial_completions_carry_no_end_token_and_show_canonical_work(tokenize
             assert side.ids[-1] != end
     shown = render(parse(attempts[bundles[0].key].trace).trace)
     assert f"Work to check:\n{shown}<|im_end|>" in tokenizer.decode(bundles[0].review.ids)
+
+
+def first_token_odds(model, tokenizer, request) -> list[float]:
+    """The log-odds of a ScoreRequest's two options after each mark, by their first tokens, from transformers' logits."""
+    ids, ends = prompt_ids(tokenizer, request.messages), []
+    for piece in piece_ids(tokenizer, request.pieces):
+        ids = ids + piece
+        ends.append(len(ids))
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0].double()
+    odds = []
+    for mark, options in zip(request.marks, request.options, strict=True):
+        first, second = (tokens[0] for tokens in piece_ids(tokenizer, options))
+        odds.append(float(logits[ends[mark] - 1, first] - logits[ends[mark] - 1, second]))
+    return odds
 
 
 def test_decision_odds_in_training_equal_the_scores_in_use(config, run, report, bundles, attempts, questions):
