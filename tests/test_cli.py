@@ -209,7 +209,7 @@ GROUPS = {
 }
 
 
-def test_help_lists_the_commands_in_groups_in_80_columns(sclite, monkeypatch):
+def test_help_lists_the_commands_in_groups_and_the_shell_completes_them(sclite, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     _, *groups = sclite("--help").out.split("\n\n")[2:]
     lines = [group.strip().splitlines() for group in groups]
@@ -218,19 +218,16 @@ def test_help_lists_the_commands_in_groups_in_80_columns(sclite, monkeypatch):
         assert len(row) <= 80
         assert re.search(r"[^.]\.$", row)  # whole sentences
     assert sclite("--version").out == f"sclite {version('sclite')}\n"
+    asked = {"_SCLITE_COMPLETE": "complete_bash", "COMP_WORDS": "sclite tr", "COMP_CWORD": "1"}
+    command = [sys.executable, "-m", "sclite"]
+    done = subprocess.run(command, env=os.environ | asked, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["train"]
 
 
 @pytest.mark.parametrize("name", itertools.chain(*GROUPS.values()))
 def test_every_command_has_help(sclite, name):
     assert "Usage" in sclite(name, "-h").out
     assert sclite(name, "-h").out == sclite(name, "--help").out
-
-
-def test_the_shell_gets_completions():
-    asked = {"_SCLITE_COMPLETE": "complete_bash", "COMP_WORDS": "sclite tr", "COMP_CWORD": "1"}
-    command = [sys.executable, "-m", "sclite"]
-    done = subprocess.run(command, env=os.environ | asked, capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["train"]
 
 
 def test_a_dry_run_of_corrections_needs_attempts(sclite):

@@ -154,11 +154,16 @@ def test_a_gguf_gives_attempts_and_its_own_corrections_of_them(run, gguf):
     assert (run.read("attempts.jsonl", Attempt), run.read("pairs.jsonl", Pair)) == (attempts, pairs)
 
 
-def test_a_gguf_that_is_not_there_is_named(run):
+def test_a_missing_gguf_is_named_and_pairs_wait_for_the_warm_up(run):
     problems(4)
     context = world_of(run, "http://127.0.0.1:9/v1", **{"attempts.student": "none.gguf"})
     with pytest.raises(DataError, match=r"attempts\.student: none\.gguf does not exist"):
         pipeline.build_corrections(context)
+    # where a student is trained, the pairs wait for its warm-up
+    run.path("sft/adapter").mkdir(parents=True)
+    run.path("sft/adapter/adapter_model.safetensors").write_bytes(b"trained")
+    for more, ready in (({}, False), ({"attempts.source": "x"}, False), ({"attempts.student": "o/x"}, True)):
+        assert pipeline.can_build_pairs(world_of(run, "http://x", **more)) is ready
 
 
 def test_attempts_brought_along_become_decisions_without_any_student(run):
@@ -174,13 +179,6 @@ def test_attempts_brought_along_become_decisions_without_any_student(run):
     assert {(p.step, p.chosen) for p in pairs} == {(1, "</Step1>\n"), (2, CAUSE)}
     assert set(report.dropped) == {"no_student_review"}
     assert {d.reason for d in run.read("dropped.jsonl", Drop)} == {"no_student_review"}
-
-
-def test_where_a_student_is_trained_the_pairs_wait_for_its_warm_up(run):
-    run.path("sft/adapter").mkdir(parents=True)
-    run.path("sft/adapter/adapter_model.safetensors").write_bytes(b"trained")
-    for more, ready in (({}, False), ({"attempts.source": "x"}, False), ({"attempts.student": "o/x"}, True)):
-        assert pipeline.can_build_pairs(world_of(run, "http://x", **more)) is ready
 
 
 def test_a_student_that_does_not_write_steps_is_told_apart_from_one_that_needs_more_training(run):

@@ -179,11 +179,14 @@ def test_a_hung_comparison_does_not_block_others():
         assert hung.result() is None
 
 
-def test_there_is_one_worker_per_core_up_to_a_limit(monkeypatch):
+def test_there_is_one_worker_per_core_and_many_threads_share_them(monkeypatch, grader):
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     assert Grader().processes == 3
     monkeypatch.setattr(os, "cpu_count", lambda: 500)
     assert Grader().processes == grading.MAX_PROCESSES
+    roots = [(f"\\sqrt{{{n * n * 2}}}", f"{n}\\sqrt{{2}}") for n in range(2, 8)] * 5
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(lambda pair: grader.equal(*pair), roots)) == [True] * 30
 
 
 def test_failed_grader_is_not_a_wrong_answer(monkeypatch):
@@ -222,12 +225,6 @@ def test_missing_math_verify_is_reported_with_a_hint(tmp_path, monkeypatch):
     with Grader() as grader, pytest.raises(ScliteError, match="no math_verify here") as error:
         grader.equal(r"\sqrt{8}", r"2\sqrt{2}")
     assert "pip install" in error.value.hint
-
-
-def test_many_threads_share_one_grader(grader):
-    roots = [(f"\\sqrt{{{n * n * 2}}}", f"{n}\\sqrt{{2}}") for n in range(2, 8)] * 5
-    with ThreadPoolExecutor(6) as pool:
-        assert list(pool.map(lambda pair: grader.equal(*pair), roots)) == [True] * 30
 
 
 def _runs(pid: int) -> bool:

@@ -40,13 +40,6 @@ def test_default_is_the_first_visible_gpu(monkeypatch, before, after):
     assert os.environ["CUDA_VISIBLE_DEVICES"] == after
 
 
-def test_cudnn_attention_is_disabled(tmp_path):
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    load_student(toy_config(tiny_llama(tmp_path / "student")), "sft")
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
-    assert torch.backends.cuda.flash_sdp_enabled()
-
-
 def changed_tokenizer(folder, change):
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama(folder))
     change(tokenizer)
@@ -70,10 +63,13 @@ def test_token_without_embedding_is_rejected_before_loading_weights(tmp_path, ch
     assert "resize_token_embeddings" in error.value.hint
 
 
-def test_unused_special_token_may_lack_an_embedding(tmp_path):
+def test_unused_special_token_may_lack_an_embedding_and_cudnn_attention_is_off(tmp_path):
+    torch.backends.cuda.enable_cudnn_sdp(True)
     extra = {"additional_special_tokens": ["<image_soft_token>"]}
     config = changed_tokenizer(tmp_path / "student", lambda t: t.add_special_tokens(extra))
     assert load_student(config, "sft")[0].config.vocab_size == 512
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
 
 
 def test_code_in_a_model_folder_never_runs(tmp_path):

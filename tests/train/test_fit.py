@@ -23,12 +23,9 @@ def test_the_micro_batch_divides_the_batch_size(batch, most, expected):
     assert largest_divisor(batch, most) == expected
 
 
-def test_a_configured_micro_batch_is_lowered_to_a_divisor():
+def test_the_micro_batch_is_a_divisor_or_one_else_half_the_length_is_suggested(tmp_path, monkeypatch):
     chosen = toy_config("embedded", sft={"batch_size": 6, "per_device_train_batch_size": 4})
     assert choose_micro_batch(chosen, "sft", 512) == 3
-
-
-def test_if_memory_is_unknown_the_micro_batch_is_one_else_half_the_length(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe", "num_experts": 8}')
     monkeypatch.setattr(micro_batch, "free_bytes", lambda: 24_000_000_000)
     chosen = toy_config(tmp_path, sft={"per_device_train_batch_size": None, "batch_size": 8})
