@@ -71,7 +71,7 @@ def test_solved_problems_are_shown_and_truncated_answers_counted(evaluate_studen
     evaluate_student(Counted(ScriptedStudent(PLAIN), 20, 20, lambda *report: seen.append(report)), True)
     assert seen == [(n, n / 40, f"{n} texts written") for n in range(1, 21)]
     rambling = ScriptedStudent("the answer is", finishes=("length", "stop", "stop", "stop"))
-    figures = evaluate_student(rambling, False)
+    figures = evaluate_student(rambling, False, folder="eval/b")
     assert (figures["n"], figures["cut"]) == (20, 5)
 
 
