@@ -37,6 +37,15 @@ def test_notes_name_truncated_answers_earlier_thresholds_and_disabled_reviews():
     assert notes_on(off="no steps") == ["review is off for sft: no steps"]
 
 
+@pytest.mark.parametrize(("after", "notes"), [(0.715, 0), (0.642, 1), (None, 0)])
+def test_a_stage_2_that_harms_solving_is_reported(after, notes):
+    sft = {"n": 500, "cut": 0, "off": "", "fitted": None, "acc_t1": 0.752, "acc_t1_interval": [0.714, 0.792]}
+    found = summary_notes({"sft": sft, "dpo": sft | {"acc_t1": after}}, HeldOut([], [], "", "", "", {}), 320)
+    hint = "lower warmup.learning_rate, or raise warmup.replay_share"
+    text = f"stage 2 made first answers worse, 75.2 → 64.2 % right; {hint}"
+    assert found == [text] * notes
+
+
 def context_of(folder, **review):
     return Context(Config.model_validate({"review": review}), Run(folder), None)
 

@@ -172,6 +172,16 @@ def summary_notes(figures: Mapping[str, Any], held_out: HeldOut, max_tokens: int
     """What a reader of the figures of all students must know."""
     notes = [f"skipped {reason.replace('_', ' ')}: {n:,}" for reason, n in held_out.dropped.items()]
     notes += [f"review is off for {name}: {each['off']}" for name, each in figures.items() if each["off"]]
+    sft, dpo = figures.get("sft"), figures.get("dpo")
+    if (
+        sft
+        and dpo
+        and None not in (sft["acc_t1"], dpo["acc_t1"])
+        and dpo["acc_t1"] < sft["acc_t1_interval"][0]
+    ):
+        shares = f"{100 * sft['acc_t1']:.1f} → {100 * dpo['acc_t1']:.1f} % right"
+        hint = "lower warmup.learning_rate, or raise warmup.replay_share"
+        notes.append(f"stage 2 made first answers worse, {shares}; {hint}")
     cut = {name: each for name, each in figures.items() if each["cut"] > each["n"] / 100}
     if cut:
         counts = ", ".join(f"{name} {each['cut']} of {each['n']}" for name, each in cut.items())

@@ -116,7 +116,7 @@ def encode_solution(tokenizer: "Tokenizer", messages: Messages, trace: Trace, af
 def encode_review(
     tokenizer: "Tokenizer", messages: Messages, review: Trace, decision_weight: float = 0.0
 ) -> Encoded:
-    """A whole review, with a decision marked after every step up to the first wrong one.
+    """A whole review, with a decision marked after every step up to the first wrong one, whose text carries no loss.
 
     The decision's token weighs `1 + decision_weight`; otherwise one token among hundreds would hardly count.
     """
@@ -128,4 +128,6 @@ def encode_review(
     ]
     accused += [None] * (len(pieces) - end)
     weights = [(1.0 if wrong is None else 1.0 + decision_weight, 1.0) for wrong in accused]
+    if CAUSE in pieces:
+        weights[end - 2] = (0.0, 0.0)  # the wrong step is repeated as it is: loss would train the mistake
     return encode_pieces(tokenizer, messages, pieces, weights, accused)

@@ -121,6 +121,13 @@ def test_decisions_follow_each_step_up_to_the_accused_one_or_the_last(tokenizer)
     assert row.weights[row.marks[0] + 1] == 1.0
 
 
+def test_wrong_step_carries_no_loss_in_its_review(tokenizer):
+    row = encode_review(tokenizer, SOLVE, REVIEW)
+    answer = len(prompt_ids(tokenizer, SOLVE))
+    masked = [i for i, weight in enumerate(row.weights) if not weight and i >= answer]
+    assert tokenizer.decode([row.ids[i] for i in masked]) == open_piece(2, REVIEW.steps[1])
+
+
 def test_cause_and_closer_must_have_different_first_tokens(tokenizer):
     accuse, close = decision_ids(tokenizer)
     assert accuse != close
