@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from sclite import console
 from sclite.chat.answer import Answer, probability
 from sclite.student.self_correction import Corrected, Event, StepsScored, Writing
-from sclite.trace import CAUSE, Step, parse
+from sclite.trace import CAUSE, TAG, Step, parse
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
@@ -122,7 +122,7 @@ class AnswerView:
             start = 1 + sum(not line.flagged for line in self.lines[: self.kept])
             trace = parse(text).trace
             steps = step_lines(trace.steps, start)
-            self.lines[self.kept :] = steps if steps or trace.answer else [Line(0, text.strip())]
+            self.lines[self.kept :] = steps if steps or TAG.search(text) else [Line(0, text.strip())]
             self.final = trace.answer
         elif self.part == "correction" and self.lines:
             found = parse(f"<Step1>x\n{CAUSE}{text}").trace.steps[0]
