@@ -171,12 +171,14 @@ def test_a_damaged_row_of_the_run_is_named(sclite):
     assert ended.hint == "try: fix or remove the line, or re-run the command that wrote the file"
 
 
-def test_a_second_process_on_one_run_is_refused(sclite):
-    with Run("runs/default").lock():
-        ended = sclite("build-data", "mine.jsonl")
-    assert (ended.code, ended.out) == (2, "")
-    assert ended.error == "error: another sclite process is using runs/default"
-    assert ended.hint == "try: wait for it, or choose another folder with --run"
+def test_a_second_process_on_one_run_is_refused(tmp_path):
+    command = [sys.executable, "-m", "sclite", "build-data", "mine.jsonl", "--run", str(tmp_path / "run")]
+    with Run(tmp_path / "run").lock():
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    error, hint = done.stderr.splitlines()
+    assert error == f"error: another sclite process is using {tmp_path / 'run'}"
+    assert hint == "try: wait for it, or choose another folder with --run"
 
 
 def test_ctrl_c_exits_with_130_and_suggests_to_resume(sclite, monkeypatch):

@@ -86,7 +86,7 @@ def test_build_data_goes_from_problems_to_pairs_with_an_endpoint(run, sclite, mo
         assert not path.is_file() or b"sk-secret" not in path.read_bytes()
 
 
-def test_another_endpoint_asks_anew_and_the_teacher_only_about_what_it_has_not_seen(run):
+def test_another_endpoint_asks_anew_and_the_teacher_only_about_new_attempts(run):
     problems(8)
     with TeacherServer(model) as server:
         for name in ("student", "other"):
@@ -181,7 +181,7 @@ def test_attempts_brought_along_become_decisions_without_any_student(run):
     assert {d.reason for d in run.read("dropped.jsonl", Drop)} == {"no_student_review"}
 
 
-def test_a_student_that_does_not_write_steps_is_told_apart_from_one_that_needs_more_training(run):
+def test_a_student_that_writes_no_steps_is_named_not_its_training(run):
     problems(8)
     with TeacherServer(lambda body, nth: say("I would say 80.")) as server:
         own = {"attempts.student": "openai/student", "attempts.api_base": server.url}

@@ -291,7 +291,7 @@ def test_every_prompt_is_a_file_that_the_wheel_takes_along():
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="no git checkout")
-def test_nothing_that_is_shipped_is_ignored_by_git_or_the_wheel_would_leave_it_out():
+def test_nothing_that_is_shipped_is_ignored_by_git():
     """Hatchling leaves out what .gitignore names."""
     shipped = [p for top in ("sclite", "prompts") for p in (ROOT / top).rglob("*") if p.is_file()]
     names = "\n".join(str(p.relative_to(ROOT)) for p in shipped if "__pycache__" not in p.parts)

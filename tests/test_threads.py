@@ -3,7 +3,7 @@
 from sclite.threads import wait_briefly
 
 
-def test_threads_spin_for_microseconds_and_then_sleep_unless_the_environment_says_otherwise():
+def test_threads_spin_for_microseconds_unless_the_environment_says_otherwise():
     environment: dict[str, str] = {}
     wait_briefly(environment)
     assert environment["OMP_WAIT_POLICY"] == "passive"

@@ -103,7 +103,7 @@ def test_step_corrected_while_solving_shows_cause_and_correction():
     ]  # fmt: skip
 
 
-def test_step_is_marked_as_soon_as_its_cause_is_read_and_complete_when_the_next_one_begins():
+def test_step_is_marked_at_its_cause_and_complete_when_the_next_begins():
     view = AnswerView()
     view.feed(Writing("solution"))
     view.feed("<Step1>2 + 2 = 5\n<Cause>The units end in 4.</Cause>\n")

@@ -48,7 +48,7 @@ def test_every_step_up_to_the_wrong_one_is_a_decision_after_the_attempt_so_far(r
         ([(WRONG, False), (RIGHT, True)], RIGHT, "student"),
     ],
 )
-def test_right_correction_by_the_student_else_the_teachers_is_chosen_over_a_wrong_one(own, chosen, origin):
+def test_students_right_correction_else_the_teachers_is_chosen_over_a_wrong_one(own, chosen, origin):
     (*_, decision, pair), drop = make_pairs(REVIEW, WORK, own)
     assert (pair.chosen, pair.rejected, pair.origin, pair.step) == (chosen, WRONG, origin, 2)
     assert pair.prefix == (*decision.prefix, CAUSE)
@@ -165,7 +165,7 @@ def test_warning_if_most_content_pairs_were_dropped(run, grader, warnings, dropp
     assert [said.startswith(start) for said in warnings] == [True] * warned
 
 
-def test_without_a_student_there_are_only_decision_pairs_and_finished_ones_need_none(run, grader):
+def test_without_a_student_there_are_only_decisions_and_finished_pairs_stay(run, grader):
     with pytest.raises(DataError, match=r"reviews\.jsonl is missing or empty") as error:
         build(run, grader)
     assert "sclite build-data" in error.value.hint

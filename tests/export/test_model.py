@@ -419,7 +419,7 @@ def test_unfinished_file_is_ignored(run):
         exports.find_gguf(context, None)
 
 
-def test_model_card_has_base_settings_files_and_evaluation_and_another_base_a_warning(base, run):
+def test_model_card_has_base_files_and_evaluation_and_another_base_a_warning(base, run):
     known = {"problems": {"source": "openai/gsm8k"}, "teacher": {"model": "openai/large"}}
     config = Config.model_validate(config_of(base).model_dump() | known)
     run.sign("sft", {}, Report("sft", counts={"rows": 12}))

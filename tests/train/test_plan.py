@@ -68,7 +68,7 @@ def test_each_stage_fits_the_memory_that_other_processes_leave(run):
     assert (least["fits"], least["largest_length"]) == (False, None)
 
 
-def test_without_a_gpu_the_plan_is_float32_without_checkpointing_and_fits_is_unknown(run, monkeypatch):
+def test_without_a_gpu_the_plan_is_float32_and_whether_it_fits_unknown(run, monkeypatch):
     monkeypatch.setattr("sclite.train.memory.cpu_training_dtype", lambda _: torch.float32)
     found, on_card = planned(run, None), planned(run)
     assert found["gpu"] is None
