@@ -217,7 +217,7 @@ def test_fault_in_a_finished_gguf_fails_the_export(base, run, instead, fault, me
     assert not list(run.path("export").glob("*.gguf"))
 
 
-def test_several_types_are_made_from_one_merge(base, run, instead):
+def test_several_types_are_made_from_one_merge_and_again_if_one_is_damaged(base, run, instead):
     calls = []
     instead("merge", lambda merge, *given, **named: calls.append(given) or merge(*given, **named))
     config = config_of(base, "q4_k_m, Q8_0,bf16,q8_0")
@@ -228,8 +228,16 @@ def test_several_types_are_made_from_one_merge(base, run, instead):
     assert kls[0] > kls[1] > kls[2] > report.figures["parity"]["unquantized"]["kl"]
     assert len(calls) == 1
     assert export.export_model(config, run, "sft").skipped
-    run.path("export/sft-q8_0.gguf").unlink()
+    path = run.path("export/sft-q8_0.gguf")
+    path.unlink()
     assert not export.export_model(config, run, "sft").skipped
+    path.write_bytes(path.read_bytes()[:1_000_000])
+    with pytest.raises(DataError, match=r"llama\.cpp cannot load") as error:
+        check_gguf(path)
+    assert "sclite export" in error.value.hint
+    assert not export.export_model(config, run, "sft").skipped
+    with Engine(path, parallel=1, context=256) as engine:
+        assert engine.vocabulary_size == 512
     assert export.describe_sizes(config) == "q4_k_m about 1 MB, q8_0 about 2 MB, bf16 about 3 MB"
 
 
@@ -394,21 +402,6 @@ def test_adapter_trained_in_nf4_is_merged_into_nf4_weights(base, run, tmp_path):
     sixteen = parity.compare_probabilities(references, run.path("export/sft-f16.gguf"))
     assert figures["mean_abs_logprob_diff"] < 0.004
     assert sixteen["mean_abs_logprob_diff"] > 10 * figures["mean_abs_logprob_diff"]
-
-
-def test_damaged_gguf_is_exported_again_and_an_intact_one_is_skipped(base, run):
-    config = config_of(base)
-    assert not export.export_model(config, run, "sft").skipped
-    assert export.export_model(config, run, "sft").skipped
-    path = run.path("export/sft-q8_0.gguf")
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=r"llama\.cpp cannot load") as error:
-        check_gguf(path)
-    assert "sclite export" in error.value.hint
-    assert not export.export_model(config, run, "sft").skipped
-    with Engine(path, parallel=1, context=256) as engine:
-        assert engine.vocabulary_size == 512
 
 
 def test_unfinished_file_is_ignored(run):
