@@ -81,8 +81,9 @@ def for_chat(
 ) -> tuple[Path, float | None, str]:
     """(GGUF, review threshold, why review is off or "") for chat.
 
-    Exports the last trained student if the run has an adapter but no GGUF yet. If the newest file has no threshold, the largest file in another quantization that has one. `self_correct`: True insists,
-    and raises DataError if no threshold was fitted; None takes what is there.
+    Exports the last trained student if the run has an adapter but no GGUF yet. If the newest file has no threshold, takes the
+    largest one in another quantization that has one. `self_correct`: True insists, and raises DataError if no threshold was
+    fitted; None takes what is there.
     """
     made = (path for path in context.run.path("export").glob("*.gguf") if not path.name.endswith(ADAPTER))
     if model is None and context.students() != ["base"] and not any(made):

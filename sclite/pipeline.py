@@ -296,7 +296,7 @@ def train_stage(context: Context, name: str, fresh: bool = False) -> Report:
     return context.add(report, f"{text.partition(':')[0]}: {counts}{adapted}")
 
 
-# -- evaluation ----------------------------------------------------------------------------------------------------
+# -- evaluation and plan ----------------------------------------------------------------------------------------------------
 
 
 def require_sft(context: Context) -> None:
@@ -335,3 +335,24 @@ def evaluate_students(context: Context, names: Sequence[str]) -> dict[str, Any]:
     if trained := [name for name in names if name in STUDENTS]:
         exports.export(context, trained)
     return evaluation.evaluate(context, names, held_out)
+
+
+def report_plan(context: Context) -> None:
+    """Print what a whole run will cost, take and need, or raise DeviceError. Writes and sends nothing."""
+    from sclite.inspect.plan import plan_training
+
+    with context.display.wait("planning the run"):
+        plan = plan_training(context)
+    if misfits := [name for name, stage in plan["stages"].items() if stage["fits"] is False]:
+        message = f"{', '.join(misfits)} will not fit in GPU memory"
+        raise DeviceError(message, "`sclite train --plan` shows settings that fit")
+    if not context.run.is_imported("templates", "templates.jsonl"):
+        with context.display.wait("estimating the cost of templates"):
+            found = forecast(replace(context, dry=True, display=ProgressDisplay(quiet=True)))
+        cost = "unknown cost" if found["cost_usd"] is None else f"about ${found['cost_usd']:.2f}"
+        model = context.config.teacher.model
+        context.display.print(f"plan: {found['requests']:,} templates by {model}, {cost}")
+    needs = ", ".join(f"{name} {stage['total_gb']:.1f} GB" for name, stage in plan["stages"].items())
+    where = "host RAM" if plan["gpu"] is None else f"of {plan['gpu']['free_gb']:.0f} GB GPU memory"
+    hours = "unknown until the first steps" if plan["hours"] is None else f"about {plan['hours']:.1f} h"
+    context.display.print(f"plan: training needs {needs} ({where}); time {hours}")

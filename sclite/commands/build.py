@@ -1,12 +1,11 @@
 """The commands that build data and train: build-data, train and run."""
 
-from dataclasses import replace
 from typing import Annotated
 
 import typer
 
 from sclite import console
-from sclite.errors import DeviceError, UsageError
+from sclite.errors import UsageError
 from sclite.options import (
     Common,
     FreshOption,
@@ -133,8 +132,6 @@ def run(
     """
     from sclite import pipeline
     from sclite.inspect import summaries
-    from sclite.inspect.plan import plan_training
-    from sclite.progress import ProgressDisplay
     from sclite.student.loader import model_name, select_gpu
 
     chosen = {"problems.source": problems, "problems.limit": limit, "teacher.max_cost": max_cost}
@@ -143,23 +140,7 @@ def run(
     pipeline.check_sources(context)
     with console.spinner("loading torch"):
         select_gpu(gpu)
-    # what it will cost, take and need; nothing is written or sent
-    with console.spinner("planning the run"):
-        plan = plan_training(context)
-    if misfits := [name for name, stage in plan["stages"].items() if stage["fits"] is False]:
-        message = f"{', '.join(misfits)} will not fit in GPU memory"
-        raise DeviceError(message, "`sclite train --plan` shows settings that fit")
-    if not context.run.is_imported("templates", "templates.jsonl"):
-        with console.spinner("estimating the cost of templates"):
-            quiet = replace(context, dry=True, display=ProgressDisplay(quiet=True))
-            found = pipeline.forecast(quiet)
-        cost = "unknown cost" if found["cost_usd"] is None else f"about ${found['cost_usd']:.2f}"
-        templates = f"{found['requests']:,} templates by {context.config.teacher.model}, {cost}"
-        context.display.print(f"plan: {templates}")
-    needs = ", ".join(f"{name} {stage['total_gb']:.1f} GB" for name, stage in plan["stages"].items())
-    where = "host RAM" if plan["gpu"] is None else f"of {plan['gpu']['free_gb']:.0f} GB GPU memory"
-    hours = "unknown until the first steps" if plan["hours"] is None else f"about {plan['hours']:.1f} h"
-    context.display.print(f"plan: training needs {needs} ({where}); time {hours}")
+    pipeline.report_plan(context)
     context.ask_before_paying = not yes
     with context.run.recording(context.config):
         if pipeline.has_problems(context):

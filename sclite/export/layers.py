@@ -118,8 +118,9 @@ def check_merge(base: Path, adapter: Path, merged: Path) -> None:
             name = path.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
             saved[name if name == "lm_head.weight" else weights.base_name(path)] = path
 
-    wrong = min(set(written) ^ {*weights.base, *saved}, default=None)
-    for name in () if wrong else written:
+    wrong = min(set(written) ^ {*weights.base, *saved}, default=None)  # one that is missing, or too many
+    names = written if wrong is None else ()
+    for name in names:
         given = weights[saved[name]] if name in saved else weights.base[name]
         whole, given = torch.atleast_1d(written[name], given)
         rows, dtype = slice(None, None, max(1, -(-len(whole) // ROWS))), whole.dtype  # every n-th row
