@@ -93,7 +93,8 @@ def write_model(folder: Path, layers: int) -> None:
     lora, size = {}, 0
     for name, parameter in model.named_parameters():
         count = parameter.numel()
-        tensor = half.repeat(-(-count // len(half)))[:count].reshape(parameter.shape)
+        # a copy: a view would keep the whole of what it is cut from
+        tensor = half.repeat(-(-count // len(half)))[:count].clone().reshape(parameter.shape)
         if size + tensor.nbytes > 500_000_000 and shards[-1]:
             shards.append({})
             size = 0
