@@ -293,7 +293,9 @@ class Review(Section):
         None, "log-odds of an error from which a step is corrected (default: fitted by train and eval)"
     )
     rounds: int = setting(1, "maximum number of review rounds per answer", ge=0, le=8)
-    max_harm: float = setting(0.005, "share of answers that a threshold may spoil (test at 5 %)", ge=0, le=1)
+    max_harm: float = setting(
+        0.005, "share of answers that a fitted threshold may spoil (test at 5 %)", ge=0, le=1
+    )
 
     @property
     def needs_fit(self) -> bool:

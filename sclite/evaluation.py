@@ -128,8 +128,8 @@ def evaluate(
                 settings = config.attempts.model_copy(update={"student": name})
                 with context.endpoint(settings, "eval") as endpoint:
                     student = Counted(endpoint, 2 * number, 0, partial(advance, name, number))
-                    given = (held_out, grader, judge, str(endpoint.version))
-                    found = evaluate_model(free, run, name, student, Path(), *given)
+                    version = str(endpoint.version)
+                    found = evaluate_model(free, run, name, student, Path(), held_out, grader, judge, version)
                 figures[name] = found | {"file": "", "bytes": 0, "made_from": ""}
         progress(total, total)
     context.display.done("eval", f"eval: {', '.join(names)}")

@@ -107,7 +107,10 @@ def build_templates(context: Context, fresh: bool = False) -> Report:
 
 
 def forecast(context: Context, part: str = "templates") -> dict[str, Any]:
-    """The first request of build_templates, or of build_corrections, and the cost of all; sends nothing."""
+    """The first request of build_templates, or of build_corrections, and the cost of all; sends nothing.
+
+    Raises DataError for corrections before there are attempts.
+    """
     from sclite.data.attempts import deduplicate
     from sclite.data.corrections import correction_jobs, count_pending_corrections, split_usable
     from sclite.data.templates import template_jobs
@@ -128,7 +131,7 @@ def forecast(context: Context, part: str = "templates") -> dict[str, Any]:
             missing = [row for row in (*split.sft, *split.stage2) if row.id not in known]
             lengths, more = [len(row.solution or row.answer) for row in missing], 120
             jobs = template_jobs(config, missing, grader)
-        # a reply is half as long again as the work or solution that it starts from, a template's tags and rule come on top
+        # a reply is half as long again as the work or solution that it starts from; a template's tags and rule are more
         tokens = more + 1.5 * sum(lengths) / max(1, len(lengths)) / CHARACTERS_PER_TOKEN
         return teacher.preview(jobs, tokens, part)
 

@@ -44,10 +44,15 @@ class HeldOut:
 
 
 def review_answers(
-    student: Student, first: FirstAnswers, config: Config, grader: Grader, limit: float, judge: Judge | None
+    student: Student,
+    first: FirstAnswers,
+    config: Config,
+    grader: Grader,
+    threshold: float,
+    judge: Judge | None,
 ) -> list[Outcome]:
-    """Turn 2: review each first answer, with the threshold `limit`, and grade the result."""
-    settings, mode = review_settings(config, limit), config.review.mode
+    """Turn 2: review each first answer and grade the result."""
+    settings, mode = review_settings(config, threshold), config.review.mode
     asked = zip(first.problems, first.parsed, strict=True)
     scripts = [review(problem.question, parsed.trace, settings, mode) for problem, parsed in asked]
     reviewed = run_together(student, scripts)

@@ -58,7 +58,7 @@ class Grader(contextlib.AbstractContextManager["Grader"]):
             self.idle.put(HelperProcess("answer grader", *WORKER, "pip install 'math-verify[antlr4_13_2]'"))
 
     def __exit__(self, *_: object) -> None:
-        """End the workers. The grader can still be used, and then starts new ones."""
+        """End the idle workers. The grader can still be used, and then starts new ones."""
         for worker in self.idle.queue:
             worker.end()
 

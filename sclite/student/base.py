@@ -91,10 +91,11 @@ class Student(Protocol):
 
 
 class Counted(Student):
-    """A student whose work is counted for the progress of evaluations: passes all on to `student`, which is to write `texts` (corrections not counted) and give `scores`.
+    """A student whose work is counted while it works, for the progress of evaluations.
 
-    After each reply or score, `report` gets the number of texts, at most `texts`, the share of the work done (a score
-    weighs as much as a text), and a note such as "40 texts written, 12 reviewed".
+    Passes everything on to `student`, which is to write `texts` (corrections not counted) and give `scores`. After each
+    reply or score, `report` gets the number of texts, at most `texts`, the share of the work done (a score weighs as much
+    as a text), and a note such as "40 texts written, 12 reviewed".
     """
 
     def __init__(self, student: Student, texts: int, scores: int, report: Callable[[int, float, str], None]):

@@ -228,8 +228,8 @@ def test_fit_stops_at_its_share(known_with):
     known.wrong_step = [number % 3 for number in range(len(MANY))]
     known.fit(max_harm=1.0)
     assert known.solved == len(MANY)
-    low = threshold.MAX_SHARE  # of those of the first half alone too
-    assert low <= known.share_tried < low + threshold.BLOCK
+    most = threshold.MAX_SHARE + threshold.BLOCK
+    assert threshold.MAX_SHARE <= known.share_tried < most  # those of the first half alone too
 
 
 def test_blocks_without_a_wrong_answer_do_not_stop_the_fit(known_with):
@@ -247,7 +247,10 @@ def test_blocks_without_a_wrong_answer_do_not_stop_the_fit(known_with):
 def test_correction_that_changes_nothing_neither_spoils_nor_fixes(known_with, monkeypatch):
     known = known_with(8.0)
     same = [Reviewed(accused=1, note=SAME_RESULT), Reviewed(note="no answer after the correction")]
-    unchanged = lambda _, cases, __: [same[i % 2] for i, _ in enumerate(cases)]  # noqa: E731
+
+    def unchanged(student, cases, settings):
+        return [same[i % 2] for i, _ in enumerate(cases)]
+
     monkeypatch.setattr(threshold, "correct_steps", unchanged)
     fitted = known.fit(0.01)
     assert (fitted.threshold, fitted.wrong_to_right, fitted.right_to_wrong) == (None, 0.0, 0.0)

@@ -275,7 +275,7 @@ def test_if_no_row_fits_the_largest_length_within_the_positions_is_suggested():
     assert chosen.fits is False
     assert chosen.setting.length == 1024 == largest_length(found, replace(wanted, micro_batch=1), free)
     assert "1024 tokens would fit, 4096 do not" in chosen.verdict
-    assert largest_length(found, replace(wanted, micro_batch=1), 500 * GB) == 4096
+    assert largest_length(found, replace(wanted, micro_batch=1, length=2048), 500 * GB) == 4096
 
 
 @pytest.mark.parametrize(
