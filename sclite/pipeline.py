@@ -299,7 +299,7 @@ def train_stage(context: Context, name: str, fresh: bool = False) -> Report:
     return context.add(report, f"{text.partition(':')[0]}: {counts}{adapted}")
 
 
-# -- evaluation and plan ----------------------------------------------------------------------------------------------------
+# -- evaluation and plan -------------------------------------------------------------------------------------------
 
 
 def require_sft(context: Context) -> None:

@@ -89,7 +89,9 @@ def teacher_messages(
 ) -> Messages:
     """The chat of the teacher or the inspector with the prompt `name`, which sees the gold solution.
 
-    `work` is what it corrects or inspects; `error` says why its last reply failed.
+    `work` is what is corrected or inspected; `error` says why the last reply of the teacher failed.
     """
     given = {"question": question, "solution": solution, "answer": answer}
-    return _messages(name, folder, **given, work=work, error=error)
+    given |= {"work": work} if name != "teacher_template" else {}
+    given |= {"error": error} if name.startswith("teacher") else {}
+    return _messages(name, folder, **given)

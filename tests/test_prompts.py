@@ -33,6 +33,13 @@ def test_teacher_sees_the_solution_and_why_its_reply_failed():
     assert "could not be used: no step 2." in text_of(again)
 
 
+@pytest.mark.parametrize(("name", "value"), [("teacher_template", "work"), ("inspector_template", "error")])
+def test_prompt_with_a_value_that_would_always_be_empty_is_refused(tmp_path, name, value):
+    (tmp_path / f"{name}.txt").write_text(f"It is {{{{ {value} }}}}.")
+    with pytest.raises(DataError, match=f"'{value}' is undefined"):
+        prompts.teacher_messages(name, "Q?", "the way", "41", folder=str(tmp_path))
+
+
 def test_custom_prompt_replaces_only_the_shipped_one_in_a_folder_that_exists(tmp_path):
     (tmp_path / "student_solve.txt").write_text("Please: {{ question }}\n")
     mine = prompts.solve_messages("How many?", str(tmp_path))

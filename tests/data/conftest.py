@@ -1,4 +1,4 @@
-"""Fixtures of the data stages: a real grader, an API key, and files of rows."""
+"""Fixtures of the data stages: files of rows, a grader that is unsure, and the warnings of a stage."""
 
 import pytest
 
