@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 
 TAG = re.compile(  # possessive (*+), so that a thousand blanks after a < are not split in every way
     r"<[ \t]*+(/?)[ \t]*+(step|key|cause|correction|generali[sz](?:ed|ation)|(?:final[ \t_]?)?answer)[ \t_-]*+(\d{0,4})"
-    r'[ \t]*+(?:(?<=[ \t])[\w-]++="[^"<>\n]{0,80}+"[ \t]*+)*+:?[ \t]*+>',
+    r'[ \t]*+(?>(?:(?<=[ \t])[\w-]++="[^"<>\n]{0,80}+"[ \t]*+)*):?[ \t]*+>',  # (?:..)*+ fails in Python 3.11.2
     re.I | re.A,
 )
 """A tag as models write it; groups: the slash of a closing tag, the name, the number of a step."""
 _BOLD = re.compile(rf"\*\*[ \t]*+({TAG.pattern})[ \t]*+\*\*", re.I | re.A)
-_DECORATION = re.compile(r"(?:[\s*`]|\\n)*+")
+_DECORATION = re.compile(r"(?>(?:[\s*`]|\\n)*)")
 """Harmless between tags: bold, code fences, line ends that were escaped twice."""
 _WIDE = str.maketrans("＜＞／", "<>/")
 _NAMES = r"(?:think|thinking|thoughts?|reasoning|scratchpad|budget:thinking)"
