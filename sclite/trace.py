@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 TAG = re.compile(  # possessive (*+), so that a thousand blanks after a < are not split in every way
     r"<[ \t]*+(/?)[ \t]*+(step|key|cause|correction|generali[sz](?:ed|ation)|(?:final[ \t_]?)?answer)[ \t_-]*+(\d{0,4})"
-    r'[ \t]*+(?>(?:(?<=[ \t])[\w-]++="[^"<>\n]{0,80}+"[ \t]*+)*):?[ \t]*+>',  # (?:..)*+ fails in Python 3.11.2
+    r'[ \t]*+(?>(?:(?<=[ \t])[\w-]++="[^"<>\n]{0,80}+"[ \t]*+)*):?[ \t]*+>',  # a possessive group fails in Python 3.11.2
     re.I | re.A,
 )
 """A tag as models write it; groups: the slash of a closing tag, the name, the number of a step."""

@@ -139,7 +139,7 @@ def test_help_waits_for_neither_pydantic_nor_rich():
 
 # -- size and names ------------------------------------------------------------------------------------------------
 
-MOST_LINES, LEAST_MEAN_LENGTH, MOST_CALLED_ONCE = 20_100, 15.0, 155
+MOST_LINES, LEAST_MEAN_LENGTH, MOST_CALLED_ONCE = 20_040, 15.0, 154
 PRIVATE_ELSEWHERE = {
     "export/test_datasets.py _prepare_dataset",  # of TRL
     "student/llama_cpp/test_engine.py _step",
@@ -338,6 +338,14 @@ def test_nobody_swallows_every_exception():
                 again = any(isinstance(n, ast.Raise) and n.exc is None for n in ast.walk(node))
                 wrong += [f"{module}:{node.lineno}"] if every and not again else []
     assert wrong == []
+
+
+def test_no_pattern_has_a_possessive_group():
+    """Python 3.11.2, which is Debian 12's, never matches some of them; an atomic group says the same."""
+    found = [
+        name for name, path in FILES.items() if re.search(r"\)[*+?]\+", path.read_text(encoding="utf-8"))
+    ]
+    assert found == []
 
 
 def test_every_module_says_in_its_first_line_what_it_is():
