@@ -166,9 +166,13 @@ def converter() -> Path:
         with tarfile.open(archives[0]) as archive:
             for member in archive:
                 parts = PurePosixPath(member.name).parts  # <package>/vendor/llama.cpp/..
-                if member.isfile() and parts[1:3] == ("vendor", "llama.cpp") and parts[3] in EXTRACTED:
-                    member.name = "/".join(parts[3:])
-                    archive.extract(member, part, filter="data")
+                if not member.isfile() or parts[1:3] != ("vendor", "llama.cpp") or ".." in parts:
+                    continue
+                source = archive.extractfile(member)  # Python 3.11.2 has no extract(filter=..)
+                if parts[3] in EXTRACTED and source is not None:
+                    target = part.joinpath(*parts[3:])
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(source.read())
     shutil.rmtree(folder, ignore_errors=True)
     return part.replace(folder)
 

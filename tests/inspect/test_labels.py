@@ -36,7 +36,8 @@ def test_a_template_a_confirmation_and_a_correction_have_their_sequences(config,
     assert list(labels.as_json(confirmation)["sequences"]) == ["review"]
     made = labels.as_json(review)["sequences"]
     assert list(made) == ["review", "continued", "closed"]
-    assert weighted_text(made["review"]) == review.trace + "<|im_end|>"
+    after_the_wrong_step = review.trace[review.trace.index("<Cause>") :]  # its first one
+    assert weighted_text(made["review"]) == after_the_wrong_step + "<|im_end|>"
     assert weighted_text(made["continued"]).endswith(f"<Answer>{toy_problems()[1].answer}</Answer><|im_end|>")
     assert weighted_text(made["closed"], lambda weight: weight == 9.0).startswith("</")
     assert "Correction" not in weighted_text(made["closed"])
