@@ -34,7 +34,7 @@ from sclite.student.adapters import record_origin
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.llama_cpp.probe import check_gguf
 from sclite.student.loader import nf4_config
-from tests.toy import LINEAR, random_adapter, sample_texts, tiny_llama
+from tests.toy import LINEAR, random_adapter, sample_texts, tiny_llama, write_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -479,6 +479,21 @@ def test_token_that_the_gguf_splits_differently_fails_the_export(base, run, tmp_
     (folder / "tokenizer.json").write_text(json.dumps(kept), encoding="utf-8")
     with pytest.raises(ScliteError, match=r"the GGUF splits .*<Cause>.* into tokens") as error:
         export.export_model(config_of(folder), run, "sft")
+    assert error.value.code == FAILED
+    assert [path.name for path in run.path("export").iterdir()] == ["parity.json"]
+
+
+def test_foreign_tokenizer_fails_the_export(base, run, instead, tmp_path):
+    write_tokenizer(tmp_path, [text[::-1] for text in sample_texts()], vocab_size=512)
+
+    def convert_with_another(convert, folder, *given, **named):
+        for path in tmp_path.glob("tokenizer*"):
+            shutil.copyfile(path, folder / path.name)
+        return convert(folder, *given, **named)
+
+    instead("convert_model", convert_with_another)
+    with pytest.raises(ScliteError, match="the GGUF splits") as error:
+        export.export_model(config_of(base), run, "sft")
     assert error.value.code == FAILED
     assert [path.name for path in run.path("export").iterdir()] == ["parity.json"]
 
