@@ -11,23 +11,16 @@ from sclite.config import Eval
 from sclite.context import Context
 from sclite.errors import DataError, UsageError
 from sclite.evaluate.baselines import measure_baseline
-from sclite.evaluate.evaluate import (
-    REPORT,
-    SUMMARY,
-    HeldOut,
-    Judge,
-    evaluate_model,
-    result_folder,
-    summary_notes,
-)
+from sclite.evaluate.evaluate import HeldOut, Judge, evaluate_model, summary_notes
 from sclite.evaluate.metrics import Outcome
 from sclite.evaluate.report import write_report
+from sclite.evaluate.results import REPORT, SUMMARY, result_folder
 from sclite.evaluate.threshold import MIN_PROBLEMS, is_current, load_threshold
 from sclite.export.model import gguf_path, source_digest
 from sclite.grading.worker import Grader
 from sclite.records import Drop, Problem, Template
 from sclite.student.adapters import STUDENTS
-from sclite.student.base import Counted
+from sclite.student.counted import Counted
 from sclite.student.llama_cpp.engine import Engine
 from sclite.train.metrics_logger import read_metrics
 
@@ -39,7 +32,8 @@ def held_out(context: Context, untrained: Sequence[Problem] = ()) -> HeldOut:
     of these, the threshold is fitted on them, and all of these are tested. Unusable rows are skipped, and so are
     problems that overlap the training data, which would measure memorization. dropped.jsonl names both.
     """
-    from sclite.data.problems import find_contaminated, load_problems, split_for_stages
+    from sclite.data.contamination import find_contaminated
+    from sclite.data.problems import load_problems, split_for_stages
     from sclite.data.sources import is_local_source
 
     settings, source = context.config.eval, context.config.eval.source

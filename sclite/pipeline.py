@@ -15,7 +15,7 @@ from sclite.config import Config
 from sclite.context import Context
 from sclite.errors import DataError, DeviceError, GpuMemoryError, UsageError
 from sclite.progress import Progress, ProgressDisplay
-from sclite.records import FEEDBACK, Attempt, Problem, Review, Template
+from sclite.records import FEEDBACK, Problem, Review
 from sclite.run import Report, Run
 from sclite.student.adapters import STUDENTS, adapter_weights
 
@@ -111,29 +111,16 @@ def forecast(context: Context, part: str = "templates") -> dict[str, Any]:
 
     Raises DataError for corrections before there are attempts.
     """
-    from sclite.data.attempts import deduplicate
-    from sclite.data.corrections import correction_jobs, count_pending_corrections, split_usable
-    from sclite.data.templates import template_jobs
+    from sclite.data import corrections, templates
     from sclite.grading.worker import Grader
-    from sclite.teacher.client import CHARACTERS_PER_TOKEN
 
     config, run = context.config, context.run
     with Grader() as grader, context.teacher() as teacher:
+        given: dict[str, Any] = {"teacher": teacher, "grader": grader}
         if part == "corrections":
-            hint = "run without --dry-run: it samples the attempts first, then shows what the rest will cost"
-            attempts = deduplicate(run.require("attempts.jsonl", Attempt, hint))
-            wrong = split_usable(attempts)[0] if count_pending_corrections(config, run) else []
-            lengths, more = [len(row.trace) for row in wrong], 0
-            jobs = correction_jobs(config, run, grader, wrong)
-        else:
-            split = divided_problems(context, reread=True)
-            known = {row.id for row in run.rows("templates.jsonl", Template, whole=False)}
-            missing = [row for row in (*split.sft, *split.stage2) if row.id not in known]
-            lengths, more = [len(row.solution or row.answer) for row in missing], 120
-            jobs = template_jobs(config, missing, grader)
-        # a reply is half as long again as the work or solution that it starts from; a template's tags and rule are more
-        tokens = more + 1.5 * sum(lengths) / max(1, len(lengths)) / CHARACTERS_PER_TOKEN
-        return teacher.preview(jobs, tokens, part)
+            return corrections.preview_corrections(config, run, **given)
+        split = divided_problems(context, reread=True)
+        return templates.preview_templates(config, run, problems=[*split.sft, *split.stage2], **given)
 
 
 # -- attempts, corrections and pairs -------------------------------------------------------------------------------

@@ -84,14 +84,24 @@ def review_messages(question: str, work: str, folder: str = "") -> Messages:
     return _messages("student_review", folder, question=question, work=work)
 
 
-def teacher_messages(
-    name: str, question: str, solution: str, answer: str, work: str = "", error: str = "", folder: str = ""
+def template_messages(
+    question: str, solution: str, answer: str, error: str = "", folder: str = ""
 ) -> Messages:
-    """The chat of the teacher or the inspector with the prompt `name`, which sees the gold solution.
-
-    `work` is what is corrected or inspected; `error` says why the last reply of the teacher failed.
-    """
+    """The chat in which the teacher rewrites a gold solution as a trace; `error` says why its last reply failed."""
     given = {"question": question, "solution": solution, "answer": answer}
-    given |= {"work": work} if name != "teacher_template" else {}
-    given |= {"error": error} if name.startswith("teacher") else {}
-    return _messages(name, folder, **given)
+    return _messages("teacher_template", folder, **given, error=error)
+
+
+def correction_messages(
+    question: str, solution: str, answer: str, work: str, error: str = "", folder: str = ""
+) -> Messages:
+    """The chat in which the teacher corrects an attempt; the work comes last."""
+    given = {"question": question, "solution": solution, "answer": answer}
+    return _messages("teacher_correction", folder, **given, work=work, error=error)
+
+
+def inspection_messages(
+    name: str, question: str, solution: str, answer: str, work: str, folder: str = ""
+) -> Messages:
+    """The chat of the inspector: `name` is inspector_template or inspector_correction; the work comes last."""
+    return _messages(name, folder, question=question, solution=solution, answer=answer, work=work)

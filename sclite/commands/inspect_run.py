@@ -127,7 +127,7 @@ def report(*, common: Common) -> None:
 
     Without a display, prints its path.
     """
-    from sclite.evaluate.evaluate import REPORT, SUMMARY
+    from sclite.evaluate.results import REPORT, SUMMARY
     from sclite.run import Run
 
     run = Run(common.of_existing_run().load().run)
@@ -155,7 +155,7 @@ def runs(
 
     The stage is the last one that has begun; the accuracies are those of the student that was trained last.
     """
-    from sclite.evaluate.evaluate import summaries
+    from sclite.evaluate.results import summaries
     from sclite.inspect.status import DONE, NOT_BEGUN, read_status
     from sclite.run import Run
     from sclite.settings import RUN_FILE, load

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from sclite import prompts
 from sclite.config import Config
 from sclite.data.attempts import find_fatal_issue
-from sclite.data.problems import OVERLAPS, build_index, find_overlap, normalize_question, questions_to_avoid
+from sclite.data.contamination import build_index, find_overlap
+from sclite.data.problems import OVERLAPS, normalize_question, questions_to_avoid
 from sclite.grading.extract import answer_of
 from sclite.grading.worker import Grader
 from sclite.progress import Progress, no_progress

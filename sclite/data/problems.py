@@ -1,14 +1,13 @@
 """The problems of a run: read from a file or the Hub, deduplicated, decontaminated, and split between the stages."""
 
 import hashlib
-import re
-import unicodedata
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from sclite.config import Config, Source
+from sclite.data.contamination import NGRAM, Question, build_index, find_contaminated, find_overlap
 from sclite.data.problem_rows import FORMS, read_problem, read_question
 from sclite.data.sources import BadRow, is_local_source, read_rows
 from sclite.errors import DataError, NetworkError, UsageError
@@ -16,12 +15,6 @@ from sclite.records import Drop, Problem, from_feedback
 from sclite.run import Report, Run, timed
 from sclite.signature import digest
 
-NGRAM = 13
-"""Words in a row that two problems share if they overlap: the criterion of GPT-3 (Brown et al. 2020, appendix C)."""
-_WORD = re.compile(r"\w+")
-_SIGN = re.compile(r"\w+|[^\w\s.,;:!?\"'`’‘“”$]")
-Question = tuple[str, str]
-"""(the name that reports use, the text)."""
 OVERLAPS = "overlaps_evaluation"
 _OVERLAP = f"{{}}: shares {NGRAM} words in a row, or the whole question, with {{}}"
 FIT_COUNT = 50
@@ -191,40 +184,6 @@ def split_problems(config: Config, problems: Iterable[Problem]) -> Split:
 
 
 # -- questions that must not be trained on -------------------------------------------------------------------------
-# A question of fewer than NGRAM words overlaps only with an identical one, signs included: `What is 2 + 1?` is not
-# `What is 2 - 1?`.
-
-
-def ngram_hashes(question: str) -> Iterator[int]:
-    """A hash of every 13-gram, or of the whole question if it is shorter; valid within this process only."""
-    text = unicodedata.normalize("NFKC", question).lower()
-    words = _WORD.findall(text)
-    if len(words) < NGRAM:
-        yield hash(tuple(_SIGN.findall(text)))
-    for start in range(len(words) - NGRAM + 1):
-        yield hash(tuple(words[start : start + NGRAM]))
-
-
-def build_index(questions: Iterable[Question], wanted: Container[int] | None = None) -> dict[int, str]:
-    """{n-gram hash: name of the first question that contains it}, of the `wanted` hashes (default: all)."""
-    index: dict[int, str] = {}
-    for name, question in questions:
-        for ngram in ngram_hashes(question):
-            if wanted is None or ngram in wanted:
-                index.setdefault(ngram, name)
-    return index
-
-
-def find_overlap(question: str, index: Mapping[int, str]) -> str | None:
-    """The name of an indexed question that overlaps this one, or None."""
-    return next((index[ngram] for ngram in ngram_hashes(question) if ngram in index), None) if index else None
-
-
-def find_contaminated(problems: Sequence[Problem], training: Iterable[Question]) -> dict[str, str]:
-    """{problem id: name of an overlapping training question}; memory grows with `problems`, not with `training`."""
-    index = build_index(training, {ngram for p in problems for ngram in ngram_hashes(p.question)})
-    found = {problem.id: find_overlap(problem.question, index) for problem in problems}
-    return {id_: name for id_, name in found.items() if name is not None}
 
 
 def questions_to_avoid(config: Config) -> Iterator[Question]:

@@ -3,7 +3,6 @@
 Gold answers are used for grading only, never to decide when to stop.
 """
 
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,6 @@ from sclite.student.self_correction import NEVER, NO_REPLY, correct_steps, revie
 from sclite.trace import Trace, render
 
 NO_STEPS = "its answers have no steps"
-SUMMARY, REPORT = "summary.json", "report.html"
 Judge = Callable[[str, Trace], int | None]
 """(question, trace) -> the first wrong step (from 1), or None if all are right."""
 
@@ -177,16 +175,12 @@ def summary_notes(figures: Mapping[str, Any], held_out: HeldOut, max_tokens: int
     """What a reader of the figures of all students must know."""
     notes = [f"skipped {reason.replace('_', ' ')}: {n:,}" for reason, n in held_out.dropped.items()]
     notes += [f"review is off for {name}: {each['off']}" for name, each in figures.items() if each["off"]]
-    sft, dpo = figures.get("sft"), figures.get("dpo")
-    if (
-        sft
-        and dpo
-        and None not in (sft["acc_t1"], dpo["acc_t1"])
-        and dpo["acc_t1"] < sft["acc_t1_interval"][0]
-    ):
-        shares = f"{100 * sft['acc_t1']:.1f} → {100 * dpo['acc_t1']:.1f} % right"
-        hint = "lower warmup.learning_rate, or raise warmup.replay_share"
-        notes.append(f"stage 2 made first answers worse, {shares}; {hint}")
+    if {"sft", "dpo"} <= figures.keys():
+        before, after = (figures[name]["acc_t1"] for name in ("sft", "dpo"))
+        if None not in (before, after) and after < figures["sft"]["acc_t1_interval"][0]:
+            shares = f"{100 * before:.1f} → {100 * after:.1f} % right"
+            hint = "lower warmup.learning_rate, or raise warmup.replay_share"
+            notes.append(f"stage 2 made first answers worse, {shares}; {hint}")
     cut = {name: each for name, each in figures.items() if each["cut"] > each["n"] / 100}
     if cut:
         counts = ", ".join(f"{name} {each['cut']} of {each['n']}" for name, each in cut.items())
@@ -198,27 +192,3 @@ def summary_notes(figures: Mapping[str, Any], held_out: HeldOut, max_tokens: int
         if fitted and fitted.threshold is not None and (earlier or fitted.given_up):
             notes.append(f"review threshold of {name}: {fitted.summary}")
     return notes
-
-
-# -- result folders: one per dataset and limit in the run ----------------------------------------------------------
-
-
-def result_folder(
-    run: Run, dataset: str, names: Sequence[str], limit: int | None, default: int | None
-) -> str:
-    """eval/<names>, plus -limit-<N> if the limit is not the `default`, plus a hash if another dataset uses that name.
-
-    `dataset` is a path or Hub ID.
-    """
-    parts = [*filter(None, names), *([] if limit == default else [f"limit-{limit or 'none'}"])]
-    name = re.sub(r"[^A-Za-z0-9.-]+", "-", "-".join(parts)).strip("-.")[:100] or "problems"
-    existing = run.read_json(f"eval/{name}/{SUMMARY}", dict[str, Any])
-    taken = existing is not None and existing.get("dataset") != dataset
-    return f"eval/{name}-{digest(dataset)[:6]}" if taken else f"eval/{name}"
-
-
-def summaries(run: Run, shape: Any = dict[str, Any]) -> list[Any]:
-    """The summaries of all results of a run as `shape`, newest first."""
-    paths = sorted(run.folder.glob(f"eval/*/{SUMMARY}"), key=lambda path: -path.stat().st_mtime_ns)
-    found = (run.read_json(str(path.relative_to(run.folder)), shape) for path in paths)
-    return [summary for summary in found if summary is not None]

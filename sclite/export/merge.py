@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from sclite.errors import DataError, ScliteError
 from sclite.export.tensors import Tensors, open_tensors, read_json
-from sclite.student.adapters import Origin, fingerprint, read_origin
+from sclite.student.origin import Origin, fingerprint, read_origin
 
 if TYPE_CHECKING:
     import torch

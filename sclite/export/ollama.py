@@ -15,12 +15,12 @@ from sclite.export.model import gguf_path
 from sclite.export.tensors import read_json
 from sclite.files import write_text
 from sclite.run import Run
-from sclite.student.adapters import read_origin
 from sclite.student.base import Request
 from sclite.student.chat_template import render_chat
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.llama_cpp.sequence import TokenSequence
 from sclite.student.ollama_api import call_ollama, ollama_url
+from sclite.student.origin import read_origin
 
 REPLY_TOKENS, LOADING_SECONDS = 64, 600
 NEAR_TIE = 0.1

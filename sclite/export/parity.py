@@ -14,12 +14,12 @@ from sclite.export.layers import load_layered
 from sclite.export.merge import BaseWeights
 from sclite.export.samples import TRICKY, Sample
 from sclite.export.tensors import read_gguf
-from sclite.student.adapters import read_origin
 from sclite.student.base import Request
 from sclite.student.cuda_memory import available_ram
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.llama_cpp.sequence import TokenSequence
 from sclite.student.loader import nf4_config
+from sclite.student.origin import read_origin
 from sclite.student.tokenization import end_id, piece_ids, prompt_ids
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from sclite.data import attempts, corrections, pairs, templates
 from sclite.data.problems import split_problems
 from sclite.data.sources import is_local_source
 from sclite.errors import DataError, ScliteError
-from sclite.evaluate.evaluate import summaries
+from sclite.evaluate.results import summaries
 from sclite.evaluate.threshold import FILE as THRESHOLDS
 from sclite.evaluate.threshold import Fitted, prompts_digest
 from sclite.export import model as export

@@ -7,7 +7,8 @@ from sclite import evaluation, exports, pipeline
 from sclite.config import Config
 from sclite.context import Context
 from sclite.data.problems import split_problems
-from sclite.evaluate.evaluate import HeldOut, result_folder
+from sclite.evaluate.evaluate import HeldOut
+from sclite.evaluate.results import result_folder
 from sclite.progress import ProgressDisplay
 from sclite.quickstart import tutor
 from sclite.quickstart.grammar import solve

@@ -20,7 +20,7 @@ from sclite.progress import Progress, no_progress
 from sclite.records import Drop
 from sclite.run import Report, Run, timed
 from sclite.signature import differences, digest
-from sclite.student.adapters import adapter_weights, record_origin
+from sclite.student.adapters import adapter_weights
 from sclite.student.loader import (
     EMBEDDED,
     fetch_model,
@@ -29,6 +29,7 @@ from sclite.student.loader import (
     model_name,
     select_backend,
 )
+from sclite.student.origin import record_origin
 from sclite.student.tokenization import end_id, prompt_ids, prompt_text
 from sclite.train.checkpoints import Checkpoints, sync_folder
 from sclite.train.micro_batch import choose_micro_batch

@@ -5,7 +5,8 @@ import pytest
 
 from sclite.config import Config
 from sclite.context import Context
-from sclite.data.problems import build_index, find_contaminated, find_overlap, gather_problems
+from sclite.data.contamination import build_index, find_contaminated, find_overlap
+from sclite.data.problems import gather_problems
 from sclite.errors import DataError, NetworkError
 from sclite.evaluation import held_out
 from sclite.progress import ProgressDisplay

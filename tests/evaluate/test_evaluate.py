@@ -11,7 +11,7 @@ from sclite.evaluate.metrics import Outcome, compute_metrics
 from sclite.evaluate.threshold import Fitted, store_threshold
 from sclite.inspect.summaries import print_example, print_results
 from sclite.records import Problem
-from sclite.student.base import Counted
+from sclite.student.counted import Counted
 from sclite.trace import Step, Trace, render
 from tests.toy import SameVerdict, ScriptedStudent
 

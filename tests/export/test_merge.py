@@ -14,7 +14,7 @@ from sclite.export import layers
 from sclite.export import merge as module
 from sclite.export.merge import merge
 from sclite.export.tensors import Tensors
-from sclite.student.adapters import record_origin
+from sclite.student.origin import record_origin
 from tests.toy import LINEAR, merged_by_peft, random_adapter, tiny_llama
 
 PATTERNS = {

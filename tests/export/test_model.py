@@ -30,10 +30,10 @@ from sclite.export.merge import BaseWeights
 from sclite.progress import ProgressDisplay
 from sclite.records import Template
 from sclite.run import Report, Run
-from sclite.student.adapters import record_origin
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.llama_cpp.probe import check_gguf
 from sclite.student.loader import nf4_config
+from sclite.student.origin import record_origin
 from tests.toy import LINEAR, random_adapter, sample_texts, tiny_llama, write_tokenizer
 
 

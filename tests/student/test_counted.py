@@ -1,6 +1,7 @@
 """The count of a student's work."""
 
-from sclite.student.base import Counted, Reply, Request, ScoreRequest, Scores, Student
+from sclite.student.base import Reply, Request, ScoreRequest, Scores, Student
+from sclite.student.counted import Counted
 
 
 class Echo(Student):

@@ -1,0 +1,31 @@
+"""Result folders of an evaluation: one per dataset and limit in the run."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from sclite.run import Run
+from sclite.signature import digest
+
+SUMMARY, REPORT = "summary.json", "report.html"
+
+
+def result_folder(
+    run: Run, dataset: str, names: Sequence[str], limit: int | None, default: int | None
+) -> str:
+    """eval/<names>, plus -limit-<N> if the limit is not the `default`, plus a hash if another dataset uses that name.
+
+    `dataset` is a path or Hub ID.
+    """
+    parts = [*filter(None, names), *([] if limit == default else [f"limit-{limit or 'none'}"])]
+    name = re.sub(r"[^A-Za-z0-9.-]+", "-", "-".join(parts)).strip("-.")[:100] or "problems"
+    existing = run.read_json(f"eval/{name}/{SUMMARY}", dict[str, Any])
+    taken = existing is not None and existing.get("dataset") != dataset
+    return f"eval/{name}-{digest(dataset)[:6]}" if taken else f"eval/{name}"
+
+
+def summaries(run: Run, shape: Any = dict[str, Any]) -> list[Any]:
+    """The summaries of all results of a run as `shape`, newest first."""
+    paths = sorted(run.folder.glob(f"eval/*/{SUMMARY}"), key=lambda path: -path.stat().st_mtime_ns)
+    found = (run.read_json(str(path.relative_to(run.folder)), shape) for path in paths)
+    return [summary for summary in found if summary is not None]
