@@ -206,11 +206,6 @@ class TrainingStage(Section):
     early_stopping_patience: int = setting(0, "stop after N evaluations without progress; 0: never", ge=0)
     tensorboard: bool = setting(False, "write TensorBoard files in addition to metrics.jsonl")
 
-    def signed_settings(self) -> dict[str, Any]:
-        """The settings that affect what is learned."""
-        neutral = {"per_device_train_batch_size", "padding_free", "checkpoints", "tensorboard"}
-        return self.model_dump(mode="json", exclude=neutral)
-
 
 class Sft(TrainingStage):
     """Stage 1: supervised fine-tuning on templates."""

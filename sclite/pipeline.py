@@ -15,7 +15,7 @@ from sclite.config import Config
 from sclite.context import Context
 from sclite.errors import DataError, DeviceError, GpuMemoryError, UsageError
 from sclite.progress import Progress, ProgressDisplay
-from sclite.records import FEEDBACK, Problem, Review
+from sclite.records import FEEDBACK, Attempt, Problem, Review, Template
 from sclite.run import Report, Run
 from sclite.student.adapters import STUDENTS, adapter_weights
 
@@ -111,26 +111,38 @@ def forecast(context: Context, part: str = "templates") -> dict[str, Any]:
 
     Raises DataError for corrections before there are attempts.
     """
-    from sclite.data import corrections, templates
+    from sclite.data.attempts import deduplicate
+    from sclite.data.corrections import correction_jobs, count_pending_corrections, split_usable
+    from sclite.data.templates import template_jobs
     from sclite.grading.worker import Grader
+    from sclite.teacher.client import CHARACTERS_PER_TOKEN
 
     config, run = context.config, context.run
     with Grader() as grader, context.teacher() as teacher:
-        given: dict[str, Any] = {"teacher": teacher, "grader": grader}
         if part == "corrections":
-            return corrections.preview_corrections(config, run, **given)
+            hint = "run without --dry-run: it samples the attempts first, then shows what the rest will cost"
+            attempts = deduplicate(run.require("attempts.jsonl", Attempt, hint))
+            wrong = split_usable(attempts)[0] if count_pending_corrections(config, run) else []
+            # a correction is half as long again as the attempt
+            tokens = 1.5 * sum(len(row.trace) for row in wrong) / max(1, len(wrong)) / CHARACTERS_PER_TOKEN
+            return teacher.preview(correction_jobs(config, run, grader, wrong), tokens, part)
         split = divided_problems(context, reread=True)
-        return templates.preview_templates(config, run, problems=[*split.sft, *split.stage2], **given)
+        existing = {row.id for row in run.rows("templates.jsonl", Template, whole=False)}
+        missing = [problem for problem in (*split.sft, *split.stage2) if problem.id not in existing]
+        solutions = sum(len(problem.solution or problem.answer) for problem in missing)
+        # a template is half as long again as the solution, and its tags and rule are about 120 tokens
+        tokens = 120 + 1.5 * solutions / max(1, len(missing)) / CHARACTERS_PER_TOKEN
+        return teacher.preview(template_jobs(config, missing, grader), tokens, part)
 
 
 # -- attempts, corrections and pairs -------------------------------------------------------------------------------
 
 
-def build_corrections(context: Context, with_feedback: bool = False) -> Report:
+def build_corrections(context: Context, alone: bool = False) -> Report:
     """The student's attempts at the problems of stage 2, and the teacher's corrections of them.
 
-    Imported attempts may be at any problem of the run, and need no student. `with_feedback` adds the answers that users
-    have judged in the chat since the last time.
+    Imported attempts may be at any problem of the run, and need no student. `alone`, not as a part of a training, it adds
+    the answers that users have judged in the chat since the last time, and builds the pairs if no warm-up comes first.
     """
     from sclite.data import attempts, corrections, feedback
 
@@ -152,7 +164,7 @@ def build_corrections(context: Context, with_feedback: bool = False) -> Report:
         right, wrong, unknown = (report.counts.get(name, 0) for name in ("right", "wrong", "unknown"))
         text = f"{right} right, {wrong} wrong{f', {unknown} unknown' if unknown else ''}{drops(report)}"
         context.add(report, f"attempts: {text}")
-        if with_feedback and judged:
+        if alone and judged:
             text = "feedback: the teacher solves questions without a gold answer"
             with paid_stage(context, "feedback", text) as given:
                 report = feedback.write_feedback(config, run, fit=split.fit, **given)
@@ -162,7 +174,12 @@ def build_corrections(context: Context, with_feedback: bool = False) -> Report:
     with paid_stage(context, "corrections", text) as given:
         report = corrections.write_corrections(config, run, **given)
     corrected, confirmed = (report.counts.get(name, 0) for name in ("corrected", "confirmed"))
-    return context.add(report, f"corrections: {corrected} corrected, {confirmed} confirmed{drops(report)}")
+    context.add(report, f"corrections: {corrected} corrected, {confirmed} confirmed{drops(report)}")
+    # imported attempts of which nothing has been trained give decisions alone
+    untrained = bool(config.attempts.source) and context.students() == ["base"]
+    if alone and (config.attempts.kind != "trained" or untrained):
+        build_pairs(context)
+    return report
 
 
 def sample_student(
@@ -186,13 +203,6 @@ def sample_student(
         if stage == "pairs":
             return pairs.write_pairs(config, run, **given)
         return attempts.write_attempts(config, run, problems=problems, **given)
-
-
-def can_build_pairs(context: Context) -> bool:
-    """Whether pairs can follow the corrections at once, rather than the warm-up of the student in training."""
-    # imported attempts of which nothing has been trained give decisions alone
-    attempts = context.config.attempts
-    return attempts.kind != "trained" or (bool(attempts.source) and context.students() == ["base"])
 
 
 def build_pairs(context: Context) -> Report:

@@ -3,9 +3,10 @@
 import pytest
 from pydantic import ValidationError
 
-from sclite.config import Config, Dpo
+from sclite.config import Config
 from sclite.errors import UsageError
 from sclite.settings import load
+from sclite.train.stage import training_inputs
 
 
 @pytest.fixture(autouse=True)
@@ -98,11 +99,18 @@ def test_malformed_settings_are_usage_errors(setting):
         load(None, [setting], {})
 
 
-def test_a_configuration_is_immutable_and_signs_only_what_has_an_effect():
+def test_a_configuration_is_immutable():
     with pytest.raises(ValidationError, match="frozen"):
         Config().sft.num_train_epochs = 2
-    assert Dpo(checkpoints=3, per_device_train_batch_size=2).signed_settings() == Dpo().signed_settings()
-    assert Dpo(beta=0.1).signed_settings() != Dpo().signed_settings()
+
+
+def test_only_what_has_an_effect_on_a_training_is_among_its_inputs(run):
+    def inputs(**settings):
+        config = Config.model_validate({"student": {"model": "embedded"}, "dpo": settings})
+        return training_inputs(config, run, "dpo")
+
+    assert inputs(checkpoints=3, per_device_train_batch_size=2) == inputs()
+    assert inputs(beta=0.1) != inputs()
 
 
 @pytest.mark.parametrize(

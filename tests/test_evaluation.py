@@ -59,18 +59,21 @@ def write_gguf(context, name, content=b""):
 
 
 def test_chat_uses_the_configured_the_newest_or_the_given_gguf(tmp_path):
-    path = tmp_path / "student.gguf"
+    context, path = context_of(tmp_path), tmp_path / "student.gguf"
     path.write_bytes(b"GGML and more")
     with pytest.raises(DataError, match=r"student\.gguf is not a GGUF file"):
-        exports.find_gguf(None, path)
+        exports.for_chat(context, path, None)
     path.write_bytes(b"GGUF and more")
-    assert exports.find_gguf(None, path) == path
-    context = context_of(tmp_path)
+    assert exports.for_chat(context, path, False)[0] == path
+    # unfinished files do not count
+    write_gguf(context, "unfinished/sft-q4_k_m")
+    with pytest.raises(DataError, match="holds no GGUF"):
+        exports.for_chat(context, None, None)
     for second, name in enumerate(("dpo-q8_0", "dpo-f16", "sft-q4_k_m", "dpo-lora")):
         os.utime(write_gguf(context, name), (second, second))
-    assert exports.find_gguf(context, None).name == "dpo-f16.gguf"
+    assert exports.for_chat(context, None, False)[0].name == "dpo-f16.gguf"
     os.utime(write_gguf(context, "dpo-q4_k_m"), (0, 0))
-    assert exports.find_gguf(context, None).name == "dpo-q4_k_m.gguf"
+    assert exports.for_chat(context, None, False)[0].name == "dpo-q4_k_m.gguf"
 
 
 def test_the_largest_measured_file_stands_in_for_one_without_threshold(tmp_path):

@@ -15,8 +15,7 @@ import pytest
 import tomlkit
 
 from sclite.quickstart.flow import DEFAULTS
-from sclite.quickstart.problem_sets import test_problems as held_out_problems
-from sclite.quickstart.problem_sets import train_problems
+from sclite.quickstart.problem_sets import problem_set
 from tests.toy import write_rows
 
 MARKS = {
@@ -77,7 +76,7 @@ def results(run: Path) -> dict:
 @pytest.fixture
 def project(tmp_path) -> Path:
     """A folder with a small project on the bundled student: its configuration, problems and held-out problems."""
-    for name, problems in (("train", train_problems(220)), ("test", held_out_problems(40))):
+    for name, problems in (("train", problem_set("train", 220)), ("test", problem_set("test", 40))):
         write_rows(tmp_path / f"{name}.jsonl", [problem.model_dump(exclude={"id"}) for problem in problems])
     chosen = {name: dict(value) for name, value in DEFAULTS.items() if name not in ("run", "problems")}
     chosen["eval"] |= {"source": "test.jsonl", "limit": 40}

@@ -12,6 +12,7 @@ from sclite.context import Context
 from sclite.errors import DataError
 from sclite.progress import ProgressDisplay
 from sclite.records import Attempt, Drop, Pair, Problem, Review
+from sclite.run import Report
 from sclite.settings import load
 from sclite.student.tokenization import piece_ids, prompt_ids
 from sclite.trace import CAUSE, Step, Trace, render, step_pieces
@@ -92,8 +93,8 @@ def test_another_endpoint_asks_anew_and_the_teacher_only_about_new_attempts(run)
         for name in ("student", "other"):
             own = {"attempts.student": f"openai/{name}", "attempts.api_base": server.url}
             context = world_of(run, server.url, **own)
-            pipeline.build_corrections(context)
-            assert pipeline.can_build_pairs(context)
+            pipeline.build_corrections(context, alone=True)
+            assert context.reports[-1].stage == "pairs"
         asked = [body["model"] for body in server.requests]
     assert asked.count("student") == asked.count("other") > 0
     assert asked.count("teacher") == len({r.id for r in run.read("reviews.jsonl", Review) if r.step})
@@ -154,16 +155,24 @@ def test_a_gguf_gives_attempts_and_its_own_corrections_of_them(run, gguf):
     assert (run.read("attempts.jsonl", Attempt), run.read("pairs.jsonl", Pair)) == (attempts, pairs)
 
 
-def test_a_missing_gguf_is_named_and_pairs_wait_for_the_warm_up(run):
+def test_a_missing_gguf_is_named(run):
     problems(4)
     context = world_of(run, "http://127.0.0.1:9/v1", **{"attempts.student": "none.gguf"})
     with pytest.raises(DataError, match=r"attempts\.student: none\.gguf does not exist"):
         pipeline.build_corrections(context)
-    # where a student is trained, the pairs wait for its warm-up
+
+
+@pytest.mark.parametrize("more", [{}, {"attempts.source": "x"}])
+def test_where_a_student_is_trained_the_pairs_wait_for_its_warm_up(run, more):
+    problems(4)
     run.path("sft/adapter").mkdir(parents=True)
     run.path("sft/adapter/adapter_model.safetensors").write_bytes(b"trained")
-    for more, ready in (({}, False), ({"attempts.source": "x"}, False), ({"attempts.student": "o/x"}, True)):
-        assert pipeline.can_build_pairs(world_of(run, "http://x", **more)) is ready
+    row = {"id": "p1", "sample": 0, "trace": attempt("2")}
+    write_rows(run.path("attempts.jsonl"), [{**row, "answer": "2", "correct": True}])
+    write_rows(run.path("reviews.jsonl"), [{**row, "step": None}])
+    context = world_of(run, "http://x", **more)
+    pipeline.build_corrections(context, alone=True)
+    assert [report.stage for report in context.reports] == ["problems", "corrections"]
 
 
 def test_attempts_brought_along_become_decisions_without_any_student(run):
@@ -172,9 +181,8 @@ def test_attempts_brought_along_become_decisions_without_any_student(run):
     write_rows("tries.jsonl", [{"question": f"What is {n} + {n}?", **work} for n in range(1, 5)])
     with TeacherServer(model) as server:
         context = world_of(run, server.url, **{"attempts.source": "tries.jsonl"})
-        pipeline.build_corrections(context)
-        assert pipeline.can_build_pairs(context)
-        report = pipeline.build_pairs(context)
+        pipeline.build_corrections(context, alone=True)
+    report = context.reports[-1]
     pairs = run.read("pairs.jsonl", Pair)
     assert {(p.step, p.chosen) for p in pairs} == {(1, "</Step1>\n"), (2, CAUSE)}
     assert set(report.dropped) == {"no_student_review"}
@@ -206,8 +214,11 @@ def test_adapter_as_a_gguf_is_no_model_to_chat_with(run, monkeypatch):
     for name in ("sft/adapter/adapter_model.safetensors", "export/sft-lora.gguf"):
         run.path(name).parent.mkdir(parents=True)
         run.path(name).write_bytes(b"GGUF")
-    context, exported = world_of(run, "http://x"), []
-    monkeypatch.setattr(exports, "export", exported.append)
-    with pytest.raises(DataError, match="holds no GGUF"):
-        exports.for_chat(context, None, None)
-    assert exported == [context]
+    context, made = world_of(run, "http://x"), run.path("export/sft-q4_k_m.gguf")
+
+    def export(_):
+        made.write_bytes(b"GGUF")
+        return [Report("export-sft", figures={"gguf": str(made)})]
+
+    monkeypatch.setattr(exports, "export", export)
+    assert exports.for_chat(context, None, False)[0] == made

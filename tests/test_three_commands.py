@@ -10,7 +10,7 @@ import tomlkit
 from transformers import AutoModelForCausalLM
 
 from sclite.quickstart.flow import DEFAULTS
-from sclite.quickstart.problem_sets import train_problems
+from sclite.quickstart.problem_sets import problem_set
 from tests.toy import write_rows
 
 QUESTION = "Tom has 20 nuts. He buys 11 more. He sells 12 nuts. How many nuts does Tom have now?"
@@ -27,7 +27,7 @@ def sclite(folder: Path, *arguments: str, text: str = "") -> subprocess.Complete
 def trained(tmp_path_factory) -> Path:
     """A folder in which build-data and train have run on a file of problems."""
     folder = tmp_path_factory.mktemp("project")
-    rows = [problem.model_dump(exclude={"id"}) for problem in train_problems(220)]
+    rows = [problem.model_dump(exclude={"id"}) for problem in problem_set("train", 220)]
     write_rows(folder / "train.jsonl", rows)
     chosen = {name: value for name, value in DEFAULTS.items() if name not in ("run", "problems")}
     (folder / "sclite.toml").write_text(tomlkit.dumps(chosen))

@@ -97,12 +97,19 @@ def answer_lines(chat: Chat, as_json: bool) -> bool:
 def converse(chat: Chat) -> None:
     """Answer what is typed, or pasted as one input, until Ctrl-D, /bye, or Ctrl-C twice at an empty prompt."""
     console.note("Type or paste a problem; /help lists the commands.")
-    session = open_prompt(chat)
+    session = open_prompt()
     warned = False
     try:
         while not chat.left:
+            review = f"review {chat.settings.mode}" if chat.settings.mode else "review off"
+            used = ""
+            if chat.answers and chat.context:
+                first = chat.answers[-1].first
+                used = f" · context {100 * (first.prompt_tokens + first.tokens) // chat.context}%"
+            turns = f" · {len(chat.answers)} earlier" if chat.history and chat.answers else ""
+            toolbar = f"{chat.path.name} · {review}{used}{turns} · /help"
             try:
-                typed = session.prompt().strip()
+                typed = session.prompt(bottom_toolbar=toolbar).strip()
             except KeyboardInterrupt:
                 if warned:
                     return
@@ -132,7 +139,7 @@ def converse(chat: Chat) -> None:
             termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
 
 
-def open_prompt(chat: Chat) -> "PromptSession[str]":
+def open_prompt() -> "PromptSession[str]":
     """The prompt: Enter sends, Alt-Enter and an open triple quote start a new line, Ctrl-C clears what is typed."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
@@ -164,15 +171,6 @@ def open_prompt(chat: Chat) -> "PromptSession[str]":
         else:
             event.app.exit(exception=KeyboardInterrupt)
 
-    def toolbar() -> str:
-        review = f"review {chat.settings.mode}" if chat.settings.mode else "review off"
-        used = ""
-        if chat.answers and chat.context:
-            first = chat.answers[-1].first
-            used = f" · context {100 * (first.prompt_tokens + first.tokens) // chat.context}%"
-        turns = f" · {len(chat.answers)} earlier" if chat.history and chat.answers else ""
-        return f"{chat.path.name} · {review}{used}{turns} · /help"
-
     history: FileHistory | InMemoryHistory = InMemoryHistory()
     file = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "sclite" / "chat_history"
     with suppress(OSError):
@@ -188,6 +186,5 @@ def open_prompt(chat: Chat) -> "PromptSession[str]":
         history=history,
         completer=WordCompleter(words, sentence=True),
         complete_while_typing=False,
-        bottom_toolbar=toolbar,
         output=None if dumb else create_output(cast(TextIO, console.make_console(stderr=True).file)),
     )

@@ -77,9 +77,7 @@ def build_data(
             pipeline.build_templates(context, fresh)
         trained = "sft" in context.students()
         if only == "corrections" or (only is None and (trained or context.config.attempts.student)):
-            pipeline.build_corrections(context, with_feedback=True)
-            if pipeline.can_build_pairs(context):
-                pipeline.build_pairs(context)
+            pipeline.build_corrections(context, alone=True)
     summaries.print_build_data(context, only, common.json)
 
 

@@ -188,10 +188,10 @@ def chat(
     remote = remote and "/" in str(model) and not str(model).startswith(("/", ".", "~"))
     example, familiar, endpoint = "", lambda _: True, None
     if context.config.teacher.embedded and model is None:
-        from sclite.quickstart.problem_sets import test_problems
+        from sclite.quickstart.problem_sets import problem_set
         from sclite.quickstart.stories import within
 
-        example, familiar = test_problems(1)[0].question, within
+        example, familiar = problem_set("test", 1)[0].question, within
     with ExitStack() as stack:
         if model is not None and remote:
             path, threshold, off = model, None, exports.REVIEW_OFF if self_correct is False else ""

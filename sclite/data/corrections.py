@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from sclite import prompts
 from sclite.config import Config, without_password
@@ -18,7 +17,7 @@ from sclite.progress import Progress, no_progress
 from sclite.records import Attempt, Drop, Problem, Review, from_feedback
 from sclite.run import Report, Run, timed
 from sclite.signature import digest, with_unanswered
-from sclite.teacher.client import CHARACTERS_PER_TOKEN, Job, Rejection, Teacher, count_unanswered
+from sclite.teacher.client import Job, Rejection, Teacher, count_unanswered
 from sclite.trace import Trace, first_corrected, parse, render
 
 
@@ -50,8 +49,8 @@ def write_corrections(
         hint = "run `sclite train`: it trains SFT, then samples attempts"
         every = run.require("attempts.jsonl", Attempt, hint)
         attempts = deduplicate(every)
-        wrong, drops = _split_usable(attempts)
-        jobs = _jobs(config, run, grader, wrong)
+        wrong, drops = split_usable(attempts)
+        jobs = correction_jobs(config, run, grader, wrong)
         reviews: list[Review] = []
         results = teacher.ask_after_pilot(jobs, len(wrong), "corrections")
         by_job = {f"{attempt.id}/{attempt.sample}": attempt for attempt in wrong}
@@ -107,17 +106,7 @@ def count_pending_corrections(config: Config, run: Run) -> int | None:
     if imported or run.done("corrections", corrections_inputs(config, run), "reviews.jsonl"):
         return 0
     attempts = deduplicate(run.read("attempts.jsonl", Attempt))
-    return len(_split_usable(attempts)[0]) if attempts else None
-
-
-def preview_corrections(config: Config, run: Run, *, teacher: Teacher, grader: Grader) -> dict[str, Any]:
-    """The first request of `write_corrections` and the estimated cost; sends nothing. Needs attempts (DataError)."""
-    hint = "run without --dry-run: it samples the attempts first, then shows what the rest will cost"
-    attempts = deduplicate(run.require("attempts.jsonl", Attempt, hint))
-    wrong = _split_usable(attempts)[0] if count_pending_corrections(config, run) else []
-    # a correction is half as long again as the attempt
-    tokens = 1.5 * sum(len(attempt.trace) for attempt in wrong) / max(1, len(wrong)) / CHARACTERS_PER_TOKEN
-    return teacher.preview(_jobs(config, run, grader, wrong), tokens, "corrections")
+    return len(split_usable(attempts)[0]) if attempts else None
 
 
 def check_review(text: str, attempt: Attempt, problem: Problem, grader: Grader) -> Trace | Rejection:
@@ -191,7 +180,7 @@ def _validate_imported(run: Run) -> Report:
     return Report("corrections", counts, skipped=True)
 
 
-def _split_usable(attempts: Iterable[Attempt]) -> tuple[list[Attempt], list[Drop]]:
+def split_usable(attempts: Iterable[Attempt]) -> tuple[list[Attempt], list[Drop]]:
     """(wrong attempts with readable steps, drops for the others that are not right)."""
     wrong, drops = [], []
     for attempt in attempts:
@@ -209,7 +198,9 @@ def _drop(attempt: Attempt, reason: str, detail: str, raw: str) -> Drop:
     return Drop(stage="corrections", **of, reason=reason, detail=detail, raw=raw)
 
 
-def _jobs(config: Config, run: Run, grader: Grader, wrong: Sequence[Attempt]) -> Iterator[Job[Trace]]:
+def correction_jobs(
+    config: Config, run: Run, grader: Grader, wrong: Sequence[Attempt]
+) -> Iterator[Job[Trace]]:
     """One teacher job per wrong attempt."""
     problems: Mapping[str, Problem] = {p.id: p for p in run.rows("problems.jsonl", Problem)} if wrong else {}
     folder = config.prompts.folder

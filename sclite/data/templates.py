@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
 
 from sclite import prompts
 from sclite.config import Config
@@ -16,7 +15,7 @@ from sclite.progress import Progress, no_progress
 from sclite.records import Drop, Problem, Template
 from sclite.run import Report, Run, timed
 from sclite.signature import differences, digest_rows, with_unanswered
-from sclite.teacher.client import CHARACTERS_PER_TOKEN, Job, Rejection, Teacher, count_unanswered, identity
+from sclite.teacher.client import Job, Rejection, Teacher, count_unanswered, identity
 from sclite.trace import Trace, first_corrected, parse, render
 
 _GIVEN = r"(?:given|provided|supplied|official|model|reference|gold(?:en)?|ground[- ]truth)"
@@ -95,18 +94,6 @@ def write_templates(
     return report
 
 
-def preview_templates(
-    config: Config, run: Run, *, teacher: Teacher, grader: Grader, problems: Sequence[Problem]
-) -> dict[str, Any]:
-    """The first request of `write_templates` and the estimated cost; sends and writes nothing."""
-    existing = {row.id for row in run.rows("templates.jsonl", Template, whole=False)}
-    missing = [problem for problem in problems if problem.id not in existing]
-    solutions = sum(len(problem.solution or problem.answer) for problem in missing)
-    # a template is half as long again as the solution, and its tags and rule are about 120 tokens
-    tokens = 120 + 1.5 * solutions / max(1, len(missing)) / CHARACTERS_PER_TOKEN
-    return teacher.preview(_jobs(config, missing, grader), tokens, "templates")
-
-
 def check_template(reply: str, problem: Problem, grader: Grader) -> Trace | Rejection:
     """The template in a teacher's reply for this problem, or why it is none."""
     parsed = parse(reply)
@@ -168,7 +155,7 @@ def _request_missing(
     drops: dict[str, Drop] = {}
     add, done, total = None, len(problems) - len(missing), len(problems)
     progress(done, total, teacher.ledger.spent_usd)
-    jobs = _jobs(config, missing, grader)
+    jobs = template_jobs(config, missing, grader)
     with ExitStack() as open_files:
         for result in teacher.ask_after_pilot(jobs, len(missing), "templates"):
             if result.rejection is not None:
@@ -186,7 +173,7 @@ def _request_missing(
     return drops
 
 
-def _jobs(config: Config, problems: Iterable[Problem], grader: Grader) -> Iterator[Job[Trace]]:
+def template_jobs(config: Config, problems: Iterable[Problem], grader: Grader) -> Iterator[Job[Trace]]:
     """One teacher job per problem."""
     folder = config.prompts.folder
     for problem in problems:

@@ -1,6 +1,5 @@
 """What self-correction is compared with: the base model under its own prompt, and a majority vote of the tuned student."""
 
-from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
@@ -46,7 +45,16 @@ def measure_baseline(
         return {label: kept}
     replies = sorted(student.generate(requests), key=lambda reply: reply.index)
     ballots = [replies[start : start + votes] for start in range(0, len(replies), votes)]
-    elected = [elect(ballot, grader) for ballot in ballots]
+    elected: list[tuple[Reply, str | None]] = []  # the answer that most replies give, and the first of them
+    for ballot in ballots:
+        groups: dict[str, list[Reply]] = {}  # replies without an answer do not vote
+        for reply in ballot:
+            if (answer := answer_of(parse(reply.text))) is not None:
+                equal = grader.equal_many((answer, other) for other in groups)
+                known = (other for other, same in zip(groups, equal, strict=True) if same)
+                groups.setdefault(next(known, answer), []).append(reply)
+        winner, voters = max(groups.items(), key=lambda group: len(group[1]), default=(None, ballot))
+        elected.append((voters[0], winner))
     verdicts = grade(grader, [answer for _, answer in elected], held_out.problems)
     rows = []
     judged = zip(held_out.problems, elected, ballots, verdicts, strict=True)
@@ -69,16 +77,3 @@ def measure_baseline(
     run.replace(f"{file}.jsonl", rows)
     run.write_json(f"{file}.json", figures)
     return {label: figures}
-
-
-def elect(replies: Sequence[Reply], grader: Grader) -> tuple[Reply, str | None]:
-    """The answer that most replies give, and the first of them; replies without an answer do not vote."""
-    groups: dict[str, list[Reply]] = {}
-    for reply in replies:
-        answer = answer_of(parse(reply.text))
-        if answer is not None:
-            verdicts = grader.equal_many((answer, other) for other in groups)
-            known = (other for other, same in zip(groups, verdicts, strict=True) if same)
-            groups.setdefault(next(known, answer), []).append(reply)
-    winner = max(groups, key=lambda answer: len(groups[answer]), default=None)
-    return (replies[0] if winner is None else groups[winner][0]), winner

@@ -25,7 +25,7 @@ from sclite.run import Report, Run, timed
 from sclite.signature import digest
 from sclite.student.adapters import adapter_weights
 from sclite.student.llama_cpp.probe import check_gguf
-from sclite.student.loader import check_vocabulary, fetch_model, load_tokenizer, model_name, read_config
+from sclite.student.loader import check_tokenizer, fetch_model, load_tokenizer, model_name, read_config
 from sclite.student.tokenization import prompt_text
 
 UNFINISHED = "export/unfinished"
@@ -84,7 +84,7 @@ def export_model(config: Config, run: Run, name: str) -> Report:
     with timed(report):
         try:
             student, samples = _load(config, adapter), read_samples(config, run)
-            check_vocabulary(student.tokenizer, read_config(str(student.base)), str(student.base))
+            check_tokenizer(student.tokenizer, read_config(str(student.base)), str(student.base))
             full, parts, importance = _write_parts(config, run, name, student, samples)
             made = {quant: work / file for quant, file in zip(types, names, strict=True)}
             result = parity.compare_export(student, full, made, samples) | {"importance": importance}

@@ -12,7 +12,7 @@ from sclite.evaluate.results import result_folder
 from sclite.progress import ProgressDisplay
 from sclite.quickstart import tutor
 from sclite.quickstart.grammar import solve
-from sclite.quickstart.problem_sets import test_problems, threshold_problems, train_problems
+from sclite.quickstart.problem_sets import problem_set
 from sclite.quickstart.tutor_provider import MODEL, register
 from sclite.records import Problem, from_feedback
 from sclite.run import Run
@@ -72,7 +72,8 @@ def quickstart(config: Config, quiet: bool = False, fresh: bool = False) -> dict
     judged = list(filter(from_feedback, before))
     known = len(before) - len(judged)
     count = config.problems.limit or round(known * (1 - share)) or PROBLEMS
-    found = [*train_problems(count), *threshold_problems(round(count * share / (1 - share)))]
+    fitting = problem_set("threshold", round(count * share / (1 - share)))
+    found = [*problem_set("train", count), *fitting]
     run.replace("problems.jsonl", [*judged, *found])
     problems = split_problems(config, found)
     context = Context(config, run, ProgressDisplay(PLAN, quiet), prepare=register, problems=problems)
@@ -81,7 +82,7 @@ def quickstart(config: Config, quiet: bool = False, fresh: bool = False) -> dict
     exports.export(context, STUDENTS)
     count = config.eval.limit or 300
     held_out = HeldOut(
-        problems=test_problems(count),
+        problems=problem_set("test", count),
         fitting=problems.fit,
         source="the arithmetic stories of the quickstart",
         dataset=MODEL,

@@ -1,24 +1,20 @@
 """The quickstart's training, threshold and test sets: fixed by seeds, without common questions."""
 
+from typing import Literal
+
 from sclite.quickstart.stories import generate
 from sclite.records import Problem
 
-TEST_SEED, THRESHOLD_SEED, TRAIN_SEED = 101, 102, 103
-TEST_COUNT, THRESHOLD_COUNT = 1000, 1000
+SEEDS = {"test": 101, "threshold": 102, "train": 103}
+HELD_OUT = 1000
+"""Problems of the test set and of that of the threshold."""
 
 
-def test_problems(count: int) -> list[Problem]:
-    """The first `count` (at most 1000) test problems."""
-    return generate(TEST_COUNT, TEST_SEED)[:count]
-
-
-def threshold_problems(count: int) -> list[Problem]:
-    """The first `count` (at most 1000) problems for fitting the threshold, none of them a test problem."""
-    avoid = frozenset(problem.question for problem in test_problems(TEST_COUNT))
-    return generate(THRESHOLD_COUNT, THRESHOLD_SEED, avoid)[:count]
-
-
-def train_problems(count: int) -> list[Problem]:
-    """`count` training problems, none of which is a test or threshold problem."""
-    held_out = [*test_problems(TEST_COUNT), *threshold_problems(THRESHOLD_COUNT)]
-    return generate(count, TRAIN_SEED, frozenset(problem.question for problem in held_out))
+def problem_set(name: Literal["test", "threshold", "train"], count: int) -> list[Problem]:
+    """The first `count` problems of a set, at most HELD_OUT unless it is for training."""
+    avoid: frozenset[str] = frozenset()
+    for held_out in ("test", "threshold"):
+        if name == held_out:
+            return generate(min(count, HELD_OUT), SEEDS[name], avoid)
+        avoid |= {problem.question for problem in generate(HELD_OUT, SEEDS[held_out], avoid)}
+    return generate(count, SEEDS[name], avoid)

@@ -15,7 +15,7 @@ from sclite.errors import DataError, DeviceError, NetworkError, UsageError
 from sclite.student.adapters import check_adapter, load_adapter, lora_targets, meta_model
 from sclite.student.chat_template import start_renderer
 from sclite.student.cuda_memory import is_out_of_memory
-from sclite.student.tokenization import prompt_ids
+from sclite.student.tokenization import end_id, prompt_ids, prompt_text
 from sclite.trace import Step, Trace, render
 
 if TYPE_CHECKING:
@@ -135,11 +135,25 @@ def read_config(name: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
-def check_vocabulary(tokenizer: Tokenizer, model_config: PretrainedConfig, name: str) -> None:
-    """Reject a tokenizer with ids for which the model has no embedding (DataError).
+def check_tokenizer(tokenizer: Tokenizer, model_config: PretrainedConfig, name: str) -> None:
+    """Raise DataError for a tokenizer that the student cannot be trained or used with.
 
-    A special token that neither our prompts nor padding use is allowed: Gemma 3's 1B has one for images.
+    That is one whose chat template drops the question or uses unknown tokens, whose end of turn is none, or with ids for
+    which the model has no embedding. A special token that neither our prompts nor padding use may lack one: Gemma 3's 1B
+    has one for images.
     """
+    messages, unknown = prompts.solve_messages("1 + 1 = ?"), tokenizer.unk_token_id
+    if tokenizer.chat_template:
+        if "1 + 1 = ?" not in prompt_text(tokenizer, messages):
+            raise DataError("the student's chat template drops the question", "choose an instruct model")
+        if unknown is not None and unknown in prompt_ids(tokenizer, messages):
+            raise DataError(
+                "the student's chat template uses a token that is not in its vocabulary",
+                "check the student's chat_template and added tokens",
+            )
+        if end_id(tokenizer) == unknown:
+            message = "the student's end-of-turn token is not in its vocabulary"
+            raise DataError(message, "choose an instruct model")
     size = model_config.get_text_config().vocab_size
     beyond = {i: token for token, i in tokenizer.get_vocab().items() if i >= size}
     if not beyond:
@@ -147,7 +161,7 @@ def check_vocabulary(tokenizer: Tokenizer, model_config: PretrainedConfig, name:
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     used = {tokenizer.eos_token_id, tokenizer.pad_token_id}
     if tokenizer.chat_template:
-        used.update(prompt_ids(tokenizer, prompts.solve_messages("1 + 1 = ?")))
+        used.update(prompt_ids(tokenizer, messages))
         used.update(prompt_ids(tokenizer, prompts.review_messages("1 + 1 = ?", EVERY_TAG)))
     if wrong := sorted(i for i in beyond if i not in special or i in used):
         raise DataError(
@@ -176,7 +190,7 @@ def load_student(
     if settings.max_length > most:
         hint = f"set max_length of [sft], [warmup] and [dpo] to {most} at most"
         raise DataError(f"max_length = {settings.max_length}: the student supports {most} positions", hint)
-    check_vocabulary(tokenizer, model_config, name)
+    check_tokenizer(tokenizer, model_config, name)
     padding_free = is_padding_free(model_config, settings, backend)
     if adapter is not None:
         check_adapter(adapter)

@@ -23,14 +23,15 @@ from sclite.signature import differences, digest
 from sclite.student.adapters import adapter_weights
 from sclite.student.loader import (
     EMBEDDED,
+    check_tokenizer,
     fetch_model,
     load_student,
     load_tokenizer,
     model_name,
+    read_config,
     select_backend,
 )
 from sclite.student.origin import record_origin
-from sclite.student.tokenization import end_id, prompt_ids, prompt_text
 from sclite.train.checkpoints import Checkpoints, sync_folder
 from sclite.train.micro_batch import choose_micro_batch
 from sclite.train.trainer import Lesson, train_adapter
@@ -59,11 +60,12 @@ def training_inputs(
     start: dict[str, Any] = {"lora": config.lora.model_dump(mode="json")}
     if before := START.get(stage):
         start = {f"{before}/adapter": run.file_digest(adapter_weights(before))}
+    without_effect = {"per_device_train_batch_size", "padding_free", "checkpoints", "tensorboard"}
     return {
         "problems kept for stage 2": digest(sorted(unseen)),
         **{name: run.file_digest(name) for name in ROWS[stage]},
         **start,
-        stage: config.stage(stage).signed_settings(),
+        stage: config.stage(stage).model_dump(mode="json", exclude=without_effect),
         "student.model": EMBEDDED if config.student.model == EMBEDDED else model_name(config.student),
         "student.load_in_4bit": config.student.load_in_4bit,
         "prompts": prompts.digest_prompts(*used, folder=config.prompts.folder),
@@ -160,8 +162,9 @@ class Job:
                 quiet_libraries(config.student)
                 if warning := checkpoints.prepare(inputs):
                     self.warn(warning)
-                tokenizer = load_tokenizer(model_name(config.student))
-                check_tokenizer(tokenizer)
+                name = model_name(config.student)
+                tokenizer = load_tokenizer(name)
+                check_tokenizer(tokenizer, read_config(name), name)
                 build_lesson = prepare(self, tokenizer)
                 micro_batch = choose_micro_batch(config, stage, self.longest)
                 loaded, tokenizer = load_student(config, stage, adapter, train=True)
@@ -202,21 +205,6 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
     sync_folder(folder)
-
-
-def check_tokenizer(tokenizer: Tokenizer) -> None:
-    """Refuse a template that drops the question or uses unknown tokens, and an end of turn that is none (DataError)."""
-    messages, unknown = prompts.solve_messages("1 + 1 = ?"), tokenizer.unk_token_id
-    if "1 + 1 = ?" not in prompt_text(tokenizer, messages):
-        raise DataError("the student's chat template drops the question", "choose an instruct model")
-    if unknown is not None and unknown in prompt_ids(tokenizer, messages):
-        raise DataError(
-            "the student's chat template uses a token that is not in its vocabulary",
-            "check the student's chat_template and added tokens",
-        )
-    if end_id(tokenizer) == unknown:
-        message = "the student's end-of-turn token is not in its vocabulary"
-        raise DataError(message, "choose an instruct model")
 
 
 def quiet_libraries(student: Student | None = None) -> None:

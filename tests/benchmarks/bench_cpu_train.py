@@ -58,7 +58,7 @@ def train(side: str, folder: str, micro: int, steps: int) -> None:
     config = Config.model_validate({"student": {"model": folder, "backend": "plain"}, "sft": stage})
     quiet_libraries()
     rows, tokenizer = [], load_tokenizer(folder)
-    for problem in problem_sets.train_problems(steps * BATCH):
+    for problem in problem_sets.problem_set("train", steps * BATCH):
         trace = tutor.template(grammar.solve(problem.question))
         rows.append(encode_solution(tokenizer, prompts.solve_messages(problem.question), trace))
     chosen = choose_micro_batch(config, "sft", max(len(row.ids) for row in rows))

@@ -20,7 +20,7 @@ from pathlib import Path
 import httpx
 
 from sclite import prompts
-from sclite.quickstart.problem_sets import test_problems
+from sclite.quickstart.problem_sets import problem_set
 from sclite.student.base import Request
 from sclite.student.llama_cpp.engine import Engine
 
@@ -51,7 +51,7 @@ def measure_server(model: str, clients: int, tokens: int) -> None:
         def answer(workers: int) -> tuple[float, float]:
             wall, cpu = time.monotonic(), cpu_seconds()
             with ThreadPoolExecutor(workers) as pool:
-                list(pool.map(ask, [problem.question for problem in test_problems(2 * clients)]))
+                list(pool.map(ask, [problem.question for problem in problem_set("test", 2 * clients)]))
             return time.monotonic() - wall, cpu_seconds() - cpu
 
         answer(clients)
@@ -79,7 +79,7 @@ def measure_stream(model: str, tokens: int) -> None:
 
     ratios = []
     with Engine(model, parallel=2, context=1024) as engine:
-        for problem in test_problems(PAIRS + 1):
+        for problem in problem_set("test", PAIRS + 1):
             messages = prompts.solve_messages(problem.question)
             ours = timed(p for p in engine.stream(Request(messages, max_tokens=tokens)) if isinstance(p, str))
             chunks = theirs.create_chat_completion(

@@ -18,7 +18,7 @@ from sclite.chat.answer import Settings
 from sclite.chat.conversation import Chat
 from sclite.config import Config
 from sclite.errors import DataError, TeacherError, UsageError
-from sclite.quickstart.problem_sets import train_problems
+from sclite.quickstart.problem_sets import problem_set
 from sclite.quickstart.tutor_provider import MODEL
 from sclite.records import Feedback, Pair, Review
 from sclite.run import Run
@@ -108,7 +108,7 @@ def test_endpoint_reviews_freely(sclite, monkeypatch):
     def answer(body, nth):
         return say(render(Trace(steps, None, "6")) if WRONG in body["messages"][-1]["content"] else WRONG)
 
-    Run("runs/default").replace("problems.jsonl", train_problems(1))
+    Run("runs/default").replace("problems.jsonl", problem_set("train", 1))
     with TeacherServer(answer) as server:
         monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123456")
         named = ("--model", "openai/large", "--set", f"attempts.api_base={server.url}")
@@ -405,7 +405,7 @@ repl.run_chat(Path("x.gguf"), Config(), None, Run({run!r}), off="no review")
 def test_answer_judged_bad_in_a_terminal_becomes_a_pair(sclite, tmp_path):
     """From /bad to pairs.jsonl, with the bundled teacher and no student: it solves the question and corrects the answer."""
     pytest.importorskip("prompt_toolkit", reason="the environment lacks prompt_toolkit or what it needs")
-    run, tried = Run(tmp_path / "run"), train_problems(3)
+    run, tried = Run(tmp_path / "run"), problem_set("train", 3)
     chat = Terminal(JUDGED.format(run=str(run.folder)), XDG_STATE_HOME=str(tmp_path))
     chat.wait(CLEARED)
     for question, verdict in ((STORY, "/bad"), (tried[0].question, "/good")):

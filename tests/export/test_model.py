@@ -19,15 +19,12 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sclite import exports
 from sclite.config import Config
-from sclite.context import Context
 from sclite.errors import FAILED, DataError, ScliteError
 from sclite.export import model as export
 from sclite.export import ollama, parity
 from sclite.export.gguf import run_converter
 from sclite.export.merge import BaseWeights
-from sclite.progress import ProgressDisplay
 from sclite.records import Template
 from sclite.run import Report, Run
 from sclite.student.llama_cpp.engine import Engine
@@ -402,14 +399,6 @@ def test_adapter_trained_in_nf4_is_merged_into_nf4_weights(base, run, tmp_path):
     sixteen = parity.compare_probabilities(references, run.path("export/sft-f16.gguf"))
     assert figures["mean_abs_logprob_diff"] < 0.004
     assert sixteen["mean_abs_logprob_diff"] > 10 * figures["mean_abs_logprob_diff"]
-
-
-def test_unfinished_file_is_ignored(run):
-    run.path(export.UNFINISHED).mkdir(parents=True)
-    run.path(f"{export.UNFINISHED}/sft-q4_k_m.gguf").write_bytes(b"GGUF")
-    context = Context(Config(), run, ProgressDisplay(quiet=True))
-    with pytest.raises(DataError, match="holds no GGUF"):
-        exports.find_gguf(context, None)
 
 
 def test_model_card_has_base_files_and_evaluation_and_another_base_a_warning(base, run):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sclite.quickstart.problem_sets import test_problems as held_out_problems
+from sclite.quickstart.problem_sets import problem_set
 
 SMALL = ("--set", "problems.limit=160", "--set", "sft.num_train_epochs=6", "--set", "eval.limit=30")
 
@@ -125,7 +125,7 @@ def test_eval_without_dpo_and_results_per_dataset(quickstarted, tmp_path):
     shutil.rmtree(copy / "dpo")
     first = {path: path.read_bytes() for path in (copy / summary["folder"]).iterdir()}
     thresholds = json.loads((copy / "export/threshold.json").read_text())
-    rows = [json.dumps({"question": p.question, "answer": p.answer}) for p in held_out_problems(30)]
+    rows = [json.dumps({"question": p.question, "answer": p.answer}) for p in problem_set("test", 30)]
     (tmp_path / "other.jsonl").write_text("\n".join([*rows, "not JSON"]))
     done = sclite("eval", "other.jsonl", "--json", "--run", str(copy), folder=tmp_path)
     other = json.loads(done.stdout)

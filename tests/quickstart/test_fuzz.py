@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sclite.quickstart.problem_sets import test_problems as problems_of_the_test
+from sclite.quickstart.problem_sets import problem_set
 from tests.damages import damages, survive
 
 pytestmark = pytest.mark.slow
@@ -15,7 +15,7 @@ def test_three_hundred_damages_of_a_finished_quickstart(tmp_path, sclite, capsys
     whole = tmp_path / "whole"
     small = ("--set", "sft.num_train_epochs=6", "--set", "eval.limit=30")
     assert sclite("quickstart", "--problems", "200", "--run", whole, *small).code == 0
-    rows = [{"question": p.question, "answer": p.answer} for p in problems_of_the_test(24)]
+    rows = [{"question": p.question, "answer": p.answer} for p in problem_set("test", 24)]
     Path("held-out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = {}
     for number, (name, kind, content) in enumerate(damages(whole, 300)):

@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sclite.quickstart.grammar import EVENTS, OPENINGS, QUESTIONS, in_order, solve
-from sclite.quickstart.problem_sets import test_problems as held_out_problems
-from sclite.quickstart.problem_sets import threshold_problems, train_problems
+from sclite.quickstart.problem_sets import problem_set
 from sclite.quickstart.stories import LARGE, generate, within
 
 CALCULATE = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}
@@ -41,7 +40,7 @@ def test_the_seed_determines_unique_problems_and_the_sets_share_none(problems):
     assert len({p.question for p in problems}) == len({p.id for p in problems}) == 1500
     avoid = frozenset(p.question for p in generate(100, 3))
     assert not avoid & {p.question for p in [*generate(300, 3, avoid), *generate(50, 4)]}
-    sets = held_out_problems(1000), threshold_problems(1000), train_problems(1200)
+    sets = problem_set("test", 1000), problem_set("threshold", 1000), problem_set("train", 1200)
     assert len({problem.question for problems in sets for problem in problems}) == 3200
 
 
