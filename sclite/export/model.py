@@ -19,7 +19,7 @@ from sclite.export.layers import check_merge
 from sclite.export.merge import Adapter, BaseWeights, copy_settings, merge
 from sclite.export.parity import HELD_OUT, Trained, format_size
 from sclite.export.quantize import estimate_bytes, measure_importance, quantization_type, quantize
-from sclite.export.samples import Sample, read_samples
+from sclite.export.samples import Sample, read_samples, solve_chats
 from sclite.files import sync, write_text
 from sclite.run import Report, Run, timed
 from sclite.signature import digest
@@ -87,7 +87,8 @@ def export_model(config: Config, run: Run, name: str) -> Report:
             check_tokenizer(student.tokenizer, read_config(str(student.base)), str(student.base))
             full, parts, importance = _write_parts(config, run, name, student, samples)
             made = {quant: work / file for quant, file in zip(types, names, strict=True)}
-            result = parity.compare_export(student, full, made, samples) | {"importance": importance}
+            chats = solve_chats(config, run, parity.GREEDY)
+            result = parity.compare_export(student, full, made, samples, chats) | {"importance": importance}
             run.write_json("export/parity.json", result)
             if violations := parity.find_violations(result, config.export.max_kl):
                 for file in names:
@@ -108,6 +109,11 @@ def export_model(config: Config, run: Run, name: str) -> Report:
     files = _describe(run, names)
     first = {"gguf": str(folder / names[0]), "megabytes": files[names[0]]["megabytes"]}
     warnings = [parts[file]["warning"] for file in names if parts[file]["warning"]]
+    if adapter and (answers := result["answers"])["readable"] < answers["asked"]:
+        warnings.append(
+            f"{answers['asked'] - answers['readable']} of {answers['asked']} greedy answers of {names[0]} do not end within "
+            f"{parity.ANSWER_TOKENS} tokens or cannot be read: train on more templates, or for more epochs"
+        )
     report.figures = {**first, "files": files, "parity": result, "warnings": warnings}
     run.sign(stage, inputs, report)
     return report

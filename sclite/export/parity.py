@@ -14,13 +14,14 @@ from sclite.export.layers import load_layered
 from sclite.export.merge import BaseWeights
 from sclite.export.samples import TRICKY, Sample
 from sclite.export.tensors import read_gguf
-from sclite.student.base import Request
+from sclite.student.base import Messages, Request
 from sclite.student.cuda_memory import available_ram
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.llama_cpp.sequence import TokenSequence
 from sclite.student.loader import nf4_config
 from sclite.student.origin import read_origin
 from sclite.student.tokenization import end_id, piece_ids, prompt_ids
+from sclite.trace import parse
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +33,8 @@ TOP = 20
 """The most probable tokens of a position, over which the effect of the adapter is measured."""
 GREEDY, GREEDY_TOKENS = 4, 48
 """Greedy answers of the unquantized GGUF that the trained model reads, and their length in tokens."""
+ANSWER_TOKENS = 512
+"""Tokens within which a greedy answer of an exported file must end."""
 HELD_OUT, REFERENCE_BYTES = 8, 400_000_000
 """Samples of the run on which probabilities are compared, and the bytes that these may need."""
 ROWS = 256
@@ -95,14 +98,18 @@ def format_size(count: float) -> str:
 
 
 def compare_export(
-    student: Trained, full: Path, made: Mapping[str, Path], samples: list[Sample]
+    student: Trained, full: Path, made: Mapping[str, Path], samples: list[Sample], chats: Sequence[Messages]
 ) -> dict[str, Any]:
-    """The content of parity.json: the GGUF `full` and its quantizations, by type, against the trained model."""
+    """The content of parity.json: the GGUF `full` and its quantizations, by type, against the trained model.
+
+    `chats` ask the first of `made` for solutions.
+    """
     first = next(iter(made.values()))
     layered, held_out = student.ram_shortage(), student.held_out(samples)
     result: dict[str, Any] = {"files": {path.name: {"quantization": quant} for quant, path in made.items()}}
     result |= {"skipped": None, "layered": layered or None}
     result |= compare_tokens(student.tokenizer, first, samples)
+    result["answers"] = count_readable(student.tokenizer, first, chats)
 
     prompts = [ids[:start] for ids, start in held_out[:GREEDY]]
     context, request = max(map(len, prompts)) + GREEDY_TOKENS, Request((), max_tokens=GREEDY_TOKENS)
@@ -130,6 +137,20 @@ def compare_export(
         gaps.append(float((rows.max(1) - written).max(initial=0.0)))
     greedy = {"answers": len(gaps), "equal": gaps.count(0.0), "largest_gap": max(gaps, default=0.0)}
     return result | {"unquantized": unquantized, "greedy": greedy}
+
+
+def count_readable(
+    tokenizer: PreTrainedTokenizerBase, gguf: Path, chats: Sequence[Messages]
+) -> dict[str, int]:
+    """Greedy answers of an exported file to problems: `asked`, `ended` on the trained end of turn, and `readable` as well."""
+    prompts, end = [prompt_ids(tokenizer, chat) for chat in chats], end_id(tokenizer)
+    longest = max(map(len, prompts))
+    with Engine(gguf, parallel=len(prompts), context=longest + ANSWER_TOKENS) as engine:
+        limit = min(ANSWER_TOKENS, engine.context - longest)
+        asked = [TokenSequence(ids, request=Request(()), limit=limit) for ids in prompts]
+        ended = [each for each in engine.scheduler.run(asked) if each.ids[-1] == end]
+    readable = sum(not parse(each.text.decode("utf-8", "replace")).issues for each in ended)
+    return {"asked": len(prompts), "ended": len(ended), "readable": readable}
 
 
 def compare_tokens(
@@ -302,7 +323,11 @@ def find_violations(result: Mapping[str, Any], max_kl: Mapping[str, float]) -> l
 
 def summarize(result: Mapping[str, Any]) -> str:
     """The figures on one line: the share of places where the most likely next token is the same, and the KL divergence."""
-    tokens = f"Checked against the trained model: {result['tokens_equal']} of {result['tokens_compared']} texts have the same tokens"
+    answers = result["answers"]
+    tokens = (
+        f"Checked against the trained model: {result['tokens_equal']} of {result['tokens_compared']} texts have the same "
+        f"tokens; {answers['readable']} of {answers['asked']} answers end and can be read"
+    )
     if result["skipped"]:
         return f"{tokens}; probabilities not compared: {result['skipped']}"
     full, greedy = result["unquantized"], result["greedy"]
@@ -310,4 +335,4 @@ def summarize(result: Mapping[str, Any]) -> str:
     compared = [(each["quantization"], each) for each in result["files"].values()] + [("unquantized", full)]
     same = ", ".join(f"{name} {each['top1_agreement']:.1%} (KL {each['kl']:.4f})" for name, each in compared)
     layered = f"; one layer at a time: {result['layered']}" if result["layered"] else ""
-    return f"{tokens}; same next token: {same}; {greedy['equal']} of {greedy['answers']} answers equal{share}{layered}"
+    return f"{tokens}; same next token: {same}; {greedy['equal']} of {greedy['answers']} greedy texts equal{share}{layered}"

@@ -58,3 +58,10 @@ def read_samples(config: Config, run: Run) -> list[Sample]:
                 yield chat, review.parsed.trace
 
     return [Sample(chat, all_pieces(trace)) for chat, trace in samples()]
+
+
+def solve_chats(config: Config, run: Run, count: int) -> list[Messages]:
+    """Chats that ask for solutions, of up to `count` problems spread over the run, or of the one that every run has."""
+    questions = [problem.question for problem in run.read("problems.jsonl", Problem)] or [QUESTION]
+    spread = questions[:: -(-len(questions) // count)]
+    return [prompts.solve_messages(question, config.prompts.folder) for question in spread]

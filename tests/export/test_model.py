@@ -29,9 +29,10 @@ from sclite.records import Template
 from sclite.run import Report, Run
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.llama_cpp.probe import check_gguf
-from sclite.student.loader import nf4_config
+from sclite.student.loader import load_tokenizer, nf4_config
 from sclite.student.origin import record_origin
-from tests.toy import LINEAR, random_adapter, sample_texts, tiny_llama, write_tokenizer
+from sclite.student.tokenization import prompt_ids
+from tests.toy import LINEAR, random_adapter, sample_texts, tiny_gguf, tiny_llama, write_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +80,39 @@ def test_parity_describes_the_exported_file(base, run):
     assert kept["tokens_equal"] == kept["tokens_compared"] > 40
     assert kept["end_of_turn"] == "<|im_end|>"
     assert kept["greedy"]["equal"] == kept["greedy"]["answers"] == 2
+    assert kept["answers"] == {"asked": 1, "ended": 0, "readable": 0}
+    assert report.figures["warnings"][0].startswith("1 of 1 greedy answers of sft-q8_0.gguf do not end")
     assert kept["unquantized"]["kl"] < kept["files"]["sft-q8_0.gguf"]["kl"] < 0.03
     assert kept["unquantized"]["adapter_share"] == pytest.approx(1, abs=0.05)
     line = parity.summarize(kept)
     assert line.startswith("Checked against the trained model: ")
     assert "% (KL 0.0" in line
-    assert re.search(r"; 2 of 2 answers equal, (99\.9|100\.0)% of the adapter's effect$", line)
+    assert re.search(r"; 2 of 2 greedy texts equal, (99\.9|100\.0)% of the adapter's effect$", line)
     assert "\n" not in line
     assert sorted(path.name for path in run.path("export").iterdir()) == ["parity.json", "sft-q8_0.gguf"]
+
+
+def test_answers_are_counted_that_end_and_can_be_read(tmp_path, monkeypatch):
+    """A student that knows two answers by heart, one of them without tags."""
+    folder = tiny_llama(tmp_path / "student")
+    tokenizer, model = load_tokenizer(str(folder)), AutoModelForCausalLM.from_pretrained(folder)
+    chats = [[{"role": "user", "content": each}] for each in ("Say A.", "Say B.")]
+    known = ["<Step1>1 + 1 = 2.\n</Step1>\n<Generalized>Add.</Generalized>\n<Answer>2</Answer>", "It is 2."]
+    rows = [
+        prompt_ids(tokenizer, chat) + tokenizer(text).input_ids + [2]
+        for chat, text in zip(chats, known, strict=True)
+    ]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(40):
+        for row in rows:
+            model(torch.tensor([row]), labels=torch.tensor([row])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    gguf = tiny_gguf(folder, tmp_path / "student.gguf")
+    assert parity.count_readable(tokenizer, gguf, chats) == {"asked": 2, "ended": 2, "readable": 1}
+    monkeypatch.setattr(parity, "ANSWER_TOKENS", 5)
+    assert parity.count_readable(tokenizer, gguf, chats) == {"asked": 2, "ended": 0, "readable": 0}
 
 
 def rounded(tensors, before):
@@ -406,7 +432,7 @@ def test_model_card_has_base_files_and_evaluation_and_another_base_a_warning(bas
     config = Config.model_validate(config_of(base).model_dump() | known)
     run.sign("sft", {}, Report("sft", counts={"rows": 12}))
     report = export.export_model(config, run, "sft")
-    assert ollama.write_modelfile(run, config, "sft")[1] == []
+    assert ollama.write_modelfile(run, config, "sft")[1] == report.figures["warnings"]
     assert "Not evaluated" in run.path("export/README.md").read_text()
     figures = {"n": 50, "acc_t1": 0.5, "acc_t1_interval": [0.4, 0.6], "acc_t2": None, "acc_t2_interval": None}
     run.path("eval/test").mkdir(parents=True)
@@ -429,7 +455,7 @@ def test_model_card_has_base_files_and_evaluation_and_another_base_a_warning(bas
     run.path("sft/adapter/trained_on.json").unlink()
     path = run.path("sft/adapter/adapter_config.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "org/other"}))
-    assert "was trained on org/other" in ollama.write_modelfile(run, config, "sft")[1][0]
+    assert "was trained on org/other" in ollama.write_modelfile(run, config, "sft")[1][-1]
 
 
 def test_tokenizer_that_aborts_llama_cpp_is_an_error(base, run, monkeypatch):
