@@ -31,7 +31,8 @@ def source_name(config: Config) -> str:
 
 def _public_name(name: str) -> str:
     """A Hub ID unchanged; only the last part of a path, because a path may reveal more than a card should."""
-    return name if _HUB_ID.fullmatch(name) else Path(name).name or UNKNOWN
+    on_hub = _HUB_ID.fullmatch(name) and not Path(name).exists()
+    return name if on_hub else Path(name).name or UNKNOWN
 
 
 def _sources(config: Config, student: str = "") -> list[str]:

@@ -19,7 +19,7 @@ from sclite.run import Run
 from sclite.student.loader import load_tokenizer
 from sclite.student.tokenization import end_id, prompt_text
 from sclite.trace import CAUSE, parse, render
-from tests.toy import export_config, make_run
+from tests.toy import export_config, make_run, write_rows
 
 STEP_DPO = "dataset prompt initial_reason_steps chosen rejected full_chosen full_rejected answer".split()  # noqa: SIM905
 KINDS = {"templates": Template, "reviews": Review, "pairs": Pair}
@@ -190,12 +190,17 @@ def test_card_names_the_source_of_the_attempts_without_its_place(tmp_path, stude
     [
         ("openai/gsm8k", "openai/gsm8k (main train)"),
         ("mine/sums.jsonl", "sums.jsonl"),
+        ("here/sums.tsv", "sums.tsv"),
         ("../secret/sums.csv", "sums.csv"),
         ("../secret/folder", "folder"),
         ("", "unknown"),
     ],
 )
-def test_card_shows_the_whole_hub_id_but_only_the_last_part_of_a_path(student, tmp_path, source, shown):
+def test_card_shows_the_whole_hub_id_but_only_the_last_part_of_a_path(
+    student, tmp_path, monkeypatch, source, shown
+):
+    monkeypatch.chdir(tmp_path)
+    write_rows("here/sums.tsv", [])
     run = make_run(tmp_path / "run")
     run.replace("pairs.jsonl", [])
     export_data(export_config(student, problems={"source": source, "subset": "main"}), run)
