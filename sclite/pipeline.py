@@ -262,7 +262,7 @@ def train_stage(context: Context, name: str, fresh: bool = False) -> Report:
     """Train "sft", "warmup" or "dpo"; out of memory, it resumes from its checkpoint at half the micro-batch size."""
     from sclite.student.cuda_memory import free_memory
     from sclite.train.dpo import train_dpo
-    from sclite.train.micro_batch import largest_divisor, suggest_setting
+    from sclite.train.micro_batch import choose_on_gpu, largest_divisor
     from sclite.train.sft import train_sft
     from sclite.train.warmup import train_warmup
 
@@ -275,11 +275,13 @@ def train_stage(context: Context, name: str, fresh: bool = False) -> Report:
             try:
                 report = context.isolate(train_one, config, progress=progress)
             except GpuMemoryError as error:
+                settings, hint = config.stage(error.stage), error.hint
                 if error.micro_batch == 1:
-                    fits = suggest_setting(config, name)
-                    hint = f"{error.hint}{f'. By the memory estimate {fits}' if fits else ''}"
+                    if choice := choose_on_gpu(config, name):
+                        shorter = f"it should fit; try max_length {settings.max_length // 2}"
+                        hint += f". By the memory estimate {shorter if choice.fits else choice.verdict}"
                     raise DeviceError(error.message, hint) from error
-                settings = config.stage(error.stage)  # accumulation follows the micro-batch size
+                # accumulation follows the micro-batch size
                 size = largest_divisor(settings.batch_size, error.micro_batch // 2)
                 smaller = settings.model_copy(update={"per_device_train_batch_size": size})
                 config = config.model_copy(update={error.stage: smaller})

@@ -62,21 +62,17 @@ def digest_prompts(*names: str, folder: str = "") -> str:
 
 
 def _messages(name: str, folder: str, **values: str) -> Messages:
-    system = "student_system" if name.startswith("student") else "teacher_system"
-    return (
-        {"role": "system", "content": _render(system, folder, {})},
-        {"role": "user", "content": _render(name, folder, values)},
-    )
+    system = {"student": "student_system", "baseline": ""}.get(name.partition("_")[0], "teacher_system")
+    before = ({"role": "system", "content": _render(system, folder, {})},) if system else ()
+    return (*before, {"role": "user", "content": _render(name, folder, values)})
 
 
-def baseline_messages(question: str, folder: str = "") -> Messages:
-    """A problem as one asks it of a model that was not trained here: no system prompt, no form of the steps."""
-    return ({"role": "user", "content": _render("baseline_solve", folder, {"question": question})},)
+def solve_messages(question: str, folder: str = "", name: str = "student_solve") -> Messages:
+    """The chat in which the student solves a problem, the same in training, sampling, evaluation and chat.
 
-
-def solve_messages(question: str, folder: str = "") -> Messages:
-    """The chat in which the student solves a problem, the same in training, sampling, evaluation and chat."""
-    return _messages("student_solve", folder, question=question)
+    With the `name` baseline_solve, it is that for a model that was not trained here: no system prompt, no form of the steps.
+    """
+    return _messages(name, folder, question=question)
 
 
 def review_messages(question: str, work: str, folder: str = "") -> Messages:
@@ -84,20 +80,17 @@ def review_messages(question: str, work: str, folder: str = "") -> Messages:
     return _messages("student_review", folder, question=question, work=work)
 
 
-def template_messages(
-    question: str, solution: str, answer: str, error: str = "", folder: str = ""
+def teacher_messages(
+    question: str, solution: str, answer: str, error: str = "", *, work: str | None = None, folder: str = ""
 ) -> Messages:
-    """The chat in which the teacher rewrites a gold solution as a trace; `error` says why its last reply failed."""
-    given = {"question": question, "solution": solution, "answer": answer}
-    return _messages("teacher_template", folder, **given, error=error)
+    """The chat in which the teacher rewrites a gold solution as a trace or, given its `work`, corrects an attempt.
 
-
-def correction_messages(
-    question: str, solution: str, answer: str, work: str, error: str = "", folder: str = ""
-) -> Messages:
-    """The chat in which the teacher corrects an attempt; the work comes last."""
-    given = {"question": question, "solution": solution, "answer": answer}
-    return _messages("teacher_correction", folder, **given, work=work, error=error)
+    `error` says why the teacher's last reply failed.
+    """
+    given = {"question": question, "solution": solution, "answer": answer, "error": error}
+    if work is None:
+        return _messages("teacher_template", folder, **given)
+    return _messages("teacher_correction", folder, **given, work=work)
 
 
 def inspection_messages(

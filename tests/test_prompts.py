@@ -18,15 +18,15 @@ def test_both_chats_share_a_system_prompt_and_values_are_inserted_verbatim():
     assert solve[0]["content"].strip()
     odd = "What is {{ 7 * 6 }} {% raise %} <b> & \\frac{1}{2}?"
     assert odd in text_of(prompts.solve_messages(odd))
-    assert odd in text_of(prompts.template_messages(odd, odd, odd, odd))
+    assert odd in text_of(prompts.teacher_messages(odd, odd, odd, odd))
 
 
 def test_teacher_sees_the_solution_and_why_its_reply_failed():
     given, work = ("Q?", "the way", "41"), "<Step1>x\n</Step1>"
-    first = prompts.correction_messages(*given, work)
-    again = prompts.correction_messages(*given, work, "no step 2")
+    first = prompts.teacher_messages(*given, work=work)
+    again = prompts.teacher_messages(*given, "no step 2", work=work)
     assert first[-1]["content"].endswith(f"The student's work:\n{work}")
-    for messages in (first, prompts.template_messages(*given)):
+    for messages in (first, prompts.teacher_messages(*given)):
         assert "the way" in text_of(messages)
         assert "41" in text_of(messages)
         assert "could not be used" not in text_of(messages)
@@ -37,7 +37,7 @@ def test_prompt_with_a_value_that_would_always_be_empty_is_refused(tmp_path):
     given = ("Q?", "the way", "41")
     (tmp_path / "teacher_template.txt").write_text("It is {{ work }}.")
     with pytest.raises(DataError, match="'work' is undefined"):
-        prompts.template_messages(*given, folder=str(tmp_path))
+        prompts.teacher_messages(*given, folder=str(tmp_path))
     (tmp_path / "inspector_template.txt").write_text("It is {{ error }}.")
     with pytest.raises(DataError, match="'error' is undefined"):
         prompts.inspection_messages("inspector_template", *given, "<Step1>x", folder=str(tmp_path))

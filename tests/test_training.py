@@ -17,7 +17,7 @@ from sclite.run import Run
 from sclite.student.base import Request
 from sclite.student.hf_model import HFModel
 from sclite.student.loader import load_student, load_tokenizer
-from sclite.train import sft, stage
+from sclite.train import micro_batch, sft, stage
 from sclite.train.metrics_logger import read_metrics
 from tests.toy import pay, toy_config, write_toy
 
@@ -86,13 +86,25 @@ def test_out_of_memory_halves_the_micro_batch_and_resumes(folder, tmp_path, monk
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=1e-4)
 
 
-def test_if_one_row_does_not_fit_it_ends_with_exit_5_and_what_to_lower(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("free", "advice"),
+    [
+        (None, "shows what fits"),
+        (24_000_000_000, ". By the memory estimate it should fit; try max_length 512"),
+        (1_000_000, "estimate nothing fits: at least"),
+    ],
+)
+def test_if_one_row_does_not_fit_it_ends_with_exit_5_and_what_to_lower(
+    folder, tmp_path, monkeypatch, free, advice
+):
+    monkeypatch.setattr(micro_batch, "free_bytes", lambda: free)
     context = context_of(folder, tmp_path, sft={"per_device_train_batch_size": 2})
     limit_memory(monkeypatch, rows=0)
     with pytest.raises(DeviceError, match="sft: out of GPU memory at micro-batch size 1") as error:
         train_sft(context)
     assert error.value.code == 5
     assert "sft.max_length" in error.value.hint
+    assert advice in error.value.hint
     assert context.run.manifest("sft") is None
 
 

@@ -209,7 +209,7 @@ def correction_jobs(
         gold = problem.question, problem.solution or problem.answer, problem.answer
         yield Job(
             f"{attempt.id}/{attempt.sample}",
-            partial(prompts.correction_messages, *gold, work, folder=folder),
+            partial(prompts.teacher_messages, *gold, work=work, folder=folder),
             partial(check_review, attempt=attempt, problem=problem, grader=grader),
             attempt.sample,
             inspect=partial(prompts.inspection_messages, "inspector_correction", *gold, folder=folder),

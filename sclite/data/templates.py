@@ -180,7 +180,7 @@ def template_jobs(config: Config, problems: Iterable[Problem], grader: Grader) -
         gold = problem.question, problem.solution or problem.answer, problem.answer
         yield Job(
             problem.id,
-            partial(prompts.template_messages, *gold, folder=folder),
+            partial(prompts.teacher_messages, *gold, folder=folder),
             partial(check_template, problem=problem, grader=grader),
             inspect=partial(prompts.inspection_messages, "inspector_template", *gold, folder=folder),
         )

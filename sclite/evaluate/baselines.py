@@ -27,15 +27,15 @@ def measure_baseline(
     samples). They and the outcomes are kept in the folder of results, and returned from there if nothing has changed.
     """
     if name == "base":
-        votes, messages_of, temperature, top_p = 1, prompts.baseline_messages, 0.0, 1.0
+        votes, prompt, temperature, top_p = 1, "baseline_solve", 0.0, 1.0
         label, file = "base, own prompt", f"{held_out.folder}/base-own-prompt"
     else:
-        votes, messages_of = config.eval.votes, prompts.solve_messages
+        votes, prompt = config.eval.votes, "student_solve"
         temperature, top_p = config.attempts.temperature, config.attempts.top_p
         label, file = f"{name}, majority of {votes}", f"{held_out.folder}/{name}-majority"
     requests = []
     for problem, sample in product(held_out.problems, range(votes)):
-        messages = messages_of(problem.question, config.prompts.folder)
+        messages = prompts.solve_messages(problem.question, config.prompts.folder, prompt)
         seed = int(digest([config.seed, "vote", problem.id, sample]), 16) % 2**31
         sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
         requests.append(Request(messages, max_tokens=config.eval.max_tokens, seed=seed, **sampling))

@@ -227,8 +227,8 @@ def correction_cost_text(context: "Context", unseen: frozenset[str]) -> str:
         with context.teacher() as teacher:
             price = teacher.price() if sample else None
         if price is not None:
-            given = ((row.question, row.trace, row.answer, row.trace, "") for row in sample)
-            chats = [prompts.correction_messages(*each, config.prompts.folder) for each in given]
+            folder, given = config.prompts.folder, [(row.question, row.trace, row.answer) for row in sample]
+            chats = [prompts.teacher_messages(*each, work=each[1], folder=folder) for each in given]
             sent = sum(len(message["content"]) for chat in chats for message in chat) / CHARACTERS_PER_TOKEN
             written = 1.5 * sum(len(row.trace) for row in sample) / CHARACTERS_PER_TOKEN
             cost = found["requests"] * price.cost_usd(sent, written) / len(sample)

@@ -80,13 +80,21 @@ def choose_micro_batch(config: Config, stage: str, longest: int) -> int:
     Call it before loading the model. If memory cannot be estimated or should not fit, it is 1: the GPU decides.
     """
     batch, given = config.stage(stage).batch_size, config.stage(stage).per_device_train_batch_size
-    free, model = free_bytes(), None if given else _readable_architecture(config)
-    if given or model is None:
-        return largest_divisor(batch, given or 1)
-    if free is None:
+    if given:
+        return largest_divisor(batch, given)
+    if free_bytes() is None and (model := _readable_architecture(config)):
         return cpu_micro_batch(model, replace(wanted_setting(config, stage, "plain"), length=longest), batch)
-    choice = choose(model, wanted_setting(config, stage, select_backend(config.student)), batch, free)
-    return choice.setting.micro_batch if choice.fits and choice.setting else 1
+    choice = choose_on_gpu(config, stage)
+    return choice.setting.micro_batch if choice and choice.fits and choice.setting else 1
+
+
+def choose_on_gpu(config: Config, stage: str) -> Choice | None:
+    """The choice for a stage in the memory of the GPU that is free now; None if that or the student's is unknown."""
+    free, model = free_bytes(), _readable_architecture(config)
+    if free is None or model is None:
+        return None
+    wanted = wanted_setting(config, stage, select_backend(config.student))
+    return choose(model, wanted, config.stage(stage).batch_size, free)
 
 
 def cpu_micro_batch(model: Architecture, wanted: Setting, batch: int) -> int:
@@ -96,17 +104,6 @@ def cpu_micro_batch(model: Architecture, wanted: Setting, batch: int) -> int:
         if estimate_on_cpu(model, replace(wanted, micro_batch=size)).total <= most:
             return size
     return 1
-
-
-def suggest_setting(config: Config, stage: str) -> str:
-    """Advice after running out of GPU memory: the largest setting that fits, else half the length; "" if unknown."""
-    free, model = free_bytes(), _readable_architecture(config)
-    if free is None or model is None:
-        return ""
-    wanted = wanted_setting(config, stage, select_backend(config.student))
-    choice = choose(model, wanted, config.stage(stage).batch_size, free)
-    fits = f"it should fit; try max_length {config.stage(stage).max_length // 2}"
-    return fits if choice.fits else choice.verdict
 
 
 def _readable_architecture(config: Config) -> Architecture | None:

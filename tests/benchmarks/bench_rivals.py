@@ -62,7 +62,7 @@ def write_inputs(work: Path, problems: list[Problem]) -> None:
     chats = [
         {
             "id": p.id,
-            "messages": prompts.template_messages(p.question, p.solution or p.answer, p.answer),
+            "messages": prompts.teacher_messages(p.question, p.solution or p.answer, p.answer),
         }
         for p in problems
     ]

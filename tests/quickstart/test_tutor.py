@@ -36,7 +36,7 @@ def damaged(problem, draw):
 
 def test_every_template_passes_the_filters_and_is_right(grader):
     for problem in PROBLEMS:
-        messages = prompts.template_messages(problem.question, problem.solution, problem.answer)
+        messages = prompts.teacher_messages(problem.question, problem.solution, problem.answer)
         reply = tutor.reply(list(messages))
         assert isinstance(check_template(reply, problem, grader), Trace)
         assert reply == render(parse(reply).trace)
@@ -48,8 +48,8 @@ def test_every_correction_passes_the_filters_and_is_true(grader):
     for problem in PROBLEMS:
         attempt, wrong = damaged(problem, draw)
         row = Attempt(id=problem.id, sample=0, trace=render(attempt), answer=attempt.answer, correct=False)
-        given = (problem.question, problem.solution, problem.answer, row.trace)
-        messages = prompts.correction_messages(*given)
+        given = (problem.question, problem.solution, problem.answer)
+        messages = prompts.teacher_messages(*given, work=row.trace)
         reply = tutor.reply(list(messages))
         assert isinstance(check_review(reply, row, problem, grader), Trace), reply
         review = parse(reply).trace
@@ -102,17 +102,17 @@ def test_an_operation_is_split_into_easy_ones():
 
 
 def test_other_problems_are_declined_and_work_without_steps_gets_a_reply():
-    messages = prompts.template_messages("What is the capital of France?", "Paris.", "Paris")
+    messages = prompts.teacher_messages("What is the capital of France?", "Paris.", "Paris")
     assert tutor.reply(list(messages)) == "I only know arithmetic stories, and I see none here."
     problem = PROBLEMS[0]
     for work in ("", "I do not know.", "<Step1>", "<Step1>9 / 0 = 0\n</Step1>", "<Answer>5</Answer>"):
-        given = (problem.question, problem.solution, problem.answer, work)
-        messages = prompts.correction_messages(*given)
+        given = (problem.question, problem.solution, problem.answer)
+        messages = prompts.teacher_messages(*given, work=work)
         assert tutor.reply(list(messages))
 
 
 def test_tutor_is_reached_through_litellm_free_of_charge(tmp_path):
-    chats = [prompts.template_messages(p.question, p.solution, p.answer) for p in PROBLEMS[:12]]
+    chats = [prompts.teacher_messages(p.question, p.solution, p.answer) for p in PROBLEMS[:12]]
     jobs = [Job(str(n), lambda error, chat=chat: chat, lambda reply: None) for n, chat in enumerate(chats)]
     settings = config.Teacher(model=tutor_provider.MODEL)
     with Ledger(tmp_path / "ledger") as ledger, Teacher(settings, ledger, tutor_provider.register) as teacher:

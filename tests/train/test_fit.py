@@ -12,7 +12,7 @@ import torch
 from sclite.student.loader import load_student, read_config
 from sclite.train import micro_batch
 from sclite.train.memory import HEAP, Setting, architecture, estimate_on_cpu
-from sclite.train.micro_batch import choose_micro_batch, largest_divisor, suggest_setting
+from sclite.train.micro_batch import choose_micro_batch, choose_on_gpu, largest_divisor
 from tests.toy import tiny_llama, toy_config
 
 
@@ -23,18 +23,14 @@ def test_the_micro_batch_divides_the_batch_size(batch, most, expected):
     assert largest_divisor(batch, most) == expected
 
 
-def test_the_micro_batch_is_a_divisor_or_one_else_half_the_length_is_suggested(tmp_path, monkeypatch):
+def test_the_micro_batch_is_a_divisor_or_one_if_the_memory_is_unknown(tmp_path, monkeypatch):
     chosen = toy_config("embedded", sft={"batch_size": 6, "per_device_train_batch_size": 4})
     assert choose_micro_batch(chosen, "sft", 512) == 3
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe", "num_experts": 8}')
     monkeypatch.setattr(micro_batch, "free_bytes", lambda: 24_000_000_000)
     chosen = toy_config(tmp_path, sft={"per_device_train_batch_size": None, "batch_size": 8})
     assert choose_micro_batch(chosen, "sft", 512) == 1
-    assert suggest_setting(chosen, "sft") == ""
-    monkeypatch.setattr(micro_batch, "free_bytes", lambda: 24_000_000_000)
-    assert "try max_length 512" in suggest_setting(toy_config("embedded"), "sft")
-    monkeypatch.setattr(micro_batch, "free_bytes", lambda: 1_000_000)
-    assert "nothing fits" in suggest_setting(toy_config("embedded"), "sft")
+    assert choose_on_gpu(chosen, "sft") is None
 
 
 ALLOCATE = """
