@@ -1,4 +1,4 @@
-"""Settings: defaults < run.toml < sclite.toml < environment < command line; and a new sclite.toml."""
+"""Settings: defaults < run.toml < sclite.toml < environment < command line."""
 
 import difflib
 import os
@@ -154,65 +154,3 @@ def _explain(error: ValidationError) -> tuple[str, str]:
                 meanings.append(f"{key}: {field.description}.")
     advice = [*dict.fromkeys(filter(None, hints))] or ["`sclite init` writes a file that explains every key"]
     return "configuration: " + "; ".join(lines), " ".join([*meanings, *advice])
-
-
-# -- sclite init ----------------------------------------------------------------------------------------------------
-
-EXAMPLES: dict[str, Any] = {
-    "problems.limit": 1000,
-    "attempts.price": (0.5, 1.5),
-    "teacher.temperature": 0.7,
-    "teacher.requests_per_minute": 500.0,
-    "teacher.tokens_per_minute": 200_000.0,
-    "teacher.max_cost": 5.0,
-    "teacher.price": (0.5, 1.5),
-    **{f"{stage}.per_device_train_batch_size": 4 for stage in ("sft", "warmup", "dpo")},
-    **{f"{stage}.padding_free": True for stage in ("sft", "warmup", "dpo")},
-    "export.imatrix": True,
-    "review.threshold": 0.0,
-}
-"""Example values for keys without a default: every line of sclite.toml is valid when uncommented."""
-
-FIRST = (
-    "problems.source", "teacher.model", "teacher.api_base", "teacher.max_cost", "student.model", "eval.source",
-    "sft.num_train_epochs", "attempts.samples", "export.quant", "run",
-)  # fmt: skip
-"""The keys that most people set, at the top of a new sclite.toml."""
-
-
-def write_configuration(path: Path, memory_gb: float | None) -> None:
-    """Write a sclite.toml with every key: commented defaults, and what depends on the memory of the largest GPU.
-
-    `memory_gb` None: no GPU. Raises UsageError if the file exists or cannot be written.
-    """
-    import tomlkit
-
-    if path.exists():
-        raise UsageError(f"{path} already exists", "edit it, or remove it first")
-    if memory_gb is None:
-        chosen = {"student.model": "embedded"}
-    else:
-        name = "Qwen3-4B-Instruct-2507" if memory_gb < 15 else "Qwen2.5-Math-7B-Instruct"
-        chosen = {"student.model": f"unsloth/{name}-bnb-4bit"}
-    known = keys()
-    lines, section = ["## Settings that matter most. Uncomment a line to change it."], "most"
-    for key in (*FIRST, *(key for key in known if key not in FIRST)):
-        field, named = known[key], key.rpartition(".")[0]
-        if key not in FIRST and named != section:
-            lines += ["", f"## {'All other settings, with their defaults' if section == 'most' else named}"]
-            section = named
-        default = field.get_default(call_default_factory=True)
-        value, comment = chosen.get(key, default), field.description or ""
-        if value is None:
-            value, comment = EXAMPLES[key], f"{comment}; example, not set by default"
-        if isinstance(value, dict):
-            table = tomlkit.inline_table()
-            table.update(value)
-            value = table
-        prefix, suffix = "" if key in chosen else "# ", f"  # {comment}" if comment else ""
-        lines.append(f"{prefix}{key} = {tomlkit.item(value).as_string()}{suffix}")
-    try:
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    except OSError as error:
-        message = f"{path} cannot be written: {error.strerror}"
-        raise UsageError(message, "use another file with --config") from error

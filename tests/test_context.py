@@ -13,7 +13,6 @@ from sclite.student.base import Request
 from sclite.student.hf_model import HFModel
 from sclite.student.llama_cpp import engine
 from sclite.student.loader import load_student
-from sclite.train.stage import save_adapter
 from tests.toy import tiny_llama, toy_config
 
 
@@ -28,7 +27,7 @@ def trained(tmp_path_factory) -> Context:
     for name, weights in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weights, std=0.3)
-    save_adapter(model, run, "sft")
+    model.save_pretrained(run.path("sft/adapter"))
     return Context(config, run, ProgressDisplay(quiet=True))
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sclite import config, console, settings
+from sclite import config, console, doctor, settings
+from sclite.commands import start
 from sclite.errors import DataError
 from sclite.records import Drop, Problem, Template
 from sclite.run import Run
@@ -140,9 +141,10 @@ def test_doctor_survives_broken_libraries(tmp_path, torch, said):
 
 
 @pytest.mark.parametrize("memory_gb", [None, 12.0, 24.0])
-def test_every_line_from_init_is_valid_when_uncommented(tmp_path, memory_gb):
-    path = tmp_path / "sclite.toml"
-    settings.write_configuration(path, memory_gb)
+def test_every_line_from_init_is_valid_when_uncommented(tmp_path, monkeypatch, memory_gb):
+    path, gpus = tmp_path / "sclite.toml", [{"name": "GPU", "total_gb": memory_gb}] if memory_gb else []
+    monkeypatch.setattr(doctor, "probe_torch", lambda: {"gpus": gpus})
+    start.init(path)
     lines = path.read_text(encoding="utf-8").splitlines()
     keys = [i for i, line in enumerate(lines) if line.startswith("# ")]
     assert len(keys) > len(config.keys()) - 3

@@ -3,12 +3,12 @@
 from itertools import chain
 from pathlib import Path
 from shlex import quote
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from sclite import console
-from sclite.errors import FAILED, ScliteError
+from sclite.errors import FAILED, ScliteError, UsageError
 from sclite.options import Common, ConfigOption, FreshOption, JsonOption, common_options
 
 
@@ -50,13 +50,65 @@ def quickstart(
     console.print("  [bold cyan]sclite init[/]  a configuration for your own problems", wrap=False)
 
 
+EXAMPLES: dict[str, Any] = {
+    "problems.limit": 1000,
+    "attempts.price": (0.5, 1.5),
+    "teacher.temperature": 0.7,
+    "teacher.requests_per_minute": 500.0,
+    "teacher.tokens_per_minute": 200_000.0,
+    "teacher.max_cost": 5.0,
+    "teacher.price": (0.5, 1.5),
+    **{f"{stage}.per_device_train_batch_size": 4 for stage in ("sft", "warmup", "dpo")},
+    **{f"{stage}.padding_free": True for stage in ("sft", "warmup", "dpo")},
+    "export.imatrix": True,
+    "review.threshold": 0.0,
+}
+"""Example values for keys without a default: every line of sclite.toml is valid when uncommented."""
+FIRST = (
+    "problems.source", "teacher.model", "teacher.api_base", "teacher.max_cost", "student.model", "eval.source",
+    "sft.num_train_epochs", "attempts.samples", "export.quant", "run",
+)  # fmt: skip
+"""The keys that most people set, at the top of a new sclite.toml."""
+
+
 def init(config: ConfigOption = None, json: JsonOption = False) -> None:
     """Write a commented sclite.toml for this machine."""
-    from sclite import doctor, settings
+    import tomlkit
 
-    gpus = doctor.probe_torch()["gpus"]
+    from sclite import doctor, settings
+    from sclite.config import keys
+
     path = config or Path(settings.FILE)
-    settings.write_configuration(path, max((gpu["total_gb"] for gpu in gpus), default=None))
+    if path.exists():
+        raise UsageError(f"{path} already exists", "edit it, or remove it first")
+    # every key with its default in a comment, but for the student, which depends on the memory of the largest GPU
+    gpus, chosen = doctor.probe_torch()["gpus"], {"student.model": "embedded"}
+    if gpus:
+        large = max(gpu["total_gb"] for gpu in gpus) >= 15
+        name = "Qwen2.5-Math-7B-Instruct" if large else "Qwen3-4B-Instruct-2507"
+        chosen = {"student.model": f"unsloth/{name}-bnb-4bit"}
+    known = keys()
+    lines, section = ["## Settings that matter most. Uncomment a line to change it."], "most"
+    for key in (*FIRST, *(key for key in known if key not in FIRST)):
+        field, named = known[key], key.rpartition(".")[0]
+        if key not in FIRST and named != section:
+            lines += ["", f"## {'All other settings, with their defaults' if section == 'most' else named}"]
+            section = named
+        default = field.get_default(call_default_factory=True)
+        value, comment = chosen.get(key, default), field.description or ""
+        if value is None:
+            value, comment = EXAMPLES[key], f"{comment}; example, not set by default"
+        if isinstance(value, dict):
+            table = tomlkit.inline_table()
+            table.update(value)
+            value = table
+        prefix, suffix = "" if key in chosen else "# ", f"  # {comment}" if comment else ""
+        lines.append(f"{prefix}{key} = {tomlkit.item(value).as_string()}{suffix}")
+    try:
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    except OSError as error:
+        message = f"{path} cannot be written: {error.strerror}"
+        raise UsageError(message, "use another file with --config") from error
     if json:
         console.print_json({"config": str(path), "gpus": [gpu["name"] for gpu in gpus]})
         return

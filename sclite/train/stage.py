@@ -174,7 +174,12 @@ class Job:
                     run.path(f"{stage}/metrics.jsonl"), seed=config.seed, micro_batch=micro_batch,
                     progress=self.progress,
                 )  # fmt: skip
-                save_adapter(model, run, stage)
+                # save it; a manifest that signs an older adapter is removed first
+                run.mark_started(stage)
+                run.path(f"done/{stage}.json").unlink(missing_ok=True)
+                with _new_folder(run.path(f"{stage}/adapter")) as folder:
+                    model.save_pretrained(str(folder))
+                    record_origin(model, fetch_model(model.config.name_or_path), folder)
                 report.counts["steps"] = outcome.steps
                 report.figures |= {"best_step": outcome.best, "warnings": outcome.warnings}
                 if adapter is None:
@@ -184,15 +189,6 @@ class Job:
         run.sign(stage, inputs, report)
         checkpoints.delete()
         return report
-
-
-def save_adapter(model: PeftModel, run: Run, stage: str) -> None:
-    """Save a model's adapter as STAGE/adapter of the run; a manifest that signs an older one is removed first."""
-    run.mark_started(stage)
-    run.path(f"done/{stage}.json").unlink(missing_ok=True)
-    with _new_folder(run.path(f"{stage}/adapter")) as folder:
-        model.save_pretrained(str(folder))
-        record_origin(model, fetch_model(model.config.name_or_path), folder)
 
 
 @contextmanager

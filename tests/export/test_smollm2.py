@@ -20,8 +20,8 @@ from sclite.run import Run
 from sclite.student.base import Request
 from sclite.student.llama_cpp.engine import Engine
 from sclite.student.loader import load_student, load_tokenizer
+from sclite.student.origin import record_origin
 from sclite.student.tokenization import prompt_ids
-from sclite.train.stage import save_adapter
 from tests.toy import sample_texts
 
 pytestmark = pytest.mark.slow
@@ -61,7 +61,8 @@ def trained(tmp_path_factory):
         model(torch.tensor([ids]), labels=torch.tensor([labels])).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    save_adapter(model, run, "sft")
+    model.save_pretrained(run.path("sft/adapter"))
+    record_origin(model, base, run.path("sft/adapter"))
     return base, run
 
 
