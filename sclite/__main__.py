@@ -1,5 +1,6 @@
 """`sclite` and `python -m sclite`. Every error becomes one line, a hint and an exit code; with --json, one object."""
 
+import errno
 import os
 import sys
 import tempfile
@@ -19,7 +20,7 @@ def main() -> None:
 
     from sclite import console
     from sclite.cli import app
-    from sclite.errors import DONE, INTERRUPTED, ScliteError, UsageError, from_os_error
+    from sclite.errors import DONE, INTERRUPTED, ScliteError, UsageError
 
     if "_SCLITE_COMPLETE" in os.environ:  # the shell asks for completions
         app(prog_name="sclite")
@@ -52,15 +53,22 @@ def main() -> None:
             console.note("interrupted; re-run to resume")
         sys.stdout.flush()
     except OSError as error:  # a full disk, a missing permission, or a failed write to stdout
-        reported, to_stdout = from_os_error(error), error.filename == console.OUTPUT
+        kind, hint, to_stdout = ScliteError, "re-run to resume", error.filename == console.OUTPUT
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            hint = "free some disk space, then re-run to resume"
+        elif error.errno == errno.ENAMETOOLONG:
+            kind, hint = UsageError, "use a shorter name"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            kind, hint = UsageError, "check its permissions, or use another folder with --run"
         if to_stdout:
             with suppress(OSError):  # Python would try to write what is still buffered again at exit
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         closed = to_stdout and isinstance(error, BrokenPipeError)  # such as `| head`
-        code = DONE if closed else reported.code
+        code = DONE if closed else kind.code
         if not closed:
+            place = f"{error.filename}: " if error.filename else ""
             with suppress(OSError):
-                console.error(reported, as_json and not to_stdout)
+                console.error(kind(f"{place}{error.strerror or error}", hint), as_json and not to_stdout)
     sys.exit(code if arguments else UsageError.code)
 
 

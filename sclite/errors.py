@@ -1,6 +1,5 @@
 """Errors that a user can fix, each with a message, a hint and an exit code."""
 
-import errno
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,16 +73,3 @@ class NetworkError(ScliteError):
 
 class TeacherError(NetworkError):
     """A teacher or an endpoint cannot be reached or refuses a request (exit code 6)."""
-
-
-def from_os_error(error: OSError) -> ScliteError:
-    """An error of the operating system, with a hint and an exit code."""
-    place = f"{error.filename}: " if error.filename else ""
-    message = f"{place}{error.strerror or error}"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return ScliteError(message, "free some disk space, then re-run to resume")
-    if error.errno == errno.ENAMETOOLONG:
-        return UsageError(message, "use a shorter name")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return UsageError(message, "check its permissions, or use another folder with --run")
-    return ScliteError(message, "re-run to resume")

@@ -3,7 +3,7 @@
 import difflib
 import os
 import tomllib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,37 +117,26 @@ def _assign(tree: dict[str, Any], path: list[str], text: str) -> None:
     tree[path[-1]] = value
 
 
-def _suggest(key: str, known: Sequence[str], sections: Collection[str]) -> str:
-    """A suggestion for an unknown key: the most similar known key, else the keys of its section."""
-    section, _, name = key.partition(".")
-    if section not in sections:
-        for like in difflib.get_close_matches(section, sections, 1, 0.6):
-            return f"did you mean {like}.{name}?" if f"{like}.{name}" in known else f"did you mean {like}?"
-    own = [k.partition(".")[2] for k in known if k.startswith(f"{section}.")]
-    near = [f"{section}.{n}" for n in difflib.get_close_matches(name, own, 1, 0.6)] if name and own else []
-    last = key.split(".")[-1]
-    for candidate in [*(f"{section}.{n}" for n in own), *known]:
-        words = candidate.split(".")[-1].split("_")  # `epochs` means num_train_epochs
-        if not near and (candidate.endswith(f".{last}") or last in words or f"{last}s" in words):
-            near = [candidate]
-    if not near and not own:
-        near = difflib.get_close_matches(key, [*known, *sections], 1, 0.6)
-    if near:
-        return f"did you mean {near[0]}?"
-    return f"{section} has {', '.join(own)}." if own else ""
-
-
 def _explain(error: ValidationError) -> tuple[str, str]:
     """(message, hint): all errors in one message, and a suggestion for each unknown key."""
     known, lines, hints, meanings = keys(), [], [], []
-    sections = {key.split(".")[0] for key in known}
+    names = {key: key for key in known}  # and by a part of the name: `sft.epochs` means sft.num_train_epochs
+    for key in known:
+        section, _, name = key.rpartition(".")
+        for part in (name, *name.split("_")):
+            names.setdefault(part, key)
+            names.setdefault(f"{section}.{part}", key)
     for failure in error.errors():
         key = ".".join(str(part) for part in failure["loc"])
         if failure["type"] == "extra_forbidden":
             inner = failure["input"] if isinstance(failure["input"], dict) else {}
             for unknown in [f"{key}.{name}" for name in inner] or [key]:
                 lines.append(f"unknown key {unknown}")
-                hints.append(_suggest(unknown, list(known), sections))
+                section = unknown.partition(".")[0]
+                own = [key.removeprefix(f"{section}.") for key in known if key.startswith(f"{section}.")]
+                near = difflib.get_close_matches(unknown, names, 1, 0.8)
+                hint = f"{section} has {', '.join(own)}." if own else ""
+                hints.append(f"did you mean {names[near[0]]}?" if near else hint)
         else:
             lines.append(f"{key} = {failure['input']!r}: {failure['msg'][0].lower()}{failure['msg'][1:]}")
             if (field := known.get(key)) is not None and field.description:
