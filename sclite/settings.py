@@ -134,7 +134,7 @@ def _explain(error: ValidationError) -> tuple[str, str]:
                 lines.append(f"unknown key {unknown}")
                 section = unknown.partition(".")[0]
                 own = [key.removeprefix(f"{section}.") for key in known if key.startswith(f"{section}.")]
-                near = difflib.get_close_matches(unknown, names, 1, 0.8)
+                near = difflib.get_close_matches(unknown, names, 1, 0.75)
                 hint = f"{section} has {', '.join(own)}." if own else ""
                 hints.append(f"did you mean {names[near[0]]}?" if near else hint)
         else:
