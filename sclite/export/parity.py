@@ -104,12 +104,16 @@ def compare_export(
 
     `chats` ask the first of `made` for solutions.
     """
-    first = next(iter(made.values()))
     layered, held_out = student.ram_shortage(), student.held_out(samples)
-    result: dict[str, Any] = {"files": {path.name: {"quantization": quant} for quant, path in made.items()}}
-    result |= {"skipped": None, "layered": layered or None}
-    result |= compare_tokens(student.tokenizer, first, samples)
-    result["answers"] = count_readable(student.tokenizer, first, chats)
+    files: dict[str, dict[str, Any]] = {
+        path.name: {"quantization": quant, "changed": find_changed_tensor(full, path)}
+        for quant, path in made.items()
+    }
+    result: dict[str, Any] = {"files": files, "skipped": None, "layered": layered or None}
+    tokens = [compare_tokens(student.tokenizer, path, samples) for path in made.values()]
+    # they differ only if one is damaged
+    result |= min(tokens, key=lambda each: (each["end_of_turn"] is not None, each["tokens_equal"]))
+    result["answers"] = count_readable(student.tokenizer, next(iter(made.values())), chats)
 
     prompts = [ids[:start] for ids, start in held_out[:GREEDY]]
     context, request = max(map(len, prompts)) + GREEDY_TOKENS, Request((), max_tokens=GREEDY_TOKENS)
@@ -125,8 +129,7 @@ def compare_export(
     unquantized = compare_probabilities(references, full)
     for path in made.values():
         same = filecmp.cmp(path, full, shallow=False)
-        figures = unquantized if same else compare_probabilities(references, path)
-        result["files"][path.name] |= {**figures, "changed": find_changed_tensor(full, path)}
+        files[path.name] |= unquantized if same else compare_probabilities(references, path)
 
     # the answers that the trained model would have given itself, and by how many nats it prefers another token in the rest:
     # they differ at near ties, which rounding decides
@@ -158,8 +161,8 @@ def compare_tokens(
 ) -> dict[str, Any]:
     """Compare the token ids of the tokenizer and of the GGUF, for pieces of training text and for whole prompts.
 
-    Returns tokens_compared, tokens_equal, differences (the first few, with both ids), and end_of_turn: the token that ends
-    a turn in training, None if the GGUF does not end on it.
+    Returns the file's name as tokens_of, tokens_compared, tokens_equal, differences (the first few, with both ids), and
+    end_of_turn: the token that ends a turn in training, None if the GGUF does not end on it.
     """
     texts = list(dict.fromkeys([*TRICKY, *(piece for sample in samples for piece in sample.pieces)]))
     end = end_id(tokenizer)
@@ -171,6 +174,7 @@ def compare_tokens(
         name = engine.vocabulary.name(end) if end in engine.vocabulary.ends else None
     different = sorted((row for row in rows if row[1] != row[2]), key=lambda row: len(row[0]))
     return {
+        "tokens_of": gguf.name,
         "tokens_compared": len(rows),
         "tokens_equal": len(rows) - len(different),
         "differences": [{"text": t, "transformers": a, "gguf": b} for t, a, b in different[:SHOWN]],
@@ -278,45 +282,49 @@ def find_changed_tensor(full: Path, quantized: Path) -> str | None:
             pair.append(quants.dequantize(rows, GGMLQuantizationType(each.type)).astype("float64"))
         found, wanted = pair
         size, bits = float((found * found).sum()), 8 * tensor.rows.shape[1] / tensor.shape[0]
-        bound = 0.025 if bits >= 4 else 0.15 if bits > 2.2 else float("inf")
-        if abs(float((found * wanted).sum()) - size) > bound * size:
+        bound = 0.025 if bits >= 4 else 0.15 if bits > 2.2 else 1e9
+        if not abs(float((found * wanted).sum()) - size) <= bound * size:  # also if it is not a number
             return name
     return None
 
 
 def find_violations(result: Mapping[str, Any], max_kl: Mapping[str, float]) -> list[str]:
-    """The figures of parity.json that exceed their bounds, as messages. `max_kl`: bounds by beginning of a type's name."""
+    """The figures of parity.json that exceed their bounds, as messages. `max_kl`: bounds by beginning of a type's name.
+
+    NaN is within no bound, so each comparison asks whether a figure is within it.
+    """
     found = []
     if result["tokens_equal"] < result["tokens_compared"]:
         first, rest = result["differences"][0], result["tokens_compared"] - result["tokens_equal"] - 1
         more = f"; {rest} other texts differ" if rest else ""
         found.append(
-            f"the GGUF splits {first['text'][:40]!r} into tokens {first['gguf'][:8]}, the tokenizer into "
+            f"{result['tokens_of']} splits {first['text'][:40]!r} into tokens {first['gguf'][:8]}, the tokenizer into "
             f"{first['transformers'][:8]}{more}"
         )
     if result["end_of_turn"] is None:
-        found.append("the token that ends a turn in training does not end one in the GGUF")
-    if result["skipped"]:
-        return found
-    full, greedy = result["unquantized"], result["greedy"]
-    if (difference := full["mean_abs_logprob_diff"]) > (bound := UNQUANTIZED["mean_abs_logprob_diff"]):
-        mean = f"{difference:.4f} nats on average (at most {bound:g})"
-        found.append(f"before quantization log-probabilities differ by {mean}")
-    if full["top1_agreement"] < UNQUANTIZED["top1_agreement"]:
-        different = 1 - full["top1_agreement"]
-        found.append(f"before quantization the most probable token differs at {different:.1%} of positions")
-    if (gap := greedy["largest_gap"]) > UNQUANTIZED["greedy_gap"]:
-        found.append(f"in a greedy answer the trained model prefers another token by {gap:.2f} nats")
-    # the smaller the adapter's effect, the more of the share is noise
-    share, noise = full["adapter_share"], 0.001 / max(full["adapter_effect"], 1e-9)
-    if share is not None and noise < 0.5 and abs(share - 1) > UNQUANTIZED["adapter_share"] + noise:
-        found.append(f"the GGUF has {share:.0%} of the adapter's effect")
+        found.append(f"the token that ends a turn in training does not end one in {result['tokens_of']}")
     for name, figures in result["files"].items():
         if figures["changed"]:
             found.append(f"{figures['changed']} of {name} is not that of the unquantized model")
+    if result["skipped"]:
+        return found
+    full, greedy = result["unquantized"], result["greedy"]
+    if not (difference := full["mean_abs_logprob_diff"]) <= (bound := UNQUANTIZED["mean_abs_logprob_diff"]):
+        mean = f"{difference:.4f} nats on average (at most {bound:g})"
+        found.append(f"before quantization log-probabilities differ by {mean}")
+    if not full["top1_agreement"] >= UNQUANTIZED["top1_agreement"]:
+        different = 1 - full["top1_agreement"]
+        found.append(f"before quantization the most probable token differs at {different:.1%} of positions")
+    if not (gap := greedy["largest_gap"]) <= UNQUANTIZED["greedy_gap"]:
+        found.append(f"in a greedy answer the trained model prefers another token by {gap:.2f} nats")
+    # the smaller the adapter's effect, the more of the share is noise
+    share, noise = full["adapter_share"], 0.001 / max(full["adapter_effect"], 1e-9)
+    if share is not None and noise < 0.5 and not abs(share - 1) <= UNQUANTIZED["adapter_share"] + noise:
+        found.append(f"the GGUF has {share:.0%} of the adapter's effect")
+    for name, figures in result["files"].items():
         prefixes = [prefix for prefix in max_kl if figures["quantization"].startswith(prefix)]
         bound = max_kl[max(prefixes, key=len)] if prefixes else float("inf")
-        if figures["kl"] > bound:
+        if not figures["kl"] <= bound:
             found.append(f"{name} has a KL divergence of {figures['kl']:.4f} nats (at most {bound:g})")
     return found
 

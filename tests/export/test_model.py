@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sclite.config import Config
-from sclite.errors import FAILED, DataError, ScliteError
+from sclite.errors import DATA, FAILED, DataError, ScliteError
 from sclite.export import model as export
 from sclite.export import ollama, parity
 from sclite.export.gguf import run_converter
@@ -184,6 +184,10 @@ def with_scaled_tensor(path):
         data[:, start : start + 2] = scales.astype("float16").view("uint8")
 
 
+def with_scale_that_is_no_number(path):
+    ffn_down(path)[0, :2] = np.array([np.nan], "float16").view("uint8")
+
+
 def write_token(reader, token, text):
     tokens = reader.get_field("tokenizer.ggml.tokens")
     data = tokens.parts[tokens.data[token]]
@@ -221,10 +225,15 @@ def truncated(path):
     [
         (noisy, "sft-q8_0.gguf has a KL divergence"),
         (with_scaled_tensor, "blk.1.ffn_down.weight of sft-q8_0.gguf is not that of the unquantized model"),
-        (without_end_of_turn, "the token that ends a turn in training"),
-        (with_swapped_tokens, "the GGUF splits"),
-        (with_another_template, "the GGUF splits"),
-        (truncated, "cannot"),
+        (with_scale_that_is_no_number, "sft-q8_0.gguf has a KL divergence of nan nats"),
+        (
+            with_scale_that_is_no_number,
+            "blk.1.ffn_down.weight of sft-q8_0.gguf is not that of the unquantized",
+        ),
+        (without_end_of_turn, "the token that ends a turn in training does not end one in sft-q8_0.gguf"),
+        (with_swapped_tokens, "sft-q8_0.gguf splits"),
+        (with_another_template, "sft-q8_0.gguf splits"),
+        (truncated, "llama.cpp cannot load"),
     ],
 )
 def test_fault_in_a_finished_gguf_fails_the_export(base, run, instead, fault, message):
@@ -237,7 +246,42 @@ def test_fault_in_a_finished_gguf_fails_the_export(base, run, instead, fault, me
     with pytest.raises(ScliteError) as error:
         export.export_model(config_of(base), run, "sft")
     assert message in error.value.message
+    assert error.value.code == (DATA if fault == truncated else FAILED)
     assert not list(run.path("export").glob("*.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (without_end_of_turn, "does not end one in sft-q4_0.gguf"),
+        (with_another_template, "sft-q4_0.gguf splits"),
+    ],
+)
+def test_fault_in_the_second_file_fails_the_export_of_both(base, run, instead, fault, message):
+    def quantize_wrongly(quantize, source, out, *given):
+        done = quantize(source, out, *given)
+        if out.name == "sft-q4_0.gguf":
+            fault(out)
+        return done
+
+    instead("quantize", quantize_wrongly)
+    with pytest.raises(ScliteError) as error:
+        export.export_model(config_of(base, "q8_0,q4_0"), run, "sft")
+    assert message in error.value.message
+    assert not list(run.path("export").glob("*.gguf"))
+
+
+@pytest.mark.parametrize(
+    "figure", ["mean_abs_logprob_diff", "top1_agreement", "adapter_share", "largest_gap", "kl"]
+)
+def test_figure_that_is_no_number_is_a_violation(figure):
+    full = {"mean_abs_logprob_diff": 0.0, "top1_agreement": 1.0, "adapter_share": 1.0, "adapter_effect": 1.0}
+    file = {"quantization": "q8_0", "kl": 0.0, "changed": None}
+    result = {"tokens_equal": 9, "tokens_compared": 9, "end_of_turn": "</s>", "skipped": None}
+    result |= {"unquantized": full, "greedy": {"largest_gap": 0.0}, "files": {"sft-q8_0.gguf": file}}
+    assert parity.find_violations(result, {"q8": 0.1}) == []
+    next(part for part in (full, file, result["greedy"]) if figure in part)[figure] = float("nan")
+    assert len(parity.find_violations(result, {"q8": 0.1})) == 1
 
 
 def test_several_types_are_made_from_one_merge_and_again_if_one_is_damaged(base, run, instead):
@@ -492,10 +536,18 @@ def test_token_that_the_gguf_splits_differently_fails_the_export(base, run, tmp_
     number = kept["model"]["vocab"]["<Cause>"] = kept["model"]["vocab"].pop(text)
     kept["added_tokens"].append({"id": number, "content": "<Cause>", **settings})
     (folder / "tokenizer.json").write_text(json.dumps(kept), encoding="utf-8")
-    with pytest.raises(ScliteError, match=r"the GGUF splits .*<Cause>.* into tokens") as error:
+    with pytest.raises(ScliteError, match=r"sft-q8_0\.gguf splits .*<Cause>.* into tokens") as error:
         export.export_model(config_of(folder), run, "sft")
     assert error.value.code == FAILED
     assert [path.name for path in run.path("export").iterdir()] == ["parity.json"]
+
+
+def test_adapter_of_another_base_is_not_exported(run, tmp_path):
+    with pytest.raises(DataError, match=r"adapter .* was not trained on the weights in .*other") as error:
+        export.export_model(config_of(tiny_llama(tmp_path / "other", seed=5)), run, "sft")
+    assert error.value.code == DATA
+    assert "student.model" in error.value.hint
+    assert list(run.path("export").iterdir()) == []
 
 
 def test_foreign_tokenizer_fails_the_export(base, run, instead, tmp_path):
@@ -507,7 +559,7 @@ def test_foreign_tokenizer_fails_the_export(base, run, instead, tmp_path):
         return convert(folder, *given, **named)
 
     instead("convert_model", convert_with_another)
-    with pytest.raises(ScliteError, match="the GGUF splits") as error:
+    with pytest.raises(ScliteError, match=r"sft-q8_0\.gguf splits") as error:
         export.export_model(config_of(base), run, "sft")
     assert error.value.code == FAILED
     assert [path.name for path in run.path("export").iterdir()] == ["parity.json"]
@@ -528,7 +580,9 @@ def test_model_that_does_not_fit_in_memory_is_compared_layer_by_layer(base, run,
         assert figures[name] == (value if isinstance(value, str) else pytest.approx(value, abs=1e-4))
 
 
-def test_model_with_other_names_in_transformers_is_compared_in_its_tokens_alone(base, run, monkeypatch):
+def test_model_with_other_names_in_transformers_is_compared_in_tokens_and_tensors(
+    base, run, monkeypatch, instead
+):
     find = BaseWeights(base).find
     monkeypatch.setattr(parity, "available_ram", lambda: 1_000_000)
     monkeypatch.setattr(parity, "load_layered", lambda *_: find("model.experts.weight", "transformers"))
@@ -536,6 +590,10 @@ def test_model_with_other_names_in_transformers_is_compared_in_its_tokens_alone(
     assert "1 MB free" in result["skipped"]
     assert "probabilities not compared" in parity.summarize(result)
     assert parity.find_violations(result, {}) == []
+    instead("quantize", lambda quantize, source, out, *given: (quantize(source, out, *given), noisy(out))[0])
+    run.path("export/sft-q8_0.gguf").unlink()
+    with pytest.raises(ScliteError, match=r"blk.1.ffn_down.weight of sft-q8_0.gguf is not that of"):
+        export.export_model(config_of(base), run, "sft")
 
 
 def test_code_in_a_model_folder_does_not_run(base, run, converter, tmp_path):
