@@ -134,7 +134,9 @@ def _explain(error: ValidationError) -> tuple[str, str]:
                 lines.append(f"unknown key {unknown}")
                 section = unknown.partition(".")[0]
                 own = [key.removeprefix(f"{section}.") for key in known if key.startswith(f"{section}.")]
-                near = difflib.get_close_matches(unknown, names, 1, 0.75)
+                # half a name is soon like another one: `sft.lr` and the `per` of sft.per_device_train_batch_size
+                like = difflib.get_close_matches
+                near = like(unknown, names, 1, 0.8) or like(unknown, known, 1, 0.75)
                 hint = f"{section} has {', '.join(own)}." if own else ""
                 hints.append(f"did you mean {names[near[0]]}?" if near else hint)
         else:
