@@ -60,38 +60,34 @@ def run_chat(
             if as_json:
                 console.print_json(answer.as_json() | {"note": answer.note or off})
             return True
-        if not interactive:
-            return answer_lines(chat, as_json)
-        console.note(f"[dim]{escape(path.name + about)}[/]")
-        if example:
-            console.note(f"This model only knows problems like this one:\n{escape(example)}")
-        converse(chat)
-        return True
-
-
-def answer_lines(chat: Chat, as_json: bool) -> bool:
-    """Answer each line of standard input with one line; an error gives an empty line, or an object."""
-    complete, number = True, 0
-    while line := console.read_line():
-        number += 1
-        if not line.strip():
-            continue
-        try:
-            answer = chat.ask(line.strip(), quiet=True)
-        except ScliteError as error:
-            complete = False
-            console.error(error)
-            row = {"question": line.strip(), "error": error.message}
-            console.print_json_line(row) if as_json else console.print()
-            continue
-        if as_json:
-            console.print_json_line(answer.as_json())
-            continue
-        console.print(escape(" ".join(answer.result.split())))
-        if answer.final.answer is None:  # perhaps a model that writes no steps
-            why = f"no answer can be read in the reply, so all of it is printed ({answer.note})"
-            console.note(f"[yellow]note:[/] line {number}: {escape(why)}")
-    return complete
+        if interactive:
+            console.note(f"[dim]{escape(path.name + about)}[/]")
+            if example:
+                console.note(f"This model only knows problems like this one:\n{escape(example)}")
+            converse(chat)
+            return True
+        # each line of standard input is answered with one line; an error gives an empty line, or an object
+        complete, number = True, 0
+        while line := console.read_line():
+            number += 1
+            if not line.strip():
+                continue
+            try:
+                answer = chat.ask(line.strip(), quiet=True)
+            except ScliteError as error:
+                complete = False
+                console.error(error)
+                row = {"question": line.strip(), "error": error.message}
+                console.print_json_line(row) if as_json else console.print()
+                continue
+            if as_json:
+                console.print_json_line(answer.as_json())
+                continue
+            console.print(escape(" ".join(answer.result.split())))
+            if answer.final.answer is None:  # perhaps a model that writes no steps
+                why = f"no answer can be read in the reply, so all of it is printed ({answer.note})"
+                console.note(f"[yellow]note:[/] line {number}: {escape(why)}")
+        return complete
 
 
 def converse(chat: Chat) -> None:
