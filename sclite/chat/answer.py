@@ -3,11 +3,11 @@
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from sclite import prompts
+from sclite import console, prompts
 from sclite.config import Config
 from sclite.student.base import Reply, Request
 from sclite.student.llama_cpp.engine import Engine
@@ -124,7 +124,7 @@ def solve_and_review(question: str, settings: Settings) -> Script[Answer]:
         note = reply.error or "the answer has no steps to review"
         return Answer(question, reply, trace, None, note, time.monotonic() - began)
     solved, reviewed = time.monotonic(), None
-    if settings.mode:
+    if settings.mode and reply.finish != "length":
         limits = (settings.threshold, settings.rounds, settings.max_tokens, settings.prompt_folder)
         reviewed = yield from review(question, trace, ReviewSettings(*limits), settings.mode)
     note = "" if reviewed is None else reviewed.note
@@ -139,9 +139,11 @@ def solve_and_review(question: str, settings: Settings) -> Script[Answer]:
 @contextmanager
 def open_gguf(path: Path, config: Config, parallel: int | None) -> Iterator[Engine]:
     """A GGUF in llama.cpp with the system prompt of a solution in its cache. Raises DataError if it cannot be loaded."""
-    check_gguf(path)
-    with Engine(path, parallel=parallel, context=config.eval.context) as engine:
-        list(engine.generate([Request(prompts.solve_messages("1", config.prompts.folder), max_tokens=1)]))
+    with ExitStack() as stack:
+        with console.spinner(f"loading {path.name}"):
+            check_gguf(path)
+            engine = stack.enter_context(Engine(path, parallel=parallel, context=config.eval.context))
+            list(engine.generate([Request(prompts.solve_messages("1", config.prompts.folder), max_tokens=1)]))
         yield engine
 
 

@@ -1,37 +1,38 @@
 """A conversation with a student: questions, answers, and the commands of the chat."""
 
 import difflib
-import math
 import shlex
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from sclite import console, prompts
+from sclite import console
 from sclite.chat.answer import Answer, Settings, probability, solve_and_review
 from sclite.chat.view import AnswerView, readable, showing
 from sclite.console import escape
 from sclite.errors import DataError, ScliteError, TeacherError, UsageError
 from sclite.records import FEEDBACK, Feedback
 from sclite.run import Run
-from sclite.student.base import Request, Student
+from sclite.student.base import Reply, Student
 from sclite.student.llama_cpp.engine import Engine
-from sclite.student.self_correction import NEVER, stream
-from sclite.trace import parse
+from sclite.student.self_correction import stream
+from sclite.trace import corrected, parse
 
-KEYS: dict[str, tuple[type[int] | type[float], float]] = {
-    "temperature": (float, 0.0),
-    "seed": (int, 0),
-    "max_tokens": (int, 1),
-    "threshold": (float, -NEVER),
-    "rounds": (int, 1),
+KEYS: dict[str, tuple[type[int] | type[float], int, int]] = {
+    "temperature": (float, 0, 2),
+    "seed": (int, 0, 2**31 - 1),
+    "max_tokens": (int, 1, 1_000_000),
+    "threshold": (float, -100, 100),
+    "rounds": (int, 1, 100),
 }
-"""What /set changes, besides history and mode: type and smallest value."""
+"""What /set changes, besides history and mode: type, smallest and largest value."""
 RETRY_TEMPERATURE = 0.8
+STOPPED = "cancelled"
+"""The `finish` of a reply that Ctrl-C has stopped."""
 
 
 @dataclass
@@ -49,22 +50,33 @@ class Chat:
     left: bool = False
     answers: list[Answer] = field(default_factory=list)
 
+    @property
+    def name(self) -> str:
+        """The file's name, or the whole name of a model behind an API."""
+        return self.path.name if self.context else str(self.path)
+
     def ask(self, question: str, quiet: bool = False, temperature: float | None = None) -> Answer:
         """Answer a question and show it. Raises DataError if the student cannot: the question is too long."""
         if not self.familiar(question):
             unknown = "the model was not trained on this kind of problem; expect a wrong answer"
             console.note(f"[yellow]note:[/] {unknown}")
-        earlier = self.answers if self.history else []
+        earlier = [each for each in self.answers if self.history and each.first.finish != STOPPED]
         settings = self.settings if temperature is None else replace(self.settings, temperature=temperature)
-        view = AnswerView()
+        view, solution = AnswerView(), ""
         with nullcontext(lambda: None) if quiet else showing(view) as draw:
             while True:
                 # one text, as students are trained on single problems
-                asked = [*(f"{each.question}\nAnswer: {each.result}" for each in earlier), question]
-                script = solve_and_review("\n\n".join(asked), settings)
-                for event in stream(self.student, script, pieces=not quiet):
-                    view.feed(event)
-                    draw()
+                texts = [*(f"{each.question}\nAnswer: {each.result}" for each in earlier), question]
+                asked = "\n\n".join(texts)
+                try:
+                    for event in stream(self.student, solve_and_review(asked, settings), pieces=not quiet):
+                        view.feed(event)
+                        draw()
+                        solution += event if isinstance(event, str) and view.part == "solution" else ""
+                except KeyboardInterrupt:  # what came stands for the answer
+                    reply = Reply(0, solution, 0, 0, STOPPED)
+                    self.answers.append(Answer(question, reply, parse(solution).trace, asked=asked))
+                    raise
                 answer = view.answer
                 assert answer is not None  # the last event
                 failed = answer.first.finish == "error"
@@ -77,7 +89,7 @@ class Chat:
                 raise TeacherError(message, "ask again, or choose another model")
             larger = f"--set eval.context={2 * self.context}"
             raise DataError(message, f"shorten the question, or use {larger}, if the model allows it")
-        answer = replace(answer, question=question, asked=answer.question)
+        answer = replace(answer, question=question, asked=asked)
         self.answers.append(answer)
         if answer.note and not quiet:
             console.note(f"[yellow]note:[/] {escape(answer.note)}")
@@ -94,6 +106,7 @@ class Chat:
     def command(self, typed: str) -> None:
         """Run a command such as `/set seed 3`. Raises UsageError for an unknown one, with what it may have meant."""
         name, _, rest = typed[1:].partition(" ")
+        name = name.lower()
         method = getattr(self, f"do_{name}", None)
         if method is None:
             close = difflib.get_close_matches(name, self.commands(), 1, 0.5)
@@ -119,9 +132,9 @@ class Chat:
         for name in self.commands():
             usage, _, about = f": {getattr(self, f'do_{name}').__doc__}".rpartition(": ")
             console.print(f"  [cyan]{escape(f'/{name} {usage[2:]}'):18}[/] {escape(about)}")
-        settings = ", ".join(f"{key} {getattr(self.settings, key)}" for key in KEYS)
+        console.print("\nThe settings of /set:")
+        self.do_set("")
         console.print(
-            f"\nKeys of /set: {settings}, mode {self.review_mode}, history {'on' if self.history else 'off'}.\n"
             "Enter sends, Alt-Enter starts a new line, Ctrl-C stops an answer, Ctrl-D leaves.\n"
             "Each question is solved on its own, as the model was trained. After /set history on, earlier questions "
             "and answers come before it.\n"
@@ -141,7 +154,7 @@ class Chat:
         self.answers.pop()
         try:
             self.ask(before.question, temperature=self.settings.temperature or RETRY_TEMPERATURE)
-        except (ScliteError, KeyboardInterrupt):
+        except ScliteError:
             self.answers.append(before)
             raise
 
@@ -152,26 +165,38 @@ class Chat:
 
     def do_set(self, rest: str) -> None:
         """KEY VALUE: change a setting, such as temperature 0.5"""
+        if not rest:
+            values = [f"{key} {round(getattr(self.settings, key), 4):.10g}" for key in KEYS]
+            console.print(
+                f"{', '.join(values)}, mode {self.review_mode}, history {'on' if self.history else 'off'}"
+            )
+            return
         key, _, value = rest.partition(" ")
         value = value.strip()
+        hint = (
+            f"/set KEY VALUE; the keys are {', '.join([*KEYS, 'mode (guided, free)', 'history (on, off)'])}"
+        )
         try:
             if key in KEYS:
-                kind, least = KEYS[key]
+                kind, least, most = KEYS[key]
+                hint = f"{key} is a {'whole ' if kind is int else ''}number from {least} to {most}"
                 number = kind(value)
-                if not least <= number < math.inf:  # NaN too
+                if not least <= number <= most:  # NaN too
                     raise ValueError
                 changed: dict[str, Any] = {key: number}
                 self.settings = replace(self.settings, **changed)
             elif key == "history" and value in ("on", "off"):
                 self.history = value == "on"
             elif key == "mode" and value in ("guided", "free"):
+                if value == "guided" and not self.context:
+                    hint = "a model behind an API cannot score its steps: /set mode free"
+                    raise ValueError
                 self.review_mode = value
                 self.settings = replace(self.settings, mode=value)
             else:
                 raise ValueError
         except ValueError:
-            hint = f"/set KEY VALUE; the keys are {', '.join([*KEYS, 'mode (guided, free)', 'history (on, off)'])}"
-            raise UsageError(f"cannot set {rest or 'nothing'}", hint) from None
+            raise UsageError(f"cannot set {rest}", hint) from None
         console.note(f"[dim]{escape(key)} = {escape(value)}[/]")
 
     def do_correct(self, rest: str) -> None:
@@ -188,17 +213,21 @@ class Chat:
         if base is None:
             message = f"there is no base-*.gguf beside {self.path.name}"
             raise UsageError(message, "run `sclite eval PROBLEMS --models base`")
-        messages = prompts.solve_messages(answer.question, self.settings.prompt_folder)
-        with Engine(base, parallel=1, context=self.context) as student:
-            reply = next(student.generate([Request(messages, max_tokens=self.settings.max_tokens)]))
-        console.print(f"[bold]{escape(base.name)}[/]")
-        for part in (Answer(answer.question, reply, parse(reply.text).trace), answer):
-            view = AnswerView()
-            view.feed(replace(part, review=None))
-            if part is answer:
-                console.print(f"\n[bold]{escape(self.path.name)}[/], before its review")
-            with showing(view):
-                pass
+        with console.spinner(f"loading {base.name}"):
+            engine = Engine(base, parallel=1, context=self.context)
+        with engine as student:
+            script = solve_and_review(answer.question, replace(self.settings, mode="", temperature=0.0))
+            own = f"\n[bold]{escape(self.path.name)}[/], before its review"
+            for heading, events in (
+                (f"[bold]{escape(base.name)}[/]", stream(student, script)),
+                (own, iter([replace(answer, review=None)])),
+            ):
+                console.print(heading)
+                view = AnswerView()
+                with showing(view) as draw:
+                    for event in events:
+                        view.feed(event)
+                        draw()
         if answer.review is not None and answer.review.trace is not None:
             console.print(f"  after review [bold]{escape(readable(answer.result))}[/]")
 
@@ -207,9 +236,11 @@ class Chat:
         answer = self.last()
         review = answer.review
         if review is None or not review.scores:
-            raise UsageError("the last answer has no scores", "/set mode guided, /correct on, then /retry")
+            hint = "/set mode guided, then /retry" if self.context else "only the steps of a GGUF have scores"
+            raise UsageError("the last answer has no scores", hint)
         rows, limit = [], self.settings.threshold
-        for number, (step, odds) in enumerate(zip(answer.trace.steps, review.scores, strict=False), 1):
+        steps = corrected(answer.trace).steps
+        for number, (step, odds) in enumerate(zip(steps, review.scores, strict=False), 1):
             flag = "flagged" if number == review.accused else "above" if odds > limit else ""
             score = f"{100 * probability(odds):.1f} %", f"{odds:+.2f}"
             rows.append([str(number), readable(step.text), *score, flag])
@@ -252,16 +283,22 @@ class Chat:
     def judge(self, good: bool) -> None:
         """Add the last answer and a verdict on it to the feedback of the run."""
         answer = self.last()
+        if answer.first.finish == STOPPED:
+            raise UsageError("the last answer was stopped", "/retry, then judge the answer")
         row = Feedback(
             question=answer.asked or answer.question,
             attempt=answer.first.text,
             final=answer.text,
             accused=None if answer.review is None else answer.review.accused,
             good=good,
-            model=self.path.name,
+            model=self.name,
         )
-        self.run.append(FEEDBACK, [row])
-        console.note(f"[dim]noted in {escape(str(self.run.path(FEEDBACK)))}; `sclite build-data` uses it[/]")
+        path = self.run.path(FEEDBACK)
+        try:
+            self.run.append(FEEDBACK, [row])
+        except OSError as error:
+            raise DataError(f"{path} cannot be written: {error.strerror}", "check its permissions") from error
+        console.note(f"[dim]noted in {escape(str(path))}; `sclite build-data` uses it[/]")
 
     def do_bye(self, _: str) -> None:
         """leave; so do exit, quit and Ctrl-D"""
@@ -270,8 +307,10 @@ class Chat:
 
 def file_argument(rest: str, example: str) -> Path:
     """The file that a command names. Raises UsageError if there is none."""
-    with suppress(ValueError):
-        words = shlex.split(rest)
-        if len(words) == 1:
-            return Path(words[0]).expanduser()
-    raise UsageError("name one file", example)
+    try:
+        (word,) = shlex.split(rest)
+        return Path(word).expanduser()
+    except ValueError:
+        raise UsageError("name one file", example) from None
+    except RuntimeError:
+        raise UsageError(f"{rest}: there is no such user", example) from None

@@ -3,14 +3,14 @@
 import os
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, cast
 
 from sclite import console
 from sclite.chat.answer import Settings, open_gguf
-from sclite.chat.conversation import Chat
+from sclite.chat.conversation import KEYS, Chat
 from sclite.config import Config
 from sclite.console import escape
 from sclite.errors import ScliteError
@@ -19,6 +19,9 @@ from sclite.student.base import Student
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
+
+ALIASES = {"exit": "/bye", "quit": "/bye", "bye": "/bye", "?": "/help", "help": "/help"}
+"""Other words for a command, with or without a slash."""
 
 
 def run_chat(
@@ -46,13 +49,12 @@ def run_chat(
             student, context, about = endpoint, 0, ""
             settings = replace(settings, mode=settings.mode and "free")
         else:
-            spinner = console.make_console(stderr=True).status(f"loading {path.name}")
-            with spinner if console.is_interactive() else nullcontext():
-                # one sequence keeps the solution while the other one reviews it
-                engine = stack.enter_context(open_gguf(path, config, parallel=2))
+            # one sequence keeps the solution while the other one reviews it
+            engine = stack.enter_context(open_gguf(path, config, parallel=2))
             student, context = engine, engine.context
             about = f": {engine.description}, on the {'GPU' if engine.offloaded else 'CPU'}"
-        chat = Chat(student, context, path, run, settings, familiar, settings.mode or config.review.mode)
+        mode = config.review.mode if context else "free"
+        chat = Chat(student, context, path, run, settings, familiar, mode)
         if off and not as_json:
             console.note(f"[dim]{escape(off)}[/]")
         if question is not None:
@@ -61,7 +63,7 @@ def run_chat(
                 console.print_json(answer.as_json() | {"note": answer.note or off})
             return True
         if interactive:
-            console.note(f"[dim]{escape(path.name + about)}[/]")
+            console.note(f"[dim]{escape(chat.name + about)}[/]")
             if example:
                 console.note(f"This model only knows problems like this one:\n{escape(example)}")
             converse(chat)
@@ -92,18 +94,21 @@ def run_chat(
 
 def converse(chat: Chat) -> None:
     """Answer what is typed, or pasted as one input, until Ctrl-D, /bye, or Ctrl-C twice at an empty prompt."""
+    import termios
+
     console.note("Type or paste a problem; /help lists the commands.")
-    session = open_prompt()
-    warned = False
+    session, keyboard, warned = open_prompt(), sys.stdin.fileno(), False
+    echoing, silent = termios.tcgetattr(keyboard), termios.tcgetattr(keyboard)
+    silent[3] &= ~termios.ECHO  # the local modes: what is typed during an answer would break its view
     try:
         while not chat.left:
             review = f"review {chat.settings.mode}" if chat.settings.mode else "review off"
             used = ""
-            if chat.answers and chat.context:
-                first = chat.answers[-1].first
+            first = chat.answers[-1].first if chat.answers else None
+            if first is not None and first.tokens and chat.context:
                 used = f" · context {100 * (first.prompt_tokens + first.tokens) // chat.context}%"
             turns = f" · {len(chat.answers)} earlier" if chat.history and chat.answers else ""
-            toolbar = f"{chat.path.name} · {review}{used}{turns} · /help"
+            toolbar = f"{chat.name} · {review}{used}{turns} · /help"
             try:
                 typed = session.prompt(bottom_toolbar=toolbar).strip()
             except KeyboardInterrupt:
@@ -115,11 +120,11 @@ def converse(chat: Chat) -> None:
             except EOFError:
                 return
             warned = False
-            if typed in ("exit", "quit"):
-                return
+            typed = ALIASES.get(typed.lower().removeprefix("/"), typed)
             if typed.startswith('"""'):
                 typed = typed.strip('"').strip()
             try:
+                termios.tcsetattr(keyboard, termios.TCSADRAIN, silent)
                 if typed.startswith("/"):
                     chat.command(typed)
                 elif typed:
@@ -128,11 +133,11 @@ def converse(chat: Chat) -> None:
                 console.error(error)
             except KeyboardInterrupt:
                 console.note("[dim]stopped[/]")
+            finally:
+                termios.tcsetattr(keyboard, termios.TCSADRAIN, echoing)
     finally:  # what was typed ahead must not reach the shell
-        import termios
-
         with suppress(OSError, termios.error):
-            termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
+            termios.tcflush(keyboard, termios.TCIFLUSH)
 
 
 def open_prompt() -> "PromptSession[str]":
@@ -141,6 +146,7 @@ def open_prompt() -> "PromptSession[str]":
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.history import FileHistory, InMemoryHistory
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+    from prompt_toolkit.keys import Keys
     from prompt_toolkit.output import create_output
 
     keys, dumb = KeyBindings(), os.environ.get("TERM") == "dumb"
@@ -160,6 +166,12 @@ def open_prompt() -> "PromptSession[str]":
     def new_line(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
+    @keys.add(Keys.BracketedPaste)
+    def paste(event: KeyPressEvent) -> None:
+        # a trailing empty line would hide a paste that fills the window
+        text = event.data.replace("\r\n", "\n").replace("\r", "\n")
+        event.current_buffer.insert_text(text.rstrip("\n"))
+
     @keys.add("c-c")
     def clear(event: KeyPressEvent) -> None:
         if event.current_buffer.text:
@@ -173,7 +185,9 @@ def open_prompt() -> "PromptSession[str]":
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(file, os.O_CREAT | os.O_WRONLY, 0o600))
         history = FileHistory(str(file))
-    words = [f"/{name}" for name in Chat.commands()]
+    values = ["mode guided", "mode free", "history on", "history off"]
+    words = [f"/{name}" for name in (*Chat.commands(), "correct on", "correct off")]
+    words += [f"/set {key}" for key in (*KEYS, *values)]
     return PromptSession(
         "> ",
         multiline=True,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from threading import Event
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 from sclite.chat.answer import Answer, Settings, probability, solve_and_review
 from sclite.errors import ScliteError
@@ -32,16 +32,23 @@ class TextPart(BaseModel):
     text: str
 
 
+# text is taken for a list of one part: an error in a union names each of its types
+Parts = Annotated[
+    list[TextPart], BeforeValidator(lambda v: [TextPart(type="text", text=v)] if isinstance(v, str) else v)
+]
+Stops = Annotated[list[str], Field(max_length=4), BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
+
+
 class Message(BaseModel):
     """One message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: Parts | None = None
 
     @property
     def text(self) -> str:
         """The content as one string."""
-        return self.content if isinstance(self.content, str) else "".join(p.text for p in self.content or ())
+        return "".join(part.text for part in self.content or ())
 
 
 class StreamOptions(BaseModel):
@@ -61,15 +68,14 @@ class Completion(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
     seed: int | None = None
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stop: Stops | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
         """The stop strings."""
-        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return tuple(filter(None, given))
+        return tuple(filter(None, self.stop or ()))
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,10 @@ class PlainText:
             name = tag_name(tag[2])
             return "" if tag[1] else f"{tag[3]}. " if name == "step" else self.NAMES[name]
 
-        ready = re.sub(r"\n{2,}", "\n", TAG.sub(plain, ready))
+        ready = TAG.sub(plain, ready)
+        if last:
+            ready = re.sub(r"</?[A-Z]\w*\Z", "", ready)  # a reply that was cut off within a tag
+        ready = re.sub(r"\n{2,}", "\n", ready)
         if self.at_line_start:
             ready = ready.removeprefix("\n")
         self.at_line_start = ready.endswith("\n") if ready else self.at_line_start
@@ -244,9 +253,15 @@ class Service:
     def _reviewed(
         self, asked: Completion, settings: Settings, index: int, cancel: Event
     ) -> Iterator[Piece | End]:
-        """The last question solved and reviewed: students are trained on single problems."""
+        """The last question solved and reviewed: students are trained on single problems.
+
+        The first solution and the review are the reasoning. Without a review, the solution is the content at once,
+        unless a stop string may end it.
+        """
         question = next(m.text for m in reversed(asked.messages) if m.role == "user" and m.text.strip())
-        plain = PlainText()
+        plain, accused = PlainText(), None
+        field = "reasoning_content" if settings.mode else "content"
+        shown = settings.mode or not asked.stops
         for event in stream(self.student, solve_and_review(question, settings), cancel, asked.stream):
             text = ""
             if isinstance(event, str):
@@ -254,8 +269,11 @@ class Service:
             elif isinstance(event, Writing):
                 text = plain.feed("", last=True)
                 plain = PlainText()
-                text += {"solution": "", "continuation": "\n"}.get(event.part, "\n\nReview\n")
+                begun = {"review": "\n\nReview\n", "continuation": "\n"}
+                begun["correction"] = f"\n\nReview of step {accused}\nWhy wrong: "
+                text += begun.get(event.part, "")
             elif isinstance(event, StepsScored):
+                accused = event.accused
                 errors = [f"{100 * probability(odds):.0f} %" for odds in event.scores]
                 listed = ", ".join(f"step {n}: {error}" for n, error in enumerate(errors, 1))
                 text = plain.feed("", last=True) + f"\n\nProbability of an error: {listed}"
@@ -263,18 +281,22 @@ class Service:
                 text = plain.feed("", last=True)
             else:
                 check_reply(event.first)
-                yield Piece(index, "reasoning_content", plain.feed("", last=True))
-                final, content = event.final, event.text  # the reply itself if it has no steps
-                if final.steps:
+                text = plain.feed("", last=True)
+                if shown:
+                    yield Piece(index, field, text)
+                final, content = event.final, PlainText().feed(event.text, last=True)
+                if final.steps and settings.mode:
                     content = "\n".join(f"{n}. {step.text}" for n, step in enumerate(final.steps, 1))
                     content += "" if final.answer is None else f"\n\nAnswer: {final.answer}"
                 ends = [at for stop in asked.stops if (at := content.find(stop)) >= 0]
-                yield Piece(index, "content", content[: min(ends, default=len(content))])
+                if settings.mode or asked.stops:
+                    yield Piece(index, "content", content[: min(ends, default=len(content))])
                 finish = "length" if event.first.finish == "length" and not ends else "stop"
                 counts = event.first.prompt_tokens, event.tokens, event.fed
                 yield End(index, finish, *counts, event.seconds, event)
-            if text:
-                yield Piece(index, "reasoning_content", text)
+                return
+            if text and shown:
+                yield Piece(index, field, text)
 
 
 def check_reply(reply: Reply) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from threading import Event
 from typing import Protocol
 
+from sclite.errors import UsageError
 from sclite.prompts import Messages
 
 
@@ -71,9 +72,8 @@ class Student(Protocol):
         ...
 
     def score(self, requests: Sequence[ScoreRequest]) -> Iterator[Scores]:
-        """Yield the scores of each request, in any order. Only the engine can."""
-        name = type(self).__name__
-        raise NotImplementedError(f"{name} cannot score")
+        """Yield the scores of each request, in any order. Only the engine can; others raise UsageError."""
+        raise UsageError("this model cannot score its steps", "use free review (review.mode=free), or a GGUF")
 
     def stream(
         self, ask: Request | ScoreRequest, cancel: Event | None = None, pieces: bool = True

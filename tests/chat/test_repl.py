@@ -15,7 +15,7 @@ import pytest
 
 from sclite.chat import answer, conversation, repl
 from sclite.chat.answer import Settings
-from sclite.chat.conversation import Chat
+from sclite.chat.conversation import KEYS, Chat
 from sclite.config import Config
 from sclite.errors import DataError, TeacherError, UsageError
 from sclite.quickstart.problem_sets import problem_set
@@ -101,6 +101,36 @@ def test_a_damaged_or_missing_gguf_is_reported(sclite, tmp_path, damage, message
     assert ended.err.endswith(f"{ended.error}\n{ended.hint}\n")
 
 
+ENDPOINT = """
+from pathlib import Path
+from sclite.chat import repl
+from sclite.config import Config
+from sclite.run import Run
+from sclite.student.base import Reply, Student
+
+class Remote(Student):
+    def generate(self, requests):
+        yield Reply(0, "<Step1>4 + 1 = 5</Step1><Answer>5</Answer>", 5, 20, "stop")
+
+repl.run_chat(Path("openai/large"), Config(), None, Run("run"), endpoint=Remote(), off="review is off")
+print("left", flush=True)
+"""
+
+
+@pytest.mark.parametrize("terminal", [{"code": ENDPOINT}], indirect=True, ids=["endpoint"])
+def test_a_session_with_an_endpoint_never_asks_for_scores(terminal):
+    for typed, shown in (
+        ("", "openai/large"), ("/set mode guided", "/set mode free"), ("/correct on", "review is on"),
+        ("How many?", "4 + 1 = 5"), ("/why", "only the steps of a GGUF"), ("/Set temperature 3", "from 0 to 2"),
+        ("/load ~nobody-here/x", "no such user"), ("?", "settings of /set"),
+    ):  # fmt: skip
+        terminal.send(typed and f"{typed}\r")
+        terminal.wait(shown)
+        terminal.wait(CLEARED)
+    terminal.send("/EXIT\r")
+    terminal.wait("left")
+
+
 def test_endpoint_reviews_freely(sclite, monkeypatch):
     """The server solves, and when it sees work to check it finds the wrong step."""
     steps = (Step("2 + 2 = 4"), Step("4 + 1 = 6", None, "Too many.", "4 + 1 = 5"), Step("5 + 1 = 6"))
@@ -166,16 +196,22 @@ def test_failed_call_of_an_endpoint_is_not_repeated_with_less_history(chat):
     assert len(chat.student.asked) == 3 + 1  # the first with its correction and the rest, then the second
 
 
-def test_set_changes_the_next_request(chat):
+def test_set_changes_the_next_request(chat, capsys):
     for setting in ("temperature 0.5", "seed 7", "max_tokens 99"):
         chat.command(f"/set {setting}")
     chat.ask("How many?")
     first = chat.student.asked[0]
     assert (first.temperature, first.seed, first.max_tokens) == (0.5, 7, 99)
-    number = ("temperature hot", "seed -1", "max_tokens 0", "threshold nan")
-    for setting in (*number, "history perhaps", "colour red", ""):
-        with pytest.raises(UsageError, match="cannot set"):
+    number = ("temperature hot", "temperature 2.1", "temperature", "seed -1", "seed 1e22", "max_tokens 0")
+    for setting in (*number, "max_tokens 99999999999", "threshold nan", "history perhaps", "colour red"):
+        with pytest.raises(UsageError, match=f"cannot set {setting}") as error:
             chat.command(f"/set {setting}")
+        assert ("from" in error.value.hint) == (setting.split()[0] in KEYS)
+    chat.command("/set threshold 0.20737024704638296")
+    capsys.readouterr()
+    chat.command("/set")
+    expected = "temperature 0.5, seed 7, max_tokens 99, threshold 0.2074, rounds 1, mode guided, history off"
+    assert " ".join(capsys.readouterr().out.split()) == expected
 
 
 def test_correct_turns_the_review_off_and_on(chat):
@@ -203,6 +239,30 @@ def test_retry_samples_again_and_undo_forgets(chat):
             chat.command(command)
 
 
+def test_what_came_before_ctrl_c_stands_for_the_answer(chat, run):
+    class Interrupted(Scripted):
+        def stream(self, ask, cancel=None, pieces=True):
+            yield "<Step1>2 + 2 = 4</Step1><Ste"
+            raise KeyboardInterrupt
+
+    chat.ask("How many?")
+    whole, chat.student = chat.student, Interrupted()
+    for typed in ("/retry", "And now?", "/retry"):
+        with pytest.raises(KeyboardInterrupt):
+            chat.command(typed) if typed.startswith("/") else chat.ask(typed)
+        assert chat.answers[-1].first.text == "<Step1>2 + 2 = 4</Step1><Ste"
+        for verdict in ("/good", "/bad"):
+            with pytest.raises(UsageError, match="was stopped"):
+                chat.command(verdict)
+    with pytest.raises(UsageError, match="no scores"):
+        chat.command("/why")
+    assert [answer.question for answer in chat.answers] == ["How many?", "And now?"]
+    chat.student = whole
+    chat.command("/set history on")
+    chat.ask("And then?")
+    assert chat.answers[-1].asked == "And then?"  # what was stopped is no answer to build on
+
+
 def test_why_lists_the_probability_of_each_step(chat, capsys):
     chat.ask("How many?")
     capsys.readouterr()
@@ -213,6 +273,14 @@ def test_why_lists_the_probability_of_each_step(chat, capsys):
         ["2", "4", "+", "1", "=", "6", "95.3", "%", "+3.00", "flagged"],
         ["3", "6", "+", "1", "=", "7", "26.9", "%", "-1.00"],
     ]
+    corrected = Trace((Step("2 + 2 = 5", None, "Too many.", "2 + 2 = 4"), Step("4 + 1 = 5")), None, "5")
+    chat.student = Scripted(render(corrected))
+    chat.ask("How many?")
+    capsys.readouterr()
+    chat.command("/why")
+    shown = capsys.readouterr().out
+    assert "2 + 2 = 4" in shown  # the review scores the corrected step
+    assert "2 + 2 = 5" not in shown
 
 
 def test_saved_conversations_can_be_loaded(chat, tmp_path):
@@ -228,6 +296,13 @@ def test_saved_conversations_can_be_loaded(chat, tmp_path):
             chat.command(f"/load {wrong}")
     with pytest.raises(DataError, match="cannot be written"):
         chat.command(f"/save {tmp_path}")
+    for named, message in (
+        ("~nobody-here/x", "no such user"),
+        ("", "name one file"),
+        ("'x", "name one file"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            chat.command(f"/load {named}")
 
 
 def test_verdicts_go_to_the_feedback_of_the_run(chat, run):
@@ -238,6 +313,10 @@ def test_verdicts_go_to_the_feedback_of_the_run(chat, run):
     assert (bad.good, good.good) == (False, True)
     assert (bad.question, bad.attempt, bad.accused) == ("How many?", WRONG, 2)
     assert "5 + 1 = 6" in bad.final
+    run.path("feedback.jsonl").unlink()
+    run.path("feedback.jsonl").mkdir()
+    with pytest.raises(DataError, match="cannot be written"):
+        chat.command("/bad")
 
 
 def test_compare_shows_the_base_models_answer_or_how_to_get_it(chat, capsys, monkeypatch, tmp_path):
@@ -333,13 +412,14 @@ print("left", flush=True)
 @pytest.fixture
 def terminal(request, tmp_path):
     pytest.importorskip("prompt_toolkit", reason="the environment lacks prompt_toolkit or what it needs")
-    opened = Terminal(SESSION, XDG_STATE_HOME=str(tmp_path), **getattr(request, "param", {}))
+    options = {"code": SESSION, **getattr(request, "param", {})}
+    opened = Terminal(**options, XDG_STATE_HOME=str(tmp_path))
     yield opened
     opened.process.kill()
     os.close(opened.ours)
 
 
-@pytest.mark.parametrize("leave", ["/bye\r", "exit\r", "quit\r", "\x04", "\x03\x03"])
+@pytest.mark.parametrize("leave", ["/bye\r", "Exit\r", "/quit\r", "\x04", "\x03\x03"])
 def test_a_session_takes_pastes_and_survives_errors_and_ctrl_c(terminal, leave, tmp_path):
     terminal.wait(CLEARED)
     terminal.send("\r  \r")

@@ -103,7 +103,7 @@ def test_endpoint_neither_continues_nor_scores(run):
     with TeacherServer(lambda body, nth: say(TRACE)) as server, student(run, server.url) as endpoint:
         with pytest.raises(UsageError, match="openai/small is an endpoint") as error:
             list(endpoint.generate([request("1?"), request("2?", pieces=("<Step1>x\n",))]))
-        with pytest.raises(NotImplementedError):
+        with pytest.raises(UsageError, match="cannot score"):
             endpoint.score([ScoreRequest((), ("x",), (0,), (("a", "b"),))])
         assert server.requests == []
     assert "free review" in error.value.hint
