@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -17,8 +18,6 @@ import uvicorn
 from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -32,7 +31,8 @@ from sclite.errors import UsageError
 KEY = "SCLITE_API_KEY"
 MOST_BYTES = 1_000_000
 """The largest body."""
-LOCAL = ["localhost", "127.0.0.1", "[::1]"]
+LOCAL = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.I)
+"""The Host of a request to this machine."""
 
 
 class Api:
@@ -47,13 +47,17 @@ class Api:
             Route("/metrics", self.metrics),
             Route("/", self.page),
         ]
-        # without a key, a web page that resolves its own name to this machine must not reach the server
-        local = [] if key else [Middleware(TrustedHostMiddleware, allowed_hosts=LOCAL)]
-        failures: Any = {ApiError: self.fail, HTTPException: self.fail}
-        self.app = Starlette(routes=routes, middleware=local, exception_handlers=failures)
+        failures: Any = dict.fromkeys((ApiError, HTTPException, Exception), self.fail)
+        self.app = Starlette(routes=routes, exception_handlers=failures)
 
-    def authorize(self, request: HttpRequest) -> None:
-        """Raises ApiError without the right key."""
+    def authorize(self, request: HttpRequest, public: bool = False) -> None:
+        """Raises ApiError without the right key, which a `public` route does not need."""
+        host = request.headers.get("host", "")
+        # without a key, a web page that resolves its own name to this machine must not reach the server
+        if not self.key and not LOCAL.fullmatch(host):
+            raise ApiError(400, f"the host {host!r} is not this machine", "invalid_host")
+        if public:
+            return
         given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
         if self.key and not hmac.compare_digest(given.encode("latin-1"), self.key.encode()):
             raise ApiError(401, "the API key is missing or wrong", "invalid_api_key")
@@ -102,8 +106,9 @@ class Api:
         rows = [{"id": name, "object": "model", "created": made, "owned_by": "sclite"} for name in names]
         return JSONResponse({"object": "list", "data": rows})
 
-    async def health(self, _: HttpRequest) -> Response:
+    async def health(self, request: HttpRequest) -> Response:
         """GET /health."""
+        self.authorize(request, public=True)
         return JSONResponse({"status": "ok", "model": self.service.name, "active": self.service.active})
 
     async def metrics(self, request: HttpRequest) -> Response:
@@ -112,19 +117,25 @@ class Api:
         rows = [f"sclite_{name} {value:g}" for name, value in sorted(self.service.counts.items())]
         return PlainTextResponse("\n".join([*rows, f"sclite_active_choices {self.service.active}", ""]))
 
-    async def page(self, _: HttpRequest) -> Response:
+    async def page(self, request: HttpRequest) -> Response:
         """GET /, the chat page."""
+        self.authorize(request, public=True)
         text = files("sclite.chat").joinpath("page.html").read_text(encoding="utf-8")
         inline = "script-src 'unsafe-inline'; style-src 'unsafe-inline'"
         policy = f"default-src 'none'; {inline}; connect-src 'self'"
         return HTMLResponse(text, headers={"content-security-policy": policy})
 
-    async def fail(self, _: HttpRequest, error: ApiError | HTTPException) -> Response:
-        """The response to an error."""
+    async def fail(self, _: HttpRequest, error: Exception) -> Response:
+        """The response to an error. An unexpected one is logged, too."""
+        headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
         if isinstance(error, HTTPException):
             error = ApiError(error.status_code, str(error.detail))
+        elif not isinstance(error, ApiError):
+            error = ApiError(500, f"internal error: {type(error).__name__}")
+        if error.status == 429:
+            headers["retry-after"] = "1"
         self.service.counts[f'errors_total{{status="{error.status}"}}'] += 1
-        return JSONResponse(error.body, error.status, {"retry-after": "1"} if error.status == 429 else None)
+        return JSONResponse(error.body, error.status, headers)
 
 
 async def stream_events(

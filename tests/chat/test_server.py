@@ -86,9 +86,10 @@ def scripted():
 
 
 CONTENT = "1. 2 + 2 = 4\n2. 4 + 1 = 5\n3. 5 + 1 = 6\n\nAnswer: 6"
+PLAIN_WRONG = "1. 2 + 2 = 4\n2. 4 + 1 = 6\n3. 6 + 1 = 7\nAnswer: 7"
 REASONING = (
     "1. 2 + 2 = 4\n2. 4 + 1 = 6\n3. 6 + 1 = 7\nAnswer: 7\n\nProbability of an error: step 1: 12 %, step 2: 95 %, "
-    "step 3: 27 %\n\nReview\n4 and 1 are 5.\nCorrect: 4 + 1 = 5\n3. 5 + 1 = 6\nAnswer: 6"
+    "step 3: 27 %\n\nReview of step 2\nWhy wrong: 4 and 1 are 5.\nCorrect: 4 + 1 = 5\n3. 5 + 1 = 6\nAnswer: 6"
 )
 
 
@@ -129,6 +130,28 @@ def test_conversation_is_held_by_the_last_question_and_raw_gets_all_of_it(script
     asking = [{"role": "user", "content": parts}]
     client(url).chat.completions.create(model="tom:raw", messages=asking)
     assert service.student.asked[-1].messages[0]["content"] == "And now?"
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("student", "settings", "asked", "content", "reasoning"),
+    [
+        (Scripted(WRONG), Settings(mode=""), {}, PLAIN_WRONG, False),
+        (Scripted(WRONG), Settings(mode=""), {"stop": "2. 4"}, "1. 2 + 2 = 4\n", False),
+        (Scripted("<Step1", finish="length"), Settings(), {}, "", True),
+        (Scripted("2 < 3 <Answer>yes</Answer>"), Settings(), {}, "2 < 3 Answer: yes", True),
+        (Scripted(**CORRECTING, finish="length"), Settings(), {}, PLAIN_WRONG.replace("\nA", "\n\nA"), True),
+    ],
+    ids=["no review", "no review, stop", "cut off in a tag", "no steps", "cut off"],
+)
+def test_content_without_a_review(student, settings, asked, content, reasoning, streamed):
+    with serving(Service(student, "tom", settings, 2)) as url:
+        reply = client(url).chat.completions.create(model="tom", messages=ASK, stream=streamed, **asked)
+        said = [chunk.choices[0].delta for chunk in reply] if streamed else [reply.choices[0].message]
+    assert "".join(part.content or "" for part in said) == content
+    assert any(hasattr(part, "reasoning_content") for part in said) == reasoning
+    assert len(student.asked) == 1
+    student.asked.clear()
 
 
 def test_stop_strings_end_the_content_without_appearing_in_it(scripted, raw):
@@ -175,10 +198,20 @@ def test_page_needs_no_network_and_other_host_names_are_refused(scripted):
     assert page.status_code == 200
     assert "connect-src 'self'" in page.headers["content-security-policy"]
     assert not re.search(r"https?://|src=|@import", page.text)
-    assert httpx.get(f"{scripted[0]}/health", headers={"host": "evil.example"}).status_code == 400
+    for path, host in (
+        ("/health", "evil.example"),
+        ("/", "localhost.evil.example"),
+        ("/v1/models", "[::2]:80"),
+    ):
+        reply = httpx.get(scripted[0] + path, headers={"host": host})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_host")
+    for host in ("localhost", "LOCALHOST:8000", "[::1]:8000", "127.0.0.1"):
+        assert httpx.get(f"{scripted[0]}/health", headers={"host": host}).status_code == 200
 
 
 LONG = "word " * 600
+PICTURE = {"type": "image_url", "image_url": {"url": "data:,"}}
+IMAGE = {"messages": [{"role": "user", "content": [PICTURE]}]}
 
 
 @pytest.mark.parametrize(
@@ -192,6 +225,10 @@ LONG = "word " * 600
         ({"messages": []}, 400, None, "messages"),
         ({"messages": [{"role": "user", "content": "  "}]}, 400, None, "messages"),
         ({"messages": [{"role": "king", "content": "x"}]}, 400, None, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": 3}]}, 400, None, "messages.0.content"),
+        (IMAGE, 400, None, "messages.0.content.0.type"),
+        ({"stop": list("abcde")}, 400, None, "stop"),
+        ({"stop": 5}, 400, None, "stop"),
         ({"messages": [{"role": "user", "content": LONG}]}, 400, "context_length_exceeded", "messages"),
     ],
 )
@@ -219,6 +256,17 @@ def test_bad_requests_get_an_error_object(scripted, method, path, body, status):
     reply = httpx.request(method, scripted[0] + path, content=body)
     assert reply.status_code == status
     assert reply.json()["error"]["message"]
+    assert reply.headers.get("allow") == ("POST" if status == 405 else None)
+
+
+def test_an_unexpected_error_is_an_error_object_too(scripted, monkeypatch):
+    def fail(ask, cancel=None, pieces=True):
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(scripted[1].student, "stream", fail)
+    reply = httpx.post(f"{scripted[0]}/v1/chat/completions", json={"model": "tom", "messages": ASK})
+    assert (reply.status_code, reply.json()["error"]["type"]) == (500, "server_error")
+    assert "secret" not in reply.text
 
 
 JSON = st.recursive(
