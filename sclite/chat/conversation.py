@@ -31,8 +31,6 @@ KEYS: dict[str, tuple[type[int] | type[float], int, int]] = {
 }
 """What /set changes, besides history and mode: type, smallest and largest value."""
 RETRY_TEMPERATURE = 0.8
-STOPPED = "cancelled"
-"""The `finish` of a reply that Ctrl-C has stopped."""
 
 
 @dataclass
@@ -60,7 +58,7 @@ class Chat:
         if not self.familiar(question):
             unknown = "the model was not trained on this kind of problem; expect a wrong answer"
             console.note(f"[yellow]note:[/] {unknown}")
-        earlier = [each for each in self.answers if self.history and each.first.finish != STOPPED]
+        earlier = [each for each in self.answers if self.history and each.first.finish != "cancelled"]
         settings = self.settings if temperature is None else replace(self.settings, temperature=temperature)
         view, solution = AnswerView(), ""
         with nullcontext(lambda: None) if quiet else showing(view) as draw:
@@ -74,7 +72,7 @@ class Chat:
                         draw()
                         solution += event if isinstance(event, str) and view.part == "solution" else ""
                 except KeyboardInterrupt:  # what came stands for the answer
-                    reply = Reply(0, solution, 0, 0, STOPPED)
+                    reply = Reply(0, solution, 0, 0, "cancelled")
                     self.answers.append(Answer(question, reply, parse(solution).trace, asked=asked))
                     raise
                 answer = view.answer
@@ -106,8 +104,7 @@ class Chat:
     def command(self, typed: str) -> None:
         """Run a command such as `/set seed 3`. Raises UsageError for an unknown one, with what it may have meant."""
         name, _, rest = typed[1:].partition(" ")
-        name = name.lower()
-        method = getattr(self, f"do_{name}", None)
+        method = getattr(self, f"do_{name.lower()}", None)
         if method is None:
             close = difflib.get_close_matches(name, self.commands(), 1, 0.5)
             hint = f"/{close[0]}" if close else "/help lists the commands"
@@ -167,15 +164,11 @@ class Chat:
         """KEY VALUE: change a setting, such as temperature 0.5"""
         if not rest:
             values = [f"{key} {round(getattr(self.settings, key), 4):.10g}" for key in KEYS]
-            console.print(
-                f"{', '.join(values)}, mode {self.review_mode}, history {'on' if self.history else 'off'}"
-            )
-            return
+            values += [f"mode {self.review_mode}", f"history {'on' if self.history else 'off'}"]
+            return console.print(", ".join(values))
         key, _, value = rest.partition(" ")
         value = value.strip()
-        hint = (
-            f"/set KEY VALUE; the keys are {', '.join([*KEYS, 'mode (guided, free)', 'history (on, off)'])}"
-        )
+        hint = f"/set KEY VALUE; the keys are {', '.join(KEYS)}, mode (guided, free), history (on, off)"
         try:
             if key in KEYS:
                 kind, least, most = KEYS[key]
@@ -217,12 +210,10 @@ class Chat:
             engine = Engine(base, parallel=1, context=self.context)
         with engine as student:
             script = solve_and_review(answer.question, replace(self.settings, mode="", temperature=0.0))
-            own = f"\n[bold]{escape(self.path.name)}[/], before its review"
-            for heading, events in (
-                (f"[bold]{escape(base.name)}[/]", stream(student, script)),
-                (own, iter([replace(answer, review=None)])),
-            ):
-                console.print(heading)
+            own = f"{self.path.name}, before its review"
+            parts = {base.name: stream(student, script), own: iter([replace(answer, review=None)])}
+            for name, events in parts.items():
+                console.print(f"[bold]{escape(name)}[/]")
                 view = AnswerView()
                 with showing(view) as draw:
                     for event in events:
@@ -283,7 +274,7 @@ class Chat:
     def judge(self, good: bool) -> None:
         """Add the last answer and a verdict on it to the feedback of the run."""
         answer = self.last()
-        if answer.first.finish == STOPPED:
+        if answer.first.finish == "cancelled":
             raise UsageError("the last answer was stopped", "/retry, then judge the answer")
         row = Feedback(
             question=answer.asked or answer.question,
@@ -310,7 +301,5 @@ def file_argument(rest: str, example: str) -> Path:
     try:
         (word,) = shlex.split(rest)
         return Path(word).expanduser()
-    except ValueError:
-        raise UsageError("name one file", example) from None
-    except RuntimeError:
-        raise UsageError(f"{rest}: there is no such user", example) from None
+    except (ValueError, RuntimeError):  # such as ~nobody
+        raise UsageError(f"{rest or 'nothing'} is not the name of a file", example) from None

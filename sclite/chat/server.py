@@ -32,7 +32,6 @@ KEY = "SCLITE_API_KEY"
 MOST_BYTES = 1_000_000
 """The largest body."""
 LOCAL = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.I)
-"""The Host of a request to this machine."""
 
 
 class Api:
@@ -56,10 +55,8 @@ class Api:
         # without a key, a web page that resolves its own name to this machine must not reach the server
         if not self.key and not LOCAL.fullmatch(host):
             raise ApiError(400, f"the host {host!r} is not this machine", "invalid_host")
-        if public:
-            return
         given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
-        if self.key and not hmac.compare_digest(given.encode("latin-1"), self.key.encode()):
+        if self.key and not public and not hmac.compare_digest(given.encode("latin-1"), self.key.encode()):
             raise ApiError(401, "the API key is missing or wrong", "invalid_api_key")
 
     async def complete(self, request: HttpRequest) -> Response:
@@ -127,8 +124,9 @@ class Api:
 
     async def fail(self, _: HttpRequest, error: Exception) -> Response:
         """The response to an error. An unexpected one is logged, too."""
-        headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
+        headers: dict[str, str] = {}
         if isinstance(error, HTTPException):
+            headers |= error.headers or {}
             error = ApiError(error.status_code, str(error.detail))
         elif not isinstance(error, ApiError):
             error = ApiError(500, f"internal error: {type(error).__name__}")

@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 from sclite.chat.answer import Answer, Settings, probability, solve_and_review
 from sclite.errors import ScliteError
 from sclite.student.base import Reply, Request, Student
-from sclite.student.self_correction import Corrected, StepsScored, Writing, stream
+from sclite.student.self_correction import StepsScored, Writing, stream
 from sclite.trace import TAG, tag_name
 
 RAW = ":raw"
@@ -253,15 +253,11 @@ class Service:
     def _reviewed(
         self, asked: Completion, settings: Settings, index: int, cancel: Event
     ) -> Iterator[Piece | End]:
-        """The last question solved and reviewed: students are trained on single problems.
-
-        The first solution and the review are the reasoning. Without a review, the solution is the content at once,
-        unless a stop string may end it.
-        """
+        """The last question solved and reviewed: students are trained on single problems."""
         question = next(m.text for m in reversed(asked.messages) if m.role == "user" and m.text.strip())
         plain, accused = PlainText(), None
-        field = "reasoning_content" if settings.mode else "content"
-        shown = settings.mode or not asked.stops
+        # without a review, what is written is the content at once, unless a stop string may end it
+        field, shown = "reasoning_content" if settings.mode else "content", settings.mode or not asked.stops
         for event in stream(self.student, solve_and_review(question, settings), cancel, asked.stream):
             text = ""
             if isinstance(event, str):
@@ -269,21 +265,20 @@ class Service:
             elif isinstance(event, Writing):
                 text = plain.feed("", last=True)
                 plain = PlainText()
-                begun = {"review": "\n\nReview\n", "continuation": "\n"}
-                begun["correction"] = f"\n\nReview of step {accused}\nWhy wrong: "
-                text += begun.get(event.part, "")
+                guided = f"\n\nReview of step {accused}\nWhy wrong: "
+                parts = {"review": "\n\nReview\n", "correction": guided, "continuation": "\n"}
+                text += parts.get(event.part, "")
             elif isinstance(event, StepsScored):
                 accused = event.accused
                 errors = [f"{100 * probability(odds):.0f} %" for odds in event.scores]
                 listed = ", ".join(f"step {n}: {error}" for n, error in enumerate(errors, 1))
                 text = plain.feed("", last=True) + f"\n\nProbability of an error: {listed}"
-            elif isinstance(event, Corrected):
-                text = plain.feed("", last=True)
             else:
-                check_reply(event.first)
                 text = plain.feed("", last=True)
-                if shown:
-                    yield Piece(index, field, text)
+            if text and shown:
+                yield Piece(index, field, text)
+            if isinstance(event, Answer):
+                check_reply(event.first)
                 final, content = event.final, PlainText().feed(event.text, last=True)
                 if final.steps and settings.mode:
                     content = "\n".join(f"{n}. {step.text}" for n, step in enumerate(final.steps, 1))
@@ -294,9 +289,6 @@ class Service:
                 finish = "length" if event.first.finish == "length" and not ends else "stop"
                 counts = event.first.prompt_tokens, event.tokens, event.fed
                 yield End(index, finish, *counts, event.seconds, event)
-                return
-            if text and shown:
-                yield Piece(index, field, text)
 
 
 def check_reply(reply: Reply) -> None:

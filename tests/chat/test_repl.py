@@ -122,7 +122,7 @@ def test_a_session_with_an_endpoint_never_asks_for_scores(terminal):
     for typed, shown in (
         ("", "openai/large"), ("/set mode guided", "/set mode free"), ("/correct on", "review is on"),
         ("How many?", "4 + 1 = 5"), ("/why", "only the steps of a GGUF"), ("/Set temperature 3", "from 0 to 2"),
-        ("/load ~nobody-here/x", "no such user"), ("?", "settings of /set"),
+        ("/load ~nobody-here/x", "not the name of a file"), ("?", "settings of /set"),
     ):  # fmt: skip
         terminal.send(typed and f"{typed}\r")
         terminal.wait(shown)

@@ -138,7 +138,7 @@ def test_conversation_is_held_by_the_last_question_and_raw_gets_all_of_it(script
     [
         (Scripted(WRONG), Settings(mode=""), {}, PLAIN_WRONG, False),
         (Scripted(WRONG), Settings(mode=""), {"stop": "2. 4"}, "1. 2 + 2 = 4\n", False),
-        (Scripted("<Step1", finish="length"), Settings(), {}, "", True),
+        (Scripted("<Step1", finish="length"), Settings(), {}, "", False),
         (Scripted("2 < 3 <Answer>yes</Answer>"), Settings(), {}, "2 < 3 Answer: yes", True),
         (Scripted(**CORRECTING, finish="length"), Settings(), {}, PLAIN_WRONG.replace("\nA", "\n\nA"), True),
     ],
