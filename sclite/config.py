@@ -138,7 +138,9 @@ class Teacher(Section):
     repairs: int = setting(3, "additional requests after a reply that fails its check", ge=0)
     requests_per_minute: float | None = setting(None, "rate limit (default: unlimited)", gt=0)
     tokens_per_minute: float | None = setting(None, "rate limit (default: unlimited)", gt=0)
-    max_cost: float | None = setting(None, "spending limit of the run in US dollars (default: none)", ge=0)
+    max_cost: float | None = setting(
+        None, "spending limit of the whole run in US dollars, kept for later commands (default: none)", ge=0
+    )
     price: Prices = setting(None, "US dollars per million input and output tokens (default: LiteLLM's list)")
     extra: Object = setting({}, 'more request parameters (a TOML table or JSON): {"reasoning_effort": "low"}')
     inspector: str = setting("", "LiteLLM model name of a second model that checks each reply")

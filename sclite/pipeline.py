@@ -46,7 +46,7 @@ def divided_problems(context: Context, reread: bool = False) -> "Split":
         elif not settings.source or report.skipped:
             origin = " in the run"
         elif settings.limit is not None and report.counts["problems"] == settings.limit:
-            origin = f" (the first of {settings.source}; problems.limit is {settings.limit})"
+            origin = f" (the first of {settings.source}, with --limit {settings.limit})"
         else:
             origin = f" (all rows of {settings.source})"
         context.add(report, f"problems: {len(found)}{origin}{drops(report)}")
@@ -138,7 +138,7 @@ def forecast(context: Context, part: str = "templates") -> dict[str, Any]:
 # -- attempts, corrections and pairs -------------------------------------------------------------------------------
 
 
-def build_corrections(context: Context, alone: bool = False) -> Report:
+def build_corrections(context: Context, fresh: bool = False, alone: bool = False) -> Report:
     """The student's attempts at the problems of stage 2, and the teacher's corrections of them.
 
     Imported attempts may be at any problem of the run, and need no student. `alone`, not as a part of a training, it adds
@@ -172,7 +172,7 @@ def build_corrections(context: Context, alone: bool = False) -> Report:
             context.add(report, f"feedback: {good} good, {bad} bad{drops(report)}")
     text = "corrections: the teacher corrects the first wrong step"
     with paid_stage(context, "corrections", text) as given:
-        report = corrections.write_corrections(config, run, **given)
+        report = corrections.write_corrections(config, run, fresh=fresh, **given)
     corrected, confirmed = (report.counts.get(name, 0) for name in ("corrected", "confirmed"))
     context.add(report, f"corrections: {corrected} corrected, {confirmed} confirmed{drops(report)}")
     # imported attempts of which nothing has been trained give decisions alone
@@ -249,7 +249,7 @@ def train(context: Context, only: str | None = None, fresh: bool = False) -> lis
     if only != "sft":
         require_sft(context)
         if data["reviews"] or not context.run.is_imported("pairs", "pairs.jsonl"):
-            build_corrections(context)
+            build_corrections(context, fresh)
         train_stage(context, "warmup", fresh)
         build_pairs(context)
         train_stage(context, "dpo", fresh)

@@ -22,6 +22,8 @@ NOT_SAVED: dict[str, Any] = {
     "export": {"ollama", "push"},
 }
 """What run.toml never holds, as pydantic's `exclude`: the run's path, and options that apply to one command only."""
+OF_SOURCE = ("subset", "split", "question_column", "answer_column", "solution_column", "id_column")
+"""Settings of `problems` and `eval` that describe a source: those of run.toml say nothing about another one."""
 
 
 def load(
@@ -68,6 +70,11 @@ def load(
         except ValidationError as error:
             message, hint = _explain(error)
             raise DataError(f"{saved}: {message}", f"{hint} {advice}") from None
+    for section in tree.keys() & {"problems", "eval"}:
+        given = (layer.get(section) for layer in layers)
+        sources = [part["source"] for part in given if isinstance(part, Mapping) and part.get("source")]
+        if sources and sources[-1] != tree[section].get("source"):
+            tree[section] = {k: v for k, v in tree[section].items() if k not in OF_SOURCE}
     for layer in layers:
         _merge(tree, layer)
     try:

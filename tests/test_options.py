@@ -111,6 +111,22 @@ def test_the_environment_sets_any_key_and_a_misspelled_one_is_refused(tmp_path):
     assert "did you mean seed?" in error.value.hint
 
 
+def test_columns_in_run_toml_are_those_of_its_own_source(tmp_path):
+    saved = (
+        '[problems]\nsource = "a.csv"\nquestion_column = "query"\nsplit = "test"\ncorrection_share = 0.3\n'
+    )
+    (tmp_path / "run.toml").write_text(saved)
+
+    def problems(*given):
+        return load(None, [f"run={tmp_path}", *given], {}, own_file=False).problems
+
+    for given in ((), ("problems.source=a.csv",), ("problems.source=",)):
+        assert (problems(*given).question_column, problems(*given).split) == ("query", "test")
+    other = problems("problems.source=b.csv", "problems.answer_column=gold")
+    assert (other.question_column, other.answer_column, other.split) == ("", "gold", "train")
+    assert other.correction_share == 0.3
+
+
 @pytest.mark.parametrize("text", ["[sft\n", "sft = 3\n", "[sft]\nepoch = 1\n", "[sft]\nepochs = 'x'\n"])
 def test_a_damaged_run_toml_is_reported(tmp_path, text):
     path = tmp_path / "run.toml"

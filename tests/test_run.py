@@ -230,6 +230,7 @@ def test_a_mistyped_value_is_not_saved(run, error):
     with suppress(type(error)), run.recording(Config(seed=3)):
         run.mark_started("templates")
         run.replace("problems.jsonl", [problem(1)])
+        run.sign("problems", {}, Report("problems"))
         raise error
     assert run.path("run.toml").read_text() == kept
     with suppress(type(error)), run.recording(Config(seed=3)):

@@ -77,7 +77,7 @@ def build_data(
             pipeline.build_templates(context, fresh)
         trained = "sft" in context.students()
         if only == "corrections" or (only is None and (trained or context.config.attempts.student)):
-            pipeline.build_corrections(context, alone=True)
+            pipeline.build_corrections(context, fresh, alone=True)
     summaries.print_build_data(context, only, common.json)
 
 

@@ -17,7 +17,7 @@ from sclite.progress import Progress, no_progress
 from sclite.records import Attempt, Drop, Problem, Review, from_feedback
 from sclite.run import Report, Run, timed
 from sclite.signature import digest, with_unanswered
-from sclite.teacher.client import Job, Rejection, Teacher, count_unanswered
+from sclite.teacher.client import Job, Rejection, Teacher, basis_of, count_unanswered, refuse_other_basis
 from sclite.trace import Trace, first_corrected, parse, render
 
 
@@ -37,14 +37,27 @@ def corrections_inputs(config: Config, run: Run) -> dict[str, object]:
 
 
 def write_corrections(
-    config: Config, run: Run, *, teacher: Teacher, grader: Grader, progress: Progress = no_progress
+    config: Config,
+    run: Run,
+    *,
+    teacher: Teacher,
+    grader: Grader,
+    fresh: bool = False,
+    progress: Progress = no_progress,
 ) -> Report:
-    """Have the teacher correct every distinct wrong attempt, and confirm right ones; writes reviews.jsonl."""
+    """Have the teacher correct every distinct wrong attempt, and confirm right ones; writes reviews.jsonl.
+
+    Raises UsageError if earlier replies come from another teacher or other prompts (`fresh` discards them), DataError if
+    nothing could be corrected.
+    """
     if run.is_imported("corrections", "reviews.jsonl"):
         return _validate_imported(run)
     inputs, report = corrections_inputs(config, run), Report("corrections")
     if manifest := run.done("corrections", inputs, "reviews.jsonl"):
         return Report.of(manifest)
+    basis, begun = basis_of(config.teacher, inputs["prompts"]), "corrections.begun.json"
+    if not fresh:
+        refuse_other_basis(run.read_json(begun, dict[str, object]), basis, run.path("reviews.jsonl"))
     with timed(report):
         hint = "run `sclite train`: it trains SFT, then samples attempts"
         every = run.require("attempts.jsonl", Attempt, hint)
@@ -56,6 +69,8 @@ def write_corrections(
         by_job = {f"{attempt.id}/{attempt.sample}": attempt for attempt in wrong}
         for done, result in enumerate(results, 1):
             attempt = by_job[result.id]
+            if done == 1 and result.entry is not None:
+                run.write_json(begun, basis)
             if result.rejection is not None:
                 drops.append(_drop(attempt, result.rejection.reason, result.rejection.text, result.raw))
             elif (made := result.made) is not None:
@@ -86,7 +101,7 @@ def write_corrections(
         ]
         order = {(a.id, a.sample): i for i, a in enumerate(attempts)}
         rows = sorted([*reviews, *confirmed], key=lambda r: order[r.id, r.sample])
-        run.mark_started("corrections")
+        run.write_json(begun, basis)
         run.replace("reviews.jsonl", rows)
     report.counts |= {"wrong": len(wrong), "corrected": len(reviews), "confirmed": len(confirmed)}
     if wanted and not confirmed:

@@ -113,9 +113,10 @@ def _cells(row: Cells | BadRow, columns: Mapping[str, str], *roles: str) -> list
     absent = [role for role in (*roles, "id") if role in columns and columns[role] not in row]
     if absent or not any(found):
         why, present = "no known column", replace_surrogates(", ".join(map(str, row))) or "none"
-        hint = f"set question_column, answer_column and solution_column, or rename the columns: {FORMS}"
+        hint = f"pass --set problems.question_column=NAME and problems.answer_column=NAME, or rename the columns: {FORMS}"
         if absent:
-            why, hint = f"no column {columns[absent[0]]}", f"set {absent[0]}_column to one of them"
+            why, key = f"no column {columns[absent[0]]}", f"--set problems.{absent[0]}_column="
+            hint = f"pass {key}NAME with one of them, or {key} for the usual names"
         raise BadRow("no_known_column", f"{why}, found: {present}", hint)
     # filled in: neither None nor NaN, which does not equal itself, nor blank
     return [next((c for c in cells if c is not None and c == c and str(c).strip()), None) for cells in found]

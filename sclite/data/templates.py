@@ -9,13 +9,21 @@ from functools import partial
 from sclite import prompts
 from sclite.config import Config
 from sclite.data.imported import reject_row
-from sclite.errors import DataError, UsageError
+from sclite.errors import DataError
 from sclite.grading.worker import Grader
 from sclite.progress import Progress, no_progress
 from sclite.records import Drop, Problem, Template
 from sclite.run import Report, Run, timed
-from sclite.signature import differences, digest_rows, with_unanswered
-from sclite.teacher.client import Job, Rejection, Teacher, count_unanswered, identity
+from sclite.signature import digest_rows, with_unanswered
+from sclite.teacher.client import (
+    Job,
+    Rejection,
+    Teacher,
+    basis_of,
+    count_unanswered,
+    identity,
+    refuse_other_basis,
+)
 from sclite.trace import Trace, first_corrected, parse, render
 
 _GIVEN = r"(?:given|provided|supplied|official|model|reference|gold(?:en)?|ground[- ]truth)"
@@ -72,8 +80,7 @@ def write_templates(
         if manifest is not None and not fresh:
             return Report.of(manifest)
         # a larger token budget brings more rows, and those that are there stay as they are
-        teacher_itself = {k: v for k, v in identity(config.teacher).items() if k != "max_tokens"}
-        basis = {"prompts": inputs["prompts"], "teacher": teacher_itself}
+        basis = basis_of(config.teacher, inputs["prompts"])
         drops = _request_missing(config, run, teacher, grader, problems, basis, fresh, progress)
         run.reorder("templates.jsonl", Template, (problem.id for problem in problems))
         run.replace_drops(["templates"], [drops[problem.id] for problem in problems if problem.id in drops])
@@ -141,10 +148,8 @@ def _request_missing(
     before = run.read_json("templates.begun.json", dict[str, object])
     if fresh or (before is None and run.path("templates.begun.json").is_file()):
         run.replace("templates.jsonl", [])  # also if the basis is damaged: paid replies are in the ledger
-    elif before != basis and any(True for _ in run.rows("templates.jsonl", Template, whole=False)):
-        changed = "; ".join(differences(before, basis))
-        hint = "pass --fresh to discard and pay for them again, or restore the old settings"
-        raise UsageError(f"{run.path('templates.jsonl')} was made with other settings: {changed}", hint)
+    elif any(True for _ in run.rows("templates.jsonl", Template, whole=False)):
+        refuse_other_basis(before, basis, run.path("templates.jsonl"))
     by_id = {problem.id: problem for problem in problems}
     wanted = {problem.id: (problem.question, problem.answer) for problem in problems}
     rows = run.rows("templates.jsonl", Template, whole=False)

@@ -11,7 +11,8 @@ from itertools import islice
 from typing import Any, Generic, TypeVar
 
 from sclite import config, console
-from sclite.errors import BudgetError, Declined
+from sclite.errors import BudgetError, Declined, UsageError
+from sclite.signature import differences
 from sclite.teacher.ledger import Entry, Ledger
 from sclite.teacher.limits import Budget, Price
 from sclite.teacher.provider import require_model
@@ -77,6 +78,22 @@ def identity(settings: config.Teacher) -> dict[str, Any]:
     """What identifies the origin of its replies: models and parameters, but not addresses."""
     named = {"model": settings.model, **parameters_of(settings)}
     return {**named, "inspector": settings.inspector} if settings.inspector else named
+
+
+def basis_of(settings: config.Teacher, prompts: object) -> dict[str, object]:
+    """What all replies of a stage have in common: prompts and teacher, but not its token limit, which may be raised."""
+    teacher = {name: value for name, value in identity(settings).items() if name != "max_tokens"}
+    return {"prompts": prompts, "teacher": teacher}
+
+
+def refuse_other_basis(
+    before: Mapping[str, object] | None, basis: Mapping[str, object], what: object
+) -> None:
+    """Raise UsageError if the replies of a stage come from another teacher or other prompts."""
+    if before is not None and before != basis:
+        changed = "; ".join(differences(before, basis))
+        hint = "restore the old settings, or pass --fresh to discard and pay for them again"
+        raise UsageError(f"{what} was made with other settings: {changed}", hint)
 
 
 def count_unanswered(dropped: Mapping[str, int]) -> int:
@@ -293,7 +310,8 @@ class Teacher(AbstractContextManager["Teacher"]):
         first, requests, characters = None, 0, 0
         for job in jobs:
             messages = [dict(message) for message in job.messages("")]
-            if self.ledger.get(self._sender.key(messages, job.sample, 0, job.parameters)) is not None:
+            key = self._sender.key(messages, job.sample, 0, job.parameters)
+            if self._sender.known(key, job.parameters) is not None:
                 continue
             parameters = {**self._sender.parameters, **job.parameters}
             first = first or {"model": self.settings.model, "messages": messages, **parameters}

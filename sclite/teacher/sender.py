@@ -1,6 +1,7 @@
 """One request until its reply: from the ledger, else from the endpoint, with rate limits, a budget and retries."""
 
 import asyncio
+import math
 import random
 import time
 import weakref
@@ -14,6 +15,7 @@ from sclite.teacher.failures import LONGEST_WAIT_SECONDS, REFUSED, STOP, Failure
 from sclite.teacher.ledger import Entry, Ledger
 from sclite.teacher.limits import Budget, RateLimiter
 from sclite.teacher.provider import Provider, connect
+from sclite.teacher.reply import CUT_IN_REASONING
 
 Messages = Sequence[Mapping[str, str]]
 MIN_FAILURES = 5  # different requests that must fail before the teacher is to blame rather than the requests
@@ -59,10 +61,21 @@ class Sender:
         self._unanswered = 0  # requests given up since the last reply
 
     def key(self, messages: Messages, sample: int, repair: int, parameters: Mapping[str, Any]) -> str:
-        """The digest that identifies a request; another reply to the same messages has another `sample` or `repair`."""
+        """The digest that identifies a request; another reply to the same messages has another `sample` or `repair`.
+
+        `max_tokens` is not in it: a complete reply is the same with any.
+        """
         address = config.without_password(self.settings.api_base).rstrip("/")
         chat, chosen = [dict(message) for message in messages], {**self.parameters, **parameters}
+        chosen.pop("max_tokens", None)
         return digest([self.settings.model, address, chat, chosen, sample, repair])
+
+    def known(self, key: str, parameters: Mapping[str, Any]) -> Entry | None:
+        """The reply in the ledger, unless it was cut off at fewer tokens than it may have now."""
+        entry, limit = self.ledger.get(key), {**self.parameters, **parameters}.get("max_tokens")
+        if entry is None or entry.finish_reason not in ("length", CUT_IN_REASONING):
+            return entry
+        return entry if entry.max_tokens is None or (limit or math.inf) <= entry.max_tokens else None
 
     def connect(self) -> Provider:
         """Import LiteLLM and resolve the model, once."""
@@ -86,7 +99,7 @@ class Sender:
         key = self.key(messages, sample, repair, parameters)
         lock = self._locks.setdefault(key, asyncio.Lock())
         async with lock:
-            entry = self.ledger.get(key)
+            entry = self.known(key, parameters)
             if entry is None:
                 entry = await self._call(key, messages, stage, {**self.parameters, **parameters}, on_text)
         if entry.finish_reason == REFUSED:
@@ -138,7 +151,8 @@ class Sender:
                     self.limiter.record(began)
                     tokens, cost_usd = provider.charge(completion, limits)
                     seconds = round(time.monotonic() - began, 3)
-                    entry = Entry(completion.text, completion.finish_reason, *tokens, cost_usd, seconds)
+                    given = (*tokens, cost_usd, seconds, parameters.get("max_tokens"))
+                    entry = Entry(completion.text, completion.finish_reason, *given)
                     self.ledger.put(key, entry)  # its cost counts from now on
             if entry is not None:
                 await self._flush()  # outside the block: the next call need not wait for the disk

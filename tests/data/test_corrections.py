@@ -4,7 +4,7 @@ import pytest
 
 from sclite.config import Config
 from sclite.data.corrections import check_review, write_corrections
-from sclite.errors import DataError
+from sclite.errors import DataError, UsageError
 from sclite.progress import no_progress
 from sclite.records import Attempt, Drop, Problem, Review
 from sclite.trace import Step, Trace, parse, render
@@ -24,12 +24,17 @@ NOTES = "<Cause>2 * 38 is 76.</Cause>\n<Correction>72 / 2 = 36</Correction>\n"
 def build(run, grader, answer=None, share=0.5, progress=no_progress, **teacher):
     """The stage with a teacher that answers as `answer` (default: GOOD), and the server's requests."""
     with TeacherServer(answer or (lambda request, nth: say(GOOD))) as server:
-        settings = {"model": "openai/replay", "api_base": server.url, "attempts_per_call": 1, "repairs": 1}
-        tree = {"teacher": settings | teacher, "attempts": {"confirmation_share": share}}
-        config = Config.model_validate(tree)
-        with client(run, config.teacher) as made:
-            report = write_corrections(config, run, teacher=made, grader=grader, progress=progress)
+        report = build_with(server, run, grader, share, progress, **teacher)
     return report, [request["messages"][-1]["content"] for request in server.requests]
+
+
+def build_with(server, run, grader, share=0.5, progress=no_progress, fresh=False, **teacher):
+    settings = {"model": "openai/replay", "api_base": server.url, "attempts_per_call": 1, "repairs": 1}
+    tree = {"teacher": settings | teacher, "attempts": {"confirmation_share": share}}
+    config = Config.model_validate(tree)
+    with client(run, config.teacher) as made:
+        given = {"teacher": made, "grader": grader, "fresh": fresh, "progress": progress}
+        return write_corrections(config, run, **given)
 
 
 def fill(run, wrong=1, right=0, others=()):
@@ -91,6 +96,27 @@ def test_teacher_gets_work_and_solution_and_its_review_is_stored(run, grader):
     assert row.trace == render(parse(GOOD).trace)
     assert row.requests == 1
     assert report.counts == {"wrong": 1, "corrected": 1, "confirmed": 0}
+
+
+def test_nothing_is_paid_for_twice_when_settings_change(run, grader):
+    fill(run, wrong=3)
+
+    def answer(request, nth):
+        long = "w2: " in request["messages"][-1]["content"] and request["max_tokens"] < 500
+        return say("<Step1>48 + 24", "length") if long else say(GOOD)
+
+    with TeacherServer(answer) as server:
+        first = build_with(server, run, grader, max_tokens=100, repairs=0)
+        assert (first.counts["corrected"], first.dropped) == (2, {"cut_off": 1})
+        again = build_with(server, run, grader, max_tokens=800, repairs=0)
+        assert again.counts["corrected"] == 3
+        assert [request["max_tokens"] for request in server.requests] == [100, 100, 100, 800]
+        with pytest.raises(UsageError, match=r"temperature: .* before, 0\.5 now") as error:
+            build_with(server, run, grader, temperature=0.5)
+        assert "--fresh" in error.value.hint
+        assert len(server.requests) == 4
+        build_with(server, run, grader, temperature=0.5, fresh=True)
+        assert len(server.requests) == 7
 
 
 def test_invalid_review_is_retried_with_the_reason_then_dropped(run, grader):

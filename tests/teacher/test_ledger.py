@@ -53,9 +53,12 @@ def test_key_depends_on_exactly_what_decides_a_reply():
 
     addresses = ("http://h/v1/", "http://a:b@h/v1")
     same = [*({"api_base": address} for address in addresses), {"parameters": {"temperature": 0.1}}]
+    same.append(
+        {"parameters": {"max_tokens": 60}}
+    )  # a reply that was cut off says with how many it was requested
     assert {key(**changed) for changed in same} == {key()}
     others = {"model": "other", "api_base": "http://g/v1", "messages": [{"role": "user", "content": "r"}]}
-    others |= {"parameters": {"max_tokens": 60}, "sample": 1, "repair": 1}
+    others |= {"parameters": {"temperature": 0.2}, "sample": 1, "repair": 1}
     assert len({key(**{name: other}) for name, other in others.items()} | {key()}) == 7
 
 
